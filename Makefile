@@ -1,0 +1,23 @@
+# make test: lint, types and tests, in the environment .venv, which it makes first.
+PYTHON ?= python3
+PIP_FLAGS ?= --quiet
+BIN := .venv/bin
+
+.PHONY: test clean
+
+test: .venv/dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/python -m pytest
+
+.venv/bin/python:
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+	$(PYTHON) -m venv .venv
+
+.venv/train .venv/dev: .venv/%: setup.cfg pyproject.toml | .venv/bin/python
+	$(BIN)/python -m pip install $(PIP_FLAGS) --editable '.[$*]'
+	@touch $@
+
+clean:
+	rm -rf .venv runs

@@ -1,0 +1,253 @@
+"""Poolings: tokens `(..., n, d)` -> one descriptor `(..., d)`.
+
+Every function is pure and works under `jit`, `grad`, `vmap`, `scan` and on sharded arrays. The result has the dtype of the tokens; the mathematics is
+done in float32 (float64 for float64 tokens). `mask` is `(..., n)`, true = keep: pooling a padded batch equals pooling the unpadded tokens, whatever
+the padding holds, and a row with nothing to keep gives zeros with zero gradients.
+
+The power means have one real parameter p > 0 per channel (p = 1 is the mean, a large p approaches the maximum) and need positive numbers, which
+tokens are not. `negatives` names what is done about it, with m the minimum over the kept tokens of a channel:
+
+- `"clamp"`   (mean_n max(x_n, eps)^p)^(1/p): a negative token becomes eps, as in a ReLU. The usual choice.
+- `"abs"`     (mean_n max(|x_n|, eps)^p)^(1/p)
+- `"shift"`   (mean_n (x_n - m + eps)^p)^(1/p) + m - eps
+- `"signed"`  sign(s) |s|^(1/p) with s = mean_n sign(x_n) |x_n|^p. Where s is zero (within 1e-30 of the largest |x_n|^p) so is the gradient.
+
+Errors: `TypeError` for tokens that are not floating point, `ValueError` for every other mistake of the caller, `NotImplementedError` for an
+`implementation` that cannot do what was asked.
+"""
+
+import math
+from functools import partial
+from typing import Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+Negatives = Literal["clamp", "abs", "shift", "signed"]
+Layout = Literal["contiguous", "interleaved"]
+Implementation = Literal["xla", "triton"]
+
+_TINY = float(jnp.finfo(jnp.float32).tiny)  # CPUs and GPUs round smaller numbers to zero, whose logarithm is no number
+_EIGHTH = 0.125  # an exact factor under which no difference of two tokens overflows and no reciprocal of one is rounded to zero
+_NO_MEAN = 1e-30  # a mean of signed powers this far below the largest of them is rounding
+
+
+def cls_pool(tokens: Float[Array, "*b n d"]) -> Float[Array, "*b d"]:
+    """Takes the first token, where a Vision Transformer keeps its class token."""
+    return _checked(tokens)[..., 0, :]
+
+
+def avg_pool(tokens: Float[Array, "*b n d"], *, mask: Bool[Array, "*b n"] | None = None) -> Float[Array, "*b d"]:
+    """Averages the kept tokens."""
+    tokens = _checked(tokens, mask)
+    return _mean(_widened(tokens), mask).astype(tokens.dtype)
+
+
+def max_pool(tokens: Float[Array, "*b n d"], *, mask: Bool[Array, "*b n"] | None = None) -> Float[Array, "*b d"]:
+    """Takes the largest of the kept tokens in each channel; equal ones share the gradient."""
+    tokens = _checked(tokens, mask)
+    return _where_any(mask, jnp.max(_kept(tokens, mask, -jnp.inf), axis=-2))
+
+
+def lse_pool(tokens: Float[Array, "*b n d"], r: ArrayLike, *, mask: Bool[Array, "*b n"] | None = None) -> Float[Array, "*b d"]:
+    """Pools by log-sum-exp, (1/r) log mean_n exp(r x_n): the average for r -> 0, the maximum for r -> infinity, whatever the signs.
+
+    `r > 0` is a scalar or one number per channel, `(d,)`; timm starts its learnable one at 10.
+    Reference: Pinheiro and Collobert, "From Image-level to Pixel-level Labeling with Convolutional Networks", 2015, arXiv:1411.6228.
+    """
+    tokens = _checked(tokens, mask)
+    sharpness = _per_channel(r, tokens, "r")
+    x = _kept(_widened(tokens), mask, 0)
+    pivot = lax.stop_gradient(_where_any(mask, jnp.max(_kept(x, mask, -jnp.inf), axis=-2)))  # cancels; keeps exp in range
+    mean = _mean(jnp.exp(_kept(sharpness * (x - pivot[..., None, :]), mask, 0)), mask)
+    pooled = pivot + jnp.log(_where_any(mask, mean, 1)) / sharpness
+    return _where_any(mask, pooled).astype(tokens.dtype)
+
+
+def gem_pool(
+    tokens: Float[Array, "*b n d"],
+    p: ArrayLike,
+    *,
+    mask: Bool[Array, "*b n"] | None = None,
+    eps: float = 1e-6,
+    negatives: Negatives = "clamp",
+    implementation: Implementation | None = None,
+) -> Float[Array, "*b d"]:
+    """Pools by the generalized mean (mean_n x_n^p)^(1/p): one exponent for all channels, `p: ()`, or one for each, `p: (d,)`.
+
+    Values and gradients are finite for p from 1 to 1000 in float32, bfloat16 and float16, also in channels without a positive token.
+    Reference: Radenovic et al., "Fine-tuning CNN Image Retrieval with No Human Annotation", 2018, arXiv:1711.02512, eq. 3.
+    """
+    tokens = _checked(tokens, mask)
+    return _power_pool(tokens, _per_channel(p, tokens, "p"), mask, eps, negatives, implementation)
+
+
+def ggem_pool(
+    tokens: Float[Array, "*b n d"],
+    p: ArrayLike,
+    *,
+    mask: Bool[Array, "*b n"] | None = None,
+    eps: float = 1e-6,
+    layout: Layout = "contiguous",
+    negatives: Negatives = "clamp",
+    implementation: Implementation | None = None,
+) -> Float[Array, "*b d"]:
+    """Pools by the group generalized mean: the d channels are split into equal groups, and `p: (groups,)` holds one exponent for each.
+
+    `layout` says to which group channel c belongs: `"contiguous"` c // (d / groups), `"interleaved"` c mod groups. The paper's text leaves this
+    open and the public re-implementations differ. The two are one fixed permutation of the channels apart, so exponents learned in one layout mean
+    nothing in the other. One group is `gem_pool` with one exponent, d groups are `gem_pool` with one for each channel.
+
+    Reference: Ko et al., "Group Generalized Mean Pooling for Vision Transformer", 2022, arXiv:2212.04114.
+    """
+    tokens = _checked(tokens, mask)
+    exponents = spread_over_channels(_parameter(p, tokens, "p"), tokens.shape[-1], layout=layout)
+    return _power_pool(tokens, exponents, mask, eps, negatives, implementation)
+
+
+def spread_over_channels(p: Float[Array, " groups"], channels: int, *, layout: Layout = "contiguous") -> Float[Array, " channels"]:
+    """Gives each channel the exponent of its group, `(groups,)` -> `(channels,)`; the layouts are those of `ggem_pool`."""
+    if layout not in get_args(Layout):
+        raise ValueError(f"layout must be one of {', '.join(get_args(Layout))}, not {layout!r}")
+    if p.ndim != 1 or p.shape[0] == 0 or channels % p.shape[0]:
+        raise ValueError(f"p must be (groups,) with groups dividing the {channels} channels, not an array of shape {p.shape}")
+    channels_per_group = channels // p.shape[0]
+    return jnp.repeat(p, channels_per_group) if layout == "contiguous" else jnp.tile(p, channels_per_group)
+
+
+def _power_pool(tokens, p, mask, eps, negatives, implementation):
+    if negatives not in get_args(Negatives):
+        raise ValueError(f"negatives must be one of {', '.join(get_args(Negatives))}, not {negatives!r}")
+    if not 1e-36 <= eps < math.inf:
+        raise ValueError(f"eps must be a finite number of at least 1e-36, not {eps!r}")
+    if implementation == "triton":
+        raise NotImplementedError("there is no Triton kernel for this pooling yet: pass implementation=None or 'xla'")
+    if implementation not in (None, "xla"):
+        raise ValueError(f"implementation must be None or one of {', '.join(get_args(Implementation))}, not {implementation!r}")
+    return _power_mean(*_varying_alike(tokens, p, mask), float(eps), negatives).astype(tokens.dtype)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _power_mean(tokens, p, mask, eps, negatives):
+    """The power mean in float32 `(..., d)`; p is `(d,)`. Its gradient is closed-form and keeps only tokens, p and the pooled value."""
+    return _power_mean_forward(tokens, p, mask, eps, negatives)[0]
+
+
+def _power_mean_forward(tokens, p, mask, eps, negatives):
+    """(mean x^p)^(1/p) = m (mean (x/m)^p)^(1/p), with m the largest x: no power overflows and the largest is 1, whatever p."""
+    x, offset = _positive_eighths(tokens, mask, eps, negatives)
+    largest = jnp.max(x, axis=-2)
+    largest = jnp.where(largest > 0, largest, 1)
+    powers = jnp.exp(p * _log(x / largest[..., None, :]))
+    mean = jnp.clip(_mean(_sign(tokens, negatives) * powers, mask), -1, 1)
+    mean = jnp.where(jnp.abs(mean) < _NO_MEAN, 0, mean)
+    y = jnp.sign(mean) * largest * jnp.exp(_log(jnp.abs(mean)) / p)
+    return _where_any(mask, (y + offset) / _EIGHTH), (tokens, p, mask, y)
+
+
+def _power_mean_backward(eps, negatives, residuals, cotangent):
+    """With y = (mean x^p)^(1/p): dy/dx_n = (x_n/y)^(p-1) / count and dy/dp = (y/p) mean_n (x_n/y)^p log(x_n/y)."""
+    tokens, p, mask, y = residuals
+    cotangent = _where_any(mask, cotangent / _EIGHTH)
+    by_y = jnp.where(y == 0, 0, cotangent)
+    size = jnp.where(y == 0, jnp.inf, jnp.abs(y))  # of a zero mean: all ratios 0, so that none overflows
+    (x, _), by_positive = jax.vjp(lambda tokens: _positive_eighths(tokens, mask, eps, negatives), tokens)
+    ratio = x / size[..., None, :]
+    slope = _sign(tokens, negatives) * jnp.exp((p - 1) * _log(ratio))
+    by_x = (by_y / _count(x, mask))[..., None, :] * slope
+    if negatives == "signed":  # where positive and negative powers nearly cancel the true slope can exceed the dtype
+        limit = float(jnp.finfo(tokens.dtype).max)
+        by_x = jnp.clip(by_x, -limit, limit)
+    by_p = by_y * jnp.abs(y) / p * _mean(slope * ratio * _log(ratio), mask)
+    (by_tokens,) = by_positive((by_x, cotangent))
+    return by_tokens, jnp.sum(by_p, axis=tuple(range(by_p.ndim - 1))), None
+
+
+_power_mean.defvjp(_power_mean_forward, _power_mean_backward)
+
+
+def _positive_eighths(tokens, mask, eps, negatives):
+    """The positive numbers that are raised to p, `(..., n, d)`, and what is added after the root, `(..., d)`: an eighth of both."""
+    x, eps = _EIGHTH * _kept(_widened(tokens), mask, 0), _EIGHTH * eps
+    nothing = jnp.zeros_like(x, shape=x.shape[:-2] + x.shape[-1:])
+    match negatives:
+        case "clamp":
+            return _kept(jnp.where(x > eps, x, eps), mask, 0), nothing
+        case "abs":
+            size = jnp.abs(x)
+            return _kept(jnp.where(size > eps, size, eps), mask, 0), nothing
+        case "shift":
+            lowest = _where_any(mask, jnp.min(_kept(x, mask, jnp.inf), axis=-2))
+            return _kept(x - lowest[..., None, :] + eps, mask, 0), lowest - eps
+        case _:
+            return jnp.where(x < 0, -x, x), nothing  # not abs, whose gradient is 0 at 0: a signed mean with p = 1 is the mean
+
+
+def _sign(tokens, negatives):
+    return jnp.where(tokens < 0, -1.0, 1.0) if negatives == "signed" else 1.0
+
+
+def _log(x):
+    """Logarithm of a number of at least 0; numbers below the normal range, which devices round to zero, count as its lower end."""
+    return jnp.log(jnp.maximum(x, _TINY))
+
+
+def _widened(tokens):
+    return tokens.astype(jnp.promote_types(tokens.dtype, jnp.float32))
+
+
+def _kept(values, mask, fill):
+    return values if mask is None else jnp.where(mask[..., None], values, fill)
+
+
+def _where_any(mask, values, otherwise=0):
+    """`values` `(..., d)` in the rows that keep a token, `otherwise` in the rest."""
+    return values if mask is None else jnp.where(jnp.any(mask, axis=-1)[..., None], values, otherwise)
+
+
+def _count(values, mask):
+    """How many tokens are kept, at least 1: a number, or `(..., 1)` under a mask."""
+    return values.shape[-2] if mask is None else jnp.maximum(jnp.sum(mask, axis=-1), 1)[..., None].astype(values.dtype)
+
+
+def _mean(values, mask):
+    return jnp.sum(_kept(values, mask, 0), axis=-2) / _count(values, mask)
+
+
+def _checked(tokens, mask=None):
+    tokens = jnp.asarray(tokens)
+    if not jnp.issubdtype(tokens.dtype, jnp.floating):
+        raise TypeError(f"tokens must be floating point, not {tokens.dtype}")
+    if tokens.ndim < 2 or 0 in tokens.shape[-2:]:
+        raise ValueError(f"tokens must be (..., n, d) with at least one token and one channel, not of shape {tokens.shape}")
+    if mask is not None and (mask.dtype != bool or mask.shape != tokens.shape[:-1]):
+        raise ValueError(f"mask must be bool of shape {tokens.shape[:-1]}, true = keep, not {mask.dtype} of shape {mask.shape}")
+    return tokens
+
+
+def _parameter(value, tokens, name):
+    """An exponent or sharpness as an array of the dtype that the mathematics is done in."""
+    if not isinstance(value, jax.Array) and not np.all(np.asarray(value, float) > 0):
+        raise ValueError(f"{name} must be positive, not {value}")
+    return jnp.asarray(value).astype(_widened(tokens).dtype)
+
+
+def _per_channel(value, tokens, name):
+    value = _parameter(value, tokens, name)
+    channels = tokens.shape[-1]
+    if value.shape not in ((), (channels,)):
+        raise ValueError(f"{name} must be a scalar or ({channels},), one number per channel, not of shape {value.shape}")
+    return jnp.broadcast_to(value, (channels,))
+
+
+def _varying_alike(tokens, p, mask):
+    """Under `shard_map`: all arguments vary over the same mesh axes, so that the gradient of what did not is summed over them."""
+    arrays = [tokens, p] if mask is None else [tokens, p, mask]
+    axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
+    missing = [tuple(sorted(axes - jax.typeof(a).manual_axis_type.varying)) for a in arrays]
+    arrays = [lax.pcast(a, m, to="varying") if m else a for a, m in zip(arrays, missing, strict=True)]
+    return arrays if mask is not None else [*arrays, None]
