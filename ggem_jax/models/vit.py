@@ -1,0 +1,307 @@
+"""Vision Transformer in Flax (linen) with the pooling passed in.
+
+Images are `(b, height, width, 3)` and already normalised; tokens are `(b, prefix + patches, width)`, the class token first, then the registers, then
+the patches row by row. Prefix tokens never enter a pooling of patches.
+
+References: Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021, arXiv:2010.11929 (the model and B, L, H); Touvron et al., "Training
+data-efficient image transformers", 2021, arXiv:2012.12877 (Ti, S); Darcet et al., "Vision Transformers Need Registers", 2024, arXiv:2309.16588.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from flax import struct
+from jax.typing import ArrayLike
+from jaxtyping import Array, Bool, Float
+
+from ggem_jax.pooling import Layout, Negatives, cls_pool, ggem_pool
+
+Pooling = Callable[[Float[Array, "b n d"]], Float[Array, "b d"]]
+
+_xavier = nn.initializers.xavier_uniform()
+
+
+@dataclass(frozen=True)
+class ViTConfig:
+    """What a ViT is made of. Wrong combinations raise `ValueError` when the record is made."""
+
+    patch: int  # side of a square patch, pixels
+    width: int  # channels of a token
+    depth: int  # blocks
+    heads: int  # attention heads; width / heads channels each
+    mlp_width: int  # hidden channels of the MLP in a block
+    image: int = 224  # side of the square training images, pixels; other sizes resample the position embedding
+    class_token: bool = True
+    registers: int = 0  # learned prefix tokens without a position, after the class token
+    position: Literal["learned", "sincos"] = "learned"
+    layer_scale: float | None = None  # initial LayerScale of the residual branches; None: no LayerScale
+    drop_path: float = 0.0  # probability to skip a residual branch in the last block; grows linearly from 0 in the first
+    dropout: float = 0.0  # after the embedding and in every residual branch
+    gelu: Literal["exact", "tanh"] = "exact"
+    qkv_bias: bool = True
+    norm_eps: float = 1e-6
+    pool_order: Literal["norm-pool", "pool-norm"] = "norm-pool"  # the final norm before the pooling (of every token) or after it
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the computation
+    param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    remat: bool = False  # recompute the blocks in the backward pass: memory for time
+
+    def __post_init__(self):
+        for name in ("patch", "width", "depth", "heads", "mlp_width", "image"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.width % self.heads:
+            raise ValueError(f"width must be a multiple of heads, not {self.width} with {self.heads} heads")
+        if self.image % self.patch:
+            raise ValueError(f"image must be a multiple of patch, not {self.image} with patches of {self.patch}")
+        if self.position == "sincos" and self.width % 4:
+            raise ValueError(f"a sincos position needs a width divisible by 4, not {self.width}")
+
+    @property
+    def prefix_tokens(self) -> int:
+        return int(self.class_token) + self.registers
+
+
+# width, depth, heads, mlp_width. Ti and S: DeiT, table 1 (arXiv:2012.12877); B, L and H: ViT, table 1 (arXiv:2010.11929).
+_SIZES = {
+    "Ti": (192, 12, 3, 768),
+    "S": (384, 12, 6, 1536),
+    "B": (768, 12, 12, 3072),
+    "L": (1024, 24, 16, 4096),
+    "H": (1280, 32, 16, 5120),
+}
+
+
+def vit_config(variant: str, **changes: Any) -> ViTConfig:
+    """The published sizes by name, such as "S/16" (any patch size); `changes` are fields of `ViTConfig`."""
+    size, _, patch = variant.partition("/")
+    if size not in _SIZES or not patch.isdigit():
+        raise ValueError(f"variant must be one of {', '.join(_SIZES)}, a slash and the patch size, such as 'S/16', not {variant!r}")
+    width, depth, heads, mlp_width = _SIZES[size]
+    return ViTConfig(**{"patch": int(patch), "width": width, "depth": depth, "heads": heads, "mlp_width": mlp_width} | changes)
+
+
+@struct.dataclass
+class ViTOutput:
+    """What a ViT computes on the way from an image to its logits."""
+
+    tokens_before_norm: Float[Array, "b n d"]  # prefix tokens first
+    tokens: Float[Array, "b n d"]  # after the final norm
+    descriptor: Float[Array, "b d"]
+    logits: Float[Array, "b classes"] | None  # None without a classification head
+
+
+class ViT(nn.Module):
+    """Image -> tokens -> descriptor -> logits.
+
+    `pooling` is a function of the patch tokens from `ggem_jax.pooling` (only `cls_pool` gets the prefix tokens, hence the class token), or a module
+    such as `GGeM()` or `MAP()`, which take what they leave open from the model. `num_classes=0` leaves out the classification head.
+    """
+
+    config: ViTConfig
+    pooling: Pooling
+    num_classes: int = 0
+
+    def setup(self):
+        c = self.config
+        wants_class_token = getattr(self.pooling, "func", self.pooling) is cls_pool  # func: inside a functools.partial
+        if wants_class_token and not c.class_token:
+            raise ValueError("cls_pool needs a model with class_token=True")
+        self.pool_prefix = wants_class_token
+        self.patch_embedding = nn.Conv(c.width, (c.patch, c.patch), (c.patch, c.patch), padding="VALID", **_dtypes(c))
+        side = c.image // c.patch
+        if c.class_token:
+            self.class_token = self.param("class_token", nn.initializers.zeros, (1, c.width), c.param_dtype)
+        if c.registers:
+            self.registers = self.param("registers", nn.initializers.normal(0.02), (c.registers, c.width), c.param_dtype)
+        if c.position == "learned":  # the class token has a position of its own, as in the published models
+            init = nn.initializers.normal(c.width**-0.5)
+            self.position = self.param("position", init, (int(c.class_token) + side * side, c.width), c.param_dtype)
+        self.dropout = nn.Dropout(c.dropout)
+        block = nn.remat(Block, static_argnums=(2,)) if c.remat else Block
+        self.blocks = [block(c, c.drop_path * i / max(c.depth - 1, 1)) for i in range(c.depth)]
+        self.norm = nn.LayerNorm(c.norm_eps, **_dtypes(c))
+        self.pool = self.pooling.for_model(c) if isinstance(self.pooling, (GGeM, MAP)) else self.pooling
+        if self.num_classes:
+            self.head = nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros, **_dtypes(c))
+
+    def __call__(self, images: Float[Array, "b h w 3"], *, train: bool = False) -> ViTOutput:
+        tokens = self.dropout(self.embed(images), deterministic=not train)
+        for block in self.blocks:
+            tokens = block(tokens, train)
+        normed = self.norm(tokens)
+        if self.config.pool_order == "norm-pool":
+            descriptor = self.pool(self._pooled_tokens(normed))
+        else:
+            descriptor = self.norm(self.pool(self._pooled_tokens(tokens)))
+        return ViTOutput(tokens, normed, descriptor, self.head(descriptor) if self.num_classes else None)
+
+    def embed(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
+        """Cuts the images into patches, embeds them, adds positions and puts the prefix tokens in front."""
+        c = self.config
+        if images.ndim != 4 or images.shape[-1] != 3 or images.shape[1] % c.patch or images.shape[2] % c.patch:
+            raise ValueError(f"images must be (b, h, w, 3) with h and w multiples of {c.patch}, not of shape {images.shape}")
+        patches = self.patch_embedding(images)
+        b, rows, columns, width = patches.shape
+        side = c.image // c.patch
+        table = self.position if c.position == "learned" else sincos_position(side, width)
+        own, grid = table[: len(table) - side * side], table[len(table) - side * side :]
+        tokens = patches.reshape(b, rows * columns, width) + resample_position(grid, (side, side), (rows, columns)).astype(patches.dtype)
+        prefix = []
+        if c.class_token:
+            prefix.append(self.class_token + own.sum(0) if len(own) else self.class_token)
+        if c.registers:
+            prefix.append(self.registers)
+        prefix = [jnp.broadcast_to(tokens_.astype(tokens.dtype), (b, *tokens_.shape)) for tokens_ in prefix]
+        return jnp.concatenate([*prefix, tokens], axis=1)
+
+    def _pooled_tokens(self, tokens):
+        prefix = self.config.prefix_tokens
+        return tokens[:, :prefix] if self.pool_prefix else tokens[:, prefix:]
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: tokens + attention(norm(tokens)), then tokens + mlp(norm(tokens))."""
+
+    config: ViTConfig
+    drop_path: float
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "b n d"], train: bool) -> Float[Array, "b n d"]:
+        c = self.config
+        normed = nn.LayerNorm(c.norm_eps, name="norm_1", **_dtypes(c))(tokens)
+        tokens = tokens + self._branch(Attention(c, name="attention")(normed, normed), "1", train)
+        normed = nn.LayerNorm(c.norm_eps, name="norm_2", **_dtypes(c))(tokens)
+        return tokens + self._branch(MLP(c, name="mlp")(normed, train), "2", train)
+
+    def _branch(self, branch, number, train):
+        c = self.config
+        if c.layer_scale is not None:
+            scale = self.param(f"layer_scale_{number}", nn.initializers.constant(c.layer_scale), (c.width,), c.param_dtype)
+            branch = branch * scale.astype(branch.dtype)
+        branch = nn.Dropout(c.dropout)(branch, deterministic=not train)
+        return nn.Dropout(self.drop_path, broadcast_dims=(1, 2))(branch, deterministic=not train)  # of whole samples
+
+
+class Attention(nn.Module):
+    """Multi-head attention, queries `(b, q, d)` over tokens `(b, n, d)`; head h owns the channels h d/heads ... (h+1) d/heads before `out`."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, queries: Float[Array, "b q d"], tokens: Float[Array, "b n d"]) -> Float[Array, "b q d"]:
+        c = self.config
+        heads = (c.heads, c.width // c.heads)
+
+        def project(name):
+            return nn.DenseGeneral(heads, use_bias=c.qkv_bias, kernel_init=_xavier, name=name, **_dtypes(c))
+
+        mixed = jax.nn.dot_product_attention(project("query")(queries), project("key")(tokens), project("value")(tokens))
+        return nn.DenseGeneral(c.width, axis=(-2, -1), kernel_init=_xavier, name="out", **_dtypes(c))(mixed)
+
+
+class MLP(nn.Module):
+    """Two dense layers with a GELU between."""
+
+    config: ViTConfig
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "b n d"], train: bool = False) -> Float[Array, "b n d"]:
+        c = self.config
+        hidden = nn.Dense(c.mlp_width, kernel_init=_xavier, name="in", **_dtypes(c))(tokens)
+        hidden = nn.Dropout(c.dropout)(nn.gelu(hidden, approximate=c.gelu == "tanh"), deterministic=not train)
+        return nn.Dense(c.width, kernel_init=_xavier, name="out", **_dtypes(c))(hidden)
+
+
+class GGeM(nn.Module):
+    """`ggem_pool` with learned exponents: the parameter `p`, `(groups,)` in float32.
+
+    `groups=None` takes the number of attention heads of the model it is given to; `groups=1` is a learned GeM. The exponents are used inside
+    `p_range`; one that was pushed out still gets its gradient and can come back. Neither weight decay nor the learning rate of the weights suits
+    exponents: see `ggem_jax.optimizer`.
+    """
+
+    groups: int | None = None
+    p_init: float = 3.0  # as in the public re-implementations, and in GeM (arXiv:1711.02512, section 5.1)
+    p_range: tuple[float, float] = (1.0, 1000.0)
+    layout: Layout = "contiguous"
+    negatives: Negatives = "clamp"
+    eps: float = 1e-6
+
+    def for_model(self, config: ViTConfig) -> "GGeM":
+        return self.clone(parent=None, groups=self.groups or config.heads)
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "*b n d"], *, mask: Bool[Array, "*b n"] | None = None) -> Float[Array, "*b d"]:
+        if self.groups is None:
+            raise ValueError("GGeM needs its number of groups when it is used outside a ViT")
+        p = self.param("p", nn.initializers.constant(self.p_init), (self.groups,))
+        p = p + jax.lax.stop_gradient(jnp.clip(p, *self.p_range) - p)
+        return ggem_pool(tokens, p, mask=mask, eps=self.eps, layout=self.layout, negatives=self.negatives)
+
+
+class MAP(nn.Module):
+    """Multi-head attention pooling: one learned query attends to the tokens, then a residual MLP.
+
+    Reference: Zhai et al., "Scaling Vision Transformers", 2022, arXiv:2106.04560, section 3.2; Lee et al., "Set Transformer", 2019, arXiv:1810.00825.
+    """
+
+    config: ViTConfig | None = None  # None: that of the model it is given to
+
+    def for_model(self, config: ViTConfig) -> "MAP":
+        return self.clone(parent=None, config=self.config or config)
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b d"]:
+        c = self.config
+        if c is None:
+            raise ValueError("MAP needs a config when it is used outside a ViT")
+        query = self.param("query", _xavier, (1, c.width), c.param_dtype).astype(tokens.dtype)
+        pooled = Attention(c, name="attention")(jnp.broadcast_to(query, (len(tokens), 1, c.width)), tokens)
+        normed = nn.LayerNorm(c.norm_eps, name="norm", **_dtypes(c))(pooled)
+        return (pooled + MLP(c, name="mlp")(normed))[:, 0]
+
+
+def sincos_position(side: int, width: int) -> Float[np.ndarray, "n d"]:
+    """Fixed two-dimensional position embedding of a `side` x `side` grid, row by row: sines and cosines of the column, then of the row.
+
+    Reference: Chen et al., "An Empirical Study of Training Self-Supervised Vision Transformers", 2021, arXiv:2104.02057; the order is MAE's.
+    """
+    frequency = 10000.0 ** -(np.arange(width // 4) / (width // 4))
+    row, column = np.divmod(np.arange(side * side), side)
+    angles = [np.outer(column, frequency), np.outer(row, frequency)]
+    return np.concatenate([f(angle) for angle in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
+
+
+def resample_position(grid: ArrayLike, old: tuple[int, int], new: tuple[int, int]) -> Float[Array, "m d"]:
+    """Resamples a position embedding `(n, d)` from `old` to `new` (rows, columns), bicubic as PyTorch's `interpolate` without antialiasing."""
+    if old == new:
+        return jnp.asarray(grid)
+    rows, columns = (_bicubic_matrix(n_old, n_new) for n_old, n_new in zip(old, new, strict=True))
+    table = jnp.einsum("ri,cj,ijd->rcd", rows, columns, jnp.reshape(grid, (*old, -1)), precision="highest")
+    return table.reshape(new[0] * new[1], -1)
+
+
+def _bicubic_matrix(old: int, new: int) -> Float[np.ndarray, "new old"]:
+    """Weights of cubic convolution with a = -0.75 between pixel centres; positions outside repeat the border."""
+    matrix = np.zeros((new, old))
+    for i in range(new):
+        centre = (i + 0.5) * old / new - 0.5
+        for tap in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
+            matrix[i, min(max(tap, 0), old - 1)] += _cubic_convolution(abs(centre - tap))
+    return matrix.astype(np.float32)
+
+
+def _cubic_convolution(x: float, a: float = -0.75) -> float:
+    """Keys, "Cubic convolution interpolation for digital image processing", 1981; a = -0.75 is PyTorch's choice."""
+    if x <= 1:
+        return (a + 2) * x**3 - (a + 3) * x**2 + 1
+    return a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
+
+
+def _dtypes(config: ViTConfig) -> dict[str, Any]:
+    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}

@@ -1,0 +1,71 @@
+"""ggem_jax/images.py: every kind of picture file becomes RGB, the right way up; what is none is named."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ggem_jax.images import UnreadableImage, centre_crop, read_image, resize
+
+GRADIENT = np.arange(6 * 4, dtype=np.uint8).reshape(6, 4) * 10
+NOISE = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
+
+
+def encoded(array, form="PNG", mode=None, **options):
+    file = io.BytesIO()
+    picture = Image.fromarray(array)
+    (picture.convert(mode) if mode else picture).save(file, form, **options)
+    return file.getvalue()
+
+
+def test_grey_rgb_palette_and_alpha():
+    rgb = np.stack([GRADIENT, GRADIENT // 2, 255 - GRADIENT], axis=-1)
+    np.testing.assert_array_equal(read_image(encoded(GRADIENT)), np.repeat(GRADIENT[..., None], 3, -1))
+    np.testing.assert_array_equal(read_image(encoded(rgb)), rgb)
+    np.testing.assert_array_equal(read_image(encoded(rgb, mode="RGBA")), rgb)
+    np.testing.assert_array_equal(read_image(encoded(GRADIENT, mode="P")), np.repeat(GRADIENT[..., None], 3, -1))
+
+
+def test_sixteen_bits_keep_their_upper_eight():
+    deep = (GRADIENT.astype(np.uint16) * 257)[::-1]
+    np.testing.assert_array_equal(read_image(encoded(deep)), np.repeat(GRADIENT[::-1, :, None], 3, -1))
+
+
+def test_cmyk_jpeg():
+    red = np.zeros((16, 16, 3), np.uint8) + np.array([200, 10, 10], np.uint8)
+    image = read_image(encoded(red, "JPEG", mode="CMYK", quality=95))
+    assert image.shape == (16, 16, 3)
+    assert np.abs(image.astype(int) - red).max() < 20
+
+
+def test_exif_rotation_is_applied():
+    """Orientation 6: the camera was turned, the picture is shown a quarter turn clockwise."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    image = read_image(encoded(np.repeat(GRADIENT[..., None], 3, -1), exif=exif))
+    np.testing.assert_array_equal(image[..., 0], np.rot90(GRADIENT, -1))
+
+
+@pytest.mark.parametrize("content", [b"", b"no picture", encoded(NOISE)[:2000], encoded(NOISE, "JPEG")[:2000]], ids=["empty", "text", "truncated PNG", "truncated JPEG"])
+def test_unreadable_files_are_named(tmp_path, content):
+    path = tmp_path / "broken.png"
+    path.write_bytes(content)
+    with pytest.raises(UnreadableImage, match=r"broken\.png is not a readable picture"):
+        read_image(path)
+    with pytest.raises(UnreadableImage, match="picture 7 is not"):
+        read_image(content, name="picture 7")
+
+
+def test_centre_crop_cuts_the_middle_square():
+    image = np.zeros((40, 80, 3), np.uint8)
+    image[:, 20:60] = 200  # the middle square is white
+    assert (centre_crop(image, 40) == 200).all()
+    np.testing.assert_array_equal(centre_crop(image, 20, zoom=2.0), centre_crop(image, 40)[10:30, 10:30])
+    assert centre_crop(np.zeros((1, 500, 3), np.uint8), 8).shape == (8, 8, 3)
+
+
+def test_resizing_to_the_same_size_copies_nothing():
+    image = np.zeros((4, 6, 3), np.uint8)
+    assert resize(image, 4, 6) is image
+    assert resize(image, 3, 2).shape == (3, 2, 3)

@@ -1,0 +1,75 @@
+"""ggem_jax/optimizer.py: which parameters decay, and how fast each moves."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from ggem_jax.models.vit import GGeM, ViT, ViTConfig
+from ggem_jax.optimizer import adamw, exponents, is_exponent, learning_rate_scales, weight_decay_mask
+
+
+@pytest.fixture(scope="module")
+def params():
+    model = ViT(ViTConfig(patch=4, width=12, depth=3, heads=2, mlp_width=16, image=8, registers=1, layer_scale=0.1), GGeM(), 5)
+    return model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+
+
+def by_path(tree):
+    return {"/".join(str(key.key) for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def test_only_kernels_decay(params):
+    mask = by_path(weight_decay_mask(params))
+    assert {name for name, decays in mask.items() if decays} == {name for name in mask if name.endswith("kernel")}
+    for name in ("pool/p", "norm/scale", "class_token", "registers", "position", "head/bias", "blocks_0/layer_scale_1"):
+        assert mask[name] is False
+
+
+def test_layers_further_from_the_head_learn_slower(params):
+    scales = by_path(learning_rate_scales(params, exponent_lr=20, layer_decay=0.5))
+    expected = {"head/kernel": 1, "norm/scale": 1, "pool/p": 20, "blocks_2/mlp/in/kernel": 0.5, "blocks_1/norm_1/bias": 0.25,
+                "blocks_0/attention/query/kernel": 0.125, "position": 0.0625, "class_token": 0.0625, "patch_embedding/kernel": 0.0625}  # fmt: skip
+    assert {name: scales[name] for name in expected} == expected
+
+
+def test_exponents_are_found_by_their_path(params):
+    found = exponents({"params": params})
+    assert list(found) == ["pool/p"]
+    np.testing.assert_array_equal(found["pool/p"], params["pool"]["p"])
+    assert sum(is_exponent(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)) == 1
+
+
+def test_first_step_by_hand():
+    """Adam's first step is the sign of the gradient: the kernel moves by lr (1 + decay * value), p by 10 lr, the bias by lr."""
+    params = {"kernel": jnp.array([[2.0]]), "bias": jnp.array([2.0]), "p": jnp.array([3.0])}
+    transform = adamw(0.01, weight_decay=0.5)
+    updates, _ = transform.update(jax.tree.map(jnp.ones_like, params), transform.init(params), params)
+    moved = optax.apply_updates(params, updates)
+    np.testing.assert_allclose(moved["kernel"], [[2 - 0.01 * (1 + 0.5 * 2)]], rtol=1e-5)
+    np.testing.assert_allclose(moved["bias"], [2 - 0.01], rtol=1e-5)
+    np.testing.assert_allclose(moved["p"], [3 - 0.1], rtol=1e-5)
+
+
+def test_without_its_own_rate_an_exponent_hardly_moves():
+    """200 steps towards p = 8 with the rate of weights, and with ten times that rate."""
+    tokens = jnp.abs(jax.random.normal(jax.random.key(0), (4, 30, 6)))
+    pool = GGeM(groups=2)
+    target = pool.apply({"params": {"p": jnp.full(2, 8.0)}}, tokens)
+
+    def learned(exponent_lr):
+        transform = adamw(1e-3, exponent_lr=exponent_lr)
+
+        def step(carry, _):
+            params, state = carry
+            slope = jax.grad(lambda params: jnp.sum((pool.apply({"params": params}, tokens) - target) ** 2))(params)
+            updates, state = transform.update(slope, state, params)
+            return (optax.apply_updates(params, updates), state), None
+
+        start = {"p": jnp.full(2, 3.0)}
+        (params, _), _ = jax.lax.scan(step, (start, transform.init(start)), length=200)
+        return float(params["p"].mean())
+
+    assert learned(1.0) < 3.21
+    assert 4.5 < learned(10.0) < 8

@@ -1,0 +1,314 @@
+"""ggem_jax/models/vit.py against a NumPy transcription, published sizes and PyTorch's interpolation."""
+
+import math
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from scipy.special import erf
+
+from ggem_jax import pooling
+from ggem_jax.models.vit import MAP, GGeM, ViT, ViTConfig, resample_position, sincos_position, vit_config
+
+SMALL = {"patch": 4, "width": 24, "depth": 2, "heads": 3, "mlp_width": 40, "image": 16}
+
+
+def build(pool=pooling.avg_pool, num_classes=5, **changes):
+    """A small model, its parameters moved away from their initial zeros, and two pictures."""
+    model = ViT(ViTConfig(**SMALL | changes), pool, num_classes)
+    images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
+    params = model.init(jax.random.key(0), images)["params"]
+    leaves, tree = jax.tree.flatten(params)
+    keys = jax.random.split(jax.random.key(2), len(leaves))
+    leaves = [leaf + 0.1 * jax.random.normal(key, leaf.shape, leaf.dtype) for leaf, key in zip(leaves, keys, strict=True)]
+    return model, jax.tree.unflatten(tree, leaves), images
+
+
+# Parameters with a head for 1,000 classes, at 224 px and with the class token. Ti, S: timm's deit_{tiny,small}_patch16_224;
+# B, L, H: `num_params` in torchvision's documentation of vit_b_16, vit_b_32, vit_l_16, vit_l_32, vit_h_14.
+PUBLISHED = {
+    "Ti/16": 5_717_416,
+    "S/16": 22_050_664,
+    "B/16": 86_567_656,
+    "B/32": 88_224_232,
+    "L/16": 304_326_632,
+    "L/32": 306_535_400,
+    "H/14": 632_045_800,
+}
+
+
+@pytest.mark.parametrize(("variant", "count"), PUBLISHED.items())
+def test_parameter_counts_are_the_published_ones(variant, count):
+    model = ViT(vit_config(variant), pooling.cls_pool, 1000)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.zeros((1, 224, 224, 3)))
+    assert sum(leaf.size for leaf in jax.tree.leaves(shapes)) == count
+
+
+def numpy_norm(x, p):
+    mean, variance = x.mean(-1, keepdims=True), x.var(-1, keepdims=True)
+    return (x - mean) / np.sqrt(variance + 1e-6) * p["scale"] + p["bias"]
+
+
+def numpy_attention(queries, x, p):
+    q, k, v = (np.einsum("bnd,dhe->bhne", t, p[name]["kernel"]) + p[name].get("bias", np.zeros((1, 1)))[:, None] for t, name in
+               ((queries, "query"), (x, "key"), (x, "value")))  # fmt: skip
+    scores = np.einsum("bhqe,bhke->bhqk", q, k) / math.sqrt(q.shape[-1])
+    weights = np.exp(scores - scores.max(-1, keepdims=True))
+    mixed = np.einsum("bhqk,bhke->bqhe", weights / weights.sum(-1, keepdims=True), v)
+    return np.einsum("bqhe,hed->bqd", mixed, p["out"]["kernel"]) + p["out"]["bias"]
+
+
+def numpy_mlp(x, p, gelu):
+    hidden = x @ p["in"]["kernel"] + p["in"]["bias"]
+    if gelu == "exact":
+        hidden = hidden * (1 + erf(hidden / math.sqrt(2))) / 2
+    else:
+        hidden = hidden * (1 + np.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3))) / 2
+    return hidden @ p["out"]["kernel"] + p["out"]["bias"]
+
+
+def numpy_vit(images, p, config):
+    """Tokens before and after the final norm, in float64."""
+    c, p = config, jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), p)
+    b, rows = len(images), c.image // c.patch
+    cut = np.asarray(images, np.float64).reshape(b, rows, c.patch, rows, c.patch, 3).transpose(0, 1, 3, 2, 4, 5)
+    patches = np.einsum("bxyijc,ijcd->bxyd", cut, p["patch_embedding"]["kernel"]) + p["patch_embedding"]["bias"]
+    position = p["position"] if c.position == "learned" else sincos_position(rows, c.width)
+    x = patches.reshape(b, -1, c.width) + position[len(position) - rows * rows :]
+    if c.registers:
+        x = np.concatenate([np.broadcast_to(p["registers"], (b, c.registers, c.width)), x], axis=1)
+    if c.class_token:
+        own = p["class_token"] + (position[:1] if len(position) > rows * rows else 0)
+        x = np.concatenate([np.broadcast_to(own, (b, 1, c.width)), x], axis=1)
+    for i in range(c.depth):
+        block = p[f"blocks_{i}"]
+        for norm, branch, scale in (("norm_1", "attention", "layer_scale_1"), ("norm_2", "mlp", "layer_scale_2")):
+            y = numpy_norm(x, block[norm])
+            y = numpy_attention(y, y, block[branch]) if branch == "attention" else numpy_mlp(y, block[branch], c.gelu)
+            x = x + y * block.get(scale, 1.0)
+    return x, numpy_norm(x, p["norm"])
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"class_token": False},
+        {"registers": 2, "layer_scale": 0.1},
+        {"position": "sincos", "gelu": "tanh"},
+        {"qkv_bias": False, "class_token": False, "registers": 1},
+    ],
+    ids=str,
+)
+def test_tokens_equal_a_numpy_transcription(changes):
+    model, params, images = build(**changes)
+    output = model.apply({"params": params}, images)
+    before, after = numpy_vit(images, params, model.config)
+    np.testing.assert_allclose(output.tokens_before_norm, before, rtol=2e-4, atol=2e-5)
+    np.testing.assert_allclose(output.tokens, after, rtol=2e-4, atol=2e-5)
+    head = jax.tree.map(np.asarray, params["head"])
+    np.testing.assert_allclose(output.logits, np.asarray(output.descriptor) @ head["kernel"] + head["bias"], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("pool", [pooling.avg_pool, pooling.max_pool, GGeM(), GGeM(groups=1)], ids=["avg", "max", "ggem", "gem"])
+@pytest.mark.parametrize(("class_token", "registers"), [(True, 0), (False, 0), (True, 3)])
+def test_prefix_tokens_never_enter_a_pooling_of_patches(pool, class_token, registers):
+    model, params, images = build(pool, class_token=class_token, registers=registers)
+    output = model.apply({"params": params}, images)
+    patches = output.tokens[:, model.config.prefix_tokens :]
+    assert patches.shape[1] == 16
+    if isinstance(pool, GGeM):
+        want = pooling.ggem_pool(patches, params["pool"]["p"])
+    else:
+        want = pool(patches)
+    np.testing.assert_allclose(output.descriptor, want, rtol=1e-5)
+
+
+def test_class_token_pooling_takes_the_class_token_in_front_of_the_registers():
+    model, params, images = build(pooling.cls_pool, registers=2)
+    output = model.apply({"params": params}, images)
+    np.testing.assert_array_equal(output.descriptor, output.tokens[:, 0])
+    with pytest.raises(ValueError, match="class_token=True"):
+        build(pooling.cls_pool, class_token=False)
+
+
+def test_pooling_before_the_norm_norms_the_pooled_token():
+    model, params, images = build(pooling.avg_pool, pool_order="pool-norm")
+    output = model.apply({"params": params}, images)
+    pooled = np.asarray(output.tokens_before_norm, np.float64)[:, 1:].mean(1)
+    np.testing.assert_allclose(output.descriptor, numpy_norm(pooled, jax.tree.map(np.asarray, params["norm"])), rtol=1e-4, atol=1e-5)
+
+
+def test_ggem_has_one_exponent_for_each_head_and_starts_at_three():
+    model = ViT(ViTConfig(**SMALL), GGeM())
+    params = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    assert params["pool"]["p"].tolist() == [3.0, 3.0, 3.0]
+    alone = GGeM(groups=2, p_init=5.0).init(jax.random.key(0), jnp.ones((1, 4, 6)))["params"]
+    assert alone["p"].tolist() == [5.0, 5.0]
+    with pytest.raises(ValueError, match="number of groups"):
+        GGeM().init(jax.random.key(0), jnp.ones((1, 4, 6)))
+
+
+def test_exponents_stay_in_their_range_and_can_come_back():
+    tokens = jnp.abs(jax.random.normal(jax.random.key(0), (2, 9, 6)))
+    pool = GGeM(groups=2, p_range=(1.0, 50.0))
+    outside, inside = {"p": jnp.array([-4.0, 900.0])}, {"p": jnp.array([1.0, 50.0])}
+
+    def loss(params):
+        return pool.apply({"params": params}, tokens).sum()
+
+    value, gradient = jax.value_and_grad(loss)(outside)
+    chex.assert_trees_all_close((value, gradient), jax.value_and_grad(loss)(inside), rtol=1e-5)
+    assert bool(jnp.all(gradient["p"] != 0))
+
+
+def test_ggem_takes_a_mask():
+    tokens = jax.random.normal(jax.random.key(0), (2, 9, 6))
+    mask = jnp.arange(9) < jnp.array([[5], [9]])
+    pool = GGeM(groups=2)
+    params = pool.init(jax.random.key(0), tokens)
+    np.testing.assert_array_equal(pool.apply(params, tokens, mask=mask), pooling.ggem_pool(tokens, jnp.full(2, 3.0), mask=mask))
+
+
+def test_attention_pooling_equals_a_numpy_transcription():
+    model, params, images = build(MAP())
+    output = model.apply({"params": params}, images)
+    tokens, p = np.asarray(output.tokens, np.float64)[:, 1:], jax.tree.map(np.asarray, params["pool"])
+    pooled = numpy_attention(np.broadcast_to(p["query"], (2, 1, 24)), tokens, p["attention"])
+    want = pooled + numpy_mlp(numpy_norm(pooled, p["norm"]), p["mlp"], "exact")
+    np.testing.assert_allclose(output.descriptor, want[:, 0], rtol=2e-4, atol=2e-5)
+    with pytest.raises(ValueError, match="config"):
+        MAP().init(jax.random.key(0), jnp.ones((1, 4, 24)))
+
+
+def test_no_head_gives_no_logits():
+    model, params, images = build(num_classes=0)
+    output = model.apply({"params": params}, images)
+    assert output.logits is None
+    assert "head" not in params
+
+
+def test_recomputing_the_blocks_changes_no_number():
+    plain, params, images = build()
+    remat = ViT(ViTConfig(**SMALL, remat=True), pooling.avg_pool, 5)
+
+    def gradient(model):
+        return jax.grad(lambda params: jnp.sum(model.apply({"params": params}, images).logits ** 2))(params)
+
+    chex.assert_trees_all_close(gradient(remat), gradient(plain), rtol=1e-4, atol=1e-5)
+
+
+def test_dropout_and_drop_path_act_in_training_only():
+    model, params, images = build(dropout=0.3, drop_path=0.5)
+    quiet = model.apply({"params": params}, images).descriptor
+    np.testing.assert_array_equal(quiet, model.apply({"params": params}, images).descriptor)
+    noisy = [model.apply({"params": params}, images, train=True, rngs={"dropout": jax.random.key(key)}).descriptor for key in (0, 0, 1)]
+    np.testing.assert_array_equal(noisy[0], noisy[1])
+    assert not np.allclose(noisy[0], noisy[2])
+    assert not np.allclose(noisy[0], quiet)
+
+
+def test_drop_path_skips_whole_branches_of_the_last_block_most():
+    """With drop_path 1 the last block passes its tokens on unchanged, and the first is never skipped."""
+    model, params, images = build(drop_path=1.0, depth=2)
+    output = model.apply({"params": params}, images, train=True, rngs={"dropout": jax.random.key(0)})
+    one_block, _ = numpy_vit(images, params, ViTConfig(**SMALL | {"depth": 1}))
+    np.testing.assert_allclose(output.tokens_before_norm, one_block, rtol=2e-4, atol=2e-5)
+
+
+def test_bfloat16_computes_in_bfloat16_on_float32_parameters():
+    model, params, images = build(GGeM(), dtype="bfloat16")
+    output = model.apply({"params": params}, images)
+    chex.assert_type([output.tokens, output.descriptor, output.logits], jnp.bfloat16)
+    chex.assert_type(jax.tree.leaves(params), jnp.float32)
+    exact = ViT(ViTConfig(**SMALL), GGeM(), 5).apply({"params": params}, images)
+    np.testing.assert_allclose(output.descriptor.astype(jnp.float32), exact.descriptor, rtol=0.1, atol=0.05)
+
+
+@pytest.mark.parametrize("position", ["learned", "sincos"])
+def test_pictures_of_another_size_resample_the_positions(position):
+    model, params, _ = build(position=position)
+    output = model.apply({"params": params}, jnp.ones((1, 24, 12, 3)))
+    chex.assert_shape(output.tokens, (1, 1 + 6 * 3, 24))
+
+
+# torch.nn.functional.interpolate(..., mode="bicubic", align_corners=False) of GRID, computed with PyTorch 2.13.0.
+GRID = [[0.0, 1, 4, 9], [1, 0, 2, 5], [3, 3, 0, 1], [7, 2, 1, 0]]
+INTERPOLATED = {
+    (2, 2): [[-0.012695, 5.55957], [4.21582, -0.012695]],
+    (6, 3): [
+        [0.028039, 2.255209, 8.658306],
+        [0.247504, 1.301758, 6.825558],
+        [1.148865, 0.611799, 3.746794],
+        [2.462753, 1.292499, 1.34385],
+        [4.88502, 1.338867, 0.109051],
+        [6.581687, 1.100586, 0.067283],
+    ],
+}
+
+
+@pytest.mark.parametrize("new", INTERPOLATED)
+def test_resampling_equals_pytorch(new):
+    got = resample_position(jnp.array(GRID).reshape(16, 1), (4, 4), new)
+    np.testing.assert_allclose(got.reshape(new), INTERPOLATED[new], rtol=1e-5, atol=1e-5)
+
+
+def test_resampling_to_the_same_grid_changes_nothing():
+    grid = jax.random.normal(jax.random.key(0), (16, 3))
+    np.testing.assert_array_equal(resample_position(grid, (4, 4), (4, 4)), grid)
+
+
+def test_sincos_position_by_hand():
+    """Width 8: frequencies 1 and 1/100; sines then cosines of the column, then of the row."""
+    table = sincos_position(2, 8)
+    s, c, s2, c2 = math.sin(1), math.cos(1), math.sin(0.01), math.cos(0.01)
+    np.testing.assert_allclose(table[1], [s, s2, c, c2, 0, 0, 1, 1], rtol=1e-6)  # row 0, column 1
+    np.testing.assert_allclose(table[2], [0, 0, 1, 1, s, s2, c, c2], rtol=1e-6)  # row 1, column 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"width": 25}, "multiple of heads"),
+        ({"image": 18}, "multiple of patch"),
+        ({"depth": 0}, "depth must be at least 1"),
+        ({"position": "sincos", "width": 18}, "divisible by 4"),
+    ],
+)
+def test_impossible_configs_are_refused(changes, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        ViTConfig(**SMALL | changes)
+
+
+def test_unknown_variants_are_refused_and_known_ones_can_be_changed():
+    with pytest.raises(ValueError, match="Ti, S, B, L, H"):
+        vit_config("XL/16")
+    with pytest.raises(ValueError, match="patch size"):
+        vit_config("S16")
+    config = vit_config("S/8", image=96, registers=4)
+    assert (config.patch, config.width, config.image, config.registers) == (8, 384, 96, 4)
+
+
+def test_wrong_pictures_are_refused():
+    model, params, _ = build()
+    with pytest.raises(ValueError, match="multiples of 4"):
+        model.apply({"params": params}, jnp.zeros((1, 15, 16, 3)))
+    with pytest.raises(ValueError, match=r"\(b, h, w, 3\)"):
+        model.apply({"params": params}, jnp.zeros((16, 16, 3)))
+
+
+def test_pooling_works_inside_an_nnx_module():
+    class Pool(nnx.Module):
+        def __init__(self, groups):
+            self.p = nnx.Param(jnp.full(groups, 3.0))
+
+        def __call__(self, tokens):
+            return pooling.ggem_pool(tokens, self.p[...])
+
+    tokens = jax.random.normal(jax.random.key(0), (2, 9, 6))
+    gradient = nnx.grad(lambda pool: pool(tokens).sum())(Pool(3))
+    chex.assert_shape(gradient.p[...], (3,))
+    assert bool(jnp.all(gradient.p[...] != 0))
