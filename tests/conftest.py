@@ -1,17 +1,55 @@
-"""Shared by all tests: eight virtual CPU devices, and the folder of the golden data."""
+"""Shared by all tests: eight virtual CPU devices, the folder of the golden data, tools as processes of their own, and small data sets."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import chex
+import numpy as np
 import pytest
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 
 chex.set_n_cpu_devices(8)
 
+# The smallest training that uses everything: a second or two to compile.
+TINY = [
+    "--config", "digits", "--model.width", "16", "--model.depth", "2", "--model.heads", "2", "--model.mlp_width", "32", "--batch", "32",
+]  # fmt: skip
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
-    """The root of the golden and real data; each test skips only where its own folder is absent."""
+    """The root of the golden and real data; a test skips only where its own folder is absent."""
     return Path(os.environ.get("GGEM_SHARED", ROOT / ".." / "shared")).resolve()
+
+
+@pytest.fixture(scope="session")
+def tool():
+    """Starts `python -m MODULE FLAGS` in a process of its own, with `devices` CPU devices and files of at most `file_blocks` x 512 bytes."""
+
+    def start(module: str, *flags: object, devices: int = 1, environment: dict[str, str] | None = None, file_blocks: int | None = None):
+        own = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "PYTEST_"))}
+        own |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"} | (environment or {})
+        command = [sys.executable, "-W", "error::UserWarning", "-m", module, *map(str, flags)]
+        if file_blocks is not None:
+            command = ["sh", "-c", 'ulimit -f "$0"; exec "$@"', str(file_blocks), *command]
+        return subprocess.Popen(command, cwd=ROOT, env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+    return start
+
+
+@pytest.fixture
+def class_folders(tmp_path):
+    """Three classes of 12 x 12 pixel pictures, 10 in train and 4 in test each: noise around a grey of its own."""
+    rng = np.random.default_rng(0)
+    for split, count in (("train", 10), ("test", 4)):
+        for label, name in enumerate(("ants", "bees", "cows")):
+            folder = tmp_path / "pictures" / split / name
+            folder.mkdir(parents=True)
+            for i in range(count):
+                noise = np.clip(rng.normal(60 + 60 * label, 20, (12, 12, 3)), 0, 255).astype(np.uint8)
+                Image.fromarray(noise).save(folder / f"{name}{i}.png")
+    return tmp_path / "pictures"

@@ -47,7 +47,9 @@ def test_exif_rotation_is_applied():
     np.testing.assert_array_equal(image[..., 0], np.rot90(GRADIENT, -1))
 
 
-@pytest.mark.parametrize("content", [b"", b"no picture", encoded(NOISE)[:2000], encoded(NOISE, "JPEG")[:2000]], ids=["empty", "text", "truncated PNG", "truncated JPEG"])
+@pytest.mark.parametrize(
+    "content", [b"", b"no picture", encoded(NOISE)[:2000], encoded(NOISE, "JPEG")[:2000]], ids=["empty", "text", "truncated PNG", "truncated JPEG"]
+)
 def test_unreadable_files_are_named(tmp_path, content):
     path = tmp_path / "broken.png"
     path.write_bytes(content)

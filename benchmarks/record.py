@@ -1,0 +1,66 @@
+"""What every benchmark says of itself, and where its rows go."""
+
+import csv
+import importlib.metadata
+import platform
+import re
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def machine() -> dict[str, str]:
+    """Device, versions and date, the same for all rows of a run."""
+    device = jax.devices()[0]
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "device": f"{jax.device_count()} x {_cpu() if device.platform == 'cpu' else device.device_kind}",
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "flax": importlib.metadata.version("flax"),
+    }
+
+
+def _cpu() -> str:
+    """The name of the processor and the number of its cores, as far as the system tells."""
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = re.findall(r"^model name\s*:\s*(.*)$", text, flags=re.MULTILINE)
+    return f"{names[0]}, {len(names)} cores" if names else platform.machine()
+
+
+def append(name: str, row: dict[str, Any]) -> None:
+    """Prints a row and appends it to `benchmarks/results/NAME.csv`, which must have the same columns."""
+    print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
+    path = RESULTS / f"{name}.csv"
+    new = not path.exists()
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, row.keys())
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+
+
+def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+    """Seconds of each call in each round. The calls take turns, so that a slow moment of the machine meets all; the first round is thrown away."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(rounds + 1):
+        for name, call in calls.items():
+            began = time.perf_counter()
+            call()
+            seconds[name].append(time.perf_counter() - began)
+    return {name: times[1:] for name, times in seconds.items()}
+
+
+def median_and_spread(times: list[float]) -> tuple[float, float]:
+    """Median in milliseconds, and the distance between the quartiles as a share of it."""
+    low, middle, high = statistics.quantiles(times, n=4)
+    return 1e3 * middle, (high - low) / middle

@@ -1,0 +1,139 @@
+"""How good a trained classifier is: python -m eval.classify RUN [OTHER].
+
+Prints top-1 and top-5 accuracy with 95 % intervals and a table by class from the newest checkpoint of a run of `train.classify`; with a second run,
+also a paired comparison on the same pictures. `--json` prints one JSON object instead.
+"""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import Positional, arg
+
+from eval.statistics import Interval, Paired, paired, proportion
+from ggem_jax.optimizer import exponents
+from train.checkpoints import Checkpoints
+from train.config import Refused, parse
+from train.data import open_data
+from train.evaluate import Predictions, evaluate
+from train.run import one_sentence, read_run
+from train.step import make_steps
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """How good a trained classifier is, and which of two is better."""
+
+    run: Positional[Path]  # folder of a run of train.classify
+    other: Positional[Path | None] = None  # folder of another run to compare it with
+    json: bool = False  # print one JSON object
+    data: str | None = None  # evaluate on another source than the run's: digits, folder:DIR or tfds:NAME
+    data_dir: Annotated[Path | None, arg(aliases=["--data-dir"])] = None  # where tfds data sets are prepared; None: as in the run
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One run on its evaluation pictures."""
+
+    run: Path
+    step: int
+    classes: tuple[str, ...]
+    predictions: Predictions
+    p: dict[str, list[float]]  # learned exponents
+
+    @property
+    def top1(self) -> Interval:
+        return proportion(self.predictions.top(1))
+
+    @property
+    def top5(self) -> Interval:
+        return proportion(self.predictions.top(5))
+
+    def by_class(self) -> list[tuple[str, int, Interval]]:
+        """Name, number of pictures and top-1 accuracy of each class that has pictures."""
+        correct, label = self.predictions.top(1), self.predictions.label
+        return [(name, int(np.sum(label == i)), proportion(correct[label == i])) for i, name in enumerate(self.classes) if np.any(label == i)]
+
+
+def main(argv: list[str] | None = None) -> None:
+    with one_sentence("eval.classify"):
+        config = parse(Evaluate, sys.argv[1:] if argv is None else argv, "eval.classify")
+        runs = [load(run, config) for run in (config.run, config.other) if run is not None]
+        comparison = compare(*runs) if len(runs) == 2 else None
+        if config.json:
+            print(json.dumps(as_json(runs, comparison)))
+        else:
+            show(runs, comparison)
+
+
+def load(run: Path, how: Evaluate) -> Evaluated:
+    """Evaluates the newest checkpoint of a run."""
+    config, classes = read_run(run)
+    data = dataclasses.replace(config.data, source=how.data or config.data.source, data_dir=how.data_dir or config.data.data_dir)
+    config = dataclasses.replace(config, data=data)
+    _, pictures = open_data(data)
+    if pictures.classes != classes:
+        raise Refused(f"{run} was trained on the classes {', '.join(classes)}, but {data.source} has {', '.join(pictures.classes)}")
+    if not (run / "checkpoints").is_dir():
+        raise Refused(f"{run} has no checkpoint yet")
+    checkpoints = Checkpoints(run, read_only=True)
+    step = checkpoints.latest()
+    if step is None:
+        raise Refused(f"{run} has no checkpoint yet")
+    steps = make_steps(config, len(classes), total_steps=2)  # any number: the schedule does not matter here
+    state = checkpoints.restore(steps)
+    p = {name: np.asarray(value).tolist() for name, value in exponents(state.evaluated).items()}
+    return Evaluated(run, step, pictures.classes, evaluate(steps, state.evaluated, pictures, config), p)
+
+
+def compare(first: Evaluated, second: Evaluated) -> Paired:
+    a, b = first.predictions, second.predictions
+    if first.classes != second.classes or not np.array_equal(a.index, b.index) or not np.array_equal(a.label, b.label):
+        raise Refused(f"{first.run} and {second.run} were not evaluated on the same pictures, so they cannot be compared in pairs")
+    return paired(a.top(1), b.top(1))
+
+
+def as_json(runs: list[Evaluated], comparison: Paired | None) -> dict[str, Any]:
+    entries = [
+        {
+            "run": str(run.run),
+            "step": run.step,
+            "images": len(run.predictions.label),
+            "top1": dataclasses.asdict(run.top1),
+            "top5": dataclasses.asdict(run.top5),
+            "nll": run.predictions.nll(),
+            "p": run.p,
+            "by_class": [{"name": name, "images": count, "top1": dataclasses.asdict(top1)} for name, count, top1 in run.by_class()],
+        }
+        for run in runs
+    ]
+    return {"runs": entries, "paired": None if comparison is None else dataclasses.asdict(comparison)}
+
+
+def show(runs: list[Evaluated], comparison: Paired | None) -> None:
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    for run in runs:
+        table = Table("class", title=f"{run.run}, step {run.step}, {len(run.predictions.label):,} pictures", title_justify="left")
+        table.add_column("pictures", justify="right")
+        table.add_column("top-1 [95 % interval]", justify="right")
+        for name, count, top1 in run.by_class():
+            table.add_row(name, f"{count:,}", str(top1))
+        console.print(table)
+        console.print(f"top-1 {run.top1}   top-5 {run.top5}   negative log-likelihood {run.predictions.nll():.4f}")
+        for name, values in run.p.items():
+            console.print(f"learned {name}: {' '.join(f'{value:.2f}' for value in values)}")
+    if comparison is not None:
+        console.print(
+            f"first less second: {comparison.difference}; only the first is right on {comparison.only_first} pictures, only the second on "
+            f"{comparison.only_second}; McNemar's exact test p = {comparison.p_value:.3g}"
+        )
+
+
+if __name__ == "__main__":
+    main()

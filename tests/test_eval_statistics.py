@@ -1,0 +1,52 @@
+"""eval/statistics.py against worked examples."""
+
+import numpy as np
+import pytest
+
+from eval.statistics import Interval, mean, paired, proportion
+
+
+def test_wilson_interval_of_a_published_example():
+    """81 of 263: Wilson's interval is 0.2553 to 0.3662 (Newcombe, Statistics in Medicine 17, 1998, table I, method 3)."""
+    interval = proportion(np.arange(263) < 81)
+    assert (interval.value, interval.low, interval.high) == pytest.approx((81 / 263, 0.2553, 0.3662), abs=5e-5)
+
+
+def test_an_interval_of_no_errors_does_not_end_at_one():
+    interval = proportion(np.ones(20, bool))
+    assert interval.value == 1
+    assert 0.8 < interval.low < 0.9
+
+
+def test_mean_of_three_values_by_hand():
+    """1, 2, 3: mean 2, standard error 1/sqrt(3), t(0.975, 2) = 4.3027, half width 2.4841."""
+    interval = mean(np.array([1.0, 2.0, 3.0]))
+    assert (interval.value, interval.low, interval.high) == pytest.approx((2, 2 - 2.4841, 2 + 2.4841), abs=1e-4)
+    assert np.isnan(mean(np.array([1.0])).low)
+
+
+def test_the_t_interval_covers_the_truth_as_often_as_it_says():
+    rng = np.random.default_rng(0)
+    intervals = [mean(rng.normal(1.0, 2.0, 5)) for _ in range(2000)]
+    covered = np.mean([interval.low <= 1.0 <= interval.high for interval in intervals])
+    assert 0.935 < covered < 0.965
+
+
+def test_mcnemar_by_hand():
+    """10 pictures only the first has right, 2 only the second: 2 (C(12,0) + C(12,1) + C(12,2)) / 2^12 = 0.03857."""
+    first = np.array([True] * 10 + [False] * 2 + [True] * 30 + [False] * 5)
+    second = np.array([False] * 10 + [True] * 2 + [True] * 30 + [False] * 5)
+    result = paired(first, second)
+    assert (result.only_first, result.only_second) == (10, 2)
+    assert result.p_value == pytest.approx(2 * (1 + 12 + 66) / 2**12)
+    assert result.difference.value == pytest.approx(8 / 47)
+    assert paired(first, first).p_value == 1
+
+
+def test_different_pictures_cannot_be_paired():
+    with pytest.raises(ValueError, match="same pictures"):
+        paired(np.ones(3, bool), np.ones(4, bool))
+
+
+def test_intervals_are_printed_in_percent():
+    assert str(Interval(0.5, 0.4, 0.6)) == "50.00 % [40.00, 60.00]"

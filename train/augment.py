@@ -1,0 +1,96 @@
+"""Random changes of a training picture, `(height, width, 3)` uint8 to `(side, side, 3)` uint8; every random number comes from the generator given."""
+
+import math
+
+import numpy as np
+from PIL import Image, ImageEnhance, ImageOps
+
+from ggem_jax.images import RGB, centre_crop, resize
+from train.config import Augment
+
+
+def augment(image: RGB, side: int, how: Augment, rng: np.random.Generator) -> RGB:
+    """Crop, flip, RandAugment, erase: those that are switched on, in this order."""
+    image = {"none": lambda: centre_crop(image, side), "pad": lambda: pad_crop(image, side, how.pad, rng),
+             "resized": lambda: resized_crop(image, side, how.min_area, rng)}[how.crop]()  # fmt: skip
+    if how.flip and rng.random() < 0.5:
+        image = image[:, ::-1]
+    if how.randaugment_ops:
+        image = randaugment(image, how.randaugment_ops, how.randaugment_magnitude, rng)
+    if rng.random() < how.erase:
+        image = erase(image, rng)
+    return np.ascontiguousarray(image)
+
+
+def pad_crop(image: RGB, side: int, pad: int, rng: np.random.Generator) -> RGB:
+    """Reflects `pad` pixels around the picture and cuts a square at random."""
+    image = np.pad(centre_crop(image, side), ((pad, pad), (pad, pad), (0, 0)), mode="reflect" if pad < side else "edge")
+    top, left = rng.integers(0, 2 * pad + 1, 2)
+    return image[top : top + side, left : left + side]
+
+
+def resized_crop(image: RGB, side: int, min_area: float, rng: np.random.Generator) -> RGB:
+    """Cuts a rectangle of random area (`min_area` to 1) and shape (3:4 to 4:3) and resizes it: Szegedy et al. 2015, arXiv:1409.4842, section 6."""
+    height, width = image.shape[:2]
+    for _ in range(10):
+        area = height * width * rng.uniform(min_area, 1)
+        ratio = math.exp(rng.uniform(-math.log(4 / 3), math.log(4 / 3)))
+        h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
+        if 0 < h <= height and 0 < w <= width:
+            top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
+            return resize(image[top : top + h, left : left + w], side, side)
+    return centre_crop(image, side)
+
+
+def erase(image: RGB, rng: np.random.Generator) -> RGB:
+    """Replaces a rectangle of 2 % to 33 % of the picture by noise: Zhong et al. 2020, arXiv:1708.04896."""
+    height, width = image.shape[:2]
+    area = height * width * rng.uniform(0.02, 1 / 3)
+    ratio = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
+    h, w = min(round(math.sqrt(area * ratio)), height), min(round(math.sqrt(area / ratio)), width)
+    top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
+    image = image.copy()
+    image[top : top + h, left : left + w] = rng.integers(0, 256, (h, w, 3))
+    return image
+
+
+def randaugment(image: RGB, ops: int, magnitude: float, rng: np.random.Generator) -> RGB:
+    """Applies random operations, each with probability 1/2 and a strength around `magnitude` of 10: Cubuk et al. 2020, arXiv:1909.13719.
+
+    Strength, probability and the list are those that ViT recipes write as `rand-m9-mstd0.5-inc1`: stronger is further from the picture for every
+    operation.
+    """
+    picture = Image.fromarray(np.ascontiguousarray(image))
+    for operation in rng.integers(0, len(_OPERATIONS), ops):
+        if rng.random() < 0.5:
+            strength = float(np.clip(rng.normal(magnitude, 0.5), 0, 10)) / 10
+            picture = _OPERATIONS[operation](picture, strength, 1 if rng.random() < 0.5 else -1)
+    return np.asarray(picture)
+
+
+def _affine(picture, matrix):
+    return picture.transform(picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=(128, 128, 128))
+
+
+def _enhance(kind):
+    return lambda picture, strength, sign: kind(picture).enhance(max(0.1, 1 + 0.9 * strength * sign))
+
+
+# Each takes (picture, strength in [0, 1], sign).
+_OPERATIONS = (
+    lambda picture, strength, sign: ImageOps.autocontrast(picture),
+    lambda picture, strength, sign: ImageOps.equalize(picture),
+    lambda picture, strength, sign: ImageOps.invert(picture),
+    lambda picture, strength, sign: picture.rotate(30 * strength * sign, Image.Resampling.BILINEAR, fillcolor=(128, 128, 128)),
+    lambda picture, strength, sign: ImageOps.posterize(picture, 4 - int(4 * strength) or 1),
+    lambda picture, strength, sign: ImageOps.solarize(picture, 256 - int(256 * strength)),
+    lambda picture, strength, sign: picture.point([min(255, v + int(110 * strength)) if v < 128 else v for v in range(256)] * 3),
+    _enhance(ImageEnhance.Color),
+    _enhance(ImageEnhance.Contrast),
+    _enhance(ImageEnhance.Brightness),
+    _enhance(ImageEnhance.Sharpness),
+    lambda picture, strength, sign: _affine(picture, (1, 0.3 * strength * sign, 0, 0, 1, 0)),
+    lambda picture, strength, sign: _affine(picture, (1, 0, 0, 0.3 * strength * sign, 1, 0)),
+    lambda picture, strength, sign: _affine(picture, (1, 0, 0.45 * strength * sign * picture.width, 0, 1, 0)),
+    lambda picture, strength, sign: _affine(picture, (1, 0, 0, 0, 1, 0.45 * strength * sign * picture.height)),
+)

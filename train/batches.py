@@ -1,0 +1,80 @@
+"""Pictures -> batches, the same ones in the same order for a seed, whatever the number of processes and wherever a run is taken up again."""
+
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import grain
+import numpy as np
+
+from ggem_jax.images import UnreadableImage, centre_crop, resize
+from train.augment import augment
+from train.config import Config, Refused
+from train.data import Pictures
+
+# image (b, side, side, 3) uint8, label (b,) int32; for evaluation also weight (b,) float32 and index (b,) int32
+Batch = dict[str, np.ndarray]
+
+
+def train_batches(pictures: Pictures, config: Config, *, start: int, process: int = 0, processes: int = 1) -> Iterator[Batch]:
+    """Endless shuffled and augmented batches from step `start` on: this process's rows of each.
+
+    Batch k holds the pictures k * batch ... (k + 1) * batch - 1 of the shuffled stream, and each draws its random numbers from its own place in
+    the stream, so nothing depends on where the stream was entered.
+    """
+    local = config.batch // processes
+    reader = _Reader(pictures, config.data.corrupt)
+
+    def example(index: int, rng: np.random.Generator) -> dict[str, Any]:
+        image, label = reader(index)
+        return {"image": augment(image, config.model.image, config.augment, rng), "label": np.int32(label)}
+
+    stream = grain.MapDataset.range(len(pictures)).seed(config.seed).shuffle().repeat(None).random_map(example).batch(local)
+    mine = stream[start * processes + process :: processes]
+    return iter(mine.to_iter_dataset(grain.ReadOptions(num_threads=config.data.workers, prefetch_buffer_size=4 * config.data.workers)))
+
+
+def eval_batches(pictures: Pictures, config: Config, *, process: int = 0, processes: int = 1) -> Iterator[Batch]:
+    """All pictures once, in order. The last batch is filled up with weight 0, which is also what a skipped corrupt picture gets."""
+    local = config.batch // processes
+    reader = _Reader(pictures, config.data.corrupt)
+    side = config.model.image
+
+    def example(index: int) -> dict[str, Any]:
+        picture = reader.or_none(index) if index < len(pictures) else None
+        image, label = picture or (np.zeros((side, side, 3), np.uint8), 0)
+        if config.data.eval_crop == "squash":
+            image = resize(image, side, side)
+        else:
+            image = centre_crop(image, side, zoom=config.data.eval_zoom)
+        return {"image": image, "label": np.int32(label), "weight": np.float32(picture is not None), "index": np.int32(index)}
+
+    steps = -(-len(pictures) // config.batch)
+    stream = grain.MapDataset.range(steps * config.batch).map(example).batch(local)[process::processes]
+    return iter(stream.to_iter_dataset(grain.ReadOptions(num_threads=config.data.workers, prefetch_buffer_size=4 * config.data.workers)))
+
+
+class _Reader:
+    """Loads pictures; one that cannot be decoded is refused, or named once and replaced by the next that can."""
+
+    def __init__(self, pictures: Pictures, corrupt: str):
+        self.pictures, self.corrupt = pictures, corrupt
+        self.named: set[int] = set()
+
+    def __call__(self, index: int):
+        for offset in range(len(self.pictures)):
+            found = self.or_none((index + offset) % len(self.pictures))
+            if found is not None:
+                return found
+        raise Refused("no picture of the training split can be read")
+
+    def or_none(self, index: int):
+        try:
+            return self.pictures.load(index)
+        except UnreadableImage as error:
+            if self.corrupt == "refuse":
+                raise Refused(f"{error} (--data.corrupt skip goes on without it)") from None
+            if index not in self.named:
+                self.named.add(index)
+                print(f"skipped: {error}", file=sys.stderr, flush=True)
+            return None

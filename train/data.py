@@ -1,0 +1,181 @@
+"""Where pictures come from: `digits`, `folder:DIR` or `tfds:NAME`, each as random-access splits of labelled pictures."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ggem_jax.images import EXTENSIONS, RGB, read_image
+from train.config import Data, Refused
+
+KNOWN = "digits, folder:DIR, tfds:NAME"
+TRAIN_SPLITS = ("train",)
+EVAL_SPLITS = ("test", "val", "validation")
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """One split: `load(i)` gives picture i, `(h, w, 3)` uint8, and its label; a picture that cannot be decoded raises `UnreadableImage`."""
+
+    size: int
+    classes: tuple[str, ...]
+    load: Callable[[int], tuple[RGB, int]]
+    labels: Callable[[], np.ndarray]  # of all pictures: reads what it must
+
+    def __len__(self) -> int:
+        return self.size
+
+    def take(self, indices: np.ndarray) -> "Pictures":
+        """The pictures with these numbers, in this order."""
+        return Pictures(len(indices), self.classes, lambda i: self.load(int(indices[i])), lambda: self.labels()[indices])
+
+
+def open_data(data: Data) -> tuple[Pictures, Pictures]:
+    """The training and the evaluation pictures of a source."""
+    kind, _, name = data.source.partition(":")
+    if kind == "digits" and not name:
+        splits = {"train": digits()}
+    elif kind == "folder" and name:
+        splits = folder(Path(name).expanduser())
+    elif kind == "tfds" and name:
+        splits = tfds(name, data.data_dir.expanduser(), download=data.download)
+    else:
+        raise Refused(f"unknown data source {data.source!r}; known are {KNOWN}")
+    if len(splits) == 2:
+        return splits["train"], splits["eval"]
+    return hold_out(splits["train"], data.holdout)
+
+
+def digits() -> Pictures:
+    """1,797 handwritten digits of 8 x 8 pixels that scikit-learn carries: Alpaydin and Kaynak, UCI machine learning repository, 1998."""
+    from sklearn.datasets import load_digits
+
+    found = load_digits()
+    images = np.repeat(np.round(found.images * (255 / 16)).astype(np.uint8)[..., None], 3, axis=-1)
+    labels = found.target.astype(np.int32)
+    return Pictures(len(labels), tuple("0123456789"), lambda i: (images[i], int(labels[i])), lambda: labels)
+
+
+def folder(root: Path) -> dict[str, Pictures]:
+    """`root/train/CLASS/*.png` with `root/test` (or val, validation) beside it, or `root/CLASS/*.png` as one split.
+
+    Pictures whose names are all numbers stand in the order of these numbers, otherwise in the order of their paths.
+    """
+    if not root.is_dir():
+        raise Refused(f"there is no folder {root}")
+    inside = {path.name for path in root.iterdir() if path.is_dir()}
+    train_name = next((name for name in TRAIN_SPLITS if name in inside), None)
+    eval_name = next((name for name in EVAL_SPLITS if name in inside), None)
+    if train_name is None:
+        return {"train": _class_folders(root)}
+    splits = {"train": _class_folders(root / train_name)}
+    if eval_name is not None:
+        splits["eval"] = _class_folders(root / eval_name)
+        if splits["eval"].classes != splits["train"].classes:
+            difference = sorted(set(splits["train"].classes) ^ set(splits["eval"].classes))
+            raise Refused(f"{root}/{train_name} and {root}/{eval_name} must have the same classes; only one has {', '.join(difference)}")
+    return splits
+
+
+def _class_folders(root: Path) -> Pictures:
+    classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    if not classes:
+        raise Refused(f"{root} holds no class sub-folders")
+    paths, labels = [], []
+    for label, name in enumerate(classes):
+        found = sorted(path for path in (root / name).iterdir() if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."))
+        if not found:
+            raise Refused(f"the class folder {root / name} holds no pictures ({', '.join(EXTENSIONS)})")
+        paths += found
+        labels += [label] * len(found)
+    if all(re.fullmatch("[0-9]+", path.stem) for path in paths):
+        order = np.argsort([int(path.stem) for path in paths], kind="stable")
+    else:
+        order = np.arange(len(paths))
+    paths, label_array = [paths[i] for i in order], np.array(labels, np.int32)[order]
+    return Pictures(len(paths), tuple(classes), lambda i: (read_image(paths[i]), int(label_array[i])), lambda: label_array)
+
+
+def tfds(name: str, data_dir: Path, *, download: bool = False) -> dict[str, Pictures]:
+    """A prepared TensorFlow Datasets data set, `name[/config][:version]`, read through its random-access data source: no TensorFlow needed."""
+    folder_ = _prepared(name, data_dir)
+    if folder_ is None and download:
+        _prepare(name, data_dir)
+        folder_ = _prepared(name, data_dir)
+    if folder_ is None:
+        raise Refused(
+            f"{name} is not prepared in {data_dir} (there: {', '.join(_all_prepared(data_dir)) or 'nothing'}): add --download to let "
+            "TensorFlow Datasets fetch it, or make it from files at hand with python -m train.prepare"
+        )
+    import tensorflow_datasets
+
+    builder = tensorflow_datasets.builder_from_directory(folder_)
+    features = builder.info.features
+    if not {"image", "label"} <= set(features):
+        raise Refused(f"{name} has the features {', '.join(features)}, but image and label are needed")
+    if builder.info.file_format.value != "array_record":
+        raise Refused(f"{folder_} is stored as {builder.info.file_format.value}; random access needs array_record: prepare it again with --download")
+    train_name = next((split for split in TRAIN_SPLITS if split in builder.info.splits), None)
+    if train_name is None:
+        raise Refused(f"{name} has the splits {', '.join(builder.info.splits)}, but none is called train")
+    eval_name = next((split for split in EVAL_SPLITS if split in builder.info.splits), None)
+    splits = {"train": _tfds_split(builder, train_name)}
+    if eval_name is not None:
+        splits["eval"] = _tfds_split(builder, eval_name)
+    return splits
+
+
+def _tfds_split(builder, split: str) -> Pictures:
+    from tensorflow_datasets import decode
+
+    records = builder.as_data_source(split, decoders={"image": decode.SkipDecoding()})  # as files: our own decoder serves every source
+
+    def load(i: int) -> tuple[RGB, int]:
+        record = records[i]
+        return read_image(record["image"], name=f"picture {i} of {builder.name}, split {split},"), int(record["label"])
+
+    def column(name: str) -> np.ndarray:
+        return np.array([records[i][name] for i in range(len(records))])
+
+    pictures = Pictures(len(records), tuple(builder.info.features["label"].names), load, lambda: column("label").astype(np.int32))
+    if "index" in builder.info.features and not builder.info.disable_shuffling:
+        return pictures.take(np.argsort(column("index"), kind="stable"))
+    return pictures
+
+
+def _prepared(name: str, data_dir: Path) -> Path | None:
+    """The folder of the newest prepared version of `name[/config][:version]`."""
+    path, _, version = name.partition(":")
+    found = [info.parent for info in (data_dir / path).glob(f"{version or '*'}/dataset_info.json")]
+    return max(found, key=lambda folder: [int(part) for part in re.findall("[0-9]+", folder.name)], default=None)
+
+
+def _all_prepared(data_dir: Path) -> list[str]:
+    infos = [*data_dir.glob("*/*/dataset_info.json"), *data_dir.glob("*/*/*/dataset_info.json")]
+    return sorted({str(info.parent.parent.relative_to(data_dir)) for info in infos})
+
+
+def _prepare(name: str, data_dir: Path) -> None:
+    import tensorflow_datasets
+
+    try:
+        tensorflow_datasets.builder(name, data_dir=data_dir, file_format="array_record").download_and_prepare()
+    except Exception as error:  # of many kinds: no such data set, no network, no TensorFlow for its generator
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise Refused(f"TensorFlow Datasets could not prepare {name} in {data_dir}: {reason}") from None
+
+
+def hold_out(pictures: Pictures, share: float) -> tuple[Pictures, Pictures]:
+    """Keeps `share` of each class, drawn once and for all, for evaluation; both parts stay in the order of the source."""
+    if not 0 < share < 1:
+        raise Refused(f"data.holdout must lie between 0 and 1, not at {share}")
+    labels, rng = pictures.labels(), np.random.default_rng(0)
+    held = np.zeros(len(labels), bool)
+    for label in range(len(pictures.classes)):
+        members = rng.permutation(np.flatnonzero(labels == label))
+        held[members[: round(share * len(members))]] = True
+    if held.all() or not held.any():
+        raise Refused(f"data.holdout {share} leaves one of the two parts of {len(labels)} pictures empty")
+    return pictures.take(np.flatnonzero(~held)), pictures.take(np.flatnonzero(held))

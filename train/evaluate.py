@@ -1,0 +1,51 @@
+"""A model on all the evaluation pictures."""
+
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+from train.batches import Batch, eval_batches
+from train.config import Config, Refused
+from train.data import Pictures
+from train.step import Steps
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """Class probabilities of the evaluation pictures that could be read, in the order of their split."""
+
+    index: np.ndarray  # (n,) number of the picture in its split
+    label: np.ndarray  # (n,)
+    probability: np.ndarray  # (n, classes) float32
+
+    def top(self, k: int) -> np.ndarray:
+        """Whether the label is among the k most probable classes, `(n,)` bool; ties count against the model."""
+        own = np.take_along_axis(self.probability, self.label[:, None], axis=1)
+        return (self.probability >= own).sum(axis=1) <= k
+
+    def nll(self) -> float:
+        """Mean negative log-likelihood of the labels."""
+        own = np.take_along_axis(self.probability, self.label[:, None], axis=1)
+        return float(-np.log(np.maximum(own, 1e-30)).mean())
+
+
+def evaluate(steps: Steps, params, pictures: Pictures, config: Config) -> Predictions:
+    """Predicts every picture once; all processes get all predictions."""
+    parts = []
+    for batch in eval_batches(pictures, config, process=jax.process_index(), processes=jax.process_count()):
+        probability = steps.evaluate(params, on_devices({"image": batch["image"]}, steps)["image"])
+        rest = {name: batch[name] for name in ("index", "label", "weight")}
+        rest = multihost_utils.process_allgather(rest, tiled=True) if jax.process_count() > 1 else rest
+        parts.append({**rest, "probability": np.asarray(probability)})
+    whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+    kept = whole["weight"] > 0
+    if not kept.any():
+        raise Refused("no picture of the evaluation split can be read")
+    return Predictions(whole["index"][kept], whole["label"][kept], whole["probability"][kept])
+
+
+def on_devices(batch: Batch, steps: Steps) -> dict[str, jax.Array]:
+    """Puts this process's rows on its devices, as part of the batch of all processes."""
+    return {name: jax.make_array_from_process_local_data(steps.batch_sharding, array) for name, array in batch.items()}

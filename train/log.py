@@ -1,0 +1,117 @@
+"""What a run says: a banner, a progress bar or plain lines, `metrics.jsonl`, TensorBoard where its writer is installed."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+
+class Log:
+    """Writes and speaks for one run; `run=None`, for the processes after the first, does neither, `quiet` only writes."""
+
+    def __init__(self, run: Path | None, *, total_steps: int, start: int, quiet: bool = False):
+        self.run = run
+        if run is None:
+            return
+        self.console = Console(stderr=True, quiet=quiet)
+        self.bar = _progress_bar(self.console, total_steps, start) if self.console.is_terminal and not quiet else None
+        keep_until(run / "metrics.jsonl", start)
+        self.file = (run / "metrics.jsonl").open("a", buffering=1)
+        self.board = TensorBoard(run / "tensorboard")
+
+    def banner(self, facts: dict[str, str]) -> None:
+        if self.run is not None:
+            width = max(map(len, facts))
+            for name, fact in facts.items():
+                self.console.print(f"{name:<{width}}  {fact}", highlight=False, markup=False, soft_wrap=True)
+            if self.bar:
+                self.bar.start()
+
+    def advance(self, step: int) -> None:
+        if self.run is not None and self.bar:
+            self.bar.update(self.bar.task_ids[0], completed=step)
+
+    def metrics(self, kind: str, step: int, values: dict[str, Any], said: str) -> None:
+        """Writes one JSON line, the scalars to TensorBoard, and `said` for people."""
+        if self.run is None:
+            return
+        self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
+        self.board.write(kind, step, values)
+        if self.bar and kind == "train":
+            self.bar.update(self.bar.task_ids[0], said=said.partition("  ")[2])  # the bar counts the steps itself
+        else:
+            self.console.print(said, highlight=False, markup=False, soft_wrap=True)
+
+    def say(self, sentence: str) -> None:
+        if self.run is not None:
+            self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
+
+    def close(self) -> None:
+        if self.run is not None:
+            if self.bar:
+                self.bar.stop()
+            self.file.close()
+            self.board.close()
+
+
+def keep_until(path: Path, step: int) -> None:
+    """Drops the lines after `step`: a run that is taken up at a checkpoint writes them again."""
+    if not path.exists():
+        return
+    kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+    write_text(path, "".join(f"{line}\n" for line in kept))
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file under a temporary name and renames it, so that it is never half there."""
+    temporary = path.with_name(f".{path.name}.new")
+    try:
+        temporary.write_text(text)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def read_metrics(run: Path, kind: str) -> list[dict[str, Any]]:
+    """The lines of one kind of `metrics.jsonl`, oldest first."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if line["kind"] == kind]
+
+
+def _progress_bar(console: Console, total_steps: int, start: int) -> Progress:
+    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[said]}")
+    bar = Progress(*columns, console=console, transient=True)
+    bar.add_task("training", total=total_steps, completed=start, said="")
+    return bar
+
+
+class TensorBoard:
+    """Writes scalars for TensorBoard where tensorboardX is installed; at once, without a thread, so that a full disk is an error like any other."""
+
+    def __init__(self, folder: Path):
+        try:
+            from tensorboardX.event_file_writer import EventsWriter
+        except ImportError:
+            self.writer = None
+            return
+        folder.mkdir(exist_ok=True)
+        self.writer = EventsWriter(str(folder / "events"))
+
+    def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        if self.writer is None:
+            return
+        from tensorboardX.proto.event_pb2 import Event
+        from tensorboardX.summary import scalar
+
+        for name, value in values.items():
+            if isinstance(value, int | float):
+                self.writer.write_event(Event(wall_time=time.time(), step=step, summary=scalar(f"{kind}/{name}", value)))
+        self.writer.flush()
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.close()

@@ -1,0 +1,34 @@
+"""The curves of a run as a picture."""
+
+from pathlib import Path
+
+from train.log import read_metrics
+
+
+def draw_curves(run: Path) -> Path:
+    """Draws loss, accuracy and the learned exponents over the steps into `RUN/curves.png`."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib.figure import Figure
+
+    train, evals = read_metrics(run, "train"), read_metrics(run, "eval")
+    names = sorted({name for line in evals for name in line["p"]})
+    figure = Figure(figsize=(4.5 * (2 + bool(names)), 3.4), layout="constrained")
+    axes = figure.subplots(1, 2 + bool(names))
+    axes[0].plot([line["step"] for line in train], [line["loss"] for line in train], linewidth=1)
+    axes[0].set(title="training loss", xlabel="step", yscale="log")
+    for metric in ("top1", "top5"):
+        axes[1].plot([line["step"] for line in evals], [100 * line[metric] for line in evals], marker=".", label=metric)
+    axes[1].set(title="accuracy, %", xlabel="step")
+    axes[1].legend()
+    for name in names:
+        p = [line["p"][name] for line in evals]
+        for group in range(len(p[0])):
+            axes[2].plot([line["step"] for line in evals], [values[group] for values in p], marker=".", linewidth=1)
+        axes[2].set(title=f"learned p of {len(p[0])} group(s)", xlabel="step")
+    for axis in axes:
+        axis.grid(alpha=0.3)
+    temporary = run / ".curves.new.png"
+    figure.savefig(temporary, dpi=120)
+    return temporary.replace(run / "curves.png")

@@ -1,0 +1,225 @@
+"""Turns packed pictures into class sub-folders and into a TensorFlow Datasets data set: python -m train.prepare PACKED OUT.
+
+PACKED is a folder with one of
+- `*train*.npz` and `*test*.npz` with `jpeg_bytes`, `offsets`, `labels` and `class_names` (joined JPEG files, as for CIFAR-10);
+- one `.npz` with `train_images`, `train_labels`, `test_images`, `test_labels` (as for Fashion-MNIST);
+- one `.zip` with `SPLIT/CLASS/*` picture files, SPLIT being train and val or test (as for Imagenette).
+
+Written are `OUT/folder/SPLIT/CLASS/INDEX.png` and `OUT/tfds/NAME/1.0.0/`, both lossless and in the order of the index of a picture in its split, so
+that `--data folder:OUT/folder` and `--data tfds:NAME --data-dir OUT/tfds` train on the same batches.
+"""
+
+import contextlib
+import io
+import re
+import shutil
+import sys
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+from PIL import Image
+from tyro.conf import Positional, arg
+
+from ggem_jax.images import EXTENSIONS, RGB, UnreadableImage, read_image
+from train.config import Refused, parse
+from train.run import one_sentence
+
+# Xiao, Rasul and Vollgraf, "Fashion-MNIST", 2017, arXiv:1708.07747, table 2; the packed file holds the numbers only.
+FASHION_MNIST = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+
+Split = list[tuple[Callable[[], RGB], int]]  # how to get each picture, and its label
+
+
+@dataclass(frozen=True)
+class Prepare:
+    """Turns packed pictures into class sub-folders and into a TensorFlow Datasets data set."""
+
+    packed: Positional[Path]  # folder with the packed files
+    out: Positional[Path]  # folder to write to
+    name: str | None = None  # of the TFDS data set; None: the packed folder's, with _ for -
+    formats: Annotated[Literal["both", "folder", "tfds"], arg(aliases=["--format"])] = "both"
+    limit: int | None = None  # take only so many pictures of each split, evenly spaced
+
+
+def main(argv: list[str] | None = None) -> None:
+    with one_sentence("train.prepare"):
+        for line in prepare(parse(Prepare, sys.argv[1:] if argv is None else argv, "train.prepare")):
+            print(line)
+
+
+def prepare(config: Prepare) -> list[str]:
+    """Writes what the config asks for and says how to train on it."""
+    classes, splits = read_packed(config.packed.expanduser())
+    if config.limit is not None:
+        splits = {split: evenly_spaced(pictures, config.limit) for split, pictures in splits.items()}
+    classes = folder_names(classes)
+    name = config.name or re.sub("[^a-z0-9]+", "_", config.packed.resolve().name.lower()).strip("_")
+    out, said = config.out.expanduser(), []
+    try:
+        if config.formats in ("both", "folder"):
+            write_folder(out / "folder", classes, splits)
+            said.append(f"--data folder:{out / 'folder'}")
+        if config.formats in ("both", "tfds"):
+            write_tfds(out / "tfds", name, classes, splits)
+            said.append(f"--data tfds:{name} --data-dir {out / 'tfds'}")
+    except UnreadableImage as error:
+        raise Refused(str(error)) from None
+    counts = ", ".join(f"{split} {len(pictures):,}" for split, pictures in splits.items())
+    return [f"{len(classes)} classes; {counts} pictures", *(f"train on it with  python -m train.classify {flags}" for flags in said)]
+
+
+def evenly_spaced(pictures: Split, limit: int) -> Split:
+    """At most `limit` of the pictures: some of every class where they are sorted by class."""
+    if limit < 1:
+        raise Refused(f"--limit must be at least 1, it is {limit}")
+    return [pictures[i] for i in np.unique(np.linspace(0, len(pictures) - 1, min(limit, len(pictures))).round().astype(int))]
+
+
+def read_packed(packed: Path) -> tuple[tuple[str, ...], dict[str, Split]]:
+    """Finds out which kind of packed data set a folder holds; gives its classes and splits."""
+    if not packed.is_dir():
+        raise Refused(f"there is no folder {packed}")
+    archives, zips = sorted(packed.glob("*.npz")), sorted(packed.glob("*.zip"))
+    if len(archives) == 1:
+        return _array_splits(archives[0])
+    if archives:
+        return _jpeg_splits(archives)
+    if len(zips) == 1:
+        return _zip_splits(zips[0])
+    raise Refused(f"{packed} holds neither .npz files nor one .zip file (there: {', '.join(sorted(p.name for p in packed.iterdir())) or 'nothing'})")
+
+
+def _array_splits(path: Path) -> tuple[tuple[str, ...], dict[str, Split]]:
+    arrays = _load(path, "train_images", "train_labels", "test_images", "test_labels")
+    count = 1 + max(int(arrays[f"{split}_labels"].max()) for split in ("train", "test"))
+    numbers = tuple(f"{i:0{len(str(count - 1))}d}" for i in range(count))
+    names = FASHION_MNIST if "fashion" in path.name and count == len(FASHION_MNIST) else numbers
+
+    def split(which: str) -> Split:
+        images = arrays[f"{which}_images"]
+        if images.ndim == 3:
+            images = np.repeat(images[..., None], 3, axis=-1)
+        return [(partial(images.__getitem__, i), int(label)) for i, label in enumerate(arrays[f"{which}_labels"])]
+
+    return names, {which: split(which) for which in ("train", "test")}
+
+
+def _jpeg_splits(paths: list[Path]) -> tuple[tuple[str, ...], dict[str, Split]]:
+    splits: dict[str, Split] = {}
+    classes: set[tuple[str, ...]] = set()
+    for which in ("train", "test"):
+        found = [path for path in paths if which in path.name]
+        if len(found) != 1:
+            raise Refused(f"of {', '.join(path.name for path in paths)} exactly one must have '{which}' in its name")
+        arrays = _load(found[0], "jpeg_bytes", "offsets", "labels", "class_names")
+        classes.add(tuple(map(str, arrays["class_names"])))
+        files, offsets = arrays["jpeg_bytes"].tobytes(), arrays["offsets"]
+
+        names = [f"picture {i} of {found[0].name}" for i in range(len(offsets) - 1)]
+        cuts = [files[start:end] for start, end in pairwise(offsets)]
+        splits[which] = [(partial(read_image, file, name=name), int(label)) for file, name, label in zip(cuts, names, arrays["labels"], strict=True)]
+    if len(classes) != 1:
+        raise Refused(f"{' and '.join(path.name for path in paths)} have different classes")
+    return classes.pop(), splits
+
+
+def _zip_splits(path: Path) -> tuple[tuple[str, ...], dict[str, Split]]:
+    archive = zipfile.ZipFile(path)
+    members: dict[str, list[tuple[str, str]]] = {}  # split -> (class, name in the archive)
+    for name in sorted(archive.namelist()):
+        parts = Path(name).parts
+        if len(parts) >= 3 and parts[0] != "__MACOSX" and Path(name).suffix.lower() in EXTENSIONS:
+            members.setdefault(parts[-3], []).append((parts[-2], name))
+    if "train" not in members or not members.keys() & {"val", "test"}:
+        raise Refused(f"{path} holds no pictures under train/CLASS and val/CLASS or test/CLASS")
+    classes = tuple(sorted({kind for split in members.values() for kind, _ in split}))
+
+    def picture(name: str) -> RGB:
+        return read_image(archive.read(name), name=name)
+
+    return classes, {split: [(partial(picture, name), classes.index(kind)) for kind, name in found] for split, found in members.items()}
+
+
+def _load(path: Path, *keys: str) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path) as arrays:
+            return {key: arrays[key] for key in keys}
+    except KeyError:
+        with np.load(path) as arrays:
+            raise Refused(f"{path} must hold {', '.join(keys)}, not {', '.join(arrays.files)}") from None
+    except (OSError, ValueError, zipfile.BadZipFile) as error:
+        raise Refused(f"{path} cannot be read as .npz: {error}") from None
+
+
+def folder_names(classes: tuple[str, ...]) -> tuple[str, ...]:
+    """Names that a file system takes and that sort in the order of the labels: numbered where their own names do not."""
+    safe = tuple(re.sub(r"[^\w.-]+", "-", name).strip("-.") for name in classes)
+    if sorted(safe) == list(safe) and len(set(safe)) == len(safe):
+        return safe
+    return tuple(f"{i:0{len(str(len(safe) - 1))}d}-{name}" for i, name in enumerate(safe))
+
+
+def write_folder(root: Path, classes: tuple[str, ...], splits: dict[str, Split]) -> None:
+    """Writes `root/SPLIT/CLASS/INDEX.png`, beside what is there and then in its place."""
+    new = root.with_name(f".{root.name}.new")
+    shutil.rmtree(new, ignore_errors=True)
+    for split, pictures in splits.items():
+        for name in classes:
+            (new / split / name).mkdir(parents=True)
+        for index, (picture, label) in enumerate(pictures):
+            (new / split / classes[label] / f"{index:08d}.png").write_bytes(png(picture()))
+    _replace(root, new)
+
+
+def write_tfds(data_dir: Path, name: str, classes: tuple[str, ...], splits: dict[str, Split]) -> None:
+    """Writes `data_dir/name/1.0.0` with the features image, label and index, in the order of the index; replaces what is there."""
+    import tensorflow_datasets as tfds
+
+    class PackedPictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+        VERSION = tfds.core.Version("1.0.0")
+
+        def _info(self):
+            features = {
+                "image": tfds.features.Image(shape=(None, None, 3), encoding_format="png"),
+                "label": tfds.features.ClassLabel(names=classes),
+                "index": tfds.features.Scalar(dtype=np.int64),
+            }
+            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True)
+
+        def _split_generators(self, dl_manager):
+            return {split: self._generate_examples(pictures) for split, pictures in splits.items()}
+
+        def _generate_examples(self, pictures):
+            for index, (picture, label) in enumerate(pictures):
+                yield index, {"image": io.BytesIO(png(picture())), "label": label, "index": index}
+
+    PackedPictures.name = name
+    tfds.disable_progress_bar()
+    new = data_dir / f".{name}.new"
+    shutil.rmtree(new, ignore_errors=True)
+    with contextlib.redirect_stdout(io.StringIO()):  # it reports a download that is none
+        PackedPictures(data_dir=str(new), file_format="array_record").download_and_prepare()
+    _replace(data_dir / name / "1.0.0", new / name / "1.0.0")
+    shutil.rmtree(new)
+
+
+def _replace(folder: Path, new: Path) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    new.rename(folder)
+
+
+def png(image: RGB) -> bytes:
+    file = io.BytesIO()
+    Image.fromarray(image).save(file, "PNG", compress_level=1)
+    return file.getvalue()
+
+
+if __name__ == "__main__":
+    main()

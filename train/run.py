@@ -1,0 +1,115 @@
+"""Around a run: its folder, its other processes, its end by a signal, and what a failure looks like."""
+
+import contextlib
+import fcntl
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+from jax.experimental import multihost_utils
+
+from train.config import Config, Refused, from_dict, to_dict
+from train.log import write_text
+
+# May change when a run is taken up again: the weights do not depend on them.
+FREE = ("out", "stop_after", "log_every", "checkpoint_every", "eval_every", "data.data_dir", "data.download", "data.workers")
+
+
+@contextlib.contextmanager
+def one_sentence(tool: str) -> Iterator[None]:
+    """Ends a tool with one line on standard error and exit code 1 where the user or the machine is at fault."""
+    try:
+        yield
+    except Refused as error:
+        sys.exit(f"{tool}: {error}")
+    except OSError as error:
+        sys.exit(f"{tool}: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+
+
+def join_processes() -> None:
+    """Joins the other processes of the run where `JAX_COORDINATOR_ADDRESS` is set.
+
+    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say which one this is, where no cluster that JAX knows (Slurm, Open MPI, Kubernetes, Cloud TPU) does.
+    """
+    address = os.environ.get("JAX_COORDINATOR_ADDRESS")
+    if address and not jax.distributed.is_initialized():
+        count, own = (int(os.environ[name]) if name in os.environ else None for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+        jax.distributed.initialize(address, num_processes=count, process_id=own)
+
+
+@contextlib.contextmanager
+def run_folder(config: Config, classes: tuple[str, ...]) -> Iterator[None]:
+    """Keeps other runs out of the folder, and other settings and classes out of its checkpoints."""
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            config.out.mkdir(parents=True, exist_ok=True)
+            lock = stack.enter_context((config.out / ".lock").open("w"))
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise Refused(f"another process is training in {config.out}: wait for it, or choose another --out") from None
+            _keep_settings(config, classes)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("the folder of the run is ready")
+        yield
+
+
+def _keep_settings(config: Config, classes: tuple[str, ...]) -> None:
+    if (config.out / "config.json").exists():
+        here, there = (_flat({**to_dict(run), "classes": ", ".join(names)}) for run, names in ((config, classes), read_run(config.out)))
+        changed = [name for name in here | there if name not in FREE and here.get(name) != there.get(name)]
+        if changed:
+            settings = "; ".join(f"{name} {there.get(name)} there, {here.get(name)} now" for name in changed)
+            raise Refused(f"{config.out} holds a run with other settings ({settings}): choose another --out")
+    write_text(config.out / "config.json", json.dumps({**to_dict(config), "classes": classes}, indent=2) + "\n")
+
+
+def read_run(run: Path) -> tuple[Config, tuple[str, ...]]:
+    """The settings and the class names of a run."""
+    try:
+        values = json.loads((run / "config.json").read_text())
+        return from_dict({name: value for name, value in values.items() if name != "classes"}), tuple(values["classes"])
+    except FileNotFoundError:
+        raise Refused(f"{run} is no run of train.classify: it has no config.json") from None
+    except (KeyError, ValueError) as error:
+        raise Refused(f"{run}/config.json is not that of a run of train.classify: {error}") from None
+
+
+def _flat(values: dict, prefix: str = "") -> dict:
+    """{"a": {"b": 1}} -> {"a.b": 1}"""
+    flat: dict = {}
+    for name, value in values.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return flat
+
+
+class StopRequest:
+    """Remembers SIGTERM and Ctrl-C so that the step in hand can be finished and saved; a second Ctrl-C interrupts at once."""
+
+    def __init__(self):
+        self.signal: int | None = None
+        self._before = {}
+
+    def __enter__(self) -> "StopRequest":
+        # With several processes the coordination service listens instead, and all stop after the same step.
+        if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
+            self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
+        return self
+
+    def __exit__(self, *_) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def asked(self, step: int) -> bool:
+        if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
+            self.signal = signal.SIGTERM
+        return self.signal is not None
+
+    def _remember(self, number: int, _frame) -> None:
+        self.signal = number
+        signal.signal(signal.SIGINT, signal.default_int_handler)

@@ -1,0 +1,181 @@
+"""One training step and one evaluation step, jitted over a mesh of devices.
+
+The mesh has the axes `data` and `fsdp`. A batch is split over both; weights, optimiser state and moving average are split over `fsdp` and repeated
+over `data`. With one device both axes have length 1 and nothing is split.
+"""
+
+import functools
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+
+from ggem_jax.models.vit import ViT
+from ggem_jax.optimizer import adamw
+from train.config import Augment, Config, Data, Optimizer, Refused, build_model
+
+Images = UInt8[Array, "b h w 3"]
+
+
+@struct.dataclass
+class State:
+    """All that a checkpoint holds."""
+
+    step: Int[Array, ""]
+    params: Any
+    opt_state: Any
+    ema: Any  # moving average of the parameters, or None
+
+    @property
+    def evaluated(self) -> Any:
+        """The parameters that evaluations use."""
+        return self.params if self.ema is None else self.ema
+
+
+@dataclass(frozen=True)
+class Steps:
+    """The compiled functions of a run and how their arguments lie on the devices."""
+
+    mesh: Mesh
+    batch_sharding: NamedSharding
+    state_sharding: State
+    init: Any  # (seed) -> State
+    train: Any  # (State, {"image", "label"}, seed) -> (State, {"loss", "grad_norm"})
+    evaluate: Any  # (parameters, images) -> probabilities (b, classes), on every device
+
+
+def make_mesh(fsdp: int) -> Mesh:
+    """All devices as `(data, fsdp)`."""
+    devices = jax.device_count()
+    if fsdp < 1 or devices % fsdp:
+        raise Refused(f"--fsdp must divide the number of devices, {devices}; it is {fsdp}")
+    return jax.make_mesh((devices // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def make_steps(config: Config, num_classes: int, total_steps: int) -> Steps:
+    """Builds the steps of a config; configs that differ only in seed, folder or logging share one compilation."""
+    return _make_steps(build_model(config, num_classes), config.data, config.augment, config.optimizer, config.fsdp, total_steps)
+
+
+@functools.cache
+def _make_steps(model: ViT, data: Data, augment: Augment, optimizer: Optimizer, fsdp: int, total_steps: int) -> Steps:
+    mesh = make_mesh(fsdp)
+    transform = make_optimizer(optimizer, total_steps)
+    side = model.config.image
+
+    def init(seed: Int[Array, ""]) -> State:
+        params = model.init(keys(seed)[0], jnp.zeros((1, side, side, 3)))["params"]
+        ema = None if optimizer.ema is None else jax.tree.map(jnp.copy, params)
+        return State(jnp.zeros((), jnp.int32), params, transform.init(params), ema)
+
+    def logits_of(params, images, **options) -> Float[Array, "b classes"]:
+        output: Any = model.apply({"params": params}, images, **options)
+        return output.logits.astype(jnp.float32)
+
+    def loss_of(params, images, targets, key):
+        return optax.softmax_cross_entropy(logits_of(params, images, train=True, rngs={"dropout": key}), targets).mean()
+
+    def train(state: State, batch: dict[str, Array], seed: Int[Array, ""]):
+        mix_key, drop_key = jax.random.split(jax.random.fold_in(keys(seed)[1], state.step))
+        images = normalise(batch["image"], data)
+        targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], model.num_classes), augment.label_smoothing)
+        images, targets = mix(images, targets, augment, mix_key)
+        loss, grads = accumulated_gradient(loss_of, state.params, images, targets, drop_key, optimizer.accumulate)
+        norm = optax.tree.norm(grads)
+        updates, opt_state = transform.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        ema = None if optimizer.ema is None else optax.incremental_update(params, state.ema, 1 - optimizer.ema)
+        return State(state.step + 1, params, opt_state, ema), {"loss": loss, "grad_norm": norm}
+
+    def evaluate(params, images: Images) -> Float[Array, "b classes"]:
+        return jax.nn.softmax(logits_of(params, normalise(images, data)))
+
+    everywhere = NamedSharding(mesh, P())
+    batch_sharding = NamedSharding(mesh, P(("data", "fsdp")))
+    try:
+        shapes = jax.eval_shape(init, 0)
+    except ValueError as error:  # settings of the model and its pooling that do not go together
+        raise Refused(str(error)) from None
+    state_sharding = jax.tree.map(lambda leaf: NamedSharding(mesh, split_over_fsdp(leaf.shape, fsdp)), shapes)
+    return Steps(
+        mesh,
+        batch_sharding,
+        state_sharding,
+        jax.jit(init, out_shardings=state_sharding),
+        jax.jit(train, in_shardings=(state_sharding, batch_sharding, everywhere), out_shardings=(state_sharding, everywhere), donate_argnums=0),
+        jax.jit(evaluate, in_shardings=(state_sharding.params, batch_sharding), out_shardings=everywhere),
+    )
+
+
+def keys(seed: Int[Array, ""]) -> tuple[PRNGKeyArray, PRNGKeyArray]:
+    """For the initial weights, and for what is random in the steps; the input pipeline draws its own numbers from the seed."""
+    initial, steps = jax.random.split(jax.random.key(seed))
+    return initial, steps
+
+
+def split_over_fsdp(shape: tuple[int, ...], fsdp: int) -> P:
+    """Splits the longest axis that `fsdp` divides; vectors, and what has no such axis, are repeated on every device."""
+    axes = [axis for axis, length in enumerate(shape) if length % fsdp == 0]
+    if fsdp == 1 or not axes or len(shape) < 2:
+        return P()
+    longest = max(axes, key=lambda axis: shape[axis])
+    return P(*(None,) * longest, "fsdp")
+
+
+def make_optimizer(optimizer: Optimizer, total_steps: int) -> optax.GradientTransformation:
+    """AdamW under a warm-up and a cosine, after clipping."""
+    if optimizer.warmup < 0:
+        raise Refused(f"--optimizer.warmup must not be negative, it is {optimizer.warmup}")
+    warmup = min(optimizer.warmup, total_steps - 1)
+    schedule = optax.warmup_cosine_decay_schedule(0.0, optimizer.lr, warmup, total_steps)
+    transform = adamw(
+        schedule,
+        weight_decay=optimizer.weight_decay,
+        beta1=optimizer.beta1,
+        beta2=optimizer.beta2,
+        exponent_lr=optimizer.exponent_lr,
+        layer_decay=optimizer.layer_decay,
+    )
+    return transform if optimizer.clip is None else optax.chain(optax.clip_by_global_norm(optimizer.clip), transform)
+
+
+def normalise(images: Images, data: Data) -> Float[Array, "b h w 3"]:
+    return (images.astype(jnp.float32) / 255 - jnp.array(data.mean)) / jnp.array(data.std)
+
+
+def mix(images, targets, augment: Augment, key: PRNGKeyArray):
+    """Mixes each picture with its opposite in the batch: mixup (Zhang et al. 2018, arXiv:1710.09412), CutMix (Yun et al. 2019, arXiv:1905.04899)."""
+    if not augment.mixup and not augment.cutmix:
+        return images, targets
+    coin, ratio_key, place = jax.random.split(key, 3)
+    cut = jax.random.bernoulli(coin) if augment.mixup and augment.cutmix else jnp.bool_(augment.cutmix > 0)
+    alpha = jnp.where(cut, augment.cutmix, augment.mixup)
+    keep = jax.random.beta(ratio_key, alpha, alpha)
+    height, width = images.shape[1:3]
+    box = jnp.sqrt(1 - keep) / 2  # half the box's sides over the picture's
+    y, x = jax.random.uniform(place, (2,))
+    rows, columns = (jnp.arange(height) + 0.5) / height, (jnp.arange(width) + 0.5) / width
+    inside = (jnp.abs(rows - y) < box)[:, None] & (jnp.abs(columns - x) < box)
+    keep = jnp.where(cut, 1 - inside.mean(), keep)
+    weight = jnp.where(cut, jnp.where(inside, 0.0, 1.0), keep)[None, :, :, None]
+    return weight * images + (1 - weight) * images[::-1], keep * targets + (1 - keep) * targets[::-1]
+
+
+def accumulated_gradient(loss_of, params, images, targets, key: PRNGKeyArray, parts: int):
+    """Loss and gradient of the batch, taken in `parts` equal parts one after the other to save memory."""
+    if parts == 1:
+        return jax.value_and_grad(loss_of)(params, images, targets, key)
+    split = [jnp.moveaxis(x.reshape(len(x) // parts, parts, *x.shape[1:]), 1, 0) for x in (images, targets)]  # each device splits its own rows
+
+    def add(total, part):
+        return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(params, *part)), None
+
+    zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
+    total, _ = jax.lax.scan(add, zero, (*split, jax.random.split(key, parts)))
+    return jax.tree.map(lambda x: x / parts, total)

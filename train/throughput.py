@@ -1,0 +1,108 @@
+"""How fast a training is against what the machine could do: images a second and model FLOP utilisation.
+
+Model FLOPs count the matrix products of the forward pass, two per multiply-add, and twice as much for the backward pass; recomputation does not count
+(Chowdhery et al., "PaLM", 2022, arXiv:2204.02311, appendix B).
+"""
+
+import contextlib
+import functools
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ggem_jax.models.vit import ViTConfig
+from train.config import Config
+
+# Dense bfloat16 peak of one device in FLOP/s, without sparsity, by the name JAX gives the device. Sources: the vendors' data sheets
+# (NVIDIA H100/H200 SXM, A100, L4, V100 float16; Google Cloud TPU v4, v5e, v5p, v6e).
+PEAK_FLOPS = {
+    "NVIDIA H200": 989e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA A100-SXM4-40GB": 312e12,
+    "NVIDIA A100-SXM4-80GB": 312e12,
+    "NVIDIA L4": 121e12,
+    "Tesla V100-SXM2-16GB": 125e12,
+    "TPU v4": 275e12,
+    "TPU v5 lite": 197e12,
+    "TPU v5": 459e12,
+    "TPU v6 lite": 918e12,
+}
+
+
+def forward_flops(config: ViTConfig, num_classes: int) -> float:
+    """FLOPs of the forward pass of one image."""
+    patches = (config.image // config.patch) ** 2
+    tokens, width = patches + config.prefix_tokens, config.width
+    embedding = patches * 3 * config.patch**2 * width
+    projections = 4 * tokens * width**2
+    attention = 2 * tokens**2 * width
+    mlp = 2 * tokens * width * config.mlp_width
+    return 2.0 * (embedding + config.depth * (projections + attention + mlp) + width * num_classes)
+
+
+def training_flops(config: ViTConfig, num_classes: int) -> float:
+    """FLOPs of one training step per image."""
+    return 3 * forward_flops(config, num_classes)
+
+
+@functools.cache
+def peak_flops() -> tuple[float, str]:
+    """FLOP/s of all devices together and where the number comes from: the data sheet, or a matrix product measured now."""
+    kind = jax.devices()[0].device_kind
+    if kind in PEAK_FLOPS:
+        return PEAK_FLOPS[kind] * jax.device_count(), "bfloat16 peak of the data sheet"
+    return _measured_matmul_flops(), "float32 matrix product measured at the start"
+
+
+def _measured_matmul_flops(side: int = 2048, repeats: int = 3) -> float:
+    """FLOP/s of the fastest of a few products on the first device; virtual CPU devices share the same cores, so this is the whole machine's."""
+    a = jnp.ones((side, side))
+    product = jax.jit(jnp.dot)
+    product(a, a).block_until_ready()
+    times = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        product(a, a).block_until_ready()
+        times.append(time.perf_counter() - start)
+    return 2 * side**3 / min(times)
+
+
+class Meter:
+    """Speed since the last reading: steps and images a second, model FLOP utilisation, share of the time that the devices waited for input."""
+
+    def __init__(self, config: Config, num_classes: int):
+        self.batch = config.batch
+        self.flops = training_flops(config.model, num_classes)
+        self.peak, self.peak_source = peak_flops()
+        self.last: Any = None  # result of the last step
+        self.restart()
+
+    def restart(self) -> None:
+        """Forgets what was done in between that is no training: evaluations, checkpoints, compilation."""
+        self.began, self.steps, self.waited = time.perf_counter(), 0, 0.0
+
+    @contextlib.contextmanager
+    def waiting_for_input(self) -> Iterator[None]:
+        """Counts the time inside, unless the devices were busy with the last step all the while."""
+        began = time.perf_counter()
+        yield
+        if self.last is None or self.last.is_ready():
+            self.waited += time.perf_counter() - began
+
+    def count(self, metrics: dict[str, jax.Array]) -> None:
+        first, self.last = self.last is None, metrics["loss"]
+        self.steps += 1
+        if first:
+            jax.block_until_ready(self.last)
+            self.restart()
+
+    def read(self) -> dict[str, float]:
+        jax.block_until_ready(self.last)
+        seconds = max(time.perf_counter() - self.began, 1e-9)
+        speed, waited = self.steps / seconds, self.waited / seconds
+        self.restart()
+        mfu = speed * self.batch * self.flops / self.peak
+        return {"steps_per_second": speed, "images_per_second": speed * self.batch, "mfu": mfu, "input_wait": waited}
