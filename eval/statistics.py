@@ -20,7 +20,8 @@ class Interval:
 
 def proportion(correct: np.ndarray) -> Interval:
     """Share of true entries `(n,)` with Wilson's score interval: E. B. Wilson, JASA 22, 1927."""
-    successes, n = int(np.sum(correct)), len(correct)
+    correct = _answers(correct)
+    successes, n = int(correct.sum()), len(correct)
     interval = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
     return Interval(successes / n, interval.low, interval.high)
 
@@ -28,6 +29,8 @@ def proportion(correct: np.ndarray) -> Interval:
 def mean(values: np.ndarray) -> Interval:
     """Mean of independent values `(n,)`, such as seeds, with Student's t interval; one value has no interval."""
     values = np.asarray(values, float)
+    if values.ndim != 1 or not len(values):
+        raise ValueError(f"values must be (n,) with n at least 1, not of shape {values.shape}")
     centre, n = float(values.mean()), len(values)
     if n < 2:
         return Interval(centre, float("nan"), float("nan"))
@@ -46,10 +49,25 @@ class Paired:
 
 
 def paired(first: np.ndarray, second: np.ndarray) -> Paired:
-    """Compares two `(n,)` arrays of right and wrong answers: Q. McNemar, Psychometrika 12, 1947, in its exact form."""
+    """Compares two `(n,)` arrays of right and wrong answers: Q. McNemar, Psychometrika 12, 1947, in its exact form.
+
+    The interval is A. Agresti and Y. Min's, Statistics in Medicine 24, 2005: half a picture more in each cell of the two-by-two table, so that it
+    holds its 95 % where the two hardly differ.
+    """
+    first, second = _answers(first), _answers(second)
     if first.shape != second.shape:
         raise ValueError(f"both must answer the same pictures, not {first.shape} and {second.shape}")
     only_first, only_second = int(np.sum(first & ~second)), int(np.sum(second & ~first))
     discordant = only_first + only_second
     p_value = stats.binomtest(only_first, discordant).pvalue if discordant else 1.0
-    return Paired(mean(first.astype(float) - second.astype(float)), only_first, only_second, float(p_value))
+    n, a, b = len(first) + 2, only_first + 0.5, only_second + 0.5
+    half = stats.norm.ppf(0.975) * np.sqrt(a + b - (a - b) ** 2 / n) / n
+    difference = Interval((only_first - only_second) / len(first), max((a - b) / n - half, -1.0), min((a - b) / n + half, 1.0))
+    return Paired(difference, only_first, only_second, float(p_value))
+
+
+def _answers(values: np.ndarray) -> np.ndarray:
+    values = np.asarray(values)
+    if values.ndim != 1 or not len(values) or not np.isin(values, (0, 1)).all():
+        raise ValueError(f"right and wrong answers must be (n,) of true and false, n at least 1, not {values.dtype} of shape {values.shape}")
+    return values.astype(bool)

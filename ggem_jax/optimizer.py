@@ -5,11 +5,13 @@ step, the rate of the weights hardly moves them in a short run: they get no deca
 rate of 10 for one shared exponent and 100 for one per channel (filipradenovic/cnnimageretrieval-pytorch).
 """
 
+import re
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
-from jax.tree_util import KeyPath
+from jax.tree_util import GetAttrKey, KeyPath
 
 Parameters = Any
 
@@ -36,26 +38,33 @@ def adamw(
 
 
 def weight_decay_mask(params: Parameters) -> Parameters:
-    """True for the kernels; false for biases, norms, positions, prefix tokens and exponents. A mask for `optax.add_decayed_weights`."""
-    return jax.tree_util.tree_map_with_path(lambda path, _: _name(path[-1]) == "kernel", params)
+    """True for matrices called `kernel` (Flax) or `weight` (Equinox); false for biases, norms, positions, prefix tokens and exponents.
+
+    A mask for `optax.add_decayed_weights`.
+    """
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _names(path)[-1:] in (("kernel",), ("weight",)) and jnp.ndim(leaf) >= 2, params)
 
 
 def learning_rate_scales(params: Parameters, *, exponent_lr: float = 10.0, layer_decay: float = 1.0) -> Parameters:
-    """What multiplies the learning rate of each parameter of a `ViT`.
+    """What multiplies the learning rate of each parameter of a `ViT`, wherever it stands in a larger tree.
 
-    Block i of n has `layer_decay^(n - i)`, the embeddings `layer_decay^(n + 1)`, what follows the blocks 1; exponents `exponent_lr`.
+    Block i of n has `layer_decay^(n - i)`, the embeddings `layer_decay^(n + 1)`, what follows the blocks 1; exponents `exponent_lr`. The
+    tree may be a part of the model that has its last block.
     Reference: Bao et al., "BEiT", 2022, arXiv:2106.08254, section 3.1 (layer-wise decay as in its code).
     """
-    paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    depth = len({_block(path) for path in paths} - {None})
+    depths: dict[tuple[str, ...], int] = {}
+    for path, _ in jax.tree_util.tree_leaves_with_path(params):
+        model, block = _place(path)
+        if isinstance(block, int):
+            depths[model] = max(depths.get(model, 0), block + 1)
 
     def scale(path: KeyPath, _: Any) -> float:
         if is_exponent(path):
             return exponent_lr
-        if any(_name(key) in ("patch_embedding", "class_token", "registers", "position") for key in path):
-            return layer_decay ** (depth + 1)
-        block = _block(path)
-        return 1.0 if block is None else layer_decay ** (depth - block)
+        model, block = _place(path)
+        if block is None:
+            return 1.0
+        return layer_decay ** (depths.get(model, 0) - block)
 
     return jax.tree_util.tree_map_with_path(scale, params)
 
@@ -63,7 +72,9 @@ def learning_rate_scales(params: Parameters, *, exponent_lr: float = 10.0, layer
 def scale_by_parameter(scales) -> optax.GradientTransformation:
     """Multiplies the update of each parameter by a constant; `scales(params)` gives the tree of constants."""
 
-    def update(updates, state, params):
+    def update(updates, state, params=None):
+        if params is None:
+            raise ValueError("scale_by_parameter needs the parameters: update(updates, state, params)")
         return jax.tree.map(lambda u, s: u * s, updates, scales(params)), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
@@ -71,18 +82,27 @@ def scale_by_parameter(scales) -> optax.GradientTransformation:
 
 def is_exponent(path: KeyPath) -> bool:
     """Whether the parameter at this path of the tree is the exponents of a power mean."""
-    return _name(path[-1]) == "p"
+    return _names(path)[-1:] == ("p",)
 
 
 def exponents(params: Parameters) -> dict[str, jax.Array]:
     """The exponents of a model by path, such as `{"pool/p": (groups,)}`."""
     leaves = jax.tree_util.tree_leaves_with_path(params)
-    return {"/".join(_name(key) for key in path if _name(key) != "params"): leaf for path, leaf in leaves if is_exponent(path)}
+    return {"/".join(_names(path)).removeprefix("params/"): leaf for path, leaf in leaves if is_exponent(path)}
 
 
-def _name(key) -> str:
-    return str(getattr(key, "key", getattr(key, "name", key)))
+def _names(path: KeyPath) -> tuple[str, ...]:
+    """The keys and attributes on the way to a leaf, without the `.value` at which variables of Flax NNX end."""
+    names = tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
+    return names[:-1] if names[-1:] == ("value",) and isinstance(path[-1], GetAttrKey) else names
 
 
-def _block(path: KeyPath) -> int | None:
-    return next((int(_name(key).removeprefix("blocks_")) for key in path if _name(key).startswith("blocks_")), None)
+def _place(path: KeyPath) -> tuple[tuple[str, ...], int | None]:
+    """The path of the ViT that a parameter is in, and its block: -1 for the embeddings, None for what follows the blocks."""
+    names = _names(path)
+    for i, name in enumerate(names):
+        if name in ("patch_embedding", "class_token", "registers", "position"):
+            return names[:i], -1
+        if match := re.fullmatch("blocks_([0-9]+)", name):
+            return names[:i], int(match[1])
+    return (), None

@@ -2,21 +2,24 @@
 
 Every function is pure and works under `jit`, `grad`, `vmap`, `scan` and on sharded arrays. The result has the dtype of the tokens; the mathematics is
 done in float32 (float64 for float64 tokens). `mask` is `(..., n)`, true = keep: pooling a padded batch equals pooling the unpadded tokens, whatever
-the padding holds, and a row with nothing to keep gives zeros with zero gradients.
+the padding holds, and a row with nothing to keep gives zeros with zero gradients. A kept NaN gives NaN.
 
-The power means have one real parameter p > 0 per channel (p = 1 is the mean, a large p approaches the maximum) and need positive numbers, which
-tokens are not. `negatives` names what is done about it, with m the minimum over the kept tokens of a channel:
+The power means have one real parameter p > 0 per channel: p = 1 is the mean, a large p approaches the maximum; values and gradients are accurate for
+p from 1 to 1000. They need positive numbers, which tokens are not. `negatives` names what is done about it, with m the minimum over the kept tokens
+of a channel:
 
 - `"clamp"`   (mean_n max(x_n, eps)^p)^(1/p): a negative token becomes eps, as in a ReLU. The usual choice.
 - `"abs"`     (mean_n max(|x_n|, eps)^p)^(1/p)
 - `"shift"`   (mean_n (x_n - m + eps)^p)^(1/p) + m - eps
 - `"signed"`  sign(s) |s|^(1/p) with s = mean_n sign(x_n) |x_n|^p. Where s is zero (within 1e-30 of the largest |x_n|^p) so is the gradient.
 
+The gradients of the power means are closed-form: reverse mode, also twice (`grad`, `jacrev`, `hessian`), while `jvp` and `jacfwd` raise `TypeError`.
+On a mesh with explicit axis types exponents must be whole on every device.
+
 Errors: `TypeError` for tokens that are not floating point, `ValueError` for every other mistake of the caller, `NotImplementedError` for an
 `implementation` that cannot do what was asked.
 """
 
-import math
 from functools import partial
 from typing import Literal, get_args
 
@@ -38,18 +41,18 @@ _NO_MEAN = 1e-30  # a mean of signed powers this far below the largest of them i
 
 def cls_pool(tokens: Float[Array, "*b n d"]) -> Float[Array, "*b d"]:
     """Takes the first token, where a Vision Transformer keeps its class token."""
-    return _checked(tokens)[..., 0, :]
+    return _checked(tokens)[0][..., 0, :]
 
 
 def avg_pool(tokens: Float[Array, "*b n d"], *, mask: Bool[Array, "*b n"] | None = None) -> Float[Array, "*b d"]:
     """Averages the kept tokens."""
-    tokens = _checked(tokens, mask)
-    return _mean(_widened(tokens), mask).astype(tokens.dtype)
+    tokens, mask = _checked(tokens, mask)
+    return _mean(_widened(_kept(tokens, mask, 0)), mask).astype(tokens.dtype)
 
 
 def max_pool(tokens: Float[Array, "*b n d"], *, mask: Bool[Array, "*b n"] | None = None) -> Float[Array, "*b d"]:
     """Takes the largest of the kept tokens in each channel; equal ones share the gradient."""
-    tokens = _checked(tokens, mask)
+    tokens, mask = _checked(tokens, mask)
     return _where_any(mask, jnp.max(_kept(tokens, mask, -jnp.inf), axis=-2))
 
 
@@ -59,13 +62,15 @@ def lse_pool(tokens: Float[Array, "*b n d"], r: ArrayLike, *, mask: Bool[Array, 
     `r > 0` is a scalar or one number per channel, `(d,)`; timm starts its learnable one at 10.
     Reference: Pinheiro and Collobert, "From Image-level to Pixel-level Labeling with Convolutional Networks", 2015, arXiv:1411.6228.
     """
-    tokens = _checked(tokens, mask)
+    tokens, mask = _checked(tokens, mask)
     sharpness = _per_channel(r, tokens, "r")
-    x = _kept(_widened(tokens), mask, 0)
+    x = _widened(_kept(tokens, mask, 0))
     pivot = lax.stop_gradient(_where_any(mask, jnp.max(_kept(x, mask, -jnp.inf), axis=-2)))  # cancels; keeps exp in range
-    mean = _mean(jnp.exp(_kept(sharpness * (x - pivot[..., None, :]), mask, 0)), mask)
-    pooled = pivot + jnp.log(_where_any(mask, mean, 1)) / sharpness
-    return _where_any(mask, pooled).astype(tokens.dtype)
+    below = jnp.maximum(x - pivot[..., None, :], float(jnp.finfo(x.dtype).min))
+    z = _kept(_lifted(sharpness, x) * below, mask, 0)
+    mean, less = _where_any(mask, _mean(jnp.exp(z), mask), 1), _mean(jnp.expm1(z), mask)  # less: mean - 1 without its rounding, for small r
+    log_mean = jnp.where(less > -0.5, jnp.log1p(jnp.maximum(less, -0.5)), jnp.log(mean))
+    return _where_any(mask, pivot + log_mean / _lifted(sharpness, pivot)).astype(tokens.dtype)
 
 
 def gem_pool(
@@ -82,7 +87,7 @@ def gem_pool(
     Values and gradients are finite for p from 1 to 1000 in float32, bfloat16 and float16, also in channels without a positive token.
     Reference: Radenovic et al., "Fine-tuning CNN Image Retrieval with No Human Annotation", 2018, arXiv:1711.02512, eq. 3.
     """
-    tokens = _checked(tokens, mask)
+    tokens, mask = _checked(tokens, mask)
     return _power_pool(tokens, _per_channel(p, tokens, "p"), mask, eps, negatives, implementation)
 
 
@@ -104,13 +109,14 @@ def ggem_pool(
 
     Reference: Ko et al., "Group Generalized Mean Pooling for Vision Transformer", 2022, arXiv:2212.04114.
     """
-    tokens = _checked(tokens, mask)
+    tokens, mask = _checked(tokens, mask)
     exponents = spread_over_channels(_parameter(p, tokens, "p"), tokens.shape[-1], layout=layout)
     return _power_pool(tokens, exponents, mask, eps, negatives, implementation)
 
 
 def spread_over_channels(p: Float[Array, " groups"], channels: int, *, layout: Layout = "contiguous") -> Float[Array, " channels"]:
     """Gives each channel the exponent of its group, `(groups,)` -> `(channels,)`; the layouts are those of `ggem_pool`."""
+    p = jnp.asarray(p)
     if layout not in get_args(Layout):
         raise ValueError(f"layout must be one of {', '.join(get_args(Layout))}, not {layout!r}")
     if p.ndim != 1 or p.shape[0] == 0 or channels % p.shape[0]:
@@ -122,8 +128,8 @@ def spread_over_channels(p: Float[Array, " groups"], channels: int, *, layout: L
 def _power_pool(tokens, p, mask, eps, negatives, implementation):
     if negatives not in get_args(Negatives):
         raise ValueError(f"negatives must be one of {', '.join(get_args(Negatives))}, not {negatives!r}")
-    if not 1e-36 <= eps < math.inf:
-        raise ValueError(f"eps must be a finite number of at least 1e-36, not {eps!r}")
+    if not (isinstance(eps, int | float | np.number) and 1e-36 <= eps <= 1e36):
+        raise ValueError(f"eps must be a Python number from 1e-36 to 1e36, not {eps!r}")
     if implementation == "triton":
         raise NotImplementedError("there is no Triton kernel for this pooling yet: pass implementation=None or 'xla'")
     if implementation not in (None, "xla"):
@@ -142,10 +148,10 @@ def _power_mean_forward(tokens, p, mask, eps, negatives):
     x, offset = _positive_eighths(tokens, mask, eps, negatives)
     largest = jnp.max(x, axis=-2)
     largest = jnp.where(largest > 0, largest, 1)
-    powers = jnp.exp(p * _log(x / largest[..., None, :]))
+    powers = jnp.exp(_lifted(p, x) * _log(x / largest[..., None, :]))
     mean = jnp.clip(_mean(_sign(tokens, negatives) * powers, mask), -1, 1)
     mean = jnp.where(jnp.abs(mean) < _NO_MEAN, 0, mean)
-    y = jnp.sign(mean) * largest * jnp.exp(_log(jnp.abs(mean)) / p)
+    y = jnp.sign(mean) * largest * jnp.exp(_log(jnp.abs(mean)) / _lifted(p, mean))
     return _where_any(mask, (y + offset) / _EIGHTH), (tokens, p, mask, y)
 
 
@@ -157,14 +163,14 @@ def _power_mean_backward(eps, negatives, residuals, cotangent):
     size = jnp.where(y == 0, jnp.inf, jnp.abs(y))  # of a zero mean: all ratios 0, so that none overflows
     (x, _), by_positive = jax.vjp(lambda tokens: _positive_eighths(tokens, mask, eps, negatives), tokens)
     ratio = x / size[..., None, :]
-    slope = _sign(tokens, negatives) * jnp.exp((p - 1) * _log(ratio))
+    slope = _sign(tokens, negatives) * jnp.exp((_lifted(p, x) - 1) * _log(ratio))
     by_x = (by_y / _count(x, mask))[..., None, :] * slope
-    if negatives == "signed":  # where positive and negative powers nearly cancel the true slope can exceed the dtype
-        limit = float(jnp.finfo(tokens.dtype).max)
-        by_x = jnp.clip(by_x, -limit, limit)
-    by_p = by_y * jnp.abs(y) / p * _mean(slope * ratio * _log(ratio), mask)
+    by_p = by_y * (jnp.abs(y) / _lifted(p, y) * _mean(slope * ratio * _log(ratio), mask))
+    if negatives == "signed":  # where positive and negative powers nearly cancel the true slopes can exceed the dtype
+        by_x, by_p = _finite(by_x, tokens.dtype), _finite(by_p, by_p.dtype)
     (by_tokens,) = by_positive((by_x, cotangent))
-    return by_tokens, jnp.sum(by_p, axis=tuple(range(by_p.ndim - 1))), None
+    (by_p,) = jax.vjp(lambda p: _lifted(p, by_p) + jnp.zeros_like(by_p), p)[1](by_p)  # summed over the rows, and laid out as p is
+    return by_tokens, by_p, None
 
 
 _power_mean.defvjp(_power_mean_forward, _power_mean_backward)
@@ -172,14 +178,14 @@ _power_mean.defvjp(_power_mean_forward, _power_mean_backward)
 
 def _positive_eighths(tokens, mask, eps, negatives):
     """The positive numbers that are raised to p, `(..., n, d)`, and what is added after the root, `(..., d)`: an eighth of both."""
-    x, eps = _EIGHTH * _kept(_widened(tokens), mask, 0), _EIGHTH * eps
-    nothing = jnp.zeros_like(x, shape=x.shape[:-2] + x.shape[-1:])
+    x, eps = _EIGHTH * _widened(_kept(tokens, mask, 0)), _EIGHTH * eps
+    nothing = jnp.zeros_like(jnp.max(x, axis=-2))
     match negatives:
         case "clamp":
-            return _kept(jnp.where(x > eps, x, eps), mask, 0), nothing
+            return _kept(jnp.where(x <= eps, eps, x), mask, 0), nothing
         case "abs":
             size = jnp.abs(x)
-            return _kept(jnp.where(size > eps, size, eps), mask, 0), nothing
+            return _kept(jnp.where(size <= eps, eps, size), mask, 0), nothing
         case "shift":
             lowest = _where_any(mask, jnp.min(_kept(x, mask, jnp.inf), axis=-2))
             return _kept(x - lowest[..., None, :] + eps, mask, 0), lowest - eps
@@ -188,7 +194,7 @@ def _positive_eighths(tokens, mask, eps, negatives):
 
 
 def _sign(tokens, negatives):
-    return jnp.where(tokens < 0, -1.0, 1.0) if negatives == "signed" else 1.0
+    return jnp.where(_EIGHTH * _widened(tokens) < 0, -1.0, 1.0) if negatives == "signed" else 1.0
 
 
 def _log(x):
@@ -196,8 +202,18 @@ def _log(x):
     return jnp.log(jnp.maximum(x, _TINY))
 
 
+def _finite(values, dtype):
+    limit = float(jnp.finfo(dtype).max)
+    return jnp.clip(values, -limit, limit)
+
+
 def _widened(tokens):
-    return tokens.astype(jnp.promote_types(tokens.dtype, jnp.float32))
+    return tokens.astype(jnp.float64 if tokens.dtype == jnp.float64 else jnp.float32)
+
+
+def _lifted(per_channel, values):
+    """`(d,)` with leading axes of length 1, to go with `values` `(..., d)`."""
+    return jnp.expand_dims(per_channel, range(values.ndim - 1))
 
 
 def _kept(values, mask, fill):
@@ -219,21 +235,28 @@ def _mean(values, mask):
 
 
 def _checked(tokens, mask=None):
-    tokens = jnp.asarray(tokens)
+    tokens, mask = jnp.asarray(tokens), None if mask is None else jnp.asarray(mask)
     if not jnp.issubdtype(tokens.dtype, jnp.floating):
         raise TypeError(f"tokens must be floating point, not {tokens.dtype}")
     if tokens.ndim < 2 or 0 in tokens.shape[-2:]:
         raise ValueError(f"tokens must be (..., n, d) with at least one token and one channel, not of shape {tokens.shape}")
     if mask is not None and (mask.dtype != bool or mask.shape != tokens.shape[:-1]):
         raise ValueError(f"mask must be bool of shape {tokens.shape[:-1]}, true = keep, not {mask.dtype} of shape {mask.shape}")
-    return tokens
+    return tokens, mask
 
 
 def _parameter(value, tokens, name):
-    """An exponent or sharpness as an array of the dtype that the mathematics is done in."""
-    if not isinstance(value, jax.Array) and not np.all(np.asarray(value, float) > 0):
-        raise ValueError(f"{name} must be positive, not {value}")
-    return jnp.asarray(value).astype(_widened(tokens).dtype)
+    """An exponent or sharpness as an array of the dtype that the mathematics is done in; the numbers in JAX arrays are not looked at."""
+    try:
+        array = jnp.asarray(value)
+    except TypeError:
+        raise ValueError(f"{name} must be a number or an array of numbers, not {value!r}") from None
+    if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
+        raise ValueError(f"{name} must be real, not {array.dtype}")
+    known = all(isinstance(leaf, int | float | np.generic | np.ndarray) for leaf in jax.tree.leaves(value))
+    if known and not np.all((np.asarray(value) > 0) & (np.asarray(value) <= np.finfo(np.float32).max)):
+        raise ValueError(f"{name} must be positive and finite, not {value}")
+    return array.astype(_widened(tokens).dtype)
 
 
 def _per_channel(value, tokens, name):

@@ -1,14 +1,15 @@
 """What is run: decoder-only language models by their numbers. Weights and caches are float16, 2 bytes a number, unless said otherwise."""
 
-from dataclasses import dataclass
+import numbers
 
 import jax
+
+from neupims.record import record
 
 FLOAT16_BYTES = 2
 
 
-@jax.tree_util.register_dataclass
-@dataclass(frozen=True)
+@record
 class Decoder:
     """A decoder-only transformer. A batch of models is the same record with a leading axis on every field."""
 
@@ -20,13 +21,12 @@ class Decoder:
     mlp_matrices: int = 2  # of the MLP: 2 with one activation, 3 with a gate (Llama)
 
     def __post_init__(self):
-        numbers = {name: value for name, value in vars(self).items() if isinstance(value, int)}  # not the leaves of a transformed pytree
-        for name, value in numbers.items():
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, not {value}")
-        if len(numbers) == 6 and self.width % self.heads:
+        for name, value in vars(self).items():
+            if not isinstance(value, numbers.Integral) or value < 1:
+                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+        if self.width % self.heads:
             raise ValueError(f"heads must divide the width, {self.width}, but is {self.heads}")
-        if len(numbers) == 6 and self.heads % self.kv_heads:
+        if self.heads % self.kv_heads:
             raise ValueError(f"kv_heads must divide the heads, {self.heads}, but is {self.kv_heads}")
 
     @property
@@ -45,13 +45,20 @@ GPT3 = {
 }
 
 
-def weight_bytes(model: Decoder) -> int:
+def weight_bytes(model: Decoder) -> float:
     """Bytes of the matrices of all blocks: query, key, value, output and the MLP; no biases, no embeddings."""
+    model = _real(model)
     attention = 2 * model.width * model.width + 2 * model.width * model.kv_width
     mlp = model.mlp_matrices * model.width * model.mlp_width
     return FLOAT16_BYTES * model.layers * (attention + mlp)
 
 
-def kv_cache_bytes(model: Decoder, tokens: int) -> int:
+def kv_cache_bytes(model: Decoder, tokens: int) -> float:
     """Bytes of the keys and values of a sequence of `tokens`."""
+    model = _real(model)
     return FLOAT16_BYTES * model.layers * 2 * model.kv_width * tokens
+
+
+def _real(model: Decoder) -> Decoder:
+    """The same numbers as real ones: whole ones in 32 bits, which arrays hold, end at 2 GiB."""
+    return jax.tree.map(lambda number: number * 1.0, model)

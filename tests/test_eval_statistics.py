@@ -50,3 +50,28 @@ def test_different_pictures_cannot_be_paired():
 
 def test_intervals_are_printed_in_percent():
     assert str(Interval(0.5, 0.4, 0.6)) == "50.00 % [40.00, 60.00]"
+
+
+def test_the_interval_of_a_difference_holds_its_level_where_two_hardly_differ():
+    same = np.ones(360, bool)
+    assert paired(same, same).difference.low < -0.004
+    few = np.zeros(10_000, bool)
+    few[:4] = True
+    found = paired(few, np.zeros(10_000, bool))  # McNemar's p is 0.125
+    assert found.difference.low < 0 < found.difference.high
+    assert found.difference.value == pytest.approx(4e-4)
+    rng = np.random.default_rng(0)
+    covered = 0
+    for _ in range(500):
+        cell = rng.choice(3, 400, p=(0.98, 0.015, 0.005))  # a true difference of one in a hundred
+        interval = paired(cell == 1, cell == 2).difference
+        covered += interval.low <= 0.01 <= interval.high
+    assert covered / 500 >= 0.93
+
+
+@pytest.mark.parametrize("answers", [[], [[True, False]], [0.5, 1.0]])
+def test_what_are_no_answers_is_refused(answers):
+    with pytest.raises(ValueError, match="true and false"):
+        proportion(np.array(answers))
+    with pytest.raises(ValueError, match="at least 1"):
+        mean(np.array([]))

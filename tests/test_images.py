@@ -1,5 +1,6 @@
 """ggem_jax/images.py: every kind of picture file becomes RGB, the right way up; what is none is named."""
 
+import contextlib
 import io
 
 import numpy as np
@@ -71,3 +72,26 @@ def test_resizing_to_the_same_size_copies_nothing():
     image = np.zeros((4, 6, 3), np.uint8)
     assert resize(image, 4, 6) is image
     assert resize(image, 3, 2).shape == (3, 2, 3)
+
+
+def test_32_bits_a_channel_are_refused_not_guessed():
+    for array in (np.full((4, 4), 70000, np.int32), np.full((4, 4), 0.5, np.float32)):
+        with pytest.raises(UnreadableImage, match="32 bits a channel"):
+            read_image(encoded(array, "TIFF"))
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF data", "ignore:Possibly corrupt EXIF data", "ignore:Metadata Warning")  # Pillow's own
+def test_damaged_exif_records_are_unreadable_or_harmless_whatever_byte_is_wrong():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    good = encoded(GRADIENT[:8, :8], "JPEG", exif=exif)
+    for place in range(20, 60):
+        for value in (0, 1, 7, 255):
+            with contextlib.suppress(UnreadableImage):
+                assert read_image(good[:place] + bytes([value]) + good[place + 1 :]).dtype == np.uint8
+
+
+def test_a_thin_picture_is_cut_before_it_is_resized():
+    image = np.zeros((1, 60000, 3), np.uint8)
+    image[:, 29990:30010] = 255
+    assert (centre_crop(image, 32) == 255).all()

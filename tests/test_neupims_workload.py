@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from neupims.workload import GPT3, Decoder, kv_cache_bytes, weight_bytes
@@ -26,11 +27,22 @@ def test_grouped_queries_and_gated_mlp():
 
 def test_a_batch_of_models_is_the_same_record_with_a_leading_axis():
     models = [GPT3["gpt3-7b"], GPT3["gpt3-13b"]]
-    batch = jax.tree.map(lambda *numbers: jnp.array(numbers, jnp.float32), *models)
+    batch = jax.tree.map(lambda *numbers: jnp.array(numbers), *models)
     assert jax.vmap(weight_bytes)(batch).tolist() == pytest.approx([weight_bytes(model) for model in models])
+    in_axes = jax.tree.map(lambda _: 0, batch)
+    assert jax.vmap(kv_cache_bytes, (in_axes, None))(batch, 2048).tolist() == pytest.approx([kv_cache_bytes(model, 2048) for model in models])
 
 
-@pytest.mark.parametrize(("change", "word"), [({"layers": 0}, "layers"), ({"heads": 3}, "heads"), ({"kv_heads": 5}, "kv_heads")])
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"layers": 0}, "layers"),
+        ({"layers": 2.5}, "layers"),
+        ({"heads": np.int64(3)}, "heads"),
+        ({"heads": 3}, "heads"),
+        ({"kv_heads": 5}, "kv_heads"),
+    ],
+)
 def test_impossible_models_are_refused_by_field(change, word):
     with pytest.raises(ValueError, match=word):
         Decoder(**{"layers": 2, "width": 64, "heads": 8, "kv_heads": 8, "mlp_width": 256} | change)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from ggem_jax.models.vit import GGeM, ViT, ViTConfig
 from ggem_jax.optimizer import adamw, exponents, is_exponent, learning_rate_scales, weight_decay_mask
@@ -73,3 +74,28 @@ def test_without_its_own_rate_an_exponent_hardly_moves():
 
     assert learned(1.0) < 3.21
     assert 4.5 < learned(10.0) < 8
+
+
+def test_a_part_of_a_model_and_two_models_in_one_tree_keep_their_depths():
+    leaf = {"kernel": jnp.ones((2, 2))}
+    part = {"blocks_10": leaf, "blocks_11": leaf, "head": leaf}
+    scales = learning_rate_scales(part, layer_decay=0.5)
+    assert [scales[name]["kernel"] for name in part] == [0.25, 0.5, 1.0]
+    towers = {"a": {"blocks_0": leaf, "blocks_1": leaf, "position": jnp.ones(2)}, "b": {"blocks_0": leaf, "blocks_norm": leaf}}
+    scales = learning_rate_scales(towers, layer_decay=0.5)
+    assert scales == {
+        "a": {"blocks_0": {"kernel": 0.25}, "blocks_1": {"kernel": 0.5}, "position": 0.125},
+        "b": {"blocks_0": {"kernel": 0.5}, "blocks_norm": {"kernel": 1.0}},
+    }
+
+
+def test_parameters_of_flax_nnx_are_recognised():
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.dense = nnx.Linear(2, 3, rngs=rngs)
+            self.p = nnx.Param(jnp.full(3, 3.0))
+
+    state = nnx.state(Model(nnx.Rngs(0)), nnx.Param)
+    assert list(exponents(state)) == ["p"]
+    assert jax.tree.leaves(weight_decay_mask(state)) == [False, True, False]  # dense.bias, dense.kernel, p
+    assert jax.tree.leaves(learning_rate_scales(state, exponent_lr=7.0)) == [1.0, 1.0, 7.0]

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import parameterized
+from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -303,6 +304,20 @@ class Variants(chex.TestCase):
         chex.assert_trees_all_close(self.variant(lse_pool)(tokens, 10.0), want, rtol=1e-6)
 
 
+@pytest.mark.parametrize("r", [1e-8, 1e-4, 1e-2, 1.0, 10.0, 1000.0])
+def test_lse_is_exact_from_the_average_to_the_maximum(r):
+    tokens = draw(np.random.default_rng(17), 2, 50, 6)
+    wide = tokens.astype(np.float64)
+    top = wide.max(1, keepdims=True)
+    want = top[:, 0] + np.log1p(np.expm1(r * (wide - top)).mean(1)) / r
+    np.testing.assert_allclose(lse_pool(tokens, r), want, rtol=0, atol=2e-6 * np.abs(tokens).max())
+
+
+def test_lse_of_the_widest_tokens_has_finite_gradients():
+    tokens = jnp.array([[3.4e38], [-3.4e38]])
+    chex.assert_tree_all_finite(jax.value_and_grad(lambda t, r: lse_pool(t, r)[0], (0, 1))(tokens, 1.0))
+
+
 def test_lse_lies_between_average_and_maximum_and_takes_any_sign():
     tokens = draw(np.random.default_rng(10), 2, 20, 6)
     np.testing.assert_allclose(lse_pool(tokens, 1e-3), avg_pool(tokens), atol=2e-3)
@@ -398,7 +413,65 @@ def test_numpy_arrays_lists_and_integer_exponents_are_taken():
     want = ggem_pool(jnp.array(tokens), jnp.array([3.0, 2.0]))
     np.testing.assert_array_equal(ggem_pool(tokens, [3, 2]), want)
     np.testing.assert_array_equal(ggem_pool(tokens, np.array([3, 2]), mask=np.ones((2, 9), bool)), want)
+    np.testing.assert_array_equal(ggem_pool(tokens, np.array([3, 2]), mask=[[True] * 9] * 2), want)
     np.testing.assert_allclose(gem_pool(tokens, 3), gem_pool(tokens, 3.0), rtol=0)
+
+
+@pytest.mark.parametrize("negatives", NEGATIVES)
+def test_a_kept_nan_is_not_hidden(negatives):
+    tokens = jnp.array([[jnp.nan, 1.0], [1.0, 2.0]])
+    pooled = gem_pool(tokens, 3.0, negatives=negatives)
+    assert jnp.isnan(pooled).tolist() == [True, False]
+
+
+@pytest.mark.parametrize("negatives", NEGATIVES)
+def test_the_gradient_of_p_is_finite_up_to_the_widest_tokens(negatives):
+    for values in ([3.4e38, -3.4e38], [2.05e38, 3.37e38, -2.36e38, -3.01e38, -1.84e38]):
+        tokens = jnp.array(values)[:, None]
+        chex.assert_tree_all_finite([jax.grad(lambda p: gem_pool(tokens, p, negatives=negatives)[0])(p) for p in (1.0, 3.0, 20.0)])  # noqa: B023
+
+
+def test_the_sign_of_the_smallest_numbers_is_that_of_the_rest():
+    gradient = jax.grad(lambda t: gem_pool(t, 1.0, negatives="signed")[0])(jnp.array([[-5e-38], [1.0], [2.0]]))
+    np.testing.assert_allclose(gradient, jnp.full((3, 1), 1 / 3), rtol=1e-6)
+
+
+def test_exponents_that_are_variables_of_nnx_are_taken_under_jit_and_grad():
+    tokens, p = draw(np.random.default_rng(18), 2, 9, 6), nnx.Param(jnp.array([3.0, 2.0]))
+    gradient = nnx.jit(nnx.grad(lambda p: ggem_pool(tokens, p).sum()))(p)
+    np.testing.assert_allclose(gradient[...], jax.grad(lambda p: ggem_pool(tokens, p).sum())(jnp.array([3.0, 2.0])), rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
+def test_runs_without_rank_or_dtype_promotion(dtype):
+    tokens, p, mask = jnp.array(draw(np.random.default_rng(19), 2, 9, 6), dtype), jnp.array([3.0, 2.0]), jnp.arange(18).reshape(2, 9) % 3 > 0
+    calls = [lambda t, n=n: ggem_pool(t, p, mask=mask, negatives=n) for n in NEGATIVES]
+    calls += [lambda t: lse_pool(t, 10.0, mask=mask), lambda t: avg_pool(t, mask=mask), lambda t: max_pool(t, mask=mask)]
+    with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
+        for call in calls:
+            chex.assert_tree_all_finite(jax.grad(lambda t: call(t).sum())(tokens))  # noqa: B023
+
+
+def test_padding_that_is_no_number_does_not_trip_the_nan_checks_of_jax():
+    tokens, mask = jnp.array([[1.0, 2.0], [jnp.nan, jnp.nan]]), jnp.array([True, False])
+    with jax.debug_nans(True):
+        for call in (lambda t: ggem_pool(t, [3.0, 2.0], mask=mask), lambda t: avg_pool(t, mask=mask), lambda t: max_pool(t, mask=mask)):
+            np.testing.assert_allclose(call(tokens), [1.0, 2.0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("negatives", NEGATIVES)
+@pytest.mark.parametrize("axes", [("data", None, None), (None, None, "model"), ("data", None, "model")])
+def test_explicitly_sharded_tokens_have_the_same_gradients(negatives, axes):
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit, AxisType.Explicit))
+    tokens, p = jnp.array(draw(np.random.default_rng(20), 8, 5, 12)), jnp.array([3.0, 2.0, 1.5])
+    gradient = jax.jit(jax.grad(lambda t, p: gem_pool(t, jnp.repeat(p, 4), negatives=negatives).sum(), (0, 1)))
+    grouped = jax.jit(jax.grad(lambda t, p: ggem_pool(t, p, negatives=negatives).sum(), (0, 1)))
+    want = gradient(tokens, p)
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(tokens, NamedSharding(mesh, P(*axes)))
+        whole = jax.device_put(p, NamedSharding(mesh, P()))
+        for found in (gradient(sharded, whole), grouped(sharded, whole)):
+            chex.assert_trees_all_close(jax.device_get(found), jax.device_get(want), rtol=1e-5, atol=1e-6)
 
 
 TOKENS = np.zeros((2, 9, 12), np.float32)
@@ -418,7 +491,13 @@ REFUSED = {
     "p nan": (ValueError, "p must be positive", lambda: gem_pool(TOKENS, np.nan)),
     "layout": (ValueError, "layout must be one of contiguous, interleaved, not 'rows'", lambda: ggem_pool(TOKENS, np.ones(3), layout="rows")),
     "sign rule": (ValueError, "negatives must be one of clamp, abs, shift, signed", lambda: gem_pool(TOKENS, 3.0, negatives="relu")),
+    "p infinite": (ValueError, "p must be positive and finite", lambda: gem_pool(TOKENS, np.inf)),
+    "p text": (ValueError, "p must be a number", lambda: gem_pool(TOKENS, "3")),
+    "p complex": (ValueError, "p must be real", lambda: gem_pool(TOKENS, 3 + 0j)),
     "eps": (ValueError, "eps must be", lambda: gem_pool(TOKENS, 3.0, eps=0.0)),
+    "eps none": (ValueError, "eps must be a Python number", lambda: gem_pool(TOKENS, 3.0, eps=None)),
+    "eps infinite": (ValueError, "eps must be", lambda: gem_pool(TOKENS, 3.0, eps=1e300)),
+    "mask of one truth": (ValueError, r"mask must be bool of shape \(2, 9\)", lambda: avg_pool(TOKENS, mask=True)),
     "mask shape": (ValueError, r"mask must be bool of shape \(2, 9\)", lambda: avg_pool(TOKENS, mask=np.ones((2, 8), bool))),
     "mask dtype": (ValueError, "mask must be bool", lambda: gem_pool(TOKENS, 3.0, mask=np.ones((2, 9), np.float32))),
     "implementation": (ValueError, "implementation must be None or one of xla, triton", lambda: gem_pool(TOKENS, 3.0, implementation="cuda")),

@@ -49,6 +49,15 @@ def test_a_run_leaves_its_config_metrics_checkpoint_and_picture(trained):
     assert any((run / "tensorboard").iterdir())
 
 
+def test_a_run_in_bfloat16_that_recomputes_its_blocks_learns(tmp_path):
+    trained = classify.train(
+        load_config([*TINY, "--model.dtype", "bfloat16", "--model.remat", "--epochs", "4", "--out", str(tmp_path / "run")], "test"), quiet=True
+    )
+    chex.assert_type(jax.tree.leaves(trained.state.params), jnp.float32)
+    assert read_metrics(tmp_path / "run", "train")[-1]["loss"] < 2
+    assert trained.predictions.top(1).mean() > 0.3
+
+
 def test_a_finished_run_started_again_changes_nothing(trained, capsys):
     before = (trained / "ggem" / "metrics.jsonl").read_bytes()
     classify.main([*TINY, "--epochs", "2", "--out", str(trained / "ggem")])

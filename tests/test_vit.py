@@ -1,5 +1,6 @@
 """ggem_jax/models/vit.py against a NumPy transcription, published sizes and PyTorch's interpolation."""
 
+import functools
 import math
 
 import chex
@@ -11,7 +12,7 @@ from flax import nnx
 from scipy.special import erf
 
 from ggem_jax import pooling
-from ggem_jax.models.vit import MAP, GGeM, ViT, ViTConfig, resample_position, sincos_position, vit_config
+from ggem_jax.models.vit import MAP, GGeM, ViT, ViTConfig, resample_position, sincos_position, used_exponents, vit_config
 
 SMALL = {"patch": 4, "width": 24, "depth": 2, "heads": 3, "mlp_width": 40, "image": 16}
 
@@ -274,7 +275,15 @@ def test_sincos_position_by_hand():
     [
         ({"width": 25}, "multiple of heads"),
         ({"image": 18}, "multiple of patch"),
-        ({"depth": 0}, "depth must be at least 1"),
+        ({"depth": 0}, "depth must be a whole number of at least 1, not 0"),
+        ({"patch": (4, 4)}, "patch must be a whole number"),
+        ({"registers": -1}, "registers must be a whole number of at least 0"),
+        ({"gelu": "quick"}, "gelu must be one of exact, tanh, not 'quick'"),
+        ({"pool_order": "pool_norm"}, "pool_order must be one of norm-pool, pool-norm"),
+        ({"dtype": "float64"}, "dtype must be one of float32, bfloat16, float16"),
+        ({"class_token": 2}, "class_token must be one of False, True, not 2"),
+        ({"drop_path": 1.5}, "drop_path must be a probability"),
+        ({"norm_eps": -1.0}, "norm_eps must be positive"),
         ({"position": "sincos", "width": 18}, "divisible by 4"),
     ],
 )
@@ -312,3 +321,34 @@ def test_pooling_works_inside_an_nnx_module():
     gradient = nnx.grad(lambda pool: pool(tokens).sum())(Pool(3))
     chex.assert_shape(gradient.p[...], (3,))
     assert bool(jnp.all(gradient.p[...] != 0))
+
+
+@pytest.mark.parametrize("variant", ["S/²", "S16", "XL/16", 16])
+def test_unknown_variants_are_refused(variant):
+    with pytest.raises(ValueError, match="variant must be one of Ti, S, B, L, H"):
+        vit_config(variant)
+
+
+@pytest.mark.parametrize("head", [GGeM(groups=0), GGeM(p_init=0.5)])
+def test_ggem_without_groups_or_with_exponents_out_of_range_is_refused(head):
+    with pytest.raises(ValueError, match="GGeM needs groups of at least 1 and p_init in"):
+        build(head)
+
+
+@pytest.mark.parametrize(("p", "used"), [(-2e7, 1.0), (0.5, 1.0), (3.0, 3.0), (1e11, 1000.0)])
+def test_exponents_far_out_of_range_are_used_at_its_end_and_keep_their_gradient(p, used):
+    value, gradient = jax.value_and_grad(lambda p: used_exponents(p)[0])(jnp.array([p]))
+    assert value == used
+    assert gradient == 1
+
+
+def test_a_class_token_pooling_is_recognised_inside_partial_and_jit_and_all_tokens_can_be_asked_for():
+    plain, params, images = build(pooling.cls_pool)
+    want = plain.apply({"params": params}, images)
+    for other in (functools.partial(pooling.cls_pool), jax.jit(pooling.cls_pool)):
+        chex.assert_trees_all_close(ViT(plain.config, other, plain.num_classes).apply({"params": params}, images), want, rtol=1e-5, atol=1e-6)
+    whole = ViT(plain.config, lambda tokens: tokens[:, 0] + tokens.mean(1), plain.num_classes, pooled="all").apply({"params": params}, images)
+    chex.assert_trees_all_close(whole.descriptor, want.tokens[:, 0] + want.tokens.mean(1), rtol=1e-5, atol=1e-6)
+    for model in (ViT(plain.config, pooling.cls_pool, pooled="patches"), ViT(plain.config, pooling.avg_pool, pooled="some")):
+        with pytest.raises(ValueError, match="pooled"):
+            model.init(jax.random.key(0), images)

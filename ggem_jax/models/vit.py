@@ -7,9 +7,10 @@ References: Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021, arXiv:201
 data-efficient image transformers", 2021, arXiv:2012.12877 (Ti, S); Darcet et al., "Vision Transformers Need Registers", 2024, arXiv:2309.16588.
 """
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jax
 import jax.numpy as jnp
@@ -51,9 +52,19 @@ class ViTConfig:
     remat: bool = False  # recompute the blocks in the backward pass: memory for time
 
     def __post_init__(self):
-        for name in ("patch", "width", "depth", "heads", "mlp_width", "image"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("patch", "width", "depth", "heads", "mlp_width", "image", "registers"):
+            value, least = getattr(self, name), 0 if name == "registers" else 1
+            if not isinstance(value, int | np.integer) or value < least:
+                raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+        for name, hint in get_type_hints(type(self)).items():
+            choices = (False, True) if hint is bool else get_args(hint) if get_origin(hint) is Literal else None
+            if choices and (getattr(self, name) not in choices or (hint is bool and not isinstance(getattr(self, name), bool))):
+                raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, not {getattr(self, name)!r}")
+        for name in ("drop_path", "dropout"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be a probability, not {getattr(self, name)}")
+        if not self.norm_eps > 0:
+            raise ValueError(f"norm_eps must be positive, not {self.norm_eps}")
         if self.width % self.heads:
             raise ValueError(f"width must be a multiple of heads, not {self.width} with {self.heads} heads")
         if self.image % self.patch:
@@ -78,8 +89,8 @@ _SIZES = {
 
 def vit_config(variant: str, **changes: Any) -> ViTConfig:
     """The published sizes by name, such as "S/16" (any patch size); `changes` are fields of `ViTConfig`."""
-    size, _, patch = variant.partition("/")
-    if size not in _SIZES or not patch.isdigit():
+    size, _, patch = str(variant).partition("/")
+    if size not in _SIZES or not (patch.isascii() and patch.isdigit()):
         raise ValueError(f"variant must be one of {', '.join(_SIZES)}, a slash and the patch size, such as 'S/16', not {variant!r}")
     width, depth, heads, mlp_width = _SIZES[size]
     return ViTConfig(**{"patch": int(patch), "width": width, "depth": depth, "heads": heads, "mlp_width": mlp_width} | changes)
@@ -98,20 +109,26 @@ class ViTOutput:
 class ViT(nn.Module):
     """Image -> tokens -> descriptor -> logits.
 
-    `pooling` is a function of the patch tokens from `ggem_jax.pooling` (only `cls_pool` gets the prefix tokens, hence the class token), or a module
-    such as `GGeM()` or `MAP()`, which take what they leave open from the model. `num_classes=0` leaves out the classification head.
+    `pooling` is a function from `ggem_jax.pooling`, a module such as `GGeM()` or `MAP()`, which take what they leave open from the model, or anything
+    else from tokens `(b, n, d)` to descriptors `(b, d)`. It gets the patch tokens; `cls_pool` gets the prefix tokens before them too, as does every
+    pooling with `pooled="all"`: a function of one's own that wants the class token. `num_classes=0` leaves out the classification head.
+
+    Training with dropout or drop path needs `rngs={"dropout": key}`. On a mesh with explicit axis types use `jax.sharding.auto_axes`.
     """
 
     config: ViTConfig
     pooling: Pooling
     num_classes: int = 0
+    pooled: Literal["patches", "all"] | None = None  # the tokens that are pooled; None: all for `cls_pool`, otherwise patches
 
     def setup(self):
         c = self.config
-        wants_class_token = getattr(self.pooling, "func", self.pooling) is cls_pool  # func: inside a functools.partial
-        if wants_class_token and not c.class_token:
-            raise ValueError("cls_pool needs a model with class_token=True")
-        self.pool_prefix = wants_class_token
+        wants_class_token = inspect.unwrap(getattr(self.pooling, "func", self.pooling)) is cls_pool  # inside a functools.partial or a jax.jit
+        if wants_class_token and (not c.class_token or self.pooled == "patches"):
+            raise ValueError("cls_pool needs a model with class_token=True, and pooled='all' or None")
+        if self.pooled not in (None, "patches", "all"):
+            raise ValueError(f"pooled must be None, patches or all, not {self.pooled!r}")
+        self.pool_prefix = wants_class_token if self.pooled is None else self.pooled == "all"
         self.patch_embedding = nn.Conv(c.width, (c.patch, c.patch), (c.patch, c.patch), padding="VALID", **_dtypes(c))
         side = c.image // c.patch
         if c.class_token:
@@ -143,8 +160,8 @@ class ViT(nn.Module):
     def embed(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b n d"]:
         """Cuts the images into patches, embeds them, adds positions and puts the prefix tokens in front."""
         c = self.config
-        if images.ndim != 4 or images.shape[-1] != 3 or images.shape[1] % c.patch or images.shape[2] % c.patch:
-            raise ValueError(f"images must be (b, h, w, 3) with h and w multiples of {c.patch}, not of shape {images.shape}")
+        if images.ndim != 4 or images.shape[-1] != 3 or any(length % c.patch or not length for length in images.shape[1:3]):
+            raise ValueError(f"images must be (b, h, w, 3) with h and w positive multiples of {c.patch}, not of shape {images.shape}")
         patches = self.patch_embedding(images)
         b, rows, columns, width = patches.shape
         side = c.image // c.patch
@@ -160,8 +177,7 @@ class ViT(nn.Module):
         return jnp.concatenate([*prefix, tokens], axis=1)
 
     def _pooled_tokens(self, tokens):
-        prefix = self.config.prefix_tokens
-        return tokens[:, :prefix] if self.pool_prefix else tokens[:, prefix:]
+        return tokens if self.pool_prefix else tokens[:, self.config.prefix_tokens :]
 
 
 class Block(nn.Module):
@@ -233,15 +249,21 @@ class GGeM(nn.Module):
     eps: float = 1e-6
 
     def for_model(self, config: ViTConfig) -> "GGeM":
-        return self.clone(parent=None, groups=self.groups or config.heads)
+        return self.clone(parent=None, groups=config.heads if self.groups is None else self.groups)
 
     @nn.compact
     def __call__(self, tokens: Float[Array, "*b n d"], *, mask: Bool[Array, "*b n"] | None = None) -> Float[Array, "*b d"]:
         if self.groups is None:
             raise ValueError("GGeM needs its number of groups when it is used outside a ViT")
-        p = self.param("p", nn.initializers.constant(self.p_init), (self.groups,))
-        p = p + jax.lax.stop_gradient(jnp.clip(p, *self.p_range) - p)
-        return ggem_pool(tokens, p, mask=mask, eps=self.eps, layout=self.layout, negatives=self.negatives)
+        if self.groups < 1 or not self.p_range[0] <= self.p_init <= self.p_range[1]:
+            raise ValueError(f"GGeM needs groups of at least 1 and p_init in {self.p_range}, not {self.groups} and {self.p_init}")
+        p = self.param("p", nn.initializers.constant(self.p_init), (self.groups,), jnp.float32)
+        return ggem_pool(tokens, used_exponents(p, self.p_range), mask=mask, eps=self.eps, layout=self.layout, negatives=self.negatives)
+
+
+def used_exponents(p: Float[Array, " groups"], p_range: tuple[float, float] = GGeM.p_range) -> Float[Array, " groups"]:
+    """The exponents that `GGeM` pools with: the learned ones kept inside `p_range`, with the gradient of those that are not as if they were."""
+    return jax.lax.stop_gradient(jnp.clip(p, *p_range)) + (p - jax.lax.stop_gradient(p))
 
 
 class MAP(nn.Module):
