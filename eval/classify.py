@@ -11,14 +11,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
+import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg
 
 from eval.statistics import Interval, Paired, paired, proportion
-from ggem_jax.optimizer import exponents
 from train.checkpoints import Checkpoints
+from train.classify import learned_exponents
 from train.config import Refused, parse
 from train.data import open_data
 from train.evaluate import Predictions, evaluate
@@ -33,6 +34,7 @@ class Evaluate:
     run: Positional[Path]  # folder of a run of train.classify
     other: Positional[Path | None] = None  # folder of another run to compare it with
     json: bool = False  # print one JSON object
+    split: str | None = None  # evaluate on another split than the run did, such as test
     data: str | None = None  # evaluate on another source than the run's: digits, folder:DIR or tfds:NAME
     data_dir: Annotated[Path | None, arg(aliases=["--data-dir"])] = None  # where tfds data sets are prepared; None: as in the run
 
@@ -76,7 +78,9 @@ def load(run: Path, how: Evaluate) -> Evaluated:
     """Evaluates the newest checkpoint of a run."""
     config, classes = read_run(run)
     data = dataclasses.replace(config.data, source=how.data or config.data.source, data_dir=how.data_dir or config.data.data_dir)
-    config = dataclasses.replace(config, data=data)
+    data = dataclasses.replace(data, eval_split=how.split or data.eval_split)
+    devices = jax.device_count()
+    config = dataclasses.replace(config, data=data, fsdp=1, batch=-(-config.batch // devices) * devices)  # whatever devices it was trained on
     _, pictures = open_data(data)
     if pictures.classes != classes:
         raise Refused(f"{run} was trained on the classes {', '.join(classes)}, but {data.source} has {', '.join(pictures.classes)}")
@@ -88,11 +92,11 @@ def load(run: Path, how: Evaluate) -> Evaluated:
         raise Refused(f"{run} has no checkpoint yet")
     steps = make_steps(config, len(classes), total_steps=2)  # any number: the schedule does not matter here
     state = checkpoints.restore(steps)
-    p = {name: np.asarray(value).tolist() for name, value in exponents(state.evaluated).items()}
-    return Evaluated(run, step, pictures.classes, evaluate(steps, state.evaluated, pictures, config), p)
+    return Evaluated(run, step, pictures.classes, evaluate(steps, state.evaluated, pictures, config), learned_exponents(state.evaluated))
 
 
 def compare(first: Evaluated, second: Evaluated) -> Paired:
+    """The two on the same pictures."""
     a, b = first.predictions, second.predictions
     if first.classes != second.classes or not np.array_equal(a.index, b.index) or not np.array_equal(a.label, b.label):
         raise Refused(f"{first.run} and {second.run} were not evaluated on the same pictures, so they cannot be compared in pairs")
@@ -100,6 +104,7 @@ def compare(first: Evaluated, second: Evaluated) -> Paired:
 
 
 def as_json(runs: list[Evaluated], comparison: Paired | None) -> dict[str, Any]:
+    """What `--json` prints."""
     entries = [
         {
             "run": str(run.run),
@@ -117,6 +122,7 @@ def as_json(runs: list[Evaluated], comparison: Paired | None) -> dict[str, Any]:
 
 
 def show(runs: list[Evaluated], comparison: Paired | None) -> None:
+    """Prints the tables for people."""
     console = Console(soft_wrap=True, highlight=False, markup=False)
     for run in runs:
         table = Table("class", title=f"{run.run}, step {run.step}, {len(run.predictions.label):,} pictures", title_justify="left")

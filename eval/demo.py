@@ -24,7 +24,8 @@ from train.data import open_data
 from train.log import read_metrics
 from train.run import one_sentence
 
-POOLINGS = {"cls": "class token", "avg": "average", "gem": "GeM", "ggem": "GGeM"}
+# relu-avg is the control: what GeM and GGeM owe to leaving out what is negative, not to their exponents.
+POOLINGS = {"cls": "class token", "avg": "average", "relu-avg": "positive average", "gem": "GeM", "ggem": "GGeM"}
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def configuration(demo: Demo, pool: str, seed: int) -> Config:
+    """The config of one training."""
     flags = ["--config", "digits", "--pool.kind", pool, "--seed", str(seed), "--out", str(demo.out / f"{pool}-{seed}")]
     return load_config(flags + ([] if demo.epochs is None else ["--epochs", str(demo.epochs)]), "eval.demo")
 
@@ -91,6 +93,7 @@ def compare(demo: Demo) -> list[Arm]:
 
 
 def show(arms: list[Arm]) -> None:
+    """Prints the table."""
     table = Table("pooling", title=f"Top-1 accuracy, mean over {len(arms[0].correct)} seeds [95 % interval]", title_justify="left")
     for column in ("accuracy", "GGeM less this, same seeds", "learned p"):
         table.add_column(column, justify="right")
@@ -101,6 +104,7 @@ def show(arms: list[Arm]) -> None:
 
 
 def next_steps(demo: Demo) -> str:
+    """Commands that go on from here."""
     return f"""
 What to try next:
   python -m eval.classify {demo.out}/ggem-0 {demo.out}/avg-0            accuracy by class, and a paired test on the same pictures

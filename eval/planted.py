@@ -5,8 +5,9 @@ Tokens are noise with evidence planted in them, in two halves of the channels th
 - dense half: every token carries a weak bump in the channels of its class: wants a p near 1, the average.
 
 No backbone is trained, only the pooling and a linear head, on fresh draws at every step. All seeds of an arm train in one `vmap`; all arms see the
-same draws, in training and in test. GGeM with one group per half can give each half its own p; GeM has to compromise; GGeM with the channels assigned
-to its two groups at random is the control: two exponents without the right groups.
+same draws, in training and in test. GGeM with one group per half can give each half its own p; GeM has to compromise. Three controls: the average of
+what is positive (what the clamp of GeM alone is worth), GGeM with the channels assigned to its two groups at random (two exponents without the right
+groups), and GeM with one p per channel, which can do all that GGeM can and has to find it channel by channel.
 """
 
 import dataclasses
@@ -26,6 +27,7 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 from eval import statistics
 from ggem_jax import pooling
+from ggem_jax.models.vit import used_exponents
 from ggem_jax.optimizer import adamw
 from train.config import Refused, parse
 from train.run import one_sentence
@@ -84,7 +86,7 @@ def run(config: Planted) -> dict[str, Result]:
 
 
 def arms(config: Planted) -> dict[str, tuple[list[float], Callable[..., Array]]]:
-    """First exponents and pooling function of (tokens, p, key of the seed) of each arm."""
+    """First exponents and pooling function of (tokens, p, key of the seed) of each arm; exponents in the order of the channels, sparse half first."""
 
     def in_random_groups(tokens, p, key):
         order = jax.random.permutation(jax.random.fold_in(key, 1), config.channels)
@@ -92,8 +94,10 @@ def arms(config: Planted) -> dict[str, tuple[list[float], Callable[..., Array]]]
 
     return {
         "average": ([], lambda tokens, p, key: pooling.avg_pool(tokens)),
+        "positive average": ([], lambda tokens, p, key: pooling.gem_pool(tokens, 1.0)),
         "maximum": ([], lambda tokens, p, key: pooling.max_pool(tokens)),
         "GeM": ([3.0], lambda tokens, p, key: pooling.ggem_pool(tokens, p)),
+        "GeM, p per channel": ([3.0] * config.channels, lambda tokens, p, key: pooling.gem_pool(tokens, p)),
         "GGeM, random groups": ([3.0, 3.0], in_random_groups),
         "GGeM": ([3.0, 3.0], lambda tokens, p, key: pooling.ggem_pool(tokens, p)),
     }
@@ -109,8 +113,7 @@ def train_and_test(seed: Int[Array, ""], *, config: Planted, start: list[float],
     transform = adamw(schedule, weight_decay=0.0, exponent_lr=1.0)
 
     def logits(params: Any, tokens):
-        p = params["p"] + jax.lax.stop_gradient(jnp.clip(params["p"], 1, 1000) - params["p"])  # as in the GGeM module
-        return pool(tokens, p, key) @ params["kernel"] + params["bias"]
+        return pool(tokens, used_exponents(params["p"]), key) @ params["kernel"] + params["bias"]
 
     def step(carry, key):
         params, state = carry
@@ -121,7 +124,7 @@ def train_and_test(seed: Int[Array, ""], *, config: Planted, start: list[float],
 
     (params, _), _ = jax.lax.scan(step, (params, transform.init(params)), jax.random.split(train_key, config.steps))
     tokens, labels = draw(test_key, config.test, codes, config)
-    return logits(params, tokens).argmax(-1) == labels, jnp.clip(params["p"], 1, 1000)
+    return logits(params, tokens).argmax(-1) == labels, used_exponents(params["p"])
 
 
 def draw_codes(key: PRNGKeyArray, config: Planted) -> Float[Array, "2 classes channels"]:
@@ -150,6 +153,7 @@ def draw(key: PRNGKeyArray, count: int, codes: Array, config: Planted) -> tuple[
 
 
 def summary(results: dict[str, Result]) -> dict[str, Any]:
+    """What `--json` prints of each arm."""
     ggem = results["GGeM"]
     return {
         name: {
@@ -164,15 +168,21 @@ def summary(results: dict[str, Result]) -> dict[str, Any]:
 
 
 def show(results: dict[str, Result], config: Planted, seconds: float) -> None:
+    """Prints the table for people; of exponents per channel the mean of each half."""
     print(f"{config.seeds} seeds, {config.steps} steps of {config.batch} pictures, {config.test} test pictures; mean over seeds [95 % interval]")
     for name, result in results.items():
-        p = "   ".join(f"p {i.value:.2f} [{i.low:.2f}, {i.high:.2f}]" for i in (statistics.mean(column) for column in result.p.T))
+        p = "   ".join(f"p {i.value:.2f} [{i.low:.2f}, {i.high:.2f}]" for i in map(statistics.mean, halves(result.p)))
         print(f"{name:20}  accuracy {statistics.mean(result.accuracy)}   {p}")
     print("groups of GGeM: sparse half, dense half. Same draws for all arms:")
     for name, result in results.items():
         if name != "GGeM":
             print(f"GGeM less {name:20}  {statistics.mean(results['GGeM'].accuracy - result.accuracy)}")
     print(f"{seconds:.0f} s")
+
+
+def halves(p: np.ndarray) -> np.ndarray:
+    """Exponents `(seeds, groups)`, as they are up to two groups, otherwise the mean of each half of the channels; transposed, `(groups, seeds)`."""
+    return p.T if p.shape[1] <= 2 else p.reshape(len(p), 2, -1).mean(axis=2).T
 
 
 if __name__ == "__main__":

@@ -11,6 +11,7 @@ import numpy as np
 from PIL import Image
 
 from eval import statistics
+from train.config import Pool
 from train.data import Pictures
 from train.evaluate import Predictions
 from train.log import write_text
@@ -57,15 +58,16 @@ class Arm:
 
 def write_report(path: Path, arms: list[Arm], pictures: Pictures, facts: dict[str, str]) -> Path:
     """Writes the page and gives its path."""
-    body = f"""<h1>Four poolings of a small Vision Transformer</h1>
+    body = f"""<h1>Poolings of a small Vision Transformer</h1>
 <p>Handwritten digits of 8 &times; 8 pixels: {len(arms[0].predictions.label)} pictures that no training saw. Every number and curve on this page comes
 from the trainings listed here.</p>
 <dl>{"".join(f"<dt>{html.escape(name)}</dt><dd>{html.escape(fact)}</dd>" for name, fact in facts.items())}</dl>
 <h2>Accuracy</h2>{_table(arms)}
-<p>Means over seeds with 95 % intervals (Student's t). Differences are taken seed by seed: same initial weights, same batches. An interval that holds
-0 decides nothing.</p>
+<p>Means over seeds with 95 % intervals (Student's t): how far another seed would move them on these same pictures; other pictures would move a single
+accuracy by about {100 * _sampling(arms):.1f} points more. Differences are taken seed by seed: same initial weights, same batches. An interval that
+holds 0 decides nothing.</p>
 <h2>Curves and learned exponents</h2><div class="charts">{_accuracy_chart(arms)}{_exponent_chart(arms)}</div>
-<p>Both GeM and GGeM start at p = 3; p = 1 averages what is positive in a channel, a large p approaches its maximum.</p>
+<p>Both GeM and GGeM start at p = {Pool().p:g}; p = 1 averages what is positive in a channel, a large p approaches its maximum.</p>
 <h2>The pictures the models are least sure of</h2><div class="digits">{_hardest(arms, pictures)}</div>
 <h2>What to try next</h2>
 <p>On your own pictures, one sub-folder per class: <code>python -m train.classify --data folder:DIR --variant Ti/16</code>. Where one exponent per
@@ -83,6 +85,12 @@ def _table(arms: list[Arm]) -> str:
         rows.append(f"<tr><td>{html.escape(arm.name)}</td><td>{accuracy}</td><td>{difference}</td><td>{arm.exponents()}</td></tr>")
     head = f"<tr><th>pooling</th><th>top-1</th><th>{html.escape(arms[-1].name)} less this</th><th>learned p</th></tr>"
     return f"<table>{head}{''.join(rows)}</table>"
+
+
+def _sampling(arms: list[Arm]) -> float:
+    """Half the 95 % interval of one model's accuracy over the draw of the pictures."""
+    interval = statistics.proportion(arms[-1].correct[0])
+    return (interval.high - interval.low) / 2
 
 
 def _accuracy_chart(arms: list[Arm]) -> str:
@@ -111,7 +119,7 @@ def _exponent_chart(arms: list[Arm]) -> str:
         for group in range(p.shape[-1]):
             for seed in range(len(p)):
                 label = arm.name if group == seed == 0 else None
-                axis.plot([0, *steps], [3.0, *p[seed, :, group]], color=f"C{i}", alpha=0.6, linewidth=1, label=label)
+                axis.plot([0, *steps], [Pool().p, *p[seed, :, group]], color=f"C{i}", alpha=0.6, linewidth=1, label=label)
     axis.set(title="learned p: one line per group and seed", xlabel="step")
     axis.legend()
     axis.grid(alpha=0.3)

@@ -10,7 +10,7 @@ def load_jax_triton() -> ModuleType:
         import jax_triton
     except ImportError as error:
         raise NotImplementedError(
-            f"Triton kernels need jax-triton and a JAX with CUDA ({error}): pip install 'ggem-jax[gpu]' on a machine with an NVIDIA GPU, "
+            f"Triton kernels need jax-triton and a JAX with CUDA ({error}): pip install '.[gpu]' in a checkout on a machine with an NVIDIA GPU, "
             "or pass implementation=None"
         ) from error
     if os.environ.get("TRITON_CACHE_DIR") == "":  # set so by jax-triton 0.3; a later triton.compile in this process would find no folder

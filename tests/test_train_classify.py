@@ -1,5 +1,6 @@
 """train/classify.py and what it stands on: configs, the step, the log, and every mistake in one line."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -17,9 +18,10 @@ from eval import classify as eval_classify
 from ggem_jax.models.vit import ViTConfig, vit_config
 from train import classify
 from train.config import Augment, Config, Data, Optimizer, Refused, build_model, from_dict, known_configs, load_config, to_dict
+from train.evaluate import Predictions
 from train.log import Log, keep_until, read_metrics
 from train.run import read_run
-from train.step import accumulated_gradient, make_steps, mix, normalise, split_over_fsdp
+from train.step import accumulated_gradient, make_optimizer, make_steps, mix, normalise, split_over_fsdp
 from train.throughput import forward_flops
 
 
@@ -113,12 +115,30 @@ MISTAKES = {
     "unknown data": (["--data", "mnist"], "unknown data source 'mnist'; known are digits, folder:DIR, tfds:NAME"),
     "missing folder": (["--data", "folder:nowhere"], "there is no folder nowhere"),
     "unprepared data": (["--data", "tfds:mnist", "--data-dir", "nowhere"], "mnist is not prepared in nowhere .*--download"),
-    "batch": (["--batch", "33"], r"--batch must be a positive multiple of 1 part\(s\) x 8 device\(s\), it is 33"),
+    "batch": (["--batch", "33"], r"--batch must be a multiple of 1 part\(s\) x 8 device\(s\), it is 33"),
     "epochs": (["--epochs", "0"], "--epochs must be positive"),
     "fsdp": (["--fsdp", "3"], "--fsdp must divide the number of devices, 8"),
-    "holdout": (["--data.holdout", "1.5"], "data.holdout must lie between 0 and 1"),
-    "warmup": (["--optimizer.warmup", "-1"], "warmup must not be negative"),
-    "loss": (["--optimizer.lr", "1e30", "--optimizer.clip", "None", "--log_every", "1"], "the loss is nan at step"),
+    "holdout": (["--data.holdout", "1.5"], "--data.holdout must be between 0 and 1, it is 1.5"),
+    "warmup": (["--optimizer.warmup", "-1"], "--optimizer.warmup must be at least 0, it is -1"),
+    "negative seed": (["--seed", "-1"], "--seed must be from 0 to 2147483647, it is -1"),
+    "large seed": (["--seed", "3000000000"], "--seed must be from 0"),
+    "registers": (["--model.registers", "-1"], "registers must be a whole number of at least 0"),
+    "drop path": (["--model.drop_path", "2"], "drop_path must be a probability"),
+    "float16": (["--model.dtype", "float16"], "--model.dtype must be float32 or bfloat16"),
+    "bfloat16 weights": (["--model.param_dtype", "bfloat16"], "--model.param_dtype must be float32"),
+    "pad": (["--augment.crop", "pad", "--augment.pad", "-1"], "--augment.pad must be at least 0"),
+    "area": (["--augment.crop", "resized", "--augment.min_area", "2"], "--augment.min_area must be above 0"),
+    "mixup": (["--augment.mixup", "-1"], "--augment.mixup must be at least 0"),
+    "workers": (["--data.workers", "-1"], "--data.workers must be at least 1"),
+    "split": (["--data", "digits", "--data.eval_split", "val"], "--data.eval_split val is not in digits"),
+    "ema": (["--optimizer.ema", "2"], "--optimizer.ema must be at least 0 and below 1, or None, it is 2"),
+    "layer decay": (["--optimizer.layer_decay", "-1"], "--optimizer.layer_decay must be above 0"),
+    "parts": (["--optimizer.accumulate", "0"], "--optimizer.accumulate must be at least 1"),
+    "nan": (["--optimizer.lr", "nan"], "--optimizer.lr must be at least 0, it is nan"),
+    "no groups": (["--pool.groups", "0"], "--pool.groups must be a whole number"),
+    "exponent": (["--pool.p", "-1"], "--pool.p must be from 1 to 1000"),
+    "loss": (["--optimizer.lr", "1e30", "--optimizer.clip", "None", "--log_every", "1"], "the (loss|grad norm) is (nan|inf) at step"),
+    "weights": (["--optimizer.lr", "1e30", "--optimizer.clip", "None", "--stop_after", "5"], "the (loss|grad norm) is (nan|inf) at step 5"),
 }
 
 
@@ -154,6 +174,7 @@ def test_broken_config_files_are_refused(tmp_path):
     for name, text, sentence in (
         ("a.toml", "batch = ", "is not TOML"),
         ("a.json", "{", "is not JSON"),
+        ("d.json", "[1]", "is not JSON: settings by name are needed, not a list"),
         ("b.toml", "[model]\nwidht = 3", "in the config file .*b.toml: Unrecognized options: --model.widht"),
         ("c.toml", 'variant = "XXL/4"', "variant must be one of"),
     ):
@@ -214,9 +235,114 @@ def test_one_step_is_adamw_on_the_mean_cross_entropy():
     kernel, bias = moved["head"]["kernel"], moved["head"]["bias"]
     np.testing.assert_allclose(kernel, -1e-2 * np.sign(slope["head"]["kernel"]), atol=2e-4)  # the head starts at 0, so nothing decays yet
     np.testing.assert_allclose(bias, -1e-2 * np.sign(slope["head"]["bias"]), atol=2e-4)
-    np.testing.assert_allclose(moved["norm"]["scale"], -1e-2 * np.sign(slope["norm"]["scale"]), atol=2e-2)
-    chex.assert_trees_all_close(state.ema, jax.tree.map(lambda old, new: 0.75 * old + 0.25 * np.asarray(new), params, state.params), rtol=1e-6)
+    # Gradients reach the blocks from the second step on, through the head; until then only their decay moves them.
+    block = ("blocks_0", "mlp", "in", "kernel")
+    np.testing.assert_allclose(at(moved, block), -1e-2 * 0.1 * at(params, block), rtol=1e-3, atol=1e-7)
+    assert not at(moved, ("norm", "scale")).any()
+    chex.assert_trees_all_close(
+        state.ema, jax.tree.map(lambda old, new: 0.1 * old + 0.9 * np.asarray(new), params, state.params), rtol=1e-5, atol=1e-7
+    )
+    assert state.evaluated is state.ema
     assert int(state.step) == 1
+
+
+def at(tree, path):
+    return functools.reduce(lambda branch, name: branch[name], path, tree)
+
+
+def test_the_moving_average_starts_fast_and_ends_at_its_decay():
+    """At step t the decay is (1 + t) / (10 + t) until that exceeds the one asked for: here from t = 2 on."""
+    steps, batch = make_steps(small_config(optimizer=Optimizer(ema=0.25)), 10, 100), batch_of(small_config())
+    state = steps.init(0)
+    ema = jax.device_get(state.params)
+    for decay in (0.1, 2 / 11, 0.25, 0.25):
+        state, _ = steps.train(state, batch, 0)
+        ema = jax.tree.map(lambda old, new, decay=decay: decay * old + (1 - decay) * np.asarray(new), ema, state.params)
+        chex.assert_trees_all_close(state.ema, ema, rtol=1e-5, atol=1e-7)
+    chex.assert_trees_all_equal(make_steps(small_config(), 10, 100).init(0).evaluated, make_steps(small_config(), 10, 100).init(0).params)
+
+
+def test_the_optimizer_is_the_chain_that_its_settings_say():
+    """Three steps against optax written out, with no setting at its default."""
+    settings = Optimizer(lr=2e-2, warmup=2, weight_decay=0.3, beta1=0.8, beta2=0.9, clip=0.5, exponent_lr=3.0, layer_decay=0.5)
+    rng = np.random.default_rng(0)
+    leaf = {"kernel": jnp.array(rng.normal(size=(3, 4)), jnp.float32), "bias": jnp.array(rng.normal(size=4), jnp.float32)}
+    params = {"blocks_0": leaf, "blocks_1": leaf, "head": leaf, "pool": {"p": jnp.array([3.0, 2.0])}}
+    scale = {"blocks_0": 0.25, "blocks_1": 0.5, "head": 1.0, "pool": 3.0}
+    schedule = [0.0, 1e-2, 2e-2]  # a warm-up of two steps; the cosine starts with the third
+    found, want = params, params
+    transform = make_optimizer(settings, 10)
+    state = transform.init(found)
+    adam, adam_state = optax.scale_by_adam(b1=0.8, b2=0.9), optax.scale_by_adam().init(want)
+    for rate in schedule:
+        gradient = jax.tree.map(lambda x: jnp.array(rng.normal(size=x.shape), jnp.float32), params)
+        updates, state = transform.update(gradient, state, found)
+        found = optax.apply_updates(found, updates)
+        norm = optax.tree.norm(gradient)
+        clipped = jax.tree.map(lambda g, norm=norm: g * 0.5 / norm, gradient)
+        direction, adam_state = adam.update(clipped, adam_state)
+        want = {
+            part: {
+                name: value - rate * scale[part] * (direction[part][name] + (0.3 * value if name == "kernel" else 0))
+                for name, value in leaves.items()
+            }
+            for part, leaves in want.items()
+        }
+        chex.assert_trees_all_close(found, want, rtol=1e-5, atol=1e-6)
+    last = transform.update(gradient, jax.tree.map(lambda x: x * 0 + 10 if x.dtype == jnp.int32 else x, state), found)[0]
+    chex.assert_trees_all_close(last, jax.tree.map(jnp.zeros_like, last), atol=1e-9)  # after the last step the cosine is zero
+
+
+def test_labels_are_smoothed():
+    """With a head of zeros every class has the same logit: each smoothed target gives the same loss, log 10; the gradient tells them apart."""
+    plain, smooth = (make_steps(small_config(augment=Augment(label_smoothing=s)), 10, 100) for s in (0.0, 0.5))
+    batch, bias = batch_of(small_config()), []
+    for steps in (plain, smooth):
+        state = steps.init(0)
+        _, metrics = steps.train(state, batch, 0)
+        assert metrics["loss"] == pytest.approx(np.log(10), rel=1e-5)
+        bias.append(float(metrics["grad_norm"]))
+    assert bias[1] == pytest.approx(bias[0] / 2, rel=1e-4)  # targets half as far from the uniform prediction
+
+
+def test_blocks_are_recomputed_when_asked_to():
+    batch = batch_of(small_config())
+    for remat in (False, True):
+        config = load_config([*TINY, *(["--model.remat"] if remat else [])], "test")
+        steps = make_steps(config, 10, 100)
+        assert ("remat" in str(steps.train.trace(jax.eval_shape(steps.init, 0), batch, 0).jaxpr)) == remat
+
+
+def test_configs_of_every_pooling_find_their_compiled_steps_again():
+    for kind in ("cls", "relu-avg", "lse", "ggem"):
+        config = load_config([*TINY, "--pool.kind", kind], "test")
+        assert make_steps(config, 10, 100) is make_steps(load_config([*TINY, "--pool.kind", kind, "--seed", "3"], "test"), 10, 100)
+
+
+def test_predictions_that_are_no_numbers_are_wrong():
+    probability = np.array([[0.7, 0.2, 0.1], [np.nan] * 3, [0.5, 0.5, 0.0], [0.1, 0.2, 0.7]], np.float32)
+    predictions = Predictions(np.arange(4), np.array([0, 0, 0, 1]), probability)
+    assert predictions.top(1).tolist() == [True, False, False, False]  # ties count against the model
+    assert predictions.top(2).tolist() == [True, False, True, True]
+    assert predictions.top(5).tolist() == [True, False, True, True]
+
+
+def test_without_any_choice_of_data_the_config_is_digits():
+    assert load_config([], "test") == load_config(["--config", "digits"], "test")
+    assert load_config(["--variant", "Ti/4"], "test").data.source == "digits"
+    for flags in (["--data", "folder:x"], ["--data=folder:x"], ["--data.source", "folder:x"]):
+        assert load_config(flags, "test").model == vit_config("Ti/16")
+
+
+def test_a_damaged_checkpoint_is_one_line(tmp_path, capsys):
+    flags = [*TINY, "--epochs", "0.5", "--out", str(tmp_path / "run")]
+    classify.main(flags)
+    (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
+    for path in (path for path in folder.rglob("*") if path.is_file()):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    for main, arguments in ((classify.main, flags), (eval_classify.main, [tmp_path / "run"])):
+        said = one_line(capsys, main, *arguments)
+        assert f"the checkpoint of step {folder.name} cannot be read" in said
 
 
 def test_parts_of_a_batch_give_the_gradient_of_the_whole():
@@ -285,9 +411,10 @@ def test_flops_of_a_published_model():
 
 def test_lines_after_the_checkpoint_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text('{"kind": "train", "step": 1}\n{"kind": "train", "step": 3}\n{"kind": "eval", "ste')
-    keep_until(path, 2)
-    assert path.read_text() == '{"kind": "train", "step": 1}\n'
+    for torn in ('{"kind": "eval", "ste', '{"kind": "eval", "step": 2, "p": {"pool/p": [1.0]}', "\\udce2"):
+        path.write_text('{"kind": "train", "step": 1}\n{"kind": "train", "step": 3}\n' + torn)
+        keep_until(path, 2)
+        assert path.read_text() == '{"kind": "train", "step": 1}\n'
 
 
 def test_the_log_writes_json_lines_and_speaks(tmp_path, capsys):

@@ -1,6 +1,7 @@
 """train/data.py, batches.py, augment.py and prepare.py: the same pictures in the same order, whichever way they come."""
 
 import io
+import shutil
 import zipfile
 
 import numpy as np
@@ -9,8 +10,8 @@ from PIL import Image
 
 from train import augment, prepare
 from train.batches import eval_batches, train_batches
-from train.config import Augment, Refused, load_config
-from train.data import digits, folder, hold_out, open_data
+from train.config import Augment, Data, Refused, load_config
+from train.data import Pictures, digits, folder, hold_out, open_data
 
 
 def config_of(*flags):
@@ -266,3 +267,22 @@ def test_erasing_replaces_one_rectangle():
     rows, columns = np.flatnonzero(changed.any(1)), np.flatnonzero(changed.any(0))
     assert 0 < changed.sum() < 0.5 * 16 * 16
     assert changed[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].mean() > 0.9
+
+
+@pytest.mark.parametrize(("flags", "low", "high"), [([], 8, 24), (["--data.eval_zoom", "2"], 12, 20), (["--data.eval_crop", "squash"], 0, 32)])
+def test_evaluation_pictures_are_cut_as_the_config_says(flags, low, high):
+    """A 16 x 32 picture whose column c is 8 c: the crop shows from which columns it was made."""
+    picture = np.broadcast_to(np.arange(32, dtype=np.uint8)[None, :, None] * 8, (16, 32, 3))
+    pictures = Pictures(1, ("ramp",), lambda i: (picture, 0), lambda: np.zeros(1, np.int32))
+    (batch,) = eval_batches(pictures, config_of("--model.image", "8", *flags))
+    row = batch["image"][0, 4, :, 0].astype(float) / 8
+    step = (high - low) / 8
+    np.testing.assert_allclose(row[1:-1], low + step * (np.arange(1, 7) + 0.5) - 0.5, atol=0.3)
+
+
+def test_the_split_to_evaluate_on_can_be_chosen(class_folders):
+    shutil.copytree(class_folders / "train", class_folders / "val")
+    assert len(open_data(Data(source=f"folder:{class_folders}"))[1]) == 30, "val comes before test, which is kept for the end"
+    assert len(open_data(Data(source=f"folder:{class_folders}", eval_split="test"))[1]) == 12
+    with pytest.raises(Refused, match="--data.eval_split extra is not in .*, which has test, train, val"):
+        open_data(Data(source=f"folder:{class_folders}", eval_split="extra"))

@@ -11,8 +11,13 @@ from train.config import Augment
 
 def augment(image: RGB, side: int, how: Augment, rng: np.random.Generator) -> RGB:
     """Crop, flip, RandAugment, erase: those that are switched on, in this order."""
-    image = {"none": lambda: centre_crop(image, side), "pad": lambda: pad_crop(image, side, how.pad, rng),
-             "resized": lambda: resized_crop(image, side, how.min_area, rng)}[how.crop]()  # fmt: skip
+    match how.crop:
+        case "none":
+            image = centre_crop(image, side)
+        case "pad":
+            image = pad_crop(image, side, how.pad, rng)
+        case "resized":
+            image = resized_crop(image, side, how.min_area, rng)
     if how.flip and rng.random() < 0.5:
         image = image[:, ::-1]
     if how.randaugment_ops:

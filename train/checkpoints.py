@@ -48,7 +48,13 @@ class Checkpoints:
         """The newest state, laid out on the devices as `steps` wants it."""
         shapes = jax.eval_shape(steps.init, 0)
         layout = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), shapes, steps.state_sharding)
-        return self._manager.restore(self.latest(), args=ocp.args.StandardRestore(layout))
+        step = self.latest()
+        try:
+            return self._manager.restore(step, args=ocp.args.StandardRestore(layout))
+        except Exception as error:  # of many kinds again: files that are missing, cut off or altered
+            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            advice = f"without the folder {self.folder / str(step)} the run goes on from the checkpoint before it, or from its start"
+            raise Refused(f"the checkpoint of step {step} cannot be read: {reason[:200]} ({advice})") from error
 
     @contextlib.contextmanager
     def _failing_in_one_sentence(self):

@@ -7,11 +7,12 @@ Started again with the same command it goes on from there and ends, on the same 
 import contextlib
 import sys
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
 
-from ggem_jax.models.vit import GGeM
+from ggem_jax.models.vit import used_exponents
 from ggem_jax.optimizer import exponents
 from train.batches import train_batches
 from train.checkpoints import Checkpoints
@@ -69,13 +70,20 @@ def train(config: Config, *, quiet: bool = False) -> Trained:
                 step += 1
                 log.advance(step)
                 stopping = stop.asked(step) or step == config.stop_after
-                if step % config.log_every == 0 or step == total:
+                logs, evaluates, saving = (
+                    step % config.log_every == 0 or step == total,
+                    due(step, total, evaluations),
+                    due(step, total, saves) or stopping,
+                )
+                if logs or evaluates or saving:
+                    check_finite(step, metrics)
+                if logs:
                     log_training(log, step, total, metrics, meter)
-                if due(step, total, evaluations):
+                if evaluates:
                     predictions = evaluate(steps, state.evaluated, eval_set, config)
                     log_evaluation(log, step, predictions, state)
                     meter.restart()
-                if due(step, total, saves) or stopping:
+                if saving:
                     checkpoints.save(state)
                     meter.restart()
                 if stopping:
@@ -96,15 +104,22 @@ def due(step: int, total: int, times: int) -> bool:
 
 
 def check(config: Config) -> None:
+    """Refuses a batch that cannot be divided among the devices."""
     devices, parts = jax.device_count(), config.optimizer.accumulate
-    if config.batch < 1 or parts < 1 or config.batch % (parts * devices):
-        raise Refused(f"--batch must be a positive multiple of {parts} part(s) x {devices} device(s), it is {config.batch}")
-    for name in ("epochs", "eval_every", "checkpoint_every", "log_every"):
-        if not getattr(config, name) > 0:
-            raise Refused(f"--{name} must be positive, it is {getattr(config, name)}")
+    if config.batch % (parts * devices):
+        raise Refused(f"--batch must be a multiple of {parts} part(s) x {devices} device(s), it is {config.batch}")
+
+
+def check_finite(step: int, metrics: dict[str, jax.Array]) -> None:
+    """Refuses to go on from, and to save, weights that are no longer numbers."""
+    for name, value in metrics.items():
+        if not np.isfinite(value):
+            advice = "try a lower --optimizer.lr, a longer --optimizer.warmup or --optimizer.clip 1"
+            raise Refused(f"the {name.replace('_', ' ')} is {float(value)} at step {step}: {advice}")
 
 
 def banner(config: Config, train_set: Pictures, eval_set: Pictures, state: State, start: int, total: int, meter: Meter) -> dict[str, str]:
+    """What is about to be trained, on what."""
     model, parameters = config.model, sum(leaf.size for leaf in jax.tree.leaves(state.params))
     return {
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind} in {jax.process_count()} process(es), weights split over {config.fsdp}",
@@ -118,22 +133,27 @@ def banner(config: Config, train_set: Pictures, eval_set: Pictures, state: State
 
 
 def log_training(log: Log, step: int, total: int, metrics: dict[str, jax.Array], meter: Meter) -> None:
+    """Loss, gradient norm and speed."""
     values = {name: float(value) for name, value in metrics.items()} | meter.read()
-    if not np.isfinite(values["loss"]):
-        raise Refused(f"the loss is {values['loss']} at step {step}: try a lower --optimizer.lr, a longer --optimizer.warmup or --optimizer.clip 1")
     said = f"step {step}/{total}  loss {values['loss']:.4f}"
-    if values["steps_per_second"]:  # not right after the first step, which compiles
+    if "steps_per_second" in values:
         said += f"  {values['images_per_second']:.0f} images/s  MFU {values['mfu']:.1%}  waiting for input {values['input_wait']:.1%}"
         said += f"  {(total - step) / values['steps_per_second']:.0f} s left"
     log.metrics("train", step, values, said)
 
 
 def log_evaluation(log: Log, step: int, predictions: Predictions, state: State) -> None:
+    """Accuracies and the learned exponents."""
     values = {"top1": float(predictions.top(1).mean()), "top5": float(predictions.top(5).mean()), "nll": predictions.nll()}
-    p = {name: np.clip(np.asarray(value), *GGeM.p_range).tolist() for name, value in exponents(state.evaluated).items()}
+    p = learned_exponents(state.evaluated)
     learned = "".join(f"  p {' '.join(f'{x:.2f}' for x in value)}" for value in p.values())
     said = f"step {step}  top-1 {values['top1']:.2%}  top-5 {values['top5']:.2%}{learned}"
     log.metrics("eval", step, values | {"images": len(predictions.label), "p": p}, said)
+
+
+def learned_exponents(params: Any) -> dict[str, list[float]]:
+    """The exponents that the model pools with, by the path of their parameter."""
+    return {name: np.asarray(used_exponents(value)).tolist() for name, value in exponents(params).items()}
 
 
 if __name__ == "__main__":

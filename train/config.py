@@ -2,8 +2,11 @@
 
 import contextlib
 import dataclasses
+import functools
 import io
 import json
+import math
+import re
 import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,12 +32,18 @@ class Refused(Exception):
 class Pool:
     """The pooling of the tokens, by name."""
 
-    kind: Literal["cls", "avg", "max", "lse", "gem", "ggem", "map"] = "ggem"
+    kind: Literal["cls", "avg", "relu-avg", "max", "lse", "gem", "ggem", "map"] = "ggem"  # relu-avg: gem with p fixed at 1
     groups: int | None = None  # of ggem; None: as many as attention heads
     p: float = 3.0  # first value of the learned exponents of gem and ggem
     r: float = 10.0  # sharpness of lse, fixed
     layout: pooling.Layout = "contiguous"  # of the groups of ggem
     negatives: pooling.Negatives = "clamp"  # what gem and ggem do with negative tokens
+
+    def __post_init__(self):
+        low, high = GGeM.p_range
+        _require("pool.groups", self.groups, "a whole number of at least 1", self.groups is None or self.groups >= 1)
+        _require("pool.p", self.p, f"from {low:g} to {high:g}", low <= self.p <= high)
+        _require("pool.r", self.r, "positive", 0 < self.r < math.inf)
 
 
 @dataclass(frozen=True)
@@ -44,13 +53,21 @@ class Data:
     source: Annotated[str, arg(aliases=["--data"])] = "digits"  # digits, folder:DIR or tfds:NAME
     data_dir: Annotated[Path, arg(aliases=["--data_dir"])] = Path("~/tensorflow_datasets")  # where tfds data sets are prepared
     download: Annotated[bool, arg(aliases=["--download"])] = False  # let tfds download and prepare a data set that is not in data_dir
+    eval_split: str | None = None  # folder or split to evaluate on; None: the first there is of val, validation, test
     holdout: float = 0.2  # share of each class kept for evaluation where the source has only one split
     corrupt: Literal["refuse", "skip"] = "refuse"  # a picture that cannot be read: stop there, or name it and take the next one
     eval_crop: Literal["centre", "squash"] = "centre"  # shorter side to eval_zoom * image, then the centre; or both sides to image
     eval_zoom: float = 1.0  # 1.143 is 256 pixels for a crop of 224
-    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of ImageNet, in [0, 1], as with most published ViTs
+    mean: tuple[float, float, float] = (0.485, 0.456, 0.406)  # of ImageNet's channels, in [0, 1], as in torchvision and timm; and their deviation
     std: tuple[float, float, float] = (0.229, 0.224, 0.225)
     workers: int = 2  # threads that read and augment
+
+    def __post_init__(self):
+        _require("data.holdout", self.holdout, "between 0 and 1", 0 < self.holdout < 1)
+        _require("data.eval_zoom", self.eval_zoom, "from 1 to 100", 1 <= self.eval_zoom <= 100)
+        _require("data.mean", self.mean, "finite", all(map(math.isfinite, self.mean)))
+        _require("data.std", self.std, "positive", all(0 < x < math.inf for x in self.std))
+        _require("data.workers", self.workers, "at least 1", self.workers >= 1)
 
 
 @dataclass(frozen=True)
@@ -68,6 +85,16 @@ class Augment:
     cutmix: float = 0.0  # likewise; with both on, a coin decides for each batch
     label_smoothing: float = 0.0
 
+    def __post_init__(self):
+        _require("augment.pad", self.pad, "at least 0", self.pad >= 0)
+        _require("augment.min_area", self.min_area, "above 0 and at most 1", 0 < self.min_area <= 1)
+        _require("augment.randaugment_ops", self.randaugment_ops, "at least 0", self.randaugment_ops >= 0)
+        _require("augment.randaugment_magnitude", self.randaugment_magnitude, "from 0 to 10", 0 <= self.randaugment_magnitude <= 10)
+        _require("augment.erase", self.erase, "a probability", 0 <= self.erase <= 1)
+        _require("augment.mixup", self.mixup, "at least 0", 0 <= self.mixup < math.inf)
+        _require("augment.cutmix", self.cutmix, "at least 0", 0 <= self.cutmix < math.inf)
+        _require("augment.label_smoothing", self.label_smoothing, "at least 0 and below 1", 0 <= self.label_smoothing < 1)
+
 
 @dataclass(frozen=True)
 class Optimizer:
@@ -82,7 +109,19 @@ class Optimizer:
     accumulate: int = 1  # parts that a batch is taken in; their gradients are averaged
     exponent_lr: float = 10.0  # learning rate of the exponents p over lr: at 1, Adam hardly moves p in a short run
     layer_decay: float = 1.0  # learning rate of each block over that of the next
-    ema: float | None = None  # decay of a moving average of the weights, which is then what is evaluated
+    ema: float | None = None  # decay of a moving average of the weights, which is then what is evaluated; at step t at most (1 + t) / (10 + t)
+
+    def __post_init__(self):
+        _require("optimizer.lr", self.lr, "at least 0", 0 <= self.lr < math.inf)
+        _require("optimizer.warmup", self.warmup, "at least 0", self.warmup >= 0)
+        _require("optimizer.weight_decay", self.weight_decay, "at least 0", 0 <= self.weight_decay < math.inf)
+        _require("optimizer.beta1", self.beta1, "at least 0 and below 1", 0 <= self.beta1 < 1)
+        _require("optimizer.beta2", self.beta2, "at least 0 and below 1", 0 <= self.beta2 < 1)
+        _require("optimizer.clip", self.clip, "positive or None", self.clip is None or self.clip > 0)
+        _require("optimizer.accumulate", self.accumulate, "at least 1", self.accumulate >= 1)
+        _require("optimizer.exponent_lr", self.exponent_lr, "at least 0", 0 <= self.exponent_lr < math.inf)
+        _require("optimizer.layer_decay", self.layer_decay, "above 0 and at most 1", 0 < self.layer_decay <= 1)
+        _require("optimizer.ema", self.ema, "at least 0 and below 1, or None", self.ema is None or 0 <= self.ema < 1)
 
 
 @dataclass(frozen=True)
@@ -104,12 +143,29 @@ class Config:
     augment: Augment = field(default_factory=Augment)
     optimizer: Optimizer = field(default_factory=Optimizer)
 
+    def __post_init__(self):
+        _require("seed", self.seed, "from 0 to 2147483647", 0 <= self.seed < 2**31)
+        for name in ("batch", "log_every", "fsdp"):
+            _require(name, getattr(self, name), "at least 1", getattr(self, name) >= 1)
+        for name in ("epochs", "eval_every", "checkpoint_every"):
+            _require(name, getattr(self, name), "positive", 0 < getattr(self, name) < math.inf)
+        _require("stop_after", self.stop_after, "at least 1, or None", self.stop_after is None or self.stop_after >= 1)
+        _require("model.dtype", self.model.dtype, "float32 or bfloat16: losses are not scaled for float16", self.model.dtype != "float16")
+        _require("model.param_dtype", self.model.param_dtype, "float32: so small are the steps of an optimizer", self.model.param_dtype == "float32")
 
+
+def _require(name: str, value: Any, what: str, fulfilled: bool) -> None:
+    if not fulfilled:
+        raise ValueError(f"--{name} must be {what}, it is {value}")
+
+
+@functools.cache
 def build_pooling(pool: Pool) -> Pooling:
-    """The pooling function or module that a config names."""
+    """The pooling function or module that a config names; the same object for the same config, as compiled steps are found by it."""
     known: dict[str, Callable[[], Pooling]] = {
         "cls": lambda: pooling.cls_pool,
         "avg": lambda: pooling.avg_pool,
+        "relu-avg": lambda: lambda tokens: pooling.gem_pool(tokens, 1.0, negatives=pool.negatives),
         "max": lambda: pooling.max_pool,
         "lse": lambda: lambda tokens: pooling.lse_pool(tokens, pool.r),
         "gem": lambda: GGeM(groups=1, p_init=pool.p, negatives=pool.negatives),
@@ -120,18 +176,25 @@ def build_pooling(pool: Pool) -> Pooling:
 
 
 def build_model(config: Config, num_classes: int) -> ViT:
+    """The model that a config describes."""
     return ViT(config.model, build_pooling(config.pool), num_classes)
 
 
 def known_configs() -> list[str]:
+    """What `--config` takes: the names of the files in train/configs."""
     return sorted(path.stem for path in CONFIGS.glob("*.toml"))
 
 
 def load_config(argv: list[str], prog: str) -> Config:
-    """The defaults; over them `--config NAME`, `--config-file FILE`, `--variant NAME` (sizes of the model, such as S/16) and the other flags."""
+    """The defaults; over them `--config NAME`, `--config-file FILE`, `--variant NAME` (sizes of the model, such as S/16) and the other flags.
+
+    Without a config, a file and a source of data the config is `digits`.
+    """
     argv = list(argv)
     name, file, variant = (_take(argv, flag) for flag in ("--config", "--config-file", "--variant"))
     config = Config()
+    if name is None and file is None and not any(re.match(r"--data(\.source)?(=|$)", flag) for flag in argv):
+        name = "digits"
     if name is not None:
         if name not in known_configs():
             raise Refused(f"--config must be one of {', '.join(known_configs())}, not {name}")
@@ -163,12 +226,14 @@ def to_dict(record: Any) -> dict[str, Any]:
 
 
 def from_dict(values: dict[str, Any]) -> Config:
+    """A config from what `to_dict` made of it."""
     return parse(Config, _flags(values), "train.classify", default=Config())
 
 
 def _before_flags() -> str:
     return (
         "Defaults < --config NAME < --config-file FILE (TOML or JSON) < --variant NAME < the flags below. "
+        "Without a config, a file and --data the config is digits. "
         f"NAME of --config: {', '.join(known_configs())}; each file in {CONFIGS.parent.name}/{CONFIGS.name} says what it is and what to expect. "
         "NAME of --variant: Ti, S, B, L or H, a slash, and the patch size; it sets the sizes of the model."
     )
@@ -178,6 +243,8 @@ def _over(config: Config, path: Path, prog: str) -> Config:
     try:
         text = path.read_text()
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"settings by name are needed, not a {type(values).__name__}")
     except OSError as error:
         raise Refused(f"the config file {path} cannot be read: {error.strerror}") from None
     except ValueError as error:

@@ -12,7 +12,7 @@ from train.config import Data, Refused
 
 KNOWN = "digits, folder:DIR, tfds:NAME"
 TRAIN_SPLITS = ("train",)
-EVAL_SPLITS = ("test", "val", "validation")
+EVAL_SPLITS = ("val", "validation", "test")
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,13 @@ def open_data(data: Data) -> tuple[Pictures, Pictures]:
     """The training and the evaluation pictures of a source."""
     kind, _, name = data.source.partition(":")
     if kind == "digits" and not name:
+        if data.eval_split is not None:
+            raise Refused(f"--data.eval_split {data.eval_split} is not in digits, of which --data.holdout is kept")
         splits = {"train": digits()}
     elif kind == "folder" and name:
-        splits = folder(Path(name).expanduser())
+        splits = folder(Path(name).expanduser(), data.eval_split)
     elif kind == "tfds" and name:
-        splits = tfds(name, data.data_dir.expanduser(), download=data.download)
+        splits = tfds(name, data.data_dir.expanduser(), data.eval_split, download=data.download)
     else:
         raise Refused(f"unknown data source {data.source!r}; known are {KNOWN}")
     if len(splits) == 2:
@@ -58,8 +60,8 @@ def digits() -> Pictures:
     return Pictures(len(labels), tuple("0123456789"), lambda i: (images[i], int(labels[i])), lambda: labels)
 
 
-def folder(root: Path) -> dict[str, Pictures]:
-    """`root/train/CLASS/*.png` with `root/test` (or val, validation) beside it, or `root/CLASS/*.png` as one split.
+def folder(root: Path, eval_split: str | None = None) -> dict[str, Pictures]:
+    """`root/train/CLASS/*.png` with `root/val` (or validation, test, or `eval_split`) beside it, or `root/CLASS/*.png` as one split.
 
     Pictures whose names are all numbers stand in the order of these numbers, otherwise in the order of their paths.
     """
@@ -67,9 +69,11 @@ def folder(root: Path) -> dict[str, Pictures]:
         raise Refused(f"there is no folder {root}")
     inside = {path.name for path in root.iterdir() if path.is_dir()}
     train_name = next((name for name in TRAIN_SPLITS if name in inside), None)
-    eval_name = next((name for name in EVAL_SPLITS if name in inside), None)
-    if train_name is None:
+    eval_name = _eval_name(eval_split, inside, f"{root}")
+    if train_name is None and eval_split is None:
         return {"train": _class_folders(root)}
+    if train_name is None:
+        raise Refused(f"--data.eval_split {eval_split} needs a folder {root}/train beside it")
     splits = {"train": _class_folders(root / train_name)}
     if eval_name is not None:
         splits["eval"] = _class_folders(root / eval_name)
@@ -98,7 +102,7 @@ def _class_folders(root: Path) -> Pictures:
     return Pictures(len(paths), tuple(classes), lambda i: (read_image(paths[i]), int(label_array[i])), lambda: label_array)
 
 
-def tfds(name: str, data_dir: Path, *, download: bool = False) -> dict[str, Pictures]:
+def tfds(name: str, data_dir: Path, eval_split: str | None = None, *, download: bool = False) -> dict[str, Pictures]:
     """A prepared TensorFlow Datasets data set, `name[/config][:version]`, read through its random-access data source: no TensorFlow needed."""
     folder_ = _prepared(name, data_dir)
     if folder_ is None and download:
@@ -120,26 +124,36 @@ def tfds(name: str, data_dir: Path, *, download: bool = False) -> dict[str, Pict
     train_name = next((split for split in TRAIN_SPLITS if split in builder.info.splits), None)
     if train_name is None:
         raise Refused(f"{name} has the splits {', '.join(builder.info.splits)}, but none is called train")
-    eval_name = next((split for split in EVAL_SPLITS if split in builder.info.splits), None)
+    eval_name = _eval_name(eval_split, set(builder.info.splits), name)
     splits = {"train": _tfds_split(builder, train_name)}
     if eval_name is not None:
         splits["eval"] = _tfds_split(builder, eval_name)
     return splits
 
 
+def _eval_name(asked: str | None, there: set[str], where: str) -> str | None:
+    """The split to evaluate on: the one asked for, or the first there is of those that are usual."""
+    if asked is not None and asked not in there:
+        raise Refused(f"--data.eval_split {asked} is not in {where}, which has {', '.join(sorted(there))}")
+    return asked or next((name for name in EVAL_SPLITS if name in there), None)
+
+
 def _tfds_split(builder, split: str) -> Pictures:
     from tensorflow_datasets import decode
 
+    classes = tuple(builder.info.features["label"].names)
     records = builder.as_data_source(split, decoders={"image": decode.SkipDecoding()})  # as files: our own decoder serves every source
 
     def load(i: int) -> tuple[RGB, int]:
-        record = records[i]
-        return read_image(record["image"], name=f"picture {i} of {builder.name}, split {split},"), int(record["label"])
+        record, name = records[i], f"picture {i} of {builder.name}, split {split},"
+        if not 0 <= record["label"] < len(classes):
+            raise Refused(f"{name} has the label {record['label']}, where one of 0 to {len(classes) - 1} is needed: choose another --data.eval_split")
+        return read_image(record["image"], name=name), int(record["label"])
 
     def column(name: str) -> np.ndarray:
         return np.array([records[i][name] for i in range(len(records))])
 
-    pictures = Pictures(len(records), tuple(builder.info.features["label"].names), load, lambda: column("label").astype(np.int32))
+    pictures = Pictures(len(records), classes, load, lambda: column("label").astype(np.int32))
     if "index" in builder.info.features and not builder.info.disable_shuffling:
         return pictures.take(np.argsort(column("index"), kind="stable"))
     return pictures

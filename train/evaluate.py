@@ -4,7 +4,6 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from train.batches import Batch, eval_batches
 from train.config import Config, Refused
@@ -21,9 +20,9 @@ class Predictions:
     probability: np.ndarray  # (n, classes) float32
 
     def top(self, k: int) -> np.ndarray:
-        """Whether the label is among the k most probable classes, `(n,)` bool; ties count against the model."""
+        """Whether the label is among the k most probable classes, `(n,)` bool; ties and NaN count against the model."""
         own = np.take_along_axis(self.probability, self.label[:, None], axis=1)
-        return (self.probability >= own).sum(axis=1) <= k
+        return ((self.probability >= own).sum(axis=1) <= k) & np.isfinite(self.probability).all(axis=1)
 
     def nll(self) -> float:
         """Mean negative log-likelihood of the labels."""
@@ -35,10 +34,7 @@ def evaluate(steps: Steps, params, pictures: Pictures, config: Config) -> Predic
     """Predicts every picture once; all processes get all predictions."""
     parts = []
     for batch in eval_batches(pictures, config, process=jax.process_index(), processes=jax.process_count()):
-        probability = steps.evaluate(params, on_devices({"image": batch["image"]}, steps)["image"])
-        rest = {name: batch[name] for name in ("index", "label", "weight")}
-        rest = multihost_utils.process_allgather(rest, tiled=True) if jax.process_count() > 1 else rest
-        parts.append({**rest, "probability": np.asarray(probability)})
+        parts.append(jax.device_get(steps.evaluate(params, on_devices(batch, steps))))
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     kept = whole["weight"] > 0
     if not kept.any():

@@ -61,7 +61,13 @@ def keep_until(path: Path, step: int) -> None:
     """Drops the lines after `step`: a run that is taken up at a checkpoint writes them again."""
     if not path.exists():
         return
-    kept = [line for line in path.read_text().splitlines() if line.endswith("}") and json.loads(line)["step"] <= step]
+    kept = []
+    for line in path.read_text(errors="replace").splitlines():
+        try:
+            if json.loads(line)["step"] <= step:
+                kept.append(line)
+        except ValueError:  # cut off when the process was killed
+            continue
     write_text(path, "".join(f"{line}\n" for line in kept))
 
 

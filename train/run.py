@@ -9,15 +9,19 @@ import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
+from typing import IO
 
 import jax
+import numpy as np
 from jax.experimental import multihost_utils
 
 from train.config import Config, Refused, from_dict, to_dict
 from train.log import write_text
 
-# May change when a run is taken up again: the weights do not depend on them.
-FREE = ("out", "stop_after", "log_every", "checkpoint_every", "eval_every", "data.data_dir", "data.download", "data.workers")
+# May change when a run is taken up again: the weights do not depend on them (on `fsdp` in the last bits, as on the number of devices).
+FREE = (
+    "out", "stop_after", "log_every", "checkpoint_every", "eval_every", "fsdp", "data.data_dir", "data.download", "data.workers", "data.eval_split",
+)  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -38,25 +42,37 @@ def join_processes() -> None:
     """
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     if address and not jax.distributed.is_initialized():
-        count, own = (int(os.environ[name]) if name in os.environ else None for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
-        jax.distributed.initialize(address, num_processes=count, process_id=own)
+        try:
+            count, own = (int(os.environ[name]) if name in os.environ else None for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+            jax.distributed.initialize(address, num_processes=count, process_id=own)
+        except (ValueError, RuntimeError) as error:
+            raise Refused(f"this process could not join the others at {address}: {str(error).splitlines()[0]}") from None
 
 
 @contextlib.contextmanager
 def run_folder(config: Config, classes: tuple[str, ...]) -> Iterator[None]:
     """Keeps other runs out of the folder, and other settings and classes out of its checkpoints."""
     with contextlib.ExitStack() as stack:
+        refused: Exception | None = None
         if jax.process_index() == 0:
-            config.out.mkdir(parents=True, exist_ok=True)
-            lock = stack.enter_context((config.out / ".lock").open("w"))
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise Refused(f"another process is training in {config.out}: wait for it, or choose another --out") from None
-            _keep_settings(config, classes)
-        if jax.process_count() > 1:
-            multihost_utils.sync_global_devices("the folder of the run is ready")
+                config.out.mkdir(parents=True, exist_ok=True)
+                _lock(stack.enter_context((config.out / ".lock").open("w")), config.out)
+                _keep_settings(config, classes)
+            except (Refused, OSError) as error:
+                refused = error
+        if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.array(refused is not None)) and refused is None:
+            refused = Refused("the first process refused the run")
+        if refused is not None:
+            raise refused
         yield
+
+
+def _lock(file: IO[str], run: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise Refused(f"another process is training in {run}: wait for it, or choose another --out") from None
 
 
 def _keep_settings(config: Config, classes: tuple[str, ...]) -> None:

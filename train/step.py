@@ -47,7 +47,7 @@ class Steps:
     state_sharding: State
     init: Any  # (seed) -> State
     train: Any  # (State, {"image", "label"}, seed) -> (State, {"loss", "grad_norm"})
-    evaluate: Any  # (parameters, images) -> probabilities (b, classes), on every device
+    evaluate: Any  # (parameters, batch) -> the batch with probability (b, classes) instead of its image, whole on every device
 
 
 def make_mesh(fsdp: int) -> Mesh:
@@ -90,11 +90,16 @@ def _make_steps(model: ViT, data: Data, augment: Augment, optimizer: Optimizer, 
         norm = optax.tree.norm(grads)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
-        ema = None if optimizer.ema is None else optax.incremental_update(params, state.ema, 1 - optimizer.ema)
+        ema = None
+        if optimizer.ema is not None:  # the initial weights are forgotten quickly, as in TensorFlow's ExponentialMovingAverage with num_updates
+            decay = jnp.minimum(optimizer.ema, (1 + state.step) / (10 + state.step))
+            ema = optax.incremental_update(params, state.ema, 1 - decay)
         return State(state.step + 1, params, opt_state, ema), {"loss": loss, "grad_norm": norm}
 
-    def evaluate(params, images: Images) -> Float[Array, "b classes"]:
-        return jax.nn.softmax(logits_of(params, normalise(images, data)))
+    def evaluate(params, batch: dict[str, Array]) -> dict[str, Array]:
+        # The labels travel with their pictures, whatever order of devices and processes the mesh has.
+        probability = jax.nn.softmax(logits_of(params, normalise(batch["image"], data)))
+        return {**{name: array for name, array in batch.items() if name != "image"}, "probability": probability}
 
     everywhere = NamedSharding(mesh, P())
     batch_sharding = NamedSharding(mesh, P(("data", "fsdp")))
@@ -130,8 +135,6 @@ def split_over_fsdp(shape: tuple[int, ...], fsdp: int) -> P:
 
 def make_optimizer(optimizer: Optimizer, total_steps: int) -> optax.GradientTransformation:
     """AdamW under a warm-up and a cosine, after clipping."""
-    if optimizer.warmup < 0:
-        raise Refused(f"--optimizer.warmup must not be negative, it is {optimizer.warmup}")
     warmup = min(optimizer.warmup, total_steps - 1)
     schedule = optax.warmup_cosine_decay_schedule(0.0, optimizer.lr, warmup, total_steps)
     transform = adamw(
@@ -146,6 +149,7 @@ def make_optimizer(optimizer: Optimizer, total_steps: int) -> optax.GradientTran
 
 
 def normalise(images: Images, data: Data) -> Float[Array, "b h w 3"]:
+    """Pixels as the model takes them: less the mean of their channel, in standard deviations."""
     return (images.astype(jnp.float32) / 255 - jnp.array(data.mean)) / jnp.array(data.std)
 
 

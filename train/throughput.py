@@ -54,11 +54,12 @@ def peak_flops() -> tuple[float, str]:
     kind = jax.devices()[0].device_kind
     if kind in PEAK_FLOPS:
         return PEAK_FLOPS[kind] * jax.device_count(), "bfloat16 peak of the data sheet"
-    return _measured_matmul_flops(), "float32 matrix product measured at the start"
+    devices = 1 if jax.default_backend() == "cpu" else jax.device_count()  # virtual CPU devices share the same cores
+    return _measured_matmul_flops() * devices, "float32 matrix product measured at the start"
 
 
 def _measured_matmul_flops(side: int = 2048, repeats: int = 3) -> float:
-    """FLOP/s of the fastest of a few products on the first device; virtual CPU devices share the same cores, so this is the whole machine's."""
+    """FLOP/s of the fastest of a few products on the first device."""
     a = jnp.ones((side, side))
     product = jax.jit(jnp.dot)
     product(a, a).block_until_ready()
@@ -71,7 +72,10 @@ def _measured_matmul_flops(side: int = 2048, repeats: int = 3) -> float:
 
 
 class Meter:
-    """Speed since the last reading: steps and images a second, model FLOP utilisation, share of the time that the devices waited for input."""
+    """Speed since the last reading: steps and images a second, model FLOP utilisation, share of the time that the devices waited for input.
+
+    The first step, which compiles, is not measured; a reading right after it is empty.
+    """
 
     def __init__(self, config: Config, num_classes: int):
         self.batch = config.batch
@@ -100,6 +104,8 @@ class Meter:
             self.restart()
 
     def read(self) -> dict[str, float]:
+        if not self.steps:
+            return {}
         jax.block_until_ready(self.last)
         seconds = max(time.perf_counter() - self.began, 1e-9)
         speed, waited = self.steps / seconds, self.waited / seconds
