@@ -9,7 +9,7 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import jax
 import numpy as np
@@ -34,6 +34,7 @@ class Evaluate:
     run: Positional[Path]  # folder of a run of train.classify
     other: Positional[Path | None] = None  # folder of another run to compare it with
     json: bool = False  # print one JSON object
+    corrupt: Literal["refuse", "skip"] | None = None  # what to do about a picture that cannot be read; None: as in the run
     split: str | None = None  # evaluate on another split than the run did, such as test
     data: str | None = None  # evaluate on another source than the run's: digits, folder:DIR or tfds:NAME
     data_dir: Annotated[Path | None, arg(aliases=["--data-dir"])] = None  # where tfds data sets are prepared; None: as in the run
@@ -76,9 +77,10 @@ def main(argv: list[str] | None = None) -> None:
 
 def load(run: Path, how: Evaluate) -> Evaluated:
     """Evaluates the newest checkpoint of a run."""
-    config, classes = read_run(run)
+    config, facts = read_run(run)
+    classes = tuple(facts["classes"])
     data = dataclasses.replace(config.data, source=how.data or config.data.source, data_dir=how.data_dir or config.data.data_dir)
-    data = dataclasses.replace(data, eval_split=how.split or data.eval_split)
+    data = dataclasses.replace(data, eval_split=how.split or data.eval_split, corrupt=how.corrupt or data.corrupt)
     devices = jax.device_count()
     config = dataclasses.replace(config, data=data, fsdp=1, batch=-(-config.batch // devices) * devices)  # whatever devices it was trained on
     _, pictures = open_data(data)
@@ -98,7 +100,7 @@ def load(run: Path, how: Evaluate) -> Evaluated:
 def compare(first: Evaluated, second: Evaluated) -> Paired:
     """The two on the same pictures."""
     a, b = first.predictions, second.predictions
-    if first.classes != second.classes or not np.array_equal(a.index, b.index) or not np.array_equal(a.label, b.label):
+    if first.classes != second.classes or not all(np.array_equal(*pair) for pair in ((a.index, b.index), (a.label, b.label), (a.digest, b.digest))):
         raise Refused(f"{first.run} and {second.run} were not evaluated on the same pictures, so they cannot be compared in pairs")
     return paired(a.top(1), b.top(1))
 
@@ -123,7 +125,7 @@ def as_json(runs: list[Evaluated], comparison: Paired | None) -> dict[str, Any]:
 
 def show(runs: list[Evaluated], comparison: Paired | None) -> None:
     """Prints the tables for people."""
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     for run in runs:
         table = Table("class", title=f"{run.run}, step {run.step}, {len(run.predictions.label):,} pictures", title_justify="left")
         table.add_column("pictures", justify="right")

@@ -79,8 +79,9 @@ def compare(demo: Demo) -> list[Arm]:
                 bar.update(task, description=f"training {name}, seed {seed}")
                 config = configuration(demo, pool, seed)
                 trained = train(config, quiet=True)
-                if not trained.finished or trained.predictions is None:
-                    raise Refused("stopped; the same command goes on from there")
+                if trained.signal is not None:
+                    raise KeyboardInterrupt
+                assert trained.predictions is not None
                 correct.append(trained.predictions.top(1))
                 histories.append(read_metrics(config.out, "eval"))
                 predictions = predictions or trained.predictions

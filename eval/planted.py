@@ -13,6 +13,7 @@ groups), and GeM with one p per channel, which can do all that GGeM can and has 
 import dataclasses
 import functools
 import json
+import math
 import sys
 import time
 from collections.abc import Callable
@@ -53,14 +54,25 @@ class Planted:
 def main(argv: list[str] | None = None) -> None:
     with one_sentence("eval.planted"):
         config = parse(Planted, sys.argv[1:] if argv is None else argv, "eval.planted", default=Planted())
-        if config.seeds < 2 or config.channels % 4:
-            raise Refused(f"--seeds must be at least 2 and --channels a multiple of 4, not {config.seeds} and {config.channels}")
+        check(config)
         started = time.perf_counter()
         results = run(config)
         if config.json:
             print(json.dumps({"seconds": time.perf_counter() - started, "config": dataclasses.asdict(config), "arms": summary(results)}))
         else:
             show(results, config, time.perf_counter() - started)
+
+
+def check(config: Planted) -> None:
+    """Refuses what no experiment can be made of."""
+    if config.seeds < 2 or config.channels < 4 or config.channels % 4:
+        raise Refused(f"--seeds must be at least 2 and --channels a multiple of 4, not {config.seeds} and {config.channels}")
+    for name in ("steps", "batch", "test", "tokens", "classes"):
+        if getattr(config, name) < 1:
+            raise Refused(f"--{name} must be at least 1, it is {getattr(config, name)}")
+    for name in ("bump", "shift", "lr"):
+        if not math.isfinite(getattr(config, name)):
+            raise Refused(f"--{name} must be finite, it is {getattr(config, name)}")
 
 
 @dataclass(frozen=True)

@@ -528,3 +528,10 @@ def test_spread_over_channels_by_hand():
     p = jnp.array([1.0, 2.0, 3.0])
     assert pooling.spread_over_channels(p, 6).tolist() == [1, 1, 2, 2, 3, 3]
     assert pooling.spread_over_channels(p, 6, layout="interleaved").tolist() == [1, 2, 3, 1, 2, 3]
+
+
+def test_a_signed_mean_that_only_rounding_is_left_of_is_zero_with_zero_gradients():
+    tokens = jnp.array([[1.0], [-1.0], [1e-16]])
+    value, slopes = jax.value_and_grad(lambda t, p: gem_pool(t, p, negatives="signed")[0], (0, 1))(tokens, 2.0)
+    assert value == 0
+    chex.assert_trees_all_equal(slopes, jax.tree.map(jnp.zeros_like, slopes))

@@ -3,6 +3,7 @@
 import functools
 import json
 import re
+import shutil
 from pathlib import Path
 
 import chex
@@ -36,7 +37,8 @@ def trained(tmp_path_factory):
 
 def test_a_run_leaves_its_config_metrics_checkpoint_and_picture(trained):
     run = trained / "ggem"
-    assert read_run(run) == (load_config([*TINY, "--epochs", "2", "--out", str(run)], "test"), tuple("0123456789"))
+    facts = {"classes": list("0123456789"), "train": 1438, "eval": 359}
+    assert read_run(run) == (load_config([*TINY, "--epochs", "2", "--out", str(run)], "test"), facts)
     lines = read_metrics(run, "train")
     assert lines[-1]["step"] == 90
     assert lines[-1]["loss"] < lines[0]["loss"]
@@ -156,6 +158,30 @@ def test_other_settings_on_the_same_folder_are_refused(trained, capsys):
     assert "holds a run with other settings (seed 0 there, 1 now; epochs 2.0 there, 3.0 now)" in said
 
 
+def test_a_refused_start_leaves_the_folder_free(tmp_path, capsys):
+    one_line(capsys, classify.main, *TINY, "--pool.groups", "5", "--out", tmp_path / "run")
+    classify.main([*TINY, "--epochs", "0.3", "--out", str(tmp_path / "run")])
+
+
+def test_other_data_under_the_same_name_are_refused(tmp_path, capsys, class_folders):
+    flags = [*TINY, "--data", f"folder:{class_folders}", "--batch", "8", "--epochs", "4", "--out", str(tmp_path / "run")]
+    classify.main([*flags, "--stop_after", "5"])
+    (class_folders / "train" / "ants" / "ants0.png").unlink()
+    assert "data_found.train 30 there, 29 now" in one_line(capsys, classify.main, *flags)
+
+
+def test_runs_on_other_pictures_are_not_compared_in_pairs(tmp_path, capsys, class_folders):
+    other = class_folders.with_name("other")
+    shutil.copytree(class_folders, other)
+    for source in (class_folders, other):
+        classify.main([*TINY, "--data", f"folder:{source}", "--batch", "8", "--epochs", "0.5", "--out", str(tmp_path / source.name)])
+    runs = [tmp_path / "pictures", tmp_path / "other"]
+    eval_classify.main([*map(str, runs)])
+    assert "McNemar" in capsys.readouterr().out
+    shutil.copy(other / "test" / "ants" / "ants1.png", other / "test" / "ants" / "ants0.png")
+    assert "were not evaluated on the same pictures" in one_line(capsys, eval_classify.main, *runs)
+
+
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     said = one_line(capsys, classify.main, *TINY, "--out", tmp_path / "file" / "run")
@@ -177,6 +203,7 @@ def test_broken_config_files_are_refused(tmp_path):
         ("d.json", "[1]", "is not JSON: settings by name are needed, not a list"),
         ("b.toml", "[model]\nwidht = 3", "in the config file .*b.toml: Unrecognized options: --model.widht"),
         ("c.toml", 'variant = "XXL/4"', "variant must be one of"),
+        ("e.toml", "variant = [3]", "variant must be one of"),
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(Refused, match=sentence):
@@ -193,6 +220,16 @@ def test_defaults_then_config_then_file_then_variant_then_flags(tmp_path):
     other = load_config(["--config-file", str(tmp_path / "mine.toml"), "--variant", "B/16", "--augment.no-flip", "--optimizer.clip", "None"], "test")
     assert (other.model, other.augment.flip, other.optimizer.clip) == (vit_config("B/16"), False, None)
     assert from_dict(to_dict(other)) == other
+
+
+def test_layers_only_have_to_fit_together(tmp_path):
+    config = load_config(["--config", "digits", "--variant", "S/16", "--model.image", "224"], "test")
+    assert (config.model, config.data.source) == (vit_config("S/16"), "digits")
+    (tmp_path / "mine.toml").write_text("[model]\nimage = 30\n")
+    assert load_config(["--config-file", str(tmp_path / "mine.toml"), "--model.patch", "5"], "test").model.image == 30
+    with pytest.raises(Refused, match="image must be a multiple of patch, not 8 with patches of 16") as caught:
+        load_config(["--config", "digits", "--variant", "S/16"], "test")
+    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("name", known_configs())
@@ -321,7 +358,7 @@ def test_configs_of_every_pooling_find_their_compiled_steps_again():
 
 def test_predictions_that_are_no_numbers_are_wrong():
     probability = np.array([[0.7, 0.2, 0.1], [np.nan] * 3, [0.5, 0.5, 0.0], [0.1, 0.2, 0.7]], np.float32)
-    predictions = Predictions(np.arange(4), np.array([0, 0, 0, 1]), probability)
+    predictions = Predictions(np.arange(4), np.array([0, 0, 0, 1]), np.zeros(4, np.uint32), probability)
     assert predictions.top(1).tolist() == [True, False, False, False]  # ties count against the model
     assert predictions.top(2).tolist() == [True, False, True, True]
     assert predictions.top(5).tolist() == [True, False, True, True]

@@ -223,9 +223,39 @@ def test_what_cannot_be_prepared_is_refused(tmp_path):
     refused("PATH", tmp_path)
     np.savez(tmp_path / "a.npz", x=np.zeros(3))
     refused("must hold train_images, train_labels, test_images, test_labels, not x", tmp_path, tmp_path / "out")
-    (tmp_path / "a.npz").write_bytes(b"broken")
-    refused(r"a\.npz cannot be read", tmp_path, tmp_path / "out")
+    for content in (b"broken", b""):
+        (tmp_path / "a.npz").write_bytes(content)
+        refused(r"a\.npz cannot be read", tmp_path, tmp_path / "out")
+
+    images, labels = np.zeros((6, 4, 4), np.uint8), np.array([0, 1, 2] * 2)
+    for wrong, sentence in (
+        ({"train_images": images.astype(float)}, r"train_images must be uint8 .*, not float64 \(6, 4, 4\)"),
+        ({"train_images": images.reshape(6, 16)}, r"not uint8 \(6, 16\)"),
+        ({"test_labels": labels[:5]}, r"test_labels whole numbers \(n,\), not .* int64 \(5,\)"),
+        ({"test_labels": labels + 0.5}, "float64"),
+        ({"train_labels": labels - 1}, "the split train has the label -1 for picture 0, where 0 to 2 are classes"),
+        ({"test_labels": labels * 0}, "the split test holds no pictures of 1, 2"),
+    ):
+        good = {"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels}
+        np.savez(tmp_path / "a.npz", **good | wrong)
+        refused(sentence, tmp_path, tmp_path / "out", "--name", "tiny")
+    np.savez(tmp_path / "a.npz", **good)
+    refused("must be letters a to z, digits and _, not '../x'", tmp_path, tmp_path / "out", "--name", "../x")
+    refused("the split train holds no pictures of 1: .*larger --limit", tmp_path, tmp_path / "out", "--name", "tiny", "--limit", 2)
+    (tmp_path / "a.npz").unlink()
+    (tmp_path / "a.zip").write_bytes(b"PK broken")
+    refused("a.zip cannot be read as .zip", tmp_path, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_preparing_never_replaces_what_others_made(packed, tmp_path):
+    for place in ("out/folder", "other/tfds/tiny_set"):
+        (tmp_path / place).mkdir(parents=True)
+        (tmp_path / place / "thesis.txt").write_text("precious")
+        with pytest.raises(SystemExit, match="holds what this tool did not make: choose another OUT"):
+            prepare.main([str(packed), str(tmp_path / place.split("/")[0])])
+        assert (tmp_path / place / "thesis.txt").read_text() == "precious"
+        assert not list(tmp_path.rglob("*.new"))
 
 
 SQUARE = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)
@@ -284,5 +314,5 @@ def test_the_split_to_evaluate_on_can_be_chosen(class_folders):
     shutil.copytree(class_folders / "train", class_folders / "val")
     assert len(open_data(Data(source=f"folder:{class_folders}"))[1]) == 30, "val comes before test, which is kept for the end"
     assert len(open_data(Data(source=f"folder:{class_folders}", eval_split="test"))[1]) == 12
-    with pytest.raises(Refused, match="--data.eval_split extra is not in .*, which has test, train, val"):
+    with pytest.raises(Refused, match=r"--data.eval_split extra is not in .*, which has test, train, val"):
         open_data(Data(source=f"folder:{class_folders}", eval_split="extra"))

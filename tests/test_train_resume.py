@@ -111,12 +111,24 @@ def test_eight_devices_train_as_one(tool, tmp_path, one_device, flags):
     assert_same_training(tmp_path, one_device)
 
 
-def test_two_processes_train_to_the_same_weights(tool, tmp_path, one_device):
+def two_processes(tool, *flags):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     both = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
-    flags = [*SHORT, "--out", tmp_path, "--fsdp", 2]
-    for process in [tool("train.classify", *flags, devices=2, environment=both | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]:
+    return [tool("train.classify", *flags, devices=2, environment=both | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
+
+
+def test_two_processes_train_to_the_same_weights_which_one_can_evaluate(tool, tmp_path, one_device):
+    for process in two_processes(tool, *SHORT, "--out", tmp_path, "--fsdp", 2):
         finish(process)
     assert_same_training(tmp_path, one_device)
+    said, _ = finish(tool("eval.classify", tmp_path, "--json"))
+    assert json.loads(said)["runs"][0]["top1"]["value"] == pytest.approx(lines(tmp_path, "eval")[-1]["top1"], abs=1e-9)
+
+
+def test_two_processes_are_refused_in_one_line_each(tool, tmp_path, one_device):
+    first, second = (finish(process, code=1)[1].strip() for process in two_processes(tool, *SHORT, "--out", one_device, "--seed", 9))
+    assert first.splitlines()[-1].startswith(f"train.classify: {one_device} holds a run with other settings (seed")
+    assert second.splitlines()[-1] == "train.classify: the first process refused the run"
+    assert "Traceback" not in first + second

@@ -1,6 +1,7 @@
 """Pictures -> batches, the same ones in the same order for a seed, whatever the number of processes and wherever a run is taken up again."""
 
 import sys
+import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -12,7 +13,8 @@ from train.augment import augment
 from train.config import Config, Refused
 from train.data import Pictures
 
-# image (b, side, side, 3) uint8, label (b,) int32; for evaluation also weight (b,) float32 and index (b,) int32
+# image (b, side, side, 3) uint8, label (b,) int32; for evaluation also weight (b,) float32, index (b,) int32 and
+# digest (b,) uint32 of the picture as it was read
 Batch = dict[str, np.ndarray]
 
 
@@ -43,11 +45,12 @@ def eval_batches(pictures: Pictures, config: Config, *, process: int = 0, proces
     def example(index: int) -> dict[str, Any]:
         picture = reader.or_none(index) if index < len(pictures) else None
         image, label = picture or (np.zeros((side, side, 3), np.uint8), 0)
+        digest = np.uint32(zlib.crc32(np.ascontiguousarray(image).data))
         if config.data.eval_crop == "squash":
             image = resize(image, side, side)
         else:
             image = centre_crop(image, side, zoom=config.data.eval_zoom)
-        return {"image": image, "label": np.int32(label), "weight": np.float32(picture is not None), "index": np.int32(index)}
+        return {"image": image, "label": np.int32(label), "weight": np.float32(picture is not None), "index": np.int32(index), "digest": digest}
 
     steps = -(-len(pictures) // config.batch)
     stream = grain.MapDataset.range(steps * config.batch).map(example).batch(local)[process::processes]
@@ -73,7 +76,7 @@ class _Reader:
             return self.pictures.load(index)
         except UnreadableImage as error:
             if self.corrupt == "refuse":
-                raise Refused(f"{error} (--data.corrupt skip goes on without it)") from None
+                raise Refused(f"{error} (--data.corrupt skip, or --corrupt skip of eval.classify, goes on without it)") from None
             if index not in self.named:
                 self.named.add(index)
                 print(f"skipped: {error}", file=sys.stderr, flush=True)

@@ -28,7 +28,7 @@ class Checkpoints:
 
     def latest(self) -> int | None:
         """The newest complete step."""
-        return max((int(path.name) for path in self.folder.glob("*") if path.name.isdigit()), default=None)
+        return max((int(path.name) for path in self.folder.glob("*") if re.fullmatch("[0-9]+", path.name) and path.is_dir()), default=None)
 
     def save(self, state: State) -> None:
         """Starts to write this state; returns when it has been copied and training may go on."""

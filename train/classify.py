@@ -52,7 +52,8 @@ def train(config: Config, *, quiet: bool = False) -> Trained:
     process, processes = jax.process_index(), jax.process_count()
     total = max(round(config.epochs * len(train_set) / config.batch), 1)
     evaluations, saves = (max(round(config.epochs / every), 1) for every in (config.eval_every, config.checkpoint_every))
-    with run_folder(config, train_set.classes), StopRequest() as stop:
+    facts = {"classes": list(train_set.classes), "train": len(train_set), "eval": len(eval_set)}
+    with run_folder(config, facts), StopRequest() as stop:
         steps = make_steps(config, len(train_set.classes), total)
         checkpoints = Checkpoints(config.out)
         state = steps.init(config.seed) if checkpoints.latest() is None else checkpoints.restore(steps)

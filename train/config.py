@@ -191,19 +191,27 @@ def load_config(argv: list[str], prog: str) -> Config:
     Without a config, a file and a source of data the config is `digits`.
     """
     argv = list(argv)
+    settings: dict[str, Any] = {}
     name, file, variant = (_take(argv, flag) for flag in ("--config", "--config-file", "--variant"))
-    config = Config()
     if name is None and file is None and not any(re.match(r"--data(\.source)?(=|$)", flag) for flag in argv):
         name = "digits"
     if name is not None:
         if name not in known_configs():
             raise Refused(f"--config must be one of {', '.join(known_configs())}, not {name}")
-        config = _over(config, CONFIGS / f"{name}.toml", prog)
+        settings = _over(settings, _read(CONFIGS / f"{name}.toml"))
     if file is not None:
-        config = _over(config, Path(file), prog)
+        settings = _over(settings, _read(Path(file)))
     if variant is not None:
-        config = _with_variant(config, variant)
-    return parse(Config, argv, prog, default=config, description=_before_flags())
+        settings = _over(settings, {"variant": variant})
+    try:  # all layers together: what one sets may only fit what a later one does
+        return parse(Config, [*_flags(settings), *argv], prog, default=Config(), description=_before_flags())
+    except Refused:
+        if file is not None:
+            try:
+                parse(Config, _flags(settings), prog, default=Config())
+            except Refused as error:
+                raise Refused(f"in the config file {file}: {error}") from None
+        raise
 
 
 def parse(record: type[T], argv: list[str], prog: str, *, default: T | None = None, description: str | None = None) -> T:
@@ -239,7 +247,7 @@ def _before_flags() -> str:
     )
 
 
-def _over(config: Config, path: Path, prog: str) -> Config:
+def _read(path: Path) -> dict[str, Any]:
     try:
         text = path.read_text()
         values = json.loads(text) if path.suffix == ".json" else tomllib.loads(text)
@@ -249,23 +257,25 @@ def _over(config: Config, path: Path, prog: str) -> Config:
         raise Refused(f"the config file {path} cannot be read: {error.strerror}") from None
     except ValueError as error:
         raise Refused(f"the config file {path} is not {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from None
-    values.pop("classes", None)  # of the config.json of a run
-    variant = values.pop("variant", None)
-    if variant is not None:
-        config = _with_variant(config, variant)
-    try:
-        return parse(Config, _flags(values), prog, default=config)
-    except Refused as error:
-        raise Refused(f"in the config file {path}: {error}") from None
+    values.pop("data_found", None)  # of the config.json of a run
+    return values
 
 
-def _with_variant(config: Config, variant: str) -> Config:
-    try:
-        sizes = vit_config(variant)
-    except ValueError as error:
-        raise Refused(str(error)) from None
-    names = ("patch", "width", "depth", "heads", "mlp_width")
-    return dataclasses.replace(config, model=dataclasses.replace(config.model, **{name: getattr(sizes, name) for name in names}))
+def _over(settings: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
+    """Settings with those of a layer over them; its `variant` stands for the sizes of a model."""
+    layer = dict(layer)
+    if "variant" in layer:
+        try:
+            sizes = vit_config(layer.pop("variant"))
+        except ValueError as error:
+            raise Refused(str(error)) from None
+        settings = _merge(settings, {"model": {name: getattr(sizes, name) for name in ("patch", "width", "depth", "heads", "mlp_width")}})
+    return _merge(settings, layer)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = {name: _merge(below[name], value) for name, value in above.items() if isinstance(value, dict) and isinstance(below.get(name), dict)}
+    return below | above | both
 
 
 def _flags(values: dict[str, Any], prefix: str = "") -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ggem_jax.images import EXTENSIONS, RGB, read_image
+from ggem_jax.images import EXTENSIONS, RGB, UnreadableImage, read_image
 from train.config import Data, Refused
 
 KNOWN = "digits, folder:DIR, tfds:NAME"
@@ -89,7 +89,7 @@ def _class_folders(root: Path) -> Pictures:
         raise Refused(f"{root} holds no class sub-folders")
     paths, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(path for path in (root / name).iterdir() if path.suffix.lower() in EXTENSIONS and not path.name.startswith("."))
+        found = sorted(path for path in (root / name).iterdir() if path.suffix.lower() in EXTENSIONS and path.is_file() and path.name[0] != ".")
         if not found:
             raise Refused(f"the class folder {root / name} holds no pictures ({', '.join(EXTENSIONS)})")
         paths += found
@@ -115,12 +115,16 @@ def tfds(name: str, data_dir: Path, eval_split: str | None = None, *, download: 
         )
     import tensorflow_datasets
 
-    builder = tensorflow_datasets.builder_from_directory(folder_)
+    try:
+        builder = tensorflow_datasets.builder_from_directory(folder_)
+    except Exception as error:  # of many kinds: files that are missing, cut off or altered
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise Refused(f"{folder_} is no readable TensorFlow Datasets data set: {reason}") from None
     features = builder.info.features
     if not {"image", "label"} <= set(features):
         raise Refused(f"{name} has the features {', '.join(features)}, but image and label are needed")
     if builder.info.file_format.value != "array_record":
-        raise Refused(f"{folder_} is stored as {builder.info.file_format.value}; random access needs array_record: prepare it again with --download")
+        raise Refused(f"{folder_} is stored as {builder.info.file_format.value}; random access needs array_record: prepare it in another --data-dir")
     train_name = next((split for split in TRAIN_SPLITS if split in builder.info.splits), None)
     if train_name is None:
         raise Refused(f"{name} has the splits {', '.join(builder.info.splits)}, but none is called train")
@@ -145,7 +149,11 @@ def _tfds_split(builder, split: str) -> Pictures:
     records = builder.as_data_source(split, decoders={"image": decode.SkipDecoding()})  # as files: our own decoder serves every source
 
     def load(i: int) -> tuple[RGB, int]:
-        record, name = records[i], f"picture {i} of {builder.name}, split {split},"
+        name = f"picture {i} of {builder.name}, split {split},"
+        try:
+            record = records[i]
+        except Exception as error:  # of many kinds, from the record reader's up to the parser's
+            raise UnreadableImage(f"{name} cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
         if not 0 <= record["label"] < len(classes):
             raise Refused(f"{name} has the label {record['label']}, where one of 0 to {len(classes) - 1} is needed: choose another --data.eval_split")
         return read_image(record["image"], name=name), int(record["label"])

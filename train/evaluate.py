@@ -17,6 +17,7 @@ class Predictions:
 
     index: np.ndarray  # (n,) number of the picture in its split
     label: np.ndarray  # (n,)
+    digest: np.ndarray  # (n,) of the pictures as they were read: the same ones have the same
     probability: np.ndarray  # (n, classes) float32
 
     def top(self, k: int) -> np.ndarray:
@@ -39,7 +40,7 @@ def evaluate(steps: Steps, params, pictures: Pictures, config: Config) -> Predic
     kept = whole["weight"] > 0
     if not kept.any():
         raise Refused("no picture of the evaluation split can be read")
-    return Predictions(whole["index"][kept], whole["label"][kept], whole["probability"][kept])
+    return Predictions(*(whole[name][kept] for name in ("index", "label", "digest", "probability")))
 
 
 def on_devices(batch: Batch, steps: Steps) -> dict[str, jax.Array]:

@@ -15,7 +15,8 @@ import re
 import shutil
 import sys
 import zipfile
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
@@ -32,6 +33,8 @@ from train.run import one_sentence
 
 # Xiao, Rasul and Vollgraf, "Fashion-MNIST", 2017, arXiv:1708.07747, table 2; the packed file holds the numbers only.
 FASHION_MNIST = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+
+MARK = ".made_by_train_prepare"  # in the folders that may be replaced
 
 Split = list[tuple[Callable[[], RGB], int]]  # how to get each picture, and its label
 
@@ -59,7 +62,10 @@ def prepare(config: Prepare) -> list[str]:
     if config.limit is not None:
         splits = {split: evenly_spaced(pictures, config.limit) for split, pictures in splits.items()}
     classes = folder_names(classes)
+    check(classes, splits)
     name = config.name or re.sub("[^a-z0-9]+", "_", config.packed.resolve().name.lower()).strip("_")
+    if not re.fullmatch("[a-z][a-z0-9_]*", name):
+        raise Refused(f"the name of a data set must be letters a to z, digits and _, not {name!r}: choose one with --name")
     out, said = config.out.expanduser(), []
     try:
         if config.formats in ("both", "folder"):
@@ -70,8 +76,23 @@ def prepare(config: Prepare) -> list[str]:
             said.append(f"--data tfds:{name} --data-dir {out / 'tfds'}")
     except UnreadableImage as error:
         raise Refused(str(error)) from None
+    except RuntimeError as error:  # of the record writer, on a full disk
+        raise Refused(f"the data set could not be written to {out}: {(str(error).splitlines() or ['no reason given'])[0]}") from None
     counts = ", ".join(f"{split} {len(pictures):,}" for split, pictures in splits.items())
     return [f"{len(classes)} classes; {counts} pictures", *(f"train on it with  python -m train.classify {flags}" for flags in said)]
+
+
+def check(classes: tuple[str, ...], splits: dict[str, Split]) -> None:
+    """Refuses labels that name no class, and classes without pictures to train on."""
+    for split, pictures in splits.items():
+        wrong = next(((i, label) for i, (_, label) in enumerate(pictures) if not 0 <= label < len(classes)), None)
+        if wrong is not None or not pictures:
+            reason = "is empty" if wrong is None else f"has the label {wrong[1]} for picture {wrong[0]}, where 0 to {len(classes) - 1} are classes"
+            raise Refused(f"the split {split} {reason}")
+        missing = set(range(len(classes))) - {label for _, label in pictures}
+        if missing:
+            names = ", ".join(classes[label] for label in sorted(missing))
+            raise Refused(f"the split {split} holds no pictures of {names}: every class needs some (a larger --limit keeps more)")
 
 
 def evenly_spaced(pictures: Split, limit: int) -> Split:
@@ -97,6 +118,14 @@ def read_packed(packed: Path) -> tuple[tuple[str, ...], dict[str, Split]]:
 
 def _array_splits(path: Path) -> tuple[tuple[str, ...], dict[str, Split]]:
     arrays = _load(path, "train_images", "train_labels", "test_images", "test_labels")
+    for which in ("train", "test"):
+        images, labels = arrays[f"{which}_images"], arrays[f"{which}_labels"]
+        grey_or_rgb = images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 3)
+        if images.dtype != np.uint8 or not grey_or_rgb or labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or not len(labels):
+            raise Refused(
+                f"{path}: {which}_images must be uint8 (n, h, w) or (n, h, w, 3) and {which}_labels whole numbers (n,), not {images.dtype} "
+                f"{images.shape} and {labels.dtype} {labels.shape}"
+            )
     count = 1 + max(int(arrays[f"{split}_labels"].max()) for split in ("train", "test"))
     numbers = tuple(f"{i:0{len(str(count - 1))}d}" for i in range(count))
     names = FASHION_MNIST if "fashion" in path.name and count == len(FASHION_MNIST) else numbers
@@ -118,7 +147,13 @@ def _jpeg_splits(paths: list[Path]) -> tuple[tuple[str, ...], dict[str, Split]]:
         if len(found) != 1:
             raise Refused(f"of {', '.join(path.name for path in paths)} exactly one must have '{which}' in its name")
         arrays = _load(found[0], "jpeg_bytes", "offsets", "labels", "class_names")
-        classes.add(tuple(map(str, arrays["class_names"])))
+        names_, labels, cuts_ = arrays["class_names"], arrays["labels"], arrays["offsets"]
+        if names_.ndim != 1 or any(a.ndim != 1 or a.dtype.kind not in "iu" for a in (labels, cuts_)) or len(cuts_) != len(labels) + 1:
+            raise Refused(
+                f"{found[0]} must hold class_names (classes,), whole labels (n,) and whole offsets (n + 1,), not {names_.shape}, {labels.dtype} "
+                f"{labels.shape} and {cuts_.dtype} {cuts_.shape}"
+            )
+        classes.add(tuple(map(str, names_)))
         files, offsets = arrays["jpeg_bytes"].tobytes(), arrays["offsets"]
 
         names = [f"picture {i} of {found[0].name}" for i in range(len(offsets) - 1)]
@@ -130,7 +165,10 @@ def _jpeg_splits(paths: list[Path]) -> tuple[tuple[str, ...], dict[str, Split]]:
 
 
 def _zip_splits(path: Path) -> tuple[tuple[str, ...], dict[str, Split]]:
-    archive = zipfile.ZipFile(path)
+    try:
+        archive = zipfile.ZipFile(path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise Refused(f"{path} cannot be read as .zip: {error}") from None
     members: dict[str, list[tuple[str, str]]] = {}  # split -> (class, name in the archive)
     for name in sorted(archive.namelist()):
         parts = Path(name).parts
@@ -141,7 +179,11 @@ def _zip_splits(path: Path) -> tuple[tuple[str, ...], dict[str, Split]]:
     classes = tuple(sorted({kind for split in members.values() for kind, _ in split}))
 
     def picture(name: str) -> RGB:
-        return read_image(archive.read(name), name=name)
+        try:
+            file = archive.read(name)
+        except (OSError, RuntimeError, NotImplementedError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+            raise UnreadableImage(f"{name} in {path} cannot be read: {error}") from None
+        return read_image(file, name=name)
 
     return classes, {split: [(partial(picture, name), classes.index(kind)) for kind, name in found] for split, found in members.items()}
 
@@ -153,7 +195,7 @@ def _load(path: Path, *keys: str) -> dict[str, np.ndarray]:
     except KeyError:
         with np.load(path) as arrays:
             raise Refused(f"{path} must hold {', '.join(keys)}, not {', '.join(arrays.files)}") from None
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+    except (OSError, ValueError, TypeError, AttributeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
         raise Refused(f"{path} cannot be read as .npz: {error}") from None
 
 
@@ -166,15 +208,14 @@ def folder_names(classes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def write_folder(root: Path, classes: tuple[str, ...], splits: dict[str, Split]) -> None:
-    """Writes `root/SPLIT/CLASS/INDEX.png`, beside what is there and then in its place."""
-    new = root.with_name(f".{root.name}.new")
-    shutil.rmtree(new, ignore_errors=True)
-    for split, pictures in splits.items():
-        for name in classes:
-            (new / split / name).mkdir(parents=True)
-        for index, (picture, label) in enumerate(pictures):
-            (new / split / classes[label] / f"{index:08d}.png").write_bytes(png(picture()))
-    _replace(root, new)
+    """Writes `root/SPLIT/CLASS/INDEX.png`, beside what an earlier call wrote and then in its place."""
+    with _in_place_of(root, made_if=MARK) as new:
+        for split, pictures in splits.items():
+            for name in classes:
+                (new / split / name).mkdir(parents=True)
+            for index, (picture, label) in enumerate(pictures):
+                (new / split / classes[label] / f"{index:08d}.png").write_bytes(png(picture()))
+        (new / MARK).touch()
 
 
 def write_tfds(data_dir: Path, name: str, classes: tuple[str, ...], splits: dict[str, Split]) -> None:
@@ -201,21 +242,34 @@ def write_tfds(data_dir: Path, name: str, classes: tuple[str, ...], splits: dict
 
     PackedPictures.name = name
     tfds.disable_progress_bar()
-    new = data_dir / f".{name}.new"
+    with _in_place_of(data_dir / name, made_if="1.0.0/dataset_info.json") as new:
+        with contextlib.redirect_stdout(io.StringIO()):  # it reports a download that is none
+            PackedPictures(data_dir=str(new / "there"), file_format="array_record").download_and_prepare()
+        (new / "there" / name / "1.0.0").rename(new / "1.0.0")
+        shutil.rmtree(new / "there")
+
+
+@contextlib.contextmanager
+def _in_place_of(folder: Path, *, made_if: str) -> Iterator[Path]:
+    """A new folder that takes the place of `folder` at the end; one that is there must be empty or show by a file that this tool made it."""
+    if folder.exists() and not (folder / made_if).exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise Refused(f"{folder} holds what this tool did not make: choose another OUT")
+    new, old = (folder.with_name(f".{folder.name}.{state}") for state in ("new", "old"))
     shutil.rmtree(new, ignore_errors=True)
-    with contextlib.redirect_stdout(io.StringIO()):  # it reports a download that is none
-        PackedPictures(data_dir=str(new), file_format="array_record").download_and_prepare()
-    _replace(data_dir / name / "1.0.0", new / name / "1.0.0")
-    shutil.rmtree(new)
-
-
-def _replace(folder: Path, new: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    new.rename(folder)
+    new.mkdir(parents=True)
+    try:
+        yield new
+        shutil.rmtree(old, ignore_errors=True)
+        if folder.exists():
+            folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(new, ignore_errors=True)
 
 
 def png(image: RGB) -> bytes:
+    """A picture as a PNG file."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG", compress_level=1)
     return file.getvalue()

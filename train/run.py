@@ -7,9 +7,10 @@ import os
 import signal
 import sys
 import threading
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import jax
 import numpy as np
@@ -20,7 +21,8 @@ from train.log import write_text
 
 # May change when a run is taken up again: the weights do not depend on them (on `fsdp` in the last bits, as on the number of devices).
 FREE = (
-    "out", "stop_after", "log_every", "checkpoint_every", "eval_every", "fsdp", "data.data_dir", "data.download", "data.workers", "data.eval_split",
+    "out", "stop_after", "log_every", "checkpoint_every", "eval_every", "fsdp",
+    "data.data_dir", "data.download", "data.workers", "data.eval_split", "data.corrupt", "data_found.eval",
 )  # fmt: skip
 
 
@@ -31,6 +33,13 @@ def one_sentence(tool: str) -> Iterator[None]:
         yield
     except Refused as error:
         sys.exit(f"{tool}: {error}")
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{tool}: interrupted\n")
+        sys.exit(128 + signal.SIGINT)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit(f"{tool}: out of memory ({str(error).splitlines()[0]}): try a smaller --batch, more --optimizer.accumulate or --model.remat")
     except OSError as error:
         sys.exit(f"{tool}: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
 
@@ -50,19 +59,23 @@ def join_processes() -> None:
 
 
 @contextlib.contextmanager
-def run_folder(config: Config, classes: tuple[str, ...]) -> Iterator[None]:
-    """Keeps other runs out of the folder, and other settings and classes out of its checkpoints."""
+def run_folder(config: Config, facts: dict[str, Any]) -> Iterator[None]:
+    """Keeps other runs out of the folder, and other settings and other data, told by its `facts`, out of its checkpoints."""
     with contextlib.ExitStack() as stack:
         refused: Exception | None = None
         if jax.process_index() == 0:
             try:
                 config.out.mkdir(parents=True, exist_ok=True)
                 _lock(stack.enter_context((config.out / ".lock").open("w")), config.out)
-                _keep_settings(config, classes)
+                _keep_settings(config, facts)
             except (Refused, OSError) as error:
                 refused = error
-        if jax.process_count() > 1 and multihost_utils.broadcast_one_to_all(np.array(refused is not None)) and refused is None:
-            refused = Refused("the first process refused the run")
+        if jax.process_count() > 1:
+            if multihost_utils.broadcast_one_to_all(np.array(refused is not None)) and refused is None:
+                refused = Refused("the first process refused the run")
+            own = np.array(zlib.crc32(json.dumps([to_dict(config), facts]).encode()))
+            if np.ptp(multihost_utils.process_allgather(own)) and refused is None:
+                refused = Refused("the processes of a run must have the same settings and data, and they differ")
         if refused is not None:
             raise refused
         yield
@@ -75,24 +88,27 @@ def _lock(file: IO[str], run: Path) -> None:
         raise Refused(f"another process is training in {run}: wait for it, or choose another --out") from None
 
 
-def _keep_settings(config: Config, classes: tuple[str, ...]) -> None:
-    if (config.out / "config.json").exists():
-        here, there = (_flat({**to_dict(run), "classes": ", ".join(names)}) for run, names in ((config, classes), read_run(config.out)))
+def _keep_settings(config: Config, facts: dict[str, Any]) -> None:
+    now = {**to_dict(config), "data_found": facts}
+    if any((config.out / "checkpoints").glob("[0-9]*")):
+        before, facts_before = read_run(config.out)
+        here, there = _flat(now), _flat({**to_dict(before), "data_found": facts_before})
         changed = [name for name in here | there if name not in FREE and here.get(name) != there.get(name)]
         if changed:
             settings = "; ".join(f"{name} {there.get(name)} there, {here.get(name)} now" for name in changed)
             raise Refused(f"{config.out} holds a run with other settings ({settings}): choose another --out")
-    write_text(config.out / "config.json", json.dumps({**to_dict(config), "classes": classes}, indent=2) + "\n")
+    write_text(config.out / "config.json", json.dumps(now, indent=2) + "\n")
 
 
-def read_run(run: Path) -> tuple[Config, tuple[str, ...]]:
-    """The settings and the class names of a run."""
+def read_run(run: Path) -> tuple[Config, dict[str, Any]]:
+    """The settings of a run, and what its data were: classes and numbers of pictures."""
     try:
         values = json.loads((run / "config.json").read_text())
-        return from_dict({name: value for name, value in values.items() if name != "classes"}), tuple(values["classes"])
+        facts = values.pop("data_found")
+        return from_dict(values), {"classes": list(map(str, facts["classes"])), "train": int(facts["train"]), "eval": int(facts["eval"])}
     except FileNotFoundError:
         raise Refused(f"{run} is no run of train.classify: it has no config.json") from None
-    except (KeyError, ValueError) as error:
+    except (KeyError, ValueError, TypeError, AttributeError, Refused) as error:
         raise Refused(f"{run}/config.json is not that of a run of train.classify: {error}") from None
 
 
