@@ -147,18 +147,18 @@ def _jpeg_splits(paths: list[Path]) -> tuple[tuple[str, ...], dict[str, Split]]:
         if len(found) != 1:
             raise Refused(f"of {', '.join(path.name for path in paths)} exactly one must have '{which}' in its name")
         arrays = _load(found[0], "jpeg_bytes", "offsets", "labels", "class_names")
-        names_, labels, cuts_ = arrays["class_names"], arrays["labels"], arrays["offsets"]
-        if names_.ndim != 1 or any(a.ndim != 1 or a.dtype.kind not in "iu" for a in (labels, cuts_)) or len(cuts_) != len(labels) + 1:
+        kinds, labels, offsets = arrays["class_names"], arrays["labels"], arrays["offsets"]
+        if kinds.ndim != 1 or any(a.ndim != 1 or a.dtype.kind not in "iu" for a in (labels, offsets)) or len(offsets) != len(labels) + 1:
             raise Refused(
-                f"{found[0]} must hold class_names (classes,), whole labels (n,) and whole offsets (n + 1,), not {names_.shape}, {labels.dtype} "
-                f"{labels.shape} and {cuts_.dtype} {cuts_.shape}"
+                f"{found[0]} must hold class_names (classes,), whole labels (n,) and whole offsets (n + 1,), not {kinds.shape}, {labels.dtype} "
+                f"{labels.shape} and {offsets.dtype} {offsets.shape}"
             )
-        classes.add(tuple(map(str, names_)))
-        files, offsets = arrays["jpeg_bytes"].tobytes(), arrays["offsets"]
+        classes.add(tuple(map(str, kinds)))
+        files = arrays["jpeg_bytes"].tobytes()
 
         names = [f"picture {i} of {found[0].name}" for i in range(len(offsets) - 1)]
         cuts = [files[start:end] for start, end in pairwise(offsets)]
-        splits[which] = [(partial(read_image, file, name=name), int(label)) for file, name, label in zip(cuts, names, arrays["labels"], strict=True)]
+        splits[which] = [(partial(read_image, file, name=name), int(label)) for file, name, label in zip(cuts, names, labels, strict=True)]
     if len(classes) != 1:
         raise Refused(f"{' and '.join(path.name for path in paths)} have different classes")
     return classes.pop(), splits

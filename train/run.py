@@ -28,7 +28,7 @@ FREE = (
 
 @contextlib.contextmanager
 def one_sentence(tool: str) -> Iterator[None]:
-    """Ends a tool with one line on standard error and exit code 1 where the user or the machine is at fault."""
+    """Ends a tool with one line on standard error: exit code 1 where the user or the machine is at fault, 130 after Ctrl-C."""
     try:
         yield
     except Refused as error:
