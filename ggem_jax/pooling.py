@@ -20,8 +20,8 @@ Errors: `TypeError` for tokens that are not floating point, `ValueError` for eve
 `implementation` that cannot do what was asked.
 """
 
-from functools import partial
-from typing import Literal, get_args
+from functools import partial, reduce
+from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +30,14 @@ from jax import lax
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from ggem_jax import fused
+from ggem_jax.dispatch import Implementation, chosen, dispatched, varying_alike
+from ggem_jax.fused import EIGHTH as _EIGHTH
+
 Negatives = Literal["clamp", "abs", "shift", "signed"]
 Layout = Literal["contiguous", "interleaved"]
-Implementation = Literal["xla", "triton"]
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)  # CPUs and GPUs round smaller numbers to zero, whose logarithm is no number
-_EIGHTH = 0.125  # an exact factor under which no difference of two tokens overflows and no reciprocal of one is rounded to zero
 _NO_MEAN = 1e-30  # a mean of signed powers this far below the largest of them is rounding
 
 
@@ -114,6 +116,80 @@ def ggem_pool(
     return _power_pool(tokens, exponents, mask, eps, negatives, implementation)
 
 
+def norm_ggem_pool(
+    tokens: Float[Array, "*b n d"],
+    scale: ArrayLike,
+    bias: ArrayLike,
+    p: ArrayLike,
+    *,
+    norm_eps: float = 1e-6,
+    mask: Bool[Array, "*b n"] | None = None,
+    eps: float = 1e-6,
+    layout: Layout = "contiguous",
+    negatives: Negatives = "clamp",
+    implementation: Implementation | None = None,
+) -> Float[Array, "*b d"]:
+    """`ggem_pool` of layer-normalised tokens, the end of a ViT: z = (x - mean_d x) / sqrt(var_d x + norm_eps) * scale + bias, then the pooling of z.
+
+    `scale` and `bias` are `(d,)`. The normalised tokens stay in float32. The gradient keeps the tokens alone and normalises again.
+    Reference: Ba et al., "Layer Normalization", 2016, arXiv:1607.06450.
+    """
+    tokens, mask = _checked(tokens, mask)
+    gain = _per_channel(scale, tokens, "scale", positive=False)
+    shift = _per_channel(bias, tokens, "bias", positive=False)
+    exponents = spread_over_channels(_parameter(p, tokens, "p"), tokens.shape[-1], layout=layout)
+    _check_rule(eps, negatives)
+    if not (isinstance(norm_eps, int | float | np.number) and 0 < norm_eps < np.inf):
+        raise ValueError(f"norm_eps must be a positive Python number, not {norm_eps!r}")
+    implementation = chosen(implementation, tokens, fused.norm_refusal(tokens, negatives))
+    arrays = varying_alike(tokens, gain, shift, exponents, mask)
+    return _norm_power_mean(*arrays, float(norm_eps), float(eps), negatives, implementation).astype(tokens.dtype)
+
+
+def relup(x: ArrayLike, *, alpha: float = 0.014) -> Array:
+    """ReLU-P: max(x, alpha), neither shifted nor zeroed; alpha = 0 is ReLU. Any shape.
+
+    Reference: Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", 2023, arXiv:2308.06954, and its code.
+    """
+    return jnp.maximum(x, alpha)
+
+
+def regional_gem(feature_map: Float[Array, "*b h w d"], *, p: float = 2.5, window: int = 5) -> Float[Array, "*b h w d"]:
+    """Regional GeM: half the map plus half its power mean over a sliding window, x / 2 + (mean_window x^p)^(1/p) / 2, with reflected borders.
+
+    `window` is odd, and h and w are at least `(window + 1) / 2`. Negative entries count as zero, as after a ReLU; the official code gives NaN there.
+    The powers are summed in log space, so that `p` may be large. A window of zeros gives zero, with a zero gradient.
+    Reference: Shao et al., 2023, arXiv:2308.06954, and its code: github.com/ShihaoShao-GH/SuperGlobal.
+    """
+    feature_map = _checked_map(feature_map, window)
+    _check_exponent(p, "p")
+    return _regional(_widened(feature_map), p, window).astype(feature_map.dtype)
+
+
+def superglobal_pool(
+    feature_map: Float[Array, "*b h w d"],
+    *,
+    regional_p: float = 2.5,
+    window: int = 5,
+    p: float = 4.6,
+    eps: float = 1e-8,
+    implementation: Implementation | None = None,
+) -> Float[Array, "*b d"]:
+    """SuperGlobal's pooling of a feature map: `regional_gem`, then GeM+, which is `gem_pool` over all places with a fixed large exponent.
+
+    In between everything stays in float32. On a GPU one kernel reads the map once; the gradient is that of plain JAX.
+    Reference: Shao et al., 2023, arXiv:2308.06954, and its code: github.com/ShihaoShao-GH/SuperGlobal.
+    """
+    feature_map = _checked_map(feature_map, window)
+    _check_exponent(regional_p, "regional_p")
+    _check_exponent(p, "p")
+    _check_rule(eps, "clamp")
+    implementation = chosen(implementation, feature_map, fused.superglobal_refusal(feature_map, regional_p, window))
+    options: Any = {"regional_p": float(regional_p), "window": int(window), "p": float(p), "eps": float(eps)}
+    (pooled,) = dispatched(implementation, partial(fused.superglobal, **options), partial(_superglobal, **options), feature_map)
+    return pooled.astype(feature_map.dtype)
+
+
 def spread_over_channels(p: Float[Array, " groups"], channels: int, *, layout: Layout = "contiguous") -> Float[Array, " channels"]:
     """Gives each channel the exponent of its group, `(groups,)` -> `(channels,)`; the layouts are those of `ggem_pool`."""
     p = jnp.asarray(p)
@@ -126,24 +202,113 @@ def spread_over_channels(p: Float[Array, " groups"], channels: int, *, layout: L
 
 
 def _power_pool(tokens, p, mask, eps, negatives, implementation):
-    if negatives not in get_args(Negatives):
-        raise ValueError(f"negatives must be one of {', '.join(get_args(Negatives))}, not {negatives!r}")
-    if not (isinstance(eps, int | float | np.number) and 1e-36 <= eps <= 1e36):
-        raise ValueError(f"eps must be a Python number from 1e-36 to 1e36, not {eps!r}")
-    if implementation == "triton":
-        raise NotImplementedError("there is no Triton kernel for this pooling yet: pass implementation=None or 'xla'")
-    if implementation not in (None, "xla"):
-        raise ValueError(f"implementation must be None or one of {', '.join(get_args(Implementation))}, not {implementation!r}")
-    return _power_mean(*_varying_alike(tokens, p, mask), float(eps), negatives).astype(tokens.dtype)
+    _check_rule(eps, negatives)
+    implementation = chosen(implementation, tokens, fused.refusal(tokens))
+    return _power_mean(*varying_alike(tokens, p, mask), float(eps), negatives, implementation).astype(tokens.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _power_mean(tokens, p, mask, eps, negatives):
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _power_mean(tokens, p, mask, eps, negatives, implementation):
     """The power mean in float32 `(..., d)`; p is `(d,)`. Its gradient is closed-form and keeps only tokens, p and the pooled value."""
-    return _power_mean_forward(tokens, p, mask, eps, negatives)[0]
+    return _power_mean_forward(tokens, p, mask, eps, negatives, implementation)[0]
 
 
-def _power_mean_forward(tokens, p, mask, eps, negatives):
+def _power_mean_forward(tokens, p, mask, eps, negatives, implementation):
+    kernel, plain = (partial(body, eps=eps, negatives=negatives) for body in (fused.power_mean, _pooled_and_root))
+    pooled, y = dispatched(implementation, kernel, plain, tokens, p, mask)
+    return pooled, (tokens, p, mask, y)
+
+
+def _power_mean_backward(eps, negatives, implementation, residuals, cotangent):
+    tokens, p, mask, y = residuals
+    kernel, plain = (partial(body, eps=eps, negatives=negatives) for body in (fused.power_mean_gradient, _cotangents))
+    by_tokens, by_p = dispatched(implementation, kernel, plain, tokens, p, mask, y, cotangent)
+    return by_tokens, _summed(by_p, p), None
+
+
+_power_mean.defvjp(_power_mean_forward, _power_mean_backward)
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+def _norm_power_mean(tokens, scale, bias, p, mask, norm_eps, eps, negatives, implementation):
+    """The power mean of the normalised tokens in float32 `(..., d)`; scale, bias and p are `(d,)`."""
+    return _norm_power_mean_forward(tokens, scale, bias, p, mask, norm_eps, eps, negatives, implementation)[0]
+
+
+def _norm_power_mean_forward(tokens, scale, bias, p, mask, norm_eps, eps, negatives, implementation):
+    options = {"norm_eps": norm_eps, "eps": eps, "negatives": negatives}
+    kernel, plain = (partial(body, **options) for body in (fused.norm_power_mean, _normed_pooled_and_statistics))
+    pooled, statistics = dispatched(implementation, kernel, plain, tokens, scale, bias, p, mask)
+    return pooled, (tokens, scale, bias, p, mask, pooled, statistics)
+
+
+def _norm_power_mean_backward(norm_eps, eps, negatives, implementation, residuals, cotangent):
+    tokens, scale, bias, p, mask, pooled, statistics = residuals
+    kernel = partial(fused.norm_power_mean_gradient, eps=eps, negatives=negatives)
+    plain = partial(_norm_cotangents, norm_eps=norm_eps, eps=eps, negatives=negatives)
+    by_tokens, by_rows = dispatched(implementation, kernel, plain, tokens, scale, bias, p, mask, pooled, statistics, cotangent)
+    by_p, by_scale, by_bias = (_summed(by_rows[..., i, :], p) for i in range(3))
+    return by_tokens, by_scale, by_bias, by_p, None
+
+
+_norm_power_mean.defvjp(_norm_power_mean_forward, _norm_power_mean_backward)
+
+
+def _normed_pooled_and_statistics(tokens, scale, bias, p, mask, *, norm_eps, eps, negatives):
+    x = _widened(_kept(tokens, mask, 0))
+    mean = jnp.mean(x, axis=-1, keepdims=True)
+    inverse = lax.rsqrt(jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True) + norm_eps)
+    z = (x - mean) * inverse * _lifted(scale, x) + _lifted(bias, x)
+    pooled, _ = _pooled_and_root(z, p, mask, eps=eps, negatives=negatives)
+    return pooled, jnp.stack([mean[..., 0], inverse[..., 0]], axis=-2)
+
+
+def _norm_cotangents(tokens, scale, bias, p, mask, pooled, statistics, cotangent, *, norm_eps, eps, negatives):
+    """With u normalised and s the cotangent of z = u scale + bias: that of x is (s scale - mean_d(s scale) - u mean_d(s scale u)) / deviation."""
+    mean, inverse = (jnp.expand_dims(statistics[..., i, :], -1) for i in range(2))
+    u = (_widened(_kept(tokens, mask, 0)) - mean) * inverse
+    z = u * _lifted(scale, u) + _lifted(bias, u)
+    root = _pooled_and_root(z, p, mask, eps=eps, negatives=negatives)[1] if negatives == "shift" else pooled * _EIGHTH
+    s, by_p = _cotangents(z, p, mask, root, cotangent, eps=eps, negatives=negatives)
+    g = s * _lifted(scale, u)
+    by_x = (g - jnp.mean(g, axis=-1, keepdims=True) - u * jnp.mean(g * u, axis=-1, keepdims=True)) * inverse
+    if negatives == "signed":
+        by_x = _finite(by_x, tokens.dtype)
+    by_tokens = _kept(by_x, mask, 0).astype(tokens.dtype)
+    return by_tokens, jnp.stack([by_p, jnp.sum(s * u, axis=-2), jnp.sum(s, axis=-2)], axis=-2)
+
+
+def _superglobal(feature_map, *, regional_p, window, p, eps):
+    mixed = _regional(_widened(feature_map), regional_p, window)
+    places = mixed.reshape(*mixed.shape[:-3], -1, mixed.shape[-1])
+    return (_power_pool(places, jnp.full(places.shape[-1], p, places.dtype), None, eps, "clamp", "xla"),)
+
+
+def _regional(x, p, window):
+    x = jnp.where(x < 0, 0, x)  # and not maximum, which shares the gradient at 0
+    logs = p * jnp.log(jnp.maximum(x, _TINY))
+    for axis in (-3, -2):
+        logs = _windowed_log_sum_exp(logs, axis, window)
+    local = jnp.exp((logs - 2 * np.log(window)) / p)
+    return 0.5 * jnp.where(local > 2 * _TINY, local, 0) + 0.5 * x
+
+
+def _windowed_log_sum_exp(logs, axis, window):
+    """log sum exp over a sliding window along one axis, the borders reflected without repeating the edge."""
+    half, length = window // 2, logs.shape[axis]
+    widths = [(half, half) if i == logs.ndim + axis else (0, 0) for i in range(logs.ndim)]
+    padded = jnp.pad(logs, widths, mode="reflect")
+    shifted = [lax.slice_in_dim(padded, k, k + length, axis=axis) for k in range(window)]
+    largest = lax.stop_gradient(reduce(jnp.maximum, shifted))
+    return largest + jnp.log(sum(jnp.exp(each - largest) for each in shifted))
+
+
+def _summed(by_rows, p):
+    """Sums `(..., d)` over the rows, laid out over devices as p `(d,)` is."""
+    return jax.vjp(lambda p: _lifted(p, by_rows) + jnp.zeros_like(by_rows), p)[1](by_rows)[0]
+
+
+def _pooled_and_root(tokens, p, mask, *, eps, negatives):
     """(mean x^p)^(1/p) = m (mean (x/m)^p)^(1/p), with m the largest x: no power overflows and the largest is 1, whatever p."""
     x, offset = _positive_eighths(tokens, mask, eps, negatives)
     largest = jnp.max(x, axis=-2)
@@ -152,12 +317,11 @@ def _power_mean_forward(tokens, p, mask, eps, negatives):
     mean = jnp.clip(_mean(_sign(tokens, negatives) * powers, mask), -1, 1)
     mean = jnp.where(jnp.abs(mean) < _NO_MEAN, 0, mean)
     y = jnp.sign(mean) * largest * jnp.exp(_log(jnp.abs(mean)) / _lifted(p, mean))
-    return _where_any(mask, (y + offset) / _EIGHTH), (tokens, p, mask, y)
+    return _where_any(mask, (y + offset) / _EIGHTH), y
 
 
-def _power_mean_backward(eps, negatives, residuals, cotangent):
-    """With y = (mean x^p)^(1/p): dy/dx_n = (x_n/y)^(p-1) / count and dy/dp = (y/p) mean_n (x_n/y)^p log(x_n/y)."""
-    tokens, p, mask, y = residuals
+def _cotangents(tokens, p, mask, y, cotangent, *, eps, negatives):
+    """With y = (mean x^p)^(1/p): dy/dx_n = (x_n/y)^(p-1) / count and dy/dp = (y/p) mean_n (x_n/y)^p log(x_n/y), the latter for each row."""
     cotangent = _where_any(mask, cotangent / _EIGHTH)
     by_y = jnp.where(y == 0, 0, cotangent)
     size = jnp.where(y == 0, jnp.inf, jnp.abs(y))  # of a zero mean: all ratios 0, so that none overflows
@@ -169,11 +333,7 @@ def _power_mean_backward(eps, negatives, residuals, cotangent):
     if negatives == "signed":  # where positive and negative powers nearly cancel the true slopes can exceed the dtype
         by_x, by_p = _finite(by_x, tokens.dtype), _finite(by_p, by_p.dtype)
     (by_tokens,) = by_positive((by_x, cotangent))
-    (by_p,) = jax.vjp(lambda p: _lifted(p, by_p) + jnp.zeros_like(by_p), p)[1](by_p)  # summed over the rows, and laid out as p is
-    return by_tokens, by_p, None
-
-
-_power_mean.defvjp(_power_mean_forward, _power_mean_backward)
+    return by_tokens, by_p
 
 
 def _positive_eighths(tokens, mask, eps, negatives):
@@ -245,7 +405,31 @@ def _checked(tokens, mask=None):
     return tokens, mask
 
 
-def _parameter(value, tokens, name):
+def _checked_map(feature_map, window):
+    feature_map = jnp.asarray(feature_map)
+    if not jnp.issubdtype(feature_map.dtype, jnp.floating):
+        raise TypeError(f"feature_map must be floating point, not {feature_map.dtype}")
+    if not isinstance(window, int | np.integer) or window < 1 or window % 2 == 0:
+        raise ValueError(f"window must be an odd whole number, not {window!r}")
+    least = (window + 1) // 2
+    if feature_map.ndim < 3 or min(feature_map.shape[-3:-1]) < least or feature_map.shape[-1] == 0:
+        raise ValueError(f"feature_map must be (..., h, w, d) with h and w of at least {least} for a window of {window}, not {feature_map.shape}")
+    return feature_map
+
+
+def _check_rule(eps, negatives):
+    if negatives not in get_args(Negatives):
+        raise ValueError(f"negatives must be one of {', '.join(get_args(Negatives))}, not {negatives!r}")
+    if not (isinstance(eps, int | float | np.number) and 1e-36 <= eps <= 1e36):
+        raise ValueError(f"eps must be a Python number from 1e-36 to 1e36, not {eps!r}")
+
+
+def _check_exponent(value, name):
+    if not isinstance(value, int | float | np.number) or isinstance(value, bool) or not 0 < value < np.inf:
+        raise ValueError(f"{name} must be a positive Python number, not {value!r}")
+
+
+def _parameter(value, tokens, name, positive=True):
     """An exponent or sharpness as an array of the dtype that the mathematics is done in; the numbers in JAX arrays are not looked at."""
     try:
         array = jnp.asarray(value)
@@ -254,23 +438,14 @@ def _parameter(value, tokens, name):
     if not (jnp.issubdtype(array.dtype, jnp.floating) or jnp.issubdtype(array.dtype, jnp.integer)):
         raise ValueError(f"{name} must be real, not {array.dtype}")
     known = all(isinstance(leaf, int | float | np.generic | np.ndarray) for leaf in jax.tree.leaves(value))
-    if known and not np.all((np.asarray(value) > 0) & (np.asarray(value) <= np.finfo(np.float32).max)):
+    if positive and known and not np.all((np.asarray(value) > 0) & (np.asarray(value) <= np.finfo(np.float32).max)):
         raise ValueError(f"{name} must be positive and finite, not {value}")
     return array.astype(_widened(tokens).dtype)
 
 
-def _per_channel(value, tokens, name):
-    value = _parameter(value, tokens, name)
+def _per_channel(value, tokens, name, positive=True):
+    value = _parameter(value, tokens, name, positive)
     channels = tokens.shape[-1]
     if value.shape not in ((), (channels,)):
         raise ValueError(f"{name} must be a scalar or ({channels},), one number per channel, not of shape {value.shape}")
     return jnp.broadcast_to(value, (channels,))
-
-
-def _varying_alike(tokens, p, mask):
-    """Under `shard_map`: all arguments vary over the same mesh axes, so that the gradient of what did not is summed over them."""
-    arrays = [tokens, p] if mask is None else [tokens, p, mask]
-    axes = frozenset().union(*(jax.typeof(a).manual_axis_type.varying for a in arrays))
-    missing = [tuple(sorted(axes - jax.typeof(a).manual_axis_type.varying)) for a in arrays]
-    arrays = [lax.pcast(a, m, to="varying") if m else a for a, m in zip(arrays, missing, strict=True)]
-    return arrays if mask is not None else [*arrays, None]

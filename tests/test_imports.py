@@ -21,7 +21,9 @@ ARROWS = {
 
 # inside ggem_jax: module -> the modules of ggem_jax that it may import
 INSIDE_GGEM_JAX = {
-    "pooling": {"kernels"},
+    "pooling": {"fused", "dispatch"},
+    "fused": {"dispatch", "kernels"},
+    "dispatch": {"kernels"},
     "models.vit": {"pooling"},
     "optimizer": set(),
     "images": set(),

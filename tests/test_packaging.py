@@ -49,3 +49,29 @@ def test_installed_wheel_finds_its_kernels(built, tmp_path):
     code = "import ggem_jax.kernels.launch as launch, neupims; print(launch.__file__)"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
     assert run.stdout.strip() == str(tmp_path / "ggem_jax" / "kernels" / "launch.py"), run.stderr
+
+
+@pytest.mark.slow
+def test_a_plain_install_works_without_triton(built, tmp_path):
+    """An environment with the wheel and what it requires, which is neither triton nor jax-triton."""
+    (wheel,) = built.glob("*.whl")
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True, timeout=120)
+    python = tmp_path / "env" / "bin" / "python"
+    subprocess.run([python, "-m", "pip", "install", "--quiet", wheel], check=True, timeout=900)
+    code = """
+import importlib.util, jax, jax.numpy as jnp
+from ggem_jax import pooling
+assert not any(importlib.util.find_spec(name) for name in ("triton", "jax_triton"))
+tokens, p = jnp.ones((2, 5, 8)), jnp.full(4, 3.0)
+print(float(jax.jit(jax.grad(lambda p: pooling.ggem_pool(tokens, p).sum()))(p).sum()), pooling.superglobal_pool(jnp.ones((4, 4, 3))).tolist())
+for implementation in ("triton", "interpret"):
+    try:
+        pooling.ggem_pool(tokens, p, implementation=implementation)
+    except NotImplementedError as error:
+        print(error)
+"""
+    run = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    first, triton, interpret = run.stdout.splitlines()
+    assert first == "0.0 [1.0, 1.0, 1.0]", run.stderr
+    assert "pip install" in triton
+    assert "needs triton" in interpret

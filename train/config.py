@@ -17,6 +17,7 @@ import tyro
 from tyro.conf import arg
 
 from ggem_jax import pooling
+from ggem_jax.kernels import launch
 from ggem_jax.models.vit import MAP, GGeM, Pooling, ViT, ViTConfig, vit_config
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -177,7 +178,9 @@ def build_pooling(pool: Pool) -> Pooling:
 
 def build_model(config: Config, num_classes: int) -> ViT:
     """The model that a config describes."""
-    return ViT(config.model, build_pooling(config.pool), num_classes)
+    pool = build_pooling(config.pool)
+    fused_norm = isinstance(pool, GGeM) and pool.negatives != "shift" and config.model.pool_order == "norm-pool" and launch.runs_here()
+    return ViT(config.model, pool, num_classes, fused_norm=fused_norm)
 
 
 def known_configs() -> list[str]:

@@ -20,7 +20,7 @@ from flax import struct
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from ggem_jax.pooling import Layout, Negatives, cls_pool, ggem_pool
+from ggem_jax.pooling import Layout, Negatives, cls_pool, ggem_pool, norm_ggem_pool
 
 Pooling = Callable[[Float[Array, "b n d"]], Float[Array, "b d"]]
 
@@ -113,6 +113,8 @@ class ViT(nn.Module):
     else from tokens `(b, n, d)` to descriptors `(b, d)`. It gets the patch tokens; `cls_pool` gets the prefix tokens before them too, as does every
     pooling with `pooled="all"`: a function of one's own that wants the class token. `num_classes=0` leaves out the classification head.
 
+    `fused_norm` joins the final norm to a `GGeM` after it, `norm_ggem_pool`: on an NVIDIA GPU one kernel. The parameters are the same either way.
+
     Training with dropout or drop path needs `rngs={"dropout": key}`. On a mesh with explicit axis types use `jax.sharding.auto_axes`.
     """
 
@@ -120,6 +122,7 @@ class ViT(nn.Module):
     pooling: Pooling
     num_classes: int = 0
     pooled: Literal["patches", "all"] | None = None  # the tokens that are pooled; None: all for `cls_pool`, otherwise patches
+    fused_norm: bool = False
 
     def setup(self):
         c = self.config
@@ -128,6 +131,8 @@ class ViT(nn.Module):
             raise ValueError("cls_pool needs a model with class_token=True, and pooled='all' or None")
         if self.pooled not in (None, "patches", "all"):
             raise ValueError(f"pooled must be None, patches or all, not {self.pooled!r}")
+        if self.fused_norm and not (isinstance(self.pooling, GGeM) and c.pool_order == "norm-pool"):
+            raise ValueError("fused_norm needs GGeM as the pooling and pool_order='norm-pool'")
         self.pool_prefix = wants_class_token if self.pooled is None else self.pooled == "all"
         self.patch_embedding = nn.Conv(c.width, (c.patch, c.patch), (c.patch, c.patch), padding="VALID", **_dtypes(c))
         side = c.image // c.patch
@@ -151,7 +156,10 @@ class ViT(nn.Module):
         for block in self.blocks:
             tokens = block(tokens, train)
         normed = self.norm(tokens)
-        if self.config.pool_order == "norm-pool":
+        if self.fused_norm:
+            norm: Any = (self.norm.get_variable("params", "scale"), self.norm.get_variable("params", "bias"), self.config.norm_eps)
+            descriptor = self.pool(tokens, mask=self._pooled_mask(tokens), norm=norm)  # type: ignore[call-arg]
+        elif self.config.pool_order == "norm-pool":
             descriptor = self.pool(self._pooled_tokens(normed))
         else:
             descriptor = self.norm(self.pool(self._pooled_tokens(tokens)))
@@ -178,6 +186,12 @@ class ViT(nn.Module):
 
     def _pooled_tokens(self, tokens):
         return tokens if self.pool_prefix else tokens[:, self.config.prefix_tokens :]
+
+    def _pooled_mask(self, tokens):
+        """The same choice as a mask: a slice would be copied for a kernel."""
+        if self.pool_prefix or self.config.prefix_tokens == 0:
+            return None
+        return jnp.broadcast_to(jnp.arange(tokens.shape[1]) >= self.config.prefix_tokens, tokens.shape[:2])
 
 
 class Block(nn.Module):
@@ -252,13 +266,24 @@ class GGeM(nn.Module):
         return self.clone(parent=None, groups=config.heads if self.groups is None else self.groups)
 
     @nn.compact
-    def __call__(self, tokens: Float[Array, "*b n d"], *, mask: Bool[Array, "*b n"] | None = None) -> Float[Array, "*b d"]:
+    def __call__(
+        self,
+        tokens: Float[Array, "*b n d"],
+        *,
+        mask: Bool[Array, "*b n"] | None = None,
+        norm: tuple[Float[Array, " d"], Float[Array, " d"], float] | None = None,
+    ) -> Float[Array, "*b d"]:
+        """Pools tokens, or with `norm=(scale, bias, eps)` the layer-normalised tokens, by `norm_ggem_pool`."""
         if self.groups is None:
             raise ValueError("GGeM needs its number of groups when it is used outside a ViT")
         if self.groups < 1 or not self.p_range[0] <= self.p_init <= self.p_range[1]:
             raise ValueError(f"GGeM needs groups of at least 1 and p_init in {self.p_range}, not {self.groups} and {self.p_init}")
         p = self.param("p", nn.initializers.constant(self.p_init), (self.groups,), jnp.float32)
-        return ggem_pool(tokens, used_exponents(p, self.p_range), mask=mask, eps=self.eps, layout=self.layout, negatives=self.negatives)
+        options: Any = {"mask": mask, "eps": self.eps, "layout": self.layout, "negatives": self.negatives}
+        if norm is None:
+            return ggem_pool(tokens, used_exponents(p, self.p_range), **options)
+        scale, bias, norm_eps = norm
+        return norm_ggem_pool(tokens, scale, bias, used_exponents(p, self.p_range), norm_eps=norm_eps, **options)
 
 
 def used_exponents(p: Float[Array, " groups"], p_range: tuple[float, float] = GGeM.p_range) -> Float[Array, " groups"]:

@@ -1,0 +1,156 @@
+"""One operation, two bodies: a fused kernel on an NVIDIA GPU, plain JAX elsewhere.
+
+A kernel takes arrays that begin with a rows axis and returns such arrays; some of its arguments begin with a sets axis instead, whose length divides
+the rows: row i uses set i // (rows / sets). That is all that `vmap` and the partitioner need to know: a mapped axis is folded into the rows, and rows
+can be spread over devices, each of which runs the kernel on its own.
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.custom_batching import custom_vmap
+from jax.experimental.custom_partitioning import custom_partitioning
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array
+
+from ggem_jax.kernels import launch
+
+Implementation = Literal["xla", "triton", "interpret"]
+Body = Callable[..., tuple[Array, ...]]
+
+
+def chosen(implementation: Implementation | None, tokens: Array, refusal: str | None) -> Implementation | None:
+    """`"xla"` where plain JAX it must be, a kernel by its name, or None: the kernel on an NVIDIA GPU, found out when the computation is lowered.
+
+    `refusal` says why the kernel cannot do what was asked, or is None. Who asked for a kernel by name gets it or `NotImplementedError`.
+    """
+    if implementation not in (None, *get_args(Implementation)):
+        raise ValueError(f"implementation must be None or one of {', '.join(get_args(Implementation))}, not {implementation!r}")
+    if implementation == "xla":
+        return "xla"
+    if refusal is None and any(kind == AxisType.Explicit for kind in jax.typeof(tokens).sharding.mesh.axis_types):
+        refusal = "the kernels do not work on a mesh with explicit axis types: use jax.shard_map or jax.sharding.auto_axes"
+    if implementation is None:
+        return None if refusal is None and launch.available() else "xla"
+    if refusal is not None:
+        raise NotImplementedError(f"{refusal}, or pass implementation=None")
+    launch.check(implementation)
+    return implementation
+
+
+def dispatched(implementation: Implementation | None, kernel: Body, plain: Body, *arrays: Array | None) -> tuple[Array, ...]:
+    """`kernel(implementation, *arrays)` or `plain(*arrays)`, as `chosen` said; the derivative of either is that of `plain`. Arrays may be None."""
+    if implementation == "xla":
+        return plain(*arrays)
+    by_kernel = with_missing(partial(kernel, implementation or "triton"), arrays)
+    by_plain = with_missing(plain, arrays)
+
+    @jax.custom_jvp
+    def operation(*given):
+        if implementation is None:
+            return lax.platform_dependent(*given, cuda=lambda *a: _varying_as(by_kernel(*a), a), default=lambda *a: _varying_as(by_plain(*a), a))
+        return _varying_as(by_kernel(*given), given)
+
+    operation.defjvp(lambda given, tangents: (operation(*given), jax.jvp(by_plain, given, tangents)[1]))
+    return operation(*(array for array in arrays if array is not None))
+
+
+def with_missing(body: Body, arrays: Sequence[Array | None]) -> Body:
+    """`body` as a function of those of its arguments that are not None."""
+    present = [i for i, array in enumerate(arrays) if array is not None]
+
+    def call(*given):
+        every = dict(zip(present, given, strict=True))
+        return tuple(body(*(every.get(i) for i in range(len(arrays)))))
+
+    return call
+
+
+def over_rows(body: Body, arrays: Sequence[Array | None], sets: Sequence[int] = (), spread: bool = True) -> tuple[Array, ...]:
+    """`body(*arrays)` with rules for `vmap` and for arrays that are sharded along the rows; `sets` are the positions of those that begin with sets.
+
+    `spread=False` leaves out the latter: JAX does not keep host callbacks alive in a body that the partitioner lowers.
+    """
+    present = [i for i, array in enumerate(arrays) if array is not None]
+    body, sets = with_missing(body, arrays), [k for k, i in enumerate(present) if i in sets]
+    operation = custom_vmap(partitioned(body, sets) if spread else body)
+
+    @operation.def_vmap
+    def fold(size: int, batched: Sequence[bool], *arrays: Array) -> tuple[Any, Any]:
+        if not batched[0]:  # copies of the large array would be needed: one after the other instead
+            mapped = [a for a, b in zip(arrays, batched, strict=True) if b]
+
+            def one(mapped):
+                rest = iter(mapped)
+                return operation(*(next(rest) if b else a for a, b in zip(arrays, batched, strict=True)))
+
+            outputs = lax.map(one, mapped)
+            return outputs, jax.tree.map(lambda _: True, outputs)
+        keep_sets = not any(batched[i] for i in sets) and all(len(arrays[i]) == 1 for i in sets)
+        folded = []
+        for i, (array, mine) in enumerate(zip(arrays, batched, strict=True)):
+            if i in sets and keep_sets:
+                folded.append(array)
+            else:
+                array = array if mine else jnp.broadcast_to(array, (size, *array.shape))
+                folded.append(array.reshape(-1, *array.shape[2:]))
+        outputs = operation(*folded)
+        return jax.tree.map(lambda o: o.reshape(size, -1, *o.shape[1:]), outputs), jax.tree.map(lambda _: True, outputs)
+
+    return operation(*(arrays[i] for i in present))
+
+
+def partitioned(body: Body, sets: Sequence[int] = ()) -> Body:
+    """`body` for the partitioner of `jit`: rows stay where they are, everything else is whole on every device, and each device runs `body`."""
+
+    def call(*arrays):
+        several = any(len(arrays[i]) != 1 for i in sets)  # then rows and sets must not be separated
+        outputs = jax.eval_shape(body, *arrays)
+
+        def specs(rows, like, own_sets=()):
+            return [P(None if i in own_sets or several else rows, *[None] * (a.ndim - 1)) for i, a in enumerate(like)]
+
+        def partition(mesh, arguments, _):
+            rows = (*arguments[0].sharding.spec, None)[0]
+            out = tuple(NamedSharding(mesh, s) for s in specs(rows, outputs))
+            return mesh, body, out, tuple(NamedSharding(mesh, s) for s in specs(rows, arrays, sets))
+
+        factors = iter(f"w{i}" for i in range(1000))
+
+        def names(like, own_sets=()):
+            return ", ".join(
+                " ".join([next(factors) if i in own_sets or several else "rows", *(next(factors) for _ in a.shape[1:])]) for i, a in enumerate(like)
+            )
+
+        rule = f"{names(arrays, sets)} -> {names(outputs)}"
+        whole = tuple(sorted({name for name in rule.replace(",", " ").split() if name.startswith("w")}))
+        spread = custom_partitioning(body)
+        spread.def_partition(partition=partition, sharding_rule=rule, need_replication_factors=whole)
+        return spread(*arrays)
+
+    return call
+
+
+def varying_alike(*arrays: Array | None) -> list[Array | None]:
+    """Under `shard_map`: all arrays vary over the same mesh axes, so that the gradient of what did not is summed over them."""
+    axes = frozenset().union(*(_varying(a) for a in arrays if a is not None))
+    return [a if a is None else _varying_over(a, axes) for a in arrays]
+
+
+def _varying_as(outputs, inputs):
+    axes = frozenset().union(*map(_varying, inputs))
+    return jax.tree.map(lambda o: _varying_over(o, axes), outputs)
+
+
+def _varying(array):
+    return jax.typeof(array).manual_axis_type.varying
+
+
+def _varying_over(array, axes):
+    missing = tuple(sorted(axes - _varying(array)))
+    return lax.pcast(array, missing, to="varying") if missing else array

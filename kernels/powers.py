@@ -1,0 +1,91 @@
+"""What the kernels share: the fast logarithm, what is raised to p, and a power mean that grows as tokens arrive.
+
+`FAST` takes the logarithm of the GPU's special function unit, whose error is 2^-22 near 1 and 2^-22 of the result elsewhere (PTX manual, lg2.approx).
+It is only used on x / largest or x / pooled, numbers near 1 where it matters, so that the error of x^p is p 2^-22. The interpreter has no such unit.
+"""
+
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+from jax import Array
+
+LEAST = tl.constexpr(2.0**-125)  # twice the smallest normal number: what is below is rounded to zero, whose logarithm is no number
+MOST = tl.constexpr(3.4028234663852886e38)  # the largest float32
+
+
+@triton.jit
+def log2(x, FAST: tl.constexpr):
+    if FAST:
+        return tl.inline_asm_elementwise("lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def exp2(x, FAST: tl.constexpr):
+    if FAST:
+        return tl.inline_asm_elementwise("ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return tl.exp2(x)
+
+
+@triton.jit
+def reciprocal(x, FAST: tl.constexpr):
+    if FAST:
+        return tl.inline_asm_elementwise("rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1)
+    else:
+        return 1.0 / x
+
+
+@triton.jit
+def at_least(x, least):
+    """max(x, least) that keeps a NaN."""
+    return tl.maximum(x, least, propagate_nan=tl.PropagateNan.ALL)
+
+
+@triton.jit
+def magnitude(x, floor, NEGATIVES: tl.constexpr):
+    """The number that is raised to p; `floor` is at least eps. "shift" comes here as "clamp", with the offset already added."""
+    if NEGATIVES == "abs":
+        return at_least(tl.abs(x), floor)
+    elif NEGATIVES == "signed":
+        return tl.abs(x)
+    else:
+        return at_least(x, floor)
+
+
+@triton.jit
+def absorb(largest, total, x, kept, p, eps, NEGATIVES: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr, FAST: tl.constexpr):
+    """Adds x `(unroll, rows, channels)` to total = sum (x / largest)^p, both `(rows, channels)`, and rescales it where `largest` grows.
+
+    BOUNDED promises |x| < 2^126, whose reciprocal is one instruction.
+    """
+    size = magnitude(x, eps, NEGATIVES)
+    if MASKED:
+        size = tl.where(kept, size, 0.0)
+    grown = at_least(tl.max(size, 0), largest)
+    inverse = reciprocal(grown, FAST and BOUNDED)
+    powers = exp2(p * log2(size * inverse, FAST), FAST)
+    if NEGATIVES == "signed":
+        powers = tl.where(x < 0, -powers, powers)
+    return grown, total * exp2(p * log2(largest * inverse, FAST), FAST) + tl.sum(powers, 0)
+
+
+@triton.jit
+def root_of_mean(largest, total, count, p, FAST: tl.constexpr):
+    """Joins `(rows, channels)` partial sums to the power mean `(channels,)`; zero where nothing was kept or signed powers cancel."""
+    top = tl.max(largest, 0)
+    mean = tl.sum(total * exp2(p * log2(largest / top, FAST), FAST), 0) / count
+    size = tl.minimum(tl.abs(mean), 1.0, propagate_nan=tl.PropagateNan.ALL)
+    root = top * tl.exp2(tl.log2(at_least(size, LEAST)) / tl.max(p, 0))
+    return tl.where(size < 1e-30, 0.0, tl.where(mean < 0, -root, root))
+
+
+def joined(partial: Array, p: Array, count: Array) -> Array:
+    """`root_of_mean` outside a kernel: from largest and sum of each split, `(rows, splits, 2, d)`, to `(rows, d)`."""
+    largest, total = partial[:, :, 0], partial[:, :, 1]
+    top = jnp.max(largest, axis=1)
+    rescale = jnp.exp2(p[:, None] * jnp.log2(largest / top[:, None]))
+    mean = jnp.sum(total * rescale, axis=1) / count
+    size = jnp.minimum(jnp.abs(mean), 1)
+    return jnp.where(size < 1e-30, 0, jnp.sign(mean) * top * jnp.exp2(jnp.log2(jnp.maximum(size, LEAST.value)) / p))

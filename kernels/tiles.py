@@ -1,0 +1,88 @@
+"""How large a piece of the tokens one program holds: by shape and dtype, each bound with its reason. Nothing is tuned at import."""
+
+from typing import NamedTuple
+
+
+class Tile(NamedTuple):
+    """One step of a program reads `unroll` x `rows` tokens of `channels` channels; `warps` x 32 threads share it."""
+
+    unroll: int
+    rows: int
+    channels: int
+    warps: int
+
+
+MOST_TOKENS = 16384
+_VECTOR_BYTES = 16  # one load of a thread, the widest there is
+_WARPS = 4
+_CHANNELS = 128  # 256 bytes of bfloat16 from one token: whole 128-byte lines, and no idle lanes for 384, 768 and 1024 channels
+
+
+def pool_tile(n: int, d: int, itemsize: int) -> Tile:
+    """Unrolled 8 times: the rescaling by the largest, three special functions, then costs each token 3 / 8; 16 would need over 128 registers."""
+    return _tile(n, d, itemsize, unroll=8)
+
+
+def gradient_tile(n: int, d: int, itemsize: int) -> Tile:
+    """Unrolled twice: two loads in flight per thread; the tokens, their slopes and the sums fit 128 registers."""
+    return _tile(n, d, itemsize, unroll=2)
+
+
+def _tile(n, d, itemsize, unroll):
+    held = _WARPS * 32 * (_VECTOR_BYTES // itemsize)  # elements of one load by all threads
+    channels = min(_CHANNELS, power_of_two(d))
+    rows = min(held // channels, power_of_two(n))
+    unroll = min(unroll, power_of_two(-(-n // rows)))
+    return Tile(unroll, rows, channels, _WARPS)
+
+
+def power_of_two(x: int) -> int:
+    """The smallest power of two that is at least x."""
+    return 1 << (x - 1).bit_length()
+
+
+class NormTile(NamedTuple):
+    """As `Tile`, with all channels, and the tokens of a row shared by `splits` programs."""
+
+    unroll: int
+    rows: int
+    channels: int
+    warps: int
+    splits: int
+
+
+MOST_NORM_CHANNELS = 4096  # 8 channels for each of 512 threads: with more, the sums and what belongs to a channel would not fit the registers
+_MULTIPROCESSORS = 132  # of an H100 or H200
+_LEAST_RUN = 64  # tokens: a shorter run would not pay for its partial sums
+
+
+def norm_pool_tile(rows: int, n: int, d: int, itemsize: int) -> NormTile:
+    """Unrolled 4 times, as far as 128 registers go."""
+    return _norm_tile(rows, n, d, itemsize, unroll=4)
+
+
+def norm_gradient_tile(rows: int, n: int, d: int, itemsize: int) -> NormTile:
+    """One vector of 8 half-precision tokens, or two of 4 in float32: with more, two programs of 256 threads would not fit on a multiprocessor."""
+    return _norm_tile(rows, n, d, itemsize, unroll=itemsize // 2)
+
+
+def _norm_tile(rows, n, d, itemsize, unroll):
+    channels = power_of_two(d)
+    vector = _VECTOR_BYTES // itemsize
+    warps = max(8, channels // (32 * vector))
+    held = max(min(warps * 32 * vector // channels, power_of_two(n)), 1)
+    splits = max(1, min(2 * _MULTIPROCESSORS // rows, n // _LEAST_RUN))
+    return NormTile(min(unroll, power_of_two(-(-n // held))), held, channels, warps, splits)
+
+
+MOST_COLUMNS = 256  # of a map that `regional_gem` takes: 6 tiles of columns x channels are in registers at a time
+
+
+def regional_tile(images: int, w: int, d: int, itemsize: int) -> Tile:
+    """8 elements per thread: the window keeps 5 tiles and more in registers. Fewer channels where every multiprocessor would not get two programs."""
+    columns = power_of_two(w)
+    channels = min(64, max(_WARPS * 32 * 8 // columns, 1), power_of_two(d))
+    while channels > 2 * _VECTOR_BYTES // itemsize and images * -(-d // channels) < 2 * _MULTIPROCESSORS:
+        channels //= 2
+    warps = min(max(columns * channels * itemsize // (32 * _VECTOR_BYTES), 1), _WARPS)  # a whole vector for each thread
+    return Tile(1, columns, channels, warps)

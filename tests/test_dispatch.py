@@ -1,0 +1,129 @@
+"""Which body runs, and how the partitioner spreads it: without kernels, which need triton."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ggem_jax import dispatch, pooling
+from ggem_jax.kernels import launch
+from ggem_jax.pooling import ggem_pool, norm_ggem_pool
+
+MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
+TOKENS = jax.random.normal(jax.random.key(0), (16, 9, 12))
+P3 = jnp.full((1, 12), 3.0)
+
+
+def value(tokens, p):
+    return pooling._pooled_and_root(tokens, p[0], None, eps=1e-6, negatives="clamp")
+
+
+def cotangents(tokens, p, root, cotangent):
+    return pooling._cotangents(tokens, p[0], None, root, cotangent, eps=1e-6, negatives="clamp")
+
+
+def test_rows_stay_on_their_devices_in_value_and_gradient():
+    """The rule that the kernels are given, around the plain bodies: compiled for 8 devices nothing is gathered."""
+    rows = NamedSharding(MESH, P("data"))
+    tokens = jax.device_put(TOKENS, rows)
+
+    @jax.jit
+    def step(tokens, p):
+        pooled, root = dispatch.over_rows(value, (tokens, p), sets=[1])
+        by_tokens, by_p = dispatch.over_rows(cotangents, (tokens, p, root, jnp.cos(pooled)), sets=[1])
+        return pooled, by_tokens, by_p.sum(0)
+
+    text = step.lower(tokens, P3).compile().as_text()
+    assert "all-gather" not in text
+    assert text.count("all-reduce(") == 1  # of the gradient of p
+    pooled, by_tokens, by_p = step(tokens, P3)
+    assert pooled.sharding.is_equivalent_to(rows, 2)
+    assert by_tokens.sharding.is_equivalent_to(rows, 3)
+    want, pull = jax.vjp(lambda x, p: ggem_pool(x, p), TOKENS, P3[0])
+    want_tokens, want_p = pull(jnp.cos(want))
+    np.testing.assert_allclose(pooled, want, rtol=1e-6)
+    np.testing.assert_allclose(by_tokens, want_tokens, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(by_p, want_p, rtol=1e-5, atol=1e-6)
+
+
+def test_several_sets_are_not_separated_from_their_rows():
+    tokens = jax.device_put(TOKENS, NamedSharding(MESH, P("data")))
+    p = jnp.linspace(1, 5, 4)[:, None] * jnp.ones((4, 12))
+
+    def body(tokens, p):
+        return (jnp.mean(tokens**2, axis=1) ** jnp.repeat(p, len(tokens) // len(p), axis=0),)
+
+    (got,) = jax.jit(lambda x, p: dispatch.over_rows(body, (x, p), sets=[1]))(tokens, p)
+    np.testing.assert_allclose(got, body(TOKENS, p)[0], rtol=1e-6)
+
+
+@pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (1, 1)])
+def test_a_mapped_axis_is_folded_into_the_rows(axes):
+    tokens = TOKENS if axes[0] is None else TOKENS.reshape((2, 8, 9, 12) if axes[0] == 0 else (8, 2, 9, 12))
+    p = P3 if axes[1] is None else jnp.stack([P3, P3 + 1], axis=axes[1])
+
+    def plain(tokens, p):
+        return value(tokens, p)[0], jnp.sum(tokens, 1)
+
+    def body(tokens, p):
+        largest = jnp.maximum(tokens, 1e-6)
+        q = jnp.repeat(p, len(tokens) // len(p), axis=0)
+        return jnp.mean(largest ** q[:, None], axis=1) ** (1 / q), jnp.sum(tokens, 1)
+
+    got = jax.vmap(lambda x, p: dispatch.over_rows(body, (x, p), sets=[1]), axes)(tokens, p)
+    want = jax.vmap(plain, axes)(tokens, p)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), got, want)
+
+
+def test_without_kernels_the_plain_body_is_all_there_is(monkeypatch):
+    for there, cases in ((False, 0), (True, 1)):
+        monkeypatch.setattr(launch, "available", lambda there=there: there)
+        body = jax.make_jaxpr(lambda x, p: dispatch.dispatched(dispatch.chosen(None, x, None), lambda _, *a: value(*a), value, x, p))(TOKENS, P3)
+        assert str(body).count("platform_index") == cases
+
+
+def test_the_body_of_the_platform_runs_and_its_derivative_is_that_of_the_formula(monkeypatch):
+    """On a CPU the default body runs, though another one is there for CUDA; derivatives of any order are those of the plain body."""
+    monkeypatch.setattr(launch, "available", lambda: True)
+    calls = []
+
+    def kernel(implementation, x):
+        calls.append(implementation)
+        return (x * 0,)
+
+    def plain(x):
+        return (x**3,)
+
+    assert dispatch.chosen(None, TOKENS, None) is None
+    f = functools.partial(dispatch.dispatched, None, kernel, plain)
+    assert float(jax.jit(f)(2.0)[0]) == 8
+    assert calls == ["triton"]
+    assert float(jax.grad(lambda x: f(x)[0])(2.0)) == 12
+    assert float(jax.hessian(lambda x: f(x)[0])(2.0)) == 12
+
+
+def test_who_asks_for_a_kernel_gets_it_or_the_reason(monkeypatch):
+    with pytest.raises(NotImplementedError, match="cast the tokens, or pass implementation=None"):
+        dispatch.chosen("triton", TOKENS, "the kernels take float32: cast the tokens")
+    assert dispatch.chosen(None, TOKENS, "the kernels take float32") == "xla"
+    assert dispatch.chosen("xla", TOKENS, "the kernels take float32") == "xla"
+    with pytest.raises(ValueError, match="one of xla, triton, interpret, not 'cuda'"):
+        dispatch.chosen("cuda", TOKENS, None)
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    with pytest.raises(NotImplementedError, match="TRITON_INTERPRET=1"):
+        norm_ggem_pool(TOKENS, jnp.ones(12), jnp.ones(12), jnp.ones(3), implementation="interpret")
+
+
+def test_a_mesh_with_explicit_axis_types_takes_the_plain_body(monkeypatch):
+    monkeypatch.setattr(launch, "available", lambda: True)
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    with jax.set_mesh(mesh):
+        tokens = jax.device_put(TOKENS, NamedSharding(mesh, P("data")))
+        assert dispatch.chosen(None, tokens, None) == "xla"
+        with pytest.raises(NotImplementedError, match=r"jax.shard_map or jax.sharding.auto_axes"):
+            dispatch.chosen("triton", tokens, None)
+        assert jax.jit(ggem_pool)(tokens, jnp.ones(3)).shape == (16, 12)

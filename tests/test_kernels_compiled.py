@@ -1,0 +1,90 @@
+"""The kernels compiled ahead of time for GPUs that are not here: registers, spills, wide loads, the fast logarithm."""
+
+import os
+
+import jax
+import pytest
+
+from benchmarks.kernel_code import KERNELS, compiled, launches_of
+
+pytestmark = pytest.mark.compiled
+
+LEAST_CASES = 53
+CAPABILITIES = [80, 90, 100]
+# Registers of a thread: 65536 of a multiprocessor / (threads x programs that must fit on it).
+BUDGET = {
+    "pool_kernel": 128,  # 4 programs of 128 threads
+    "gradient_kernel": 128,
+    "norm_pool_kernel": 128,  # 2 programs of 256 threads
+    "norm_gradient_kernel": 128,
+    "regional_kernel": 200,  # 2 programs of 128 threads and room; a map gives few programs
+}
+SHAPES = {
+    "S/16 at 224 px": (256, 196, 384),
+    "B/16 at 224 px": (256, 196, 768),
+    "L/16 at 224 px": (256, 196, 1024),
+    "L/14 at 518 px": (64, 1369, 1024),
+}
+
+
+def test_no_case_is_lost(request):
+    assert os.environ.get("TRITON_INTERPRET", "0") != "1"
+    assert len([item for item in request.session.items if item.path == request.path]) >= LEAST_CASES
+
+
+def check(launch, capability, wide=True):
+    code = compiled(launch, capability)
+    assert code.spilled_bytes == 0
+    assert code.registers <= BUDGET[launch.name]
+    assert any("MUFU.LG2" in op for op in code.opcodes)
+    assert not any(op.startswith(("LDL", "STL")) for op in code.opcodes)
+    if wide:
+        assert any(op.startswith("LDG.E") and ".128" in op for op in code.opcodes)
+        if "gradient" in launch.name:
+            assert any(op.startswith("STG.E") and ".128" in op for op in code.opcodes)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("function", ["ggem", "norm_ggem"])
+def test_machine_code_for_vision_transformers(function, shape, capability):
+    launches = launches_of(KERNELS[function], jax.ShapeDtypeStruct(shape, "bfloat16"))
+    assert len(launches) == 2  # forward and backward
+    for launch in launches:
+        check(launch, capability)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("function", ["ggem", "norm_ggem"])
+def test_machine_code_for_other_dtypes(function, dtype):
+    for launch in launches_of(KERNELS[function], jax.ShapeDtypeStruct((256, 196, 768), dtype)):
+        check(launch, 90)
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("shape", [(1, 32, 22, 2048), (8, 45, 64, 2048)], ids=str)
+def test_machine_code_for_superglobal(shape, dtype, capability):
+    (launch,) = launches_of(KERNELS["superglobal"], jax.ShapeDtypeStruct(shape, dtype))
+    check(launch, capability)
+
+
+@pytest.mark.parametrize("function", ["ggem masked", "ggem shift", "ggem signed", "norm_ggem masked", "norm_ggem signed"])
+def test_machine_code_of_the_other_rules(function):
+    for launch in launches_of(KERNELS[function], jax.ShapeDtypeStruct((256, 196, 768), "bfloat16")):
+        assert compiled(launch, 90).spilled_bytes == 0
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 5), (1, 16384, 1), (1, 1, 4096), (2**20, 8, 512)], ids=str)
+def test_odd_and_large_shapes_compile(shape):
+    for function in ("ggem", "norm_ggem"):
+        for launch in launches_of(KERNELS[function], jax.ShapeDtypeStruct(shape, "bfloat16")):
+            compiled(launch, 90)
+
+
+@pytest.mark.parametrize("function", ["ggem", "norm_ggem", "superglobal"])
+def test_rows_are_reached_by_64_bit_offsets(function):
+    """More than 2^31 elements can stand before a row: its number is multiplied by the row's length, 196 x 768 or 7 x 28 x 768, in 64 bits."""
+    shape = (2**15, 7, 28, 768) if function == "superglobal" else (2**15, 196, 768)
+    for launch in launches_of(KERNELS[function], jax.ShapeDtypeStruct(shape, "bfloat16")):
+        assert "arith.constant 150528 : i64" in compiled(launch, 90).ttir

@@ -1,0 +1,163 @@
+"""The poolings of feature maps, and the pooling of normalised tokens, in plain JAX."""
+
+import functools
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from ggem_jax.models.vit import GGeM, ViT, ViTConfig
+from ggem_jax.pooling import avg_pool, gem_pool, ggem_pool, norm_ggem_pool, regional_gem, relup, superglobal_pool
+
+
+def windowed(x, p, window):
+    """The definition in float64, window by window."""
+    b, h, w, d = x.shape
+    half = window // 2
+    padded = np.pad(np.maximum(x.astype(np.float64), 0), ((0, 0), (half, half), (half, half), (0, 0)), mode="reflect")
+    local = np.empty(x.shape)
+    for i in range(h):
+        for j in range(w):
+            patch = padded[:, i : i + window, j : j + window].reshape(b, -1, d)
+            top = np.maximum(patch.max(1, keepdims=True), 1e-300)
+            local[:, i, j] = top[:, 0] * np.mean((patch / top) ** p, axis=1) ** (1 / p)
+    return 0.5 * local + 0.5 * np.maximum(x, 0)
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 3, 1), (2, 7, 5, 4), (1, 12, 3, 2)])
+@pytest.mark.parametrize(("p", "window"), [(2.5, 5), (1.0, 3), (40.0, 5), (1000.0, 3), (0.5, 1)])
+def test_regional_gem_equals_the_float64_definition(shape, p, window):
+    x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
+    np.testing.assert_allclose(regional_gem(x, p=p, window=window), windowed(x, p, window), rtol=2e-6, atol=1e-30)
+
+
+def test_regional_gem_by_hand():
+    """One row of the window sum at a corner: reflection gives 4, 2, 1, 2, 4 around the 1, so with p = 1 the mean of each axis is 13 / 5."""
+    line = jnp.array([1.0, 2.0, 4.0, 8.0])
+    got = regional_gem(jnp.broadcast_to(line[None, :, None], (4, 4, 1)), p=1.0)
+    assert float(got[0, 0, 0]) == pytest.approx(0.5 * 13 / 5 + 0.5 * 1, rel=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_regional_gem_is_homogeneous(scale):
+    x = jnp.abs(jax.random.normal(jax.random.key(0), (6, 5, 3)))
+    np.testing.assert_allclose(regional_gem(x * scale), regional_gem(x) * scale, rtol=1e-5)
+
+
+def test_constant_maps_are_unchanged_and_empty_ones_stay_empty():
+    np.testing.assert_allclose(regional_gem(jnp.full((4, 4, 2), 3.0)), 3.0, rtol=1e-6)
+    assert not np.asarray(regional_gem(jnp.zeros((4, 4, 2)))).any()
+
+
+@pytest.mark.parametrize("pool", [regional_gem, superglobal_pool])
+def test_gradients_are_finite_and_equal_differences(pool):
+    rng = np.random.default_rng(0)
+    x = np.maximum(rng.normal(size=(1, 5, 6, 3)), 0).astype(np.float32)
+    x[..., 2] = 0
+    weights = rng.normal(size=pool(x).shape).astype(np.float32)
+    gradient = jax.grad(lambda x: jnp.sum(pool(x) * weights))(jnp.asarray(x))
+    chex.assert_tree_all_finite(gradient)
+    with jax.enable_x64(True):
+        for index in [(0, 0, 0, 0), (0, 2, 3, 1), (0, 4, 5, 0)]:
+            step = np.zeros(x.shape)
+            step[index] = 1e-5
+            at = x.astype(np.float64) + 0.1 * (x == 0)
+            difference = np.sum((pool(at + step) - pool(at - step)) * weights) / 2e-5
+            exact = jax.grad(lambda x: jnp.sum(pool(x) * weights))(at)
+            assert float(exact[index]) == pytest.approx(float(difference), rel=1e-5, abs=1e-8)
+
+
+def test_superglobal_is_regional_gem_then_gem():
+    x = jnp.abs(jax.random.normal(jax.random.key(1), (2, 3, 7, 6, 5)))
+    want = gem_pool(regional_gem(x, p=2.0, window=3).reshape(2, 3, 42, 5), 3.0, eps=1e-8)
+    np.testing.assert_allclose(superglobal_pool(x, regional_p=2.0, window=3, p=3.0), want, rtol=1e-6)
+    half = superglobal_pool(x.astype(jnp.bfloat16))
+    assert half.dtype == jnp.bfloat16
+    np.testing.assert_allclose(half.astype(jnp.float32), superglobal_pool(x), rtol=1e-2)
+
+
+def test_nan_is_kept_and_negative_entries_count_as_zero():
+    x = jnp.ones((5, 5, 2)).at[2, 2, 0].set(jnp.nan)
+    assert np.isnan(superglobal_pool(x)).tolist() == [True, False]
+    x = jax.random.normal(jax.random.key(0), (5, 5, 2))
+    np.testing.assert_array_equal(regional_gem(x), regional_gem(jnp.maximum(x, 0)))
+
+
+def test_relup():
+    np.testing.assert_array_equal(relup(jnp.array([-1.0, 0.0, 0.01, 0.02])), jnp.array([0.014, 0.014, 0.014, 0.02]))
+    np.testing.assert_array_equal(relup(jnp.array([-1.0, 1.0]), alpha=0.0), jnp.array([0.0, 1.0]))
+
+
+@pytest.mark.parametrize("negatives", ["clamp", "abs", "shift", "signed"])
+@pytest.mark.parametrize("masked", [False, True])
+def test_norm_ggem_is_flax_layer_norm_then_ggem(negatives, masked):
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(3 * rng.normal(size=(2, 9, 12)) + 1, jnp.float32)
+    scale, bias, p = (jnp.asarray(rng.uniform(low, high, n), jnp.float32) for low, high, n in ((0.5, 1.5, 12), (-0.2, 0.2, 12), (2, 4, 3)))
+    mask = jnp.asarray(rng.random((2, 9)) < 0.6).at[0].set(False) if masked else None
+    norm = nn.LayerNorm(1e-6, use_fast_variance=False)
+
+    def apart(tokens, scale, bias, p):
+        kept = tokens if mask is None else jnp.where(mask[..., None], tokens, 0)
+        return ggem_pool(norm.apply({"params": {"scale": scale, "bias": bias}}, kept), p, mask=mask, negatives=negatives)
+
+    joined = functools.partial(norm_ggem_pool, mask=mask, negatives=negatives)
+    np.testing.assert_allclose(joined(tokens, scale, bias, p), apart(tokens, scale, bias, p), rtol=2e-6, atol=2e-6)
+    gradients = [jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1, 2, 3))(tokens, scale, bias, p) for f in (joined, apart)]
+    for one, other in zip(*gradients, strict=True):
+        np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5 * np.abs(other).max())
+
+
+def test_norm_ggem_pads_and_differentiates_twice():
+    tokens = jax.random.normal(jax.random.key(0), (2, 4, 6))
+    padded = jnp.concatenate([tokens, jnp.full((2, 3, 6), jnp.nan)], axis=1)
+    mask = jnp.arange(7) < 4
+    call = functools.partial(norm_ggem_pool, scale=jnp.ones(6), bias=jnp.zeros(6))
+    p = jnp.array([3.0, 2.0])
+    np.testing.assert_allclose(call(padded, p=p, mask=jnp.broadcast_to(mask, (2, 7))), call(tokens, p=p), rtol=2e-6)
+    gradient = jax.grad(lambda x: call(x, p=p, mask=jnp.broadcast_to(mask, (2, 7))).sum())(padded)
+    chex.assert_tree_all_finite(gradient)
+    assert not np.asarray(gradient[:, 4:]).any()
+    chex.assert_tree_all_finite(jax.hessian(lambda p: call(tokens, p=p).sum())(p))
+    half = call(tokens.astype(jnp.bfloat16), p=p)
+    assert half.dtype == jnp.bfloat16
+
+
+def test_a_vit_with_the_fused_norm_has_the_same_parameters_and_descriptors():
+    config = ViTConfig(patch=8, width=24, depth=1, heads=3, mlp_width=32, image=32, registers=1)
+    images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    models = [ViT(config, pooling=GGeM(), num_classes=4, fused_norm=fused) for fused in (False, True)]
+    variables = models[0].init(jax.random.key(1), images)
+    chex.assert_trees_all_equal_shapes(variables, models[1].init(jax.random.key(1), images))
+    apart, joined = (jax.jit(model.apply)(variables, images) for model in models)
+    chex.assert_trees_all_close(apart, joined, rtol=1e-5, atol=1e-6)
+    gradients = [jax.jit(jax.grad(lambda v, m=m: jnp.sum(m.apply(v, images).descriptor ** 2)))(variables) for m in models]
+    chex.assert_trees_all_close(*gradients, rtol=1e-3, atol=1e-4)
+
+
+MAP, TOKENS = np.ones((4, 4, 2), np.float32), np.ones((2, 9, 12), np.float32)
+REFUSED = {
+    "even window": (ValueError, "window must be an odd whole number, not 4", lambda: regional_gem(MAP, window=4)),
+    "small map": (ValueError, "h and w of at least 3 for a window of 5", lambda: regional_gem(MAP[:2])),
+    "flat map": (ValueError, r"feature_map must be \(\.\.\., h, w, d\)", lambda: superglobal_pool(MAP[0])),
+    "integer map": (TypeError, "feature_map must be floating point", lambda: regional_gem(MAP.astype(int))),
+    "exponent": (ValueError, "regional_p must be a positive Python number, not 0", lambda: superglobal_pool(MAP, regional_p=0)),
+    "array exponent": (ValueError, "p must be a positive Python number", lambda: regional_gem(MAP, p=np.ones(2))),
+    "eps": (ValueError, "eps must be a Python number", lambda: superglobal_pool(MAP, eps=0.0)),
+    "scale": (ValueError, r"scale must be a scalar or \(12,\)", lambda: norm_ggem_pool(TOKENS, np.ones(3), np.ones(12), np.ones(3))),
+    "norm_eps": (ValueError, "norm_eps must be a positive Python number", lambda: norm_ggem_pool(TOKENS, 1.0, 0.0, np.ones(3), norm_eps=0.0)),
+    "fused norm of another pooling": (
+        ValueError,
+        "fused_norm needs GGeM",
+        lambda: ViT(ViTConfig(8, 24, 1, 3, 32, image=32), pooling=avg_pool, fused_norm=True).init(jax.random.key(0), jnp.ones((1, 32, 32, 3))),
+    ),
+}
+
+
+@pytest.mark.parametrize(("error", "sentence", "call"), REFUSED.values(), ids=REFUSED)
+def test_mistakes_are_refused_in_one_sentence(error, sentence, call):
+    with pytest.raises(error, match=sentence):
+        call()
