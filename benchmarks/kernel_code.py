@@ -172,7 +172,7 @@ def described(one: Launch, shape: tuple[int, ...], capability: int) -> dict[str,
     code, constants = compiled(one, capability), one.constants
     loop = code.busiest_loop()
     places = shape[-2] * (2 * constants["HALF"] + 1) if one.name == "regional_kernel" else constants["UNROLL"] * constants["ROWS"]
-    per_thread = places * min(constants["CHANNELS"], shape[-1]) / (32 * one.warps)
+    per_thread = places * min(constants["CHANNELS"] * constants.get("PIECES", 1), shape[-1]) / (32 * one.warps)
     return {
         "kernel": one.name, "programs": one.programs, "threads": 32 * one.warps, "registers": code.registers, "spilled_bytes": code.spilled_bytes,
         "shared_bytes": code.shared_bytes, "instructions_per_element": f"{len(loop) / per_thread:.1f}",

@@ -58,7 +58,7 @@ def _load(
     tokens, n, mask, c, offset,
     N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, HAS_MASK: tl.constexpr, HAS_OFFSET: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
-    """Tokens `(unroll, rows, channels)` in float32 and which of them are kept; with an offset as the module says."""
+    """Tokens `(rows, channels)` in float32 and which of them are kept; with an offset as the module says."""
     keep = (n < N) & (c < D)
     if HAS_MASK:
         keep = keep & (tl.load(mask + n, mask=n < N, other=0) != 0)
@@ -82,21 +82,23 @@ def pool_kernel(
     row = (block // tl.cdiv(D, CHANNELS)).to(tl.int64)
     c = (block % tl.cdiv(D, CHANNELS)) * CHANNELS + tl.arange(0, CHANNELS)
     exponent = tl.load(p + row // SET * D + c, mask=c < D, other=1.0)[None, :]
-    lowest = tl.load(offset + row * D + c, mask=c < D, other=0.0)[None, None, :] if HAS_OFFSET else 0.0
+    lowest = tl.load(offset + row * D + c, mask=c < D, other=0.0)[None, :] if HAS_OFFSET else 0.0
     tokens += row * N * D
     mask += row * N
     largest = tl.full((ROWS, CHANNELS), LEAST, tl.float32)
     total = tl.zeros((ROWS, CHANNELS), tl.float32)
-    step = tl.arange(0, UNROLL)[:, None, None] * ROWS + tl.arange(0, ROWS)[None, :, None]
+    step = tl.arange(0, ROWS)[:, None]
     WHOLE: tl.constexpr = N // (UNROLL * ROWS) * (UNROLL * ROWS)
     WIDE: tl.constexpr = D % CHANNELS == 0
     for start in range(0, WHOLE, UNROLL * ROWS):
-        x, keep = _load(tokens, start + step, mask, c[None, None, :], lowest, N, D, not WIDE, HAS_MASK, HAS_OFFSET, EPS)
-        largest, total = absorb(largest, total, x, keep, exponent, EPS, NEGATIVES, HAS_MASK or not WIDE, False, FAST)
-    one = tl.arange(0, 1)[:, None, None] + tl.arange(0, ROWS)[None, :, None]
+        xs, keeps = (), ()
+        for k in tl.static_range(UNROLL):
+            x, keep = _load(tokens, start + k * ROWS + step, mask, c[None, :], lowest, N, D, not WIDE, HAS_MASK, HAS_OFFSET, EPS)
+            xs, keeps = xs + (x,), keeps + (keep,)
+        largest, total = absorb(largest, total, xs, keeps, exponent, EPS, NEGATIVES, HAS_MASK or not WIDE, False, FAST)
     for start in range(WHOLE, N, ROWS):
-        x, keep = _load(tokens, start + one, mask, c[None, None, :], lowest, N, D, True, HAS_MASK, HAS_OFFSET, EPS)
-        largest, total = absorb(largest, total, x, keep, exponent, EPS, NEGATIVES, True, False, FAST)
+        x, keep = _load(tokens, start + step, mask, c[None, :], lowest, N, D, True, HAS_MASK, HAS_OFFSET, EPS)
+        largest, total = absorb(largest, total, (x,), (keep,), exponent, EPS, NEGATIVES, True, False, FAST)
     kept = tl.load(count + row) if HAS_MASK else float(N)
     tl.store(root + row * D + c, root_of_mean(largest, total, kept, exponent, FAST), mask=c < D)
 
@@ -106,7 +108,7 @@ def _slopes(
     sums, drift, x, keep, factor, inverse, floor, less,
     EPS: tl.constexpr, LIMIT: tl.constexpr, NEGATIVES: tl.constexpr, MASKED: tl.constexpr, HAS_OFFSET: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Cotangent of x `(unroll, rows, channels)`: factor (x / root)^(p - 1), added to `drift`; adds (x / root)^p log2(x / root) to `sums`."""
+    """Cotangent of x `(rows, channels)`: factor (x / root)^(p - 1), added to `drift`; adds (x / root)^p log2(x / root) to `sums`."""
     ratio = magnitude(x, floor, NEGATIVES) * inverse
     if NEGATIVES == "signed":
         ratio = at_least(ratio, LEAST)
@@ -125,9 +127,9 @@ def _slopes(
         weight = tl.where(keep, weight, 0.0)
         by_x = tl.where(keep, by_x, 0.0)
     if HAS_OFFSET:
-        drift += tl.sum(by_x, 0)
+        drift += by_x
         by_x *= 0.125
-    return sums + tl.sum(weight, 0), drift, by_x
+    return sums + weight, drift, by_x
 
 
 @triton.jit
@@ -141,7 +143,7 @@ def gradient_kernel(
     row = (block // tl.cdiv(D, CHANNELS)).to(tl.int64)
     c = (block % tl.cdiv(D, CHANNELS)) * CHANNELS + tl.arange(0, CHANNELS)
     exponent = tl.load(p + row // SET * D + c, mask=c < D, other=1.0)
-    lowest = tl.load(offset + row * D + c, mask=c < D, other=0.0)[None, None, :] if HAS_OFFSET else 0.0
+    lowest = tl.load(offset + row * D + c, mask=c < D, other=0.0)[None, :] if HAS_OFFSET else 0.0
     y = tl.load(root + row * D + c, mask=c < D, other=1.0)
     by_y = tl.where(y == 0, 0.0, tl.load(cotangent + row * D + c, mask=c < D, other=0.0))
     tokens += row * N * D
@@ -149,27 +151,30 @@ def gradient_kernel(
     mask += row * N
     kept = tl.load(count + row) if HAS_MASK else float(N)
     size = tl.abs(y)
-    inverse = tl.where(y == 0, 0.0, 1.0 / size)[None, None, :]  # of a zero root: all ratios the least, so that nothing overflows
-    floor = at_least(size * LEAST, EPS)[None, None, :]
-    factor = (by_y / kept)[None, None, :]
-    less = exponent[None, None, :] - 1.0
+    inverse = tl.where(y == 0, 0.0, 1.0 / size)[None, :]  # of a zero root: all ratios the least, so that nothing overflows
+    floor = at_least(size * LEAST, EPS)[None, :]
+    factor = (by_y / kept)[None, :]
+    less = exponent[None, :] - 1.0
     sums = tl.zeros((ROWS, CHANNELS), tl.float32)
     drift = tl.zeros((ROWS, CHANNELS), tl.float32)
-    step = tl.arange(0, UNROLL)[:, None, None] * ROWS + tl.arange(0, ROWS)[None, :, None]
-    one = tl.arange(0, 1)[:, None, None] + tl.arange(0, ROWS)[None, :, None]
-    channel = c[None, None, :]
+    step = tl.arange(0, ROWS)[:, None]
+    channel = c[None, :]
     WHOLE: tl.constexpr = N // (UNROLL * ROWS) * (UNROLL * ROWS)
     WIDE: tl.constexpr = D % CHANNELS == 0
     for start in range(0, WHOLE, UNROLL * ROWS):
-        n = start + step
-        x, keep = _load(tokens, n, mask, channel, lowest, N, D, not WIDE, HAS_MASK, HAS_OFFSET, EPS)
-        sums, drift, by_x = _slopes(sums, drift, x, keep, factor, inverse, floor, less, EPS, LIMIT, NEGATIVES, HAS_MASK, HAS_OFFSET, FAST)
-        if WIDE:
-            tl.store(by_tokens + n * D + channel, by_x)
-        else:
-            tl.store(by_tokens + n * D + channel, by_x, mask=channel < D)
+        xs, keeps = (), ()  # all loads before the first store, which could change what they read
+        for k in tl.static_range(UNROLL):
+            x, keep = _load(tokens, start + k * ROWS + step, mask, channel, lowest, N, D, not WIDE, HAS_MASK, HAS_OFFSET, EPS)
+            xs, keeps = xs + (x,), keeps + (keep,)
+        for k in tl.static_range(UNROLL):
+            n = start + k * ROWS + step
+            sums, drift, by_x = _slopes(sums, drift, xs[k], keeps[k], factor, inverse, floor, less, EPS, LIMIT, NEGATIVES, HAS_MASK, HAS_OFFSET, FAST)
+            if WIDE:
+                tl.store(by_tokens + n * D + channel, by_x)
+            else:
+                tl.store(by_tokens + n * D + channel, by_x, mask=channel < D)
     for start in range(WHOLE, N, ROWS):
-        n = start + one
+        n = start + step
         x, keep = _load(tokens, n, mask, channel, lowest, N, D, True, HAS_MASK, HAS_OFFSET, EPS)
         sums, drift, by_x = _slopes(sums, drift, x, keep, factor, inverse, floor, less, EPS, LIMIT, NEGATIVES, True, HAS_OFFSET, FAST)
         tl.store(by_tokens + n * D + channel, by_x, mask=(n < N) & (channel < D))

@@ -61,63 +61,203 @@ def _constants(tokens, p, mask, tile: NormTile, eps, negatives):
     rows, n, d = tokens.shape
     return {
         "warps": tile.warps, "N": n, "D": d, "SET": rows // len(p), "SPLITS": tile.splits, "EPS": eps, "NEGATIVES": negatives,
-        "HAS_MASK": mask is not None, "UNROLL": tile.unroll, "ROWS": tile.rows, "CHANNELS": tile.channels,
+        "HAS_MASK": mask is not None, "UNROLL": tile.unroll, "ROWS": tile.rows, "CHANNELS": tile.channels, "PIECES": tile.pieces,
     }  # fmt: skip
+
+
+@triton.jit
+def _per_channel(values, c, D: tl.constexpr, CHANNELS: tl.constexpr, PIECES: tl.constexpr, OTHER: tl.constexpr):
+    """A tuple of PIECES times `(1, channels)` from `(d,)`."""
+    pieces = ()
+    for q in tl.static_range(PIECES):
+        pieces = pieces + (tl.load(values + q * CHANNELS + c, mask=q * CHANNELS + c < D, other=OTHER),)  # type: ignore[assignment]
+    return pieces
+
+
+@triton.jit
+def _filled(VALUE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, PIECES: tl.constexpr):
+    """A tuple of PIECES times `(rows, channels)`."""
+    pieces = ()
+    for _ in tl.static_range(PIECES):
+        pieces = pieces + (tl.full((ROWS, CHANNELS), VALUE, tl.float32),)  # type: ignore[assignment]
+    return pieces
+
+
+@triton.jit
+def _inside(n, c, q: tl.constexpr, N: tl.constexpr, D: tl.constexpr, CHANNELS: tl.constexpr, EXACT: tl.constexpr, TAIL: tl.constexpr):
+    """Where piece q of tokens n lies in the array."""
+    here = (n < N) if TAIL else (n >= 0)
+    return here if EXACT else here & (q * CHANNELS + c < D)
+
+
+@triton.jit
+def _pool_step(
+    largest, total, start, tokens, mask, statistics, gains, shifts, exponents, c,
+    N: tl.constexpr, D: tl.constexpr, NORM_EPS: tl.constexpr, EPS: tl.constexpr, NEGATIVES: tl.constexpr, HAS_MASK: tl.constexpr,
+    UNROLL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, PIECES: tl.constexpr, TAIL: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Takes UNROLL x ROWS tokens into the running sums. TAIL: there may be fewer."""
+    EXACT: tl.constexpr = D == CHANNELS * PIECES
+    step = tl.arange(0, ROWS)
+    xs, sums = (), ()
+    for k in tl.static_range(UNROLL):
+        n = (start + k * ROWS + step)[:, None]
+        sum = tl.zeros((ROWS, CHANNELS), tl.float32)
+        for q in tl.static_range(PIECES):
+            if EXACT and not TAIL:
+                x = tl.load(tokens + n * D + (q * CHANNELS + c)).to(tl.float32)
+            else:
+                there = _inside(n, c, q, N, D, CHANNELS, EXACT, TAIL)
+                x = tl.load(tokens + n * D + (q * CHANNELS + c), mask=there, other=0.0).to(tl.float32)
+            sum += x
+            xs = xs + (x,)
+        sums = sums + (sum,)
+    zs, keeps = (), ()
+    for k in tl.static_range(UNROLL):
+        n = start + k * ROWS + step
+        mean = tl.sum(sums[k], 1) * (1.0 / D)
+        square = tl.zeros((ROWS, CHANNELS), tl.float32)
+        fars = ()
+        for q in tl.static_range(PIECES):
+            far = xs[k * PIECES + q] - mean[:, None]
+            if not EXACT:
+                far = tl.where(q * CHANNELS + c < D, far, 0.0)
+            square += far * far
+            fars = fars + (far,)
+        deviation = tl.rsqrt(tl.sum(square, 1) * (1.0 / D) + NORM_EPS)
+        tl.store(statistics + n, mean, mask=n < N)
+        tl.store(statistics + N + n, deviation, mask=n < N)
+        keep = n < N
+        if HAS_MASK:
+            keep = keep & (tl.load(mask + n, mask=n < N, other=0) != 0)
+        keeps = keeps + (keep[:, None],)
+        for q in tl.static_range(PIECES):
+            zs = zs + (fars[q] * deviation[:, None] * gains[q] + shifts[q],)
+    for q in tl.static_range(PIECES):
+        grown, more = absorb(largest[q], total[q], zs[q::PIECES], keeps, exponents[q], EPS, NEGATIVES, TAIL or HAS_MASK, True, FAST)
+        largest = largest[:q] + (grown,) + largest[q + 1 :]
+        total = total[:q] + (more,) + total[q + 1 :]
+    return largest, total
 
 
 @triton.jit
 def norm_pool_kernel(
     tokens, scale, bias, p, mask, count, pooled, statistics,
     N: tl.constexpr, D: tl.constexpr, SET: tl.constexpr, SPLITS: tl.constexpr, NORM_EPS: tl.constexpr, EPS: tl.constexpr, NEGATIVES: tl.constexpr,
-    HAS_MASK: tl.constexpr, UNROLL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, FAST: tl.constexpr,
+    HAS_MASK: tl.constexpr, UNROLL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, PIECES: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """z = (x - mean) / sqrt(variance + eps) * scale + bias, then running sums of (z / largest)^p as in `ggem.pool_kernel`."""
     STEP: tl.constexpr = UNROLL * ROWS
     RUN: tl.constexpr = tl.cdiv(tl.cdiv(N, SPLITS), STEP) * STEP
+    WHOLE: tl.constexpr = N // STEP * STEP
     row = (tl.program_id(0) // SPLITS).to(tl.int64)
     split = tl.program_id(0) % SPLITS
-    c = tl.arange(0, CHANNELS)
-    in_d = c < D
-    gain = tl.load(scale + row // SET * D + c, mask=in_d, other=0.0)[None, None, :]
-    shift = tl.load(bias + row // SET * D + c, mask=in_d, other=0.0)[None, None, :]
-    exponent = tl.load(p + row // SET * D + c, mask=in_d, other=1.0)[None, :]
+    c = tl.arange(0, CHANNELS)[None, :]
+    gains = _per_channel(scale + row // SET * D, c, D, CHANNELS, PIECES, 0.0)
+    shifts = _per_channel(bias + row // SET * D, c, D, CHANNELS, PIECES, 0.0)
+    exponents = _per_channel(p + row // SET * D, c, D, CHANNELS, PIECES, 1.0)
     tokens += row * N * D
     mask += row * N
     statistics += row * 2 * N
-    largest = tl.full((ROWS, CHANNELS), LEAST, tl.float32)
-    total = tl.zeros((ROWS, CHANNELS), tl.float32)
-    step = tl.arange(0, UNROLL)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-    for start in range(split * RUN, tl.minimum((split + 1) * RUN, N), STEP):
-        n = start + step
-        inside = n < N
-        x = tl.load(tokens + n[:, :, None] * D + c[None, None, :], mask=inside[:, :, None] & in_d[None, None, :], other=0.0).to(tl.float32)
-        mean = tl.sum(x, 2) * (1.0 / D)
-        far = x - mean[:, :, None]
-        if D != CHANNELS:
-            far = tl.where(in_d[None, None, :], far, 0.0)
-        deviation = tl.rsqrt(tl.sum(far * far, 2) * (1.0 / D) + NORM_EPS)
-        tl.store(statistics + n, mean, mask=inside)
-        tl.store(statistics + N + n, deviation, mask=inside)
-        keep = inside
+    largest = _filled(LEAST, ROWS, CHANNELS, PIECES)
+    total = _filled(0.0, ROWS, CHANNELS, PIECES)
+    for start in range(split * RUN, tl.minimum((split + 1) * RUN, WHOLE), STEP):
+        largest, total = _pool_step(
+            largest, total, start, tokens, mask, statistics, gains, shifts, exponents, c,
+            N, D, NORM_EPS, EPS, NEGATIVES, HAS_MASK, UNROLL, ROWS, CHANNELS, PIECES, False, FAST,
+        )  # fmt: skip
+    if WHOLE < N:
+        for start in range(tl.maximum(split * RUN, WHOLE), tl.minimum((split + 1) * RUN, N), STEP):
+            largest, total = _pool_step(
+                largest, total, start, tokens, mask, statistics, gains, shifts, exponents, c,
+                N, D, NORM_EPS, EPS, NEGATIVES, HAS_MASK, UNROLL, ROWS, CHANNELS, PIECES, True, FAST,
+            )  # fmt: skip
+    kept = tl.load(count + row) if HAS_MASK else float(N)
+    for q in tl.static_range(PIECES):
+        channel = q * CHANNELS + tl.arange(0, CHANNELS)
+        if SPLITS == 1:
+            tl.store(pooled + row * D + channel, root_of_mean(largest[q], total[q], kept, exponents[q], FAST), mask=channel < D)
+        else:
+            top = tl.max(largest[q], 0)
+            part = tl.sum(total[q] * exp2(exponents[q] * log2(largest[q] / top, FAST), FAST), 0)
+            tl.store(pooled + (row * SPLITS + split) * 2 * D + channel, top, mask=channel < D)
+            tl.store(pooled + ((row * SPLITS + split) * 2 + 1) * D + channel, part, mask=channel < D)
+
+
+@triton.jit
+def _gradient_step(
+    sums, by_scale, by_bias, start, tokens, mask, statistics, by_tokens, gains, shifts, lesses, inverses, factors, c,
+    N: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr, LIMIT: tl.constexpr, NEGATIVES: tl.constexpr, HAS_MASK: tl.constexpr,
+    UNROLL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, PIECES: tl.constexpr, TAIL: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Writes the cotangent of UNROLL x ROWS tokens and adds to the sums. A token that is not kept is read as zero and has no deviation."""
+    EXACT: tl.constexpr = D == CHANNELS * PIECES
+    MASKED: tl.constexpr = TAIL or HAS_MASK
+    step = tl.arange(0, ROWS)[:, None]
+    xs, keeps = (), ()  # all loads before the first store, which could change what they read
+    for k in tl.static_range(UNROLL):
+        n = start + k * ROWS + step
+        keep = n < N
         if HAS_MASK:
-            keep = keep & (tl.load(mask + n, mask=inside, other=0) != 0)
-        z = far * deviation[:, :, None] * gain + shift
-        largest, total = absorb(largest, total, z, keep[:, :, None], exponent, EPS, NEGATIVES, True, True, FAST)
-    if SPLITS == 1:
-        kept = tl.load(count + row) if HAS_MASK else float(N)
-        tl.store(pooled + row * D + c, root_of_mean(largest, total, kept, exponent, FAST), mask=in_d)
-    else:
-        top = tl.max(largest, 0)
-        part = tl.sum(total * exp2(exponent * log2(largest / top, FAST), FAST), 0)
-        tl.store(pooled + (row * SPLITS + split) * 2 * D + c, top, mask=in_d)
-        tl.store(pooled + ((row * SPLITS + split) * 2 + 1) * D + c, part, mask=in_d)
+            keep = keep & (tl.load(mask + n, mask=keep, other=0) != 0)
+        keeps = keeps + (keep,)
+        for q in tl.static_range(PIECES):
+            if EXACT and not MASKED:
+                x = tl.load(tokens + n * D + (q * CHANNELS + c))
+            else:
+                x = tl.load(tokens + n * D + (q * CHANNELS + c), mask=_inside(n, c, q, N, D, CHANNELS, EXACT, TAIL) & keep, other=0.0)
+            xs = xs + (x.to(tl.float32),)
+    for k in tl.static_range(UNROLL):
+        n = start + k * ROWS + step
+        keep = keeps[k]
+        mean = tl.load(statistics + n, mask=keep, other=0.0)
+        deviation = tl.load(statistics + N + n, mask=keep, other=0.0)
+        along = tl.zeros((ROWS, CHANNELS), tl.float32)
+        along_u = tl.zeros((ROWS, CHANNELS), tl.float32)
+        us, gs = (), ()
+        for q in tl.static_range(PIECES):
+            u = (xs[k * PIECES + q] - mean) * deviation
+            z = u * gains[q] + shifts[q]
+            ratio = at_least(magnitude(z, EPS, NEGATIVES) * inverses[q], LEAST)
+            logarithm = log2(ratio, FAST)
+            slope = exp2(lesses[q] * logarithm, FAST)
+            weight = slope * ratio * logarithm
+            s = factors[q] * slope
+            if NEGATIVES == "signed":
+                weight = tl.where(z < 0, -weight, weight)
+                s = tl.clamp(s, -MOST, MOST, propagate_nan=tl.PropagateNan.ALL)
+            elif NEGATIVES == "abs":
+                s = tl.where(tl.abs(z) <= EPS, 0.0, tl.where(z < 0, -s, s))
+            else:
+                s = tl.where(z <= EPS, 0.0, s)
+            if MASKED:
+                weight = tl.where(keep, weight, 0.0)
+                s = tl.where(keep, s, 0.0)
+            sums = sums[:q] + (sums[q] + weight,) + sums[q + 1 :]
+            by_scale = by_scale[:q] + (by_scale[q] + s * u,) + by_scale[q + 1 :]
+            by_bias = by_bias[:q] + (by_bias[q] + s,) + by_bias[q + 1 :]
+            g = s * gains[q]
+            along += g
+            along_u += g * u
+            us, gs = us + (u,), gs + (g,)
+        mean_g = (tl.sum(along, 1) * (1.0 / D))[:, None]
+        mean_gu = (tl.sum(along_u, 1) * (1.0 / D))[:, None]
+        for q in tl.static_range(PIECES):
+            by_x = (gs[q] - mean_g - us[q] * mean_gu) * deviation
+            if NEGATIVES == "signed":
+                by_x = tl.clamp(by_x, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+            if EXACT and not TAIL:
+                tl.store(by_tokens + n * D + (q * CHANNELS + c), by_x)
+            else:
+                tl.store(by_tokens + n * D + (q * CHANNELS + c), by_x, mask=_inside(n, c, q, N, D, CHANNELS, EXACT, TAIL))
+    return sums, by_scale, by_bias
 
 
 @triton.jit
 def norm_gradient_kernel(
     tokens, scale, bias, p, mask, count, root, statistics, cotangent, by_tokens, by_parameters,
     N: tl.constexpr, D: tl.constexpr, SET: tl.constexpr, SPLITS: tl.constexpr, EPS: tl.constexpr, LIMIT: tl.constexpr, NEGATIVES: tl.constexpr,
-    HAS_MASK: tl.constexpr, UNROLL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, FAST: tl.constexpr,
+    HAS_MASK: tl.constexpr, UNROLL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, PIECES: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """With u normalised, z = u scale + bias and the cotangent of z, s = by_root (z / root)^(p - 1) / count:
 
@@ -125,69 +265,45 @@ def norm_gradient_kernel(
     """
     STEP: tl.constexpr = UNROLL * ROWS
     RUN: tl.constexpr = tl.cdiv(tl.cdiv(N, SPLITS), STEP) * STEP
+    WHOLE: tl.constexpr = N // STEP * STEP
     row = (tl.program_id(0) // SPLITS).to(tl.int64)
     split = tl.program_id(0) % SPLITS
-    c = tl.arange(0, CHANNELS)
-    in_d = c < D
+    c = tl.arange(0, CHANNELS)[None, :]
     kept = tl.load(count + row) if HAS_MASK else float(N)
-    y = tl.load(root + row * D + c, mask=in_d, other=1.0)
-    by_y = tl.where(y == 0, 0.0, tl.load(cotangent + row * D + c, mask=in_d, other=0.0) / kept)
-    exponent = tl.load(p + row // SET * D + c, mask=in_d, other=1.0)
-    inverse = tl.where(y == 0, 0.0, 1.0 / tl.abs(y))[None, None, :]
-    factor = by_y[None, None, :]
-    less = exponent[None, None, :] - 1.0
-    gain = tl.load(scale + row // SET * D + c, mask=in_d, other=0.0)[None, None, :]
-    shift = tl.load(bias + row // SET * D + c, mask=in_d, other=0.0)[None, None, :]
+    gains = _per_channel(scale + row // SET * D, c, D, CHANNELS, PIECES, 0.0)
+    shifts = _per_channel(bias + row // SET * D, c, D, CHANNELS, PIECES, 0.0)
+    exponents = _per_channel(p + row // SET * D, c, D, CHANNELS, PIECES, 1.0)
+    roots = _per_channel(root + row * D, c, D, CHANNELS, PIECES, 1.0)
+    cotangents = _per_channel(cotangent + row * D, c, D, CHANNELS, PIECES, 0.0)
+    lesses, inverses, factors = (), (), ()
+    for q in tl.static_range(PIECES):  # of a zero root: no cotangent, and ratios the least, so that nothing overflows
+        lesses = lesses + (exponents[q] - 1.0,)
+        inverses = inverses + (tl.where(roots[q] == 0, 0.0, 1.0 / tl.abs(roots[q])),)
+        factors = factors + (tl.where(roots[q] == 0, 0.0, cotangents[q] / kept),)
     tokens += row * N * D
     by_tokens += row * N * D
     mask += row * N
     statistics += row * 2 * N
-    sums = tl.zeros((ROWS, CHANNELS), tl.float32)
-    by_scale = tl.zeros((ROWS, CHANNELS), tl.float32)
-    by_bias = tl.zeros((ROWS, CHANNELS), tl.float32)
-    step = tl.arange(0, UNROLL)[:, None] * ROWS + tl.arange(0, ROWS)[None, :]
-    for start in range(split * RUN, tl.minimum((split + 1) * RUN, N), STEP):
-        n = start + step
-        inside = n < N
-        i = n[:, :, None] * D + c[None, None, :]
-        there = inside[:, :, None] & in_d[None, None, :]
-        keep = there
-        if HAS_MASK:
-            keep = keep & (tl.load(mask + n, mask=inside, other=0) != 0)[:, :, None]
-        mean = tl.load(statistics + n, mask=inside, other=0.0)[:, :, None]
-        deviation = tl.load(statistics + N + n, mask=inside, other=0.0)[:, :, None]
-        x = tl.load(tokens + i, mask=there, other=0.0).to(tl.float32)
-        u = (x - mean) * deviation
-        if HAS_MASK:
-            u = tl.where(keep, u, 0.0)
-        z = u * gain + shift
-        ratio = at_least(magnitude(z, EPS, NEGATIVES) * inverse, LEAST)
-        logarithm = log2(ratio, FAST)
-        slope = exp2(less * logarithm, FAST)
-        weight = slope * ratio * logarithm
-        s = factor * slope
+    sums = _filled(0.0, ROWS, CHANNELS, PIECES)
+    by_scale = _filled(0.0, ROWS, CHANNELS, PIECES)
+    by_bias = _filled(0.0, ROWS, CHANNELS, PIECES)
+    for start in range(split * RUN, tl.minimum((split + 1) * RUN, WHOLE), STEP):
+        sums, by_scale, by_bias = _gradient_step(
+            sums, by_scale, by_bias, start, tokens, mask, statistics, by_tokens, gains, shifts, lesses, inverses, factors, c,
+            N, D, EPS, LIMIT, NEGATIVES, HAS_MASK, UNROLL, ROWS, CHANNELS, PIECES, False, FAST,
+        )  # fmt: skip
+    if WHOLE < N:
+        for start in range(tl.maximum(split * RUN, WHOLE), tl.minimum((split + 1) * RUN, N), STEP):
+            sums, by_scale, by_bias = _gradient_step(
+                sums, by_scale, by_bias, start, tokens, mask, statistics, by_tokens, gains, shifts, lesses, inverses, factors, c,
+                N, D, EPS, LIMIT, NEGATIVES, HAS_MASK, UNROLL, ROWS, CHANNELS, PIECES, True, FAST,
+            )  # fmt: skip
+    by_parameters += (row * SPLITS + split) * 3 * D
+    for q in tl.static_range(PIECES):
+        channel = q * CHANNELS + tl.arange(0, CHANNELS)
+        by_p = tl.sum(sums[q] * (factors[q] * (tl.abs(roots[q]) / exponents[q])), 0) * 0.6931471805599453
         if NEGATIVES == "signed":
-            weight = tl.where(z < 0, -weight, weight)
-            s = tl.clamp(s, -MOST, MOST, propagate_nan=tl.PropagateNan.ALL)
-        elif NEGATIVES == "abs":
-            s = tl.where(tl.abs(z) <= EPS, 0.0, tl.where(z < 0, -s, s))
-        else:
-            s = tl.where(z <= EPS, 0.0, s)
-        s = tl.where(keep, s, 0.0)
-        sums += tl.sum(tl.where(keep, weight, 0.0), 0)
-        by_scale += tl.sum(s * u, 0)
-        by_bias += tl.sum(s, 0)
-        g = s * gain
-        along = (tl.sum(g, 2) * (1.0 / D))[:, :, None]
-        along_u = (tl.sum(g * u, 2) * (1.0 / D))[:, :, None]
-        by_x = tl.where(keep, (g - along - u * along_u) * deviation, 0.0)
-        if NEGATIVES == "signed":
-            by_x = tl.clamp(by_x, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-        tl.store(by_tokens + i, by_x, mask=there)
-    by_p = by_y * (tl.abs(y) / exponent) * (tl.sum(sums, 0) * 0.6931471805599453)
-    if NEGATIVES == "signed":
-        by_p = tl.clamp(by_p, -MOST, MOST, propagate_nan=tl.PropagateNan.ALL)
-    by_parameters += (row * SPLITS + split) * 3 * D + c
-    tl.store(by_parameters, by_p, mask=in_d)
-    tl.store(by_parameters + D, tl.sum(by_scale, 0), mask=in_d)
-    tl.store(by_parameters + 2 * D, tl.sum(by_bias, 0), mask=in_d)
+            by_p = tl.clamp(by_p, -MOST, MOST, propagate_nan=tl.PropagateNan.ALL)
+        tl.store(by_parameters + channel, by_p, mask=channel < D)
+        tl.store(by_parameters + D + channel, tl.sum(by_scale[q], 0), mask=channel < D)
+        tl.store(by_parameters + 2 * D + channel, tl.sum(by_bias[q], 0), mask=channel < D)

@@ -55,20 +55,27 @@ def magnitude(x, floor, NEGATIVES: tl.constexpr):
 
 
 @triton.jit
-def absorb(largest, total, x, kept, p, eps, NEGATIVES: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr, FAST: tl.constexpr):
-    """Adds x `(unroll, rows, channels)` to total = sum (x / largest)^p, both `(rows, channels)`, and rescales it where `largest` grows.
+def absorb(largest, total, xs, kept, p, eps, NEGATIVES: tl.constexpr, MASKED: tl.constexpr, BOUNDED: tl.constexpr, FAST: tl.constexpr):
+    """Adds a tuple of x `(rows, channels)` to total = sum (x / largest)^p, of the same shape, and rescales it where `largest` grows.
 
     BOUNDED promises |x| < 2^126, whose reciprocal is one instruction.
     """
-    size = magnitude(x, eps, NEGATIVES)
-    if MASKED:
-        size = tl.where(kept, size, 0.0)
-    grown = at_least(tl.max(size, 0), largest)
+    grown = largest
+    sizes = ()
+    for k in tl.static_range(len(xs)):
+        size = magnitude(xs[k], eps, NEGATIVES)
+        if MASKED:
+            size = tl.where(kept[k], size, 0.0)
+        sizes = sizes + (size,)
+        grown = at_least(size, grown)
     inverse = reciprocal(grown, FAST and BOUNDED)
-    powers = exp2(p * log2(size * inverse, FAST), FAST)
-    if NEGATIVES == "signed":
-        powers = tl.where(x < 0, -powers, powers)
-    return grown, total * exp2(p * log2(largest * inverse, FAST), FAST) + tl.sum(powers, 0)
+    total *= exp2(p * log2(largest * inverse, FAST), FAST)
+    for k in tl.static_range(len(xs)):
+        power = exp2(p * log2(sizes[k] * inverse, FAST), FAST)
+        if NEGATIVES == "signed":
+            power = tl.where(xs[k] < 0, -power, power)
+        total += power
+    return grown, total
 
 
 @triton.jit

@@ -42,17 +42,19 @@ def power_of_two(x: int) -> int:
 
 
 class NormTile(NamedTuple):
-    """As `Tile`, with all channels, and the tokens of a row shared by `splits` programs."""
+    """As `Tile`, with all channels, in `pieces` of `channels` each, and the tokens of a row shared by `splits` programs."""
 
     unroll: int
     rows: int
     channels: int
+    pieces: int
     warps: int
     splits: int
 
 
 MOST_NORM_CHANNELS = 4096  # 8 channels for each of 512 threads: with more, the sums and what belongs to a channel would not fit the registers
 _MULTIPROCESSORS = 132  # of an H100 or H200
+_NORM_WARPS = 8  # two programs on a multiprocessor give each thread 128 registers
 _LEAST_RUN = 64  # tokens: a shorter run would not pay for its partial sums
 
 
@@ -62,17 +64,21 @@ def norm_pool_tile(rows: int, n: int, d: int, itemsize: int) -> NormTile:
 
 
 def norm_gradient_tile(rows: int, n: int, d: int, itemsize: int) -> NormTile:
-    """One vector of 8 half-precision tokens, or two of 4 in float32: with more, two programs of 256 threads would not fit on a multiprocessor."""
-    return _norm_tile(rows, n, d, itemsize, unroll=itemsize // 2)
+    """8 to 12 elements per thread at a time: with 16 and a mask, two programs would not fit on a multiprocessor."""
+    tile = _norm_tile(rows, n, d, itemsize, unroll=2)
+    held_by_thread = tile.rows * tile.channels * tile.pieces // (32 * tile.warps)
+    return tile if held_by_thread < 8 else tile._replace(unroll=1)
 
 
 def _norm_tile(rows, n, d, itemsize, unroll):
-    channels = power_of_two(d)
-    vector = _VECTOR_BYTES // itemsize
-    warps = max(8, channels // (32 * vector))
-    held = max(min(warps * 32 * vector // channels, power_of_two(n)), 1)
+    """In pieces each thread takes two channels of each: what belongs to a channel stays in registers, so that whole vectors would be too many."""
+    pieces = min((1, 3, 5), key=lambda pieces: pieces * power_of_two(-(-d // pieces)))
+    channels = power_of_two(-(-d // pieces))
+    held_by_thread = _VECTOR_BYTES // itemsize if pieces == 1 else 2
+    warps = max(_NORM_WARPS, channels // (32 * held_by_thread))
+    held = max(min(warps * 32 * held_by_thread // channels, power_of_two(n)), 1)
     splits = max(1, min(2 * _MULTIPROCESSORS // rows, n // _LEAST_RUN))
-    return NormTile(min(unroll, power_of_two(-(-n // held))), held, channels, warps, splits)
+    return NormTile(min(unroll, power_of_two(-(-n // held))), held, channels, pieces, warps, splits)
 
 
 MOST_COLUMNS = 256  # of a map that `regional_gem` takes: 6 tiles of columns x channels are in registers at a time
