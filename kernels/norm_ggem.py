@@ -70,7 +70,7 @@ def _per_channel(values, c, D: tl.constexpr, CHANNELS: tl.constexpr, PIECES: tl.
     """A tuple of PIECES times `(1, channels)` from `(d,)`."""
     pieces = ()
     for q in tl.static_range(PIECES):
-        pieces = pieces + (tl.load(values + q * CHANNELS + c, mask=q * CHANNELS + c < D, other=OTHER),)  # type: ignore[assignment]
+        pieces = pieces + (tl.load(values + q * CHANNELS + c, mask=q * CHANNELS + c < D, other=OTHER),)
     return pieces
 
 
@@ -79,7 +79,7 @@ def _filled(VALUE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, PIE
     """A tuple of PIECES times `(rows, channels)`."""
     pieces = ()
     for _ in tl.static_range(PIECES):
-        pieces = pieces + (tl.full((ROWS, CHANNELS), VALUE, tl.float32),)  # type: ignore[assignment]
+        pieces = pieces + (tl.full((ROWS, CHANNELS), VALUE, tl.float32),)
     return pieces
 
 

@@ -80,14 +80,14 @@ def regional_kernel(
     WINDOW: tl.constexpr = 2 * HALF + 1
     sums = ()
     for k in tl.static_range(WINDOW - 1):  # row k - HALF stands in slot k, and every later row in the slot of the one that it replaces
-        sums = sums + (_row_sum(feature_map, k - HALF, j, c, in_d, inverse, H, W, D, REGIONAL_P, HALF, FAST),)  # type: ignore[assignment]
-    sums = sums + (tl.zeros((COLUMNS, CHANNELS), tl.float32),)  # type: ignore[assignment]
+        sums = sums + (_row_sum(feature_map, k - HALF, j, c, in_d, inverse, H, W, D, REGIONAL_P, HALF, FAST),)
+    sums = sums + (tl.zeros((COLUMNS, CHANNELS), tl.float32),)
     total = tl.zeros((COLUMNS, CHANNELS), tl.float32)
     for start in range(0, H, WINDOW):
         for k in tl.static_range(WINDOW):
             newest = _row_sum(feature_map, start + k + HALF, j, c, in_d, inverse, H, W, D, REGIONAL_P, HALF, FAST)
             sums = sums[: (k + WINDOW - 1) % WINDOW] + (newest,) + sums[(k + WINDOW - 1) % WINDOW + 1 :]
-            window = sums[0]  # type: ignore[misc]
+            window = sums[0]
             for other in tl.static_range(1, WINDOW):
                 window += sums[other]
             local = exp2(log2(window * (1.0 / (WINDOW * WINDOW)), FAST) * (1.0 / REGIONAL_P), FAST)
