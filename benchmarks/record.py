@@ -37,10 +37,10 @@ def _cpu() -> str:
     return f"{names[0]}, {len(names)} cores" if names else platform.machine()
 
 
-def append(name: str, row: dict[str, Any]) -> None:
-    """Prints a row and appends it to `benchmarks/results/NAME.csv`, which must have the same columns."""
+def append(name: str, row: dict[str, Any], folder: Path = RESULTS) -> None:
+    """Prints a row and appends it to `NAME.csv` in the folder, which must have the same columns."""
     print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
-    path = RESULTS / f"{name}.csv"
+    path = folder / f"{name}.csv"
     new = not path.exists()
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, row.keys())

@@ -16,12 +16,13 @@ import triton.language as tl
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from benchmarks.kernel_numerics import checks
 from ggem_jax import pooling
 from ggem_jax.pooling import ggem_pool, norm_ggem_pool, superglobal_pool
 
 pytestmark = pytest.mark.interpreter
 
-LEAST_CASES = 199
+LEAST_CASES = 200
 VALUE = {"float32": 5e-6, "bfloat16": 8e-3, "float16": 2e-3}
 SHAPES = [(1, 1, 1, 1), (2, 7, 12, 3), (1, 50, 33, 11), (3, 1, 6, 2), (1, 197, 130, 13), (2, 37, 64, 64), (1, 300, 5, 5)]  # b, n, d, groups
 EXPONENTS = [1.0, 1.5, 3.0, 20.0, 1000.0]
@@ -353,3 +354,9 @@ def test_what_the_kernels_refuse_is_said():
     with pytest.raises(NotImplementedError, match="float64"), jax.enable_x64(True):
         ggem_pool(np.ones((3, 4)), np.ones(2), implementation="interpret")
     assert pooling.ggem_pool(jnp.ones((16385, 1)), jnp.ones(1)).shape == (1,)
+
+
+def test_the_checks_of_the_gpu_benchmark_pass():
+    rows = list(checks("interpret", small=True))
+    assert len(rows) > 60
+    assert [row for row in rows if not row["passed"]] == []

@@ -1,0 +1,139 @@
+"""What the kernels compute against the same functions in float64, which take plain JAX; and against themselves, again and in parts.
+
+Errors are relative to the largest entry of a row. Allowed are 5e-6 for values and 2e-5 + 5e-7 p for gradients in float32, and what the dtype of the
+tokens rounds to besides. The error of plain JAX in float32 stands beside that of the kernel.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ggem_jax.pooling import ggem_pool, norm_ggem_pool, superglobal_pool
+
+ROUNDING = {"float32": 0.0, "bfloat16": 8e-3, "float16": 2e-3}
+VALUE, SLOPE, SLOPE_PER_P = 5e-6, 2e-5, 5e-7
+
+# batch, tokens, channels, exponents
+SHAPES = [(4, 196, 768, 12), (3, 257, 1024, 16), (2, 50, 384, 6), (5, 33, 100, 4), (2, 1, 7, 1), (1, 1369, 1152, 16)]
+SMALL = [(2, 9, 12, 3), (1, 33, 20, 4)]
+EXPONENTS = (1.0, 3.0, 100.0, 1000.0)
+
+
+def checks(implementation: str, small: bool) -> Iterator[dict[str, Any]]:
+    """A row for everything that is checked; `small` for the interpreter, which is slow."""
+    for shape in SMALL if small else SHAPES:
+        for dtype in ("float32", "bfloat16") if small else ROUNDING:
+            for p in EXPONENTS[1::2] if small else EXPONENTS:
+                yield from _against_float64("ggem", shape, dtype, p, implementation)
+                yield from _against_float64("norm_ggem", shape, dtype, p, implementation)
+    shape = (SMALL if small else SHAPES)[0]
+    for negatives in ("abs", "signed", "shift"):
+        yield from _against_float64("ggem", shape, "float32", 3.0, implementation, negatives=negatives)
+        if negatives != "shift":
+            yield from _against_float64("norm_ggem", shape, "float32", 3.0, implementation, negatives=negatives)
+    for operation in ("ggem", "norm_ggem"):
+        yield from _against_float64(operation, shape, "float32", 3.0, implementation, masked=True)
+        yield from _against_float64(operation, shape, "bfloat16", 3.0, implementation, masked=True)
+        yield _the_same_every_time(operation, shape, implementation, runs=3 if small else 100)
+    for size in (1e37 if small else 1e38, 1e30, 1e-30):  # the reciprocal of 1e38 is below the normal numbers, which processes of XLA round to zero
+        yield from _against_float64("ggem", shape, "float32", 3.0, implementation, size=size)
+    for dtype in ("float32", "bfloat16"):
+        yield _maps((1, 9, 11, 20) if small else (2, 32, 22, 2048), dtype, implementation)
+    if not small:
+        yield from _beyond_32_bits(implementation)
+
+
+def _pool_of(operation: str, **options) -> Callable:
+    return partial({"ggem": ggem_pool, "norm_ggem": norm_ggem_pool}[operation], **options)
+
+
+def _arguments(operation: str, shape: tuple[int, ...], dtype: str, p: float, size: float = 1.0) -> tuple[list[np.ndarray], np.ndarray]:
+    """Tokens and parameters as the kernel sees them, and a cotangent."""
+    b, n, d, groups = shape
+    rng = np.random.default_rng(b * n * d)
+    tokens = np.array(jnp.asarray(size * np.clip(rng.normal(0.5, 1, (b, n, d)), -3, 3), dtype))
+    exponents = np.asarray(p * np.linspace(1, 1.3, groups), np.float32)
+    norm = [rng.normal(1, 0.3, d).astype(np.float32), rng.normal(0.2, 0.3, d).astype(np.float32)] if operation == "norm_ggem" else []
+    return [tokens, *norm, exponents], np.asarray(jnp.asarray(rng.normal(size=(b, d)), dtype))
+
+
+def _against_float64(operation, shape, dtype, p, implementation, *, negatives="clamp", masked=False, size=1.0) -> Iterator[dict[str, Any]]:
+    arguments, cotangent = _arguments(operation, shape, dtype, p, size)
+    options: dict[str, Any] = {"negatives": negatives}
+    if masked:
+        options["mask"] = np.random.default_rng(1).random(shape[:2]) < 0.7
+        options["mask"][:, 0] = True
+    if size < 1:
+        options["eps"] = 1e-36
+    with jax.enable_x64(True):
+        wide = [np.asarray(argument, np.float64) for argument in arguments]
+        exact = _value_and_slopes(_pool_of(operation, implementation="xla", **options), wide, np.asarray(cotangent, np.float64))
+    ours, plain = (_value_and_slopes(_pool_of(operation, implementation=name, **options), arguments, cotangent) for name in (implementation, "xla"))
+    largest_p = 1.3 * p
+    for i, name in enumerate(["value", "tokens", *(["scale", "bias"] if operation == "norm_ggem" else []), "p"]):
+        allowed = ROUNDING[dtype] + (VALUE if name == "value" else SLOPE + SLOPE_PER_P * largest_p)
+        about = {"shape": shape[:3], "dtype": dtype, "negatives": negatives, "masked": masked, "p": p, "size": size}
+        yield _row(operation, about | {"what": name}, _error(ours[i], exact[i]), allowed, _error(plain[i], exact[i]))
+
+
+def _value_and_slopes(pool: Callable, arguments: list[np.ndarray], cotangent: np.ndarray) -> list[np.ndarray]:
+    value, pull = jax.jit(lambda *arrays: jax.vjp(pool, *arrays))(*arguments)
+    return [np.asarray(array, np.float64) for array in (value, *pull(jnp.asarray(cotangent, value.dtype)))]
+
+
+def _error(ours: np.ndarray, exact: np.ndarray) -> float:
+    """Largest difference, relative to the largest entry of its row; not a number counts as infinite."""
+    ours, exact = (array.reshape(len(array), -1) if array.ndim > 1 else array[None] for array in (ours, exact))
+    largest = np.maximum(np.max(np.abs(exact), axis=1, keepdims=True), 1e-300)
+    return float(np.nan_to_num(np.max(np.abs(ours - exact) / largest), nan=np.inf))
+
+
+def _the_same_every_time(operation: str, shape: tuple[int, ...], implementation: str, runs: int) -> dict[str, Any]:
+    arguments, cotangent = _arguments(operation, shape, "bfloat16", 3.0)
+    pool = _pool_of(operation, implementation=implementation)
+    step = jax.jit(lambda *arrays: jax.value_and_grad(lambda *a: jnp.sum(pool(*a) * cotangent), tuple(range(len(arrays))))(*arrays))
+    first, others = step(*arguments), [step(*arguments) for _ in range(runs - 1)]
+    pairs = [(a, b) for other in others for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True)]
+    different = sum(np.asarray(a).tobytes() != np.asarray(b).tobytes() for a, b in pairs)
+    return _row(operation, {"shape": shape[:3], "dtype": "bfloat16", "what": f"{runs} runs, arrays that differ"}, different, 0)
+
+
+def _maps(shape: tuple[int, ...], dtype: str, implementation: str) -> dict[str, Any]:
+    """SuperGlobal's pooling of maps as they come from a ReLU."""
+    maps = np.array(jnp.asarray(np.maximum(np.random.default_rng(0).normal(size=shape), 0), dtype))
+    with jax.enable_x64(True):
+        exact = np.asarray(superglobal_pool(np.asarray(maps, np.float64), implementation="xla"))
+    ours, plain = (np.asarray(jax.jit(partial(superglobal_pool, implementation=name))(maps), np.float64) for name in (implementation, "xla"))
+    allowed = VALUE + ROUNDING[dtype]
+    return _row("superglobal", {"shape": shape, "dtype": dtype, "what": "value"}, _error(ours, exact), allowed, _error(plain, exact))
+
+
+def _beyond_32_bits(implementation: str, copies: int = 100) -> Iterator[dict[str, Any]]:
+    """More than 2^31 elements: the same 30 images over and over must give the same descriptors and slopes over and over."""
+    for operation in ("ggem", "norm_ggem"):
+        arguments, cotangent = _arguments(operation, (30, 1024, 768, 12), "bfloat16", 3.0)
+        pool = _pool_of(operation, implementation=implementation)
+
+        def value_and_slope(tokens, *parameters, pool=pool, cotangent=cotangent):
+            value, pull = jax.vjp(lambda x: pool(x, *parameters), tokens)
+            return value, pull(jnp.tile(cotangent, (len(tokens) // len(cotangent), 1)))[0]
+
+        @jax.jit
+        def compared(tokens, *parameters, run=value_and_slope):
+            one, many = run(tokens, *parameters), run(jnp.tile(tokens, (copies, 1, 1)), *parameters)
+            return sum(jnp.sum(a != b.reshape(copies, *a.shape)) for a, b in zip(one, many, strict=True))
+
+        elements = copies * arguments[0].size
+        about = {"shape": (copies * 30, 1024, 768), "dtype": "bfloat16", "what": f"{elements} elements, those that differ"}
+        yield _row(operation, about, int(compared(*arguments)), 0)
+
+
+def _row(operation: str, about: dict[str, Any], error: float, allowed: float, plain_error: float | None = None) -> dict[str, Any]:
+    columns = {"operation": operation, "shape": "", "dtype": "", "negatives": "clamp", "masked": False, "p": "", "size": 1.0, "what": ""} | about
+    columns["shape"] = " x ".join(map(str, columns["shape"]))
+    shown = {"error": f"{error:.2e}", "xla_error": "" if plain_error is None else f"{plain_error:.2e}", "allowed": f"{allowed:.2e}"}
+    return columns | shown | {"passed": error <= allowed}
