@@ -160,6 +160,7 @@ def main() -> None:
     capability = parser.parse_args().capability
     rows = [("bfloat16", name, shape, function) for name, shape in SHAPES.items() for function in ("ggem", "norm_ggem")]
     rows += [("float32", "B/16 at 224 px", SHAPES["B/16 at 224 px"], function) for function in ("ggem", "norm_ggem")]
+    rows += [("bfloat16", "B/16 at 224 px, class token masked", (256, 197, 768), "norm_ggem masked")]
     rows += [(dtype, "map 32 x 22", (1, 32, 22, 2048), "superglobal") for dtype in ("bfloat16", "float32")]
     for dtype, name, shape, function in rows:
         for one in launches_of(KERNELS[function], jax.ShapeDtypeStruct(shape, dtype)):

@@ -5,7 +5,7 @@ tokens rounds to besides. The error of plain JAX in float32 stands beside that o
 """
 
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -18,7 +18,7 @@ ROUNDING = {"float32": 0.0, "bfloat16": 8e-3, "float16": 2e-3}
 VALUE, SLOPE, SLOPE_PER_P = 5e-6, 2e-5, 5e-7
 
 # batch, tokens, channels, exponents
-SHAPES = [(4, 196, 768, 12), (3, 257, 1024, 16), (2, 50, 384, 6), (5, 33, 100, 4), (2, 1, 7, 1), (1, 1369, 1152, 16)]
+SHAPES = [(4, 196, 768, 12), (3, 257, 1024, 16), (5, 33, 100, 4), (2, 1369, 1152, 16)]
 SMALL = [(2, 9, 12, 3), (1, 33, 20, 4)]
 EXPONENTS = (1.0, 3.0, 100.0, 1000.0)
 
@@ -26,11 +26,13 @@ EXPONENTS = (1.0, 3.0, 100.0, 1000.0)
 def checks(implementation: str, small: bool) -> Iterator[dict[str, Any]]:
     """A row for everything that is checked; `small` for the interpreter, which is slow."""
     for shape in SMALL if small else SHAPES:
-        for dtype in ("float32", "bfloat16") if small else ROUNDING:
+        for dtype in ("float32", "bfloat16"):
             for p in EXPONENTS[1::2] if small else EXPONENTS:
                 yield from _against_float64("ggem", shape, dtype, p, implementation)
                 yield from _against_float64("norm_ggem", shape, dtype, p, implementation)
     shape = (SMALL if small else SHAPES)[0]
+    yield from _against_float64("ggem", shape, "float16", 3.0, implementation)
+    yield from _against_float64("norm_ggem", shape, "float16", 3.0, implementation)
     for negatives in ("abs", "signed", "shift"):
         yield from _against_float64("ggem", shape, "float32", 3.0, implementation, negatives=negatives)
         if negatives != "shift":
@@ -63,16 +65,18 @@ def _arguments(operation: str, shape: tuple[int, ...], dtype: str, p: float, siz
 
 def _against_float64(operation, shape, dtype, p, implementation, *, negatives="clamp", masked=False, size=1.0) -> Iterator[dict[str, Any]]:
     arguments, cotangent = _arguments(operation, shape, dtype, p, size)
-    options: dict[str, Any] = {"negatives": negatives}
+    mask = None
     if masked:
-        options["mask"] = np.random.default_rng(1).random(shape[:2]) < 0.7
-        options["mask"][:, 0] = True
-    if size < 1:
-        options["eps"] = 1e-36
+        mask = np.random.default_rng(1).random(shape[:2]) < 0.7
+        mask[:, 0] = True
+    options = {"negatives": negatives, "eps": 1e-36 if size < 1 else 1e-6}
+
+    def result(name, arguments, cotangent):
+        return _numbers(_value_and_slopes(operation, implementation=name, **options)(arguments, mask, cotangent))
+
     with jax.enable_x64(True):
-        wide = [np.asarray(argument, np.float64) for argument in arguments]
-        exact = _value_and_slopes(_pool_of(operation, implementation="xla", **options), wide, np.asarray(cotangent, np.float64))
-    ours, plain = (_value_and_slopes(_pool_of(operation, implementation=name, **options), arguments, cotangent) for name in (implementation, "xla"))
+        exact = result("xla", [np.asarray(argument, np.float64) for argument in arguments], np.asarray(cotangent, np.float64))
+    ours, plain = result(implementation, arguments, cotangent), result("xla", arguments, cotangent)
     largest_p = 1.3 * p
     for i, name in enumerate(["value", "tokens", *(["scale", "bias"] if operation == "norm_ggem" else []), "p"]):
         allowed = ROUNDING[dtype] + (VALUE if name == "value" else SLOPE + SLOPE_PER_P * largest_p)
@@ -80,9 +84,20 @@ def _against_float64(operation, shape, dtype, p, implementation, *, negatives="c
         yield _row(operation, about | {"what": name}, _error(ours[i], exact[i]), allowed, _error(plain[i], exact[i]))
 
 
-def _value_and_slopes(pool: Callable, arguments: list[np.ndarray], cotangent: np.ndarray) -> list[np.ndarray]:
-    value, pull = jax.jit(lambda *arrays: jax.vjp(pool, *arrays))(*arguments)
-    return [np.asarray(array, np.float64) for array in (value, *pull(jnp.asarray(cotangent, value.dtype)))]
+@cache
+def _value_and_slopes(operation: str, **options) -> Callable:
+    """A program that is compiled once for each shape, whatever p."""
+
+    @jax.jit
+    def program(arguments, mask, cotangent):
+        value, pull = jax.vjp(_pool_of(operation, mask=mask, **options), *arguments)
+        return value, *pull(cotangent)
+
+    return program
+
+
+def _numbers(arrays) -> list[np.ndarray]:
+    return [np.asarray(array, np.float64) for array in arrays]
 
 
 def _error(ours: np.ndarray, exact: np.ndarray) -> float:
