@@ -27,6 +27,11 @@ INSIDE_GGEM_JAX = {
     "models.vit": {"pooling"},
     "optimizer": set(),
     "images": set(),
+    "retrieval.vectors": set(),
+    "retrieval.search": {"retrieval.vectors", "dispatch"},
+    "retrieval.rerank": {"retrieval.vectors", "retrieval.search"},
+    "retrieval.expansion": {"retrieval.vectors", "retrieval.search"},
+    "retrieval.metrics": set(),
 }
 
 FILES = [path for folder in ARROWS for path in sorted((ROOT / folder).rglob("*.py")) if "ggem_jax/kernels" not in path.as_posix()]

@@ -1,0 +1,121 @@
+"""How good a ranking is: average precision with ignored images, precision and recall at k. NumPy, in float64.
+
+Rankings are `(q, k)`, best first, ids from 0; each query has its own lists of ids. A ranking may be shorter than the database: what it does not reach
+counts as a miss.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Float, Int
+
+
+@dataclass(frozen=True)
+class Relevance:
+    """What a query should find, and what is neither right nor wrong."""
+
+    positive: Int[np.ndarray, " p"]
+    ignored: Int[np.ndarray, " i"]
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Of all queries; a query without positives has NaN and is left out of the means."""
+
+    average_precision: Float[np.ndarray, " q"]
+    precision_at: Float[np.ndarray, "q kappas"]
+    kappas: tuple[int, ...]
+
+    @property
+    def mean_average_precision(self) -> float:
+        return _mean(self.average_precision)
+
+    @property
+    def mean_precision_at(self) -> dict[int, float]:
+        return {kappa: _mean(self.precision_at[:, i]) for i, kappa in enumerate(self.kappas)}
+
+
+@dataclass(frozen=True)
+class Difficulty:
+    """The three lists of a query in the revisited Oxford and Paris ground truth."""
+
+    easy: Int[np.ndarray, " e"]
+    hard: Int[np.ndarray, " h"]
+    junk: Int[np.ndarray, " j"]
+
+
+SETUPS = {
+    "easy": lambda query: Relevance(query.easy, np.concatenate([query.junk, query.hard])),
+    "medium": lambda query: Relevance(np.concatenate([query.easy, query.hard]), query.junk),
+    "hard": lambda query: Relevance(query.hard, np.concatenate([query.junk, query.easy])),
+}
+
+
+def revisited(ids: Int[np.ndarray, "q k"], queries: Sequence[Difficulty], *, kappas: Sequence[int] = (1, 5, 10)) -> dict[str, Scores]:
+    """Scores of the set-ups easy, medium and hard.
+
+    Reference: Radenović et al., "Revisiting Oxford and Paris: Large-Scale Image Retrieval Benchmarking", CVPR 2018, arXiv:1803.11285.
+    """
+    return {name: scores(ids, [setup(query) for query in queries], kappas=kappas) for name, setup in SETUPS.items()}
+
+
+def scores(ids: Int[np.ndarray, "q k"], relevance: Sequence[Relevance], *, kappas: Sequence[int] = (1, 5, 10)) -> Scores:
+    """Average precision by the trapezoid rule, and precision at each of `kappas`, after the ignored images have been taken out.
+
+    Precision at kappa divides by min(kappa, rank of the last positive that was found), as the revisited protocol does. An id that appears twice in a
+    ranking, or a list that names one id as positive and as ignored, is a `ValueError`.
+    """
+    ids = np.asarray(ids)
+    if ids.ndim != 2 or len(ids) != len(relevance) or not np.issubdtype(ids.dtype, np.integer):
+        raise ValueError(f"ids must be whole numbers ({len(relevance)}, k), a row for each query, not {ids.dtype} of shape {ids.shape}")
+    kappas = tuple(int(kappa) for kappa in kappas)
+    if not kappas or min(kappas) < 1:
+        raise ValueError(f"kappas must be whole numbers of at least 1, not {kappas}")
+    ranks = [positive_ranks(row, query) for row, query in zip(ids, relevance, strict=True)]
+    counts = [len(np.unique(query.positive)) for query in relevance]
+    return Scores(
+        np.array([average_precision(found, count) for found, count in zip(ranks, counts, strict=True)]),
+        np.array([[precision(found, kappa) if count else np.nan for kappa in kappas] for found, count in zip(ranks, counts, strict=True)]),
+        kappas,
+    )
+
+
+def positive_ranks(ids: Int[np.ndarray, " k"], query: Relevance) -> Int[np.ndarray, " found"]:
+    """Ranks from 0 of the positives in a ranking out of which the ignored images have been taken."""
+    if len(np.unique(ids)) != len(ids):
+        raise ValueError("a ranking must have each id once")
+    if len(both := np.intersect1d(query.positive, query.ignored)):
+        raise ValueError(f"id {both[0]} is both positive and ignored")
+    kept = ids[~np.isin(ids, query.ignored)]
+    return np.flatnonzero(np.isin(kept, query.positive))
+
+
+def average_precision(ranks: Int[np.ndarray, " found"], positives: int) -> float:
+    """Area under precision over recall by the trapezoid rule: the mean of (j / r + (j + 1) / (r + 1)) / 2, r the rank of positive j, both from 0."""
+    if positives == 0:
+        return float("nan")
+    j = np.arange(len(ranks))
+    before = np.where(ranks == 0, 1.0, j / np.maximum(ranks, 1))
+    return float(np.sum((before + (j + 1) / (ranks + 1)) / 2) / positives)
+
+
+def precision(ranks: Int[np.ndarray, " found"], kappa: int) -> float:
+    """Positives among the first min(kappa, rank from 1 of the last positive found); 0 where none was found."""
+    if not len(ranks):
+        return 0.0
+    reach = min(kappa, int(ranks[-1]) + 1)
+    return float(np.sum(ranks < reach) / reach)
+
+
+def recall_at(ids: Int[np.ndarray, "q k"], relevance: Sequence[Relevance], *, kappas: Sequence[int] = (1, 5, 10)) -> Float[np.ndarray, "q kappas"]:
+    """Whether at least one positive is among the first kappa results, as place recognition and metric learning count; NaN without positives."""
+    found = [positive_ranks(row, query) for row, query in zip(np.asarray(ids), relevance, strict=True)]
+    return np.array(
+        [[float(np.any(ranks < kappa)) if len(query.positive) else np.nan for kappa in kappas] for ranks, query in zip(found, relevance, strict=True)]
+    )
+
+
+def _mean(values):
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else float("nan")

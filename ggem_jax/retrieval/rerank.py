@@ -1,0 +1,126 @@
+"""SuperGlobal's reranking: the candidates of a query refine each other, the best of them expand the query, and both score the candidates anew.
+
+Reference: Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", 2023, arXiv:2308.06954, and its code:
+github.com/ShihaoShao-GH/SuperGlobal.
+
+With candidates x_d, neighbours n_0 .. n_K of each (itself among them) and weights w, a refined candidate is sum_i w_i x_{n_i} / sum_i w_i. Its dot
+product with any vector is the same mean of dot products, so that no refined vector is written but the few that expand the query: the work is the
+matrix of all dot products between the candidates of a query, and little else.
+"""
+
+from functools import partial
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+from ggem_jax.retrieval.search import Precision, check_precision, similarity
+from ggem_jax.retrieval.vectors import Database, Ranking, ahead, checked_database, checked_queries, checked_ranking, on_device, ordered, taken
+
+Variant = Literal["code", "paper"]
+
+_GRAM_ROWS = 1024  # of the dot products between candidates, at a time
+
+
+def superglobal_rerank(
+    queries: Float[Array, "q d"],
+    database: Database,
+    ranking: Ranking,
+    *,
+    num_candidates: int = 400,
+    num_neighbors: int = 9,
+    beta: float = 0.15,
+    variant: Variant = "code",
+    precision: Precision = "float32",
+) -> Ranking:
+    """Orders the first `num_candidates` of each query anew; what follows them stays, with its first scores.
+
+    The database is an array, a store or a callback from ids to vectors, which is asked for the candidates alone. Memory is bounded by the candidates
+    of one query, so that there may be thousands of them. The result has the length of `ranking`; where that is shorter than `num_candidates`, all are
+    candidates, and where there are fewer than `num_neighbors` + 1 candidates, all are neighbours.
+
+    For each candidate d: its `num_neighbors` + 1 nearest candidates, the nearest (itself) with weight 1, others with `beta` times their similarity,
+    give the refined x_d; S1(d) = q . x_d. The maximum of the refined `num_neighbors` + 1 best by S1, channel by channel, is the expanded query e, and
+    S(d) = (S1(d) + e . x_d) / 2. The settings were found for landmarks and vectors of CVNet.
+
+    `variant="code"` is the published code. `"paper"` follows what is told of the paper where the two differ: the query takes part in the maximum, and
+    e meets the candidates as they were, not refined. Raises `ValueError` for shapes and values that do not fit.
+    """
+    queries = checked_queries(queries)
+    database = checked_database(database, queries.shape[1])
+    ranking = checked_ranking(ranking, queries, database)
+    for name, value, least in (("num_candidates", num_candidates, 1), ("num_neighbors", num_neighbors, 0)):
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
+    if variant not in get_args(Variant):
+        raise ValueError(f"variant must be one of {', '.join(get_args(Variant))}, not {variant!r}")
+    check_precision(precision)
+    m = min(int(num_candidates), ranking.ids.shape[1])
+    options: dict[str, Any] = {"num_neighbors": min(int(num_neighbors), m - 1), "variant": variant, "precision": precision}
+    if on_device(database):
+        return _reranked(queries, database, ranking, beta, m=m, **options)
+    dim = queries.shape[1]
+    candidates = ahead((ids, taken(database, ids, dim)) for ids in np.sort(np.asarray(ranking.ids[:, :m]), axis=1))
+    rows = [_one(query, vectors, ids, beta, **options) for query, (ids, vectors) in zip(queries, candidates, strict=True)]
+    return _with_rest(ranking, *map(jnp.stack, zip(*rows, strict=True)))
+
+
+@partial(jax.jit, static_argnames=("m", "num_neighbors", "variant", "precision"))
+def _reranked(queries, database, ranking, beta, *, m, **options):
+    def one(each):
+        query, ids = each
+        return _one(query, database[ids], ids, beta, **options)
+
+    return _with_rest(ranking, *lax.map(one, (queries, jnp.sort(ranking.ids[:, :m], axis=1))))
+
+
+def _with_rest(ranking, scores, ids):
+    m = ids.shape[1]
+    return Ranking(jnp.concatenate([scores, ranking.scores[:, m:]], axis=1), jnp.concatenate([ids, ranking.ids[:, m:]], axis=1))
+
+
+@partial(jax.jit, static_argnames=("num_neighbors", "variant", "precision"))
+def _one(query, candidates, ids, beta, *, num_neighbors, variant, precision):
+    """Scores and ids of one query, best first; `ids` ascend, so that the stable order of `top_k` puts the smaller of equals first."""
+    candidates = candidates.astype(jnp.float32)
+    neighbours, weights = neighbourhood(candidates, num_neighbors=num_neighbors, beta=beta, precision=precision)
+
+    def refined_dot(vector):
+        return jnp.sum(weights * _dot(candidates, vector, precision)[neighbours], axis=1)
+
+    s1 = refined_dot(query)
+    best = lax.top_k(ordered(s1), num_neighbors + 1)[1]
+    expanded = jnp.max(jnp.einsum("kn,knd->kd", weights[best], candidates[neighbours[best]], precision=lax.Precision.HIGHEST), axis=0)
+    if variant == "code":
+        s2 = refined_dot(expanded)
+    else:
+        s2 = _dot(candidates, jnp.maximum(expanded, query), precision)
+    scores = (s1 + s2) / 2
+    order = jnp.argsort(-ordered(scores), stable=True)
+    return scores[order], ids[order]
+
+
+def neighbourhood(
+    candidates: Float[Array, "m d"], *, num_neighbors: int, beta: float, precision: Precision = "float32"
+) -> tuple[Int[Array, "m k"], Float[Array, "m k"]]:
+    """The `num_neighbors` + 1 nearest candidates of each, nearest first, and their weights, which sum to 1."""
+    m = len(candidates)
+
+    def nearest(rows):
+        return lax.top_k(ordered(similarity(rows, candidates, precision)), num_neighbors + 1)
+
+    if m <= _GRAM_ROWS:
+        similarities, neighbours = nearest(candidates)
+    else:
+        blocks = -(-m // _GRAM_ROWS)
+        padded = jnp.pad(candidates, ((0, blocks * _GRAM_ROWS - m), (0, 0))).reshape(blocks, _GRAM_ROWS, -1)
+        similarities, neighbours = (a.reshape(-1, num_neighbors + 1)[:m] for a in lax.map(nearest, padded))
+    weights = (beta * similarities).at[:, 0].set(1.0)
+    return neighbours, weights / jnp.sum(weights, axis=1, keepdims=True)
+
+
+def _dot(candidates, vector, precision):
+    return similarity(candidates, vector[None], precision)[:, 0]

@@ -1,0 +1,158 @@
+"""Exact search: every query against every vector, block by block, in bounded memory."""
+
+from functools import partial, reduce
+from typing import Any, Literal, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float
+
+from ggem_jax.dispatch import varying_alike
+from ggem_jax.retrieval.vectors import (
+    Database,
+    Ranking,
+    ahead,
+    blocks_of,
+    checked_database,
+    checked_queries,
+    is_callback,
+    on_device,
+    ordered,
+    shape_of,
+)
+
+Precision = Literal["float32", "bfloat16"]
+
+_BLOCK_BYTES = 64 * 2**20  # of widened vectors and their scores: much more than a cache holds, little beside any memory
+_SUMMED = 512  # products in one sum: 2048 at once differ from float64 by 2e-6, in pieces of 512 by 5e-7 (unit vectors)
+_READ_BYTES = 128 * 2**20  # of vectors read at a time, two times: one is read while the other is searched
+
+
+def search(queries: Float[Array, "q d"], database: Database, *, k: int, precision: Precision = "float32", mesh: Mesh | None = None) -> Ranking:
+    """The `k` vectors with the largest dot product with each query, in order: exact search.
+
+    Queries are `(q, d)`; the database is an array `(n, d)` of JAX or NumPy (memory-mapped too) or a store, in float32, float16 or bfloat16, which is
+    widened block by block: memory is bounded whatever n. Equal scores are ordered by smaller id; a score that is not a number comes last.
+    With `mesh` all its devices share the rows. An array of JAX makes this a pure function, for use inside `jit`.
+
+    `precision="float32"` multiplies in full precision on every device; `"bfloat16"` rounds both sides to bfloat16 and adds in float32.
+    Raises `ValueError` for shapes and values that do not fit.
+    """
+    queries = checked_queries(queries)
+    database = checked_database(database, queries.shape[1])
+    if is_callback(database):
+        raise TypeError("search needs an array or a store: a callback cannot be asked for all vectors")
+    check_precision(precision)
+    n, _ = shape_of(database)
+    if not isinstance(k, int | np.integer) or isinstance(k, bool) or not 1 <= k <= n:
+        raise ValueError(f"k must be a whole number from 1 to the {n} rows of the database, not {k!r}")
+    options: dict[str, Any] = {"k": int(k), "precision": precision, "mesh": mesh}
+    if on_device(database):
+        return _found(queries, database, **options)
+    return _streamed(queries, database, **options)
+
+
+def check_precision(precision: str) -> None:
+    if precision not in get_args(Precision):
+        raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, not {precision!r}")
+
+
+def similarity(a: Float[Array, "*b m d"], b: Float[Array, "*b n d"], precision: Precision) -> Float[Array, "*b m n"]:
+    """All dot products, in float32. Long ones are summed in pieces: the rounding of float32 grows with the length of a sum."""
+    if precision == "bfloat16":
+        return jnp.einsum("...md,...nd->...mn", a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+    a, b = a.astype(jnp.float32), b.astype(jnp.float32)
+    pieces = [slice(start, start + _SUMMED) for start in range(0, a.shape[-1], _SUMMED)]
+    return reduce(jnp.add, [jnp.einsum("...md,...nd->...mn", a[..., piece], b[..., piece], precision=lax.Precision.HIGHEST) for piece in pieces])
+
+
+@partial(jax.jit, static_argnames=("k", "precision", "mesh"))
+def _found(queries, database, *, k, precision, mesh):
+    """Search in an array of JAX."""
+    if mesh is None or mesh.size == 1:
+        scores, ids = _best(queries, database, k, precision, first=0)
+    else:
+        n, share = len(database), -(-len(database) // mesh.size)
+        padded = jnp.pad(database, ((0, share * mesh.size - n), (0, 0)))
+        scores, ids = _over_devices(queries, padded, k, precision, mesh, first=0, end=n)
+    return Ranking(scores, ids)
+
+
+def _streamed(queries, database, *, k, precision, mesh):
+    """Search in vectors that are read block by block: the next one while the last one is searched."""
+    n, d = database.shape
+    devices = 1 if mesh is None else mesh.size
+    rows = max(_READ_BYTES // (2 * d), 1) // devices * devices or devices
+    rows = rows if rows < n else -(-n // devices) * devices
+    spread = None if mesh is None else NamedSharding(mesh, P(mesh.axis_names))
+    best = Ranking(jnp.full((len(queries), k), -jnp.inf), jnp.zeros((len(queries), k), jnp.int32))
+
+    def read(numbered):
+        start, block = numbered
+        if len(block) < rows:  # the last one: rows of zeros, which are not searched
+            return start, np.concatenate([block, np.zeros((rows - len(block), d), block.dtype)])
+        return start, np.array(block)  # which is when a mapped file is read
+
+    for start, block in ahead(map(read, blocks_of(database, rows))):
+        best = _absorb(best, queries, jax.device_put(block, spread), np.int32(start), np.int32(n), k=k, precision=precision, mesh=mesh)
+        jax.block_until_ready(best)  # so that no more than two blocks are in memory
+    return best
+
+
+@partial(jax.jit, static_argnames=("k", "precision", "mesh"))
+def _absorb(best, queries, block, first, end, *, k, precision, mesh):
+    most = min(k, len(block))
+    if mesh is None or mesh.size == 1:
+        found = _best(queries, block, most, precision, first, end)
+    else:
+        found = _over_devices(queries, block, most, precision, mesh, first, end)
+    return _merged(best, found, k)
+
+
+def _over_devices(queries, database, k, precision, mesh, first, end):
+    """Each device searches its rows, then all share what they found."""
+    axes = mesh.axis_names
+    share = len(database) // mesh.size
+
+    @partial(jax.shard_map, mesh=mesh, in_specs=(P(), P(axes), P(), P()), out_specs=P(None, axes))
+    def own(queries, rows, first, end):
+        begin = first + share * lax.axis_index(axes).astype(jnp.int32)
+        return _best(queries, rows, min(k, share), precision, begin, end)
+
+    scores, ids = own(queries, database, jnp.int32(first), jnp.int32(end))
+    top, at = lax.top_k(scores, k)  # stable, and devices stand in the order of their ids
+    return top, jnp.take_along_axis(ids, at, axis=1)
+
+
+def _best(queries, database, k, precision, first=0, end=None):
+    """The k best of the rows of an array, whose ids begin at `first`; ids from `end` on do not exist."""
+    (q, d), n = queries.shape, len(database)
+    rows = max(min(_BLOCK_BYTES // (4 * (d + 3 * q)), n), 1)
+
+    def block(best, i):
+        start = jnp.minimum(i * rows, n - rows)  # the last block reaches back, over rows that were searched
+        scores = ordered(similarity(queries, lax.dynamic_slice_in_dim(database, start, rows), precision))
+        at = start + jnp.arange(rows)
+        fresh = at >= i * rows
+        if end is not None:
+            fresh &= first + at < end
+        scores = jnp.where(fresh, scores, -jnp.inf)
+        top, position = lax.top_k(scores, min(k, rows))
+        return _merged(best, (top, (first + start + position).astype(jnp.int32)), k), None
+
+    scores, ids, *_ = varying_alike(jnp.full((q, k), -jnp.inf), jnp.zeros((q, k), jnp.int32), queries, database)
+    empty: Any = Ranking(scores, ids)  # type: ignore[arg-type]
+    if rows == n:
+        return block(empty, 0)[0]
+    return lax.scan(block, empty, jnp.arange(-(-n // rows)))[0]
+
+
+def _merged(best, found, k):
+    """The k best of two rankings; `lax.top_k` is stable, so that equal scores stay in the order of their ids."""
+    scores, ids = (jnp.concatenate(pair, axis=1) for pair in zip(best, found, strict=True))
+    top, at = lax.top_k(scores, k)
+    return Ranking(top, jnp.take_along_axis(ids, at, axis=1))

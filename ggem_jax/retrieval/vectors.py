@@ -1,0 +1,167 @@
+"""Where the vectors of a database come from, and what a ranking is.
+
+A database is an array `(n, d)` of JAX or NumPy (a memory-mapped file among them), a store, or a callback that returns the vectors of ids.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple, Protocol, TypeGuard, TypeVar, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, Int
+
+T = TypeVar("T")
+
+
+class Ranking(NamedTuple):
+    """The results of each query, best first; equal scores are ordered by smaller id."""
+
+    scores: Float[Array, "q k"]
+    ids: Int[Array, "q k"]
+
+
+@runtime_checkable
+class Store(Protocol):
+    """Vectors that need not be in memory: an open index, the shards of a vector database."""
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(n, d)."""
+
+    def take(self, ids: np.ndarray) -> np.ndarray:
+        """The vectors of `ids` `(m,)`, `(m, d)`."""
+
+    def blocks(self, rows: int) -> Iterator[tuple[int, np.ndarray]]:
+        """All vectors in the order of their ids, `rows` at a time and fewer at the end: the id of the first, and the vectors."""
+
+
+Callback = Callable[[np.ndarray], np.ndarray]  # ids (m,) -> vectors (m, d)
+Database = Float[Array, "n d"] | np.ndarray | Store | Callback
+
+
+def is_callback(database: Any) -> TypeGuard[Callback]:
+    """Whether the database is a function from ids to vectors, which can be asked for candidates but not searched."""
+    return callable(database) and not isinstance(database, Store)
+
+
+def on_device(database: Any) -> TypeGuard[jax.Array]:
+    """Whether the database is an array of JAX, whose search is one traceable function."""
+    return isinstance(database, jax.Array)
+
+
+def shape_of(database: Any) -> tuple[int, int]:
+    """(n, d) of an array or store."""
+    return database.shape
+
+
+def checked_queries(queries: Float[Array, "q d"]) -> Float[Array, "q d"]:
+    queries = jnp.asarray(queries)
+    if queries.ndim != 2 or 0 in queries.shape or not jnp.issubdtype(queries.dtype, jnp.floating):
+        raise ValueError(f"queries must be (q, d) of floating point with at least one of each, not {queries.dtype} of shape {queries.shape}")
+    return queries.astype(jnp.float32)
+
+
+def checked_database(database: Database, dim: int) -> Database:
+    """An array or store `(n, dim)` with at least one row; a callback as it is."""
+    if is_callback(database):
+        return database
+    if not isinstance(database, Store | np.ndarray | jax.Array):
+        raise TypeError(f"database must be an array (n, d), a store with shape, take and blocks, or a function of ids, not {type(database)}")
+    shape = tuple(database.shape)
+    if len(shape) != 2 or shape[0] == 0 or shape[1] != dim:
+        raise ValueError(f"database must be (n, {dim}) as the queries are, with n at least 1, not of shape {shape}")
+    if shape[0] >= 2**31:
+        raise ValueError(f"database must have fewer than 2^31 rows, not {shape[0]}")
+    if isinstance(database, np.ndarray | jax.Array) and not jnp.issubdtype(database.dtype, jnp.floating):
+        raise ValueError(f"database must be floating point, not {database.dtype}")
+    return database
+
+
+def checked_ranking(ranking: Ranking, queries: Float[Array, "q d"], database: Database) -> Ranking:
+    """Scores and ids `(q, k)`; ids are looked at unless they are traced."""
+    scores, ids = ranking
+    if np.ndim(ids) != 2 or np.shape(ids) != np.shape(scores) or np.shape(ids)[0] != len(queries) or np.shape(ids)[1] == 0:
+        raise ValueError(
+            f"ranking must have scores and ids of one shape ({len(queries)}, k) with k at least 1, not {np.shape(scores)} and {np.shape(ids)}"
+        )
+    if isinstance(ids, jax.core.Tracer):
+        return Ranking(jnp.asarray(scores, jnp.float32), ids)
+    known = np.asarray(ids)
+    if not np.issubdtype(known.dtype, np.integer):
+        raise ValueError(f"the ids of a ranking must be whole numbers, not {known.dtype}")
+    least, most = int(known.min()), int(known.max())
+    limit = 2**31 if is_callback(database) else shape_of(database)[0]
+    if least < 0 or most >= limit:
+        raise ValueError(f"the ids of a ranking must be from 0 to {limit - 1}, not from {least} to {most}")
+    ascending = np.sort(known, axis=1)
+    twice = np.any(ascending[:, 1:] == ascending[:, :-1], axis=1)
+    if twice.any():
+        query = int(np.argmax(twice))
+        raise ValueError(f"a ranking must have each id once for each query; query {query} has one twice")
+    return Ranking(jnp.asarray(scores, jnp.float32), jnp.asarray(known, jnp.int32))
+
+
+def taken(database: Database, ids: Int[np.ndarray | Array, "..."], dim: int) -> np.ndarray:
+    """The vectors of ids of any shape, `(..., dim)`, in memory."""
+    flat = np.asarray(ids).reshape(-1)
+    if isinstance(database, np.ndarray | jax.Array):
+        vectors = np.asarray(database[flat])
+    else:
+        vectors = np.asarray(database.take(flat) if isinstance(database, Store) else database(flat))
+    if vectors.shape != (len(flat), dim):
+        raise ValueError(f"the database must return {dim} numbers for each of {len(flat)} ids, {(len(flat), dim)}, not {vectors.shape}")
+    return vectors.reshape(*np.shape(ids), dim)
+
+
+def blocks_of(database: np.ndarray | Store, rows: int) -> Iterator[tuple[int, np.ndarray]]:
+    """All vectors in blocks, as a store gives them."""
+    if isinstance(database, Store):
+        return database.blocks(rows)
+    return ((start, database[start : start + rows]) for start in range(0, len(database), rows))
+
+
+def ordered(scores: Float[Array, "... m"]) -> Float[Array, "... m"]:
+    """Scores that compare as numbers do: one zero, and what is not a number below everything else."""
+    scores = jnp.where(scores == 0, 0, scores)
+    return jnp.maximum(jnp.where(jnp.isnan(scores), -jnp.inf, scores), jnp.finfo(scores.dtype).min)
+
+
+def ahead(items: Iterable[T], size: int = 1) -> Iterator[T]:
+    """The same items, made by another thread while the last ones are worked on."""
+    made: queue.Queue = queue.Queue(size)
+    stop, end = threading.Event(), object()
+
+    def put(item) -> bool:
+        while not stop.is_set():
+            try:
+                made.put(item, timeout=0.1)
+                return True
+            except queue.Full:
+                continue
+        return False
+
+    def work() -> None:
+        try:
+            for item in items:
+                if not put((item, None)):
+                    return
+            put((end, None))
+        except BaseException as error:
+            put((end, error))
+
+    thread = threading.Thread(target=work, daemon=True)
+    thread.start()
+    try:
+        while True:
+            item, error = made.get()
+            if error is not None:
+                raise error
+            if item is end:
+                return
+            yield item
+    finally:
+        stop.set()
+        thread.join()

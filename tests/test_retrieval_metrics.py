@@ -1,0 +1,112 @@
+"""Average precision and precision at k against hand-worked cases and a slow implementation of the protocol."""
+
+import json
+
+import numpy as np
+import pytest
+
+from ggem_jax.retrieval.metrics import Difficulty, Relevance, average_precision, recall_at, revisited, scores
+
+
+def slowly(ids, positive, ignored, kappas):
+    """The protocol as it is told: walk down the list, skip what is ignored, note precision before and after each hit."""
+    hits, seen, area, last = 0, 0, 0.0, None
+    precision_at, flags = [], []
+    for i in ids:
+        if i in ignored:
+            continue
+        if i in positive:
+            before = hits / seen if seen else 1.0
+            hits += 1
+            area += (before + hits / (seen + 1)) / 2
+            last = seen + 1
+        flags.append(i in positive)
+        seen += 1
+    for kappa in kappas:
+        reach = min(kappa, last) if last else 1
+        precision_at.append(sum(flags[:reach]) / reach if last else 0.0)
+    return (area / len(positive), precision_at) if positive else (float("nan"), [float("nan")] * len(kappas))
+
+
+def test_worked_by_hand():
+    """Hits at ranks 0 and 3 of two: ((1 + 1) / 2 + (1/3 + 2/4) / 2) / 2 = 17 / 24."""
+    assert average_precision(np.array([0, 3]), 2) == pytest.approx(17 / 24, abs=1e-15)
+    found = scores(np.array([[7, 1, 2, 9, 4]]), [Relevance(np.array([7, 4]), np.array([1]))], kappas=(1, 2, 10))
+    # without the ignored 1: 7, 2, 9, 4: hits at ranks 0 and 3 again; the last positive has rank 4, which is what 10 divides by
+    assert found.mean_average_precision == pytest.approx(17 / 24, abs=1e-15)
+    assert found.mean_precision_at == {1: 1.0, 2: 0.5, 10: 0.5}
+
+
+def test_a_short_ranking_misses_what_it_does_not_reach():
+    found = scores(np.array([[3, 0]]), [Relevance(np.array([3, 5]), np.array([], int))])
+    assert found.mean_average_precision == pytest.approx(0.5)
+    assert scores(np.array([[1, 0]]), [Relevance(np.array([5]), np.array([], int))]).mean_precision_at == {1: 0.0, 5: 0.0, 10: 0.0}
+
+
+def test_a_query_without_positives_is_left_out():
+    found = scores(np.array([[0, 1], [0, 1]]), [Relevance(np.array([0]), np.array([], int)), Relevance(np.array([], int), np.array([1]))])
+    assert np.isnan(found.average_precision[1])
+    assert found.mean_average_precision == 1.0
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_agrees_with_the_slow_walk(seed):
+    rng = np.random.default_rng(seed)
+    n, queries, kappas = 90, 12, (1, 5, 10, 1000)
+    lists = [np.array_split(rng.permutation(n)[: rng.integers(0, 40)], np.sort(rng.integers(0, 20, 2))) for _ in range(queries)]
+    ids = np.stack([rng.permutation(n)[:70] for _ in range(queries)])
+    found = revisited(ids, [Difficulty(*three) for three in lists], kappas=kappas)
+    for name, own in found.items():
+        for i, (easy, hard, junk) in enumerate(lists):
+            positive = {"easy": easy, "medium": np.concatenate([easy, hard]), "hard": hard}[name]
+            ignored = {"easy": np.concatenate([junk, hard]), "medium": junk, "hard": np.concatenate([junk, easy])}[name]
+            area, precision_at = slowly(ids[i], set(positive.tolist()), set(ignored.tolist()), kappas)
+            np.testing.assert_allclose(own.average_precision[i], area, atol=1e-12)
+            np.testing.assert_allclose(own.precision_at[i], precision_at, atol=1e-12)
+
+
+@pytest.mark.golden
+@pytest.mark.parametrize("name", ["roxford5k", "rparis6k"])
+def test_agrees_with_the_slow_walk_on_the_real_ground_truth(name, shared):
+    """Rankings that are simulated: positives are drawn towards the front."""
+    folder = shared / "data" / "revisitop"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent")
+    truth = json.loads((folder / f"gnd_{name}.json").read_text())
+    rng, n, kappas = np.random.default_rng(0), len(truth["imlist"]), (1, 5, 10)
+    queries = [Difficulty(*(np.array(query[kind], int) for kind in ("easy", "hard", "junk"))) for query in truth["gnd"]]
+    ids = []
+    for query in queries:
+        score = rng.normal(size=n)
+        score[query.easy] += 3
+        score[query.hard] += 1.5
+        score[query.junk] += 2
+        ids.append(np.argsort(-score))
+    found = revisited(np.stack(ids), queries, kappas=kappas)
+    for i, query in enumerate(queries):
+        lists = {
+            "easy": (query.easy, [*query.junk, *query.hard]), "medium": ([*query.easy, *query.hard], query.junk),
+            "hard": (query.hard, [*query.junk, *query.easy]),
+        }  # fmt: skip
+        for setup, (positive, ignored) in lists.items():
+            area, precision_at = slowly(ids[i].tolist(), set(map(int, positive)), set(map(int, ignored)), kappas)
+            np.testing.assert_allclose(found[setup].average_precision[i], area, atol=1e-12)
+            np.testing.assert_allclose(found[setup].precision_at[i], precision_at, atol=1e-12)
+    assert found["easy"].mean_average_precision > found["medium"].mean_average_precision > found["hard"].mean_average_precision > 0
+
+
+def test_recall_at():
+    relevance = [Relevance(np.array([4]), np.array([], int)), Relevance(np.array([0, 1]), np.array([2]))]
+    assert recall_at(np.array([[3, 4, 0], [2, 1, 0]]), relevance, kappas=(1, 2)).tolist() == [[0, 1], [1, 1]]
+
+
+def test_refuses():
+    nothing = np.array([], int)
+    with pytest.raises(ValueError, match="each id once"):
+        scores(np.array([[1, 1]]), [Relevance(np.array([1]), nothing)])
+    with pytest.raises(ValueError, match="id 1 is both positive and ignored"):
+        scores(np.array([[1, 2]]), [Relevance(np.array([1]), np.array([1]))])
+    with pytest.raises(ValueError, match="a row for each query"):
+        scores(np.array([[1, 2]]), [])
+    with pytest.raises(ValueError, match="kappas"):
+        scores(np.array([[1, 2]]), [Relevance(np.array([1]), nothing)], kappas=())
