@@ -1,0 +1,1 @@
+"""Image retrieval: pictures -> descriptors -> index -> ranking."""
