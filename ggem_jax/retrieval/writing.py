@@ -80,11 +80,11 @@ def written(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
-    """Keeps other writers out, and removes what nobody needs: before, what a killed writer left, and after a failure, what was half written."""
+    """Keeps other writers out, and removes what nobody needs: what a killed writer left, then what was half written or has been replaced."""
     made = new and not folder.exists()
-    if not new:
+    if not new or (folder / INDEX).exists():
         facts_of(folder)
-    elif not made and not (folder / INDEX).exists() and not is_unfinished(folder):
+    elif not made and not is_unfinished(folder):
         raise IndexRefused(f"{folder} exists and is not an index: choose another path, nothing is overwritten")
     with contextlib.ExitStack() as stack:
         with written(folder):
@@ -94,14 +94,13 @@ def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
             _tidy(folder)
         try:
             yield
-        except BaseException:
-            with contextlib.suppress(OSError, sqlite3.Error, IndexRefused):
+        finally:
+            with contextlib.suppress(OSError, sqlite3.Error, IndexRefused):  # otherwise the next writer does it
                 _tidy(folder)
-                if not (folder / INDEX).exists() and {*os.listdir(folder)} == {LOCK}:  # nothing was begun
+                if set(os.listdir(folder)) == {LOCK}:  # nothing was begun
                     (folder / LOCK).unlink()
                     if made:
                         folder.rmdir()
-            raise
 
 
 @contextlib.contextmanager
@@ -137,6 +136,8 @@ def _tidy(folder: Path) -> None:
 def _usable_shards(pending: sqlite3.Connection, folder: Path) -> set[int]:
     if pending.execute("PRAGMA integrity_check(1)").fetchone()[0] != "ok":
         raise Damaged("its structure is broken")
+    if not pending.execute("SELECT 1 FROM images").fetchone():
+        raise Damaged("there is nothing in it")
     facts = read_facts(pending, folder / PENDING)
     lost = [(flaw.id,) for flaw in flaws(pending, folder, facts, PENDING)]
     pending.executemany("DELETE FROM images WHERE id = ?", lost)
@@ -180,7 +181,6 @@ def update(
         if changes:
             publish(folder, work.facts, [path for _, path in sorted(work.chosen)], gone, lost)
         _drop_pending(folder)
-        _tidy(folder)
     return report
 
 
@@ -242,6 +242,7 @@ class _Work:
 
     def run(self, listing: Listing, extract: Extract, workers: int, on_progress: OnProgress | None) -> Report:
         unchanged, unread = 0, []
+        self.skipped += listing.skipped
         for number, file in enumerate(listing.files):
             name = os.fsencode(file.path)
             before, extracted = self._entry(self.committed, name), self._entry(self.pending, name)
