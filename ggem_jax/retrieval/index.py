@@ -121,9 +121,9 @@ class Index:
                     refuse_other_settings(folder, facts.settings, settings)
                 rows = database.execute("SELECT path, shard, row FROM images ORDER BY id").fetchall()
                 numbers = {shard: number for number, shard in enumerate(facts.shards)}
-                paths = [os.fsdecode(name) for name, _, _ in rows]
-                shard = np.array([numbers[shard] for _, shard, _ in rows], np.int32)
-                row = np.array([row for _, _, row in rows], np.int32)
+                names, of_shard, of_row = zip(*rows, strict=True) if rows else ((), (), ())
+                paths = list(map(os.fsdecode, names))
+                shard, row = np.array([numbers[shard] for shard in of_shard], np.int32), np.array(of_row, np.int32)
                 if len(rows) != facts.count or (row < 0).any() or (row >= np.array([*facts.shards.values(), 0])[shard]).any():
                     raise ValueError("its entries have been altered")
             try:

@@ -187,7 +187,7 @@ def mapped(folder: Path, shard: int, facts: Facts) -> np.ndarray:
             raise Damaged(f"is {'truncated' if there < expected else 'too long'} ({there} bytes where {expected} are expected)")
         if handle.read(len(header)) != header:
             raise Damaged("has an altered header")
-        return np.memmap(handle, facts.stored(), "r", len(header), (rows, facts.dim))
+        return np.asarray(np.memmap(handle, facts.stored(), "r", len(header), (rows, facts.dim)))  # indexing np.memmap itself is slow
 
 
 def _npy_header(rows: int, facts: Facts) -> bytes:

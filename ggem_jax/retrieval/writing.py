@@ -124,7 +124,7 @@ def _tidy(folder: Path) -> None:
             with contextlib.closing(writable(folder / PENDING)) as database:
                 kept |= _usable_shards(database, folder)
         except (Damaged, sqlite3.DatabaseError) as error:
-            if isinstance(error, sqlite3.DatabaseError) and error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
                 raise  # a full disk, say: nothing is wrong with the file
             _drop_pending(folder)
     names = {shard_file(folder, shard).name for shard in kept}
@@ -160,6 +160,7 @@ def update(
             f"there is no picture ({' '.join(EXTENSIONS)}) in {Path(wanted.root) / start}{first}: is it the right folder, and is its disk there?"
         )
     with contextlib.ExitStack() as stack:
+        stack.enter_context(_read(folder))
         committed, lost = None, set[int]()
         if not new:
             committed = stack.enter_context(contextlib.closing(connected(folder / INDEX, "mode=ro&immutable=1")))
@@ -182,6 +183,15 @@ def update(
             publish(folder, work.facts, [path for _, path in sorted(work.chosen)], gone, lost)
         _drop_pending(folder)
     return report
+
+
+@contextlib.contextmanager
+def _read(folder: Path) -> Iterator[None]:
+    """Tells that SQLite cannot read its file in one sentence; errors of the extractor pass."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise Damaged(f"{folder / INDEX} is damaged ({error}): put a copy in its place, or build the index again in another folder") from error
 
 
 def _lost(committed: sqlite3.Connection, folder: Path, facts: Facts) -> set[int]:
