@@ -28,10 +28,14 @@ INSIDE_GGEM_JAX = {
     "optimizer": set(),
     "images": set(),
     "retrieval.vectors": set(),
-    "retrieval.search": {"retrieval.vectors", "dispatch"},
-    "retrieval.rerank": {"retrieval.vectors", "retrieval.search"},
-    "retrieval.expansion": {"retrieval.vectors", "retrieval.search"},
+    "retrieval.exact_search": {"retrieval.vectors", "dispatch"},
+    "retrieval.rerank": {"retrieval.vectors", "retrieval.exact_search"},
+    "retrieval.expansion": {"retrieval.vectors", "retrieval.exact_search"},
     "retrieval.metrics": set(),
+    "retrieval.folder": {"images"},
+    "retrieval.store": {"retrieval.folder"},
+    "retrieval.writing": {"images", "retrieval.folder", "retrieval.store"},
+    "retrieval.index": {"retrieval.folder", "retrieval.store", "retrieval.writing"},
 }
 
 FILES = [path for folder in ARROWS for path in sorted((ROOT / folder).rglob("*.py")) if "ggem_jax/kernels" not in path.as_posix()]
@@ -85,6 +89,12 @@ from jax._src import xla_bridge
 print(xla_bridge.backends_are_initialized(), [name for name in {HEAVY} if name in sys.modules])"""
     run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert (run.stdout.strip(), run.stderr) == ("False []", "")
+
+
+def test_the_index_loads_no_jax():
+    code = "import sys, ggem_jax.retrieval.index; print([name for name in ('jax', 'flax') if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert (run.stdout.strip(), run.stderr) == ("[]", "")
 
 
 def test_an_installed_package_called_kernels_wins_over_our_folder(tmp_path):

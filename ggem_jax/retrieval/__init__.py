@@ -1,12 +1,17 @@
-"""Image retrieval with global descriptors: search, reranking, and an index of pictures.
+"""Image retrieval with global descriptors: pictures -> descriptors -> index -> ranking -> reranked ranking.
 
-Descriptors are `(num_images, dim)`, usually unit vectors; ids number the rows of a database; a ranking is `(num_queries, k)`, best first.
+Descriptors are `(num_images, dim)`, usually unit vectors; ids number the rows of a database; a ranking is `(num_queries, k)`, best first. What is named
+here is loaded when it is asked for, so that the tool starts without JAX.
 """
 
-from ggem_jax.retrieval.expansion import alpha_query_expansion, augment_database, average_query_expansion, database_augmentation
-from ggem_jax.retrieval.rerank import superglobal_rerank
-from ggem_jax.retrieval.search import search
-from ggem_jax.retrieval.vectors import Ranking
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ggem_jax.retrieval.exact_search import search
+    from ggem_jax.retrieval.expansion import alpha_query_expansion, augment_database, average_query_expansion, database_augmentation
+    from ggem_jax.retrieval.rerank import superglobal_rerank
+    from ggem_jax.retrieval.vectors import Ranking
 
 __all__ = [
     "Ranking",
@@ -17,3 +22,21 @@ __all__ = [
     "search",
     "superglobal_rerank",
 ]
+
+_MODULES = {
+    "Ranking": "vectors",
+    "alpha_query_expansion": "expansion",
+    "augment_database": "expansion",
+    "average_query_expansion": "expansion",
+    "database_augmentation": "expansion",
+    "search": "exact_search",
+    "superglobal_rerank": "rerank",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{_MODULES[name]}"), name)
+    globals()[name] = value
+    return value

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float
 
-from ggem_jax.retrieval.search import Precision, check_precision, search, similarity
+from ggem_jax.retrieval.exact_search import Precision, check_precision, search, similarity
 from ggem_jax.retrieval.vectors import (
     Database,
     Ranking,

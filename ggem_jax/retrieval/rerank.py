@@ -17,7 +17,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from ggem_jax.retrieval.search import Precision, check_precision, similarity
+from ggem_jax.retrieval.exact_search import Precision, check_precision, similarity
 from ggem_jax.retrieval.vectors import Database, Ranking, ahead, checked_database, checked_queries, checked_ranking, on_device, ordered, taken
 
 Variant = Literal["code", "paper"]
