@@ -1,11 +1,13 @@
 """Pictures: files -> `(height, width, 3)` uint8 arrays in RGB. Needs Pillow (the extra `train`)."""
 
 import io
+import math
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import UInt8
+from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -17,6 +19,9 @@ _UNREADABLE = (
 )  # fmt: skip
 
 RGB = UInt8[np.ndarray, "h w 3"]
+
+IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of the channels, in [0, 1], as in torchvision and timm
+IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class UnreadableImage(ValueError):
@@ -38,6 +43,24 @@ def read_image(source: Path | bytes, *, name: str | None = None) -> RGB:
             return np.asarray(picture.convert("RGB"))
     except _UNREADABLE as error:
         raise UnreadableImage(f"{name or (source if isinstance(source, Path) else 'the image')} is not a readable picture: {error}") from None
+
+
+def crop(image: RGB, box: Sequence[float]) -> RGB:
+    """Cuts out the box (x1, y1, x2, y2), in pixels, each coordinate cut to a whole number and what lies outside the picture left out."""
+    if len(box) != 4 or not all(math.isfinite(coordinate) for coordinate in box):
+        raise ValueError(f"a box must be four numbers, x1, y1, x2, y2, not {box!r}")
+    height, width = image.shape[:2]
+    x1, y1, x2, y2 = (min(max(int(coordinate), 0), length) for coordinate, length in zip(box, (width, height) * 2, strict=True))
+    if x1 >= x2 or y1 >= y2:
+        raise ValueError(f"nothing of the picture of {width} x {height} pixels is inside the box {', '.join(f'{float(each):g}' for each in box)}")
+    return image[y1:y2, x1:x2]
+
+
+def normalise(image: RGB, *, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Float32[np.ndarray, "h w 3"]:
+    """(pixel / 255 - mean) / std of each channel, in float32: what networks take."""
+    if image.dtype != np.uint8 or image.shape[-1:] != (3,):
+        raise ValueError(f"image must be uint8 (..., h, w, 3), not {image.dtype} of shape {image.shape}")
+    return (image.astype(np.float32) / np.float32(255) - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
 
 
 def resize(image: RGB, height: int, width: int) -> RGB:

@@ -38,6 +38,7 @@ Negatives = Literal["clamp", "abs", "shift", "signed"]
 Layout = Literal["contiguous", "interleaved"]
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)  # CPUs and GPUs round smaller numbers to zero, whose logarithm is no number
+_LEAST_EPS = 1e-36  # the smallest that _check_rule lets through
 _NO_MEAN = 1e-30  # a mean of signed powers this far below the largest of them is rounding
 
 
@@ -188,6 +189,40 @@ def superglobal_pool(
     options: Any = {"regional_p": float(regional_p), "window": int(window), "p": float(p), "eps": float(eps)}
     (pooled,) = dispatched(implementation, partial(fused.superglobal, **options), partial(_superglobal, **options), feature_map)
     return pooled.astype(feature_map.dtype)
+
+
+def scale_gem(descriptors: Float[Array, "scales *b d"], *, p: float = np.inf) -> Float[Array, "*b d"]:
+    """Scale GeM: joins the descriptors of one image at several scales, the scales along the first axis.
+
+    With p = infinity each descriptor is L2-normalised and the largest of each channel taken, signs included. With a finite p nothing is normalised:
+    (mean_s (x_s - m)^p)^(1/p) + m with m the minimum over the whole array, which makes a result depend on the other images in it. Both as in
+    the official code. The result is not normalised.
+
+    Reference: Shao et al., 2023, arXiv:2308.06954, and its code: github.com/ShihaoShao-GH/SuperGlobal.
+    """
+    descriptors = jnp.asarray(descriptors)
+    if not jnp.issubdtype(descriptors.dtype, jnp.floating):
+        raise TypeError(f"descriptors must be floating point, not {descriptors.dtype}")
+    if descriptors.ndim < 2 or 0 in (descriptors.shape[0], descriptors.shape[-1]):
+        raise ValueError(f"descriptors must be (scales, ..., d) with at least one scale and one channel, not of shape {descriptors.shape}")
+    x = _widened(descriptors)
+    if isinstance(p, int | float | np.number) and p == np.inf:
+        return jnp.max(l2_normalize(x), axis=0).astype(descriptors.dtype)
+    _check_exponent(p, "p")
+    lowest = jnp.min(x, initial=jnp.inf)
+    above = jnp.moveaxis(x - lowest, 0, -2)
+    powers = jnp.full(x.shape[-1], p, x.dtype)
+    return (_power_pool(above, powers, None, _LEAST_EPS, "clamp", "xla") + lowest).astype(descriptors.dtype)
+
+
+def l2_normalize(descriptors: Float[Array, "*b d"], *, eps: float = 1e-12) -> Float[Array, "*b d"]:
+    """x / max(|x|, eps), in float32; no length overflows or underflows on the way, and the gradient of a zero vector is finite."""
+    descriptors = jnp.asarray(descriptors)
+    x = _widened(descriptors)
+    largest = lax.stop_gradient(jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), _TINY))
+    squares = jnp.sum(jnp.square(x / largest), axis=-1, keepdims=True)
+    length = largest * jnp.sqrt(jnp.maximum(squares, _TINY))
+    return (x / jnp.maximum(length, eps)).astype(descriptors.dtype)
 
 
 def spread_over_channels(p: Float[Array, " groups"], channels: int, *, layout: Layout = "contiguous") -> Float[Array, " channels"]:
@@ -420,7 +455,7 @@ def _checked_map(feature_map, window):
 def _check_rule(eps, negatives):
     if negatives not in get_args(Negatives):
         raise ValueError(f"negatives must be one of {', '.join(get_args(Negatives))}, not {negatives!r}")
-    if not (isinstance(eps, int | float | np.number) and 1e-36 <= eps <= 1e36):
+    if not (isinstance(eps, int | float | np.number) and _LEAST_EPS <= eps <= 1e36):
         raise ValueError(f"eps must be a Python number from 1e-36 to 1e36, not {eps!r}")
 
 

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
+SHARED = Path(os.environ.get("GGEM_SHARED", ROOT / ".." / "shared")).resolve()
 
 chex.set_n_cpu_devices(8)
 
@@ -23,7 +24,7 @@ TINY = [
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The root of the golden and real data; a test skips only where its own folder is absent."""
-    return Path(os.environ.get("GGEM_SHARED", ROOT / ".." / "shared")).resolve()
+    return SHARED
 
 
 @pytest.fixture(scope="session")

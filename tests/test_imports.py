@@ -25,6 +25,9 @@ INSIDE_GGEM_JAX = {
     "fused": {"dispatch", "kernels"},
     "dispatch": {"kernels"},
     "models.vit": {"pooling"},
+    "models.resnet": {"pooling"},
+    "scales": set(),
+    "superglobal": {"models.resnet", "pooling", "scales"},
     "optimizer": set(),
     "images": set(),
     "retrieval.vectors": set(),
@@ -36,6 +39,13 @@ INSIDE_GGEM_JAX = {
     "retrieval.store": {"retrieval.folder"},
     "retrieval.writing": {"images", "retrieval.folder", "retrieval.store"},
     "retrieval.index": {"retrieval.folder", "retrieval.store", "retrieval.writing"},
+    "weights.errors": set(),
+    "weights.files": set(),
+    "weights.pickles": {"weights.errors"},
+    "weights.torch_files": {"weights.errors", "weights.files", "weights.pickles"},
+    "weights.safetensors_files": {"weights.errors", "weights.files"},
+    "weights.convert": {"weights.errors"},
+    "weights.cvnet": {"weights.convert", "weights.errors", "weights.safetensors_files", "weights.torch_files"},
 }
 
 FILES = [path for folder in ARROWS for path in sorted((ROOT / folder).rglob("*.py")) if "ggem_jax/kernels" not in path.as_posix()]
@@ -79,10 +89,13 @@ def test_imports_inside_kernels_are_relative(path):
     assert not any(name.partition(".")[0] in ("kernels", "ggem_jax") for name in absolute_names(path))
 
 
-HEAVY = ["triton", "jax_triton", "torch", "tensorflow", "tensorflow_datasets", "orbax", "grain", "matplotlib"]
+HEAVY = ["safetensors", "triton", "jax_triton", "torch", "tensorflow", "tensorflow_datasets", "orbax", "grain", "matplotlib"]
 
 
-@pytest.mark.parametrize("package", ["ggem_jax", "ggem_jax.pooling", "ggem_jax.models.vit", "ggem_jax.optimizer", "neupims", "neupims.workload"])
+LIGHT = ["ggem_jax", "ggem_jax.pooling", "ggem_jax.models.vit", "ggem_jax.optimizer", "ggem_jax.superglobal", "ggem_jax.weights"]
+
+
+@pytest.mark.parametrize("package", [*LIGHT, "neupims", "neupims.workload"])
 def test_import_starts_no_device_and_loads_nothing_heavy(package):
     code = f"""import sys, {package}
 from jax._src import xla_bridge

@@ -10,7 +10,17 @@ import pytest
 from flax import linen as nn
 
 from ggem_jax.models.vit import GGeM, ViT, ViTConfig
-from ggem_jax.pooling import avg_pool, gem_pool, ggem_pool, norm_ggem_pool, regional_gem, relup, superglobal_pool
+from ggem_jax.pooling import (
+    avg_pool,
+    gem_pool,
+    ggem_pool,
+    l2_normalize,
+    norm_ggem_pool,
+    regional_gem,
+    relup,
+    scale_gem,
+    superglobal_pool,
+)
 
 
 def windowed(x, p, window):
@@ -91,6 +101,51 @@ def test_relup():
     np.testing.assert_array_equal(relup(jnp.array([-1.0, 1.0]), alpha=0.0), jnp.array([0.0, 1.0]))
 
 
+def test_scale_gem_by_hand():
+    """The larger of the unit vectors (0.6, -0.8) and (-1, 0); with p = 2 and the minimum -4: sqrt((7^2 + 1^2) / 2) - 4, sqrt((0 + 4^2) / 2) - 4."""
+    scales = jnp.array([[3.0, -4.0], [-3.0, 0.0]])
+    np.testing.assert_allclose(scale_gem(scales), [0.6, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(scale_gem(scales, p=2.0), [1.0, 8**0.5 - 4], rtol=1e-6)
+
+
+@pytest.mark.parametrize("p", [1.0, 3.0, 10.0, 300.0])
+@pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
+def test_scale_gem_equals_the_float64_definition(p, scale):
+    x = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
+    lowest = x.astype(np.float64).min()
+    want = np.mean((x.astype(np.float64) - lowest) ** p, axis=0) ** (1 / p) + lowest
+    np.testing.assert_allclose(scale_gem(x * np.float32(scale), p=p) / scale, want, rtol=0, atol=2e-6 * np.abs(want).max())
+
+
+@pytest.mark.parametrize("p", [np.inf, 1.0, 10.0, 1000.0])
+def test_scale_gem_has_finite_gradients_and_takes_any_leading_axes(p):
+    x = jax.random.normal(jax.random.key(0), (3, 2, 4, 6)).at[1, 0, 0].set(0.0)
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(scale_gem(x, p=p)))))(x)
+    chex.assert_tree_all_finite(gradient)
+    assert np.abs(gradient).max() > 0
+    np.testing.assert_allclose(scale_gem(x, p=p), scale_gem(x.reshape(3, 8, 6), p=p).reshape(2, 4, 6), rtol=1e-6)
+    order = scale_gem(x[jnp.array([2, 0, 1])], p=p)
+    np.testing.assert_allclose(order, scale_gem(x, p=p), rtol=2e-6, atol=2e-6)
+    assert scale_gem(x.astype(jnp.bfloat16), p=p).dtype == jnp.bfloat16
+
+
+def test_scale_gem_of_one_scale():
+    x = jax.random.normal(jax.random.key(0), (1, 4, 6))
+    np.testing.assert_allclose(scale_gem(x), l2_normalize(x[0]), rtol=1e-6)
+    np.testing.assert_allclose(scale_gem(x, p=7.0), x[0], atol=1e-6)
+    assert scale_gem(jnp.zeros((3, 0, 6)), p=3.0).shape == (0, 6)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
+def test_unit_vectors_of_any_length(scale):
+    x = jax.random.normal(jax.random.key(0), (5, 7)) * scale
+    got = l2_normalize(x, eps=1e-36)
+    np.testing.assert_allclose(jnp.linalg.norm(got, axis=-1), 1, rtol=1e-6)
+    assert not np.asarray(l2_normalize(jnp.zeros((2, 3)))).any()
+    np.testing.assert_allclose(l2_normalize(jnp.full((1, 4), 1e-13)), 0.1, rtol=1e-5)  # shorter than eps: divided by it
+    chex.assert_tree_all_finite(jax.grad(lambda x: l2_normalize(x).sum())(jnp.zeros((2, 3))))
+
+
 @pytest.mark.parametrize("negatives", ["clamp", "abs", "shift", "signed"])
 @pytest.mark.parametrize("masked", [False, True])
 def test_norm_ggem_is_flax_layer_norm_then_ggem(negatives, masked):
@@ -146,6 +201,10 @@ REFUSED = {
     "integer map": (TypeError, "feature_map must be floating point", lambda: regional_gem(MAP.astype(int))),
     "exponent": (ValueError, "regional_p must be a positive Python number, not 0", lambda: superglobal_pool(MAP, regional_p=0)),
     "array exponent": (ValueError, "p must be a positive Python number", lambda: regional_gem(MAP, p=np.ones(2))),
+    "no scales": (ValueError, r"descriptors must be \(scales, \.\.\., d\)", lambda: scale_gem(np.ones((0, 2, 3), np.float32))),
+    "one descriptor": (ValueError, r"descriptors must be \(scales, \.\.\., d\)", lambda: scale_gem(np.ones(3, np.float32))),
+    "integer descriptors": (TypeError, "descriptors must be floating point", lambda: scale_gem(np.ones((3, 2), int))),
+    "exponent of scales": (ValueError, "p must be a positive Python number, not 0", lambda: scale_gem(np.ones((3, 2), np.float32), p=0)),
     "eps": (ValueError, "eps must be a Python number", lambda: superglobal_pool(MAP, eps=0.0)),
     "scale": (ValueError, r"scale must be a scalar or \(12,\)", lambda: norm_ggem_pool(TOKENS, np.ones(3), np.ones(12), np.ones(3))),
     "norm_eps": (ValueError, "norm_eps must be a positive Python number", lambda: norm_ggem_pool(TOKENS, 1.0, 0.0, np.ones(3), norm_eps=0.0)),

@@ -1,0 +1,86 @@
+"""Published parameters <-> Flax variables: one table for both directions, and one error that lists everything that does not fit."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+
+from ggem_jax.weights.errors import MismatchedWeights
+
+Layout = Literal["same", "conv", "dense"]
+
+# Published axes -> ours. PyTorch's convolutions are (out, in, h, w) and its dense layers (out, in); those of Flax are (h, w, in, out) and (in, out).
+_AXES: dict[Layout, tuple[int, ...]] = {"conv": (2, 3, 1, 0), "dense": (1, 0)}
+
+
+@dataclass(frozen=True)
+class Parameter:
+    """Where a published parameter goes."""
+
+    path: tuple[str, ...]  # in the Flax variables, the collection first
+    shape: tuple[int, ...]  # as published
+    layout: Layout = "same"
+    reverse_inputs: bool = False  # of a convolution: the input channels stand in the opposite order, such as BGR for RGB
+
+
+def to_variables(published: Mapping[str, np.ndarray], table: Mapping[str, Parameter], *, source: str = "the checkpoint") -> dict[str, Any]:
+    """Flax variables of published parameters, in float32. Raises `MismatchedWeights` unless names and shapes are exactly those of the table."""
+    check_parameters(published, table, source=source)
+    variables: dict[str, Any] = {}
+    for name, parameter in table.items():
+        array = np.asarray(published[name]).astype(np.float32)
+        array = np.transpose(array, _AXES[parameter.layout]) if parameter.layout in _AXES else array
+        *folders, last = parameter.path
+        place = variables
+        for folder in folders:
+            place = place.setdefault(folder, {})
+        place[last] = np.array(array[..., ::-1, :] if parameter.reverse_inputs else array, order="C")
+    return variables
+
+
+def to_published(variables: Mapping[str, Any], table: Mapping[str, Parameter], *, source: str = "the variables") -> dict[str, np.ndarray]:
+    """The other direction, in the dtypes of the variables. Raises `MismatchedWeights` unless they are exactly those of the table."""
+    found = _leaves(variables)
+    named = {parameter.path: name for name, parameter in table.items()}
+    arrays = {}
+    for path, value in found.items():
+        name = named.get(path, "/".join(path))
+        array, parameter = np.asarray(value), table.get(name)
+        if parameter is not None and parameter.reverse_inputs and array.ndim > 1:
+            array = array[..., ::-1, :]
+        axes = () if parameter is None else _AXES.get(parameter.layout, ())
+        arrays[name] = np.array(np.transpose(array, np.argsort(axes)) if axes and array.ndim == len(axes) else array, order="C")
+    check_parameters(arrays, table, source=source)
+    return {name: arrays[name] for name in table}
+
+
+def check_parameters(found: Mapping[str, Any], table: Mapping[str, Parameter], *, source: str) -> None:
+    """Raises `MismatchedWeights` that lists every missing, surplus and wrongly shaped parameter, and those that are no real numbers."""
+    shapes = {name: np.shape(value) for name, value in found.items()}
+    faults = {
+        "missing": [f"{name} {table[name].shape}" for name in table if name not in found],
+        "surplus": [f"{name} {shapes[name]}" for name in found if name not in table],
+        "wrongly shaped": [
+            f"{name} {shapes[name]} where {table[name].shape} is needed" for name in table if name in found and shapes[name] != table[name].shape
+        ],
+        "not floating point": [f"{name} {_dtype(found[name])}" for name in table if name in found and not _is_real(found[name])],
+    }
+    listed = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in faults.items() if names]
+    if listed:
+        raise MismatchedWeights(f"{source} does not fit the network: {'; '.join(listed)}")
+
+
+def _is_real(value: Any) -> bool:
+    return np.can_cast(_dtype(value), np.float64, "same_kind") and _dtype(value).kind not in "biu"
+
+
+def _dtype(value: Any) -> np.dtype:
+    return np.asarray(value).dtype
+
+
+def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
+    leaves: dict[tuple[str, ...], Any] = {}
+    for name, value in tree.items():
+        leaves |= _leaves(value, (*path, name)) if isinstance(value, Mapping) else {(*path, name): value}
+    return leaves
