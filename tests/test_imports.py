@@ -25,6 +25,7 @@ INSIDE_GGEM_JAX = {
     "fused": {"dispatch", "kernels"},
     "dispatch": {"kernels"},
     "models.vit": {"pooling"},
+    "models.efficientnet_lite": set(),
     "optimizer": set(),
     "images": set(),
 }
@@ -73,7 +74,10 @@ def test_imports_inside_kernels_are_relative(path):
 HEAVY = ["triton", "jax_triton", "torch", "tensorflow", "tensorflow_datasets", "orbax", "grain", "matplotlib"]
 
 
-@pytest.mark.parametrize("package", ["ggem_jax", "ggem_jax.pooling", "ggem_jax.models.vit", "ggem_jax.optimizer", "neupims", "neupims.workload"])
+@pytest.mark.parametrize(
+    "package",
+    ["ggem_jax", "ggem_jax.pooling", "ggem_jax.models.vit", "ggem_jax.models.efficientnet_lite", "ggem_jax.optimizer", "neupims", "neupims.workload"],
+)
 def test_import_starts_no_device_and_loads_nothing_heavy(package):
     code = f"""import sys, {package}
 from jax._src import xla_bridge
