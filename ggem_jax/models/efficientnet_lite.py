@@ -11,6 +11,7 @@ EfficientNet-Lite, 2020, github.com/tensorflow/tpu, models/official/efficientnet
 from collections.abc import Sequence
 from dataclasses import dataclass
 from math import ceil
+from typing import Literal
 
 import jax.numpy as jnp
 import numpy as np
@@ -18,10 +19,12 @@ from flax import linen as nn
 from jax import lax
 from jaxtyping import Array, Float
 
+Precision = Literal["default", "high", "highest"]
+
 LEAST_SIDE = 32  # pixels: one feature of the last map
 FEATURES = 1280  # channels of the last map, in every variant
+STEM_WIDTH = 32  # channels of the first map, in every variant
 
-_STEM_WIDTH = 32
 _NORM_EPS = 1e-3  # efficientnet_lite_builder.py: batch_norm_epsilon
 _WIDTH_DIVISOR = 8  # the same file: depth_divisor
 
@@ -84,7 +87,7 @@ _STAGES = (
 
 def block_configs(config: EfficientNetLiteConfig) -> list[BlockConfig]:
     """The blocks of a model in order; the first of a stage strides and changes the channels."""
-    blocks, channels_in = [], _STEM_WIDTH
+    blocks, channels_in = [], STEM_WIDTH
     for stage, (count, kernel, stride, expansion, channels) in enumerate(_STAGES):
         channels_out = _scaled_width(channels, config.width)
         if 0 < stage < len(_STAGES) - 1:
@@ -104,10 +107,10 @@ class EfficientNetLite(nn.Module):
 
     config: EfficientNetLiteConfig
     num_classes: int = 1000
-    precision: lax.PrecisionLike = "highest"
+    precision: Precision = "highest"
 
     def setup(self):
-        self.stem = ConvNorm(_STEM_WIDTH, 3, 2, precision=self.precision)
+        self.stem = ConvNorm(STEM_WIDTH, 3, 2, precision=self.precision)
         self.blocks = [Block(block, self.precision) for block in block_configs(self.config)]
         self.last = ConvNorm(FEATURES, 1, precision=self.precision)
         if self.num_classes:
@@ -137,7 +140,7 @@ class Block(nn.Module):
     """Inverted residual block: a wider map, filtered channel by channel, a narrow one again; added to the input where the shapes agree."""
 
     config: BlockConfig
-    precision: lax.PrecisionLike = "highest"
+    precision: Precision = "highest"
 
     @nn.compact
     def __call__(self, features: Float[Array, "b h w c"]) -> Float[Array, "b rows columns d"]:
@@ -157,7 +160,7 @@ class ConvNorm(nn.Module):
     kernel: int  # side, pixels
     stride: int = 1
     depthwise: bool = False  # one filter for each channel; they are as many before as after
-    precision: lax.PrecisionLike = "highest"
+    precision: Precision = "highest"
 
     @nn.compact
     def __call__(self, features: Float[Array, "b h w c"]) -> Float[Array, "b rows columns d"]:
