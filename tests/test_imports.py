@@ -26,6 +26,7 @@ INSIDE_GGEM_JAX = {
     "dispatch": {"kernels"},
     "models.vit": {"pooling"},
     "models.efficientnet_lite": set(),
+    "weights.efficientnet_lite": {"models.efficientnet_lite", "weights.convert", "weights.errors", "weights.torch_files"},
     "optimizer": set(),
     "images": set(),
 }
