@@ -1,6 +1,7 @@
 """SuperGlobal's global descriptor: a batch of images of one size -> maps at several scales -> pooled -> head -> one descriptor.
 
-Of a network and an image size the map is compiled once and kept by JAX, whatever the other choices; under an outer `jit` all becomes one program.
+A network is a Flax module from images to feature maps. Where it has methods `pool` (its own learned GeM) and `describe` (a head), as `ResNet` has,
+they are used; others are pooled by GeM with p = 3 instead of their own, and what is pooled is the descriptor. Of a network and an image size the map is compiled once and kept by JAX, whatever the other choices; under an outer `jit` all becomes one program.
 
 Reference: Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", 2023, arXiv:2308.06954, and its code:
 github.com/ShihaoShao-GH/SuperGlobal.
@@ -10,20 +11,23 @@ import math
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from ggem_jax.models.resnet import ResNet
-from ggem_jax.pooling import gem_pool, l2_normalize, regional_gem, scale_gem, superglobal_pool
+from ggem_jax.pooling import avg_pool, gem_pool, l2_normalize, max_pool, regional_gem, scale_gem, superglobal_pool
 from ggem_jax.scales import SCALES, rescale, scaled_size
 
 GEM_PLUS_P, GEM_PLUS_EPS = 4.6, 1e-8  # of the official code
+GEM_P, GEM_EPS = 3.0, 1e-6  # of a network without a GeM of its own: where GeM starts (Radenović et al., 2018, arXiv:1711.02512)
 WINDOW = 5  # places along one side of Regional GeM's window, of the official code
 REDUCTION = 32  # pixels along one side of a place of the map: five strides of 2
+
+
+Pooling = Literal["average", "max"]
 
 
 @struct.dataclass
@@ -36,7 +40,7 @@ class SuperGlobalOutput:
 
 
 def superglobal_descriptors(
-    model: ResNet,
+    model: Any,
     variables: Any,
     images: Float[Array, "b h w 3"],
     *,
@@ -46,23 +50,26 @@ def superglobal_descriptors(
     sgem: bool = True,
     relup: bool = True,
     antialias: bool = False,
+    pooling: Pooling | None = None,
 ) -> SuperGlobalOutput:
     """Descriptors of normalised images. Each flag off takes the plain way instead:
 
     - `gemp`: GeM with the network's own exponent for GeM+ (p = 4.6)
     - `rgem`: no Regional GeM
     - `sgem`: the mean of the scales' descriptors for Scale GeM (p = infinity)
-    - `relup`: ReLU for ReLU-P, as far as the model's `relup_off` says
+    - `relup`: ReLU for ReLU-P, as far as the model's `relup_off` says; only a `ResNet` has it
+
+    `pooling`: "average" or "max" in the place of GeM and GeM+.
 
     `antialias`: off as when the paper was written, on as today's torchvision does by default; see `ggem_jax.scales`.
     """
     check_size(images.shape[-3], images.shape[-2], scales, rgem=rgem)
-    if not relup:
+    if not relup and hasattr(model, "config") and hasattr(model.config, "relup"):
         model = model.clone(config=replace(model.config, relup=None))
     by_scale = []
     for scale in scales:
         feature_map = compute_map(model, variables, _rescaled(images, scale, antialias))
-        by_scale.append(describe_map(model, variables, feature_map, gemp=gemp, rgem=rgem))
+        by_scale.append(describe_map(model, variables, feature_map, gemp=gemp, rgem=rgem, pooling=pooling))
     return SuperGlobalOutput(*_joined(jnp.stack(by_scale), sgem))
 
 
@@ -78,28 +85,38 @@ def check_size(height: int, width: int, scales: Sequence[float], *, rgem: bool =
 
 
 @partial(jax.jit, static_argnums=0)
-def compute_map(model: ResNet, variables: Any, images: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 d"]:
+def compute_map(model: Any, variables: Any, images: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 d"]:
     """The network's last feature map; compiled once for each model and shape."""
-    return model.apply(variables, images)  # type: ignore[return-value]
+    return model.apply(variables, images)
 
 
-@partial(jax.jit, static_argnums=0, static_argnames=("gemp", "rgem"))
+@partial(jax.jit, static_argnums=0, static_argnames=("gemp", "rgem", "pooling"))
 def describe_map(
-    model: ResNet, variables: Any, feature_map: Float[Array, "b h w d"], *, gemp: bool = True, rgem: bool = True
+    model: Any, variables: Any, feature_map: Float[Array, "b h w d"], *, gemp: bool = True, rgem: bool = True, pooling: Pooling | None = None
 ) -> Float[Array, "b out"]:
     """Feature map -> Regional GeM -> GeM+ -> L2 -> dense layer, of one scale; the result is not normalised."""
-    return model.apply(variables, pool_map(model, variables, feature_map, gemp=gemp, rgem=rgem), method="describe")  # type: ignore[return-value]
+    pooled = pool_map(model, variables, feature_map, gemp=gemp, rgem=rgem, pooling=pooling)
+    return model.apply(variables, pooled, method="describe") if hasattr(model, "describe") else pooled
 
 
-def pool_map(model: ResNet, variables: Any, feature_map: Float[Array, "b h w d"], *, gemp: bool = True, rgem: bool = True) -> Float[Array, "b d"]:
+def pool_map(
+    model: Any, variables: Any, feature_map: Float[Array, "b h w d"], *, gemp: bool = True, rgem: bool = True, pooling: Pooling | None = None
+) -> Float[Array, "b d"]:
     """The part of `describe_map` before the head."""
-    if gemp and rgem:
+    if gemp and rgem and pooling is None:
         return superglobal_pool(feature_map, window=WINDOW, p=GEM_PLUS_P, eps=GEM_PLUS_EPS)
     if rgem:
         feature_map = regional_gem(feature_map, window=WINDOW)
-    if gemp:
-        return gem_pool(feature_map.reshape(*feature_map.shape[:-3], -1, feature_map.shape[-1]), GEM_PLUS_P, eps=GEM_PLUS_EPS)
-    return model.apply(variables, feature_map, method="pool")  # type: ignore[return-value]
+    if pooling is None and not gemp and hasattr(model, "pool"):
+        return model.apply(variables, feature_map, method="pool")
+    places = feature_map.reshape(*feature_map.shape[:-3], -1, feature_map.shape[-1])
+    match pooling:
+        case "average":
+            return avg_pool(places)
+        case "max":
+            return max_pool(places)
+        case _:
+            return gem_pool(places, GEM_PLUS_P, eps=GEM_PLUS_EPS) if gemp else gem_pool(places, GEM_P, eps=GEM_EPS)
 
 
 _rescaled = jax.jit(lambda images, scale, antialias: rescale(images, scale, antialias=antialias), static_argnums=(1, 2))

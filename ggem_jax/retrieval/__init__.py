@@ -1,7 +1,7 @@
 """Image retrieval with global descriptors: pictures -> descriptors -> index -> ranking -> reranked ranking.
 
-Descriptors are `(num_images, dim)`, usually unit vectors; ids number the rows of a database; a ranking is `(num_queries, k)`, best first. What is named
-here is loaded when it is asked for, so that the tool starts without JAX.
+Descriptors are `(num_images, dim)`, usually unit vectors; ids number the rows of a database; a ranking is `(num_queries, k)`, best first. What is
+named here is loaded when it is asked for, so that the tool starts without JAX.
 """
 
 import importlib
