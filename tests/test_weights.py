@@ -555,7 +555,7 @@ parameter = {"parameter": torch.nn.Parameter(base), "channels last": images.to(m
 checkpoint = {"model_state": net.state_dict(), "tensors": tensors, "views": views | parameter, "epoch": 3, "size": base.shape,
               "dtype": torch.bfloat16, "device": torch.device("cpu"), "array": np.arange(3.0), "number": np.float32(2)}
 torch.save(checkpoint, "new.pth")
-del checkpoint["tensors"]["as uint16"], checkpoint["tensors"]["as uint32"], checkpoint["tensors"]["as uint64"]
+checkpoint["tensors"] = {name: value for name, value in tensors.items() if "as uint" not in name or name == "as uint8"}
 torch.save(checkpoint, "old.pth", _use_new_zipfile_serialization=False)
 plain = {name: value for part in (net.state_dict(), tensors, views | parameter) for name, value in part.items()}
 wide = {name: value.detach().to(torch.complex128 if value.is_complex() else torch.float64 if value.is_floating_point() else torch.int64).numpy()
