@@ -29,7 +29,7 @@ def chosen(implementation: Implementation | None, tokens: Array, refused: Callab
 
     `refused` says why the kernel cannot do what was asked, or None. Who asked for a kernel by name gets it or `NotImplementedError`.
     """
-    if not (implementation is None or isinstance(implementation, str) and implementation in get_args(Implementation)):
+    if not (implementation is None or (isinstance(implementation, str) and implementation in get_args(Implementation))):
         raise ValueError(f"implementation must be None or one of {', '.join(get_args(Implementation))}, not {implementation!r}")
     if implementation == "xla":
         return "xla"

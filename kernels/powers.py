@@ -25,7 +25,7 @@ def log2(x, FAST: tl.constexpr):
 def ratio_and_log2(x, inverse, FAST: tl.constexpr):
     """x / root and its logarithm, `inverse` being 1 / root. A gradient raises it to p - 1: at p = 1000 an error of 2^-22 would be one of 2e-4.
 
-    So near 1, where alone large powers count, the logarithm is the series of x inverse - 1, which a fused multiply-add gives without rounding the product.
+    So near 1, where alone large powers count, the logarithm is the series of x inverse - 1, a fused multiply-add that does not round the product.
     """
     ratio = at_least(x * inverse, LEAST)
     far = tl.fma(x, inverse + tl.zeros_like(x), tl.full(x.shape, -1.0, tl.float32))
