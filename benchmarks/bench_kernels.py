@@ -1,26 +1,34 @@
 """Checks and times the kernels on an NVIDIA GPU in one call: python -m benchmarks.bench_kernels
 
 In each group, taking turns on the same inputs: our function as users call it; XLA from the formula as papers print it, under autodiff; XLA from our
-closed-form gradient; PyTorch, eager and compiled, where it is installed; and a copy of as many bytes, which is the ceiling. A contestant works
-through buffers that together are four times the L2 cache and more, so that each call finds its tokens in memory; a timing is that of at least 100
-calls, handed to the device in a row, from the first to the last. `host_share` is the part of it that the host took to hand them over: near 1 would
-mean that the host was timed and not the device. Rows go to benchmarks/results/, each as soon as it is there; `benchmarks.plot_kernels` draws them.
+closed-form gradient; PyTorch, eager and compiled, where it is installed; and a copy of as many bytes, which is the ceiling. Who cannot run is left
+out by name; who does not agree with ours is left out, too, and the exit code is 1.
+
+A contestant works through buffers that together are four times the L2 cache and more, so that each call finds its tokens in memory. All of them are
+one program, and a timing is that of at least 100 calls, handed to the device in a row, from the first to the last. `host_share` is the part of that
+time after which the host had handed over everything: where it is small the device was timed, near 1 perhaps the host. PyTorch's own queue makes the
+host wait for the device when it is full, so that there a large share says nothing.
+
+Sections run in order of value, and what would start after --budget seconds is left out and named: --sections takes it in another call. Rows go to
+benchmarks/results/, each as soon as it is there; `benchmarks.plot_kernels` draws them.
 
 Without a GPU: --dry goes through all of it on the CPU with small shapes, --check runs the numerics in Triton's interpreter (TRITON_INTERPRET=1).
 """
 
 import argparse
 import contextlib
+import gc
 import importlib.metadata
+import math
 import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -34,7 +42,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.kernel_numerics import checks
+from benchmarks.kernel_numerics import basic_checks, further_checks
 from benchmarks.record import RESULTS, append, machine
 from ggem_jax.kernels import launch
 from ggem_jax.models.vit import GGeM, ViT, vit_config
@@ -42,7 +50,13 @@ from ggem_jax.pooling import ggem_pool, norm_ggem_pool, superglobal_pool
 from train.throughput import peak_flops, training_flops
 
 _COLD_BYTES = 4 * 64 * 2**20  # four times the L2 cache of the largest of these GPUs: 50 MB of an H100, 60 MB of an H200
+# Residuals of the norm and the formula are 24 bytes for each element, those of all JAX contestants 54: for so many bytes of bfloat16 34 GB. PyTorch
+# keeps 10 GB. JAX takes at most three quarters of the 80 GB of an H100.
+_MOST_BYTES = 1.25e9
+_MOST_BUFFERS = 16  # in one program, which grows with them
 _CALLS = 100  # at least so many in one timing
+_BUDGET = 420  # the last group may take a minute: 8 minutes in all
+_STAGES = ("forward", "backward", "both")
 
 
 @dataclass(frozen=True)
@@ -91,8 +105,8 @@ JAX_CONTESTANTS: dict[str, dict[str, Callable]] = {
 }
 
 
-def torch_pool(torch, operation: str) -> Callable:
-    """The formula in PyTorch."""
+def torch_pool(torch) -> Callable:
+    """The formula in PyTorch, after the norm where there are a scale and a bias."""
 
     def pool(x, *parameters):
         *norm, p = parameters
@@ -107,24 +121,37 @@ def torch_pool(torch, operation: str) -> Callable:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sections", default=",".join(SECTIONS), help="some of them, in this order: %(default)s")
-    parser.add_argument("--budget", type=float, default=480, help="seconds; what would start later is left out and named")
-    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--sections", help=f"some of {','.join(SECTIONS)}; all of them by default")
+    parser.add_argument("--budget", type=float, help=f"seconds; what would start later is left out and named ({_BUDGET} on a GPU)")
+    parser.add_argument("--rounds", type=int, default=7, help="timings of each contestant, at least 2 (%(default)s)")
     parser.add_argument("--dry", action="store_true", help="on the CPU, with small shapes; no row is kept")
     parser.add_argument("--check", action="store_true", help="the numerics alone, in Triton's interpreter; no row is kept")
     options = parser.parse_args()
-    sections = options.sections.split(",")
+    sections = list(SECTIONS) if options.sections is None else [name.strip() for name in options.sections.split(",")]
     if unknown := set(sections) - set(SECTIONS):
-        sys.exit(f"--sections must be of {', '.join(SECTIONS)}, not {', '.join(sorted(unknown))}")
+        sys.exit(f"--sections must be of {', '.join(SECTIONS)}, not {', '.join(sorted(unknown)) or 'empty'}")
+    budget = options.budget if options.budget is not None else math.inf if options.dry or options.check else _BUDGET
+    if not budget >= 0:
+        sys.exit(f"--budget must be a number of seconds, 0 or more, not {budget}")
+    if options.rounds < 2:
+        sys.exit(f"--rounds must be at least 2, not {options.rounds}")
+    if options.check and (options.dry or options.sections is not None):
+        sys.exit("--check runs the numerics alone: not together with --dry or --sections")
+    if options.check:
+        try:
+            launch.check("interpret")
+        except NotImplementedError as error:
+            sys.exit(f"--check: {error}")
+        sections = ["basics", "numerics"]
     if options.dry or options.check:
         with tempfile.TemporaryDirectory() as folder:
-            bench = Bench(Path(folder), options.budget, 2, dry=True, implementation="interpret" if options.check else "xla")
-            sys.exit(bench.run(["numerics"] if options.check else sections))
+            bench = Bench(Path(folder), budget, 2, dry=True, implementation="interpret" if options.check else "xla")
+            sys.exit(bench.run(sections))
     if not launch.runs_here():
         found = f"jax-triton {'works' if launch.available() else 'is missing or finds no CUDA'} and JAX runs on {jax.default_backend()}"
         print(f"timing kernels needs an NVIDIA GPU, a JAX with CUDA and jax-triton; here {found}: --dry and --check need none", file=sys.stderr)
         sys.exit(2)
-    sys.exit(Bench(RESULTS, options.budget, options.rounds).run(sections))
+    sys.exit(Bench(RESULTS, budget, options.rounds).run(sections))
 
 
 class Bench:
@@ -136,7 +163,7 @@ class Bench:
         self.about = machine() | {"driver": _driver()} | {name: _version(name) for name in ("triton", "jax_triton", "torch")}
 
     def run(self, sections: list[str]) -> int:
-        """Exit code: 1 if a check failed."""
+        """Exit code: 1 if a check failed, contestants disagreed or something of ours did not run."""
         for name in sections:
             self.section = name
             began = time.monotonic()
@@ -150,90 +177,151 @@ class Bench:
         print(f"no time left for {what}", flush=True)
         return False
 
+    def attempted(self, what: str, function: Callable[[], Any], *, fails: bool = True) -> Any:
+        """What `function` returns, or None where it raises: the cause is then said in one line, and the run has failed if `fails`."""
+        try:
+            return function()
+        except Exception as error:
+            print(f"left out: {what}: {' '.join(f'{type(error).__name__}: {error}'.split())[:400]}", flush=True)
+            self.failed |= fails
+            return None
+
     def add(self, table: str, row: dict[str, Any]) -> None:
         append(table, self.about | row, self.folder)
 
     # Sections
 
-    def numerics(self) -> None:
-        for row in checks(self.implementation, small=self.dry):
-            self.failed |= not row["passed"]
-            self.add("kernel_numerics", row)
+    def numerics(self, checks: Callable[..., dict[str, Callable]]) -> None:
+        for name, check in checks(self.implementation, small=self.dry).items():
+            if self.time_left(name):
+                for row in self.attempted(name, lambda check=check: list(check())) or []:
+                    self.failed |= not row["passed"]
+                    self.add("kernel_numerics", row)
 
     def poolings(self, operation: str, cases: list[Case], compiled_torch: bool) -> None:
         for case in [DRY] if self.dry else cases:
-            if not self.time_left(f"{operation}, {case.name}, {case.dtype}"):
-                continue
-            for stage, calls, count in pooling_calls(operation, case, compiled_torch, self.dry):
-                self.measure(operation, case.name, (case.batch, case.tokens, case.channels), case.dtype, stage, calls, count)
+            inputs = None
+            for stage in _STAGES:
+                about = {
+                    "operation": operation,
+                    "name": case.name,
+                    "shape": (case.batch, case.tokens, case.channels),
+                    "dtype": case.dtype,
+                    "stage": stage,
+                }
+                if self.time_left(_named(about)):
+                    inputs = inputs or Inputs.drawn(operation, case, _buffers(case.token_bytes, self.dry))
+                    makers = {name: partial(make, inputs, stage) for name, make in contestants(operation, compiled_torch, self.dry).items()}
+                    self.measure(about, makers, moved_bytes(operation, stage, about["shape"], case.dtype))
 
     def maps(self) -> None:
-        shapes = [(2, 6, 7, 8)] if self.dry else [(1, 32, 22, 2048), (8, 32, 22, 2048), (64, 14, 14, 768)]
-        for shape in shapes:
-            if not self.time_left(f"maps {shape}"):
-                continue
-            maps = [
-                jax.nn.relu(jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)) for i in range(_buffers(2 * int(np.prod(shape)), self.dry))
-            ]
-            moved = 2 * int(np.prod(shape)) + 4 * shape[0] * shape[-1]
-            calls = {
-                name: _over_buffers(maps, partial(superglobal_pool, implementation=implementation))
-                for name, implementation in (("ours", None), ("xla closed form", "xla"))
-            }
-            self.measure("superglobal", "map", shape, "bfloat16", "forward", calls, len(maps), moved)
+        """Several images: 16 buffers of one alone would stay in the cache."""
+        for shape in [(2, 6, 7, 8)] if self.dry else [(8, 32, 22, 2048), (64, 14, 14, 768)]:
+            about = {"operation": "superglobal", "name": "map", "shape": shape, "dtype": "bfloat16", "stage": "forward"}
+            if self.time_left(_named(about)):
+                size = 2 * int(np.prod(shape))
+                maps = [jax.nn.relu(jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)) for i in range(_buffers(size, self.dry))]
+                makers = {
+                    name: partial(_over_buffers, maps, partial(superglobal_pool, implementation=implementation))
+                    for name, implementation in (("ours", None), ("xla closed form", "xla"))
+                }
+                self.measure(about, makers, size + 4 * shape[0] * shape[-1])
 
     def training(self) -> None:
         """One step of ViT-B/16 with a learned GGeM, AdamW and a thousand classes."""
         config = vit_config("B/16", dtype="bfloat16") if not self.dry else vit_config("Ti/16", image=32, width=24, depth=1, heads=3, mlp_width=32)
-        batch, steps = (4, 1) if self.dry else (256, 10)
-        calls = {
-            "fused norm and pooling": _training(config, batch, steps, fused_norm=True, kernels=True),
-            "pooling alone": _training(config, batch, steps, fused_norm=False, kernels=True),
-            "no kernel": _training(config, batch, steps, fused_norm=False, kernels=False),
-        }
-        times = _timed(calls, self.rounds)
+        batch, steps = (4, 1) if self.dry else (256, 5)
+        params = self.time_left("training") and self.attempted("training, parameters", partial(_parameters, config))
+        calls = {}
+        for name, (fused_norm, kernels) in {
+            "fused norm and pooling": (True, True),
+            "no kernel": (False, False),
+            "pooling alone": (False, True),
+        }.items():
+            what = f"training, {name}"
+            make = partial(_training, config, params, batch, steps, fused_norm=fused_norm, kernels=kernels)
+            call = params and self.time_left(what) and self.attempted(what, make)
+            if call:
+                calls[name] = call
+        if not calls:
+            return
+        times = self.timed("training", calls, rounds=min(self.rounds, 3))
+        of = {name: statistics.median(s for s, _ in seconds) for name, seconds in times.items()}
         flops, peak = training_flops(config, 1000), peak_flops()[0]
-        for name, seconds in times.items():
-            middle = statistics.median(s for s, _ in seconds)
+        for name, middle in of.items():
             speed = steps * batch / middle
             self.add(
                 "kernel_training",
                 {"model": "ViT-B/16 at 224 px", "dtype": config.dtype, "batch": batch, "contestant": name, "ms": f"{1e3 * middle / steps:.2f}"}
                 | {"images_per_s": f"{speed:.0f}", "mfu": f"{speed * flops / peak:.3f}"}
-                | {"over_no_kernel": f"{statistics.median(s for s, _ in times['no kernel']) / middle:.4f}"},
+                | {"over_no_kernel": f"{of['no kernel'] / middle:.4f}" if "no kernel" in of else ""},
             )
 
     # One group
 
-    def measure(
-        self,
-        operation: str,
-        name: str,
-        shape: tuple[int, ...],
-        dtype: str,
-        stage: str,
-        calls: dict[str, Callable],
-        count: int,
-        moved: int | None = None,
-    ) -> None:
-        """Times contestants that each take `count` buffers in a call, and a copy of as many bytes."""
-        moved = moved or moved_bytes(operation, stage, shape, dtype)
-        times = _timed(calls | _copies(moved, _buffers(moved // 2, self.dry)), self.rounds, 2 if self.dry else _CALLS)
+    def measure(self, about: dict[str, Any], makers: dict[str, Callable[[], "_Call"]], moved: int) -> None:
+        """Times ours, the other contestants, and a copy of as many bytes."""
+        what = _named(about)
+        calls = self.ready(what, makers, 1e-3 if about["dtype"] == "float32" else 0.05)
+        copies = calls and self.attempted(f"{what}, copies", partial(_copies, moved, _buffers(moved // 2, self.dry)))
+        if copies:
+            times = self.timed(what, calls | copies, 2 if self.dry else _CALLS)
+            if {"ours", *copies} <= times.keys():
+                self.add_times(about, times, moved, calls["ours"].count)
+        del calls, copies
+        _freed()
+
+    def ready(self, what: str, makers: dict[str, Callable[[], "_Call"]], tolerance: float) -> dict[str, "_Call"]:
+        """Contestants that have run once and agree with the first, which is ours."""
+        calls: dict[str, _Call] = {}
+        expected: list[np.ndarray] = []
+        for name, make in makers.items():
+            made = self.attempted(f"{what}, {name}", partial(_first_result, make), fails=not calls)
+            if made is None and not calls:
+                print(f"left out: {what}: there is nothing to compare with", flush=True)
+                return {}
+            if made is None:
+                _freed()
+                continue
+            call, result = made
+            expected = expected or result
+            if difference := _difference(result, expected, tolerance):
+                print(f"left out: {what}, {name}: it does not agree with ours: {difference}", flush=True)
+                self.failed = True
+            else:
+                calls[name] = call
+        return calls
+
+    def timed(self, what: str, calls: dict[str, "_Call"], least_calls: int = 1, rounds: int | None = None) -> dict[str, list[tuple[float, float]]]:
+        """Seconds per buffer and the host's share in them, round by round; contestants take turns, and the first round is thrown away."""
+        times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
+        for _ in range((rounds or self.rounds) + 1):
+            for name in list(times):
+                time_and_share = self.attempted(
+                    f"{what}, {name}", partial(_timing, calls[name], least_calls), fails=not name.startswith(("xla", "torch"))
+                )
+                if time_and_share is None:
+                    del times[name]
+                else:
+                    times[name].append(time_and_share)
+        return {name: seconds[1:] for name, seconds in times.items()}
+
+    def add_times(self, about: dict[str, Any], times: dict[str, list[tuple[float, float]]], moved: int, count: int) -> None:
         of = {contestant: statistics.median(s for s, _ in seconds) for contestant, seconds in times.items()}
         ceiling = moved / min(of["copy"], of["negated copy"])
         for contestant, seconds in times.items():
             low, middle, high = statistics.quantiles([s for s, _ in seconds], n=4)
             self.add(
                 "kernels",
-                {"section": self.section, "operation": operation, "name": name, "shape": " x ".join(map(str, shape)), "dtype": dtype, "stage": stage}
+                {"section": self.section} | about | {"shape": " x ".join(map(str, about["shape"]))}
                 | {"contestant": contestant, "buffers": count, "us": f"{1e6 * middle:.2f}", "spread": f"{(high - low) / middle:.3f}"}
                 | {"host_share": f"{max(h for _, h in seconds):.2f}", "bytes": moved, "gb_per_s": f"{moved / middle / 1e9:.0f}"}
                 | {"fraction_of_copy": f"{moved / middle / ceiling:.3f}", "over_ours": f"{middle / of['ours']:.3f}"},
-            )
+            )  # fmt: skip
 
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
-    "numerics": Bench.numerics,
+    "basics": partial(Bench.numerics, checks=basic_checks),
     "ggem": partial(Bench.poolings, operation="ggem", cases=[B16, L16], compiled_torch=True),
     "norm": partial(Bench.poolings, operation="norm_ggem", cases=[B16, L16], compiled_torch=True),
     "training": Bench.training,
@@ -242,6 +330,7 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     ],
     "float32": lambda bench: [bench.poolings(operation, [B16_FLOAT32], compiled_torch=False) for operation in ("ggem", "norm_ggem")],
     "maps": Bench.maps,
+    "numerics": partial(Bench.numerics, checks=further_checks),
 }
 
 
@@ -255,42 +344,45 @@ def moved_bytes(operation: str, stage: str, shape: tuple[int, ...], dtype: str) 
 
 
 def _buffers(size: int, dry: bool = False) -> int:
-    """How many buffers of so many bytes a contestant works through."""
-    if dry:
-        return 2
-    return min(max(-(-_COLD_BYTES // max(size, 1)), 4), 128)
+    """How many buffers of so many bytes a contestant works through: as many as may be, and `_COLD_BYTES` together from 17 MB each."""
+    return 2 if dry else int(min(max(_MOST_BYTES // size, 1), _MOST_BUFFERS))
 
 
-def pooling_calls(operation: str, case: Case, compiled_torch: bool, dry: bool) -> Iterator[tuple[str, dict[str, Callable], int]]:
-    """Stage by stage: its name, calls by contestant, and through how many buffers each goes. All compute the same, or it is an error."""
-    count = _buffers(case.token_bytes, dry)
-    shape = (case.batch, case.tokens, case.channels)
-    draw = jax.jit(lambda i: 0.5 + jax.random.normal(jax.random.key(i), shape, case.dtype))
-    buffers = [draw(i) for i in range(count)]
-    p, norm = jnp.linspace(2.5, 4, case.groups), [jnp.linspace(0.8, 1.2, case.channels), jnp.linspace(-0.1, 0.4, case.channels)]
-    parameters = [*(norm if operation == "norm_ggem" else []), p]
-    cotangent = jax.random.normal(jax.random.key(1), (case.batch, case.channels), case.dtype)
-    stages = {name: _stages_in_jax(pool, buffers, parameters, cotangent) for name, pool in JAX_CONTESTANTS[operation].items()}
-    torch = _torch()
+def _named(about: dict[str, Any]) -> str:
+    return ", ".join(map(str, about.values()))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What all contestants of a group get: buffers of tokens, parameters, and a cotangent for each buffer alike."""
+
+    buffers: list[jax.Array]
+    parameters: list[jax.Array]
+    cotangent: jax.Array
+
+    @classmethod
+    def drawn(cls, operation: str, case: Case, count: int) -> "Inputs":
+        shape = (case.batch, case.tokens, case.channels)
+        draw = jax.jit(lambda i: 0.5 + jax.random.normal(jax.random.key(i), shape, case.dtype))
+        norm = [jnp.linspace(0.8, 1.2, case.channels), jnp.linspace(-0.1, 0.4, case.channels)] if operation == "norm_ggem" else []
+        cotangent = jax.random.normal(jax.random.key(1), (case.batch, case.channels), case.dtype)
+        return cls([draw(i) for i in range(count)], [*norm, jnp.linspace(2.5, 4, case.groups)], cotangent)
+
+
+def contestants(operation: str, compiled_torch: bool, dry: bool) -> dict[str, Callable[[Inputs, str], "_Call"]]:
+    """By name, ours first: what makes a call of inputs and a stage."""
+    makers: dict[str, Callable[[Inputs, str], _Call]] = {name: partial(_in_jax, pool) for name, pool in JAX_CONTESTANTS[operation].items()}
+    torch = _torch(dry)
     if torch is not None:
-        stages["torch eager"] = _stages_in_torch(torch, torch_pool(torch, operation), buffers, parameters, cotangent)
-        if compiled_torch and torch.cuda.is_available():
-            pool = torch.compile(torch_pool(torch, operation), dynamic=False)
-            stages["torch compile"] = _stages_in_torch(torch, pool, buffers, parameters, cotangent)
-    _agree({name: of["both"]() for name, of in stages.items()}, 0.05 if case.dtype == "bfloat16" else 1e-3)
-    for stage in ("forward", "backward", "both"):
-        yield stage, {name: of[stage] for name, of in stages.items()}, count
-
-
-def _over_buffers(buffers, function, *rest) -> Callable:
-    """A call of one compiled program that takes each buffer once; it returns at once, with results that will be there."""
-    program = jax.jit(lambda buffers, *rest: [function(buffer, *rest) for buffer in buffers])
-    return _Call(partial(program, buffers, *rest), len(buffers))
+        makers["torch eager"] = partial(_in_torch, torch, torch_pool)
+        if compiled_torch:
+            makers["torch compile"] = partial(_in_torch, torch, _compiled_torch_pool)
+    return makers
 
 
 @dataclass(frozen=True)
 class _Call:
-    """`run` starts the work on `count` buffers."""
+    """`run` starts the work on `count` buffers and returns at once, with results that will be there after `wait`."""
 
     run: Callable
     count: int
@@ -300,114 +392,151 @@ class _Call:
         return self.run()
 
 
-def _stages_in_jax(pool, buffers, parameters, cotangent) -> dict[str, Callable]:
-    pulls = jax.jit(lambda buffers, *rest: [jax.vjp(pool, x, *rest)[1] for x in buffers])(buffers, *parameters)
+def _over_buffers(buffers, function, *rest) -> _Call:
+    """One compiled program that takes each buffer once."""
+    one = jax.jit(function)  # traced once for all of them
+    program = jax.jit(lambda buffers, *rest: [one(buffer, *rest) for buffer in buffers])
+    return _Call(partial(program, buffers, *rest), len(buffers))
 
-    def value_and_slopes(x, cotangent, *rest):
-        value, pull = jax.vjp(pool, x, *rest)
+
+def _in_jax(pool, inputs: Inputs, stage: str) -> _Call:
+    def value_and_slopes(x, cotangent, *parameters):
+        value, pull = jax.vjp(pool, x, *parameters)
         return value, pull(cotangent)
 
-    return {
-        "forward": _over_buffers(buffers, pool, *parameters),
-        "backward": _over_buffers(pulls, lambda pull, cotangent: pull(cotangent), cotangent),
-        "both": _over_buffers(buffers, value_and_slopes, cotangent, *parameters),
-    }
+    match stage:
+        case "forward":
+            return _over_buffers(inputs.buffers, pool, *inputs.parameters)
+        case "backward":
+            pull_of = jax.jit(lambda x, *parameters: jax.vjp(pool, x, *parameters)[1])
+            pulls = [pull_of(x, *inputs.parameters) for x in inputs.buffers]
+            return _over_buffers(pulls, lambda pull, cotangent: pull(cotangent), inputs.cotangent)
+        case _:
+            return _over_buffers(inputs.buffers, value_and_slopes, inputs.cotangent, *inputs.parameters)
 
 
-def _stages_in_torch(torch, pool, buffers, parameters, cotangent) -> dict[str, Callable]:
-    to_torch = torch.from_dlpack if torch.cuda.is_available() else lambda a: torch.tensor(np.asarray(a, np.float32)).to(getattr(torch, a.dtype.name))
-    xs, rest, g = ([to_torch(a).detach().requires_grad_() for a in arrays] for arrays in (buffers, parameters, [cotangent]))
-    kept = [pool(x, *rest) for x in xs]
-    slopes = torch.autograd.grad
+def _in_torch(torch, pool_of, inputs: Inputs, stage: str) -> _Call:
+    on_gpu = torch.cuda.is_available()
+    to_torch = torch.from_dlpack if on_gpu else lambda a: torch.tensor(np.asarray(a, np.float32)).to(getattr(torch, a.dtype.name))
+    xs, parameters, (g,) = (
+        [to_torch(a).detach().requires_grad_() for a in arrays] for arrays in (inputs.buffers, inputs.parameters, [inputs.cotangent])
+    )
+    pool, slopes = pool_of(torch), torch.autograd.grad
+    kept = [(x, pool(x, *parameters)) for x in xs] if stage == "backward" else []
 
     def forward():
         with torch.no_grad():
-            return [pool(x, *rest) for x in xs]
+            return [pool(x, *parameters) for x in xs]
 
     def backward():
-        return [slopes(value, (x, *rest), g[0], retain_graph=True) for value, x in zip(kept, xs, strict=True)]
+        return [slopes(value, (x, *parameters), g, retain_graph=True) for x, value in kept]
+
+    def value_and_slopes(x):
+        value = pool(x, *parameters)
+        return value.detach(), slopes(value, (x, *parameters), g)
 
     def both():
-        values = [pool(x, *rest) for x in xs]
-        return [(value.detach(), slopes(value, (x, *rest), g[0])) for value, x in zip(values, xs, strict=True)]
+        return [value_and_slopes(x) for x in xs]
 
-    wait = (lambda _: torch.cuda.synchronize()) if torch.cuda.is_available() else (lambda _: None)
-    return {stage.__name__: _Call(stage, len(xs), wait) for stage in (forward, backward, both)}
-
-
-def _agree(results: dict[str, Any], tolerance: float) -> None:
-    """Values and slopes of the first buffer must agree before anything is timed."""
-
-    def numbers(result) -> list[np.ndarray]:
-        value, slopes = result[0]
-        return [np.asarray(a.float().cpu() if hasattr(a, "cpu") else a, np.float32) for a in (value, *slopes)]
-
-    expected = numbers(results["ours"])
-    for name, result in results.items():
-        for i, (a, b) in enumerate(zip(numbers(result), expected, strict=True)):
-            if not np.max(np.abs(a - b)) <= tolerance * np.max(np.abs(b)):
-                raise ArithmeticError(f"{name} and ours differ in result {i}: {np.max(np.abs(a - b))} of {np.max(np.abs(b))}")
+    wait = (lambda _: torch.cuda.synchronize()) if on_gpu else (lambda _: None)
+    return _Call({"forward": forward, "backward": backward, "both": both}[stage], len(xs), wait)
 
 
-def _copies(moved: int, count: int) -> dict[str, Callable]:
+def _compiled_torch_pool(torch) -> Callable:
+    torch.compiler.reset()  # a function that was compiled for more than a few shapes would silently run as it is
+    return torch.compile(torch_pool(torch), dynamic=False, fullgraph=True)
+
+
+def _first_result(make: Callable[[], _Call]) -> tuple[_Call, list[np.ndarray]]:
+    """A call and what it computes of the first buffer."""
+    call = make()
+    result = call()
+    call.wait(result)
+    leaves = jax.tree.leaves(result[0])
+    return call, [np.asarray(a.float().cpu() if hasattr(a, "cpu") else a, np.float32) for a in leaves]
+
+
+def _difference(result: list[np.ndarray], expected: list[np.ndarray], tolerance: float) -> str:
+    """Where the arrays differ by more than `tolerance` of the largest entry; empty where they do not."""
+    if [a.shape for a in result] != [a.shape for a in expected]:
+        return f"shapes {[a.shape for a in result]} and not {[a.shape for a in expected]}"
+    pairs = [(np.max(np.abs(a - b)), np.max(np.abs(b))) for a, b in zip(result, expected, strict=True)]
+    return "; ".join(f"result {i} by {error:.3g} of {largest:.3g}" for i, (error, largest) in enumerate(pairs) if not error <= tolerance * largest)
+
+
+def _copies(moved: int, count: int) -> dict[str, _Call]:
     """Copies that read and write `moved` bytes together: as the driver does them, and by a kernel of XLA."""
     buffers = [jnp.full(max(moved // 4, 1), i, jnp.bfloat16) for i in range(count)]
     return {"copy": _over_buffers(buffers, jnp.copy), "negated copy": _over_buffers(buffers, jnp.negative)}
 
 
-def _timed(calls: dict[str, Callable], rounds: int, least_calls: int = 1) -> dict[str, list[tuple[float, float]]]:
-    """Seconds per buffer and the host's share in them, round by round; contestants take turns, and the first round is thrown away."""
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
-    for _ in range(rounds + 1):
-        for name, call in calls.items():
-            repeats = -(-least_calls // call.count)
-            call.wait(call())
-            began = time.perf_counter()
-            for _ in range(repeats):
-                result = call()
-            handed_over = time.perf_counter()
-            call.wait(result)
-            ended = time.perf_counter()
-            del result
-            times[name].append(((ended - began) / (repeats * call.count), (handed_over - began) / (ended - began)))
-    return {name: seconds[1:] for name, seconds in times.items()}
+def _timing(call: _Call, least_calls: int) -> tuple[float, float]:
+    """Seconds per buffer, and the part of them after which the host had handed over everything."""
+    repeats = -(-least_calls // call.count)
+    call.wait(call())
+    began = time.perf_counter()
+    for _ in range(repeats):
+        result = call()
+    handed_over = time.perf_counter()
+    call.wait(result)
+    ended = time.perf_counter()
+    return (ended - began) / (repeats * call.count), (handed_over - began) / (ended - began)
 
 
-def _training(config, batch: int, steps: int, *, fused_norm: bool, kernels: bool) -> Callable:
-    """A call that takes so many steps."""
+def _freed() -> None:
+    """Gives the memory of a group back, so that JAX and PyTorch can share a device."""
+    gc.collect()
+    if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
+        sys.modules["torch"].cuda.empty_cache()
+
+
+def _parameters(config):
+    return jax.jit(ViT(config, GGeM(), 1000).init)(jax.random.key(0), jnp.ones((1, config.image, config.image, 3)))["params"]
+
+
+def _training(config, params, batch: int, steps: int, *, fused_norm: bool, kernels: bool) -> Callable:
+    """A call that takes so many steps, after the first, which compiles."""
     model, transform = ViT(config, GGeM(), 1000, fused_norm=fused_norm), optax.adamw(1e-3)
     images = jax.random.normal(jax.random.key(1), (batch, config.image, config.image, 3), config.dtype)
     labels = jnp.arange(batch) % 1000
-    params = jax.jit(model.init)(jax.random.key(0), images[:1])["params"]
 
-    def loss_of(params):
+    def loss_of(params, images, labels):
         logits = model.apply({"params": params}, images, train=True).logits.astype(jnp.float32)
         return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
     @partial(jax.jit, donate_argnums=(0, 1))
-    def step(params, state):
-        loss, slopes = jax.value_and_grad(loss_of)(params)
+    def step(params, state, images, labels):
+        loss, slopes = jax.value_and_grad(loss_of)(params, images, labels)
         updates, state = transform.update(slopes, state, params)
         return optax.apply_updates(params, updates), state, loss
 
+    params = jax.tree.map(jnp.copy, params)  # each step takes the memory of the last
     carry = [params, transform.init(params)]
 
     def call():
         with contextlib.nullcontext() if kernels else mock.patch.object(launch, "available", return_value=False):  # matters when it is traced
             for _ in range(steps):
-                *carry[:], loss = step(*carry)
+                *carry[:], loss = step(*carry, images, labels)
         return loss
 
+    jax.block_until_ready(call())
     return _Call(call, 1)
 
 
-def _torch():
+@cache
+def _torch(dry: bool):
+    """PyTorch, or None where it is missing or cannot work here, which is said once."""
     try:
         import torch
         import torch._functorch.config
-    except ImportError:
+    except (ImportError, OSError) as error:
+        print(f"without PyTorch: {' '.join(str(error).split())[:400]}", flush=True)
         return None
-    torch._functorch.config.donated_buffer = False  # the backward pass is timed again and again on the same graph
+    if not dry and not torch.cuda.is_available():
+        print("without PyTorch: it finds no GPU", flush=True)
+        return None
+    if hasattr(torch._functorch.config, "donated_buffer"):
+        torch._functorch.config.donated_buffer = False  # the backward pass is timed again and again on the same graph
     return torch
 
 

@@ -156,7 +156,7 @@ SHAPES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--capability", type=int, default=90, help="compute capability, such as 80, 90 or 100")
+    parser.add_argument("--capability", type=int, default=90, choices=(80, 90, 100), help="compute capability")
     capability = parser.parse_args().capability
     rows = [("bfloat16", name, shape, function) for name, shape in SHAPES.items() for function in ("ggem", "norm_ggem")]
     rows += [("float32", "B/16 at 224 px", SHAPES["B/16 at 224 px"], function) for function in ("ggem", "norm_ggem")]

@@ -12,12 +12,17 @@ from pathlib import Path
 from benchmarks.record import RESULTS
 
 STAGES = ("forward", "backward", "both")
+COLUMNS = {"date", "device", "driver", "jax", "triton", "torch", "operation", "name", "shape", "dtype", "stage", "contestant", "fraction_of_copy"}
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """Rows of the run that is last in the file."""
+    """Rows of the last day and device in the file; `ValueError` where it has none."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
+    if not rows:
+        raise ValueError(f"{path} has no rows")
+    if missing := COLUMNS - rows[0].keys():
+        raise ValueError(f"{path} has no columns {', '.join(sorted(missing))}: benchmarks.bench_kernels writes them to kernels.csv")
     return [row for row in rows if (row["date"], row["device"]) == (rows[-1]["date"], rows[-1]["device"])]
 
 
@@ -65,7 +70,12 @@ def main() -> None:
     options = parser.parse_args()
     if not options.rows.exists():
         sys.exit(f"{options.rows} does not exist: python -m benchmarks.bench_kernels writes it on a machine with an NVIDIA GPU")
-    draw(read(options.rows), options.out)
+    if options.out.suffix != ".png":
+        sys.exit(f"--out must be a .png file, not {options.out}")
+    try:
+        draw(read(options.rows), options.out)
+    except (OSError, ValueError) as error:
+        sys.exit(str(error))
     print(options.out)
 
 

@@ -24,23 +24,37 @@ Implementation = Literal["xla", "triton", "interpret"]
 Body = Callable[..., tuple[Array, ...]]
 
 
-def chosen(implementation: Implementation | None, tokens: Array, refusal: str | None) -> Implementation | None:
+def chosen(implementation: Implementation | None, tokens: Array, refused: Callable[[], str | None]) -> Implementation | None:
     """`"xla"` where plain JAX it must be, a kernel by its name, or None: the kernel on an NVIDIA GPU, found out when the computation is lowered.
 
-    `refusal` says why the kernel cannot do what was asked, or is None. Who asked for a kernel by name gets it or `NotImplementedError`.
+    `refused` says why the kernel cannot do what was asked, or None. Who asked for a kernel by name gets it or `NotImplementedError`.
     """
-    if implementation not in (None, *get_args(Implementation)):
+    if not (implementation is None or (isinstance(implementation, str) and implementation in get_args(Implementation))):
         raise ValueError(f"implementation must be None or one of {', '.join(get_args(Implementation))}, not {implementation!r}")
     if implementation == "xla":
         return "xla"
-    if refusal is None and any(kind == AxisType.Explicit for kind in jax.typeof(tokens).sharding.mesh.axis_types):
-        refusal = "the kernels do not work on a mesh with explicit axis types: use jax.shard_map or jax.sharding.auto_axes"
+    refusal = _unknown_size(tokens) or refused() or _unfit_mesh(tokens)
     if implementation is None:
         return None if refusal is None and launch.available() else "xla"
     if refusal is not None:
         raise NotImplementedError(f"{refusal}, or pass implementation=None")
     launch.check(implementation)
     return implementation
+
+
+def _unknown_size(tokens: Array) -> str | None:
+    if all(isinstance(length, int) for length in tokens.shape):
+        return None
+    return f"the kernels take shapes that are known, not {tokens.shape}: export with implementation='xla'"
+
+
+def _unfit_mesh(tokens: Array) -> str | None:
+    kinds = set(jax.typeof(tokens).sharding.mesh.axis_types)
+    if AxisType.Explicit in kinds:
+        return "the kernels do not work on a mesh with explicit axis types: use jax.shard_map or jax.sharding.auto_axes"
+    if len(kinds) > 1:
+        return "the kernels do not work where jax.shard_map is over some axes of a mesh: give it all of them"
+    return None
 
 
 def dispatched(implementation: Implementation | None, kernel: Body, plain: Body, *arrays: Array | None) -> tuple[Array, ...]:
@@ -82,6 +96,10 @@ def over_rows(body: Body, arrays: Sequence[Array | None], sets: Sequence[int] = 
 
     @operation.def_vmap
     def fold(size: int, batched: Sequence[bool], *arrays: Array) -> tuple[Any, Any]:
+        if size == 0:
+            each = (jax.ShapeDtypeStruct(a.shape[1:] if b else a.shape, a.dtype) for a, b in zip(arrays, batched, strict=True))
+            outputs = jax.tree.map(lambda o: jnp.zeros((0, *o.shape), o.dtype), jax.eval_shape(operation, *each))
+            return outputs, jax.tree.map(lambda _: True, outputs)
         if not batched[0]:  # copies of the large array would be needed: one after the other instead
             mapped = [a for a, b in zip(arrays, batched, strict=True) if b]
 

@@ -39,6 +39,7 @@ Layout = Literal["contiguous", "interleaved"]
 
 _TINY = float(jnp.finfo(jnp.float32).tiny)  # CPUs and GPUs round smaller numbers to zero, whose logarithm is no number
 _LEAST_EPS = 1e-36  # the smallest that _check_rule lets through
+_NOTHING = -1e30  # the logarithm of a power of zero: whatever p, it adds nothing to a sum
 _NO_MEAN = 1e-30  # a mean of signed powers this far below the largest of them is rounding
 
 
@@ -140,9 +141,9 @@ def norm_ggem_pool(
     shift = _per_channel(bias, tokens, "bias", positive=False)
     exponents = spread_over_channels(_parameter(p, tokens, "p"), tokens.shape[-1], layout=layout)
     _check_rule(eps, negatives)
-    if not (isinstance(norm_eps, int | float | np.number) and 0 < norm_eps < np.inf):
-        raise ValueError(f"norm_eps must be a positive Python number, not {norm_eps!r}")
-    implementation = chosen(implementation, tokens, fused.norm_refusal(tokens, negatives))
+    if not (isinstance(norm_eps, int | float | np.number) and 1e-36 <= norm_eps <= 1e36):
+        raise ValueError(f"norm_eps must be a Python number from 1e-36 to 1e36, not {norm_eps!r}")
+    implementation = chosen(implementation, tokens, partial(fused.norm_refusal, tokens, negatives))
     arrays = varying_alike(tokens, gain, shift, exponents, mask)
     return _norm_power_mean(*arrays, float(norm_eps), float(eps), negatives, implementation).astype(tokens.dtype)
 
@@ -152,7 +153,7 @@ def relup(x: ArrayLike, *, alpha: float = 0.014) -> Array:
 
     Reference: Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", 2023, arXiv:2308.06954, and its code.
     """
-    return jnp.maximum(x, alpha)
+    return jnp.maximum(jnp.asarray(x), float(alpha))
 
 
 def regional_gem(feature_map: Float[Array, "*b h w d"], *, p: float = 2.5, window: int = 5) -> Float[Array, "*b h w d"]:
@@ -185,7 +186,7 @@ def superglobal_pool(
     _check_exponent(regional_p, "regional_p")
     _check_exponent(p, "p")
     _check_rule(eps, "clamp")
-    implementation = chosen(implementation, feature_map, fused.superglobal_refusal(feature_map, regional_p, window))
+    implementation = chosen(implementation, feature_map, partial(fused.superglobal_refusal, feature_map, regional_p, window, p))
     options: Any = {"regional_p": float(regional_p), "window": int(window), "p": float(p), "eps": float(eps)}
     (pooled,) = dispatched(implementation, partial(fused.superglobal, **options), partial(_superglobal, **options), feature_map)
     return pooled.astype(feature_map.dtype)
@@ -238,7 +239,7 @@ def spread_over_channels(p: Float[Array, " groups"], channels: int, *, layout: L
 
 def _power_pool(tokens, p, mask, eps, negatives, implementation):
     _check_rule(eps, negatives)
-    implementation = chosen(implementation, tokens, fused.refusal(tokens))
+    implementation = chosen(implementation, tokens, partial(fused.refusal, tokens))
     return _power_mean(*varying_alike(tokens, p, mask), float(eps), negatives, implementation).astype(tokens.dtype)
 
 
@@ -300,7 +301,7 @@ def _normed_pooled_and_statistics(tokens, scale, bias, p, mask, *, norm_eps, eps
 
 def _norm_cotangents(tokens, scale, bias, p, mask, pooled, statistics, cotangent, *, norm_eps, eps, negatives):
     """With u normalised and s the cotangent of z = u scale + bias: that of x is (s scale - mean_d(s scale) - u mean_d(s scale u)) / deviation."""
-    mean, inverse = (jnp.expand_dims(statistics[..., i, :], -1) for i in range(2))
+    mean, inverse = (jnp.expand_dims(statistics[..., i, :] if mask is None else jnp.where(mask, statistics[..., i, :], 0), -1) for i in range(2))
     u = (_widened(_kept(tokens, mask, 0)) - mean) * inverse
     z = u * _lifted(scale, u) + _lifted(bias, u)
     root = _pooled_and_root(z, p, mask, eps=eps, negatives=negatives)[1] if negatives == "shift" else pooled * _EIGHTH
@@ -315,13 +316,13 @@ def _norm_cotangents(tokens, scale, bias, p, mask, pooled, statistics, cotangent
 
 def _superglobal(feature_map, *, regional_p, window, p, eps):
     mixed = _regional(_widened(feature_map), regional_p, window)
-    places = mixed.reshape(*mixed.shape[:-3], -1, mixed.shape[-1])
+    places = mixed.reshape(*mixed.shape[:-3], mixed.shape[-3] * mixed.shape[-2], mixed.shape[-1])
     return (_power_pool(places, jnp.full(places.shape[-1], p, places.dtype), None, eps, "clamp", "xla"),)
 
 
 def _regional(x, p, window):
     x = jnp.where(x < 0, 0, x)  # and not maximum, which shares the gradient at 0
-    logs = p * jnp.log(jnp.maximum(x, _TINY))
+    logs = jnp.where(x >= _TINY, p * jnp.log(jnp.maximum(x, _TINY)), _NOTHING)
     for axis in (-3, -2):
         logs = _windowed_log_sum_exp(logs, axis, window)
     local = jnp.exp((logs - 2 * np.log(window)) / p)
@@ -444,7 +445,7 @@ def _checked_map(feature_map, window):
     feature_map = jnp.asarray(feature_map)
     if not jnp.issubdtype(feature_map.dtype, jnp.floating):
         raise TypeError(f"feature_map must be floating point, not {feature_map.dtype}")
-    if not isinstance(window, int | np.integer) or window < 1 or window % 2 == 0:
+    if not isinstance(window, int | np.integer) or isinstance(window, bool) or window < 1 or window % 2 == 0:
         raise ValueError(f"window must be an odd whole number, not {window!r}")
     least = (window + 1) // 2
     if feature_map.ndim < 3 or min(feature_map.shape[-3:-1]) < least or feature_map.shape[-1] == 0:

@@ -1,7 +1,8 @@
 """SuperGlobal's global descriptor: a batch of images of one size -> maps at several scales -> pooled -> head -> one descriptor.
 
 A network is a Flax module from images to feature maps. Where it has methods `pool` (its own learned GeM) and `describe` (a head), as `ResNet` has,
-they are used; others are pooled by GeM with p = 3 instead of their own, and what is pooled is the descriptor. Of a network and an image size the map is compiled once and kept by JAX, whatever the other choices; under an outer `jit` all becomes one program.
+they are used; others are pooled by GeM with p = 3 instead of their own, and what is pooled is the descriptor. Of a network and an image size the map
+is compiled once and kept by JAX, whatever the other choices; under an outer `jit` all becomes one program.
 
 Reference: Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", 2023, arXiv:2308.06954, and its code:
 github.com/ShihaoShao-GH/SuperGlobal.

@@ -13,7 +13,7 @@ from jax import Array
 from jax import ShapeDtypeStruct as Shape
 
 from .launch import call
-from .powers import LEAST, MOST, absorb, at_least, exp2, log2, magnitude, root_of_mean
+from .powers import LEAST, MOST, absorb, at_least, exp2, magnitude, ratio_and_log2, root_of_mean, rounded_off
 from .tiles import gradient_tile, pool_tile
 
 
@@ -109,10 +109,7 @@ def _slopes(
     EPS: tl.constexpr, LIMIT: tl.constexpr, NEGATIVES: tl.constexpr, MASKED: tl.constexpr, HAS_OFFSET: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Cotangent of x `(rows, channels)`: factor (x / root)^(p - 1), added to `drift`; adds (x / root)^p log2(x / root) to `sums`."""
-    ratio = magnitude(x, floor, NEGATIVES) * inverse
-    if NEGATIVES == "signed":
-        ratio = at_least(ratio, LEAST)
-    logarithm = log2(ratio, FAST)
+    ratio, logarithm = ratio_and_log2(magnitude(x, floor, NEGATIVES), inverse, FAST)
     slope = exp2(less * logarithm, FAST)
     weight = slope * ratio * logarithm
     by_x = factor * slope
@@ -153,8 +150,9 @@ def gradient_kernel(
     size = tl.abs(y)
     inverse = tl.where(y == 0, 0.0, 1.0 / size)[None, :]  # of a zero root: all ratios the least, so that nothing overflows
     floor = at_least(size * LEAST, EPS)[None, :]
-    factor = (by_y / kept)[None, :]
     less = exponent[None, :] - 1.0
+    whole = rounded_off(less, inverse, size[None, :])
+    factor = (by_y / kept)[None, :] * whole
     sums = tl.zeros((ROWS, CHANNELS), tl.float32)
     drift = tl.zeros((ROWS, CHANNELS), tl.float32)
     step = tl.arange(0, ROWS)[:, None]
@@ -179,7 +177,7 @@ def gradient_kernel(
         sums, drift, by_x = _slopes(sums, drift, x, keep, factor, inverse, floor, less, EPS, LIMIT, NEGATIVES, True, HAS_OFFSET, FAST)
         tl.store(by_tokens + n * D + channel, by_x, mask=(n < N) & (channel < D))
     SUMS: tl.constexpr = 2 if HAS_OFFSET else 1
-    by_p = by_y * (size / exponent) * (tl.sum(sums, 0) * (0.6931471805599453 / kept))
+    by_p = by_y * (size / exponent) * (tl.sum(sums * whole, 0) * (0.6931471805599453 / kept))
     if NEGATIVES == "signed":
         by_p = tl.clamp(by_p, -MOST, MOST, propagate_nan=tl.PropagateNan.ALL)
     tl.store(by_parameters + row * SUMS * D + c, by_p, mask=c < D)

@@ -11,7 +11,7 @@ from jax import Array
 from jax import ShapeDtypeStruct as Shape
 
 from .launch import call
-from .powers import LEAST, MOST, absorb, at_least, exp2, joined, log2, magnitude, root_of_mean
+from .powers import LEAST, MOST, absorb, exp2, joined, log2, magnitude, ratio_and_log2, root_of_mean, rounded_off
 from .tiles import NormTile, norm_gradient_tile, norm_pool_tile
 
 
@@ -218,8 +218,7 @@ def _gradient_step(
         for q in tl.static_range(PIECES):
             u = (xs[k * PIECES + q] - mean) * deviation
             z = u * gains[q] + shifts[q]
-            ratio = at_least(magnitude(z, EPS, NEGATIVES) * inverses[q], LEAST)
-            logarithm = log2(ratio, FAST)
+            ratio, logarithm = ratio_and_log2(magnitude(z, EPS, NEGATIVES), inverses[q], FAST)
             slope = exp2(lesses[q] * logarithm, FAST)
             weight = slope * ratio * logarithm
             s = factors[q] * slope
@@ -279,7 +278,8 @@ def norm_gradient_kernel(
     for q in tl.static_range(PIECES):  # of a zero root: no cotangent, and ratios the least, so that nothing overflows
         lesses = lesses + (exponents[q] - 1.0,)
         inverses = inverses + (tl.where(roots[q] == 0, 0.0, 1.0 / tl.abs(roots[q])),)
-        factors = factors + (tl.where(roots[q] == 0, 0.0, cotangents[q] / kept),)
+        whole = rounded_off(lesses[q], inverses[q], tl.abs(roots[q]))
+        factors = factors + (tl.where(roots[q] == 0, 0.0, cotangents[q] / kept * whole),)
     tokens += row * N * D
     by_tokens += row * N * D
     mask += row * N

@@ -1,10 +1,12 @@
-"""The GPU benchmark as far as it goes without a GPU: all of its sections on small shapes, its count of bytes, its picture."""
+"""The GPU benchmark as far as it goes without a GPU: its sections on small shapes, who is left out, its count of bytes, its picture."""
 
 import csv
+import sys
 
 import numpy as np
 import pytest
 
+from benchmarks import bench_kernels, plot_kernels
 from benchmarks.bench_kernels import B16, SECTIONS, Bench, _buffers, moved_bytes
 from benchmarks.kernel_numerics import _error, checks
 from benchmarks.plot_kernels import STAGES, draw, read
@@ -37,8 +39,8 @@ def test_every_stage_is_measured_for_every_contestant(folder):
 
 def test_a_training_step_is_measured_with_and_without_kernels(folder):
     rows = rows_of(folder / "kernel_training.csv")
-    assert [row["contestant"] for row in rows] == ["fused norm and pooling", "pooling alone", "no kernel"]
-    assert float(rows[-1]["over_no_kernel"]) == 1
+    assert [row["contestant"] for row in rows] == ["fused norm and pooling", "no kernel", "pooling alone"]
+    assert float(rows[1]["over_no_kernel"]) == 1
     assert all(float(row["images_per_s"]) > 0 for row in rows)
 
 
@@ -55,8 +57,10 @@ def test_bytes_are_those_of_the_arrays():
     assert moved_bytes("ggem", "backward", shape, "bfloat16") == 2 * 77_070_336 + 3 * 786_432
     statistics = 256 * 196 * 2 * 4
     assert moved_bytes("norm_ggem", "both", shape, "bfloat16") == 3 * 77_070_336 + 6 * 786_432 + 2 * statistics
-    assert _buffers(77_070_336) * 77_070_336 >= 4 * 60e6  # four times the L2 cache of an H200
-    assert _buffers(20_000_000) * 20_000_000 >= 4 * 60e6
+    for case in (bench_kernels.S16, B16, bench_kernels.L16, bench_kernels.B16_384, bench_kernels.L14_518, bench_kernels.B16_FLOAT32):
+        for size in (case.token_bytes, case.token_bytes // 2 * 3):
+            assert 4 * 60e6 <= _buffers(size) * size <= 1.25e9  # four times the L2 cache of an H200
+    assert _buffers(77_070_336) == 16
 
 
 def test_without_a_gpu_it_says_so_and_what_runs(tool):
@@ -64,10 +68,81 @@ def test_without_a_gpu_it_says_so_and_what_runs(tool):
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2
     assert errors.strip().splitlines()[-1].startswith("timing kernels needs an NVIDIA GPU")
-    process = tool("benchmarks.bench_kernels", "--sections", "all")
-    _, errors = process.communicate(timeout=120)
-    assert process.returncode == 1
-    assert f"must be of {', '.join(SECTIONS)}, not all" in errors
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--sections", "all, ggem"], f"--sections must be of {', '.join(SECTIONS)}, not all"),
+        (["--budget", "nan"], "--budget must be a number of seconds, 0 or more, not nan"),
+        (["--budget", "-1"], "--budget must be a number of seconds, 0 or more, not -1.0"),
+        (["--rounds", "1"], "--rounds must be at least 2, not 1"),
+        (["--check", "--sections", "ggem"], "--check runs the numerics alone: not together with --dry or --sections"),
+        (["--check"], "--check: implementation='interpret' needs TRITON_INTERPRET=1 in the environment before triton is imported"),
+    ],
+)
+def test_flags_that_cannot_be_are_refused_in_one_line(monkeypatch, flags, said):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr(sys, "argv", ["bench_kernels", *flags])
+    with pytest.raises(SystemExit) as stopped:
+        bench_kernels.main()
+    assert stopped.value.code == said
+
+
+def with_a_contestant(monkeypatch, name, pool):
+    monkeypatch.setitem(bench_kernels.JAX_CONTESTANTS, "ggem", bench_kernels.JAX_CONTESTANTS["ggem"] | {name: pool})
+
+
+def test_a_contestant_that_raises_is_left_out_by_name(monkeypatch, tmp_path, capsys):
+    def broken(tokens, p):
+        raise RuntimeError("no compiler\nis here")
+
+    with_a_contestant(monkeypatch, "xla broken", broken)
+    assert Bench(tmp_path, 600, 2, dry=True, implementation="xla").run(["ggem"]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out: ")]
+    assert said == [
+        f"left out: ggem, dry, (4, 9, 12), bfloat16, {stage}, xla broken: RuntimeError: no compiler is here" for stage in bench_kernels._STAGES
+    ]
+    assert {row["contestant"] for row in rows_of(tmp_path / "kernels.csv")} >= {"ours", "xla formula", "xla closed form", "copy"}
+
+
+def test_a_contestant_that_disagrees_fails_the_run_and_the_others_are_timed(monkeypatch, tmp_path, capsys):
+    with_a_contestant(monkeypatch, "xla wrong", lambda tokens, p: 2 * bench_kernels.formula(tokens, p))
+    assert Bench(tmp_path, 600, 2, dry=True, implementation="xla").run(["ggem"]) == 1
+    assert "left out: ggem, dry, (4, 9, 12), bfloat16, forward, xla wrong: it does not agree with ours: result 0 by" in capsys.readouterr().out
+    rows = rows_of(tmp_path / "kernels.csv")
+    for stage in STAGES:
+        timed = {row["contestant"] for row in rows if row["stage"] == stage}
+        assert timed >= {"ours", "xla formula", "xla closed form", "copy"}
+        assert "xla wrong" not in timed
+
+
+def test_without_time_everything_is_left_out_by_name(tmp_path, capsys):
+    assert Bench(tmp_path, 0, 2, dry=True, implementation="xla").run(list(SECTIONS)) == 0
+    said = capsys.readouterr().out
+    assert not list(tmp_path.iterdir())
+    for what in ("ggem, (2, 9, 12), float32, p = 3", "ggem, dry, (4, 9, 12), bfloat16, forward", "norm_ggem, dry, (4, 9, 12), bfloat16, both"):
+        assert f"no time left for {what}\n" in said
+    for what in ("training", "superglobal, map, (2, 6, 7, 8), bfloat16, forward", "ggem, (2, 9, 12), float32, p = 3, size 1e-30"):
+        assert f"no time left for {what}\n" in said
+
+
+def test_what_cannot_be_drawn_is_refused_in_one_line(monkeypatch, tmp_path, folder):
+    empty, other = tmp_path / "empty.csv", tmp_path / "other.csv"
+    empty.write_text("")
+    other.write_text("date,device\n2026-01-01,cpu\n")
+    for flags, said in (
+        (["--rows", empty], f"{empty} has no rows"),
+        (["--rows", other], f"{other} has no columns contestant"),
+        (["--rows", tmp_path], str(tmp_path)),
+        (["--rows", tmp_path / "none.csv"], f"{tmp_path / 'none.csv'} does not exist"),
+        (["--rows", folder / "kernels.csv", "--out", tmp_path / "a.pdf"], f"--out must be a .png file, not {tmp_path / 'a.pdf'}"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["plot_kernels", *map(str, flags)])
+        with pytest.raises(SystemExit) as stopped:
+            plot_kernels.main()
+        assert said in stopped.value.code
+        assert "\n" not in stopped.value.code
 
 
 def test_the_numerics_see_a_wrong_result():

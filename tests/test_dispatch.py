@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.export
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -16,6 +17,11 @@ from ggem_jax.pooling import ggem_pool, norm_ggem_pool
 MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 TOKENS = jax.random.normal(jax.random.key(0), (16, 9, 12))
 P3 = jnp.full((1, 12), 3.0)
+
+
+def fit():
+    """What a kernel that refuses nothing says."""
+    return
 
 
 def value(tokens, p):
@@ -82,7 +88,7 @@ def test_a_mapped_axis_is_folded_into_the_rows(axes):
 def test_without_kernels_the_plain_body_is_all_there_is(monkeypatch):
     for there, cases in ((False, 0), (True, 1)):
         monkeypatch.setattr(launch, "available", lambda there=there: there)
-        body = jax.make_jaxpr(lambda x, p: dispatch.dispatched(dispatch.chosen(None, x, None), lambda _, *a: value(*a), value, x, p))(TOKENS, P3)
+        body = jax.make_jaxpr(lambda x, p: dispatch.dispatched(dispatch.chosen(None, x, fit), lambda _, *a: value(*a), value, x, p))(TOKENS, P3)
         assert str(body).count("platform_index") == cases
 
 
@@ -98,7 +104,7 @@ def test_the_body_of_the_platform_runs_and_its_derivative_is_that_of_the_formula
     def plain(x):
         return (x**3,)
 
-    assert dispatch.chosen(None, TOKENS, None) is None
+    assert dispatch.chosen(None, TOKENS, fit) is None
     f = functools.partial(dispatch.dispatched, None, kernel, plain)
     assert float(jax.jit(f)(2.0)[0]) == 8
     assert calls == ["triton"]
@@ -108,11 +114,11 @@ def test_the_body_of_the_platform_runs_and_its_derivative_is_that_of_the_formula
 
 def test_who_asks_for_a_kernel_gets_it_or_the_reason(monkeypatch):
     with pytest.raises(NotImplementedError, match="cast the tokens, or pass implementation=None"):
-        dispatch.chosen("triton", TOKENS, "the kernels take float32: cast the tokens")
-    assert dispatch.chosen(None, TOKENS, "the kernels take float32") == "xla"
-    assert dispatch.chosen("xla", TOKENS, "the kernels take float32") == "xla"
+        dispatch.chosen("triton", TOKENS, lambda: "the kernels take float32: cast the tokens")
+    assert dispatch.chosen(None, TOKENS, lambda: "the kernels take float32") == "xla"
+    assert dispatch.chosen("xla", TOKENS, lambda: "the kernels take float32") == "xla"
     with pytest.raises(ValueError, match="one of xla, triton, interpret, not 'cuda'"):
-        dispatch.chosen("cuda", TOKENS, None)
+        dispatch.chosen("cuda", TOKENS, fit)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(NotImplementedError, match="TRITON_INTERPRET=1"):
         norm_ggem_pool(TOKENS, jnp.ones(12), jnp.ones(12), jnp.ones(3), implementation="interpret")
@@ -123,7 +129,35 @@ def test_a_mesh_with_explicit_axis_types_takes_the_plain_body(monkeypatch):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         tokens = jax.device_put(TOKENS, NamedSharding(mesh, P("data")))
-        assert dispatch.chosen(None, tokens, None) == "xla"
+        assert dispatch.chosen(None, tokens, fit) == "xla"
         with pytest.raises(NotImplementedError, match=r"jax.shard_map or jax.sharding.auto_axes"):
-            dispatch.chosen("triton", tokens, None)
+            dispatch.chosen("triton", tokens, fit)
         assert jax.jit(ggem_pool)(tokens, jnp.ones(3)).shape == (16, 12)
+
+
+def test_shard_map_over_some_axes_takes_the_plain_body(monkeypatch):
+    """The partitioner would be asked to spread a kernel over the other axes."""
+    monkeypatch.setattr(launch, "available", lambda: True)
+    mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    seen = []
+
+    def pool(tokens, p):
+        seen.append(dispatch.chosen(None, tokens, fit))
+        with pytest.raises(NotImplementedError, match="give it all of them"):
+            dispatch.chosen("triton", tokens, fit)
+        return ggem_pool(tokens, p)
+
+    spread = jax.jit(jax.shard_map(pool, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"), axis_names={"data"}))
+    np.testing.assert_allclose(spread(TOKENS, P3[0]), ggem_pool(TOKENS, P3[0]), rtol=1e-6)
+    assert set(seen) == {"xla"}
+
+
+@pytest.mark.parametrize("sizes", ["b, 9, 12", "b, n, 12"])
+def test_sizes_may_be_symbols(monkeypatch, sizes):
+    monkeypatch.setattr(launch, "available", lambda: True)
+    shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape(sizes), "float32")
+    for implementation in (None, "xla"):
+        exported = jax.export.export(jax.jit(functools.partial(ggem_pool, implementation=implementation)), platforms=("cpu",))(shape, P3[0])
+        np.testing.assert_allclose(exported.call(TOKENS, P3[0]), ggem_pool(TOKENS, P3[0]), rtol=1e-6)
+    with pytest.raises(NotImplementedError, match="shapes that are known"):
+        jax.export.export(jax.jit(functools.partial(ggem_pool, implementation="triton")), platforms=("cpu",))(shape, P3[0])

@@ -2,11 +2,11 @@
 
 import functools
 import importlib.util
+import re
 
 import jax
 import jax.numpy as jnp
 import pytest
-from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -16,14 +16,9 @@ from ggem_jax.pooling import gem_pool, ggem_pool, norm_ggem_pool, superglobal_po
 
 pytestmark = pytest.mark.lowering
 
-LEAST_CASES = 44
 MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 TOKENS = jax.ShapeDtypeStruct((8, 50, 96), "bfloat16")
 EXPONENTS, CHANNELS = (jax.ShapeDtypeStruct((length,), "float32") for length in (4, 96))
-
-
-def test_no_case_is_lost(request):
-    assert len([item for item in request.session.items if item.path == request.path]) >= LEAST_CASES
 
 
 def test_the_cuda_plugin_of_this_jax_is_on_the_path():
@@ -49,14 +44,17 @@ POOLS = {
     "gem": (gem_pool, (TOKENS, jax.ShapeDtypeStruct((), "float32"))),
     "per channel": (gem_pool, (TOKENS, CHANNELS)),
     "interleaved": (functools.partial(ggem_pool, layout="interleaved"), (TOKENS, EXPONENTS)),
-    "masked": (lambda x, p: ggem_pool(x, p, mask=x[..., 0] > 0), (TOKENS, EXPONENTS)),
+    "masked": (lambda x, p, **options: ggem_pool(x, p, mask=x[..., 0] > 0, **options), (TOKENS, EXPONENTS)),
     "shift": (functools.partial(ggem_pool, negatives="shift"), (TOKENS, EXPONENTS)),
     "signed": (functools.partial(ggem_pool, negatives="signed"), (TOKENS, EXPONENTS)),
     "abs": (functools.partial(ggem_pool, negatives="abs"), (TOKENS, EXPONENTS)),
     "float32": (ggem_pool, (TOKENS.update(dtype="float32"), EXPONENTS)),
     "float16": (ggem_pool, (TOKENS.update(dtype="float16"), EXPONENTS)),
     "norm": (norm_ggem_pool, (TOKENS, CHANNELS, CHANNELS, EXPONENTS)),
-    "norm masked": (lambda x, s, b, p: norm_ggem_pool(x, s, b, p, mask=x[..., 0] > 0), (TOKENS, CHANNELS, CHANNELS, EXPONENTS)),
+    "norm masked": (
+        lambda x, s, b, p, **options: norm_ggem_pool(x, s, b, p, mask=x[..., 0] > 0, **options),
+        (TOKENS, CHANNELS, CHANNELS, EXPONENTS),
+    ),
 }
 
 
@@ -64,7 +62,7 @@ POOLS = {
 @pytest.mark.parametrize("implementation", [None, "triton"])
 def test_value_and_gradient_are_one_kernel_each(name, implementation):
     pool, arguments = POOLS[name]
-    chosen = pool if implementation is None or getattr(pool, "__name__", "") == "<lambda>" else functools.partial(pool, implementation=implementation)
+    chosen = functools.partial(pool, implementation=implementation)
     assert kernels(lowered(chosen, *arguments)) == 1
     wrt = tuple(range(len(arguments)))
     assert kernels(lowered(jax.grad(total(chosen), wrt), *arguments)) == 2
@@ -102,7 +100,7 @@ def test_transformations(name):
 
 def test_a_hessian_takes_the_formula_for_its_second_derivative():
     text = lowered(jax.hessian(lambda p, x: total(ggem_pool)(x, p)), EXPONENTS, TOKENS)
-    assert kernels(text) >= 1
+    assert kernels(text) == 1  # of the value
 
 
 @pytest.mark.parametrize("check_vma", [True, False])
@@ -113,7 +111,9 @@ def test_shard_map_runs_the_kernel_on_the_local_rows(name, check_vma):
     spread = jax.shard_map(pool, mesh=MESH, in_specs=specs, out_specs=P("data"), check_vma=check_vma)
     text = lowered(jax.grad(total(spread), tuple(range(len(arguments)))), *arguments)
     assert kernels(text) == 2
-    assert text.count("stablehlo.all_reduce") >= 1  # of the parameters' gradients, and of nothing else
+    reduced = re.findall(r'"stablehlo\.all_reduce".*?\}\) : \(([^)]*)\) ->', text, re.DOTALL)
+    assert len(reduced) == text.count("stablehlo.all_reduce") == len(arguments) - 1  # of the parameters' gradients, and of nothing else
+    assert set(reduced) <= {"tensor<4xf32>", "tensor<96xf32>"}
     assert "all_gather" not in text
     calls = [line for line in text.splitlines() if "@triton_kernel_call" in line]
     assert all("tensor<1x50x96xbf16>" in line and "tensor<8x50x96xbf16>" not in line for line in calls)
@@ -143,7 +143,6 @@ def test_a_vision_transformer_ends_in_one_kernel(fused_norm):
     (call,) = (line for line in text.splitlines() if "@triton_kernel_call" in line)
     assert ("tensor<2x17x64xbf16>" in call) == fused_norm  # the class token is masked: cutting it off would copy all others
     assert kernels(lowered(jax.grad(loss), variables, images)) == 2
-    assert isinstance(model, nn.Module)
 
 
 def test_without_a_capability_the_missing_gpu_is_named():

@@ -96,7 +96,24 @@ def test_nan_is_kept_and_negative_entries_count_as_zero():
     np.testing.assert_array_equal(regional_gem(x), regional_gem(jnp.maximum(x, 0)))
 
 
+@pytest.mark.parametrize("p", [0.02, 0.1, 1.0, 50.0])
+def test_regional_gem_against_float64(p):
+    """Zeros count as zeros also for small exponents, for which the smallest number to the power p is not small."""
+    x = np.maximum(np.random.default_rng(0).normal(size=(7, 6, 3)), 0)
+    x[..., 2] = np.eye(7, 6) / 8
+    padded = np.pad(x, ((2, 2), (2, 2), (0, 0)), mode="reflect")
+    windows = np.lib.stride_tricks.sliding_window_view(padded, (5, 5), (0, 1))
+    top = np.maximum(windows.max((-2, -1), keepdims=True), 1e-300)
+    local = top[..., 0, 0] * np.mean((windows / top) ** p, axis=(-2, -1)) ** (1 / p)
+    np.testing.assert_allclose(regional_gem(jnp.asarray(x, jnp.float32), p=p), (x + local) / 2, rtol=3e-5 if p < 0.1 else 3e-6, atol=1e-30)
+
+
+def test_no_maps_give_no_descriptors():
+    assert superglobal_pool(jnp.zeros((0, 5, 5, 2))).shape == (0, 2)
+
+
 def test_relup():
+    assert relup(jnp.ones(2, jnp.bfloat16), alpha=np.float64(0.014)).dtype == jnp.bfloat16
     np.testing.assert_array_equal(relup(jnp.array([-1.0, 0.0, 0.01, 0.02])), jnp.array([0.014, 0.014, 0.014, 0.02]))
     np.testing.assert_array_equal(relup(jnp.array([-1.0, 1.0]), alpha=0.0), jnp.array([0.0, 1.0]))
 
@@ -195,6 +212,7 @@ def test_a_vit_with_the_fused_norm_has_the_same_parameters_and_descriptors():
 
 MAP, TOKENS = np.ones((4, 4, 2), np.float32), np.ones((2, 9, 12), np.float32)
 REFUSED = {
+    "true as a window": (ValueError, "window must be an odd whole number, not True", lambda: regional_gem(MAP, window=True)),
     "even window": (ValueError, "window must be an odd whole number, not 4", lambda: regional_gem(MAP, window=4)),
     "small map": (ValueError, "h and w of at least 3 for a window of 5", lambda: regional_gem(MAP[:2])),
     "flat map": (ValueError, r"feature_map must be \(\.\.\., h, w, d\)", lambda: superglobal_pool(MAP[0])),
@@ -207,7 +225,7 @@ REFUSED = {
     "exponent of scales": (ValueError, "p must be a positive Python number, not 0", lambda: scale_gem(np.ones((3, 2), np.float32), p=0)),
     "eps": (ValueError, "eps must be a Python number", lambda: superglobal_pool(MAP, eps=0.0)),
     "scale": (ValueError, r"scale must be a scalar or \(12,\)", lambda: norm_ggem_pool(TOKENS, np.ones(3), np.ones(12), np.ones(3))),
-    "norm_eps": (ValueError, "norm_eps must be a positive Python number", lambda: norm_ggem_pool(TOKENS, 1.0, 0.0, np.ones(3), norm_eps=0.0)),
+    "norm_eps": (ValueError, "norm_eps must be a Python number from 1e-36", lambda: norm_ggem_pool(TOKENS, 1.0, 0.0, np.ones(3), norm_eps=0.0)),
     "fused norm of another pooling": (
         ValueError,
         "fused_norm needs GGeM",

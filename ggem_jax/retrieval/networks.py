@@ -66,8 +66,7 @@ def read_vit(path: str | Path, variant: str) -> tuple[ViT, dict[str, Any]]:
     """A ViT of `ggem_jax.models.vit` from a safetensors file of its parameters, named as Flax does: `params/blocks_0/mlp/in/kernel`.
 
     Such a file is made by `write_safetensors(path, flax.traverse_util.flatten_dict({"params": params}, sep="/"))`; parameters of a pooling or a head
-    are left out. Class token, registers and the size of the training images are found by the shapes. Raises `MismatchedWeights` with all that does not
-    fit.
+    are left out. Class token, registers and the size of the training images are found by the shapes. `MismatchedWeights` lists all that does not fit.
     """
     arrays = {name: value for name, value in read_safetensors(path).items() if name.split("/")[1:2] not in (["head"], ["pool"], ["pooling"])}
     position, registers = arrays.get("params/position"), arrays.get("params/registers")

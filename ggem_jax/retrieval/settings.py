@@ -17,9 +17,9 @@ MOST_THIN = 16  # the longer side of a picture over the shorter: what is thinner
 class DescriptorSettings:
     """How a picture becomes a descriptor. Wrong values raise `ValueError` when the record is made.
 
-    `sizes="buckets"` resizes every picture so that its longer side is `longest_side` and its shorter side a multiple of the network's stride: a folder of
-    a thousand sizes compiles a few programs, and a picture's proportions change by at most half a stride. `"exact"` keeps a picture's own pixels, shrunk
-    to `longest_side` where it is larger (0: never), and compiles programs for each size. In both, pictures too small for the method are enlarged.
+    `sizes="buckets"` resizes every picture so that its longer side is `longest_side` and its shorter side a multiple of the network's stride: a folder
+    of a thousand sizes compiles a few programs, and a picture's proportions change by at most half a stride. `"exact"` keeps a picture's own pixels,
+    shrunk to `longest_side` where it is larger (0: never), and compiles programs for each size. In both, what is too small for the method is enlarged.
     """
 
     backbone: str = "efficientnet-lite0"  # or resnet50, resnet101 (CVNet's), vit-S/16 and the like (the embedded one has weights of its own)
