@@ -17,9 +17,10 @@ MOST_THIN = 16  # the longer side of a picture over the shorter: what is thinner
 class DescriptorSettings:
     """How a picture becomes a descriptor. Wrong values raise `ValueError` when the record is made.
 
-    `sizes="buckets"` resizes every picture so that its longer side is `longest_side` and its shorter side a multiple of the network's stride: a folder
-    of a thousand sizes compiles a few programs, and a picture's proportions change by at most half a stride. `"exact"` keeps a picture's own pixels,
-    shrunk to `longest_side` where it is larger (0: never), and compiles programs for each size. In both, what is too small for the method is enlarged.
+    `sizes="buckets"` resizes every picture so that its longer side is `longest_side` and its shorter side a multiple of the network's stride: a
+    folder of a thousand sizes compiles a few programs, and a picture's proportions change by at most half a stride. `"exact"` keeps a picture's own
+    pixels, shrunk to `longest_side` where it is larger (0: never), and compiles programs for each size. In both, pictures too small for the method
+    are enlarged.
     """
 
     backbone: str = "efficientnet-lite0"  # or resnet50, resnet101 (CVNet's), vit-S/16 and the like (the embedded one has weights of its own)
@@ -46,12 +47,9 @@ class DescriptorSettings:
         if self.backbone == "efficientnet-lite0" and self.weights is not None:
             raise ValueError("efficientnet-lite0 takes the weights that are installed with it, not a file")
         least = 0 if self.sizes == "exact" else 160  # five strides: what three scales and Regional GeM need, and some
-        if (
-            not isinstance(self.longest_side, int)
-            or isinstance(self.longest_side, bool)
-            or not (self.longest_side == least or self.longest_side >= 160)
-        ):
-            raise ValueError(f"longest_side must be a whole number of at least 160 pixels{', or 0' if not least else ''}, not {self.longest_side!r}")
+        side = self.longest_side
+        if not isinstance(side, int) or isinstance(side, bool) or not (side == least or side >= 160):
+            raise ValueError(f"longest_side must be a whole number of at least 160 pixels{', or 0' if not least else ''}, not {side!r}")
 
     def record(self) -> dict[str, Any]:
         """JSON values that are equal where descriptors are: files are told apart by their contents."""
