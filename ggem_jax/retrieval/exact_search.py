@@ -23,12 +23,14 @@ from ggem_jax.retrieval.vectors import (
     on_device,
     ordered,
     shape_of,
+    taken,
 )
 
 Precision = Literal["float32", "bfloat16"]
 
 _BLOCK_BYTES = 64 * 2**20  # of widened vectors and their scores: much more than a cache holds, little beside any memory
 _SUMMED = 512  # products in one sum: 2048 at once differ from float64 by 2e-6, in pieces of 512 by 5e-7 (unit vectors)
+_MARGIN = 16  # results beyond k that are looked at again: scores in float32 are 5e-7 off, and so many will hardly be closer than that
 _READ_BYTES = 128 * 2**20  # of vectors read at a time, two times: one is read while the other is searched
 
 
@@ -36,7 +38,8 @@ def search(queries: Float[Array, "q d"], database: Database, *, k: int, precisio
     """The `k` vectors with the largest dot product with each query, in order: exact search.
 
     Queries are `(q, d)`; the database is an array `(n, d)` of JAX or NumPy (memory-mapped too) or a store, in float32, float16 or bfloat16, which is
-    widened block by block: memory is bounded whatever n. Equal scores are ordered by smaller id; a score that is not a number comes last.
+    widened block by block: memory is bounded whatever n. Equal scores are ordered by smaller id; a score that is not a number comes last. What is not
+    an array of JAX is read block by block, and the best are ordered by their scores in float64, rounded to float32: on every device the same.
     With `mesh` all its devices share the rows. An array of JAX makes this a pure function, for use inside `jit`.
 
     `precision="float32"` multiplies in full precision on every device; `"bfloat16"` rounds both sides to bfloat16 and adds in float32.
@@ -84,7 +87,8 @@ def _found(queries, database, *, k, precision, mesh):
 
 def _streamed(queries, database, *, k, precision, mesh):
     """Search in vectors that are read block by block: the next one while the last one is searched."""
-    n, d = database.shape
+    (n, d), wanted = database.shape, k
+    k = min(k + _MARGIN, n) if precision == "float32" else k
     devices = 1 if mesh is None else mesh.size
     rows = max(_READ_BYTES // (2 * d), 1) // devices * devices or devices
     rows = rows if rows < n else -(-n // devices) * devices
@@ -100,7 +104,20 @@ def _streamed(queries, database, *, k, precision, mesh):
     for start, block in ahead(map(read, blocks_of(database, rows))):
         best = _absorb(best, queries, jax.device_put(block, spread), np.int32(start), np.int32(n), k=k, precision=precision, mesh=mesh)
         jax.block_until_ready(best)  # so that no more than two blocks are in memory
-    return best
+    return _settled(queries, database, best.ids, wanted) if precision == "float32" else best
+
+
+def _settled(queries, database, ids, k):
+    """The k best of the `ids` `(q, more than k)` by scores in float64: the rounding of float32 depends on the sizes of blocks, and on the device."""
+    rows = []
+    for query, own in zip(np.asarray(queries, np.float64), np.sort(np.asarray(ids), axis=1), strict=True):
+        with np.errstate(invalid="ignore", over="ignore"):
+            scores = (taken(database, own, len(query)).astype(np.float64) @ query).astype(np.float32)
+        scores = np.nan_to_num(scores, nan=-np.inf, posinf=np.inf, neginf=-np.inf)
+        order = np.argsort(-scores, kind="stable")[:k]
+        rows.append((np.maximum(scores[order], np.finfo(np.float32).min), own[order]))
+    scores, ids = map(np.stack, zip(*rows, strict=True))
+    return Ranking(jnp.asarray(scores), jnp.asarray(ids, jnp.int32))
 
 
 @partial(jax.jit, static_argnames=("k", "precision", "mesh"))
