@@ -42,7 +42,7 @@ def gradient(
         [Shape(tokens.shape, tokens.dtype), Shape((rows, 1 + (offset is not None), d), jnp.float32)],
         programs=rows * triton.cdiv(d, tile.channels), warps=tile.warps,
         N=n, D=d, SET=rows // len(p), EPS=eps, LIMIT=float(jnp.finfo(tokens.dtype).max), NEGATIVES=negatives, HAS_MASK=mask is not None,
-        HAS_OFFSET=offset is not None, UNROLL=tile.unroll, ROWS=tile.rows, CHANNELS=tile.channels,
+        HAS_OFFSET=offset is not None, SERIES=tokens.dtype == jnp.float32, UNROLL=tile.unroll, ROWS=tile.rows, CHANNELS=tile.channels,
     )  # fmt: skip
     return by_tokens, by_rest
 
@@ -106,10 +106,11 @@ def pool_kernel(
 @triton.jit
 def _slopes(
     sums, drift, x, keep, factor, inverse, floor, less,
-    EPS: tl.constexpr, LIMIT: tl.constexpr, NEGATIVES: tl.constexpr, MASKED: tl.constexpr, HAS_OFFSET: tl.constexpr, FAST: tl.constexpr,
+    EPS: tl.constexpr, LIMIT: tl.constexpr, NEGATIVES: tl.constexpr, MASKED: tl.constexpr, HAS_OFFSET: tl.constexpr, SERIES: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """Cotangent of x `(rows, channels)`: factor (x / root)^(p - 1), added to `drift`; adds (x / root)^p log2(x / root) to `sums`."""
-    ratio, logarithm = ratio_and_log2(magnitude(x, floor, NEGATIVES), inverse, FAST)
+    ratio, logarithm = ratio_and_log2(magnitude(x, floor, NEGATIVES), inverse, SERIES, FAST)
     slope = exp2(less * logarithm, FAST)
     weight = slope * ratio * logarithm
     by_x = factor * slope
@@ -133,7 +134,8 @@ def _slopes(
 def gradient_kernel(
     tokens, p, mask, count, offset, root, cotangent, by_tokens, by_parameters,
     N: tl.constexpr, D: tl.constexpr, SET: tl.constexpr, EPS: tl.constexpr, LIMIT: tl.constexpr, NEGATIVES: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_OFFSET: tl.constexpr, UNROLL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, FAST: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_OFFSET: tl.constexpr, SERIES: tl.constexpr, UNROLL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """d root / d x_n = (x_n / root)^(p - 1) / count and d root / d p = (root / p) mean_n (x_n / root)^p log(x_n / root)."""
     block = tl.program_id(0)
@@ -166,7 +168,9 @@ def gradient_kernel(
             xs, keeps = xs + (x,), keeps + (keep,)
         for k in tl.static_range(UNROLL):
             n = start + k * ROWS + step
-            sums, drift, by_x = _slopes(sums, drift, xs[k], keeps[k], factor, inverse, floor, less, EPS, LIMIT, NEGATIVES, HAS_MASK, HAS_OFFSET, FAST)
+            sums, drift, by_x = _slopes(
+                sums, drift, xs[k], keeps[k], factor, inverse, floor, less, EPS, LIMIT, NEGATIVES, HAS_MASK, HAS_OFFSET, SERIES, FAST
+            )
             if WIDE:
                 tl.store(by_tokens + n * D + channel, by_x)
             else:
@@ -174,7 +178,7 @@ def gradient_kernel(
     for start in range(WHOLE, N, ROWS):
         n = start + step
         x, keep = _load(tokens, n, mask, channel, lowest, N, D, True, HAS_MASK, HAS_OFFSET, EPS)
-        sums, drift, by_x = _slopes(sums, drift, x, keep, factor, inverse, floor, less, EPS, LIMIT, NEGATIVES, True, HAS_OFFSET, FAST)
+        sums, drift, by_x = _slopes(sums, drift, x, keep, factor, inverse, floor, less, EPS, LIMIT, NEGATIVES, True, HAS_OFFSET, SERIES, FAST)
         tl.store(by_tokens + n * D + channel, by_x, mask=(n < N) & (channel < D))
     SUMS: tl.constexpr = 2 if HAS_OFFSET else 1
     by_p = by_y * (size / exponent) * (tl.sum(sums * whole, 0) * (0.6931471805599453 / kept))
