@@ -13,7 +13,7 @@ from jax import Array
 from jax import ShapeDtypeStruct as Shape
 
 from .launch import call
-from .powers import LEAST, MOST, absorb, at_least, exp2, magnitude, ratio_and_log2, root_of_mean, rounded_off
+from .powers import LEAST, MOST, absorb, exp2, magnitude, ratio_and_log2, root_of_mean, rounded_off
 from .tiles import gradient_tile, pool_tile
 
 
@@ -105,12 +105,12 @@ def pool_kernel(
 
 @triton.jit
 def _slopes(
-    sums, drift, x, keep, factor, inverse, floor, less,
+    sums, drift, x, keep, factor, inverse, less,
     EPS: tl.constexpr, LIMIT: tl.constexpr, NEGATIVES: tl.constexpr, MASKED: tl.constexpr, HAS_OFFSET: tl.constexpr, SERIES: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
     """Cotangent of x `(rows, channels)`: factor (x / root)^(p - 1), added to `drift`; adds (x / root)^p log2(x / root) to `sums`."""
-    ratio, logarithm = ratio_and_log2(magnitude(x, floor, NEGATIVES), inverse, SERIES, FAST)
+    ratio, logarithm = ratio_and_log2(magnitude(x, EPS, NEGATIVES), inverse, SERIES, FAST)
     slope = exp2(less * logarithm, FAST)
     weight = slope * ratio * logarithm
     by_x = factor * slope
@@ -151,7 +151,6 @@ def gradient_kernel(
     kept = tl.load(count + row) if HAS_MASK else float(N)
     size = tl.abs(y)
     inverse = tl.where(y == 0, 0.0, 1.0 / size)[None, :]  # of a zero root: all ratios the least, so that nothing overflows
-    floor = at_least(size * LEAST, EPS)[None, :]
     less = exponent[None, :] - 1.0
     whole = rounded_off(less, inverse, size[None, :])
     factor = (by_y / kept)[None, :] * whole
@@ -169,7 +168,7 @@ def gradient_kernel(
         for k in tl.static_range(UNROLL):
             n = start + k * ROWS + step
             sums, drift, by_x = _slopes(
-                sums, drift, xs[k], keeps[k], factor, inverse, floor, less, EPS, LIMIT, NEGATIVES, HAS_MASK, HAS_OFFSET, SERIES, FAST
+                sums, drift, xs[k], keeps[k], factor, inverse, less, EPS, LIMIT, NEGATIVES, HAS_MASK, HAS_OFFSET, SERIES, FAST
             )
             if WIDE:
                 tl.store(by_tokens + n * D + channel, by_x)
@@ -178,7 +177,7 @@ def gradient_kernel(
     for start in range(WHOLE, N, ROWS):
         n = start + step
         x, keep = _load(tokens, n, mask, channel, lowest, N, D, True, HAS_MASK, HAS_OFFSET, EPS)
-        sums, drift, by_x = _slopes(sums, drift, x, keep, factor, inverse, floor, less, EPS, LIMIT, NEGATIVES, True, HAS_OFFSET, SERIES, FAST)
+        sums, drift, by_x = _slopes(sums, drift, x, keep, factor, inverse, less, EPS, LIMIT, NEGATIVES, True, HAS_OFFSET, SERIES, FAST)
         tl.store(by_tokens + n * D + channel, by_x, mask=(n < N) & (channel < D))
     SUMS: tl.constexpr = 2 if HAS_OFFSET else 1
     by_p = by_y * (size / exponent) * (tl.sum(sums * whole, 0) * (0.6931471805599453 / kept))

@@ -66,14 +66,14 @@ def at_least(x, least):
 
 
 @triton.jit
-def magnitude(x, floor, NEGATIVES: tl.constexpr):
-    """The number that is raised to p; `floor` is at least eps. "shift" comes here as "clamp", with the offset already added."""
+def magnitude(x, eps, NEGATIVES: tl.constexpr):
+    """The number that is raised to p. "shift" comes here as "clamp", with the offset already added."""
     if NEGATIVES == "abs":
-        return at_least(tl.abs(x), floor)
+        return at_least(tl.abs(x), eps)
     elif NEGATIVES == "signed":
         return tl.abs(x)
     else:
-        return at_least(x, floor)
+        return at_least(x, eps)
 
 
 @triton.jit
