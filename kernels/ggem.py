@@ -13,7 +13,7 @@ from jax import Array
 from jax import ShapeDtypeStruct as Shape
 
 from .launch import call
-from .powers import LEAST, MOST, absorb, at_least, exp2, magnitude, ratio_and_log2, root_of_mean, rounded_off
+from .powers import LEAST, MOST, absorb, exp2, magnitude, ratio_and_log2, root_of_mean, rounded_off
 from .tiles import gradient_tile, pool_tile
 
 
@@ -42,7 +42,7 @@ def gradient(
         [Shape(tokens.shape, tokens.dtype), Shape((rows, 1 + (offset is not None), d), jnp.float32)],
         programs=rows * triton.cdiv(d, tile.channels), warps=tile.warps,
         N=n, D=d, SET=rows // len(p), EPS=eps, LIMIT=float(jnp.finfo(tokens.dtype).max), NEGATIVES=negatives, HAS_MASK=mask is not None,
-        HAS_OFFSET=offset is not None, UNROLL=tile.unroll, ROWS=tile.rows, CHANNELS=tile.channels,
+        HAS_OFFSET=offset is not None, SERIES=tokens.dtype == jnp.float32, UNROLL=tile.unroll, ROWS=tile.rows, CHANNELS=tile.channels,
     )  # fmt: skip
     return by_tokens, by_rest
 
@@ -105,11 +105,12 @@ def pool_kernel(
 
 @triton.jit
 def _slopes(
-    sums, drift, x, keep, factor, inverse, floor, less,
-    EPS: tl.constexpr, LIMIT: tl.constexpr, NEGATIVES: tl.constexpr, MASKED: tl.constexpr, HAS_OFFSET: tl.constexpr, FAST: tl.constexpr,
+    sums, drift, x, keep, factor, inverse, less,
+    EPS: tl.constexpr, LIMIT: tl.constexpr, NEGATIVES: tl.constexpr, MASKED: tl.constexpr, HAS_OFFSET: tl.constexpr, SERIES: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """Cotangent of x `(rows, channels)`: factor (x / root)^(p - 1), added to `drift`; adds (x / root)^p log2(x / root) to `sums`."""
-    ratio, logarithm = ratio_and_log2(magnitude(x, floor, NEGATIVES), inverse, FAST)
+    ratio, logarithm = ratio_and_log2(magnitude(x, EPS, NEGATIVES), inverse, SERIES, FAST)
     slope = exp2(less * logarithm, FAST)
     weight = slope * ratio * logarithm
     by_x = factor * slope
@@ -133,7 +134,8 @@ def _slopes(
 def gradient_kernel(
     tokens, p, mask, count, offset, root, cotangent, by_tokens, by_parameters,
     N: tl.constexpr, D: tl.constexpr, SET: tl.constexpr, EPS: tl.constexpr, LIMIT: tl.constexpr, NEGATIVES: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_OFFSET: tl.constexpr, UNROLL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, FAST: tl.constexpr,
+    HAS_MASK: tl.constexpr, HAS_OFFSET: tl.constexpr, SERIES: tl.constexpr, UNROLL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """d root / d x_n = (x_n / root)^(p - 1) / count and d root / d p = (root / p) mean_n (x_n / root)^p log(x_n / root)."""
     block = tl.program_id(0)
@@ -149,7 +151,6 @@ def gradient_kernel(
     kept = tl.load(count + row) if HAS_MASK else float(N)
     size = tl.abs(y)
     inverse = tl.where(y == 0, 0.0, 1.0 / size)[None, :]  # of a zero root: all ratios the least, so that nothing overflows
-    floor = at_least(size * LEAST, EPS)[None, :]
     less = exponent[None, :] - 1.0
     whole = rounded_off(less, inverse, size[None, :])
     factor = (by_y / kept)[None, :] * whole
@@ -166,7 +167,9 @@ def gradient_kernel(
             xs, keeps = xs + (x,), keeps + (keep,)
         for k in tl.static_range(UNROLL):
             n = start + k * ROWS + step
-            sums, drift, by_x = _slopes(sums, drift, xs[k], keeps[k], factor, inverse, floor, less, EPS, LIMIT, NEGATIVES, HAS_MASK, HAS_OFFSET, FAST)
+            sums, drift, by_x = _slopes(
+                sums, drift, xs[k], keeps[k], factor, inverse, less, EPS, LIMIT, NEGATIVES, HAS_MASK, HAS_OFFSET, SERIES, FAST
+            )
             if WIDE:
                 tl.store(by_tokens + n * D + channel, by_x)
             else:
@@ -174,7 +177,7 @@ def gradient_kernel(
     for start in range(WHOLE, N, ROWS):
         n = start + step
         x, keep = _load(tokens, n, mask, channel, lowest, N, D, True, HAS_MASK, HAS_OFFSET, EPS)
-        sums, drift, by_x = _slopes(sums, drift, x, keep, factor, inverse, floor, less, EPS, LIMIT, NEGATIVES, True, HAS_OFFSET, FAST)
+        sums, drift, by_x = _slopes(sums, drift, x, keep, factor, inverse, less, EPS, LIMIT, NEGATIVES, True, HAS_OFFSET, SERIES, FAST)
         tl.store(by_tokens + n * D + channel, by_x, mask=(n < N) & (channel < D))
     SUMS: tl.constexpr = 2 if HAS_OFFSET else 1
     by_p = by_y * (size / exponent) * (tl.sum(sums * whole, 0) * (0.6931471805599453 / kept))

@@ -43,7 +43,8 @@ def gradient(
     by_tokens, by_parameters = call(
         implementation, norm_gradient_kernel, [tokens, scale, bias, p, *_mask(mask, p), _count(mask, p), root, statistics, cotangent],
         [Shape(tokens.shape, tokens.dtype), Shape((rows, tile.splits, 3, d), jnp.float32)],
-        programs=rows * tile.splits, LIMIT=float(jnp.finfo(tokens.dtype).max), **_constants(tokens, p, mask, tile, eps, negatives),
+        programs=rows * tile.splits, LIMIT=float(jnp.finfo(tokens.dtype).max), SERIES=tokens.dtype == jnp.float32,
+        **_constants(tokens, p, mask, tile, eps, negatives),
     )  # fmt: skip
     return by_tokens, jnp.sum(by_parameters, axis=1)
 
@@ -187,7 +188,7 @@ def norm_pool_kernel(
 @triton.jit
 def _gradient_step(
     sums, by_scale, by_bias, start, tokens, mask, statistics, by_tokens, gains, shifts, lesses, inverses, factors, c,
-    N: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr, LIMIT: tl.constexpr, NEGATIVES: tl.constexpr, HAS_MASK: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, EPS: tl.constexpr, LIMIT: tl.constexpr, NEGATIVES: tl.constexpr, HAS_MASK: tl.constexpr, SERIES: tl.constexpr,
     UNROLL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, PIECES: tl.constexpr, TAIL: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
     """Writes the cotangent of UNROLL x ROWS tokens and adds to the sums. A token that is not kept is read as zero and has no deviation."""
@@ -218,7 +219,7 @@ def _gradient_step(
         for q in tl.static_range(PIECES):
             u = (xs[k * PIECES + q] - mean) * deviation
             z = u * gains[q] + shifts[q]
-            ratio, logarithm = ratio_and_log2(magnitude(z, EPS, NEGATIVES), inverses[q], FAST)
+            ratio, logarithm = ratio_and_log2(magnitude(z, EPS, NEGATIVES), inverses[q], SERIES, FAST)
             slope = exp2(lesses[q] * logarithm, FAST)
             weight = slope * ratio * logarithm
             s = factors[q] * slope
@@ -256,7 +257,8 @@ def _gradient_step(
 def norm_gradient_kernel(
     tokens, scale, bias, p, mask, count, root, statistics, cotangent, by_tokens, by_parameters,
     N: tl.constexpr, D: tl.constexpr, SET: tl.constexpr, SPLITS: tl.constexpr, EPS: tl.constexpr, LIMIT: tl.constexpr, NEGATIVES: tl.constexpr,
-    HAS_MASK: tl.constexpr, UNROLL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, PIECES: tl.constexpr, FAST: tl.constexpr,
+    HAS_MASK: tl.constexpr, SERIES: tl.constexpr, UNROLL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, PIECES: tl.constexpr,
+    FAST: tl.constexpr,
 ):  # fmt: skip
     """With u normalised, z = u scale + bias and the cotangent of z, s = by_root (z / root)^(p - 1) / count:
 
@@ -290,13 +292,13 @@ def norm_gradient_kernel(
     for start in range(split * RUN, tl.minimum((split + 1) * RUN, WHOLE), STEP):
         sums, by_scale, by_bias = _gradient_step(
             sums, by_scale, by_bias, start, tokens, mask, statistics, by_tokens, gains, shifts, lesses, inverses, factors, c,
-            N, D, EPS, LIMIT, NEGATIVES, HAS_MASK, UNROLL, ROWS, CHANNELS, PIECES, False, FAST,
+            N, D, EPS, LIMIT, NEGATIVES, HAS_MASK, SERIES, UNROLL, ROWS, CHANNELS, PIECES, False, FAST,
         )  # fmt: skip
     if WHOLE < N:
         for start in range(tl.maximum(split * RUN, WHOLE), tl.minimum((split + 1) * RUN, N), STEP):
             sums, by_scale, by_bias = _gradient_step(
                 sums, by_scale, by_bias, start, tokens, mask, statistics, by_tokens, gains, shifts, lesses, inverses, factors, c,
-                N, D, EPS, LIMIT, NEGATIVES, HAS_MASK, UNROLL, ROWS, CHANNELS, PIECES, True, FAST,
+                N, D, EPS, LIMIT, NEGATIVES, HAS_MASK, SERIES, UNROLL, ROWS, CHANNELS, PIECES, True, FAST,
             )  # fmt: skip
     by_parameters += (row * SPLITS + split) * 3 * D
     for q in tl.static_range(PIECES):

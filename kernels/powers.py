@@ -22,12 +22,15 @@ def log2(x, FAST: tl.constexpr):
 
 
 @triton.jit
-def ratio_and_log2(x, inverse, FAST: tl.constexpr):
+def ratio_and_log2(x, inverse, SERIES: tl.constexpr, FAST: tl.constexpr):
     """x / root and its logarithm, `inverse` being 1 / root. A gradient raises it to p - 1: at p = 1000 an error of 2^-22 would be one of 2e-4.
 
-    So near 1, where alone large powers count, the logarithm is the series of x inverse - 1, a fused multiply-add that does not round the product.
+    SERIES, for float32: near 1, where alone large powers count, the logarithm is the series of x inverse - 1, a fused multiply-add that does not
+    round the product. What is written in bfloat16 or float16 is rounded more than that.
     """
     ratio = at_least(x * inverse, LEAST)
+    if not SERIES:
+        return ratio, log2(ratio, FAST)
     far = tl.fma(x, inverse + tl.zeros_like(x), tl.full(x.shape, -1.0, tl.float32))
     high = 0.4808983469629878 + far * (-0.36067376022224085 + far * (0.28853900817779268 - far * 0.24044917348149390))
     series = far * (1.4426950408889634 + far * (-0.7213475204444817 + far * high))  # log2(1 + far), 2^-26 of itself off at most
@@ -63,14 +66,14 @@ def at_least(x, least):
 
 
 @triton.jit
-def magnitude(x, floor, NEGATIVES: tl.constexpr):
-    """The number that is raised to p; `floor` is at least eps. "shift" comes here as "clamp", with the offset already added."""
+def magnitude(x, eps, NEGATIVES: tl.constexpr):
+    """The number that is raised to p. "shift" comes here as "clamp", with the offset already added."""
     if NEGATIVES == "abs":
-        return at_least(tl.abs(x), floor)
+        return at_least(tl.abs(x), eps)
     elif NEGATIVES == "signed":
         return tl.abs(x)
     else:
-        return at_least(x, floor)
+        return at_least(x, eps)
 
 
 @triton.jit
