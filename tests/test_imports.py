@@ -37,6 +37,7 @@ INSIDE_GGEM_JAX = {
     "retrieval.rerank": {"retrieval.vectors", "retrieval.exact_search"},
     "retrieval.expansion": {"retrieval.vectors", "retrieval.exact_search"},
     "retrieval.metrics": set(),
+    "retrieval.truth": {"retrieval.metrics"},
     "retrieval.settings": set(),
     "retrieval.networks": {"images", "models", "pooling", "weights"},
     "retrieval.whitening": {"weights.files"},
