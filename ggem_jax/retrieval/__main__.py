@@ -17,17 +17,19 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns the exit code."""
     _open_what_is_closed()
     prog = "ggem-retrieval" if os.path.basename(sys.argv[0]).startswith("ggem-retrieval") else "python -m ggem_jax.retrieval"
+    unfinished = ""
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv, prog)
-        from ggem_jax.retrieval import commands  # NumPy, Pillow and SQLite
+        unfinished = ": the same command goes on from where it was" if arguments.command in ("index", "add") else ""
+        from ggem_jax.retrieval.commands import COMMANDS  # NumPy, Pillow and SQLite
 
-        code = getattr(commands, arguments.command)(arguments)
+        code = COMMANDS[arguments.command](arguments)
         sys.stdout.flush()
         return code
     except Usage as error:
         return _said(str(error), 2)
     except KeyboardInterrupt:
-        return _said("interrupted", 128 + signal.SIGINT)
+        return _said(f"interrupted{unfinished}", 128 + signal.SIGINT)
     except BrokenPipeError:
         _drop_output()
         return 128 + signal.SIGPIPE

@@ -38,9 +38,16 @@ class VectorFile:
         return block / np.maximum(np.linalg.norm(block, axis=1, keepdims=True), 1e-12)
 
 
+def file_of(name: str) -> str:
+    """`FILE.npz` of `FILE.npz:NAME`; other names as they are."""
+    before, ending, key = name.rpartition(".npz:")
+    return f"{before}.npz" if ending and key else name
+
+
 def read_array(name: str) -> np.ndarray:
     """The array of a `.npy` file, mapped, or of a `.npz` file: the only one there, or the one of `FILE.npz:NAME`. Raises `ValueError`."""
-    file, _, key = name.rpartition(":") if ".npz:" in name else (name, "", "")
+    file = file_of(name)
+    key = name[len(file) + 1 :]
     try:
         loaded = np.load(file, mmap_mode="r", allow_pickle=False)
         if isinstance(loaded, np.ndarray):

@@ -6,7 +6,8 @@ import math
 import os
 import sys
 from argparse import Namespace
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import numpy as np
 
 from ggem_jax.images import RGB, UnreadableImage, crop, read_image
 from ggem_jax.retrieval import index as indexes
-from ggem_jax.retrieval.arrays import read_ranking, read_vectors, write_ranking
+from ggem_jax.retrieval.arrays import file_of, read_ranking, read_vectors, write_ranking
 from ggem_jax.retrieval.compilation import keep_compiled_programs
 from ggem_jax.retrieval.flags import Usage
 from ggem_jax.retrieval.folder import shown
@@ -51,7 +52,7 @@ def index(arguments: Namespace) -> int:
             on_progress=on_progress,
         )
     _remember_files(Path(arguments.output), settings)
-    return _tell(arguments.output, report)
+    return _told(arguments.output, report)
 
 
 def add(arguments: Namespace) -> int:
@@ -70,11 +71,11 @@ def add(arguments: Namespace) -> int:
             on_progress=on_progress,
         )
     _remember_files(Path(arguments.index), settings)
-    return _tell(arguments.index, report)
+    return _told(arguments.index, report)
 
 
 def remove(arguments: Namespace) -> int:
-    return _tell(arguments.index, indexes.remove(arguments.index, arguments.patterns))
+    return _told(arguments.index, indexes.remove(arguments.index, arguments.patterns))
 
 
 def info(arguments: Namespace) -> int:
@@ -110,7 +111,7 @@ def search(arguments: Namespace) -> int:
     vectors = _described(settings, arguments.queries, pictures)
     method: Method = arguments.method
     k = min(arguments.k, len(opened))
-    before, after = _ranked(method, vectors, opened.vectors(), depth=max(k, method.candidates if method.name != "none" else 1))
+    before, after = _ranked(method, vectors, opened.vectors(), depth=method.depth(k))
     answers = [
         Answer(query, box, _hits(opened.paths, before, after, row, k)) for row, (query, box) in enumerate(zip(arguments.queries, boxes, strict=True))
     ]
@@ -118,9 +119,7 @@ def search(arguments: Namespace) -> int:
         facts = {
             "index": str(opened.folder.absolute()),
             "pictures": f"{len(opened)} under {opened.root}",
-            "reranking": ", ".join(f"{name} {value}" for name, value in method.record().items() if name != "method").join((f"{method.name} (", ")"))
-            if method.name != "none"
-            else "none",
+            "reranking": str(method),
             "descriptor": ", ".join(f"{name} {value}" for name, value in opened.settings.items()),
             "date": datetime.now().astimezone().isoformat(" ", "minutes"),
         }
@@ -131,7 +130,7 @@ def search(arguments: Namespace) -> int:
                 "index": str(opened.folder.absolute()),
                 "root": str(opened.root),
                 "rerank": method.record(),
-                "queries": [{"query": each.query, "box": each.box, "results": [hit.__dict__ for hit in each.hits]} for each in answers],
+                "queries": [{"query": each.query, "box": each.box, "results": [asdict(hit) for hit in each.hits]} for each in answers],
             }
         )
     for answer in answers:
@@ -140,7 +139,7 @@ def search(arguments: Namespace) -> int:
 
 
 def rerank(arguments: Namespace) -> int:
-    _check_output(arguments.output, (".npz", ".json"), [arguments.queries, arguments.database, arguments.ranking])
+    _check_output(arguments.output, (".npz", ".json"), [file_of(arguments.queries), file_of(arguments.database), arguments.ranking])
     queries, database = (read_vectors(name, normalize=arguments.normalize) for name in (arguments.queries, arguments.database))
     if queries.shape[1] != database.shape[1]:
         raise ValueError(f"{arguments.queries} has vectors of {queries.shape[1]} numbers, {arguments.database} of {database.shape[1]}")
@@ -350,7 +349,7 @@ def _check_output(file: str, endings: tuple[str, ...], inputs: Iterable[str | No
             raise Usage(f"{file} is read by this very command: write to another file")
 
 
-def _tell(path: str, report: Report) -> int:
+def _told(path: str, report: Report) -> int:
     for skipped in report.skipped:
         sys.stderr.write(f"skipped: {skipped.why}\n")
     counts = {name: getattr(report, name) for name in ("added", "updated", "unchanged", "reused", "removed")} | {"skipped": len(report.skipped)}
@@ -370,3 +369,16 @@ def _print_answer(answer: Answer, root: Path, method: Method) -> None:
     for hit in answer.hits:
         first = f"{hit.rank_before or '-':>6}   {'-' if hit.score_before is None else f'{hit.score_before:.4f}':>7}   " if with_before else ""
         print(f"{hit.rank:>5}   {hit.score:>7.4f}   {first}{shown(hit.path)}")
+
+
+COMMANDS: dict[str, Callable[[Namespace], int]] = {
+    "index": index,
+    "search": search,
+    "add": add,
+    "remove": remove,
+    "info": info,
+    "verify": verify,
+    "rerank": rerank,
+    "evaluate": evaluate,
+    "whiten": whiten,
+}

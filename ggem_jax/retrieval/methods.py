@@ -31,6 +31,14 @@ class Method:
         """JSON values."""
         return {"method": self.name} if self.name == "none" else {"method": self.name, "candidates": self.candidates, **self.options}
 
+    def __str__(self) -> str:
+        options = ", ".join(f"{name} {value}" for name, value in self.record().items() if name != "method")
+        return f"{self.name} ({options})" if options else self.name
+
+    def depth(self, k: int) -> int:
+        """Results of the first search that `k` results after reranking need."""
+        return k if self.name == "none" else max(k, self.candidates)
+
 
 def method_of(name: str, *, candidates: int | None = None, **given: Any) -> Method:
     """A method with the options that are given (not None) over its defaults. Raises `ValueError` for one that it does not have."""

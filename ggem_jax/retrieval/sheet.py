@@ -49,9 +49,9 @@ def _page(answers: Sequence[Answer], root: Path, reranked: bool, facts: Mapping[
     title = f"Search: {len(answers)} {'query' if len(answers) == 1 else 'queries'}"
     yield f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>'
     yield f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>'
-    yield "<details><summary>Settings</summary><dl>" if len(facts) > 4 else "<dl>"
+    yield "<dl>"
     yield from (f"<dt>{html.escape(name)}</dt><dd>{html.escape(shown(fact))}</dd>" for name, fact in facts.items())
-    yield "</dl></details>" if len(facts) > 4 else "</dl>"
+    yield "</dl>"
     for answer in answers:
         yield '<section>\n<div class="query">'
         box = "" if answer.box is None else f'<div class="ranks">box {", ".join(f"{each:g}" for each in answer.box)}</div>'
@@ -67,7 +67,7 @@ def _result(hit: Hit, root: Path, reranked: bool) -> str:
         move = _move(hit)
         before = '<span class="before">not among the candidates</span>'
         if hit.rank_before is not None:
-            before = f'<span class="before">before: {hit.rank_before}. with {hit.score_before:.4f}</span>'
+            before = f'<span class="before">before: {hit.rank_before}. at {hit.score_before:.4f}</span>'
     ranks = f'<div class="ranks"><b>{hit.rank}.</b><span class="score">{hit.score:.4f}</span>{move}</div>'
     return f'<li>{_picture(root / hit.path)}{ranks}{before}<div class="path">{html.escape(shown(hit.path))}</div></li>'
 
@@ -112,7 +112,7 @@ STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; max-width: 90rem; margin: 1.5rem auto; padding: 0 1.25rem }
 h1 { font-size: 1.4rem; margin: 0 0 .5rem } h2 { font-size: .95rem; margin: .6rem 0 .2rem; overflow-wrap: anywhere }
 dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: .85rem; margin: .5rem 0 }
-dt { opacity: .65 } dd { margin: 0; overflow-wrap: anywhere } summary { cursor: pointer; font-size: .9rem }
+dt { opacity: .65 } dd { margin: 0; overflow-wrap: anywhere }
 section { display: grid; grid-template-columns: 15rem 1fr; gap: 1.25rem; border-top: 1px solid var(--line); padding: 1.25rem 0; margin-top: 1rem }
 .query { position: sticky; top: 1rem; align-self: start; padding: .7rem }
 .query { background: var(--soft); border-radius: 10px; border: 2px solid var(--accent) }
