@@ -120,7 +120,7 @@ def search(arguments: Namespace) -> int:
             "index": str(opened.folder.absolute()),
             "pictures": f"{len(opened)} under {opened.root}",
             "reranking": str(method),
-            "descriptor": ", ".join(f"{name} {value}" for name, value in opened.settings.items()),
+            "descriptor": ", ".join(_spoken(name, value) for name, value in opened.settings.items() if value is not None),
             "date": datetime.now().astimezone().isoformat(" ", "minutes"),
         }
         write_sheet(Path(arguments.html), answers, root=opened.root, reranked=method.name != "none", facts=facts)
@@ -331,6 +331,10 @@ def _measured(ids: np.ndarray, relevance: list[Relevance], at: tuple[int, ...]) 
     values = {"mAP": found.mean_average_precision} | {f"mP@{k}": value for k, value in found.mean_precision_at.items()}
     values |= {f"recall@{k}": float(recall[:, i].mean()) if len(recall) else math.nan for i, k in enumerate(at)}
     return {name: None if math.isnan(value) else value for name, value in values.items()}
+
+
+def _spoken(name: str, value: Any) -> str:
+    return f"{name} {('off', 'on')[value] if isinstance(value, bool) else value}"
 
 
 def _percent(value: float | None) -> str:

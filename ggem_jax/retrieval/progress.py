@@ -41,7 +41,7 @@ class Lines:
         now = time.monotonic()
         if self.first is None:
             self.first, self.last = (done, now), now
-        elif now - self.last >= SECONDS:
+        elif done < total and now - self.last >= SECONDS:
             before, start = self.first
             left = f", {spoken((now - start) / (done - before) * (total - done))} left" if done > before else ""
             sys.stderr.write(f"{done} of {total} pictures{left}\n")
