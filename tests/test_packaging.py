@@ -37,6 +37,13 @@ def test_wheel_carries_the_packages_and_nothing_else(built):
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"ggem_jax", "neupims"}
 
 
+def test_wheel_installs_the_retrieval_tool(built):
+    (wheel,) = built.glob("*.whl")
+    with zipfile.ZipFile(wheel) as archive:
+        (text,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith("/entry_points.txt"))
+    assert "ggem-retrieval = ggem_jax.retrieval.__main__:main" in text.splitlines()
+
+
 def test_sdist_carries_licence_and_readme(built):
     (sdist,) = built.glob("*.tar.gz")
     with tarfile.open(sdist) as archive:
