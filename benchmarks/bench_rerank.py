@@ -111,9 +111,7 @@ def query_by_query(queries: np.ndarray, database: np.ndarray, ids: np.ndarray) -
 
 
 def peak_bytes(call: Callable) -> int:
-    """What a call adds to the largest memory of this process; compiled before, so that the compiler's memory is not counted."""
-    if call.__class__ is not partial:
-        call()  # compiles
+    """What a first call adds to the memory of this process at most, that of compiling included."""
     before = _resident()
     _reset_peak()
     call()

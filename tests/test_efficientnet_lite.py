@@ -44,7 +44,7 @@ def test_a_side_of_the_map_is_a_32nd_rounded_up(height, width):
 
 
 def test_logits_are_the_head_of_the_mean_of_the_map():
-    model = EfficientNetLite(LITE0, num_classes=7)
+    model = EfficientNetLite(EfficientNetLiteConfig(width=0.5, depth=0.3, image=32), num_classes=7)
     images = jax.random.normal(jax.random.key(1), (2, 40, 33, 3))
     variables = jax.jit(model.init)(jax.random.key(0), images)
     features, logits = jax.jit(lambda v, x: (model.apply(v, x), model.apply(v, x, method="logits")))(variables, images)

@@ -111,15 +111,15 @@ def test_a_vit_is_read_from_a_file_and_gives_patch_maps(tmp_path, monkeypatch):
     config = ViTConfig(patch=16, width=24, depth=1, heads=3, mlp_width=32, image=64, registers=2)
     monkeypatch.setattr(networks, "vit_config", lambda variant, **changes: dataclasses.replace(config, **{"registers": 0, "image": 224} | changes))
     vit = ViT(config, pooling=avg_pool, num_classes=5)
-    params = vit.init(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
+    params = jax.jit(vit.init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
     flat = traverse_util.flatten_dict({"params": params}, sep="/")
     write_safetensors(tmp_path / "vit.safetensors", flat)
     network = load_network("vit-S/16", tmp_path / "vit.safetensors")
     assert isinstance(network.model, PatchMap)
     assert network.model.vit.config == config
     images = jax.random.normal(jax.random.key(1), (2, 50, 70, 3))
-    tokens = vit.apply({"params": params}, images[:, :48, :64]).tokens
-    np.testing.assert_allclose(network.model.apply(network.variables, images), tokens[:, 3:].reshape(2, 3, 4, 24), atol=1e-6)
+    tokens = jax.jit(vit.apply)({"params": params}, images[:, :48, :64]).tokens
+    np.testing.assert_allclose(jax.jit(network.model.apply)(network.variables, images), tokens[:, 3:].reshape(2, 3, 4, 24), atol=1e-6)
     (picture,) = pictures((100, 130))
     assert Extractor(DescriptorSettings("vit-S/16", "x", longest_side=160), network=network).describe(picture).shape == (24,)
     write_safetensors(tmp_path / "less.safetensors", {name: value for name, value in flat.items() if "norm/scale" not in name})
@@ -130,7 +130,7 @@ def test_a_vit_is_read_from_a_file_and_gives_patch_maps(tmp_path, monkeypatch):
 def test_a_resnet_has_its_head(network):
     config = ResNetConfig((1, 1, 1, 1), widths=(8, 8, 8, 16), stem=4, descriptor=6)
     model = ResNet(config)
-    variables = model.init(jax.random.key(0), jnp.zeros((1, 96, 96, 3)))
+    variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 96, 96, 3)))
     (picture,) = pictures((100, 130))
     extractor = Extractor(DescriptorSettings(longest_side=160), network=Network(model, variables, network.mean, network.std, 32))
     assert extractor.describe(picture).shape == (6,)
