@@ -12,7 +12,7 @@ import numpy as np
 from ggem_jax.retrieval.exact_search import similarity
 from ggem_jax.retrieval.expansion import alpha_query_expansion, average_query_expansion, database_augmentation
 from ggem_jax.retrieval.rerank import Variant, superglobal_rerank
-from ggem_jax.retrieval.vectors import Ranking, Store, blocks_of
+from ggem_jax.retrieval.vectors import Ranking, Store, blocks_of, on_device
 
 Name = Literal["none", "superglobal", "superglobal-paper", "aqe", "alpha-qe", "dba"]
 
@@ -50,6 +50,12 @@ def ranked(queries: np.ndarray, database: np.ndarray | jax.Array | Store, *, own
     return Ranking(np.take_along_axis(scores, ids, axis=1), ids)  # type: ignore[arg-type]
 
 
+_EXPANSIONS: tuple[Callable[..., Ranking], ...] = (average_query_expansion, alpha_query_expansion, database_augmentation)
+_COMPILED = (  # once for all poolings
+    jax.jit(average_query_expansion, static_argnames="num_neighbors"),
+    jax.jit(alpha_query_expansion, static_argnames=("num_neighbors", "alpha")),
+    jax.jit(database_augmentation, static_argnames=("num_neighbors", "alpha")),
+)
 _scores = jax.jit(partial(similarity, precision="float32"))
 
 
@@ -66,13 +72,14 @@ def reranked(
         return superglobal_rerank(asked, database, ranking, num_candidates=candidates, num_neighbors=k, beta=beta, variant=variant)
 
     first = Ranking(ranking.scores[:, :DEPTH], ranking.ids[:, :DEPTH])
+    aqe, alpha_qe, dba = _COMPILED if on_device(database) else _EXPANSIONS
     methods: dict[Name, Callable[[], Ranking]] = {
         "none": lambda: ranking,
         "superglobal": lambda: superglobal("code"),
         "superglobal-paper": lambda: superglobal("paper"),
-        "aqe": lambda: average_query_expansion(asked, database, first, num_neighbors=nearest),
-        "alpha-qe": lambda: alpha_query_expansion(asked, database, first, num_neighbors=nearest, alpha=alpha),
-        "dba": lambda: database_augmentation(asked, database, first, num_neighbors=nearest, alpha=alpha),
+        "aqe": lambda: aqe(asked, database, first, num_neighbors=nearest),
+        "alpha-qe": lambda: alpha_qe(asked, database, first, num_neighbors=nearest, alpha=alpha),
+        "dba": lambda: dba(asked, database, first, num_neighbors=nearest, alpha=alpha),
     }
     ids = np.asarray(methods[name]().ids)
     if ids.shape[1] == n:

@@ -17,7 +17,7 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
@@ -30,7 +30,8 @@ from eval.described import POOLINGS, describe, make_extractor, poolings_of
 from eval.rerankers import Name, Rerank, ranked, reranked
 from eval.statistics import Interval, bootstrap
 from ggem_jax.images import RGB, read_image
-from ggem_jax.retrieval.metrics import Relevance, recall_at, scores
+from ggem_jax.retrieval.expansion import augment_database
+from ggem_jax.retrieval.metrics import Relevance, positive_ranks, recall_at, scores
 from ggem_jax.retrieval.settings import DescriptorSettings
 from ggem_jax.weights.files import replacing
 from train.config import Refused, parse
@@ -53,8 +54,6 @@ class Study:
     def __post_init__(self):
         if not 1 <= self.drawers <= DRAWERS:
             raise ValueError(f"--drawers must be from 1 to {DRAWERS}, it is {self.drawers}")
-        if unknown := set(self.sets) - set(SETS):
-            raise ValueError(f"--sets must be among {', '.join(SETS)}, not {', '.join(sorted(unknown))}")
 
 
 @dataclass(frozen=True)
@@ -69,6 +68,7 @@ class Set:
     longest_side: int  # pixels that the network sees
     pixels: Callable[[RGB], np.ndarray]  # a descriptor without a network, not yet normalised
     pixels_expansion: Rerank | None = None  # of the reference point with expansion of queries and database
+    views: "dict[str, Set]" = field(default_factory=dict)  # other queries, databases and relevance over the same pictures
 
     @property
     def own(self) -> np.ndarray:
@@ -88,14 +88,21 @@ def corridor(data: Path, study: Study) -> Set:
 
 
 def omniglot(data: Path, study: Study) -> Set:
-    """136 characters by 20 drawers; right are the other drawers of the query's character, and the query's own picture is left out."""
+    """136 characters by 20 drawers; right are the other drawers of the query's character, and the query's own picture is left out.
+
+    Once more with the drawers of the queries apart from the database: database augmentation must not see a query among the neighbours.
+    """
     archive, names = _opened(data / "omniglot-small" / "images_background_small1.zip")
     character = np.unique([name.rpartition("/")[0] for name in names], return_inverse=True)[1]
     drawer = np.array([int(name.rpartition("_")[2].removesuffix(".png")) for name in names])
     queries = np.flatnonzero(drawer <= study.drawers)
     relevance = [Relevance(np.setdiff1d(np.flatnonzero(character == character[i]), [i]), np.array([i])) for i in queries]
     expansion = Rerank(qe_neighbors=5, alpha=3.0)
-    return Set(names, _reader(archive), np.arange(len(names)), queries, relevance, 160, lambda image: 255 - _grey(image, 28), expansion)
+    every = Set(names, _reader(archive), np.arange(len(names)), queries, relevance, 160, lambda image: 255 - _grey(image, 28), expansion)
+    others = np.flatnonzero(drawer > study.drawers)
+    right = [Relevance(np.flatnonzero(character[others] == character[i]), np.array([], int)) for i in queries]
+    apart = dataclasses.replace(every, database=others, relevance=right)
+    return every if study.drawers == DRAWERS else dataclasses.replace(every, views={"omniglot, queries apart": apart})
 
 
 def landmark(data: Path, study: Study) -> Set:
@@ -139,8 +146,9 @@ def _grey(image: RGB, side: int) -> np.ndarray:
 class Cell:
     """One pooling with one reranker: a value for each query."""
 
-    average_precision: np.ndarray
+    average_precision: np.ndarray  # by the trapezoid rule of the revisited protocol
     recall_at_1: np.ndarray
+    mean_of_precisions: float  # mean average precision as others count it: the mean of the precisions at all positives
 
     def columns(self, average: "Cell | None", none: "Cell | None") -> dict[str, Any]:
         """Both measures with their intervals, and their differences to two other cells where there are such."""
@@ -151,7 +159,7 @@ class Cell:
             for against, other in (("average", average), ("none", none)):
                 difference = None if other is None else bootstrap(values - getattr(other, name))
                 row |= _interval(f"{name}_less_{against}", difference)
-        return row
+        return {**row, "mean_of_precisions": f"{self.mean_of_precisions:.4f}"}
 
 
 def _interval(name: str, interval: Interval | None) -> dict[str, Any]:
@@ -160,7 +168,9 @@ def _interval(name: str, interval: Interval | None) -> dict[str, Any]:
 
 
 def measured(ids: np.ndarray, relevance: list[Relevance]) -> Cell:
-    return Cell(scores(ids, relevance).average_precision, recall_at(ids, relevance, kappas=(1,))[:, 0])
+    found = [positive_ranks(row, own) for row, own in zip(ids, relevance, strict=True)]  # all of them: rankings are whole
+    precisions = np.mean([np.mean((np.arange(len(ranks)) + 1) / (ranks + 1)) for ranks in found])
+    return Cell(scores(ids, relevance).average_precision, recall_at(ids, relevance, kappas=(1,))[:, 0], float(precisions))
 
 
 def cells_of(vectors: np.ndarray, own: Set, rerank: Rerank) -> dict[Name, Cell]:
@@ -178,7 +188,7 @@ def rows_of_pixels(name: str, own: Set) -> Iterator[dict[str, Any]]:
     initial = ranked(pixels[own.queries], pixels[own.database], own=own.own)
     cells = {"none": measured(np.asarray(initial.ids), own.relevance)}
     if own.pixels_expansion is not None:
-        cells["alpha-qe + dba, 5 neighbours"] = measured(_expanded_both(pixels, own), own.relevance)
+        cells["queries and database expanded, 5 neighbours"] = measured(_expanded_both(pixels, own), own.relevance)
     for reranker, cell in cells.items():
         none = None if reranker == "none" else cells["none"]
         yield {"set": name, "queries": len(own.queries), "database": len(own.database), "longest_side": "", "pooling": "pixels",
@@ -186,38 +196,36 @@ def rows_of_pixels(name: str, own: Set) -> Iterator[dict[str, Any]]:
 
 
 def _expanded_both(vectors: np.ndarray, own: Set) -> np.ndarray:
-    """Every vector by the mean of itself and its nearest, and then every query again, in what has come of the database."""
-    from ggem_jax.retrieval.expansion import augment_database
-
+    """Queries and database by the means of themselves and their nearest."""
     how = own.pixels_expansion
     assert how is not None
     augmented = np.asarray(augment_database(jax.device_put(vectors[own.database]), num_neighbors=how.qe_neighbors, alpha=how.alpha))
-    queries = augmented[own.own]
-    return reranked("alpha-qe", queries, jax.device_put(augmented), ranked(queries, augmented, own=own.own), how, own=own.own)
+    return np.asarray(ranked(augmented[own.own], augmented, own=own.own).ids)
 
 
 def rows_of(name: str, own: Set, rerank: Rerank) -> Iterator[dict[str, Any]]:
-    """A row for each pooling and reranker."""
+    """A row for each pooling and reranker, of the set and its other views."""
     settings = poolings_of(DescriptorSettings(longest_side=own.longest_side))
     began = time.perf_counter()
     extractor = make_extractor(list(settings.values()))
     vectors = describe(extractor, map(own.read, own.names), own.names, name)
     print(f"{name}: {len(own.names)} pictures described in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
-    cells = {pooling: cells_of(np.ascontiguousarray(vectors[:, i]), own, rerank) for i, pooling in enumerate(POOLINGS)}
-    print(f"{name}: evaluated after {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
-    for pooling, by_reranker in cells.items():
-        for reranker, cell in by_reranker.items():
-            average = None if pooling == "average" else cells["average"][reranker]
-            none = None if reranker == "none" else by_reranker["none"]
-            yield {"set": name, "queries": len(own.queries), "database": len(own.database), "longest_side": own.longest_side, "pooling": pooling,
-                   "reranker": reranker, **cell.columns(average, none)}  # fmt: skip
+    for view, one in {name: own, **own.views}.items():
+        cells = {pooling: cells_of(np.ascontiguousarray(vectors[:, i]), one, rerank) for i, pooling in enumerate(POOLINGS)}
+        print(f"{view}: evaluated after {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+        for pooling, by_reranker in cells.items():
+            for reranker, cell in by_reranker.items():
+                average = None if pooling == "average" else cells["average"][reranker]
+                none = None if reranker == "none" else by_reranker["none"]
+                yield {"set": view, "queries": len(one.queries), "database": len(one.database), "longest_side": one.longest_side,
+                       "pooling": pooling, "reranker": reranker, **cell.columns(average, none)}  # fmt: skip
 
 
 def machine() -> dict[str, str]:
     device = jax.devices()[0]
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "device": f"{device.device_kind}, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind,
+        "device": f"{platform.machine()} CPU, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind,
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy", "pillow")},
     }
@@ -229,12 +237,15 @@ def main(argv: list[str] | None = None) -> None:
         data = study.data or (Path(os.environ["GGEM_SHARED"]) / "data" if "GGEM_SHARED" in os.environ else None)
         if data is None:
             raise Refused("--data must name the folder of the sets, or GGEM_SHARED the folder that has them in its folder data")
+        if unknown := set(study.sets) - set(SETS):
+            raise Refused(f"--sets must be among {', '.join(SETS)}, not {', '.join(sorted(unknown))}")
         rows = []
         for name in study.sets:
             every = SETS[name](data, dataclasses.replace(study, drawers=DRAWERS))  # pixels are cheap: all queries
             own = [*rows_of_pixels(name, every), *rows_of(name, SETS[name](data, study), study.rerank)]
             rows += [{**machine(), **row} for row in own]
-            print(markdown(own), flush=True)
+            for view in dict.fromkeys(row["set"] for row in own):
+                print(markdown([row for row in own if row["set"] == view]), flush=True)
         with replacing(study.out) as temporary, temporary.open("w", newline="") as file:
             writer = csv.DictWriter(file, rows[0].keys())
             writer.writeheader()
@@ -254,7 +265,8 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             text += f"| {pooling} | {' | '.join(cells)} |\n"
         for row in rows:
             if row["pooling"] == "pixels":
-                text += f"\nPixels, {row['reranker']}, {row['queries']} queries: {_cell(row, measure)}.\n"
+                text += f"\nPixels, {row['reranker']}, {row['queries']} queries: {_cell(row, measure)}"
+                text += f"; by the mean of precisions {100 * float(row['mean_of_precisions']):.2f}.\n" if title.startswith("Mean") else ".\n"
     for title, against in (("less that of the average, same reranker", "average"), ("less that without reranking, same pooling", "none")):
         text += f"\nMean average precision {title}, points:\n\n| | {' | '.join(rerankers)} |\n| --- |{' --- |' * len(rerankers)}\n"
         for pooling in dict.fromkeys(row["pooling"] for row in networks):
