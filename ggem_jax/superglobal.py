@@ -71,7 +71,8 @@ def superglobal_descriptors(
     for scale in scales:
         feature_map = compute_map(model, variables, _rescaled(images, scale, antialias))
         by_scale.append(describe_map(model, variables, feature_map, gemp=gemp, rgem=rgem, pooling=pooling))
-    return SuperGlobalOutput(*_joined(jnp.stack(by_scale), sgem))
+    joined = jnp.stack(by_scale)
+    return SuperGlobalOutput(joined, *join_scales(joined, sgem=sgem))
 
 
 def check_size(height: int, width: int, scales: Sequence[float], *, rgem: bool = True) -> None:
@@ -123,7 +124,8 @@ def pool_map(
 _rescaled = jax.jit(lambda images, scale, antialias: rescale(images, scale, antialias=antialias), static_argnums=(1, 2))
 
 
-@partial(jax.jit, static_argnums=1)
-def _joined(by_scale, sgem):
+@partial(jax.jit, static_argnames="sgem")
+def join_scales(by_scale: Float[Array, "scales b d"], *, sgem: bool = True) -> tuple[Float[Array, "b d"], Float[Array, "b d"]]:
+    """The scales' descriptors by Scale GeM, or their mean: as it is, and L2-normalised."""
     raw = scale_gem(by_scale) if sgem else jnp.mean(by_scale, axis=0)
-    return by_scale, raw, l2_normalize(raw)
+    return raw, l2_normalize(raw)

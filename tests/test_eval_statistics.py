@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from eval.statistics import Interval, mean, paired, proportion
+from eval.statistics import Interval, bootstrap, mean, paired, proportion
 
 
 def test_wilson_interval_of_a_published_example():
@@ -75,3 +75,24 @@ def test_what_are_no_answers_is_refused(answers):
         proportion(np.array(answers))
     with pytest.raises(ValueError, match="at least 1"):
         mean(np.array([]))
+
+
+def test_bootstrap_of_many_values_is_that_of_the_normal_distribution():
+    """1,000 values of deviation s: half width 1.96 s / sqrt(1,000), and values that are not a number count for nothing."""
+    values = np.random.default_rng(0).exponential(size=1000)
+    interval = bootstrap(np.concatenate([values, [np.nan] * 50]))
+    half = 1.96 * values.std() / np.sqrt(1000)
+    assert interval.value == pytest.approx(values.mean())
+    assert (interval.low, interval.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.005)
+
+
+def test_bootstrap_of_two_values_by_hand():
+    """0 and 1: the means are 0, 1/2 and 1 with probabilities 1/4, 1/2 and 1/4."""
+    assert bootstrap(np.array([0.0, 1.0])) == Interval(0.5, 0.0, 1.0)
+    assert bootstrap(np.array([0.25])) == Interval(0.25, 0.25, 0.25)
+
+
+@pytest.mark.parametrize("values", [np.array([]), np.array([np.nan]), np.ones((2, 2))])
+def test_bootstrap_refuses(values):
+    with pytest.raises(ValueError, match="at least one number"):
+        bootstrap(values)

@@ -8,12 +8,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ggem_jax.images import crop, normalise, read_image
+from ggem_jax.images import IMAGENET_MEAN, IMAGENET_STD, crop, normalise, read_image
 from ggem_jax.models.resnet import ResNet, ResNetConfig, resnet_config
 from ggem_jax.pooling import gem_pool, regional_gem, relup, scale_gem, superglobal_pool
 from ggem_jax.retrieval import Ranking, search, superglobal_rerank
+from ggem_jax.retrieval.descriptors import Extractor
 from ggem_jax.retrieval.metrics import Difficulty, Relevance, revisited, scores
+from ggem_jax.retrieval.networks import Network
 from ggem_jax.retrieval.rerank import neighbourhood
+from ggem_jax.retrieval.settings import DescriptorSettings
 from ggem_jax.scales import SCALES, rescale
 from ggem_jax.superglobal import pool_map, superglobal_descriptors
 from ggem_jax.weights.convert import Parameter
@@ -152,10 +155,15 @@ def pytest_generate_tests(metafunc):
 def network(folder, network_name):
     """The file of a network, the network with the weights of its formula, its images in RGB, and the published parameters."""
     data = np.load(folder / f"{network_name}.npz")
+    model, variables, weights = network_by_formula(data)
+    return data, model, variables, normalise(data["bgr_u8"][..., ::-1]), weights
+
+
+def network_by_formula(data):
     depths = tuple(int(blocks) for blocks in data["stages"])
     weights = weights_by_formula(cvnet_table(depths), int(data["weight_seed"]))
     variables = jax.device_put(cvnet_to_variables({f"encoder_q.{name}": value for name, value in weights.items()}, depths=depths))
-    return data, ResNet(ResNetConfig(depths)), variables, normalise(data["bgr_u8"][..., ::-1]), weights
+    return ResNet(ResNetConfig(depths)), variables, weights
 
 
 def test_weights_and_images_of_a_network(network):
@@ -245,8 +253,7 @@ def test_rerank(files):
     for data in [*files("rerank_*.npz"), *files("mini_benchmark*.npz")]:
         initial, final = data["initial_ranks"].T, data["final_ranks"].T
         similarities = np.take_along_axis(data["sim"].T, initial, 1)
-        settings = {"num_candidates": int(data["M"]), "num_neighbors": int(data["K"]), "beta": float(data["beta"])}
-        found = superglobal_rerank(data["Q"], jnp.asarray(data["X"]), Ranking(similarities, initial), **settings)
+        found = superglobal_rerank(data["Q"], jnp.asarray(data["X"]), Ranking(similarities, initial), **settings_of(data))
         m = data["final_score_in_order1"].shape[1]
         expected = -np.sort(-data["final_score_in_order1"], axis=1)
         agreeing(np.asarray(found.ids[:, :m]), found.scores[:, :m], final[:, :m], expected, float(data["min_gap"]))
@@ -288,14 +295,45 @@ def test_evaluation(files):
                     np.testing.assert_allclose(value, data[f"{measure}_{key}{name}_64"], atol=1e-12, rtol=0)
 
 
+def settings_of(data):
+    return {"num_candidates": int(data["M"]), "num_neighbors": int(data["K"]), "beta": float(data["beta"])}
+
+
+def assert_stored_scores(data, stage, ids):
+    """Mean average precision and mean precision of the three set-ups, as the file has them for the ranking before or after the reranking."""
+    for name, own in revisited(np.asarray(ids), difficulties(data)).items():
+        key = f"{stage}_{name[0].upper()}_64"
+        np.testing.assert_allclose(own.mean_average_precision, data[f"map_{key}"], atol=1e-12, rtol=0)
+        np.testing.assert_allclose(list(own.mean_precision_at.values()), data[f"mpr_{key}"], atol=1e-12, rtol=0)
+
+
 def test_the_mini_benchmark_from_its_vectors(files):
     for data in files("mini_benchmark*.npz"):
         queries, database = data["Q"], jnp.asarray(data["X"])
         initial = search(queries, database, k=len(database))
-        settings = {"num_candidates": int(data["M"]), "num_neighbors": int(data["K"]), "beta": float(data["beta"])}
-        final = superglobal_rerank(queries, database, initial, **settings)
-        for stage, ranking in (("initial", initial), ("final", final)):
-            for name, own in revisited(np.asarray(ranking.ids), difficulties(data)).items():
-                key = f"{stage}_{name[0].upper()}_64"
-                np.testing.assert_allclose(own.mean_average_precision, data[f"map_{key}"], atol=1e-12)
-                np.testing.assert_allclose(list(own.mean_precision_at.values()), data[f"mpr_{key}"], atol=1e-12)
+        assert_stored_scores(data, "initial", initial.ids)
+        assert_stored_scores(data, "final", superglobal_rerank(queries, database, initial, **settings_of(data)).ids)
+
+
+def test_the_mini_benchmark_from_its_images(files):
+    """Crop, network, search, reranking and evaluation, each from what the one before it gave."""
+    for data in files("mini_benchmark*.npz"):
+        model, variables, _ = network_by_formula(data)
+        settings = DescriptorSettings("resnet50", weights="by formula", antialias=True, sizes="exact", longest_side=0)
+        extractor = Extractor(settings, batch=1, network=Network(model, variables, IMAGENET_MEAN, IMAGENET_STD, stride=32))
+        names = {kind: [f"{kind}_{i:02}" for i in range(int(data[f"n_{kind}"]))] for kind in ("query", "db")}
+        rgb = {name: data[f"{name}_bgr_u8"][..., ::-1] for kind in names.values() for name in kind}
+        queries = np.stack([extractor.describe(rgb[name], data[f"{name}_bbx_64"]) for name in names["query"]])
+        database = np.stack(list(extractor(rgb[name] for name in names["db"])))
+        np.testing.assert_allclose(queries, data["Q"], rtol=0, atol=2e-6)
+        np.testing.assert_allclose(database, data["X"], rtol=0, atol=2e-6)
+
+        initial = search(queries, database, k=len(database))
+        final = superglobal_rerank(queries, database, initial, **settings_of(data))
+        ids, similarities, m = data["initial_ranks"].T, data["sim"].T, data["final_score_in_order1"].shape[1]
+        agreeing(np.asarray(initial.ids), initial.scores, ids, np.take_along_axis(similarities, ids, 1), float(data["min_gap"]))
+        expected = -np.sort(-data["final_score_in_order1"], axis=1)
+        agreeing(np.asarray(final.ids[:, :m]), final.scores[:, :m], data["final_ranks"].T[:, :m], expected, float(data["min_gap"]))
+        if float(data["min_gap"]) > 1e-6:
+            assert_stored_scores(data, "initial", initial.ids)
+            assert_stored_scores(data, "final", final.ids)

@@ -52,7 +52,7 @@ class Extractor:
         groups: dict[tuple[int, int], list[int]] = {}
         for i, picture in enumerate(pictures):
             try:
-                size = fitted_size(picture.shape[0], picture.shape[1], self.settings, self.network.stride)
+                size = fitted_size(picture.shape[0], picture.shape[1], self.settings, self.network.stride, pads=self.network.pads)
                 groups.setdefault(size, []).append(i)
             except UnreadableImage as error:
                 results[i] = error
@@ -84,13 +84,18 @@ class Extractor:
         return descriptors if self.whitening is None else whiten(descriptors, self.whitening)
 
 
-def fitted_size(height: int, width: int, settings: DescriptorSettings, stride: int) -> tuple[int, int]:
-    """The size (height, width) in pixels that a picture is resized to, as `DescriptorSettings` tells. `UnreadableImage` for one that is too thin."""
+def fitted_size(height: int, width: int, settings: DescriptorSettings, stride: int, *, pads: bool = False) -> tuple[int, int]:
+    """The size (height, width) in pixels that a picture is resized to, as `DescriptorSettings` tells. `UnreadableImage` for one that is too thin.
+
+    `stride` and `pads` as in `Network`: what pads can take smaller pictures as they are.
+    """
     if max(height, width) > MOST_THIN * min(height, width):
         raise UnreadableImage(f"a picture of {width} x {height} pixels is too thin for a descriptor: one side is over {MOST_THIN} times the other")
     places = WINDOW // 2 + 1 if settings.regional else 1
     least = math.ceil(places * stride / min(SCALES[settings.scales]))
     if settings.sizes == "exact":
+        if pads:
+            least = math.ceil(((places - 1) * stride + 1) / min(SCALES[settings.scales]))
         zoom = min(settings.longest_side / max(height, width), 1.0) if settings.longest_side else 1.0
         zoom = max(zoom, least / min(height, width))
         return max(round(height * zoom), least), max(round(width * zoom), least)

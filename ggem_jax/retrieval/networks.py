@@ -1,6 +1,6 @@
 """The networks that descriptors are made with, by name: parameters from files, and what their pictures must look like."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class Network:
     mean: tuple[float, float, float]  # of red, green and blue in [0, 1]: subtracted,
     std: tuple[float, float, float]  # and divided by
     stride: int  # pixels along one side of a place of the map
+    pads: bool = True  # whether less than a stride at the border makes a place too; otherwise it is cut off
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,8 @@ def load_network(backbone: str, weights: str | Path | None = None) -> Network:
         network = Network(ResNet(ResNetConfig(depths)), variables, IMAGENET_MEAN, IMAGENET_STD, 32)
     else:
         vit, variables = read_vit(weights, backbone.removeprefix("vit-"))
-        network = Network(PatchMap(vit), variables, IMAGENET_MEAN, IMAGENET_STD, vit.config.patch)
-    return Network(network.model, jax.device_put(network.variables), network.mean, network.std, network.stride)
+        network = Network(PatchMap(vit), variables, IMAGENET_MEAN, IMAGENET_STD, vit.config.patch, pads=False)
+    return replace(network, variables=jax.device_put(network.variables))
 
 
 def read_vit(path: str | Path, variant: str) -> tuple[ViT, dict[str, Any]]:
