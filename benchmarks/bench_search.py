@@ -39,7 +39,7 @@ def main() -> None:
         write_vectors(path, options.rows, options.dim)
         rng = np.random.default_rng(1)
         queries = jnp.asarray(unit(rng.normal(size=(options.queries, options.dim)).astype(np.float32)))
-        check_ids(path, np.asarray(queries), options.k, min(options.rows, 50_000))
+        loss = check_ids(path, np.asarray(queries), options.k, min(options.rows, 50_000))
         calls: dict[str, Callable] = {
             "search": lambda: jax.block_until_ready(search(queries, np.load(path, mmap_mode="r"), k=options.k)),
             "reading": lambda: read(path),
@@ -58,7 +58,7 @@ def main() -> None:
     row = {"queries": options.queries, "rows": options.rows, "dim": options.dim, "k": options.k}
     row |= {f"{name}_s": f"{value:.2f}" for name, value in middle.items()}
     ratio = middle["search"] / (middle["reading"] + middle["product"])
-    append("search", machine() | row | {"over_reading_and_product": f"{ratio:.2f}", "peak_anonymous_mib": f"{peak / 2**20:.0f}"})
+    append("search", machine() | row | {"over_reading_and_product": f"{ratio:.2f}", "peak_anonymous_mib": f"{peak / 2**20:.0f}"} | loss)
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -74,8 +74,8 @@ def write_vectors(path: Path, rows: int, dim: int) -> None:
     file.flush()
 
 
-def check_ids(path: Path, queries: np.ndarray, k: int, rows: int) -> None:
-    """Against all scores in float64, rounded to float32; equals by id."""
+def check_ids(path: Path, queries: np.ndarray, k: int, rows: int) -> dict[str, str]:
+    """Against all scores in float64, rounded to float32; equals by id. And what bfloat16 loses: the share of the k best that it keeps, its error."""
     part = np.load(path, mmap_mode="r")[:rows]
     exact = [queries.astype(np.float64) @ part[start : start + _ROWS].astype(np.float64).T for start in range(0, rows, _ROWS)]
     expected = np.argsort(-np.concatenate(exact, axis=1).astype(np.float32), axis=1, kind="stable")[:, :k]
@@ -83,6 +83,10 @@ def check_ids(path: Path, queries: np.ndarray, k: int, rows: int) -> None:
     if different := int(np.sum(found != expected)):
         sys.exit(f"{different} of {found.size} ids differ from a brute force")
     print(f"all {found.size} ids among {rows} vectors are those of a brute force", flush=True)
+    rounded = search(queries, part, k=k, precision="bfloat16")
+    kept = np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(np.asarray(rounded.ids), expected, strict=True)])
+    scores = np.take_along_axis(np.concatenate(exact, axis=1), np.asarray(rounded.ids), axis=1)
+    return {"bfloat16_kept": f"{kept:.4f}", "bfloat16_error": f"{np.abs(np.asarray(rounded.scores) - scores).max():.1e}"}
 
 
 def read(path: Path) -> None:

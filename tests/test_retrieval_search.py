@@ -163,6 +163,16 @@ def test_an_error_of_the_reader_is_the_error_of_the_search():
         search(np.ones((1, 4), np.float32), Broken(np.ones((5, 4), np.float32)), k=1)
 
 
+def test_more_vectors_than_the_margin_may_be_too_close_for_float32():
+    """The true best ten of 300 vectors within 2e-7 of each other, and of some that are nearer."""
+    rng = np.random.default_rng(4)
+    query = unit(rng, 1, 512)
+    database = np.concatenate([np.repeat(unit(rng, 1, 512), 300, axis=0), unit(rng, 300, 512)])[rng.permutation(600)]
+    database[:, 0] += 1e-7 * rng.normal(size=600).astype(np.float32) / query[0, 0]
+    found, expected = search(query, database, k=10), brute(query, database, 10)
+    np.testing.assert_array_equal(found.ids, expected.ids)
+
+
 def test_reading_ahead_keeps_order_and_ends_early():
     made = []
     items = ahead(made.append(i) or i for i in range(100))

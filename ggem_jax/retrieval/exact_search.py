@@ -31,8 +31,10 @@ Precision = Literal["float32", "bfloat16"]
 
 _BLOCK_BYTES = 16 * 2**20  # of widened vectors and their scores: what stays in a cache is multiplied as fast as if it had been float32 all along
 _SUMMED = 512  # products in one sum: 2048 at once differ from float64 by 2e-6, in pieces of 512 by 5e-7 (unit vectors)
-_MARGIN = 16  # results beyond k that are looked at again: scores in float32 are 5e-7 off, and so many will hardly be closer than that
-_READ_BYTES = 128 * 2**20  # of vectors read at a time, two times: one is read while the other is searched
+_MARGIN, _WIDEST = 16, 4096  # results beyond k that are scored again in float64: at first, and where so many are too close to tell, at most
+_CLOSE = 1e-6  # of the lengths of both vectors: what a score in float32 may be off
+_SCORED = 4096  # vectors that are widened to float64 at a time
+_READ_BYTES = 128 * 2**20  # of vectors read at a time: one block is searched, one waits, one is being read
 
 
 def search(queries: Float[Array, "q d"], database: Database, *, k: int, precision: Precision = "float32", mesh: Mesh | None = None) -> Ranking:
@@ -40,7 +42,8 @@ def search(queries: Float[Array, "q d"], database: Database, *, k: int, precisio
 
     Queries are `(q, d)`; the database is an array `(n, d)` of JAX or NumPy (memory-mapped too) or a store, in float32, float16 or bfloat16, which is
     widened block by block: memory is bounded whatever n. Equal scores are ordered by smaller id; a score that is not a number comes last. What is not
-    an array of JAX is read block by block, and the best are ordered by their scores in float64, rounded to float32: on every device the same.
+    an array of JAX is read block by block, and the best are ordered by their scores in float64, rounded to float32: on every device the same (but for
+    more than 4,096 vectors that float32 cannot tell from the k-th). Time grows with k: each block is sorted together with the k best so far.
     With `mesh` all its devices share the rows. An array of JAX makes this a pure function, for use inside `jit`.
 
     `precision="float32"` multiplies in full precision on every device; `"bfloat16"` rounds both sides to bfloat16 and adds in float32.
@@ -87,11 +90,24 @@ def _found(queries, database, *, k, precision, mesh):
 
 
 def _streamed(queries, database, *, k, precision, mesh):
-    """Search in vectors that are read block by block: the next one while the last one is searched."""
-    (n, d), wanted = database.shape, k
-    k = min(k + _MARGIN, n) if precision == "float32" else k
+    """Search in vectors that are read block by block; the best are settled in float64, if need be among more of them."""
+    options = {"precision": precision, "mesh": mesh}
+    if precision != "float32":
+        return _read_through(queries, database, k=k, **options)
+    n, margin = database.shape[0], _MARGIN
+    while True:
+        found = _read_through(queries, database, k=min(k + margin, n), **options)
+        settled, sure = _settled(queries, database, found, k)
+        if sure or margin >= min(_WIDEST, n - k):
+            return settled
+        margin *= 16
+
+
+def _read_through(queries, database, *, k, precision, mesh):
+    """The next block is read while the last one is searched."""
+    n, d = database.shape
     devices = 1 if mesh is None else mesh.size
-    rows = max(_READ_BYTES // (2 * d), 1) // devices * devices or devices
+    rows = max(_READ_BYTES // (np.dtype(getattr(database, "dtype", np.float32)).itemsize * d), 1) // devices * devices or devices
     rows = rows if rows < n else -(-n // devices) * devices
     spread = None if mesh is None else NamedSharding(mesh, P(mesh.axis_names))
     best = Ranking(jnp.full((len(queries), k), -jnp.inf), jnp.zeros((len(queries), k), jnp.int32))
@@ -102,8 +118,8 @@ def _streamed(queries, database, *, k, precision, mesh):
 
     for start, block in ahead(map(read, blocks_of(database, rows))):
         best = _absorb(best, queries, jax.device_put(block, spread), np.int32(start), np.int32(n), k=k, precision=precision, mesh=mesh)
-        jax.block_until_ready(best)  # so that no more than two blocks are in memory
-    return _settled(queries, database, best.ids, wanted) if precision == "float32" else best
+        jax.block_until_ready(best)  # so that no more than three blocks are in memory
+    return best
 
 
 def _at_hand(block, rows):
@@ -119,17 +135,23 @@ def _at_hand(block, rows):
     return copy
 
 
-def _settled(queries, database, ids, k):
-    """The k best of the `ids` `(q, more than k)` by scores in float64: the rounding of float32 depends on the sizes of blocks, and on the device."""
-    rows = []
-    for query, own in zip(np.asarray(queries, np.float64), np.sort(np.asarray(ids), axis=1), strict=True):
-        with np.errstate(invalid="ignore", over="ignore"):
-            scores = (taken(database, own, len(query)).astype(np.float64) @ query).astype(np.float32)
-        scores = np.nan_to_num(scores, nan=-np.inf, posinf=np.inf, neginf=-np.inf)
-        order = np.argsort(-scores, kind="stable")[:k]
-        rows.append((np.maximum(scores[order], np.finfo(np.float32).min), own[order]))
-    scores, ids = map(np.stack, zip(*rows, strict=True))
-    return Ranking(jnp.asarray(scores), jnp.asarray(ids, jnp.int32))
+def _settled(queries, database, found, k):
+    """The k best by scores in float64: the rounding of float32 depends on the sizes of blocks, and on the device. And whether none can be missing."""
+    rows, sure = [], True
+    for query, scores, ids in zip(np.asarray(queries, np.float64), *map(np.asarray, found), strict=True):
+        own = np.sort(ids)
+        exact, length = np.empty(len(own), np.float32), 0.0
+        for start in range(0, len(own), _SCORED):
+            vectors = taken(database, own[start : start + _SCORED], len(query)).astype(np.float64)
+            with np.errstate(invalid="ignore", over="ignore"):
+                exact[start : start + _SCORED] = vectors @ query
+                length = max(length, float(np.sqrt(np.nan_to_num(np.einsum("nd,nd->n", vectors, vectors)).max())))
+        exact = np.maximum(np.where(np.isnan(exact), -np.inf, exact), np.finfo(np.float32).min)
+        order = np.argsort(-exact, kind="stable")[:k]
+        rows.append((exact[order], own[order]))
+        sure &= len(own) == k or bool(scores[-1] < exact[order[-1]] - _CLOSE * length * np.linalg.norm(query))
+    best, numbers = map(np.stack, zip(*rows, strict=True))
+    return Ranking(jnp.asarray(best), jnp.asarray(numbers, jnp.int32)), sure
 
 
 @partial(jax.jit, static_argnames=("k", "precision", "mesh"))

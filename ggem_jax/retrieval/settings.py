@@ -18,9 +18,10 @@ class DescriptorSettings:
     """How a picture becomes a descriptor. Wrong values raise `ValueError` when the record is made.
 
     `sizes="buckets"` resizes every picture so that its longer side is `longest_side` and its shorter side a multiple of the network's stride: a
-    folder of a thousand sizes compiles a few programs, and a picture's proportions change by at most half a stride. `"exact"` keeps a picture's own
-    pixels, shrunk to `longest_side` where it is larger (0: never), and compiles programs for each size. In both, pictures too small for the method
-    are enlarged.
+    folder of a thousand sizes compiles a few programs. Proportions change by half a stride at most, and more where the shorter side would be less
+    than the method needs (160 of 320 pixels at three scales: what is over twice as long as wide is squeezed). `"exact"` keeps a picture's own pixels,
+    shrunk to `longest_side` where it is larger (0: never), enlarged where it is too small for the method, and compiles programs for each size.
+    SuperGlobal's own setting is `"exact"` with 0.
     """
 
     backbone: str = "efficientnet-lite0"  # or resnet50, resnet101 (CVNet's), vit-S/16 and the like (the embedded one has weights of its own)
