@@ -70,6 +70,15 @@ def test_no_neighbours_and_all_of_them(example):
     assert augment_database(jnp.asarray(database), num_neighbors=1000, alpha=0).shape == database.shape
 
 
+def test_negative_similarities_have_no_weight_whatever_alpha(example):
+    queries, _, _ = example
+    database = np.concatenate([queries[:1], -queries[:1]])
+    ranking = Ranking(np.array([[1.0, -1.0]]), np.array([[0, 1]]))
+    for alpha in (0.0, 1e-6, 3.0):
+        found = alpha_query_expansion(queries[:1], database, ranking, num_neighbors=2, alpha=alpha)
+        np.testing.assert_allclose(found.scores, [[1, -1]], atol=1e-6)
+
+
 def test_refuses(example):
     queries, database, ranking = example
     with pytest.raises(ValueError, match="num_neighbors must be a whole number of at least 1, not 0"):

@@ -1,5 +1,7 @@
 """SuperGlobal's reranking against its formulas written out in float64, and what it asks of a database."""
 
+import threading
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -140,6 +142,11 @@ def test_works_inside_jit_and_its_strength_may_be_traced(example):
         ({"num_candidates": 0}, "num_candidates must be a whole number of at least 1"),
         ({"num_neighbors": -1}, "num_neighbors must be a whole number of at least 0"),
         ({"variant": "books"}, "code, paper"),
+        ({"beta": np.nan}, "beta must be a number from 0 to 1e6, not nan"),
+        ({"beta": -0.5}, "beta must be a number from 0 to 1e6, not -0.5"),
+        ({"beta": "much"}, "beta must be a number from 0 to 1e6, not 'much'"),
+        ({"database": lambda ids: np.ones((len(ids), 4), complex)}, "floating-point numbers, not complex128"),
+        ({"database": lambda ids: np.full((len(ids), 4), None)}, "floating-point numbers, not object"),
         ({"database": lambda ids: np.ones((len(ids), 3))}, r"\(3, 4\), not \(3, 3\)"),
     ],
 )
@@ -148,3 +155,30 @@ def test_refuses(change, words):
     ranking = Ranking(np.zeros((2, 3), np.float32), given.pop("ids"))
     with pytest.raises(ValueError, match=words):
         superglobal_rerank(np.ones((2, 4), np.float32), given.pop("database"), ranking, **given)
+
+
+def test_a_callback_may_use_its_memory_again_and_change_its_ids(example):
+    queries, database, ranking = example
+    memory = np.empty((50, database.shape[1]), np.float32)
+
+    def callback(ids):
+        np.take(database, ids, axis=0, out=memory)
+        ids += 1000
+        return memory
+
+    found, expected = (superglobal_rerank(queries, given, ranking, num_candidates=50) for given in (callback, database))
+    np.testing.assert_array_equal(found.ids, expected.ids)
+    np.testing.assert_array_equal(found.scores, expected.scores)
+
+
+def test_a_callback_is_asked_in_the_thread_of_the_call(example):
+    queries, database, ranking = example
+    threads = set()
+    superglobal_rerank(queries, lambda ids: threads.add(threading.get_ident()) or database[ids], ranking, num_candidates=20)
+    assert threads == {threading.get_ident()}
+
+
+def test_other_byte_orders(example):
+    queries, database, ranking = example
+    found, expected = (superglobal_rerank(queries, given, ranking, num_candidates=50) for given in (database.astype(">f4"), database))
+    np.testing.assert_array_equal(found.ids, expected.ids)

@@ -190,3 +190,35 @@ def test_scores_that_float32_cannot_tell_apart_come_in_their_true_order():
     found, expected = search(query, database, k=100), brute(query, database, 100)
     np.testing.assert_array_equal(found.ids, expected.ids)
     np.testing.assert_array_equal(found.scores, expected.scores.astype(np.float32))
+
+
+BLOCKS = {
+    "short": lambda x, rows: ((i, x[i : i + 7]) for i in range(0, len(x), 7)),
+    "none": lambda x, rows: iter(()),
+    "the first alone": lambda x, rows: iter([(0, x[:rows])]),
+    "twice": lambda x, rows: iter([(0, x[:rows]), (0, x[:rows])]),
+    "before the first": lambda x, rows: iter([(-5, x[:rows])]),
+    "too wide": lambda x, rows: ((i, np.pad(x[i : i + rows], ((0, 0), (0, 1)))) for i in range(0, len(x), rows)),
+}
+
+
+@pytest.mark.parametrize("kind", BLOCKS)
+def test_a_store_whose_blocks_do_not_hold_together_is_refused(kind, monkeypatch):
+    monkeypatch.setattr(module, "_READ_BYTES", 16 * 20 * 4)
+
+    class Odd(Halves):
+        dtype = np.dtype(np.float32)
+
+        def blocks(self, rows):
+            return BLOCKS[kind](np.concatenate(self.parts), rows)
+
+    with pytest.raises(ValueError, match="the store's blocks must"):
+        search(np.ones((1, 16), np.float32), Odd(np.ones((50, 16), np.float32)), k=3)
+
+
+def test_meshes_with_explicit_axis_types_are_refused():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,))
+    with pytest.raises(ValueError, match="explicit axis types"):
+        search(np.ones((1, 4), np.float32), np.ones((8, 4), np.float32), k=1, mesh=mesh)
+    with pytest.raises(ValueError, match="explicit axis types"), jax.set_mesh(mesh):
+        search(jnp.ones((1, 4)), jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, P("data"))), k=1)

@@ -18,6 +18,7 @@ from ggem_jax.retrieval.vectors import (
     Ranking,
     ahead,
     blocks_of,
+    check_mesh,
     checked_database,
     checked_queries,
     is_callback,
@@ -41,7 +42,8 @@ def search(queries: Float[Array, "q d"], database: Database, *, k: int, precisio
     """The `k` vectors with the largest dot product with each query, in order: exact search.
 
     Queries are `(q, d)`; the database is an array `(n, d)` of JAX or NumPy (memory-mapped too) or a store, in float32, float16 or bfloat16, which is
-    widened block by block: memory is bounded whatever n. Equal scores are ordered by smaller id; a score that is not a number comes last. What is not
+    widened block by block: memory is bounded whatever n. Scores that are equal as computed are ordered by smaller id (in an array of JAX even equal
+    vectors may differ in the last bit, by their place in a block); a score that is not a number comes last. What is not
     an array of JAX is read block by block, and the best are ordered by their scores in float64, rounded to float32: on every device the same (but for
     more than 4,096 vectors that float32 cannot tell from the k-th). Time grows with k: each block is sorted together with the k best so far.
     With `mesh` all its devices share the rows. An array of JAX makes this a pure function, for use inside `jit`.
@@ -54,6 +56,8 @@ def search(queries: Float[Array, "q d"], database: Database, *, k: int, precisio
     if is_callback(database):
         raise TypeError("search needs an array or a store: a callback cannot be asked for all vectors")
     check_precision(precision)
+    if mesh is not None:
+        check_mesh(mesh)
     n, _ = shape_of(database)
     if not isinstance(k, int | np.integer) or isinstance(k, bool) or not 1 <= k <= n:
         raise ValueError(f"k must be a whole number from 1 to the {n} rows of the database, not {k!r}")
@@ -114,7 +118,7 @@ def _read_through(queries, database, *, k, precision, mesh):
 
     def read(numbered):
         start, block = numbered
-        return start, _at_hand(np.asarray(block), rows)
+        return start, _at_hand(block, rows)
 
     for start, block in ahead(map(read, blocks_of(database, rows))):
         best = _absorb(best, queries, jax.device_put(block, spread), np.int32(start), np.int32(n), k=k, precision=precision, mesh=mesh)

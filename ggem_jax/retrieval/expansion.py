@@ -159,7 +159,9 @@ class _AugmentedStore:
 
 def _mean(start, similarities, vectors, alpha):
     """start `(d,)` + sum_j max(s_j, 0)^alpha x_j, with all weights 1 where alpha is None, as a unit vector."""
-    weights = jnp.ones_like(similarities) if alpha is None else jnp.maximum(similarities, 0) ** alpha
+    positive = similarities > 0
+    powers = jnp.where(positive, jnp.where(positive, similarities, 1) ** (alpha or 0), 0)
+    weights = jnp.ones_like(similarities) if alpha is None else powers
     total = start + jnp.einsum("k,kd->d", weights, vectors.astype(jnp.float32), precision=lax.Precision.HIGHEST)
     return total / jnp.maximum(jnp.linalg.norm(total), 1e-12)
 

@@ -18,7 +18,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from ggem_jax.retrieval.exact_search import Precision, check_precision, similarity
-from ggem_jax.retrieval.vectors import Database, Ranking, ahead, checked_database, checked_queries, checked_ranking, on_device, ordered, taken
+from ggem_jax.retrieval.vectors import Database, Ranking, checked_database, checked_queries, checked_ranking, on_device, ordered, taken
 
 Variant = Literal["code", "paper"]
 
@@ -57,15 +57,23 @@ def superglobal_rerank(
             raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
     if variant not in get_args(Variant):
         raise ValueError(f"variant must be one of {', '.join(get_args(Variant))}, not {variant!r}")
+    if not isinstance(beta, jax.core.Tracer) and not (np.ndim(beta) == 0 and np.isrealobj(beta) and _is_number(beta) and 0 <= beta <= 1e6):
+        raise ValueError(f"beta must be a number from 0 to 1e6, not {beta!r}")
     check_precision(precision)
     m = min(int(num_candidates), ranking.ids.shape[1])
     options: dict[str, Any] = {"num_neighbors": min(int(num_neighbors), m - 1), "variant": variant, "precision": precision}
     if on_device(database):
         return _reranked(queries, database, ranking, beta, m=m, **options)
     dim = queries.shape[1]
-    candidates = ahead((ids, taken(database, ids, dim)) for ids in np.sort(np.asarray(ranking.ids[:, :m]), axis=1))
-    rows = [_one(query, vectors, ids, beta, **options) for query, (ids, vectors) in zip(queries, candidates, strict=True)]
+    rows: list[Any] = []
+    for query, ids in zip(queries, np.sort(np.asarray(ranking.ids[:, :m]), axis=1), strict=True):
+        rows.append(_one(query, taken(database, ids, dim), ids, beta, **options))
+        jax.block_until_ready(rows[-2:-1])  # so that no more than two queries have their candidates in memory
     return _with_rest(ranking, *map(jnp.stack, zip(*rows, strict=True)))
+
+
+def _is_number(value):
+    return isinstance(value, int | float | np.number | np.ndarray | jax.Array) and not isinstance(value, bool)
 
 
 @partial(jax.jit, static_argnames=("m", "num_neighbors", "variant", "precision"))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Protocol, TypeGuard, TypeVar, runtime_checka
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType
 from jaxtyping import Array, Float, Int
 
 T = TypeVar("T")
@@ -77,6 +78,8 @@ def checked_database(database: Database, dim: int) -> Database:
         raise ValueError(f"database must have fewer than 2^31 rows, not {shape[0]}")
     if isinstance(database, np.ndarray | jax.Array) and not jnp.issubdtype(database.dtype, jnp.floating):
         raise ValueError(f"database must be floating point, not {database.dtype}")
+    if on_device(database):
+        check_mesh(jax.typeof(database).sharding.mesh)
     return database
 
 
@@ -104,23 +107,47 @@ def checked_ranking(ranking: Ranking, queries: Float[Array, "q d"], database: Da
     return Ranking(jnp.asarray(scores, jnp.float32), jnp.asarray(known, jnp.int32))
 
 
+def check_mesh(mesh: Any) -> None:
+    if AxisType.Explicit in mesh.axis_types:
+        raise ValueError("meshes with explicit axis types are not supported: make the mesh with AxisType.Auto, or use jax.sharding.auto_axes")
+
+
 def taken(database: Database, ids: Int[np.ndarray | Array, "..."], dim: int) -> np.ndarray:
     """The vectors of ids of any shape, `(..., dim)`, in memory."""
-    flat = np.asarray(ids).reshape(-1)
+    flat = np.array(ids).reshape(-1)  # copies, both: who is asked may change what it is given, and use what it returns again
     if isinstance(database, np.ndarray | jax.Array):
         vectors = np.asarray(database[flat])
     else:
-        vectors = np.asarray(database.take(flat) if isinstance(database, Store) else database(flat))
-    if vectors.shape != (len(flat), dim):
-        raise ValueError(f"the database must return {dim} numbers for each of {len(flat)} ids, {(len(flat), dim)}, not {vectors.shape}")
-    return vectors.reshape(*np.shape(ids), dim)
+        count = len(flat)
+        vectors = np.array(database.take(flat) if isinstance(database, Store) else database(flat))
+        if vectors.shape != (count, dim):
+            raise ValueError(f"the database must return {dim} numbers for each of {count} ids, {(count, dim)}, not {vectors.shape}")
+    return native(vectors).reshape(*np.shape(ids), dim)
+
+
+def native(vectors: np.ndarray) -> np.ndarray:
+    """Floating-point vectors in a dtype that JAX knows: other byte orders and longer floats become float32. Other dtypes are a `ValueError`."""
+    if not jnp.issubdtype(vectors.dtype, jnp.floating):
+        raise ValueError(f"the database must give floating-point numbers, not {vectors.dtype}")
+    return vectors if vectors.dtype.isnative and vectors.dtype.itemsize <= 8 else vectors.astype(np.float32)
 
 
 def blocks_of(database: np.ndarray | Store, rows: int) -> Iterator[tuple[int, np.ndarray]]:
     """All vectors in blocks, as a store gives them."""
-    if isinstance(database, Store):
-        return database.blocks(rows)
-    return ((start, database[start : start + rows]) for start in range(0, len(database), rows))
+    if not isinstance(database, Store):
+        yield from ((start, native(np.asarray(database[start : start + rows]))) for start in range(0, len(database), rows))
+        return
+    (n, d), expected = database.shape, 0
+    for start, given in database.blocks(rows):
+        block = np.asarray(given)
+        if start != expected or block.shape != (min(rows, n - start), d):
+            raise ValueError(
+                f"the store's blocks must follow each other, {(min(rows, n - expected), d)} from {expected}, not {block.shape} from {start}"
+            )
+        expected += len(block)
+        yield start, native(block)
+    if expected != n:
+        raise ValueError(f"the store's blocks must hold all {n} vectors, not {expected}")
 
 
 def ordered(scores: Float[Array, "... m"]) -> Float[Array, "... m"]:
