@@ -36,7 +36,7 @@ class Store(Protocol):
         """The vectors of `ids` `(m,)`, `(m, d)`."""
 
     def blocks(self, rows: int) -> Iterator[tuple[int, np.ndarray]]:
-        """All vectors in the order of their ids, `rows` at a time and fewer at the end: the id of the first, and the vectors."""
+        """All vectors in the order of their ids, `rows` at a time, fewer at the end: the id of the first, and the vectors. Called in another thread."""
 
 
 Callback = Callable[[np.ndarray], np.ndarray]  # ids (m,) -> vectors (m, d)
@@ -139,13 +139,11 @@ def blocks_of(database: np.ndarray | Store, rows: int) -> Iterator[tuple[int, np
         return
     (n, d), expected = database.shape, 0
     for start, given in database.blocks(rows):
-        block = np.asarray(given)
-        if start != expected or block.shape != (min(rows, n - start), d):
-            raise ValueError(
-                f"the store's blocks must follow each other, {(min(rows, n - expected), d)} from {expected}, not {block.shape} from {start}"
-            )
+        block, wanted = np.asarray(given), (min(rows, n - expected), d)
+        if start != expected or block.shape != wanted:
+            raise ValueError(f"the store's blocks must follow each other, {wanted} from {expected}, not {block.shape} from {start}")
         expected += len(block)
-        yield start, native(block)
+        yield start, native(block.copy() if block.flags.writeable else block)  # which may be written to again while it is searched
     if expected != n:
         raise ValueError(f"the store's blocks must hold all {n} vectors, not {expected}")
 
