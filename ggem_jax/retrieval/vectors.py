@@ -36,7 +36,7 @@ class Store(Protocol):
         """The vectors of `ids` `(m,)`, `(m, d)`."""
 
     def blocks(self, rows: int) -> Iterator[tuple[int, np.ndarray]]:
-        """All vectors in the order of their ids, `rows` at a time, fewer at the end: the id of the first, and the vectors. Called in another thread."""
+        """All vectors in the order of their ids, `rows` at a time, fewer at the end: the id of the first, and the vectors. In a thread of its own."""
 
 
 Callback = Callable[[np.ndarray], np.ndarray]  # ids (m,) -> vectors (m, d)
