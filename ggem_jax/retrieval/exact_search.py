@@ -48,7 +48,8 @@ def search(queries: Float[Array, "q d"], database: Database, *, k: int, precisio
     more than 4,096 vectors that float32 cannot tell from the k-th). Time grows with k: each block is sorted together with the k best so far.
     With `mesh` all its devices share the rows. An array of JAX makes this a pure function, for use inside `jit`.
 
-    `precision="float32"` multiplies in full precision on every device; `"bfloat16"` rounds both sides to bfloat16 and adds in float32.
+    `precision="float32"` multiplies in full precision on every device; `"bfloat16"` rounds both sides to bfloat16 and adds in float32: of the
+    100 best of 50,000 random unit vectors of 2,048 numbers 99.5 % stay, and scores are 2e-4 off at most (`benchmarks.bench_search`).
     Raises `ValueError` for shapes and values that do not fit.
     """
     queries = checked_queries(queries)
