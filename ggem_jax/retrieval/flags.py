@@ -34,9 +34,8 @@ class _Formatter(argparse.HelpFormatter):
 
 def parse(argv: list[str], prog: str) -> argparse.Namespace:
     """The command and its arguments. Raises `Usage`; `--help` prints and exits."""
-    if empty := [
-        each for each in argv if re.fullmatch(r"(--[a-z-]+=)?", each)
-    ]:  # an index without a name is the current folder, a pattern everything
+    # an index without a name would be the current folder, a pattern without one everything
+    if empty := [each for each in argv if re.fullmatch(r"(--[a-z-]+=)?", each)]:
         raise Usage(f"an argument is empty{f', {empty[0]}' if empty[0] else ''}: a variable of the shell may not be set")
     parser = _parser(prog)
     arguments = parser.parse_args(_with_boxes(argv))
