@@ -9,6 +9,7 @@ import re
 import signal
 import subprocess
 import sys
+import zipfile
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -19,12 +20,13 @@ from PIL import Image
 from ggem_jax.images import UnreadableImage
 from ggem_jax.retrieval import commands, compilation, progress
 from ggem_jax.retrieval.__main__ import main
-from ggem_jax.retrieval.arrays import read_ranking, write_ranking
+from ggem_jax.retrieval.arrays import read_ranking, read_vectors, write_ranking
+from ggem_jax.retrieval.flags import parse
 from ggem_jax.retrieval.index import Index
 from ggem_jax.retrieval.metrics import Relevance, scores
 from ggem_jax.retrieval.rerank import superglobal_rerank
 from ggem_jax.retrieval.settings import DescriptorSettings
-from ggem_jax.retrieval.whitening import load_whitening
+from ggem_jax.retrieval.whitening import Whitening, load_whitening, whiten
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--scales", "1", "--no-regional", "--longest-side", "160"]  # one program of 160 x 160 pixels
@@ -117,6 +119,8 @@ def test_help_names_every_command_and_a_default(run):
 
 # Every mistake: one sentence, and the exit code
 
+DAMAGED = ("deflate", "checksum", "encrypted", "method", "shape", "rows", "no_array")
+
 MISTAKES = [
     ([], 2, "the following arguments are required: COMMAND"),
     (["serch"], 2, "invalid choice: 'serch'"),
@@ -124,6 +128,13 @@ MISTAKES = [
     (["search", "my.index", "photos/00.png", "-k", "0"], 2, "whole number of at least 1, not '0'"),
     (["search", "my.index", "photos/00.png", "--box", "1,2,3"], 2, "must be x1,y1,x2,y2"),
     (["search", "my.index", "photos/00.png", "--box", "5,0,1,9"], 2, "x1 < x2"),
+    (["search", "my.index", "photos/00.png", "--box", "-5,0,-9,9"], 2, "x1 < x2"),
+    (["search", "my.index", "photos/00.png", "-k", "1_0"], 2, "whole number of at least 1, not '1_0'"),
+    (["search", "my.index", "photos/00.png", "-k", "\u0663"], 2, "whole number of at least 1"),
+    (["search", "my.index", "photos/00.png", "--rerank", "superglobal", "--beta", "nan"], 2, "number from 0 to 1e\\+30, not 'nan'"),
+    (["search", "my.index", "photos/00.png", "--rerank", "superglobal", "--beta", "1e39"], 2, "number from 0 to 1e\\+30, not '1e39'"),
+    (["search", "my.index", "photos/00.png", "--rerank", "dba", "--alpha", "inf"], 2, "number from 0 to 1e\\+30, not 'inf'"),
+    (["search", "my.index", "photos/00.png", "--rerank", "aqe", "--neighbors", "0"], 2, "whole number of at least 1"),
     (["search", "my.index", "photos/00.png", "photos/03.png", "--box", "0,0,9,9"], 2, "give it 2 times"),
     (["search", "my.index", "photos/00.png", "--rerank", "aqe", "--beta", "1"], 2, "--beta is no option of aqe: it takes --candidates, --neighbors"),
     (["search", "my.index", "photos/00.png", "--candidates", "9"], 2, "--candidates is no option of none: nothing is reranked"),
@@ -146,6 +157,10 @@ MISTAKES = [
     (["index", "photos", "-o", "new.index", "--backbone", "resnet50"], 2, "resnet50 needs a file of weights"),
     (["index", "photos", "-o", "new.index", "--backbone", "resnet50", "--weights", "none.pth"], 1, "none.pth cannot be read: No such file"),
     (["add", "my.index", "empty"], 1, "is not inside"),
+    (["add", "my.index", ""], 2, "an argument is empty: a variable of the shell may not be set"),
+    (["add", "my.index", "--root="], 2, "an argument is empty, --root=:"),
+    (["add", "my.index", "--batch", "4097"], 2, "--batch: must be at most 4096, not 4097"),
+    (["remove", "my.index", ""], 2, "an argument is empty"),
     (["remove", "my.index", "*.gif"], 1, r"\*.gif matches no picture"),
     (["info", "none.index"], 1, "none.index holds no index"),
     (["verify", "none.index"], 1, "none.index holds no index"),
@@ -158,6 +173,16 @@ MISTAKES = [
     (["rerank", "q.npy", "wide.npy", "-o", "out.npz"], 1, "q.npy has vectors of 12 numbers, wide.npy of 5"),
     (["rerank", "q.npy", "no_image.jpg", "-o", "out.npz"], 1, "no_image.jpg cannot be read as an array"),
     (["rerank", "q.npy", "q.npy", "--ranking", "wide.npy", "-o", "out.npz"], 1, "wide.npy must hold ids"),
+    (["rerank", "nan.npy", "q.npy", "-o", "out.json"], 1, "nan.npy holds vectors that are not finite"),
+    (["rerank", "q.npy", "nan.npy", "-o", "out.json"], 1, "nan.npy holds vectors that are not finite in float32"),
+    (["rerank", "q.npy", "nan.npy", "-o", "out.json", "--normalize"], 1, "nan.npy holds vectors that are not finite in float64"),
+    (["rerank", "large.npy", "q.npy", "-o", "out.json"], 1, "large.npy holds vectors that are not finite in float32"),
+    (["rerank", "long.npy", "long.npy", "-o", "out.json", "--beta", "1e30"], 1, "not finite: the vectors, --beta or --alpha are too large"),
+    (["rerank", "q.npy", "q.npy", "-o", "out.json", "--beta", "inf"], 2, "not 'inf'"),
+    (["rerank", "q.npy", "q.npy", "--ranking", "nan.json", "-o", "out.json"], 1, "nan.json holds scores that are not finite"),
+    (["rerank", "q.npy", "q.npy", "--ranking", "deep.json", "-o", "out.json"], 1, "deep.json cannot be read as a ranking"),
+    *((["rerank", "q.npy", f"{name}.npz", "-o", "out.npz"], 1, f"{name}.npz cannot be read as an array: .") for name in DAMAGED),
+    *((["rerank", "q.npy", "q.npy", "--ranking", f"{name}.npz", "-o", "out.npz"], 1, f"{name}.npz ") for name in DAMAGED),
     (["rerank", "q.npy", "q.npy", "--ranking", "q.npz", "-o", "out.npz"], 1, "q.npz must hold ids"),
     (["rerank", "q.npy", "q.npy", "--ranking", "whole.npy", "-k", "3", "-o", "out.npz"], 2, "--ranking takes its place"),
     (["rerank", "q.npy", "q.npy", "--ranking", "whole.npy", "-o", "out.npz"], 1, "the ids of a ranking must be from 0 to 2, not from 0 to 7"),
@@ -182,6 +207,45 @@ def around(indexed, tmp_path):
     np.savez(tmp_path / "q.npz", q=vectors, other=vectors)
     np.save(tmp_path / "whole.npy", np.array([[0, 7]] * 3))
     np.save(tmp_path / "wide.npy", np.ones((2, 5), np.float32))
+    np.save(tmp_path / "nan.npy", np.where(np.arange(12) == 5, np.nan, vectors))
+    np.save(tmp_path / "long.npy", np.full((3, 12), 1e5, np.float32))
+    np.save(tmp_path / "large.npy", vectors.astype(np.float64) * 1e300)
+    (tmp_path / "nan.json").write_text('{"ids": [[0], [1], [2]], "scores": [[NaN], [1], [1]]}')
+    (tmp_path / "deep.json").write_text('{"ids": ' + "[" * 200_000)
+    for name in DAMAGED:
+        damaged_npz(tmp_path / f"{name}.npz", name)
+
+
+def damaged_npz(path, kind, member="ids"):
+    """One array, in a way that it cannot be read."""
+    array = io.BytesIO()
+    np.save(array, np.arange(300))
+    content = array.getvalue()
+    if kind in ("shape", "rows"):
+        array = io.BytesIO()
+        np.lib.format.write_array_header_1_0(array, {"descr": "<i8", "fortran_order": False, "shape": (2**70 if kind == "shape" else 10**13, 12)})
+        content = array.getvalue()
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED if kind == "deflate" else zipfile.ZIP_STORED) as file:
+        file.writestr(f"{member}.npy" if kind != "no_array" else member, content if kind != "no_array" else b"text")
+    data = bytearray(path.read_bytes())
+    central = data.rindex(b"PK\1\2")
+    if kind == "deflate":
+        data[60:100] = b"\xff" * 40
+    elif kind == "checksum":
+        data[central - 1] ^= 1
+    elif kind == "encrypted":
+        data[6] |= 1
+        data[central + 8] |= 1
+    elif kind == "method":
+        data[8] = data[central + 10] = 77
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("kind", DAMAGED)
+def test_a_damaged_whitening_is_told(tmp_path, kind):
+    damaged_npz(tmp_path / "white.npz", kind, "mean")
+    with pytest.raises(ValueError, match="is no file of a whitening"):
+        load_whitening(tmp_path / "white.npz")
 
 
 def test_every_mistake_is_one_sentence(around, run, tmp_path):
@@ -429,6 +493,37 @@ def test_a_ranking_that_cannot_be_written_leaves_what_was_there(tmp_path):
         write_ranking(tmp_path / "out.json", None, np.zeros((1, 1), np.int32))
     assert json.loads((tmp_path / "out.json").read_text()) == {"ids": [[0]], "scores": [[0.0]]}
     assert [path.name for path in tmp_path.iterdir()] == ["out.json"]
+
+
+def test_a_name_ends_in_capitals_too_and_a_mark_of_order_is_read_over(tmp_path):
+    write_ranking(tmp_path / "out.JSON", np.zeros((1, 1), np.float32), np.zeros((1, 1), np.int32))
+    text = (tmp_path / "out.JSON").read_text()
+    assert json.loads(text) == {"ids": [[0]], "scores": [[0.0]]}
+    (tmp_path / "out.JSON").write_text(text, encoding="utf-8-sig")
+    assert read_ranking(str(tmp_path / "out.JSON"))[1].tolist() == [[0]]
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(
+    ("dtype", "factor"), [(np.float64, 1e300), (np.float64, 1e-300), (np.float32, 1e-25), (np.float32, 1e30), (np.float16, 1e-3)]
+)
+def test_normalized_vectors_are_of_length_1_whatever_they_were(tmp_path, dtype, factor):
+    vectors = unit(np.random.default_rng(0), 5, 8)
+    scaled = np.concatenate([vectors.astype(np.float64) * factor, np.zeros((1, 8))]).astype(dtype)
+    np.save(tmp_path / "v.npy", scaled)
+    ((_, found),) = read_vectors(str(tmp_path / "v.npy"), normalize=True).blocks(9)
+    assert found.dtype == np.float32
+    np.testing.assert_allclose(found[:5], vectors, atol=3e-3 if dtype == np.float16 else 1e-6)
+    np.testing.assert_allclose(np.linalg.norm(found, axis=1), [1, 1, 1, 1, 1, 0], atol=1e-6)
+
+
+def test_a_whitening_of_another_width_is_told():
+    with pytest.raises(ValueError, match="the whitening is for descriptors of 3 numbers, and these have 4"):
+        whiten(np.ones((2, 4), np.float32), Whitening(np.zeros(3, np.float32), np.eye(3, dtype=np.float32)))
+
+
+def test_a_box_may_begin_with_a_minus():
+    assert parse(["search", "my.index", "a.png", "--box", "-10,-10,50,50"], "tool").box == [(-10, -10, 50, 50)]
 
 
 # The sheet

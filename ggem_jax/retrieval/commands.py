@@ -147,12 +147,12 @@ def rerank(arguments: Namespace) -> int:
         raise Usage("-k is for the search, and --ranking takes its place: give one of them")
     method: Method = arguments.method
     vectors = np.concatenate([block for _, block in queries.blocks(len(queries.array))])
-    if not arguments.normalize and np.abs(np.linalg.norm(vectors.astype(np.float32), axis=1) - 1).max() > 0.01:
-        sys.stderr.write(f"note: the vectors of {arguments.queries} are not of length 1; --normalize makes all so\n")
     if arguments.ranking:
         _, after = _reranked_file(arguments.ranking, method, vectors, database)
     else:
         _, after = _ranked(method, vectors, database, depth=arguments.k or method.candidates)
+    if not arguments.normalize and np.abs(np.linalg.norm(vectors.astype(np.float64), axis=1) - 1).max() > 0.01:
+        sys.stderr.write(f"note: the vectors of {arguments.queries} are not of length 1; --normalize makes all so\n")
     write_ranking(Path(arguments.output), *after)
     print(f"{arguments.output}: {after[1].shape[0]} queries, {after[1].shape[1]} results each")
     return 0
@@ -307,13 +307,17 @@ def _reranked_file(file: str, method: Method, queries: np.ndarray, database: Any
     known = np.zeros(ids.shape, np.float32) if given is None else given
     checked_ranking(Ranking(known, ids), queries, database)  # type: ignore[arg-type]
     if given is None:
-        known = np.stack([taken(database, own, len(query)).astype(np.float32) @ query for query, own in zip(queries, ids, strict=True)])
+        with np.errstate(over="ignore", invalid="ignore"):
+            known = np.stack([taken(database, own, len(query)).astype(np.float32) @ query for query, own in zip(queries, ids, strict=True)])
     before = Ranking(known, ids)  # type: ignore[arg-type]
     return _arrays(before), _arrays(reranked(method, queries, database, before))
 
 
 def _arrays(ranking: Any) -> Arrays:
-    return np.asarray(ranking.scores), np.asarray(ranking.ids)
+    scores = np.asarray(ranking.scores)
+    if not np.isfinite(scores).all():
+        raise ValueError("scores come out that are not finite: the vectors, --beta or --alpha are too large")
+    return scores, np.asarray(ranking.ids)
 
 
 def _hits(paths: list[str], before: Arrays, after: Arrays, row: int, k: int) -> list[Hit]:

@@ -3,12 +3,16 @@
 import argparse
 import dataclasses
 import math
+import re
 from typing import Any, NoReturn
 
 from ggem_jax.retrieval.methods import CANDIDATES, METHODS, OPTIONS, Method, method_of
 from ggem_jax.retrieval.settings import BACKBONES, DescriptorSettings
 
 DEFAULTS = DescriptorSettings()
+
+MOST_TOGETHER = 4096  # pictures in a batch: a batch is filled up to its size
+LARGEST = 1e30  # of options that are float32 in the library: sums of so much stay finite
 
 
 class Usage(Exception):
@@ -30,8 +34,11 @@ class _Formatter(argparse.HelpFormatter):
 
 def parse(argv: list[str], prog: str) -> argparse.Namespace:
     """The command and its arguments. Raises `Usage`; `--help` prints and exits."""
+    # an index without a name would be the current folder, a pattern without one everything
+    if empty := [each for each in argv if re.fullmatch(r"(--[a-z-]+=)?", each)]:
+        raise Usage(f"an argument is empty{f', {empty[0]}' if empty[0] else ''}: a variable of the shell may not be set")
     parser = _parser(prog)
-    arguments = parser.parse_args(argv)
+    arguments = parser.parse_args(_with_boxes(argv))
     try:
         if hasattr(arguments, "rerank"):
             arguments.method = _method(arguments)
@@ -43,6 +50,17 @@ def parse(argv: list[str], prog: str) -> argparse.Namespace:
     if arguments.command == "search" and len(arguments.box) not in (0, len(arguments.queries)):
         raise Usage(f"--box belongs to one query: give it {len(arguments.queries)} times, in the order of the queries, or not at all")
     return arguments
+
+
+def _with_boxes(argv: list[str]) -> list[str]:
+    """`--box -1,0,9,9` as `--box=-1,0,9,9`: argparse takes what begins with a minus for a flag."""
+    joined: list[str] = []
+    for each in argv:
+        if joined and joined[-1] == "--box" and re.match(r"-[0-9.]", each):
+            joined[-1] = f"--box={each}"
+        else:
+            joined.append(each)
+    return joined
 
 
 def _method(arguments: argparse.Namespace) -> Method:
@@ -75,11 +93,11 @@ def _index(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--pooling", choices=("gem+", "gem", "average", "max"), default=DEFAULTS.pooling, help="(%(default)s)")
     group.add_argument("--regional", action=argparse.BooleanOptionalAction, default=DEFAULTS.regional, help="Regional GeM before the pooling")
     group.add_argument("--relup", action=argparse.BooleanOptionalAction, default=DEFAULTS.relup, help="ReLU-P inside a ResNet")
-    group.add_argument("--scales", type=int, choices=(1, 3, 5), default=DEFAULTS.scales, help="of each picture (%(default)s)")
+    group.add_argument("--scales", type=_whole, choices=(1, 3, 5), default=DEFAULTS.scales, help="of each picture (%(default)s)")
     group.add_argument("--scale-gem", action=argparse.BooleanOptionalAction, default=DEFAULTS.scale_gem, help="over the scales; off: their mean")
     group.add_argument("--antialias", action=argparse.BooleanOptionalAction, default=DEFAULTS.antialias, help="when a scale shrinks the picture")
     group.add_argument("--sizes", choices=("buckets", "exact"), default=DEFAULTS.sizes, help="few for all, or each picture its own (%(default)s)")
-    group.add_argument("--longest-side", type=int, default=DEFAULTS.longest_side, metavar="PIXELS", help="(%(default)s); 0: as it is, if exact")
+    group.add_argument("--longest-side", type=_whole, default=DEFAULTS.longest_side, metavar="PIXELS", help="(%(default)s); 0: as it is, if exact")
     group.add_argument("--whitening", metavar="FILE", help="of the command whiten, applied at the end")
 
 
@@ -165,7 +183,7 @@ def _add_index(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_work(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--batch", type=_count, help="pictures that go through the network together (1 on a CPU, else 16)")
+    parser.add_argument("--batch", type=_batch, help="pictures that go through the network together (1 on a CPU, else 16)")
     parser.add_argument("--workers", type=_count, help="threads that read pictures (at most 4)")
 
 
@@ -184,14 +202,20 @@ def _add_method(parser: argparse.ArgumentParser, flag: str, default: str) -> Non
     group.add_argument("--alpha", type=_number, help="alpha-qe, dba: power of the similarity that weights a neighbour (3)")
 
 
+def _whole(text: str, least: int = 0, most: int = 2**31 - 1) -> int:
+    if not re.fullmatch(r"[0-9]{1,20}", text) or int(text) < least:
+        raise argparse.ArgumentTypeError(f"must be a whole number of at least {least}, not {text!r}")
+    if int(text) > most:
+        raise argparse.ArgumentTypeError(f"must be at most {most}, not {text}")
+    return int(text)
+
+
 def _count(text: str) -> int:
-    try:
-        value = int(text)
-    except ValueError:
-        value = 0
-    if not 1 <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"must be a whole number of at least 1, not {text!r}")
-    return value
+    return _whole(text, 1)
+
+
+def _batch(text: str) -> int:
+    return _whole(text, 1, MOST_TOGETHER)
 
 
 def _counts(text: str) -> tuple[int, ...]:
@@ -200,17 +224,23 @@ def _counts(text: str) -> tuple[int, ...]:
 
 def _number(text: str) -> float:
     try:
-        value = float(text)
+        value = _float(text)
     except ValueError:
         value = math.nan
-    if not (math.isfinite(value) and value >= 0):
-        raise argparse.ArgumentTypeError(f"must be a number of at least 0, not {text!r}")
+    if not 0 <= value <= LARGEST:
+        raise argparse.ArgumentTypeError(f"must be a number from 0 to {LARGEST:g}, not {text!r}")
     return value
+
+
+def _float(text: str) -> float:
+    if not text.isascii() or "_" in text:
+        raise ValueError(f"{text!r} is no number")
+    return float(text)
 
 
 def _box(text: str) -> tuple[float, float, float, float]:
     try:
-        x1, y1, x2, y2 = map(float, text.split(","))
+        x1, y1, x2, y2 = map(_float, text.split(","))
         fits = math.isfinite(x1 + y1 + x2 + y2) and x1 < x2 and y1 < y2
     except ValueError:
         fits = False

@@ -41,7 +41,9 @@ def learn_whitening(descriptors: Float[np.ndarray, "n d"], *, dim: int | None = 
 
 
 def whiten(descriptors: Float[np.ndarray, "*b d"], whitening: Whitening) -> Float[np.ndarray, "*b dim"]:
-    """Whitened unit vectors, in float32."""
+    """Whitened unit vectors, in float32. Raises `ValueError` for descriptors of another width than the whitening's."""
+    if np.shape(descriptors)[-1] != len(whitening.mean):
+        raise ValueError(f"the whitening is for descriptors of {len(whitening.mean)} numbers, and these have {np.shape(descriptors)[-1]}")
     y = (np.asarray(descriptors, np.float32) - whitening.mean) @ whitening.projection
     return y / np.maximum(np.linalg.norm(y, axis=-1, keepdims=True), 1e-12)
 
@@ -57,7 +59,7 @@ def load_whitening(path: str | Path) -> Whitening:
     try:
         with np.load(path, allow_pickle=False) as file:
             whitening = Whitening(*(np.asarray(file[name], np.float32) for name in Whitening._fields))
-    except (OSError, ValueError, KeyError, AttributeError, EOFError) as error:
+    except Exception as error:  # a damaged file fails in NumPy, zipfile or zlib with errors of a dozen kinds
         raise ValueError(f"{path} is no file of a whitening: {str(error).partition(chr(10))[0]}") from None
     if whitening.mean.ndim != 1 or whitening.projection.ndim != 2 or len(whitening.mean) != len(whitening.projection):
         raise ValueError(f"{path} is no file of a whitening: shapes {whitening.mean.shape} and {whitening.projection.shape} do not go together")
