@@ -12,7 +12,7 @@ from ggem_jax.retrieval.settings import BACKBONES, DescriptorSettings
 DEFAULTS = DescriptorSettings()
 
 MOST_TOGETHER = 4096  # pictures in a batch: a batch is filled up to its size
-LARGEST = 1e30  # of options that are float32 in the library: sums of so much stay finite
+LARGEST = 1e6  # of strengths and powers, as in `superglobal_rerank`
 
 
 class Usage(Exception):
