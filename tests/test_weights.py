@@ -8,6 +8,7 @@ import re
 import struct
 import subprocess
 import sys
+import time
 import zipfile
 
 import ml_dtypes
@@ -28,7 +29,7 @@ from ggem_jax.weights import (
     write_safetensors,
     write_torch,
 )
-from ggem_jax.weights.convert import Parameter, to_published, to_variables
+from ggem_jax.weights.convert import Parameter, check_parameters, to_published, to_variables
 from ggem_jax.weights.cvnet import cvnet_table
 
 RNG = np.random.default_rng(0)
@@ -586,3 +587,39 @@ print(sorted({str(value.dtype) for value in ours.values()}))
             assert values[key].shape == array.shape
             np.testing.assert_array_equal(values[key], array.astype(np.float64) if array.dtype == BFLOAT16 else array)
     assert "torch.bfloat16" in run.stdout
+
+
+def _laughs(levels: int) -> bytes:
+    """A tuple of twice a tuple of twice ...: two bytes a level, 2^levels items when it is written out."""
+    return b")" + b"2\x86" * levels
+
+
+BOMBS = {
+    "a nested tuple as a module": b"\x80\x04" + _laughs(60) + b"\x8c\x01x\x93.",
+    "a shape of thousands of large lengths": b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntU\x01btR(I1\n("
+    + (b"\x8a\x08" + b"\xff" * 7 + b"\x7f") * 5000
+    + b"tcnumpy\ndtype\n(U\x02f4I0\nI1\ntR(I3\nU\x01<NNNI-1\nI-1\nI0\ntb\x89U\x00tb.",
+    "a long tuple as a key": b"\x80\x02}(" + b"K\x01" * 5000 + b"tq\x00N" + b"s}h\x00Ns" * 10 + b".",
+    "one text encoded a thousand times": b"\x80\x02c_codecs\nencode\nq\x00X"
+    + (10**6).to_bytes(4, "little")
+    + b"a" * 10**6
+    + b"q\x01U\x06latin1q\x02"
+    + b"h\x00h\x01h\x02\x86R" * 1000
+    + b".",
+}
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_small_files_take_neither_much_time_nor_much_memory(name):
+    began = time.process_time()
+    with pytest.raises(UnreadableWeights):
+        read_pickle(BOMBS[name])
+    assert time.process_time() - began < 5  # without the bounds: minutes, or gigabytes
+
+
+def test_what_is_no_array_is_named_by_its_type():
+    nested = [1.0]
+    for _ in range(60):
+        nested = [nested, nested]
+    with pytest.raises(MismatchedWeights, match="1 no array: w list"):
+        check_parameters({"w": nested}, {"w": Parameter(("params", "w"), (2,))}, source="it")

@@ -56,19 +56,26 @@ def to_published(variables: Mapping[str, Any], table: Mapping[str, Parameter], *
 
 
 def check_parameters(found: Mapping[str, Any], table: Mapping[str, Parameter], *, source: str) -> None:
-    """Raises `MismatchedWeights` that lists every missing, surplus and wrongly shaped parameter, and those that are no real numbers."""
-    shapes = {name: np.shape(value) for name, value in found.items()}
+    """Raises `MismatchedWeights` that lists every missing, surplus and wrongly shaped parameter, and those that are no arrays of real numbers."""
+    arrays = {name: value for name, value in found.items() if _is_array(value)}
+    shapes = {name: np.shape(value) for name, value in arrays.items()}
     faults = {
         "missing": [f"{name} {table[name].shape}" for name in table if name not in found],
-        "surplus": [f"{name} {shapes[name]}" for name in found if name not in table],
+        "surplus": [f"{name} {shapes[name]}" for name in arrays if name not in table],
         "wrongly shaped": [
-            f"{name} {shapes[name]} where {table[name].shape} is needed" for name in table if name in found and shapes[name] != table[name].shape
+            f"{name} {shapes[name]} where {table[name].shape} is needed" for name in table if name in arrays and shapes[name] != table[name].shape
         ],
-        "not floating point": [f"{name} {_dtype(found[name])}" for name in table if name in found and not _is_real(found[name])],
+        "not floating point": [f"{name} {_dtype(found[name])}" for name in table if name in arrays and not _is_real(found[name])],
+        "no array": [f"{name} {type(value).__name__}" for name, value in found.items() if name not in arrays],
     }
     listed = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in faults.items() if names]
     if listed:
         raise MismatchedWeights(f"{source} does not fit the network: {'; '.join(listed)}")
+
+
+def _is_array(value: Any) -> bool:
+    """Arrays and numbers. Of nested lists NumPy would make arrays too, and take for ever over some that a small file can hold."""
+    return isinstance(value, int | float | complex) or (hasattr(value, "shape") and hasattr(value, "dtype"))
 
 
 def _is_real(value: Any) -> bool:

@@ -2,12 +2,14 @@
 
 A pickle is a program for a small stack machine that may call anything that can be imported. Here its operations are taken one by one from the
 standard library's `pickletools`, and carried out by a machine of our own that imports nothing and calls nothing but the few functions of the table it
-is given: a pickle that asks for anything else is refused by the name of what it asks for.
+is given: a pickle that asks for anything else is refused by the name of what it asks for. What the functions copy is charged to a budget, and text is
+made of nothing but plain values, so that a small file takes neither much memory nor much time.
 
 Reference: Python's documentation of `pickle` and `pickletools`, and PEP 574 for the buffers of protocol 5.
 """
 
 import io
+import math
 import pickletools
 import re
 import struct
@@ -25,6 +27,22 @@ from ggem_jax.weights.errors import UnreadableWeights, UnsafePickle
 DAMAGED = (
     ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, struct.error, ArithmeticError, MemoryError, RecursionError, SyntaxError,
 )  # fmt: skip
+
+
+@dataclass
+class Budget:
+    """Bytes that copies of what a file holds may still take: a pickle can ask again and again for a copy of the same."""
+
+    left: int
+
+    @classmethod
+    def of_file(cls, data: bytes) -> "Budget":
+        return cls(8 * len(data) + 2**20)
+
+    def spend(self, count: int) -> None:
+        self.left -= count
+        if self.left < 0:
+            raise ValueError("its values would take many times the size of the file")
 
 
 @dataclass(frozen=True)
@@ -95,12 +113,20 @@ def _reconstruct(kind, *_):
 def _array(data, dtype, shape, order):
     if not isinstance(dtype, DTypeRecord) or order not in ("C", "F"):
         raise ValueError("an array without a dtype")
-    dtype = dtype.finished()
-    data = _bytes(data)
-    if any(not isinstance(length, int) or length < 0 for length in shape) or len(data) != dtype.itemsize * int(np.prod(shape, dtype=object)):
+    dtype, shape, data = dtype.finished(), checked_shape(shape), _bytes(data)
+    if len(data) != dtype.itemsize * math.prod(shape):
         raise ValueError("an array with more or less bytes than its shape asks for")
     array = np.frombuffer(data, dtype).reshape(shape, order=order)
     return array.astype(dtype.newbyteorder("=")) if not dtype.isnative else array
+
+
+def checked_shape(lengths: Any) -> tuple[int, ...]:
+    """Lengths of axes, or strides, that NumPy can take; larger ones can be made that take for ever to multiply."""
+    if not isinstance(lengths, list | tuple) or len(lengths) > 64:
+        raise ValueError("a shape that is no list of at most 64 lengths")
+    if not all(isinstance(length, int) and 0 <= length < 2**63 for length in lengths):
+        raise ValueError("a shape of a negative size, of more than 64 bits, or of something else than whole numbers")
+    return tuple(lengths)
 
 
 def _scalar(dtype, data):
@@ -114,6 +140,12 @@ def _bytes(data):
     if not isinstance(data, bytes | bytearray):
         raise UnsafePickle("it holds a NumPy array of objects")
     return bytes(data)
+
+
+def _complex(real=0.0, imaginary=0.0):
+    if not isinstance(real, int | float) or not isinstance(imaginary, int | float):
+        raise ValueError("a complex number of something else than numbers")
+    return complex(real, imaginary)
 
 
 def _encode(text, encoding="latin-1"):
@@ -138,7 +170,7 @@ for _module in ("builtins", "__builtin__"):
         f"{_module}.frozenset": lambda items=(): frozenset(_keys(items)),
         f"{_module}.bytearray": lambda data=b"", *encoding: bytearray(_encode(data, *encoding) if isinstance(data, str) else _bytes(data)),
         f"{_module}.bytes": lambda data=b"": _bytes(data),
-        f"{_module}.complex": lambda real=0.0, imaginary=0.0: complex(float(real), float(imaginary)),
+        f"{_module}.complex": _complex,
     }
 
 PLAIN: dict[str, Any] = {name: Function(name, call) for name, call in _FUNCTIONS.items()}
@@ -155,7 +187,7 @@ def read_pickle(source: Path | str | bytes) -> Any:
     name = "the pickle" if isinstance(source, bytes) else str(source)
     data = source if isinstance(source, bytes) else file_bytes(source)
     file = io.BytesIO(data)
-    value = run_pickle(file, PLAIN, name=name)
+    value = run_pickle(file, PLAIN, name=name, budget=Budget.of_file(data))
     if file.read(1):
         raise UnreadableWeights(f"{name} is not a readable pickle: something follows its end")
     return value
@@ -168,14 +200,23 @@ def file_bytes(path: Path | str) -> bytes:
         raise UnreadableWeights(f"{path} cannot be read: {error.strerror or error}") from None
 
 
-def run_pickle(file: io.BytesIO, known: Mapping[str, Any], *, name: str, persistent: Callable[[Any], Any] | None = None, finish: bool = True) -> Any:
+def run_pickle(
+    file: io.BytesIO,
+    known: Mapping[str, Any],
+    *,
+    name: str,
+    budget: Budget,
+    persistent: Callable[[Any], Any] | None = None,
+    finish: bool = True,
+) -> Any:
     """Reads one pickle from `file`, which is left behind its end.
 
     `known` are the globals that it may name: a `Function` may be called, anything else is a value. `persistent` makes objects of persistent ids.
+    `budget` is charged for what the functions copy.
     Without `finish` the value still holds records, for `finished`.
     """
     try:
-        machine = _Machine(known, persistent)
+        machine = _Machine(known, persistent, budget)
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", DeprecationWarning)  # of the standard library over wrong escapes in text
             for operation, argument, _ in pickletools.genops(file):
@@ -213,6 +254,7 @@ class _Machine:
 
     known: Mapping[str, Any]
     persistent: Callable[[Any], Any] | None
+    budget: Budget
     stack: list = field(default_factory=list)
     memo: dict[int, Any] = field(default_factory=dict)
     result: Any = None
@@ -280,6 +322,7 @@ class _Machine:
                 arguments, function = self.pop(), self.pop()
                 if not isinstance(function, Function) or not isinstance(arguments, tuple):
                     raise UnsafePickle(f"it calls {type(function).__name__}, which is no function that plain data needs")
+                self.budget.spend(_copied(arguments))
                 self.stack.append(function.call(*arguments))
             case "BUILD":
                 state = self.pop()
@@ -296,6 +339,8 @@ class _Machine:
                 raise UnsafePickle(f"it makes objects in a way that plain data does not need ({operation})")
 
     def named(self, module: Any, name: Any) -> Any:
+        if not isinstance(module, str) or not isinstance(name, str):
+            raise ValueError(f"a name of the types {type(module).__name__} and {type(name).__name__}")
         full = f"{module}.{name}"
         if full not in self.known:
             raise UnsafePickle(f"it asks for {full[:200]!r}, which is no plain data")
@@ -304,6 +349,7 @@ class _Machine:
     def build(self, target: Any, state: Any) -> None:
         """Gives an object its state. Attributes of an `OrderedDict`, such as PyTorch's `_metadata`, are left out."""
         if isinstance(target, Record):
+            self.budget.spend(_copied(state))
             target.build(state)
         elif not isinstance(target, dict):
             raise UnsafePickle(f"it sets the state of {type(target).__name__}, which has none in plain data")
@@ -334,13 +380,24 @@ def _pairs(items: list) -> Iterator[tuple[Hashable, Any]]:
     return zip(_keys(items[::2]), items[1::2], strict=True)
 
 
-_KEYS = (str, bytes, int, float, complex, type(None), np.generic)
+def _copied(arguments: Any) -> int:
+    """Bytes that a function which copies its arguments takes: 16 for each item, whose reference in the file takes 2 or more."""
+    sizes = {str: 1, bytes: 1, bytearray: 1, list: 16, tuple: 16, dict: 16, set: 16, frozenset: 16}
+    return sum(len(value) * sizes[type(value)] for value in arguments if type(value) in sizes)
+
+
+def _is_key(value: Any) -> bool:
+    if isinstance(value, str | bytes):
+        return len(value) <= 2**16
+    if isinstance(value, int):
+        return value.bit_length() <= 64
+    return value is None or isinstance(value, float | np.bool_ | np.integer | np.floating)
 
 
 def _keys(items: Iterable) -> list:
-    """Keys and items of sets: plain values and tuples of them. Deeper ones can be made that take for ever to hash."""
+    """Keys and items of sets: plain values and tuples of at most 16 of them. Larger ones can be made that take for ever to hash or to compare."""
     items = list(items)
-    if not all(isinstance(part, _KEYS) for item in items for part in (item if type(item) is tuple else (item,))):
+    if not all(len(item) <= 16 and all(map(_is_key, item)) if type(item) is tuple else _is_key(item) for item in items):
         raise ValueError("a key, or an item of a set, that is no plain value")
     return items
 

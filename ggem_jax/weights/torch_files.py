@@ -14,7 +14,7 @@ import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from numpy.typing import ArrayLike
 
 from ggem_jax.weights.errors import UnreadableWeights, UnsafePickle
 from ggem_jax.weights.files import replacing
-from ggem_jax.weights.pickles import DAMAGED, PLAIN, Function, Record, file_bytes, finished, reason, run_pickle
+from ggem_jax.weights.pickles import DAMAGED, PLAIN, Budget, Function, Record, checked_shape, file_bytes, finished, reason, run_pickle
 
 _ZIP = b"PK\x03\x04"
 _MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file from before PyTorch 1.6; the second is the version of the form
@@ -81,14 +81,14 @@ class _Storage(Record):
 
 @dataclass
 class _Tensor(Record):
-    """A tensor while its storage may still be to come; `finished` makes the array. `budget` are the bytes that copies may still take."""
+    """A tensor while its storage may still be to come; `finished` makes the array."""
 
     storage: _Storage
     offset: int
     size: tuple[int, ...]
     stride: tuple[int, ...]
     dtype: np.dtype
-    budget: list[int] = field(repr=False)
+    budget: Budget
 
     def finished(self) -> np.ndarray:
         if self.storage.data is None:
@@ -97,10 +97,10 @@ class _Tensor(Record):
             raise ValueError("a storage ends within a number")
         flat = np.frombuffer(self.storage.data, np.uint8).view(self.dtype)
         if self.storage.swapped:
-            self._spend(flat.nbytes)
+            self.budget.spend(flat.nbytes)
             flat = flat.byteswap()
-        if len(self.size) != len(self.stride) or min(self.size + self.stride + (self.offset,), default=0) < 0:
-            raise ValueError("a tensor of a negative size")
+        if len(self.size) != len(self.stride):
+            raise ValueError("a tensor with more or less strides than axes")
         last = self.offset + sum((length - 1) * step for length, step in zip(self.size, self.stride, strict=True))
         if 0 in self.size:
             return np.zeros(self.size, self.dtype)
@@ -110,13 +110,8 @@ class _Tensor(Record):
         view = np.ndarray(self.size, self.dtype, flat.view(np.uint8), self.offset * flat.itemsize, strides)
         if view.flags.c_contiguous:
             return view
-        self._spend(view.nbytes)
+        self.budget.spend(view.nbytes)
         return np.array(view, order="C")
-
-    def _spend(self, count: int) -> None:
-        self.budget[0] -= count
-        if self.budget[0] < 0:
-            raise ValueError("its tensors would take many times the size of the file")
 
 
 def read_torch(path: Path | str) -> Any:
@@ -127,7 +122,7 @@ def read_torch(path: Path | str) -> Any:
     `dict`. Raises `UnsafePickle` where the checkpoint asks for anything else, and `UnreadableWeights` for a file that cannot be read.
     """
     data = file_bytes(path)
-    budget = [8 * len(data) + 2**20]
+    budget = Budget.of_file(data)
     return _read_zip(data, str(path), budget) if data[:4] == _ZIP else _read_old(data, str(path), budget)
 
 
@@ -179,7 +174,7 @@ def _plain(value: Any) -> bytes:
     return pickle.dumps(value, protocol=2)[2:-1]
 
 
-def _read_zip(data: bytes, name: str, budget: list[int]) -> Any:
+def _read_zip(data: bytes, name: str, budget: Budget) -> Any:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = _entries(archive, len(data))
@@ -197,7 +192,7 @@ def _read_zip(data: bytes, name: str, budget: list[int]) -> Any:
                     _check_bytes(storages[key])
                 return storages[key]
 
-            return run_pickle(io.BytesIO(archive.read(entries["data.pkl"])), _known(budget), name=name, persistent=storage)
+            return run_pickle(io.BytesIO(archive.read(entries["data.pkl"])), _known(budget), name=name, budget=budget, persistent=storage)
     except UnreadableWeights:
         raise
     except _DAMAGED_ZIP as error:
@@ -216,12 +211,12 @@ def _entries(archive: zipfile.ZipFile, total: int) -> dict[str, zipfile.ZipInfo]
     return {info.filename.removeprefix(folder): info for info in infos}
 
 
-def _read_old(data: bytes, name: str, budget: list[int]) -> Any:
+def _read_old(data: bytes, name: str, budget: Budget) -> Any:
     """Pickles of a magic number, a version, facts of the machine, the object and the storages' names, then each storage: length and numbers."""
     file = io.BytesIO(data)
-    if run_pickle(file, {}, name=name) != _MAGIC:
+    if run_pickle(file, {}, name=name, budget=budget) != _MAGIC:
         raise UnreadableWeights(f"{name} is not a checkpoint of PyTorch")
-    version, machine = run_pickle(file, {}, name=name), run_pickle(file, {}, name=name)
+    version, machine = (run_pickle(file, {}, name=name, budget=budget) for _ in range(2))
     storages: dict[str, _Storage] = {}
 
     def storage(identity: Any) -> _Storage:
@@ -232,9 +227,12 @@ def _read_old(data: bytes, name: str, budget: list[int]) -> Any:
 
     try:
         if version != _OLD_VERSION or not isinstance(machine, dict):
-            raise ValueError(f"its version is {str(version)[:20]}, not {_OLD_VERSION}")
-        value = run_pickle(file, _known(budget), name=name, persistent=storage, finish=False)
-        for key in run_pickle(file, {}, name=name):
+            found = version if isinstance(version, int) else type(version).__name__
+            raise ValueError(f"its version is {found}, not {_OLD_VERSION}")
+        value = run_pickle(file, _known(budget), name=name, budget=budget, persistent=storage, finish=False)
+        for key in run_pickle(file, {}, name=name, budget=budget):
+            if not isinstance(key, str):
+                raise ValueError("a storage without a name")
             each = storages[key]
             (numbers,) = struct.unpack("<q", file.read(8))
             if numbers != each.numbers:
@@ -257,9 +255,10 @@ def _checked_identity(identity: Any) -> tuple[_StorageType, str, int, Any]:
     """A persistent id: the word storage, its class, its name, the device, how many numbers it has, in old files also of what it is a view."""
     if not isinstance(identity, tuple) or len(identity) not in (5, 6) or identity[0] != "storage":
         kind = identity[0] if isinstance(identity, tuple) and identity else identity
-        raise UnsafePickle(f"it holds the persistent object {str(kind)[:50]!r}, which is no storage")
+        found = repr(kind[:50]) if isinstance(kind, str) else f"of the type {type(kind).__name__}"
+        raise UnsafePickle(f"it holds the persistent object {found}, which is no storage")
     _, kind, key, _, numbers, *view = identity
-    if not isinstance(kind, _StorageType) or not isinstance(key, str) or not isinstance(numbers, int) or numbers < 0:
+    if not isinstance(kind, _StorageType) or not isinstance(key, str) or not isinstance(numbers, int) or not 0 <= numbers < 2**63:
         raise ValueError("a storage without a type, a name or a size")
     return kind, key, numbers, view[0] if view else None
 
@@ -270,18 +269,18 @@ def _check_bytes(storage: _Storage) -> None:
         raise ValueError(f"a storage has {found} bytes where {storage.bytes} are needed")
 
 
-def _known(budget: list[int]) -> dict[str, Any]:
+def _known(budget: Budget) -> dict[str, Any]:
     """The globals of PyTorch's that plain checkpoints name."""
 
     def tensor(storage, offset, size, stride, *_):
         if not isinstance(storage, _Storage) or storage.dtype is None:
             raise ValueError("a tensor without a typed storage")
-        return _Tensor(storage, offset, tuple(size), tuple(stride), storage.dtype, budget)
+        return tensor_of_dtype(storage, offset, size, stride, False, None, storage.dtype)
 
     def tensor_of_dtype(storage, offset, size, stride, requires_grad, hooks, dtype, *_):
         if not isinstance(storage, _Storage) or not isinstance(dtype, np.dtype):
             raise ValueError("a tensor without a storage or a dtype")
-        return _Tensor(storage, offset, tuple(size), tuple(stride), dtype, budget)
+        return _Tensor(storage, *checked_shape((offset,)), checked_shape(size), checked_shape(stride), dtype, budget)
 
     dtypes = _DTYPES | _ONLY_UNTYPED | {alias: _DTYPES[name] for alias, name in _ALIASES.items()}
     known: dict[str, Any] = PLAIN | {f"torch.{name}": dtype for name, dtype in dtypes.items()}
@@ -294,9 +293,15 @@ def _known(budget: list[int]) -> dict[str, Any]:
         "torch._utils._rebuild_parameter": _first_of,
         "torch._utils._rebuild_parameter_with_state": _first_of,
         "torch.Size": tuple,
-        "torch.device": lambda kind, *index: ":".join(map(str, (kind, *index))),
+        "torch.device": _device,
     }
     return known | {name: Function(name, call) for name, call in functions.items()}
+
+
+def _device(kind, *index):
+    if not isinstance(kind, str) or len(index) > 1 or not all(isinstance(number, int) for number in index):
+        raise ValueError("a device without a name, or with something else than a number")
+    return ":".join(map(str, (kind, *index)))
 
 
 def _first_of(tensor, *_):
