@@ -941,3 +941,41 @@ def test_kills(photos, built, tmp_path):
 
 def test_one_line_store_helpers():
     assert store.some(["b", "a\n"]) == "2 pictures ('a\\n', b)"
+
+
+def test_an_index_that_has_lost_its_file_keeps_its_vectors(built, photos):
+    """A build into such a folder would take the vectors for leftovers."""
+    whole = (built / store.INDEX).read_bytes()
+    (built / store.INDEX).unlink()
+    before = sorted(path.name for path in built.iterdir())
+    with pytest.raises(IndexRefused, match=r"has vectors but no index\.sqlite: put a copy of that file in its place"):
+        build(photos, built, extract, SETTINGS)
+    assert sorted(path.name for path in built.iterdir()) == before
+    (built / store.INDEX).write_bytes(whole)
+    assert not verify(built).damage
+
+
+def test_times_beyond_64_bits(photos, tmp_path):
+    os.utime(next(photos.rglob("*.png")), ns=(0, 2**63 + 10**9))
+    assert build(photos, tmp_path / "late", extract, SETTINGS).added
+    assert build(photos, tmp_path / "late", extract, SETTINGS).added == 0
+
+
+def test_verify_beside_a_writer_looks_again(built, monkeypatch):
+    """The index is replaced, and its old shards are gone, between the reading of its entries and that of its vectors."""
+    real, calls = index.flaws, []
+
+    def flaws(database, folder, facts):
+        calls.append(1)
+        if len(calls) == 1:
+            remove(built, [Index.open(built).paths[i] for i in range(len(Index.open(built)) - 1)])  # which compacts
+        return real(database, folder, facts)
+
+    monkeypatch.setattr(index, "flaws", flaws)
+    assert not verify(built).damage
+    assert len(calls) == 2
+
+
+def test_an_empty_pattern_removes_nothing(built):
+    with pytest.raises(IndexRefused, match="must not be empty"):
+        remove(built, [""])

@@ -71,7 +71,7 @@ def walk(root: Path, start: str = "", *, apart: Path) -> Listing:
                     stack += sorted((f"{path}/{name}" if path else name for name in names), reverse=True)
             elif path.lower().endswith(EXTENSIONS):
                 if stat.S_ISREG(found.st_mode):
-                    listing.files.append(File(path, found.st_size, found.st_mtime_ns))
+                    listing.files.append(File(path, found.st_size, _mtime(found)))
                 else:
                     listing.skipped.append(Skipped(path, f"{shown(path)} is no regular file"))
         except OSError as error:
@@ -121,7 +121,12 @@ def _read(root: Path, file: File, known: Container[bytes]) -> Picture | Skipped:
     except Exception as error:  # whatever else a decoder raises over a damaged file must not end hours of work
         return Skipped(file.path, f"{shown(file.path)} is not a readable picture: {type(error).__name__}: {_one_line(error)}")
     height, width = (0, 0) if pixels is None else pixels.shape[:2]
-    return Picture(File(file.path, now.st_size, now.st_mtime_ns), content, pixels, width, height)
+    return Picture(File(file.path, now.st_size, _mtime(now)), content, pixels, width, height)
+
+
+def _mtime(status: os.stat_result) -> int:
+    """In nanoseconds, as far as 64 bits go: to the year 2262."""
+    return max(-(2**63), min(status.st_mtime_ns, 2**63 - 1))
 
 
 def _one_line(error: Exception) -> str:

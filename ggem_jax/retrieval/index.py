@@ -201,6 +201,8 @@ def remove(path: Path | str, patterns: Iterable[str]) -> Report:
             facts = read_facts(database, path / INDEX)
             paths = [os.fsdecode(name) for (name,) in database.execute("SELECT path FROM images ORDER BY id")]
         for pattern in patterns:
+            if not pattern:
+                raise IndexRefused("a pattern must not be empty: '.' is the whole index")
             own = _below(facts.root, Path(pattern)) if os.path.isabs(pattern) else os.path.normpath(pattern)
             whole = {name for name in paths if own in (name, ".", "") or name.startswith(f"{own}/")}
             matching = [name for name in paths if (name in whole if whole else fnmatchcase(name, own))]
@@ -237,9 +239,27 @@ def info(path: Path | str) -> dict[str, Any]:
 def verify(path: Path | str, *, deep: bool = False) -> Verdict:
     """Compares SQLite's structure, every entry and every vector with their checksums; `deep` also reads every picture and compares its content.
 
-    Raises `IndexRefused` where there is no index or a newer one. Readers and writers may go on meanwhile.
+    Raises `IndexRefused` where there is no index or a newer one. Readers and writers may go on meanwhile: what is found while one replaces the index is
+    looked for again.
     """
     folder = Path(path)
+    while True:
+        before = _state(folder)
+        verdict = _verified(folder, deep)
+        if not verdict.damage or _state(folder) == before:
+            return verdict
+
+
+def _state(folder: Path) -> tuple[int, int] | None:
+    """What changes when a writer replaces the index."""
+    try:
+        status = (folder / INDEX).stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_mtime_ns
+
+
+def _verified(folder, deep):
     damage, notes, found = list[str](), list[str](), list[tuple[str, bytes]]()
     try:
         with reading(folder) as database:

@@ -86,6 +86,8 @@ def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
         facts_of(folder)
     elif not made and not is_unfinished(folder):
         raise IndexRefused(f"{folder} exists and is not an index: choose another path, nothing is overwritten")
+    elif not made and not (folder / PENDING).exists() and any(map(is_shard, os.listdir(folder))):
+        raise IndexRefused(f"{folder} has vectors but no {INDEX}: put a copy of that file in its place, or delete the folder to build it anew")
     with contextlib.ExitStack() as stack:
         with written(folder):
             if new:
@@ -119,6 +121,7 @@ def _lock(folder: Path) -> Iterator[None]:
 def _tidy(folder: Path) -> None:
     """Removes shards that neither the index nor the pending one names, and a pending one that cannot be used."""
     kept = set(facts_of(folder).shards) if (folder / INDEX).exists() else set()
+    dropped = False
     if (folder / PENDING).exists():
         try:
             with contextlib.closing(writable(folder / PENDING)) as database:
@@ -126,11 +129,13 @@ def _tidy(folder: Path) -> None:
         except (Damaged, sqlite3.DatabaseError) as error:
             if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
                 raise  # a full disk, say: nothing is wrong with the file
-            _drop_pending(folder)
+            dropped = True
     names = {shard_file(folder, shard).name for shard in kept}
     for name in os.listdir(folder):
         if name.startswith(NEXT) or (is_shard(name) and name not in names):
             (folder / name).unlink()
+    if dropped:  # last: shards without it would look like those of an index that has lost its file
+        _drop_pending(folder)
 
 
 def _usable_shards(pending: sqlite3.Connection, folder: Path) -> set[int]:
