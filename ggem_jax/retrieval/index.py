@@ -239,8 +239,8 @@ def info(path: Path | str) -> dict[str, Any]:
 def verify(path: Path | str, *, deep: bool = False) -> Verdict:
     """Compares SQLite's structure, every entry and every vector with their checksums; `deep` also reads every picture and compares its content.
 
-    Raises `IndexRefused` where there is no index or a newer one. Readers and writers may go on meanwhile: what is found while one replaces the index is
-    looked for again.
+    Raises `IndexRefused` where there is no index or a newer one. Readers and writers may go on meanwhile: what is found while one replaces the index
+    is looked for again.
     """
     folder = Path(path)
     while True:

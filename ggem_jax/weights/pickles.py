@@ -382,7 +382,7 @@ def _pairs(items: list) -> Iterator[tuple[Hashable, Any]]:
 
 def _copied(arguments: Any) -> int:
     """Bytes that a function which copies its arguments takes: 16 for each item, whose reference in the file takes 2 or more."""
-    sizes = {str: 1, bytes: 1, bytearray: 1, list: 16, tuple: 16, dict: 16, set: 16, frozenset: 16}
+    sizes: dict[type, int] = {str: 1, bytes: 1, bytearray: 1, list: 16, tuple: 16, dict: 16, set: 16, frozenset: 16}
     return sum(len(value) * sizes[type(value)] for value in arguments if type(value) in sizes)
 
 

@@ -280,7 +280,8 @@ def _known(budget: Budget) -> dict[str, Any]:
     def tensor_of_dtype(storage, offset, size, stride, requires_grad, hooks, dtype, *_):
         if not isinstance(storage, _Storage) or not isinstance(dtype, np.dtype):
             raise ValueError("a tensor without a storage or a dtype")
-        return _Tensor(storage, *checked_shape((offset,)), checked_shape(size), checked_shape(stride), dtype, budget)
+        (first,) = checked_shape((offset,))
+        return _Tensor(storage, first, checked_shape(size), checked_shape(stride), dtype, budget)
 
     dtypes = _DTYPES | _ONLY_UNTYPED | {alias: _DTYPES[name] for alias, name in _ALIASES.items()}
     known: dict[str, Any] = PLAIN | {f"torch.{name}": dtype for name, dtype in dtypes.items()}
