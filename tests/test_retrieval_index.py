@@ -595,6 +595,42 @@ def test_files_that_nobody_uses_are_a_note(built):
     assert verify(built) == ([], [])
 
 
+def everything(path):
+    return {name: (path / name).read_bytes() for name in os.listdir(path)}
+
+
+@pytest.mark.parametrize("pending", ["no", "of an add", "of an add before its first commit", "damaged"])
+def test_an_index_whose_sqlite_file_is_missing_is_not_taken_for_an_unfinished_build(small, built, photos, tmp_path, pending):
+    def failing(pictures):
+        if pending == "of an add":
+            yield from (described(next(pictures)) for _ in range(4))
+        elif pending != "no":
+            shutil.copytree(built, tmp_path / "killed")
+        raise ZeroDivisionError("of the extractor")
+
+    if pending != "no":
+        for number in range(6):
+            save(photos / f"new{number}.png", 400 + number)
+        with pytest.raises(ZeroDivisionError):
+            add(built, failing, SETTINGS)
+    path = tmp_path / "killed" if (tmp_path / "killed").exists() else built
+    assert (path / "pending.sqlite").exists() == (pending != "no")
+    if pending == "damaged":
+        (path / "pending.sqlite").write_bytes(b"SQLite format 3\0" + bytes(5000))
+    whole = everything(path)
+    (path / "index.sqlite").unlink()
+    for _ in range(2):
+        with pytest.raises(IndexRefused, match=r"^index\.sqlite is missing in .*: put a copy in its place, or delete the folder to build it anew$"):
+            build(photos, path, failing, SETTINGS)
+        assert everything(path) == {name: data for name, data in whole.items() if name != "index.sqlite"}
+    with pytest.raises(IndexRefused, match=r"^index\.sqlite is missing" if pending == "no" else "holds no finished build"):
+        Index.open(path)
+    (path / "index.sqlite").write_bytes(whole["index.sqlite"])
+    assert len(Index.open(path)) == 12
+    add(path, extract, SETTINGS)
+    assert_right(path, photos)
+
+
 # Full disks and locked ones
 
 
@@ -785,7 +821,52 @@ def test_a_reader_that_comes_between_opens_the_new_index(built, monkeypatch):
     assert len(Index.open(built)) == 4
 
 
+def test_verify_beside_a_writer_that_drops_a_shard_finds_no_damage(built, monkeypatch):
+    really, calls = index.flaws, []
+
+    def late(*arguments):
+        if not calls:
+            remove(built, ["a", "b"])
+        calls.append(0)
+        return really(*arguments)
+
+    monkeypatch.setattr(index, "flaws", late)
+    assert verify(built) == ([], [])
+    assert len(calls) == 2
+    (shard,) = built.glob("*.npy")
+    shard.unlink()
+    assert "is missing: 4 pictures" in verify(built).damage[0]
+    assert len(calls) == 3
+
+
 # Interruptions
+
+
+@pytest.mark.parametrize("at", range(4))
+def test_a_build_killed_before_its_first_commit_is_tidied_in_any_number_of_calls(photos, tmp_path, monkeypatch, at):
+    """It leaves a pending file without pictures and a shard that nobody names; taking them away fails at the `at`-th file."""
+    path, unlink, left = tmp_path / "killed", os.unlink, [at]
+
+    def copying(pictures):
+        shutil.copytree(tmp_path / "index", path)
+        return extract(pictures)
+
+    def failing(name, **options):
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.EIO, "Input/output error")
+        unlink(name, **options)
+
+    build(photos, tmp_path / "index", copying, SETTINGS)
+    (path / "vectors-000000000abc.npy").write_bytes(b"half")
+    assert (path / "pending.sqlite").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", failing)
+        with contextlib.suppress(IndexRefused):
+            build(photos, path, extract, SETTINGS)
+    assert left[0] < 0
+    build(photos, path, extract, SETTINGS)
+    assert_right(path, photos)
 
 
 def test_an_interrupted_build_goes_on_where_it_was(small, photos, tmp_path):
@@ -851,9 +932,13 @@ CALLS = {
     "remove": lambda path: remove(path, ["a", "b/c/*"]),
 }
 def fork(call, path, dies_at=None):
+    # returns when the call begins, with a pipe that says whether it ends
+    news, tell = os.pipe()
     process = os.fork()
     if process:
-        return process
+        os.close(tell)
+        os.read(news, 1)
+        return process, news
     left = [dies_at]
     def dying(name):
         really = getattr(os, name)
@@ -867,9 +952,16 @@ def fork(call, path, dies_at=None):
         for name in ("fsync", "replace", "unlink", "listdir"):
             dying(name)
     try:
+        os.write(tell, b"s")
         CALLS[call](path)
+        os.write(tell, b"ended")
     finally:
         os._exit(0)
+def was_killed(process, news):
+    # waits for its end; whether the call was still running
+    with open(news, "rb") as pipe:
+        ended = pipe.read() != b""
+    return os.waitpid(process, 0)[1] == signal.SIGKILL and not ended
 def prepared(call, number):
     path = f"{out}/{call}{number}"
     if call != "build":
@@ -877,17 +969,22 @@ def prepared(call, number):
     return path
 rng, killed = random.Random(0), {}
 for call in CALLS:
+    process = fork(call, prepared(call, "whole"))
     start = time.monotonic()
-    os.waitpid(fork(call, prepared(call, "whole")), 0)
+    was_killed(*process)
     whole = time.monotonic() - start
     for number in range(5):
-        process = fork(call, prepared(call, number))
-        time.sleep(rng.uniform(0, whole))
-        os.kill(process, signal.SIGKILL)
-        killed[f"{call}{number}"] = os.waitpid(process, 0)[1] == signal.SIGKILL
+        for again in range(100):  # where the kill came too late
+            process = fork(call, prepared(call, number))
+            time.sleep(rng.uniform(0, whole))
+            os.kill(process[0], signal.SIGKILL)
+            killed[f"{call}{number}"] = was_killed(*process)
+            if killed[f"{call}{number}"]:
+                break
+            shutil.rmtree(f"{out}/{call}{number}")
     number, dead = 100, True
     while dead:
-        dead = os.waitpid(fork(call, prepared(call, number), number - 100), 0)[1] == signal.SIGKILL
+        dead = was_killed(*fork(call, prepared(call, number), number - 100))
         killed[f"{call}{number}"] = dead
         number += 1
 print(json.dumps(killed))
@@ -907,7 +1004,8 @@ def test_kills(photos, built, tmp_path):
     run = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.stderr == ""
     killed = json.loads(run.stdout)
-    assert sum(killed.values()) > 50  # a few of the fifteen may have been faster
+    assert sum(killed[f"{call}{number}"] for call in ("build", "add", "remove") for number in range(5)) == 15
+    assert sum(killed.values()) > 50
     after = contents(tmp_path / "out" / "buildwhole")
     removed = {name: vector for name, vector in before.items() if "/" not in name}
     outcomes = {"build": after, "add": after, "remove": removed}
@@ -943,37 +1041,10 @@ def test_one_line_store_helpers():
     assert store.some(["b", "a\n"]) == "2 pictures ('a\\n', b)"
 
 
-def test_an_index_that_has_lost_its_file_keeps_its_vectors(built, photos):
-    """A build into such a folder would take the vectors for leftovers."""
-    whole = (built / store.INDEX).read_bytes()
-    (built / store.INDEX).unlink()
-    before = sorted(path.name for path in built.iterdir())
-    with pytest.raises(IndexRefused, match=r"has vectors but no index\.sqlite: put a copy of that file in its place"):
-        build(photos, built, extract, SETTINGS)
-    assert sorted(path.name for path in built.iterdir()) == before
-    (built / store.INDEX).write_bytes(whole)
-    assert not verify(built).damage
-
-
 def test_times_beyond_64_bits(photos, tmp_path):
     os.utime(next(photos.rglob("*.png")), ns=(0, 2**63 + 10**9))
     assert build(photos, tmp_path / "late", extract, SETTINGS).added
     assert build(photos, tmp_path / "late", extract, SETTINGS).added == 0
-
-
-def test_verify_beside_a_writer_looks_again(built, monkeypatch):
-    """The index is replaced, and its old shards are gone, between the reading of its entries and that of its vectors."""
-    real, calls = index.flaws, []
-
-    def flaws(database, folder, facts):
-        calls.append(1)
-        if len(calls) == 1:
-            remove(built, [Index.open(built).paths[i] for i in range(len(Index.open(built)) - 1)])  # which compacts
-        return real(database, folder, facts)
-
-    monkeypatch.setattr(index, "flaws", flaws)
-    assert not verify(built).damage
-    assert len(calls) == 2
 
 
 def test_an_empty_pattern_removes_nothing(built):

@@ -239,28 +239,23 @@ def info(path: Path | str) -> dict[str, Any]:
 def verify(path: Path | str, *, deep: bool = False) -> Verdict:
     """Compares SQLite's structure, every entry and every vector with their checksums; `deep` also reads every picture and compares its content.
 
-    Raises `IndexRefused` where there is no index or a newer one. Readers and writers may go on meanwhile: what is found while one replaces the index
-    is looked for again.
+    Raises `IndexRefused` where there is no index or a newer one. Readers and writers may go on meanwhile.
     """
     folder = Path(path)
-    while True:
-        before = _state(folder)
-        verdict = _verified(folder, deep)
-        if not verdict.damage or _state(folder) == before:
-            return verdict
-
-
-def _state(folder: Path) -> tuple[int, int] | None:
-    """What changes when a writer replaces the index."""
     try:
-        status = (folder / INDEX).stat()
-    except OSError:
-        return None
-    return status.st_ino, status.st_mtime_ns
+        while True:
+            before = facts_of(folder)
+            damage, facts, found = _damage(folder)
+            if not damage or facts_of(folder) == before:  # otherwise a writer may have dropped what was missed
+                break
+    except Damaged as error:
+        return Verdict([str(error)], [])
+    return Verdict(damage, _notes(folder, facts, found if deep else None) if facts is not None else [])
 
 
-def _verified(folder, deep):
-    damage, notes, found = list[str](), list[str](), list[tuple[str, bytes]]()
+def _damage(folder: Path) -> tuple[list[str], Facts | None, list[tuple[str, bytes]]]:
+    """What is wrong, and the facts, paths and contents of the index; no facts where SQLite's file itself is damaged."""
+    damage = list[str]()
     try:
         with reading(folder) as database:
             facts = read_facts(database, folder / INDEX)
@@ -274,16 +269,19 @@ def _verified(folder, deep):
             if len(found) != facts.count:
                 raise ValueError(f"it has {len(found)} entries where {facts.count} are expected")
     except Damaged as error:
-        return Verdict([*damage, str(error)], notes)
+        return [*damage, str(error)], None, []
+    return damage, facts, found
+
+
+def _notes(folder: Path, facts: Facts, found: list[tuple[str, bytes]] | None) -> list[str]:
+    notes = []
     unused = sorted(name for name in os.listdir(folder) if name not in (INDEX, LOCK, *(shard_file(folder, shard).name for shard in facts.shards)))
     ours = [name for name in unused if is_shard(name) or name.startswith((PENDING, NEXT))]
     if ours:
         notes.append(
             f"{folder} holds {len(ours)} files of a writer that is at work or was interrupted ({ours[0]}): the next one uses or removes them"
         )
-    if deep:
-        notes += _changed_pictures(Path(facts.root), found)
-    return Verdict(damage, notes)
+    return notes + (_changed_pictures(Path(facts.root), found) if found is not None else [])
 
 
 def _changed_pictures(root: Path, found: list[tuple[str, bytes]]) -> list[str]:

@@ -94,6 +94,8 @@ def reading(folder: Path) -> Iterator[sqlite3.Connection]:
     file = folder / INDEX
     try:
         if not file.is_file():
+            if not (folder / PENDING).exists() and is_unfinished(folder) and holds_shards(folder):
+                raise index_is_missing(folder)
             state = "no finished build" if is_unfinished(folder) else "no index"
             raise IndexRefused(f"{folder} holds {state} (there is no {INDEX} in it): build it first")
         with _damage_in_one_sentence(file), contextlib.closing(connected(file, "mode=ro&immutable=1")) as database:
@@ -148,6 +150,14 @@ def write_facts(database: sqlite3.Connection, facts: Facts) -> None:
 def is_unfinished(folder: Path) -> bool:
     """Whether the folder holds nothing but what a build that was interrupted leaves, or nothing at all."""
     return all(name == LOCK or name.startswith((PENDING, NEXT)) or is_shard(name) for name in os.listdir(folder)) if folder.is_dir() else False
+
+
+def holds_shards(folder: Path) -> bool:
+    return any(map(is_shard, os.listdir(folder)))
+
+
+def index_is_missing(folder: Path) -> IndexRefused:
+    return IndexRefused(f"{INDEX} is missing in {folder}: put a copy in its place, or delete the folder to build it anew")
 
 
 def is_shard(name: str) -> bool:

@@ -33,6 +33,8 @@ from ggem_jax.retrieval.store import (
     connected,
     facts_of,
     flaws,
+    holds_shards,
+    index_is_missing,
     is_shard,
     is_unfinished,
     mapped,
@@ -86,8 +88,6 @@ def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
         facts_of(folder)
     elif not made and not is_unfinished(folder):
         raise IndexRefused(f"{folder} exists and is not an index: choose another path, nothing is overwritten")
-    elif not made and not (folder / PENDING).exists() and any(map(is_shard, os.listdir(folder))):
-        raise IndexRefused(f"{folder} has vectors but no {INDEX}: put a copy of that file in its place, or delete the folder to build it anew")
     with contextlib.ExitStack() as stack:
         with written(folder):
             if new:
@@ -119,22 +119,30 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _tidy(folder: Path) -> None:
-    """Removes shards that neither the index nor the pending one names, and a pending one that cannot be used."""
-    kept = set(facts_of(folder).shards) if (folder / INDEX).exists() else set()
-    dropped = False
+    """Removes shards that neither the index nor the pending one names, and then a pending one that cannot be used.
+
+    Where there is no index, shards are those of a build that goes on only if its pending file says so: it counts no picture of an index. Other shards
+    belong to an index whose SQLite file has been lost, and are refused.
+    """
+    ours, unusable = (folder / INDEX).exists(), False
+    kept = set(facts_of(folder).shards) if ours else set()
     if (folder / PENDING).exists():
         try:
             with contextlib.closing(writable(folder / PENDING)) as database:
-                kept |= _usable_shards(database, folder)
+                ours = ours or read_facts(database, folder / PENDING).count == 0
+                if ours:
+                    kept |= _usable_shards(database, folder)
         except (Damaged, sqlite3.DatabaseError) as error:
             if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
                 raise  # a full disk, say: nothing is wrong with the file
-            dropped = True
+            unusable = True
+    if not ours and holds_shards(folder):
+        raise index_is_missing(folder)
     names = {shard_file(folder, shard).name for shard in kept}
     for name in os.listdir(folder):
         if name.startswith(NEXT) or (is_shard(name) and name not in names):
             (folder / name).unlink()
-    if dropped:  # last: shards without it would look like those of an index that has lost its file
+    if unusable:
         _drop_pending(folder)
 
 
@@ -176,6 +184,8 @@ def update(
         with written(folder):
             _refuse_other_pending(folder, wanted, new=new)
             pending = stack.enter_context(contextlib.closing(writable(folder / PENDING)))
+            if not pending.execute("SELECT 1 FROM facts").fetchone():
+                write_facts(pending, wanted)  # before the first shard, which belongs to a build or to an index by what stands here
         work = _Work(folder, wanted, committed, pending, lost)
         report = work.run(listing, extract, workers or min(4, os.cpu_count() or 1), on_progress)
         if new and not work.chosen:
