@@ -394,6 +394,95 @@ def test_damaged_files_give_nothing_but_the_documented_error(tmp_path, form):
     assert all(str(path) in sentence and "\n" not in sentence for sentence in sentences)
 
 
+# Small files that would take long, or much
+
+
+TOWER = Raw(b"K\x01" + b"2\x86" * 60)  # twice in a tuple, which is twice in a tuple, ...: 2 ** 60 numbers to whoever goes through all
+HUGE = Raw(b"\x8b" + struct.pack("<i", 2**17) + b"\x01" * 2**17)  # an integer of 2 ** 20 bits
+
+
+def test_nothing_is_made_of_values_that_take_for_ever_to_go_through(tmp_path):
+    """Each of these would not end within the life of the test."""
+    path = tmp_path / "net.pth"
+    for value, sentence in {
+        Raw(TOWER + TOWER + b"\x93"): "a name of the types tuple and tuple",
+        called("torch", "device", TOWER): "a device",
+        called("torch", "device", "cuda", TOWER): "a device",
+        Raw(TOWER + b"Q"): "object of the type tuple",
+        called("torch._utils", "_rebuild_tensor_v2", stored("FloatStorage", "0", 24), 0, (TOWER, TOWER), (1, 1)): "a shape",
+    }.items():
+        path.write_bytes(zip_file({"x": value}, {"0": NUMBERS}))
+        with pytest.raises(UnreadableWeights, match=sentence):
+            read_torch(path)
+    magic = pickle.dumps(0x1950A86A20F9469CFC6C, 2)
+    path.write_bytes(magic + b"\x80\x02" + TOWER + b"." + pickle.dumps({}, 2))
+    with pytest.raises(UnreadableWeights, match="its version is tuple, not 1001"):
+        read_torch(path)
+    path.write_bytes(magic + pickle.dumps(1001, 2) + pickle.dumps({}, 2) + pickle.dumps({}, 2) + b"\x80\x02" + pickled([TOWER]) + b".")
+    with pytest.raises(UnreadableWeights, match="a storage without a name"):
+        read_torch(path)
+
+
+def array_call(shape):
+    dtype = called("numpy", "dtype", "i4", False, True)
+    return b"\x80\x02" + called("numpy.core.numeric", "_frombuffer", b"", dtype, shape, "C") + b"."
+
+
+def test_shapes_are_checked_before_they_are_multiplied():
+    assert read_pickle(array_call((0, 3))).shape == (0, 3)
+    for shape in ((0,) * 65, (0, 2**63), (0, HUGE), (0, TOWER)):
+        with pytest.raises(UnreadableWeights, match="a shape"):
+            read_pickle(array_call(shape))
+
+
+def test_keys_are_small():
+    """A key is hashed again wherever it stands."""
+    small = {(1,) * 16: 1, 2**64 - 1: 2, -(2**63): 3, "x" * 2**16: 4, None: 5, 1.5: 6}
+    assert read_pickle(pickle.dumps(small)) == small
+    for key in ((1,) * 17, 2**64, (2**64,), "x" * (2**16 + 1), b"x" * (2**16 + 1), ((1,),), 1j):
+        for value in ({key: 1}, {key}):
+            with pytest.raises(UnreadableWeights, match="no plain value"):
+                read_pickle(pickle.dumps(value))
+
+
+@pytest.mark.parametrize("protocol", [0, 2, 4])
+def test_keys_and_copies_of_plain_files_stay_within_the_budget(protocol):
+    item = {"bbx": [1.0, 2.0], "easy": list(range(9)), (1, "pair"): {3, 5}, "bytes": b"x" * 9}
+    value = {"gnd": [item | {"size": frozenset([i])} for i in range(5000)], "numbers": set(range(50_000)), "data": bytes(2**21)}
+    assert read_pickle(pickle.dumps(value, protocol)) == value
+
+
+COPIES = {
+    "bytes": (pickled("x" * 2**16), "_codecs", "encode"),
+    "bytearray": (pickled("x" * 2**16), "builtins", "bytearray"),
+    "set": (b"](" + b"K\x01" * 2**13 + b"e", "builtins", "set"),
+    "frozenset": (b"](" + b"K\x01" * 2**13 + b"e", "builtins", "frozenset"),
+    "OrderedDict": (b"](" + b"K\x01K\x02\x86" * 2**13 + b"e", "collections", "OrderedDict"),
+    "Size": (b"](" + b"K\x01" * 2**13 + b"e", "torch", "Size"),
+    "swapped arrays": (pickled("x" * 2**16), "numpy.core.numeric", "_frombuffer"),
+}
+
+
+@pytest.mark.parametrize(("memoised", "module", "name"), COPIES.values(), ids=COPIES)
+def test_copies_of_one_value_are_charged(tmp_path, memoised, module, name):
+    """60 copies of 64 KiB and more, of a file of about that, are not made."""
+    more = b""
+    if name == "_frombuffer":
+        dtype = called("numpy", "dtype", "i4", False, True) + b"(K\x03S'>'\nNNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+        more = dtype + pickled((2**14,)) + pickled("C")
+    call = f"c{module}\n{name}\n".encode() + b"(h\x09" + more + b"tR"
+    path = tmp_path / "net.pth"
+    for count, refused in ((1, False), (60, True)):
+        data = b"\x80\x02" + memoised + b"q\x090](" + call * count + b"e."
+        path.write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + pickle.dumps({}, 2) + data + pickle.dumps([], 2))
+        for read, source in ((read_torch, path), *(() if module == "torch" else ((read_pickle, data),))):
+            if refused:
+                with pytest.raises(UnreadableWeights, match="many times the size of the file"):
+                    read(source)
+            else:
+                assert len(read(source)) == 1
+
+
 # Both directions
 
 
@@ -460,6 +549,11 @@ def test_everything_that_does_not_fit_is_listed():
         "net.pth does not fit the network: 1 missing: fc.weight (6, 4); 1 surplus: other.weight (7,); "
         "1 wrongly shaped: conv.weight (4, 3, 5, 2) where (4, 3, 2, 5) is needed; 1 not floating point: bn.running_mean int64"
     )
+    nested: tuple = (1.0,)
+    for _ in range(60):
+        nested = nested, nested
+    with pytest.raises(MismatchedWeights, match=re.escape("2 no array: fc.weight tuple, other list")):
+        to_variables(PUBLISHED | {"fc.weight": nested, "other": [nested], "more": np.ones(2)}, TABLE)
     variables = to_variables(PUBLISHED, TABLE)
     del variables["batch_stats"]
     variables["params"]["more"] = np.ones(2)
