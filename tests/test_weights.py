@@ -717,3 +717,15 @@ def test_what_is_no_array_is_named_by_its_type():
         nested = [nested, nested]
     with pytest.raises(MismatchedWeights, match="1 no array: w list"):
         check_parameters({"w": nested}, {"w": Parameter(("params", "w"), (2,))}, source="it")
+
+
+def test_the_channels_of_the_first_convolution_change_their_order():
+    """Published networks take BGR, ours RGB: the same pixels meet the same weights."""
+    depths = (1, 1, 1, 1)
+    rng = np.random.default_rng(0)
+    published = {name: rng.random(parameter.shape).astype(np.float32) for name, parameter in cvnet_table(depths).items()}
+    variables = cvnet_to_variables(published, depths=depths)
+    kernel = variables["params"]["stem"]["conv"]["kernel"]  # (7, 7, in, out)
+    np.testing.assert_array_equal(kernel, published["stem.conv.weight"].transpose(2, 3, 1, 0)[:, :, ::-1])
+    again = variables_to_cvnet(variables, depths=depths, prefix="")
+    assert all(np.array_equal(again[name], published[name]) for name in published)

@@ -42,11 +42,12 @@ def search(queries: Float[Array, "q d"], database: Database, *, k: int, precisio
     """The `k` vectors with the largest dot product with each query, in order: exact search.
 
     Queries are `(q, d)`; the database is an array `(n, d)` of JAX or NumPy (memory-mapped too) or a store, in float32, float16 or bfloat16, which is
-    widened block by block: memory is bounded whatever n. Scores that are equal as computed are ordered by smaller id (in an array of JAX even equal
-    vectors may differ in the last bit, by their place in a block); a score that is not a number comes last. What is not
-    an array of JAX is read block by block, and the best are ordered by their scores in float64, rounded to float32: on every device the same (but for
-    more than 4,096 vectors that float32 cannot tell from the k-th). Time grows with k: each block is sorted together with the k best so far.
-    With `mesh` all its devices share the rows. An array of JAX makes this a pure function, for use inside `jit`.
+    widened block by block: memory is bounded whatever n. Equal scores are ordered by smaller id; a score that is not a number comes last. Time grows
+    with k: each block is sorted together with the k best so far. With `mesh` all its devices share the rows.
+
+    - An array of JAX makes this a pure function, for use inside `jit`. Even equal vectors may get scores that differ in the last bit, by their place.
+    - Anything else is read block by block, and the best are ordered by their scores in float64, rounded to float32: on every device the same, but for
+      more than 4,096 vectors that float32 cannot tell from the k-th.
 
     `precision="float32"` multiplies in full precision on every device; `"bfloat16"` rounds both sides to bfloat16 and adds in float32: of the
     100 best of 50,000 random unit vectors of 2,048 numbers 99.5 % stay, and scores are 2e-4 off at most (`benchmarks.bench_search`).

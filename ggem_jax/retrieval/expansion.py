@@ -26,7 +26,7 @@ from ggem_jax.retrieval.vectors import (
     ordered,
     shape_of,
     taken,
-)  # fmt: skip
+)
 
 _TOGETHER = 64  # queries, or rows of a database, whose neighbours are in memory at a time
 _ROWS = 1024  # of a database that are augmented at a time
