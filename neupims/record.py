@@ -1,14 +1,18 @@
 """Frozen records that JAX maps over."""
 
-from dataclasses import dataclass, fields
-from typing import TypeVar, dataclass_transform
+import dataclasses
+import math
+import numbers
+from dataclasses import dataclass, field, fields
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
 
 T = TypeVar("T")
+Number = Any  # a number, or an array with one for each design, request or channel: what arithmetic makes of records
 
 
-@dataclass_transform(frozen_default=True)
+@dataclass_transform(frozen_default=True, field_specifiers=(field,))
 def record(cls: type[T]) -> type[T]:
     """A frozen dataclass that is a pytree of its fields.
 
@@ -28,3 +32,47 @@ def record(cls: type[T]) -> type[T]:
 
     jax.tree_util.register_pytree_with_keys(made, flatten, unflatten)
     return made
+
+
+def quantity(default: float, unit: str, source: str, *, least: float = 0, most: float = math.inf, whole: bool = False) -> Any:
+    """A field of a record that is one number: its default, its unit, where the default comes from, and the least and the most that it may be."""
+    return field(default=default, metadata={"unit": unit, "source": source, "least": least, "most": most, "whole": whole})
+
+
+def check_quantities(value: Any, group: str) -> None:
+    """Raises ValueError, naming the field, unless every plain number of the record is one, and between its least and its most.
+
+    Arrays pass: in a batch of designs a wrong row is flagged by its result, not refused with all others.
+    """
+    for each in fields(value):
+        number = getattr(value, each.name)
+        if isinstance(number, bool) or not isinstance(number, (numbers.Real, str)):
+            if not hasattr(number, "dtype"):
+                raise ValueError(f"{group}.{each.name} must be a number, not {number!r}")
+            continue
+        least, most, whole = (each.metadata[name] for name in ("least", "most", "whole"))
+        kind = "a whole number" if whole else "a number"
+        if isinstance(number, str) or math.isnan(number) or (whole and float(number) % 1 != 0) or not least <= number <= most:
+            raise ValueError(
+                f"{group}.{each.name} must be {kind} of at least {least:g}{f' and at most {most:g}' if most < math.inf else ''}, not {number!r}"
+            )
+
+
+def replace(value: T, name: str, new: Any) -> T:
+    """The record with the field of this dotted name changed, checked again.
+
+    Raises:
+        ValueError: there is no such field (the sentence lists those there are), or the value is impossible.
+    """
+    head, _, rest = name.partition(".")
+    names = [each.name for each in fields(value)]  # type: ignore[arg-type]
+    if head not in names:
+        raise ValueError(f"there is no field {head!r}; there are {', '.join(names)}")
+    inner = getattr(value, head)
+    if rest:
+        if not dataclasses.is_dataclass(inner):
+            raise ValueError(f"{head!r} is a number and has no field {rest!r}")
+        new = replace(inner, rest, new)
+    elif dataclasses.is_dataclass(inner):
+        raise ValueError(f"{head!r} is a group; name one of its fields, {', '.join(f'{head}.{each.name}' for each in fields(inner))}")
+    return dataclasses.replace(value, **{head: new})  # type: ignore[type-var]
