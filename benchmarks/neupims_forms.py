@@ -1,0 +1,81 @@
+"""The closed form of PIM time against the exact recurrence, on random lists of requests: python -m benchmarks.neupims_forms
+
+Draws lists of 1 to 24 requests of one channel with ShareGPT's lengths (GGEM_SHARED, by default ../shared), and compares the sum of the requests'
+closed forms with the mean of the recurrence over the phases of the refresh round. Rows go to benchmarks/results/neupims_forms.csv.
+"""
+
+import argparse
+import os
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.record import append, machine
+from neupims import gemv
+from neupims.hardware import Hardware
+from neupims.record import replace
+from neupims.workload import GPT3, PARALLEL
+
+LONGEST, PHASES, CHUNK = 24, 8, 1000
+SIZES = {"1": (1, 1), "2 to 4": (2, 4), "5 to 24": (5, 24)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--lists", type=int, default=10_000)
+    parser.add_argument("--model", default="gpt3-7b", choices=sorted(GPT3))
+    options = parser.parse_args()
+    lengths, counts = draw(options.lists)
+    for row_buffers in (2, 1):
+        hardware = replace(Hardware(), "pim.row_buffers", row_buffers)
+        for operation in ("logit", "attend"):
+            exact, steps, smooth = compare(hardware, options.model, lengths, operation)
+            for name, (low, high) in SIZES.items():
+                chosen = (counts >= low) & (counts <= high)
+                for form, value in (("steps", steps), ("smooth", smooth)):
+                    error = 100 * np.abs(value[chosen] / exact[chosen] - 1)
+                    row = {
+                        "model": options.model,
+                        "row_buffers": row_buffers,
+                        "operation": operation,
+                        "form": form,
+                        "requests": name,
+                        "lists": int(chosen.sum()),
+                    }
+                    append("neupims_forms", machine() | row | {"mean_percent": f"{error.mean():.2f}", "max_percent": f"{error.max():.2f}"})
+
+
+def draw(lists: int) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths (lists, LONGEST), 0 beyond a list's end, and the number of requests of each list."""
+    path = Path(os.environ.get("GGEM_SHARED", "../shared")) / "data" / "llm-traces" / "sharegpt_lengths.csv"
+    table = np.loadtxt(path, delimiter=",", skiprows=1)
+    table = table[table[:, 1] > 0]
+    rng = np.random.default_rng(0)
+    chosen = table[rng.integers(len(table), size=lists * LONGEST)]
+    lengths = np.clip(chosen[:, 0] + np.ceil(rng.random(len(chosen)) * chosen[:, 1]), 1, 2048).astype(np.int32).reshape(lists, LONGEST)
+    counts = rng.integers(1, LONGEST + 1, size=lists)
+    return np.where(np.arange(LONGEST) < counts[:, None], lengths, 0), counts
+
+
+def compare(hardware: Hardware, model: str, lengths: np.ndarray, operation: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cycles of each list: the recurrence's mean over phases, the closed form with steps, and without."""
+    decoder, parallel = GPT3[model], PARALLEL[model]
+    phases = (jnp.arange(PHASES) + 0.5) / PHASES
+    one = partial(gemv.channel_cycles_exact, hardware, decoder, operation=operation)
+
+    @jax.jit
+    def exact(lists):
+        start = jnp.zeros(LONGEST)
+        return jax.vmap(lambda each: jax.vmap(lambda phase: one(each, parallel, phase, start))(phases).mean())(lists)
+
+    parts = [np.asarray(exact(jnp.asarray(lengths[at : at + CHUNK]))) for at in range(0, len(lengths), CHUNK)]
+    column = ("logit", "attend").index(operation)
+    closed = [np.asarray(gemv.request_work(hardware, decoder, lengths, parallel, steps=steps))[..., column].sum(axis=1) for steps in (True, False)]
+    return np.concatenate(parts), *closed
+
+
+if __name__ == "__main__":
+    main()
