@@ -1,0 +1,132 @@
+"""Fits the constants of neupims/calibration.py to runs of the public simulator, and reports the error on the runs it did not see.
+
+    python -m benchmarks.fit_neupims            # the error of the constants as they are, on both parts; writes the tables
+    python -m benchmarks.fit_neupims --fit      # finds new ones on the fitting part and prints them; they are then written into the module by hand
+
+The fitting part are the runs whose identifier ends in an even hexadecimal digit. Reads GGEM_SHARED/golden/neupims (by default ../shared). The tables
+are benchmarks/results/neupims_validation.csv (errors of the part not used for fitting, and of all runs) and neupims/expected_error.json, which the
+tools print.
+"""
+
+import argparse
+import csv
+import dataclasses
+import datetime
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+
+from neupims.calibration import DEFAULT, Calibration
+from neupims.schedule import exact_attention
+from neupims.validate import case_of, group_errors, measured, padded, predict, read_runs
+
+ROOT = Path(__file__).parent.parent
+STEP = 0.1  # of each constant, of the first simplex
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--fit", action="store_true")
+    parser.add_argument("--reopen", type=float, help="another value of reopen_cycles, which changes the followed work and is found by trying a few")
+    parser.add_argument("--evaluations", type=int, default=160)
+    options = parser.parse_args()
+    folder = Path(os.environ.get("GGEM_SHARED", "../shared")) / "golden" / "neupims"
+    runs, listed = read_runs(folder)
+    calibration = DEFAULT if options.reopen is None else dataclasses.replace(DEFAULT, reopen_cycles=options.reopen)
+    cases = [(run, listed[run["run_id"]], *followed(run, folder, calibration)) for run in runs]
+    fitting = [case for case in cases if int(case[0]["run_id"][-1], 16) % 2 == 0]
+    held_out = [case for case in cases if int(case[0]["run_id"][-1], 16) % 2]
+    if options.fit:
+        calibration = fit(fitting, calibration, options.evaluations)
+    print(calibration)
+    parts = {"fitting": fitting, "held out": held_out, "all": cases}
+    tables = {name: group_errors(rows_of(part, calibration)) for name, part in parts.items()}
+    for name, groups in tables.items():
+        for group in groups:
+            if group["name"] in ("all", "layer"):
+                print(name, *(group[key] for key in ("system", "kind", "n")), *(f"{group[key]:.2f}" for key in ("mean", "median", "p95", "max")))
+    if not options.fit and options.reopen is None:
+        write(tables)
+
+
+def followed(run, folder, calibration: Calibration):
+    """A run's records, and its channels' PIM work, which only `reopen_cycles` touches."""
+    case = case_of(run, folder)
+    if case.system == "npu-only":
+        return case, None
+    known = padded(case)
+    attention = exact_attention(
+        known.hardware,
+        known.model,
+        known.batch,
+        known.parallel,
+        system=case.system,
+        sub_batches=case.sub_batches,
+        fidelity="simulator",
+        channels=max(64, int(case.hardware.hbm.num_channels)),
+        calibration=calibration,
+    )
+    return case, attention
+
+
+def rows_of(cases, calibration: Calibration):
+    rows = []
+    for run, listed, case, attention in cases:
+        predicted = predict(case, calibration=calibration, attention=attention)
+        for (level, stage, name), value in measured(run, listed).items():
+            row = {"run_id": run["run_id"], "system": run["system"], "level": level, "stage": stage, "name": name}
+            rows.append(row | {"measured": value, "predicted": predicted[level, stage, name]})
+    return rows
+
+
+def fit(cases, start_from: Calibration, evaluations: int) -> Calibration:
+    """The constants with the least sum of the mean errors of PIM operations, products, stages and layers, of every system alike."""
+    from scipy.optimize import minimize
+
+    names = [field.name for field in dataclasses.fields(Calibration) if field.name != "reopen_cycles"]
+    start = np.array([getattr(start_from, name) for name in names])
+
+    def constants(factors) -> Calibration:
+        values = dict(zip(names, (start * factors).tolist(), strict=True))
+        for share in ("queued_efficiency", "streaming_efficiency", "shallow_efficiency", "stuck_after_norm", "stuck_after_activation"):
+            values[share] = float(np.clip(values[share], 0, 1))
+        return dataclasses.replace(start_from, **values)
+
+    def loss(factors) -> float:
+        groups = group_errors(rows_of(cases, constants(factors)))
+        wanted = [group["mean"] for group in groups if group["system"] != "all" and group["name"] in ("all", "layer") and group["kind"] in KINDS]
+        return float(np.mean(wanted))
+
+    simplex = np.vstack([np.ones(len(names)), np.ones((len(names), len(names))) - STEP * np.eye(len(names))])
+    found = minimize(loss, simplex[0], method="Nelder-Mead", options={"maxfev": evaluations, "initial_simplex": simplex})
+    print(f"loss {loss(simplex[0]):.3f} -> {found.fun:.3f} after {found.nfev} evaluations")
+    return constants(found.x)
+
+
+KINDS = ("pim", "gemm", "stage", "layer")
+
+
+def write(tables) -> None:
+    """The committed table, and the one that the tools print from."""
+    path = ROOT / "benchmarks" / "results" / "neupims_validation.csv"
+    with open(path, "w", newline="") as file:
+        table = csv.writer(file, lineterminator="\n")
+        table.writerow(["part", "level", "system", "kind", "name", "n", "mean_percent", "median_percent", "p95_percent", "max_percent"])
+        for part in ("held out", "all"):
+            for group in tables[part]:
+                numbers = [f"{group[key]:.2f}" for key in ("mean", "median", "p95", "max")]
+                table.writerow([part, *(group[key] for key in ("level", "system", "kind", "name", "n")), *numbers])
+    expected = {}
+    for group in tables["held out"]:
+        key = {"layer": "layer", "stage": "stage"}.get(group["kind"], f"{group['kind']}_operations")
+        if group["system"] != "all" and group["name"] in ("all", "layer") and ">" not in key:
+            for number in ("mean", "p95", "max"):
+                expected.setdefault(group["system"], {})[f"{key}_{number}_percent"] = round(group[number], 2)
+    expected["of"] = f"runs of the public simulator not used for fitting, {datetime.date.today().isoformat()}"
+    (ROOT / "neupims" / "expected_error.json").write_text(json.dumps(expected, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
