@@ -1,0 +1,69 @@
+"""The tool: `python -m neupims COMMAND`, or `neupims COMMAND` after installation.
+
+What goes wrong is one sentence on standard error and an exit code: 2 for wrong flags, 130 after Ctrl-C, 141 where nobody reads the output, 1 for the
+rest. JAX is loaded when a command needs it, not before.
+"""
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+
+COMMANDS = {
+    "simulate": "one decode step of a batch: cycles of every operation and stage, utilisation, energy",
+    "validate": "the model's error against runs of the public simulator",
+    "search": "better schedules: channel and sub-batch of each request, with a bound on what is possible",
+    "explore": "a space of accelerator designs: Pareto front and sensitivities",
+    "show": "hardware fields with units and sources, models, systems, constants",
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs one command and returns the exit code."""
+    words = sys.argv[1:] if argv is None else argv
+    try:
+        arguments = _parser(words).parse_args(words)
+    except SystemExit as stop:  # argparse has said what is wrong
+        return int(stop.code or 0)
+    try:
+        code = importlib.import_module(f"neupims.commands.{arguments.command}").run(arguments)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        return _said("interrupted", 128 + signal.SIGINT)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 128 + signal.SIGPIPE
+    except MemoryError:
+        return _said("out of memory: try a smaller --chunk, --budget or batch", 1)
+    except ImportError as error:
+        mend = "" if "pip install" in str(error) else ": pip install 'ggem-jax[neupims]'"
+        return _said(f"{error}{mend}", 1)
+    except OSError as error:
+        return _said(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+    except ValueError as error:
+        return _said(str(error), 1)
+
+
+def _parser(words: list[str]) -> argparse.ArgumentParser:
+    """The flags of the command that is named; of the others only their name, so that their modules are not loaded."""
+    parser = argparse.ArgumentParser(
+        prog="neupims" if os.path.basename(sys.argv[0]) == "neupims" else "python -m neupims", description=__doc__.split("\n")[0]
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    chosen = next((word for word in words if not word.startswith("-")), "")
+    for name, purpose in COMMANDS.items():
+        command = commands.add_parser(name, help=purpose, description=purpose[0].upper() + purpose[1:] + ".")
+        if name == chosen:
+            importlib.import_module(f"neupims.commands.{name}").add_arguments(command)
+    return parser
+
+
+def _said(sentence: str, code: int) -> int:
+    sys.stderr.write(f"neupims: {' '.join(sentence.split())}\n")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

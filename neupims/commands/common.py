@@ -1,0 +1,159 @@
+"""What the commands share: the flags that say what runs on what, and the records they stand for."""
+
+import argparse
+import json
+import os
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from neupims.config import load_hardware, load_model, load_parallel
+from neupims.hardware import Hardware
+from neupims.record import replace
+from neupims.workload import Batch, Decoder, Parallel, check_parallel, read_trace
+
+# The spellings of the validation files: system, sub-batches, row buffers.
+GOLDEN_SYSTEMS = {
+    "neupims_sbi": ("neupims", 2, 2),
+    "neupims_nosbi": ("neupims", 1, 2),
+    "npu+pim": ("npu-pim", 1, 1),
+    "npu-only": ("npu-only", 1, 2),
+    "main_newton_nosbi": ("neupims", 1, 1),
+}
+SYSTEMS = ("neupims", "npu-pim", "npu-only", "gpu")
+AUTO = "auto"
+
+
+class Case(NamedTuple):
+    """One thing to simulate."""
+
+    hardware: Hardware
+    model_name: str
+    model: Decoder
+    parallel: Parallel
+    batch: Batch
+    system: str
+    sub_batches: int
+    fidelity: str
+
+
+def add_system_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the machine."""
+    parser.add_argument(
+        "--system", default="neupims", metavar="NAME", help=f"{', '.join(SYSTEMS)}, or as the validation files spell it (default: neupims)"
+    )
+    parser.add_argument(
+        "--sub-batches",
+        choices=("1", "2", AUTO),
+        help="halves of the batch that NPU and PIM interleave (neupims; default: 2); simulate takes auto: the faster",
+    )
+    parser.add_argument("--row-buffers", choices=("single", "dual"), help="of a bank (default: what the system has)")
+    parser.add_argument(
+        "--hardware", default="neupims", metavar="NAME|FILE", help="a named machine or a TOML or JSON file (`show hardware` lists names)"
+    )
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="one field of the hardware, such as hbm.num_channels=16; may repeat"
+    )
+    parser.add_argument(
+        "--fidelity", choices=("simulator", "intended"), default="simulator", help="as the public simulator is coded, or as the paper means it"
+    )
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of what is run."""
+    parser.add_argument("--model", required=True, metavar="NAME|FILE", help="gpt3-7b, llama3-8b, ... (`show models`), or a TOML or JSON file")
+    parser.add_argument("--trace", required=True, type=Path, metavar="FILE", help="CSV of seq_len,ch_idx, one request a row")
+    parser.add_argument("--tp", type=int, metavar="N", help="devices that share a layer (default: as published for the model, else 1)")
+    parser.add_argument("--pp", type=int, metavar="N", help="groups into which the layers are cut (default: as published, else 1)")
+
+
+def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of the machine and of what it runs, and `--json`."""
+    add_model_arguments(parser)
+    add_system_arguments(parser)
+    parser.add_argument("--json", action="store_true", help="one JSON object and nothing else on standard output")
+
+
+def system(arguments: argparse.Namespace) -> tuple[str, int, Hardware]:
+    """The system's name, its sub-batches, and the hardware with what the flags change.
+
+    Raises:
+        ValueError: an unknown system, or flags that contradict each other or name an impossible hardware.
+    """
+    name = arguments.system.lower()
+    if arguments.sub_batches == AUTO:
+        raise ValueError("--sub-batches auto is for simulate: say 1 or 2")
+    wanted = int(arguments.sub_batches) if arguments.sub_batches else None
+    if name in GOLDEN_SYSTEMS and name != "npu-only":
+        name, sub_batches, row_buffers = GOLDEN_SYSTEMS[name]
+        if wanted not in (None, sub_batches):
+            raise ValueError(f"--system {arguments.system} means --sub-batches {sub_batches}, not {wanted}")
+    elif name in SYSTEMS:
+        sub_batches, row_buffers = wanted or (2 if name == "neupims" else 1), 1 if name == "npu-pim" else 2
+        if name != "neupims" and sub_batches == 2:
+            raise ValueError(f"--sub-batches 2 needs --system neupims, not {name}")
+    else:
+        raise ValueError(f"--system must be one of {', '.join((*SYSTEMS, *GOLDEN_SYSTEMS))}, not {arguments.system!r}")
+    hardware = load_hardware(arguments.hardware)
+    if name == "npu-pim" or row_buffers == 1:
+        hardware = replace(hardware, "pim.row_buffers", 1)
+    if arguments.row_buffers:
+        hardware = replace(hardware, "pim.row_buffers", {"single": 1, "dual": 2}[arguments.row_buffers])
+    for change in arguments.set:
+        hardware = replace(hardware, *_change(change))
+    return name, sub_batches, hardware
+
+
+def model(arguments: argparse.Namespace) -> tuple[str, Decoder, Parallel]:
+    """The model's name and numbers, and how it is spread over devices.
+
+    Raises:
+        ValueError: there is no such model, or it cannot be spread so.
+    """
+    name = arguments.model.lower() if not os.path.exists(arguments.model) else arguments.model
+    decoder = load_model(name)
+    published = load_parallel(name)
+    spread = Parallel(arguments.tp if arguments.tp is not None else published.tp, arguments.pp if arguments.pp is not None else published.pp)
+    check_parallel(decoder, spread)
+    return name, decoder, spread
+
+
+def workload(arguments: argparse.Namespace) -> Case:
+    """The records that the flags of `add_workload_arguments` stand for.
+
+    Raises:
+        ValueError: as `system`, `model` and `read_trace`.
+    """
+    name, sub_batches, hardware = system(arguments)
+    model_name, decoder, parallel = model(arguments)
+    batch = read_trace(arguments.trace, num_channels=int(hardware.hbm.num_channels))
+    return Case(hardware, model_name, decoder, parallel, batch, name, sub_batches, arguments.fidelity)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """One JSON object on standard output; what is not finite becomes null, which JSON has and infinity it has not."""
+    print(json.dumps(finite(value), indent=2, allow_nan=False))
+
+
+def finite(value: Any) -> Any:
+    """The same value with null for what is not a finite number."""
+    if isinstance(value, dict):
+        return {key: finite(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [finite(part) for part in value]
+    if isinstance(value, float) and not abs(value) < float("inf"):
+        return None
+    return value
+
+
+def _change(text: str) -> tuple[str, float]:
+    field, equals, value = text.partition("=")
+    try:
+        number: float = float(value)
+    except ValueError:
+        equals = ""
+        number = 0.0
+    if not equals or not field:
+        raise ValueError(f"--set needs FIELD=NUMBER, such as hbm.num_channels=16, not {text!r}")
+    return field.strip(), int(number) if number == int(
+        number if abs(number) < 1e18 else 0
+    ) and "e" not in value.lower() and "." not in value else number

@@ -1,0 +1,143 @@
+"""`simulate`: one decode step of a batch."""
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any
+
+from neupims.commands.common import AUTO, Case, add_workload_arguments, print_json, workload
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add_workload_arguments(parser)
+    parser.add_argument(
+        "--path", choices=("exact", "closed"), default="exact", help="follow every channel's commands, or add up closed forms (default: exact)"
+    )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write one page with roofline, Gantt chart and channel loads")
+    parser.add_argument("--perfetto", type=Path, metavar="FILE", help="also write the stages as a Chrome trace (ui.perfetto.dev)")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from neupims.capacity import check_capacity
+
+    cases = _cases(arguments)
+    case = cases[0]
+    if case.system in ("neupims", "npu-pim"):
+        warning = check_capacity(case.hardware, case.model, case.batch, case.parallel)
+        if warning:
+            sys.stderr.write(f"neupims: warning: {warning}\n")
+    case, iteration = min(((each, _simulated(each, arguments.path)) for each in cases), key=lambda run: float(run[1].iteration_seconds))
+    result = as_dictionary(case, iteration)
+    if arguments.html or arguments.perfetto:
+        from neupims.commands.pictures import write_pictures
+
+        write_pictures(case, iteration, result, arguments.html, arguments.perfetto)
+    if arguments.json:
+        print_json(result)
+    else:
+        _print_tables(result)
+    return 0
+
+
+def _cases(arguments: argparse.Namespace) -> list[Case]:
+    """What the flags stand for: one case, or with `--sub-batches auto` one for each number of sub-batches that the system has."""
+    if arguments.sub_batches != AUTO:
+        return [workload(arguments)]
+    counts = ("1", "2") if arguments.system.lower() == "neupims" else (None,)
+    return [workload(argparse.Namespace(**vars(arguments) | {"sub_batches": count})) for count in counts]
+
+
+def _simulated(case: Case, path: str):
+    """The iteration of one case.
+
+    Raises:
+        ValueError: the hardware cannot run it.
+    """
+    from neupims.schedule import simulate
+
+    iteration = simulate(
+        case.hardware,
+        case.model,
+        case.batch,
+        case.parallel,
+        system=case.system,  # type: ignore[arg-type]
+        sub_batches=case.sub_batches,
+        fidelity=case.fidelity,  # type: ignore[arg-type]
+        path=path,  # type: ignore[arg-type]
+    )
+    if iteration.flagged:
+        hbm = case.hardware.hbm
+        raise ValueError(
+            "this hardware cannot run the batch: a time or an energy is not finite; PIM tiles, for one, must fit between the refreshes of ranks, "
+            f"hbm.trefi_cycles / hbm.ranks = {hbm.trefi_cycles / hbm.ranks:g} memory cycles apart"
+        )
+    return iteration
+
+
+def as_dictionary(case: Case, iteration) -> dict[str, Any]:
+    """What `--json` prints. Cycles are core cycles; energy and the iteration are of one device."""
+    from neupims.schedule import operations, stages
+    from neupims.validate import expected_error
+
+    names = [stage.name for stage in stages(case.system, case.sub_batches)]  # type: ignore[arg-type]
+    listed = operations(case.system, case.sub_batches)  # type: ignore[arg-type]
+    cycles = dict(zip("ABCDEF", iteration.stage_cycles.tolist(), strict=True))
+    return {
+        "system": case.system,
+        "sub_batches": case.sub_batches,
+        "row_buffers": int(case.hardware.pim.row_buffers),
+        "model": case.model_name,
+        "batch": int((case.batch.seq_lens > 0).sum()),
+        "fidelity": case.fidelity,
+        "stage_cycles": {name: cycles["A" if name == "all" else name] for name in names},
+        "ops": [
+            {"stage": each.stage, "platform": each.platform, "op": each.name, "cycles": took, "start_cycle": start}
+            for each, took, start in zip(listed, iteration.op_cycles.tolist(), iteration.op_starts.tolist(), strict=True)
+        ],
+        "layer_cycles": float(iteration.layer_cycles),
+        "iteration_cycles": float(iteration.iteration_cycles),
+        "iteration_seconds": float(iteration.iteration_seconds),
+        "tokens_per_second": float(iteration.tokens_per_second),
+        "npu_utilization": float(iteration.npu_utilization),
+        "pim_utilization": float(iteration.pim_utilization),
+        "bandwidth_utilization": float(iteration.bandwidth_utilization),
+        "energy_joules": float(iteration.energy_joules),
+        "energy_parts_joules": None  # of a GPU the board's power is known, not its parts
+        if case.system == "gpu"
+        else {part.name: float(getattr(iteration.energy, part.name)) for part in dataclasses.fields(iteration.energy)},
+        "expected_error": expected_error(case.system, case.sub_batches, case.fidelity, row_buffers=int(case.hardware.pim.row_buffers)),
+    }
+
+
+def _print_tables(result: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False)
+    tp = f"{result['system']}, {result['model']}, {result['batch']} requests, {result['fidelity']} fidelity"
+    table = Table(title=tp, box=box.SIMPLE, title_justify="left")
+    for name, justify in (("stage", "left"), ("unit", "left"), ("operation", "left"), ("start", "right"), ("cycles", "right")):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    last = ""
+    for each in result["ops"]:
+        stage = "" if each["stage"] == last else each["stage"]
+        last = each["stage"]
+        table.add_row(stage, each["platform"], each["op"], f"{each['start_cycle']:,.0f}", f"{each['cycles']:,.0f}")
+    console.print(table)
+    summary = Table(box=box.SIMPLE, show_header=False)
+    summary.add_column()
+    summary.add_column(justify="right")
+    for stage, cycles in result["stage_cycles"].items():
+        summary.add_row(f"stage {stage}", f"{cycles:,.0f} cycles")
+    summary.add_row("layer", f"{result['layer_cycles']:,.0f} cycles")
+    summary.add_row("iteration", f"{result['iteration_seconds'] * 1e3:.3f} ms")
+    summary.add_row("throughput", f"{result['tokens_per_second']:,.0f} tokens/s")
+    for name, key in (("NPU busy", "npu_utilization"), ("PIM busy", "pim_utilization"), ("memory bus", "bandwidth_utilization")):
+        summary.add_row(name, f"{result[key]:.1%}")
+    summary.add_row("energy of a device", f"{result['energy_joules']:.3g} J")
+    error = result["expected_error"]
+    if error:
+        summary.add_row("expected error of the layer", f"{error['layer_mean_percent']:.1f} % in the mean, {error['layer_max_percent']:.1f} % at most")
+    console.print(summary)

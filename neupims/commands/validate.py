@@ -1,0 +1,64 @@
+"""`validate`: the model's error against runs of the public simulator."""
+
+import argparse
+from pathlib import Path
+
+from neupims.commands.common import print_json
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="DIR", help="holds runs.csv, ops.csv and traces/")
+    parser.add_argument(
+        "--path", choices=("exact", "closed"), default="exact", help="follow every channel's commands, or add up closed forms (default: exact)"
+    )
+    parser.add_argument(
+        "--plot", type=Path, metavar="FILE", help="draw predicted against measured cycles as SVG (default: validation.svg, none with --json)"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object and nothing else on standard output")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    from neupims.validate import validate
+
+    result = validate(arguments.folder, path=arguments.path, progress=iter if arguments.json else _progress)
+    plot = arguments.plot or (None if arguments.json else Path("validation.svg"))
+    if plot:
+        from neupims.plots import draw_validation
+
+        draw_validation(plot, result["rows"])
+    if arguments.json:
+        print_json(result)
+        return 0
+    _print_table(result)
+    if plot:
+        print(f"predicted against measured: {plot}")
+    return 0
+
+
+def _progress(runs):
+    from rich.progress import track
+
+    return track(runs, description="runs", transient=True)
+
+
+def _print_table(result) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="Absolute error, % of the measured cycles", box=box.SIMPLE, title_justify="left")
+    for name in ("level", "system", "kind", "name"):
+        table.add_column(name)
+    for name in ("n", "mean", "median", "p95", "max"):
+        table.add_column(name, justify="right")
+    for group in result["groups"]:
+        table.add_row(
+            *(group[name] for name in ("level", "system", "kind", "name")),
+            str(group["n"]),
+            *(f"{group[name]:.2f}" for name in ("mean", "median", "p95", "max")),
+        )
+    console = Console(highlight=False)
+    console.print(table)
+    for each in result["not_covered"]:
+        console.print(f"not covered: {each['run_id']}: {each['reason']}")
+    console.print(f"{len({row['run_id'] for row in result['rows']})} runs covered, {len(result['not_covered'])} not")
