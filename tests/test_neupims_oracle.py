@@ -1,0 +1,102 @@
+"""neupims/oracle.py: what is proven, by enumeration, by a solver and by bounds, agrees; and evolution reaches it."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from neupims.decision import Space, decide
+from neupims.hardware import Hardware
+from neupims.objective import Layer, make_problem
+from neupims.oracle import IntegerLayer, cp_sat, exhaustive, gap, lower_bound
+from neupims.record import replace
+from neupims.search import baselines, random_genome, search
+from neupims.workload import GPT3, PARALLEL, Decoder, Parallel
+
+TINY = Decoder(layers=1, width=1024, heads=8, kv_heads=8, mlp_width=4096)
+
+
+def case(seed, channels, requests):
+    """Requests whose attention takes about as long as the NPU's work, so that assignment and split both matter."""
+    lengths = np.clip(np.random.default_rng(seed).lognormal(7, 1, requests), 16, 8192).astype(int)
+    return make_problem(replace(Hardware(), "hbm.num_channels", channels), TINY, Parallel(1, 1), lengths)
+
+
+def test_exhaustive_search_by_hand():
+    """Work 5, 3, 3, 1 on two channels, nothing on the NPU: 5 hides a 3 in its sub-batch, and the other 3 hides the 1 in the other; 5 + 3.
+
+    Better: 5 hides 3 + 1, again 5 + 3; or 3 and 3 together, 5 over 1: 3 + 5; or 5 hides 3 + ... and nothing is below 12 / 2. All but 1 together: 5
+    next to 3 + 3, and 1: 6 + 1 = 7.
+    """
+    problem = case(0, 2, 4)._replace(work=jnp.array([[5.0, 0], [3, 0], [3, 0], [1, 0]]))
+    problem = problem._replace(layer_npu=jnp.zeros_like(problem.layer_npu))
+    space = Space(2, sub_batches=(2,))
+    proof = exhaustive(IntegerLayer(space), space, problem)
+    assert (proof.cost, proof.points) == (7.0, 256)
+
+
+def test_exhaustive_search_of_too_many_points_is_refused():
+    with pytest.raises(ValueError, match="too many"):
+        exhaustive(IntegerLayer(Space(32)), Space(32), case(0, 32, 8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("realisable", "sub_batches"), [(False, (2,)), (True, (1, 2))])
+def test_the_solver_proves_what_enumeration_finds(realisable, sub_batches):
+    pytest.importorskip("ortools")
+    space = Space(2, realisable, sub_batches)
+    for seed in range(3):
+        problem = case(seed, 2, 5)
+        proof, enumerated = cp_sat(space, problem), exhaustive(IntegerLayer(space), space, problem)
+        assert proof.cost == proof.bound == enumerated.cost
+        again = IntegerLayer(space)(problem, decide(space, proof.genome))
+        assert float(again.objective) == proof.cost
+
+
+@pytest.mark.slow
+def test_what_the_solver_proves_bounds_the_full_model():
+    pytest.importorskip("ortools")
+    space = Space(2, sub_batches=(2,))
+    problem = case(7, 2, 6)
+    assert cp_sat(space, problem).bound <= exhaustive(Layer(space), space, problem).cost
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("realisable", [False, True])
+def test_no_schedule_beats_the_bound(realisable):
+    space = Space(2, realisable)
+    for seed in range(4):
+        problem = case(seed, 2, 6)
+        best = exhaustive(Layer(space), space, problem).cost
+        assert 0 <= gap(best, float(lower_bound(space, problem))) < 0.25
+
+
+@pytest.mark.slow
+def test_the_bound_of_a_large_batch_is_below_every_schedule_and_near_the_best():
+    lengths = np.clip(np.random.default_rng(0).lognormal(5.5, 0.9, 256), 1, 2048).astype(int)
+    space = Space(32, realisable=True, sub_batches=(2,))
+    problem = make_problem(Hardware(), GPT3["gpt3-7b"], PARALLEL["gpt3-7b"], lengths)
+    objective = jax.jit(jax.vmap(lambda genome: Layer(space)(problem, decide(space, genome)).objective))
+    drawn = objective(jax.vmap(partial(random_genome, space, problem))(jax.random.split(jax.random.key(0), 16)))
+    simple = objective(jax.tree.map(lambda *parts: jnp.stack(parts), *baselines(space, problem).values()))
+    bound = float(lower_bound(space, problem))
+    assert bound < float(jnp.minimum(drawn.min(), simple.min()))
+    assert gap(float(simple.min()), bound) < 0.05
+
+
+@pytest.mark.slow
+def test_evolution_reaches_the_optimum_of_small_cases():
+    """6 requests, 3 channels, 2 sub-batches: 46,656 points, of which a search may evaluate a tenth; 12 cases, 2 seeds of each."""
+    space = Space(3, sub_batches=(2,))
+    hits = []
+    for seed in range(12):
+        problem = case(seed, 3, 6)
+        proof = exhaustive(Layer(space), space, problem)
+        starts = jax.tree.map(lambda *parts: jnp.stack(parts), *baselines(space, problem).values())
+        options = {"budget": proof.points // 10, "population": 16, "seeds": 2, "starts": starts}
+        done = search("evolution", Layer(space), space, problem, jax.random.key(seed), **options)
+        assert done.evaluations <= 0.1 * proof.points
+        hits += (np.asarray(done.cost.objective) <= proof.cost * (1 + 1e-6)).tolist()
+    assert np.mean(hits) >= 0.95

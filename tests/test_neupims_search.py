@@ -1,0 +1,220 @@
+"""neupims/decision.py, objective.py and search.py: what a genome means, traces that come back, and what every strategy promises."""
+
+import json
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from neupims.__main__ import main
+from neupims.capacity import channel_tiles
+from neupims.decision import CHANNELS_KNOB, Knob, Space, decide, decision_batch, export_trace, make_genome
+from neupims.hardware import Hardware
+from neupims.objective import Cost, Layer, make_problem
+from neupims.oracle import IntegerLayer
+from neupims.schedule import simulate
+from neupims.search import STRATEGIES, baselines, interval_of_mean, mutate, random_genome, search
+from neupims.workload import GPT3, PARALLEL, Batch, halves, make_batch, read_trace
+
+HARDWARE, MODEL, PARALLEL_7B = Hardware(), GPT3["gpt3-7b"], PARALLEL["gpt3-7b"]
+LENGTHS = np.clip(np.random.default_rng(0).lognormal(5, 1, 48), 1, 2048).astype(int)
+
+
+@pytest.fixture(scope="module")
+def problem():
+    return make_problem(HARDWARE, MODEL, PARALLEL_7B, LENGTHS)
+
+
+def genomes(space, problem, count=16, seed=0):
+    return jax.jit(jax.vmap(partial(random_genome, space, problem)))(jax.random.split(jax.random.key(seed), count))
+
+
+@pytest.mark.slow
+def test_a_realisable_genome_obeys_the_rule_whatever_is_done_to_it(problem):
+    space = Space(7, realisable=True, sub_batches=(2,), priorities=3)
+    made = genomes(space, problem)
+    change = jax.jit(jax.vmap(partial(mutate, space, problem)))
+    for seed in range(5):
+        made = change(jax.random.split(jax.random.key(seed), 16), made)
+        decisions = jax.vmap(partial(decide, space))(made)
+        for index in range(16):
+            rows = decision_batch(LENGTHS, jax.tree.map(lambda leaf, index=index: leaf[index], decisions))
+            assert halves(rows.channels, 7).tolist() == rows.sub_batches.tolist()
+
+
+def test_an_exported_trace_comes_back_the_same(problem, tmp_path):
+    space = Space(32, realisable=True, sub_batches=(2,), priorities=4)
+    decisions = jax.vmap(partial(decide, space))(genomes(space, problem, 8))
+    for index in range(8):
+        batch = decision_batch(LENGTHS, jax.tree.map(lambda leaf, index=index: leaf[index], decisions))
+        export_trace(tmp_path / "trace.csv", batch)
+        back = read_trace(tmp_path / "trace.csv")
+        for name in ("seq_lens", "channels", "sub_batches"):
+            assert getattr(back, name).tolist() == getattr(batch, name).tolist()
+        assert sorted(back.seq_lens.tolist()) == sorted(LENGTHS.tolist())
+    assert [path.name for path in tmp_path.iterdir()] == ["trace.csv"]
+
+
+def test_a_trace_that_the_simulator_would_halve_otherwise_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="realisable"):
+        export_trace(tmp_path / "trace.csv", make_batch([5, 6, 7, 8], [0, 0, 0, 0], [0, 0, 0, 1], num_channels=1), num_channels=1)
+    assert not list(tmp_path.iterdir())
+
+
+def test_requests_of_sub_batch_0_come_first_in_the_trace(tmp_path):
+    export_trace(tmp_path / "trace.csv", make_batch([5, 6, 7, 8], [1, 0, 1, 0], [1, 0, 0, 1], num_channels=2), num_channels=2)
+    assert (tmp_path / "trace.csv").read_text().split() == ["seq_len,ch_idx", "6,0", "8,0", "7,1", "5,1"]
+
+
+def test_residents_stay(problem):
+    resident = np.where(np.arange(48) % 3 == 0, np.arange(48) % 5, -1)
+    pinned = problem._replace(resident=jnp.asarray(resident))
+    made = jax.vmap(partial(mutate, Space(5), pinned))(jax.random.split(jax.random.key(3), 16), genomes(Space(5), pinned))
+    for places in np.asarray(made.places):
+        assert (places[resident >= 0] // 2).tolist() == resident[resident >= 0].tolist()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fidelity", ["simulator", "intended"])
+def test_the_objective_is_the_model(fidelity):
+    """The work of the requests, computed once, against `simulate`, which computes it for each schedule."""
+    space = Space(32, sub_batches=(1, 2))
+    problem = make_problem(HARDWARE, MODEL, PARALLEL_7B, LENGTHS, fidelity=fidelity)
+    made = genomes(space, problem, 4)
+    cost = jax.jit(jax.vmap(lambda genome: Layer(space, fidelity)(problem, decide(space, genome))))(made)
+    for index in range(4):
+        decision = decide(space, jax.tree.map(lambda leaf, index=index: leaf[index], made))
+        batch = Batch(LENGTHS, decision.channels, decision.sub_batches)
+        expected = simulate(HARDWARE, MODEL, batch, PARALLEL_7B, sub_batches=2 if decision.interleaved else 1, fidelity=fidelity)
+        assert float(cost.objective[index]) == pytest.approx(float(expected.layer_cycles), rel=2e-6)
+
+
+def test_full_channels_and_empty_sub_batches_cost_infinity():
+    space = Space(32, sub_batches=(2,))
+    problem = make_problem(HARDWARE, MODEL, PARALLEL_7B, [2048] * 40, room=float(channel_tiles(HARDWARE, MODEL, PARALLEL_7B)))
+    spread, piled = np.arange(40) % 32, np.zeros(40, int)
+    split = np.arange(40) % 2
+    made = [make_genome(space, *pair) for pair in ((spread, split), (piled, split), (spread, 0 * split))]
+    objectives = [float(Layer(space)(problem, decide(space, genome)).objective) for genome in made]
+    assert np.isfinite(objectives).tolist() == [True, False, False]
+    with pytest.raises(ValueError, match="tiles"):
+        make_problem(HARDWARE, MODEL, PARALLEL_7B, [2048] * 40, room=10)
+
+
+INTEGER = Space(4, sub_batches=(2,))
+
+
+def found(strategy, problem, seed=0, **options):
+    return search(
+        strategy, IntegerLayer(INTEGER), INTEGER, problem, jax.random.key(seed), **({"budget": 320, "population": 16, "seeds": 2} | options)
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_every_strategy_uses_the_same_budget_is_repeatable_and_never_loses_its_best(strategy, problem):
+    if strategy == "evosax":
+        pytest.importorskip("evosax")
+    one, again, other = (found(strategy, problem, seed) for seed in (0, 0, 1))
+    assert one.evaluations == 320
+    assert one.curve.shape == (2, 20)
+    assert jax.tree.map(np.array_equal, one, again) == jax.tree.map(lambda _: True, one)
+    assert not np.array_equal(one.genome.places, other.genome.places)
+    assert (np.diff(np.asarray(one.curve)) <= 0).all()
+    assert one.curve[:, -1].tolist() == one.cost.objective.tolist()
+    recomputed = jax.vmap(lambda genome: IntegerLayer(INTEGER)(problem, decide(INTEGER, genome)))(one.genome)
+    assert np.asarray(recomputed.objective).tolist() == one.cost.objective.tolist()
+
+
+@pytest.mark.slow
+def test_searches_that_learn_beat_chance(problem):
+    chance, evolved, annealed = (found(strategy, problem) for strategy in ("random", "evolution", "annealing"))
+    assert max(evolved.cost.objective.max(), annealed.cost.objective.max()) <= chance.cost.objective.min()
+    assert max(evolved.cost.busy.max(), annealed.cost.busy.max()) < chance.cost.busy.min()  # the NPU hides the rest
+
+
+@pytest.mark.slow
+def test_the_baselines_are_never_lost(problem):
+    known = baselines(INTEGER, problem)
+    starts = jax.tree.map(lambda *parts: jnp.stack(parts), *known.values())
+    costs = [float(IntegerLayer(INTEGER)(problem, decide(INTEGER, genome)).objective) for genome in known.values()]
+    assert float(found("random", problem, starts=starts).cost.objective.max()) <= min(costs)
+
+
+def order_cost(problem, decision):
+    """Smith's problem: the sum of ends of requests served one after the other is least with the shortest first."""
+    lengths = problem.seq_lens[decision.order] * 1.0
+    return Cost(jnp.cumsum(lengths).sum(), jnp.float32(0))
+
+
+@pytest.mark.slow
+def test_the_order_within_a_channel_is_found():
+    """One channel, so that only order (and halves) matter: 2, 3, 5, 7 end after 2 + 5 + 10 + 17."""
+    problem = make_problem(HARDWARE, MODEL, PARALLEL_7B, [5, 3, 7, 2])
+    done = search("evolution", order_cost, Space(1, priorities=4, sub_batches=(2,)), problem, jax.random.key(0), budget=2048, population=32)
+    assert float(done.cost.objective[0]) == 34
+
+
+def knob_cost(problem, decision):
+    return Cost((decision.knobs[0] - 12.5) ** 2 + (decision.knobs[1] - 7.2) ** 2 + decision.channels.max(), jnp.float32(0))
+
+
+@pytest.mark.slow
+def test_knobs_are_found_with_the_schedule_and_whole_ones_stay_whole():
+    space = Space(16, sub_batches=(2,), knobs=(Knob("hbm.tfaw_cycles", 10, 40), Knob(CHANNELS_KNOB, 4, 16, whole=True)))
+    problem = make_problem(HARDWARE, MODEL, PARALLEL_7B, [5, 3, 7, 2])
+    done = search("evolution", knob_cost, space, problem, jax.random.key(0), budget=4096, population=32)
+    assert done.genome.knobs[0].tolist() == pytest.approx([12.5, 7], abs=0.3)
+    assert (done.genome.places // 2).max() == 0
+
+
+def test_unknown_strategies_and_budgets_below_a_population_are_refused(problem):
+    with pytest.raises(ValueError, match="one of evolution"):
+        found("gradient", problem)
+    with pytest.raises(ValueError, match="budget"):
+        found("random", problem, budget=10)
+
+
+def test_the_interval_of_a_mean_by_hand():
+    """1 and 3: mean 2, deviation sqrt(2), half the interval 1.96 x sqrt(2) / sqrt(2)."""
+    mean, half = interval_of_mean([[1.0], [3.0]])
+    assert (mean[0], half[0]) == pytest.approx((2, 1.96))
+
+
+COMMAND = ["search", "--model", "gpt3-7b", "--budget", "64", "--population", "16", "--seeds", "2", "--sub-batches", "2"]
+
+
+@pytest.fixture
+def trace(tmp_path):
+    path = tmp_path / "published.csv"
+    path.write_text("seq_len,ch_idx\n" + "".join(f"{length},{index % 8}\n" for index, length in enumerate(LENGTHS)))
+    return str(path)
+
+
+@pytest.mark.slow
+def test_the_command_exports_what_it_claims(trace, tmp_path, capsys):
+    out = tmp_path / "better.csv"
+    assert main([*COMMAND, "--trace", trace, "--realisable", "--export-trace", str(out), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    back = read_trace(out)
+    layer = float(simulate(HARDWARE, MODEL, back, PARALLEL_7B).layer_cycles)
+    assert said["best"]["cost"] == pytest.approx(layer, rel=2e-6)
+    assert said["lower_bound"] <= said["best"]["cost"] <= said["published"]
+    assert said["best"]["gain"] == pytest.approx(1 - said["best"]["cost"] / said["published"])
+    assert said["strategies"]["evolution"]["evaluations"] == 64
+    assert {"as published", "round robin, halves", "greedy (paper), halves", "longest first, snake"} <= set(said["baselines"])
+
+
+def test_flags_that_cannot_work_are_one_sentence(trace, tmp_path, capsys):
+    for flags, word in (
+        (["--export-trace", str(tmp_path / "x.csv")], "--realisable"),
+        (["--system", "npu-only", "--sub-batches", "1"], "neupims"),
+        (["--new-only", "99"], "--new-only"),
+        (["--hardware-knob", "hbm.nonsense=1:2"], "nonsense"),
+        (["--strategy", "gradient"], "one of evolution"),
+        (["--measure", "beauty"], "measure"),
+    ):
+        assert main([*COMMAND, "--trace", trace, *flags]) == 1
+        assert word in capsys.readouterr().err
