@@ -1,0 +1,156 @@
+"""How many accelerator designs a second: python -m benchmarks.bench_neupims
+
+GPT-3 7B, 256 requests with lengths like those of chats, one decode iteration in closed form with all metrics (cycles of the stages, throughput,
+utilisations, energy by parts, area). Designs differ in every knob that enters the number of tiles or their latency: ranks, bank groups, banks, row
+and page bytes, products of a command, tFAW, tRCD, arrays and clock. They go through `explore`'s evaluator in chunks, on all devices (each core of a
+CPU is one), results copied back. Figures: one schedule for all designs, and another one for each; both fidelities; 10^2 to 10^6 designs, with the
+largest memory of this process in the meantime. The comparison calls the same function, compiled for one design, in a Python loop, and copies each
+result back. Seconds are the least of the rounds, as other work on the machine only adds; designs per second of work of one core are given too, which
+other work disturbs less. Rows go to benchmarks/results/neupims_speed.csv.
+"""
+
+import argparse
+import os
+import time
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from benchmarks.bench_search import Watched
+from benchmarks.record import append, machine
+from neupims.area import area
+from neupims.evaluation import BLOCK, in_blocks
+from neupims.explore import Evaluator
+from neupims.hardware import Hardware
+from neupims.record import replace
+from neupims.schedule import simulate
+from neupims.space import make_space, sample
+from neupims.workload import GPT3, PARALLEL, Batch, make_batch
+
+MODEL = "gpt3-7b"
+CHANNELS = 32
+KNOBS = {
+    "hbm.ranks": [1, 2, 4],
+    "hbm.bank_groups": {"low": 2, "high": 8},
+    "hbm.banks_per_group": {"low": 2, "high": 8},
+    "hbm.row_bytes": [1024, 2048],
+    "pim.page_bytes": {"low": 512, "high": 1024},
+    "pim.macs_per_bank": {"low": 4, "high": 64},
+    "hbm.tfaw_cycles": {"low": 12.0, "high": 40.0},
+    "hbm.trcd_read_cycles": {"low": 10.0, "high": 20.0},
+    "npu.num_arrays": {"low": 2, "high": 16},
+    "npu.clock_hz": {"low": 0.7e9, "high": 1.5e9},
+}
+SPACE = make_space(KNOBS)
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--designs", type=int, nargs="+", default=[100, 1_000, 10_000, 100_000, 1_000_000])
+    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--chunk", type=int, default=16384, help="designs in one call at most")
+    parser.add_argument("--block", type=int, default=None, help="designs side by side on one device (default: 1024 on a CPU, all on a GPU)")
+    parser.add_argument("--looped", type=int, default=200, help="designs of the Python loop")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--fidelity", nargs="+", default=["simulator", "intended"])
+    options = parser.parse_args(argv)
+    jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+    block = options.block or (BLOCK if jax.default_backend() == "cpu" else options.chunk)
+    batch = chat_batch(options.requests)
+    for fidelity in options.fidelity:
+        for schedule in ("one", "each"):
+            design = metrics_of(batch, schedule, fidelity)
+            looped = loop_seconds(design, options.looped, options.rounds) / options.looped
+            for count in options.designs:
+                found = evaluation_seconds(design, count, min(options.chunk, count), block, options.rounds)
+                row = {"model": MODEL, "requests": options.requests, "fidelity": fidelity, "schedule": schedule, "designs": count}
+                row |= {"different_tilings": found.distinct, "chunk": min(options.chunk, count), "block": block, "seconds": f"{found.seconds:.4f}"}
+                row |= {"designs_per_second": f"{count / found.seconds:.0f}", "designs_per_cpu_second": f"{count / found.cpu_seconds:.0f}"}
+                row |= {"loop_designs_per_second": f"{1 / looped:.1f}", "over_loop": f"{looped * count / found.seconds:.0f}"}
+                append("neupims_speed", machine() | row | {"peak_anonymous_mib": f"{found.peak / 2**20:.0f}"})
+
+
+def chat_batch(requests: int) -> Batch:
+    """Lengths spread like those of chats (log-normal, mean near 300, at most 2048), longest first to the channels to and fro."""
+    lengths = np.random.default_rng(0).lognormal(5.3, 0.9, requests).clip(1, 2048).astype(int)
+    lap, place = np.divmod(np.arange(requests), CHANNELS)
+    channels = np.where(lap % 2, CHANNELS - 1 - place, place)
+    return make_batch(np.sort(lengths)[::-1], channels, (lap + 1) // 2 % 2, num_channels=CHANNELS)
+
+
+def metrics_of(batch: Batch, schedule: str, fidelity: str):
+    """A function from the knobs of one design, and its number, to its metrics.
+
+    Where the schedule is another for "each" design the requests take the channels' slots in an order that its number sets.
+    """
+    parts = jax.tree.map(jnp.asarray, batch)
+    requests = len(batch.seq_lens)
+
+    def design(knobs: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        hardware, mine = Hardware(), parts
+        for name, value in knobs.items():
+            if name != "number":
+                hardware = replace(hardware, name, value)
+        if schedule == "each":
+            number = knobs["number"]
+            slot = (jnp.arange(requests) * (2 * number + 1) + number // 8) % requests
+            mine = Batch(parts.seq_lens, slot % CHANNELS, slot // CHANNELS % 2)
+        found = simulate(hardware, GPT3[MODEL], mine, PARALLEL[MODEL], fidelity=fidelity, most_channels=CHANNELS)  # type: ignore[arg-type]
+        kept = ("tokens_per_second", "iteration_cycles", "iteration_seconds", "layer_cycles", "stage_cycles", "energy", "energy_joules", "flagged")
+        utilisations = ("npu_utilization", "pim_utilization", "bandwidth_utilization")
+        return {name: getattr(found, name) for name in (*kept, *utilisations)} | {"area": area(hardware)}
+
+    return design
+
+
+def columns_of(count: int, start: int = 0) -> dict[str, np.ndarray]:
+    values = sample(SPACE, "random", start, start + count)
+    columns = {knob.name: column.astype(np.int32 if knob.whole else np.float32) for knob, column in zip(SPACE.knobs, values.T, strict=True)}
+    return columns | {"number": np.arange(start, start + count, dtype=np.int32)}
+
+
+class Measured(NamedTuple):
+    seconds: float  # the least of the rounds
+    cpu_seconds: float  # that this process worked, on all cores; the least of the rounds
+    peak: int  # bytes, in any round
+    distinct: int  # designs that differ in the knobs that set the number of tiles
+
+
+def evaluation_seconds(design, count: int, chunk: int, block: int, rounds: int) -> Measured:
+    """`count` designs through the evaluator."""
+    evaluator = Evaluator(SPACE, lambda columns: in_blocks(design, columns, block), chunk)
+    starts = range(0, count, evaluator.rows)
+    made = [columns_of(min(evaluator.rows, count - start), start) for start in starts]
+    tiling = np.concatenate([np.stack([each[name] for name in list(KNOBS)[:6]], axis=1) for each in made])
+    distinct = len(np.unique(tiling, axis=0))
+    full = [{name: np.concatenate([each, np.repeat(each[-1:], evaluator.rows - len(each))]) for name, each in part.items()} for part in made]
+    seconds, worked, peak = [], [], 0
+    for _ in range(rounds + 1):
+        with Watched() as memory:
+            began, busy = time.perf_counter(), time.process_time()
+            for part in full:
+                jax.device_get(evaluator.run(jax.device_put(part, evaluator.placed)))
+            seconds.append(time.perf_counter() - began)
+            worked.append(time.process_time() - busy)
+        peak = max(peak, memory.peak)
+    return Measured(min(seconds[1:]), min(worked[1:]), peak, distinct)
+
+
+def loop_seconds(design, count: int, rounds: int) -> float:
+    """The same for one design after the other."""
+    single = jax.jit(design)
+    columns = columns_of(count)
+    rows = [{name: each[i] for name, each in columns.items()} for i in range(count)]
+    seconds = []
+    for _ in range(rounds + 1):
+        began = time.perf_counter()
+        for row in rows:
+            jax.device_get(single(row))
+        seconds.append(time.perf_counter() - began)
+    return min(seconds[1:])
+
+
+if __name__ == "__main__":
+    main()

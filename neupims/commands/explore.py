@@ -1,0 +1,265 @@
+"""`explore`: the Pareto front of a space of designs, and what a result depends on."""
+
+import argparse
+import csv
+import io
+import json
+import os
+import re
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from neupims.commands.common import add_system_arguments, finite, print_json
+from neupims.commands.common import model as chosen_model
+from neupims.commands.common import system as chosen_system
+from neupims.files import write_text
+
+METRICS = (
+    "tokens_per_second",
+    "iteration_seconds",
+    "energy_joules_per_token",
+    "area_mm2",
+    "npu_utilization",
+    "pim_utilization",
+    "bandwidth_utilization",
+)
+OBJECTIVES = "tokens_per_second:max,energy_joules_per_token:min,area_mm2:min"
+WIDTH = 200  # characters of a line where the output is no terminal
+SHOWN = 20  # designs of the front on the terminal
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `explore`."""
+    space = parser.add_argument_group("the space")
+    space.add_argument("--space", type=Path, metavar="FILE", help="TOML or JSON: a table knobs, and a list constraints")
+    space.add_argument(
+        "--knob",
+        action="append",
+        default=[],
+        metavar="NAME=...",
+        help="LOW:HIGH, LOW:HIGH:log or a,b,c of a field of the hardware, of sub_batches, parallel.tp or parallel.pp; may repeat",
+    )
+    space.add_argument(
+        "--constraint", action="append", default=[], metavar="EXPR", help="such as 'npu.num_arrays*npu.array_width <= 2048' or 'area_mm2 < 20000'"
+    )
+    what = parser.add_argument_group("what is run")
+    what.add_argument("--models", default="gpt3-7b", metavar="A,B", help="names or files, with commas between them (default: gpt3-7b)")
+    what.add_argument("--trace", type=Path, nargs="+", required=True, metavar="FILE", help="CSV of seq_len,ch_idx; each model runs each trace")
+    what.add_argument(
+        "--schedule",
+        choices=("dealt", "trace"),
+        default="dealt",
+        help="deal the requests anew to the channels of each design, or keep the trace's channels (default: dealt)",
+    )
+    add_system_arguments(parser)
+    how = parser.add_argument_group("the exploration")
+    how.add_argument("--method", choices=("grid", "random", "sobol", "evolution"), default="sobol", help="(default: sobol)")
+    how.add_argument("--points", type=int, metavar="N", help="designs to evaluate (default: 4096, or all of the grid)")
+    how.add_argument("--objectives", default=OBJECTIVES, metavar="NAME:max|min,...", help=f"of {', '.join(METRICS)} (default: {OBJECTIVES})")
+    how.add_argument(
+        "--reference", default="", metavar="NAME=VALUE,...", help="where the hypervolume ends (default: four times worse than the base design)"
+    )
+    how.add_argument("--seed", type=int, default=0, metavar="N")
+    how.add_argument("--chunk", type=int, metavar="N", help="designs of a file, and of a generation (default: 16384, evolution 256)")
+    how.add_argument("--out", type=Path, metavar="DIR", help="folder of points, front.csv and summary.json; the same command goes on from there")
+    parser.add_argument("--json", action="store_true", help="one JSON object and nothing else on standard output")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Explores and prints what was found."""
+    import jax
+
+    from neupims.explore import explore, parse_objectives
+    from neupims.space import make_space, parse_knob, read_space
+
+    with suppress(RuntimeError):  # JAX has begun: in another program
+        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)  # each core takes its share of the designs
+    knobs, constraints = read_space(arguments.space) if arguments.space else ({}, [])
+    knobs |= dict(parse_knob(text) for text in arguments.knob)
+    if not knobs:
+        raise ValueError("give the space: --space FILE, or --knob NAME=LOW:HIGH")
+    objectives = parse_objectives(arguments.objectives)
+    workloads, system, sub_batches, hardware = _workloads(arguments)
+    settings = {"sub_batches": sub_batches, "parallel.tp": workloads[0].parallel.tp, "parallel.pp": workloads[0].parallel.pp}
+    space = make_space(knobs, [*constraints, *arguments.constraint], hardware=hardware, settings=settings, metrics=METRICS)
+    evaluate, identity = _evaluation(arguments, space, workloads, system, sub_batches, hardware)
+    began = time.perf_counter()
+    with _progress() as report:
+        found = explore(
+            space,
+            evaluate,
+            objectives,
+            method=arguments.method,
+            points=arguments.points,
+            seed=arguments.seed,
+            chunk=arguments.chunk,
+            folder=arguments.out,
+            settings=identity,
+            reference=_reference(arguments.reference),
+            report=report,
+        )
+    summary = _summary(found, space, workloads, arguments, (system, sub_batches), time.perf_counter() - began)
+    if arguments.out:
+        write_text(arguments.out / "front.csv", _table(found, space, workloads))
+        write_text(arguments.out / "summary.json", json.dumps(finite(summary), indent=2, allow_nan=False))
+    if arguments.json:
+        print_json(summary)
+    else:
+        _print(summary, arguments.out)
+    return 0
+
+
+def _workloads(arguments: argparse.Namespace):
+    """Every model with every trace, and the machine that they run on where no knob says otherwise."""
+    from neupims.evaluation import Workload
+    from neupims.workload import read_trace
+
+    system, sub_batches, hardware = chosen_system(arguments)
+    workloads = []
+    for name in arguments.models.split(","):
+        title, decoder, parallel = chosen_model(argparse.Namespace(model=name.strip(), tp=None, pp=None))
+        for path in arguments.trace:
+            batch = read_trace(path, num_channels=int(hardware.hbm.num_channels))
+            workloads.append(Workload(f"{Path(title).stem}/{path.stem}", decoder, parallel, batch))
+    return workloads, system, sub_batches, hardware
+
+
+def _evaluation(arguments, space, workloads, system: str, sub_batches: int, hardware):
+    """The function that evaluates designs, and what it depends on."""
+    from neupims.evaluation import evaluation
+
+    if system != "neupims" and "sub_batches" in space.names:
+        raise ValueError(f"the knob sub_batches needs --system neupims, not {system}")
+    most = max([int(hardware.hbm.num_channels), *(int(knob.most) for knob in space.knobs if knob.name == "hbm.num_channels")])
+    options: dict[str, Any] = {"system": system, "sub_batches": sub_batches, "fidelity": arguments.fidelity, "schedule": arguments.schedule}
+    evaluate = evaluation(workloads, hardware=hardware, most_channels=most, **options)
+    parts = [
+        {
+            "name": each.name,
+            "model": {name: int(value) for name, value in vars(each.model).items()},
+            "parallel": {name: int(value) for name, value in vars(each.parallel).items()},
+            "batch": [np.asarray(part).tolist() for part in vars(each.batch).values()],
+        }
+        for each in workloads
+    ]
+    return evaluate, options | {"workloads": parts}
+
+
+def _reference(text: str) -> dict[str, float]:
+    ends = {}
+    for part in filter(None, text.split(",")):
+        name, _, value = part.partition("=")
+        try:
+            ends[name.strip()] = float(value)
+        except ValueError:
+            raise ValueError(f"--reference is NAME=VALUE,..., not {text!r}") from None
+    return ends
+
+
+@contextmanager
+def _progress() -> Iterator[Any]:
+    """A bar with the time left on standard error, where that is a terminal."""
+    try:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    except ImportError:
+        raise ImportError("explore needs rich: pip install 'ggem-jax[neupims]'") from None
+    console = Console(stderr=True)
+    columns = (TextColumn("designs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+        task = bar.add_task("designs", total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def _summary(found, space, workloads, arguments, system: tuple[str, int], seconds: float) -> dict[str, Any]:
+    import jax
+
+    from neupims.explore import overall
+    from neupims.validate import expected_error
+
+    def designs(points) -> list[dict[str, Any]]:
+        metrics = {name: overall(each) for name, each in points.metrics.items()}
+        listed = []
+        for row in range(len(points.place)):
+            knobs = {name: float(points.values[row, column]) for column, name in enumerate(space.names)}
+            listed.append({"index": int(points.place[row]), "knobs": knobs, "metrics": {name: float(each[row]) for name, each in metrics.items()}})
+        return listed
+
+    order = np.argsort(overall(found.front.metrics[found.objectives[0].name]) * (-1 if found.objectives[0].largest else 1), kind="stable")
+    return {
+        "method": arguments.method,
+        "seed": arguments.seed,
+        "system": system[0],
+        "sub_batches": system[1],
+        "fidelity": arguments.fidelity,
+        "workloads": [each.name for each in workloads],
+        "objectives": [str(each) for each in found.objectives],
+        "points": found.points,
+        "kept": found.kept,
+        "flagged": found.flagged,
+        "front": designs(found.front.take(order)),
+        "base": designs(found.base)[0],
+        "reference": found.reference,
+        "hypervolume": found.hypervolume,
+        "sensitivity_of": found.sensitivity_of,
+        "sensitivities": {name: each._asdict() for name, each in found.sensitivities.items()},
+        "expected_error": expected_error(*system, arguments.fidelity),
+        "seconds": seconds,
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+    }
+
+
+def _table(found, space, workloads) -> str:
+    """The front as CSV: the knobs, every metric over all workloads, and the throughput of each."""
+    from neupims.explore import overall
+
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    names = list(found.front.metrics)
+    writer.writerow(["index", *space.names, *names, *(f"tokens_per_second of {each.name}" for each in workloads)])
+    columns = [overall(found.front.metrics[name]) for name in names] + list(found.front.metrics["tokens_per_second"].T)
+    for row, index in enumerate(found.front.place):
+        writer.writerow([int(index), *(f"{value:.9g}" for value in found.front.values[row]), *(f"{float(column[row]):.7g}" for column in columns)])
+    return text.getvalue()
+
+
+def _print(summary: dict[str, Any], folder: Path | None) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(highlight=False, width=None if os.isatty(1) else WIDTH)
+    knobs, metrics = list(summary["base"]["knobs"]), list(summary["base"]["metrics"])
+    front, workloads = summary["front"], summary["workloads"]
+    table = Table(title=f"Pareto front: {len(front)} of {summary['points']} designs, over {', '.join(workloads)} (geometric means)")
+    for name in (*knobs, *metrics):
+        table.add_column(re.sub(r"[._]", "\n", name), justify="right")
+    shown = [front[place] for place in np.unique(np.linspace(0, len(front) - 1, SHOWN).astype(int))] if front else []
+    for design in (*shown, summary["base"]):
+        if design is summary["base"]:
+            table.add_section()
+        table.add_row(*(f"{value:.4g}" for value in (*design["knobs"].values(), *design["metrics"].values())))
+    console.print(table)
+    console.print(f"{len(shown)} of {len(front)} designs of the front shown, by {summary['objectives'][0].partition(':')[0]}; last, the base design.")
+    console.print(f"{summary['kept']} designs keep the constraints, {summary['flagged']} are impossible.")
+    if summary["hypervolume"] is not None:
+        ends = ", ".join(f"{name} {value:.4g}" for name, value in summary["reference"].items())
+        console.print(f"hypervolume {summary['hypervolume']:.6g}, in units of the base design, up to {ends}")
+    table = Table(title=f"Sensitivity of {summary['sensitivity_of']}")
+    for name in ("knob", "elasticity at the base", "rank correlation", "share of variance"):
+        table.add_column(name, justify="left" if name == "knob" else "right")
+    order = sorted(summary["sensitivities"].items(), key=lambda each: -abs(np.nan_to_num(each[1]["first_order"])))
+    for name, each in order:
+        table.add_row(name, *(f"{value:+.3f}" if np.isfinite(value) else "-" for value in each.values()))
+    console.print(table)
+    if error := summary["expected_error"]:
+        mean, most = error["layer_mean_percent"], error["layer_max_percent"]
+        console.print(f"expected error of a layer's cycles near the base design: {mean:.1f} % in the mean, {most:.1f} % at most")
+    rate = summary["points"] / summary["seconds"]
+    console.print(f"{summary['seconds']:.1f} s, {rate:.0f} designs a second with compilation, on {summary['devices']}")
+    if folder:
+        console.print(f"{folder / 'front.csv'} and {folder / 'summary.json'} written")

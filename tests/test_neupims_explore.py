@@ -1,0 +1,372 @@
+"""neupims/explore.py: chunks, devices, kills, evolution and sensitivities, on functions whose answers are known; and the usual evaluation."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from neupims import evolution
+from neupims.evaluation import Workload, deal, evaluation, possible
+from neupims.explore import Evaluator, Objective, explore, judged, overall, parse_objectives
+from neupims.hardware import Hardware
+from neupims.schedule import simulate
+from neupims.sensitivity import first_order, neighbours, rank_correlation
+from neupims.space import make_space, sample
+from neupims.workload import GPT3, PARALLEL, Parallel, make_batch
+
+ROOT = Path(__file__).resolve().parent.parent
+SPEED_AND_COST = parse_objectives("speed:max,cost:min")
+
+
+def speed_and_cost(columns):
+    """Speed is the knobs' product over tRCD, cost their sum; 3 arrays are no machine, and of 5 the speed is not a number."""
+    arrays, channels = columns["npu.num_arrays"] * 1.0, columns["hbm.num_channels"] * 1.0
+    speed = jnp.where(arrays == 5, jnp.nan, arrays * channels / columns["hbm.trcd_read_cycles"])
+    flagged = (arrays == 3)[:, None] & jnp.array([[False, True]])
+    return {"speed": jnp.stack([speed, 4 * speed], axis=1), "cost": jnp.stack([arrays + channels] * 2, axis=1), "flagged": flagged}
+
+
+SPACE = make_space({"npu.num_arrays": {"low": 2, "high": 9}, "hbm.num_channels": [1, 2, 4, 8], "hbm.trcd_read_cycles": {"low": 10.0, "high": 20.0}})
+
+
+def run(**options):
+    return explore(SPACE, speed_and_cost, SPEED_AND_COST, sensitivity_of="speed", **options)
+
+
+def arrays_of(result):
+    return [result.front.place, result.front.values, *result.front.metrics.values()]
+
+
+def test_a_grid_finds_the_front_by_hand():
+    """At tRCD 10: over 2 to 9 arrays and 1 to 8 channels the product is best for its sum where channels are as many as arrays, or nearly."""
+    result = run(method="grid", chunk=37)
+    found = {(int(a), int(c), t) for a, c, t in result.front.values}
+    best = set()
+    every = [(a, c) for a in (2, 4, 6, 7, 8, 9) for c in (1, 2, 4, 8)]
+    for a, c in every:
+        if not any(b * d >= a * c and b + d <= a + c and (b * d, b + d) != (a * c, a + c) for b, d in every):
+            best.add((a, c, 10.0))
+    assert found == best
+    assert (result.points, result.flagged) == (8 * 4 * 5, 2 * 4 * 5)
+    assert result.kept == result.points - result.flagged
+
+
+def test_of_workloads_the_geometric_mean_counts():
+    result = run(method="sobol", points=16)
+    values, metrics = result.front.values, result.front.metrics
+    assert overall(metrics["speed"]) == pytest.approx(2 * values[:, 0] * values[:, 1] / values[:, 2], rel=1e-5)
+    assert judged(result.front, SPEED_AND_COST)[:, 0] == pytest.approx(-overall(metrics["speed"]))
+
+
+def test_chunks_do_not_change_what_is_found(tmp_path):
+    whole = run(method="sobol", points=100, chunk=100)
+    parts = run(method="sobol", points=100, chunk=23, folder=tmp_path / "out")
+    for one, two in zip(arrays_of(whole), arrays_of(parts), strict=True):
+        assert np.array_equal(one, two)
+    assert whole.hypervolume == parts.hypervolume > 0
+
+
+def test_one_compilation_for_all_chunks():
+    traced = []
+
+    def counted(columns):
+        traced.append(1)
+        return speed_and_cost(columns)
+
+    explore(SPACE, counted, SPEED_AND_COST, method="sobol", points=100, chunk=30, sensitivity_of="speed")
+    assert len(traced) == 1
+
+
+def test_a_second_run_reads_what_the_first_has_done(tmp_path):
+    """Also where a file is damaged, and where more points are wanted."""
+    first = run(method="random", points=100, chunk=16, folder=tmp_path)
+    stamps = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "points").iterdir()}
+    (tmp_path / "points" / "000002.npz").write_bytes(b"PK half a file")
+    (tmp_path / "points" / "000003.npz.part").write_bytes(b"")
+    again = run(method="random", points=100, chunk=16, folder=tmp_path)
+    now = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "points").iterdir()}
+    assert {name for name in now if now[name] != stamps.get(name)} == {"000002.npz"}
+    assert all(np.array_equal(one, two) for one, two in zip(arrays_of(first), arrays_of(again), strict=True))
+    more = run(method="random", points=200, chunk=16, folder=tmp_path)
+    fresh = run(method="random", points=200, chunk=16)
+    assert all(np.array_equal(one, two) for one, two in zip(arrays_of(more), arrays_of(fresh), strict=True))
+
+
+def test_another_exploration_in_the_folder_is_refused(tmp_path):
+    run(points=8, folder=tmp_path)
+    other = make_space({"npu.num_arrays": [2, 4], "hbm.num_channels": [1], "hbm.trcd_read_cycles": [10]})
+    with pytest.raises(ValueError, match=r"another space \(knobs\)"):
+        explore(other, speed_and_cost, SPEED_AND_COST, points=8, folder=tmp_path, sensitivity_of="speed")
+    with pytest.raises(ValueError, match=r"another run \(seed\)"):
+        run(points=8, seed=1, folder=tmp_path)
+    with pytest.raises(ValueError, match=r"another settings \(model\)"):
+        run(points=8, settings={"model": 1}, folder=tmp_path)
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | {"code": "older"}))
+    with pytest.raises(ValueError, match="another code"):
+        run(points=8, folder=tmp_path)
+    (tmp_path / "manifest.json").write_text("{")
+    with pytest.raises(ValueError, match=r"manifest\.json is damaged"):
+        run(points=8, folder=tmp_path)
+    (tmp_path / "manifest.json").unlink()
+    with pytest.raises(ValueError, match="not empty"):
+        run(points=8, folder=tmp_path)
+    with pytest.raises(ValueError, match="not a folder"):
+        run(points=8, folder=tmp_path / "points" / "000000.npz")
+
+
+SLOW = """
+import sys, time
+sys.path.insert(0, {tests!r})
+import test_neupims_explore as case
+case.run(method={method!r}, points=128, chunk=16, folder={folder!r}, report=lambda done, total: (print(done, flush=True), time.sleep(0.2)))
+"""
+
+
+@pytest.mark.parametrize("method", ["random", "evolution"])
+def test_a_killed_run_goes_on(tmp_path, method):
+    code = SLOW.format(tests=str(ROOT / "tests"), method=method, folder=str(tmp_path))
+    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
+    assert process.stdout is not None
+    seen = [process.stdout.readline() for _ in range(3)]
+    with pytest.raises(ValueError, match="another process"):
+        run(method=method, points=128, chunk=16, folder=tmp_path)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    done = len(list((tmp_path / "points").glob("*.npz")))
+    assert seen[0] == "16\n"
+    assert 3 <= done < 8
+    stamps = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "points").glob("*.npz")}
+    resumed, fresh = run(method=method, points=128, chunk=16, folder=tmp_path), run(method=method, points=128, chunk=16)
+    assert all((tmp_path / "points" / name).stat().st_mtime_ns == stamp for name, stamp in stamps.items())
+    assert all(np.array_equal(one, two) for one, two in zip(arrays_of(resumed), arrays_of(fresh), strict=True))
+
+
+def test_nothing_half_written_stays_where_the_disk_refuses(tmp_path, monkeypatch):
+    def full(_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OSError, match="No space"):
+        run(points=8, folder=tmp_path)
+    assert [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "lock"] == []
+
+
+def test_designs_are_spread_over_all_devices():
+    """The tests run on eight devices; one, three and eight find the same, whatever the number of designs."""
+    assert jax.device_count() == 8
+    values = sample(SPACE, "random", 0, 21)
+    every = [Evaluator(SPACE, speed_and_cost, rows, jax.devices()[:count]) for count, rows in ((1, 21), (3, 5), (8, 21))]
+    found = [evaluator(values) for evaluator in every]
+    assert [evaluator.rows for evaluator in every] == [21, 6, 24]
+    assert len(every[2].run(every[2]._columns(values))["cost"].sharding.device_set) == 8
+    for other in found[1:]:
+        assert all(np.array_equal(one, two, equal_nan=True) for one, two in zip(jax.tree.leaves(found[0]), jax.tree.leaves(other), strict=True))
+
+
+def test_constraints_of_knobs_and_metrics():
+    constraints = ["npu.num_arrays * hbm.num_channels <= 16", "cost < 11"]
+    space = make_space({name: _choice(name) for name in SPACE.names}, constraints, metrics=["cost", "speed"])
+    result = explore(space, speed_and_cost, SPEED_AND_COST, method="grid", sensitivity_of="speed")
+    arrays, channels = result.front.values[:, 0], result.front.values[:, 1]
+    assert (arrays * channels <= 16).all()
+    assert (arrays + channels < 11).all()
+    assert (arrays * channels == 16).any()
+    kept = [(a, c) for a in (2, 4, 6, 7, 8, 9) for c in (1, 2, 4, 8) if a * c <= 16 and a + c < 11]
+    assert result.kept == 5 * len(kept)
+
+
+def _choice(name):
+    return SPACE.described()["knobs"][name]
+
+
+def test_evolution_nears_a_known_front_and_beats_chance():
+    """ZDT1 (Zitzler, Deb and Thiele, 2000) moved up by 1 so that all is positive: the front is f2 = 2 - sqrt(f1 - 1), where all other knobs are 0."""
+    names = ["hbm.trp_cycles", "hbm.tras_cycles", "hbm.tfaw_cycles", "hbm.trfc_cycles", "hbm.twr_cycles", "hbm.trtp_cycles"]
+    space = make_space({name: {"low": 0.0, "high": 1.0} for name in names})
+
+    def zdt1(columns):
+        x = [columns[name] for name in names]
+        g = 1 + 9 * sum(x[1:]) / (len(x) - 1)
+        return {"one": (1 + x[0])[:, None], "two": (1 + g * (1 - jnp.sqrt(x[0] / g)))[:, None]}
+
+    objectives = (Objective("one", False), Objective("two", False))
+    reference = {"one": 2.0, "two": 3.0}
+    options = {"points": 3200, "chunk": 64, "reference": reference, "sensitivity_of": "two"}
+    evolved, drawn = (explore(space, zdt1, objectives, method=method, seed=1, **options) for method in ("evolution", "random"))
+    base = [float(overall(evolved.base.metrics[name])[0]) for name in ("one", "two")]
+    most = (1 + 2 / 3) / (base[0] * base[1])  # the area above 1 - sqrt(x) up to 2, from 0 to 1
+    assert drawn.hypervolume < 0.9 * most
+    assert 0.97 * most < evolved.hypervolume <= most
+
+
+def test_children_stay_in_the_cube_and_lists_keep_their_values():
+    units = jnp.asarray(np.random.default_rng(0).random((64, 3)), jnp.float32).at[:, 1].set(jnp.arange(64) % 4 / 4)
+    drawn = jnp.asarray(np.random.default_rng(1).random((evolution.DRAWS, 64, 3)), jnp.float32)
+    children = evolution.offspring(drawn, units, jnp.zeros(64, int), jnp.ones(64), jnp.array([False, True, False]))
+    assert children.shape == (64, 3)
+    assert float(children.min()) >= 0
+    assert float(children.max()) <= 1
+    kept = np.isin(np.asarray(children[:, 1]), np.arange(4) / 4)
+    assert 0.4 < kept.mean() < 0.9  # a third is drawn anew
+    assert not np.isin(np.asarray(children[:, 0]), np.asarray(units[:, 0])).all()
+
+
+def test_fitness_puts_broken_designs_behind_and_copies_behind_these():
+    values = jnp.array([[1.0], [2], [3], [1], [4], [5]])
+    objectives = jnp.array([[2.0, 2], [1, 3], [3, 3], [2, 2], [0, 0], [jnp.nan, 0]])
+    rank, _ = evolution.fitness(values, objectives, jnp.array([0, 0, 0, 0, 0.5, jnp.inf]))
+    assert rank.tolist() == [0, 0, 1, 12, 6, 12]
+    assert evolution.survivors(rank, jnp.zeros(6)).tolist() == [0, 1, 2]
+
+
+def test_sensitivities_by_hand():
+    """speed = a c / t: elasticities 1, 1 and -1 (between steps, nearly); of c alone ln varies most."""
+    result = run(method="random", points=8192)
+    found = result.sensitivities
+    assert [found[name].elasticity for name in SPACE.names] == [pytest.approx(1, rel=1e-5), pytest.approx(1, rel=1e-5), pytest.approx(-1, rel=1e-5)]
+    assert found["npu.num_arrays"].rank_correlation > 0 > found["hbm.trcd_read_cycles"].rank_correlation
+    shares = [found[name].first_order for name in SPACE.names]
+    assert max(shares) == shares[1]
+    assert 0.8 < sum(shares) < 1
+
+
+def test_first_order_index_of_a_sum_and_of_chance():
+    """y = 2a + b of independent uniform a and b: 4/5 and 1/5 of the variance; c has none."""
+    rng = np.random.default_rng(0)
+    a, b, c = rng.random((3, 20000))
+    y = 2 * a + b
+    assert first_order(a, y) == pytest.approx(0.8, abs=0.01)
+    assert first_order(b, y) == pytest.approx(0.2, abs=0.01)
+    assert first_order(c, y) == pytest.approx(0, abs=0.005)
+    assert first_order(np.round(3 * a), y) < 0.8
+    assert np.isnan(first_order(np.ones(100), y[:100]))
+
+
+def test_rank_correlation_is_that_of_scipy():
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 5, 200), rng.normal(size=200)
+    assert rank_correlation(a, b + a) == pytest.approx(stats.spearmanr(a, b + a).statistic)
+    assert np.isnan(rank_correlation(np.ones(5), b[:5]))
+
+
+def test_neighbours_are_the_next_values():
+    space = make_space({"npu.num_arrays": {"low": 2, "high": 8}, "hbm.num_channels": [16, 64, 32], "hbm.tfaw_cycles": {"low": 40, "high": 60}})
+    base, *others = neighbours(space).tolist()
+    assert base == [8, 32, 40]  # tFAW is 30, below the range
+    assert others == [[7, 32, 40], [8, 32, 40], [8, 16, 40], [8, 64, 40], [8, 32, 40], [8, 32, 44]]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"method": "annealing"}, "annealing"),
+        ({"method": "grid", "points": 100}, "160 points"),
+        ({"points": 0}, "at least one point"),
+        ({"chunk": 0}, "at least one design"),
+        ({"method": "evolution", "chunk": 2}, "at least 4"),
+        ({"method": "evolution", "chunk": 5}, "even"),
+        ({"reference": {"area": 1.0}}, "area"),
+    ],
+)
+def test_impossible_runs_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        run(**options)
+
+
+def test_objectives_of_a_command_line():
+    assert parse_objectives("a:max, b:min") == (Objective("a", True), Objective("b", False))
+    for text in ("a", "a:best", "a:max,a:min", ""):
+        with pytest.raises(ValueError, match="objective"):
+            parse_objectives(text)
+    with pytest.raises(ValueError, match="'tokens'; there are cost, speed"):
+        explore(SPACE, speed_and_cost, (Objective("tokens", True),), points=4)
+
+
+LENGTHS = np.random.default_rng(0).integers(1, 512, 64)
+BATCH = make_batch(LENGTHS, np.arange(64) % 32)
+WORKLOADS = [Workload(name, GPT3[name], PARALLEL[name], BATCH) for name in ("gpt3-7b", "gpt3-13b")]
+MACHINES = make_space({"pim.page_bytes": [512, 1024, 2048], "hbm.tfaw_cycles": {"low": 12, "high": 40}, "parallel.tp": [4, 8, 3]})
+
+
+def test_the_usual_evaluation_is_a_loop_over_simulate():
+    """The last three are none: 3 devices for 32 heads, a tFAW that is no number, and pages longer than rows."""
+    pages, faw = np.array([512, 1024, 1024, 1024, 2048]), np.array([12.5, 30, 30, np.nan, 30])
+    columns = {"pim.page_bytes": pages, "hbm.tfaw_cycles": faw, "parallel.tp": [4, 4, 3, 4, 4]}
+    found = jax.jit(evaluation(WORKLOADS, schedule="trace", most_channels=32))({name: jnp.asarray(each) for name, each in columns.items()})
+    assert found["flagged"].tolist() == [[False] * 2] * 2 + [[True] * 2] * 3
+    for place, each in enumerate(WORKLOADS):
+        alone = simulate(Hardware(), each.model, each.batch, each.parallel, most_channels=32)
+        assert found["tokens_per_second"][1, place] == pytest.approx(float(alone.tokens_per_second), rel=1e-4)
+        assert found["energy_joules_per_token"][1, place] == pytest.approx(float(alone.energy_joules) * each.parallel.tp / 64, rel=1e-4)
+    assert np.isfinite(found["tokens_per_second"][:3]).all()
+
+
+@pytest.mark.parametrize("channels", [1, 5, 32, 64])
+def test_dealt_requests_are_balanced(channels):
+    """Each channel gets one of every lap, so counts differ by one at most, and so do the halves; long and short ones go together."""
+    lengths = jnp.sort(jnp.asarray(np.random.default_rng(1).integers(1, 2048, 256)))[::-1]
+    batch = deal(lengths, channels)
+    counts = np.bincount(batch.channels, minlength=channels)
+    halves = np.bincount(batch.sub_batches, minlength=2)
+    loads = np.bincount(batch.channels, weights=lengths, minlength=channels)
+    assert np.ptp(counts) <= 1
+    assert abs(halves[0] - halves[1]) <= max(1, channels // 32)
+    if 256 % (2 * channels) == 0:
+        assert loads.max() <= 1.03 * loads.mean()
+
+
+def test_what_the_memory_cannot_hold_is_no_machine():
+    """64 requests of 100,000 tokens need 64 x 128 KiB x 100,000 of 32 GiB."""
+    long, hardware = make_batch(np.full(64, 100_000), np.arange(64) % 32), Hardware()
+    assert bool(possible(hardware, GPT3["gpt3-7b"], BATCH, PARALLEL["gpt3-7b"]))
+    assert not bool(possible(hardware, GPT3["gpt3-7b"], long, PARALLEL["gpt3-7b"]))
+    assert not bool(possible(hardware, GPT3["gpt3-175b"], BATCH, Parallel(1, 1)))
+
+
+def test_the_command_prints_one_object_and_writes_its_files(tool, tmp_path):
+    (tmp_path / "trace.csv").write_text("seq_len,ch_idx\n" + "".join(f"{length},{i % 32}\n" for i, length in enumerate(LENGTHS)))
+    flags = ["--knob", "npu.num_arrays=2:16", "--knob", "hbm.tfaw_cycles=12,30", "--constraint", "npu.num_arrays <= 8"]
+    flags += ["--trace", tmp_path / "trace.csv"]
+    process = tool("neupims", "explore", *flags, "--points", 64, "--out", tmp_path / "out", "--json")
+    out, err = process.communicate(timeout=120)
+    assert (process.returncode, err) == (0, "")
+    found = json.loads(out)
+    assert found["points"] == 64
+    assert found["devices"].startswith(f"{os.cpu_count()} x")
+    assert 1 <= len(found["front"]) <= found["kept"] < 64
+    assert all(design["knobs"]["npu.num_arrays"] <= 8 for design in found["front"])
+    assert found["sensitivities"]["hbm.tfaw_cycles"]["rank_correlation"] < 0
+    assert (tmp_path / "out" / "front.csv").read_text().count("\n") == len(found["front"]) + 1
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == found
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--knob", "hbm.chanels=1,2"], "hbm.chanels"),
+        ([], "--knob"),
+        (["--knob", "npu.num_arrays=2:4", "--constraint", "npu.arrays < 3"], "npu.arrays"),
+        (["--knob", "npu.num_arrays=2:4", "--objectives", "speed:max"], "speed"),
+        (["--knob", "sub_batches=1,2", "--system", "npu-pim"], "sub_batches"),
+    ],
+)
+def test_the_command_refuses_in_one_line(monkeypatch, capsys, tmp_path, flags, words):
+    from neupims.__main__ import main
+
+    (tmp_path / "trace.csv").write_text("seq_len,ch_idx\n5,0\n")
+    assert main(["explore", "--trace", str(tmp_path / "trace.csv"), "--points", "4", *flags]) == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert words in err
+    assert err.count("\n") == 1
