@@ -1,4 +1,4 @@
-# make demo: train small ViTs with different poolings on handwritten digits and compare them.
+# make demo: train small ViTs with different poolings on handwritten digits and compare them; then the accelerator model.
 # make test: lint, types and tests, those of the GPU kernels among them, which need no GPU. Both make the environment .venv first.
 PYTHON ?= python3
 PIP_FLAGS ?= --quiet
@@ -8,6 +8,7 @@ BIN := .venv/bin
 
 demo: .venv/train
 	$(BIN)/python -m eval.demo
+	$(BIN)/python -m eval.accelerator
 
 test: .venv/dev .venv/cuda
 	$(BIN)/ruff check .

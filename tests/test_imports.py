@@ -15,7 +15,7 @@ ARROWS = {
     "ggem_jax": {"ggem_jax"},
     "neupims": {"neupims"},
     "train": {"train", "ggem_jax"},
-    "eval": {"eval", "train", "ggem_jax"},
+    "eval": {"eval", "train", "ggem_jax", "neupims"},
     "benchmarks": {"benchmarks", "eval", "train", "ggem_jax", "neupims"},
 }
 
