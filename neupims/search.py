@@ -23,6 +23,7 @@ INHERITED = 0.25  # share of the second parent's places in such a child
 MUTATIONS = 2  # at most, of one child
 RELOCATIONS = 0.1  # share of mutations that touch the order, the number of sub-batches or a knob, where those are searched
 KNOB_STEP = 0.2  # standard deviation of a knob's mutation, as a share of its range
+MOST_TRIES = 2  # mutations of a child, more than one only if the first gives what has been evaluated before
 KEY_STEP = 0.1  # first standard deviation of evosax's random keys, in turns of the circle of places
 HOT, COLD = 3e-2, 1e-5  # first and last temperature of annealing, as shares of the first cost
 
@@ -117,25 +118,34 @@ def _search(make_strategy, objective, space, population, rounds, problem, starts
     return jax.vmap(one)(keys)
 
 
+PACKINGS = ("round robin", "greedy (paper)", "longest first")
+SPLITS = {2: ("halves", "snake"), 1: ("one batch",)}
+
+
 def baselines(space: Space, problem: Problem, knobs=None) -> dict[str, Genome]:
     """The simple schedules by name, with residents where they are; each with every number of sub-batches that the space has."""
+    names = [f"{packing}, {split}" for packing in PACKINGS for count in (2, 1) if count in space.sub_batches for split in SPLITS[count]]
+    values = jnp.array([knob.low for knob in space.knobs], jnp.float32) if knobs is None else jnp.asarray(knobs, jnp.float32)
+    return dict(zip(names, _baselines(space, problem, values), strict=True))
+
+
+@partial(jax.jit, static_argnums=0)
+def _baselines(space: Space, problem: Problem, knobs) -> list[Genome]:
     work = problem.work.sum(axis=1)
-    loads = estimated_cycles(problem.hardware, problem.model, problem.seq_lens, problem.parallel)
-    channels = {
-        "round robin": round_robin(work.shape[0], space.channels),
-        "greedy (paper)": pack_longest_first(loads, space.channels, resident=problem.resident),
-        "longest first": pack_longest_first(work, space.channels, resident=problem.resident),
-    }
-    made = {}
-    for name, packed in channels.items():
-        packed = jnp.where(problem.resident >= 0, problem.resident, packed)
-        halved, snaked = halving_split(packed, space.channels), snake_split(work, packed, space.channels)
+    estimate = estimated_cycles(problem.hardware, problem.model, problem.seq_lens, problem.parallel)
+    packings = [
+        jnp.where(problem.resident >= 0, problem.resident, round_robin(work.shape[0], space.channels)),
+        pack_longest_first(estimate, space.channels, resident=problem.resident),
+        pack_longest_first(work, space.channels, resident=problem.resident),
+    ]
+    made = []
+    for channels in packings:
+        snake = snake_split(work, channels, space.channels)
         if 2 in space.sub_batches:
-            made[f"{name}, halves"] = make_genome(space, packed, halved, knobs=knobs)
-            made[f"{name}, snake"] = make_genome(space, packed, snaked, knobs=knobs)
+            made += [make_genome(space, channels, split, knobs=knobs) for split in (halving_split(channels, space.channels), snake)]
         if 1 in space.sub_batches:
-            made[f"{name}, one batch"] = make_genome(space, packed, snaked, interleaved=False, knobs=knobs)
-    return {name: repair(space, problem.resident, genome) for name, genome in made.items()}
+            made.append(make_genome(space, channels, snake, interleaved=False, knobs=knobs))
+    return [repair(space, problem.resident, genome) for genome in made]
 
 
 def better(one: Cost, other: Cost):
@@ -228,7 +238,7 @@ def relocate(space: Space, problem: Problem, key, genome: Genome) -> Genome:
     channel = places // 2
     exchanged = 2 * jnp.where(channel == one, other, jnp.where(channel == other, one, channel)) + places % 2
     exchanged = jnp.where(one == other, places ^ 1, exchanged)
-    wholesale = draws[7] // 65536 % 16 == 0
+    wholesale = draws[7] // 65536 % 8 == 0
     return genome._replace(places=jnp.where(wholesale, exchanged, jnp.where((kind < 3) | (partner == request), moved, swapped)))
 
 
@@ -278,27 +288,58 @@ def evolution(moves: Moves) -> Strategy:
     """Each round as many children as there are parents; the best of both go on. Parents win a tournament of two.
 
     Of genomes with the same cost one goes on, a young one; the others only where there are not enough: a population of twins has stopped to search.
+    A child that has been evaluated before is mutated further, so that small spaces are not searched twice. What has been is marked in a table by a
+    hash: two genomes that share a mark cost one mutation more, no more.
     """
     size = moves.population
+    bits = 3 + (moves.population * moves.rounds).bit_length()
 
     def start(genomes):
-        return genomes, Cost(jnp.full(size, jnp.inf), jnp.full(size, jnp.inf))
+        return genomes, Cost(jnp.full(size, jnp.inf), jnp.full(size, jnp.inf)), jnp.zeros(1 << bits, bool)
 
     def tell(key, state, genomes, costs):
-        everyone = jax.tree.map(lambda young, old: jnp.concatenate([young, old]), (genomes, costs), state)
+        parents, theirs, seen = state
+        everyone = jax.tree.map(lambda young, old: jnp.concatenate([young, old]), (genomes, costs), (parents, theirs))
         order = by_cost(everyone[1])
         objective, busy = (cost[order] for cost in everyone[1])
         twin = jnp.concatenate([jnp.array([False]), (objective[1:] == objective[:-1]) & (busy[1:] == busy[:-1])])
         chosen = order[jnp.argsort(twin, stable=True)][:size]
-        return jax.tree.map(lambda leaf: leaf[chosen], everyone)
+        return *jax.tree.map(lambda leaf: leaf[chosen], everyone), seen.at[marks(genomes)].set(True)
+
+    def marks(genomes):
+        return (jax.vmap(genome_hash)(genomes) >> (32 - bits)).astype(jnp.int32)
 
     def ask(key, state):
-        pairs_key, cross_key, mutate_key = jax.random.split(key, 3)
+        parents, _, seen = state
+        pairs_key, cross_key, key = jax.random.split(key, 3)
         winners = jax.random.randint(pairs_key, (2, 2, size), 0, size).min(axis=1)  # parents stand in the order of their costs
-        mother, father = (jax.tree.map(lambda leaf, who=who: leaf[who], state[0]) for who in winners)
-        return state, moves.mutate(mutate_key, jax.vmap(cross)(jax.random.split(cross_key, size), mother, father))
+        mother, father = (jax.tree.map(lambda leaf, who=who: leaf[who], parents) for who in winners)
+        crossed = jax.vmap(cross)(jax.random.split(cross_key, size), mother, father)
+
+        def again(carry):
+            tries, _, fresh = carry
+            return (tries < MOST_TRIES) & ~fresh.all()
+
+        def further(carry):
+            tries, children, fresh = carry
+            children = choose(fresh, children, moves.mutate(jax.random.fold_in(key, tries), children))
+            own = marks(children)
+            elder = jnp.tril(own[:, None] == own, -1).any(axis=1)
+            return tries + 1, children, ~seen[own] & ~elder
+
+        _, children, _ = jax.lax.while_loop(again, further, (0, crossed, jnp.zeros(size, bool)))
+        return state, children
 
     return Strategy(start, tell, ask)
+
+
+def genome_hash(genome: Genome):
+    """32 bits that depend on all of a genome."""
+    parts = [genome.places, genome.priorities, genome.interleaved[None], jax.lax.bitcast_convert_type(genome.knobs, jnp.int32)]
+    numbers = jnp.concatenate([part.astype(jnp.uint32) for part in parts])
+    odd = np.random.default_rng(0).integers(0, 2**31, numbers.shape[0], np.uint32) * 2 + 1
+    mixed = (numbers + 1) * odd
+    return jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32) * jnp.uint32(2654435769)
 
 
 def cross(key, mother: Genome, father: Genome) -> Genome:

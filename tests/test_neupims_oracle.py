@@ -1,7 +1,5 @@
 """neupims/oracle.py: what is proven, by enumeration, by a solver and by bounds, agrees; and evolution reaches it."""
 
-from functools import partial
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +10,7 @@ from neupims.hardware import Hardware
 from neupims.objective import Layer, make_problem
 from neupims.oracle import IntegerLayer, cp_sat, exhaustive, gap, lower_bound
 from neupims.record import replace
-from neupims.search import baselines, random_genome, search
+from neupims.search import baselines, search
 from neupims.workload import GPT3, PARALLEL, Decoder, Parallel
 
 TINY = Decoder(layers=1, width=1024, heads=8, kv_heads=8, mlp_width=4096)
@@ -55,35 +53,25 @@ def test_the_solver_proves_what_enumeration_finds(realisable, sub_batches):
         assert float(again.objective) == proof.cost
 
 
-@pytest.mark.slow
-def test_what_the_solver_proves_bounds_the_full_model():
+def test_no_schedule_of_the_full_model_beats_the_bounds():
+    """The optimum by enumeration against the bound in closed form and the one that the solver proves."""
     pytest.importorskip("ortools")
-    space = Space(2, sub_batches=(2,))
-    problem = case(7, 2, 6)
-    assert cp_sat(space, problem).bound <= exhaustive(Layer(space), space, problem).cost
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("realisable", [False, True])
-def test_no_schedule_beats_the_bound(realisable):
-    space = Space(2, realisable)
+    space = Space(2, realisable=True)
     for seed in range(4):
-        problem = case(seed, 2, 6)
+        problem = case(seed, 2, 5)
         best = exhaustive(Layer(space), space, problem).cost
         assert 0 <= gap(best, float(lower_bound(space, problem))) < 0.25
+        assert 0 <= gap(best, cp_sat(space, problem).bound) < 0.25
 
 
 @pytest.mark.slow
-def test_the_bound_of_a_large_batch_is_below_every_schedule_and_near_the_best():
+def test_the_bound_of_a_large_batch_is_near_the_best():
     lengths = np.clip(np.random.default_rng(0).lognormal(5.5, 0.9, 256), 1, 2048).astype(int)
     space = Space(32, realisable=True, sub_batches=(2,))
     problem = make_problem(Hardware(), GPT3["gpt3-7b"], PARALLEL["gpt3-7b"], lengths)
-    objective = jax.jit(jax.vmap(lambda genome: Layer(space)(problem, decide(space, genome)).objective))
-    drawn = objective(jax.vmap(partial(random_genome, space, problem))(jax.random.split(jax.random.key(0), 16)))
-    simple = objective(jax.tree.map(lambda *parts: jnp.stack(parts), *baselines(space, problem).values()))
-    bound = float(lower_bound(space, problem))
-    assert bound < float(jnp.minimum(drawn.min(), simple.min()))
-    assert gap(float(simple.min()), bound) < 0.05
+    starts = jax.tree.map(lambda *parts: jnp.stack(parts), *baselines(space, problem).values())
+    costs = jax.jit(jax.vmap(lambda genome: Layer(space)(problem, decide(space, genome)).objective))(starts)
+    assert 0 < gap(float(costs.min()), float(lower_bound(space, problem))) < 0.05
 
 
 @pytest.mark.slow
@@ -95,8 +83,9 @@ def test_evolution_reaches_the_optimum_of_small_cases():
         problem = case(seed, 3, 6)
         proof = exhaustive(Layer(space), space, problem)
         starts = jax.tree.map(lambda *parts: jnp.stack(parts), *baselines(space, problem).values())
-        options = {"budget": proof.points // 10, "population": 16, "seeds": 2, "starts": starts}
-        done = search("evolution", Layer(space), space, problem, jax.random.key(seed), **options)
+        done = search(
+            "evolution", Layer(space), space, problem, jax.random.key(seed), budget=proof.points // 10, population=8, seeds=2, starts=starts
+        )
         assert done.evaluations <= 0.1 * proof.points
         hits += (np.asarray(done.cost.objective) <= proof.cost * (1 + 1e-6)).tolist()
     assert np.mean(hits) >= 0.95

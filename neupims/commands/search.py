@@ -36,6 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--hardware-knob", action="append", default=[], metavar="NAME=LOW:HIGH", help="search this field of the hardware too; may repeat"
     )
     parser.add_argument("--measure", default="time", help="time, energy or energy-delay of a layer (default: time)")
+    parser.add_argument("--exact", action="store_true", help="score the published and the best schedule by the exact path too")
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write one page with curves and channel loads")
 
 
@@ -59,6 +60,8 @@ def _check(arguments: argparse.Namespace, case: Case) -> None:
         raise ValueError("--export-trace needs --realisable: other schedules have no trace that the simulator would halve so")
     if arguments.export_trace and arguments.hardware_knob:
         raise ValueError("--export-trace writes a schedule for the given hardware, so it excludes --hardware-knob")
+    if arguments.exact and arguments.hardware_knob:
+        raise ValueError("--exact scores schedules on the given hardware, so it excludes --hardware-knob")
     for name in ("budget", "population", "seeds", "order_levels"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(arguments, name)}")
@@ -153,7 +156,7 @@ def searched(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     error = expected_error("neupims", 2 if interleaved else 1, case.fidelity, row_buffers=int(case.hardware.pim.row_buffers))
     gain = 1 - best[0] / before
     exact = None
-    if not space.knobs:
+    if arguments.exact:
         scored = {"published": (case.batch, case.sub_batches), "best": (decision_batch(problem.seq_lens, decision), 2 if interleaved else 1)}
         scores = {when: float(_exact(case, batch, count)) for when, (batch, count) in scored.items()}
         exact = scores | {"gain": 1 - scores["best"] / scores["published"]}
@@ -173,7 +176,10 @@ def searched(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
         | {"knobs": dict(zip((knob.name for knob in space.knobs), np.asarray(genome.knobs).tolist(), strict=True))},
         "exact": exact,
         "expected_error": error,
-        "channel_cycles": {"before": _loads(problem, decide(space, published), channels), "after": _loads(problem, decision, channels)},
+        "channel_cycles": {
+            "before": _loads(problem, decide(space, published), channels, case.sub_batches == 2),
+            "after": _loads(problem, decision, channels, interleaved),
+        },
         "trace": str(arguments.export_trace) if arguments.export_trace else None,
     }
 
@@ -229,12 +235,12 @@ def _given(case: Case, space) -> list[float]:
     return [numbers[knob.name] for knob in space.knobs]
 
 
-def _loads(problem, decision, channels: int) -> list[list[float]]:
-    """Attention cycles of each sub-batch on each channel."""
+def _loads(problem, decision, channels: int, interleaved: bool) -> list[list[float]]:
+    """Attention cycles of each sub-batch on each channel; one batch is sub-batch 0."""
     import numpy as np
 
     loads = np.zeros((2, max(channels, int(np.asarray(decision.channels).max()) + 1)))
-    np.add.at(loads, (np.asarray(decision.sub_batches), np.asarray(decision.channels)), np.asarray(problem.work).sum(axis=1))
+    np.add.at(loads, (np.asarray(decision.sub_batches) * interleaved, np.asarray(decision.channels)), np.asarray(problem.work).sum(axis=1))
     return loads.tolist()
 
 
