@@ -10,7 +10,7 @@ import pytest
 
 from neupims.__main__ import main
 from neupims.capacity import channel_tiles
-from neupims.decision import CHANNELS_KNOB, Knob, Space, decide, decision_batch, export_trace, make_genome
+from neupims.decision import CHANNELS_KNOB, Knob, Space, decide, decision_batch, export_trace, make_genome, repair
 from neupims.hardware import Hardware
 from neupims.objective import Cost, Layer, make_problem
 from neupims.oracle import IntegerLayer
