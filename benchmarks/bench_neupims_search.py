@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--draws", type=int, default=10, help="of each distribution of lengths")
     parser.add_argument("--published", type=int, default=20, help="how many of the published traces")
     parser.add_argument("--models", default=",".join(GPT3))
-    parser.add_argument("--budget", type=int, default=16384, help="schedules evaluated for each seed")
+    parser.add_argument("--budget", type=int, default=12288, help="schedules evaluated for each seed")
     parser.add_argument("--population", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--small", type=int, default=200, help="small cases")
