@@ -121,20 +121,21 @@ class Measured(NamedTuple):
 def evaluation_seconds(design, count: int, chunk: int, block: int, rounds: int) -> Measured:
     """`count` designs through the evaluator."""
     evaluator = Evaluator(SPACE, lambda columns: in_blocks(design, columns, block), chunk)
-    starts = range(0, count, evaluator.rows)
-    made = [columns_of(min(evaluator.rows, count - start), start) for start in starts]
-    tiling = np.concatenate([np.stack([each[name] for name in list(KNOBS)[:6]], axis=1) for each in made])
-    distinct = len(np.unique(tiling, axis=0))
-    full = [{name: np.concatenate([each, np.repeat(each[-1:], evaluator.rows - len(each))]) for name, each in part.items()} for part in made]
     seconds, worked, peak = [], [], 0
     for _ in range(rounds + 1):
+        spent = busy = 0.0
         with Watched() as memory:
-            began, busy = time.perf_counter(), time.process_time()
-            for part in full:
-                jax.device_get(evaluator.run(jax.device_put(part, evaluator.placed)))
-            seconds.append(time.perf_counter() - began)
-            worked.append(time.process_time() - busy)
+            for start in range(0, count, evaluator.rows):
+                part = columns_of(min(evaluator.rows, count - start), start)
+                full = {name: np.pad(each, (0, evaluator.rows - len(each)), mode="edge") for name, each in part.items()}
+                began, began_work = time.perf_counter(), time.process_time()
+                jax.device_get(evaluator.run(jax.device_put(full, evaluator.placed)))
+                spent, busy = spent + time.perf_counter() - began, busy + time.process_time() - began_work
+        seconds.append(spent)
+        worked.append(busy)
         peak = max(peak, memory.peak)
+    tiling = sample(SPACE, "random", 0, count)[:, : list(KNOBS).index("hbm.tfaw_cycles")]
+    distinct = len(np.unique(tiling, axis=0))
     return Measured(min(seconds[1:]), min(worked[1:]), peak, distinct)
 
 

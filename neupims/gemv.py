@@ -20,6 +20,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from neupims.hardware import Hardware, banks, burst_cycles
@@ -30,7 +31,7 @@ INTERVALS = 18  # refresh intervals that the closed form follows; the first SETT
 SETTLING = 4
 TABULATED = 12  # tiles of a group, of those costs that the closed form computes once for all requests
 ENDLESS = 64.0  # tiles of a group that shows what one more tile takes
-PRODUCTS = 32  # of a tile: a row of 512 numbers has 32 commands of 16
+PRODUCTS = 32  # of a tile, of those costs that the closed form computes once; a row of 512 numbers has 32 commands of 16
 
 
 class Groups(NamedTuple):
@@ -171,10 +172,13 @@ def starved(times: Timing, estimate: Number) -> Number:
     return times.interval - times.refresh_start <= jnp.maximum(estimate, gwrite)
 
 
-def group_cycles(times: Timing, groups: Groups) -> Number:
-    """Memory cycles of one group when groups like it follow each other for ever, refreshes included.
+def group_cycles(times: Timing, groups: Groups, weight: Number = 1.0) -> Number:
+    """Memory cycles of one group when groups like it follow each other for ever, refreshes included, times `weight`; 0 where that is 0.
 
-    Follows INTERVALS refresh intervals in closed form: how many tiles start in each, given the tiles left from the one before.
+    Follows INTERVALS refresh intervals in closed form: how many tiles start in each, given the tiles left from the one before. The state is one
+    complex number: tiles so far, with a half more where the GWRITE of the next group is done, and the end of the last one within the interval. From
+    a state of several arrays the compiler makes a loop for each, and each computes the whole step. The last step makes the result, as what reads it
+    would else compute that part again, element by element.
     """
     period, multiply, estimate = tile_cycles(times, groups.results, groups.products)
     tiles, single = groups.tiles, times.dual <= 0
@@ -182,14 +186,16 @@ def group_cycles(times: Timing, groups: Groups) -> Number:
     last_tile = times.interval - estimate
     last_gwrite = times.interval - jnp.where(single, times.conflict_estimate, times.gwrite_estimate)
     first_product = times.refresh_end + times.spread
+    row_ready = jnp.where(single, times.refresh_end - times.reopen, times.refresh_end + times.reopen)
 
     def follow(interval, state):
-        left, late, done = state
+        done, late = jnp.floor(state.real), state.imag
+        in_this = state.real - jnp.floor(state.real / tiles) * tiles
+        left = jnp.where(in_this == 0, 0, tiles - jnp.floor(in_this))
         first_rank = interval % times.ranks == 0  # its refresh closes the row of GWRITE
-        row_ready = jnp.where(single, times.refresh_end - times.reopen, times.refresh_end + times.reopen)
         begin = jnp.maximum(late, times.refresh_start)
         start = jnp.where(left > 0, begin, jnp.where(first_rank, jnp.maximum(late, row_ready), begin) + gwrite)
-        left = whole = jnp.where(left > 0, left, tiles)
+        left = jnp.where(left > 0, left, tiles)
         end = jnp.maximum(start + times.closing + times.opening, first_product) + multiply + times.read_to_close
         room = last_tile - end
         in_group = jnp.clip(jnp.ceil(room / period), 0, left - 1)
@@ -198,17 +204,23 @@ def group_cycles(times: Timing, groups: Groups) -> Number:
         room = room - groups_more * (tiles * period + gwrite) - gwrite
         tiles_more = jnp.where(in_group < left - 1, 0, jnp.clip(jnp.ceil(room / period), 0, tiles))
         groups_more = jnp.where(in_group < left - 1, 0, groups_more)
-        end = end + (in_group + groups_more * tiles + tiles_more) * period + gwrite * (groups_more + (tiles_more > 0))
-        left = jnp.where(in_group < left - 1, left - 1 - in_group, jnp.where(tiles_more > 0, tiles - tiles_more, 0))
-        left = jnp.where((left == 0) & (end < last_gwrite), tiles, left)
-        counted = 1 + in_group + groups_more * tiles + tiles_more
+        more = in_group + groups_more * tiles + tiles_more
+        end = end + more * period + gwrite * (groups_more + (tiles_more > 0))
+        over = (in_group >= left - 1) & ((tiles_more <= 0) | (tiles_more >= tiles))  # a group has just ended
         fits = start < last_tile  # else this interval ends with the GWRITE
-        left, end, counted = jnp.where(fits, left, whole), jnp.where(fits, end, start), jnp.where(fits, counted, 0)
-        return left, end - times.interval, done + jnp.where(interval >= SETTLING, counted, 0)
+        written = jnp.where(fits, over & (end < last_gwrite), left >= tiles)
+        return jax.lax.complex(done + jnp.where(fits, 1 + more, 0) + 0.5 * written, jnp.where(fits, end, start) - times.interval)
 
-    zero = 0 * (tiles + period)
-    *_, done = jax.lax.fori_loop(0, INTERVALS, follow, (zero, zero, zero))
-    return jnp.where(starved(times, estimate), jnp.inf, (INTERVALS - SETTLING) * times.interval * tiles / done)
+    zero = 0.0 * (tiles + period + weight)
+    settled = jax.lax.fori_loop(0, SETTLING, follow, jax.lax.complex(zero, zero))
+    scale = jnp.where(starved(times, estimate), jnp.inf, (INTERVALS - SETTLING) * times.interval * tiles * weight)
+
+    def follow_to_the_end(interval, state):
+        after = follow(interval, state)
+        cycles = jnp.where(weight > 0, scale / (jnp.floor(after.real) - jnp.floor(settled.real)), 0.0)
+        return jax.lax.complex(jnp.where(interval == INTERVALS - 1, cycles, after.real), after.imag)
+
+    return jax.lax.fori_loop(SETTLING, INTERVALS, follow_to_the_end, settled).real
 
 
 def smooth_group_cycles(times: Timing, groups: Groups) -> Number:
@@ -228,36 +240,57 @@ def request_work(
     With `steps` as the controller packs whole tiles into refresh intervals, without in the mean; `wait` as in `timing`. A request of length 0 takes
     none.
     """
-    times = timing(hardware, wait)
+    return request_works(hardware, model, seq_lens, parallel, steps=steps, waits=(wait,))[0]
+
+
+def request_works(
+    hardware: Hardware, model: Decoder, seq_lens: Int[Array, " r"], parallel: Parallel, *, steps: bool = True, waits: tuple[Number | None, ...]
+) -> Float[Array, "waits r 2"]:
+    """`request_work` for each of the `waits`."""
     lengths = jnp.asarray(seq_lens) * 1.0
     to_core = hardware.npu.clock_hz / hardware.hbm.clock_hz
-    work = []
-    for groups_of, tabulated in ((logit_groups, _tabulated_tiles), (attend_groups, _tabulated_products)):
-        full, last = groups_of(hardware, model, lengths, parallel)
-        cost = tabulated if steps else smooth_group_cycles
-        work.append(sum(jnp.where(group.groups > 0, group.groups * cost(times, group), 0.0) for group in (full, last)))
-    return jnp.where(lengths[..., None] > 0, jnp.stack(work, axis=-1) * to_core, 0.0)
+    kinds = [groups_of(hardware, model, lengths, parallel) for groups_of in (logit_groups, attend_groups)]
+    each = [timing(hardware, wait) for wait in waits]
+    times = jax.tree.map(lambda *values: jnp.stack([jnp.asarray(value, jnp.float32) for value in values])[:, None], *each)
+    if steps:
+        logit, attend = _tabulated(times, *kinds)
+    else:
+        logit, attend = (sum(jnp.where(group.groups > 0, group.groups * smooth_group_cycles(times, group), 0.0) for group in kind) for kind in kinds)
+    return jnp.where(lengths[:, None] > 0, jnp.stack([logit, attend], axis=-1) * to_core, 0.0)
 
 
-def _tabulated_tiles(times: Timing, groups: Groups) -> Number:
-    """`group_cycles` of groups that differ in their number of tiles: of the first few numbers, and beyond them in proportion.
+def _tabulated(times: Timing, logit: tuple[Groups, Groups], attend: tuple[Groups, Groups]) -> tuple[Number, Number]:
+    """Cycles of each request's logit and attend groups, (waits, r) each, from tables that one loop makes.
 
-    A group of many tiles hides its GWRITE in what is left of an interval, so that each further tile takes the same.
+    Groups of logit differ in their number of tiles: the tables have the first few, and beyond them each takes the same, as a group of many tiles
+    hides its GWRITE in what is left of an interval. The last groups of attend differ in their products: the table has as many numbers as a row has
+    commands, evenly spaced, rounded up.
     """
-    numbers = jnp.arange(1.0, TABULATED + 1)
-    table = group_cycles(times, groups._replace(tiles=numbers))
-    endless = group_cycles(times, groups._replace(tiles=ENDLESS)) / ENDLESS
-    place = jnp.clip(groups.tiles, 1, TABULATED)
-    return table[place.astype(jnp.int32) - 1] + jnp.where(groups.tiles > place, (groups.tiles - place) * endless, 0.0)
-
-
-def _tabulated_products(times: Timing, groups: Groups) -> Number:
-    """`group_cycles` of groups that differ in their products a tile: of as many numbers as the table has, evenly spaced, rounded up."""
-    if jnp.ndim(groups.products) == 0:
-        return group_cycles(times, groups)
-    step = jnp.ceil(jnp.max(groups.products) / PRODUCTS)
-    table = group_cycles(times, groups._replace(products=step * jnp.arange(1.0, PRODUCTS + 1)))
-    return table[jnp.ceil(groups.products / step).astype(jnp.int32) - 1]
+    (full_row, last_row), (full_page, last_page) = logit, attend
+    numbers = jnp.append(jnp.arange(1.0, TABULATED + 1), ENDLESS)
+    heads = jnp.max(last_page.groups)
+    spacing = jnp.ceil(jnp.max(last_page.products) / PRODUCTS)
+    parts = [
+        (jnp.max(full_row.groups), numbers, full_row.results, full_row.products),
+        (jnp.max(last_row.groups), numbers, last_row.results, last_row.products),
+        (heads, full_page.tiles, full_page.results, full_page.products * jnp.ones(1)),
+        (heads, last_page.tiles, last_page.results, spacing * jnp.arange(1.0, PRODUCTS + 1)),
+    ]
+    sizes = (len(numbers), len(numbers), 1, PRODUCTS)
+    weight, tiles, results, products = (
+        jnp.concatenate([jnp.broadcast_to(jnp.asarray(part[column], jnp.float32), (size,)) for part, size in zip(parts, sizes, strict=True)])
+        for column in range(4)
+    )
+    table = group_cycles(times, Groups(1.0, tiles, results, products), weight)
+    full, last, page, rest = (table[:, end - size : end] for end, size in zip(np.cumsum(sizes).tolist(), sizes, strict=True))
+    place = jnp.clip(last_row.tiles, 1, TABULATED)
+    row = place.astype(jnp.int32) - 1
+    beyond = (last_row.tiles - place) * (full[:, -1:] + last[:, -1:]) / ENDLESS
+    pages = full_page.groups / jnp.maximum(heads, 1e-9)
+    return (
+        full[:, row] + last[:, row] + jnp.where(last_row.tiles > place, beyond, 0.0),
+        jnp.where(pages > 0, pages * page, 0.0) + rest[:, jnp.ceil(last_page.products / spacing).astype(jnp.int32) - 1],
+    )
 
 
 class _State(NamedTuple):

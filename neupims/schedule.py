@@ -181,16 +181,16 @@ def simulate(
 def closed_attention(
     hardware, model, batch, parallel, *, system: System, interleaved: bool, channels: int, steps: bool, calibration: Calibration
 ) -> Attention:
-    """The work of each channel as the sum of what its requests take (`gemv.request_work`)."""
+    """The work of each channel as the sum of what its requests take (`gemv.request_works`)."""
     sub_batch = batch.sub_batches if interleaved else jnp.zeros_like(batch.sub_batches)
     there = batch.seq_lens > 0
 
     def summed(values):
         return jax.ops.segment_sum(values, sub_batch * channels + batch.channels, 2 * channels).reshape(2, 1, channels, *values.shape[1:])
 
-    alone = beside = summed(gemv.request_work(hardware, model, batch.seq_lens, parallel, steps=steps))
-    if interleaved:
-        beside = summed(gemv.request_work(hardware, model, batch.seq_lens, parallel, steps=steps, wait=calibration.reopen_cycles))
+    waits = (None, calibration.reopen_cycles) if interleaved else (None,)
+    works = gemv.request_works(hardware, model, batch.seq_lens, parallel, steps=steps, waits=waits)
+    alone, beside = summed(works[0]), summed(works[-1])
     instructions = summed(_instructions(hardware, model, batch.seq_lens, parallel)) if system == "npu-pim" else jnp.zeros_like(alone)
     longest = jax.ops.segment_max(jnp.where(there, batch.seq_lens, 0) * 1.0, sub_batch, 2)
     return Attention(alone, beside, instructions, summed(1.0 * there), jnp.maximum(longest, 0))
@@ -376,7 +376,9 @@ def _sided(solo, slow, both) -> Side:
     if not solo.shape[0]:
         return Side(solo, solo)
     zero = jnp.zeros_like(solo[:1])
-    done = jnp.interp(both, jnp.concatenate([zero, slow]), jnp.concatenate([zero, solo]))
+    begins, took = jnp.concatenate([zero, slow[:-1]]), jnp.diff(slow, prepend=0.0)
+    shares = jnp.clip(both - begins, 0, took) / jnp.maximum(took, 1e-9)  # of each operation, at the slow pace
+    done = (shares * jnp.diff(solo, prepend=0.0)).sum()
     ends = jnp.where(slow <= both, slow, both + solo - done)
     return Side(jnp.concatenate([zero, ends[:-1]]), ends)
 
