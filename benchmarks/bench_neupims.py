@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--designs", type=int, nargs="+", default=[100, 1_000, 10_000, 100_000, 1_000_000])
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--chunk", type=int, default=16384, help="designs in one call at most")
-    parser.add_argument("--block", type=int, default=None, help="designs side by side on one device (default: 1024 on a CPU, all on a GPU)")
+    parser.add_argument("--block", type=int, default=None, help="designs side by side on one device (default: 256 on a CPU, all on a GPU)")
     parser.add_argument("--looped", type=int, default=200, help="designs of the Python loop")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--fidelity", nargs="+", default=["simulator", "intended"])

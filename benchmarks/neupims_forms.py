@@ -73,7 +73,10 @@ def compare(hardware: Hardware, model: str, lengths: np.ndarray, operation: str)
 
     parts = [np.asarray(exact(jnp.asarray(lengths[at : at + CHUNK]))) for at in range(0, len(lengths), CHUNK)]
     column = ("logit", "attend").index(operation)
-    closed = [np.asarray(gemv.request_work(hardware, decoder, lengths, parallel, steps=steps))[..., column].sum(axis=1) for steps in (True, False)]
+    closed = []
+    for steps in (True, False):
+        works = jax.vmap(lambda each, steps=steps: gemv.request_work(hardware, decoder, each, parallel, steps=steps))(lengths)
+        closed.append(np.asarray(works)[..., column].sum(axis=1))
     return np.concatenate(parts), *closed
 
 

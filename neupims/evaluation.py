@@ -18,7 +18,7 @@ from neupims.workload import Batch, Decoder, Parallel
 
 Schedule = Literal["dealt", "trace"]
 SCHEDULES: tuple[Schedule, ...] = ("dealt", "trace")
-BLOCK = 1024  # designs side by side on a CPU: what they need fits its cache
+BLOCK = 256  # designs side by side on a CPU: what they need fits its cache
 
 
 class Workload(NamedTuple):

@@ -29,7 +29,7 @@ from neupims.workload import FLOAT16_BYTES, Decoder, Parallel
 
 INTERVALS = 18  # refresh intervals that the closed form follows; the first SETTLING are not counted
 SETTLING = 4
-TABULATED = 12  # tiles of a group, of those costs that the closed form computes once for all requests
+TABULATED = 8  # tiles of a group, of those costs that the closed form computes once for all requests
 ENDLESS = 64.0  # tiles of a group that shows what one more tile takes
 PRODUCTS = 32  # of a tile, of those costs that the closed form computes once; a row of 512 numbers has 32 commands of 16
 
