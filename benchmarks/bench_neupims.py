@@ -21,13 +21,14 @@ import numpy as np
 from benchmarks.bench_search import Watched
 from benchmarks.record import append, machine
 from neupims.area import area
+from neupims.config import load_model, load_parallel
 from neupims.evaluation import BLOCK, in_blocks
 from neupims.explore import Evaluator
 from neupims.hardware import Hardware
 from neupims.record import replace
 from neupims.schedule import simulate
 from neupims.space import make_space, sample
-from neupims.workload import GPT3, PARALLEL, Batch, make_batch
+from neupims.workload import Batch, make_batch
 
 MODEL = "gpt3-7b"
 CHANNELS = 32
@@ -85,7 +86,7 @@ def metrics_of(batch: Batch, schedule: str, fidelity: str):
 
     Where the schedule is another for "each" design the requests take the channels' slots in an order that its number sets.
     """
-    parts = jax.tree.map(jnp.asarray, batch)
+    parts, model, parallel = jax.tree.map(jnp.asarray, batch), load_model(MODEL), load_parallel(MODEL)
     requests = len(batch.seq_lens)
 
     def design(knobs: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -97,7 +98,7 @@ def metrics_of(batch: Batch, schedule: str, fidelity: str):
             number = knobs["number"]
             slot = (jnp.arange(requests) * (2 * number + 1) + number // 8) % requests
             mine = Batch(parts.seq_lens, slot % CHANNELS, slot // CHANNELS % 2)
-        found = simulate(hardware, GPT3[MODEL], mine, PARALLEL[MODEL], fidelity=fidelity, most_channels=CHANNELS)  # type: ignore[arg-type]
+        found = simulate(hardware, model, mine, parallel, fidelity=fidelity, most_channels=CHANNELS)  # type: ignore[arg-type]
         kept = ("tokens_per_second", "iteration_cycles", "iteration_seconds", "layer_cycles", "stage_cycles", "energy", "energy_joules", "flagged")
         utilisations = ("npu_utilization", "pim_utilization", "bandwidth_utilization")
         return {name: getattr(found, name) for name in (*kept, *utilisations)} | {"area": area(hardware)}

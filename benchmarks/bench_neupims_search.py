@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.record import RESULTS, append, machine
+from neupims.config import load_model, load_parallel, names
 from neupims.decision import Space, decide, decision_batch, export_trace, make_genome
 from neupims.hardware import Hardware
 from neupims.objective import Layer, Problem, make_problem
@@ -32,7 +33,7 @@ from neupims.oracle import exhaustive, gap, lower_bound
 from neupims.policies import estimated_cycles, pack_longest_first
 from neupims.record import replace
 from neupims.search import STRATEGIES, Found, baselines, search
-from neupims.workload import GPT3, PARALLEL, Decoder, Parallel, halves, make_batch, read_trace
+from neupims.workload import Decoder, Parallel, halves, make_batch, read_trace
 
 SHARED = Path(os.environ.get("GGEM_SHARED", "../shared"))
 LENGTHS = {
@@ -51,7 +52,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=10, help="of each distribution of lengths")
     parser.add_argument("--published", type=int, default=20, help="how many of the published traces")
-    parser.add_argument("--models", default=",".join(GPT3))
+    parser.add_argument("--models", default=",".join(name for name in names("models") if name.startswith("gpt3")))
     parser.add_argument("--budget", type=int, default=12288, help="schedules evaluated for each seed")
     parser.add_argument("--population", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=1)
@@ -111,7 +112,7 @@ def pairs_of(name: str) -> np.ndarray:
 
 def improved(model_name: str, lengths, channels, options: argparse.Namespace, name: str) -> dict:
     """The published schedule of a batch, the best one found, and the bound."""
-    hardware, model, parallel = Hardware(), GPT3[model_name], PARALLEL[model_name]
+    hardware, model, parallel = Hardware(), load_model(model_name), load_parallel(model_name)
     if channels is None:
         channels = np.asarray(pack_longest_first(estimated_cycles(hardware, model, jnp.asarray(lengths), parallel), CHANNELS))
     problem = make_problem(hardware, model, parallel, lengths)

@@ -20,7 +20,7 @@ import numpy as np
 
 from neupims.calibration import DEFAULT, Calibration
 from neupims.schedule import exact_attention
-from neupims.validate import case_of, group_errors, measured, padded, predict, read_runs
+from neupims.validate import case_of, group_errors, measured, most_channels, padded, predict, read_runs
 
 ROOT = Path(__file__).parent.parent
 STEP = 0.1  # of each constant, of the first simplex
@@ -57,18 +57,8 @@ def followed(run, folder, calibration: Calibration):
     if case.system == "npu-only":
         return case, None
     known = padded(case)
-    attention = exact_attention(
-        known.hardware,
-        known.model,
-        known.batch,
-        known.parallel,
-        system=case.system,
-        sub_batches=case.sub_batches,
-        fidelity="simulator",
-        channels=max(64, int(case.hardware.hbm.num_channels)),
-        calibration=calibration,
-    )
-    return case, attention
+    options = {"system": case.system, "sub_batches": case.sub_batches, "fidelity": "simulator", "channels": most_channels(case)}
+    return case, exact_attention(known.hardware, known.model, known.batch, known.parallel, calibration=calibration, **options)
 
 
 def rows_of(cases, calibration: Calibration):

@@ -15,9 +15,9 @@ import numpy as np
 
 from benchmarks.record import append, machine
 from neupims import gemv
+from neupims.config import load_model, load_parallel, names
 from neupims.hardware import Hardware
 from neupims.record import replace
-from neupims.workload import GPT3, PARALLEL
 
 LONGEST, PHASES, CHUNK = 24, 8, 1000
 SIZES = {"1": (1, 1), "2 to 4": (2, 4), "5 to 24": (5, 24)}
@@ -26,7 +26,7 @@ SIZES = {"1": (1, 1), "2 to 4": (2, 4), "5 to 24": (5, 24)}
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--lists", type=int, default=10_000)
-    parser.add_argument("--model", default="gpt3-7b", choices=sorted(GPT3))
+    parser.add_argument("--model", default="gpt3-7b", choices=names("models"))
     options = parser.parse_args()
     lengths, counts = draw(options.lists)
     for row_buffers in (2, 1):
@@ -62,7 +62,7 @@ def draw(lists: int) -> tuple[np.ndarray, np.ndarray]:
 
 def compare(hardware: Hardware, model: str, lengths: np.ndarray, operation: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Cycles of each list: the recurrence's mean over phases, the closed form with steps, and without."""
-    decoder, parallel = GPT3[model], PARALLEL[model]
+    decoder, parallel = load_model(model), load_parallel(model)
     phases = (jnp.arange(PHASES) + 0.5) / PHASES
     one = partial(gemv.channel_cycles_exact, hardware, decoder, operation=operation)
 

@@ -18,11 +18,13 @@ import numpy as np
 
 from benchmarks.record import append, machine
 from neupims.capacity import check_capacity
+from neupims.config import load_model, load_parallel
 from neupims.hardware import Hardware
+from neupims.policies import GWRITE_ESTIMATE, TILE_ESTIMATE
 from neupims.record import replace
 from neupims.schedule import NPU_ATTENTION, Iteration, operations, simulate
 from neupims.validate import PRODUCTS, case_of, padded, predict, read_runs
-from neupims.workload import GPT3, PARALLEL, Batch, halves
+from neupims.workload import Batch, halves
 
 DATASETS = {"sharegpt": "sharegpt_lengths.csv", "alpaca": "alpaca_lengths.csv"}
 MODELS = ("gpt3-7b", "gpt3-13b", "gpt3-30b", "gpt3-175b")
@@ -135,7 +137,7 @@ def main() -> None:
         for place, size in enumerate(BATCHES):
             for index, dataset in enumerate(DATASETS):
                 batches = [jax.tree.map(lambda part, at=(index, place, one): part[at], drawn.greedy) for one in range(options.draws)]
-                over = np.array([bool(check_capacity(Hardware(), GPT3[model], batch, PARALLEL[model])) for batch in batches])
+                over = np.array([bool(check_capacity(Hardware(), load_model(model), batch, load_parallel(model))) for batch in batches])
                 if over.any():
                     write("share of batches whose fullest channel exceeds the memory", "greedy", dataset, model, size, over)
 
@@ -247,13 +249,14 @@ def place(lengths: np.ndarray, loads: np.ndarray, turn: int) -> tuple[np.ndarray
 def estimate(lengths: np.ndarray) -> np.ndarray:
     """The generator's estimate of a request's time in its channel, in memory cycles, for GPT3-7B on 4 devices (algorithm 1; it counts all heads)."""
     lengths = np.clip(lengths, 1, LONGEST)
-    return 2 * (100 + 184 * np.ceil(lengths / 32)) + 32 * np.ceil(lengths / 512) * (100 + 4 * 184)
+    logit = GWRITE_ESTIMATE + TILE_ESTIMATE * np.ceil(lengths / 32)
+    return 2 * logit + 32 * np.ceil(lengths / 512) * (GWRITE_ESTIMATE + 4 * TILE_ESTIMATE)
 
 
 def run(drawn: Draws, fidelity: str) -> dict[str, Iteration]:
     """Every system on every batch, leading axes (models, datasets, sizes, draws)."""
-    models = jax.tree.map(lambda *values: jnp.array(values, jnp.float32), *(GPT3[name] for name in MODELS))
-    parallels = jax.tree.map(lambda *values: jnp.array(values, jnp.float32), *(PARALLEL[name] for name in MODELS))
+    models = jax.tree.map(lambda *values: jnp.array(values, jnp.float32), *(load_model(name) for name in MODELS))
+    parallels = jax.tree.map(lambda *values: jnp.array(values, jnp.float32), *(load_parallel(name) for name in MODELS))
     results = {}
     for name, (system, sub_batches, row_buffers, policy) in SYSTEMS.items():
         hardware = jax.tree.map(float, replace(Hardware(), "pim.row_buffers", row_buffers))

@@ -19,11 +19,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from neupims.__main__ import main as neupims
+from neupims.config import load_model
 from neupims.decision import export_trace
 from neupims.hardware import Hardware
 from neupims.policies import estimated_cycles, pack_longest_first
 from neupims.report import write_report
-from neupims.workload import GPT3, Parallel, make_batch
+from neupims.workload import Parallel, make_batch
 
 REQUESTS, CHANNELS, LONGEST = 256, 32, 2048
 # Medians of ShareGPT's prompts and answers in the public simulator's trace-generator/share-gpt2/stats.tsv, with a spread that gives means like its.
@@ -70,7 +71,7 @@ def draw():
     prompts = rng.lognormal(np.log(PROMPT_MEDIAN), PROMPT_SIGMA, REQUESTS)
     answered = rng.lognormal(np.log(ANSWER_MEDIAN), ANSWER_SIGMA, REQUESTS) * rng.random(REQUESTS)
     lengths = np.clip(np.ceil(prompts + answered), 1, LONGEST).astype(np.int32)
-    work = estimated_cycles(Hardware(), GPT3["gpt3-7b"], jnp.asarray(lengths), Parallel(4, 1))
+    work = estimated_cycles(Hardware(), load_model("gpt3-7b"), jnp.asarray(lengths), Parallel(4, 1))
     return make_batch(lengths, np.asarray(pack_longest_first(work, CHANNELS)), num_channels=CHANNELS)
 
 

@@ -10,10 +10,10 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields, is_dataclass
+from dataclasses import fields
 from importlib import resources
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from neupims.hardware import Hardware
 from neupims.record import replace
@@ -23,17 +23,6 @@ KINDS = {"hardware": "machine", "models": "model"}
 SUFFIXES = (".toml", ".json")
 PARALLEL_FIELDS = ("tp", "pp")
 NOT_NEEDED = ("mlp_matrices",)
-
-
-class Field(NamedTuple):
-    """One number of a record: its dotted name, its value, and the metadata that `record.quantity` gave it."""
-
-    name: str
-    value: Any
-    unit: str
-    source: str
-    least: float
-    whole: bool
 
 
 def names(kind: str) -> tuple[str, ...]:
@@ -98,16 +87,6 @@ def about(kind: str, name: str) -> str:
 def changes(name: str) -> dict[str, Any]:
     """The fields, by dotted name, in which a named machine differs from the default one."""
     return _dotted(_read("hardware", name)[0])
-
-
-def describe(record: Any, prefix: str = "") -> Iterator[Field]:
-    """Every number of a record and of the records in it."""
-    for each in fields(record):
-        value, data = getattr(record, each.name), each.metadata
-        if is_dataclass(value):
-            yield from describe(value, f"{prefix}{each.name}.")
-        else:
-            yield Field(f"{prefix}{each.name}", value, data["unit"], data["source"], data["least"], data["whole"])
 
 
 def _dotted(tables: Mapping[str, Any]) -> dict[str, Any]:

@@ -10,13 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from neupims.files import write_text
-from neupims.policies import first_halves
+from neupims.policies import first_halves, rank_of_grouped
 from neupims.workload import Batch, halves, make_batch
 
 CHANNELS_KNOB = "hbm.num_channels"
@@ -75,13 +74,11 @@ def repair(space: Space, resident: Int[Array, " r"], genome: Genome) -> Genome:
     genome = genome._replace(places=2 * channels + genome.places % 2)
     if not space.realisable:
         return genome
-    requests = channels.shape[0]
-    counts = jax.ops.segment_sum(jnp.ones_like(channels), channels, space.channels)
     order = serving_order(space, genome)
-    sorted_channels = channels[order]
-    rank = jnp.arange(requests) - (jnp.cumsum(counts) - counts)[sorted_channels]
-    second = rank >= first_halves(counts)[sorted_channels]
-    return genome._replace(places=jnp.zeros_like(channels).at[order].set(2 * sorted_channels + second))
+    grouped = channels[order]
+    rank, counts = rank_of_grouped(grouped, space.channels)
+    second = rank >= first_halves(counts)[grouped]
+    return genome._replace(places=jnp.zeros_like(channels).at[order].set(2 * grouped + second))
 
 
 def serving_order(space: Space, genome: Genome) -> Int[Array, " r"]:

@@ -12,8 +12,9 @@ from neupims.area import area
 from neupims.capacity import channel_tiles, request_tiles
 from neupims.hardware import Hardware
 from neupims.record import replace
-from neupims.schedule import Fidelity, Iteration, System, simulate
+from neupims.schedule import Iteration, simulate
 from neupims.space import SETTINGS
+from neupims.systems import PIM_SYSTEMS, Fidelity, System
 from neupims.workload import Batch, Decoder, Parallel
 
 Schedule = Literal["dealt", "trace"]
@@ -79,10 +80,9 @@ def evaluation(
         devices = 1.0 * parallel.tp * parallel.pp
         tokens = (batch.seq_lens > 0).sum()
         joules = found.pop("energy_joules")
-        pim = system in ("neupims", "npu-pim")
         return found | {
-            "energy_joules_per_token": joules * parallel.tp * parallel.pp / tokens,
-            "area_mm2": area(machine, pim=pim).total * devices,
+            "energy_joules_per_token": joules * devices / tokens,
+            "area_mm2": area(machine, pim=system in PIM_SYSTEMS).total * devices,
             "flagged": wrong,
         }
 

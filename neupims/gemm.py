@@ -28,6 +28,7 @@ LEAST_STREAM = 4  # core cycles from one instruction to the next
 QUEUED_READS = 128  # commands that the queue of one bank holds: cmd_queue_size of the simulator's ini
 STUCK_ROWS = 10  # rows of a bank that arrive before a full queue frees a stuck write: 8 queued, 2 in front of the queues
 MANY_WRITES = 96  # bursts of a channel after which one is always left: of the operation before; observed
+FEW_WRITES = 6  # bursts of a channel below which one is left after some operations and not after others; observed
 FINISH_CYCLES = 45  # from the last product to the operation's end
 
 
@@ -161,4 +162,4 @@ def stuck_chance(hardware: Hardware, previous_write_bytes, few) -> Number:
     """The chance that a write of the operation just before holds up a product: 1 after many writes, `few` after almost none, 0 between (seen in
     traces)."""
     bursts = previous_write_bytes / burst_bytes(hardware.hbm) / hardware.hbm.num_channels
-    return jnp.where(bursts >= MANY_WRITES, 1.0, jnp.where(bursts < 6, few, 0.0))
+    return jnp.where(bursts >= MANY_WRITES, 1.0, jnp.where(bursts < FEW_WRITES, few, 0.0))

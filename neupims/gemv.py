@@ -5,7 +5,7 @@ A request's keys and values lie in one channel. Its work is a list of groups: on
 if the controller's estimate of it fits before the next refresh, so an interval holds a whole number of tiles and a quarter of the time is lost.
 
 Two forms. `channel_cycles_exact` follows that rule through a channel's list and equals the public simulator to the cycle for PIM-only streams; the
-start within the refresh interval is an argument, because an operation's is unknown. `request_cycles` is a closed form that adds over requests: the
+start within the refresh interval is an argument, because an operation's is unknown. `request_work` is a closed form that adds over requests: the
 cost of a group is what it takes when repeated for ever, from counting the tiles of each interval. Times are memory cycles, all as float32; the
 recurrence counts them from the last refresh, so that they stay whole numbers in lists of any length.
 

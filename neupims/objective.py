@@ -21,7 +21,8 @@ from neupims.decision import Decision, Space
 from neupims.gemm import Work
 from neupims.hardware import Hardware
 from neupims.record import replace
-from neupims.schedule import DRAINED, Attention, Fidelity, attention_cycles, npu_operation, side_by_side, simulate, stages
+from neupims.schedule import DRAINED, Attention, attention_cycles, npu_operation, side_by_side, simulate, stages
+from neupims.systems import Fidelity
 from neupims.workload import Batch, Decoder, Parallel
 
 MEASURES = ("time", "energy", "energy-delay")

@@ -71,10 +71,15 @@ def rank_in_channel(channels: Int[Array, " r"], order: Int[Array, " r"], num_cha
 
     Channels may follow each other in any way in `order`.
     """
-    counts = jax.ops.segment_sum(jnp.ones_like(channels), channels, num_channels)
     grouped = order[jnp.argsort(channels[order], stable=True)]
-    rank = jnp.arange(channels.shape[0]) - (jnp.cumsum(counts) - counts)[channels[grouped]]
+    rank, counts = rank_of_grouped(channels[grouped], num_channels)
     return jnp.zeros_like(channels).at[grouped].set(rank.astype(channels.dtype)), counts
+
+
+def rank_of_grouped(channels: Int[Array, " r"], num_channels: int) -> tuple[Int[Array, " r"], Int[Array, " channels"]]:
+    """The same where the requests of a channel follow each other, channel 0 first."""
+    counts = jax.ops.segment_sum(jnp.ones_like(channels), channels, num_channels)
+    return jnp.arange(channels.shape[0]) - (jnp.cumsum(counts) - counts)[channels], counts
 
 
 def halving_split(channels: Int[Array, " r"], num_channels: int) -> Int[Array, " r"]:

@@ -3,8 +3,9 @@
 import dataclasses
 import math
 import numbers
-from dataclasses import dataclass, field, fields
-from typing import Any, TypeVar, dataclass_transform
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, NamedTuple, TypeVar, dataclass_transform
 
 import jax
 
@@ -39,6 +40,27 @@ def quantity(default: float, unit: str, source: str, *, least: float = 0, most: 
     return field(default=default, metadata={"unit": unit, "source": source, "least": least, "most": most, "whole": whole})
 
 
+class Field(NamedTuple):
+    """One number of a record: its dotted name, its value, and what `quantity` says of it."""
+
+    name: str
+    value: Any
+    unit: str
+    source: str
+    least: float
+    whole: bool
+
+
+def describe(value: Any, prefix: str = "") -> Iterator[Field]:
+    """Every number of a record and of the records in it."""
+    for each in fields(value):
+        number, data = getattr(value, each.name), each.metadata
+        if is_dataclass(number):
+            yield from describe(number, f"{prefix}{each.name}.")
+        else:
+            yield Field(f"{prefix}{each.name}", number, data["unit"], data["source"], data["least"], data["whole"])
+
+
 def check_quantities(value: Any, group: str) -> None:
     """Raises ValueError, naming the field, unless every plain number of the record is one, and between its least and its most.
 
@@ -70,9 +92,9 @@ def replace(value: T, name: str, new: Any) -> T:
         raise ValueError(f"there is no field {head!r}; there are {', '.join(names)}")
     inner = getattr(value, head)
     if rest:
-        if not dataclasses.is_dataclass(inner):
+        if not is_dataclass(inner):
             raise ValueError(f"{head!r} is a number and has no field {rest!r}")
         new = replace(inner, rest, new)
-    elif dataclasses.is_dataclass(inner):
+    elif is_dataclass(inner):
         raise ValueError(f"{head!r} is a group; name one of its fields, {', '.join(f'{head}.{each.name}' for each in fields(inner))}")
     return dataclasses.replace(value, **{head: new})  # type: ignore[type-var]

@@ -28,17 +28,15 @@ from neupims.energy import Counts, Energy, energy
 from neupims.gemm import Work, bytes_per_cycle, gemm, stuck_chance, tiling
 from neupims.hardware import Hardware, banks, burst_bytes
 from neupims.record import Number, record
+from neupims.systems import FIDELITIES, PIM_SYSTEMS, SYSTEMS, Fidelity, System
 from neupims.vector import activation, layer_norm, residual_sum, softmax_cycles
 from neupims.workload import FLOAT16_BYTES, Batch, Decoder, Parallel
 
-System = Literal["neupims", "npu-pim", "npu-only", "gpu"]
-Fidelity = Literal["simulator", "intended"]
-SYSTEMS: tuple[System, ...] = ("neupims", "npu-pim", "npu-only", "gpu")
-FIDELITIES: tuple[Fidelity, ...] = ("simulator", "intended")
 STAGES = "ABCDEF"
 MOST_CHANNELS = 64  # where the number of channels is traced
 BLOCKED = 1e4  # times slower: the NPU beside PIM that owns the only row buffer
 DRAINED = 100  # core cycles after which the bank queues hold no write of the operation before
+TO_SOFTMAX = 9  # core cycles from the last product of a head's logit to its softmax, as measured
 PHASES = 8  # of the refresh round in which an operation may start, that the exact path averages over
 
 QKV = ("attn.ln", "attn.QKVgen")
@@ -152,30 +150,11 @@ def simulate(
     _known("path", path, ("closed", "exact"))
     if system == "npu-pim":
         sub_batches = 1
-    if attention is None and path == "exact" and system in ("neupims", "npu-pim"):
-        attention = exact_attention(
-            hardware,
-            model,
-            batch,
-            parallel,
-            system=system,
-            sub_batches=sub_batches,
-            fidelity=fidelity,
-            channels=_channels(hardware, most_channels),
-            calibration=calibration,
-        )
-    return _simulate(
-        hardware,
-        model,
-        batch,
-        parallel,
-        calibration,
-        attention,
-        system=system,
-        sub_batches=sub_batches,
-        fidelity=fidelity,
-        channels=_channels(hardware, most_channels),
-    )
+    given = (hardware, model, batch, parallel)
+    options: dict[str, Any] = {"system": system, "sub_batches": sub_batches, "fidelity": fidelity, "channels": _channels(hardware, most_channels)}
+    if attention is None and path == "exact" and system in PIM_SYSTEMS:
+        attention = exact_attention(*given, calibration=calibration, **options)
+    return _simulate(*given, calibration, attention, **options)
 
 
 def closed_attention(
@@ -306,8 +285,8 @@ def _simulate(hardware, model, batch, parallel, calibration, attention, *, syste
     if attention.requests.shape[1] > 1:  # the simulator's pieces share a request; each counts once
         which = batch.sub_batches if interleaved else jnp.zeros_like(batch.sub_batches)
         tokens = jax.ops.segment_sum((batch.seq_lens > 0) * 1.0, which, 2)
-    sides = product_sides(model, parallel)
-    inner, features = (jnp.stack([jnp.asarray(side[which]) for side in sides.values()]) for which in (0, 1))
+    products = product_sides(model, parallel)
+    inner, features = (jnp.stack([jnp.asarray(shape[which]) for shape in products.values()]) for which in (0, 1))
     tiles = tiling(hardware, tokens[:, None], inner, features)  # one loop for all products
     options = {"calibration": calibration, "system": system, "fidelity": fidelity}
     stage_cycles, starts, cycles, works = [], [], [], []
@@ -317,7 +296,7 @@ def _simulate(hardware, model, batch, parallel, calibration, attention, *, syste
         npu: list[Work] = []
         for name in stage.npu:
             before = npu[-1].write_bytes if npu else left
-            at = (stage.npu_sub_batch, list(sides).index(name)) if name in sides else None
+            at = (stage.npu_sub_batch, list(products).index(name)) if name in products else None
             tile = jax.tree.map(lambda value, at=at: value[at], tiles) if at else None
             npu.append(npu_operation(hardware, model, batch, parallel, name, count, before, tile, **options))
         alone = beside = jnp.zeros(0)
@@ -326,11 +305,11 @@ def _simulate(hardware, model, batch, parallel, calibration, attention, *, syste
             alone, beside = (
                 attention_cycles(hardware, model, parallel, part, load, system=system, fidelity=fidelity) for load in (part.alone, part.beside)
             )
-        both = side_by_side(hardware, calibration, npu, alone, beside)
-        stage_cycles.append(jnp.concatenate([side.ends for side in both]).max())
-        left = jnp.where(stage_cycles[-1] - both[0].ends[-1] < DRAINED, npu[-1].write_bytes, 0.0) if npu else 0.0
-        starts += [side.starts for side in both]
-        cycles += [side.ends - side.starts for side in both]
+        sides = side_by_side(hardware, calibration, npu, alone, beside)
+        stage_cycles.append(jnp.concatenate([side.ends for side in sides]).max())
+        left = jnp.where(stage_cycles[-1] - sides[0].ends[-1] < DRAINED, npu[-1].write_bytes, 0.0) if npu else 0.0
+        starts += [side.starts for side in sides]
+        cycles += [side.ends - side.starts for side in sides]
         works.append(npu)
     return _measured(
         hardware,
@@ -367,19 +346,19 @@ def side_by_side(
     solo = jnp.cumsum(jnp.stack([work.cycles for work in npu])) if npu else jnp.zeros(0)
     slow = jnp.cumsum(jnp.stack([work.cycles + work.memory_cycles * slowdown for work in npu])) if npu else solo
     pim_solo, pim_slow = jnp.cumsum(alone), jnp.cumsum(beside)
-    both = jnp.minimum(slow[-1], pim_slow[-1]) if npu and alone.shape[0] else 0.0
-    return _sided(solo, slow, both), _sided(pim_solo, pim_slow, both)
+    until = jnp.minimum(slow[-1], pim_slow[-1]) if npu and alone.shape[0] else 0.0
+    return _sided(solo, slow, until), _sided(pim_solo, pim_slow, until)
 
 
-def _sided(solo, slow, both) -> Side:
-    """Ends of operations that run at the slow pace until `both`, and at their own after it."""
+def _sided(solo, slow, until) -> Side:
+    """Ends of operations that run at the slow pace `until` the first side has ended, and at their own after it."""
     if not solo.shape[0]:
         return Side(solo, solo)
     zero = jnp.zeros_like(solo[:1])
     begins, took = jnp.concatenate([zero, slow[:-1]]), jnp.diff(slow, prepend=0.0)
-    shares = jnp.clip(both - begins, 0, took) / jnp.maximum(took, 1e-9)  # of each operation, at the slow pace
+    shares = jnp.clip(until - begins, 0, took) / jnp.maximum(took, 1e-9)  # of each operation, at the slow pace
     done = (shares * jnp.diff(solo, prepend=0.0)).sum()
-    ends = jnp.where(slow <= both, slow, both + solo - done)
+    ends = jnp.where(slow <= until, slow, until + solo - done)
     return Side(jnp.concatenate([zero, ends[:-1]]), ends)
 
 
@@ -454,7 +433,7 @@ def npu_attention(hardware, model, batch, parallel, *, calibration: Calibration,
     there = lengths > 0
     fill = 2.0 * npu.array_height - 1
     columns = npu.array_width
-    logit = fill + lengths / npu.num_arrays + 9  # 9: from the last product to the softmax, as measured
+    logit = fill + lengths / npu.num_arrays + TO_SOFTMAX
     blocks = jnp.ceil((lengths + columns - 1) / columns)
     attend = blocks * (fill + width / npu.num_arrays)
     softmax = softmax_cycles(hardware, lengths)
@@ -477,11 +456,10 @@ def npu_attention(hardware, model, batch, parallel, *, calibration: Calibration,
 def _gpu_operation(hardware, model, batch, parallel, name, tokens) -> Work:
     """An operation at the roofline of a GPU: the longer of its arithmetic and its traffic. In core cycles of the NPU's clock, so that systems
     compare."""
-    ideal = partial(npu_operation, hardware, model, batch, parallel, name, tokens, 0.0, calibration=DEFAULT, system="npu-only", fidelity="intended")
-    work = ideal()
-    seconds = jnp.maximum(2 * work.macs / hardware.gpu.flops_per_second, (work.read_bytes + work.write_bytes) / hardware.gpu.bytes_per_second)
-    cycles = seconds * hardware.npu.clock_hz
-    return work._replace(cycles=cycles, memory_cycles=cycles, busy_cycles=2 * work.macs / hardware.gpu.flops_per_second * hardware.npu.clock_hz)
+    work = npu_operation(hardware, model, batch, parallel, name, tokens, 0.0, calibration=DEFAULT, system="npu-only", fidelity="intended")
+    arithmetic = 2 * work.macs / hardware.gpu.flops_per_second
+    cycles = jnp.maximum(arithmetic, (work.read_bytes + work.write_bytes) / hardware.gpu.bytes_per_second) * hardware.npu.clock_hz
+    return work._replace(cycles=cycles, memory_cycles=cycles, busy_cycles=arithmetic * hardware.npu.clock_hz)
 
 
 def _measured(hardware, model, batch, parallel, attention, works, stage_cycles, starts, cycles, *, system, sub_batches, tokens) -> Iteration:
@@ -499,7 +477,8 @@ def _measured(hardware, model, batch, parallel, attention, works, stage_cycles, 
 
     in_use = [work for stage, npu in zip(planned, works, strict=True) if stage.name in in_layer for work in npu]
     total = jax.tree.map(lambda *values: sum(values, start=jnp.float32(0)), *in_use)
-    pim = attention_counts(hardware, model, batch, parallel) if system in ("neupims", "npu-pim") else jax.tree.map(jnp.zeros_like, PIM_NONE)
+    with_pim = system in PIM_SYSTEMS
+    pim = attention_counts(hardware, model, batch, parallel) if with_pim else PIM_NONE
     to_core = hardware.npu.clock_hz / hardware.hbm.clock_hz
     messages, message_bytes = _messages(model, parallel, tokens.sum(), jnp.maximum((tokens > 0).sum(), 1))
     communication = layers * messages * (message_bytes / hardware.link.bandwidth_bytes_per_second + hardware.link.latency_seconds)
@@ -538,13 +517,13 @@ def _measured(hardware, model, batch, parallel, attention, works, stage_cycles, 
         iteration_seconds=seconds,
         tokens_per_second=tokens.sum() / seconds,
         npu_utilization=total.busy_cycles / layer,
-        pim_utilization=channel_cycles.sum() / hardware.hbm.num_channels / layer if system in ("neupims", "npu-pim") else 0.0 * layer,
+        pim_utilization=channel_cycles.sum() / hardware.hbm.num_channels / layer if with_pim else 0.0 * layer,
         bandwidth_utilization=moved / bandwidth / layer,
         channel_cycles=channel_cycles,
         counts=counts,
         energy=spent,
         energy_joules=joules,
-        flagged=wrong | (lost if system in ("neupims", "npu-pim") else False) | ~jnp.isfinite(seconds) | ~(seconds > 0) | ~jnp.isfinite(joules),
+        flagged=wrong | (lost if with_pim else False) | ~jnp.isfinite(seconds) | ~(seconds > 0) | ~jnp.isfinite(joules),
     )
 
 

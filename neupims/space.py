@@ -17,29 +17,24 @@ import math
 import numbers
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
 from neupims.constraint import Constraint, parse_constraint
 from neupims.hardware import Hardware
+from neupims.record import describe
 
 METHODS = ("grid", "random", "sobol")
 LARGEST_RANGE = 10**9  # whole numbers of one knob
 STEPS = 5  # of a continuous knob in a grid, ends included
 
 
-class Field(NamedTuple):
-    """What a knob can turn: the least value it may have, and whether it is whole."""
-
-    least: float
-    whole: bool
-
-
 # Knobs that are no field of the hardware: how many halves of the batch are interleaved, and how many devices share layers and the list of layers.
-SETTINGS = {"sub_batches": Field(1, True), "parallel.tp": Field(1, True), "parallel.pp": Field(1, True)}
+# All are whole numbers of at least 1.
+SETTINGS = ("sub_batches", "parallel.tp", "parallel.pp")
 
 
 @dataclass(frozen=True)
@@ -117,16 +112,6 @@ class Space:
         return {"knobs": knobs, "constraints": [constraint.text for constraint in self.constraints]}
 
 
-def hardware_numbers(hardware: Any, prefix: str = "") -> Iterator[tuple[str, float, Field]]:
-    """Every number of a record and of the records in it: dotted name, value, and what it may be."""
-    for each in fields(hardware):
-        value = getattr(hardware, each.name)
-        if is_dataclass(value):
-            yield from hardware_numbers(value, f"{prefix}{each.name}.")
-        else:
-            yield f"{prefix}{each.name}", float(value), Field(each.metadata["least"], each.metadata["whole"])
-
-
 def make_space(
     knobs: Mapping[str, Any],
     constraints: Sequence[str] = (),
@@ -142,12 +127,12 @@ def make_space(
     Raises:
         ValueError: a knob or constraint is impossible; the sentence names it.
     """
-    listed = list(hardware_numbers(Hardware() if hardware is None else hardware))
-    known = {name: field for name, _, field in listed} | SETTINGS
+    listed = list(describe(Hardware() if hardware is None else hardware))
+    known: dict[str, tuple[float, bool]] = {each.name: (each.least, each.whole) for each in listed} | dict.fromkeys(SETTINGS, (1, True))
     if not knobs:
         raise ValueError("a space needs at least one knob")
     made = tuple(_knob(name, choice, known) for name, choice in knobs.items())
-    base = {name: value for name, value, _ in listed} | dict(settings or {})
+    base = {each.name: float(each.value) for each in listed} | dict(settings or {})
     usable = {*base, *(knob.name for knob in made), *metrics}
     return Space(made, tuple(parse_constraint(text, usable) for text in constraints), base)
 
@@ -206,7 +191,7 @@ def _flat(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _knob(name: str, choice: Any, known: Mapping[str, Field]) -> Knob:
+def _knob(name: str, choice: Any, known: Mapping[str, tuple[float, bool]]) -> Knob:
     if name not in known:
         raise ValueError(f"there is no knob {name!r}; there are {', '.join(known)}")
     least, whole = known[name]

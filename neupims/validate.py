@@ -16,17 +16,10 @@ import numpy as np
 
 from neupims.hardware import Hardware
 from neupims.record import replace
-from neupims.schedule import STAGES, Fidelity, operations, simulate, stages
+from neupims.schedule import MOST_CHANNELS, STAGES, operations, simulate, stages
+from neupims.systems import SPELLINGS, Fidelity, System
 from neupims.workload import Batch, Decoder, Parallel, check_parallel, read_trace
 
-# Golden system -> system, sub-batches, row buffers.
-SYSTEMS = {
-    "neupims_sbi": ("neupims", 2, 2),
-    "neupims_nosbi": ("neupims", 1, 2),
-    "npu+pim": ("npu-pim", 1, 1),
-    "npu-only": ("npu-only", 1, 2),
-    "main_newton_nosbi": ("neupims", 1, 1),
-}
 # Fields of the simulator's memory and core files -> ours, with the factor from its unit to ours.
 MEMORY_FIELDS = {
     "tRCDRD": ("hbm.trcd_read_cycles", 1),
@@ -61,53 +54,33 @@ CORE_FIELDS = {
     "vector_core_width": ("npu.vector_lanes", 1),
     "icnt_freq": ("npu.interconnect_hz", 1e6),
 }
-# Read by the simulator's parsers, and without effect on its cycles: overwritten, hard-coded beside, only for energy, or of a policy that is off.
+# Columns of runs.csv and the field of the simulator's files that each gives.
+COLUMNS = {
+    "dram_channels": "dram_channels",
+    "dram_freq_mhz": "dram_freq",
+    "num_cores": "num_cores",
+    "core_width": "core_width",
+    "core_height": "core_height",
+    "vector_core_count": "vector_core_count",
+    "vector_core_width": "vector_core_width",
+    "sram_kb": "sram_size",
+    "core_freq_mhz": "core_freq",
+    "icnt_freq_mhz": "icnt_freq",
+}
+# fmt: off
+# In the simulator's files, and without effect on its cycles: not read, overwritten, hard-coded beside, only for energy, or of a policy that is off.
 WITHOUT_EFFECT = {
-    *(
-        "tRTP_S",
-        "tRTP_L",
-        "tREFIb",
-        "tRPRE",
-        "tWPRE",
-        "tXS",
-        "tCKE",
-        "tCKSRE",
-        "tXP",
-        "num_dies",
-        "tCK",
-        "epoch_period",
-        "output_level",
-        "unified_queue",
-    ),
-    *("VDD", "IDD0", "IDD2P", "IDD2N", "IDD3P", "IDD3N", "IDD4W", "IDD4R", "IDD5AB", "IDD6x", "HBM_size", "HBM_act_buf_size", "hbm_dual_cmd"),
-    *(
-        "systolic_array_count",
-        "spad_size",
-        "accum_spad_size",
-        "__sram_size",
-        "sram_width",
-        "icnt_type",
-        "process_bit",
-        "layout",
-        "scheduler",
-        "core_type",
-    ),
-    *("add_latency", "mul_latency", "gelu_latency", "scalar_sqrt_latency", "scalar_add_latency", "scalar_mul_latency", "operation_log_output_path"),
+    "tRTP_S", "tRTP_L", "tREFIb", "tRPRE", "tWPRE", "tXS", "tCKE", "tCKSRE", "tXP", "num_dies", "tCK", "epoch_period", "output_level",
+    "unified_queue", "VDD", "IDD0", "IDD2P", "IDD2N", "IDD3P", "IDD3N", "IDD4W", "IDD4R", "IDD5AB", "IDD6x", "HBM_size", "HBM_act_buf_size",
+    "hbm_dual_cmd", "systolic_array_count", "spad_size", "accum_spad_size", "__sram_size", "sram_width", "icnt_type", "process_bit", "layout",
+    "scheduler", "core_type", "add_latency", "mul_latency", "gelu_latency", "scalar_sqrt_latency", "scalar_add_latency", "scalar_mul_latency",
+    "operation_log_output_path",
 }
 # Accepted and without effect on the predictions, because none was seen in the runs or it is small.
-WITHOUT_MODELLED_EFFECT = (
-    "tRAS",
-    "tRRD_S",
-    "tRRD_L",
-    "tRTRS",
-    "tWR",
-    "CWL",
-    "tRCDWR",
-    "num_cores",
-    "vector_core_count",
-    "vector_core_width",
-    "icnt_freq",
-)
+WITHOUT_MODELLED_EFFECT = {
+    "tRAS", "tRRD_S", "tRRD_L", "tRTRS", "tWR", "CWL", "tRCDWR", "num_cores", "vector_core_count", "vector_core_width", "icnt_freq",
+}
+# fmt: on
 KNOBS_END = "sub_batch_mode"
 PRODUCTS = ("QKVgen", "proj", "fc1", "fc2")
 LONG_CYCLES = 20_000
@@ -121,7 +94,7 @@ class Case(NamedTuple):
     model: Decoder
     batch: Batch
     parallel: Parallel
-    system: str
+    system: System
     sub_batches: int
 
 
@@ -167,9 +140,9 @@ def case_of(run: dict[str, str], folder: str | Path) -> Case:
         NotCovered: the run cannot be modelled.
     """
     known = knobs(run)
-    if known["system"] not in SYSTEMS:
+    if known["system"] not in SPELLINGS:
         raise NotCovered(f"unknown system {known['system']!r}")
-    system, sub_batches, row_buffers = SYSTEMS[known["system"]]
+    system, sub_batches, row_buffers = SPELLINGS[known["system"]]
     try:
         hardware = _hardware(known, row_buffers)
         heads, width, devices = (_number(name, known[name]) for name in ("n_head", "n_embd", "n_tp"))
@@ -184,20 +157,9 @@ def case_of(run: dict[str, str], folder: str | Path) -> Case:
 
 def _hardware(known: dict[str, str], row_buffers: int) -> Hardware:
     hardware = replace(Hardware(), "pim.row_buffers", row_buffers)
-    columns = {
-        "dram_channels": ("hbm.num_channels", 1),
-        "dram_freq_mhz": ("hbm.clock_hz", 1e6),
-        "num_cores": ("npu.num_cores", 1),
-        "core_width": ("npu.array_width", 1),
-        "core_height": ("npu.array_height", 1),
-        "vector_core_count": ("npu.vector_units", 1),
-        "vector_core_width": ("npu.vector_lanes", 1),
-        "sram_kb": ("npu.scratchpad_bytes", 1024),
-        "core_freq_mhz": ("npu.clock_hz", 1e6),
-        "icnt_freq_mhz": ("npu.interconnect_hz", 1e6),
-    }
-    for column, (name, unit) in columns.items():
+    for column, field in COLUMNS.items():
         if known.get(column):
+            name, unit = (MEMORY_FIELDS | CORE_FIELDS)[field]
             hardware = replace(hardware, name, _number(column, known[column]) * unit)
     for column, fields in (("dram_overrides", MEMORY_FIELDS), ("core_overrides", CORE_FIELDS)):
         for field, value in _overrides(column, known.get(column) or "{}").items():
@@ -237,26 +199,21 @@ def padded(case: Case) -> Case:
     return case._replace(hardware=hardware, model=model, batch=batch, parallel=parallel)
 
 
+def most_channels(case: Case) -> int:
+    """The bound on the channels with which a padded case is simulated; few shapes, few compilations."""
+    return max(MOST_CHANNELS, int(case.hardware.hbm.num_channels))
+
+
 def predict(case: Case, *, fidelity: Fidelity = "simulator", path: str = "exact", **options) -> dict[tuple[str, str, str], float]:
     """Predicted core cycles by (level, stage, name): each operation, each stage, and the layer. `options` are those of `simulate`."""
     known = padded(case)
-    result = simulate(
-        known.hardware,
-        known.model,
-        known.batch,
-        known.parallel,
-        system=case.system,  # type: ignore[arg-type]
-        sub_batches=case.sub_batches,
-        fidelity=fidelity,
-        path=path,  # type: ignore[arg-type]
-        most_channels=max(64, int(case.hardware.hbm.num_channels)),
-        **options,
-    )
+    options |= {"system": case.system, "sub_batches": case.sub_batches, "fidelity": fidelity, "path": path, "most_channels": most_channels(case)}
+    result = simulate(known.hardware, known.model, known.batch, known.parallel, **options)
     op_cycles, stage_cycles = jax.device_get((result.op_cycles, result.stage_cycles))
     predicted = {}
-    for operation, cycles in zip(operations(case.system, case.sub_batches), op_cycles.tolist(), strict=True):  # type: ignore[arg-type]
+    for operation, cycles in zip(operations(case.system, case.sub_batches), op_cycles.tolist(), strict=True):
         predicted["op", operation.stage, operation.name] = cycles
-    names = [stage.name for stage in stages(case.system, case.sub_batches)]  # type: ignore[arg-type]
+    names = [stage.name for stage in stages(case.system, case.sub_batches)]
     by_stage = dict(zip(STAGES, stage_cycles.tolist(), strict=True))
     for name in names:
         predicted["stage", name, name] = by_stage["A" if name == "all" else name]
@@ -376,8 +333,9 @@ def expected_error(system: str, sub_batches: int, fidelity: str, *, row_buffers:
 
     The paper's machine ("intended") and the GPU have not been measured by anybody's simulator.
     """
-    if fidelity != "simulator" or system == "gpu" or (system == "neupims" and row_buffers == 1):
-        return None
-    golden = {"neupims": {1: "neupims_nosbi", 2: "neupims_sbi"}.get(sub_batches), "npu-pim": "npu+pim"}.get(system, system)
+    row_buffers = row_buffers if system == "neupims" else {"npu-pim": 1}.get(system, 2)  # of others it changes no cycle
+    spelling = next((name for name, setting in SPELLINGS.items() if setting == (system, sub_batches, row_buffers)), "")
     table = json.loads(resources.files("neupims").joinpath("expected_error.json").read_text(encoding="utf-8"))
-    return table[golden] | {"of": table["of"]}
+    if fidelity != "simulator" or spelling not in table:
+        return None
+    return table[spelling] | {"of": table["of"]}

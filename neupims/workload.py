@@ -42,29 +42,6 @@ class Decoder:
         return self.width // self.heads * self.kv_heads
 
 
-# Brown et al., "Language Models are Few-Shot Learners", 2020, arXiv:2005.14165, table 2.1: 6.7B, 13B (its width of 5140 read as 40 heads of 128)
-# and 175B. 30B: the size that the NeuPIMs paper uses (Heo et al., 2024, arXiv:2403.00579), layers and heads from its public trace generator.
-GPT3 = {
-    "gpt3-7b": Decoder(layers=32, width=4096, heads=32, kv_heads=32, mlp_width=4 * 4096),
-    "gpt3-13b": Decoder(layers=40, width=5120, heads=40, kv_heads=40, mlp_width=4 * 5120),
-    "gpt3-30b": Decoder(layers=48, width=7168, heads=56, kv_heads=56, mlp_width=4 * 7168),
-    "gpt3-175b": Decoder(layers=96, width=12288, heads=96, kv_heads=96, mlp_width=4 * 12288),
-}
-
-
-# Touvron et al., "Llama 2", 2023, arXiv:2307.09288, and its published configurations; Grattafiori et al., "The Llama 3 Herd of Models", 2024,
-# arXiv:2407.21783, table 3.
-LLAMA = {
-    "llama2-7b": Decoder(layers=32, width=4096, heads=32, kv_heads=32, mlp_width=11008, mlp_matrices=3),
-    "llama2-13b": Decoder(layers=40, width=5120, heads=40, kv_heads=40, mlp_width=13824, mlp_matrices=3),
-    "llama2-70b": Decoder(layers=80, width=8192, heads=64, kv_heads=8, mlp_width=28672, mlp_matrices=3),
-    "llama3-8b": Decoder(layers=32, width=4096, heads=32, kv_heads=8, mlp_width=14336, mlp_matrices=3),
-    "llama3-70b": Decoder(layers=80, width=8192, heads=64, kv_heads=8, mlp_width=28672, mlp_matrices=3),
-    "llama3-405b": Decoder(layers=126, width=16384, heads=128, kv_heads=8, mlp_width=53248, mlp_matrices=3),
-}
-MODELS = GPT3 | LLAMA
-
-
 @record
 class Parallel:
     """How many devices share each layer (tensor parallel), and into how many groups the layers are cut (pipeline parallel)."""
@@ -86,21 +63,6 @@ def check_parallel(decoder: Decoder, parallel: Parallel) -> None:
         raise ValueError(f"tp must divide the {decoder.kv_heads} key and value heads or be a multiple of them, but is {parallel.tp}")
     if parallel.pp > decoder.layers:
         raise ValueError(f"pp must be at most the {decoder.layers} layers, but is {parallel.pp}")
-
-
-# GPT-3: NeuPIMs' configs/model_configs. Llama: ours, so that weights fit 32 GiB of a device, with kv_heads divisible by tp.
-PARALLEL = {
-    "gpt3-7b": Parallel(4, 1),
-    "gpt3-13b": Parallel(4, 1),
-    "gpt3-30b": Parallel(4, 2),
-    "gpt3-175b": Parallel(8, 4),
-    "llama2-7b": Parallel(4, 1),
-    "llama2-13b": Parallel(4, 1),
-    "llama2-70b": Parallel(8, 1),
-    "llama3-8b": Parallel(4, 1),
-    "llama3-70b": Parallel(8, 1),
-    "llama3-405b": Parallel(8, 6),
-}
 
 
 @record

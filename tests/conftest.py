@@ -1,5 +1,6 @@
 """Shared by all tests: eight virtual CPU devices, the folder of the golden data, tools as processes of their own, and small data sets."""
 
+import collections
 import os
 import subprocess
 import sys
@@ -84,3 +85,21 @@ def pytest_terminal_summary(terminalreporter):
     for mark, (name, least) in LEAST_CASES.items():
         if count := passed_cases(terminalreporter.config, mark):
             terminalreporter.write_line(f"{count} {mark} cases of the kernels passed, of at least {least} in {name}")
+
+
+def assert_same(got, want):
+    """Nested values with their types, the order of keys, and arrays with their dtypes in native order."""
+    assert isinstance(got, type(want)) or isinstance(want, collections.OrderedDict), (type(got), type(want))
+    if isinstance(want, dict):
+        assert list(got) == list(want)
+        for key in want:
+            assert_same(got[key], want[key])
+    elif isinstance(want, list | tuple):
+        assert len(got) == len(want)
+        for one, other in zip(got, want, strict=True):
+            assert_same(one, other)
+    elif isinstance(want, np.ndarray):
+        assert got.dtype == want.dtype.newbyteorder("=")
+        np.testing.assert_array_equal(got, want)
+    else:
+        assert got == want

@@ -13,13 +13,14 @@ import numpy as np
 import pytest
 
 from neupims import evolution
+from neupims.config import load_model, load_parallel
 from neupims.evaluation import Workload, deal, evaluation, possible
 from neupims.explore import Evaluator, Objective, explore, judged, overall, parse_objectives
 from neupims.hardware import Hardware
 from neupims.schedule import simulate
 from neupims.sensitivity import first_order, neighbours, rank_correlation
 from neupims.space import make_space, sample
-from neupims.workload import GPT3, PARALLEL, Parallel, make_batch
+from neupims.workload import Parallel, make_batch
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEED_AND_COST = parse_objectives("speed:max,cost:min")
@@ -295,7 +296,7 @@ def test_objectives_of_a_command_line():
 
 LENGTHS = np.random.default_rng(0).integers(1, 512, 64)
 BATCH = make_batch(LENGTHS, np.arange(64) % 32)
-WORKLOADS = [Workload(name, GPT3[name], PARALLEL[name], BATCH) for name in ("gpt3-7b", "gpt3-13b")]
+WORKLOADS = [Workload(name, load_model(name), load_parallel(name), BATCH) for name in ("gpt3-7b", "gpt3-13b")]
 MACHINES = make_space({"pim.page_bytes": [512, 1024, 2048], "hbm.tfaw_cycles": {"low": 12, "high": 40}, "parallel.tp": [4, 8, 3]})
 
 
@@ -329,9 +330,9 @@ def test_dealt_requests_are_balanced(channels):
 def test_what_the_memory_cannot_hold_is_no_machine():
     """64 requests of 100,000 tokens need 64 x 128 KiB x 100,000 of 32 GiB."""
     long, hardware = make_batch(np.full(64, 100_000), np.arange(64) % 32), Hardware()
-    assert bool(possible(hardware, GPT3["gpt3-7b"], BATCH, PARALLEL["gpt3-7b"]))
-    assert not bool(possible(hardware, GPT3["gpt3-7b"], long, PARALLEL["gpt3-7b"]))
-    assert not bool(possible(hardware, GPT3["gpt3-175b"], BATCH, Parallel(1, 1)))
+    assert bool(possible(hardware, load_model("gpt3-7b"), BATCH, load_parallel("gpt3-7b")))
+    assert not bool(possible(hardware, load_model("gpt3-7b"), long, load_parallel("gpt3-7b")))
+    assert not bool(possible(hardware, load_model("gpt3-175b"), BATCH, Parallel(1, 1)))
 
 
 def test_the_command_prints_one_object_and_writes_its_files(tool, tmp_path):

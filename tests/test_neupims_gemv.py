@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from neupims import gemv
+from neupims.config import load_model
 from neupims.hardware import Hardware
 from neupims.record import replace
-from neupims.workload import GPT3, LLAMA, Parallel
+from neupims.workload import Parallel
 
-MODEL, PARALLEL = GPT3["gpt3-7b"], Parallel(4, 1)
+MODEL, PARALLEL = load_model("gpt3-7b"), Parallel(4, 1)
 SINGLE = replace(Hardware(), "pim.row_buffers", 1)
 WHOLE_REFRESH = replace(Hardware(), "hbm.trefi_cycles", 10**6)
 
@@ -140,7 +141,7 @@ def test_a_request_waits_until_its_commands_arrive():
 def test_grouped_queries_read_keys_again_for_every_query():
     """Llama-3 8B on 4 devices: 2 key heads a device serve 8 query heads, so a row of 2 heads is passed over 4 times: the same products as 8 heads in
     4."""
-    grouped, last = gemv.logit_groups(Hardware(), LLAMA["llama3-8b"], jnp.array([320.0]), PARALLEL)
+    grouped, last = gemv.logit_groups(Hardware(), load_model("llama3-8b"), jnp.array([320.0]), PARALLEL)
     assert (float(grouped.groups[0]), float(last.groups[0]), float(last.tiles[0]), float(last.results)) == (0, 4, 10, 2)
 
 

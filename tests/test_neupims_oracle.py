@@ -5,13 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from neupims.config import load_model, load_parallel
 from neupims.decision import Space, decide
 from neupims.hardware import Hardware
 from neupims.objective import Layer, make_problem
 from neupims.oracle import IntegerLayer, cp_sat, exhaustive, gap, lower_bound
 from neupims.record import replace
 from neupims.search import baselines, search
-from neupims.workload import GPT3, PARALLEL, Decoder, Parallel
+from neupims.workload import Decoder, Parallel
 
 TINY = Decoder(layers=1, width=1024, heads=8, kv_heads=8, mlp_width=4096)
 
@@ -68,7 +69,7 @@ def test_no_schedule_of_the_full_model_beats_the_bounds():
 def test_the_bound_of_a_large_batch_is_near_the_best():
     lengths = np.clip(np.random.default_rng(0).lognormal(5.5, 0.9, 256), 1, 2048).astype(int)
     space = Space(32, realisable=True, sub_batches=(2,))
-    problem = make_problem(Hardware(), GPT3["gpt3-7b"], PARALLEL["gpt3-7b"], lengths)
+    problem = make_problem(Hardware(), load_model("gpt3-7b"), load_parallel("gpt3-7b"), lengths)
     starts = jax.tree.map(lambda *parts: jnp.stack(parts), *baselines(space, problem).values())
     costs = jax.jit(jax.vmap(lambda genome: Layer(space)(problem, decide(space, genome)).objective))(starts)
     assert 0 < gap(float(costs.min()), float(lower_bound(space, problem))) < 0.05

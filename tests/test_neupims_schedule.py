@@ -11,17 +11,18 @@ import numpy as np
 import pytest
 
 from neupims import gemv
+from neupims.config import load_model, load_parallel
 from neupims.hardware import Hardware
 from neupims.record import replace
 from neupims.schedule import operations, simulate, stages
-from neupims.workload import GPT3, LLAMA, PARALLEL, Batch, Decoder, Parallel, make_batch
+from neupims.workload import Batch, Decoder, Parallel, make_batch
 
 ROWS, REQUESTS, CHANNELS = 16, 24, 64
 SYSTEMS = [("neupims", 2), ("neupims", 1), ("npu-pim", 1), ("npu-only", 1)]
 RNG = np.random.default_rng(7)
 LENGTHS, PLACES = RNG.integers(1, 2049, REQUESTS), RNG.integers(0, 8, REQUESTS)
 BATCH = make_batch(LENGTHS, PLACES)
-MODEL, SPREAD = GPT3["gpt3-7b"], PARALLEL["gpt3-7b"]
+MODEL, SPREAD = load_model("gpt3-7b"), load_parallel("gpt3-7b")
 
 
 @functools.cache
@@ -56,7 +57,9 @@ def machine(**changes):
 def test_iteration_and_layer_are_sums_of_stages(system, sub_batches, fidelity):
     """7B runs 32 layers on one group of devices, 175B 96 on four."""
     models = ["gpt3-7b", "gpt3-175b"]
-    result = run(system, sub_batches, model=[GPT3[name] for name in models], parallel=[PARALLEL[name] for name in models], fidelity=fidelity)
+    result = run(
+        system, sub_batches, model=[load_model(name) for name in models], parallel=[load_parallel(name) for name in models], fidelity=fidelity
+    )
     for row, layers in enumerate((32, 96 // 4)):
         a, b, c, d, e, f = result.stage_cycles[row].astype(float)
         two = (c + d, a + b + (c + d) * (layers - 1) + e + f)
@@ -88,7 +91,7 @@ def test_operations_are_named_as_the_simulator_names_them():
 def test_never_below_the_roofline(system, sub_batches):
     """Weights and products of each matrix product, keys and values of attention, and all bytes and products of the iteration."""
     machines = [Hardware(), machine(hbm__num_channels=8), machine(npu__num_arrays=2), machine(npu__array_width=64, npu__array_height=64)]
-    for model, parallel in ((MODEL, SPREAD), (LLAMA["llama3-8b"], PARALLEL["llama3-8b"])):
+    for model, parallel in ((MODEL, SPREAD), (load_model("llama3-8b"), load_parallel("llama3-8b"))):
         result = run(system, sub_batches, hardware=machines, model=model, parallel=parallel)
         tokens = [np.sum(BATCH.sub_batches == which) for which in (0, 1)] if sub_batches == 2 else [REQUESTS]
         queries, keys = model.width / parallel.tp, model.kv_width / parallel.tp
@@ -135,7 +138,7 @@ def test_more_of_it_is_never_slower(system, sub_batches):
     seconds = never_slower(system, sub_batches, channels)
     assert seconds[-1] < 0.95 * seconds[0]
     many = make_batch(RNG.integers(1, 2049, REQUESTS), RNG.integers(0, 8, REQUESTS))
-    never_slower(system, sub_batches, channels, model=LLAMA["llama3-70b"], parallel=PARALLEL["llama3-70b"], batch=many)
+    never_slower(system, sub_batches, channels, model=load_model("llama3-70b"), parallel=load_parallel("llama3-70b"), batch=many)
     never_slower(system, sub_batches, [machine(npu__num_arrays=arrays) for arrays in (1, 2, 3, 4, 6, 8, 12, 16, 32)])
     never_slower(system, sub_batches, [machine(npu__vector_units=units) for units in (1, 2, 5, 8, 16, 64)])
 
@@ -204,13 +207,13 @@ def test_mapped_and_compiled_is_the_loop(system, sub_batches):
     machines = [Hardware(), machine(hbm__num_channels=16, hbm__tfaw_cycles=16), machine(npu__num_arrays=4, npu__clock_hz=1.4e9)]
     names = ["gpt3-7b", "gpt3-30b", "llama3-8b"]
     batches = [BATCH, make_batch(LENGTHS[::-1], PLACES), make_batch(np.minimum(LENGTHS, 100), (PLACES + 8) % 16)]
-    mapped = run(system, sub_batches, machines, [(GPT3 | LLAMA)[name] for name in names], batches, [PARALLEL[name] for name in names])
+    mapped = run(system, sub_batches, machines, [load_model(name) for name in names], batches, [load_parallel(name) for name in names])
     for row, name in enumerate(names):
         alone = simulate(
             machines[row],
-            (GPT3 | LLAMA)[name],
+            load_model(name),
             batches[row],
-            PARALLEL[name],
+            load_parallel(name),
             system=system,
             sub_batches=sub_batches,
             fidelity="intended",
@@ -283,7 +286,7 @@ def test_extreme_machines_are_finite():
         machine(hbm__ranks=4),
         machine(hbm__trefi_cycles=1950),
     ]
-    models = [MODEL, Decoder(layers=2, width=64, heads=4, kv_heads=1, mlp_width=100), GPT3["gpt3-175b"]]
+    models = [MODEL, Decoder(layers=2, width=64, heads=4, kv_heads=1, mlp_width=100), load_model("gpt3-175b")]
     for model, parallel in zip(models, [SPREAD, Parallel(4, 1), Parallel(96, 1)], strict=True):
         result = run("neupims", 2, hardware=rows, model=model, parallel=parallel)
         assert not result.flagged.any()

@@ -10,15 +10,16 @@ import pytest
 
 from neupims.__main__ import main
 from neupims.capacity import channel_tiles
+from neupims.config import load_model, load_parallel
 from neupims.decision import CHANNELS_KNOB, Knob, Space, decide, decision_batch, export_trace, make_genome, repair
 from neupims.hardware import Hardware
 from neupims.objective import Cost, Layer, make_problem
 from neupims.oracle import IntegerLayer
 from neupims.schedule import simulate
 from neupims.search import STRATEGIES, interval_of_mean, mutate, random_genome, search
-from neupims.workload import GPT3, PARALLEL, Batch, halves, make_batch, read_trace
+from neupims.workload import Batch, halves, make_batch, read_trace
 
-HARDWARE, MODEL, PARALLEL_7B = Hardware(), GPT3["gpt3-7b"], PARALLEL["gpt3-7b"]
+HARDWARE, MODEL, PARALLEL_7B = Hardware(), load_model("gpt3-7b"), load_parallel("gpt3-7b")
 LENGTHS = np.clip(np.random.default_rng(0).lognormal(5, 1, 48), 1, 2048).astype(int)
 
 

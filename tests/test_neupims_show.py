@@ -10,11 +10,13 @@ from neupims import config
 from neupims.commands import pictures, show
 from neupims.commands.common import Case
 from neupims.commands.simulate import as_dictionary
+from neupims.config import load_model
 from neupims.energy import EnergyCosts
 from neupims.hardware import Hardware
+from neupims.record import describe
 from neupims.report import page
 from neupims.schedule import simulate
-from neupims.workload import MODELS, Parallel, make_batch
+from neupims.workload import Parallel, make_batch
 
 LENGTHS = np.array([300, 40, 900, 512, 77, 1500, 30, 260])
 
@@ -29,13 +31,13 @@ def shown(capsys, *words):
 def case(system, sub_batches):
     batch = make_batch(LENGTHS, np.arange(8) % 4, num_channels=4)
     hardware = config.load_hardware("npu-pim" if system == "npu-pim" else "neupims")
-    return Case(hardware, "gpt3-7b", MODELS["gpt3-7b"], Parallel(4, 1), batch, system, sub_batches, "simulator")
+    return Case(hardware, "gpt3-7b", load_model("gpt3-7b"), Parallel(4, 1), batch, system, sub_batches, "simulator")
 
 
 @pytest.fixture
 def simulated(monkeypatch):
     """Simulates a small batch; the expected error, which is a file of its own, is made up."""
-    monkeypatch.setattr("neupims.validate.expected_error", lambda *_: {"layer_mean_percent": 1.2, "layer_max_percent": 4.5})
+    monkeypatch.setattr("neupims.validate.expected_error", lambda *_, **__: {"layer_mean_percent": 1.2, "layer_max_percent": 4.5})
     return _simulated
 
 
@@ -54,11 +56,11 @@ def test_both_forms(capsys, what):
 
 def test_hardware_lists_every_field(capsys):
     found = json.loads(shown(capsys, "hardware", "--json"))
-    assert {each["name"] for each in found["fields"]} == {each.name for each in config.describe(Hardware())}
+    assert {each["name"] for each in found["fields"]} == {each.name for each in describe(Hardware())}
     assert all(each["unit"] and each["source"] for each in found["fields"])
     assert {each["name"] for each in found["configurations"]} == set(config.names("hardware"))
     text = " ".join(shown(capsys, "hardware").split())
-    for field in config.describe(Hardware()):
+    for field in describe(Hardware()):
         assert field.name in text
 
 
@@ -72,7 +74,7 @@ def test_constants_have_a_confidence(capsys):
     found = json.loads(shown(capsys, "constants", "--json"))
     assert {each["confidence"] for each in found["constants"]} == {"fitted", "data sheet", "published", "estimate"}
     energies = {each["name"].removeprefix("energy.") for each in found["constants"] if each["name"].startswith("energy.")}
-    assert energies == {each.name for each in config.describe(EnergyCosts())}
+    assert energies == {each.name for each in describe(EnergyCosts())}
     assert found["command_picojoules"]["read"] == pytest.approx(804)
 
 
@@ -86,7 +88,7 @@ def test_models_and_systems(capsys):
 
 def test_knobs_name_fields_that_exist(capsys):
     found = json.loads(shown(capsys, "knobs", "--json"))
-    assert {each["name"] for each in found["knobs"]} <= {each.name for each in config.describe(Hardware())}
+    assert {each["name"] for each in found["knobs"]} <= {each.name for each in describe(Hardware())}
     assert not {each["simulator"] for each in found["knobs"]} & set(found["without_effect"])
 
 

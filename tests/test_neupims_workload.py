@@ -5,17 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neupims.workload import GPT3, Decoder, kv_cache_bytes, weight_bytes
+from neupims.config import load_model
+from neupims.workload import Decoder, kv_cache_bytes, weight_bytes
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("gpt3-7b", 6.7e9), ("gpt3-13b", 13e9), ("gpt3-30b", 30e9), ("gpt3-175b", 175e9)])
 def test_weights_are_the_published_size_less_embeddings(name, parameters):
-    assert 0.94 < weight_bytes(GPT3[name]) / 2 / parameters < 1.01
+    assert 0.94 < weight_bytes(load_model(name)) / 2 / parameters < 1.01
 
 
 def test_kv_cache_of_one_token_by_hand():
     """GPT-3 175B: 96 layers x (key + value) x 12288 channels x 2 bytes = 4,718,592 bytes."""
-    assert kv_cache_bytes(GPT3["gpt3-175b"], 1) == 96 * 2 * 12288 * 2
+    assert kv_cache_bytes(load_model("gpt3-175b"), 1) == 96 * 2 * 12288 * 2
 
 
 def test_grouped_queries_and_gated_mlp():
@@ -26,7 +27,7 @@ def test_grouped_queries_and_gated_mlp():
 
 
 def test_a_batch_of_models_is_the_same_record_with_a_leading_axis():
-    models = [GPT3["gpt3-7b"], GPT3["gpt3-13b"]]
+    models = [load_model("gpt3-7b"), load_model("gpt3-13b")]
     batch = jax.tree.map(lambda *numbers: jnp.array(numbers), *models)
     assert jax.vmap(weight_bytes)(batch).tolist() == pytest.approx([weight_bytes(model) for model in models])
     in_axes = jax.tree.map(lambda _: 0, batch)

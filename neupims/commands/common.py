@@ -3,24 +3,19 @@
 import argparse
 import json
 import os
+import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from neupims.config import load_hardware, load_model, load_parallel
 from neupims.hardware import Hardware
 from neupims.record import replace
+from neupims.systems import FIDELITIES, SPELLINGS, SYSTEMS, Fidelity, System
 from neupims.workload import Batch, Decoder, Parallel, check_parallel, read_trace
 
-# The spellings of the validation files: system, sub-batches, row buffers.
-GOLDEN_SYSTEMS = {
-    "neupims_sbi": ("neupims", 2, 2),
-    "neupims_nosbi": ("neupims", 1, 2),
-    "npu+pim": ("npu-pim", 1, 1),
-    "npu-only": ("npu-only", 1, 2),
-    "main_newton_nosbi": ("neupims", 1, 1),
-}
-SYSTEMS = ("neupims", "npu-pim", "npu-only", "gpu")
 AUTO = "auto"
+WIDTH = 200  # characters of a line where the output is no terminal
 
 
 class Case(NamedTuple):
@@ -31,9 +26,9 @@ class Case(NamedTuple):
     model: Decoder
     parallel: Parallel
     batch: Batch
-    system: str
+    system: System
     sub_batches: int
-    fidelity: str
+    fidelity: Fidelity
 
 
 def add_system_arguments(parser: argparse.ArgumentParser) -> None:
@@ -53,9 +48,7 @@ def add_system_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="one field of the hardware, such as hbm.num_channels=16; may repeat"
     )
-    parser.add_argument(
-        "--fidelity", choices=("simulator", "intended"), default="simulator", help="as the public simulator is coded, or as the paper means it"
-    )
+    parser.add_argument("--fidelity", choices=FIDELITIES, default="simulator", help="as the public simulator is coded, or as the paper means it")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -73,7 +66,7 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="one JSON object and nothing else on standard output")
 
 
-def system(arguments: argparse.Namespace) -> tuple[str, int, Hardware]:
+def system(arguments: argparse.Namespace) -> tuple[System, int, Hardware]:
     """The system's name, its sub-batches, and the hardware with what the flags change.
 
     Raises:
@@ -83,24 +76,24 @@ def system(arguments: argparse.Namespace) -> tuple[str, int, Hardware]:
     if arguments.sub_batches == AUTO:
         raise ValueError("--sub-batches auto is for simulate: say 1 or 2")
     wanted = int(arguments.sub_batches) if arguments.sub_batches else None
-    if name in GOLDEN_SYSTEMS and name != "npu-only":
-        name, sub_batches, row_buffers = GOLDEN_SYSTEMS[name]
-        if wanted not in (None, sub_batches):
-            raise ValueError(f"--system {arguments.system} means --sub-batches {sub_batches}, not {wanted}")
-    elif name in SYSTEMS:
-        sub_batches, row_buffers = wanted or (2 if name == "neupims" else 1), 1 if name == "npu-pim" else 2
+    if name in SYSTEMS:
+        chosen, sub_batches, row_buffers = name, wanted or (2 if name == "neupims" else 1), 1 if name == "npu-pim" else 2
         if name != "neupims" and sub_batches == 2:
             raise ValueError(f"--sub-batches 2 needs --system neupims, not {name}")
+    elif name in SPELLINGS:
+        chosen, sub_batches, row_buffers = SPELLINGS[name]
+        if wanted not in (None, sub_batches):
+            raise ValueError(f"--system {arguments.system} means --sub-batches {sub_batches}, not {wanted}")
     else:
-        raise ValueError(f"--system must be one of {', '.join((*SYSTEMS, *GOLDEN_SYSTEMS))}, not {arguments.system!r}")
+        raise ValueError(f"--system must be one of {', '.join(dict.fromkeys((*SYSTEMS, *SPELLINGS)))}, not {arguments.system!r}")
     hardware = load_hardware(arguments.hardware)
-    if name == "npu-pim" or row_buffers == 1:
+    if row_buffers == 1:
         hardware = replace(hardware, "pim.row_buffers", 1)
     if arguments.row_buffers:
         hardware = replace(hardware, "pim.row_buffers", {"single": 1, "dual": 2}[arguments.row_buffers])
     for change in arguments.set:
         hardware = replace(hardware, *_change(change))
-    return name, sub_batches, hardware
+    return chosen, sub_batches, hardware
 
 
 def model(arguments: argparse.Namespace) -> tuple[str, Decoder, Parallel]:
@@ -145,15 +138,41 @@ def finite(value: Any) -> Any:
     return value
 
 
-def _change(text: str) -> tuple[str, float]:
-    field, equals, value = text.partition("=")
-    try:
-        number: float = float(value)
-    except ValueError:
-        equals = ""
-        number = 0.0
-    if not equals or not field:
-        raise ValueError(f"--set needs FIELD=NUMBER, such as hbm.num_channels=16, not {text!r}")
-    return field.strip(), int(number) if number == int(
-        number if abs(number) < 1e18 else 0
-    ) and "e" not in value.lower() and "." not in value else number
+def _change(text: str) -> tuple[str, int | float]:
+    field, _, value = (part.strip() for part in text.partition("="))
+    for kind in (int, float):
+        with suppress(ValueError):
+            if field:
+                return field, kind(value)
+    raise ValueError(f"--set needs FIELD=NUMBER, such as hbm.num_channels=16, not {text!r}")
+
+
+def error_sentence(error: dict[str, Any]) -> str:
+    """The mean and the greatest error of a layer, of an `expected_error`."""
+    return f"{error['layer_mean_percent']:.1f} % in the mean, {error['layer_max_percent']:.1f} % at most"
+
+
+def simulated(case: Case, path: str):
+    """The iteration of one case.
+
+    Raises:
+        ValueError: the hardware cannot run it.
+    """
+    from neupims.schedule import simulate
+
+    options = {"system": case.system, "sub_batches": case.sub_batches, "fidelity": case.fidelity}
+    iteration = simulate(case.hardware, case.model, case.batch, case.parallel, path=path, **options)  # type: ignore[arg-type]
+    if iteration.flagged:
+        hbm = case.hardware.hbm
+        raise ValueError(
+            "this hardware cannot run the batch: a time or an energy is not finite; PIM tiles, for one, must fit between the refreshes of ranks, "
+            f"hbm.trefi_cycles / hbm.ranks = {hbm.trefi_cycles / hbm.ranks:g} memory cycles apart"
+        )
+    return iteration
+
+
+def console():
+    """A terminal for tables; where the output is none, lines are long enough for them."""
+    from rich.console import Console
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)

@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from neupims.commands.common import add_system_arguments, finite, print_json
+from neupims.commands.common import add_system_arguments, console, error_sentence, finite, print_json
 from neupims.commands.common import model as chosen_model
 from neupims.commands.common import system as chosen_system
 from neupims.files import write_text
@@ -29,7 +29,6 @@ METRICS = (
     "bandwidth_utilization",
 )
 OBJECTIVES = "tokens_per_second:max,energy_joules_per_token:min,area_mm2:min"
-WIDTH = 200  # characters of a line where the output is no terminal
 SHOWN = 20  # designs of the front on the terminal
 
 
@@ -169,9 +168,9 @@ def _progress() -> Iterator[Any]:
         from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     except ImportError:
         raise ImportError("explore needs rich: pip install 'ggem-jax[neupims]'") from None
-    console = Console(stderr=True)
+    errors = Console(stderr=True)
     columns = (TextColumn("designs"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn())
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    with Progress(*columns, console=errors, disable=not errors.is_terminal, transient=True) as bar:
         task = bar.add_task("designs", total=None)
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
@@ -229,10 +228,9 @@ def _table(found, space, workloads) -> str:
 
 
 def _print(summary: dict[str, Any], folder: Path | None) -> None:
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, width=None if os.isatty(1) else WIDTH)
+    lines = console()
     knobs, metrics = list(summary["base"]["knobs"]), list(summary["base"]["metrics"])
     front, workloads = summary["front"], summary["workloads"]
     table = Table(title=f"Pareto front: {len(front)} of {summary['points']} designs, over {', '.join(workloads)} (geometric means)")
@@ -243,23 +241,22 @@ def _print(summary: dict[str, Any], folder: Path | None) -> None:
         if design is summary["base"]:
             table.add_section()
         table.add_row(*(f"{value:.4g}" for value in (*design["knobs"].values(), *design["metrics"].values())))
-    console.print(table)
-    console.print(f"{len(shown)} of {len(front)} designs of the front shown, by {summary['objectives'][0].partition(':')[0]}; last, the base design.")
-    console.print(f"{summary['kept']} designs keep the constraints, {summary['flagged']} are impossible.")
+    lines.print(table)
+    lines.print(f"{len(shown)} of {len(front)} designs of the front shown, by {summary['objectives'][0].partition(':')[0]}; last, the base design.")
+    lines.print(f"{summary['kept']} designs keep the constraints, {summary['flagged']} are impossible.")
     if summary["hypervolume"] is not None:
         ends = ", ".join(f"{name} {value:.4g}" for name, value in summary["reference"].items())
-        console.print(f"hypervolume {summary['hypervolume']:.6g}, in units of the base design, up to {ends}")
+        lines.print(f"hypervolume {summary['hypervolume']:.6g}, in units of the base design, up to {ends}")
     table = Table(title=f"Sensitivity of {summary['sensitivity_of']}")
     for name in ("knob", "elasticity at the base", "rank correlation", "share of variance"):
         table.add_column(name, justify="left" if name == "knob" else "right")
     order = sorted(summary["sensitivities"].items(), key=lambda each: -abs(np.nan_to_num(each[1]["first_order"])))
     for name, each in order:
         table.add_row(name, *(f"{value:+.3f}" if np.isfinite(value) else "-" for value in each.values()))
-    console.print(table)
+    lines.print(table)
     if error := summary["expected_error"]:
-        mean, most = error["layer_mean_percent"], error["layer_max_percent"]
-        console.print(f"expected error of a layer's cycles near the base design: {mean:.1f} % in the mean, {most:.1f} % at most")
+        lines.print(f"expected error of a layer's cycles near the base design: {error_sentence(error)}")
     rate = summary["points"] / summary["seconds"]
-    console.print(f"{summary['seconds']:.1f} s, {rate:.0f} designs a second with compilation, on {summary['devices']}")
+    lines.print(f"{summary['seconds']:.1f} s, {rate:.0f} designs a second with compilation, on {summary['devices']}")
     if folder:
-        console.print(f"{folder / 'front.csv'} and {folder / 'summary.json'} written")
+        lines.print(f"{folder / 'front.csv'} and {folder / 'summary.json'} written")

@@ -7,15 +7,15 @@ from typing import Any
 import numpy as np
 
 from neupims.calibration import DEFAULT
-from neupims.commands.common import Case
+from neupims.commands.common import Case, error_sentence
 from neupims.hardware import Hardware, banks, burst_cycles, peak_bytes_per_cycle
 from neupims.perfetto import write_perfetto
 from neupims.plots import operation_name
 from neupims.report import write_report
 from neupims.schedule import npu_operation, operations, stages
+from neupims.systems import PIM_SYSTEMS
 from neupims.workload import FLOAT16_BYTES
 
-PIM_SYSTEMS = ("neupims", "npu-pim")
 ELEMENT_OPERATIONS = {"ln": 5, "res": 1, "gelu": 1}  # of one element, as the energy counts them
 
 
@@ -32,7 +32,6 @@ def write_pictures(case: Case, iteration, result: Mapping[str, Any], page: Path 
 
 def facts(case: Case, result: Mapping[str, Any]) -> dict[str, Any]:
     """What stands at the head of the page."""
-    error = result.get("expected_error") or {}
     halves, buffers = result["sub_batches"], result["row_buffers"]
     pim = [f"{halves} sub-batch{'es' if halves > 1 else ''}", f"{buffers} row buffer{'s' if buffers > 1 else ''}"]
     pim = pim if result["system"] in PIM_SYSTEMS else []
@@ -44,8 +43,8 @@ def facts(case: Case, result: Mapping[str, Any]) -> dict[str, Any]:
         "layer": f"{result['layer_cycles']:,.0f} core cycles",
         "energy": f"{result['energy_joules']:.3g} J of one device, {result['energy_joules'] / result['iteration_seconds']:.0f} W in the mean",
     }
-    if error.get("layer_mean_percent") is not None:
-        listed["expected error of the layer"] = f"{error['layer_mean_percent']:.1f} % in the mean, {error['layer_max_percent']:.1f} % at most"
+    if error := result.get("expected_error"):
+        listed["expected error of the layer"] = error_sentence(error)
     return listed
 
 
@@ -112,7 +111,7 @@ def roofs(hardware: Hardware) -> list[dict[str, Any]]:
 
 def points(case: Case, iteration) -> list[dict[str, Any]]:
     """Operations of a layer with their arithmetic, memory traffic and time; those of the same name added up."""
-    planned = {stage.name: stage for stage in stages(case.system, case.sub_batches)}  # type: ignore[arg-type]
+    planned = {stage.name: stage for stage in stages(case.system, case.sub_batches)}
     in_layer = ("C", "D") if "C" in planned else tuple(planned)
     clock_hz = float(case.hardware.npu.clock_hz)
     lengths, sub_batch = (
@@ -120,7 +119,7 @@ def points(case: Case, iteration) -> list[dict[str, Any]]:
         np.asarray(case.batch.sub_batches) if "C" in planned else 0 * np.asarray(case.batch.seq_lens),
     )
     found: dict[str, dict[str, Any]] = {}
-    for each, cycles in zip(operations(case.system, case.sub_batches), iteration.op_cycles.tolist(), strict=True):  # type: ignore[arg-type]
+    for each, cycles in zip(operations(case.system, case.sub_batches), iteration.op_cycles.tolist(), strict=True):
         if each.stage not in in_layer:
             continue
         stage = planned[each.stage]

@@ -1,14 +1,14 @@
 """`search`: better schedules of one batch, and how far from the best possible they are."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
-from neupims.commands.common import SYSTEMS, Case, add_workload_arguments, print_json, workload
+from neupims.commands.common import Case, add_workload_arguments, console, print_json, simulated, workload
+from neupims.record import describe
+from neupims.systems import SYSTEMS
 
 DEFAULT_BUDGET = 20000
-WIDTH = 200  # characters of a line where the output is no terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,9 +100,9 @@ def searched(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
         case.batch.seq_lens,
         resident=resident,
         room=room,
-        fidelity=case.fidelity,  # type: ignore[arg-type]
+        fidelity=case.fidelity,
     )
-    objective = Layer(space, case.fidelity, arguments.measure)  # type: ignore[arg-type]
+    objective = Layer(space, case.fidelity, arguments.measure)
     evaluate = jax.jit(jax.vmap(lambda genome: objective(problem, decide(space, genome))))
     published = make_genome(space, case.batch.channels, case.batch.sub_batches, interleaved=case.sub_batches == 2, knobs=_given(case, space))
     known = {"as published": published} | baselines(space, problem, np.asarray(published.knobs))
@@ -158,7 +158,9 @@ def searched(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     exact = None
     if arguments.exact:
         scored = {"published": (case.batch, case.sub_batches), "best": (decision_batch(problem.seq_lens, decision), 2 if interleaved else 1)}
-        scores = {when: float(_exact(case, batch, count)) for when, (batch, count) in scored.items()}
+        scores = {
+            when: float(simulated(case._replace(batch=batch, sub_batches=count), "exact").layer_cycles) for when, (batch, count) in scored.items()
+        }
         exact = scores | {"gain": 1 - scores["best"] / scores["published"]}
     return {
         "model": case.model_name,
@@ -182,21 +184,6 @@ def searched(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
         },
         "trace": str(arguments.export_trace) if arguments.export_trace else None,
     }
-
-
-def _exact(case: Case, batch, sub_batches: int):
-    """Layer cycles with every channel's commands followed in their order."""
-    from neupims.schedule import simulate
-
-    return simulate(
-        case.hardware,
-        case.model,
-        batch,
-        case.parallel,
-        sub_batches=sub_batches,
-        fidelity=case.fidelity,  # type: ignore[arg-type]
-        path="exact",
-    ).layer_cycles
 
 
 def gain_error(error: dict[str, Any] | None, gain: float) -> float | None:
@@ -229,9 +216,7 @@ def _space(case: Case, arguments: argparse.Namespace):
 
 def _given(case: Case, space) -> list[float]:
     """The knobs as the given hardware has them."""
-    from neupims.space import hardware_numbers
-
-    numbers = {name: value for name, value, _ in hardware_numbers(case.hardware)}
+    numbers = {each.name: float(each.value) for each in describe(case.hardware)}
     return [numbers[knob.name] for knob in space.knobs]
 
 
@@ -246,10 +231,9 @@ def _loads(problem, decision, channels: int, interleaved: bool) -> list[list[flo
 
 def _print_tables(result: dict[str, Any]) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    lines = console()
     unit = {"time": "layer cycles", "energy": "J", "energy-delay": "J x cycles"}[result["measure"]]
     kind = "realisable schedules" if result["realisable"] else "schedules"
     table = Table(
@@ -263,25 +247,25 @@ def _print_tables(result: dict[str, Any]) -> None:
         table.add_row(name, _number(row["cost"]), mean, f"{row['gain']:.2%}", above, f"{row['evaluations']:,}" if "evaluations" in row else "")
     if result["lower_bound"]:
         table.add_row("lower bound", _number(result["lower_bound"]), "", f"{1 - result['lower_bound'] / result['published']:.2%}", "", "")
-    console.print(table)
+    lines.print(table)
     best = result["best"]
     halves = "two sub-batches" if best["sub_batches"] == 2 else "one batch"
     error = best["gain_plus_minus"]
     margin = f" (± {error:.2%}, the model's mean error on both times)" if error else ""
-    console.print(f"best: {best['found_by']}, {halves}, gain over the trace as published {best['gain']:.2%}{margin}")
+    lines.print(f"best: {best['found_by']}, {halves}, gain over the trace as published {best['gain']:.2%}{margin}")
     for knob, number in best["knobs"].items():
-        console.print(f"  {knob} = {number:g}")
+        lines.print(f"  {knob} = {number:g}")
     if result["exact"]:
         exact = result["exact"]
-        console.print(f"layer cycles by the exact path: {exact['published']:,.0f} as published, {exact['best']:,.0f} at best")
-        console.print(f"gain by the exact path: {exact['gain']:.2%}")
+        lines.print(f"layer cycles by the exact path: {exact['published']:,.0f} as published, {exact['best']:,.0f} at best")
+        lines.print(f"gain by the exact path: {exact['gain']:.2%}")
     for when, loads in result["channel_cycles"].items():
         longest = " and ".join(f"{max(load):,.0f}" for load in loads)
         average = sum(map(sum, loads)) / len(loads[0]) / 2
-        console.print(f"attention on the fullest channel {when}: {longest} cycles of the sub-batches; mean {average:,.0f}")
+        lines.print(f"attention on the fullest channel {when}: {longest} cycles of the sub-batches; mean {average:,.0f}")
     for sentence in (result["warning"], f"trace written to {result['trace']}" if result["trace"] else None):
         if sentence:
-            console.print(sentence)
+            lines.print(sentence)
 
 
 def _number(value: float) -> str:

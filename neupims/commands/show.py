@@ -6,9 +6,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from neupims import config
-from neupims.commands.common import GOLDEN_SYSTEMS, print_json
+from neupims.commands.common import print_json
+from neupims.record import describe
+from neupims.systems import SPELLINGS, System
 
-SYSTEMS = {
+ABOUT: dict[System, str] = {
     "neupims": "PIM computes attention while the NPU computes the rest of the other sub-batch (two), or after it (one); two row buffers",
     "npu-pim": "NPU and PIM take turns; one row buffer, so PIM and the NPU's memory traffic exclude each other",
     "npu-only": "the NPU computes attention too, keys and values come over the buses",
@@ -37,7 +39,7 @@ def run(arguments: argparse.Namespace) -> int:
 def hardware(arguments: argparse.Namespace) -> dict[str, Any]:
     """Every field of the machine by dotted name, and the named machines."""
     machine = config.load_hardware(arguments.hardware)
-    defaults = {each.name: each.value for each in config.describe(config.load_hardware("neupims"))}
+    defaults = {each.name: each.value for each in describe(config.load_hardware("neupims"))}
     shown = [
         {
             "name": each.name,
@@ -48,7 +50,7 @@ def hardware(arguments: argparse.Namespace) -> dict[str, Any]:
             "least": each.least,
             "whole": each.whole,
         }
-        for each in config.describe(machine)
+        for each in describe(machine)
     ]
     named = [{"name": name, "about": config.about("hardware", name), "changes": config.changes(name)} for name in config.names("hardware")]
     return {"hardware": arguments.hardware, "fields": shown, "configurations": named}
@@ -71,13 +73,11 @@ def systems(_: argparse.Namespace) -> dict[str, Any]:
     from neupims.schedule import stages
 
     found = []
-    for name, about in SYSTEMS.items():
+    for name, about in ABOUT.items():
         counts = (2, 1) if name == "neupims" else (1,)
-        planned = {str(count): "".join(stage.name for stage in stages(name, count)) for count in counts}  # type: ignore[arg-type]
+        planned = {str(count): "".join(stage.name for stage in stages(name, count)) for count in counts}
         found.append({"name": name, "about": about, "stages_by_sub_batches": planned})
-    golden = [
-        {"name": name, "system": system, "sub_batches": halves, "row_buffers": buffers} for name, (system, halves, buffers) in GOLDEN_SYSTEMS.items()
-    ]
+    golden = [{"name": name} | setting._asdict() for name, setting in SPELLINGS.items()]
     return {"systems": found, "validation_spellings": golden}
 
 
@@ -90,7 +90,7 @@ def constants(arguments: argparse.Namespace) -> dict[str, Any]:
     machine = config.load_hardware(arguments.hardware)
     found = []
     for group, record in (("calibration", Calibration()), ("energy", EnergyCosts()), ("area", AreaCosts())):
-        for each in config.describe(record):
+        for each in describe(record):
             label, separator, source = each.source.partition(": ")
             label, source = (label, source) if separator and group != "calibration" else ("fitted", each.source)
             found.append({"name": f"{group}.{each.name}", "value": each.value, "unit": each.unit, "confidence": label, "source": source})
@@ -108,7 +108,7 @@ def knobs(_: argparse.Namespace) -> dict[str, Any]:
     """Fields of the public simulator's configuration files and the fields of ours that they set."""
     from neupims.validate import CORE_FIELDS, MEMORY_FIELDS, WITHOUT_EFFECT, WITHOUT_MODELLED_EFFECT
 
-    units = {each.name: each.unit for each in config.describe(config.load_hardware("neupims"))}
+    units = {each.name: each.unit for each in describe(config.load_hardware("neupims"))}
     fields = [
         {"simulator": name, "file": file, "name": ours, "factor": factor, "unit": units[ours], "modelled": name not in WITHOUT_MODELLED_EFFECT}
         for file, table in (("memory", MEMORY_FIELDS), ("core", CORE_FIELDS))

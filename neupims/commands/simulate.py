@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from neupims.commands.common import AUTO, Case, add_workload_arguments, print_json, workload
+from neupims.commands.common import AUTO, Case, add_workload_arguments, error_sentence, print_json, simulated, workload
+from neupims.systems import PIM_SYSTEMS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,11 +24,11 @@ def run(arguments: argparse.Namespace) -> int:
 
     cases = _cases(arguments)
     case = cases[0]
-    if case.system in ("neupims", "npu-pim"):
+    if case.system in PIM_SYSTEMS:
         warning = check_capacity(case.hardware, case.model, case.batch, case.parallel)
         if warning:
             sys.stderr.write(f"neupims: warning: {warning}\n")
-    case, iteration = min(((each, _simulated(each, arguments.path)) for each in cases), key=lambda run: float(run[1].iteration_seconds))
+    case, iteration = min(((each, simulated(each, arguments.path)) for each in cases), key=lambda run: float(run[1].iteration_seconds))
     result = as_dictionary(case, iteration)
     if arguments.html or arguments.perfetto:
         from neupims.commands.pictures import write_pictures
@@ -48,40 +49,13 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
     return [workload(argparse.Namespace(**vars(arguments) | {"sub_batches": count})) for count in counts]
 
 
-def _simulated(case: Case, path: str):
-    """The iteration of one case.
-
-    Raises:
-        ValueError: the hardware cannot run it.
-    """
-    from neupims.schedule import simulate
-
-    iteration = simulate(
-        case.hardware,
-        case.model,
-        case.batch,
-        case.parallel,
-        system=case.system,  # type: ignore[arg-type]
-        sub_batches=case.sub_batches,
-        fidelity=case.fidelity,  # type: ignore[arg-type]
-        path=path,  # type: ignore[arg-type]
-    )
-    if iteration.flagged:
-        hbm = case.hardware.hbm
-        raise ValueError(
-            "this hardware cannot run the batch: a time or an energy is not finite; PIM tiles, for one, must fit between the refreshes of ranks, "
-            f"hbm.trefi_cycles / hbm.ranks = {hbm.trefi_cycles / hbm.ranks:g} memory cycles apart"
-        )
-    return iteration
-
-
 def as_dictionary(case: Case, iteration) -> dict[str, Any]:
     """What `--json` prints. Cycles are core cycles; energy and the iteration are of one device."""
     from neupims.schedule import operations, stages
     from neupims.validate import expected_error
 
-    names = [stage.name for stage in stages(case.system, case.sub_batches)]  # type: ignore[arg-type]
-    listed = operations(case.system, case.sub_batches)  # type: ignore[arg-type]
+    names = [stage.name for stage in stages(case.system, case.sub_batches)]
+    listed = operations(case.system, case.sub_batches)
     cycles = dict(zip("ABCDEF", iteration.stage_cycles.tolist(), strict=True))
     return {
         "system": case.system,
@@ -137,7 +111,6 @@ def _print_tables(result: dict[str, Any]) -> None:
     for name, key in (("NPU busy", "npu_utilization"), ("PIM busy", "pim_utilization"), ("memory bus", "bandwidth_utilization")):
         summary.add_row(name, f"{result[key]:.1%}")
     summary.add_row("energy of a device", f"{result['energy_joules']:.3g} J")
-    error = result["expected_error"]
-    if error:
-        summary.add_row("expected error of the layer", f"{error['layer_mean_percent']:.1f} % in the mean, {error['layer_max_percent']:.1f} % at most")
+    if error := result["expected_error"]:
+        summary.add_row("expected error of the layer", error_sentence(error))
     console.print(summary)

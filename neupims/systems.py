@@ -1,0 +1,26 @@
+"""The systems there are, how exactly the public simulator is followed, and how the validation files spell systems. Needs no JAX."""
+
+from typing import Literal, NamedTuple
+
+System = Literal["neupims", "npu-pim", "npu-only", "gpu"]
+Fidelity = Literal["simulator", "intended"]
+SYSTEMS: tuple[System, ...] = ("neupims", "npu-pim", "npu-only", "gpu")
+PIM_SYSTEMS: tuple[System, ...] = ("neupims", "npu-pim")  # attention runs in the memory
+FIDELITIES: tuple[Fidelity, ...] = ("simulator", "intended")
+
+
+class Setting(NamedTuple):
+    """A system with its number of sub-batches and row buffers."""
+
+    system: System
+    sub_batches: int
+    row_buffers: int
+
+
+SPELLINGS = {
+    "neupims_sbi": Setting("neupims", 2, 2),
+    "neupims_nosbi": Setting("neupims", 1, 2),
+    "npu+pim": Setting("npu-pim", 1, 1),
+    "npu-only": Setting("npu-only", 1, 2),
+    "main_newton_nosbi": Setting("neupims", 1, 1),
+}
