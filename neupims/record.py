@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TypeVar, dataclass_transform
 import jax
 
 T = TypeVar("T")
+INT32_MOST = 2**31 - 1
 Number = Any  # a number, or an array with one for each design, request or channel: what arithmetic makes of records
 
 
@@ -29,10 +30,15 @@ def record(cls: type[T]) -> type[T]:
         return new
 
     def flatten(value):
-        return [(jax.tree_util.GetAttrKey(name), getattr(value, name)) for name in names], None
+        return [(jax.tree_util.GetAttrKey(name), _leaf(getattr(value, name))) for name in names], None
 
     jax.tree_util.register_pytree_with_keys(made, flatten, unflatten)
     return made
+
+
+def _leaf(number: Number) -> Number:
+    """The same number as JAX can take it: whole ones in 32 bits."""
+    return float(number) if isinstance(number, int) and abs(number) > INT32_MOST else number
 
 
 def quantity(default: float, unit: str, source: str, *, least: float = 0, most: float = math.inf, whole: bool = False) -> Any:

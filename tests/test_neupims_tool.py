@@ -104,6 +104,17 @@ def test_set_reaches_the_hardware(capsys, trace):
     assert faster["iteration_seconds"] == pytest.approx(usual["iteration_seconds"] / 2)
 
 
+@pytest.mark.parametrize("system", ["neupims", "npu-only", "gpu"])
+def test_whole_numbers_beyond_32_bits(capsys, trace, system):
+    """3 GHz, and 3 GB of scratchpad, are as good as the same numbers with a point."""
+    flags = ["--model", "gpt3-7b", "--trace", trace, "--system", system]
+    whole, real = (
+        printed(capsys, *flags, "--set", f"hbm.clock_hz=3000000000{point}", "--set", f"npu.scratchpad_bytes=3000000000{point}", path="exact")
+        for point in ("", ".0")
+    )
+    assert whole == real
+
+
 def test_tables_name_stages_and_throughput(capsys, trace):
     assert simulate("--model", "gpt3-7b", "--trace", trace) == 0
     out = capsys.readouterr().out

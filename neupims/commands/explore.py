@@ -257,6 +257,6 @@ def _print(summary: dict[str, Any], folder: Path | None) -> None:
     if error := summary["expected_error"]:
         lines.print(f"expected error of a layer's cycles near the base design: {error_sentence(error)}")
     rate = summary["points"] / summary["seconds"]
-    lines.print(f"{summary['seconds']:.1f} s, {rate:.0f} designs a second with compilation, on {summary['devices']}")
+    lines.print(f"{summary['seconds']:.1f} s, {rate:,.3g} designs a second with compilation, on {summary['devices']}")
     if folder:
         lines.print(f"{folder / 'front.csv'} and {folder / 'summary.json'} written")
