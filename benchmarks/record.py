@@ -42,6 +42,7 @@ def append(name: str, row: dict[str, Any], folder: Path = RESULTS) -> None:
     print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     path = folder / f"{name}.csv"
     new = not path.exists()
+    path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, row.keys())
         if new:

@@ -11,7 +11,7 @@ import signal
 import sys
 
 COMMANDS = {
-    "simulate": "one decode step of a batch: cycles of every operation and stage, utilisation, energy",
+    "simulate": "one decode step of a batch, or its prefill: cycles of every operation and stage, utilisation, energy",
     "validate": "the model's error against runs of the public simulator",
     "search": "better schedules: channel and sub-batch of each request, with a bound on what is possible",
     "explore": "a space of accelerator designs: Pareto front and sensitivities",

@@ -121,6 +121,12 @@ class Attention(NamedTuple):
     longest: Float[Array, "2"]  # tokens
 
 
+def no_attention() -> Attention:
+    """Of a step whose memory only reads and writes."""
+    zero = jnp.zeros((2, 1, 1, 2))
+    return Attention(zero, zero, zero, zero[..., 0], zero[:, 0, 0, 0])
+
+
 def simulate(
     hardware: Hardware,
     model: Decoder,
@@ -311,20 +317,8 @@ def _simulate(hardware, model, batch, parallel, calibration, attention, *, syste
         starts += [side.starts for side in sides]
         cycles += [side.ends - side.starts for side in sides]
         works.append(npu)
-    return _measured(
-        hardware,
-        model,
-        batch,
-        parallel,
-        attention,
-        works,
-        jnp.stack(stage_cycles),
-        jnp.concatenate(starts),
-        jnp.concatenate(cycles),
-        system=system,
-        sub_batches=sub_batches,
-        tokens=tokens,
-    )
+    times = (jnp.stack(stage_cycles), jnp.concatenate(starts), jnp.concatenate(cycles))
+    return measured(hardware, model, batch, parallel, attention, works, *times, system=system, sub_batches=sub_batches, tokens=tokens)
 
 
 class Side(NamedTuple):
@@ -454,15 +448,21 @@ def npu_attention(hardware, model, batch, parallel, *, calibration: Calibration,
 
 
 def _gpu_operation(hardware, model, batch, parallel, name, tokens) -> Work:
-    """An operation at the roofline of a GPU: the longer of its arithmetic and its traffic. In core cycles of the NPU's clock, so that systems
-    compare."""
     work = npu_operation(hardware, model, batch, parallel, name, tokens, 0.0, calibration=DEFAULT, system="npu-only", fidelity="intended")
+    return on_gpu(hardware, work)
+
+
+def on_gpu(hardware: Hardware, work: Work) -> Work:
+    """The same work at the roofline of a GPU: the longer of its arithmetic and its traffic. In core cycles of the NPU's clock, so that systems
+    compare."""
     arithmetic = 2 * work.macs / hardware.gpu.flops_per_second
     cycles = jnp.maximum(arithmetic, (work.read_bytes + work.write_bytes) / hardware.gpu.bytes_per_second) * hardware.npu.clock_hz
     return work._replace(cycles=cycles, memory_cycles=cycles, busy_cycles=arithmetic * hardware.npu.clock_hz)
 
 
-def _measured(hardware, model, batch, parallel, attention, works, stage_cycles, starts, cycles, *, system, sub_batches, tokens) -> Iteration:
+def measured(hardware, model, batch, parallel, attention, works, stage_cycles, starts, cycles, *, system, sub_batches, tokens) -> Iteration:
+    """What an iteration is worth, from what its operations do and when: `works` of the NPU by stage, the cycles of the stages, and starts and cycles
+    of all operations."""
     planned = stages(system, sub_batches)
     names = [stage.name for stage in planned]
     of = dict(zip(names, stage_cycles, strict=True))
@@ -480,8 +480,8 @@ def _measured(hardware, model, batch, parallel, attention, works, stage_cycles, 
     with_pim = system in PIM_SYSTEMS
     pim = attention_counts(hardware, model, batch, parallel) if with_pim else PIM_NONE
     to_core = hardware.npu.clock_hz / hardware.hbm.clock_hz
-    messages, message_bytes = _messages(model, parallel, tokens.sum(), jnp.maximum((tokens > 0).sum(), 1))
-    communication = layers * messages * (message_bytes / hardware.link.bandwidth_bytes_per_second + hardware.link.latency_seconds)
+    sent = _messages(model, parallel, layers, tokens.sum(), jnp.maximum((tokens > 0).sum(), 1))
+    communication = sum(each.count * (each.each_bytes / hardware.link.bandwidth_bytes_per_second + hardware.link.latency_seconds) for each in sent)
     seconds = iteration / hardware.npu.clock_hz + communication
     elapsed = seconds * hardware.npu.clock_hz
     counts = Counts(
@@ -497,7 +497,7 @@ def _measured(hardware, model, batch, parallel, attention, works, stage_cycles, 
         result_reads=layers * pim.results,
         refreshes=elapsed / to_core / hardware.hbm.trefi_cycles * hardware.hbm.ranks * hardware.hbm.num_channels,
         elapsed_cycles=elapsed,
-        link_bytes=layers * messages * message_bytes,
+        link_bytes=sum((each.count * each.each_bytes for each in sent), start=jnp.float32(0)),
     )
     spent = energy(counts, hardware)
     joules = spent.total if system != "gpu" else seconds * hardware.gpu.board_watts
@@ -557,10 +557,21 @@ def _vector_operations(model: Decoder, parallel: Parallel, tokens) -> Number:
     return tokens * (12.0 * model.width + model.mlp_width / parallel.tp)
 
 
-def _messages(model: Decoder, parallel: Parallel, tokens, sub_batches) -> tuple[Number, Number]:
-    """Ring all-reduces of a layer: messages that follow each other, and the bytes of each. Two of the activations of each sub-batch a layer."""
-    shares = 1.0 * parallel.tp
-    return sub_batches * 2 * 2 * (shares - 1), FLOAT16_BYTES * tokens * model.width / shares / sub_batches
+class Messages(NamedTuple):
+    """Messages of one device that follow each other."""
+
+    count: Number
+    each_bytes: Number
+
+
+def _messages(model: Decoder, parallel: Parallel, layers, tokens, sub_batches) -> tuple[Messages, Messages]:
+    """What a device sends in an iteration: in each layer two ring all-reduces of the activations of each sub-batch, among the devices that share it;
+    and after its last layer the activations, to the next group of devices."""
+    shares, activations = 1.0 * parallel.tp, FLOAT16_BYTES * tokens * model.width / sub_batches
+    return (
+        Messages(layers * sub_batches * 2 * 2 * (shares - 1), activations / shares),
+        Messages(jnp.where(jnp.asarray(parallel.pp) > 1, sub_batches, 0), activations),
+    )
 
 
 def _channels(hardware: Hardware, most_channels: int | None) -> int:

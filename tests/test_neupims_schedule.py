@@ -201,6 +201,20 @@ def test_energy_parts_add_up(system, sub_batches):
     assert result.energy.link[0] > 0  # bytes cost energy though the default link costs no time
 
 
+@pytest.mark.parametrize(("sub_batches", "messages"), [(1, 1), (2, 2)])
+def test_a_link_carries_all_reduces_and_what_the_next_devices_need(sub_batches, messages):
+    """24 requests of 4096 float16 channels. Four devices that share a layer: two all-reduces of 2 x 3 messages of a quarter, in each of 32
+    layers. Two groups of devices: all of it once more, to the next group. A sub-batch sends half as much, twice as often."""
+    linked = machine(link__bandwidth_bytes_per_second=1e9, link__latency_seconds=1e-3)
+    spreads = [Parallel(1, 1), Parallel(4, 1), Parallel(1, 2)]
+    free, paid = (run("neupims", sub_batches, hardware=hardware, parallel=spreads) for hardware in (Hardware(), linked))
+    activations = 2 * REQUESTS * 4096
+    reduced = 32 * 2 * 2 * 3 * (messages * 1e-3 + activations / 4 / 1e9)
+    forwarded = messages * 1e-3 + activations / 1e9
+    np.testing.assert_allclose(paid.iteration_seconds - free.iteration_seconds, [0, reduced, forwarded], rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(paid.counts.link_bytes, [0, 32 * 2 * 2 * 3 * activations / 4, activations], rtol=1e-6)
+
+
 @pytest.mark.parametrize(("system", "sub_batches"), [("neupims", 2), ("npu-only", 1)])
 def test_mapped_and_compiled_is_the_loop(system, sub_batches):
     """Designs, models and batches vary together; the loop runs each alone, with its numbers as plain Python numbers."""

@@ -11,8 +11,9 @@ from neupims.commands.common import Case, error_sentence
 from neupims.hardware import Hardware, banks, burst_cycles, peak_bytes_per_cycle
 from neupims.perfetto import write_perfetto
 from neupims.plots import operation_name
+from neupims.prefill import prefill_attention
 from neupims.report import write_report
-from neupims.schedule import npu_operation, operations, stages
+from neupims.schedule import NPU_ATTENTION, npu_operation, operations, stages
 from neupims.systems import PIM_SYSTEMS
 from neupims.workload import FLOAT16_BYTES
 
@@ -23,7 +24,10 @@ def write_pictures(case: Case, iteration, result: Mapping[str, Any], page: Path 
     """Writes the page and the Chrome trace of what `simulate` found, each where a path is given."""
     if page:
         write_report(
-            page, sections(case, iteration, result), title=f"{result['system']}: one decode step of {result['model']}", facts=facts(case, result)
+            page,
+            sections(case, iteration, result),
+            title=f"{result['system']}: {'the prefill' if case.prefill else 'one decode step'} of {result['model']}",
+            facts=facts(case, result),
         )
     if trace:
         loads = np.asarray(iteration.channel_cycles).tolist() if result["system"] in PIM_SYSTEMS else ()
@@ -124,7 +128,8 @@ def points(case: Case, iteration) -> list[dict[str, Any]]:
             continue
         stage = planned[each.stage]
         mine = lengths[(sub_batch == (stage.pim_sub_batch if each.platform == "PIM" else stage.npu_sub_batch)) & (lengths > 0)]
-        flops, moved = _attention(case, mine) if each.platform == "PIM" else _npu(case, each.name, len(mine))
+        tokens = int(mine.sum()) if case.prefill else len(mine)
+        flops, moved = _attention(case, mine) if each.platform == "PIM" else _npu(case, each.name, tokens)
         roof = "GPU" if case.system == "gpu" else {"SA": "NPU", "PIM": "PIM"}[each.platform]
         point = found.setdefault(each.name, {"name": _label(each.name), "roof": roof, "flops": 0.0, "bytes": 0.0, "seconds": 0.0})
         for key, value in (("flops", flops), ("bytes", moved), ("seconds", cycles / clock_hz)):
@@ -145,6 +150,9 @@ def _attention(case: Case, lengths) -> tuple[float, float]:
 
 def _npu(case: Case, name: str, tokens: int) -> tuple[float, float]:
     options: dict[str, Any] = {"calibration": DEFAULT, "system": case.system, "fidelity": case.fidelity}
+    if case.prefill and name == NPU_ATTENTION:
+        work = prefill_attention(case.hardware, case.model, case.batch.seq_lens, case.parallel, calibration=DEFAULT)
+        return 2 * float(work.macs), float(work.read_bytes + work.write_bytes)
     work = npu_operation(case.hardware, case.model, case.batch, case.parallel, name, 1.0 * tokens, 0.0, **options)
     elements = ELEMENT_OPERATIONS.get(name.rpartition(".")[2], 0) * float(work.write_bytes) / FLOAT16_BYTES
     return 2 * float(work.macs) + elements, float(work.read_bytes + work.write_bytes)
