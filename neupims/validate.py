@@ -328,14 +328,14 @@ def group_errors(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def expected_error(system: str, sub_batches: int, fidelity: str, *, row_buffers: int = 2) -> dict[str, Any] | None:
-    """Error of the layer, stages and operations in the committed validation of this system; None where nothing was measured.
+def expected_error(system: str, sub_batches: int, fidelity: str, *, row_buffers: int = 2, path: str = "exact") -> dict[str, Any] | None:
+    """Error of the layer, stages and operations in the committed validation of this system by this path; None where nothing was measured.
 
     The paper's machine ("intended") and the GPU have not been measured by anybody's simulator.
     """
     row_buffers = row_buffers if system == "neupims" else {"npu-pim": 1}.get(system, 2)  # of others it changes no cycle
     spelling = next((name for name, setting in SPELLINGS.items() if setting == (system, sub_batches, row_buffers)), "")
     table = json.loads(resources.files("neupims").joinpath("expected_error.json").read_text(encoding="utf-8"))
-    if fidelity != "simulator" or spelling not in table:
+    if fidelity != "simulator" or spelling not in table[path]:
         return None
-    return table[spelling] | {"of": table["of"]}
+    return table[path][spelling] | {"path": path, "of": table["of"]}

@@ -44,7 +44,7 @@ def simulated(monkeypatch):
 def _simulated(system, sub_batches):
     made = case(system, sub_batches)
     iteration = simulate(made.hardware, made.model, made.batch, made.parallel, system=system, sub_batches=sub_batches)
-    return made, iteration, as_dictionary(made, iteration)
+    return made, iteration, as_dictionary(made, iteration, path="closed")
 
 
 @pytest.mark.parametrize("what", list(show.SUBJECTS))

@@ -1,6 +1,7 @@
 """neupims/__main__.py: what the tool prints, and what it says to bad input."""
 
 import json
+from importlib import resources
 
 import pytest
 
@@ -83,6 +84,15 @@ def test_the_default_follows_every_command(capsys, trace):
     assert exact["layer_cycles"] == pytest.approx(
         printed(capsys, "--model", "gpt3-7b", "--trace", trace, "--system", "neupims_nosbi")["layer_cycles"], rel=0.05
     )
+
+
+def test_the_expected_error_is_that_of_the_path(capsys, trace):
+    flags = ["--model", "gpt3-7b", "--trace", trace, "--system", "npu-pim"]
+    errors = [printed(capsys, *flags, path=path)["expected_error"] for path in ("exact", "closed")]
+    table = json.loads(resources.files("neupims").joinpath("expected_error.json").read_text())
+    for path, error in zip(("exact", "closed"), errors, strict=True):
+        assert error == table[path]["npu+pim"] | {"path": path, "of": table["of"]}
+    assert errors[0]["layer_max_percent"] != errors[1]["layer_max_percent"]
 
 
 def test_sub_batches_auto_takes_the_faster(capsys, trace):

@@ -29,6 +29,7 @@ class Case(NamedTuple):
     system: System
     sub_batches: int
     fidelity: Fidelity
+    prefill: bool = False
 
 
 def add_system_arguments(parser: argparse.ArgumentParser) -> None:
@@ -158,10 +159,15 @@ def simulated(case: Case, path: str):
     Raises:
         ValueError: the hardware cannot run it.
     """
+    from neupims.prefill import prefill
     from neupims.schedule import simulate
 
-    options = {"system": case.system, "sub_batches": case.sub_batches, "fidelity": case.fidelity}
-    iteration = simulate(case.hardware, case.model, case.batch, case.parallel, path=path, **options)  # type: ignore[arg-type]
+    records = (case.hardware, case.model, case.batch, case.parallel)
+    options: dict[str, Any] = {"system": case.system}
+    if case.prefill:
+        iteration = prefill(*records, **options)
+    else:
+        iteration = simulate(*records, path=path, sub_batches=case.sub_batches, fidelity=case.fidelity, **options)  # type: ignore[arg-type]
     if iteration.flagged:
         hbm = case.hardware.hbm
         raise ValueError(

@@ -207,7 +207,7 @@ def _summary(found, space, workloads, arguments, system: tuple[str, int], second
         "hypervolume": found.hypervolume,
         "sensitivity_of": found.sensitivity_of,
         "sensitivities": {name: each._asdict() for name, each in found.sensitivities.items()},
-        "expected_error": expected_error(*system, arguments.fidelity),
+        "expected_error": expected_error(*system, arguments.fidelity, path="closed"),
         "seconds": seconds,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }

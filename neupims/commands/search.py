@@ -153,7 +153,7 @@ def searched(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.export_trace:
         export_trace(arguments.export_trace, decision_batch(problem.seq_lens, decision), num_channels=channels)
     interleaved = bool(genome.interleaved) if len(space.sub_batches) == 2 else space.sub_batches == (2,)
-    error = expected_error("neupims", 2 if interleaved else 1, case.fidelity, row_buffers=int(case.hardware.pim.row_buffers))
+    error = expected_error("neupims", 2 if interleaved else 1, case.fidelity, row_buffers=int(case.hardware.pim.row_buffers), path="closed")
     gain = 1 - best[0] / before
     exact = None
     if arguments.exact:

@@ -1,4 +1,4 @@
-"""`simulate`: one decode step of a batch."""
+"""`simulate`: one decode step of a batch, or its prefill."""
 
 import argparse
 import dataclasses
@@ -15,6 +15,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--path", choices=("exact", "closed"), default="exact", help="follow every channel's commands, or add up closed forms (default: exact)"
     )
+    parser.add_argument(
+        "--prefill",
+        action="store_true",
+        help="instead of a decode step the prompts (the trace's lengths) through the NPU or --system gpu, as intended: time to the first token",
+    )
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write one page with roofline, Gantt chart and channel loads")
     parser.add_argument("--perfetto", type=Path, metavar="FILE", help="also write the stages as a Chrome trace (ui.perfetto.dev)")
 
@@ -29,7 +34,7 @@ def run(arguments: argparse.Namespace) -> int:
         if warning:
             sys.stderr.write(f"neupims: warning: {warning}\n")
     case, iteration = min(((each, simulated(each, arguments.path)) for each in cases), key=lambda run: float(run[1].iteration_seconds))
-    result = as_dictionary(case, iteration)
+    result = as_dictionary(case, iteration, path=arguments.path)
     if arguments.html or arguments.perfetto:
         from neupims.commands.pictures import write_pictures
 
@@ -43,13 +48,20 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _cases(arguments: argparse.Namespace) -> list[Case]:
     """What the flags stand for: one case, or with `--sub-batches auto` one for each number of sub-batches that the system has."""
+    if arguments.prefill:
+        return [_as_prefill(workload(argparse.Namespace(**vars(arguments) | {"sub_batches": None})))]
     if arguments.sub_batches != AUTO:
         return [workload(arguments)]
     counts = ("1", "2") if arguments.system.lower() == "neupims" else (None,)
     return [workload(argparse.Namespace(**vars(arguments) | {"sub_batches": count})) for count in counts]
 
 
-def as_dictionary(case: Case, iteration) -> dict[str, Any]:
+def _as_prefill(case: Case) -> Case:
+    """The same machine with its prompts still to be read: the memory only reads and writes."""
+    return case._replace(system="gpu" if case.system == "gpu" else "npu-only", sub_batches=1, fidelity="intended", prefill=True)
+
+
+def as_dictionary(case: Case, iteration, *, path: str) -> dict[str, Any]:
     """What `--json` prints. Cycles are core cycles; energy and the iteration are of one device."""
     from neupims.schedule import operations, stages
     from neupims.validate import expected_error
@@ -57,7 +69,8 @@ def as_dictionary(case: Case, iteration) -> dict[str, Any]:
     names = [stage.name for stage in stages(case.system, case.sub_batches)]
     listed = operations(case.system, case.sub_batches)
     cycles = dict(zip("ABCDEF", iteration.stage_cycles.tolist(), strict=True))
-    return {
+    result: dict[str, Any] = {
+        "phase": "prefill" if case.prefill else "decode",
         "system": case.system,
         "sub_batches": case.sub_batches,
         "row_buffers": int(case.hardware.pim.row_buffers),
@@ -80,8 +93,11 @@ def as_dictionary(case: Case, iteration) -> dict[str, Any]:
         "energy_parts_joules": None  # of a GPU the board's power is known, not its parts
         if case.system == "gpu"
         else {part.name: float(getattr(iteration.energy, part.name)) for part in dataclasses.fields(iteration.energy)},
-        "expected_error": expected_error(case.system, case.sub_batches, case.fidelity, row_buffers=int(case.hardware.pim.row_buffers)),
+        "expected_error": expected_error(case.system, case.sub_batches, case.fidelity, row_buffers=int(case.hardware.pim.row_buffers), path=path),
     }
+    if case.prefill:
+        result["first_token_seconds"] = case.parallel.pp * float(iteration.iteration_seconds)
+    return result
 
 
 def _print_tables(result: dict[str, Any]) -> None:
@@ -90,8 +106,8 @@ def _print_tables(result: dict[str, Any]) -> None:
     from rich.table import Table
 
     console = Console(highlight=False)
-    tp = f"{result['system']}, {result['model']}, {result['batch']} requests, {result['fidelity']} fidelity"
-    table = Table(title=tp, box=box.SIMPLE, title_justify="left")
+    title = f"{result['system']}, {result['model']}, {result['phase']} of {result['batch']} requests, {result['fidelity']} fidelity"
+    table = Table(title=title, box=box.SIMPLE, title_justify="left")
     for name, justify in (("stage", "left"), ("unit", "left"), ("operation", "left"), ("start", "right"), ("cycles", "right")):
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     last = ""
@@ -107,6 +123,8 @@ def _print_tables(result: dict[str, Any]) -> None:
         summary.add_row(f"stage {stage}", f"{cycles:,.0f} cycles")
     summary.add_row("layer", f"{result['layer_cycles']:,.0f} cycles")
     summary.add_row("iteration", f"{result['iteration_seconds'] * 1e3:.3f} ms")
+    if result["phase"] == "prefill":
+        summary.add_row("time to the first token", f"{result['first_token_seconds'] * 1e3:.3f} ms")
     summary.add_row("throughput", f"{result['tokens_per_second']:,.0f} tokens/s")
     for name, key in (("NPU busy", "npu_utilization"), ("PIM busy", "pim_utilization"), ("memory bus", "bandwidth_utilization")):
         summary.add_row(name, f"{result[key]:.1%}")
