@@ -22,6 +22,7 @@ from neupims.__main__ import main as neupims
 from neupims.config import load_model
 from neupims.decision import export_trace
 from neupims.hardware import Hardware
+from neupims.pareto import in_plane
 from neupims.policies import estimated_cycles, pack_longest_first
 from neupims.report import write_report
 from neupims.workload import Parallel, make_batch
@@ -112,10 +113,11 @@ def sections(steps: dict[str, dict[str, Any]], found: dict[str, Any], front: dic
     ]
     lines = [{"name": "as published", "value": found["published"]}, {"name": "lower bound", "value": found["lower_bound"]}]
     together = {when: np.sum(loads, axis=0).tolist() for when, loads in found["channel_cycles"].items()}
-    designs = [each["metrics"] for each in front["front"]]
+    square, speed = (np.array([each["metrics"][name] for each in front["front"]]) for name in ("area_mm2", "tokens_per_second"))
+    leading = in_plane(square, speed, most_x=False, most_y=True)
     points = [
-        {"x": each["area_mm2"], "y": each["tokens_per_second"], "front": True, "name": f"{each['tokens_per_second']:,.0f} tokens/s"}
-        for each in designs
+        {"x": x, "y": y, "front": chosen, "name": f"{y:,.0f} tokens/s"}
+        for x, y, chosen in zip(square.tolist(), speed.tolist(), leading.tolist(), strict=True)
     ]
     return [
         {"kind": "table", "title": "Three systems", "columns": columns, "rows": rows},
@@ -134,7 +136,8 @@ def sections(steps: dict[str, dict[str, Any]], found: dict[str, Any], front: dic
         {"kind": "channels", "title": "Channels", "loads": [{"name": f"{when} the search", "cycles": loads} for when, loads in together.items()]},
         {
             "kind": "pareto",
-            "title": "Machines on the front",
+            "title": "Machines",
+            "text": "Those that no other beats in throughput, energy and area together; joined, those that none beats in throughput and area.",
             "points": points,
             "x_name": "mm2",
             "y_name": "tokens per second",

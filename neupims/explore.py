@@ -7,7 +7,7 @@ A flagged design, or one with a metric that is not finite, is in no front and sp
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,7 +27,8 @@ Report = Callable[[int, int], None]
 
 CHUNK = 16384  # designs of a file of samples
 POPULATION = 256  # designs of a generation
-SAMPLED = 65536  # designs at most from which sensitivities are computed
+SAMPLED = 65536  # designs, about, from which sensitivities are computed
+PICTURED = 4096  # designs, about, that a picture shows beside the front
 WORSE = 4.0  # times than the base design, in each objective: where the hypervolume ends
 
 
@@ -63,6 +64,7 @@ class Exploration:
     kept: int  # of them, designs that keep all constraints
     flagged: int  # of them, impossible or not finite
     front: Points
+    others: Points  # some of the other designs that keep all constraints, drawn by chance
     base: Points  # one design: the base values, moved into the space
     reference: dict[str, float]  # where the hypervolume ends
     hypervolume: float | None  # of the front, objectives in units of the base design; None for more than three
@@ -181,16 +183,20 @@ def explore(
         done = kept = flagged = 0
         front: Points | None = None
         drawn: list[tuple[np.ndarray, np.ndarray]] = []
+        others: list[Points] = []
         for number, part in enumerate(parts):
             front = _better(front, part, objectives)
             done += len(part.place)
             kept += int(np.sum(part.violation <= 0))
             flagged += int(np.sum(np.isinf(part.violation)))
+            chance = np.random.default_rng((seed, number)).random(len(part.place))
+            others.append(part.take((part.violation <= 0) & (chance < PICTURED / total)))
             if method != "evolution" or number == 0:  # what evolves is no sample of the space
-                chosen = np.random.default_rng((seed, number)).random(len(part.place)) < SAMPLED / total
+                chosen = chance < SAMPLED / total
                 drawn.append((part.values[chosen], _result(part, sensitivity_of)[chosen]))
             report(done, total)
     assert front is not None
+    sample_of_others = reduce(_joined, others)
     sampled = tuple(np.concatenate(each) for each in zip(*drawn, strict=True))
     return Exploration(
         objectives=objectives,
@@ -198,6 +204,7 @@ def explore(
         kept=kept,
         flagged=flagged,
         front=front,
+        others=sample_of_others.take(~np.isin(sample_of_others.place, front.place)),
         base=near.take(np.array([0])),
         reference=ends,
         hypervolume=_volume(front, near, objectives, ends),

@@ -55,6 +55,12 @@ def _dominated(rows: np.ndarray, others: np.ndarray) -> np.ndarray:
     return np.any(no_worse & better, axis=1)
 
 
+def in_plane(x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], *, most_x: bool, most_y: bool) -> Bool[np.ndarray, " n"]:
+    """Which designs are in the front of these two alone; `most_x`, `most_y`: more of it is better."""
+    chosen = front(np.stack([-x if most_x else x, -y if most_y else y], axis=1))
+    return np.isin(np.arange(len(x)), chosen)
+
+
 @jax.jit
 def ranks(objectives: Float[Array, "n m"]) -> Int[Array, " n"]:
     """Front of each row: 0 is not dominated, 1 only by rows of front 0, and so on; n for a row that is not finite.

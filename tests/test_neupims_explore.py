@@ -339,7 +339,7 @@ def test_the_command_prints_one_object_and_writes_its_files(tool, tmp_path):
     (tmp_path / "trace.csv").write_text("seq_len,ch_idx\n" + "".join(f"{length},{i % 32}\n" for i, length in enumerate(LENGTHS)))
     flags = ["--knob", "npu.num_arrays=2:16", "--knob", "hbm.tfaw_cycles=12,30", "--constraint", "npu.num_arrays <= 8"]
     flags += ["--trace", tmp_path / "trace.csv"]
-    process = tool("neupims", "explore", *flags, "--points", 64, "--out", tmp_path / "out", "--json")
+    process = tool("neupims", "explore", *flags, "--points", 64, "--out", tmp_path / "out", "--html", tmp_path / "page.html", "--json")
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
     found = json.loads(out)
@@ -350,6 +350,10 @@ def test_the_command_prints_one_object_and_writes_its_files(tool, tmp_path):
     assert found["sensitivities"]["hbm.tfaw_cycles"]["rank_correlation"] < 0
     assert (tmp_path / "out" / "front.csv").read_text().count("\n") == len(found["front"]) + 1
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == found
+    page = (tmp_path / "page.html").read_text()
+    assert [page.count(f"<h2>tokens_per_second against {name}") for name in ("energy_joules_per_token", "area_mm2")] == [1, 1]
+    assert page.count(f" of {found['kept']} designs are on the Pareto front") == 2  # so few that all are drawn, each once
+    assert "hbm.tfaw_cycles" in page[page.index("<h2>Sensitivity") :]
 
 
 @pytest.mark.parametrize(

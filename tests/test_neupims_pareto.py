@@ -39,6 +39,14 @@ def test_fronts_are_those_of_brute_force(m, values):
         assert pareto.front(made).tolist() == [i for i, rank in enumerate(expected) if rank == 0]
 
 
+@pytest.mark.parametrize(
+    ("most_x", "most_y", "expected"), [(False, True, [0, 1, 3]), (True, True, [3]), (False, False, [0]), (True, False, [0, 2, 3])]
+)
+def test_front_in_a_plane_by_hand(most_x, most_y, expected):
+    x, y = np.array([1.0, 2, 3, 4]), np.array([1.0, 4, 3, 5])
+    assert np.flatnonzero(pareto.in_plane(x, y, most_x=most_x, most_y=most_y)).tolist() == expected
+
+
 def test_front_over_many_blocks(monkeypatch):
     made = rows(1, 500, 3, None)
     expected = pareto.front(made).tolist()

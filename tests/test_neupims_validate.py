@@ -75,13 +75,15 @@ def test_errors_are_percentages_of_what_was_measured(tmp_path):
 
 
 def test_the_tool_prints_a_table_and_draws(tmp_path, capsys):
-    pytest.importorskip("matplotlib")
     folder_of(tmp_path, {}, dram(tXYZ=1))
-    assert main(["validate", str(tmp_path), "--path", "closed", "--plot", str(tmp_path / "plot.svg")]) == 0
+    assert main(["validate", str(tmp_path), "--path", "closed", "--plot", str(tmp_path / "plot.svg"), "--html", str(tmp_path / "page.html")]) == 0
     out = capsys.readouterr().out
     assert "tXYZ" in out
     assert "1 runs covered, 1 not" in out
     assert "<svg" in (tmp_path / "plot.svg").read_text()
+    page = (tmp_path / "page.html").read_text()
+    assert "Relative error over measured cycles" in page
+    assert "tXYZ" in page[page.index("<h2>Not covered") :]
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ METRICS = (
 )
 OBJECTIVES = "tokens_per_second:max,energy_joules_per_token:min,area_mm2:min"
 SHOWN = 20  # designs of the front on the terminal
+MOST_ROWS = 500  # of them on a page
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -65,6 +66,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     how.add_argument("--seed", type=int, default=0, metavar="N")
     how.add_argument("--chunk", type=int, metavar="N", help="designs of a file, and of a generation (default: 16384, evolution 256)")
+    how.add_argument("--html", type=Path, metavar="FILE", help="also write one page with the front and the sensitivities")
     how.add_argument("--out", type=Path, metavar="DIR", help="folder of points, front.csv and summary.json; the same command goes on from there")
     parser.add_argument("--json", action="store_true", help="one JSON object and nothing else on standard output")
 
@@ -106,6 +108,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.out:
         write_text(arguments.out / "front.csv", _table(found, space, workloads))
         write_text(arguments.out / "summary.json", json.dumps(finite(summary), indent=2, allow_nan=False))
+    if arguments.html:
+        _write_page(arguments.html, found, summary)
     if arguments.json:
         print_json(summary)
     else:
@@ -225,6 +229,51 @@ def _table(found, space, workloads) -> str:
     for row, index in enumerate(found.front.place):
         writer.writerow([int(index), *(f"{value:.9g}" for value in found.front.values[row]), *(f"{float(column[row]):.7g}" for column in columns)])
     return text.getvalue()
+
+
+def _write_page(path: Path, found, summary: dict[str, Any]) -> None:
+    """The first objective against each other one, the designs of the front, and what throughput depends on."""
+    from neupims.explore import overall
+    from neupims.pareto import in_plane
+    from neupims.report import write_report
+
+    first, *others = found.objectives
+    drawn = {name: np.concatenate([overall(part.metrics[name]) for part in (found.front, found.others)]) for name in METRICS}
+    sections: list[dict[str, Any]] = []
+    for other in others:
+        x, y = drawn[other.name], drawn[first.name]
+        best = in_plane(x, y, most_x=other.largest, most_y=first.largest)
+        points = [dict(zip(("x", "y", "front"), each, strict=True)) for each in zip(x.tolist(), y.tolist(), best.tolist(), strict=True)]
+        sections.append(
+            {
+                "kind": "pareto",
+                "title": f"{first.name} against {other.name}",
+                "text": "The front of these two. Of the other designs that keep the constraints some are drawn.",
+                "points": points,
+                "x_name": other.name,
+                "y_name": first.name,
+                "log_x": True,
+                "log_y": True,
+            }
+        )
+    base, knobs, metrics = summary["base"], list(summary["base"]["knobs"]), list(summary["base"]["metrics"])
+    rows = [[str(each["index"]), *each["knobs"].values(), *each["metrics"].values()] for each in summary["front"][:MOST_ROWS]]
+    rows.append(["base", *base["knobs"].values(), *base["metrics"].values()])
+    listed = f"Of {len(summary['front'])} designs, by {first.name}; geometric means over {', '.join(summary['workloads'])}; last, the base design."
+    sections.append({"kind": "table", "title": "Pareto front", "text": listed, "columns": ["design", *knobs, *metrics], "rows": rows})
+    dependence = [[name, *(value for value in each.values())] for name, each in summary["sensitivities"].items()]
+    title, names = f"Sensitivity of {summary['sensitivity_of']}", ["knob", "elasticity at the base", "rank correlation", "share of variance"]
+    sections.append({"kind": "table", "title": title, "columns": names, "rows": dependence})
+    facts = {
+        "designs": f"{summary['points']:,} by {summary['method']}, {summary['kept']:,} keep the constraints, {summary['flagged']:,} are impossible",
+        "machine": f"{summary['system']}, {summary['fidelity']} fidelity",
+        "workloads": ", ".join(summary["workloads"]),
+    }
+    if summary["hypervolume"] is not None:
+        facts["hypervolume"] = f"{summary['hypervolume']:.6g}, in units of the base design"
+    if error := summary["expected_error"]:
+        facts["expected error of a layer near the base design"] = error_sentence(error)
+    write_report(path, sections, title="Design space", facts=facts)
 
 
 def _print(summary: dict[str, Any], folder: Path | None) -> None:

@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw predicted against measured cycles as SVG (default: validation.svg, none with --json)"
     )
+    parser.add_argument("--html", type=Path, metavar="FILE", help="also write one page with both charts and all errors")
     parser.add_argument("--json", action="store_true", help="one JSON object and nothing else on standard output")
 
 
@@ -26,6 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
         from neupims.plots import draw_validation
 
         draw_validation(plot, result["rows"])
+    if arguments.html:
+        _write_page(arguments.html, result, arguments)
     if arguments.json:
         print_json(result)
         return 0
@@ -39,6 +42,18 @@ def _progress(runs):
     from rich.progress import track
 
     return track(runs, description="runs", transient=True)
+
+
+def _write_page(path: Path, result, arguments: argparse.Namespace) -> None:
+    from neupims.report import write_report
+
+    runs = {row["run_id"] for row in result["rows"]}
+    sections = [{"kind": "validation", "title": "Predicted and measured cycles", "rows": result["rows"], "groups": result["groups"]}]
+    if result["not_covered"]:
+        rows = [[each["run_id"], each["reason"]] for each in result["not_covered"]]
+        sections.append({"kind": "table", "title": "Not covered", "columns": ["run", "reason"], "rows": rows})
+    facts = {"runs": f"{len(runs)} of {arguments.folder}, {len(result['not_covered'])} not covered", "path": arguments.path}
+    write_report(path, sections, title="The model against the simulator", facts=facts)
 
 
 def _print_table(result) -> None:
