@@ -87,6 +87,9 @@ def main() -> None:
             write(
                 f"{figure}, error in percent", "simulator, the same traces", "all", "all", "all", np.array([100 * abs(p / m - 1) for m, p in ratios])
             )
+        for system, pair in measured_schedules().items():
+            for variant, gain in zip(("measured by the simulator", "simulator, the same traces"), pair, strict=True):
+                write(f"gain of greedy packing over round robin, {system}, %", variant, "sharegpt", "gpt3-7b", 256, np.array([100 * gain]))
         for system, differences in measured_utilizations().items():
             for unit, values in differences.items():
                 write(f"{unit} utilisation, model less simulator, points", system, "all", "all", "all", np.array(values))
@@ -164,6 +167,23 @@ def measured_speed_ups() -> dict[str, list[tuple[float, float]]]:
             if slow in of:
                 ratios.setdefault(f"neupims over {name}", []).append((of[slow][0] / best[0], of[slow][1] / best[1]))
     return ratios
+
+
+def measured_schedules() -> dict[str, tuple[float, float]]:
+    """Measured and predicted gain of a layer by greedy packing over round robin, by system, where both were run with the same requests."""
+    folder = Path(os.environ.get("GGEM_SHARED", "../shared")) / "golden" / "neupims"
+    layers: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
+    for run in read_runs(folder)[0]:
+        policy = next((name for name in ("clb", "rr") if f"-{name}-" in run["trace"]), None)
+        if run["kind"] == "e2e" and run["model"].lower() == "gpt3-7b" and policy and "-bs256-" in run["trace"] and "share-gpt" in run["trace"]:
+            predicted = predict(case_of(run, folder), path="closed")["layer", "", "layer"]
+            layers.setdefault((run["system"], run["trace"].replace("-rr-", "-clb-")), {})[policy] = float(run["layer_cycles"]), predicted
+    gains = {}
+    for (system, _), of in layers.items():
+        if len(of) == 2:
+            (measured, predicted), (measured_before, predicted_before) = of["clb"], of["rr"]
+            gains[system] = 1 - measured / measured_before, 1 - predicted / predicted_before
+    return gains
 
 
 def measured_utilizations() -> dict[str, dict[str, list[float]]]:
