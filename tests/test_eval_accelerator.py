@@ -4,10 +4,12 @@ import csv
 import re
 
 import numpy as np
+import pytest
 
 from eval import accelerator
 
 
+@pytest.mark.slow
 def test_the_demo_simulates_searches_and_reports(tmp_path, capsys):
     accelerator.main(["--out", str(tmp_path), "--budget", "128", "--points", "16"])
     said = capsys.readouterr().out

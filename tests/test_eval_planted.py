@@ -17,6 +17,7 @@ def arms():
     return planted.summary(planted.run(config))
 
 
+@pytest.mark.slow
 def test_ggem_gives_each_half_its_own_exponent_and_gem_cannot(arms):
     sparse, dense = arms["GGeM"]["p"]
     assert sparse["low"] > dense["high"] + 1, "the 95 % intervals of the two groups must lie apart"
@@ -25,6 +26,7 @@ def test_ggem_gives_each_half_its_own_exponent_and_gem_cannot(arms):
     assert shared["high"] < sparse["low"]
 
 
+@pytest.mark.slow
 def test_ggem_is_the_more_accurate_on_the_same_draws(arms):
     for other in ("average", "positive average", "maximum", "GeM", "GGeM, random groups"):
         assert arms["GGeM"]["accuracy"]["low"] > arms[other]["accuracy"]["high"]

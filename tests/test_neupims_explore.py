@@ -253,6 +253,8 @@ def test_first_order_index_of_a_sum_and_of_chance():
     assert first_order(c, y) == pytest.approx(0, abs=0.005)
     assert first_order(np.round(3 * a), y) < 0.8
     assert np.isnan(first_order(np.ones(100), y[:100]))
+    few = [first_order(*rng.random((2, 256))) for _ in range(40)]  # 32 bins of 8 show 31 / 255 of the variance by chance, which is taken away
+    assert np.mean(few) == pytest.approx(0, abs=0.03)
 
 
 def test_rank_correlation_is_that_of_scipy():

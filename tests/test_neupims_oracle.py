@@ -65,6 +65,14 @@ def test_no_schedule_of_the_full_model_beats_the_bounds():
         assert 0 <= gap(best, cp_sat(space, problem).bound) < 0.25
 
 
+@pytest.mark.parametrize("realisable", [False, True])
+def test_the_bound_holds_where_one_request_is_longer_than_all_others(realisable):
+    lengths = np.array([8192, 16, 16, 40, 16])
+    problem = make_problem(replace(Hardware(), "hbm.num_channels", 2), TINY, Parallel(1, 1), lengths)
+    space = Space(2, realisable, sub_batches=(2,))
+    assert 0 <= gap(exhaustive(Layer(space), space, problem).cost, float(lower_bound(space, problem))) < 0.05
+
+
 @pytest.mark.slow
 def test_the_bound_of_a_large_batch_is_near_the_best():
     lengths = np.clip(np.random.default_rng(0).lognormal(5.5, 0.9, 256), 1, 2048).astype(int)

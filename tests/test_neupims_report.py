@@ -127,6 +127,15 @@ def test_numbers_reach_the_page():
         assert number in text, number
 
 
+def test_a_front_is_counted_and_listed():
+    text = page([{"kind": "pareto", "title": "mine", **SECTIONS["pareto"]}], title="A page", facts={})
+    (chart,) = charts(text)
+    words = [each.text for each in chart.iter() if each.tag == "text"]
+    assert {"Pareto front, 2 designs", "dominated, 1 designs"} <= set(words)
+    assert chart.get("aria-label", "").endswith("2 of 3 designs are on the Pareto front")
+    assert re.findall(r"<td>(.*?)</td>", text) == ["1", "1", "2", "3"]
+
+
 @pytest.mark.parametrize("kind", list(SECTIONS))
 def test_a_section_that_lacks_something_says_what(kind):
     whole = {"kind": kind, "title": "mine", **SECTIONS[kind]}

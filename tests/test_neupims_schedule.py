@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from neupims import gemv
+from neupims.calibration import Calibration
 from neupims.config import load_model, load_parallel
+from neupims.gemm import Work
 from neupims.hardware import Hardware
 from neupims.record import replace
-from neupims.schedule import operations, simulate, stages
+from neupims.schedule import operations, side_by_side, simulate, stages
 from neupims.workload import Batch, Decoder, Parallel, make_batch
 
 ROWS, REQUESTS, CHANNELS = 16, 24, 64
@@ -49,6 +51,22 @@ def run(system, sub_batches, hardware=None, model=MODEL, batch=BATCH, parallel=S
 
 def machine(**changes):
     return functools.reduce(lambda hardware, change: replace(hardware, change[0].replace("__", "."), change[1]), changes.items(), Hardware())
+
+
+def test_two_sides_slow_each_other_down_until_one_ends():
+    """NPU: 100 cycles, 50 of them waiting for the memory, 30 % longer beside PIM: 115. PIM: 60 alone, 80 beside. PIM ends first, at 80; the NPU has
+    done 80 / 115 of its work and goes on alone: 80 + 100 (1 - 80 / 115). With 40 cycles the NPU ends at 46, PIM has done 46 / 80 and goes on alone.
+    """
+    calibration = Calibration(pim_slowdown=0.3)
+
+    def ends(cycles, memory_cycles, hardware=Hardware()):  # noqa: B008  # a frozen record
+        npu = [Work(jnp.float32(cycles), jnp.float32(memory_cycles), *[jnp.float32(0)] * 4)]
+        return [float(side.ends[-1]) for side in side_by_side(hardware, calibration, npu, jnp.array([60.0]), jnp.array([80.0]))]
+
+    assert ends(100, 50) == pytest.approx([80 + 100 * (1 - 80 / 115), 80])
+    assert ends(40, 20) == pytest.approx([46, 46 + 60 * (1 - 46 / 80)])
+    blocked = ends(40, 20, machine(pim__row_buffers=1))
+    assert blocked == pytest.approx([80 + 40, 80], rel=1e-2)
 
 
 @pytest.mark.parametrize(

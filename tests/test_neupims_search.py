@@ -32,7 +32,6 @@ def genomes(space, problem, count=16, seed=0):
     return jax.jit(jax.vmap(partial(random_genome, space, problem)))(jax.random.split(jax.random.key(seed), count))
 
 
-@pytest.mark.slow
 def test_a_realisable_genome_obeys_the_rule_whatever_is_done_to_it(problem):
     space = Space(7, realisable=True, sub_batches=(2,), priorities=3)
     made = genomes(space, problem)
@@ -77,8 +76,7 @@ def test_residents_stay(problem):
         assert (places[resident >= 0] // 2).tolist() == resident[resident >= 0].tolist()
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("fidelity", ["simulator", "intended"])
+@pytest.mark.parametrize("fidelity", ["simulator", pytest.param("intended", marks=pytest.mark.slow)])
 def test_the_objective_is_the_model(fidelity):
     """The work of the requests, computed once, against `simulate`, which computes it for each schedule."""
     space = Space(32, sub_batches=(1, 2) if fidelity == "simulator" else (2,))
@@ -113,8 +111,7 @@ def found(strategy, problem, seed=0, **options):
     )
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("strategy", ["evolution", *(pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES if name != "evolution")])
 def test_every_strategy_uses_the_same_budget_is_repeatable_and_never_loses_its_best(strategy, problem):
     if strategy == "evosax":
         pytest.importorskip("evosax")
@@ -129,7 +126,6 @@ def test_every_strategy_uses_the_same_budget_is_repeatable_and_never_loses_its_b
     assert np.asarray(recomputed.objective).tolist() == one.cost.objective.tolist()
 
 
-@pytest.mark.slow
 def test_searches_that_learn_beat_chance(problem):
     chance, evolved, annealed = (found(strategy, problem) for strategy in ("random", "evolution", "annealing"))
     assert max(evolved.cost.objective.max(), annealed.cost.objective.max()) <= chance.cost.objective.min()
@@ -183,7 +179,6 @@ def trace(tmp_path):
     return str(path)
 
 
-@pytest.mark.slow
 def test_the_command_exports_what_it_claims(trace, tmp_path, capsys):
     out = tmp_path / "better.csv"
     assert main([*COMMAND, "--trace", trace, "--realisable", "--export-trace", str(out), "--json"]) == 0

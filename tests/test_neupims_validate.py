@@ -7,7 +7,18 @@ import re
 import pytest
 
 from neupims.__main__ import main
-from neupims.validate import CORE_FIELDS, MEMORY_FIELDS, WITHOUT_EFFECT, WITHOUT_MODELLED_EFFECT, NotCovered, case_of, predict, read_runs, validate
+from neupims.validate import (
+    CORE_FIELDS,
+    MEMORY_FIELDS,
+    WITHOUT_EFFECT,
+    WITHOUT_MODELLED_EFFECT,
+    NotCovered,
+    case_of,
+    group_errors,
+    predict,
+    read_runs,
+    validate,
+)
 
 KNOBS = {
     "run_id": "a", "kind": "gemv", "system": "neupims_nosbi", "model": "custom", "n_layer": "1", "n_head": "4", "n_embd": "512", "n_tp": "1",
@@ -72,6 +83,15 @@ def test_errors_are_percentages_of_what_was_measured(tmp_path):
     layer = next(row for row in result["rows"] if row["level"] == "layer")
     group = next(group for group in result["groups"] if group["level"] == "layer" and group["system"] == "all")
     assert group["mean"] == pytest.approx(100 * abs(layer["predicted"] - 30000) / 30000)
+
+
+def test_groups_of_errors_by_hand():
+    """Errors of 0 to 20 %, one of each: their mean and median are 10, the 95th percentile 19."""
+    rows = [{"system": "npu-only", "level": "op", "name": "ffn.fc1", "measured": 1000.0, "predicted": 1000.0 - 10 * i} for i in range(21)]
+    groups = {(group["system"], group["kind"], group["name"]): group for group in group_errors(rows)}
+    assert set(groups) == {(system, "gemm", name) for system in ("npu-only", "all") for name in ("all", "ffn.fc1")}
+    for group in groups.values():
+        assert [group[key] for key in ("n", "mean", "median", "p95", "max")] == pytest.approx([21, 10, 10, 19, 20])
 
 
 def test_the_tool_prints_a_table_and_draws(tmp_path, capsys):

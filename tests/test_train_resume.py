@@ -44,7 +44,10 @@ def uninterrupted(tool, tmp_path_factory):
     return run
 
 
-@pytest.mark.parametrize(("number", "code", "kills"), [(signal.SIGTERM, 143, 5), (signal.SIGKILL, -9, 2)], ids=["SIGTERM", "SIGKILL"])
+@pytest.mark.parametrize(
+    ("number", "code", "kills"),
+    [pytest.param(signal.SIGTERM, 143, 5, marks=pytest.mark.slow, id="SIGTERM"), pytest.param(signal.SIGKILL, -9, 2, id="SIGKILL")],
+)
 def test_kills_at_random_steps_change_no_bit(tool, tmp_path, uninterrupted, number, code, kills):
     """Parameters, moving average, optimiser state and the loss of every single step, which depends on the order of the data."""
     total = len(lines(uninterrupted))
@@ -105,7 +108,11 @@ def assert_same_training(run, reference):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=1e-3, atol=1e-3)
 
 
-@pytest.mark.parametrize("flags", [[], ["--fsdp", 8], ["--fsdp", 2, "--optimizer.accumulate", 2]], ids=str)
+@pytest.mark.parametrize(
+    "flags",
+    [pytest.param([], marks=pytest.mark.slow), pytest.param(["--fsdp", 8], marks=pytest.mark.slow), ["--fsdp", 2, "--optimizer.accumulate", 2]],
+    ids=str,
+)
 def test_eight_devices_train_as_one(tool, tmp_path, one_device, flags):
     finish(tool("train.classify", *SHORT, "--out", tmp_path, *flags, devices=8))
     assert_same_training(tmp_path, one_device)
