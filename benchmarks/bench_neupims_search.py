@@ -5,12 +5,12 @@ Two studies, each a row a case in benchmarks/results.
 neupims_search.csv: the twenty traces published with the simulator (512 requests), and fresh draws of ShareGPT, Alpaca, Azure-conversation and
 Azure-code lengths (256 requests, clipped to 2,048, put on channels by the simulator's greedy packing, listed as drawn), for every GPT-3 model.
 "published" is the trace as it is, halved by the simulator's rule, two sub-batches. "best" is the best realisable schedule of an evolution that starts
-from the baselines. Gains are predicted; their error is that of the model (`python -m neupims validate`). The gap is to the lower bound. The best
-schedule may also serve the whole batch at once: where that is better, its gain stands apart (`one_batch_gain`).
+from the baselines. Gains are predicted; their error is that of the model (`python -m neupims validate`). The gap is to the lower bound. The
+whole batch may also be served at once, on the best of the baselines: where that is better, its gain stands apart (`one_batch_gain`).
 
 neupims_search_small.csv: small cases whose optimum is enumerated: how often evolution, and each heuristic, reach it, with a tenth of the points.
 
-A request in a serving batch is met at a random moment of its life: its length is its input and a uniform share of its output.
+Requests are drawn alike, each at a uniform point of its output: its length is its input and a share of its output.
 """
 
 import argparse

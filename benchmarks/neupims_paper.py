@@ -181,6 +181,8 @@ def measured_schedules() -> dict[str, tuple[float, float]]:
     gains = {}
     for (system, _), of in layers.items():
         if len(of) == 2:
+            if system in gains:
+                raise SystemExit(f"{system} has several pairs of traces: name which one is meant")
             (measured, predicted), (measured_before, predicted_before) = of["clb"], of["rr"]
             gains[system] = 1 - measured / measured_before, 1 - predicted / predicted_before
     return gains

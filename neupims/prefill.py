@@ -12,14 +12,26 @@ import jax
 import jax.numpy as jnp
 
 from neupims.calibration import DEFAULT, Calibration
-from neupims.gemm import Work, bytes_per_cycle
+from neupims.gemm import LEAST_STREAM, Work, bytes_per_cycle
 from neupims.gemv import heads_of_device
 from neupims.hardware import Hardware
-from neupims.schedule import NPU_ATTENTION, Iteration, measured, no_attention, npu_operation, on_gpu, side_by_side, stages
+from neupims.schedule import (
+    NPU_ATTENTION,
+    Iteration,
+    link_seconds,
+    measured,
+    messages,
+    no_attention,
+    npu_operation,
+    on_gpu,
+    side_by_side,
+    stages,
+)
 from neupims.vector import softmax_cycles
 from neupims.workload import FLOAT16_BYTES, Batch, Decoder, Parallel
 
 PREFILL_SYSTEMS = ("npu-only", "gpu")
+ROWS = 16  # of a prompt's softmax, evenly spaced, whose mean time stands for all: rows grow from one key to all
 
 
 @partial(jax.jit, static_argnames="system")
@@ -34,8 +46,8 @@ def prefill(
 ) -> Iteration:
     """The keys and values of every prompt, and with them the first token: `batch.seq_lens` are the lengths of the prompts, channels do not matter.
 
-    The result is that of a step of the "npu-only" system, with one stage; `tokens_per_second` counts the prompts' tokens. A pipeline of pp groups of
-    devices takes pp times `iteration_seconds` until the first token.
+    The result is that of a step of the "npu-only" system, with one stage; `tokens_per_second` counts the prompts' tokens. The first token of a
+    pipeline comes later: `first_token_seconds`.
 
     Raises:
         ValueError: `system` is neither "npu-only" nor "gpu".
@@ -58,26 +70,36 @@ def prefill(
     return measured(*records, [works], side.ends[-1:], side.starts, cycles, system=system, sub_batches=1, tokens=tokens)
 
 
+def first_token_seconds(hardware: Hardware, model: Decoder, batch: Batch, parallel: Parallel, iteration: Iteration) -> float:
+    """The time until the prompts have passed all pp groups of devices: pp iterations, the last of which sends its activations to nobody."""
+    _, forward = messages(model, parallel, 1.0, jnp.sum(batch.seq_lens * 1.0), 1.0)
+    return float(parallel.pp * iteration.iteration_seconds - link_seconds(hardware, forward))
+
+
 def prefill_attention(hardware: Hardware, model: Decoder, seq_lens, parallel: Parallel, *, calibration: Calibration) -> Work:
     """Causal attention of whole prompts: of its three resources (arrays, vector units, memory) the one that takes longest.
 
     A block of as many queries as the arrays are wide stays in them while the keys up to it stream past, and then its weights while the values do:
-    block i meets i blocks of keys and of values. Softmax of a query takes a pass over the keys before it.
+    block i meets i blocks of keys and of values. Softmax of a query takes a pass over the keys before it. Keys and values of a head are read once
+    where they fit half of the scratchpad, else again for each block of queries.
     """
     npu = hardware.npu
     heads, kv_heads = heads_of_device(model, parallel)
     head, lengths = 1.0 * model.width / model.heads, seq_lens * 1.0
     width, height = 1.0 * npu.array_width, 1.0 * npu.array_height
-    stream = width / npu.num_arrays
+    stream = jnp.maximum(width / npu.num_arrays, LEAST_STREAM)
     blocks = jnp.ceil(lengths / width)
     pairs = blocks * (blocks + 1) / 2  # of a block of queries with a block of keys
     depth = jnp.ceil(head / width)
     logit = depth * (blocks * height + stream * (pairs - blocks))
     attend = pairs * (height + stream * (depth - 1))
     arrays = heads * jnp.sum(jnp.where(lengths > 0, logit + attend, 0))
-    vectors = heads * jnp.sum(jnp.where(lengths > 0, lengths * softmax_cycles(hardware, (lengths + 1) / 2), 0)) / npu.vector_units
+    row = softmax_cycles(hardware, lengths[:, None] * ((jnp.arange(ROWS) + 0.5) / ROWS)).mean(axis=1)
+    vectors = heads * jnp.sum(jnp.where(lengths > 0, lengths * row, 0)) / npu.vector_units
     tokens = lengths.sum()
-    read = FLOAT16_BYTES * tokens * head * (heads + 2 * kv_heads)
+    fits = 2 * FLOAT16_BYTES * lengths * head <= npu.scratchpad_bytes / 2
+    keys = jnp.sum(jnp.where(fits, lengths, pairs * width))  # and values, that are read
+    read = FLOAT16_BYTES * head * (tokens * heads + 2 * keys * kv_heads)
     written = FLOAT16_BYTES * tokens * head * heads
     memory = (read + written) / calibration.queued_efficiency / bytes_per_cycle(hardware)
     busy = jnp.maximum(arrays, vectors)

@@ -480,8 +480,8 @@ def measured(hardware, model, batch, parallel, attention, works, stage_cycles, s
     with_pim = system in PIM_SYSTEMS
     pim = attention_counts(hardware, model, batch, parallel) if with_pim else PIM_NONE
     to_core = hardware.npu.clock_hz / hardware.hbm.clock_hz
-    sent = _messages(model, parallel, layers, tokens.sum(), jnp.maximum((tokens > 0).sum(), 1))
-    communication = sum(each.count * (each.each_bytes / hardware.link.bandwidth_bytes_per_second + hardware.link.latency_seconds) for each in sent)
+    sent = messages(model, parallel, layers, tokens.sum(), jnp.maximum((tokens > 0).sum(), 1))
+    communication = link_seconds(hardware, sent[0]) + link_seconds(hardware, sent[1])
     seconds = iteration / hardware.npu.clock_hz + communication
     elapsed = seconds * hardware.npu.clock_hz
     counts = Counts(
@@ -564,7 +564,12 @@ class Messages(NamedTuple):
     each_bytes: Number
 
 
-def _messages(model: Decoder, parallel: Parallel, layers, tokens, sub_batches) -> tuple[Messages, Messages]:
+def link_seconds(hardware: Hardware, sent: Messages) -> Number:
+    """How long they take, one after another."""
+    return sent.count * (sent.each_bytes / hardware.link.bandwidth_bytes_per_second + hardware.link.latency_seconds)
+
+
+def messages(model: Decoder, parallel: Parallel, layers, tokens, sub_batches) -> tuple[Messages, Messages]:
     """What a device sends in an iteration: in each layer two ring all-reduces of the activations of each sub-batch, among the devices that share it;
     and after its last layer the activations, to the next group of devices."""
     shares, activations = 1.0 * parallel.tp, FLOAT16_BYTES * tokens * model.width / sub_batches

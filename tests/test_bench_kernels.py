@@ -24,6 +24,7 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_every_stage_is_measured_for_every_contestant(folder):
     rows = [row for row in rows_of(folder / "kernels.csv") if row["operation"] == "norm_ggem"]
     contestants = {"ours", "xla formula", "xla closed form", "xla norm, our pooling", "copy", "negated copy"}
@@ -37,6 +38,7 @@ def test_every_stage_is_measured_for_every_contestant(folder):
     assert float(fastest_copy["fraction_of_copy"]) == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.slow
 def test_a_training_step_is_measured_with_and_without_kernels(folder):
     rows = rows_of(folder / "kernel_training.csv")
     assert [row["contestant"] for row in rows] == ["fused norm and pooling", "no kernel", "pooling alone"]
@@ -44,6 +46,7 @@ def test_a_training_step_is_measured_with_and_without_kernels(folder):
     assert all(float(row["images_per_s"]) > 0 for row in rows)
 
 
+@pytest.mark.slow
 def test_the_picture_is_drawn_from_the_rows(folder):
     draw(read(folder / "kernels.csv"), folder / "kernels.png")
     assert (folder / "kernels.png").read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
@@ -93,6 +96,7 @@ def with_a_contestant(monkeypatch, name, pool):
     monkeypatch.setitem(bench_kernels.JAX_CONTESTANTS, "ggem", bench_kernels.JAX_CONTESTANTS["ggem"] | {name: pool})
 
 
+@pytest.mark.slow
 def test_a_contestant_that_raises_is_left_out_by_name(monkeypatch, tmp_path, capsys):
     def broken(tokens, p):
         raise RuntimeError("no compiler\nis here")
@@ -127,6 +131,7 @@ def test_without_time_everything_is_left_out_by_name(tmp_path, capsys):
         assert f"no time left for {what}\n" in said
 
 
+@pytest.mark.slow
 def test_what_cannot_be_drawn_is_refused_in_one_line(monkeypatch, tmp_path, folder):
     empty, other = tmp_path / "empty.csv", tmp_path / "other.csv"
     empty.write_text("")

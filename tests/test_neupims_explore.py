@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from neupims import evolution
+from neupims.__main__ import main
 from neupims.config import load_model, load_parallel
 from neupims.evaluation import Workload, deal, evaluation, possible
 from neupims.explore import Evaluator, Objective, explore, judged, overall, parse_objectives
@@ -348,6 +350,7 @@ def test_the_command_prints_one_object_and_writes_its_files(tool, tmp_path):
     assert (process.returncode, err) == (0, "")
     found = json.loads(out)
     assert found["points"] == 64
+    assert found["expected_error"]["path"] == "closed"
     assert found["devices"].startswith(f"{os.cpu_count()} x")
     assert 1 <= len(found["front"]) <= found["kept"] < 64
     assert all(design["knobs"]["npu.num_arrays"] <= 8 for design in found["front"])
@@ -358,6 +361,15 @@ def test_the_command_prints_one_object_and_writes_its_files(tool, tmp_path):
     assert [page.count(f"<h2>tokens_per_second against {name}") for name in ("energy_joules_per_token", "area_mm2")] == [1, 1]
     assert page.count(f" of {found['kept']} designs are on the Pareto front") == 2  # so few that all are drawn, each once
     assert "hbm.tfaw_cycles" in page[page.index("<h2>Sensitivity") :]
+    chart = page[page.index("<h2>tokens_per_second against area_mm2") : page.index("<h2>Pareto front")]
+    assert {*re.findall(r'<td class="words">(\d+)</td>', chart)} <= {str(design["index"]) for design in found["front"]}
+
+
+def test_the_expected_error_is_that_of_the_row_buffers(capsys, tmp_path):
+    (tmp_path / "trace.csv").write_text("seq_len,ch_idx\n300,0\n40,1\n")
+    for flags, known in (([], True), (["--row-buffers", "single"], False), (["--knob", "pim.row_buffers=1,2"], False)):
+        assert main(["explore", "--trace", str(tmp_path / "trace.csv"), "--knob", "npu.num_arrays=4,8", "--points", "4", "--json", *flags]) == 0
+        assert (json.loads(capsys.readouterr().out)["expected_error"] is not None) == known
 
 
 @pytest.mark.parametrize(
@@ -371,8 +383,6 @@ def test_the_command_prints_one_object_and_writes_its_files(tool, tmp_path):
     ],
 )
 def test_the_command_refuses_in_one_line(monkeypatch, capsys, tmp_path, flags, words):
-    from neupims.__main__ import main
-
     (tmp_path / "trace.csv").write_text("seq_len,ch_idx\n5,0\n")
     assert main(["explore", "--trace", str(tmp_path / "trace.csv"), "--points", "4", *flags]) == 1
     out, err = capsys.readouterr()

@@ -41,10 +41,27 @@ def test_attention_of_one_prompt_by_hand():
 
 
 def test_softmax_bounds_a_machine_of_one_vector_unit():
-    """A query of 256 has 128.5 keys in the mean: 2 passes of 128 lanes, 3 levels of sums; 2 x 3 + 3 x 2 cycles a row, 8 heads of 256 rows."""
+    """Half of 256 queries have at most 128 keys: one pass of 128 lanes, one level of sums, 2 + 3 cycles. The others have two passes and three levels,
+    6 + 6 cycles. 8 heads."""
     slow = replace(Hardware(), "npu.vector_units", 1)
     work = prefill_attention(slow, MODEL, jnp.array([256]), SPREAD, calibration=DEFAULT)
-    assert float(work.cycles) == 8 * 256 * 12 + 128 + 128 + 16
+    assert float(work.cycles) == 8 * (128 * 5 + 128 * 12) + 128 + 128 + 16
+
+
+def test_keys_that_do_not_fit_are_read_for_each_block_of_queries():
+    """256 tokens of 128 channels: 2 x 2 x 256 x 128 bytes of keys and values, half of 262,144; 2 blocks of queries meet 3 blocks of 128 keys."""
+    for scratchpad, keys in ((262144, 256), (262143, 3 * 128)):
+        small = replace(Hardware(), "npu.scratchpad_bytes", scratchpad)
+        work = prefill_attention(small, MODEL, jnp.array([256]), SPREAD, calibration=DEFAULT)
+        assert float(work.read_bytes) == 2 * 128 * 8 * (256 + 2 * keys)
+
+
+def test_many_arrays_stream_no_faster_than_instructions_come():
+    cycles = [
+        float(prefill_attention(replace(Hardware(), "npu.num_arrays", count), MODEL, jnp.array([4096]), SPREAD, calibration=DEFAULT).busy_cycles)
+        for count in (16, 32, 64)
+    ]
+    assert cycles[0] > cycles[1] == cycles[2]
 
 
 def test_grouped_queries_read_fewer_keys():
@@ -98,6 +115,22 @@ def test_only_the_npu_and_the_gpu_have_prefill():
         prefill(Hardware(), MODEL, prompts(3), SPREAD, system="neupims")
 
 
+@pytest.mark.parametrize(
+    ("flags", "lines", "words"),
+    [
+        (["--sub-batches", "2"], "300,0\n", "--sub-batches"),
+        (["--path", "closed"], "300,0\n", "--path"),
+        ([], "1000000,0\n", "request 0 of 1000000 tokens needs"),
+    ],
+)
+def test_what_prefill_does_not_have_is_refused(capsys, tmp_path, flags, lines, words):
+    (tmp_path / "trace.csv").write_text("seq_len,ch_idx\n" + lines)
+    assert main(["simulate", "--model", "gpt3-7b", "--trace", str(tmp_path / "trace.csv"), "--prefill", *flags]) == 1
+    said = capsys.readouterr()
+    assert (said.out, said.err.count("\n")) == ("", 1)
+    assert words in said.err
+
+
 @pytest.mark.parametrize("system", ["neupims", "gpu"])
 def test_the_tool(capsys, tmp_path, system):
     trace = tmp_path / "trace.csv"
@@ -108,6 +141,10 @@ def test_the_tool(capsys, tmp_path, system):
     assert (result["phase"], result["fidelity"], result["expected_error"]) == ("prefill", "intended", None)
     assert result["system"] == ("gpu" if system == "gpu" else "npu-only")
     assert result["first_token_seconds"] == pytest.approx(4 * result["iteration_seconds"])  # 175B: four groups of devices
+    assert main([*flags, "--json", "--set", "link.bandwidth_bytes_per_second=1e9"]) == 0
+    linked = json.loads(capsys.readouterr().out)
+    forward = 2 * 860 * 12288 / 1e9  # float16 activations, three times from group to group
+    assert linked["first_token_seconds"] == pytest.approx(4 * linked["iteration_seconds"] - forward, rel=1e-5)
     assert result["layer_cycles"] == result["stage_cycles"]["all"] == pytest.approx(sum(each["cycles"] for each in result["ops"]), rel=1e-6)
     assert "the prefill of gpt3-175b" in (tmp_path / "page.html").read_text()
     assert main(flags) == 0

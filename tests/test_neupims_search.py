@@ -189,6 +189,7 @@ def test_the_command_exports_what_it_claims(trace, tmp_path, capsys):
     assert said["lower_bound"] <= said["best"]["cost"] <= said["published"]
     assert said["best"]["gain"] == pytest.approx(1 - said["best"]["cost"] / said["published"])
     assert said["strategies"]["evolution"]["evaluations"] == 64
+    assert said["expected_error"]["path"] == "closed"
     assert said["best"]["cost"] <= min(row["cost"] for row in said["baselines"].values())
     assert {"as published", "round robin, halves", "greedy (paper), halves", "longest first, snake"} <= set(said["baselines"])
 

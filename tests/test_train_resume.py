@@ -126,6 +126,7 @@ def two_processes(tool, *flags):
     return [tool("train.classify", *flags, devices=2, environment=both | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
 
 
+@pytest.mark.slow
 def test_two_processes_train_to_the_same_weights_which_one_can_evaluate(tool, tmp_path, one_device):
     for process in two_processes(tool, *SHORT, "--out", tmp_path, "--fsdp", 2):
         finish(process)

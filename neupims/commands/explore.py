@@ -104,7 +104,7 @@ def run(arguments: argparse.Namespace) -> int:
             reference=_reference(arguments.reference),
             report=report,
         )
-    summary = _summary(found, space, workloads, arguments, (system, sub_batches), time.perf_counter() - began)
+    summary = _summary(found, space, workloads, arguments, (system, sub_batches), hardware, time.perf_counter() - began)
     if arguments.out:
         write_text(arguments.out / "front.csv", _table(found, space, workloads))
         write_text(arguments.out / "summary.json", json.dumps(finite(summary), indent=2, allow_nan=False))
@@ -179,7 +179,7 @@ def _progress() -> Iterator[Any]:
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def _summary(found, space, workloads, arguments, system: tuple[str, int], seconds: float) -> dict[str, Any]:
+def _summary(found, space, workloads, arguments, system: tuple[str, int], hardware, seconds: float) -> dict[str, Any]:
     import jax
 
     from neupims.explore import overall
@@ -193,6 +193,9 @@ def _summary(found, space, workloads, arguments, system: tuple[str, int], second
             listed.append({"index": int(points.place[row]), "knobs": knobs, "metrics": {name: float(each[row]) for name, each in metrics.items()}})
         return listed
 
+    error = expected_error(*system, arguments.fidelity, row_buffers=int(hardware.pim.row_buffers), path="closed")
+    if {"sub_batches", "pim.row_buffers"} & set(space.names):
+        error = None  # designs of several systems, each with its own
     order = np.argsort(overall(found.front.metrics[found.objectives[0].name]) * (-1 if found.objectives[0].largest else 1), kind="stable")
     return {
         "method": arguments.method,
@@ -211,7 +214,7 @@ def _summary(found, space, workloads, arguments, system: tuple[str, int], second
         "hypervolume": found.hypervolume,
         "sensitivity_of": found.sensitivity_of,
         "sensitivities": {name: each._asdict() for name, each in found.sensitivities.items()},
-        "expected_error": expected_error(*system, arguments.fidelity, path="closed"),
+        "expected_error": error,
         "seconds": seconds,
         "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind}",
     }
@@ -242,8 +245,10 @@ def _write_page(path: Path, found, summary: dict[str, Any]) -> None:
     sections: list[dict[str, Any]] = []
     for other in others:
         x, y = drawn[other.name], drawn[first.name]
+        numbers = [*found.front.place.tolist(), *found.others.place.tolist()]
         best = in_plane(x, y, most_x=other.largest, most_y=first.largest)
-        points = [dict(zip(("x", "y", "front"), each, strict=True)) for each in zip(x.tolist(), y.tolist(), best.tolist(), strict=True)]
+        designs = zip(x.tolist(), y.tolist(), best.tolist(), map(str, numbers), strict=True)
+        points = [dict(zip(("x", "y", "front", "name"), each, strict=True)) for each in designs]
         sections.append(
             {
                 "kind": "pareto",

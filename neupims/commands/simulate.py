@@ -12,13 +12,11 @@ from neupims.systems import PIM_SYSTEMS
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_workload_arguments(parser)
-    parser.add_argument(
-        "--path", choices=("exact", "closed"), default="exact", help="follow every channel's commands, or add up closed forms (default: exact)"
-    )
+    parser.add_argument("--path", choices=("exact", "closed"), help="follow every channel's commands, or add up closed forms (default: exact)")
     parser.add_argument(
         "--prefill",
         action="store_true",
-        help="instead of a decode step the prompts (the trace's lengths) through the NPU or --system gpu, as intended: time to the first token",
+        help="instead of a decode step the prompts (the trace's lengths) through the system's NPU, or --system gpu, as intended: time to first token",
     )
     parser.add_argument("--html", type=Path, metavar="FILE", help="also write one page with roofline, Gantt chart and channel loads")
     parser.add_argument("--perfetto", type=Path, metavar="FILE", help="also write the stages as a Chrome trace (ui.perfetto.dev)")
@@ -27,14 +25,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> int:
     from neupims.capacity import check_capacity
 
+    path = arguments.path or "exact"
     cases = _cases(arguments)
     case = cases[0]
     if case.system in PIM_SYSTEMS:
         warning = check_capacity(case.hardware, case.model, case.batch, case.parallel)
         if warning:
             sys.stderr.write(f"neupims: warning: {warning}\n")
-    case, iteration = min(((each, simulated(each, arguments.path)) for each in cases), key=lambda run: float(run[1].iteration_seconds))
-    result = as_dictionary(case, iteration, path=arguments.path)
+    cases = [_as_prefill(case)] if arguments.prefill else cases
+    case, iteration = min(((each, simulated(each, path)) for each in cases), key=lambda run: float(run[1].iteration_seconds))
+    result = as_dictionary(case, iteration, path=path)
     if arguments.html or arguments.perfetto:
         from neupims.commands.pictures import write_pictures
 
@@ -48,8 +48,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _cases(arguments: argparse.Namespace) -> list[Case]:
     """What the flags stand for: one case, or with `--sub-batches auto` one for each number of sub-batches that the system has."""
-    if arguments.prefill:
-        return [_as_prefill(workload(argparse.Namespace(**vars(arguments) | {"sub_batches": None})))]
+    for flag in ("sub_batches", "path"):
+        if arguments.prefill and getattr(arguments, flag) is not None:
+            raise ValueError(f"--prefill runs on the NPU or the GPU alone: leave out --{flag.replace('_', '-')}")
     if arguments.sub_batches != AUTO:
         return [workload(arguments)]
     counts = ("1", "2") if arguments.system.lower() == "neupims" else (None,)
@@ -63,6 +64,7 @@ def _as_prefill(case: Case) -> Case:
 
 def as_dictionary(case: Case, iteration, *, path: str) -> dict[str, Any]:
     """What `--json` prints. Cycles are core cycles; energy and the iteration are of one device."""
+    from neupims.prefill import first_token_seconds
     from neupims.schedule import operations, stages
     from neupims.validate import expected_error
 
@@ -96,7 +98,7 @@ def as_dictionary(case: Case, iteration, *, path: str) -> dict[str, Any]:
         "expected_error": expected_error(case.system, case.sub_batches, case.fidelity, row_buffers=int(case.hardware.pim.row_buffers), path=path),
     }
     if case.prefill:
-        result["first_token_seconds"] = case.parallel.pp * float(iteration.iteration_seconds)
+        result["first_token_seconds"] = first_token_seconds(case.hardware, case.model, case.batch, case.parallel, iteration)
     return result
 
 
