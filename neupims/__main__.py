@@ -28,7 +28,8 @@ def main(argv: list[str] | None = None) -> int:
         return int(stop.code or 0)
     try:
         code = importlib.import_module(f"neupims.commands.{arguments.command}").run(arguments)
-        sys.stdout.flush()
+        if sys.stdout:  # none where it was closed
+            sys.stdout.flush()
         return code
     except KeyboardInterrupt:
         return _said("interrupted", 128 + signal.SIGINT)

@@ -196,7 +196,6 @@ def explore(
                 drawn.append((part.values[chosen], _result(part, sensitivity_of)[chosen]))
             report(done, total)
     assert front is not None
-    sample_of_others = reduce(_joined, others)
     sampled = tuple(np.concatenate(each) for each in zip(*drawn, strict=True))
     return Exploration(
         objectives=objectives,
@@ -204,7 +203,7 @@ def explore(
         kept=kept,
         flagged=flagged,
         front=front,
-        others=sample_of_others.take(~np.isin(sample_of_others.place, front.place)),
+        others=_apart(reduce(_joined, others), front),
         base=near.take(np.array([0])),
         reference=ends,
         hypervolume=_volume(front, near, objectives, ends),
@@ -301,11 +300,19 @@ def _joined(first: Points, second: Points) -> Points:
 
 
 def _better(front: Points | None, part: Points, objectives: Sequence[Objective]) -> Points:
-    mine = part.take(pareto.front(judged(part, objectives)))
-    if front is None:
-        return mine
-    both = _joined(front, mine)
-    return both.take(pareto.front(judged(both, objectives)))
+    both = part if front is None else _joined(front, part)
+    return _distinct(both.take(pareto.front(judged(both, objectives))))
+
+
+def _distinct(points: Points) -> Points:
+    """The first of each design: one that is drawn again is the same."""
+    return points.take(np.sort(np.unique(points.values, axis=0, return_index=True)[1]))
+
+
+def _apart(points: Points, known: Points) -> Points:
+    """The designs, each once, that are not among those known already."""
+    both = _distinct(_joined(known, points))
+    return both.take(~np.isin(both.place, known.place))
 
 
 def _reference(base: Points, objectives: Sequence[Objective], given: Mapping[str, float]) -> dict[str, float]:

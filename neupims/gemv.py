@@ -168,7 +168,8 @@ def tile_cycles(times: Timing, results, products) -> tuple[Number, Number, Numbe
 
 def starved(times: Timing, estimate: Number) -> Number:
     """Whether the next refresh is always too near to start a tile, or to fill the vector's buffer."""
-    gwrite = jnp.where(times.dual > 0, times.gwrite_estimate, jnp.maximum(times.gwrite_estimate + times.conflict - 1, times.conflict_estimate))
+    closed = times.gwrite_estimate + jnp.maximum(times.conflict - 1, 0)  # the row of GWRITE is, after its rank's refresh
+    gwrite = jnp.where(times.dual > 0, closed, jnp.maximum(closed, times.conflict_estimate))
     return times.interval - times.refresh_start <= jnp.maximum(estimate, gwrite)
 
 

@@ -79,7 +79,7 @@ class PIM:
 class Link:
     """Between devices. The default is no cost, as in the simulator, which has no communication."""
 
-    bandwidth_bytes_per_second: float = quantity(float("inf"), "bytes/s, in and out of a device", "not in the simulator", least=1)
+    bandwidth_bytes_per_second: float = quantity(float("inf"), "bytes/s, in and out of a device", "not in the simulator", least=1, most=float("inf"))
     latency_seconds: float = quantity(0.0, "s of one message", "not in the simulator")
 
 
@@ -112,9 +112,9 @@ class Hardware:
             check_quantities(getattr(self, group), group)
 
 
-def banks(hbm: HBM) -> int:
+def banks(hbm: HBM) -> float:
     """Banks of a channel."""
-    return hbm.ranks * hbm.bank_groups * hbm.banks_per_group
+    return 1.0 * hbm.ranks * hbm.bank_groups * hbm.banks_per_group
 
 
 def burst_bytes(hbm: HBM) -> float:

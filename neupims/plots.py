@@ -301,6 +301,12 @@ def row_kind(row: Mapping[str, Any]) -> str:
     return "PIM" if kind in ("logit", "attend") else kind
 
 
+def check_svg(path: str | Path) -> None:
+    """Raises ValueError if the file is not named as an SVG file."""
+    if Path(path).suffix.lower() != ".svg":
+        raise ValueError(f"the plot is an SVG file: give a name that ends in .svg, not {path}")
+
+
 def draw_validation(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Writes the scatter plot of a validation as an SVG file of its own.
 
@@ -308,8 +314,7 @@ def draw_validation(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None
         ValueError: the file is not named as an SVG file.
         OSError: it cannot be written.
     """
-    if Path(path).suffix.lower() != ".svg":
-        raise ValueError(f"the plot is an SVG file: give a name that ends in .svg, not {path}")
+    check_svg(path)
     chart = validation(rows)
     head, rest = chart.split(">", 1)
     paper = f"<style>{STYLE}</style><rect width='100%' height='100%' style='fill: var(--paper)'/>"

@@ -10,7 +10,10 @@ from typing import Any, NamedTuple, TypeVar, dataclass_transform
 import jax
 
 T = TypeVar("T")
+SHOWN = 40  # characters of a wrong value
 INT32_MOST = 2**31 - 1
+COUNT_MOST = 2**24  # that float32 holds exactly, as it does all below
+REAL_MOST = 1e30  # whose products with other quantities are finite
 Number = Any  # a number, or an array with one for each design, request or channel: what arithmetic makes of records
 
 
@@ -38,11 +41,21 @@ def record(cls: type[T]) -> type[T]:
 
 def _leaf(number: Number) -> Number:
     """The same number as JAX can take it: whole ones in 32 bits."""
-    return float(number) if isinstance(number, int) and abs(number) > INT32_MOST else number
+    return real(number) if isinstance(number, int) and abs(number) > INT32_MOST else number
 
 
-def quantity(default: float, unit: str, source: str, *, least: float = 0, most: float = math.inf, whole: bool = False) -> Any:
-    """A field of a record that is one number: its default, its unit, where the default comes from, and the least and the most that it may be."""
+def real(number: Any) -> float:
+    """A number as a floating-point one; infinite where it is too large."""
+    try:
+        return float(number)
+    except OverflowError:
+        return math.inf
+
+
+def quantity(default: float, unit: str, source: str, *, least: float = 0, most: float | None = None, whole: bool = False) -> Any:
+    """A field of a record that is one number: its default, its unit, where the default comes from, and the least and the most that it may be
+    (COUNT_MOST or REAL_MOST, if not given)."""
+    most = most if most is not None else COUNT_MOST if whole else REAL_MOST
     return field(default=default, metadata={"unit": unit, "source": source, "least": least, "most": most, "whole": whole})
 
 
@@ -54,6 +67,7 @@ class Field(NamedTuple):
     unit: str
     source: str
     least: float
+    most: float
     whole: bool
 
 
@@ -64,7 +78,7 @@ def describe(value: Any, prefix: str = "") -> Iterator[Field]:
         if is_dataclass(number):
             yield from describe(number, f"{prefix}{each.name}.")
         else:
-            yield Field(f"{prefix}{each.name}", number, data["unit"], data["source"], data["least"], data["whole"])
+            yield Field(f"{prefix}{each.name}", number, data["unit"], data["source"], data["least"], data["most"], data["whole"])
 
 
 def check_quantities(value: Any, group: str) -> None:
@@ -79,11 +93,16 @@ def check_quantities(value: Any, group: str) -> None:
                 raise ValueError(f"{group}.{each.name} must be a number, not {number!r}")
             continue
         least, most, whole = (each.metadata[name] for name in ("least", "most", "whole"))
-        kind = "a whole number" if whole else "a number"
-        if isinstance(number, str) or math.isnan(number) or (whole and float(number) % 1 != 0) or not least <= number <= most:
-            raise ValueError(
-                f"{group}.{each.name} must be {kind} of at least {least:g}{f' and at most {most:g}' if most < math.inf else ''}, not {number!r}"
-            )
+        if isinstance(number, str) or not least <= real(number) <= most or (whole and real(number) % 1 != 0):
+            raise ValueError(f"{group}.{each.name} must be {instead(number, least, most, whole)}")
+
+
+def instead(number: Any, least: float, most: float, whole: bool) -> str:
+    """What a quantity must be instead of what it is, in words; the most where it is not the usual one, or is exceeded."""
+    text, kind = repr(number), "a whole number" if whole else "a number"
+    said = most < math.inf and (most not in (COUNT_MOST, REAL_MOST) or (isinstance(number, numbers.Real) and real(number) > most))
+    short = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
+    return f"{kind} of at least {least:g}{f' and at most {most:.9g}' if said else ''}, not {short}"
 
 
 def replace(value: T, name: str, new: Any) -> T:

@@ -86,7 +86,7 @@ def first_order(column: Float[np.ndarray, " n"], results: Float[np.ndarray, " n"
     Li and Mahadevan, "An efficient modularized sample-based method to estimate the first-order Sobol' index", 2016.
     """
     distinct = np.unique(column)
-    variance = float(np.var(results))
+    variance = float(np.var(results)) if len(results) else 0.0
     if len(distinct) < 2 or variance == 0:
         return float("nan")
     bins = min(BINS, len(column) // LEAST_IN_BIN)

@@ -25,7 +25,7 @@ import numpy as np
 
 from neupims.constraint import Constraint, parse_constraint
 from neupims.hardware import Hardware
-from neupims.record import describe
+from neupims.record import COUNT_MOST, REAL_MOST, describe, instead, real
 
 METHODS = ("grid", "random", "sobol")
 LARGEST_RANGE = 10**9  # whole numbers of one knob
@@ -35,6 +35,8 @@ STEPS = 5  # of a continuous knob in a grid, ends included
 # Knobs that are no field of the hardware: how many halves of the batch are interleaved, and how many devices share layers and the list of layers.
 # All are whole numbers of at least 1.
 SETTINGS = ("sub_batches", "parallel.tp", "parallel.pp")
+
+Bounds = tuple[float, float, bool]  # the least and the most that a knob may be, and whether it is whole
 
 
 @dataclass(frozen=True)
@@ -128,7 +130,8 @@ def make_space(
         ValueError: a knob or constraint is impossible; the sentence names it.
     """
     listed = list(describe(Hardware() if hardware is None else hardware))
-    known: dict[str, tuple[float, bool]] = {each.name: (each.least, each.whole) for each in listed} | dict.fromkeys(SETTINGS, (1, True))
+    settable = dict.fromkeys(SETTINGS, (1.0, float(COUNT_MOST), True))
+    known: dict[str, Bounds] = {each.name: (each.least, min(each.most, REAL_MOST), each.whole) for each in listed} | settable
     if not knobs:
         raise ValueError("a space needs at least one knob")
     made = tuple(_knob(name, choice, known) for name, choice in knobs.items())
@@ -191,16 +194,17 @@ def _flat(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
             yield f"{prefix}{key}", value
 
 
-def _knob(name: str, choice: Any, known: Mapping[str, tuple[float, bool]]) -> Knob:
+def _knob(name: str, choice: Any, known: Mapping[str, Bounds]) -> Knob:
     if name not in known:
         raise ValueError(f"there is no knob {name!r}; there are {', '.join(known)}")
-    least, whole = known[name]
+    limits = known[name]
+    whole = limits[2]
     if isinstance(choice, Mapping):
         if unknown := set(choice) - {"low", "high", "log"}:
             raise ValueError(f"{name} has {', '.join(sorted(map(str, unknown)))}; a range has low, high and log")
         if not {"low", "high"} <= set(choice):
             raise ValueError(f"{name} needs both low and high")
-        low, high = (_number(name, choice[end], least, whole) for end in ("low", "high"))
+        low, high = (_number(name, choice[end], limits) for end in ("low", "high"))
         log = choice.get("log", False)
         if not isinstance(log, bool):
             raise ValueError(f"log of {name} must be true or false, not {log!r}")
@@ -213,7 +217,7 @@ def _knob(name: str, choice: Any, known: Mapping[str, tuple[float, bool]]) -> Kn
         return Knob(name, low=low, high=high, log=log, whole=whole)
     if not isinstance(choice, list | tuple) or not choice:
         raise ValueError(f"{name} must be a list of values or a range with low and high, not {choice!r}")
-    values = tuple(_number(name, value, least, whole) for value in choice)
+    values = tuple(_number(name, value, limits) for value in choice)
     if len(set(values)) < len(values):
         raise ValueError(f"{name} has a value twice: {', '.join(f'{value:g}' for value in values)}")
     if name == "sub_batches" and max(values) > 2:
@@ -221,17 +225,17 @@ def _knob(name: str, choice: Any, known: Mapping[str, tuple[float, bool]]) -> Kn
     return Knob(name, values=values, whole=whole)
 
 
-def _number(name: str, value: Any, least: float, whole: bool) -> float:
-    kind = "a whole number" if whole else "a finite number"
-    right = isinstance(value, numbers.Real) and not isinstance(value, bool) and math.isfinite(value)
-    if not right or value < least or (whole and value != int(value)):
-        raise ValueError(f"{name} must be {kind} of at least {least:g}, not {value!r}")
+def _number(name: str, value: Any, limits: Bounds) -> float:
+    least, most, whole = limits
+    right = isinstance(value, numbers.Real) and not isinstance(value, bool) and least <= real(value) <= most
+    if not right or (whole and value != int(value)):
+        raise ValueError(f"{name} must be {instead(value, *limits)}")
     return float(value)
 
 
 def grid_size(space: Space) -> int:
     """Points of the grid."""
-    return math.prod(len(knob.levels()) for knob in space.knobs)
+    return math.prod(knob.count or STEPS for knob in space.knobs)
 
 
 def sample(space: Space, method: str, start: int, stop: int, *, seed: int = 0) -> np.ndarray:

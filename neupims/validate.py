@@ -114,12 +114,15 @@ def read_runs(folder: str | Path) -> tuple[list[dict[str, str]], dict[str, list[
         ("runs.csv", ("run_id", "system", "trace", "n_head", "n_embd", "n_tp", KNOBS_END, "layer_cycles")),
         ("ops.csv", ("run_id", "stage", "op", "cycles")),
     ):
-        with open(Path(folder) / name, newline="", encoding="utf-8") as file:
-            rows = csv.DictReader(file)
-            missing = [column for column in needed if column not in (rows.fieldnames or [])]
-            if missing:
-                raise ValueError(f"{Path(folder) / name} has no column {', '.join(missing)}")
-            tables.append(list(rows))
+        with open(Path(folder) / name, newline="", encoding="utf-8-sig") as file:
+            try:
+                rows = csv.DictReader(file)
+                missing = [column for column in needed if column not in (rows.fieldnames or [])]
+                if missing:
+                    raise ValueError(f"{Path(folder) / name} has no column {', '.join(missing)}")
+                tables.append(list(rows))
+            except (UnicodeDecodeError, csv.Error) as error:
+                raise ValueError(f"{Path(folder) / name} is not a CSV file: {error}") from None
     runs, listed = tables
     by_run: dict[str, list[dict[str, str]]] = {}
     for row in listed:
@@ -140,6 +143,8 @@ def case_of(run: dict[str, str], folder: str | Path) -> Case:
         NotCovered: the run cannot be modelled.
     """
     known = knobs(run)
+    if absent := [name for name, value in known.items() if value is None]:
+        raise NotCovered(f"its row ends before {absent[0]}")
     if known["system"] not in SPELLINGS:
         raise NotCovered(f"unknown system {known['system']!r}")
     system, sub_batches, row_buffers = SPELLINGS[known["system"]]
@@ -184,7 +189,7 @@ def _overrides(column: str, text: str) -> dict[str, Any]:
 def _number(name: str, value: Any) -> Any:
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = math.nan
     if not math.isfinite(number):
         raise NotCovered(f"{name} must be a number, not {value!r}")
@@ -225,7 +230,7 @@ def measured(run: dict[str, str], listed: list[dict[str, str]]) -> dict[tuple[st
     """Measured core cycles by (level, stage, name).
 
     Raises:
-        NotCovered: one is not a positive number.
+        NotCovered: one is not a number of at least 1.
     """
     found: dict[tuple[str, str, str], Any] = {("op", row["stage"], row["op"]): row["cycles"] for row in listed}
     for stage in STAGES:
@@ -236,8 +241,8 @@ def measured(run: dict[str, str], listed: list[dict[str, str]]) -> dict[tuple[st
     found["layer", "", "layer"] = run["layer_cycles"]
     cycles = {key: float(_number(" ".join(("the cycles of", *filter(None, key))), value)) for key, value in found.items()}
     for key, value in cycles.items():
-        if value <= 0:
-            raise NotCovered(f"the cycles of {' '.join(filter(None, key))} must be above 0, not {value:g}")
+        if value < 1:
+            raise NotCovered(f"the cycles of {' '.join(filter(None, key))} must be at least 1, not {value:g}")
     return cycles
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from neupims.record import record
+from neupims.record import COUNT_MOST, instead, record
 
 FLOAT16_BYTES = 2
 SHOWN = 80  # characters of a wrong line that an error repeats
@@ -29,8 +29,8 @@ class Decoder:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not isinstance(value, numbers.Integral) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+            if not isinstance(value, numbers.Integral) or not 1 <= int(value) <= COUNT_MOST:
+                raise ValueError(f"{name} must be {instead(value, 1, COUNT_MOST, True)}")
         if self.width % self.heads:
             raise ValueError(f"heads must divide the width, {self.width}, but is {self.heads}")
         if self.heads % self.kv_heads:
@@ -51,8 +51,8 @@ class Parallel:
 
     def __post_init__(self):
         for name, value in vars(self).items():
-            if not isinstance(value, numbers.Integral) or value < 1:
-                raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+            if not isinstance(value, numbers.Integral) or not 1 <= int(value) <= COUNT_MOST:
+                raise ValueError(f"{name} must be {instead(value, 1, COUNT_MOST, True)}")
 
 
 def check_parallel(decoder: Decoder, parallel: Parallel) -> None:

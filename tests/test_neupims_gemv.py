@@ -104,6 +104,14 @@ def test_long_lists_are_counted_exactly():
     assert exact(Hardware(), lengths, "attend") == pytest.approx(followed, rel=2e-7)
 
 
+@pytest.mark.parametrize(("bursts", "fits"), [(600, True), (635, False), (639, False), (2000, False)])
+def test_a_gwrite_that_never_fits_takes_for_ever(bursts, fits):
+    """Between refreshes are 1950 - 30 cycles; a GWRITE takes 3 for each burst, and 14 more for a closed row. From 631 to 639 bursts it fits only with
+    its row open, which a refresh closes."""
+    hardware = jax.tree.map(float, replace(Hardware(), "pim.gwrite_bursts", bursts))
+    assert np.isfinite(exact(hardware, [300], "logit")) == fits
+
+
 @pytest.mark.parametrize("row_buffers", [1, 2])
 @pytest.mark.parametrize("change", [("hbm.trefi_cycles", 600), ("hbm.trefi_cycles", 1), ("pim.gwrite_bursts", 10**4), ("hbm.tfaw_cycles", 10**4)])
 def test_tiles_that_never_fit_between_refreshes_take_for_ever(row_buffers, change):

@@ -2,6 +2,7 @@
 
 import json
 from importlib import resources
+from pathlib import Path
 
 import pytest
 
@@ -106,6 +107,30 @@ def test_sub_batches_auto_takes_the_faster(capsys, trace):
     assert printed(capsys, "--model", "gpt3-7b", "--trace", trace, "--system", "npu-pim", "--sub-batches", "auto")["sub_batches"] == 1
 
 
+def test_what_only_one_number_of_sub_batches_can_do_is_found(capsys, trace):
+    """A GWRITE so long that it fits between refreshes only with its row open: beside the NPU it finds it closed."""
+    flags = ["--model", "gpt3-7b", "--trace", trace, "--set", "pim.gwrite_bursts=630"]
+    assert printed(capsys, *flags, "--sub-batches", "auto", path="exact")["sub_batches"] == 1
+    assert "between the refreshes" in refused(capsys, *flags, "--sub-batches", 2)
+
+
+def test_a_pipe_and_a_link_stay_what_they_are(capsys, trace, tmp_path):
+    (tmp_path / "real.html").write_text("old")
+    (tmp_path / "link.html").symlink_to("real.html")
+    assert simulate("--model", "gpt3-7b", "--trace", trace, "--html", tmp_path / "link.html", "--perfetto", "/dev/null") == 0
+    capsys.readouterr()
+    assert (tmp_path / "link.html").is_symlink()
+    assert (tmp_path / "real.html").read_text().startswith("<!DOCTYPE")
+    assert Path("/dev/null").is_char_device()
+
+
+def test_brackets_in_names_are_words(capsys, trace, tmp_path):
+    model = tmp_path / "a[red].toml"
+    model.write_text("layers = 2\nwidth = 512\nheads = 4\nkv_heads = 4\nmlp_width = 2048\n")
+    assert simulate("--model", model, "--trace", trace) == 0
+    assert "a[red].toml" in capsys.readouterr().out.replace("\n", "")
+
+
 def test_set_reaches_the_hardware(capsys, trace):
     flags = ["--model", "gpt3-7b", "--trace", trace, "--system", "neupims_nosbi"]
     usual, halved = (printed(capsys, *flags, *more) for more in ([], ["--set", "hbm.num_channels=16"]))
@@ -201,6 +226,12 @@ def test_a_trace_must_be_a_file(capsys, tmp_path):
         (["--set", "hbm.trp_cycles=-1"], "hbm.trp_cycles"),
         (["--set", "hbm.trp_cycles=nan"], "hbm.trp_cycles"),
         (["--set", "hbm.trefi_cycles=600"], "hbm.trefi_cycles"),
+        (["--set", "hbm.trefi_cycles=inf"], "at most 1e+30"),
+        (["--set", "hbm.bank_groups=3000000000"], "at most 16777216"),
+        (["--set", "npu.clock_hz=1" + 320 * "0"], "at most 1e+30"),
+        (["--set", "hbm.num_channels=1" + 400 * "0"], "at most 65536"),
+        (["--html", "absent/page.html"], "absent/page.html"),
+        (["--model", "Absent/My.toml"], "Absent/My.toml"),
         (["--set", "hbm.banks_per_group=0"], "hbm.banks_per_group"),
         (["--tp", "3"], "heads"),
         (["--tp", "0"], "tp"),

@@ -8,10 +8,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from neupims.config import load_hardware, load_model, load_parallel
+from neupims.config import SUFFIXES, load_hardware, load_model, load_parallel
 from neupims.hardware import Hardware
 from neupims.record import replace
-from neupims.systems import FIDELITIES, SPELLINGS, SYSTEMS, Fidelity, System
+from neupims.systems import FIDELITIES, PIM_SYSTEMS, SPELLINGS, SYSTEMS, Fidelity, System
 from neupims.workload import Batch, Decoder, Parallel, check_parallel, read_trace
 
 AUTO = "auto"
@@ -103,7 +103,8 @@ def model(arguments: argparse.Namespace) -> tuple[str, Decoder, Parallel]:
     Raises:
         ValueError: there is no such model, or it cannot be spread so.
     """
-    name = arguments.model.lower() if not os.path.exists(arguments.model) else arguments.model
+    is_file = os.path.exists(arguments.model) or arguments.model.lower().endswith(SUFFIXES)
+    name = arguments.model if is_file else arguments.model.lower()
     decoder = load_model(name)
     published = load_parallel(name)
     spread = Parallel(arguments.tp if arguments.tp is not None else published.tp, arguments.pp if arguments.pp is not None else published.pp)
@@ -170,10 +171,11 @@ def simulated(case: Case, path: str):
         iteration = simulate(*records, path=path, sub_batches=case.sub_batches, fidelity=case.fidelity, **options)  # type: ignore[arg-type]
     if iteration.flagged:
         hbm = case.hardware.hbm
-        raise ValueError(
-            "this hardware cannot run the batch: a time or an energy is not finite; PIM tiles, for one, must fit between the refreshes of ranks, "
+        pim = (
+            "; PIM tiles, for one, must fit between the refreshes of ranks, "
             f"hbm.trefi_cycles / hbm.ranks = {hbm.trefi_cycles / hbm.ranks:g} memory cycles apart"
         )
+        raise ValueError(f"this hardware cannot run the batch: a time or an energy is not finite{pim if case.system in PIM_SYSTEMS else ''}")
     return iteration
 
 
@@ -181,4 +183,4 @@ def console():
     """A terminal for tables; where the output is none, lines are long enough for them."""
     from rich.console import Console
 
-    return Console(highlight=False, width=None if sys.stdout.isatty() else WIDTH)
+    return Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else WIDTH)

@@ -6,7 +6,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from neupims.commands.common import AUTO, Case, add_workload_arguments, error_sentence, print_json, simulated, workload
+from neupims.commands.common import AUTO, Case, add_workload_arguments, console, error_sentence, print_json, simulated, workload
+from neupims.files import check_place
 from neupims.systems import PIM_SYSTEMS
 
 
@@ -26,6 +27,8 @@ def run(arguments: argparse.Namespace) -> int:
     from neupims.capacity import check_capacity
 
     path = arguments.path or "exact"
+    for place in filter(None, (arguments.html, arguments.perfetto)):
+        check_place(place)
     cases = _cases(arguments)
     case = cases[0]
     if case.system in PIM_SYSTEMS:
@@ -33,7 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
         if warning:
             sys.stderr.write(f"neupims: warning: {warning}\n")
     cases = [_as_prefill(case)] if arguments.prefill else cases
-    case, iteration = min(((each, simulated(each, path)) for each in cases), key=lambda run: float(run[1].iteration_seconds))
+    case, iteration = _fastest(cases, path)
     result = as_dictionary(case, iteration, path=path)
     if arguments.html or arguments.perfetto:
         from neupims.commands.pictures import write_pictures
@@ -55,6 +58,19 @@ def _cases(arguments: argparse.Namespace) -> list[Case]:
         return [workload(arguments)]
     counts = ("1", "2") if arguments.system.lower() == "neupims" else (None,)
     return [workload(argparse.Namespace(**vars(arguments) | {"sub_batches": count})) for count in counts]
+
+
+def _fastest(cases: list[Case], path: str):
+    """The case with the least time, and its iteration; those that the hardware cannot run are left out, unless it can run none."""
+    done, reasons = [], []
+    for case in cases:
+        try:
+            done.append((case, simulated(case, path)))
+        except ValueError as reason:
+            reasons.append(reason)
+    if not done:
+        raise reasons[0]
+    return min(done, key=lambda run: float(run[1].iteration_seconds))
 
 
 def _as_prefill(case: Case) -> Case:
@@ -104,10 +120,9 @@ def as_dictionary(case: Case, iteration, *, path: str) -> dict[str, Any]:
 
 def _print_tables(result: dict[str, Any]) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
-    console = Console(highlight=False)
+    lines = console()
     title = f"{result['system']}, {result['model']}, {result['phase']} of {result['batch']} requests, {result['fidelity']} fidelity"
     table = Table(title=title, box=box.SIMPLE, title_justify="left")
     for name, justify in (("stage", "left"), ("unit", "left"), ("operation", "left"), ("start", "right"), ("cycles", "right")):
@@ -117,7 +132,7 @@ def _print_tables(result: dict[str, Any]) -> None:
         stage = "" if each["stage"] == last else each["stage"]
         last = each["stage"]
         table.add_row(stage, each["platform"], each["op"], f"{each['start_cycle']:,.0f}", f"{each['cycles']:,.0f}")
-    console.print(table)
+    lines.print(table)
     summary = Table(box=box.SIMPLE, show_header=False)
     summary.add_column()
     summary.add_column(justify="right")
@@ -133,4 +148,4 @@ def _print_tables(result: dict[str, Any]) -> None:
     summary.add_row("energy of a device", f"{result['energy_joules']:.3g} J")
     if error := result["expected_error"]:
         summary.add_row("expected error of the layer", error_sentence(error))
-    console.print(summary)
+    lines.print(summary)

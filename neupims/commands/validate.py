@@ -3,7 +3,8 @@
 import argparse
 from pathlib import Path
 
-from neupims.commands.common import print_json
+from neupims.commands.common import console, print_json
+from neupims.files import check_place
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,10 +20,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    from neupims.plots import check_svg
     from neupims.validate import validate
 
-    result = validate(arguments.folder, path=arguments.path, progress=iter if arguments.json else _progress)
     plot = arguments.plot or (None if arguments.json else Path("validation.svg"))
+    if plot:
+        check_svg(plot)
+    for place in filter(None, (plot, arguments.html)):
+        check_place(place)
+    result = validate(arguments.folder, path=arguments.path, progress=iter if arguments.json else _progress)
     if plot:
         from neupims.plots import draw_validation
 
@@ -58,7 +64,6 @@ def _write_page(path: Path, result, arguments: argparse.Namespace) -> None:
 
 def _print_table(result) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(title="Absolute error, % of the measured cycles", box=box.SIMPLE, title_justify="left")
@@ -72,8 +77,8 @@ def _print_table(result) -> None:
             str(group["n"]),
             *(f"{group[name]:.2f}" for name in ("mean", "median", "p95", "max")),
         )
-    console = Console(highlight=False)
-    console.print(table)
+    lines = console()
+    lines.print(table)
     for each in result["not_covered"]:
-        console.print(f"not covered: {each['run_id']}: {each['reason']}")
-    console.print(f"{len({row['run_id'] for row in result['rows']})} runs covered, {len(result['not_covered'])} not")
+        lines.print(f"not covered: {each['run_id']}: {each['reason']}")
+    lines.print(f"{len({row['run_id'] for row in result['rows']})} runs covered, {len(result['not_covered'])} not")
