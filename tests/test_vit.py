@@ -66,6 +66,8 @@ def numpy_mlp(x, p, gelu):
     hidden = x @ p["in"]["kernel"] + p["in"]["bias"]
     if gelu == "exact":
         hidden = hidden * (1 + erf(hidden / math.sqrt(2))) / 2
+    elif gelu == "quick":
+        hidden = hidden / (1 + np.exp(-1.702 * hidden))
     else:
         hidden = hidden * (1 + np.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3))) / 2
     return hidden @ p["out"]["kernel"] + p["out"]["bias"]
@@ -76,7 +78,7 @@ def numpy_vit(images, p, config):
     c, p = config, jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), p)
     b, rows = len(images), c.image // c.patch
     cut = np.asarray(images, np.float64).reshape(b, rows, c.patch, rows, c.patch, 3).transpose(0, 1, 3, 2, 4, 5)
-    patches = np.einsum("bxyijc,ijcd->bxyd", cut, p["patch_embedding"]["kernel"]) + p["patch_embedding"]["bias"]
+    patches = np.einsum("bxyijc,ijcd->bxyd", cut, p["patch_embedding"]["kernel"]) + p["patch_embedding"].get("bias", 0)
     position = p["position"] if c.position == "learned" else sincos_position(rows, c.width)
     x = patches.reshape(b, -1, c.width) + position[len(position) - rows * rows :]
     if c.registers:
@@ -84,6 +86,7 @@ def numpy_vit(images, p, config):
     if c.class_token:
         own = p["class_token"] + (position[:1] if len(position) > rows * rows else 0)
         x = np.concatenate([np.broadcast_to(own, (b, 1, c.width)), x], axis=1)
+    x = numpy_norm(x, p["norm_pre"]) if c.pre_norm else x
     for i in range(c.depth):
         block = p[f"blocks_{i}"]
         for norm, branch, scale in (("norm_1", "attention", "layer_scale_1"), ("norm_2", "mlp", "layer_scale_2")):
@@ -101,6 +104,7 @@ def numpy_vit(images, p, config):
         {"registers": 2, "layer_scale": 0.1},
         {"position": "sincos", "gelu": "tanh"},
         {"qkv_bias": False, "class_token": False, "registers": 1},
+        {"gelu": "quick", "patch_bias": False, "pre_norm": True},
     ],
     ids=str,
 )
@@ -278,7 +282,7 @@ def test_sincos_position_by_hand():
         ({"depth": 0}, "depth must be a whole number of at least 1, not 0"),
         ({"patch": (4, 4)}, "patch must be a whole number"),
         ({"registers": -1}, "registers must be a whole number of at least 0"),
-        ({"gelu": "quick"}, "gelu must be one of exact, tanh, not 'quick'"),
+        ({"gelu": "fast"}, "gelu must be one of exact, tanh, quick, not 'fast'"),
         ({"pool_order": "pool_norm"}, "pool_order must be one of norm-pool, pool-norm"),
         ({"dtype": "float64"}, "dtype must be one of float32, bfloat16, float16"),
         ({"class_token": 2}, "class_token must be one of False, True, not 2"),

@@ -10,6 +10,7 @@ data-efficient image transformers", 2021, arXiv:2012.12877 (Ti, S); Darcet et al
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import jax
@@ -40,10 +41,13 @@ class ViTConfig:
     class_token: bool = True
     registers: int = 0  # learned prefix tokens without a position, after the class token
     position: Literal["learned", "sincos"] = "learned"
+    position_filter: Literal["cubic", "antialias"] = "cubic"  # of resampled positions: PyTorch's bicubic, plain or antialiased as timm's
     layer_scale: float | None = None  # initial LayerScale of the residual branches; None: no LayerScale
     drop_path: float = 0.0  # probability to skip a residual branch in the last block; grows linearly from 0 in the first
     dropout: float = 0.0  # after the embedding and in every residual branch
-    gelu: Literal["exact", "tanh"] = "exact"
+    gelu: Literal["exact", "tanh", "quick"] = "exact"  # quick: x sigmoid(1.702 x), of OpenAI's CLIP
+    patch_bias: bool = True  # of the patch embedding
+    pre_norm: bool = False  # a norm of the embedded tokens before the first block, as in CLIP
     qkv_bias: bool = True
     norm_eps: float = 1e-6
     pool_order: Literal["norm-pool", "pool-norm"] = "norm-pool"  # the final norm before the pooling (of every token) or after it
@@ -134,7 +138,7 @@ class ViT(nn.Module):
         if self.fused_norm and not (isinstance(self.pooling, GGeM) and c.pool_order == "norm-pool"):
             raise ValueError("fused_norm needs GGeM as the pooling and pool_order='norm-pool'")
         self.pool_prefix = wants_class_token if self.pooled is None else self.pooled == "all"
-        self.patch_embedding = nn.Conv(c.width, (c.patch, c.patch), (c.patch, c.patch), padding="VALID", **_dtypes(c))
+        self.patch_embedding = nn.Conv(c.width, (c.patch, c.patch), (c.patch, c.patch), padding="VALID", use_bias=c.patch_bias, **_dtypes(c))
         side = c.image // c.patch
         if c.class_token:
             self.class_token = self.param("class_token", nn.initializers.zeros, (1, c.width), c.param_dtype)
@@ -144,6 +148,8 @@ class ViT(nn.Module):
             init = nn.initializers.normal(c.width**-0.5)
             self.position = self.param("position", init, (int(c.class_token) + side * side, c.width), c.param_dtype)
         self.dropout = nn.Dropout(c.dropout)
+        if c.pre_norm:
+            self.norm_pre = nn.LayerNorm(c.norm_eps, **_dtypes(c))
         block = nn.remat(Block, static_argnums=(2,)) if c.remat else Block
         self.blocks = [block(c, c.drop_path * i / max(c.depth - 1, 1)) for i in range(c.depth)]
         self.norm = nn.LayerNorm(c.norm_eps, **_dtypes(c))
@@ -153,6 +159,8 @@ class ViT(nn.Module):
 
     def __call__(self, images: Float[Array, "b h w 3"], *, train: bool = False) -> ViTOutput:
         tokens = self.dropout(self.embed(images), deterministic=not train)
+        if self.config.pre_norm:
+            tokens = self.norm_pre(tokens)
         for block in self.blocks:
             tokens = block(tokens, train)
         normed = self.norm(tokens)
@@ -175,7 +183,7 @@ class ViT(nn.Module):
         side = c.image // c.patch
         table = self.position if c.position == "learned" else sincos_position(side, width)
         own, grid = table[: len(table) - side * side], table[len(table) - side * side :]
-        tokens = patches.reshape(b, rows * columns, width) + resample_position(grid, (side, side), (rows, columns)).astype(patches.dtype)
+        tokens = patches.reshape(b, rows * columns, width) + self._positions(grid, (rows, columns)).astype(patches.dtype)
         prefix = []
         if c.class_token:
             prefix.append(self.class_token + own.sum(0) if len(own) else self.class_token)
@@ -183,6 +191,10 @@ class ViT(nn.Module):
             prefix.append(self.registers)
         prefix = [jnp.broadcast_to(tokens_.astype(tokens.dtype), (b, *tokens_.shape)) for tokens_ in prefix]
         return jnp.concatenate([*prefix, tokens], axis=1)
+
+    def _positions(self, grid, size):
+        side = self.config.image // self.config.patch
+        return resample_position(grid, (side, side), size, antialias=self.config.position_filter == "antialias")
 
     def _pooled_tokens(self, tokens):
         return tokens if self.pool_prefix else tokens[:, self.config.prefix_tokens :]
@@ -234,6 +246,14 @@ class Attention(nn.Module):
         return nn.DenseGeneral(c.width, axis=(-2, -1), kernel_init=_xavier, name="out", **_dtypes(c))(mixed)
 
 
+def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, arXiv:1606.08415, section 2: the approximation by a sigmoid."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+_GELUS: dict[str, Callable] = {"exact": partial(nn.gelu, approximate=False), "tanh": partial(nn.gelu, approximate=True), "quick": quick_gelu}
+
+
 class MLP(nn.Module):
     """Two dense layers with a GELU between."""
 
@@ -243,7 +263,7 @@ class MLP(nn.Module):
     def __call__(self, tokens: Float[Array, "b n d"], train: bool = False) -> Float[Array, "b n d"]:
         c = self.config
         hidden = nn.Dense(c.mlp_width, kernel_init=_xavier, name="in", **_dtypes(c))(tokens)
-        hidden = nn.Dropout(c.dropout)(nn.gelu(hidden, approximate=c.gelu == "tanh"), deterministic=not train)
+        hidden = nn.Dropout(c.dropout)(_GELUS[c.gelu](hidden), deterministic=not train)
         return nn.Dense(c.width, kernel_init=_xavier, name="out", **_dtypes(c))(hidden)
 
 
@@ -324,11 +344,12 @@ def sincos_position(side: int, width: int) -> Float[np.ndarray, "n d"]:
     return np.concatenate([f(angle) for angle in angles for f in (np.sin, np.cos)], axis=1).astype(np.float32)
 
 
-def resample_position(grid: ArrayLike, old: tuple[int, int], new: tuple[int, int]) -> Float[Array, "m d"]:
-    """Resamples a position embedding `(n, d)` from `old` to `new` (rows, columns), bicubic as PyTorch's `interpolate` without antialiasing."""
+def resample_position(grid: ArrayLike, old: tuple[int, int], new: tuple[int, int], *, antialias: bool = False) -> Float[Array, "m d"]:
+    """Resamples a position embedding `(n, d)` from `old` to `new` (rows, columns), bicubic as PyTorch's `interpolate`, by default without its
+    `antialias`, which changes the kernel also where the grid grows."""
     if old == new:
         return jnp.asarray(grid)
-    rows, columns = (_bicubic_matrix(n_old, n_new) for n_old, n_new in zip(old, new, strict=True))
+    rows, columns = ((_antialiased_matrix if antialias else _bicubic_matrix)(n_old, n_new) for n_old, n_new in zip(old, new, strict=True))
     table = jnp.einsum("ri,cj,ijd->rcd", rows, columns, jnp.reshape(grid, (*old, -1)), precision="highest")
     return table.reshape(new[0] * new[1], -1)
 
@@ -341,6 +362,16 @@ def _bicubic_matrix(old: int, new: int) -> Float[np.ndarray, "new old"]:
         for tap in range(int(np.floor(centre)) - 1, int(np.floor(centre)) + 3):
             matrix[i, min(max(tap, 0), old - 1)] += _cubic_convolution(abs(centre - tap))
     return matrix.astype(np.float32)
+
+
+def _antialiased_matrix(old: int, new: int) -> Float[np.ndarray, "new old"]:
+    """The same with a = -0.5, a kernel as wide as the grid shrinks, and weights outside the border left out: Pillow's filter."""
+    shrink = max(old / new, 1.0)
+    centres = (np.arange(new)[:, None] + 0.5) * old / new
+    places = np.arange(old)[None] + 0.5
+    near = np.abs(places - centres) / shrink
+    weights = np.vectorize(lambda x: _cubic_convolution(x, a=-0.5))(near)
+    return (weights / weights.sum(axis=1, keepdims=True)).astype(np.float32)
 
 
 def _cubic_convolution(x: float, a: float = -0.75) -> float:

@@ -12,9 +12,11 @@ from ggem_jax.weights.errors import MismatchedWeights, UnreadableWeights, Unsafe
 from ggem_jax.weights.pickles import read_pickle
 from ggem_jax.weights.safetensors_files import read_safetensors, write_safetensors
 from ggem_jax.weights.torch_files import read_torch, write_torch
+from ggem_jax.weights.vit import PublishedViT, read_vit, to_timm
 
 __all__ = [
     "MismatchedWeights",
+    "PublishedViT",
     "UnreadableWeights",
     "UnsafePickle",
     "cvnet_to_variables",
@@ -22,6 +24,8 @@ __all__ = [
     "read_pickle",
     "read_safetensors",
     "read_torch",
+    "read_vit",
+    "to_timm",
     "variables_to_cvnet",
     "write_safetensors",
     "write_torch",

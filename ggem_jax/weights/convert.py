@@ -22,6 +22,7 @@ class Parameter:
     shape: tuple[int, ...]  # as published
     layout: Layout = "same"
     reverse_inputs: bool = False  # of a convolution: the input channels stand in the opposite order, such as BGR for RGB
+    ours: tuple[int, ...] | None = None  # our shape, where it is not that of the published axes in our order
 
 
 def to_variables(published: Mapping[str, np.ndarray], table: Mapping[str, Parameter], *, source: str = "the checkpoint") -> dict[str, Any]:
@@ -31,11 +32,12 @@ def to_variables(published: Mapping[str, np.ndarray], table: Mapping[str, Parame
     for name, parameter in table.items():
         array = np.asarray(published[name]).astype(np.float32)
         array = np.transpose(array, _AXES[parameter.layout]) if parameter.layout in _AXES else array
+        array = array[..., ::-1, :] if parameter.reverse_inputs else array
         *folders, last = parameter.path
         place = variables
         for folder in folders:
             place = place.setdefault(folder, {})
-        place[last] = np.array(array[..., ::-1, :] if parameter.reverse_inputs else array, order="C")
+        place[last] = np.array(array if parameter.ours is None else array.reshape(parameter.ours), order="C")
     return variables
 
 
@@ -50,6 +52,8 @@ def to_published(variables: Mapping[str, Any], table: Mapping[str, Parameter], *
         if parameter is not None and parameter.reverse_inputs and array.ndim > 1:
             array = array[..., ::-1, :]
         axes = () if parameter is None else _AXES.get(parameter.layout, ())
+        if parameter is not None and parameter.ours is not None and array.shape == parameter.ours:
+            array = array.reshape([parameter.shape[axis] for axis in axes or range(len(parameter.shape))])
         arrays[name] = np.array(np.transpose(array, np.argsort(axes)) if axes and array.ndim == len(axes) else array, order="C")
     check_parameters(arrays, table, source=source)
     return {name: arrays[name] for name in table}

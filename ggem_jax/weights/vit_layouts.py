@@ -1,0 +1,317 @@
+"""Names of published Vision Transformers -> those of timm, with queries, keys and values apart. Arrays take PyTorch's axes on the way.
+
+One name for each parameter, whatever file it came in: `blocks.3.attn.q.weight`, `blocks.3.mlp.fc1.bias`, `attn_pool.latent`. timm itself keeps the
+three projections in one, `blocks.3.attn.qkv.weight`; `join_qkv` makes that of them.
+
+References for the names: github.com/huggingface/pytorch-image-models, vision_transformer.py and deit.py; huggingface/transformers, models vit, deit,
+dinov2, dinov2_with_registers, clip and siglip; openai/CLIP and mlfoundations/open_clip, model.py; google-research/vision_transformer and
+big_vision, vit.py; facebookresearch/{mae,deit,dinov2}.
+"""
+
+import re
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+from ggem_jax.weights.errors import MismatchedWeights
+
+Arrays = dict[str, np.ndarray]
+Rule = tuple[str, str, Callable[[np.ndarray], np.ndarray] | None]
+
+
+class Layout(NamedTuple):
+    """How one publisher names things: a name that only such files have, the folders before the names, the rules, and what a ViT does not use."""
+
+    mark: str
+    prefixes: tuple[str, ...]
+    rules: tuple[Rule, ...]
+    unused: str = r"(?!)"  # a pattern that matches the whole name
+
+
+def _row(array: np.ndarray) -> np.ndarray:
+    """A token or a table of tokens as timm keeps it, (1, n, width)."""
+    return array.reshape(1, -1, array.shape[-1])
+
+
+def _dense(array: np.ndarray) -> np.ndarray:
+    """A kernel (in, ...) of Flax as (out, in)."""
+    return np.ascontiguousarray(array.reshape(array.shape[0], -1).T)
+
+
+def _dense_out(array: np.ndarray) -> np.ndarray:
+    """The kernel (heads, channels, out) of an attention's output as (out, in)."""
+    return np.ascontiguousarray(array.reshape(-1, array.shape[-1]).T)
+
+
+def _flat(array: np.ndarray) -> np.ndarray:
+    return array.reshape(-1)
+
+
+def _conv(array: np.ndarray) -> np.ndarray:
+    """A kernel (h, w, in, out) as (out, in, h, w)."""
+    return np.ascontiguousarray(array.transpose(3, 2, 0, 1))
+
+
+def _leaf(theirs: str, ours: str) -> Rule:
+    """A module with the same two leaves, weight and bias, in PyTorch's layout."""
+    return rf"{theirs}\.(weight|bias)", rf"{ours}.\g<leaf>", None
+
+
+def _flax(theirs: str, ours: str, kernel: Callable = _dense) -> tuple[Rule, ...]:
+    """A dense module of Flax."""
+    return (rf"{theirs}/kernel", f"{ours}.weight", kernel), (rf"{theirs}/bias", f"{ours}.bias", _flat)
+
+
+def _flax_norm(theirs: str, ours: str) -> tuple[Rule, ...]:
+    return (rf"{theirs}/scale", f"{ours}.weight", None), (rf"{theirs}/bias", f"{ours}.bias", None)
+
+
+_TIMM = Layout(
+    mark=r"blocks\.0\.norm1\.weight",
+    prefixes=("", "module.", "backbone.", "teacher.backbone.", "student.backbone.", "encoder."),
+    rules=(
+        (r"(cls_token|dist_token|pos_embed)", r"\g<1>", _row),
+        (r"(reg_token|register_tokens)", "reg_token", _row),
+        _leaf(r"(?P<m>patch_embed\.proj|norm|fc_norm|norm_pre|head|head_dist)", r"\g<m>"),
+        _leaf(r"blocks\.(?P<i>\d+)\.(?P<m>norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)", r"blocks.\g<i>.\g<m>"),
+        (r"blocks\.(?P<i>\d+)\.ls(?P<n>[12])\.gamma", r"blocks.\g<i>.ls\g<n>.gamma", None),
+        (r"blocks\.(?P<i>\d+)\.gamma_(?P<n>[12])", r"blocks.\g<i>.ls\g<n>.gamma", None),
+        (r"attn_pool\.latent", "attn_pool.latent", _row),
+        _leaf(r"attn_pool\.(?P<m>q|kv|proj|norm|mlp\.fc1|mlp\.fc2)", r"attn_pool.\g<m>"),
+    ),
+    unused=r"mask_token|decoder_.*|mask_embed.*|dino_head\..*|ibot_head\..*|blocks\.\d+\.attn\.relative_position.*",
+)
+
+_HF_BLOCK = r"encoder\.layer\.(?P<i>\d+)\."
+_HF_VIT = Layout(
+    mark=r"encoder\.layer\.0\.layernorm_before\.weight",
+    prefixes=("", "vit.", "deit."),
+    rules=(
+        (r"embeddings\.cls_token", "cls_token", _row),
+        (r"embeddings\.distillation_token", "dist_token", _row),
+        (r"embeddings\.position_embeddings", "pos_embed", _row),
+        _leaf(r"embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
+        _leaf(_HF_BLOCK + r"layernorm_before", r"blocks.\g<i>.norm1"),
+        _leaf(_HF_BLOCK + r"layernorm_after", r"blocks.\g<i>.norm2"),
+        _leaf(_HF_BLOCK + r"attention\.attention\.(?P<m>q|k|v)(?:uery|ey|alue)", r"blocks.\g<i>.attn.\g<m>"),
+        _leaf(_HF_BLOCK + r"attention\.output\.dense", r"blocks.\g<i>.attn.proj"),
+        _leaf(_HF_BLOCK + r"intermediate\.dense", r"blocks.\g<i>.mlp.fc1"),
+        _leaf(_HF_BLOCK + r"output\.dense", r"blocks.\g<i>.mlp.fc2"),
+        _leaf("layernorm", "norm"),
+        _leaf("(?:cls_)?classifier", "head"),
+        _leaf("distillation_classifier", "head_dist"),
+    ),
+    unused=r"pooler\.dense\.(weight|bias)|embeddings\.mask_token",
+)
+
+_HF_DINOV2 = Layout(
+    mark=r"encoder\.layer\.0\.layer_scale1\.lambda1",
+    prefixes=("", "dinov2.", "dinov2_with_registers."),
+    rules=(
+        (r"embeddings\.cls_token", "cls_token", _row),
+        (r"embeddings\.register_tokens", "reg_token", _row),
+        (r"embeddings\.position_embeddings", "pos_embed", _row),
+        _leaf(r"embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
+        _leaf(_HF_BLOCK + r"(?P<m>norm1|norm2|mlp\.fc1|mlp\.fc2)", r"blocks.\g<i>.\g<m>"),
+        _leaf(_HF_BLOCK + r"attention\.attention\.(?P<m>q|k|v)(?:uery|ey|alue)", r"blocks.\g<i>.attn.\g<m>"),
+        _leaf(_HF_BLOCK + r"attention\.output\.dense", r"blocks.\g<i>.attn.proj"),
+        (_HF_BLOCK + r"layer_scale(?P<n>[12])\.lambda1", r"blocks.\g<i>.ls\g<n>.gamma", None),
+        _leaf("layernorm", "norm"),
+    ),
+    unused=r"embeddings\.mask_token|classifier\.(weight|bias)",  # its classifier takes the class token and the mean of the patches
+)
+
+_HF_LAYER = r"encoder\.layers\.(?P<i>\d+)\."
+_HF_TOWER = (
+    (r"embeddings\.class_embedding", "cls_token", _row),
+    (r"embeddings\.position_embedding\.weight", "pos_embed", _row),
+    _leaf(r"embeddings\.patch_embedding", "patch_embed.proj"),
+    _leaf(r"pre_layrnorm", "norm_pre"),  # as it is spelled there
+    _leaf(_HF_LAYER + r"layer_norm(?P<n>[12])", r"blocks.\g<i>.norm\g<n>"),
+    _leaf(_HF_LAYER + r"self_attn\.(?P<m>q|k|v)_proj", r"blocks.\g<i>.attn.\g<m>"),
+    _leaf(_HF_LAYER + r"self_attn\.out_proj", r"blocks.\g<i>.attn.proj"),
+    _leaf(_HF_LAYER + r"mlp\.(?P<m>fc1|fc2)", r"blocks.\g<i>.mlp.\g<m>"),
+    _leaf("post_layernorm", "norm"),
+    (r"head\.probe", "attn_pool.latent", _row),
+    (r"head\.attention\.in_proj_(weight|bias)", r"attn_pool.qkv.\g<leaf>", None),
+    _leaf(r"head\.attention\.out_proj", "attn_pool.proj"),
+    _leaf(r"head\.layernorm", "attn_pool.norm"),
+    _leaf(r"head\.mlp\.(?P<m>fc1|fc2)", r"attn_pool.mlp.\g<m>"),
+)
+_HF_CLIP = Layout(
+    mark=r"(?:vision_model\.)?encoder\.layers\.0\.layer_norm1\.weight",
+    prefixes=("",),
+    rules=(
+        *((rf"(?:vision_model\.)?{theirs}", ours, change) for theirs, ours, change in _HF_TOWER),
+        (r"visual_projection\.weight", "head.weight", None),
+    ),
+    unused=r"text_model\..*|text_projection\.weight|logit_scale|logit_bias|vision_model\.embeddings\.position_ids",
+)
+
+_CLIP_BLOCK = r"transformer\.resblocks\.(?P<i>\d+)\."
+_CLIP = Layout(
+    mark=r"visual\.transformer\.resblocks\.0\.ln_1\.weight",
+    prefixes=("",),
+    rules=tuple(
+        (rf"visual\.{theirs}", ours, change)
+        for theirs, ours, change in (
+            ("class_embedding", "cls_token", _row),
+            ("positional_embedding", "pos_embed", _row),
+            (r"conv1\.weight", "patch_embed.proj.weight", None),
+            _leaf("ln_pre", "norm_pre"),
+            _leaf("ln_post", "norm"),
+            _leaf(_CLIP_BLOCK + r"ln_(?P<n>[12])", r"blocks.\g<i>.norm\g<n>"),
+            (_CLIP_BLOCK + r"attn\.in_proj_(weight|bias)", r"blocks.\g<i>.attn.qkv.\g<leaf>", None),
+            _leaf(_CLIP_BLOCK + r"attn\.out_proj", r"blocks.\g<i>.attn.proj"),
+            _leaf(_CLIP_BLOCK + r"mlp\.c_fc", r"blocks.\g<i>.mlp.fc1"),
+            _leaf(_CLIP_BLOCK + r"mlp\.c_proj", r"blocks.\g<i>.mlp.fc2"),
+            ("proj", "head.weight", lambda array: np.ascontiguousarray(array.T)),
+        )
+    ),
+    unused=r"transformer\..*|token_embedding\.weight|positional_embedding|ln_final\..*|text_projection|logit_scale|logit_bias|input_resolution|"
+    r"context_length|vocab_size|attn_mask|visual\.attnpool\..*",
+)
+
+
+def _npz(block: str, attention: str, second: str, mlp: str, rest: tuple[Rule, ...]) -> tuple[Rule, ...]:
+    """Rules of Flax's own files: the blocks, and what is different between them."""
+    inside = rf"Transformer/{block}/"
+    rules: list[Rule] = [*_flax("embedding", "patch_embed.proj", _conv), ("cls", "cls_token", _row), *_flax("head", "head")]
+    rules += _flax_norm(inside + "LayerNorm_0", r"blocks.\g<i>.norm1") + _flax_norm(inside + second, r"blocks.\g<i>.norm2")
+    for name in ("query", "key", "value"):
+        rules += _flax(inside + rf"{attention}/{name}", rf"blocks.\g<i>.attn.{name[0]}")
+    rules += _flax(inside + rf"{attention}/out", r"blocks.\g<i>.attn.proj", _dense_out)
+    rules += _flax(inside + f"{mlp}/Dense_0", r"blocks.\g<i>.mlp.fc1") + _flax(inside + f"{mlp}/Dense_1", r"blocks.\g<i>.mlp.fc2")
+    return (*rules, *_flax_norm("Transformer/encoder_norm", "norm"), *rest)
+
+
+_AUGREG = Layout(
+    mark=r"Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel",
+    prefixes=("", "opt/target/", "params/"),
+    rules=_npz(
+        r"encoderblock_(?P<i>\d+)",
+        "MultiHeadDotProductAttention_1",
+        "LayerNorm_2",
+        "MlpBlock_3",
+        ((r"Transformer/posembed_input/pos_embedding", "pos_embed", _row),),
+    ),
+    unused=r"pre_logits/(kernel|bias)",  # of weights before fine-tuning, where the head was another one
+)
+
+_MAP_HEAD = "MAPHead_0/"
+_MAP_RULES: tuple[Rule, ...] = (
+    ("pos_embedding", "pos_embed", _row),
+    (_MAP_HEAD + "probe", "attn_pool.latent", _row),
+    *(
+        rule
+        for name in ("query", "key", "value")
+        for rule in _flax(_MAP_HEAD + f"(?:MultiHeadDotProductAttention_0|MHDPA_0)/{name}", f"attn_pool.{name[0]}")
+    ),
+    *_flax(_MAP_HEAD + "(?:MultiHeadDotProductAttention_0|MHDPA_0)/out", "attn_pool.proj", _dense_out),
+    *_flax_norm(_MAP_HEAD + "LayerNorm_0", "attn_pool.norm"),
+    *_flax(_MAP_HEAD + "MlpBlock_0/Dense_0", "attn_pool.mlp.fc1"),
+    *_flax(_MAP_HEAD + "MlpBlock_0/Dense_1", "attn_pool.mlp.fc2"),
+)
+_BIG_VISION = Layout(
+    mark=r"Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel",
+    prefixes=("", "params/", "params/img/", "img/"),
+    rules=_npz(r"encoderblock_(?P<i>\d+)", "(?:MultiHeadDotProductAttention_0|MHDPA_0)", "LayerNorm_1", "MlpBlock_0", _MAP_RULES),
+    unused=r"(params/)?(txt/.*|t|b|t_.*|b_.*)|opt/.*|pre_logits/.*",
+)
+
+LAYOUTS: dict[str, Layout] = {
+    "timm": _TIMM,
+    "hf-vit": _HF_VIT,
+    "hf-dinov2": _HF_DINOV2,
+    "hf-clip": _HF_CLIP,  # and SigLIP
+    "clip": _CLIP,  # OpenAI's and open_clip's
+    "augreg": _AUGREG,
+    "big_vision": _BIG_VISION,
+}
+
+
+def find_layout(arrays: Mapping[str, np.ndarray]) -> tuple[str, str]:
+    """The layout whose mark is among the names, and the folder before them. Raises `MismatchedWeights` where none is."""
+    for name, layout in LAYOUTS.items():
+        for prefix in layout.prefixes:
+            if any(re.fullmatch(re.escape(prefix) + layout.mark, each) for each in arrays):
+                return name, prefix
+    shown = ", ".join(sorted(arrays)[:8])
+    raise MismatchedWeights(f"no Vision Transformer of a known layout ({', '.join(LAYOUTS)}): its names begin {shown or 'nowhere, there are none'}")
+
+
+def to_names_of_timm(arrays: Mapping[str, np.ndarray], *, source: str) -> tuple[str, Arrays, tuple[str, ...]]:
+    """The layout, the parameters by timm's names (queries, keys and values apart), and the names that no part of a ViT uses.
+
+    Raises:
+        MismatchedWeights: no known layout, or names that the layout has no place for; the message lists all of them.
+    """
+    arrays = unstacked(arrays)
+    try:
+        name, prefix = find_layout(arrays)
+    except MismatchedWeights as error:
+        raise MismatchedWeights(f"{source}: {error}") from None
+    layout = LAYOUTS[name]
+    found: Arrays = {}
+    unused: list[str] = []
+    unknown: list[str] = []
+    for full, array in arrays.items():
+        short = full.removeprefix(prefix)
+        if re.fullmatch(layout.unused, short) or re.fullmatch(layout.unused, full):
+            unused.append(full)
+            continue
+        for pattern, ours, change in layout.rules:
+            match = re.fullmatch(pattern.replace("(weight|bias)", "(?P<leaf>weight|bias)"), short)
+            if match:
+                found[match.expand(ours)] = array if change is None else change(array)
+                break
+        else:
+            unknown.append(full)
+    if unknown:
+        raise MismatchedWeights(f"{source} has {len(unknown)} names that a ViT of layout {name} has no place for: {', '.join(sorted(unknown))}")
+    return name, split_qkv(found, source=source), tuple(unused)
+
+
+def unstacked(arrays: Mapping[str, np.ndarray]) -> Arrays:
+    """Blocks that a scan keeps in one array, block after block, as arrays of their own."""
+    found: Arrays = {}
+    for name, array in arrays.items():
+        if "Transformer/encoderblock/" in name:
+            for block in range(len(array)):
+                found[name.replace("/encoderblock/", f"/encoderblock_{block}/")] = array[block]
+        else:
+            found[name] = array
+    return found
+
+
+def split_qkv(arrays: Arrays, *, source: str = "the checkpoint") -> Arrays:
+    """Projections that are kept together, `qkv` and `kv`, as arrays of their own, in this order."""
+    found: Arrays = {}
+    for name, array in arrays.items():
+        match = re.fullmatch(r"(.*)\.(qkv|kv)\.(weight|bias)", name)
+        if not match:
+            found[name] = array
+            continue
+        module, parts, leaf = match.groups()
+        if len(array) % len(parts):
+            raise MismatchedWeights(f"{source}: {name} {array.shape} does not hold {len(parts)} projections")
+        found |= {f"{module}.{part}.{leaf}": each for part, each in zip(parts, np.split(array, len(parts)), strict=True)}
+    return found
+
+
+def join_qkv(arrays: Arrays) -> Arrays:
+    """The other direction, as timm keeps them: `qkv` in blocks, `q` and `kv` in the attention pooling."""
+    found: Arrays = {}
+    for name, array in arrays.items():
+        match = re.fullmatch(r"(.*)\.(q|k|v)\.(weight|bias)", name)
+        if not match:
+            found[name] = array
+            continue
+        module, part, leaf = match.groups()
+        together = "kv" if module == "attn_pool" else "qkv"
+        if part == together[0]:
+            found[f"{module}.{together}.{leaf}"] = np.concatenate([arrays[f"{module}.{each}.{leaf}"] for each in together])
+        elif part not in together:
+            found[name] = array
+    return found

@@ -1,0 +1,215 @@
+"""Records small random Vision Transformers of every published naming, and what PyTorch computes with them: tests/data/vit/*.npz.
+
+    pip install torch torchvision timm transformers    # in an environment of its own; recorded with the versions that each file names
+    python tests/record_vit.py
+
+Each file holds the weights under their published names (`weights/...`), pictures of the size of the positions and of a larger one, and the tokens
+after the final norm, prefix tokens first. Networks are those of timm and transformers; Google's files are made here and read by timm's own loader.
+"""
+
+import tempfile
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import timm
+import torch
+import transformers
+from safetensors.torch import load_file
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import VisionTransformer, _load_weights
+
+OUT = Path(__file__).parent / "data" / "vit"
+WIDTH, DEPTH, HEADS, PATCH, SIDE, MLP = 16, 2, 2, 4, 4, 24
+IMAGE, LARGE = PATCH * SIDE, (PATCH * 6, PATCH * 5)
+SMALL = {"img_size": IMAGE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS, "mlp_ratio": MLP / WIDTH, "num_classes": 3}
+HF = {
+    "hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "intermediate_size": MLP, "image_size": IMAGE,
+    "patch_size": PATCH,
+}  # fmt: skip
+VERSIONS = f"torch {torch.__version__}, timm {timm.__version__}, transformers {transformers.__version__}"
+
+
+def main() -> None:
+    OUT.mkdir(parents=True, exist_ok=True)
+    timm_ones()
+    hugging_face()
+    google()
+
+
+def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
+    """Weights that make every parameter count: norms, biases and LayerScale as random as the rest."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            scale = 0.3 if parameter.ndim > 1 else 0.2
+            drawn = torch.randn(parameter.shape, generator=generator) * scale + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            parameter.copy_(drawn.half())  # as they are kept
+    return model.eval()
+
+
+def save(name: str, weights: dict, **outputs) -> None:
+    """`outputs` are functions from pictures to what is kept of them: tokens after the final norm, or a descriptor."""
+    generator = torch.Generator().manual_seed(1)
+    found = {f"weights/{key}": (value.detach().numpy() if hasattr(value, "detach") else value).astype(np.float16) for key, value in weights.items()}
+    for size, shape in (("", (IMAGE, IMAGE)), ("large_", LARGE)):
+        images = torch.randn((2, 3, *shape), generator=generator)
+        with torch.no_grad():
+            found[f"{size}images"] = images.permute(0, 2, 3, 1).numpy()
+            for key, output in outputs.items():
+                try:
+                    found[f"{size}{key}"] = output(images).numpy()
+                except (TypeError, AssertionError):  # this network takes one size
+                    found.pop(f"{size}images", None)
+    np.savez_compressed(OUT / f"{name}.npz", about=VERSIONS, **found)
+    print(name, {key: value.shape for key, value in found.items() if not key.startswith("weights/")})
+
+
+def timm_ones() -> None:
+    quick = partial(timm.layers.get_act_layer("quick_gelu"))
+    networks = {
+        "timm-vit": VisionTransformer(**SMALL, dynamic_img_size=True),
+        "timm-mae-finetuned": VisionTransformer(**SMALL, global_pool="avg", dynamic_img_size=True),
+        "timm-deit-distilled": VisionTransformerDistilled(**SMALL, dynamic_img_size=True),
+        "timm-deit3": VisionTransformer(**SMALL, no_embed_class=True, init_values=1e-5, dynamic_img_size=True),
+        "timm-dinov2-registers": VisionTransformer(**SMALL, reg_tokens=3, no_embed_class=True, init_values=1e-5, dynamic_img_size=True),
+        "timm-clip": VisionTransformer(
+            **SMALL, pre_norm=True, act_layer=quick, norm_layer=partial(torch.nn.LayerNorm, eps=1e-5), dynamic_img_size=True
+        ),
+        "timm-siglip": VisionTransformer(**SMALL | {"num_classes": 0}, class_token=False, global_pool="map", dynamic_img_size=True),
+        "timm-no-bias": VisionTransformer(**SMALL, qkv_bias=False, class_token=False, global_pool="avg", fc_norm=False, dynamic_img_size=True),
+    }
+    for name, network in networks.items():
+        randomised(network)
+        outputs = {"tokens": network.forward_features}
+        if name == "timm-mae-finetuned":  # its norm comes after the pooling
+            outputs = {"descriptor": lambda x, network=network: network.forward_head(network.forward_features(x), pre_logits=True)}
+        if name == "timm-siglip":
+            outputs["descriptor"] = network
+        save(name, network.state_dict(), **outputs)
+    mae = randomised(VisionTransformer(**SMALL | {"num_classes": 0}))
+    extra = {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.ones(8, WIDTH), "decoder_blocks.0.norm1.weight": torch.ones(8)}
+    save("mae", mae.state_dict() | extra, tokens=mae.forward_features)
+    deit3 = randomised(VisionTransformer(**SMALL, no_embed_class=True, init_values=1e-5))
+    renamed = {name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): value for name, value in deit3.state_dict().items()}
+    save("deit3", renamed, tokens=deit3.forward_features)
+
+
+def hugging_face() -> None:
+    vit = randomised(transformers.ViTForImageClassification(transformers.ViTConfig(**HF, num_labels=3)))
+    save("hf-vit", published(vit), tokens=lambda x: vit.vit(x, interpolate_pos_encoding=True).last_hidden_state)
+    dinov2 = randomised(transformers.Dinov2Model(transformers.Dinov2Config(**{k: v for k, v in HF.items() if k != "intermediate_size"}, mlp_ratio=2)))
+    save("hf-dinov2", published(dinov2), tokens=lambda x: dinov2(x).last_hidden_state)
+    config = transformers.Dinov2WithRegistersConfig(**{k: v for k, v in HF.items() if k != "intermediate_size"}, mlp_ratio=2, num_register_tokens=3)
+    registers = randomised(transformers.Dinov2WithRegistersModel(config))
+    save("hf-dinov2-registers", published(registers), tokens=lambda x: registers(x).last_hidden_state)
+    clip = randomised(transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**HF, projection_dim=5)))
+
+    def normed(x, model=clip.vision_model):
+        return model.post_layernorm(model(x, interpolate_pos_encoding=True).last_hidden_state)
+
+    projected = {"logits": lambda x: clip(x, interpolate_pos_encoding=True).image_embeds}
+    save("hf-clip", published(clip), tokens=normed, **projected)
+    save("openai-clip", openai_names(published(clip)), tokens=normed, **projected)
+    siglip = randomised(transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**HF)))
+    outputs = {"tokens": "last_hidden_state", "descriptor": "pooler_output"}
+    save(
+        "hf-siglip",
+        published(siglip),
+        **{key: lambda x, name=name: getattr(siglip(x, interpolate_pos_encoding=True), name) for key, name in outputs.items()},
+    )
+
+
+def published(model: transformers.PreTrainedModel) -> dict:
+    """The weights under the names of its file, which are not those in memory."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return load_file(Path(folder) / "model.safetensors")
+
+
+def openai_names(weights: dict) -> dict:
+    """The names of openai/CLIP's model.py, which fuses the three projections and does not transpose the last one."""
+    found, parts = {}, {}
+    names = {
+        "embeddings.class_embedding": "class_embedding", "embeddings.position_embedding.weight": "positional_embedding",
+        "embeddings.patch_embedding.weight": "conv1.weight", "pre_layrnorm": "ln_pre", "post_layernorm": "ln_post",
+        "encoder.layers": "transformer.resblocks",
+        "layer_norm": "ln_", "self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+    }  # fmt: skip
+    for name, value in weights.items():
+        if name == "visual_projection.weight":
+            found["visual.proj"] = value.T.contiguous()
+            continue
+        short = name.removeprefix("vision_model.")
+        for theirs, ours in names.items():
+            short = short.replace(theirs, ours)
+        if "self_attn." in short:
+            module, part, leaf = short.replace("self_attn", "attn").rsplit(".", 2)
+            parts.setdefault(f"visual.{module}.in_proj_{leaf}", {})[part[0]] = value
+        else:
+            found[f"visual.{short}"] = value
+    found |= {name: torch.cat([each[part] for part in "qkv"]) for name, each in parts.items()}
+    return found | {"logit_scale": torch.tensor(4.6), "ln_final.weight": torch.ones(4), "token_embedding.weight": torch.ones(7, 4)}
+
+
+def google() -> None:
+    """Files as Flax wrote them, read by timm's loader."""
+    tanh = partial(torch.nn.GELU, approximate="tanh")
+    head = WIDTH // HEADS
+    for name, attention, second, mlp, prefix in (
+        ("augreg", "MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3", ""),
+        ("big_vision-siglip", "MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0", "params/img/"),
+    ):
+        rng = np.random.default_rng(0)
+        weights: dict[str, np.ndarray] = {}
+
+        def put(key: str, *shape: int, weights=weights, rng=rng, prefix=prefix) -> None:
+            drawn = rng.normal(0, 0.3, shape) + (1.0 if key.endswith("scale") else 0.0)
+            weights[prefix + key] = drawn.astype(np.float16).astype(np.float32)
+
+        def block(inside: str, attention: str, put=put) -> None:
+            for each in ("query", "key", "value"):
+                put(f"{inside}{attention}/{each}/kernel", WIDTH, HEADS, head)
+                put(f"{inside}{attention}/{each}/bias", HEADS, head)
+            put(f"{inside}{attention}/out/kernel", HEADS, head, WIDTH)
+            put(f"{inside}{attention}/out/bias", WIDTH)
+
+        def dense(key: str, inner: int, outer: int, put=put) -> None:
+            put(f"{key}/kernel", inner, outer)
+            put(f"{key}/bias", outer)
+
+        def norm(key: str, put=put) -> None:
+            put(f"{key}/scale", WIDTH)
+            put(f"{key}/bias", WIDTH)
+
+        put("embedding/kernel", PATCH, PATCH, 3, WIDTH)
+        put("embedding/bias", WIDTH)
+        for i in range(DEPTH):
+            inside = f"Transformer/encoderblock_{i}/"
+            norm(f"{inside}LayerNorm_0")
+            norm(f"{inside}{second}")
+            block(inside, attention)
+            dense(f"{inside}{mlp}/Dense_0", WIDTH, MLP)
+            dense(f"{inside}{mlp}/Dense_1", MLP, WIDTH)
+        norm("Transformer/encoder_norm")
+        if name == "augreg":
+            put("cls", 1, 1, WIDTH)
+            put("Transformer/posembed_input/pos_embedding", 1, 1 + SIDE * SIDE, WIDTH)
+            dense("head", WIDTH, 3)
+            network = VisionTransformer(**SMALL, act_layer=tanh)
+        else:
+            put("pos_embedding", 1, SIDE * SIDE, WIDTH)
+            put("MAPHead_0/probe", 1, 1, WIDTH)
+            block("MAPHead_0/", attention)
+            norm("MAPHead_0/LayerNorm_0")
+            dense("MAPHead_0/MlpBlock_0/Dense_0", WIDTH, MLP)
+            dense("MAPHead_0/MlpBlock_0/Dense_1", MLP, WIDTH)
+            network = VisionTransformer(**SMALL | {"num_classes": 0}, class_token=False, global_pool="map", act_layer=tanh)
+        with tempfile.TemporaryDirectory() as folder:
+            np.savez(Path(folder) / "weights.npz", **weights)
+            _load_weights(network.eval(), str(Path(folder) / "weights.npz"))
+        save(name, weights, tokens=network.forward_features, **({} if name == "augreg" else {"descriptor": network}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,190 @@
+"""ggem_jax/weights/vit.py and vit_layouts.py: features equal PyTorch's for every published naming; what is wrong with a file is listed by name."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+
+from ggem_jax.models.vit import GGeM, ViT
+from ggem_jax.pooling import avg_pool
+from ggem_jax.weights import MismatchedWeights, UnreadableWeights, read_vit, to_timm, write_safetensors, write_torch
+from ggem_jax.weights.vit import from_timm
+
+DATA = Path(__file__).parent / "data" / "vit"
+# name -> layout, family
+CASES = {
+    "timm-vit": ("timm", "vit"),
+    "timm-mae-finetuned": ("timm", "mae"),
+    "timm-deit-distilled": ("timm", "deit"),
+    "timm-deit3": ("timm", "deit3"),
+    "timm-dinov2-registers": ("timm", "dinov2"),
+    "timm-clip": ("timm", "clip"),
+    "timm-siglip": ("timm", "siglip"),
+    "timm-no-bias": ("timm", "vit"),
+    "mae": ("timm", "mae"),
+    "deit3": ("timm", "deit3"),
+    "hf-vit": ("hf-vit", "vit"),
+    "hf-dinov2": ("hf-dinov2", "dinov2"),
+    "hf-dinov2-registers": ("hf-dinov2", "dinov2"),
+    "hf-clip": ("hf-clip", "clip"),
+    "openai-clip": ("clip", "clip"),
+    "hf-siglip": ("hf-clip", "siglip"),
+    "augreg": ("augreg", "augreg"),
+    "big_vision-siglip": ("big_vision", "siglip"),
+}
+
+
+def recorded(name):
+    with np.load(DATA / f"{name}.npz") as file:
+        found = {key: file[key] for key in file.files}
+    weights = {key.removeprefix("weights/"): value.astype(np.float32) for key, value in found.items() if key.startswith("weights/")}
+    return weights, found
+
+
+def file_of(name, path):
+    """The recorded weights as their publisher's kind of file."""
+    weights, found = recorded(name)
+    if name.startswith(("augreg", "big_vision")):
+        np.savez(path / "weights.npz", **weights)
+        return path / "weights.npz", found
+    write_safetensors(path / "weights.safetensors", weights)
+    return path / "weights.safetensors", found
+
+
+def assert_like_pytorch(published, found, tolerance=1e-4):
+    """Tokens, descriptors and projections of the recorded pictures, of both sizes where the recorded network takes both."""
+    apply = jax.jit(published.model().apply)
+    compared = 0
+    for size in ("", "large_"):
+        if f"{size}images" in found:
+            output = apply(published.variables, jnp.asarray(found[f"{size}images"]))
+            for name in ("tokens", "descriptor", "logits"):
+                if f"{size}{name}" in found:
+                    np.testing.assert_allclose(getattr(output, name), found[f"{size}{name}"], rtol=tolerance, atol=tolerance)
+                    compared += 1
+    assert compared
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_features_are_those_of_pytorch(name, tmp_path):
+    path, found = file_of(name, tmp_path)
+    published = read_vit(path, heads=2)
+    assert (published.layout, published.family) == CASES[name]
+    assert_like_pytorch(published, found)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_way_to_timm_and_back_changes_no_feature(name, tmp_path):
+    path, found = file_of(name, tmp_path)
+    published = read_vit(path, heads=2)
+    arrays = to_timm(published)
+    again = from_timm(arrays, heads=2, gelu=published.config.gelu, norm_eps=published.config.norm_eps)
+    kept = dataclasses.replace(again, config=dataclasses.replace(again.config, position_filter=published.config.position_filter))
+    assert_like_pytorch(kept, found)
+    if CASES[name][0] == "timm":
+        given = {re.sub(r"gamma_(\d)", r"ls\1.gamma", key): value for key, value in recorded(name)[0].items() if key not in published.unused}
+        assert set(arrays) == set(given)
+        for key, value in given.items():
+            if "distilled" not in name or key not in ("dist_token", "pos_embed"):  # of which only the sum is known
+                np.testing.assert_array_equal(arrays[key], value, err_msg=key)
+
+
+def test_another_pooling_and_head_keep_the_weights(tmp_path):
+    path, found = file_of("timm-dinov2-registers", tmp_path)
+    published = read_vit(path, heads=2)
+    images = jnp.asarray(found["images"])
+    model = ViT(published.config, GGeM(), num_classes=7)
+    fresh = model.init(jax.random.key(0), images)
+    variables = published.fill(fresh)
+    output = model.apply(variables, images)
+    np.testing.assert_allclose(output.tokens, found["tokens"], rtol=1e-4, atol=1e-4)
+    assert output.logits.shape == (2, 7)
+    assert variables["params"]["pool"]["p"].tolist() == [3.0, 3.0]
+    other = ViT(published.config.__class__(**vars(published.config) | {"registers": 1}), avg_pool)
+    with pytest.raises(MismatchedWeights, match="registers"):
+        published.fill(other.init(jax.random.key(0), images))
+
+
+def test_files_of_pytorch_and_bfloat16(tmp_path, monkeypatch):
+    weights, found = recorded("mae")
+    write_torch(tmp_path / "checkpoint.pth", weights)
+    published = read_vit(tmp_path / "checkpoint.pth", heads=2)
+    assert published.unused == ("mask_token", "decoder_embed.weight", "decoder_blocks.0.norm1.weight")
+    assert_like_pytorch(published, found)
+    monkeypatch.setattr("ggem_jax.weights.arrays.read_torch", lambda path: {"epoch": 3, "model": {"state_dict": weights}})
+    assert_like_pytorch(read_vit("training.pt", heads=2), found)
+    monkeypatch.setattr("ggem_jax.weights.arrays.read_torch", lambda path: [1, 2])
+    with pytest.raises(MismatchedWeights, match=r"training.pt holds a list"):
+        read_vit("training.pt")
+    google, found = recorded("augreg")
+    np.savez(tmp_path / "short.npz", **{f"opt/target/{name}": value.astype(ml_dtypes.bfloat16).view("V2") for name, value in google.items()})
+    short = read_vit(tmp_path / "short.npz", heads=2)
+    assert_like_pytorch(short, found, tolerance=0.1)
+    with pytest.raises(AssertionError):
+        assert_like_pytorch(short, found)
+
+
+def test_blocks_of_a_scan_are_taken_apart(tmp_path):
+    weights, found = recorded("big_vision-siglip")
+    stacked = {}
+    for name, value in weights.items():
+        if "encoderblock_0/" in name:
+            stacked[name.replace("encoderblock_0", "encoderblock")] = np.stack([value, weights[name.replace("block_0", "block_1")]])
+        elif "encoderblock_1/" not in name:
+            stacked[name] = value
+    np.savez(tmp_path / "scan.npz", **stacked)
+    assert_like_pytorch(read_vit(tmp_path / "scan.npz", heads=2), found)
+
+
+def test_the_pictures_of_timms_config(tmp_path):
+    path, _ = file_of("timm-vit", tmp_path)
+    assert read_vit(path, heads=2).normalised is None
+    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.25]}}))
+    assert read_vit(path, heads=2).normalised == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.25))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda w: w | {"blocks.0.mlp.w12.weight": np.ones((4, 4), np.float32)}, "blocks.0.mlp.w12.weight"),
+        (lambda w: {k: v for k, v in w.items() if k != "blocks.1.mlp.fc2.bias"}, "1 missing: blocks.1.mlp.fc2.bias"),
+        (lambda w: w | {"blocks.1.norm1.weight": np.ones(3, np.float32)}, "blocks.1.norm1.weight (3,) where (16,) is needed"),
+        (lambda w: w | {"blocks.1.attn.qkv.weight": np.ones((47, 16), np.float32)}, "blocks.1.attn.qkv.weight"),
+        (lambda w: w | {"pos_embed": np.ones((1, 14, 16), np.float32)}, "14 positions are no square"),
+        (lambda w: w | {"patch_embed.proj.weight": np.ones((16, 1, 4, 4), np.float32)}, "patch_embed.proj.weight must be"),
+        (lambda w: {f"other.{k}": v for k, v in w.items()}, "no Vision Transformer of a known layout"),
+        (lambda w: {}, "nowhere, there are none"),
+    ],
+    ids=str,
+)
+def test_what_does_not_fit_is_named(tmp_path, change, words):
+    write_safetensors(tmp_path / "w.safetensors", change(recorded("timm-vit")[0]))
+    with pytest.raises(MismatchedWeights) as caught:
+        read_vit(tmp_path / "w.safetensors", heads=2)
+    assert words in str(caught.value)
+    assert str(tmp_path / "w.safetensors") in str(caught.value)
+
+
+def test_damaged_files_are_refused(tmp_path):
+    for name, ending in (("timm-vit", "safetensors"), ("augreg", "npz")):
+        path, _ = file_of(name, tmp_path)
+        content = path.read_bytes()
+        for size in (0, 10, len(content) // 2, len(content) - 5):
+            path.write_bytes(content[:size])
+            with pytest.raises(UnreadableWeights, match=ending):
+                read_vit(path)
+    np.savez(tmp_path / "objects.npz", a=np.array([{}], dtype=object))
+    np.save(tmp_path / "one.npy", np.ones(3))
+    (tmp_path / "one.npy").rename(tmp_path / "one.npz")
+    (tmp_path / "weights.h5").write_bytes(b"")
+    for name in ("objects.npz", "one.npz", "weights.h5", "absent.npz"):
+        with pytest.raises(UnreadableWeights, match=name):
+            read_vit(tmp_path / name)
+    with pytest.raises(MismatchedWeights, match="heads"):
+        read_vit(file_of("timm-vit", tmp_path)[0], heads=3)
