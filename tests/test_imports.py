@@ -60,6 +60,10 @@ INSIDE_GGEM_JAX = {
     "weights.torch_files": {"weights.errors", "weights.files", "weights.pickles"},
     "weights.safetensors_files": {"weights.errors", "weights.files"},
     "weights.convert": {"weights.errors"},
+    "weights.arrays": {"weights.errors", "weights.safetensors_files", "weights.torch_files"},
+    "weights.vit_layouts": {"weights.errors"},
+    "weights.vit": {"models.vit", "pooling", "weights.arrays", "weights.convert", "weights.errors", "weights.vit_layouts"},
+    "weights.__main__": {"weights.safetensors_files", "weights.vit"},
     "weights.cvnet": {"weights.convert", "weights.errors", "weights.safetensors_files", "weights.torch_files"},
 }
 

@@ -24,7 +24,7 @@ from ggem_jax.pooling import avg_pool, cls_pool
 from ggem_jax.weights.arrays import read_arrays
 from ggem_jax.weights.convert import Parameter, to_published, to_variables
 from ggem_jax.weights.errors import MismatchedWeights
-from ggem_jax.weights.vit_layouts import Arrays, join_qkv, split_qkv, to_names_of_timm
+from ggem_jax.weights.vit_layouts import Arrays, heads_of, join_qkv, split_qkv, to_names_of_timm
 
 Means = tuple[float, float, float]
 Trained = Literal["cls", "avg", "map"]
@@ -125,7 +125,9 @@ def read_vit(
         UnreadableWeights: the file cannot be read.
         MismatchedWeights: it is no ViT of a known layout, or one that our ViT cannot be; the message lists the offending names.
     """
-    layout, arrays, unused = to_names_of_timm(read_arrays(path), source=str(path))
+    found = read_arrays(path)
+    layout, arrays, unused = to_names_of_timm(found, source=str(path))
+    heads = heads or heads_of(found)
     published = from_timm(arrays, layout=layout, unused=unused, heads=heads, gelu=gelu, norm_eps=norm_eps, source=str(path))
     normalised = _normalised_of_config(Path(path).with_name("config.json"))
     return dataclasses.replace(published, normalised=normalised) if normalised else published

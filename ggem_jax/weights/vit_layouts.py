@@ -273,6 +273,11 @@ def to_names_of_timm(arrays: Mapping[str, np.ndarray], *, source: str) -> tuple[
     return name, split_qkv(found, source=source), tuple(unused)
 
 
+def heads_of(arrays: Mapping[str, np.ndarray]) -> int | None:
+    """The number of attention heads where an array has an axis for them, as in Flax's own files."""
+    return next((array.shape[-2] for name, array in arrays.items() if "encoderblock" in name and name.endswith("query/kernel")), None)
+
+
 def unstacked(arrays: Mapping[str, np.ndarray]) -> Arrays:
     """Blocks that a scan keeps in one array, block after block, as arrays of their own."""
     found: Arrays = {}
