@@ -110,6 +110,7 @@ def test_own_files(tmp_path):
         ("[hbm]\ntrp_cycles = -3\n", r"mine.toml: hbm.trp_cycles must be a number of at least 0, not -3"),
         ("[hbm]\ntrp_cycles = nan\n", r"mine.toml: hbm.trp_cycles must be a number of at least 0, not nan"),
         ("[hbm]\nranks = inf\n", r"mine.toml: hbm.ranks must be a whole number of at least 1 and at most 16777216, not inf"),
+        ("[hbm]\ntfaw_cycles = 2e30\n", r"mine.toml: hbm.tfaw_cycles must be a number of at least 0 and at most 1e\+30, not 2e\+30"),
         ("[hbm]\nranks = 1.5\n", r"mine.toml: hbm.ranks must be a whole number of at least 1, not 1.5"),
         ('[hbm]\nranks = "two"\n', r"mine.toml: hbm.ranks must be a number, not 'two'"),
         ("[hbm]\nranks = true\n", r"mine.toml: hbm.ranks must be a number, not True"),

@@ -354,6 +354,8 @@ def test_the_command_prints_one_object_and_writes_its_files(tool, tmp_path):
     assert found["devices"].startswith(f"{os.cpu_count()} x")
     assert 1 <= len(found["front"]) <= found["kept"] < 64
     assert all(design["knobs"]["npu.num_arrays"] <= 8 for design in found["front"])
+    speeds = [design["metrics"]["tokens_per_second"] for design in found["front"]]
+    assert speeds == sorted(speeds, reverse=True)
     assert found["sensitivities"]["hbm.tfaw_cycles"]["rank_correlation"] < 0
     assert (tmp_path / "out" / "front.csv").read_text().count("\n") == len(found["front"]) + 1
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == found

@@ -10,6 +10,7 @@ import pytest
 
 from neupims.__main__ import main
 from neupims.capacity import channel_tiles
+from neupims.commands.search import gain_error
 from neupims.config import load_model, load_parallel
 from neupims.decision import CHANNELS_KNOB, Knob, Space, decide, decision_batch, export_trace, make_genome, repair
 from neupims.hardware import Hardware
@@ -192,6 +193,12 @@ def test_the_command_exports_what_it_claims(trace, tmp_path, capsys):
     assert said["expected_error"]["path"] == "closed"
     assert said["best"]["cost"] <= min(row["cost"] for row in said["baselines"].values())
     assert {"as published", "round robin, halves", "greedy (paper), halves", "longest first, snake"} <= set(said["baselines"])
+
+
+def test_the_margin_of_a_gain_by_hand():
+    """Two times of which each may be 2 % off, independently: sqrt(2) x 2 % of the quotient, which is 0.75."""
+    assert gain_error({"layer_mean_percent": 2.0}, 0.25) == pytest.approx(2**0.5 * 0.02 * 0.75)
+    assert gain_error(None, 0.25) is None
 
 
 def test_flags_that_cannot_work_are_one_sentence(trace, tmp_path, capsys):

@@ -1,6 +1,9 @@
 """What is installed: the wheel that is built from the sdist."""
 
+import ast
+import configparser
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -101,3 +104,35 @@ print(model.apply(variables, np.zeros((1, 65, 40, 3), np.float32)).shape)
 """
     run = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300, env=environment)
     assert run.stdout.strip() == "(1, 3, 2, 1280)", run.stderr
+
+
+# what is imported -> what is installed, where the names differ
+DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "ml_dtypes": "jax", "orbax": "orbax-checkpoint"}
+# folder -> the extras that its imports may need, beside the six requirements of all
+EXTRAS_OF = {"ggem_jax": {"gpu", "retrieval"}, "train": {"train"}, "eval": {"train", "retrieval"}, "neupims": {"neupims", "oracle"}}
+
+
+def requirements() -> dict[str, set[str]]:
+    """Distributions by extra, "" for those of all."""
+    config = configparser.ConfigParser()
+    config.read(ROOT / "setup.cfg")
+    listed = {"": config["options"]["install_requires"]} | dict(config["options.extras_require"])
+    return {
+        extra: {re.match(r"[\w-]*", line.strip()).group().lower() for line in text.splitlines() if line.strip()} for extra, text in listed.items()
+    }
+
+
+@pytest.mark.parametrize("folder", EXTRAS_OF)
+def test_what_is_imported_is_asked_for(folder):
+    """Not brought along by something else that may stop to need it."""
+    asked = requirements()
+    known = asked[""].union(*(asked[extra] for extra in EXTRAS_OF[folder]))
+    for path in sorted((ROOT / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level and node.module else []
+            for name in (each.partition(".")[0] for each in names):
+                if name in sys.stdlib_module_names or (ROOT / name).is_dir():
+                    continue
+                distribution = DISTRIBUTIONS.get(name, name).lower()
+                assert {distribution, distribution.replace("_", "-")} & known, f"{path.relative_to(ROOT)} imports {name}"
