@@ -148,6 +148,15 @@ def test_blocks_of_a_scan_are_taken_apart(tmp_path):
     assert_like_pytorch(read_vit(tmp_path / "scan.npz", heads=2), found)
 
 
+def test_a_vit_of_big_vision_is_not_called_siglip(tmp_path):
+    weights, found = recorded("big_vision-siglip")
+    np.savez(tmp_path / "plain.npz", **{name: value for name, value in weights.items() if "MAPHead" not in name})
+    published = read_vit(tmp_path / "plain.npz")
+    assert (published.family, published.pooling, published.config.heads) == ("big_vision", "avg", 2)
+    del found["descriptor"]
+    assert_like_pytorch(published, found)
+
+
 def test_the_pictures_of_timms_config(tmp_path):
     path, _ = file_of("timm-vit", tmp_path)
     assert read_vit(path, heads=2).normalised is None

@@ -54,6 +54,7 @@ FAMILIES = {
     "clip": Family("the image tower of CLIP (Radford et al., 2021)", OPENAI, "cls", gelu="quick", norm_eps=1e-5),
     "siglip": Family("the image tower of SigLIP (Zhai et al., 2023)", HALF, "map", gelu="tanh"),
     "augreg": Family("AugReg (Steiner et al., 2022), as trained in Flax", HALF, "cls", gelu="tanh"),
+    "big_vision": Family("a ViT of big_vision (Beyer et al., 2022), as trained in Flax", HALF, "avg", gelu="tanh"),
     "vit": Family("a plain ViT: AugReg, DeiT or another, which their names do not tell apart", None, "cls"),
 }
 
@@ -289,8 +290,10 @@ def _family(layout: str, arrays: Arrays, unused: tuple[str, ...]) -> str:
         return "augreg"
     if "norm_pre.weight" in arrays:
         return "clip"
-    if "attn_pool.latent" in arrays or layout in ("hf-clip", "big_vision"):
+    if "attn_pool.latent" in arrays or layout == "hf-clip":
         return "siglip"
+    if layout == "big_vision":
+        return "big_vision"
     if "blocks.0.ls1.gamma" in arrays:
         with_registers = "reg_token" in arrays or "mask_token" in dropped
         return "dinov2" if with_registers or layout == "hf-dinov2" or arrays["patch_embed.proj.weight"].shape[-1] == 14 else "deit3"
