@@ -176,7 +176,7 @@ def test_the_pictures_of_timms_config(tmp_path):
         (lambda w: {f"other.{k}": v for k, v in w.items()}, "no Vision Transformer of a known layout"),
         (lambda w: {}, "nowhere, there are none"),
     ],
-    ids=str,
+    ids=lambda value: value if isinstance(value, str) else "",
 )
 def test_what_does_not_fit_is_named(tmp_path, change, words):
     write_safetensors(tmp_path / "w.safetensors", change(recorded("timm-vit")[0]))
