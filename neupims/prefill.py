@@ -1,8 +1,8 @@
 """Prefill: the prompts of a batch through a decoder, all their tokens at once, on the NPU.
 
 The paper sends prompts to NPUs beside the memory that computes, and the public simulator refuses them, so nobody has measured this: it is the
-machine as intended. Products are those of decoding with more tokens. Attention of a head reads its queries, keys and values once, keeps its scores
-on chip, and computes only the blocks that a causal mask leaves.
+machine as intended. Products are those of decoding with more tokens. Attention of a head keeps its scores on chip and computes
+only the blocks that a causal mask leaves.
 """
 
 from functools import partial

@@ -66,7 +66,7 @@ def save(name: str, weights: dict, **outputs) -> None:
 
 
 def timm_ones() -> None:
-    quick = partial(timm.layers.get_act_layer("quick_gelu"))
+    quick = timm.layers.get_act_layer("quick_gelu")
     networks = {
         "timm-vit": VisionTransformer(**SMALL, dynamic_img_size=True),
         "timm-mae-finetuned": VisionTransformer(**SMALL, global_pool="avg", dynamic_img_size=True),

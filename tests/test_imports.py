@@ -138,6 +138,12 @@ def test_the_index_loads_no_jax():
     assert (run.stdout.strip(), run.stderr) == ("[]", "")
 
 
+def test_the_readers_of_weights_load_no_model():
+    code = "import sys, ggem_jax.weights; print([name for name in ('flax', 'ggem_jax.models.vit') if name in sys.modules])"
+    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    assert (run.stdout.strip(), run.stderr) == ("[]", "")
+
+
 def test_an_installed_package_called_kernels_wins_over_our_folder(tmp_path):
     """`kernels/` has no `__init__.py`: from the root, `import kernels` finds the other package wherever it stands on the path."""
     (tmp_path / "kernels").mkdir()

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from test_weights_vit import file_of, recorded
 
-from ggem_jax.weights import read_safetensors, read_vit, write_safetensors
+from ggem_jax.weights import read_safetensors, write_safetensors
 from ggem_jax.weights.__main__ import main
+from ggem_jax.weights.vit import read_vit
 
 
 def test_inspect_says_what_a_file_is_and_what_is_not_used(tmp_path, capsys):

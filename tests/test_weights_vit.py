@@ -14,8 +14,8 @@ import pytest
 
 from ggem_jax.models.vit import GGeM, ViT
 from ggem_jax.pooling import avg_pool
-from ggem_jax.weights import MismatchedWeights, UnreadableWeights, read_vit, to_timm, write_safetensors, write_torch
-from ggem_jax.weights.vit import POOLINGS, from_timm
+from ggem_jax.weights import MismatchedWeights, UnreadableWeights, write_safetensors, write_torch
+from ggem_jax.weights.vit import POOLINGS, from_timm, read_vit, to_timm
 
 DATA = Path(__file__).parent / "data" / "vit"
 # name -> layout, family

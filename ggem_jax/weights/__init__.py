@@ -1,7 +1,8 @@
 """Published weights <-> our parameters, and safe readers of the files they come in. Needs neither PyTorch nor a device.
 
 Read: `read_torch` (.pth), `read_safetensors`, `read_pickle` (plain data). Write: `write_torch`, `write_safetensors`. CVNet's checkpoints, for
-`ggem_jax.models.resnet`: `read_cvnet`, `cvnet_to_variables`, `variables_to_cvnet`.
+`ggem_jax.models.resnet`: `read_cvnet`, `cvnet_to_variables`, `variables_to_cvnet`. Published ViTs, for `ggem_jax.models.vit`: the module `vit`, which
+is not imported here, as it needs the model.
 
 Errors, each in one sentence and a `ValueError`: `UnreadableWeights` for a file that cannot be read, among them `UnsafePickle` for one that asks for
 more than plain data, and `MismatchedWeights` for weights of another network.
@@ -12,11 +13,9 @@ from ggem_jax.weights.errors import MismatchedWeights, UnreadableWeights, Unsafe
 from ggem_jax.weights.pickles import read_pickle
 from ggem_jax.weights.safetensors_files import read_safetensors, write_safetensors
 from ggem_jax.weights.torch_files import read_torch, write_torch
-from ggem_jax.weights.vit import PublishedViT, read_vit, to_timm
 
 __all__ = [
     "MismatchedWeights",
-    "PublishedViT",
     "UnreadableWeights",
     "UnsafePickle",
     "cvnet_to_variables",
@@ -24,8 +23,6 @@ __all__ = [
     "read_pickle",
     "read_safetensors",
     "read_torch",
-    "read_vit",
-    "to_timm",
     "variables_to_cvnet",
     "write_safetensors",
     "write_torch",

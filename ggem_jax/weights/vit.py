@@ -149,7 +149,7 @@ def from_timm(
     family = _family(layout, arrays, unused)
     usual = FAMILIES[family]
     style, config = _architecture(arrays, heads, source)
-    if layout in ("timm", "hf-vit") and family == "siglip":
+    if layout == "timm" and family == "siglip":
         usual = usual._replace(gelu="exact")  # as timm runs them
     if layout == "hf-vit" and norm_eps is None:
         norm_eps = 1e-12

@@ -1,7 +1,7 @@
-"""Names of published Vision Transformers -> those of timm, with queries, keys and values apart. Arrays take PyTorch's axes on the way.
+"""Names of published Vision Transformers -> those of timm. Arrays take PyTorch's axes on the way.
 
-One name for each parameter, whatever file it came in: `blocks.3.attn.q.weight`, `blocks.3.mlp.fc1.bias`, `attn_pool.latent`. timm itself keeps the
-three projections in one, `blocks.3.attn.qkv.weight`; `join_qkv` makes that of them.
+One name for each parameter, whatever file it came in: `blocks.3.mlp.fc1.bias`, `attn_pool.latent`. Queries, keys and values stand in one array in
+some files, `blocks.3.attn.qkv.weight`, and apart in others, `blocks.3.attn.q.weight`, as in our model: `split_qkv`, and `join_qkv` on the way back.
 
 References for the names: github.com/huggingface/pytorch-image-models, vision_transformer.py and deit.py; huggingface/transformers, models vit, deit,
 dinov2, dinov2_with_registers, clip and siglip; openai/CLIP and mlfoundations/open_clip, model.py; google-research/vision_transformer and
@@ -84,21 +84,24 @@ _TIMM = Layout(
 )
 
 _HF_BLOCK = r"encoder\.layer\.(?P<i>\d+)\."
+_HF_SHARED: tuple[Rule, ...] = (
+    (r"embeddings\.cls_token", "cls_token", _row),
+    (r"embeddings\.position_embeddings", "pos_embed", _row),
+    _leaf(r"embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
+    _leaf(_HF_BLOCK + r"attention\.attention\.(?P<m>q|k|v)(?:uery|ey|alue)", r"blocks.\g<i>.attn.\g<m>"),
+    _leaf(_HF_BLOCK + r"attention\.output\.dense", r"blocks.\g<i>.attn.proj"),
+    _leaf("layernorm", "norm"),
+)
 _HF_VIT = Layout(
     mark=r"encoder\.layer\.0\.layernorm_before\.weight",
     prefixes=("", "vit.", "deit."),
     rules=(
-        (r"embeddings\.cls_token", "cls_token", _row),
+        *_HF_SHARED,
         (r"embeddings\.distillation_token", "dist_token", _row),
-        (r"embeddings\.position_embeddings", "pos_embed", _row),
-        _leaf(r"embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
         _leaf(_HF_BLOCK + r"layernorm_before", r"blocks.\g<i>.norm1"),
         _leaf(_HF_BLOCK + r"layernorm_after", r"blocks.\g<i>.norm2"),
-        _leaf(_HF_BLOCK + r"attention\.attention\.(?P<m>q|k|v)(?:uery|ey|alue)", r"blocks.\g<i>.attn.\g<m>"),
-        _leaf(_HF_BLOCK + r"attention\.output\.dense", r"blocks.\g<i>.attn.proj"),
         _leaf(_HF_BLOCK + r"intermediate\.dense", r"blocks.\g<i>.mlp.fc1"),
         _leaf(_HF_BLOCK + r"output\.dense", r"blocks.\g<i>.mlp.fc2"),
-        _leaf("layernorm", "norm"),
         _leaf("(?:cls_)?classifier", "head"),
         _leaf("distillation_classifier", "head_dist"),
     ),
@@ -109,15 +112,10 @@ _HF_DINOV2 = Layout(
     mark=r"encoder\.layer\.0\.layer_scale1\.lambda1",
     prefixes=("", "dinov2.", "dinov2_with_registers."),
     rules=(
-        (r"embeddings\.cls_token", "cls_token", _row),
+        *_HF_SHARED,
         (r"embeddings\.register_tokens", "reg_token", _row),
-        (r"embeddings\.position_embeddings", "pos_embed", _row),
-        _leaf(r"embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
         _leaf(_HF_BLOCK + r"(?P<m>norm1|norm2|mlp\.fc1|mlp\.fc2)", r"blocks.\g<i>.\g<m>"),
-        _leaf(_HF_BLOCK + r"attention\.attention\.(?P<m>q|k|v)(?:uery|ey|alue)", r"blocks.\g<i>.attn.\g<m>"),
-        _leaf(_HF_BLOCK + r"attention\.output\.dense", r"blocks.\g<i>.attn.proj"),
         (_HF_BLOCK + r"layer_scale(?P<n>[12])\.lambda1", r"blocks.\g<i>.ls\g<n>.gamma", None),
-        _leaf("layernorm", "norm"),
     ),
     unused=r"embeddings\.mask_token|classifier\.(weight|bias)",  # its classifier takes the class token and the mean of the patches
 )
@@ -242,7 +240,7 @@ def find_layout(arrays: Mapping[str, np.ndarray]) -> tuple[str, str]:
 
 
 def to_names_of_timm(arrays: Mapping[str, np.ndarray], *, source: str) -> tuple[str, Arrays, tuple[str, ...]]:
-    """The layout, the parameters by timm's names (queries, keys and values apart), and the names that no part of a ViT uses.
+    """The layout, the parameters by timm's names (queries, keys and values together or apart, as they came), and the names that no ViT uses.
 
     Raises:
         MismatchedWeights: no known layout, or names that the layout has no place for; the message lists all of them.
@@ -270,7 +268,7 @@ def to_names_of_timm(arrays: Mapping[str, np.ndarray], *, source: str) -> tuple[
             unknown.append(full)
     if unknown:
         raise MismatchedWeights(f"{source} has {len(unknown)} names that a ViT of layout {name} has no place for: {', '.join(sorted(unknown))}")
-    return name, split_qkv(found, source=source), tuple(unused)
+    return name, found, tuple(unused)
 
 
 def heads_of(arrays: Mapping[str, np.ndarray]) -> int | None:

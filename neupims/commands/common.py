@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from neupims.config import SUFFIXES, load_hardware, load_model, load_parallel
+from neupims.files import check_place
 from neupims.hardware import Hardware
 from neupims.record import replace
 from neupims.systems import FIDELITIES, PIM_SYSTEMS, SPELLINGS, SYSTEMS, Fidelity, System
@@ -122,6 +123,14 @@ def workload(arguments: argparse.Namespace) -> Case:
     model_name, decoder, parallel = model(arguments)
     batch = read_trace(arguments.trace, num_channels=int(hardware.hbm.num_channels))
     return Case(hardware, model_name, decoder, parallel, batch, name, sub_batches, arguments.fidelity)
+
+
+def check_run(*places: Path | None, seed: int = 0) -> None:
+    """Before a run, not after it: raises OSError where a file has no folder to stand in, ValueError for a seed below 0."""
+    for place in filter(None, places):
+        check_place(place)
+    if seed < 0:
+        raise ValueError(f"--seed must be at least 0, not {seed}")
 
 
 def print_json(value: dict[str, Any]) -> None:

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
-from neupims.commands.common import add_system_arguments, console, error_sentence, finite, print_json
+from neupims.commands.common import add_system_arguments, check_run, console, error_sentence, finite, print_json
 from neupims.commands.common import model as chosen_model
 from neupims.commands.common import system as chosen_system
-from neupims.files import check_place, write_text
+from neupims.files import write_text
 
 METRICS = (
     "tokens_per_second",
@@ -80,10 +80,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     with suppress(RuntimeError):  # JAX has begun: in another program
         jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)  # each core takes its share of the designs
-    if arguments.html:
-        check_place(arguments.html)
-    if arguments.seed < 0:
-        raise ValueError(f"--seed must be at least 0, not {arguments.seed}")
+    check_run(arguments.html, seed=arguments.seed)
     knobs, constraints = read_space(arguments.space) if arguments.space else ({}, [])
     knobs |= dict(parse_knob(text) for text in arguments.knob)
     if not knobs:

@@ -4,8 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from neupims.commands.common import Case, add_workload_arguments, console, print_json, simulated, workload
-from neupims.files import check_place
+from neupims.commands.common import Case, add_workload_arguments, check_run, console, print_json, simulated, workload
 from neupims.record import describe
 from neupims.systems import SYSTEMS
 
@@ -63,10 +62,7 @@ def _check(arguments: argparse.Namespace, case: Case) -> None:
         raise ValueError("--export-trace writes a schedule for the given hardware, so it excludes --hardware-knob")
     if arguments.exact and arguments.hardware_knob:
         raise ValueError("--exact scores schedules on the given hardware, so it excludes --hardware-knob")
-    for path in filter(None, (arguments.html, arguments.export_trace)):
-        check_place(path)
-    if arguments.seed < 0:
-        raise ValueError(f"--seed must be at least 0, not {arguments.seed}")
+    check_run(arguments.html, arguments.export_trace, seed=arguments.seed)
     for name in ("budget", "population", "seeds", "order_levels"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(arguments, name)}")

@@ -6,8 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from neupims.commands.common import AUTO, Case, add_workload_arguments, console, error_sentence, print_json, simulated, workload
-from neupims.files import check_place
+from neupims.commands.common import AUTO, Case, add_workload_arguments, check_run, console, error_sentence, print_json, simulated, workload
 from neupims.systems import PIM_SYSTEMS
 
 
@@ -27,8 +26,7 @@ def run(arguments: argparse.Namespace) -> int:
     from neupims.capacity import check_capacity
 
     path = arguments.path or "exact"
-    for place in filter(None, (arguments.html, arguments.perfetto)):
-        check_place(place)
+    check_run(arguments.html, arguments.perfetto)
     cases = _cases(arguments)
     case = cases[0]
     if case.system in PIM_SYSTEMS:

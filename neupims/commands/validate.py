@@ -3,8 +3,7 @@
 import argparse
 from pathlib import Path
 
-from neupims.commands.common import console, print_json
-from neupims.files import check_place
+from neupims.commands.common import check_run, console, print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -26,8 +25,7 @@ def run(arguments: argparse.Namespace) -> int:
     plot = arguments.plot or (None if arguments.json else Path("validation.svg"))
     if plot:
         check_svg(plot)
-    for place in filter(None, (plot, arguments.html)):
-        check_place(place)
+    check_run(plot, arguments.html)
     result = validate(arguments.folder, path=arguments.path, progress=iter if arguments.json else _progress)
     if plot:
         from neupims.plots import draw_validation
