@@ -10,8 +10,7 @@ data-efficient image transformers", 2021, arXiv:2012.12877 (Ti, S); Darcet et al
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +20,10 @@ from flax import struct
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
+from ggem_jax.models.transformer import MLP, Attention, Block, check_config, dtypes, xavier
 from ggem_jax.pooling import Layout, Negatives, cls_pool, ggem_pool, norm_ggem_pool
 
 Pooling = Callable[[Float[Array, "b n d"]], Float[Array, "b d"]]
-
-_xavier = nn.initializers.xavier_uniform()
 
 
 @dataclass(frozen=True)
@@ -56,21 +54,9 @@ class ViTConfig:
     remat: bool = False  # recompute the blocks in the backward pass: memory for time
 
     def __post_init__(self):
-        for name in ("patch", "width", "depth", "heads", "mlp_width", "image", "registers"):
-            value, least = getattr(self, name), 0 if name == "registers" else 1
-            if not isinstance(value, int | np.integer) or value < least:
-                raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
-        for name, hint in get_type_hints(type(self)).items():
-            choices = (False, True) if hint is bool else get_args(hint) if get_origin(hint) is Literal else None
-            if choices and (getattr(self, name) not in choices or (hint is bool and not isinstance(getattr(self, name), bool))):
-                raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, not {getattr(self, name)!r}")
-        for name in ("drop_path", "dropout"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be a probability, not {getattr(self, name)}")
-        if not self.norm_eps > 0:
-            raise ValueError(f"norm_eps must be positive, not {self.norm_eps}")
-        if self.width % self.heads:
-            raise ValueError(f"width must be a multiple of heads, not {self.width} with {self.heads} heads")
+        check_config(self, ("patch", "width", "depth", "heads", "mlp_width", "image"), ("drop_path", "dropout"))
+        if not isinstance(self.registers, int | np.integer) or self.registers < 0:
+            raise ValueError(f"registers must be a whole number of at least 0, not {self.registers!r}")
         if self.image % self.patch:
             raise ValueError(f"image must be a multiple of patch, not {self.image} with patches of {self.patch}")
         if self.position == "sincos" and self.width % 4:
@@ -138,7 +124,7 @@ class ViT(nn.Module):
         if self.fused_norm and not (isinstance(self.pooling, GGeM) and c.pool_order == "norm-pool"):
             raise ValueError("fused_norm needs GGeM as the pooling and pool_order='norm-pool'")
         self.pool_prefix = wants_class_token if self.pooled is None else self.pooled == "all"
-        self.patch_embedding = nn.Conv(c.width, (c.patch, c.patch), (c.patch, c.patch), padding="VALID", use_bias=c.patch_bias, **_dtypes(c))
+        self.patch_embedding = nn.Conv(c.width, (c.patch, c.patch), (c.patch, c.patch), padding="VALID", use_bias=c.patch_bias, **dtypes(c))
         side = c.image // c.patch
         if c.class_token:
             self.class_token = self.param("class_token", nn.initializers.zeros, (1, c.width), c.param_dtype)
@@ -149,13 +135,13 @@ class ViT(nn.Module):
             self.position = self.param("position", init, (int(c.class_token) + side * side, c.width), c.param_dtype)
         self.dropout = nn.Dropout(c.dropout)
         if c.pre_norm:
-            self.norm_pre = nn.LayerNorm(c.norm_eps, **_dtypes(c))
+            self.norm_pre = nn.LayerNorm(c.norm_eps, **dtypes(c))
         block = nn.remat(Block, static_argnums=(2,)) if c.remat else Block
         self.blocks = [block(c, c.drop_path * i / max(c.depth - 1, 1)) for i in range(c.depth)]
-        self.norm = nn.LayerNorm(c.norm_eps, **_dtypes(c))
+        self.norm = nn.LayerNorm(c.norm_eps, **dtypes(c))
         self.pool = self.pooling.for_model(c) if isinstance(self.pooling, (GGeM, MAP)) else self.pooling
         if self.num_classes:
-            self.head = nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros, **_dtypes(c))
+            self.head = nn.Dense(self.num_classes, kernel_init=nn.initializers.zeros, **dtypes(c))
 
     def __call__(self, images: Float[Array, "b h w 3"], *, train: bool = False) -> ViTOutput:
         tokens = self.dropout(self.embed(images), deterministic=not train)
@@ -204,67 +190,6 @@ class ViT(nn.Module):
         if self.pool_prefix or self.config.prefix_tokens == 0:
             return None
         return jnp.broadcast_to(jnp.arange(tokens.shape[1]) >= self.config.prefix_tokens, tokens.shape[:2])
-
-
-class Block(nn.Module):
-    """Pre-norm transformer block: tokens + attention(norm(tokens)), then tokens + mlp(norm(tokens))."""
-
-    config: ViTConfig
-    drop_path: float
-
-    @nn.compact
-    def __call__(self, tokens: Float[Array, "b n d"], train: bool) -> Float[Array, "b n d"]:
-        c = self.config
-        normed = nn.LayerNorm(c.norm_eps, name="norm_1", **_dtypes(c))(tokens)
-        tokens = tokens + self._branch(Attention(c, name="attention")(normed, normed), "1", train)
-        normed = nn.LayerNorm(c.norm_eps, name="norm_2", **_dtypes(c))(tokens)
-        return tokens + self._branch(MLP(c, name="mlp")(normed, train), "2", train)
-
-    def _branch(self, branch, number, train):
-        c = self.config
-        if c.layer_scale is not None:
-            scale = self.param(f"layer_scale_{number}", nn.initializers.constant(c.layer_scale), (c.width,), c.param_dtype)
-            branch = branch * scale.astype(branch.dtype)
-        branch = nn.Dropout(c.dropout)(branch, deterministic=not train)
-        return nn.Dropout(self.drop_path, broadcast_dims=(1, 2))(branch, deterministic=not train)  # of whole samples
-
-
-class Attention(nn.Module):
-    """Multi-head attention, queries `(b, q, d)` over tokens `(b, n, d)`; head h owns the channels h d/heads ... (h+1) d/heads before `out`."""
-
-    config: ViTConfig
-
-    @nn.compact
-    def __call__(self, queries: Float[Array, "b q d"], tokens: Float[Array, "b n d"]) -> Float[Array, "b q d"]:
-        c = self.config
-        heads = (c.heads, c.width // c.heads)
-
-        def project(name):
-            return nn.DenseGeneral(heads, use_bias=c.qkv_bias, kernel_init=_xavier, name=name, **_dtypes(c))
-
-        mixed = jax.nn.dot_product_attention(project("query")(queries), project("key")(tokens), project("value")(tokens))
-        return nn.DenseGeneral(c.width, axis=(-2, -1), kernel_init=_xavier, name="out", **_dtypes(c))(mixed)
-
-
-def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, arXiv:1606.08415, section 2: the approximation by a sigmoid."""
-    return x * jax.nn.sigmoid(1.702 * x)
-
-
-_GELUS: dict[str, Callable] = {"exact": partial(nn.gelu, approximate=False), "tanh": partial(nn.gelu, approximate=True), "quick": quick_gelu}
-
-
-class MLP(nn.Module):
-    """Two dense layers with a GELU between."""
-
-    config: ViTConfig
-
-    @nn.compact
-    def __call__(self, tokens: Float[Array, "b n d"], train: bool = False) -> Float[Array, "b n d"]:
-        c = self.config
-        hidden = nn.Dense(c.mlp_width, kernel_init=_xavier, name="in", **_dtypes(c))(tokens)
-        hidden = nn.Dropout(c.dropout)(_GELUS[c.gelu](hidden), deterministic=not train)
-        return nn.Dense(c.width, kernel_init=_xavier, name="out", **_dtypes(c))(hidden)
 
 
 class GGeM(nn.Module):
@@ -327,9 +252,9 @@ class MAP(nn.Module):
         c = self.config
         if c is None:
             raise ValueError("MAP needs a config when it is used outside a ViT")
-        query = self.param("query", _xavier, (1, c.width), c.param_dtype).astype(tokens.dtype)
+        query = self.param("query", xavier, (1, c.width), c.param_dtype).astype(tokens.dtype)
         pooled = Attention(c, name="attention")(jnp.broadcast_to(query, (len(tokens), 1, c.width)), tokens)
-        normed = nn.LayerNorm(c.norm_eps, name="norm", **_dtypes(c))(pooled)
+        normed = nn.LayerNorm(c.norm_eps, name="norm", **dtypes(c))(pooled)
         return (pooled + MLP(c, name="mlp")(normed))[:, 0]
 
 
@@ -379,7 +304,3 @@ def _cubic_convolution(x: float, a: float = -0.75) -> float:
     if x <= 1:
         return (a + 2) * x**3 - (a + 3) * x**2 + 1
     return a * (x**3 - 5 * x**2 + 8 * x - 4) if x < 2 else 0.0
-
-
-def _dtypes(config: ViTConfig) -> dict[str, Any]:
-    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}

@@ -1,0 +1,134 @@
+"""The pre-norm transformer block that the image tower and the text tower are stacks of. Tokens are `(b, n, width)`."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Literal, Protocol, get_args, get_origin, get_type_hints
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jaxtyping import Array, Float
+
+GELU = Literal["exact", "tanh", "quick"]  # quick: x sigmoid(1.702 x), of OpenAI's CLIP
+
+xavier = nn.initializers.xavier_uniform()
+
+
+class BlockConfig(Protocol):
+    """What a block needs to know of its tower."""
+
+    @property
+    def width(self) -> int: ...  # channels of a token
+
+    @property
+    def heads(self) -> int: ...  # attention heads; width / heads channels each
+
+    @property
+    def mlp_width(self) -> int: ...  # hidden channels of the MLP
+
+    @property
+    def layer_scale(self) -> float | None: ...  # initial LayerScale of the residual branches; None: no LayerScale
+
+    @property
+    def dropout(self) -> float: ...
+
+    @property
+    def gelu(self) -> GELU: ...
+
+    @property
+    def qkv_bias(self) -> bool: ...
+
+    @property
+    def norm_eps(self) -> float: ...
+
+    @property
+    def dtype(self) -> str: ...  # of the computation
+
+    @property
+    def param_dtype(self) -> str: ...
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block: tokens + attention(norm(tokens)), then tokens + mlp(norm(tokens))."""
+
+    config: BlockConfig
+    drop_path: float = 0.0
+    causal: bool = False  # a token attends to those before it only
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "b n d"], train: bool) -> Float[Array, "b n d"]:
+        c = self.config
+        normed = nn.LayerNorm(c.norm_eps, name="norm_1", **dtypes(c))(tokens)
+        tokens = tokens + self._branch(Attention(c, name="attention")(normed, normed, causal=self.causal), "1", train)
+        normed = nn.LayerNorm(c.norm_eps, name="norm_2", **dtypes(c))(tokens)
+        return tokens + self._branch(MLP(c, name="mlp")(normed, train), "2", train)
+
+    def _branch(self, branch, number, train):
+        c = self.config
+        if c.layer_scale is not None:
+            scale = self.param(f"layer_scale_{number}", nn.initializers.constant(c.layer_scale), (c.width,), c.param_dtype)
+            branch = branch * scale.astype(branch.dtype)
+        branch = nn.Dropout(c.dropout)(branch, deterministic=not train)
+        return nn.Dropout(self.drop_path, broadcast_dims=(1, 2))(branch, deterministic=not train)  # of whole samples
+
+
+class Attention(nn.Module):
+    """Multi-head attention, queries `(b, q, d)` over tokens `(b, n, d)`; head h owns the channels h d/heads ... (h+1) d/heads before `out`."""
+
+    config: BlockConfig
+
+    @nn.compact
+    def __call__(self, queries: Float[Array, "b q d"], tokens: Float[Array, "b n d"], *, causal: bool = False) -> Float[Array, "b q d"]:
+        c = self.config
+        heads = (c.heads, c.width // c.heads)
+
+        def project(name):
+            return nn.DenseGeneral(heads, use_bias=c.qkv_bias, kernel_init=xavier, name=name, **dtypes(c))
+
+        mixed = jax.nn.dot_product_attention(project("query")(queries), project("key")(tokens), project("value")(tokens), is_causal=causal)
+        return nn.DenseGeneral(c.width, axis=(-2, -1), kernel_init=xavier, name="out", **dtypes(c))(mixed)
+
+
+def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, arXiv:1606.08415, section 2: the approximation by a sigmoid."""
+    return x * jax.nn.sigmoid(1.702 * x)
+
+
+_GELUS: dict[str, Callable] = {"exact": partial(nn.gelu, approximate=False), "tanh": partial(nn.gelu, approximate=True), "quick": quick_gelu}
+
+
+class MLP(nn.Module):
+    """Two dense layers with a GELU between."""
+
+    config: BlockConfig
+
+    @nn.compact
+    def __call__(self, tokens: Float[Array, "b n d"], train: bool = False) -> Float[Array, "b n d"]:
+        c = self.config
+        hidden = nn.Dense(c.mlp_width, kernel_init=xavier, name="in", **dtypes(c))(tokens)
+        hidden = nn.Dropout(c.dropout)(_GELUS[c.gelu](hidden), deterministic=not train)
+        return nn.Dense(c.width, kernel_init=xavier, name="out", **dtypes(c))(hidden)
+
+
+def check_config(config: Any, counts: tuple[str, ...], probabilities: tuple[str, ...]) -> None:
+    """Raises `ValueError` for fields of a tower's config that are out of their range; `counts` are those that must be at least 1."""
+    for name in counts:
+        if not isinstance(getattr(config, name), int | np.integer) or getattr(config, name) < 1:
+            raise ValueError(f"{name} must be a whole number of at least 1, not {getattr(config, name)!r}")
+    for name, hint in get_type_hints(type(config)).items():
+        choices = (False, True) if hint is bool else get_args(hint) if get_origin(hint) is Literal else None
+        if choices and (getattr(config, name) not in choices or (hint is bool and not isinstance(getattr(config, name), bool))):
+            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, not {getattr(config, name)!r}")
+    for name in probabilities:
+        if not 0 <= getattr(config, name) <= 1:
+            raise ValueError(f"{name} must be a probability, not {getattr(config, name)}")
+    if not config.norm_eps > 0:
+        raise ValueError(f"norm_eps must be positive, not {config.norm_eps}")
+    if config.width % config.heads:
+        raise ValueError(f"width must be a multiple of heads, not {config.width} with {config.heads} heads")
+
+
+def dtypes(config: BlockConfig) -> dict[str, Any]:
+    """Keyword arguments of Flax modules."""
+    return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}
