@@ -19,10 +19,10 @@ from tyro.conf import Positional, arg
 
 from eval.statistics import Interval, Paired, paired, proportion
 from train.checkpoints import Checkpoints
-from train.classify import learned_exponents
-from train.config import Refused, parse
+from train.config import Config, Refused, parse
 from train.data import open_data
 from train.evaluate import Predictions, evaluate
+from train.loop import learned_exponents
 from train.run import one_sentence, read_run
 from train.step import make_steps
 
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def load(run: Path, how: Evaluate) -> Evaluated:
     """Evaluates the newest checkpoint of a run."""
-    config, facts = read_run(run)
+    config, facts = read_run(run, Config)
     classes = tuple(facts["classes"])
     data = dataclasses.replace(config.data, source=how.data or config.data.source, data_dir=how.data_dir or config.data.data_dir)
     data = dataclasses.replace(data, eval_split=how.split or data.eval_split, corrupt=how.corrupt or data.corrupt)

@@ -81,10 +81,10 @@ def compare(demo: Demo) -> list[Arm]:
                 trained = train(config, quiet=True)
                 if trained.signal is not None:
                     raise KeyboardInterrupt
-                assert trained.predictions is not None
-                correct.append(trained.predictions.top(1))
+                assert trained.result is not None
+                correct.append(trained.result.top(1))
                 histories.append(read_metrics(config.out, "eval"))
-                predictions = predictions or trained.predictions
+                predictions = predictions or trained.result
                 bar.advance(task)
                 if not console.is_terminal:
                     console.print(f"{name}, seed {seed}: top-1 {correct[-1].mean():.2%}", highlight=False)

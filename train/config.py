@@ -11,7 +11,7 @@ import tomllib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar, cast
+from typing import Annotated, Any, ClassVar, Literal, TypeVar, cast
 
 import tyro
 from tyro.conf import arg
@@ -19,10 +19,13 @@ from tyro.conf import arg
 from ggem_jax import pooling
 from ggem_jax.kernels import launch
 from ggem_jax.models.vit import MAP, GGeM, Pooling, ViT, ViTConfig, vit_config
+from ggem_jax.weights import MismatchedWeights, UnreadableWeights
+from ggem_jax.weights.vit import PublishedViT, read_vit
 
 CONFIGS = Path(__file__).parent / "configs"
 
 T = TypeVar("T")
+C = TypeVar("C", bound="Config")
 
 
 class Refused(Exception):
@@ -129,6 +132,8 @@ class Optimizer:
 class Config:
     """One training run."""
 
+    tool: ClassVar[str] = "train.classify"
+
     out: Path = Path("runs/classify")  # its folder: config.json, metrics.jsonl, checkpoints/, curves.png
     seed: int = 0
     batch: int = 128  # pictures in a step, over all devices
@@ -136,6 +141,7 @@ class Config:
     eval_every: float = 1.0  # epochs
     checkpoint_every: float = 1.0  # epochs; one more is written at the end, and when the run is told to stop
     log_every: int = 20  # steps
+    init: Path | None = None  # file of a published ViT to start from, as ggem_jax.weights reads it; its sizes are then those of the model
     fsdp: int = 1  # devices that the weights are split over; the remaining factor of the devices repeats them
     stop_after: int | None = None  # stop after this step as if told to; the schedule does not change
     pool: Pool = field(default_factory=Pool)
@@ -183,35 +189,51 @@ def build_model(config: Config, num_classes: int) -> ViT:
     return ViT(config.model, pool, num_classes, fused_norm=fused_norm)
 
 
-def known_configs() -> list[str]:
-    """What `--config` takes: the names of the files in train/configs."""
-    return sorted(path.stem for path in CONFIGS.glob("*.toml"))
+@functools.lru_cache(maxsize=1)  # for the settings, then for the weights
+def published_vit(path: Path) -> PublishedViT:
+    """A published network to start from; what is wrong with its file is `Refused`."""
+    try:
+        return read_vit(path.expanduser())
+    except (UnreadableWeights, MismatchedWeights, OSError) as error:
+        raise Refused(f"--init: {error}") from None
 
 
-def load_config(argv: list[str], prog: str) -> Config:
-    """The defaults; over them `--config NAME`, `--config-file FILE`, `--variant NAME` (sizes of the model, such as S/16) and the other flags.
+def configs_of(record: type[Config]) -> Path:
+    """The folder of a tool's configs."""
+    return CONFIGS / record.tool.rpartition(".")[2]
+
+
+def known_configs(record: type[Config] = Config) -> list[str]:
+    """What `--config` takes: the names of the files in the tool's folder of train/configs."""
+    return sorted(path.stem for path in configs_of(record).glob("*.toml"))
+
+
+def load_config(argv: list[str], prog: str, record: type[C] = Config) -> C:  # type: ignore[assignment]
+    """The defaults; over them `--config NAME`, `--config-file FILE`, `--init FILE` (a published network), `--variant NAME` (such as S/16) and flags.
 
     Without a config, a file and a source of data the config is `digits`.
     """
     argv = list(argv)
     settings: dict[str, Any] = {}
-    name, file, variant = (_take(argv, flag) for flag in ("--config", "--config-file", "--variant"))
+    name, file, start, variant = (_take(argv, flag) for flag in ("--config", "--config-file", "--init", "--variant"))
     if name is None and file is None and not any(re.match(r"--data(\.source)?(=|$)", flag) for flag in argv):
         name = "digits"
     if name is not None:
-        if name not in known_configs():
-            raise Refused(f"--config must be one of {', '.join(known_configs())}, not {name}")
-        settings = _over(settings, _read(CONFIGS / f"{name}.toml"))
+        if name not in known_configs(record):
+            raise Refused(f"--config must be one of {', '.join(known_configs(record))}, not {name}")
+        settings = _over(settings, _read(configs_of(record) / f"{name}.toml"))
     if file is not None:
         settings = _over(settings, _read(Path(file)))
+    if start is not None:
+        settings = _over(settings, _settings_of_published(Path(start)))
     if variant is not None:
         settings = _over(settings, {"variant": variant})
     try:  # all layers together: what one sets may only fit what a later one does
-        return parse(Config, [*_flags(settings), *argv], prog, default=Config(), description=_before_flags())
+        return parse(record, [*_flags(settings), *argv], prog, default=record(), description=_before_flags(record))
     except Refused:
         if file is not None:
             try:
-                parse(Config, _flags(settings), prog, default=Config())
+                parse(record, _flags(settings), prog, default=record())
             except Refused as error:
                 raise Refused(f"in the config file {file}: {error}") from None
         raise
@@ -236,16 +258,26 @@ def to_dict(record: Any) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(record), default=str))
 
 
-def from_dict(values: dict[str, Any]) -> Config:
+def from_dict(values: dict[str, Any], record: type[C] = Config) -> C:  # type: ignore[assignment]
     """A config from what `to_dict` made of it."""
-    return parse(Config, _flags(values), "train.classify", default=Config())
+    return parse(record, _flags(values), record.tool, default=record())
 
 
-def _before_flags() -> str:
+def _settings_of_published(path: Path) -> dict[str, Any]:
+    """The sizes of the network, and mean and deviation of the pictures where they are known."""
+    published = published_vit(path)
+    settings: dict[str, Any] = {"init": str(path), "model": dataclasses.asdict(published.config)}
+    if published.normalised is not None:
+        settings["data"] = dict(zip(("mean", "std"), map(list, published.normalised), strict=True))
+    return settings
+
+
+def _before_flags(record: type[Config]) -> str:
+    folder = configs_of(record).relative_to(CONFIGS.parent.parent).as_posix()
     return (
-        "Defaults < --config NAME < --config-file FILE (TOML or JSON) < --variant NAME < the flags below. "
+        "Defaults < --config NAME < --config-file FILE (TOML or JSON) < --init FILE < --variant NAME < the flags below. "
         "Without a config, a file and --data the config is digits. "
-        f"NAME of --config: {', '.join(known_configs())}; each file in {CONFIGS.parent.name}/{CONFIGS.name} says what it is and what to expect. "
+        f"NAME of --config: {', '.join(known_configs(record))}; each file in {folder} says what it is and what to expect. "
         "NAME of --variant: Ti, S, B, L or H, a slash, and the patch size; it sets the sizes of the model."
     )
 

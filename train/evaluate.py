@@ -33,6 +33,12 @@ class Predictions:
 
 def evaluate(steps: Steps, params, pictures: Pictures, config: Config) -> Predictions:
     """Predicts every picture once; all processes get all predictions."""
+    whole = outputs_of(steps, params, pictures, config)
+    return Predictions(*(whole[name] for name in ("index", "label", "digest", "probability")))
+
+
+def outputs_of(steps: Steps, params, pictures: Pictures, config: Config) -> dict[str, np.ndarray]:
+    """What `steps.evaluate` gives of every picture that can be read, in the order of the split; all processes get all of it."""
     parts = []
     for batch in eval_batches(pictures, config, process=jax.process_index(), processes=jax.process_count()):
         parts.append(jax.device_get(steps.evaluate(params, on_devices(batch, steps))))
@@ -40,7 +46,7 @@ def evaluate(steps: Steps, params, pictures: Pictures, config: Config) -> Predic
     kept = whole["weight"] > 0
     if not kept.any():
         raise Refused("no picture of the evaluation split can be read")
-    return Predictions(*(whole[name][kept] for name in ("index", "label", "digest", "probability")))
+    return {name: array[kept] for name, array in whole.items()}
 
 
 def on_devices(batch: Batch, steps: Steps) -> dict[str, jax.Array]:

@@ -1,12 +1,13 @@
 """The curves of a run as a picture."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from train.log import read_metrics
 
 
-def draw_curves(run: Path) -> Path:
-    """Draws loss, accuracy and the learned exponents over the steps into `RUN/curves.png`."""
+def draw_curves(run: Path, measures: Sequence[str]) -> Path:
+    """Draws loss, the measures of evaluations and the learned exponents over the steps into `RUN/curves.png`."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -18,9 +19,9 @@ def draw_curves(run: Path) -> Path:
     axes = figure.subplots(1, 2 + bool(names))
     axes[0].plot([line["step"] for line in train], [line["loss"] for line in train], linewidth=1)
     axes[0].set(title="training loss", xlabel="step", yscale="log")
-    for metric in ("top1", "top5"):
+    for metric in measures:
         axes[1].plot([line["step"] for line in evals], [100 * line[metric] for line in evals], marker=".", label=metric)
-    axes[1].set(title="accuracy, %", xlabel="step")
+    axes[1].set(title="evaluations, %", xlabel="step")
     axes[1].legend()
     for name in names:
         p = [line["p"][name] for line in evals]

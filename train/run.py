@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from train.config import Config, Refused, from_dict, to_dict
+from train.config import C, Config, Refused, from_dict, to_dict
 from train.log import write_text
 
 # May change when a run is taken up again: the weights do not depend on them (on `fsdp` in the last bits, as on the number of devices).
@@ -91,7 +91,7 @@ def _lock(file: IO[str], run: Path) -> None:
 def _keep_settings(config: Config, facts: dict[str, Any]) -> None:
     now = {**to_dict(config), "data_found": facts}
     if any((config.out / "checkpoints").glob("[0-9]*")):
-        before, facts_before = read_run(config.out)
+        before, facts_before = read_run(config.out, type(config))
         here, there = _flat(now), _flat({**to_dict(before), "data_found": facts_before})
         changed = [name for name in here | there if name not in FREE and here.get(name) != there.get(name)]
         if changed:
@@ -100,16 +100,17 @@ def _keep_settings(config: Config, facts: dict[str, Any]) -> None:
     write_text(config.out / "config.json", json.dumps(now, indent=2) + "\n")
 
 
-def read_run(run: Path) -> tuple[Config, dict[str, Any]]:
+def read_run(run: Path, record: type[C] = Config) -> tuple[C, dict[str, Any]]:  # type: ignore[assignment]
     """The settings of a run, and what its data were: classes and numbers of pictures."""
     try:
         values = json.loads((run / "config.json").read_text())
         facts = values.pop("data_found")
-        return from_dict(values), {"classes": list(map(str, facts["classes"])), "train": int(facts["train"]), "eval": int(facts["eval"])}
+        checked = {"classes": list(map(str, facts["classes"])), "train": int(facts["train"]), "eval": int(facts["eval"])}
+        return from_dict(values, record), facts | checked
     except FileNotFoundError:
-        raise Refused(f"{run} is no run of train.classify: it has no config.json") from None
+        raise Refused(f"{run} is no run of {record.tool}: it has no config.json") from None
     except (KeyError, ValueError, TypeError, AttributeError, Refused) as error:
-        raise Refused(f"{run}/config.json is not that of a run of train.classify: {error}") from None
+        raise Refused(f"{run}/config.json is not that of a run of {record.tool}: {error}") from None
 
 
 def _flat(values: dict, prefix: str = "") -> dict:

@@ -5,6 +5,7 @@ over `data`. With one device both axes have length 1 and nothing is split.
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,6 +22,7 @@ from ggem_jax.optimizer import adamw
 from train.config import Augment, Config, Data, Optimizer, Refused, build_model
 
 Images = UInt8[Array, "b h w 3"]
+Batch = dict[str, Array]
 
 
 @struct.dataclass
@@ -46,8 +48,8 @@ class Steps:
     batch_sharding: NamedSharding
     state_sharding: State
     init: Any  # (seed) -> State
-    train: Any  # (State, {"image", "label"}, seed) -> (State, {"loss", "grad_norm"})
-    evaluate: Any  # (parameters, batch) -> the batch with probability (b, classes) instead of its image, whole on every device
+    train: Any  # (State, batch, seed) -> (State, {"loss", "grad_norm"})
+    evaluate: Any  # (parameters, batch) -> the batch with outputs of the problem instead of its image, whole on every device
 
 
 def make_mesh(fsdp: int) -> Mesh:
@@ -58,35 +60,60 @@ def make_mesh(fsdp: int) -> Mesh:
     return jax.make_mesh((devices // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
 
 
+@dataclass(frozen=True)
+class Problem:
+    """What differs between trainings: parameters, loss and what evaluations keep. Images come normalised."""
+
+    init: Callable[[PRNGKeyArray], Any]  # key -> parameters
+    prepare: Callable[[Batch, PRNGKeyArray], Batch]  # a batch as it is trained on: pictures mixed, labels smoothed
+    loss: Callable[[Any, Batch, PRNGKeyArray], Array]  # parameters, (a part of) a prepared batch, key -> mean loss
+    outputs: Callable[[Any, Array], dict[str, Array]]  # parameters, images -> arrays with a row for each image
+
+
 def make_steps(config: Config, num_classes: int, total_steps: int) -> Steps:
-    """Builds the steps of a config; configs that differ only in seed, folder or logging share one compilation."""
-    return _make_steps(build_model(config, num_classes), config.data, config.augment, config.optimizer, config.fsdp, total_steps)
+    """The steps of a classifier; configs that differ only in seed, folder or logging share one compilation."""
+    return _classifier_steps(build_model(config, num_classes), config.data, config.augment, config.optimizer, config.fsdp, total_steps)
 
 
 @functools.cache
-def _make_steps(model: ViT, data: Data, augment: Augment, optimizer: Optimizer, fsdp: int, total_steps: int) -> Steps:
-    mesh = make_mesh(fsdp)
-    transform = make_optimizer(optimizer, total_steps)
+def _classifier_steps(model: ViT, data: Data, augment: Augment, optimizer: Optimizer, fsdp: int, total_steps: int) -> Steps:
     side = model.config.image
-
-    def init(seed: Int[Array, ""]) -> State:
-        params = model.init(keys(seed)[0], jnp.zeros((1, side, side, 3)))["params"]
-        ema = None if optimizer.ema is None else jax.tree.map(jnp.copy, params)
-        return State(jnp.zeros((), jnp.int32), params, transform.init(params), ema)
 
     def logits_of(params, images, **options) -> Float[Array, "b classes"]:
         output: Any = model.apply({"params": params}, images, **options)
         return output.logits.astype(jnp.float32)
 
-    def loss_of(params, images, targets, key):
-        return optax.softmax_cross_entropy(logits_of(params, images, train=True, rngs={"dropout": key}), targets).mean()
-
-    def train(state: State, batch: dict[str, Array], seed: Int[Array, ""]):
-        mix_key, drop_key = jax.random.split(jax.random.fold_in(keys(seed)[1], state.step))
-        images = normalise(batch["image"], data)
+    def prepare(batch: Batch, key: PRNGKeyArray) -> Batch:
         targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], model.num_classes), augment.label_smoothing)
-        images, targets = mix(images, targets, augment, mix_key)
-        loss, grads = accumulated_gradient(loss_of, state.params, images, targets, drop_key, optimizer.accumulate)
+        images, targets = mix(batch["image"], targets, augment, key)
+        return {"image": images, "target": targets}
+
+    def loss(params, batch: Batch, key: PRNGKeyArray) -> Array:
+        return optax.softmax_cross_entropy(logits_of(params, batch["image"], train=True, rngs={"dropout": key}), batch["target"]).mean()
+
+    problem = Problem(
+        init=lambda key: model.init(key, jnp.zeros((1, side, side, 3)))["params"],
+        prepare=prepare,
+        loss=loss,
+        outputs=lambda params, images: {"probability": jax.nn.softmax(logits_of(params, images))},
+    )
+    return compiled(problem, data, optimizer, fsdp, total_steps)
+
+
+def compiled(problem: Problem, data: Data, optimizer: Optimizer, fsdp: int, total_steps: int) -> Steps:
+    """The steps of a problem, laid out over all devices."""
+    mesh = make_mesh(fsdp)
+    transform = make_optimizer(optimizer, total_steps)
+
+    def init(seed: Int[Array, ""]) -> State:
+        params = problem.init(keys(seed)[0])
+        ema = None if optimizer.ema is None else jax.tree.map(jnp.copy, params)
+        return State(jnp.zeros((), jnp.int32), params, transform.init(params), ema)
+
+    def train(state: State, batch: Batch, seed: Int[Array, ""]):
+        mix_key, drop_key = jax.random.split(jax.random.fold_in(keys(seed)[1], state.step))
+        prepared = problem.prepare(batch | {"image": normalise(batch["image"], data)}, mix_key)
+        loss, grads = accumulated_gradient(problem.loss, state.params, prepared, drop_key, optimizer.accumulate)
         norm = optax.tree.norm(grads)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -96,10 +123,10 @@ def _make_steps(model: ViT, data: Data, augment: Augment, optimizer: Optimizer, 
             ema = optax.incremental_update(params, state.ema, 1 - decay)
         return State(state.step + 1, params, opt_state, ema), {"loss": loss, "grad_norm": norm}
 
-    def evaluate(params, batch: dict[str, Array]) -> dict[str, Array]:
+    def evaluate(params, batch: Batch) -> Batch:
         # The labels travel with their pictures, whatever order of devices and processes the mesh has.
-        probability = jax.nn.softmax(logits_of(params, normalise(batch["image"], data)))
-        return {**{name: array for name, array in batch.items() if name != "image"}, "probability": probability}
+        rest = {name: array for name, array in batch.items() if name != "image"}
+        return rest | problem.outputs(params, normalise(batch["image"], data))
 
     everywhere = NamedSharding(mesh, P())
     batch_sharding = NamedSharding(mesh, P(("data", "fsdp")))
@@ -171,15 +198,16 @@ def mix(images, targets, augment: Augment, key: PRNGKeyArray):
     return weight * images + (1 - weight) * images[::-1], keep * targets + (1 - keep) * targets[::-1]
 
 
-def accumulated_gradient(loss_of, params, images, targets, key: PRNGKeyArray, parts: int):
+def accumulated_gradient(loss_of, params, batch: Batch, key: PRNGKeyArray, parts: int):
     """Loss and gradient of the batch, taken in `parts` equal parts one after the other to save memory."""
     if parts == 1:
-        return jax.value_and_grad(loss_of)(params, images, targets, key)
-    split = [jnp.moveaxis(x.reshape(len(x) // parts, parts, *x.shape[1:]), 1, 0) for x in (images, targets)]  # each device splits its own rows
+        return jax.value_and_grad(loss_of)(params, batch, key)
+    # each device splits its own rows
+    split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(len(x) // parts, parts, *x.shape[1:]), 1, 0), batch)
 
     def add(total, part):
         return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(params, *part)), None
 
     zero = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    total, _ = jax.lax.scan(add, zero, (*split, jax.random.split(key, parts)))
+    total, _ = jax.lax.scan(add, zero, (split, jax.random.split(key, parts)))
     return jax.tree.map(lambda x: x / parts, total)

@@ -8,15 +8,12 @@ import contextlib
 import functools
 import time
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from ggem_jax.models.vit import ViTConfig
-
-if TYPE_CHECKING:
-    from train.config import Config
 
 # Dense bfloat16 peak of one device in FLOP/s, without sparsity, by the name JAX gives the device. Sources: the vendors' data sheets
 # (NVIDIA H100/H200 SXM, A100, L4, V100 float16; Google Cloud TPU v4, v5e, v5p, v6e).
@@ -79,9 +76,9 @@ class Meter:
     The first step, which compiles, is not measured; a reading right after it is empty.
     """
 
-    def __init__(self, config: "Config", num_classes: int):
-        self.batch = config.batch
-        self.flops = training_flops(config.model, num_classes)
+    def __init__(self, batch: int, flops: float):
+        """`flops` are those of training on one example."""
+        self.batch, self.flops = batch, flops
         self.peak, self.peak_source = peak_flops()
         self.last: Any = None  # result of the last step
         self.restart()

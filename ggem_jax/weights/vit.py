@@ -19,7 +19,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
-from ggem_jax.models.vit import MAP, ViT, ViTConfig
+from ggem_jax.models.vit import MAP, ViT, ViTConfig, resample_position
 from ggem_jax.pooling import avg_pool, cls_pool
 from ggem_jax.weights.arrays import read_arrays
 from ggem_jax.weights.convert import Parameter, to_published, to_variables
@@ -89,6 +89,8 @@ class PublishedViT:
     def fill(self, variables: Mapping[str, Any]) -> dict[str, Any]:
         """Fresh variables of a `ViT` of this config, any pooling and head, with the file's weights wherever they fit: all but pooling and head.
 
+        Positions are resampled where the network is made for pictures of another size; its number of heads, which files do not say, may be another.
+
         Raises:
             MismatchedWeights: a parameter outside `pool` and `head` is not in the file, or of another shape.
         """
@@ -98,6 +100,10 @@ class PublishedViT:
         def chosen(path, fresh):
             name = jax.tree_util.keystr(path)
             found = flat.get(name)
+            if found is not None and path[-1].key == "position":
+                found = self._positions(found, len(fresh))
+            if found is not None and ".attention." in ".".join(part.key for part in path) and found.size == fresh.size:
+                found = found.reshape(fresh.shape)  # of other heads
             if found is not None and found.shape == fresh.shape:
                 return found.astype(fresh.dtype)
             if path[1].key not in ("pool", "head"):
@@ -108,6 +114,15 @@ class PublishedViT:
         if faults:
             raise MismatchedWeights(f"the file does not fit this network: {'; '.join(faults)}")
         return filled
+
+    def _positions(self, table: np.ndarray, count: int) -> np.ndarray:
+        """The table for `count` tokens, where that is a square of patches."""
+        own, c = int(self.config.class_token), self.config
+        side, old = math.isqrt(max(count - own, 0)), c.image // c.patch
+        if len(table) == count or side * side != count - own:
+            return table
+        grid = resample_position(table[own:], (old, old), (side, side), antialias=c.position_filter == "antialias")
+        return np.concatenate([table[:own], np.asarray(grid)])
 
 
 def read_vit(

@@ -1,0 +1,183 @@
+"""The loop that every training runs: steps, evaluations, checkpoints and what is said about them.
+
+A run lives in one folder (`--out`): `config.json`, `metrics.jsonl`, `checkpoints/`, `curves.png`. SIGTERM or Ctrl-C stops it after the step in hand.
+Started again with the same settings it goes on from there and ends, on the same machine, with the same bits as if it had never stopped.
+"""
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from ggem_jax.models.vit import used_exponents
+from ggem_jax.optimizer import exponents
+from train.batches import Batch
+from train.checkpoints import Checkpoints
+from train.config import Config, Refused
+from train.evaluate import on_devices
+from train.log import Log
+from train.pictures import draw_curves
+from train.published import started_from
+from train.run import StopRequest, one_sentence, run_folder
+from train.step import State, Steps
+from train.throughput import Meter
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation found: for the caller, for `metrics.jsonl`, for people."""
+
+    result: Any
+    values: dict[str, Any]
+    said: str
+
+
+@dataclass(frozen=True)
+class Task:
+    """What differs between trainings."""
+
+    facts: dict[str, Any]  # of the data: a run is not continued with others
+    about: str  # the data in a few words
+    total: int  # steps
+    steps: Steps
+    flops: float  # of training on one example
+    batches: Callable[[int], Iterator[Batch]]  # from a step on: this process's rows of each batch
+    evaluate: Callable[[State], Evaluation]
+    curves: tuple[str, ...]  # values of evaluations that are drawn, in [0, 1]
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a run ended."""
+
+    state: State
+    steps: Steps
+    result: Any  # of the last evaluation
+    finished: bool
+    signal: int | None  # that stopped it
+
+
+def run_tool(tool: str, train: Callable[[list[str]], Trained], argv: list[str] | None) -> None:
+    """Runs a training script; a signal that stopped it is its exit code."""
+    with one_sentence(tool):
+        trained = train(sys.argv[1:] if argv is None else argv)
+    if trained.signal is not None and not trained.finished:
+        sys.exit(128 + trained.signal)
+
+
+def run(config: Config, task_of: Callable[[], Task], facts: dict[str, Any], *, quiet: bool = False) -> Trained:
+    """Runs a training, or goes on with it; `task_of` is called when the folder is its own."""
+    process = jax.process_index()
+    with run_folder(config, facts), StopRequest() as stop:
+        task = task_of()
+        steps, total = task.steps, task.total
+        evaluations, saves = (max(round(config.epochs / every), 1) for every in (config.eval_every, config.checkpoint_every))
+        checkpoints = Checkpoints(config.out)
+        state = first_state(steps, config) if checkpoints.latest() is None else checkpoints.restore(steps)
+        step = start = int(state.step)
+        evaluation = None
+        with contextlib.closing(Log(None if process else config.out, total_steps=total, start=start, quiet=quiet)) as log:
+            meter = Meter(config.batch, task.flops)
+            log.banner(banner(config, task, state, start, meter))
+            batches = task.batches(start)
+            while step < total:
+                with meter.waiting_for_input():
+                    batch = on_devices(next(batches), steps)
+                state, metrics = steps.train(state, batch, config.seed)
+                meter.count(metrics)
+                step += 1
+                log.advance(step)
+                stopping = stop.asked(step) or step == config.stop_after
+                logs, evaluates, saving = (
+                    step % config.log_every == 0 or step == total,
+                    due(step, total, evaluations),
+                    due(step, total, saves) or stopping,
+                )
+                if logs or evaluates or saving:
+                    check_finite(step, metrics)
+                if logs:
+                    log_training(log, step, total, metrics, meter)
+                if evaluates:
+                    evaluation = task.evaluate(state)
+                    log_evaluation(log, step, evaluation, state)
+                    meter.restart()
+                if saving:
+                    checkpoints.save(state)
+                    meter.restart()
+                if stopping:
+                    break
+            checkpoints.wait()
+            if step < total:
+                log.say(f"stopped after step {step} of {total}; the same command goes on from there")
+            elif process == 0:
+                draw_curves(config.out, task.curves)
+            if evaluation is None and step == total:  # it had ended before
+                evaluation = task.evaluate(state)
+    return Trained(state, steps, None if evaluation is None else evaluation.result, step == total, stop.signal)
+
+
+def first_state(steps: Steps, config: Config) -> State:
+    """Fresh weights, with those of a published file where the config names one."""
+    state = steps.init(config.seed)
+    return state if config.init is None else started_from(config.init, state, steps)
+
+
+def due(step: int, total: int, times: int) -> bool:
+    """Whether something that happens so many times in a run, evenly and for the last time at its end, happens after this step."""
+    return step * times // total > (step - 1) * times // total
+
+
+def check_devices(config: Config) -> None:
+    """Refuses a batch that cannot be divided among the devices."""
+    devices, parts = jax.device_count(), config.optimizer.accumulate
+    if config.batch % (parts * devices):
+        raise Refused(f"--batch must be a multiple of {parts} part(s) x {devices} device(s), it is {config.batch}")
+
+
+def check_finite(step: int, metrics: dict[str, jax.Array]) -> None:
+    """Refuses to go on from, and to save, weights that are no longer numbers."""
+    for name, value in metrics.items():
+        if not np.isfinite(value):
+            advice = "try a lower --optimizer.lr, a longer --optimizer.warmup or --optimizer.clip 1"
+            raise Refused(f"the {name.replace('_', ' ')} is {float(value)} at step {step}: {advice}")
+
+
+def banner(config: Config, task: Task, state: State, start: int, meter: Meter) -> dict[str, str]:
+    """What is about to be trained, on what."""
+    model, parameters = config.model, sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    return {
+        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind} in {jax.process_count()} process(es), weights split over {config.fsdp}",
+        "peak": f"{meter.peak / 1e12:.3g} TFLOP/s ({meter.peak_source})",
+        "model": f"{model.image} px in patches of {model.patch}, width {model.width}, depth {model.depth}, {model.heads} heads, "
+        f"pooling {config.pool.kind}; {parameters:,} parameters, computes in {model.dtype}"
+        + (f", started from {config.init}" if config.init else ""),
+        "data": f"{config.data.source}: {task.about}",
+        "steps": f"{task.total:,} of {config.batch} pictures ({config.epochs:g} epochs)" + (f", going on after step {start:,}" if start else ""),
+        "folder": str(config.out),
+    }
+
+
+def log_training(log: Log, step: int, total: int, metrics: dict[str, jax.Array], meter: Meter) -> None:
+    """Loss, gradient norm and speed."""
+    values = {name: float(value) for name, value in metrics.items()} | meter.read()
+    said = f"step {step}/{total}  loss {values['loss']:.4f}"
+    if "steps_per_second" in values:
+        said += f"  {values['images_per_second']:.0f} images/s  MFU {values['mfu']:.1%}  waiting for input {values['input_wait']:.1%}"
+        said += f"  {(total - step) / values['steps_per_second']:.0f} s left"
+    log.metrics("train", step, values, said)
+
+
+def log_evaluation(log: Log, step: int, evaluation: Evaluation, state: State) -> None:
+    """What was measured, and the learned exponents."""
+    p = learned_exponents(state.evaluated)
+    learned = "".join(f"  p {' '.join(f'{x:.2f}' for x in value)}" for value in p.values())
+    log.metrics("eval", step, evaluation.values | {"p": p}, f"step {step}  {evaluation.said}{learned}")
+
+
+def learned_exponents(params: Any) -> dict[str, list[float]]:
+    """The exponents that the model pools with, by the path of their parameter."""
+    return {name: np.asarray(used_exponents(value)).tolist() for name, value in exponents(params).items()}
