@@ -56,6 +56,14 @@ class Study:
             raise ValueError(f"--drawers must be from 1 to {DRAWERS}, it is {self.drawers}")
 
 
+def data_folder(data: Path | None) -> Path:
+    """The folder of the sets: the one given, or that in the folder that GGEM_SHARED names."""
+    found = data or (Path(os.environ["GGEM_SHARED"]) / "data" if "GGEM_SHARED" in os.environ else None)
+    if found is None:
+        raise Refused("--data must name the folder of the sets, or GGEM_SHARED the folder that has them in its folder data")
+    return found
+
+
 @dataclass(frozen=True)
 class Set:
     """Pictures, of which some are queries, and what these should find."""
@@ -234,9 +242,7 @@ def machine() -> dict[str, str]:
 def main(argv: list[str] | None = None) -> None:
     with one_sentence("eval.retrieval_study"):
         study = parse(Study, sys.argv[1:] if argv is None else argv, "eval.retrieval_study", default=Study())
-        data = study.data or (Path(os.environ["GGEM_SHARED"]) / "data" if "GGEM_SHARED" in os.environ else None)
-        if data is None:
-            raise Refused("--data must name the folder of the sets, or GGEM_SHARED the folder that has them in its folder data")
+        data = data_folder(study.data)
         if unknown := set(study.sets) - set(SETS):
             raise Refused(f"--sets must be among {', '.join(SETS)}, not {', '.join(sorted(unknown))}")
         rows = []

@@ -27,6 +27,8 @@ INSIDE_GGEM_JAX = {
     "models.transformer": set(),
     "models.vit": {"models.transformer", "pooling"},
     "models.text": {"models.transformer"},
+    "models.embedder": {"models.vit", "pooling"},
+    "metric": {"pooling"},
     "models.resnet": {"pooling"},
     "scales": set(),
     "superglobal": {"pooling", "scales"},

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from ggem_jax.retrieval.metrics import Difficulty, Relevance, average_precision, recall_at, revisited, scores
+from ggem_jax.retrieval.metrics import Difficulty, Relevance, average_precision, label_scores, recall_at, revisited, scores
 
 
 def slowly(ids, positive, ignored, kappas):
@@ -110,3 +110,51 @@ def test_refuses():
         scores(np.array([[1, 2]]), [])
     with pytest.raises(ValueError, match="kappas"):
         scores(np.array([[1, 2]]), [Relevance(np.array([1]), nothing)], kappas=())
+
+
+def test_label_scores_by_hand():
+    """Two right answers for query 0 (label 7): found at places 1 and 3; one for query 1 (label 8): at place 2; none for query 2."""
+    labels = np.array([7, 7, 8, 9, 9, 9])
+    ids = np.array([[0, 3, 1, 2], [4, 2, 0, 1], [0, 1, 2, 3]])
+    found = label_scores(ids, np.array([7, 8, 5]), labels, kappas=(1, 2, 3))
+    np.testing.assert_allclose(found.recall_at, [[1, 1, 1], [0, 1, 1], [np.nan] * 3])
+    np.testing.assert_allclose(found.r_precision, [1 / 2, 0, np.nan])  # the first two of query 0 hold one right; the first of query 1 none
+    np.testing.assert_allclose(found.map_at_r, [(1 / 1) / 2, 0, np.nan])
+    assert found.means() == {"recall@1": 0.5, "recall@2": 1.0, "recall@3": 1.0, "r_precision": 0.25, "map@r": 0.25}
+
+
+def test_label_scores_leave_the_query_itself_out_wherever_it_stands():
+    """All pictures query each other: own ids first, in the middle and out of reach give what rankings without them give."""
+    rng = np.random.default_rng(0)
+    labels = np.array([0, 0, 0, 1, 1, 2, 2, 2])
+    rows = [np.array([j for j in rng.permutation(8) if j != i]) for i in range(8)]
+    without = [
+        label_scores(row[None], labels[[i]], np.delete(labels, i), kappas=(1, 3))
+        for i, row in enumerate([np.where(row > i, row - 1, row) for i, row in enumerate(rows)])
+    ]
+    for place in (0, 4, 7):
+        ids = np.array([np.insert(row, place, i) for i, row in enumerate(rows)])
+        found = label_scores(ids, labels, labels, own=np.arange(8), kappas=(1, 3))
+        for name in ("recall_at", "r_precision", "map_at_r"):
+            np.testing.assert_allclose(getattr(found, name), np.concatenate([getattr(each, name) for each in without]))
+    short = label_scores(np.array(rows)[:, :4], labels, labels, own=np.arange(8), kappas=(1,))  # the own id is not among them: the last goes
+    np.testing.assert_allclose(short.recall_at[:, 0], [labels[row[0]] == labels[i] for i, row in enumerate(rows)])
+
+
+def test_label_scores_equal_the_definition_of_map_at_r():
+    rng = np.random.default_rng(1)
+    labels = rng.integers(0, 5, 40)
+    queries = rng.integers(0, 5, 9)
+    ids = np.array([rng.permutation(40) for _ in queries])
+    found = label_scores(ids, queries, labels)
+    for row, query, got in zip(ids, queries, found.map_at_r, strict=True):
+        r = int(np.sum(labels == query))
+        right = labels[row[:r]] == query
+        assert got == pytest.approx(sum(right[: i + 1].mean() for i in range(r) if right[i]) / r)
+
+
+def test_label_scores_refuse_short_rankings_and_shapes_that_do_not_fit():
+    with pytest.raises(ValueError, match="have 1 places where a query has 2 right answers"):
+        label_scores(np.array([[0]]), np.array([7]), np.array([7, 7]))
+    with pytest.raises(ValueError, match="query labels"):
+        label_scores(np.array([[0, 1]]), np.array([7, 8]), np.array([7, 7]))

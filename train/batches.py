@@ -1,8 +1,9 @@
 """Pictures -> batches, the same ones in the same order for a seed, whatever the number of processes and wherever a run is taken up again."""
 
+import functools
 import sys
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
@@ -18,11 +19,16 @@ from train.data import Pictures
 Batch = dict[str, np.ndarray]
 
 
-def train_batches(pictures: Pictures, config: Config, *, start: int, process: int = 0, processes: int = 1) -> Iterator[Batch]:
+ENDLESS = 2**62  # places of a stream
+
+
+def train_batches(
+    pictures: Pictures, config: Config, *, start: int, process: int = 0, processes: int = 1, draw: Callable[[int], np.ndarray] | None = None
+) -> Iterator[Batch]:
     """Endless shuffled and augmented batches from step `start` on: this process's rows of each.
 
-    Batch k holds the pictures k * batch ... (k + 1) * batch - 1 of the shuffled stream, and each draws its random numbers from its own place in
-    the stream, so nothing depends on where the stream was entered.
+    Batch k holds the pictures k * batch ... (k + 1) * batch - 1 of the shuffled stream, or those that `draw(k)` numbers, and each draws its random
+    numbers from its own place in the stream, so nothing depends on where the stream was entered.
     """
     local = config.batch // processes
     reader = _Reader(pictures, config.data.corrupt)
@@ -31,9 +37,29 @@ def train_batches(pictures: Pictures, config: Config, *, start: int, process: in
         image, label = reader(index)
         return {"image": augment(image, config.model.image, config.augment, rng), "label": np.int32(label)}
 
-    stream = grain.MapDataset.range(len(pictures)).seed(config.seed).shuffle().repeat(None).random_map(example).batch(local)
+    def drawn(place: int, rng: np.random.Generator) -> dict[str, Any]:
+        assert draw is not None
+        return example(int(draw(place // config.batch)[place % config.batch]), rng)
+
+    if draw is None:
+        stream = grain.MapDataset.range(len(pictures)).seed(config.seed).shuffle().repeat(None).random_map(example).batch(local)
+    else:
+        stream = grain.MapDataset.range(ENDLESS).seed(config.seed).random_map(drawn).batch(local)
     mine = stream[start * processes + process :: processes]
     return iter(mine.to_iter_dataset(grain.ReadOptions(num_threads=config.data.workers, prefetch_buffer_size=4 * config.data.workers)))
+
+
+def balanced(labels: np.ndarray, batch: int, per_class: int, seed: int) -> Callable[[int], np.ndarray]:
+    """The pictures of each step, `(batch,)`: `per_class` of each of batch / per_class classes, drawn without repeating where there are enough."""
+    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
+
+    @functools.lru_cache(maxsize=64)
+    def draw(step: int) -> np.ndarray:
+        rng = np.random.default_rng((seed, step))
+        classes = rng.permutation(len(members))[: batch // per_class]
+        return np.concatenate([rng.choice(members[label], per_class, replace=len(members[label]) < per_class) for label in classes])
+
+    return draw
 
 
 def eval_batches(pictures: Pictures, config: Config, *, process: int = 0, processes: int = 1) -> Iterator[Batch]:

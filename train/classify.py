@@ -9,7 +9,7 @@ import jax
 
 from train.batches import train_batches
 from train.config import Config, load_config
-from train.data import open_data
+from train.data import Pictures, open_data
 from train.evaluate import evaluate
 from train.loop import Evaluation, Task, Trained, check_devices, run, run_tool
 from train.run import join_processes
@@ -23,10 +23,13 @@ def main(argv: list[str] | None = None) -> None:
     run_tool(TOOL, lambda flags: train(load_config(flags, TOOL)), argv)
 
 
-def train(config: Config, *, quiet: bool = False) -> Trained:
-    """Runs the training that the config describes, or goes on with it; the result is the `Predictions` of the last evaluation."""
+def train(config: Config, *, data: tuple[Pictures, Pictures] | None = None, quiet: bool = False) -> Trained:
+    """Runs the training that the config describes, or goes on with it; the result is the `Predictions` of the last evaluation.
+
+    `data` are training and evaluation pictures to take instead of the config's source.
+    """
     join_processes()
-    train_set, eval_set = open_data(config.data)
+    train_set, eval_set = open_data(config.data) if data is None else data
     check_devices(config)
     classes = train_set.classes
     total = max(round(config.epochs * len(train_set) / config.batch), 1)

@@ -45,9 +45,9 @@ class Pool:
 
     def __post_init__(self):
         low, high = GGeM.p_range
-        _require("pool.groups", self.groups, "a whole number of at least 1", self.groups is None or self.groups >= 1)
-        _require("pool.p", self.p, f"from {low:g} to {high:g}", low <= self.p <= high)
-        _require("pool.r", self.r, "positive", 0 < self.r < math.inf)
+        require("pool.groups", self.groups, "a whole number of at least 1", self.groups is None or self.groups >= 1)
+        require("pool.p", self.p, f"from {low:g} to {high:g}", low <= self.p <= high)
+        require("pool.r", self.r, "positive", 0 < self.r < math.inf)
 
 
 @dataclass(frozen=True)
@@ -67,11 +67,11 @@ class Data:
     workers: int = 2  # threads that read and augment
 
     def __post_init__(self):
-        _require("data.holdout", self.holdout, "between 0 and 1", 0 < self.holdout < 1)
-        _require("data.eval_zoom", self.eval_zoom, "from 1 to 100", 1 <= self.eval_zoom <= 100)
-        _require("data.mean", self.mean, "finite", all(map(math.isfinite, self.mean)))
-        _require("data.std", self.std, "positive", all(0 < x < math.inf for x in self.std))
-        _require("data.workers", self.workers, "at least 1", self.workers >= 1)
+        require("data.holdout", self.holdout, "between 0 and 1", 0 < self.holdout < 1)
+        require("data.eval_zoom", self.eval_zoom, "from 1 to 100", 1 <= self.eval_zoom <= 100)
+        require("data.mean", self.mean, "finite", all(map(math.isfinite, self.mean)))
+        require("data.std", self.std, "positive", all(0 < x < math.inf for x in self.std))
+        require("data.workers", self.workers, "at least 1", self.workers >= 1)
 
 
 @dataclass(frozen=True)
@@ -90,14 +90,14 @@ class Augment:
     label_smoothing: float = 0.0
 
     def __post_init__(self):
-        _require("augment.pad", self.pad, "at least 0", self.pad >= 0)
-        _require("augment.min_area", self.min_area, "above 0 and at most 1", 0 < self.min_area <= 1)
-        _require("augment.randaugment_ops", self.randaugment_ops, "at least 0", self.randaugment_ops >= 0)
-        _require("augment.randaugment_magnitude", self.randaugment_magnitude, "from 0 to 10", 0 <= self.randaugment_magnitude <= 10)
-        _require("augment.erase", self.erase, "a probability", 0 <= self.erase <= 1)
-        _require("augment.mixup", self.mixup, "at least 0", 0 <= self.mixup < math.inf)
-        _require("augment.cutmix", self.cutmix, "at least 0", 0 <= self.cutmix < math.inf)
-        _require("augment.label_smoothing", self.label_smoothing, "at least 0 and below 1", 0 <= self.label_smoothing < 1)
+        require("augment.pad", self.pad, "at least 0", self.pad >= 0)
+        require("augment.min_area", self.min_area, "above 0 and at most 1", 0 < self.min_area <= 1)
+        require("augment.randaugment_ops", self.randaugment_ops, "at least 0", self.randaugment_ops >= 0)
+        require("augment.randaugment_magnitude", self.randaugment_magnitude, "from 0 to 10", 0 <= self.randaugment_magnitude <= 10)
+        require("augment.erase", self.erase, "a probability", 0 <= self.erase <= 1)
+        require("augment.mixup", self.mixup, "at least 0", 0 <= self.mixup < math.inf)
+        require("augment.cutmix", self.cutmix, "at least 0", 0 <= self.cutmix < math.inf)
+        require("augment.label_smoothing", self.label_smoothing, "at least 0 and below 1", 0 <= self.label_smoothing < 1)
 
 
 @dataclass(frozen=True)
@@ -116,16 +116,16 @@ class Optimizer:
     ema: float | None = None  # decay of a moving average of the weights, which is then what is evaluated; at step t at most (1 + t) / (10 + t)
 
     def __post_init__(self):
-        _require("optimizer.lr", self.lr, "at least 0", 0 <= self.lr < math.inf)
-        _require("optimizer.warmup", self.warmup, "at least 0", self.warmup >= 0)
-        _require("optimizer.weight_decay", self.weight_decay, "at least 0", 0 <= self.weight_decay < math.inf)
-        _require("optimizer.beta1", self.beta1, "at least 0 and below 1", 0 <= self.beta1 < 1)
-        _require("optimizer.beta2", self.beta2, "at least 0 and below 1", 0 <= self.beta2 < 1)
-        _require("optimizer.clip", self.clip, "positive or None", self.clip is None or self.clip > 0)
-        _require("optimizer.accumulate", self.accumulate, "at least 1", self.accumulate >= 1)
-        _require("optimizer.exponent_lr", self.exponent_lr, "at least 0", 0 <= self.exponent_lr < math.inf)
-        _require("optimizer.layer_decay", self.layer_decay, "above 0 and at most 1", 0 < self.layer_decay <= 1)
-        _require("optimizer.ema", self.ema, "at least 0 and below 1, or None", self.ema is None or 0 <= self.ema < 1)
+        require("optimizer.lr", self.lr, "at least 0", 0 <= self.lr < math.inf)
+        require("optimizer.warmup", self.warmup, "at least 0", self.warmup >= 0)
+        require("optimizer.weight_decay", self.weight_decay, "at least 0", 0 <= self.weight_decay < math.inf)
+        require("optimizer.beta1", self.beta1, "at least 0 and below 1", 0 <= self.beta1 < 1)
+        require("optimizer.beta2", self.beta2, "at least 0 and below 1", 0 <= self.beta2 < 1)
+        require("optimizer.clip", self.clip, "positive or None", self.clip is None or self.clip > 0)
+        require("optimizer.accumulate", self.accumulate, "at least 1", self.accumulate >= 1)
+        require("optimizer.exponent_lr", self.exponent_lr, "at least 0", 0 <= self.exponent_lr < math.inf)
+        require("optimizer.layer_decay", self.layer_decay, "above 0 and at most 1", 0 < self.layer_decay <= 1)
+        require("optimizer.ema", self.ema, "at least 0 and below 1, or None", self.ema is None or 0 <= self.ema < 1)
 
 
 @dataclass(frozen=True)
@@ -151,17 +151,18 @@ class Config:
     optimizer: Optimizer = field(default_factory=Optimizer)
 
     def __post_init__(self):
-        _require("seed", self.seed, "from 0 to 2147483647", 0 <= self.seed < 2**31)
+        require("seed", self.seed, "from 0 to 2147483647", 0 <= self.seed < 2**31)
         for name in ("batch", "log_every", "fsdp"):
-            _require(name, getattr(self, name), "at least 1", getattr(self, name) >= 1)
+            require(name, getattr(self, name), "at least 1", getattr(self, name) >= 1)
         for name in ("epochs", "eval_every", "checkpoint_every"):
-            _require(name, getattr(self, name), "positive", 0 < getattr(self, name) < math.inf)
-        _require("stop_after", self.stop_after, "at least 1, or None", self.stop_after is None or self.stop_after >= 1)
-        _require("model.dtype", self.model.dtype, "float32 or bfloat16: losses are not scaled for float16", self.model.dtype != "float16")
-        _require("model.param_dtype", self.model.param_dtype, "float32: so small are the steps of an optimizer", self.model.param_dtype == "float32")
+            require(name, getattr(self, name), "positive", 0 < getattr(self, name) < math.inf)
+        require("stop_after", self.stop_after, "at least 1, or None", self.stop_after is None or self.stop_after >= 1)
+        require("model.dtype", self.model.dtype, "float32 or bfloat16: losses are not scaled for float16", self.model.dtype != "float16")
+        require("model.param_dtype", self.model.param_dtype, "float32: so small are the steps of an optimizer", self.model.param_dtype == "float32")
 
 
-def _require(name: str, value: Any, what: str, fulfilled: bool) -> None:
+def require(name: str, value: Any, what: str, fulfilled: bool) -> None:
+    """Raises `ValueError` that names a flag, what it must be and what it is."""
     if not fulfilled:
         raise ValueError(f"--{name} must be {what}, it is {value}")
 

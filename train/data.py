@@ -31,9 +31,60 @@ class Pictures:
         """The pictures with these numbers, in this order."""
         return Pictures(len(indices), self.classes, lambda i: self.load(int(indices[i])), lambda: self.labels()[indices])
 
+    def of_classes(self, kept: np.ndarray, labels: np.ndarray) -> "Pictures":
+        """The pictures of the classes with these numbers, which then count from 0; `labels` are those of all pictures."""
+        taken = self.take(np.flatnonzero(np.isin(labels, kept)))
+
+        def load(i: int) -> tuple[RGB, int]:
+            image, label = taken.load(i)
+            return image, int(np.searchsorted(kept, label))
+
+        return Pictures(len(taken), tuple(self.classes[i] for i in kept), load, lambda: np.searchsorted(kept, taken.labels()).astype(np.int32))
+
 
 def open_data(data: Data) -> tuple[Pictures, Pictures]:
     """The training and the evaluation pictures of a source."""
+    splits = open_splits(data)
+    if len(splits) == 2:
+        check_classes(splits, data.source)
+        return splits["train"], splits["eval"]
+    return hold_out(splits["train"], data.holdout)
+
+
+def open_disjoint(data: Data, share: float) -> tuple[Pictures, Pictures]:
+    """Training and evaluation pictures that have no class in common.
+
+    Splits of a source that have none are taken as they are. Otherwise all pictures of all splits together are divided by class: `share` of the
+    classes, drawn once and for all, are trained on.
+    """
+    splits = open_splits(data)
+    if len(splits) == 2 and not set(splits["train"].classes) & set(splits["eval"].classes):
+        return splits["train"], splits["eval"]
+    if len(splits) == 2:
+        check_classes(splits, data.source)
+    whole = joined(list(splits.values()))
+    count, labels = len(whole.classes), whole.labels()
+    kept = round(share * count)
+    if not 2 <= kept <= count - 2:
+        raise Refused(f"--metric.train_classes {share:g} of {count} classes is {kept}: at least 2 must be trained on and 2 be left")
+    trained_on = np.zeros(count, bool)
+    trained_on[np.random.default_rng(0).permutation(count)[:kept]] = True
+    return whole.of_classes(np.flatnonzero(trained_on), labels), whole.of_classes(np.flatnonzero(~trained_on), labels)
+
+
+def joined(parts: list[Pictures]) -> Pictures:
+    """The pictures of several splits with the same classes, one after the other."""
+    ends = np.cumsum([len(part) for part in parts])
+
+    def load(i: int) -> tuple[RGB, int]:
+        part = int(np.searchsorted(ends, i, side="right"))
+        return parts[part].load(i - int(ends[part]) + len(parts[part]))
+
+    return Pictures(int(ends[-1]), parts[0].classes, load, lambda: np.concatenate([part.labels() for part in parts]))
+
+
+def open_splits(data: Data) -> dict[str, Pictures]:
+    """`train`, and where the source has one to evaluate on, `eval`."""
     kind, _, name = data.source.partition(":")
     if kind == "digits" and not name:
         if data.eval_split is not None:
@@ -45,9 +96,14 @@ def open_data(data: Data) -> tuple[Pictures, Pictures]:
         splits = tfds(name, data.data_dir.expanduser(), data.eval_split, download=data.download)
     else:
         raise Refused(f"unknown data source {data.source!r}; known are {KNOWN}")
-    if len(splits) == 2:
-        return splits["train"], splits["eval"]
-    return hold_out(splits["train"], data.holdout)
+    return splits
+
+
+def check_classes(splits: dict[str, Pictures], source: str) -> None:
+    """Refuses splits that do not have the same classes."""
+    if splits["train"].classes != splits["eval"].classes:
+        difference = sorted(set(splits["train"].classes) ^ set(splits["eval"].classes))
+        raise Refused(f"the two splits of {source} must have the same classes; only one has {', '.join(difference)}")
 
 
 def digits() -> Pictures:
@@ -77,9 +133,6 @@ def folder(root: Path, eval_split: str | None = None) -> dict[str, Pictures]:
     splits = {"train": _class_folders(root / train_name)}
     if eval_name is not None:
         splits["eval"] = _class_folders(root / eval_name)
-        if splits["eval"].classes != splits["train"].classes:
-            difference = sorted(set(splits["train"].classes) ^ set(splits["eval"].classes))
-            raise Refused(f"{root}/{train_name} and {root}/{eval_name} must have the same classes; only one has {', '.join(difference)}")
     return splits
 
 

@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from ggem_jax.models.vit import ViT
-from ggem_jax.optimizer import adamw
+from ggem_jax.optimizer import adamw, scale_by_parameter
 from train.config import Augment, Config, Data, Optimizer, Refused, build_model
 
 Images = UInt8[Array, "b h w 3"]
@@ -68,6 +68,7 @@ class Problem:
     prepare: Callable[[Batch, PRNGKeyArray], Batch]  # a batch as it is trained on: pictures mixed, labels smoothed
     loss: Callable[[Any, Batch, PRNGKeyArray], Array]  # parameters, (a part of) a prepared batch, key -> mean loss
     outputs: Callable[[Any, Array], dict[str, Array]]  # parameters, images -> arrays with a row for each image
+    scales: Callable[[Any], Any] | None = None  # parameters -> what multiplies the learning rate of each, besides ggem_jax.optimizer's
 
 
 def make_steps(config: Config, num_classes: int, total_steps: int) -> Steps:
@@ -104,6 +105,8 @@ def compiled(problem: Problem, data: Data, optimizer: Optimizer, fsdp: int, tota
     """The steps of a problem, laid out over all devices."""
     mesh = make_mesh(fsdp)
     transform = make_optimizer(optimizer, total_steps)
+    if problem.scales is not None:
+        transform = optax.chain(transform, scale_by_parameter(problem.scales))
 
     def init(seed: Int[Array, ""]) -> State:
         params = problem.init(keys(seed)[0])

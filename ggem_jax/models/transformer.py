@@ -87,6 +87,7 @@ class Attention(nn.Module):
             return nn.DenseGeneral(heads, use_bias=c.qkv_bias, kernel_init=xavier, name=name, **dtypes(c))
 
         mixed = jax.nn.dot_product_attention(project("query")(queries), project("key")(tokens), project("value")(tokens), is_causal=causal)
+        self.sow("intermediates", "heads", mixed)  # (b, q, heads, channels), for whoever asks with mutable=["intermediates"]
         return nn.DenseGeneral(c.width, axis=(-2, -1), kernel_init=xavier, name="out", **dtypes(c))(mixed)
 
 

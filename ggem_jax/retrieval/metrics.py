@@ -116,6 +116,55 @@ def recall_at(ids: Int[np.ndarray, "q k"], relevance: Sequence[Relevance], *, ka
     )
 
 
+@dataclass(frozen=True)
+class LabelScores:
+    """Of all queries, where what has the query's label is right; a query that is alone with its label has NaN."""
+
+    recall_at: Float[np.ndarray, "q kappas"]  # whether one of the first kappa is right
+    r_precision: Float[np.ndarray, " q"]  # share of right ones among the first R, R as many as are right at all
+    map_at_r: Float[np.ndarray, " q"]  # mean over the first R of precision where it is right, 0 where it is not
+    kappas: tuple[int, ...]
+
+    def means(self) -> dict[str, float]:
+        """Means over queries by name: `recall@1`, ..., `r_precision`, `map@r`."""
+        recalls = {f"recall@{kappa}": _mean(self.recall_at[:, i]) for i, kappa in enumerate(self.kappas)}
+        return recalls | {"r_precision": _mean(self.r_precision), "map@r": _mean(self.map_at_r)}
+
+
+def label_scores(
+    ids: Int[np.ndarray, "q k"],
+    query_labels: Int[np.ndarray, " q"],
+    labels: Int[np.ndarray, " n"],
+    *,
+    own: Int[np.ndarray, " q"] | None = None,
+    kappas: Sequence[int] = (1, 5, 10),
+) -> LabelScores:
+    """Scores of rankings by the labels of queries and database, as metric learning counts them.
+
+    `own` are the ids of the queries where they are in the database themselves: these are left out. Rankings must reach as far as the most frequent
+    label is there, and one further with `own`; what they do not reach of the kappas counts as a miss.
+
+    Reference: Musgrave et al., "A Metric Learning Reality Check", 2020, arXiv:2003.08505, section 3.2.
+    """
+    ids, query_labels, labels = (np.asarray(array) for array in (ids, query_labels, labels))
+    if ids.ndim != 2 or query_labels.shape != ids.shape[:1] or labels.ndim != 1 or (own is not None and np.shape(own) != ids.shape[:1]):
+        shapes = f"{ids.shape}, {query_labels.shape}, {labels.shape}" + ("" if own is None else f" and {np.shape(own)}")
+        raise ValueError(f"ids (q, k), query labels (q,), labels (n,) and own (q,) are needed, not shapes {shapes}")
+    if own is not None:  # own ids to the end, and off
+        is_own = ids == np.asarray(own)[:, None]
+        ids = np.take_along_axis(ids, np.argsort(is_own, axis=1, kind="stable"), axis=1)[:, :-1]
+    there = np.array([np.sum(labels == label) for label in np.unique(query_labels)])
+    count = there[np.searchsorted(np.unique(query_labels), query_labels)] - (own is not None)
+    if count.max(initial=0) > ids.shape[1]:
+        raise ValueError(f"the rankings have {ids.shape[1]} places where a query has {count.max()} right answers: rank further")
+    right = labels[ids] == query_labels[:, None]
+    within = np.arange(ids.shape[1]) < count[:, None]
+    precision_there = np.cumsum(right, axis=1) / (np.arange(ids.shape[1]) + 1)
+    divisor = np.where(count > 0, count, np.nan)
+    recall = np.stack([np.where(count > 0, right[:, :kappa].any(axis=1), np.nan) for kappa in kappas], axis=1)
+    return LabelScores(recall, (right & within).sum(axis=1) / divisor, (precision_there * right * within).sum(axis=1) / divisor, tuple(kappas))
+
+
 def _any_twice(ids):
     """Whether an id occurs twice, or is below 0; a table is faster than sorting a million of them, where ids are not far above their number."""
     if not len(ids) or ids.min() < 0:
