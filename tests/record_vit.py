@@ -1,20 +1,25 @@
-"""Records small random Vision Transformers of every published naming, and what PyTorch computes with them: tests/data/vit/*.npz.
+"""Records small random Vision Transformers and text towers of every published naming, and what PyTorch computes with them: tests/data/vit/*.npz.
 
-    pip install torch torchvision timm transformers    # in an environment of its own; recorded with the versions that each file names
-    python tests/record_vit.py
+    pip install torch torchvision timm transformers open_clip_torch    # in an environment of its own; each file names the versions
+    python tests/record_vit.py [timm_ones] [hugging_face] [google] [swiglu] [text]    # all, or these
 
 Each file holds the weights under their published names (`weights/...`), pictures of the size of the positions and of a larger one, and the tokens
-after the final norm, prefix tokens first. Networks are those of timm and transformers; Google's files are made here and read by timm's own loader.
+after the final norm, prefix tokens first; those of text towers ids as long as the context and shorter ones. Networks are those of timm, transformers
+and open_clip; Google's files are made here and read by timm's and open_clip's own loaders.
 """
 
+import sys
 import tempfile
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import open_clip
 import timm
 import torch
 import transformers
+from open_clip.convert import load_big_vision_weights
 from safetensors.torch import load_file
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer, _load_weights
@@ -28,13 +33,15 @@ HF = {
     "patch_size": PATCH,
 }  # fmt: skip
 VERSIONS = f"torch {torch.__version__}, timm {timm.__version__}, transformers {transformers.__version__}"
+VOCABULARY, CONTEXT, SHARED = 30, 8, 5
+IDS = torch.tensor([[28, 3, 7, 11, 29, 0, 0, 0], [28, 5, 29, 0, 29, 0, 0, 0], [28, 1, 2, 3, 4, 5, 6, 29]])  # 29 ends a text
 
 
-def main() -> None:
+def main(parts: list[str]) -> None:
     OUT.mkdir(parents=True, exist_ok=True)
-    timm_ones()
-    hugging_face()
-    google()
+    for part in (timm_ones, hugging_face, google, swiglu, text):
+        if not parts or part.__name__ in parts:
+            part()
 
 
 def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
@@ -152,6 +159,20 @@ def openai_names(weights: dict) -> dict:
     return found | {"logit_scale": torch.tensor(4.6), "ln_final.weight": torch.ones(4), "token_embedding.weight": torch.ones(7, 4)}
 
 
+def swiglu() -> None:
+    """The gated MLP of DINOv2-g: timm's names, those of the original files, which timm renames, and Hugging Face's."""
+    packed = {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": torch.nn.SiLU, "init_values": 1e-5, "dynamic_img_size": True}
+    network = randomised(VisionTransformer(**SMALL | {"mlp_ratio": 2 * MLP / WIDTH, "num_classes": 0}, **packed))
+    save("timm-swiglu", network.state_dict(), tokens=network.forward_features)
+    weights = {name.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): value for name, value in network.state_dict().items()}
+    weights["mask_token"] = torch.zeros(1, WIDTH)
+    network.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(dict(weights), network))
+    save("dinov2-swiglu", weights, tokens=network.forward_features)
+    config = transformers.Dinov2Config(**{k: v for k, v in HF.items() if k != "intermediate_size"}, mlp_ratio=2, use_swiglu_ffn=True)
+    hugging = randomised(transformers.Dinov2Model(config))
+    save("hf-dinov2-swiglu", published(hugging), tokens=lambda x: hugging(x).last_hidden_state)
+
+
 def google() -> None:
     """Files as Flax wrote them, read by timm's loader."""
     tanh = partial(torch.nn.GELU, approximate="tanh")
@@ -211,5 +232,92 @@ def google() -> None:
         save(name, weights, tokens=network.forward_features, **({} if name == "augreg" else {"descriptor": network}))
 
 
+def text() -> None:
+    """Towers that see the text before them only and take the token of its end (CLIP), and those that see all and take the last one (SigLIP)."""
+    sizes = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "intermediate_size": MLP}
+    of_text = sizes | {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT, "bos_token_id": 28, "eos_token_id": 29, "pad_token_id": 0}
+    of_pictures = sizes | {"num_hidden_layers": 1, "image_size": 8, "patch_size": 4}
+    clip = randomised(transformers.CLIPModel(transformers.CLIPConfig(text_config=of_text, vision_config=of_pictures, projection_dim=SHARED)))
+    save_text(
+        "text-hf-clip",
+        published(clip),
+        lambda ids: (clip.text_model(ids).last_hidden_state, clip.text_projection(clip.text_model(ids).pooler_output)),
+    )
+    config = transformers.SiglipConfig(text_config=of_text | {"projection_size": SHARED}, vision_config=of_pictures)
+    siglip = randomised(transformers.SiglipModel(config))
+    save_text("text-hf-siglip", published(siglip), lambda ids: tuple(siglip.text_model(ids)[:2]))
+    pictures = {"image_size": IMAGE, "patch_size": 8, "width": WIDTH, "layers": 1, "head_width": WIDTH // HEADS, "mlp_ratio": MLP / WIDTH}
+    texts = {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": WIDTH, "heads": HEADS, "layers": DEPTH, "mlp_ratio": MLP / WIDTH}
+    openai = randomised(open_clip.CLIP(SHARED, pictures, texts, quick_gelu=True))
+    custom = open_clip.CustomTextCLIP(SHARED, pictures, texts | {"output_tokens": True}, quick_gelu=True)
+    custom.load_state_dict({name if name in custom.state_dict() else f"text.{name}": value for name, value in openai.state_dict().items()})
+    save_text("text-open_clip", openai.state_dict(), lambda ids: custom.text(ids)[::-1], short=False, logits=openai.encode_image)
+    siglip = open_clip.CustomTextCLIP(SHARED, pictures, texts | SIGLIP, init_logit_bias=-10)
+    siglip.visual = torch.nn.Module()
+    siglip.visual.trunk = tower_of_siglip(torch.nn.GELU)
+    randomised(siglip)
+    save_text("text-open_clip-siglip", siglip.state_dict(), lambda ids: siglip.text(ids)[::-1], descriptor=siglip.visual.trunk)
+    google_text(open_clip.CustomTextCLIP(SHARED, pictures, texts | SIGLIP, init_logit_bias=-10))
+
+
+SIGLIP = {
+    "no_causal_mask": True, "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}, "act_kwargs": {"approximate": "tanh"},
+    "output_tokens": True,
+}  # fmt: skip
+
+
+def tower_of_siglip(gelu) -> VisionTransformer:
+    small = SMALL | {"num_classes": 0, "depth": 1, "patch_size": 8}
+    return VisionTransformer(**small, class_token=False, global_pool="map", act_layer=gelu)
+
+
+def google_text(network: open_clip.CustomTextCLIP) -> None:
+    """A file of big_vision's with both towers, read by open_clip's loader."""
+    rng = np.random.default_rng(0)
+    attention = {f"{part}/kernel": (WIDTH, HEADS, WIDTH // HEADS) for part in ("query", "key", "value")}
+    attention |= {f"{part}/bias": (HEADS, WIDTH // HEADS) for part in ("query", "key", "value")}
+    attention |= {"out/kernel": (HEADS, WIDTH // HEADS, WIDTH), "out/bias": (WIDTH,)}
+    mlp = {"Dense_0/kernel": (WIDTH, MLP), "Dense_0/bias": (MLP,), "Dense_1/kernel": (MLP, WIDTH), "Dense_1/bias": (WIDTH,)}
+    norm = {"scale": (WIDTH,), "bias": (WIDTH,)}
+    heads = inside("MultiHeadDotProductAttention_0", attention)
+    block = inside("LayerNorm_0", norm) | inside("LayerNorm_1", norm) | inside("MlpBlock_0", mlp) | heads
+    texts = {"Embed_0/embedding": (VOCABULARY, WIDTH), "pos_embedding": (1, CONTEXT, WIDTH), "head/kernel": (WIDTH, SHARED), "head/bias": (SHARED,)}
+    texts |= inside("Encoder_0/encoder_norm", norm)
+    for i in range(DEPTH):
+        texts |= inside(f"Encoder_0/encoderblock_{i}", block)
+    pictures = {"embedding/kernel": (8, 8, 3, WIDTH), "embedding/bias": (WIDTH,), "pos_embedding": (1, 4, WIDTH)}
+    pictures |= inside("Transformer/encoderblock_0", block) | inside("Transformer/encoder_norm", norm)
+    pictures |= {"MAPHead_0/probe": (1, 1, WIDTH)} | inside("MAPHead_0/LayerNorm_0", norm) | inside("MAPHead_0/MlpBlock_0", mlp)
+    pictures |= inside("MAPHead_0", heads)
+    shapes = inside("params/txt", texts) | inside("params/img", pictures) | {"params/t": (1,), "params/b": (1,)}
+    weights = {name: rng.normal(0, 0.3, shape) + name.endswith("scale") for name, shape in shapes.items()}
+    weights = {name: value.astype(np.float16).astype(np.float32) for name, value in weights.items()}
+    trunk = tower_of_siglip(partial(torch.nn.GELU, approximate="tanh")).eval()
+    network.eval()
+    holder = SimpleNamespace(visual=SimpleNamespace(trunk=trunk), text=network.text, logit_scale=network.logit_scale, logit_bias=network.logit_bias)
+    with tempfile.TemporaryDirectory() as folder:
+        np.savez(Path(folder) / "weights.npz", **weights)
+        load_big_vision_weights(holder, str(Path(folder) / "weights.npz"))
+    save_text("text-big_vision", weights, lambda ids: network.text(ids)[::-1], descriptor=trunk)
+
+
+def inside(folder: str, shapes: dict) -> dict:
+    return {f"{folder}/{name}": shape for name, shape in shapes.items()}
+
+
+def save_text(name: str, weights: dict, output, short: bool = True, **of_pictures) -> None:
+    """`output` is a function from ids to tokens after the final norm and the projected descriptor; `of_pictures` are as those of `save`."""
+    found = {f"weights/{key}": (value.detach().numpy() if hasattr(value, "detach") else value).astype(np.float16) for key, value in weights.items()}
+    with torch.no_grad():
+        for size, ids in (("", IDS), *([("short_", IDS[:2, :5])] if short else [])):
+            tokens, projected = output(ids)
+            found |= {f"{size}ids": ids.numpy(), f"{size}tokens": tokens.numpy(), f"{size}projected": projected.numpy()}
+        images = torch.randn((2, 3, IMAGE, IMAGE), generator=torch.Generator().manual_seed(1))
+        for key, each in of_pictures.items():
+            found |= {"images": images.permute(0, 2, 3, 1).numpy(), key: each(images).numpy()}
+    np.savez_compressed(OUT / f"{name}.npz", about=f"{VERSIONS}, open_clip {open_clip.__version__}", **found)
+    print(name, {key: value.shape for key, value in found.items() if not key.startswith("weights/")})
+
+
 if __name__ == "__main__":
-    main()
+    main(sys.argv[1:])

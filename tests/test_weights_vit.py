@@ -51,7 +51,7 @@ def recorded(name):
 def file_of(name, path):
     """The recorded weights as their publisher's kind of file."""
     weights, found = recorded(name)
-    if name.startswith(("augreg", "big_vision")):
+    if "augreg" in name or "big_vision" in name:
         np.savez(path / "weights.npz", **weights)
         return path / "weights.npz", found
     write_safetensors(path / "weights.safetensors", weights)

@@ -69,7 +69,7 @@ def _flax_norm(theirs: str, ours: str) -> tuple[Rule, ...]:
 
 _TIMM = Layout(
     mark=r"blocks\.0\.norm1\.weight",
-    prefixes=("", "module.", "backbone.", "teacher.backbone.", "student.backbone.", "encoder."),
+    prefixes=("", "module.", "backbone.", "teacher.backbone.", "student.backbone.", "encoder.", "visual.trunk."),  # the last one is open_clip's
     rules=(
         (r"(cls_token|dist_token|pos_embed)", r"\g<1>", _row),
         (r"(reg_token|register_tokens)", "reg_token", _row),
@@ -80,7 +80,7 @@ _TIMM = Layout(
         (r"attn_pool\.latent", "attn_pool.latent", _row),
         _leaf(r"attn_pool\.(?P<m>q|kv|proj|norm|mlp\.fc1|mlp\.fc2)", r"attn_pool.\g<m>"),
     ),
-    unused=r"mask_token|decoder_.*|mask_embed.*|dino_head\..*|ibot_head\..*|blocks\.\d+\.attn\.relative_position.*",
+    unused=r"mask_token|decoder_.*|mask_embed.*|dino_head\..*|ibot_head\..*|blocks\.\d+\.attn\.relative_position.*|text\..*|logit_scale|logit_bias",
 )
 
 _HF_BLOCK = r"encoder\.layer\.(?P<i>\d+)\."
@@ -168,7 +168,7 @@ _CLIP = Layout(
         )
     ),
     unused=r"transformer\..*|token_embedding\.weight|positional_embedding|ln_final\..*|text_projection|logit_scale|logit_bias|input_resolution|"
-    r"context_length|vocab_size|attn_mask|visual\.attnpool\..*",
+    r"context_length|vocab_size|attn_mask|visual\.attnpool\..*|text\..*",
 )
 
 
@@ -271,21 +271,31 @@ def to_names_of_timm(arrays: Mapping[str, np.ndarray], *, source: str) -> tuple[
     return name, found, tuple(unused)
 
 
-def heads_of(arrays: Mapping[str, np.ndarray]) -> int | None:
-    """The number of attention heads where an array has an axis for them, as in Flax's own files."""
-    return next((array.shape[-2] for name, array in arrays.items() if "encoderblock" in name and name.endswith("query/kernel")), None)
+def heads_of(arrays: Mapping[str, np.ndarray], encoder: str = "Transformer") -> int | None:
+    """The number of attention heads where an array of a tower has an axis for them, as in Flax's own files."""
+    pattern = rf"(.*/)?{encoder}/encoderblock.*/query/kernel"
+    return next((array.shape[-2] for name, array in arrays.items() if re.fullmatch(pattern, name) and array.ndim > 2), None)
 
 
-def unstacked(arrays: Mapping[str, np.ndarray]) -> Arrays:
-    """Blocks that a scan keeps in one array, block after block, as arrays of their own."""
+def unstacked(arrays: Mapping[str, np.ndarray], encoder: str = "Transformer") -> Arrays:
+    """Blocks that a scan keeps in one array, block after block, as arrays of their own; those of one tower, by the name of its encoder."""
     found: Arrays = {}
     for name, array in arrays.items():
-        if "Transformer/encoderblock/" in name:
-            for block in range(len(array)):
-                found[name.replace("/encoderblock/", f"/encoderblock_{block}/")] = array[block]
+        match = re.fullmatch(rf"((?:.*/)?{encoder}/encoderblock)(/.*)", name)
+        if match and array.ndim:
+            found |= {f"{match[1]}_{block}{match[2]}": array[block] for block in range(len(array))}
         else:
             found[name] = array
     return found
+
+
+def stacked(arrays: Arrays, encoder: str = "Transformer") -> Arrays:
+    """The other direction."""
+    found: dict[str, list[np.ndarray]] = {}
+    for name, array in arrays.items():
+        match = re.fullmatch(rf"((?:.*/)?{encoder}/encoderblock)_\d+(/.*)", name)
+        found.setdefault(match[1] + match[2] if match else name, []).append(array)
+    return {name: each[0] if name in arrays else np.stack(each) for name, each in found.items()}
 
 
 def split_qkv(arrays: Arrays, *, source: str = "the checkpoint") -> Arrays:

@@ -1,0 +1,362 @@
+"""Published text towers <-> `ggem_jax.models.text.TextTransformer`: those of CLIP and SigLIP.
+
+`read_text` takes a file of Hugging Face's, OpenAI's and open_clip's, or big_vision's names and finds the architecture in the shapes; the image tower
+that is in most such files is read by `ggem_jax.weights.vit.read_vit`. `to_published_names` is the way back.
+
+    text = read_text("open_clip_pytorch_model.safetensors")
+    output = text.model().apply(text.variables, ids)  # ids (b, n) of the tokenizer that the network was trained with
+
+References for the names: github.com/huggingface/transformers, models clip and siglip; openai/CLIP, model.py; mlfoundations/open_clip, model.py and
+transformer.py; google-research/big_vision, models/proj/image_text/text_transformer.py.
+"""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from ggem_jax.models.text import TextConfig, TextTransformer
+from ggem_jax.weights.arrays import read_arrays
+from ggem_jax.weights.convert import Parameter, to_published, to_variables
+from ggem_jax.weights.errors import MismatchedWeights
+from ggem_jax.weights.vit_layouts import Arrays, heads_of, stacked, unstacked
+
+GELU = Literal["exact", "tanh", "quick"]
+HEADS = {1152: 16}  # where a head has not 64 channels: SigLIP's So400m
+
+
+class TextFamily(NamedTuple):
+    """What the towers of a family were trained with, beside what their shapes say."""
+
+    about: str
+    causal: bool
+    pooled: Literal["end", "last"]
+    gelu: GELU
+    norm_eps: float
+
+
+TEXT_FAMILIES = {
+    "clip": TextFamily("the text tower of CLIP (Radford et al., 2021)", True, "end", "quick", 1e-5),
+    "siglip": TextFamily("the text tower of SigLIP (Zhai et al., 2023)", False, "last", "tanh", 1e-6),
+}
+
+
+class TextLayout(NamedTuple):
+    """What one publisher calls the parts of a text tower. Names of modules end with what stands before `weight` or `kernel`."""
+
+    prefixes: tuple[str, ...]  # folders before the names
+    token: str
+    position: str
+    block: str  # folder of block {i}
+    norms: tuple[str, str]
+    attention: tuple[str, ...]  # query, key and value, or the three in one
+    attention_out: str
+    mlp: tuple[str, str]
+    norm: str
+    projections: tuple[str, str | None]  # names of the kernel, with the folder {p}: of a projection with a bias (SigLIP's), and of one without
+    scale: str  # of the logits, with the folder {o} outside the tower
+    bias: str
+    unused: str  # a pattern of the full names that are no part of a text tower
+    flax: bool = False  # names of leaves and axes as in Flax
+
+
+LAYOUTS: dict[str, TextLayout] = {
+    "hf-clip": TextLayout(  # and SigLIP
+        prefixes=("text_model.", ""),
+        token="embeddings.token_embedding.weight",
+        position="embeddings.position_embedding.weight",
+        block="encoder.layers.{i}.",
+        norms=("layer_norm1.", "layer_norm2."),
+        attention=("self_attn.q_proj.", "self_attn.k_proj.", "self_attn.v_proj."),
+        attention_out="self_attn.out_proj.",
+        mlp=("mlp.fc1.", "mlp.fc2."),
+        norm="final_layer_norm.",
+        projections=("{p}head.weight", "text_projection.weight"),
+        scale="logit_scale",
+        bias="logit_bias",
+        unused=r"vision_model\..*|visual_projection\.weight|(text_model\.)?embeddings\.position_ids",
+    ),
+    "clip": TextLayout(  # OpenAI's, and open_clip's, where some have the folder
+        prefixes=("text.", ""),
+        token="token_embedding.weight",
+        position="positional_embedding",
+        block="transformer.resblocks.{i}.",
+        norms=("ln_1.", "ln_2."),
+        attention=("attn.in_proj_",),
+        attention_out="attn.out_proj.",
+        mlp=("mlp.c_fc.", "mlp.c_proj."),
+        norm="ln_final.",
+        projections=("{p}text_projection.weight", "{p}text_projection"),
+        scale="logit_scale",
+        bias="logit_bias",
+        unused=r"visual\..*|input_resolution|context_length|vocab_size|(text\.)?attn_mask",
+    ),
+    "big_vision": TextLayout(
+        prefixes=("params/txt/", "txt/", "params/", ""),
+        token="Embed_0/embedding",
+        position="pos_embedding",
+        block="Encoder_0/encoderblock_{i}/",
+        norms=("LayerNorm_0/", "LayerNorm_1/"),
+        attention=tuple(f"MultiHeadDotProductAttention_0/{part}/" for part in ("query", "key", "value")),
+        attention_out="MultiHeadDotProductAttention_0/out/",
+        mlp=("MlpBlock_0/Dense_0/", "MlpBlock_0/Dense_1/"),
+        norm="Encoder_0/encoder_norm/",
+        projections=("{p}head/kernel", None),
+        scale="{o}t",
+        bias="{o}b",
+        unused=r"(params/)?img/.*|opt/.*",
+        flax=True,
+    ),
+}
+
+
+class TextStyle(NamedTuple):
+    """How a file keeps what our model keeps in one way."""
+
+    prefix: str = ""
+    projection: str | None = None  # the full name of the kernel
+    stacked: bool = False  # the blocks of a scan in one array
+
+
+@dataclass(frozen=True)
+class PublishedText:
+    """A published text tower: its architecture, its variables, and the scale and bias of the logits that it was trained with."""
+
+    family: str
+    layout: str
+    config: TextConfig
+    outputs: int  # channels of the shared space; 0: no projection
+    project_bias: bool
+    logit_scale: float | None  # as in the file: the logarithm of the factor of the cosines
+    logit_bias: float | None  # added to the scaled cosines, of SigLIP
+    style: TextStyle
+    variables: dict[str, Any] = field(repr=False)
+    unused: tuple[str, ...] = field(default=(), repr=False)  # names in the file that are no part of the tower
+    rest: Arrays = field(default_factory=dict, repr=False)  # scale and bias of the logits, which go back as they came
+
+    def model(self) -> TextTransformer:
+        """The tower as it was trained."""
+        return TextTransformer(self.config, self.outputs, self.project_bias)
+
+
+def read_text(
+    path: str | Path,
+    *,
+    heads: int | None = None,
+    gelu: GELU | None = None,
+    norm_eps: float | None = None,
+    end_id: int | None = None,
+) -> PublishedText:
+    """Reads the text tower of a published checkpoint: `.safetensors`, `.npz`, or `.pth`, `.pt`, `.bin` through the restricted reader.
+
+    What files do not say holds where it is given: `heads`, else one for each 64 channels (of So400m 16); `gelu`, else "quick" for CLIP, as OpenAI's
+    (most others of open_clip have "exact"), and "tanh" for SigLIP, as trained (open_clip runs the first ones with "exact"); `norm_eps`, else 1e-5 and
+    1e-6; `end_id`, else the largest id of the vocabulary. A tower is SigLIP's, which sees the whole text and takes its last token, where the
+    projection has a bias or the names are big_vision's.
+
+    Raises:
+        UnreadableWeights: the file cannot be read.
+        MismatchedWeights: it holds no text tower of a known layout, or one that ours cannot be; the message lists the offending names.
+    """
+    return from_published_names(read_arrays(path), heads=heads, gelu=gelu, norm_eps=norm_eps, end_id=end_id, source=str(path))
+
+
+def from_published_names(
+    arrays: Mapping[str, np.ndarray],
+    *,
+    heads: int | None = None,
+    gelu: GELU | None = None,
+    norm_eps: float | None = None,
+    end_id: int | None = None,
+    source: str = "the checkpoint",
+) -> PublishedText:
+    """The tower of arrays by their published names. Raises `MismatchedWeights` as `read_text`."""
+    name, prefix = _find_layout(arrays, source)
+    layout = LAYOUTS[name]
+    taken_apart = unstacked(arrays, "Encoder_0")
+    found = {key: array for key, array in taken_apart.items() if not re.fullmatch(layout.unused, key)}
+    scale, bias = _logits(layout, prefix)
+    rest = {key: np.asarray(found.pop(key)) for key in (scale, bias) if key in found}
+    style = TextStyle(
+        prefix,
+        projection=next((each for each in _projections(layout, prefix) if each in found), None),
+        stacked=set(taken_apart) != set(arrays),
+    )
+    project_bias = style.projection == _projections(layout, prefix)[0]
+    family = "siglip" if project_bias or layout.flax else "clip"
+    usual = TEXT_FAMILIES[family]
+    shapes = _shapes(found, layout, style, source)
+    width = shapes.pop("width")
+    outputs = shapes.pop("outputs")
+    try:
+        config = TextConfig(
+            width=width,
+            heads=heads or heads_of(found, "Encoder_0") or HEADS.get(width, max(width // 64, 1)),
+            causal=usual.causal,
+            pooled=usual.pooled,
+            end_id=end_id,
+            gelu=gelu or usual.gelu,
+            norm_eps=norm_eps or usual.norm_eps,
+            **shapes,
+        )
+    except ValueError as error:
+        raise MismatchedWeights(f"{source}: {error}") from None
+    variables = to_variables(found, text_table(name, style, config, outputs, project_bias), source=source)
+    numbers = {key: _number(key, array, source) for key, array in rest.items()}
+    unused = tuple(key for key in arrays if re.fullmatch(layout.unused, key))
+    return PublishedText(family, name, config, outputs, project_bias, numbers.get(scale), numbers.get(bias), style, _apart(variables), unused, rest)
+
+
+def to_published_names(published: PublishedText, variables: Mapping[str, Any] | None = None) -> Arrays:
+    """Parameters by the names that they came in: those of `variables`, which may have been trained further, or those as read.
+
+    Scale and bias of the logits come with them; the image tower, which is no part of the record, does not. Arrays are in the dtypes of the variables:
+    float32 as read, whatever the file had.
+
+    Raises `MismatchedWeights` unless the variables are those of the published tower.
+    """
+    layout = LAYOUTS[published.layout]
+    variables = published.variables if variables is None else variables
+    together = variables if len(layout.attention) == 3 else _together(variables)
+    table = text_table(published.layout, published.style, published.config, published.outputs, published.project_bias)
+    arrays = to_published(together, table)
+    return (stacked(arrays, "Encoder_0") if published.style.stacked else arrays) | published.rest
+
+
+def holds_text(names: Iterable[str]) -> bool:
+    """Whether a text tower of a known layout is among the names of a file."""
+    tokens = {prefix + layout.token for layout in LAYOUTS.values() for prefix in layout.prefixes}
+    return not tokens.isdisjoint(names)
+
+
+def text_table(name: str, style: TextStyle, config: TextConfig, outputs: int, project_bias: bool) -> dict[str, Parameter]:
+    """Published names of a layout and where their parameters go. Projections that are kept together go to one module, `qkv`, with an axis of 3."""
+    c, layout, p = config, LAYOUTS[name], style.prefix
+    width, heads = (c.width,), (c.heads, c.width // c.heads)
+    table = {
+        p + layout.token: Parameter(("params", "token_embedding", "embedding"), (c.vocabulary, c.width)),
+        p + layout.position: Parameter(
+            ("params", "position"), (1, c.context, c.width) if layout.flax else (c.context, c.width), ours=(c.context, c.width)
+        ),
+    }
+    for i in range(c.depth):
+        theirs, ours = p + layout.block.format(i=i), f"blocks_{i}"
+        for n in (0, 1):
+            table |= _norm(theirs + layout.norms[n], (ours, f"norm_{n + 1}"), c.width, layout.flax)
+        if len(layout.attention) == 3:
+            for part, each in zip(("query", "key", "value"), layout.attention, strict=True):
+                table |= _dense(theirs + each, (ours, "attention", part), width, heads, layout.flax)
+        else:
+            table |= _dense(theirs + layout.attention[0], (ours, "attention", "qkv"), width, (3, *heads), layout.flax)
+        table |= _dense(theirs + layout.attention_out, (ours, "attention", "out"), heads, width, layout.flax)
+        table |= _dense(theirs + layout.mlp[0], (ours, "mlp", "in"), width, (c.mlp_width,), layout.flax)
+        table |= _dense(theirs + layout.mlp[1], (ours, "mlp", "out"), (c.mlp_width,), width, layout.flax)
+    table |= _norm(p + layout.norm, ("norm",), c.width, layout.flax)
+    if style.projection is not None:
+        kernel = _transposed(style.projection)
+        shape = (outputs, c.width) if kernel else (c.width, outputs)
+        table[style.projection] = Parameter(("params", "head", "kernel"), shape, "dense" if kernel else "same")
+        if project_bias:
+            table[re.sub(r"(weight|kernel)$", "bias", style.projection)] = Parameter(("params", "head", "bias"), (outputs,))
+    return table
+
+
+def _norm(theirs: str, ours: tuple[str, ...], width: int, flax: bool) -> dict[str, Parameter]:
+    return {
+        theirs + ("scale" if flax else "weight"): Parameter(("params", *ours, "scale"), (width,)),
+        theirs + "bias": Parameter(("params", *ours, "bias"), (width,)),
+    }
+
+
+def _dense(theirs: str, ours: tuple[str, ...], inner: tuple[int, ...], outer: tuple[int, ...], flax: bool) -> dict[str, Parameter]:
+    """A dense layer with the axes of our kernel: as they are in Flax's files, flat and transposed in PyTorch's."""
+    kernel, bias = ("params", *ours, "kernel"), ("params", *ours, "bias")
+    if flax:
+        return {theirs + "kernel": Parameter(kernel, inner + outer), theirs + "bias": Parameter(bias, outer)}
+    flat = (math.prod(outer), math.prod(inner))
+    return {
+        theirs + "weight": Parameter(kernel, flat, "dense", ours=inner + outer),
+        theirs + "bias": Parameter(bias, flat[:1], ours=outer),
+    }
+
+
+def _transposed(projection: str) -> bool:
+    """Whether a projection is `(out, in)`, a dense layer of PyTorch's; the plain array of OpenAI's and Flax's kernel are `(in, out)`."""
+    return projection.endswith("weight")
+
+
+def _projections(layout: TextLayout, prefix: str) -> list[str]:
+    return [each.format(p=prefix) for each in layout.projections if each]
+
+
+def _find_layout(arrays: Mapping[str, np.ndarray], source: str) -> tuple[str, str]:
+    for name, layout in LAYOUTS.items():
+        for prefix in layout.prefixes:
+            if prefix + layout.token in arrays:
+                return name, prefix
+    shown = ", ".join(sorted(arrays)[:8])
+    raise MismatchedWeights(f"{source}: no text tower of a known layout ({', '.join(LAYOUTS)}): its names begin {shown or 'nowhere, there are none'}")
+
+
+def _logits(layout: TextLayout, prefix: str) -> tuple[str, str]:
+    """The names of scale and bias, which stand beside the tower."""
+    outside = prefix.removesuffix("txt/")
+    return layout.scale.format(o=outside), layout.bias.format(o=outside)
+
+
+def _number(name: str, array: np.ndarray, source: str) -> float:
+    if array.size != 1:
+        raise MismatchedWeights(f"{source}: {name} must be one number, not of shape {array.shape}")
+    return float(array.reshape(()))
+
+
+def _shapes(found: Arrays, layout: TextLayout, style: TextStyle, source: str) -> dict[str, Any]:
+    """What the shapes say."""
+    first = style.prefix + layout.block.format(i=0) + layout.mlp[0] + ("kernel" if layout.flax else "weight")
+    position = style.prefix + layout.position
+    needed = [style.prefix + layout.token, position, first, *([] if style.projection is None else [style.projection])]
+    if missing := [name for name in needed if name not in found]:
+        raise MismatchedWeights(f"{source} has no {', '.join(missing)}")
+    if flat := [f"{name} {found[name].shape}" for name in needed if found[name].ndim != 2 + (layout.flax and name == position)]:
+        raise MismatchedWeights(f"{source}: of {', '.join(flat)} the number of axes is wrong")
+    vocabulary, width = found[needed[0]].shape
+    pattern = re.escape(style.prefix + layout.block).replace(r"\{i\}", r"(\d+)") + ".*"
+    blocks = [int(match.group(1)) for match in (re.fullmatch(pattern, name) for name in found) if match]
+    return {
+        "vocabulary": vocabulary,
+        "width": width,
+        "context": found[position].shape[-2],
+        "depth": min(1 + max(blocks), len(found)),  # a name may have any number in it
+        "mlp_width": found[first].shape[1 if layout.flax else 0],
+        "outputs": 0 if style.projection is None else found[style.projection].shape[0 if _transposed(style.projection) else 1],
+    }
+
+
+def _apart(variables: dict[str, Any]) -> dict[str, Any]:
+    """Queries, keys and values as modules of their own where they came in one."""
+    for block in variables["params"].values():
+        if isinstance(block, dict) and "qkv" in block.get("attention", {}):
+            attention = block["attention"]
+            for leaf, array in attention.pop("qkv").items():
+                for part, each in zip(("query", "key", "value"), np.moveaxis(array, -3, 0), strict=True):
+                    attention.setdefault(part, {})[leaf] = np.ascontiguousarray(each)
+    return variables
+
+
+def _together(variables: Mapping[str, Any]) -> dict[str, Any]:
+    """The other direction; where the three do not fit each other they stay as they are."""
+    params = {}
+    for name, block in variables.get("params", {}).items():
+        attention = dict(block.get("attention", {})) if isinstance(block, Mapping) else {}
+        parts = [attention.get(part, {}) for part in ("query", "key", "value")]
+        shapes = [{leaf: np.shape(array) for leaf, array in part.items()} for part in parts]
+        if shapes[0] and shapes[0] == shapes[1] == shapes[2]:
+            together = {leaf: np.stack([np.asarray(part[leaf]) for part in parts], axis=-3) for leaf in parts[0]}
+            others = {key: value for key, value in attention.items() if key not in ("query", "key", "value")}
+            block = {**block, "attention": {**others, "qkv": together}}
+        params[name] = block
+    return {**variables, "params": params}
