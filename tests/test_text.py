@@ -58,6 +58,11 @@ def test_recomputing_the_blocks_changes_no_number():
     np.testing.assert_array_equal(model.apply(variables, IDS).tokens, again.apply(variables, IDS).tokens)
 
 
+def test_a_gated_mlp_has_twice_the_channels_before_the_gate():
+    mlp = jax.eval_shape(TextTransformer(TextConfig(**SMALL, mlp="swiglu")).init, jax.random.key(0), IDS)["params"]["blocks_0"]["mlp"]
+    assert (mlp["in"]["kernel"].shape, mlp["out"]["kernel"].shape) == ((16, 48), (24, 16))
+
+
 def test_dropout_acts_in_training_only():
     model, variables = started(dropout=0.5)
     quiet = model.apply(variables, IDS).descriptor

@@ -1,5 +1,6 @@
 """train/classify.py and what it stands on: configs, the step, the log, and every mistake in one line."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -444,6 +445,7 @@ def test_flops_of_a_published_model():
     tokens = 4
     macs = tokens * 12 * 4 + 4 * tokens * 16 + 2 * tokens**2 * 4 + 2 * tokens * 4 * 8 + 4 * 3
     assert forward_flops(hand, 3) == 2 * macs
+    assert forward_flops(dataclasses.replace(hand, mlp="swiglu"), 3) == 2 * (macs + tokens * 4 * 8)
 
 
 def test_lines_after_the_checkpoint_are_dropped(tmp_path):

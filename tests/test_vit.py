@@ -66,6 +66,9 @@ def numpy_mlp(x, p, gelu):
     hidden = x @ p["in"]["kernel"] + p["in"]["bias"]
     if gelu == "exact":
         hidden = hidden * (1 + erf(hidden / math.sqrt(2))) / 2
+    elif gelu == "swiglu":
+        gate, value = np.split(hidden, 2, axis=-1)
+        hidden = gate / (1 + np.exp(-gate)) * value
     elif gelu == "quick":
         hidden = hidden / (1 + np.exp(-1.702 * hidden))
     else:
@@ -91,7 +94,7 @@ def numpy_vit(images, p, config):
         block = p[f"blocks_{i}"]
         for norm, branch, scale in (("norm_1", "attention", "layer_scale_1"), ("norm_2", "mlp", "layer_scale_2")):
             y = numpy_norm(x, block[norm])
-            y = numpy_attention(y, y, block[branch]) if branch == "attention" else numpy_mlp(y, block[branch], c.gelu)
+            y = numpy_attention(y, y, block[branch]) if branch == "attention" else numpy_mlp(y, block[branch], c.mlp if c.mlp == "swiglu" else c.gelu)
             x = x + y * block.get(scale, 1.0)
     return x, numpy_norm(x, p["norm"])
 
@@ -105,6 +108,7 @@ def numpy_vit(images, p, config):
         {"position": "sincos", "gelu": "tanh"},
         {"qkv_bias": False, "class_token": False, "registers": 1},
         {"gelu": "quick", "patch_bias": False, "pre_norm": True},
+        {"mlp": "swiglu"},
     ],
     ids=str,
 )
@@ -282,6 +286,7 @@ def test_sincos_position_by_hand():
         ({"depth": 0}, "depth must be a whole number of at least 1, not 0"),
         ({"patch": (4, 4)}, "patch must be a whole number"),
         ({"registers": -1}, "registers must be a whole number of at least 0"),
+        ({"mlp": "geglu"}, "mlp must be one of gelu, swiglu, not 'geglu'"),
         ({"gelu": "fast"}, "gelu must be one of exact, tanh, quick, not 'fast'"),
         ({"pool_order": "pool_norm"}, "pool_order must be one of norm-pool, pool-norm"),
         ({"dtype": "float64"}, "dtype must be one of float32, bfloat16, float16"),

@@ -16,6 +16,7 @@ from ggem_jax.models.vit import GGeM, ViT
 from ggem_jax.pooling import avg_pool
 from ggem_jax.weights import MismatchedWeights, UnreadableWeights, write_safetensors, write_torch
 from ggem_jax.weights.vit import POOLINGS, from_timm, read_vit, to_timm
+from ggem_jax.weights.vit_layouts import to_names_of_timm
 
 DATA = Path(__file__).parent / "data" / "vit"
 # name -> layout, family
@@ -38,6 +39,9 @@ CASES = {
     "hf-siglip": ("hf-clip", "siglip"),
     "augreg": ("augreg", "augreg"),
     "big_vision-siglip": ("big_vision", "siglip"),
+    "timm-swiglu": ("timm", "dinov2"),
+    "dinov2-swiglu": ("timm", "dinov2"),
+    "hf-dinov2-swiglu": ("hf-dinov2", "dinov2"),
 }
 
 
@@ -95,6 +99,7 @@ def test_the_way_to_timm_and_back_changes_no_feature(name, tmp_path):
     assert_like_pytorch(kept, found)
     if CASES[name][0] == "timm":
         given = {re.sub(r"gamma_(\d)", r"ls\1.gamma", key): value for key, value in recorded(name)[0].items() if key not in published.unused}
+        given = {key.replace("mlp.w12", "mlp.fc1").replace("mlp.w3", "mlp.fc2"): value for key, value in given.items()}
         assert set(arrays) == set(given)
         for key, value in given.items():
             if "distilled" not in name or key not in ("dist_token", "pos_embed"):  # of which only the sum is known
@@ -157,6 +162,16 @@ def test_a_vit_of_big_vision_is_not_called_siglip(tmp_path):
     assert_like_pytorch(published, found)
 
 
+def test_a_gated_mlp_is_told_by_its_shapes(tmp_path):
+    for name, mlp, width in (("timm-swiglu", "swiglu", 24), ("dinov2-swiglu", "swiglu", 24), ("timm-deit3", "gelu", 24)):
+        config = read_vit(file_of(name, tmp_path)[0], heads=2).config
+        assert (config.mlp, config.mlp_width) == (mlp, width)
+    weights, _ = recorded("timm-swiglu")
+    weights["blocks.1.mlp.fc1.weight"] = weights["blocks.1.mlp.fc1.weight"][:24]  # of a GELU
+    with pytest.raises(MismatchedWeights, match=r"1 wrongly shaped: blocks\.1\.mlp\.fc1\.weight \(24, 16\) where \(48, 16\) is needed"):
+        from_timm(weights, heads=2)
+
+
 def test_the_pictures_of_timms_config(tmp_path):
     path, _ = file_of("timm-vit", tmp_path)
     assert read_vit(path, heads=2).normalised is None
@@ -169,6 +184,7 @@ def test_the_pictures_of_timms_config(tmp_path):
     [
         (lambda w: w | {"blocks.0.mlp.w12.weight": np.ones((4, 4), np.float32)}, "blocks.0.mlp.w12.weight"),
         (lambda w: {k: v for k, v in w.items() if k != "blocks.1.mlp.fc2.bias"}, "1 missing: blocks.1.mlp.fc2.bias"),
+        (lambda w: {k: v for k, v in w.items() if k != "blocks.0.mlp.fc2.weight"}, "has no blocks.0.mlp.fc2.weight"),
         (lambda w: w | {"blocks.1.norm1.weight": np.ones(3, np.float32)}, "blocks.1.norm1.weight (3,) where (16,) is needed"),
         (lambda w: w | {"blocks.1.attn.qkv.weight": np.ones((47, 16), np.float32)}, "blocks.1.attn.qkv.weight"),
         (lambda w: w | {"pos_embed": np.ones((1, 14, 16), np.float32)}, "14 positions are no square"),
@@ -184,6 +200,25 @@ def test_what_does_not_fit_is_named(tmp_path, change, words):
         read_vit(tmp_path / "w.safetensors", heads=2)
     assert words in str(caught.value)
     assert str(tmp_path / "w.safetensors") in str(caught.value)
+
+
+def test_dinov3_is_refused_in_one_sentence():
+    """Its names in the original files, in those of Hugging Face, and in timm's, where nothing but the absent positions tells."""
+    weights, _ = recorded("timm-dinov2-registers")
+    timm = {name: value for name, value in weights.items() if name != "pos_embed"}
+    original = {name.replace("reg_token", "storage_tokens"): value for name, value in timm.items()}
+    original |= {"rope_embed.periods": np.ones(2), "blocks.0.attn.qkv.bias_mask": np.ones(48)}
+    hugging = {f"layer.0.attention.{part}_proj.weight": np.ones((16, 16)) for part in "qkvo"} | {"embeddings.register_tokens": np.ones((1, 3, 16))}
+    for arrays, words in (
+        (original, "rotary positions, such as DINOv3, which is not read: blocks.0.attn.qkv.bias_mask, rope_embed.periods, storage_tokens"),
+        (hugging, "rotary positions, such as DINOv3, which is not read: layer.0.attention.k_proj.weight, layer.0.attention.q_proj.weight"),
+    ):
+        with pytest.raises(MismatchedWeights) as caught:
+            to_names_of_timm(arrays, source="this file")
+        assert words in str(caught.value)
+        assert str(caught.value).startswith("this file")
+    with pytest.raises(MismatchedWeights, match=r"has no pos_embed; networks without learned positions, such as DINOv3 .* are not read"):
+        from_timm(timm, heads=2)
 
 
 def test_damaged_files_are_refused(tmp_path):

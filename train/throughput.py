@@ -38,7 +38,7 @@ def forward_flops(config: ViTConfig, num_classes: int) -> float:
     embedding = patches * 3 * config.patch**2 * width
     projections = 4 * tokens * width**2
     attention = 2 * tokens**2 * width
-    mlp = 2 * tokens * width * config.mlp_width
+    mlp = (3 if config.mlp == "swiglu" else 2) * tokens * width * config.mlp_width
     return 2.0 * (embedding + config.depth * (projections + attention + mlp) + width * num_classes)
 
 

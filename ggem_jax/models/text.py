@@ -14,7 +14,7 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from ggem_jax.models.transformer import GELU, Block, check_config, dtypes
+from ggem_jax.models.transformer import GELU, Block, Gate, check_config, dtypes
 
 
 @dataclass(frozen=True)
@@ -32,6 +32,7 @@ class TextConfig:
     end_id: int | None = None  # id that ends a text; None: the largest of the vocabulary, as in CLIP
     dropout: float = 0.0  # in every residual branch
     gelu: GELU = "exact"
+    mlp: Gate = "gelu"
     layer_scale: float | None = None
     qkv_bias: bool = True
     norm_eps: float = 1e-5

@@ -11,6 +11,7 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 GELU = Literal["exact", "tanh", "quick"]  # quick: x sigmoid(1.702 x), of OpenAI's CLIP
+Gate = Literal["gelu", "swiglu"]  # of an MLP: a GELU of its hidden channels, or silu(a) b of two halves of them
 
 xavier = nn.initializers.xavier_uniform()
 
@@ -35,6 +36,9 @@ class BlockConfig(Protocol):
 
     @property
     def gelu(self) -> GELU: ...
+
+    @property
+    def mlp(self) -> Gate: ...
 
     @property
     def qkv_bias(self) -> bool: ...
@@ -100,15 +104,24 @@ _GELUS: dict[str, Callable] = {"exact": partial(nn.gelu, approximate=False), "ta
 
 
 class MLP(nn.Module):
-    """Two dense layers with a GELU between."""
+    """Two dense layers with a GELU between, or with a gate: out(silu(a) b) with a and b the first and the second half of the channels of `in`.
+
+    Reference for the gate, SwiGLU: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202, eq. 6; fused and with biases as in DINOv2-g.
+    """
 
     config: BlockConfig
 
     @nn.compact
     def __call__(self, tokens: Float[Array, "b n d"], train: bool = False) -> Float[Array, "b n d"]:
         c = self.config
-        hidden = nn.Dense(c.mlp_width, kernel_init=xavier, name="in", **dtypes(c))(tokens)
-        hidden = nn.Dropout(c.dropout)(_GELUS[c.gelu](hidden), deterministic=not train)
+        gated = c.mlp == "swiglu"
+        hidden = nn.Dense((1 + gated) * c.mlp_width, kernel_init=xavier, name="in", **dtypes(c))(tokens)
+        if gated:
+            gate, value = jnp.split(hidden, 2, axis=-1)
+            hidden = jax.nn.silu(gate) * value
+        else:
+            hidden = _GELUS[c.gelu](hidden)
+        hidden = nn.Dropout(c.dropout)(hidden, deterministic=not train)
         return nn.Dense(c.width, kernel_init=xavier, name="out", **dtypes(c))(hidden)
 
 

@@ -44,6 +44,7 @@ class ViTConfig:
     drop_path: float = 0.0  # probability to skip a residual branch in the last block; grows linearly from 0 in the first
     dropout: float = 0.0  # after the embedding and in every residual branch
     gelu: Literal["exact", "tanh", "quick"] = "exact"  # quick: x sigmoid(1.702 x), of OpenAI's CLIP
+    mlp: Literal["gelu", "swiglu"] = "gelu"  # swiglu: the gated MLP of DINOv2-g, which has no GELU; mlp_width counts its channels after the gate
     patch_bias: bool = True  # of the patch embedding
     pre_norm: bool = False  # a norm of the embedded tokens before the first block, as in CLIP
     qkv_bias: bool = True

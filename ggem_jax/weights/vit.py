@@ -246,7 +246,8 @@ def _dense(theirs: str, ours: tuple[str, ...], inner: int, outer: int) -> dict[s
 
 
 def _mlp(theirs: str, ours: tuple[str, ...], c: ViTConfig) -> dict[str, Parameter]:
-    return _dense(f"{theirs}.fc1", (*ours, "in"), c.width, c.mlp_width) | _dense(f"{theirs}.fc2", (*ours, "out"), c.mlp_width, c.width)
+    hidden = c.mlp_width * (2 if c.mlp == "swiglu" else 1)
+    return _dense(f"{theirs}.fc1", (*ours, "in"), c.width, hidden) | _dense(f"{theirs}.fc2", (*ours, "out"), c.mlp_width, c.width)
 
 
 def _attention(theirs: str, ours: tuple[str, ...], c: ViTConfig) -> dict[str, Parameter]:
@@ -311,7 +312,8 @@ def _family(layout: str, arrays: Arrays, unused: tuple[str, ...]) -> str:
         return "big_vision"
     if "blocks.0.ls1.gamma" in arrays:
         with_registers = "reg_token" in arrays or "mask_token" in dropped
-        return "dinov2" if with_registers or layout == "hf-dinov2" or arrays["patch_embed.proj.weight"].shape[-1] == 14 else "deit3"
+        of_patch_14 = arrays["patch_embed.proj.weight"].shape[-1] == 14
+        return "dinov2" if with_registers or layout == "hf-dinov2" or of_patch_14 or _gated(arrays) else "deit3"
     if "dist_token" in arrays:
         return "deit"
     return "mae" if "decoder" in dropped or "fc_norm.weight" in arrays else "vit"
@@ -319,9 +321,10 @@ def _family(layout: str, arrays: Arrays, unused: tuple[str, ...]) -> str:
 
 def _architecture(arrays: Arrays, heads: int | None, source: str) -> tuple[Style, ViTConfig]:
     """What the shapes say."""
-    needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight")
+    needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight")
     if missing := [name for name in needed if name not in arrays]:
-        raise MismatchedWeights(f"{source} has no {', '.join(missing)}")
+        learned = "; networks without learned positions, such as DINOv3 with its rotary ones, are not read" if "pos_embed" in missing else ""
+        raise MismatchedWeights(f"{source} has no {', '.join(missing)}{learned}")
     kernel = arrays["patch_embed.proj.weight"]
     if kernel.ndim != 4 or kernel.shape[1] != 3 or kernel.shape[2] != kernel.shape[3]:
         raise MismatchedWeights(f"{source}: patch_embed.proj.weight must be (width, 3, patch, patch), not {kernel.shape}")
@@ -336,11 +339,12 @@ def _architecture(arrays: Arrays, heads: int | None, source: str) -> tuple[Style
             width=width,
             depth=1 + max(int(name.split(".")[1]) for name in arrays if name.startswith("blocks.")),
             heads=heads or HEADS.get(width, max(width // 64, 1)),
-            mlp_width=len(arrays["blocks.0.mlp.fc1.weight"]),
+            mlp_width=len(arrays["blocks.0.mlp.fc1.weight"]) // (2 if _gated(arrays) else 1),
             image=side * patch,
             class_token=class_token,
             registers=registers,
             layer_scale=1e-5 if "blocks.0.ls1.gamma" in arrays else None,
+            mlp="swiglu" if _gated(arrays) else "gelu",
             patch_bias="patch_embed.proj.bias" in arrays,
             pre_norm="norm_pre.weight" in arrays,
             qkv_bias="blocks.0.attn.q.bias" in arrays,
@@ -349,6 +353,12 @@ def _architecture(arrays: Arrays, heads: int | None, source: str) -> tuple[Style
     except ValueError as error:
         raise MismatchedWeights(f"{source}: {error}") from None
     return Style(positions, distilled, "fc_norm.weight" in arrays), config
+
+
+def _gated(arrays: Arrays) -> bool:
+    """Whether the MLPs are gated: the first layer makes two channels, the gate and what it lets through, of each that the second takes."""
+    first, second = (arrays.get(f"blocks.0.mlp.{layer}.weight", np.empty((0, 1))) for layer in ("fc1", "fc2"))
+    return len(first) == 2 * second.shape[-1]
 
 
 def _grid(count: int, class_token: int, distilled: int, source: str) -> tuple[int, int]:

@@ -75,6 +75,8 @@ _TIMM = Layout(
         (r"(reg_token|register_tokens)", "reg_token", _row),
         _leaf(r"(?P<m>patch_embed\.proj|norm|fc_norm|norm_pre|head|head_dist)", r"\g<m>"),
         _leaf(r"blocks\.(?P<i>\d+)\.(?P<m>norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)", r"blocks.\g<i>.\g<m>"),
+        _leaf(r"blocks\.(?P<i>\d+)\.mlp\.w12", r"blocks.\g<i>.mlp.fc1"),  # DINOv2's own names of its gated MLP
+        _leaf(r"blocks\.(?P<i>\d+)\.mlp\.w3", r"blocks.\g<i>.mlp.fc2"),
         (r"blocks\.(?P<i>\d+)\.ls(?P<n>[12])\.gamma", r"blocks.\g<i>.ls\g<n>.gamma", None),
         (r"blocks\.(?P<i>\d+)\.gamma_(?P<n>[12])", r"blocks.\g<i>.ls\g<n>.gamma", None),
         (r"attn_pool\.latent", "attn_pool.latent", _row),
@@ -115,6 +117,8 @@ _HF_DINOV2 = Layout(
         *_HF_SHARED,
         (r"embeddings\.register_tokens", "reg_token", _row),
         _leaf(_HF_BLOCK + r"(?P<m>norm1|norm2|mlp\.fc1|mlp\.fc2)", r"blocks.\g<i>.\g<m>"),
+        _leaf(_HF_BLOCK + r"mlp\.weights_in", r"blocks.\g<i>.mlp.fc1"),  # of the gated MLP
+        _leaf(_HF_BLOCK + r"mlp\.weights_out", r"blocks.\g<i>.mlp.fc2"),
         (_HF_BLOCK + r"layer_scale(?P<n>[12])\.lambda1", r"blocks.\g<i>.ls\g<n>.gamma", None),
     ),
     unused=r"embeddings\.mask_token|classifier\.(weight|bias)",  # its classifier takes the class token and the mean of the patches
@@ -229,6 +233,10 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
+# What only files of networks with rotary positions have: those of DINOv3, and the names that Hugging Face gives it.
+_ROTARY = r"(.*\.)?(rope_embed\..*|storage_tokens|blocks\.\d+\.attn\.qkv\.bias_mask|(?<!encoder\.)layer\.\d+\.attention\.[qkv]_proj\.weight)"
+
+
 def find_layout(arrays: Mapping[str, np.ndarray]) -> tuple[str, str]:
     """The layout whose mark is among the names, and the folder before them. Raises `MismatchedWeights` where none is."""
     for name, layout in LAYOUTS.items():
@@ -243,9 +251,11 @@ def to_names_of_timm(arrays: Mapping[str, np.ndarray], *, source: str) -> tuple[
     """The layout, the parameters by timm's names (queries, keys and values together or apart, as they came), and the names that no ViT uses.
 
     Raises:
-        MismatchedWeights: no known layout, or names that the layout has no place for; the message lists all of them.
+        MismatchedWeights: no known layout, rotary positions, or names that the layout has no place for; the message lists them.
     """
     arrays = unstacked(arrays)
+    if rotary := [name for name in arrays if re.fullmatch(_ROTARY, name)]:
+        raise MismatchedWeights(f"{source} is of a network with rotary positions, such as DINOv3, which is not read: {', '.join(sorted(rotary)[:8])}")
     try:
         name, prefix = find_layout(arrays)
     except MismatchedWeights as error:
@@ -261,7 +271,7 @@ def to_names_of_timm(arrays: Mapping[str, np.ndarray], *, source: str) -> tuple[
             continue
         for pattern, ours, change in layout.rules:
             match = re.fullmatch(pattern.replace("(weight|bias)", "(?P<leaf>weight|bias)"), short)
-            if match:
+            if match and match.expand(ours) not in found:  # two names of one parameter: no place for the second
                 found[match.expand(ours)] = array if change is None else change(array)
                 break
         else:
