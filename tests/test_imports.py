@@ -68,7 +68,7 @@ INSIDE_GGEM_JAX = {
     "weights.vit_layouts": {"weights.errors"},
     "weights.vit": {"models.vit", "pooling", "weights.arrays", "weights.convert", "weights.errors", "weights.vit_layouts"},
     "weights.text": {"models.text", "weights.arrays", "weights.convert", "weights.errors", "weights.vit_layouts"},
-    "weights.__main__": {"weights.safetensors_files", "weights.vit"},
+    "weights.__main__": {"weights.safetensors_files", "weights.text", "weights.vit"},
     "weights.cvnet": {"weights.convert", "weights.errors", "weights.safetensors_files", "weights.torch_files"},
 }
 

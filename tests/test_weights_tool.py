@@ -9,6 +9,7 @@ from test_weights_vit import file_of, recorded
 
 from ggem_jax.weights import read_safetensors, write_safetensors
 from ggem_jax.weights.__main__ import main
+from ggem_jax.weights.text import read_text
 from ggem_jax.weights.vit import read_vit
 
 
@@ -44,8 +45,64 @@ def test_convert_writes_both_namings(tmp_path, capsys):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("words", [["inspect", "absent.safetensors"], ["inspect", "weights.h5"], ["convert", "GOOD", "out.bin"]])
-def test_what_goes_wrong_is_one_sentence(tmp_path, capsys, words):
+def test_inspect_says_that_a_text_tower_is_there_and_what_it_is(tmp_path, capsys):
+    path, _ = file_of("text-open_clip", tmp_path)
+    assert main(["inspect", str(path), "--heads", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "the image tower of CLIP" in said
+    assert said.count("a text tower is in the file too: --tower text\n") == 1
+    assert said.count("resblocks.*.attn.in_proj_weight") == 1
+    assert main(["inspect", str(path), "--heads", "2", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["text_tower"] is True
+    assert main(["inspect", str(path), "--heads", "2", "--tower", "text"]) == 0
+    said = capsys.readouterr().out
+    for words in ("the text tower of CLIP", "GELU quick", "30 ids, texts of up to 8", "sees what is before it", "5 outputs", "bias None"):
+        assert words in said
+    path, _ = file_of("text-hf-siglip", tmp_path)
+    assert main(["inspect", str(path), "--heads", "2", "--tower", "text", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    weights, _ = recorded("text-hf-siglip")
+    assert (found["family"], found["tower"], found["outputs"]) == ("siglip", "text", 5)
+    assert found["logit_bias"] == float(weights["logit_bias"].item())
+    assert all(name.startswith("vision_model.") for name in found["unused"])
+    for name, has in (("mae", False), ("timm-swiglu", False)):
+        path, _ = file_of(name, tmp_path)
+        assert main(["inspect", str(path), "--heads", "2"]) == 0
+        said = capsys.readouterr().out
+        assert ("text tower" in said) is has
+    assert "SwiGLU" in said
+    assert "GELU exact" not in said
+
+
+def test_convert_writes_a_text_tower_under_both_names(tmp_path, capsys):
+    path, _ = file_of("text-open_clip", tmp_path)
+    for names in ("flax", "published"):
+        out = str(tmp_path / f"{names}.safetensors")
+        assert main(["convert", str(path), out, "--tower", "text", "--to", names, "--heads", "2"]) == 0
+    published = read_text(path, heads=2)
+    flax = read_safetensors(tmp_path / "flax.safetensors")
+    for where, leaf in jax.tree_util.tree_leaves_with_path(published.variables):
+        np.testing.assert_array_equal(flax["/".join(part.key for part in where)], leaf)
+    again = read_safetensors(tmp_path / "published.safetensors")
+    assert set(again) == set(read_safetensors(path)) - set(published.unused)
+    for name, array in again.items():
+        np.testing.assert_array_equal(array, read_safetensors(path)[name])
+
+
+WRONG = {
+    "absent": (["inspect", "absent.safetensors"], "absent.safetensors"),
+    "ending": (["inspect", "weights.h5"], ".safetensors, .npz"),
+    "output": (["convert", "GOOD", "out.bin"], "out.bin"),
+    "no text": (["inspect", "GOOD", "--tower", "text"], "no text tower of a known layout"),
+    "text to timm": (["convert", "GOOD", "out.safetensors", "--tower", "text", "--to", "timm"], "may be flax or published, not timm"),
+    "image to its own": (["convert", "GOOD", "out.safetensors", "--to", "published"], "may be flax or timm, not published"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_what_goes_wrong_is_one_sentence(tmp_path, capsys, monkeypatch, case):
+    words, cause = WRONG[case]
+    monkeypatch.chdir(tmp_path)
     write_safetensors(tmp_path / "weights.safetensors", recorded("timm-vit")[0])
     words = [str(tmp_path / "weights.safetensors") if word == "GOOD" else word for word in words]
     assert main(words) == 1
@@ -53,4 +110,5 @@ def test_what_goes_wrong_is_one_sentence(tmp_path, capsys, words):
     assert said.out == ""
     assert said.err.startswith("ggem_jax.weights: ")
     assert said.err.count("\n") == 1
+    assert cause in said.err
     assert sorted(each.name for each in tmp_path.iterdir()) == ["weights.safetensors"]

@@ -1,15 +1,17 @@
 """What a file of weights is, and the same weights under other names.
 
-    python -m ggem_jax.weights inspect FILE [--json]
-    python -m ggem_jax.weights convert FILE OUT.safetensors [--to flax|timm]
+    python -m ggem_jax.weights inspect FILE [--tower image|text] [--json]
+    python -m ggem_jax.weights convert FILE OUT.safetensors [--tower image|text] [--to flax|timm|published]
 
-FILE is a published Vision Transformer (`read_vit`). `flax` names are those of `ViT`'s variables, joined by slashes; `timm` those of timm's models.
-What goes wrong is one sentence on standard error and exit code 1; nothing half-written stays.
+FILE is a published Vision Transformer (`read_vit`), or with `--tower text` a text tower of CLIP or SigLIP (`read_text`); many files hold both. `flax`
+names are those of the variables of `ViT` and `TextTransformer`, joined by slashes; `timm` those of timm's models, for image towers; `published` those
+of the file, for text towers. What goes wrong is one sentence on standard error and exit code 1; nothing half-written stays.
 """
 
 import argparse
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,7 +19,10 @@ from typing import Any
 import jax
 
 from ggem_jax.weights.safetensors_files import write_safetensors
+from ggem_jax.weights.text import TEXT_FAMILIES, PublishedText, holds_text, read_text, to_published_names
 from ggem_jax.weights.vit import FAMILIES, PublishedViT, read_vit, to_timm
+
+NAMES = {"image": ("flax", "timm"), "text": ("flax", "published")}  # of a tower
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -27,72 +32,102 @@ def main(argv: list[str] | None = None) -> int:
     for name, purpose in (("inspect", "say what a file is, and what in it is not used"), ("convert", "write it under other names")):
         command = commands.add_parser(name, help=purpose)
         command.add_argument("file", type=Path, metavar="FILE")
+        command.add_argument("--tower", choices=("image", "text"), default="image", help="of a file with two (default: image)")
         command.add_argument("--heads", type=int, help="attention heads (default: those of the published sizes)")
         command.add_argument("--gelu", choices=("exact", "tanh", "quick"), help="(default: that of the family)")
         if name == "convert":
             command.add_argument("out", type=Path, metavar="OUT.safetensors")
-            command.add_argument("--to", choices=("flax", "timm"), default="flax", help="names of the parameters (default: flax)")
+            command.add_argument("--to", choices=("flax", "timm", "published"), default="flax", help="names of the parameters (default: flax)")
         else:
             command.add_argument("--json", action="store_true", help="one JSON object and nothing else on standard output")
     arguments = parser.parse_args(argv)
+    read = read_text if arguments.tower == "text" else read_vit
     try:
-        published = read_vit(arguments.file, heads=arguments.heads, gelu=arguments.gelu)
-        if arguments.command == "inspect":
-            _inspect(published, as_json=arguments.json)
-        else:
+        if arguments.command == "convert":
+            _check_names(arguments.tower, arguments.to, arguments.out)
+        published = read(arguments.file, heads=arguments.heads, gelu=arguments.gelu)
+        if arguments.command == "convert":
             _convert(published, arguments.out, arguments.to)
+        elif arguments.json:
+            print(json.dumps(described(published), indent=2))
+        else:
+            print("\n".join(_lines(published)))
     except (ValueError, OSError, ModuleNotFoundError) as error:
         sys.stderr.write(f"ggem_jax.weights: {' '.join(str(error).split())}\n")
         return 1
     return 0
 
 
-def described(published: PublishedViT) -> dict[str, Any]:
+def described(published: PublishedViT | PublishedText) -> dict[str, Any]:
     """What `inspect --json` prints."""
-    numbers = sum(leaf.size for leaf in jax.tree.leaves(published.variables))
-    mean, std = published.normalised or (None, None)
-    return {
+    found = {
         "family": published.family,
-        "about": FAMILIES[published.family].about,
         "layout": published.layout,
-        "parameters": numbers,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(published.variables)),
+        "config": dataclasses.asdict(published.config),
+        "unused": list(published.unused),
+    }
+    if isinstance(published, PublishedText):
+        return found | {
+            "about": TEXT_FAMILIES[published.family].about,
+            "tower": "text",
+            "outputs": published.outputs,
+            "logit_scale": published.logit_scale,
+            "logit_bias": published.logit_bias,
+        }
+    mean, std = published.normalised or (None, None)
+    return found | {
+        "about": FAMILIES[published.family].about,
+        "tower": "image",
         "pooling": published.pooling,
         "classes": published.num_classes,
         "mean": mean,
         "std": std,
-        "config": dataclasses.asdict(published.config),
-        "unused": list(published.unused),
+        "text_tower": holds_text(published.unused),
     }
 
 
-def _inspect(published: PublishedViT, *, as_json: bool) -> None:
+def _lines(published: PublishedViT | PublishedText) -> list[str]:
     found = described(published)
-    if as_json:
-        print(json.dumps(found, indent=2))
-        return
     config = found["config"]
-    print(f"{found['about']}; names of layout {found['layout']}; {found['parameters']:,} parameters")
     size = f"width {config['width']}, {config['depth']} blocks, {config['heads']} heads, MLP {config['mlp_width']}"
-    print(f"{size}; patches of {config['patch']} in images of {config['image']}; GELU {config['gelu']}, norms with {config['norm_eps']:g}")
-    prefix = ("a class token" if config["class_token"] else "no class token") + f", {config['registers']} registers"
-    print(f"{prefix}; pooled by {found['pooling']}, {found['classes'] or 'no'} outputs of the head")
-    pictures = (
-        f"less {found['mean']}, over {found['std']}"
-        if found["mean"]
-        else "not known: files of this kind do not agree (a config.json beside it would say)"
-    )
-    print(f"pictures in [0, 1]: {pictures}")
-    print(f"not used: {', '.join(found['unused']) or 'nothing'}")
+    inside = "SwiGLU" if config["mlp"] == "swiglu" else f"GELU {config['gelu']}"
+    lines = [f"{found['about']}; names of layout {found['layout']}; {found['parameters']:,} parameters"]
+    if found["tower"] == "text":
+        lines.append(f"{size}; {inside}, norms with {config['norm_eps']:g}")
+        seen = "what is before it" if config["causal"] else "all"
+        taken = "that ends the text" if config["pooled"] == "end" else "at the last place"
+        lines.append(f"{config['vocabulary']:,} ids, texts of up to {config['context']}; a token sees {seen}, and the one {taken} is the descriptor")
+        logits = f"of the logits: log scale {found['logit_scale']}, bias {found['logit_bias']}"
+        lines.append(f"{found['outputs'] or 'no'} outputs of the projection; {logits}")
+    else:
+        lines.append(f"{size}; patches of {config['patch']} in images of {config['image']}; {inside}, norms with {config['norm_eps']:g}")
+        prefix = ("a class token" if config["class_token"] else "no class token") + f", {config['registers']} registers"
+        lines.append(f"{prefix}; pooled by {found['pooling']}, {found['classes'] or 'no'} outputs of the head")
+        unknown = "not known: files of this kind do not agree (a config.json beside it would say)"
+        lines.append("pictures in [0, 1]: " + (f"less {found['mean']}, over {found['std']}" if found["mean"] else unknown))
+        if found["text_tower"]:
+            lines.append("a text tower is in the file too: --tower text")
+    unused = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)|(?<=encoderblock_)\d+", "*", name) for name in found["unused"])  # of all blocks at once
+    return [*lines, f"not used: {', '.join(unused) or 'nothing'}"]
 
 
-def _convert(published: PublishedViT, out: Path, names: str) -> None:
+def _check_names(tower: str, names: str, out: Path) -> None:
+    """What can be refused before the file is read."""
     if out.suffix != ".safetensors":
         raise ValueError(f"the output is a safetensors file: give a name that ends in .safetensors, not {out}")
-    if names == "timm":
-        arrays = to_timm(published)
-    else:
+    if names not in NAMES[tower]:
+        raise ValueError(f"the names of {'an image' if tower == 'image' else 'a text'} tower may be {' or '.join(NAMES[tower])}, not {names}")
+
+
+def _convert(published: PublishedViT | PublishedText, out: Path, names: str) -> None:
+    if names == "flax":
         leaves = jax.tree_util.tree_leaves_with_path(published.variables)
         arrays = {"/".join(part.key for part in path): leaf for path, leaf in leaves}
+    elif isinstance(published, PublishedText):
+        arrays = to_published_names(published)
+    else:
+        arrays = to_timm(published)
     write_safetensors(out, arrays)
     print(f"{len(arrays)} arrays written to {out}")
 
