@@ -28,7 +28,14 @@ def test_inspect_says_what_a_file_is_and_what_is_not_used(tmp_path, capsys):
     assert "decoder_embed.weight" in said
     path, _ = file_of("timm-vit", tmp_path)
     assert main(["inspect", str(path), "--heads", "2"]) == 0
-    assert "not known" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "not known" in said
+    assert "2 heads" in said
+    assert "GELU exact" in said
+    assert main(["inspect", str(path), "--heads", "4", "--gelu", "tanh"]) == 0
+    said = capsys.readouterr().out
+    assert "4 heads" in said
+    assert "GELU tanh" in said
 
 
 def test_convert_writes_both_namings(tmp_path, capsys):

@@ -12,11 +12,11 @@ import ml_dtypes
 import numpy as np
 import pytest
 
-from ggem_jax.models.vit import GGeM, ViT
+from ggem_jax.models.vit import GGeM, ViT, ViTConfig
 from ggem_jax.pooling import avg_pool
 from ggem_jax.weights import MismatchedWeights, UnreadableWeights, write_safetensors, write_torch
-from ggem_jax.weights.vit import POOLINGS, from_timm, read_vit, to_timm
-from ggem_jax.weights.vit_layouts import to_names_of_timm
+from ggem_jax.weights.vit import POOLINGS, Style, from_timm, read_vit, to_timm, vit_table
+from ggem_jax.weights.vit_layouts import join_qkv, to_names_of_timm
 
 DATA = Path(__file__).parent / "data" / "vit"
 # name -> layout, family
@@ -128,7 +128,7 @@ def test_files_of_pytorch_and_bfloat16(tmp_path, monkeypatch):
     published = read_vit(tmp_path / "checkpoint.pth", heads=2)
     assert published.unused == ("mask_token", "decoder_embed.weight", "decoder_blocks.0.norm1.weight")
     assert_like_pytorch(published, found)
-    monkeypatch.setattr("ggem_jax.weights.arrays.read_torch", lambda path: {"epoch": 3, "model": {"state_dict": weights}})
+    monkeypatch.setattr("ggem_jax.weights.arrays.read_torch", lambda path: {"epoch": 3, "model": {"state_dict": weights | {"steps": 7}}})
     assert_like_pytorch(read_vit("training.pt", heads=2), found)
     monkeypatch.setattr("ggem_jax.weights.arrays.read_torch", lambda path: [1, 2])
     with pytest.raises(MismatchedWeights, match=r"training.pt holds a list"):
@@ -170,6 +170,31 @@ def test_a_gated_mlp_is_told_by_its_shapes(tmp_path):
     weights["blocks.1.mlp.fc1.weight"] = weights["blocks.1.mlp.fc1.weight"][:24]  # of a GELU
     with pytest.raises(MismatchedWeights, match=r"1 wrongly shaped: blocks\.1\.mlp\.fc1\.weight \(24, 16\) where \(48, 16\) is needed"):
         from_timm(weights, heads=2)
+
+
+def empty_network(width=16, patch=4, **changes):
+    """timm's names with zeros, of one block."""
+    config = ViTConfig(patch=patch, width=width, depth=1, heads=1, mlp_width=8, image=patch, **changes)
+    shapes = {name: parameter.shape for name, parameter in vit_table(config, Style(1), "cls", 0).items()}
+    return join_qkv({name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
+
+
+@pytest.mark.parametrize(("width", "heads"), [(192, 3), (768, 12), (1152, 16), (1280, 16), (1536, 24)])
+def test_heads_are_those_of_the_published_sizes(width, heads):
+    assert from_timm(empty_network(width)).config.heads == heads
+
+
+def test_layer_scale_is_of_dinov2_where_patches_are_of_14_and_else_of_deit3():
+    assert from_timm(empty_network(patch=14, layer_scale=1e-5), heads=2).family == "dinov2"
+    assert from_timm(empty_network(patch=16, layer_scale=1e-5), heads=2).family == "deit3"
+    assert from_timm(empty_network(patch=16, layer_scale=1e-5), heads=2, unused=("mask_token",)).family == "dinov2"
+
+
+def test_norms_of_a_layout_and_of_a_family(tmp_path):
+    for name, norm_eps in (("hf-vit", 1e-12), ("hf-clip", 1e-5), ("timm-vit", 1e-6)):
+        path = file_of(name, tmp_path)[0]
+        assert read_vit(path, heads=2).config.norm_eps == norm_eps
+        assert read_vit(path, heads=2, norm_eps=1e-3).config.norm_eps == 1e-3
 
 
 def test_the_pictures_of_timms_config(tmp_path):
