@@ -190,6 +190,14 @@ def test_layer_scale_is_of_dinov2_where_patches_are_of_14_and_else_of_deit3():
     assert from_timm(empty_network(patch=16, layer_scale=1e-5), heads=2, unused=("mask_token",)).family == "dinov2"
 
 
+def test_a_file_without_its_first_layer_is_refused_by_name():
+    for name in ("timm-deit3", "timm-swiglu", "timm-vit"):
+        weights, _ = recorded(name)
+        del weights["patch_embed.proj.weight"]
+        with pytest.raises(MismatchedWeights, match=r"has no patch_embed\.proj\.weight"):
+            from_timm(weights, heads=2)
+
+
 def test_norms_of_a_layout_and_of_a_family(tmp_path):
     for name, norm_eps in (("hf-vit", 1e-12), ("hf-clip", 1e-5), ("timm-vit", 1e-6)):
         path = file_of(name, tmp_path)[0]
@@ -214,6 +222,8 @@ def test_the_pictures_of_timms_config(tmp_path):
         (lambda w: w | {"blocks.1.attn.qkv.weight": np.ones((47, 16), np.float32)}, "blocks.1.attn.qkv.weight"),
         (lambda w: w | {"pos_embed": np.ones((1, 14, 16), np.float32)}, "14 positions are no square"),
         (lambda w: w | {"patch_embed.proj.weight": np.ones((16, 1, 4, 4), np.float32)}, "patch_embed.proj.weight must be"),
+        (lambda w: w | {"blocks.0.mlp.fc1.weight": np.float32(1)}, "blocks.0.mlp.fc1.weight must be (hidden, width), not ()"),
+        (lambda w: w | {"blocks.0.mlp.fc2.weight": np.float32(1)}, "blocks.0.mlp.fc2.weight () where (16, 24) is needed"),
         (lambda w: {f"other.{k}": v for k, v in w.items()}, "no Vision Transformer of a known layout"),
         (lambda w: {}, "nowhere, there are none"),
     ],

@@ -312,7 +312,7 @@ def _family(layout: str, arrays: Arrays, unused: tuple[str, ...]) -> str:
         return "big_vision"
     if "blocks.0.ls1.gamma" in arrays:
         with_registers = "reg_token" in arrays or "mask_token" in dropped
-        of_patch_14 = arrays["patch_embed.proj.weight"].shape[-1] == 14
+        of_patch_14 = "patch_embed.proj.weight" in arrays and arrays["patch_embed.proj.weight"].shape[-1:] == (14,)
         return "dinov2" if with_registers or layout == "hf-dinov2" or of_patch_14 or _gated(arrays) else "deit3"
     if "dist_token" in arrays:
         return "deit"
@@ -328,7 +328,9 @@ def _architecture(arrays: Arrays, heads: int | None, source: str) -> tuple[Style
     kernel = arrays["patch_embed.proj.weight"]
     if kernel.ndim != 4 or kernel.shape[1] != 3 or kernel.shape[2] != kernel.shape[3]:
         raise MismatchedWeights(f"{source}: patch_embed.proj.weight must be (width, 3, patch, patch), not {kernel.shape}")
-    width, patch = kernel.shape[0], kernel.shape[2]
+    width, patch, first = kernel.shape[0], kernel.shape[2], arrays["blocks.0.mlp.fc1.weight"]
+    if first.ndim != 2:
+        raise MismatchedWeights(f"{source}: blocks.0.mlp.fc1.weight must be (hidden, width), not {first.shape}")
     class_token, distilled = "cls_token" in arrays, "dist_token" in arrays
     registers = (arrays["reg_token"].shape[1] if "reg_token" in arrays else 0) + distilled
     count = arrays["pos_embed"].shape[1]
@@ -339,7 +341,7 @@ def _architecture(arrays: Arrays, heads: int | None, source: str) -> tuple[Style
             width=width,
             depth=1 + max(int(name.split(".")[1]) for name in arrays if name.startswith("blocks.")),
             heads=heads or HEADS.get(width, max(width // 64, 1)),
-            mlp_width=len(arrays["blocks.0.mlp.fc1.weight"]) // (2 if _gated(arrays) else 1),
+            mlp_width=len(first) // (2 if _gated(arrays) else 1),
             image=side * patch,
             class_token=class_token,
             registers=registers,
@@ -357,8 +359,8 @@ def _architecture(arrays: Arrays, heads: int | None, source: str) -> tuple[Style
 
 def _gated(arrays: Arrays) -> bool:
     """Whether the MLPs are gated: the first layer makes two channels, the gate and what it lets through, of each that the second takes."""
-    first, second = (arrays.get(f"blocks.0.mlp.{layer}.weight", np.empty((0, 1))) for layer in ("fc1", "fc2"))
-    return len(first) == 2 * second.shape[-1]
+    first, second = (np.shape(arrays.get(f"blocks.0.mlp.{layer}.weight", 0)) for layer in ("fc1", "fc2"))
+    return len(first) == len(second) == 2 and first[0] == 2 * second[1]
 
 
 def _grid(count: int, class_token: int, distilled: int, source: str) -> tuple[int, int]:
