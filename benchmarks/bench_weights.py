@@ -2,7 +2,8 @@
 
 Random weights of the published sizes are written under the published names. A process of its own reads the file (`read_vit`, `read_text`: names,
 axes, variables), brings the variables back (`to_timm`; text towers: `to_published_names`) and writes them. Seconds are medians over the rounds;
-files are read from the memory of the system. `peak_mb` is what the process grew by in the first round.
+files are read from the memory of the system. `load` is the number of processes that wanted a core in the minute before; where it is above the number
+of cores, the seconds are too many. `peak_mb` is what the process grew by in the first round.
 
 `differs` names what does not come back to the bit: compared with the file where the names are the same, else the variables of the written file with
 those of the first. It should be empty but for the distilled DeiT, whose file has a distillation token and a position for it: our model has their sum,
@@ -13,6 +14,7 @@ Rows go to benchmarks/results/weights.csv.
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -211,7 +213,11 @@ def main(argv: list[str] | None = None) -> None:
                 flags = ["--rounds", str(arguments.rounds), "--one", str(path), tower, *(["--small"] if arguments.small else [])]
                 done = subprocess.run([sys.executable, "-m", "benchmarks.bench_weights", *flags], check=True, stdout=subprocess.PIPE, text=True)
                 row = {"family": family, "tower": tower, "file": case.ending[1:], "file_mb": f"{path.stat().st_size / 1e6:.1f}"}
-                append("weights", versions | row | json.loads(done.stdout) | {"rounds": arguments.rounds}, arguments.results)
+                append(
+                    "weights",
+                    versions | row | json.loads(done.stdout) | {"rounds": arguments.rounds, "load": f"{os.getloadavg()[0]:.1f}"},
+                    arguments.results,
+                )
 
 
 if __name__ == "__main__":
