@@ -64,7 +64,7 @@ class MetricStudy:
 
     data: Path | None = None  # folder with omniglot-small and corridor-vpr; None: $GGEM_SHARED/data
     sets: tuple[str, ...] = ("omniglot", "corridor")
-    seeds: int = 5
+    seeds: int = 4
     runs: Path = Path("runs/metric_study")  # folder of the trainings
     out: Path = RESULTS
     epochs: float | None = None  # of each training; None: 50 and 120

@@ -34,6 +34,7 @@ INSIDE_GGEM_JAX = {
     "superglobal": {"pooling", "scales"},
     "models.efficientnet_lite": set(),
     "weights.efficientnet_lite": {"models.efficientnet_lite", "weights.convert", "weights.errors", "weights.torch_files"},
+    "diagnostics": set(),
     "optimizer": set(),
     "images": set(),
     "retrieval.vectors": set(),
