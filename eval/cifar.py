@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from ggem_jax.models.vit import used_exponents
 from train.batches import eval_batches
 from train.classify import train
-from train.config import Config, build_model, load_config
+from train.config import Config, Refused, build_model, load_config
 from train.data import Pictures
 from train.evaluate import Predictions
 from train.prepare import evenly_spaced, read_packed
@@ -67,7 +67,10 @@ class Network:
 def trained(arm: str, seed: int, data: tuple[Pictures, Pictures], runs: Path, epochs: float) -> Network:
     """Trains a network, or goes on with it."""
     config = config_of(arm, seed, runs, epochs)
-    run = train(config, data=data, quiet=True)
+    try:
+        run = train(config, data=data, quiet=True)
+    except Refused as error:
+        raise Refused(str(error).replace("choose another --out", "choose another --runs")) from None
     if run.signal is not None:
         raise KeyboardInterrupt
     params = jax.tree.map(np.asarray, run.state.evaluated)

@@ -1,6 +1,7 @@
 """Poolings on frozen tokens: the pooling and a linear head are trained, nothing else, many times over.
 
-All arms of a seed see the same pictures in the same order: a seed draws four fifths of the training pictures and the order of the batches. The pooled
+All arms of a seed see the same pictures in the same order: a seed draws four fifths of the training pictures and the order of the batches, so that
+intervals over seeds hold for these training pictures and this network. The pooled
 vector is standardised, channel by channel, before the head, so that no arm is served by its scale: by the batch in training, by the training pictures
 in the test. Tokens are `(n, tokens, d)` of patches; `cls` are the class tokens `(n, d)` of a network that has them.
 """
@@ -141,7 +142,7 @@ class Probe:
 def probe(tokens: Tokens, arm: Arm, how: Probe) -> Probed:
     """Trains and tests one arm, seed by seed."""
     if not arm.start:  # nothing to learn: pooled once
-        pool = jax.jit(partial(arm.pool, {}))
+        pool = jax.jit(partial(_widened_pool, arm.pool))
         pooled = [_in_parts(pool, array) for array in (_tokens(tokens, arm, "train"), _tokens(tokens, arm, "test"))]
         arm = Arm(lambda _, x: x)
     else:
@@ -160,6 +161,10 @@ def probe(tokens: Tokens, arm: Arm, how: Probe) -> Probed:
         kept.append(jax.tree.map(np.asarray, params["pool"]))
     p = [np.asarray(used_exponents(params["p"])) if "p" in params else np.zeros(0) for params in kept]
     return Probed(np.array(correct), np.array(p), kept)
+
+
+def _widened_pool(pool: Pool, tokens: Array) -> Array:
+    return pool({}, tokens.astype(jnp.float32))
 
 
 def described(tokens: Tokens, arm: Arm, params: Any) -> np.ndarray:

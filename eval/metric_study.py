@@ -111,7 +111,10 @@ def rows_of(name: str, study: MetricStudy) -> list[dict[str, Any]]:
             seconds[f"{arm}, untrained"] = time.perf_counter() - began
         values[arm] = []
         for config in configs:
-            trained = train(config, data=(apart.train, apart.test), quiet=True)
+            try:
+                trained = train(config, data=(apart.train, apart.test), quiet=True)
+            except Refused as error:
+                raise Refused(str(error).replace("choose another --out", "choose another --runs")) from None
             if trained.signal is not None:
                 raise KeyboardInterrupt
             values[arm].append(means(apart.score(trained.result.descriptor)))
@@ -176,7 +179,7 @@ def corridor(whole: Set) -> Apart:
     kept = np.unique(places[shown])
     labels = np.searchsorted(kept, places[shown]).astype(np.int32)
     train_set = pictures_of(whole, shown, tuple(f"place {place}" for place in kept), labels)
-    first = half + GAP  # nothing right of these has been trained on
+    first = half + 2 * GAP  # neither these nor what is right of them has been trained on
     queries, database = whole.queries[first:], whole.database[first:]
     relevance = [Relevance(own.positive[own.positive >= first] - first, np.array([], int)) for own in whole.relevance[first:]]
     tested = np.concatenate([queries, database])
@@ -210,7 +213,7 @@ def columns(arm: str, found: np.ndarray, values: dict[str, list[tuple[float, flo
     row: dict[str, Any] = {}
     for i, name in enumerate(("recall_at_1", "average_precision")):
         row |= as_columns(name, mean(found[:, i]))
-    for other in ("raw pixels", f"{arm}, untrained", "average", "GeM"):
+    for other in ("raw pixels", f"{arm}, untrained", "average", "positive average", "GeM"):
         against = np.array(values[other])[:, 0] if other in values and other != arm and "untrained" not in arm and len(found) > 1 else None
         label = "untrained" if other.endswith("untrained") else other.replace(" ", "_")
         row |= as_columns(f"recall_at_1_less_{label}", None if against is None else mean(found[:, 0] - against))

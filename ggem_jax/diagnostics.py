@@ -2,7 +2,8 @@
 
 Descriptors are `(n, d)`, one row for each picture; a block is a group of channels of equal size, and `blocks` says which: `(groups, d / groups)`
 numbers of channels, as `contiguous`, `interleaved` and `random_blocks` give them. Everything is computed in float64 with NumPy; memory grows with
-n^2 for `hsic`. Errors: `ValueError` for shapes that do not fit.
+n^2 for `hsic`. The scores of dependence are those of the sample: of independent blocks they are above 0 by an amount that falls with n and grows with
+the channels, so compare them at equal n, and with random blocks. Errors: `ValueError` for shapes that do not fit.
 """
 
 from collections.abc import Callable
@@ -57,7 +58,7 @@ def linear_cka(x: Float[np.ndarray, "n a"], y: Float[np.ndarray, "n b"]) -> floa
 
 
 def hsic(x: Float[np.ndarray, "n a"], y: Float[np.ndarray, "n b"]) -> float:
-    """Normalised Hilbert-Schmidt independence criterion with Gaussian kernels as wide as the median distance: 0 for independent, 1 for equal.
+    """Normalised Hilbert-Schmidt independence criterion, kernels exp(-distance^2 / its median): 0 for independent, 1 for equal.
 
     Reference: Gretton et al., "Measuring Statistical Dependence with Hilbert-Schmidt Norms", 2005; normalised as in arXiv:1905.00414.
     """

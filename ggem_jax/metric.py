@@ -34,11 +34,12 @@ def arcface(
 ) -> Float[Array, ""]:
     """Cross-entropy of scaled cosines, the angle to the own class widened by a margin in radians.
 
-    Where angle and margin together pass pi, cos(angle) - margin sin(margin) keeps the loss falling with the angle, as in the authors' code.
+    Where angle and margin together pass pi, cos(angle) - margin sin(margin) keeps the logit falling with the angle, as in the authors' code. Margins
+    go up to pi / 2.
     Reference: Deng et al., "ArcFace: Additive Angular Margin Loss for Deep Face Recognition", 2019, arXiv:1801.07698, eq. 3.
     """
     _check("scale", scale, scale > 0)
-    _check("margin", margin, 0 <= margin < np.pi)
+    _check("margin", margin, 0 <= margin <= np.pi / 2)
     cosines = _cosines(descriptors, labels, proxies)
     own = jnp.take_along_axis(cosines, labels[:, None], axis=1)
     widened = own * np.cos(margin) - jnp.sqrt(jnp.maximum(1 - own**2, _BEYOND)) * np.sin(margin)

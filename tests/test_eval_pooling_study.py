@@ -91,7 +91,7 @@ def test_a_part_on_tokens_reports_everything_the_report_needs(tokens, tmp_path, 
     every = frozen.arms_of(tokens)
     monkeypatch.setattr(pooling_study, "arms_of", lambda tokens: {name: every[name] for name in few})
     study = pooling_study.PoolingStudy(seeds=2, probe_epochs=2, runs=tmp_path / "runs")
-    found = json.loads(json.dumps(pooling_study.frozen_part(tokens, study))) | {"seconds": 1}
+    found = json.loads(json.dumps(pooling_study.frozen_part(tokens, study))) | {"seconds": 1, "machine": {"date": "2026-01-01"}}
     assert set(found["arms"]) == set(few)
     assert found["differences"]["GGeM less average"]["value"] == pytest.approx(
         found["arms"]["GGeM"]["accuracy"]["value"] - found["arms"]["average"]["accuracy"]["value"]
@@ -101,21 +101,23 @@ def test_a_part_on_tokens_reports_everything_the_report_needs(tokens, tmp_path, 
     retrieval = tmp_path / "metric.csv"
     with retrieval.open("w", newline="") as file:
         row = {
-            f"recall_at_1_less_{rival}{end}": value for rival in ("average", "GeM") for end, value in (("", 0.05), ("_low", 0.01), ("_high", 0.09))
+            f"recall_at_1_less_{rival}{end}": value
+            for rival in ("average", "positive_average", "GeM")
+            for end, value in (("", 0.05), ("_low", 0.01), ("_high", 0.09))
         }
         writer = csv.DictWriter(file, ["set", "arm", *row])
         writer.writeheader()
         writer.writerow({"set": "omniglot", "arm": "GGeM", **row})
     machine = {"date": "2026-01-01", "device": "a CPU", "python": "3", "jax": "0", "flax": "0"}
-    said = write_report(tmp_path / "report.md", {"imagenette": found}, pooling_study.settings(study), machine, retrieval)
+    said = write_report(tmp_path / "report.md", {"cifar10-frozen": found}, pooling_study.settings(study), machine, retrieval)
     text = (tmp_path / "report.md").read_text()
     assert said in text
-    assert "| GGeM is better than average | Imagenette, frozen | top-1 |" in text
+    assert "| GGeM is better than average | CIFAR-10, frozen | top-1 |" in text
     assert "| GGeM retrieves better than GeM | omniglot, trained | recall@1 | +5.00 [1.00, 9.00] | **supported** |" in text
     assert "as many groups as heads (2) are better than 4" in text
     for name in ("accuracy", "groups", "dependence"):
-        assert f"(report/imagenette-{name}.png)" in text
-        assert (tmp_path / "report" / f"imagenette-{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert f"(report/cifar10-frozen-{name}.png)" in text
+        assert (tmp_path / "report" / f"cifar10-frozen-{name}.png").read_bytes().startswith(b"\x89PNG")
     assert not list((tmp_path / "report").glob(".*"))
 
 
@@ -150,6 +152,9 @@ def test_both_ways_covers_seeds_and_pictures():
         interval = both_ways(values)
         assert interval.value == pytest.approx(values.mean())
         assert interval.high - interval.low == pytest.approx(2 * 1.96 * spread, rel=0.1)
+    for seeds in (3, 10):  # of seeds that differ and one picture, a true 0 is decided in about one case of twenty
+        decided = sum(not i.low <= 0 <= i.high for i in (both_ways(rng.normal(size=(seeds, 1)), draws=200) for _ in range(300)))
+        assert 3 <= decided <= 30
     constant = both_ways(np.full((3, 4), 0.5))
     assert (constant.low, constant.high) == pytest.approx((0.5, 0.5))
     for wrong in (np.zeros(3), np.zeros((0, 3)), np.full((2, 2), np.nan)):
@@ -165,10 +170,21 @@ def test_a_claim_is_decided_where_its_whole_interval_lies_on_one_side(low, high,
 
 
 def test_dependence_that_falls_supports_the_claim():
-    scores = {"GGeM": [0.1, 0.11, 0.12], "average": [0.3, 0.31, 0.33], "GeM": [0.05, 0.07, 0.06]}
-    found = {"cifar10": {"differences": {}, "dependence": {name: {"heads": {"HSIC": values}} for name, values in scores.items()}}}
-    verdicts = {claim.claim.split()[-1]: claim.verdict for claim in claims_of(found, retrieval=Path("nowhere"))}
-    assert verdicts == {"average": "supported", "GeM": "not supported"}
+    """Against the average the heads lose what random channels keep; all of what GeM has less, random channels have less too."""
+    scores = {
+        "GGeM": ([0.3, 0.31, 0.32], 0.2),
+        "average": ([0.5, 0.51, 0.53], 0.2),
+        "positive average": ([0.3, 0.32, 0.31], 0.2),
+        "GeM": ([0.4, 0.41, 0.42], 0.35),
+    }
+    kinds = ("heads", "random channels of heads"), ("blocks", "random")
+    dependence = {
+        name: {named: {"HSIC": values} for named, _ in kinds} | {null: {"HSIC": [least] * 3} for _, null in kinds}
+        for name, (values, least) in scores.items()
+    }
+    found = {"cifar10": {"differences": {}, "dependence": dependence}}
+    verdicts = {claim.claim.partition(" with ")[2]: claim.verdict for claim in claims_of(found, retrieval=Path("nowhere"))}
+    assert verdicts == {"average": "supported", "positive average": "undecided", "GeM": "not supported"}
 
 
 def test_results_are_kept_while_the_settings_are_the_same(tmp_path, monkeypatch):
@@ -187,8 +203,9 @@ def test_results_are_kept_while_the_settings_are_the_same(tmp_path, monkeypatch)
         (["--seeds", "1"], "--seeds must be at least 2"),
         (["--epochs", "0"], "--epochs must be positive"),
         (["--out", "no/where/report.md"], "there is no folder no/where"),
+        (["--out", "report"], "report needs an ending"),
     ],
-    ids=["part", "seeds", "epochs", "folder"],
+    ids=["part", "seeds", "epochs", "folder", "ending"],
 )
 def test_mistakes_are_told_in_one_line(flags, sentence):
     with pytest.raises(SystemExit) as stop:

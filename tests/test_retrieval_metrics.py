@@ -156,5 +156,10 @@ def test_label_scores_equal_the_definition_of_map_at_r():
 def test_label_scores_refuse_short_rankings_and_shapes_that_do_not_fit():
     with pytest.raises(ValueError, match="have 1 places where a query has 2 right answers"):
         label_scores(np.array([[0]]), np.array([7]), np.array([7, 7]))
+    for wrong in ([[0, 0]], [[0, -1]], [[0, 2]]):
+        with pytest.raises(ValueError, match="each id once, from 0 up to the 2 labels"):
+            label_scores(np.array(wrong), np.array([7]), np.array([7, 7]))
+    with pytest.raises(ValueError, match="kappas"):
+        label_scores(np.array([[0, 1]]), np.array([7]), np.array([7, 7]), kappas=(1, 0))
     with pytest.raises(ValueError, match="query labels"):
         label_scores(np.array([[0, 1]]), np.array([7, 8]), np.array([7, 7]))

@@ -201,9 +201,11 @@ def one_line(capsys, main, *arguments):
         (["--metric.loss", "proxy-anchor", "--optimizer.accumulate", "2"], "1 with proxy-anchor"),
         (["--metric.loss", "triplet"], "triplet"),
         (["--metric.scale", "0"], "positive or None"),
+        (["--metric.scale", "20"], "None with normalised-softmax"),
+        (["--metric.loss", "arcface", "--metric.temperature", "0.1"], "0.05 with arcface"),
         (["--config", "nothing"], "--config must be one of"),
     ],
-    ids=["indivisible", "few-classes", "one-class", "all-classes", "mixup", "parts", "loss", "scale", "config"],
+    ids=["indivisible", "few-classes", "one-class", "all-classes", "mixup", "parts", "loss", "scale", "unused-scale", "unused-temperature", "config"],
 )
 def test_mistakes_are_told_in_one_line(flags, sentence, capsys, tmp_path):
     assert sentence in one_line(capsys, metric.main, *TINY, "--out", tmp_path / "run", *flags)
@@ -228,7 +230,7 @@ def test_mistakes_of_an_evaluation_are_told_in_one_line(trained, capsys, tmp_pat
 def test_margins_and_scales_that_are_not_given_stay_as_published():
     assert Metric(loss="arcface").options() == {}
     assert Metric(loss="proxy-anchor", scale=16).options() == {"scale": 16}
-    assert Metric(temperature=0.1, scale=3.0).options() == {"temperature": 0.1}
+    assert Metric(temperature=0.1).options() == {"temperature": 0.1}
 
 
 @pytest.fixture

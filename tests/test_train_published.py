@@ -7,8 +7,9 @@ import jax
 import numpy as np
 import pytest
 
-from ggem_jax.models.vit import resample_position
-from ggem_jax.weights import write_safetensors
+from ggem_jax.models.vit import ViT, resample_position
+from ggem_jax.pooling import cls_pool
+from ggem_jax.weights import MismatchedWeights, write_safetensors
 from ggem_jax.weights.vit import read_vit
 from train import classify
 from train.config import Refused, load_config
@@ -57,6 +58,19 @@ def test_flags_hold_over_what_the_file_brings_and_positions_are_resampled(weight
     np.testing.assert_array_equal(np.asarray(state.params["position"])[0], table[0])
     expected = resample_position(table[1:], (4, 4), (6, 6), antialias=True)
     np.testing.assert_allclose(np.asarray(state.params["position"])[1:], expected, atol=1e-6)
+
+
+def test_pooling_and_head_of_the_file_are_never_taken_and_what_it_has_more_is_refused(weights):
+    published = read_vit(weights)
+    theirs = published.variables["params"]["head"]
+    same = ViT(published.config, cls_pool, published.num_classes)
+    images = np.zeros((1, 16, 16, 3), np.float32)
+    head = published.fill(same.init(jax.random.key(0), images))["params"]["head"]
+    assert head["kernel"].shape == theirs["kernel"].shape
+    assert not np.asarray(head["kernel"]).any()
+    smaller = ViT(dataclasses.replace(published.config, depth=1, registers=0), cls_pool)
+    with pytest.raises(MismatchedWeights, match=r"blocks_1.*which the network has not.*registers"):
+        published.fill(smaller.init(jax.random.key(0), images))
 
 
 def test_a_run_from_a_file_trains_and_goes_on(weights, tmp_path):

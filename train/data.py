@@ -33,13 +33,14 @@ class Pictures:
 
     def of_classes(self, kept: np.ndarray, labels: np.ndarray) -> "Pictures":
         """The pictures of the classes with these numbers, which then count from 0; `labels` are those of all pictures."""
-        taken = self.take(np.flatnonzero(np.isin(labels, kept)))
+        places = np.flatnonzero(np.isin(labels, kept))
+        taken, own = self.take(places), np.searchsorted(kept, labels[places]).astype(np.int32)
 
         def load(i: int) -> tuple[RGB, int]:
             image, label = taken.load(i)
             return image, int(np.searchsorted(kept, label))
 
-        return Pictures(len(taken), tuple(self.classes[i] for i in kept), load, lambda: np.searchsorted(kept, taken.labels()).astype(np.int32))
+        return Pictures(len(taken), tuple(self.classes[i] for i in kept), load, lambda: own)
 
 
 def open_data(data: Data) -> tuple[Pictures, Pictures]:
@@ -58,11 +59,15 @@ def open_disjoint(data: Data, share: float) -> tuple[Pictures, Pictures]:
     classes, drawn once and for all, are trained on.
     """
     splits = open_splits(data)
-    if len(splits) == 2 and not set(splits["train"].classes) & set(splits["eval"].classes):
-        return splits["train"], splits["eval"]
     if len(splits) == 2:
-        check_classes(splits, data.source)
-    whole = joined(list(splits.values()))
+        occurring = {name: with_pictures(split) for name, split in splits.items()}
+        if not set(occurring["train"].classes) & set(occurring["eval"].classes):
+            for name, split in occurring.items():
+                if len(split.classes) < 2:
+                    raise Refused(f"the split to {name} of {data.source} has the class {', '.join(split.classes)} alone: at least 2 are needed")
+            return occurring["train"], occurring["eval"]
+        check_classes(splits, data.source, ", or none in common")
+    whole = with_pictures(joined(list(splits.values())))
     count, labels = len(whole.classes), whole.labels()
     kept = round(share * count)
     if not 2 <= kept <= count - 2:
@@ -70,6 +75,13 @@ def open_disjoint(data: Data, share: float) -> tuple[Pictures, Pictures]:
     trained_on = np.zeros(count, bool)
     trained_on[np.random.default_rng(0).permutation(count)[:kept]] = True
     return whole.of_classes(np.flatnonzero(trained_on), labels), whole.of_classes(np.flatnonzero(~trained_on), labels)
+
+
+def with_pictures(pictures: Pictures) -> Pictures:
+    """The same pictures, with the classes left out that have none."""
+    labels = pictures.labels()
+    kept = np.unique(labels)
+    return pictures if len(kept) == len(pictures.classes) else pictures.of_classes(kept, labels)
 
 
 def joined(parts: list[Pictures]) -> Pictures:
@@ -99,11 +111,11 @@ def open_splits(data: Data) -> dict[str, Pictures]:
     return splits
 
 
-def check_classes(splits: dict[str, Pictures], source: str) -> None:
-    """Refuses splits that do not have the same classes."""
+def check_classes(splits: dict[str, Pictures], source: str, otherwise: str = "") -> None:
+    """Refuses splits that do not have the same classes; `otherwise` says what else they might have."""
     if splits["train"].classes != splits["eval"].classes:
         difference = sorted(set(splits["train"].classes) ^ set(splits["eval"].classes))
-        raise Refused(f"the two splits of {source} must have the same classes; only one has {', '.join(difference)}")
+        raise Refused(f"the two splits of {source} must have the same classes{otherwise}; only one has {', '.join(difference)}")
 
 
 def digits() -> Pictures:

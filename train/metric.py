@@ -50,7 +50,12 @@ class Metric:
         require("metric.dim", self.dim, "at least 0", self.dim >= 0)
         require("metric.temperature", self.temperature, "positive", 0 < self.temperature < math.inf)
         require("metric.scale", self.scale, "positive or None", self.scale is None or 0 < self.scale < math.inf)
-        require("metric.margin", self.margin, "from 0 to 3 or None", self.margin is None or 0 <= self.margin <= 3)
+        require("metric.margin", self.margin, "from 0 to 1.5 or None", self.margin is None or 0 <= self.margin <= 1.5)
+        softmax = self.loss == "normalised-softmax"
+        for name in ("scale", "margin"):
+            value = getattr(self, name)
+            require(f"metric.{name}", value, "None with normalised-softmax, which has a temperature instead", value is None or not softmax)
+        require("metric.temperature", self.temperature, f"0.05 with {self.loss}, which has a scale instead", softmax or self.temperature == 0.05)
         require("metric.proxy_lr", self.proxy_lr, "at least 0", 0 <= self.proxy_lr < math.inf)
         require("metric.per_class", self.per_class, "at least 1, or None", self.per_class is None or self.per_class >= 1)
         require("metric.train_classes", self.train_classes, "between 0 and 1", 0 < self.train_classes < 1)
@@ -192,7 +197,9 @@ def retrieve(steps: Steps, params, pictures: Pictures, config: MetricConfig) -> 
 
 
 def scores_of(descriptors: Any, labels: np.ndarray) -> LabelScores:
-    """Each descriptor, a unit vector, as the query for all others."""
+    """Each descriptor, a unit vector, as the query for all others; at least one label must be there twice."""
+    if np.bincount(labels).max() < 2:
+        raise Refused("no class to evaluate on has two pictures: nothing can be found")
     reach = min(max(int(np.bincount(labels).max()), max(KAPPAS) + 1), len(labels))
     ids = np.asarray(search(descriptors, descriptors, k=reach).ids)
     return label_scores(ids, labels, labels, own=np.arange(len(labels)), kappas=KAPPAS)

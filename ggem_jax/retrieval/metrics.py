@@ -150,6 +150,11 @@ def label_scores(
     if ids.ndim != 2 or query_labels.shape != ids.shape[:1] or labels.ndim != 1 or (own is not None and np.shape(own) != ids.shape[:1]):
         shapes = f"{ids.shape}, {query_labels.shape}, {labels.shape}" + ("" if own is None else f" and {np.shape(own)}")
         raise ValueError(f"ids (q, k), query labels (q,), labels (n,) and own (q,) are needed, not shapes {shapes}")
+    kappas = tuple(int(kappa) for kappa in kappas)
+    if not kappas or min(kappas) < 1:
+        raise ValueError(f"kappas must be whole numbers of at least 1, not {kappas}")
+    if any(_any_twice(row) for row in ids) or ids.max(initial=-1) >= len(labels):
+        raise ValueError(f"a ranking must have each id once, from 0 up to the {len(labels)} labels")
     if own is not None:  # own ids to the end, and off
         is_own = ids == np.asarray(own)[:, None]
         ids = np.take_along_axis(ids, np.argsort(is_own, axis=1, kind="stable"), axis=1)[:, :-1]
@@ -162,7 +167,7 @@ def label_scores(
     precision_there = np.cumsum(right, axis=1) / (np.arange(ids.shape[1]) + 1)
     divisor = np.where(count > 0, count, np.nan)
     recall = np.stack([np.where(count > 0, right[:, :kappa].any(axis=1), np.nan) for kappa in kappas], axis=1)
-    return LabelScores(recall, (right & within).sum(axis=1) / divisor, (precision_there * right * within).sum(axis=1) / divisor, tuple(kappas))
+    return LabelScores(recall, (right & within).sum(axis=1) / divisor, (precision_there * right * within).sum(axis=1) / divisor, kappas)
 
 
 def _any_twice(ids):

@@ -87,19 +87,20 @@ class PublishedViT:
         return ViT(self.config, POOLINGS[self.pooling], self.num_classes)  # type: ignore[arg-type]
 
     def fill(self, variables: Mapping[str, Any]) -> dict[str, Any]:
-        """Fresh variables of a `ViT` of this config, any pooling and head, with the file's weights wherever they fit: all but pooling and head.
+        """Fresh variables of a `ViT` of this config, any pooling and head, with the file's weights everywhere but in these two, which stay fresh.
 
         Positions are resampled where the network is made for pictures of another size; its number of heads, which files do not say, may be another.
 
         Raises:
-            MismatchedWeights: a parameter outside `pool` and `head` is not in the file, or of another shape.
+            MismatchedWeights: a parameter outside `pool` and `head` is not in the file, of another shape, or in the file alone.
         """
-        flat = {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(self.variables)}
+        leaves = [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(self.variables) if path[1].key not in ("pool", "head")]
+        flat = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
         faults = []
 
         def chosen(path, fresh):
             name = jax.tree_util.keystr(path)
-            found = flat.get(name)
+            found = flat.pop(name, None)
             if found is not None and path[-1].key == "position":
                 found = self._positions(found, len(fresh))
             if found is not None and ".attention." in ".".join(part.key for part in path) and found.size == fresh.size:
@@ -111,6 +112,7 @@ class PublishedViT:
             return fresh
 
         filled = jax.tree_util.tree_map_with_path(chosen, dict(variables))
+        faults += [f"{name} {leaf.shape}, which the network has not" for name, leaf in flat.items()]
         if faults:
             raise MismatchedWeights(f"the file does not fit this network: {'; '.join(faults)}")
         return filled
