@@ -47,6 +47,8 @@ def test_the_tool_repeats_the_last_evaluation_and_compares_in_pairs(trained, cap
         assert entry["zero_shot"]["top1"]["value"] == pytest.approx(recall["recall@1"]["value"], abs=1e-9)
         assert entry["zero_shot"]["top5"]["value"] == pytest.approx(recall["recall@5"]["value"], abs=1e-9)
         assert (entry["zero_shot"]["images"], entry["zero_shot"]["classes"][3]) == (359, "three")
+    (twice,) = evaluated(capsys, trained / "true", "--zero-shot", "digits", "--templates", *["the handwritten digit {}"] * 2)["runs"]
+    assert twice["zero_shot"]["top1"] == report["runs"][0]["zero_shot"]["top1"]  # the same prompt twice is the same class
     true, shuffled = (entry["retrieval"]["image_to_text"]["recall@1"] for entry in report["runs"])
     assert true["low"] > 0.2
     assert shuffled["low"] < 0.1 + 0.06

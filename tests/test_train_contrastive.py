@@ -1,6 +1,7 @@
 """train/contrastive.py and what it stands on: captions, tokenizer, towers and step; exact resuming; every mistake in one line."""
 
 import dataclasses
+import gzip
 import io
 import json
 import re
@@ -24,7 +25,7 @@ from train.batches import train_batches
 from train.captions import open_captions, open_pairs, read_csv, read_names, read_shards, shards_of
 from train.checkpoints import Checkpoints
 from train.config import ContrastiveConfig, Data, Refused, Text, configs_of, from_dict, known_configs, load_config, to_dict
-from train.contrastive import at_most, make_steps, make_towers
+from train.contrastive import at_most, drawn_captions, make_steps, make_towers
 from train.log import read_metrics
 from train.loop import first_state
 from train.step import normalise
@@ -121,6 +122,9 @@ def test_broken_shards_and_files_are_refused(shards, captioned_folder):
         (shards / "cut.tar").write_bytes(whole[:length])
         with pytest.raises(Refused, match=r"the shard .*cut.tar cannot be read as tar: "):
             read_shards(f"{shards}/cut.tar", "refuse")
+    (shards / "packed.tar").write_bytes(gzip.compress(whole))
+    with pytest.raises(Refused, match=r"the shard .*packed.tar cannot be read as tar"):
+        read_shards(f"{shards}/packed.tar", "refuse")
     write_shard(shards / "twice.tar", {"0.png": png(0), "0.jpg": png(1), "0.txt": b"black"})
     for pattern, sentence in (
         ("twice.tar", "two pictures for 0"),
@@ -262,16 +266,16 @@ def test_what_is_no_tokenizer_is_refused(tmp_path):
 def test_batches_draw_a_caption_of_their_picture(captioned_folder):
     pairs = read_csv(f"{captioned_folder}/pairs.csv", "refuse")
     config = config_of("--data", f"csv:{captioned_folder}/pairs.csv", "--batch", "8", "--model.image", "8")
-
-    def beside(picture, rng):
-        captions = pairs.captions[picture]
-        return {"ids": np.int32([picture, rng.integers(len(captions))])}
-
+    tokenizer = train_tokenizer(CAPTIONS, 280)
+    beside = drawn_captions(pairs, tokenizer, 30)
     batches = [next_ for next_, _ in zip(train_batches(pairs.pictures, config, start=0, beside=beside), range(12), strict=False)]
-    drawn = np.concatenate([batch["ids"] for batch in batches])
-    shown = np.concatenate([batch["image"][:, 0, 0, 0] for batch in batches])
-    np.testing.assert_array_equal(shown, 20 * drawn[:, 0])
-    assert set(drawn[drawn[:, 0] == 0, 1]) == {0, 1}, "both captions of picture 0"
+    drawn = [row.tobytes() for batch in batches for row in batch["ids"]]
+    shown = np.concatenate([batch["image"][:, 0, 0, 0] for batch in batches]) // 20
+    texts, places = pairs.texts()
+    rows = tokenizer.encode(texts, 30)
+    own = {picture: {rows[text].tobytes() for one, text in places if one == picture} for picture in range(12)}
+    assert all(row in own[picture] for picture, row in zip(shown, drawn, strict=True))
+    assert {row for picture, row in zip(shown, drawn, strict=True) if picture == 0} == own[0], "both captions of picture 0"
     entered = next(train_batches(pairs.pictures, config, start=7, beside=beside))
     np.testing.assert_array_equal(entered["ids"], batches[7]["ids"])
 

@@ -7,6 +7,7 @@ The losses are CLIP's and SigLIP's (`ggem_jax.contrastive`), over all devices wi
 import functools
 import math
 import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,10 +65,7 @@ def train(config: ContrastiveConfig, *, quiet: bool = False) -> Trained:
             facts = {"scale": scale, "images": len(described.images), "texts": len(described.texts)}
             return Evaluation(described, values | facts, f"{said}  scale {scale:.1f}")
 
-        def beside(picture: int, rng: np.random.Generator) -> dict[str, Any]:
-            captions = train_set.captions[picture]
-            return {"ids": tokenizer.row(captions[rng.integers(len(captions))], config.text.context)}
-
+        beside = drawn_captions(train_set, tokenizer, config.text.context)
         places = {"process": jax.process_index(), "processes": jax.process_count()}
         texts = len(eval_set.texts()[0])
         return Task(
@@ -94,6 +92,16 @@ def tokenizer_of_run(config: ContrastiveConfig, given: Tokenizer | None, train_s
     if jax.process_index() == 0:
         write_text(path, tokenizer.text)
     return tokenizer
+
+
+def drawn_captions(train_set: Captioned, tokenizer: Tokenizer, context: int) -> Callable[[int, np.random.Generator], dict[str, Any]]:
+    """The function that gives the ids of one of a picture's captions, drawn at random."""
+
+    def drawn(picture: int, rng: np.random.Generator) -> dict[str, Any]:
+        captions = train_set.captions[picture]
+        return {"ids": tokenizer.row(captions[rng.integers(len(captions))], context)}
+
+    return drawn
 
 
 @dataclass(frozen=True)
