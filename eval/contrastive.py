@@ -21,10 +21,10 @@ from tyro.conf import Positional, arg
 
 from eval.statistics import Interval, Paired, bootstrap, paired, proportion
 from ggem_jax.contrastive import class_descriptors, found_at
-from train.captions import Captioned, class_words, open_captions, templates_of
+from train.captions import Captioned, Text, class_words, open_captions, templates_of
 from train.checkpoints import Checkpoints
-from train.config import ContrastiveConfig, Refused, Text, parse
-from train.contrastive import KAPPAS, Described, describe, describe_texts, make_steps, make_towers
+from train.config import Refused, parse
+from train.contrastive import KAPPAS, ContrastiveConfig, Described, describe, describe_texts, make_steps, make_towers
 from train.data import Pictures, open_data
 from train.evaluate import outputs_of
 from train.loop import learned_exponents

@@ -10,18 +10,20 @@ from test_train_contrastive import one_line
 
 from eval import contrastive as eval_contrastive
 from eval.contrastive import Evaluated, compare
-from train import contrastive
 from train.config import Refused
 from train.contrastive import Described
 from train.log import read_metrics
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory):
+def trained(tool, tmp_path_factory):
     """Two finished runs on digits, of which one learned from shuffled captions."""
     root = tmp_path_factory.mktemp("runs")
-    for name, flags in (("true", []), ("shuffled", ["--text.shuffle_captions"])):
-        contrastive.main([*TINY_PAIR, "--epochs", "2", *flags, "--out", str(root / name)])
+    kinds = {"true": [], "shuffled": ["--text.shuffle_captions"]}
+    running = [tool("train.contrastive", *TINY_PAIR, "--epochs", "2", *flags, "--out", root / name) for name, flags in kinds.items()]
+    for process in running:
+        _, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err[-3000:]
     return root
 
 

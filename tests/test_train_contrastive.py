@@ -22,10 +22,10 @@ from ggem_jax.weights import write_safetensors
 from ggem_jax.weights.vit import read_vit
 from train import contrastive
 from train.batches import train_batches
-from train.captions import open_captions, open_pairs, read_csv, read_names, read_shards, shards_of
+from train.captions import Text, open_captions, read_csv, read_names, read_shards, shards_of
 from train.checkpoints import Checkpoints
-from train.config import ContrastiveConfig, Data, Refused, Text, configs_of, from_dict, known_configs, load_config, to_dict
-from train.contrastive import at_most, drawn_captions, make_steps, make_towers
+from train.config import Data, Refused, configs_of, from_dict, known_configs, load_config, to_dict
+from train.contrastive import ContrastiveConfig, at_most, drawn_captions, make_steps, make_towers, open_pairs
 from train.log import read_metrics
 from train.loop import first_state
 from train.step import normalise
@@ -293,12 +293,46 @@ def tokenizer():
     return train_tokenizer(captions, config_of().text.vocabulary)
 
 
-@pytest.mark.parametrize("loss", ["softmax", "sigmoid"])
+LEARN = [*TINY_PAIR, "--epochs", "3", "--log_every", "1"]
+STEPS = 135  # of it
+
+
+@pytest.fixture(scope="module")
+def learned(tool, tmp_path_factory):
+    """A finished run on one device, and what it said."""
+    run = tmp_path_factory.mktemp("learned")
+    process = tool("train.contrastive", *LEARN, "--out", run, devices=1)
+    _, said = process.communicate(timeout=300)
+    assert process.returncode == 0, said[-3000:]
+    return run, said
+
+
+def test_a_run_learns_to_name_digits_and_leaves_its_tokenizer(learned):
+    run, said = learned
+    final = read_metrics(run, "eval")[-1]
+    assert (final["images"], final["texts"], final["step"]) == (359, 10, STEPS)
+    assert 0.35 < final["image_to_text@1"] <= final["image_to_text@5"] <= final["image_to_text@10"] == 1  # chance 10 %
+    assert len(final["p"]["image/pool/p"]) == 2
+    assert 10 < final["scale"] < 20
+    assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert read_tokenizer(run / "tokenizer.json").size <= 320
+    assert "1,438 pictures to train, 359 with 10 texts to evaluate" in said
+
+
+def test_eight_devices_with_split_weights_train_as_one(learned, tmp_path):
+    config = load_config([*LEARN, "--fsdp", "8", "--stop_after", "12", "--out", str(tmp_path)], "test", ContrastiveConfig)
+    contrastive.train(config, quiet=True)
+    losses, want = ([line["loss"] for line in read_metrics(run, "train")] for run in (tmp_path, learned[0]))
+    assert (len(losses), len(want)) == (12, STEPS)
+    np.testing.assert_allclose(losses, want[:12], rtol=1e-4)
+
+
+@pytest.mark.parametrize("loss", ["softmax", pytest.param("sigmoid", marks=pytest.mark.slow)])
 def test_the_loss_of_a_step_is_that_of_the_whole_batch(tokenizer, loss):
     """On eight devices, with the weights split over them: the loss of descriptors that were computed without a mesh."""
     config = config_of("--loss", loss, "--fsdp", "8")
     towers = make_towers(config, tokenizer)
-    steps = make_steps(config, towers, 18)
+    steps = make_steps(config, towers, STEPS)
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (32, 8, 8, 3), dtype=np.uint8)
     ids = tokenizer.encode([f"digit {i}" for i in range(32)], config.text.context)
@@ -312,20 +346,7 @@ def test_the_loss_of_a_step_is_that_of_the_whole_batch(tokenizer, loss):
     want = softmax_loss(described, texts, 1 / 0.07) if loss == "softmax" else sigmoid_loss(described, texts, 10.0, -10.0)
     state, metrics = steps.train(state, {"image": jnp.array(images), "ids": jnp.array(ids)}, 0)
     assert float(metrics["loss"]) == pytest.approx(float(want), rel=1e-4)
-    assert make_steps(dataclasses.replace(config, seed=3), make_towers(config, tokenizer), 18) is steps
-
-
-def test_a_run_learns_to_name_digits_and_leaves_its_tokenizer(tmp_path, capsys):
-    flags = [*TINY_PAIR, "--epochs", "3", "--model.dropout", "0.05", "--out", str(tmp_path / "run")]
-    contrastive.main(flags)
-    final = read_metrics(tmp_path / "run", "eval")[-1]
-    assert (final["images"], final["texts"], final["step"]) == (359, 10, 135)
-    assert 0.35 < final["image_to_text@1"] <= final["image_to_text@5"] <= final["image_to_text@10"] == 1  # chance 10 %
-    assert len(final["p"]["image/pool/p"]) == 2
-    assert 10 < final["scale"] < 20
-    assert (tmp_path / "run" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert read_tokenizer(tmp_path / "run" / "tokenizer.json").size <= 320
-    assert "1,438 pictures to train, 359 with 10 texts to evaluate" in capsys.readouterr().err
+    assert make_steps(dataclasses.replace(config, seed=3), make_towers(config, tokenizer), STEPS) is steps
 
 
 def states(config):
@@ -362,17 +383,6 @@ def test_a_stopped_run_ends_with_the_same_bits_and_takes_no_other_data(captioned
     (other.out / "tokenizer.json").unlink()
     with pytest.raises(Refused, match=r"the tokenizer .*tokenizer.json cannot be read"):
         contrastive.train(other, quiet=True)
-
-
-def test_eight_devices_with_split_weights_train_as_one(tmp_path, tool):
-    flags = ["--epochs", "0.4", "--log_every", "1"]
-    process = tool("train.contrastive", *TINY_PAIR, *flags, "--out", tmp_path / "one", devices=1)
-    contrastive.train(config_of(*flags, "--fsdp", "8", "--out", tmp_path / "eight"), quiet=True)
-    _, err = process.communicate(timeout=300)
-    assert process.returncode == 0, err[-3000:]
-    losses = [[line["loss"] for line in read_metrics(tmp_path / name, "train")] for name in ("one", "eight")]
-    assert len(losses[0]) == 18
-    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-3)
 
 
 def test_the_image_tower_starts_from_a_published_file(tmp_path, tokenizer):

@@ -24,15 +24,42 @@ from pathlib import Path
 import numpy as np
 
 from ggem_jax.images import RGB, UnreadableImage, read_image
-from train.config import ContrastiveConfig, Data, Refused, Text
+from train.config import Data, Refused, require
 from train.data import KNOWN as KNOWN_CLASSES
 from train.data import Pictures, held_out, open_data
+from train.tokenizer import SMALLEST_VOCABULARY
 
 KNOWN = f"{KNOWN_CLASSES}, csv:FILE, wds:PATTERN"
 PICTURES = ("jpg", "jpeg", "png", "webp")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 Captions = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text tower of train.contrastive and where its captions come from."""
+
+    width: int = 512  # channels of a token; the base size of CLIP's text tower, arXiv:2103.00020, section 2.4, and so are the next four
+    depth: int = 12  # blocks
+    heads: int = 8
+    mlp_width: int = 2048
+    context: int = 77  # ids of a text, start and end included; longer ones lose their last pieces
+    vocabulary: int = 8192  # most pieces of a tokenizer that is trained on the captions
+    tokenizer: Path | None = None  # a tokenizer.json to use instead
+    templates: tuple[str, ...] | None = None  # captions made of class names; None: "a photo of a {}.", of digits "the handwritten digit {}"
+    names: Path | None = None  # file that calls the classes otherwise: a line for each, its folder, a tab, its words
+    shuffle_captions: bool = False  # a control: each training picture gets the captions of another one, once and for all
+
+    def __post_init__(self):
+        for name in ("width", "depth", "heads", "mlp_width"):
+            require(f"text.{name}", getattr(self, name), "at least 1", getattr(self, name) >= 1)
+        require("text.width", self.width, f"a multiple of its {self.heads} heads", self.width % self.heads == 0)
+        require("text.context", self.context, "at least 3: start, a piece and end", self.context >= 3)
+        enough = self.vocabulary >= SMALLEST_VOCABULARY
+        require("text.vocabulary", self.vocabulary, f"at least {SMALLEST_VOCABULARY}: all bytes, start and end", enough)
+        named = self.templates is None or (bool(self.templates) and all("{}" in template for template in self.templates))
+        require("text.templates", self.templates, "texts with {} where the name of the class goes", named)
 
 
 @dataclass(frozen=True)
@@ -99,12 +126,6 @@ def open_captions(data: Data, text: Text) -> tuple[Captioned, Captioned]:
         return pairs, reader(data.eval_split, data.corrupt)
     held = held_out(np.zeros(len(pairs), np.int32), data.holdout)
     return pairs.take(np.flatnonzero(~held)), pairs.take(np.flatnonzero(held))
-
-
-def open_pairs(config: ContrastiveConfig) -> tuple[Captioned, Captioned]:
-    """The data of a run."""
-    train, evaluation = open_captions(config.data, config.text)
-    return (train.shuffled(config.seed) if config.text.shuffle_captions else train), evaluation
 
 
 def class_words(classes: tuple[str, ...], data: Data, text: Text) -> tuple[str, ...]:

@@ -24,8 +24,6 @@ from ggem_jax.weights.vit import PublishedViT, read_vit
 
 CONFIGS = Path(__file__).parent / "configs"
 
-SMALLEST_VOCABULARY = 258  # of a tokenizer over bytes: all of them, start and end
-
 T = TypeVar("T")
 C = TypeVar("C", bound="Config")
 
@@ -161,62 +159,6 @@ class Config:
         require("stop_after", self.stop_after, "at least 1, or None", self.stop_after is None or self.stop_after >= 1)
         require("model.dtype", self.model.dtype, "float32 or bfloat16: losses are not scaled for float16", self.model.dtype != "float16")
         require("model.param_dtype", self.model.param_dtype, "float32: so small are the steps of an optimizer", self.model.param_dtype == "float32")
-
-
-@dataclass(frozen=True)
-class Text:
-    """The text tower of train.contrastive and where its captions come from."""
-
-    width: int = 512  # channels of a token; the base size of CLIP's text tower, arXiv:2103.00020, section 2.4, and so are the next four
-    depth: int = 12  # blocks
-    heads: int = 8
-    mlp_width: int = 2048
-    context: int = 77  # ids of a text, start and end included; longer ones lose their last pieces
-    vocabulary: int = 8192  # most pieces of a tokenizer that is trained on the captions
-    tokenizer: Path | None = None  # a tokenizer.json to use instead
-    templates: tuple[str, ...] | None = None  # captions made of class names; None: "a photo of a {}.", of digits "the handwritten digit {}"
-    names: Path | None = None  # file that calls the classes otherwise: a line for each, its folder, a tab, its words
-    shuffle_captions: bool = False  # a control: each training picture gets the captions of another one, once and for all
-
-    def __post_init__(self):
-        for name in ("width", "depth", "heads", "mlp_width"):
-            require(f"text.{name}", getattr(self, name), "at least 1", getattr(self, name) >= 1)
-        require("text.width", self.width, f"a multiple of its {self.heads} heads", self.width % self.heads == 0)
-        require("text.context", self.context, "at least 3: start, a piece and end", self.context >= 3)
-        enough = self.vocabulary >= SMALLEST_VOCABULARY
-        require("text.vocabulary", self.vocabulary, f"at least {SMALLEST_VOCABULARY}: all bytes, start and end", enough)
-        named = self.templates is None or (bool(self.templates) and all("{}" in template for template in self.templates))
-        require("text.templates", self.templates, "texts with {} where the name of the class goes", named)
-
-
-@dataclass(frozen=True)
-class ContrastiveConfig(Config):
-    """One training of an image tower and a text tower on pairs."""
-
-    tool: ClassVar[str] = "train.contrastive"
-
-    out: Path = Path("runs/contrastive")
-    loss: Literal["softmax", "sigmoid"] = "softmax"  # of CLIP (arXiv:2103.00020) or of SigLIP (arXiv:2303.15343)
-    embed: int = 512  # channels of the space that images and texts share
-    init_scale: float | None = None  # first factor of the similarities; None: 1/0.07 of CLIP with softmax, 10 of SigLIP with sigmoid
-    init_bias: float = -10.0  # first bias of the sigmoid, SigLIP's; a softmax has none
-    max_scale: float = 100.0  # CLIP, section 2.5
-    text: Text = field(default_factory=Text)
-
-    @property
-    def first_scale(self) -> float:
-        return self.init_scale if self.init_scale is not None else {"softmax": 1 / 0.07, "sigmoid": 10.0}[self.loss]
-
-    def __post_init__(self):
-        super().__post_init__()
-        require("embed", self.embed, "at least 1", self.embed >= 1)
-        require("max_scale", self.max_scale, "positive", 0 < self.max_scale < math.inf)
-        require("init_scale", self.init_scale, f"above 0 and at most --max_scale {self.max_scale:g}", 0 < self.first_scale <= self.max_scale)
-        require("init_bias", self.init_bias, "finite", math.isfinite(self.init_bias))
-        parts = self.optimizer.accumulate
-        require("optimizer.accumulate", parts, "1: the negatives of a pair are those of its batch, and a part of a batch has fewer", parts == 1)
-        for name in ("mixup", "cutmix", "label_smoothing"):
-            require(f"augment.{name}", getattr(self.augment, name), "0: there are no labels to mix", getattr(self.augment, name) == 0)
 
 
 def require(name: str, value: Any, what: str, fulfilled: bool) -> None:

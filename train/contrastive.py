@@ -8,8 +8,9 @@ import functools
 import math
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
 
 import jax
 import jax.numpy as jnp
@@ -23,8 +24,8 @@ from ggem_jax.models.text import TextConfig, TextTransformer
 from ggem_jax.models.vit import ViT
 from ggem_jax.pooling import l2_normalize
 from train.batches import train_batches
-from train.captions import Captioned, open_pairs
-from train.config import ContrastiveConfig, Data, Optimizer, build_model, load_config
+from train.captions import Captioned, Text, open_captions
+from train.config import Config, Data, Optimizer, build_model, load_config, require
 from train.evaluate import on_devices, outputs_of
 from train.log import write_text
 from train.loop import Evaluation, Task, Trained, check_devices, run, run_tool
@@ -33,13 +34,42 @@ from train.step import Problem, Steps, compiled, make_mesh
 from train.throughput import forward_flops, text_forward_flops
 from train.tokenizer import Tokenizer, read_tokenizer, train_tokenizer
 
-TOOL = ContrastiveConfig.tool
 KAPPAS = (1, 5, 10)
 AXES = ("data", "fsdp")
 
 
+@dataclass(frozen=True)
+class ContrastiveConfig(Config):
+    """One training of an image tower and a text tower on pairs."""
+
+    tool: ClassVar[str] = "train.contrastive"
+
+    out: Path = Path("runs/contrastive")
+    loss: Literal["softmax", "sigmoid"] = "softmax"  # of CLIP (arXiv:2103.00020) or of SigLIP (arXiv:2303.15343)
+    embed: int = 512  # channels of the space that images and texts share
+    init_scale: float | None = None  # first factor of the similarities; None: 1/0.07 of CLIP with softmax, 10 of SigLIP with sigmoid
+    init_bias: float = -10.0  # first bias of the sigmoid, SigLIP's; a softmax has none
+    max_scale: float = 100.0  # CLIP, section 2.5
+    text: Text = field(default_factory=Text)
+
+    @property
+    def first_scale(self) -> float:
+        return self.init_scale if self.init_scale is not None else {"softmax": 1 / 0.07, "sigmoid": 10.0}[self.loss]
+
+    def __post_init__(self):
+        super().__post_init__()
+        require("embed", self.embed, "at least 1", self.embed >= 1)
+        require("max_scale", self.max_scale, "positive", 0 < self.max_scale < math.inf)
+        require("init_scale", self.init_scale, f"above 0 and at most --max_scale {self.max_scale:g}", 0 < self.first_scale <= self.max_scale)
+        require("init_bias", self.init_bias, "finite", math.isfinite(self.init_bias))
+        parts = self.optimizer.accumulate
+        require("optimizer.accumulate", parts, "1: the negatives of a pair are those of its batch, and a part of a batch has fewer", parts == 1)
+        for name in ("mixup", "cutmix", "label_smoothing"):
+            require(f"augment.{name}", getattr(self.augment, name), "0: there are no labels to mix", getattr(self.augment, name) == 0)
+
+
 def main(argv: list[str] | None = None) -> None:
-    run_tool(TOOL, lambda flags: train(load_config(flags, TOOL, ContrastiveConfig)), argv)
+    run_tool(ContrastiveConfig.tool, lambda flags: train(load_config(flags, ContrastiveConfig.tool, ContrastiveConfig)), argv)
 
 
 def train(config: ContrastiveConfig, *, quiet: bool = False) -> Trained:
@@ -80,6 +110,12 @@ def train(config: ContrastiveConfig, *, quiet: bool = False) -> Trained:
         )
 
     return run(config, task, facts, quiet=quiet)
+
+
+def open_pairs(config: ContrastiveConfig) -> tuple[Captioned, Captioned]:
+    """The training and the evaluation pictures of a run."""
+    train_set, eval_set = open_captions(config.data, config.text)
+    return (train_set.shuffled(config.seed) if config.text.shuffle_captions else train_set), eval_set
 
 
 def tokenizer_of_run(config: ContrastiveConfig, given: Tokenizer | None, train_set: Captioned) -> Tokenizer:

@@ -15,8 +15,9 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from train.config import SMALLEST_VOCABULARY, Refused
+from train.config import Refused
 
+SMALLEST_VOCABULARY = 258  # of a tokenizer over bytes: all of them, start and end
 START, END = "<|startoftext|>", "<|endoftext|>"  # CLIP's
 
 # How tokenizers in use call them, the first that is there; a start may be missing. CLIP and GPT-2; Llama, T5 and RoBERTa; Gemma; BERT; Llama 3.
