@@ -319,6 +319,7 @@ def test_a_run_learns_to_name_digits_and_leaves_its_tokenizer(learned):
     assert "1,438 pictures to train, 359 with 10 texts to evaluate" in said
 
 
+@pytest.mark.slow
 def test_eight_devices_with_split_weights_train_as_one(learned, tmp_path):
     config = load_config([*LEARN, "--fsdp", "8", "--stop_after", "12", "--out", str(tmp_path)], "test", ContrastiveConfig)
     contrastive.train(config, quiet=True)
