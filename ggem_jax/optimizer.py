@@ -40,13 +40,13 @@ def adamw(
 def weight_decay_mask(params: Parameters) -> Parameters:
     """True for matrices called `kernel` (Flax) or `weight` (Equinox); false for biases, norms, positions, prefix tokens and exponents.
 
-    A mask for `optax.add_decayed_weights`.
+    Neither do the embeddings of ids decay. A mask for `optax.add_decayed_weights`.
     """
     return jax.tree_util.tree_map_with_path(lambda path, leaf: _names(path)[-1:] in (("kernel",), ("weight",)) and jnp.ndim(leaf) >= 2, params)
 
 
 def learning_rate_scales(params: Parameters, *, exponent_lr: float = 10.0, layer_decay: float = 1.0) -> Parameters:
-    """What multiplies the learning rate of each parameter of a `ViT`, wherever it stands in a larger tree.
+    """What multiplies the learning rate of each parameter of a `ViT` or a `TextTransformer`, wherever it stands in a larger tree.
 
     Block i of n has `layer_decay^(n - i)`, the embeddings `layer_decay^(n + 1)`, what follows the blocks 1; exponents `exponent_lr`. The
     tree may be a part of the model that has its last block.
@@ -98,10 +98,10 @@ def _names(path: KeyPath) -> tuple[str, ...]:
 
 
 def _place(path: KeyPath) -> tuple[tuple[str, ...], int | None]:
-    """The path of the ViT that a parameter is in, and its block: -1 for the embeddings, None for what follows the blocks."""
+    """The path of the tower that a parameter is in, and its block: -1 for the embeddings, None for what follows the blocks."""
     names = _names(path)
     for i, name in enumerate(names):
-        if name in ("patch_embedding", "class_token", "registers", "position"):
+        if name in ("patch_embedding", "class_token", "registers", "token_embedding", "position"):
             return names[:i], -1
         if match := re.fullmatch("blocks_([0-9]+)", name):
             return names[:i], int(match[1])

@@ -28,6 +28,12 @@ TINY = [
     "--config", "digits", "--model.width", "16", "--model.depth", "2", "--model.heads", "2", "--model.mlp_width", "32", "--batch", "32",
 ]  # fmt: skip
 
+# The same of train.contrastive.
+TINY_PAIR = [
+    "--config", "digits", "--model.width", "16", "--model.depth", "1", "--model.heads", "2", "--model.mlp_width", "32", "--batch", "32",
+    "--embed", "16", "--text.width", "16", "--text.heads", "2", "--text.mlp_width", "32",
+]  # fmt: skip
+
 
 @pytest.fixture(scope="session")
 def shared() -> Path:
@@ -62,6 +68,19 @@ def class_folders(tmp_path):
                 noise = np.clip(rng.normal(60 + 60 * label, 20, (12, 12, 3)), 0, 255).astype(np.uint8)
                 Image.fromarray(noise).save(folder / f"{name}{i}.png")
     return tmp_path / "pictures"
+
+
+@pytest.fixture
+def captioned_folder(tmp_path):
+    """`pairs.csv` beside 12 pictures of 9 x 9 pixels, each of a grey of its own, picture 0 with two captions."""
+    folder = tmp_path / "captioned"
+    folder.mkdir()
+    rows = ["image,caption"]
+    for i in range(12):
+        Image.new("RGB", (9, 9), (20 * i,) * 3).save(folder / f"{i}.png")
+        rows.append(f'{i}.png,"grey number {i}, plain"')
+    (folder / "pairs.csv").write_text("\n".join([*rows, "0.png,black"]) + "\n")
+    return folder
 
 
 def passed_cases(config: pytest.Config, mark: str) -> int:

@@ -7,6 +7,7 @@ import optax
 import pytest
 from flax import nnx
 
+from ggem_jax.models.text import TextConfig, TextTransformer
 from ggem_jax.models.vit import GGeM, ViT, ViTConfig
 from ggem_jax.optimizer import adamw, exponents, is_exponent, learning_rate_scales, weight_decay_mask
 
@@ -33,6 +34,18 @@ def test_layers_further_from_the_head_learn_slower(params):
     expected = {"head/kernel": 1, "norm/scale": 1, "pool/p": 20, "blocks_2/mlp/in/kernel": 0.5, "blocks_1/norm_1/bias": 0.25,
                 "blocks_0/attention/query/kernel": 0.125, "position": 0.0625, "class_token": 0.0625, "patch_embedding/kernel": 0.0625}  # fmt: skip
     assert {name: scales[name] for name in expected} == expected
+
+
+def test_the_two_towers_of_a_tree_have_depths_of_their_own(params):
+    """The table of ids is an embedding: it learns as slowly as positions, and neither decays."""
+    text = TextTransformer(TextConfig(vocabulary=7, width=8, depth=2, heads=2, mlp_width=8, context=5), outputs=4)
+    both = {"image": params, "text": text.init(jax.random.key(0), jnp.zeros((1, 5), jnp.int32))["params"], "log_scale": jnp.zeros(())}
+    scales, mask = by_path(learning_rate_scales(both, layer_decay=0.5)), by_path(weight_decay_mask(both))
+    expected = {"text/head/kernel": 1, "text/blocks_1/mlp/in/kernel": 0.5, "text/blocks_0/norm_1/scale": 0.25, "text/position": 0.125,
+                "text/token_embedding/embedding": 0.125, "image/blocks_2/mlp/in/kernel": 0.5, "image/position": 0.0625, "log_scale": 1}  # fmt: skip
+    assert {name: scales[name] for name in expected} == expected
+    assert not any(mask[name] for name in ("text/token_embedding/embedding", "text/position", "text/norm/scale", "log_scale"))
+    assert mask["text/head/kernel"]
 
 
 def test_exponents_are_found_by_their_path(params):

@@ -22,20 +22,33 @@ Batch = dict[str, np.ndarray]
 ENDLESS = 2**62  # places of a stream
 
 
+def with_label(label: int, rng: np.random.Generator) -> dict[str, Any]:
+    """What a classifier learns of a picture beside it."""
+    return {"label": np.int32(label)}
+
+
 def train_batches(
-    pictures: Pictures, config: Config, *, start: int, process: int = 0, processes: int = 1, draw: Callable[[int], np.ndarray] | None = None
+    pictures: Pictures,
+    config: Config,
+    *,
+    start: int,
+    process: int = 0,
+    processes: int = 1,
+    draw: Callable[[int], np.ndarray] | None = None,
+    beside: Callable[[int, np.random.Generator], dict[str, Any]] = with_label,
 ) -> Iterator[Batch]:
     """Endless shuffled and augmented batches from step `start` on: this process's rows of each.
 
     Batch k holds the pictures k * batch ... (k + 1) * batch - 1 of the shuffled stream, or those that `draw(k)` numbers, and each draws its random
-    numbers from its own place in the stream, so nothing depends on where the stream was entered.
+    numbers from its own place in the stream, so nothing depends on where the stream was entered. `beside` gives what stands beside a picture, from
+    its label and these random numbers.
     """
     local = config.batch // processes
     reader = _Reader(pictures, config.data.corrupt)
 
     def example(index: int, rng: np.random.Generator) -> dict[str, Any]:
         image, label = reader(index)
-        return {"image": augment(image, config.model.image, config.augment, rng), "label": np.int32(label)}
+        return {"image": augment(image, config.model.image, config.augment, rng), **beside(label, rng)}
 
     def drawn(place: int, rng: np.random.Generator) -> dict[str, Any]:
         assert draw is not None
@@ -102,7 +115,7 @@ class _Reader:
             return self.pictures.load(index)
         except UnreadableImage as error:
             if self.corrupt == "refuse":
-                raise Refused(f"{error} (--data.corrupt skip, or --corrupt skip of eval.classify, goes on without it)") from None
+                raise Refused(f"{error} (--data.corrupt skip, or --corrupt skip of the evaluation, goes on without it)") from None
             if index not in self.named:
                 self.named.add(index)
                 print(f"skipped: {error}", file=sys.stderr, flush=True)

@@ -54,10 +54,10 @@ class Pool:
 class Data:
     """Where the pictures come from and how they are read."""
 
-    source: Annotated[str, arg(aliases=["--data"])] = "digits"  # digits, folder:DIR or tfds:NAME
+    source: Annotated[str, arg(aliases=["--data"])] = "digits"  # digits, folder:DIR or tfds:NAME; of train.contrastive also csv:FILE or wds:PATTERN
     data_dir: Annotated[Path, arg(aliases=["--data_dir"])] = Path("~/tensorflow_datasets")  # where tfds data sets are prepared
     download: Annotated[bool, arg(aliases=["--download"])] = False  # let tfds download and prepare a data set that is not in data_dir
-    eval_split: str | None = None  # folder or split to evaluate on; None: the first there is of val, validation, test
+    eval_split: str | None = None  # folder, split, CSV file or shards to evaluate on; None: the first there is of val, validation, test
     holdout: float = 0.2  # share of each class kept for evaluation where the source has only one split
     corrupt: Literal["refuse", "skip"] = "refuse"  # a picture that cannot be read: stop there, or name it and take the next one
     eval_crop: Literal["centre", "squash"] = "centre"  # shorter side to eval_zoom * image, then the centre; or both sides to image

@@ -256,13 +256,19 @@ def _prepare(name: str, data_dir: Path) -> None:
 
 def hold_out(pictures: Pictures, share: float) -> tuple[Pictures, Pictures]:
     """Keeps `share` of each class, drawn once and for all, for evaluation; both parts stay in the order of the source."""
+    held = held_out(pictures.labels(), share)
+    return pictures.take(np.flatnonzero(~held)), pictures.take(np.flatnonzero(held))
+
+
+def held_out(labels: np.ndarray, share: float) -> np.ndarray:
+    """Which pictures `hold_out` keeps, `(n,)` bool."""
     if not 0 < share < 1:
         raise Refused(f"data.holdout must lie between 0 and 1, not at {share}")
-    labels, rng = pictures.labels(), np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     held = np.zeros(len(labels), bool)
-    for label in range(len(pictures.classes)):
+    for label in range(labels.max(initial=-1) + 1):
         members = rng.permutation(np.flatnonzero(labels == label))
         held[members[: round(share * len(members))]] = True
     if held.all() or not held.any():
         raise Refused(f"data.holdout {share} leaves one of the two parts of {len(labels)} pictures empty")
-    return pictures.take(np.flatnonzero(~held)), pictures.take(np.flatnonzero(held))
+    return held

@@ -75,7 +75,7 @@ def write_text(path: Path, text: str) -> None:
     """Writes a file under a temporary name and renames it, so that it is never half there."""
     temporary = path.with_name(f".{path.name}.new")
     try:
-        temporary.write_text(text)
+        temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

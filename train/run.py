@@ -90,7 +90,7 @@ def _lock(file: IO[str], run: Path) -> None:
 
 def _keep_settings(config: Config, facts: dict[str, Any]) -> None:
     now = {**to_dict(config), "data_found": facts}
-    if any((config.out / "checkpoints").glob("[0-9]*")):
+    if has_checkpoint(config.out):
         before, facts_before = read_run(config.out, type(config))
         here, there = _flat(now), _flat({**to_dict(before), "data_found": facts_before})
         changed = [name for name in here | there if name not in FREE and here.get(name) != there.get(name)]
@@ -98,6 +98,11 @@ def _keep_settings(config: Config, facts: dict[str, Any]) -> None:
             settings = "; ".join(f"{name} {there.get(name)} there, {here.get(name)} now" for name in changed)
             raise Refused(f"{config.out} holds a run with other settings ({settings}): choose another --out")
     write_text(config.out / "config.json", json.dumps(now, indent=2) + "\n")
+
+
+def has_checkpoint(run: Path) -> bool:
+    """Whether there is something in a folder to go on from."""
+    return any((run / "checkpoints").glob("[0-9]*"))
 
 
 def read_run(run: Path, record: type[C] = Config) -> tuple[C, dict[str, Any]]:  # type: ignore[assignment]

@@ -13,6 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from ggem_jax.models.text import TextConfig
 from ggem_jax.models.vit import ViTConfig
 
 # Dense bfloat16 peak of one device in FLOP/s, without sparsity, by the name JAX gives the device. Sources: the vendors' data sheets
@@ -31,15 +32,25 @@ PEAK_FLOPS = {
 }
 
 
-def forward_flops(config: ViTConfig, num_classes: int) -> float:
-    """FLOPs of the forward pass of one image."""
+def forward_flops(config: ViTConfig, outputs: int) -> float:
+    """FLOPs of the forward pass of one image to so many outputs of its descriptor."""
     patches = (config.image // config.patch) ** 2
-    tokens, width = patches + config.prefix_tokens, config.width
-    embedding = patches * 3 * config.patch**2 * width
+    embedding = patches * 3 * config.patch**2 * config.width
+    return 2.0 * (embedding + config.width * outputs) + blocks_flops(config, patches + config.prefix_tokens)
+
+
+def text_forward_flops(config: TextConfig, outputs: int) -> float:
+    """FLOPs of the forward pass of one text of full length."""
+    return 2.0 * config.width * outputs + blocks_flops(config, config.context)
+
+
+def blocks_flops(config: ViTConfig | TextConfig, tokens: int) -> float:
+    """FLOPs of the blocks of a tower: projections, attention and MLP."""
+    width = config.width
     projections = 4 * tokens * width**2
     attention = 2 * tokens**2 * width
     mlp = (3 if config.mlp == "swiglu" else 2) * tokens * width * config.mlp_width
-    return 2.0 * (embedding + config.depth * (projections + attention + mlp) + width * num_classes)
+    return 2.0 * config.depth * (projections + attention + mlp)
 
 
 def training_flops(config: ViTConfig, num_classes: int) -> float:

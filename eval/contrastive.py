@@ -1,0 +1,224 @@
+"""How well a trained pair of towers finds texts and pictures, and classifies by words: python -m eval.contrastive RUN [OTHER].
+
+Prints recall@k from pictures to texts and back, beside what a random order would find, from the newest checkpoint of a run of `train.contrastive`.
+A text is right for a picture if it is one of the picture's captions, so where captions are class names every picture of the class is right.
+`--zero-shot SOURCE` classifies pictures by the descriptions of their classes. With a second run also paired tests on the same pictures; `--json`
+prints one JSON object instead.
+"""
+
+import dataclasses
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import jax
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from tyro.conf import Positional, arg
+
+from eval.statistics import Interval, Paired, bootstrap, paired, proportion
+from ggem_jax.contrastive import class_descriptors, found_at
+from train.captions import Captioned, Text, class_words, open_captions, templates_of
+from train.checkpoints import Checkpoints
+from train.config import Refused, parse
+from train.contrastive import KAPPAS, ContrastiveConfig, Described, describe, describe_texts, make_steps, make_towers
+from train.data import Pictures, open_data
+from train.evaluate import outputs_of
+from train.loop import learned_exponents
+from train.run import has_checkpoint, one_sentence, read_run
+from train.tokenizer import Tokenizer, read_tokenizer
+
+DIRECTIONS = {"image_to_text": "pictures -> texts", "text_to_image": "texts -> pictures"}
+
+
+@dataclass(frozen=True)
+class Evaluate:
+    """How well pictures and texts find each other, and which of two runs does better."""
+
+    run: Positional[Path]  # folder of a run of train.contrastive
+    other: Positional[Path | None] = None  # folder of another run to compare it with
+    json: bool = False  # print one JSON object
+    zero_shot: Annotated[str | None, arg(aliases=["--zero-shot"])] = None  # digits, folder:DIR or tfds:NAME to classify by the words of its classes
+    templates: tuple[str, ...] | None = None  # with {} for the class, of the zero-shot prompts, or else of the captions; None: as in the run
+    names: Path | None = None  # file of the words of these classes: a line for each, its folder, a tab, its words; None: as in the run
+    corrupt: Literal["refuse", "skip"] | None = None  # what to do about a picture that cannot be read; None: as in the run
+    split: str | None = None  # evaluate on another split, CSV file or shards than the run did
+    data: str | None = None  # evaluate on another source than the run's: digits, folder:DIR, tfds:NAME, csv:FILE or wds:PATTERN
+    data_dir: Annotated[Path | None, arg(aliases=["--data-dir"])] = None  # where tfds data sets are prepared; None: as in the run
+
+
+@dataclass(frozen=True)
+class ZeroShot:
+    """Pictures classified by the descriptions of their classes."""
+
+    index: np.ndarray  # (n,) number of the picture in its split
+    digest: np.ndarray  # (n,) of the pictures as they were read
+    top1: np.ndarray  # (n,) whether the class is the nearest
+    top5: np.ndarray
+    source: str
+    words: tuple[str, ...]
+    templates: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Evaluated:
+    """One run on its evaluation pictures."""
+
+    run: Path
+    step: int
+    described: Described
+    zero_shot: ZeroShot | None
+    scale: float
+    p: dict[str, list[float]]  # learned exponents
+
+
+def main(argv: list[str] | None = None) -> None:
+    with one_sentence("eval.contrastive"):
+        config = parse(Evaluate, sys.argv[1:] if argv is None else argv, "eval.contrastive")
+        runs = [load(run, config) for run in (config.run, config.other) if run is not None]
+        report = as_json(runs, compare(*runs) if len(runs) == 2 else None)
+        if config.json:
+            print(json.dumps(report))
+        else:
+            show(report)
+
+
+def load(run: Path, how: Evaluate) -> Evaluated:
+    """Evaluates the newest checkpoint of a run."""
+    trained, _ = read_run(run, ContrastiveConfig)
+    data = dataclasses.replace(trained.data, source=how.data or trained.data.source, data_dir=how.data_dir or trained.data.data_dir)
+    data = dataclasses.replace(data, eval_split=how.split or data.eval_split, corrupt=how.corrupt or data.corrupt)
+    if not has_checkpoint(run):
+        raise Refused(f"{run} has no checkpoint yet")
+    checkpoints, devices = Checkpoints(run, read_only=True), jax.device_count()
+    config = dataclasses.replace(trained, data=data, fsdp=1, batch=-(-trained.batch // devices) * devices)  # whatever devices it was trained on
+    asked = (how.templates, how.names)
+    _, eval_set = open_captions(data, text_of(data.source, trained, *((None, None) if how.zero_shot else asked)))
+    model = Model(config, read_tokenizer(run / "tokenizer.json"), checkpoints)
+    zero_shot = None if how.zero_shot is None else classify(model, text_of(how.zero_shot, trained, *asked), how.zero_shot)
+    scale = float(model.towers.scale(model.params))
+    return Evaluated(run, model.step, model.describe(eval_set), zero_shot, scale, learned_exponents(model.params))
+
+
+class Model:
+    """The towers of a checkpoint."""
+
+    def __init__(self, config: ContrastiveConfig, tokenizer: Tokenizer, checkpoints: Checkpoints):
+        self.config, self.tokenizer, self.towers = config, tokenizer, make_towers(config, tokenizer)
+        self.steps = make_steps(config, self.towers, total_steps=2)  # any number: the schedule does not matter here
+        state = checkpoints.restore(self.steps)
+        self.params, self.step = state.evaluated, int(state.step)
+
+    def describe(self, eval_set: Captioned) -> Described:
+        return describe(self.steps, self.towers, self.params, eval_set, self.tokenizer, self.config)
+
+    def texts(self, texts: tuple[str, ...]) -> np.ndarray:
+        return describe_texts(self.steps, self.towers, self.params, texts, self.tokenizer, self.config)
+
+    def pictures(self, pictures: Pictures) -> dict[str, np.ndarray]:
+        return outputs_of(self.steps, self.params, pictures, self.config)
+
+
+def text_of(source: str, trained: ContrastiveConfig, templates: tuple[str, ...] | None, names: Path | None) -> Text:
+    """How captions of a source are made: as asked for, otherwise as in the run, whose names of classes are those of its own source only."""
+    if templates is None and not source.startswith(("csv:", "wds:")):  # which have captions of their own
+        templates = trained.text.templates
+    if names is None and source == trained.data.source:
+        names = trained.text.names
+    return dataclasses.replace(trained.text, templates=templates, names=names)
+
+
+def classify(model: Model, text: Text, source: str) -> ZeroShot:
+    """Gives each picture the class whose prompts, averaged over the templates, are nearest: CLIP, section 3.1."""
+    data = dataclasses.replace(model.config.data, source=source)
+    if source != model.config.data.source:
+        data = dataclasses.replace(data, eval_split=None)
+    _, pictures = open_data(data)
+    words, templates = class_words(pictures.classes, data, text), templates_of(data, text)
+    prompts = tuple(template.replace("{}", word) for word in words for template in templates)
+    classes = class_descriptors(model.texts(prompts).reshape(len(words), len(templates), -1))
+    whole = model.pictures(pictures)
+    right = found_at(whole["descriptor"], classes, np.stack([np.arange(len(whole["label"])), whole["label"]], axis=1), kappas=(1, 5))
+    return ZeroShot(whole["index"], whole["digest"], right[:, 0], right[:, 1], source, words, templates)
+
+
+def compare(first: Evaluated, second: Evaluated) -> dict[str, Paired]:
+    """The two on the same pictures and texts."""
+    a, b = first.described, second.described
+    if a.captions != b.captions or not all(np.array_equal(*pair) for pair in ((a.index, b.index), (a.digest, b.digest), (a.pairs, b.pairs))):
+        raise Refused(f"{first.run} and {second.run} were not evaluated on the same pictures and captions, so they cannot be compared in pairs")
+    found, other = a.found((1,)), b.found((1,))
+    tests = {f"{name}@1": paired(found[name][:, 0], other[name][:, 0]) for name in DIRECTIONS}
+    if first.zero_shot and second.zero_shot:
+        tests["zero_shot_top1"] = paired(first.zero_shot.top1, second.zero_shot.top1)
+    return tests
+
+
+def as_json(runs: list[Evaluated], tests: dict[str, Paired] | None) -> dict[str, Any]:
+    """What `--json` prints."""
+    paired_tests = None if tests is None else {name: dataclasses.asdict(test) for name, test in tests.items()}
+    return {"runs": [_entry(run) for run in runs], "paired": paired_tests}
+
+
+def _entry(run: Evaluated) -> dict[str, Any]:
+    described, zero_shot = run.described, run.zero_shot
+    found, chance = described.found(), described.chance()
+    return {
+        "run": str(run.run),
+        "step": run.step,
+        "images": len(described.images),
+        "texts": len(described.texts),
+        "scale": run.scale,
+        "p": run.p,
+        "retrieval": {
+            name: {f"recall@{k}": dataclasses.asdict(bootstrap(found[name][:, i])) | {"chance": float(chance[name][i])} for i, k in enumerate(KAPPAS)}
+            for name in DIRECTIONS
+        },
+        "zero_shot": None
+        if zero_shot is None
+        else {
+            "source": zero_shot.source,
+            "images": len(zero_shot.index),
+            "classes": list(zero_shot.words),
+            "templates": list(zero_shot.templates),
+            "top1": dataclasses.asdict(proportion(zero_shot.top1)),
+            "top5": dataclasses.asdict(proportion(zero_shot.top5)),
+        },
+    }
+
+
+def show(report: dict[str, Any]) -> None:
+    """Prints the tables for people."""
+    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+    for run in report["runs"]:
+        title = f"{run['run']}, step {run['step']}, {run['images']:,} pictures, {run['texts']:,} texts"
+        table = Table("", title=title, title_justify="left")
+        table.add_column("recall [95 % interval]", justify="right")
+        table.add_column("chance", justify="right")
+        for direction, measures in run["retrieval"].items():
+            for measure, found in measures.items():
+                table.add_row(f"{DIRECTIONS[direction]}, {measure}", _interval(found), f"{100 * found['chance']:.2f} %")
+        console.print(table)
+        if zero := run["zero_shot"]:
+            said = f"top-1 {_interval(zero['top1'])}   top-5 {_interval(zero['top5'])}"
+            kinds = f"{zero['images']:,} pictures, {len(zero['classes']):,} classes, {len(zero['templates'])} template(s)"
+            console.print(f"zero-shot on {zero['source']}: {said}   ({kinds})")
+        for name, values in run["p"].items():
+            console.print(f"learned {name}: {' '.join(f'{value:.2f}' for value in values)}")
+    for name, test in (report["paired"] or {}).items():
+        difference = Interval(**test["difference"])
+        console.print(
+            f"{name}, first less second: {difference}; only the first is right on {test['only_first']}, only the second on {test['only_second']}; "
+            f"McNemar's exact test p = {test['p_value']:.3g}"
+        )
+
+
+def _interval(found: dict[str, float]) -> str:
+    return str(Interval(found["value"], found["low"], found["high"]))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,319 @@
+"""Where pictures with captions come from: `csv:FILE`, `wds:PATTERN`, or pictures by class (`train.data`) whose class names become captions.
+
+- `csv:FILE`: a header and the columns image (a path from the file's folder) and caption, between commas or tabs. Rows with the same path are one
+  picture with several captions.
+- `wds:PATTERN`: tar files as of WebDataset, `shard-{000..012}.tar` or a glob: the members of a pair are called alike but for their endings, .jpg,
+  .png or .webp, and .txt (the caption) or .json with "caption". They are read where they lie, by an index made when the run starts.
+
+Without `--data.eval_split`, which names another file or pattern, `--data.holdout` of the pictures are kept for evaluation. Nothing is unpickled.
+"""
+
+import csv
+import io
+import itertools
+import json
+import re
+import sys
+import tarfile
+import zlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from glob import glob
+from pathlib import Path
+
+import numpy as np
+
+from ggem_jax.images import RGB, UnreadableImage, read_image
+from train.config import Data, Refused, require
+from train.data import KNOWN as KNOWN_CLASSES
+from train.data import Pictures, held_out, open_data
+from train.tokenizer import SMALLEST_VOCABULARY
+
+KNOWN = f"{KNOWN_CLASSES}, csv:FILE, wds:PATTERN"
+PICTURES = ("jpg", "jpeg", "png", "webp")
+DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+Captions = tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Text:
+    """The text tower of train.contrastive and where its captions come from."""
+
+    width: int = 512  # channels of a token; the base size of CLIP's text tower, arXiv:2103.00020, section 2.4, and so are the next four
+    depth: int = 12  # blocks
+    heads: int = 8
+    mlp_width: int = 2048
+    context: int = 77  # ids of a text, start and end included; longer ones lose their last pieces
+    vocabulary: int = 8192  # most pieces of a tokenizer that is trained on the captions
+    tokenizer: Path | None = None  # a tokenizer.json to use instead
+    templates: tuple[str, ...] | None = None  # captions made of class names; None: "a photo of a {}.", of digits "the handwritten digit {}"
+    names: Path | None = None  # file that calls the classes otherwise: a line for each, its folder, a tab, its words
+    shuffle_captions: bool = False  # a control: each training picture gets the captions of another one, once and for all
+
+    def __post_init__(self):
+        for name in ("width", "depth", "heads", "mlp_width"):
+            require(f"text.{name}", getattr(self, name), "at least 1", getattr(self, name) >= 1)
+        require("text.width", self.width, f"a multiple of its {self.heads} heads", self.width % self.heads == 0)
+        require("text.context", self.context, "at least 3: start, a piece and end", self.context >= 3)
+        enough = self.vocabulary >= SMALLEST_VOCABULARY
+        require("text.vocabulary", self.vocabulary, f"at least {SMALLEST_VOCABULARY}: all bytes, start and end", enough)
+        named = self.templates is None or (bool(self.templates) and all("{}" in template for template in self.templates))
+        require("text.templates", self.templates, "texts with {} where the name of the class goes", named)
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """One split: pictures whose labels are their own numbers, and of each picture its captions, at least one."""
+
+    pictures: Pictures
+    captions: Sequence[Captions]
+    classes: tuple[str, ...] = ()  # in words, where captions are made of them
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def take(self, indices: np.ndarray) -> "Captioned":
+        """The pictures with these numbers, in this order."""
+        return captioned(self.pictures.take(indices), [self.captions[i] for i in indices], self.classes)
+
+    def shuffled(self, seed: int) -> "Captioned":
+        """Each picture with the captions of another one, drawn at random once and for all."""
+        order = np.random.default_rng(seed).permutation(len(self))
+        captions: list[Captions] = [()] * len(self)
+        for one, other in zip(order, np.roll(order, 1), strict=True):
+            captions[one] = self.captions[other]
+        return captioned(self.pictures, captions, self.classes)
+
+    def texts(self) -> tuple[tuple[str, ...], np.ndarray]:
+        """The distinct captions, and which belong to which picture: pairs (picture, text), `(m, 2)`."""
+        numbers: dict[str, int] = {}
+        pairs = [(picture, numbers.setdefault(caption, len(numbers))) for picture, each in enumerate(self.captions) for caption in each]
+        return tuple(numbers), np.array(pairs, np.int64)
+
+    def digest(self) -> int:
+        """Of all captions in their order."""
+        total = 0
+        for each in self.captions:
+            total = zlib.crc32("\0".join((*each, "\n")).encode(), total)
+        return total
+
+
+def captioned(pictures: Pictures, captions: Sequence[Captions], classes: tuple[str, ...] = ()) -> Captioned:
+    """Pictures numbered anew, with their captions."""
+    numbered = Pictures(len(pictures), ("picture",), lambda i: (pictures.load(i)[0], i), lambda: np.arange(len(pictures), dtype=np.int32))
+    return Captioned(numbered, captions, classes)
+
+
+def open_captions(data: Data, text: Text) -> tuple[Captioned, Captioned]:
+    """The training and the evaluation pictures of a source, with their captions."""
+    kind, _, name = data.source.partition(":")
+    if kind not in ("csv", "wds"):
+        try:
+            splits = open_data(data)
+        except Refused as error:
+            raise Refused(str(error).replace(f"known are {KNOWN_CLASSES}", f"known are {KNOWN}")) from None
+        words = class_words(splits[0].classes, data, text)
+        train, evaluation = (of_classes(pictures, words, templates_of(data, text)) for pictures in splits)
+        return train, evaluation
+    if not name:
+        raise Refused(f"unknown data source {data.source!r}; known are {KNOWN}")
+    if text.templates is not None or text.names is not None:
+        raise Refused(f"--text.templates and --text.names make captions of class names, but {data.source} has captions of its own")
+    reader = read_csv if kind == "csv" else read_shards
+    pairs = reader(name, data.corrupt)
+    if data.eval_split is not None:
+        return pairs, reader(data.eval_split, data.corrupt)
+    held = held_out(np.zeros(len(pairs), np.int32), data.holdout)
+    return pairs.take(np.flatnonzero(~held)), pairs.take(np.flatnonzero(held))
+
+
+def class_words(classes: tuple[str, ...], data: Data, text: Text) -> tuple[str, ...]:
+    """What the classes are called in captions: what the file of names says, or their own names with spaces for _."""
+    if text.names is not None:
+        names = read_names(text.names)
+        missing = [name for name in classes if name not in names]
+        if missing:
+            raise Refused(f"--text.names {text.names} has no words for {', '.join(missing[:5])}{' and others' if len(missing) > 5 else ''}")
+        return tuple(names[name] for name in classes)
+    return DIGITS if data.source == "digits" else tuple(name.replace("_", " ").strip() for name in classes)
+
+
+def templates_of(data: Data, text: Text) -> tuple[str, ...]:
+    """The templates that are asked for, or the source's own."""
+    return text.templates or (("the handwritten digit {}",) if data.source == "digits" else ("a photo of a {}.",))
+
+
+def of_classes(pictures: Pictures, words: tuple[str, ...], templates: tuple[str, ...]) -> Captioned:
+    """Pictures by class, each with the name of its class in every template."""
+    captions = [tuple(dict.fromkeys(template.replace("{}", each) for template in templates)) for each in words]
+    return captioned(pictures, [captions[label] for label in pictures.labels()], words)
+
+
+def read_names(path: Path) -> dict[str, str]:
+    """Folder name -> words."""
+    names: dict[str, str] = {}
+    for number, line in enumerate(_text_of(path.expanduser(), "--text.names").splitlines(), 1):
+        folder, tab, words = line.partition("\t")
+        if line.strip() and not (tab and folder.strip() and words.strip()):
+            raise Refused(f"line {number} of {path} must be a folder name, a tab and words, not {line!r}")
+        if line.strip():
+            names[folder.strip()] = words.strip()
+    return names
+
+
+def read_csv(name: str, corrupt: str) -> Captioned:
+    """The pictures of a CSV file, in the order in which it names them first."""
+    path = Path(name).expanduser()
+    text = _text_of(path, "the captions")
+    try:
+        rows = csv.DictReader(io.StringIO(text), delimiter="\t" if "\t" in text.partition("\n")[0] else ",", strict=True)
+        columns = rows.fieldnames or []
+        if not {"image", "caption"} <= set(columns):
+            raise Refused(f"{path} must have the columns image and caption in its first line, not {', '.join(columns) or 'nothing'}")
+        found = []
+        for row in rows:
+            if None in row:
+                raise Refused(f"line {rows.line_num} of {path} has more columns than the first: a caption with a comma needs quotes")
+            found.append(((row["image"] or "").strip(), (row["caption"] or "").strip()))
+    except csv.Error as error:
+        raise Refused(f"{path} cannot be read as CSV: {error}") from None
+    images = {image: path.parent / image for image, _ in found}
+    there = {image: bool(image) and images[image].is_file() for image in images}
+    lacking = {(image or f"row {number}"): "caption" if there[image] else "picture" for number, (image, caption) in enumerate(found, 1)
+               if not caption or not there[image]}  # fmt: skip
+    _check_complete(lacking, f"{path}", corrupt)
+    captions: dict[str, list[str]] = {}
+    for image, caption in found:
+        if caption and there[image]:
+            captions.setdefault(image, []).append(caption)
+    paths = [images[image] for image in captions]
+    return _of_files(lambda i: read_image(paths[i]), captions.values(), f"{path}")
+
+
+@dataclass(frozen=True)
+class Member:
+    """Where a picture lies in a shard."""
+
+    shard: Path
+    name: str
+    offset: int  # bytes
+    size: int  # bytes
+
+    def read(self) -> RGB:
+        name = f"{self.name} in {self.shard}"
+        try:
+            with self.shard.open("rb") as file:
+                file.seek(self.offset)
+                return read_image(file.read(self.size), name=name)
+        except OSError as error:
+            raise UnreadableImage(f"{name} cannot be read: {error.strerror}") from None
+
+
+def read_shards(pattern: str, corrupt: str) -> Captioned:
+    """The pictures of tar shards, shard by shard in the order of their members."""
+    members: list[Member] = []
+    captions: list[list[str]] = []
+    lacking: dict[str, str] = {}
+    for shard in shards_of(pattern):
+        for key, (member, found) in read_shard(shard).items():
+            if member is None or not found:
+                lacking[f"{key} in {shard}"] = "caption" if member else "picture"
+            else:
+                members.append(member)
+                captions.append(found)
+    _check_complete(lacking, pattern, corrupt)
+    return _of_files(lambda i: members[i].read(), captions, pattern)
+
+
+def read_shard(shard: Path) -> dict[str, tuple[Member | None, list[str]]]:
+    """What a shard has by key: where the picture lies, and its captions."""
+    pictures: dict[str, Member] = {}
+    captions: dict[str, list[str]] = {}
+    try:
+        with tarfile.open(shard, "r:") as archive:
+            for member in archive:
+                key, dot, ending = _key(member.name)
+                if not member.isreg() or not dot:
+                    continue
+                if ending in PICTURES:
+                    if key in pictures:
+                        raise Refused(f"{shard} has two pictures for {key}")
+                    pictures[key] = Member(shard, member.name, member.offset_data, member.size)
+                elif ending in ("txt", "json"):
+                    file = archive.extractfile(member)
+                    found = _caption(file.read() if file else b"", ending)
+                    captions[key] = found if ending == "txt" or key not in captions else captions[key]  # the text where both are there
+            with shard.open("rb") as whole:
+                whole.seek(archive.offset)
+                if whole.read(512) != bytes(512):
+                    raise tarfile.ReadError("its end is missing")
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise Refused(f"the shard {shard} cannot be read as tar: {getattr(error, 'strerror', None) or error}") from None
+    return {key: (pictures.get(key), captions.get(key, [])) for key in dict.fromkeys([*pictures, *captions])}
+
+
+def shards_of(pattern: str) -> list[Path]:
+    """The files of a pattern: `{000..012}` counts, otherwise a glob."""
+    paths = [Path(each).expanduser() for each in _counted(pattern)]
+    if len(paths) == 1 and not paths[0].is_file():
+        paths = sorted(map(Path, glob(str(paths[0]))))
+    if not paths:
+        raise Refused(f"there are no shards {pattern}")
+    missing = [path for path in paths if not path.is_file()]
+    if missing:
+        raise Refused(f"there is no shard {missing[0]} ({len(missing)} of {len(paths)} that {pattern} names are missing)")
+    return paths
+
+
+def _counted(pattern: str) -> Iterator[str]:
+    parts = re.split(r"\{(\d+)\.\.(\d+)\}", pattern)
+    ranges = [range(int(low), int(high) + 1) for low, high in zip(parts[1::3], parts[2::3], strict=True)]
+    for numbers in itertools.product(*ranges):
+        filled = [f"{number:0{len(low)}d}" for number, low in zip(numbers, parts[1::3], strict=True)]
+        yield "".join(itertools.chain(*itertools.zip_longest(parts[::3], filled, fillvalue="")))
+
+
+def _key(name: str) -> tuple[str, str, str]:
+    """What members of one pair share, up to the first dot of the file name, and the ending."""
+    folder, slash, file = name.rpartition("/")
+    stem, dot, ending = file.partition(".")
+    return f"{folder}{slash}{stem}", dot, ending.lower()
+
+
+def _caption(content: bytes, ending: str) -> list[str]:
+    """The captions of a .txt or .json member; none where it has none."""
+    try:
+        text = content.decode()
+        value = text if ending == "txt" else json.loads(text)["caption"]
+    except (ValueError, KeyError, TypeError):
+        return []
+    values = value if isinstance(value, list) else [value]
+    return [each.strip() for each in values if isinstance(each, str) and each.strip()]
+
+
+def _of_files(load, captions: Iterable[list[str]], name: str) -> Captioned:
+    kept = [tuple(dict.fromkeys(each)) for each in captions]
+    if not kept:
+        raise Refused(f"{name} holds no picture with a caption")
+    return captioned(Pictures(len(kept), ("picture",), lambda i: (load(i), i), lambda: np.arange(len(kept))), kept)
+
+
+def _check_complete(lacking: dict[str, str], source: str, corrupt: str) -> None:
+    """Names entries without a picture or a caption in one line; refuses them unless they may be skipped."""
+    if not lacking:
+        return
+    first = ", ".join(f"{name} (no {what})" for name, what in itertools.islice(lacking.items(), 3))
+    said = f"{len(lacking)} of the pairs of {source} are not complete: {first}{', ...' if len(lacking) > 3 else ''}"
+    if corrupt == "refuse":
+        raise Refused(f"{said} (--data.corrupt skip goes on without them)")
+    print(f"skipped: {said}", file=sys.stderr, flush=True)
+
+
+def _text_of(path: Path, what: str) -> str:
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise Refused(f"{what}: {path} cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise Refused(f"{what}: {path} is not in UTF-8") from None

@@ -1,0 +1,295 @@
+"""Trains an image tower and a text tower on pictures with captions: python -m train.contrastive --config NAME [flags].
+
+The losses are CLIP's and SigLIP's (`ggem_jax.contrastive`), over all devices without the whole matrix of similarities on any. Sources of data:
+`train.captions`. `--init FILE` starts the image tower from a published ViT. The run's folder, stopping and going on: `train.loop`.
+"""
+
+import functools
+import math
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int, PRNGKeyArray
+
+from ggem_jax import contrastive
+from ggem_jax.models.text import TextConfig, TextTransformer
+from ggem_jax.models.vit import ViT
+from ggem_jax.pooling import l2_normalize
+from train.batches import train_batches
+from train.captions import Captioned, Text, open_captions
+from train.config import Config, Data, Optimizer, build_model, load_config, require
+from train.evaluate import on_devices, outputs_of
+from train.log import write_text
+from train.loop import Evaluation, Task, Trained, check_devices, run, run_tool
+from train.run import has_checkpoint, join_processes
+from train.step import Problem, Steps, compiled, make_mesh
+from train.throughput import forward_flops, text_forward_flops
+from train.tokenizer import Tokenizer, read_tokenizer, train_tokenizer
+
+KAPPAS = (1, 5, 10)
+AXES = ("data", "fsdp")
+
+
+@dataclass(frozen=True)
+class ContrastiveConfig(Config):
+    """One training of an image tower and a text tower on pairs."""
+
+    tool: ClassVar[str] = "train.contrastive"
+
+    out: Path = Path("runs/contrastive")
+    loss: Literal["softmax", "sigmoid"] = "softmax"  # of CLIP (arXiv:2103.00020) or of SigLIP (arXiv:2303.15343)
+    embed: int = 512  # channels of the space that images and texts share
+    init_scale: float | None = None  # first factor of the similarities; None: 1/0.07 of CLIP with softmax, 10 of SigLIP with sigmoid
+    init_bias: float = -10.0  # first bias of the sigmoid, SigLIP's; a softmax has none
+    max_scale: float = 100.0  # CLIP, section 2.5
+    text: Text = field(default_factory=Text)
+
+    @property
+    def first_scale(self) -> float:
+        return self.init_scale if self.init_scale is not None else {"softmax": 1 / 0.07, "sigmoid": 10.0}[self.loss]
+
+    def __post_init__(self):
+        super().__post_init__()
+        require("embed", self.embed, "at least 1", self.embed >= 1)
+        require("max_scale", self.max_scale, "positive", 0 < self.max_scale < math.inf)
+        require("init_scale", self.init_scale, f"above 0 and at most --max_scale {self.max_scale:g}", 0 < self.first_scale <= self.max_scale)
+        require("init_bias", self.init_bias, "finite", math.isfinite(self.init_bias))
+        parts = self.optimizer.accumulate
+        require("optimizer.accumulate", parts, "1: the negatives of a pair are those of its batch, and a part of a batch has fewer", parts == 1)
+        for name in ("mixup", "cutmix", "label_smoothing"):
+            require(f"augment.{name}", getattr(self.augment, name), "0: there are no labels to mix", getattr(self.augment, name) == 0)
+
+
+def main(argv: list[str] | None = None) -> None:
+    run_tool(ContrastiveConfig.tool, lambda flags: train(load_config(flags, ContrastiveConfig.tool, ContrastiveConfig)), argv)
+
+
+def train(config: ContrastiveConfig, *, quiet: bool = False) -> Trained:
+    """Runs the training that the config describes, or goes on with it; the result is the `Described` of the last evaluation."""
+    join_processes()
+    train_set, eval_set = open_pairs(config)
+    check_devices(config)
+    total = max(round(config.epochs * len(train_set) / config.batch), 1)
+    given = None if config.text.tokenizer is None else read_tokenizer(config.text.tokenizer)
+    tokens = None if given is None else zlib.crc32(given.text.encode())
+    facts = {"classes": list(train_set.classes), "train": len(train_set), "eval": len(eval_set), "captions": train_set.digest(), "tokenizer": tokens}
+
+    def task() -> Task:
+        tokenizer = tokenizer_of_run(config, given, train_set)
+        towers = make_towers(config, tokenizer)
+        steps = make_steps(config, towers, total)
+
+        def evaluation(state) -> Evaluation:
+            described = describe(steps, towers, state.evaluated, eval_set, tokenizer, config)
+            values = {f"{name}@{k}": float(found[:, i].mean()) for name, found in described.found().items() for i, k in enumerate(KAPPAS)}
+            said = "  ".join(f"{name.replace('_', '-')} recall@1 {values[f'{name}@1']:.2%}" for name in ("image_to_text", "text_to_image"))
+            scale = float(towers.scale(state.evaluated))
+            facts = {"scale": scale, "images": len(described.images), "texts": len(described.texts)}
+            return Evaluation(described, values | facts, f"{said}  scale {scale:.1f}")
+
+        beside = drawn_captions(train_set, tokenizer, config.text.context)
+        places = {"process": jax.process_index(), "processes": jax.process_count()}
+        texts = len(eval_set.texts()[0])
+        return Task(
+            facts=facts,
+            about=f"{len(train_set):,} pictures to train, {len(eval_set):,} with {texts:,} texts to evaluate, {tokenizer.size:,} pieces of text",
+            total=total,
+            steps=steps,
+            flops=3 * (forward_flops(config.model, config.embed) + text_forward_flops(towers.text.config, config.embed)),
+            batches=lambda start: train_batches(train_set.pictures, config, start=start, beside=beside, **places),
+            evaluate=evaluation,
+            curves=("image_to_text@1", "text_to_image@1"),
+        )
+
+    return run(config, task, facts, quiet=quiet)
+
+
+def open_pairs(config: ContrastiveConfig) -> tuple[Captioned, Captioned]:
+    """The training and the evaluation pictures of a run."""
+    train_set, eval_set = open_captions(config.data, config.text)
+    return (train_set.shuffled(config.seed) if config.text.shuffle_captions else train_set), eval_set
+
+
+def tokenizer_of_run(config: ContrastiveConfig, given: Tokenizer | None, train_set: Captioned) -> Tokenizer:
+    """The tokenizer in the run's folder; a run that begins puts it there, the one that was given or one trained on its captions."""
+    path = config.out / "tokenizer.json"
+    if has_checkpoint(config.out):
+        return read_tokenizer(path)
+    captions = (caption for each in train_set.captions for caption in each)
+    tokenizer = given or train_tokenizer(captions, config.text.vocabulary)
+    if jax.process_index() == 0:
+        write_text(path, tokenizer.text)
+    return tokenizer
+
+
+def drawn_captions(train_set: Captioned, tokenizer: Tokenizer, context: int) -> Callable[[int, np.random.Generator], dict[str, Any]]:
+    """The function that gives the ids of one of a picture's captions, drawn at random."""
+
+    def drawn(picture: int, rng: np.random.Generator) -> dict[str, Any]:
+        captions = train_set.captions[picture]
+        return {"ids": tokenizer.row(captions[rng.integers(len(captions))], context)}
+
+    return drawn
+
+
+@dataclass(frozen=True)
+class Towers:
+    """The two towers and what joins them; parameters are {"image", "image_head", "text", "log_scale"} and with the sigmoid "bias"."""
+
+    image: ViT
+    text: TextTransformer  # with its projection
+    first_scale: float
+    first_bias: float | None  # None: a softmax has none
+    max_scale: float
+
+    def init(self, key: PRNGKeyArray) -> dict[str, Any]:
+        image_key, head_key, text_key = jax.random.split(key, 3)
+        side, width = self.image.config.image, self.image.config.width
+        head = jax.nn.initializers.normal(width**-0.5)(head_key, (width, self.text.outputs))
+        params = {
+            "image": self.image.init(image_key, jnp.zeros((1, side, side, 3)))["params"],
+            "image_head": {"kernel": head},
+            "text": self.text.init(text_key, jnp.zeros((1, self.text.config.context), jnp.int32))["params"],
+            "log_scale": jnp.log(jnp.float32(self.first_scale)),
+        }
+        return params if self.first_bias is None else params | {"bias": jnp.float32(self.first_bias)}
+
+    def describe_images(self, params, images: Float[Array, "b h w 3"], **options: Any) -> Float[Array, "b embed"]:
+        output: Any = self.image.apply({"params": params["image"]}, images, **options)
+        kernel = params["image_head"]["kernel"].astype(output.descriptor.dtype)
+        return l2_normalize((output.descriptor @ kernel).astype(jnp.float32))
+
+    def describe_texts(self, params, ids: Int[Array, "b n"], **options: Any) -> Float[Array, "b embed"]:
+        output: Any = self.text.apply({"params": params["text"]}, ids, **options)
+        return l2_normalize(output.projected.astype(jnp.float32))
+
+    def scale(self, params) -> Float[Array, ""]:
+        """What similarities are multiplied by, never more than the largest."""
+        return jnp.exp(at_most(params["log_scale"], math.log(self.max_scale)))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def at_most(x: Float[Array, ""], high: float) -> Float[Array, ""]:
+    """min(x, high), where an x above `high` gets the gradients that lead back only: as if it were cut after each step."""
+    return jnp.minimum(x, high)
+
+
+at_most.defvjp(
+    lambda x, high: (jnp.minimum(x, high), x),
+    lambda high, x, slope: (jnp.where((x < high) | (slope > 0), slope, 0.0),),
+)
+
+
+def make_towers(config: ContrastiveConfig, tokenizer: Tokenizer) -> Towers:
+    """The towers that a config describes; the text tower computes, drops out and recomputes as the image tower does."""
+    own, image = config.text, config.model
+    text = TextConfig(
+        vocabulary=tokenizer.size, width=own.width, depth=own.depth, heads=own.heads, mlp_width=own.mlp_width, context=own.context,
+        end_id=tokenizer.end, dropout=image.dropout, gelu=image.gelu, dtype=image.dtype, param_dtype=image.param_dtype, remat=image.remat,
+    )  # fmt: skip
+    bias = config.init_bias if config.loss == "sigmoid" else None
+    return Towers(build_model(config, 0), TextTransformer(text, config.embed), config.first_scale, bias, config.max_scale)
+
+
+def make_steps(config: ContrastiveConfig, towers: Towers, total_steps: int) -> Steps:
+    """The steps of a run; configs that differ only in seed, folder or logging share one compilation."""
+    return _steps(towers, config.data, config.optimizer, config.fsdp, total_steps)
+
+
+@functools.cache
+def _steps(towers: Towers, data: Data, optimizer: Optimizer, fsdp: int, total_steps: int) -> Steps:
+    mesh = make_mesh(fsdp)
+
+    def loss(params, batch, key: PRNGKeyArray) -> Array:
+        image_key, text_key = jax.random.split(key)
+        images = towers.describe_images(params, batch["image"], train=True, rngs={"dropout": image_key})
+        texts = towers.describe_texts(params, batch["ids"], train=True, rngs={"dropout": text_key})
+        if "bias" in params:
+            return contrastive.sharded_sigmoid_loss(images, texts, towers.scale(params), params["bias"], mesh=mesh, axes=AXES)
+        return contrastive.sharded_softmax_loss(images, texts, towers.scale(params), mesh=mesh, axes=AXES)
+
+    problem = Problem(
+        init=towers.init,
+        prepare=lambda batch, key: batch,
+        loss=loss,
+        outputs=lambda params, images: {"descriptor": towers.describe_images(params, images)},
+    )
+    return compiled(problem, data, optimizer, fsdp, total_steps)
+
+
+@functools.cache
+def _text_step(towers: Towers, fsdp: int):
+    """The compiled text tower: (parameters, {"ids", "index"}) -> {"descriptor", "index"}, whole on every device."""
+    mesh = make_mesh(fsdp)
+
+    def outputs(params, batch):
+        return {"descriptor": towers.describe_texts(params, batch["ids"]), "index": batch["index"]}
+
+    return jax.jit(outputs, out_shardings=NamedSharding(mesh, P()))
+
+
+@dataclass(frozen=True)
+class Described:
+    """The evaluation pictures that could be read, and all distinct captions of the split, in the shared space."""
+
+    images: np.ndarray  # (n, embed), of length 1
+    index: np.ndarray  # (n,) number of the picture in its split
+    digest: np.ndarray  # (n,) of the pictures as they were read: the same ones have the same
+    texts: np.ndarray  # (t, embed)
+    captions: tuple[str, ...]  # (t,)
+    pairs: np.ndarray  # (m, 2): (picture, text), by their places here
+
+    def found(self, kappas: tuple[int, ...] = KAPPAS) -> dict[str, np.ndarray]:
+        """Whether a right one is among the kappa most similar, `(n, kappas)` and `(t, kappas)`; texts whose pictures cannot be read are left out."""
+        back = self.pairs[:, ::-1]
+        to_image = contrastive.found_at(self.texts, self.images, back, kappas=kappas)
+        return {
+            "image_to_text": contrastive.found_at(self.images, self.texts, self.pairs, kappas=kappas),
+            "text_to_image": to_image[np.unique(back[:, 0])],
+        }
+
+    def chance(self, kappas: tuple[int, ...] = KAPPAS) -> dict[str, np.ndarray]:
+        """What `found` is on average with descriptors at random."""
+        asked, text = np.unique(self.pairs[:, 1], return_inverse=True)
+        back = np.stack([text, self.pairs[:, 0]], axis=1)
+        return {
+            "image_to_text": contrastive.chance_at(self.pairs, len(self.images), len(self.texts), kappas=kappas),
+            "text_to_image": contrastive.chance_at(back, len(asked), len(self.images), kappas=kappas),
+        }
+
+
+def describe(steps: Steps, towers: Towers, params, eval_set: Captioned, tokenizer: Tokenizer, config: ContrastiveConfig) -> Described:
+    """Describes every picture and every distinct caption of a split once; all processes get all of it."""
+    whole = outputs_of(steps, params, eval_set.pictures, config)
+    captions, pairs = eval_set.texts()
+    place = np.full(len(eval_set), -1)
+    place[whole["index"]] = np.arange(len(whole["index"]))
+    pairs = np.stack([place[pairs[:, 0]], pairs[:, 1]], axis=1)
+    texts = describe_texts(steps, towers, params, captions, tokenizer, config)
+    return Described(whole["descriptor"], whole["index"], whole["digest"], texts, captions, pairs[pairs[:, 0] >= 0])
+
+
+def describe_texts(
+    steps: Steps, towers: Towers, params, texts: tuple[str, ...], tokenizer: Tokenizer, config: ContrastiveConfig
+) -> Float[np.ndarray, "t embed"]:
+    """The descriptors of texts, in their order."""
+    step, described = _text_step(towers, config.fsdp), np.zeros((len(texts), config.embed), np.float32)
+    for start in range(0, len(texts), config.batch):
+        index = np.minimum(np.arange(start, start + config.batch, dtype=np.int32), len(texts) - 1)  # the last one again and again at the end
+        mine = index[jax.process_index() :: jax.process_count()]
+        ids = tokenizer.encode([texts[i] for i in mine], config.text.context)
+        found = jax.device_get(step(params, on_devices({"ids": ids, "index": mine}, steps)))
+        described[found["index"]] = found["descriptor"]
+    return described
+
+
+if __name__ == "__main__":
+    main()
