@@ -23,9 +23,9 @@ PLANTED_RIVALS = ("average", "positive average", "maximum", "GeM", "GGeM, random
 WITHOUT_HEADS = ("planted", "imagenette")
 ABOUT = {
     "planted": "GGeM is given the two true groups here: it has to win, and what is shown is that it can. Every seed has its own pictures.",
-    "imagenette": "The network has no heads: the groups are 8 by assumption, and neighbouring channels, 192 drawn out of 1,280, mean nothing. It "
-    "was trained on ImageNet with average pooling, and these photographs are nearly all from ImageNet's training pictures, so the average is favoured and "
-    "accuracies are close to their ceiling. No token is negative: the average is that of what is positive.",
+    "imagenette": "The network has no heads: the groups are 8 by assumption, and neighbouring channels, 192 drawn out of 1,280, mean nothing. "
+    "It was trained on ImageNet with average pooling, and these photographs are nearly all from ImageNet's training pictures, so the average is "
+    "favoured and accuracies are close to their ceiling. No token is negative: the average is that of what is positive.",
     "cifar10-frozen": "The network is the one trained with its class token, seed 0, of the end-to-end part.",
     "cifar10": "All arms have one learning rate and the same short training, without standardised descriptors: arms whose descriptors start small "
     "learn their head more slowly.",

@@ -11,7 +11,8 @@ Differences are taken on the same test pictures and the same seeds, their interv
 replacement (Owen, "The pigeonhole bootstrap", 2007, arXiv:0712.1111), and never less than Student's t over seeds. A claim is "supported" where the
 whole 95 % interval lies on its side of 0, "not supported" where it lies on the other side, otherwise "undecided". Were there no difference anywhere,
 about one claim in twenty would still be decided. Dependence is judged where seeds are trainings of their own, and as what blocks of neighbours have
-more than random ones; what the frozen tokens show of dependence and amplification is told without a verdict: a few exponents decide it, on one network.
+more than random ones; what the frozen tokens show of dependence and amplification is told without a verdict: a few exponents decide it, on one
+network.
 
 Writes `docs/pooling_study.md`, its pictures, and `benchmarks/results/pooling_study.json`. An interrupted study goes on where it was. About an hour on
 two CPU cores.
