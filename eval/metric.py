@@ -1,8 +1,9 @@
 """How good trained descriptors are: python -m eval.metric RUN [OTHER].
 
 Prints recall@k, R-precision and mAP@R of the newest checkpoint of a run of `train.metric` on classes it was not trained on, every picture a query for
-all others, with 95 % bootstrap intervals over queries; with a second run also the differences on the same pictures. `--json` prints one JSON object
-instead, `--export FILE.npz` keeps the descriptors.
+all others, with 95 % bootstrap intervals over queries; with a second run also the differences on the same pictures. The intervals are those of these
+trained networks and these classes: queries are taken for independent. `--json` prints one JSON object instead, `--export FILE.npz` keeps the
+descriptors.
 """
 
 import dataclasses
@@ -21,6 +22,7 @@ from tyro.conf import Positional, arg
 
 from eval.statistics import Interval, bootstrap
 from ggem_jax.retrieval.metrics import LabelScores
+from ggem_jax.weights.files import replacing
 from train.checkpoints import Checkpoints
 from train.config import Refused, parse
 from train.data import open_disjoint
@@ -106,13 +108,11 @@ def compare(first: Evaluated, second: Evaluated) -> dict[str, Interval]:
 
 
 def export(retrieved: Retrieved, path: Path) -> None:
-    """Writes the descriptors under a temporary name and renames the file."""
-    temporary = path.with_name(f".{path.name}.new.npz")
+    """Writes the descriptors."""
     try:
-        np.savez(temporary, descriptor=retrieved.descriptor, label=retrieved.label, index=retrieved.index)
-        temporary.replace(path)
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, descriptor=retrieved.descriptor, label=retrieved.label, index=retrieved.index)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise Refused(f"{path} cannot be written: {error.strerror}") from None
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from eval.statistics import Interval, mean
+from ggem_jax.weights.files import replacing
 from train.log import write_text
 
 TITLES = {
@@ -247,9 +248,9 @@ def canvas(width: float, height: float, *, columns: int = 1) -> Any:
 
 
 def saved(figure: Any, path: Path) -> Path:
-    temporary = path.with_name(f".{path.name}.new.png")
-    figure.savefig(temporary, dpi=90, metadata={"Software": None})
-    return temporary.replace(path)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=90, metadata={"Software": None})
+    return path
 
 
 def interval_of(accuracy: dict[str, float], place: int) -> tuple[Any, ...]:
