@@ -90,7 +90,8 @@ def load(run: Path, how: Evaluate) -> Evaluated:
     """Evaluates the newest checkpoint of a run."""
     trained, _ = read_run(run, ContrastiveConfig)
     data = dataclasses.replace(trained.data, source=how.data or trained.data.source, data_dir=how.data_dir or trained.data.data_dir)
-    data = dataclasses.replace(data, eval_split=how.split or data.eval_split, corrupt=how.corrupt or data.corrupt)
+    kept = data.eval_split if data.source == trained.data.source else None  # another source has its own splits
+    data = dataclasses.replace(data, eval_split=how.split or kept, corrupt=how.corrupt or data.corrupt)
     if not has_checkpoint(run):
         raise Refused(f"{run} has no checkpoint yet")
     checkpoints, devices = Checkpoints(run, read_only=True), jax.device_count()
@@ -128,7 +129,10 @@ def text_of(source: str, trained: ContrastiveConfig, templates: tuple[str, ...] 
         templates = trained.text.templates
     if names is None and source == trained.data.source:
         names = trained.text.names
-    return dataclasses.replace(trained.text, templates=templates, names=names)
+    try:
+        return dataclasses.replace(trained.text, templates=templates, names=names)
+    except ValueError as error:
+        raise Refused(str(error).replace("--text.", "--")) from None
 
 
 def classify(model: Model, text: Text, source: str) -> ZeroShot:
@@ -153,6 +157,9 @@ def compare(first: Evaluated, second: Evaluated) -> dict[str, Paired]:
     found, other = a.found((1,)), b.found((1,))
     tests = {f"{name}@1": paired(found[name][:, 0], other[name][:, 0]) for name in DIRECTIONS}
     if first.zero_shot and second.zero_shot:
+        c, d = first.zero_shot, second.zero_shot
+        if c.words != d.words or not all(np.array_equal(*pair) for pair in ((c.index, d.index), (c.digest, d.digest))):
+            raise Refused(f"{first.run} and {second.run} did not classify the same pictures, so they cannot be compared in pairs")
         tests["zero_shot_top1"] = paired(first.zero_shot.top1, second.zero_shot.top1)
     return tests
 

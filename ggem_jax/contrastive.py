@@ -54,7 +54,8 @@ def sharded_softmax_loss(images: Descriptors, texts: Descriptors, scale: ArrayLi
     send = _sender(axes, devices)
 
     def local(images, texts, scale):
-        pairs = jnp.sum(_wide(images) * _wide(texts), axis=1) * scale
+        images, texts = _wide(images), _wide(texts)  # before they travel: so are their gradients summed
+        pairs = jnp.sum(images * texts, axis=1) * scale
         of_images, of_texts = _log_sums(images, texts, scale)
 
         def meet(carried, _):
@@ -78,6 +79,8 @@ def sharded_sigmoid_loss(
     block = jax.checkpoint(_sigmoid_block, static_argnums=(4,))
 
     def local(images, texts, scale, bias):
+        images, texts = _wide(images), _wide(texts)
+
         def meet(carried, _):
             texts, total = carried
             texts = send(texts)

@@ -104,7 +104,7 @@ def test_pairs_of_shards_are_read_where_they_lie(shards):
 
 def test_incomplete_pairs_are_named_or_skipped(shards, captioned_folder, capsys):
     write_shard(shards / "bad.tar", {"0.png": png(0), "1.txt": b"no picture", "2.png": png(9), "2.txt": b"fine", "3.png": png(1), "3.json": b"[]"})
-    with pytest.raises(Refused, match=r"3 of the pairs of .*bad.tar are not complete: 0 in .*bad.tar \(no caption\), .*--data.corrupt skip"):
+    with pytest.raises(Refused, match=r"3 of the pairs of .*bad.tar are not complete: 0 in .*bad.tar \(no caption in UTF-8\), .*--data.corrupt skip"):
         read_shards(f"{shards}/bad.tar", "refuse")
     assert read_shards(f"{shards}/bad.tar", "skip").captions == [("fine",)]
     (captioned_folder / "bad.csv").write_text("image,caption\n1.png,one\nnowhere.png,two\n2.png,\n")
@@ -449,3 +449,86 @@ def test_every_config_loads_and_says_its_command_and_what_to_expect(name):
     header = (configs_of(ContrastiveConfig) / f"{name}.toml").read_text()
     assert f"python -m train.contrastive --config {name}" in header
     assert "Expect" in header
+
+
+def test_other_pairings_of_the_same_captions_are_other_data(captioned_folder):
+    text = (captioned_folder / "pairs.csv").read_text()
+    first = read_csv(f"{captioned_folder}/pairs.csv", "refuse")
+    lines = text.splitlines()
+    names = [line.split(",")[0] for line in lines[1:]]
+    swapped = [lines[0], *(line.replace(name, other, 1) for line, name, other in zip(lines[1:], names, names[2:] + names[:2], strict=True))]
+    (captioned_folder / "swapped.csv").write_text("\n".join(swapped) + "\n")
+    assert read_csv(f"{captioned_folder}/swapped.csv", "refuse").digest() != first.digest()
+    assert read_csv(f"{captioned_folder}/pairs.csv", "refuse").digest() == first.digest()
+
+
+@pytest.mark.parametrize(
+    ("text", "sentence"),
+    [("image,caption,caption\n0.png,a,b\n", "names a column twice"), ('image\tcaption\n0.png\t"a" b\n', "after line 1")],
+    ids=["columns", "quotes"],
+)
+def test_tables_that_mean_two_things_are_refused(text, sentence, tmp_path):
+    (tmp_path / "0.png").write_bytes(png(3))
+    (tmp_path / "pairs.csv").write_text(text)
+    with pytest.raises(Refused, match=sentence):
+        read_csv(f"{tmp_path}/pairs.csv", "refuse")
+
+
+def test_two_spellings_of_a_path_are_one_picture(tmp_path):
+    (tmp_path / "0.png").write_bytes(png(3))
+    (tmp_path / "pairs.csv").write_text("image,caption\n0.png,a\n./0.png,b\n")
+    assert list(read_csv(f"{tmp_path}/pairs.csv", "refuse").captions) == [("a", "b")]
+
+
+@pytest.mark.parametrize(
+    ("members", "sentence"),
+    [
+        ({"img.001.png": png(1), "img.001.txt": b"one"}, "more dots"),
+        ({"0.png": png(1), "0.json": b'{"caption": "half a pair \\ud83d"}'}, "no caption in UTF-8"),
+        ({"0.png": png(1), "0.txt": "gr\u00fcn".encode("latin-1")}, "no caption in UTF-8"),
+        ({"0.png": png(1), "0.json": b"[" * 100_000}, "no caption in UTF-8"),
+    ],
+    ids=["dots", "surrogate", "latin", "nested"],
+)
+def test_members_that_would_be_lost_are_refused(members, sentence, tmp_path):
+    write_shard(tmp_path / "s.tar", members)
+    with pytest.raises(Refused, match=sentence):
+        read_shards(f"{tmp_path}/s.tar", "refuse")
+
+
+def test_shards_that_were_joined_or_name_a_pair_twice_are_refused_and_a_byte_order_mark_is_none(tmp_path):
+    write_shard(tmp_path / "a.tar", {"0.png": png(1), "0.txt": b"\xef\xbb\xbfone"})
+    assert list(read_shards(f"{tmp_path}/a.tar", "refuse").captions) == [("one",)]
+    (tmp_path / "joined.tar").write_bytes((tmp_path / "a.tar").read_bytes() * 2)
+    with pytest.raises(Refused, match="something follows its end"):
+        read_shards(f"{tmp_path}/joined.tar", "refuse")
+    with tarfile.open(tmp_path / "twice.tar", "w") as archive:
+        for name, content in (("0.png", png(1)), ("0.txt", b"one"), ("0.txt", b"two")):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+    with pytest.raises(Refused, match=r"two files 0\.txt"):
+        read_shards(f"{tmp_path}/twice.tar", "refuse")
+
+
+def test_a_tokenizer_without_a_piece_for_what_it_does_not_know_says_so(tmp_path):
+    from tokenizers import Tokenizer as Published
+    from tokenizers import models
+
+    known = Published(models.WordLevel({"</s>": 0, "cat": 1}, unk_token="[UNK]"))
+    with pytest.raises(Refused, match="cannot encode the text 'dog'"):
+        Tokenizer(known.to_str(), "the file").encode(["dog"], 5)
+    far = Published(models.WordLevel({"</s>": 0, "cat": 2**30}, unk_token="</s>"))
+    with pytest.raises(Refused, match="at most 16,777,216 pieces"):
+        Tokenizer(far.to_str(), "the file")
+
+
+def test_a_tokenizer_that_was_replaced_in_the_folder_of_a_run_is_refused(tmp_path, captioned_folder, monkeypatch):
+    pairs = read_csv(f"{captioned_folder}/pairs.csv", "refuse")
+    config = config_of("--data", f"csv:{captioned_folder}/pairs.csv", "--out", tmp_path)
+    own = contrastive.tokenizer_of_run(config, None, pairs)
+    monkeypatch.setattr(contrastive, "has_checkpoint", lambda run: True)
+    assert contrastive.tokenizer_of_run(config, None, pairs).vocabulary == own.vocabulary
+    (tmp_path / "tokenizer.json").write_text(train_tokenizer(["zzz zzz yyy yyy"] * 9, 300).text)
+    with pytest.raises(Refused, match="is not the one that the run began with"):
+        contrastive.tokenizer_of_run(config, None, pairs)

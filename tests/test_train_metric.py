@@ -59,6 +59,7 @@ def test_every_loss_lowers_itself(loss, tmp_path):
     assert np.mean(losses[-6:]) < 0.95 * np.mean(losses[:6])
 
 
+@pytest.mark.slow
 def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path):
     flags = ["--epochs", 0.5, "--optimizer.ema", "0.9"]
     whole = metric.train(config_of(*flags, "--out", tmp_path / "whole"), quiet=True)
@@ -68,6 +69,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path):
     np.testing.assert_array_equal(parts.result.descriptor, whole.result.descriptor)
 
 
+@pytest.mark.slow
 def test_eight_devices_with_split_weights_take_the_same_steps_as_the_whole():
     """One step of the same batch: proxies and weights split over eight devices, and over none."""
     states = []
@@ -83,6 +85,7 @@ def test_eight_devices_with_split_weights_take_the_same_steps_as_the_whole():
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), *states)
 
 
+@pytest.mark.slow
 def test_proxies_learn_faster_than_weights_by_their_factor():
     """Adam's first step after the warm-up is the learning rate, whatever the gradient."""
     moved = {}

@@ -12,6 +12,7 @@ import csv
 import io
 import itertools
 import json
+import os
 import re
 import sys
 import tarfile
@@ -69,21 +70,25 @@ class Captioned:
     pictures: Pictures
     captions: Sequence[Captions]
     classes: tuple[str, ...] = ()  # in words, where captions are made of them
+    names: Sequence[str] = ()  # of the pictures, where the source has such
 
     def __len__(self) -> int:
         return len(self.pictures)
 
     def take(self, indices: np.ndarray) -> "Captioned":
         """The pictures with these numbers, in this order."""
-        return captioned(self.pictures.take(indices), [self.captions[i] for i in indices], self.classes)
+        names = [self.names[i] for i in indices] if self.names else ()
+        return captioned(self.pictures.take(indices), [self.captions[i] for i in indices], self.classes, names)
 
     def shuffled(self, seed: int) -> "Captioned":
-        """Each picture with the captions of another one, drawn at random once and for all."""
+        """Each picture with the captions of another one, drawn at random once and for all; of one picture there is no other."""
+        if len(self) < 2:
+            raise Refused("--text.shuffle_captions needs at least 2 pictures to train on")
         order = np.random.default_rng(seed).permutation(len(self))
         captions: list[Captions] = [()] * len(self)
         for one, other in zip(order, np.roll(order, 1), strict=True):
             captions[one] = self.captions[other]
-        return captioned(self.pictures, captions, self.classes)
+        return captioned(self.pictures, captions, self.classes, self.names)
 
     def texts(self) -> tuple[tuple[str, ...], np.ndarray]:
         """The distinct captions, and which belong to which picture: pairs (picture, text), `(m, 2)`."""
@@ -92,17 +97,17 @@ class Captioned:
         return tuple(numbers), np.array(pairs, np.int64)
 
     def digest(self) -> int:
-        """Of all captions in their order."""
+        """Of all captions in their order, and of the names of their pictures."""
         total = 0
-        for each in self.captions:
-            total = zlib.crc32("\0".join((*each, "\n")).encode(), total)
+        for name, each in itertools.zip_longest(self.names, self.captions):
+            total = zlib.crc32(repr((name, each)).encode(), total)
         return total
 
 
-def captioned(pictures: Pictures, captions: Sequence[Captions], classes: tuple[str, ...] = ()) -> Captioned:
+def captioned(pictures: Pictures, captions: Sequence[Captions], classes: tuple[str, ...] = (), names: Sequence[str] = ()) -> Captioned:
     """Pictures numbered anew, with their captions."""
     numbered = Pictures(len(pictures), ("picture",), lambda i: (pictures.load(i)[0], i), lambda: np.arange(len(pictures), dtype=np.int32))
-    return Captioned(numbered, captions, classes)
+    return Captioned(numbered, captions, classes, names)
 
 
 def open_captions(data: Data, text: Text) -> tuple[Captioned, Captioned]:
@@ -157,6 +162,8 @@ def read_names(path: Path) -> dict[str, str]:
         folder, tab, words = line.partition("\t")
         if line.strip() and not (tab and folder.strip() and words.strip()):
             raise Refused(f"line {number} of {path} must be a folder name, a tab and words, not {line!r}")
+        if folder.strip() in names:
+            raise Refused(f"{path} has two lines for {folder.strip()}")
         if line.strip():
             names[folder.strip()] = words.strip()
     return names
@@ -171,13 +178,16 @@ def read_csv(name: str, corrupt: str) -> Captioned:
         columns = rows.fieldnames or []
         if not {"image", "caption"} <= set(columns):
             raise Refused(f"{path} must have the columns image and caption in its first line, not {', '.join(columns) or 'nothing'}")
+        if len(set(columns)) < len(columns):
+            raise Refused(f"{path} names a column twice in its first line: {', '.join(columns)}")
         found = []
         for row in rows:
             if None in row:
                 raise Refused(f"line {rows.line_num} of {path} has more columns than the first: a caption with a comma needs quotes")
-            found.append(((row["image"] or "").strip(), (row["caption"] or "").strip()))
+            image = (row["image"] or "").strip()
+            found.append((os.path.normpath(image) if image else "", (row["caption"] or "").strip()))
     except csv.Error as error:
-        raise Refused(f"{path} cannot be read as CSV: {error}") from None
+        raise Refused(f"{path} cannot be read as CSV after line {rows.line_num}: {error}") from None
     images = {image: path.parent / image for image, _ in found}
     there = {image: bool(image) and images[image].is_file() for image in images}
     lacking = {(image or f"row {number}"): "caption" if there[image] else "picture" for number, (image, caption) in enumerate(found, 1)
@@ -188,7 +198,7 @@ def read_csv(name: str, corrupt: str) -> Captioned:
         if caption and there[image]:
             captions.setdefault(image, []).append(caption)
     paths = [images[image] for image in captions]
-    return _of_files(lambda i: read_image(paths[i]), captions.values(), f"{path}")
+    return _of_files(lambda i: read_image(paths[i]), captions.values(), f"{path}", list(captions))
 
 
 @dataclass(frozen=True)
@@ -218,22 +228,29 @@ def read_shards(pattern: str, corrupt: str) -> Captioned:
     for shard in shards_of(pattern):
         for key, (member, found) in read_shard(shard).items():
             if member is None or not found:
-                lacking[f"{key} in {shard}"] = "caption" if member else "picture"
+                lacking[f"{key} in {shard}"] = "caption in UTF-8" if member else "picture"
             else:
                 members.append(member)
                 captions.append(found)
     _check_complete(lacking, pattern, corrupt)
-    return _of_files(lambda i: members[i].read(), captions, pattern)
+    return _of_files(lambda i: members[i].read(), captions, pattern, [f"{member.shard.name}/{member.name} {member.size}" for member in members])
 
 
 def read_shard(shard: Path) -> dict[str, tuple[Member | None, list[str]]]:
     """What a shard has by key: where the picture lies, and its captions."""
     pictures: dict[str, Member] = {}
     captions: dict[str, list[str]] = {}
+    seen: set[tuple[str, str]] = set()
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
                 key, dot, ending = _key(member.name)
+                if member.isreg() and member.offset_data + member.size > shard.stat().st_size:
+                    raise tarfile.ReadError(f"{member.name} reaches beyond its end")
+                of_a_pair = ending.rpartition(".")[2] in (*PICTURES, "txt", "json")
+                if of_a_pair and (member.islnk() or member.issym() or "." in ending):
+                    reason = "a link" if member.islnk() or member.issym() else "a name with more dots than the one before its ending"
+                    raise Refused(f"{member.name} in {shard} is {reason}: pairs are KEY.jpg and KEY.txt, files by themselves")
                 if not member.isreg() or not dot:
                     continue
                 if ending in PICTURES:
@@ -243,12 +260,18 @@ def read_shard(shard: Path) -> dict[str, tuple[Member | None, list[str]]]:
                 elif ending in ("txt", "json"):
                     file = archive.extractfile(member)
                     found = _caption(file.read() if file else b"", ending)
+                    if (key, ending) in seen:
+                        raise Refused(f"{shard} has two files {key}.{ending}")
+                    seen.add((key, ending))
                     captions[key] = found if ending == "txt" or key not in captions else captions[key]  # the text where both are there
             with shard.open("rb") as whole:
                 whole.seek(archive.offset)
                 if whole.read(512) != bytes(512):
                     raise tarfile.ReadError("its end is missing")
-    except (tarfile.TarError, OSError, EOFError) as error:
+                while rest := whole.read(1 << 20):
+                    if rest.strip(b"\0"):
+                        raise tarfile.ReadError("something follows its end, as after files that were joined")
+    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError) as error:
         raise Refused(f"the shard {shard} cannot be read as tar: {getattr(error, 'strerror', None) or error}") from None
     return {key: (pictures.get(key), captions.get(key, [])) for key in dict.fromkeys([*pictures, *captions])}
 
@@ -284,19 +307,22 @@ def _key(name: str) -> tuple[str, str, str]:
 def _caption(content: bytes, ending: str) -> list[str]:
     """The captions of a .txt or .json member; none where it has none."""
     try:
-        text = content.decode()
+        text = content.decode("utf-8-sig")
         value = text if ending == "txt" else json.loads(text)["caption"]
-    except (ValueError, KeyError, TypeError):
+        values = value if isinstance(value, list) else [value]
+        found = [each.strip() for each in values if isinstance(each, str) and each.strip()]
+        for each in found:
+            each.encode()  # half of a pair of surrogates is no text
+    except (ValueError, KeyError, TypeError, RecursionError):
         return []
-    values = value if isinstance(value, list) else [value]
-    return [each.strip() for each in values if isinstance(each, str) and each.strip()]
+    return found
 
 
-def _of_files(load, captions: Iterable[list[str]], name: str) -> Captioned:
+def _of_files(load, captions: Iterable[list[str]], name: str, names: Sequence[str]) -> Captioned:
     kept = [tuple(dict.fromkeys(each)) for each in captions]
     if not kept:
         raise Refused(f"{name} holds no picture with a caption")
-    return captioned(Pictures(len(kept), ("picture",), lambda i: (load(i), i), lambda: np.arange(len(kept))), kept)
+    return captioned(Pictures(len(kept), ("picture",), lambda i: (load(i), i), lambda: np.arange(len(kept))), kept, (), names)
 
 
 def _check_complete(lacking: dict[str, str], source: str, corrupt: str) -> None:

@@ -25,7 +25,7 @@ from ggem_jax.models.vit import ViT
 from ggem_jax.pooling import l2_normalize
 from train.batches import train_batches
 from train.captions import Captioned, Text, open_captions
-from train.config import Config, Data, Optimizer, build_model, load_config, require
+from train.config import Config, Data, Optimizer, Refused, build_model, load_config, require
 from train.evaluate import on_devices, outputs_of
 from train.log import write_text
 from train.loop import Evaluation, Task, Trained, check_devices, run, run_tool
@@ -120,13 +120,15 @@ def open_pairs(config: ContrastiveConfig) -> tuple[Captioned, Captioned]:
 
 def tokenizer_of_run(config: ContrastiveConfig, given: Tokenizer | None, train_set: Captioned) -> Tokenizer:
     """The tokenizer in the run's folder; a run that begins puts it there, the one that was given or one trained on its captions."""
-    path = config.out / "tokenizer.json"
-    if has_checkpoint(config.out):
-        return read_tokenizer(path)
     captions = (caption for each in train_set.captions for caption in each)
     tokenizer = given or train_tokenizer(captions, config.text.vocabulary)
+    if has_checkpoint(config.out):
+        kept = read_tokenizer(config.out / "tokenizer.json")
+        if kept.vocabulary != tokenizer.vocabulary:
+            raise Refused(f"{config.out}/tokenizer.json is not the one that the run began with: choose another --out")
+        return kept
     if jax.process_index() == 0:
-        write_text(path, tokenizer.text)
+        write_text(config.out / "tokenizer.json", tokenizer.text)
     return tokenizer
 
 

@@ -17,6 +17,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from train.config import Refused
 
+LARGEST_VOCABULARY = 2**24  # far beyond those in use
 SMALLEST_VOCABULARY = 258  # of a tokenizer over bytes: all of them, start and end
 START, END = "<|startoftext|>", "<|endoftext|>"  # CLIP's
 
@@ -40,7 +41,9 @@ class Tokenizer:
         end = self._first(ENDS)
         if end is None:
             raise Refused(f"{name} has no token that ends a text: one of {', '.join(ENDS)} is needed")
-        self.text, self.end, self.start = text, end, self._first(STARTS)
+        self.name, self.text, self.end, self.start = name, text, end, self._first(STARTS)
+        if self.size > LARGEST_VOCABULARY:
+            raise Refused(f"{name} has ids up to {self.size - 1:,}, where at most {LARGEST_VOCABULARY:,} pieces are taken")
         pad = self._first(PADS)
         self.pad = self.end if pad is None else pad
         self._tokenizer.no_truncation()
@@ -49,9 +52,14 @@ class Tokenizer:
         self.row = functools.lru_cache(maxsize=1 << 16)(self._row)
 
     @property
+    def vocabulary(self) -> dict[str, int]:
+        """The id of each piece."""
+        return self._tokenizer.get_vocab(with_added_tokens=True)
+
+    @property
     def size(self) -> int:
         """Ids are below it."""
-        return max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        return max(self.vocabulary.values()) + 1
 
     def encode(self, texts: Sequence[str], context: int) -> np.ndarray:
         """Ids `(len(texts), context)` int32; what is too long loses its last pieces, not its end token."""
@@ -59,7 +67,10 @@ class Tokenizer:
 
     def _row(self, text: str, context: int) -> np.ndarray:
         before = [] if self.start is None else [self.start]
-        pieces = self._tokenizer.encode(text, add_special_tokens=False).ids[: context - 1 - len(before)]
+        try:
+            pieces = self._tokenizer.encode(text, add_special_tokens=False).ids[: context - 1 - len(before)]
+        except Exception as error:  # its own kind for everything is Exception: a piece that it does not know and has no token for
+            raise Refused(f"{self.name} cannot encode the text {text[:80]!r}: {(str(error).splitlines() or ['no reason given'])[0]}") from None
         ids = [*before, *pieces, self.end]
         row = np.array(ids + [self.pad] * (context - len(ids)), np.int32)
         row.flags.writeable = False  # many share it
