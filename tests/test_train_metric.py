@@ -303,3 +303,25 @@ def test_a_study_of_unknown_sets_or_one_seed_is_refused(capsys, monkeypatch):
     monkeypatch.delenv("GGEM_SHARED", raising=False)
     with pytest.raises(Refused, match="GGEM_SHARED"):
         metric_study.data_folder(None)
+
+
+def test_mistakes_that_would_show_late_are_told_at_once(class_folders, tmp_path, capsys):
+    for folder in (class_folders / "train", class_folders / "test"):
+        shutil.rmtree(folder / "cows")
+    for name in ("ants", "bees"):  # classes of the test split of their own, with one picture each
+        for picture in list((class_folders / "test" / name).iterdir())[1:]:
+            picture.unlink()
+        (class_folders / "test" / name).rename(class_folders / "test" / f"other {name}")
+    said = one_line(capsys, metric.main, *TINY, "--data", f"folder:{class_folders}", "--batch", 8, "--out", tmp_path / "run")
+    assert "no class to evaluate on has two pictures" in said
+    assert not (tmp_path / "run").exists()
+    assert "from 1e-6 to 1e9" in one_line(capsys, metric.main, *TINY, "--epochs", "1e308", "--out", tmp_path / "run")
+    assert "home directory" in one_line(capsys, metric.main, *TINY, "--data", "folder:~nosuchuser/x", "--out", tmp_path / "run")
+
+
+def test_a_run_of_another_tool_is_named(trained, tmp_path, capsys):
+    shutil.copytree(trained / "avg", tmp_path / "run")
+    values = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert values["tool"] == "train.metric"
+    (tmp_path / "run" / "config.json").write_text(json.dumps(values | {"tool": "train.classify"}))
+    assert "is not that of a run of train.metric: it is one of train.classify" in one_line(capsys, eval_metric.main, tmp_path / "run")

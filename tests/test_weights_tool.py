@@ -1,6 +1,7 @@
 """python -m ggem_jax.weights: what a file is, and the same weights under other names."""
 
 import json
+import zipfile
 
 import jax
 import numpy as np
@@ -119,3 +120,40 @@ def test_what_goes_wrong_is_one_sentence(tmp_path, capsys, monkeypatch, case):
     assert said.err.count("\n") == 1
     assert cause in said.err
     assert sorted(each.name for each in tmp_path.iterdir()) == ["weights.safetensors"]
+
+
+def written(path, kind):
+    """A small published network with one thing wrong."""
+    arrays, _ = recorded("timm-vit")
+    if kind == "far block":
+        arrays["blocks.99999999.norm1.weight"] = arrays["blocks.0.norm1.weight"]
+    elif kind == "no axes":
+        arrays["pos_embed"] = np.float32(1).reshape(())
+    elif kind == "whole numbers":
+        arrays["pos_embed"] = arrays["pos_embed"].astype(np.int8)
+    write_safetensors(path, arrays)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sentence"), [("far block", "block 99999999"), ("no axes", "pos_embed"), ("whole numbers", "no arrays of real numbers: pos_embed int8")]
+)
+def test_odd_parameters_are_named(kind, sentence, tmp_path, capsys):
+    written(tmp_path / "w.safetensors", kind)
+    assert main(["inspect", str(tmp_path / "w.safetensors")]) == 1
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize("kind", ["member", "deflate"])
+def test_zip_files_that_are_no_npz_are_refused(kind, tmp_path, capsys):
+    path = tmp_path / "w.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as file:
+        file.writestr("readme.txt" if kind == "member" else "a.npy", b"x" * 500)
+    if kind == "deflate":
+        np.savez_compressed(path, a=np.zeros((400, 40)))
+        content = bytearray(path.read_bytes())
+        content[60:90] = bytes(30)
+        path.write_bytes(content)
+    assert main(["inspect", str(path)]) == 1
+    assert "is not a readable npz file" in capsys.readouterr().err

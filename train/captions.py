@@ -12,6 +12,7 @@ import csv
 import io
 import itertools
 import json
+import math
 import os
 import re
 import sys
@@ -28,9 +29,10 @@ from ggem_jax.images import RGB, UnreadableImage, read_image
 from train.config import Data, Refused, require
 from train.data import KNOWN as KNOWN_CLASSES
 from train.data import Pictures, held_out, open_data
-from train.tokenizer import SMALLEST_VOCABULARY
+from train.tokenizer import LARGEST_VOCABULARY, SMALLEST_VOCABULARY
 
 KNOWN = f"{KNOWN_CLASSES}, csv:FILE, wds:PATTERN"
+MOST_SHARDS = 1_000_000
 PICTURES = ("jpg", "jpeg", "png", "webp")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
@@ -57,8 +59,9 @@ class Text:
             require(f"text.{name}", getattr(self, name), "at least 1", getattr(self, name) >= 1)
         require("text.width", self.width, f"a multiple of its {self.heads} heads", self.width % self.heads == 0)
         require("text.context", self.context, "at least 3: start, a piece and end", self.context >= 3)
-        enough = self.vocabulary >= SMALLEST_VOCABULARY
-        require("text.vocabulary", self.vocabulary, f"at least {SMALLEST_VOCABULARY}: all bytes, start and end", enough)
+        enough = SMALLEST_VOCABULARY <= self.vocabulary <= LARGEST_VOCABULARY
+        wanted = f"at least {SMALLEST_VOCABULARY}: all bytes, start and end, and at most {LARGEST_VOCABULARY}"
+        require("text.vocabulary", self.vocabulary, wanted, enough)
         named = self.templates is None or (bool(self.templates) and all("{}" in template for template in self.templates))
         require("text.templates", self.templates, "texts with {} where the name of the class goes", named)
 
@@ -141,6 +144,8 @@ def class_words(classes: tuple[str, ...], data: Data, text: Text) -> tuple[str, 
         if missing:
             raise Refused(f"--text.names {text.names} has no words for {', '.join(missing[:5])}{' and others' if len(missing) > 5 else ''}")
         return tuple(names[name] for name in classes)
+    if unprintable := [name for name in classes if name != name.encode(errors="replace").decode()]:
+        raise Refused(f"the class name {unprintable[0]!r} of {data.source} is not in UTF-8: --text.names FILE calls it otherwise")
     return DIGITS if data.source == "digits" else tuple(name.replace("_", " ").strip() for name in classes)
 
 
@@ -292,6 +297,8 @@ def shards_of(pattern: str) -> list[Path]:
 def _counted(pattern: str) -> Iterator[str]:
     parts = re.split(r"\{(\d+)\.\.(\d+)\}", pattern)
     ranges = [range(int(low), int(high) + 1) for low, high in zip(parts[1::3], parts[2::3], strict=True)]
+    if math.prod(map(len, ranges)) > MOST_SHARDS:
+        raise Refused(f"{pattern} names {math.prod(map(len, ranges)):,} shards, where at most {MOST_SHARDS:,} are taken")
     for numbers in itertools.product(*ranges):
         filled = [f"{number:0{len(low)}d}" for number, low in zip(numbers, parts[1::3], strict=True)]
         yield "".join(itertools.chain(*itertools.zip_longest(parts[::3], filled, fillvalue="")))

@@ -1,6 +1,7 @@
 """Checkpoints of a run: written while the training goes on, two kept, never half there."""
 
 import contextlib
+import inspect
 import logging
 import re
 import sys
@@ -70,6 +71,6 @@ class Checkpoints:
 
 
 def _without_echoes(unraisable) -> None:
-    """After a failed write the storage library's other writes still report, each with a traceback, to the event loop that the failure has closed."""
-    if str(unraisable.exc_value) != "Event loop is closed":
+    """After a failure the storage library's other reads and writes still report, each with a traceback, to the event loop that it has closed."""
+    if str(unraisable.exc_value) != "Event loop is closed" and not inspect.iscoroutine(unraisable.object):
         sys.__unraisablehook__(unraisable)

@@ -19,7 +19,6 @@ from tyro.conf import arg
 from ggem_jax import pooling
 from ggem_jax.kernels import launch
 from ggem_jax.models.vit import MAP, GGeM, Pooling, ViT, ViTConfig, vit_config
-from ggem_jax.weights import MismatchedWeights, UnreadableWeights
 from ggem_jax.weights.vit import PublishedViT, read_vit
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -155,7 +154,7 @@ class Config:
         for name in ("batch", "log_every", "fsdp"):
             require(name, getattr(self, name), "at least 1", getattr(self, name) >= 1)
         for name in ("epochs", "eval_every", "checkpoint_every"):
-            require(name, getattr(self, name), "positive", 0 < getattr(self, name) < math.inf)
+            require(name, getattr(self, name), "from 1e-6 to 1e9", 1e-6 <= getattr(self, name) <= 1e9)
         require("stop_after", self.stop_after, "at least 1, or None", self.stop_after is None or self.stop_after >= 1)
         require("model.dtype", self.model.dtype, "float32 or bfloat16: losses are not scaled for float16", self.model.dtype != "float16")
         require("model.param_dtype", self.model.param_dtype, "float32: so small are the steps of an optimizer", self.model.param_dtype == "float32")
@@ -195,7 +194,7 @@ def published_vit(path: Path) -> PublishedViT:
     """A published network to start from; what is wrong with its file is `Refused`."""
     try:
         return read_vit(path.expanduser())
-    except (UnreadableWeights, MismatchedWeights, OSError) as error:
+    except (ValueError, OSError) as error:  # of weights that cannot be read or do not fit, too
         raise Refused(f"--init: {error}") from None
 
 
@@ -291,9 +290,10 @@ def _read(path: Path) -> dict[str, Any]:
             raise ValueError(f"settings by name are needed, not a {type(values).__name__}")
     except OSError as error:
         raise Refused(f"the config file {path} cannot be read: {error.strerror}") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Refused(f"the config file {path} is not {'JSON' if path.suffix == '.json' else 'TOML'}: {error}") from None
-    values.pop("data_found", None)  # of the config.json of a run
+    for name in ("data_found", "tool"):  # of the config.json of a run
+        values.pop(name, None)
     return values
 
 

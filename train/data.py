@@ -235,7 +235,10 @@ def _tfds_split(builder, split: str) -> Pictures:
 def _prepared(name: str, data_dir: Path) -> Path | None:
     """The folder of the newest prepared version of `name[/config][:version]`."""
     path, _, version = name.partition(":")
-    found = [info.parent for info in (data_dir / path).glob(f"{version or '*'}/dataset_info.json")]
+    try:
+        found = [info.parent for info in (data_dir / path).glob(f"{version or '*'}/dataset_info.json")]
+    except (NotImplementedError, ValueError):  # no pattern that could be a version
+        return None
     return max(found, key=lambda folder: [int(part) for part in re.findall("[0-9]+", folder.name)], default=None)
 
 

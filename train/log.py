@@ -66,7 +66,7 @@ def keep_until(path: Path, step: int) -> None:
         try:
             if json.loads(line)["step"] <= step:
                 kept.append(line)
-        except ValueError:  # cut off when the process was killed
+        except (ValueError, TypeError, KeyError):  # cut off when the process was killed
             continue
     write_text(path, "".join(f"{line}\n" for line in kept))
 

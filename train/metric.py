@@ -97,6 +97,7 @@ def train(config: MetricConfig, *, data: tuple[Pictures, Pictures] | None = None
     join_processes()
     train_set, eval_set = open_disjoint(config.data, config.metric.train_classes) if data is None else data
     check_devices(config)
+    check_findable(eval_set.labels())
     labels = train_set.labels()
     draw = None if config.metric.per_class is None else balanced(labels, config.batch, check_balance(config, labels), config.seed)
     total = max(round(config.epochs * len(train_set) / config.batch), 1)
@@ -196,10 +197,15 @@ def retrieve(steps: Steps, params, pictures: Pictures, config: MetricConfig) -> 
     return Retrieved(*(whole[name] for name in ("index", "label", "digest", "descriptor")))
 
 
+def check_findable(labels: np.ndarray) -> None:
+    """Refuses pictures to search of which no two have the same label."""
+    if np.bincount(labels).max(initial=0) < 2:
+        raise Refused("no class to evaluate on has two pictures: nothing can be found")
+
+
 def scores_of(descriptors: Any, labels: np.ndarray) -> LabelScores:
     """Each descriptor, a unit vector, as the query for all others; at least one label must be there twice."""
-    if np.bincount(labels).max() < 2:
-        raise Refused("no class to evaluate on has two pictures: nothing can be found")
+    check_findable(labels)
     reach = min(max(int(np.bincount(labels).max()), max(KAPPAS) + 1), len(labels))
     ids = np.asarray(search(descriptors, descriptors, k=reach).ids)
     return label_scores(ids, labels, labels, own=np.arange(len(labels)), kappas=KAPPAS)

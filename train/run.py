@@ -4,6 +4,7 @@ import contextlib
 import fcntl
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -40,6 +41,10 @@ def one_sentence(tool: str) -> Iterator[None]:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         sys.exit(f"{tool}: out of memory ({str(error).splitlines()[0]}): try a smaller --batch, more --optimizer.accumulate or --model.remat")
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # of a path that begins with ~
+            raise
+        sys.exit(f"{tool}: {error}")
     except OSError as error:
         sys.exit(f"{tool}: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
 
@@ -97,19 +102,21 @@ def _keep_settings(config: Config, facts: dict[str, Any]) -> None:
         if changed:
             settings = "; ".join(f"{name} {there.get(name)} there, {here.get(name)} now" for name in changed)
             raise Refused(f"{config.out} holds a run with other settings ({settings}): choose another --out")
-    write_text(config.out / "config.json", json.dumps(now, indent=2) + "\n")
+    write_text(config.out / "config.json", json.dumps({"tool": config.tool, **now}, indent=2) + "\n")
 
 
 def has_checkpoint(run: Path) -> bool:
     """Whether there is something in a folder to go on from."""
-    return any((run / "checkpoints").glob("[0-9]*"))
+    return any(re.fullmatch("[0-9]+", path.name) for path in (run / "checkpoints").glob("[0-9]*"))
 
 
 def read_run(run: Path, record: type[C] = Config) -> tuple[C, dict[str, Any]]:  # type: ignore[assignment]
     """The settings of a run, and what its data were: classes and numbers of pictures."""
     try:
         values = json.loads((run / "config.json").read_text())
-        facts = values.pop("data_found")
+        tool, facts = values.pop("tool", record.tool), values.pop("data_found")
+        if tool != record.tool:
+            raise Refused(f"it is one of {tool}")
         checked = {"classes": list(map(str, facts["classes"])), "train": int(facts["train"]), "eval": int(facts["eval"])}
         return from_dict(values, record), facts | checked
     except FileNotFoundError:

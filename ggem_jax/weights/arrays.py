@@ -1,6 +1,8 @@
 """Any file of named arrays, by its ending."""
 
+import lzma
 import zipfile
+import zlib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from ggem_jax.weights.safetensors_files import read_safetensors
 from ggem_jax.weights.torch_files import read_torch
 
 TORCH = (".pth", ".pt", ".bin", ".ckpt")
+_DAMAGED = (zlib.error, lzma.LZMAError, RuntimeError, MemoryError, OverflowError)  # what zip files and headers that were altered lead to
 WRAPPERS = ("model", "state_dict", "teacher", "model_state", "params")  # folders that training scripts put around the parameters
 
 
@@ -50,6 +53,8 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
             if isinstance(file, np.ndarray):
                 raise ValueError("it holds one array without a name")
             arrays = {name: file[name] for name in file.files}
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError) as error:
+            if odd := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
+                raise ValueError(f"its member {odd[0]} is no array")
+    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError, *_DAMAGED) as error:
         raise UnreadableWeights(f"{path} is not a readable npz file: {str(error).partition(chr(10))[0][:200]}") from None
     return {name: array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array for name, array in arrays.items()}

@@ -330,6 +330,9 @@ def _architecture(arrays: Arrays, heads: int | None, source: str) -> tuple[Style
     kernel = arrays["patch_embed.proj.weight"]
     if kernel.ndim != 4 or kernel.shape[1] != 3 or kernel.shape[2] != kernel.shape[3]:
         raise MismatchedWeights(f"{source}: patch_embed.proj.weight must be (width, 3, patch, patch), not {kernel.shape}")
+    blocks = {int(name.split(".")[1]) for name in arrays if name.startswith("blocks.")}
+    if far := sorted(block for block in blocks if block >= len(arrays)):
+        raise MismatchedWeights(f"{source} has parameters of block {far[0]}, and of blocks before it not all")
     width, patch, first = kernel.shape[0], kernel.shape[2], arrays["blocks.0.mlp.fc1.weight"]
     if first.ndim != 2:
         raise MismatchedWeights(f"{source}: blocks.0.mlp.fc1.weight must be (hidden, width), not {first.shape}")
@@ -341,7 +344,7 @@ def _architecture(arrays: Arrays, heads: int | None, source: str) -> tuple[Style
         config = ViTConfig(
             patch=patch,
             width=width,
-            depth=1 + max(int(name.split(".")[1]) for name in arrays if name.startswith("blocks.")),
+            depth=1 + max(blocks),
             heads=heads or HEADS.get(width, max(width // 64, 1)),
             mlp_width=len(first) // (2 if _gated(arrays) else 1),
             image=side * patch,
@@ -378,6 +381,6 @@ def _normalised_of_config(path: Path) -> tuple[Means, Means] | None:
     try:
         found = json.loads(path.read_text())["pretrained_cfg"]
         mean, std = (tuple(float(value) for value in found[name]) for name in ("mean", "std"))
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
         return None
     return (mean, std) if len(mean) == len(std) == 3 else None

@@ -272,13 +272,22 @@ def to_names_of_timm(arrays: Mapping[str, np.ndarray], *, source: str) -> tuple[
         for pattern, ours, change in layout.rules:
             match = re.fullmatch(pattern.replace("(weight|bias)", "(?P<leaf>weight|bias)"), short)
             if match and match.expand(ours) not in found:  # two names of one parameter: no place for the second
-                found[match.expand(ours)] = array if change is None else change(array)
+                found[match.expand(ours)] = array if change is None else _changed(array, change, full, source)
                 break
         else:
             unknown.append(full)
+    if odd := [f"{name} {array.dtype} {array.shape}" for name, array in found.items() if not array.ndim or array.dtype.kind in "biuScUOM"]:
+        raise MismatchedWeights(f"{source} has parameters that are no arrays of real numbers: {', '.join(odd)}")
     if unknown:
         raise MismatchedWeights(f"{source} has {len(unknown)} names that a ViT of layout {name} has no place for: {', '.join(sorted(unknown))}")
     return name, found, tuple(unused)
+
+
+def _changed(array: np.ndarray, change: Callable[[np.ndarray], np.ndarray], name: str, source: str) -> np.ndarray:
+    try:
+        return change(array)
+    except (ValueError, IndexError):  # axes that this parameter cannot have
+        raise MismatchedWeights(f"{source}: {name} is of shape {array.shape}, which this parameter cannot have") from None
 
 
 def heads_of(arrays: Mapping[str, np.ndarray], encoder: str = "Transformer") -> int | None:
