@@ -118,7 +118,7 @@ MISTAKES = {
     "missing folder": (["--data", "folder:nowhere"], "there is no folder nowhere"),
     "unprepared data": (["--data", "tfds:mnist", "--data-dir", "nowhere"], "mnist is not prepared in nowhere .*--download"),
     "batch": (["--batch", "33"], r"--batch must be a multiple of 1 part\(s\) x 8 device\(s\), it is 33"),
-    "epochs": (["--epochs", "0"], "--epochs must be positive"),
+    "epochs": (["--epochs", "0"], "--epochs must be from 1e-6 to 1e9"),
     "fsdp": (["--fsdp", "3"], "--fsdp must divide the number of devices, 8"),
     "holdout": (["--data.holdout", "1.5"], "--data.holdout must be between 0 and 1, it is 1.5"),
     "warmup": (["--optimizer.warmup", "-1"], "--optimizer.warmup must be at least 0, it is -1"),
