@@ -194,7 +194,7 @@ def published_vit(path: Path) -> PublishedViT:
     """A published network to start from; what is wrong with its file is `Refused`."""
     try:
         return read_vit(path.expanduser())
-    except (ValueError, OSError) as error:  # of weights that cannot be read or do not fit, too
+    except (ValueError, OSError, ModuleNotFoundError) as error:  # of weights that cannot be read or do not fit, too
         raise Refused(f"--init: {error}") from None
 
 
