@@ -275,7 +275,10 @@ def imagenette(data: Path, study: PoolingStudy) -> Tokens:
     from ggem_jax.retrieval.networks import load_network
 
     _, splits = read_packed(data / "imagenette-224-mini")
-    network = load_network("efficientnet-lite0")
+    try:
+        network = load_network("efficientnet-lite0")
+    except (ValueError, ModuleNotFoundError) as error:
+        raise Refused(str(error)) from None
     channels = np.sort(np.random.default_rng(0).permutation(1280)[:CHANNELS])
 
     @jax.jit
