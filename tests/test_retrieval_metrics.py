@@ -141,6 +141,11 @@ def test_label_scores_leave_the_query_itself_out_wherever_it_stands():
     np.testing.assert_allclose(short.recall_at[:, 0], [labels[row[0]] == labels[i] for i, row in enumerate(rows)])
 
 
+def test_the_query_itself_is_no_right_answer_of_its_own():
+    found = label_scores(np.array([[2, 0], [2, 1], [0, 1]]), np.array([0, 0, 1]), np.array([0, 0, 1]), own=np.arange(3), kappas=(1, 2))
+    np.testing.assert_array_equal(found.recall_at, [[0, 0], [0, 0], [np.nan, np.nan]])
+
+
 def test_label_scores_equal_the_definition_of_map_at_r():
     rng = np.random.default_rng(1)
     labels = rng.integers(0, 5, 40)

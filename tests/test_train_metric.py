@@ -116,6 +116,7 @@ def test_balanced_batches_hold_so_many_of_each_class_and_depend_on_the_step_only
             assert len(set(own)) == (3 if label != 1 else len(set(own)))  # the class of two repeats one
         seen.append(indices)
     np.testing.assert_array_equal(balanced(labels, 9, 3, seed=1)(5), seen[1])
+    assert not np.array_equal(seen[0], seen[1])
     assert not np.array_equal(balanced(labels, 9, 3, seed=2)(5), seen[1])
 
 
