@@ -419,7 +419,7 @@ MISTAKES = {
     "loss": (["--loss", "hinge"], "invalid choice 'hinge'"),
     "heads": (["--text.heads", "3"], "--text.width must be a multiple of its 3 heads, it is 16"),
     "context": (["--text.context", "2"], "--text.context must be at least 3"),
-    "vocabulary": (["--text.vocabulary", "100"], "--text.vocabulary must be at least 258: all bytes, start and end, it is 100"),
+    "vocabulary": (["--text.vocabulary", "100"], "--text.vocabulary must be at least 258: all bytes, start and end, and at most 16777216, it is 100"),
     "template": (["--text.templates", "a digit"], "--text.templates must be texts with {} where the name of the class goes"),
     "scale": (["--init_scale", "200"], "--init_scale must be above 0 and at most --max_scale 100, it is 200"),
     "embed": (["--embed", "0"], "--embed must be at least 1"),
