@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from eval.runs import trained_in_study
 from ggem_jax.models.vit import used_exponents
 from train.batches import eval_batches
 from train.classify import train
-from train.config import Config, Refused, build_model, load_config
-from train.data import Pictures
+from train.config import Config, build_model, load_config
+from train.data import Pictures, in_memory
 from train.evaluate import Predictions
 from train.prepare import evenly_spaced, read_packed
 from train.step import normalise
@@ -40,16 +41,14 @@ def pictures_of(packed: Path, count: int) -> tuple[Pictures, Pictures]:
     classes, splits = read_packed(packed)
 
     def held(split) -> Pictures:
-        images = [load() for load, _ in split]
-        labels = np.array([label for _, label in split], np.int32)
-        return Pictures(len(images), tuple(classes), lambda i: (images[i], int(labels[i])), lambda: labels)
+        return in_memory([load() for load, _ in split], np.array([label for _, label in split], np.int32), tuple(classes))
 
     return held(evenly_spaced(splits["train"], count)), held(splits["test"])
 
 
 def config_of(arm: str, seed: int, runs: Path, epochs: float) -> Config:
     """The config of one training."""
-    folder = runs / f"{arm.replace(', ', '-').replace(' ', '-').lower()}-{seed}"
+    folder = runs / f"{arm.replace(' ', '-').lower()}-{seed}"
     flags = [*FLAGS, *ARMS[arm], "--data", "cifar10", "--seed", str(seed), "--epochs", str(epochs), "--out", str(folder)]
     return load_config(flags, "eval.pooling_study")
 
@@ -67,12 +66,7 @@ class Network:
 def trained(arm: str, seed: int, data: tuple[Pictures, Pictures], runs: Path, epochs: float) -> Network:
     """Trains a network, or goes on with it."""
     config = config_of(arm, seed, runs, epochs)
-    try:
-        run = train(config, data=data, quiet=True)
-    except Refused as error:
-        raise Refused(str(error).replace("choose another --out", "choose another --runs")) from None
-    if run.signal is not None:
-        raise KeyboardInterrupt
+    run = trained_in_study(train, config, data=data)
     params = jax.tree.map(np.asarray, run.state.evaluated)
     p = np.asarray(used_exponents(params["pool"]["p"])) if "p" in params.get("pool", {}) else np.zeros(0)
     return Network(run.result, p, params, config)

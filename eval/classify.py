@@ -9,16 +9,14 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from tyro.conf import Positional, arg
 
+from eval.runs import OfRuns, newest, with_data
 from eval.statistics import Interval, Paired, paired, proportion
-from train.checkpoints import Checkpoints
 from train.config import Config, Refused, parse
 from train.data import open_data
 from train.evaluate import Predictions, evaluate
@@ -28,16 +26,10 @@ from train.step import make_steps
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(OfRuns):
     """How good a trained classifier is, and which of two is better."""
 
-    run: Positional[Path]  # folder of a run of train.classify
-    other: Positional[Path | None] = None  # folder of another run to compare it with
-    json: bool = False  # print one JSON object
-    corrupt: Literal["refuse", "skip"] | None = None  # what to do about a picture that cannot be read; None: as in the run
     split: str | None = None  # evaluate on another split than the run did, such as test
-    data: str | None = None  # evaluate on another source than the run's: digits, folder:DIR or tfds:NAME
-    data_dir: Annotated[Path | None, arg(aliases=["--data-dir"])] = None  # where tfds data sets are prepared; None: as in the run
 
 
 @dataclass(frozen=True)
@@ -79,22 +71,16 @@ def load(run: Path, how: Evaluate) -> Evaluated:
     """Evaluates the newest checkpoint of a run."""
     config, facts = read_run(run, Config)
     classes = tuple(facts["classes"])
-    data = dataclasses.replace(config.data, source=how.data or config.data.source, data_dir=how.data_dir or config.data.data_dir)
-    data = dataclasses.replace(data, eval_split=how.split or data.eval_split, corrupt=how.corrupt or data.corrupt)
-    devices = jax.device_count()
-    config = dataclasses.replace(config, data=data, fsdp=1, batch=-(-config.batch // devices) * devices)  # whatever devices it was trained on
+    data = how.data_of(config.data)
+    data = dataclasses.replace(data, eval_split=how.split or data.eval_split)
+    config = with_data(config, data)
     _, pictures = open_data(data)
     if pictures.classes != classes:
         raise Refused(f"{run} was trained on the classes {', '.join(classes)}, but {data.source} has {', '.join(pictures.classes)}")
-    if not (run / "checkpoints").is_dir():
-        raise Refused(f"{run} has no checkpoint yet")
-    checkpoints = Checkpoints(run, read_only=True)
-    step = checkpoints.latest()
-    if step is None:
-        raise Refused(f"{run} has no checkpoint yet")
+    checkpoints = newest(run)
     steps = make_steps(config, len(classes), total_steps=2)  # any number: the schedule does not matter here
     state = checkpoints.restore(steps)
-    return Evaluated(run, step, pictures.classes, evaluate(steps, state.evaluated, pictures, config), learned_exponents(state.evaluated))
+    return Evaluated(run, int(state.step), pictures.classes, evaluate(steps, state.evaluated, pictures, config), learned_exponents(state.evaluated))
 
 
 def compare(first: Evaluated, second: Evaluated) -> Paired:

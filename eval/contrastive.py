@@ -11,14 +11,14 @@ import json
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from tyro.conf import Positional, arg
+from tyro.conf import arg
 
+from eval.runs import OfRuns, newest, with_data
 from eval.statistics import Interval, Paired, bootstrap, paired, proportion
 from ggem_jax.contrastive import class_descriptors, found_at
 from train.captions import Captioned, Text, class_words, open_captions, templates_of
@@ -28,26 +28,20 @@ from train.contrastive import KAPPAS, ContrastiveConfig, Described, describe, de
 from train.data import Pictures, open_data
 from train.evaluate import outputs_of
 from train.loop import learned_exponents
-from train.run import has_checkpoint, one_sentence, read_run
-from train.tokenizer import Tokenizer, read_tokenizer
+from train.run import one_sentence, read_run
+from train.tokenizer import Tokenizer, kept_tokenizer
 
 DIRECTIONS = {"image_to_text": "pictures -> texts", "text_to_image": "texts -> pictures"}
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(OfRuns):
     """How well pictures and texts find each other, and which of two runs does better."""
 
-    run: Positional[Path]  # folder of a run of train.contrastive
-    other: Positional[Path | None] = None  # folder of another run to compare it with
-    json: bool = False  # print one JSON object
     zero_shot: Annotated[str | None, arg(aliases=["--zero-shot"])] = None  # digits, folder:DIR or tfds:NAME to classify by the words of its classes
     templates: tuple[str, ...] | None = None  # with {} for the class, of the zero-shot prompts, or else of the captions; None: as in the run
     names: Path | None = None  # file of the words of these classes: a line for each, its folder, a tab, its words; None: as in the run
-    corrupt: Literal["refuse", "skip"] | None = None  # what to do about a picture that cannot be read; None: as in the run
     split: str | None = None  # evaluate on another split, CSV file or shards than the run did
-    data: str | None = None  # evaluate on another source than the run's: digits, folder:DIR, tfds:NAME, csv:FILE or wds:PATTERN
-    data_dir: Annotated[Path | None, arg(aliases=["--data-dir"])] = None  # where tfds data sets are prepared; None: as in the run
 
 
 @dataclass(frozen=True)
@@ -89,16 +83,13 @@ def main(argv: list[str] | None = None) -> None:
 def load(run: Path, how: Evaluate) -> Evaluated:
     """Evaluates the newest checkpoint of a run."""
     trained, _ = read_run(run, ContrastiveConfig)
-    data = dataclasses.replace(trained.data, source=how.data or trained.data.source, data_dir=how.data_dir or trained.data.data_dir)
+    data = how.data_of(trained.data)
     kept = data.eval_split if data.source == trained.data.source else None  # another source has its own splits
-    data = dataclasses.replace(data, eval_split=how.split or kept, corrupt=how.corrupt or data.corrupt)
-    if not has_checkpoint(run):
-        raise Refused(f"{run} has no checkpoint yet")
-    checkpoints, devices = Checkpoints(run, read_only=True), jax.device_count()
-    config = dataclasses.replace(trained, data=data, fsdp=1, batch=-(-trained.batch // devices) * devices)  # whatever devices it was trained on
+    data = dataclasses.replace(data, eval_split=how.split or kept)
+    checkpoints, config = newest(run), with_data(trained, data)
     asked = (how.templates, how.names)
     _, eval_set = open_captions(data, text_of(data.source, trained, *((None, None) if how.zero_shot else asked)))
-    model = Model(config, read_tokenizer(run / "tokenizer.json"), checkpoints)
+    model = Model(config, kept_tokenizer(run), checkpoints)
     zero_shot = None if how.zero_shot is None else classify(model, text_of(how.zero_shot, trained, *asked), how.zero_shot)
     scale = float(model.towers.scale(model.params))
     return Evaluated(run, model.step, model.describe(eval_set), zero_shot, scale, learned_exponents(model.params))

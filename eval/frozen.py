@@ -1,9 +1,9 @@
 """Poolings on frozen tokens: the pooling and a linear head are trained, nothing else, many times over.
 
 All arms of a seed see the same pictures in the same order: a seed draws four fifths of the training pictures and the order of the batches, so that
-intervals over seeds hold for these training pictures and this network. The pooled
-vector is standardised, channel by channel, before the head, so that no arm is served by its scale: by the batch in training, by the training pictures
-in the test. Tokens are `(n, tokens, d)` of patches; `cls` are the class tokens `(n, d)` of a network that has them.
+intervals over seeds hold for these training pictures and this network. The pooled vector is standardised, channel by channel, before the head, so
+that no arm is served by its scale: by the batch in training, by the training pictures in the test. Tokens are `(n, tokens, d)` of patches; `cls` are
+the class tokens `(n, d)` of a network that has them.
 """
 
 from collections.abc import Callable
@@ -141,17 +141,15 @@ class Probe:
 
 def probe(tokens: Tokens, arm: Arm, how: Probe) -> Probed:
     """Trains and tests one arm, seed by seed."""
+    splits = [_tokens(tokens, arm, split) for split in ("train", "test")]
     if not arm.start:  # nothing to learn: pooled once
-        pool = jax.jit(partial(_widened_pool, arm.pool))
-        pooled = [_in_parts(pool, array) for array in (_tokens(tokens, arm, "train"), _tokens(tokens, arm, "test"))]
+        splits = [_in_parts(partial(_compiled(arm), {}), split) for split in splits]
         arm = Arm(lambda _, x: x)
-    else:
-        pooled = [_tokens(tokens, arm, "train"), _tokens(tokens, arm, "test")]
-    train, test = (jnp.asarray(array) for array in pooled)
+    train, test = (jnp.asarray(split) for split in splits)
     labels = jnp.asarray(tokens.train_labels)
     run = jax.jit(partial(_trained, arm=arm, how=how, channels=tokens.channels, classes=tokens.classes))
     found = [run(train, labels, jnp.asarray(_plan(len(labels), how, seed))) for seed in range(how.seeds)]
-    describe = jax.jit(lambda params, x: arm.pool(params, x.astype(jnp.float32)))
+    describe = _compiled(arm)
     correct, kept = [], []
     for params in found:
         mine, others = (_in_parts(partial(describe, params["pool"]), array) for array in (train, test))
@@ -163,13 +161,13 @@ def probe(tokens: Tokens, arm: Arm, how: Probe) -> Probed:
     return Probed(np.array(correct), np.array(p), kept)
 
 
-def _widened_pool(pool: Pool, tokens: Array) -> Array:
-    return pool({}, tokens.astype(jnp.float32))
-
-
 def described(tokens: Tokens, arm: Arm, params: Any) -> np.ndarray:
     """The pooled test pictures, `(n, d)`, before they are standardised."""
-    return _in_parts(jax.jit(lambda x: arm.pool(params, x.astype(jnp.float32))), _tokens(tokens, arm, "test"))
+    return _in_parts(partial(_compiled(arm), params), _tokens(tokens, arm, "test"))
+
+
+def _compiled(arm: Arm) -> Pool:
+    return jax.jit(lambda params, tokens: arm.pool(params, tokens.astype(jnp.float32)))
 
 
 def _plan(n: int, how: Probe, seed: int) -> np.ndarray:

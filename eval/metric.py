@@ -12,18 +12,16 @@ import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
-import jax
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from tyro.conf import Positional, arg
 
+from eval.runs import OfRuns, newest, with_data
 from eval.statistics import Interval, bootstrap
 from ggem_jax.retrieval.metrics import LabelScores
 from ggem_jax.weights.files import replacing
-from train.checkpoints import Checkpoints
 from train.config import Refused, parse
 from train.data import open_disjoint
 from train.loop import learned_exponents
@@ -32,16 +30,10 @@ from train.run import one_sentence, read_run
 
 
 @dataclass(frozen=True)
-class Evaluate:
+class Evaluate(OfRuns):
     """How good trained descriptors are, and which of two runs has the better ones."""
 
-    run: Positional[Path]  # folder of a run of train.metric
-    other: Positional[Path | None] = None  # folder of another run to compare it with
-    json: bool = False  # print one JSON object
     export: Path | None = None  # .npz file for descriptor (n, dim), label and index of the first run's pictures
-    corrupt: Literal["refuse", "skip"] | None = None  # what to do about a picture that cannot be read; None: as in the run
-    data: str | None = None  # another source than the run's: digits, folder:DIR or tfds:NAME
-    data_dir: Annotated[Path | None, arg(aliases=["--data-dir"])] = None  # where tfds data sets are prepared; None: as in the run
 
 
 @dataclass(frozen=True)
@@ -82,20 +74,14 @@ def main(argv: list[str] | None = None) -> None:
 def load(run: Path, how: Evaluate) -> Evaluated:
     """Evaluates the newest checkpoint of a run."""
     config, facts = read_run(run, MetricConfig)
-    data = dataclasses.replace(config.data, source=how.data or config.data.source, data_dir=how.data_dir or config.data.data_dir)
-    data = dataclasses.replace(data, corrupt=how.corrupt or data.corrupt)
-    devices = jax.device_count()
-    config = dataclasses.replace(config, data=data, fsdp=1, batch=-(-config.batch // devices) * devices)  # whatever devices it was trained on
-    _, pictures = open_disjoint(data, config.metric.train_classes)
+    config = with_data(config, how.data_of(config.data))
+    _, pictures = open_disjoint(config.data, config.metric.train_classes)
     if seen := sorted(set(pictures.classes) & set(facts["classes"])):
-        raise Refused(f"{run} was trained on {', '.join(seen)}, which {data.source} has among the classes to evaluate on")
-    checkpoints = Checkpoints(run, read_only=True) if (run / "checkpoints").is_dir() else None
-    step = None if checkpoints is None else checkpoints.latest()
-    if checkpoints is None or step is None:
-        raise Refused(f"{run} has no checkpoint yet")
+        raise Refused(f"{run} was trained on {', '.join(seen)}, which {config.data.source} has among the classes to evaluate on")
+    checkpoints = newest(run)
     steps = metric_steps(config, len(facts["classes"]), total_steps=2)  # any number: the schedule does not matter here
     state = checkpoints.restore(steps)
-    return Evaluated(run, step, pictures.classes, retrieve(steps, state.evaluated, pictures, config), learned_exponents(state.evaluated))
+    return Evaluated(run, int(state.step), pictures.classes, retrieve(steps, state.evaluated, pictures, config), learned_exponents(state.evaluated))
 
 
 def compare(first: Evaluated, second: Evaluated) -> dict[str, Interval]:

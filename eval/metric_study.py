@@ -7,13 +7,10 @@ those of the other, right within about two frames.
 Small ViTs are trained from nothing by `train.metric`, several seeds each, and compared with raw pixels and with the same networks untrained: recall@1
 and mean average precision (mAP@R, and by the trapezoid rule on the corridor) with 95 % intervals over seeds, and differences seed by seed.
 
-Prints the tables and writes `benchmarks/results/metric_study.csv`. An interrupted study goes on where it was. About 25 minutes on two CPU cores.
+Prints the tables and writes `benchmarks/results/metric_study.csv`. An interrupted study goes on where it was.
 """
 
-import csv
-import io
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from eval.retrieval_study import SETS, Set, Study, data_folder, machine
-from eval.statistics import Interval, mean
+from eval.retrieval_study import SETS, Set, Study, data_folder, machine, unit_pixels
+from eval.runs import trained_in_study
+from eval.statistics import mean
+from eval.tables import cell_of, columns, markdown, write_rows
 from ggem_jax.retrieval import search
 from ggem_jax.retrieval.metrics import Relevance, recall_at, scores
 from train.config import Refused, load_config, parse
-from train.data import Pictures
-from train.log import write_text
+from train.data import Pictures, in_memory
 from train.loop import first_state
 from train.metric import MetricConfig, metric_steps, retrieve, scores_of, train
 from train.run import one_sentence
@@ -85,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         study = parse(MetricStudy, sys.argv[1:] if argv is None else argv, "eval.metric_study", default=MetricStudy())
         check(study)
         rows = [row for name in study.sets for row in rows_of(name, study)]
-        write(study.out, rows)
+        write_rows(study.out, rows)
         for name in study.sets:
             print(table([row for row in rows if row["set"] == name]))
 
@@ -102,29 +100,17 @@ def rows_of(name: str, study: MetricStudy) -> list[dict[str, Any]]:
     data = data_folder(study.data)
     apart = APART[name](SETS[name](data, Study()))
     values = {"raw pixels": [means(apart.score(apart.pixels))]}
-    seconds = {"raw pixels": 0.0}
     for arm in ARMS:
-        began = time.perf_counter()
         configs = [config_of(name, arm, seed, study) for seed in range(study.seeds)]
         if ARMS[arm][1] == "normalised-softmax":
             values[f"{arm}, untrained"] = [means(apart.score(untrained(config, apart))) for config in configs]
-            seconds[f"{arm}, untrained"] = time.perf_counter() - began
         values[arm] = []
         for config in configs:
-            try:
-                trained = train(config, data=(apart.train, apart.test), quiet=True)
-            except Refused as error:
-                raise Refused(str(error).replace("choose another --out", "choose another --runs")) from None
-            if trained.signal is not None:
-                raise KeyboardInterrupt
+            trained = trained_in_study(train, config, data=(apart.train, apart.test))
             values[arm].append(means(apart.score(trained.result.descriptor)))
             print(f"{name}, {arm}, seed {config.seed}: recall@1 {values[arm][-1][0]:.2%}", file=sys.stderr, flush=True)
-        seconds[arm] = time.perf_counter() - began - seconds.get(f"{arm}, untrained", 0)
     counts = {"set": name, "train": len(apart.train), "train_classes": len(apart.train.classes), "test": len(apart.test)}
-    return [
-        {**counts, "arm": arm, "seeds": len(found), **columns(arm, np.array(found), values), "seconds": f"{seconds[arm]:.0f}", **machine()}
-        for arm, found in values.items()
-    ]
+    return [{**counts, "arm": arm, "seeds": len(found), **measures(arm, np.array(found), values), **machine()} for arm, found in values.items()]
 
 
 def config_of(name: str, arm: str, seed: int, study: MetricStudy) -> MetricConfig:
@@ -165,7 +151,7 @@ def omniglot(whole: Set) -> Apart:
         return found.recall_at[:, 0], found.map_at_r
 
     places = np.flatnonzero(~half[labels])
-    return Apart(pictures.of_classes(np.flatnonzero(half), labels), test, score, unit_pixels(whole, places))
+    return Apart(pictures.of_classes(np.flatnonzero(half), labels), test, score, unit_pixels(whole, [whole.names[place] for place in places]))
 
 
 def corridor(whole: Set) -> Apart:
@@ -189,7 +175,7 @@ def corridor(whole: Set) -> Apart:
         ids = np.asarray(search(descriptors[: len(queries)], descriptors[len(queries) :], k=len(database)).ids)
         return recall_at(ids, relevance, kappas=(1,))[:, 0], scores(ids, relevance).average_precision
 
-    return Apart(train_set, test, score, unit_pixels(whole, tested))
+    return Apart(train_set, test, score, unit_pixels(whole, [whole.names[place] for place in tested]))
 
 
 APART: dict[str, Callable[[Set], Apart]] = {"omniglot": omniglot, "corridor": corridor}
@@ -197,61 +183,28 @@ APART: dict[str, Callable[[Set], Apart]] = {"omniglot": omniglot, "corridor": co
 
 def pictures_of(whole: Set, places: np.ndarray, classes: tuple[str, ...], labels: np.ndarray) -> Pictures:
     """Some of the pictures of a set, read once."""
-    images = [whole.read(whole.names[place]) for place in places]
-    return Pictures(len(places), classes, lambda i: (images[i], int(labels[i])), lambda: labels)
+    return in_memory([whole.read(whole.names[place]) for place in places], labels, classes)
 
 
-def unit_pixels(whole: Set, places: np.ndarray) -> np.ndarray:
-    """The reference point without a network: small grey pictures less their mean."""
-    pixels = np.stack([whole.pixels(whole.read(whole.names[place])).ravel() for place in places])
-    pixels -= pixels.mean(axis=1, keepdims=True)
-    return pixels / np.linalg.norm(pixels, axis=1, keepdims=True)
-
-
-def columns(arm: str, found: np.ndarray, values: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
+def measures(arm: str, found: np.ndarray, values: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
     """Both measures with their intervals over seeds, and recall@1 less that of others, seed by seed."""
     row: dict[str, Any] = {}
     for i, name in enumerate(("recall_at_1", "average_precision")):
-        row |= as_columns(name, mean(found[:, i]))
+        row |= columns(name, mean(found[:, i]))
     for other in ("raw pixels", f"{arm}, untrained", "average", "positive average", "GeM"):
         against = np.array(values[other])[:, 0] if other in values and other != arm and "untrained" not in arm and len(found) > 1 else None
         label = "untrained" if other.endswith("untrained") else other.replace(" ", "_")
-        row |= as_columns(f"recall_at_1_less_{label}", None if against is None else mean(found[:, 0] - against))
+        row |= columns(f"recall_at_1_less_{label}", None if against is None else mean(found[:, 0] - against))
     return row
-
-
-def as_columns(name: str, interval: Interval | None) -> dict[str, str]:
-    ends = {"": "value", "_low": "low", "_high": "high"}
-    return {f"{name}{end}": "" if interval is None else f"{getattr(interval, field):.4f}" for end, field in ends.items()}
-
-
-def write(path: Path, rows: list[dict[str, Any]]) -> None:
-    file = io.StringIO()
-    writer = csv.DictWriter(file, list(rows[0]), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    write_text(path, file.getvalue())
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """One set in Markdown, in percent."""
     first = rows[0]
-    text = f"## {first['set']}: {first['train']} pictures of {first['train_classes']} classes trained on, {first['test']} others searched\n\n"
+    title = f"## {first['set']}: {first['train']} pictures of {first['train_classes']} classes trained on, {first['test']} others searched\n\n"
     heads = ("", "recall@1", "average precision", "recall@1 less raw pixels", "less the same untrained", "less the average")
-    text += f"| {' | '.join(heads)} |\n|{' --- |' * len(heads)}\n"
-    for row in rows:
-        cells = [cell(row, name) for name in ("recall_at_1", "average_precision")]
-        cells += [cell(row, f"recall_at_1_less_{name}") for name in ("raw_pixels", "untrained", "average")]
-        text += f"| {row['arm']} | {' | '.join(cells)} |\n"
-    return text
-
-
-def cell(row: dict[str, Any], name: str) -> str:
-    if row[name] == "":
-        return ""
-    value, low, high = (100 * float(row[f"{name}{end}"]) for end in ("", "_low", "_high"))
-    sign = "+" if "_less_" in name else ""
-    return f"{value:{sign}.1f}" + ("" if np.isnan(low) else f" [{low:.1f}, {high:.1f}]")
+    names = ("recall_at_1", "average_precision", *(f"recall_at_1_less_{other}" for other in ("raw_pixels", "untrained", "average")))
+    return title + markdown(heads, [(row["arm"], *(cell_of(row, name) for name in names)) for row in rows])
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 
 from eval.statistics import Interval, mean
+from eval.tables import markdown, shown
 from ggem_jax.weights.files import replacing
 from train.log import write_text
 
@@ -50,7 +51,8 @@ class Claim:
         return "supported" if self.interval.low > 0 else "not supported" if self.interval.high < 0 else "undecided"
 
     def cells(self) -> tuple[str, ...]:
-        return self.claim, self.data, self.measured, shown(self.interval, self.percent, sign=True), f"**{self.verdict}**"
+        difference = shown(self.interval, percent=self.percent, digits=2 if self.percent else 4, sign=True)
+        return self.claim, self.data, self.measured, difference, f"**{self.verdict}**"
 
 
 def write_report(path: Path, found: dict[str, Any], settings: dict[str, Any], machine: dict[str, str], retrieval: Path) -> str:
@@ -149,7 +151,7 @@ def section(part: str, own: dict[str, Any], folder: Path) -> str:
         train, test = own["pictures"]
         text += f"{train:,} pictures to train on (four fifths of them for each seed), {test:,} to test, {tokens} tokens of {channels} channels, "
         text += f"{own['heads']} groups for GGeM. "
-    text += f"{ABOUT[part]} Measured {own['machine']['date']}, {own['seconds']:,} s.\n\n"
+    text += f"{ABOUT[part]} Measured {own['machine']['date']}.\n\n"
     rows = []
     for name, arm in own["arms"].items():
         difference = own["differences"].get(f"GGeM less {name}")
@@ -174,7 +176,7 @@ def dependence_table(own: dict[str, Any]) -> str:
     rows = []
     for name, kinds in own["dependence"].items():
         for kind, scores in kinds.items():
-            rows.append((name, kind, *(shown(mean(np.array(values)), percent=False) for values in scores.values())))
+            rows.append((name, kind, *(shown(mean(np.array(values)), percent=False, digits=4) for values in scores.values())))
     first = next(iter(next(iter(own["dependence"].values())).values()))
     return markdown(("pooling", "between", *first), rows)
 
@@ -183,7 +185,7 @@ def amplification_table(found: dict[str, Any]) -> str:
     rows = []
     for name in ("GeM", "GGeM"):
         values = [mean(np.array(found[name][score])) for score in ("rank_correlation", "gini")]
-        rows.append((name, *(shown(value, percent=False) for value in values)))
+        rows.append((name, *(shown(value, percent=False, digits=4) for value in values)))
     text = "Amplification: rank correlation of how much larger a channel is than under the average of what is positive with its Fisher score, and\n"
     text += f"how unequally energy is spread over channels (Gini; {found['gini_of_reference']:.3f} under that average).\n\n"
     return text + markdown(("pooling", "rank correlation", "Gini"), rows)
@@ -267,16 +269,3 @@ def exponents(p: list[list[float]]) -> str:
     if len(means) <= 8:
         return " ".join(f"{value:.2f}" for value in means)
     return f"{means.min():.2f} to {means.max():.2f}, {len(means)} of them"
-
-
-def shown(interval: Interval, percent: bool = True, *, sign: bool = False) -> str:
-    factor, digits = (100, 2) if percent else (1, 4)
-    value = f"{factor * interval.value:{'+' if sign else ''}.{digits}f}"
-    if not np.isfinite([interval.low, interval.high]).all():
-        return value
-    return f"{value} [{factor * interval.low:.{digits}f}, {factor * interval.high:.{digits}f}]"
-
-
-def markdown(heads: tuple[str, ...], rows: Any) -> str:
-    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}", *(f"| {' | '.join(map(str, row))} |" for row in rows)]
-    return "\n".join(lines) + "\n"

@@ -7,7 +7,6 @@ bootstrap intervals over queries, and pairwise against the average and against n
 Prints the tables and writes `benchmarks/results/retrieval_study.csv`, of which `docs/retrieval_study.md` tells. Minutes on two CPU cores.
 """
 
-import csv
 import dataclasses
 import importlib.metadata
 import json
@@ -16,7 +15,7 @@ import platform
 import sys
 import time
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, get_args
@@ -28,12 +27,12 @@ from tyro.conf import arg
 
 from eval.described import POOLINGS, describe, make_extractor, poolings_of
 from eval.rerankers import Name, Rerank, ranked, reranked
-from eval.statistics import Interval, bootstrap
+from eval.statistics import bootstrap
+from eval.tables import cell_of, columns, write_rows
 from ggem_jax.images import RGB, read_image
 from ggem_jax.retrieval.expansion import augment_database
 from ggem_jax.retrieval.metrics import Relevance, positive_ranks, recall_at, scores
 from ggem_jax.retrieval.settings import DescriptorSettings
-from ggem_jax.weights.files import replacing
 from train.config import Refused, parse
 from train.run import one_sentence
 
@@ -163,16 +162,11 @@ class Cell:
         row: dict[str, Any] = {}
         for name in ("recall_at_1", "average_precision"):
             values = getattr(self, name)
-            row |= _interval(name, bootstrap(values))
+            row |= columns(name, bootstrap(values))
             for against, other in (("average", average), ("none", none)):
                 difference = None if other is None else bootstrap(values - getattr(other, name))
-                row |= _interval(f"{name}_less_{against}", difference)
+                row |= columns(f"{name}_less_{against}", difference)
         return {**row, "mean_of_precisions": f"{self.mean_of_precisions:.4f}"}
-
-
-def _interval(name: str, interval: Interval | None) -> dict[str, Any]:
-    values = ("", "", "") if interval is None else [f"{value:.4f}" for value in (interval.value, interval.low, interval.high)]
-    return dict(zip((name, f"{name}_low", f"{name}_high"), values, strict=True))
 
 
 def measured(ids: np.ndarray, relevance: list[Relevance]) -> Cell:
@@ -188,11 +182,17 @@ def cells_of(vectors: np.ndarray, own: Set, rerank: Rerank) -> dict[Name, Cell]:
     return {name: measured(reranked(name, queries, database, initial, rerank, own=own.own), own.relevance) for name in get_args(Name)}
 
 
-def rows_of_pixels(name: str, own: Set) -> Iterator[dict[str, Any]]:
-    """The reference points that need no network."""
-    pixels = np.stack([own.pixels(own.read(each)).ravel() for each in own.names])
+def unit_pixels(own: Set, names: Sequence[str]) -> np.ndarray:
+    """The reference point without a network, `(n, d)`: small grey pictures less their mean, as unit vectors."""
+    pixels = np.stack([own.pixels(own.read(name)).ravel() for name in names])
     pixels -= pixels.mean(axis=1, keepdims=True)
     pixels /= np.linalg.norm(pixels, axis=1, keepdims=True)
+    return pixels
+
+
+def rows_of_pixels(name: str, own: Set) -> Iterator[dict[str, Any]]:
+    """The reference points that need no network."""
+    pixels = unit_pixels(own, own.names)
     initial = ranked(pixels[own.queries], pixels[own.database], own=own.own)
     cells = {"none": measured(np.asarray(initial.ids), own.relevance)}
     if own.pixels_expansion is not None:
@@ -252,10 +252,7 @@ def main(argv: list[str] | None = None) -> None:
             rows += [{**machine(), **row} for row in own]
             for view in dict.fromkeys(row["set"] for row in own):
                 print(markdown([row for row in own if row["set"] == view]), flush=True)
-        with replacing(study.out) as temporary, temporary.open("w", newline="") as file:
-            writer = csv.DictWriter(file, rows[0].keys())
-            writer.writeheader()
-            writer.writerows(rows)
+        write_rows(study.out, rows)
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -267,26 +264,18 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     for title, measure in (("Mean average precision", "average_precision"), ("Recall@1", "recall_at_1")):
         text += f"\n{title}, %, with 95 % intervals:\n\n| | {' | '.join(rerankers)} |\n| --- |{' --- |' * len(rerankers)}\n"
         for pooling in dict.fromkeys(row["pooling"] for row in networks):
-            cells = [_cell(row, measure) for row in networks if row["pooling"] == pooling]
+            cells = [cell_of(row, measure) for row in networks if row["pooling"] == pooling]
             text += f"| {pooling} | {' | '.join(cells)} |\n"
         for row in rows:
             if row["pooling"] == "pixels":
-                text += f"\nPixels, {row['reranker']}, {row['queries']} queries: {_cell(row, measure)}"
+                text += f"\nPixels, {row['reranker']}, {row['queries']} queries: {cell_of(row, measure)}"
                 text += f"; by the mean of precisions {100 * float(row['mean_of_precisions']):.2f}.\n" if title.startswith("Mean") else ".\n"
     for title, against in (("less that of the average, same reranker", "average"), ("less that without reranking, same pooling", "none")):
         text += f"\nMean average precision {title}, points:\n\n| | {' | '.join(rerankers)} |\n| --- |{' --- |' * len(rerankers)}\n"
         for pooling in dict.fromkeys(row["pooling"] for row in networks):
-            cells = [_cell(row, f"average_precision_less_{against}") for row in networks if row["pooling"] == pooling]
+            cells = [cell_of(row, f"average_precision_less_{against}") for row in networks if row["pooling"] == pooling]
             text += f"| {pooling} | {' | '.join(cells)} |\n" if any(cells) else ""
     return text
-
-
-def _cell(row: dict[str, Any], measure: str) -> str:
-    if row[measure] == "":
-        return ""
-    value, low, high = (100 * float(row[f"{measure}{end}"]) for end in ("", "_low", "_high"))
-    sign = "+" if "_less_" in measure else ""
-    return f"{value:{sign}.1f} [{low:.1f}, {high:.1f}]"
 
 
 if __name__ == "__main__":

@@ -83,6 +83,16 @@ def captioned_folder(tmp_path):
     return folder
 
 
+def one_line(capsys, main, *flags) -> str:
+    """The sentence that a tool ends with."""
+    with pytest.raises(SystemExit) as caught:
+        main([*map(str, flags)])
+    assert isinstance(caught.value.code, str), "the exit code of a sentence is 1"
+    assert "\n" not in caught.value.code
+    assert "Traceback" not in capsys.readouterr().err
+    return caught.value.code
+
+
 def passed_cases(config: pytest.Config, mark: str) -> int:
     reports = config.pluginmanager.get_plugin("terminalreporter").stats.get("passed", [])
     return sum(report.when == "call" and mark in report.keywords for report in reports)

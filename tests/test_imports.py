@@ -68,8 +68,8 @@ INSIDE_GGEM_JAX = {
     "weights.convert": {"weights.errors"},
     "weights.arrays": {"weights.errors", "weights.safetensors_files", "weights.torch_files"},
     "weights.vit_layouts": {"weights.errors"},
-    "weights.vit": {"models.vit", "pooling", "weights.arrays", "weights.convert", "weights.errors", "weights.vit_layouts"},
-    "weights.text": {"models.text", "weights.arrays", "weights.convert", "weights.errors", "weights.vit_layouts"},
+    "weights.vit": {"models.transformer", "models.vit", "pooling", "weights.arrays", "weights.convert", "weights.errors", "weights.vit_layouts"},
+    "weights.text": {"models.text", "models.transformer", "weights.arrays", "weights.convert", "weights.errors", "weights.vit_layouts"},
     "weights.__main__": {"weights.safetensors_files", "weights.text", "weights.vit"},
     "weights.cvnet": {"weights.convert", "weights.errors", "weights.safetensors_files", "weights.torch_files"},
 }

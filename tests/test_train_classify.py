@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import TINY
+from conftest import TINY, one_line
 from jax.sharding import PartitionSpec as P
 
 from eval import classify as eval_classify
@@ -91,16 +91,6 @@ def test_the_evaluation_tool_prints_tables(trained, capsys):
     assert "step 90, 359 pictures" in said
     assert "McNemar" in said
     assert "learned pool/p" in said
-
-
-def one_line(capsys, main, *flags):
-    """The sentence that a tool ends with."""
-    with pytest.raises(SystemExit) as caught:
-        main([*map(str, flags)])
-    assert isinstance(caught.value.code, str), "the exit code of a sentence is 1"
-    assert "\n" not in caught.value.code
-    assert "Traceback" not in capsys.readouterr().err
-    return caught.value.code
 
 
 MISTAKES = {

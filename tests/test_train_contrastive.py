@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import ROOT, TINY_PAIR
+from conftest import ROOT, TINY_PAIR, one_line
 from PIL import Image
 
 from ggem_jax.contrastive import sigmoid_loss, softmax_loss
@@ -399,16 +399,6 @@ def test_the_image_tower_starts_from_a_published_file(tmp_path, tokenizer):
         jax.tree.map(lambda own, file: np.testing.assert_array_equal(own, np.reshape(file, own.shape)), state.params["image"][name], theirs[name])
     np.testing.assert_array_equal(state.params["image"]["pool"]["p"], np.full(2, 3.0))
     np.testing.assert_array_equal(state.params["text"]["position"], steps.init(0).params["text"]["position"])
-
-
-def one_line(capsys, main, *flags):
-    """The sentence that a tool ends with."""
-    with pytest.raises(SystemExit) as caught:
-        main([*map(str, flags)])
-    assert isinstance(caught.value.code, str), "the exit code of a sentence is 1"
-    assert "\n" not in caught.value.code
-    assert "Traceback" not in capsys.readouterr().err
-    return caught.value.code
 
 
 MISTAKES = {

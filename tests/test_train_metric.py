@@ -7,6 +7,7 @@ import shutil
 import jax
 import numpy as np
 import pytest
+from conftest import one_line
 from PIL import Image
 
 from eval import metric as eval_metric
@@ -183,15 +184,6 @@ def test_evaluation_gives_intervals_differences_and_descriptors(trained, capsys,
     assert scores.means()["map@r"] == pytest.approx(run["mAP@R"]["value"])
     eval_metric.main([str(trained / "ggem")])
     assert "R-precision" in capsys.readouterr().out
-
-
-def one_line(capsys, main, *arguments):
-    with pytest.raises(SystemExit) as stop:
-        main(list(map(str, arguments)))
-    assert stop.value.code not in (0, None)
-    said = str(stop.value.code) if isinstance(stop.value.code, str) else capsys.readouterr().err
-    assert "\n" not in said.strip()
-    return said
 
 
 @pytest.mark.parametrize(

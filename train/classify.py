@@ -46,7 +46,6 @@ def train(config: Config, *, data: tuple[Pictures, Pictures] | None = None, quie
 
         places = {"process": jax.process_index(), "processes": jax.process_count()}
         return Task(
-            facts=facts,
             about=f"{len(train_set):,} pictures to train, {len(eval_set):,} to evaluate, {len(classes)} classes",
             total=total,
             steps=steps,

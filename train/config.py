@@ -98,6 +98,11 @@ class Augment:
         require("augment.cutmix", self.cutmix, "at least 0", 0 <= self.cutmix < math.inf)
         require("augment.label_smoothing", self.label_smoothing, "at least 0 and below 1", 0 <= self.label_smoothing < 1)
 
+    def require_no_mixing(self, why: str) -> None:
+        """Raises `ValueError` for what mixes labels."""
+        for name in ("mixup", "cutmix", "label_smoothing"):
+            require(f"augment.{name}", getattr(self, name), f"0: {why}", getattr(self, name) == 0)
+
 
 @dataclass(frozen=True)
 class Optimizer:

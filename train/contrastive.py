@@ -25,14 +25,13 @@ from ggem_jax.models.vit import ViT
 from ggem_jax.pooling import l2_normalize
 from train.batches import train_batches
 from train.captions import Captioned, Text, open_captions
-from train.config import Config, Data, Optimizer, Refused, build_model, load_config, require
+from train.config import Config, Data, Optimizer, build_model, load_config, require
 from train.evaluate import on_devices, outputs_of
-from train.log import write_text
 from train.loop import Evaluation, Task, Trained, check_devices, run, run_tool
 from train.run import has_checkpoint, join_processes
 from train.step import Problem, Steps, compiled, make_mesh
 from train.throughput import forward_flops, text_forward_flops
-from train.tokenizer import Tokenizer, read_tokenizer, train_tokenizer
+from train.tokenizer import Tokenizer, keep_tokenizer, kept_tokenizer, read_tokenizer, train_tokenizer
 
 KAPPAS = (1, 5, 10)
 AXES = ("data", "fsdp")
@@ -64,8 +63,7 @@ class ContrastiveConfig(Config):
         require("init_bias", self.init_bias, "finite", math.isfinite(self.init_bias))
         parts = self.optimizer.accumulate
         require("optimizer.accumulate", parts, "1: the negatives of a pair are those of its batch, and a part of a batch has fewer", parts == 1)
-        for name in ("mixup", "cutmix", "label_smoothing"):
-            require(f"augment.{name}", getattr(self.augment, name), "0: there are no labels to mix", getattr(self.augment, name) == 0)
+        self.augment.require_no_mixing("there are no labels to mix")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -99,7 +97,6 @@ def train(config: ContrastiveConfig, *, quiet: bool = False) -> Trained:
         places = {"process": jax.process_index(), "processes": jax.process_count()}
         texts = len(eval_set.texts()[0])
         return Task(
-            facts=facts,
             about=f"{len(train_set):,} pictures to train, {len(eval_set):,} with {texts:,} texts to evaluate, {tokenizer.size:,} pieces of text",
             total=total,
             steps=steps,
@@ -120,15 +117,12 @@ def open_pairs(config: ContrastiveConfig) -> tuple[Captioned, Captioned]:
 
 def tokenizer_of_run(config: ContrastiveConfig, given: Tokenizer | None, train_set: Captioned) -> Tokenizer:
     """The tokenizer in the run's folder; a run that begins puts it there, the one that was given or one trained on its captions."""
+    if has_checkpoint(config.out):
+        return kept_tokenizer(config.out)
     captions = (caption for each in train_set.captions for caption in each)
     tokenizer = given or train_tokenizer(captions, config.text.vocabulary)
-    if has_checkpoint(config.out):
-        kept = read_tokenizer(config.out / "tokenizer.json")
-        if kept.vocabulary != tokenizer.vocabulary:
-            raise Refused(f"{config.out}/tokenizer.json is not the one that the run began with: choose another --out")
-        return kept
     if jax.process_index() == 0:
-        write_text(config.out / "tokenizer.json", tokenizer.text)
+        keep_tokenizer(config.out, tokenizer)
     return tokenizer
 
 

@@ -1,7 +1,8 @@
 """Where pictures come from: `digits`, `folder:DIR` or `tfds:NAME`, each as random-access splits of labelled pictures."""
 
+import functools
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -125,7 +126,12 @@ def digits() -> Pictures:
     found = load_digits()
     images = np.repeat(np.round(found.images * (255 / 16)).astype(np.uint8)[..., None], 3, axis=-1)
     labels = found.target.astype(np.int32)
-    return Pictures(len(labels), tuple("0123456789"), lambda i: (images[i], int(labels[i])), lambda: labels)
+    return in_memory(images, labels, tuple("0123456789"))
+
+
+def in_memory(images: Sequence[RGB] | np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> Pictures:
+    """Pictures that are there already."""
+    return Pictures(len(images), classes, lambda i: (images[i], int(labels[i])), lambda: labels)
 
 
 def folder(root: Path, eval_split: str | None = None) -> dict[str, Pictures]:
@@ -226,7 +232,7 @@ def _tfds_split(builder, split: str) -> Pictures:
     def column(name: str) -> np.ndarray:
         return np.array([records[i][name] for i in range(len(records))])
 
-    pictures = Pictures(len(records), classes, load, lambda: column("label").astype(np.int32))
+    pictures = Pictures(len(records), classes, load, functools.cache(lambda: column("label").astype(np.int32)))
     if "index" in builder.info.features and not builder.info.disable_shuffling:
         return pictures.take(np.argsort(column("index"), kind="stable"))
     return pictures

@@ -40,7 +40,6 @@ class Evaluation:
 class Task:
     """What differs between trainings."""
 
-    facts: dict[str, Any]  # of the data: a run is not continued with others
     about: str  # the data in a few words
     total: int  # steps
     steps: Steps
@@ -70,7 +69,7 @@ def run_tool(tool: str, train: Callable[[list[str]], Trained], argv: list[str] |
 
 
 def run(config: Config, task_of: Callable[[], Task], facts: dict[str, Any], *, quiet: bool = False) -> Trained:
-    """Runs a training, or goes on with it; `task_of` is called when the folder is its own."""
+    """Runs a training, or goes on with it; `task_of` is called when the folder is its own. With other `facts` of the data a run is not continued."""
     process = jax.process_index()
     with run_folder(config, facts), StopRequest() as stop:
         task = task_of()

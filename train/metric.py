@@ -78,9 +78,7 @@ class MetricConfig(Config):
 
     def __post_init__(self):
         super().__post_init__()
-        for name in ("mixup", "cutmix", "label_smoothing"):
-            value = getattr(self.augment, name)
-            require(f"augment.{name}", value, "0: the labels of descriptors are not mixed", value == 0)
+        self.augment.require_no_mixing("the labels of descriptors are not mixed")
         parts, alone = self.optimizer.accumulate, self.metric.loss != "proxy-anchor"
         require("optimizer.accumulate", parts, "1 with proxy-anchor, whose loss is that of a whole batch", alone or parts == 1)
 
@@ -116,7 +114,6 @@ def train(config: MetricConfig, *, data: tuple[Pictures, Pictures] | None = None
         places = {"process": jax.process_index(), "processes": jax.process_count()}
         counts = f"{len(train_set):,} pictures of {classes} classes to train, {len(eval_set):,} of {len(eval_set.classes)} others to evaluate"
         return Task(
-            facts=facts,
             about=counts,
             total=total,
             steps=steps,

@@ -7,6 +7,7 @@ References: Sennrich et al., "Neural Machine Translation of Rare Words with Subw
 """
 
 import functools
+import zlib
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from train.config import Refused
+from train.log import write_text
 
 LARGEST_VOCABULARY = 2**24  # far beyond those in use
 SMALLEST_VOCABULARY = 258  # of a tokenizer over bytes: all of them, start and end
@@ -87,6 +89,24 @@ def read_tokenizer(path: Path) -> Tokenizer:
     except (OSError, UnicodeDecodeError) as error:
         raise Refused(f"the tokenizer {path} cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}") from None
     return Tokenizer(text, f"{path}")
+
+
+def keep_tokenizer(run: Path, tokenizer: Tokenizer) -> None:
+    """Puts the tokenizer of a run into its folder, with a checksum beside it."""
+    write_text(run / "tokenizer.crc32", f"{zlib.crc32(tokenizer.text.encode())}\n")
+    write_text(run / "tokenizer.json", tokenizer.text)
+
+
+def kept_tokenizer(run: Path) -> Tokenizer:
+    """The tokenizer in the folder of a run; `Refused` where it is not the one that the run began with."""
+    tokenizer = read_tokenizer(run / "tokenizer.json")
+    try:
+        same = int((run / "tokenizer.crc32").read_text()) == zlib.crc32(tokenizer.text.encode())
+    except (OSError, ValueError):
+        same = False
+    if not same:
+        raise Refused(f"{run}/tokenizer.json is not the one that the run began with: choose another --out")
+    return tokenizer
 
 
 def train_tokenizer(captions: Iterable[str], vocabulary: int) -> Tokenizer:

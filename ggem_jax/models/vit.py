@@ -20,7 +20,7 @@ from flax import struct
 from jax.typing import ArrayLike
 from jaxtyping import Array, Bool, Float
 
-from ggem_jax.models.transformer import MLP, Attention, Block, check_config, dtypes, xavier
+from ggem_jax.models.transformer import GELU, MLP, Attention, Block, check_config, dtypes, xavier
 from ggem_jax.pooling import Layout, Negatives, cls_pool, ggem_pool, norm_ggem_pool
 
 Pooling = Callable[[Float[Array, "b n d"]], Float[Array, "b d"]]
@@ -43,7 +43,7 @@ class ViTConfig:
     layer_scale: float | None = None  # initial LayerScale of the residual branches; None: no LayerScale
     drop_path: float = 0.0  # probability to skip a residual branch in the last block; grows linearly from 0 in the first
     dropout: float = 0.0  # after the embedding and in every residual branch
-    gelu: Literal["exact", "tanh", "quick"] = "exact"  # quick: x sigmoid(1.702 x), of OpenAI's CLIP
+    gelu: GELU = "exact"
     mlp: Literal["gelu", "swiglu"] = "gelu"  # swiglu: the gated MLP of DINOv2-g, which has no GELU; mlp_width counts its channels after the gate
     patch_bias: bool = True  # of the patch embedding
     pre_norm: bool = False  # a norm of the embedded tokens before the first block, as in CLIP

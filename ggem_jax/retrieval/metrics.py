@@ -158,8 +158,9 @@ def label_scores(
     if own is not None:  # own ids to the end, and off
         is_own = ids == np.asarray(own)[:, None]
         ids = np.take_along_axis(ids, np.argsort(is_own, axis=1, kind="stable"), axis=1)[:, :-1]
-    there = np.array([np.sum(labels == label) for label in np.unique(query_labels)])
-    count = there[np.searchsorted(np.unique(query_labels), query_labels)] - (own is not None)
+    values, there = np.unique(labels, return_counts=True)
+    place = np.searchsorted(values, query_labels).clip(max=len(values) - 1)
+    count = np.where(values[place] == query_labels, there[place], 0) - (own is not None)
     if count.max(initial=0) > ids.shape[1]:
         raise ValueError(f"the rankings have {ids.shape[1]} places where a query has {count.max()} right answers: rank further")
     right = labels[ids] == query_labels[:, None]

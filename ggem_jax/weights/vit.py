@@ -19,6 +19,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
+from ggem_jax.models.transformer import GELU
 from ggem_jax.models.vit import MAP, ViT, ViTConfig, resample_position
 from ggem_jax.pooling import avg_pool, cls_pool
 from ggem_jax.weights.arrays import read_arrays
@@ -42,7 +43,7 @@ class Family(NamedTuple):
     about: str
     normalised: tuple[Means, Means] | None  # mean and deviation of the pictures, in [0, 1]; None: files of this kind do not agree
     pooling: Trained
-    gelu: Literal["exact", "tanh", "quick"] = "exact"
+    gelu: GELU = "exact"
     norm_eps: float = 1e-6
 
 
@@ -131,7 +132,7 @@ def read_vit(
     path: str | Path,
     *,
     heads: int | None = None,
-    gelu: Literal["exact", "tanh", "quick"] | None = None,
+    gelu: GELU | None = None,
     norm_eps: float | None = None,
 ) -> PublishedViT:
     """Reads a published checkpoint: `.safetensors`, `.npz`, or `.pth`, `.pt`, `.bin` through the restricted reader.
@@ -157,7 +158,7 @@ def from_timm(
     layout: str = "timm",
     unused: tuple[str, ...] = (),
     heads: int | None = None,
-    gelu: Literal["exact", "tanh", "quick"] | None = None,
+    gelu: GELU | None = None,
     norm_eps: float | None = None,
     source: str = "the checkpoint",
 ) -> PublishedViT:

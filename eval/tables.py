@@ -1,0 +1,48 @@
+"""Intervals in rows of CSV files and in tables of Markdown."""
+
+import csv
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from eval.statistics import Interval
+from ggem_jax.weights.files import replacing
+
+ENDS = {"": "value", "_low": "low", "_high": "high"}
+
+
+def columns(name: str, interval: Interval | None) -> dict[str, str]:
+    """Three columns of a row: `name`, `name_low` and `name_high`, empty where there is nothing."""
+    return {f"{name}{end}": "" if interval is None else f"{getattr(interval, field):.4f}" for end, field in ENDS.items()}
+
+
+def cell_of(row: Mapping[str, Any], name: str) -> str:
+    """What `columns` wrote, in percent; with its sign where it is a difference, `..._less_...`."""
+    if row[name] == "":
+        return ""
+    return shown(Interval(*(float(row[f"{name}{end}"]) for end in ENDS)), digits=1, sign="_less_" in name)
+
+
+def shown(interval: Interval, *, percent: bool = True, digits: int = 2, sign: bool = False) -> str:
+    """Value and ends; the value alone where it has no interval."""
+    factor = 100 if percent else 1
+    value = f"{factor * interval.value:{'+' if sign else ''}.{digits}f}"
+    if not np.isfinite([interval.low, interval.high]).all():
+        return value
+    return f"{value} [{factor * interval.low:.{digits}f}, {factor * interval.high:.{digits}f}]"
+
+
+def markdown(heads: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """A table with its last line ended."""
+    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}", *(f"| {' | '.join(map(str, row))} |" for row in rows)]
+    return "\n".join(lines) + "\n"
+
+
+def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Writes rows with the same columns as a CSV file."""
+    with replacing(path) as temporary, temporary.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys())
+        writer.writeheader()
+        writer.writerows(rows)
