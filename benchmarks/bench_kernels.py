@@ -228,31 +228,44 @@ class Bench:
                 self.measure(about, makers, size + 4 * shape[0] * shape[-1])
 
     def training(self) -> None:
-        """One step of ViT-B/16 with a learned GGeM, AdamW and a thousand classes."""
-        config = vit_config("B/16", dtype="bfloat16") if not self.dry else vit_config("Ti/16", image=32, width=24, depth=1, heads=3, mlp_width=32)
+        """One step of ViT-B/16 and of S/16 with a learned GGeM, AdamW and a thousand classes."""
+        for variant in ("B/16", "S/16") if self.time_left("training") else ():
+            self.training_of(variant)
+            _freed()
+
+    def training_of(self, variant: str) -> None:
+        """Steps with and without the kernels, in turns."""
+        small = {"image": 32, "width": 24, "depth": 1, "heads": 3, "mlp_width": 32} if self.dry else {"dtype": "bfloat16"}
+        config = vit_config(variant, **small)
         batch, steps = (4, 1) if self.dry else (256, 5)
-        params = self.time_left("training") and self.attempted("training, parameters", partial(_parameters, config))
+        params = self.attempted(f"training of {variant}, parameters", partial(_parameters, config))
         calls = {}
         for name, (fused_norm, kernels) in {
             "fused norm and pooling": (True, True),
             "no kernel": (False, False),
             "pooling alone": (False, True),
         }.items():
-            what = f"training, {name}"
+            what = f"training of {variant}, {name}"
             make = partial(_training, config, params, batch, steps, fused_norm=fused_norm, kernels=kernels)
             call = params and self.time_left(what) and self.attempted(what, make)
             if call:
                 calls[name] = call
         if not calls:
             return
-        times = self.timed("training", calls, rounds=min(self.rounds, 3))
+        times = self.timed(f"training of {variant}", calls, rounds=min(self.rounds, 3))
         of = {name: statistics.median(s for s, _ in seconds) for name, seconds in times.items()}
         flops, peak = training_flops(config, 1000), peak_flops()[0]
         for name, middle in of.items():
             speed = steps * batch / middle
             self.add(
                 "kernel_training",
-                {"model": "ViT-B/16 at 224 px", "dtype": config.dtype, "batch": batch, "contestant": name, "ms": f"{1e3 * middle / steps:.2f}"}
+                {
+                    "model": f"ViT-{variant} at {config.image} px",
+                    "dtype": config.dtype,
+                    "batch": batch,
+                    "contestant": name,
+                    "ms": f"{1e3 * middle / steps:.2f}",
+                }
                 | {"images_per_s": f"{speed:.0f}", "mfu": f"{speed * flops / peak:.3f}"}
                 | {"over_no_kernel": f"{of['no kernel'] / middle:.4f}" if "no kernel" in of else ""},
             )
