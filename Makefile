@@ -7,8 +7,8 @@ BIN := .venv/bin
 .PHONY: demo test clean
 
 demo: .venv/train
-	$(BIN)/python -m eval.demo
-	$(BIN)/python -m eval.accelerator
+	$(BIN)/python -m eval.studies.demo
+	$(BIN)/python -m eval.studies.accelerator
 
 test: .venv/dev .venv/cuda
 	$(BIN)/ruff check .

@@ -20,15 +20,15 @@ import numpy as np
 
 from benchmarks.bench_search import Watched
 from benchmarks.record import append, machine
-from neupims.area import area
-from neupims.config import load_model, load_parallel
-from neupims.evaluation import BLOCK, in_blocks
-from neupims.explore import Evaluator
-from neupims.hardware import Hardware
-from neupims.record import replace
-from neupims.schedule import simulate
-from neupims.space import make_space, sample
-from neupims.workload import Batch, make_batch
+from neupims.costs.area import area
+from neupims.exploration.evaluation import BLOCK, in_blocks
+from neupims.exploration.explore import Evaluator
+from neupims.exploration.space import make_space, sample
+from neupims.machine.config import load_model, load_parallel
+from neupims.machine.hardware import Hardware
+from neupims.machine.record import replace
+from neupims.machine.workload import Batch, make_batch
+from neupims.timing.schedule import simulate
 
 MODEL = "gpt3-7b"
 CHANNELS = 32

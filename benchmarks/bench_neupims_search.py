@@ -25,15 +25,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.record import RESULTS, append, machine
-from neupims.config import load_model, load_parallel, names
-from neupims.decision import Space, decide, decision_batch, export_trace, make_genome
-from neupims.hardware import Hardware
-from neupims.objective import Layer, Problem, make_problem
-from neupims.oracle import exhaustive, gap, lower_bound
-from neupims.policies import estimated_cycles, pack_longest_first
-from neupims.record import replace
-from neupims.search import STRATEGIES, Found, baselines, search
-from neupims.workload import Decoder, Parallel, halves, make_batch, read_trace
+from neupims.machine.config import load_model, load_parallel, names
+from neupims.machine.hardware import Hardware
+from neupims.machine.record import replace
+from neupims.machine.workload import Decoder, Parallel, halves, make_batch, read_trace
+from neupims.scheduling.decision import Space, decide, decision_batch, export_trace, make_genome
+from neupims.scheduling.objective import Layer, Problem, make_problem
+from neupims.scheduling.oracle import exhaustive, gap, lower_bound
+from neupims.scheduling.policies import estimated_cycles, pack_longest_first
+from neupims.scheduling.search import STRATEGIES, Found, baselines, search
 
 SHARED = Path(os.environ.get("GGEM_SHARED", "../shared"))
 LENGTHS = {

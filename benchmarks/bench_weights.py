@@ -28,10 +28,10 @@ import jax
 import numpy as np
 
 from benchmarks.record import RESULTS, append, machine
+from ggem_jax.files.arrays import read_arrays
+from ggem_jax.files.safetensors_files import write_safetensors
 from ggem_jax.models.text import TextConfig
 from ggem_jax.models.vit import ViTConfig, vit_config
-from ggem_jax.weights.arrays import read_arrays
-from ggem_jax.weights.safetensors_files import write_safetensors
 from ggem_jax.weights.text import TextStyle, read_text, text_table, to_published_names
 from ggem_jax.weights.vit import Style, Trained, read_vit, to_timm, vit_table
 from ggem_jax.weights.vit_layouts import Arrays, join_qkv

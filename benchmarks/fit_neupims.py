@@ -1,4 +1,4 @@
-"""Fits the constants of neupims/calibration.py to runs of the public simulator, and reports the error on the runs it did not see.
+"""Fits the constants of neupims/machine/calibration.py to runs of the public simulator, and reports the error on the runs it did not see.
 
     python -m benchmarks.fit_neupims            # the error of the constants as they are, on both parts; writes the tables
     python -m benchmarks.fit_neupims --fit      # finds new ones on the fitting part and prints them; they are then written into the module by hand
@@ -19,9 +19,9 @@ from typing import Any
 
 import numpy as np
 
-from neupims.calibration import DEFAULT, Calibration
-from neupims.schedule import exact_attention
-from neupims.validate import case_of, group_errors, measured, most_channels, padded, predict, read_runs
+from neupims.machine.calibration import DEFAULT, Calibration
+from neupims.timing.schedule import exact_attention
+from neupims.validation import case_of, group_errors, measured, most_channels, padded, predict, read_runs
 
 ROOT = Path(__file__).parent.parent
 STEP = 0.1  # of each constant, of the first simplex

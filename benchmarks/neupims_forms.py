@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.record import append, machine
-from neupims import gemv
-from neupims.config import load_model, load_parallel, names
-from neupims.hardware import Hardware
-from neupims.record import replace
+from neupims.machine.config import load_model, load_parallel, names
+from neupims.machine.hardware import Hardware
+from neupims.machine.record import replace
+from neupims.timing import gemv
 
 LONGEST, PHASES, CHUNK = 24, 8, 1000
 SIZES = {"1": (1, 1), "2 to 4": (2, 4), "5 to 24": (5, 24)}

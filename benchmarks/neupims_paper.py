@@ -17,14 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.record import append, machine
-from neupims.capacity import check_capacity
-from neupims.config import load_model, load_parallel
-from neupims.hardware import Hardware
-from neupims.policies import GWRITE_ESTIMATE, TILE_ESTIMATE
-from neupims.record import replace
-from neupims.schedule import NPU_ATTENTION, Iteration, operations, simulate
-from neupims.validate import PRODUCTS, case_of, padded, predict, read_runs
-from neupims.workload import Batch, halves
+from neupims.machine.config import load_model, load_parallel
+from neupims.machine.hardware import Hardware
+from neupims.machine.record import replace
+from neupims.machine.workload import Batch, halves
+from neupims.scheduling.policies import GWRITE_ESTIMATE, TILE_ESTIMATE
+from neupims.timing.capacity import check_capacity
+from neupims.timing.schedule import NPU_ATTENTION, Iteration, operations, simulate
+from neupims.validation import PRODUCTS, case_of, padded, predict, read_runs
 
 DATASETS = {"sharegpt": "sharegpt_lengths.csv", "alpaca": "alpaca_lengths.csv"}
 MODELS = ("gpt3-7b", "gpt3-13b", "gpt3-30b", "gpt3-175b")

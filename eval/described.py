@@ -12,12 +12,12 @@ import numpy as np
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from ggem_jax.images import RGB, UnreadableImage, crop, normalise, read_image
-from ggem_jax.retrieval.descriptors import Extractor
-from ggem_jax.retrieval.networks import Network
-from ggem_jax.retrieval.settings import DescriptorSettings
-from ggem_jax.scales import SCALES, rescale
-from ggem_jax.superglobal import compute_map, describe_map, join_scales
+from ggem_jax.descriptors.backbones import Network
+from ggem_jax.descriptors.extract import Extractor
+from ggem_jax.descriptors.scales import SCALES, rescale
+from ggem_jax.descriptors.settings import DescriptorSettings
+from ggem_jax.descriptors.superglobal import compute_map, describe_map, join_scales
+from ggem_jax.files.images import RGB, UnreadableImage, crop, normalise, read_image
 from train.config import Refused
 
 # What is compared with each other; scales and Regional GeM go with GeM+, as in SuperGlobal.

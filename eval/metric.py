@@ -20,8 +20,8 @@ from rich.table import Table
 
 from eval.runs import OfRuns, newest, with_data
 from eval.statistics import Interval, bootstrap
+from ggem_jax.files.atomic import replacing
 from ggem_jax.retrieval.metrics import LabelScores
-from ggem_jax.weights.files import replacing
 from train.config import Refused, parse
 from train.data import open_disjoint
 from train.loop import learned_exponents

@@ -1,6 +1,6 @@
 """How well one's own pictures are found: python -m eval.retrieval TRUTH
 
-TRUTH is a CSV file with the columns query and relevant, and if need be ignored, x1, y1, x2, y2 (see `ggem_jax.retrieval.truth`), or a folder with a
+TRUTH is a CSV file with the columns query and relevant, and if need be ignored, x1, y1, x2, y2 (see `ggem_jax.retrieval.tool.truth`), or a folder with a
 sub-folder for each class, where every other picture of its folder is relevant for a picture. The database is every picture under the root; a query's
 own picture is left out of its results unless it is listed as relevant. Prints mean average precision, mean precision and recall at k (whether one
 relevant picture at least is among the first k) with 95 % bootstrap intervals over queries. `--table` compares all poolings with all rerankers.
@@ -24,10 +24,10 @@ from tyro.conf import Positional, arg
 from eval.described import cropped, describe, make_extractor, poolings_of
 from eval.rerankers import Name, Rerank, ranked, reranked
 from eval.statistics import Interval, bootstrap
-from ggem_jax.retrieval.folder import shown, walk
+from ggem_jax.descriptors.settings import DescriptorSettings
+from ggem_jax.retrieval.index.folder import shown, walk
 from ggem_jax.retrieval.metrics import Relevance, recall_at, scores
-from ggem_jax.retrieval.settings import DescriptorSettings
-from ggem_jax.retrieval.truth import Query, read_truth, to_relevance
+from ggem_jax.retrieval.tool.truth import Query, read_truth, to_relevance
 from train.config import Refused, parse
 from train.run import one_sentence
 

@@ -27,11 +27,11 @@ from tyro.conf import Positional, arg
 from eval.described import cropped, describe, make_extractor
 from eval.rerankers import Name, Rerank, ranked, reranked
 from ggem_jax import __version__
-from ggem_jax.images import RGB, read_image
+from ggem_jax.descriptors.settings import DescriptorSettings
+from ggem_jax.files.atomic import replacing
+from ggem_jax.files.images import RGB, read_image
 from ggem_jax.retrieval.metrics import SETUPS, Difficulty, Scores, revisited
-from ggem_jax.retrieval.settings import DescriptorSettings
 from ggem_jax.weights import read_pickle
-from ggem_jax.weights.files import replacing
 from train.config import Refused, parse
 from train.run import one_sentence
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from eval.statistics import Interval
-from ggem_jax.weights.files import replacing
+from ggem_jax.files.atomic import replacing
 
 ENDS = {"": "value", "_low": "low", "_high": "high"}
 

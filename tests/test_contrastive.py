@@ -1,4 +1,4 @@
-"""ggem_jax/contrastive.py: the losses against NumPy in float64, the sharded against the plain, and the measures by hand."""
+"""ggem_jax/losses/contrastive.py: the losses against NumPy in float64, the sharded against the plain, and the measures by hand."""
 
 import re
 
@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import log_expit, log_softmax
 
-from ggem_jax.contrastive import (
+from ggem_jax.losses.contrastive import (
     chance_at,
     class_descriptors,
     found_at,

@@ -1,10 +1,10 @@
-"""ggem_jax/diagnostics.py: scores of dependence and amplification against cases with known answers."""
+"""eval/studies/diagnostics.py: scores of dependence and amplification against cases with known answers."""
 
 import numpy as np
 import pytest
 from scipy import stats
 
-from ggem_jax import diagnostics
+from eval.studies import diagnostics
 
 RNG = np.random.default_rng(0)
 X = RNG.normal(size=(60, 4))

@@ -10,9 +10,8 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from ggem_jax import dispatch, pooling
 from ggem_jax.kernels import launch
-from ggem_jax.pooling import ggem_pool, norm_ggem_pool
+from ggem_jax.pooling import dispatch, ggem_pool, norm_ggem_pool, power_mean
 
 MESH = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Auto,))
 TOKENS = jax.random.normal(jax.random.key(0), (16, 9, 12))
@@ -25,11 +24,11 @@ def fit():
 
 
 def value(tokens, p):
-    return pooling._pooled_and_root(tokens, p[0], None, eps=1e-6, negatives="clamp")
+    return power_mean.pooled_and_root(tokens, p[0], None, eps=1e-6, negatives="clamp")
 
 
 def cotangents(tokens, p, root, cotangent):
-    return pooling._cotangents(tokens, p[0], None, root, cotangent, eps=1e-6, negatives="clamp")
+    return power_mean.cotangents(tokens, p[0], None, root, cotangent, eps=1e-6, negatives="clamp")
 
 
 def test_rows_stay_on_their_devices_in_value_and_gradient():

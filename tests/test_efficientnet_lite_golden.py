@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 
-from ggem_jax.images import centre_crop, normalise, read_image
+from ggem_jax.files.images import centre_crop, normalise, read_image
 from ggem_jax.weights.efficientnet_lite import LITE0_PREPROCESSING, load_pretrained
 
 pytestmark = pytest.mark.golden

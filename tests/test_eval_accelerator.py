@@ -1,4 +1,4 @@
-"""eval/accelerator.py: simulates, searches and explores, a little of each, and writes one page."""
+"""eval/studies/accelerator.py: simulates, searches and explores, a little of each, and writes one page."""
 
 import csv
 import re
@@ -6,7 +6,7 @@ import re
 import numpy as np
 import pytest
 
-from eval import accelerator
+from eval.studies import accelerator
 
 
 @pytest.mark.slow

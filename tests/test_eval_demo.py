@@ -1,10 +1,10 @@
-"""eval/demo.py: trains, compares and reports, on two seeds and one epoch."""
+"""eval/studies/demo.py: trains, compares and reports, on two seeds and one epoch."""
 
 import re
 
 import pytest
 
-from eval import demo
+from eval.studies import demo
 
 
 def test_the_demo_trains_compares_and_reports(tmp_path, capsys, monkeypatch):

@@ -1,4 +1,4 @@
-"""eval/planted.py: the exponents go where the planted evidence wants them."""
+"""eval/studies/planted.py: the exponents go where the planted evidence wants them."""
 
 import json
 
@@ -6,8 +6,8 @@ import jax
 import numpy as np
 import pytest
 
-from eval import planted
-from eval.planted import Planted
+from eval.studies import planted
+from eval.studies.planted import Planted
 
 
 @pytest.fixture(scope="module")

@@ -1,4 +1,4 @@
-"""eval/pooling_study.py, frozen.py, cifar.py and pooling_report.py: arms that are what they are called, verdicts, a report of what was found."""
+"""eval/studies/pooling.py, frozen.py, cifar.py and pooling_report.py: arms that are what they are called, verdicts, a report of what was found."""
 
 import csv
 import dataclasses
@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eval import cifar, frozen, pooling_study
-from eval.pooling_report import Claim, claims_of, write_report
 from eval.statistics import Interval, both_ways
-from ggem_jax import diagnostics, pooling
+from eval.studies import cifar, diagnostics, frozen
+from eval.studies import pooling as pooling_study
+from eval.studies.pooling_report import Claim, claims_of, write_report
+from ggem_jax import pooling
 from train.data import Pictures
 
 TINY_CIFAR = [

@@ -1,4 +1,4 @@
-"""eval/retrieval.py and eval/retrieval_study.py on pictures made here, against a slow evaluation; docs/retrieval_study.md against its numbers."""
+"""eval/retrieval.py and eval/studies/retrieval.py on pictures made here, against a slow evaluation; docs/retrieval_study.md against its numbers."""
 
 import csv
 import json
@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from eval import retrieval, retrieval_study
+from eval import retrieval
 from eval.described import POOLINGS
+from eval.studies import retrieval as retrieval_study
 from ggem_jax.retrieval.metrics import Relevance
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -10,10 +10,10 @@ from PIL import Image
 
 from eval import described, rerankers, revisited
 from eval.rerankers import Rerank, ranked, reranked
+from ggem_jax.descriptors.backbones import Network
+from ggem_jax.descriptors.extract import Extractor
+from ggem_jax.descriptors.settings import DescriptorSettings
 from ggem_jax.retrieval import search
-from ggem_jax.retrieval.descriptors import Extractor
-from ggem_jax.retrieval.networks import Network
-from ggem_jax.retrieval.settings import DescriptorSettings
 
 QUERIES, DATABASE, DIM = 6, 40, 12
 

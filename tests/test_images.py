@@ -1,4 +1,4 @@
-"""ggem_jax/images.py: every kind of picture file becomes RGB, the right way up; what is none is named."""
+"""ggem_jax/files/images.py: every kind of picture file becomes RGB, the right way up; what is none is named."""
 
 import contextlib
 import io
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ggem_jax.images import UnreadableImage, centre_crop, read_image, resize
+from ggem_jax.files.images import UnreadableImage, centre_crop, read_image, resize
 
 GRADIENT = np.arange(6 * 4, dtype=np.uint8).reshape(6, 4) * 10
 NOISE = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)

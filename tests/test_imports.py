@@ -19,59 +19,31 @@ ARROWS = {
     "benchmarks": {"benchmarks", "eval", "train", "ggem_jax", "neupims"},
 }
 
-# inside ggem_jax: module -> the modules of ggem_jax that it may import
-INSIDE_GGEM_JAX = {
-    "pooling": {"fused", "dispatch"},
-    "fused": {"dispatch", "kernels"},
-    "dispatch": {"kernels"},
-    "models.transformer": set(),
-    "models.vit": {"models.transformer", "pooling"},
-    "models.text": {"models.transformer"},
-    "models.embedder": {"models.vit", "pooling"},
-    "metric": {"pooling"},
-    "models.resnet": {"pooling"},
-    "scales": set(),
-    "superglobal": {"pooling", "scales"},
-    "models.efficientnet_lite": set(),
-    "weights.efficientnet_lite": {"models.efficientnet_lite", "weights.convert", "weights.errors", "weights.torch_files"},
-    "diagnostics": set(),
-    "contrastive": set(),
-    "optimizer": set(),
-    "images": set(),
-    "retrieval.vectors": set(),
-    "retrieval.exact_search": {"retrieval.vectors", "dispatch"},
-    "retrieval.rerank": {"retrieval.vectors", "retrieval.exact_search"},
-    "retrieval.expansion": {"retrieval.vectors", "retrieval.exact_search"},
-    "retrieval.metrics": set(),
-    "retrieval.truth": {"retrieval.metrics"},
-    "retrieval.settings": set(),
-    "retrieval.networks": {"images", "models", "pooling", "weights"},
-    "retrieval.whitening": {"weights.files"},
-    "retrieval.descriptors": {"images", "scales", "superglobal", "retrieval.networks", "retrieval.settings", "retrieval.whitening"},
-    "retrieval.folder": {"images"},
-    "retrieval.store": {"retrieval.folder"},
-    "retrieval.writing": {"images", "retrieval.folder", "retrieval.store"},
-    "retrieval.index": {"retrieval.folder", "retrieval.store", "retrieval.writing"},
-    "retrieval.compilation": set(),
-    "retrieval.methods": {"retrieval"},
-    "retrieval.flags": {"retrieval.methods", "retrieval.settings"},
-    "retrieval.progress": {"retrieval.writing"},
-    "retrieval.arrays": {"weights.files"},
-    "retrieval.sheet": {"images", "retrieval.folder", "weights.files"},
-    "retrieval.commands": {"images", "retrieval", "weights.files"},
-    "retrieval.__main__": {"retrieval.commands", "retrieval.flags"},
-    "weights.errors": set(),
-    "weights.files": set(),
-    "weights.pickles": {"weights.errors"},
-    "weights.torch_files": {"weights.errors", "weights.files", "weights.pickles"},
-    "weights.safetensors_files": {"weights.errors", "weights.files"},
-    "weights.convert": {"weights.errors"},
-    "weights.arrays": {"weights.errors", "weights.safetensors_files", "weights.torch_files"},
-    "weights.vit_layouts": {"weights.errors"},
-    "weights.vit": {"models.transformer", "models.vit", "pooling", "weights.arrays", "weights.convert", "weights.errors", "weights.vit_layouts"},
-    "weights.text": {"models.text", "models.transformer", "weights.arrays", "weights.convert", "weights.errors", "weights.vit_layouts"},
-    "weights.__main__": {"weights.safetensors_files", "weights.text", "weights.vit"},
-    "weights.cvnet": {"weights.convert", "weights.errors", "weights.safetensors_files", "weights.torch_files"},
+# Inside a package: room -> the rooms that it may import from. A room is a folder, or a module that stands alone.
+ROOMS = {
+    "ggem_jax": {
+        "pooling": {"kernels"},
+        "models": {"pooling"},
+        "losses": {"pooling"},
+        "optimizer": set(),
+        "files": set(),
+        "weights": {"files", "models", "pooling"},
+        "descriptors": {"files", "models", "pooling", "weights"},
+        "retrieval": {"pooling", "retrieval.tool"},
+        "retrieval.index": {"files"},
+        "retrieval.tool": {"descriptors", "files", "retrieval", "retrieval.index"},
+    },
+    "neupims": {
+        "machine": set(),
+        "costs": {"machine"},
+        "timing": {"costs", "machine"},
+        "validation": {"machine", "timing"},
+        "scheduling": {"files", "machine", "timing"},
+        "exploration": {"costs", "machine", "timing"},
+        "files": set(),
+        "pages": {"files"},
+        "commands": {"costs", "exploration", "files", "machine", "pages", "scheduling", "timing", "validation"},
+    },
 }
 
 FILES = [path for folder in ARROWS for path in sorted((ROOT / folder).rglob("*.py")) if "ggem_jax/kernels" not in path.as_posix()]
@@ -98,16 +70,31 @@ def test_imports_point_one_way(path):
     assert ours <= ARROWS[folder]
 
 
-@pytest.mark.parametrize("module", INSIDE_GGEM_JAX)
-def test_modules_of_ggem_jax_stand_in_layers(module):
-    names = absolute_names(ROOT / "ggem_jax" / f"{module.replace('.', '/')}.py")
-    ours = {name.removeprefix("ggem_jax.") for name in names if name.startswith("ggem_jax.")}
-    assert all(any(name == allowed or name.startswith(f"{allowed}.") for allowed in INSIDE_GGEM_JAX[module]) for name in ours)
+def room_of(package: str, dotted: str) -> str:
+    """The room of a module or of a name in it, "" for the package itself: `retrieval.tool`, `pooling`, `optimizer`."""
+    parts = dotted.split(".")[1:]
+    deep = 2 if ".".join(parts[:2]) in ROOMS[package] else 1
+    room = ".".join(parts[:deep])
+    return room if room in ROOMS[package] or room == "kernels" else ""
 
 
-def test_every_module_of_ggem_jax_has_its_layer():
-    modules = {path.relative_to(ROOT / "ggem_jax").with_suffix("").as_posix().replace("/", ".") for path in FILES if "ggem_jax" in path.parts}
-    assert {name for name in modules if not name.endswith("__init__")} == set(INSIDE_GGEM_JAX)
+INSIDE = [path for path in FILES if path.relative_to(ROOT).parts[0] in ROOMS]
+
+
+@pytest.mark.parametrize("path", INSIDE, ids=lambda path: path.relative_to(ROOT).as_posix())
+def test_rooms_import_one_way(path):
+    package = path.relative_to(ROOT).parts[0]
+    mine = room_of(package, path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."))
+    theirs = {room_of(package, name) for name in absolute_names(path) if name.partition(".")[0] == package} - {mine, ""}
+    assert not mine or theirs <= ROOMS[package][mine]
+
+
+@pytest.mark.parametrize("package", ROOMS)
+def test_every_module_stands_in_a_room(package):
+    front = {"__init__", "__main__"}
+    modules = {path.relative_to(ROOT / package).with_suffix("").as_posix() for path in INSIDE if path.relative_to(ROOT).parts[0] == package}
+    assert {m for m in modules - front if not room_of(package, f"{package}.{m.replace('/', '.')}")} == set()
+    assert all((ROOT / package / room.replace(".", "/")).is_dir() or (ROOT / package / f"{room}.py").is_file() for room in ROOMS[package])
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.name)
@@ -123,15 +110,15 @@ LIGHT = [
     "ggem_jax.pooling",
     "ggem_jax.models.vit",
     "ggem_jax.models.efficientnet_lite",
-    "ggem_jax.contrastive",
+    "ggem_jax.losses.contrastive",
     "ggem_jax.optimizer",
-    "ggem_jax.superglobal",
+    "ggem_jax.descriptors.superglobal",
     "ggem_jax.weights",
     "ggem_jax.retrieval",
 ]
 
 
-@pytest.mark.parametrize("package", [*LIGHT, "neupims", "neupims.workload"])
+@pytest.mark.parametrize("package", [*LIGHT, "neupims", "neupims.machine.workload"])
 def test_import_starts_no_device_and_loads_nothing_heavy(package):
     code = f"""import sys, {package}
 from jax._src import xla_bridge
@@ -141,7 +128,7 @@ print(xla_bridge.backends_are_initialized(), [name for name in {HEAVY} if name i
 
 
 def test_the_index_loads_no_jax():
-    code = "import sys, ggem_jax.retrieval.index; print([name for name in ('jax', 'flax') if name in sys.modules])"
+    code = "import sys, ggem_jax.retrieval.index.index; print([name for name in ('jax', 'flax') if name in sys.modules])"
     run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
     assert (run.stdout.strip(), run.stderr) == ("[]", "")
 

@@ -1,11 +1,11 @@
-"""ggem_jax/metric.py and models/embedder.py: losses against NumPy in float64, by hand, and at their edges."""
+"""ggem_jax/losses/metric_learning.py and models/embedder.py: losses against NumPy in float64, by hand, and at their edges."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ggem_jax import metric
+from ggem_jax.losses import metric_learning as metric
 from ggem_jax.models.embedder import Embedder
 from ggem_jax.models.vit import GGeM, ViT, ViTConfig
 

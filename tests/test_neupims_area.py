@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neupims.area import AreaCosts, area, average_power_watts, peak_power
-from neupims.energy import Counts, energy
-from neupims.hardware import Hardware
-from neupims.record import replace
+from neupims.costs.area import AreaCosts, area, average_power_watts, peak_power
+from neupims.costs.energy import Counts, energy
+from neupims.machine.hardware import Hardware
+from neupims.machine.record import replace
 
 
 def test_the_default_npu_is_as_large_as_a_tpu_v4():

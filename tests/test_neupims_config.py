@@ -6,11 +6,11 @@ from importlib import resources
 
 import pytest
 
-from neupims import config
-from neupims.config import about, changes, load_hardware, load_model, load_parallel, names
-from neupims.hardware import Hardware, memory_bytes, peak_bytes_per_cycle
-from neupims.record import describe
-from neupims.workload import Decoder, Parallel, weight_bytes
+from neupims.machine import config
+from neupims.machine.config import about, changes, load_hardware, load_model, load_parallel, names
+from neupims.machine.hardware import Hardware, memory_bytes, peak_bytes_per_cycle
+from neupims.machine.record import describe
+from neupims.machine.workload import Decoder, Parallel, weight_bytes
 
 
 def write(path, text):

@@ -7,9 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neupims.energy import Counts, Energy, EnergyCosts, command_energies, energy
-from neupims.hardware import Hardware
-from neupims.record import replace
+from neupims.costs.energy import Counts, Energy, EnergyCosts, command_energies, energy
+from neupims.machine.hardware import Hardware
+from neupims.machine.record import replace
 
 COUNTS = Counts(
     npu_macs=1e12,

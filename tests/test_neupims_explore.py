@@ -1,4 +1,4 @@
-"""neupims/explore.py: chunks, devices, kills, evolution and sensitivities, on functions whose answers are known; and the usual evaluation."""
+"""neupims/exploration/explore.py: chunks, devices, kills, evolution and sensitivities, on functions whose answers are known; and the usual evaluation."""
 
 import json
 import os
@@ -13,16 +13,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neupims import evolution
 from neupims.__main__ import main
-from neupims.config import load_model, load_parallel
-from neupims.evaluation import Workload, deal, evaluation, possible
-from neupims.explore import Evaluator, Objective, explore, judged, overall, parse_objectives
-from neupims.hardware import Hardware
-from neupims.schedule import simulate
-from neupims.sensitivity import first_order, neighbours, rank_correlation
-from neupims.space import make_space, sample
-from neupims.workload import Parallel, make_batch
+from neupims.exploration import evolution
+from neupims.exploration.evaluation import Workload, deal, evaluation, possible
+from neupims.exploration.explore import Evaluator, Objective, explore, judged, overall, parse_objectives
+from neupims.exploration.sensitivity import first_order, neighbours, rank_correlation
+from neupims.exploration.space import make_space, sample
+from neupims.machine.config import load_model, load_parallel
+from neupims.machine.hardware import Hardware
+from neupims.machine.workload import Parallel, make_batch
+from neupims.timing.schedule import simulate
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEED_AND_COST = parse_objectives("speed:max,cost:min")

@@ -1,13 +1,13 @@
-"""neupims/gemm.py: tiles, cycles and bytes of matrix products, worked by hand."""
+"""neupims/timing/gemm.py: tiles, cycles and bytes of matrix products, worked by hand."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 
-from neupims.calibration import DEFAULT
-from neupims.gemm import FINISH_CYCLES, bytes_per_cycle, gemm, stuck_chance, tiling
-from neupims.hardware import Hardware
-from neupims.record import replace
+from neupims.machine.calibration import DEFAULT
+from neupims.machine.hardware import Hardware
+from neupims.machine.record import replace
+from neupims.timing.gemm import FINISH_CYCLES, bytes_per_cycle, gemm, stuck_chance, tiling
 
 FAST = replace(Hardware(), "hbm.clock_hz", 1e15)  # memory that is never waited for
 tiled, product = jax.jit(tiling), jax.jit(gemm, static_argnames=("calibration", "fidelity", "npu_only"))

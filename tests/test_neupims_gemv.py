@@ -1,15 +1,15 @@
-"""neupims/gemv.py: cycles of attention in memory, by the controller's rule and in closed form."""
+"""neupims/timing/gemv.py: cycles of attention in memory, by the controller's rule and in closed form."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neupims import gemv
-from neupims.config import load_model
-from neupims.hardware import Hardware
-from neupims.record import replace
-from neupims.workload import Parallel
+from neupims.machine.config import load_model
+from neupims.machine.hardware import Hardware
+from neupims.machine.record import replace
+from neupims.machine.workload import Parallel
+from neupims.timing import gemv
 
 MODEL, PARALLEL = load_model("gpt3-7b"), Parallel(4, 1)
 SINGLE = replace(Hardware(), "pim.row_buffers", 1)

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from neupims.validate import KNOBS_END, case_of, measured, predict, read_runs, validate
-from neupims.workload import read_trace
+from neupims.machine.workload import read_trace
+from neupims.validation import KNOBS_END, case_of, measured, predict, read_runs, validate
 
 GOLDEN = Path(os.environ.get("GGEM_SHARED", "../shared")) / "golden" / "neupims"
 pytestmark = [pytest.mark.golden, pytest.mark.skipif(not GOLDEN.is_dir(), reason="no folder golden/neupims")]

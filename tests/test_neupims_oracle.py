@@ -1,18 +1,18 @@
-"""neupims/oracle.py: what is proven, by enumeration, by a solver and by bounds, agrees; and evolution reaches it."""
+"""neupims/scheduling/oracle.py: what is proven, by enumeration, by a solver and by bounds, agrees; and evolution reaches it."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neupims.config import load_model, load_parallel
-from neupims.decision import Space, decide
-from neupims.hardware import Hardware
-from neupims.objective import Layer, make_problem
-from neupims.oracle import IntegerLayer, cp_sat, exhaustive, gap, lower_bound
-from neupims.record import replace
-from neupims.search import baselines, search
-from neupims.workload import Decoder, Parallel
+from neupims.machine.config import load_model, load_parallel
+from neupims.machine.hardware import Hardware
+from neupims.machine.record import replace
+from neupims.machine.workload import Decoder, Parallel
+from neupims.scheduling.decision import Space, decide
+from neupims.scheduling.objective import Layer, make_problem
+from neupims.scheduling.oracle import IntegerLayer, cp_sat, exhaustive, gap, lower_bound
+from neupims.scheduling.search import baselines, search
 
 TINY = Decoder(layers=1, width=1024, heads=8, kv_heads=8, mlp_width=4096)
 

@@ -1,4 +1,4 @@
-"""neupims/pareto.py against brute force and values worked by hand."""
+"""neupims/exploration/pareto.py against brute force and values worked by hand."""
 
 import itertools
 
@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neupims import pareto
+from neupims.exploration import pareto
 
 
 def brute_ranks(rows: np.ndarray) -> list[int]:

@@ -1,4 +1,4 @@
-"""neupims/policies.py: packing and splitting by hand-worked cases, against the reader of traces, and Graham's bound."""
+"""neupims/scheduling/policies.py: packing and splitting by hand-worked cases, against the reader of traces, and Graham's bound."""
 
 import itertools
 
@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neupims.config import load_model, load_parallel
-from neupims.hardware import Hardware
-from neupims.policies import estimated_cycles, first_halves, halving_split, pack_longest_first, round_robin, snake_split
-from neupims.workload import halves
+from neupims.machine.config import load_model, load_parallel
+from neupims.machine.hardware import Hardware
+from neupims.machine.workload import halves
+from neupims.scheduling.policies import estimated_cycles, first_halves, halving_split, pack_longest_first, round_robin, snake_split
 
 
 def test_round_robin_deals():

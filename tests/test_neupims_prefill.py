@@ -1,4 +1,4 @@
-"""neupims/prefill.py: hand-worked attention, the roofline, and what prefill shares with decoding."""
+"""neupims/timing/prefill.py: hand-worked attention, the roofline, and what prefill shares with decoding."""
 
 import json
 
@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from neupims.__main__ import main
-from neupims.calibration import DEFAULT
-from neupims.config import load_model, load_parallel
-from neupims.hardware import Hardware
-from neupims.prefill import prefill, prefill_attention
-from neupims.record import replace
-from neupims.schedule import NPU_ATTENTION, operations, simulate
-from neupims.workload import Parallel, make_batch
+from neupims.machine.calibration import DEFAULT
+from neupims.machine.config import load_model, load_parallel
+from neupims.machine.hardware import Hardware
+from neupims.machine.record import replace
+from neupims.machine.workload import Parallel, make_batch
+from neupims.timing.prefill import prefill, prefill_attention
+from neupims.timing.schedule import NPU_ATTENTION, operations, simulate
 
 MODEL, SPREAD = load_model("gpt3-7b"), load_parallel("gpt3-7b")
 NAMES = [each.name for each in operations("npu-only", 1)]

@@ -9,9 +9,9 @@ from itertools import pairwise
 
 import pytest
 
-from neupims import plots
-from neupims.perfetto import FIRST_CHANNEL_LANE, NPU_LANE, PIM_LANE, STAGE_LANE, events, write_perfetto
-from neupims.report import page, write_report
+from neupims.pages import plots
+from neupims.pages.perfetto import FIRST_CHANNEL_LANE, NPU_LANE, PIM_LANE, STAGE_LANE, events, write_perfetto
+from neupims.pages.report import page, write_report
 
 NASTY = "<script>alert(\"1\")</script> & 'x'"
 OPS = [

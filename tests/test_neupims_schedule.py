@@ -1,4 +1,4 @@
-"""neupims/schedule.py: properties of the paper's machine ("intended", closed form), and the algebra of stages in both fidelities.
+"""neupims/timing/schedule.py: properties of the paper's machine ("intended", closed form), and the algebra of stages in both fidelities.
 
 All designs of a system run through one compiled function of ROWS designs, REQUESTS requests and 64 channels.
 """
@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neupims import gemv
-from neupims.calibration import Calibration
-from neupims.config import load_model, load_parallel
-from neupims.gemm import Work
-from neupims.hardware import Hardware
-from neupims.record import replace
-from neupims.schedule import operations, side_by_side, simulate, stages
-from neupims.workload import Batch, Decoder, Parallel, make_batch
+from neupims.machine.calibration import Calibration
+from neupims.machine.config import load_model, load_parallel
+from neupims.machine.hardware import Hardware
+from neupims.machine.record import replace
+from neupims.machine.workload import Batch, Decoder, Parallel, make_batch
+from neupims.timing import gemv
+from neupims.timing.gemm import Work
+from neupims.timing.schedule import operations, side_by_side, simulate, stages
 
 ROWS, REQUESTS, CHANNELS = 16, 24, 64
 SYSTEMS = [("neupims", 2), ("neupims", 1), ("npu-pim", 1), ("npu-only", 1)]

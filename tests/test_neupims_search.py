@@ -1,4 +1,4 @@
-"""neupims/decision.py, objective.py and search.py: what a genome means, traces that come back, and what every strategy promises."""
+"""neupims/scheduling/decision.py, objective.py and search.py: what a genome means, traces that come back, and what every strategy promises."""
 
 import json
 from functools import partial
@@ -9,16 +9,16 @@ import numpy as np
 import pytest
 
 from neupims.__main__ import main
-from neupims.capacity import channel_tiles
 from neupims.commands.search import gain_error
-from neupims.config import load_model, load_parallel
-from neupims.decision import CHANNELS_KNOB, Knob, Space, decide, decision_batch, export_trace, make_genome, repair
-from neupims.hardware import Hardware
-from neupims.objective import Cost, Layer, make_problem
-from neupims.oracle import IntegerLayer
-from neupims.schedule import simulate
-from neupims.search import STRATEGIES, interval_of_mean, mutate, random_genome, search
-from neupims.workload import Batch, halves, make_batch, read_trace
+from neupims.machine.config import load_model, load_parallel
+from neupims.machine.hardware import Hardware
+from neupims.machine.workload import Batch, halves, make_batch, read_trace
+from neupims.scheduling.decision import CHANNELS_KNOB, Knob, Space, decide, decision_batch, export_trace, make_genome, repair
+from neupims.scheduling.objective import Cost, Layer, make_problem
+from neupims.scheduling.oracle import IntegerLayer
+from neupims.scheduling.search import STRATEGIES, interval_of_mean, mutate, random_genome, search
+from neupims.timing.capacity import channel_tiles
+from neupims.timing.schedule import simulate
 
 HARDWARE, MODEL, PARALLEL_7B = Hardware(), load_model("gpt3-7b"), load_parallel("gpt3-7b")
 LENGTHS = np.clip(np.random.default_rng(0).lognormal(5, 1, 48), 1, 2048).astype(int)

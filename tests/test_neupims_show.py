@@ -6,17 +6,17 @@ import json
 import numpy as np
 import pytest
 
-from neupims import config
 from neupims.commands import pictures, show
 from neupims.commands.common import Case
 from neupims.commands.simulate import as_dictionary
-from neupims.config import load_model
-from neupims.energy import EnergyCosts
-from neupims.hardware import Hardware
-from neupims.record import describe
-from neupims.report import page
-from neupims.schedule import simulate
-from neupims.workload import Parallel, make_batch
+from neupims.costs.energy import EnergyCosts
+from neupims.machine import config
+from neupims.machine.config import load_model
+from neupims.machine.hardware import Hardware
+from neupims.machine.record import describe
+from neupims.machine.workload import Parallel, make_batch
+from neupims.pages.report import page
+from neupims.timing.schedule import simulate
 
 LENGTHS = np.array([300, 40, 900, 512, 77, 1500, 30, 260])
 
@@ -37,7 +37,7 @@ def case(system, sub_batches):
 @pytest.fixture
 def simulated(monkeypatch):
     """Simulates a small batch; the expected error, which is a file of its own, is made up."""
-    monkeypatch.setattr("neupims.validate.expected_error", lambda *_, **__: {"layer_mean_percent": 1.2, "layer_max_percent": 4.5})
+    monkeypatch.setattr("neupims.validation.expected_error", lambda *_, **__: {"layer_mean_percent": 1.2, "layer_max_percent": 4.5})
     return _simulated
 
 

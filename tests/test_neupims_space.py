@@ -1,13 +1,13 @@
-"""neupims/space.py and constraint.py: what a space may be, and samplers whose parts make the whole."""
+"""neupims/exploration/space.py and constraint.py: what a space may be, and samplers whose parts make the whole."""
 
 import json
 
 import numpy as np
 import pytest
 
-from neupims.constraint import parse_constraint
-from neupims.hardware import Hardware
-from neupims.space import Knob, grid_size, make_space, parse_knob, read_space, sample, unit_sample
+from neupims.exploration.constraint import parse_constraint
+from neupims.exploration.space import Knob, grid_size, make_space, parse_knob, read_space, sample, unit_sample
+from neupims.machine.hardware import Hardware
 
 KNOBS = {
     "hbm.num_channels": [8, 16, 32],

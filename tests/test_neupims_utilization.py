@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from neupims.schedule import simulate
-from neupims.validate import PRODUCTS, case_of, padded, read_runs
+from neupims.timing.schedule import simulate
+from neupims.validation import PRODUCTS, case_of, padded, read_runs
 
 GOLDEN = Path(os.environ.get("GGEM_SHARED", "../shared")) / "golden" / "neupims"
 TRACES = {"gen-share-gpt2-bs256-ms7B-tp4-pp1-clb-0.csv", "gen-share-gpt2-bs256-ms7B-tp4-pp1-rr-0.csv"}

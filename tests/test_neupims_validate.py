@@ -1,4 +1,4 @@
-"""neupims/validate.py: any folder of the form of the measured runs, here made by the tests."""
+"""neupims/validation.py: any folder of the form of the measured runs, here made by the tests."""
 
 import csv
 import json
@@ -7,7 +7,7 @@ import re
 import pytest
 
 from neupims.__main__ import main
-from neupims.validate import (
+from neupims.validation import (
     CORE_FIELDS,
     MEMORY_FIELDS,
     WITHOUT_EFFECT,

@@ -1,11 +1,11 @@
-"""neupims/vector.py: element-wise work, worked by hand."""
+"""neupims/timing/vector.py: element-wise work, worked by hand."""
 
 import pytest
 
-from neupims.calibration import DEFAULT
-from neupims.hardware import Hardware
-from neupims.record import replace
-from neupims.vector import LATENCY_CYCLES, activation, layer_norm, residual_sum, softmax_cycles
+from neupims.machine.calibration import DEFAULT
+from neupims.machine.hardware import Hardware
+from neupims.machine.record import replace
+from neupims.timing.vector import LATENCY_CYCLES, activation, layer_norm, residual_sum, softmax_cycles
 
 CODED, MEANT = ({"calibration": DEFAULT, "fidelity": fidelity} for fidelity in ("simulator", "intended"))
 

@@ -1,12 +1,12 @@
-"""neupims/workload.py: models by their numbers."""
+"""neupims/machine/workload.py: models by their numbers."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neupims.config import load_model
-from neupims.workload import Decoder, kv_cache_bytes, weight_bytes
+from neupims.machine.config import load_model
+from neupims.machine.workload import Decoder, kv_cache_bytes, weight_bytes
 
 
 @pytest.mark.parametrize(("name", "parameters"), [("gpt3-7b", 6.7e9), ("gpt3-13b", 13e9), ("gpt3-30b", 30e9), ("gpt3-175b", 175e9)])

@@ -36,7 +36,7 @@ def test_wheel_carries_the_packages_and_nothing_else(built):
     (wheel,) = built.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"ggem_jax/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")} <= names
-    assert {"ggem_jax/pooling.py", "ggem_jax/models/vit.py", "neupims/workload.py"} <= names
+    assert {"ggem_jax/pooling/tokens.py", "ggem_jax/models/vit.py", "neupims/machine/workload.py"} <= names
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"ggem_jax", "neupims"}
 
 

@@ -1,4 +1,4 @@
-"""ggem_jax/pooling.py against a float64 oracle, its closed-form gradient, and the invariances of power means."""
+"""ggem_jax/pooling/tokens.py against a float64 oracle, its closed-form gradient, and the invariances of power means."""
 
 import functools
 import itertools

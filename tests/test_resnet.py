@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ggem_jax.images import crop, normalise
+from ggem_jax.descriptors.scales import SCALES, rescale, scaled_size
+from ggem_jax.descriptors.superglobal import check_size, superglobal_descriptors
+from ggem_jax.files.images import crop, normalise
 from ggem_jax.models.resnet import RELUP_ALPHA, ResNet, ResNetConfig, resnet_config
 from ggem_jax.pooling import gem_pool, l2_normalize, regional_gem, scale_gem
-from ggem_jax.scales import SCALES, rescale, scaled_size
-from ggem_jax.superglobal import check_size, superglobal_descriptors
 from ggem_jax.weights.cvnet import cvnet_table
 
 TINY = ResNetConfig(depths=(1, 2, 1, 1), widths=(12, 16, 24, 32), stem=8, descriptor=20)

@@ -9,17 +9,17 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from ggem_jax.images import UnreadableImage, crop, normalise, resize
+from ggem_jax.descriptors import backbones as networks
+from ggem_jax.descriptors.backbones import Network, PatchMap, load_network
+from ggem_jax.descriptors.extract import Extractor, fitted_size
+from ggem_jax.descriptors.scales import SCALES
+from ggem_jax.descriptors.settings import DescriptorSettings
+from ggem_jax.descriptors.superglobal import superglobal_descriptors
+from ggem_jax.descriptors.whitening import learn_whitening, load_whitening, save_whitening, whiten
+from ggem_jax.files.images import UnreadableImage, crop, normalise, resize
 from ggem_jax.models.resnet import ResNet, ResNetConfig
 from ggem_jax.models.vit import ViT, ViTConfig
 from ggem_jax.pooling import avg_pool
-from ggem_jax.retrieval import networks
-from ggem_jax.retrieval.descriptors import Extractor, fitted_size
-from ggem_jax.retrieval.networks import Network, PatchMap, load_network
-from ggem_jax.retrieval.settings import DescriptorSettings
-from ggem_jax.retrieval.whitening import learn_whitening, load_whitening, save_whitening, whiten
-from ggem_jax.scales import SCALES
-from ggem_jax.superglobal import superglobal_descriptors
 from ggem_jax.weights import MismatchedWeights, UnreadableWeights, write_safetensors
 
 

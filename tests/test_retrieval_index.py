@@ -1,4 +1,4 @@
-"""ggem_jax/retrieval/index.py: what an index holds, and that it holds it whatever happens."""
+"""ggem_jax/retrieval/index/index.py: what an index holds, and that it holds it whatever happens."""
 
 import contextlib
 import errno
@@ -18,10 +18,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ggem_jax.images import UnreadableImage, read_image
-from ggem_jax.retrieval import folder, index, store, writing
-from ggem_jax.retrieval.index import Index, Report, add, build, info, remove, verify
-from ggem_jax.retrieval.store import IndexRefused
+from ggem_jax.files.images import UnreadableImage, read_image
+from ggem_jax.retrieval.index.index import Index, Report, add, build, folder, index, info, remove, store, verify, writing
+from ggem_jax.retrieval.index.store import IndexRefused
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {"model": "mean colour", "pooling": {"name": "avg", "p": 1.0}}
@@ -679,7 +678,7 @@ EXTRACT = """
 import random, signal, time, shutil, json
 import numpy as np
 from ggem_jax.retrieval import index, writing
-from ggem_jax.retrieval.index import *
+from ggem_jax.retrieval.index.index import *
 SETTINGS = {"model": "mean colour", "pooling": {"name": "avg", "p": 1.0}}
 def extract(pictures):
     for picture in pictures:

@@ -17,16 +17,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ggem_jax.images import UnreadableImage
-from ggem_jax.retrieval import commands, compilation, progress
+from ggem_jax.descriptors.settings import DescriptorSettings
+from ggem_jax.descriptors.whitening import Whitening, load_whitening, whiten
+from ggem_jax.files.images import UnreadableImage
+from ggem_jax.files.vectors import read_ranking, read_vectors, write_ranking
 from ggem_jax.retrieval.__main__ import main
-from ggem_jax.retrieval.arrays import read_ranking, read_vectors, write_ranking
-from ggem_jax.retrieval.flags import parse
-from ggem_jax.retrieval.index import Index
+from ggem_jax.retrieval.index.index import Index
 from ggem_jax.retrieval.metrics import Relevance, scores
 from ggem_jax.retrieval.rerank import superglobal_rerank
-from ggem_jax.retrieval.settings import DescriptorSettings
-from ggem_jax.retrieval.whitening import Whitening, load_whitening, whiten
+from ggem_jax.retrieval.tool import commands, compilation, progress
+from ggem_jax.retrieval.tool.flags import parse
 
 ROOT = Path(__file__).resolve().parent.parent
 SMALL = ["--scales", "1", "--no-regional", "--longest-side", "160"]  # one program of 160 x 160 pixels
@@ -433,7 +433,7 @@ def test_whitening_is_learned_used_and_found_again(indexed, run):
 
 
 def test_an_index_of_another_program_is_told(indexed, run):
-    from ggem_jax.retrieval.index import build
+    from ggem_jax.retrieval.index.index import build
 
     build(indexed, "own.index", lambda pictures: Colours(DescriptorSettings())(pictures), {"model": "mean colour"})
     code, _, told = run("search", "own.index", "photos/03.png")
@@ -583,7 +583,7 @@ def test_the_sheet_holds_everything_it_shows(indexed, run):
 
 
 def test_the_box_of_the_query_is_drawn(photos):
-    from ggem_jax.retrieval.sheet import thumbnail
+    from ggem_jax.retrieval.tool.sheet import thumbnail
 
     plain, drawn = (np.asarray(Image.open(io.BytesIO(thumbnail(photos / "00.png", box)))).astype(int) for box in (None, (8, 4, 28, 20)))
     assert np.abs(drawn - plain)[4:7, 10:26].max() > 60
@@ -592,7 +592,7 @@ def test_the_box_of_the_query_is_drawn(photos):
 
 @pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (1, 1)])
 def test_thumbnails_of_odd_pictures(tmp_path, size):
-    from ggem_jax.retrieval.sheet import thumbnail
+    from ggem_jax.retrieval.tool.sheet import thumbnail
 
     Image.new("RGB", size).save(tmp_path / "odd.png")
     assert max(Image.open(io.BytesIO(thumbnail(tmp_path / "odd.png", (0, 0, 1, 1)))).size) <= 320

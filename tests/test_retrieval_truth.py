@@ -1,4 +1,4 @@
-"""ggem_jax/retrieval/truth.py: a user's ground truth as a CSV file."""
+"""ggem_jax/retrieval/tool/truth.py: a user's ground truth as a CSV file."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ggem_jax.retrieval.truth import read_truth, to_relevance
+from ggem_jax.retrieval.tool.truth import read_truth, to_relevance
 
 
 @pytest.fixture
@@ -74,6 +74,6 @@ def test_a_file_that_is_not_there(tmp_path):
 
 
 def test_loads_no_jax():
-    code = "import sys, ggem_jax.retrieval.truth; print([name for name in ('jax', 'flax') if name in sys.modules])"
+    code = "import sys, ggem_jax.retrieval.tool.truth; print([name for name in ('jax', 'flax') if name in sys.modules])"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parent.parent, timeout=60)
     assert run.stdout.strip() == "[]", run.stderr

@@ -8,17 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ggem_jax.images import IMAGENET_MEAN, IMAGENET_STD, crop, normalise, read_image
+from ggem_jax.descriptors.backbones import Network
+from ggem_jax.descriptors.extract import Extractor
+from ggem_jax.descriptors.scales import SCALES, rescale
+from ggem_jax.descriptors.settings import DescriptorSettings
+from ggem_jax.descriptors.superglobal import pool_map, superglobal_descriptors
+from ggem_jax.files.images import IMAGENET_MEAN, IMAGENET_STD, crop, normalise, read_image
 from ggem_jax.models.resnet import ResNet, ResNetConfig, resnet_config
 from ggem_jax.pooling import gem_pool, regional_gem, relup, scale_gem, superglobal_pool
 from ggem_jax.retrieval import Ranking, search, superglobal_rerank
-from ggem_jax.retrieval.descriptors import Extractor
 from ggem_jax.retrieval.metrics import Difficulty, Relevance, revisited, scores
-from ggem_jax.retrieval.networks import Network
 from ggem_jax.retrieval.rerank import neighbourhood
-from ggem_jax.retrieval.settings import DescriptorSettings
-from ggem_jax.scales import SCALES, rescale
-from ggem_jax.superglobal import pool_map, superglobal_descriptors
 from ggem_jax.weights.convert import Parameter
 from ggem_jax.weights.cvnet import cvnet_table, cvnet_to_variables
 

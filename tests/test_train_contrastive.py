@@ -16,8 +16,8 @@ import pytest
 from conftest import ROOT, TINY_PAIR, one_line
 from PIL import Image
 
-from ggem_jax.contrastive import sigmoid_loss, softmax_loss
-from ggem_jax.images import UnreadableImage
+from ggem_jax.files.images import UnreadableImage
+from ggem_jax.losses.contrastive import sigmoid_loss, softmax_loss
 from ggem_jax.weights import write_safetensors
 from ggem_jax.weights.vit import read_vit
 from train import contrastive

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from conftest import TINY
 
-from ggem_jax.images import read_image
+from ggem_jax.files.images import read_image
 from train import classify, prepare
 from train.batches import train_batches
 from train.config import load_config

@@ -11,7 +11,7 @@ from conftest import one_line
 from PIL import Image
 
 from eval import metric as eval_metric
-from eval import metric_study
+from eval.studies import metric as metric_study
 from train import metric
 from train.batches import balanced, train_batches
 from train.config import Data, Refused, configs_of, known_configs, load_config

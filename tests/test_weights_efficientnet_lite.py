@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 from record_efficientnet_lite import SIDES, formula_image
 
-from ggem_jax.images import normalise, read_image
+from ggem_jax.files.errors import MismatchedWeights, UnreadableWeights
+from ggem_jax.files.images import normalise, read_image
+from ggem_jax.files.torch_files import read_torch, write_torch
 from ggem_jax.models.efficientnet_lite import EfficientNetLite, EfficientNetLiteConfig, efficientnet_lite_config
 from ggem_jax.weights.efficientnet_lite import (
     LITE0_PREPROCESSING,
@@ -25,8 +27,6 @@ from ggem_jax.weights.efficientnet_lite import (
     load_pretrained,
     variables_to_efficientnet_lite,
 )
-from ggem_jax.weights.errors import MismatchedWeights, UnreadableWeights
-from ggem_jax.weights.torch_files import read_torch, write_torch
 
 HERE = Path(__file__).resolve().parent
 SMALL = EfficientNetLiteConfig(width=0.25, depth=1.0, image=32)

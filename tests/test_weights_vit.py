@@ -128,9 +128,9 @@ def test_files_of_pytorch_and_bfloat16(tmp_path, monkeypatch):
     published = read_vit(tmp_path / "checkpoint.pth", heads=2)
     assert published.unused == ("mask_token", "decoder_embed.weight", "decoder_blocks.0.norm1.weight")
     assert_like_pytorch(published, found)
-    monkeypatch.setattr("ggem_jax.weights.arrays.read_torch", lambda path: {"epoch": 3, "model": {"state_dict": weights | {"steps": 7}}})
+    monkeypatch.setattr("ggem_jax.files.arrays.read_torch", lambda path: {"epoch": 3, "model": {"state_dict": weights | {"steps": 7}}})
     assert_like_pytorch(read_vit("training.pt", heads=2), found)
-    monkeypatch.setattr("ggem_jax.weights.arrays.read_torch", lambda path: [1, 2])
+    monkeypatch.setattr("ggem_jax.files.arrays.read_torch", lambda path: [1, 2])
     with pytest.raises(MismatchedWeights, match=r"training.pt holds a list"):
         read_vit("training.pt")
     google, found = recorded("augreg")

@@ -5,7 +5,7 @@ import math
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from ggem_jax.images import RGB, centre_crop, resize
+from ggem_jax.files.images import RGB, centre_crop, resize
 from train.config import Augment
 
 

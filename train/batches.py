@@ -9,7 +9,7 @@ from typing import Any
 import grain
 import numpy as np
 
-from ggem_jax.images import UnreadableImage, centre_crop, resize
+from ggem_jax.files.images import UnreadableImage, centre_crop, resize
 from train.augment import augment
 from train.config import Config, Refused
 from train.data import Pictures

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ggem_jax.images import RGB, UnreadableImage, read_image
+from ggem_jax.files.images import RGB, UnreadableImage, read_image
 from train.config import Data, Refused, require
 from train.data import KNOWN as KNOWN_CLASSES
 from train.data import Pictures, held_out, open_data

@@ -1,6 +1,6 @@
 """Trains an image tower and a text tower on pictures with captions: python -m train.contrastive --config NAME [flags].
 
-The losses are CLIP's and SigLIP's (`ggem_jax.contrastive`), over all devices without the whole matrix of similarities on any. Sources of data:
+The losses are CLIP's and SigLIP's (`ggem_jax.losses.contrastive`), over all devices without the whole matrix of similarities on any. Sources of data:
 `train.captions`. `--init FILE` starts the image tower from a published ViT. The run's folder, stopping and going on: `train.loop`.
 """
 
@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
-from ggem_jax import contrastive
+from ggem_jax.losses import contrastive
 from ggem_jax.models.text import TextConfig, TextTransformer
 from ggem_jax.models.vit import ViT
 from ggem_jax.pooling import l2_normalize

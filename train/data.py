@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ggem_jax.images import EXTENSIONS, RGB, UnreadableImage, read_image
+from ggem_jax.files.images import EXTENSIONS, RGB, UnreadableImage, read_image
 from train.config import Data, Refused
 
 KNOWN = "digits, folder:DIR, tfds:NAME"

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from ggem_jax import metric
+from ggem_jax.losses import metric_learning as metric
 from ggem_jax.models.embedder import Embedder
 from ggem_jax.models.vit import ViT
 from ggem_jax.retrieval import search

@@ -27,7 +27,7 @@ import numpy as np
 from PIL import Image
 from tyro.conf import Positional, arg
 
-from ggem_jax.images import EXTENSIONS, RGB, UnreadableImage, read_image
+from ggem_jax.files.images import EXTENSIONS, RGB, UnreadableImage, read_image
 from train.config import Refused, parse
 from train.run import one_sentence
 

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 
-from ggem_jax.retrieval.flags import Usage, parse
+from ggem_jax.retrieval.tool.flags import Usage, parse
 
 _OUT_OF_MEMORY = "out of memory: try a smaller --batch, --longest-side or --candidates"
 
@@ -21,7 +21,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv, prog)
         unfinished = ": the same command goes on from where it was" if arguments.command in ("index", "add") else ""
-        from ggem_jax.retrieval.commands import COMMANDS  # NumPy, Pillow and SQLite
+        from ggem_jax.retrieval.tool.commands import COMMANDS  # NumPy, Pillow and SQLite
 
         code = COMMANDS[arguments.command](arguments)
         sys.stdout.flush()

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from ggem_jax.dispatch import varying_alike
+from ggem_jax.pooling.dispatch import varying_alike
 from ggem_jax.retrieval.vectors import (
     Database,
     Ranking,

@@ -8,11 +8,11 @@ Errors, each in one sentence and a `ValueError`: `UnreadableWeights` for a file 
 more than plain data, and `MismatchedWeights` for weights of another network.
 """
 
+from ggem_jax.files.errors import MismatchedWeights, UnreadableWeights, UnsafePickle
+from ggem_jax.files.pickles import read_pickle
+from ggem_jax.files.safetensors_files import read_safetensors, write_safetensors
+from ggem_jax.files.torch_files import read_torch, write_torch
 from ggem_jax.weights.cvnet import cvnet_to_variables, read_cvnet, variables_to_cvnet
-from ggem_jax.weights.errors import MismatchedWeights, UnreadableWeights, UnsafePickle
-from ggem_jax.weights.pickles import read_pickle
-from ggem_jax.weights.safetensors_files import read_safetensors, write_safetensors
-from ggem_jax.weights.torch_files import read_torch, write_torch
 
 __all__ = [
     "MismatchedWeights",

@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 
-from ggem_jax.weights.safetensors_files import write_safetensors
+from ggem_jax.files.safetensors_files import write_safetensors
 from ggem_jax.weights.text import TEXT_FAMILIES, PublishedText, holds_text, read_text, to_published_names
 from ggem_jax.weights.vit import FAMILIES, PublishedViT, read_vit, to_timm
 

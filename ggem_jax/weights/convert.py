@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ggem_jax.weights.errors import MismatchedWeights
+from ggem_jax.files.errors import MismatchedWeights
 
 Layout = Literal["same", "conv", "dense"]
 

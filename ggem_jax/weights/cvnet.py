@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from ggem_jax.files.errors import MismatchedWeights
+from ggem_jax.files.safetensors_files import read_safetensors
+from ggem_jax.files.torch_files import read_torch
 from ggem_jax.weights.convert import Parameter, to_published, to_variables
-from ggem_jax.weights.errors import MismatchedWeights
-from ggem_jax.weights.safetensors_files import read_safetensors
-from ggem_jax.weights.torch_files import read_torch
 
 Depths = tuple[int, int, int, int]
 

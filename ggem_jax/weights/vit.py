@@ -19,12 +19,12 @@ from typing import Any, Literal, NamedTuple
 import jax
 import numpy as np
 
+from ggem_jax.files.arrays import read_arrays
+from ggem_jax.files.errors import MismatchedWeights
 from ggem_jax.models.transformer import GELU
 from ggem_jax.models.vit import MAP, ViT, ViTConfig, resample_position
 from ggem_jax.pooling import avg_pool, cls_pool
-from ggem_jax.weights.arrays import read_arrays
 from ggem_jax.weights.convert import Parameter, to_published, to_variables
-from ggem_jax.weights.errors import MismatchedWeights
 from ggem_jax.weights.vit_layouts import Arrays, heads_of, join_qkv, split_qkv, to_names_of_timm
 
 Means = tuple[float, float, float]

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ggem_jax.weights.errors import MismatchedWeights
+from ggem_jax.files.errors import MismatchedWeights
 
 Arrays = dict[str, np.ndarray]
 Rule = tuple[str, str, Callable[[np.ndarray], np.ndarray] | None]

@@ -8,12 +8,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from neupims.config import SUFFIXES, load_hardware, load_model, load_parallel
 from neupims.files import check_place
-from neupims.hardware import Hardware
-from neupims.record import replace
-from neupims.systems import FIDELITIES, PIM_SYSTEMS, SPELLINGS, SYSTEMS, Fidelity, System
-from neupims.workload import Batch, Decoder, Parallel, check_parallel, read_trace
+from neupims.machine.config import SUFFIXES, load_hardware, load_model, load_parallel
+from neupims.machine.hardware import Hardware
+from neupims.machine.record import replace
+from neupims.machine.systems import FIDELITIES, PIM_SYSTEMS, SPELLINGS, SYSTEMS, Fidelity, System
+from neupims.machine.workload import Batch, Decoder, Parallel, check_parallel, read_trace
 
 AUTO = "auto"
 WIDTH = 200  # characters of a line where the output is no terminal
@@ -169,8 +169,8 @@ def simulated(case: Case, path: str):
     Raises:
         ValueError: the hardware cannot run it.
     """
-    from neupims.prefill import prefill
-    from neupims.schedule import simulate
+    from neupims.timing.prefill import prefill
+    from neupims.timing.schedule import simulate
 
     records = (case.hardware, case.model, case.batch, case.parallel)
     options: dict[str, Any] = {"system": case.system}

@@ -75,8 +75,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Explores and prints what was found."""
     import jax
 
-    from neupims.explore import explore, parse_objectives
-    from neupims.space import make_space, parse_knob, read_space
+    from neupims.exploration.explore import explore, parse_objectives
+    from neupims.exploration.space import make_space, parse_knob, read_space
 
     with suppress(RuntimeError):  # JAX has begun: in another program
         jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)  # each core takes its share of the designs
@@ -120,8 +120,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _workloads(arguments: argparse.Namespace):
     """Every model with every trace, and the machine that they run on where no knob says otherwise."""
-    from neupims.evaluation import Workload
-    from neupims.workload import read_trace
+    from neupims.exploration.evaluation import Workload
+    from neupims.machine.workload import read_trace
 
     system, sub_batches, hardware = chosen_system(arguments)
     workloads = []
@@ -135,7 +135,7 @@ def _workloads(arguments: argparse.Namespace):
 
 def _evaluation(arguments, space, workloads, system: str, sub_batches: int, hardware):
     """The function that evaluates designs, and what it depends on."""
-    from neupims.evaluation import evaluation
+    from neupims.exploration.evaluation import evaluation
 
     if system != "neupims" and "sub_batches" in space.names:
         raise ValueError(f"the knob sub_batches needs --system neupims, not {system}")
@@ -185,8 +185,8 @@ def _progress() -> Iterator[Any]:
 def _summary(found, space, workloads, arguments, system: tuple[str, int], hardware, seconds: float) -> dict[str, Any]:
     import jax
 
-    from neupims.explore import overall
-    from neupims.validate import expected_error
+    from neupims.exploration.explore import overall
+    from neupims.validation import expected_error
 
     def designs(points) -> list[dict[str, Any]]:
         metrics = {name: overall(each) for name, each in points.metrics.items()}
@@ -225,7 +225,7 @@ def _summary(found, space, workloads, arguments, system: tuple[str, int], hardwa
 
 def _table(found, space, workloads) -> str:
     """The front as CSV: the knobs, every metric over all workloads, and the throughput of each."""
-    from neupims.explore import overall
+    from neupims.exploration.explore import overall
 
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
@@ -239,9 +239,9 @@ def _table(found, space, workloads) -> str:
 
 def _write_page(path: Path, found, summary: dict[str, Any]) -> None:
     """The first objective against each other one, the designs of the front, and what throughput depends on."""
-    from neupims.explore import overall
-    from neupims.pareto import in_plane
-    from neupims.report import write_report
+    from neupims.exploration.explore import overall
+    from neupims.exploration.pareto import in_plane
+    from neupims.pages.report import write_report
 
     first, *others = found.objectives
     drawn = {name: np.concatenate([overall(part.metrics[name]) for part in (found.front, found.others)]) for name in METRICS}

@@ -6,16 +6,16 @@ from typing import Any
 
 import numpy as np
 
-from neupims.calibration import DEFAULT
 from neupims.commands.common import Case, error_sentence
-from neupims.hardware import Hardware, banks, burst_cycles, peak_bytes_per_cycle
-from neupims.perfetto import write_perfetto
-from neupims.plots import operation_name
-from neupims.prefill import prefill_attention
-from neupims.report import write_report
-from neupims.schedule import NPU_ATTENTION, npu_operation, operations, stages
-from neupims.systems import PIM_SYSTEMS
-from neupims.workload import FLOAT16_BYTES
+from neupims.machine.calibration import DEFAULT
+from neupims.machine.hardware import Hardware, banks, burst_cycles, peak_bytes_per_cycle
+from neupims.machine.systems import PIM_SYSTEMS
+from neupims.machine.workload import FLOAT16_BYTES
+from neupims.pages.perfetto import write_perfetto
+from neupims.pages.plots import operation_name
+from neupims.pages.report import write_report
+from neupims.timing.prefill import prefill_attention
+from neupims.timing.schedule import NPU_ATTENTION, npu_operation, operations, stages
 
 ELEMENT_OPERATIONS = {"ln": 5, "res": 1, "gelu": 1}  # of one element, as the energy counts them
 

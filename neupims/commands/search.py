@@ -5,8 +5,8 @@ from pathlib import Path
 from typing import Any
 
 from neupims.commands.common import Case, add_workload_arguments, check_run, console, print_json, simulated, workload
-from neupims.record import describe
-from neupims.systems import SYSTEMS
+from neupims.machine.record import describe
+from neupims.machine.systems import SYSTEMS
 
 DEFAULT_BUDGET = 20000
 
@@ -79,12 +79,12 @@ def searched(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from neupims.capacity import channel_tiles, check_capacity
-    from neupims.decision import decide, decision_batch, export_trace, make_genome, repair
-    from neupims.objective import Layer, make_problem
-    from neupims.oracle import gap, lower_bound
-    from neupims.search import STRATEGIES, baselines, interval_of_mean, search
-    from neupims.validate import expected_error
+    from neupims.scheduling.decision import decide, decision_batch, export_trace, make_genome, repair
+    from neupims.scheduling.objective import Layer, make_problem
+    from neupims.scheduling.oracle import gap, lower_bound
+    from neupims.scheduling.search import STRATEGIES, baselines, interval_of_mean, search
+    from neupims.timing.capacity import channel_tiles, check_capacity
+    from neupims.validation import expected_error
 
     names = list(STRATEGIES) if arguments.strategy == "all" else [arguments.strategy]
     space = _space(case, arguments)
@@ -198,8 +198,8 @@ def gain_error(error: dict[str, Any] | None, gain: float) -> float | None:
 
 
 def _space(case: Case, arguments: argparse.Namespace):
-    from neupims.decision import CHANNELS_KNOB, Knob, Space
-    from neupims.space import SETTINGS, make_space, parse_knob
+    from neupims.exploration.space import SETTINGS, make_space, parse_knob
+    from neupims.scheduling.decision import CHANNELS_KNOB, Knob, Space
 
     knobs: list[Knob] = []
     if arguments.hardware_knob:
@@ -275,7 +275,7 @@ def _number(value: float) -> str:
 
 def _write_page(path: Path, result: dict[str, Any]) -> None:
     """Best-so-far curves with their intervals, and the channels before and after."""
-    from neupims.report import write_report
+    from neupims.pages.report import write_report
 
     curves = [
         {"name": name, "x": row["curve"]["evaluations"], "y": row["curve"]["best"], "low": row["curve"]["low"], "high": row["curve"]["high"]}

@@ -5,10 +5,10 @@ import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from neupims import config
 from neupims.commands.common import print_json
-from neupims.record import describe
-from neupims.systems import SPELLINGS, System
+from neupims.machine import config
+from neupims.machine.record import describe
+from neupims.machine.systems import SPELLINGS, System
 
 ABOUT: dict[System, str] = {
     "neupims": "PIM computes attention while the NPU computes the rest of the other sub-batch (two), or after it (one); two row buffers",
@@ -58,7 +58,7 @@ def hardware(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def models(_: argparse.Namespace) -> dict[str, Any]:
     """The named models by their numbers."""
-    from neupims.workload import weight_bytes
+    from neupims.machine.workload import weight_bytes
 
     found = []
     for name in config.names("models"):
@@ -70,7 +70,7 @@ def models(_: argparse.Namespace) -> dict[str, Any]:
 
 def systems(_: argparse.Namespace) -> dict[str, Any]:
     """The systems, and how the validation files spell them."""
-    from neupims.schedule import stages
+    from neupims.timing.schedule import stages
 
     found = []
     for name, about in ABOUT.items():
@@ -83,9 +83,9 @@ def systems(_: argparse.Namespace) -> dict[str, Any]:
 
 def constants(arguments: argparse.Namespace) -> dict[str, Any]:
     """Fitted constants of timing, costs of energy and area, each with how far it can be trusted, and what follows from them for the machine."""
-    from neupims.area import AreaCosts, area, peak_power
-    from neupims.calibration import Calibration
-    from neupims.energy import EnergyCosts, command_energies
+    from neupims.costs.area import AreaCosts, area, peak_power
+    from neupims.costs.energy import EnergyCosts, command_energies
+    from neupims.machine.calibration import Calibration
 
     machine = config.load_hardware(arguments.hardware)
     found = []
@@ -106,7 +106,7 @@ def constants(arguments: argparse.Namespace) -> dict[str, Any]:
 
 def knobs(_: argparse.Namespace) -> dict[str, Any]:
     """Fields of the public simulator's configuration files and the fields of ours that they set."""
-    from neupims.validate import CORE_FIELDS, MEMORY_FIELDS, WITHOUT_EFFECT, WITHOUT_MODELLED_EFFECT
+    from neupims.validation import CORE_FIELDS, MEMORY_FIELDS, WITHOUT_EFFECT, WITHOUT_MODELLED_EFFECT
 
     units = {each.name: each.unit for each in describe(config.load_hardware("neupims"))}
     fields = [

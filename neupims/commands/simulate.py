@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from neupims.commands.common import AUTO, Case, add_workload_arguments, check_run, console, error_sentence, print_json, simulated, workload
-from neupims.systems import PIM_SYSTEMS
+from neupims.machine.systems import PIM_SYSTEMS
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from neupims.capacity import check_capacity
+    from neupims.timing.capacity import check_capacity
 
     path = arguments.path or "exact"
     check_run(arguments.html, arguments.perfetto)
@@ -78,9 +78,9 @@ def _as_prefill(case: Case) -> Case:
 
 def as_dictionary(case: Case, iteration, *, path: str) -> dict[str, Any]:
     """What `--json` prints. Cycles are core cycles; energy and the iteration are of one device."""
-    from neupims.prefill import first_token_seconds
-    from neupims.schedule import operations, stages
-    from neupims.validate import expected_error
+    from neupims.timing.prefill import first_token_seconds
+    from neupims.timing.schedule import operations, stages
+    from neupims.validation import expected_error
 
     names = [stage.name for stage in stages(case.system, case.sub_batches)]
     listed = operations(case.system, case.sub_batches)

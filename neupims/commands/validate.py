@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    from neupims.plots import check_svg
-    from neupims.validate import validate
+    from neupims.pages.plots import check_svg
+    from neupims.validation import validate
 
     plot = arguments.plot or (None if arguments.json else Path("validation.svg"))
     if plot:
@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> int:
     check_run(plot, arguments.html)
     result = validate(arguments.folder, path=arguments.path, progress=iter if arguments.json else _progress)
     if plot:
-        from neupims.plots import draw_validation
+        from neupims.pages.plots import draw_validation
 
         draw_validation(plot, result["rows"])
     if arguments.html:
@@ -49,7 +49,7 @@ def _progress(runs):
 
 
 def _write_page(path: Path, result, arguments: argparse.Namespace) -> None:
-    from neupims.report import write_report
+    from neupims.pages.report import write_report
 
     runs = {row["run_id"] for row in result["rows"]}
     sections = [{"kind": "validation", "title": "Predicted and measured cycles", "rows": result["rows"], "groups": result["groups"]}]

@@ -1,0 +1,107 @@
+"""Small Vision Transformers trained from nothing on CIFAR-10 with different poolings: the end-to-end part of `eval.studies.pooling`."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from eval.runs import trained_in_study
+from ggem_jax.models.vit import used_exponents
+from train.batches import eval_batches
+from train.classify import train
+from train.config import Config, build_model, load_config
+from train.data import Pictures, in_memory
+from train.evaluate import Predictions
+from train.prepare import evenly_spaced, read_packed
+from train.step import normalise
+
+# name -> pooling flags
+ARMS = {
+    "class token": ["--pool.kind", "cls"],
+    "average": ["--pool.kind", "avg"],
+    "positive average": ["--pool.kind", "relu-avg"],
+    "max": ["--pool.kind", "max"],
+    "GeM": ["--pool.kind", "gem"],
+    "GGeM": ["--pool.kind", "ggem"],
+}
+FLAGS = [
+    "--model.image", "32", "--model.patch", "8", "--model.width", "48", "--model.depth", "3", "--model.heads", "4", "--model.mlp_width", "192",
+    "--model.gelu", "tanh", "--batch", "256", "--optimizer.lr", "2e-3", "--optimizer.warmup", "40", "--augment.crop", "pad", "--augment.flip",
+    "--log_every", "50", "--eval_every", "1000000", "--checkpoint_every", "1000000",
+]  # fmt: skip
+
+
+def pictures_of(packed: Path, count: int) -> tuple[Pictures, Pictures]:
+    """`count` training pictures of the packed CIFAR-10, evenly spaced, and all its test pictures, in memory."""
+    classes, splits = read_packed(packed)
+
+    def held(split) -> Pictures:
+        return in_memory([load() for load, _ in split], np.array([label for _, label in split], np.int32), tuple(classes))
+
+    return held(evenly_spaced(splits["train"], count)), held(splits["test"])
+
+
+def config_of(arm: str, seed: int, runs: Path, epochs: float) -> Config:
+    """The config of one training."""
+    folder = runs / f"{arm.replace(' ', '-').lower()}-{seed}"
+    flags = [*FLAGS, *ARMS[arm], "--data", "cifar10", "--seed", str(seed), "--epochs", str(epochs), "--out", str(folder)]
+    return load_config(flags, "eval.studies.pooling")
+
+
+@dataclass(frozen=True)
+class Network:
+    """One trained network on the test pictures."""
+
+    predictions: Predictions
+    p: np.ndarray  # learned exponents; none where nothing is learned
+    params: Any
+    config: Config
+
+
+def trained(arm: str, seed: int, data: tuple[Pictures, Pictures], runs: Path, epochs: float) -> Network:
+    """Trains a network, or goes on with it."""
+    config = config_of(arm, seed, runs, epochs)
+    run = trained_in_study(train, config, data=data)
+    params = jax.tree.map(np.asarray, run.state.evaluated)
+    p = np.asarray(used_exponents(params["pool"]["p"])) if "p" in params.get("pool", {}) else np.zeros(0)
+    return Network(run.result, p, params, config)
+
+
+def attention_and_descriptor(network: Network, pictures: Pictures) -> tuple[np.ndarray, np.ndarray]:
+    """Of each picture the output of the last attention's heads, `(n, d)` head by head, meaned over the patches, and the descriptor `(n, d)`."""
+    config = network.config.model
+    model = build_model(network.config, len(pictures.classes))
+
+    @jax.jit
+    def both(images):
+        output, kept = model.apply({"params": network.params}, images, mutable=["intermediates"])
+        (heads,) = kept["intermediates"][f"blocks_{config.depth - 1}"]["attention"]["heads"]
+        patches = heads[:, config.prefix_tokens :].mean(axis=1)
+        return patches.reshape(len(images), -1), output.descriptor
+
+    parts = [both(images) for images in normalised(network, pictures)]
+    heads, descriptor = (np.concatenate([np.asarray(part[i]) for part in parts])[: len(pictures)] for i in (0, 1))
+    return heads, descriptor
+
+
+def tokens_of(network: Network, pictures: Pictures) -> np.ndarray:
+    """Tokens after the final norm, the class token first, `(n, tokens, d)` in float16."""
+    model = build_model(network.config, len(pictures.classes))
+
+    @jax.jit
+    def tokens(images):
+        output: Any = model.apply({"params": network.params}, images)
+        return output.tokens
+
+    return np.concatenate([np.asarray(tokens(images), np.float16) for images in normalised(network, pictures)])[: len(pictures)]
+
+
+def normalised(network: Network, pictures: Pictures) -> Iterator[Float[Array, "b h w 3"]]:
+    """Batches of the pictures as the network takes them; the last one is filled up."""
+    for batch in eval_batches(pictures, network.config):
+        yield normalise(jnp.asarray(batch["image"]), network.config.data)

@@ -1,0 +1,209 @@
+"""Poolings on frozen tokens: the pooling and a linear head are trained, nothing else, many times over.
+
+All arms of a seed see the same pictures in the same order: a seed draws four fifths of the training pictures and the order of the batches, so that
+intervals over seeds hold for these training pictures and this network. The pooled vector is standardised, channel by channel, before the head, so
+that no arm is served by its scale: by the batch in training, by the training pictures in the test. Tokens are `(n, tokens, d)` of patches; `cls` are
+the class tokens `(n, d)` of a network that has them.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jaxtyping import Array, Float
+
+from eval.studies import diagnostics
+from ggem_jax import pooling
+from ggem_jax.models.vit import MAP, ViTConfig, used_exponents
+from ggem_jax.optimizer import adamw
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """A data set as a frozen network sees it."""
+
+    name: str
+    train: np.ndarray  # (n, tokens, d)
+    train_labels: np.ndarray
+    test: np.ndarray
+    test_labels: np.ndarray
+    heads: int  # groups that the network's attention suggests; where it has none, an assumption
+    train_cls: np.ndarray | None = None  # (n, d)
+    test_cls: np.ndarray | None = None
+
+    @property
+    def channels(self) -> int:
+        return self.train.shape[-1]
+
+    @property
+    def classes(self) -> int:
+        return int(self.train_labels.max()) + 1
+
+
+Pool = Callable[[Any, Float[Array, "b n d"]], Float[Array, "b d"]]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """A pooling: first parameters and function of (parameters, tokens)."""
+
+    pool: Pool
+    start: Any = field(default_factory=dict)
+    exponent_lr: float = 10.0  # learning rate of p over that of the head
+    takes_cls: bool = False  # of the class token instead of the patches
+
+
+@dataclass(frozen=True)
+class Probed:
+    """One arm over all seeds."""
+
+    correct: np.ndarray  # (seeds, test) bool
+    p: np.ndarray  # (seeds, exponents); none where nothing is learned
+    params: list[Any]  # of the pooling, for each seed
+
+    @property
+    def accuracy(self) -> np.ndarray:
+        return self.correct.mean(axis=1)
+
+
+def gem(tokens: Float[Array, "b n d"], p: Array, order: np.ndarray | None = None) -> Float[Array, "b d"]:
+    """GGeM whose groups are those of the channels in this order."""
+    if order is None:
+        return pooling.ggem_pool(tokens, p)
+    return pooling.ggem_pool(tokens[..., order], p)[..., np.argsort(order)]
+
+
+def learned(groups: int, order: np.ndarray | None = None, *, p: float = 3.0, exponent_lr: float = 10.0) -> Arm:
+    """GGeM with learned exponents; one group is GeM."""
+    return Arm(lambda params, tokens: gem(tokens, used_exponents(params["p"]), order), {"p": np.full(groups, p, np.float32)}, exponent_lr)
+
+
+def arms_of(tokens: Tokens) -> dict[str, Arm]:
+    """What is compared. The first ones learn nothing but the head."""
+    d, heads = tokens.channels, tokens.heads
+    fixed: dict[str, Pool] = {
+        "average": lambda _, x: pooling.avg_pool(x),
+        "positive average": lambda _, x: pooling.gem_pool(x, 1.0),
+        "max": lambda _, x: pooling.max_pool(x),
+        "average + max": lambda _, x: (pooling.avg_pool(x) + pooling.max_pool(x)) / 2,
+        "GeM, p = 3": lambda _, x: pooling.gem_pool(x, 3.0),
+        "LSE, r = 10": lambda _, x: pooling.lse_pool(x, 10.0),
+    }
+    arms = {name: Arm(pool) for name, pool in fixed.items()}
+    if tokens.train_cls is not None:
+        arms = {"class token": Arm(lambda _, x: x[:, 0], takes_cls=True), **arms}
+    arms["GeM"] = learned(1)
+    arms["GGeM"] = learned(heads)
+    arms["GGeM, interleaved"] = learned(heads, diagnostics.interleaved(d, heads).ravel())
+    for draw in range(3):
+        arms[f"GGeM, random groups {draw + 1}"] = learned(heads, diagnostics.random_blocks(d, heads, draw).ravel())
+    arms["GGeM, p learned slowly"] = learned(heads, exponent_lr=1.0)
+    for groups in group_counts(d, heads):
+        arms[f"GGeM, {groups} groups"] = learned(groups)
+        arms[f"GGeM, {groups} random groups"] = learned(groups, diagnostics.random_blocks(d, groups, 0).ravel())
+    arms["GGeM, one p per channel"] = learned(d)
+    arms["MAP"] = attention_pooling(d, heads)
+    return arms
+
+
+def group_counts(d: int, heads: int) -> list[int]:
+    """Counts of groups between one and the channels, beside the number of heads: half and twice and four times it."""
+    return [count for count in (heads // 2, 2 * heads, 4 * heads) if 1 < count < d and d % count == 0]
+
+
+def attention_pooling(d: int, heads: int) -> Arm:
+    """MAP with its query, projections and MLP, as wide as the tokens."""
+    config = ViTConfig(patch=1, image=1, width=d, depth=1, heads=heads, mlp_width=2 * d)
+    module = MAP(config)
+    start = jax.tree.map(np.asarray, jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 2, d)))["params"])
+
+    def pool(params: Any, tokens: Array) -> Array:
+        pooled: Any = module.apply({"params": params}, tokens)
+        return pooled
+
+    return Arm(pool, start)
+
+
+@dataclass(frozen=True)
+class Probe:
+    """How the heads are trained."""
+
+    seeds: int = 10
+    epochs: int = 10
+    batch: int = 256
+    lr: float = 1e-2
+    weight_decay: float = 1e-2
+
+
+def probe(tokens: Tokens, arm: Arm, how: Probe) -> Probed:
+    """Trains and tests one arm, seed by seed."""
+    splits = [_tokens(tokens, arm, split) for split in ("train", "test")]
+    if not arm.start:  # nothing to learn: pooled once
+        splits = [_in_parts(partial(_compiled(arm), {}), split) for split in splits]
+        arm = Arm(lambda _, x: x)
+    train, test = (jnp.asarray(split) for split in splits)
+    labels = jnp.asarray(tokens.train_labels)
+    run = jax.jit(partial(_trained, arm=arm, how=how, channels=tokens.channels, classes=tokens.classes))
+    found = [run(train, labels, jnp.asarray(_plan(len(labels), how, seed))) for seed in range(how.seeds)]
+    describe = _compiled(arm)
+    correct, kept = [], []
+    for params in found:
+        mine, others = (_in_parts(partial(describe, params["pool"]), array) for array in (train, test))
+        standard = (others - mine.mean(axis=0)) / (mine.std(axis=0) + 1e-6)
+        logits = standard @ np.asarray(params["kernel"]) + np.asarray(params["bias"])
+        correct.append(logits.argmax(axis=1) == tokens.test_labels)
+        kept.append(jax.tree.map(np.asarray, params["pool"]))
+    p = [np.asarray(used_exponents(params["p"])) if "p" in params else np.zeros(0) for params in kept]
+    return Probed(np.array(correct), np.array(p), kept)
+
+
+def described(tokens: Tokens, arm: Arm, params: Any) -> np.ndarray:
+    """The pooled test pictures, `(n, d)`, before they are standardised."""
+    return _in_parts(partial(_compiled(arm), params), _tokens(tokens, arm, "test"))
+
+
+def _compiled(arm: Arm) -> Pool:
+    return jax.jit(lambda params, tokens: arm.pool(params, tokens.astype(jnp.float32)))
+
+
+def _plan(n: int, how: Probe, seed: int) -> np.ndarray:
+    """Numbers of the pictures of each step, `(steps, batch)`, out of four fifths of all."""
+    rng = np.random.default_rng((7, seed))
+    mine = rng.permutation(n)[: max(4 * n // 5, 1)]
+    batch = min(how.batch, len(mine))
+    return np.concatenate([rng.permutation(mine)[: len(mine) // batch * batch].reshape(-1, batch) for _ in range(how.epochs)])
+
+
+def _trained(train: Array, labels: Array, plan: Array, *, arm: Arm, how: Probe, channels: int, classes: int) -> Any:
+    params = {"pool": jax.tree.map(jnp.asarray, arm.start), "kernel": jnp.zeros((channels, classes)), "bias": jnp.zeros(classes)}
+    schedule = optax.cosine_decay_schedule(how.lr, len(plan))
+    transform = adamw(schedule, weight_decay=how.weight_decay, exponent_lr=arm.exponent_lr)
+
+    def loss_of(params: Any, indices: Array) -> Array:
+        pooled = arm.pool(params["pool"], train[indices].astype(jnp.float32))
+        standard = (pooled - pooled.mean(axis=0)) / (pooled.std(axis=0) + 1e-6)
+        logits = standard @ params["kernel"] + params["bias"]
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels[indices]).mean()
+
+    def step(carry: Any, indices: Array) -> Any:
+        params, state = carry
+        updates, state = transform.update(jax.grad(loss_of)(params, indices), state, params)
+        return (optax.apply_updates(params, updates), state), None
+
+    (params, _), _ = jax.lax.scan(step, (params, transform.init(params)), plan)
+    return params
+
+
+def _tokens(tokens: Tokens, arm: Arm, split: str) -> np.ndarray:
+    if arm.takes_cls:
+        return getattr(tokens, f"{split}_cls")[:, None]
+    return getattr(tokens, split)
+
+
+def _in_parts(function: Callable[[Array], Array], array: Any, part: int = 1000) -> np.ndarray:
+    return np.concatenate([np.asarray(function(array[start : start + part])) for start in range(0, len(array), part)]).astype(np.float32)

@@ -1,0 +1,131 @@
+"""SuperGlobal's global descriptor: a batch of images of one size -> maps at several scales -> pooled -> head -> one descriptor.
+
+A network is a Flax module from images to feature maps. Where it has methods `pool` (its own learned GeM) and `describe` (a head), as `ResNet` has,
+they are used; others are pooled by GeM with p = 3 instead of their own, and what is pooled is the descriptor. Of a network and an image size the map
+is compiled once and kept by JAX, whatever the other choices; under an outer `jit` all becomes one program.
+
+Reference: Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", 2023, arXiv:2308.06954, and its code:
+github.com/ShihaoShao-GH/SuperGlobal.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from flax import struct
+from jaxtyping import Array, Float
+
+from ggem_jax.descriptors.scales import SCALES, rescale, scaled_size
+from ggem_jax.pooling import avg_pool, gem_pool, l2_normalize, max_pool, regional_gem, scale_gem, superglobal_pool
+
+GEM_PLUS_P, GEM_PLUS_EPS = 4.6, 1e-8  # of the official code
+GEM_P, GEM_EPS = 3.0, 1e-6  # of a network without a GeM of its own: where GeM starts (Radenović et al., 2018, arXiv:1711.02512)
+WINDOW = 5  # places along one side of Regional GeM's window, of the official code
+REDUCTION = 32  # pixels along one side of a place of the map: five strides of 2
+
+
+Pooling = Literal["average", "max"]
+
+
+@struct.dataclass
+class SuperGlobalOutput:
+    """What the method computes on the way from images to unit descriptors."""
+
+    by_scale: Float[Array, "scales b d"]  # after the head, not normalised
+    raw: Float[Array, "b d"]  # scales joined, not normalised
+    descriptor: Float[Array, "b d"]  # L2-normalised: what is indexed
+
+
+def superglobal_descriptors(
+    model: Any,
+    variables: Any,
+    images: Float[Array, "b h w 3"],
+    *,
+    scales: Sequence[float] = SCALES[3],
+    gemp: bool = True,
+    rgem: bool = True,
+    sgem: bool = True,
+    relup: bool = True,
+    antialias: bool = False,
+    pooling: Pooling | None = None,
+) -> SuperGlobalOutput:
+    """Descriptors of normalised images. Each flag off takes the plain way instead:
+
+    - `gemp`: GeM with the network's own exponent for GeM+ (p = 4.6)
+    - `rgem`: no Regional GeM
+    - `sgem`: the mean of the scales' descriptors for Scale GeM (p = infinity)
+    - `relup`: ReLU for ReLU-P, as far as the model's `relup_off` says; only a `ResNet` has it
+
+    `pooling`: "average" or "max" in the place of GeM and GeM+.
+
+    `antialias`: off as when the paper was written, on as today's torchvision does by default; see `ggem_jax.descriptors.scales`.
+    """
+    check_size(images.shape[-3], images.shape[-2], scales, rgem=rgem)
+    if not relup and hasattr(model, "config") and hasattr(model.config, "relup"):
+        model = model.clone(config=replace(model.config, relup=None))
+    by_scale = []
+    for scale in scales:
+        feature_map = compute_map(model, variables, _rescaled(images, scale, antialias))
+        by_scale.append(describe_map(model, variables, feature_map, gemp=gemp, rgem=rgem, pooling=pooling))
+    joined = jnp.stack(by_scale)
+    return SuperGlobalOutput(joined, *join_scales(joined, sgem=sgem))
+
+
+def check_size(height: int, width: int, scales: Sequence[float], *, rgem: bool = True) -> None:
+    """Raises `ValueError` for images too small for the smallest scale: Regional GeM reflects 2 places at the map's borders, so it needs 3."""
+    if not scales:
+        raise ValueError("scales must be at least one number")
+    least_pixels = (WINDOW // 2) * REDUCTION + 1 if rgem else 1
+    least = min(scales)
+    if min(scaled_size(height, width, least)) < least_pixels:
+        side = next(side for side in range(math.floor(least_pixels / least), height + width + 2**16) if int(side * least) >= least_pixels)
+        raise ValueError(f"images of {height} x {width} pixels are too small: at the scale {least:g} the shorter side must be at least {side}")
+
+
+@partial(jax.jit, static_argnums=0)
+def compute_map(model: Any, variables: Any, images: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 d"]:
+    """The network's last feature map; compiled once for each model and shape."""
+    return model.apply(variables, images)
+
+
+@partial(jax.jit, static_argnums=0, static_argnames=("gemp", "rgem", "pooling"))
+def describe_map(
+    model: Any, variables: Any, feature_map: Float[Array, "b h w d"], *, gemp: bool = True, rgem: bool = True, pooling: Pooling | None = None
+) -> Float[Array, "b out"]:
+    """Feature map -> Regional GeM -> GeM+ -> L2 -> dense layer, of one scale; the result is not normalised."""
+    pooled = pool_map(model, variables, feature_map, gemp=gemp, rgem=rgem, pooling=pooling)
+    return model.apply(variables, pooled, method="describe") if hasattr(model, "describe") else pooled
+
+
+def pool_map(
+    model: Any, variables: Any, feature_map: Float[Array, "b h w d"], *, gemp: bool = True, rgem: bool = True, pooling: Pooling | None = None
+) -> Float[Array, "b d"]:
+    """The part of `describe_map` before the head."""
+    if gemp and rgem and pooling is None:
+        return superglobal_pool(feature_map, window=WINDOW, p=GEM_PLUS_P, eps=GEM_PLUS_EPS)
+    if rgem:
+        feature_map = regional_gem(feature_map, window=WINDOW)
+    if pooling is None and not gemp and hasattr(model, "pool"):
+        return model.apply(variables, feature_map, method="pool")
+    places = feature_map.reshape(*feature_map.shape[:-3], -1, feature_map.shape[-1])
+    match pooling:
+        case "average":
+            return avg_pool(places)
+        case "max":
+            return max_pool(places)
+        case _:
+            return gem_pool(places, GEM_PLUS_P, eps=GEM_PLUS_EPS) if gemp else gem_pool(places, GEM_P, eps=GEM_EPS)
+
+
+_rescaled = jax.jit(lambda images, scale, antialias: rescale(images, scale, antialias=antialias), static_argnums=(1, 2))
+
+
+@partial(jax.jit, static_argnames="sgem")
+def join_scales(by_scale: Float[Array, "scales b d"], *, sgem: bool = True) -> tuple[Float[Array, "b d"], Float[Array, "b d"]]:
+    """The scales' descriptors by Scale GeM, or their mean: as it is, and L2-normalised."""
+    raw = scale_gem(by_scale) if sgem else jnp.mean(by_scale, axis=0)
+    return raw, l2_normalize(raw)

@@ -1,0 +1,66 @@
+"""PCA whitening: descriptors `(n, d)` -> `(n, dim)` whose components are uncorrelated and of equal variance, as unit vectors.
+
+Reference: Jégou and Chum, "Negative Evidences and Co-occurences in Image Retrieval: The Benefit of PCA and Whitening", ECCV 2012.
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from ggem_jax.files.atomic import replacing
+
+
+class Whitening(NamedTuple):
+    """y = (x - mean) projection, then L2."""
+
+    mean: Float[np.ndarray, " d"]
+    projection: Float[np.ndarray, "d dim"]
+
+
+def learn_whitening(descriptors: Float[np.ndarray, "n d"], *, dim: int | None = None) -> Whitening:
+    """From the eigenvectors of the covariance with the largest eigenvalues, each divided by the root of its eigenvalue; in float64.
+
+    `dim`: components that are kept; None keeps all. Raises `ValueError` where the descriptors do not span so many.
+    """
+    x = np.asarray(descriptors, np.float64)
+    if x.ndim != 2 or not np.isfinite(x).all():
+        raise ValueError(f"descriptors must be finite (n, d), not of shape {x.shape}")
+    n, d = x.shape
+    dim = d if dim is None else dim
+    if not isinstance(dim, int | np.integer) or not 1 <= dim <= d:
+        raise ValueError(f"dim must be a whole number from 1 to {d}, not {dim!r}")
+    mean = x.mean(axis=0) if n else np.zeros(d)
+    values, vectors = np.linalg.eigh((x - mean).T @ (x - mean) / max(n - 1, 1))
+    spanned = int(np.sum(values > 1e-10 * max(values[-1], 1e-300))) if n > 1 else 0
+    if spanned < dim:
+        raise ValueError(f"{n} descriptors span {spanned} dimensions, and {dim} are asked for: give more descriptors or a smaller dim")
+    order = np.argsort(-values, kind="stable")[:dim]
+    return Whitening(mean.astype(np.float32), (vectors[:, order] / np.sqrt(values[order])).astype(np.float32))
+
+
+def whiten(descriptors: Float[np.ndarray, "*b d"], whitening: Whitening) -> Float[np.ndarray, "*b dim"]:
+    """Whitened unit vectors, in float32. Raises `ValueError` for descriptors of another width than the whitening's."""
+    if np.shape(descriptors)[-1] != len(whitening.mean):
+        raise ValueError(f"the whitening is for descriptors of {len(whitening.mean)} numbers, and these have {np.shape(descriptors)[-1]}")
+    y = (np.asarray(descriptors, np.float32) - whitening.mean) @ whitening.projection
+    return y / np.maximum(np.linalg.norm(y, axis=-1, keepdims=True), 1e-12)
+
+
+def save_whitening(path: str | Path, whitening: Whitening) -> None:
+    """A `.npz` file of both arrays, which appears when it is complete."""
+    with replacing(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **whitening._asdict())
+
+
+def load_whitening(path: str | Path) -> Whitening:
+    """Raises `ValueError` for a file that is none."""
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            whitening = Whitening(*(np.asarray(file[name], np.float32) for name in Whitening._fields))
+    except Exception as error:  # a damaged file fails in NumPy, zipfile or zlib with errors of a dozen kinds
+        raise ValueError(f"{path} is no file of a whitening: {str(error).partition(chr(10))[0]}") from None
+    if whitening.mean.ndim != 1 or whitening.projection.ndim != 2 or len(whitening.mean) != len(whitening.projection):
+        raise ValueError(f"{path} is no file of a whitening: shapes {whitening.mean.shape} and {whitening.projection.shape} do not go together")
+    return whitening

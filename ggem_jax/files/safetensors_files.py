@@ -1,0 +1,41 @@
+"""Files of safetensors, through its package (the extra `retrieval`): a header of names, dtypes and shapes, then the numbers."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from types import ModuleType
+
+import ml_dtypes  # noqa: F401  # makes bfloat16 known to NumPy by its name
+import numpy as np
+from numpy.typing import ArrayLike
+
+from ggem_jax.files.atomic import replacing
+from ggem_jax.files.errors import UnreadableWeights
+
+
+def read_safetensors(path: Path | str) -> dict[str, np.ndarray]:
+    """Reads all arrays by their names; bfloat16 is that of `ml_dtypes`. Raises `UnreadableWeights` for a file that cannot be read."""
+    package = _package()
+    try:
+        with package.safe_open(path, framework="numpy") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+    except (package.SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, MemoryError) as error:
+        raise UnreadableWeights(f"{path} is not a readable safetensors file: {str(error).partition(chr(10))[0][:200]}") from None
+
+
+def write_safetensors(path: Path | str, arrays: Mapping[str, ArrayLike]) -> None:
+    """Writes arrays by their names. The file appears under its name when it is complete."""
+    package = _package()
+    contents = {str(name): np.array(value, order="C", copy=None) for name, value in arrays.items()}
+    try:
+        with replacing(path) as temporary:
+            package.numpy.save_file(contents, temporary)
+    except package.SafetensorError as error:
+        raise ValueError(f"{path} cannot be written: {error}") from None
+
+
+def _package() -> ModuleType:
+    try:
+        import safetensors.numpy
+    except ImportError:
+        raise ModuleNotFoundError("reading safetensors files needs the package safetensors: pip install 'ggem-jax[retrieval]'") from None
+    return safetensors

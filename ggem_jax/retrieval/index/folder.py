@@ -1,0 +1,133 @@
+"""Pictures in a folder tree: which there are, and their pixels, decoded in threads beside whatever uses them.
+
+Paths are relative to the root, with `/`; names that are no UTF-8 keep their bytes as surrogate escapes.
+"""
+
+import hashlib
+import os
+import re
+import stat
+from collections import deque
+from collections.abc import Container, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from ggem_jax.files.images import EXTENSIONS, RGB, UnreadableImage, read_image
+
+
+class File(NamedTuple):
+    """A file with a picture's name, as the folder lists it."""
+
+    path: str
+    size: int
+    mtime_ns: int
+
+
+class Skipped(NamedTuple):
+    """A file or folder that could not be used; `why` is a sentence that names it."""
+
+    path: str
+    why: str
+
+
+class Picture(NamedTuple):
+    """A file that was read: the blake2b hash of its bytes, and its pixels and their size, or None and zeros where the hash was known already."""
+
+    file: File
+    content: bytes
+    pixels: RGB | None
+    width: int = 0
+    height: int = 0
+
+
+@dataclass(frozen=True)
+class Listing:
+    """What `walk` found: files in the order of their names, and what it could not look at."""
+
+    files: list[File]
+    skipped: list[Skipped]
+
+
+def walk(root: Path, start: str = "", *, apart: Path) -> Listing:
+    """Lists the pictures (by extension) under `root / start`, without hidden ones and without the folder `apart`.
+
+    A linked folder is followed where it lies outside the root; every folder is read once, so that loops of links end.
+    """
+    inside, apart = os.path.realpath(root), Path(os.path.realpath(apart))
+    listing, seen, stack = Listing([], []), set[tuple[int, int]](), [start]
+    while stack:
+        path = stack.pop()
+        full = root / path
+        try:
+            found = full.stat()
+            if stat.S_ISDIR(found.st_mode):
+                real = os.path.realpath(full)
+                doubled = full.is_symlink() and path != start and f"{real}/".startswith(f"{inside.rstrip('/')}/")
+                if not doubled and (found.st_dev, found.st_ino) not in seen and Path(real) != apart:
+                    seen.add((found.st_dev, found.st_ino))
+                    names = (name for name in os.listdir(full) if not name.startswith("."))
+                    stack += sorted((f"{path}/{name}" if path else name for name in names), reverse=True)
+            elif path.lower().endswith(EXTENSIONS):
+                if stat.S_ISREG(found.st_mode):
+                    listing.files.append(File(path, found.st_size, _mtime(found)))
+                else:
+                    listing.skipped.append(Skipped(path, f"{shown(path)} is no regular file"))
+        except OSError as error:
+            if full.is_symlink() and not path.lower().endswith(EXTENSIONS):
+                continue  # a link to nothing that has no picture's name
+            listing.skipped.append(Skipped(path, f"{shown(path) or root} cannot be read: {error.strerror}"))
+    return listing
+
+
+def decoded(root: Path, files: Iterable[File], known: Container[bytes], *, workers: int) -> Iterator[Picture | Skipped]:
+    """Reads pictures in `workers` threads, a few ahead, and gives them in the order of `files`; contents that are `known` are not decoded."""
+    with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
+        ahead: deque[Future[Picture | Skipped]] = deque()
+        try:
+            for file in files:
+                ahead.append(pool.submit(_read, root, file, known))
+                if len(ahead) > 2 * workers:
+                    yield ahead.popleft().result()
+            while ahead:
+                yield ahead.popleft().result()
+        finally:
+            for future in ahead:
+                future.cancel()
+
+
+def hashed(data: bytes) -> bytes:
+    """What tells the contents of files apart: 16 bytes."""
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def shown(path: str) -> str:
+    """A path as a sentence can show it: odd names are quoted and escaped, so that a sentence stays one line."""
+    return path if path.isprintable() else repr(path)
+
+
+def _read(root: Path, file: File, known: Container[bytes]) -> Picture | Skipped:
+    try:
+        with open(root / file.path, "rb") as handle:
+            now = os.fstat(handle.fileno())
+            data = handle.read()
+        content = hashed(data)
+        pixels = None if content in known else read_image(data, name=shown(file.path))
+    except UnreadableImage as error:
+        return Skipped(file.path, _one_line(error))
+    except OSError as error:
+        return Skipped(file.path, f"{shown(file.path)} cannot be read: {error.strerror}")
+    except Exception as error:  # whatever else a decoder raises over a damaged file must not end hours of work
+        return Skipped(file.path, f"{shown(file.path)} is not a readable picture: {type(error).__name__}: {_one_line(error)}")
+    height, width = (0, 0) if pixels is None else pixels.shape[:2]
+    return Picture(File(file.path, now.st_size, _mtime(now)), content, pixels, width, height)
+
+
+def _mtime(status: os.stat_result) -> int:
+    """In nanoseconds, as far as 64 bits go: to the year 2262."""
+    return max(-(2**63), min(status.st_mtime_ns, 2**63 - 1))
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(re.sub(r" <_io\.BytesIO object at 0x[0-9a-f]+>", "", str(error)).split())

@@ -1,0 +1,523 @@
+"""How an index is written: what is extracted gathers in new shards and in `pending.sqlite`, batch by batch; `publish` makes it visible at once."""
+
+import contextlib
+import fcntl
+import os
+import secrets
+import shutil
+import sqlite3
+import time
+import zlib
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Iterator
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ggem_jax.files.images import EXTENSIONS, RGB, UnreadableImage
+from ggem_jax.retrieval.index.folder import File, Listing, Picture, Skipped, decoded, shown, walk
+from ggem_jax.retrieval.index.store import (
+    COLUMNS,
+    INDEX,
+    LOCK,
+    NEXT,
+    PENDING,
+    PUT,
+    Damaged,
+    Entry,
+    Facts,
+    IndexRefused,
+    connected,
+    facts_of,
+    flaws,
+    holds_shards,
+    index_is_missing,
+    is_shard,
+    is_unfinished,
+    mapped,
+    mapped_or_refused,
+    mend,
+    read_facts,
+    refuse_other_build,
+    shard_file,
+    sync,
+    writable,
+    write_facts,
+    write_shard,
+)
+
+Extract = Callable[[Iterator[RGB]], Iterable[np.ndarray | UnreadableImage]]
+OnProgress = Callable[[int, int], None]  # pictures done, pictures in all
+
+COMMIT_ROWS, COMMIT_SECONDS = 1024, 30.0  # what a killed writer has to extract again, at most
+SHARD_BYTES = 1 << 28  # of a shard, at most: a reader of 16 GiB of vectors maps 64 files
+SMALL_SHARDS = 8  # when more than these are less than half full, they are put together
+_ROWS_COPIED = 4096
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a writer did, in pictures. `reused` of the added and updated ones had a content whose vector was there: they had been moved or copied."""
+
+    added: int = 0
+    updated: int = 0
+    unchanged: int = 0
+    removed: int = 0
+    reused: int = 0
+    skipped: list[Skipped] = field(default_factory=list)
+
+
+@contextlib.contextmanager
+def written(folder: Path) -> Iterator[None]:
+    """Tells a failure to write in one sentence."""
+    try:
+        yield
+    except (OSError, sqlite3.Error) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise IndexRefused(f"{folder} could not be written: {reason} (it is as it was before, and the same call goes on from there)") from error
+
+
+@contextlib.contextmanager
+def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
+    """Keeps other writers out, and removes what nobody needs: what a killed writer left, then what was half written or has been replaced."""
+    made = new and not folder.exists()
+    if not new or (folder / INDEX).exists():
+        facts_of(folder)
+    elif not made and not is_unfinished(folder):
+        raise IndexRefused(f"{folder} exists and is not an index: choose another path, nothing is overwritten")
+    with contextlib.ExitStack() as stack:
+        with written(folder):
+            if new:
+                folder.mkdir(parents=True, exist_ok=True)
+            stack.enter_context(_lock(folder))
+            _tidy(folder)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError, sqlite3.Error, IndexRefused):  # otherwise the next writer does it
+                _tidy(folder)
+                if set(os.listdir(folder)) == {LOCK}:  # nothing was begun
+                    (folder / LOCK).unlink()
+                    if made:
+                        folder.rmdir()
+
+
+@contextlib.contextmanager
+def _lock(folder: Path) -> Iterator[None]:
+    while True:
+        with (folder / LOCK).open("a") as handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise IndexRefused(f"another process is writing to {folder}: wait until it has finished (searches may go on)") from None
+            if (folder / LOCK).exists() and os.path.samestat((folder / LOCK).stat(), os.fstat(handle.fileno())):
+                yield
+                return
+
+
+def _tidy(folder: Path) -> None:
+    """Removes shards that neither the index nor the pending one names, and then a pending one that cannot be used.
+
+    Where there is no index, shards are those of a build that goes on only if its pending file says so: it counts no picture of an index. Other shards
+    belong to an index whose SQLite file has been lost, and are refused.
+    """
+    ours, unusable = (folder / INDEX).exists(), False
+    kept = set(facts_of(folder).shards) if ours else set()
+    if (folder / PENDING).exists():
+        try:
+            with contextlib.closing(writable(folder / PENDING)) as database:
+                ours = ours or read_facts(database, folder / PENDING).count == 0
+                if ours:
+                    kept |= _usable_shards(database, folder)
+        except (Damaged, sqlite3.DatabaseError) as error:
+            if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+                raise  # a full disk, say: nothing is wrong with the file
+            unusable = True
+    if not ours and holds_shards(folder):
+        raise index_is_missing(folder)
+    names = {shard_file(folder, shard).name for shard in kept}
+    for name in os.listdir(folder):
+        if name.startswith(NEXT) or (is_shard(name) and name not in names):
+            (folder / name).unlink()
+    if unusable:
+        _drop_pending(folder)
+
+
+def _usable_shards(pending: sqlite3.Connection, folder: Path) -> set[int]:
+    if pending.execute("PRAGMA integrity_check(1)").fetchone()[0] != "ok":
+        raise Damaged("its structure is broken")
+    if not pending.execute("SELECT 1 FROM images").fetchone():
+        raise Damaged("there is nothing in it")
+    facts = read_facts(pending, folder / PENDING)
+    lost = [(flaw.id,) for flaw in flaws(pending, folder, facts, PENDING)]
+    pending.executemany("DELETE FROM images WHERE id = ?", lost)
+    return {shard for (shard,) in pending.execute("SELECT DISTINCT shard FROM images")}
+
+
+def _drop_pending(folder: Path) -> None:
+    for name in (f"{PENDING}-journal", PENDING):
+        (folder / name).unlink(missing_ok=True)
+
+
+def update(
+    folder: Path, wanted: Facts, extract: Extract, *, start: str, prune: bool, repair: bool, workers: int | None, on_progress: OnProgress | None
+) -> Report:
+    """Brings the index in line with the pictures under `wanted.root / start`. The lock is held."""
+    listing, new = walk(Path(wanted.root), start, apart=folder), not (folder / INDEX).exists()
+    if not listing.files:
+        first = f" ({listing.skipped[0].why})" if listing.skipped else ""
+        raise IndexRefused(
+            f"there is no picture ({' '.join(EXTENSIONS)}) in {Path(wanted.root) / start}{first}: is it the right folder, and is its disk there?"
+        )
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_read(folder))
+        committed, lost = None, set[int]()
+        if not new:
+            committed = stack.enter_context(contextlib.closing(connected(folder / INDEX, "mode=ro&immutable=1")))
+            wanted = replace(read_facts(committed, folder / INDEX), root=wanted.root)
+            lost = _lost(committed, folder, wanted) if repair else set()
+            if not repair:
+                _refuse_lost_shards(folder, wanted)
+        with written(folder):
+            _refuse_other_pending(folder, wanted, new=new)
+            pending = stack.enter_context(contextlib.closing(writable(folder / PENDING)))
+            if not pending.execute("SELECT 1 FROM facts").fetchone():
+                write_facts(pending, wanted)  # before the first shard, which belongs to a build or to an index by what stands here
+        work = _Work(folder, wanted, committed, pending, lost)
+        report = work.run(listing, extract, workers or min(4, os.cpu_count() or 1), on_progress)
+        if new and not work.chosen:
+            raise IndexRefused(f"none of the {len(listing.files)} pictures in {wanted.root} could be indexed: {report.skipped[0].why}")
+        gone = work.gone(listing, start) if prune else []
+        report = replace(report, removed=len(gone), skipped=report.skipped + work.dropped(gone))
+        changes = new or bool(work.chosen or gone or lost) or facts_of(folder).root != wanted.root
+    with written(folder):
+        if changes:
+            publish(folder, work.facts, [path for _, path in sorted(work.chosen)], gone, lost)
+        _drop_pending(folder)
+    return report
+
+
+@contextlib.contextmanager
+def _read(folder: Path) -> Iterator[None]:
+    """Tells that SQLite cannot read its file in one sentence; errors of the extractor pass."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        raise Damaged(f"{folder / INDEX} is damaged ({error}): put a copy in its place, or build the index again in another folder") from error
+
+
+def _lost(committed: sqlite3.Connection, folder: Path, facts: Facts) -> set[int]:
+    """The ids of entries that cannot be used. Where the very structure of SQLite's file is broken there is no telling."""
+    problem = committed.execute("PRAGMA integrity_check(1)").fetchone()[0]
+    if problem != "ok":
+        raise Damaged(f"{folder / INDEX} is damaged ({problem}) beyond repair: put a copy in its place, or build the index again in another folder")
+    return {flaw.id for flaw in flaws(committed, folder, facts)}
+
+
+def _refuse_lost_shards(folder: Path, facts: Facts) -> None:
+    for shard in facts.shards:
+        try:
+            mapped_or_refused(folder, shard, facts)
+        except FileNotFoundError:
+            raise Damaged(mend(folder, shard_file(folder, shard).name, "is missing")) from None
+
+
+def _refuse_other_pending(folder: Path, wanted: Facts, *, new: bool) -> None:
+    """An interrupted build of other settings is not thrown away; an interrupted `add` of a root that has moved is."""
+    if (folder / PENDING).exists():
+        with contextlib.closing(writable(folder / PENDING)) as database:
+            facts = read_facts(database, folder / PENDING)
+        try:
+            refuse_other_build(folder, facts, wanted)
+        except IndexRefused as error:
+            if new:
+                raise IndexRefused(f"an interrupted build is in the way: {error}, or delete the folder") from None
+            _drop_pending(folder)
+
+
+class _Place(NamedTuple):
+    """A picture and its place in the listing."""
+
+    number: int
+    picture: Picture
+
+
+class _Work:
+    """What one update has done so far: `chosen` are the entries, by place in the listing and path, that `pending` holds for the index."""
+
+    def __init__(self, folder: Path, facts: Facts, committed: sqlite3.Connection | None, pending: sqlite3.Connection, lost: set[int]):
+        self.folder, self.committed, self.pending, self.lost = folder, committed, pending, lost
+        self.facts = facts
+        if pending.execute("SELECT 1 FROM facts").fetchone():
+            there = read_facts(pending, folder / PENDING)
+            used = {shard for (shard,) in pending.execute("SELECT DISTINCT shard FROM images")}
+            self.facts = replace(
+                facts, dim=there.dim, shards={**{shard: there.shards[shard] for shard in there.shards if shard in used}, **facts.shards}
+            )
+        self.known = {content for database in self._databases() for _, content in self._usable(database, "SELECT id, content FROM images")}
+        self.chosen: list[tuple[int, bytes]] = []
+        self.waiting: deque[_Place] = deque()  # at the extractor
+        self.copies: list[_Place] = []  # of pictures that are known, or at the extractor
+        self.batch: list[tuple[_Place, np.ndarray]] = []
+        self.skipped: list[Skipped] = []
+        self.exhausted, self.reused, self.last_commit = False, 0, time.monotonic()
+
+    def run(self, listing: Listing, extract: Extract, workers: int, on_progress: OnProgress | None) -> Report:
+        unchanged, unread = 0, []
+        self.skipped += listing.skipped
+        for number, file in enumerate(listing.files):
+            name = os.fsencode(file.path)
+            before, extracted = self._entry(self.committed, name), self._entry(self.pending, name)
+            if before is not None and before[1:3] == file[1:]:
+                unchanged += 1
+            elif extracted is not None and extracted[1:3] == file[1:]:
+                self.chosen.append((number, name))
+            else:
+                unread.append((number, file))
+        self.settled, total = len(listing.files) - len(unread), len(listing.files)
+        stream = self._pictures(Path(self.facts.root), unread, workers)
+        try:
+            _tell(on_progress, self.settled, total)
+            for vector in extract(stream):
+                self._take(vector)
+                _tell(on_progress, self.settled, total)
+            if self.waiting or not self.exhausted:
+                raise IndexRefused(f"the extractor must give a vector for each picture, and stopped {len(self.waiting)} short of what it took")
+        except BaseException:
+            with contextlib.suppress(IndexRefused):
+                self._flush()
+            raise
+        finally:
+            stream.close()
+        self._flush()
+        self.skipped += [
+            Skipped(copy.picture.file.path, f"{shown(copy.picture.file.path)} has the content of a picture that was skipped") for copy in self.copies
+        ]
+        _tell(on_progress, total, total)
+        return self._report(unchanged)
+
+    def gone(self, listing: Listing, start: str) -> list[bytes]:
+        """The entries whose files are no longer there; not those in or under what could not be read."""
+        there = {os.fsencode(file.path) for file in listing.files}
+        kept = {os.fsencode(path) for path, _ in listing.skipped}
+        prefix = os.fsencode(f"{start}/") if start else b""
+        names = [name for (name,) in self.committed.execute("SELECT path FROM images ORDER BY id")] if self.committed else []
+        return [name for name in names if name.startswith(prefix) and name not in there and not kept & {b"", *_upwards(name)}]
+
+    def dropped(self, gone: list[bytes]) -> list[Skipped]:
+        """Damaged entries that could not be made anew."""
+        replaced = {name for _, name in self.chosen} | set(gone)
+        names = (
+            [self.committed.execute("SELECT path FROM images WHERE id = ?", (number,)).fetchone()[0] for number in self.lost]
+            if self.committed
+            else []
+        )
+        paths = [os.fsdecode(name) for name in names if isinstance(name, bytes) and name not in replaced]
+        return [Skipped(path, f"the entry of {shown(path)} was damaged, its picture could not be read, and it was dropped") for path in sorted(paths)]
+
+    def _pictures(self, root: Path, unread: list[tuple[int, File]], workers: int) -> Generator[RGB, None, None]:
+        """What the extractor reads; nothing here speaks with SQLite, whose connections belong to one thread."""
+        numbers = iter(unread)
+        for found in decoded(root, (file for _, file in unread), self.known, workers=workers):
+            number = next(numbers)[0]
+            if isinstance(found, Skipped):
+                self._skip(found)
+            elif found.pixels is None or found.content in self.known:
+                self.copies.append(_Place(number, found._replace(pixels=None)))
+                self.settled += 1
+            else:
+                self.known.add(found.content)
+                self.waiting.append(_Place(number, found._replace(pixels=None)))
+                yield found.pixels
+        self.exhausted = True
+
+    def _skip(self, skipped: Skipped) -> None:
+        self.skipped.append(skipped)
+        self.settled += 1
+
+    def _take(self, vector: np.ndarray | UnreadableImage) -> None:
+        if not self.waiting:
+            raise IndexRefused("the extractor must give a vector for each picture, and gave more than it took pictures")
+        place = self.waiting.popleft()
+        path = place.picture.file.path
+        if isinstance(vector, UnreadableImage):
+            return self._skip(Skipped(path, f"{shown(path)} cannot be described: {' '.join(str(vector).split())}"))
+        dim = self.facts.dim or (len(self.batch[0][1]) if self.batch else 0)
+        vector = np.asarray(vector)
+        if vector.ndim != 1 or not vector.size or (dim and vector.size != dim) or not np.issubdtype(vector.dtype, np.floating):
+            expected = f"({dim},)" if dim else "(dim,)"
+            raise IndexRefused(
+                f"the extractor must give vectors {expected} of real numbers, and gave {vector.dtype} of shape {vector.shape} for {shown(path)}"
+            )
+        with np.errstate(over="ignore"):
+            stored = vector.astype(self.facts.stored())
+        if not np.isfinite(stored).all():
+            return self._skip(Skipped(path, f"{shown(path)} has a descriptor that is not finite in {self.facts.dtype}"))
+        self.batch.append((place, stored))
+        self.settled += 1
+        if len(self.batch) >= COMMIT_ROWS or time.monotonic() - self.last_commit >= COMMIT_SECONDS:
+            self._flush()
+        return None
+
+    def _flush(self) -> None:
+        """Puts the batch on disk, in a shard of its own, and its entries with those of known contents in the pending file."""
+        facts, shard = self.facts, secrets.randbits(47)
+        entries = []
+        with written(self.folder):
+            try:
+                if self.batch:
+                    rows = np.stack([vector for _, vector in self.batch])
+                    facts = replace(facts, dim=rows.shape[1], shards={**facts.shards, shard: len(rows)})
+                    write_shard(shard_file(self.folder, shard), [rows], len(rows), facts)
+                    sync(self.folder)
+                    entries = [
+                        (place, Entry(*_named(place), *_size(place), zlib.crc32(vector.data), shard, row))
+                        for row, (place, vector) in enumerate(self.batch)
+                    ]
+                self.pending.execute("BEGIN IMMEDIATE")
+                self._put(entries)
+                copies, left = self._placed_copies()
+                self._put(copies)
+                write_facts(self.pending, facts)
+                self.pending.execute("COMMIT")
+            except BaseException:
+                with contextlib.suppress(sqlite3.Error):
+                    self.pending.execute("ROLLBACK")
+                shard_file(self.folder, shard).unlink(missing_ok=True)
+                raise
+        self.facts, self.batch, self.copies, self.last_commit = facts, [], left, time.monotonic()
+        self.reused += sum(self._content(entry.path) != entry.content for _, entry in copies)
+        self.chosen += [(place.number, entry.path) for place, entry in entries + copies]
+
+    def _put(self, entries: list[tuple[_Place, Entry]]) -> None:
+        self.pending.executemany(PUT, [(*entry, entry.crc32()) for _, entry in entries])
+
+    def _placed_copies(self) -> tuple[list[tuple[_Place, Entry]], list[_Place]]:
+        """Entries for the pictures whose content has a vector by now, and the rest."""
+        copies, left = [], []
+        for place in self.copies:
+            entry = self._of_content(place.picture.content)
+            if entry is None:
+                left.append(place)
+            else:
+                copies.append((place, Entry(*_named(place), *entry[4:])))
+        return copies, left
+
+    def _of_content(self, content: bytes) -> Entry | None:
+        for database in self._databases():
+            for values in self._usable(database, f"SELECT id, {COLUMNS} FROM images WHERE content = ?", content):
+                return Entry(*values[1:])
+        return None
+
+    def _entry(self, database: sqlite3.Connection | None, name: bytes) -> Entry | None:
+        found = list(self._usable(database, f"SELECT id, {COLUMNS} FROM images WHERE path = ?", name)) if database is not None else []
+        return Entry(*found[0][1:]) if found else None
+
+    def _content(self, name: bytes) -> bytes | None:
+        entry = self._entry(self.committed, name)
+        return None if entry is None else entry.content
+
+    def _databases(self) -> list[sqlite3.Connection]:
+        return [self.pending] if self.committed is None else [self.pending, self.committed]
+
+    def _usable(self, database: sqlite3.Connection, query: str, *values: bytes) -> Iterator[tuple]:
+        """Rows that begin with an id, without the entries that are lost."""
+        return (row for row in database.execute(query, values) if database is self.pending or row[0] not in self.lost)
+
+    def _report(self, unchanged: int) -> Report:
+        added = updated = 0
+        for _, name in self.chosen:
+            there, extracted = self._content(name), self._entry(self.pending, name)
+            added += there is None
+            updated += there is not None and extracted is not None and there != extracted.content
+        touched = len(self.chosen) - added - updated
+        return Report(added=added, updated=updated, unchanged=unchanged + touched, reused=self.reused, skipped=self.skipped)
+
+
+def _tell(on_progress: OnProgress | None, done: int, total: int) -> None:
+    if on_progress is not None:
+        on_progress(done, total)
+
+
+def _named(place: _Place) -> tuple[bytes, int, int, bytes]:
+    file = place.picture.file
+    return os.fsencode(file.path), file.size, file.mtime_ns, place.picture.content
+
+
+def _size(place: _Place) -> tuple[int, int]:
+    return place.picture.width, place.picture.height
+
+
+def _upwards(name: bytes) -> Iterator[bytes]:
+    """`a/b/c` -> `a/b/c`, `a/b`, `a`"""
+    while name:
+        yield name
+        name = name.rpartition(b"/")[0]
+
+
+def publish(folder: Path, facts: Facts, chosen: list[bytes], gone: list[bytes], lost: set[int]) -> None:
+    """Makes the next version of `index.sqlite`, with the chosen entries of `pending.sqlite`, and puts it in the place of the one that is there."""
+    following = folder / NEXT
+    if (folder / INDEX).exists():
+        shutil.copyfile(folder / INDEX, following)
+    with contextlib.closing(writable(following)) as database:
+        database.execute("PRAGMA journal_mode=OFF")  # a private file until it is complete
+        database.execute("PRAGMA synchronous=OFF")
+        database.execute("BEGIN")
+        database.executemany("DELETE FROM images WHERE id = ?", [(number,) for number in lost])
+        database.executemany("DELETE FROM images WHERE path = ?", [(name,) for name in gone])
+        if chosen:
+            with contextlib.closing(writable(folder / PENDING)) as pending:
+                query = f"SELECT {COLUMNS}, entry_crc32 FROM images WHERE path = ?"
+                database.executemany(PUT, (pending.execute(query, (name,)).fetchone() for name in chosen))
+        shards = _compacted(database, folder, facts)
+        count = database.execute("SELECT COUNT(*) FROM images").fetchone()[0]
+        write_facts(database, replace(facts, shards=shards, count=count))
+        database.execute("COMMIT")
+    sync(following)
+    sync(folder)
+    os.replace(following, folder / INDEX)
+    sync(folder)
+
+
+def _compacted(database: sqlite3.Connection, folder: Path, facts: Facts) -> dict[int, int]:
+    """Drops shards without a row in use; writes those in use anew where more than half of all rows are not, or where small shards are many."""
+    used = dict(database.execute("SELECT shard, COUNT(DISTINCT row) FROM images GROUP BY shard"))
+    shards = {shard: rows for shard, rows in facts.shards.items() if shard in used}
+    capacity = max(1, SHARD_BYTES // max(1, facts.row_bytes()))
+    moving = {shard for shard in shards if 2 * shards[shard] < capacity}
+    if len(moving) <= SMALL_SHARDS:
+        moving = set()
+    if 2 * sum(used.values()) < sum(shards.values()):
+        moving |= {shard for shard in shards if used[shard] < shards[shard]}
+    moving = {shard for shard in moving if _is_sound(folder, shard, facts)}
+    if not moving:
+        return shards
+    entries = [entry for entry in database.execute("SELECT id, shard, row FROM images ORDER BY id") if entry[1] in moving]
+    rows = list(dict.fromkeys(entry[1:] for entry in entries))
+    new: dict[tuple[int, int], tuple[int, int]] = {}
+    shards = {shard: shards[shard] for shard in shards if shard not in moving}
+    for start in range(0, len(rows), capacity):
+        part, shard = rows[start : start + capacity], secrets.randbits(47)
+        write_shard(shard_file(folder, shard), _gathered(folder, part, facts), len(part), facts)
+        new |= {old: (shard, row) for row, old in enumerate(part)}
+        shards[shard] = len(part)
+    database.executemany("UPDATE images SET shard = ?, row = ? WHERE id = ?", ((*new[entry[1:]], entry[0]) for entry in entries))
+    return shards
+
+
+def _is_sound(folder: Path, shard: int, facts: Facts) -> bool:
+    try:
+        return len(mapped(folder, shard, facts)) > 0
+    except (Damaged, FileNotFoundError):
+        return False
+
+
+def _gathered(folder: Path, rows: list[tuple[int, int]], facts: Facts) -> Iterator[np.ndarray]:
+    """The vectors of `(shard, row)` pairs, in blocks, with few files open at a time."""
+    opened = lru_cache(4)(lambda shard: mapped(folder, shard, facts))
+    for start in range(0, len(rows), _ROWS_COPIED):
+        yield np.stack([opened(shard)[row] for shard, row in rows[start : start + _ROWS_COPIED]])

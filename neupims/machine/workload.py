@@ -1,0 +1,167 @@
+"""What is run: decoder-only language models by their numbers, and a batch of requests. Weights and caches are float16, 2 bytes a number."""
+
+import csv
+import numbers
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from neupims.machine.record import COUNT_MOST, instead, record
+
+FLOAT16_BYTES = 2
+SHOWN = 80  # characters of a wrong line that an error repeats
+LONGEST = 10**6  # tokens of a request that a trace may hold; a longer one is a slip of the pen
+
+
+@record
+class Decoder:
+    """A decoder-only transformer. A batch of models is the same record with a leading axis on every field."""
+
+    layers: int
+    width: int  # channels of a token
+    heads: int  # query heads
+    kv_heads: int  # key and value heads; fewer than `heads` is grouped-query attention
+    mlp_width: int  # hidden channels of the MLP
+    mlp_matrices: int = 2  # of the MLP: 2 with one activation, 3 with a gate (Llama)
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not isinstance(value, numbers.Integral) or not 1 <= int(value) <= COUNT_MOST:
+                raise ValueError(f"{name} must be {instead(value, 1, COUNT_MOST, True)}")
+        if self.width % self.heads:
+            raise ValueError(f"heads must divide the width, {self.width}, but is {self.heads}")
+        if self.heads % self.kv_heads:
+            raise ValueError(f"kv_heads must divide the heads, {self.heads}, but is {self.kv_heads}")
+
+    @property
+    def kv_width(self) -> int:
+        """Channels of a key, and of a value, over all heads."""
+        return self.width // self.heads * self.kv_heads
+
+
+@record
+class Parallel:
+    """How many devices share each layer (tensor parallel), and into how many groups the layers are cut (pipeline parallel)."""
+
+    tp: int
+    pp: int
+
+    def __post_init__(self):
+        for name, value in vars(self).items():
+            if not isinstance(value, numbers.Integral) or not 1 <= int(value) <= COUNT_MOST:
+                raise ValueError(f"{name} must be {instead(value, 1, COUNT_MOST, True)}")
+
+
+def check_parallel(decoder: Decoder, parallel: Parallel) -> None:
+    """Raises ValueError unless the heads divide over the devices and each group of devices has a layer."""
+    if decoder.heads % parallel.tp:
+        raise ValueError(f"tp must divide the {decoder.heads} heads, but is {parallel.tp}")
+    if decoder.kv_heads % parallel.tp and parallel.tp % decoder.kv_heads:
+        raise ValueError(f"tp must divide the {decoder.kv_heads} key and value heads or be a multiple of them, but is {parallel.tp}")
+    if parallel.pp > decoder.layers:
+        raise ValueError(f"pp must be at most the {decoder.layers} layers, but is {parallel.pp}")
+
+
+@record
+class Batch:
+    """Requests that each get one token in this iteration, in the order in which their channel serves them.
+
+    A request of length 0 is none, so that batches of different size can share an axis. A batch of schedules is the same record with a leading axis.
+    """
+
+    seq_lens: Int[Array, " r"]  # tokens whose keys and values are read
+    channels: Int[Array, " r"]  # channel that holds them
+    sub_batches: Int[Array, " r"]  # 0 or 1: which half computes it when halves are interleaved
+
+
+def make_batch(seq_lens, channels, sub_batches=None, *, num_channels: int = 32) -> Batch:
+    """A checked batch; sub-batches by the simulator's rule (`halves`) unless given.
+
+    Raises:
+        ValueError: there is no request; a length is not a whole number of at least 1; a channel is not below `num_channels`.
+    """
+    seq_lens, channels = np.asarray(seq_lens), np.asarray(channels)
+    if seq_lens.ndim != 1 or seq_lens.shape != channels.shape:
+        raise ValueError(f"one length and one channel for each request, not {seq_lens.shape} lengths and {channels.shape} channels")
+    if not seq_lens.size:
+        raise ValueError("a batch needs at least one request")
+    for request, (length, channel) in enumerate(zip(seq_lens.tolist(), channels.tolist(), strict=True)):
+        if length != int(length) or not 1 <= length <= LONGEST:
+            raise ValueError(f"the length of request {request} must be a whole number from 1 to {LONGEST}, not {length}")
+        if channel != int(channel) or not 0 <= channel < num_channels:
+            raise ValueError(f"the channel of request {request} must be from 0 to {num_channels - 1}, not {channel}")
+    if sub_batches is None:
+        sub_batches = halves(channels, num_channels)
+    return Batch(*(jnp.asarray(part, jnp.int32) for part in (seq_lens, channels, sub_batches)))
+
+
+def halves(channels: Int[Array, " r"], num_channels: int) -> Int[Array, " r"]:
+    """Sub-batch of each request by the simulator's rule: the first half of each channel's list is sub-batch 0.
+
+    Channels with an odd number of requests give the larger half to sub-batch 0 and to sub-batch 1 in turn, sub-batch 0 first.
+    Source: `_partition_alg_simple` in src/scheduler/Scheduler.cc of the public simulator; algorithm 3 of the paper.
+    """
+    sub_batches = np.zeros(len(channels), np.int32)
+    larger_first = True
+    for channel in range(num_channels):
+        mine = np.flatnonzero(np.asarray(channels) == channel)
+        first = len(mine) // 2
+        if len(mine) % 2:
+            first += larger_first
+            larger_first = not larger_first
+        sub_batches[mine[first:]] = 1
+    return jnp.asarray(sub_batches)
+
+
+def read_trace(path: str | Path, *, num_channels: int = 32) -> Batch:
+    """The batch of a trace of the simulator: a CSV file with columns seq_len and ch_idx, one request a row.
+
+    Raises:
+        ValueError: the file is none, or a row is impossible; the sentence names the line.
+    """
+    with open(path, newline="", encoding="utf-8-sig") as file:
+        try:
+            rows = list(csv.reader(file))
+        except (UnicodeDecodeError, csv.Error) as error:
+            raise ValueError(f"{path} is not a CSV file: {error}") from None
+    if not rows or [name.strip() for name in rows[0][:2]] != ["seq_len", "ch_idx"]:
+        raise ValueError(f"{path} must begin with the line seq_len,ch_idx, not {','.join(rows[0])[:SHOWN] if rows else 'nothing'!r}")
+    lengths, channels = [], []
+    for line, row in enumerate(rows[1:], start=2):
+        if not any(cell.strip() for cell in row):
+            continue
+        try:
+            length, channel = (int(cell) for cell in row[:2])
+        except ValueError:
+            raise ValueError(f"{path}, line {line}: two whole numbers expected, a length and a channel, not {','.join(row)[:SHOWN]!r}") from None
+        if not 1 <= length <= LONGEST:
+            raise ValueError(f"{path}, line {line}: the length must be from 1 to {LONGEST}, not {length}")
+        if not 0 <= channel < num_channels:
+            raise ValueError(f"{path}, line {line}: the channel must be from 0 to {num_channels - 1}, not {channel}")
+        lengths.append(length)
+        channels.append(channel)
+    if not lengths:
+        raise ValueError(f"{path} holds no request")
+    return make_batch(lengths, channels, num_channels=num_channels)
+
+
+def weight_bytes(model: Decoder) -> float:
+    """Bytes of the matrices of all blocks: query, key, value, output and the MLP; no biases, no embeddings."""
+    model = _real(model)
+    attention = 2 * model.width * model.width + 2 * model.width * model.kv_width
+    mlp = model.mlp_matrices * model.width * model.mlp_width
+    return FLOAT16_BYTES * model.layers * (attention + mlp)
+
+
+def kv_cache_bytes(model: Decoder, tokens: int) -> float:
+    """Bytes of the keys and values of a sequence of `tokens`."""
+    model = _real(model)
+    return FLOAT16_BYTES * model.layers * 2 * model.kv_width * tokens
+
+
+def _real(model: Decoder) -> Decoder:
+    """The same numbers as real ones: whole ones in 32 bits, which arrays hold, end at 2 GiB."""
+    return jax.tree.map(lambda number: number * 1.0, model)
