@@ -1,18 +1,23 @@
 """Checks and times the kernels on an NVIDIA GPU in one call: python -m benchmarks.bench_kernels
 
-In each group, taking turns on the same inputs: our function as users call it; XLA from the formula as papers print it, under autodiff; XLA from our
-closed-form gradient; PyTorch, eager and compiled, where it is installed; and a copy of as many bytes, which is the ceiling. Who cannot run is left
-out by name; who does not agree with ours is left out, too, and the exit code is 1.
+In each group, taking turns on the same inputs: our function as users call it; XLA from the formula
+as papers print it, under autodiff; XLA from our closed-form gradient; PyTorch, eager and compiled,
+where it is installed; and a copy of as many bytes, which is the ceiling. Who cannot run is left out
+by name; who does not agree with ours is left out, too, and the exit code is 1.
 
-A contestant works through buffers that together are four times the L2 cache and more, so that each call finds its tokens in memory. All of them are
-one program, and a timing is that of at least 100 calls, handed to the device in a row, from the first to the last. `host_share` is the part of that
-time after which the host had handed over everything: where it is small the device was timed, near 1 perhaps the host. PyTorch's own queue makes the
-host wait for the device when it is full, so that there a large share says nothing.
+A contestant works through buffers that together are four times the L2 cache and more, so that each
+call finds its tokens in memory. All of them are one program, and a timing is that of at least 100
+calls, handed to the device in a row, from the first to the last. `host_share` is the part of that
+time after which the host had handed over everything: where it is small the device was timed, near 1
+perhaps the host. PyTorch's own queue makes the host wait for the device when it is full, so that
+there a large share says nothing.
 
-Sections run in order of value, and what would start after --budget seconds is left out and named: --sections takes it in another call. Rows go to
-benchmarks/results/, each as soon as it is there; `benchmarks.plot_kernels` draws them.
+Sections run in order of value, and what would start after --budget seconds is left out and named:
+--sections takes it in another call. Rows go to benchmarks/results/, each as soon as it is there;
+`benchmarks.plot_kernels` draws them.
 
-Without a GPU: --dry goes through all of it on the CPU with small shapes, --check runs the numerics in Triton's interpreter (TRITON_INTERPRET=1).
+Without a GPU: --dry goes through all of it on the CPU with small shapes, --check runs the numerics
+in Triton's interpreter (TRITON_INTERPRET=1).
 """
 
 import argparse
@@ -49,9 +54,12 @@ from ggem_jax.models.vit import GGeM, ViT, vit_config
 from ggem_jax.pooling import ggem_pool, norm_ggem_pool, superglobal_pool
 from train.throughput import peak_flops, training_flops
 
-_COLD_BYTES = 4 * 64 * 2**20  # four times the L2 cache of the largest of these GPUs: 50 MB of an H100, 60 MB of an H200
-# Residuals of the norm and the formula are 24 bytes for each element, those of all JAX contestants 54: for so many bytes of bfloat16 34 GB. PyTorch
-# keeps 10 GB. JAX takes at most three quarters of the 80 GB of an H100.
+_COLD_BYTES = (
+    4 * 64 * 2**20
+)  # four times the L2 cache of the largest of these GPUs: 50 MB of an H100, 60 MB of an H200
+# Residuals of the norm and the formula are 24 bytes for each element, those of all JAX contestants
+# 54: for so many bytes of bfloat16 34 GB. PyTorch keeps 10 GB. JAX takes at most three quarters of
+# the 80 GB of an H100.
 _MOST_BYTES = 1.25e9
 _MOST_BUFFERS = 16  # in one program, which grows with them
 _CALLS = 100  # at least so many in one timing
@@ -75,8 +83,15 @@ class Case:
         return self.batch * self.tokens * self.channels * jnp.dtype(self.dtype).itemsize
 
 
-S16, B16, L16 = Case("S/16 at 224 px", 256, 196, 384, 6), Case("B/16 at 224 px", 256, 196, 768, 12), Case("L/16 at 224 px", 256, 196, 1024, 16)
-B16_384, L14_518 = Case("B/16 at 384 px", 128, 576, 768, 12), Case("L/14 at 518 px", 64, 1369, 1024, 16)
+S16, B16, L16 = (
+    Case("S/16 at 224 px", 256, 196, 384, 6),
+    Case("B/16 at 224 px", 256, 196, 768, 12),
+    Case("L/16 at 224 px", 256, 196, 1024, 16),
+)
+B16_384, L14_518 = (
+    Case("B/16 at 384 px", 128, 576, 768, 12),
+    Case("L/14 at 518 px", 64, 1369, 1024, 16),
+)
 B16_FLOAT32 = Case("B/16 at 224 px", 256, 196, 768, 12, "float32")
 DRY = Case("dry", 4, 9, 12, 3)
 
@@ -85,21 +100,32 @@ def formula(tokens, p, eps=1e-6):
     """GGeM as papers print it, with the powers in float32 as under mixed precision."""
     b, n, d = tokens.shape
     x = jnp.maximum(tokens.astype(jnp.float32), eps).reshape(b, n, len(p), -1)
-    return (jnp.mean(x ** p[:, None], axis=1) ** (1 / p[:, None])).reshape(b, d).astype(tokens.dtype)
+    return (
+        (jnp.mean(x ** p[:, None], axis=1) ** (1 / p[:, None])).reshape(b, d).astype(tokens.dtype)
+    )
 
 
 def normed(tokens, scale, bias):
     """Flax's LayerNorm, as ViTs end with it."""
-    return nn.LayerNorm(epsilon=1e-6, dtype=tokens.dtype).apply({"params": {"scale": scale, "bias": bias}}, tokens)
+    return nn.LayerNorm(epsilon=1e-6, dtype=tokens.dtype).apply(
+        {"params": {"scale": scale, "bias": bias}}, tokens
+    )
 
 
-# By operation and contestant: functions of tokens and parameters. The first is ours as users call it.
+# By operation and contestant: functions of tokens and parameters. The first is ours as users call
+# it.
 JAX_CONTESTANTS: dict[str, dict[str, Callable]] = {
-    "ggem": {"ours": ggem_pool, "xla formula": formula, "xla closed form": partial(ggem_pool, implementation="xla")},
+    "ggem": {
+        "ours": ggem_pool,
+        "xla formula": formula,
+        "xla closed form": partial(ggem_pool, implementation="xla"),
+    },
     "norm_ggem": {
         "ours": norm_ggem_pool,
         "xla formula": lambda x, scale, bias, p: formula(normed(x, scale, bias), p),
-        "xla closed form": lambda x, scale, bias, p: ggem_pool(normed(x, scale, bias), p, implementation="xla"),
+        "xla closed form": lambda x, scale, bias, p: ggem_pool(
+            normed(x, scale, bias), p, implementation="xla"
+        ),
         "xla norm, our pooling": lambda x, scale, bias, p: ggem_pool(normed(x, scale, bias), p),
     },
 }
@@ -122,15 +148,40 @@ def torch_pool(torch) -> Callable:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--sections", help=f"some of {','.join(SECTIONS)}; all of them by default")
-    parser.add_argument("--budget", type=float, help=f"seconds; what would start later is left out and named ({_BUDGET} on a GPU)")
-    parser.add_argument("--rounds", type=int, default=7, help="timings of each contestant, at least 2 (%(default)s)")
-    parser.add_argument("--dry", action="store_true", help="on the CPU, with small shapes; no row is kept")
-    parser.add_argument("--check", action="store_true", help="the numerics alone, in Triton's interpreter; no row is kept")
+    parser.add_argument(
+        "--budget",
+        type=float,
+        help=f"seconds; what would start later is left out and named ({_BUDGET} on a GPU)",
+    )
+    parser.add_argument(
+        "--rounds", type=int, default=7, help="timings of each contestant, at least 2 (%(default)s)"
+    )
+    parser.add_argument(
+        "--dry", action="store_true", help="on the CPU, with small shapes; no row is kept"
+    )
+    parser.add_argument(
+        "--check",
+        action="store_true",
+        help="the numerics alone, in Triton's interpreter; no row is kept",
+    )
     options = parser.parse_args()
-    sections = list(SECTIONS) if options.sections is None else [name.strip() for name in options.sections.split(",")]
+    sections = (
+        list(SECTIONS)
+        if options.sections is None
+        else [name.strip() for name in options.sections.split(",")]
+    )
     if unknown := set(sections) - set(SECTIONS):
-        sys.exit(f"--sections must be of {', '.join(SECTIONS)}, not {', '.join(sorted(unknown)) or 'empty'}")
-    budget = options.budget if options.budget is not None else math.inf if options.dry or options.check else _BUDGET
+        sys.exit(
+            f"--sections must be of {', '.join(SECTIONS)}, not"
+            f" {', '.join(sorted(unknown)) or 'empty'}"
+        )
+    budget = (
+        options.budget
+        if options.budget is not None
+        else math.inf
+        if options.dry or options.check
+        else _BUDGET
+    )
     if not budget >= 0:
         sys.exit(f"--budget must be a number of seconds, 0 or more, not {budget}")
     if options.rounds < 2:
@@ -145,11 +196,24 @@ def main() -> None:
         sections = ["basics", "numerics"]
     if options.dry or options.check:
         with tempfile.TemporaryDirectory() as folder:
-            bench = Bench(Path(folder), budget, 2, dry=True, implementation="interpret" if options.check else "xla")
+            bench = Bench(
+                Path(folder),
+                budget,
+                2,
+                dry=True,
+                implementation="interpret" if options.check else "xla",
+            )
             sys.exit(bench.run(sections))
     if not launch.runs_here():
-        found = f"jax-triton {'works' if launch.available() else 'is missing or finds no CUDA'} and JAX runs on {jax.default_backend()}"
-        print(f"timing kernels needs an NVIDIA GPU, a JAX with CUDA and jax-triton; here {found}: --dry and --check need none", file=sys.stderr)
+        found = (
+            f"jax-triton {'works' if launch.available() else 'is missing or finds no CUDA'} and JAX"
+            f" runs on {jax.default_backend()}"
+        )
+        print(
+            f"timing kernels needs an NVIDIA GPU, a JAX with CUDA and jax-triton; here {found}:"
+            " --dry and --check need none",
+            file=sys.stderr,
+        )
         sys.exit(2)
     sys.exit(Bench(RESULTS, budget, options.rounds).run(sections))
 
@@ -157,13 +221,32 @@ def main() -> None:
 class Bench:
     """One run: where its rows go and how much time is left."""
 
-    def __init__(self, folder: Path, budget: float, rounds: int, *, dry: bool = False, implementation: str = "triton"):
-        self.folder, self.rounds, self.dry, self.implementation = folder, rounds, dry, implementation
+    def __init__(
+        self,
+        folder: Path,
+        budget: float,
+        rounds: int,
+        *,
+        dry: bool = False,
+        implementation: str = "triton",
+    ):
+        self.folder, self.rounds, self.dry, self.implementation = (
+            folder,
+            rounds,
+            dry,
+            implementation,
+        )
         self.ends, self.failed = time.monotonic() + budget, False
-        self.about = machine() | {"driver": _driver()} | {name: _version(name) for name in ("triton", "jax_triton", "torch")}
+        self.about = (
+            machine()
+            | {"driver": _driver()}
+            | {name: _version(name) for name in ("triton", "jax_triton", "torch")}
+        )
 
     def run(self, sections: list[str]) -> int:
-        """Exit code: 1 if a check failed, contestants disagreed or something of ours did not run."""
+        """Exit code: 1 if a check failed, contestants disagreed or something of ours did not
+        run.
+        """
         for name in sections:
             self.section = name
             began = time.monotonic()
@@ -178,11 +261,16 @@ class Bench:
         return False
 
     def attempted(self, what: str, function: Callable[[], Any], *, fails: bool = True) -> Any:
-        """What `function` returns, or None where it raises: the cause is then said in one line, and the run has failed if `fails`."""
+        """What `function` returns, or None where it raises: the cause is then said in one line, and
+        the run has failed if `fails`.
+        """
         try:
             return function()
         except Exception as error:
-            print(f"left out: {what}: {' '.join(f'{type(error).__name__}: {error}'.split())[:400]}", flush=True)
+            print(
+                f"left out: {what}: {' '.join(f'{type(error).__name__}: {error}'.split())[:400]}",
+                flush=True,
+            )
             self.failed |= fails
             return None
 
@@ -210,19 +298,39 @@ class Bench:
                     "stage": stage,
                 }
                 if self.time_left(_named(about)):
-                    inputs = inputs or Inputs.drawn(operation, case, _buffers(case.token_bytes, self.dry))
-                    makers = {name: partial(make, inputs, stage) for name, make in contestants(operation, compiled_torch, self.dry).items()}
-                    self.measure(about, makers, moved_bytes(operation, stage, about["shape"], case.dtype))
+                    inputs = inputs or Inputs.drawn(
+                        operation, case, _buffers(case.token_bytes, self.dry)
+                    )
+                    makers = {
+                        name: partial(make, inputs, stage)
+                        for name, make in contestants(operation, compiled_torch, self.dry).items()
+                    }
+                    self.measure(
+                        about, makers, moved_bytes(operation, stage, about["shape"], case.dtype)
+                    )
 
     def maps(self) -> None:
         """Several images: 16 buffers of one alone would stay in the cache."""
         for shape in [(2, 6, 7, 8)] if self.dry else [(8, 32, 22, 2048), (64, 14, 14, 768)]:
-            about = {"operation": "superglobal", "name": "map", "shape": shape, "dtype": "bfloat16", "stage": "forward"}
+            about = {
+                "operation": "superglobal",
+                "name": "map",
+                "shape": shape,
+                "dtype": "bfloat16",
+                "stage": "forward",
+            }
             if self.time_left(_named(about)):
                 size = 2 * int(np.prod(shape))
-                maps = [jax.nn.relu(jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)) for i in range(_buffers(size, self.dry))]
+                maps = [
+                    jax.nn.relu(jax.random.normal(jax.random.key(i), shape, jnp.bfloat16))
+                    for i in range(_buffers(size, self.dry))
+                ]
                 makers = {
-                    name: partial(_over_buffers, maps, partial(superglobal_pool, implementation=implementation))
+                    name: partial(
+                        _over_buffers,
+                        maps,
+                        partial(superglobal_pool, implementation=implementation),
+                    )
                     for name, implementation in (("ours", None), ("xla closed form", "xla"))
                 }
                 self.measure(about, makers, size + 4 * shape[0] * shape[-1])
@@ -235,7 +343,11 @@ class Bench:
 
     def training_of(self, variant: str) -> None:
         """Steps with and without the kernels, in turns."""
-        small = {"image": 32, "width": 24, "depth": 1, "heads": 3, "mlp_width": 32} if self.dry else {"dtype": "bfloat16"}
+        small = (
+            {"image": 32, "width": 24, "depth": 1, "heads": 3, "mlp_width": 32}
+            if self.dry
+            else {"dtype": "bfloat16"}
+        )
         config = vit_config(variant, **small)
         batch, steps = (4, 1) if self.dry else (256, 5)
         params = self.attempted(f"training of {variant}, parameters", partial(_parameters, config))
@@ -246,7 +358,9 @@ class Bench:
             "pooling alone": (False, True),
         }.items():
             what = f"training of {variant}, {name}"
-            make = partial(_training, config, params, batch, steps, fused_norm=fused_norm, kernels=kernels)
+            make = partial(
+                _training, config, params, batch, steps, fused_norm=fused_norm, kernels=kernels
+            )
             call = params and self.time_left(what) and self.attempted(what, make)
             if call:
                 calls[name] = call
@@ -267,16 +381,22 @@ class Bench:
                     "ms": f"{1e3 * middle / steps:.2f}",
                 }
                 | {"images_per_s": f"{speed:.0f}", "mfu": f"{speed * flops / peak:.3f}"}
-                | {"over_no_kernel": f"{of['no kernel'] / middle:.4f}" if "no kernel" in of else ""},
+                | {
+                    "over_no_kernel": f"{of['no kernel'] / middle:.4f}" if "no kernel" in of else ""
+                },
             )
 
     # One group
 
-    def measure(self, about: dict[str, Any], makers: dict[str, Callable[[], "_Call"]], moved: int) -> None:
+    def measure(
+        self, about: dict[str, Any], makers: dict[str, Callable[[], "_Call"]], moved: int
+    ) -> None:
         """Times ours, the other contestants, and a copy of as many bytes."""
         what = _named(about)
         calls = self.ready(what, makers, 1e-3 if about["dtype"] == "float32" else 0.05)
-        copies = calls and self.attempted(f"{what}, copies", partial(_copies, moved, _buffers(moved // 2, self.dry)))
+        copies = calls and self.attempted(
+            f"{what}, copies", partial(_copies, moved, _buffers(moved // 2, self.dry))
+        )
         if copies:
             times = self.timed(what, calls | copies, 2 if self.dry else _CALLS)
             if {"ours", *copies} <= times.keys():
@@ -284,7 +404,9 @@ class Bench:
         del calls, copies
         _freed()
 
-    def ready(self, what: str, makers: dict[str, Callable[[], "_Call"]], tolerance: float) -> dict[str, "_Call"]:
+    def ready(
+        self, what: str, makers: dict[str, Callable[[], "_Call"]], tolerance: float
+    ) -> dict[str, "_Call"]:
         """Contestants that have run once and agree with the first, which is ours."""
         calls: dict[str, _Call] = {}
         expected: list[np.ndarray] = []
@@ -299,19 +421,28 @@ class Bench:
             call, result = made
             expected = expected or result
             if difference := _difference(result, expected, tolerance):
-                print(f"left out: {what}, {name}: it does not agree with ours: {difference}", flush=True)
+                print(
+                    f"left out: {what}, {name}: it does not agree with ours: {difference}",
+                    flush=True,
+                )
                 self.failed = True
             else:
                 calls[name] = call
         return calls
 
-    def timed(self, what: str, calls: dict[str, "_Call"], least_calls: int = 1, rounds: int | None = None) -> dict[str, list[tuple[float, float]]]:
-        """Seconds per buffer and the host's share in them, round by round; contestants take turns, and the first round is thrown away."""
+    def timed(
+        self, what: str, calls: dict[str, "_Call"], least_calls: int = 1, rounds: int | None = None
+    ) -> dict[str, list[tuple[float, float]]]:
+        """Seconds per buffer and the host's share in them, round by round; contestants take turns,
+        and the first round is thrown away.
+        """
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
         for _ in range((rounds or self.rounds) + 1):
             for name in list(times):
                 time_and_share = self.attempted(
-                    f"{what}, {name}", partial(_timing, calls[name], least_calls), fails=not name.startswith(("xla", "torch"))
+                    f"{what}, {name}",
+                    partial(_timing, calls[name], least_calls),
+                    fails=not name.startswith(("xla", "torch")),
                 )
                 if time_and_share is None:
                     del times[name]
@@ -319,17 +450,29 @@ class Bench:
                     times[name].append(time_and_share)
         return {name: seconds[1:] for name, seconds in times.items()}
 
-    def add_times(self, about: dict[str, Any], times: dict[str, list[tuple[float, float]]], moved: int, count: int) -> None:
-        of = {contestant: statistics.median(s for s, _ in seconds) for contestant, seconds in times.items()}
+    def add_times(
+        self,
+        about: dict[str, Any],
+        times: dict[str, list[tuple[float, float]]],
+        moved: int,
+        count: int,
+    ) -> None:
+        of = {
+            contestant: statistics.median(s for s, _ in seconds)
+            for contestant, seconds in times.items()
+        }
         ceiling = moved / min(of["copy"], of["negated copy"])
         for contestant, seconds in times.items():
             low, middle, high = statistics.quantiles([s for s, _ in seconds], n=4)
             self.add(
                 "kernels",
                 {"section": self.section} | about | {"shape": " x ".join(map(str, about["shape"]))}
-                | {"contestant": contestant, "buffers": count, "us": f"{1e6 * middle:.2f}", "spread": f"{(high - low) / middle:.3f}"}
-                | {"host_share": f"{max(h for _, h in seconds):.2f}", "bytes": moved, "gb_per_s": f"{moved / middle / 1e9:.0f}"}
-                | {"fraction_of_copy": f"{moved / middle / ceiling:.3f}", "over_ours": f"{middle / of['ours']:.3f}"},
+                | {"contestant": contestant, "buffers": count, "us": f"{1e6 * middle:.2f}",
+                "spread": f"{(high - low) / middle:.3f}"}
+                | {"host_share": f"{max(h for _, h in seconds):.2f}", "bytes": moved,
+                "gb_per_s": f"{moved / middle / 1e9:.0f}"}
+                | {"fraction_of_copy": f"{moved / middle / ceiling:.3f}",
+                "over_ours": f"{middle / of['ours']:.3f}"},
             )  # fmt: skip
 
 
@@ -339,25 +482,38 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
     "norm": partial(Bench.poolings, operation="norm_ggem", cases=[B16, L16], compiled_torch=True),
     "training": Bench.training,
     "shapes": lambda bench: [
-        bench.poolings(operation, [case], compiled_torch=False) for case in (S16, L14_518, B16_384) for operation in ("ggem", "norm_ggem")
+        bench.poolings(operation, [case], compiled_torch=False)
+        for case in (S16, L14_518, B16_384)
+        for operation in ("ggem", "norm_ggem")
     ],
-    "float32": lambda bench: [bench.poolings(operation, [B16_FLOAT32], compiled_torch=False) for operation in ("ggem", "norm_ggem")],
+    "float32": lambda bench: [
+        bench.poolings(operation, [B16_FLOAT32], compiled_torch=False)
+        for operation in ("ggem", "norm_ggem")
+    ],
     "maps": Bench.maps,
     "numerics": partial(Bench.numerics, checks=further_checks),
 }
 
 
 def moved_bytes(operation: str, stage: str, shape: tuple[int, ...], dtype: str) -> int:
-    """What the algorithm must read and write: the tokens once forward; tokens and their slopes once backward; roots, and statistics of the norm."""
+    """What the algorithm must read and write: the tokens once forward; tokens and their slopes once
+    backward; roots, and statistics of the norm.
+    """
     b, n, d = shape
-    tokens, per_channel, per_token = b * n * d * jnp.dtype(dtype).itemsize, 4 * b * d, 4 * b * n * 2 * (operation == "norm_ggem")
+    tokens, per_channel, per_token = (
+        b * n * d * jnp.dtype(dtype).itemsize,
+        4 * b * d,
+        4 * b * n * 2 * (operation == "norm_ggem"),
+    )
     forward = tokens + per_channel + per_token
     backward = 2 * tokens + per_channel * (5 if operation == "norm_ggem" else 3) + per_token
     return {"forward": forward, "backward": backward, "both": forward + backward}[stage]
 
 
 def _buffers(size: int, dry: bool = False) -> int:
-    """How many buffers of so many bytes a contestant works through: as many as may be, and `_COLD_BYTES` together from 17 MB each."""
+    """How many buffers of so many bytes a contestant works through: as many as may be, and
+    `_COLD_BYTES` together from 17 MB each.
+    """
     return 2 if dry else int(min(max(_MOST_BYTES // size, 1), _MOST_BUFFERS))
 
 
@@ -367,7 +523,9 @@ def _named(about: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What all contestants of a group get: buffers of tokens, parameters, and a cotangent for each buffer alike."""
+    """What all contestants of a group get: buffers of tokens, parameters, and a cotangent for each
+    buffer alike.
+    """
 
     buffers: list[jax.Array]
     parameters: list[jax.Array]
@@ -377,14 +535,24 @@ class Inputs:
     def drawn(cls, operation: str, case: Case, count: int) -> "Inputs":
         shape = (case.batch, case.tokens, case.channels)
         draw = jax.jit(lambda i: 0.5 + jax.random.normal(jax.random.key(i), shape, case.dtype))
-        norm = [jnp.linspace(0.8, 1.2, case.channels), jnp.linspace(-0.1, 0.4, case.channels)] if operation == "norm_ggem" else []
+        norm = (
+            [jnp.linspace(0.8, 1.2, case.channels), jnp.linspace(-0.1, 0.4, case.channels)]
+            if operation == "norm_ggem"
+            else []
+        )
         cotangent = jax.random.normal(jax.random.key(1), (case.batch, case.channels), case.dtype)
-        return cls([draw(i) for i in range(count)], [*norm, jnp.linspace(2.5, 4, case.groups)], cotangent)
+        return cls(
+            [draw(i) for i in range(count)], [*norm, jnp.linspace(2.5, 4, case.groups)], cotangent
+        )
 
 
-def contestants(operation: str, compiled_torch: bool, dry: bool) -> dict[str, Callable[[Inputs, str], "_Call"]]:
+def contestants(
+    operation: str, compiled_torch: bool, dry: bool
+) -> dict[str, Callable[[Inputs, str], "_Call"]]:
     """By name, ours first: what makes a call of inputs and a stage."""
-    makers: dict[str, Callable[[Inputs, str], _Call]] = {name: partial(_in_jax, pool) for name, pool in JAX_CONTESTANTS[operation].items()}
+    makers: dict[str, Callable[[Inputs, str], _Call]] = {
+        name: partial(_in_jax, pool) for name, pool in JAX_CONTESTANTS[operation].items()
+    }
     torch = _torch(dry)
     if torch is not None:
         makers["torch eager"] = partial(_in_torch, torch, torch_pool)
@@ -395,7 +563,9 @@ def contestants(operation: str, compiled_torch: bool, dry: bool) -> dict[str, Ca
 
 @dataclass(frozen=True)
 class _Call:
-    """`run` starts the work on `count` buffers and returns at once, with results that will be there after `wait`."""
+    """`run` starts the work on `count` buffers and returns at once, with results that will be there
+    after `wait`.
+    """
 
     run: Callable
     count: int
@@ -425,14 +595,21 @@ def _in_jax(pool, inputs: Inputs, stage: str) -> _Call:
             pulls = [pull_of(x, *inputs.parameters) for x in inputs.buffers]
             return _over_buffers(pulls, lambda pull, cotangent: pull(cotangent), inputs.cotangent)
         case _:
-            return _over_buffers(inputs.buffers, value_and_slopes, inputs.cotangent, *inputs.parameters)
+            return _over_buffers(
+                inputs.buffers, value_and_slopes, inputs.cotangent, *inputs.parameters
+            )
 
 
 def _in_torch(torch, pool_of, inputs: Inputs, stage: str) -> _Call:
     on_gpu = torch.cuda.is_available()
-    to_torch = torch.from_dlpack if on_gpu else lambda a: torch.tensor(np.asarray(a, np.float32)).to(getattr(torch, a.dtype.name))
+    to_torch = (
+        torch.from_dlpack
+        if on_gpu
+        else lambda a: torch.tensor(np.asarray(a, np.float32)).to(getattr(torch, a.dtype.name))
+    )
     xs, parameters, (g,) = (
-        [to_torch(a).detach().requires_grad_() for a in arrays] for arrays in (inputs.buffers, inputs.parameters, [inputs.cotangent])
+        [to_torch(a).detach().requires_grad_() for a in arrays]
+        for arrays in (inputs.buffers, inputs.parameters, [inputs.cotangent])
     )
     pool, slopes = pool_of(torch), torch.autograd.grad
     kept = [(x, pool(x, *parameters)) for x in xs] if stage == "backward" else []
@@ -456,7 +633,8 @@ def _in_torch(torch, pool_of, inputs: Inputs, stage: str) -> _Call:
 
 
 def _compiled_torch_pool(torch) -> Callable:
-    torch.compiler.reset()  # a function that was compiled for more than a few shapes would silently run as it is
+    # a function that was compiled for more than a few shapes would silently run as it is
+    torch.compiler.reset()
     return torch.compile(torch_pool(torch), dynamic=False, fullgraph=True)
 
 
@@ -466,21 +644,36 @@ def _first_result(make: Callable[[], _Call]) -> tuple[_Call, list[np.ndarray]]:
     result = call()
     call.wait(result)
     leaves = jax.tree.leaves(result[0])
-    return call, [np.asarray(a.float().cpu() if hasattr(a, "cpu") else a, np.float32) for a in leaves]
+    return call, [
+        np.asarray(a.float().cpu() if hasattr(a, "cpu") else a, np.float32) for a in leaves
+    ]
 
 
 def _difference(result: list[np.ndarray], expected: list[np.ndarray], tolerance: float) -> str:
-    """Where the arrays differ by more than `tolerance` of the largest entry; empty where they do not."""
+    """Where the arrays differ by more than `tolerance` of the largest entry; empty where they do
+    not.
+    """
     if [a.shape for a in result] != [a.shape for a in expected]:
         return f"shapes {[a.shape for a in result]} and not {[a.shape for a in expected]}"
-    pairs = [(np.max(np.abs(a - b)), np.max(np.abs(b))) for a, b in zip(result, expected, strict=True)]
-    return "; ".join(f"result {i} by {error:.3g} of {largest:.3g}" for i, (error, largest) in enumerate(pairs) if not error <= tolerance * largest)
+    pairs = [
+        (np.max(np.abs(a - b)), np.max(np.abs(b))) for a, b in zip(result, expected, strict=True)
+    ]
+    return "; ".join(
+        f"result {i} by {error:.3g} of {largest:.3g}"
+        for i, (error, largest) in enumerate(pairs)
+        if not error <= tolerance * largest
+    )
 
 
 def _copies(moved: int, count: int) -> dict[str, _Call]:
-    """Copies that read and write `moved` bytes together: as the driver does them, and by a kernel of XLA."""
+    """Copies that read and write `moved` bytes together: as the driver does them, and by a kernel
+    of XLA.
+    """
     buffers = [jnp.full(max(moved // 4, 1), i, jnp.bfloat16) for i in range(count)]
-    return {"copy": _over_buffers(buffers, jnp.copy), "negated copy": _over_buffers(buffers, jnp.negative)}
+    return {
+        "copy": _over_buffers(buffers, jnp.copy),
+        "negated copy": _over_buffers(buffers, jnp.negative),
+    }
 
 
 def _timing(call: _Call, least_calls: int) -> tuple[float, float]:
@@ -504,13 +697,19 @@ def _freed() -> None:
 
 
 def _parameters(config):
-    return jax.jit(ViT(config, GGeM(), 1000).init)(jax.random.key(0), jnp.ones((1, config.image, config.image, 3)))["params"]
+    return jax.jit(ViT(config, GGeM(), 1000).init)(
+        jax.random.key(0), jnp.ones((1, config.image, config.image, 3))
+    )["params"]
 
 
-def _training(config, params, batch: int, steps: int, *, fused_norm: bool, kernels: bool) -> Callable:
+def _training(
+    config, params, batch: int, steps: int, *, fused_norm: bool, kernels: bool
+) -> Callable:
     """A call that takes so many steps, after the first, which compiles."""
     model, transform = ViT(config, GGeM(), 1000, fused_norm=fused_norm), optax.adamw(1e-3)
-    images = jax.random.normal(jax.random.key(1), (batch, config.image, config.image, 3), config.dtype)
+    images = jax.random.normal(
+        jax.random.key(1), (batch, config.image, config.image, 3), config.dtype
+    )
     labels = jnp.arange(batch) % 1000
 
     def loss_of(params, images, labels):
@@ -527,7 +726,11 @@ def _training(config, params, batch: int, steps: int, *, fused_norm: bool, kerne
     carry = [params, transform.init(params)]
 
     def call():
-        with contextlib.nullcontext() if kernels else mock.patch.object(launch, "available", return_value=False):  # matters when it is traced
+        with (
+            contextlib.nullcontext()
+            if kernels
+            else mock.patch.object(launch, "available", return_value=False)
+        ):  # matters when it is traced
             for _ in range(steps):
                 *carry[:], loss = step(*carry, images, labels)
         return loss
@@ -549,14 +752,18 @@ def _torch(dry: bool):
         print("without PyTorch: it finds no GPU", flush=True)
         return None
     if hasattr(torch._functorch.config, "donated_buffer"):
-        torch._functorch.config.donated_buffer = False  # the backward pass is timed again and again on the same graph
+        torch._functorch.config.donated_buffer = (
+            False  # the backward pass is timed again and again on the same graph
+        )
     return torch
 
 
 def _driver() -> str:
     query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
-        return subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0]
+        return subprocess.run(
+            query, capture_output=True, text=True, check=True
+        ).stdout.splitlines()[0]
     except (OSError, subprocess.CalledProcessError, IndexError):
         return ""
 

@@ -1,11 +1,14 @@
 """How many accelerator designs a second: python -m benchmarks.bench_neupims
 
-GPT-3 7B, 256 requests with lengths like those of chats, one decode iteration in closed form with all metrics (cycles of the stages, throughput,
-utilisations, energy by parts, area). Designs differ in every knob that enters the number of tiles or their latency: ranks, bank groups, banks, row
-and page bytes, products of a command, tFAW, tRCD, arrays and clock. They go through `explore`'s evaluator in chunks, on all devices (each core of a
-CPU is one), results copied back. Figures: one schedule for all designs, and another one for each; both fidelities; 10^2 to 10^6 designs, with the
-largest memory of this process in the meantime. The comparison calls the same function, compiled for one design, in a Python loop, and copies each
-result back. Seconds are the least of the rounds, as other work on the machine only adds; designs per second of work of one core are given too, which
+GPT-3 7B, 256 requests with lengths like those of chats, one decode iteration in closed form with
+all metrics (cycles of the stages, throughput, utilisations, energy by parts, area). Designs differ
+in every knob that enters the number of tiles or their latency: ranks, bank groups, banks, row and
+page bytes, products of a command, tFAW, tRCD, arrays and clock. They go through `explore`'s
+evaluator in chunks, on all devices (each core of a CPU is one), results copied back. Figures: one
+schedule for all designs, and another one for each; both fidelities; 10^2 to 10^6 designs, with the
+largest memory of this process in the meantime. The comparison calls the same function, compiled for
+one design, in a Python loop, and copies each result back. Seconds are the least of the rounds, as
+other work on the machine only adds; designs per second of work of one core are given too, which
 other work disturbs less. Rows go to benchmarks/results/neupims_speed.csv.
 """
 
@@ -49,10 +52,17 @@ SPACE = make_space(KNOBS)
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--designs", type=int, nargs="+", default=[100, 1_000, 10_000, 100_000, 1_000_000])
+    parser.add_argument(
+        "--designs", type=int, nargs="+", default=[100, 1_000, 10_000, 100_000, 1_000_000]
+    )
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--chunk", type=int, default=16384, help="designs in one call at most")
-    parser.add_argument("--block", type=int, default=None, help="designs side by side on one device (default: 256 on a CPU, all on a GPU)")
+    parser.add_argument(
+        "--block",
+        type=int,
+        default=None,
+        help="designs side by side on one device (default: 256 on a CPU, all on a GPU)",
+    )
     parser.add_argument("--looped", type=int, default=200, help="designs of the Python loop")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--fidelity", nargs="+", default=["simulator", "intended"])
@@ -65,16 +75,40 @@ def main(argv: list[str] | None = None) -> None:
             design = metrics_of(batch, schedule, fidelity)
             looped = loop_seconds(design, options.looped, options.rounds) / options.looped
             for count in options.designs:
-                found = evaluation_seconds(design, count, min(options.chunk, count), block, options.rounds)
-                row = {"model": MODEL, "requests": options.requests, "fidelity": fidelity, "schedule": schedule, "designs": count}
-                row |= {"different_tilings": found.distinct, "chunk": min(options.chunk, count), "block": block, "seconds": f"{found.seconds:.4f}"}
-                row |= {"designs_per_second": f"{count / found.seconds:.0f}", "designs_per_cpu_second": f"{count / found.cpu_seconds:.0f}"}
-                row |= {"loop_designs_per_second": f"{1 / looped:.1f}", "over_loop": f"{looped * count / found.seconds:.0f}"}
-                append("neupims_speed", machine() | row | {"peak_anonymous_mib": f"{found.peak / 2**20:.0f}"})
+                found = evaluation_seconds(
+                    design, count, min(options.chunk, count), block, options.rounds
+                )
+                row = {
+                    "model": MODEL,
+                    "requests": options.requests,
+                    "fidelity": fidelity,
+                    "schedule": schedule,
+                    "designs": count,
+                }
+                row |= {
+                    "different_tilings": found.distinct,
+                    "chunk": min(options.chunk, count),
+                    "block": block,
+                    "seconds": f"{found.seconds:.4f}",
+                }
+                row |= {
+                    "designs_per_second": f"{count / found.seconds:.0f}",
+                    "designs_per_cpu_second": f"{count / found.cpu_seconds:.0f}",
+                }
+                row |= {
+                    "loop_designs_per_second": f"{1 / looped:.1f}",
+                    "over_loop": f"{looped * count / found.seconds:.0f}",
+                }
+                append(
+                    "neupims_speed",
+                    machine() | row | {"peak_anonymous_mib": f"{found.peak / 2**20:.0f}"},
+                )
 
 
 def chat_batch(requests: int) -> Batch:
-    """Lengths spread like those of chats (log-normal, mean near 300, at most 2048), longest first to the channels to and fro."""
+    """Lengths spread like those of chats (log-normal, mean near 300, at most 2048), longest first
+    to the channels to and fro.
+    """
     lengths = np.random.default_rng(0).lognormal(5.3, 0.9, requests).clip(1, 2048).astype(int)
     lap, place = np.divmod(np.arange(requests), CHANNELS)
     channels = np.where(lap % 2, CHANNELS - 1 - place, place)
@@ -84,9 +118,14 @@ def chat_batch(requests: int) -> Batch:
 def metrics_of(batch: Batch, schedule: str, fidelity: str):
     """A function from the knobs of one design, and its number, to its metrics.
 
-    Where the schedule is another for "each" design the requests take the channels' slots in an order that its number sets.
+    Where the schedule is another for "each" design the requests take the channels' slots in an
+    order that its number sets.
     """
-    parts, model, parallel = jax.tree.map(jnp.asarray, batch), load_model(MODEL), load_parallel(MODEL)
+    parts, model, parallel = (
+        jax.tree.map(jnp.asarray, batch),
+        load_model(MODEL),
+        load_parallel(MODEL),
+    )
     requests = len(batch.seq_lens)
 
     def design(knobs: dict[str, jax.Array]) -> dict[str, jax.Array]:
@@ -99,16 +138,30 @@ def metrics_of(batch: Batch, schedule: str, fidelity: str):
             slot = (jnp.arange(requests) * (2 * number + 1) + number // 8) % requests
             mine = Batch(parts.seq_lens, slot % CHANNELS, slot // CHANNELS % 2)
         found = simulate(hardware, model, mine, parallel, fidelity=fidelity, most_channels=CHANNELS)  # type: ignore[arg-type]
-        kept = ("tokens_per_second", "iteration_cycles", "iteration_seconds", "layer_cycles", "stage_cycles", "energy", "energy_joules", "flagged")
+        kept = (
+            "tokens_per_second",
+            "iteration_cycles",
+            "iteration_seconds",
+            "layer_cycles",
+            "stage_cycles",
+            "energy",
+            "energy_joules",
+            "flagged",
+        )
         utilisations = ("npu_utilization", "pim_utilization", "bandwidth_utilization")
-        return {name: getattr(found, name) for name in (*kept, *utilisations)} | {"area": area(hardware)}
+        return {name: getattr(found, name) for name in (*kept, *utilisations)} | {
+            "area": area(hardware)
+        }
 
     return design
 
 
 def columns_of(count: int, start: int = 0) -> dict[str, np.ndarray]:
     values = sample(SPACE, "random", start, start + count)
-    columns = {knob.name: column.astype(np.int32 if knob.whole else np.float32) for knob, column in zip(SPACE.knobs, values.T, strict=True)}
+    columns = {
+        knob.name: column.astype(np.int32 if knob.whole else np.float32)
+        for knob, column in zip(SPACE.knobs, values.T, strict=True)
+    }
     return columns | {"number": np.arange(start, start + count, dtype=np.int32)}
 
 
@@ -128,10 +181,16 @@ def evaluation_seconds(design, count: int, chunk: int, block: int, rounds: int) 
         with Watched() as memory:
             for start in range(0, count, evaluator.rows):
                 part = columns_of(min(evaluator.rows, count - start), start)
-                full = {name: np.pad(each, (0, evaluator.rows - len(each)), mode="edge") for name, each in part.items()}
+                full = {
+                    name: np.pad(each, (0, evaluator.rows - len(each)), mode="edge")
+                    for name, each in part.items()
+                }
                 began, began_work = time.perf_counter(), time.process_time()
                 jax.device_get(evaluator.run(jax.device_put(full, evaluator.placed)))
-                spent, busy = spent + time.perf_counter() - began, busy + time.process_time() - began_work
+                spent, busy = (
+                    spent + time.perf_counter() - began,
+                    busy + time.process_time() - began_work,
+                )
         seconds.append(spent)
         worked.append(busy)
         peak = max(peak, memory.peak)

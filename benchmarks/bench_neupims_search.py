@@ -2,15 +2,20 @@
 
 Two studies, each a row a case in benchmarks/results.
 
-neupims_search.csv: the twenty traces published with the simulator (512 requests), and fresh draws of ShareGPT, Alpaca, Azure-conversation and
-Azure-code lengths (256 requests, clipped to 2,048, put on channels by the simulator's greedy packing, listed as drawn), for every GPT-3 model.
-"published" is the trace as it is, halved by the simulator's rule, two sub-batches. "best" is the best realisable schedule of an evolution that starts
-from the baselines. Gains are predicted; their error is that of the model (`python -m neupims validate`). The gap is to the lower bound. The
-whole batch may also be served at once, on the best of the baselines: where that is better, its gain stands apart (`one_batch_gain`).
+neupims_search.csv: the twenty traces published with the simulator (512 requests), and fresh draws
+of ShareGPT, Alpaca, Azure-conversation and Azure-code lengths (256 requests, clipped to 2,048, put
+on channels by the simulator's greedy packing, listed as drawn), for every GPT-3 model. "published"
+is the trace as it is, halved by the simulator's rule, two sub-batches. "best" is the best
+realisable schedule of an evolution that starts from the baselines. Gains are predicted; their error
+is that of the model (`python -m neupims validate`). The gap is to the lower bound. The whole batch
+may also be served at once, on the best of the baselines: where that is better, its gain stands
+apart (`one_batch_gain`).
 
-neupims_search_small.csv: small cases whose optimum is enumerated: how often evolution, and each heuristic, reach it, with a tenth of the points.
+neupims_search_small.csv: small cases whose optimum is enumerated: how often evolution, and each
+heuristic, reach it, with a tenth of the points.
 
-Requests are drawn alike, each at a uniform point of its output: its length is its input and a share of its output.
+Requests are drawn alike, each at a uniform point of its output: its length is its input and a share
+of its output.
 """
 
 import argparse
@@ -51,13 +56,23 @@ REACHED = 1e-6  # of the optimum: float32 sums differ in the last digit with the
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=10, help="of each distribution of lengths")
-    parser.add_argument("--published", type=int, default=20, help="how many of the published traces")
-    parser.add_argument("--models", default=",".join(name for name in names("models") if name.startswith("gpt3")))
-    parser.add_argument("--budget", type=int, default=12288, help="schedules evaluated for each seed")
+    parser.add_argument(
+        "--published", type=int, default=20, help="how many of the published traces"
+    )
+    parser.add_argument(
+        "--models", default=",".join(name for name in names("models") if name.startswith("gpt3"))
+    )
+    parser.add_argument(
+        "--budget", type=int, default=12288, help="schedules evaluated for each seed"
+    )
     parser.add_argument("--population", type=int, default=64)
     parser.add_argument("--seeds", type=int, default=1)
     parser.add_argument("--small", type=int, default=200, help="small cases")
-    parser.add_argument("--traces", type=Path, help="write the best schedules into this folder, as traces of the simulator")
+    parser.add_argument(
+        "--traces",
+        type=Path,
+        help="write the best schedules into this folder, as traces of the simulator",
+    )
     parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the rows")
     options = parser.parse_args()
     began = time.perf_counter()
@@ -73,22 +88,44 @@ def large_cases(options: argparse.Namespace) -> None:
         for model_name in options.models.split(","):
             row = improved(model_name, lengths, channels, options, name)
             gains.setdefault((group, model_name), []).append((row["gain"], row["gap"]))
-            shown = {key: f"{value:.5g}" if isinstance(value, float) else value for key, value in row.items()}
-            append("neupims_search", machine() | {"group": group, "trace": name, "model": model_name} | shown, options.results)
+            shown = {
+                key: f"{value:.5g}" if isinstance(value, float) else value
+                for key, value in row.items()
+            }
+            append(
+                "neupims_search",
+                machine() | {"group": group, "trace": name, "model": model_name} | shown,
+                options.results,
+            )
     for (group, model_name), pairs in gains.items():
         gain, above = np.array(pairs).T
-        spread = f"gain {gain.mean():.2%} ({gain.min():.2%} to {gain.max():.2%}), above the bound {above.mean():.2%}"
+        spread = (
+            f"gain {gain.mean():.2%} ({gain.min():.2%} to {gain.max():.2%}), above the bound"
+            f" {above.mean():.2%}"
+        )
         print(f"{group} {model_name}, {len(pairs)} traces: {spread}")
 
 
 def traces(published: int, draws: int):
-    """Group, name, lengths and channels of each trace; None for channels that a model's greedy packing gives."""
-    files = sorted((SHARED / "golden" / "neupims" / "traces").glob("share-gpt2-bs512-*.csv"))[:published]
+    """Group, name, lengths and channels of each trace; None for channels that a model's greedy
+    packing gives.
+    """
+    files = sorted((SHARED / "golden" / "neupims" / "traces").glob("share-gpt2-bs512-*.csv"))[
+        :published
+    ]
     if len(files) < published:
-        raise SystemExit(f"{published} published traces expected in {SHARED}, {len(files)} found: set GGEM_SHARED")
+        raise SystemExit(
+            f"{published} published traces expected in {SHARED}, {len(files)} found: set"
+            " GGEM_SHARED"
+        )
     for file in files:
         batch = read_trace(file)
-        yield ("published-clb" if "-clb-" in file.name else "published-rr"), file.stem, batch.seq_lens, batch.channels
+        yield (
+            ("published-clb" if "-clb-" in file.name else "published-rr"),
+            file.stem,
+            batch.seq_lens,
+            batch.channels,
+        )
     for name in LENGTHS:
         rng = np.random.default_rng(0)
         for draw in range(draws):
@@ -99,14 +136,18 @@ def drawn(name: str, rng: np.random.Generator) -> np.ndarray:
     """Lengths of a serving batch."""
     pairs = pairs_of(name)
     chosen = pairs[rng.integers(0, len(pairs), REQUESTS)]
-    return np.clip(chosen[:, 0] + np.floor(rng.random(REQUESTS) * chosen[:, 1]), 1, LONGEST).astype(np.int32)
+    return np.clip(chosen[:, 0] + np.floor(rng.random(REQUESTS) * chosen[:, 1]), 1, LONGEST).astype(
+        np.int32
+    )
 
 
 @cache
 def pairs_of(name: str) -> np.ndarray:
     """Input and output tokens of each request of a data set that has any output."""
     with open(SHARED / "data" / "llm-traces" / LENGTHS[name], newline="") as file:
-        rows = [(int(row["input_tokens"]), int(row["output_tokens"])) for row in csv.DictReader(file)]
+        rows = [
+            (int(row["input_tokens"]), int(row["output_tokens"])) for row in csv.DictReader(file)
+        ]
     return np.array([row for row in rows if row[1] > 0])
 
 
@@ -114,7 +155,11 @@ def improved(model_name: str, lengths, channels, options: argparse.Namespace, na
     """The published schedule of a batch, the best one found, and the bound."""
     hardware, model, parallel = Hardware(), load_model(model_name), load_parallel(model_name)
     if channels is None:
-        channels = np.asarray(pack_longest_first(estimated_cycles(hardware, model, jnp.asarray(lengths), parallel), CHANNELS))
+        channels = np.asarray(
+            pack_longest_first(
+                estimated_cycles(hardware, model, jnp.asarray(lengths), parallel), CHANNELS
+            )
+        )
     problem = make_problem(hardware, model, parallel, lengths)
     space = Space(CHANNELS, realisable=True, sub_batches=(2,))
     published = make_genome(space, channels, halves(channels, CHANNELS))
@@ -129,10 +174,17 @@ def improved(model_name: str, lengths, channels, options: argparse.Namespace, na
     one_batch = float(costs_of(alone, problem, starts).min())
     if options.traces:
         options.traces.mkdir(parents=True, exist_ok=True)
-        batch = decision_batch(lengths, decide(space, jax.tree.map(lambda leaf: leaf[first], done.genome)))
+        batch = decision_batch(
+            lengths, decide(space, jax.tree.map(lambda leaf: leaf[first], done.genome))
+        )
         export_trace(options.traces / f"{name}-{model_name}.csv", batch)
-        export_trace(options.traces / f"{name}-{model_name}-published.csv", make_batch(lengths, channels))
-    before, simple = costs["published"], min(cost for key, cost in costs.items() if key != "published")
+        export_trace(
+            options.traces / f"{name}-{model_name}-published.csv", make_batch(lengths, channels)
+        )
+    before, simple = (
+        costs["published"],
+        min(cost for key, cost in costs.items() if key != "published"),
+    )
     return {
         "requests": len(lengths),
         "evaluations": done.evaluations * options.seeds,
@@ -150,7 +202,9 @@ def improved(model_name: str, lengths, channels, options: argparse.Namespace, na
 
 def found(space: Space, problem: Problem, starts, options: argparse.Namespace) -> Found:
     budget = {"budget": options.budget, "population": options.population, "seeds": options.seeds}
-    return search("evolution", Layer(space), space, problem, jax.random.key(0), starts=starts, **budget)
+    return search(
+        "evolution", Layer(space), space, problem, jax.random.key(0), starts=starts, **budget
+    )
 
 
 def stacked(genomes: dict):
@@ -177,14 +231,32 @@ def small_cases(options: argparse.Namespace) -> None:
             costs = dict(zip(known, costs_of(space, problem, starts).tolist(), strict=True))
             for strategy in STRATEGIES:
                 budget = {"budget": points // 10, "population": SMALL_POPULATION}
-                done = search(strategy, Layer(space), space, problem, jax.random.key(case), starts=starts, **budget)
+                done = search(
+                    strategy,
+                    Layer(space),
+                    space,
+                    problem,
+                    jax.random.key(case),
+                    starts=starts,
+                    **budget,
+                )
                 costs[strategy] = float(done.cost.objective[0])
             for name, cost in costs.items():
                 reached.setdefault(name, []).append(cost <= proof.cost * (1 + REACHED))
                 excess.setdefault(name, []).append(gap(cost, proof.cost))
         for name in reached:
-            row = {"points": points, "channels": channels, "requests": requests, "cases": cases, "name": name}
-            row |= {"evaluations": points // 10 // SMALL_POPULATION * SMALL_POPULATION if name in STRATEGIES else 1}
+            row = {
+                "points": points,
+                "channels": channels,
+                "requests": requests,
+                "cases": cases,
+                "name": name,
+            }
+            row |= {
+                "evaluations": (
+                    points // 10 // SMALL_POPULATION * SMALL_POPULATION if name in STRATEGIES else 1
+                )
+            }
             row |= {
                 "reached": f"{np.mean(reached[name]):.4f}",
                 "mean_excess": f"{np.mean(excess[name]):.3g}",
@@ -194,11 +266,17 @@ def small_cases(options: argparse.Namespace) -> None:
 
 
 def small_case(rng: np.random.Generator, channels: int, requests: int) -> Problem:
-    """A few requests on a machine of a few channels, with a model so narrow and requests so long that PIM and the NPU take about as long."""
+    """A few requests on a machine of a few channels, with a model so narrow and requests so long
+    that PIM and the NPU take about as long.
+    """
     width = int(rng.choice([512, 1024, 2048]))
-    model = Decoder(layers=1, width=width, heads=width // 128, kv_heads=width // 128, mlp_width=4 * width)
+    model = Decoder(
+        layers=1, width=width, heads=width // 128, kv_heads=width // 128, mlp_width=4 * width
+    )
     lengths = np.clip(rng.lognormal(7, 1, requests), 16, 8192).astype(np.int32)
-    return make_problem(replace(Hardware(), "hbm.num_channels", channels), model, Parallel(1, 1), lengths)
+    return make_problem(
+        replace(Hardware(), "hbm.num_channels", channels), model, Parallel(1, 1), lengths
+    )
 
 
 if __name__ == "__main__":

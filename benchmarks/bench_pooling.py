@@ -1,7 +1,9 @@
-"""Time of `ggem_pool`, value and gradient for tokens and p, against the plain formula: python -m benchmarks.bench_pooling
+"""Time of `ggem_pool`, value and gradient for tokens and p, against the plain formula: python -m
+benchmarks.bench_pooling
 
-In one run, taking turns: ours; the plain formula under jit and autodiff; the same formula in PyTorch where it is installed.
-Rows go to benchmarks/results/pooling.csv. A ratio above 1 means that ours is faster.
+In one run, taking turns: ours; the plain formula under jit and autodiff; the same formula in
+PyTorch where it is installed. Rows go to benchmarks/results/pooling.csv. A ratio above 1 means that
+ours is faster.
 """
 
 import argparse
@@ -13,7 +15,10 @@ import numpy as np
 from benchmarks.record import append, interleaved, machine, median_and_spread
 from ggem_jax.pooling import ggem_pool
 
-SHAPES = ((64, 196, 384, 6), (16, 1369, 768, 12))  # batch, tokens, channels, groups: S/16 at 224 px, B/14 at 518 px
+SHAPES = (
+    (64, 196, 384, 6),
+    (16, 1369, 768, 12),
+)  # batch, tokens, channels, groups: S/16 at 224 px, B/14 at 518 px
 
 
 def plain(tokens, p, eps=1e-6):
@@ -25,7 +30,9 @@ def plain(tokens, p, eps=1e-6):
 
 def in_jax(pool, tokens, p, cotangent):
     """A call of value and gradient that returns when they are there."""
-    step = jax.jit(jax.value_and_grad(lambda tokens, p: jnp.sum(pool(tokens, p) * cotangent), (0, 1)))
+    step = jax.jit(
+        jax.value_and_grad(lambda tokens, p: jnp.sum(pool(tokens, p) * cotangent), (0, 1))
+    )
     return lambda: jax.block_until_ready(step(tokens, p))
 
 
@@ -57,25 +64,44 @@ def main() -> None:
     for b, n, d, groups in SHAPES:
         tokens = jax.random.normal(jax.random.key(0), (b, n, d))
         cotangent, p = jax.random.normal(jax.random.key(1), (b, d)), jnp.full(groups, 3.0)
-        calls = {"ours": in_jax(ggem_pool, tokens, p, cotangent), "plain": in_jax(plain, tokens, p, cotangent)}
+        calls = {
+            "ours": in_jax(ggem_pool, tokens, p, cotangent),
+            "plain": in_jax(plain, tokens, p, cotangent),
+        }
         if torch is not None:
             calls["torch"] = in_torch(torch, tokens, p, cotangent)
         check(calls)
-        times = {name: median_and_spread(seconds) for name, seconds in interleaved(calls, rounds).items()}
-        row = versions | {"batch": b, "tokens": n, "channels": d, "groups": groups, "dtype": "float32", "rounds": rounds}
+        times = {
+            name: median_and_spread(seconds) for name, seconds in interleaved(calls, rounds).items()
+        }
+        row = versions | {
+            "batch": b,
+            "tokens": n,
+            "channels": d,
+            "groups": groups,
+            "dtype": "float32",
+            "rounds": rounds,
+        }
         for name in ("ours", "plain", "torch"):
             milliseconds, spread = times.get(name, (float("nan"), float("nan")))
             row |= {f"{name}_ms": f"{milliseconds:.2f}", f"{name}_spread": f"{spread:.2f}"}
-        row |= {f"{name}_over_ours": f"{times[name][0] / times['ours'][0]:.2f}" if name in times else "" for name in ("plain", "torch")}
+        row |= {
+            f"{name}_over_ours": f"{times[name][0] / times['ours'][0]:.2f}" if name in times else ""
+            for name in ("plain", "torch")
+        }
         append("pooling", row)
 
 
 def check(calls) -> None:
     """All must compute the same before they are timed."""
     _, (by_tokens, by_p) = calls["ours"]()
-    others = {"plain": calls["plain"]()[1]} | ({"torch": calls["torch"]()} if "torch" in calls else {})
+    others = {"plain": calls["plain"]()[1]} | (
+        {"torch": calls["torch"]()} if "torch" in calls else {}
+    )
     for name, (tokens, p) in others.items():
-        np.testing.assert_allclose(np.asarray(tokens), by_tokens, rtol=2e-4, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(
+            np.asarray(tokens), by_tokens, rtol=2e-4, atol=1e-6, err_msg=name
+        )
         np.testing.assert_allclose(np.asarray(p), by_p, rtol=2e-3, atol=1e-4, err_msg=name)
 
 

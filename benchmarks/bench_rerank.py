@@ -1,13 +1,18 @@
-"""SuperGlobal's reranking against its formulas in NumPy and against its own matrix products: python -m benchmarks.bench_rerank
+"""SuperGlobal's reranking against its formulas in NumPy and against its own matrix products: python
+-m benchmarks.bench_rerank
 
-70 queries, 4,993 vectors of 2,048, 400 candidates: the size of ROxford5k. Four contestants, in one run, taking turns:
+70 queries, 4,993 vectors of 2,048, 400 candidates: the size of ROxford5k. Four contestants, in one
+run, taking turns:
 
 - ours: `superglobal_rerank`
-- its matrix products alone: the dot products of each query's candidates with each other and with two vectors, jitted
-- NumPy, all at once: the neighbours of all candidates of all queries gathered, as the published code does
+- its matrix products alone: the dot products of each query's candidates with each other and with
+  two vectors, jitted
+- NumPy, all at once: the neighbours of all candidates of all queries gathered, as the published
+  code does
 - NumPy, one query at a time
 
-Peak memory is that of a process of its own for each, above what it had before the call. A row goes to benchmarks/results/rerank.csv.
+Peak memory is that of a process of its own for each, above what it had before the call. A row goes
+to benchmarks/results/rerank.csv.
 """
 
 import argparse
@@ -33,7 +38,11 @@ CONTESTANTS = ("ours", "matrix products", "numpy", "numpy by query")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--memory", choices=CONTESTANTS, help="print the peak memory of one call of this contestant, and nothing else")
+    parser.add_argument(
+        "--memory",
+        choices=CONTESTANTS,
+        help="print the peak memory of one call of this contestant, and nothing else",
+    )
     options = parser.parse_args()
     queries, database, ids = example()
     calls = contestants(queries, database, ids)
@@ -41,7 +50,9 @@ def main() -> None:
         print(json.dumps(peak_bytes(calls[options.memory])))
         return
     ours, theirs = calls["ours"](), calls["numpy"]()
-    largest = float(np.abs(np.sort(np.asarray(ours.scores), axis=1) - np.sort(theirs, axis=1)).max())
+    largest = float(
+        np.abs(np.sort(np.asarray(ours.scores), axis=1) - np.sort(theirs, axis=1)).max()
+    )
     if largest > 2e-6:
         sys.exit(f"ours and NumPy differ by {largest}")
     times = interleaved(calls, options.rounds)
@@ -49,8 +60,19 @@ def main() -> None:
     middle, peak = {name: median_and_spread(own)[0] for name, own in times.items()}, peaks["ours"]
     for name in calls:
         milliseconds, spread = median_and_spread(times[name])
-        row = {"contestant": name, "queries": QUERIES, "database": DATABASE, "dim": DIM, "candidates": CANDIDATES, "ms": f"{milliseconds:.0f}"}
-        row |= {"spread": f"{spread:.2f}", "over_ours": f"{milliseconds / middle['ours']:.2f}", "peak_mib": f"{peaks[name] / 2**20:.0f}"}
+        row = {
+            "contestant": name,
+            "queries": QUERIES,
+            "database": DATABASE,
+            "dim": DIM,
+            "candidates": CANDIDATES,
+            "ms": f"{milliseconds:.0f}",
+        }
+        row |= {
+            "spread": f"{spread:.2f}",
+            "over_ours": f"{milliseconds / middle['ours']:.2f}",
+            "peak_mib": f"{peaks[name] / 2**20:.0f}",
+        }
         append("rerank", machine() | row | {"peak_over_ours": f"{peaks[name] / peak:.1f}"})
 
 
@@ -60,7 +82,9 @@ def example() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     places = rng.normal(size=(300, DIM)).astype(np.float32)
 
     def around(count):
-        vectors = places[rng.integers(0, len(places), count)] + 0.8 * rng.normal(size=(count, DIM)).astype(np.float32)
+        vectors = places[rng.integers(0, len(places), count)] + 0.8 * rng.normal(
+            size=(count, DIM)
+        ).astype(np.float32)
         return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
 
     queries, database = around(QUERIES), around(DATABASE)
@@ -69,27 +93,39 @@ def example() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 def contestants(queries: np.ndarray, database: np.ndarray, ids: np.ndarray) -> dict[str, Callable]:
     ranking = Ranking(np.zeros(ids.shape, np.float32), ids.astype(np.int32))
-    on_device, queries_on_device, candidates = jnp.asarray(database), jnp.asarray(queries), jnp.asarray(ids[:, :CANDIDATES])
+    on_device, queries_on_device, candidates = (
+        jnp.asarray(database),
+        jnp.asarray(queries),
+        jnp.asarray(ids[:, :CANDIDATES]),
+    )
 
     @jax.jit
     def products(queries, database, candidates):
         def one(each):
             query, own = each
             x = database[own]
-            return similarity(x, x, "float32").sum(), similarity(x, jnp.stack([query, query]), "float32").sum()
+            return similarity(x, x, "float32").sum(), similarity(
+                x, jnp.stack([query, query]), "float32"
+            ).sum()
 
         return lax.map(one, (queries, candidates))
 
     return {
-        "ours": lambda: jax.block_until_ready(superglobal_rerank(queries_on_device, on_device, ranking)),
-        "matrix products": lambda: jax.block_until_ready(products(queries_on_device, on_device, candidates)),
+        "ours": lambda: jax.block_until_ready(
+            superglobal_rerank(queries_on_device, on_device, ranking)
+        ),
+        "matrix products": lambda: jax.block_until_ready(
+            products(queries_on_device, on_device, candidates)
+        ),
         "numpy": partial(all_at_once, queries, database, ids),
         "numpy by query": partial(query_by_query, queries, database, ids),
     }
 
 
 def all_at_once(queries: np.ndarray, database: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """The formulas for all queries together: `(q, m, k, d)` neighbours. Scores `(q, n)`; the untouched have 0 here."""
+    """The formulas for all queries together: `(q, m, k, d)` neighbours. Scores `(q, n)`; the
+    untouched have 0 here.
+    """
     candidates = ids[:, :CANDIDATES]
     x = database[candidates]  # (q, m, d)
     gram = x @ x.transpose(0, 2, 1)
@@ -107,7 +143,9 @@ def all_at_once(queries: np.ndarray, database: np.ndarray, ids: np.ndarray) -> n
 
 
 def query_by_query(queries: np.ndarray, database: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    return np.concatenate([all_at_once(queries[i : i + 1], database, ids[i : i + 1]) for i in range(len(queries))])
+    return np.concatenate(
+        [all_at_once(queries[i : i + 1], database, ids[i : i + 1]) for i in range(len(queries))]
+    )
 
 
 def peak_bytes(call: Callable) -> int:

@@ -1,9 +1,11 @@
 """Exact search in more vectors than should be in memory: python -m benchmarks.bench_search
 
-70 queries, 1,000,000 vectors of 2,048 in float16 in one file of 4.1 GB, memory-mapped. In one run: our search; reading the file once, block by
-block; and the matrix product of the queries with as many blocks as the file has, widened to float32 and in memory. The ratio is ours over the sum of
-the two. Peak memory is what is this process's own (RssAnon), pages of mapped files apart, watched by a thread. On the first 50,000 vectors the ids
-are compared with a brute force over the same vectors in float64. A row goes to benchmarks/results/search.csv.
+70 queries, 1,000,000 vectors of 2,048 in float16 in one file of 4.1 GB, memory-mapped. In one run:
+our search; reading the file once, block by block; and the matrix product of the queries with as
+many blocks as the file has, widened to float32 and in memory. The ratio is ours over the sum of the
+two. Peak memory is what is this process's own (RssAnon), pages of mapped files apart, watched by a
+thread. On the first 50,000 vectors the ids are compared with a brute force over the same vectors in
+float64. A row goes to benchmarks/results/search.csv.
 """
 
 import argparse
@@ -32,16 +34,25 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=70)
     parser.add_argument("-k", type=int, default=100)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--folder", type=Path, default=None, help="where the file is put for the time of the run; it must have room")
+    parser.add_argument(
+        "--folder",
+        type=Path,
+        default=None,
+        help="where the file is put for the time of the run; it must have room",
+    )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
         path = Path(folder) / "vectors.npy"
         write_vectors(path, options.rows, options.dim)
         rng = np.random.default_rng(1)
-        queries = jnp.asarray(unit(rng.normal(size=(options.queries, options.dim)).astype(np.float32)))
+        queries = jnp.asarray(
+            unit(rng.normal(size=(options.queries, options.dim)).astype(np.float32))
+        )
         loss = check_ids(path, np.asarray(queries), options.k, min(options.rows, 50_000))
         calls: dict[str, Callable] = {
-            "search": lambda: jax.block_until_ready(search(queries, np.load(path, mmap_mode="r"), k=options.k)),
+            "search": lambda: jax.block_until_ready(
+                search(queries, np.load(path, mmap_mode="r"), k=options.k)
+            ),
             "reading": lambda: read(path),
             "product": lambda: multiply(queries, options.rows, options.dim),
         }
@@ -58,7 +69,13 @@ def main() -> None:
     row = {"queries": options.queries, "rows": options.rows, "dim": options.dim, "k": options.k}
     row |= {f"{name}_s": f"{value:.2f}" for name, value in middle.items()}
     ratio = middle["search"] / (middle["reading"] + middle["product"])
-    append("search", machine() | row | {"over_reading_and_product": f"{ratio:.2f}", "peak_anonymous_mib": f"{peak / 2**20:.0f}"} | loss)
+    append(
+        "search",
+        machine()
+        | row
+        | {"over_reading_and_product": f"{ratio:.2f}", "peak_anonymous_mib": f"{peak / 2**20:.0f}"}
+        | loss,
+    )
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
@@ -68,25 +85,42 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 def write_vectors(path: Path, rows: int, dim: int) -> None:
     """Unit vectors in float16, block by block."""
     file = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(rows, dim))
-    draw = jax.jit(lambda i: jax.random.normal(jax.random.key(i, impl="rbg"), (_ROWS, dim)) / dim**0.5)
+    draw = jax.jit(
+        lambda i: jax.random.normal(jax.random.key(i, impl="rbg"), (_ROWS, dim)) / dim**0.5
+    )
     for i, start in enumerate(range(0, rows, _ROWS)):
         file[start : start + _ROWS] = np.asarray(draw(i), np.float16)[: rows - start]
     file.flush()
 
 
 def check_ids(path: Path, queries: np.ndarray, k: int, rows: int) -> dict[str, str]:
-    """Against all scores in float64, rounded to float32; equals by id. And what bfloat16 loses: the share of the k best that it keeps, its error."""
+    """Against all scores in float64, rounded to float32; equals by id. And what bfloat16 loses: the
+    share of the k best that it keeps, its error.
+    """
     part = np.load(path, mmap_mode="r")[:rows]
-    exact = [queries.astype(np.float64) @ part[start : start + _ROWS].astype(np.float64).T for start in range(0, rows, _ROWS)]
-    expected = np.argsort(-np.concatenate(exact, axis=1).astype(np.float32), axis=1, kind="stable")[:, :k]
+    exact = [
+        queries.astype(np.float64) @ part[start : start + _ROWS].astype(np.float64).T
+        for start in range(0, rows, _ROWS)
+    ]
+    expected = np.argsort(-np.concatenate(exact, axis=1).astype(np.float32), axis=1, kind="stable")[
+        :, :k
+    ]
     found = np.asarray(search(queries, part, k=k).ids)
     if different := int(np.sum(found != expected)):
         sys.exit(f"{different} of {found.size} ids differ from a brute force")
     print(f"all {found.size} ids among {rows} vectors are those of a brute force", flush=True)
     rounded = search(queries, part, k=k, precision="bfloat16")
-    kept = np.mean([len(np.intersect1d(a, b)) / k for a, b in zip(np.asarray(rounded.ids), expected, strict=True)])
+    kept = np.mean(
+        [
+            len(np.intersect1d(a, b)) / k
+            for a, b in zip(np.asarray(rounded.ids), expected, strict=True)
+        ]
+    )
     scores = np.take_along_axis(np.concatenate(exact, axis=1), np.asarray(rounded.ids), axis=1)
-    return {"bfloat16_kept": f"{kept:.4f}", "bfloat16_error": f"{np.abs(np.asarray(rounded.scores) - scores).max():.1e}"}
+    return {
+        "bfloat16_kept": f"{kept:.4f}",
+        "bfloat16_error": f"{np.abs(np.asarray(rounded.scores) - scores).max():.1e}",
+    }
 
 
 def read(path: Path) -> None:
@@ -124,7 +158,12 @@ class Watched:
     def _watch(self) -> None:
         while not self._end.wait(0.01):
             with open("/proc/self/status") as file:
-                self.peak = max(self.peak, next(int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon")))
+                self.peak = max(
+                    self.peak,
+                    next(
+                        int(line.split()[1]) * 1024 for line in file if line.startswith("RssAnon")
+                    ),
+                )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,10 @@
-"""Speed of `train.classify` against a minimal hand-written step of the same model: python -m benchmarks.bench_train
+"""Speed of `train.classify` against a minimal hand-written step of the same model: python -m
+benchmarks.bench_train
 
-ViT-Ti/16 at 224 px. The script trains from PNG files with its log, its meters and its input pipeline; the minimal loop is one jitted AdamW step on
-one batch that is already on the device. Both take turns in one run. Rows go to benchmarks/results/train.csv; the target is a ratio of at least 0.95.
+ViT-Ti/16 at 224 px. The script trains from PNG files with its log, its meters and its input
+pipeline; the minimal loop is one jitted AdamW step on one batch that is already on the device. Both
+take turns in one run. Rows go to benchmarks/results/train.csv; the target is a ratio of at least
+0.95.
 """
 
 import argparse
@@ -70,9 +73,30 @@ def main() -> None:
         speeds: list[float] = []
 
         def config_of(run: int) -> Config:
-            flags = ["--data", f"folder:{folder}/pictures", "--variant", "Ti/16", "--batch", str(options.batch), "--pool.kind", "ggem"]
-            rhythm = ["--epochs", "100", "--log_every", str(options.steps), "--stop_after", str(options.steps + 1), "--eval_every", "100"]
-            return load_config([*flags, *rhythm, "--checkpoint_every", "100", "--out", f"{folder}/run{run}"], "bench")
+            flags = [
+                "--data",
+                f"folder:{folder}/pictures",
+                "--variant",
+                "Ti/16",
+                "--batch",
+                str(options.batch),
+                "--pool.kind",
+                "ggem",
+            ]
+            rhythm = [
+                "--epochs",
+                "100",
+                "--log_every",
+                str(options.steps),
+                "--stop_after",
+                str(options.steps + 1),
+                "--eval_every",
+                "100",
+            ]
+            return load_config(
+                [*flags, *rhythm, "--checkpoint_every", "100", "--out", f"{folder}/run{run}"],
+                "bench",
+            )
 
         def script():
             """The first step is not counted by the script itself, so one more is taken."""
@@ -81,7 +105,9 @@ def main() -> None:
             speeds.append(read_metrics(config.out, "train")[-1]["images_per_second"])
 
         config = config_of(0)
-        times = interleaved({"minimal": minimal_loop(config, options.steps), "script": script}, options.rounds)
+        times = interleaved(
+            {"minimal": minimal_loop(config, options.steps), "script": script}, options.rounds
+        )
     minimal, minimal_spread = median_and_spread(times["minimal"])
     minimal_speed = options.steps * options.batch / (minimal / 1e3)
     script_time, script_spread = median_and_spread([1 / speed for speed in speeds[1:]])
@@ -90,9 +116,22 @@ def main() -> None:
     append(
         "train",
         machine()
-        | {"model": "ViT-Ti/16 at 224 px", "dtype": config.model.dtype, "batch": options.batch, "rounds": options.rounds, "steps": options.steps}
-        | {"minimal_images_per_s": f"{minimal_speed:.2f}", "minimal_spread": f"{minimal_spread:.3f}"}
-        | {"script_images_per_s": f"{script_speed:.2f}", "script_spread": f"{script_spread:.3f}", "script_mfu": f"{mfu:.3f}"}
+        | {
+            "model": "ViT-Ti/16 at 224 px",
+            "dtype": config.model.dtype,
+            "batch": options.batch,
+            "rounds": options.rounds,
+            "steps": options.steps,
+        }
+        | {
+            "minimal_images_per_s": f"{minimal_speed:.2f}",
+            "minimal_spread": f"{minimal_spread:.3f}",
+        }
+        | {
+            "script_images_per_s": f"{script_speed:.2f}",
+            "script_spread": f"{script_spread:.3f}",
+            "script_mfu": f"{mfu:.3f}",
+        }
         | {"script_over_minimal": f"{script_speed / minimal_speed:.3f}"},
     )
 

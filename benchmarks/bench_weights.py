@@ -1,12 +1,16 @@
-"""Published weights of full size, read, brought back and written: python -m benchmarks.bench_weights
+"""Published weights of full size, read, brought back and written: python -m
+benchmarks.bench_weights
 
-Random weights of the published sizes are written under the published names. A process of its own reads the file (`read_vit`, `read_text`: names,
-axes, variables), brings the variables back (`to_timm`; text towers: `to_published_names`) and writes them. Seconds are medians over the rounds;
-files are read from the memory of the system. `load` is the number of processes that wanted a core in the minute before; where it is above the number
-of cores, the seconds are too many. `peak_mb` is what the process grew by in the first round.
+Random weights of the published sizes are written under the published names. A process of its own
+reads the file (`read_vit`, `read_text`: names, axes, variables), brings the variables back
+(`to_timm`; text towers: `to_published_names`) and writes them. Seconds are medians over the rounds;
+files are read from the memory of the system. `load` is the number of processes that wanted a core
+in the minute before; where it is above the number of cores, the seconds are too many. `peak_mb` is
+what the process grew by in the first round.
 
-`differs` names what does not come back to the bit: compared with the file where the names are the same, else the variables of the written file with
-those of the first. It should be empty but for the distilled DeiT, whose file has a distillation token and a position for it: our model has their sum,
+`differs` names what does not come back to the bit: compared with the file where the names are the
+same, else the variables of the written file with those of the first. It should be empty but for the
+distilled DeiT, whose file has a distillation token and a position for it: our model has their sum,
 which comes back as the token, with a position of zero.
 
 Rows go to benchmarks/results/weights.csv.
@@ -52,27 +56,48 @@ def cases(small: bool = False) -> dict[str, Case]:
     """The files by the families' names; `small`: of networks of the same make that take no time."""
 
     def sized(variant: str, **changes: Any) -> ViTConfig:
-        return vit_config(variant, **changes | (SMALLER | {"image": 2 * int(variant[2:])} if small else {}))
+        return vit_config(
+            variant, **changes | (SMALLER | {"image": 2 * int(variant[2:])} if small else {})
+        )
 
     def texts(**sizes: Any) -> TextConfig:
         return TextConfig(**sizes | (SMALLER | {"vocabulary": 50} if small else {}))
 
     b16 = sized("B/16")
-    distilled, dinov2 = sized("S/16", registers=1), sized("B/14", image=518, registers=4, layer_scale=1e-5)
-    of_clip = text_shapes("clip", TextStyle("", "text_projection"), texts(vocabulary=49408), 512, False)
+    distilled, dinov2 = (
+        sized("S/16", registers=1),
+        sized("B/14", image=518, registers=4, layer_scale=1e-5),
+    )
+    of_clip = text_shapes(
+        "clip", TextStyle("", "text_projection"), texts(vocabulary=49408), 512, False
+    )
     of_siglip = texts(vocabulary=32000, width=768, heads=12, mlp_width=3072, context=64)
-    decoder = {"mask_token": (1, 1, 512), "decoder_embed.weight": (512, b16.width), "decoder_embed.bias": (512,)}
+    decoder = {
+        "mask_token": (1, 1, 512),
+        "decoder_embed.weight": (512, b16.width),
+        "decoder_embed.bias": (512,),
+    }
     head = {"head_dist.weight": (1000, distilled.width), "head_dist.bias": (1000,)}
     return {
         "MAE-B/16": Case(timm_shapes(b16, "avg", 0, Style(1)) | decoder),
-        "DeiT-S/16 distilled": Case(timm_shapes(distilled, "cls", 1000, Style(2, distilled=True)) | head),
+        "DeiT-S/16 distilled": Case(
+            timm_shapes(distilled, "cls", 1000, Style(2, distilled=True)) | head
+        ),
         "DeiT-III-B/16": Case(timm_shapes(sized("B/16", layer_scale=1e-5), "cls", 1000, Style(0))),
         "DINOv2-B/14 registers": Case(timm_shapes(dinov2, "cls", 0, Style(0))),
         "AugReg-B/16": Case(augreg_shapes(b16), ".npz"),
-        "CLIP-B/16": Case(clip_shapes(b16) | of_clip | {"logit_scale": ()}, towers=("image", "text")),
+        "CLIP-B/16": Case(
+            clip_shapes(b16) | of_clip | {"logit_scale": ()}, towers=("image", "text")
+        ),
         "SigLIP-B/16": Case(
             siglip_shapes(b16)
-            | text_shapes("big_vision", TextStyle("params/txt/", "params/txt/head/kernel"), of_siglip, of_siglip.width, True)
+            | text_shapes(
+                "big_vision",
+                TextStyle("params/txt/", "params/txt/head/kernel"),
+                of_siglip,
+                of_siglip.width,
+                True,
+            )
             | {"params/t": (1,), "params/b": (1,)},
             ".npz",
             ("image", "text"),
@@ -82,8 +107,13 @@ def cases(small: bool = False) -> dict[str, Case]:
 
 def timm_shapes(config: ViTConfig, pooling: Trained, classes: int, style: Style) -> Shapes:
     """timm's names; positions are those of the file, which our table has folded."""
-    shapes = {name: parameter.shape for name, parameter in vit_table(config, style, pooling, classes).items()}
-    joined = join_qkv({name: np.empty(shape, np.float32) for name, shape in shapes.items()})  # memory that nothing touches
+    shapes = {
+        name: parameter.shape
+        for name, parameter in vit_table(config, style, pooling, classes).items()
+    }
+    joined = join_qkv(
+        {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
+    )  # memory that nothing touches
     shapes = {name: array.shape for name, array in joined.items()}
     shapes["pos_embed"] = (1, style.positions + (config.image // config.patch) ** 2, config.width)
     if style.distilled:
@@ -91,27 +121,50 @@ def timm_shapes(config: ViTConfig, pooling: Trained, classes: int, style: Style)
     return shapes
 
 
-def text_shapes(layout: str, style: TextStyle, config: TextConfig, outputs: int, project_bias: bool) -> Shapes:
-    return {name: parameter.shape for name, parameter in text_table(layout, style, config, outputs, project_bias).items()}
+def text_shapes(
+    layout: str, style: TextStyle, config: TextConfig, outputs: int, project_bias: bool
+) -> Shapes:
+    return {
+        name: parameter.shape
+        for name, parameter in text_table(layout, style, config, outputs, project_bias).items()
+    }
 
 
 def clip_shapes(c: ViTConfig) -> Shapes:
     """The image tower of openai/CLIP, model.py."""
-    block = {"ln_1.weight": (c.width,), "ln_1.bias": (c.width,), "ln_2.weight": (c.width,), "ln_2.bias": (c.width,)}
+    block = {
+        "ln_1.weight": (c.width,),
+        "ln_1.bias": (c.width,),
+        "ln_2.weight": (c.width,),
+        "ln_2.bias": (c.width,),
+    }
     block |= {"attn.in_proj_weight": (3 * c.width, c.width), "attn.in_proj_bias": (3 * c.width,)}
     block |= {"attn.out_proj.weight": (c.width, c.width), "attn.out_proj.bias": (c.width,)}
     block |= {"mlp.c_fc.weight": (c.mlp_width, c.width), "mlp.c_fc.bias": (c.mlp_width,)}
     block |= {"mlp.c_proj.weight": (c.width, c.mlp_width), "mlp.c_proj.bias": (c.width,)}
-    shapes = {"class_embedding": (c.width,), "positional_embedding": (1 + (c.image // c.patch) ** 2, c.width), "proj": (c.width, 512)}
+    shapes = {
+        "class_embedding": (c.width,),
+        "positional_embedding": (1 + (c.image // c.patch) ** 2, c.width),
+        "proj": (c.width, 512),
+    }
     shapes |= {"conv1.weight": (c.width, 3, c.patch, c.patch)}
-    shapes |= {f"{norm}.{leaf}": (c.width,) for norm in ("ln_pre", "ln_post") for leaf in ("weight", "bias")}
+    shapes |= {
+        f"{norm}.{leaf}": (c.width,)
+        for norm in ("ln_pre", "ln_post")
+        for leaf in ("weight", "bias")
+    }
     return inside("visual.", shapes | repeated("transformer.resblocks.{}.", block, c.depth))
 
 
 def augreg_shapes(c: ViTConfig) -> Shapes:
     """A file of google-research/vision_transformer."""
-    block = flax_block(c, ("LayerNorm_0/", "LayerNorm_2/"), "MultiHeadDotProductAttention_1/", "MlpBlock_3/")
-    shapes = {"cls": (1, 1, c.width), "Transformer/posembed_input/pos_embedding": (1, 1 + (c.image // c.patch) ** 2, c.width)}
+    block = flax_block(
+        c, ("LayerNorm_0/", "LayerNorm_2/"), "MultiHeadDotProductAttention_1/", "MlpBlock_3/"
+    )
+    shapes = {
+        "cls": (1, 1, c.width),
+        "Transformer/posembed_input/pos_embedding": (1, 1 + (c.image // c.patch) ** 2, c.width),
+    }
     return shapes | flax_tower(c, block) | {"head/kernel": (c.width, 1000), "head/bias": (1000,)}
 
 
@@ -120,13 +173,18 @@ def siglip_shapes(c: ViTConfig) -> Shapes:
     attention, mlp = "MultiHeadDotProductAttention_0/", "MlpBlock_0/"
     pooling = flax_block(c, ("LayerNorm_0/",), attention, mlp) | {"probe": (1, 1, c.width)}
     block = flax_block(c, ("LayerNorm_0/", "LayerNorm_1/"), attention, mlp)
-    shapes = {"pos_embedding": (1, (c.image // c.patch) ** 2, c.width)} | inside("MAPHead_0/", pooling)
+    shapes = {"pos_embedding": (1, (c.image // c.patch) ** 2, c.width)} | inside(
+        "MAPHead_0/", pooling
+    )
     return inside("params/img/", shapes | flax_tower(c, block))
 
 
 def flax_tower(c: ViTConfig, block: Shapes) -> Shapes:
     shapes = {"embedding/kernel": (c.patch, c.patch, 3, c.width), "embedding/bias": (c.width,)}
-    shapes |= {"Transformer/encoder_norm/scale": (c.width,), "Transformer/encoder_norm/bias": (c.width,)}
+    shapes |= {
+        "Transformer/encoder_norm/scale": (c.width,),
+        "Transformer/encoder_norm/bias": (c.width,),
+    }
     return shapes | repeated("Transformer/encoderblock_{}/", block, c.depth)
 
 
@@ -137,7 +195,10 @@ def flax_block(c: ViTConfig, norms: Sequence[str], attention: str, mlp: str) -> 
         shapes |= {f"{attention}{part}/kernel": (c.width, *heads), f"{attention}{part}/bias": heads}
     shapes |= {f"{attention}out/kernel": (*heads, c.width), f"{attention}out/bias": (c.width,)}
     shapes |= {f"{mlp}Dense_0/kernel": (c.width, c.mlp_width), f"{mlp}Dense_0/bias": (c.mlp_width,)}
-    return shapes | {f"{mlp}Dense_1/kernel": (c.mlp_width, c.width), f"{mlp}Dense_1/bias": (c.width,)}
+    return shapes | {
+        f"{mlp}Dense_1/kernel": (c.mlp_width, c.width),
+        f"{mlp}Dense_1/bias": (c.width,),
+    }
 
 
 def inside(folder: str, shapes: Shapes) -> Shapes:
@@ -145,12 +206,17 @@ def inside(folder: str, shapes: Shapes) -> Shapes:
 
 
 def repeated(folder: str, block: Shapes, depth: int) -> Shapes:
-    return {name: shape for i in range(depth) for name, shape in inside(folder.format(i), block).items()}
+    return {
+        name: shape for i in range(depth) for name, shape in inside(folder.format(i), block).items()
+    }
 
 
 def write_random(case: Case, path: Path) -> None:
     rng = np.random.default_rng(0)
-    arrays = {name: np.float32(0.02) * rng.standard_normal(shape, np.float32) for name, shape in case.shapes.items()}
+    arrays = {
+        name: np.float32(0.02) * rng.standard_normal(shape, np.float32)
+        for name, shape in case.shapes.items()
+    }
     if case.ending == ".npz":
         np.savez(path, **arrays)
     else:
@@ -174,17 +240,39 @@ def measured(path: Path, tower: str, heads: int | None, rounds: int) -> dict[str
         if each == 0:
             peak = (_kilobytes("VmHWM") - before) / 1e3
     names = ("read_s", "back_s", "write_s")
-    row = {name: f"{statistics.median(column):.2f}" for name, column in zip(names, np.transpose(seconds), strict=True)}
+    row = {
+        name: f"{statistics.median(column):.2f}"
+        for name, column in zip(names, np.transpose(seconds), strict=True)
+    }
     numbers = sum(leaf.size for leaf in jax.tree.leaves(published.variables))
     same_names = tower == "text" or published.layout == "timm"
-    used = {name: array for name, array in read_arrays(path).items() if name not in published.unused} if same_names else _named(published)
-    again = read_arrays(written) if same_names else _named(read_vit(written, heads=published.config.heads))
-    differs = sorted(name for name in used.keys() | again.keys() if not np.array_equal(used.get(name), again.get(name)))
-    return {"family_found": published.family, "parameters": numbers} | row | {"peak_mb": f"{peak:.0f}", "differs": " ".join(differs)}
+    used = (
+        {name: array for name, array in read_arrays(path).items() if name not in published.unused}
+        if same_names
+        else _named(published)
+    )
+    again = (
+        read_arrays(written)
+        if same_names
+        else _named(read_vit(written, heads=published.config.heads))
+    )
+    differs = sorted(
+        name
+        for name in used.keys() | again.keys()
+        if not np.array_equal(used.get(name), again.get(name))
+    )
+    return (
+        {"family_found": published.family, "parameters": numbers}
+        | row
+        | {"peak_mb": f"{peak:.0f}", "differs": " ".join(differs)}
+    )
 
 
 def _named(published: Any) -> Arrays:
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(published.variables)}
+    return {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(published.variables)
+    }
 
 
 def _kilobytes(field: str) -> int:
@@ -195,13 +283,24 @@ def _kilobytes(field: str) -> int:
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--small", action="store_true", help="networks of the same make that take no time: a check of the benchmark")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="the folder of weights.csv (default: benchmarks/results)")
+    parser.add_argument(
+        "--small",
+        action="store_true",
+        help="networks of the same make that take no time: a check of the benchmark",
+    )
+    parser.add_argument(
+        "--results",
+        type=Path,
+        default=RESULTS,
+        help="the folder of weights.csv (default: benchmarks/results)",
+    )
     parser.add_argument("--one", nargs=2, metavar=("FILE", "TOWER"), help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     heads = SMALLER["heads"] if arguments.small else None
     if arguments.one:
-        print(json.dumps(measured(Path(arguments.one[0]), arguments.one[1], heads, arguments.rounds)))
+        print(
+            json.dumps(measured(Path(arguments.one[0]), arguments.one[1], heads, arguments.rounds))
+        )
         return
     versions = machine()
     print("  ".join(f"{key} {value}" for key, value in versions.items()))
@@ -210,12 +309,32 @@ def main(argv: list[str] | None = None) -> None:
             path = Path(folder) / f"weights{case.ending}"
             write_random(case, path)
             for tower in case.towers:
-                flags = ["--rounds", str(arguments.rounds), "--one", str(path), tower, *(["--small"] if arguments.small else [])]
-                done = subprocess.run([sys.executable, "-m", "benchmarks.bench_weights", *flags], check=True, stdout=subprocess.PIPE, text=True)
-                row = {"family": family, "tower": tower, "file": case.ending[1:], "file_mb": f"{path.stat().st_size / 1e6:.1f}"}
+                flags = [
+                    "--rounds",
+                    str(arguments.rounds),
+                    "--one",
+                    str(path),
+                    tower,
+                    *(["--small"] if arguments.small else []),
+                ]
+                done = subprocess.run(
+                    [sys.executable, "-m", "benchmarks.bench_weights", *flags],
+                    check=True,
+                    stdout=subprocess.PIPE,
+                    text=True,
+                )
+                row = {
+                    "family": family,
+                    "tower": tower,
+                    "file": case.ending[1:],
+                    "file_mb": f"{path.stat().st_size / 1e6:.1f}",
+                }
                 append(
                     "weights",
-                    versions | row | json.loads(done.stdout) | {"rounds": arguments.rounds, "load": f"{os.getloadavg()[0]:.1f}"},
+                    versions
+                    | row
+                    | json.loads(done.stdout)
+                    | {"rounds": arguments.rounds, "load": f"{os.getloadavg()[0]:.1f}"},
                     arguments.results,
                 )
 

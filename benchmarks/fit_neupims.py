@@ -1,11 +1,13 @@
-"""Fits the constants of neupims/machine/calibration.py to runs of the public simulator, and reports the error on the runs it did not see.
+"""Fits the constants of neupims/machine/calibration.py to runs of the public simulator, and reports
+the error on the runs it did not see.
 
     python -m benchmarks.fit_neupims            # the error of the constants as they are, on both parts; writes the tables
     python -m benchmarks.fit_neupims --fit      # finds new ones on the fitting part and prints them; they are then written into the module by hand
 
-The fitting part are the runs whose identifier ends in an even hexadecimal digit. Reads GGEM_SHARED/golden/neupims (by default ../shared). The tables
-are benchmarks/results/neupims_validation.csv (errors of the part not used for fitting, and of all runs) and neupims/expected_error.json, which the
-tools print.
+The fitting part are the runs whose identifier ends in an even hexadecimal digit. Reads
+GGEM_SHARED/golden/neupims (by default ../shared). The tables are
+benchmarks/results/neupims_validation.csv (errors of the part not used for fitting, and of all runs)
+and neupims/expected_error.json, which the tools print.
 """
 
 import argparse
@@ -21,7 +23,15 @@ import numpy as np
 
 from neupims.machine.calibration import DEFAULT, Calibration
 from neupims.timing.schedule import exact_attention
-from neupims.validation import case_of, group_errors, measured, most_channels, padded, predict, read_runs
+from neupims.validation import (
+    case_of,
+    group_errors,
+    measured,
+    most_channels,
+    padded,
+    predict,
+    read_runs,
+)
 
 ROOT = Path(__file__).parent.parent
 STEP = 0.1  # of each constant, of the first simplex
@@ -30,12 +40,23 @@ STEP = 0.1  # of each constant, of the first simplex
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--fit", action="store_true")
-    parser.add_argument("--reopen", type=float, help="another value of reopen_cycles, which changes the followed work and is found by trying a few")
+    parser.add_argument(
+        "--reopen",
+        type=float,
+        help=(
+            "another value of reopen_cycles, which changes the followed work and is found by trying"
+            " a few"
+        ),
+    )
     parser.add_argument("--evaluations", type=int, default=160)
     options = parser.parse_args()
     folder = Path(os.environ.get("GGEM_SHARED", "../shared")) / "golden" / "neupims"
     runs, listed = read_runs(folder)
-    calibration = DEFAULT if options.reopen is None else dataclasses.replace(DEFAULT, reopen_cycles=options.reopen)
+    calibration = (
+        DEFAULT
+        if options.reopen is None
+        else dataclasses.replace(DEFAULT, reopen_cycles=options.reopen)
+    )
     cases = [(run, listed[run["run_id"]], *followed(run, folder, calibration)) for run in runs]
     fitting = [case for case in cases if int(case[0]["run_id"][-1], 16) % 2 == 0]
     held_out = [case for case in cases if int(case[0]["run_id"][-1], 16) % 2]
@@ -43,7 +64,11 @@ def main() -> None:
         calibration = fit(fitting, calibration, options.evaluations)
     print(calibration)
     parts = {"fitting": fitting, "held out": held_out, "all": cases}
-    tables = {(path, name): group_errors(rows_of(part, calibration, path)) for path in ("exact", "closed") for name, part in parts.items()}
+    tables = {
+        (path, name): group_errors(rows_of(part, calibration, path))
+        for path in ("exact", "closed")
+        for name, part in parts.items()
+    }
     for (path, name), groups in tables.items():
         for group in groups:
             if group["name"] in ("all", "layer"):
@@ -59,40 +84,81 @@ def followed(run, folder, calibration: Calibration):
     if case.system == "npu-only":
         return case, None
     known = padded(case)
-    options = {"system": case.system, "sub_batches": case.sub_batches, "fidelity": "simulator", "channels": most_channels(case)}
-    return case, exact_attention(known.hardware, known.model, known.batch, known.parallel, calibration=calibration, **options)
+    options = {
+        "system": case.system,
+        "sub_batches": case.sub_batches,
+        "fidelity": "simulator",
+        "channels": most_channels(case),
+    }
+    return case, exact_attention(
+        known.hardware, known.model, known.batch, known.parallel, calibration=calibration, **options
+    )
 
 
 def rows_of(cases, calibration: Calibration, path: str = "exact"):
     rows = []
     for run, listed, case, attention in cases:
-        predicted = predict(case, calibration=calibration, path=path, attention=attention if path == "exact" else None)
+        predicted = predict(
+            case,
+            calibration=calibration,
+            path=path,
+            attention=attention if path == "exact" else None,
+        )
         for (level, stage, name), value in measured(run, listed).items():
-            row = {"run_id": run["run_id"], "system": run["system"], "level": level, "stage": stage, "name": name}
+            row = {
+                "run_id": run["run_id"],
+                "system": run["system"],
+                "level": level,
+                "stage": stage,
+                "name": name,
+            }
             rows.append(row | {"measured": value, "predicted": predicted[level, stage, name]})
     return rows
 
 
 def fit(cases, start_from: Calibration, evaluations: int) -> Calibration:
-    """The constants with the least sum of the mean errors of PIM operations, products, stages and layers, of every system alike."""
+    """The constants with the least sum of the mean errors of PIM operations, products, stages and
+    layers, of every system alike.
+    """
     from scipy.optimize import minimize
 
-    names = [field.name for field in dataclasses.fields(Calibration) if field.name != "reopen_cycles"]
+    names = [
+        field.name for field in dataclasses.fields(Calibration) if field.name != "reopen_cycles"
+    ]
     start = np.array([getattr(start_from, name) for name in names])
 
     def constants(factors) -> Calibration:
         values = dict(zip(names, (start * factors).tolist(), strict=True))
-        for share in ("queued_efficiency", "streaming_efficiency", "shallow_efficiency", "stuck_after_norm", "stuck_after_activation"):
+        for share in (
+            "queued_efficiency",
+            "streaming_efficiency",
+            "shallow_efficiency",
+            "stuck_after_norm",
+            "stuck_after_activation",
+        ):
             values[share] = float(np.clip(values[share], 0, 1))
         return dataclasses.replace(start_from, **values)
 
     def loss(factors) -> float:
         groups = group_errors(rows_of(cases, constants(factors)))
-        wanted = [group["mean"] for group in groups if group["system"] != "all" and group["name"] in ("all", "layer") and group["kind"] in KINDS]
+        wanted = [
+            group["mean"]
+            for group in groups
+            if group["system"] != "all"
+            and group["name"] in ("all", "layer")
+            and group["kind"] in KINDS
+        ]
         return float(np.mean(wanted))
 
-    simplex = np.vstack([np.ones(len(names)), np.ones((len(names), len(names))) - STEP * np.eye(len(names))])
-    found = minimize(loss, simplex[0], method="Nelder-Mead", options={"maxfev": evaluations, "initial_simplex": simplex})
+    simplex = np.vstack(
+        [np.ones(len(names)), np.ones((len(names), len(names))) - STEP * np.eye(len(names))]
+    )
+    found = minimize(
+        loss,
+        simplex[0],
+        method="Nelder-Mead",
+        options={"maxfev": evaluations, "initial_simplex": simplex},
+    )
     print(f"loss {loss(simplex[0]):.3f} -> {found.fun:.3f} after {found.nfev} evaluations")
     return constants(found.x)
 
@@ -104,22 +170,47 @@ def write(tables) -> None:
     """The committed table, and the one that the tools print from."""
     with open(ROOT / "benchmarks" / "results" / "neupims_validation.csv", "w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
-        table.writerow(["path", "part", "level", "system", "kind", "name", "n", "mean_percent", "median_percent", "p95_percent", "max_percent"])
+        table.writerow(
+            [
+                "path",
+                "part",
+                "level",
+                "system",
+                "kind",
+                "name",
+                "n",
+                "mean_percent",
+                "median_percent",
+                "p95_percent",
+                "max_percent",
+            ]
+        )
         for (path, part), groups in tables.items():
             if part == "fitting":
                 continue
             for group in groups:
                 numbers = [f"{group[key]:.2f}" for key in ("mean", "median", "p95", "max")]
-                table.writerow([path, part, *(group[key] for key in ("level", "system", "kind", "name", "n")), *numbers])
+                table.writerow(
+                    [
+                        path,
+                        part,
+                        *(group[key] for key in ("level", "system", "kind", "name", "n")),
+                        *numbers,
+                    ]
+                )
     expected: dict[str, Any] = {}
     for path in ("exact", "closed"):
         for group in tables[path, "held out"]:
-            key = {"layer": "layer", "stage": "stage"}.get(group["kind"], f"{group['kind']}_operations")
+            key = {"layer": "layer", "stage": "stage"}.get(
+                group["kind"], f"{group['kind']}_operations"
+            )
             if group["system"] != "all" and group["name"] in ("all", "layer") and ">" not in key:
                 for number in ("mean", "p95", "max"):
                     of = expected.setdefault(path, {}).setdefault(group["system"], {})
                     of[f"{key}_{number}_percent"] = round(group[number], 2)
-    expected["of"] = f"runs of the public simulator not used for fitting, {datetime.date.today().isoformat()}"
+    expected["of"] = (
+        f"runs of the public simulator not used for fitting, {datetime.date.today().isoformat()}"
+    )
     (ROOT / "neupims" / "expected_error.json").write_text(json.dumps(expected, indent=2) + "\n")
 
 

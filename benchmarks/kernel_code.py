@@ -1,7 +1,9 @@
-"""Registers, spills and instructions per element of every kernel, compiled ahead of time: python -m benchmarks.kernel_code
+"""Registers, spills and instructions per element of every kernel, compiled ahead of time: python -m
+benchmarks.kernel_code
 
-Needs triton and no GPU. Instructions are those of the busiest loop, all of them, divided by the elements of tokens that a thread takes in one turn;
-lanes beyond the channels are not elements. Rows go to benchmarks/results/kernel_code.csv.
+Needs triton and no GPU. Instructions are those of the busiest loop, all of them, divided by the
+elements of tokens that a thread takes in one turn; lanes beyond the channels are not elements. Rows
+go to benchmarks/results/kernel_code.csv.
 """
 
 import argparse
@@ -62,18 +64,24 @@ class Code:
         return [m[2] for m in _INSTRUCTION.finditer(self.sass)]
 
     def busiest_loop(self) -> list[str]:
-        """Opcodes between the backward branch and its target that enclose the most special-function instructions."""
+        """Opcodes between the backward branch and its target that enclose the most special-function
+        instructions.
+        """
         lines = [(int(m[1], 16), m[2], m[3]) for m in _INSTRUCTION.finditer(self.sass)]
         loops = [
             [op for where, op, _ in lines if target <= where <= address]
             for address, op, operands in lines
-            if op.startswith("BRA") and (found := re.search(r"0x([0-9a-f]+)", operands)) and (target := int(found[1], 16)) < address
+            if op.startswith("BRA")
+            and (found := re.search(r"0x([0-9a-f]+)", operands))
+            and (target := int(found[1], 16)) < address
         ]
         return max(loops, key=lambda ops: sum(op.startswith("MUFU") for op in ops), default=[])
 
 
 def _differentiated(pool: Callable, per_channel: int) -> Callable:
-    """Value and gradient of a pooling of tokens `(b, n, d)`, which takes `per_channel` arrays `(d,)` and exponents."""
+    """Value and gradient of a pooling of tokens `(b, n, d)`, which takes `per_channel` arrays
+    `(d,)` and exponents.
+    """
 
     def launch_all(tokens):
         channels = [jnp.ones(tokens.shape[-1])] * per_channel
@@ -85,10 +93,14 @@ def _differentiated(pool: Callable, per_channel: int) -> Callable:
 
 
 def _masked(pool: Callable) -> Callable:
-    return lambda tokens, *parameters: pool(tokens, *parameters, mask=jnp.ones(tokens.shape[:2], bool))
+    return lambda tokens, *parameters: pool(
+        tokens, *parameters, mask=jnp.ones(tokens.shape[:2], bool)
+    )
 
 
-_ggem, _norm_ggem, _superglobal = (partial(pool, implementation="triton") for pool in (ggem_pool, norm_ggem_pool, superglobal_pool))
+_ggem, _norm_ggem, _superglobal = (
+    partial(pool, implementation="triton") for pool in (ggem_pool, norm_ggem_pool, superglobal_pool)
+)
 
 # What to compile, by name: functions of one array that launch the kernels.
 KERNELS: dict[str, Callable] = {
@@ -115,15 +127,26 @@ def recorded() -> Iterator[list[Launch]]:
         launches.append(Launch(kernel, dtypes, grid[0], num_warps, constants))
         return [jnp.zeros(o.shape, o.dtype) for o in out_shape]
 
-    with mock.patch.object(launch, "load_jax_triton", return_value=SimpleNamespace(triton_call=triton_call)), launch.compiled_for(90):
+    with (
+        mock.patch.object(
+            launch, "load_jax_triton", return_value=SimpleNamespace(triton_call=triton_call)
+        ),
+        launch.compiled_for(90),
+    ):
         yield launches
 
 
 def launches_of(function: Callable, *shapes: jax.ShapeDtypeStruct) -> list[Launch]:
-    """What `function` would launch for arguments of these shapes; it asks for `implementation="triton"` itself."""
+    """What `function` would launch for arguments of these shapes; it asks for
+    `implementation="triton"` itself.
+    """
     with recorded() as launches:
-        jax.eval_shape(lambda *arguments: function(*arguments), *shapes)  # a new function, which no cache knows
-    return [one for i, one in enumerate(launches) if one not in launches[:i]]  # shapes may be traced more than once
+        jax.eval_shape(
+            lambda *arguments: function(*arguments), *shapes
+        )  # a new function, which no cache knows
+    return [
+        one for i, one in enumerate(launches) if one not in launches[:i]
+    ]  # shapes may be traced more than once
 
 
 def compiled(launch_: Launch, capability: int) -> Code:
@@ -133,16 +156,29 @@ def compiled(launch_: Launch, capability: int) -> Code:
     from triton.compiler import ASTSource
 
     names = [parameter.name for parameter in launch_.kernel.params]
-    signature = dict(zip(names, launch_.dtypes, strict=False)) | dict.fromkeys(launch_.constants, "constexpr")
+    signature = dict(zip(names, launch_.dtypes, strict=False)) | dict.fromkeys(
+        launch_.constants, "constexpr"
+    )
     attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(launch_.dtypes))}
-    source = ASTSource(fn=launch_.kernel, signature=signature, constexprs=launch_.constants, attrs=attributes)
-    done = triton.compile(source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch_.warps})
+    source = ASTSource(
+        fn=launch_.kernel, signature=signature, constexprs=launch_.constants, attrs=attributes
+    )
+    done = triton.compile(
+        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch_.warps}
+    )
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(done.asm["cubin"])
         file.flush()
-        usage, sass = (subprocess.run([tool, flag, file.name], capture_output=True, text=True, check=True).stdout for flag in ("-res-usage", "-sass"))
-    registers, stack, shared, local = (int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "SHARED", "LOCAL"))
+        usage, sass = (
+            subprocess.run(
+                [tool, flag, file.name], capture_output=True, text=True, check=True
+            ).stdout
+            for flag in ("-res-usage", "-sass")
+        )
+    registers, stack, shared, local = (
+        int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "SHARED", "LOCAL")
+    )
     return Code(registers, stack + local, shared, sass, done.asm["ttir"])
 
 
@@ -156,27 +192,60 @@ SHAPES = {
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--capability", type=int, default=90, choices=(80, 90, 100), help="compute capability")
+    parser.add_argument(
+        "--capability", type=int, default=90, choices=(80, 90, 100), help="compute capability"
+    )
     capability = parser.parse_args().capability
-    rows = [("bfloat16", name, shape, function) for name, shape in SHAPES.items() for function in ("ggem", "norm_ggem")]
-    rows += [("float32", "B/16 at 224 px", SHAPES["B/16 at 224 px"], function) for function in ("ggem", "norm_ggem")]
-    rows += [("bfloat16", "B/16 at 224 px, class token masked", (256, 197, 768), "norm_ggem masked")]
-    rows += [(dtype, "map 32 x 22", (1, 32, 22, 2048), "superglobal") for dtype in ("bfloat16", "float32")]
+    rows = [
+        ("bfloat16", name, shape, function)
+        for name, shape in SHAPES.items()
+        for function in ("ggem", "norm_ggem")
+    ]
+    rows += [
+        ("float32", "B/16 at 224 px", SHAPES["B/16 at 224 px"], function)
+        for function in ("ggem", "norm_ggem")
+    ]
+    rows += [
+        ("bfloat16", "B/16 at 224 px, class token masked", (256, 197, 768), "norm_ggem masked")
+    ]
+    rows += [
+        (dtype, "map 32 x 22", (1, 32, 22, 2048), "superglobal")
+        for dtype in ("bfloat16", "float32")
+    ]
     for dtype, name, shape, function in rows:
         for one in launches_of(KERNELS[function], jax.ShapeDtypeStruct(shape, dtype)):
-            about = {"date": time.strftime("%Y-%m-%d"), "triton": importlib.metadata.version("triton"), "capability": capability}
-            append("kernel_code", about | {"shape": name, "dtype": dtype} | described(one, shape, capability))
+            about = {
+                "date": time.strftime("%Y-%m-%d"),
+                "triton": importlib.metadata.version("triton"),
+                "capability": capability,
+            }
+            append(
+                "kernel_code",
+                about | {"shape": name, "dtype": dtype} | described(one, shape, capability),
+            )
 
 
 def described(one: Launch, shape: tuple[int, ...], capability: int) -> dict[str, Any]:
-    """A row: what ptxas says, and the instructions of the busiest loop per token element, idle lanes included."""
+    """A row: what ptxas says, and the instructions of the busiest loop per token element, idle
+    lanes included.
+    """
     code, constants = compiled(one, capability), one.constants
     loop = code.busiest_loop()
-    places = shape[-2] * (2 * constants["HALF"] + 1) if one.name == "regional_kernel" else constants["UNROLL"] * constants["ROWS"]
-    per_thread = places * min(constants["CHANNELS"] * constants.get("PIECES", 1), shape[-1]) / (32 * one.warps)
+    places = (
+        shape[-2] * (2 * constants["HALF"] + 1)
+        if one.name == "regional_kernel"
+        else constants["UNROLL"] * constants["ROWS"]
+    )
+    per_thread = (
+        places
+        * min(constants["CHANNELS"] * constants.get("PIECES", 1), shape[-1])
+        / (32 * one.warps)
+    )
     return {
-        "kernel": one.name, "programs": one.programs, "threads": 32 * one.warps, "registers": code.registers, "spilled_bytes": code.spilled_bytes,
-        "shared_bytes": code.shared_bytes, "instructions_per_element": f"{len(loop) / per_thread:.1f}",
+        "kernel": one.name, "programs": one.programs, "threads": 32 * one.warps,
+        "registers": code.registers, "spilled_bytes": code.spilled_bytes,
+        "shared_bytes": code.shared_bytes,
+        "instructions_per_element": f"{len(loop) / per_thread:.1f}",
         "special_functions_per_element": f"{sum(op.startswith('MUFU') for op in loop) / per_thread:.2f}",
     }  # fmt: skip
 

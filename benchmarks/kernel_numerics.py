@@ -1,7 +1,9 @@
-"""What the kernels compute against the same functions in float64, which take plain JAX; and against themselves, again and in parts.
+"""What the kernels compute against the same functions in float64, which take plain JAX; and against
+themselves, again and in parts.
 
-Errors are relative to the largest entry of a row. Allowed are 5e-6 for values and 2e-5 + 5e-7 p for gradients in float32, and what the dtype of the
-tokens rounds to besides. The error of plain JAX in float32 stands beside that of the kernel.
+Errors are relative to the largest entry of a row. Allowed are 5e-6 for values and 2e-5 + 5e-7 p for
+gradients in float32, and what the dtype of the tokens rounds to besides. The error of plain JAX in
+float32 stands beside that of the kernel.
 """
 
 from collections.abc import Callable, Iterator
@@ -26,47 +28,88 @@ OPERATIONS = ("ggem", "norm_ggem")
 
 def checks(implementation: str, small: bool) -> Iterator[dict[str, Any]]:
     """A row for everything that is checked; `small` for the interpreter, which is slow."""
-    for check in (basic_checks(implementation, small) | further_checks(implementation, small)).values():
+    for check in (
+        basic_checks(implementation, small) | further_checks(implementation, small)
+    ).values():
         yield from check()
 
 
-def basic_checks(implementation: str, small: bool) -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
+def basic_checks(
+    implementation: str, small: bool
+) -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
     """What must hold before anything is timed, by name; each gives its rows."""
     shape = (SMALL if small else SHAPES)[0]
-    cases = [(operation, shape, dtype, p) for operation in OPERATIONS for dtype in ("float32", "bfloat16") for p in (3.0, 1000.0)]
+    cases = [
+        (operation, shape, dtype, p)
+        for operation in OPERATIONS
+        for dtype in ("float32", "bfloat16")
+        for p in (3.0, 1000.0)
+    ]
     found = dict(_named(*case, implementation) for case in cases)
     for operation in OPERATIONS:
-        found[f"{operation}, run again and again"] = partial(_the_same_every_time, operation, shape, implementation, runs=3 if small else 100)
+        found[f"{operation}, run again and again"] = partial(
+            _the_same_every_time, operation, shape, implementation, runs=3 if small else 100
+        )
     for dtype in ("float32", "bfloat16"):
-        found[f"superglobal, {dtype}"] = partial(_maps, (1, 9, 11, 20) if small else (2, 32, 22, 2048), dtype, implementation)
+        found[f"superglobal, {dtype}"] = partial(
+            _maps, (1, 9, 11, 20) if small else (2, 32, 22, 2048), dtype, implementation
+        )
     return found
 
 
-def further_checks(implementation: str, small: bool) -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
-    """The others: very many elements, masks, sign rules, sizes, and all shapes, dtypes and exponents."""
+def further_checks(
+    implementation: str, small: bool
+) -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
+    """The others: very many elements, masks, sign rules, sizes, and all shapes, dtypes and
+    exponents.
+    """
     shape = (SMALL if small else SHAPES)[0]
     found: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {}
     few, copies = (shape, 3) if small else ((30, 1024, 768, 12), 100)
     for operation in OPERATIONS:
-        found[f"{operation}, {copies} x {few[:3]}"] = partial(_many_copies, operation, few, copies, implementation)
+        found[f"{operation}, {copies} x {few[:3]}"] = partial(
+            _many_copies, operation, few, copies, implementation
+        )
     cases: list[tuple[str, tuple[int, ...], str, float, dict[str, Any]]] = []
     for operation in OPERATIONS:
-        cases += [(operation, shape, dtype, 3.0, {"masked": True}) for dtype in ("float32", "bfloat16")]
+        cases += [
+            (operation, shape, dtype, 3.0, {"masked": True}) for dtype in ("float32", "bfloat16")
+        ]
         rules = ("abs", "signed", "shift") if operation == "ggem" else ("abs", "signed")
-        cases += [(operation, shape, "float32", 3.0, {"negatives": negatives}) for negatives in rules]
+        cases += [
+            (operation, shape, "float32", 3.0, {"negatives": negatives}) for negatives in rules
+        ]
         cases += [(operation, shape, "float16", 3.0, {})]
-    for size in (1e37 if small else 1e38, 1e30, 1e-30):  # the reciprocal of 1e38 is below the normal numbers, which processes of XLA round to zero
+    for size in (
+        1e37 if small else 1e38,
+        1e30,
+        1e-30,
+    ):  # the reciprocal of 1e38 is below the normal numbers, which processes of XLA round to zero
         cases += [("ggem", shape, "float32", 3.0, {"size": size})]
     for shape in SMALL if small else SHAPES:
         for dtype in ("float32", "bfloat16"):
-            cases += [(operation, shape, dtype, p, {}) for p in (EXPONENTS[1::2] if small else EXPONENTS) for operation in OPERATIONS]
+            cases += [
+                (operation, shape, dtype, p, {})
+                for p in (EXPONENTS[1::2] if small else EXPONENTS)
+                for operation in OPERATIONS
+            ]
     found |= dict(_named(*case, implementation, **options) for *case, options in cases)
     basic = basic_checks(implementation, small)
     return {name: check for name, check in found.items() if name not in basic}
 
 
-def _named(operation: str, shape: tuple[int, ...], dtype: str, p: float, implementation: str, **options) -> tuple[str, Callable]:
-    name = ", ".join([operation, str(shape[:3]), dtype, f"p = {p:g}", *(f"{option} {value}" for option, value in options.items())])
+def _named(
+    operation: str, shape: tuple[int, ...], dtype: str, p: float, implementation: str, **options
+) -> tuple[str, Callable]:
+    name = ", ".join(
+        [
+            operation,
+            str(shape[:3]),
+            dtype,
+            f"p = {p:g}",
+            *(f"{option} {value}" for option, value in options.items()),
+        ]
+    )
     return name, partial(_against_float64, operation, shape, dtype, p, implementation, **options)
 
 
@@ -74,20 +117,30 @@ def _pool_of(operation: str, **options) -> Callable:
     return partial({"ggem": ggem_pool, "norm_ggem": norm_ggem_pool}[operation], **options)
 
 
-def _arguments(operation: str, shape: tuple[int, ...], dtype: str, p: float, size: float = 1.0) -> tuple[list[np.ndarray], np.ndarray]:
+def _arguments(
+    operation: str, shape: tuple[int, ...], dtype: str, p: float, size: float = 1.0
+) -> tuple[list[np.ndarray], np.ndarray]:
     """Tokens and parameters as the kernel sees them, and a cotangent."""
     b, n, d, groups = shape
     rng = np.random.default_rng(b * n * d)
     tokens = np.array(jnp.asarray(size * np.clip(rng.normal(0.5, 1, (b, n, d)), -3, 3), dtype))
     exponents = np.asarray(p * np.linspace(1, 1.3, groups), np.float32)
-    norm = [rng.normal(1, 0.3, d).astype(np.float32), rng.normal(0.2, 0.3, d).astype(np.float32)] if operation == "norm_ggem" else []
+    norm = (
+        [rng.normal(1, 0.3, d).astype(np.float32), rng.normal(0.2, 0.3, d).astype(np.float32)]
+        if operation == "norm_ggem"
+        else []
+    )
     return [tokens, *norm, exponents], np.array(jnp.asarray(rng.normal(size=(b, d)), dtype))
 
 
-def _against_float64(operation, shape, dtype, p, implementation, *, negatives="clamp", masked=False, size=1.0) -> Iterator[dict[str, Any]]:
+def _against_float64(
+    operation, shape, dtype, p, implementation, *, negatives="clamp", masked=False, size=1.0
+) -> Iterator[dict[str, Any]]:
     arguments, cotangent = _arguments(operation, shape, dtype, p, size)
     if size > 1e36:
-        cotangent *= cotangent.dtype.type(1e-3)  # else the gradient of p, a sum over images and channels, would exceed float32
+        cotangent *= cotangent.dtype.type(
+            1e-3
+        )  # else the gradient of p, a sum over images and channels, would exceed float32
     mask = None
     if masked:
         mask = np.random.default_rng(1).random(shape[:2]) < 0.7
@@ -95,16 +148,37 @@ def _against_float64(operation, shape, dtype, p, implementation, *, negatives="c
     options = {"negatives": negatives, "eps": 1e-36 if size < 1 else 1e-6}
 
     def result(name, arguments, cotangent):
-        return _numbers(_value_and_slopes(operation, implementation=name, **options)(arguments, mask, cotangent))
+        return _numbers(
+            _value_and_slopes(operation, implementation=name, **options)(arguments, mask, cotangent)
+        )
 
     with jax.enable_x64(True):
-        exact = result("xla", [np.asarray(argument, np.float64) for argument in arguments], np.asarray(cotangent, np.float64))
+        exact = result(
+            "xla",
+            [np.asarray(argument, np.float64) for argument in arguments],
+            np.asarray(cotangent, np.float64),
+        )
     ours, plain = result(implementation, arguments, cotangent), result("xla", arguments, cotangent)
     largest_p = 1.3 * p
-    for i, name in enumerate(["value", "tokens", *(["scale", "bias"] if operation == "norm_ggem" else []), "p"]):
+    for i, name in enumerate(
+        ["value", "tokens", *(["scale", "bias"] if operation == "norm_ggem" else []), "p"]
+    ):
         allowed = ROUNDING[dtype] + (VALUE if name == "value" else SLOPE + SLOPE_PER_P * largest_p)
-        about = {"shape": shape[:3], "dtype": dtype, "negatives": negatives, "masked": masked, "p": p, "size": size}
-        yield _row(operation, about | {"what": name}, _error(ours[i], exact[i]), allowed, _error(plain[i], exact[i]))
+        about = {
+            "shape": shape[:3],
+            "dtype": dtype,
+            "negatives": negatives,
+            "masked": masked,
+            "p": p,
+            "size": size,
+        }
+        yield _row(
+            operation,
+            about | {"what": name},
+            _error(ours[i], exact[i]),
+            allowed,
+            _error(plain[i], exact[i]),
+        )
 
 
 @cache
@@ -124,20 +198,39 @@ def _numbers(arrays) -> list[np.ndarray]:
 
 
 def _error(ours: np.ndarray, exact: np.ndarray) -> float:
-    """Largest difference, relative to the largest entry of its row; not a number counts as infinite."""
-    ours, exact = (array.reshape(len(array), -1) if array.ndim > 1 else array[None] for array in (ours, exact))
+    """Largest difference, relative to the largest entry of its row; not a number counts as
+    infinite.
+    """
+    ours, exact = (
+        array.reshape(len(array), -1) if array.ndim > 1 else array[None] for array in (ours, exact)
+    )
     largest = np.maximum(np.max(np.abs(exact), axis=1, keepdims=True), 1e-300)
     return float(np.nan_to_num(np.max(np.abs(ours - exact) / largest), nan=np.inf))
 
 
-def _the_same_every_time(operation: str, shape: tuple[int, ...], implementation: str, runs: int) -> Iterator[dict[str, Any]]:
+def _the_same_every_time(
+    operation: str, shape: tuple[int, ...], implementation: str, runs: int
+) -> Iterator[dict[str, Any]]:
     arguments, cotangent = _arguments(operation, shape, "bfloat16", 3.0)
     pool = _pool_of(operation, implementation=implementation)
-    step = jax.jit(lambda *arrays: jax.value_and_grad(lambda *a: jnp.sum(pool(*a) * cotangent), tuple(range(len(arrays))))(*arrays))
+    step = jax.jit(
+        lambda *arrays: jax.value_and_grad(
+            lambda *a: jnp.sum(pool(*a) * cotangent), tuple(range(len(arrays)))
+        )(*arrays)
+    )
     first, others = step(*arguments), [step(*arguments) for _ in range(runs - 1)]
-    pairs = [(a, b) for other in others for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True)]
+    pairs = [
+        (a, b)
+        for other in others
+        for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(other), strict=True)
+    ]
     different = sum(np.asarray(a).tobytes() != np.asarray(b).tobytes() for a, b in pairs)
-    yield _row(operation, {"shape": shape[:3], "dtype": "bfloat16", "what": f"{runs} runs, arrays that differ"}, different, 0)
+    yield _row(
+        operation,
+        {"shape": shape[:3], "dtype": "bfloat16", "what": f"{runs} runs, arrays that differ"},
+        different,
+        0,
+    )
 
 
 def _maps(shape: tuple[int, ...], dtype: str, implementation: str) -> Iterator[dict[str, Any]]:
@@ -145,13 +238,25 @@ def _maps(shape: tuple[int, ...], dtype: str, implementation: str) -> Iterator[d
     maps = np.array(jnp.asarray(np.maximum(np.random.default_rng(0).normal(size=shape), 0), dtype))
     with jax.enable_x64(True):
         exact = np.asarray(superglobal_pool(np.asarray(maps, np.float64), implementation="xla"))
-    ours, plain = (np.asarray(jax.jit(partial(superglobal_pool, implementation=name))(maps), np.float64) for name in (implementation, "xla"))
+    ours, plain = (
+        np.asarray(jax.jit(partial(superglobal_pool, implementation=name))(maps), np.float64)
+        for name in (implementation, "xla")
+    )
     allowed = VALUE + ROUNDING[dtype]
-    yield _row("superglobal", {"shape": shape, "dtype": dtype, "what": "value"}, _error(ours, exact), allowed, _error(plain, exact))
+    yield _row(
+        "superglobal",
+        {"shape": shape, "dtype": dtype, "what": "value"},
+        _error(ours, exact),
+        allowed,
+        _error(plain, exact),
+    )
 
 
-def _many_copies(operation: str, shape: tuple[int, ...], copies: int, implementation: str) -> Iterator[dict[str, Any]]:
-    """More than 2^31 elements: the same images over and over must give the same bits over and over, and what they give alone but for rounding:
+def _many_copies(
+    operation: str, shape: tuple[int, ...], copies: int, implementation: str
+) -> Iterator[dict[str, Any]]:
+    """More than 2^31 elements: the same images over and over must give the same bits over and over,
+    and what they give alone but for rounding:
 
     the fused norm adds up the tokens of few images in another order, shared by several programs.
     """
@@ -165,19 +270,60 @@ def _many_copies(operation: str, shape: tuple[int, ...], copies: int, implementa
     @jax.jit
     def alone_first_and_different(tokens, *parameters):
         one = value_and_slope(tokens, *parameters)
-        many = [a.reshape(copies, *b.shape) for a, b in zip(value_and_slope(jnp.tile(tokens, (copies, 1, 1)), *parameters), one, strict=True)]
+        many = [
+            a.reshape(copies, *b.shape)
+            for a, b in zip(
+                value_and_slope(jnp.tile(tokens, (copies, 1, 1)), *parameters), one, strict=True
+            )
+        ]
         return one, [a[0] for a in many], [jnp.any(a != a[:1]) for a in many]
 
     alone, first, different = alone_first_and_different(*arguments)
     about = {"shape": (copies * shape[0], *shape[1:3]), "dtype": "bfloat16", "p": 3.0}
-    for name, limit, a, b, differs in zip(("value", "tokens"), (VALUE, SLOPE + SLOPE_PER_P * 1.3 * 3.0), alone, first, different, strict=True):
-        yield _row(operation, about | {"what": f"{name}, a copy that differs from the first"}, float(differs), 0)
+    for name, limit, a, b, differs in zip(
+        ("value", "tokens"),
+        (VALUE, SLOPE + SLOPE_PER_P * 1.3 * 3.0),
+        alone,
+        first,
+        different,
+        strict=True,
+    ):
+        yield _row(
+            operation,
+            about | {"what": f"{name}, a copy that differs from the first"},
+            float(differs),
+            0,
+        )
         error = _error(*_numbers([b, a]))
-        yield _row(operation, about | {"what": f"{name}, the first copy against {shape[0]} images"}, error, limit + ROUNDING["bfloat16"])
+        yield _row(
+            operation,
+            about | {"what": f"{name}, the first copy against {shape[0]} images"},
+            error,
+            limit + ROUNDING["bfloat16"],
+        )
 
 
-def _row(operation: str, about: dict[str, Any], error: float, allowed: float, plain_error: float | None = None) -> dict[str, Any]:
-    columns = {"operation": operation, "shape": "", "dtype": "", "negatives": "clamp", "masked": False, "p": "", "size": 1.0, "what": ""} | about
+def _row(
+    operation: str,
+    about: dict[str, Any],
+    error: float,
+    allowed: float,
+    plain_error: float | None = None,
+) -> dict[str, Any]:
+    columns = {
+        "operation": operation,
+        "shape": "",
+        "dtype": "",
+        "negatives": "clamp",
+        "masked": False,
+        "p": "",
+        "size": 1.0,
+        "what": "",
+    } | about
     columns["shape"] = " x ".join(map(str, columns["shape"]))
-    shown = {"error": f"{error:.2e}", "xla_error": "" if plain_error is None else f"{plain_error:.2e}", "allowed": f"{allowed:.2e}"}
+    shown = {
+        "error": f"{error:.2e}",
+        "xla_error": "" if plain_error is None else f"{plain_error:.2e}",
+        "allowed": f"{allowed:.2e}",
+    }
     return columns | shown | {"passed": error <= allowed}

@@ -1,7 +1,9 @@
-"""The closed form of PIM time against the exact recurrence, on random lists of requests: python -m benchmarks.neupims_forms
+"""The closed form of PIM time against the exact recurrence, on random lists of requests: python -m
+benchmarks.neupims_forms
 
-Draws lists of 1 to 24 requests of one channel with ShareGPT's lengths (GGEM_SHARED, by default ../shared), and compares the sum of the requests'
-closed forms with the mean of the recurrence over the phases of the refresh round. Rows go to benchmarks/results/neupims_forms.csv.
+Draws lists of 1 to 24 requests of one channel with ShareGPT's lengths (GGEM_SHARED, by default
+../shared), and compares the sum of the requests' closed forms with the mean of the recurrence over
+the phases of the refresh round. Rows go to benchmarks/results/neupims_forms.csv.
 """
 
 import argparse
@@ -45,23 +47,44 @@ def main() -> None:
                         "requests": name,
                         "lists": int(chosen.sum()),
                     }
-                    append("neupims_forms", machine() | row | {"mean_percent": f"{error.mean():.2f}", "max_percent": f"{error.max():.2f}"})
+                    append(
+                        "neupims_forms",
+                        machine()
+                        | row
+                        | {
+                            "mean_percent": f"{error.mean():.2f}",
+                            "max_percent": f"{error.max():.2f}",
+                        },
+                    )
 
 
 def draw(lists: int) -> tuple[np.ndarray, np.ndarray]:
     """Lengths (lists, LONGEST), 0 beyond a list's end, and the number of requests of each list."""
-    path = Path(os.environ.get("GGEM_SHARED", "../shared")) / "data" / "llm-traces" / "sharegpt_lengths.csv"
+    path = (
+        Path(os.environ.get("GGEM_SHARED", "../shared"))
+        / "data"
+        / "llm-traces"
+        / "sharegpt_lengths.csv"
+    )
     table = np.loadtxt(path, delimiter=",", skiprows=1)
     table = table[table[:, 1] > 0]
     rng = np.random.default_rng(0)
     chosen = table[rng.integers(len(table), size=lists * LONGEST)]
-    lengths = np.clip(chosen[:, 0] + np.ceil(rng.random(len(chosen)) * chosen[:, 1]), 1, 2048).astype(np.int32).reshape(lists, LONGEST)
+    lengths = (
+        np.clip(chosen[:, 0] + np.ceil(rng.random(len(chosen)) * chosen[:, 1]), 1, 2048)
+        .astype(np.int32)
+        .reshape(lists, LONGEST)
+    )
     counts = rng.integers(1, LONGEST + 1, size=lists)
     return np.where(np.arange(LONGEST) < counts[:, None], lengths, 0), counts
 
 
-def compare(hardware: Hardware, model: str, lengths: np.ndarray, operation: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cycles of each list: the recurrence's mean over phases, the closed form with steps, and without."""
+def compare(
+    hardware: Hardware, model: str, lengths: np.ndarray, operation: str
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Cycles of each list: the recurrence's mean over phases, the closed form with steps, and
+    without.
+    """
     decoder, parallel = load_model(model), load_parallel(model)
     phases = (jnp.arange(PHASES) + 0.5) / PHASES
     one = partial(gemv.channel_cycles_exact, hardware, decoder, operation=operation)
@@ -69,13 +92,22 @@ def compare(hardware: Hardware, model: str, lengths: np.ndarray, operation: str)
     @jax.jit
     def exact(lists):
         start = jnp.zeros(LONGEST)
-        return jax.vmap(lambda each: jax.vmap(lambda phase: one(each, parallel, phase, start))(phases).mean())(lists)
+        return jax.vmap(
+            lambda each: jax.vmap(lambda phase: one(each, parallel, phase, start))(phases).mean()
+        )(lists)
 
-    parts = [np.asarray(exact(jnp.asarray(lengths[at : at + CHUNK]))) for at in range(0, len(lengths), CHUNK)]
+    parts = [
+        np.asarray(exact(jnp.asarray(lengths[at : at + CHUNK])))
+        for at in range(0, len(lengths), CHUNK)
+    ]
     column = ("logit", "attend").index(operation)
     closed = []
     for steps in (True, False):
-        works = jax.vmap(lambda each, steps=steps: gemv.request_work(hardware, decoder, each, parallel, steps=steps))(lengths)
+        works = jax.vmap(
+            lambda each, steps=steps: gemv.request_work(
+                hardware, decoder, each, parallel, steps=steps
+            )
+        )(lengths)
         closed.append(np.asarray(works)[..., column].sum(axis=1))
     return np.concatenate(parts), *closed
 

@@ -1,10 +1,13 @@
-"""The published figures of NeuPIMs beside the model's, with the simulator's quirks and without them: python -m benchmarks.neupims_paper
+"""The published figures of NeuPIMs beside the model's, with the simulator's quirks and without
+them: python -m benchmarks.neupims_paper
 
-Published: Heo et al., "NeuPIMs", ASPLOS 2024, arXiv:2403.00579, abstract and section 8. Batches are drawn as the public trace generator draws them
-(trace-generator/get_distributions.py of the simulator), from its lengths of ShareGPT and Alpaca (GGEM_SHARED, by default ../shared), with a fixed
-seed, and one batch serves all models. A speed-up is a ratio of tokens per second; where `neupims` has no number it takes the better of one and two
-sub-batches for each batch. Rows go to benchmarks/results/neupims_paper.csv: mean, least and greatest over the points (model, dataset, batch size) of
-the row, each point the mean of its draws.
+Published: Heo et al., "NeuPIMs", ASPLOS 2024, arXiv:2403.00579, abstract and section 8. Batches are
+drawn as the public trace generator draws them (trace-generator/get_distributions.py of the
+simulator), from its lengths of ShareGPT and Alpaca (GGEM_SHARED, by default ../shared), with a
+fixed seed, and one batch serves all models. A speed-up is a ratio of tokens per second; where
+`neupims` has no number it takes the better of one and two sub-batches for each batch. Rows go to
+benchmarks/results/neupims_paper.csv: mean, least and greatest over the points (model, dataset,
+batch size) of the row, each point the mean of its draws.
 """
 
 import argparse
@@ -30,7 +33,9 @@ DATASETS = {"sharegpt": "sharegpt_lengths.csv", "alpaca": "alpaca_lengths.csv"}
 MODELS = ("gpt3-7b", "gpt3-13b", "gpt3-30b", "gpt3-175b")
 BATCHES = (64, 128, 256, 384, 512)
 CHANNELS, LONGEST = 32, 2048
-STEP_TOKENS = 10  # tokens that all requests generate before finished ones are replaced, as in the generator
+STEP_TOKENS = (
+    10  # tokens that all requests generate before finished ones are replaced, as in the generator
+)
 SETTLING_STEPS = 200
 # Systems of the model -> system, sub-batches, row buffers, channels of the requests.
 SYSTEMS = {
@@ -42,7 +47,8 @@ SYSTEMS = {
     "npu-only": ("npu-only", 1, 2, "greedy"),
     "gpu": ("gpu", 1, 2, "greedy"),
 }
-# Published averages, abstract and section 8.2; of the GPU and the NPU only that they differ marginally.
+# Published averages, abstract and section 8.2; of the GPU and the NPU only that they differ
+# marginally.
 SPEED_UPS = {
     ("neupims", "npu-pim"): "1.6 (1.13 to 3)",
     ("neupims", "npu-only"): "2.4",
@@ -61,7 +67,9 @@ STEPS = {  # of the ablation, figure 13
 
 
 class Draws(NamedTuple):
-    """Batches of all datasets, sizes and draws, padded with requests of length 0: (datasets, sizes, draws, requests)."""
+    """Batches of all datasets, sizes and draws, padded with requests of length 0: (datasets, sizes,
+    draws, requests).
+    """
 
     greedy: Batch
     round_robin: Batch
@@ -70,36 +78,109 @@ class Draws(NamedTuple):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--draws", type=int, default=5)
-    parser.add_argument("--measured", action="store_true", help="only the simulator's own runs, beside the model on their traces")
+    parser.add_argument(
+        "--measured",
+        action="store_true",
+        help="only the simulator's own runs, beside the model on their traces",
+    )
     options = parser.parse_args()
     drawn = None if options.measured else draw(options.draws)
     said = machine()
 
-    def write(figure: str, variant: str, dataset: str, model: str, batch, values, published: str = "") -> None:
-        row = {"figure": figure, "variant": variant, "dataset": dataset, "model": model, "batch": batch}
-        spread = {"mean": f"{values.mean():.3f}", "least": f"{values.min():.3f}", "greatest": f"{values.max():.3f}"}
-        append("neupims_paper", said | row | {"draws": 1 if options.measured else options.draws} | spread | {"published": published})
+    def write(
+        figure: str, variant: str, dataset: str, model: str, batch, values, published: str = ""
+    ) -> None:
+        row = {
+            "figure": figure,
+            "variant": variant,
+            "dataset": dataset,
+            "model": model,
+            "batch": batch,
+        }
+        spread = {
+            "mean": f"{values.mean():.3f}",
+            "least": f"{values.min():.3f}",
+            "greatest": f"{values.max():.3f}",
+        }
+        append(
+            "neupims_paper",
+            said
+            | row
+            | {"draws": 1 if options.measured else options.draws}
+            | spread
+            | {"published": published},
+        )
 
     if drawn is None:
         for figure, ratios in measured_speed_ups().items():
-            for variant, values in zip(("measured by the simulator", "simulator, the same traces"), np.transpose(ratios), strict=True):
-                write(figure, variant, "all", "all", "all", values, SPEED_UPS[tuple(figure.split(" over "))])
+            for variant, values in zip(
+                ("measured by the simulator", "simulator, the same traces"),
+                np.transpose(ratios),
+                strict=True,
+            ):
+                write(
+                    figure,
+                    variant,
+                    "all",
+                    "all",
+                    "all",
+                    values,
+                    SPEED_UPS[tuple(figure.split(" over "))],
+                )
             write(
-                f"{figure}, error in percent", "simulator, the same traces", "all", "all", "all", np.array([100 * abs(p / m - 1) for m, p in ratios])
+                f"{figure}, error in percent",
+                "simulator, the same traces",
+                "all",
+                "all",
+                "all",
+                np.array([100 * abs(p / m - 1) for m, p in ratios]),
             )
         for system, pair in measured_schedules().items():
-            for variant, gain in zip(("measured by the simulator", "simulator, the same traces"), pair, strict=True):
-                write(f"gain of greedy packing over round robin, {system}, %", variant, "sharegpt", "gpt3-7b", 256, np.array([100 * gain]))
+            for variant, gain in zip(
+                ("measured by the simulator", "simulator, the same traces"), pair, strict=True
+            ):
+                write(
+                    f"gain of greedy packing over round robin, {system}, %",
+                    variant,
+                    "sharegpt",
+                    "gpt3-7b",
+                    256,
+                    np.array([100 * gain]),
+                )
         for system, differences in measured_utilizations().items():
             for unit, values in differences.items():
-                write(f"{unit} utilisation, model less simulator, points", system, "all", "all", "all", np.array(values))
-                write(f"{unit} utilisation, absolute difference, points", system, "all", "all", "all", np.abs(values))
+                write(
+                    f"{unit} utilisation, model less simulator, points",
+                    system,
+                    "all",
+                    "all",
+                    "all",
+                    np.array(values),
+                )
+                write(
+                    f"{unit} utilisation, absolute difference, points",
+                    system,
+                    "all",
+                    "all",
+                    "all",
+                    np.abs(values),
+                )
         return
     lengths = np.asarray(drawn.greedy.seq_lens)
     for index, dataset in enumerate(DATASETS):
-        write("mean length", "", dataset, "", "all", lengths[index].sum(-1) / (lengths[index] > 0).sum(-1))
+        write(
+            "mean length",
+            "",
+            dataset,
+            "",
+            "all",
+            lengths[index].sum(-1) / (lengths[index] > 0).sum(-1),
+        )
     results = {fidelity: run(drawn, fidelity) for fidelity in ("simulator", "intended")}
-    speeds = {name: {system: np.asarray(one.tokens_per_second) for system, one in result.items()} for name, result in results.items()}
+    speeds = {
+        name: {system: np.asarray(one.tokens_per_second) for system, one in result.items()}
+        for name, result in results.items()
+    }
 
     for variant, of in variants(speeds, results).items():
         for (fast, slow), published in SPEED_UPS.items():
@@ -113,51 +194,129 @@ def main() -> None:
         if variant.startswith("npu-only"):
             continue  # the ablation has no such system
         for step, (after, before, published) in STEPS.items():
-            ratio = (of[after] / of[before])[MODELS.index("gpt3-7b"), list(DATASETS).index("sharegpt")].mean(axis=-1)
+            ratio = (of[after] / of[before])[
+                MODELS.index("gpt3-7b"), list(DATASETS).index("sharegpt")
+            ].mean(axis=-1)
             write(f"ablation: {step}", variant, "sharegpt", "gpt3-7b", "all", ratio, published)
             for place, size in enumerate(BATCHES):
-                write(f"ablation: {step}", variant, "sharegpt", "gpt3-7b", size, ratio[place : place + 1])
+                write(
+                    f"ablation: {step}",
+                    variant,
+                    "sharegpt",
+                    "gpt3-7b",
+                    size,
+                    ratio[place : place + 1],
+                )
 
     for arrays in (1, 2, 4, 8):
         figure = f"neupims over npu-only with attention on {arrays} of its 8 arrays"
-        write(figure, "simulator", "all", "all", "all", (speeds["simulator"]["neupims"] / npu_only_speed(results, arrays)).mean(axis=-1), "2.4")
+        write(
+            figure,
+            "simulator",
+            "all",
+            "all",
+            "all",
+            (speeds["simulator"]["neupims"] / npu_only_speed(results, arrays)).mean(axis=-1),
+            "2.4",
+        )
 
     point = (MODELS.index("gpt3-30b"), list(DATASETS).index("sharegpt"), BATCHES.index(256))
-    published = {("npu", "npu-pim"): "28.0", ("npu", "neupims-2"): "64.9", ("pim", "npu-pim"): "17", ("pim", "neupims-2"): "26.4"}
+    published = {
+        ("npu", "npu-pim"): "28.0",
+        ("npu", "neupims-2"): "64.9",
+        ("pim", "npu-pim"): "17",
+        ("pim", "neupims-2"): "26.4",
+    }
     for fidelity, result in results.items():
         for system in ("npu-pim", "one row buffer", "neupims-1", "neupims-2", "npu-only"):
             for unit in ("npu", "pim", "bandwidth"):
                 values = 100 * np.asarray(getattr(result[system], f"{unit}_utilization"))[point]
-                write(f"{unit} utilisation of {system}, %", fidelity, "sharegpt", "gpt3-30b", 256, values, published.get((unit, system), ""))
+                write(
+                    f"{unit} utilisation of {system}, %",
+                    fidelity,
+                    "sharegpt",
+                    "gpt3-30b",
+                    256,
+                    values,
+                    published.get((unit, system), ""),
+                )
         spent = {system: memory_joules(one) for system, one in result.items()}
-        better = np.where(speeds[fidelity]["neupims-2"] > speeds[fidelity]["neupims-1"], spent["neupims-2"], spent["neupims-1"])
+        better = np.where(
+            speeds[fidelity]["neupims-2"] > speeds[fidelity]["neupims-1"],
+            spent["neupims-2"],
+            spent["neupims-1"],
+        )
         joules = better / spent["npu-only"]
         watts = joules * speeds[fidelity]["neupims"] / speeds[fidelity]["npu-only"]
-        write("memory energy of neupims over npu-only", fidelity, "all", "all", "all", joules.mean(axis=-1), "0.75")
-        write("memory power of neupims over npu-only", fidelity, "all", "all", "all", watts.mean(axis=-1), "1.8")
+        write(
+            "memory energy of neupims over npu-only",
+            fidelity,
+            "all",
+            "all",
+            "all",
+            joules.mean(axis=-1),
+            "0.75",
+        )
+        write(
+            "memory power of neupims over npu-only",
+            fidelity,
+            "all",
+            "all",
+            "all",
+            watts.mean(axis=-1),
+            "1.8",
+        )
 
     for model in MODELS:
         for place, size in enumerate(BATCHES):
             for index, dataset in enumerate(DATASETS):
-                batches = [jax.tree.map(lambda part, at=(index, place, one): part[at], drawn.greedy) for one in range(options.draws)]
-                over = np.array([bool(check_capacity(Hardware(), load_model(model), batch, load_parallel(model))) for batch in batches])
+                batches = [
+                    jax.tree.map(lambda part, at=(index, place, one): part[at], drawn.greedy)
+                    for one in range(options.draws)
+                ]
+                over = np.array(
+                    [
+                        bool(
+                            check_capacity(
+                                Hardware(), load_model(model), batch, load_parallel(model)
+                            )
+                        )
+                        for batch in batches
+                    ]
+                )
                 if over.any():
-                    write("share of batches whose fullest channel exceeds the memory", "greedy", dataset, model, size, over)
+                    write(
+                        "share of batches whose fullest channel exceeds the memory",
+                        "greedy",
+                        dataset,
+                        model,
+                        size,
+                        over,
+                    )
 
 
 def measured_speed_ups() -> dict[str, list[tuple[float, float]]]:
-    """Measured and predicted speed-ups of each model, data set and size that the runs of GGEM_SHARED/golden/neupims have both sides of.
+    """Measured and predicted speed-ups of each model, data set and size that the runs of
+    GGEM_SHARED/golden/neupims have both sides of.
 
-    NeuPIMs, the better of one and two sub-batches, on the trace of greedy packing; NPU + PIM on that of round robin with the same requests.
+    NeuPIMs, the better of one and two sub-batches, on the trace of greedy packing; NPU + PIM on
+    that of round robin with the same requests.
     """
     folder = Path(os.environ.get("GGEM_SHARED", "../shared")) / "golden" / "neupims"
     layers: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
     for run in read_runs(folder)[0]:
-        if run["kind"] != "e2e" or not run["trace"].startswith("gen-") or ("-rr-" in run["trace"]) != (run["system"] == "npu+pim"):
+        if (
+            run["kind"] != "e2e"
+            or not run["trace"].startswith("gen-")
+            or ("-rr-" in run["trace"]) != (run["system"] == "npu+pim")
+        ):
             continue
         predicted = predict(case_of(run, folder), path="closed")["layer", "", "layer"]
         batch = run["trace"].replace("-rr-", "-clb-")
-        layers.setdefault((run["model"], batch), {})[run["system"]] = float(run["layer_cycles"]), predicted
+        layers.setdefault((run["model"], batch), {})[run["system"]] = (
+            float(run["layer_cycles"]),
+            predicted,
+        )
     ratios: dict[str, list[tuple[float, float]]] = {}
     for of in layers.values():
         if not {"neupims_sbi", "neupims_nosbi"} <= set(of):
@@ -165,19 +324,31 @@ def measured_speed_ups() -> dict[str, list[tuple[float, float]]]:
         best = [min(of["neupims_sbi"][which], of["neupims_nosbi"][which]) for which in (0, 1)]
         for slow, name in (("npu+pim", "npu-pim"), ("npu-only", "npu-only")):
             if slow in of:
-                ratios.setdefault(f"neupims over {name}", []).append((of[slow][0] / best[0], of[slow][1] / best[1]))
+                ratios.setdefault(f"neupims over {name}", []).append(
+                    (of[slow][0] / best[0], of[slow][1] / best[1])
+                )
     return ratios
 
 
 def measured_schedules() -> dict[str, tuple[float, float]]:
-    """Measured and predicted gain of a layer by greedy packing over round robin, by system, where both were run with the same requests."""
+    """Measured and predicted gain of a layer by greedy packing over round robin, by system, where
+    both were run with the same requests.
+    """
     folder = Path(os.environ.get("GGEM_SHARED", "../shared")) / "golden" / "neupims"
     layers: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
     for run in read_runs(folder)[0]:
         policy = next((name for name in ("clb", "rr") if f"-{name}-" in run["trace"]), None)
-        if run["kind"] == "e2e" and run["model"].lower() == "gpt3-7b" and policy and "-bs256-" in run["trace"] and "share-gpt" in run["trace"]:
+        if (
+            run["kind"] == "e2e"
+            and run["model"].lower() == "gpt3-7b"
+            and policy
+            and "-bs256-" in run["trace"]
+            and "share-gpt" in run["trace"]
+        ):
             predicted = predict(case_of(run, folder), path="closed")["layer", "", "layer"]
-            layers.setdefault((run["system"], run["trace"].replace("-rr-", "-clb-")), {})[policy] = float(run["layer_cycles"]), predicted
+            layers.setdefault((run["system"], run["trace"].replace("-rr-", "-clb-")), {})[
+                policy
+            ] = float(run["layer_cycles"]), predicted
     gains = {}
     for (system, _), of in layers.items():
         if len(of) == 2:
@@ -189,7 +360,9 @@ def measured_schedules() -> dict[str, tuple[float, float]]:
 
 
 def measured_utilizations() -> dict[str, dict[str, list[float]]]:
-    """Predicted less measured utilisation of the layer, in percentage points, of all runs of whole models, by system and unit."""
+    """Predicted less measured utilisation of the layer, in percentage points, of all runs of whole
+    models, by system and unit.
+    """
     folder = Path(os.environ.get("GGEM_SHARED", "../shared")) / "golden" / "neupims"
     runs, listed = read_runs(folder)
     differences: dict[str, dict[str, list[float]]] = {}
@@ -198,14 +371,29 @@ def measured_utilizations() -> dict[str, dict[str, list[float]]]:
             continue
         case = padded(case_of(run, folder))
         known = (case.hardware, case.model, case.batch, case.parallel)
-        result = simulate(*known, system=case.system, sub_batches=case.sub_batches, most_channels=max(64, CHANNELS))
+        result = simulate(
+            *known,
+            system=case.system,
+            sub_batches=case.sub_batches,
+            most_channels=max(64, CHANNELS),
+        )
         stages = {"neupims_sbi": "CD", "npu-only": ""}.get(run["system"], "ABE")
         layer = float(run["layer_cycles"])
-        mine = [each for each in listed[run["run_id"]] if each["op"].endswith((*PRODUCTS, "FusedMHA")) and (not stages or each["stage"] in stages)]
+        mine = [
+            each
+            for each in listed[run["run_id"]]
+            if each["op"].endswith((*PRODUCTS, "FusedMHA"))
+            and (not stages or each["stage"] in stages)
+        ]
         measured = {"npu": sum(float(each["compute_cycles"]) for each in mine) / layer}
         if stages:
             measured["pim"] = sum(float(run[f"pim_{stage}"]) for stage in stages) / layer
-            measured["bandwidth"] = sum(float(run[f"bw_{stage}"]) / 100 * float(run[f"cyc_{stage}"]) for stage in stages) / layer
+            measured["bandwidth"] = (
+                sum(
+                    float(run[f"bw_{stage}"]) / 100 * float(run[f"cyc_{stage}"]) for stage in stages
+                )
+                / layer
+            )
         for unit, value in measured.items():
             difference = 100 * (float(getattr(result, f"{unit}_utilization")) - value)
             differences.setdefault(run["system"], {}).setdefault(unit, []).append(difference)
@@ -215,8 +403,9 @@ def measured_utilizations() -> dict[str, dict[str, list[float]]]:
 def draw(draws: int) -> Draws:
     """Batches as the public generator draws them, each from a stream of requests of its own.
 
-    A stream starts as it would be after very long: a request is met in proportion to its output, anywhere in its generation. Then it runs for
-    SETTLING_STEPS, so that the lists of the channels are those of the policy: a request stays on its channel until it ends.
+    A stream starts as it would be after very long: a request is met in proportion to its output,
+    anywhere in its generation. Then it runs for SETTLING_STEPS, so that the lists of the channels
+    are those of the policy: a request stays on its channel until it ends.
     """
     folder = Path(os.environ.get("GGEM_SHARED", "../shared")) / "data" / "llm-traces"
     lists: dict[str, list[tuple]] = {"greedy": [], "round robin": []}
@@ -226,19 +415,30 @@ def draw(draws: int) -> Draws:
         for size in BATCHES:
             for one in range(draws):
                 lengths, channels = stream(table, size, np.random.default_rng((dataset, size, one)))
-                for policy, (mine, places) in {"greedy": (lengths, channels[:, 0]), "round robin": (lengths, channels[:, 1])}.items():
+                for policy, (mine, places) in {
+                    "greedy": (lengths, channels[:, 0]),
+                    "round robin": (lengths, channels[:, 1]),
+                }.items():
                     parts = mine, places, np.asarray(halves(places, CHANNELS))
-                    lists[policy].append(tuple(np.pad(part, (0, max(BATCHES) - size)) for part in parts))
+                    lists[policy].append(
+                        tuple(np.pad(part, (0, max(BATCHES) - size)) for part in parts)
+                    )
     shape = (len(DATASETS), len(BATCHES), draws, max(BATCHES))
 
     def stacked(each):
-        return Batch(*(jnp.asarray(np.stack(part).reshape(shape), jnp.int32) for part in zip(*each, strict=True)))
+        return Batch(
+            *(
+                jnp.asarray(np.stack(part).reshape(shape), jnp.int32)
+                for part in zip(*each, strict=True)
+            )
+        )
 
     return Draws(stacked(lists["greedy"]), stacked(lists["round robin"]))
 
 
 def stream(table: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths (size,) of the requests that are alive, the oldest first, and their channels (size, 2), greedy and round robin.
+    """Lengths (size,) of the requests that are alive, the oldest first, and their channels (size,
+    2), greedy and round robin.
 
     `table` holds the input and output tokens of a data set.
     """
@@ -255,21 +455,31 @@ def stream(table: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.n
         new = new[np.argsort(-new[:, 0], kind="stable")]
         loads = np.bincount(channels[:, 0], estimate(requests[:, 0] + done), minlength=CHANNELS)
         placed, turn = place(new[:, 0], loads, turn)
-        requests, done, channels = np.concatenate([requests, new]), np.concatenate([done, 0 * new[:, 0]]), np.concatenate([channels, placed])
+        requests, done, channels = (
+            np.concatenate([requests, new]),
+            np.concatenate([done, 0 * new[:, 0]]),
+            np.concatenate([channels, placed]),
+        )
     return np.clip(requests[:, 0] + done, 1, LONGEST), channels
 
 
 def place(lengths: np.ndarray, loads: np.ndarray, turn: int) -> tuple[np.ndarray, int]:
-    """Channels of new requests, (r, 2): where the load is least by the paper's algorithm 2, and in turn; and whose turn is next."""
+    """Channels of new requests, (r, 2): where the load is least by the paper's algorithm 2, and in
+    turn; and whose turn is next.
+    """
     least = []
     for cost in estimate(lengths):
         least.append(int(loads.argmin()))
         loads[least[-1]] += cost
-    return np.stack([np.array(least, np.int64), (turn + np.arange(len(lengths))) % CHANNELS], axis=1), turn + len(lengths)
+    return np.stack(
+        [np.array(least, np.int64), (turn + np.arange(len(lengths))) % CHANNELS], axis=1
+    ), turn + len(lengths)
 
 
 def estimate(lengths: np.ndarray) -> np.ndarray:
-    """The generator's estimate of a request's time in its channel, in memory cycles, for GPT3-7B on 4 devices (algorithm 1; it counts all heads)."""
+    """The generator's estimate of a request's time in its channel, in memory cycles, for GPT3-7B on
+    4 devices (algorithm 1; it counts all heads).
+    """
     lengths = np.clip(lengths, 1, LONGEST)
     logit = GWRITE_ESTIMATE + TILE_ESTIMATE * np.ceil(lengths / 32)
     return 2 * logit + 32 * np.ceil(lengths / 512) * (GWRITE_ESTIMATE + 4 * TILE_ESTIMATE)
@@ -277,29 +487,48 @@ def estimate(lengths: np.ndarray) -> np.ndarray:
 
 def run(drawn: Draws, fidelity: str) -> dict[str, Iteration]:
     """Every system on every batch, leading axes (models, datasets, sizes, draws)."""
-    models = jax.tree.map(lambda *values: jnp.array(values, jnp.float32), *(load_model(name) for name in MODELS))
-    parallels = jax.tree.map(lambda *values: jnp.array(values, jnp.float32), *(load_parallel(name) for name in MODELS))
+    models = jax.tree.map(
+        lambda *values: jnp.array(values, jnp.float32), *(load_model(name) for name in MODELS)
+    )
+    parallels = jax.tree.map(
+        lambda *values: jnp.array(values, jnp.float32), *(load_parallel(name) for name in MODELS)
+    )
     results = {}
     for name, (system, sub_batches, row_buffers, policy) in SYSTEMS.items():
         hardware = jax.tree.map(float, replace(Hardware(), "pim.row_buffers", row_buffers))
 
         def one(model, parallel, batch, hardware=hardware, system=system, sub_batches=sub_batches):
-            return simulate(hardware, model, batch, parallel, system=system, sub_batches=sub_batches, fidelity=fidelity, most_channels=CHANNELS)
+            return simulate(
+                hardware,
+                model,
+                batch,
+                parallel,
+                system=system,
+                sub_batches=sub_batches,
+                fidelity=fidelity,
+                most_channels=CHANNELS,
+            )
 
         for _ in range(3):
             one = jax.vmap(one, in_axes=(None, None, 0))
         batches = drawn.greedy if policy == "greedy" else drawn.round_robin
-        results[name] = jax.device_get(jax.vmap(one, in_axes=(0, 0, None))(models, parallels, batches))
+        results[name] = jax.device_get(
+            jax.vmap(one, in_axes=(0, 0, None))(models, parallels, batches)
+        )
     return results
 
 
 def variants(speeds: dict, results: dict) -> dict[str, dict[str, np.ndarray]]:
-    """Tokens per second of each system: as coded, with one quirk taken away, and as intended. Changes `speeds` only by adding the better NeuPIMs."""
+    """Tokens per second of each system: as coded, with one quirk taken away, and as intended.
+    Changes `speeds` only by adding the better NeuPIMs.
+    """
     for of in speeds.values():
         of["neupims"] = np.maximum(of["neupims-1"], of["neupims-2"])
     coded, ideal = speeds["simulator"], speeds["intended"]
     npu_only, other = results["simulator"]["npu-only"], results["intended"]["npu-only"]
-    spread = npu_only.layer_cycles - npu_only.op_cycles[..., ATTENTION] + other.op_cycles[..., ATTENTION]
+    spread = (
+        npu_only.layer_cycles - npu_only.op_cycles[..., ATTENTION] + other.op_cycles[..., ATTENTION]
+    )
     stages = results["simulator"]["neupims-1"].stage_cycles
     same_npu = stages[..., 0] + stages[..., 4] + other.op_cycles[..., ATTENTION]
     as_fast = coded["npu-only"] * npu_only.layer_cycles
@@ -307,23 +536,33 @@ def variants(speeds: dict, results: dict) -> dict[str, dict[str, np.ndarray]]:
         "simulator": coded,
         "npu-pim without its front end": coded | {"npu-pim": coded["one row buffer"]},
         "npu-only attention spread over the arrays": coded | {"npu-only": as_fast / spread},
-        "npu-only attention spread, and the NPU of neupims": coded | {"npu-only": as_fast / same_npu},
-        "none of the three": coded | {"npu-pim": coded["one row buffer"], "npu-only": as_fast / same_npu},
+        "npu-only attention spread, and the NPU of neupims": coded
+        | {"npu-only": as_fast / same_npu},
+        "none of the three": coded
+        | {"npu-pim": coded["one row buffer"], "npu-only": as_fast / same_npu},
         "intended": ideal,
     }
 
 
 def npu_only_speed(results: dict, arrays: int) -> np.ndarray:
-    """Tokens per second of the coded NPU-only system if its attention ran on so many arrays at once, but not faster than as intended."""
+    """Tokens per second of the coded NPU-only system if its attention ran on so many arrays at
+    once, but not faster than as intended.
+    """
     npu_only, other = results["simulator"]["npu-only"], results["intended"]["npu-only"]
     coded = npu_only.op_cycles[..., ATTENTION]
     faster = np.maximum(coded / arrays, other.op_cycles[..., ATTENTION])
-    return npu_only.tokens_per_second * npu_only.layer_cycles / (npu_only.layer_cycles - coded + faster)
+    return (
+        npu_only.tokens_per_second
+        * npu_only.layer_cycles
+        / (npu_only.layer_cycles - coded + faster)
+    )
 
 
 def memory_joules(one: Iteration) -> np.ndarray:
     """Energy of the memory as the simulator counts it: without the interface."""
-    return np.asarray(one.energy.dram_array + one.energy.pim + one.energy.refresh + one.energy.background)
+    return np.asarray(
+        one.energy.dram_array + one.energy.pim + one.energy.refresh + one.energy.background
+    )
 
 
 if __name__ == "__main__":

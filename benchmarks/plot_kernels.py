@@ -1,6 +1,8 @@
-"""Draws benchmarks/results/kernels.csv: the share of the copy bandwidth that each contestant reaches, by shape: python -m benchmarks.plot_kernels
+"""Draws benchmarks/results/kernels.csv: the share of the copy bandwidth that each contestant
+reaches, by shape: python -m benchmarks.plot_kernels
 
-Rows of the last day and device in the file count. The picture goes to benchmarks/results/kernels.png.
+Rows of the last day and device in the file count. The picture goes to
+benchmarks/results/kernels.png.
 """
 
 import argparse
@@ -12,7 +14,21 @@ from pathlib import Path
 from benchmarks.record import RESULTS
 
 STAGES = ("forward", "backward", "both")
-COLUMNS = {"date", "device", "driver", "jax", "triton", "torch", "operation", "name", "shape", "dtype", "stage", "contestant", "fraction_of_copy"}
+COLUMNS = {
+    "date",
+    "device",
+    "driver",
+    "jax",
+    "triton",
+    "torch",
+    "operation",
+    "name",
+    "shape",
+    "dtype",
+    "stage",
+    "contestant",
+    "fraction_of_copy",
+}
 
 
 def read(path: Path) -> list[dict[str, str]]:
@@ -22,12 +38,21 @@ def read(path: Path) -> list[dict[str, str]]:
     if not rows:
         raise ValueError(f"{path} has no rows")
     if missing := COLUMNS - rows[0].keys():
-        raise ValueError(f"{path} has no columns {', '.join(sorted(missing))}: benchmarks.bench_kernels writes them to kernels.csv")
-    return [row for row in rows if (row["date"], row["device"]) == (rows[-1]["date"], rows[-1]["device"])]
+        raise ValueError(
+            f"{path} has no columns {', '.join(sorted(missing))}: benchmarks.bench_kernels writes"
+            " them to kernels.csv"
+        )
+    return [
+        row
+        for row in rows
+        if (row["date"], row["device"]) == (rows[-1]["date"], rows[-1]["device"])
+    ]
 
 
 def draw(rows: list[dict[str, str]], target: Path) -> None:
-    """A panel for each operation and stage, a group of bars for each shape, a bar for each contestant."""
+    """A panel for each operation and stage, a group of bars for each shape, a bar for each
+    contestant.
+    """
     import matplotlib
 
     matplotlib.use("agg")
@@ -35,7 +60,13 @@ def draw(rows: list[dict[str, str]], target: Path) -> None:
 
     rows = [row for row in rows if row["contestant"] != "negated copy"]
     operations = list(dict.fromkeys(row["operation"] for row in rows))
-    figure, panels = plt.subplots(len(operations), len(STAGES), figsize=(18, 4.5 * len(operations)), sharey=True, squeeze=False)
+    figure, panels = plt.subplots(
+        len(operations),
+        len(STAGES),
+        figsize=(18, 4.5 * len(operations)),
+        sharey=True,
+        squeeze=False,
+    )
     contestants = list(dict.fromkeys(row["contestant"] for row in rows))
     for operation, line in zip(operations, panels, strict=True):
         for stage, panel in zip(STAGES, line, strict=True):
@@ -44,15 +75,25 @@ def draw(rows: list[dict[str, str]], target: Path) -> None:
             for row in here:
                 k = contestants.index(row["contestant"])
                 place = shapes.index(_shape(row)) + 0.8 * (k + 0.5) / len(contestants) - 0.4
-                panel.bar(place, float(row["fraction_of_copy"]), 0.8 / len(contestants), color=f"C{k}")
+                panel.bar(
+                    place, float(row["fraction_of_copy"]), 0.8 / len(contestants), color=f"C{k}"
+                )
             panel.set_xticks(range(len(shapes)), shapes, fontsize=8)
             panel.set_title(f"{operation}, {stage}")
             panel.axhline(1, color="grey", linewidth=0.8)
         line[0].set_ylabel("share of the copy bandwidth")
     handles = [plt.Rectangle((0, 0), 1, 1, color=f"C{k}") for k in range(len(contestants))]
     figure.legend(handles, contestants, loc="upper center", ncols=len(contestants))
-    versions = ", ".join(f"{name} {rows[0][name]}" for name in ("jax", "triton", "torch") if rows[0][name])
-    figure.text(0.5, 0.005, f"{rows[0]['device']}, driver {rows[0]['driver']}, {versions}, {rows[0]['date']}", ha="center", fontsize=8)
+    versions = ", ".join(
+        f"{name} {rows[0][name]}" for name in ("jax", "triton", "torch") if rows[0][name]
+    )
+    figure.text(
+        0.5,
+        0.005,
+        f"{rows[0]['device']}, driver {rows[0]['driver']}, {versions}, {rows[0]['date']}",
+        ha="center",
+        fontsize=8,
+    )
     figure.tight_layout(rect=(0, 0.02, 1, 0.95))
     figure.savefig(target.with_suffix(".part.png"), dpi=110)
     plt.close(figure)
@@ -69,7 +110,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "kernels.png")
     options = parser.parse_args()
     if not options.rows.exists():
-        sys.exit(f"{options.rows} does not exist: python -m benchmarks.bench_kernels writes it on a machine with an NVIDIA GPU")
+        sys.exit(
+            f"{options.rows} does not exist: python -m benchmarks.bench_kernels writes it on a"
+            " machine with an NVIDIA GPU"
+        )
     if options.out.suffix != ".png":
         sys.exit(f"--out must be a .png file, not {options.out}")
     try:

@@ -20,7 +20,9 @@ def machine() -> dict[str, str]:
     device = jax.devices()[0]
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "device": f"{jax.device_count()} x {_cpu() if device.platform == 'cpu' else device.device_kind}",
+        "device": (
+            f"{jax.device_count()} x {_cpu() if device.platform == 'cpu' else device.device_kind}"
+        ),
         "python": platform.python_version(),
         "jax": jax.__version__,
         "flax": importlib.metadata.version("flax"),
@@ -51,7 +53,9 @@ def append(name: str, row: dict[str, Any], folder: Path = RESULTS) -> None:
 
 
 def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round. The calls take turns, so that a slow moment of the machine meets all; the first round is thrown away."""
+    """Seconds of each call in each round. The calls take turns, so that a slow moment of the
+    machine meets all; the first round is thrown away.
+    """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
         for name, call in calls.items():

@@ -1,7 +1,8 @@
 """How good a trained classifier is: python -m eval.classify RUN [OTHER].
 
-Prints top-1 and top-5 accuracy with 95 % intervals and a table by class from the newest checkpoint of a run of `train.classify`; with a second run,
-also a paired comparison on the same pictures. `--json` prints one JSON object instead.
+Prints top-1 and top-5 accuracy with 95 % intervals and a table by class from the newest checkpoint
+of a run of `train.classify`; with a second run, also a paired comparison on the same pictures.
+`--json` prints one JSON object instead.
 """
 
 import dataclasses
@@ -53,7 +54,11 @@ class Evaluated:
     def by_class(self) -> list[tuple[str, int, Interval]]:
         """Name, number of pictures and top-1 accuracy of each class that has pictures."""
         correct, label = self.predictions.top(1), self.predictions.label
-        return [(name, int(np.sum(label == i)), proportion(correct[label == i])) for i, name in enumerate(self.classes) if np.any(label == i)]
+        return [
+            (name, int(np.sum(label == i)), proportion(correct[label == i]))
+            for i, name in enumerate(self.classes)
+            if np.any(label == i)
+        ]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -76,18 +81,35 @@ def load(run: Path, how: Evaluate) -> Evaluated:
     config = with_data(config, data)
     _, pictures = open_data(data)
     if pictures.classes != classes:
-        raise Refused(f"{run} was trained on the classes {', '.join(classes)}, but {data.source} has {', '.join(pictures.classes)}")
+        raise Refused(
+            f"{run} was trained on the classes {', '.join(classes)}, but {data.source} has"
+            f" {', '.join(pictures.classes)}"
+        )
     checkpoints = newest(run)
-    steps = make_steps(config, len(classes), total_steps=2)  # any number: the schedule does not matter here
+    steps = make_steps(
+        config, len(classes), total_steps=2
+    )  # any number: the schedule does not matter here
     state = checkpoints.restore(steps)
-    return Evaluated(run, int(state.step), pictures.classes, evaluate(steps, state.evaluated, pictures, config), learned_exponents(state.evaluated))
+    return Evaluated(
+        run,
+        int(state.step),
+        pictures.classes,
+        evaluate(steps, state.evaluated, pictures, config),
+        learned_exponents(state.evaluated),
+    )
 
 
 def compare(first: Evaluated, second: Evaluated) -> Paired:
     """The two on the same pictures."""
     a, b = first.predictions, second.predictions
-    if first.classes != second.classes or not all(np.array_equal(*pair) for pair in ((a.index, b.index), (a.label, b.label), (a.digest, b.digest))):
-        raise Refused(f"{first.run} and {second.run} were not evaluated on the same pictures, so they cannot be compared in pairs")
+    if first.classes != second.classes or not all(
+        np.array_equal(*pair)
+        for pair in ((a.index, b.index), (a.label, b.label), (a.digest, b.digest))
+    ):
+        raise Refused(
+            f"{first.run} and {second.run} were not evaluated on the same pictures, so they cannot"
+            " be compared in pairs"
+        )
     return paired(a.top(1), b.top(1))
 
 
@@ -102,30 +124,44 @@ def as_json(runs: list[Evaluated], comparison: Paired | None) -> dict[str, Any]:
             "top5": dataclasses.asdict(run.top5),
             "nll": run.predictions.nll(),
             "p": run.p,
-            "by_class": [{"name": name, "images": count, "top1": dataclasses.asdict(top1)} for name, count, top1 in run.by_class()],
+            "by_class": [
+                {"name": name, "images": count, "top1": dataclasses.asdict(top1)}
+                for name, count, top1 in run.by_class()
+            ],
         }
         for run in runs
     ]
-    return {"runs": entries, "paired": None if comparison is None else dataclasses.asdict(comparison)}
+    return {
+        "runs": entries,
+        "paired": None if comparison is None else dataclasses.asdict(comparison),
+    }
 
 
 def show(runs: list[Evaluated], comparison: Paired | None) -> None:
     """Prints the tables for people."""
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     for run in runs:
-        table = Table("class", title=f"{run.run}, step {run.step}, {len(run.predictions.label):,} pictures", title_justify="left")
+        table = Table(
+            "class",
+            title=f"{run.run}, step {run.step}, {len(run.predictions.label):,} pictures",
+            title_justify="left",
+        )
         table.add_column("pictures", justify="right")
         table.add_column("top-1 [95 % interval]", justify="right")
         for name, count, top1 in run.by_class():
             table.add_row(name, f"{count:,}", str(top1))
         console.print(table)
-        console.print(f"top-1 {run.top1}   top-5 {run.top5}   negative log-likelihood {run.predictions.nll():.4f}")
+        console.print(
+            f"top-1 {run.top1}   top-5 {run.top5}   negative log-likelihood"
+            f" {run.predictions.nll():.4f}"
+        )
         for name, values in run.p.items():
             console.print(f"learned {name}: {' '.join(f'{value:.2f}' for value in values)}")
     if comparison is not None:
         console.print(
-            f"first less second: {comparison.difference}; only the first is right on {comparison.only_first} pictures, only the second on "
-            f"{comparison.only_second}; McNemar's exact test p = {comparison.p_value:.3g}"
+            f"first less second: {comparison.difference}; only the first is right on"
+            f" {comparison.only_first} pictures, only the second on {comparison.only_second};"
+            f" McNemar's exact test p = {comparison.p_value:.3g}"
         )
 
 

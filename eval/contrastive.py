@@ -1,9 +1,11 @@
-"""How well a trained pair of towers finds texts and pictures, and classifies by words: python -m eval.contrastive RUN [OTHER].
+"""How well a trained pair of towers finds texts and pictures, and classifies by words: python -m
+eval.contrastive RUN [OTHER].
 
-Prints recall@k from pictures to texts and back, beside what a random order would find, from the newest checkpoint of a run of `train.contrastive`.
-A text is right for a picture if it is one of the picture's captions, so where captions are class names every picture of the class is right.
-`--zero-shot SOURCE` classifies pictures by the descriptions of their classes. With a second run also paired tests on the same pictures; `--json`
-prints one JSON object instead.
+Prints recall@k from pictures to texts and back, beside what a random order would find, from the
+newest checkpoint of a run of `train.contrastive`. A text is right for a picture if it is one of the
+picture's captions, so where captions are class names every picture of the class is right.
+`--zero-shot SOURCE` classifies pictures by the descriptions of their classes. With a second run
+also paired tests on the same pictures; `--json` prints one JSON object instead.
 """
 
 import dataclasses
@@ -24,7 +26,15 @@ from ggem_jax.losses.contrastive import class_descriptors, found_at
 from train.captions import Captioned, Text, class_words, open_captions, templates_of
 from train.checkpoints import Checkpoints
 from train.config import Refused, parse
-from train.contrastive import KAPPAS, ContrastiveConfig, Described, describe, describe_texts, make_steps, make_towers
+from train.contrastive import (
+    KAPPAS,
+    ContrastiveConfig,
+    Described,
+    describe,
+    describe_texts,
+    make_steps,
+    make_towers,
+)
 from train.data import Pictures, open_data
 from train.evaluate import outputs_of
 from train.loop import learned_exponents
@@ -38,9 +48,19 @@ DIRECTIONS = {"image_to_text": "pictures -> texts", "text_to_image": "texts -> p
 class Evaluate(OfRuns):
     """How well pictures and texts find each other, and which of two runs does better."""
 
-    zero_shot: Annotated[str | None, arg(aliases=["--zero-shot"])] = None  # digits, folder:DIR or tfds:NAME to classify by the words of its classes
-    templates: tuple[str, ...] | None = None  # with {} for the class, of the zero-shot prompts, or else of the captions; None: as in the run
-    names: Path | None = None  # file of the words of these classes: a line for each, its folder, a tab, its words; None: as in the run
+    zero_shot: Annotated[str | None, arg(aliases=["--zero-shot"])] = (
+        None  # digits, folder:DIR or tfds:NAME to classify by the words of its classes
+    )
+    templates: tuple[str, ...] | None = (
+        # with {} for the class, of the zero-shot prompts, or else of the captions; None: as in the
+        # run
+        None
+    )
+    names: Path | None = (
+        # file of the words of these classes: a line for each, its folder, a tab, its words; None:
+        # as in the run
+        None
+    )
     split: str | None = None  # evaluate on another split, CSV file or shards than the run did
 
 
@@ -84,15 +104,25 @@ def load(run: Path, how: Evaluate) -> Evaluated:
     """Evaluates the newest checkpoint of a run."""
     trained, _ = read_run(run, ContrastiveConfig)
     data = how.data_of(trained.data)
-    kept = data.eval_split if data.source == trained.data.source else None  # another source has its own splits
+    kept = (
+        data.eval_split if data.source == trained.data.source else None
+    )  # another source has its own splits
     data = dataclasses.replace(data, eval_split=how.split or kept)
     checkpoints, config = newest(run), with_data(trained, data)
     asked = (how.templates, how.names)
-    _, eval_set = open_captions(data, text_of(data.source, trained, *((None, None) if how.zero_shot else asked)))
+    _, eval_set = open_captions(
+        data, text_of(data.source, trained, *((None, None) if how.zero_shot else asked))
+    )
     model = Model(config, kept_tokenizer(run), checkpoints)
-    zero_shot = None if how.zero_shot is None else classify(model, text_of(how.zero_shot, trained, *asked), how.zero_shot)
+    zero_shot = (
+        None
+        if how.zero_shot is None
+        else classify(model, text_of(how.zero_shot, trained, *asked), how.zero_shot)
+    )
     scale = float(model.towers.scale(model.params))
-    return Evaluated(run, model.step, model.describe(eval_set), zero_shot, scale, learned_exponents(model.params))
+    return Evaluated(
+        run, model.step, model.describe(eval_set), zero_shot, scale, learned_exponents(model.params)
+    )
 
 
 class Model:
@@ -100,7 +130,9 @@ class Model:
 
     def __init__(self, config: ContrastiveConfig, tokenizer: Tokenizer, checkpoints: Checkpoints):
         self.config, self.tokenizer, self.towers = config, tokenizer, make_towers(config, tokenizer)
-        self.steps = make_steps(config, self.towers, total_steps=2)  # any number: the schedule does not matter here
+        self.steps = make_steps(
+            config, self.towers, total_steps=2
+        )  # any number: the schedule does not matter here
         state = checkpoints.restore(self.steps)
         self.params, self.step = state.evaluated, int(state.step)
 
@@ -108,15 +140,23 @@ class Model:
         return describe(self.steps, self.towers, self.params, eval_set, self.tokenizer, self.config)
 
     def texts(self, texts: tuple[str, ...]) -> np.ndarray:
-        return describe_texts(self.steps, self.towers, self.params, texts, self.tokenizer, self.config)
+        return describe_texts(
+            self.steps, self.towers, self.params, texts, self.tokenizer, self.config
+        )
 
     def pictures(self, pictures: Pictures) -> dict[str, np.ndarray]:
         return outputs_of(self.steps, self.params, pictures, self.config)
 
 
-def text_of(source: str, trained: ContrastiveConfig, templates: tuple[str, ...] | None, names: Path | None) -> Text:
-    """How captions of a source are made: as asked for, otherwise as in the run, whose names of classes are those of its own source only."""
-    if templates is None and not source.startswith(("csv:", "wds:")):  # which have captions of their own
+def text_of(
+    source: str, trained: ContrastiveConfig, templates: tuple[str, ...] | None, names: Path | None
+) -> Text:
+    """How captions of a source are made: as asked for, otherwise as in the run, whose names of
+    classes are those of its own source only.
+    """
+    if templates is None and not source.startswith(
+        ("csv:", "wds:")
+    ):  # which have captions of their own
         templates = trained.text.templates
     if names is None and source == trained.data.source:
         names = trained.text.names
@@ -127,7 +167,9 @@ def text_of(source: str, trained: ContrastiveConfig, templates: tuple[str, ...] 
 
 
 def classify(model: Model, text: Text, source: str) -> ZeroShot:
-    """Gives each picture the class whose prompts, averaged over the templates, are nearest: CLIP, section 3.1."""
+    """Gives each picture the class whose prompts, averaged over the templates, are nearest: CLIP,
+    section 3.1.
+    """
     data = dataclasses.replace(model.config.data, source=source)
     if source != model.config.data.source:
         data = dataclasses.replace(data, eval_split=None)
@@ -136,28 +178,48 @@ def classify(model: Model, text: Text, source: str) -> ZeroShot:
     prompts = tuple(template.replace("{}", word) for word in words for template in templates)
     classes = class_descriptors(model.texts(prompts).reshape(len(words), len(templates), -1))
     whole = model.pictures(pictures)
-    right = found_at(whole["descriptor"], classes, np.stack([np.arange(len(whole["label"])), whole["label"]], axis=1), kappas=(1, 5))
-    return ZeroShot(whole["index"], whole["digest"], right[:, 0], right[:, 1], source, words, templates)
+    right = found_at(
+        whole["descriptor"],
+        classes,
+        np.stack([np.arange(len(whole["label"])), whole["label"]], axis=1),
+        kappas=(1, 5),
+    )
+    return ZeroShot(
+        whole["index"], whole["digest"], right[:, 0], right[:, 1], source, words, templates
+    )
 
 
 def compare(first: Evaluated, second: Evaluated) -> dict[str, Paired]:
     """The two on the same pictures and texts."""
     a, b = first.described, second.described
-    if a.captions != b.captions or not all(np.array_equal(*pair) for pair in ((a.index, b.index), (a.digest, b.digest), (a.pairs, b.pairs))):
-        raise Refused(f"{first.run} and {second.run} were not evaluated on the same pictures and captions, so they cannot be compared in pairs")
+    if a.captions != b.captions or not all(
+        np.array_equal(*pair)
+        for pair in ((a.index, b.index), (a.digest, b.digest), (a.pairs, b.pairs))
+    ):
+        raise Refused(
+            f"{first.run} and {second.run} were not evaluated on the same pictures and captions, so"
+            " they cannot be compared in pairs"
+        )
     found, other = a.found((1,)), b.found((1,))
     tests = {f"{name}@1": paired(found[name][:, 0], other[name][:, 0]) for name in DIRECTIONS}
     if first.zero_shot and second.zero_shot:
         c, d = first.zero_shot, second.zero_shot
-        if c.words != d.words or not all(np.array_equal(*pair) for pair in ((c.index, d.index), (c.digest, d.digest))):
-            raise Refused(f"{first.run} and {second.run} did not classify the same pictures, so they cannot be compared in pairs")
+        if c.words != d.words or not all(
+            np.array_equal(*pair) for pair in ((c.index, d.index), (c.digest, d.digest))
+        ):
+            raise Refused(
+                f"{first.run} and {second.run} did not classify the same pictures, so they cannot"
+                " be compared in pairs"
+            )
         tests["zero_shot_top1"] = paired(first.zero_shot.top1, second.zero_shot.top1)
     return tests
 
 
 def as_json(runs: list[Evaluated], tests: dict[str, Paired] | None) -> dict[str, Any]:
     """What `--json` prints."""
-    paired_tests = None if tests is None else {name: dataclasses.asdict(test) for name, test in tests.items()}
+    paired_tests = (
+        None if tests is None else {name: dataclasses.asdict(test) for name, test in tests.items()}
+    )
     return {"runs": [_entry(run) for run in runs], "paired": paired_tests}
 
 
@@ -172,19 +234,27 @@ def _entry(run: Evaluated) -> dict[str, Any]:
         "scale": run.scale,
         "p": run.p,
         "retrieval": {
-            name: {f"recall@{k}": dataclasses.asdict(bootstrap(found[name][:, i])) | {"chance": float(chance[name][i])} for i, k in enumerate(KAPPAS)}
+            name: {
+                f"recall@{k}": (
+                    dataclasses.asdict(bootstrap(found[name][:, i]))
+                    | {"chance": float(chance[name][i])}
+                )
+                for i, k in enumerate(KAPPAS)
+            }
             for name in DIRECTIONS
         },
-        "zero_shot": None
-        if zero_shot is None
-        else {
-            "source": zero_shot.source,
-            "images": len(zero_shot.index),
-            "classes": list(zero_shot.words),
-            "templates": list(zero_shot.templates),
-            "top1": dataclasses.asdict(proportion(zero_shot.top1)),
-            "top5": dataclasses.asdict(proportion(zero_shot.top5)),
-        },
+        "zero_shot": (
+            None
+            if zero_shot is None
+            else {
+                "source": zero_shot.source,
+                "images": len(zero_shot.index),
+                "classes": list(zero_shot.words),
+                "templates": list(zero_shot.templates),
+                "top1": dataclasses.asdict(proportion(zero_shot.top1)),
+                "top5": dataclasses.asdict(proportion(zero_shot.top5)),
+            }
+        ),
     }
 
 
@@ -192,25 +262,35 @@ def show(report: dict[str, Any]) -> None:
     """Prints the tables for people."""
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     for run in report["runs"]:
-        title = f"{run['run']}, step {run['step']}, {run['images']:,} pictures, {run['texts']:,} texts"
+        title = (
+            f"{run['run']}, step {run['step']}, {run['images']:,} pictures, {run['texts']:,} texts"
+        )
         table = Table("", title=title, title_justify="left")
         table.add_column("recall [95 % interval]", justify="right")
         table.add_column("chance", justify="right")
         for direction, measures in run["retrieval"].items():
             for measure, found in measures.items():
-                table.add_row(f"{DIRECTIONS[direction]}, {measure}", _interval(found), f"{100 * found['chance']:.2f} %")
+                table.add_row(
+                    f"{DIRECTIONS[direction]}, {measure}",
+                    _interval(found),
+                    f"{100 * found['chance']:.2f} %",
+                )
         console.print(table)
         if zero := run["zero_shot"]:
             said = f"top-1 {_interval(zero['top1'])}   top-5 {_interval(zero['top5'])}"
-            kinds = f"{zero['images']:,} pictures, {len(zero['classes']):,} classes, {len(zero['templates'])} template(s)"
+            kinds = (
+                f"{zero['images']:,} pictures, {len(zero['classes']):,} classes,"
+                f" {len(zero['templates'])} template(s)"
+            )
             console.print(f"zero-shot on {zero['source']}: {said}   ({kinds})")
         for name, values in run["p"].items():
             console.print(f"learned {name}: {' '.join(f'{value:.2f}' for value in values)}")
     for name, test in (report["paired"] or {}).items():
         difference = Interval(**test["difference"])
         console.print(
-            f"{name}, first less second: {difference}; only the first is right on {test['only_first']}, only the second on {test['only_second']}; "
-            f"McNemar's exact test p = {test['p_value']:.3g}"
+            f"{name}, first less second: {difference}; only the first is right on"
+            f" {test['only_first']}, only the second on {test['only_second']}; McNemar's exact test"
+            f" p = {test['p_value']:.3g}"
         )
 
 

@@ -1,4 +1,6 @@
-"""Descriptors for evaluations: one picture under several poolings at the cost of one, progress, and sentences about what goes wrong."""
+"""Descriptors for evaluations: one picture under several poolings at the cost of one, progress, and
+sentences about what goes wrong.
+"""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
@@ -10,7 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from ggem_jax.descriptors.backbones import Network
 from ggem_jax.descriptors.extract import Extractor
@@ -38,43 +47,76 @@ def poolings_of(settings: DescriptorSettings) -> dict[str, DescriptorSettings]:
 
 
 class SharedExtractor(Extractor):
-    """Descriptors of several settings, `(settings, d)` for each picture, from one pass of the network at each scale.
+    """Descriptors of several settings, `(settings, d)` for each picture, from one pass of the
+    network at each scale.
 
-    The settings may differ in pooling, regional, scales and scale_gem. All see a picture of the size that the most demanding of them needs.
+    The settings may differ in pooling, regional, scales and scale_gem. All see a picture of the
+    size that the most demanding of them needs.
     """
 
-    def __init__(self, settings: Sequence[DescriptorSettings], *, batch: int | None = None, network: Network | None = None):
+    def __init__(
+        self,
+        settings: Sequence[DescriptorSettings],
+        *,
+        batch: int | None = None,
+        network: Network | None = None,
+    ):
         self.each = tuple(settings)
-        regional, scales = any(each.regional for each in self.each), max(each.scales for each in self.each)
+        regional, scales = (
+            any(each.regional for each in self.each),
+            max(each.scales for each in self.each),
+        )
         largest = dataclasses.replace(self.each[0], regional=regional, scales=scales)
-        free = {"pooling": largest.pooling, "regional": regional, "scales": scales, "scale_gem": largest.scale_gem}
+        free = {
+            "pooling": largest.pooling,
+            "regional": regional,
+            "scales": scales,
+            "scale_gem": largest.scale_gem,
+        }
         if any(dataclasses.replace(each, **free) != largest for each in self.each):  # type: ignore[arg-type]
-            raise ValueError("settings that share a network may differ in pooling, regional, scales and scale_gem only")
+            raise ValueError(
+                "settings that share a network may differ in pooling, regional, scales and"
+                " scale_gem only"
+            )
         if largest.whitening is not None:
             raise ValueError("a whitening is of one pooling and cannot be shared by several")
         super().__init__(largest, batch=batch, network=network)
 
     def _batch(self, pictures):
         model, variables = self.network.model, self.network.variables
-        images = jnp.asarray(normalise(np.stack(pictures), mean=self.network.mean, std=self.network.std))
+        images = jnp.asarray(
+            normalise(np.stack(pictures), mean=self.network.mean, std=self.network.std)
+        )
         if not self.settings.relup and hasattr(model, "config") and hasattr(model.config, "relup"):
             model = model.clone(config=dataclasses.replace(model.config, relup=None))
         scales = sorted({scale for each in self.each for scale in SCALES[each.scales]})
-        maps = {scale: compute_map(model, variables, _rescaled(images, scale, self.settings.antialias)) for scale in scales}
+        maps = {
+            scale: compute_map(model, variables, _rescaled(images, scale, self.settings.antialias))
+            for scale in scales
+        }
         return np.asarray(_pooled(model, variables, maps, self.each))
 
 
-_rescaled = jax.jit(lambda images, scale, antialias: rescale(images, scale, antialias=antialias), static_argnums=(1, 2))
+_rescaled = jax.jit(
+    lambda images, scale, antialias: rescale(images, scale, antialias=antialias),
+    static_argnums=(1, 2),
+)
 
 
 @partial(jax.jit, static_argnums=(0, 3))
 def _pooled(model, variables, maps, each):
-    """Maps by scale -> descriptors `(b, settings, d)`; what two settings have in common is computed once."""
+    """Maps by scale -> descriptors `(b, settings, d)`; what two settings have in common is computed
+    once.
+    """
     made: dict[tuple, Any] = {}
     descriptors = []
     for settings in each:
         pooling = settings.pooling if settings.pooling in ("average", "max") else None
-        options = {"gemp": settings.pooling == "gem+", "rgem": settings.regional, "pooling": pooling}
+        options = {
+            "gemp": settings.pooling == "gem+",
+            "rgem": settings.regional,
+            "pooling": pooling,
+        }
         for scale in SCALES[settings.scales]:
             key = (scale, *options.values())
             if key not in made:
@@ -87,15 +129,25 @@ def _pooled(model, variables, maps, each):
 def make_extractor(settings: DescriptorSettings | Sequence[DescriptorSettings]) -> Extractor:
     """An extractor of one or several settings; what is missing or does not fit is `Refused`."""
     try:
-        return Extractor(settings) if isinstance(settings, DescriptorSettings) else SharedExtractor(settings)
+        return (
+            Extractor(settings)
+            if isinstance(settings, DescriptorSettings)
+            else SharedExtractor(settings)
+        )
     except (ValueError, ModuleNotFoundError) as error:
         raise Refused(str(error)) from None
 
 
-def describe(extractor: Extractor, pictures: Iterable[RGB], names: Sequence[str], what: str) -> np.ndarray:
-    """The descriptors of all pictures, with a progress bar where there is a terminal; a picture that cannot have one is `Refused` by name."""
+def describe(
+    extractor: Extractor, pictures: Iterable[RGB], names: Sequence[str], what: str
+) -> np.ndarray:
+    """The descriptors of all pictures, with a progress bar where there is a terminal; a picture
+    that cannot have one is `Refused` by name.
+    """
     vectors = []
-    for name, vector in zip(names, progress(_told(extractor(pictures)), len(names), what), strict=True):
+    for name, vector in zip(
+        names, progress(_told(extractor(pictures)), len(names), what), strict=True
+    ):
         if isinstance(vector, UnreadableImage):
             raise Refused(f"{name} cannot be described: {vector}")
         vectors.append(vector)
@@ -112,8 +164,16 @@ def _told(vectors: Iterator) -> Iterator:
 def progress(items: Iterable, total: int, what: str) -> Iterator:
     """The items, with a bar on standard error where that is a terminal."""
     console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal, transient=True) as bar:
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
+    with Progress(
+        *columns, console=console, disable=not console.is_terminal, transient=True
+    ) as bar:
         yield from bar.track(items, total=total, description=what)
 
 

@@ -1,9 +1,10 @@
 """How good trained descriptors are: python -m eval.metric RUN [OTHER].
 
-Prints recall@k, R-precision and mAP@R of the newest checkpoint of a run of `train.metric` on classes it was not trained on, every picture a query for
-all others, with 95 % bootstrap intervals over queries; with a second run also the differences on the same pictures. The intervals are those of these
-trained networks and these classes: queries are taken for independent. `--json` prints one JSON object instead, `--export FILE.npz` keeps the
-descriptors.
+Prints recall@k, R-precision and mAP@R of the newest checkpoint of a run of `train.metric` on
+classes it was not trained on, every picture a query for all others, with 95 % bootstrap intervals
+over queries; with a second run also the differences on the same pictures. The intervals are those
+of these trained networks and these classes: queries are taken for independent. `--json` prints one
+JSON object instead, `--export FILE.npz` keeps the descriptors.
 """
 
 import dataclasses
@@ -33,7 +34,9 @@ from train.run import one_sentence, read_run
 class Evaluate(OfRuns):
     """How good trained descriptors are, and which of two runs has the better ones."""
 
-    export: Path | None = None  # .npz file for descriptor (n, dim), label and index of the first run's pictures
+    export: Path | None = (
+        None  # .npz file for descriptor (n, dim), label and index of the first run's pictures
+    )
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,10 @@ class Evaluated:
 
     def by_measure(self) -> dict[str, np.ndarray]:
         """Of each query, by the name of the measure."""
-        recalls = {f"recall@{kappa}": self.scores.recall_at[:, i] for i, kappa in enumerate(self.scores.kappas)}
+        recalls = {
+            f"recall@{kappa}": self.scores.recall_at[:, i]
+            for i, kappa in enumerate(self.scores.kappas)
+        }
         return recalls | {"R-precision": self.scores.r_precision, "mAP@R": self.scores.map_at_r}
 
 
@@ -77,18 +83,35 @@ def load(run: Path, how: Evaluate) -> Evaluated:
     config = with_data(config, how.data_of(config.data))
     _, pictures = open_disjoint(config.data, config.metric.train_classes)
     if seen := sorted(set(pictures.classes) & set(facts["classes"])):
-        raise Refused(f"{run} was trained on {', '.join(seen)}, which {config.data.source} has among the classes to evaluate on")
+        raise Refused(
+            f"{run} was trained on {', '.join(seen)}, which {config.data.source} has among the"
+            " classes to evaluate on"
+        )
     checkpoints = newest(run)
-    steps = metric_steps(config, len(facts["classes"]), total_steps=2)  # any number: the schedule does not matter here
+    steps = metric_steps(
+        config, len(facts["classes"]), total_steps=2
+    )  # any number: the schedule does not matter here
     state = checkpoints.restore(steps)
-    return Evaluated(run, int(state.step), pictures.classes, retrieve(steps, state.evaluated, pictures, config), learned_exponents(state.evaluated))
+    return Evaluated(
+        run,
+        int(state.step),
+        pictures.classes,
+        retrieve(steps, state.evaluated, pictures, config),
+        learned_exponents(state.evaluated),
+    )
 
 
 def compare(first: Evaluated, second: Evaluated) -> dict[str, Interval]:
     """Each measure of the first less that of the second, query by query."""
     a, b = first.retrieved, second.retrieved
-    if first.classes != second.classes or not all(np.array_equal(*pair) for pair in ((a.index, b.index), (a.label, b.label), (a.digest, b.digest))):
-        raise Refused(f"{first.run} and {second.run} were not evaluated on the same pictures, so they cannot be compared in pairs")
+    if first.classes != second.classes or not all(
+        np.array_equal(*pair)
+        for pair in ((a.index, b.index), (a.label, b.label), (a.digest, b.digest))
+    ):
+        raise Refused(
+            f"{first.run} and {second.run} were not evaluated on the same pictures, so they cannot"
+            " be compared in pairs"
+        )
     other = second.by_measure()
     return {name: bootstrap(values - other[name]) for name, values in first.by_measure().items()}
 
@@ -97,7 +120,9 @@ def export(retrieved: Retrieved, path: Path) -> None:
     """Writes the descriptors."""
     try:
         with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, descriptor=retrieved.descriptor, label=retrieved.label, index=retrieved.index)
+            np.savez(
+                file, descriptor=retrieved.descriptor, label=retrieved.label, index=retrieved.index
+            )
     except OSError as error:
         raise Refused(f"{path} cannot be written: {error.strerror}") from None
 
@@ -110,12 +135,19 @@ def as_json(runs: list[Evaluated], differences: dict[str, Interval] | None) -> d
             "step": run.step,
             "images": len(run.retrieved.label),
             "classes": len(run.classes),
-            **{name: dataclasses.asdict(bootstrap(values)) for name, values in run.by_measure().items()},
+            **{
+                name: dataclasses.asdict(bootstrap(values))
+                for name, values in run.by_measure().items()
+            },
             "p": run.p,
         }
         for run in runs
     ]
-    paired = None if differences is None else {name: dataclasses.asdict(interval) for name, interval in differences.items()}
+    paired = (
+        None
+        if differences is None
+        else {name: dataclasses.asdict(interval) for name, interval in differences.items()}
+    )
     return {"runs": entries, "paired": paired}
 
 
@@ -123,7 +155,10 @@ def show(runs: list[Evaluated], differences: dict[str, Interval] | None) -> None
     """Prints the tables for people."""
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     for run in runs:
-        title = f"{run.run}, step {run.step}, {len(run.retrieved.label):,} pictures of {len(run.classes)} classes not trained on"
+        title = (
+            f"{run.run}, step {run.step}, {len(run.retrieved.label):,} pictures of"
+            f" {len(run.classes)} classes not trained on"
+        )
         table = Table("measure", title=title, title_justify="left")
         table.add_column("mean over queries [95 % interval]", justify="right")
         for name, values in run.by_measure().items():
@@ -132,7 +167,10 @@ def show(runs: list[Evaluated], differences: dict[str, Interval] | None) -> None
         for name, exponents in run.p.items():
             console.print(f"learned {name}: {' '.join(f'{p:.2f}' for p in exponents)}")
     if differences is not None:
-        console.print("first less second: " + "; ".join(f"{name} {interval}" for name, interval in differences.items()))
+        console.print(
+            "first less second: "
+            + "; ".join(f"{name} {interval}" for name, interval in differences.items())
+        )
 
 
 if __name__ == "__main__":

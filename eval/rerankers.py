@@ -10,13 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 
 from ggem_jax.retrieval.exact_search import similarity
-from ggem_jax.retrieval.expansion import alpha_query_expansion, average_query_expansion, database_augmentation
+from ggem_jax.retrieval.expansion import (
+    alpha_query_expansion,
+    average_query_expansion,
+    database_augmentation,
+)
 from ggem_jax.retrieval.rerank import Variant, superglobal_rerank
 from ggem_jax.retrieval.vectors import Ranking, Store, blocks_of, on_device
 
 Name = Literal["none", "superglobal", "superglobal-paper", "aqe", "alpha-qe", "dba"]
 
-DEPTH = 10_000  # results that a search with expanded vectors orders anew; of a larger database the others stand behind them as they stood
+# results that a search with expanded vectors orders anew; of a larger database the others stand
+# behind them as they stood
+DEPTH = 10_000
 _ROWS = 8192  # of a database that are searched at a time
 
 
@@ -28,29 +34,48 @@ class Rerank:
     num_neighbors: int = 9  # of superglobal: neighbours that refine a candidate
     beta: float = 0.15  # of superglobal: weight of a neighbour
     qe_neighbors: int = 10  # of aqe, alpha-qe and dba: neighbours that a vector is averaged with
-    alpha: float = 3.0  # of alpha-qe and dba: power of the similarity that a neighbour is weighted with
+    alpha: float = (
+        3.0  # of alpha-qe and dba: power of the similarity that a neighbour is weighted with
+    )
 
     def __post_init__(self):
-        for name, least in (("num_candidates", 1), ("num_neighbors", 0), ("beta", 0), ("qe_neighbors", 1), ("alpha", 0)):
+        for name, least in (
+            ("num_candidates", 1),
+            ("num_neighbors", 0),
+            ("beta", 0),
+            ("qe_neighbors", 1),
+            ("alpha", 0),
+        ):
             value = getattr(self, name)
             if not least <= value < np.inf:
                 raise ValueError(f"--{name} must be at least {least}, it is {value}")
 
 
-def ranked(queries: np.ndarray, database: np.ndarray | jax.Array | Store, *, own: np.ndarray | None = None) -> Ranking:
-    """All ids of the database for each query, best first, as `search` with k = n gives them, with one sort.
+def ranked(
+    queries: np.ndarray, database: np.ndarray | jax.Array | Store, *, own: np.ndarray | None = None
+) -> Ranking:
+    """All ids of the database for each query, best first, as `search` with k = n gives them, with
+    one sort.
 
-    `own` `(q,)`: the row that is a query's own picture, which comes last, or -1. Takes 12 bytes for each query and row.
+    `own` `(q,)`: the row that is a query's own picture, which comes last, or -1. Takes 12 bytes for
+    each query and row.
     """
     parts = ((0, database),) if isinstance(database, jax.Array) else blocks_of(database, _ROWS)
-    scores = np.concatenate([np.asarray(_scores(jnp.asarray(queries), jnp.asarray(block))) for _, block in parts], axis=1)
+    scores = np.concatenate(
+        [np.asarray(_scores(jnp.asarray(queries), jnp.asarray(block))) for _, block in parts],
+        axis=1,
+    )
     if own is not None:
         scores[np.flatnonzero(own >= 0), own[own >= 0]] = -np.inf
     ids = np.stack([np.argsort(-row, kind="stable").astype(np.int32) for row in scores])
     return Ranking(np.take_along_axis(scores, ids, axis=1), ids)  # type: ignore[arg-type]
 
 
-_EXPANSIONS: tuple[Callable[..., Ranking], ...] = (average_query_expansion, alpha_query_expansion, database_augmentation)
+_EXPANSIONS: tuple[Callable[..., Ranking], ...] = (
+    average_query_expansion,
+    alpha_query_expansion,
+    database_augmentation,
+)
 _COMPILED = (  # once for all poolings
     jax.jit(average_query_expansion, static_argnames="num_neighbors"),
     jax.jit(alpha_query_expansion, static_argnames=("num_neighbors", "alpha")),
@@ -60,16 +85,32 @@ _scores = jax.jit(partial(similarity, precision="float32"))
 
 
 def reranked(
-    name: Name, queries: np.ndarray, database: np.ndarray | jax.Array | Store, ranking: Ranking, how: Rerank, *, own: np.ndarray | None = None
+    name: Name,
+    queries: np.ndarray,
+    database: np.ndarray | jax.Array | Store,
+    ranking: Ranking,
+    how: Rerank,
+    *,
+    own: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The ids of a ranking of all rows in their new order. A query's own picture (see `ranked`) takes part in nothing but dba."""
+    """The ids of a ranking of all rows in their new order. A query's own picture (see `ranked`)
+    takes part in nothing but dba.
+    """
     n = ranking.ids.shape[1]
     others = n if own is None or not np.any(own >= 0) else max(n - 1, 1)
     asked, nearest, alpha = jnp.asarray(queries), min(how.qe_neighbors, others), how.alpha
     candidates, k, beta = min(how.num_candidates, others), how.num_neighbors, how.beta
 
     def superglobal(variant: Variant) -> Ranking:
-        return superglobal_rerank(asked, database, ranking, num_candidates=candidates, num_neighbors=k, beta=beta, variant=variant)
+        return superglobal_rerank(
+            asked,
+            database,
+            ranking,
+            num_candidates=candidates,
+            num_neighbors=k,
+            beta=beta,
+            variant=variant,
+        )
 
     first = Ranking(ranking.scores[:, :DEPTH], ranking.ids[:, :DEPTH])
     aqe, alpha_qe, dba = _COMPILED if on_device(database) else _EXPANSIONS
@@ -84,4 +125,9 @@ def reranked(
     ids = np.asarray(methods[name]().ids)
     if ids.shape[1] == n:
         return ids
-    return np.stack([np.concatenate([new, old[~np.isin(old, new)]]) for new, old in zip(ids, np.asarray(ranking.ids), strict=True)])
+    return np.stack(
+        [
+            np.concatenate([new, old[~np.isin(old, new)]])
+            for new, old in zip(ids, np.asarray(ranking.ids), strict=True)
+        ]
+    )

@@ -1,9 +1,11 @@
 """How well one's own pictures are found: python -m eval.retrieval TRUTH
 
-TRUTH is a CSV file with the columns query and relevant, and if need be ignored, x1, y1, x2, y2 (see `ggem_jax.retrieval.tool.truth`), or a folder with a
-sub-folder for each class, where every other picture of its folder is relevant for a picture. The database is every picture under the root; a query's
-own picture is left out of its results unless it is listed as relevant. Prints mean average precision, mean precision and recall at k (whether one
-relevant picture at least is among the first k) with 95 % bootstrap intervals over queries. `--table` compares all poolings with all rerankers.
+TRUTH is a CSV file with the columns query and relevant, and if need be ignored, x1, y1, x2, y2 (see
+`ggem_jax.retrieval.tool.truth`), or a folder with a sub-folder for each class, where every other
+picture of its folder is relevant for a picture. The database is every picture under the root; a
+query's own picture is left out of its results unless it is listed as relevant. Prints mean average
+precision, mean precision and recall at k (whether one relevant picture at least is among the first
+k) with 95 % bootstrap intervals over queries. `--table` compares all poolings with all rerankers.
 """
 
 import dataclasses
@@ -34,13 +36,17 @@ from train.run import one_sentence
 
 @dataclass(frozen=True)
 class Retrieval:
-    """How well one's own pictures are found, with ground truth from a CSV file or from class folders."""
+    """How well one's own pictures are found, with ground truth from a CSV file or from class
+    folders.
+    """
 
     truth: Positional[Path]  # CSV file of queries, or folder with a sub-folder for each class
     root: Path | None = None  # what the paths in the CSV file are relative to; None: its folder
     database: Path | None = None  # folder of the pictures that are searched; None: the root
     rerank: tuple[Name, ...] = ("none",)  # one line of the table each
-    table: bool = False  # all poolings with all rerankers, whatever --rerank, --pooling, --regional, --scales and --scale_gem say
+    # all poolings with all rerankers, whatever --rerank, --pooling, --regional, --scales and
+    # --scale_gem say
+    table: bool = False
     k: tuple[int, ...] = (1, 5, 10)  # of precision and recall
     json: bool = False  # print one JSON object
     how: Annotated[Rerank, arg(name="")] = Rerank()  # noqa: RUF009
@@ -48,9 +54,13 @@ class Retrieval:
 
     def __post_init__(self):
         if not self.k or min(self.k) < 1:
-            raise ValueError(f"--k must be whole numbers of at least 1, not {' '.join(map(str, self.k))}")
+            raise ValueError(
+                f"--k must be whole numbers of at least 1, not {' '.join(map(str, self.k))}"
+            )
         if self.truth.is_dir() and (self.root is not None or self.database is not None):
-            raise ValueError("--root and --database go with a CSV file: a folder of classes is its own database")
+            raise ValueError(
+                "--root and --database go with a CSV file: a folder of classes is its own database"
+            )
 
 
 @dataclass(frozen=True)
@@ -66,7 +76,10 @@ class Pictures:
         """The row of each query's own picture where that is to be left out, or -1."""
         row = {path: i for i, path in enumerate(self.database)}
         return np.array(
-            [row[path] if row.get(path, -1) in each.ignored else -1 for (path, _), each in zip(self.queries, self.relevance, strict=True)]
+            [
+                row[path] if row.get(path, -1) in each.ignored else -1
+                for (path, _), each in zip(self.queries, self.relevance, strict=True)
+            ]
         )
 
 
@@ -97,8 +110,14 @@ def of_csv(config: Retrieval) -> Pictures:
     root = Path(os.path.abspath(config.truth.parent if config.root is None else config.root))
     try:
         queries: list[Query] = read_truth(config.truth, root=root)
-        database = listed(root if config.database is None else Path(os.path.abspath(config.database)))
-        return Pictures(database, [(query.path, query.box) for query in queries], to_relevance(queries, database))
+        database = listed(
+            root if config.database is None else Path(os.path.abspath(config.database))
+        )
+        return Pictures(
+            database,
+            [(query.path, query.box) for query in queries],
+            to_relevance(queries, database),
+        )
     except ValueError as error:
         raise Refused(str(error)) from None
 
@@ -109,7 +128,10 @@ def of_classes(folder: Path) -> Pictures:
     members: dict[Path, list[int]] = {}
     for i, path in enumerate(database):
         members.setdefault(path.parent, []).append(i)
-    relevance = [Relevance(np.setdiff1d(members[path.parent], [i]), np.array([i])) for i, path in enumerate(database)]
+    relevance = [
+        Relevance(np.setdiff1d(members[path.parent], [i]), np.array([i]))
+        for i, path in enumerate(database)
+    ]
     return Pictures(database, [(path, None) for path in database], relevance)
 
 
@@ -125,7 +147,11 @@ def listed(folder: Path) -> list[Path]:
 
 def evaluated(config: Retrieval, pictures: Pictures) -> list[Result]:
     """Every reranker that is asked for on the descriptors that are asked for."""
-    settings = poolings_of(config.descriptor) if config.table else {pooling_name(config.descriptor): config.descriptor}
+    settings = (
+        poolings_of(config.descriptor)
+        if config.table
+        else {pooling_name(config.descriptor): config.descriptor}
+    )
     queries, database = described(list(settings.values()), pictures)
     results = []
     for i, pooling in enumerate(settings):
@@ -139,32 +165,52 @@ def evaluated(config: Retrieval, pictures: Pictures) -> list[Result]:
 
 def pooling_name(settings: DescriptorSettings) -> str:
     """`gem+, regional, 3 scales`"""
-    parts = [settings.pooling, "regional" if settings.regional else "", f"{settings.scales} scales" if settings.scales > 1 else ""]
+    parts = [
+        settings.pooling,
+        "regional" if settings.regional else "",
+        f"{settings.scales} scales" if settings.scales > 1 else "",
+    ]
     return ", ".join(filter(None, parts))
 
 
-def described(settings: Sequence[DescriptorSettings], pictures: Pictures) -> tuple[np.ndarray, np.ndarray]:
-    """Descriptors `(n, settings, d)` of queries and database; a query without a box that is in the database is described once."""
+def described(
+    settings: Sequence[DescriptorSettings], pictures: Pictures
+) -> tuple[np.ndarray, np.ndarray]:
+    """Descriptors `(n, settings, d)` of queries and database; a query without a box that is in the
+    database is described once.
+    """
     extractor = make_extractor(settings if len(settings) > 1 else settings[0])
     names = [shown(str(path)) for path in pictures.database]
-    database = describe(extractor, (cropped(path, None) for path in pictures.database), names, "database")
+    database = describe(
+        extractor, (cropped(path, None) for path in pictures.database), names, "database"
+    )
     row = {path: i for i, path in enumerate(pictures.database)}
-    apart = [i for i, (path, box) in enumerate(pictures.queries) if box is not None or path not in row]
+    apart = [
+        i for i, (path, box) in enumerate(pictures.queries) if box is not None or path not in row
+    ]
     queries = np.empty((len(pictures.queries), *database.shape[1:]), database.dtype)
     for i, (path, _) in enumerate(pictures.queries):
         queries[i] = database[row.get(path, 0)]
     if apart:
         crops = (cropped(*pictures.queries[i]) for i in apart)
-        queries[apart] = describe(extractor, crops, [shown(str(pictures.queries[i][0])) for i in apart], "queries")
+        queries[apart] = describe(
+            extractor, crops, [shown(str(pictures.queries[i][0])) for i in apart], "queries"
+        )
     return (queries, database) if len(settings) > 1 else (queries[:, None], database[:, None])
 
 
-def measured(ids: np.ndarray, relevance: Sequence[Relevance], kappas: Sequence[int]) -> dict[str, Interval]:
+def measured(
+    ids: np.ndarray, relevance: Sequence[Relevance], kappas: Sequence[int]
+) -> dict[str, Interval]:
     """Means over the queries with relevant pictures."""
     found, recall = scores(ids, relevance, kappas=kappas), recall_at(ids, relevance, kappas=kappas)
     measures = {"mAP": bootstrap(found.average_precision)}
-    measures |= {f"mP@{kappa}": bootstrap(found.precision_at[:, i]) for i, kappa in enumerate(found.kappas)}
-    return measures | {f"recall@{kappa}": bootstrap(recall[:, i]) for i, kappa in enumerate(found.kappas)}
+    measures |= {
+        f"mP@{kappa}": bootstrap(found.precision_at[:, i]) for i, kappa in enumerate(found.kappas)
+    }
+    return measures | {
+        f"recall@{kappa}": bootstrap(recall[:, i]) for i, kappa in enumerate(found.kappas)
+    }
 
 
 def as_json(config: Retrieval, pictures: Pictures, results: list[Result]) -> dict[str, Any]:
@@ -177,7 +223,11 @@ def as_json(config: Retrieval, pictures: Pictures, results: list[Result]) -> dic
         "descriptor": config.descriptor.record(),
         "rerank": dataclasses.asdict(config.how),
         "results": [
-            {"pooling": own.pooling, "rerank": own.rerank, **{name: dataclasses.asdict(value) for name, value in own.measures.items()}}
+            {
+                "pooling": own.pooling,
+                "rerank": own.rerank,
+                **{name: dataclasses.asdict(value) for name, value in own.measures.items()},
+            }
             for own in results
         ],
     }
@@ -185,7 +235,10 @@ def as_json(config: Retrieval, pictures: Pictures, results: list[Result]) -> dic
 
 def show(config: Retrieval, pictures: Pictures, results: list[Result]) -> None:
     """Prints the table for people."""
-    title = f"{config.truth}: {len(pictures.queries):,} queries, {len(pictures.database):,} pictures in the database; mean [95 % interval]"
+    title = (
+        f"{config.truth}: {len(pictures.queries):,} queries, {len(pictures.database):,} pictures in"
+        " the database; mean [95 % interval]"
+    )
     table = Table("pooling", "reranking", title=title, title_justify="left")
     for name in results[0].measures:
         table.add_column(name, justify="right")

@@ -1,11 +1,15 @@
-"""Revisited Oxford and Paris, with or without distractors: python -m eval.revisited gnd_roxford5k.json --images jpg/
+"""Revisited Oxford and Paris, with or without distractors: python -m eval.revisited
+gnd_roxford5k.json --images jpg/
 
-Mean average precision and mean precision at 1, 5 and 10 of the set-ups easy, medium and hard, as the public protocol counts them. The ground truth is
-the original pickle or the same as JSON. Descriptors are made of the pictures, queries cropped to their boxes, by default as SuperGlobal's paper does,
-or come from files (`--queries`, `--database`), in the order of the ground truth; `--distractors` stand behind the database. `--ablation` switches
-every part of SuperGlobal on, one after the other.
+Mean average precision and mean precision at 1, 5 and 10 of the set-ups easy, medium and hard, as
+the public protocol counts them. The ground truth is the original pickle or the same as JSON.
+Descriptors are made of the pictures, queries cropped to their boxes, by default as SuperGlobal's
+paper does, or come from files (`--queries`, `--database`), in the order of the ground truth;
+`--distractors` stand behind the database. `--ablation` switches every part of SuperGlobal on, one
+after the other.
 
-Reference: Radenović et al., "Revisiting Oxford and Paris: Large-Scale Image Retrieval Benchmarking", CVPR 2018, arXiv:1803.11285.
+Reference: Radenović et al., "Revisiting Oxford and Paris: Large-Scale Image Retrieval
+    Benchmarking", CVPR 2018, arXiv:1803.11285.
 """
 
 import dataclasses
@@ -47,21 +51,35 @@ ABLATION: dict[str, dict[str, Any]] = {
 }
 
 _ON_DEVICE = 2**30  # bytes of a database that is held in memory as float32
-_NO_ARRAYS = (ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile)  # what NumPy raises over files that are no arrays
+_NO_ARRAYS = (
+    ValueError,
+    EOFError,
+    KeyError,
+    AttributeError,
+    zipfile.BadZipFile,
+)  # what NumPy raises over files that are no arrays
 _LOOKED_AT = 4096  # rows of a file of descriptors whose lengths are looked at
 
 
 @dataclass(frozen=True)
 class Revisited:
-    """Revisited Oxford and Paris, with or without distractors: mAP and mP@1, 5, 10 of the set-ups easy, medium and hard."""
+    """Revisited Oxford and Paris, with or without distractors: mAP and mP@1, 5, 10 of the set-ups
+    easy, medium and hard.
+    """
 
     truth: Positional[Path]  # gnd_roxford5k or gnd_rparis6k, .json or .pkl
     images: Path | None = None  # folder with the pictures, named as in the ground truth, .jpg
-    queries: Path | None = None  # or descriptors, .npy or .npz with one array, float32 or float16, a unit vector for each of qimlist
+    queries: Path | None = (
+        # or descriptors, .npy or .npz with one array, float32 or float16, a unit vector for each of
+        # qimlist
+        None
+    )
     database: Path | None = None  # likewise, for each of imlist
     distractors: Path | None = None  # likewise, any number; an .npy is read as it is needed
     rerank: tuple[Name, ...] = ("none",)  # one line of the table each
-    ablation: bool = False  # every part of SuperGlobal switched on after the other, the reranking last
+    ablation: bool = (
+        False  # every part of SuperGlobal switched on after the other, the reranking last
+    )
     cache: Path | None = None  # folder that keeps the descriptors of the pictures for each setting
     json: bool = False  # print one JSON object
     how: Annotated[Rerank, arg(name="")] = Rerank()  # noqa: RUF009
@@ -74,7 +92,9 @@ class Revisited:
         if self.images is None and None in files:
             raise ValueError("--queries and --database go together")
         if self.ablation and self.images is None:
-            raise ValueError("--ablation makes descriptors under several settings: it needs --images")
+            raise ValueError(
+                "--ablation makes descriptors under several settings: it needs --images"
+            )
         if self.ablation and self.distractors is not None:
             raise ValueError("--distractors are of one setting and cannot go with --ablation")
         if self.cache is not None and self.images is None:
@@ -122,8 +142,12 @@ def main(argv: list[str] | None = None) -> None:
     with one_sentence("eval.revisited"):
         config = parse(Revisited, sys.argv[1:] if argv is None else argv, "eval.revisited")
         truth = read_ground_truth(config.truth)
-        distractors = None if config.distractors is None else vectors_of(config.distractors, "distractors")
-        results = ablation(config, truth) if config.ablation else evaluated(config, truth, distractors)
+        distractors = (
+            None if config.distractors is None else vectors_of(config.distractors, "distractors")
+        )
+        results = (
+            ablation(config, truth) if config.ablation else evaluated(config, truth, distractors)
+        )
         count = 0 if distractors is None else len(distractors)
         if config.json:
             print(json.dumps(as_json(config, truth, count, results)))
@@ -134,7 +158,11 @@ def main(argv: list[str] | None = None) -> None:
 def read_ground_truth(path: Path) -> Truth:
     """The original pickle (`.pkl`), or the same as JSON. `Refused` for anything else."""
     try:
-        values = read_pickle(path) if path.suffix in (".pkl", ".pickle") else json.loads(path.read_text())
+        values = (
+            read_pickle(path)
+            if path.suffix in (".pkl", ".pickle")
+            else json.loads(path.read_text())
+        )
     except OSError as error:
         raise Refused(f"{path} cannot be read: {error.strerror or error}") from None
     except ValueError as error:
@@ -143,11 +171,20 @@ def read_ground_truth(path: Path) -> Truth:
         database, queries = (tuple(map(_text, values[name])) for name in ("imlist", "qimlist"))
         entries = list(values["gnd"])
         boxes = tuple(tuple(map(float, entry["bbx"])) for entry in entries)
-        lists = tuple(Difficulty(*(_ids(entry[kind], len(database)) for kind in ("easy", "hard", "junk"))) for entry in entries)
+        lists = tuple(
+            Difficulty(*(_ids(entry[kind], len(database)) for kind in ("easy", "hard", "junk")))
+            for entry in entries
+        )
     except (KeyError, TypeError, ValueError) as error:
-        raise Refused(f"{path} is no ground truth of imlist, qimlist and gnd with bbx, easy, hard and junk: {error!r}") from None
+        raise Refused(
+            f"{path} is no ground truth of imlist, qimlist and gnd with bbx, easy, hard and junk:"
+            f" {error!r}"
+        ) from None
     if not queries or len(entries) != len(queries) or any(len(box) != 4 for box in boxes):
-        raise Refused(f"{path} must have an entry of gnd, with four numbers in bbx, for each of qimlist: they are {len(entries)} and {len(queries)}")
+        raise Refused(
+            f"{path} must have an entry of gnd, with four numbers in bbx, for each of qimlist: they"
+            f" are {len(entries)} and {len(queries)}"
+        )
     return Truth(database, queries, boxes, lists)
 
 
@@ -159,30 +196,55 @@ def _text(name: Any) -> str:
 
 def _ids(values: Sequence[int], count: int) -> np.ndarray:
     ids = np.array(values)
-    if ids.ndim != 1 or (ids.size and not np.issubdtype(ids.dtype, np.integer)) or np.any((ids < 0) | (ids >= count)):
+    if (
+        ids.ndim != 1
+        or (ids.size and not np.issubdtype(ids.dtype, np.integer))
+        or np.any((ids < 0) | (ids >= count))
+    ):
         raise ValueError(f"ids must be whole numbers below {count}")
     return ids.astype(int)
 
 
-def evaluated(config: Revisited, truth: Truth, distractors: np.ndarray | None) -> dict[str, dict[str, Scores]]:
+def evaluated(
+    config: Revisited, truth: Truth, distractors: np.ndarray | None
+) -> dict[str, dict[str, Scores]]:
     """By reranker: the scores of each set-up."""
     if config.images is not None:
         queries, database = described(config, truth, config.descriptor, {})
     else:
         assert config.queries is not None
         assert config.database is not None
-        queries, database = (vectors_of(path, flag) for path, flag in ((config.queries, "queries"), (config.database, "database")))
-        for flag, vectors, names in (("queries", queries, truth.queries), ("database", database, truth.database)):
+        queries, database = (
+            vectors_of(path, flag)
+            for path, flag in ((config.queries, "queries"), (config.database, "database"))
+        )
+        for flag, vectors, names in (
+            ("queries", queries, truth.queries),
+            ("database", database, truth.database),
+        ):
             if len(vectors) != len(names):
-                more = f"; what lies behind the {len(names)} may be given as --distractors" if flag == "database" else ""
-                raise Refused(f"--{flag} must have a row for each of the {len(names)} pictures of {config.truth}, not {len(vectors)}{more}")
+                more = (
+                    f"; what lies behind the {len(names)} may be given as --distractors"
+                    if flag == "database"
+                    else ""
+                )
+                raise Refused(
+                    f"--{flag} must have a row for each of the {len(names)} pictures of"
+                    f" {config.truth}, not {len(vectors)}{more}"
+                )
     parts = [database] if distractors is None else [database, distractors]
     if len(dims := {part.shape[1] for part in [queries, *parts]}) > 1:
-        raise Refused(f"the descriptors of queries, database and distractors must have one length, not {' and '.join(map(str, sorted(dims)))}")
+        raise Refused(
+            "the descriptors of queries, database and distractors must have one length, not"
+            f" {' and '.join(map(str, sorted(dims)))}"
+        )
     searched = _searched(parts)
     queries = np.asarray(queries, np.float32)
     initial = ranked(queries, searched)
-    return {name: revisited(reranked(name, queries, searched, initial, config.how), truth.lists) for name in config.rerank}
+    return {
+        name: revisited(reranked(name, queries, searched, initial, config.how), truth.lists)
+        for name in config.rerank
+    }
 
 
 def ablation(config: Revisited, truth: Truth) -> dict[str, dict[str, Scores]]:
@@ -191,67 +253,115 @@ def ablation(config: Revisited, truth: Truth) -> dict[str, dict[str, Scores]]:
     results, settings = {}, config.descriptor
     for step, changes in ABLATION.items():
         settings = dataclasses.replace(settings, **changes)
-        own = settings if settings.backbone.startswith("resnet") else dataclasses.replace(settings, relup=True)
+        own = (
+            settings
+            if settings.backbone.startswith("resnet")
+            else dataclasses.replace(settings, relup=True)
+        )
         queries, vectors = described(config, truth, own, memory)
         database = _searched([vectors])
         initial = ranked(queries, database)
         results[step] = revisited(np.asarray(initial.ids), truth.lists)
-    results["+ reranking"] = revisited(reranked("superglobal", queries, database, initial, config.how), truth.lists)
+    results["+ reranking"] = revisited(
+        reranked("superglobal", queries, database, initial, config.how), truth.lists
+    )
     return results
 
 
 def _searched(parts: list[np.ndarray]) -> jax.Array | np.ndarray | Joined:
     if len(parts) > 1:
         return Joined(tuple(parts))
-    return jax.device_put(np.asarray(parts[0], np.float32)) if 4 * parts[0].size <= _ON_DEVICE else parts[0]
+    return (
+        jax.device_put(np.asarray(parts[0], np.float32))
+        if 4 * parts[0].size <= _ON_DEVICE
+        else parts[0]
+    )
 
 
 def vectors_of(path: Path, flag: str) -> np.ndarray:
-    """Unit vectors `(n, d)` of a file, mapped where it is an `.npy`. `Refused` where they are none, as far as some rows tell."""
+    """Unit vectors `(n, d)` of a file, mapped where it is an `.npy`. `Refused` where they are none,
+    as far as some rows tell.
+    """
     try:
         if path.suffix == ".npz":
             with path.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
                 names = [name for name in arrays.files if name == flag] or arrays.files
                 if len(names) != 1:
-                    raise ValueError(f"it must hold one array, or one that is called {flag}, not {', '.join(arrays.files)}")
+                    raise ValueError(
+                        f"it must hold one array, or one that is called {flag}, not"
+                        f" {', '.join(arrays.files)}"
+                    )
                 found = arrays[names[0]]
         else:
             found = np.load(path, mmap_mode="r", allow_pickle=False)
     except OSError as error:
         raise Refused(f"--{flag} {path} cannot be read: {error.strerror or error}") from None
     except _NO_ARRAYS as error:
-        raise Refused(f"--{flag} {path} is no file of descriptors: {str(error).partition(chr(10))[0]}") from None
+        raise Refused(
+            f"--{flag} {path} is no file of descriptors: {str(error).partition(chr(10))[0]}"
+        ) from None
     if found.ndim != 2 or 0 in found.shape or found.dtype not in (np.float32, np.float16):
-        raise Refused(f"--{flag} must be float32 or float16 of shape (n, d), and {path} is {found.dtype} of shape {found.shape}")
+        raise Refused(
+            f"--{flag} must be float32 or float16 of shape (n, d), and {path} is {found.dtype} of"
+            f" shape {found.shape}"
+        )
     some = np.asarray(found[:: -(-len(found) // _LOOKED_AT)], np.float32)
     if not np.all(np.abs(np.linalg.norm(some, axis=1) - 1) < 1e-2):
-        raise Refused(f"--{flag} must be unit vectors, and some rows of {path} are not: divide each by its length")
+        raise Refused(
+            f"--{flag} must be unit vectors, and some rows of {path} are not: divide each by its"
+            " length"
+        )
     return found
 
 
 def described(
-    config: Revisited, truth: Truth, settings: DescriptorSettings, memory: dict[str, tuple[np.ndarray, np.ndarray]]
+    config: Revisited,
+    truth: Truth,
+    settings: DescriptorSettings,
+    memory: dict[str, tuple[np.ndarray, np.ndarray]],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Descriptors of the queries' boxes and of the database, from the memory or the cache where they are there."""
+    """Descriptors of the queries' boxes and of the database, from the memory or the cache where
+    they are there.
+    """
     assert config.images is not None
     files = {name: config.images / f"{name}.jpg" for name in (*truth.queries, *truth.database)}
     try:
-        key = json.dumps([settings.record(), truth.queries, truth.boxes, truth.database, str(config.images.resolve()), __version__], sort_keys=True)
+        key = json.dumps(
+            [
+                settings.record(),
+                truth.queries,
+                truth.boxes,
+                truth.database,
+                str(config.images.resolve()),
+                __version__,
+            ],
+            sort_keys=True,
+        )
     except ValueError as error:
         raise Refused(str(error)) from None
     if key in memory:
         return memory[key]
-    path = None if config.cache is None else config.cache / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.npz"
+    path = (
+        None
+        if config.cache is None
+        else config.cache / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.npz"
+    )
     found = None if path is None else _cached(path)
     if found is None:
         if missing := [file for file in files.values() if not file.is_file()]:
             raise Refused(
-                f"{len(missing)} of {len(files)} pictures of {config.truth} are not in {config.images}, the first of them {missing[0].name}"
+                f"{len(missing)} of {len(files)} pictures of {config.truth} are not in"
+                f" {config.images}, the first of them {missing[0].name}"
             )
         extractor = make_extractor(settings)
-        crops = (cropped(files[name], box) for name, box in zip(truth.queries, truth.boxes, strict=True))
+        crops = (
+            cropped(files[name], box) for name, box in zip(truth.queries, truth.boxes, strict=True)
+        )
         wholes: Iterator[RGB] = (read_image(files[name]) for name in truth.database)
-        found = describe(extractor, crops, truth.queries, "queries"), describe(extractor, wholes, truth.database, "database")
+        found = (
+            describe(extractor, crops, truth.queries, "queries"),
+            describe(extractor, wholes, truth.database, "database"),
+        )
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as temporary, temporary.open("wb") as file:
@@ -267,10 +377,14 @@ def _cached(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
         with path.open("rb") as opened, np.load(opened, allow_pickle=False) as arrays:
             return arrays["queries"], arrays["database"]
     except (OSError, *_NO_ARRAYS) as error:
-        raise Refused(f"{path} in the cache is damaged ({str(error).partition(chr(10))[0]}): delete it") from None
+        raise Refused(
+            f"{path} in the cache is damaged ({str(error).partition(chr(10))[0]}): delete it"
+        ) from None
 
 
-def as_json(config: Revisited, truth: Truth, distractors: int, results: dict[str, dict[str, Scores]]) -> dict[str, Any]:
+def as_json(
+    config: Revisited, truth: Truth, distractors: int, results: dict[str, dict[str, Scores]]
+) -> dict[str, Any]:
     """What `--json` prints."""
     return {
         "truth": str(config.truth),
@@ -281,7 +395,10 @@ def as_json(config: Revisited, truth: Truth, distractors: int, results: dict[str
         "rerank": dataclasses.asdict(config.how),
         "results": {
             name: {
-                setup: {"mAP": own.mean_average_precision, **{f"mP@{kappa}": value for kappa, value in own.mean_precision_at.items()}}
+                setup: {
+                    "mAP": own.mean_average_precision,
+                    **{f"mP@{kappa}": value for kappa, value in own.mean_precision_at.items()},
+                }
                 for setup, own in by_setup.items()
             }
             for name, by_setup in results.items()
@@ -289,15 +406,24 @@ def as_json(config: Revisited, truth: Truth, distractors: int, results: dict[str
     }
 
 
-def show(config: Revisited, truth: Truth, distractors: int, results: dict[str, dict[str, Scores]]) -> None:
+def show(
+    config: Revisited, truth: Truth, distractors: int, results: dict[str, dict[str, Scores]]
+) -> None:
     """Prints the table for people, in percent."""
-    title = f"{config.truth.name}: {len(truth.queries)} queries, {len(truth.database):,} pictures and {distractors:,} distractors"
+    title = (
+        f"{config.truth.name}: {len(truth.queries)} queries, {len(truth.database):,} pictures and"
+        f" {distractors:,} distractors"
+    )
     table = Table("step" if config.ablation else "reranking", title=title, title_justify="left")
     for setup in SETUPS:
         for measure in ("mAP", "mP@1", "mP@5", "mP@10"):
             table.add_column(f"{setup[0].upper()} {measure}", justify="right")
     for name, by_setup in results.items():
-        values = [value for own in by_setup.values() for value in (own.mean_average_precision, *own.mean_precision_at.values())]
+        values = [
+            value
+            for own in by_setup.values()
+            for value in (own.mean_average_precision, *own.mean_precision_at.values())
+        ]
         table.add_row(name, *(f"{100 * value:.2f}" for value in values))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
     if config.ablation and not config.descriptor.backbone.startswith("resnet"):

@@ -1,4 +1,6 @@
-"""Trained runs as evaluations and studies use them: what is asked of one or two of them, their newest checkpoint, trainings of a study."""
+"""Trained runs as evaluations and studies use them: what is asked of one or two of them, their
+newest checkpoint, trainings of a study.
+"""
 
 import dataclasses
 from collections.abc import Callable
@@ -22,20 +24,30 @@ class OfRuns:
     run: Positional[Path]  # folder of a run
     other: Positional[Path | None] = None  # folder of another run to compare it with
     json: bool = False  # print one JSON object
-    corrupt: Literal["refuse", "skip"] | None = None  # what to do about a picture that cannot be read; None: as in the run
-    data: str | None = None  # evaluate on another source than the run's, as --data of the training takes it
-    data_dir: Annotated[Path | None, arg(aliases=["--data-dir"])] = None  # where tfds data sets are prepared; None: as in the run
+    corrupt: Literal["refuse", "skip"] | None = (
+        None  # what to do about a picture that cannot be read; None: as in the run
+    )
+    data: str | None = (
+        None  # evaluate on another source than the run's, as --data of the training takes it
+    )
+    data_dir: Annotated[Path | None, arg(aliases=["--data-dir"])] = (
+        None  # where tfds data sets are prepared; None: as in the run
+    )
 
     def data_of(self, trained: Data) -> Data:
         """Where the pictures come from, of a run with these settings."""
-        data = dataclasses.replace(trained, source=self.data or trained.source, data_dir=self.data_dir or trained.data_dir)
+        data = dataclasses.replace(
+            trained, source=self.data or trained.source, data_dir=self.data_dir or trained.data_dir
+        )
         return dataclasses.replace(data, corrupt=self.corrupt or data.corrupt)
 
 
 def with_data(config: C, data: Data) -> C:
     """The config of a run with other data, whatever devices it was trained on."""
     devices = jax.device_count()
-    return dataclasses.replace(config, data=data, fsdp=1, batch=-(-config.batch // devices) * devices)
+    return dataclasses.replace(
+        config, data=data, fsdp=1, batch=-(-config.batch // devices) * devices
+    )
 
 
 def newest(run: Path) -> Checkpoints:
@@ -46,7 +58,9 @@ def newest(run: Path) -> Checkpoints:
 
 
 def trained_in_study(train: Callable[..., Trained], config: Any, **options: Any) -> Trained:
-    """Runs a training of a study, or goes on with it, in silence; the study's flag for its folder is --runs."""
+    """Runs a training of a study, or goes on with it, in silence; the study's flag for its folder
+    is --runs.
+    """
     try:
         trained = train(config, quiet=True, **options)
     except Refused as error:

@@ -1,4 +1,6 @@
-"""Intervals and paired tests for accuracies and for means over queries. All intervals are at 95 %."""
+"""Intervals and paired tests for accuracies and for means over queries. All intervals are at 95
+%.
+"""
 
 from dataclasses import dataclass
 
@@ -27,7 +29,9 @@ def proportion(correct: np.ndarray) -> Interval:
 
 
 def mean(values: np.ndarray) -> Interval:
-    """Mean of independent values `(n,)`, such as seeds, with Student's t interval; one value has no interval."""
+    """Mean of independent values `(n,)`, such as seeds, with Student's t interval; one value has no
+    interval.
+    """
     values = np.asarray(values, float)
     if values.ndim != 1 or not len(values):
         raise ValueError(f"values must be (n,) with n at least 1, not of shape {values.shape}")
@@ -39,38 +43,62 @@ def mean(values: np.ndarray) -> Interval:
 
 
 def bootstrap(values: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> Interval:
-    """Mean of values `(n,)`, such as average precisions of queries, with the percentile interval of means of n values drawn with replacement.
+    """Mean of values `(n,)`, such as average precisions of queries, with the percentile interval of
+    means of n values drawn with replacement.
 
-    Values that are not a number are left out. The interval takes the values for independent, and is too narrow where they are few.
+    Values that are not a number are left out. The interval takes the values for independent, and is
+    too narrow where they are few.
     Reference: B. Efron, The Annals of Statistics 7, 1979.
     """
     values = np.asarray(values, float)
     values = values[~np.isnan(values)] if values.ndim == 1 else values
     if values.ndim != 1 or not len(values):
-        raise ValueError(f"values must be (n,) with at least one number, not of shape {values.shape}")
+        raise ValueError(
+            f"values must be (n,) with at least one number, not of shape {values.shape}"
+        )
     rng, together = np.random.default_rng(seed), max(1, 1_000_000 // len(values))
     starts = range(0, draws, together)
-    means = np.concatenate([values[rng.integers(len(values), size=(min(together, draws - start), len(values)))].mean(axis=1) for start in starts])
+    means = np.concatenate(
+        [
+            values[
+                rng.integers(len(values), size=(min(together, draws - start), len(values)))
+            ].mean(axis=1)
+            for start in starts
+        ]
+    )
     low, high = np.quantile(means, (0.025, 0.975))
     return Interval(float(values.mean()), float(low), float(high))
 
 
 def both_ways(values: np.ndarray, *, draws: int = 2000, seed: int = 0) -> Interval:
-    """Mean of `(seeds, pictures)` values, such as differences of right answers, with an interval for other seeds and other pictures.
+    """Mean of `(seeds, pictures)` values, such as differences of right answers, with an interval
+    for other seeds and other pictures.
 
-    Seeds and pictures are drawn again with replacement, independently, and the percentile interval is widened to Student's t interval over seeds
-    where that reaches further: of few seeds a bootstrap alone is too narrow.
-    Reference: A. B. Owen, "The pigeonhole bootstrap", The Annals of Applied Statistics 1, 2007, arXiv:0712.1111.
+    Seeds and pictures are drawn again with replacement, independently, and the percentile interval
+    is widened to Student's t interval over seeds where that reaches further: of few seeds a
+    bootstrap alone is too narrow.
+    Reference: A. B. Owen, "The pigeonhole bootstrap", The Annals of Applied Statistics 1, 2007,
+        arXiv:0712.1111.
     """
     values = np.asarray(values, float)
     if values.ndim != 2 or not values.size or not np.isfinite(values).all():
-        raise ValueError(f"values must be finite and (seeds, pictures), at least one of each, not of shape {values.shape}")
+        raise ValueError(
+            "values must be finite and (seeds, pictures), at least one of each, not of shape"
+            f" {values.shape}"
+        )
     rng = np.random.default_rng(seed)
-    rows, columns = (rng.multinomial(count, np.full(count, 1 / count), size=draws) / count for count in values.shape)
+    rows, columns = (
+        rng.multinomial(count, np.full(count, 1 / count), size=draws) / count
+        for count in values.shape
+    )
     means = np.einsum("kr,kr->k", rows, columns @ values.T)
     low, high = np.quantile(means, (0.025, 0.975))
     over_seeds = mean(values.mean(axis=1))  # no numbers for one seed
-    return Interval(float(values.mean()), float(np.fmin(low, over_seeds.low)), float(np.fmax(high, over_seeds.high)))
+    return Interval(
+        float(values.mean()),
+        float(np.fmin(low, over_seeds.low)),
+        float(np.fmax(high, over_seeds.high)),
+    )
 
 
 @dataclass(frozen=True)
@@ -84,25 +112,35 @@ class Paired:
 
 
 def paired(first: np.ndarray, second: np.ndarray) -> Paired:
-    """Compares two `(n,)` arrays of right and wrong answers: Q. McNemar, Psychometrika 12, 1947, in its exact form.
+    """Compares two `(n,)` arrays of right and wrong answers: Q. McNemar, Psychometrika 12, 1947, in
+    its exact form.
 
-    The interval is A. Agresti and Y. Min's, Statistics in Medicine 24, 2005: half a picture more in each cell of the two-by-two table, so that it
-    holds its 95 % where the two hardly differ.
+    The interval is A. Agresti and Y. Min's, Statistics in Medicine 24, 2005: half a picture more in
+    each cell of the two-by-two table, so that it holds its 95 % where the two hardly differ.
     """
     first, second = _answers(first), _answers(second)
     if first.shape != second.shape:
-        raise ValueError(f"both must answer the same pictures, not {first.shape} and {second.shape}")
+        raise ValueError(
+            f"both must answer the same pictures, not {first.shape} and {second.shape}"
+        )
     only_first, only_second = int(np.sum(first & ~second)), int(np.sum(second & ~first))
     discordant = only_first + only_second
     p_value = stats.binomtest(only_first, discordant).pvalue if discordant else 1.0
     n, a, b = len(first) + 2, only_first + 0.5, only_second + 0.5
     half = stats.norm.ppf(0.975) * np.sqrt(a + b - (a - b) ** 2 / n) / n
-    difference = Interval((only_first - only_second) / len(first), max((a - b) / n - half, -1.0), min((a - b) / n + half, 1.0))
+    difference = Interval(
+        (only_first - only_second) / len(first),
+        max((a - b) / n - half, -1.0),
+        min((a - b) / n + half, 1.0),
+    )
     return Paired(difference, only_first, only_second, float(p_value))
 
 
 def _answers(values: np.ndarray) -> np.ndarray:
     values = np.asarray(values)
     if values.ndim != 1 or not len(values) or not np.isin(values, (0, 1)).all():
-        raise ValueError(f"right and wrong answers must be (n,) of true and false, n at least 1, not {values.dtype} of shape {values.shape}")
+        raise ValueError(
+            "right and wrong answers must be (n,) of true and false, n at least 1, not"
+            f" {values.dtype} of shape {values.shape}"
+        )
     return values.astype(bool)

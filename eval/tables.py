@@ -15,14 +15,19 @@ ENDS = {"": "value", "_low": "low", "_high": "high"}
 
 def columns(name: str, interval: Interval | None) -> dict[str, str]:
     """Three columns of a row: `name`, `name_low` and `name_high`, empty where there is nothing."""
-    return {f"{name}{end}": "" if interval is None else f"{getattr(interval, field):.4f}" for end, field in ENDS.items()}
+    return {
+        f"{name}{end}": "" if interval is None else f"{getattr(interval, field):.4f}"
+        for end, field in ENDS.items()
+    }
 
 
 def cell_of(row: Mapping[str, Any], name: str) -> str:
     """What `columns` wrote, in percent; with its sign where it is a difference, `..._less_...`."""
     if row[name] == "":
         return ""
-    return shown(Interval(*(float(row[f"{name}{end}"]) for end in ENDS)), digits=1, sign="_less_" in name)
+    return shown(
+        Interval(*(float(row[f"{name}{end}"]) for end in ENDS)), digits=1, sign="_less_" in name
+    )
 
 
 def shown(interval: Interval, *, percent: bool = True, digits: int = 2, sign: bool = False) -> str:
@@ -36,7 +41,11 @@ def shown(interval: Interval, *, percent: bool = True, digits: int = 2, sign: bo
 
 def markdown(heads: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
     """A table with its last line ended."""
-    lines = [f"| {' | '.join(heads)} |", f"|{' --- |' * len(heads)}", *(f"| {' | '.join(map(str, row))} |" for row in rows)]
+    lines = [
+        f"| {' | '.join(heads)} |",
+        f"|{' --- |' * len(heads)}",
+        *(f"| {' | '.join(map(str, row))} |" for row in rows),
+    ]
     return "\n".join(lines) + "\n"
 
 

@@ -1,7 +1,9 @@
-"""The one place that touches jax-triton, which is imported when a kernel is asked for and not before.
+"""The one place that touches jax-triton, which is imported when a kernel is asked for and not
+before.
 
-Kernels take their inputs first and their outputs last; shapes, strides and options are compile-time constants, because jax-triton does not tell
-Triton which integers divide by 16, and loads of 16 bytes need to know. No scalar arguments, aliases or zeroed outputs: so the same call works with
+Kernels take their inputs first and their outputs last; shapes, strides and options are compile-time
+constants, because jax-triton does not tell Triton which integers divide by 16, and loads of 16
+bytes need to know. No scalar arguments, aliases or zeroed outputs: so the same call works with
 jax-triton 0.3 and 0.4.
 """
 
@@ -20,26 +22,40 @@ from typing import Any
 import jax
 import numpy as np
 
-_capability: contextvars.ContextVar[int | None] = contextvars.ContextVar("compute_capability", default=None)
+_capability: contextvars.ContextVar[int | None] = contextvars.ContextVar(
+    "compute_capability", default=None
+)
 
 
 def call(
-    implementation: str, kernel: Any, inputs: Sequence[jax.Array], outputs: Sequence[jax.ShapeDtypeStruct],
+    implementation: str, kernel: Any, inputs: Sequence[jax.Array],
+    outputs: Sequence[jax.ShapeDtypeStruct],
     *, programs: int, warps: int, **constants: Any,
 ) -> list[jax.Array]:  # fmt: skip
-    """Runs `programs` programs of a kernel: `implementation` is "triton", on the GPU, or "interpret", in Triton's interpreter on the CPU."""
+    """Runs `programs` programs of a kernel: `implementation` is "triton", on the GPU, or
+    "interpret", in Triton's interpreter on the CPU.
+    """
     if implementation == "interpret":
         run = functools.partial(_interpret, kernel, outputs, programs, FAST=False, **constants)
         return list(jax.pure_callback(run, tuple(outputs), *inputs, vmap_method="sequential"))
     triton_call = load_jax_triton().triton_call
-    name = "out_type" if "out_type" in inspect.signature(triton_call).parameters else "out_shape"  # jax-triton 0.4 and 0.3
-    options = {name: list(outputs), "grid": (programs,), "num_warps": warps, "compute_capability": _capability.get()}
+    name = (
+        "out_type" if "out_type" in inspect.signature(triton_call).parameters else "out_shape"
+    )  # jax-triton 0.4 and 0.3
+    options = {
+        name: list(outputs),
+        "grid": (programs,),
+        "num_warps": warps,
+        "compute_capability": _capability.get(),
+    }
     return list(triton_call(*inputs, kernel=kernel, FAST=True, **options, **constants))
 
 
 @contextlib.contextmanager
 def compiled_for(capability: int) -> Iterator[None]:
-    """Kernels that are lowered inside are compiled for this compute capability, such as 90, whether a GPU is there or not."""
+    """Kernels that are lowered inside are compiled for this compute capability, such as 90, whether
+    a GPU is there or not.
+    """
     token = _capability.set(capability)
     try:
         yield
@@ -49,7 +65,9 @@ def compiled_for(capability: int) -> Iterator[None]:
 
 @functools.cache
 def available() -> bool:
-    """Whether kernels can be compiled here: jax-triton is installed and finds a JAX with CUDA. Starts no device."""
+    """Whether kernels can be compiled here: jax-triton is installed and finds a JAX with CUDA.
+    Starts no device.
+    """
     if importlib.util.find_spec("jax_triton") is None:
         return False
     try:
@@ -65,49 +83,78 @@ def runs_here() -> bool:
 
 
 def load_jax_triton() -> ModuleType:
-    """Imports jax-triton; `NotImplementedError` says what is missing and what to do where it cannot be had."""
+    """Imports jax-triton; `NotImplementedError` says what is missing and what to do where it cannot
+    be had.
+    """
     try:
         import jax_triton
     except ImportError as error:
         reason = str(error).splitlines()[0]
         raise NotImplementedError(
-            f"Triton kernels need jax-triton and a JAX with CUDA ({reason}): pip install '.[gpu]' in a checkout on a machine with an NVIDIA GPU, "
-            "or pass implementation=None"
+            f"Triton kernels need jax-triton and a JAX with CUDA ({reason}): pip install '.[gpu]'"
+            " in a checkout on a machine with an NVIDIA GPU, or pass implementation=None"
         ) from error
-    if os.environ.get("TRITON_CACHE_DIR") == "":  # set so by jax-triton 0.3; a later triton.compile in this process would find no folder
+    if (
+        os.environ.get("TRITON_CACHE_DIR") == ""
+    ):  # set so by jax-triton 0.3; a later triton.compile in this process would find no folder
         del os.environ["TRITON_CACHE_DIR"]
     return jax_triton
 
 
 def check(implementation: str) -> None:
-    """`NotImplementedError` where kernels cannot run as `implementation` says, with the reason and what to do."""
+    """`NotImplementedError` where kernels cannot run as `implementation` says, with the reason and
+    what to do.
+    """
     if implementation == "interpret":
         try:
             from triton.runtime.interpreter import InterpretedFunction  # noqa: F401
         except ImportError as error:
-            raise NotImplementedError(f"implementation='interpret' needs triton ({error}): pip install triton") from error
+            raise NotImplementedError(
+                f"implementation='interpret' needs triton ({error}): pip install triton"
+            ) from error
         if os.environ.get("TRITON_INTERPRET") != "1":
-            raise NotImplementedError("implementation='interpret' needs TRITON_INTERPRET=1 in the environment before triton is imported")
+            raise NotImplementedError(
+                "implementation='interpret' needs TRITON_INTERPRET=1 in the environment before"
+                " triton is imported"
+            )
     elif implementation == "triton":
         load_jax_triton()
         if jax.default_backend() != "gpu" and _capability.get() is None:
             raise NotImplementedError(
-                f"implementation='triton' needs an NVIDIA GPU, and JAX runs on {jax.default_backend()} here: pass implementation=None; "
-                "to lower for a GPU that is elsewhere, do so inside ggem_jax.kernels.launch.compiled_for(90)"
+                "implementation='triton' needs an NVIDIA GPU, and JAX runs on"
+                f" {jax.default_backend()} here: pass implementation=None; to lower for a GPU that"
+                " is elsewhere, do so inside ggem_jax.kernels.launch.compiled_for(90)"
             )
 
 
-def _interpret(kernel: Any, outputs: Sequence[jax.ShapeDtypeStruct], programs: int, *inputs: jax.Array, **constants: Any) -> tuple[np.ndarray, ...]:
+def _interpret(
+    kernel: Any,
+    outputs: Sequence[jax.ShapeDtypeStruct],
+    programs: int,
+    *inputs: jax.Array,
+    **constants: Any,
+) -> tuple[np.ndarray, ...]:
     """Outputs start as 0xCD bytes, so that an element that is never written shows."""
-    results = [np.frombuffer(bytearray(b"\xcd" * (int(np.prod(o.shape)) * o.dtype.itemsize)), o.dtype).reshape(o.shape) for o in outputs]
+    results = [
+        np.frombuffer(
+            bytearray(b"\xcd" * (int(np.prod(o.shape)) * o.dtype.itemsize)), o.dtype
+        ).reshape(o.shape)
+        for o in outputs
+    ]
     arrays = [np.array(array, order="C", copy=True) for array in inputs]
-    with _one_at_a_time, np.errstate(all="ignore"), warnings.catch_warnings():  # lanes outside the arrays compute too
+    with (
+        _one_at_a_time,
+        np.errstate(all="ignore"),
+        warnings.catch_warnings(),
+    ):  # lanes outside the arrays compute too
         warnings.simplefilter("ignore")
         kernel[(programs,)](*map(_HostTensor, arrays), *map(_HostTensor, results), **constants)
     return tuple(results)
 
 
-_one_at_a_time = threading.Lock()  # the interpreter patches the language while it runs a kernel; devices call from threads of their own
+# the interpreter patches the language while it runs a kernel; devices call from threads of their
+# own
+_one_at_a_time = threading.Lock()
 
 _TRITON_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int8": "i8"}
 

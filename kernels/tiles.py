@@ -1,10 +1,14 @@
-"""How large a piece of the tokens one program holds: by shape and dtype, each bound with its reason. Nothing is tuned at import."""
+"""How large a piece of the tokens one program holds: by shape and dtype, each bound with its
+reason. Nothing is tuned at import.
+"""
 
 from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """One step of a program reads `unroll` x `rows` tokens of `channels` channels; `warps` x 32 threads share it."""
+    """One step of a program reads `unroll` x `rows` tokens of `channels` channels; `warps` x 32
+    threads share it.
+    """
 
     unroll: int
     rows: int
@@ -15,16 +19,22 @@ class Tile(NamedTuple):
 MOST_TOKENS = 16384
 _VECTOR_BYTES = 16  # one load of a thread, the widest there is
 _WARPS = 4
-_CHANNELS = 128  # 256 bytes of bfloat16 from one token: whole 128-byte lines, and no idle lanes for 384, 768 and 1024 channels
+# 256 bytes of bfloat16 from one token: whole 128-byte lines, and no idle lanes for 384, 768 and
+# 1024 channels
+_CHANNELS = 128
 
 
 def pool_tile(n: int, d: int, itemsize: int) -> Tile:
-    """Unrolled 8 times: the rescaling by the largest, three special functions, then costs each token 3 / 8; 16 would need over 128 registers."""
+    """Unrolled 8 times: the rescaling by the largest, three special functions, then costs each
+    token 3 / 8; 16 would need over 128 registers.
+    """
     return _tile(n, d, itemsize, unroll=8)
 
 
 def gradient_tile(n: int, d: int, itemsize: int) -> Tile:
-    """Unrolled twice: two loads in flight per thread; the tokens, their slopes and the sums fit 128 registers."""
+    """Unrolled twice: two loads in flight per thread; the tokens, their slopes and the sums fit 128
+    registers.
+    """
     return _tile(n, d, itemsize, unroll=2)
 
 
@@ -42,7 +52,9 @@ def power_of_two(x: int) -> int:
 
 
 class NormTile(NamedTuple):
-    """As `Tile`, with all channels, in `pieces` of `channels` each, and the tokens of a row shared by `splits` programs."""
+    """As `Tile`, with all channels, in `pieces` of `channels` each, and the tokens of a row shared
+    by `splits` programs.
+    """
 
     unroll: int
     rows: int
@@ -52,7 +64,9 @@ class NormTile(NamedTuple):
     splits: int
 
 
-MOST_NORM_CHANNELS = 4096  # 8 channels for each of 512 threads: with more, the sums and what belongs to a channel would not fit the registers
+# 8 channels for each of 512 threads: with more, the sums and what belongs to a channel would not
+# fit the registers
+MOST_NORM_CHANNELS = 4096
 _MULTIPROCESSORS = 132  # of an H100 or H200
 _NORM_WARPS = 8  # two programs on a multiprocessor give each thread 128 registers
 _LEAST_RUN = 64  # tokens: a shorter run would not pay for its partial sums
@@ -64,14 +78,18 @@ def norm_pool_tile(rows: int, n: int, d: int, itemsize: int) -> NormTile:
 
 
 def norm_gradient_tile(rows: int, n: int, d: int, itemsize: int) -> NormTile:
-    """8 to 12 elements per thread at a time: with 16 and a mask, two programs would not fit on a multiprocessor."""
+    """8 to 12 elements per thread at a time: with 16 and a mask, two programs would not fit on a
+    multiprocessor.
+    """
     tile = _norm_tile(rows, n, d, itemsize, unroll=2)
     held_by_thread = tile.rows * tile.channels * tile.pieces // (32 * tile.warps)
     return tile if held_by_thread < 8 else tile._replace(unroll=1)
 
 
 def _norm_tile(rows, n, d, itemsize, unroll):
-    """In pieces each thread takes two channels of each: what belongs to a channel stays in registers, so that whole vectors would be too many."""
+    """In pieces each thread takes two channels of each: what belongs to a channel stays in
+    registers, so that whole vectors would be too many.
+    """
     pieces = min((1, 3, 5), key=lambda pieces: pieces * power_of_two(-(-d // pieces)))
     channels = power_of_two(-(-d // pieces))
     held_by_thread = _VECTOR_BYTES // itemsize if pieces == 1 else 2
@@ -81,14 +99,22 @@ def _norm_tile(rows, n, d, itemsize, unroll):
     return NormTile(min(unroll, power_of_two(-(-n // held))), held, channels, pieces, warps, splits)
 
 
-MOST_COLUMNS = 256  # of a map that `regional_gem` takes: 6 tiles of columns x channels are in registers at a time
+# of a map that `regional_gem` takes: 6 tiles of columns x channels are in registers at a time
+MOST_COLUMNS = 256
 
 
 def regional_tile(images: int, w: int, d: int, itemsize: int) -> Tile:
-    """8 elements per thread: the window keeps 5 tiles and more in registers. Fewer channels where every multiprocessor would not get two programs."""
+    """8 elements per thread: the window keeps 5 tiles and more in registers. Fewer channels where
+    every multiprocessor would not get two programs.
+    """
     columns = power_of_two(w)
     channels = min(64, max(_WARPS * 32 * 8 // columns, 1), power_of_two(d))
-    while channels > 2 * _VECTOR_BYTES // itemsize and images * -(-d // channels) < 2 * _MULTIPROCESSORS:
+    while (
+        channels > 2 * _VECTOR_BYTES // itemsize
+        and images * -(-d // channels) < 2 * _MULTIPROCESSORS
+    ):
         channels //= 2
-    warps = min(max(columns * channels * itemsize // (32 * _VECTOR_BYTES), 1), _WARPS)  # a whole vector for each thread
+    warps = min(
+        max(columns * channels * itemsize // (32 * _VECTOR_BYTES), 1), _WARPS
+    )  # a whole vector for each thread
     return Tile(1, columns, channels, warps)

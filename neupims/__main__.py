@@ -1,7 +1,8 @@
 """The tool: `python -m neupims COMMAND`, or `neupims COMMAND` after installation.
 
-What goes wrong is one sentence on standard error and an exit code: 2 for wrong flags, 130 after Ctrl-C, 141 where nobody reads the output, 1 for the
-rest. JAX is loaded when a command needs it, not before.
+What goes wrong is one sentence on standard error and an exit code: 2 for wrong flags, 130 after
+Ctrl-C, 141 where nobody reads the output, 1 for the rest. JAX is loaded when a command needs it,
+not before.
 """
 
 import argparse
@@ -11,9 +12,14 @@ import signal
 import sys
 
 COMMANDS = {
-    "simulate": "one decode step of a batch, or its prefill: cycles of every operation and stage, utilisation, energy",
+    "simulate": (
+        "one decode step of a batch, or its prefill: cycles of every operation and stage,"
+        " utilisation, energy"
+    ),
     "validate": "the model's error against runs of the public simulator",
-    "search": "better schedules: channel and sub-batch of each request, with a bound on what is possible",
+    "search": (
+        "better schedules: channel and sub-batch of each request, with a bound on what is possible"
+    ),
     "explore": "a space of accelerator designs: Pareto front and sensitivities",
     "show": "hardware fields with units and sources, models, systems, constants",
 }
@@ -42,20 +48,27 @@ def main(argv: list[str] | None = None) -> int:
         mend = "" if "pip install" in str(error) else ": pip install 'ggem-jax[neupims]'"
         return _said(f"{error}{mend}", 1)
     except OSError as error:
-        return _said(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+        return _said(
+            f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1
+        )
     except ValueError as error:
         return _said(str(error), 1)
 
 
 def _parser(words: list[str]) -> argparse.ArgumentParser:
-    """The flags of the command that is named; of the others only their name, so that their modules are not loaded."""
+    """The flags of the command that is named; of the others only their name, so that their modules
+    are not loaded.
+    """
     parser = argparse.ArgumentParser(
-        prog="neupims" if os.path.basename(sys.argv[0]) == "neupims" else "python -m neupims", description=__doc__.split("\n")[0]
+        prog="neupims" if os.path.basename(sys.argv[0]) == "neupims" else "python -m neupims",
+        description=__doc__.split("\n")[0],
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     chosen = next((word for word in words if not word.startswith("-")), "")
     for name, purpose in COMMANDS.items():
-        command = commands.add_parser(name, help=purpose, description=purpose[0].upper() + purpose[1:] + ".")
+        command = commands.add_parser(
+            name, help=purpose, description=purpose[0].upper() + purpose[1:] + "."
+        )
         if name == chosen:
             importlib.import_module(f"neupims.commands.{name}").add_arguments(command)
     return parser

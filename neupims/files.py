@@ -7,7 +7,9 @@ from pathlib import Path
 
 
 def check_place(path: str | Path) -> None:
-    """Raises OSError if there is no folder that such a file could stand in: before a long run, not after it."""
+    """Raises OSError if there is no folder that such a file could stand in: before a long run, not
+    after it.
+    """
     folder = Path(path).parent
     if not folder.is_dir():
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
@@ -20,7 +22,9 @@ def write_text(path: str | Path, text: str) -> None:
         OSError: the folder is missing or cannot be written to; the error names `path`.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():  # a pipe or a device, which nothing may take the place of; or a folder, which says so
+    if (
+        path.exists() and not path.is_file()
+    ):  # a pipe or a device, which nothing may take the place of; or a folder, which says so
         path.write_text(text, encoding="utf-8", errors="backslashreplace")
         return
     temporary, given, path = None, path, Path(os.path.realpath(path))

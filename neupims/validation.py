@@ -1,7 +1,9 @@
-"""The model against measured runs of the public simulator: predictions from the knobs alone, and their errors by operation, stage and layer.
+"""The model against measured runs of the public simulator: predictions from the knobs alone, and
+their errors by operation, stage and layer.
 
-A folder holds `runs.csv` (one run a row: knobs, then what was measured), `ops.csv` (its operations) and `traces/`. Only the knob columns, up to
-`sub_batch_mode`, and the trace are read for a prediction. Errors are absolute percentages of the measured cycles.
+A folder holds `runs.csv` (one run a row: knobs, then what was measured), `ops.csv` (its operations)
+and `traces/`. Only the knob columns, up to `sub_batch_mode`, and the trace are read for a
+prediction. Errors are absolute percentages of the measured cycles.
 """
 
 import csv
@@ -68,17 +70,23 @@ COLUMNS = {
     "icnt_freq_mhz": "icnt_freq",
 }
 # fmt: off
-# In the simulator's files, and without effect on its cycles: not read, overwritten, hard-coded beside, only for energy, or of a policy that is off.
+# In the simulator's files, and without effect on its cycles: not read, overwritten, hard-coded
+# beside, only for energy, or of a policy that is off.
 WITHOUT_EFFECT = {
-    "tRTP_S", "tRTP_L", "tREFIb", "tRPRE", "tWPRE", "tXS", "tCKE", "tCKSRE", "tXP", "num_dies", "tCK", "epoch_period", "output_level",
-    "unified_queue", "VDD", "IDD0", "IDD2P", "IDD2N", "IDD3P", "IDD3N", "IDD4W", "IDD4R", "IDD5AB", "IDD6x", "HBM_size", "HBM_act_buf_size",
-    "hbm_dual_cmd", "systolic_array_count", "spad_size", "accum_spad_size", "__sram_size", "sram_width", "icnt_type", "process_bit", "layout",
-    "scheduler", "core_type", "add_latency", "mul_latency", "gelu_latency", "scalar_sqrt_latency", "scalar_add_latency", "scalar_mul_latency",
+    "tRTP_S", "tRTP_L", "tREFIb", "tRPRE", "tWPRE", "tXS", "tCKE", "tCKSRE", "tXP", "num_dies",
+    "tCK", "epoch_period", "output_level",
+    "unified_queue", "VDD", "IDD0", "IDD2P", "IDD2N", "IDD3P", "IDD3N", "IDD4W", "IDD4R", "IDD5AB",
+    "IDD6x", "HBM_size", "HBM_act_buf_size",
+    "hbm_dual_cmd", "systolic_array_count", "spad_size", "accum_spad_size", "__sram_size",
+    "sram_width", "icnt_type", "process_bit", "layout",
+    "scheduler", "core_type", "add_latency", "mul_latency", "gelu_latency", "scalar_sqrt_latency",
+    "scalar_add_latency", "scalar_mul_latency",
     "operation_log_output_path",
 }
 # Accepted and without effect on the predictions, because none was seen in the runs or it is small.
 WITHOUT_MODELLED_EFFECT = {
-    "tRAS", "tRRD_S", "tRRD_L", "tRTRS", "tWR", "CWL", "tRCDWR", "num_cores", "vector_core_count", "vector_core_width", "icnt_freq",
+    "tRAS", "tRRD_S", "tRRD_L", "tRTRS", "tWR", "CWL", "tRCDWR", "num_cores", "vector_core_count",
+    "vector_core_width", "icnt_freq",
 }
 # fmt: on
 KNOBS_END = "sub_batch_mode"
@@ -111,7 +119,10 @@ def read_runs(folder: str | Path) -> tuple[list[dict[str, str]], dict[str, list[
     """
     tables = []
     for name, needed in (
-        ("runs.csv", ("run_id", "system", "trace", "n_head", "n_embd", "n_tp", KNOBS_END, "layer_cycles")),
+        (
+            "runs.csv",
+            ("run_id", "system", "trace", "n_head", "n_embd", "n_tp", KNOBS_END, "layer_cycles"),
+        ),
         ("ops.csv", ("run_id", "stage", "op", "cycles")),
     ):
         with open(Path(folder) / name, newline="", encoding="utf-8-sig") as file:
@@ -150,9 +161,13 @@ def case_of(run: dict[str, str], folder: str | Path) -> Case:
     system, sub_batches, row_buffers = SPELLINGS[known["system"]]
     try:
         hardware = _hardware(known, row_buffers)
-        heads, width, devices = (_number(name, known[name]) for name in ("n_head", "n_embd", "n_tp"))
+        heads, width, devices = (
+            _number(name, known[name]) for name in ("n_head", "n_embd", "n_tp")
+        )
         model = Decoder(layers=1, width=width, heads=heads, kv_heads=heads, mlp_width=4 * width)
-        batch = read_trace(Path(folder) / "traces" / known["trace"], num_channels=int(hardware.hbm.num_channels))
+        batch = read_trace(
+            Path(folder) / "traces" / known["trace"], num_channels=int(hardware.hbm.num_channels)
+        )
         parallel = Parallel(devices, 1)
         check_parallel(model, parallel)
     except (ValueError, OSError) as error:
@@ -197,26 +212,46 @@ def _number(name: str, value: Any) -> Any:
 
 
 def padded(case: Case) -> Case:
-    """The same with one of few numbers of requests, and with numbers that are arguments of compiled functions and not constants in them."""
-    longest = next(size for size in (*PADDED, len(case.batch.seq_lens)) if size >= len(case.batch.seq_lens))
+    """The same with one of few numbers of requests, and with numbers that are arguments of compiled
+    functions and not constants in them.
+    """
+    longest = next(
+        size for size in (*PADDED, len(case.batch.seq_lens)) if size >= len(case.batch.seq_lens)
+    )
     batch = jax.tree.map(lambda part: np.pad(part, (0, longest - len(part))), case.batch)
-    hardware, model, parallel = (jax.tree.map(float, record) for record in (case.hardware, case.model, case.parallel))
+    hardware, model, parallel = (
+        jax.tree.map(float, record) for record in (case.hardware, case.model, case.parallel)
+    )
     return case._replace(hardware=hardware, model=model, batch=batch, parallel=parallel)
 
 
 def most_channels(case: Case) -> int:
-    """The bound on the channels with which a padded case is simulated; few shapes, few compilations."""
+    """The bound on the channels with which a padded case is simulated; few shapes, few
+    compilations.
+    """
     return max(MOST_CHANNELS, int(case.hardware.hbm.num_channels))
 
 
-def predict(case: Case, *, fidelity: Fidelity = "simulator", path: str = "exact", **options) -> dict[tuple[str, str, str], float]:
-    """Predicted core cycles by (level, stage, name): each operation, each stage, and the layer. `options` are those of `simulate`."""
+def predict(
+    case: Case, *, fidelity: Fidelity = "simulator", path: str = "exact", **options
+) -> dict[tuple[str, str, str], float]:
+    """Predicted core cycles by (level, stage, name): each operation, each stage, and the layer.
+    `options` are those of `simulate`.
+    """
     known = padded(case)
-    options |= {"system": case.system, "sub_batches": case.sub_batches, "fidelity": fidelity, "path": path, "most_channels": most_channels(case)}
+    options |= {
+        "system": case.system,
+        "sub_batches": case.sub_batches,
+        "fidelity": fidelity,
+        "path": path,
+        "most_channels": most_channels(case),
+    }
     result = simulate(known.hardware, known.model, known.batch, known.parallel, **options)
     op_cycles, stage_cycles = jax.device_get((result.op_cycles, result.stage_cycles))
     predicted = {}
-    for operation, cycles in zip(operations(case.system, case.sub_batches), op_cycles.tolist(), strict=True):
+    for operation, cycles in zip(
+        operations(case.system, case.sub_batches), op_cycles.tolist(), strict=True
+    ):
         predicted["op", operation.stage, operation.name] = cycles
     names = [stage.name for stage in stages(case.system, case.sub_batches)]
     by_stage = dict(zip(STAGES, stage_cycles.tolist(), strict=True))
@@ -226,40 +261,58 @@ def predict(case: Case, *, fidelity: Fidelity = "simulator", path: str = "exact"
     return predicted
 
 
-def measured(run: dict[str, str], listed: list[dict[str, str]]) -> dict[tuple[str, str, str], float]:
+def measured(
+    run: dict[str, str], listed: list[dict[str, str]]
+) -> dict[tuple[str, str, str], float]:
     """Measured core cycles by (level, stage, name).
 
     Raises:
         NotCovered: one is not a number of at least 1.
     """
-    found: dict[tuple[str, str, str], Any] = {("op", row["stage"], row["op"]): row["cycles"] for row in listed}
+    found: dict[tuple[str, str, str], Any] = {
+        ("op", row["stage"], row["op"]): row["cycles"] for row in listed
+    }
     for stage in STAGES:
         if run.get(f"cyc_{stage}"):
             found["stage", stage, stage] = run[f"cyc_{stage}"]
     if run["system"] == "npu-only":
         found["stage", "all", "all"] = run["layer_cycles"]
     found["layer", "", "layer"] = run["layer_cycles"]
-    cycles = {key: float(_number(" ".join(("the cycles of", *filter(None, key))), value)) for key, value in found.items()}
+    cycles = {
+        key: float(_number(" ".join(("the cycles of", *filter(None, key))), value))
+        for key, value in found.items()
+    }
     for key, value in cycles.items():
         if value < 1:
-            raise NotCovered(f"the cycles of {' '.join(filter(None, key))} must be at least 1, not {value:g}")
+            raise NotCovered(
+                f"the cycles of {' '.join(filter(None, key))} must be at least 1, not {value:g}"
+            )
     return cycles
 
 
-def validate(folder: str | Path, *, fidelity: Fidelity = "simulator", path: str = "exact", progress=iter) -> dict[str, Any]:
+def validate(
+    folder: str | Path, *, fidelity: Fidelity = "simulator", path: str = "exact", progress=iter
+) -> dict[str, Any]:
     """Predicts every run of the folder and compares.
 
-    Returns `{"groups", "rows", "not_covered"}` as `--json` prints them: errors by level, system and kind; every pair; and the runs left out, with
-    reasons.
+    Returns `{"groups", "rows", "not_covered"}` as `--json` prints them: errors by level, system and
+    kind; every pair; and the runs left out, with reasons.
     """
     runs, listed = read_runs(folder)
     rows, not_covered = [], []
     for run in progress(runs):
         if run.get("status", "ok") not in ("", "ok"):
-            not_covered.append({"run_id": run["run_id"], "reason": f"the simulator did not end it: {run['status']}"})
+            not_covered.append(
+                {
+                    "run_id": run["run_id"],
+                    "reason": f"the simulator did not end it: {run['status']}",
+                }
+            )
             continue
         try:
-            pairs = _compared(run, listed.get(run["run_id"], []), folder, fidelity=fidelity, path=path)
+            pairs = _compared(
+                run, listed.get(run["run_id"], []), folder, fidelity=fidelity, path=path
+            )
         except NotCovered as reason:
             not_covered.append({"run_id": run["run_id"], "reason": str(reason)})
             continue
@@ -282,10 +335,15 @@ def _compared(run, listed, folder, **options) -> dict[tuple[str, str, str], tupl
     """Measured and predicted cycles of one run by (level, stage, name)."""
     predicted, pairs = predict(case_of(run, folder), **options), {}
     if not all(map(math.isfinite, predicted.values())):
-        raise NotCovered("this hardware cannot run it: the predicted time is not finite (PIM tiles must fit between refreshes)")
+        raise NotCovered(
+            "this hardware cannot run it: the predicted time is not finite (PIM tiles must fit"
+            " between refreshes)"
+        )
     for key, value in measured(run, listed).items():
         if key not in predicted:
-            raise NotCovered(f"it measured {' '.join(filter(None, key))}, which {run['system']} does not have")
+            raise NotCovered(
+                f"it measured {' '.join(filter(None, key))}, which {run['system']} does not have"
+            )
         pairs[key] = (value, predicted[key])
     return pairs
 
@@ -300,8 +358,9 @@ def kind_of(name: str) -> str:
 
 
 def group_errors(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Count, mean, median, 95th percentile and maximum of the absolute percentage error, by system ("all" too) and level; operations by kind and by
-    name."""
+    """Count, mean, median, 95th percentile and maximum of the absolute percentage error, by system
+    ("all" too) and level; operations by kind and by name.
+    """
     groups: dict[tuple[str, str, str, str], list[float]] = {}
     for row in rows:
         error = 100 * abs(row["predicted"] / row["measured"] - 1)
@@ -333,14 +392,28 @@ def group_errors(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     ]
 
 
-def expected_error(system: str, sub_batches: int, fidelity: str, *, row_buffers: int = 2, path: str = "exact") -> dict[str, Any] | None:
-    """Error of the layer, stages and operations in the committed validation of this system by this path; None where nothing was measured.
+def expected_error(
+    system: str, sub_batches: int, fidelity: str, *, row_buffers: int = 2, path: str = "exact"
+) -> dict[str, Any] | None:
+    """Error of the layer, stages and operations in the committed validation of this system by this
+    path; None where nothing was measured.
 
     The paper's machine ("intended") and the GPU have not been measured by anybody's simulator.
     """
-    row_buffers = row_buffers if system == "neupims" else {"npu-pim": 1}.get(system, 2)  # of others it changes no cycle
-    spelling = next((name for name, setting in SPELLINGS.items() if setting == (system, sub_batches, row_buffers)), "")
-    table = json.loads(resources.files("neupims").joinpath("expected_error.json").read_text(encoding="utf-8"))
+    row_buffers = (
+        row_buffers if system == "neupims" else {"npu-pim": 1}.get(system, 2)
+    )  # of others it changes no cycle
+    spelling = next(
+        (
+            name
+            for name, setting in SPELLINGS.items()
+            if setting == (system, sub_batches, row_buffers)
+        ),
+        "",
+    )
+    table = json.loads(
+        resources.files("neupims").joinpath("expected_error.json").read_text(encoding="utf-8")
+    )
     if fidelity != "simulator" or spelling not in table[path]:
         return None
     return table[path][spelling] | {"path": path, "of": table["of"]}

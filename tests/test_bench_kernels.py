@@ -1,4 +1,6 @@
-"""The GPU benchmark as far as it goes without a GPU: its sections on small shapes, who is left out, its count of bytes, its picture."""
+"""The GPU benchmark as far as it goes without a GPU: its sections on small shapes, who is left out,
+its count of bytes, its picture.
+"""
 
 import csv
 import sys
@@ -15,7 +17,9 @@ from benchmarks.plot_kernels import STAGES, draw, read
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("results")
-    assert Bench(folder, 600, 2, dry=True, implementation="xla").run(["norm", "training", "maps"]) == 0
+    assert (
+        Bench(folder, 600, 2, dry=True, implementation="xla").run(["norm", "training", "maps"]) == 0
+    )
     return folder
 
 
@@ -27,21 +31,41 @@ def rows_of(path):
 @pytest.mark.slow
 def test_every_stage_is_measured_for_every_contestant(folder):
     rows = [row for row in rows_of(folder / "kernels.csv") if row["operation"] == "norm_ggem"]
-    contestants = {"ours", "xla formula", "xla closed form", "xla norm, our pooling", "copy", "negated copy"}
+    contestants = {
+        "ours",
+        "xla formula",
+        "xla closed form",
+        "xla norm, our pooling",
+        "copy",
+        "negated copy",
+    }
     for stage in STAGES:
         assert {row["contestant"] for row in rows if row["stage"] == stage} >= contestants
     for row in rows:
-        ours = next(other for other in rows if (other["stage"], other["contestant"]) == (row["stage"], "ours"))
-        assert float(row["over_ours"]) == pytest.approx(float(row["us"]) / float(ours["us"]), rel=0.02, abs=2e-3)
+        ours = next(
+            other
+            for other in rows
+            if (other["stage"], other["contestant"]) == (row["stage"], "ours")
+        )
+        assert float(row["over_ours"]) == pytest.approx(
+            float(row["us"]) / float(ours["us"]), rel=0.02, abs=2e-3
+        )
         assert float(row["us"]) > 0
-    fastest_copy = min((row for row in rows if row["stage"] == "both" and "copy" in row["contestant"]), key=lambda row: float(row["us"]))
+    fastest_copy = min(
+        (row for row in rows if row["stage"] == "both" and "copy" in row["contestant"]),
+        key=lambda row: float(row["us"]),
+    )
     assert float(fastest_copy["fraction_of_copy"]) == pytest.approx(1, abs=1e-3)
 
 
 @pytest.mark.slow
 def test_a_training_step_is_measured_with_and_without_kernels(folder):
     rows = rows_of(folder / "kernel_training.csv")
-    assert [row["contestant"] for row in rows] == 2 * ["fused norm and pooling", "no kernel", "pooling alone"]
+    assert [row["contestant"] for row in rows] == 2 * [
+        "fused norm and pooling",
+        "no kernel",
+        "pooling alone",
+    ]
     assert [row["model"] for row in rows] == 3 * ["ViT-B/16 at 32 px"] + 3 * ["ViT-S/16 at 32 px"]
     assert float(rows[1]["over_no_kernel"]) == float(rows[4]["over_no_kernel"]) == 1
     assert all(float(row["images_per_s"]) > 0 for row in rows)
@@ -55,13 +79,25 @@ def test_the_picture_is_drawn_from_the_rows(folder):
 
 
 def test_bytes_are_those_of_the_arrays():
-    """256 images of 196 tokens and 768 channels, two bytes each: 77,070,336 bytes of tokens; 786,432 bytes for a float32 per image and channel."""
+    """256 images of 196 tokens and 768 channels, two bytes each: 77,070,336 bytes of tokens;
+    786,432 bytes for a float32 per image and channel.
+    """
     shape = (B16.batch, B16.tokens, B16.channels)
     assert moved_bytes("ggem", "forward", shape, "bfloat16") == 77_070_336 + 786_432
     assert moved_bytes("ggem", "backward", shape, "bfloat16") == 2 * 77_070_336 + 3 * 786_432
     statistics = 256 * 196 * 2 * 4
-    assert moved_bytes("norm_ggem", "both", shape, "bfloat16") == 3 * 77_070_336 + 6 * 786_432 + 2 * statistics
-    for case in (bench_kernels.S16, B16, bench_kernels.L16, bench_kernels.B16_384, bench_kernels.L14_518, bench_kernels.B16_FLOAT32):
+    assert (
+        moved_bytes("norm_ggem", "both", shape, "bfloat16")
+        == 3 * 77_070_336 + 6 * 786_432 + 2 * statistics
+    )
+    for case in (
+        bench_kernels.S16,
+        B16,
+        bench_kernels.L16,
+        bench_kernels.B16_384,
+        bench_kernels.L14_518,
+        bench_kernels.B16_FLOAT32,
+    ):
         for size in (case.token_bytes, case.token_bytes // 2 * 3):
             assert 4 * 60e6 <= _buffers(size) * size <= 1.25e9  # four times the L2 cache of an H200
     assert _buffers(77_070_336) == 16
@@ -81,8 +117,17 @@ def test_without_a_gpu_it_says_so_and_what_runs(tool):
         (["--budget", "nan"], "--budget must be a number of seconds, 0 or more, not nan"),
         (["--budget", "-1"], "--budget must be a number of seconds, 0 or more, not -1.0"),
         (["--rounds", "1"], "--rounds must be at least 2, not 1"),
-        (["--check", "--sections", "ggem"], "--check runs the numerics alone: not together with --dry or --sections"),
-        (["--check"], "--check: implementation='interpret' needs TRITON_INTERPRET=1 in the environment before triton is imported"),
+        (
+            ["--check", "--sections", "ggem"],
+            "--check runs the numerics alone: not together with --dry or --sections",
+        ),
+        (
+            ["--check"],
+            (
+                "--check: implementation='interpret' needs TRITON_INTERPRET=1 in the environment"
+                " before triton is imported"
+            ),
+        ),
     ],
 )
 def test_flags_that_cannot_be_are_refused_in_one_line(monkeypatch, flags, said):
@@ -94,7 +139,9 @@ def test_flags_that_cannot_be_are_refused_in_one_line(monkeypatch, flags, said):
 
 
 def with_a_contestant(monkeypatch, name, pool):
-    monkeypatch.setitem(bench_kernels.JAX_CONTESTANTS, "ggem", bench_kernels.JAX_CONTESTANTS["ggem"] | {name: pool})
+    monkeypatch.setitem(
+        bench_kernels.JAX_CONTESTANTS, "ggem", bench_kernels.JAX_CONTESTANTS["ggem"] | {name: pool}
+    )
 
 
 @pytest.mark.slow
@@ -106,15 +153,29 @@ def test_a_contestant_that_raises_is_left_out_by_name(monkeypatch, tmp_path, cap
     assert Bench(tmp_path, 600, 2, dry=True, implementation="xla").run(["ggem"]) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out: ")]
     assert said == [
-        f"left out: ggem, dry, (4, 9, 12), bfloat16, {stage}, xla broken: RuntimeError: no compiler is here" for stage in bench_kernels._STAGES
+        f"left out: ggem, dry, (4, 9, 12), bfloat16, {stage}, xla broken: RuntimeError: no compiler"
+        " is here"
+        for stage in bench_kernels._STAGES
     ]
-    assert {row["contestant"] for row in rows_of(tmp_path / "kernels.csv")} >= {"ours", "xla formula", "xla closed form", "copy"}
+    assert {row["contestant"] for row in rows_of(tmp_path / "kernels.csv")} >= {
+        "ours",
+        "xla formula",
+        "xla closed form",
+        "copy",
+    }
 
 
-def test_a_contestant_that_disagrees_fails_the_run_and_the_others_are_timed(monkeypatch, tmp_path, capsys):
-    with_a_contestant(monkeypatch, "xla wrong", lambda tokens, p: 2 * bench_kernels.formula(tokens, p))
+def test_a_contestant_that_disagrees_fails_the_run_and_the_others_are_timed(
+    monkeypatch, tmp_path, capsys
+):
+    with_a_contestant(
+        monkeypatch, "xla wrong", lambda tokens, p: 2 * bench_kernels.formula(tokens, p)
+    )
     assert Bench(tmp_path, 600, 2, dry=True, implementation="xla").run(["ggem"]) == 1
-    assert "left out: ggem, dry, (4, 9, 12), bfloat16, forward, xla wrong: it does not agree with ours: result 0 by" in capsys.readouterr().out
+    assert (
+        "left out: ggem, dry, (4, 9, 12), bfloat16, forward, xla wrong: it does not agree with"
+        " ours: result 0 by" in capsys.readouterr().out
+    )
     rows = rows_of(tmp_path / "kernels.csv")
     for stage in STAGES:
         timed = {row["contestant"] for row in rows if row["stage"] == stage}
@@ -126,9 +187,17 @@ def test_without_time_everything_is_left_out_by_name(tmp_path, capsys):
     assert Bench(tmp_path, 0, 2, dry=True, implementation="xla").run(list(SECTIONS)) == 0
     said = capsys.readouterr().out
     assert not list(tmp_path.iterdir())
-    for what in ("ggem, (2, 9, 12), float32, p = 3", "ggem, dry, (4, 9, 12), bfloat16, forward", "norm_ggem, dry, (4, 9, 12), bfloat16, both"):
+    for what in (
+        "ggem, (2, 9, 12), float32, p = 3",
+        "ggem, dry, (4, 9, 12), bfloat16, forward",
+        "norm_ggem, dry, (4, 9, 12), bfloat16, both",
+    ):
         assert f"no time left for {what}\n" in said
-    for what in ("training", "superglobal, map, (2, 6, 7, 8), bfloat16, forward", "ggem, (2, 9, 12), float32, p = 3, size 1e-30"):
+    for what in (
+        "training",
+        "superglobal, map, (2, 6, 7, 8), bfloat16, forward",
+        "ggem, (2, 9, 12), float32, p = 3, size 1e-30",
+    ):
         assert f"no time left for {what}\n" in said
 
 
@@ -142,7 +211,10 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(monkeypatch, tmp_path, fold
         (["--rows", other], f"{other} has no columns contestant"),
         (["--rows", tmp_path], str(tmp_path)),
         (["--rows", tmp_path / "none.csv"], f"{tmp_path / 'none.csv'} does not exist"),
-        (["--rows", folder / "kernels.csv", "--out", tmp_path / "a.pdf"], f"--out must be a .png file, not {tmp_path / 'a.pdf'}"),
+        (
+            ["--rows", folder / "kernels.csv", "--out", tmp_path / "a.pdf"],
+            f"--out must be a .png file, not {tmp_path / 'a.pdf'}",
+        ),
     ):
         monkeypatch.setattr(sys, "argv", ["plot_kernels", *map(str, flags)])
         with pytest.raises(SystemExit) as stopped:
@@ -152,7 +224,9 @@ def test_what_cannot_be_drawn_is_refused_in_one_line(monkeypatch, tmp_path, fold
 
 
 def test_the_numerics_see_a_wrong_result():
-    assert _error(np.array([[1.0, 2.0], [4.0, 8.0]]), np.array([[1.0, 2.0], [4.0, 8.8]])) == pytest.approx(0.8 / 8.8)
+    assert _error(
+        np.array([[1.0, 2.0], [4.0, 8.0]]), np.array([[1.0, 2.0], [4.0, 8.8]])
+    ) == pytest.approx(0.8 / 8.8)
     assert _error(np.array([1.0, np.nan]), np.array([1.0, 2.0])) == np.inf
     row = next(checks("xla", small=True))
     assert row["passed"]

@@ -1,4 +1,6 @@
-"""benchmarks/bench_weights.py: its files have the published sizes, and what it measures is what it says."""
+"""benchmarks/bench_weights.py: its files have the published sizes, and what it measures is what it
+says.
+"""
 
 import math
 
@@ -6,16 +8,20 @@ import pytest
 
 from benchmarks.bench_weights import cases, measured, write_random
 
-# Of the published networks: those before CLIP as timm counts them, CLIP as open_clip does, SigLIP as its model card.
+# Of the published networks: those before CLIP as timm counts them, CLIP as open_clip does, SigLIP
+# as its model card.
 PUBLISHED = {
-    "DeiT-S/16 distilled": 22_436_432, "DeiT-III-B/16": 86_585_320, "DINOv2-B/14 registers": 86_582_016, "AugReg-B/16": 86_567_656,
+    "DeiT-S/16 distilled": 22_436_432, "DeiT-III-B/16": 86_585_320,
+    "DINOv2-B/14 registers": 86_582_016, "AugReg-B/16": 86_567_656,
     "CLIP-B/16": 149_620_737, "SigLIP-B/16": 203_155_970,
 }  # fmt: skip
 
 
 def test_files_of_full_size_have_the_published_number_of_parameters():
     found = cases()
-    assert {name: sum(math.prod(shape) for shape in found[name].shapes.values()) for name in PUBLISHED} == PUBLISHED
+    assert {
+        name: sum(math.prod(shape) for shape in found[name].shapes.values()) for name in PUBLISHED
+    } == PUBLISHED
 
 
 @pytest.mark.parametrize("name", cases())

@@ -1,4 +1,6 @@
-"""ggem_jax/losses/contrastive.py: the losses against NumPy in float64, the sharded against the plain, and the measures by hand."""
+"""ggem_jax/losses/contrastive.py: the losses against NumPy in float64, the sharded against the
+plain, and the measures by hand.
+"""
 
 import re
 
@@ -23,7 +25,12 @@ SHAPES = {"8 x 1": (8, 1), "4 x 2": (4, 2), "1 device": (1, 1)}
 
 
 def mesh_of(shape):
-    return jax.make_mesh(shape, AXES, axis_types=(jax.sharding.AxisType.Auto,) * 2, devices=jax.devices()[: shape[0] * shape[1]])
+    return jax.make_mesh(
+        shape,
+        AXES,
+        axis_types=(jax.sharding.AxisType.Auto,) * 2,
+        devices=jax.devices()[: shape[0] * shape[1]],
+    )
 
 
 def descriptors(b, d, seed=0, dtype=np.float32):
@@ -31,11 +38,17 @@ def descriptors(b, d, seed=0, dtype=np.float32):
     rng = np.random.default_rng(seed)
     images = rng.normal(size=(b, d))
     texts = images + rng.normal(size=(b, d))
-    return tuple((x / np.linalg.norm(x, axis=1, keepdims=True)).astype(dtype) for x in (images, texts))
+    return tuple(
+        (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(dtype) for x in (images, texts)
+    )
 
 
 def plain(kind, images, texts, scale, bias):
-    return softmax_loss(images, texts, scale) if kind == "softmax" else sigmoid_loss(images, texts, scale, bias)
+    return (
+        softmax_loss(images, texts, scale)
+        if kind == "softmax"
+        else sigmoid_loss(images, texts, scale, bias)
+    )
 
 
 def sharded(kind, mesh, axes=AXES):
@@ -51,7 +64,13 @@ def oracle(kind, images, texts, scale, bias):
     """The pseudo-code of the papers in float64."""
     logits = scale * images.astype(np.float64) @ texts.astype(np.float64).T
     if kind == "softmax":
-        return -(np.diag(log_softmax(logits, axis=1)).mean() + np.diag(log_softmax(logits, axis=0)).mean()) / 2
+        return (
+            -(
+                np.diag(log_softmax(logits, axis=1)).mean()
+                + np.diag(log_softmax(logits, axis=0)).mean()
+            )
+            / 2
+        )
     labels = 2 * np.eye(len(images)) - 1
     return -log_expit(labels * (logits + bias)).sum() / len(images)
 
@@ -64,11 +83,15 @@ def test_losses_are_the_papers(kind, b, d):
     assert float(plain(kind, images, texts, 14.0, -9.0)) == pytest.approx(want, rel=1e-5, abs=1e-6)
     with jax.enable_x64(True):
         wide = descriptors(b, d, dtype=np.float64)
-        assert float(plain(kind, *wide, 14.0, -9.0)) == pytest.approx(oracle(kind, *wide, 14.0, -9.0), rel=1e-12, abs=1e-12)
+        assert float(plain(kind, *wide, 14.0, -9.0)) == pytest.approx(
+            oracle(kind, *wide, 14.0, -9.0), rel=1e-12, abs=1e-12
+        )
 
 
 def test_two_pairs_by_hand():
-    """Similarities 1 on the diagonal and 0 beside it, scale 1: log(1 + 1/e) = 0.31326 each way; with the sigmoid 2 (log(1 + 1/e) + log 2) / 2."""
+    """Similarities 1 on the diagonal and 0 beside it, scale 1: log(1 + 1/e) = 0.31326 each way;
+    with the sigmoid 2 (log(1 + 1/e) + log 2) / 2.
+    """
     unit = jnp.eye(2)
     assert float(softmax_loss(unit, unit, 1.0)) == pytest.approx(0.313262, abs=1e-6)
     assert float(sigmoid_loss(unit, unit, 1.0, 0.0)) == pytest.approx(0.313262 + 0.693147, abs=1e-6)
@@ -105,27 +128,45 @@ def test_one_axis_of_the_mesh_leaves_the_other_alone():
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_no_device_holds_the_matrix_of_all_similarities(kind):
-    """In the compiled forward and backward pass there is a block of 16 x 16 and nothing of 128 x 128, nor of 16 x 128."""
+    """In the compiled forward and backward pass there is a block of 16 x 16 and nothing of 128 x
+    128, nor of 16 x 128.
+    """
     arguments = (*map(jnp.asarray, descriptors(128, 6)), jnp.float32(20.0), jnp.float32(-8.0))
 
     def largest(loss):
         text = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3))).lower(*arguments).compile().as_text()
-        shapes = [[int(n) for n in shape.split(",")] for shape in re.findall(r"\bf32\[([0-9,]+)\]", text)]
+        shapes = [
+            [int(n) for n in shape.split(",")] for shape in re.findall(r"\bf32\[([0-9,]+)\]", text)
+        ]
         assert [16, 16] in shapes or [128, 128] in shapes
         return max(np.prod(shape) for shape in shapes)
 
     assert largest(lambda *a: plain(kind, *a)) == 128 * 128
-    assert largest(sharded(kind, mesh_of((4, 2)))) <= 128 * 6  # the texts of the whole batch, which the backward pass keeps
+    assert (
+        largest(sharded(kind, mesh_of((4, 2)))) <= 128 * 6
+    )  # the texts of the whole batch, which the backward pass keeps
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("case", ["all equal", "one pair", "opposite"])
 def test_extremes_stay_finite(kind, case):
     same = jnp.ones((8, 4)) / 2
-    images, texts = {"all equal": (same, same), "one pair": (same[:1], same[:1]), "opposite": (same, -same)}[case]
+    images, texts = {
+        "all equal": (same, same),
+        "one pair": (same[:1], same[:1]),
+        "opposite": (same, -same),
+    }[case]
     mesh = mesh_of((1, 1) if case == "one pair" else (4, 2))
-    for loss, dtype in ((lambda *a: plain(kind, *a), jnp.float32), (sharded(kind, mesh), jnp.bfloat16)):
-        arguments = (images.astype(dtype), texts.astype(dtype), jnp.float32(100.0), jnp.float32(-10.0))
+    for loss, dtype in (
+        (lambda *a: plain(kind, *a), jnp.float32),
+        (sharded(kind, mesh), jnp.bfloat16),
+    ):
+        arguments = (
+            images.astype(dtype),
+            texts.astype(dtype),
+            jnp.float32(100.0),
+            jnp.float32(-10.0),
+        )
         value, slopes = jax.jit(jax.value_and_grad(loss, (0, 1, 2, 3)))(*arguments)
         assert value.dtype == jnp.float32
         assert np.isfinite(value)
@@ -140,25 +181,42 @@ def test_what_are_no_pairs_is_refused():
         softmax_loss(images, texts[:3], 1.0)
     with pytest.raises(ValueError, match=r"both be \(b, d\)"):
         sigmoid_loss(images[0], texts[0], 1.0, 0.0)
-    with pytest.raises(ValueError, match="the 8 devices along data, fsdp must divide the number of pairs, 6"):
+    with pytest.raises(
+        ValueError, match="the 8 devices along data, fsdp must divide the number of pairs, 6"
+    ):
         sharded_softmax_loss(images, texts, 1.0, mesh=mesh_of((4, 2)), axes=AXES)
-    with pytest.raises(ValueError, match="axes must be some of the mesh's, data, fsdp, not 'model'"):
+    with pytest.raises(
+        ValueError, match="axes must be some of the mesh's, data, fsdp, not 'model'"
+    ):
         sharded_sigmoid_loss(images, texts, 1.0, 0.0, mesh=mesh_of((4, 2)), axes="model")
 
 
 def test_found_by_hand():
-    """Angles on a circle: query 0 at 0 degrees, items at 10 (wrong), 20 (right), 90 (right); query 1 at 90."""
-    circle = lambda *degrees: np.stack([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], axis=1)  # noqa: E731
+    """Angles on a circle: query 0 at 0 degrees, items at 10 (wrong), 20 (right), 90 (right); query
+    1 at 90.
+    """
+
+    def circle(*degrees):
+        return np.stack([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], axis=1)
+
     pairs = np.array([[0, 1], [1, 2], [0, 2]])
     found = found_at(circle(0, 90), circle(10, 20, 90), pairs, kappas=(1, 2, 3))
     assert found.tolist() == [[False, True, True], [True, True, True]]
-    assert found_at(circle(0, 90), circle(10, 20, 90), pairs, kappas=(1, 2, 3), block=1).tolist() == found.tolist()
+    assert (
+        found_at(circle(0, 90), circle(10, 20, 90), pairs, kappas=(1, 2, 3), block=1).tolist()
+        == found.tolist()
+    )
 
 
 def test_ties_and_what_is_no_number_count_against():
     same = np.ones((4, 2))
     pairs = np.array([[0, 0], [1, 0], [1, 1]])
-    assert found_at(same, same, pairs, kappas=(1, 3, 4)).tolist() == [[False, False, True], [False, True, True], [False] * 3, [False] * 3]
+    assert found_at(same, same, pairs, kappas=(1, 3, 4)).tolist() == [
+        [False, False, True],
+        [False, True, True],
+        [False] * 3,
+        [False] * 3,
+    ]
     broken = np.array([[np.nan, 1.0]])
     assert not found_at(broken, same, np.array([[0, 0]]), kappas=(1, 4)).any()
 
@@ -168,12 +226,23 @@ def test_chance_is_what_random_descriptors_find():
     pairs = np.array([[0, 0], [0, 1], [1, 2], [2, 2], [2, 2]])
     by_hand = [np.mean([2 / 6, 1 / 6, 1 / 6]), np.mean([1 - 4 / 6 * 3 / 5, 2 / 6, 2 / 6]), 1.0]
     np.testing.assert_allclose(chance_at(pairs, 3, 6, kappas=(1, 2, 9)), by_hand)
-    found = np.mean([found_at(rng.normal(size=(3, 4)), rng.normal(size=(6, 4)), pairs, kappas=(1, 2)) for _ in range(4000)], axis=(0, 1))
+    found = np.mean(
+        [
+            found_at(rng.normal(size=(3, 4)), rng.normal(size=(6, 4)), pairs, kappas=(1, 2))
+            for _ in range(4000)
+        ],
+        axis=(0, 1),
+    )
     np.testing.assert_allclose(found, by_hand[:2], atol=0.02)
 
 
 def test_pairs_out_of_range_are_refused():
-    for pairs in (np.array([[0, 3]]), np.array([[-1, 0]]), np.array([[0.0, 1.0]]), np.array([0, 1])):
+    for pairs in (
+        np.array([[0, 3]]),
+        np.array([[-1, 0]]),
+        np.array([[0.0, 1.0]]),
+        np.array([0, 1]),
+    ):
         with pytest.raises(ValueError, match="pairs must"):
             found_at(np.ones((2, 2)), np.ones((3, 2)), pairs)
 
@@ -187,9 +256,13 @@ def test_prompts_of_a_class_count_alike_whatever_their_length():
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_gradients_of_bfloat16_descriptors_are_as_good_around_a_mesh(kind):
-    """Against float32 of the same numbers the ring loses no more than the plain loss does, which rounds once."""
+    """Against float32 of the same numbers the ring loses no more than the plain loss does, which
+    rounds once.
+    """
     images, texts = (jnp.asarray(x, jnp.bfloat16) for x in descriptors(32, 8))
-    exact = jax.grad(lambda x: plain(kind, x, texts.astype(jnp.float32), 20.0, -5.0))(images.astype(jnp.float32))
+    exact = jax.grad(lambda x: plain(kind, x, texts.astype(jnp.float32), 20.0, -5.0))(
+        images.astype(jnp.float32)
+    )
     loss = jax.jit(jax.grad(lambda x: sharded(kind, mesh_of((8, 1)))(x, texts, 20.0, -5.0)))
     error = np.abs(np.asarray(loss(images), np.float32) - exact).max() / np.abs(exact).max()
     assert error < 0.004

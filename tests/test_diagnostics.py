@@ -1,4 +1,6 @@
-"""eval/studies/diagnostics.py: scores of dependence and amplification against cases with known answers."""
+"""eval/studies/diagnostics.py: scores of dependence and amplification against cases with known
+answers.
+"""
 
 import numpy as np
 import pytest
@@ -54,32 +56,50 @@ def test_hsic_is_the_trace_of_the_centred_kernels():
 
     centring = np.eye(60) - 1 / 60
     k, m = centring @ kernel(X) @ centring, centring @ kernel(y) @ centring
-    assert diagnostics.hsic(X, y) == pytest.approx(np.trace(k @ m) / np.sqrt(np.trace(k @ k) * np.trace(m @ m)))
+    assert diagnostics.hsic(X, y) == pytest.approx(
+        np.trace(k @ m) / np.sqrt(np.trace(k @ k) * np.trace(m @ m))
+    )
 
 
 def test_mean_correlation_is_that_of_numpy_and_constant_channels_count_as_none():
     y = RNG.normal(size=(60, 3)) + X[:, :3]
     expected = np.abs(np.corrcoef(X.T, y.T)[:4, 4:]).mean()
     assert diagnostics.mean_correlation(X, y) == pytest.approx(expected)
-    assert diagnostics.mean_correlation(X, np.column_stack([y, np.ones(60)])) == pytest.approx(expected * 3 / 4)
+    assert diagnostics.mean_correlation(X, np.column_stack([y, np.ones(60)])) == pytest.approx(
+        expected * 3 / 4
+    )
     for score in diagnostics.DEPENDENCE.values():
         assert score(np.ones((5, 2)), X[:5]) == pytest.approx(0, abs=1e-12)
 
 
 def test_every_pair_of_blocks_has_its_score():
-    scores = diagnostics.block_dependence(X, np.array([[0, 1], [2, 3], [1, 0]]), diagnostics.linear_cka)
-    np.testing.assert_allclose(scores, [diagnostics.linear_cka(X[:, [0, 1]], X[:, [2, 3]]), 1, diagnostics.linear_cka(X[:, [2, 3]], X[:, [0, 1]])])
+    scores = diagnostics.block_dependence(
+        X, np.array([[0, 1], [2, 3], [1, 0]]), diagnostics.linear_cka
+    )
+    np.testing.assert_allclose(
+        scores,
+        [
+            diagnostics.linear_cka(X[:, [0, 1]], X[:, [2, 3]]),
+            1,
+            diagnostics.linear_cka(X[:, [2, 3]], X[:, [0, 1]]),
+        ],
+    )
 
 
 def test_amplification_is_the_ratio_of_means():
-    np.testing.assert_allclose(diagnostics.amplification(np.array([[2.0, 6], [4, 0]]), np.array([[1.0, 1], [1, 2]])), [3, 2])
+    np.testing.assert_allclose(
+        diagnostics.amplification(np.array([[2.0, 6], [4, 0]]), np.array([[1.0, 1], [1, 2]])),
+        [3, 2],
+    )
     np.testing.assert_allclose(diagnostics.amplification(np.ones((2, 1)), np.zeros((2, 1))), [0])
     with pytest.raises(ValueError, match="same shape"):
         diagnostics.amplification(X, X[:, :2])
 
 
 def test_fisher_scores_by_hand():
-    """Channel 0: class means 0 and 4, variance inside 1: 2^2 / 1. Channel 1: the same in both classes. Channel 2: no variance inside."""
+    """Channel 0: class means 0 and 4, variance inside 1: 2^2 / 1. Channel 1: the same in both
+    classes. Channel 2: no variance inside.
+    """
     x = np.array([[-1.0, 0, 3], [1, 2, 3], [3, 0, 3], [5, 2, 3]])
     np.testing.assert_allclose(diagnostics.fisher_scores(x, np.array([0, 0, 1, 1])), [4, 0, 0])
     with pytest.raises(ValueError, match="labels"):
@@ -93,7 +113,11 @@ def test_rank_correlation_is_spearmans_with_ties():
     assert diagnostics.rank_correlation(np.ones(5), np.arange(5)) == 0
 
 
-@pytest.mark.parametrize(("values", "expected"), [([1, 1, 1, 1], 0), ([0, 0, 0, 1], 0.75), ([1, 3], 0.25)], ids=["equal", "one", "two"])
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [([1, 1, 1, 1], 0), ([0, 0, 0, 1], 0.75), ([1, 3], 0.25)],
+    ids=["equal", "one", "two"],
+)
 def test_gini_by_hand(values, expected):
     assert diagnostics.gini(np.array(values)) == pytest.approx(expected)
 

@@ -32,14 +32,18 @@ def cotangents(tokens, p, root, cotangent):
 
 
 def test_rows_stay_on_their_devices_in_value_and_gradient():
-    """The rule that the kernels are given, around the plain bodies: compiled for 8 devices nothing is gathered."""
+    """The rule that the kernels are given, around the plain bodies: compiled for 8 devices nothing
+    is gathered.
+    """
     rows = NamedSharding(MESH, P("data"))
     tokens = jax.device_put(TOKENS, rows)
 
     @jax.jit
     def step(tokens, p):
         pooled, root = dispatch.over_rows(value, (tokens, p), sets=[1])
-        by_tokens, by_p = dispatch.over_rows(cotangents, (tokens, p, root, jnp.cos(pooled)), sets=[1])
+        by_tokens, by_p = dispatch.over_rows(
+            cotangents, (tokens, p, root, jnp.cos(pooled)), sets=[1]
+        )
         return pooled, by_tokens, by_p.sum(0)
 
     text = step.lower(tokens, P3).compile().as_text()
@@ -68,7 +72,11 @@ def test_several_sets_are_not_separated_from_their_rows():
 
 @pytest.mark.parametrize("axes", [(0, None), (None, 0), (0, 0), (1, 1)])
 def test_a_mapped_axis_is_folded_into_the_rows(axes):
-    tokens = TOKENS if axes[0] is None else TOKENS.reshape((2, 8, 9, 12) if axes[0] == 0 else (8, 2, 9, 12))
+    tokens = (
+        TOKENS
+        if axes[0] is None
+        else TOKENS.reshape((2, 8, 9, 12) if axes[0] == 0 else (8, 2, 9, 12))
+    )
     p = P3 if axes[1] is None else jnp.stack([P3, P3 + 1], axis=axes[1])
 
     def plain(tokens, p):
@@ -87,12 +95,18 @@ def test_a_mapped_axis_is_folded_into_the_rows(axes):
 def test_without_kernels_the_plain_body_is_all_there_is(monkeypatch):
     for there, cases in ((False, 0), (True, 1)):
         monkeypatch.setattr(launch, "available", lambda there=there: there)
-        body = jax.make_jaxpr(lambda x, p: dispatch.dispatched(dispatch.chosen(None, x, fit), lambda _, *a: value(*a), value, x, p))(TOKENS, P3)
+        body = jax.make_jaxpr(
+            lambda x, p: dispatch.dispatched(
+                dispatch.chosen(None, x, fit), lambda _, *a: value(*a), value, x, p
+            )
+        )(TOKENS, P3)
         assert str(body).count("platform_index") == cases
 
 
 def test_the_body_of_the_platform_runs_and_its_derivative_is_that_of_the_formula(monkeypatch):
-    """On a CPU the default body runs, though another one is there for CUDA; derivatives of any order are those of the plain body."""
+    """On a CPU the default body runs, though another one is there for CUDA; derivatives of any
+    order are those of the plain body.
+    """
     monkeypatch.setattr(launch, "available", lambda: True)
     calls = []
 
@@ -146,7 +160,11 @@ def test_shard_map_over_some_axes_takes_the_plain_body(monkeypatch):
             dispatch.chosen("triton", tokens, fit)
         return ggem_pool(tokens, p)
 
-    spread = jax.jit(jax.shard_map(pool, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"), axis_names={"data"}))
+    spread = jax.jit(
+        jax.shard_map(
+            pool, mesh=mesh, in_specs=(P("data"), P()), out_specs=P("data"), axis_names={"data"}
+        )
+    )
     np.testing.assert_allclose(spread(TOKENS, P3[0]), ggem_pool(TOKENS, P3[0]), rtol=1e-6)
     assert set(seen) == {"xla"}
 
@@ -156,7 +174,13 @@ def test_sizes_may_be_symbols(monkeypatch, sizes):
     monkeypatch.setattr(launch, "available", lambda: True)
     shape = jax.ShapeDtypeStruct(jax.export.symbolic_shape(sizes), "float32")
     for implementation in (None, "xla"):
-        exported = jax.export.export(jax.jit(functools.partial(ggem_pool, implementation=implementation)), platforms=("cpu",))(shape, P3[0])
-        np.testing.assert_allclose(exported.call(TOKENS, P3[0]), ggem_pool(TOKENS, P3[0]), rtol=1e-6)
+        exported = jax.export.export(
+            jax.jit(functools.partial(ggem_pool, implementation=implementation)), platforms=("cpu",)
+        )(shape, P3[0])
+        np.testing.assert_allclose(
+            exported.call(TOKENS, P3[0]), ggem_pool(TOKENS, P3[0]), rtol=1e-6
+        )
     with pytest.raises(NotImplementedError, match="shapes that are known"):
-        jax.export.export(jax.jit(functools.partial(ggem_pool, implementation="triton")), platforms=("cpu",))(shape, P3[0])
+        jax.export.export(
+            jax.jit(functools.partial(ggem_pool, implementation="triton")), platforms=("cpu",)
+        )(shape, P3[0])

@@ -1,4 +1,6 @@
-"""eval/studies/accelerator.py: simulates, searches and explores, a little of each, and writes one page."""
+"""eval/studies/accelerator.py: simulates, searches and explores, a little of each, and writes one
+page.
+"""
 
 import csv
 import re
@@ -13,18 +15,33 @@ from eval.studies import accelerator
 def test_the_demo_simulates_searches_and_reports(tmp_path, capsys):
     accelerator.main(["--out", str(tmp_path), "--budget", "128", "--points", "16"])
     said = capsys.readouterr().out
-    assert [said.count(f"neupims {command}") for command in ("simulate", "search", "explore")] == [3, 1, 1]
+    assert [said.count(f"neupims {command}") for command in ("simulate", "search", "explore")] == [
+        3,
+        1,
+        1,
+    ]
     page = (tmp_path / "accelerator.html").read_text()
-    for title in ("Three systems", "Stages of NeuPIMs", "Search for a schedule", "Channels", "Machines"):
+    for title in (
+        "Three systems",
+        "Stages of NeuPIMs",
+        "Search for a schedule",
+        "Channels",
+        "Machines",
+    ):
         assert f"<h2>{title}" in page
     assert not re.search(r'(src|href)="(?!data:|#)', page), "the page must need no other file"
-    before, after = (list(csv.reader((tmp_path / f"{name}.csv").read_text().splitlines())) for name in ("sharegpt-like", "searched"))
+    before, after = (
+        list(csv.reader((tmp_path / f"{name}.csv").read_text().splitlines()))
+        for name in ("sharegpt-like", "searched")
+    )
     assert sorted(row[0] for row in before) == sorted(row[0] for row in after)
     assert len(before) == accelerator.REQUESTS + 1
 
 
 def test_lengths_are_like_sharegpts():
-    """Mean input and output are 80 and 296 tokens; a request is met somewhere in its output. Channels are balanced by the paper's estimate."""
+    """Mean input and output are 80 and 296 tokens; a request is met somewhere in its output.
+    Channels are balanced by the paper's estimate.
+    """
     batch = accelerator.draw()
     lengths = np.asarray(batch.seq_lens)
     assert 180 < lengths.mean() < 300

@@ -18,7 +18,13 @@ def test_the_demo_trains_compares_and_reports(tmp_path, capsys, monkeypatch):
     assert page.count('<div class="digit">') == 12
     assert "2 poolings x 2 seeds, 1 epochs each" in page
     assert not re.search(r'(src|href)="(?!data:|#)', page), "the page must need no other file"
-    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == ["gem-0", "gem-1", "ggem-0", "ggem-1", "report.html"]
+    assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == [
+        "gem-0",
+        "gem-1",
+        "ggem-0",
+        "ggem-1",
+        "report.html",
+    ]
 
 
 def test_one_seed_gives_no_interval(capsys):

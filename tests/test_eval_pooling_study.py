@@ -1,4 +1,6 @@
-"""eval/studies/pooling.py, frozen.py, cifar.py and pooling_report.py: arms that are what they are called, verdicts, a report of what was found."""
+"""eval/studies/pooling.py, frozen.py, cifar.py and pooling_report.py: arms that are what they are
+called, verdicts, a report of what was found.
+"""
 
 import csv
 import dataclasses
@@ -17,13 +19,16 @@ from ggem_jax import pooling
 from train.data import Pictures
 
 TINY_CIFAR = [
-    "--model.image", "8", "--model.patch", "4", "--model.width", "16", "--model.depth", "1", "--model.heads", "2", "--model.mlp_width", "16",
+    "--model.image", "8", "--model.patch", "4", "--model.width", "16", "--model.depth", "1",
+    "--model.heads", "2", "--model.mlp_width", "16",
     "--batch", "16", "--checkpoint_every", "1000000", "--eval_every", "1000000",
 ]  # fmt: skip
 
 
 def planted_tokens(seed, count=300, heads=2, channels=8, classes=3):
-    """Class c shows as a bump in one token of channel c, which an average over 16 noisy tokens hardly sees."""
+    """Class c shows as a bump in one token of channel c, which an average over 16 noisy tokens
+    hardly sees.
+    """
     rng = np.random.default_rng(seed)
     labels = rng.integers(0, classes, count)
     tokens = rng.normal(0, 1, (count, 16, channels))
@@ -34,7 +39,9 @@ def planted_tokens(seed, count=300, heads=2, channels=8, classes=3):
 @pytest.fixture(scope="module")
 def tokens():
     (train, train_labels), (test, test_labels) = planted_tokens(0), planted_tokens(1)
-    return frozen.Tokens("planted", train, train_labels, test, test_labels, 2, train[:, 0], test[:, 0])
+    return frozen.Tokens(
+        "planted", train, train_labels, test, test_labels, 2, train[:, 0], test[:, 0]
+    )
 
 
 def test_every_arm_is_the_pooling_of_its_name(tokens):
@@ -59,7 +66,9 @@ def test_every_arm_is_the_pooling_of_its_name(tokens):
         "GGeM, one p per channel": ({"p": np.full(8, 3.0, np.float32)}, pooling.gem_pool(x, 3.0)),
     }
     for name, (params, pooled) in expected.items():
-        np.testing.assert_allclose(arms[name].pool(params, x), pooled, rtol=1e-5, atol=1e-6, err_msg=name)
+        np.testing.assert_allclose(
+            arms[name].pool(params, x), pooled, rtol=1e-5, atol=1e-6, err_msg=name
+        )
     assert arms["GGeM, p learned slowly"].exponent_lr == 1.0
     assert arms["GeM"].start["p"].shape == (1,)
     assert arms["MAP"].pool(arms["MAP"].start, x).shape == (5, 8)
@@ -74,25 +83,47 @@ def test_counts_of_groups_are_around_the_heads_and_divide_the_channels():
 
 def test_probes_of_a_large_p_find_sparse_evidence_and_the_same_seed_gives_the_same(tokens):
     arms, how = frozen.arms_of(tokens), frozen.Probe(seeds=2, epochs=10, batch=60)
-    average, ggem, again = (frozen.probe(tokens, arms[name], how) for name in ("average", "GGeM", "GGeM"))
+    average, ggem, again = (
+        frozen.probe(tokens, arms[name], how) for name in ("average", "GGeM", "GGeM")
+    )
     assert ggem.accuracy.mean() > average.accuracy.mean() + 0.1
     assert (ggem.p > 3.2).all()
     assert average.p.shape == (2, 0)
     np.testing.assert_array_equal(ggem.correct, again.correct)
-    assert not np.array_equal(ggem.correct[0], ggem.correct[1])  # another four fifths of the pictures
+    assert not np.array_equal(
+        ggem.correct[0], ggem.correct[1]
+    )  # another four fifths of the pictures
     token = frozen.probe(tokens, arms["class token"], how)
     assert 0.2 < token.accuracy.mean() < average.accuracy.mean() + 0.1
     pooled = frozen.described(tokens, arms["GGeM"], ggem.params[0])
-    np.testing.assert_allclose(pooled, pooling.ggem_pool(jnp.float32(tokens.test), ggem.p[0]), rtol=1e-5)
+    np.testing.assert_allclose(
+        pooled, pooling.ggem_pool(jnp.float32(tokens.test), ggem.p[0]), rtol=1e-5
+    )
 
 
 def test_a_part_on_tokens_reports_everything_the_report_needs(tokens, tmp_path, monkeypatch):
-    """A few arms only; the report is written of what comes out, and its numbers are those of the part."""
-    few = ("average", "positive average", "GeM", "GGeM", "GGeM, interleaved", "GGeM, random groups 1", "GGeM, 4 groups", "GGeM, one p per channel")
+    """A few arms only; the report is written of what comes out, and its numbers are those of the
+    part.
+    """
+    few = (
+        "average",
+        "positive average",
+        "GeM",
+        "GGeM",
+        "GGeM, interleaved",
+        "GGeM, random groups 1",
+        "GGeM, 4 groups",
+        "GGeM, one p per channel",
+    )
     every = frozen.arms_of(tokens)
-    monkeypatch.setattr(pooling_study, "arms_of", lambda tokens: {name: every[name] for name in few})
+    monkeypatch.setattr(
+        pooling_study, "arms_of", lambda tokens: {name: every[name] for name in few}
+    )
     study = pooling_study.PoolingStudy(seeds=2, probe_epochs=2, runs=tmp_path / "runs")
-    found = json.loads(json.dumps(pooling_study.frozen_part(tokens, study))) | {"seconds": 1, "machine": {"date": "2026-01-01"}}
+    found = json.loads(json.dumps(pooling_study.frozen_part(tokens, study))) | {
+        "seconds": 1,
+        "machine": {"date": "2026-01-01"},
+    }
     assert set(found["arms"]) == set(few)
     assert found["differences"]["GGeM less average"]["value"] == pytest.approx(
         found["arms"]["GGeM"]["accuracy"]["value"] - found["arms"]["average"]["accuracy"]["value"]
@@ -110,20 +141,33 @@ def test_a_part_on_tokens_reports_everything_the_report_needs(tokens, tmp_path, 
         writer.writeheader()
         writer.writerow({"set": "omniglot", "arm": "GGeM", **row})
     machine = {"date": "2026-01-01", "device": "a CPU", "python": "3", "jax": "0", "flax": "0"}
-    said = write_report(tmp_path / "report.md", {"cifar10-frozen": found}, pooling_study.settings(study), machine, retrieval)
+    said = write_report(
+        tmp_path / "report.md",
+        {"cifar10-frozen": found},
+        pooling_study.settings(study),
+        machine,
+        retrieval,
+    )
     text = (tmp_path / "report.md").read_text()
     assert said in text
     assert "| GGeM is better than average | CIFAR-10, frozen | top-1 |" in text
-    assert "| GGeM retrieves better than GeM | omniglot, trained | recall@1 | +5.00 [1.00, 9.00] | **supported** |" in text
+    assert (
+        "| GGeM retrieves better than GeM | omniglot, trained | recall@1 | +5.00 [1.00, 9.00] |"
+        " **supported** |" in text
+    )
     assert "as many groups as heads (2) are better than 4" in text
     for name in ("accuracy", "groups", "dependence"):
         assert f"(report/cifar10-frozen-{name}.png)" in text
-        assert (tmp_path / "report" / f"cifar10-frozen-{name}.png").read_bytes().startswith(b"\x89PNG")
+        assert (
+            (tmp_path / "report" / f"cifar10-frozen-{name}.png").read_bytes().startswith(b"\x89PNG")
+        )
     assert not list((tmp_path / "report").glob(".*"))
 
 
 @pytest.mark.slow
-def test_networks_are_trained_once_and_their_heads_and_tokens_are_those_of_the_model(tmp_path, monkeypatch):
+def test_networks_are_trained_once_and_their_heads_and_tokens_are_those_of_the_model(
+    tmp_path, monkeypatch
+):
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (32, 8, 8, 3), dtype=np.uint8)
     labels = np.arange(32, dtype=np.int32) % 4
@@ -136,14 +180,20 @@ def test_networks_are_trained_once_and_their_heads_and_tokens_are_those_of_the_m
     heads, descriptor = cifar.attention_and_descriptor(network, pictures.take(np.arange(20)))
     tokens = cifar.tokens_of(network, pictures.take(np.arange(20)))
     assert (heads.shape, descriptor.shape, tokens.shape) == ((20, 16), (20, 16), (20, 5, 16))
-    np.testing.assert_allclose(descriptor, pooling.ggem_pool(jnp.float32(tokens[:, 1:]), network.p), rtol=2e-3, atol=2e-3)
-    found = pooling_study.dependence_of_heads(network, (pictures, pictures.take(np.arange(20).repeat(50))))
+    np.testing.assert_allclose(
+        descriptor, pooling.ggem_pool(jnp.float32(tokens[:, 1:]), network.p), rtol=2e-3, atol=2e-3
+    )
+    found = pooling_study.dependence_of_heads(
+        network, (pictures, pictures.take(np.arange(20).repeat(50)))
+    )
     assert set(found) == {"heads", "random channels of heads", "blocks", "random"}
     assert cifar.trained("average", 0, (pictures, pictures), tmp_path, 1.0).p.shape == (0,)
 
 
 def test_both_ways_covers_seeds_and_pictures():
-    """Of values that differ by seed alone, or by picture alone, the interval is that of the one that varies; of constants it is a point."""
+    """Of values that differ by seed alone, or by picture alone, the interval is that of the one
+    that varies; of constants it is a point.
+    """
     rng = np.random.default_rng(0)
     by_seed, by_picture = rng.normal(size=(200, 1)), rng.normal(size=(1, 300))
     for values, spread in (
@@ -153,8 +203,14 @@ def test_both_ways_covers_seeds_and_pictures():
         interval = both_ways(values)
         assert interval.value == pytest.approx(values.mean())
         assert interval.high - interval.low == pytest.approx(2 * 1.96 * spread, rel=0.1)
-    for seeds in (3, 10):  # of seeds that differ and one picture, a true 0 is decided in about one case of twenty
-        decided = sum(not i.low <= 0 <= i.high for i in (both_ways(rng.normal(size=(seeds, 1)), draws=200) for _ in range(300)))
+    for seeds in (
+        3,
+        10,
+    ):  # of seeds that differ and one picture, a true 0 is decided in about one case of twenty
+        decided = sum(
+            not i.low <= 0 <= i.high
+            for i in (both_ways(rng.normal(size=(seeds, 1)), draws=200) for _ in range(300))
+        )
         assert 3 <= decided <= 30
     constant = both_ways(np.full((3, 4), 0.5))
     assert (constant.low, constant.high) == pytest.approx((0.5, 0.5))
@@ -164,14 +220,22 @@ def test_both_ways_covers_seeds_and_pictures():
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "verdict"), [(0.01, 0.2, "supported"), (-0.2, -0.01, "not supported"), (-0.1, 0.1, "undecided"), (np.nan, np.nan, "undecided")]
+    ("low", "high", "verdict"),
+    [
+        (0.01, 0.2, "supported"),
+        (-0.2, -0.01, "not supported"),
+        (-0.1, 0.1, "undecided"),
+        (np.nan, np.nan, "undecided"),
+    ],
 )
 def test_a_claim_is_decided_where_its_whole_interval_lies_on_one_side(low, high, verdict):
     assert Claim("c", "d", "m", Interval(0.05, low, high)).verdict == verdict
 
 
 def test_dependence_that_falls_supports_the_claim():
-    """Against the average the heads lose what random channels keep; all of what GeM has less, random channels have less too."""
+    """Against the average the heads lose what random channels keep; all of what GeM has less,
+    random channels have less too.
+    """
     scores = {
         "GGeM": ([0.3, 0.31, 0.32], 0.2),
         "average": ([0.5, 0.51, 0.53], 0.2),
@@ -180,17 +244,29 @@ def test_dependence_that_falls_supports_the_claim():
     }
     kinds = ("heads", "random channels of heads"), ("blocks", "random")
     dependence = {
-        name: {named: {"HSIC": values} for named, _ in kinds} | {null: {"HSIC": [least] * 3} for _, null in kinds}
+        name: (
+            {named: {"HSIC": values} for named, _ in kinds}
+            | {null: {"HSIC": [least] * 3} for _, null in kinds}
+        )
         for name, (values, least) in scores.items()
     }
     found = {"cifar10": {"differences": {}, "dependence": dependence}}
-    verdicts = {claim.claim.partition(" with ")[2]: claim.verdict for claim in claims_of(found, retrieval=Path("nowhere"))}
-    assert verdicts == {"average": "supported", "positive average": "undecided", "GeM": "not supported"}
+    verdicts = {
+        claim.claim.partition(" with ")[2]: claim.verdict
+        for claim in claims_of(found, retrieval=Path("nowhere"))
+    }
+    assert verdicts == {
+        "average": "supported",
+        "positive average": "undecided",
+        "GeM": "not supported",
+    }
 
 
 def test_results_are_kept_while_the_settings_are_the_same(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr(pooling_study, "planted_part", lambda study: calls.append(study.seeds) or {"arms": {}})
+    monkeypatch.setattr(
+        pooling_study, "planted_part", lambda study: calls.append(study.seeds) or {"arms": {}}
+    )
     study = pooling_study.PoolingStudy(runs=tmp_path)
     assert pooling_study.kept("planted", study) == pooling_study.kept("planted", study)
     pooling_study.kept("planted", dataclasses.replace(study, seeds=4))

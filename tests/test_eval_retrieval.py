@@ -1,4 +1,6 @@
-"""eval/retrieval.py and eval/studies/retrieval.py on pictures made here, against a slow evaluation; docs/retrieval_study.md against its numbers."""
+"""eval/retrieval.py and eval/studies/retrieval.py on pictures made here, against a slow evaluation;
+docs/retrieval_study.md against its numbers.
+"""
 
 import csv
 import json
@@ -30,19 +32,27 @@ class FakeExtractor:
             pixels = picture.reshape(-1, 3) / 255
             x = np.concatenate([pixels.mean(0) - 0.5, pixels.std(0)]) + 1e-3
             several = not hasattr(self.settings, "record")
-            x = np.stack([x * (1 + i * np.arange(6)) for i in range(len(self.settings))]) if several else x
+            x = (
+                np.stack([x * (1 + i * np.arange(6)) for i in range(len(self.settings))])
+                if several
+                else x
+            )
             yield (x / np.linalg.norm(x, axis=-1, keepdims=True)).astype(np.float32)
 
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Three classes of five pictures of like colours, one class of one picture, and one file that is no picture by its name."""
+    """Three classes of five pictures of like colours, one class of one picture, and one file that
+    is no picture by its name.
+    """
     rng = np.random.default_rng(0)
     for name, count in (("ants", 5), ("bees", 5), ("deep/cows", 5), ("lone", 1)):
         (tmp_path / "photos" / name).mkdir(parents=True)
         colour = rng.uniform(60, 190, 3)
         for i in range(count):
-            noise = np.clip(colour + rng.normal(0, 40, 3) + rng.normal(0, 15, (24, 24, 3)), 0, 255).astype(np.uint8)
+            noise = np.clip(
+                colour + rng.normal(0, 40, 3) + rng.normal(0, 15, (24, 24, 3)), 0, 255
+            ).astype(np.uint8)
             Image.fromarray(noise).save(tmp_path / "photos" / name / f"{i}.png")
     (tmp_path / "photos" / "notes.txt").write_text("not a picture")
     FakeExtractor.seen = 0
@@ -56,19 +66,33 @@ def run(capsys, *flags):
 
 
 def slowly(folder):
-    """mAP, precision and recall at 1 and 3 of the classes of a folder, by walking down sorted lists."""
+    """mAP, precision and recall at 1 and 3 of the classes of a folder, by walking down sorted
+    lists.
+    """
     paths = sorted(folder.rglob("*.png"))
-    vectors = list(FakeExtractor(retrieval.DescriptorSettings())(np.asarray(Image.open(path)) for path in paths))
+    vectors = list(
+        FakeExtractor(retrieval.DescriptorSettings())(
+            np.asarray(Image.open(path)) for path in paths
+        )
+    )
     rows = []
     for path, query in zip(paths, vectors, strict=True):
-        others = [(float(query @ vector), other) for other, vector in zip(paths, vectors, strict=True) if other != path]
-        right = [other.parent == path.parent for _, other in sorted(others, key=lambda pair: -pair[0])]
+        others = [
+            (float(query @ vector), other)
+            for other, vector in zip(paths, vectors, strict=True)
+            if other != path
+        ]
+        right = [
+            other.parent == path.parent for _, other in sorted(others, key=lambda pair: -pair[0])
+        ]
         if not any(right):
             continue
         area, found = 0.0, 0
         for place, hit in enumerate(right):
             if hit:
-                area += ((found / place if place else 1.0) + (found + 1) / (place + 1)) / 2 / sum(right)
+                area += (
+                    ((found / place if place else 1.0) + (found + 1) / (place + 1)) / 2 / sum(right)
+                )
                 found += 1
         rows.append([area, right[0], sum(right[:3]) / 3, right[0], any(right[:3])])
     return np.mean(rows, axis=0)
@@ -88,23 +112,35 @@ def test_classes_agree_with_a_slow_evaluation(folder, capsys):
 def test_a_csv_says_the_same_as_the_folders(folder, capsys):
     lines = ["query,relevant"]
     for path in folder.rglob("*.png"):
-        others = ";".join(str(other.relative_to(folder)) for other in path.parent.glob("*.png") if other != path)
+        others = ";".join(
+            str(other.relative_to(folder)) for other in path.parent.glob("*.png") if other != path
+        )
         lines.append(f"{path.relative_to(folder)},{others}")
     (folder / "truth.csv").write_text("\n".join(lines) + "\n")
-    classes = {result["rerank"]: result for result in run(capsys, folder, "--rerank", "none", "aqe", "--qe_neighbors", 2)["results"]}
+    classes = {
+        result["rerank"]: result
+        for result in run(capsys, folder, "--rerank", "none", "aqe", "--qe_neighbors", 2)["results"]
+    }
     listed = run(capsys, folder / "truth.csv", "--rerank", "none", "aqe", "--qe_neighbors", 2)
     for result in listed["results"]:
-        assert result["mAP"]["value"] == pytest.approx(classes[result["rerank"]]["mAP"]["value"], abs=1e-12)
+        assert result["mAP"]["value"] == pytest.approx(
+            classes[result["rerank"]]["mAP"]["value"], abs=1e-12
+        )
     (folder.parent / "elsewhere.csv").write_text("\n".join(lines) + "\n")
-    moved = run(capsys, folder.parent / "elsewhere.csv", "--root", folder, "--database", folder / "deep" / "..", "--rerank", "none", "aqe",
+    moved = run(capsys, folder.parent / "elsewhere.csv", "--root", folder, "--database",
+    folder / "deep" / "..", "--rerank", "none", "aqe",
                 "--qe_neighbors", 2)  # fmt: skip
     assert moved["results"] == listed["results"]
 
 
 def test_boxes_ignored_pictures_and_queries_from_elsewhere(folder, capsys):
-    """Half of the query's picture is like the bees; without its box it is not. What would come first is ignored."""
+    """Half of the query's picture is like the bees; without its box it is not. What would come
+    first is ignored.
+    """
     bees = [np.asarray(Image.open(path)) for path in sorted((folder / "bees").glob("*.png"))]
-    Image.fromarray(np.concatenate([bees[0], np.full((24, 24, 3), 255, np.uint8)], axis=1)).save(folder.parent / "query.png")
+    Image.fromarray(np.concatenate([bees[0], np.full((24, 24, 3), 255, np.uint8)], axis=1)).save(
+        folder.parent / "query.png"
+    )
     (folder / "truth.csv").write_text(
         "query,relevant,ignored,x1,y1,x2,y2\n../query.png,bees/1.png,bees/0.png,0,0,24.7,24\n../query.png,bees/1.png,,,,,\n"
     )
@@ -113,22 +149,33 @@ def test_boxes_ignored_pictures_and_queries_from_elsewhere(folder, capsys):
     order = slow_order(folder, bees[0])
     order.remove(folder / "bees" / "0.png")
     place = order.index(folder / "bees" / "1.png")
-    whole = slow_order(folder, np.asarray(Image.open(folder.parent / "query.png"))).index(folder / "bees" / "1.png")
+    whole = slow_order(folder, np.asarray(Image.open(folder.parent / "query.png"))).index(
+        folder / "bees" / "1.png"
+    )
     expected = [(1.0 if p == 0 else 0.0) / 2 + 1 / (p + 1) / 2 for p in (place, whole)]
     assert said["results"][0]["mAP"]["value"] == pytest.approx(np.mean(expected), abs=1e-6)
 
 
 def slow_order(folder, pixels):
     paths = sorted(folder.rglob("*.png"))
-    query, *vectors = FakeExtractor(retrieval.DescriptorSettings())([pixels, *(np.asarray(Image.open(path)) for path in paths)])
-    return [path for _, path in sorted(zip(vectors, paths, strict=True), key=lambda pair: -float(pair[0] @ query))]
+    query, *vectors = FakeExtractor(retrieval.DescriptorSettings())(
+        [pixels, *(np.asarray(Image.open(path)) for path in paths)]
+    )
+    return [
+        path
+        for _, path in sorted(
+            zip(vectors, paths, strict=True), key=lambda pair: -float(pair[0] @ query)
+        )
+    ]
 
 
 def test_the_table_has_every_pooling_with_every_reranker(folder, capsys):
     flags = [str(folder), "--table", "--num_candidates", "8", "--qe_neighbors", "3"]
     said = run(capsys, *flags)
     names = ["none", "superglobal", "superglobal-paper", "aqe", "alpha-qe", "dba"]
-    assert [(own["pooling"], own["rerank"]) for own in said["results"]] == [(pooling, name) for pooling in POOLINGS for name in names]
+    assert [(own["pooling"], own["rerank"]) for own in said["results"]] == [
+        (pooling, name) for pooling in POOLINGS for name in names
+    ]
     assert FakeExtractor.seen == 16
     retrieval.main(flags)
     text = capsys.readouterr().out
@@ -138,17 +185,24 @@ def test_the_table_has_every_pooling_with_every_reranker(folder, capsys):
 
 MISTAKES = {
     "no file": (lambda f: None, ["none.csv"], r"none\.csv cannot be read: No such file"),
-    "columns": (lambda f: (f / "t.csv").write_text("a,b\n"), ["t.csv"], "must name the columns query and relevant"),
-    "not there": (lambda f: (f / "t.csv").write_text("query,relevant\nants/0.png,ants/9.png\n"), ["t.csv"], "relevant for .* not in the"),
-    "no query": (lambda f: (f / "t.csv").write_text("query,relevant\nx.png,ants/0.png\n"), ["t.csv"], r"x\.png is not a readable picture"),
+    "columns": (lambda f: (f / "t.csv").write_text("a,b\n"), ["t.csv"],
+    "must name the columns query and relevant"),
+    "not there": (lambda f: (f / "t.csv").write_text("query,relevant\nants/0.png,ants/9.png\n"),
+    ["t.csv"], "relevant for .* not in the"),
+    "no query": (lambda f: (f / "t.csv").write_text("query,relevant\nx.png,ants/0.png\n"),
+    ["t.csv"], r"x\.png is not a readable picture"),
     "box": (lambda f: (f / "t.csv").write_text("query,relevant,x1,y1,x2,y2\nants/0.png,ants/1.png,90,90,99,99\n"), ["t.csv"], "nothing of"),
-    "nothing relevant": (lambda f: (f / "t.csv").write_text("query,relevant\nants/0.png,\n"), ["t.csv"], "no query of t.csv has a relevant picture"),
+    "nothing relevant": (lambda f: (f / "t.csv").write_text("query,relevant\nants/0.png,\n"),
+    ["t.csv"], "no query of t.csv has a relevant picture"),
     "no pictures": (lambda f: (f / "empty").mkdir(), ["empty"], "there are no pictures in empty"),
-    "broken": (lambda f: (f / "ants" / "0.png").write_bytes(b"x"), ["."], r"0\.png is not a readable picture"),
+    "broken": (lambda f: (f / "ants" / "0.png").write_bytes(b"x"), ["."],
+    r"0\.png is not a readable picture"),
     "k": (lambda f: None, [".", "--k", "0"], "--k must be whole numbers of at least 1, not 0"),
     "root": (lambda f: None, [".", "--root", "."], "--root and --database go with a CSV file"),
-    "neighbours": (lambda f: None, [".", "--qe_neighbors", "0"], "--qe_neighbors must be at least 1, it is 0"),
-    "longest side": (lambda f: None, [".", "--longest_side", "20"], "longest_side must be a whole number of at least 160"),
+    "neighbours": (lambda f: None, [".", "--qe_neighbors", "0"],
+    "--qe_neighbors must be at least 1, it is 0"),
+    "longest side": (lambda f: None, [".", "--longest_side", "20"],
+    "longest_side must be a whole number of at least 160"),
     "unknown": (lambda f: None, [".", "--polling", "gem"], "--polling.*perhaps --pooling"),
 }  # fmt: skip
 
@@ -165,26 +219,38 @@ def test_mistakes_end_in_one_sentence(mistake, folder, monkeypatch):
 
 
 def test_the_study_on_a_small_set(tmp_path, monkeypatch, capsys):
-    """Two colours of pictures; every pooling with every reranker, differences, pixels, and the file."""
+    """Two colours of pictures; every pooling with every reranker, differences, pixels, and the
+    file.
+    """
     rng = np.random.default_rng(0)
-    images = {f"{i}": np.clip(rng.normal(80 + 80 * (i % 2), 60, (12, 12, 3)), 0, 255).astype(np.uint8) for i in range(12)}
+    images = {
+        f"{i}": np.clip(rng.normal(80 + 80 * (i % 2), 60, (12, 12, 3)), 0, 255).astype(np.uint8)
+        for i in range(12)
+    }
     every = np.arange(12)
-    relevance = [Relevance(every[(every % 2 == i % 2) & (every != i)], np.array([i])) for i in every[:6]]
+    relevance = [
+        Relevance(every[(every % 2 == i % 2) & (every != i)], np.array([i])) for i in every[:6]
+    ]
     small = retrieval_study.Set(
-        list(images), images.__getitem__, every, every[:6], relevance, 160, lambda image: retrieval_study._grey(image, 8),
+        list(images), images.__getitem__, every, every[:6], relevance, 160,
+        lambda image: retrieval_study._grey(image, 8),
         retrieval_study.Rerank(qe_neighbors=2),
     )  # fmt: skip
     monkeypatch.setattr(retrieval_study, "SETS", {"small": lambda data, study: small})
     monkeypatch.setattr(retrieval_study, "make_extractor", FakeExtractor)
     out = tmp_path / "study.csv"
-    retrieval_study.main(["--data", str(tmp_path), "--sets", "small", "--out", str(out), "--num_candidates", "5"])
+    retrieval_study.main(
+        ["--data", str(tmp_path), "--sets", "small", "--out", str(out), "--num_candidates", "5"]
+    )
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert len(rows) == 2 + 6 * len(POOLINGS)
     of = {(row["pooling"], row["reranker"]): row for row in rows}
     for row in rows:
         if row["pooling"] not in ("average", "pixels"):
-            expected = float(row["average_precision"]) - float(of["average", row["reranker"]]["average_precision"])
+            expected = float(row["average_precision"]) - float(
+                of["average", row["reranker"]]["average_precision"]
+            )
             assert float(row["average_precision_less_average"]) == pytest.approx(expected, abs=2e-4)
     assert "| all |" in capsys.readouterr().out
 
@@ -195,7 +261,9 @@ def test_the_study_refuses_what_is_not_there(tmp_path, monkeypatch):
         retrieval_study.main([])
     with pytest.raises(SystemExit, match=r"corridor\.zip cannot be read: No such file"):
         retrieval_study.main(["--data", str(tmp_path), "--sets", "corridor"])
-    with pytest.raises(SystemExit, match="--sets must be among corridor, omniglot, landmark, not moon"):
+    with pytest.raises(
+        SystemExit, match="--sets must be among corridor, omniglot, landmark, not moon"
+    ):
         retrieval_study.main(["--data", str(tmp_path), "--sets", "moon"])
 
 
@@ -207,5 +275,7 @@ def test_the_page_of_the_study_has_the_numbers_of_its_file():
     names = list(dict.fromkeys(row["set"] for row in rows))
     assert names == ["corridor", "omniglot", "omniglot, queries apart", "landmark"]
     for name in names:
-        tables = retrieval_study.markdown([row for row in rows if row["set"] == name]).partition("\n")[2]
+        tables = retrieval_study.markdown([row for row in rows if row["set"] == name]).partition(
+            "\n"
+        )[2]
         assert tables.strip() in page

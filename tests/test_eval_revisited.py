@@ -1,4 +1,6 @@
-"""eval/revisited.py on small ground truth of its own: descriptors and pictures, reranking, distractors, ablation, mistakes in one sentence."""
+"""eval/revisited.py on small ground truth of its own: descriptors and pictures, reranking,
+distractors, ablation, mistakes in one sentence.
+"""
 
 import json
 import pickle
@@ -23,7 +25,9 @@ def unit(x):
 
 
 def slow_scores(order, positive, ignored):
-    """Average precision and precision at 1, 5, 10, by walking down the list once, in the manner of the protocol's own code."""
+    """Average precision and precision at 1, 5, 10, by walking down the list once, in the manner of
+    the protocol's own code.
+    """
     place, found, area = 0, 0, 0.0
     hits = []
     for each in order:
@@ -35,7 +39,10 @@ def slow_scores(order, positive, ignored):
             area += (before + found / (place + 1)) / 2 / len(positive)
             hits.append(place + 1)
         place += 1
-    at = [sum(hit <= min(k, hits[-1]) for hit in hits) / min(k, hits[-1]) if hits else 0.0 for k in (1, 5, 10)]
+    at = [
+        sum(hit <= min(k, hits[-1]) for hit in hits) / min(k, hits[-1]) if hits else 0.0
+        for k in (1, 5, 10)
+    ]
     return [area, *at]
 
 
@@ -49,8 +56,15 @@ def slow_evaluation(queries, database, gnd):
     ):
         rows = []
         for query, lists in zip(queries, gnd, strict=True):
-            good, bad = ({i for kind in kinds for i in lists[kind]} for kinds in (positive, ignored))
-            order = sorted(range(len(database)), key=lambda i, query=query: -float(np.dot(query.astype(np.float64), database[i].astype(np.float64))))
+            good, bad = (
+                {i for kind in kinds for i in lists[kind]} for kinds in (positive, ignored)
+            )
+            order = sorted(
+                range(len(database)),
+                key=lambda i, query=query: (
+                    -float(np.dot(query.astype(np.float64), database[i].astype(np.float64)))
+                ),
+            )
             if good:
                 rows.append(slow_scores(order, good, bad))
         result[setup] = np.mean(rows, axis=0).tolist()
@@ -59,24 +73,49 @@ def slow_evaluation(queries, database, gnd):
 
 @pytest.fixture
 def world(tmp_path):
-    """A folder with ground truth as JSON and pickle, and descriptors in files; one query has no hard picture."""
+    """A folder with ground truth as JSON and pickle, and descriptors in files; one query has no
+    hard picture.
+    """
     rng = np.random.default_rng(0)
     gnd = []
     for i in range(QUERIES):
         easy, hard, junk = np.split(rng.permutation(DATABASE)[:13], (4, 4 if i == 2 else 9))
-        gnd.append({"bbx": [4.6, 0.0, 12.9, 9.2], "easy": easy.tolist(), "hard": hard.tolist(), "junk": junk.tolist()})
-    truth = {"imlist": [f"d{i}" for i in range(DATABASE)], "qimlist": [f"q{i}" for i in range(QUERIES)], "gnd": gnd}
+        gnd.append(
+            {
+                "bbx": [4.6, 0.0, 12.9, 9.2],
+                "easy": easy.tolist(),
+                "hard": hard.tolist(),
+                "junk": junk.tolist(),
+            }
+        )
+    truth = {
+        "imlist": [f"d{i}" for i in range(DATABASE)],
+        "qimlist": [f"q{i}" for i in range(QUERIES)],
+        "gnd": gnd,
+    }
     (tmp_path / "gnd.json").write_text(json.dumps(truth))
     (tmp_path / "gnd.pkl").write_bytes(pickle.dumps(truth, protocol=2))
     arrays = {"queries": QUERIES, "database": DATABASE, "distractors": 150}
-    arrays = {name: unit(rng.normal(size=(count, DIM)) + 0.5).astype(np.float32) for name, count in arrays.items()}
+    arrays = {
+        name: unit(rng.normal(size=(count, DIM)) + 0.5).astype(np.float32)
+        for name, count in arrays.items()
+    }
     for name, array in arrays.items():
-        np.save(tmp_path / f"{name}.npy", array.astype(np.float16) if name == "distractors" else array)
+        np.save(
+            tmp_path / f"{name}.npy", array.astype(np.float16) if name == "distractors" else array
+        )
     return tmp_path, truth, arrays
 
 
 def files(folder, *more):
-    return [str(folder / "gnd.json"), "--queries", str(folder / "queries.npy"), "--database", str(folder / "database.npy"), *more]
+    return [
+        str(folder / "gnd.json"),
+        "--queries",
+        str(folder / "queries.npy"),
+        "--database",
+        str(folder / "database.npy"),
+        *more,
+    ]
 
 
 def said_as_json(capsys, flags):
@@ -107,7 +146,9 @@ def test_the_pickle_says_the_same_as_the_json(world, capsys):
 def test_distractors_stand_behind_the_database(world, capsys):
     folder, truth, arrays = world
     said = said_as_json(capsys, files(folder, "--distractors", str(folder / "distractors.npy")))
-    everything = np.concatenate([arrays["database"], arrays["distractors"].astype(np.float16).astype(np.float32)])
+    everything = np.concatenate(
+        [arrays["database"], arrays["distractors"].astype(np.float16).astype(np.float32)]
+    )
     expected = slow_evaluation(arrays["queries"], everything, truth["gnd"])
     for setup, values in numbers(said["results"]["none"]).items():
         np.testing.assert_allclose(values, expected[setup], atol=1e-12)
@@ -118,9 +159,30 @@ def test_an_npz_and_a_table_for_people(world, capsys):
     folder, _, arrays = world
     np.savez(folder / "both.npz", queries=arrays["queries"], database=arrays["database"])
     both = str(folder / "both.npz")
-    revisited.main([str(folder / "gnd.json"), "--queries", both, "--database", both, "--rerank", "none", "superglobal", "superglobal-paper"])
+    revisited.main(
+        [
+            str(folder / "gnd.json"),
+            "--queries",
+            both,
+            "--database",
+            both,
+            "--rerank",
+            "none",
+            "superglobal",
+            "superglobal-paper",
+        ]
+    )
     said = capsys.readouterr().out
-    assert [word in said for word in ("E mAP", "H mP@10", "none", "superglobal-paper", "6 queries, 40 pictures and 0 distractors")] == [True] * 5
+    assert [
+        word in said
+        for word in (
+            "E mAP",
+            "H mP@10",
+            "none",
+            "superglobal-paper",
+            "6 queries, 40 pictures and 0 distractors",
+        )
+    ] == [True] * 5
 
 
 def test_joined_arrays_are_one_store(world):
@@ -136,7 +198,9 @@ def test_joined_arrays_are_one_store(world):
     np.testing.assert_array_equal(joined.take(ids), whole[ids])
 
 
-@pytest.mark.parametrize("name", ["none", "superglobal", "superglobal-paper", "aqe", "alpha-qe", "dba"])
+@pytest.mark.parametrize(
+    "name", ["none", "superglobal", "superglobal-paper", "aqe", "alpha-qe", "dba"]
+)
 def test_rerankers_order_all_rows_and_ask_any_database(name, world, monkeypatch):
     _, _, arrays = world
     how = Rerank(num_candidates=20, num_neighbors=3, qe_neighbors=4)
@@ -164,7 +228,9 @@ def test_a_query_that_is_in_the_database_is_left_out(name, world):
     found = reranked(name, queries, database, ranked(queries, database, own=own), how, own=own)
     for i, row in enumerate(own):
         without = np.delete(database, row, axis=0)
-        one = reranked(name, queries[i : i + 1], without, ranked(queries[i : i + 1], without), how)[0]
+        one = reranked(name, queries[i : i + 1], without, ranked(queries[i : i + 1], without), how)[
+            0
+        ]
         np.testing.assert_array_equal(found[i][found[i] != row], one + (one >= row))
 
 
@@ -180,18 +246,26 @@ class FakeExtractor:
         for picture in pictures:
             FakeExtractor.seen += 1
             colour = picture.reshape(-1, 3).mean(0) / 255 + 0.01
-            yield unit(np.concatenate([colour, [0.1 * self.settings.regional, 0.2 * self.settings.scale_gem]])).astype(np.float32)
+            yield unit(
+                np.concatenate(
+                    [colour, [0.1 * self.settings.regional, 0.2 * self.settings.scale_gem]]
+                )
+            ).astype(np.float32)
 
 
 @pytest.fixture
 def pictures(world, monkeypatch):
-    """One colour for each picture of the database; queries have the colour of their first easy picture inside the box only."""
+    """One colour for each picture of the database; queries have the colour of their first easy
+    picture inside the box only.
+    """
     folder, truth, _ = world
     rng = np.random.default_rng(3)
     colours = rng.integers(0, 256, (DATABASE, 3)).astype(np.uint8)
     (folder / "jpg").mkdir()
     for name, colour in zip(truth["imlist"], colours, strict=True):
-        Image.new("RGB", (16, 16), tuple(colour.tolist())).save(folder / "jpg" / f"{name}.jpg", quality=100, subsampling=0)
+        Image.new("RGB", (16, 16), tuple(colour.tolist())).save(
+            folder / "jpg" / f"{name}.jpg", quality=100, subsampling=0
+        )
     for name, lists in zip(truth["qimlist"], truth["gnd"], strict=True):
         image = np.full((20, 20, 3), 255, np.uint8)
         image[0:9, 4:12] = colours[lists["easy"][0]]
@@ -226,7 +300,14 @@ def test_the_cache_keeps_descriptors_by_setting(pictures, capsys):
 
 
 def test_the_ablation_is_one_command(pictures, capsys):
-    flags = [str(pictures / "gnd.json"), "--images", str(pictures / "jpg"), "--ablation", "--num_candidates", "10"]
+    flags = [
+        str(pictures / "gnd.json"),
+        "--images",
+        str(pictures / "jpg"),
+        "--ablation",
+        "--num_candidates",
+        "10",
+    ]
     revisited.main(flags)
     said = capsys.readouterr().out
     steps = ["plain", "+ GeM+", "+ Regional GeM", "+ Scale GeM", "+ ReLU-P", "+ reranking"]
@@ -250,13 +331,21 @@ def test_several_settings_from_one_pass_are_those_of_each_alone():
     model = Tiny()
     variables = model.init(jax.random.key(0), np.zeros((1, 64, 64, 3), np.float32))
     network = Network(model, variables, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), 32)
-    settings = [described.poolings_of(DescriptorSettings(longest_side=160))[name] for name in ("average", "GeM", "scale", "all")]
+    settings = [
+        described.poolings_of(DescriptorSettings(longest_side=160))[name]
+        for name in ("average", "GeM", "scale", "all")
+    ]
     rng = np.random.default_rng(0)
-    images = [rng.integers(0, 256, (120, 160, 3)).astype(np.uint8), rng.integers(0, 256, (200, 200, 3)).astype(np.uint8)]
+    images = [
+        rng.integers(0, 256, (120, 160, 3)).astype(np.uint8),
+        rng.integers(0, 256, (200, 200, 3)).astype(np.uint8),
+    ]
     together = np.stack(list(described.SharedExtractor(settings, network=network)(images)))
     assert together.shape == (2, len(settings), 6)
     for i, one in enumerate(settings):
-        np.testing.assert_allclose(np.stack(list(Extractor(one, network=network)(images[1:]))), together[1:, i], atol=2e-6)
+        np.testing.assert_allclose(
+            np.stack(list(Extractor(one, network=network)(images[1:]))), together[1:, i], atol=2e-6
+        )
     assert np.abs(together[:, 0] - together[:, -1]).max() > 1e-3
 
 
@@ -276,24 +365,36 @@ def saved(folder, name, array):
 
 
 MISTAKES = {
-    "a bad npz": (lambda f: (f / "queries.npz").write_bytes(b"abc"), ["--queries", "queries.npz"], "is no file of descriptors"),
-    "two arrays": (lambda f: np.savez(f / "x.npz", a=[1.0], b=[1.0]), ["--queries", "x.npz"], "one that is called queries, not a, b"),
+    "a bad npz": (lambda f: (f / "queries.npz").write_bytes(b"abc"), ["--queries", "queries.npz"],
+    "is no file of descriptors"),
+    "two arrays": (lambda f: np.savez(f / "x.npz", a=[1.0], b=[1.0]), ["--queries", "x.npz"],
+    "one that is called queries, not a, b"),
     "no truth": (lambda f: (f / "gnd.json").unlink(), [], "gnd.json cannot be read: No such file"),
     "no JSON": (lambda f: (f / "gnd.json").write_text("{"), [], "is no ground truth: "),
     "a list": (lambda f: (f / "gnd.json").write_text("[]"), [], "is no ground truth of imlist"),
-    "an id too large": (lambda f: broken(f, lambda t: t["gnd"][0]["easy"].append(DATABASE)), [], "whole numbers below 40"),
+    "an id too large": (lambda f: broken(f, lambda t: t["gnd"][0]["easy"].append(DATABASE)), [],
+    "whole numbers below 40"),
     "no junk": (lambda f: broken(f, lambda t: t["gnd"][0].pop("junk")), [], "'junk'"),
     "a query less": (lambda f: broken(f, lambda t: t["qimlist"].pop()), [], "they are 6 and 5"),
-    "rows": (lambda f: saved(f, "database", unit(np.ones((41, DIM), np.float32))), [], "for each of the 40 pictures .*, not 41; .*--distractors"),
-    "query rows": (lambda f: saved(f, "queries", unit(np.ones((5, DIM), np.float32))), [], "--queries must have a row for each of the 6 .*, not 5"),
-    "lengths": (lambda f: saved(f, "queries", unit(np.ones((6, 7), np.float32))), [], "must have one length, not 7 and 12"),
-    "no unit": (lambda f: saved(f, "queries", np.ones((6, DIM), np.float32)), [], "--queries must be unit vectors"),
-    "NaN": (lambda f: saved(f, "queries", np.full((6, DIM), np.nan, np.float32)), [], "--queries must be unit vectors"),
-    "dtype": (lambda f: saved(f, "queries", np.ones((6, DIM), int)), [], "must be float32 or float16"),
-    "objects": (lambda f: np.save(f / "queries.npy", np.array([{}]), allow_pickle=True), [], "is no file of descriptors"),
-    "no array": (lambda f: (f / "queries.npy").write_bytes(b"abc"), [], "is no file of descriptors"),
+    "rows": (lambda f: saved(f, "database", unit(np.ones((41, DIM), np.float32))), [],
+    "for each of the 40 pictures .*, not 41; .*--distractors"),
+    "query rows": (lambda f: saved(f, "queries", unit(np.ones((5, DIM), np.float32))), [],
+    "--queries must have a row for each of the 6 .*, not 5"),
+    "lengths": (lambda f: saved(f, "queries", unit(np.ones((6, 7), np.float32))), [],
+    "must have one length, not 7 and 12"),
+    "no unit": (lambda f: saved(f, "queries", np.ones((6, DIM), np.float32)), [],
+    "--queries must be unit vectors"),
+    "NaN": (lambda f: saved(f, "queries", np.full((6, DIM), np.nan, np.float32)), [],
+    "--queries must be unit vectors"),
+    "dtype": (lambda f: saved(f, "queries", np.ones((6, DIM), int)), [],
+    "must be float32 or float16"),
+    "objects": (lambda f: np.save(f / "queries.npy", np.array([{}]), allow_pickle=True), [],
+    "is no file of descriptors"),
+    "no array": (lambda f: (f / "queries.npy").write_bytes(b"abc"), [],
+    "is no file of descriptors"),
     "no distractors": (lambda f: None, ["--distractors", "none.npy"], "none.npy cannot be read"),
-    "distractors": (lambda f: saved(f, "distractors", unit(np.ones((3, 5), np.float32))), ["--distractors", "distractors.npy"], "not 5 and 12"),
+    "distractors": (lambda f: saved(f, "distractors", unit(np.ones((3, 5), np.float32))),
+    ["--distractors", "distractors.npy"], "not 5 and 12"),
     "ablation": (lambda f: None, ["--ablation"], "it needs --images"),
     "cache": (lambda f: None, ["--cache", "c"], "it goes with --images"),
     "both": (lambda f: None, ["--images", "jpg"], "either --images or both"),
@@ -325,16 +426,38 @@ def test_a_pickle_that_asks_for_more_than_data_is_refused(world):
 @pytest.mark.parametrize(
     ("spoil", "said"),
     [
-        (lambda folder: (folder / "jpg" / "d7.jpg").unlink(), r"1 of 46 pictures of .* are not in .*d7\.jpg"),
-        (lambda folder: (folder / "jpg" / "d7.jpg").write_bytes(b"nothing"), r"d7\.jpg is not a readable picture"),
-        (lambda folder: broken(folder, lambda truth: truth["gnd"][1].update(bbx=[50, 50, 60, 60])), r"q1\.jpg: nothing of the picture .* is inside"),
-        (lambda folder: broken(folder, lambda truth: truth["gnd"][1].update(bbx=[5, 5])), "four numbers in bbx"),
+        (
+            lambda folder: (folder / "jpg" / "d7.jpg").unlink(),
+            r"1 of 46 pictures of .* are not in .*d7\.jpg",
+        ),
+        (
+            lambda folder: (folder / "jpg" / "d7.jpg").write_bytes(b"nothing"),
+            r"d7\.jpg is not a readable picture",
+        ),
+        (
+            lambda folder: broken(
+                folder, lambda truth: truth["gnd"][1].update(bbx=[50, 50, 60, 60])
+            ),
+            r"q1\.jpg: nothing of the picture .* is inside",
+        ),
+        (
+            lambda folder: broken(folder, lambda truth: truth["gnd"][1].update(bbx=[5, 5])),
+            "four numbers in bbx",
+        ),
     ],
 )
 def test_mistakes_about_pictures(spoil, said, pictures):
     spoil(pictures)
     with pytest.raises(SystemExit, match=said):
-        revisited.main([str(pictures / "gnd.json"), "--images", str(pictures / "jpg"), "--cache", str(pictures / "cache")])
+        revisited.main(
+            [
+                str(pictures / "gnd.json"),
+                "--images",
+                str(pictures / "jpg"),
+                "--cache",
+                str(pictures / "cache"),
+            ]
+        )
     assert not list(pictures.glob("cache/*"))
 
 
@@ -343,8 +466,14 @@ def test_the_real_ground_truth_is_read(shared):
     folder = shared / "data" / "revisitop"
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent")
-    for name, counts in {"roxford5k": (4993, 3029, 2497, 1356), "rparis6k": (6322, 6874, 10350, 7153)}.items():
+    for name, counts in {
+        "roxford5k": (4993, 3029, 2497, 1356),
+        "rparis6k": (6322, 6874, 10350, 7153),
+    }.items():
         truth = revisited.read_ground_truth(folder / f"gnd_{name}.json")
-        lists = [sum(len(getattr(query, kind)) for query in truth.lists) for kind in ("easy", "hard", "junk")]
+        lists = [
+            sum(len(getattr(query, kind)) for query in truth.lists)
+            for kind in ("easy", "hard", "junk")
+        ]
         assert (len(truth.database), *lists) == counts
         assert len(truth.queries) == len(truth.boxes) == 70

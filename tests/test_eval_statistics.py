@@ -7,9 +7,13 @@ from eval.statistics import Interval, bootstrap, mean, paired, proportion
 
 
 def test_wilson_interval_of_a_published_example():
-    """81 of 263: Wilson's interval is 0.2553 to 0.3662 (Newcombe, Statistics in Medicine 17, 1998, table I, method 3)."""
+    """81 of 263: Wilson's interval is 0.2553 to 0.3662 (Newcombe, Statistics in Medicine 17, 1998,
+    table I, method 3).
+    """
     interval = proportion(np.arange(263) < 81)
-    assert (interval.value, interval.low, interval.high) == pytest.approx((81 / 263, 0.2553, 0.3662), abs=5e-5)
+    assert (interval.value, interval.low, interval.high) == pytest.approx(
+        (81 / 263, 0.2553, 0.3662), abs=5e-5
+    )
 
 
 def test_an_interval_of_no_errors_does_not_end_at_one():
@@ -21,7 +25,9 @@ def test_an_interval_of_no_errors_does_not_end_at_one():
 def test_mean_of_three_values_by_hand():
     """1, 2, 3: mean 2, standard error 1/sqrt(3), t(0.975, 2) = 4.3027, half width 2.4841."""
     interval = mean(np.array([1.0, 2.0, 3.0]))
-    assert (interval.value, interval.low, interval.high) == pytest.approx((2, 2 - 2.4841, 2 + 2.4841), abs=1e-4)
+    assert (interval.value, interval.low, interval.high) == pytest.approx(
+        (2, 2 - 2.4841, 2 + 2.4841), abs=1e-4
+    )
     assert np.isnan(mean(np.array([1.0])).low)
 
 
@@ -33,7 +39,9 @@ def test_the_t_interval_covers_the_truth_as_often_as_it_says():
 
 
 def test_mcnemar_by_hand():
-    """10 pictures only the first has right, 2 only the second: 2 (C(12,0) + C(12,1) + C(12,2)) / 2^12 = 0.03857."""
+    """10 pictures only the first has right, 2 only the second: 2 (C(12,0) + C(12,1) + C(12,2)) /
+    2^12 = 0.03857.
+    """
     first = np.array([True] * 10 + [False] * 2 + [True] * 30 + [False] * 5)
     second = np.array([False] * 10 + [True] * 2 + [True] * 30 + [False] * 5)
     result = paired(first, second)
@@ -78,12 +86,16 @@ def test_what_are_no_answers_is_refused(answers):
 
 
 def test_bootstrap_of_many_values_is_that_of_the_normal_distribution():
-    """1,000 values of deviation s: half width 1.96 s / sqrt(1,000), and values that are not a number count for nothing."""
+    """1,000 values of deviation s: half width 1.96 s / sqrt(1,000), and values that are not a
+    number count for nothing.
+    """
     values = np.random.default_rng(0).exponential(size=1000)
     interval = bootstrap(np.concatenate([values, [np.nan] * 50]))
     half = 1.96 * values.std() / np.sqrt(1000)
     assert interval.value == pytest.approx(values.mean())
-    assert (interval.low, interval.high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.005)
+    assert (interval.low, interval.high) == pytest.approx(
+        (values.mean() - half, values.mean() + half), abs=0.005
+    )
 
 
 def test_bootstrap_of_two_values_by_hand():

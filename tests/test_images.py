@@ -1,4 +1,6 @@
-"""ggem_jax/files/images.py: every kind of picture file becomes RGB, the right way up; what is none is named."""
+"""ggem_jax/files/images.py: every kind of picture file becomes RGB, the right way up; what is none
+is named.
+"""
 
 import contextlib
 import io
@@ -22,15 +24,21 @@ def encoded(array, form="PNG", mode=None, **options):
 
 def test_grey_rgb_palette_and_alpha():
     rgb = np.stack([GRADIENT, GRADIENT // 2, 255 - GRADIENT], axis=-1)
-    np.testing.assert_array_equal(read_image(encoded(GRADIENT)), np.repeat(GRADIENT[..., None], 3, -1))
+    np.testing.assert_array_equal(
+        read_image(encoded(GRADIENT)), np.repeat(GRADIENT[..., None], 3, -1)
+    )
     np.testing.assert_array_equal(read_image(encoded(rgb)), rgb)
     np.testing.assert_array_equal(read_image(encoded(rgb, mode="RGBA")), rgb)
-    np.testing.assert_array_equal(read_image(encoded(GRADIENT, mode="P")), np.repeat(GRADIENT[..., None], 3, -1))
+    np.testing.assert_array_equal(
+        read_image(encoded(GRADIENT, mode="P")), np.repeat(GRADIENT[..., None], 3, -1)
+    )
 
 
 def test_sixteen_bits_keep_their_upper_eight():
     deep = (GRADIENT.astype(np.uint16) * 257)[::-1]
-    np.testing.assert_array_equal(read_image(encoded(deep)), np.repeat(GRADIENT[::-1, :, None], 3, -1))
+    np.testing.assert_array_equal(
+        read_image(encoded(deep)), np.repeat(GRADIENT[::-1, :, None], 3, -1)
+    )
 
 
 def test_cmyk_jpeg():
@@ -49,7 +57,9 @@ def test_exif_rotation_is_applied():
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"no picture", encoded(NOISE)[:2000], encoded(NOISE, "JPEG")[:2000]], ids=["empty", "text", "truncated PNG", "truncated JPEG"]
+    "content",
+    [b"", b"no picture", encoded(NOISE)[:2000], encoded(NOISE, "JPEG")[:2000]],
+    ids=["empty", "text", "truncated PNG", "truncated JPEG"],
 )
 def test_unreadable_files_are_named(tmp_path, content):
     path = tmp_path / "broken.png"
@@ -64,7 +74,9 @@ def test_centre_crop_cuts_the_middle_square():
     image = np.zeros((40, 80, 3), np.uint8)
     image[:, 20:60] = 200  # the middle square is white
     assert (centre_crop(image, 40) == 200).all()
-    np.testing.assert_array_equal(centre_crop(image, 20, zoom=2.0), centre_crop(image, 40)[10:30, 10:30])
+    np.testing.assert_array_equal(
+        centre_crop(image, 20, zoom=2.0), centre_crop(image, 40)[10:30, 10:30]
+    )
     assert centre_crop(np.zeros((1, 500, 3), np.uint8), 8).shape == (8, 8, 3)
 
 
@@ -88,7 +100,9 @@ def test_damaged_exif_records_are_unreadable_or_harmless_whatever_byte_is_wrong(
     for place in range(20, 60):
         for value in (0, 1, 7, 255):
             with contextlib.suppress(UnreadableImage):
-                assert read_image(good[:place] + bytes([value]) + good[place + 1 :]).dtype == np.uint8
+                assert (
+                    read_image(good[:place] + bytes([value]) + good[place + 1 :]).dtype == np.uint8
+                )
 
 
 def test_a_thin_picture_is_cut_before_it_is_resized():

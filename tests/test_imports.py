@@ -19,7 +19,8 @@ ARROWS = {
     "benchmarks": {"benchmarks", "eval", "train", "ggem_jax", "neupims"},
 }
 
-# Inside a package: room -> the rooms that it may import from. A room is a folder, or a module that stands alone.
+# Inside a package: room -> the rooms that it may import from. A room is a folder, or a module that
+# stands alone.
 ROOMS = {
     "ggem_jax": {
         "pooling": {"kernels"},
@@ -42,15 +43,33 @@ ROOMS = {
         "exploration": {"costs", "machine", "timing"},
         "files": set(),
         "pages": {"files"},
-        "commands": {"costs", "exploration", "files", "machine", "pages", "scheduling", "timing", "validation"},
+        "commands": {
+            "costs",
+            "exploration",
+            "files",
+            "machine",
+            "pages",
+            "scheduling",
+            "timing",
+            "validation",
+        },
     },
 }
 
-FILES = [path for folder in ARROWS for path in sorted((ROOT / folder).rglob("*.py")) if "ggem_jax/kernels" not in path.as_posix()]
+FILES = [
+    path
+    for folder in ARROWS
+    for path in sorted((ROOT / folder).rglob("*.py"))
+    if "ggem_jax/kernels" not in path.as_posix()
+]
 
 
 def imported(path: Path) -> list[ast.alias | ast.ImportFrom]:
-    return [node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Import | ast.ImportFrom)]
+    return [
+        node
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom)
+    ]
 
 
 def absolute_names(path: Path) -> set[str]:
@@ -71,7 +90,9 @@ def test_imports_point_one_way(path):
 
 
 def room_of(package: str, dotted: str) -> str:
-    """The room of a module or of a name in it, "" for the package itself: `retrieval.tool`, `pooling`, `optimizer`."""
+    """The room of a module or of a name in it, "" for the package itself: `retrieval.tool`,
+    `pooling`, `optimizer`.
+    """
     parts = dotted.split(".")[1:]
     deep = 2 if ".".join(parts[:2]) in ROOMS[package] else 1
     room = ".".join(parts[:deep])
@@ -85,24 +106,50 @@ INSIDE = [path for path in FILES if path.relative_to(ROOT).parts[0] in ROOMS]
 def test_rooms_import_one_way(path):
     package = path.relative_to(ROOT).parts[0]
     mine = room_of(package, path.relative_to(ROOT).with_suffix("").as_posix().replace("/", "."))
-    theirs = {room_of(package, name) for name in absolute_names(path) if name.partition(".")[0] == package} - {mine, ""}
+    theirs = {
+        room_of(package, name) for name in absolute_names(path) if name.partition(".")[0] == package
+    } - {mine, ""}
     assert not mine or theirs <= ROOMS[package][mine]
 
 
 @pytest.mark.parametrize("package", ROOMS)
 def test_every_module_stands_in_a_room(package):
     front = {"__init__", "__main__"}
-    modules = {path.relative_to(ROOT / package).with_suffix("").as_posix() for path in INSIDE if path.relative_to(ROOT).parts[0] == package}
-    assert {m for m in modules - front if not room_of(package, f"{package}.{m.replace('/', '.')}")} == set()
-    assert all((ROOT / package / room.replace(".", "/")).is_dir() or (ROOT / package / f"{room}.py").is_file() for room in ROOMS[package])
+    modules = {
+        path.relative_to(ROOT / package).with_suffix("").as_posix()
+        for path in INSIDE
+        if path.relative_to(ROOT).parts[0] == package
+    }
+    assert {
+        m for m in modules - front if not room_of(package, f"{package}.{m.replace('/', '.')}")
+    } == set()
+    assert all(
+        (ROOT / package / room.replace(".", "/")).is_dir()
+        or (ROOT / package / f"{room}.py").is_file()
+        for room in ROOMS[package]
+    )
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.name)
+@pytest.mark.parametrize(
+    "path", sorted((ROOT / "kernels").glob("*.py")), ids=lambda path: path.name
+)
 def test_imports_inside_kernels_are_relative(path):
-    assert not any(name.partition(".")[0] in ("kernels", "ggem_jax") for name in absolute_names(path))
+    assert not any(
+        name.partition(".")[0] in ("kernels", "ggem_jax") for name in absolute_names(path)
+    )
 
 
-HEAVY = ["safetensors", "triton", "jax_triton", "torch", "tensorflow", "tensorflow_datasets", "orbax", "grain", "matplotlib"]
+HEAVY = [
+    "safetensors",
+    "triton",
+    "jax_triton",
+    "torch",
+    "tensorflow",
+    "tensorflow_datasets",
+    "orbax",
+    "grain",
+    "matplotlib",
+]
 
 
 LIGHT = [
@@ -123,28 +170,59 @@ def test_import_starts_no_device_and_loads_nothing_heavy(package):
     code = f"""import sys, {package}
 from jax._src import xla_bridge
 print(xla_bridge.backends_are_initialized(), [name for name in {HEAVY} if name in sys.modules])"""
-    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+    )
     assert (run.stdout.strip(), run.stderr) == ("False []", "")
 
 
 def test_the_index_loads_no_jax():
-    code = "import sys, ggem_jax.retrieval.index.index; print([name for name in ('jax', 'flax') if name in sys.modules])"
-    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    code = (
+        "import sys, ggem_jax.retrieval.index.index; print([name for name in ('jax', 'flax') if"
+        " name in sys.modules])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+    )
     assert (run.stdout.strip(), run.stderr) == ("[]", "")
 
 
 def test_the_readers_of_weights_load_no_model():
-    code = "import sys, ggem_jax.weights; print([name for name in ('flax', 'ggem_jax.models.vit') if name in sys.modules])"
-    run = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120)
+    code = (
+        "import sys, ggem_jax.weights; print([name for name in ('flax', 'ggem_jax.models.vit') if"
+        " name in sys.modules])"
+    )
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+    )
     assert (run.stdout.strip(), run.stderr) == ("[]", "")
 
 
 def test_an_installed_package_called_kernels_wins_over_our_folder(tmp_path):
-    """`kernels/` has no `__init__.py`: from the root, `import kernels` finds the other package wherever it stands on the path."""
+    """`kernels/` has no `__init__.py`: from the root, `import kernels` finds the other package
+    wherever it stands on the path.
+    """
     (tmp_path / "kernels").mkdir()
     (tmp_path / "kernels" / "__init__.py").write_text("whose = 'theirs'\n")
-    code = f"import sys; sys.path.append({str(tmp_path)!r}); import kernels, ggem_jax.kernels.launch as ours; print(kernels.whose, ours.__name__)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60)
+    code = (
+        f"import sys; sys.path.append({str(tmp_path)!r}); import kernels, ggem_jax.kernels.launch"
+        " as ours; print(kernels.whose, ours.__name__)"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=60
+    )
     assert run.stdout.split() == ["theirs", "ggem_jax.kernels.launch"], run.stderr
 
 
@@ -153,7 +231,25 @@ def test_a_link_that_became_a_text_file_is_named(tmp_path):
     package.mkdir()
     (package / "__init__.py").write_text((ROOT / "ggem_jax" / "__init__.py").read_text())
     (package / "kernels").write_text("../kernels")
-    alone = [sys.executable, "-S", "-c"]  # without site-packages, where an editable install may know the real folder
-    run = subprocess.run([*alone, "import ggem_jax; import ggem_jax.kernels"], capture_output=True, text=True, cwd=tmp_path, timeout=60)
-    assert "ggem_jax/kernels must be a link to ../kernels but is a text file in this checkout" in run.stderr.splitlines()[-1]
-    assert subprocess.run([*alone, "import ggem_jax"], cwd=tmp_path, timeout=60, check=False).returncode == 0
+    alone = [
+        sys.executable,
+        "-S",
+        "-c",
+    ]  # without site-packages, where an editable install may know the real folder
+    run = subprocess.run(
+        [*alone, "import ggem_jax; import ggem_jax.kernels"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=60,
+    )
+    assert (
+        "ggem_jax/kernels must be a link to ../kernels but is a text file in this checkout"
+        in run.stderr.splitlines()[-1]
+    )
+    assert (
+        subprocess.run(
+            [*alone, "import ggem_jax"], cwd=tmp_path, timeout=60, check=False
+        ).returncode
+        == 0
+    )

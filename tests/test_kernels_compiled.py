@@ -1,4 +1,6 @@
-"""The kernels compiled ahead of time for GPUs that are not here: registers, spills, wide loads, the fast logarithm."""
+"""The kernels compiled ahead of time for GPUs that are not here: registers, spills, wide loads, the
+fast logarithm.
+"""
 
 import os
 
@@ -10,7 +12,8 @@ from benchmarks.kernel_code import KERNELS, compiled, launches_of
 pytestmark = pytest.mark.compiled
 
 CAPABILITIES = [80, 90, 100]
-# Registers of a thread, of which a multiprocessor has 65536. On Hopper, for which the tiles were chosen: 4 programs of 128 threads or 2 of 256.
+# Registers of a thread, of which a multiprocessor has 65536. On Hopper, for which the tiles were
+# chosen: 4 programs of 128 threads or 2 of 256.
 BUDGET = {80: 168, 90: 128, 100: 168}
 REGIONAL_BUDGET = 200  # 2 programs of 128 threads and room; a map gives few programs
 SHAPES = {
@@ -28,11 +31,17 @@ def test_kernels_are_not_interpreted_here():
 def check(launch, capability):
     code = compiled(launch, capability)
     assert code.spilled_bytes == 0
-    assert code.registers <= (REGIONAL_BUDGET if launch.name == "regional_kernel" else BUDGET[capability])
+    assert code.registers <= (
+        REGIONAL_BUDGET if launch.name == "regional_kernel" else BUDGET[capability]
+    )
     assert any("MUFU.LG2" in op for op in code.opcodes)
     assert not any(op.startswith(("LDL", "STL")) for op in code.opcodes)
-    assert not any("U16" in op and op.startswith(("LDG", "STG")) for op in code.opcodes)  # no half-precision token by itself
-    if launch.constants.get("PIECES", 1) == 1:  # else two channels per thread: a warp still reads whole lines of 128 bytes
+    assert not any(
+        "U16" in op and op.startswith(("LDG", "STG")) for op in code.opcodes
+    )  # no half-precision token by itself
+    if (
+        launch.constants.get("PIECES", 1) == 1
+    ):  # else two channels per thread: a warp still reads whole lines of 128 bytes
         assert any(op.startswith("LDG.E") and ".128" in op for op in code.opcodes)
         if "gradient" in launch.name:
             assert any(op.startswith("STG.E") and ".128" in op for op in code.opcodes)
@@ -58,7 +67,9 @@ def test_machine_code_for_other_dtypes(function, dtype):
 @pytest.mark.parametrize("d", [192, 768, 1024])
 def test_machine_code_for_the_end_of_a_vision_transformer(d):
     """The class token is masked."""
-    for launch in launches_of(KERNELS["norm_ggem masked"], jax.ShapeDtypeStruct((256, 197, d), "bfloat16")):
+    for launch in launches_of(
+        KERNELS["norm_ggem masked"], jax.ShapeDtypeStruct((256, 197, d), "bfloat16")
+    ):
         check(launch, 90)
 
 
@@ -70,13 +81,17 @@ def test_machine_code_for_superglobal(shape, dtype, capability):
     check(launch, capability)
 
 
-@pytest.mark.parametrize("function", ["ggem masked", "ggem shift", "ggem signed", "norm_ggem masked", "norm_ggem signed"])
+@pytest.mark.parametrize(
+    "function", ["ggem masked", "ggem shift", "ggem signed", "norm_ggem masked", "norm_ggem signed"]
+)
 def test_machine_code_of_the_other_rules(function):
     for launch in launches_of(KERNELS[function], jax.ShapeDtypeStruct((256, 196, 768), "bfloat16")):
         assert compiled(launch, 90).spilled_bytes == 0
 
 
-@pytest.mark.parametrize("shape", [(2, 3, 5), (1, 16384, 1), (1, 1, 4096), (2**20, 8, 512)], ids=str)
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 5), (1, 16384, 1), (1, 1, 4096), (2**20, 8, 512)], ids=str
+)
 def test_odd_and_large_shapes_compile(shape):
     for function in ("ggem", "norm_ggem"):
         for launch in launches_of(KERNELS[function], jax.ShapeDtypeStruct(shape, "bfloat16")):
@@ -85,7 +100,9 @@ def test_odd_and_large_shapes_compile(shape):
 
 @pytest.mark.parametrize("function", ["ggem", "norm_ggem", "superglobal"])
 def test_rows_are_reached_by_64_bit_offsets(function):
-    """More than 2^31 elements can stand before a row: its number is multiplied by the row's length, 196 x 768 or 7 x 28 x 768, in 64 bits."""
+    """More than 2^31 elements can stand before a row: its number is multiplied by the row's length,
+    196 x 768 or 7 x 28 x 768, in 64 bits.
+    """
     shape = (2**15, 7, 28, 768) if function == "superglobal" else (2**15, 196, 768)
     for launch in launches_of(KERNELS[function], jax.ShapeDtypeStruct(shape, "bfloat16")):
         assert "arith.constant 150528 : i64" in compiled(launch, 90).ttir

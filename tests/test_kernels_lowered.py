@@ -1,4 +1,6 @@
-"""The public functions lowered for CUDA on a machine without a GPU: the kernel is there, once for the value and once for the gradient."""
+"""The public functions lowered for CUDA on a machine without a GPU: the kernel is there, once for
+the value and once for the gradient.
+"""
 
 import functools
 import importlib.util
@@ -22,7 +24,9 @@ EXPONENTS, CHANNELS = (jax.ShapeDtypeStruct((length,), "float32") for length in 
 
 
 def test_the_cuda_plugin_of_this_jax_is_on_the_path():
-    assert importlib.util.find_spec("jax_cuda12_plugin") or importlib.util.find_spec("jax_cuda13_plugin")
+    assert importlib.util.find_spec("jax_cuda12_plugin") or importlib.util.find_spec(
+        "jax_cuda13_plugin"
+    )
     assert launch.available()
 
 
@@ -44,7 +48,10 @@ POOLS = {
     "gem": (gem_pool, (TOKENS, jax.ShapeDtypeStruct((), "float32"))),
     "per channel": (gem_pool, (TOKENS, CHANNELS)),
     "interleaved": (functools.partial(ggem_pool, layout="interleaved"), (TOKENS, EXPONENTS)),
-    "masked": (lambda x, p, **options: ggem_pool(x, p, mask=x[..., 0] > 0, **options), (TOKENS, EXPONENTS)),
+    "masked": (
+        lambda x, p, **options: ggem_pool(x, p, mask=x[..., 0] > 0, **options),
+        (TOKENS, EXPONENTS),
+    ),
     "shift": (functools.partial(ggem_pool, negatives="shift"), (TOKENS, EXPONENTS)),
     "signed": (functools.partial(ggem_pool, negatives="signed"), (TOKENS, EXPONENTS)),
     "abs": (functools.partial(ggem_pool, negatives="abs"), (TOKENS, EXPONENTS)),
@@ -78,17 +85,35 @@ def test_no_kernel_is_lowered_for_a_cpu_or_tpu(name):
 
 
 TRANSFORMED = {
-    "vmap over tokens": (jax.vmap(ggem_pool, (0, None)), (jax.ShapeDtypeStruct((3, 2, 50, 96), "bfloat16"), EXPONENTS), 1),
-    "vmap over p": (jax.vmap(ggem_pool, (None, 0)), (TOKENS, jax.ShapeDtypeStruct((3, 4), "float32")), 1),
+    "vmap over tokens": (
+        jax.vmap(ggem_pool, (0, None)),
+        (jax.ShapeDtypeStruct((3, 2, 50, 96), "bfloat16"), EXPONENTS),
+        1,
+    ),
+    "vmap over p": (
+        jax.vmap(ggem_pool, (None, 0)),
+        (TOKENS, jax.ShapeDtypeStruct((3, 4), "float32")),
+        1,
+    ),
     "vmap over both": (jax.vmap(ggem_pool), (TOKENS, jax.ShapeDtypeStruct((8, 4), "float32")), 1),
-    "vmap of grad": (jax.vmap(jax.grad(total(ggem_pool), (0, 1)), (0, None)), (jax.ShapeDtypeStruct((3, 2, 50, 96), "bfloat16"), EXPONENTS), 2),
+    "vmap of grad": (
+        jax.vmap(jax.grad(total(ggem_pool), (0, 1)), (0, None)),
+        (jax.ShapeDtypeStruct((3, 2, 50, 96), "bfloat16"), EXPONENTS),
+        2,
+    ),
     "scan": (
-        lambda x, p: jax.lax.scan(lambda c, _: (c + ggem_pool(x, p), None), jnp.zeros((8, 96), "bfloat16"), length=3)[0],
+        lambda x, p: jax.lax.scan(
+            lambda c, _: (c + ggem_pool(x, p), None), jnp.zeros((8, 96), "bfloat16"), length=3
+        )[0],
         (TOKENS, EXPONENTS),
         1,
     ),
     "superglobal": (superglobal_pool, (jax.ShapeDtypeStruct((2, 9, 7, 64), "bfloat16"),), 1),
-    "gradient of superglobal": (jax.grad(total(superglobal_pool)), (jax.ShapeDtypeStruct((2, 9, 7, 64), "float32"),), 0),
+    "gradient of superglobal": (
+        jax.grad(total(superglobal_pool)),
+        (jax.ShapeDtypeStruct((2, 9, 7, 64), "float32"),),
+        0,
+    ),
 }
 
 
@@ -108,19 +133,27 @@ def test_a_hessian_takes_the_formula_for_its_second_derivative():
 def test_shard_map_runs_the_kernel_on_the_local_rows(name, check_vma):
     pool, arguments = POOLS[name]
     specs = (P("data"), *[P()] * (len(arguments) - 1))
-    spread = jax.shard_map(pool, mesh=MESH, in_specs=specs, out_specs=P("data"), check_vma=check_vma)
+    spread = jax.shard_map(
+        pool, mesh=MESH, in_specs=specs, out_specs=P("data"), check_vma=check_vma
+    )
     text = lowered(jax.grad(total(spread), tuple(range(len(arguments)))), *arguments)
     assert kernels(text) == 2
     reduced = re.findall(r'"stablehlo\.all_reduce".*?\}\) : \(([^)]*)\) ->', text, re.DOTALL)
-    assert len(reduced) == text.count("stablehlo.all_reduce") == len(arguments) - 1  # of the parameters' gradients, and of nothing else
+    assert (
+        len(reduced) == text.count("stablehlo.all_reduce") == len(arguments) - 1
+    )  # of the parameters' gradients, and of nothing else
     assert set(reduced) <= {"tensor<4xf32>", "tensor<96xf32>"}
     assert "all_gather" not in text
     calls = [line for line in text.splitlines() if "@triton_kernel_call" in line]
-    assert all("tensor<1x50x96xbf16>" in line and "tensor<8x50x96xbf16>" not in line for line in calls)
+    assert all(
+        "tensor<1x50x96xbf16>" in line and "tensor<8x50x96xbf16>" not in line for line in calls
+    )
 
 
 def test_jit_with_sharded_tokens_keeps_the_rows_where_they_are():
-    """Under plain jit the partitioner lowers the kernel itself, when it compiles; until then the call carries the rule that says how."""
+    """Under plain jit the partitioner lowers the kernel itself, when it compiles; until then the
+    call carries the rule that says how.
+    """
     tokens = TOKENS.update(sharding=NamedSharding(MESH, P("data")))
     text = lowered(jax.grad(total(ggem_pool), (0, 1)), tokens, EXPONENTS)
     rules = [line for line in text.splitlines() if "sdy.sharding_rule" in line]
@@ -130,7 +163,9 @@ def test_jit_with_sharded_tokens_keeps_the_rows_where_they_are():
 
 @pytest.mark.parametrize("fused_norm", [False, True])
 def test_a_vision_transformer_ends_in_one_kernel(fused_norm):
-    config = ViTConfig(patch=8, width=64, depth=1, heads=4, mlp_width=64, image=32, dtype="bfloat16")
+    config = ViTConfig(
+        patch=8, width=64, depth=1, heads=4, mlp_width=64, image=32, dtype="bfloat16"
+    )
     model = ViT(config, pooling=GGeM(), num_classes=3, fused_norm=fused_norm)
     images = jnp.zeros((2, 32, 32, 3))
     variables = jax.eval_shape(model.init, jax.random.key(0), images)
@@ -141,7 +176,9 @@ def test_a_vision_transformer_ends_in_one_kernel(fused_norm):
     text = lowered(lambda v, x: model.apply(v, x).logits, variables, images)
     assert kernels(text) == 1
     (call,) = (line for line in text.splitlines() if "@triton_kernel_call" in line)
-    assert ("tensor<2x17x64xbf16>" in call) == fused_norm  # the class token is masked: cutting it off would copy all others
+    assert (
+        "tensor<2x17x64xbf16>" in call
+    ) == fused_norm  # the class token is masked: cutting it off would copy all others
     assert kernels(lowered(jax.grad(loss), variables, images)) == 2
 
 

@@ -1,4 +1,6 @@
-"""Named configurations and the user's own files: they load, they say what is wrong, and every value of ours has its source."""
+"""Named configurations and the user's own files: they load, they say what is wrong, and every value
+of ours has its source.
+"""
 
 import json
 import re
@@ -32,7 +34,9 @@ def test_the_papers_machine_is_the_default():
 
 
 def test_hbm3_has_its_published_bandwidth_and_capacity():
-    """Two stacks of 1024 pins at 5.2 Gb/s are 1331 GB/s; 2 x 8 dies of 16 Gb are 32 GiB. Row cycle and refresh in ns stay near HBM2's."""
+    """Two stacks of 1024 pins at 5.2 Gb/s are 1331 GB/s; 2 x 8 dies of 16 Gb are 32 GiB. Row cycle
+    and refresh in ns stay near HBM2's.
+    """
     hbm = load_hardware("hbm3").hbm
     assert peak_bytes_per_cycle(hbm) * hbm.clock_hz == pytest.approx(2 * 1024 * 5.2e9 / 8)
     assert memory_bytes(hbm) == 32 * 2**30
@@ -50,7 +54,8 @@ def test_named_models_are_spread_so_that_they_fit(name):
     assert about("models", name)
 
 
-# Layers, width, heads, key and value heads, hidden channels and matrices of the MLP, as published (the files name the papers); tp, pp.
+# Layers, width, heads, key and value heads, hidden channels and matrices of the MLP, as published
+# (the files name the papers); tp, pp.
 PUBLISHED = {
     "gpt3-7b": (32, 4096, 32, 32, 16384, 2, 4, 1),
     "gpt3-13b": (40, 5120, 40, 40, 20480, 2, 4, 1),
@@ -94,11 +99,18 @@ def test_every_value_that_ships_has_its_source(kind):
 
 
 def test_own_files(tmp_path):
-    toml = write(tmp_path / "mine.toml", 'about = "mine"\n[hbm]\nnum_channels = 16\n[npu]\nclock_hz = 9.0e8\n')
-    as_json = write(tmp_path / "mine.json", json.dumps({"hbm": {"num_channels": 16}, "npu": {"clock_hz": 9e8}}))
+    toml = write(
+        tmp_path / "mine.toml",
+        'about = "mine"\n[hbm]\nnum_channels = 16\n[npu]\nclock_hz = 9.0e8\n',
+    )
+    as_json = write(
+        tmp_path / "mine.json", json.dumps({"hbm": {"num_channels": 16}, "npu": {"clock_hz": 9e8}})
+    )
     assert load_hardware(toml) == load_hardware(str(as_json))
     assert load_hardware(toml).hbm.num_channels == 16
-    own = write(tmp_path / "own.toml", "layers = 2\nwidth = 64\nheads = 4\nkv_heads = 2\nmlp_width = 128\n")
+    own = write(
+        tmp_path / "own.toml", "layers = 2\nwidth = 64\nheads = 4\nkv_heads = 2\nmlp_width = 128\n"
+    )
     assert load_model(own).mlp_matrices == 2
     assert (load_parallel(own).tp, load_parallel(own).pp) == (1, 1)
 
@@ -106,17 +118,47 @@ def test_own_files(tmp_path):
 @pytest.mark.parametrize(
     ("text", "sentence"),
     [
-        ("[hbm]\nbanks_per_group = 0\n", r"mine.toml: hbm.banks_per_group must be a whole number of at least 1, not 0"),
-        ("[hbm]\ntrp_cycles = -3\n", r"mine.toml: hbm.trp_cycles must be a number of at least 0, not -3"),
-        ("[hbm]\ntrp_cycles = nan\n", r"mine.toml: hbm.trp_cycles must be a number of at least 0, not nan"),
-        ("[hbm]\nranks = inf\n", r"mine.toml: hbm.ranks must be a whole number of at least 1 and at most 16777216, not inf"),
-        ("[hbm]\ntfaw_cycles = 2e30\n", r"mine.toml: hbm.tfaw_cycles must be a number of at least 0 and at most 1e\+30, not 2e\+30"),
-        ("[hbm]\nranks = 1.5\n", r"mine.toml: hbm.ranks must be a whole number of at least 1, not 1.5"),
+        (
+            "[hbm]\nbanks_per_group = 0\n",
+            r"mine.toml: hbm.banks_per_group must be a whole number of at least 1, not 0",
+        ),
+        (
+            "[hbm]\ntrp_cycles = -3\n",
+            r"mine.toml: hbm.trp_cycles must be a number of at least 0, not -3",
+        ),
+        (
+            "[hbm]\ntrp_cycles = nan\n",
+            r"mine.toml: hbm.trp_cycles must be a number of at least 0, not nan",
+        ),
+        (
+            "[hbm]\nranks = inf\n",
+            (
+                r"mine.toml: hbm.ranks must be a whole number of at least 1 and at most 16777216,"
+                r" not inf"
+            ),
+        ),
+        (
+            "[hbm]\ntfaw_cycles = 2e30\n",
+            (
+                r"mine.toml: hbm.tfaw_cycles must be a number of at least 0 and at most 1e\+30, not"
+                r" 2e\+30"
+            ),
+        ),
+        (
+            "[hbm]\nranks = 1.5\n",
+            r"mine.toml: hbm.ranks must be a whole number of at least 1, not 1.5",
+        ),
         ('[hbm]\nranks = "two"\n', r"mine.toml: hbm.ranks must be a number, not 'two'"),
         ("[hbm]\nranks = true\n", r"mine.toml: hbm.ranks must be a number, not True"),
         ("[hbm]\nranks = [1, 2]\n", r"mine.toml: hbm.ranks must be a number, not \[1, 2\]"),
-        ("[hbm]\nchanels = 2\n", r"mine.toml: there is no field 'chanels'; there are num_channels, ranks"),
-        ("[dram]\nranks = 2\n", r"mine.toml: there is no field 'dram'; there are npu, hbm, pim, link"),
+        (
+            "[hbm]\nchanels = 2\n",
+            r"mine.toml: there is no field 'chanels'; there are num_channels, ranks",
+        ),
+        (
+            "[dram]\nranks = 2\n",
+            r"mine.toml: there is no field 'dram'; there are npu, hbm, pim, link",
+        ),
         ("hbm = 3\n", r"mine.toml: hbm must be a table of fields"),
         ("[hbm.ranks]\nx = 1\n", r"mine.toml: hbm.ranks must be a number, not {'x': 1}"),
         ("hbm {", r"mine.toml is not TOML"),
@@ -148,17 +190,29 @@ def test_what_is_wrong_with_a_model_is_one_sentence(tmp_path, values, sentence):
 
 
 def test_missing_and_broken_files(tmp_path):
-    with pytest.raises(ValueError, match=r"there is no machine 'tpu'; there are a100, h100, hbm3, neupims, npu-pim, or give a file"):
+    with pytest.raises(
+        ValueError,
+        match=(
+            r"there is no machine 'tpu'; there are a100, h100, hbm3, neupims, npu-pim, or give a"
+            r" file"
+        ),
+    ):
         load_hardware("tpu")
-    with pytest.raises(ValueError, match=r"there is no model 'gpt5'; there are gpt3-7b, gpt3-13b, "):
+    with pytest.raises(
+        ValueError, match=r"there is no model 'gpt5'; there are gpt3-7b, gpt3-13b, "
+    ):
         load_model("gpt5")
-    with pytest.raises(ValueError, match=r"own.toml: width, heads, kv_heads, mlp_width must be given"):
+    with pytest.raises(
+        ValueError, match=r"own.toml: width, heads, kv_heads, mlp_width must be given"
+    ):
         load_model(write(tmp_path / "own.toml", "layers = 2\n"))
     with pytest.raises(ValueError, match=r"own.json must hold fields by name, not 3"):
         load_model(write(tmp_path / "own.json", "3"))
     with pytest.raises(ValueError, match=r"own.json is not JSON"):
         load_model(write(tmp_path / "own.json", "{"))
-    with pytest.raises(ValueError, match=r"own.toml: tp must be a whole number of at least 1, not 0"):
+    with pytest.raises(
+        ValueError, match=r"own.toml: tp must be a whole number of at least 1, not 0"
+    ):
         load_parallel(write(tmp_path / "own.toml", "tp = 0\n"))
     (tmp_path / "picture.toml").write_bytes(b"\xff\xfe\x00")
     with pytest.raises(ValueError, match=r"picture.toml is not a text file"):

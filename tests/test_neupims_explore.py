@@ -1,4 +1,6 @@
-"""neupims/exploration/explore.py: chunks, devices, kills, evolution and sensitivities, on functions whose answers are known; and the usual evaluation."""
+"""neupims/exploration/explore.py: chunks, devices, kills, evolution and sensitivities, on functions
+whose answers are known; and the usual evaluation.
+"""
 
 import json
 import os
@@ -16,7 +18,14 @@ import pytest
 from neupims.__main__ import main
 from neupims.exploration import evolution
 from neupims.exploration.evaluation import Workload, deal, evaluation, possible
-from neupims.exploration.explore import Evaluator, Objective, explore, judged, overall, parse_objectives
+from neupims.exploration.explore import (
+    Evaluator,
+    Objective,
+    explore,
+    judged,
+    overall,
+    parse_objectives,
+)
 from neupims.exploration.sensitivity import first_order, neighbours, rank_correlation
 from neupims.exploration.space import make_space, sample
 from neupims.machine.config import load_model, load_parallel
@@ -29,14 +38,26 @@ SPEED_AND_COST = parse_objectives("speed:max,cost:min")
 
 
 def speed_and_cost(columns):
-    """Speed is the knobs' product over tRCD, cost their sum; 3 arrays are no machine, and of 5 the speed is not a number."""
+    """Speed is the knobs' product over tRCD, cost their sum; 3 arrays are no machine, and of 5 the
+    speed is not a number.
+    """
     arrays, channels = columns["npu.num_arrays"] * 1.0, columns["hbm.num_channels"] * 1.0
     speed = jnp.where(arrays == 5, jnp.nan, arrays * channels / columns["hbm.trcd_read_cycles"])
     flagged = (arrays == 3)[:, None] & jnp.array([[False, True]])
-    return {"speed": jnp.stack([speed, 4 * speed], axis=1), "cost": jnp.stack([arrays + channels] * 2, axis=1), "flagged": flagged}
+    return {
+        "speed": jnp.stack([speed, 4 * speed], axis=1),
+        "cost": jnp.stack([arrays + channels] * 2, axis=1),
+        "flagged": flagged,
+    }
 
 
-SPACE = make_space({"npu.num_arrays": {"low": 2, "high": 9}, "hbm.num_channels": [1, 2, 4, 8], "hbm.trcd_read_cycles": {"low": 10.0, "high": 20.0}})
+SPACE = make_space(
+    {
+        "npu.num_arrays": {"low": 2, "high": 9},
+        "hbm.num_channels": [1, 2, 4, 8],
+        "hbm.trcd_read_cycles": {"low": 10.0, "high": 20.0},
+    }
+)
 
 
 def run(**options):
@@ -48,13 +69,17 @@ def arrays_of(result):
 
 
 def test_a_grid_finds_the_front_by_hand():
-    """At tRCD 10: over 2 to 9 arrays and 1 to 8 channels the product is best for its sum where channels are as many as arrays, or nearly."""
+    """At tRCD 10: over 2 to 9 arrays and 1 to 8 channels the product is best for its sum where
+    channels are as many as arrays, or nearly.
+    """
     result = run(method="grid", chunk=37)
     found = {(int(a), int(c), t) for a, c, t in result.front.values}
     best = set()
     every = [(a, c) for a in (2, 4, 6, 7, 8, 9) for c in (1, 2, 4, 8)]
     for a, c in every:
-        if not any(b * d >= a * c and b + d <= a + c and (b * d, b + d) != (a * c, a + c) for b, d in every):
+        if not any(
+            b * d >= a * c and b + d <= a + c and (b * d, b + d) != (a * c, a + c) for b, d in every
+        ):
             best.add((a, c, 10.0))
     assert found == best
     assert (result.points, result.flagged) == (8 * 4 * 5, 2 * 4 * 5)
@@ -64,7 +89,9 @@ def test_a_grid_finds_the_front_by_hand():
 def test_of_workloads_the_geometric_mean_counts():
     result = run(method="sobol", points=16)
     values, metrics = result.front.values, result.front.metrics
-    assert overall(metrics["speed"]) == pytest.approx(2 * values[:, 0] * values[:, 1] / values[:, 2], rel=1e-5)
+    assert overall(metrics["speed"]) == pytest.approx(
+        2 * values[:, 0] * values[:, 1] / values[:, 2], rel=1e-5
+    )
     assert judged(result.front, SPEED_AND_COST)[:, 0] == pytest.approx(-overall(metrics["speed"]))
 
 
@@ -83,7 +110,9 @@ def test_one_compilation_for_all_chunks():
         traced.append(1)
         return speed_and_cost(columns)
 
-    explore(SPACE, counted, SPEED_AND_COST, method="sobol", points=100, chunk=30, sensitivity_of="speed")
+    explore(
+        SPACE, counted, SPEED_AND_COST, method="sobol", points=100, chunk=30, sensitivity_of="speed"
+    )
     assert len(traced) == 1
 
 
@@ -96,17 +125,26 @@ def test_a_second_run_reads_what_the_first_has_done(tmp_path):
     again = run(method="random", points=100, chunk=16, folder=tmp_path)
     now = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "points").iterdir()}
     assert {name for name in now if now[name] != stamps.get(name)} == {"000002.npz"}
-    assert all(np.array_equal(one, two) for one, two in zip(arrays_of(first), arrays_of(again), strict=True))
+    assert all(
+        np.array_equal(one, two)
+        for one, two in zip(arrays_of(first), arrays_of(again), strict=True)
+    )
     more = run(method="random", points=200, chunk=16, folder=tmp_path)
     fresh = run(method="random", points=200, chunk=16)
-    assert all(np.array_equal(one, two) for one, two in zip(arrays_of(more), arrays_of(fresh), strict=True))
+    assert all(
+        np.array_equal(one, two) for one, two in zip(arrays_of(more), arrays_of(fresh), strict=True)
+    )
 
 
 def test_another_exploration_in_the_folder_is_refused(tmp_path):
     run(points=8, folder=tmp_path)
-    other = make_space({"npu.num_arrays": [2, 4], "hbm.num_channels": [1], "hbm.trcd_read_cycles": [10]})
+    other = make_space(
+        {"npu.num_arrays": [2, 4], "hbm.num_channels": [1], "hbm.trcd_read_cycles": [10]}
+    )
     with pytest.raises(ValueError, match=r"another space \(knobs\)"):
-        explore(other, speed_and_cost, SPEED_AND_COST, points=8, folder=tmp_path, sensitivity_of="speed")
+        explore(
+            other, speed_and_cost, SPEED_AND_COST, points=8, folder=tmp_path, sensitivity_of="speed"
+        )
     with pytest.raises(ValueError, match=r"another run \(seed\)"):
         run(points=8, seed=1, folder=tmp_path)
     with pytest.raises(ValueError, match=r"another settings \(model\)"):
@@ -136,8 +174,15 @@ case.run(method={method!r}, points=128, chunk=16, folder={folder!r}, report=lamb
 @pytest.mark.parametrize("method", ["random", "evolution"])
 def test_a_killed_run_goes_on(tmp_path, method):
     code = SLOW.format(tests=str(ROOT / "tests"), method=method, folder=str(tmp_path))
-    environment = {**os.environ, "XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)}
-    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT)
+    environment = {
+        **os.environ,
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=8",
+        "JAX_PLATFORMS": "cpu",
+        "PYTHONPATH": str(ROOT),
+    }
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+    )
     assert process.stdout is not None
     seen = [process.stdout.readline() for _ in range(3)]
     with pytest.raises(ValueError, match="another process"):
@@ -149,9 +194,17 @@ def test_a_killed_run_goes_on(tmp_path, method):
     assert seen[0] == "16\n"
     assert 3 <= done < 8
     stamps = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "points").glob("*.npz")}
-    resumed, fresh = run(method=method, points=128, chunk=16, folder=tmp_path), run(method=method, points=128, chunk=16)
-    assert all((tmp_path / "points" / name).stat().st_mtime_ns == stamp for name, stamp in stamps.items())
-    assert all(np.array_equal(one, two) for one, two in zip(arrays_of(resumed), arrays_of(fresh), strict=True))
+    resumed, fresh = (
+        run(method=method, points=128, chunk=16, folder=tmp_path),
+        run(method=method, points=128, chunk=16),
+    )
+    assert all(
+        (tmp_path / "points" / name).stat().st_mtime_ns == stamp for name, stamp in stamps.items()
+    )
+    assert all(
+        np.array_equal(one, two)
+        for one, two in zip(arrays_of(resumed), arrays_of(fresh), strict=True)
+    )
 
 
 def test_nothing_half_written_stays_where_the_disk_refuses(tmp_path, monkeypatch):
@@ -165,20 +218,30 @@ def test_nothing_half_written_stays_where_the_disk_refuses(tmp_path, monkeypatch
 
 
 def test_designs_are_spread_over_all_devices():
-    """The tests run on eight devices; one, three and eight find the same, whatever the number of designs."""
+    """The tests run on eight devices; one, three and eight find the same, whatever the number of
+    designs.
+    """
     assert jax.device_count() == 8
     values = sample(SPACE, "random", 0, 21)
-    every = [Evaluator(SPACE, speed_and_cost, rows, jax.devices()[:count]) for count, rows in ((1, 21), (3, 5), (8, 21))]
+    every = [
+        Evaluator(SPACE, speed_and_cost, rows, jax.devices()[:count])
+        for count, rows in ((1, 21), (3, 5), (8, 21))
+    ]
     found = [evaluator(values) for evaluator in every]
     assert [evaluator.rows for evaluator in every] == [21, 6, 24]
     assert len(every[2].run(every[2]._columns(values))["cost"].sharding.device_set) == 8
     for other in found[1:]:
-        assert all(np.array_equal(one, two, equal_nan=True) for one, two in zip(jax.tree.leaves(found[0]), jax.tree.leaves(other), strict=True))
+        assert all(
+            np.array_equal(one, two, equal_nan=True)
+            for one, two in zip(jax.tree.leaves(found[0]), jax.tree.leaves(other), strict=True)
+        )
 
 
 def test_constraints_of_knobs_and_metrics():
     constraints = ["npu.num_arrays * hbm.num_channels <= 16", "cost < 11"]
-    space = make_space({name: _choice(name) for name in SPACE.names}, constraints, metrics=["cost", "speed"])
+    space = make_space(
+        {name: _choice(name) for name in SPACE.names}, constraints, metrics=["cost", "speed"]
+    )
     result = explore(space, speed_and_cost, SPEED_AND_COST, method="grid", sensitivity_of="speed")
     arrays, channels = result.front.values[:, 0], result.front.values[:, 1]
     assert (arrays * channels <= 16).all()
@@ -193,8 +256,17 @@ def _choice(name):
 
 
 def test_evolution_nears_a_known_front_and_beats_chance():
-    """ZDT1 (Zitzler, Deb and Thiele, 2000) moved up by 1 so that all is positive: the front is f2 = 2 - sqrt(f1 - 1), where all other knobs are 0."""
-    names = ["hbm.trp_cycles", "hbm.tras_cycles", "hbm.tfaw_cycles", "hbm.trfc_cycles", "hbm.twr_cycles", "hbm.trtp_cycles"]
+    """ZDT1 (Zitzler, Deb and Thiele, 2000) moved up by 1 so that all is positive: the front is f2 =
+    2 - sqrt(f1 - 1), where all other knobs are 0.
+    """
+    names = [
+        "hbm.trp_cycles",
+        "hbm.tras_cycles",
+        "hbm.tfaw_cycles",
+        "hbm.trfc_cycles",
+        "hbm.twr_cycles",
+        "hbm.trtp_cycles",
+    ]
     space = make_space({name: {"low": 0.0, "high": 1.0} for name in names})
 
     def zdt1(columns):
@@ -205,7 +277,10 @@ def test_evolution_nears_a_known_front_and_beats_chance():
     objectives = (Objective("one", False), Objective("two", False))
     reference = {"one": 2.0, "two": 3.0}
     options = {"points": 3200, "chunk": 64, "reference": reference, "sensitivity_of": "two"}
-    evolved, drawn = (explore(space, zdt1, objectives, method=method, seed=1, **options) for method in ("evolution", "random"))
+    evolved, drawn = (
+        explore(space, zdt1, objectives, method=method, seed=1, **options)
+        for method in ("evolution", "random")
+    )
     base = [float(overall(evolved.base.metrics[name])[0]) for name in ("one", "two")]
     most = (1 + 2 / 3) / (base[0] * base[1])  # the area above 1 - sqrt(x) up to 2, from 0 to 1
     assert drawn.hypervolume < 0.9 * most
@@ -213,9 +288,15 @@ def test_evolution_nears_a_known_front_and_beats_chance():
 
 
 def test_children_stay_in_the_cube_and_lists_keep_their_values():
-    units = jnp.asarray(np.random.default_rng(0).random((64, 3)), jnp.float32).at[:, 1].set(jnp.arange(64) % 4 / 4)
+    units = (
+        jnp.asarray(np.random.default_rng(0).random((64, 3)), jnp.float32)
+        .at[:, 1]
+        .set(jnp.arange(64) % 4 / 4)
+    )
     drawn = jnp.asarray(np.random.default_rng(1).random((evolution.DRAWS, 64, 3)), jnp.float32)
-    children = evolution.offspring(drawn, units, jnp.zeros(64, int), jnp.ones(64), jnp.array([False, True, False]))
+    children = evolution.offspring(
+        drawn, units, jnp.zeros(64, int), jnp.ones(64), jnp.array([False, True, False])
+    )
     assert children.shape == (64, 3)
     assert float(children.min()) >= 0
     assert float(children.max()) <= 1
@@ -235,11 +316,21 @@ def test_fitness_puts_broken_designs_behind_and_copies_behind_these():
 
 
 def test_sensitivities_by_hand():
-    """speed = a c / t: elasticities 1, 1 and -1 (between steps, nearly); of c alone ln varies most."""
+    """speed = a c / t: elasticities 1, 1 and -1 (between steps, nearly); of c alone ln varies
+    most.
+    """
     result = run(method="random", points=8192)
     found = result.sensitivities
-    assert [found[name].elasticity for name in SPACE.names] == [pytest.approx(1, rel=1e-5), pytest.approx(1, rel=1e-5), pytest.approx(-1, rel=1e-5)]
-    assert found["npu.num_arrays"].rank_correlation > 0 > found["hbm.trcd_read_cycles"].rank_correlation
+    assert [found[name].elasticity for name in SPACE.names] == [
+        pytest.approx(1, rel=1e-5),
+        pytest.approx(1, rel=1e-5),
+        pytest.approx(-1, rel=1e-5),
+    ]
+    assert (
+        found["npu.num_arrays"].rank_correlation
+        > 0
+        > found["hbm.trcd_read_cycles"].rank_correlation
+    )
     shares = [found[name].first_order for name in SPACE.names]
     assert max(shares) == shares[1]
     assert 0.8 < sum(shares) < 1
@@ -255,7 +346,9 @@ def test_first_order_index_of_a_sum_and_of_chance():
     assert first_order(c, y) == pytest.approx(0, abs=0.005)
     assert first_order(np.round(3 * a), y) < 0.8
     assert np.isnan(first_order(np.ones(100), y[:100]))
-    few = [first_order(*rng.random((2, 256))) for _ in range(40)]  # 32 bins of 8 show 31 / 255 of the variance by chance, which is taken away
+    few = [
+        first_order(*rng.random((2, 256))) for _ in range(40)
+    ]  # 32 bins of 8 show 31 / 255 of the variance by chance, which is taken away
     assert np.mean(few) == pytest.approx(0, abs=0.03)
 
 
@@ -268,7 +361,13 @@ def test_rank_correlation_is_that_of_scipy():
 
 
 def test_neighbours_are_the_next_values():
-    space = make_space({"npu.num_arrays": {"low": 2, "high": 8}, "hbm.num_channels": [16, 64, 32], "hbm.tfaw_cycles": {"low": 40, "high": 60}})
+    space = make_space(
+        {
+            "npu.num_arrays": {"low": 2, "high": 8},
+            "hbm.num_channels": [16, 64, 32],
+            "hbm.tfaw_cycles": {"low": 40, "high": 60},
+        }
+    )
     base, *others = neighbours(space).tolist()
     assert base == [8, 32, 40]  # tFAW is 30, below the range
     assert others == [[7, 32, 40], [8, 32, 40], [8, 16, 40], [8, 64, 40], [8, 32, 40], [8, 32, 44]]
@@ -302,26 +401,44 @@ def test_objectives_of_a_command_line():
 
 LENGTHS = np.random.default_rng(0).integers(1, 512, 64)
 BATCH = make_batch(LENGTHS, np.arange(64) % 32)
-WORKLOADS = [Workload(name, load_model(name), load_parallel(name), BATCH) for name in ("gpt3-7b", "gpt3-13b")]
-MACHINES = make_space({"pim.page_bytes": [512, 1024, 2048], "hbm.tfaw_cycles": {"low": 12, "high": 40}, "parallel.tp": [4, 8, 3]})
+WORKLOADS = [
+    Workload(name, load_model(name), load_parallel(name), BATCH) for name in ("gpt3-7b", "gpt3-13b")
+]
+MACHINES = make_space(
+    {
+        "pim.page_bytes": [512, 1024, 2048],
+        "hbm.tfaw_cycles": {"low": 12, "high": 40},
+        "parallel.tp": [4, 8, 3],
+    }
+)
 
 
 def test_the_usual_evaluation_is_a_loop_over_simulate():
-    """The last three are none: 3 devices for 32 heads, a tFAW that is no number, and pages longer than rows."""
+    """The last three are none: 3 devices for 32 heads, a tFAW that is no number, and pages longer
+    than rows.
+    """
     pages, faw = np.array([512, 1024, 1024, 1024, 2048]), np.array([12.5, 30, 30, np.nan, 30])
     columns = {"pim.page_bytes": pages, "hbm.tfaw_cycles": faw, "parallel.tp": [4, 4, 3, 4, 4]}
-    found = jax.jit(evaluation(WORKLOADS, schedule="trace", most_channels=32))({name: jnp.asarray(each) for name, each in columns.items()})
+    found = jax.jit(evaluation(WORKLOADS, schedule="trace", most_channels=32))(
+        {name: jnp.asarray(each) for name, each in columns.items()}
+    )
     assert found["flagged"].tolist() == [[False] * 2] * 2 + [[True] * 2] * 3
     for place, each in enumerate(WORKLOADS):
         alone = simulate(Hardware(), each.model, each.batch, each.parallel, most_channels=32)
-        assert found["tokens_per_second"][1, place] == pytest.approx(float(alone.tokens_per_second), rel=1e-4)
-        assert found["energy_joules_per_token"][1, place] == pytest.approx(float(alone.energy_joules) * each.parallel.tp / 64, rel=1e-4)
+        assert found["tokens_per_second"][1, place] == pytest.approx(
+            float(alone.tokens_per_second), rel=1e-4
+        )
+        assert found["energy_joules_per_token"][1, place] == pytest.approx(
+            float(alone.energy_joules) * each.parallel.tp / 64, rel=1e-4
+        )
     assert np.isfinite(found["tokens_per_second"][:3]).all()
 
 
 @pytest.mark.parametrize("channels", [1, 5, 32, 64])
 def test_dealt_requests_are_balanced(channels):
-    """Each channel gets one of every lap, so counts differ by one at most, and so do the halves; long and short ones go together."""
+    """Each channel gets one of every lap, so counts differ by one at most, and so do the halves;
+    long and short ones go together.
+    """
     lengths = jnp.sort(jnp.asarray(np.random.default_rng(1).integers(1, 2048, 256)))[::-1]
     batch = deal(lengths, channels)
     counts = np.bincount(batch.channels, minlength=channels)
@@ -342,10 +459,30 @@ def test_what_the_memory_cannot_hold_is_no_machine():
 
 
 def test_the_command_prints_one_object_and_writes_its_files(tool, tmp_path):
-    (tmp_path / "trace.csv").write_text("seq_len,ch_idx\n" + "".join(f"{length},{i % 32}\n" for i, length in enumerate(LENGTHS)))
-    flags = ["--knob", "npu.num_arrays=2:16", "--knob", "hbm.tfaw_cycles=12,30", "--constraint", "npu.num_arrays <= 8"]
+    (tmp_path / "trace.csv").write_text(
+        "seq_len,ch_idx\n" + "".join(f"{length},{i % 32}\n" for i, length in enumerate(LENGTHS))
+    )
+    flags = [
+        "--knob",
+        "npu.num_arrays=2:16",
+        "--knob",
+        "hbm.tfaw_cycles=12,30",
+        "--constraint",
+        "npu.num_arrays <= 8",
+    ]
     flags += ["--trace", tmp_path / "trace.csv"]
-    process = tool("neupims", "explore", *flags, "--points", 64, "--out", tmp_path / "out", "--html", tmp_path / "page.html", "--json")
+    process = tool(
+        "neupims",
+        "explore",
+        *flags,
+        "--points",
+        64,
+        "--out",
+        tmp_path / "out",
+        "--html",
+        tmp_path / "page.html",
+        "--json",
+    )
     out, err = process.communicate(timeout=120)
     assert (process.returncode, err) == (0, "")
     found = json.loads(out)
@@ -360,18 +497,50 @@ def test_the_command_prints_one_object_and_writes_its_files(tool, tmp_path):
     assert (tmp_path / "out" / "front.csv").read_text().count("\n") == len(found["front"]) + 1
     assert json.loads((tmp_path / "out" / "summary.json").read_text()) == found
     page = (tmp_path / "page.html").read_text()
-    assert [page.count(f"<h2>tokens_per_second against {name}") for name in ("energy_joules_per_token", "area_mm2")] == [1, 1]
-    assert page.count(" of 14 designs are on the Pareto front") == 2  # 2 to 8 arrays, two timings: so few that all are drawn, each once
-    assert len({tuple(design["knobs"].values()) for design in found["front"]}) == len(found["front"]) <= 14
+    assert [
+        page.count(f"<h2>tokens_per_second against {name}")
+        for name in ("energy_joules_per_token", "area_mm2")
+    ] == [1, 1]
+    assert (
+        page.count(" of 14 designs are on the Pareto front") == 2
+    )  # 2 to 8 arrays, two timings: so few that all are drawn, each once
+    assert (
+        len({tuple(design["knobs"].values()) for design in found["front"]})
+        == len(found["front"])
+        <= 14
+    )
     assert "hbm.tfaw_cycles" in page[page.index("<h2>Sensitivity") :]
-    chart = page[page.index("<h2>tokens_per_second against area_mm2") : page.index("<h2>Pareto front")]
-    assert {*re.findall(r'<td class="words">(\d+)</td>', chart)} <= {str(design["index"]) for design in found["front"]}
+    chart = page[
+        page.index("<h2>tokens_per_second against area_mm2") : page.index("<h2>Pareto front")
+    ]
+    assert {*re.findall(r'<td class="words">(\d+)</td>', chart)} <= {
+        str(design["index"]) for design in found["front"]
+    }
 
 
 def test_the_expected_error_is_that_of_the_row_buffers(capsys, tmp_path):
     (tmp_path / "trace.csv").write_text("seq_len,ch_idx\n300,0\n40,1\n")
-    for flags, known in (([], True), (["--row-buffers", "single"], False), (["--knob", "pim.row_buffers=1,2"], False)):
-        assert main(["explore", "--trace", str(tmp_path / "trace.csv"), "--knob", "npu.num_arrays=4,8", "--points", "4", "--json", *flags]) == 0
+    for flags, known in (
+        ([], True),
+        (["--row-buffers", "single"], False),
+        (["--knob", "pim.row_buffers=1,2"], False),
+    ):
+        assert (
+            main(
+                [
+                    "explore",
+                    "--trace",
+                    str(tmp_path / "trace.csv"),
+                    "--knob",
+                    "npu.num_arrays=4,8",
+                    "--points",
+                    "4",
+                    "--json",
+                    *flags,
+                ]
+            )
+            == 0
+        )
         assert (json.loads(capsys.readouterr().out)["expected_error"] is not None) == known
 
 

@@ -26,7 +26,10 @@ def test_what_cannot_be_written_names_its_path_and_leaves_nothing(tmp_path, monk
     assert caught.value.filename == str(tmp_path / "absent" / "page.html")
     path = tmp_path / "page.html"
     path.write_text("old")
-    monkeypatch.setattr("pathlib.Path.replace", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    monkeypatch.setattr(
+        "pathlib.Path.replace",
+        lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device")),
+    )
     with pytest.raises(OSError, match="No space") as caught:
         write_text(path, "new")
     assert caught.value.filename == str(path)

@@ -10,30 +10,59 @@ from neupims.machine.record import replace
 from neupims.timing.gemm import FINISH_CYCLES, bytes_per_cycle, gemm, stuck_chance, tiling
 
 FAST = replace(Hardware(), "hbm.clock_hz", 1e15)  # memory that is never waited for
-tiled, product = jax.jit(tiling), jax.jit(gemm, static_argnames=("calibration", "fidelity", "npu_only"))
+tiled, product = (
+    jax.jit(tiling),
+    jax.jit(gemm, static_argnames=("calibration", "fidelity", "npu_only")),
+)
 
 
 def cycles_of(hardware, tokens, inner, features, fidelity="intended", **options):
-    return product(jax.tree.map(float, hardware), tokens, inner, features, calibration=DEFAULT, fidelity=fidelity, **options)
+    return product(
+        jax.tree.map(float, hardware),
+        tokens,
+        inner,
+        features,
+        calibration=DEFAULT,
+        fidelity=fidelity,
+        **options,
+    )
 
 
 @pytest.mark.parametrize(
     ("tokens", "inner", "features", "sides", "tiles"),
-    [  # of tokens, inner channels and features; half of the scratchpad is 68,719,616 bytes (reference of the public simulator)
+    # of tokens, inner channels and features; half of the scratchpad is 68,719,616 bytes (reference
+    # of the public simulator)
+    [
         (512, 4096, 4096, (512, 4096, 4096), (1, 1, 1)),  # 7B, FC1 on one of 4 devices: one tile
-        (256, 7168, 5376, (256, 3584, 5376), (1, 2, 1)),  # 30B, QKV: 2 x (7168 x 5376 + ...) = 83 MB, inner halved once
-        (256, 7168, 7168, (256, 3584, 7168), (1, 2, 1)),  # 30B, FC1: of equal sides the inner one first
+        (
+            256,
+            7168,
+            5376,
+            (256, 3584, 5376),
+            (1, 2, 1),
+        ),  # 30B, QKV: 2 x (7168 x 5376 + ...) = 83 MB, inner halved once
+        (
+            256,
+            7168,
+            7168,
+            (256, 3584, 7168),
+            (1, 2, 1),
+        ),  # 30B, FC1: of equal sides the inner one first
         (256, 12288, 4608, (256, 6144, 4608), (1, 2, 1)),  # 175B, QKV
         (256, 12288, 6144, (256, 3072, 6144), (1, 4, 1)),  # 175B, FC1: 6144 x 6144 is still 75 MB
     ],
 )
 def test_tiles_halve_the_longest_side(tokens, inner, features, sides, tiles):
-    found = [float(value) for value in tiled(jax.tree.map(float, Hardware()), tokens, inner, features)]
+    found = [
+        float(value) for value in tiled(jax.tree.map(float, Hardware()), tokens, inner, features)
+    ]
     assert (tuple(found[:3]), tuple(found[3:])) == (sides, tiles)
 
 
 def test_odd_sides_are_halved_upwards():
-    """3 x (100 x 301) in blocks of 128: 2 x (128 x 384 + 384 x 384 + 384 x 128) bytes = 491,520; half of 491,519 holds no more than two halvings."""
+    """3 x (100 x 301) in blocks of 128: 2 x (128 x 384 + 384 x 384 + 384 x 128) bytes = 491,520;
+    half of 491,519 holds no more than two halvings.
+    """
     small = replace(Hardware(), "npu.scratchpad_bytes", 2 * 491519)
     found = tiled(jax.tree.map(float, small), 100, 301, 301)
     assert (float(found.inner), float(found.inner_tiles)) == (151, 2)
@@ -42,8 +71,10 @@ def test_odd_sides_are_halved_upwards():
 
 
 def test_passes_by_hand():
-    """300 tokens are 3 blocks, 512 channels 4, 1024 features 8; 8 arrays stream a block of 128 features in 16 cycles. A pass is 4 x (128 + 7 x 16) =
-    960; three of them, and what fills and drains the arrays: twice 254 + 16 (the first and the last), and the end."""
+    """300 tokens are 3 blocks, 512 channels 4, 1024 features 8; 8 arrays stream a block of 128
+    features in 16 cycles. A pass is 4 x (128 + 7 x 16) = 960; three of them, and what fills and
+    drains the arrays: twice 254 + 16 (the first and the last), and the end.
+    """
     work = cycles_of(FAST, 300, 512, 1024)
     assert float(work.cycles) == pytest.approx(3 * 960 + 2 * (254 + 16) + FINISH_CYCLES)
     assert float(work.busy_cycles) == 3 * 960
@@ -57,15 +88,21 @@ def test_preload_of_the_npu_only_branch_is_not_hidden():
 
 
 def test_bytes_and_products_by_hand():
-    """Weights once, tokens once; the result in full as meant, as coded only the features of the first blocks: 128 for up to 128 tokens."""
-    meant, coded = (cycles_of(Hardware(), 100, 512, 1024, fidelity) for fidelity in ("intended", "simulator"))
+    """Weights once, tokens once; the result in full as meant, as coded only the features of the
+    first blocks: 128 for up to 128 tokens.
+    """
+    meant, coded = (
+        cycles_of(Hardware(), 100, 512, 1024, fidelity) for fidelity in ("intended", "simulator")
+    )
     assert float(meant.read_bytes) == float(coded.read_bytes) == 2 * (512 * 1024 + 512 * 100)
     assert (float(meant.write_bytes), float(coded.write_bytes)) == (2 * 100 * 1024, 2 * 100 * 128)
     assert float(meant.macs) == 100 * 512 * 1024
 
 
 def test_weights_arrive_at_memory_speed():
-    """One token: 2 x 4096 x 4096 bytes at 95.4 % of 1024 bytes a cycle hide all products of the only pass."""
+    """One token: 2 x 4096 x 4096 bytes at 95.4 % of 1024 bytes a cycle hide all products of the
+    only pass.
+    """
     assert bytes_per_cycle(Hardware()) == 1024
     work = cycles_of(Hardware(), 1, 4096, 4096)
     loading = 2 * (4096 * 4096 + 4096) / (DEFAULT.queued_efficiency * 1024)
@@ -73,7 +110,10 @@ def test_weights_arrive_at_memory_speed():
 
 
 def test_a_stuck_write_only_delays():
-    free, certain = (float(cycles_of(Hardware(), 1, 4096, 1024, "simulator", stuck=chance).cycles) for chance in (0.0, 1.0))
+    free, certain = (
+        float(cycles_of(Hardware(), 1, 4096, 1024, "simulator", stuck=chance).cycles)
+        for chance in (0.0, 1.0)
+    )
     half = float(cycles_of(Hardware(), 1, 4096, 1024, "simulator", stuck=0.5).cycles)
     assert certain > 1.2 * free
     assert half == pytest.approx((free + certain) / 2, rel=1e-6)
@@ -81,7 +121,9 @@ def test_a_stuck_write_only_delays():
 
 def test_chance_of_a_stuck_write():
     """32 channels of 64-byte bursts: 96 bursts each are 196,608 bytes."""
-    chances = stuck_chance(Hardware(), jnp.array([0.0, 6 * 2048 - 1, 6 * 2048, 96 * 2048 - 1, 96 * 2048]), 0.3)
+    chances = stuck_chance(
+        Hardware(), jnp.array([0.0, 6 * 2048 - 1, 6 * 2048, 96 * 2048 - 1, 96 * 2048]), 0.3
+    )
     assert chances.tolist() == pytest.approx([0.3, 0.3, 0, 0, 1])
 
 
@@ -89,4 +131,7 @@ def test_chance_of_a_stuck_write():
 def test_a_scratchpad_that_holds_nothing_is_slow_but_finite(fidelity):
     tiny = replace(Hardware(), "npu.scratchpad_bytes", 1)
     assert jnp.isfinite(cycles_of(tiny, 300, 512, 1024, fidelity).cycles)
-    assert cycles_of(tiny, 300, 512, 1024, fidelity).cycles > cycles_of(Hardware(), 300, 512, 1024, fidelity).cycles
+    assert (
+        cycles_of(tiny, 300, 512, 1024, fidelity).cycles
+        > cycles_of(Hardware(), 300, 512, 1024, fidelity).cycles
+    )

@@ -1,4 +1,6 @@
-"""The accelerator model against measured runs of the public simulator (GGEM_SHARED/golden/neupims, by default ../shared)."""
+"""The accelerator model against measured runs of the public simulator (GGEM_SHARED/golden/neupims,
+by default ../shared).
+"""
 
 import csv
 import os
@@ -10,7 +12,10 @@ from neupims.machine.workload import read_trace
 from neupims.validation import KNOBS_END, case_of, measured, predict, read_runs, validate
 
 GOLDEN = Path(os.environ.get("GGEM_SHARED", "../shared")) / "golden" / "neupims"
-pytestmark = [pytest.mark.golden, pytest.mark.skipif(not GOLDEN.is_dir(), reason="no folder golden/neupims")]
+pytestmark = [
+    pytest.mark.golden,
+    pytest.mark.skipif(not GOLDEN.is_dir(), reason="no folder golden/neupims"),
+]
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +26,13 @@ def result():
 def errors(result, level, kind, system="all", name=None):
     name = name or {"layer": "layer"}.get(kind, "all")
     return next(
-        (group for group in result["groups"] if (group["level"], group["system"], group["kind"], group["name"]) == (level, system, kind, name)), None
+        (
+            group
+            for group in result["groups"]
+            if (group["level"], group["system"], group["kind"], group["name"])
+            == (level, system, kind, name)
+        ),
+        None,
     )
 
 
@@ -64,7 +75,10 @@ def test_predictions_read_knobs_only():
     runs, _ = read_runs(GOLDEN)
     for run in runs[:3]:
         names = list(run)
-        blank = {name: value if place <= names.index(KNOBS_END) else "" for place, (name, value) in enumerate(run.items())}
+        blank = {
+            name: value if place <= names.index(KNOBS_END) else ""
+            for place, (name, value) in enumerate(run.items())
+        }
         assert predict(case_of(blank, GOLDEN)) == predict(case_of(run, GOLDEN))
 
 

@@ -1,4 +1,6 @@
-"""neupims/scheduling/oracle.py: what is proven, by enumeration, by a solver and by bounds, agrees; and evolution reaches it."""
+"""neupims/scheduling/oracle.py: what is proven, by enumeration, by a solver and by bounds, agrees;
+and evolution reaches it.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +20,21 @@ TINY = Decoder(layers=1, width=1024, heads=8, kv_heads=8, mlp_width=4096)
 
 
 def case(seed, channels, requests):
-    """Requests whose attention takes about as long as the NPU's work, so that assignment and split both matter."""
+    """Requests whose attention takes about as long as the NPU's work, so that assignment and split
+    both matter.
+    """
     lengths = np.clip(np.random.default_rng(seed).lognormal(7, 1, requests), 16, 8192).astype(int)
-    return make_problem(replace(Hardware(), "hbm.num_channels", channels), TINY, Parallel(1, 1), lengths)
+    return make_problem(
+        replace(Hardware(), "hbm.num_channels", channels), TINY, Parallel(1, 1), lengths
+    )
 
 
 def test_exhaustive_search_by_hand():
-    """Work 5, 3, 3, 1 on two channels, nothing on the NPU: 5 hides a 3 in its sub-batch, and the other 3 hides the 1 in the other; 5 + 3.
+    """Work 5, 3, 3, 1 on two channels, nothing on the NPU: 5 hides a 3 in its sub-batch, and the
+    other 3 hides the 1 in the other; 5 + 3.
 
-    Better: 5 hides 3 + 1, again 5 + 3; or 3 and 3 together, 5 over 1: 3 + 5; or 5 hides 3 + ... and nothing is below 12 / 2. All but 1 together: 5
-    next to 3 + 3, and 1: 6 + 1 = 7.
+    Better: 5 hides 3 + 1, again 5 + 3; or 3 and 3 together, 5 over 1: 3 + 5; or 5 hides 3 + ... and
+    nothing is below 12 / 2. All but 1 together: 5 next to 3 + 3, and 1: 6 + 1 = 7.
     """
     problem = case(0, 2, 4)._replace(work=jnp.array([[5.0, 0], [3, 0], [3, 0], [1, 0]]))
     problem = problem._replace(layer_npu=jnp.zeros_like(problem.layer_npu))
@@ -55,7 +62,9 @@ def test_the_solver_proves_what_enumeration_finds(realisable, sub_batches):
 
 
 def test_no_schedule_of_the_full_model_beats_the_bounds():
-    """The optimum by enumeration against the bound in closed form and the one that the solver proves."""
+    """The optimum by enumeration against the bound in closed form and the one that the solver
+    proves.
+    """
     pytest.importorskip("ortools")
     space = Space(2, realisable=True)
     for seed in range(4):
@@ -68,9 +77,15 @@ def test_no_schedule_of_the_full_model_beats_the_bounds():
 @pytest.mark.parametrize("realisable", [False, True])
 def test_the_bound_holds_where_one_request_is_longer_than_all_others(realisable):
     lengths = np.array([8192, 16, 16, 40, 16])
-    problem = make_problem(replace(Hardware(), "hbm.num_channels", 2), TINY, Parallel(1, 1), lengths)
+    problem = make_problem(
+        replace(Hardware(), "hbm.num_channels", 2), TINY, Parallel(1, 1), lengths
+    )
     space = Space(2, realisable, sub_batches=(2,))
-    assert 0 <= gap(exhaustive(Layer(space), space, problem).cost, float(lower_bound(space, problem))) < 0.05
+    assert (
+        0
+        <= gap(exhaustive(Layer(space), space, problem).cost, float(lower_bound(space, problem)))
+        < 0.05
+    )
 
 
 @pytest.mark.slow
@@ -79,13 +94,17 @@ def test_the_bound_of_a_large_batch_is_near_the_best():
     space = Space(32, realisable=True, sub_batches=(2,))
     problem = make_problem(Hardware(), load_model("gpt3-7b"), load_parallel("gpt3-7b"), lengths)
     starts = jax.tree.map(lambda *parts: jnp.stack(parts), *baselines(space, problem).values())
-    costs = jax.jit(jax.vmap(lambda genome: Layer(space)(problem, decide(space, genome)).objective))(starts)
+    costs = jax.jit(
+        jax.vmap(lambda genome: Layer(space)(problem, decide(space, genome)).objective)
+    )(starts)
     assert 0 < gap(float(costs.min()), float(lower_bound(space, problem))) < 0.05
 
 
 @pytest.mark.slow
 def test_evolution_reaches_the_optimum_of_small_cases():
-    """6 requests, 3 channels, 2 sub-batches: 46,656 points, of which a search may evaluate a tenth; 12 cases, 2 seeds of each."""
+    """6 requests, 3 channels, 2 sub-batches: 46,656 points, of which a search may evaluate a tenth;
+    12 cases, 2 seeds of each.
+    """
     space = Space(3, sub_batches=(2,))
     hits = []
     for seed in range(12):
@@ -93,7 +112,15 @@ def test_evolution_reaches_the_optimum_of_small_cases():
         proof = exhaustive(Layer(space), space, problem)
         starts = jax.tree.map(lambda *parts: jnp.stack(parts), *baselines(space, problem).values())
         done = search(
-            "evolution", Layer(space), space, problem, jax.random.key(seed), budget=proof.points // 10, population=8, seeds=2, starts=starts
+            "evolution",
+            Layer(space),
+            space,
+            problem,
+            jax.random.key(seed),
+            budget=proof.points // 10,
+            population=8,
+            seeds=2,
+            starts=starts,
         )
         assert done.evaluations <= 0.1 * proof.points
         hits += (np.asarray(done.cost.objective) <= proof.cost * (1 + 1e-6)).tolist()

@@ -12,7 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_estimate_is_algorithm_1():
-    # 300 tokens: 2 rows of 4 heads with 10 tiles of keys; 32 heads with 4 tiles of values; 100 for each GWRITE, 184 for each tile.
+    # 300 tokens: 2 rows of 4 heads with 10 tiles of keys; 32 heads with 4 tiles of values; 100 for
+    # each GWRITE, 184 for each tile.
     assert estimate(np.array([300])) == pytest.approx([2 * (100 + 10 * 184) + 32 * (100 + 4 * 184)])
 
 
@@ -29,15 +30,23 @@ def test_a_stream_meets_requests_in_proportion_to_their_output():
     lengths, channels = stream(table, 512, np.random.default_rng(0))
     assert channels.shape == (512, 2)
     assert channels.max() < CHANNELS
-    # Three of four requests that are alive are long ones, each anywhere in its output: the mean is 10 + (50 + 3 * 150) / 4.
+    # Three of four requests that are alive are long ones, each anywhere in its output: the mean is
+    # 10 + (50 + 3 * 150) / 4.
     assert lengths.mean() == pytest.approx(10 + 125, rel=0.1)
 
 
 def test_the_page_shows_the_committed_speed_ups():
     page = (ROOT / "docs" / "neupims.md").read_text(encoding="utf-8")
     with open(ROOT / "benchmarks" / "results" / "neupims_paper.csv", newline="") as file:
-        rows = [row for row in csv.DictReader(file) if " over " in row["figure"] and row["batch"] == "all" and row["published"]]
+        rows = [
+            row
+            for row in csv.DictReader(file)
+            if " over " in row["figure"] and row["batch"] == "all" and row["published"]
+        ]
     shown = [row for row in rows if row["model"] == "all"]
     assert len(shown) > 20
     for row in shown:
-        assert f"{float(row['mean']):.2f} ({float(row['least']):.2f} to {float(row['greatest']):.2f})" in page, row
+        assert (
+            f"{float(row['mean']):.2f} ({float(row['least']):.2f} to {float(row['greatest']):.2f})"
+            in page
+        ), row

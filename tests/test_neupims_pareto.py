@@ -14,7 +14,11 @@ def brute_ranks(rows: np.ndarray) -> list[int]:
     left, rank, found = set(range(len(rows))), 0, [len(rows)] * len(rows)
     left -= {i for i in left if not np.isfinite(rows[i]).all()}
     while left:
-        now = {i for i in left if not any((rows[j] <= rows[i]).all() and (rows[j] < rows[i]).any() for j in left)}
+        now = {
+            i
+            for i in left
+            if not any((rows[j] <= rows[i]).all() and (rows[j] < rows[i]).any() for j in left)
+        }
         for i in now:
             found[i] = rank
         left, rank = left - now, rank + 1
@@ -22,7 +26,9 @@ def brute_ranks(rows: np.ndarray) -> list[int]:
 
 
 def rows(seed: int, n: int, m: int, values: int | None) -> np.ndarray:
-    """Random rows, some of them not finite; of few values so that there are equals, where `values` is given."""
+    """Random rows, some of them not finite; of few values so that there are equals, where `values`
+    is given.
+    """
     rng = np.random.default_rng(seed)
     made = rng.random((n, m)) if values is None else rng.integers(0, values, (n, m)).astype(float)
     made[rng.random(n) < 0.1, rng.integers(m)] = np.nan
@@ -40,7 +46,8 @@ def test_fronts_are_those_of_brute_force(m, values):
 
 
 @pytest.mark.parametrize(
-    ("most_x", "most_y", "expected"), [(False, True, [0, 1, 3]), (True, True, [3]), (False, False, [0]), (True, False, [0, 2, 3])]
+    ("most_x", "most_y", "expected"),
+    [(False, True, [0, 1, 3]), (True, True, [3]), (False, False, [0]), (True, False, [0, 2, 3])],
 )
 def test_front_in_a_plane_by_hand(most_x, most_y, expected):
     x, y = np.array([1.0, 2, 3, 4]), np.array([1.0, 4, 3, 5])
@@ -51,7 +58,11 @@ def test_front_over_many_blocks(monkeypatch):
     made = rows(1, 500, 3, None)
     expected = pareto.front(made).tolist()
     monkeypatch.setattr(pareto, "BLOCK", 7)
-    assert pareto.front(made).tolist() == expected == [i for i, rank in enumerate(brute_ranks(made)) if rank == 0]
+    assert (
+        pareto.front(made).tolist()
+        == expected
+        == [i for i, rank in enumerate(brute_ranks(made)) if rank == 0]
+    )
 
 
 def test_a_large_front_is_kept_whole():
@@ -67,7 +78,9 @@ def test_front_of_nothing():
 
 
 def test_crowding_by_hand():
-    """Front 0 is (0, 4), (1, 2), (4, 0): the middle one's neighbours lie 4/4 and 4/4 apart. Front 1 is one row. The last is none."""
+    """Front 0 is (0, 4), (1, 2), (4, 0): the middle one's neighbours lie 4/4 and 4/4 apart. Front 1
+    is one row. The last is none.
+    """
     made = jnp.array([[0.0, 4], [1, 2], [4, 0], [5, 5], [jnp.nan, 0]])
     rank = pareto.ranks(made)
     assert rank.tolist() == [0, 0, 0, 1, 5]
@@ -79,7 +92,13 @@ def test_crowding_in_a_front_of_five_by_hand():
     made = jnp.array([[0.0, 10], [1, 6], [2, 3], [6, 1], [10, 0]])
     order = jnp.array([3, 0, 4, 2, 1])
     found = pareto.crowding(made[order], pareto.ranks(made[order]))
-    assert found.tolist() == [pytest.approx(1.1), np.inf, np.inf, pytest.approx(1.0), pytest.approx(0.9)]
+    assert found.tolist() == [
+        pytest.approx(1.1),
+        np.inf,
+        np.inf,
+        pytest.approx(1.0),
+        pytest.approx(0.9),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -92,7 +111,11 @@ def test_crowding_in_a_front_of_five_by_hand():
         ([[1, 2], [2, 1], [2, 2]], [3, 3], 3),
         ([[1, 3], [2, 2], [3, 1]], [4, 4], 3 + 2 + 1),
         ([[1, 1, 1]], [2, 3, 4], 1 * 2 * 3),
-        ([[0, 1, 1], [1, 0, 1], [1, 1, 0]], [2, 2, 2], 3 * 2 - 3 + 1),  # two units each, the unit cube common to all three
+        (
+            [[0, 1, 1], [1, 0, 1], [1, 1, 0]],
+            [2, 2, 2],
+            3 * 2 - 3 + 1,
+        ),  # two units each, the unit cube common to all three
         ([[5, 0], [0, 5]], [4, 4], 0),
         ([[1, 1], [np.nan, 0], [-np.inf, 0]], [3, 3], 4),
         ([[1, 1], [1, 1]], [3, 3], 4),
@@ -108,7 +131,10 @@ def test_hypervolume_is_the_count_of_cells(m):
     rng = np.random.default_rng(m)
     for _ in range(20):
         made = rng.integers(0, 8, (rng.integers(1, 12), m))
-        cells = sum(any((row <= cell).all() for row in made) for cell in itertools.product(range(7), repeat=m))
+        cells = sum(
+            any((row <= cell).all() for row in made)
+            for cell in itertools.product(range(7), repeat=m)
+        )
         assert pareto.hypervolume(made.astype(float), np.full(m, 7.0)) == pytest.approx(cells)
 
 

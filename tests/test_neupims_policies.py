@@ -1,4 +1,6 @@
-"""neupims/scheduling/policies.py: packing and splitting by hand-worked cases, against the reader of traces, and Graham's bound."""
+"""neupims/scheduling/policies.py: packing and splitting by hand-worked cases, against the reader of
+traces, and Graham's bound.
+"""
 
 import itertools
 
@@ -10,7 +12,14 @@ import pytest
 from neupims.machine.config import load_model, load_parallel
 from neupims.machine.hardware import Hardware
 from neupims.machine.workload import halves
-from neupims.scheduling.policies import estimated_cycles, first_halves, halving_split, pack_longest_first, round_robin, snake_split
+from neupims.scheduling.policies import (
+    estimated_cycles,
+    first_halves,
+    halving_split,
+    pack_longest_first,
+    round_robin,
+    snake_split,
+)
 
 
 def test_round_robin_deals():
@@ -18,11 +27,15 @@ def test_round_robin_deals():
 
 
 def test_the_estimate_of_the_paper_by_hand():
-    """GPT-3 7B on 4 devices: 8 heads, 1024 channels, 2 rows of 512. 300 tokens: 10 tiles of keys, one row of values, 4 tiles a head.
+    """GPT-3 7B on 4 devices: 8 heads, 1024 channels, 2 rows of 512. 300 tokens: 10 tiles of keys,
+    one row of values, 4 tiles a head.
 
-    2 x (100 + 10 x 184) + 1 x 8 x (100 + 4 x 184) = 3,880 + 6,688; 513 tokens: 2 x (100 + 17 x 184) + 2 x 8 x 836.
+    2 x (100 + 10 x 184) + 1 x 8 x (100 + 4 x 184) = 3,880 + 6,688; 513 tokens: 2 x (100 + 17 x 184)
+    + 2 x 8 x 836.
     """
-    found = estimated_cycles(Hardware(), load_model("gpt3-7b"), jnp.array([300, 513, 0]), load_parallel("gpt3-7b"))
+    found = estimated_cycles(
+        Hardware(), load_model("gpt3-7b"), jnp.array([300, 513, 0]), load_parallel("gpt3-7b")
+    )
     assert found.tolist() == [10568.0, 2 * (100 + 17 * 184) + 16 * 836, 0.0]
 
 
@@ -33,7 +46,9 @@ def test_the_longest_goes_first_onto_the_least_loaded():
 
 def test_loads_that_are_there_count():
     """Channel 0 holds 10: 4, 3 and 2 go to channel 1 until it holds 9, the last 2 too."""
-    assert pack_longest_first(jnp.array([2.0, 4, 3, 2]), 2, loads=jnp.array([10.0, 0])).tolist() == [1, 1, 1, 1]
+    assert pack_longest_first(
+        jnp.array([2.0, 4, 3, 2]), 2, loads=jnp.array([10.0, 0])
+    ).tolist() == [1, 1, 1, 1]
 
 
 def test_residents_stay_and_load_their_channel():
@@ -56,7 +71,9 @@ def test_longest_first_keeps_its_bound(channels):
 
 
 def test_the_bound_is_met_by_its_worst_case():
-    """3, 3, 2, 2, 2 on two channels: longest first 3 + 2 + 2 = 7, the best 6, and 7/6 = 4/3 - 1/6."""
+    """3, 3, 2, 2, 2 on two channels: longest first 3 + 2 + 2 = 7, the best 6, and 7/6 = 4/3 -
+    1/6.
+    """
     work = jnp.array([3.0, 3, 2, 2, 2])
     assert np.bincount(np.asarray(pack_longest_first(work, 2)), weights=work).max() == 7
 
@@ -88,7 +105,12 @@ def test_the_snake_has_the_sizes_of_the_rule_and_the_better_balance():
         work, channels = rng.lognormal(6, 1, 60), rng.integers(0, 8, 60)
         order = np.lexsort((-work, channels))
         work, channels = work[order], channels[order]
-        by_rule, snake = (np.asarray(split) for split in (halving_split(channels, 8), snake_split(work, channels, 8)))
-        per_channel = [np.bincount(channels[split == 0], minlength=8).tolist() for split in (by_rule, snake)]
+        by_rule, snake = (
+            np.asarray(split)
+            for split in (halving_split(channels, 8), snake_split(work, channels, 8))
+        )
+        per_channel = [
+            np.bincount(channels[split == 0], minlength=8).tolist() for split in (by_rule, snake)
+        ]
         assert per_channel[0] == per_channel[1]
         assert abs(np.dot(work, 1 - 2 * snake)) < abs(np.dot(work, 1 - 2 * by_rule))

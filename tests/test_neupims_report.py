@@ -1,4 +1,6 @@
-"""The report, its charts and the Perfetto trace: well-formed, self-contained, the same bytes for the same numbers, and what the numbers say."""
+"""The report, its charts and the Perfetto trace: well-formed, self-contained, the same bytes for
+the same numbers, and what the numbers say.
+"""
 
 import html.parser
 import json
@@ -10,7 +12,14 @@ from itertools import pairwise
 import pytest
 
 from neupims.pages import plots
-from neupims.pages.perfetto import FIRST_CHANNEL_LANE, NPU_LANE, PIM_LANE, STAGE_LANE, events, write_perfetto
+from neupims.pages.perfetto import (
+    FIRST_CHANNEL_LANE,
+    NPU_LANE,
+    PIM_LANE,
+    STAGE_LANE,
+    events,
+    write_perfetto,
+)
 from neupims.pages.report import page, write_report
 
 NASTY = "<script>alert(\"1\")</script> & 'x'"
@@ -18,10 +27,28 @@ OPS = [
     {"stage": "A", "platform": "SA", "op": "attn.ln", "cycles": 10.0, "start_cycle": 0.0},
     {"stage": "A", "platform": "SA", "op": "attn.QKVgen", "cycles": 90.0, "start_cycle": 10.0},
     {"stage": "B", "platform": "SA", "op": "attn.QKVgen", "cycles": 50.0, "start_cycle": 0.0},
-    {"stage": "B", "platform": "PIM", "op": "attn.NeuPIMSLogitSoftmax", "cycles": 30.0, "start_cycle": 0.0},
-    {"stage": "B", "platform": "PIM", "op": "attn.NeuPIMSAttend", "cycles": 90.0, "start_cycle": 30.0},
+    {
+        "stage": "B",
+        "platform": "PIM",
+        "op": "attn.NeuPIMSLogitSoftmax",
+        "cycles": 30.0,
+        "start_cycle": 0.0,
+    },
+    {
+        "stage": "B",
+        "platform": "PIM",
+        "op": "attn.NeuPIMSAttend",
+        "cycles": 90.0,
+        "start_cycle": 30.0,
+    },
     {"stage": "C", "platform": "SA", "op": "ffn.fc1", "cycles": 80.0, "start_cycle": 0.0},
-    {"stage": "C", "platform": "PIM", "op": "attn.NeuPIMSLogitSoftmax", "cycles": 60.0, "start_cycle": 0.0},
+    {
+        "stage": "C",
+        "platform": "PIM",
+        "op": "attn.NeuPIMSLogitSoftmax",
+        "cycles": 60.0,
+        "start_cycle": 0.0,
+    },
 ]
 STAGES = {"A": 100.0, "B": 120.0, "C": 80.0}
 RESULT = {"system": "neupims", "model": "gpt3-7b", "stage_cycles": STAGES, "ops": OPS}
@@ -31,30 +58,86 @@ ROOFS = [
 ]
 SECTIONS = {
     "text": {"text": NASTY},
-    "table": {"columns": ("name", NASTY), "rows": [(NASTY, 1.5), ("none", None), ("inf", math.inf), ("many", 123456)]},
-    "roofline": {"roofs": ROOFS, "points": [{"name": NASTY, "roof": "NPU", "flops": 1e12, "bytes": 1e10, "seconds": 0.02}]},
+    "table": {
+        "columns": ("name", NASTY),
+        "rows": [(NASTY, 1.5), ("none", None), ("inf", math.inf), ("many", 123456)],
+    },
+    "roofline": {
+        "roofs": ROOFS,
+        "points": [{"name": NASTY, "roof": "NPU", "flops": 1e12, "bytes": 1e10, "seconds": 0.02}],
+    },
     "gantt": {"ops": OPS, "stage_cycles": STAGES},
     "bars": {"shares": [{"name": NASTY, "share": 0.425}, {"name": "PIM", "share": 0.1}]},
-    "channels": {"loads": [{"name": "before", "cycles": [5.0, 9.0, 1.0]}, {"name": NASTY, "cycles": [5.0, 5.0, 5.0]}]},
+    "channels": {
+        "loads": [
+            {"name": "before", "cycles": [5.0, 9.0, 1.0]},
+            {"name": NASTY, "cycles": [5.0, 5.0, 5.0]},
+        ]
+    },
     "curves": {
         "x_name": "evaluations",
         "y_name": NASTY,
         "log_x": True,
-        "series": [{"name": "random", "x": [1, 10, 100], "y": [9.0, 8.0, 7.0], "low": [8.0, 7.0, 6.0], "high": [10.0, 9.0, 8.0]}],
+        "series": [
+            {
+                "name": "random",
+                "x": [1, 10, 100],
+                "y": [9.0, 8.0, 7.0],
+                "low": [8.0, 7.0, 6.0],
+                "high": [10.0, 9.0, 8.0],
+            }
+        ],
         "lines": [{"name": "bound", "value": 5.0}],
     },
     "pareto": {
         "x_name": "mm2",
         "y_name": "tokens/s",
-        "points": [{"x": 1.0, "y": 1.0, "front": True, "name": NASTY}, {"x": 2.0, "y": 3.0, "front": True}, {"x": 3.0, "y": 2.0, "front": False}],
+        "points": [
+            {"x": 1.0, "y": 1.0, "front": True, "name": NASTY},
+            {"x": 2.0, "y": 3.0, "front": True},
+            {"x": 3.0, "y": 2.0, "front": False},
+        ],
     },
     "validation": {
         "rows": [
-            {"run_id": "a", "level": "op", "stage": "A", "name": "attn.QKVgen", "measured": 100.0, "predicted": 103.0},
-            {"run_id": "a", "level": "op", "stage": "B", "name": "attn.NeuPIMSAttend", "measured": 1000.0, "predicted": 990.0},
-            {"run_id": "a", "level": "layer", "stage": "", "name": "layer", "measured": 5000.0, "predicted": 5100.0},
+            {
+                "run_id": "a",
+                "level": "op",
+                "stage": "A",
+                "name": "attn.QKVgen",
+                "measured": 100.0,
+                "predicted": 103.0,
+            },
+            {
+                "run_id": "a",
+                "level": "op",
+                "stage": "B",
+                "name": "attn.NeuPIMSAttend",
+                "measured": 1000.0,
+                "predicted": 990.0,
+            },
+            {
+                "run_id": "a",
+                "level": "layer",
+                "stage": "",
+                "name": "layer",
+                "measured": 5000.0,
+                "predicted": 5100.0,
+            },
         ],
-        "groups": [{"level": "op", "system": NASTY, "kind": "pim", "name": "all", "n": 1, "mean": 1.0, "median": 1.0, "p95": 1.0, "max": 1.0}],
+        "groups": [
+            {
+                "level": "op",
+                "system": NASTY,
+                "kind": "pim",
+                "name": "all",
+                "n": 1,
+                "mean": 1.0,
+                "median": 1.0,
+                "p95": 1.0,
+                "max": 1.0,
+            }
+        ],
     },
 }
 PAGE = [{"kind": kind, "title": f"{kind} {NASTY}", **rest} for kind, rest in SECTIONS.items()]
@@ -123,12 +206,21 @@ def test_the_same_numbers_give_the_same_page(tmp_path):
 
 def test_numbers_reach_the_page():
     text = checked(page(PAGE, title="A page", facts={})).text
-    for number in ("42.5%", "123,456", "not finite", "50 TFLOP/s", "predicted, core cycles", "longest 9"):
+    for number in (
+        "42.5%",
+        "123,456",
+        "not finite",
+        "50 TFLOP/s",
+        "predicted, core cycles",
+        "longest 9",
+    ):
         assert number in text, number
 
 
 def test_a_front_is_counted_and_listed():
-    text = page([{"kind": "pareto", "title": "mine", **SECTIONS["pareto"]}], title="A page", facts={})
+    text = page(
+        [{"kind": "pareto", "title": "mine", **SECTIONS["pareto"]}], title="A page", facts={}
+    )
     (chart,) = charts(text)
     words = [each.text for each in chart.iter() if each.tag == "text"]
     assert {"Pareto front, 2 designs", "dominated, 1 designs"} <= set(words)
@@ -143,11 +235,17 @@ def test_a_section_that_lacks_something_says_what(kind):
         if name in ("text", "log_x", "lines"):
             continue
         with pytest.raises(ValueError, match=f"the section 'mine' of kind {kind} needs '{name}'"):
-            page([{key: value for key, value in whole.items() if key != name}], title="A page", facts={})
+            page(
+                [{key: value for key, value in whole.items() if key != name}],
+                title="A page",
+                facts={},
+            )
 
 
 def test_an_unknown_kind_lists_those_there_are():
-    with pytest.raises(ValueError, match=r"a section's kind must be one of text, table, roofline, .*, not 'pie'"):
+    with pytest.raises(
+        ValueError, match=r"a section's kind must be one of text, table, roofline, .*, not 'pie'"
+    ):
         page([{"kind": "pie", "title": "x"}], title="A page", facts={})
 
 
@@ -166,31 +264,68 @@ def test_a_failed_report_leaves_nothing(tmp_path):
     ("kind", "change"),
     [
         ("roofline", {"points": []}),
-        ("roofline", {"points": [{"name": "nothing", "roof": "NPU", "flops": 0.0, "bytes": 0.0, "seconds": 0.0}]}),
+        (
+            "roofline",
+            {
+                "points": [
+                    {"name": "nothing", "roof": "NPU", "flops": 0.0, "bytes": 0.0, "seconds": 0.0}
+                ]
+            },
+        ),
         ("gantt", {"ops": [], "stage_cycles": {"A": 0.0}}),
         ("bars", {"shares": []}),
         ("bars", {"shares": [{"name": "odd", "share": math.nan}, {"name": "over", "share": 1.3}]}),
         ("channels", {"loads": []}),
         ("channels", {"loads": [{"name": "idle", "cycles": [0.0] * 64}]}),
-        ("curves", {"series": [{"name": "one", "x": [1], "y": [3.0], "low": None, "high": None}], "lines": []}),
+        (
+            "curves",
+            {
+                "series": [{"name": "one", "x": [1], "y": [3.0], "low": None, "high": None}],
+                "lines": [],
+            },
+        ),
         ("curves", {"series": [{"name": "flat", "x": [1, 2], "y": [0.0, math.nan]}], "lines": []}),
         ("pareto", {"points": []}),
-        ("pareto", {"points": [{"x": math.inf, "y": 1.0, "front": False}, {"x": 1.0, "y": 0.0, "front": True}]}),
+        (
+            "pareto",
+            {
+                "points": [
+                    {"x": math.inf, "y": 1.0, "front": False},
+                    {"x": 1.0, "y": 0.0, "front": True},
+                ]
+            },
+        ),
         ("validation", {"rows": [], "groups": []}),
-        ("validation", {"rows": [{"level": "op", "name": "ffn.res", "measured": 10.0, "predicted": math.nan}], "groups": []}),
+        (
+            "validation",
+            {
+                "rows": [
+                    {"level": "op", "name": "ffn.res", "measured": 10.0, "predicted": math.nan}
+                ],
+                "groups": [],
+            },
+        ),
     ],
 )
 def test_odd_numbers_do_not_break_a_chart(kind, change):
-    text = page([{"kind": kind, "title": "mine", **SECTIONS[kind], **change}], title="A page", facts={})
+    text = page(
+        [{"kind": kind, "title": "mine", **SECTIONS[kind], **change}], title="A page", facts={}
+    )
     checked(text)
     for each in charts(text):
         for element in each.iter():
             for name, value in element.attrib.items():
-                assert name == "aria-label" or not re.search(r"nan|inf", value), (element.tag, name, value)
+                assert name == "aria-label" or not re.search(r"nan|inf", value), (
+                    element.tag,
+                    name,
+                    value,
+                )
 
 
 def test_the_bars_of_a_gantt_chart_are_as_long_as_their_operations():
-    """300 cycles are drawn in 690 pixels: 2.3 a cycle; NPU operations of C begin with the stage, at cycle 220."""
+    """300 cycles are drawn in 690 pixels: 2.3 a cycle; NPU operations of C begin with the stage, at
+    cycle 220.
+    """
     (chart,) = charts(plots.gantt(OPS, STAGES))
     found = {each[0].text: each for each in chart.iter("rect") if len(each)}
     fc1, attend = found["C ffn.fc1: 80 core cycles"], found["B attn.NeuPIMSAttend: 90 core cycles"]
@@ -208,16 +343,26 @@ def test_channel_bars_are_as_high_as_their_load():
 
 def test_a_point_at_its_roof_touches_it():
     """1 FLOP/B at 16 TFLOP/s is the corner of PIM's roof."""
-    (chart,) = charts(plots.roofline([{"name": "x", "roof": "PIM", "flops": 16e12, "bytes": 16e12, "seconds": 1.0}], ROOFS))
+    (chart,) = charts(
+        plots.roofline(
+            [{"name": "x", "roof": "PIM", "flops": 16e12, "bytes": 16e12, "seconds": 1.0}], ROOFS
+        )
+    )
     circle = next(chart.iter("circle"))
     corner = [each.get("points") for each in chart.iter("polyline")][1].split()[1]
     assert corner == f"{circle.get('cx')},{circle.get('cy')}"
 
 
 def test_what_is_perfect_stands_on_the_diagonal():
-    rows = [{"level": "layer", "name": "layer", "measured": value, "predicted": value} for value in (10.0, 1e3, 1e5)]
+    rows = [
+        {"level": "layer", "name": "layer", "measured": value, "predicted": value}
+        for value in (10.0, 1e3, 1e5)
+    ]
     (scatter,), (error,) = charts(plots.validation(rows)), charts(plots.errors(rows))
-    places = [tuple(map(float, place)) for place in re.findall(r"M([\d.]+) ([\d.]+)", next(scatter.iter("path")).get("d"))]
+    places = [
+        tuple(map(float, place))
+        for place in re.findall(r"M([\d.]+) ([\d.]+)", next(scatter.iter("path")).get("d"))
+    ]
     slopes = [(b[1] - a[1]) / (b[0] - a[0]) for a, b in pairwise(places)]
     assert slopes[0] == pytest.approx(slopes[1], rel=1e-3)
     assert len(set(re.findall(r"M[\d.]+ ([\d.]+)", next(error.iter("path")).get("d")))) == 1
@@ -242,7 +387,15 @@ def test_short_numbers(value, shown):
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "log"), [(0, 7, False), (0, 103e3, False), (-12, 12, False), (0.3, 0.31, False), (3, 5e6, True), (200, 900, True)]
+    ("low", "high", "log"),
+    [
+        (0, 7, False),
+        (0, 103e3, False),
+        (-12, 12, False),
+        (0.3, 0.31, False),
+        (3, 5e6, True),
+        (200, 900, True),
+    ],
 )
 def test_ticks_are_round_and_few(low, high, log):
     ticks = plots.Scale(low, high, 0, 100, log).ticks()
@@ -252,16 +405,31 @@ def test_ticks_are_round_and_few(low, high, log):
 
 
 def test_names_in_a_chart_do_not_cover_each_other():
-    points = [{"name": f"operation {i}", "roof": "NPU", "flops": (1 + i / 50) * 1e12, "bytes": 1e10, "seconds": 0.02} for i in range(8)]
+    points = [
+        {
+            "name": f"operation {i}",
+            "roof": "NPU",
+            "flops": (1 + i / 50) * 1e12,
+            "bytes": 1e10,
+            "seconds": 0.02,
+        }
+        for i in range(8)
+    ]
     (chart,) = charts(plots.roofline(points, ROOFS))
     boxes = [
-        (float(each.get("x")), float(each.get("y")), len(each.text)) for each in chart.iter("text") if (each.text or "").startswith("operation ")
+        (float(each.get("x")), float(each.get("y")), len(each.text))
+        for each in chart.iter("text")
+        if (each.text or "").startswith("operation ")
     ]
     names = [box for box in boxes if box[2] < 12]
     assert 2 <= len(names) <= 8
     for i, (x, y, length) in enumerate(names):
         for other_x, other_y, other in names[i + 1 :]:
-            assert abs(y - other_y) >= 12 or x + plots.LETTER * length <= other_x or other_x + plots.LETTER * other <= x
+            assert (
+                abs(y - other_y) >= 12
+                or x + plots.LETTER * length <= other_x
+                or other_x + plots.LETTER * other <= x
+            )
 
 
 def test_the_validation_plot_is_a_file_of_its_own(tmp_path):
@@ -280,19 +448,35 @@ def test_traces_have_a_process_a_device_and_lanes_that_never_overlap(tmp_path):
     assert {each["pid"] for each in slices} == {0, 1}
     lanes = {}
     for each in slices:
-        lanes.setdefault((each["pid"], each["tid"]), []).append((each["ts"], each["ts"] + each["dur"]))
-    assert {lane for _, lane in lanes} == {STAGE_LANE, NPU_LANE, PIM_LANE, FIRST_CHANNEL_LANE, FIRST_CHANNEL_LANE + 1}
+        lanes.setdefault((each["pid"], each["tid"]), []).append(
+            (each["ts"], each["ts"] + each["dur"])
+        )
+    assert {lane for _, lane in lanes} == {
+        STAGE_LANE,
+        NPU_LANE,
+        PIM_LANE,
+        FIRST_CHANNEL_LANE,
+        FIRST_CHANNEL_LANE + 1,
+    }
     for spans in lanes.values():
         for (_, end), (start, _) in pairwise(sorted(spans)):
             assert start >= end - 1e-9
-    named = {(each["pid"], each["tid"]): each["args"]["name"] for each in trace["traceEvents"] if each["name"] == "thread_name"}
+    named = {
+        (each["pid"], each["tid"]): each["args"]["name"]
+        for each in trace["traceEvents"]
+        if each["name"] == "thread_name"
+    }
     assert set(lanes) <= set(named)
 
 
 def test_a_trace_keeps_times():
-    """Stage C begins after 220 cycles, 0.22 us at 1 GHz; channel 1's second sub-batch ends with its stage."""
+    """Stage C begins after 220 cycles, 0.22 us at 1 GHz; channel 1's second sub-batch ends with its
+    stage.
+    """
     found = {
-        (each["name"], each["tid"]): each for each in events(RESULT, clock_hz=1e9, channel_cycles=[[70.0, 120.0], [60.0, 500.0]]) if each["ph"] == "X"
+        (each["name"], each["tid"]): each
+        for each in events(RESULT, clock_hz=1e9, channel_cycles=[[70.0, 120.0], [60.0, 500.0]])
+        if each["ph"] == "X"
     }
     assert found["fc1", NPU_LANE]["ts"] == pytest.approx(0.22)
     assert found["fc1", NPU_LANE]["dur"] == pytest.approx(0.08)
@@ -301,7 +485,16 @@ def test_a_trace_keeps_times():
 
 
 def test_operations_that_overlap_are_set_apart():
-    result = {"system": "x", "model": "y", "stage_cycles": {"A": 100.0}, "ops": [OPS[0] | {"cycles": 12.0}, OPS[1] | {"cycles": 90.5}]}
-    first, second = (each for each in events(result, clock_hz=1e9) if each["ph"] == "X" and each["tid"] == NPU_LANE)
+    result = {
+        "system": "x",
+        "model": "y",
+        "stage_cycles": {"A": 100.0},
+        "ops": [OPS[0] | {"cycles": 12.0}, OPS[1] | {"cycles": 90.5}],
+    }
+    first, second = (
+        each
+        for each in events(result, clock_hz=1e9)
+        if each["ph"] == "X" and each["tid"] == NPU_LANE
+    )
     assert second["ts"] >= first["ts"] + first["dur"]
     assert second["ts"] + second["dur"] <= 0.1 + 1e-9

@@ -1,4 +1,6 @@
-"""neupims/scheduling/decision.py, objective.py and search.py: what a genome means, traces that come back, and what every strategy promises."""
+"""neupims/scheduling/decision.py, objective.py and search.py: what a genome means, traces that come
+back, and what every strategy promises.
+"""
 
 import json
 from functools import partial
@@ -13,7 +15,16 @@ from neupims.commands.search import gain_error
 from neupims.machine.config import load_model, load_parallel
 from neupims.machine.hardware import Hardware
 from neupims.machine.workload import Batch, halves, make_batch, read_trace
-from neupims.scheduling.decision import CHANNELS_KNOB, Knob, Space, decide, decision_batch, export_trace, make_genome, repair
+from neupims.scheduling.decision import (
+    CHANNELS_KNOB,
+    Knob,
+    Space,
+    decide,
+    decision_batch,
+    export_trace,
+    make_genome,
+    repair,
+)
 from neupims.scheduling.objective import Cost, Layer, make_problem
 from neupims.scheduling.oracle import IntegerLayer
 from neupims.scheduling.search import STRATEGIES, interval_of_mean, mutate, random_genome, search
@@ -30,7 +41,9 @@ def problem():
 
 
 def genomes(space, problem, count=16, seed=0):
-    return jax.jit(jax.vmap(partial(random_genome, space, problem)))(jax.random.split(jax.random.key(seed), count))
+    return jax.jit(jax.vmap(partial(random_genome, space, problem)))(
+        jax.random.split(jax.random.key(seed), count)
+    )
 
 
 def test_a_realisable_genome_obeys_the_rule_whatever_is_done_to_it(problem):
@@ -41,7 +54,9 @@ def test_a_realisable_genome_obeys_the_rule_whatever_is_done_to_it(problem):
         made = change(jax.random.split(jax.random.key(seed), 16), made)
         decisions = jax.vmap(partial(decide, space))(made)
         for index in range(16):
-            rows = decision_batch(LENGTHS, jax.tree.map(lambda leaf, index=index: leaf[index], decisions))
+            rows = decision_batch(
+                LENGTHS, jax.tree.map(lambda leaf, index=index: leaf[index], decisions)
+            )
             assert halves(rows.channels, 7).tolist() == rows.sub_batches.tolist()
 
 
@@ -49,7 +64,9 @@ def test_an_exported_trace_comes_back_the_same(problem, tmp_path):
     space = Space(32, realisable=True, sub_batches=(2,), priorities=4)
     decisions = jax.vmap(partial(decide, space))(genomes(space, problem, 8))
     for index in range(8):
-        batch = decision_batch(LENGTHS, jax.tree.map(lambda leaf, index=index: leaf[index], decisions))
+        batch = decision_batch(
+            LENGTHS, jax.tree.map(lambda leaf, index=index: leaf[index], decisions)
+        )
         export_trace(tmp_path / "trace.csv", batch)
         back = read_trace(tmp_path / "trace.csv")
         for name in ("seq_lens", "channels", "sub_batches"):
@@ -60,43 +77,80 @@ def test_an_exported_trace_comes_back_the_same(problem, tmp_path):
 
 def test_a_trace_that_the_simulator_would_halve_otherwise_is_refused(tmp_path):
     with pytest.raises(ValueError, match="realisable"):
-        export_trace(tmp_path / "trace.csv", make_batch([5, 6, 7, 8], [0, 0, 0, 0], [0, 0, 0, 1], num_channels=1), num_channels=1)
+        export_trace(
+            tmp_path / "trace.csv",
+            make_batch([5, 6, 7, 8], [0, 0, 0, 0], [0, 0, 0, 1], num_channels=1),
+            num_channels=1,
+        )
     assert not list(tmp_path.iterdir())
 
 
 def test_requests_of_sub_batch_0_come_first_in_the_trace(tmp_path):
-    export_trace(tmp_path / "trace.csv", make_batch([5, 6, 7, 8], [1, 0, 1, 0], [1, 0, 0, 1], num_channels=2), num_channels=2)
-    assert (tmp_path / "trace.csv").read_text().split() == ["seq_len,ch_idx", "6,0", "8,0", "7,1", "5,1"]
+    export_trace(
+        tmp_path / "trace.csv",
+        make_batch([5, 6, 7, 8], [1, 0, 1, 0], [1, 0, 0, 1], num_channels=2),
+        num_channels=2,
+    )
+    assert (tmp_path / "trace.csv").read_text().split() == [
+        "seq_len,ch_idx",
+        "6,0",
+        "8,0",
+        "7,1",
+        "5,1",
+    ]
 
 
 def test_residents_stay(problem):
     resident = np.where(np.arange(48) % 3 == 0, np.arange(48) % 5, -1)
     pinned = problem._replace(resident=jnp.asarray(resident))
-    made = jax.vmap(partial(mutate, Space(5), pinned))(jax.random.split(jax.random.key(3), 16), genomes(Space(5), pinned))
+    made = jax.vmap(partial(mutate, Space(5), pinned))(
+        jax.random.split(jax.random.key(3), 16), genomes(Space(5), pinned)
+    )
     for places in np.asarray(made.places):
         assert (places[resident >= 0] // 2).tolist() == resident[resident >= 0].tolist()
 
 
-@pytest.mark.parametrize("fidelity", ["simulator", pytest.param("intended", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "fidelity", ["simulator", pytest.param("intended", marks=pytest.mark.slow)]
+)
 def test_the_objective_is_the_model(fidelity):
-    """The work of the requests, computed once, against `simulate`, which computes it for each schedule."""
+    """The work of the requests, computed once, against `simulate`, which computes it for each
+    schedule.
+    """
     space = Space(32, sub_batches=(1, 2) if fidelity == "simulator" else (2,))
     problem = make_problem(HARDWARE, MODEL, PARALLEL_7B, LENGTHS, fidelity=fidelity)
     made = genomes(space, problem, 4)
-    cost = jax.jit(jax.vmap(lambda genome: Layer(space, fidelity)(problem, decide(space, genome))))(made)
+    cost = jax.jit(jax.vmap(lambda genome: Layer(space, fidelity)(problem, decide(space, genome))))(
+        made
+    )
     for index in range(4):
         decision = decide(space, jax.tree.map(lambda leaf, index=index: leaf[index], made))
         batch = Batch(LENGTHS, decision.channels, decision.sub_batches)
-        expected = simulate(HARDWARE, MODEL, batch, PARALLEL_7B, sub_batches=2 if decision.interleaved else 1, fidelity=fidelity)
+        expected = simulate(
+            HARDWARE,
+            MODEL,
+            batch,
+            PARALLEL_7B,
+            sub_batches=2 if decision.interleaved else 1,
+            fidelity=fidelity,
+        )
         assert float(cost.objective[index]) == pytest.approx(float(expected.layer_cycles), rel=2e-6)
 
 
 def test_full_channels_and_empty_sub_batches_cost_infinity():
     space = Space(32, sub_batches=(2,))
-    problem = make_problem(HARDWARE, MODEL, PARALLEL_7B, [2048] * 40, room=float(channel_tiles(HARDWARE, MODEL, PARALLEL_7B)))
+    problem = make_problem(
+        HARDWARE,
+        MODEL,
+        PARALLEL_7B,
+        [2048] * 40,
+        room=float(channel_tiles(HARDWARE, MODEL, PARALLEL_7B)),
+    )
     spread, piled = np.arange(40) % 32, np.zeros(40, int)
     split = np.arange(40) % 2
-    made = [make_genome(space, *pair) for pair in ((spread, split), (piled, split), (spread, 0 * split))]
+    made = [
+        make_genome(space, *pair) for pair in ((spread, split), (piled, split), (spread, 0 * split))
+    ]
     objectives = [float(Layer(space)(problem, decide(space, genome)).objective) for genome in made]
     assert np.isfinite(objectives).tolist() == [True, False, False]
     with pytest.raises(ValueError, match="tiles"):
@@ -108,12 +162,25 @@ INTEGER = Space(4, sub_batches=(2,))
 
 def found(strategy, problem, seed=0, **options):
     return search(
-        strategy, IntegerLayer(INTEGER), INTEGER, problem, jax.random.key(seed), **({"budget": 320, "population": 16, "seeds": 2} | options)
+        strategy,
+        IntegerLayer(INTEGER),
+        INTEGER,
+        problem,
+        jax.random.key(seed),
+        **({"budget": 320, "population": 16, "seeds": 2} | options),
     )
 
 
-@pytest.mark.parametrize("strategy", ["evolution", *(pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES if name != "evolution")])
-def test_every_strategy_uses_the_same_budget_is_repeatable_and_never_loses_its_best(strategy, problem):
+@pytest.mark.parametrize(
+    "strategy",
+    [
+        "evolution",
+        *(pytest.param(name, marks=pytest.mark.slow) for name in STRATEGIES if name != "evolution"),
+    ],
+)
+def test_every_strategy_uses_the_same_budget_is_repeatable_and_never_loses_its_best(
+    strategy, problem
+):
     if strategy == "evosax":
         pytest.importorskip("evosax")
     one, again, other = (found(strategy, problem, seed) for seed in (0, 0, 1))
@@ -123,18 +190,29 @@ def test_every_strategy_uses_the_same_budget_is_repeatable_and_never_loses_its_b
     assert not np.array_equal(one.genome.places, other.genome.places)
     assert (np.diff(np.asarray(one.curve)) <= 0).all()
     assert one.curve[:, -1].tolist() == one.cost.objective.tolist()
-    recomputed = jax.vmap(lambda genome: IntegerLayer(INTEGER)(problem, decide(INTEGER, genome)))(one.genome)
+    recomputed = jax.vmap(lambda genome: IntegerLayer(INTEGER)(problem, decide(INTEGER, genome)))(
+        one.genome
+    )
     assert np.asarray(recomputed.objective).tolist() == one.cost.objective.tolist()
 
 
 def test_searches_that_learn_beat_chance(problem):
-    chance, evolved, annealed = (found(strategy, problem) for strategy in ("random", "evolution", "annealing"))
-    assert max(evolved.cost.objective.max(), annealed.cost.objective.max()) <= chance.cost.objective.min()
-    assert max(evolved.cost.busy.max(), annealed.cost.busy.max()) < chance.cost.busy.min()  # the NPU hides the rest
+    chance, evolved, annealed = (
+        found(strategy, problem) for strategy in ("random", "evolution", "annealing")
+    )
+    assert (
+        max(evolved.cost.objective.max(), annealed.cost.objective.max())
+        <= chance.cost.objective.min()
+    )
+    assert (
+        max(evolved.cost.busy.max(), annealed.cost.busy.max()) < chance.cost.busy.min()
+    )  # the NPU hides the rest
 
 
 def order_and_knob_cost(problem, decision):
-    """The sum of ends of requests served one after the other (Smith: least with the shortest first), and two knobs' distance from 12.5 and 7.2."""
+    """The sum of ends of requests served one after the other (Smith: least with the shortest
+    first), and two knobs' distance from 12.5 and 7.2.
+    """
     lengths = problem.seq_lens[decision.order] * 1.0
     distance = (decision.knobs[0] - 12.5) ** 2 + (decision.knobs[1] - 7.2) ** 2
     return Cost(jnp.cumsum(lengths).sum() + distance + 10 * decision.channels.max(), jnp.float32(0))
@@ -142,10 +220,25 @@ def order_and_knob_cost(problem, decision):
 
 @pytest.mark.slow
 def test_order_and_knobs_are_found_with_the_channels_and_whole_knobs_stay_whole():
-    """On channel 0 alone, 2 3 5 7 end after 2 + 5 + 10 + 17 = 34; the whole knob nearest to 7.2 is 7."""
-    space = Space(16, sub_batches=(2,), priorities=4, knobs=(Knob("hbm.tfaw_cycles", 10, 40), Knob(CHANNELS_KNOB, 4, 16, whole=True)))
+    """On channel 0 alone, 2 3 5 7 end after 2 + 5 + 10 + 17 = 34; the whole knob nearest to 7.2 is
+    7.
+    """
+    space = Space(
+        16,
+        sub_batches=(2,),
+        priorities=4,
+        knobs=(Knob("hbm.tfaw_cycles", 10, 40), Knob(CHANNELS_KNOB, 4, 16, whole=True)),
+    )
     problem = make_problem(HARDWARE, MODEL, PARALLEL_7B, [5, 3, 7, 2])
-    done = search("evolution", order_and_knob_cost, space, problem, jax.random.key(0), budget=8192, population=32)
+    done = search(
+        "evolution",
+        order_and_knob_cost,
+        space,
+        problem,
+        jax.random.key(0),
+        budget=8192,
+        population=32,
+    )
     assert done.genome.knobs[0].tolist() == pytest.approx([12.5, 7], abs=0.3)
     assert float(done.genome.knobs[0, 1]) == 7
     assert float(done.cost.objective[0]) == pytest.approx(34 + 0.2**2, abs=0.1)
@@ -170,19 +263,37 @@ def test_the_interval_of_a_mean_by_hand():
     assert (mean[0], half[0]) == pytest.approx((2, 1.96))
 
 
-COMMAND = ["search", "--model", "gpt3-7b", "--budget", "64", "--population", "16", "--seeds", "2", "--sub-batches", "2"]
+COMMAND = [
+    "search",
+    "--model",
+    "gpt3-7b",
+    "--budget",
+    "64",
+    "--population",
+    "16",
+    "--seeds",
+    "2",
+    "--sub-batches",
+    "2",
+]
 
 
 @pytest.fixture
 def trace(tmp_path):
     path = tmp_path / "published.csv"
-    path.write_text("seq_len,ch_idx\n" + "".join(f"{length},{index % 8}\n" for index, length in enumerate(LENGTHS)))
+    path.write_text(
+        "seq_len,ch_idx\n"
+        + "".join(f"{length},{index % 8}\n" for index, length in enumerate(LENGTHS))
+    )
     return str(path)
 
 
 def test_the_command_exports_what_it_claims(trace, tmp_path, capsys):
     out = tmp_path / "better.csv"
-    assert main([*COMMAND, "--trace", trace, "--realisable", "--export-trace", str(out), "--json"]) == 0
+    assert (
+        main([*COMMAND, "--trace", trace, "--realisable", "--export-trace", str(out), "--json"])
+        == 0
+    )
     said = json.loads(capsys.readouterr().out)
     back = read_trace(out)
     layer = float(simulate(HARDWARE, MODEL, back, PARALLEL_7B).layer_cycles)
@@ -192,11 +303,18 @@ def test_the_command_exports_what_it_claims(trace, tmp_path, capsys):
     assert said["strategies"]["evolution"]["evaluations"] == 64
     assert said["expected_error"]["path"] == "closed"
     assert said["best"]["cost"] <= min(row["cost"] for row in said["baselines"].values())
-    assert {"as published", "round robin, halves", "greedy (paper), halves", "longest first, snake"} <= set(said["baselines"])
+    assert {
+        "as published",
+        "round robin, halves",
+        "greedy (paper), halves",
+        "longest first, snake",
+    } <= set(said["baselines"])
 
 
 def test_the_margin_of_a_gain_by_hand():
-    """Two times of which each may be 2 % off, independently: sqrt(2) x 2 % of the quotient, which is 0.75."""
+    """Two times of which each may be 2 % off, independently: sqrt(2) x 2 % of the quotient, which
+    is 0.75.
+    """
     assert gain_error({"layer_mean_percent": 2.0}, 0.25) == pytest.approx(2**0.5 * 0.02 * 0.75)
     assert gain_error(None, 0.25) is None
 

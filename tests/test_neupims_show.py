@@ -31,19 +31,33 @@ def shown(capsys, *words):
 def case(system, sub_batches):
     batch = make_batch(LENGTHS, np.arange(8) % 4, num_channels=4)
     hardware = config.load_hardware("npu-pim" if system == "npu-pim" else "neupims")
-    return Case(hardware, "gpt3-7b", load_model("gpt3-7b"), Parallel(4, 1), batch, system, sub_batches, "simulator")
+    return Case(
+        hardware,
+        "gpt3-7b",
+        load_model("gpt3-7b"),
+        Parallel(4, 1),
+        batch,
+        system,
+        sub_batches,
+        "simulator",
+    )
 
 
 @pytest.fixture
 def simulated(monkeypatch):
     """Simulates a small batch; the expected error, which is a file of its own, is made up."""
-    monkeypatch.setattr("neupims.validation.expected_error", lambda *_, **__: {"layer_mean_percent": 1.2, "layer_max_percent": 4.5})
+    monkeypatch.setattr(
+        "neupims.validation.expected_error",
+        lambda *_, **__: {"layer_mean_percent": 1.2, "layer_max_percent": 4.5},
+    )
     return _simulated
 
 
 def _simulated(system, sub_batches):
     made = case(system, sub_batches)
-    iteration = simulate(made.hardware, made.model, made.batch, made.parallel, system=system, sub_batches=sub_batches)
+    iteration = simulate(
+        made.hardware, made.model, made.batch, made.parallel, system=system, sub_batches=sub_batches
+    )
     return made, iteration, as_dictionary(made, iteration, path="closed")
 
 
@@ -56,7 +70,9 @@ def test_both_forms(capsys, what):
 
 def test_hardware_lists_every_field(capsys):
     found = json.loads(shown(capsys, "hardware", "--json"))
-    assert {each["name"] for each in found["fields"]} == {each.name for each in describe(Hardware())}
+    assert {each["name"] for each in found["fields"]} == {
+        each.name for each in describe(Hardware())
+    }
     assert all(each["unit"] and each["source"] for each in found["fields"])
     assert {each["name"] for each in found["configurations"]} == set(config.names("hardware"))
     text = " ".join(shown(capsys, "hardware").split())
@@ -65,15 +81,34 @@ def test_hardware_lists_every_field(capsys):
 
 
 def test_another_machine_shows_its_values(capsys):
-    found = {each["name"]: each for each in json.loads(shown(capsys, "hardware", "--hardware", "npu-pim", "--json"))["fields"]}
+    found = {
+        each["name"]: each
+        for each in json.loads(shown(capsys, "hardware", "--hardware", "npu-pim", "--json"))[
+            "fields"
+        ]
+    }
     assert (found["pim.row_buffers"]["value"], found["pim.row_buffers"]["default"]) == (1, 2)
-    assert json.loads(shown(capsys, "constants", "--hardware", "npu-pim", "--json"))["area_mm2"]["row_buffers"] == 0
+    assert (
+        json.loads(shown(capsys, "constants", "--hardware", "npu-pim", "--json"))["area_mm2"][
+            "row_buffers"
+        ]
+        == 0
+    )
 
 
 def test_constants_have_a_confidence(capsys):
     found = json.loads(shown(capsys, "constants", "--json"))
-    assert {each["confidence"] for each in found["constants"]} == {"fitted", "data sheet", "published", "estimate"}
-    energies = {each["name"].removeprefix("energy.") for each in found["constants"] if each["name"].startswith("energy.")}
+    assert {each["confidence"] for each in found["constants"]} == {
+        "fitted",
+        "data sheet",
+        "published",
+        "estimate",
+    }
+    energies = {
+        each["name"].removeprefix("energy.")
+        for each in found["constants"]
+        if each["name"].startswith("energy.")
+    }
     assert energies == {each.name for each in describe(EnergyCosts())}
     assert found["command_picojoules"]["read"] == pytest.approx(804)
 
@@ -82,7 +117,12 @@ def test_models_and_systems(capsys):
     found = {each["name"]: each for each in json.loads(shown(capsys, "models", "--json"))["models"]}
     assert (found["llama3-8b"]["kv_heads"], found["gpt3-30b"]["pp"]) == (8, 2)
     systems = json.loads(shown(capsys, "systems", "--json"))
-    assert [each["name"] for each in systems["systems"]] == ["neupims", "npu-pim", "npu-only", "gpu"]
+    assert [each["name"] for each in systems["systems"]] == [
+        "neupims",
+        "npu-pim",
+        "npu-only",
+        "gpu",
+    ]
     assert systems["systems"][0]["stages_by_sub_batches"] == {"2": "ABCDEF", "1": "ABE"}
 
 
@@ -92,18 +132,28 @@ def test_knobs_name_fields_that_exist(capsys):
     assert not {each["simulator"] for each in found["knobs"]} & set(found["without_effect"])
 
 
-@pytest.mark.parametrize(("system", "sub_batches"), [("neupims", 2), ("npu-pim", 1), ("npu-only", 1), ("gpu", 1)])
+@pytest.mark.parametrize(
+    ("system", "sub_batches"), [("neupims", 2), ("npu-pim", 1), ("npu-only", 1), ("gpu", 1)]
+)
 def test_every_system_has_a_report_and_a_trace(tmp_path, simulated, system, sub_batches):
     made, iteration, result = simulated(system, sub_batches)
-    pictures.write_pictures(made, iteration, result, tmp_path / "page.html", tmp_path / "trace.json")
+    pictures.write_pictures(
+        made, iteration, result, tmp_path / "page.html", tmp_path / "trace.json"
+    )
     text = (tmp_path / "page.html").read_text()
     assert "1.2 % in the mean, 4.5 % at most" in text
     titles = (
-        ["Stages", "Utilisation", "Roofline"] + (["Channels"] if system in ("neupims", "npu-pim") else []) + (["Energy"] if system != "gpu" else [])
+        ["Stages", "Utilisation", "Roofline"]
+        + (["Channels"] if system in ("neupims", "npu-pim") else [])
+        + (["Energy"] if system != "gpu" else [])
     )
     for title in ("Stages", "Utilisation", "Roofline", "Channels", "Energy"):
         assert (f"<h2>{title}" in text) == (title in titles), title
-    slices = [each for each in json.loads((tmp_path / "trace.json").read_text())["traceEvents"] if each["ph"] == "X"]
+    slices = [
+        each
+        for each in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+        if each["ph"] == "X"
+    ]
     assert {each["pid"] for each in slices} == {0, 1, 2, 3}
     end = max(each["ts"] + each["dur"] for each in slices)
     assert end == pytest.approx(sum(result["stage_cycles"].values()) / 1e3, rel=1e-5)
@@ -113,7 +163,9 @@ def test_every_system_has_a_report_and_a_trace(tmp_path, simulated, system, sub_
 
 
 def test_operations_of_the_roofline(simulated):
-    """A product of 4 requests with 4096 x 3072 weights is 2 x 4 x 4096 x 3072 FLOP; attention does one FLOP for each byte of keys."""
+    """A product of 4 requests with 4096 x 3072 weights is 2 x 4 x 4096 x 3072 FLOP; attention does
+    one FLOP for each byte of keys.
+    """
     made, iteration, _ = simulated("neupims", 2)
     found = {point["name"]: point for point in pictures.points(made, iteration)}
     assert found["qkv"]["flops"] == pytest.approx(2 * 8 * 4096 * 3072)

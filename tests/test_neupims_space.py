@@ -1,4 +1,6 @@
-"""neupims/exploration/space.py and constraint.py: what a space may be, and samplers whose parts make the whole."""
+"""neupims/exploration/space.py and constraint.py: what a space may be, and samplers whose parts
+make the whole.
+"""
 
 import json
 
@@ -6,7 +8,15 @@ import numpy as np
 import pytest
 
 from neupims.exploration.constraint import parse_constraint
-from neupims.exploration.space import Knob, grid_size, make_space, parse_knob, read_space, sample, unit_sample
+from neupims.exploration.space import (
+    Knob,
+    grid_size,
+    make_space,
+    parse_knob,
+    read_space,
+    sample,
+    unit_sample,
+)
 from neupims.machine.hardware import Hardware
 
 KNOBS = {
@@ -18,9 +28,17 @@ KNOBS = {
 
 
 def test_values_of_each_kind_of_knob_by_hand():
-    """2 to 5 are four cells of a quarter each; halfway from 0.5 to 2 GHz in factors is 1 GHz; from 12 to 40 it is 26."""
+    """2 to 5 are four cells of a quarter each; halfway from 0.5 to 2 GHz in factors is 1 GHz; from
+    12 to 40 it is 26.
+    """
     middle, ends = np.array([0.5]), np.array([0.0, 0.24, 0.26, 0.76, 1.0])
-    assert Knob("k", values=(8, 16, 32)).at(np.array([0, 0.3, 0.34, 0.7, 1])).tolist() == [8, 8, 16, 32, 32]
+    assert Knob("k", values=(8, 16, 32)).at(np.array([0, 0.3, 0.34, 0.7, 1])).tolist() == [
+        8,
+        8,
+        16,
+        32,
+        32,
+    ]
     assert Knob("k", low=2, high=5, whole=True).at(ends).tolist() == [2, 2, 3, 5, 5]
     assert Knob("k", low=0.5e9, high=2e9, log=True).at(middle) == pytest.approx(1e9)
     assert Knob("k", low=12, high=40).at(middle) == 26
@@ -34,7 +52,9 @@ def test_values_of_each_kind_of_knob_by_hand():
 def test_parts_of_a_sample_make_the_whole(method):
     space = make_space(KNOBS)
     whole = sample(space, method, 0, 240, seed=3)
-    parts = [sample(space, method, start, min(start + 71, 240), seed=3) for start in range(0, 240, 71)]
+    parts = [
+        sample(space, method, start, min(start + 71, 240), seed=3) for start in range(0, 240, 71)
+    ]
     assert np.array_equal(np.concatenate(parts), whole)
     assert np.array_equal(sample(space, method, 0, 1, seed=3), whole[:1])
     if method != "grid":
@@ -46,7 +66,10 @@ def test_a_grid_has_every_combination_once():
     size = grid_size(space)
     points = sample(space, "grid", 0, size)
     assert size == 3 * 4 * 5 * 5 == len(np.unique(points, axis=0))
-    assert points[:2].tolist() == [[8, 2, pytest.approx(0.5e9), 12], [8, 2, pytest.approx(0.5e9), 19]]
+    assert points[:2].tolist() == [
+        [8, 2, pytest.approx(0.5e9), 12],
+        [8, 2, pytest.approx(0.5e9), 19],
+    ]
     with pytest.raises(ValueError, match=r"300 points.*300"):
         sample(space, "grid", 299, 301)
 
@@ -54,8 +77,15 @@ def test_a_grid_has_every_combination_once():
 def test_sobol_points_are_more_even_than_chance():
     """In 1024 points of 4 dimensions each 1024th of every axis has exactly one."""
     points = unit_sample(4, "sobol", 0, 1024, seed=1)
-    assert all(np.bincount((points[:, axis] * 1024).astype(int)).tolist() == [1] * 1024 for axis in range(4))
-    assert not all(np.bincount((unit_sample(4, "random", 0, 1024, seed=1)[:, axis] * 1024).astype(int)).max() == 1 for axis in range(4))
+    assert all(
+        np.bincount((points[:, axis] * 1024).astype(int)).tolist() == [1] * 1024
+        for axis in range(4)
+    )
+    assert not all(
+        np.bincount((unit_sample(4, "random", 0, 1024, seed=1)[:, axis] * 1024).astype(int)).max()
+        == 1
+        for axis in range(4)
+    )
 
 
 @pytest.mark.parametrize(
@@ -79,7 +109,10 @@ def test_sobol_points_are_more_even_than_chance():
         ({"npu.clock_hz": [10**400]}, r"npu\.clock_hz.*at most 1e\+30"),
         ({"hbm.tfaw_cycles": {"low": 0, "high": 4, "log": True}}, r"hbm\.tfaw_cycles.*log"),
         ({"hbm.tfaw_cycles": {"low": -1, "high": 4}}, r"hbm\.tfaw_cycles.*at least 0"),
-        ({"hbm.tfaw_cycles": {"low": 1, "high": float("inf")}}, r"hbm\.tfaw_cycles.*at most 1e\+30, not inf"),
+        (
+            {"hbm.tfaw_cycles": {"low": 1, "high": float("inf")}},
+            r"hbm\.tfaw_cycles.*at most 1e\+30, not inf",
+        ),
         ({"sub_batches": [1, 2, 3]}, "sub_batches.*1 or 2"),
     ],
 )
@@ -90,13 +123,19 @@ def test_impossible_knobs_are_refused_by_name(knobs, words):
 
 def test_files_in_both_forms_say_the_same(tmp_path):
     (tmp_path / "space.toml").write_text(
-        'constraints = ["npu.num_arrays <= 4"]\n[knobs]\nhbm.num_channels = [8, 16, 32]\nhbm.tfaw_cycles = {low = 12, high = 40}\n'
-        '"npu.num_arrays" = {low = 2, high = 5}\nnpu.clock_hz = {low = 0.5e9, high = 2e9, log = true}\n'
+        'constraints = ["npu.num_arrays <= 4"]\n[knobs]\nhbm.num_channels = [8, 16,'
+        ' 32]\nhbm.tfaw_cycles = {low = 12, high = 40}\n"npu.num_arrays" = {low = 2, high ='
+        " 5}\nnpu.clock_hz = {low = 0.5e9, high = 2e9, log = true}\n"
     )
-    (tmp_path / "space.json").write_text(json.dumps({"knobs": KNOBS, "constraints": ["npu.num_arrays <= 4"]}))
+    (tmp_path / "space.json").write_text(
+        json.dumps({"knobs": KNOBS, "constraints": ["npu.num_arrays <= 4"]})
+    )
     one, two = (make_space(*read_space(tmp_path / f"space.{form}")) for form in ("toml", "json"))
     assert sorted(one.described()["knobs"].items()) == sorted(two.described()["knobs"].items())
-    assert one.violation({"npu.num_arrays": np.array([4.0, 5.0])}).tolist() == [0, pytest.approx(1 / 9)]
+    assert one.violation({"npu.num_arrays": np.array([4.0, 5.0])}).tolist() == [
+        0,
+        pytest.approx(1 / 9),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -120,7 +159,10 @@ def test_files_that_are_none_are_refused(tmp_path, name, text, words):
 
 def test_knobs_of_a_command_line():
     assert parse_knob("hbm.num_channels=8,16") == ("hbm.num_channels", [8, 16])
-    assert parse_knob("npu.clock_hz = 0.7e9:1.5e9:log") == ("npu.clock_hz", {"low": 0.7e9, "high": 1.5e9, "log": True})
+    assert parse_knob("npu.clock_hz = 0.7e9:1.5e9:log") == (
+        "npu.clock_hz",
+        {"low": 0.7e9, "high": 1.5e9, "log": True},
+    )
     for text in ("hbm.num_channels", "=1", "a=1:2:lin", "a=1:2:log:log", "a=x", "a="):
         with pytest.raises(ValueError, match="NAME=LOW:HIGH"):
             parse_knob(text)
@@ -143,7 +185,9 @@ NAMES = {"a", "b.c", "b"}
     ],
 )
 def test_violations_by_hand(text, violated):
-    """a is 1, 2, 3 and b.c is 2: of 3 <= 2 the sides differ by 1 of 5. The last but one: -1 // 2 + 4 is far below 100."""
+    """a is 1, 2, 3 and b.c is 2: of 3 <= 2 the sides differ by 1 of 5. The last but one: -1 // 2 +
+    4 is far below 100.
+    """
     found = parse_constraint(text, NAMES).violation({"a": np.array([1.0, 2.0, 3.0]), "b.c": 2.0})
     if "100" in text:
         assert (found > 0.9).all()
@@ -154,9 +198,36 @@ def test_violations_by_hand(text, violated):
 @pytest.mark.parametrize(
     "text",
     [
-        *("", "a", "a + 1", "a <= ", "a <= print", "a.b.c <= 1", "a < 'x'", "a < True", "a < 1j", "a in b", "[a] < 1", "a < b[0]", "a\0 < 1"),
-        *("__import__('os').system('true') < 1", "(lambda: 1)() < 2", "a if a else b", "a << 2 > 1", "not a < 1", "a < 1 and b < 2", "a < 1e999"),
-        *("a <" + "-" * 2000 + "1", "a <" + "-" * 990 + "1", "a < " + "9" * 400, "a < " + "(" * 300 + "1" + ")" * 300),
+        *(
+            "",
+            "a",
+            "a + 1",
+            "a <= ",
+            "a <= print",
+            "a.b.c <= 1",
+            "a < 'x'",
+            "a < True",
+            "a < 1j",
+            "a in b",
+            "[a] < 1",
+            "a < b[0]",
+            "a\0 < 1",
+        ),
+        *(
+            "__import__('os').system('true') < 1",
+            "(lambda: 1)() < 2",
+            "a if a else b",
+            "a << 2 > 1",
+            "not a < 1",
+            "a < 1 and b < 2",
+            "a < 1e999",
+        ),
+        *(
+            "a <" + "-" * 2000 + "1",
+            "a <" + "-" * 990 + "1",
+            "a < " + "9" * 400,
+            "a < " + "(" * 300 + "1" + ")" * 300,
+        ),
     ],
 )
 def test_what_is_no_arithmetic_is_refused(text):
@@ -165,8 +236,16 @@ def test_what_is_no_arithmetic_is_refused(text):
 
 
 def test_constraints_know_every_field_and_metric():
-    space = make_space(KNOBS, ["hbm.num_channels * hbm.row_bytes <= 16384", "area_mm2 < 9"], hardware=Hardware(), metrics=["area_mm2"])
-    columns = {"hbm.num_channels": np.array([8.0, 16.0, 32.0]), "area_mm2": np.array([8.0, 10.0, 1.0])}
+    space = make_space(
+        KNOBS,
+        ["hbm.num_channels * hbm.row_bytes <= 16384", "area_mm2 < 9"],
+        hardware=Hardware(),
+        metrics=["area_mm2"],
+    )
+    columns = {
+        "hbm.num_channels": np.array([8.0, 16.0, 32.0]),
+        "area_mm2": np.array([8.0, 10.0, 1.0]),
+    }
     assert (space.violation(columns) > 0).tolist() == [False, True, True]
     with pytest.raises(ValueError, match=r"hbm\.chanels"):
         make_space(KNOBS, ["hbm.chanels <= 3"])

@@ -9,8 +9,25 @@ import pytest
 from neupims.__main__ import main
 
 KEYS = {
-    *("system", "model", "batch", "fidelity", "stage_cycles", "ops", "layer_cycles", "iteration_cycles", "iteration_seconds", "tokens_per_second"),
-    *("npu_utilization", "pim_utilization", "bandwidth_utilization", "energy_joules", "expected_error"),
+    *(
+        "system",
+        "model",
+        "batch",
+        "fidelity",
+        "stage_cycles",
+        "ops",
+        "layer_cycles",
+        "iteration_cycles",
+        "iteration_seconds",
+        "tokens_per_second",
+    ),
+    *(
+        "npu_utilization",
+        "pim_utilization",
+        "bandwidth_utilization",
+        "energy_joules",
+        "expected_error",
+    ),
 }
 TRACE = "seq_len,ch_idx\n300,0\n40,1\n513,0\n7,2\n"
 
@@ -56,10 +73,16 @@ def refused(capsys, *flags, code=1):
         (["gpu"], "gpu", 1, 2, ["all"]),
     ],
 )
-def test_every_spelling_prints_one_object_with_every_key(capsys, trace, flags, system, halves, buffers, stages):
+def test_every_spelling_prints_one_object_with_every_key(
+    capsys, trace, flags, system, halves, buffers, stages
+):
     result = printed(capsys, "--model", "GPT3-7B", "--trace", trace, "--system", *flags)
     assert set(result) >= KEYS
-    assert (result["system"], result["sub_batches"], result["row_buffers"]) == (system, halves, buffers)
+    assert (result["system"], result["sub_batches"], result["row_buffers"]) == (
+        system,
+        halves,
+        buffers,
+    )
     assert (result["model"], result["batch"], result["fidelity"]) == ("gpt3-7b", 4, "simulator")
     cycles = result["stage_cycles"]
     assert list(cycles) == list(stages)
@@ -68,7 +91,14 @@ def test_every_spelling_prints_one_object_with_every_key(capsys, trace, flags, s
         assert {"stage", "platform", "op", "cycles"} <= set(each)
         assert each["platform"] in ("SA", "PIM")
     if halves == 2:
-        layer, iteration = cycles["C"] + cycles["D"], cycles["A"] + cycles["B"] + 31 * (cycles["C"] + cycles["D"]) + cycles["E"] + cycles["F"]
+        layer, iteration = (
+            cycles["C"] + cycles["D"],
+            cycles["A"]
+            + cycles["B"]
+            + 31 * (cycles["C"] + cycles["D"])
+            + cycles["E"]
+            + cycles["F"],
+        )
     else:
         layer = sum(cycles.values())
         iteration = 32 * layer
@@ -76,14 +106,33 @@ def test_every_spelling_prints_one_object_with_every_key(capsys, trace, flags, s
     assert result["iteration_cycles"] == pytest.approx(iteration, rel=1e-6)
     assert result["iteration_seconds"] == pytest.approx(iteration / 1e9, rel=1e-6)
     assert result["tokens_per_second"] == pytest.approx(4 / result["iteration_seconds"], rel=1e-6)
-    assert (result["expected_error"] is None) == (system == "gpu" or (system == "neupims" and buffers == 1))
+    assert (result["expected_error"] is None) == (
+        system == "gpu" or (system == "neupims" and buffers == 1)
+    )
 
 
 def test_the_default_follows_every_command(capsys, trace):
-    assert main(["simulate", "--model", "gpt3-7b", "--trace", str(trace), "--system", "neupims_nosbi", "--json"]) == 0
+    assert (
+        main(
+            [
+                "simulate",
+                "--model",
+                "gpt3-7b",
+                "--trace",
+                str(trace),
+                "--system",
+                "neupims_nosbi",
+                "--json",
+            ]
+        )
+        == 0
+    )
     exact = json.loads(capsys.readouterr().out)
     assert exact["layer_cycles"] == pytest.approx(
-        printed(capsys, "--model", "gpt3-7b", "--trace", trace, "--system", "neupims_nosbi")["layer_cycles"], rel=0.05
+        printed(capsys, "--model", "gpt3-7b", "--trace", trace, "--system", "neupims_nosbi")[
+            "layer_cycles"
+        ],
+        rel=0.05,
     )
 
 
@@ -101,14 +150,34 @@ def test_sub_batches_auto_takes_the_faster(capsys, trace):
     flags = ["--model", "gpt3-7b", "--system", "neupims"]
     for lines, best in ((TRACE, 1), ("seq_len,ch_idx\n" + "3500,0\n3500,0\n3500,1\n3500,1\n", 2)):
         trace.write_text(lines)
-        results = {halves: printed(capsys, *flags, "--trace", trace, "--sub-batches", halves) for halves in ("1", "2", "auto")}
-        assert results["auto"]["iteration_seconds"] == min(results[halves]["iteration_seconds"] for halves in "12")
+        results = {
+            halves: printed(capsys, *flags, "--trace", trace, "--sub-batches", halves)
+            for halves in ("1", "2", "auto")
+        }
+        assert results["auto"]["iteration_seconds"] == min(
+            results[halves]["iteration_seconds"] for halves in "12"
+        )
         assert results["auto"]["sub_batches"] == best
-    assert printed(capsys, "--model", "gpt3-7b", "--trace", trace, "--system", "npu-pim", "--sub-batches", "auto")["sub_batches"] == 1
+    assert (
+        printed(
+            capsys,
+            "--model",
+            "gpt3-7b",
+            "--trace",
+            trace,
+            "--system",
+            "npu-pim",
+            "--sub-batches",
+            "auto",
+        )["sub_batches"]
+        == 1
+    )
 
 
 def test_what_only_one_number_of_sub_batches_can_do_is_found(capsys, trace):
-    """A GWRITE so long that it fits between refreshes only with its row open: beside the NPU it finds it closed."""
+    """A GWRITE so long that it fits between refreshes only with its row open: beside the NPU it
+    finds it closed.
+    """
     flags = ["--model", "gpt3-7b", "--trace", trace, "--set", "pim.gwrite_bursts=630"]
     assert printed(capsys, *flags, "--sub-batches", "auto", path="exact")["sub_batches"] == 1
     assert "between the refreshes" in refused(capsys, *flags, "--sub-batches", 2)
@@ -117,7 +186,19 @@ def test_what_only_one_number_of_sub_batches_can_do_is_found(capsys, trace):
 def test_a_pipe_and_a_link_stay_what_they_are(capsys, trace, tmp_path):
     (tmp_path / "real.html").write_text("old")
     (tmp_path / "link.html").symlink_to("real.html")
-    assert simulate("--model", "gpt3-7b", "--trace", trace, "--html", tmp_path / "link.html", "--perfetto", "/dev/null") == 0
+    assert (
+        simulate(
+            "--model",
+            "gpt3-7b",
+            "--trace",
+            trace,
+            "--html",
+            tmp_path / "link.html",
+            "--perfetto",
+            "/dev/null",
+        )
+        == 0
+    )
     capsys.readouterr()
     assert (tmp_path / "link.html").is_symlink()
     assert (tmp_path / "real.html").read_text().startswith("<!DOCTYPE")
@@ -133,7 +214,9 @@ def test_brackets_in_names_are_words(capsys, trace, tmp_path):
 
 def test_set_reaches_the_hardware(capsys, trace):
     flags = ["--model", "gpt3-7b", "--trace", trace, "--system", "neupims_nosbi"]
-    usual, halved = (printed(capsys, *flags, *more) for more in ([], ["--set", "hbm.num_channels=16"]))
+    usual, halved = (
+        printed(capsys, *flags, *more) for more in ([], ["--set", "hbm.num_channels=16"])
+    )
     assert halved["stage_cycles"]["A"] > 1.8 * usual["stage_cycles"]["A"]
     faster = printed(capsys, *flags, "--set", "npu.clock_hz=2e9", "--set", "hbm.clock_hz=2e9")
     assert faster["iteration_seconds"] == pytest.approx(usual["iteration_seconds"] / 2)
@@ -144,7 +227,15 @@ def test_whole_numbers_beyond_32_bits(capsys, trace, system):
     """3 GHz, and 3 GB of scratchpad, are as good as the same numbers with a point."""
     flags = ["--model", "gpt3-7b", "--trace", trace, "--system", system]
     whole, real = (
-        printed(capsys, *flags, "--set", f"hbm.clock_hz=3000000000{point}", "--set", f"npu.scratchpad_bytes=3000000000{point}", path="exact")
+        printed(
+            capsys,
+            *flags,
+            "--set",
+            f"hbm.clock_hz=3000000000{point}",
+            "--set",
+            f"npu.scratchpad_bytes=3000000000{point}",
+            path="exact",
+        )
         for point in ("", ".0")
     )
     assert whole == real
@@ -193,8 +284,12 @@ def test_odd_traces_are_read(capsys, trace, lines):
         (b"\x89PNG\r\n\x1a\n\x00\xff", "not a CSV file"),
         (b"seq_len,ch_idx\n3\x0000,0\n", "trace.csv"),
         ('seq_len,ch_idx\n"300,0\n', "line 2"),
-        # keys: 28125 tiles of 32 tokens x 2 rows of 512 channels; values: 1758 rows of tokens x 32 tiles; 32 layers
-        ("seq_len,ch_idx\n900000,0\n", "request 0 of 900000 tokens needs 3600192 tiles of its channel, which has"),
+        # keys: 28125 tiles of 32 tokens x 2 rows of 512 channels; values: 1758 rows of tokens x 32
+        # tiles; 32 layers
+        (
+            "seq_len,ch_idx\n900000,0\n",
+            "request 0 of 900000 tokens needs 3600192 tiles of its channel, which has",
+        ),
     ],
 )
 def test_wrong_traces_are_refused(capsys, trace, content, words):
@@ -248,14 +343,28 @@ def test_wrong_flags_are_refused(capsys, trace, flags, words):
 def test_heads_that_do_not_divide(capsys, trace, tmp_path):
     model = tmp_path / "mine.json"
     numbers = {"layers": 2, "width": 1536, "heads": 12, "kv_heads": 4, "mlp_width": 4096}
-    for change, words in (({"heads": 7}, "heads"), ({"kv_heads": 5}, "kv_heads"), ({"layers": 0}, "layers"), ({"tp": 6}, "key and value heads")):
+    for change, words in (
+        ({"heads": 7}, "heads"),
+        ({"kv_heads": 5}, "kv_heads"),
+        ({"layers": 0}, "layers"),
+        ({"tp": 6}, "key and value heads"),
+    ):
         model.write_text(json.dumps(numbers | change))
         assert words in refused(capsys, "--model", model, "--trace", trace)
     model.write_text(json.dumps(numbers | {"tp": 12}))  # a key head for 3 devices
     assert printed(capsys, "--model", model, "--trace", trace)["layer_cycles"] > 0
 
 
-@pytest.mark.parametrize("flags", [[], ["dance"], ["simulate"], ["simulate", "--model", "gpt3-7b", "--trace", "x", "--sub-batches", "3"], ["--json"]])
+@pytest.mark.parametrize(
+    "flags",
+    [
+        [],
+        ["dance"],
+        ["simulate"],
+        ["simulate", "--model", "gpt3-7b", "--trace", "x", "--sub-batches", "3"],
+        ["--json"],
+    ],
+)
 def test_wrong_words_exit_with_2(capsys, flags):
     assert main(flags) == 2
     said = capsys.readouterr()

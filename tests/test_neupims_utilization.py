@@ -1,4 +1,6 @@
-"""Utilisation as the public simulator counts it, against its runs (GGEM_SHARED/golden/neupims, by default ../shared)."""
+"""Utilisation as the public simulator counts it, against its runs (GGEM_SHARED/golden/neupims, by
+default ../shared).
+"""
 
 import os
 from pathlib import Path
@@ -9,14 +11,24 @@ from neupims.timing.schedule import simulate
 from neupims.validation import PRODUCTS, case_of, padded, read_runs
 
 GOLDEN = Path(os.environ.get("GGEM_SHARED", "../shared")) / "golden" / "neupims"
-TRACES = {"gen-share-gpt2-bs256-ms7B-tp4-pp1-clb-0.csv", "gen-share-gpt2-bs256-ms7B-tp4-pp1-rr-0.csv"}
-pytestmark = [pytest.mark.golden, pytest.mark.skipif(not GOLDEN.is_dir(), reason="no folder golden/neupims")]
+TRACES = {
+    "gen-share-gpt2-bs256-ms7B-tp4-pp1-clb-0.csv",
+    "gen-share-gpt2-bs256-ms7B-tp4-pp1-rr-0.csv",
+}
+pytestmark = [
+    pytest.mark.golden,
+    pytest.mark.skipif(not GOLDEN.is_dir(), reason="no folder golden/neupims"),
+]
 
 
 @pytest.fixture(scope="module")
 def runs():
     rows, listed = read_runs(GOLDEN)
-    chosen = [row for row in rows if row["trace"] in TRACES and row["model"] == "gpt3-7B" and row["kind"] == "e2e"]
+    chosen = [
+        row
+        for row in rows
+        if row["trace"] in TRACES and row["model"] == "gpt3-7B" and row["kind"] == "e2e"
+    ]
     return chosen, listed
 
 
@@ -32,10 +44,19 @@ def test_utilization_within_four_points(runs, system):
         busy = sum(
             float(each["compute_cycles"])
             for each in listed[row["run_id"]]
-            if each["op"].endswith((*PRODUCTS, "FusedMHA")) and (each["stage"] in stages or system == "npu-only")
+            if each["op"].endswith((*PRODUCTS, "FusedMHA"))
+            and (each["stage"] in stages or system == "npu-only")
         )
         case = padded(case_of(row, GOLDEN))
-        result = simulate(case.hardware, case.model, case.batch, case.parallel, system=case.system, sub_batches=case.sub_batches, most_channels=64)
+        result = simulate(
+            case.hardware,
+            case.model,
+            case.batch,
+            case.parallel,
+            system=case.system,
+            sub_batches=case.sub_batches,
+            most_channels=64,
+        )
         assert float(result.npu_utilization) == pytest.approx(busy / layer, abs=0.04)
         if system != "npu-only":
             pim = sum(float(row[f"pim_{stage}"]) for stage in stages)

@@ -21,14 +21,31 @@ from neupims.validation import (
 )
 
 KNOBS = {
-    "run_id": "a", "kind": "gemv", "system": "neupims_nosbi", "model": "custom", "n_layer": "1", "n_head": "4", "n_embd": "512", "n_tp": "1",
+    "run_id": "a", "kind": "gemv", "system": "neupims_nosbi", "model": "custom", "n_layer": "1",
+    "n_head": "4", "n_embd": "512", "n_tp": "1",
     "n_pp": "1",
-    "trace": "t.csv", "dram_channels": "32", "core_width": "128", "core_height": "128", "vector_core_count": "8", "vector_core_width": "128",
-    "sram_kb": "134218", "core_freq_mhz": "1000", "dram_freq_mhz": "1000", "icnt_freq_mhz": "2000", "dram_overrides": "", "core_overrides": "",
+    "trace": "t.csv", "dram_channels": "32", "core_width": "128", "core_height": "128",
+    "vector_core_count": "8", "vector_core_width": "128",
+    "sram_kb": "134218", "core_freq_mhz": "1000", "dram_freq_mhz": "1000", "icnt_freq_mhz": "2000",
+    "dram_overrides": "", "core_overrides": "",
     "sub_batch_mode": "0",
 }  # fmt: skip
-MEASURED = {"status": "ok", "layer_cycles": "30000", "cyc_A": "5000", "cyc_B": "15000", "cyc_C": "", "cyc_D": "", "cyc_E": "10000", "cyc_F": ""}
-OPS = [("A", "attn.QKVgen", 2100), ("B", "attn.NeuPIMSAttend", 7000), ("E", "ffn.fc1", 25000), ("E", "ffn.ln", 400)]
+MEASURED = {
+    "status": "ok",
+    "layer_cycles": "30000",
+    "cyc_A": "5000",
+    "cyc_B": "15000",
+    "cyc_C": "",
+    "cyc_D": "",
+    "cyc_E": "10000",
+    "cyc_F": "",
+}
+OPS = [
+    ("A", "attn.QKVgen", 2100),
+    ("B", "attn.NeuPIMSAttend", 7000),
+    ("E", "ffn.fc1", 25000),
+    ("E", "ffn.ln", 400),
+]
 
 
 def write_table(path, rows):
@@ -42,9 +59,16 @@ def folder_of(path, *changes, ops=OPS):
     """A folder with one run for each of `changes` of the knobs or what was measured."""
     (path / "traces").mkdir()
     (path / "traces" / "t.csv").write_text("seq_len,ch_idx\n300,0\n40,1\n513,0\n7,2\n")
-    runs = [KNOBS | MEASURED | {"run_id": f"r{number}"} | change for number, change in enumerate(changes)]
+    runs = [
+        KNOBS | MEASURED | {"run_id": f"r{number}"} | change
+        for number, change in enumerate(changes)
+    ]
     write_table(path / "runs.csv", runs)
-    rows = [{"run_id": run["run_id"], "system": run["system"], "stage": s, "op": o, "cycles": c} for run in runs for s, o, c in ops]
+    rows = [
+        {"run_id": run["run_id"], "system": run["system"], "stage": s, "op": o, "cycles": c}
+        for run in runs
+        for s, o, c in ops
+    ]
     write_table(path / "ops.csv", rows or [{"run_id": "", "stage": "", "op": "", "cycles": ""}])
     return path
 
@@ -63,16 +87,36 @@ def test_json_is_one_object_of_the_form_asked_for(tmp_path, capsys):
     result = json.loads(capsys.readouterr().out)
     assert set(result) == {"groups", "rows", "not_covered"}
     assert {row["run_id"] for row in result["rows"]} == {"r0", "r1"}
-    assert {each["run_id"]: "tpu" in each["reason"] for each in result["not_covered"]} == {"r2": True, "r3": False}
+    assert {each["run_id"]: "tpu" in each["reason"] for each in result["not_covered"]} == {
+        "r2": True,
+        "r3": False,
+    }
     assert len(result["rows"]) == 2 * (len(OPS) + 3 + 1)  # stages A, B and E, and the layer
     for row in result["rows"]:
         assert {"run_id", "level", "stage", "name", "measured", "predicted"} <= set(row)
         assert row["predicted"] > 0
     for group in result["groups"]:
-        assert set(group) == {"level", "system", "kind", "name", "n", "mean", "median", "p95", "max"}
+        assert set(group) == {
+            "level",
+            "system",
+            "kind",
+            "name",
+            "n",
+            "mean",
+            "median",
+            "p95",
+            "max",
+        }
         assert 0 <= group["median"] <= group["p95"] <= group["max"]
-    counted = {(group["level"], group["system"], group["kind"], group["name"]): group["n"] for group in result["groups"]}
-    assert counted["op", "all", "pim", "all"] == counted["layer", "neupims_nosbi", "layer", "layer"] == 2
+    counted = {
+        (group["level"], group["system"], group["kind"], group["name"]): group["n"]
+        for group in result["groups"]
+    }
+    assert (
+        counted["op", "all", "pim", "all"]
+        == counted["layer", "neupims_nosbi", "layer", "layer"]
+        == 2
+    )
     assert counted["op", "all", "gemm", "all"] == 4
     assert counted["op", "all", "gemm > 20000 cycles", "all"] == 2
     assert counted["stage", "all", "stage", "all"] == 6
@@ -81,22 +125,55 @@ def test_json_is_one_object_of_the_form_asked_for(tmp_path, capsys):
 def test_errors_are_percentages_of_what_was_measured(tmp_path):
     result = validate(folder_of(tmp_path, {}), path="closed")
     layer = next(row for row in result["rows"] if row["level"] == "layer")
-    group = next(group for group in result["groups"] if group["level"] == "layer" and group["system"] == "all")
+    group = next(
+        group
+        for group in result["groups"]
+        if group["level"] == "layer" and group["system"] == "all"
+    )
     assert group["mean"] == pytest.approx(100 * abs(layer["predicted"] - 30000) / 30000)
 
 
 def test_groups_of_errors_by_hand():
     """Errors of 0 to 20 %, one of each: their mean and median are 10, the 95th percentile 19."""
-    rows = [{"system": "npu-only", "level": "op", "name": "ffn.fc1", "measured": 1000.0, "predicted": 1000.0 - 10 * i} for i in range(21)]
-    groups = {(group["system"], group["kind"], group["name"]): group for group in group_errors(rows)}
-    assert set(groups) == {(system, "gemm", name) for system in ("npu-only", "all") for name in ("all", "ffn.fc1")}
+    rows = [
+        {
+            "system": "npu-only",
+            "level": "op",
+            "name": "ffn.fc1",
+            "measured": 1000.0,
+            "predicted": 1000.0 - 10 * i,
+        }
+        for i in range(21)
+    ]
+    groups = {
+        (group["system"], group["kind"], group["name"]): group for group in group_errors(rows)
+    }
+    assert set(groups) == {
+        (system, "gemm", name) for system in ("npu-only", "all") for name in ("all", "ffn.fc1")
+    }
     for group in groups.values():
-        assert [group[key] for key in ("n", "mean", "median", "p95", "max")] == pytest.approx([21, 10, 10, 19, 20])
+        assert [group[key] for key in ("n", "mean", "median", "p95", "max")] == pytest.approx(
+            [21, 10, 10, 19, 20]
+        )
 
 
 def test_the_tool_prints_a_table_and_draws(tmp_path, capsys):
     folder_of(tmp_path, {}, dram(tXYZ=1))
-    assert main(["validate", str(tmp_path), "--path", "closed", "--plot", str(tmp_path / "plot.svg"), "--html", str(tmp_path / "page.html")]) == 0
+    assert (
+        main(
+            [
+                "validate",
+                str(tmp_path),
+                "--path",
+                "closed",
+                "--plot",
+                str(tmp_path / "plot.svg"),
+                "--html",
+                str(tmp_path / "page.html"),
+            ]
+        )
+        == 0
+    )
     out = capsys.readouterr().out
     assert "tXYZ" in out
     assert "1 runs covered, 1 not" in out
@@ -136,16 +213,24 @@ def test_the_tool_prints_a_table_and_draws(tmp_path, capsys):
 def test_every_knob_reaches_its_field(tmp_path, override, value):
     folder = folder_of(tmp_path, override)
     group, name, expected = value
-    assert getattr(getattr(case_of(read_runs(folder)[0][0], folder).hardware, group), name) == expected
+    assert (
+        getattr(getattr(case_of(read_runs(folder)[0][0], folder).hardware, group), name) == expected
+    )
 
 
 def test_every_field_of_the_simulator_is_accepted_or_refused_by_name(tmp_path):
-    both = [dram(**{field: 64}) for field in MEMORY_FIELDS] + [core(**{field: 64}) for field in CORE_FIELDS]
+    both = [dram(**{field: 64}) for field in MEMORY_FIELDS] + [
+        core(**{field: 64}) for field in CORE_FIELDS
+    ]
     idle = [dram(**{field: 64}) for field in WITHOUT_EFFECT]
     folder = folder_of(tmp_path, *both, *idle, {})
     runs, _ = read_runs(folder)
     plain = case_of(runs[-1], folder)
-    assert all(case_of(run, folder).hardware != plain.hardware for run in runs[: len(both)] if "64" in run["dram_overrides"] + run["core_overrides"])
+    assert all(
+        case_of(run, folder).hardware != plain.hardware
+        for run in runs[: len(both)]
+        if "64" in run["dram_overrides"] + run["core_overrides"]
+    )
     assert all(case_of(run, folder).hardware == plain.hardware for run in runs[len(both) : -1])
     assert set(WITHOUT_MODELLED_EFFECT) <= {*MEMORY_FIELDS, *CORE_FIELDS}
 
@@ -180,7 +265,9 @@ def test_what_cannot_be_modelled_is_listed_with_its_reason(tmp_path, change, rea
 
 
 def test_measured_columns_do_not_reach_predictions(tmp_path):
-    folder = folder_of(tmp_path, {}, {"layer_cycles": "1", "cyc_A": "1", "cyc_B": "1", "cyc_E": "1"})
+    folder = folder_of(
+        tmp_path, {}, {"layer_cycles": "1", "cyc_A": "1", "cyc_B": "1", "cyc_E": "1"}
+    )
     first, second = (predict(case_of(run, folder), path="closed") for run in read_runs(folder)[0])
     assert first == second
 

@@ -5,14 +5,24 @@ import pytest
 from neupims.machine.calibration import DEFAULT
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace
-from neupims.timing.vector import LATENCY_CYCLES, activation, layer_norm, residual_sum, softmax_cycles
+from neupims.timing.vector import (
+    LATENCY_CYCLES,
+    activation,
+    layer_norm,
+    residual_sum,
+    softmax_cycles,
+)
 
-CODED, MEANT = ({"calibration": DEFAULT, "fidelity": fidelity} for fidelity in ("simulator", "intended"))
+CODED, MEANT = (
+    {"calibration": DEFAULT, "fidelity": fidelity} for fidelity in ("simulator", "intended")
+)
 
 
 @pytest.mark.parametrize(
     ("length", "cycles"),
-    [  # 2 x tree + 3 x passes of 128 lanes; the tree of 512 is its 4 partial sums and then 1, of 20,000 it is 157 + 2 + 1
+    # 2 x tree + 3 x passes of 128 lanes; the tree of 512 is its 4 partial sums and then 1, of
+    # 20,000 it is 157 + 2 + 1
+    [
         (1, 2 * 1 + 3),
         (128, 2 * 1 + 3),
         (512, 2 * 5 + 3 * 4),
@@ -34,25 +44,41 @@ def test_traffic_by_hand():
         activation(Hardware(), 64, 4096, 1, **CODED),
         activation(Hardware(), 64, 4096, 2, **CODED),
     )
-    assert [float(work.read_bytes) for work in (norm, total, gelu, gated)] == [array + 2 * 2 * 4096, 2 * array, array, 2 * array]
+    assert [float(work.read_bytes) for work in (norm, total, gelu, gated)] == [
+        array + 2 * 2 * 4096,
+        2 * array,
+        array,
+        2 * array,
+    ]
     assert [float(work.write_bytes) for work in (norm, total, gelu, gated)] == [array] * 4
     assert float(total.cycles) == pytest.approx((2 * array + array / 2) / 1024 + LATENCY_CYCLES)
 
 
 def test_rows_take_no_time_as_coded_and_their_own_as_meant():
-    """With memory that is never waited for: a row a cycle as coded; as meant GELU takes 32 passes over 4096 channels on one of 8 units."""
+    """With memory that is never waited for: a row a cycle as coded; as meant GELU takes 32 passes
+    over 4096 channels on one of 8 units.
+    """
     fast = replace(Hardware(), "hbm.clock_hz", 1e15)
     assert float(activation(fast, 64, 4096, 1, **CODED).cycles) == 64 + LATENCY_CYCLES
     assert float(activation(fast, 64, 4096, 1, **MEANT).cycles) == 64 * 32 / 8 + LATENCY_CYCLES
-    assert float(layer_norm(fast, 64, 4096, **MEANT).cycles) == 64 * (2 * 33 + 3 + 5 * 32) / 8 + LATENCY_CYCLES
+    assert (
+        float(layer_norm(fast, 64, 4096, **MEANT).cycles)
+        == 64 * (2 * 33 + 3 + 5 * 32) / 8 + LATENCY_CYCLES
+    )
 
 
 def test_what_was_left_to_write_delays_the_next_operation_as_coded():
-    alone, after = (residual_sum(Hardware(), 64, 4096, inherited_bytes=left, **CODED) for left in (0, 2**20))
+    alone, after = (
+        residual_sum(Hardware(), 64, 4096, inherited_bytes=left, **CODED) for left in (0, 2**20)
+    )
     assert float(after.cycles - alone.cycles) == pytest.approx(2**20 / 2 / 1024)
 
 
 @pytest.mark.parametrize("options", [CODED, MEANT])
 def test_no_token_takes_no_time(options):
-    for work in (layer_norm(Hardware(), 0, 64, **options), residual_sum(Hardware(), 0, 64, **options), activation(Hardware(), 0, 64, 1, **options)):
+    for work in (
+        layer_norm(Hardware(), 0, 64, **options),
+        residual_sum(Hardware(), 0, 64, **options),
+        activation(Hardware(), 0, 64, 1, **options),
+    ):
         assert float(work.cycles) == 0

@@ -9,42 +9,88 @@ from flax import nnx
 
 from ggem_jax.models.text import TextConfig, TextTransformer
 from ggem_jax.models.vit import GGeM, ViT, ViTConfig
-from ggem_jax.optimizer import adamw, exponents, is_exponent, learning_rate_scales, weight_decay_mask
+from ggem_jax.optimizer import (
+    adamw,
+    exponents,
+    is_exponent,
+    learning_rate_scales,
+    weight_decay_mask,
+)
 
 
 @pytest.fixture(scope="module")
 def params():
-    model = ViT(ViTConfig(patch=4, width=12, depth=3, heads=2, mlp_width=16, image=8, registers=1, layer_scale=0.1), GGeM(), 5)
+    model = ViT(
+        ViTConfig(
+            patch=4, width=12, depth=3, heads=2, mlp_width=16, image=8, registers=1, layer_scale=0.1
+        ),
+        GGeM(),
+        5,
+    )
     return model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
 
 
 def by_path(tree):
-    return {"/".join(str(key.key) for key in path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {
+        "/".join(str(key.key) for key in path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
 
 
 def test_only_kernels_decay(params):
     mask = by_path(weight_decay_mask(params))
-    assert {name for name, decays in mask.items() if decays} == {name for name in mask if name.endswith("kernel")}
-    for name in ("pool/p", "norm/scale", "class_token", "registers", "position", "head/bias", "blocks_0/layer_scale_1"):
+    assert {name for name, decays in mask.items() if decays} == {
+        name for name in mask if name.endswith("kernel")
+    }
+    for name in (
+        "pool/p",
+        "norm/scale",
+        "class_token",
+        "registers",
+        "position",
+        "head/bias",
+        "blocks_0/layer_scale_1",
+    ):
         assert mask[name] is False
 
 
 def test_layers_further_from_the_head_learn_slower(params):
     scales = by_path(learning_rate_scales(params, exponent_lr=20, layer_decay=0.5))
-    expected = {"head/kernel": 1, "norm/scale": 1, "pool/p": 20, "blocks_2/mlp/in/kernel": 0.5, "blocks_1/norm_1/bias": 0.25,
-                "blocks_0/attention/query/kernel": 0.125, "position": 0.0625, "class_token": 0.0625, "patch_embedding/kernel": 0.0625}  # fmt: skip
+    expected = {"head/kernel": 1, "norm/scale": 1, "pool/p": 20, "blocks_2/mlp/in/kernel": 0.5,
+    "blocks_1/norm_1/bias": 0.25,
+                "blocks_0/attention/query/kernel": 0.125, "position": 0.0625, "class_token": 0.0625,
+                "patch_embedding/kernel": 0.0625}  # fmt: skip
     assert {name: scales[name] for name in expected} == expected
 
 
 def test_the_two_towers_of_a_tree_have_depths_of_their_own(params):
     """The table of ids is an embedding: it learns as slowly as positions, and neither decays."""
-    text = TextTransformer(TextConfig(vocabulary=7, width=8, depth=2, heads=2, mlp_width=8, context=5), outputs=4)
-    both = {"image": params, "text": text.init(jax.random.key(0), jnp.zeros((1, 5), jnp.int32))["params"], "log_scale": jnp.zeros(())}
-    scales, mask = by_path(learning_rate_scales(both, layer_decay=0.5)), by_path(weight_decay_mask(both))
-    expected = {"text/head/kernel": 1, "text/blocks_1/mlp/in/kernel": 0.5, "text/blocks_0/norm_1/scale": 0.25, "text/position": 0.125,
-                "text/token_embedding/embedding": 0.125, "image/blocks_2/mlp/in/kernel": 0.5, "image/position": 0.0625, "log_scale": 1}  # fmt: skip
+    text = TextTransformer(
+        TextConfig(vocabulary=7, width=8, depth=2, heads=2, mlp_width=8, context=5), outputs=4
+    )
+    both = {
+        "image": params,
+        "text": text.init(jax.random.key(0), jnp.zeros((1, 5), jnp.int32))["params"],
+        "log_scale": jnp.zeros(()),
+    }
+    scales, mask = (
+        by_path(learning_rate_scales(both, layer_decay=0.5)),
+        by_path(weight_decay_mask(both)),
+    )
+    expected = {"text/head/kernel": 1, "text/blocks_1/mlp/in/kernel": 0.5,
+    "text/blocks_0/norm_1/scale": 0.25, "text/position": 0.125,
+                "text/token_embedding/embedding": 0.125, "image/blocks_2/mlp/in/kernel": 0.5,
+                "image/position": 0.0625, "log_scale": 1}  # fmt: skip
     assert {name: scales[name] for name in expected} == expected
-    assert not any(mask[name] for name in ("text/token_embedding/embedding", "text/position", "text/norm/scale", "log_scale"))
+    assert not any(
+        mask[name]
+        for name in (
+            "text/token_embedding/embedding",
+            "text/position",
+            "text/norm/scale",
+            "log_scale",
+        )
+    )
     assert mask["text/head/kernel"]
 
 
@@ -56,10 +102,14 @@ def test_exponents_are_found_by_their_path(params):
 
 
 def test_first_step_by_hand():
-    """Adam's first step is the sign of the gradient: the kernel moves by lr (1 + decay * value), p by 10 lr, the bias by lr."""
+    """Adam's first step is the sign of the gradient: the kernel moves by lr (1 + decay * value), p
+    by 10 lr, the bias by lr.
+    """
     params = {"kernel": jnp.array([[2.0]]), "bias": jnp.array([2.0]), "p": jnp.array([3.0])}
     transform = adamw(0.01, weight_decay=0.5)
-    updates, _ = transform.update(jax.tree.map(jnp.ones_like, params), transform.init(params), params)
+    updates, _ = transform.update(
+        jax.tree.map(jnp.ones_like, params), transform.init(params), params
+    )
     moved = optax.apply_updates(params, updates)
     np.testing.assert_allclose(moved["kernel"], [[2 - 0.01 * (1 + 0.5 * 2)]], rtol=1e-5)
     np.testing.assert_allclose(moved["bias"], [2 - 0.01], rtol=1e-5)
@@ -77,7 +127,9 @@ def test_without_its_own_rate_an_exponent_hardly_moves():
 
         def step(carry, _):
             params, state = carry
-            slope = jax.grad(lambda params: jnp.sum((pool.apply({"params": params}, tokens) - target) ** 2))(params)
+            slope = jax.grad(
+                lambda params: jnp.sum((pool.apply({"params": params}, tokens) - target) ** 2)
+            )(params)
             updates, state = transform.update(slope, state, params)
             return (optax.apply_updates(params, updates), state), None
 
@@ -94,7 +146,10 @@ def test_a_part_of_a_model_and_two_models_in_one_tree_keep_their_depths():
     part = {"blocks_10": leaf, "blocks_11": leaf, "head": leaf}
     scales = learning_rate_scales(part, layer_decay=0.5)
     assert [scales[name]["kernel"] for name in part] == [0.25, 0.5, 1.0]
-    towers = {"a": {"blocks_0": leaf, "blocks_1": leaf, "position": jnp.ones(2)}, "b": {"blocks_0": leaf, "blocks_norm": leaf}}
+    towers = {
+        "a": {"blocks_0": leaf, "blocks_1": leaf, "position": jnp.ones(2)},
+        "b": {"blocks_0": leaf, "blocks_norm": leaf},
+    }
     scales = learning_rate_scales(towers, layer_decay=0.5)
     assert scales == {
         "a": {"blocks_0": {"kernel": 0.25}, "blocks_1": {"kernel": 0.5}, "position": 0.125},
@@ -110,5 +165,9 @@ def test_parameters_of_flax_nnx_are_recognised():
 
     state = nnx.state(Model(nnx.Rngs(0)), nnx.Param)
     assert list(exponents(state)) == ["p"]
-    assert jax.tree.leaves(weight_decay_mask(state)) == [False, True, False]  # dense.bias, dense.kernel, p
+    assert jax.tree.leaves(weight_decay_mask(state)) == [
+        False,
+        True,
+        False,
+    ]  # dense.bias, dense.kernel, p
     assert jax.tree.leaves(learning_rate_scales(state, exponent_lr=7.0)) == [1.0, 1.0, 7.0]

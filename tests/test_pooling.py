@@ -1,4 +1,6 @@
-"""ggem_jax/pooling/tokens.py against a float64 oracle, its closed-form gradient, and the invariances of power means."""
+"""ggem_jax/pooling/tokens.py against a float64 oracle, its closed-form gradient, and the
+invariances of power means.
+"""
 
 import functools
 import itertools
@@ -18,7 +20,14 @@ from ggem_jax.pooling import avg_pool, cls_pool, gem_pool, ggem_pool, lse_pool, 
 
 NEGATIVES = ("clamp", "abs", "shift", "signed")
 EXPONENTS = (1, 1.5, 3, 7, 20, 100, 1000)
-SHAPES = ((1, 1, 1, 1), (2, 7, 12, 3), (3, 1, 6, 2), (2, 50, 33, 11), (1, 197, 40, 8), (4, 13, 5, 5))  # b, n, d, groups
+SHAPES = (
+    (1, 1, 1, 1),
+    (2, 7, 12, 3),
+    (3, 1, 6, 2),
+    (2, 50, 33, 11),
+    (1, 197, 40, 8),
+    (4, 13, 5, 5),
+)  # b, n, d, groups
 
 
 def draw(rng, b, n, d, scale=1.0):
@@ -26,7 +35,9 @@ def draw(rng, b, n, d, scale=1.0):
 
 
 def oracle(tokens, p, *, mask=None, eps=1e-6, negatives="clamp", layout="contiguous"):
-    """The formulas of the module docstring in float64, with the largest power factored out; rows without a kept token are zero."""
+    """The formulas of the module docstring in float64, with the largest power factored out; rows
+    without a kept token are zero.
+    """
     x = np.asarray(tokens, np.float64)
     b, n, d = x.shape
     p = np.asarray(p, np.float64)
@@ -38,11 +49,18 @@ def oracle(tokens, p, *, mask=None, eps=1e-6, negatives="clamp", layout="contigu
         if not len(rows):
             continue
         low = rows.min(0)
-        base = {"clamp": np.maximum(rows, eps), "abs": np.maximum(np.abs(rows), eps), "shift": rows - low + eps, "signed": np.abs(rows)}[negatives]
+        base = {
+            "clamp": np.maximum(rows, eps),
+            "abs": np.maximum(np.abs(rows), eps),
+            "shift": rows - low + eps,
+            "signed": np.abs(rows),
+        }[negatives]
         sign = np.sign(rows) if negatives == "signed" else 1
         top = np.maximum(base.max(0), 1e-300)
         s = np.mean(sign * (base / top) ** p, axis=0)
-        out[i] = np.sign(s) * top * np.abs(s) ** (1 / p) + (low - eps if negatives == "shift" else 0)
+        out[i] = np.sign(s) * top * np.abs(s) ** (1 / p) + (
+            low - eps if negatives == "shift" else 0
+        )
     return out
 
 
@@ -69,7 +87,9 @@ def test_ggem_equals_the_float64_formula(shape, layout):
     for exponent in EXPONENTS:
         for scale in (1e-3, 1.0, 1e3):
             tokens = draw(rng, b, n, d, scale)
-            p = np.full(groups, exponent, np.float32) * np.linspace(1, 1.5, groups, dtype=np.float32)
+            p = np.full(groups, exponent, np.float32) * np.linspace(
+                1, 1.5, groups, dtype=np.float32
+            )
             got = jitted(layout=layout)(tokens, p)
             assert relative_error(got, oracle(tokens, p, layout=layout)) <= 2e-6, (exponent, scale)
 
@@ -82,11 +102,18 @@ def test_other_sign_rules_equal_the_float64_formula(negatives):
             tokens = draw(rng, 2, 50, 12, scale)
             p = np.array([exponent, exponent, exponent + 1], np.float32)
             error = row_error if negatives in ("shift", "signed") else relative_error
-            assert error(jitted(negatives=negatives)(tokens, p), oracle(tokens, p, negatives=negatives)) <= 2e-6, (exponent, scale)
+            assert (
+                error(
+                    jitted(negatives=negatives)(tokens, p), oracle(tokens, p, negatives=negatives)
+                )
+                <= 2e-6
+            ), (exponent, scale)
 
 
 def closed_form(tokens, p, cotangent, eps=1e-6):
-    """Gradient of sum(cotangent * ggem) for the clamp rule in float64: f/p^2 (p sum(x^p ln x)/sum(x^p) - ln mean x^p) for p."""
+    """Gradient of sum(cotangent * ggem) for the clamp rule in float64: f/p^2 (p sum(x^p ln
+    x)/sum(x^p) - ln mean x^p) for p.
+    """
     tokens, p = np.asarray(tokens, np.float64), np.asarray(p, np.float64)
     b, n, d = tokens.shape
     x, groups = np.maximum(tokens, eps), len(p)
@@ -99,7 +126,10 @@ def closed_form(tokens, p, cotangent, eps=1e-6):
 
 
 def ggem_gradient(tokens, p, cotangent, **options):
-    return jax.grad(lambda tokens, p: jnp.sum(ggem_pool(tokens, p, **options).astype(jnp.float32) * cotangent), (0, 1))(tokens, p)
+    return jax.grad(
+        lambda tokens, p: jnp.sum(ggem_pool(tokens, p, **options).astype(jnp.float32) * cotangent),
+        (0, 1),
+    )(tokens, p)
 
 
 @pytest.mark.parametrize("exponent", EXPONENTS)
@@ -128,15 +158,21 @@ def test_gradient_equals_finite_differences_of_the_oracle(negatives, exponent):
         step[i] = h
         return (f(x + step) - f(x - step)) / (2 * h)
 
-    want_tokens = np.array([difference(lambda t: loss(t, p), tokens, i, 1e-6) for i in np.ndindex(tokens.shape)]).reshape(tokens.shape)
+    want_tokens = np.array(
+        [difference(lambda t: loss(t, p), tokens, i, 1e-6) for i in np.ndindex(tokens.shape)]
+    ).reshape(tokens.shape)
     want_p = np.array([difference(lambda q: loss(tokens, q), p, i, 1e-6) for i in range(2)])
-    by_tokens, by_p = ggem_gradient(jnp.float32(tokens), jnp.float32(p), cotangent, negatives=negatives)
+    by_tokens, by_p = ggem_gradient(
+        jnp.float32(tokens), jnp.float32(p), cotangent, negatives=negatives
+    )
     assert row_error(by_tokens, want_tokens) <= 2e-5
     assert row_error(by_p, want_p) <= 2e-5
 
 
 def test_lowest_tokens_share_the_gradient_of_the_shift():
-    """Two tokens tie for the minimum; p = 1 makes the shifted mean the mean, so every token has 1/4."""
+    """Two tokens tie for the minimum; p = 1 makes the shifted mean the mean, so every token has
+    1/4.
+    """
     tokens = jnp.array([[-2.0], [1.0], [-2.0], [3.0]])
     by_tokens = jax.grad(lambda t: gem_pool(t, 1.0, negatives="shift").sum())(tokens)
     np.testing.assert_allclose(by_tokens, np.full((4, 1), 0.25), rtol=1e-6)
@@ -144,14 +180,18 @@ def test_lowest_tokens_share_the_gradient_of_the_shift():
 
 def test_signed_mean_of_opposite_tokens_is_zero_with_zero_gradient():
     tokens = jnp.array([[2.0, 1.0], [-2.0, 1.0]])
-    value, gradient = jax.value_and_grad(lambda t: gem_pool(t, 3.0, negatives="signed").sum())(tokens)
+    value, gradient = jax.value_and_grad(lambda t: gem_pool(t, 3.0, negatives="signed").sum())(
+        tokens
+    )
     assert value == 1.0
     np.testing.assert_allclose(gradient, [[0, 0.5], [0, 0.5]], rtol=1e-6)
 
 
 def test_signed_with_p_one_is_the_mean_zeros_included():
     tokens = jnp.array([[0.0], [0.0], [3.0], [-1.0]])
-    value, gradient = jax.value_and_grad(lambda t: gem_pool(t, 1.0, negatives="signed").sum())(tokens)
+    value, gradient = jax.value_and_grad(lambda t: gem_pool(t, 1.0, negatives="signed").sum())(
+        tokens
+    )
     assert value == pytest.approx(0.5)
     np.testing.assert_allclose(gradient, np.full((4, 1), 0.25), rtol=1e-6)
 
@@ -161,7 +201,12 @@ POOLS = {
     "max": lambda t, mask: max_pool(t, mask=mask),
     "lse": lambda t, mask: lse_pool(t, 10.0, mask=mask),
     "gem per channel": lambda t, mask: gem_pool(t, jnp.linspace(1, 9, t.shape[-1]), mask=mask),
-    **{f"ggem {rule}": (lambda t, mask, rule=rule: ggem_pool(t, jnp.array([1.0, 3, 40]), mask=mask, negatives=rule)) for rule in NEGATIVES},
+    **{
+        f"ggem {rule}": lambda t, mask, rule=rule: ggem_pool(
+            t, jnp.array([1.0, 3, 40]), mask=mask, negatives=rule
+        )
+        for rule in NEGATIVES
+    },
 }
 
 
@@ -180,7 +225,9 @@ def test_padding_changes_neither_value_nor_gradient(pool, filling):
 
     np.testing.assert_allclose(pool(padded, mask), pool(tokens, None), rtol=2e-6, atol=1e-7)
     by_tokens, by_padded = both(tokens, None)[1], both(jnp.array(padded), mask)[1]
-    np.testing.assert_allclose(np.asarray(by_padded)[mask].reshape(by_tokens.shape), by_tokens, rtol=2e-5, atol=1e-7)
+    np.testing.assert_allclose(
+        np.asarray(by_padded)[mask].reshape(by_tokens.shape), by_tokens, rtol=2e-5, atol=1e-7
+    )
     assert not np.asarray(by_padded)[~mask].any()
 
 
@@ -196,7 +243,9 @@ def test_a_row_with_nothing_to_keep_gives_zeros(pool):
 
 
 def random_cases(rng, count, n, d, groups, dtype):
-    """Tokens of every size the dtype has: normal, tiny, huge, constant, zero, negative (dead) and equal-and-opposite channels."""
+    """Tokens of every size the dtype has: normal, tiny, huge, constant, zero, negative (dead) and
+    equal-and-opposite channels.
+    """
     top = float(jnp.finfo(dtype).max)
     scale = np.exp(rng.uniform(np.log(1e-8), np.log(0.4 * top), (count, 1, d)))
     x = rng.normal(size=(count, n, d)) * np.where(rng.random((count, 1, d)) < 0.5, 1.0, scale)
@@ -215,7 +264,9 @@ def random_cases(rng, count, n, d, groups, dtype):
 
 
 def test_ten_thousand_random_cases_are_finite():
-    """12 compiled functions (sign rule x dtype) over 840 cases each: 10,080 values with their gradients for tokens and p."""
+    """12 compiled functions (sign rule x dtype) over 840 cases each: 10,080 values with their
+    gradients for tokens and p.
+    """
     rng, failures, cases = np.random.default_rng(6), [], 0
     for negatives in NEGATIVES:
         for dtype in (jnp.float32, jnp.bfloat16, jnp.float16):
@@ -227,7 +278,12 @@ def test_ten_thousand_random_cases_are_finite():
             def sum_of_value(tokens, p, mask, value=value):
                 return jnp.sum(value(tokens, p, mask).astype(jnp.float32) * 1e-3)
 
-            results = jax.jit(lambda *a, f=value, g=sum_of_value: (jax.vmap(f)(*a), jax.vmap(jax.grad(g, (0, 1)))(*a)))(tokens, p, mask)
+            results = jax.jit(
+                lambda *a, f=value, g=sum_of_value: (
+                    jax.vmap(f)(*a),
+                    jax.vmap(jax.grad(g, (0, 1)))(*a),
+                )
+            )(tokens, p, mask)
             finite = jax.tree.map(lambda a: jnp.isfinite(a).reshape(len(a), -1).all(1), results)
             bad = ~functools.reduce(jnp.logical_and, jax.tree.leaves(finite))
             failures += [(negatives, dtype.__name__, int(i)) for i in np.flatnonzero(bad)]
@@ -236,13 +292,17 @@ def test_ten_thousand_random_cases_are_finite():
     assert failures == []
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [(jnp.bfloat16, 2**-8), (jnp.float16, 2**-11), (jnp.float32, 2e-6)])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(jnp.bfloat16, 2**-8), (jnp.float16, 2**-11), (jnp.float32, 2e-6)]
+)
 @pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
 def test_results_have_the_dtype_of_the_tokens_and_float32_accuracy(pool, dtype, tolerance):
     tokens = jnp.abs(jnp.asarray(draw(np.random.default_rng(7), 2, 197, 6), dtype)) + 1
     pooled = pool(tokens, None)
     chex.assert_type(pooled, dtype)
-    np.testing.assert_allclose(pooled.astype(jnp.float32), pool(tokens.astype(jnp.float32), None), rtol=tolerance)
+    np.testing.assert_allclose(
+        pooled.astype(jnp.float32), pool(tokens.astype(jnp.float32), None), rtol=tolerance
+    )
 
 
 def test_float64_tokens_are_pooled_in_float64():
@@ -263,7 +323,9 @@ class Variants(chex.TestCase):
     @chex.variants(with_jit=True, without_jit=True)
     def test_one_group_is_gem_and_d_groups_are_gem_per_channel(self):
         ggem, gem = self.variant(ggem_pool), self.variant(gem_pool)
-        chex.assert_trees_all_close(ggem(self.tokens, jnp.array([3.0])), gem(self.tokens, 3.0), rtol=1e-6)
+        chex.assert_trees_all_close(
+            ggem(self.tokens, jnp.array([3.0])), gem(self.tokens, 3.0), rtol=1e-6
+        )
         p = jnp.linspace(1, 9, 12)
         chex.assert_trees_all_close(ggem(self.tokens, p), gem(self.tokens, p), rtol=1e-6)
 
@@ -285,14 +347,27 @@ class Variants(chex.TestCase):
         gem = self.variant(gem_pool)
         pooled = [gem(self.tokens, p) for p in (1.0, 1.5, 2.0, 5.0, 30.0, 400.0)]
         assert all(bool(jnp.all(b >= a * (1 - 1e-6))) for a, b in itertools.pairwise(pooled))
-        chex.assert_trees_all_close(gem(7 * self.tokens, 3.0), 7 * pooled[0] * (gem(self.tokens, 3.0) / pooled[0]), rtol=1e-6)
+        chex.assert_trees_all_close(
+            gem(7 * self.tokens, 3.0),
+            7 * pooled[0] * (gem(self.tokens, 3.0) / pooled[0]),
+            rtol=1e-6,
+        )
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_layouts_are_one_permutation_of_the_channels_apart(self):
         p = jnp.array([1.0, 3.0, 9.0])
-        contiguous, interleaved = (self.variant(functools.partial(ggem_pool, layout=layout)) for layout in ("contiguous", "interleaved"))
-        order = jnp.arange(12).reshape(3, 4).T.reshape(-1)  # interleaved channel c takes contiguous channel order[c]
-        chex.assert_trees_all_close(interleaved(self.tokens[..., order], p), contiguous(self.tokens, p)[..., order], rtol=1e-6)
+        contiguous, interleaved = (
+            self.variant(functools.partial(ggem_pool, layout=layout))
+            for layout in ("contiguous", "interleaved")
+        )
+        order = (
+            jnp.arange(12).reshape(3, 4).T.reshape(-1)
+        )  # interleaved channel c takes contiguous channel order[c]
+        chex.assert_trees_all_close(
+            interleaved(self.tokens[..., order], p),
+            contiguous(self.tokens, p)[..., order],
+            rtol=1e-6,
+        )
 
     @chex.variants(with_jit=True, without_jit=True)
     def test_plain_poolings(self):
@@ -315,7 +390,9 @@ def test_lse_is_exact_from_the_average_to_the_maximum(r):
 
 def test_lse_of_the_widest_tokens_has_finite_gradients():
     tokens = jnp.array([[3.4e38], [-3.4e38]])
-    chex.assert_tree_all_finite(jax.value_and_grad(lambda t, r: lse_pool(t, r)[0], (0, 1))(tokens, 1.0))
+    chex.assert_tree_all_finite(
+        jax.value_and_grad(lambda t, r: lse_pool(t, r)[0], (0, 1))(tokens, 1.0)
+    )
 
 
 def test_lse_lies_between_average_and_maximum_and_takes_any_sign():
@@ -333,14 +410,22 @@ def test_vmap_over_tokens_p_and_both_equals_the_loop(negatives):
     pool = functools.partial(ggem_pool, negatives=negatives)
     gradient = jax.grad(lambda t, p: pool(t, p).sum(), (0, 1))
     for axes in ((0, None), (None, 0), (0, 0)):
-        calls = [(tokens[i] if axes[0] == 0 else tokens[0], ps[i] if axes[1] == 0 else ps[0]) for i in range(4)]
+        calls = [
+            (tokens[i] if axes[0] == 0 else tokens[0], ps[i] if axes[1] == 0 else ps[0])
+            for i in range(4)
+        ]
         arguments = (tokens if axes[0] == 0 else tokens[0], ps if axes[1] == 0 else ps[0])
         for f in (pool, gradient):
             want = jax.tree.map(lambda *parts: jnp.stack(parts), *[f(*call) for call in calls])
             chex.assert_trees_all_close(jax.vmap(f, axes)(*arguments), want, rtol=1e-5, atol=1e-6)
     batch_of_masks = jnp.array(rng.random((4, 9)) < 0.6)
     want = jnp.stack([pool(tokens[0], ps[0], mask=m) for m in batch_of_masks])
-    chex.assert_trees_all_close(jax.vmap(lambda m: pool(tokens[0], ps[0], mask=m))(batch_of_masks), want, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(
+        jax.vmap(lambda m: pool(tokens[0], ps[0], mask=m))(batch_of_masks),
+        want,
+        rtol=1e-5,
+        atol=1e-6,
+    )
     whole = jax.grad(lambda t, p: jax.vmap(pool)(t, p).sum(), (0, 1))(tokens, ps)
     chex.assert_trees_all_close(whole, jax.vmap(gradient)(tokens, ps), rtol=1e-5, atol=1e-6)
 
@@ -371,7 +456,9 @@ def mesh_of_eight():
 
 
 def test_sharded_batch_stays_sharded_under_jit():
-    """Value and gradient of a batch over 8 devices: equal to one device, and no device gathers tokens."""
+    """Value and gradient of a batch over 8 devices: equal to one device, and no device gathers
+    tokens.
+    """
     tokens, p = jnp.array(draw(np.random.default_rng(13), 16, 20, 12)), jnp.array([1.0, 3.0, 9.0])
     sharding = NamedSharding(mesh_of_eight(), P("data"))
 
@@ -391,13 +478,16 @@ def test_sharded_batch_stays_sharded_under_jit():
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
 def test_shard_map_with_and_without_checks(check_vma, masked):
-    """Each device pools its part of the batch; the gradient of the shared exponents is the sum over the devices."""
+    """Each device pools its part of the batch; the gradient of the shared exponents is the sum over
+    the devices.
+    """
     rng = np.random.default_rng(14)
     tokens, p = jnp.array(draw(rng, 16, 20, 12)), jnp.array([1.0, 3.0, 9.0])
     mask = jnp.array(rng.random((16, 20)) < 0.7) if masked else jnp.ones((16, 20), bool)
     pool = jax.shard_map(
         lambda t, p, m: ggem_pool(t, p, mask=m if masked else None),
-        mesh=mesh_of_eight(), in_specs=(P("data"), P(), P("data")), out_specs=P("data"), check_vma=check_vma,
+        mesh=mesh_of_eight(), in_specs=(P("data"), P(), P("data")), out_specs=P("data"),
+        check_vma=check_vma,
     )  # fmt: skip
 
     def loss(pool):
@@ -412,7 +502,9 @@ def test_numpy_arrays_lists_and_integer_exponents_are_taken():
     tokens = draw(np.random.default_rng(15), 2, 9, 6)
     want = ggem_pool(jnp.array(tokens), jnp.array([3.0, 2.0]))
     np.testing.assert_array_equal(ggem_pool(tokens, [3, 2]), want)
-    np.testing.assert_array_equal(ggem_pool(tokens, np.array([3, 2]), mask=np.ones((2, 9), bool)), want)
+    np.testing.assert_array_equal(
+        ggem_pool(tokens, np.array([3, 2]), mask=np.ones((2, 9), bool)), want
+    )
     np.testing.assert_array_equal(ggem_pool(tokens, np.array([3, 2]), mask=[[True] * 9] * 2), want)
     np.testing.assert_allclose(gem_pool(tokens, 3), gem_pool(tokens, 3.0), rtol=0)
 
@@ -428,25 +520,44 @@ def test_a_kept_nan_is_not_hidden(negatives):
 def test_the_gradient_of_p_is_finite_up_to_the_widest_tokens(negatives):
     for values in ([3.4e38, -3.4e38], [2.05e38, 3.37e38, -2.36e38, -3.01e38, -1.84e38]):
         tokens = jnp.array(values)[:, None]
-        chex.assert_tree_all_finite([jax.grad(lambda p: gem_pool(tokens, p, negatives=negatives)[0])(p) for p in (1.0, 3.0, 20.0)])  # noqa: B023
+        chex.assert_tree_all_finite(
+            [
+                jax.grad(lambda p, x=tokens: gem_pool(x, p, negatives=negatives)[0])(p)
+                for p in (1.0, 3.0, 20.0)
+            ]
+        )
 
 
 def test_the_sign_of_the_smallest_numbers_is_that_of_the_rest():
-    gradient = jax.grad(lambda t: gem_pool(t, 1.0, negatives="signed")[0])(jnp.array([[-5e-38], [1.0], [2.0]]))
+    gradient = jax.grad(lambda t: gem_pool(t, 1.0, negatives="signed")[0])(
+        jnp.array([[-5e-38], [1.0], [2.0]])
+    )
     np.testing.assert_allclose(gradient, jnp.full((3, 1), 1 / 3), rtol=1e-6)
 
 
 def test_exponents_that_are_variables_of_nnx_are_taken_under_jit_and_grad():
     tokens, p = draw(np.random.default_rng(18), 2, 9, 6), nnx.Param(jnp.array([3.0, 2.0]))
     gradient = nnx.jit(nnx.grad(lambda p: ggem_pool(tokens, p).sum()))(p)
-    np.testing.assert_allclose(gradient[...], jax.grad(lambda p: ggem_pool(tokens, p).sum())(jnp.array([3.0, 2.0])), rtol=1e-6)
+    np.testing.assert_allclose(
+        gradient[...],
+        jax.grad(lambda p: ggem_pool(tokens, p).sum())(jnp.array([3.0, 2.0])),
+        rtol=1e-6,
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16])
 def test_runs_without_rank_or_dtype_promotion(dtype):
-    tokens, p, mask = jnp.array(draw(np.random.default_rng(19), 2, 9, 6), dtype), jnp.array([3.0, 2.0]), jnp.arange(18).reshape(2, 9) % 3 > 0
+    tokens, p, mask = (
+        jnp.array(draw(np.random.default_rng(19), 2, 9, 6), dtype),
+        jnp.array([3.0, 2.0]),
+        jnp.arange(18).reshape(2, 9) % 3 > 0,
+    )
     calls = [lambda t, n=n: ggem_pool(t, p, mask=mask, negatives=n) for n in NEGATIVES]
-    calls += [lambda t: lse_pool(t, 10.0, mask=mask), lambda t: avg_pool(t, mask=mask), lambda t: max_pool(t, mask=mask)]
+    calls += [
+        lambda t: lse_pool(t, 10.0, mask=mask),
+        lambda t: avg_pool(t, mask=mask),
+        lambda t: max_pool(t, mask=mask),
+    ]
     with jax.numpy_rank_promotion("raise"), jax.numpy_dtype_promotion("strict"):
         for call in calls:
             chex.assert_tree_all_finite(jax.grad(lambda t: call(t).sum())(tokens))  # noqa: B023
@@ -455,53 +566,117 @@ def test_runs_without_rank_or_dtype_promotion(dtype):
 def test_padding_that_is_no_number_does_not_trip_the_nan_checks_of_jax():
     tokens, mask = jnp.array([[1.0, 2.0], [jnp.nan, jnp.nan]]), jnp.array([True, False])
     with jax.debug_nans(True):
-        for call in (lambda t: ggem_pool(t, [3.0, 2.0], mask=mask), lambda t: avg_pool(t, mask=mask), lambda t: max_pool(t, mask=mask)):
+        for call in (
+            lambda t: ggem_pool(t, [3.0, 2.0], mask=mask),
+            lambda t: avg_pool(t, mask=mask),
+            lambda t: max_pool(t, mask=mask),
+        ):
             np.testing.assert_allclose(call(tokens), [1.0, 2.0], rtol=1e-6)
 
 
 @pytest.mark.parametrize("negatives", NEGATIVES)
-@pytest.mark.parametrize("axes", [("data", None, None), (None, None, "model"), ("data", None, "model")])
+@pytest.mark.parametrize(
+    "axes", [("data", None, None), (None, None, "model"), ("data", None, "model")]
+)
 def test_explicitly_sharded_tokens_have_the_same_gradients(negatives, axes):
-    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Explicit, AxisType.Explicit))
+    mesh = jax.make_mesh(
+        (2, 4), ("data", "model"), axis_types=(AxisType.Explicit, AxisType.Explicit)
+    )
     tokens, p = jnp.array(draw(np.random.default_rng(20), 8, 5, 12)), jnp.array([3.0, 2.0, 1.5])
-    gradient = jax.jit(jax.grad(lambda t, p: gem_pool(t, jnp.repeat(p, 4), negatives=negatives).sum(), (0, 1)))
+    gradient = jax.jit(
+        jax.grad(lambda t, p: gem_pool(t, jnp.repeat(p, 4), negatives=negatives).sum(), (0, 1))
+    )
     grouped = jax.jit(jax.grad(lambda t, p: ggem_pool(t, p, negatives=negatives).sum(), (0, 1)))
     want = gradient(tokens, p)
     with jax.set_mesh(mesh):
         sharded = jax.device_put(tokens, NamedSharding(mesh, P(*axes)))
         whole = jax.device_put(p, NamedSharding(mesh, P()))
         for found in (gradient(sharded, whole), grouped(sharded, whole)):
-            chex.assert_trees_all_close(jax.device_get(found), jax.device_get(want), rtol=1e-5, atol=1e-6)
+            chex.assert_trees_all_close(
+                jax.device_get(found), jax.device_get(want), rtol=1e-5, atol=1e-6
+            )
 
 
 TOKENS = np.zeros((2, 9, 12), np.float32)
 REFUSED = {
-    "integer tokens": (TypeError, "floating point, not int32", lambda: gem_pool(np.zeros((2, 9, 12), np.int32), 3.0)),
-    "bool tokens": (TypeError, "floating point, not bool", lambda: avg_pool(np.zeros((2, 9), bool))),
+    "integer tokens": (
+        TypeError,
+        "floating point, not int32",
+        lambda: gem_pool(np.zeros((2, 9, 12), np.int32), 3.0),
+    ),
+    "bool tokens": (
+        TypeError,
+        "floating point, not bool",
+        lambda: avg_pool(np.zeros((2, 9), bool)),
+    ),
     "one axis": (ValueError, r"\(\.\.\., n, d\)", lambda: max_pool(np.zeros(9, np.float32))),
-    "no token": (ValueError, "at least one token", lambda: cls_pool(np.zeros((2, 0, 12), np.float32))),
+    "no token": (
+        ValueError,
+        "at least one token",
+        lambda: cls_pool(np.zeros((2, 0, 12), np.float32)),
+    ),
     "no channel": (ValueError, "one channel", lambda: avg_pool(np.zeros((2, 3, 0), np.float32))),
-    "groups": (ValueError, "groups dividing the 12 channels", lambda: ggem_pool(TOKENS, np.ones(5))),
+    "groups": (
+        ValueError,
+        "groups dividing the 12 channels",
+        lambda: ggem_pool(TOKENS, np.ones(5)),
+    ),
     "no groups": (ValueError, "groups dividing", lambda: ggem_pool(TOKENS, np.ones(0))),
     "scalar p of ggem": (ValueError, r"p must be \(groups,\)", lambda: ggem_pool(TOKENS, 3.0)),
     "p of gem": (ValueError, r"scalar or \(12,\)", lambda: gem_pool(TOKENS, np.ones(3))),
-    "r of lse": (ValueError, r"r must be a scalar or \(12,\)", lambda: lse_pool(TOKENS, np.ones(3))),
+    "r of lse": (
+        ValueError,
+        r"r must be a scalar or \(12,\)",
+        lambda: lse_pool(TOKENS, np.ones(3)),
+    ),
     "p zero": (ValueError, "p must be positive", lambda: gem_pool(TOKENS, 0.0)),
     "p negative": (ValueError, "p must be positive", lambda: ggem_pool(TOKENS, [3.0, -1.0])),
     "p nan": (ValueError, "p must be positive", lambda: gem_pool(TOKENS, np.nan)),
-    "layout": (ValueError, "layout must be one of contiguous, interleaved, not 'rows'", lambda: ggem_pool(TOKENS, np.ones(3), layout="rows")),
-    "sign rule": (ValueError, "negatives must be one of clamp, abs, shift, signed", lambda: gem_pool(TOKENS, 3.0, negatives="relu")),
+    "layout": (
+        ValueError,
+        "layout must be one of contiguous, interleaved, not 'rows'",
+        lambda: ggem_pool(TOKENS, np.ones(3), layout="rows"),
+    ),
+    "sign rule": (
+        ValueError,
+        "negatives must be one of clamp, abs, shift, signed",
+        lambda: gem_pool(TOKENS, 3.0, negatives="relu"),
+    ),
     "p infinite": (ValueError, "p must be positive and finite", lambda: gem_pool(TOKENS, np.inf)),
     "p text": (ValueError, "p must be a number", lambda: gem_pool(TOKENS, "3")),
     "p complex": (ValueError, "p must be real", lambda: gem_pool(TOKENS, 3 + 0j)),
     "eps": (ValueError, "eps must be", lambda: gem_pool(TOKENS, 3.0, eps=0.0)),
-    "eps none": (ValueError, "eps must be a Python number", lambda: gem_pool(TOKENS, 3.0, eps=None)),
+    "eps none": (
+        ValueError,
+        "eps must be a Python number",
+        lambda: gem_pool(TOKENS, 3.0, eps=None),
+    ),
     "eps infinite": (ValueError, "eps must be", lambda: gem_pool(TOKENS, 3.0, eps=1e300)),
-    "mask of one truth": (ValueError, r"mask must be bool of shape \(2, 9\)", lambda: avg_pool(TOKENS, mask=True)),
-    "mask shape": (ValueError, r"mask must be bool of shape \(2, 9\)", lambda: avg_pool(TOKENS, mask=np.ones((2, 8), bool))),
-    "mask dtype": (ValueError, "mask must be bool", lambda: gem_pool(TOKENS, 3.0, mask=np.ones((2, 9), np.float32))),
-    "implementation": (ValueError, "implementation must be None or one of xla, triton", lambda: gem_pool(TOKENS, 3.0, implementation="cuda")),
-    "triton": (NotImplementedError, "pass implementation=None", lambda: ggem_pool(TOKENS, np.ones(3), implementation="triton")),
+    "mask of one truth": (
+        ValueError,
+        r"mask must be bool of shape \(2, 9\)",
+        lambda: avg_pool(TOKENS, mask=True),
+    ),
+    "mask shape": (
+        ValueError,
+        r"mask must be bool of shape \(2, 9\)",
+        lambda: avg_pool(TOKENS, mask=np.ones((2, 8), bool)),
+    ),
+    "mask dtype": (
+        ValueError,
+        "mask must be bool",
+        lambda: gem_pool(TOKENS, 3.0, mask=np.ones((2, 9), np.float32)),
+    ),
+    "implementation": (
+        ValueError,
+        "implementation must be None or one of xla, triton",
+        lambda: gem_pool(TOKENS, 3.0, implementation="cuda"),
+    ),
+    "triton": (
+        NotImplementedError,
+        "pass implementation=None",
+        lambda: ggem_pool(TOKENS, np.ones(3), implementation="triton"),
+    ),
 }
 
 
@@ -532,6 +707,8 @@ def test_spread_over_channels_by_hand():
 
 def test_a_signed_mean_that_only_rounding_is_left_of_is_zero_with_zero_gradients():
     tokens = jnp.array([[1.0], [-1.0], [1e-16]])
-    value, slopes = jax.value_and_grad(lambda t, p: gem_pool(t, p, negatives="signed")[0], (0, 1))(tokens, 2.0)
+    value, slopes = jax.value_and_grad(lambda t, p: gem_pool(t, p, negatives="signed")[0], (0, 1))(
+        tokens, 2.0
+    )
     assert value == 0
     chex.assert_trees_all_equal(slopes, jax.tree.map(jnp.zeros_like, slopes))

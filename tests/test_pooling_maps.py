@@ -27,7 +27,11 @@ def windowed(x, p, window):
     """The definition in float64, window by window."""
     b, h, w, d = x.shape
     half = window // 2
-    padded = np.pad(np.maximum(x.astype(np.float64), 0), ((0, 0), (half, half), (half, half), (0, 0)), mode="reflect")
+    padded = np.pad(
+        np.maximum(x.astype(np.float64), 0),
+        ((0, 0), (half, half), (half, half), (0, 0)),
+        mode="reflect",
+    )
     local = np.empty(x.shape)
     for i in range(h):
         for j in range(w):
@@ -41,11 +45,15 @@ def windowed(x, p, window):
 @pytest.mark.parametrize(("p", "window"), [(2.5, 5), (1.0, 3), (40.0, 5), (1000.0, 3), (0.5, 1)])
 def test_regional_gem_equals_the_float64_definition(shape, p, window):
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
-    np.testing.assert_allclose(regional_gem(x, p=p, window=window), windowed(x, p, window), rtol=2e-6, atol=1e-30)
+    np.testing.assert_allclose(
+        regional_gem(x, p=p, window=window), windowed(x, p, window), rtol=2e-6, atol=1e-30
+    )
 
 
 def test_regional_gem_by_hand():
-    """One row of the window sum at a corner: reflection gives 4, 2, 1, 2, 4 around the 1, so with p = 1 the mean of each axis is 13 / 5."""
+    """One row of the window sum at a corner: reflection gives 4, 2, 1, 2, 4 around the 1, so with p
+    = 1 the mean of each axis is 13 / 5.
+    """
     line = jnp.array([1.0, 2.0, 4.0, 8.0])
     got = regional_gem(jnp.broadcast_to(line[None, :, None], (4, 4, 1)), p=1.0)
     assert float(got[0, 0, 0]) == pytest.approx(0.5 * 13 / 5 + 0.5 * 1, rel=1e-6)
@@ -83,7 +91,9 @@ def test_gradients_are_finite_and_equal_differences(pool):
 def test_superglobal_is_regional_gem_then_gem():
     x = jnp.abs(jax.random.normal(jax.random.key(1), (2, 3, 7, 6, 5)))
     want = gem_pool(regional_gem(x, p=2.0, window=3).reshape(2, 3, 42, 5), 3.0, eps=1e-8)
-    np.testing.assert_allclose(superglobal_pool(x, regional_p=2.0, window=3, p=3.0), want, rtol=1e-6)
+    np.testing.assert_allclose(
+        superglobal_pool(x, regional_p=2.0, window=3, p=3.0), want, rtol=1e-6
+    )
     half = superglobal_pool(x.astype(jnp.bfloat16))
     assert half.dtype == jnp.bfloat16
     np.testing.assert_allclose(half.astype(jnp.float32), superglobal_pool(x), rtol=1e-2)
@@ -98,14 +108,21 @@ def test_nan_is_kept_and_negative_entries_count_as_zero():
 
 @pytest.mark.parametrize("p", [0.02, 0.1, 1.0, 50.0])
 def test_regional_gem_against_float64(p):
-    """Zeros count as zeros also for small exponents, for which the smallest number to the power p is not small."""
+    """Zeros count as zeros also for small exponents, for which the smallest number to the power p
+    is not small.
+    """
     x = np.maximum(np.random.default_rng(0).normal(size=(7, 6, 3)), 0)
     x[..., 2] = np.eye(7, 6) / 8
     padded = np.pad(x, ((2, 2), (2, 2), (0, 0)), mode="reflect")
     windows = np.lib.stride_tricks.sliding_window_view(padded, (5, 5), (0, 1))
     top = np.maximum(windows.max((-2, -1), keepdims=True), 1e-300)
     local = top[..., 0, 0] * np.mean((windows / top) ** p, axis=(-2, -1)) ** (1 / p)
-    np.testing.assert_allclose(regional_gem(jnp.asarray(x, jnp.float32), p=p), (x + local) / 2, rtol=3e-5 if p < 0.1 else 3e-6, atol=1e-30)
+    np.testing.assert_allclose(
+        regional_gem(jnp.asarray(x, jnp.float32), p=p),
+        (x + local) / 2,
+        rtol=3e-5 if p < 0.1 else 3e-6,
+        atol=1e-30,
+    )
 
 
 def test_no_maps_give_no_descriptors():
@@ -114,12 +131,16 @@ def test_no_maps_give_no_descriptors():
 
 def test_relup():
     assert relup(jnp.ones(2, jnp.bfloat16), alpha=np.float64(0.014)).dtype == jnp.bfloat16
-    np.testing.assert_array_equal(relup(jnp.array([-1.0, 0.0, 0.01, 0.02])), jnp.array([0.014, 0.014, 0.014, 0.02]))
+    np.testing.assert_array_equal(
+        relup(jnp.array([-1.0, 0.0, 0.01, 0.02])), jnp.array([0.014, 0.014, 0.014, 0.02])
+    )
     np.testing.assert_array_equal(relup(jnp.array([-1.0, 1.0]), alpha=0.0), jnp.array([0.0, 1.0]))
 
 
 def test_scale_gem_by_hand():
-    """The larger of the unit vectors (0.6, -0.8) and (-1, 0); with p = 2 and the minimum -4: sqrt((7^2 + 1^2) / 2) - 4, sqrt((0 + 4^2) / 2) - 4."""
+    """The larger of the unit vectors (0.6, -0.8) and (-1, 0); with p = 2 and the minimum -4:
+    sqrt((7^2 + 1^2) / 2) - 4, sqrt((0 + 4^2) / 2) - 4.
+    """
     scales = jnp.array([[3.0, -4.0], [-3.0, 0.0]])
     np.testing.assert_allclose(scale_gem(scales), [0.6, 0.0], rtol=1e-6)
     np.testing.assert_allclose(scale_gem(scales, p=2.0), [1.0, 8**0.5 - 4], rtol=1e-6)
@@ -131,7 +152,9 @@ def test_scale_gem_equals_the_float64_definition(p, scale):
     x = np.random.default_rng(0).normal(size=(3, 4, 5)).astype(np.float32)
     lowest = x.astype(np.float64).min()
     want = np.mean((x.astype(np.float64) - lowest) ** p, axis=0) ** (1 / p) + lowest
-    np.testing.assert_allclose(scale_gem(x * np.float32(scale), p=p) / scale, want, rtol=0, atol=2e-6 * np.abs(want).max())
+    np.testing.assert_allclose(
+        scale_gem(x * np.float32(scale), p=p) / scale, want, rtol=0, atol=2e-6 * np.abs(want).max()
+    )
 
 
 @pytest.mark.parametrize("p", [np.inf, 1.0, 10.0, 1000.0])
@@ -140,7 +163,9 @@ def test_scale_gem_has_finite_gradients_and_takes_any_leading_axes(p):
     gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(scale_gem(x, p=p)))))(x)
     chex.assert_tree_all_finite(gradient)
     assert np.abs(gradient).max() > 0
-    np.testing.assert_allclose(scale_gem(x, p=p), scale_gem(x.reshape(3, 8, 6), p=p).reshape(2, 4, 6), rtol=1e-6)
+    np.testing.assert_allclose(
+        scale_gem(x, p=p), scale_gem(x.reshape(3, 8, 6), p=p).reshape(2, 4, 6), rtol=1e-6
+    )
     order = scale_gem(x[jnp.array([2, 0, 1])], p=p)
     np.testing.assert_allclose(order, scale_gem(x, p=p), rtol=2e-6, atol=2e-6)
     assert scale_gem(x.astype(jnp.bfloat16), p=p).dtype == jnp.bfloat16
@@ -159,7 +184,9 @@ def test_unit_vectors_of_any_length(scale):
     got = l2_normalize(x, eps=1e-36)
     np.testing.assert_allclose(jnp.linalg.norm(got, axis=-1), 1, rtol=1e-6)
     assert not np.asarray(l2_normalize(jnp.zeros((2, 3)))).any()
-    np.testing.assert_allclose(l2_normalize(jnp.full((1, 4), 1e-13)), 0.1, rtol=1e-5)  # shorter than eps: divided by it
+    np.testing.assert_allclose(
+        l2_normalize(jnp.full((1, 4), 1e-13)), 0.1, rtol=1e-5
+    )  # shorter than eps: divided by it
     chex.assert_tree_all_finite(jax.grad(lambda x: l2_normalize(x).sum())(jnp.zeros((2, 3))))
 
 
@@ -168,17 +195,30 @@ def test_unit_vectors_of_any_length(scale):
 def test_norm_ggem_is_flax_layer_norm_then_ggem(negatives, masked):
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(3 * rng.normal(size=(2, 9, 12)) + 1, jnp.float32)
-    scale, bias, p = (jnp.asarray(rng.uniform(low, high, n), jnp.float32) for low, high, n in ((0.5, 1.5, 12), (-0.2, 0.2, 12), (2, 4, 3)))
+    scale, bias, p = (
+        jnp.asarray(rng.uniform(low, high, n), jnp.float32)
+        for low, high, n in ((0.5, 1.5, 12), (-0.2, 0.2, 12), (2, 4, 3))
+    )
     mask = jnp.asarray(rng.random((2, 9)) < 0.6).at[0].set(False) if masked else None
     norm = nn.LayerNorm(1e-6, use_fast_variance=False)
 
     def apart(tokens, scale, bias, p):
         kept = tokens if mask is None else jnp.where(mask[..., None], tokens, 0)
-        return ggem_pool(norm.apply({"params": {"scale": scale, "bias": bias}}, kept), p, mask=mask, negatives=negatives)
+        return ggem_pool(
+            norm.apply({"params": {"scale": scale, "bias": bias}}, kept),
+            p,
+            mask=mask,
+            negatives=negatives,
+        )
 
     joined = functools.partial(norm_ggem_pool, mask=mask, negatives=negatives)
-    np.testing.assert_allclose(joined(tokens, scale, bias, p), apart(tokens, scale, bias, p), rtol=2e-6, atol=2e-6)
-    gradients = [jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1, 2, 3))(tokens, scale, bias, p) for f in (joined, apart)]
+    np.testing.assert_allclose(
+        joined(tokens, scale, bias, p), apart(tokens, scale, bias, p), rtol=2e-6, atol=2e-6
+    )
+    gradients = [
+        jax.grad(lambda *a, f=f: jnp.sum(jnp.sin(f(*a))), (0, 1, 2, 3))(tokens, scale, bias, p)
+        for f in (joined, apart)
+    ]
     for one, other in zip(*gradients, strict=True):
         np.testing.assert_allclose(one, other, rtol=2e-4, atol=2e-5 * np.abs(other).max())
 
@@ -189,7 +229,9 @@ def test_norm_ggem_pads_and_differentiates_twice():
     mask = jnp.arange(7) < 4
     call = functools.partial(norm_ggem_pool, scale=jnp.ones(6), bias=jnp.zeros(6))
     p = jnp.array([3.0, 2.0])
-    np.testing.assert_allclose(call(padded, p=p, mask=jnp.broadcast_to(mask, (2, 7))), call(tokens, p=p), rtol=2e-6)
+    np.testing.assert_allclose(
+        call(padded, p=p, mask=jnp.broadcast_to(mask, (2, 7))), call(tokens, p=p), rtol=2e-6
+    )
     gradient = jax.grad(lambda x: call(x, p=p, mask=jnp.broadcast_to(mask, (2, 7))).sum())(padded)
     chex.assert_tree_all_finite(gradient)
     assert not np.asarray(gradient[:, 4:]).any()
@@ -201,35 +243,94 @@ def test_norm_ggem_pads_and_differentiates_twice():
 def test_a_vit_with_the_fused_norm_has_the_same_parameters_and_descriptors():
     config = ViTConfig(patch=8, width=24, depth=1, heads=3, mlp_width=32, image=32, registers=1)
     images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
-    models = [ViT(config, pooling=GGeM(), num_classes=4, fused_norm=fused) for fused in (False, True)]
+    models = [
+        ViT(config, pooling=GGeM(), num_classes=4, fused_norm=fused) for fused in (False, True)
+    ]
     variables = models[0].init(jax.random.key(1), images)
     chex.assert_trees_all_equal_shapes(variables, models[1].init(jax.random.key(1), images))
     apart, joined = (jax.jit(model.apply)(variables, images) for model in models)
     chex.assert_trees_all_close(apart, joined, rtol=1e-5, atol=1e-6)
-    gradients = [jax.jit(jax.grad(lambda v, m=m: jnp.sum(m.apply(v, images).descriptor ** 2)))(variables) for m in models]
+    gradients = [
+        jax.jit(jax.grad(lambda v, m=m: jnp.sum(m.apply(v, images).descriptor ** 2)))(variables)
+        for m in models
+    ]
     chex.assert_trees_all_close(*gradients, rtol=1e-3, atol=1e-4)
 
 
 MAP, TOKENS = np.ones((4, 4, 2), np.float32), np.ones((2, 9, 12), np.float32)
 REFUSED = {
-    "true as a window": (ValueError, "window must be an odd whole number, not True", lambda: regional_gem(MAP, window=True)),
-    "even window": (ValueError, "window must be an odd whole number, not 4", lambda: regional_gem(MAP, window=4)),
-    "small map": (ValueError, "h and w of at least 3 for a window of 5", lambda: regional_gem(MAP[:2])),
-    "flat map": (ValueError, r"feature_map must be \(\.\.\., h, w, d\)", lambda: superglobal_pool(MAP[0])),
-    "integer map": (TypeError, "feature_map must be floating point", lambda: regional_gem(MAP.astype(int))),
-    "exponent": (ValueError, "regional_p must be a positive Python number, not 0", lambda: superglobal_pool(MAP, regional_p=0)),
-    "array exponent": (ValueError, "p must be a positive Python number", lambda: regional_gem(MAP, p=np.ones(2))),
-    "no scales": (ValueError, r"descriptors must be \(scales, \.\.\., d\)", lambda: scale_gem(np.ones((0, 2, 3), np.float32))),
-    "one descriptor": (ValueError, r"descriptors must be \(scales, \.\.\., d\)", lambda: scale_gem(np.ones(3, np.float32))),
-    "integer descriptors": (TypeError, "descriptors must be floating point", lambda: scale_gem(np.ones((3, 2), int))),
-    "exponent of scales": (ValueError, "p must be a positive Python number, not 0", lambda: scale_gem(np.ones((3, 2), np.float32), p=0)),
+    "true as a window": (
+        ValueError,
+        "window must be an odd whole number, not True",
+        lambda: regional_gem(MAP, window=True),
+    ),
+    "even window": (
+        ValueError,
+        "window must be an odd whole number, not 4",
+        lambda: regional_gem(MAP, window=4),
+    ),
+    "small map": (
+        ValueError,
+        "h and w of at least 3 for a window of 5",
+        lambda: regional_gem(MAP[:2]),
+    ),
+    "flat map": (
+        ValueError,
+        r"feature_map must be \(\.\.\., h, w, d\)",
+        lambda: superglobal_pool(MAP[0]),
+    ),
+    "integer map": (
+        TypeError,
+        "feature_map must be floating point",
+        lambda: regional_gem(MAP.astype(int)),
+    ),
+    "exponent": (
+        ValueError,
+        "regional_p must be a positive Python number, not 0",
+        lambda: superglobal_pool(MAP, regional_p=0),
+    ),
+    "array exponent": (
+        ValueError,
+        "p must be a positive Python number",
+        lambda: regional_gem(MAP, p=np.ones(2)),
+    ),
+    "no scales": (
+        ValueError,
+        r"descriptors must be \(scales, \.\.\., d\)",
+        lambda: scale_gem(np.ones((0, 2, 3), np.float32)),
+    ),
+    "one descriptor": (
+        ValueError,
+        r"descriptors must be \(scales, \.\.\., d\)",
+        lambda: scale_gem(np.ones(3, np.float32)),
+    ),
+    "integer descriptors": (
+        TypeError,
+        "descriptors must be floating point",
+        lambda: scale_gem(np.ones((3, 2), int)),
+    ),
+    "exponent of scales": (
+        ValueError,
+        "p must be a positive Python number, not 0",
+        lambda: scale_gem(np.ones((3, 2), np.float32), p=0),
+    ),
     "eps": (ValueError, "eps must be a Python number", lambda: superglobal_pool(MAP, eps=0.0)),
-    "scale": (ValueError, r"scale must be a scalar or \(12,\)", lambda: norm_ggem_pool(TOKENS, np.ones(3), np.ones(12), np.ones(3))),
-    "norm_eps": (ValueError, "norm_eps must be a Python number from 1e-36", lambda: norm_ggem_pool(TOKENS, 1.0, 0.0, np.ones(3), norm_eps=0.0)),
+    "scale": (
+        ValueError,
+        r"scale must be a scalar or \(12,\)",
+        lambda: norm_ggem_pool(TOKENS, np.ones(3), np.ones(12), np.ones(3)),
+    ),
+    "norm_eps": (
+        ValueError,
+        "norm_eps must be a Python number from 1e-36",
+        lambda: norm_ggem_pool(TOKENS, 1.0, 0.0, np.ones(3), norm_eps=0.0),
+    ),
     "fused norm of another pooling": (
         ValueError,
         "fused_norm needs GGeM",
-        lambda: ViT(ViTConfig(8, 24, 1, 3, 32, image=32), pooling=avg_pool, fused_norm=True).init(jax.random.key(0), jnp.ones((1, 32, 32, 3))),
+        lambda: ViT(ViTConfig(8, 24, 1, 3, 32, image=32), pooling=avg_pool, fused_norm=True).init(
+            jax.random.key(0), jnp.ones((1, 32, 32, 3))
+        ),
     ),
 }
 

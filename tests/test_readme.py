@@ -20,7 +20,9 @@ def test_the_python_of_the_readme_runs_from_top_to_bottom():
     assert names["gradient"].p[...].shape == (6,)
 
 
-@pytest.mark.parametrize("module", sorted(set(re.findall(r"python -m ((?:train|eval|benchmarks)\.\w+)", README))))
+@pytest.mark.parametrize(
+    "module", sorted(set(re.findall(r"python -m ((?:train|eval|benchmarks)\.\w+)", README)))
+)
 def test_the_modules_of_the_readme_exist(module):
     assert (ROOT / f"{module.replace('.', '/')}.py").is_file()
 

@@ -1,4 +1,6 @@
-"""Settings, sizes, batches and whitening of descriptors: with a network of a few parameters, and a ViT and a ResNet from files."""
+"""Settings, sizes, batches and whitening of descriptors: with a network of a few parameters, and a
+ViT and a ResNet from files.
+"""
 
 import dataclasses
 
@@ -46,8 +48,12 @@ def test_a_descriptor_is_that_of_the_resized_picture(network):
     settings = DescriptorSettings(longest_side=192)
     (picture,) = pictures((150, 200))
     got = Extractor(settings, network=network).describe(picture)
-    images = normalise(resize(picture, 160, 192), mean=network.mean, std=network.std)[None]  # 144 rounded to a multiple of 32
-    want = superglobal_descriptors(network.model, network.variables, jnp.asarray(images), scales=SCALES[3]).descriptor[0]
+    images = normalise(resize(picture, 160, 192), mean=network.mean, std=network.std)[
+        None
+    ]  # 144 rounded to a multiple of 32
+    want = superglobal_descriptors(
+        network.model, network.variables, jnp.asarray(images), scales=SCALES[3]
+    ).descriptor[0]
     np.testing.assert_array_equal(got, want)
     assert np.linalg.norm(got) == pytest.approx(1, abs=1e-6)
 
@@ -55,28 +61,39 @@ def test_a_descriptor_is_that_of_the_resized_picture(network):
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_vectors_come_in_order_whatever_the_sizes_and_batches(network, batch):
     extractor = Extractor(DescriptorSettings(longest_side=160), network=network, batch=batch)
-    mixed = pictures((100, 160), (160, 100), (100, 160), (1, 200), (90, 160), (160, 160), (160, 100))
+    mixed = pictures(
+        (100, 160), (160, 100), (100, 160), (1, 200), (90, 160), (160, 160), (160, 100)
+    )
     together = list(extractor(iter(mixed)))
     assert isinstance(together[3], UnreadableImage)
     for picture, vector in zip(mixed[:3] + mixed[4:], together[:3] + together[4:], strict=True):
-        np.testing.assert_allclose(vector, Extractor(extractor.settings, network=network).describe(picture), atol=1e-6)
+        np.testing.assert_allclose(
+            vector, Extractor(extractor.settings, network=network).describe(picture), atol=1e-6
+        )
     assert list(extractor([])) == []
 
 
 def test_a_box_is_cut_out_first(network):
     extractor = Extractor(DescriptorSettings(longest_side=160, scales=1), network=network)
     (picture,) = pictures((200, 300))
-    np.testing.assert_array_equal(extractor.describe(picture, (10.7, 20.2, 150, 190)), extractor.describe(crop(picture, (10, 20, 150, 190))))
+    np.testing.assert_array_equal(
+        extractor.describe(picture, (10.7, 20.2, 150, 190)),
+        extractor.describe(crop(picture, (10, 20, 150, 190))),
+    )
 
 
 def test_every_setting_changes_the_descriptor(network):
     (picture,) = pictures((200, 300))
     base = DescriptorSettings(longest_side=192)
     changes = [
-        {"pooling": "average"}, {"pooling": "max"}, {"pooling": "gem"}, {"regional": False}, {"scales": 1}, {"scales": 5}, {"scale_gem": False},
+        {"pooling": "average"}, {"pooling": "max"}, {"pooling": "gem"}, {"regional": False},
+        {"scales": 1}, {"scales": 5}, {"scale_gem": False},
         {"antialias": True}, {"sizes": "exact"}, {"longest_side": 160},
     ]  # fmt: skip
-    vectors = [Extractor(dataclasses.replace(base, **change), network=network).describe(picture) for change in [{}, *changes]]
+    vectors = [
+        Extractor(dataclasses.replace(base, **change), network=network).describe(picture)
+        for change in [{}, *changes]
+    ]
     cosines = np.stack(vectors) @ np.stack(vectors).T
     assert np.max(cosines - np.eye(len(vectors))) < 1 - 1e-7
 
@@ -101,7 +118,10 @@ def test_sizes(size, settings, expected):
 
 def test_a_thousand_sizes_are_a_few_shapes():
     rng = np.random.default_rng(0)
-    sizes = {fitted_size(*rng.integers(200, 4000, 2).tolist(), DescriptorSettings(), 32) for _ in range(1000)}
+    sizes = {
+        fitted_size(*rng.integers(200, 4000, 2).tolist(), DescriptorSettings(), 32)
+        for _ in range(1000)
+    }
     assert len(sizes) <= 11  # 160 to 320 in steps of 32, in both directions
     with pytest.raises(UnreadableImage, match="5000 x 1 pixels is too thin"):
         fitted_size(1, 5000, DescriptorSettings(), 32)
@@ -109,7 +129,13 @@ def test_a_thousand_sizes_are_a_few_shapes():
 
 def test_a_vit_is_read_from_a_file_and_gives_patch_maps(tmp_path, monkeypatch):
     config = ViTConfig(patch=16, width=24, depth=1, heads=3, mlp_width=32, image=64, registers=2)
-    monkeypatch.setattr(networks, "vit_config", lambda variant, **changes: dataclasses.replace(config, **{"registers": 0, "image": 224} | changes))
+    monkeypatch.setattr(
+        networks,
+        "vit_config",
+        lambda variant, **changes: dataclasses.replace(
+            config, **{"registers": 0, "image": 224} | changes
+        ),
+    )
     vit = ViT(config, pooling=avg_pool, num_classes=5)
     params = jax.jit(vit.init)(jax.random.key(0), jnp.zeros((1, 64, 64, 3)))["params"]
     flat = traverse_util.flatten_dict({"params": params}, sep="/")
@@ -119,10 +145,19 @@ def test_a_vit_is_read_from_a_file_and_gives_patch_maps(tmp_path, monkeypatch):
     assert network.model.vit.config == config
     images = jax.random.normal(jax.random.key(1), (2, 50, 70, 3))
     tokens = jax.jit(vit.apply)({"params": params}, images[:, :48, :64]).tokens
-    np.testing.assert_allclose(jax.jit(network.model.apply)(network.variables, images), tokens[:, 3:].reshape(2, 3, 4, 24), atol=1e-6)
+    np.testing.assert_allclose(
+        jax.jit(network.model.apply)(network.variables, images),
+        tokens[:, 3:].reshape(2, 3, 4, 24),
+        atol=1e-6,
+    )
     (picture,) = pictures((100, 130))
-    assert Extractor(DescriptorSettings("vit-S/16", "x", longest_side=160), network=network).describe(picture).shape == (24,)
-    write_safetensors(tmp_path / "less.safetensors", {name: value for name, value in flat.items() if "norm/scale" not in name})
+    assert Extractor(
+        DescriptorSettings("vit-S/16", "x", longest_side=160), network=network
+    ).describe(picture).shape == (24,)
+    write_safetensors(
+        tmp_path / "less.safetensors",
+        {name: value for name, value in flat.items() if "norm/scale" not in name},
+    )
     with pytest.raises(MismatchedWeights, match=r"1 missing: params/norm/scale \(24,\)"):
         load_network("vit-S/16", tmp_path / "less.safetensors")
 
@@ -132,7 +167,10 @@ def test_a_resnet_has_its_head(network):
     model = ResNet(config)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 96, 96, 3)))
     (picture,) = pictures((100, 130))
-    extractor = Extractor(DescriptorSettings(longest_side=160), network=Network(model, variables, network.mean, network.std, 32))
+    extractor = Extractor(
+        DescriptorSettings(longest_side=160),
+        network=Network(model, variables, network.mean, network.std, 32),
+    )
     assert extractor.describe(picture).shape == (6,)
 
 
@@ -143,7 +181,9 @@ def test_whitened_descriptors_are_uncorrelated_and_survive_their_file(tmp_path, 
     projected = (x - whitening.mean) @ whitening.projection
     np.testing.assert_allclose(np.cov(projected.T), np.eye(5), atol=1e-4)
     variances = np.linalg.eigvalsh(np.cov(x.T))[::-1][:5]
-    np.testing.assert_allclose(1 / np.linalg.norm(whitening.projection, axis=0) ** 2, variances, rtol=1e-4)  # the largest, in order
+    np.testing.assert_allclose(
+        1 / np.linalg.norm(whitening.projection, axis=0) ** 2, variances, rtol=1e-4
+    )  # the largest, in order
     np.testing.assert_allclose(np.linalg.norm(whiten(x, whitening), axis=1), 1, atol=1e-6)
     path = tmp_path / "white.npz"
     save_whitening(path, whitening)
@@ -151,8 +191,12 @@ def test_whitened_descriptors_are_uncorrelated_and_survive_their_file(tmp_path, 
         np.testing.assert_array_equal(one, other)
     settings = DescriptorSettings(longest_side=160, scales=1, whitening=str(path))
     (picture,) = pictures((100, 160))
-    plain = Extractor(dataclasses.replace(settings, whitening=None), network=network).describe(picture)
-    np.testing.assert_allclose(Extractor(settings, network=network).describe(picture), whiten(plain, whitening), atol=1e-6)
+    plain = Extractor(dataclasses.replace(settings, whitening=None), network=network).describe(
+        picture
+    )
+    np.testing.assert_allclose(
+        Extractor(settings, network=network).describe(picture), whiten(plain, whitening), atol=1e-6
+    )
 
 
 def test_a_record_tells_files_apart_by_their_contents(tmp_path):
@@ -166,19 +210,46 @@ def test_a_record_tells_files_apart_by_their_contents(tmp_path):
 
 
 REFUSED = {
-    "backbone": (lambda: DescriptorSettings("alexnet"), "backbone must be one of efficientnet-lite0, resnet50, resnet101 or a ViT such as vit-S/16"),
+    "backbone": (
+        lambda: DescriptorSettings("alexnet"),
+        "backbone must be one of efficientnet-lite0, resnet50, resnet101 or a ViT such as vit-S/16",
+    ),
     "no weights": (lambda: DescriptorSettings("resnet50"), "resnet50 needs a file of weights"),
-    "weights too many": (lambda: DescriptorSettings(weights="x"), "takes the weights that are installed with it"),
-    "pooling": (lambda: DescriptorSettings(pooling="mean"), r"pooling must be one of gem\+, gem, average, max, not 'mean'"),
+    "weights too many": (
+        lambda: DescriptorSettings(weights="x"),
+        "takes the weights that are installed with it",
+    ),
+    "pooling": (
+        lambda: DescriptorSettings(pooling="mean"),
+        r"pooling must be one of gem\+, gem, average, max, not 'mean'",
+    ),
     "scales": (lambda: DescriptorSettings(scales=2), "scales must be one of 1, 3, 5, not 2"),
-    "true as a number": (lambda: DescriptorSettings(scales=True), "scales must be one of 1, 3, 5, not True"),
-    "a number as true": (lambda: DescriptorSettings(regional=1), "regional must be one of False, True, not 1"),
+    "true as a number": (
+        lambda: DescriptorSettings(scales=True),
+        "scales must be one of 1, 3, 5, not True",
+    ),
+    "a number as true": (
+        lambda: DescriptorSettings(regional=1),
+        "regional must be one of False, True, not 1",
+    ),
     "small": (lambda: DescriptorSettings(longest_side=100), "at least 160 pixels, not 100"),
     "zero in buckets": (lambda: DescriptorSettings(longest_side=0), "at least 160 pixels, not 0"),
-    "small though exact": (lambda: DescriptorSettings(sizes="exact", longest_side=5), "at least 160 pixels, or 0, not 5"),
-    "absent weights": (lambda: DescriptorSettings("resnet50", "/nowhere").record(), "/nowhere cannot be read: No such file"),
-    "few descriptors": (lambda: learn_whitening(np.eye(3, 8)), "3 descriptors span 2 dimensions, and 8 are asked for"),
-    "dimensions": (lambda: learn_whitening(np.eye(8), dim=9), "dim must be a whole number from 1 to 8, not 9"),
+    "small though exact": (
+        lambda: DescriptorSettings(sizes="exact", longest_side=5),
+        "at least 160 pixels, or 0, not 5",
+    ),
+    "absent weights": (
+        lambda: DescriptorSettings("resnet50", "/nowhere").record(),
+        "/nowhere cannot be read: No such file",
+    ),
+    "few descriptors": (
+        lambda: learn_whitening(np.eye(3, 8)),
+        "3 descriptors span 2 dimensions, and 8 are asked for",
+    ),
+    "dimensions": (
+        lambda: learn_whitening(np.eye(8), dim=9),
+        "dim must be a whole number from 1 to 8, not 9",
+    ),
     "not finite": (lambda: learn_whitening(np.full((4, 2), np.nan)), "finite"),
     "no network": (lambda: load_network("resnet50"), "needs a file of weights"),
     "batch": (lambda: Extractor(batch=0), "batch must be at least 1"),

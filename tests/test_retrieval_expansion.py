@@ -4,7 +4,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from ggem_jax.retrieval import Ranking, alpha_query_expansion, augment_database, average_query_expansion, database_augmentation, search
+from ggem_jax.retrieval import (
+    Ranking,
+    alpha_query_expansion,
+    augment_database,
+    average_query_expansion,
+    database_augmentation,
+    search,
+)
 
 
 def unit(vectors):
@@ -14,7 +21,10 @@ def unit(vectors):
 @pytest.fixture(scope="module")
 def example():
     rng = np.random.default_rng(0)
-    queries, database = unit(rng.normal(size=(70, 24))).astype(np.float32), unit(rng.normal(size=(130, 24))).astype(np.float32)
+    queries, database = (
+        unit(rng.normal(size=(70, 24))).astype(np.float32),
+        unit(rng.normal(size=(130, 24))).astype(np.float32),
+    )
     return queries, database, search(queries, database, k=30)
 
 
@@ -33,7 +43,10 @@ def same(found, expected):
 def test_queries_are_averaged_with_their_first_results(example, kind):
     queries, database, ranking = example
     x = database[np.asarray(ranking.ids[:, :5])]
-    same(average_query_expansion(queries, kind(database), ranking, num_neighbors=5), ranked(unit(queries + x.sum(1)), database, 30))
+    same(
+        average_query_expansion(queries, kind(database), ranking, num_neighbors=5),
+        ranked(unit(queries + x.sum(1)), database, 30),
+    )
     weights = np.maximum(np.einsum("qd,qkd->qk", queries, x), 0) ** 3
     expected = ranked(unit(queries + np.einsum("qk,qkd->qd", weights, x)), database, 30)
     same(alpha_query_expansion(queries, kind(database), ranking, num_neighbors=5), expected)
@@ -61,13 +74,18 @@ def test_vectors_are_averaged_with_their_neighbours(example, kind):
     augmented = augment_database(kind(database), num_neighbors=4)
     assert isinstance(augmented, type(kind(database)))
     np.testing.assert_allclose(augmented, expected, atol=1e-6)
-    same(database_augmentation(queries, kind(database), ranking, num_neighbors=4), ranked(queries, expected, 30))
+    same(
+        database_augmentation(queries, kind(database), ranking, num_neighbors=4),
+        ranked(queries, expected, 30),
+    )
 
 
 def test_no_neighbours_and_all_of_them(example):
     _, database, _ = example
     np.testing.assert_allclose(augment_database(database, num_neighbors=0), database, atol=1e-6)
-    assert augment_database(jnp.asarray(database), num_neighbors=1000, alpha=0).shape == database.shape
+    assert (
+        augment_database(jnp.asarray(database), num_neighbors=1000, alpha=0).shape == database.shape
+    )
 
 
 def test_negative_similarities_have_no_weight_whatever_alpha(example):
@@ -81,7 +99,9 @@ def test_negative_similarities_have_no_weight_whatever_alpha(example):
 
 def test_refuses(example):
     queries, database, ranking = example
-    with pytest.raises(ValueError, match="num_neighbors must be a whole number of at least 1, not 0"):
+    with pytest.raises(
+        ValueError, match="num_neighbors must be a whole number of at least 1, not 0"
+    ):
         average_query_expansion(queries, database, ranking, num_neighbors=0)
     with pytest.raises(ValueError, match="alpha must be a number of at least 0, not -1"):
         alpha_query_expansion(queries, database, ranking, alpha=-1)

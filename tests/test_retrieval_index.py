@@ -19,7 +19,19 @@ import pytest
 from PIL import Image
 
 from ggem_jax.files.images import UnreadableImage, read_image
-from ggem_jax.retrieval.index.index import Index, Report, add, build, folder, index, info, remove, store, verify, writing
+from ggem_jax.retrieval.index.index import (
+    Index,
+    Report,
+    add,
+    build,
+    folder,
+    index,
+    info,
+    remove,
+    store,
+    verify,
+    writing,
+)
 from ggem_jax.retrieval.index.store import IndexRefused
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -80,10 +92,15 @@ def contents(path):
 def assert_right(path, photos):
     """Every picture of the folder is there, and is the nearest neighbour of itself."""
     opened = Index.open(path, SETTINGS)
-    assert sorted(opened.paths) == sorted(file.path for file in folder.walk(photos, apart=path).files)
+    assert sorted(opened.paths) == sorted(
+        file.path for file in folder.walk(photos, apart=path).files
+    )
     vectors = np.concatenate([block for _, block in opened.vectors().blocks(5)]).astype(np.float32)
     queries = np.stack([described(read_image(photos / name)) for name in opened.paths])
-    assert (np.argmin(np.linalg.norm(queries[:, None] - vectors, axis=-1), axis=1) == np.arange(len(opened))).all()
+    assert (
+        np.argmin(np.linalg.norm(queries[:, None] - vectors, axis=-1), axis=1)
+        == np.arange(len(opened))
+    ).all()
     np.testing.assert_allclose(vectors, queries, atol=1e-3)
     assert verify(path, deep=True) == ([], [])
 
@@ -93,13 +110,24 @@ def assert_right(path, photos):
 
 def test_build_and_open(built, photos):
     opened = Index.open(str(built), json.loads(json.dumps(SETTINGS)))
-    assert (len(opened), opened.dim, opened.dtype, opened.root, opened.settings) == (12, 3, "float16", photos, SETTINGS)
+    assert (len(opened), opened.dim, opened.dtype, opened.root, opened.settings) == (
+        12,
+        3,
+        "float16",
+        photos,
+        SETTINGS,
+    )
     assert opened.vectors().shape == (12, 3)
     assert opened.paths[:4] == ["00.png", "03.png", "06.png", "09.png"]
     assert sorted(os.listdir(built)) == ["index.sqlite", "lock", sorted(os.listdir(built))[-1]]
     assert_right(built, photos)
     told = info(built)
-    assert (told["pictures"], told["vectors"], told["unused_vectors"], told["vector_bytes"]) == (12, 12, 0, 72)
+    assert (told["pictures"], told["vectors"], told["unused_vectors"], told["vector_bytes"]) == (
+        12,
+        12,
+        0,
+        72,
+    )
     assert json.loads(json.dumps(told)) == told
 
 
@@ -112,7 +140,9 @@ def test_the_shards_are_npy_files(built):
 def test_float32(photos, tmp_path):
     build(photos, tmp_path / "index", extract, SETTINGS, dtype="float32")
     name = Index.open(tmp_path / "index").paths[5]
-    np.testing.assert_array_equal(contents(tmp_path / "index")[name], described(read_image(photos / name)))
+    np.testing.assert_array_equal(
+        contents(tmp_path / "index")[name], described(read_image(photos / name))
+    )
 
 
 @pytest.mark.parametrize("rows", [1, 2, 5, 12, 100])
@@ -146,11 +176,21 @@ def test_take_refuses(built, ids):
 def test_the_extractor_may_look_ahead(photos, tmp_path):
     def by_size(pictures):
         pictures = list(pictures)
-        vectors = {number: described(pictures[number]) for number in sorted(range(len(pictures)), key=lambda number: pictures[number].size)}
+        vectors = {
+            number: described(pictures[number])
+            for number in sorted(range(len(pictures)), key=lambda number: pictures[number].size)
+        }
         return [vectors[number] for number in range(len(pictures))]
 
     calls = []
-    build(photos, tmp_path / "index", by_size, SETTINGS, workers=3, on_progress=lambda *counts: calls.append(counts))
+    build(
+        photos,
+        tmp_path / "index",
+        by_size,
+        SETTINGS,
+        workers=3,
+        on_progress=lambda *counts: calls.append(counts),
+    )
     assert_right(tmp_path / "index", photos)
     assert calls[0] == (0, 12)
     assert calls[-1] == (12, 12)
@@ -176,11 +216,18 @@ def test_every_kind_of_picture(photos, tmp_path):
     (photos / "dangling.png").symlink_to("nowhere.png")
     report = build(photos, tmp_path / "index", extract, SETTINGS)
     assert report.added == 16
-    assert [path for path, _ in report.skipped] == ["dangling.png", "pipe.png", "cut.png", "text.jpg"]
+    assert [path for path, _ in report.skipped] == [
+        "dangling.png",
+        "pipe.png",
+        "cut.png",
+        "text.jpg",
+    ]
     assert all("\n" not in why and path in why and "0x" not in why for path, why in report.skipped)
     assert "no regular file" in report.skipped[1].why
     with contextlib.closing(sqlite3.connect(tmp_path / "index" / "index.sqlite")) as database:
-        sizes = {name: size for name, *size in database.execute("SELECT path, width, height FROM images")}
+        sizes = {
+            name: size for name, *size in database.execute("SELECT path, width, height FROM images")
+        }
     assert sizes[b"thin.png"] == [1, 5000]
     assert sizes[b"turned.JPG"] == [16, 24]
     for name in ("cut.png", "text.jpg", "pipe.png", "dangling.png"):
@@ -196,7 +243,10 @@ def test_a_decoder_that_fails_otherwise_costs_one_picture(photos, tmp_path, monk
 
     monkeypatch.setattr(folder, "read_image", reader)
     report = build(photos, tmp_path / "index", extract, SETTINGS)
-    assert (report.added, report.skipped) == (11, [("a/04.png", "a/04.png is not a readable picture: EOFError: no more bytes")])
+    assert (report.added, report.skipped) == (
+        11,
+        [("a/04.png", "a/04.png is not a readable picture: EOFError: no more bytes")],
+    )
 
 
 ODD_NAMES = [
@@ -257,13 +307,17 @@ def test_a_folder_that_cannot_be_listed_keeps_its_entries(built, photos, monkeyp
     monkeypatch.setattr(os, "listdir", refusing)
     (photos / "00.png").unlink()
     report = add(built, never, SETTINGS, prune=True)
-    assert report == Report(unchanged=7, removed=1, skipped=[("b", "b cannot be read: Permission denied")])
+    assert report == Report(
+        unchanged=7, removed=1, skipped=[("b", "b cannot be read: Permission denied")]
+    )
     assert len(Index.open(built)) == 11
 
 
 def test_an_empty_folder_is_refused(built, photos, tmp_path):
     (tmp_path / "empty").mkdir()
-    with pytest.raises(IndexRefused, match=r"there is no picture \(\.bmp .*empty: is it the right folder"):
+    with pytest.raises(
+        IndexRefused, match=r"there is no picture \(\.bmp .*empty: is it the right folder"
+    ):
         build(tmp_path / "empty", tmp_path / "new", extract, SETTINGS)
     with pytest.raises(IndexRefused, match="is not a folder"):
         build(tmp_path / "nowhere", tmp_path / "new", extract, SETTINGS)
@@ -294,7 +348,11 @@ def test_what_is_no_index_is_never_overwritten(photos, tmp_path):
     assert os.listdir(thing) == ["diary"]
     with contextlib.closing(sqlite3.connect(thing / "index.sqlite")) as database:
         database.execute("CREATE TABLE theirs (a)")
-    for call in (lambda: build(photos, thing, extract, SETTINGS), lambda: Index.open(thing), lambda: remove(thing, ["*"])):
+    for call in (
+        lambda: build(photos, thing, extract, SETTINGS),
+        lambda: Index.open(thing),
+        lambda: remove(thing, ["*"]),
+    ):
         with pytest.raises(IndexRefused, match="is not an index of ggem_jax"):
             call()
     assert sorted(os.listdir(thing)) == ["diary", "index.sqlite"]
@@ -321,9 +379,11 @@ def test_add_extracts_only_what_is_new_or_changed(built, photos):
     save(photos / "new.png", 71)
     (photos / "a" / "01.png").unlink()
     seen = []
-    assert add(built, lambda pictures: map(described, (seen.append(0) or picture for picture in pictures)), SETTINGS) == Report(
-        added=1, updated=1, unchanged=10
-    )
+    assert add(
+        built,
+        lambda pictures: map(described, (seen.append(0) or picture for picture in pictures)),
+        SETTINGS,
+    ) == Report(added=1, updated=1, unchanged=10)
     assert len(seen) == 2
     assert Index.open(built).paths == [*ids, "new.png"]
     assert add(built, never, SETTINGS, prune=True) == Report(unchanged=12, removed=1)
@@ -334,7 +394,9 @@ def test_moved_and_copied_pictures_are_not_extracted_again(built, photos):
     os.rename(photos / "a", photos / "moved")
     shutil.copy(photos / "00.png", photos / "copy.png")
     os.replace(photos / "03.png", photos / "06.png")
-    assert add(built, never, SETTINGS, prune=True) == Report(added=5, updated=1, unchanged=6, removed=5, reused=6)
+    assert add(built, never, SETTINGS, prune=True) == Report(
+        added=5, updated=1, unchanged=6, removed=5, reused=6
+    )
     (photos / "copy.png").unlink()
     add(built, never, SETTINGS, prune=True)
     assert_right(built, photos)
@@ -345,8 +407,20 @@ def test_copies_in_one_build_are_extracted_once(photos, tmp_path):
     for number in range(5):
         shutil.copy(photos / "00.png", photos / f"copy{number}.png")
     seen = []
-    assert build(photos, tmp_path / "index", lambda pictures: map(described, (seen.append(0) or p for p in pictures)), SETTINGS).reused == 5
-    assert (len(seen), len(Index.open(tmp_path / "index")), info(tmp_path / "index")["vectors"]) == (12, 17, 12)
+    assert (
+        build(
+            photos,
+            tmp_path / "index",
+            lambda pictures: map(described, (seen.append(0) or p for p in pictures)),
+            SETTINGS,
+        ).reused
+        == 5
+    )
+    assert (
+        len(seen),
+        len(Index.open(tmp_path / "index")),
+        info(tmp_path / "index")["vectors"],
+    ) == (12, 17, 12)
 
 
 def test_a_picture_that_became_unreadable_keeps_its_entry(built, photos):
@@ -368,7 +442,9 @@ def test_the_root_may_move_and_a_part_be_added(built, photos, tmp_path):
     save(tmp_path / "elsewhere" / "a" / "new.png", 80)
     save(tmp_path / "elsewhere" / "b" / "new.png", 81)
     (tmp_path / "elsewhere" / "b" / "c" / "02.png").unlink()
-    assert add(built, extract, SETTINGS, folder=tmp_path / "elsewhere" / "a", prune=True) == Report(added=1, unchanged=4)
+    assert add(built, extract, SETTINGS, folder=tmp_path / "elsewhere" / "a", prune=True) == Report(
+        added=1, unchanged=4
+    )
     with pytest.raises(IndexRefused, match="is not inside"):
         add(built, extract, SETTINGS, folder=tmp_path)
 
@@ -385,7 +461,11 @@ def test_remove(built, photos):
     np.testing.assert_equal(after, {name: before[name] for name in after})
     assert verify(built) == ([], [])
     assert remove(built, ["*"]).removed == 6
-    assert (len(Index.open(built)), Index.open(built).vectors().shape, verify(built)) == (0, (0, 3), ([], []))
+    assert (len(Index.open(built)), Index.open(built).vectors().shape, verify(built)) == (
+        0,
+        (0, 3),
+        ([], []),
+    )
     assert list(Index.open(built).vectors().blocks(5)) == []
     assert not list(built.glob("*.npy"))
     assert add(built, extract, SETTINGS).added == 12
@@ -399,7 +479,11 @@ def test_unused_rows_are_dropped_when_they_are_the_majority(built):
     remove(built, ["b/c/02.png", "b/c/05.png"])
     assert (info(built)["vectors"], info(built)["unused_vectors"]) == (12, 6)
     remove(built, ["b/c/11.png"])
-    assert (info(built)["vectors"], info(built)["unused_vectors"], verify(built)) == (5, 0, ([], []))
+    assert (info(built)["vectors"], info(built)["unused_vectors"], verify(built)) == (
+        5,
+        0,
+        ([], []),
+    )
     after = contents(built)
     np.testing.assert_equal(after, {name: before[name] for name in after})
 
@@ -414,7 +498,10 @@ def test_many_small_shards_are_put_together(built, photos):
 
 def test_shards_are_bounded(small, photos, tmp_path):
     build(photos, tmp_path / "index", extract, SETTINGS)
-    assert sorted(np.load(shard).shape[0] for shard in (tmp_path / "index").glob("*.npy")) in ([2] * 6, [4] * 3)
+    assert sorted(np.load(shard).shape[0] for shard in (tmp_path / "index").glob("*.npy")) in (
+        [2] * 6,
+        [4] * 3,
+    )
     assert_right(tmp_path / "index", photos)
 
 
@@ -423,8 +510,15 @@ def test_shards_are_bounded(small, photos, tmp_path):
 
 def test_other_settings_are_refused(built, photos):
     other = {"model": "another", "pooling": {"name": "avg", "p": 3.0, "eps": 1e-6}}
-    sentence = r"model is \"mean colour\" there, \"another\" here; pooling\.p is 1\.0 there, 3\.0 here; pooling\.eps is not set there, 1e-06 here"
-    for call in (lambda: Index.open(built, other), lambda: add(built, never, other), lambda: build(photos, built, never, other)):
+    sentence = (
+        r"model is \"mean colour\" there, \"another\" here; pooling\.p is 1\.0 there, 3\.0 here;"
+        r" pooling\.eps is not set there, 1e-06 here"
+    )
+    for call in (
+        lambda: Index.open(built, other),
+        lambda: add(built, never, other),
+        lambda: build(photos, built, never, other),
+    ):
         with pytest.raises(IndexRefused, match=sentence):
             call()
     with pytest.raises(IndexRefused, match='dtype is "float16" there, "float32" here'):
@@ -440,8 +534,16 @@ def test_other_settings_are_refused(built, photos):
 def test_a_newer_format_is_refused(built, photos):
     with contextlib.closing(sqlite3.connect(built / "index.sqlite")) as database:
         database.execute("PRAGMA user_version = 2")
-    for call in (Index.open, verify, info, lambda path: add(path, never, SETTINGS), lambda path: build(photos, path, never, SETTINGS)):
-        with pytest.raises(IndexRefused, match="has format 2 where this version of ggem_jax reads format 1: update"):
+    for call in (
+        Index.open,
+        verify,
+        info,
+        lambda path: add(path, never, SETTINGS),
+        lambda path: build(photos, path, never, SETTINGS),
+    ):
+        with pytest.raises(
+            IndexRefused, match="has format 2 where this version of ggem_jax reads format 1: update"
+        ):
             call(built)
 
 
@@ -450,9 +552,18 @@ def test_a_newer_format_is_refused(built, photos):
     [
         (lambda pictures: [described(picture) for picture in pictures][:-1], "stopped 1 short"),
         (lambda pictures: [described(next(pictures))], "stopped"),
-        (lambda pictures: [*map(described, pictures), np.zeros(3, np.float32)], "more than it took"),
-        (lambda pictures: (np.zeros((1, 3), np.float32) for _ in pictures), r"vectors \(dim,\).* shape \(1, 3\)"),
-        (lambda pictures: (np.ones(3 + (p.shape[0] > 4), np.float32) for p in pictures), r"vectors \([34],\).* shape \([34],\)"),
+        (
+            lambda pictures: [*map(described, pictures), np.zeros(3, np.float32)],
+            "more than it took",
+        ),
+        (
+            lambda pictures: (np.zeros((1, 3), np.float32) for _ in pictures),
+            r"vectors \(dim,\).* shape \(1, 3\)",
+        ),
+        (
+            lambda pictures: (np.ones(3 + (p.shape[0] > 4), np.float32) for p in pictures),
+            r"vectors \([34],\).* shape \([34],\)",
+        ),
         (lambda pictures: (np.zeros(3, complex) for _ in pictures), "complex128"),
     ],
 )
@@ -467,7 +578,12 @@ def test_pictures_that_cannot_be_described_are_skipped(photos, tmp_path):
     shutil.copy(photos / "00.png", photos / "copy.png")
     odd = iter([UnreadableImage("too\nthin"), np.full(3, np.nan), np.full(3, 1e6)])
     report = build(
-        photos, tmp_path / "index", lambda pictures: (next(odd, None) if n < 3 else described(p) for n, p in enumerate(pictures)), SETTINGS
+        photos,
+        tmp_path / "index",
+        lambda pictures: (
+            next(odd, None) if n < 3 else described(p) for n, p in enumerate(pictures)
+        ),
+        SETTINGS,
     )
     assert report.added == 9
     assert [why for _, why in report.skipped] == [
@@ -490,7 +606,13 @@ def test_a_truncated_shard(built, photos):
     (shard,) = built.glob("*.npy")
     os.truncate(shard, shard.stat().st_size - 1)
     for call in (Index.open, lambda path: add(path, never, SETTINGS)):
-        with pytest.raises(IndexRefused, match=rf"{shard.name} is truncated \(199 bytes where 200 are expected\); .*add with repair"):
+        with pytest.raises(
+            IndexRefused,
+            match=(
+                rf"{shard.name} is truncated \(199 bytes where 200 are expected\); .*add with"
+                r" repair"
+            ),
+        ):
             call(built)
     (sentence,) = verify(built).damage
     assert f"{shard.name} is truncated" in sentence
@@ -498,8 +620,13 @@ def test_a_truncated_shard(built, photos):
     (photos / "00.png").write_text("gone bad")
     report = add(built, extract, SETTINGS, repair=True)
     assert (report.added, report.updated, report.unchanged) == (11, 0, 0)
-    assert report.skipped[1] == ("00.png", "the entry of 00.png was damaged, its picture could not be read, and it was dropped")
-    np.testing.assert_equal(contents(built), {name: before[name] for name in before if name != "00.png"})
+    assert report.skipped[1] == (
+        "00.png",
+        "the entry of 00.png was damaged, its picture could not be read, and it was dropped",
+    )
+    np.testing.assert_equal(
+        contents(built), {name: before[name] for name in before if name != "00.png"}
+    )
     assert verify(built) == ([], [])
 
 
@@ -534,7 +661,9 @@ def test_every_flipped_byte_of_sqlite_is_found_or_harmless(built, tmp_path):
     expected, good = contents(built), (built / "index.sqlite").read_bytes()
     rng, found = np.random.default_rng(0), 0
     with contextlib.closing(sqlite3.connect(built / "index.sqlite")) as database:
-        page = database.execute("SELECT rootpage FROM sqlite_master WHERE name = 'images'").fetchone()[0]
+        page = database.execute(
+            "SELECT rootpage FROM sqlite_master WHERE name = 'images'"
+        ).fetchone()[0]
         size = database.execute("PRAGMA page_size").fetchone()[0]
     of_images = rng.integers((page - 1) * size, page * size, 150)
     for place in [*of_images, *rng.integers(0, len(good), 150), *range(100)]:
@@ -563,13 +692,21 @@ def test_every_flipped_byte_of_sqlite_is_found_or_harmless(built, tmp_path):
 
 
 def test_an_altered_entry_is_named_and_mended(built, photos):
-    with contextlib.closing(sqlite3.connect(built / "index.sqlite", isolation_level=None)) as database:
-        database.execute("UPDATE images SET path = CAST('07.png' AS BLOB) WHERE path = CAST('a/07.png' AS BLOB)")
+    with contextlib.closing(
+        sqlite3.connect(built / "index.sqlite", isolation_level=None)
+    ) as database:
+        database.execute(
+            "UPDATE images SET path = CAST('07.png' AS BLOB) WHERE path = CAST('a/07.png' AS BLOB)"
+        )
         database.execute("UPDATE images SET row = 99 WHERE path = CAST('a/04.png' AS BLOB)")
     damage = verify(built).damage
     assert len(damage) == 2
-    assert any("index.sqlite holds altered entries: 1 picture (07.png)" in sentence for sentence in damage)
-    assert any("names vectors that are not there: 1 picture (a/04.png)" in sentence for sentence in damage)
+    assert any(
+        "index.sqlite holds altered entries: 1 picture (07.png)" in sentence for sentence in damage
+    )
+    assert any(
+        "names vectors that are not there: 1 picture (a/04.png)" in sentence for sentence in damage
+    )
     with pytest.raises(IndexRefused, match="entries have been altered"):
         Index.open(built)
     add(built, extract, SETTINGS, repair=True)
@@ -577,7 +714,9 @@ def test_an_altered_entry_is_named_and_mended(built, photos):
 
 
 def test_an_entry_that_is_gone_is_missed(built):
-    with contextlib.closing(sqlite3.connect(built / "index.sqlite", isolation_level=None)) as database:
+    with contextlib.closing(
+        sqlite3.connect(built / "index.sqlite", isolation_level=None)
+    ) as database:
         database.execute("DELETE FROM images WHERE path = CAST('a/07.png' AS BLOB)")
     assert "11 entries where 12 are expected" in verify(built).damage[0]
     with pytest.raises(IndexRefused, match="entries have been altered"):
@@ -598,8 +737,12 @@ def everything(path):
     return {name: (path / name).read_bytes() for name in os.listdir(path)}
 
 
-@pytest.mark.parametrize("pending", ["no", "of an add", "of an add before its first commit", "damaged"])
-def test_an_index_whose_sqlite_file_is_missing_is_not_taken_for_an_unfinished_build(small, built, photos, tmp_path, pending):
+@pytest.mark.parametrize(
+    "pending", ["no", "of an add", "of an add before its first commit", "damaged"]
+)
+def test_an_index_whose_sqlite_file_is_missing_is_not_taken_for_an_unfinished_build(
+    small, built, photos, tmp_path, pending
+):
     def failing(pictures):
         if pending == "of an add":
             yield from (described(next(pictures)) for _ in range(4))
@@ -619,10 +762,21 @@ def test_an_index_whose_sqlite_file_is_missing_is_not_taken_for_an_unfinished_bu
     whole = everything(path)
     (path / "index.sqlite").unlink()
     for _ in range(2):
-        with pytest.raises(IndexRefused, match=r"^index\.sqlite is missing in .*: put a copy in its place, or delete the folder to build it anew$"):
+        with pytest.raises(
+            IndexRefused,
+            match=(
+                r"^index\.sqlite is missing in .*: put a copy in its place, or delete the folder to"
+                r" build it anew$"
+            ),
+        ):
             build(photos, path, failing, SETTINGS)
-        assert everything(path) == {name: data for name, data in whole.items() if name != "index.sqlite"}
-    with pytest.raises(IndexRefused, match=r"^index\.sqlite is missing" if pending == "no" else "holds no finished build"):
+        assert everything(path) == {
+            name: data for name, data in whole.items() if name != "index.sqlite"
+        }
+    with pytest.raises(
+        IndexRefused,
+        match=r"^index\.sqlite is missing" if pending == "no" else "holds no finished build",
+    ):
         Index.open(path)
     (path / "index.sqlite").write_bytes(whole["index.sqlite"])
     assert len(Index.open(path)) == 12
@@ -670,7 +824,15 @@ def child(code, *, file_blocks=None, **options):
     command = [sys.executable, "-c", "import os, sys\n" + textwrap.dedent(code)]
     if file_blocks is not None:
         command = ["sh", "-c", 'ulimit -f "$0"; exec "$@"', str(file_blocks), *command]
-    return subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, **options)
+    return subprocess.Popen(
+        command,
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,
+    )
 
 
 # What a child needs of this file, without pytest and JAX.
@@ -692,7 +854,12 @@ def test_a_file_that_may_not_grow(built, photos):
     before = contents(built)
     for number in range(150):
         save(photos / f"new{number}.png", 300 + number)
-    run = child(EXTRACT + f"try:\n    add({str(built)!r}, extract, SETTINGS)\nexcept ValueError as error:\n    print(error)", file_blocks=24)
+    run = child(
+        EXTRACT
+        + f"try:\n    add({str(built)!r}, extract, SETTINGS)\nexcept ValueError as error:\n   "
+        " print(error)",
+        file_blocks=24,
+    )
     output, _ = run.communicate(timeout=60)
     assert "could not be written: " in output
     assert output.count("\n") == 1
@@ -740,7 +907,11 @@ def test_a_second_writer_is_refused_and_readers_go_on(built, photos):
 
     def slow(pictures):
         for picture in pictures:
-            for call in (lambda: add(built, never, SETTINGS), lambda: remove(built, ["a"]), lambda: build(photos, built, never, SETTINGS)):
+            for call in (
+                lambda: add(built, never, SETTINGS),
+                lambda: remove(built, ["a"]),
+                lambda: build(photos, built, never, SETTINGS),
+            ):
                 with pytest.raises(IndexRefused, match="another process is writing"):
                     call()
                 refused.append(len(Index.open(built)))
@@ -750,7 +921,11 @@ def test_a_second_writer_is_refused_and_readers_go_on(built, photos):
     assert add(built, slow, SETTINGS).added == 1
     assert refused == [12, 12, 12]
     assert (len(opened), len(Index.open(built))) == (12, 13)
-    held = child(EXTRACT + f"with writing.locked(index.Path({str(built)!r})):\n    print('held', flush=True); sys.stdin.read()")
+    held = child(
+        EXTRACT
+        + f"with writing.locked(index.Path({str(built)!r})):\n    print('held', flush=True);"
+        " sys.stdin.read()"
+    )
     assert held.stdout.readline() == "held\n"
     with pytest.raises(IndexRefused, match="another process is writing"):
         add(built, never, SETTINGS)
@@ -760,7 +935,9 @@ def test_a_second_writer_is_refused_and_readers_go_on(built, photos):
 
 
 def test_a_lock_file_that_was_removed_meanwhile_is_no_lock(built, monkeypatch):
-    """The writer before, whose build came to nothing, takes its lock file away between our opening and our locking it."""
+    """The writer before, whose build came to nothing, takes its lock file away between our opening
+    and our locking it.
+    """
     flock, calls = fcntl.flock, []
 
     def late(handle, how):
@@ -792,7 +969,12 @@ def test_a_full_disk_does_not_cost_what_was_extracted(small, photos, tmp_path, m
         with pytest.raises(IndexRefused, match="could not be written: database or disk is full"):
             build(photos, tmp_path / "index", extract, SETTINGS)
     seen = []
-    build(photos, tmp_path / "index", lambda pictures: map(described, (seen.append(0) or picture for picture in pictures)), SETTINGS)
+    build(
+        photos,
+        tmp_path / "index",
+        lambda pictures: map(described, (seen.append(0) or picture for picture in pictures)),
+        SETTINGS,
+    )
     assert len(seen) == 8
     assert_right(tmp_path / "index", photos)
 
@@ -803,11 +985,15 @@ def test_a_reader_keeps_what_it_opened(built, photos):
     assert info(built)["vectors"] == 5
     save(photos / "00.png", 96)
     add(built, extract, SETTINGS)
-    np.testing.assert_equal(dict(zip(opened.paths, opened.vectors().take(np.arange(12)), strict=True)), before)
+    np.testing.assert_equal(
+        dict(zip(opened.paths, opened.vectors().take(np.arange(12)), strict=True)), before
+    )
 
 
 def test_a_reader_that_comes_between_opens_the_new_index(built, monkeypatch):
-    """The writer drops the old shard when the reader has read the old SQLite file and not yet opened the shards."""
+    """The writer drops the old shard when the reader has read the old SQLite file and not yet
+    opened the shards.
+    """
     really, calls = index.mapped_or_refused, []
 
     def late(*arguments):
@@ -842,8 +1028,12 @@ def test_verify_beside_a_writer_that_drops_a_shard_finds_no_damage(built, monkey
 
 
 @pytest.mark.parametrize("at", range(4))
-def test_a_build_killed_before_its_first_commit_is_tidied_in_any_number_of_calls(photos, tmp_path, monkeypatch, at):
-    """It leaves a pending file without pictures and a shard that nobody names; taking them away fails at the `at`-th file."""
+def test_a_build_killed_before_its_first_commit_is_tidied_in_any_number_of_calls(
+    photos, tmp_path, monkeypatch, at
+):
+    """It leaves a pending file without pictures and a shard that nobody names; taking them away
+    fails at the `at`-th file.
+    """
     path, unlink, left = tmp_path / "killed", os.unlink, [at]
 
     def copying(pictures):
@@ -884,7 +1074,12 @@ def test_an_interrupted_build_goes_on_where_it_was(small, photos, tmp_path):
         build(photos, path, never, {"model": "another"})
     (photos / "00.png").unlink()
     seen = []
-    report = build(photos, path, lambda pictures: map(described, (seen.append(0) or picture for picture in pictures)), SETTINGS)
+    report = build(
+        photos,
+        path,
+        lambda pictures: map(described, (seen.append(0) or picture for picture in pictures)),
+        SETTINGS,
+    )
     assert (report, len(seen)) == (Report(added=11), 5)
     assert_right(path, photos)
 
@@ -904,7 +1099,11 @@ def test_an_interrupted_add_survives_a_remove(small, built, photos):
     remove(built, ["*0*"])
     assert not any(name.startswith("new") for name in Index.open(built).paths)
     seen = []
-    add(built, lambda pictures: map(described, (seen.append(0) or picture for picture in pictures)), SETTINGS)
+    add(
+        built,
+        lambda pictures: map(described, (seen.append(0) or picture for picture in pictures)),
+        SETTINGS,
+    )
     assert len(seen) == 2 + 11  # 11.png is the one without a 0
     assert_right(built, photos)
 
@@ -992,18 +1191,30 @@ print(json.dumps(killed))
 
 
 def test_kills(photos, built, tmp_path):
-    """Fifteen kills at random moments, and one before every call that changes the folder: as before or as after, and the same call completes."""
+    """Fifteen kills at random moments, and one before every call that changes the folder: as before
+    or as after, and the same call completes.
+    """
     (tmp_path / "out").mkdir()
     before = contents(built)
     for seed in range(20):
         save(photos / f"new{seed}.png", 500 + seed)
     save(photos / "00.png", 600)
     (photos / "a" / "01.png").unlink()
-    arguments = [sys.executable, "-c", "import os, sys\n" + KILLS, str(photos), str(built), str(tmp_path / "out")]
+    arguments = [
+        sys.executable,
+        "-c",
+        "import os, sys\n" + KILLS,
+        str(photos),
+        str(built),
+        str(tmp_path / "out"),
+    ]
     run = subprocess.run(arguments, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert run.stderr == ""
     killed = json.loads(run.stdout)
-    assert sum(killed[f"{call}{number}"] for call in ("build", "add", "remove") for number in range(5)) == 15
+    assert (
+        sum(killed[f"{call}{number}"] for call in ("build", "add", "remove") for number in range(5))
+        == 15
+    )
     assert sum(killed.values()) > 50
     after = contents(tmp_path / "out" / "buildwhole")
     removed = {name: vector for name, vector in before.items() if "/" not in name}
@@ -1020,9 +1231,18 @@ def test_kills(photos, built, tmp_path):
             now = contents(path)
             assert verify(path).damage == []
             vectors = Index.open(path).vectors().take(np.arange(len(now))).astype(np.float32)
-            assert list(now)[np.argmin(np.linalg.norm(vectors - described(read_image(photos / "06.png")), axis=1))] == "06.png"
+            assert (
+                list(now)[
+                    np.argmin(
+                        np.linalg.norm(vectors - described(read_image(photos / "06.png")), axis=1)
+                    )
+                ]
+                == "06.png"
+            )
         is_after = now is not None and now.keys() == outcomes[call].keys()
-        np.testing.assert_equal(now, outcomes[call] if is_after else (None if call == "build" else before))
+        np.testing.assert_equal(
+            now, outcomes[call] if is_after else (None if call == "build" else before)
+        )
         seen[call][is_after] += 1
         if call == "build":
             build(photos, path, extract, SETTINGS)

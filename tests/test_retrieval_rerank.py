@@ -1,4 +1,6 @@
-"""SuperGlobal's reranking against its formulas written out in float64, and what it asks of a database."""
+"""SuperGlobal's reranking against its formulas written out in float64, and what it asks of a
+database.
+"""
 
 import threading
 
@@ -17,7 +19,9 @@ def unit(rng, *shape):
 
 
 def formulas(query, vectors, ids, num_neighbors, beta, variant="code"):
-    """Scores and ids of one query, as the equations stand in the module: every refined vector is written out."""
+    """Scores and ids of one query, as the equations stand in the module: every refined vector is
+    written out.
+    """
     x, q = vectors[ids].astype(np.float64), query.astype(np.float64)
     k = min(num_neighbors + 1, len(ids))
     gram = x @ x.T
@@ -47,14 +51,19 @@ def example():
 
 
 @pytest.mark.parametrize("variant", ["code", "paper"])
-@pytest.mark.parametrize(("m", "neighbors", "beta"), [(400, 9, 0.15), (60, 4, 0.5), (12, 20, 1.0), (40, 0, 0.15), (40, 5, 0.0), (1, 9, 0.15)])
+@pytest.mark.parametrize(
+    ("m", "neighbors", "beta"),
+    [(400, 9, 0.15), (60, 4, 0.5), (12, 20, 1.0), (40, 0, 0.15), (40, 5, 0.0), (1, 9, 0.15)],
+)
 def test_equals_the_formulas(example, variant, m, neighbors, beta):
     queries, database, ranking = example
     settings = {"num_candidates": m, "num_neighbors": neighbors, "beta": beta, "variant": variant}
     found = superglobal_rerank(queries, jnp.asarray(database), ranking, **settings)
     m = min(m, 300)
     for i, query in enumerate(queries):
-        scores, ids = formulas(query, database, np.asarray(ranking.ids[i, :m]), neighbors, beta, variant)
+        scores, ids = formulas(
+            query, database, np.asarray(ranking.ids[i, :m]), neighbors, beta, variant
+        )
         np.testing.assert_array_equal(found.ids[i, :m], ids)
         np.testing.assert_allclose(found.scores[i, :m], scores, atol=1e-6)
     np.testing.assert_array_equal(found.ids[:, m:], ranking.ids[:, m:])
@@ -76,7 +85,9 @@ def test_the_database_may_be_an_array_a_file_a_store_or_a_callback(example, tmp_
         np.testing.assert_array_equal(found.ids, expected.ids)
         np.testing.assert_array_equal(found.scores, expected.scores)
     assert [len(ids) for ids in asked] == [50] * 5  # and nobody asked for anything else
-    assert [set(ids) for ids in asked] == [set(row) for row in np.asarray(ranking.ids[:, :50]).tolist()]
+    assert [set(ids) for ids in asked] == [
+        set(row) for row in np.asarray(ranking.ids[:, :50]).tolist()
+    ]
 
 
 def test_a_short_ranking_keeps_its_length(example):
@@ -84,7 +95,9 @@ def test_a_short_ranking_keeps_its_length(example):
     short = Ranking(ranking.scores[:, :20], ranking.ids[:, :20])
     found = superglobal_rerank(queries, database, short)
     assert found.ids.shape == (5, 20)
-    assert [set(row) for row in np.asarray(found.ids).tolist()] == [set(row) for row in np.asarray(short.ids).tolist()]
+    assert [set(row) for row in np.asarray(found.ids).tolist()] == [
+        set(row) for row in np.asarray(short.ids).tolist()
+    ]
 
 
 def test_more_candidates_than_one_block_of_dot_products():
@@ -103,14 +116,18 @@ def test_equal_scores_are_ordered_by_id():
     database = np.repeat(unit(rng, 6, 8), 5, axis=0)[rng.permutation(30)]
     queries = unit(rng, 2, 8)
     shuffled = np.stack([rng.permutation(30) for _ in range(2)])
-    found = superglobal_rerank(queries, database, Ranking(np.zeros((2, 30), np.float32), shuffled), num_neighbors=4)
+    found = superglobal_rerank(
+        queries, database, Ranking(np.zeros((2, 30), np.float32), shuffled), num_neighbors=4
+    )
     scores, ids = np.asarray(found.scores), np.asarray(found.ids)
     assert np.sum(scores[:, 1:] == scores[:, :-1]) > 30
     assert np.all((scores[:, 1:] < scores[:, :-1]) | (ids[:, 1:] > ids[:, :-1]))
 
 
 def test_no_array_of_all_neighbours_is_made():
-    """The largest array of 400 candidates is their vectors or their dot products, and queries go one after the other."""
+    """The largest array of 400 candidates is their vectors or their dot products, and queries go
+    one after the other.
+    """
     q, m, n, d = 16, 400, 1000, 512
     ranking = Ranking(jnp.zeros((q, m)), jnp.broadcast_to(jnp.arange(m), (q, m)))
     lowered = jax.jit(superglobal_rerank).lower(jnp.ones((q, d)), jnp.ones((n, d)), ranking)
@@ -120,15 +137,24 @@ def test_no_array_of_all_neighbours_is_made():
 
 def test_lowers_for_a_tpu_without_a_custom_call():
     ranking = Ranking(jnp.zeros((3, 500)), jnp.broadcast_to(jnp.arange(500), (3, 500)))
-    lowered = jax.jit(superglobal_rerank).trace(jnp.ones((3, 64)), jnp.ones((1000, 64)), ranking).lower(lowering_platforms=("tpu",))
+    lowered = (
+        jax.jit(superglobal_rerank)
+        .trace(jnp.ones((3, 64)), jnp.ones((1000, 64)), ranking)
+        .lower(lowering_platforms=("tpu",))
+    )
     assert "custom_call" not in lowered.as_text()
 
 
 def test_works_inside_jit_and_its_strength_may_be_traced(example):
     queries, database, ranking = example
-    rerank = jax.jit(lambda beta: superglobal_rerank(queries, jnp.asarray(database), ranking, beta=beta))
+    rerank = jax.jit(
+        lambda beta: superglobal_rerank(queries, jnp.asarray(database), ranking, beta=beta)
+    )
     for beta in (0.0, 0.4):
-        np.testing.assert_array_equal(rerank(beta).ids, superglobal_rerank(queries, jnp.asarray(database), ranking, beta=beta).ids)
+        np.testing.assert_array_equal(
+            rerank(beta).ids,
+            superglobal_rerank(queries, jnp.asarray(database), ranking, beta=beta).ids,
+        )
 
 
 @pytest.mark.parametrize(
@@ -145,13 +171,22 @@ def test_works_inside_jit_and_its_strength_may_be_traced(example):
         ({"beta": np.nan}, "beta must be a number from 0 to 1e6, not nan"),
         ({"beta": -0.5}, "beta must be a number from 0 to 1e6, not -0.5"),
         ({"beta": "much"}, "beta must be a number from 0 to 1e6, not 'much'"),
-        ({"database": lambda ids: np.ones((len(ids), 4), complex)}, "floating-point numbers, not complex128"),
-        ({"database": lambda ids: np.full((len(ids), 4), None)}, "floating-point numbers, not object"),
+        (
+            {"database": lambda ids: np.ones((len(ids), 4), complex)},
+            "floating-point numbers, not complex128",
+        ),
+        (
+            {"database": lambda ids: np.full((len(ids), 4), None)},
+            "floating-point numbers, not object",
+        ),
         ({"database": lambda ids: np.ones((len(ids), 3))}, r"\(3, 4\), not \(3, 3\)"),
     ],
 )
 def test_refuses(change, words):
-    given = {"database": np.ones((5, 4), np.float32), "ids": np.array([[0, 1, 2], [0, 1, 2]])} | change
+    given = {
+        "database": np.ones((5, 4), np.float32),
+        "ids": np.array([[0, 1, 2], [0, 1, 2]]),
+    } | change
     ranking = Ranking(np.zeros((2, 3), np.float32), given.pop("ids"))
     with pytest.raises(ValueError, match=words):
         superglobal_rerank(np.ones((2, 4), np.float32), given.pop("database"), ranking, **given)
@@ -166,7 +201,10 @@ def test_a_callback_may_use_its_memory_again_and_change_its_ids(example):
         ids += 1000
         return memory
 
-    found, expected = (superglobal_rerank(queries, given, ranking, num_candidates=50) for given in (callback, database))
+    found, expected = (
+        superglobal_rerank(queries, given, ranking, num_candidates=50)
+        for given in (callback, database)
+    )
     np.testing.assert_array_equal(found.ids, expected.ids)
     np.testing.assert_array_equal(found.scores, expected.scores)
 
@@ -174,11 +212,19 @@ def test_a_callback_may_use_its_memory_again_and_change_its_ids(example):
 def test_a_callback_is_asked_in_the_thread_of_the_call(example):
     queries, database, ranking = example
     threads = set()
-    superglobal_rerank(queries, lambda ids: threads.add(threading.get_ident()) or database[ids], ranking, num_candidates=20)
+    superglobal_rerank(
+        queries,
+        lambda ids: threads.add(threading.get_ident()) or database[ids],
+        ranking,
+        num_candidates=20,
+    )
     assert threads == {threading.get_ident()}
 
 
 def test_other_byte_orders(example):
     queries, database, ranking = example
-    found, expected = (superglobal_rerank(queries, given, ranking, num_candidates=50) for given in (database.astype(">f4"), database))
+    found, expected = (
+        superglobal_rerank(queries, given, ranking, num_candidates=50)
+        for given in (database.astype(">f4"), database)
+    )
     np.testing.assert_array_equal(found.ids, expected.ids)

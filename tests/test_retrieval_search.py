@@ -1,4 +1,6 @@
-"""Exact search against NumPy in float64: order, ties, memory-mapped files, stores, several devices, a TPU's lowering."""
+"""Exact search against NumPy in float64: order, ties, memory-mapped files, stores, several devices,
+a TPU's lowering.
+"""
 
 import sys
 
@@ -44,7 +46,9 @@ def brute(queries, database, k):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of a few rows, so that small arrays have many; programs compiled for others are forgotten."""
+    """Blocks of a few rows, so that small arrays have many; programs compiled for others are
+    forgotten.
+    """
     monkeypatch.setattr(module, "_BLOCK_BYTES", 4096)
     monkeypatch.setattr(module, "_READ_BYTES", 16 * 37)
     jax.clear_caches()
@@ -97,12 +101,16 @@ def test_zeros_of_both_signs_are_equal_and_what_is_no_number_comes_last():
     assert search(np.ones((1, 1), np.float32), jnp.asarray(database), k=2).ids.tolist() == [[4, 0]]
 
 
-@pytest.mark.parametrize(("kind", "n"), [("jax", 61), ("sharded", 8), ("sharded", 640), ("numpy", 61), ("numpy", 640)])
+@pytest.mark.parametrize(
+    ("kind", "n"), [("jax", 61), ("sharded", 8), ("sharded", 640), ("numpy", 61), ("numpy", 640)]
+)
 def test_several_devices_find_the_same(n, kind, small_blocks):
     rng = np.random.default_rng(1)
     queries, database = unit(rng, 3, 24), unit(rng, n, 24)
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    given = {"jax": jnp.asarray, "numpy": np.asarray}.get(kind, lambda a: jax.device_put(a, NamedSharding(mesh, P(("data", "model")))))
+    given = {"jax": jnp.asarray, "numpy": np.asarray}.get(
+        kind, lambda a: jax.device_put(a, NamedSharding(mesh, P(("data", "model"))))
+    )
     k = min(n, 20)  # more than the share of one device
     found, expected = search(queries, given(database), k=k, mesh=mesh), brute(queries, database, k)
     np.testing.assert_array_equal(found.ids, expected.ids)
@@ -112,21 +120,34 @@ def test_several_devices_find_the_same(n, kind, small_blocks):
 def test_sharded_vectors_are_not_gathered():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     database = jax.device_put(jnp.ones((4096, 16)), NamedSharding(mesh, P("data")))
-    text = jax.jit(lambda q, x: search(q, x, k=3, mesh=mesh)).lower(jnp.ones((2, 16)), database).compile().as_text()
-    gathered = [line for line in text.splitlines() if " all-gather(" in line or " all-reduce(" in line]
+    text = (
+        jax.jit(lambda q, x: search(q, x, k=3, mesh=mesh))
+        .lower(jnp.ones((2, 16)), database)
+        .compile()
+        .as_text()
+    )
+    gathered = [
+        line for line in text.splitlines() if " all-gather(" in line or " all-reduce(" in line
+    ]
     assert gathered  # of what each device found
     assert not any("4096" in line or "512,16" in line for line in gathered)
 
 
 def test_is_a_pure_function_that_lowers_for_a_tpu():
-    lowered = jax.jit(lambda q, x: search(q, x, k=5)).trace(jnp.ones((3, 64)), jnp.ones((5000, 64), jnp.float16)).lower(lowering_platforms=("tpu",))
+    lowered = (
+        jax.jit(lambda q, x: search(q, x, k=5))
+        .trace(jnp.ones((3, 64)), jnp.ones((5000, 64), jnp.float16))
+        .lower(lowering_platforms=("tpu",))
+    )
     assert "custom_call" not in lowered.as_text()
 
 
 def test_lower_precision_is_a_choice():
     rng = np.random.default_rng(2)
     queries, database = unit(rng, 20, 256), unit(rng, 500, 256)
-    exact, rounded = (search(queries, jnp.asarray(database), k=10, precision=p) for p in ("float32", "bfloat16"))
+    exact, rounded = (
+        search(queries, jnp.asarray(database), k=10, precision=p) for p in ("float32", "bfloat16")
+    )
     error = np.abs(np.asarray(exact.scores) - np.asarray(rounded.scores)).max()
     assert 1e-5 < error < 4e-3  # 2^-8 is the rounding of bfloat16
     assert np.mean(np.asarray(exact.ids[:, 0]) == np.asarray(rounded.ids[:, 0])) > 0.9
@@ -149,7 +170,11 @@ def test_lower_precision_is_a_choice():
     ],
 )
 def test_refuses(change, error, words):
-    given = {"queries": np.ones((2, 4), np.float32), "database": np.ones((5, 4), np.float32), "k": 2} | change
+    given = {
+        "queries": np.ones((2, 4), np.float32),
+        "database": np.ones((5, 4), np.float32),
+        "k": 2,
+    } | change
     with pytest.raises(error, match=words):
         search(given.pop("queries"), given.pop("database"), **given)
 
@@ -167,7 +192,9 @@ def test_more_vectors_than_the_margin_may_be_too_close_for_float32():
     """The true best ten of 300 vectors within 2e-7 of each other, and of some that are nearer."""
     rng = np.random.default_rng(4)
     query = unit(rng, 1, 512)
-    database = np.concatenate([np.repeat(unit(rng, 1, 512), 300, axis=0), unit(rng, 300, 512)])[rng.permutation(600)]
+    database = np.concatenate([np.repeat(unit(rng, 1, 512), 300, axis=0), unit(rng, 300, 512)])[
+        rng.permutation(600)
+    ]
     database[:, 0] += 1e-7 * rng.normal(size=600).astype(np.float32) / query[0, 0]
     found, expected = search(query, database, k=10), brute(query, database, 10)
     np.testing.assert_array_equal(found.ids, expected.ids)
@@ -182,7 +209,9 @@ def test_reading_ahead_keeps_order_and_ends_early():
 
 
 def test_scores_that_float32_cannot_tell_apart_come_in_their_true_order():
-    """Pairs of vectors whose scores differ by less than the rounding of a sum in float32: stored ones are ordered as in float64."""
+    """Pairs of vectors whose scores differ by less than the rounding of a sum in float32: stored
+    ones are ordered as in float64.
+    """
     rng = np.random.default_rng(3)
     query = unit(rng, 1, 2048)
     database = np.repeat(unit(rng, 50, 2048), 2, axis=0)
@@ -198,7 +227,9 @@ BLOCKS = {
     "the first alone": lambda x, rows: iter([(0, x[:rows])]),
     "twice": lambda x, rows: iter([(0, x[:rows]), (0, x[:rows])]),
     "before the first": lambda x, rows: iter([(-5, x[:rows])]),
-    "too wide": lambda x, rows: ((i, np.pad(x[i : i + rows], ((0, 0), (0, 1)))) for i in range(0, len(x), rows)),
+    "too wide": lambda x, rows: (
+        (i, np.pad(x[i : i + rows], ((0, 0), (0, 1)))) for i in range(0, len(x), rows)
+    ),
 }
 
 
@@ -221,4 +252,6 @@ def test_meshes_with_explicit_axis_types_are_refused():
     with pytest.raises(ValueError, match="explicit axis types"):
         search(np.ones((1, 4), np.float32), np.ones((8, 4), np.float32), k=1, mesh=mesh)
     with pytest.raises(ValueError, match="explicit axis types"), jax.set_mesh(mesh):
-        search(jnp.ones((1, 4)), jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, P("data"))), k=1)
+        search(
+            jnp.ones((1, 4)), jax.device_put(jnp.ones((8, 4)), NamedSharding(mesh, P("data"))), k=1
+        )

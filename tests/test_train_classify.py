@@ -1,4 +1,6 @@
-"""train/classify.py and what it stands on: configs, the step, the log, and every mistake in one line."""
+"""train/classify.py and what it stands on: configs, the step, the log, and every mistake in one
+line.
+"""
 
 import dataclasses
 import functools
@@ -18,11 +20,30 @@ from jax.sharding import PartitionSpec as P
 from eval import classify as eval_classify
 from ggem_jax.models.vit import ViTConfig, vit_config
 from train import classify
-from train.config import Augment, Config, Data, Optimizer, Refused, build_model, configs_of, from_dict, known_configs, load_config, to_dict
+from train.config import (
+    Augment,
+    Config,
+    Data,
+    Optimizer,
+    Refused,
+    build_model,
+    configs_of,
+    from_dict,
+    known_configs,
+    load_config,
+    to_dict,
+)
 from train.evaluate import Predictions
 from train.log import Log, keep_until, read_metrics
 from train.run import read_run
-from train.step import accumulated_gradient, make_optimizer, make_steps, mix, normalise, split_over_fsdp
+from train.step import (
+    accumulated_gradient,
+    make_optimizer,
+    make_steps,
+    mix,
+    normalise,
+    split_over_fsdp,
+)
 from train.throughput import forward_flops
 
 
@@ -38,7 +59,10 @@ def trained(tmp_path_factory):
 def test_a_run_leaves_its_config_metrics_checkpoint_and_picture(trained):
     run = trained / "ggem"
     facts = {"classes": list("0123456789"), "train": 1438, "eval": 359}
-    assert read_run(run) == (load_config([*TINY, "--epochs", "2", "--out", str(run)], "test"), facts)
+    assert read_run(run) == (
+        load_config([*TINY, "--epochs", "2", "--out", str(run)], "test"),
+        facts,
+    )
     lines = read_metrics(run, "train")
     assert lines[-1]["step"] == 90
     assert lines[-1]["loss"] < lines[0]["loss"]
@@ -55,7 +79,20 @@ def test_a_run_leaves_its_config_metrics_checkpoint_and_picture(trained):
 
 def test_a_run_in_bfloat16_that_recomputes_its_blocks_learns(tmp_path):
     trained = classify.train(
-        load_config([*TINY, "--model.dtype", "bfloat16", "--model.remat", "--epochs", "4", "--out", str(tmp_path / "run")], "test"), quiet=True
+        load_config(
+            [
+                *TINY,
+                "--model.dtype",
+                "bfloat16",
+                "--model.remat",
+                "--epochs",
+                "4",
+                "--out",
+                str(tmp_path / "run"),
+            ],
+            "test",
+        ),
+        quiet=True,
     )
     chex.assert_type(jax.tree.leaves(trained.state.params), jnp.float32)
     assert read_metrics(tmp_path / "run", "train")[-1]["loss"] < 2
@@ -82,7 +119,9 @@ def test_the_evaluation_tool_repeats_the_last_evaluation_of_the_run(trained, cap
         assert right == pytest.approx(359 * entry["top1"]["value"])
     difference = result["runs"][0]["top1"]["value"] - result["runs"][1]["top1"]["value"]
     assert result["paired"]["difference"]["value"] == pytest.approx(difference)
-    assert result["paired"]["only_first"] - result["paired"]["only_second"] == pytest.approx(359 * difference)
+    assert result["paired"]["only_first"] - result["paired"]["only_second"] == pytest.approx(
+        359 * difference
+    )
 
 
 def test_the_evaluation_tool_prints_tables(trained, capsys):
@@ -96,18 +135,33 @@ def test_the_evaluation_tool_prints_tables(trained, capsys):
 MISTAKES = {
     "unknown config": (["--config", "imagenet"], "--config must be one of .*digits"),
     "missing value": (["--config"], "--config needs a value"),
-    "no config file": (["--config-file", "nowhere.toml"], "the config file nowhere.toml cannot be read: No such file"),
-    "unknown flag": (["--model.widht", "3"], "Unrecognized options: --model.widht, 3; perhaps --model.width"),
+    "no config file": (
+        ["--config-file", "nowhere.toml"],
+        "the config file nowhere.toml cannot be read: No such file",
+    ),
+    "unknown flag": (
+        ["--model.widht", "3"],
+        "Unrecognized options: --model.widht, 3; perhaps --model.width",
+    ),
     "wrong type": (["--batch", "many"], "--batch"),
     "wrong choice": (["--pool.kind", "sum"], "invalid choice 'sum'"),
     "unknown variant": (["--variant", "XXL/16"], "variant must be one of Ti, S, B, L, H"),
     "impossible model": (["--model.heads", "5"], "width must be a multiple of heads"),
     "class token": (["--pool.kind", "cls", "--model.no_class_token"], "cls_pool needs"),
     "groups": (["--pool.groups", "5"], "groups dividing the 16 channels"),
-    "unknown data": (["--data", "mnist"], "unknown data source 'mnist'; known are digits, folder:DIR, tfds:NAME"),
+    "unknown data": (
+        ["--data", "mnist"],
+        "unknown data source 'mnist'; known are digits, folder:DIR, tfds:NAME",
+    ),
     "missing folder": (["--data", "folder:nowhere"], "there is no folder nowhere"),
-    "unprepared data": (["--data", "tfds:mnist", "--data-dir", "nowhere"], "mnist is not prepared in nowhere .*--download"),
-    "batch": (["--batch", "33"], r"--batch must be a multiple of 1 part\(s\) x 8 device\(s\), it is 33"),
+    "unprepared data": (
+        ["--data", "tfds:mnist", "--data-dir", "nowhere"],
+        "mnist is not prepared in nowhere .*--download",
+    ),
+    "batch": (
+        ["--batch", "33"],
+        r"--batch must be a multiple of 1 part\(s\) x 8 device\(s\), it is 33",
+    ),
     "epochs": (["--epochs", "0"], "--epochs must be from 1e-6 to 1e9"),
     "fsdp": (["--fsdp", "3"], "--fsdp must divide the number of devices, 8"),
     "holdout": (["--data.holdout", "1.5"], "--data.holdout must be between 0 and 1, it is 1.5"),
@@ -117,20 +171,38 @@ MISTAKES = {
     "registers": (["--model.registers", "-1"], "registers must be a whole number of at least 0"),
     "drop path": (["--model.drop_path", "2"], "drop_path must be a probability"),
     "float16": (["--model.dtype", "float16"], "--model.dtype must be float32 or bfloat16"),
-    "bfloat16 weights": (["--model.param_dtype", "bfloat16"], "--model.param_dtype must be float32"),
+    "bfloat16 weights": (
+        ["--model.param_dtype", "bfloat16"],
+        "--model.param_dtype must be float32",
+    ),
     "pad": (["--augment.crop", "pad", "--augment.pad", "-1"], "--augment.pad must be at least 0"),
-    "area": (["--augment.crop", "resized", "--augment.min_area", "2"], "--augment.min_area must be above 0"),
+    "area": (
+        ["--augment.crop", "resized", "--augment.min_area", "2"],
+        "--augment.min_area must be above 0",
+    ),
     "mixup": (["--augment.mixup", "-1"], "--augment.mixup must be at least 0"),
     "workers": (["--data.workers", "-1"], "--data.workers must be at least 1"),
-    "split": (["--data", "digits", "--data.eval_split", "val"], "--data.eval_split val is not in digits"),
-    "ema": (["--optimizer.ema", "2"], "--optimizer.ema must be at least 0 and below 1, or None, it is 2"),
+    "split": (
+        ["--data", "digits", "--data.eval_split", "val"],
+        "--data.eval_split val is not in digits",
+    ),
+    "ema": (
+        ["--optimizer.ema", "2"],
+        "--optimizer.ema must be at least 0 and below 1, or None, it is 2",
+    ),
     "layer decay": (["--optimizer.layer_decay", "-1"], "--optimizer.layer_decay must be above 0"),
     "parts": (["--optimizer.accumulate", "0"], "--optimizer.accumulate must be at least 1"),
     "nan": (["--optimizer.lr", "nan"], "--optimizer.lr must be at least 0, it is nan"),
     "no groups": (["--pool.groups", "0"], "--pool.groups must be a whole number"),
     "exponent": (["--pool.p", "-1"], "--pool.p must be from 1 to 1000"),
-    "loss": (["--optimizer.lr", "1e30", "--optimizer.clip", "None", "--log_every", "1"], "the (loss|grad norm) is (nan|inf) at step"),
-    "weights": (["--optimizer.lr", "1e30", "--optimizer.clip", "None", "--stop_after", "5"], "the (loss|grad norm) is (nan|inf) at step 5"),
+    "loss": (
+        ["--optimizer.lr", "1e30", "--optimizer.clip", "None", "--log_every", "1"],
+        "the (loss|grad norm) is (nan|inf) at step",
+    ),
+    "weights": (
+        ["--optimizer.lr", "1e30", "--optimizer.clip", "None", "--stop_after", "5"],
+        "the (loss|grad norm) is (nan|inf) at step 5",
+    ),
 }
 
 
@@ -144,8 +216,12 @@ def test_mistakes_end_in_one_line(tmp_path, capsys, flags, sentence):
 
 
 def test_other_settings_on_the_same_folder_are_refused(trained, capsys):
-    said = one_line(capsys, classify.main, *TINY, "--epochs", "3", "--seed", "1", "--out", trained / "ggem")
-    assert "holds a run with other settings (seed 0 there, 1 now; epochs 2.0 there, 3.0 now)" in said
+    said = one_line(
+        capsys, classify.main, *TINY, "--epochs", "3", "--seed", "1", "--out", trained / "ggem"
+    )
+    assert (
+        "holds a run with other settings (seed 0 there, 1 now; epochs 2.0 there, 3.0 now)" in said
+    )
 
 
 def test_a_refused_start_leaves_the_folder_free(tmp_path, capsys):
@@ -154,7 +230,17 @@ def test_a_refused_start_leaves_the_folder_free(tmp_path, capsys):
 
 
 def test_other_data_under_the_same_name_are_refused(tmp_path, capsys, class_folders):
-    flags = [*TINY, "--data", f"folder:{class_folders}", "--batch", "8", "--epochs", "4", "--out", str(tmp_path / "run")]
+    flags = [
+        *TINY,
+        "--data",
+        f"folder:{class_folders}",
+        "--batch",
+        "8",
+        "--epochs",
+        "4",
+        "--out",
+        str(tmp_path / "run"),
+    ]
     classify.main([*flags, "--stop_after", "5"])
     (class_folders / "train" / "ants" / "ants0.png").unlink()
     assert "data_found.train 30 there, 29 now" in one_line(capsys, classify.main, *flags)
@@ -164,7 +250,19 @@ def test_runs_on_other_pictures_are_not_compared_in_pairs(tmp_path, capsys, clas
     other = class_folders.with_name("other")
     shutil.copytree(class_folders, other)
     for source in (class_folders, other):
-        classify.main([*TINY, "--data", f"folder:{source}", "--batch", "8", "--epochs", "0.5", "--out", str(tmp_path / source.name)])
+        classify.main(
+            [
+                *TINY,
+                "--data",
+                f"folder:{source}",
+                "--batch",
+                "8",
+                "--epochs",
+                "0.5",
+                "--out",
+                str(tmp_path / source.name),
+            ]
+        )
     runs = [tmp_path / "pictures", tmp_path / "other"]
     eval_classify.main([*map(str, runs)])
     assert "McNemar" in capsys.readouterr().out
@@ -182,7 +280,9 @@ def test_mistakes_of_the_evaluation_tool_end_in_one_line(trained, tmp_path, caps
     assert "is no run of train.classify" in one_line(capsys, eval_classify.main, tmp_path)
     (tmp_path / "config.json").write_text((trained / "ggem" / "config.json").read_text())
     assert "has no checkpoint yet" in one_line(capsys, eval_classify.main, tmp_path)
-    said = one_line(capsys, eval_classify.main, trained / "ggem", "--data", f"folder:{class_folders}")
+    said = one_line(
+        capsys, eval_classify.main, trained / "ggem", "--data", f"folder:{class_folders}"
+    )
     assert "was trained on the classes 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, but folder:" in said
 
 
@@ -191,7 +291,11 @@ def test_broken_config_files_are_refused(tmp_path):
         ("a.toml", "batch = ", "is not TOML"),
         ("a.json", "{", "is not JSON"),
         ("d.json", "[1]", "is not JSON: settings by name are needed, not a list"),
-        ("b.toml", "[model]\nwidht = 3", "in the config file .*b.toml: Unrecognized options: --model.widht"),
+        (
+            "b.toml",
+            "[model]\nwidht = 3",
+            "in the config file .*b.toml: Unrecognized options: --model.widht",
+        ),
         ("c.toml", 'variant = "XXL/4"', "variant must be one of"),
         ("e.toml", "variant = [3]", "variant must be one of"),
     ):
@@ -201,23 +305,73 @@ def test_broken_config_files_are_refused(tmp_path):
 
 
 def test_defaults_then_config_then_file_then_variant_then_flags(tmp_path):
-    lines = 'variant = "S/2"', "batch = 96", "[optimizer]", "clip = 2.0", "[augment]", "flip = true", "[data]", "mean = [0.1, 0.2, 0.3]"
+    lines = (
+        'variant = "S/2"',
+        "batch = 96",
+        "[optimizer]",
+        "clip = 2.0",
+        "[augment]",
+        "flip = true",
+        "[data]",
+        "mean = [0.1, 0.2, 0.3]",
+    )
     (tmp_path / "mine.toml").write_text("\n".join(lines))
-    config = load_config(["--config", "digits", "--config-file", str(tmp_path / "mine.toml"), "--batch", "32", "--model.depth", "5"], "test")
+    config = load_config(
+        [
+            "--config",
+            "digits",
+            "--config-file",
+            str(tmp_path / "mine.toml"),
+            "--batch",
+            "32",
+            "--model.depth",
+            "5",
+        ],
+        "test",
+    )
     assert (config.model.width, config.model.depth, config.model.image) == (384, 5, 8)
-    assert (config.batch, config.optimizer.clip, config.optimizer.lr, config.augment.flip) == (32, 2.0, 3e-3, True)
+    assert (config.batch, config.optimizer.clip, config.optimizer.lr, config.augment.flip) == (
+        32,
+        2.0,
+        3e-3,
+        True,
+    )
     assert config.data.mean == (0.1, 0.2, 0.3)
-    other = load_config(["--config-file", str(tmp_path / "mine.toml"), "--variant", "B/16", "--augment.no-flip", "--optimizer.clip", "None"], "test")
-    assert (other.model, other.augment.flip, other.optimizer.clip) == (vit_config("B/16"), False, None)
+    other = load_config(
+        [
+            "--config-file",
+            str(tmp_path / "mine.toml"),
+            "--variant",
+            "B/16",
+            "--augment.no-flip",
+            "--optimizer.clip",
+            "None",
+        ],
+        "test",
+    )
+    assert (other.model, other.augment.flip, other.optimizer.clip) == (
+        vit_config("B/16"),
+        False,
+        None,
+    )
     assert from_dict(to_dict(other)) == other
 
 
 def test_layers_only_have_to_fit_together(tmp_path):
-    config = load_config(["--config", "digits", "--variant", "S/16", "--model.image", "224"], "test")
+    config = load_config(
+        ["--config", "digits", "--variant", "S/16", "--model.image", "224"], "test"
+    )
     assert (config.model, config.data.source) == (vit_config("S/16"), "digits")
     (tmp_path / "mine.toml").write_text("[model]\nimage = 30\n")
-    assert load_config(["--config-file", str(tmp_path / "mine.toml"), "--model.patch", "5"], "test").model.image == 30
-    with pytest.raises(Refused, match="image must be a multiple of patch, not 8 with patches of 16") as caught:
+    assert (
+        load_config(
+            ["--config-file", str(tmp_path / "mine.toml"), "--model.patch", "5"], "test"
+        ).model.image
+        == 30
+    )
+    with pytest.raises(
+        Refused, match="image must be a multiple of patch, not 8 with patches of 16"
+    ) as caught:
         load_config(["--config", "digits", "--variant", "S/16"], "test")
     assert "\n" not in str(caught.value)
 
@@ -239,35 +393,54 @@ def small_config(**changes):
 def batch_of(config, count=16):
     rng = np.random.default_rng(0)
     side = config.model.image
-    return {"image": rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8), "label": rng.integers(0, 10, count).astype(np.int32)}
+    return {
+        "image": rng.integers(0, 256, (count, side, side, 3), dtype=np.uint8),
+        "label": rng.integers(0, 10, count).astype(np.int32),
+    }
 
 
 def test_one_step_is_adamw_on_the_mean_cross_entropy():
     """The jitted, sharded step against the same step written out with optax."""
-    config = small_config(optimizer=Optimizer(lr=1e-2, warmup=0, weight_decay=0.1, clip=None, exponent_lr=1.0, ema=0.75))
+    config = small_config(
+        optimizer=Optimizer(
+            lr=1e-2, warmup=0, weight_decay=0.1, clip=None, exponent_lr=1.0, ema=0.75
+        )
+    )
     steps, batch = make_steps(config, 10, 100), batch_of(config)
     state = steps.init(0)
     params = jax.tree.map(np.asarray, state.params)
     model = build_model(config, 10)
 
     def loss(params):
-        logits = model.apply({"params": params}, normalise(jnp.array(batch["image"]), config.data)).logits
+        logits = model.apply(
+            {"params": params}, normalise(jnp.array(batch["image"]), config.data)
+        ).logits
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
     value, slope = jax.value_and_grad(loss)(params)
-    state, metrics = steps.train(state, {name: jnp.array(array) for name, array in batch.items()}, 0)
+    state, metrics = steps.train(
+        state, {name: jnp.array(array) for name, array in batch.items()}, 0
+    )
     assert metrics["loss"] == pytest.approx(float(value), rel=1e-5)
     assert metrics["grad_norm"] == pytest.approx(float(optax.tree.norm(slope)), rel=1e-4)
     moved = jax.tree.map(lambda new, old: np.asarray(new) - old, state.params, params)
     kernel, bias = moved["head"]["kernel"], moved["head"]["bias"]
-    np.testing.assert_allclose(kernel, -1e-2 * np.sign(slope["head"]["kernel"]), atol=2e-4)  # the head starts at 0, so nothing decays yet
+    np.testing.assert_allclose(
+        kernel, -1e-2 * np.sign(slope["head"]["kernel"]), atol=2e-4
+    )  # the head starts at 0, so nothing decays yet
     np.testing.assert_allclose(bias, -1e-2 * np.sign(slope["head"]["bias"]), atol=2e-4)
-    # Gradients reach the blocks from the second step on, through the head; until then only their decay moves them.
+    # Gradients reach the blocks from the second step on, through the head; until then only their
+    # decay moves them.
     block = ("blocks_0", "mlp", "in", "kernel")
-    np.testing.assert_allclose(at(moved, block), -1e-2 * 0.1 * at(params, block), rtol=1e-3, atol=1e-7)
+    np.testing.assert_allclose(
+        at(moved, block), -1e-2 * 0.1 * at(params, block), rtol=1e-3, atol=1e-7
+    )
     assert not at(moved, ("norm", "scale")).any()
     chex.assert_trees_all_close(
-        state.ema, jax.tree.map(lambda old, new: 0.1 * old + 0.9 * np.asarray(new), params, state.params), rtol=1e-5, atol=1e-7
+        state.ema,
+        jax.tree.map(lambda old, new: 0.1 * old + 0.9 * np.asarray(new), params, state.params),
+        rtol=1e-5,
+        atol=1e-7,
     )
     assert state.evaluated is state.ema
     assert int(state.step) == 1
@@ -278,23 +451,52 @@ def at(tree, path):
 
 
 def test_the_moving_average_starts_fast_and_ends_at_its_decay():
-    """At step t the decay is (1 + t) / (10 + t) until that exceeds the one asked for: here from t = 2 on."""
-    steps, batch = make_steps(small_config(optimizer=Optimizer(ema=0.25)), 10, 100), batch_of(small_config())
+    """At step t the decay is (1 + t) / (10 + t) until that exceeds the one asked for: here from t =
+    2 on.
+    """
+    steps, batch = (
+        make_steps(small_config(optimizer=Optimizer(ema=0.25)), 10, 100),
+        batch_of(small_config()),
+    )
     state = steps.init(0)
     ema = jax.device_get(state.params)
     for decay in (0.1, 2 / 11, 0.25, 0.25):
         state, _ = steps.train(state, batch, 0)
-        ema = jax.tree.map(lambda old, new, decay=decay: decay * old + (1 - decay) * np.asarray(new), ema, state.params)
+        ema = jax.tree.map(
+            lambda old, new, decay=decay: decay * old + (1 - decay) * np.asarray(new),
+            ema,
+            state.params,
+        )
         chex.assert_trees_all_close(state.ema, ema, rtol=1e-5, atol=1e-7)
-    chex.assert_trees_all_equal(make_steps(small_config(), 10, 100).init(0).evaluated, make_steps(small_config(), 10, 100).init(0).params)
+    chex.assert_trees_all_equal(
+        make_steps(small_config(), 10, 100).init(0).evaluated,
+        make_steps(small_config(), 10, 100).init(0).params,
+    )
 
 
 def test_the_optimizer_is_the_chain_that_its_settings_say():
     """Three steps against optax written out, with no setting at its default."""
-    settings = Optimizer(lr=2e-2, warmup=2, weight_decay=0.3, beta1=0.8, beta2=0.9, clip=0.5, exponent_lr=3.0, layer_decay=0.5)
+    settings = Optimizer(
+        lr=2e-2,
+        warmup=2,
+        weight_decay=0.3,
+        beta1=0.8,
+        beta2=0.9,
+        clip=0.5,
+        exponent_lr=3.0,
+        layer_decay=0.5,
+    )
     rng = np.random.default_rng(0)
-    leaf = {"kernel": jnp.array(rng.normal(size=(3, 4)), jnp.float32), "bias": jnp.array(rng.normal(size=4), jnp.float32)}
-    params = {"blocks_0": leaf, "blocks_1": leaf, "head": leaf, "pool": {"p": jnp.array([3.0, 2.0])}}
+    leaf = {
+        "kernel": jnp.array(rng.normal(size=(3, 4)), jnp.float32),
+        "bias": jnp.array(rng.normal(size=4), jnp.float32),
+    }
+    params = {
+        "blocks_0": leaf,
+        "blocks_1": leaf,
+        "head": leaf,
+        "pool": {"p": jnp.array([3.0, 2.0])},
+    }
     scale = {"blocks_0": 0.25, "blocks_1": 0.5, "head": 1.0, "pool": 3.0}
     schedule = [0.0, 1e-2, 2e-2]  # a warm-up of two steps; the cosine starts with the third
     found, want = params, params
@@ -310,26 +512,39 @@ def test_the_optimizer_is_the_chain_that_its_settings_say():
         direction, adam_state = adam.update(clipped, adam_state)
         want = {
             part: {
-                name: value - rate * scale[part] * (direction[part][name] + (0.3 * value if name == "kernel" else 0))
+                name: value
+                - rate
+                * scale[part]
+                * (direction[part][name] + (0.3 * value if name == "kernel" else 0))
                 for name, value in leaves.items()
             }
             for part, leaves in want.items()
         }
         chex.assert_trees_all_close(found, want, rtol=1e-5, atol=1e-6)
-    last = transform.update(gradient, jax.tree.map(lambda x: x * 0 + 10 if x.dtype == jnp.int32 else x, state), found)[0]
-    chex.assert_trees_all_close(last, jax.tree.map(jnp.zeros_like, last), atol=1e-9)  # after the last step the cosine is zero
+    last = transform.update(
+        gradient, jax.tree.map(lambda x: x * 0 + 10 if x.dtype == jnp.int32 else x, state), found
+    )[0]
+    chex.assert_trees_all_close(
+        last, jax.tree.map(jnp.zeros_like, last), atol=1e-9
+    )  # after the last step the cosine is zero
 
 
 def test_labels_are_smoothed():
-    """With a head of zeros every class has the same logit: each smoothed target gives the same loss, log 10; the gradient tells them apart."""
-    plain, smooth = (make_steps(small_config(augment=Augment(label_smoothing=s)), 10, 100) for s in (0.0, 0.5))
+    """With a head of zeros every class has the same logit: each smoothed target gives the same
+    loss, log 10; the gradient tells them apart.
+    """
+    plain, smooth = (
+        make_steps(small_config(augment=Augment(label_smoothing=s)), 10, 100) for s in (0.0, 0.5)
+    )
     batch, bias = batch_of(small_config()), []
     for steps in (plain, smooth):
         state = steps.init(0)
         _, metrics = steps.train(state, batch, 0)
         assert metrics["loss"] == pytest.approx(np.log(10), rel=1e-5)
         bias.append(float(metrics["grad_norm"]))
-    assert bias[1] == pytest.approx(bias[0] / 2, rel=1e-4)  # targets half as far from the uniform prediction
+    assert bias[1] == pytest.approx(
+        bias[0] / 2, rel=1e-4
+    )  # targets half as far from the uniform prediction
 
 
 def test_blocks_are_recomputed_when_asked_to():
@@ -337,19 +552,32 @@ def test_blocks_are_recomputed_when_asked_to():
     for remat in (False, True):
         config = load_config([*TINY, *(["--model.remat"] if remat else [])], "test")
         steps = make_steps(config, 10, 100)
-        assert ("remat" in str(steps.train.trace(jax.eval_shape(steps.init, 0), batch, 0).jaxpr)) == remat
+        assert (
+            "remat" in str(steps.train.trace(jax.eval_shape(steps.init, 0), batch, 0).jaxpr)
+        ) == remat
 
 
 def test_configs_of_every_pooling_find_their_compiled_steps_again():
     for kind in ("cls", "relu-avg", "lse", "ggem"):
         config = load_config([*TINY, "--pool.kind", kind], "test")
-        assert make_steps(config, 10, 100) is make_steps(load_config([*TINY, "--pool.kind", kind, "--seed", "3"], "test"), 10, 100)
+        assert make_steps(config, 10, 100) is make_steps(
+            load_config([*TINY, "--pool.kind", kind, "--seed", "3"], "test"), 10, 100
+        )
 
 
 def test_predictions_that_are_no_numbers_are_wrong():
-    probability = np.array([[0.7, 0.2, 0.1], [np.nan] * 3, [0.5, 0.5, 0.0], [0.1, 0.2, 0.7]], np.float32)
-    predictions = Predictions(np.arange(4), np.array([0, 0, 0, 1]), np.zeros(4, np.uint32), probability)
-    assert predictions.top(1).tolist() == [True, False, False, False]  # ties count against the model
+    probability = np.array(
+        [[0.7, 0.2, 0.1], [np.nan] * 3, [0.5, 0.5, 0.0], [0.1, 0.2, 0.7]], np.float32
+    )
+    predictions = Predictions(
+        np.arange(4), np.array([0, 0, 0, 1]), np.zeros(4, np.uint32), probability
+    )
+    assert predictions.top(1).tolist() == [
+        True,
+        False,
+        False,
+        False,
+    ]  # ties count against the model
     assert predictions.top(2).tolist() == [True, False, True, True]
     assert predictions.top(5).tolist() == [True, False, True, True]
 
@@ -387,7 +615,9 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole():
 
 
 def test_mixing_keeps_the_share_of_the_labels_equal_to_that_of_the_pixels():
-    """Black pictures of class 0 and white ones of class 1: the mean brightness is the weight of class 1."""
+    """Black pictures of class 0 and white ones of class 1: the mean brightness is the weight of
+    class 1.
+    """
     images = jnp.concatenate([jnp.zeros((4, 16, 16, 3)), jnp.ones((4, 16, 16, 3))])
     targets = jax.nn.one_hot(jnp.array([0] * 4 + [1] * 4), 2)
     for augment in (Augment(mixup=0.8), Augment(cutmix=1.0), Augment(mixup=0.8, cutmix=1.0)):
@@ -396,7 +626,9 @@ def test_mixing_keeps_the_share_of_the_labels_equal_to_that_of_the_pixels():
             mixed, labels = mix(images, targets, augment, jax.random.key(seed))
             np.testing.assert_allclose(mixed.mean((1, 2, 3)), labels[:, 1], atol=1e-5)
             kinds.add("cut" if set(np.unique(mixed)) <= {0.0, 1.0} else "up")
-        assert kinds == {kind for kind, alpha in (("up", augment.mixup), ("cut", augment.cutmix)) if alpha}
+        assert kinds == {
+            kind for kind, alpha in (("up", augment.mixup), ("cut", augment.cutmix)) if alpha
+        }
     np.testing.assert_array_equal(mix(images, targets, Augment(), jax.random.key(0))[0], images)
 
 
@@ -423,13 +655,23 @@ def test_fsdp_state_takes_the_share_of_a_device():
 def test_the_training_step_lowers_for_tpu_without_a_custom_call_of_ours(pool):
     config = load_config([*TINY, "--pool.kind", pool, "--augment.mixup", "0.2"], "test")
     steps, batch = make_steps(config, 10, 100), batch_of(config)
-    text = steps.train.trace(jax.eval_shape(steps.init, 0), batch, 0).lower(lowering_platforms=("tpu",)).as_text()
-    calls = {line.split("custom_call @")[1].split("(")[0] for line in text.splitlines() if "custom_call @" in line}
+    text = (
+        steps.train.trace(jax.eval_shape(steps.init, 0), batch, 0)
+        .lower(lowering_platforms=("tpu",))
+        .as_text()
+    )
+    calls = {
+        line.split("custom_call @")[1].split("(")[0]
+        for line in text.splitlines()
+        if "custom_call @" in line
+    }
     assert calls <= {"Sharding", "SPMDFullToShardShape", "SPMDShardToFullShape"}
 
 
 def test_flops_of_a_published_model():
-    """ViT-B/16 at 224 px takes 17.56 GFLOPs of multiply-adds in torchvision's table, where the attention products are counted too."""
+    """ViT-B/16 at 224 px takes 17.56 GFLOPs of multiply-adds in torchvision's table, where the
+    attention products are counted too.
+    """
     assert forward_flops(vit_config("B/16"), 1000) / 2 == pytest.approx(17.56e9, rel=0.01)
     hand = ViTConfig(patch=2, width=4, depth=1, heads=1, mlp_width=8, image=4, class_token=False)
     tokens = 4
@@ -440,7 +682,11 @@ def test_flops_of_a_published_model():
 
 def test_lines_after_the_checkpoint_are_dropped(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    for torn in ('{"kind": "eval", "ste', '{"kind": "eval", "step": 2, "p": {"pool/p": [1.0]}', "\\udce2"):
+    for torn in (
+        '{"kind": "eval", "ste',
+        '{"kind": "eval", "step": 2, "p": {"pool/p": [1.0]}',
+        "\\udce2",
+    ):
         path.write_text('{"kind": "train", "step": 1}\n{"kind": "train", "step": 3}\n' + torn)
         keep_until(path, 2)
         assert path.read_text() == '{"kind": "train", "step": 1}\n'

@@ -1,4 +1,6 @@
-"""train/contrastive.py and what it stands on: captions, tokenizer, towers and step; exact resuming; every mistake in one line."""
+"""train/contrastive.py and what it stands on: captions, tokenizer, towers and step; exact resuming;
+every mistake in one line.
+"""
 
 import dataclasses
 import gzip
@@ -25,7 +27,14 @@ from train.batches import train_batches
 from train.captions import Text, open_captions, read_csv, read_names, read_shards, shards_of
 from train.checkpoints import Checkpoints
 from train.config import Data, Refused, configs_of, from_dict, known_configs, load_config, to_dict
-from train.contrastive import ContrastiveConfig, at_most, drawn_captions, make_steps, make_towers, open_pairs
+from train.contrastive import (
+    ContrastiveConfig,
+    at_most,
+    drawn_captions,
+    make_steps,
+    make_towers,
+    open_pairs,
+)
 from train.log import read_metrics
 from train.loop import first_state
 from train.step import normalise
@@ -55,12 +64,22 @@ def shards(tmp_path):
     """Two shards of three pairs."""
     write_shard(
         tmp_path / "shard-000.tar",
-        {"a/0.png": png(0), "a/0.txt": b"black\n", "a/1.jpg": png(50), "a/1.json": b'{"caption": "dark grey", "url": ""}',
-         "a/1.txt.gz": b"?", "a/2.PNG": png(90), "a/2.txt": "grün".encode(), "a/2.json": b'{"caption": "not this one"}'},
+        {"a/0.png": png(0), "a/0.txt": b"black\n", "a/1.jpg": png(50),
+        "a/1.json": b'{"caption": "dark grey", "url": ""}',
+         "a/1.txt.gz": b"?", "a/2.PNG": png(90), "a/2.txt": "grün".encode(),
+         "a/2.json": b'{"caption": "not this one"}'},
     )  # fmt: skip
     write_shard(
         tmp_path / "shard-001.tar",
-        {f"{i}.{kind}": content for i in range(3) for kind, content in (("txt", f"light {i}".encode()), ("cls", b"3"), ("png", png(150 + i)))},
+        {
+            f"{i}.{kind}": content
+            for i in range(3)
+            for kind, content in (
+                ("txt", f"light {i}".encode()),
+                ("cls", b"3"),
+                ("png", png(150 + i)),
+            )
+        },
     )
     return tmp_path
 
@@ -84,31 +103,66 @@ def test_splits_of_a_csv_are_held_out_or_named(captioned_folder):
     source = f"csv:{captioned_folder}/pairs.csv"
     train, held = open_captions(Data(source=source, holdout=0.25), Text())
     assert (len(train), len(held)) == (9, 3)
-    assert sorted([grey(train, i) for i in range(9)] + [grey(held, i) for i in range(3)]) == [20 * i for i in range(12)]
+    assert sorted([grey(train, i) for i in range(9)] + [grey(held, i) for i in range(3)]) == [
+        20 * i for i in range(12)
+    ]
     for part in (train, held):
         for i in range(len(part)):
             assert part.captions[i][0] == f"grey number {grey(part, i) // 20}, plain"
             assert part.pictures.load(i)[1] == i
     (captioned_folder / "other.csv").write_text("image,caption\n5.png,five\n")
-    train, other = open_captions(Data(source=source, eval_split=f"{captioned_folder}/other.csv"), Text())
+    train, other = open_captions(
+        Data(source=source, eval_split=f"{captioned_folder}/other.csv"), Text()
+    )
     assert (len(train), other.captions) == (12, [("five",)])
 
 
 def test_pairs_of_shards_are_read_where_they_lie(shards):
     for pattern in ("shard-{000..001}.tar", "shard-*.tar"):
         pairs = read_shards(f"{shards}/{pattern}", "refuse")
-        assert pairs.captions == [("black",), ("dark grey",), ("grün",), ("light 0",), ("light 1",), ("light 2",)]
+        assert pairs.captions == [
+            ("black",),
+            ("dark grey",),
+            ("grün",),
+            ("light 0",),
+            ("light 1",),
+            ("light 2",),
+        ]
         assert [grey(pairs, i) for i in (5, 0, 2, 1, 3)] == [152, 0, 90, 50, 150]
-    assert [path.name for path in shards_of(f"{shards}/shard-{{001..001}}.tar")] == ["shard-001.tar"]
+    assert [path.name for path in shards_of(f"{shards}/shard-{{001..001}}.tar")] == [
+        "shard-001.tar"
+    ]
 
 
 def test_incomplete_pairs_are_named_or_skipped(shards, captioned_folder, capsys):
-    write_shard(shards / "bad.tar", {"0.png": png(0), "1.txt": b"no picture", "2.png": png(9), "2.txt": b"fine", "3.png": png(1), "3.json": b"[]"})
-    with pytest.raises(Refused, match=r"3 of the pairs of .*bad.tar are not complete: 0 in .*bad.tar \(no caption in UTF-8\), .*--data.corrupt skip"):
+    write_shard(
+        shards / "bad.tar",
+        {
+            "0.png": png(0),
+            "1.txt": b"no picture",
+            "2.png": png(9),
+            "2.txt": b"fine",
+            "3.png": png(1),
+            "3.json": b"[]",
+        },
+    )
+    with pytest.raises(
+        Refused,
+        match=(
+            r"3 of the pairs of .*bad.tar are not complete: 0 in .*bad.tar \(no caption in UTF-8\),"
+            r" .*--data.corrupt skip"
+        ),
+    ):
         read_shards(f"{shards}/bad.tar", "refuse")
     assert read_shards(f"{shards}/bad.tar", "skip").captions == [("fine",)]
     (captioned_folder / "bad.csv").write_text("image,caption\n1.png,one\nnowhere.png,two\n2.png,\n")
-    with pytest.raises(Refused, match=r"2 of the pairs of .*bad.csv are not complete: nowhere.png \(no picture\), 2.png \(no caption\)"):
+    with pytest.raises(
+        Refused,
+        match=(
+            r"2 of the pairs of .*bad.csv are not complete: nowhere.png \(no picture\), 2.png \(no"
+            r" caption\)"
+        ),
+    ):
         read_csv(f"{captioned_folder}/bad.csv", "refuse")
     assert read_csv(f"{captioned_folder}/bad.csv", "skip").captions == [("one",)]
     said = capsys.readouterr().err.splitlines()
@@ -118,7 +172,12 @@ def test_incomplete_pairs_are_named_or_skipped(shards, captioned_folder, capsys)
 
 def test_broken_shards_and_files_are_refused(shards, captioned_folder):
     whole = (shards / "shard-000.tar").read_bytes()
-    for length in (100, 700, 2048, 2600):  # in the first header, in a picture, between two members, in a later header
+    for length in (
+        100,
+        700,
+        2048,
+        2600,
+    ):  # in the first header, in a picture, between two members, in a later header
         (shards / "cut.tar").write_bytes(whole[:length])
         with pytest.raises(Refused, match=r"the shard .*cut.tar cannot be read as tar: "):
             read_shards(f"{shards}/cut.tar", "refuse")
@@ -137,11 +196,20 @@ def test_broken_shards_and_files_are_refused(shards, captioned_folder):
     with pytest.raises(UnreadableImage, match=r"0.png in .*noise.tar is not a readable picture"):
         read_shards(f"{shards}/noise.tar", "refuse").pictures.load(0)
     for text, sentence in (
-        ("path,caption\n1.png,one\n", "must have the columns image and caption in its first line, not path, caption"),
+        (
+            "path,caption\n1.png,one\n",
+            "must have the columns image and caption in its first line, not path, caption",
+        ),
         ("", "must have the columns image and caption in its first line, not nothing"),
         ('image,caption\n1.png,"one\n', "cannot be read as CSV"),
         ("image,caption\n", "holds no picture with a caption"),
-        ("image,caption\n1.png,a cat, on a mat\n", "line 2 of .*bad.csv has more columns than the first: a caption with a comma needs quotes"),
+        (
+            "image,caption\n1.png,a cat, on a mat\n",
+            (
+                "line 2 of .*bad.csv has more columns than the first: a caption with a comma needs"
+                " quotes"
+            ),
+        ),
     ):
         (captioned_folder / "bad.csv").write_text(text)
         with pytest.raises(Refused, match=sentence):
@@ -162,13 +230,17 @@ def test_class_names_become_captions(class_folders, tmp_path):
     assert texts == tuple(f"a photo of a {name}." for name in train.classes)
     assert pairs.tolist() == [[i, i // 4] for i in range(12)]
     (tmp_path / "names.txt").write_text("an_ant\tant\nbees\thoney bee\n\ncows\tcow, on grass\n")
-    named, _ = open_captions(data, Text(templates=("{}", "two of {}: {}"), names=tmp_path / "names.txt"))
+    named, _ = open_captions(
+        data, Text(templates=("{}", "two of {}: {}"), names=tmp_path / "names.txt")
+    )
     assert named.captions[29] == ("cow, on grass", "two of cow, on grass: cow, on grass")
     (tmp_path / "names.txt").write_text("an_ant\tant\n")
     with pytest.raises(Refused, match=r"--text.names .*names.txt has no words for bees, cows"):
         open_captions(data, Text(names=tmp_path / "names.txt"))
     (tmp_path / "names.txt").write_text("an_ant ant\n")
-    with pytest.raises(Refused, match=r"line 1 of .*names.txt must be a folder name, a tab and words"):
+    with pytest.raises(
+        Refused, match=r"line 1 of .*names.txt must be a folder name, a tab and words"
+    ):
         read_names(tmp_path / "names.txt")
 
 
@@ -188,13 +260,22 @@ def test_shuffled_captions_are_those_of_other_pictures(captioned_folder):
     assert sorted(shuffled.captions) == sorted(pairs.captions)
     assert all(one != other for one, other in zip(shuffled.captions, pairs.captions, strict=True))
     assert shuffled.captions == pairs.shuffled(3).captions != pairs.shuffled(4).captions
-    assert shuffled.digest() != pairs.digest() == read_csv(f"{captioned_folder}/pairs.csv", "refuse").digest()
+    assert (
+        shuffled.digest()
+        != pairs.digest()
+        == read_csv(f"{captioned_folder}/pairs.csv", "refuse").digest()
+    )
     plain, control = (open_pairs(config_of(*flags)) for flags in ([], ["--text.shuffle_captions"]))
     assert plain[0].captions != control[0].captions
     assert plain[1].captions == control[1].captions  # what is measured stays
 
 
-CAPTIONS = ["a photo of a cat.", "a photo of a dog.", "two dogs, ünder a tree", "the cat and the dog"]
+CAPTIONS = [
+    "a photo of a cat.",
+    "a photo of a dog.",
+    "two dogs, ünder a tree",
+    "the cat and the dog",
+]
 
 
 def test_ids_are_start_pieces_end_and_padding():
@@ -216,32 +297,64 @@ def test_ids_are_start_pieces_end_and_padding():
 
 def test_a_tokenizer_is_the_same_from_its_file_and_trained_again(tmp_path):
     """In a process of its own too: there the order of hashes is another."""
-    captions = [f"{a}{b} {b}{a}" for a in "abcdefgh" for b in "stuvwxyz"]  # many pairs that are equally frequent
+    captions = [
+        f"{a}{b} {b}{a}" for a in "abcdefgh" for b in "stuvwxyz"
+    ]  # many pairs that are equally frequent
     tokenizer = train_tokenizer(captions, 300)
     (tmp_path / "tokenizer.json").write_text(tokenizer.text, encoding="utf-8")
     again = read_tokenizer(tmp_path / "tokenizer.json")
     np.testing.assert_array_equal(again.encode(captions, 12), tokenizer.encode(captions, 12))
     assert train_tokenizer(iter(captions), 300).text == tokenizer.text
-    code = f"from train.tokenizer import train_tokenizer; import sys; sys.stdout.buffer.write(train_tokenizer({captions}, 300).text.encode())"
-    found = subprocess.run([sys.executable, "-c", code], capture_output=True, cwd=ROOT, timeout=120, check=True)
+    code = (
+        "from train.tokenizer import train_tokenizer; import sys;"
+        f" sys.stdout.buffer.write(train_tokenizer({captions}, 300).text.encode())"
+    )
+    found = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, cwd=ROOT, timeout=120, check=True
+    )
     assert found.stdout.decode() == tokenizer.text
 
 
 def hugging_face(tokens, **more):
     """A tokenizer.json of whole words."""
     added = [
-        {"id": i, "content": token, "special": True, "single_word": False, "lstrip": False, "rstrip": False, "normalized": False}
+        {
+            "id": i,
+            "content": token,
+            "special": True,
+            "single_word": False,
+            "lstrip": False,
+            "rstrip": False,
+            "normalized": False,
+        }
         for i, token in enumerate(tokens)
         if not token.isalpha()
     ]
     vocabulary = {token: i for i, token in enumerate(tokens)}
     model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "<unk>"}
-    return json.dumps({"version": "1.0", "added_tokens": added, "pre_tokenizer": {"type": "Whitespace"}, "model": model, **more})
+    return json.dumps(
+        {
+            "version": "1.0",
+            "added_tokens": added,
+            "pre_tokenizer": {"type": "Whitespace"},
+            "model": model,
+            **more,
+        }
+    )
 
 
 def test_other_tokenizers_keep_their_own_tokens():
-    truncation = {"truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}}
-    bert = Tokenizer(hugging_face(["[PAD]", "<unk>", "[CLS]", "[SEP]", "cat", "dog"], **truncation), "bert")
+    truncation = {
+        "truncation": {
+            "direction": "Right",
+            "max_length": 2,
+            "strategy": "LongestFirst",
+            "stride": 0,
+        }
+    }
+    bert = Tokenizer(
+        hugging_face(["[PAD]", "<unk>", "[CLS]", "[SEP]", "cat", "dog"], **truncation), "bert"
+    )
     assert bert.encode(["cat dog cat"], 7).tolist() == [[2, 4, 5, 4, 3, 0, 0]]
     t5 = Tokenizer(hugging_face(["<pad>", "</s>", "<unk>", "cat"]), "t5")
     assert t5.encode(["cat", "cat cat cat cat"], 4).tolist() == [[3, 1, 0, 0], [3, 3, 3, 1]]
@@ -251,7 +364,10 @@ def test_what_is_no_tokenizer_is_refused(tmp_path):
     for text, sentence in (
         ("{", r"t.json is no tokenizer that the package tokenizers reads"),
         ("{}", "is no tokenizer"),
-        (hugging_face(["<unk>", "cat"]), r"t.json has no token that ends a text: one of <\|endoftext\|>, </s>"),
+        (
+            hugging_face(["<unk>", "cat"]),
+            r"t.json has no token that ends a text: one of <\|endoftext\|>, </s>",
+        ),
     ):
         (tmp_path / "t.json").write_text(text)
         with pytest.raises(Refused, match=sentence) as caught:
@@ -265,24 +381,40 @@ def test_what_is_no_tokenizer_is_refused(tmp_path):
 
 def test_batches_draw_a_caption_of_their_picture(captioned_folder):
     pairs = read_csv(f"{captioned_folder}/pairs.csv", "refuse")
-    config = config_of("--data", f"csv:{captioned_folder}/pairs.csv", "--batch", "8", "--model.image", "8")
+    config = config_of(
+        "--data", f"csv:{captioned_folder}/pairs.csv", "--batch", "8", "--model.image", "8"
+    )
     tokenizer = train_tokenizer(CAPTIONS, 280)
     beside = drawn_captions(pairs, tokenizer, 30)
-    batches = [next_ for next_, _ in zip(train_batches(pairs.pictures, config, start=0, beside=beside), range(12), strict=False)]
+    batches = [
+        next_
+        for next_, _ in zip(
+            train_batches(pairs.pictures, config, start=0, beside=beside), range(12), strict=False
+        )
+    ]
     drawn = [row.tobytes() for batch in batches for row in batch["ids"]]
     shown = np.concatenate([batch["image"][:, 0, 0, 0] for batch in batches]) // 20
     texts, places = pairs.texts()
     rows = tokenizer.encode(texts, 30)
-    own = {picture: {rows[text].tobytes() for one, text in places if one == picture} for picture in range(12)}
+    own = {
+        picture: {rows[text].tobytes() for one, text in places if one == picture}
+        for picture in range(12)
+    }
     assert all(row in own[picture] for picture, row in zip(shown, drawn, strict=True))
-    assert {row for picture, row in zip(shown, drawn, strict=True) if picture == 0} == own[0], "both captions of picture 0"
+    assert {row for picture, row in zip(shown, drawn, strict=True) if picture == 0} == own[0], (
+        "both captions of picture 0"
+    )
     entered = next(train_batches(pairs.pictures, config, start=7, beside=beside))
     np.testing.assert_array_equal(entered["ids"], batches[7]["ids"])
 
 
 def test_the_scale_is_cut_but_can_come_back():
     assert [float(at_most(jnp.float32(x), 2.0)) for x in (1, 3)] == [1, 2]
-    slopes = [float(jax.grad(lambda x, sign=sign: sign * at_most(x, 2.0))(jnp.float32(x))) for x in (1, 3) for sign in (-5, 5)]
+    slopes = [
+        float(jax.grad(lambda x, sign=sign: sign * at_most(x, 2.0))(jnp.float32(x)))
+        for x in (1, 3)
+        for sign in (-5, 5)
+    ]
     assert slopes == [-5, 5, 0, 5]  # at 3, descent along -5 would push it further out
 
 
@@ -311,7 +443,13 @@ def test_a_run_learns_to_name_digits_and_leaves_its_tokenizer(learned):
     run, said = learned
     final = read_metrics(run, "eval")[-1]
     assert (final["images"], final["texts"], final["step"]) == (359, 10, STEPS)
-    assert 0.35 < final["image_to_text@1"] <= final["image_to_text@5"] <= final["image_to_text@10"] == 1  # chance 10 %
+    assert (
+        0.35
+        < final["image_to_text@1"]
+        <= final["image_to_text@5"]
+        <= final["image_to_text@10"]
+        == 1
+    )  # chance 10 %
     assert len(final["p"]["image/pool/p"]) == 2
     assert 10 < final["scale"] < 20
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
@@ -321,16 +459,24 @@ def test_a_run_learns_to_name_digits_and_leaves_its_tokenizer(learned):
 
 @pytest.mark.slow
 def test_eight_devices_with_split_weights_train_as_one(learned, tmp_path):
-    config = load_config([*LEARN, "--fsdp", "8", "--stop_after", "12", "--out", str(tmp_path)], "test", ContrastiveConfig)
+    config = load_config(
+        [*LEARN, "--fsdp", "8", "--stop_after", "12", "--out", str(tmp_path)],
+        "test",
+        ContrastiveConfig,
+    )
     contrastive.train(config, quiet=True)
-    losses, want = ([line["loss"] for line in read_metrics(run, "train")] for run in (tmp_path, learned[0]))
+    losses, want = (
+        [line["loss"] for line in read_metrics(run, "train")] for run in (tmp_path, learned[0])
+    )
     assert (len(losses), len(want)) == (12, STEPS)
     np.testing.assert_allclose(losses, want[:12], rtol=1e-4)
 
 
 @pytest.mark.parametrize("loss", ["softmax", pytest.param("sigmoid", marks=pytest.mark.slow)])
 def test_the_loss_of_a_step_is_that_of_the_whole_batch(tokenizer, loss):
-    """On eight devices, with the weights split over them: the loss of descriptors that were computed without a mesh."""
+    """On eight devices, with the weights split over them: the loss of descriptors that were
+    computed without a mesh.
+    """
     config = config_of("--loss", loss, "--fsdp", "8")
     towers = make_towers(config, tokenizer)
     steps = make_steps(config, towers, STEPS)
@@ -339,28 +485,46 @@ def test_the_loss_of_a_step_is_that_of_the_whole_batch(tokenizer, loss):
     ids = tokenizer.encode([f"digit {i}" for i in range(32)], config.text.context)
     state = steps.init(0)
     params = jax.tree.map(np.asarray, state.params)
-    assert params["log_scale"] == pytest.approx(np.log(1 / 0.07 if loss == "softmax" else 10), rel=1e-6)
+    assert params["log_scale"] == pytest.approx(
+        np.log(1 / 0.07 if loss == "softmax" else 10), rel=1e-6
+    )
     assert ("bias" in params) == (loss == "sigmoid")
     described = jax.jit(towers.describe_images)(params, normalise(jnp.array(images), config.data))
     texts = jax.jit(towers.describe_texts)(params, ids)
     np.testing.assert_allclose(np.linalg.norm(described, axis=1), 1, rtol=1e-5)
-    want = softmax_loss(described, texts, 1 / 0.07) if loss == "softmax" else sigmoid_loss(described, texts, 10.0, -10.0)
+    want = (
+        softmax_loss(described, texts, 1 / 0.07)
+        if loss == "softmax"
+        else sigmoid_loss(described, texts, 10.0, -10.0)
+    )
     state, metrics = steps.train(state, {"image": jnp.array(images), "ids": jnp.array(ids)}, 0)
     assert float(metrics["loss"]) == pytest.approx(float(want), rel=1e-4)
-    assert make_steps(dataclasses.replace(config, seed=3), make_towers(config, tokenizer), STEPS) is steps
+    assert (
+        make_steps(dataclasses.replace(config, seed=3), make_towers(config, tokenizer), STEPS)
+        is steps
+    )
 
 
 def states(config):
-    steps = make_steps(config, make_towers(config, read_tokenizer(config.out / "tokenizer.json")), 8)
-    return jax.tree.leaves(jax.tree.map(np.asarray, Checkpoints(config.out, read_only=True).restore(steps)))
+    steps = make_steps(
+        config, make_towers(config, read_tokenizer(config.out / "tokenizer.json")), 8
+    )
+    return jax.tree.leaves(
+        jax.tree.map(np.asarray, Checkpoints(config.out, read_only=True).restore(steps))
+    )
 
 
-def test_a_stopped_run_ends_with_the_same_bits_and_takes_no_other_data(captioned_folder, tmp_path, tokenizer):
-    """With several captions of a picture, a tokenizer that was given, augmentation, dropout and a moving average."""
+def test_a_stopped_run_ends_with_the_same_bits_and_takes_no_other_data(
+    captioned_folder, tmp_path, tokenizer
+):
+    """With several captions of a picture, a tokenizer that was given, augmentation, dropout and a
+    moving average.
+    """
     given, table = tmp_path / "given.json", captioned_folder / "pairs.csv"
     given.write_text(tokenizer.text, encoding="utf-8")
     captions = table.read_text()
-    flags = ["--data", f"csv:{table}", "--batch", "8", "--epochs", "6", "--log_every", "1", "--augment.crop", "pad", "--model.dropout", "0.1",
+    flags = ["--data", f"csv:{table}", "--batch", "8", "--epochs", "6", "--log_every", "1",
+    "--augment.crop", "pad", "--model.dropout", "0.1",
              "--optimizer.ema", "0.9", "--loss", "sigmoid", "--text.tokenizer", given]  # fmt: skip
     one, other = (config_of(*flags, "--out", tmp_path / name) for name in ("one", "other"))
     assert contrastive.train(one, quiet=True).finished
@@ -377,7 +541,10 @@ def test_a_stopped_run_ends_with_the_same_bits_and_takes_no_other_data(captioned
     assert contrastive.train(other, quiet=True).finished
     for a, b in zip(states(one), states(other), strict=True):
         np.testing.assert_array_equal(a, b)
-    losses = [[(line["step"], line["loss"]) for line in read_metrics(config.out, "train")] for config in (one, other)]
+    losses = [
+        [(line["step"], line["loss"]) for line in read_metrics(config.out, "train")]
+        for config in (one, other)
+    ]
     assert losses[0] == losses[1]
     assert len(losses[0]) == 8
     assert read_metrics(one.out, "eval")[-1] == read_metrics(other.out, "eval")[-1]
@@ -388,38 +555,95 @@ def test_a_stopped_run_ends_with_the_same_bits_and_takes_no_other_data(captioned
 
 def test_the_image_tower_starts_from_a_published_file(tmp_path, tokenizer):
     with np.load(ROOT / "tests" / "data" / "vit" / "timm-deit-distilled.npz") as file:
-        arrays = {key.removeprefix("weights/"): file[key].astype(np.float32) for key in file.files if key.startswith("weights/")}
+        arrays = {
+            key.removeprefix("weights/"): file[key].astype(np.float32)
+            for key in file.files
+            if key.startswith("weights/")
+        }
     write_safetensors(tmp_path / "deit.safetensors", arrays)
-    flags = ["--data", "digits", "--init", str(tmp_path / "deit.safetensors"), "--model.heads", "2", "--text.width", "16", "--text.depth", "1"]
+    flags = [
+        "--data",
+        "digits",
+        "--init",
+        str(tmp_path / "deit.safetensors"),
+        "--model.heads",
+        "2",
+        "--text.width",
+        "16",
+        "--text.depth",
+        "1",
+    ]
     config = load_config(flags, "test", ContrastiveConfig)
     steps = make_steps(config, make_towers(config, tokenizer), 10)
     state = first_state(steps, config)
     theirs = read_vit(tmp_path / "deit.safetensors").variables["params"]
     for name in ("patch_embedding", "blocks_1", "norm", "position"):
-        jax.tree.map(lambda own, file: np.testing.assert_array_equal(own, np.reshape(file, own.shape)), state.params["image"][name], theirs[name])
+        jax.tree.map(
+            lambda own, file: np.testing.assert_array_equal(own, np.reshape(file, own.shape)),
+            state.params["image"][name],
+            theirs[name],
+        )
     np.testing.assert_array_equal(state.params["image"]["pool"]["p"], np.full(2, 3.0))
-    np.testing.assert_array_equal(state.params["text"]["position"], steps.init(0).params["text"]["position"])
+    np.testing.assert_array_equal(
+        state.params["text"]["position"], steps.init(0).params["text"]["position"]
+    )
 
 
 MISTAKES = {
     "unknown config": (["--config", "coco"], "--config must be one of .*digits"),
-    "parts": (["--optimizer.accumulate", "2"], "--optimizer.accumulate must be 1: the negatives of a pair are those of its batch"),
+    "parts": (
+        ["--optimizer.accumulate", "2"],
+        "--optimizer.accumulate must be 1: the negatives of a pair are those of its batch",
+    ),
     "mixup": (["--augment.mixup", "0.2"], "--augment.mixup must be 0: there are no labels to mix"),
-    "label smoothing": (["--augment.label_smoothing", "0.1"], "--augment.label_smoothing must be 0"),
+    "label smoothing": (
+        ["--augment.label_smoothing", "0.1"],
+        "--augment.label_smoothing must be 0",
+    ),
     "loss": (["--loss", "hinge"], "invalid choice 'hinge'"),
     "heads": (["--text.heads", "3"], "--text.width must be a multiple of its 3 heads, it is 16"),
     "context": (["--text.context", "2"], "--text.context must be at least 3"),
-    "vocabulary": (["--text.vocabulary", "100"], "--text.vocabulary must be at least 258: all bytes, start and end, and at most 16777216, it is 100"),
-    "template": (["--text.templates", "a digit"], "--text.templates must be texts with {} where the name of the class goes"),
-    "scale": (["--init_scale", "200"], "--init_scale must be above 0 and at most --max_scale 100, it is 200"),
+    "vocabulary": (
+        ["--text.vocabulary", "100"],
+        (
+            "--text.vocabulary must be at least 258: all bytes, start and end, and at most"
+            " 16777216, it is 100"
+        ),
+    ),
+    "template": (
+        ["--text.templates", "a digit"],
+        "--text.templates must be texts with {} where the name of the class goes",
+    ),
+    "scale": (
+        ["--init_scale", "200"],
+        "--init_scale must be above 0 and at most --max_scale 100, it is 200",
+    ),
     "embed": (["--embed", "0"], "--embed must be at least 1"),
-    "data": (["--data", "coco"], "unknown data source 'coco'; known are digits, folder:DIR, tfds:NAME, csv:FILE, wds:PATTERN"),
+    "data": (
+        ["--data", "coco"],
+        (
+            "unknown data source 'coco'; known are digits, folder:DIR, tfds:NAME, csv:FILE,"
+            " wds:PATTERN"
+        ),
+    ),
     "no file": (["--data", "csv:"], "unknown data source 'csv:'"),
-    "csv": (["--data", "csv:nowhere.csv"], "the captions: nowhere.csv cannot be read: No such file"),
-    "templates": (["--data", "csv:a.csv", "--text.templates", "{}"], "csv:a.csv has captions of its own"),
+    "csv": (
+        ["--data", "csv:nowhere.csv"],
+        "the captions: nowhere.csv cannot be read: No such file",
+    ),
+    "templates": (
+        ["--data", "csv:a.csv", "--text.templates", "{}"],
+        "csv:a.csv has captions of its own",
+    ),
     "names": (["--text.names", "nowhere.txt"], "--text.names: nowhere.txt cannot be read"),
-    "tokenizer": (["--text.tokenizer", "nowhere.json"], "the tokenizer nowhere.json cannot be read: No such file"),
-    "batch": (["--batch", "33"], r"--batch must be a multiple of 1 part\(s\) x 8 device\(s\), it is 33"),
+    "tokenizer": (
+        ["--text.tokenizer", "nowhere.json"],
+        "the tokenizer nowhere.json cannot be read: No such file",
+    ),
+    "batch": (
+        ["--batch", "33"],
+        r"--batch must be a multiple of 1 part\(s\) x 8 device\(s\), it is 33",
+    ),
 }
 
 
@@ -446,7 +670,13 @@ def test_other_pairings_of_the_same_captions_are_other_data(captioned_folder):
     first = read_csv(f"{captioned_folder}/pairs.csv", "refuse")
     lines = text.splitlines()
     names = [line.split(",")[0] for line in lines[1:]]
-    swapped = [lines[0], *(line.replace(name, other, 1) for line, name, other in zip(lines[1:], names, names[2:] + names[:2], strict=True))]
+    swapped = [
+        lines[0],
+        *(
+            line.replace(name, other, 1)
+            for line, name, other in zip(lines[1:], names, names[2:] + names[:2], strict=True)
+        ),
+    ]
     (captioned_folder / "swapped.csv").write_text("\n".join(swapped) + "\n")
     assert read_csv(f"{captioned_folder}/swapped.csv", "refuse").digest() != first.digest()
     assert read_csv(f"{captioned_folder}/pairs.csv", "refuse").digest() == first.digest()
@@ -454,7 +684,10 @@ def test_other_pairings_of_the_same_captions_are_other_data(captioned_folder):
 
 @pytest.mark.parametrize(
     ("text", "sentence"),
-    [("image,caption,caption\n0.png,a,b\n", "names a column twice"), ('image\tcaption\n0.png\t"a" b\n', "after line 1")],
+    [
+        ("image,caption,caption\n0.png,a,b\n", "names a column twice"),
+        ('image\tcaption\n0.png\t"a" b\n', "after line 1"),
+    ],
     ids=["columns", "quotes"],
 )
 def test_tables_that_mean_two_things_are_refused(text, sentence, tmp_path):
@@ -486,7 +719,9 @@ def test_members_that_would_be_lost_are_refused(members, sentence, tmp_path):
         read_shards(f"{tmp_path}/s.tar", "refuse")
 
 
-def test_shards_that_were_joined_or_name_a_pair_twice_are_refused_and_a_byte_order_mark_is_none(tmp_path):
+def test_shards_that_were_joined_or_name_a_pair_twice_are_refused_and_a_byte_order_mark_is_none(
+    tmp_path,
+):
     write_shard(tmp_path / "a.tar", {"0.png": png(1), "0.txt": b"\xef\xbb\xbfone"})
     assert list(read_shards(f"{tmp_path}/a.tar", "refuse").captions) == [("one",)]
     (tmp_path / "joined.tar").write_bytes((tmp_path / "a.tar").read_bytes() * 2)
@@ -513,7 +748,9 @@ def test_a_tokenizer_without_a_piece_for_what_it_does_not_know_says_so(tmp_path)
         Tokenizer(far.to_str(), "the file")
 
 
-def test_a_tokenizer_that_was_replaced_in_the_folder_of_a_run_is_refused(tmp_path, captioned_folder, monkeypatch):
+def test_a_tokenizer_that_was_replaced_in_the_folder_of_a_run_is_refused(
+    tmp_path, captioned_folder, monkeypatch
+):
     pairs = read_csv(f"{captioned_folder}/pairs.csv", "refuse")
     config = config_of("--data", f"csv:{captioned_folder}/pairs.csv", "--out", tmp_path)
     own = contrastive.tokenizer_of_run(config, None, pairs)

@@ -1,4 +1,6 @@
-"""train/data.py, batches.py, augment.py and prepare.py: the same pictures in the same order, whichever way they come."""
+"""train/data.py, batches.py, augment.py and prepare.py: the same pictures in the same order,
+whichever way they come.
+"""
 
 import io
 import shutil
@@ -30,7 +32,17 @@ def assert_same(one, other):
             np.testing.assert_array_equal(a[name], b[name])
 
 
-AUGMENTED = ("--augment.crop", "resized", "--augment.flip", "--augment.randaugment_ops", 2, "--augment.erase", 0.5, "--seed", 3)
+AUGMENTED = (
+    "--augment.crop",
+    "resized",
+    "--augment.flip",
+    "--augment.randaugment_ops",
+    2,
+    "--augment.erase",
+    0.5,
+    "--seed",
+    3,
+)
 
 
 def test_batches_do_not_depend_on_where_the_stream_is_entered():
@@ -42,11 +54,25 @@ def test_batches_do_not_depend_on_where_the_stream_is_entered():
 def test_two_processes_read_the_halves_of_the_same_batches():
     config, (pictures, evaluation) = config_of(*AUGMENTED), open_data(config_of().data)
     whole = first(train_batches(pictures, config, start=2), 3)
-    halves = [first(train_batches(pictures, config, start=2, process=i, processes=2), 3) for i in range(2)]
-    assert_same([{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in zip(*halves, strict=True)], whole)
+    halves = [
+        first(train_batches(pictures, config, start=2, process=i, processes=2), 3) for i in range(2)
+    ]
+    assert_same(
+        [
+            {name: np.concatenate([a[name], b[name]]) for name in a}
+            for a, b in zip(*halves, strict=True)
+        ],
+        whole,
+    )
     whole = list(eval_batches(evaluation, config))
     halves = [list(eval_batches(evaluation, config, process=i, processes=2)) for i in range(2)]
-    assert_same([{name: np.concatenate([a[name], b[name]]) for name in a} for a, b in zip(*halves, strict=True)], whole)
+    assert_same(
+        [
+            {name: np.concatenate([a[name], b[name]]) for name in a}
+            for a, b in zip(*halves, strict=True)
+        ],
+        whole,
+    )
 
 
 def test_every_epoch_shows_every_picture_once_in_an_order_of_its_own():
@@ -54,14 +80,19 @@ def test_every_epoch_shows_every_picture_once_in_an_order_of_its_own():
     pictures = pictures.take(np.arange(16))
     labelled = {pictures.load(i)[0].tobytes(): i for i in range(16)}
     batches = first(train_batches(pictures, config_of(), start=0), 4)
-    epochs = [[labelled[image.tobytes()] for batch in batches[i : i + 2] for image in batch["image"]] for i in (0, 2)]
+    epochs = [
+        [labelled[image.tobytes()] for batch in batches[i : i + 2] for image in batch["image"]]
+        for i in (0, 2)
+    ]
     assert sorted(epochs[0]) == sorted(epochs[1]) == list(range(16))
     assert epochs[0] != epochs[1] != sorted(epochs[1])
 
 
 def test_seeds_differ_and_agree():
     pictures, _ = open_data(config_of().data)
-    one, same, other = (first(train_batches(pictures, config_of("--seed", seed), start=0), 2) for seed in (1, 1, 2))
+    one, same, other = (
+        first(train_batches(pictures, config_of("--seed", seed), start=0), 2) for seed in (1, 1, 2)
+    )
     assert_same(one, same)
     assert not np.array_equal(one[0]["label"], other[0]["label"])
 
@@ -69,7 +100,9 @@ def test_seeds_differ_and_agree():
 def test_evaluation_shows_every_picture_once_and_fills_up_with_weight_zero():
     _, pictures = open_data(config_of().data)
     batches = list(eval_batches(pictures, config_of()))
-    weight, index, label = (np.concatenate([batch[name] for batch in batches]) for name in ("weight", "index", "label"))
+    weight, index, label = (
+        np.concatenate([batch[name] for batch in batches]) for name in ("weight", "index", "label")
+    )
     assert len(weight) == 360
     assert weight.sum() == len(pictures) == 359
     np.testing.assert_array_equal(index[weight > 0], np.arange(359))
@@ -80,9 +113,13 @@ def test_held_out_pictures_are_a_share_of_every_class_and_always_the_same():
     whole = digits()
     train, held = hold_out(whole, 0.2)
     assert len(train) + len(held) == len(whole)
-    np.testing.assert_allclose(np.bincount(held.labels()) / np.bincount(whole.labels()), 0.2, atol=0.005)
+    np.testing.assert_allclose(
+        np.bincount(held.labels()) / np.bincount(whole.labels()), 0.2, atol=0.005
+    )
     np.testing.assert_array_equal(hold_out(whole, 0.2)[1].labels(), held.labels())
-    shown = {train.load(i)[0].tobytes() for i in range(len(train))} & {held.load(i)[0].tobytes() for i in range(len(held))}
+    shown = {train.load(i)[0].tobytes() for i in range(len(train))} & {
+        held.load(i)[0].tobytes() for i in range(len(held))
+    }
     assert not shown
 
 
@@ -92,7 +129,9 @@ def test_class_folders(class_folders):
     assert (len(splits["train"]), len(splits["eval"])) == (30, 12)
     image, label = splits["train"].load(29)
     assert label == 2
-    np.testing.assert_array_equal(image, np.asarray(Image.open(class_folders / "train" / "cows" / "cows9.png")))
+    np.testing.assert_array_equal(
+        image, np.asarray(Image.open(class_folders / "train" / "cows" / "cows9.png"))
+    )
     single = folder(class_folders / "train")
     assert list(single) == ["train"]
     assert len(single["train"]) == 30
@@ -102,10 +141,14 @@ def test_a_corrupt_picture_is_refused_by_name_or_skipped_and_named(class_folders
     (class_folders / "train" / "bees" / "bees3.png").write_bytes(b"no picture")
     (class_folders / "test" / "ants" / "ants1.png").write_bytes(b"")
     splits = folder(class_folders)
-    with pytest.raises(Refused, match=r"bees3\.png is not a readable picture.*--data\.corrupt skip"):
+    with pytest.raises(
+        Refused, match=r"bees3\.png is not a readable picture.*--data\.corrupt skip"
+    ):
         first(train_batches(splits["train"], config_of(), start=0), 8)
     skip = config_of("--data.corrupt", "skip")
-    labels = np.concatenate([batch["label"] for batch in first(train_batches(splits["train"], skip, start=0), 15)])
+    labels = np.concatenate(
+        [batch["label"] for batch in first(train_batches(splits["train"], skip, start=0), 15)]
+    )
     assert len(labels) == 120
     batches = list(eval_batches(splits["eval"], skip))
     assert np.concatenate([batch["weight"] for batch in batches]).sum() == 11
@@ -134,7 +177,10 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path, class_folders):
 
 
 def test_data_sets_that_are_not_prepared_are_refused_with_the_way_to_prepare_them(tmp_path):
-    with pytest.raises(Refused, match=r"no_such is not prepared in .*\(there: nothing\): add --download .* train\.prepare"):
+    with pytest.raises(
+        Refused,
+        match=r"no_such is not prepared in .*\(there: nothing\): add --download .* train\.prepare",
+    ):
         open_data(config_of("--data", "tfds:no_such", "--data-dir", tmp_path).data)
     with pytest.raises(Refused, match="could not prepare no_such"):
         open_data(config_of("--data", "tfds:no_such", "--data-dir", tmp_path, "--download").data)
@@ -148,20 +194,36 @@ def jpeg(rng, side=12):
 
 @pytest.fixture(params=["arrays", "jpegs", "zip"])
 def packed(request, tmp_path):
-    """A small data set in each of the packed forms: 3 classes whose names do not sort by label, or sort for the zip."""
+    """A small data set in each of the packed forms: 3 classes whose names do not sort by label, or
+    sort for the zip.
+    """
     rng, root = np.random.default_rng(1), tmp_path / "tiny-set"
     root.mkdir()
-    labels = {"train": rng.integers(0, 3, 40).astype(np.uint8), "test": np.arange(9, dtype=np.uint8) % 3}
+    labels = {
+        "train": rng.integers(0, 3, 40).astype(np.uint8),
+        "test": np.arange(9, dtype=np.uint8) % 3,
+    }
     labels["train"][:3] = [2, 0, 1]
     if request.param == "arrays":
-        images = {f"{split}_images": rng.integers(0, 256, (len(ys), 9, 9), dtype=np.uint8) for split, ys in labels.items()}
-        np.savez(root / "tiny.npz", **images, **{f"{split}_labels": ys for split, ys in labels.items()})
+        images = {
+            f"{split}_images": rng.integers(0, 256, (len(ys), 9, 9), dtype=np.uint8)
+            for split, ys in labels.items()
+        }
+        np.savez(
+            root / "tiny.npz", **images, **{f"{split}_labels": ys for split, ys in labels.items()}
+        )
     elif request.param == "jpegs":
         for split, ys in labels.items():
             files = [jpeg(rng) for _ in ys]
             joined = np.frombuffer(b"".join(files), np.uint8)
             offsets = np.cumsum([0, *map(len, files)])
-            np.savez(root / f"tiny_{split}.npz", jpeg_bytes=joined, offsets=offsets, labels=ys, class_names=np.array(["owl", "T-shirt/top", "ant"]))
+            np.savez(
+                root / f"tiny_{split}.npz",
+                jpeg_bytes=joined,
+                offsets=offsets,
+                labels=ys,
+                class_names=np.array(["owl", "T-shirt/top", "ant"]),
+            )
     else:
         with zipfile.ZipFile(root / "tiny.zip", "w") as archive:
             for split, ys in (("train", labels["train"]), ("val", labels["test"])):
@@ -177,11 +239,16 @@ def test_prepared_folder_and_data_set_give_the_same_batches(packed, tmp_path, ca
     assert f"--data tfds:tiny_set --data-dir {tmp_path}/out/tfds" in said
     side = ("--model.image", 12, "--model.patch", 2)
     by_folder = config_of("--data", f"folder:{tmp_path}/out/folder", *side, *AUGMENTED)
-    by_tfds = config_of("--data", "tfds:tiny_set", "--data-dir", tmp_path / "out" / "tfds", *side, *AUGMENTED)
+    by_tfds = config_of(
+        "--data", "tfds:tiny_set", "--data-dir", tmp_path / "out" / "tfds", *side, *AUGMENTED
+    )
     one, other = open_data(by_folder.data), open_data(by_tfds.data)
     assert one[0].classes == other[0].classes
     assert (len(one[0]), len(one[1])) == (len(other[0]), len(other[1])) == (40, 9)
-    assert_same(first(train_batches(one[0], by_folder, start=0), 7), first(train_batches(other[0], by_tfds, start=0), 7))
+    assert_same(
+        first(train_batches(one[0], by_folder, start=0), 7),
+        first(train_batches(other[0], by_tfds, start=0), 7),
+    )
     assert_same(list(eval_batches(one[1], by_folder)), list(eval_batches(other[1], by_tfds)))
 
 
@@ -209,7 +276,11 @@ def test_preparing_again_replaces_what_was_there(packed, tmp_path):
 
 def test_class_names_that_a_file_system_cannot_take_or_sort_get_numbers():
     assert prepare.folder_names(("airplane", "bird", "cat")) == ("airplane", "bird", "cat")
-    assert prepare.folder_names(("owl", "T-shirt/top", "ant")) == ("0-owl", "1-T-shirt-top", "2-ant")
+    assert prepare.folder_names(("owl", "T-shirt/top", "ant")) == (
+        "0-owl",
+        "1-T-shirt-top",
+        "2-ant",
+    )
 
 
 def test_what_cannot_be_prepared_is_refused(tmp_path):
@@ -222,26 +293,55 @@ def test_what_cannot_be_prepared_is_refused(tmp_path):
     refused("holds neither .npz files nor one .zip file", tmp_path, tmp_path / "out")
     refused("PATH", tmp_path)
     np.savez(tmp_path / "a.npz", x=np.zeros(3))
-    refused("must hold train_images, train_labels, test_images, test_labels, not x", tmp_path, tmp_path / "out")
+    refused(
+        "must hold train_images, train_labels, test_images, test_labels, not x",
+        tmp_path,
+        tmp_path / "out",
+    )
     for content in (b"broken", b""):
         (tmp_path / "a.npz").write_bytes(content)
         refused(r"a\.npz cannot be read", tmp_path, tmp_path / "out")
 
     images, labels = np.zeros((6, 4, 4), np.uint8), np.array([0, 1, 2] * 2)
     for wrong, sentence in (
-        ({"train_images": images.astype(float)}, r"train_images must be uint8 .*, not float64 \(6, 4, 4\)"),
+        (
+            {"train_images": images.astype(float)},
+            r"train_images must be uint8 .*, not float64 \(6, 4, 4\)",
+        ),
         ({"train_images": images.reshape(6, 16)}, r"not uint8 \(6, 16\)"),
         ({"test_labels": labels[:5]}, r"test_labels whole numbers \(n,\), not .* int64 \(5,\)"),
         ({"test_labels": labels + 0.5}, "float64"),
-        ({"train_labels": labels - 1}, "the split train has the label -1 for picture 0, where 0 to 2 are classes"),
+        (
+            {"train_labels": labels - 1},
+            "the split train has the label -1 for picture 0, where 0 to 2 are classes",
+        ),
         ({"test_labels": labels * 0}, "the split test holds no pictures of 1, 2"),
     ):
-        good = {"train_images": images, "train_labels": labels, "test_images": images, "test_labels": labels}
+        good = {
+            "train_images": images,
+            "train_labels": labels,
+            "test_images": images,
+            "test_labels": labels,
+        }
         np.savez(tmp_path / "a.npz", **good | wrong)
         refused(sentence, tmp_path, tmp_path / "out", "--name", "tiny")
     np.savez(tmp_path / "a.npz", **good)
-    refused("must be letters a to z, digits and _, not '../x'", tmp_path, tmp_path / "out", "--name", "../x")
-    refused("the split train holds no pictures of 1: .*larger --limit", tmp_path, tmp_path / "out", "--name", "tiny", "--limit", 2)
+    refused(
+        "must be letters a to z, digits and _, not '../x'",
+        tmp_path,
+        tmp_path / "out",
+        "--name",
+        "../x",
+    )
+    refused(
+        "the split train holds no pictures of 1: .*larger --limit",
+        tmp_path,
+        tmp_path / "out",
+        "--name",
+        "tiny",
+        "--limit",
+        2,
+    )
     (tmp_path / "a.npz").unlink()
     (tmp_path / "a.zip").write_bytes(b"PK broken")
     refused("a.zip cannot be read as .zip", tmp_path, tmp_path / "out")
@@ -252,7 +352,9 @@ def test_preparing_never_replaces_what_others_made(packed, tmp_path):
     for place in ("out/folder", "other/tfds/tiny_set"):
         (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / "thesis.txt").write_text("precious")
-        with pytest.raises(SystemExit, match="holds what this tool did not make: choose another OUT"):
+        with pytest.raises(
+            SystemExit, match="holds what this tool did not make: choose another OUT"
+        ):
             prepare.main([str(packed), str(tmp_path / place.split("/")[0])])
         assert (tmp_path / place / "thesis.txt").read_text() == "precious"
         assert not list(tmp_path.rglob("*.new"))
@@ -263,8 +365,13 @@ SQUARE = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)
 
 @pytest.mark.parametrize("operation", range(15))
 def test_every_randaugment_operation_keeps_the_size_and_grows_with_its_strength(operation):
-    picture = Image.fromarray(np.random.default_rng(0).integers(30, 200, (16, 16, 3), dtype=np.uint8))
-    weak, strong = (np.asarray(augment._OPERATIONS[operation](picture, strength, 1), int) for strength in (0.1, 0.9))
+    picture = Image.fromarray(
+        np.random.default_rng(0).integers(30, 200, (16, 16, 3), dtype=np.uint8)
+    )
+    weak, strong = (
+        np.asarray(augment._OPERATIONS[operation](picture, strength, 1), int)
+        for strength in (0.1, 0.9)
+    )
     assert weak.shape == strong.shape == (16, 16, 3)
     change = [np.abs(image - np.asarray(picture, int)).mean() for image in (weak, strong)]
     assert change[1] >= change[0]
@@ -277,17 +384,25 @@ def test_crops_of_any_picture_have_the_asked_size(crop, shape):
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     rng = np.random.default_rng(1)
     for _ in range(20):
-        assert augment.augment(image, 8, Augment(crop=crop, flip=True, erase=0.5), rng).shape == (8, 8, 3)
+        assert augment.augment(image, 8, Augment(crop=crop, flip=True, erase=0.5), rng).shape == (
+            8,
+            8,
+            3,
+        )
 
 
 def test_nothing_switched_on_changes_nothing():
-    np.testing.assert_array_equal(augment.augment(SQUARE, 16, Augment(), np.random.default_rng(0)), SQUARE)
+    np.testing.assert_array_equal(
+        augment.augment(SQUARE, 16, Augment(), np.random.default_rng(0)), SQUARE
+    )
 
 
 def test_pad_crop_shifts_and_flip_mirrors():
     rng = np.random.default_rng(0)
     shifted = {augment.pad_crop(SQUARE, 16, 1, rng)[1:15, 1:15].tobytes() for _ in range(200)}
-    assert shifted == {SQUARE[1 + y : 15 + y, 1 + x : 15 + x].tobytes() for y in (-1, 0, 1) for x in (-1, 0, 1)}
+    assert shifted == {
+        SQUARE[1 + y : 15 + y, 1 + x : 15 + x].tobytes() for y in (-1, 0, 1) for x in (-1, 0, 1)
+    }
     flipped = {augment.augment(SQUARE, 16, Augment(flip=True), rng).tobytes() for _ in range(20)}
     assert flipped == {SQUARE.tobytes(), SQUARE[:, ::-1].tobytes()}
 
@@ -299,7 +414,10 @@ def test_erasing_replaces_one_rectangle():
     assert changed[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1].mean() > 0.9
 
 
-@pytest.mark.parametrize(("flags", "low", "high"), [([], 8, 24), (["--data.eval_zoom", "2"], 12, 20), (["--data.eval_crop", "squash"], 0, 32)])
+@pytest.mark.parametrize(
+    ("flags", "low", "high"),
+    [([], 8, 24), (["--data.eval_zoom", "2"], 12, 20), (["--data.eval_crop", "squash"], 0, 32)],
+)
 def test_evaluation_pictures_are_cut_as_the_config_says(flags, low, high):
     """A 16 x 32 picture whose column c is 8 c: the crop shows from which columns it was made."""
     picture = np.broadcast_to(np.arange(32, dtype=np.uint8)[None, :, None] * 8, (16, 32, 3))
@@ -312,7 +430,11 @@ def test_evaluation_pictures_are_cut_as_the_config_says(flags, low, high):
 
 def test_the_split_to_evaluate_on_can_be_chosen(class_folders):
     shutil.copytree(class_folders / "train", class_folders / "val")
-    assert len(open_data(Data(source=f"folder:{class_folders}"))[1]) == 30, "val comes before test, which is kept for the end"
+    assert len(open_data(Data(source=f"folder:{class_folders}"))[1]) == 30, (
+        "val comes before test, which is kept for the end"
+    )
     assert len(open_data(Data(source=f"folder:{class_folders}", eval_split="test"))[1]) == 12
-    with pytest.raises(Refused, match=r"--data.eval_split extra is not in .*, which has test, train, val"):
+    with pytest.raises(
+        Refused, match=r"--data.eval_split extra is not in .*, which has test, train, val"
+    ):
         open_data(Data(source=f"folder:{class_folders}", eval_split="extra"))

@@ -29,10 +29,17 @@ def test_folder_and_tfds_train_on_the_same_batches_to_the_same_metrics(packed, t
     prepare.main([str(packed), str(tmp_path), "--limit", "320"])
     side = SETS[packed.name]
     name = packed.name.replace("-", "_")
-    flags = [*TINY, "--epochs", "0.5", "--model.image", str(side), "--model.patch", str(side // 4), "--log_every", "1", "--augment.crop", "resized",
+    flags = [*TINY, "--epochs", "0.5", "--model.image", str(side), "--model.patch", str(side // 4),
+    "--log_every", "1", "--augment.crop", "resized",
              "--augment.flip", "--augment.randaugment_ops", "2"]  # fmt: skip
-    sources = {"folder": ["--data", f"folder:{tmp_path}/folder"], "tfds": ["--data", f"tfds:{name}", "--data-dir", f"{tmp_path}/tfds"]}
-    configs = {kind: load_config([*flags, *source, "--out", str(tmp_path / f"run-{kind}")], "test") for kind, source in sources.items()}
+    sources = {
+        "folder": ["--data", f"folder:{tmp_path}/folder"],
+        "tfds": ["--data", f"tfds:{name}", "--data-dir", f"{tmp_path}/tfds"],
+    }
+    configs = {
+        kind: load_config([*flags, *source, "--out", str(tmp_path / f"run-{kind}")], "test")
+        for kind, source in sources.items()
+    }
     opened = {kind: open_data(config.data) for kind, config in configs.items()}
     assert opened["folder"][0].classes == opened["tfds"][0].classes
     streams = [train_batches(opened[kind][0], config, start=0) for kind, config in configs.items()]
@@ -42,22 +49,33 @@ def test_folder_and_tfds_train_on_the_same_batches_to_the_same_metrics(packed, t
         np.testing.assert_array_equal(one["label"], other["label"])
     for kind, source in sources.items():
         classify.main([*flags, *source, "--out", str(tmp_path / f"run-{kind}")])
-    losses = [[line["loss"] for line in read_metrics(tmp_path / f"run-{kind}", "train")] for kind in sources]
+    losses = [
+        [line["loss"] for line in read_metrics(tmp_path / f"run-{kind}", "train")]
+        for kind in sources
+    ]
     assert losses[0] == losses[1]
-    assert read_metrics(tmp_path / "run-folder", "eval") == read_metrics(tmp_path / "run-tfds", "eval")
+    assert read_metrics(tmp_path / "run-folder", "eval") == read_metrics(
+        tmp_path / "run-tfds", "eval"
+    )
 
 
 def test_prepared_cifar_pictures_are_the_packed_ones(shared, tmp_path):
-    """The files in the packed archive, decoded here by hand, are the pictures of the prepared folder, label by label."""
+    """The files in the packed archive, decoded here by hand, are the pictures of the prepared
+    folder, label by label.
+    """
     packed = shared / "data" / "cifar10-jpeg"
     if not packed.is_dir():
         pytest.skip(f"{packed} is absent")
     prepare.main([str(packed), str(tmp_path), "--limit", "50", "--format", "folder"])
     (path,) = packed.glob("*test*.npz")
     with np.load(path) as arrays:
-        files, offsets, labels, names = (arrays[key] for key in ("jpeg_bytes", "offsets", "labels", "class_names"))
+        files, offsets, labels, names = (
+            arrays[key] for key in ("jpeg_bytes", "offsets", "labels", "class_names")
+        )
     pictures = folder(tmp_path / "folder")["eval"]
     for i, original in enumerate(np.linspace(0, len(labels) - 1, 50).round().astype(int)):
         image, label = pictures.load(i)
-        np.testing.assert_array_equal(image, read_image(files[offsets[original] : offsets[original + 1]].tobytes()))
+        np.testing.assert_array_equal(
+            image, read_image(files[offsets[original] : offsets[original + 1]].tobytes())
+        )
         assert pictures.classes[label].endswith(str(names[labels[original]]))

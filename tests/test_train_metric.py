@@ -1,4 +1,6 @@
-"""train/metric.py and eval/metric.py: classes apart, balanced batches, a run that learns, exact resuming, comparison, every mistake in one line."""
+"""train/metric.py and eval/metric.py: classes apart, balanced batches, a run that learns, exact
+resuming, comparison, every mistake in one line.
+"""
 
 import dataclasses
 import json
@@ -20,7 +22,8 @@ from train.log import read_metrics
 from train.metric import Metric, MetricConfig
 
 TINY = [
-    "--config", "digits", "--model.width", "16", "--model.depth", "1", "--model.heads", "2", "--model.mlp_width", "32", "--metric.dim", "8",
+    "--config", "digits", "--model.width", "16", "--model.depth", "1", "--model.heads", "2",
+    "--model.mlp_width", "32", "--metric.dim", "8",
     "--batch", "40", "--checkpoint_every", "9", "--eval_every", "9", "--optimizer.warmup", "10",
 ]  # fmt: skip
 
@@ -55,7 +58,12 @@ def test_a_run_learns_descriptors_of_classes_it_has_not_seen(trained):
 @pytest.mark.slow
 @pytest.mark.parametrize("loss", ["arcface", "proxy-anchor"])
 def test_every_loss_lowers_itself(loss, tmp_path):
-    metric.train(config_of("--metric.loss", loss, "--epochs", 1.5, "--log_every", 1, "--out", tmp_path / "run"), quiet=True)
+    metric.train(
+        config_of(
+            "--metric.loss", loss, "--epochs", 1.5, "--log_every", 1, "--out", tmp_path / "run"
+        ),
+        quiet=True,
+    )
     losses = [line["loss"] for line in read_metrics(tmp_path / "run", "train")]
     assert np.mean(losses[-6:]) < 0.95 * np.mean(losses[:6])
 
@@ -64,7 +72,9 @@ def test_every_loss_lowers_itself(loss, tmp_path):
 def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path):
     flags = ["--epochs", 0.5, "--optimizer.ema", "0.9"]
     whole = metric.train(config_of(*flags, "--out", tmp_path / "whole"), quiet=True)
-    assert not metric.train(config_of(*flags, "--out", tmp_path / "parts", "--stop_after", 7), quiet=True).finished
+    assert not metric.train(
+        config_of(*flags, "--out", tmp_path / "parts", "--stop_after", 7), quiet=True
+    ).finished
     parts = metric.train(config_of(*flags, "--out", tmp_path / "parts"), quiet=True)
     jax.tree.map(np.testing.assert_array_equal, parts.state, whole.state)
     np.testing.assert_array_equal(parts.result.descriptor, whole.result.descriptor)
@@ -78,7 +88,10 @@ def test_eight_devices_with_split_weights_take_the_same_steps_as_the_whole():
         config = config_of("--fsdp", fsdp, "--metric.loss", "proxy-anchor", "--metric.dim", 16)
         steps = metric.metric_steps(config, 8, 100)
         rng = np.random.default_rng(0)
-        batch = {"image": rng.integers(0, 256, (40, 8, 8, 3), np.uint8), "label": np.arange(40, dtype=np.int32) % 8}
+        batch = {
+            "image": rng.integers(0, 256, (40, 8, 8, 3), np.uint8),
+            "label": np.arange(40, dtype=np.int32) % 8,
+        }
         state = steps.init(0)
         for _ in range(2):
             state, _ = steps.train(state, jax.device_put(batch, steps.batch_sharding), 0)
@@ -91,16 +104,29 @@ def test_proxies_learn_faster_than_weights_by_their_factor():
     """Adam's first step after the warm-up is the learning rate, whatever the gradient."""
     moved = {}
     for factor in (1.0, 50.0):
-        steps = metric.metric_steps(config_of("--metric.proxy_lr", factor, "--optimizer.warmup", 1, "--optimizer.clip", "None"), 5, 1000)
-        batch = {"image": np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8), "label": np.arange(40, dtype=np.int32) % 5}
+        steps = metric.metric_steps(
+            config_of(
+                "--metric.proxy_lr", factor, "--optimizer.warmup", 1, "--optimizer.clip", "None"
+            ),
+            5,
+            1000,
+        )
+        batch = {
+            "image": np.random.default_rng(0).integers(0, 256, (40, 8, 8, 3), np.uint8),
+            "label": np.arange(40, dtype=np.int32) % 5,
+        }
         before = steps.init(0)
         kept = jax.tree.map(np.asarray, before.params)
         state = before
         for _ in range(2):
             state, _ = steps.train(state, jax.device_put(batch, steps.batch_sharding), 0)
-        moved[factor] = jax.tree.map(lambda a, b: float(np.abs(np.asarray(a) - b).max()), state.params, kept)
+        moved[factor] = jax.tree.map(
+            lambda a, b: float(np.abs(np.asarray(a) - b).max()), state.params, kept
+        )
     assert moved[50.0]["proxies"] == pytest.approx(50 * moved[1.0]["proxies"], rel=0.2)
-    assert moved[50.0]["network"]["projection"]["kernel"] == pytest.approx(moved[1.0]["network"]["projection"]["kernel"], rel=0.2)
+    assert moved[50.0]["network"]["projection"]["kernel"] == pytest.approx(
+        moved[1.0]["network"]["projection"]["kernel"], rel=0.2
+    )
 
 
 def test_balanced_batches_hold_so_many_of_each_class_and_depend_on_the_step_only():
@@ -114,7 +140,9 @@ def test_balanced_batches_hold_so_many_of_each_class_and_depend_on_the_step_only
         assert counts.tolist() == [3, 3, 3]
         for label in found:
             own = indices[labels[indices] == label]
-            assert len(set(own)) == (3 if label != 1 else len(set(own)))  # the class of two repeats one
+            assert len(set(own)) == (
+                3 if label != 1 else len(set(own))
+            )  # the class of two repeats one
         seen.append(indices)
     np.testing.assert_array_equal(balanced(labels, 9, 3, seed=1)(5), seen[1])
     assert not np.array_equal(seen[0], seen[1])
@@ -133,12 +161,19 @@ def test_balanced_streams_can_be_entered_anywhere_and_shared_by_processes():
         np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], draw(k))
     later = next(train_batches(pictures, config, start=3, draw=draw))
     np.testing.assert_array_equal(later["image"], batches[3]["image"])
-    shares = [next(train_batches(pictures, config, start=2, process=i, processes=2, draw=draw)) for i in range(2)]
-    np.testing.assert_array_equal(np.concatenate([share["label"] for share in shares]), batches[2]["label"])
+    shares = [
+        next(train_batches(pictures, config, start=2, process=i, processes=2, draw=draw))
+        for i in range(2)
+    ]
+    np.testing.assert_array_equal(
+        np.concatenate([share["label"] for share in shares]), batches[2]["label"]
+    )
 
 
 def test_disjoint_classes_are_those_of_the_source_or_drawn_once(class_folders):
-    """Same classes in train and test: all pictures divided by class. Other classes in test: as they are."""
+    """Same classes in train and test: all pictures divided by class. Other classes in test: as they
+    are.
+    """
     for name in ("dogs", "eels"):  # two more, so that two can be kept
         for split in ("train", "test"):
             shutil.copytree(class_folders / split / "ants", class_folders / split / name)
@@ -171,12 +206,18 @@ def test_every_config_loads_and_says_its_command_and_what_to_expect(name):
 
 
 def test_evaluation_gives_intervals_differences_and_descriptors(trained, capsys, tmp_path):
-    eval_metric.main([str(trained / "ggem"), str(trained / "avg"), "--json", "--export", str(tmp_path / "d.npz")])
+    eval_metric.main(
+        [str(trained / "ggem"), str(trained / "avg"), "--json", "--export", str(tmp_path / "d.npz")]
+    )
     found = json.loads(capsys.readouterr().out)
     run, other = found["runs"]
-    assert run["recall@1"]["value"] == pytest.approx(read_metrics(trained / "ggem", "eval")[-1]["recall@1"])
+    assert run["recall@1"]["value"] == pytest.approx(
+        read_metrics(trained / "ggem", "eval")[-1]["recall@1"]
+    )
     assert run["mAP@R"]["low"] < run["mAP@R"]["value"] < run["mAP@R"]["high"]
-    assert found["paired"]["mAP@R"]["value"] == pytest.approx(run["mAP@R"]["value"] - other["mAP@R"]["value"], abs=1e-9)
+    assert found["paired"]["mAP@R"]["value"] == pytest.approx(
+        run["mAP@R"]["value"] - other["mAP@R"]["value"], abs=1e-9
+    )
     with np.load(tmp_path / "d.npz") as file:
         assert file["descriptor"].shape == (896, 8)
         np.testing.assert_allclose(np.linalg.norm(file["descriptor"], axis=1), 1, atol=1e-5)
@@ -191,7 +232,10 @@ def test_evaluation_gives_intervals_differences_and_descriptors(trained, capsys,
     [
         (["--metric.per_class", "7"], "cannot hold --metric.per_class 7 of each class"),
         (["--metric.per_class", "4"], "at most 20 with 5 classes"),
-        (["--metric.train_classes", "0.1"], "0.1 of 10 classes is 1: at least 2 must be trained on"),
+        (
+            ["--metric.train_classes", "0.1"],
+            "0.1 of 10 classes is 1: at least 2 must be trained on",
+        ),
         (["--metric.train_classes", "1"], "between 0 and 1"),
         (["--augment.mixup", "0.2"], "the labels of descriptors are not mixed"),
         (["--metric.loss", "proxy-anchor", "--optimizer.accumulate", "2"], "1 with proxy-anchor"),
@@ -201,22 +245,42 @@ def test_evaluation_gives_intervals_differences_and_descriptors(trained, capsys,
         (["--metric.loss", "arcface", "--metric.temperature", "0.1"], "0.05 with arcface"),
         (["--config", "nothing"], "--config must be one of"),
     ],
-    ids=["indivisible", "few-classes", "one-class", "all-classes", "mixup", "parts", "loss", "scale", "unused-scale", "unused-temperature", "config"],
+    ids=[
+        "indivisible",
+        "few-classes",
+        "one-class",
+        "all-classes",
+        "mixup",
+        "parts",
+        "loss",
+        "scale",
+        "unused-scale",
+        "unused-temperature",
+        "config",
+    ],
 )
 def test_mistakes_are_told_in_one_line(flags, sentence, capsys, tmp_path):
     assert sentence in one_line(capsys, metric.main, *TINY, "--out", tmp_path / "run", *flags)
 
 
 def test_mistakes_of_an_evaluation_are_told_in_one_line(trained, capsys, tmp_path):
-    assert "is no run of train.metric: it has no config.json" in one_line(capsys, eval_metric.main, tmp_path)
-    assert "must end in .npz" in one_line(capsys, eval_metric.main, trained / "ggem", "--export", tmp_path / "x.txt")
-    said = one_line(capsys, eval_metric.main, trained / "ggem", "--export", tmp_path / "no" / "x.npz")
+    assert "is no run of train.metric: it has no config.json" in one_line(
+        capsys, eval_metric.main, tmp_path
+    )
+    assert "must end in .npz" in one_line(
+        capsys, eval_metric.main, trained / "ggem", "--export", tmp_path / "x.txt"
+    )
+    said = one_line(
+        capsys, eval_metric.main, trained / "ggem", "--export", tmp_path / "no" / "x.npz"
+    )
     assert "cannot be written: No such file or directory" in said
     shutil.copytree(trained / "ggem", tmp_path / "run")
     values = json.loads((tmp_path / "run" / "config.json").read_text())
     values["data_found"]["classes"][0] = values["data_found"]["eval_classes"][0]
     (tmp_path / "run" / "config.json").write_text(json.dumps(values))
-    assert "which digits has among the classes to evaluate on" in one_line(capsys, eval_metric.main, tmp_path / "run")
+    assert "which digits has among the classes to evaluate on" in one_line(
+        capsys, eval_metric.main, tmp_path / "run"
+    )
     shutil.rmtree(tmp_path / "run" / "checkpoints")
     values["data_found"]["classes"] = ["others"] * 5
     (tmp_path / "run" / "config.json").write_text(json.dumps(values))
@@ -231,7 +295,9 @@ def test_margins_and_scales_that_are_not_given_stay_as_published():
 
 @pytest.fixture
 def packed_sets(tmp_path):
-    """Omniglot and the corridor in small: four characters by three drawers, and 30 frames in two runs, as their zip files lie."""
+    """Omniglot and the corridor in small: four characters by three drawers, and 30 frames in two
+    runs, as their zip files lie.
+    """
     import zipfile
 
     rng = np.random.default_rng(0)
@@ -249,25 +315,37 @@ def packed_sets(tmp_path):
             base = rng.integers(0, 256, (20, 20), np.uint8)
             for drawer in range(1, 6):
                 noisy = np.clip(base + rng.normal(0, 20, base.shape), 0, 255).astype(np.uint8)
-                file.writestr(f"images/alphabet/character{character}/{character:02}_{drawer:02}.png", png(noisy))
+                file.writestr(
+                    f"images/alphabet/character{character}/{character:02}_{drawer:02}.png",
+                    png(noisy),
+                )
     (tmp_path / "corridor-vpr").mkdir()
     walk = np.cumsum(rng.normal(0, 12, (30, 24, 32)), axis=0)
     with zipfile.ZipFile(tmp_path / "corridor-vpr" / "corridor.zip", "w") as file:
         for kind in ("query", "ref"):
             for i in range(30):
-                noisy = np.clip(128 + walk[i] + rng.normal(0, 5, walk[i].shape), 0, 255).astype(np.uint8)
+                noisy = np.clip(128 + walk[i] + rng.normal(0, 5, walk[i].shape), 0, 255).astype(
+                    np.uint8
+                )
                 file.writestr(f"corridor/{kind}/{i:07}.png", png(noisy))
-        file.writestr("corridor/ground_truth.json", json.dumps([[j for j in range(i - 2, i + 3) if 0 <= j < 30] for i in range(30)]))
+        file.writestr(
+            "corridor/ground_truth.json",
+            json.dumps([[j for j in range(i - 2, i + 3) if 0 <= j < 30] for i in range(30)]),
+        )
     return tmp_path
 
 
 def test_the_study_keeps_what_is_searched_apart_from_what_is_trained_on(packed_sets):
-    omniglot = metric_study.APART["omniglot"](metric_study.SETS["omniglot"](packed_sets, metric_study.Study()))
+    omniglot = metric_study.APART["omniglot"](
+        metric_study.SETS["omniglot"](packed_sets, metric_study.Study())
+    )
     assert not set(omniglot.train.classes) & set(omniglot.test.classes)
     assert (len(omniglot.train), len(omniglot.test)) == (20, 20)
     recall, _ = omniglot.score(omniglot.pixels)
     assert recall.mean() == 1.0  # noise of 20 on characters apart by 70
-    corridor = metric_study.APART["corridor"](metric_study.SETS["corridor"](packed_sets, metric_study.Study()))
+    corridor = metric_study.APART["corridor"](
+        metric_study.SETS["corridor"](packed_sets, metric_study.Study())
+    )
     assert corridor.train.classes == ("place 0", "place 1", "place 2")
     assert np.bincount(corridor.train.labels()).tolist() == [6, 6, 6]  # three frames of each run
     assert len(corridor.test) == 2 * (30 - 15 - 2 * metric_study.GAP)
@@ -281,9 +359,35 @@ def test_the_study_keeps_what_is_searched_apart_from_what_is_trained_on(packed_s
 
 @pytest.mark.slow
 def test_the_study_writes_its_table(packed_sets, tmp_path, capsys):
-    flags = ["--data", packed_sets, "--seeds", 2, "--epochs", 1, "--runs", tmp_path / "runs", "--out", tmp_path / "rows.csv", "--sets", "corridor"]
+    flags = [
+        "--data",
+        packed_sets,
+        "--seeds",
+        2,
+        "--epochs",
+        1,
+        "--runs",
+        tmp_path / "runs",
+        "--out",
+        tmp_path / "rows.csv",
+        "--sets",
+        "corridor",
+    ]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(metric_study.FLAGS, "corridor", ["--model.image", "16", "--model.patch", "8", "--batch", "8", "--metric.per_class", "4"])
+        patch.setitem(
+            metric_study.FLAGS,
+            "corridor",
+            [
+                "--model.image",
+                "16",
+                "--model.patch",
+                "8",
+                "--batch",
+                "8",
+                "--metric.per_class",
+                "4",
+            ],
+        )
         metric_study.main(list(map(str, flags)))
     lines = (tmp_path / "rows.csv").read_text().splitlines()
     assert len(lines) == 1 + 1 + 4 + len(metric_study.ARMS)
@@ -291,7 +395,9 @@ def test_the_study_writes_its_table(packed_sets, tmp_path, capsys):
 
 
 def test_a_study_of_unknown_sets_or_one_seed_is_refused(capsys, monkeypatch):
-    assert "--sets must be among omniglot, corridor" in one_line(capsys, metric_study.main, "--sets", "cars")
+    assert "--sets must be among omniglot, corridor" in one_line(
+        capsys, metric_study.main, "--sets", "cars"
+    )
     assert "--seeds at least 2" in one_line(capsys, metric_study.main, "--seeds", 1)
     monkeypatch.delenv("GGEM_SHARED", raising=False)
     with pytest.raises(Refused, match="GGEM_SHARED"):
@@ -305,11 +411,25 @@ def test_mistakes_that_would_show_late_are_told_at_once(class_folders, tmp_path,
         for picture in list((class_folders / "test" / name).iterdir())[1:]:
             picture.unlink()
         (class_folders / "test" / name).rename(class_folders / "test" / f"other {name}")
-    said = one_line(capsys, metric.main, *TINY, "--data", f"folder:{class_folders}", "--batch", 8, "--out", tmp_path / "run")
+    said = one_line(
+        capsys,
+        metric.main,
+        *TINY,
+        "--data",
+        f"folder:{class_folders}",
+        "--batch",
+        8,
+        "--out",
+        tmp_path / "run",
+    )
     assert "no class to evaluate on has two pictures" in said
     assert not (tmp_path / "run").exists()
-    assert "from 1e-6 to 1e9" in one_line(capsys, metric.main, *TINY, "--epochs", "1e308", "--out", tmp_path / "run")
-    assert "home directory" in one_line(capsys, metric.main, *TINY, "--data", "folder:~nosuchuser/x", "--out", tmp_path / "run")
+    assert "from 1e-6 to 1e9" in one_line(
+        capsys, metric.main, *TINY, "--epochs", "1e308", "--out", tmp_path / "run"
+    )
+    assert "home directory" in one_line(
+        capsys, metric.main, *TINY, "--data", "folder:~nosuchuser/x", "--out", tmp_path / "run"
+    )
 
 
 def test_a_run_of_another_tool_is_named(trained, tmp_path, capsys):
@@ -317,4 +437,6 @@ def test_a_run_of_another_tool_is_named(trained, tmp_path, capsys):
     values = json.loads((tmp_path / "run" / "config.json").read_text())
     assert values["tool"] == "train.metric"
     (tmp_path / "run" / "config.json").write_text(json.dumps(values | {"tool": "train.classify"}))
-    assert "is not that of a run of train.metric: it is one of train.classify" in one_line(capsys, eval_metric.main, tmp_path / "run")
+    assert "is not that of a run of train.metric: it is one of train.classify" in one_line(
+        capsys, eval_metric.main, tmp_path / "run"
+    )

@@ -1,4 +1,6 @@
-"""--init of the training scripts: a published network's sizes become the settings, its weights the first state."""
+"""--init of the training scripts: a published network's sizes become the settings, its weights the
+first state.
+"""
 
 import dataclasses
 from pathlib import Path
@@ -23,7 +25,11 @@ RECORDED = Path(__file__).parent / "data" / "vit"
 def weights(tmp_path):
     """A small published network, 16 px in patches of 4, as a file of timm's."""
     with np.load(RECORDED / "timm-deit-distilled.npz") as file:
-        arrays = {key.removeprefix("weights/"): file[key].astype(np.float32) for key in file.files if key.startswith("weights/")}
+        arrays = {
+            key.removeprefix("weights/"): file[key].astype(np.float32)
+            for key in file.files
+            if key.startswith("weights/")
+        }
     write_safetensors(tmp_path / "deit.safetensors", arrays)
     return tmp_path / "deit.safetensors"
 
@@ -33,27 +39,66 @@ def first(flags):
     return config, first_state(make_steps(config, 10, 100), config)
 
 
-@pytest.mark.parametrize("extra", [[], ["--fsdp", "8"], ["--optimizer.ema", "0.9"]], ids=["plain", "fsdp", "ema"])
+@pytest.mark.parametrize(
+    "extra", [[], ["--fsdp", "8"], ["--optimizer.ema", "0.9"]], ids=["plain", "fsdp", "ema"]
+)
 def test_a_run_starts_from_the_file_with_another_pooling_and_a_new_head(weights, extra):
-    config, state = first(["--data", "digits", "--init", str(weights), "--model.heads", "2", "--pool.kind", "ggem", *extra])
+    config, state = first(
+        [
+            "--data",
+            "digits",
+            "--init",
+            str(weights),
+            "--model.heads",
+            "2",
+            "--pool.kind",
+            "ggem",
+            *extra,
+        ]
+    )
     published = read_vit(weights)
-    assert (config.model, config.data.mean) == (dataclasses.replace(published.config, heads=2), published.normalised[0])
+    assert (config.model, config.data.mean) == (
+        dataclasses.replace(published.config, heads=2),
+        published.normalised[0],
+    )
     for params in (state.params, *([state.ema] if "--optimizer.ema" in extra else [])):
         host = jax.tree.map(np.asarray, params)
         np.testing.assert_array_equal(host["pool"]["p"], np.full(2, 3.0))
         assert not host["head"]["kernel"].any()
         theirs = published.variables["params"]
         for name in ("blocks_1", "registers", "position", "patch_embedding", "norm"):
-            jax.tree.map(lambda own, file: np.testing.assert_array_equal(own, file.reshape(own.shape)), host[name], theirs[name])
+            jax.tree.map(
+                lambda own, file: np.testing.assert_array_equal(own, file.reshape(own.shape)),
+                host[name],
+                theirs[name],
+            )
     shardings = jax.tree.map(lambda leaf: leaf.sharding.spec, state.params)
     assert ("fsdp" in str(shardings)) == (extra[:1] == ["--fsdp"])
 
 
 def test_flags_hold_over_what_the_file_brings_and_positions_are_resampled(weights):
     config, state = first(
-        ["--data", "digits", "--init", str(weights), "--model.image", "24", "--model.drop_path", "0.1", "--data.mean", "0", "0", "0"]
+        [
+            "--data",
+            "digits",
+            "--init",
+            str(weights),
+            "--model.image",
+            "24",
+            "--model.drop_path",
+            "0.1",
+            "--data.mean",
+            "0",
+            "0",
+            "0",
+        ]
     )
-    assert (config.model.image, config.model.drop_path, config.model.patch, config.data.mean) == (24, 0.1, 4, (0, 0, 0))
+    assert (config.model.image, config.model.drop_path, config.model.patch, config.data.mean) == (
+        24,
+        0.1,
+        4,
+        (0, 0, 0),
+    )
     table = read_vit(weights).variables["params"]["position"]
     np.testing.assert_array_equal(np.asarray(state.params["position"])[0], table[0])
     expected = resample_position(table[1:], (4, 4), (6, 6), antialias=True)
@@ -74,13 +119,28 @@ def test_pooling_and_head_of_the_file_are_never_taken_and_what_it_has_more_is_re
 
 
 def test_a_run_from_a_file_trains_and_goes_on(weights, tmp_path):
-    flags = ["--data", "digits", "--init", str(weights), "--batch", "32", "--epochs", "0.5", "--out", str(tmp_path / "run")]
-    assert not classify.train(load_config([*flags, "--stop_after", "9"], "test"), quiet=True).finished
+    flags = [
+        "--data",
+        "digits",
+        "--init",
+        str(weights),
+        "--batch",
+        "32",
+        "--epochs",
+        "0.5",
+        "--out",
+        str(tmp_path / "run"),
+    ]
+    assert not classify.train(
+        load_config([*flags, "--stop_after", "9"], "test"), quiet=True
+    ).finished
     assert classify.train(load_config(flags, "test"), quiet=True).finished
 
 
 def test_another_architecture_and_a_broken_file_are_refused(weights, tmp_path):
-    with pytest.raises(Refused, match=r"--init .*deit.safetensors: the file does not fit this network: .*blocks_0"):
+    with pytest.raises(
+        Refused, match=r"--init .*deit.safetensors: the file does not fit this network: .*blocks_0"
+    ):
         first(["--data", "digits", "--init", str(weights), "--model.mlp_width", "32"])
     with pytest.raises(Refused, match=r"--init: .*nothing.safetensors"):
         load_config(["--init", str(tmp_path / "nothing.safetensors")], "test")

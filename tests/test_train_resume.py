@@ -1,4 +1,6 @@
-"""A run that is killed ends with the same bits; several devices and processes end with the same weights."""
+"""A run that is killed ends with the same bits; several devices and processes end with the same
+weights.
+"""
 
 import json
 import signal
@@ -11,9 +13,12 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import TINY
 
-EVERYTHING = [*TINY, "--optimizer.ema", "0.9", "--augment.mixup", "0.2", "--augment.cutmix", "1", "--augment.crop", "pad", "--augment.pad", "1",
-              "--augment.randaugment_ops", "1", "--augment.erase", "0.2", "--model.dropout", "0.1", "--model.drop_path", "0.1",
-              "--log_every", "1", "--epochs", "5", "--eval_every", "1", "--checkpoint_every", "2"]  # fmt: skip
+EVERYTHING = [*TINY, "--optimizer.ema", "0.9", "--augment.mixup", "0.2", "--augment.cutmix", "1",
+"--augment.crop", "pad", "--augment.pad", "1",
+              "--augment.randaugment_ops", "1", "--augment.erase", "0.2", "--model.dropout", "0.1",
+              "--model.drop_path", "0.1",
+              "--log_every", "1", "--epochs", "5", "--eval_every", "1", "--checkpoint_every",
+              "2"]  # fmt: skip
 SHORT = [*TINY, "--epochs", "0.7", "--log_every", "1"]
 
 
@@ -25,7 +30,11 @@ def finish(process, code=0):
 
 def lines(run, kind="train"):
     path = run / "metrics.jsonl"
-    found = [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")] if path.exists() else []
+    found = (
+        [json.loads(line) for line in path.read_text().splitlines() if line.endswith("}")]
+        if path.exists()
+        else []
+    )
     return [line for line in found if line["kind"] == kind]
 
 
@@ -33,7 +42,10 @@ def final_state(run):
     step = max(int(path.name) for path in (run / "checkpoints").iterdir() if path.name.isdigit())
     folder = run / "checkpoints" / str(step) / "default"
     with ocp.PyTreeCheckpointer() as checkpointer:
-        arrays = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), checkpointer.metadata(folder).item_metadata.tree)
+        arrays = jax.tree.map(
+            lambda _: ocp.RestoreArgs(restore_type=np.ndarray),
+            checkpointer.metadata(folder).item_metadata.tree,
+        )
         return step, checkpointer.restore(folder, restore_args=arrays)
 
 
@@ -46,10 +58,15 @@ def uninterrupted(tool, tmp_path_factory):
 
 @pytest.mark.parametrize(
     ("number", "code", "kills"),
-    [pytest.param(signal.SIGTERM, 143, 5, marks=pytest.mark.slow, id="SIGTERM"), pytest.param(signal.SIGKILL, -9, 2, id="SIGKILL")],
+    [
+        pytest.param(signal.SIGTERM, 143, 5, marks=pytest.mark.slow, id="SIGTERM"),
+        pytest.param(signal.SIGKILL, -9, 2, id="SIGKILL"),
+    ],
 )
 def test_kills_at_random_steps_change_no_bit(tool, tmp_path, uninterrupted, number, code, kills):
-    """Parameters, moving average, optimiser state and the loss of every single step, which depends on the order of the data."""
+    """Parameters, moving average, optimiser state and the loss of every single step, which depends
+    on the order of the data.
+    """
     total = len(lines(uninterrupted))
     rng = np.random.default_rng(number)
     for target in np.sort(rng.choice(np.arange(1, total - 40), kills, replace=False)):
@@ -65,7 +82,9 @@ def test_kills_at_random_steps_change_no_bit(tool, tmp_path, uninterrupted, numb
     assert jax.tree.structure(got) == jax.tree.structure(want)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
-    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [(line["step"], line["loss"]) for line in lines(uninterrupted)]
+    assert [(line["step"], line["loss"]) for line in lines(tmp_path)] == [
+        (line["step"], line["loss"]) for line in lines(uninterrupted)
+    ]
     assert lines(tmp_path, "eval") == lines(uninterrupted, "eval")
 
 
@@ -73,10 +92,16 @@ def test_a_second_process_on_the_same_folder_is_refused(tool, tmp_path):
     first = tool("train.classify", *EVERYTHING, "--epochs", "500", "--out", tmp_path)
     while not lines(tmp_path) and first.poll() is None:
         time.sleep(0.01)
-    _, err = finish(tool("train.classify", *EVERYTHING, "--epochs", "500", "--out", tmp_path), code=1)
+    _, err = finish(
+        tool("train.classify", *EVERYTHING, "--epochs", "500", "--out", tmp_path), code=1
+    )
     first.send_signal(signal.SIGTERM)
     finish(first, code=143)
-    assert err.strip() == f"train.classify: another process is training in {tmp_path}: wait for it, or choose another --out"
+    assert (
+        err.strip()
+        == f"train.classify: another process is training in {tmp_path}: wait for it, or choose"
+        " another --out"
+    )
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_intact(tool, tmp_path):
@@ -110,7 +135,11 @@ def assert_same_training(run, reference):
 
 @pytest.mark.parametrize(
     "flags",
-    [pytest.param([], marks=pytest.mark.slow), pytest.param(["--fsdp", 8], marks=pytest.mark.slow), ["--fsdp", 2, "--optimizer.accumulate", 2]],
+    [
+        pytest.param([], marks=pytest.mark.slow),
+        pytest.param(["--fsdp", 8], marks=pytest.mark.slow),
+        ["--fsdp", 2, "--optimizer.accumulate", 2],
+    ],
     ids=str,
 )
 def test_eight_devices_train_as_one(tool, tmp_path, one_device, flags):
@@ -123,7 +152,10 @@ def two_processes(tool, *flags):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     both = {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{port}", "JAX_NUM_PROCESSES": "2"}
-    return [tool("train.classify", *flags, devices=2, environment=both | {"JAX_PROCESS_ID": str(i)}) for i in range(2)]
+    return [
+        tool("train.classify", *flags, devices=2, environment=both | {"JAX_PROCESS_ID": str(i)})
+        for i in range(2)
+    ]
 
 
 @pytest.mark.slow
@@ -132,11 +164,18 @@ def test_two_processes_train_to_the_same_weights_which_one_can_evaluate(tool, tm
         finish(process)
     assert_same_training(tmp_path, one_device)
     said, _ = finish(tool("eval.classify", tmp_path, "--json"))
-    assert json.loads(said)["runs"][0]["top1"]["value"] == pytest.approx(lines(tmp_path, "eval")[-1]["top1"], abs=1e-9)
+    assert json.loads(said)["runs"][0]["top1"]["value"] == pytest.approx(
+        lines(tmp_path, "eval")[-1]["top1"], abs=1e-9
+    )
 
 
 def test_two_processes_are_refused_in_one_line_each(tool, tmp_path, one_device):
-    first, second = (finish(process, code=1)[1].strip() for process in two_processes(tool, *SHORT, "--out", one_device, "--seed", 9))
-    assert first.splitlines()[-1].startswith(f"train.classify: {one_device} holds a run with other settings (seed")
+    first, second = (
+        finish(process, code=1)[1].strip()
+        for process in two_processes(tool, *SHORT, "--out", one_device, "--seed", 9)
+    )
+    assert first.splitlines()[-1].startswith(
+        f"train.classify: {one_device} holds a run with other settings (seed"
+    )
     assert second.splitlines()[-1] == "train.classify: the first process refused the run"
     assert "Traceback" not in first + second

@@ -1,4 +1,6 @@
-"""ggem_jax/models/vit.py against a NumPy transcription, published sizes and PyTorch's interpolation."""
+"""ggem_jax/models/vit.py against a NumPy transcription, published sizes and PyTorch's
+interpolation.
+"""
 
 import functools
 import math
@@ -12,7 +14,16 @@ from flax import nnx
 from scipy.special import erf
 
 from ggem_jax import pooling
-from ggem_jax.models.vit import MAP, GGeM, ViT, ViTConfig, resample_position, sincos_position, used_exponents, vit_config
+from ggem_jax.models.vit import (
+    MAP,
+    GGeM,
+    ViT,
+    ViTConfig,
+    resample_position,
+    sincos_position,
+    used_exponents,
+    vit_config,
+)
 
 SMALL = {"patch": 4, "width": 24, "depth": 2, "heads": 3, "mlp_width": 40, "image": 16}
 
@@ -24,12 +35,16 @@ def build(pool=pooling.avg_pool, num_classes=5, **changes):
     params = model.init(jax.random.key(0), images)["params"]
     leaves, tree = jax.tree.flatten(params)
     keys = jax.random.split(jax.random.key(2), len(leaves))
-    leaves = [leaf + 0.1 * jax.random.normal(key, leaf.shape, leaf.dtype) for leaf, key in zip(leaves, keys, strict=True)]
+    leaves = [
+        leaf + 0.1 * jax.random.normal(key, leaf.shape, leaf.dtype)
+        for leaf, key in zip(leaves, keys, strict=True)
+    ]
     return model, jax.tree.unflatten(tree, leaves), images
 
 
-# Parameters with a head for 1,000 classes, at 224 px and with the class token. Ti, S: timm's deit_{tiny,small}_patch16_224;
-# B, L, H: `num_params` in torchvision's documentation of vit_b_16, vit_b_32, vit_l_16, vit_l_32, vit_h_14.
+# Parameters with a head for 1,000 classes, at 224 px and with the class token. Ti, S: timm's
+# deit_{tiny,small}_patch16_224; B, L, H: `num_params` in torchvision's documentation of vit_b_16,
+# vit_b_32, vit_l_16, vit_l_32, vit_h_14.
 PUBLISHED = {
     "Ti/16": 5_717_416,
     "S/16": 22_050_664,
@@ -54,7 +69,8 @@ def numpy_norm(x, p):
 
 
 def numpy_attention(queries, x, p):
-    q, k, v = (np.einsum("bnd,dhe->bhne", t, p[name]["kernel"]) + p[name].get("bias", np.zeros((1, 1)))[:, None] for t, name in
+    q, k, v = (np.einsum("bnd,dhe->bhne", t, p[name]["kernel"]) + p[name].get("bias", np.zeros((1,
+    1)))[:, None] for t, name in
                ((queries, "query"), (x, "key"), (x, "value")))  # fmt: skip
     scores = np.einsum("bhqe,bhke->bhqk", q, k) / math.sqrt(q.shape[-1])
     weights = np.exp(scores - scores.max(-1, keepdims=True))
@@ -72,7 +88,9 @@ def numpy_mlp(x, p, gelu):
     elif gelu == "quick":
         hidden = hidden / (1 + np.exp(-1.702 * hidden))
     else:
-        hidden = hidden * (1 + np.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3))) / 2
+        hidden = (
+            hidden * (1 + np.tanh(math.sqrt(2 / math.pi) * (hidden + 0.044715 * hidden**3))) / 2
+        )
     return hidden @ p["out"]["kernel"] + p["out"]["bias"]
 
 
@@ -80,8 +98,14 @@ def numpy_vit(images, p, config):
     """Tokens before and after the final norm, in float64."""
     c, p = config, jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), p)
     b, rows = len(images), c.image // c.patch
-    cut = np.asarray(images, np.float64).reshape(b, rows, c.patch, rows, c.patch, 3).transpose(0, 1, 3, 2, 4, 5)
-    patches = np.einsum("bxyijc,ijcd->bxyd", cut, p["patch_embedding"]["kernel"]) + p["patch_embedding"].get("bias", 0)
+    cut = (
+        np.asarray(images, np.float64)
+        .reshape(b, rows, c.patch, rows, c.patch, 3)
+        .transpose(0, 1, 3, 2, 4, 5)
+    )
+    patches = np.einsum("bxyijc,ijcd->bxyd", cut, p["patch_embedding"]["kernel"]) + p[
+        "patch_embedding"
+    ].get("bias", 0)
     position = p["position"] if c.position == "learned" else sincos_position(rows, c.width)
     x = patches.reshape(b, -1, c.width) + position[len(position) - rows * rows :]
     if c.registers:
@@ -92,9 +116,16 @@ def numpy_vit(images, p, config):
     x = numpy_norm(x, p["norm_pre"]) if c.pre_norm else x
     for i in range(c.depth):
         block = p[f"blocks_{i}"]
-        for norm, branch, scale in (("norm_1", "attention", "layer_scale_1"), ("norm_2", "mlp", "layer_scale_2")):
+        for norm, branch, scale in (
+            ("norm_1", "attention", "layer_scale_1"),
+            ("norm_2", "mlp", "layer_scale_2"),
+        ):
             y = numpy_norm(x, block[norm])
-            y = numpy_attention(y, y, block[branch]) if branch == "attention" else numpy_mlp(y, block[branch], c.mlp if c.mlp == "swiglu" else c.gelu)
+            y = (
+                numpy_attention(y, y, block[branch])
+                if branch == "attention"
+                else numpy_mlp(y, block[branch], c.mlp if c.mlp == "swiglu" else c.gelu)
+            )
             x = x + y * block.get(scale, 1.0)
     return x, numpy_norm(x, p["norm"])
 
@@ -119,10 +150,19 @@ def test_tokens_equal_a_numpy_transcription(changes):
     np.testing.assert_allclose(output.tokens_before_norm, before, rtol=2e-4, atol=2e-5)
     np.testing.assert_allclose(output.tokens, after, rtol=2e-4, atol=2e-5)
     head = jax.tree.map(np.asarray, params["head"])
-    np.testing.assert_allclose(output.logits, np.asarray(output.descriptor) @ head["kernel"] + head["bias"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(
+        output.logits,
+        np.asarray(output.descriptor) @ head["kernel"] + head["bias"],
+        rtol=1e-5,
+        atol=1e-5,
+    )
 
 
-@pytest.mark.parametrize("pool", [pooling.avg_pool, pooling.max_pool, GGeM(), GGeM(groups=1)], ids=["avg", "max", "ggem", "gem"])
+@pytest.mark.parametrize(
+    "pool",
+    [pooling.avg_pool, pooling.max_pool, GGeM(), GGeM(groups=1)],
+    ids=["avg", "max", "ggem", "gem"],
+)
 @pytest.mark.parametrize(("class_token", "registers"), [(True, 0), (False, 0), (True, 3)])
 def test_prefix_tokens_never_enter_a_pooling_of_patches(pool, class_token, registers):
     model, params, images = build(pool, class_token=class_token, registers=registers)
@@ -148,7 +188,12 @@ def test_pooling_before_the_norm_norms_the_pooled_token():
     model, params, images = build(pooling.avg_pool, pool_order="pool-norm")
     output = model.apply({"params": params}, images)
     pooled = np.asarray(output.tokens_before_norm, np.float64)[:, 1:].mean(1)
-    np.testing.assert_allclose(output.descriptor, numpy_norm(pooled, jax.tree.map(np.asarray, params["norm"])), rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        output.descriptor,
+        numpy_norm(pooled, jax.tree.map(np.asarray, params["norm"])),
+        rtol=1e-4,
+        atol=1e-5,
+    )
 
 
 def test_ggem_has_one_exponent_for_each_head_and_starts_at_three():
@@ -179,13 +224,19 @@ def test_ggem_takes_a_mask():
     mask = jnp.arange(9) < jnp.array([[5], [9]])
     pool = GGeM(groups=2)
     params = pool.init(jax.random.key(0), tokens)
-    np.testing.assert_array_equal(pool.apply(params, tokens, mask=mask), pooling.ggem_pool(tokens, jnp.full(2, 3.0), mask=mask))
+    np.testing.assert_array_equal(
+        pool.apply(params, tokens, mask=mask),
+        pooling.ggem_pool(tokens, jnp.full(2, 3.0), mask=mask),
+    )
 
 
 def test_attention_pooling_equals_a_numpy_transcription():
     model, params, images = build(MAP())
     output = model.apply({"params": params}, images)
-    tokens, p = np.asarray(output.tokens, np.float64)[:, 1:], jax.tree.map(np.asarray, params["pool"])
+    tokens, p = (
+        np.asarray(output.tokens, np.float64)[:, 1:],
+        jax.tree.map(np.asarray, params["pool"]),
+    )
     pooled = numpy_attention(np.broadcast_to(p["query"], (2, 1, 24)), tokens, p["attention"])
     want = pooled + numpy_mlp(numpy_norm(pooled, p["norm"]), p["mlp"], "exact")
     np.testing.assert_allclose(output.descriptor, want[:, 0], rtol=2e-4, atol=2e-5)
@@ -205,7 +256,9 @@ def test_recomputing_the_blocks_changes_no_number():
     remat = ViT(ViTConfig(**SMALL, remat=True), pooling.avg_pool, 5)
 
     def gradient(model):
-        return jax.grad(lambda params: jnp.sum(model.apply({"params": params}, images).logits ** 2))(params)
+        return jax.grad(
+            lambda params: jnp.sum(model.apply({"params": params}, images).logits ** 2)
+        )(params)
 
     chex.assert_trees_all_close(gradient(remat), gradient(plain), rtol=1e-4, atol=1e-5)
 
@@ -214,16 +267,25 @@ def test_dropout_and_drop_path_act_in_training_only():
     model, params, images = build(dropout=0.3, drop_path=0.5)
     quiet = model.apply({"params": params}, images).descriptor
     np.testing.assert_array_equal(quiet, model.apply({"params": params}, images).descriptor)
-    noisy = [model.apply({"params": params}, images, train=True, rngs={"dropout": jax.random.key(key)}).descriptor for key in (0, 0, 1)]
+    noisy = [
+        model.apply(
+            {"params": params}, images, train=True, rngs={"dropout": jax.random.key(key)}
+        ).descriptor
+        for key in (0, 0, 1)
+    ]
     np.testing.assert_array_equal(noisy[0], noisy[1])
     assert not np.allclose(noisy[0], noisy[2])
     assert not np.allclose(noisy[0], quiet)
 
 
 def test_drop_path_skips_whole_branches_of_the_last_block_most():
-    """With drop_path 1 the last block passes its tokens on unchanged, and the first is never skipped."""
+    """With drop_path 1 the last block passes its tokens on unchanged, and the first is never
+    skipped.
+    """
     model, params, images = build(drop_path=1.0, depth=2)
-    output = model.apply({"params": params}, images, train=True, rngs={"dropout": jax.random.key(0)})
+    output = model.apply(
+        {"params": params}, images, train=True, rngs={"dropout": jax.random.key(0)}
+    )
     one_block, _ = numpy_vit(images, params, ViTConfig(**SMALL | {"depth": 1}))
     np.testing.assert_allclose(output.tokens_before_norm, one_block, rtol=2e-4, atol=2e-5)
 
@@ -234,7 +296,9 @@ def test_bfloat16_computes_in_bfloat16_on_float32_parameters():
     chex.assert_type([output.tokens, output.descriptor, output.logits], jnp.bfloat16)
     chex.assert_type(jax.tree.leaves(params), jnp.float32)
     exact = ViT(ViTConfig(**SMALL), GGeM(), 5).apply({"params": params}, images)
-    np.testing.assert_allclose(output.descriptor.astype(jnp.float32), exact.descriptor, rtol=0.1, atol=0.05)
+    np.testing.assert_allclose(
+        output.descriptor.astype(jnp.float32), exact.descriptor, rtol=0.1, atol=0.05
+    )
 
 
 @pytest.mark.parametrize("position", ["learned", "sincos"])
@@ -244,7 +308,8 @@ def test_pictures_of_another_size_resample_the_positions(position):
     chex.assert_shape(output.tokens, (1, 1 + 6 * 3, 24))
 
 
-# torch.nn.functional.interpolate(..., mode="bicubic", align_corners=False) of GRID, computed with PyTorch 2.13.0.
+# torch.nn.functional.interpolate(..., mode="bicubic", align_corners=False) of GRID, computed with
+# PyTorch 2.13.0.
 GRID = [[0.0, 1, 4, 9], [1, 0, 2, 5], [3, 3, 0, 1], [7, 2, 1, 0]]
 INTERPOLATED = {
     (2, 2): [[-0.012695, 5.55957], [4.21582, -0.012695]],
@@ -355,9 +420,21 @@ def test_a_class_token_pooling_is_recognised_inside_partial_and_jit_and_all_toke
     plain, params, images = build(pooling.cls_pool)
     want = plain.apply({"params": params}, images)
     for other in (functools.partial(pooling.cls_pool), jax.jit(pooling.cls_pool)):
-        chex.assert_trees_all_close(ViT(plain.config, other, plain.num_classes).apply({"params": params}, images), want, rtol=1e-5, atol=1e-6)
-    whole = ViT(plain.config, lambda tokens: tokens[:, 0] + tokens.mean(1), plain.num_classes, pooled="all").apply({"params": params}, images)
-    chex.assert_trees_all_close(whole.descriptor, want.tokens[:, 0] + want.tokens.mean(1), rtol=1e-5, atol=1e-6)
-    for model in (ViT(plain.config, pooling.cls_pool, pooled="patches"), ViT(plain.config, pooling.avg_pool, pooled="some")):
+        chex.assert_trees_all_close(
+            ViT(plain.config, other, plain.num_classes).apply({"params": params}, images),
+            want,
+            rtol=1e-5,
+            atol=1e-6,
+        )
+    whole = ViT(
+        plain.config, lambda tokens: tokens[:, 0] + tokens.mean(1), plain.num_classes, pooled="all"
+    ).apply({"params": params}, images)
+    chex.assert_trees_all_close(
+        whole.descriptor, want.tokens[:, 0] + want.tokens.mean(1), rtol=1e-5, atol=1e-6
+    )
+    for model in (
+        ViT(plain.config, pooling.cls_pool, pooled="patches"),
+        ViT(plain.config, pooling.avg_pool, pooled="some"),
+    ):
         with pytest.raises(ValueError, match="pooled"):
             model.init(jax.random.key(0), images)

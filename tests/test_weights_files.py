@@ -1,4 +1,6 @@
-"""ggem_jax/weights, files: they are read without running them, and written; what is damaged or unsafe is named."""
+"""ggem_jax/weights, files: they are read without running them, and written; what is damaged or
+unsafe is named.
+"""
 
 import collections
 import io
@@ -79,10 +81,14 @@ def test_what_is_shared_stays_shared_and_what_holds_itself_ends(protocol):
 
 
 def test_a_pickle_of_python_2_with_numpy_1():
-    """Written by hand: `pickle.dumps(numpy.array([1, 2], 'i2'), 2)` of Python 2 has its bytes as text and NumPy's modules under their old names."""
+    """Written by hand: `pickle.dumps(numpy.array([1, 2], 'i2'), 2)` of Python 2 has its bytes as
+    text and NumPy's modules under their old names.
+    """
     call = b"cnumpy.core.multiarray\n_reconstruct\ncnumpy\nndarray\nK\x00\x85U\x01b\x87R"
     dtype = b"cnumpy\ndtype\nU\x02i2K\x00K\x01\x87R(K\x03U\x01<NNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
-    got = read_pickle(b"\x80\x02" + call + b"(K\x01K\x02\x85" + dtype + b"\x89U\x04\x01\x00\x02\x00tb.")
+    got = read_pickle(
+        b"\x80\x02" + call + b"(K\x01K\x02\x85" + dtype + b"\x89U\x04\x01\x00\x02\x00tb."
+    )
     assert_same(got, np.array([1, 2], np.int16))
 
 
@@ -129,19 +135,34 @@ UNSAFE = {
     "an object": (pickle.dumps(Stateful(), 2), "asks for '(copy_reg|test_weights_files).*'"),
     "an object of protocol 0": (pickle.dumps(Stateful(), 0), "asks for 'copy_reg._reconstructor'"),
     "INST": (b"(S'echo'\nios\nsystem\n.", "asks for 'os.system'"),
-    "INST of what may be called": (b"(icollections\nOrderedDict\n.", "makes an object of the class 'collections.OrderedDict'"),
+    "INST of what may be called": (
+        b"(icollections\nOrderedDict\n.",
+        "makes an object of the class 'collections.OrderedDict'",
+    ),
     "OBJ": (b"(ccollections\nOrderedDict\no.", r"\(OBJ\)"),
     "NEWOBJ": (b"\x80\x02ccollections\nOrderedDict\n)\x81.", r"\(NEWOBJ\)"),
     "a registry": (b"\x80\x02\x82\x01.", r"\(EXT1\)"),
     "a buffer": (b"\x80\x05\x97.", r"\(NEXT_BUFFER\)"),
     "a call of text": (b"S'os.system'\n(t R.".replace(b" ", b""), "calls str"),
-    "a dotted name": (b"\x80\x04\x8c\x11collections.abc.x\x8c\x0bOrderedDict\x93.", "asks for 'collections.abc.x.OrderedDict'"),
-    "an attribute": (b"\x80\x04\x8c\x0bcollections\x8c\x14OrderedDict.fromkeys\x93.", "asks for 'collections.OrderedDict.fromkeys'"),
+    "a dotted name": (
+        b"\x80\x04\x8c\x11collections.abc.x\x8c\x0bOrderedDict\x93.",
+        "asks for 'collections.abc.x.OrderedDict'",
+    ),
+    "an attribute": (
+        b"\x80\x04\x8c\x0bcollections\x8c\x14OrderedDict.fromkeys\x93.",
+        "asks for 'collections.OrderedDict.fromkeys'",
+    ),
     "a function": (b"\x80\x02cnumpy\ndtype\n.", "holds the function 'numpy.dtype'"),
     "a state": (b"\x80\x02](K\x01e}b.", "sets the state of list"),
     "a persistent id": (b"Pstorage\n.", "refers to objects outside"),
-    "an array of objects": (pickle.dumps(np.array([{}, None], object)), "array of objects|dtype 'O8'"),
-    "an array of records": (pickle.dumps(np.zeros(2, [("a", "i4")])), "array of (records|dtype 'V4')"),
+    "an array of objects": (
+        pickle.dumps(np.array([{}, None], object)),
+        "array of objects|dtype 'O8'",
+    ),
+    "an array of records": (
+        pickle.dumps(np.zeros(2, [("a", "i4")])),
+        "array of (records|dtype 'V4')",
+    ),
     "builtins": (b"c__builtin__\neval\n(S'1'\ntR.", "asks for '__builtin__.eval'"),
 }
 
@@ -159,7 +180,12 @@ def test_sizes_are_checked_before_they_are_taken():
     nested = b"\x80\x02" + b"]" * 100_000 + b"a" * 99_999 + b"."
     with pytest.raises(UnreadableWeights, match="RecursionError"):
         read_pickle(nested)
-    laughs = b"\x80\x02)q\x00" + b"0" + b"".join(b"h%ch%c\x86q%c0" % (i, i, i + 1) for i in range(60)) + b"h\x3c."
+    laughs = (
+        b"\x80\x02)q\x00"
+        + b"0"
+        + b"".join(b"h%ch%c\x86q%c0" % (i, i, i + 1) for i in range(60))
+        + b"h\x3c."
+    )
     assert read_pickle(laughs) is not None  # 2 ** 60 places of one tuple, gone through once
     with pytest.raises(UnreadableWeights, match="no plain value"):
         read_pickle(b"\x80\x02}" + laughs[2:-1] + b"K\x01s.")  # as the key of a dictionary
@@ -193,7 +219,9 @@ def pickled(value):
         case tuple():
             return b"(" + b"".join(map(pickled, value)) + b"t"
         case dict():
-            return b"}(" + b"".join(pickled(key) + pickled(item) for key, item in value.items()) + b"u"
+            return (
+                b"}(" + b"".join(pickled(key) + pickled(item) for key, item in value.items()) + b"u"
+            )
     return pickle.dumps(value, 2)[2:-1]
 
 
@@ -210,7 +238,16 @@ def stored(kind, key, numbers, *view):
 
 
 def tensor(storage, offset, size, stride):
-    return called("torch._utils", "_rebuild_tensor_v2", storage, offset, size, stride, False, called("collections", "OrderedDict"))
+    return called(
+        "torch._utils",
+        "_rebuild_tensor_v2",
+        storage,
+        offset,
+        size,
+        stride,
+        False,
+        called("collections", "OrderedDict"),
+    )
 
 
 def zip_file(value, storages, folder="archive", **entries):
@@ -218,7 +255,9 @@ def zip_file(value, storages, folder="archive", **entries):
     with zipfile.ZipFile(file, "w") as archive:
         archive.writestr(f"{folder}/data.pkl", b"\x80\x02" + pickled(value) + b".")
         for key, array in storages.items():
-            archive.writestr(f"{folder}/data/{key}", array if isinstance(array, bytes) else array.tobytes())
+            archive.writestr(
+                f"{folder}/data/{key}", array if isinstance(array, bytes) else array.tobytes()
+            )
         for name, data in entries.items():
             archive.writestr(f"{folder}/{name}", data)
     return file.getvalue()
@@ -226,9 +265,21 @@ def zip_file(value, storages, folder="archive", **entries):
 
 def legacy_file(pickle_of_object, keys, arrays, little=True):
     """The form from before PyTorch 1.6, as its documentation of the time has it."""
-    machine = {"protocol_version": 1001, "little_endian": little, "type_sizes": {"short": 2, "int": 4, "long": 4}}
-    parts = [pickle.dumps(0x1950A86A20F9469CFC6C, 2), pickle.dumps(1001, 2), pickle.dumps(machine, 2), pickle_of_object, pickle.dumps(keys, 2)]
-    return b"".join(parts) + b"".join(struct.pack("<q", array.size) + array.tobytes() for array in arrays)
+    machine = {
+        "protocol_version": 1001,
+        "little_endian": little,
+        "type_sizes": {"short": 2, "int": 4, "long": 4},
+    }
+    parts = [
+        pickle.dumps(0x1950A86A20F9469CFC6C, 2),
+        pickle.dumps(1001, 2),
+        pickle.dumps(machine, 2),
+        pickle_of_object,
+        pickle.dumps(keys, 2),
+    ]
+    return b"".join(parts) + b"".join(
+        struct.pack("<q", array.size) + array.tobytes() for array in arrays
+    )
 
 
 NUMBERS = np.arange(24, dtype=np.float32)
@@ -243,13 +294,21 @@ def strided(storage):
         "expanded": tensor(storage, 5, (3, 2), (0, 0)),
         "number": tensor(storage, 23, (), ()),
         "none": tensor(storage, 24, (0, 3), (3, 1)),
-        "parameter": called("torch._utils", "_rebuild_parameter", tensor(storage, 6, (6,), (1,)), True, called("collections", "OrderedDict")),
+        "parameter": called(
+            "torch._utils",
+            "_rebuild_parameter",
+            tensor(storage, 6, (6,), (1,)),
+            True,
+            called("collections", "OrderedDict"),
+        ),
     }
 
 
 STRIDED = {
-    "whole": NUMBERS.reshape(4, 6), "transposed": NUMBERS.reshape(4, 6).T, "column": NUMBERS[2::6], "expanded": np.full((3, 2), 5, np.float32),
-    "number": NUMBERS[23:].reshape(()), "none": np.zeros((0, 3), np.float32), "parameter": NUMBERS[6:12],
+    "whole": NUMBERS.reshape(4, 6), "transposed": NUMBERS.reshape(4, 6).T, "column": NUMBERS[2::6],
+    "expanded": np.full((3, 2), 5, np.float32),
+    "number": NUMBERS[23:].reshape(()), "none": np.zeros((0, 3), np.float32),
+    "parameter": NUMBERS[6:12],
 }  # fmt: skip
 
 
@@ -267,23 +326,39 @@ def test_strides_and_shared_storages(tmp_path, folder):
 def test_the_legacy_form(tmp_path):
     path = tmp_path / "old.pth"
     halves = np.arange(3, dtype=np.float16)
-    value = strided(stored("FloatStorage", "94", 24, None)) | {"halves": tensor(stored("HalfStorage", "12", 3, None), 0, (3,), (1,)), "epoch": 3}
-    path.write_bytes(legacy_file(b"\x80\x02" + pickled(value) + b".", ["12", "94"], [halves, NUMBERS]))
+    value = strided(stored("FloatStorage", "94", 24, None)) | {
+        "halves": tensor(stored("HalfStorage", "12", 3, None), 0, (3,), (1,)),
+        "epoch": 3,
+    }
+    path.write_bytes(
+        legacy_file(b"\x80\x02" + pickled(value) + b".", ["12", "94"], [halves, NUMBERS])
+    )
     assert_same(read_torch(path), STRIDED | {"halves": halves, "epoch": 3})
 
 
 def test_what_else_stands_in_plain_checkpoints(tmp_path):
     numbers = stored("UntypedStorage", "1", 4)
     value = {
-        "size": called("torch", "Size", [2, 3]), "dtype": named("torch", "float16"), "device": called("torch", "device", "cuda", 1),
+        "size": called("torch", "Size", [2, 3]), "dtype": named("torch", "float16"),
+        "device": called("torch", "device", "cuda", 1),
         "brains": tensor(stored("BFloat16Storage", "0", 2), 0, (2,), (1,)), "loss": 0.5,
-        "unsigned": called("torch._utils", "_rebuild_tensor_v3", numbers, 0, (2,), (1,), False, {}, named("torch", "uint16")),
-        "state": Raw(called("collections", "OrderedDict", [("a", 1)]) + pickled({"_metadata": {"": {"version": 1}}}) + b"b"),
+        "unsigned": called("torch._utils", "_rebuild_tensor_v3", numbers, 0, (2,), (1,), False, {},
+        named("torch", "uint16")),
+        "state": Raw(called("collections", "OrderedDict", [("a",
+        1)]) + pickled({"_metadata": {"": {"version": 1}}}) + b"b"),
     }  # fmt: skip
     brains, unsigned = np.array([1.5, -2], BFLOAT16), np.array([1, 65535], np.uint16)
     path = tmp_path / "net.pth"
     path.write_bytes(zip_file(value, {"0": brains, "1": unsigned}))
-    want = {"size": (2, 3), "dtype": np.dtype(np.float16), "device": "cuda:1", "brains": brains, "loss": 0.5, "unsigned": unsigned, "state": {"a": 1}}
+    want = {
+        "size": (2, 3),
+        "dtype": np.dtype(np.float16),
+        "device": "cuda:1",
+        "brains": brains,
+        "loss": 0.5,
+        "unsigned": unsigned,
+        "state": {"a": 1},
+    }
     assert_same(read_torch(path), want)
 
 
@@ -291,21 +366,51 @@ def test_what_else_stands_in_plain_checkpoints(tmp_path):
 def test_big_endian_numbers(tmp_path, kind):
     array = np.array([1.5, -2.25], np.float32 if kind == "FloatStorage" else BFLOAT16)
     path = tmp_path / "net.pth"
-    path.write_bytes(zip_file({"x": tensor(stored(kind, "0", 2), 0, (2,), (1,))}, {"0": array.byteswap().tobytes()}, byteorder="big"))
+    path.write_bytes(
+        zip_file(
+            {"x": tensor(stored(kind, "0", 2), 0, (2,), (1,))},
+            {"0": array.byteswap().tobytes()},
+            byteorder="big",
+        )
+    )
     assert_same(read_torch(path), {"x": array})
 
 
 STORED = stored("FloatStorage", "0", 24)
 BROKEN = {
-    "beyond the storage": ({"x": tensor(STORED, 1, (24,), (1,))}, {"0": NUMBERS}, "reaches beyond its storage of 24 numbers"),
+    "beyond the storage": (
+        {"x": tensor(STORED, 1, (24,), (1,))},
+        {"0": NUMBERS},
+        "reaches beyond its storage of 24 numbers",
+    ),
     "a negative stride": ({"x": tensor(STORED, 23, (24,), (-1,))}, {"0": NUMBERS}, "negative size"),
     "an absent storage": ({"x": tensor(STORED, 0, (24,), (1,))}, {}, "KeyError"),
-    "a short storage": ({"x": tensor(STORED, 0, (1,), (1,))}, {"0": NUMBERS[:20]}, "80 bytes where 96 are needed"),
-    "an expansion": ({"x": tensor(STORED, 0, (2**20, 2**20), (0, 0))}, {"0": NUMBERS}, "many times the size of the file"),
-    "no storage": ({"x": called("torch._utils", "_rebuild_tensor_v2", 1, 0, (1,), (1,))}, {}, "without a typed storage"),
-    "a module": ({"x": Raw(pickled(("module", "class", "source", "text")) + b"Q")}, {}, "persistent object 'module'"),
+    "a short storage": (
+        {"x": tensor(STORED, 0, (1,), (1,))},
+        {"0": NUMBERS[:20]},
+        "80 bytes where 96 are needed",
+    ),
+    "an expansion": (
+        {"x": tensor(STORED, 0, (2**20, 2**20), (0, 0))},
+        {"0": NUMBERS},
+        "many times the size of the file",
+    ),
+    "no storage": (
+        {"x": called("torch._utils", "_rebuild_tensor_v2", 1, 0, (1,), (1,))},
+        {},
+        "without a typed storage",
+    ),
+    "a module": (
+        {"x": Raw(pickled(("module", "class", "source", "text")) + b"Q")},
+        {},
+        "persistent object 'module'",
+    ),
     "a namespace": ({"args": called("argparse", "Namespace")}, {}, "asks for 'argparse.Namespace'"),
-    "a whole module": ({"net": called("torch.nn.modules.linear", "Linear")}, {}, "asks for 'torch.nn.modules.linear.Linear'"),
+    "a whole module": (
+        {"net": called("torch.nn.modules.linear", "Linear")},
+        {},
+        "asks for 'torch.nn.modules.linear.Linear'",
+    ),
     "a naked storage": ({"x": STORED}, {"0": NUMBERS}, "storage without a tensor"),
 }
 
@@ -337,7 +442,9 @@ def test_other_archives_are_refused(tmp_path):
 def damaged(data, count):
     """Truncations all over the file, and flipped bits."""
     rng = np.random.default_rng(1)
-    for end in sorted({*range(min(len(data), 300)), *rng.integers(0, len(data), count).tolist(), len(data) - 1}):
+    for end in sorted(
+        {*range(min(len(data), 300)), *rng.integers(0, len(data), count).tolist(), len(data) - 1}
+    ):
         yield data[:end]
     for place in rng.integers(0, len(data), 3 * count):
         broken = bytearray(data)
@@ -352,12 +459,25 @@ def test_damaged_files_give_nothing_but_the_documented_error(tmp_path, form):
         case "zip":
             write_torch(path, ARRAYS)
         case "legacy":
-            path.write_bytes(legacy_file(b"\x80\x02" + pickled(strided(stored("FloatStorage", "1", 24, None))) + b".", ["1"], [NUMBERS]))
+            path.write_bytes(
+                legacy_file(
+                    b"\x80\x02" + pickled(strided(stored("FloatStorage", "1", 24, None))) + b".",
+                    ["1"],
+                    [NUMBERS],
+                )
+            )
         case "pickle":
             path.write_bytes(pickle.dumps(PLAIN, 2))
         case "safetensors":
-            write_safetensors(path, {name: array for name, array in ARRAYS.items() if name != "Grüße.weight"})
-    read = {"zip": read_torch, "legacy": read_torch, "pickle": read_pickle, "safetensors": read_safetensors}[form]
+            write_safetensors(
+                path, {name: array for name, array in ARRAYS.items() if name != "Grüße.weight"}
+            )
+    read = {
+        "zip": read_torch,
+        "legacy": read_torch,
+        "pickle": read_pickle,
+        "safetensors": read_safetensors,
+    }[form]
     read(path)
     sentences = []
     for data in damaged(path.read_bytes(), 300):
@@ -373,7 +493,9 @@ def test_damaged_files_give_nothing_but_the_documented_error(tmp_path, form):
 # Small files that would take long, or much
 
 
-TOWER = Raw(b"K\x01" + b"2\x86" * 60)  # twice in a tuple, which is twice in a tuple, ...: 2 ** 60 numbers to whoever goes through all
+TOWER = Raw(
+    b"K\x01" + b"2\x86" * 60
+)  # twice in a tuple, which is twice in a tuple, ...: 2 ** 60 numbers to whoever goes through all
 HUGE = Raw(b"\x8b" + struct.pack("<i", 2**17) + b"\x01" * 2**17)  # an integer of 2 ** 20 bits
 
 
@@ -385,7 +507,14 @@ def test_nothing_is_made_of_values_that_take_for_ever_to_go_through(tmp_path):
         called("torch", "device", TOWER): "a device",
         called("torch", "device", "cuda", TOWER): "a device",
         Raw(TOWER + b"Q"): "object of the type tuple",
-        called("torch._utils", "_rebuild_tensor_v2", stored("FloatStorage", "0", 24), 0, (TOWER, TOWER), (1, 1)): "a shape",
+        called(
+            "torch._utils",
+            "_rebuild_tensor_v2",
+            stored("FloatStorage", "0", 24),
+            0,
+            (TOWER, TOWER),
+            (1, 1),
+        ): "a shape",
     }.items():
         path.write_bytes(zip_file({"x": value}, {"0": NUMBERS}))
         with pytest.raises(UnreadableWeights, match=sentence):
@@ -394,7 +523,15 @@ def test_nothing_is_made_of_values_that_take_for_ever_to_go_through(tmp_path):
     path.write_bytes(magic + b"\x80\x02" + TOWER + b"." + pickle.dumps({}, 2))
     with pytest.raises(UnreadableWeights, match="its version is tuple, not 1001"):
         read_torch(path)
-    path.write_bytes(magic + pickle.dumps(1001, 2) + pickle.dumps({}, 2) + pickle.dumps({}, 2) + b"\x80\x02" + pickled([TOWER]) + b".")
+    path.write_bytes(
+        magic
+        + pickle.dumps(1001, 2)
+        + pickle.dumps({}, 2)
+        + pickle.dumps({}, 2)
+        + b"\x80\x02"
+        + pickled([TOWER])
+        + b"."
+    )
     with pytest.raises(UnreadableWeights, match="a storage without a name"):
         read_torch(path)
 
@@ -424,7 +561,11 @@ def test_keys_are_small():
 @pytest.mark.parametrize("protocol", [0, 2, 4])
 def test_keys_and_copies_of_plain_files_stay_within_the_budget(protocol):
     item = {"bbx": [1.0, 2.0], "easy": list(range(9)), (1, "pair"): {3, 5}, "bytes": b"x" * 9}
-    value = {"gnd": [item | {"size": frozenset([i])} for i in range(5000)], "numbers": set(range(50_000)), "data": bytes(2**21)}
+    value = {
+        "gnd": [item | {"size": frozenset([i])} for i in range(5000)],
+        "numbers": set(range(50_000)),
+        "data": bytes(2**21),
+    }
     assert read_pickle(pickle.dumps(value, protocol)) == value
 
 
@@ -444,14 +585,26 @@ def test_copies_of_one_value_are_charged(tmp_path, memoised, module, name):
     """60 copies of 64 KiB and more, of a file of about that, are not made."""
     more = b""
     if name == "_frombuffer":
-        dtype = called("numpy", "dtype", "i4", False, True) + b"(K\x03S'>'\nNNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+        dtype = (
+            called("numpy", "dtype", "i4", False, True)
+            + b"(K\x03S'>'\nNNNJ\xff\xff\xff\xffJ\xff\xff\xff\xffK\x00tb"
+        )
         more = dtype + pickled((2**14,)) + pickled("C")
     call = f"c{module}\n{name}\n".encode() + b"(h\x09" + more + b"tR"
     path = tmp_path / "net.pth"
     for count, refused in ((1, False), (60, True)):
         data = b"\x80\x02" + memoised + b"q\x090](" + call * count + b"e."
-        path.write_bytes(pickle.dumps(0x1950A86A20F9469CFC6C, 2) + pickle.dumps(1001, 2) + pickle.dumps({}, 2) + data + pickle.dumps([], 2))
-        for read, source in ((read_torch, path), *(() if module == "torch" else ((read_pickle, data),))):
+        path.write_bytes(
+            pickle.dumps(0x1950A86A20F9469CFC6C, 2)
+            + pickle.dumps(1001, 2)
+            + pickle.dumps({}, 2)
+            + data
+            + pickle.dumps([], 2)
+        )
+        for read, source in (
+            (read_torch, path),
+            *(() if module == "torch" else ((read_pickle, data),)),
+        ):
             if refused:
                 with pytest.raises(UnreadableWeights, match="many times the size of the file"):
                     read(source)
@@ -502,10 +655,16 @@ def test_storages_are_aligned(tmp_path):
 
 @pytest.mark.slow
 def test_files_of_pytorch_itself(tmp_path):
-    """In an environment of its own: files that PyTorch writes are read, in both forms, and files of ours are read by it."""
+    """In an environment of its own: files that PyTorch writes are read, in both forms, and files of
+    ours are read by it.
+    """
     subprocess.run([sys.executable, "-m", "venv", tmp_path / "env"], check=True, timeout=120)
     python = tmp_path / "env" / "bin" / "python"
-    subprocess.run([python, "-m", "pip", "install", "--quiet", "torch==2.13.0", "numpy"], check=True, timeout=1800)
+    subprocess.run(
+        [python, "-m", "pip", "install", "--quiet", "torch==2.13.0", "numpy"],
+        check=True,
+        timeout=1800,
+    )
     write_torch(tmp_path / "ours.pth", ARRAYS)
     code = """
 import numpy as np, torch, collections
@@ -532,12 +691,19 @@ assert isinstance(ours, collections.OrderedDict)
 np.savez("ours.npz", **{name: value.double().numpy() if value.dtype == torch.bfloat16 else value.numpy() for name, value in ours.items()})
 print(sorted({str(value.dtype) for value in ours.values()}))
 """
-    run = subprocess.run([python, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=600)
+    run = subprocess.run(
+        [python, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=600
+    )
     assert run.returncode == 0, run.stderr
     with np.load(tmp_path / "values.npz") as values:
         for name in ("new.pth", "old.pth"):
             checkpoint = read_torch(tmp_path / name)
-            assert (checkpoint["epoch"], tuple(checkpoint["size"]), checkpoint["dtype"], checkpoint["device"]) == (3, (6, 8), BFLOAT16, "cpu")
+            assert (
+                checkpoint["epoch"],
+                tuple(checkpoint["size"]),
+                checkpoint["dtype"],
+                checkpoint["device"],
+            ) == (3, (6, 8), BFLOAT16, "cpu")
             np.testing.assert_array_equal(checkpoint["array"], np.arange(3.0))
             compared = 0
             for part in ("model_state", "tensors", "views"):
@@ -550,27 +716,37 @@ print(sorted({str(value.dtype) for value in ours.values()}))
     with np.load(tmp_path / "ours.npz") as values:
         for key, array in ARRAYS.items():
             assert values[key].shape == array.shape
-            np.testing.assert_array_equal(values[key], array.astype(np.float64) if array.dtype == BFLOAT16 else array)
+            np.testing.assert_array_equal(
+                values[key], array.astype(np.float64) if array.dtype == BFLOAT16 else array
+            )
     assert "torch.bfloat16" in run.stdout
 
 
 def _laughs(levels: int) -> bytes:
-    """A tuple of twice a tuple of twice ...: two bytes a level, 2^levels items when it is written out."""
+    """A tuple of twice a tuple of twice ...: two bytes a level, 2^levels items when it is written
+    out.
+    """
     return b")" + b"2\x86" * levels
 
 
 BOMBS = {
     "a nested tuple as a module": b"\x80\x04" + _laughs(60) + b"\x8c\x01x\x93.",
-    "a shape of thousands of large lengths": b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntU\x01btR(I1\n("
-    + (b"\x8a\x08" + b"\xff" * 7 + b"\x7f") * 5000
-    + b"tcnumpy\ndtype\n(U\x02f4I0\nI1\ntR(I3\nU\x01<NNNI-1\nI-1\nI0\ntb\x89U\x00tb.",
-    "a long tuple as a key": b"\x80\x02}(" + b"K\x01" * 5000 + b"tq\x00N" + b"s}h\x00Ns" * 10 + b".",
-    "one text encoded a thousand times": b"\x80\x02c_codecs\nencode\nq\x00X"
-    + (10**6).to_bytes(4, "little")
-    + b"a" * 10**6
-    + b"q\x01U\x06latin1q\x02"
-    + b"h\x00h\x01h\x02\x86R" * 1000
-    + b".",
+    "a shape of thousands of large lengths": (
+        b"\x80\x02cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(I0\ntU\x01btR(I1\n("
+        + (b"\x8a\x08" + b"\xff" * 7 + b"\x7f") * 5000
+        + b"tcnumpy\ndtype\n(U\x02f4I0\nI1\ntR(I3\nU\x01<NNNI-1\nI-1\nI0\ntb\x89U\x00tb."
+    ),
+    "a long tuple as a key": (
+        b"\x80\x02}(" + b"K\x01" * 5000 + b"tq\x00N" + b"s}h\x00Ns" * 10 + b"."
+    ),
+    "one text encoded a thousand times": (
+        b"\x80\x02c_codecs\nencode\nq\x00X"
+        + (10**6).to_bytes(4, "little")
+        + b"a" * 10**6
+        + b"q\x01U\x06latin1q\x02"
+        + b"h\x00h\x01h\x02\x86R" * 1000
+        + b"."
+    ),
 }
 
 

@@ -18,11 +18,22 @@ def test_inspect_says_what_a_file_is_and_what_is_not_used(tmp_path, capsys):
     path, _ = file_of("mae", tmp_path)
     assert main(["inspect", str(path), "--heads", "2", "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert (found["family"], found["layout"], found["pooling"], found["classes"]) == ("mae", "timm", "avg", 0)
+    assert (found["family"], found["layout"], found["pooling"], found["classes"]) == (
+        "mae",
+        "timm",
+        "avg",
+        0,
+    )
     assert found["mean"] == [0.485, 0.456, 0.406]
-    assert set(found["unused"]) == {"mask_token", "decoder_embed.weight", "decoder_blocks.0.norm1.weight"}
+    assert set(found["unused"]) == {
+        "mask_token",
+        "decoder_embed.weight",
+        "decoder_blocks.0.norm1.weight",
+    }
     weights, _ = recorded("mae")
-    assert found["parameters"] == sum(array.size for name, array in weights.items() if name not in found["unused"])
+    assert found["parameters"] == sum(
+        array.size for name, array in weights.items() if name not in found["unused"]
+    )
     assert main(["inspect", str(path), "--heads", "2"]) == 0
     said = capsys.readouterr().out
     assert "MAE" in said
@@ -42,14 +53,18 @@ def test_inspect_says_what_a_file_is_and_what_is_not_used(tmp_path, capsys):
 def test_convert_writes_both_namings(tmp_path, capsys):
     path, _ = file_of("augreg", tmp_path)
     for names in ("flax", "timm"):
-        assert main(["convert", str(path), str(tmp_path / f"{names}.safetensors"), "--to", names]) == 0
+        assert (
+            main(["convert", str(path), str(tmp_path / f"{names}.safetensors"), "--to", names]) == 0
+        )
     assert "arrays written" in capsys.readouterr().out
     published = read_vit(path)
     flax = read_safetensors(tmp_path / "flax.safetensors")
     for where, leaf in jax.tree_util.tree_leaves_with_path(published.variables):
         np.testing.assert_array_equal(flax["/".join(part.key for part in where)], leaf)
     again = read_vit(tmp_path / "timm.safetensors", heads=2)
-    for one, other in zip(jax.tree.leaves(again.variables), jax.tree.leaves(published.variables), strict=True):
+    for one, other in zip(
+        jax.tree.leaves(again.variables), jax.tree.leaves(published.variables), strict=True
+    ):
         np.testing.assert_array_equal(one, other)
 
 
@@ -64,7 +79,14 @@ def test_inspect_says_that_a_text_tower_is_there_and_what_it_is(tmp_path, capsys
     assert json.loads(capsys.readouterr().out)["text_tower"] is True
     assert main(["inspect", str(path), "--heads", "2", "--tower", "text"]) == 0
     said = capsys.readouterr().out
-    for words in ("the text tower of CLIP", "GELU quick", "30 ids, texts of up to 8", "sees what is before it", "5 outputs", "bias None"):
+    for words in (
+        "the text tower of CLIP",
+        "GELU quick",
+        "30 ids, texts of up to 8",
+        "sees what is before it",
+        "5 outputs",
+        "bias None",
+    ):
         assert words in said
     path, _ = file_of("text-hf-siglip", tmp_path)
     assert main(["inspect", str(path), "--heads", "2", "--tower", "text", "--json"]) == 0
@@ -86,7 +108,9 @@ def test_convert_writes_a_text_tower_under_both_names(tmp_path, capsys):
     path, _ = file_of("text-open_clip", tmp_path)
     for names in ("flax", "published"):
         out = str(tmp_path / f"{names}.safetensors")
-        assert main(["convert", str(path), out, "--tower", "text", "--to", names, "--heads", "2"]) == 0
+        assert (
+            main(["convert", str(path), out, "--tower", "text", "--to", names, "--heads", "2"]) == 0
+        )
     published = read_text(path, heads=2)
     flax = read_safetensors(tmp_path / "flax.safetensors")
     for where, leaf in jax.tree_util.tree_leaves_with_path(published.variables):
@@ -102,8 +126,14 @@ WRONG = {
     "ending": (["inspect", "weights.h5"], ".safetensors, .npz"),
     "output": (["convert", "GOOD", "out.bin"], "out.bin"),
     "no text": (["inspect", "GOOD", "--tower", "text"], "no text tower of a known layout"),
-    "text to timm": (["convert", "GOOD", "out.safetensors", "--tower", "text", "--to", "timm"], "may be flax or published, not timm"),
-    "image to its own": (["convert", "GOOD", "out.safetensors", "--to", "published"], "may be flax or timm, not published"),
+    "text to timm": (
+        ["convert", "GOOD", "out.safetensors", "--tower", "text", "--to", "timm"],
+        "may be flax or published, not timm",
+    ),
+    "image to its own": (
+        ["convert", "GOOD", "out.safetensors", "--to", "published"],
+        "may be flax or timm, not published",
+    ),
 }
 
 
@@ -135,7 +165,12 @@ def written(path, kind):
 
 
 @pytest.mark.parametrize(
-    ("kind", "sentence"), [("far block", "block 99999999"), ("no axes", "pos_embed"), ("whole numbers", "no arrays of real numbers: pos_embed int8")]
+    ("kind", "sentence"),
+    [
+        ("far block", "block 99999999"),
+        ("no axes", "pos_embed"),
+        ("whole numbers", "no arrays of real numbers: pos_embed int8"),
+    ],
 )
 def test_odd_parameters_are_named(kind, sentence, tmp_path, capsys):
     written(tmp_path / "w.safetensors", kind)

@@ -1,4 +1,6 @@
-"""ggem_jax/weights/vit.py and vit_layouts.py: features equal PyTorch's for every published naming; what is wrong with a file is listed by name."""
+"""ggem_jax/weights/vit.py and vit_layouts.py: features equal PyTorch's for every published naming;
+what is wrong with a file is listed by name.
+"""
 
 import dataclasses
 import functools
@@ -48,7 +50,11 @@ CASES = {
 def recorded(name):
     with np.load(DATA / f"{name}.npz") as file:
         found = {key: file[key] for key in file.files}
-    weights = {key.removeprefix("weights/"): value.astype(np.float32) for key, value in found.items() if key.startswith("weights/")}
+    weights = {
+        key.removeprefix("weights/"): value.astype(np.float32)
+        for key, value in found.items()
+        if key.startswith("weights/")
+    }
     return weights, found
 
 
@@ -68,7 +74,9 @@ def compiled(config, trained, num_classes):
 
 
 def assert_like_pytorch(published, found, tolerance=1e-4):
-    """Tokens, descriptors and projections of the recorded pictures, of both sizes where the recorded network takes both."""
+    """Tokens, descriptors and projections of the recorded pictures, of both sizes where the
+    recorded network takes both.
+    """
     apply = compiled(published.config, published.pooling, published.num_classes)
     compared = 0
     for size in ("", "large_"):
@@ -76,7 +84,12 @@ def assert_like_pytorch(published, found, tolerance=1e-4):
             output = apply(published.variables, jnp.asarray(found[f"{size}images"]))
             for name in ("tokens", "descriptor", "logits"):
                 if f"{size}{name}" in found:
-                    np.testing.assert_allclose(getattr(output, name), found[f"{size}{name}"], rtol=tolerance, atol=tolerance)
+                    np.testing.assert_allclose(
+                        getattr(output, name),
+                        found[f"{size}{name}"],
+                        rtol=tolerance,
+                        atol=tolerance,
+                    )
                     compared += 1
     assert compared
 
@@ -84,7 +97,9 @@ def assert_like_pytorch(published, found, tolerance=1e-4):
 @pytest.mark.parametrize("name", CASES)
 def test_features_are_those_of_pytorch(name, tmp_path):
     path, found = file_of(name, tmp_path)
-    published = read_vit(path) if path.suffix == ".npz" else read_vit(path, heads=2)  # of which Flax's files say the number
+    published = (
+        read_vit(path) if path.suffix == ".npz" else read_vit(path, heads=2)
+    )  # of which Flax's files say the number
     assert (published.layout, published.family) == CASES[name]
     assert_like_pytorch(published, found)
 
@@ -94,15 +109,30 @@ def test_the_way_to_timm_and_back_changes_no_feature(name, tmp_path):
     path, found = file_of(name, tmp_path)
     published = read_vit(path, heads=2)
     arrays = to_timm(published)
-    again = from_timm(arrays, heads=2, gelu=published.config.gelu, norm_eps=published.config.norm_eps)
-    kept = dataclasses.replace(again, config=dataclasses.replace(again.config, position_filter=published.config.position_filter))
+    again = from_timm(
+        arrays, heads=2, gelu=published.config.gelu, norm_eps=published.config.norm_eps
+    )
+    kept = dataclasses.replace(
+        again,
+        config=dataclasses.replace(again.config, position_filter=published.config.position_filter),
+    )
     assert_like_pytorch(kept, found)
     if CASES[name][0] == "timm":
-        given = {re.sub(r"gamma_(\d)", r"ls\1.gamma", key): value for key, value in recorded(name)[0].items() if key not in published.unused}
-        given = {key.replace("mlp.w12", "mlp.fc1").replace("mlp.w3", "mlp.fc2"): value for key, value in given.items()}
+        given = {
+            re.sub(r"gamma_(\d)", r"ls\1.gamma", key): value
+            for key, value in recorded(name)[0].items()
+            if key not in published.unused
+        }
+        given = {
+            key.replace("mlp.w12", "mlp.fc1").replace("mlp.w3", "mlp.fc2"): value
+            for key, value in given.items()
+        }
         assert set(arrays) == set(given)
         for key, value in given.items():
-            if "distilled" not in name or key not in ("dist_token", "pos_embed"):  # of which only the sum is known
+            if "distilled" not in name or key not in (
+                "dist_token",
+                "pos_embed",
+            ):  # of which only the sum is known
                 np.testing.assert_array_equal(arrays[key], value, err_msg=key)
 
 
@@ -126,15 +156,28 @@ def test_files_of_pytorch_and_bfloat16(tmp_path, monkeypatch):
     weights, found = recorded("mae")
     write_torch(tmp_path / "checkpoint.pth", weights)
     published = read_vit(tmp_path / "checkpoint.pth", heads=2)
-    assert published.unused == ("mask_token", "decoder_embed.weight", "decoder_blocks.0.norm1.weight")
+    assert published.unused == (
+        "mask_token",
+        "decoder_embed.weight",
+        "decoder_blocks.0.norm1.weight",
+    )
     assert_like_pytorch(published, found)
-    monkeypatch.setattr("ggem_jax.files.arrays.read_torch", lambda path: {"epoch": 3, "model": {"state_dict": weights | {"steps": 7}}})
+    monkeypatch.setattr(
+        "ggem_jax.files.arrays.read_torch",
+        lambda path: {"epoch": 3, "model": {"state_dict": weights | {"steps": 7}}},
+    )
     assert_like_pytorch(read_vit("training.pt", heads=2), found)
     monkeypatch.setattr("ggem_jax.files.arrays.read_torch", lambda path: [1, 2])
     with pytest.raises(MismatchedWeights, match=r"training.pt holds a list"):
         read_vit("training.pt")
     google, found = recorded("augreg")
-    np.savez(tmp_path / "short.npz", **{f"opt/target/{name}": value.astype(ml_dtypes.bfloat16).view("V2") for name, value in google.items()})
+    np.savez(
+        tmp_path / "short.npz",
+        **{
+            f"opt/target/{name}": value.astype(ml_dtypes.bfloat16).view("V2")
+            for name, value in google.items()
+        },
+    )
     short = read_vit(tmp_path / "short.npz", heads=2)
     assert_like_pytorch(short, found, tolerance=0.1)
     with pytest.raises(AssertionError):
@@ -146,7 +189,9 @@ def test_blocks_of_a_scan_are_taken_apart(tmp_path):
     stacked = {}
     for name, value in weights.items():
         if "encoderblock_0/" in name:
-            stacked[name.replace("encoderblock_0", "encoderblock")] = np.stack([value, weights[name.replace("block_0", "block_1")]])
+            stacked[name.replace("encoderblock_0", "encoderblock")] = np.stack(
+                [value, weights[name.replace("block_0", "block_1")]]
+            )
         elif "encoderblock_1/" not in name:
             stacked[name] = value
     np.savez(tmp_path / "scan.npz", **stacked)
@@ -155,7 +200,10 @@ def test_blocks_of_a_scan_are_taken_apart(tmp_path):
 
 def test_a_vit_of_big_vision_is_not_called_siglip(tmp_path):
     weights, found = recorded("big_vision-siglip")
-    np.savez(tmp_path / "plain.npz", **{name: value for name, value in weights.items() if "MAPHead" not in name})
+    np.savez(
+        tmp_path / "plain.npz",
+        **{name: value for name, value in weights.items() if "MAPHead" not in name},
+    )
     published = read_vit(tmp_path / "plain.npz")
     assert (published.family, published.pooling, published.config.heads) == ("big_vision", "avg", 2)
     del found["descriptor"]
@@ -163,23 +211,38 @@ def test_a_vit_of_big_vision_is_not_called_siglip(tmp_path):
 
 
 def test_a_gated_mlp_is_told_by_its_shapes(tmp_path):
-    for name, mlp, width in (("timm-swiglu", "swiglu", 24), ("dinov2-swiglu", "swiglu", 24), ("timm-deit3", "gelu", 24)):
+    for name, mlp, width in (
+        ("timm-swiglu", "swiglu", 24),
+        ("dinov2-swiglu", "swiglu", 24),
+        ("timm-deit3", "gelu", 24),
+    ):
         config = read_vit(file_of(name, tmp_path)[0], heads=2).config
         assert (config.mlp, config.mlp_width) == (mlp, width)
     weights, _ = recorded("timm-swiglu")
     weights["blocks.1.mlp.fc1.weight"] = weights["blocks.1.mlp.fc1.weight"][:24]  # of a GELU
-    with pytest.raises(MismatchedWeights, match=r"1 wrongly shaped: blocks\.1\.mlp\.fc1\.weight \(24, 16\) where \(48, 16\) is needed"):
+    with pytest.raises(
+        MismatchedWeights,
+        match=(
+            r"1 wrongly shaped: blocks\.1\.mlp\.fc1\.weight \(24, 16\) where \(48, 16\) is needed"
+        ),
+    ):
         from_timm(weights, heads=2)
 
 
 def empty_network(width=16, patch=4, **changes):
     """timm's names with zeros, of one block."""
-    config = ViTConfig(patch=patch, width=width, depth=1, heads=1, mlp_width=8, image=patch, **changes)
-    shapes = {name: parameter.shape for name, parameter in vit_table(config, Style(1), "cls", 0).items()}
+    config = ViTConfig(
+        patch=patch, width=width, depth=1, heads=1, mlp_width=8, image=patch, **changes
+    )
+    shapes = {
+        name: parameter.shape for name, parameter in vit_table(config, Style(1), "cls", 0).items()
+    }
     return join_qkv({name: np.zeros(shape, np.float32) for name, shape in shapes.items()})
 
 
-@pytest.mark.parametrize(("width", "heads"), [(192, 3), (768, 12), (1152, 16), (1280, 16), (1536, 24)])
+@pytest.mark.parametrize(
+    ("width", "heads"), [(192, 3), (768, 12), (1152, 16), (1280, 16), (1536, 24)]
+)
 def test_heads_are_those_of_the_published_sizes(width, heads):
     assert from_timm(empty_network(width)).config.heads == heads
 
@@ -187,7 +250,10 @@ def test_heads_are_those_of_the_published_sizes(width, heads):
 def test_layer_scale_is_of_dinov2_where_patches_are_of_14_and_else_of_deit3():
     assert from_timm(empty_network(patch=14, layer_scale=1e-5), heads=2).family == "dinov2"
     assert from_timm(empty_network(patch=16, layer_scale=1e-5), heads=2).family == "deit3"
-    assert from_timm(empty_network(patch=16, layer_scale=1e-5), heads=2, unused=("mask_token",)).family == "dinov2"
+    assert (
+        from_timm(empty_network(patch=16, layer_scale=1e-5), heads=2, unused=("mask_token",)).family
+        == "dinov2"
+    )
 
 
 def test_a_file_without_its_first_layer_is_refused_by_name():
@@ -208,23 +274,55 @@ def test_norms_of_a_layout_and_of_a_family(tmp_path):
 def test_the_pictures_of_timms_config(tmp_path):
     path, _ = file_of("timm-vit", tmp_path)
     assert read_vit(path, heads=2).normalised is None
-    (tmp_path / "config.json").write_text(json.dumps({"pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.25]}}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({"pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.25]}})
+    )
     assert read_vit(path, heads=2).normalised == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.25))
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda w: w | {"blocks.0.mlp.w12.weight": np.ones((4, 4), np.float32)}, "blocks.0.mlp.w12.weight"),
-        (lambda w: {k: v for k, v in w.items() if k != "blocks.1.mlp.fc2.bias"}, "1 missing: blocks.1.mlp.fc2.bias"),
-        (lambda w: {k: v for k, v in w.items() if k != "blocks.0.mlp.fc2.weight"}, "has no blocks.0.mlp.fc2.weight"),
-        (lambda w: w | {"blocks.1.norm1.weight": np.ones(3, np.float32)}, "blocks.1.norm1.weight (3,) where (16,) is needed"),
-        (lambda w: w | {"blocks.1.attn.qkv.weight": np.ones((47, 16), np.float32)}, "blocks.1.attn.qkv.weight"),
-        (lambda w: w | {"pos_embed": np.ones((1, 14, 16), np.float32)}, "14 positions are no square"),
-        (lambda w: w | {"patch_embed.proj.weight": np.ones((16, 1, 4, 4), np.float32)}, "patch_embed.proj.weight must be"),
-        (lambda w: w | {"blocks.0.mlp.fc1.weight": np.float32(1)}, "no arrays of real numbers: blocks.0.mlp.fc1.weight float32 ()"),
-        (lambda w: w | {"blocks.0.mlp.fc2.weight": np.float32(1)}, "no arrays of real numbers: blocks.0.mlp.fc2.weight float32 ()"),
-        (lambda w: {f"other.{k}": v for k, v in w.items()}, "no Vision Transformer of a known layout"),
+        (
+            lambda w: w | {"blocks.0.mlp.w12.weight": np.ones((4, 4), np.float32)},
+            "blocks.0.mlp.w12.weight",
+        ),
+        (
+            lambda w: {k: v for k, v in w.items() if k != "blocks.1.mlp.fc2.bias"},
+            "1 missing: blocks.1.mlp.fc2.bias",
+        ),
+        (
+            lambda w: {k: v for k, v in w.items() if k != "blocks.0.mlp.fc2.weight"},
+            "has no blocks.0.mlp.fc2.weight",
+        ),
+        (
+            lambda w: w | {"blocks.1.norm1.weight": np.ones(3, np.float32)},
+            "blocks.1.norm1.weight (3,) where (16,) is needed",
+        ),
+        (
+            lambda w: w | {"blocks.1.attn.qkv.weight": np.ones((47, 16), np.float32)},
+            "blocks.1.attn.qkv.weight",
+        ),
+        (
+            lambda w: w | {"pos_embed": np.ones((1, 14, 16), np.float32)},
+            "14 positions are no square",
+        ),
+        (
+            lambda w: w | {"patch_embed.proj.weight": np.ones((16, 1, 4, 4), np.float32)},
+            "patch_embed.proj.weight must be",
+        ),
+        (
+            lambda w: w | {"blocks.0.mlp.fc1.weight": np.float32(1)},
+            "no arrays of real numbers: blocks.0.mlp.fc1.weight float32 ()",
+        ),
+        (
+            lambda w: w | {"blocks.0.mlp.fc2.weight": np.float32(1)},
+            "no arrays of real numbers: blocks.0.mlp.fc2.weight float32 ()",
+        ),
+        (
+            lambda w: {f"other.{k}": v for k, v in w.items()},
+            "no Vision Transformer of a known layout",
+        ),
         (lambda w: {}, "nowhere, there are none"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
@@ -238,21 +336,42 @@ def test_what_does_not_fit_is_named(tmp_path, change, words):
 
 
 def test_dinov3_is_refused_in_one_sentence():
-    """Its names in the original files, in those of Hugging Face, and in timm's, where nothing but the absent positions tells."""
+    """Its names in the original files, in those of Hugging Face, and in timm's, where nothing but
+    the absent positions tells.
+    """
     weights, _ = recorded("timm-dinov2-registers")
     timm = {name: value for name, value in weights.items() if name != "pos_embed"}
     original = {name.replace("reg_token", "storage_tokens"): value for name, value in timm.items()}
     original |= {"rope_embed.periods": np.ones(2), "blocks.0.attn.qkv.bias_mask": np.ones(48)}
-    hugging = {f"layer.0.attention.{part}_proj.weight": np.ones((16, 16)) for part in "qkvo"} | {"embeddings.register_tokens": np.ones((1, 3, 16))}
+    hugging = {f"layer.0.attention.{part}_proj.weight": np.ones((16, 16)) for part in "qkvo"} | {
+        "embeddings.register_tokens": np.ones((1, 3, 16))
+    }
     for arrays, words in (
-        (original, "rotary positions, such as DINOv3, which is not read: blocks.0.attn.qkv.bias_mask, rope_embed.periods, storage_tokens"),
-        (hugging, "rotary positions, such as DINOv3, which is not read: layer.0.attention.k_proj.weight, layer.0.attention.q_proj.weight"),
+        (
+            original,
+            (
+                "rotary positions, such as DINOv3, which is not read: blocks.0.attn.qkv.bias_mask,"
+                " rope_embed.periods, storage_tokens"
+            ),
+        ),
+        (
+            hugging,
+            (
+                "rotary positions, such as DINOv3, which is not read:"
+                " layer.0.attention.k_proj.weight, layer.0.attention.q_proj.weight"
+            ),
+        ),
     ):
         with pytest.raises(MismatchedWeights) as caught:
             to_names_of_timm(arrays, source="this file")
         assert words in str(caught.value)
         assert str(caught.value).startswith("this file")
-    with pytest.raises(MismatchedWeights, match=r"has no pos_embed; networks without learned positions, such as DINOv3 .* are not read"):
+    with pytest.raises(
+        MismatchedWeights,
+        match=(
+            r"has no pos_embed; networks without learned positions, such as DINOv3 .* are not read"
+        ),
+    ):
         from_timm(timm, heads=2)
 
 

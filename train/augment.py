@@ -1,4 +1,6 @@
-"""Random changes of a training picture, `(height, width, 3)` uint8 to `(side, side, 3)` uint8; every random number comes from the generator given."""
+"""Random changes of a training picture, `(height, width, 3)` uint8 to `(side, side, 3)` uint8;
+every random number comes from the generator given.
+"""
 
 import math
 
@@ -29,13 +31,19 @@ def augment(image: RGB, side: int, how: Augment, rng: np.random.Generator) -> RG
 
 def pad_crop(image: RGB, side: int, pad: int, rng: np.random.Generator) -> RGB:
     """Reflects `pad` pixels around the picture and cuts a square at random."""
-    image = np.pad(centre_crop(image, side), ((pad, pad), (pad, pad), (0, 0)), mode="reflect" if pad < side else "edge")
+    image = np.pad(
+        centre_crop(image, side),
+        ((pad, pad), (pad, pad), (0, 0)),
+        mode="reflect" if pad < side else "edge",
+    )
     top, left = rng.integers(0, 2 * pad + 1, 2)
     return image[top : top + side, left : left + side]
 
 
 def resized_crop(image: RGB, side: int, min_area: float, rng: np.random.Generator) -> RGB:
-    """Cuts a rectangle of random area (`min_area` to 1) and shape (3:4 to 4:3) and resizes it: Szegedy et al. 2015, arXiv:1409.4842, section 6."""
+    """Cuts a rectangle of random area (`min_area` to 1) and shape (3:4 to 4:3) and resizes it:
+    Szegedy et al. 2015, arXiv:1409.4842, section 6.
+    """
     height, width = image.shape[:2]
     for _ in range(10):
         area = height * width * rng.uniform(min_area, 1)
@@ -48,7 +56,9 @@ def resized_crop(image: RGB, side: int, min_area: float, rng: np.random.Generato
 
 
 def erase(image: RGB, rng: np.random.Generator) -> RGB:
-    """Replaces a rectangle of 2 % to 33 % of the picture by noise: Zhong et al. 2020, arXiv:1708.04896."""
+    """Replaces a rectangle of 2 % to 33 % of the picture by noise: Zhong et al. 2020,
+    arXiv:1708.04896.
+    """
     height, width = image.shape[:2]
     area = height * width * rng.uniform(0.02, 1 / 3)
     ratio = math.exp(rng.uniform(math.log(0.3), -math.log(0.3)))
@@ -60,10 +70,11 @@ def erase(image: RGB, rng: np.random.Generator) -> RGB:
 
 
 def randaugment(image: RGB, ops: int, magnitude: float, rng: np.random.Generator) -> RGB:
-    """Applies random operations, each with probability 1/2 and a strength around `magnitude` of 10: Cubuk et al. 2020, arXiv:1909.13719.
+    """Applies random operations, each with probability 1/2 and a strength around `magnitude` of 10:
+    Cubuk et al. 2020, arXiv:1909.13719.
 
-    Strength, probability and the list are those that ViT recipes write as `rand-m9-mstd0.5-inc1`: stronger is further from the picture for every
-    operation.
+    Strength, probability and the list are those that ViT recipes write as `rand-m9-mstd0.5-inc1`:
+    stronger is further from the picture for every operation.
     """
     picture = Image.fromarray(np.ascontiguousarray(image))
     for operation in rng.integers(0, len(_OPERATIONS), ops):
@@ -74,11 +85,19 @@ def randaugment(image: RGB, ops: int, magnitude: float, rng: np.random.Generator
 
 
 def _affine(picture, matrix):
-    return picture.transform(picture.size, Image.Transform.AFFINE, matrix, Image.Resampling.BILINEAR, fillcolor=(128, 128, 128))
+    return picture.transform(
+        picture.size,
+        Image.Transform.AFFINE,
+        matrix,
+        Image.Resampling.BILINEAR,
+        fillcolor=(128, 128, 128),
+    )
 
 
 def _enhance(kind):
-    return lambda picture, strength, sign: kind(picture).enhance(max(0.1, 1 + 0.9 * strength * sign))
+    return lambda picture, strength, sign: kind(picture).enhance(
+        max(0.1, 1 + 0.9 * strength * sign)
+    )
 
 
 # Each takes (picture, strength in [0, 1], sign).
@@ -86,16 +105,24 @@ _OPERATIONS = (
     lambda picture, strength, sign: ImageOps.autocontrast(picture),
     lambda picture, strength, sign: ImageOps.equalize(picture),
     lambda picture, strength, sign: ImageOps.invert(picture),
-    lambda picture, strength, sign: picture.rotate(30 * strength * sign, Image.Resampling.BILINEAR, fillcolor=(128, 128, 128)),
+    lambda picture, strength, sign: picture.rotate(
+        30 * strength * sign, Image.Resampling.BILINEAR, fillcolor=(128, 128, 128)
+    ),
     lambda picture, strength, sign: ImageOps.posterize(picture, 4 - int(4 * strength) or 1),
     lambda picture, strength, sign: ImageOps.solarize(picture, 256 - int(256 * strength)),
-    lambda picture, strength, sign: picture.point([min(255, v + int(110 * strength)) if v < 128 else v for v in range(256)] * 3),
+    lambda picture, strength, sign: picture.point(
+        [min(255, v + int(110 * strength)) if v < 128 else v for v in range(256)] * 3
+    ),
     _enhance(ImageEnhance.Color),
     _enhance(ImageEnhance.Contrast),
     _enhance(ImageEnhance.Brightness),
     _enhance(ImageEnhance.Sharpness),
     lambda picture, strength, sign: _affine(picture, (1, 0.3 * strength * sign, 0, 0, 1, 0)),
     lambda picture, strength, sign: _affine(picture, (1, 0, 0, 0.3 * strength * sign, 1, 0)),
-    lambda picture, strength, sign: _affine(picture, (1, 0, 0.45 * strength * sign * picture.width, 0, 1, 0)),
-    lambda picture, strength, sign: _affine(picture, (1, 0, 0, 0, 1, 0.45 * strength * sign * picture.height)),
+    lambda picture, strength, sign: _affine(
+        picture, (1, 0, 0.45 * strength * sign * picture.width, 0, 1, 0)
+    ),
+    lambda picture, strength, sign: _affine(
+        picture, (1, 0, 0, 0, 1, 0.45 * strength * sign * picture.height)
+    ),
 )

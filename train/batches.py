@@ -1,4 +1,6 @@
-"""Pictures -> batches, the same ones in the same order for a seed, whatever the number of processes and wherever a run is taken up again."""
+"""Pictures -> batches, the same ones in the same order for a seed, whatever the number of processes
+and wherever a run is taken up again.
+"""
 
 import functools
 import sys
@@ -14,8 +16,8 @@ from train.augment import augment
 from train.config import Config, Refused
 from train.data import Pictures
 
-# image (b, side, side, 3) uint8, label (b,) int32; for evaluation also weight (b,) float32, index (b,) int32 and
-# digest (b,) uint32 of the picture as it was read
+# image (b, side, side, 3) uint8, label (b,) int32; for evaluation also weight (b,) float32, index
+# (b,) int32 and digest (b,) uint32 of the picture as it was read
 Batch = dict[str, np.ndarray]
 
 
@@ -39,44 +41,74 @@ def train_batches(
 ) -> Iterator[Batch]:
     """Endless shuffled and augmented batches from step `start` on: this process's rows of each.
 
-    Batch k holds the pictures k * batch ... (k + 1) * batch - 1 of the shuffled stream, or those that `draw(k)` numbers, and each draws its random
-    numbers from its own place in the stream, so nothing depends on where the stream was entered. `beside` gives what stands beside a picture, from
-    its label and these random numbers.
+    Batch k holds the pictures k * batch ... (k + 1) * batch - 1 of the shuffled stream, or those
+    that `draw(k)` numbers, and each draws its random numbers from its own place in the stream, so
+    nothing depends on where the stream was entered. `beside` gives what stands beside a picture,
+    from its label and these random numbers.
     """
     local = config.batch // processes
     reader = _Reader(pictures, config.data.corrupt)
 
     def example(index: int, rng: np.random.Generator) -> dict[str, Any]:
         image, label = reader(index)
-        return {"image": augment(image, config.model.image, config.augment, rng), **beside(label, rng)}
+        return {
+            "image": augment(image, config.model.image, config.augment, rng),
+            **beside(label, rng),
+        }
 
     def drawn(place: int, rng: np.random.Generator) -> dict[str, Any]:
         assert draw is not None
         return example(int(draw(place // config.batch)[place % config.batch]), rng)
 
     if draw is None:
-        stream = grain.MapDataset.range(len(pictures)).seed(config.seed).shuffle().repeat(None).random_map(example).batch(local)
+        stream = (
+            grain.MapDataset.range(len(pictures))
+            .seed(config.seed)
+            .shuffle()
+            .repeat(None)
+            .random_map(example)
+            .batch(local)
+        )
     else:
         stream = grain.MapDataset.range(ENDLESS).seed(config.seed).random_map(drawn).batch(local)
     mine = stream[start * processes + process :: processes]
-    return iter(mine.to_iter_dataset(grain.ReadOptions(num_threads=config.data.workers, prefetch_buffer_size=4 * config.data.workers)))
+    return iter(
+        mine.to_iter_dataset(
+            grain.ReadOptions(
+                num_threads=config.data.workers, prefetch_buffer_size=4 * config.data.workers
+            )
+        )
+    )
 
 
-def balanced(labels: np.ndarray, batch: int, per_class: int, seed: int) -> Callable[[int], np.ndarray]:
-    """The pictures of each step, `(batch,)`: `per_class` of each of batch / per_class classes, drawn without repeating where there are enough."""
+def balanced(
+    labels: np.ndarray, batch: int, per_class: int, seed: int
+) -> Callable[[int], np.ndarray]:
+    """The pictures of each step, `(batch,)`: `per_class` of each of batch / per_class classes,
+    drawn without repeating where there are enough.
+    """
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
 
     @functools.lru_cache(maxsize=64)
     def draw(step: int) -> np.ndarray:
         rng = np.random.default_rng((seed, step))
         classes = rng.permutation(len(members))[: batch // per_class]
-        return np.concatenate([rng.choice(members[label], per_class, replace=len(members[label]) < per_class) for label in classes])
+        return np.concatenate(
+            [
+                rng.choice(members[label], per_class, replace=len(members[label]) < per_class)
+                for label in classes
+            ]
+        )
 
     return draw
 
 
-def eval_batches(pictures: Pictures, config: Config, *, process: int = 0, processes: int = 1) -> Iterator[Batch]:
-    """All pictures once, in order. The last batch is filled up with weight 0, which is also what a skipped corrupt picture gets."""
+def eval_batches(
+    pictures: Pictures, config: Config, *, process: int = 0, processes: int = 1
+) -> Iterator[Batch]:
+    """All pictures once, in order. The last batch is filled up with weight 0, which is also what a
+    skipped corrupt picture gets.
+    """
     local = config.batch // processes
     reader = _Reader(pictures, config.data.corrupt)
     side = config.model.image
@@ -89,15 +121,31 @@ def eval_batches(pictures: Pictures, config: Config, *, process: int = 0, proces
             image = resize(image, side, side)
         else:
             image = centre_crop(image, side, zoom=config.data.eval_zoom)
-        return {"image": image, "label": np.int32(label), "weight": np.float32(picture is not None), "index": np.int32(index), "digest": digest}
+        return {
+            "image": image,
+            "label": np.int32(label),
+            "weight": np.float32(picture is not None),
+            "index": np.int32(index),
+            "digest": digest,
+        }
 
     steps = -(-len(pictures) // config.batch)
-    stream = grain.MapDataset.range(steps * config.batch).map(example).batch(local)[process::processes]
-    return iter(stream.to_iter_dataset(grain.ReadOptions(num_threads=config.data.workers, prefetch_buffer_size=4 * config.data.workers)))
+    stream = (
+        grain.MapDataset.range(steps * config.batch).map(example).batch(local)[process::processes]
+    )
+    return iter(
+        stream.to_iter_dataset(
+            grain.ReadOptions(
+                num_threads=config.data.workers, prefetch_buffer_size=4 * config.data.workers
+            )
+        )
+    )
 
 
 class _Reader:
-    """Loads pictures; one that cannot be decoded is refused, or named once and replaced by the next that can."""
+    """Loads pictures; one that cannot be decoded is refused, or named once and replaced by the next
+    that can.
+    """
 
     def __init__(self, pictures: Pictures, corrupt: str):
         self.pictures, self.corrupt = pictures, corrupt
@@ -115,7 +163,10 @@ class _Reader:
             return self.pictures.load(index)
         except UnreadableImage as error:
             if self.corrupt == "refuse":
-                raise Refused(f"{error} (--data.corrupt skip, or --corrupt skip of the evaluation, goes on without it)") from None
+                raise Refused(
+                    f"{error} (--data.corrupt skip, or --corrupt skip of the evaluation, goes on"
+                    " without it)"
+                ) from None
             if index not in self.named:
                 self.named.add(index)
                 print(f"skipped: {error}", file=sys.stderr, flush=True)

@@ -1,11 +1,14 @@
-"""Where pictures with captions come from: `csv:FILE`, `wds:PATTERN`, or pictures by class (`train.data`) whose class names become captions.
+"""Where pictures with captions come from: `csv:FILE`, `wds:PATTERN`, or pictures by class
+(`train.data`) whose class names become captions.
 
-- `csv:FILE`: a header and the columns image (a path from the file's folder) and caption, between commas or tabs. Rows with the same path are one
-  picture with several captions.
-- `wds:PATTERN`: tar files as of WebDataset, `shard-{000..012}.tar` or a glob: the members of a pair are called alike but for their endings, .jpg,
-  .png or .webp, and .txt (the caption) or .json with "caption". They are read where they lie, by an index made when the run starts.
+- `csv:FILE`: a header and the columns image (a path from the file's folder) and caption, between
+  commas or tabs. Rows with the same path are one picture with several captions.
+- `wds:PATTERN`: tar files as of WebDataset, `shard-{000..012}.tar` or a glob: the members of a pair
+  are called alike but for their endings, .jpg, .png or .webp, and .txt (the caption) or .json with
+  "caption". They are read where they lie, by an index made when the run starts.
 
-Without `--data.eval_split`, which names another file or pattern, `--data.holdout` of the pictures are kept for evaluation. Nothing is unpickled.
+Without `--data.eval_split`, which names another file or pattern, `--data.holdout` of the pictures
+are kept for evaluation. Nothing is unpickled.
 """
 
 import csv
@@ -43,32 +46,61 @@ Captions = tuple[str, ...]
 class Text:
     """The text tower of train.contrastive and where its captions come from."""
 
-    width: int = 512  # channels of a token; the base size of CLIP's text tower, arXiv:2103.00020, section 2.4, and so are the next four
+    # channels of a token; the base size of CLIP's text tower, arXiv:2103.00020, section 2.4, and so
+    # are the next four
+    width: int = 512
     depth: int = 12  # blocks
     heads: int = 8
     mlp_width: int = 2048
     context: int = 77  # ids of a text, start and end included; longer ones lose their last pieces
     vocabulary: int = 8192  # most pieces of a tokenizer that is trained on the captions
     tokenizer: Path | None = None  # a tokenizer.json to use instead
-    templates: tuple[str, ...] | None = None  # captions made of class names; None: "a photo of a {}.", of digits "the handwritten digit {}"
-    names: Path | None = None  # file that calls the classes otherwise: a line for each, its folder, a tab, its words
-    shuffle_captions: bool = False  # a control: each training picture gets the captions of another one, once and for all
+    templates: tuple[str, ...] | None = (
+        # captions made of class names; None: "a photo of a {}.", of digits "the handwritten digit
+        # {}"
+        None
+    )
+    names: Path | None = (
+        None  # file that calls the classes otherwise: a line for each, its folder, a tab, its words
+    )
+    shuffle_captions: bool = (
+        False  # a control: each training picture gets the captions of another one, once and for all
+    )
 
     def __post_init__(self):
         for name in ("width", "depth", "heads", "mlp_width"):
             require(f"text.{name}", getattr(self, name), "at least 1", getattr(self, name) >= 1)
-        require("text.width", self.width, f"a multiple of its {self.heads} heads", self.width % self.heads == 0)
-        require("text.context", self.context, "at least 3: start, a piece and end", self.context >= 3)
+        require(
+            "text.width",
+            self.width,
+            f"a multiple of its {self.heads} heads",
+            self.width % self.heads == 0,
+        )
+        require(
+            "text.context", self.context, "at least 3: start, a piece and end", self.context >= 3
+        )
         enough = SMALLEST_VOCABULARY <= self.vocabulary <= LARGEST_VOCABULARY
-        wanted = f"at least {SMALLEST_VOCABULARY}: all bytes, start and end, and at most {LARGEST_VOCABULARY}"
+        wanted = (
+            f"at least {SMALLEST_VOCABULARY}: all bytes, start and end, and at most"
+            f" {LARGEST_VOCABULARY}"
+        )
         require("text.vocabulary", self.vocabulary, wanted, enough)
-        named = self.templates is None or (bool(self.templates) and all("{}" in template for template in self.templates))
-        require("text.templates", self.templates, "texts with {} where the name of the class goes", named)
+        named = self.templates is None or (
+            bool(self.templates) and all("{}" in template for template in self.templates)
+        )
+        require(
+            "text.templates",
+            self.templates,
+            "texts with {} where the name of the class goes",
+            named,
+        )
 
 
 @dataclass(frozen=True)
 class Captioned:
-    """One split: pictures whose labels are their own numbers, and of each picture its captions, at least one."""
+    """One split: pictures whose labels are their own numbers, and of each picture its captions, at
+    least one.
+    """
 
     pictures: Pictures
     captions: Sequence[Captions]
@@ -81,10 +113,14 @@ class Captioned:
     def take(self, indices: np.ndarray) -> "Captioned":
         """The pictures with these numbers, in this order."""
         names = [self.names[i] for i in indices] if self.names else ()
-        return captioned(self.pictures.take(indices), [self.captions[i] for i in indices], self.classes, names)
+        return captioned(
+            self.pictures.take(indices), [self.captions[i] for i in indices], self.classes, names
+        )
 
     def shuffled(self, seed: int) -> "Captioned":
-        """Each picture with the captions of another one, drawn at random once and for all; of one picture there is no other."""
+        """Each picture with the captions of another one, drawn at random once and for all; of one
+        picture there is no other.
+        """
         if len(self) < 2:
             raise Refused("--text.shuffle_captions needs at least 2 pictures to train on")
         order = np.random.default_rng(seed).permutation(len(self))
@@ -94,9 +130,15 @@ class Captioned:
         return captioned(self.pictures, captions, self.classes, self.names)
 
     def texts(self) -> tuple[tuple[str, ...], np.ndarray]:
-        """The distinct captions, and which belong to which picture: pairs (picture, text), `(m, 2)`."""
+        """The distinct captions, and which belong to which picture: pairs (picture, text), `(m,
+        2)`.
+        """
         numbers: dict[str, int] = {}
-        pairs = [(picture, numbers.setdefault(caption, len(numbers))) for picture, each in enumerate(self.captions) for caption in each]
+        pairs = [
+            (picture, numbers.setdefault(caption, len(numbers)))
+            for picture, each in enumerate(self.captions)
+            for caption in each
+        ]
         return tuple(numbers), np.array(pairs, np.int64)
 
     def digest(self) -> int:
@@ -107,9 +149,19 @@ class Captioned:
         return total
 
 
-def captioned(pictures: Pictures, captions: Sequence[Captions], classes: tuple[str, ...] = (), names: Sequence[str] = ()) -> Captioned:
+def captioned(
+    pictures: Pictures,
+    captions: Sequence[Captions],
+    classes: tuple[str, ...] = (),
+    names: Sequence[str] = (),
+) -> Captioned:
     """Pictures numbered anew, with their captions."""
-    numbered = Pictures(len(pictures), ("picture",), lambda i: (pictures.load(i)[0], i), lambda: np.arange(len(pictures), dtype=np.int32))
+    numbered = Pictures(
+        len(pictures),
+        ("picture",),
+        lambda i: (pictures.load(i)[0], i),
+        lambda: np.arange(len(pictures), dtype=np.int32),
+    )
     return Captioned(numbered, captions, classes, names)
 
 
@@ -120,14 +172,21 @@ def open_captions(data: Data, text: Text) -> tuple[Captioned, Captioned]:
         try:
             splits = open_data(data)
         except Refused as error:
-            raise Refused(str(error).replace(f"known are {KNOWN_CLASSES}", f"known are {KNOWN}")) from None
+            raise Refused(
+                str(error).replace(f"known are {KNOWN_CLASSES}", f"known are {KNOWN}")
+            ) from None
         words = class_words(splits[0].classes, data, text)
-        train, evaluation = (of_classes(pictures, words, templates_of(data, text)) for pictures in splits)
+        train, evaluation = (
+            of_classes(pictures, words, templates_of(data, text)) for pictures in splits
+        )
         return train, evaluation
     if not name:
         raise Refused(f"unknown data source {data.source!r}; known are {KNOWN}")
     if text.templates is not None or text.names is not None:
-        raise Refused(f"--text.templates and --text.names make captions of class names, but {data.source} has captions of its own")
+        raise Refused(
+            f"--text.templates and --text.names make captions of class names, but {data.source} has"
+            " captions of its own"
+        )
     reader = read_csv if kind == "csv" else read_shards
     pairs = reader(name, data.corrupt)
     if data.eval_split is not None:
@@ -137,26 +196,43 @@ def open_captions(data: Data, text: Text) -> tuple[Captioned, Captioned]:
 
 
 def class_words(classes: tuple[str, ...], data: Data, text: Text) -> tuple[str, ...]:
-    """What the classes are called in captions: what the file of names says, or their own names with spaces for _."""
+    """What the classes are called in captions: what the file of names says, or their own names with
+    spaces for _.
+    """
     if text.names is not None:
         names = read_names(text.names)
         missing = [name for name in classes if name not in names]
         if missing:
-            raise Refused(f"--text.names {text.names} has no words for {', '.join(missing[:5])}{' and others' if len(missing) > 5 else ''}")
+            raise Refused(
+                f"--text.names {text.names} has no words for"
+                f" {', '.join(missing[:5])}{' and others' if len(missing) > 5 else ''}"
+            )
         return tuple(names[name] for name in classes)
     if unprintable := [name for name in classes if name != name.encode(errors="replace").decode()]:
-        raise Refused(f"the class name {unprintable[0]!r} of {data.source} is not in UTF-8: --text.names FILE calls it otherwise")
-    return DIGITS if data.source == "digits" else tuple(name.replace("_", " ").strip() for name in classes)
+        raise Refused(
+            f"the class name {unprintable[0]!r} of {data.source} is not in UTF-8: --text.names FILE"
+            " calls it otherwise"
+        )
+    return (
+        DIGITS
+        if data.source == "digits"
+        else tuple(name.replace("_", " ").strip() for name in classes)
+    )
 
 
 def templates_of(data: Data, text: Text) -> tuple[str, ...]:
     """The templates that are asked for, or the source's own."""
-    return text.templates or (("the handwritten digit {}",) if data.source == "digits" else ("a photo of a {}.",))
+    return text.templates or (
+        ("the handwritten digit {}",) if data.source == "digits" else ("a photo of a {}.",)
+    )
 
 
 def of_classes(pictures: Pictures, words: tuple[str, ...], templates: tuple[str, ...]) -> Captioned:
     """Pictures by class, each with the name of its class in every template."""
-    captions = [tuple(dict.fromkeys(template.replace("{}", each) for template in templates)) for each in words]
+    captions = [
+        tuple(dict.fromkeys(template.replace("{}", each) for template in templates))
+        for each in words
+    ]
     return captioned(pictures, [captions[label] for label in pictures.labels()], words)
 
 
@@ -166,7 +242,9 @@ def read_names(path: Path) -> dict[str, str]:
     for number, line in enumerate(_text_of(path.expanduser(), "--text.names").splitlines(), 1):
         folder, tab, words = line.partition("\t")
         if line.strip() and not (tab and folder.strip() and words.strip()):
-            raise Refused(f"line {number} of {path} must be a folder name, a tab and words, not {line!r}")
+            raise Refused(
+                f"line {number} of {path} must be a folder name, a tab and words, not {line!r}"
+            )
         if folder.strip() in names:
             raise Refused(f"{path} has two lines for {folder.strip()}")
         if line.strip():
@@ -179,23 +257,34 @@ def read_csv(name: str, corrupt: str) -> Captioned:
     path = Path(name).expanduser()
     text = _text_of(path, "the captions")
     try:
-        rows = csv.DictReader(io.StringIO(text), delimiter="\t" if "\t" in text.partition("\n")[0] else ",", strict=True)
+        rows = csv.DictReader(
+            io.StringIO(text),
+            delimiter="\t" if "\t" in text.partition("\n")[0] else ",",
+            strict=True,
+        )
         columns = rows.fieldnames or []
         if not {"image", "caption"} <= set(columns):
-            raise Refused(f"{path} must have the columns image and caption in its first line, not {', '.join(columns) or 'nothing'}")
+            raise Refused(
+                f"{path} must have the columns image and caption in its first line, not"
+                f" {', '.join(columns) or 'nothing'}"
+            )
         if len(set(columns)) < len(columns):
             raise Refused(f"{path} names a column twice in its first line: {', '.join(columns)}")
         found = []
         for row in rows:
             if None in row:
-                raise Refused(f"line {rows.line_num} of {path} has more columns than the first: a caption with a comma needs quotes")
+                raise Refused(
+                    f"line {rows.line_num} of {path} has more columns than the first: a caption"
+                    " with a comma needs quotes"
+                )
             image = (row["image"] or "").strip()
             found.append((os.path.normpath(image) if image else "", (row["caption"] or "").strip()))
     except csv.Error as error:
         raise Refused(f"{path} cannot be read as CSV after line {rows.line_num}: {error}") from None
     images = {image: path.parent / image for image, _ in found}
     there = {image: bool(image) and images[image].is_file() for image in images}
-    lacking = {(image or f"row {number}"): "caption" if there[image] else "picture" for number, (image, caption) in enumerate(found, 1)
+    lacking = {(image or f"row {number}"): "caption" if there[image] else "picture" for number,
+    (image, caption) in enumerate(found, 1)
                if not caption or not there[image]}  # fmt: skip
     _check_complete(lacking, f"{path}", corrupt)
     captions: dict[str, list[str]] = {}
@@ -238,7 +327,12 @@ def read_shards(pattern: str, corrupt: str) -> Captioned:
                 members.append(member)
                 captions.append(found)
     _check_complete(lacking, pattern, corrupt)
-    return _of_files(lambda i: members[i].read(), captions, pattern, [f"{member.shard.name}/{member.name} {member.size}" for member in members])
+    return _of_files(
+        lambda i: members[i].read(),
+        captions,
+        pattern,
+        [f"{member.shard.name}/{member.name} {member.size}" for member in members],
+    )
 
 
 def read_shard(shard: Path) -> dict[str, tuple[Member | None, list[str]]]:
@@ -254,8 +348,15 @@ def read_shard(shard: Path) -> dict[str, tuple[Member | None, list[str]]]:
                     raise tarfile.ReadError(f"{member.name} reaches beyond its end")
                 of_a_pair = ending.rpartition(".")[2] in (*PICTURES, "txt", "json")
                 if of_a_pair and (member.islnk() or member.issym() or "." in ending):
-                    reason = "a link" if member.islnk() or member.issym() else "a name with more dots than the one before its ending"
-                    raise Refused(f"{member.name} in {shard} is {reason}: pairs are KEY.jpg and KEY.txt, files by themselves")
+                    reason = (
+                        "a link"
+                        if member.islnk() or member.issym()
+                        else "a name with more dots than the one before its ending"
+                    )
+                    raise Refused(
+                        f"{member.name} in {shard} is {reason}: pairs are KEY.jpg and KEY.txt,"
+                        " files by themselves"
+                    )
                 if not member.isreg() or not dot:
                     continue
                 if ending in PICTURES:
@@ -268,17 +369,26 @@ def read_shard(shard: Path) -> dict[str, tuple[Member | None, list[str]]]:
                     if (key, ending) in seen:
                         raise Refused(f"{shard} has two files {key}.{ending}")
                     seen.add((key, ending))
-                    captions[key] = found if ending == "txt" or key not in captions else captions[key]  # the text where both are there
+                    captions[key] = (
+                        found if ending == "txt" or key not in captions else captions[key]
+                    )  # the text where both are there
             with shard.open("rb") as whole:
                 whole.seek(archive.offset)
                 if whole.read(512) != bytes(512):
                     raise tarfile.ReadError("its end is missing")
                 while rest := whole.read(1 << 20):
                     if rest.strip(b"\0"):
-                        raise tarfile.ReadError("something follows its end, as after files that were joined")
+                        raise tarfile.ReadError(
+                            "something follows its end, as after files that were joined"
+                        )
     except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError) as error:
-        raise Refused(f"the shard {shard} cannot be read as tar: {getattr(error, 'strerror', None) or error}") from None
-    return {key: (pictures.get(key), captions.get(key, [])) for key in dict.fromkeys([*pictures, *captions])}
+        raise Refused(
+            f"the shard {shard} cannot be read as tar: {getattr(error, 'strerror', None) or error}"
+        ) from None
+    return {
+        key: (pictures.get(key), captions.get(key, []))
+        for key in dict.fromkeys([*pictures, *captions])
+    }
 
 
 def shards_of(pattern: str) -> list[Path]:
@@ -290,17 +400,27 @@ def shards_of(pattern: str) -> list[Path]:
         raise Refused(f"there are no shards {pattern}")
     missing = [path for path in paths if not path.is_file()]
     if missing:
-        raise Refused(f"there is no shard {missing[0]} ({len(missing)} of {len(paths)} that {pattern} names are missing)")
+        raise Refused(
+            f"there is no shard {missing[0]} ({len(missing)} of {len(paths)} that {pattern} names"
+            " are missing)"
+        )
     return paths
 
 
 def _counted(pattern: str) -> Iterator[str]:
     parts = re.split(r"\{(\d+)\.\.(\d+)\}", pattern)
-    ranges = [range(int(low), int(high) + 1) for low, high in zip(parts[1::3], parts[2::3], strict=True)]
+    ranges = [
+        range(int(low), int(high) + 1) for low, high in zip(parts[1::3], parts[2::3], strict=True)
+    ]
     if math.prod(map(len, ranges)) > MOST_SHARDS:
-        raise Refused(f"{pattern} names {math.prod(map(len, ranges)):,} shards, where at most {MOST_SHARDS:,} are taken")
+        raise Refused(
+            f"{pattern} names {math.prod(map(len, ranges)):,} shards, where at most {MOST_SHARDS:,}"
+            " are taken"
+        )
     for numbers in itertools.product(*ranges):
-        filled = [f"{number:0{len(low)}d}" for number, low in zip(numbers, parts[1::3], strict=True)]
+        filled = [
+            f"{number:0{len(low)}d}" for number, low in zip(numbers, parts[1::3], strict=True)
+        ]
         yield "".join(itertools.chain(*itertools.zip_longest(parts[::3], filled, fillvalue="")))
 
 
@@ -329,15 +449,25 @@ def _of_files(load, captions: Iterable[list[str]], name: str, names: Sequence[st
     kept = [tuple(dict.fromkeys(each)) for each in captions]
     if not kept:
         raise Refused(f"{name} holds no picture with a caption")
-    return captioned(Pictures(len(kept), ("picture",), lambda i: (load(i), i), lambda: np.arange(len(kept))), kept, (), names)
+    return captioned(
+        Pictures(len(kept), ("picture",), lambda i: (load(i), i), lambda: np.arange(len(kept))),
+        kept,
+        (),
+        names,
+    )
 
 
 def _check_complete(lacking: dict[str, str], source: str, corrupt: str) -> None:
-    """Names entries without a picture or a caption in one line; refuses them unless they may be skipped."""
+    """Names entries without a picture or a caption in one line; refuses them unless they may be
+    skipped.
+    """
     if not lacking:
         return
     first = ", ".join(f"{name} (no {what})" for name, what in itertools.islice(lacking.items(), 3))
-    said = f"{len(lacking)} of the pairs of {source} are not complete: {first}{', ...' if len(lacking) > 3 else ''}"
+    said = (
+        f"{len(lacking)} of the pairs of {source} are not complete:"
+        f" {first}{', ...' if len(lacking) > 3 else ''}"
+    )
     if corrupt == "refuse":
         raise Refused(f"{said} (--data.corrupt skip goes on without them)")
     print(f"skipped: {said}", file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
 """Trains a Vision Transformer classifier: python -m train.classify --config NAME [flags].
 
-`--init FILE` starts from a published ViT (`ggem_jax.weights.vit`). The run's folder, stopping and going on: `train.loop`.
+`--init FILE` starts from a published ViT (`ggem_jax.weights.vit`). The run's folder, stopping and
+going on: `train.loop`.
 """
 
 from typing import Any
@@ -23,8 +24,11 @@ def main(argv: list[str] | None = None) -> None:
     run_tool(TOOL, lambda flags: train(load_config(flags, TOOL)), argv)
 
 
-def train(config: Config, *, data: tuple[Pictures, Pictures] | None = None, quiet: bool = False) -> Trained:
-    """Runs the training that the config describes, or goes on with it; the result is the `Predictions` of the last evaluation.
+def train(
+    config: Config, *, data: tuple[Pictures, Pictures] | None = None, quiet: bool = False
+) -> Trained:
+    """Runs the training that the config describes, or goes on with it; the result is the
+    `Predictions` of the last evaluation.
 
     `data` are training and evaluation pictures to take instead of the config's source.
     """
@@ -40,13 +44,20 @@ def train(config: Config, *, data: tuple[Pictures, Pictures] | None = None, quie
 
         def evaluation(state) -> Evaluation:
             predictions = evaluate(steps, state.evaluated, eval_set, config)
-            values: dict[str, Any] = {"top1": float(predictions.top(1).mean()), "top5": float(predictions.top(5).mean()), "nll": predictions.nll()}
+            values: dict[str, Any] = {
+                "top1": float(predictions.top(1).mean()),
+                "top5": float(predictions.top(5).mean()),
+                "nll": predictions.nll(),
+            }
             said = f"top-1 {values['top1']:.2%}  top-5 {values['top5']:.2%}"
             return Evaluation(predictions, values | {"images": len(predictions.label)}, said)
 
         places = {"process": jax.process_index(), "processes": jax.process_count()}
         return Task(
-            about=f"{len(train_set):,} pictures to train, {len(eval_set):,} to evaluate, {len(classes)} classes",
+            about=(
+                f"{len(train_set):,} pictures to train, {len(eval_set):,} to evaluate,"
+                f" {len(classes)} classes"
+            ),
             total=total,
             steps=steps,
             flops=training_flops(config.model, len(classes)),

@@ -1,7 +1,9 @@
-"""Trains an image tower and a text tower on pictures with captions: python -m train.contrastive --config NAME [flags].
+"""Trains an image tower and a text tower on pictures with captions: python -m train.contrastive
+--config NAME [flags].
 
-The losses are CLIP's and SigLIP's (`ggem_jax.losses.contrastive`), over all devices without the whole matrix of similarities on any. Sources of data:
-`train.captions`. `--init FILE` starts the image tower from a published ViT. The run's folder, stopping and going on: `train.loop`.
+The losses are CLIP's and SigLIP's (`ggem_jax.losses.contrastive`), over all devices without the
+whole matrix of similarities on any. Sources of data: `train.captions`. `--init FILE` starts the
+image tower from a published ViT. The run's folder, stopping and going on: `train.loop`.
 """
 
 import functools
@@ -31,7 +33,13 @@ from train.loop import Evaluation, Task, Trained, check_devices, run, run_tool
 from train.run import has_checkpoint, join_processes
 from train.step import Problem, Steps, compiled, make_mesh
 from train.throughput import forward_flops, text_forward_flops
-from train.tokenizer import Tokenizer, keep_tokenizer, kept_tokenizer, read_tokenizer, train_tokenizer
+from train.tokenizer import (
+    Tokenizer,
+    keep_tokenizer,
+    kept_tokenizer,
+    read_tokenizer,
+    train_tokenizer,
+)
 
 KAPPAS = (1, 5, 10)
 AXES = ("data", "fsdp")
@@ -44,41 +52,73 @@ class ContrastiveConfig(Config):
     tool: ClassVar[str] = "train.contrastive"
 
     out: Path = Path("runs/contrastive")
-    loss: Literal["softmax", "sigmoid"] = "softmax"  # of CLIP (arXiv:2103.00020) or of SigLIP (arXiv:2303.15343)
+    loss: Literal["softmax", "sigmoid"] = (
+        "softmax"  # of CLIP (arXiv:2103.00020) or of SigLIP (arXiv:2303.15343)
+    )
     embed: int = 512  # channels of the space that images and texts share
-    init_scale: float | None = None  # first factor of the similarities; None: 1/0.07 of CLIP with softmax, 10 of SigLIP with sigmoid
+    init_scale: float | None = (
+        # first factor of the similarities; None: 1/0.07 of CLIP with softmax, 10 of SigLIP with
+        # sigmoid
+        None
+    )
     init_bias: float = -10.0  # first bias of the sigmoid, SigLIP's; a softmax has none
     max_scale: float = 100.0  # CLIP, section 2.5
     text: Text = field(default_factory=Text)
 
     @property
     def first_scale(self) -> float:
-        return self.init_scale if self.init_scale is not None else {"softmax": 1 / 0.07, "sigmoid": 10.0}[self.loss]
+        return (
+            self.init_scale
+            if self.init_scale is not None
+            else {"softmax": 1 / 0.07, "sigmoid": 10.0}[self.loss]
+        )
 
     def __post_init__(self):
         super().__post_init__()
         require("embed", self.embed, "at least 1", self.embed >= 1)
         require("max_scale", self.max_scale, "positive", 0 < self.max_scale < math.inf)
-        require("init_scale", self.init_scale, f"above 0 and at most --max_scale {self.max_scale:g}", 0 < self.first_scale <= self.max_scale)
+        require(
+            "init_scale",
+            self.init_scale,
+            f"above 0 and at most --max_scale {self.max_scale:g}",
+            0 < self.first_scale <= self.max_scale,
+        )
         require("init_bias", self.init_bias, "finite", math.isfinite(self.init_bias))
         parts = self.optimizer.accumulate
-        require("optimizer.accumulate", parts, "1: the negatives of a pair are those of its batch, and a part of a batch has fewer", parts == 1)
+        require(
+            "optimizer.accumulate",
+            parts,
+            "1: the negatives of a pair are those of its batch, and a part of a batch has fewer",
+            parts == 1,
+        )
         self.augment.require_no_mixing("there are no labels to mix")
 
 
 def main(argv: list[str] | None = None) -> None:
-    run_tool(ContrastiveConfig.tool, lambda flags: train(load_config(flags, ContrastiveConfig.tool, ContrastiveConfig)), argv)
+    run_tool(
+        ContrastiveConfig.tool,
+        lambda flags: train(load_config(flags, ContrastiveConfig.tool, ContrastiveConfig)),
+        argv,
+    )
 
 
 def train(config: ContrastiveConfig, *, quiet: bool = False) -> Trained:
-    """Runs the training that the config describes, or goes on with it; the result is the `Described` of the last evaluation."""
+    """Runs the training that the config describes, or goes on with it; the result is the
+    `Described` of the last evaluation.
+    """
     join_processes()
     train_set, eval_set = open_pairs(config)
     check_devices(config)
     total = max(round(config.epochs * len(train_set) / config.batch), 1)
     given = None if config.text.tokenizer is None else read_tokenizer(config.text.tokenizer)
     tokens = None if given is None else zlib.crc32(given.text.encode())
-    facts = {"classes": list(train_set.classes), "train": len(train_set), "eval": len(eval_set), "captions": train_set.digest(), "tokenizer": tokens}
+    facts = {
+        "classes": list(train_set.classes),
+        "train": len(train_set),
+        "eval": len(eval_set),
+        "captions": train_set.digest(),
+        "tokenizer": tokens,
+    }
 
     def task() -> Task:
         tokenizer = tokenizer_of_run(config, given, train_set)
@@ -87,8 +127,15 @@ def train(config: ContrastiveConfig, *, quiet: bool = False) -> Trained:
 
         def evaluation(state) -> Evaluation:
             described = describe(steps, towers, state.evaluated, eval_set, tokenizer, config)
-            values = {f"{name}@{k}": float(found[:, i].mean()) for name, found in described.found().items() for i, k in enumerate(KAPPAS)}
-            said = "  ".join(f"{name.replace('_', '-')} recall@1 {values[f'{name}@1']:.2%}" for name in ("image_to_text", "text_to_image"))
+            values = {
+                f"{name}@{k}": float(found[:, i].mean())
+                for name, found in described.found().items()
+                for i, k in enumerate(KAPPAS)
+            }
+            said = "  ".join(
+                f"{name.replace('_', '-')} recall@1 {values[f'{name}@1']:.2%}"
+                for name in ("image_to_text", "text_to_image")
+            )
             scale = float(towers.scale(state.evaluated))
             facts = {"scale": scale, "images": len(described.images), "texts": len(described.texts)}
             return Evaluation(described, values | facts, f"{said}  scale {scale:.1f}")
@@ -97,11 +144,20 @@ def train(config: ContrastiveConfig, *, quiet: bool = False) -> Trained:
         places = {"process": jax.process_index(), "processes": jax.process_count()}
         texts = len(eval_set.texts()[0])
         return Task(
-            about=f"{len(train_set):,} pictures to train, {len(eval_set):,} with {texts:,} texts to evaluate, {tokenizer.size:,} pieces of text",
+            about=(
+                f"{len(train_set):,} pictures to train, {len(eval_set):,} with {texts:,} texts to"
+                f" evaluate, {tokenizer.size:,} pieces of text"
+            ),
             total=total,
             steps=steps,
-            flops=3 * (forward_flops(config.model, config.embed) + text_forward_flops(towers.text.config, config.embed)),
-            batches=lambda start: train_batches(train_set.pictures, config, start=start, beside=beside, **places),
+            flops=3
+            * (
+                forward_flops(config.model, config.embed)
+                + text_forward_flops(towers.text.config, config.embed)
+            ),
+            batches=lambda start: train_batches(
+                train_set.pictures, config, start=start, beside=beside, **places
+            ),
             evaluate=evaluation,
             curves=("image_to_text@1", "text_to_image@1"),
         )
@@ -112,11 +168,17 @@ def train(config: ContrastiveConfig, *, quiet: bool = False) -> Trained:
 def open_pairs(config: ContrastiveConfig) -> tuple[Captioned, Captioned]:
     """The training and the evaluation pictures of a run."""
     train_set, eval_set = open_captions(config.data, config.text)
-    return (train_set.shuffled(config.seed) if config.text.shuffle_captions else train_set), eval_set
+    return (
+        train_set.shuffled(config.seed) if config.text.shuffle_captions else train_set
+    ), eval_set
 
 
-def tokenizer_of_run(config: ContrastiveConfig, given: Tokenizer | None, train_set: Captioned) -> Tokenizer:
-    """The tokenizer in the run's folder; a run that begins puts it there, the one that was given or one trained on its captions."""
+def tokenizer_of_run(
+    config: ContrastiveConfig, given: Tokenizer | None, train_set: Captioned
+) -> Tokenizer:
+    """The tokenizer in the run's folder; a run that begins puts it there, the one that was given or
+    one trained on its captions.
+    """
     if has_checkpoint(config.out):
         return kept_tokenizer(config.out)
     captions = (caption for each in train_set.captions for caption in each)
@@ -126,7 +188,9 @@ def tokenizer_of_run(config: ContrastiveConfig, given: Tokenizer | None, train_s
     return tokenizer
 
 
-def drawn_captions(train_set: Captioned, tokenizer: Tokenizer, context: int) -> Callable[[int, np.random.Generator], dict[str, Any]]:
+def drawn_captions(
+    train_set: Captioned, tokenizer: Tokenizer, context: int
+) -> Callable[[int, np.random.Generator], dict[str, Any]]:
     """The function that gives the ids of one of a picture's captions, drawn at random."""
 
     def drawn(picture: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -138,7 +202,9 @@ def drawn_captions(train_set: Captioned, tokenizer: Tokenizer, context: int) -> 
 
 @dataclass(frozen=True)
 class Towers:
-    """The two towers and what joins them; parameters are {"image", "image_head", "text", "log_scale"} and with the sigmoid "bias"."""
+    """The two towers and what joins them; parameters are {"image", "image_head", "text",
+    "log_scale"} and with the sigmoid "bias".
+    """
 
     image: ViT
     text: TextTransformer  # with its projection
@@ -153,17 +219,25 @@ class Towers:
         params = {
             "image": self.image.init(image_key, jnp.zeros((1, side, side, 3)))["params"],
             "image_head": {"kernel": head},
-            "text": self.text.init(text_key, jnp.zeros((1, self.text.config.context), jnp.int32))["params"],
+            "text": self.text.init(text_key, jnp.zeros((1, self.text.config.context), jnp.int32))[
+                "params"
+            ],
             "log_scale": jnp.log(jnp.float32(self.first_scale)),
         }
-        return params if self.first_bias is None else params | {"bias": jnp.float32(self.first_bias)}
+        return (
+            params if self.first_bias is None else params | {"bias": jnp.float32(self.first_bias)}
+        )
 
-    def describe_images(self, params, images: Float[Array, "b h w 3"], **options: Any) -> Float[Array, "b embed"]:
+    def describe_images(
+        self, params, images: Float[Array, "b h w 3"], **options: Any
+    ) -> Float[Array, "b embed"]:
         output: Any = self.image.apply({"params": params["image"]}, images, **options)
         kernel = params["image_head"]["kernel"].astype(output.descriptor.dtype)
         return l2_normalize((output.descriptor @ kernel).astype(jnp.float32))
 
-    def describe_texts(self, params, ids: Int[Array, "b n"], **options: Any) -> Float[Array, "b embed"]:
+    def describe_texts(
+        self, params, ids: Int[Array, "b n"], **options: Any
+    ) -> Float[Array, "b embed"]:
         output: Any = self.text.apply({"params": params["text"]}, ids, **options)
         return l2_normalize(output.projected.astype(jnp.float32))
 
@@ -174,7 +248,9 @@ class Towers:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def at_most(x: Float[Array, ""], high: float) -> Float[Array, ""]:
-    """min(x, high), where an x above `high` gets the gradients that lead back only: as if it were cut after each step."""
+    """min(x, high), where an x above `high` gets the gradients that lead back only: as if it were
+    cut after each step.
+    """
     return jnp.minimum(x, high)
 
 
@@ -185,18 +261,30 @@ at_most.defvjp(
 
 
 def make_towers(config: ContrastiveConfig, tokenizer: Tokenizer) -> Towers:
-    """The towers that a config describes; the text tower computes, drops out and recomputes as the image tower does."""
+    """The towers that a config describes; the text tower computes, drops out and recomputes as the
+    image tower does.
+    """
     own, image = config.text, config.model
     text = TextConfig(
-        vocabulary=tokenizer.size, width=own.width, depth=own.depth, heads=own.heads, mlp_width=own.mlp_width, context=own.context,
-        end_id=tokenizer.end, dropout=image.dropout, gelu=image.gelu, dtype=image.dtype, param_dtype=image.param_dtype, remat=image.remat,
+        vocabulary=tokenizer.size, width=own.width, depth=own.depth, heads=own.heads,
+        mlp_width=own.mlp_width, context=own.context,
+        end_id=tokenizer.end, dropout=image.dropout, gelu=image.gelu, dtype=image.dtype,
+        param_dtype=image.param_dtype, remat=image.remat,
     )  # fmt: skip
     bias = config.init_bias if config.loss == "sigmoid" else None
-    return Towers(build_model(config, 0), TextTransformer(text, config.embed), config.first_scale, bias, config.max_scale)
+    return Towers(
+        build_model(config, 0),
+        TextTransformer(text, config.embed),
+        config.first_scale,
+        bias,
+        config.max_scale,
+    )
 
 
 def make_steps(config: ContrastiveConfig, towers: Towers, total_steps: int) -> Steps:
-    """The steps of a run; configs that differ only in seed, folder or logging share one compilation."""
+    """The steps of a run; configs that differ only in seed, folder or logging share one
+    compilation.
+    """
     return _steps(towers, config.data, config.optimizer, config.fsdp, total_steps)
 
 
@@ -206,11 +294,17 @@ def _steps(towers: Towers, data: Data, optimizer: Optimizer, fsdp: int, total_st
 
     def loss(params, batch, key: PRNGKeyArray) -> Array:
         image_key, text_key = jax.random.split(key)
-        images = towers.describe_images(params, batch["image"], train=True, rngs={"dropout": image_key})
+        images = towers.describe_images(
+            params, batch["image"], train=True, rngs={"dropout": image_key}
+        )
         texts = towers.describe_texts(params, batch["ids"], train=True, rngs={"dropout": text_key})
         if "bias" in params:
-            return contrastive.sharded_sigmoid_loss(images, texts, towers.scale(params), params["bias"], mesh=mesh, axes=AXES)
-        return contrastive.sharded_softmax_loss(images, texts, towers.scale(params), mesh=mesh, axes=AXES)
+            return contrastive.sharded_sigmoid_loss(
+                images, texts, towers.scale(params), params["bias"], mesh=mesh, axes=AXES
+            )
+        return contrastive.sharded_softmax_loss(
+            images, texts, towers.scale(params), mesh=mesh, axes=AXES
+        )
 
     problem = Problem(
         init=towers.init,
@@ -223,7 +317,9 @@ def _steps(towers: Towers, data: Data, optimizer: Optimizer, fsdp: int, total_st
 
 @functools.cache
 def _text_step(towers: Towers, fsdp: int):
-    """The compiled text tower: (parameters, {"ids", "index"}) -> {"descriptor", "index"}, whole on every device."""
+    """The compiled text tower: (parameters, {"ids", "index"}) -> {"descriptor", "index"}, whole on
+    every device.
+    """
     mesh = make_mesh(fsdp)
 
     def outputs(params, batch):
@@ -234,7 +330,9 @@ def _text_step(towers: Towers, fsdp: int):
 
 @dataclass(frozen=True)
 class Described:
-    """The evaluation pictures that could be read, and all distinct captions of the split, in the shared space."""
+    """The evaluation pictures that could be read, and all distinct captions of the split, in the
+    shared space.
+    """
 
     images: np.ndarray  # (n, embed), of length 1
     index: np.ndarray  # (n,) number of the picture in its split
@@ -244,11 +342,15 @@ class Described:
     pairs: np.ndarray  # (m, 2): (picture, text), by their places here
 
     def found(self, kappas: tuple[int, ...] = KAPPAS) -> dict[str, np.ndarray]:
-        """Whether a right one is among the kappa most similar, `(n, kappas)` and `(t, kappas)`; texts whose pictures cannot be read are left out."""
+        """Whether a right one is among the kappa most similar, `(n, kappas)` and `(t, kappas)`;
+        texts whose pictures cannot be read are left out.
+        """
         back = self.pairs[:, ::-1]
         to_image = contrastive.found_at(self.texts, self.images, back, kappas=kappas)
         return {
-            "image_to_text": contrastive.found_at(self.images, self.texts, self.pairs, kappas=kappas),
+            "image_to_text": contrastive.found_at(
+                self.images, self.texts, self.pairs, kappas=kappas
+            ),
             "text_to_image": to_image[np.unique(back[:, 0])],
         }
 
@@ -257,29 +359,59 @@ class Described:
         asked, text = np.unique(self.pairs[:, 1], return_inverse=True)
         back = np.stack([text, self.pairs[:, 0]], axis=1)
         return {
-            "image_to_text": contrastive.chance_at(self.pairs, len(self.images), len(self.texts), kappas=kappas),
-            "text_to_image": contrastive.chance_at(back, len(asked), len(self.images), kappas=kappas),
+            "image_to_text": contrastive.chance_at(
+                self.pairs, len(self.images), len(self.texts), kappas=kappas
+            ),
+            "text_to_image": contrastive.chance_at(
+                back, len(asked), len(self.images), kappas=kappas
+            ),
         }
 
 
-def describe(steps: Steps, towers: Towers, params, eval_set: Captioned, tokenizer: Tokenizer, config: ContrastiveConfig) -> Described:
-    """Describes every picture and every distinct caption of a split once; all processes get all of it."""
+def describe(
+    steps: Steps,
+    towers: Towers,
+    params,
+    eval_set: Captioned,
+    tokenizer: Tokenizer,
+    config: ContrastiveConfig,
+) -> Described:
+    """Describes every picture and every distinct caption of a split once; all processes get all of
+    it.
+    """
     whole = outputs_of(steps, params, eval_set.pictures, config)
     captions, pairs = eval_set.texts()
     place = np.full(len(eval_set), -1)
     place[whole["index"]] = np.arange(len(whole["index"]))
     pairs = np.stack([place[pairs[:, 0]], pairs[:, 1]], axis=1)
     texts = describe_texts(steps, towers, params, captions, tokenizer, config)
-    return Described(whole["descriptor"], whole["index"], whole["digest"], texts, captions, pairs[pairs[:, 0] >= 0])
+    return Described(
+        whole["descriptor"],
+        whole["index"],
+        whole["digest"],
+        texts,
+        captions,
+        pairs[pairs[:, 0] >= 0],
+    )
 
 
 def describe_texts(
-    steps: Steps, towers: Towers, params, texts: tuple[str, ...], tokenizer: Tokenizer, config: ContrastiveConfig
+    steps: Steps,
+    towers: Towers,
+    params,
+    texts: tuple[str, ...],
+    tokenizer: Tokenizer,
+    config: ContrastiveConfig,
 ) -> Float[np.ndarray, "t embed"]:
     """The descriptors of texts, in their order."""
-    step, described = _text_step(towers, config.fsdp), np.zeros((len(texts), config.embed), np.float32)
+    step, described = (
+        _text_step(towers, config.fsdp),
+        np.zeros((len(texts), config.embed), np.float32),
+    )
     for start in range(0, len(texts), config.batch):
-        index = np.minimum(np.arange(start, start + config.batch, dtype=np.int32), len(texts) - 1)  # the last one again and again at the end
+        index = np.minimum(
+            np.arange(start, start + config.batch, dtype=np.int32), len(texts) - 1
+        )  # the last one again and again at the end
         mine = index[jax.process_index() :: jax.process_count()]
         ids = tokenizer.encode([texts[i] for i in mine], config.text.context)
         found = jax.device_get(step(params, on_devices({"ids": ids, "index": mine}, steps)))

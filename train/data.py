@@ -1,4 +1,6 @@
-"""Where pictures come from: `digits`, `folder:DIR` or `tfds:NAME`, each as random-access splits of labelled pictures."""
+"""Where pictures come from: `digits`, `folder:DIR` or `tfds:NAME`, each as random-access splits of
+labelled pictures.
+"""
 
 import functools
 import re
@@ -18,7 +20,9 @@ EVAL_SPLITS = ("val", "validation", "test")
 
 @dataclass(frozen=True)
 class Pictures:
-    """One split: `load(i)` gives picture i, `(h, w, 3)` uint8, and its label; a picture that cannot be decoded raises `UnreadableImage`."""
+    """One split: `load(i)` gives picture i, `(h, w, 3)` uint8, and its label; a picture that cannot
+    be decoded raises `UnreadableImage`.
+    """
 
     size: int
     classes: tuple[str, ...]
@@ -30,10 +34,17 @@ class Pictures:
 
     def take(self, indices: np.ndarray) -> "Pictures":
         """The pictures with these numbers, in this order."""
-        return Pictures(len(indices), self.classes, lambda i: self.load(int(indices[i])), lambda: self.labels()[indices])
+        return Pictures(
+            len(indices),
+            self.classes,
+            lambda i: self.load(int(indices[i])),
+            lambda: self.labels()[indices],
+        )
 
     def of_classes(self, kept: np.ndarray, labels: np.ndarray) -> "Pictures":
-        """The pictures of the classes with these numbers, which then count from 0; `labels` are those of all pictures."""
+        """The pictures of the classes with these numbers, which then count from 0; `labels` are
+        those of all pictures.
+        """
         places = np.flatnonzero(np.isin(labels, kept))
         taken, own = self.take(places), np.searchsorted(kept, labels[places]).astype(np.int32)
 
@@ -56,8 +67,8 @@ def open_data(data: Data) -> tuple[Pictures, Pictures]:
 def open_disjoint(data: Data, share: float) -> tuple[Pictures, Pictures]:
     """Training and evaluation pictures that have no class in common.
 
-    Splits of a source that have none are taken as they are. Otherwise all pictures of all splits together are divided by class: `share` of the
-    classes, drawn once and for all, are trained on.
+    Splits of a source that have none are taken as they are. Otherwise all pictures of all splits
+    together are divided by class: `share` of the classes, drawn once and for all, are trained on.
     """
     splits = open_splits(data)
     if len(splits) == 2:
@@ -65,17 +76,25 @@ def open_disjoint(data: Data, share: float) -> tuple[Pictures, Pictures]:
         if not set(occurring["train"].classes) & set(occurring["eval"].classes):
             for name, split in occurring.items():
                 if len(split.classes) < 2:
-                    raise Refused(f"the split to {name} of {data.source} has the class {', '.join(split.classes)} alone: at least 2 are needed")
+                    raise Refused(
+                        f"the split to {name} of {data.source} has the class"
+                        f" {', '.join(split.classes)} alone: at least 2 are needed"
+                    )
             return occurring["train"], occurring["eval"]
         check_classes(splits, data.source, ", or none in common")
     whole = with_pictures(joined(list(splits.values())))
     count, labels = len(whole.classes), whole.labels()
     kept = round(share * count)
     if not 2 <= kept <= count - 2:
-        raise Refused(f"--metric.train_classes {share:g} of {count} classes is {kept}: at least 2 must be trained on and 2 be left")
+        raise Refused(
+            f"--metric.train_classes {share:g} of {count} classes is {kept}: at least 2 must be"
+            " trained on and 2 be left"
+        )
     trained_on = np.zeros(count, bool)
     trained_on[np.random.default_rng(0).permutation(count)[:kept]] = True
-    return whole.of_classes(np.flatnonzero(trained_on), labels), whole.of_classes(np.flatnonzero(~trained_on), labels)
+    return whole.of_classes(np.flatnonzero(trained_on), labels), whole.of_classes(
+        np.flatnonzero(~trained_on), labels
+    )
 
 
 def with_pictures(pictures: Pictures) -> Pictures:
@@ -93,7 +112,12 @@ def joined(parts: list[Pictures]) -> Pictures:
         part = int(np.searchsorted(ends, i, side="right"))
         return parts[part].load(i - int(ends[part]) + len(parts[part]))
 
-    return Pictures(int(ends[-1]), parts[0].classes, load, lambda: np.concatenate([part.labels() for part in parts]))
+    return Pictures(
+        int(ends[-1]),
+        parts[0].classes,
+        load,
+        lambda: np.concatenate([part.labels() for part in parts]),
+    )
 
 
 def open_splits(data: Data) -> dict[str, Pictures]:
@@ -101,7 +125,10 @@ def open_splits(data: Data) -> dict[str, Pictures]:
     kind, _, name = data.source.partition(":")
     if kind == "digits" and not name:
         if data.eval_split is not None:
-            raise Refused(f"--data.eval_split {data.eval_split} is not in digits, of which --data.holdout is kept")
+            raise Refused(
+                f"--data.eval_split {data.eval_split} is not in digits, of which --data.holdout is"
+                " kept"
+            )
         splits = {"train": digits()}
     elif kind == "folder" and name:
         splits = folder(Path(name).expanduser(), data.eval_split)
@@ -113,14 +140,21 @@ def open_splits(data: Data) -> dict[str, Pictures]:
 
 
 def check_classes(splits: dict[str, Pictures], source: str, otherwise: str = "") -> None:
-    """Refuses splits that do not have the same classes; `otherwise` says what else they might have."""
+    """Refuses splits that do not have the same classes; `otherwise` says what else they might
+    have.
+    """
     if splits["train"].classes != splits["eval"].classes:
         difference = sorted(set(splits["train"].classes) ^ set(splits["eval"].classes))
-        raise Refused(f"the two splits of {source} must have the same classes{otherwise}; only one has {', '.join(difference)}")
+        raise Refused(
+            f"the two splits of {source} must have the same classes{otherwise}; only one has"
+            f" {', '.join(difference)}"
+        )
 
 
 def digits() -> Pictures:
-    """1,797 handwritten digits of 8 x 8 pixels that scikit-learn carries: Alpaydin and Kaynak, UCI machine learning repository, 1998."""
+    """1,797 handwritten digits of 8 x 8 pixels that scikit-learn carries: Alpaydin and Kaynak, UCI
+    machine learning repository, 1998.
+    """
     from sklearn.datasets import load_digits
 
     found = load_digits()
@@ -129,15 +163,19 @@ def digits() -> Pictures:
     return in_memory(images, labels, tuple("0123456789"))
 
 
-def in_memory(images: Sequence[RGB] | np.ndarray, labels: np.ndarray, classes: tuple[str, ...]) -> Pictures:
+def in_memory(
+    images: Sequence[RGB] | np.ndarray, labels: np.ndarray, classes: tuple[str, ...]
+) -> Pictures:
     """Pictures that are there already."""
     return Pictures(len(images), classes, lambda i: (images[i], int(labels[i])), lambda: labels)
 
 
 def folder(root: Path, eval_split: str | None = None) -> dict[str, Pictures]:
-    """`root/train/CLASS/*.png` with `root/val` (or validation, test, or `eval_split`) beside it, or `root/CLASS/*.png` as one split.
+    """`root/train/CLASS/*.png` with `root/val` (or validation, test, or `eval_split`) beside it, or
+    `root/CLASS/*.png` as one split.
 
-    Pictures whose names are all numbers stand in the order of these numbers, otherwise in the order of their paths.
+    Pictures whose names are all numbers stand in the order of these numbers, otherwise in the order
+    of their paths.
     """
     if not root.is_dir():
         raise Refused(f"there is no folder {root}")
@@ -155,14 +193,22 @@ def folder(root: Path, eval_split: str | None = None) -> dict[str, Pictures]:
 
 
 def _class_folders(root: Path) -> Pictures:
-    classes = sorted(path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith("."))
+    classes = sorted(
+        path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
     if not classes:
         raise Refused(f"{root} holds no class sub-folders")
     paths, labels = [], []
     for label, name in enumerate(classes):
-        found = sorted(path for path in (root / name).iterdir() if path.suffix.lower() in EXTENSIONS and path.is_file() and path.name[0] != ".")
+        found = sorted(
+            path
+            for path in (root / name).iterdir()
+            if path.suffix.lower() in EXTENSIONS and path.is_file() and path.name[0] != "."
+        )
         if not found:
-            raise Refused(f"the class folder {root / name} holds no pictures ({', '.join(EXTENSIONS)})")
+            raise Refused(
+                f"the class folder {root / name} holds no pictures ({', '.join(EXTENSIONS)})"
+            )
         paths += found
         labels += [label] * len(found)
     if all(re.fullmatch("[0-9]+", path.stem) for path in paths):
@@ -170,19 +216,29 @@ def _class_folders(root: Path) -> Pictures:
     else:
         order = np.arange(len(paths))
     paths, label_array = [paths[i] for i in order], np.array(labels, np.int32)[order]
-    return Pictures(len(paths), tuple(classes), lambda i: (read_image(paths[i]), int(label_array[i])), lambda: label_array)
+    return Pictures(
+        len(paths),
+        tuple(classes),
+        lambda i: (read_image(paths[i]), int(label_array[i])),
+        lambda: label_array,
+    )
 
 
-def tfds(name: str, data_dir: Path, eval_split: str | None = None, *, download: bool = False) -> dict[str, Pictures]:
-    """A prepared TensorFlow Datasets data set, `name[/config][:version]`, read through its random-access data source: no TensorFlow needed."""
+def tfds(
+    name: str, data_dir: Path, eval_split: str | None = None, *, download: bool = False
+) -> dict[str, Pictures]:
+    """A prepared TensorFlow Datasets data set, `name[/config][:version]`, read through its
+    random-access data source: no TensorFlow needed.
+    """
     folder_ = _prepared(name, data_dir)
     if folder_ is None and download:
         _prepare(name, data_dir)
         folder_ = _prepared(name, data_dir)
     if folder_ is None:
         raise Refused(
-            f"{name} is not prepared in {data_dir} (there: {', '.join(_all_prepared(data_dir)) or 'nothing'}): add --download to let "
-            "TensorFlow Datasets fetch it, or make it from files at hand with python -m train.prepare"
+            f"{name} is not prepared in {data_dir} (there:"
+            f" {', '.join(_all_prepared(data_dir)) or 'nothing'}): add --download to let TensorFlow"
+            " Datasets fetch it, or make it from files at hand with python -m train.prepare"
         )
     import tensorflow_datasets
 
@@ -193,12 +249,19 @@ def tfds(name: str, data_dir: Path, eval_split: str | None = None, *, download: 
         raise Refused(f"{folder_} is no readable TensorFlow Datasets data set: {reason}") from None
     features = builder.info.features
     if not {"image", "label"} <= set(features):
-        raise Refused(f"{name} has the features {', '.join(features)}, but image and label are needed")
+        raise Refused(
+            f"{name} has the features {', '.join(features)}, but image and label are needed"
+        )
     if builder.info.file_format.value != "array_record":
-        raise Refused(f"{folder_} is stored as {builder.info.file_format.value}; random access needs array_record: prepare it in another --data-dir")
+        raise Refused(
+            f"{folder_} is stored as {builder.info.file_format.value}; random access needs"
+            " array_record: prepare it in another --data-dir"
+        )
     train_name = next((split for split in TRAIN_SPLITS if split in builder.info.splits), None)
     if train_name is None:
-        raise Refused(f"{name} has the splits {', '.join(builder.info.splits)}, but none is called train")
+        raise Refused(
+            f"{name} has the splits {', '.join(builder.info.splits)}, but none is called train"
+        )
     eval_name = _eval_name(eval_split, set(builder.info.splits), name)
     splits = {"train": _tfds_split(builder, train_name)}
     if eval_name is not None:
@@ -207,9 +270,13 @@ def tfds(name: str, data_dir: Path, eval_split: str | None = None, *, download: 
 
 
 def _eval_name(asked: str | None, there: set[str], where: str) -> str | None:
-    """The split to evaluate on: the one asked for, or the first there is of those that are usual."""
+    """The split to evaluate on: the one asked for, or the first there is of those that are
+    usual.
+    """
     if asked is not None and asked not in there:
-        raise Refused(f"--data.eval_split {asked} is not in {where}, which has {', '.join(sorted(there))}")
+        raise Refused(
+            f"--data.eval_split {asked} is not in {where}, which has {', '.join(sorted(there))}"
+        )
     return asked or next((name for name in EVAL_SPLITS if name in there), None)
 
 
@@ -217,22 +284,31 @@ def _tfds_split(builder, split: str) -> Pictures:
     from tensorflow_datasets import decode
 
     classes = tuple(builder.info.features["label"].names)
-    records = builder.as_data_source(split, decoders={"image": decode.SkipDecoding()})  # as files: our own decoder serves every source
+    records = builder.as_data_source(
+        split, decoders={"image": decode.SkipDecoding()}
+    )  # as files: our own decoder serves every source
 
     def load(i: int) -> tuple[RGB, int]:
         name = f"picture {i} of {builder.name}, split {split},"
         try:
             record = records[i]
         except Exception as error:  # of many kinds, from the record reader's up to the parser's
-            raise UnreadableImage(f"{name} cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}") from None
+            raise UnreadableImage(
+                f"{name} cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}"
+            ) from None
         if not 0 <= record["label"] < len(classes):
-            raise Refused(f"{name} has the label {record['label']}, where one of 0 to {len(classes) - 1} is needed: choose another --data.eval_split")
+            raise Refused(
+                f"{name} has the label {record['label']}, where one of 0 to {len(classes) - 1} is"
+                " needed: choose another --data.eval_split"
+            )
         return read_image(record["image"], name=name), int(record["label"])
 
     def column(name: str) -> np.ndarray:
         return np.array([records[i][name] for i in range(len(records))])
 
-    pictures = Pictures(len(records), classes, load, functools.cache(lambda: column("label").astype(np.int32)))
+    pictures = Pictures(
+        len(records), classes, load, functools.cache(lambda: column("label").astype(np.int32))
+    )
     if "index" in builder.info.features and not builder.info.disable_shuffling:
         return pictures.take(np.argsort(column("index"), kind="stable"))
     return pictures
@@ -242,10 +318,16 @@ def _prepared(name: str, data_dir: Path) -> Path | None:
     """The folder of the newest prepared version of `name[/config][:version]`."""
     path, _, version = name.partition(":")
     try:
-        found = [info.parent for info in (data_dir / path).glob(f"{version or '*'}/dataset_info.json")]
+        found = [
+            info.parent for info in (data_dir / path).glob(f"{version or '*'}/dataset_info.json")
+        ]
     except (NotImplementedError, ValueError):  # no pattern that could be a version
         return None
-    return max(found, key=lambda folder: [int(part) for part in re.findall("[0-9]+", folder.name)], default=None)
+    return max(
+        found,
+        key=lambda folder: [int(part) for part in re.findall("[0-9]+", folder.name)],
+        default=None,
+    )
 
 
 def _all_prepared(data_dir: Path) -> list[str]:
@@ -257,14 +339,22 @@ def _prepare(name: str, data_dir: Path) -> None:
     import tensorflow_datasets
 
     try:
-        tensorflow_datasets.builder(name, data_dir=data_dir, file_format="array_record").download_and_prepare()
-    except Exception as error:  # of many kinds: no such data set, no network, no TensorFlow for its generator
+        tensorflow_datasets.builder(
+            name, data_dir=data_dir, file_format="array_record"
+        ).download_and_prepare()
+    except (
+        Exception
+    ) as error:  # of many kinds: no such data set, no network, no TensorFlow for its generator
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise Refused(f"TensorFlow Datasets could not prepare {name} in {data_dir}: {reason}") from None
+        raise Refused(
+            f"TensorFlow Datasets could not prepare {name} in {data_dir}: {reason}"
+        ) from None
 
 
 def hold_out(pictures: Pictures, share: float) -> tuple[Pictures, Pictures]:
-    """Keeps `share` of each class, drawn once and for all, for evaluation; both parts stay in the order of the source."""
+    """Keeps `share` of each class, drawn once and for all, for evaluation; both parts stay in the
+    order of the source.
+    """
     held = held_out(pictures.labels(), share)
     return pictures.take(np.flatnonzero(~held)), pictures.take(np.flatnonzero(held))
 
@@ -279,5 +369,7 @@ def held_out(labels: np.ndarray, share: float) -> np.ndarray:
         members = rng.permutation(np.flatnonzero(labels == label))
         held[members[: round(share * len(members))]] = True
     if held.all() or not held.any():
-        raise Refused(f"data.holdout {share} leaves one of the two parts of {len(labels)} pictures empty")
+        raise Refused(
+            f"data.holdout {share} leaves one of the two parts of {len(labels)} pictures empty"
+        )
     return held

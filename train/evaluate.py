@@ -13,7 +13,9 @@ from train.step import Steps
 
 @dataclass(frozen=True)
 class Predictions:
-    """Class probabilities of the evaluation pictures that could be read, in the order of their split."""
+    """Class probabilities of the evaluation pictures that could be read, in the order of their
+    split.
+    """
 
     index: np.ndarray  # (n,) number of the picture in its split
     label: np.ndarray  # (n,)
@@ -21,9 +23,13 @@ class Predictions:
     probability: np.ndarray  # (n, classes) float32
 
     def top(self, k: int) -> np.ndarray:
-        """Whether the label is among the k most probable classes, `(n,)` bool; ties and NaN count against the model."""
+        """Whether the label is among the k most probable classes, `(n,)` bool; ties and NaN count
+        against the model.
+        """
         own = np.take_along_axis(self.probability, self.label[:, None], axis=1)
-        return ((self.probability >= own).sum(axis=1) <= k) & np.isfinite(self.probability).all(axis=1)
+        return ((self.probability >= own).sum(axis=1) <= k) & np.isfinite(self.probability).all(
+            axis=1
+        )
 
     def nll(self) -> float:
         """Mean negative log-likelihood of the labels."""
@@ -38,9 +44,13 @@ def evaluate(steps: Steps, params, pictures: Pictures, config: Config) -> Predic
 
 
 def outputs_of(steps: Steps, params, pictures: Pictures, config: Config) -> dict[str, np.ndarray]:
-    """What `steps.evaluate` gives of every picture that can be read, in the order of the split; all processes get all of it."""
+    """What `steps.evaluate` gives of every picture that can be read, in the order of the split; all
+    processes get all of it.
+    """
     parts = []
-    for batch in eval_batches(pictures, config, process=jax.process_index(), processes=jax.process_count()):
+    for batch in eval_batches(
+        pictures, config, process=jax.process_index(), processes=jax.process_count()
+    ):
         parts.append(jax.device_get(steps.evaluate(params, on_devices(batch, steps))))
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     kept = whole["weight"] > 0
@@ -51,4 +61,7 @@ def outputs_of(steps: Steps, params, pictures: Pictures, config: Config) -> dict
 
 def on_devices(batch: Batch, steps: Steps) -> dict[str, jax.Array]:
     """Puts this process's rows on its devices, as part of the batch of all processes."""
-    return {name: jax.make_array_from_process_local_data(steps.batch_sharding, array) for name, array in batch.items()}
+    return {
+        name: jax.make_array_from_process_local_data(steps.batch_sharding, array)
+        for name, array in batch.items()
+    }

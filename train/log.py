@@ -1,4 +1,6 @@
-"""What a run says: a banner, a progress bar or plain lines, `metrics.jsonl`, TensorBoard where its writer is installed."""
+"""What a run says: a banner, a progress bar or plain lines, `metrics.jsonl`, TensorBoard where its
+writer is installed.
+"""
 
 import json
 import time
@@ -6,18 +8,31 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 
 class Log:
-    """Writes and speaks for one run; `run=None`, for the processes after the first, does neither, `quiet` only writes."""
+    """Writes and speaks for one run; `run=None`, for the processes after the first, does neither,
+    `quiet` only writes.
+    """
 
     def __init__(self, run: Path | None, *, total_steps: int, start: int, quiet: bool = False):
         self.run = run
         if run is None:
             return
         self.console = Console(stderr=True, quiet=quiet)
-        self.bar = _progress_bar(self.console, total_steps, start) if self.console.is_terminal and not quiet else None
+        self.bar = (
+            _progress_bar(self.console, total_steps, start)
+            if self.console.is_terminal and not quiet
+            else None
+        )
         keep_until(run / "metrics.jsonl", start)
         self.file = (run / "metrics.jsonl").open("a", buffering=1)
         self.board = TensorBoard(run / "tensorboard")
@@ -26,7 +41,9 @@ class Log:
         if self.run is not None:
             width = max(map(len, facts))
             for name, fact in facts.items():
-                self.console.print(f"{name:<{width}}  {fact}", highlight=False, markup=False, soft_wrap=True)
+                self.console.print(
+                    f"{name:<{width}}  {fact}", highlight=False, markup=False, soft_wrap=True
+                )
             if self.bar:
                 self.bar.start()
 
@@ -41,7 +58,9 @@ class Log:
         self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self.board.write(kind, step, values)
         if self.bar and kind == "train":
-            self.bar.update(self.bar.task_ids[0], said=said.partition("  ")[2])  # the bar counts the steps itself
+            self.bar.update(
+                self.bar.task_ids[0], said=said.partition("  ")[2]
+            )  # the bar counts the steps itself
         else:
             self.console.print(said, highlight=False, markup=False, soft_wrap=True)
 
@@ -89,14 +108,22 @@ def read_metrics(run: Path, kind: str) -> list[dict[str, Any]]:
 
 
 def _progress_bar(console: Console, total_steps: int, start: int) -> Progress:
-    columns = BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[said]}")
+    columns = (
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        TextColumn("{task.fields[said]}"),
+    )
     bar = Progress(*columns, console=console, transient=True)
     bar.add_task("training", total=total_steps, completed=start, said="")
     return bar
 
 
 class TensorBoard:
-    """Writes scalars for TensorBoard where tensorboardX is installed; at once, without a thread, so that a full disk is an error like any other."""
+    """Writes scalars for TensorBoard where tensorboardX is installed; at once, without a thread, so
+    that a full disk is an error like any other.
+    """
 
     def __init__(self, folder: Path):
         try:
@@ -115,7 +142,9 @@ class TensorBoard:
 
         for name, value in values.items():
             if isinstance(value, int | float):
-                self.writer.write_event(Event(wall_time=time.time(), step=step, summary=scalar(f"{kind}/{name}", value)))
+                self.writer.write_event(
+                    Event(wall_time=time.time(), step=step, summary=scalar(f"{kind}/{name}", value))
+                )
         self.writer.flush()
 
     def close(self) -> None:

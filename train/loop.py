@@ -1,7 +1,8 @@
 """The loop that every training runs: steps, evaluations, checkpoints and what is said about them.
 
-A run lives in one folder (`--out`): `config.json`, `metrics.jsonl`, `checkpoints/`, `curves.png`. SIGTERM or Ctrl-C stops it after the step in hand.
-Started again with the same settings it goes on from there and ends, on the same machine, with the same bits as if it had never stopped.
+A run lives in one folder (`--out`): `config.json`, `metrics.jsonl`, `checkpoints/`, `curves.png`.
+SIGTERM or Ctrl-C stops it after the step in hand. Started again with the same settings it goes on
+from there and ends, on the same machine, with the same bits as if it had never stopped.
 """
 
 import contextlib
@@ -68,18 +69,31 @@ def run_tool(tool: str, train: Callable[[list[str]], Trained], argv: list[str] |
         sys.exit(128 + trained.signal)
 
 
-def run(config: Config, task_of: Callable[[], Task], facts: dict[str, Any], *, quiet: bool = False) -> Trained:
-    """Runs a training, or goes on with it; `task_of` is called when the folder is its own. With other `facts` of the data a run is not continued."""
+def run(
+    config: Config, task_of: Callable[[], Task], facts: dict[str, Any], *, quiet: bool = False
+) -> Trained:
+    """Runs a training, or goes on with it; `task_of` is called when the folder is its own. With
+    other `facts` of the data a run is not continued.
+    """
     process = jax.process_index()
     with run_folder(config, facts), StopRequest() as stop:
         task = task_of()
         steps, total = task.steps, task.total
-        evaluations, saves = (max(round(config.epochs / every), 1) for every in (config.eval_every, config.checkpoint_every))
+        evaluations, saves = (
+            max(round(config.epochs / every), 1)
+            for every in (config.eval_every, config.checkpoint_every)
+        )
         checkpoints = Checkpoints(config.out)
-        state = first_state(steps, config) if checkpoints.latest() is None else checkpoints.restore(steps)
+        state = (
+            first_state(steps, config)
+            if checkpoints.latest() is None
+            else checkpoints.restore(steps)
+        )
         step = start = int(state.step)
         evaluation = None
-        with contextlib.closing(Log(None if process else config.out, total_steps=total, start=start, quiet=quiet)) as log:
+        with contextlib.closing(
+            Log(None if process else config.out, total_steps=total, start=start, quiet=quiet)
+        ) as log:
             meter = Meter(config.batch, task.flops)
             log.banner(banner(config, task, state, start, meter))
             batches = task.batches(start)
@@ -111,12 +125,16 @@ def run(config: Config, task_of: Callable[[], Task], facts: dict[str, Any], *, q
                     break
             checkpoints.wait()
             if step < total:
-                log.say(f"stopped after step {step} of {total}; the same command goes on from there")
+                log.say(
+                    f"stopped after step {step} of {total}; the same command goes on from there"
+                )
             elif process == 0:
                 draw_curves(config.out, task.curves)
             if evaluation is None and step == total:  # it had ended before
                 evaluation = task.evaluate(state)
-    return Trained(state, steps, None if evaluation is None else evaluation.result, step == total, stop.signal)
+    return Trained(
+        state, steps, None if evaluation is None else evaluation.result, step == total, stop.signal
+    )
 
 
 def first_state(steps: Steps, config: Config) -> State:
@@ -126,7 +144,9 @@ def first_state(steps: Steps, config: Config) -> State:
 
 
 def due(step: int, total: int, times: int) -> bool:
-    """Whether something that happens so many times in a run, evenly and for the last time at its end, happens after this step."""
+    """Whether something that happens so many times in a run, evenly and for the last time at its
+    end, happens after this step.
+    """
     return step * times // total > (step - 1) * times // total
 
 
@@ -134,7 +154,10 @@ def check_devices(config: Config) -> None:
     """Refuses a batch that cannot be divided among the devices."""
     devices, parts = jax.device_count(), config.optimizer.accumulate
     if config.batch % (parts * devices):
-        raise Refused(f"--batch must be a multiple of {parts} part(s) x {devices} device(s), it is {config.batch}")
+        raise Refused(
+            f"--batch must be a multiple of {parts} part(s) x {devices} device(s), it is"
+            f" {config.batch}"
+        )
 
 
 def check_finite(step: int, metrics: dict[str, jax.Array]) -> None:
@@ -142,30 +165,46 @@ def check_finite(step: int, metrics: dict[str, jax.Array]) -> None:
     for name, value in metrics.items():
         if not np.isfinite(value):
             advice = "try a lower --optimizer.lr, a longer --optimizer.warmup or --optimizer.clip 1"
-            raise Refused(f"the {name.replace('_', ' ')} is {float(value)} at step {step}: {advice}")
+            raise Refused(
+                f"the {name.replace('_', ' ')} is {float(value)} at step {step}: {advice}"
+            )
 
 
 def banner(config: Config, task: Task, state: State, start: int, meter: Meter) -> dict[str, str]:
     """What is about to be trained, on what."""
     model, parameters = config.model, sum(leaf.size for leaf in jax.tree.leaves(state.params))
     return {
-        "devices": f"{jax.device_count()} x {jax.devices()[0].device_kind} in {jax.process_count()} process(es), weights split over {config.fsdp}",
+        "devices": (
+            f"{jax.device_count()} x {jax.devices()[0].device_kind} in {jax.process_count()}"
+            f" process(es), weights split over {config.fsdp}"
+        ),
         "peak": f"{meter.peak / 1e12:.3g} TFLOP/s ({meter.peak_source})",
-        "model": f"{model.image} px in patches of {model.patch}, width {model.width}, depth {model.depth}, {model.heads} heads, "
-        f"pooling {config.pool.kind}; {parameters:,} parameters, computes in {model.dtype}"
-        + (f", started from {config.init}" if config.init else ""),
+        "model": (
+            f"{model.image} px in patches of {model.patch}, width {model.width}, depth"
+            f" {model.depth}, {model.heads} heads, pooling {config.pool.kind}; {parameters:,}"
+            f" parameters, computes in {model.dtype}"
+            + (f", started from {config.init}" if config.init else "")
+        ),
         "data": f"{config.data.source}: {task.about}",
-        "steps": f"{task.total:,} of {config.batch} pictures ({config.epochs:g} epochs)" + (f", going on after step {start:,}" if start else ""),
+        "steps": (
+            f"{task.total:,} of {config.batch} pictures ({config.epochs:g} epochs)"
+            + (f", going on after step {start:,}" if start else "")
+        ),
         "folder": str(config.out),
     }
 
 
-def log_training(log: Log, step: int, total: int, metrics: dict[str, jax.Array], meter: Meter) -> None:
+def log_training(
+    log: Log, step: int, total: int, metrics: dict[str, jax.Array], meter: Meter
+) -> None:
     """Loss, gradient norm and speed."""
     values = {name: float(value) for name, value in metrics.items()} | meter.read()
     said = f"step {step}/{total}  loss {values['loss']:.4f}"
     if "steps_per_second" in values:
-        said += f"  {values['images_per_second']:.0f} images/s  MFU {values['mfu']:.1%}  waiting for input {values['input_wait']:.1%}"
+        said += (
+            f"  {values['images_per_second']:.0f} images/s  MFU {values['mfu']:.1%}  waiting for"
+            f" input {values['input_wait']:.1%}"
+        )
         said += f"  {(total - step) / values['steps_per_second']:.0f} s left"
     log.metrics("train", step, values, said)
 
@@ -174,9 +213,14 @@ def log_evaluation(log: Log, step: int, evaluation: Evaluation, state: State) ->
     """What was measured, and the learned exponents."""
     p = learned_exponents(state.evaluated)
     learned = "".join(f"  p {' '.join(f'{x:.2f}' for x in value)}" for value in p.values())
-    log.metrics("eval", step, evaluation.values | {"p": p}, f"step {step}  {evaluation.said}{learned}")
+    log.metrics(
+        "eval", step, evaluation.values | {"p": p}, f"step {step}  {evaluation.said}{learned}"
+    )
 
 
 def learned_exponents(params: Any) -> dict[str, list[float]]:
     """The exponents that the model pools with, by the path of their parameter."""
-    return {name: np.asarray(used_exponents(value)).tolist() for name, value in exponents(params).items()}
+    return {
+        name: np.asarray(used_exponents(value)).tolist()
+        for name, value in exponents(params).items()
+    }

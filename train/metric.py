@@ -1,8 +1,9 @@
 """Trains descriptors for retrieval: python -m train.metric --config NAME [flags].
 
-A Vision Transformer with any pooling, a projection and L2 normalisation under ArcFace, normalised softmax or Proxy-Anchor. The classes trained on and
-those evaluated on have nothing in common; evaluations rank every picture of the unseen classes by all others. `--init FILE` starts from a published
-ViT (`ggem_jax.weights.vit`). The run's folder, stopping and going on: `train.loop`.
+A Vision Transformer with any pooling, a projection and L2 normalisation under ArcFace, normalised
+softmax or Proxy-Anchor. The classes trained on and those evaluated on have nothing in common;
+evaluations rank every picture of the unseen classes by all others. `--init FILE` starts from a
+published ViT (`ggem_jax.weights.vit`). The run's folder, stopping and going on: `train.loop`.
 """
 
 import functools
@@ -38,33 +39,73 @@ class Metric:
     """What is learned, and from which pictures."""
 
     loss: Literal["arcface", "normalised-softmax", "proxy-anchor"] = "normalised-softmax"
-    dim: int = 128  # channels of the descriptor after a projection; 0: the pooled tokens as they are
+    dim: int = (
+        128  # channels of the descriptor after a projection; 0: the pooled tokens as they are
+    )
     temperature: float = 0.05  # of normalised-softmax
     scale: float | None = None  # of arcface and proxy-anchor; None: 64 and 32, as published
     margin: float | None = None  # likewise; None: 0.5 radians, and 0.1
     proxy_lr: float = 10.0  # learning rate of the proxies over lr; Proxy-Anchor's authors take 100
-    per_class: int | None = 4  # pictures of each class in a batch; None: batches without regard to classes
-    train_classes: float = 0.5  # share of the classes that are trained on; a source whose splits have no class in common keeps them
+    per_class: int | None = (
+        4  # pictures of each class in a batch; None: batches without regard to classes
+    )
+    # share of the classes that are trained on; a source whose splits have no class in common keeps
+    # them
+    train_classes: float = 0.5
 
     def __post_init__(self):
         require("metric.dim", self.dim, "at least 0", self.dim >= 0)
         require("metric.temperature", self.temperature, "positive", 0 < self.temperature < math.inf)
-        require("metric.scale", self.scale, "positive or None", self.scale is None or 0 < self.scale < math.inf)
-        require("metric.margin", self.margin, "from 0 to 1.5 or None", self.margin is None or 0 <= self.margin <= 1.5)
+        require(
+            "metric.scale",
+            self.scale,
+            "positive or None",
+            self.scale is None or 0 < self.scale < math.inf,
+        )
+        require(
+            "metric.margin",
+            self.margin,
+            "from 0 to 1.5 or None",
+            self.margin is None or 0 <= self.margin <= 1.5,
+        )
         softmax = self.loss == "normalised-softmax"
         for name in ("scale", "margin"):
             value = getattr(self, name)
-            require(f"metric.{name}", value, "None with normalised-softmax, which has a temperature instead", value is None or not softmax)
-        require("metric.temperature", self.temperature, f"0.05 with {self.loss}, which has a scale instead", softmax or self.temperature == 0.05)
+            require(
+                f"metric.{name}",
+                value,
+                "None with normalised-softmax, which has a temperature instead",
+                value is None or not softmax,
+            )
+        require(
+            "metric.temperature",
+            self.temperature,
+            f"0.05 with {self.loss}, which has a scale instead",
+            softmax or self.temperature == 0.05,
+        )
         require("metric.proxy_lr", self.proxy_lr, "at least 0", 0 <= self.proxy_lr < math.inf)
-        require("metric.per_class", self.per_class, "at least 1, or None", self.per_class is None or self.per_class >= 1)
-        require("metric.train_classes", self.train_classes, "between 0 and 1", 0 < self.train_classes < 1)
+        require(
+            "metric.per_class",
+            self.per_class,
+            "at least 1, or None",
+            self.per_class is None or self.per_class >= 1,
+        )
+        require(
+            "metric.train_classes",
+            self.train_classes,
+            "between 0 and 1",
+            0 < self.train_classes < 1,
+        )
 
     def options(self) -> dict[str, float]:
         """Keyword arguments of the loss; what is not given stays as published."""
         if self.loss == "normalised-softmax":
             return {"temperature": self.temperature}
-        return {name: value for name in ("scale", "margin") if (value := getattr(self, name)) is not None}
+        return {
+            name: value
+            for name in ("scale", "margin")
+            if (value := getattr(self, name)) is not None
+        }
 
 
 @dataclass(frozen=True)
@@ -80,27 +121,50 @@ class MetricConfig(Config):
         super().__post_init__()
         self.augment.require_no_mixing("the labels of descriptors are not mixed")
         parts, alone = self.optimizer.accumulate, self.metric.loss != "proxy-anchor"
-        require("optimizer.accumulate", parts, "1 with proxy-anchor, whose loss is that of a whole batch", alone or parts == 1)
+        require(
+            "optimizer.accumulate",
+            parts,
+            "1 with proxy-anchor, whose loss is that of a whole batch",
+            alone or parts == 1,
+        )
 
 
 def main(argv: list[str] | None = None) -> None:
-    run_tool(MetricConfig.tool, lambda flags: train(load_config(flags, MetricConfig.tool, MetricConfig)), argv)
+    run_tool(
+        MetricConfig.tool,
+        lambda flags: train(load_config(flags, MetricConfig.tool, MetricConfig)),
+        argv,
+    )
 
 
-def train(config: MetricConfig, *, data: tuple[Pictures, Pictures] | None = None, quiet: bool = False) -> Trained:
-    """Runs the training that the config describes, or goes on with it; the result is the `Retrieved` of the last evaluation.
+def train(
+    config: MetricConfig, *, data: tuple[Pictures, Pictures] | None = None, quiet: bool = False
+) -> Trained:
+    """Runs the training that the config describes, or goes on with it; the result is the
+    `Retrieved` of the last evaluation.
 
     `data` are training and evaluation pictures to take instead of the config's source.
     """
     join_processes()
-    train_set, eval_set = open_disjoint(config.data, config.metric.train_classes) if data is None else data
+    train_set, eval_set = (
+        open_disjoint(config.data, config.metric.train_classes) if data is None else data
+    )
     check_devices(config)
     check_findable(eval_set.labels())
     labels = train_set.labels()
-    draw = None if config.metric.per_class is None else balanced(labels, config.batch, check_balance(config, labels), config.seed)
+    draw = (
+        None
+        if config.metric.per_class is None
+        else balanced(labels, config.batch, check_balance(config, labels), config.seed)
+    )
     total = max(round(config.epochs * len(train_set) / config.batch), 1)
     classes = len(train_set.classes)
-    facts = {"classes": list(train_set.classes), "train": len(train_set), "eval": len(eval_set), "eval_classes": list(eval_set.classes)}
+    facts = {
+        "classes": list(train_set.classes),
+        "train": len(train_set),
+        "eval": len(eval_set),
+        "eval_classes": list(eval_set.classes),
+    }
 
     def task() -> Task:
         steps = metric_steps(config, classes, total)
@@ -108,17 +172,25 @@ def train(config: MetricConfig, *, data: tuple[Pictures, Pictures] | None = None
         def evaluation(state) -> Evaluation:
             retrieved = retrieve(steps, state.evaluated, eval_set, config)
             values: dict[str, Any] = retrieved.scores().means()
-            said = f"recall@1 {values['recall@1']:.2%}  mAP@R {values['map@r']:.2%}  R-precision {values['r_precision']:.2%}"
+            said = (
+                f"recall@1 {values['recall@1']:.2%}  mAP@R {values['map@r']:.2%}  R-precision"
+                f" {values['r_precision']:.2%}"
+            )
             return Evaluation(retrieved, values | {"images": len(retrieved.label)}, said)
 
         places = {"process": jax.process_index(), "processes": jax.process_count()}
-        counts = f"{len(train_set):,} pictures of {classes} classes to train, {len(eval_set):,} of {len(eval_set.classes)} others to evaluate"
+        counts = (
+            f"{len(train_set):,} pictures of {classes} classes to train, {len(eval_set):,} of"
+            f" {len(eval_set.classes)} others to evaluate"
+        )
         return Task(
             about=counts,
             total=total,
             steps=steps,
             flops=training_flops(config.model, config.metric.dim),
-            batches=lambda start: train_batches(train_set, config, start=start, draw=draw, **places),
+            batches=lambda start: train_batches(
+                train_set, config, start=start, draw=draw, **places
+            ),
             evaluate=evaluation,
             curves=("recall@1", "map@r"),
         )
@@ -131,31 +203,51 @@ def check_balance(config: MetricConfig, labels: np.ndarray) -> int:
     each, classes = config.metric.per_class or 1, len(np.unique(labels))
     if config.batch % each or config.batch // each > classes:
         raise Refused(
-            f"a batch of {config.batch} pictures cannot hold --metric.per_class {each} of each class: it must be a multiple of it, and at most "
-            f"{each * classes} with {classes} classes"
+            f"a batch of {config.batch} pictures cannot hold --metric.per_class {each} of each"
+            f" class: it must be a multiple of it, and at most {each * classes} with {classes}"
+            " classes"
         )
     return each
 
 
 def metric_steps(config: MetricConfig, classes: int, total_steps: int) -> Steps:
-    """The steps of a config; configs that differ only in seed, folder or logging share one compilation."""
+    """The steps of a config; configs that differ only in seed, folder or logging share one
+    compilation.
+    """
     vit = build_model(config, 0)
-    return _metric_steps(vit, config.metric, classes, config.data, config.optimizer, config.fsdp, total_steps)
+    return _metric_steps(
+        vit, config.metric, classes, config.data, config.optimizer, config.fsdp, total_steps
+    )
 
 
 @functools.cache
-def _metric_steps(vit: ViT, how: Metric, classes: int, data: Data, optimizer: Optimizer, fsdp: int, total_steps: int) -> Steps:
+def _metric_steps(
+    vit: ViT,
+    how: Metric,
+    classes: int,
+    data: Data,
+    optimizer: Optimizer,
+    fsdp: int,
+    total_steps: int,
+) -> Steps:
     side, width = vit.config.image, vit.config.width
     network = Embedder(vit, how.dim)
 
     def init(key) -> Any:
         network_key, proxy_key = jax.random.split(key)
         proxies = jax.random.normal(proxy_key, (classes, how.dim or width))
-        return {"network": network.init(network_key, jnp.zeros((1, side, side, 3)))["params"], "proxies": proxies}
+        return {
+            "network": network.init(network_key, jnp.zeros((1, side, side, 3)))["params"],
+            "proxies": proxies,
+        }
 
     def loss(params, batch: Batch, key) -> Array:
-        descriptors: Any = network.apply({"params": params["network"]}, batch["image"], train=True, rngs={"dropout": key})
-        return metric.LOSSES[how.loss](descriptors, batch["label"], params["proxies"], **how.options())
+        descriptors: Any = network.apply(
+            {"params": params["network"]}, batch["image"], train=True, rngs={"dropout": key}
+        )
+        return metric.LOSSES[how.loss](
+            descriptors, batch["label"], params["proxies"], **how.options()
+        )
 
     def scales(params) -> Any:
         return {"network": jax.tree.map(lambda _: 1.0, params["network"]), "proxies": how.proxy_lr}
@@ -201,7 +293,9 @@ def check_findable(labels: np.ndarray) -> None:
 
 
 def scores_of(descriptors: Any, labels: np.ndarray) -> LabelScores:
-    """Each descriptor, a unit vector, as the query for all others; at least one label must be there twice."""
+    """Each descriptor, a unit vector, as the query for all others; at least one label must be there
+    twice.
+    """
     check_findable(labels)
     reach = min(max(int(np.bincount(labels).max()), max(KAPPAS) + 1), len(labels))
     ids = np.asarray(search(descriptors, descriptors, k=reach).ids)

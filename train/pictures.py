@@ -7,7 +7,9 @@ from train.log import read_metrics
 
 
 def draw_curves(run: Path, measures: Sequence[str]) -> Path:
-    """Draws loss, the measures of evaluations and the learned exponents over the steps into `RUN/curves.png`."""
+    """Draws loss, the measures of evaluations and the learned exponents over the steps into
+    `RUN/curves.png`.
+    """
     import matplotlib
 
     matplotlib.use("Agg")
@@ -20,13 +22,23 @@ def draw_curves(run: Path, measures: Sequence[str]) -> Path:
     axes[0].plot([line["step"] for line in train], [line["loss"] for line in train], linewidth=1)
     axes[0].set(title="training loss", xlabel="step", yscale="log")
     for metric in measures:
-        axes[1].plot([line["step"] for line in evals], [100 * line[metric] for line in evals], marker=".", label=metric)
+        axes[1].plot(
+            [line["step"] for line in evals],
+            [100 * line[metric] for line in evals],
+            marker=".",
+            label=metric,
+        )
     axes[1].set(title="evaluations, %", xlabel="step")
     axes[1].legend()
     for name in names:
         p = [line["p"][name] for line in evals]
         for group in range(len(p[0])):
-            axes[2].plot([line["step"] for line in evals], [values[group] for values in p], marker=".", linewidth=1)
+            axes[2].plot(
+                [line["step"] for line in evals],
+                [values[group] for values in p],
+                marker=".",
+                linewidth=1,
+            )
         axes[2].set(title=f"learned p of {len(p[0])} group(s)", xlabel="step")
     for axis in axes:
         axis.grid(alpha=0.3)

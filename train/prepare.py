@@ -1,12 +1,17 @@
-"""Turns packed pictures into class sub-folders and into a TensorFlow Datasets data set: python -m train.prepare PACKED OUT.
+"""Turns packed pictures into class sub-folders and into a TensorFlow Datasets data set: python -m
+train.prepare PACKED OUT.
 
 PACKED is a folder with one of
-- `*train*.npz` and `*test*.npz` with `jpeg_bytes`, `offsets`, `labels` and `class_names` (joined JPEG files, as for CIFAR-10);
-- one `.npz` with `train_images`, `train_labels`, `test_images`, `test_labels` (as for Fashion-MNIST);
-- one `.zip` with `SPLIT/CLASS/*` picture files, SPLIT being train and val or test (as for Imagenette).
+- `*train*.npz` and `*test*.npz` with `jpeg_bytes`, `offsets`, `labels` and `class_names` (joined
+  JPEG files, as for CIFAR-10);
+- one `.npz` with `train_images`, `train_labels`, `test_images`, `test_labels` (as for
+  Fashion-MNIST);
+- one `.zip` with `SPLIT/CLASS/*` picture files, SPLIT being train and val or test (as for
+  Imagenette).
 
-Written are `OUT/folder/SPLIT/CLASS/INDEX.png` and `OUT/tfds/NAME/1.0.0/`, both lossless and in the order of the index of a picture in its split, so
-that `--data folder:OUT/folder` and `--data tfds:NAME --data-dir OUT/tfds` train on the same batches.
+Written are `OUT/folder/SPLIT/CLASS/INDEX.png` and `OUT/tfds/NAME/1.0.0/`, both lossless and in the
+order of the index of a picture in its split, so that `--data folder:OUT/folder` and `--data
+tfds:NAME --data-dir OUT/tfds` train on the same batches.
 """
 
 import contextlib
@@ -31,8 +36,20 @@ from ggem_jax.files.images import EXTENSIONS, RGB, UnreadableImage, read_image
 from train.config import Refused, parse
 from train.run import one_sentence
 
-# Xiao, Rasul and Vollgraf, "Fashion-MNIST", 2017, arXiv:1708.07747, table 2; the packed file holds the numbers only.
-FASHION_MNIST = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+# Xiao, Rasul and Vollgraf, "Fashion-MNIST", 2017, arXiv:1708.07747, table 2; the packed file holds
+# the numbers only.
+FASHION_MNIST = (
+    "T-shirt/top",
+    "Trouser",
+    "Pullover",
+    "Dress",
+    "Coat",
+    "Sandal",
+    "Shirt",
+    "Sneaker",
+    "Bag",
+    "Ankle boot",
+)
 
 MARK = ".made_by_train_prepare"  # in the folders that may be replaced
 
@@ -52,7 +69,9 @@ class Prepare:
 
 def main(argv: list[str] | None = None) -> None:
     with one_sentence("train.prepare"):
-        for line in prepare(parse(Prepare, sys.argv[1:] if argv is None else argv, "train.prepare")):
+        for line in prepare(
+            parse(Prepare, sys.argv[1:] if argv is None else argv, "train.prepare")
+        ):
             print(line)
 
 
@@ -60,12 +79,17 @@ def prepare(config: Prepare) -> list[str]:
     """Writes what the config asks for and says how to train on it."""
     classes, splits = read_packed(config.packed.expanduser())
     if config.limit is not None:
-        splits = {split: evenly_spaced(pictures, config.limit) for split, pictures in splits.items()}
+        splits = {
+            split: evenly_spaced(pictures, config.limit) for split, pictures in splits.items()
+        }
     classes = folder_names(classes)
     check(classes, splits)
     name = config.name or re.sub("[^a-z0-9]+", "_", config.packed.resolve().name.lower()).strip("_")
     if not re.fullmatch("[a-z][a-z0-9_]*", name):
-        raise Refused(f"the name of a data set must be letters a to z, digits and _, not {name!r}: choose one with --name")
+        raise Refused(
+            f"the name of a data set must be letters a to z, digits and _, not {name!r}: choose one"
+            " with --name"
+        )
     out, said = config.out.expanduser(), []
     try:
         if config.formats in ("both", "folder"):
@@ -77,29 +101,53 @@ def prepare(config: Prepare) -> list[str]:
     except UnreadableImage as error:
         raise Refused(str(error)) from None
     except RuntimeError as error:  # of the record writer, on a full disk
-        raise Refused(f"the data set could not be written to {out}: {(str(error).splitlines() or ['no reason given'])[0]}") from None
+        raise Refused(
+            f"the data set could not be written to {out}:"
+            f" {(str(error).splitlines() or ['no reason given'])[0]}"
+        ) from None
     counts = ", ".join(f"{split} {len(pictures):,}" for split, pictures in splits.items())
-    return [f"{len(classes)} classes; {counts} pictures", *(f"train on it with  python -m train.classify {flags}" for flags in said)]
+    return [
+        f"{len(classes)} classes; {counts} pictures",
+        *(f"train on it with  python -m train.classify {flags}" for flags in said),
+    ]
 
 
 def check(classes: tuple[str, ...], splits: dict[str, Split]) -> None:
     """Refuses labels that name no class, and classes without pictures to train on."""
     for split, pictures in splits.items():
-        wrong = next(((i, label) for i, (_, label) in enumerate(pictures) if not 0 <= label < len(classes)), None)
+        wrong = next(
+            ((i, label) for i, (_, label) in enumerate(pictures) if not 0 <= label < len(classes)),
+            None,
+        )
         if wrong is not None or not pictures:
-            reason = "is empty" if wrong is None else f"has the label {wrong[1]} for picture {wrong[0]}, where 0 to {len(classes) - 1} are classes"
+            reason = (
+                "is empty"
+                if wrong is None
+                else (
+                    f"has the label {wrong[1]} for picture {wrong[0]}, where 0 to"
+                    f" {len(classes) - 1} are classes"
+                )
+            )
             raise Refused(f"the split {split} {reason}")
         missing = set(range(len(classes))) - {label for _, label in pictures}
         if missing:
             names = ", ".join(classes[label] for label in sorted(missing))
-            raise Refused(f"the split {split} holds no pictures of {names}: every class needs some (a larger --limit keeps more)")
+            raise Refused(
+                f"the split {split} holds no pictures of {names}: every class needs some (a larger"
+                " --limit keeps more)"
+            )
 
 
 def evenly_spaced(pictures: Split, limit: int) -> Split:
     """At most `limit` of the pictures: some of every class where they are sorted by class."""
     if limit < 1:
         raise Refused(f"--limit must be at least 1, it is {limit}")
-    return [pictures[i] for i in np.unique(np.linspace(0, len(pictures) - 1, min(limit, len(pictures))).round().astype(int))]
+    return [
+        pictures[i]
+        for i in np.unique(
+            np.linspace(0, len(pictures) - 1, min(limit, len(pictures))).round().astype(int)
+        )
+    ]
 
 
 def read_packed(packed: Path) -> tuple[tuple[str, ...], dict[str, Split]]:
@@ -113,7 +161,10 @@ def read_packed(packed: Path) -> tuple[tuple[str, ...], dict[str, Split]]:
         return _jpeg_splits(archives)
     if len(zips) == 1:
         return _zip_splits(zips[0])
-    raise Refused(f"{packed} holds neither .npz files nor one .zip file (there: {', '.join(sorted(p.name for p in packed.iterdir())) or 'nothing'})")
+    raise Refused(
+        f"{packed} holds neither .npz files nor one .zip file (there:"
+        f" {', '.join(sorted(p.name for p in packed.iterdir())) or 'nothing'})"
+    )
 
 
 def _array_splits(path: Path) -> tuple[tuple[str, ...], dict[str, Split]]:
@@ -121,10 +172,17 @@ def _array_splits(path: Path) -> tuple[tuple[str, ...], dict[str, Split]]:
     for which in ("train", "test"):
         images, labels = arrays[f"{which}_images"], arrays[f"{which}_labels"]
         grey_or_rgb = images.ndim == 3 or (images.ndim == 4 and images.shape[-1] == 3)
-        if images.dtype != np.uint8 or not grey_or_rgb or labels.dtype.kind not in "iu" or labels.shape != images.shape[:1] or not len(labels):
+        if (
+            images.dtype != np.uint8
+            or not grey_or_rgb
+            or labels.dtype.kind not in "iu"
+            or labels.shape != images.shape[:1]
+            or not len(labels)
+        ):
             raise Refused(
-                f"{path}: {which}_images must be uint8 (n, h, w) or (n, h, w, 3) and {which}_labels whole numbers (n,), not {images.dtype} "
-                f"{images.shape} and {labels.dtype} {labels.shape}"
+                f"{path}: {which}_images must be uint8 (n, h, w) or (n, h, w, 3) and {which}_labels"
+                f" whole numbers (n,), not {images.dtype} {images.shape} and {labels.dtype}"
+                f" {labels.shape}"
             )
     count = 1 + max(int(arrays[f"{split}_labels"].max()) for split in ("train", "test"))
     numbers = tuple(f"{i:0{len(str(count - 1))}d}" for i in range(count))
@@ -134,7 +192,10 @@ def _array_splits(path: Path) -> tuple[tuple[str, ...], dict[str, Split]]:
         images = arrays[f"{which}_images"]
         if images.ndim == 3:
             images = np.repeat(images[..., None], 3, axis=-1)
-        return [(partial(images.__getitem__, i), int(label)) for i, label in enumerate(arrays[f"{which}_labels"])]
+        return [
+            (partial(images.__getitem__, i), int(label))
+            for i, label in enumerate(arrays[f"{which}_labels"])
+        ]
 
     return names, {which: split(which) for which in ("train", "test")}
 
@@ -145,20 +206,31 @@ def _jpeg_splits(paths: list[Path]) -> tuple[tuple[str, ...], dict[str, Split]]:
     for which in ("train", "test"):
         found = [path for path in paths if which in path.name]
         if len(found) != 1:
-            raise Refused(f"of {', '.join(path.name for path in paths)} exactly one must have '{which}' in its name")
+            raise Refused(
+                f"of {', '.join(path.name for path in paths)} exactly one must have '{which}' in"
+                " its name"
+            )
         arrays = _load(found[0], "jpeg_bytes", "offsets", "labels", "class_names")
         kinds, labels, offsets = arrays["class_names"], arrays["labels"], arrays["offsets"]
-        if kinds.ndim != 1 or any(a.ndim != 1 or a.dtype.kind not in "iu" for a in (labels, offsets)) or len(offsets) != len(labels) + 1:
+        if (
+            kinds.ndim != 1
+            or any(a.ndim != 1 or a.dtype.kind not in "iu" for a in (labels, offsets))
+            or len(offsets) != len(labels) + 1
+        ):
             raise Refused(
-                f"{found[0]} must hold class_names (classes,), whole labels (n,) and whole offsets (n + 1,), not {kinds.shape}, {labels.dtype} "
-                f"{labels.shape} and {offsets.dtype} {offsets.shape}"
+                f"{found[0]} must hold class_names (classes,), whole labels (n,) and whole offsets"
+                f" (n + 1,), not {kinds.shape}, {labels.dtype} {labels.shape} and {offsets.dtype}"
+                f" {offsets.shape}"
             )
         classes.add(tuple(map(str, kinds)))
         files = arrays["jpeg_bytes"].tobytes()
 
         names = [f"picture {i} of {found[0].name}" for i in range(len(offsets) - 1)]
         cuts = [files[start:end] for start, end in pairwise(offsets)]
-        splits[which] = [(partial(read_image, file, name=name), int(label)) for file, name, label in zip(cuts, names, labels, strict=True)]
+        splits[which] = [
+            (partial(read_image, file, name=name), int(label))
+            for file, name, label in zip(cuts, names, labels, strict=True)
+        ]
     if len(classes) != 1:
         raise Refused(f"{' and '.join(path.name for path in paths)} have different classes")
     return classes.pop(), splits
@@ -181,11 +253,21 @@ def _zip_splits(path: Path) -> tuple[tuple[str, ...], dict[str, Split]]:
     def picture(name: str) -> RGB:
         try:
             file = archive.read(name)
-        except (OSError, RuntimeError, NotImplementedError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+        except (
+            OSError,
+            RuntimeError,
+            NotImplementedError,
+            EOFError,
+            zlib.error,
+            zipfile.BadZipFile,
+        ) as error:
             raise UnreadableImage(f"{name} in {path} cannot be read: {error}") from None
         return read_image(file, name=name)
 
-    return classes, {split: [(partial(picture, name), classes.index(kind)) for kind, name in found] for split, found in members.items()}
+    return classes, {
+        split: [(partial(picture, name), classes.index(kind)) for kind, name in found]
+        for split, found in members.items()
+    }
 
 
 def _load(path: Path, *keys: str) -> dict[str, np.ndarray]:
@@ -194,13 +276,25 @@ def _load(path: Path, *keys: str) -> dict[str, np.ndarray]:
             return {key: arrays[key] for key in keys}
     except KeyError:
         with np.load(path) as arrays:
-            raise Refused(f"{path} must hold {', '.join(keys)}, not {', '.join(arrays.files)}") from None
-    except (OSError, ValueError, TypeError, AttributeError, EOFError, zlib.error, zipfile.BadZipFile) as error:
+            raise Refused(
+                f"{path} must hold {', '.join(keys)}, not {', '.join(arrays.files)}"
+            ) from None
+    except (
+        OSError,
+        ValueError,
+        TypeError,
+        AttributeError,
+        EOFError,
+        zlib.error,
+        zipfile.BadZipFile,
+    ) as error:
         raise Refused(f"{path} cannot be read as .npz: {error}") from None
 
 
 def folder_names(classes: tuple[str, ...]) -> tuple[str, ...]:
-    """Names that a file system takes and that sort in the order of the labels: numbered where their own names do not."""
+    """Names that a file system takes and that sort in the order of the labels: numbered where their
+    own names do not.
+    """
     safe = tuple(re.sub(r"[^\w.-]+", "-", name).strip("-.") for name in classes)
     if sorted(safe) == list(safe) and len(set(safe)) == len(safe):
         return safe
@@ -208,7 +302,9 @@ def folder_names(classes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def write_folder(root: Path, classes: tuple[str, ...], splits: dict[str, Split]) -> None:
-    """Writes `root/SPLIT/CLASS/INDEX.png`, beside what an earlier call wrote and then in its place."""
+    """Writes `root/SPLIT/CLASS/INDEX.png`, beside what an earlier call wrote and then in its
+    place.
+    """
     with _in_place_of(root, made_if=MARK) as new:
         for split, pictures in splits.items():
             for name in classes:
@@ -218,8 +314,12 @@ def write_folder(root: Path, classes: tuple[str, ...], splits: dict[str, Split])
         (new / MARK).touch()
 
 
-def write_tfds(data_dir: Path, name: str, classes: tuple[str, ...], splits: dict[str, Split]) -> None:
-    """Writes `data_dir/name/1.0.0` with the features image, label and index, in the order of the index; replaces what is there."""
+def write_tfds(
+    data_dir: Path, name: str, classes: tuple[str, ...], splits: dict[str, Split]
+) -> None:
+    """Writes `data_dir/name/1.0.0` with the features image, label and index, in the order of the
+    index; replaces what is there.
+    """
     import tensorflow_datasets as tfds
 
     class PackedPictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
@@ -231,7 +331,9 @@ def write_tfds(data_dir: Path, name: str, classes: tuple[str, ...], splits: dict
                 "label": tfds.features.ClassLabel(names=classes),
                 "index": tfds.features.Scalar(dtype=np.int64),
             }
-            return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True)
+            return tfds.core.DatasetInfo(
+                builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
+            )
 
         def _split_generators(self, dl_manager):
             return {split: self._generate_examples(pictures) for split, pictures in splits.items()}
@@ -244,15 +346,23 @@ def write_tfds(data_dir: Path, name: str, classes: tuple[str, ...], splits: dict
     tfds.disable_progress_bar()
     with _in_place_of(data_dir / name, made_if="1.0.0/dataset_info.json") as new:
         with contextlib.redirect_stdout(io.StringIO()):  # it reports a download that is none
-            PackedPictures(data_dir=str(new / "there"), file_format="array_record").download_and_prepare()
+            PackedPictures(
+                data_dir=str(new / "there"), file_format="array_record"
+            ).download_and_prepare()
         (new / "there" / name / "1.0.0").rename(new / "1.0.0")
         shutil.rmtree(new / "there")
 
 
 @contextlib.contextmanager
 def _in_place_of(folder: Path, *, made_if: str) -> Iterator[Path]:
-    """A new folder that takes the place of `folder` at the end; one that is there must be empty or show by a file that this tool made it."""
-    if folder.exists() and not (folder / made_if).exists() and (not folder.is_dir() or any(folder.iterdir())):
+    """A new folder that takes the place of `folder` at the end; one that is there must be empty or
+    show by a file that this tool made it.
+    """
+    if (
+        folder.exists()
+        and not (folder / made_if).exists()
+        and (not folder.is_dir() or any(folder.iterdir()))
+    ):
         raise Refused(f"{folder} holds what this tool did not make: choose another OUT")
     new, old = (folder.with_name(f".{folder.name}.{state}") for state in ("new", "old"))
     shutil.rmtree(new, ignore_errors=True)

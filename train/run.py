@@ -1,4 +1,6 @@
-"""Around a run: its folder, its other processes, its end by a signal, and what a failure looks like."""
+"""Around a run: its folder, its other processes, its end by a signal, and what a failure looks
+like.
+"""
 
 import contextlib
 import fcntl
@@ -20,16 +22,20 @@ from jax.experimental import multihost_utils
 from train.config import C, Config, Refused, from_dict, to_dict
 from train.log import write_text
 
-# May change when a run is taken up again: the weights do not depend on them (on `fsdp` in the last bits, as on the number of devices).
+# May change when a run is taken up again: the weights do not depend on them (on `fsdp` in the last
+# bits, as on the number of devices).
 FREE = (
     "out", "stop_after", "log_every", "checkpoint_every", "eval_every", "fsdp",
-    "data.data_dir", "data.download", "data.workers", "data.eval_split", "data.corrupt", "data_found.eval",
+    "data.data_dir", "data.download", "data.workers", "data.eval_split", "data.corrupt",
+    "data_found.eval",
 )  # fmt: skip
 
 
 @contextlib.contextmanager
 def one_sentence(tool: str) -> Iterator[None]:
-    """Ends a tool with one line on standard error: exit code 1 where the user or the machine is at fault, 130 after Ctrl-C."""
+    """Ends a tool with one line on standard error: exit code 1 where the user or the machine is at
+    fault, 130 after Ctrl-C.
+    """
     try:
         yield
     except Refused as error:
@@ -40,32 +46,45 @@ def one_sentence(tool: str) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        sys.exit(f"{tool}: out of memory ({str(error).splitlines()[0]}): try a smaller --batch, more --optimizer.accumulate or --model.remat")
+        sys.exit(
+            f"{tool}: out of memory ({str(error).splitlines()[0]}): try a smaller --batch, more"
+            " --optimizer.accumulate or --model.remat"
+        )
     except RuntimeError as error:
         if "home directory" not in str(error):  # of a path that begins with ~
             raise
         sys.exit(f"{tool}: {error}")
     except OSError as error:
-        sys.exit(f"{tool}: {error.strerror or error}{f': {error.filename}' if error.filename else ''}")
+        sys.exit(
+            f"{tool}: {error.strerror or error}{f': {error.filename}' if error.filename else ''}"
+        )
 
 
 def join_processes() -> None:
     """Joins the other processes of the run where `JAX_COORDINATOR_ADDRESS` is set.
 
-    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say which one this is, where no cluster that JAX knows (Slurm, Open MPI, Kubernetes, Cloud TPU) does.
+    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say which one this is, where no cluster that JAX knows
+    (Slurm, Open MPI, Kubernetes, Cloud TPU) does.
     """
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     if address and not jax.distributed.is_initialized():
         try:
-            count, own = (int(os.environ[name]) if name in os.environ else None for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID"))
+            count, own = (
+                int(os.environ[name]) if name in os.environ else None
+                for name in ("JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
+            )
             jax.distributed.initialize(address, num_processes=count, process_id=own)
         except (ValueError, RuntimeError) as error:
-            raise Refused(f"this process could not join the others at {address}: {str(error).splitlines()[0]}") from None
+            raise Refused(
+                f"this process could not join the others at {address}: {str(error).splitlines()[0]}"
+            ) from None
 
 
 @contextlib.contextmanager
 def run_folder(config: Config, facts: dict[str, Any]) -> Iterator[None]:
-    """Keeps other runs out of the folder, and other settings and other data, told by its `facts`, out of its checkpoints."""
+    """Keeps other runs out of the folder, and other settings and other data, told by its `facts`,
+    out of its checkpoints.
+    """
     with contextlib.ExitStack() as stack:
         refused: Exception | None = None
         if jax.process_index() == 0:
@@ -76,11 +95,16 @@ def run_folder(config: Config, facts: dict[str, Any]) -> Iterator[None]:
             except (Refused, OSError) as error:
                 refused = error
         if jax.process_count() > 1:
-            if multihost_utils.broadcast_one_to_all(np.array(refused is not None)) and refused is None:
+            if (
+                multihost_utils.broadcast_one_to_all(np.array(refused is not None))
+                and refused is None
+            ):
                 refused = Refused("the first process refused the run")
             own = np.array(zlib.crc32(json.dumps([to_dict(config), facts]).encode()))
             if np.ptp(multihost_utils.process_allgather(own)) and refused is None:
-                refused = Refused("the processes of a run must have the same settings and data, and they differ")
+                refused = Refused(
+                    "the processes of a run must have the same settings and data, and they differ"
+                )
         if refused is not None:
             raise refused
         yield
@@ -90,7 +114,9 @@ def _lock(file: IO[str], run: Path) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        raise Refused(f"another process is training in {run}: wait for it, or choose another --out") from None
+        raise Refused(
+            f"another process is training in {run}: wait for it, or choose another --out"
+        ) from None
 
 
 def _keep_settings(config: Config, facts: dict[str, Any]) -> None:
@@ -98,11 +124,19 @@ def _keep_settings(config: Config, facts: dict[str, Any]) -> None:
     if has_checkpoint(config.out):
         before, facts_before = read_run(config.out, type(config))
         here, there = _flat(now), _flat({**to_dict(before), "data_found": facts_before})
-        changed = [name for name in here | there if name not in FREE and here.get(name) != there.get(name)]
+        changed = [
+            name for name in here | there if name not in FREE and here.get(name) != there.get(name)
+        ]
         if changed:
-            settings = "; ".join(f"{name} {there.get(name)} there, {here.get(name)} now" for name in changed)
-            raise Refused(f"{config.out} holds a run with other settings ({settings}): choose another --out")
-    write_text(config.out / "config.json", json.dumps({"tool": config.tool, **now}, indent=2) + "\n")
+            settings = "; ".join(
+                f"{name} {there.get(name)} there, {here.get(name)} now" for name in changed
+            )
+            raise Refused(
+                f"{config.out} holds a run with other settings ({settings}): choose another --out"
+            )
+    write_text(
+        config.out / "config.json", json.dumps({"tool": config.tool, **now}, indent=2) + "\n"
+    )
 
 
 def has_checkpoint(run: Path) -> bool:
@@ -117,7 +151,11 @@ def read_run(run: Path, record: type[C] = Config) -> tuple[C, dict[str, Any]]:  
         tool, facts = values.pop("tool", record.tool), values.pop("data_found")
         if tool != record.tool:
             raise Refused(f"it is one of {tool}")
-        checked = {"classes": list(map(str, facts["classes"])), "train": int(facts["train"]), "eval": int(facts["eval"])}
+        checked = {
+            "classes": list(map(str, facts["classes"])),
+            "train": int(facts["train"]),
+            "eval": int(facts["eval"]),
+        }
         return from_dict(values, record), facts | checked
     except FileNotFoundError:
         raise Refused(f"{run} is no run of {record.tool}: it has no config.json") from None
@@ -129,21 +167,29 @@ def _flat(values: dict, prefix: str = "") -> dict:
     """{"a": {"b": 1}} -> {"a.b": 1}"""
     flat: dict = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        flat |= (
+            _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+        )
     return flat
 
 
 class StopRequest:
-    """Remembers SIGTERM and Ctrl-C so that the step in hand can be finished and saved; a second Ctrl-C interrupts at once."""
+    """Remembers SIGTERM and Ctrl-C so that the step in hand can be finished and saved; a second
+    Ctrl-C interrupts at once.
+    """
 
     def __init__(self):
         self.signal: int | None = None
         self._before = {}
 
     def __enter__(self) -> "StopRequest":
-        # With several processes the coordination service listens instead, and all stop after the same step.
+        # With several processes the coordination service listens instead, and all stop after the
+        # same step.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
-            self._before = {number: signal.signal(number, self._remember) for number in (signal.SIGTERM, signal.SIGINT)}
+            self._before = {
+                number: signal.signal(number, self._remember)
+                for number in (signal.SIGTERM, signal.SIGINT)
+            }
         return self
 
     def __exit__(self, *_) -> None:

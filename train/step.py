@@ -1,7 +1,8 @@
 """One training step and one evaluation step, jitted over a mesh of devices.
 
-The mesh has the axes `data` and `fsdp`. A batch is split over both; weights, optimiser state and moving average are split over `fsdp` and repeated
-over `data`. With one device both axes have length 1 and nothing is split.
+The mesh has the axes `data` and `fsdp`. A batch is split over both; weights, optimiser state and
+moving average are split over `fsdp` and repeated over `data`. With one device both axes have length
+1 and nothing is split.
 """
 
 import functools
@@ -49,7 +50,9 @@ class Steps:
     state_sharding: State
     init: Any  # (seed) -> State
     train: Any  # (State, batch, seed) -> (State, {"loss", "grad_norm"})
-    evaluate: Any  # (parameters, batch) -> the batch with outputs of the problem instead of its image, whole on every device
+    # (parameters, batch) -> the batch with outputs of the problem instead of its image, whole on
+    # every device
+    evaluate: Any
 
 
 def make_mesh(fsdp: int) -> Mesh:
@@ -57,27 +60,51 @@ def make_mesh(fsdp: int) -> Mesh:
     devices = jax.device_count()
     if fsdp < 1 or devices % fsdp:
         raise Refused(f"--fsdp must divide the number of devices, {devices}; it is {fsdp}")
-    return jax.make_mesh((devices // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
+    return jax.make_mesh(
+        (devices // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto)
+    )
 
 
 @dataclass(frozen=True)
 class Problem:
-    """What differs between trainings: parameters, loss and what evaluations keep. Images come normalised."""
+    """What differs between trainings: parameters, loss and what evaluations keep. Images come
+    normalised.
+    """
 
     init: Callable[[PRNGKeyArray], Any]  # key -> parameters
-    prepare: Callable[[Batch, PRNGKeyArray], Batch]  # a batch as it is trained on: pictures mixed, labels smoothed
-    loss: Callable[[Any, Batch, PRNGKeyArray], Array]  # parameters, (a part of) a prepared batch, key -> mean loss
-    outputs: Callable[[Any, Array], dict[str, Array]]  # parameters, images -> arrays with a row for each image
-    scales: Callable[[Any], Any] | None = None  # parameters -> what multiplies the learning rate of each, besides ggem_jax.optimizer's
+    prepare: Callable[
+        [Batch, PRNGKeyArray], Batch
+    ]  # a batch as it is trained on: pictures mixed, labels smoothed
+    loss: Callable[
+        [Any, Batch, PRNGKeyArray], Array
+    ]  # parameters, (a part of) a prepared batch, key -> mean loss
+    outputs: Callable[
+        [Any, Array], dict[str, Array]
+    ]  # parameters, images -> arrays with a row for each image
+    scales: Callable[[Any], Any] | None = (
+        # parameters -> what multiplies the learning rate of each, besides ggem_jax.optimizer's
+        None
+    )
 
 
 def make_steps(config: Config, num_classes: int, total_steps: int) -> Steps:
-    """The steps of a classifier; configs that differ only in seed, folder or logging share one compilation."""
-    return _classifier_steps(build_model(config, num_classes), config.data, config.augment, config.optimizer, config.fsdp, total_steps)
+    """The steps of a classifier; configs that differ only in seed, folder or logging share one
+    compilation.
+    """
+    return _classifier_steps(
+        build_model(config, num_classes),
+        config.data,
+        config.augment,
+        config.optimizer,
+        config.fsdp,
+        total_steps,
+    )
 
 
 @functools.cache
-def _classifier_steps(model: ViT, data: Data, augment: Augment, optimizer: Optimizer, fsdp: int, total_steps: int) -> Steps:
+def _classifier_steps(
+    model: ViT, data: Data, augment: Augment, optimizer: Optimizer, fsdp: int, total_steps: int
+) -> Steps:
     side = model.config.image
 
     def logits_of(params, images, **options) -> Float[Array, "b classes"]:
@@ -85,12 +112,16 @@ def _classifier_steps(model: ViT, data: Data, augment: Augment, optimizer: Optim
         return output.logits.astype(jnp.float32)
 
     def prepare(batch: Batch, key: PRNGKeyArray) -> Batch:
-        targets = optax.smooth_labels(jax.nn.one_hot(batch["label"], model.num_classes), augment.label_smoothing)
+        targets = optax.smooth_labels(
+            jax.nn.one_hot(batch["label"], model.num_classes), augment.label_smoothing
+        )
         images, targets = mix(batch["image"], targets, augment, key)
         return {"image": images, "target": targets}
 
     def loss(params, batch: Batch, key: PRNGKeyArray) -> Array:
-        return optax.softmax_cross_entropy(logits_of(params, batch["image"], train=True, rngs={"dropout": key}), batch["target"]).mean()
+        return optax.softmax_cross_entropy(
+            logits_of(params, batch["image"], train=True, rngs={"dropout": key}), batch["target"]
+        ).mean()
 
     problem = Problem(
         init=lambda key: model.init(key, jnp.zeros((1, side, side, 3)))["params"],
@@ -101,7 +132,9 @@ def _classifier_steps(model: ViT, data: Data, augment: Augment, optimizer: Optim
     return compiled(problem, data, optimizer, fsdp, total_steps)
 
 
-def compiled(problem: Problem, data: Data, optimizer: Optimizer, fsdp: int, total_steps: int) -> Steps:
+def compiled(
+    problem: Problem, data: Data, optimizer: Optimizer, fsdp: int, total_steps: int
+) -> Steps:
     """The steps of a problem, laid out over all devices."""
     mesh = make_mesh(fsdp)
     transform = make_optimizer(optimizer, total_steps)
@@ -116,18 +149,25 @@ def compiled(problem: Problem, data: Data, optimizer: Optimizer, fsdp: int, tota
     def train(state: State, batch: Batch, seed: Int[Array, ""]):
         mix_key, drop_key = jax.random.split(jax.random.fold_in(keys(seed)[1], state.step))
         prepared = problem.prepare(batch | {"image": normalise(batch["image"], data)}, mix_key)
-        loss, grads = accumulated_gradient(problem.loss, state.params, prepared, drop_key, optimizer.accumulate)
+        loss, grads = accumulated_gradient(
+            problem.loss, state.params, prepared, drop_key, optimizer.accumulate
+        )
         norm = optax.tree.norm(grads)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = None
-        if optimizer.ema is not None:  # the initial weights are forgotten quickly, as in TensorFlow's ExponentialMovingAverage with num_updates
+        if (
+            optimizer.ema is not None
+            # the initial weights are forgotten quickly, as in TensorFlow's ExponentialMovingAverage
+            # with num_updates
+        ):
             decay = jnp.minimum(optimizer.ema, (1 + state.step) / (10 + state.step))
             ema = optax.incremental_update(params, state.ema, 1 - decay)
         return State(state.step + 1, params, opt_state, ema), {"loss": loss, "grad_norm": norm}
 
     def evaluate(params, batch: Batch) -> Batch:
-        # The labels travel with their pictures, whatever order of devices and processes the mesh has.
+        # The labels travel with their pictures, whatever order of devices and processes the mesh
+        # has.
         rest = {name: array for name, array in batch.items() if name != "image"}
         return rest | problem.outputs(params, normalise(batch["image"], data))
 
@@ -137,25 +177,38 @@ def compiled(problem: Problem, data: Data, optimizer: Optimizer, fsdp: int, tota
         shapes = jax.eval_shape(init, 0)
     except ValueError as error:  # settings of the model and its pooling that do not go together
         raise Refused(str(error)) from None
-    state_sharding = jax.tree.map(lambda leaf: NamedSharding(mesh, split_over_fsdp(leaf.shape, fsdp)), shapes)
+    state_sharding = jax.tree.map(
+        lambda leaf: NamedSharding(mesh, split_over_fsdp(leaf.shape, fsdp)), shapes
+    )
     return Steps(
         mesh,
         batch_sharding,
         state_sharding,
         jax.jit(init, out_shardings=state_sharding),
-        jax.jit(train, in_shardings=(state_sharding, batch_sharding, everywhere), out_shardings=(state_sharding, everywhere), donate_argnums=0),
-        jax.jit(evaluate, in_shardings=(state_sharding.params, batch_sharding), out_shardings=everywhere),
+        jax.jit(
+            train,
+            in_shardings=(state_sharding, batch_sharding, everywhere),
+            out_shardings=(state_sharding, everywhere),
+            donate_argnums=0,
+        ),
+        jax.jit(
+            evaluate, in_shardings=(state_sharding.params, batch_sharding), out_shardings=everywhere
+        ),
     )
 
 
 def keys(seed: Int[Array, ""]) -> tuple[PRNGKeyArray, PRNGKeyArray]:
-    """For the initial weights, and for what is random in the steps; the input pipeline draws its own numbers from the seed."""
+    """For the initial weights, and for what is random in the steps; the input pipeline draws its
+    own numbers from the seed.
+    """
     initial, steps = jax.random.split(jax.random.key(seed))
     return initial, steps
 
 
 def split_over_fsdp(shape: tuple[int, ...], fsdp: int) -> P:
-    """Splits the longest axis that `fsdp` divides; vectors, and what has no such axis, are repeated on every device."""
+    """Splits the longest axis that `fsdp` divides; vectors, and what has no such axis, are repeated
+    on every device.
+    """
     axes = [axis for axis, length in enumerate(shape) if length % fsdp == 0]
     if fsdp == 1 or not axes or len(shape) < 2:
         return P()
@@ -175,7 +228,11 @@ def make_optimizer(optimizer: Optimizer, total_steps: int) -> optax.GradientTran
         exponent_lr=optimizer.exponent_lr,
         layer_decay=optimizer.layer_decay,
     )
-    return transform if optimizer.clip is None else optax.chain(optax.clip_by_global_norm(optimizer.clip), transform)
+    return (
+        transform
+        if optimizer.clip is None
+        else optax.chain(optax.clip_by_global_norm(optimizer.clip), transform)
+    )
 
 
 def normalise(images: Images, data: Data) -> Float[Array, "b h w 3"]:
@@ -184,11 +241,17 @@ def normalise(images: Images, data: Data) -> Float[Array, "b h w 3"]:
 
 
 def mix(images, targets, augment: Augment, key: PRNGKeyArray):
-    """Mixes each picture with its opposite in the batch: mixup (Zhang et al. 2018, arXiv:1710.09412), CutMix (Yun et al. 2019, arXiv:1905.04899)."""
+    """Mixes each picture with its opposite in the batch: mixup (Zhang et al. 2018,
+    arXiv:1710.09412), CutMix (Yun et al. 2019, arXiv:1905.04899).
+    """
     if not augment.mixup and not augment.cutmix:
         return images, targets
     coin, ratio_key, place = jax.random.split(key, 3)
-    cut = jax.random.bernoulli(coin) if augment.mixup and augment.cutmix else jnp.bool_(augment.cutmix > 0)
+    cut = (
+        jax.random.bernoulli(coin)
+        if augment.mixup and augment.cutmix
+        else jnp.bool_(augment.cutmix > 0)
+    )
     alpha = jnp.where(cut, augment.cutmix, augment.mixup)
     keep = jax.random.beta(ratio_key, alpha, alpha)
     height, width = images.shape[1:3]
@@ -198,15 +261,21 @@ def mix(images, targets, augment: Augment, key: PRNGKeyArray):
     inside = (jnp.abs(rows - y) < box)[:, None] & (jnp.abs(columns - x) < box)
     keep = jnp.where(cut, 1 - inside.mean(), keep)
     weight = jnp.where(cut, jnp.where(inside, 0.0, 1.0), keep)[None, :, :, None]
-    return weight * images + (1 - weight) * images[::-1], keep * targets + (1 - keep) * targets[::-1]
+    return weight * images + (1 - weight) * images[::-1], keep * targets + (1 - keep) * targets[
+        ::-1
+    ]
 
 
 def accumulated_gradient(loss_of, params, batch: Batch, key: PRNGKeyArray, parts: int):
-    """Loss and gradient of the batch, taken in `parts` equal parts one after the other to save memory."""
+    """Loss and gradient of the batch, taken in `parts` equal parts one after the other to save
+    memory.
+    """
     if parts == 1:
         return jax.value_and_grad(loss_of)(params, batch, key)
     # each device splits its own rows
-    split = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(len(x) // parts, parts, *x.shape[1:]), 1, 0), batch)
+    split = jax.tree.map(
+        lambda x: jnp.moveaxis(x.reshape(len(x) // parts, parts, *x.shape[1:]), 1, 0), batch
+    )
 
     def add(total, part):
         return jax.tree.map(jnp.add, total, jax.value_and_grad(loss_of)(params, *part)), None

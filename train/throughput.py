@@ -1,7 +1,9 @@
-"""How fast a training is against what the machine could do: images a second and model FLOP utilisation.
+"""How fast a training is against what the machine could do: images a second and model FLOP
+utilisation.
 
-Model FLOPs count the matrix products of the forward pass, two per multiply-add, and twice as much for the backward pass; recomputation does not count
-(Chowdhery et al., "PaLM", 2022, arXiv:2204.02311, appendix B).
+Model FLOPs count the matrix products of the forward pass, two per multiply-add, and twice as much
+for the backward pass; recomputation does not count (Chowdhery et al., "PaLM", 2022,
+arXiv:2204.02311, appendix B).
 """
 
 import contextlib
@@ -16,8 +18,9 @@ import jax.numpy as jnp
 from ggem_jax.models.text import TextConfig
 from ggem_jax.models.vit import ViTConfig
 
-# Dense bfloat16 peak of one device in FLOP/s, without sparsity, by the name JAX gives the device. Sources: the vendors' data sheets
-# (NVIDIA H100/H200 SXM, A100, L4, V100 float16; Google Cloud TPU v4, v5e, v5p, v6e).
+# Dense bfloat16 peak of one device in FLOP/s, without sparsity, by the name JAX gives the device.
+# Sources: the vendors' data sheets (NVIDIA H100/H200 SXM, A100, L4, V100 float16; Google Cloud TPU
+# v4, v5e, v5p, v6e).
 PEAK_FLOPS = {
     "NVIDIA H200": 989e12,
     "NVIDIA H100 80GB HBM3": 989e12,
@@ -36,7 +39,9 @@ def forward_flops(config: ViTConfig, outputs: int) -> float:
     """FLOPs of the forward pass of one image to so many outputs of its descriptor."""
     patches = (config.image // config.patch) ** 2
     embedding = patches * 3 * config.patch**2 * config.width
-    return 2.0 * (embedding + config.width * outputs) + blocks_flops(config, patches + config.prefix_tokens)
+    return 2.0 * (embedding + config.width * outputs) + blocks_flops(
+        config, patches + config.prefix_tokens
+    )
 
 
 def text_forward_flops(config: TextConfig, outputs: int) -> float:
@@ -60,11 +65,15 @@ def training_flops(config: ViTConfig, num_classes: int) -> float:
 
 @functools.cache
 def peak_flops() -> tuple[float, str]:
-    """FLOP/s of all devices together and where the number comes from: the data sheet, or a matrix product measured now."""
+    """FLOP/s of all devices together and where the number comes from: the data sheet, or a matrix
+    product measured now.
+    """
     kind = jax.devices()[0].device_kind
     if kind in PEAK_FLOPS:
         return PEAK_FLOPS[kind] * jax.device_count(), "bfloat16 peak of the data sheet"
-    devices = 1 if jax.default_backend() == "cpu" else jax.device_count()  # virtual CPU devices share the same cores
+    devices = (
+        1 if jax.default_backend() == "cpu" else jax.device_count()
+    )  # virtual CPU devices share the same cores
     return _measured_matmul_flops() * devices, "float32 matrix product measured at the start"
 
 
@@ -82,7 +91,8 @@ def _measured_matmul_flops(side: int = 2048, repeats: int = 3) -> float:
 
 
 class Meter:
-    """Speed since the last reading: steps and images a second, model FLOP utilisation, share of the time that the devices waited for input.
+    """Speed since the last reading: steps and images a second, model FLOP utilisation, share of the
+    time that the devices waited for input.
 
     The first step, which compiles, is not measured; a reading right after it is empty.
     """
@@ -95,7 +105,9 @@ class Meter:
         self.restart()
 
     def restart(self) -> None:
-        """Forgets what was done in between that is no training: evaluations, checkpoints, compilation."""
+        """Forgets what was done in between that is no training: evaluations, checkpoints,
+        compilation.
+        """
         self.began, self.steps, self.waited = time.perf_counter(), 0, 0.0
 
     @contextlib.contextmanager
@@ -121,4 +133,9 @@ class Meter:
         speed, waited = self.steps / seconds, self.waited / seconds
         self.restart()
         mfu = speed * self.batch * self.flops / self.peak
-        return {"steps_per_second": speed, "images_per_second": speed * self.batch, "mfu": mfu, "input_wait": waited}
+        return {
+            "steps_per_second": speed,
+            "images_per_second": speed * self.batch,
+            "mfu": mfu,
+            "input_wait": waited,
+        }

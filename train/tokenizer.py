@@ -1,9 +1,11 @@
-"""Captions -> ids: a byte-pair tokenizer of Hugging Face's `tokenizers`, from a tokenizer.json or trained on the captions of the run.
+"""Captions -> ids: a byte-pair tokenizer of Hugging Face's `tokenizers`, from a tokenizer.json or
+trained on the captions of the run.
 
 A text is its start token, its pieces, its end token, and the padding after it.
 
-References: Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units", 2016, arXiv:1508.07909; over bytes as in Radford et al.,
-"Language Models are Unsupervised Multitask Learners", 2019, section 2.2.
+References: Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units", 2016,
+arXiv:1508.07909; over bytes as in Radford et al., "Language Models are Unsupervised Multitask
+Learners", 2019, section 2.2.
 """
 
 import functools
@@ -23,7 +25,8 @@ LARGEST_VOCABULARY = 2**24  # far beyond those in use
 SMALLEST_VOCABULARY = 258  # of a tokenizer over bytes: all of them, start and end
 START, END = "<|startoftext|>", "<|endoftext|>"  # CLIP's
 
-# How tokenizers in use call them, the first that is there; a start may be missing. CLIP and GPT-2; Llama, T5 and RoBERTa; Gemma; BERT; Llama 3.
+# How tokenizers in use call them, the first that is there; a start may be missing. CLIP and GPT-2;
+# Llama, T5 and RoBERTa; Gemma; BERT; Llama 3.
 ENDS = (END, "</s>", "<eos>", "[SEP]", "<|end_of_text|>")
 STARTS = (START, "<s>", "<bos>", "[CLS]", "<|begin_of_text|>")
 PADS = ("<pad>", "[PAD]", "<|pad|>")
@@ -33,24 +36,34 @@ class Tokenizer:
     """Turns captions into ids; `text` is the tokenizer.json that it came from."""
 
     def __init__(self, text: str, name: str):
-        """Raises `Refused` for a text that is no tokenizer, and for one without an end token; `name` is what the sentence calls it."""
+        """Raises `Refused` for a text that is no tokenizer, and for one without an end token;
+        `name` is what the sentence calls it.
+        """
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # its own kind for everything is Exception
             raise Refused(
-                f"{name} is no tokenizer that the package tokenizers reads: {(str(error).splitlines() or ['no reason given'])[0]}"
+                f"{name} is no tokenizer that the package tokenizers reads:"
+                f" {(str(error).splitlines() or ['no reason given'])[0]}"
             ) from None
         end = self._first(ENDS)
         if end is None:
-            raise Refused(f"{name} has no token that ends a text: one of {', '.join(ENDS)} is needed")
+            raise Refused(
+                f"{name} has no token that ends a text: one of {', '.join(ENDS)} is needed"
+            )
         self.name, self.text, self.end, self.start = name, text, end, self._first(STARTS)
         if self.size > LARGEST_VOCABULARY:
-            raise Refused(f"{name} has ids up to {self.size - 1:,}, where at most {LARGEST_VOCABULARY:,} pieces are taken")
+            raise Refused(
+                f"{name} has ids up to {self.size - 1:,}, where at most {LARGEST_VOCABULARY:,}"
+                " pieces are taken"
+            )
         pad = self._first(PADS)
         self.pad = self.end if pad is None else pad
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = True  # a caption that spells out the end token does not end there
+        self._tokenizer.encode_special_tokens = (
+            True  # a caption that spells out the end token does not end there
+        )
         self.row = functools.lru_cache(maxsize=1 << 16)(self._row)
 
     @property
@@ -64,22 +77,38 @@ class Tokenizer:
         return max(self.vocabulary.values()) + 1
 
     def encode(self, texts: Sequence[str], context: int) -> np.ndarray:
-        """Ids `(len(texts), context)` int32; what is too long loses its last pieces, not its end token."""
-        return np.stack([self.row(text, context) for text in texts]) if texts else np.zeros((0, context), np.int32)
+        """Ids `(len(texts), context)` int32; what is too long loses its last pieces, not its end
+        token.
+        """
+        return (
+            np.stack([self.row(text, context) for text in texts])
+            if texts
+            else np.zeros((0, context), np.int32)
+        )
 
     def _row(self, text: str, context: int) -> np.ndarray:
         before = [] if self.start is None else [self.start]
         try:
-            pieces = self._tokenizer.encode(text, add_special_tokens=False).ids[: context - 1 - len(before)]
-        except Exception as error:  # its own kind for everything is Exception: a piece that it does not know and has no token for
-            raise Refused(f"{self.name} cannot encode the text {text[:80]!r}: {(str(error).splitlines() or ['no reason given'])[0]}") from None
+            pieces = self._tokenizer.encode(text, add_special_tokens=False).ids[
+                : context - 1 - len(before)
+            ]
+        except Exception as error:
+            # its own kind for everything is Exception: a piece that it does not know and has no
+            # token for
+            raise Refused(
+                f"{self.name} cannot encode the text {text[:80]!r}:"
+                f" {(str(error).splitlines() or ['no reason given'])[0]}"
+            ) from None
         ids = [*before, *pieces, self.end]
         row = np.array(ids + [self.pad] * (context - len(ids)), np.int32)
         row.flags.writeable = False  # many share it
         return row
 
     def _first(self, names: Sequence[str]) -> int | None:
-        return next((number for name in names if (number := self._tokenizer.token_to_id(name)) is not None), None)
+        return next(
+            (number for name in names if (number := self._tokenizer.token_to_id(name)) is not None),
+            None,
+        )
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
@@ -87,7 +116,10 @@ def read_tokenizer(path: Path) -> Tokenizer:
     try:
         text = path.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise Refused(f"the tokenizer {path} cannot be read: {getattr(error, 'strerror', None) or 'it is no text'}") from None
+        raise Refused(
+            f"the tokenizer {path} cannot be read:"
+            f" {getattr(error, 'strerror', None) or 'it is no text'}"
+        ) from None
     return Tokenizer(text, f"{path}")
 
 
@@ -98,25 +130,39 @@ def keep_tokenizer(run: Path, tokenizer: Tokenizer) -> None:
 
 
 def kept_tokenizer(run: Path) -> Tokenizer:
-    """The tokenizer in the folder of a run; `Refused` where it is not the one that the run began with."""
+    """The tokenizer in the folder of a run; `Refused` where it is not the one that the run began
+    with.
+    """
     tokenizer = read_tokenizer(run / "tokenizer.json")
     try:
         same = int((run / "tokenizer.crc32").read_text()) == zlib.crc32(tokenizer.text.encode())
     except (OSError, ValueError):
         same = False
     if not same:
-        raise Refused(f"{run}/tokenizer.json is not the one that the run began with: choose another --out")
+        raise Refused(
+            f"{run}/tokenizer.json is not the one that the run began with: choose another --out"
+        )
     return tokenizer
 
 
 def train_tokenizer(captions: Iterable[str], vocabulary: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocabulary` pieces; the same for the same captions in the same order."""
+    """A byte-level BPE of at most `vocabulary` pieces; the same for the same captions in the same
+    order.
+    """
     if vocabulary < SMALLEST_VOCABULARY:
-        raise ValueError(f"vocabulary must be at least {SMALLEST_VOCABULARY}, all bytes, start and end, not {vocabulary}")
+        raise ValueError(
+            f"vocabulary must be at least {SMALLEST_VOCABULARY}, all bytes, start and end, not"
+            f" {vocabulary}"
+        )
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    trainer = trainers.BpeTrainer(vocab_size=vocabulary, special_tokens=[START, END], initial_alphabet=alphabet, show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[START, END],
+        initial_alphabet=alphabet,
+        show_progress=False,
+    )
     tokenizer.train_from_iterator(captions, trainer)
     return Tokenizer(tokenizer.to_str(pretty=True), "the trained tokenizer")

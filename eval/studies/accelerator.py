@@ -1,8 +1,9 @@
 """The accelerator model from a batch to a page: python -m eval.studies.accelerator [--out DIR]
 
-Draws a batch of 256 requests with lengths like ShareGPT's, runs one decode step of GPT-3 7B on three systems, searches a better schedule, explores a
-small space of machines, and writes `accelerator.html`, one page that needs no other file. The batch is drawn and packed here, all else is done by
-the commands that it prints.
+Draws a batch of 256 requests with lengths like ShareGPT's, runs one decode step of GPT-3 7B on
+three systems, searches a better schedule, explores a small space of machines, and writes
+`accelerator.html`, one page that needs no other file. The batch is drawn and packed here, all else
+is done by the commands that it prints.
 """
 
 import argparse
@@ -28,9 +29,14 @@ from neupims.scheduling.decision import export_trace
 from neupims.scheduling.policies import estimated_cycles, pack_longest_first
 
 REQUESTS, CHANNELS, LONGEST = 256, 32, 2048
-# Medians of ShareGPT's prompts and answers in the public simulator's trace-generator/share-gpt2/stats.tsv, with a spread that gives means like its.
+# Medians of ShareGPT's prompts and answers in the public simulator's
+# trace-generator/share-gpt2/stats.tsv, with a spread that gives means like its.
 PROMPT_MEDIAN, PROMPT_SIGMA, ANSWER_MEDIAN, ANSWER_SIGMA = 17, 1.75, 261, 0.5
-SYSTEMS = {"NeuPIMs": ["--system", "neupims"], "NPU and PIM in turns": ["--system", "npu-pim"], "NPU only": ["--system", "npu-only"]}
+SYSTEMS = {
+    "NeuPIMs": ["--system", "neupims"],
+    "NPU and PIM in turns": ["--system", "npu-pim"],
+    "NPU only": ["--system", "npu-only"],
+}
 KNOBS = [
     "--knob",
     "hbm.num_channels=16,32,48,64",
@@ -46,8 +52,12 @@ KNOBS = [
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
-    parser.add_argument("--budget", type=int, default=4096, help="schedules that the search evaluates")
-    parser.add_argument("--points", type=int, default=2048, help="machines that the exploration evaluates")
+    parser.add_argument(
+        "--budget", type=int, default=4096, help="schedules that the search evaluates"
+    )
+    parser.add_argument(
+        "--points", type=int, default=2048, help="machines that the exploration evaluates"
+    )
     options = parser.parse_args(argv)
     began = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
@@ -55,25 +65,40 @@ def main(argv: list[str] | None = None) -> None:
     export_trace(trace, draw(), num_channels=CHANNELS)
     workload = ["--model", "gpt3-7b", "--trace", str(trace)]
     steps = {name: run("simulate", *workload, *flags) for name, flags in SYSTEMS.items()}
-    found = run("search", *workload, "--realisable", "--budget", str(options.budget), "--export-trace", str(options.out / "searched.csv"))
+    found = run(
+        "search",
+        *workload,
+        "--realisable",
+        "--budget",
+        str(options.budget),
+        "--export-trace",
+        str(options.out / "searched.csv"),
+    )
     front = run("explore", "--trace", str(trace), *KNOBS, "--points", str(options.points))
     write_report(
         options.out / "accelerator.html",
         sections(steps, found, front),
         title="A decode step of GPT-3 7B beside computing memory",
-        facts={"batch": f"{REQUESTS} requests, lengths like ShareGPT's", "commands": f"in {time.perf_counter() - began:.0f} s"},
+        facts={
+            "batch": f"{REQUESTS} requests, lengths like ShareGPT's",
+            "commands": f"in {time.perf_counter() - began:.0f} s",
+        },
     )
     print(f"{time.perf_counter() - began:.0f} s. Report: {options.out / 'accelerator.html'}")
 
 
 def draw():
-    """A batch with lengths like ShareGPT's, on the channels that the paper's greedy packing gives it."""
+    """A batch with lengths like ShareGPT's, on the channels that the paper's greedy packing gives
+    it.
+    """
     rng = np.random.default_rng(0)
     prompts = rng.lognormal(np.log(PROMPT_MEDIAN), PROMPT_SIGMA, REQUESTS)
     answered = rng.lognormal(np.log(ANSWER_MEDIAN), ANSWER_SIGMA, REQUESTS) * rng.random(REQUESTS)
     lengths = np.clip(np.ceil(prompts + answered), 1, LONGEST).astype(np.int32)
     work = estimated_cycles(Hardware(), load_model("gpt3-7b"), jnp.asarray(lengths), Parallel(4, 1))
-    return make_batch(lengths, np.asarray(pack_longest_first(work, CHANNELS)), num_channels=CHANNELS)
+    return make_batch(
+        lengths, np.asarray(pack_longest_first(work, CHANNELS)), num_channels=CHANNELS
+    )
 
 
 def run(*words: str) -> dict[str, Any]:
@@ -91,10 +116,22 @@ def run(*words: str) -> dict[str, Any]:
     return json.loads(printed.getvalue())
 
 
-def sections(steps: dict[str, dict[str, Any]], found: dict[str, Any], front: dict[str, Any]) -> list[dict[str, Any]]:
-    """The sections of the page: the systems, the stages of the first one, the search and the exploration."""
+def sections(
+    steps: dict[str, dict[str, Any]], found: dict[str, Any], front: dict[str, Any]
+) -> list[dict[str, Any]]:
+    """The sections of the page: the systems, the stages of the first one, the search and the
+    exploration.
+    """
     first = next(iter(steps.values()))
-    columns = ("system", "tokens/s", "layer, cycles", "NPU busy", "PIM busy", "memory bus", "J of a device")
+    columns = (
+        "system",
+        "tokens/s",
+        "layer, cycles",
+        "NPU busy",
+        "PIM busy",
+        "memory bus",
+        "J of a device",
+    )
     keys = ("npu_utilization", "pim_utilization", "bandwidth_utilization")
     rows = [
         (
@@ -108,12 +145,26 @@ def sections(steps: dict[str, dict[str, Any]], found: dict[str, Any], front: dic
     ]
     best = found["best"]
     curves = [
-        {"name": name, "x": each["curve"]["evaluations"], "y": each["curve"]["best"], "low": each["curve"]["low"], "high": each["curve"]["high"]}
+        {
+            "name": name,
+            "x": each["curve"]["evaluations"],
+            "y": each["curve"]["best"],
+            "low": each["curve"]["low"],
+            "high": each["curve"]["high"],
+        }
         for name, each in found["strategies"].items()
     ]
-    lines = [{"name": "as published", "value": found["published"]}, {"name": "lower bound", "value": found["lower_bound"]}]
-    together = {when: np.sum(loads, axis=0).tolist() for when, loads in found["channel_cycles"].items()}
-    square, speed = (np.array([each["metrics"][name] for each in front["front"]]) for name in ("area_mm2", "tokens_per_second"))
+    lines = [
+        {"name": "as published", "value": found["published"]},
+        {"name": "lower bound", "value": found["lower_bound"]},
+    ]
+    together = {
+        when: np.sum(loads, axis=0).tolist() for when, loads in found["channel_cycles"].items()
+    }
+    square, speed = (
+        np.array([each["metrics"][name] for each in front["front"]])
+        for name in ("area_mm2", "tokens_per_second")
+    )
     leading = in_plane(square, speed, most_x=False, most_y=True)
     points = [
         {"x": x, "y": y, "front": chosen, "name": f"{y:,.0f} tokens/s"}
@@ -121,23 +172,40 @@ def sections(steps: dict[str, dict[str, Any]], found: dict[str, Any], front: dic
     ]
     return [
         {"kind": "table", "title": "Three systems", "columns": columns, "rows": rows},
-        {"kind": "gantt", "title": "Stages of NeuPIMs", "ops": first["ops"], "stage_cycles": first["stage_cycles"]},
+        {
+            "kind": "gantt",
+            "title": "Stages of NeuPIMs",
+            "ops": first["ops"],
+            "stage_cycles": first["stage_cycles"],
+        },
         {
             "kind": "curves",
             "title": "Search for a schedule",
-            "text": f"The best one, {best['found_by']}, takes {best['gain']:.1%} less than the paper's greedy packing, "
-            f"and {best['gap_to_bound']:.1%} more than what no schedule can beat.",
+            "text": (
+                f"The best one, {best['found_by']}, takes {best['gain']:.1%} less than the paper's"
+                f" greedy packing, and {best['gap_to_bound']:.1%} more than what no schedule can"
+                " beat."
+            ),
             "series": curves,
             "x_name": "schedules evaluated",
             "y_name": "cycles of a layer",
             "log_x": False,
             "lines": lines,
         },
-        {"kind": "channels", "title": "Channels", "loads": [{"name": f"{when} the search", "cycles": loads} for when, loads in together.items()]},
+        {
+            "kind": "channels",
+            "title": "Channels",
+            "loads": [
+                {"name": f"{when} the search", "cycles": loads} for when, loads in together.items()
+            ],
+        },
         {
             "kind": "pareto",
             "title": "Machines",
-            "text": "Those that no other beats in throughput, energy and area together; joined, those that none beats in throughput and area.",
+            "text": (
+                "Those that no other beats in throughput, energy and area together; joined, those"
+                " that none beats in throughput and area."
+            ),
             "points": points,
             "x_name": "mm2",
             "y_name": "tokens per second",

@@ -1,4 +1,6 @@
-"""Small Vision Transformers trained from nothing on CIFAR-10 with different poolings: the end-to-end part of `eval.studies.pooling`."""
+"""Small Vision Transformers trained from nothing on CIFAR-10 with different poolings: the
+end-to-end part of `eval.studies.pooling`.
+"""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -30,18 +32,26 @@ ARMS = {
     "GGeM": ["--pool.kind", "ggem"],
 }
 FLAGS = [
-    "--model.image", "32", "--model.patch", "8", "--model.width", "48", "--model.depth", "3", "--model.heads", "4", "--model.mlp_width", "192",
-    "--model.gelu", "tanh", "--batch", "256", "--optimizer.lr", "2e-3", "--optimizer.warmup", "40", "--augment.crop", "pad", "--augment.flip",
+    "--model.image", "32", "--model.patch", "8", "--model.width", "48", "--model.depth", "3",
+    "--model.heads", "4", "--model.mlp_width", "192",
+    "--model.gelu", "tanh", "--batch", "256", "--optimizer.lr", "2e-3", "--optimizer.warmup", "40",
+    "--augment.crop", "pad", "--augment.flip",
     "--log_every", "50", "--eval_every", "1000000", "--checkpoint_every", "1000000",
 ]  # fmt: skip
 
 
 def pictures_of(packed: Path, count: int) -> tuple[Pictures, Pictures]:
-    """`count` training pictures of the packed CIFAR-10, evenly spaced, and all its test pictures, in memory."""
+    """`count` training pictures of the packed CIFAR-10, evenly spaced, and all its test pictures,
+    in memory.
+    """
     classes, splits = read_packed(packed)
 
     def held(split) -> Pictures:
-        return in_memory([load() for load, _ in split], np.array([label for _, label in split], np.int32), tuple(classes))
+        return in_memory(
+            [load() for load, _ in split],
+            np.array([label for _, label in split], np.int32),
+            tuple(classes),
+        )
 
     return held(evenly_spaced(splits["train"], count)), held(splits["test"])
 
@@ -49,7 +59,18 @@ def pictures_of(packed: Path, count: int) -> tuple[Pictures, Pictures]:
 def config_of(arm: str, seed: int, runs: Path, epochs: float) -> Config:
     """The config of one training."""
     folder = runs / f"{arm.replace(' ', '-').lower()}-{seed}"
-    flags = [*FLAGS, *ARMS[arm], "--data", "cifar10", "--seed", str(seed), "--epochs", str(epochs), "--out", str(folder)]
+    flags = [
+        *FLAGS,
+        *ARMS[arm],
+        "--data",
+        "cifar10",
+        "--seed",
+        str(seed),
+        "--epochs",
+        str(epochs),
+        "--out",
+        str(folder),
+    ]
     return load_config(flags, "eval.studies.pooling")
 
 
@@ -63,17 +84,25 @@ class Network:
     config: Config
 
 
-def trained(arm: str, seed: int, data: tuple[Pictures, Pictures], runs: Path, epochs: float) -> Network:
+def trained(
+    arm: str, seed: int, data: tuple[Pictures, Pictures], runs: Path, epochs: float
+) -> Network:
     """Trains a network, or goes on with it."""
     config = config_of(arm, seed, runs, epochs)
     run = trained_in_study(train, config, data=data)
     params = jax.tree.map(np.asarray, run.state.evaluated)
-    p = np.asarray(used_exponents(params["pool"]["p"])) if "p" in params.get("pool", {}) else np.zeros(0)
+    p = (
+        np.asarray(used_exponents(params["pool"]["p"]))
+        if "p" in params.get("pool", {})
+        else np.zeros(0)
+    )
     return Network(run.result, p, params, config)
 
 
 def attention_and_descriptor(network: Network, pictures: Pictures) -> tuple[np.ndarray, np.ndarray]:
-    """Of each picture the output of the last attention's heads, `(n, d)` head by head, meaned over the patches, and the descriptor `(n, d)`."""
+    """Of each picture the output of the last attention's heads, `(n, d)` head by head, meaned over
+    the patches, and the descriptor `(n, d)`.
+    """
     config = network.config.model
     model = build_model(network.config, len(pictures.classes))
 
@@ -85,7 +114,9 @@ def attention_and_descriptor(network: Network, pictures: Pictures) -> tuple[np.n
         return patches.reshape(len(images), -1), output.descriptor
 
     parts = [both(images) for images in normalised(network, pictures)]
-    heads, descriptor = (np.concatenate([np.asarray(part[i]) for part in parts])[: len(pictures)] for i in (0, 1))
+    heads, descriptor = (
+        np.concatenate([np.asarray(part[i]) for part in parts])[: len(pictures)] for i in (0, 1)
+    )
     return heads, descriptor
 
 
@@ -98,7 +129,9 @@ def tokens_of(network: Network, pictures: Pictures) -> np.ndarray:
         output: Any = model.apply({"params": network.params}, images)
         return output.tokens
 
-    return np.concatenate([np.asarray(tokens(images), np.float16) for images in normalised(network, pictures)])[: len(pictures)]
+    return np.concatenate(
+        [np.asarray(tokens(images), np.float16) for images in normalised(network, pictures)]
+    )[: len(pictures)]
 
 
 def normalised(network: Network, pictures: Pictures) -> Iterator[Float[Array, "b h w 3"]]:

@@ -1,7 +1,9 @@
-"""Trains one small ViT per pooling and seed on handwritten digits and compares them: python -m eval.studies.demo [--out DIR]
+"""Trains one small ViT per pooling and seed on handwritten digits and compares them: python -m
+eval.studies.demo [--out DIR]
 
-The trainings are those of `python -m train.classify --config digits`, each in its own folder under `--out`; an interrupted demo goes on where it was.
-Prints a table and writes `report.html`, one page that needs no other file.
+The trainings are those of `python -m train.classify --config digits`, each in its own folder under
+`--out`; an interrupted demo goes on where it was. Prints a table and writes `report.html`, one page
+that needs no other file.
 """
 
 import platform
@@ -13,7 +15,14 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 
 from eval import statistics
@@ -24,8 +33,15 @@ from train.data import open_data
 from train.log import read_metrics
 from train.run import one_sentence
 
-# relu-avg is the control: what GeM and GGeM owe to leaving out what is negative, not to their exponents.
-POOLINGS = {"cls": "class token", "avg": "average", "relu-avg": "positive average", "gem": "GeM", "ggem": "GGeM"}
+# relu-avg is the control: what GeM and GGeM owe to leaving out what is negative, not to their
+# exponents.
+POOLINGS = {
+    "cls": "class token",
+    "avg": "average",
+    "relu-avg": "positive average",
+    "gem": "GeM",
+    "ggem": "GGeM",
+}
 
 
 @dataclass(frozen=True)
@@ -39,7 +55,9 @@ class Demo:
 
 def main(argv: list[str] | None = None) -> None:
     with one_sentence("eval.studies.demo"):
-        demo = parse(Demo, sys.argv[1:] if argv is None else argv, "eval.studies.demo", default=Demo())
+        demo = parse(
+            Demo, sys.argv[1:] if argv is None else argv, "eval.studies.demo", default=Demo()
+        )
         if demo.seeds < 2:
             raise Refused(f"--seeds must be at least 2 to give intervals, it is {demo.seeds}")
         started = time.perf_counter()
@@ -48,28 +66,59 @@ def main(argv: list[str] | None = None) -> None:
         show(arms)
         config = configuration(demo, "ggem", 0)
         facts = {
-            "trained": f"{len(arms)} poolings x {demo.seeds} seeds, {config.epochs:g} epochs each, in {seconds:.0f} s",
-            "model": f"ViT of width {config.model.width}, depth {config.model.depth}, {config.model.heads} heads, patches of {config.model.patch} px",
-            "machine": f"{platform.processor() or platform.machine()}, {platform.system()}, Python {platform.python_version()}",
-            "versions": ", ".join(f"{name} {version(name)}" for name in ("jax", "flax", "optax", "numpy")),
+            "trained": (
+                f"{len(arms)} poolings x {demo.seeds} seeds, {config.epochs:g} epochs each, in"
+                f" {seconds:.0f} s"
+            ),
+            "model": (
+                f"ViT of width {config.model.width}, depth {config.model.depth},"
+                f" {config.model.heads} heads, patches of {config.model.patch} px"
+            ),
+            "machine": (
+                f"{platform.processor() or platform.machine()}, {platform.system()}, Python"
+                f" {platform.python_version()}"
+            ),
+            "versions": ", ".join(
+                f"{name} {version(name)}" for name in ("jax", "flax", "optax", "numpy")
+            ),
             "date": time.strftime("%Y-%m-%d"),
         }
         _, pictures = open_data(config.data)
         report = write_report(demo.out / "report.html", arms, pictures, facts)
-        print(f"\n{seconds:.0f} s. Report with curves, learned exponents and sample predictions: {report}")
+        print(
+            f"\n{seconds:.0f} s. Report with curves, learned exponents and sample predictions:"
+            f" {report}"
+        )
         print(next_steps(demo))
 
 
 def configuration(demo: Demo, pool: str, seed: int) -> Config:
     """The config of one training."""
-    flags = ["--config", "digits", "--pool.kind", pool, "--seed", str(seed), "--out", str(demo.out / f"{pool}-{seed}")]
-    return load_config(flags + ([] if demo.epochs is None else ["--epochs", str(demo.epochs)]), "eval.studies.demo")
+    flags = [
+        "--config",
+        "digits",
+        "--pool.kind",
+        pool,
+        "--seed",
+        str(seed),
+        "--out",
+        str(demo.out / f"{pool}-{seed}"),
+    ]
+    return load_config(
+        flags + ([] if demo.epochs is None else ["--epochs", str(demo.epochs)]), "eval.studies.demo"
+    )
 
 
 def compare(demo: Demo) -> list[Arm]:
     """Trains, or goes on with, every pooling and seed."""
     console = Console(stderr=True)
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+    )
     arms = []
     with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
         task = bar.add_task("training", total=len(POOLINGS) * demo.seeds)
@@ -87,7 +136,9 @@ def compare(demo: Demo) -> list[Arm]:
                 predictions = predictions or trained.result
                 bar.advance(task)
                 if not console.is_terminal:
-                    console.print(f"{name}, seed {seed}: top-1 {correct[-1].mean():.2%}", highlight=False)
+                    console.print(
+                        f"{name}, seed {seed}: top-1 {correct[-1].mean():.2%}", highlight=False
+                    )
             assert predictions is not None
             arms.append(Arm(name, np.array(correct), histories, predictions))
     return arms
@@ -95,11 +146,17 @@ def compare(demo: Demo) -> list[Arm]:
 
 def show(arms: list[Arm]) -> None:
     """Prints the table."""
-    table = Table("pooling", title=f"Top-1 accuracy, mean over {len(arms[0].correct)} seeds [95 % interval]", title_justify="left")
+    table = Table(
+        "pooling",
+        title=f"Top-1 accuracy, mean over {len(arms[0].correct)} seeds [95 % interval]",
+        title_justify="left",
+    )
     for column in ("accuracy", "GGeM less this, same seeds", "learned p"):
         table.add_column(column, justify="right")
     for arm in arms:
-        difference = "" if arm is arms[-1] else str(statistics.mean(arms[-1].accuracy - arm.accuracy))
+        difference = (
+            "" if arm is arms[-1] else str(statistics.mean(arms[-1].accuracy - arm.accuracy))
+        )
         table.add_row(arm.name, str(statistics.mean(arm.accuracy)), difference, arm.exponents())
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 

@@ -1,9 +1,11 @@
-"""Poolings on frozen tokens: the pooling and a linear head are trained, nothing else, many times over.
+"""Poolings on frozen tokens: the pooling and a linear head are trained, nothing else, many times
+over.
 
-All arms of a seed see the same pictures in the same order: a seed draws four fifths of the training pictures and the order of the batches, so that
-intervals over seeds hold for these training pictures and this network. The pooled vector is standardised, channel by channel, before the head, so
-that no arm is served by its scale: by the batch in training, by the training pictures in the test. Tokens are `(n, tokens, d)` of patches; `cls` are
-the class tokens `(n, d)` of a network that has them.
+All arms of a seed see the same pictures in the same order: a seed draws four fifths of the training
+pictures and the order of the batches, so that intervals over seeds hold for these training pictures
+and this network. The pooled vector is standardised, channel by channel, before the head, so that no
+arm is served by its scale: by the batch in training, by the training pictures in the test. Tokens
+are `(n, tokens, d)` of patches; `cls` are the class tokens `(n, d)` of a network that has them.
 """
 
 from collections.abc import Callable
@@ -71,16 +73,24 @@ class Probed:
         return self.correct.mean(axis=1)
 
 
-def gem(tokens: Float[Array, "b n d"], p: Array, order: np.ndarray | None = None) -> Float[Array, "b d"]:
+def gem(
+    tokens: Float[Array, "b n d"], p: Array, order: np.ndarray | None = None
+) -> Float[Array, "b d"]:
     """GGeM whose groups are those of the channels in this order."""
     if order is None:
         return pooling.ggem_pool(tokens, p)
     return pooling.ggem_pool(tokens[..., order], p)[..., np.argsort(order)]
 
 
-def learned(groups: int, order: np.ndarray | None = None, *, p: float = 3.0, exponent_lr: float = 10.0) -> Arm:
+def learned(
+    groups: int, order: np.ndarray | None = None, *, p: float = 3.0, exponent_lr: float = 10.0
+) -> Arm:
     """GGeM with learned exponents; one group is GeM."""
-    return Arm(lambda params, tokens: gem(tokens, used_exponents(params["p"]), order), {"p": np.full(groups, p, np.float32)}, exponent_lr)
+    return Arm(
+        lambda params, tokens: gem(tokens, used_exponents(params["p"]), order),
+        {"p": np.full(groups, p, np.float32)},
+        exponent_lr,
+    )
 
 
 def arms_of(tokens: Tokens) -> dict[str, Arm]:
@@ -101,26 +111,36 @@ def arms_of(tokens: Tokens) -> dict[str, Arm]:
     arms["GGeM"] = learned(heads)
     arms["GGeM, interleaved"] = learned(heads, diagnostics.interleaved(d, heads).ravel())
     for draw in range(3):
-        arms[f"GGeM, random groups {draw + 1}"] = learned(heads, diagnostics.random_blocks(d, heads, draw).ravel())
+        arms[f"GGeM, random groups {draw + 1}"] = learned(
+            heads, diagnostics.random_blocks(d, heads, draw).ravel()
+        )
     arms["GGeM, p learned slowly"] = learned(heads, exponent_lr=1.0)
     for groups in group_counts(d, heads):
         arms[f"GGeM, {groups} groups"] = learned(groups)
-        arms[f"GGeM, {groups} random groups"] = learned(groups, diagnostics.random_blocks(d, groups, 0).ravel())
+        arms[f"GGeM, {groups} random groups"] = learned(
+            groups, diagnostics.random_blocks(d, groups, 0).ravel()
+        )
     arms["GGeM, one p per channel"] = learned(d)
     arms["MAP"] = attention_pooling(d, heads)
     return arms
 
 
 def group_counts(d: int, heads: int) -> list[int]:
-    """Counts of groups between one and the channels, beside the number of heads: half and twice and four times it."""
-    return [count for count in (heads // 2, 2 * heads, 4 * heads) if 1 < count < d and d % count == 0]
+    """Counts of groups between one and the channels, beside the number of heads: half and twice and
+    four times it.
+    """
+    return [
+        count for count in (heads // 2, 2 * heads, 4 * heads) if 1 < count < d and d % count == 0
+    ]
 
 
 def attention_pooling(d: int, heads: int) -> Arm:
     """MAP with its query, projections and MLP, as wide as the tokens."""
     config = ViTConfig(patch=1, image=1, width=d, depth=1, heads=heads, mlp_width=2 * d)
     module = MAP(config)
-    start = jax.tree.map(np.asarray, jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 2, d)))["params"])
+    start = jax.tree.map(
+        np.asarray, jax.jit(module.init)(jax.random.key(0), jnp.zeros((1, 2, d)))["params"]
+    )
 
     def pool(params: Any, tokens: Array) -> Array:
         pooled: Any = module.apply({"params": params}, tokens)
@@ -148,17 +168,25 @@ def probe(tokens: Tokens, arm: Arm, how: Probe) -> Probed:
         arm = Arm(lambda _, x: x)
     train, test = (jnp.asarray(split) for split in splits)
     labels = jnp.asarray(tokens.train_labels)
-    run = jax.jit(partial(_trained, arm=arm, how=how, channels=tokens.channels, classes=tokens.classes))
-    found = [run(train, labels, jnp.asarray(_plan(len(labels), how, seed))) for seed in range(how.seeds)]
+    run = jax.jit(
+        partial(_trained, arm=arm, how=how, channels=tokens.channels, classes=tokens.classes)
+    )
+    found = [
+        run(train, labels, jnp.asarray(_plan(len(labels), how, seed))) for seed in range(how.seeds)
+    ]
     describe = _compiled(arm)
     correct, kept = [], []
     for params in found:
-        mine, others = (_in_parts(partial(describe, params["pool"]), array) for array in (train, test))
+        mine, others = (
+            _in_parts(partial(describe, params["pool"]), array) for array in (train, test)
+        )
         standard = (others - mine.mean(axis=0)) / (mine.std(axis=0) + 1e-6)
         logits = standard @ np.asarray(params["kernel"]) + np.asarray(params["bias"])
         correct.append(logits.argmax(axis=1) == tokens.test_labels)
         kept.append(jax.tree.map(np.asarray, params["pool"]))
-    p = [np.asarray(used_exponents(params["p"])) if "p" in params else np.zeros(0) for params in kept]
+    p = [
+        np.asarray(used_exponents(params["p"])) if "p" in params else np.zeros(0) for params in kept
+    ]
     return Probed(np.array(correct), np.array(p), kept)
 
 
@@ -176,11 +204,22 @@ def _plan(n: int, how: Probe, seed: int) -> np.ndarray:
     rng = np.random.default_rng((7, seed))
     mine = rng.permutation(n)[: max(4 * n // 5, 1)]
     batch = min(how.batch, len(mine))
-    return np.concatenate([rng.permutation(mine)[: len(mine) // batch * batch].reshape(-1, batch) for _ in range(how.epochs)])
+    return np.concatenate(
+        [
+            rng.permutation(mine)[: len(mine) // batch * batch].reshape(-1, batch)
+            for _ in range(how.epochs)
+        ]
+    )
 
 
-def _trained(train: Array, labels: Array, plan: Array, *, arm: Arm, how: Probe, channels: int, classes: int) -> Any:
-    params = {"pool": jax.tree.map(jnp.asarray, arm.start), "kernel": jnp.zeros((channels, classes)), "bias": jnp.zeros(classes)}
+def _trained(
+    train: Array, labels: Array, plan: Array, *, arm: Arm, how: Probe, channels: int, classes: int
+) -> Any:
+    params = {
+        "pool": jax.tree.map(jnp.asarray, arm.start),
+        "kernel": jnp.zeros((channels, classes)),
+        "bias": jnp.zeros(classes),
+    }
     schedule = optax.cosine_decay_schedule(how.lr, len(plan))
     transform = adamw(schedule, weight_decay=how.weight_decay, exponent_lr=arm.exponent_lr)
 
@@ -206,4 +245,6 @@ def _tokens(tokens: Tokens, arm: Arm, split: str) -> np.ndarray:
 
 
 def _in_parts(function: Callable[[Array], Array], array: Any, part: int = 1000) -> np.ndarray:
-    return np.concatenate([np.asarray(function(array[start : start + part])) for start in range(0, len(array), part)]).astype(np.float32)
+    return np.concatenate(
+        [np.asarray(function(array[start : start + part])) for start in range(0, len(array), part)]
+    ).astype(np.float32)

@@ -1,13 +1,17 @@
-"""Descriptors learned with different poolings and losses on classes apart from those searched: python -m eval.studies.metric --data DIR
+"""Descriptors learned with different poolings and losses on classes apart from those searched:
+python -m eval.studies.metric --data DIR
 
-Two real sets, in their zip files. Omniglot: 136 characters by 20 drawers, half of the characters trained on, every drawing of the other half a query
-for the rest. Corridor: two runs along one corridor; places of the first half trained on, frames of the second half searched, those of one run by
-those of the other, right within about two frames.
+Two real sets, in their zip files. Omniglot: 136 characters by 20 drawers, half of the characters
+trained on, every drawing of the other half a query for the rest. Corridor: two runs along one
+corridor; places of the first half trained on, frames of the second half searched, those of one run
+by those of the other, right within about two frames.
 
-Small ViTs are trained from nothing by `train.metric`, several seeds each, and compared with raw pixels and with the same networks untrained: recall@1
-and mean average precision (mAP@R, and by the trapezoid rule on the corridor) with 95 % intervals over seeds, and differences seed by seed.
+Small ViTs are trained from nothing by `train.metric`, several seeds each, and compared with raw
+pixels and with the same networks untrained: recall@1 and mean average precision (mAP@R, and by the
+trapezoid rule on the corridor) with 95 % intervals over seeds, and differences seed by seed.
 
-Prints the tables and writes `benchmarks/results/metric_study.csv`. An interrupted study goes on where it was.
+Prints the tables and writes `benchmarks/results/metric_study.csv`. An interrupted study goes on
+where it was.
 """
 
 import sys
@@ -32,7 +36,8 @@ from train.run import one_sentence
 
 RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "metric_study.csv"
 
-# name -> pooling, loss; relu-avg is the control: what GeM and GGeM owe to leaving out what is negative
+# name -> pooling, loss; relu-avg is the control: what GeM and GGeM owe to leaving out what is
+# negative
 ARMS = {
     "average": ("avg", "normalised-softmax"),
     "positive average": ("relu-avg", "normalised-softmax"),
@@ -41,24 +46,53 @@ ARMS = {
     "GGeM, ArcFace": ("ggem", "arcface"),
     "GGeM, Proxy-Anchor": ("ggem", "proxy-anchor"),
 }
-SMALL = ["--model.width", "64", "--model.depth", "3", "--model.heads", "4", "--model.mlp_width", "256", "--metric.dim", "64"]
-OFTEN = ["--eval_every", "1000000", "--checkpoint_every", "1000000", "--optimizer.lr", "2e-3", "--optimizer.warmup", "100"]
+SMALL = [
+    "--model.width",
+    "64",
+    "--model.depth",
+    "3",
+    "--model.heads",
+    "4",
+    "--model.mlp_width",
+    "256",
+    "--metric.dim",
+    "64",
+]
+OFTEN = [
+    "--eval_every",
+    "1000000",
+    "--checkpoint_every",
+    "1000000",
+    "--optimizer.lr",
+    "2e-3",
+    "--optimizer.warmup",
+    "100",
+]
 FLAGS = {
     "omniglot": [
-        "--model.image", "28", "--model.patch", "7", "--data.eval_crop", "squash", "--batch", "128", "--epochs", "50", "--metric.per_class", "4",
+        "--model.image", "28", "--model.patch", "7", "--data.eval_crop", "squash", "--batch", "128",
+        "--epochs", "50", "--metric.per_class", "4",
         "--augment.crop", "resized", "--augment.min_area", "0.6",
     ],
     "corridor": [
-        "--model.image", "48", "--model.patch", "8", "--data.eval_crop", "squash", "--batch", "44", "--epochs", "120", "--metric.per_class", "4",
+        "--model.image", "48", "--model.patch", "8", "--data.eval_crop", "squash", "--batch", "44",
+        "--epochs", "120", "--metric.per_class", "4",
         "--augment.crop", "resized", "--augment.min_area", "0.5",
     ],
 }  # fmt: skip
-PLACE, GAP = 5, 2  # successive frames of the corridor that are one place in training, and how many of them are left out before the next
+PLACE, GAP = (
+    5,
+    2,
+    # successive frames of the corridor that are one place in training, and how many of them are
+    # left out before the next
+)
 
 
 @dataclass(frozen=True)
 class MetricStudy:
-    """Descriptors learned with different poolings and losses on classes apart from those searched."""
+    """Descriptors learned with different poolings and losses on classes apart from those
+    searched.
+    """
 
     data: Path | None = None  # folder with omniglot-small and corridor-vpr; None: $GGEM_SHARED/data
     sets: tuple[str, ...] = ("omniglot", "corridor")
@@ -70,17 +104,26 @@ class MetricStudy:
 
 @dataclass(frozen=True)
 class Apart:
-    """Pictures to train on and others to search, and how well descriptors of these find each other."""
+    """Pictures to train on and others to search, and how well descriptors of these find each
+    other.
+    """
 
     train: Pictures
     test: Pictures
-    score: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]  # unit vectors (n, d) of the test pictures -> recall@1 and precision of each query
+    score: Callable[
+        [np.ndarray], tuple[np.ndarray, np.ndarray]
+    ]  # unit vectors (n, d) of the test pictures -> recall@1 and precision of each query
     pixels: np.ndarray  # (n, d) of the test pictures, unit vectors
 
 
 def main(argv: list[str] | None = None) -> None:
     with one_sentence("eval.studies.metric"):
-        study = parse(MetricStudy, sys.argv[1:] if argv is None else argv, "eval.studies.metric", default=MetricStudy())
+        study = parse(
+            MetricStudy,
+            sys.argv[1:] if argv is None else argv,
+            "eval.studies.metric",
+            default=MetricStudy(),
+        )
         check(study)
         rows = [row for name in study.sets for row in rows_of(name, study)]
         write_rows(study.out, rows)
@@ -92,7 +135,10 @@ def check(study: MetricStudy) -> None:
     """Refuses what no study can be made of."""
     unknown = [name for name in study.sets if name not in APART]
     if unknown or not study.sets or study.seeds < 2:
-        raise Refused(f"--sets must be among {', '.join(APART)} and --seeds at least 2, not {', '.join(unknown) or study.sets} and {study.seeds}")
+        raise Refused(
+            f"--sets must be among {', '.join(APART)} and --seeds at least 2, not"
+            f" {', '.join(unknown) or study.sets} and {study.seeds}"
+        )
 
 
 def rows_of(name: str, study: MetricStudy) -> list[dict[str, Any]]:
@@ -103,14 +149,34 @@ def rows_of(name: str, study: MetricStudy) -> list[dict[str, Any]]:
     for arm in ARMS:
         configs = [config_of(name, arm, seed, study) for seed in range(study.seeds)]
         if ARMS[arm][1] == "normalised-softmax":
-            values[f"{arm}, untrained"] = [means(apart.score(untrained(config, apart))) for config in configs]
+            values[f"{arm}, untrained"] = [
+                means(apart.score(untrained(config, apart))) for config in configs
+            ]
         values[arm] = []
         for config in configs:
             trained = trained_in_study(train, config, data=(apart.train, apart.test))
             values[arm].append(means(apart.score(trained.result.descriptor)))
-            print(f"{name}, {arm}, seed {config.seed}: recall@1 {values[arm][-1][0]:.2%}", file=sys.stderr, flush=True)
-    counts = {"set": name, "train": len(apart.train), "train_classes": len(apart.train.classes), "test": len(apart.test)}
-    return [{**counts, "arm": arm, "seeds": len(found), **measures(arm, np.array(found), values), **machine()} for arm, found in values.items()]
+            print(
+                f"{name}, {arm}, seed {config.seed}: recall@1 {values[arm][-1][0]:.2%}",
+                file=sys.stderr,
+                flush=True,
+            )
+    counts = {
+        "set": name,
+        "train": len(apart.train),
+        "train_classes": len(apart.train.classes),
+        "test": len(apart.test),
+    }
+    return [
+        {
+            **counts,
+            "arm": arm,
+            "seeds": len(found),
+            **measures(arm, np.array(found), values),
+            **machine(),
+        }
+        for arm, found in values.items()
+    ]
 
 
 def config_of(name: str, arm: str, seed: int, study: MetricStudy) -> MetricConfig:
@@ -118,7 +184,20 @@ def config_of(name: str, arm: str, seed: int, study: MetricStudy) -> MetricConfi
     pool, loss = ARMS[arm]
     # margins for pictures, not faces: ArcFace's 0.5 at scale 64 is for millions of them
     own = ["--metric.scale", "20", "--metric.margin", "0.2"] if loss == "arcface" else []
-    flags = [*SMALL, *OFTEN, *FLAGS[name], "--pool.kind", pool, "--metric.loss", loss, *own, "--data", name, "--seed", str(seed)]
+    flags = [
+        *SMALL,
+        *OFTEN,
+        *FLAGS[name],
+        "--pool.kind",
+        pool,
+        "--metric.loss",
+        loss,
+        *own,
+        "--data",
+        name,
+        "--seed",
+        str(seed),
+    ]
     folder = study.runs / name / f"{pool}-{loss}-{seed}"
     epochs = [] if study.epochs is None else ["--epochs", str(study.epochs)]
     return load_config([*flags, *epochs, "--out", str(folder)], "eval.studies.metric", MetricConfig)
@@ -126,7 +205,11 @@ def config_of(name: str, arm: str, seed: int, study: MetricStudy) -> MetricConfi
 
 def untrained(config: MetricConfig, apart: Apart) -> np.ndarray:
     """Descriptors of the network as it starts."""
-    steps = metric_steps(config, len(apart.train.classes), max(round(config.epochs * len(apart.train) / config.batch), 1))
+    steps = metric_steps(
+        config,
+        len(apart.train.classes),
+        max(round(config.epochs * len(apart.train) / config.batch), 1),
+    )
     return retrieve(steps, first_state(steps, config).params, apart.test, config).descriptor
 
 
@@ -140,7 +223,9 @@ def omniglot(whole: Set) -> Apart:
     """Half of the characters, drawn once and for all, to train on."""
     names = np.array([name.rpartition("/")[0] for name in whole.names])
     classes, labels = np.unique(names, return_inverse=True)
-    pictures = pictures_of(whole, np.arange(len(labels)), tuple(str(name) for name in classes), labels.astype(np.int32))
+    pictures = pictures_of(
+        whole, np.arange(len(labels)), tuple(str(name) for name in classes), labels.astype(np.int32)
+    )
     order = np.random.default_rng(0).permutation(len(classes))
     half = np.isin(np.arange(len(classes)), order[: len(classes) // 2])
     test = pictures.of_classes(np.flatnonzero(~half), labels)
@@ -151,11 +236,18 @@ def omniglot(whole: Set) -> Apart:
         return found.recall_at[:, 0], found.map_at_r
 
     places = np.flatnonzero(~half[labels])
-    return Apart(pictures.of_classes(np.flatnonzero(half), labels), test, score, unit_pixels(whole, [whole.names[place] for place in places]))
+    return Apart(
+        pictures.of_classes(np.flatnonzero(half), labels),
+        test,
+        score,
+        unit_pixels(whole, [whole.names[place] for place in places]),
+    )
 
 
 def corridor(whole: Set) -> Apart:
-    """Places of the first half of the corridor to train on; frames of the second half, of one run, to search those of the other with."""
+    """Places of the first half of the corridor to train on; frames of the second half, of one run,
+    to search those of the other with.
+    """
     count = len(whole.queries)
     half = count // 2
     frame = np.full(len(whole.names), -1)
@@ -167,44 +259,82 @@ def corridor(whole: Set) -> Apart:
     train_set = pictures_of(whole, shown, tuple(f"place {place}" for place in kept), labels)
     first = half + 2 * GAP  # neither these nor what is right of them has been trained on
     queries, database = whole.queries[first:], whole.database[first:]
-    relevance = [Relevance(own.positive[own.positive >= first] - first, np.array([], int)) for own in whole.relevance[first:]]
+    relevance = [
+        Relevance(own.positive[own.positive >= first] - first, np.array([], int))
+        for own in whole.relevance[first:]
+    ]
     tested = np.concatenate([queries, database])
     test = pictures_of(whole, tested, ("unseen",), np.zeros(len(tested), np.int32))
 
     def score(descriptors: Any) -> tuple[np.ndarray, np.ndarray]:
-        ids = np.asarray(search(descriptors[: len(queries)], descriptors[len(queries) :], k=len(database)).ids)
-        return recall_at(ids, relevance, kappas=(1,))[:, 0], scores(ids, relevance).average_precision
+        ids = np.asarray(
+            search(descriptors[: len(queries)], descriptors[len(queries) :], k=len(database)).ids
+        )
+        return (
+            recall_at(ids, relevance, kappas=(1,))[:, 0],
+            scores(ids, relevance).average_precision,
+        )
 
-    return Apart(train_set, test, score, unit_pixels(whole, [whole.names[place] for place in tested]))
+    return Apart(
+        train_set, test, score, unit_pixels(whole, [whole.names[place] for place in tested])
+    )
 
 
 APART: dict[str, Callable[[Set], Apart]] = {"omniglot": omniglot, "corridor": corridor}
 
 
-def pictures_of(whole: Set, places: np.ndarray, classes: tuple[str, ...], labels: np.ndarray) -> Pictures:
+def pictures_of(
+    whole: Set, places: np.ndarray, classes: tuple[str, ...], labels: np.ndarray
+) -> Pictures:
     """Some of the pictures of a set, read once."""
     return in_memory([whole.read(whole.names[place]) for place in places], labels, classes)
 
 
-def measures(arm: str, found: np.ndarray, values: dict[str, list[tuple[float, float]]]) -> dict[str, Any]:
-    """Both measures with their intervals over seeds, and recall@1 less that of others, seed by seed."""
+def measures(
+    arm: str, found: np.ndarray, values: dict[str, list[tuple[float, float]]]
+) -> dict[str, Any]:
+    """Both measures with their intervals over seeds, and recall@1 less that of others, seed by
+    seed.
+    """
     row: dict[str, Any] = {}
     for i, name in enumerate(("recall_at_1", "average_precision")):
         row |= columns(name, mean(found[:, i]))
     for other in ("raw pixels", f"{arm}, untrained", "average", "positive average", "GeM"):
-        against = np.array(values[other])[:, 0] if other in values and other != arm and "untrained" not in arm and len(found) > 1 else None
+        against = (
+            np.array(values[other])[:, 0]
+            if other in values and other != arm and "untrained" not in arm and len(found) > 1
+            else None
+        )
         label = "untrained" if other.endswith("untrained") else other.replace(" ", "_")
-        row |= columns(f"recall_at_1_less_{label}", None if against is None else mean(found[:, 0] - against))
+        row |= columns(
+            f"recall_at_1_less_{label}", None if against is None else mean(found[:, 0] - against)
+        )
     return row
 
 
 def table(rows: list[dict[str, Any]]) -> str:
     """One set in Markdown, in percent."""
     first = rows[0]
-    title = f"## {first['set']}: {first['train']} pictures of {first['train_classes']} classes trained on, {first['test']} others searched\n\n"
-    heads = ("", "recall@1", "average precision", "recall@1 less raw pixels", "less the same untrained", "less the average")
-    names = ("recall_at_1", "average_precision", *(f"recall_at_1_less_{other}" for other in ("raw_pixels", "untrained", "average")))
-    return title + markdown(heads, [(row["arm"], *(cell_of(row, name) for name in names)) for row in rows])
+    title = (
+        f"## {first['set']}: {first['train']} pictures of {first['train_classes']} classes trained"
+        f" on, {first['test']} others searched\n\n"
+    )
+    heads = (
+        "",
+        "recall@1",
+        "average precision",
+        "recall@1 less raw pixels",
+        "less the same untrained",
+        "less the average",
+    )
+    names = (
+        "recall_at_1",
+        "average_precision",
+        *(f"recall_at_1_less_{other}" for other in ("raw_pixels", "untrained", "average")),
+    )
+    return title + markdown(
+        heads, [(row["arm"], *(cell_of(row, name) for name in names)) for row in rows]
+    )
 
 
 if __name__ == "__main__":

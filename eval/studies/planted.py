@@ -1,13 +1,19 @@
-"""Does one exponent per group find what its channels need? An experiment with a known answer: python -m eval.studies.planted
+"""Does one exponent per group find what its channels need? An experiment with a known answer:
+python -m eval.studies.planted
 
-Tokens are noise with evidence planted in them, in two halves of the channels that tell two independent things about the label:
-- sparse half: one token of the picture carries a strong bump in the channels of its class, all others nothing: wants a large p, close to the maximum;
-- dense half: every token carries a weak bump in the channels of its class: wants a p near 1, the average.
+Tokens are noise with evidence planted in them, in two halves of the channels that tell two
+independent things about the label:
+- sparse half: one token of the picture carries a strong bump in the channels of its class, all
+  others nothing: wants a large p, close to the maximum;
+- dense half: every token carries a weak bump in the channels of its class: wants a p near 1, the
+  average.
 
-No backbone is trained, only the pooling and a linear head, on fresh draws at every step. All seeds of an arm train in one `vmap`; all arms see the
-same draws, in training and in test. GGeM with one group per half can give each half its own p; GeM has to compromise. Three controls: the average of
-what is positive (what the clamp of GeM alone is worth), GGeM with the channels assigned to its two groups at random (two exponents without the right
-groups), and GeM with one p per channel, which can do all that GGeM can and has to find it channel by channel.
+No backbone is trained, only the pooling and a linear head, on fresh draws at every step. All seeds
+of an arm train in one `vmap`; all arms see the same draws, in training and in test. GGeM with one
+group per half can give each half its own p; GeM has to compromise. Three controls: the average of
+what is positive (what the clamp of GeM alone is worth), GGeM with the channels assigned to its two
+groups at random (two exponents without the right groups), and GeM with one p per channel, which can
+do all that GGeM can and has to find it channel by channel.
 """
 
 import dataclasses
@@ -36,7 +42,9 @@ from train.run import one_sentence
 
 @dataclass(frozen=True)
 class Planted:
-    """Does one exponent per group find what its channels need? An experiment with a known answer."""
+    """Does one exponent per group find what its channels need? An experiment with a known
+    answer.
+    """
 
     seeds: int = 8
     steps: int = 600
@@ -53,12 +61,25 @@ class Planted:
 
 def main(argv: list[str] | None = None) -> None:
     with one_sentence("eval.studies.planted"):
-        config = parse(Planted, sys.argv[1:] if argv is None else argv, "eval.studies.planted", default=Planted())
+        config = parse(
+            Planted,
+            sys.argv[1:] if argv is None else argv,
+            "eval.studies.planted",
+            default=Planted(),
+        )
         check(config)
         started = time.perf_counter()
         results = run(config)
         if config.json:
-            print(json.dumps({"seconds": time.perf_counter() - started, "config": dataclasses.asdict(config), "arms": summary(results)}))
+            print(
+                json.dumps(
+                    {
+                        "seconds": time.perf_counter() - started,
+                        "config": dataclasses.asdict(config),
+                        "arms": summary(results),
+                    }
+                )
+            )
         else:
             show(results, config, time.perf_counter() - started)
 
@@ -66,7 +87,10 @@ def main(argv: list[str] | None = None) -> None:
 def check(config: Planted) -> None:
     """Refuses what no experiment can be made of."""
     if config.seeds < 2 or config.channels < 4 or config.channels % 4:
-        raise Refused(f"--seeds must be at least 2 and --channels a multiple of 4, not {config.seeds} and {config.channels}")
+        raise Refused(
+            f"--seeds must be at least 2 and --channels a multiple of 4, not {config.seeds} and"
+            f" {config.channels}"
+        )
     for name in ("steps", "batch", "test", "tokens", "classes"):
         if getattr(config, name) < 1:
             raise Refused(f"--{name} must be at least 1, it is {getattr(config, name)}")
@@ -92,13 +116,17 @@ def run(config: Planted) -> dict[str, Result]:
     seeds = jnp.arange(config.seeds)
     results = {}
     for name, (start, pool) in arms(config).items():
-        correct, p = jax.jit(jax.vmap(functools.partial(train_and_test, config=config, start=start, pool=pool)))(seeds)
+        correct, p = jax.jit(
+            jax.vmap(functools.partial(train_and_test, config=config, start=start, pool=pool))
+        )(seeds)
         results[name] = Result(np.asarray(correct), np.asarray(p))
     return results
 
 
 def arms(config: Planted) -> dict[str, tuple[list[float], Callable[..., Array]]]:
-    """First exponents and pooling function of (tokens, p, key of the seed) of each arm; exponents in the order of the channels, sparse half first."""
+    """First exponents and pooling function of (tokens, p, key of the seed) of each arm; exponents
+    in the order of the channels, sparse half first.
+    """
 
     def in_random_groups(tokens, p, key):
         order = jax.random.permutation(jax.random.fold_in(key, 1), config.channels)
@@ -109,18 +137,27 @@ def arms(config: Planted) -> dict[str, tuple[list[float], Callable[..., Array]]]
         "positive average": ([], lambda tokens, p, key: pooling.gem_pool(tokens, 1.0)),
         "maximum": ([], lambda tokens, p, key: pooling.max_pool(tokens)),
         "GeM": ([3.0], lambda tokens, p, key: pooling.ggem_pool(tokens, p)),
-        "GeM, p per channel": ([3.0] * config.channels, lambda tokens, p, key: pooling.gem_pool(tokens, p)),
+        "GeM, p per channel": (
+            [3.0] * config.channels,
+            lambda tokens, p, key: pooling.gem_pool(tokens, p),
+        ),
         "GGeM, random groups": ([3.0, 3.0], in_random_groups),
         "GGeM": ([3.0, 3.0], lambda tokens, p, key: pooling.ggem_pool(tokens, p)),
     }
 
 
-def train_and_test(seed: Int[Array, ""], *, config: Planted, start: list[float], pool) -> tuple[Array, Array]:
+def train_and_test(
+    seed: Int[Array, ""], *, config: Planted, start: list[float], pool
+) -> tuple[Array, Array]:
     """Right or wrong on each test picture, and the learned exponents, of one seed."""
     key = jax.random.key(seed)
     code_key, test_key, train_key = jax.random.split(key, 3)
     codes = draw_codes(code_key, config)
-    params = {"p": jnp.array(start), "kernel": jnp.zeros((config.channels, config.classes**2)), "bias": jnp.zeros(config.classes**2)}
+    params = {
+        "p": jnp.array(start),
+        "kernel": jnp.zeros((config.channels, config.classes**2)),
+        "bias": jnp.zeros(config.classes**2),
+    }
     schedule = optax.cosine_decay_schedule(config.lr, config.steps)
     transform = adamw(schedule, weight_decay=0.0, exponent_lr=1.0)
 
@@ -130,11 +167,17 @@ def train_and_test(seed: Int[Array, ""], *, config: Planted, start: list[float],
     def step(carry, key):
         params, state = carry
         tokens, labels = draw(key, config.batch, codes, config)
-        slope = jax.grad(lambda params: optax.softmax_cross_entropy_with_integer_labels(logits(params, tokens), labels).mean())(params)
+        slope = jax.grad(
+            lambda params: optax.softmax_cross_entropy_with_integer_labels(
+                logits(params, tokens), labels
+            ).mean()
+        )(params)
         updates, state = transform.update(slope, state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    (params, _), _ = jax.lax.scan(step, (params, transform.init(params)), jax.random.split(train_key, config.steps))
+    (params, _), _ = jax.lax.scan(
+        step, (params, transform.init(params)), jax.random.split(train_key, config.steps)
+    )
     tokens, labels = draw(test_key, config.test, codes, config)
     return logits(params, tokens).argmax(-1) == labels, used_exponents(params["p"])
 
@@ -149,7 +192,9 @@ def draw_codes(key: PRNGKeyArray, config: Planted) -> Float[Array, "2 classes ch
     return jax.vmap(jax.vmap(code))(jax.random.split(key, (2, config.classes)))
 
 
-def draw(key: PRNGKeyArray, count: int, codes: Array, config: Planted) -> tuple[Float[Array, "b n d"], Int[Array, " b"]]:
+def draw(
+    key: PRNGKeyArray, count: int, codes: Array, config: Planted
+) -> tuple[Float[Array, "b n d"], Int[Array, " b"]]:
     """Pictures, as tokens with the sparse half of the channels first, and their labels."""
     noise_key, class_key, place_key = jax.random.split(key, 3)
     sparse, dense = jax.random.randint(class_key, (2, count), 0, config.classes)
@@ -157,7 +202,10 @@ def draw(key: PRNGKeyArray, count: int, codes: Array, config: Planted) -> tuple[
     evidence = jnp.concatenate(
         [
             config.bump * here[:, :, None] * codes[0][sparse][:, None, :],
-            jnp.broadcast_to(config.shift * codes[1][dense][:, None, :], (count, config.tokens, config.channels // 2)),
+            jnp.broadcast_to(
+                config.shift * codes[1][dense][:, None, :],
+                (count, config.tokens, config.channels // 2),
+            ),
         ],
         axis=-1,
     )
@@ -181,19 +229,30 @@ def summary(results: dict[str, Result]) -> dict[str, Any]:
 
 def show(results: dict[str, Result], config: Planted, seconds: float) -> None:
     """Prints the table for people; of exponents per channel the mean of each half."""
-    print(f"{config.seeds} seeds, {config.steps} steps of {config.batch} pictures, {config.test} test pictures; mean over seeds [95 % interval]")
+    print(
+        f"{config.seeds} seeds, {config.steps} steps of {config.batch} pictures, {config.test} test"
+        " pictures; mean over seeds [95 % interval]"
+    )
     for name, result in results.items():
-        p = "   ".join(f"p {i.value:.2f} [{i.low:.2f}, {i.high:.2f}]" for i in map(statistics.mean, halves(result.p)))
+        p = "   ".join(
+            f"p {i.value:.2f} [{i.low:.2f}, {i.high:.2f}]"
+            for i in map(statistics.mean, halves(result.p))
+        )
         print(f"{name:20}  accuracy {statistics.mean(result.accuracy)}   {p}")
     print("groups of GGeM: sparse half, dense half. Same draws for all arms:")
     for name, result in results.items():
         if name != "GGeM":
-            print(f"GGeM less {name:20}  {statistics.mean(results['GGeM'].accuracy - result.accuracy)}")
+            print(
+                f"GGeM less {name:20} "
+                f" {statistics.mean(results['GGeM'].accuracy - result.accuracy)}"
+            )
     print(f"{seconds:.0f} s")
 
 
 def halves(p: np.ndarray) -> np.ndarray:
-    """Exponents `(seeds, groups)`, as they are up to two groups, otherwise the mean of each half of the channels; transposed, `(groups, seeds)`."""
+    """Exponents `(seeds, groups)`, as they are up to two groups, otherwise the mean of each half of
+    the channels; transposed, `(groups, seeds)`.
+    """
     return p.T if p.shape[1] <= 2 else p.reshape(len(p), 2, -1).mean(axis=2).T
 
 

@@ -1,21 +1,27 @@
-"""Which pooling is better, and is it for the reasons given? The comparison of poolings: python -m eval.studies.pooling --data DIR
+"""Which pooling is better, and is it for the reasons given? The comparison of poolings: python -m
+eval.studies.pooling --data DIR
 
 Four parts, each a design of its own:
-- planted: tokens with evidence of known kind (`eval.studies.planted`): does one exponent per group find what its channels need?
-- imagenette: frozen tokens of EfficientNet-Lite0 on 2,000 photographs, 10 classes; a pooling and a linear head are trained (`eval.studies.frozen`). These
-  tokens are not negative, and the network has no heads.
-- cifar10-frozen: the same on the tokens of a ViT trained from nothing with its class token, so for no pooling of patches.
+- planted: tokens with evidence of known kind (`eval.studies.planted`): does one exponent per group
+  find what its channels need?
+- imagenette: frozen tokens of EfficientNet-Lite0 on 2,000 photographs, 10 classes; a pooling and a
+  linear head are trained (`eval.studies.frozen`). These tokens are not negative, and the network
+  has no heads.
+- cifar10-frozen: the same on the tokens of a ViT trained from nothing with its class token, so for
+  no pooling of patches.
 - cifar10: small ViTs trained from nothing with each pooling, end to end (`eval.studies.cifar`).
 
-Differences are taken on the same test pictures and the same seeds, their intervals over both at once: seeds and pictures are drawn again with
-replacement (Owen, "The pigeonhole bootstrap", 2007, arXiv:0712.1111), and never less than Student's t over seeds. A claim is "supported" where the
-whole 95 % interval lies on its side of 0, "not supported" where it lies on the other side, otherwise "undecided". Were there no difference anywhere,
-about one claim in twenty would still be decided. Dependence is judged where seeds are trainings of their own, and as what blocks of neighbours have
-more than random ones; what the frozen tokens show of dependence and amplification is told without a verdict: a few exponents decide it, on one
-network.
+Differences are taken on the same test pictures and the same seeds, their intervals over both at
+once: seeds and pictures are drawn again with replacement (Owen, "The pigeonhole bootstrap", 2007,
+arXiv:0712.1111), and never less than Student's t over seeds. A claim is "supported" where the whole
+95 % interval lies on its side of 0, "not supported" where it lies on the other side, otherwise
+"undecided". Were there no difference anywhere, about one claim in twenty would still be decided.
+Dependence is judged where seeds are trainings of their own, and as what blocks of neighbours have
+more than random ones; what the frozen tokens show of dependence and amplification is told without a
+verdict: a few exponents decide it, on one network.
 
-Writes `docs/pooling_study.md`, its pictures, and `benchmarks/results/pooling_study.json`. Networks and finished parts are kept: an
-interrupted study goes on with them.
+Writes `docs/pooling_study.md`, its pictures, and `benchmarks/results/pooling_study.json`. Networks
+and finished parts are kept: an interrupted study goes on with them.
 """
 
 import dataclasses
@@ -49,7 +55,9 @@ from train.run import one_sentence
 
 ROOT = Path(__file__).parent.parent.parent
 PARTS = ("planted", "imagenette", "cifar10-frozen", "cifar10")
-CHANNELS = 192  # of the 1,280 of EfficientNet-Lite0's last map, drawn once and for all: what two cores train in minutes
+# of the 1,280 of EfficientNet-Lite0's last map, drawn once and for all: what two cores train in
+# minutes
+CHANNELS = 192
 ASSUMED_HEADS = 8  # groups of a network without heads
 EVIDENCE = 1000  # test pictures that dependence is measured on
 
@@ -58,7 +66,9 @@ EVIDENCE = 1000  # test pictures that dependence is measured on
 class PoolingStudy:
     """Which pooling is better, and is it for the reasons given?"""
 
-    data: Path | None = None  # folder with imagenette-224-mini and cifar10-jpeg; None: $GGEM_SHARED/data
+    data: Path | None = (
+        None  # folder with imagenette-224-mini and cifar10-jpeg; None: $GGEM_SHARED/data
+    )
     parts: tuple[str, ...] = PARTS
     seeds: int = 10  # of the designs on frozen tokens, and of planted
     trainings: int = 3  # seeds of the networks trained end to end
@@ -68,15 +78,26 @@ class PoolingStudy:
     runs: Path = Path("runs/pooling_study")  # networks and intermediate results
     out: Path = ROOT / "docs" / "pooling_study.md"
     results: Path = ROOT / "benchmarks" / "results" / "pooling_study.json"
-    retrieval: Path = ROOT / "benchmarks" / "results" / "metric_study.csv"  # of eval.studies.metric, for the claim on retrieval
+    retrieval: Path = (
+        ROOT / "benchmarks" / "results" / "metric_study.csv"
+    )  # of eval.studies.metric, for the claim on retrieval
 
 
 def main(argv: list[str] | None = None) -> None:
     with one_sentence("eval.studies.pooling"):
-        study = parse(PoolingStudy, sys.argv[1:] if argv is None else argv, "eval.studies.pooling", default=PoolingStudy())
+        study = parse(
+            PoolingStudy,
+            sys.argv[1:] if argv is None else argv,
+            "eval.studies.pooling",
+            default=PoolingStudy(),
+        )
         check(study)
         found = {part: kept(part, study) for part in study.parts}
-        write_text(study.results, json.dumps({"machine": machine(), "study": settings(study), "parts": found}, indent=1) + "\n")
+        write_text(
+            study.results,
+            json.dumps({"machine": machine(), "study": settings(study), "parts": found}, indent=1)
+            + "\n",
+        )
         print(write_report(study.out, found, settings(study), machine(), study.retrieval))
 
 
@@ -84,7 +105,9 @@ def check(study: PoolingStudy) -> None:
     """Refuses what no study can be made of."""
     unknown = [part for part in study.parts if part not in PARTS]
     if unknown or not study.parts:
-        raise Refused(f"--parts must be among {', '.join(PARTS)}, not {', '.join(unknown) or 'none'}")
+        raise Refused(
+            f"--parts must be among {', '.join(PARTS)}, not {', '.join(unknown) or 'none'}"
+        )
     for name, least in (("seeds", 2), ("trainings", 2), ("pictures", 100), ("probe_epochs", 1)):
         if getattr(study, name) < least:
             raise Refused(f"--{name} must be at least {least}, it is {getattr(study, name)}")
@@ -94,18 +117,30 @@ def check(study: PoolingStudy) -> None:
         if not path.parent.is_dir():
             raise Refused(f"there is no folder {path.parent} to write {path.name} to")
         if not path.suffix:
-            raise Refused(f"{path} needs an ending, such as .md: its pictures go to a folder of that name without it")
+            raise Refused(
+                f"{path} needs an ending, such as .md: its pictures go to a folder of that name"
+                " without it"
+            )
 
 
 def settings(study: PoolingStudy) -> dict[str, Any]:
     """What the results depend on."""
-    return {name: getattr(study, name) for name in ("seeds", "trainings", "pictures", "epochs", "probe_epochs")}
+    return {
+        name: getattr(study, name)
+        for name in ("seeds", "trainings", "pictures", "epochs", "probe_epochs")
+    }
 
 
 def kept(part: str, study: PoolingStudy) -> dict[str, Any]:
     """The results of a part: those kept from before with the same settings, or new ones."""
     path = study.runs / f"{part}.json"
-    made_by = {**settings(study), "data": str(study.data), "flags": cifar.FLAGS, "channels": CHANNELS, "probe": dataclasses.asdict(Probe())}
+    made_by = {
+        **settings(study),
+        "data": str(study.data),
+        "flags": cifar.FLAGS,
+        "channels": CHANNELS,
+        "probe": dataclasses.asdict(Probe()),
+    }
     try:
         before = json.loads(path.read_text())
         if before["made_by"] == made_by:
@@ -131,10 +166,14 @@ def planted_part(study: PoolingStudy) -> dict[str, Any]:
     """Accuracies and exponents where the answer is known."""
     results = planted.run(planted.Planted(seeds=study.seeds))
     ggem = results["GGeM"].accuracy  # each seed has its own pictures: over seeds alone
-    less = {name: mean(ggem - result.accuracy) for name, result in results.items() if name != "GGeM"}
+    less = {
+        name: mean(ggem - result.accuracy) for name, result in results.items() if name != "GGeM"
+    }
     return {
         "arms": {name: arm_of(result.correct, result.p) for name, result in results.items()},
-        "differences": {f"GGeM less {name}": dataclasses.asdict(interval) for name, interval in less.items()},
+        "differences": {
+            f"GGeM less {name}": dataclasses.asdict(interval) for name, interval in less.items()
+        },
     }
 
 
@@ -145,12 +184,23 @@ def frozen_part(tokens: Tokens, study: PoolingStudy) -> dict[str, Any]:
     for name, arm in arms.items():
         began = time.perf_counter()
         results[name] = probe(tokens, arm, how)
-        said = f"{tokens.name}, {name}: top-1 {results[name].accuracy.mean():.2%} ({time.perf_counter() - began:.0f} s)"
+        said = (
+            f"{tokens.name}, {name}: top-1 {results[name].accuracy.mean():.2%}"
+            f" ({time.perf_counter() - began:.0f} s)"
+        )
         print(said, file=sys.stderr, flush=True)
     ggem = results["GGeM"].correct
-    differences = {f"GGeM less {name}": difference(ggem, result.correct) for name, result in results.items() if name != "GGeM"}
-    random = [result.correct for name, result in results.items() if name.startswith("GGeM, random groups")]
-    differences["GGeM less GGeM, random groups"] = difference(ggem, np.mean(random, axis=0))  # all three draws
+    differences = {
+        f"GGeM less {name}": difference(ggem, result.correct)
+        for name, result in results.items()
+        if name != "GGeM"
+    }
+    random = [
+        result.correct for name, result in results.items() if name.startswith("GGeM, random groups")
+    ]
+    differences["GGeM less GGeM, random groups"] = difference(
+        ggem, np.mean(random, axis=0)
+    )  # all three draws
     return {
         "tokens": list(tokens.test.shape[1:]),
         "pictures": [len(tokens.train), len(tokens.test)],
@@ -163,34 +213,53 @@ def frozen_part(tokens: Tokens, study: PoolingStudy) -> dict[str, Any]:
     }
 
 
-def dependence_of_pooled(tokens: Tokens, arms: dict[str, Arm], results: dict[str, Probed]) -> dict[str, Any]:
-    """Scores between the blocks of the pooled vector, as many as heads: contiguous blocks, and random ones as the null."""
+def dependence_of_pooled(
+    tokens: Tokens, arms: dict[str, Arm], results: dict[str, Probed]
+) -> dict[str, Any]:
+    """Scores between the blocks of the pooled vector, as many as heads: contiguous blocks, and
+    random ones as the null.
+    """
     names = ("average", "positive average", "GeM", "GGeM")
-    blocks = {"blocks": diagnostics.contiguous(tokens.channels, tokens.heads), "random": diagnostics.random_blocks(tokens.channels, tokens.heads, 0)}
-    few = dataclasses.replace(tokens, test=tokens.test[:EVIDENCE], test_labels=tokens.test_labels[:EVIDENCE])
+    blocks = {
+        "blocks": diagnostics.contiguous(tokens.channels, tokens.heads),
+        "random": diagnostics.random_blocks(tokens.channels, tokens.heads, 0),
+    }
+    few = dataclasses.replace(
+        tokens, test=tokens.test[:EVIDENCE], test_labels=tokens.test_labels[:EVIDENCE]
+    )
     values = {}
     for name in names:
         params = results[name].params if arms[name].start else results[name].params[:1]
-        pooled = [described(few, arms[name], own) for own in params[:3]]  # as good as the same for all seeds
+        pooled = [
+            described(few, arms[name], own) for own in params[:3]
+        ]  # as good as the same for all seeds
         values[name] = dependence(pooled, blocks)
     return values
 
 
-def dependence(descriptors: list[np.ndarray], blocks: dict[str, np.ndarray]) -> dict[str, dict[str, list[float]]]:
+def dependence(
+    descriptors: list[np.ndarray], blocks: dict[str, np.ndarray]
+) -> dict[str, dict[str, list[float]]]:
     """Mean over pairs of blocks of each score, for each descriptor, by the kind of blocks."""
     return {
         kind: {
-            score: [float(diagnostics.block_dependence(x, own, function).mean()) for x in descriptors]
+            score: [
+                float(diagnostics.block_dependence(x, own, function).mean()) for x in descriptors
+            ]
             for score, function in diagnostics.DEPENDENCE.items()
         }
         for kind, own in blocks.items()
     }
 
 
-def amplification_of(tokens: Tokens, arms: dict[str, Arm], results: dict[str, Probed]) -> dict[str, Any]:
-    """Are the channels that tell classes apart made larger than others? Rank correlation of both, for each seed.
+def amplification_of(
+    tokens: Tokens, arms: dict[str, Arm], results: dict[str, Probed]
+) -> dict[str, Any]:
+    """Are the channels that tell classes apart made larger than others? Rank correlation of both,
+    for each seed.
 
-    That every channel is made larger than under the average of what is positive follows from the inequality of power means, so it is no evidence.
+    That every channel is made larger than under the average of what is positive follows from the
+    inequality of power means, so it is no evidence.
     """
     reference = described(tokens, arms["positive average"], {})
     usefulness = diagnostics.fisher_scores(reference, tokens.test_labels)
@@ -199,7 +268,9 @@ def amplification_of(tokens: Tokens, arms: dict[str, Arm], results: dict[str, Pr
         pooled = [described(tokens, arms[name], params) for params in results[name].params]
         ratios = [diagnostics.amplification(x, reference) for x in pooled]
         found[name] = {
-            "rank_correlation": [diagnostics.rank_correlation(ratio, usefulness) for ratio in ratios],
+            "rank_correlation": [
+                diagnostics.rank_correlation(ratio, usefulness) for ratio in ratios
+            ],
             "gini": [diagnostics.gini((x**2).mean(axis=0)) for x in pooled],
         }
     found["gini_of_reference"] = diagnostics.gini((reference**2).mean(axis=0))
@@ -207,14 +278,22 @@ def amplification_of(tokens: Tokens, arms: dict[str, Arm], results: dict[str, Pr
 
 
 def retrieval_sweep(tokens: Tokens) -> dict[str, Any]:
-    """Recall@1 and mAP@R of the test pictures by each other with nothing trained, for the fixed poolings and a sweep of p."""
+    """Recall@1 and mAP@R of the test pictures by each other with nothing trained, for the fixed
+    poolings and a sweep of p.
+    """
     pools: dict[str, Any] = {"average": pooling.avg_pool, "max": pooling.max_pool}
     pools |= {f"GeM, p = {p:g}": lambda x, p=p: pooling.gem_pool(x, p) for p in (1, 2, 3, 4, 6, 10)}
     found = {}
     count = min(len(tokens.test), 2000)
     for name, pool in pools.items():
-        x = described(dataclasses.replace(tokens, test=tokens.test[:count]), Arm(_without_parameters(pool)), {})
-        means = scores_of(np.asarray(l2_normalize(jnp.asarray(x))), tokens.test_labels[:count]).means()
+        x = described(
+            dataclasses.replace(tokens, test=tokens.test[:count]),
+            Arm(_without_parameters(pool)),
+            {},
+        )
+        means = scores_of(
+            np.asarray(l2_normalize(jnp.asarray(x))), tokens.test_labels[:count]
+        ).means()
         found[name] = {"recall@1": means["recall@1"], "map@r": means["map@r"]}
     return found
 
@@ -235,9 +314,17 @@ def trained_part(study: PoolingStudy) -> dict[str, Any]:
             correct[arm].append(network.predictions.top(1))
             exponents[arm].append(network.p)
             scores[arm].append(dependence_of_heads(network, data))
-            print(f"cifar10, {arm}, seed {seed}: top-1 {correct[arm][-1].mean():.2%}", file=sys.stderr, flush=True)
+            print(
+                f"cifar10, {arm}, seed {seed}: top-1 {correct[arm][-1].mean():.2%}",
+                file=sys.stderr,
+                flush=True,
+            )
     arrays = {arm: np.array(values) for arm, values in correct.items()}
-    differences = {f"GGeM less {arm}": difference(arrays["GGeM"], values) for arm, values in arrays.items() if arm != "GGeM"}
+    differences = {
+        f"GGeM less {arm}": difference(arrays["GGeM"], values)
+        for arm, values in arrays.items()
+        if arm != "GGeM"
+    }
     return {
         "arms": {arm: arm_of(values, np.array(exponents[arm])) for arm, values in arrays.items()},
         "differences": differences,
@@ -246,7 +333,9 @@ def trained_part(study: PoolingStudy) -> dict[str, Any]:
 
 
 def dependence_of_heads(network: cifar.Network, data: Any) -> dict[str, Any]:
-    """Scores between the heads of the last attention, before they are mixed, and between the blocks of the descriptor; random blocks as the null."""
+    """Scores between the heads of the last attention, before they are mixed, and between the blocks
+    of the descriptor; random blocks as the null.
+    """
     heads, descriptor = cifar.attention_and_descriptor(network, data[1].take(np.arange(EVIDENCE)))
     d, count = descriptor.shape[1], network.config.model.heads
     named, drawn = diagnostics.contiguous(d, count), diagnostics.random_blocks(d, count, 0)
@@ -256,7 +345,10 @@ def dependence_of_heads(network: cifar.Network, data: Any) -> dict[str, Any]:
 
 def merged(values: list[dict[str, Any]]) -> dict[str, Any]:
     """One list over seeds for each kind of blocks and score."""
-    return {kind: {score: [own[kind][score][0] for own in values] for score in values[0][kind]} for kind in values[0]}
+    return {
+        kind: {score: [own[kind][score][0] for own in values] for score in values[0][kind]}
+        for kind in values[0]
+    }
 
 
 def imagenette(data: Path) -> Tokens:
@@ -280,25 +372,42 @@ def imagenette(data: Path) -> Tokens:
         arrays[split] = np.concatenate([np.asarray(places(part), np.float16) for part in parts])
         arrays[f"{split}_labels"] = np.array([label for _, label in pictures])
     test = next(name for name in ("val", "test") if name in splits)
-    return Tokens("imagenette", arrays["train"], arrays["train_labels"], arrays[test], arrays[f"{test}_labels"], ASSUMED_HEADS)
+    return Tokens(
+        "imagenette",
+        arrays["train"],
+        arrays["train_labels"],
+        arrays[test],
+        arrays[f"{test}_labels"],
+        ASSUMED_HEADS,
+    )
 
 
 def own_tokens(study: PoolingStudy) -> Tokens:
-    """Patch tokens, after the final norm, of the ViT that was trained with its class token and seed 0."""
+    """Patch tokens, after the final norm, of the ViT that was trained with its class token and seed
+    0.
+    """
     data = cifar.pictures_of(data_folder(study.data) / "cifar10-jpeg", study.pictures)
     network = cifar.trained("class token", 0, data, study.runs / "cifar10", study.epochs)
     arrays: dict[str, np.ndarray] = {}
     for split, pictures in zip(("train", "test"), data, strict=True):
         few = pictures.take(np.arange(min(len(pictures), 4000)))  # their order mixes the classes
         tokens = cifar.tokens_of(network, few)
-        arrays |= {split: tokens[:, 1:], f"{split}_cls": tokens[:, 0], f"{split}_labels": few.labels()}
+        arrays |= {
+            split: tokens[:, 1:],
+            f"{split}_cls": tokens[:, 0],
+            f"{split}_labels": few.labels(),
+        }
     return Tokens("cifar10-frozen", heads=network.config.model.heads, **arrays)
 
 
 def arm_of(correct: np.ndarray, p: np.ndarray) -> dict[str, Any]:
     """Accuracy with its interval over seeds, every seed, and the learned exponents."""
     accuracy = correct.mean(axis=1)
-    return {"accuracy": dataclasses.asdict(mean(accuracy)), "by_seed": accuracy.tolist(), "p": np.asarray(p).tolist()}
+    return {
+        "accuracy": dataclasses.asdict(mean(accuracy)),
+        "by_seed": accuracy.tolist(),
+        "p": np.asarray(p).tolist(),
+    }
 
 
 def difference(first: np.ndarray, second: np.ndarray) -> dict[str, float]:

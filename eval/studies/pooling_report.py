@@ -19,24 +19,55 @@ TITLES = {
     "cifar10-frozen": "Frozen tokens of a small ViT on CIFAR-10",
     "cifar10": "Small ViTs trained from nothing on CIFAR-10",
 }
-SHORT = {"planted": "planted evidence", "imagenette": "Imagenette, frozen", "cifar10-frozen": "CIFAR-10, frozen", "cifar10": "CIFAR-10, end to end"}
-RIVALS = ("class token", "average", "max", "GeM", "positive average")  # that the abstract of the paper names, and the control
-PLANTED_RIVALS = ("average", "positive average", "maximum", "GeM", "GGeM, random groups", "GeM, p per channel")
+SHORT = {
+    "planted": "planted evidence",
+    "imagenette": "Imagenette, frozen",
+    "cifar10-frozen": "CIFAR-10, frozen",
+    "cifar10": "CIFAR-10, end to end",
+}
+RIVALS = (
+    "class token",
+    "average",
+    "max",
+    "GeM",
+    "positive average",
+)  # that the abstract of the paper names, and the control
+PLANTED_RIVALS = (
+    "average",
+    "positive average",
+    "maximum",
+    "GeM",
+    "GGeM, random groups",
+    "GeM, p per channel",
+)
 WITHOUT_HEADS = ("planted", "imagenette")
 ABOUT = {
-    "planted": "GGeM is given the two true groups here: it has to win, and what is shown is that it can. Every seed has its own pictures.",
-    "imagenette": "The network has no heads: the groups are 8 by assumption, and neighbouring channels, 192 drawn out of 1,280, mean nothing. "
-    "It was trained on ImageNet with average pooling, and these photographs are nearly all from ImageNet's training pictures, so the average is "
-    "favoured and accuracies are close to their ceiling. No token is negative: the average is that of what is positive.",
-    "cifar10-frozen": "The network is the one trained with its class token, seed 0, of the end-to-end part.",
-    "cifar10": "All arms have one learning rate and the same short training, without standardised descriptors: arms whose descriptors start small "
-    "learn their head more slowly.",
+    "planted": (
+        "GGeM is given the two true groups here: it has to win, and what is shown is that it can."
+        " Every seed has its own pictures."
+    ),
+    "imagenette": (
+        "The network has no heads: the groups are 8 by assumption, and neighbouring channels, 192"
+        " drawn out of 1,280, mean nothing. It was trained on ImageNet with average pooling, and"
+        " these photographs are nearly all from ImageNet's training pictures, so the average is"
+        " favoured and accuracies are close to their ceiling. No token is negative: the average is"
+        " that of what is positive."
+    ),
+    "cifar10-frozen": (
+        "The network is the one trained with its class token, seed 0, of the end-to-end part."
+    ),
+    "cifar10": (
+        "All arms have one learning rate and the same short training, without standardised"
+        " descriptors: arms whose descriptors start small learn their head more slowly."
+    ),
 }
 
 
 @dataclass(frozen=True)
 class Claim:
-    """One sentence of the paper on one set of data: an interval that lies above 0 where it holds."""
+    """One sentence of the paper on one set of data: an interval that lies above 0 where it
+    holds.
+    """
 
     claim: str
     data: str
@@ -48,19 +79,36 @@ class Claim:
     def verdict(self) -> str:
         if not np.isfinite([self.interval.low, self.interval.high]).all():
             return "undecided"
-        return "supported" if self.interval.low > 0 else "not supported" if self.interval.high < 0 else "undecided"
+        return (
+            "supported"
+            if self.interval.low > 0
+            else "not supported"
+            if self.interval.high < 0
+            else "undecided"
+        )
 
     def cells(self) -> tuple[str, ...]:
-        difference = shown(self.interval, percent=self.percent, digits=2 if self.percent else 4, sign=True)
+        difference = shown(
+            self.interval, percent=self.percent, digits=2 if self.percent else 4, sign=True
+        )
         return self.claim, self.data, self.measured, difference, f"**{self.verdict}**"
 
 
-def write_report(path: Path, found: dict[str, Any], settings: dict[str, Any], machine: dict[str, str], retrieval: Path) -> str:
+def write_report(
+    path: Path,
+    found: dict[str, Any],
+    settings: dict[str, Any],
+    machine: dict[str, str],
+    retrieval: Path,
+) -> str:
     """Writes the page and its pictures; gives the claims as a table."""
     claims = list(claims_of(found, retrieval))
     folder = path.with_suffix("")
     folder.mkdir(exist_ok=True)
-    table = markdown(("claim", "on", "measured", "difference [95 %]", "verdict"), [claim.cells() for claim in claims])
+    table = markdown(
+        ("claim", "on", "measured", "difference [95 %]", "verdict"),
+        [claim.cells() for claim in claims],
+    )
     text = f"""# Poolings compared
 
 What GGeM's abstract (arXiv:2212.04114) says of it, checked on data that two CPU cores can train on: none of it is the paper's own experiment. Made by
@@ -91,13 +139,20 @@ def claims_of(found: dict[str, Any], retrieval: Path) -> Iterator[Claim]:
         rivals = PLANTED_RIVALS if part == "planted" else RIVALS
         for rival in rivals:
             interval = own["differences"].get(f"GGeM less {rival}")
-            if interval is not None and not (rival == "positive average" and same(own, "average", rival)):
-                yield Claim(f"GGeM is better than {rival}", SHORT[part], "top-1", Interval(**interval))
+            if interval is not None and not (
+                rival == "positive average" and same(own, "average", rival)
+            ):
+                yield Claim(
+                    f"GGeM is better than {rival}", SHORT[part], "top-1", Interval(**interval)
+                )
     for part, own in found.items():
         if part in WITHOUT_HEADS:  # neighbouring channels mean nothing there
             continue
         for rival, claim in (
-            ("GGeM, random groups", "groups of neighbouring channels are better than three draws of random ones"),
+            (
+                "GGeM, random groups",
+                "groups of neighbouring channels are better than three draws of random ones",
+            ),
             ("GGeM, interleaved", "contiguous groups are better than interleaved ones"),
         ):
             if (interval := own["differences"].get(f"GGeM less {rival}")) is not None:
@@ -105,21 +160,38 @@ def claims_of(found: dict[str, Any], retrieval: Path) -> Iterator[Claim]:
         for name, interval in own["differences"].items():
             if name.endswith(" groups") and "random" not in name:
                 count = name.removeprefix("GGeM less GGeM, ").removesuffix(" groups")
-                yield Claim(f"as many groups as heads ({own['heads']}) are better than {count}", SHORT[part], "top-1", Interval(**interval))
+                yield Claim(
+                    f"as many groups as heads ({own['heads']}) are better than {count}",
+                    SHORT[part],
+                    "top-1",
+                    Interval(**interval),
+                )
     if "cifar10" in found:
         yield from dependence_claims(found["cifar10"]["dependence"])
     yield from retrieval_claims(retrieval)
 
 
 def dependence_claims(dependence: dict[str, Any]) -> Iterator[Claim]:
-    """What named blocks depend on each other more than random ones do: that of a rival less that of GGeM, training by training."""
-    for kind, null, what in (("heads", "random channels of heads", "heads of the last attention"), ("blocks", "random", "blocks of the descriptor")):
+    """What named blocks depend on each other more than random ones do: that of a rival less that of
+    GGeM, training by training.
+    """
+    for kind, null, what in (
+        ("heads", "random channels of heads", "heads of the last attention"),
+        ("blocks", "random", "blocks of the descriptor"),
+    ):
         for score in dependence["GGeM"][kind]:
-            excess = {name: np.array(kinds[kind][score]) - np.array(kinds[null][score]) for name, kinds in dependence.items()}
+            excess = {
+                name: np.array(kinds[kind][score]) - np.array(kinds[null][score])
+                for name, kinds in dependence.items()
+            }
             for rival in ("average", "positive average", "GeM"):
                 less = mean(excess[rival] - excess["GGeM"])
                 yield Claim(
-                    f"{what} depend less on each other than with {rival}", SHORT["cifar10"], f"{score} above random blocks", less, percent=False
+                    f"{what} depend less on each other than with {rival}",
+                    SHORT["cifar10"],
+                    f"{score} above random blocks",
+                    less,
+                    percent=False,
                 )
 
 
@@ -136,38 +208,69 @@ def retrieval_claims(path: Path) -> Iterator[Claim]:
         rows = [row for row in csv.DictReader(file) if row.get("arm") == "GGeM"]
     for row in rows:
         for rival in ("average", "positive_average", "GeM"):
-            values = [row.get(f"recall_at_1_less_{rival}{end}") or "" for end in ("", "_low", "_high")]
+            values = [
+                row.get(f"recall_at_1_less_{rival}{end}") or "" for end in ("", "_low", "_high")
+            ]
             if all(values):
                 yield Claim(
-                    f"GGeM retrieves better than {rival.replace('_', ' ')}", f"{row['set']}, trained", "recall@1", Interval(*map(float, values))
+                    f"GGeM retrieves better than {rival.replace('_', ' ')}",
+                    f"{row['set']}, trained",
+                    "recall@1",
+                    Interval(*map(float, values)),
                 )
 
 
 def section(part: str, own: dict[str, Any], folder: Path) -> str:
-    """One part: accuracies, differences, group counts, exponents, dependence, amplification, retrieval."""
+    """One part: accuracies, differences, group counts, exponents, dependence, amplification,
+    retrieval.
+    """
     text = f"\n## {TITLES[part]}\n\n"
     if "tokens" in own:
         tokens, channels = own["tokens"]
         train, test = own["pictures"]
-        text += f"{train:,} pictures to train on (four fifths of them for each seed), {test:,} to test, {tokens} tokens of {channels} channels, "
+        text += (
+            f"{train:,} pictures to train on (four fifths of them for each seed), {test:,} to test,"
+            f" {tokens} tokens of {channels} channels, "
+        )
         text += f"{own['heads']} groups for GGeM. "
     text += f"{ABOUT[part]} Measured {own['machine']['date']}.\n\n"
     rows = []
     for name, arm in own["arms"].items():
         difference = own["differences"].get(f"GGeM less {name}")
         accuracy = shown(Interval(**arm["accuracy"]))
-        rows.append((name, accuracy, "" if difference is None else shown(Interval(**difference), sign=True), exponents(arm["p"])))
-    text += markdown(("pooling", "top-1, % [95 % over seeds]", "GGeM less this [95 % over seeds and pictures]", "learned p"), rows)
+        rows.append(
+            (
+                name,
+                accuracy,
+                "" if difference is None else shown(Interval(**difference), sign=True),
+                exponents(arm["p"]),
+            )
+        )
+    text += markdown(
+        (
+            "pooling",
+            "top-1, % [95 % over seeds]",
+            "GGeM less this [95 % over seeds and pictures]",
+            "learned p",
+        ),
+        rows,
+    )
     for draw in (accuracy_chart, group_chart, dependence_chart):
         if (picture := draw(part, own, folder)) is not None:
             text += f"\n![{picture.stem}]({folder.name}/{picture.name})\n"
     if "dependence" in own:
-        text += "\nMean dependence of pairs of blocks: 0 none, 1 complete; random blocks of the same size are the null.\n\n" + dependence_table(own)
+        text += (
+            "\nMean dependence of pairs of blocks: 0 none, 1 complete; random blocks of the same"
+            " size are the null.\n\n" + dependence_table(own)
+        )
     if "amplification" in own:
         text += "\n" + amplification_table(own["amplification"])
     if "retrieval" in own:
         text += "\nRetrieval among the test pictures by class, nothing trained:\n\n"
-        found = [(name, *(f"{100 * value:.1f}" for value in values.values())) for name, values in own["retrieval"].items()]
+        found = [
+            (name, *(f"{100 * value:.1f}" for value in values.values()))
+            for name, values in own["retrieval"].items()
+        ]
         text += markdown(("pooling", "recall@1, %", "mAP@R, %"), found)
     return text
 
@@ -176,7 +279,16 @@ def dependence_table(own: dict[str, Any]) -> str:
     rows = []
     for name, kinds in own["dependence"].items():
         for kind, scores in kinds.items():
-            rows.append((name, kind, *(shown(mean(np.array(values)), percent=False, digits=4) for values in scores.values())))
+            rows.append(
+                (
+                    name,
+                    kind,
+                    *(
+                        shown(mean(np.array(values)), percent=False, digits=4)
+                        for values in scores.values()
+                    ),
+                )
+            )
     first = next(iter(next(iter(own["dependence"].values())).values()))
     return markdown(("pooling", "between", *first), rows)
 
@@ -186,8 +298,14 @@ def amplification_table(found: dict[str, Any]) -> str:
     for name in ("GeM", "GGeM"):
         values = [mean(np.array(found[name][score])) for score in ("rank_correlation", "gini")]
         rows.append((name, *(shown(value, percent=False, digits=4) for value in values)))
-    text = "Amplification: rank correlation of how much larger a channel is than under the average of what is positive with its Fisher score, and\n"
-    text += f"how unequally energy is spread over channels (Gini; {found['gini_of_reference']:.3f} under that average).\n\n"
+    text = (
+        "Amplification: rank correlation of how much larger a channel is than under the average of"
+        " what is positive with its Fisher score, and\n"
+    )
+    text += (
+        f"how unequally energy is spread over channels (Gini; {found['gini_of_reference']:.3f}"
+        " under that average).\n\n"
+    )
     return text + markdown(("pooling", "rank correlation", "Gini"), rows)
 
 
@@ -198,9 +316,17 @@ def accuracy_chart(part: str, own: dict[str, Any], folder: Path) -> Path:
     for place, name in enumerate(names):
         arm = own["arms"][name]
         colour = "C1" if name == "GGeM" else "C0"
-        axis.plot(100 * np.array(arm["by_seed"]), np.full(len(arm["by_seed"]), place), ".", color=colour, alpha=0.35)
+        axis.plot(
+            100 * np.array(arm["by_seed"]),
+            np.full(len(arm["by_seed"]), place),
+            ".",
+            color=colour,
+            alpha=0.35,
+        )
         axis.errorbar(*interval_of(arm["accuracy"], place), fmt="o", color=colour, capsize=3)
-    axis.set(yticks=range(len(names)), yticklabels=names, xlabel="top-1 accuracy, %", title=SHORT[part])
+    axis.set(
+        yticks=range(len(names)), yticklabels=names, xlabel="top-1 accuracy, %", title=SHORT[part]
+    )
     return saved(figure, folder / f"{part}-accuracy.png")
 
 
@@ -210,17 +336,30 @@ def group_chart(part: str, own: dict[str, Any], folder: Path) -> Path | None:
         return None
     heads, channels = own["heads"], own["tokens"][1]
     counts = {"GeM": 1, "GGeM": heads, "GGeM, one p per channel": channels}
-    counts |= {name: int(name.split()[1]) for name in own["arms"] if name.endswith(" groups") and "random" not in name}
-    random = {"GGeM, random groups 1": heads} | {name: int(name.split()[1]) for name in own["arms"] if name.endswith(" random groups")}
+    counts |= {
+        name: int(name.split()[1])
+        for name in own["arms"]
+        if name.endswith(" groups") and "random" not in name
+    }
+    random = {"GGeM, random groups 1": heads} | {
+        name: int(name.split()[1]) for name in own["arms"] if name.endswith(" random groups")
+    }
     figure, axis = canvas(5.2, 3.4)
     for label, which in (("neighbouring channels", counts), ("random channels", random)):
         points = sorted((count, own["arms"][name]["accuracy"]) for name, count in which.items())
         x = [count for count, _ in points]
-        y = np.array([[100 * accuracy[end] for end in ("value", "low", "high")] for _, accuracy in points])
+        y = np.array(
+            [[100 * accuracy[end] for end in ("value", "low", "high")] for _, accuracy in points]
+        )
         (line,) = axis.plot(x, y[:, 0], marker="o", label=label)
         axis.fill_between(x, y[:, 1], y[:, 2], alpha=0.15, color=line.get_color())
     axis.axvline(heads, color="grey", linewidth=1, linestyle=":")
-    axis.set(xscale="log", xlabel=f"groups (dotted: {heads} heads)", ylabel="top-1 accuracy, %", title=f"{SHORT[part]}: number of groups")
+    axis.set(
+        xscale="log",
+        xlabel=f"groups (dotted: {heads} heads)",
+        ylabel="top-1 accuracy, %",
+        title=f"{SHORT[part]}: number of groups",
+    )
     axis.legend()
     return saved(figure, folder / f"{part}-groups.png")
 
@@ -235,7 +374,12 @@ def dependence_chart(part: str, own: dict[str, Any], folder: Path) -> Path | Non
     for axis, score in zip(axes, scores, strict=True):
         for shift, kind in enumerate(kinds):
             values = [np.mean(own["dependence"][name][kind][score]) for name in own["dependence"]]
-            axis.bar(np.arange(len(values)) + 0.8 * shift / len(kinds), values, width=0.8 / len(kinds), label=kind)
+            axis.bar(
+                np.arange(len(values)) + 0.8 * shift / len(kinds),
+                values,
+                width=0.8 / len(kinds),
+                label=kind,
+            )
         axis.set(title=score, xticks=np.arange(len(own["dependence"])) + 0.3)
         axis.set_xticklabels(list(own["dependence"]), rotation=40, ha="right")
     axes[0].legend(fontsize=7)

@@ -47,9 +47,16 @@ class Arm:
         return self.correct.mean(axis=1)
 
     def p_over_steps(self) -> tuple[np.ndarray, np.ndarray]:
-        """Steps `(evaluations,)` and learned exponents `(seeds, evaluations, groups)`; no groups where nothing is learned."""
+        """Steps `(evaluations,)` and learned exponents `(seeds, evaluations, groups)`; no groups
+        where nothing is learned.
+        """
         steps = np.array([line["step"] for line in self.histories[0]])
-        return steps, np.array([[[p for values in line["p"].values() for p in values] for line in history] for history in self.histories])
+        return steps, np.array(
+            [
+                [[p for values in line["p"].values() for p in values] for line in history]
+                for history in self.histories
+            ]
+        )
 
     def exponents(self) -> str:
         """The learned exponents, mean over seeds."""
@@ -72,7 +79,10 @@ holds 0 decides nothing.</p>
 <h2>What to try next</h2>
 <p>On your own pictures, one sub-folder per class: <code>python -m train.classify --data folder:DIR --variant Ti/16</code>. Where one exponent per
 group has to win, and by how much: <code>python -m eval.studies.planted</code>.</p>"""
-    page = '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width"><title>GGeM demo</title>'
+    page = (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8"><meta name="viewport"'
+        ' content="width=device-width"><title>GGeM demo</title>'
+    )
     write_text(path, f"{page}<style>{STYLE}</style></head><body>{body}</body></html>\n")
     return path
 
@@ -80,10 +90,19 @@ group has to win, and by how much: <code>python -m eval.studies.planted</code>.<
 def _table(arms: list[Arm]) -> str:
     rows = []
     for arm in arms:
-        difference = "" if arm is arms[-1] else html.escape(str(statistics.mean(arms[-1].accuracy - arm.accuracy)))
+        difference = (
+            ""
+            if arm is arms[-1]
+            else html.escape(str(statistics.mean(arms[-1].accuracy - arm.accuracy)))
+        )
         accuracy = statistics.mean(arm.accuracy)
-        rows.append(f"<tr><td>{html.escape(arm.name)}</td><td>{accuracy}</td><td>{difference}</td><td>{arm.exponents()}</td></tr>")
-    head = f"<tr><th>pooling</th><th>top-1</th><th>{html.escape(arms[-1].name)} less this</th><th>learned p</th></tr>"
+        rows.append(
+            f"<tr><td>{html.escape(arm.name)}</td><td>{accuracy}</td><td>{difference}</td><td>{arm.exponents()}</td></tr>"
+        )
+    head = (
+        f"<tr><th>pooling</th><th>top-1</th><th>{html.escape(arms[-1].name)} less"
+        " this</th><th>learned p</th></tr>"
+    )
     return f"<table>{head}{''.join(rows)}</table>"
 
 
@@ -102,7 +121,9 @@ def _accuracy_chart(arms: list[Arm]) -> str:
         steps = [line["step"] for line in arm.histories[0]]
         accuracy = 100 * np.array([[line["top1"] for line in history] for history in arm.histories])
         (line,) = axis.plot(steps, accuracy.mean(0), marker=".", label=arm.name)
-        axis.fill_between(steps, accuracy.min(0), accuracy.max(0), color=line.get_color(), alpha=0.12, linewidth=0)
+        axis.fill_between(
+            steps, accuracy.min(0), accuracy.max(0), color=line.get_color(), alpha=0.12, linewidth=0
+        )
     axis.set(title="top-1 accuracy, %: mean and range of the seeds", xlabel="step")
     axis.legend()
     axis.grid(alpha=0.3)
@@ -119,7 +140,14 @@ def _exponent_chart(arms: list[Arm]) -> str:
         for group in range(p.shape[-1]):
             for seed in range(len(p)):
                 label = arm.name if group == seed == 0 else None
-                axis.plot([0, *steps], [Pool().p, *p[seed, :, group]], color=f"C{i}", alpha=0.6, linewidth=1, label=label)
+                axis.plot(
+                    [0, *steps],
+                    [Pool().p, *p[seed, :, group]],
+                    color=f"C{i}",
+                    alpha=0.6,
+                    linewidth=1,
+                    label=label,
+                )
     axis.set(title="learned p: one line per group and seed", xlabel="step")
     axis.legend()
     axis.grid(alpha=0.3)
@@ -135,7 +163,9 @@ def _svg(figure) -> str:
 def _hardest(arms: list[Arm], pictures: Pictures, count: int = 12) -> str:
     """The pictures whose label the first seeds find least probable, with each model's answer."""
     label, index = arms[0].predictions.label, arms[0].predictions.index
-    own = np.mean([arm.predictions.probability[np.arange(len(label)), label] for arm in arms], axis=0)
+    own = np.mean(
+        [arm.predictions.probability[np.arange(len(label)), label] for arm in arms], axis=0
+    )
     cards = []
     for i in np.argsort(own, kind="stable")[:count]:
         image, _ = pictures.load(int(index[i]))
@@ -144,8 +174,15 @@ def _hardest(arms: list[Arm], pictures: Pictures, count: int = 12) -> str:
             answer = int(arm.predictions.probability[i].argmax())
             verdict = "right" if answer == label[i] else "wrong"
             probability = arm.predictions.probability[i, answer]
-            answers.append(f'{html.escape(arm.name)}: <b class="{verdict}">{html.escape(pictures.classes[answer])}</b> {100 * probability:.0f} %')
-        cards.append(f'<div class="digit"><img alt="a digit" src="{_png(image)}">is a {pictures.classes[label[i]]}<br>{"<br>".join(answers)}</div>')
+            answers.append(
+                f"{html.escape(arm.name)}: <b"
+                f' class="{verdict}">{html.escape(pictures.classes[answer])}</b>'
+                f" {100 * probability:.0f} %"
+            )
+        cards.append(
+            f'<div class="digit"><img alt="a digit" src="{_png(image)}">is a'
+            f" {pictures.classes[label[i]]}<br>{'<br>'.join(answers)}</div>"
+        )
     return "".join(cards)
 
 

@@ -1,10 +1,14 @@
-"""Poolings and rerankers on real pictures with real ground truth: python -m eval.studies.retrieval --data DIR
+"""Poolings and rerankers on real pictures with real ground truth: python -m eval.studies.retrieval
+--data DIR
 
-EfficientNet-Lite0 with its ImageNet weights on three sets, in their zip files: places along a corridor, handwritten characters (Omniglot), and ten
-photos of one landmark among 2,000 photographs (an easy test). Every pooling with every reranker: recall@1 and mean average precision with 95 %
-bootstrap intervals over queries, and pairwise against the average and against no reranking. Also pixels as descriptors, for reference.
+EfficientNet-Lite0 with its ImageNet weights on three sets, in their zip files: places along a
+corridor, handwritten characters (Omniglot), and ten photos of one landmark among 2,000 photographs
+(an easy test). Every pooling with every reranker: recall@1 and mean average precision with 95 %
+bootstrap intervals over queries, and pairwise against the average and against no reranking. Also
+pixels as descriptors, for reference.
 
-Prints the tables and writes `benchmarks/results/retrieval_study.csv`, of which `docs/retrieval_study.md` tells. Minutes on two CPU cores.
+Prints the tables and writes `benchmarks/results/retrieval_study.csv`, of which
+`docs/retrieval_study.md` tells. Minutes on two CPU cores.
 """
 
 import dataclasses
@@ -44,10 +48,16 @@ RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "retr
 class Study:
     """Poolings and rerankers on real pictures with real ground truth."""
 
-    data: Path | None = None  # folder with corridor-vpr, omniglot-small, landmark-photos, imagenette-224-mini; None: $GGEM_SHARED/data
+    data: Path | None = (
+        # folder with corridor-vpr, omniglot-small, landmark-photos, imagenette-224-mini; None:
+        # $GGEM_SHARED/data
+        None
+    )
     sets: tuple[str, ...] = ("corridor", "omniglot", "landmark")
     out: Path = RESULTS
-    drawers: int = 5  # of Omniglot's 20 for each character whose pictures are queries; all are in the database
+    drawers: int = (
+        5  # of Omniglot's 20 for each character whose pictures are queries; all are in the database
+    )
     rerank: Annotated[Rerank, arg(name="")] = Rerank()  # noqa: RUF009
 
     def __post_init__(self):
@@ -57,9 +67,14 @@ class Study:
 
 def data_folder(data: Path | None) -> Path:
     """The folder of the sets: the one given, or that in the folder that GGEM_SHARED names."""
-    found = data or (Path(os.environ["GGEM_SHARED"]) / "data" if "GGEM_SHARED" in os.environ else None)
+    found = data or (
+        Path(os.environ["GGEM_SHARED"]) / "data" if "GGEM_SHARED" in os.environ else None
+    )
     if found is None:
-        raise Refused("--data must name the folder of the sets, or GGEM_SHARED the folder that has them in its folder data")
+        raise Refused(
+            "--data must name the folder of the sets, or GGEM_SHARED the folder that has them in"
+            " its folder data"
+        )
     return found
 
 
@@ -74,8 +89,12 @@ class Set:
     relevance: list[Relevance]  # places in `database`
     longest_side: int  # pixels that the network sees
     pixels: Callable[[RGB], np.ndarray]  # a descriptor without a network, not yet normalised
-    pixels_expansion: Rerank | None = None  # of the reference point with expansion of queries and database
-    views: "dict[str, Set]" = field(default_factory=dict)  # other queries, databases and relevance over the same pictures
+    pixels_expansion: Rerank | None = (
+        None  # of the reference point with expansion of queries and database
+    )
+    views: "dict[str, Set]" = field(
+        default_factory=dict
+    )  # other queries, databases and relevance over the same pictures
 
     @property
     def own(self) -> np.ndarray:
@@ -85,35 +104,71 @@ class Set:
 
 
 def corridor(data: Path, study: Study) -> Set:
-    """Two runs along one corridor: the frames of the first are queries, those of the second the database; about five frames are right."""
+    """Two runs along one corridor: the frames of the first are queries, those of the second the
+    database; about five frames are right.
+    """
     archive, names = _opened(data / "corridor-vpr" / "corridor.zip")
     (truth_name,) = [name for name in archive.namelist() if name.endswith("ground_truth.json")]
     truth = json.loads(archive.read(truth_name))
-    queries, references = ([i for i, name in enumerate(names) if name.split("/")[-2] == kind] for kind in ("query", "ref"))
+    queries, references = (
+        [i for i, name in enumerate(names) if name.split("/")[-2] == kind]
+        for kind in ("query", "ref")
+    )
     relevance = [Relevance(np.array(right, int), np.array([], int)) for right in truth]
-    return Set(names, _reader(archive), np.array(references), np.array(queries), relevance, 320, lambda image: _grey(image, 32))
+    return Set(
+        names,
+        _reader(archive),
+        np.array(references),
+        np.array(queries),
+        relevance,
+        320,
+        lambda image: _grey(image, 32),
+    )
 
 
 def omniglot(data: Path, study: Study) -> Set:
-    """136 characters by 20 drawers; right are the other drawers of the query's character, and the query's own picture is left out.
+    """136 characters by 20 drawers; right are the other drawers of the query's character, and the
+    query's own picture is left out.
 
-    Once more with the drawers of the queries apart from the database: database augmentation must not see a query among the neighbours.
+    Once more with the drawers of the queries apart from the database: database augmentation must
+    not see a query among the neighbours.
     """
     archive, names = _opened(data / "omniglot-small" / "images_background_small1.zip")
     character = np.unique([name.rpartition("/")[0] for name in names], return_inverse=True)[1]
     drawer = np.array([int(name.rpartition("_")[2].removesuffix(".png")) for name in names])
     queries = np.flatnonzero(drawer <= study.drawers)
-    relevance = [Relevance(np.setdiff1d(np.flatnonzero(character == character[i]), [i]), np.array([i])) for i in queries]
+    relevance = [
+        Relevance(np.setdiff1d(np.flatnonzero(character == character[i]), [i]), np.array([i]))
+        for i in queries
+    ]
     expansion = Rerank(qe_neighbors=5, alpha=3.0)
-    every = Set(names, _reader(archive), np.arange(len(names)), queries, relevance, 160, lambda image: 255 - _grey(image, 28), expansion)
+    every = Set(
+        names,
+        _reader(archive),
+        np.arange(len(names)),
+        queries,
+        relevance,
+        160,
+        lambda image: 255 - _grey(image, 28),
+        expansion,
+    )
     others = np.flatnonzero(drawer > study.drawers)
-    right = [Relevance(np.flatnonzero(character[others] == character[i]), np.array([], int)) for i in queries]
+    right = [
+        Relevance(np.flatnonzero(character[others] == character[i]), np.array([], int))
+        for i in queries
+    ]
     apart = dataclasses.replace(every, database=others, relevance=right)
-    return every if study.drawers == DRAWERS else dataclasses.replace(every, views={"omniglot, queries apart": apart})
+    return (
+        every
+        if study.drawers == DRAWERS
+        else dataclasses.replace(every, views={"omniglot, queries apart": apart})
+    )
 
 
 def landmark(data: Path, study: Study) -> Set:
-    """Ten photos of one church, each a query for the other nine, among 2,000 photographs of ten other things."""
+    """Ten photos of one church, each a query for the other nine, among 2,000 photographs of ten
+    other things.
+    """
     archive, distractors = _opened(data / "imagenette-224-mini" / "imagenette224_mini.zip")
     photos = sorted(str(path) for path in (data / "landmark-photos" / "sacre_coeur").glob("*.jpg"))
     if not photos:
@@ -126,18 +181,30 @@ def landmark(data: Path, study: Study) -> Set:
     def read(name: str) -> RGB:
         return read_image(Path(name)) if name in own else inside(name)
 
-    return Set(names, read, np.arange(len(names)), every, relevance, 224, lambda image: _grey(image, 32))
+    return Set(
+        names, read, np.arange(len(names)), every, relevance, 224, lambda image: _grey(image, 32)
+    )
 
 
-SETS: dict[str, Callable[[Path, Study], Set]] = {"corridor": corridor, "omniglot": omniglot, "landmark": landmark}
+SETS: dict[str, Callable[[Path, Study], Set]] = {
+    "corridor": corridor,
+    "omniglot": omniglot,
+    "landmark": landmark,
+}
 
 
 def _opened(path: Path) -> tuple[zipfile.ZipFile, list[str]]:
     try:
         archive = zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
-        raise Refused(f"{path} cannot be read: {getattr(error, 'strerror', None) or error}") from None
-    names = [name for name in archive.namelist() if name.lower().endswith((".png", ".jpg", ".jpeg")) and not name.startswith("__MACOSX")]
+        raise Refused(
+            f"{path} cannot be read: {getattr(error, 'strerror', None) or error}"
+        ) from None
+    names = [
+        name
+        for name in archive.namelist()
+        if name.lower().endswith((".png", ".jpg", ".jpeg")) and not name.startswith("__MACOSX")
+    ]
     return archive, sorted(names)
 
 
@@ -146,7 +213,9 @@ def _reader(archive: zipfile.ZipFile) -> Callable[[str], RGB]:
 
 
 def _grey(image: RGB, side: int) -> np.ndarray:
-    return np.asarray(Image.fromarray(image).convert("L").resize((side, side), Image.Resampling.BOX), np.float32)
+    return np.asarray(
+        Image.fromarray(image).convert("L").resize((side, side), Image.Resampling.BOX), np.float32
+    )
 
 
 @dataclass(frozen=True)
@@ -155,10 +224,13 @@ class Cell:
 
     average_precision: np.ndarray  # by the trapezoid rule of the revisited protocol
     recall_at_1: np.ndarray
-    mean_of_precisions: float  # mean average precision as others count it: the mean of the precisions at all positives
+    # mean average precision as others count it: the mean of the precisions at all positives
+    mean_of_precisions: float
 
     def columns(self, average: "Cell | None", none: "Cell | None") -> dict[str, Any]:
-        """Both measures with their intervals, and their differences to two other cells where there are such."""
+        """Both measures with their intervals, and their differences to two other cells where there
+        are such.
+        """
         row: dict[str, Any] = {}
         for name in ("recall_at_1", "average_precision"):
             values = getattr(self, name)
@@ -170,20 +242,33 @@ class Cell:
 
 
 def measured(ids: np.ndarray, relevance: list[Relevance]) -> Cell:
-    found = [positive_ranks(row, own) for row, own in zip(ids, relevance, strict=True)]  # all of them: rankings are whole
+    found = [
+        positive_ranks(row, own) for row, own in zip(ids, relevance, strict=True)
+    ]  # all of them: rankings are whole
     precisions = np.mean([np.mean((np.arange(len(ranks)) + 1) / (ranks + 1)) for ranks in found])
-    return Cell(scores(ids, relevance).average_precision, recall_at(ids, relevance, kappas=(1,))[:, 0], float(precisions))
+    return Cell(
+        scores(ids, relevance).average_precision,
+        recall_at(ids, relevance, kappas=(1,))[:, 0],
+        float(precisions),
+    )
 
 
 def cells_of(vectors: np.ndarray, own: Set, rerank: Rerank) -> dict[Name, Cell]:
     """Every reranker on one pooling's descriptors."""
     queries, database = vectors[own.queries], jax.device_put(vectors[own.database])
     initial = ranked(queries, database, own=own.own)
-    return {name: measured(reranked(name, queries, database, initial, rerank, own=own.own), own.relevance) for name in get_args(Name)}
+    return {
+        name: measured(
+            reranked(name, queries, database, initial, rerank, own=own.own), own.relevance
+        )
+        for name in get_args(Name)
+    }
 
 
 def unit_pixels(own: Set, names: Sequence[str]) -> np.ndarray:
-    """The reference point without a network, `(n, d)`: small grey pictures less their mean, as unit vectors."""
+    """The reference point without a network, `(n, d)`: small grey pictures less their mean, as unit
+    vectors.
+    """
     pixels = np.stack([own.pixels(own.read(name)).ravel() for name in names])
     pixels -= pixels.mean(axis=1, keepdims=True)
     pixels /= np.linalg.norm(pixels, axis=1, keepdims=True)
@@ -196,10 +281,13 @@ def rows_of_pixels(name: str, own: Set) -> Iterator[dict[str, Any]]:
     initial = ranked(pixels[own.queries], pixels[own.database], own=own.own)
     cells = {"none": measured(np.asarray(initial.ids), own.relevance)}
     if own.pixels_expansion is not None:
-        cells["queries and database expanded, 5 neighbours"] = measured(_expanded_both(pixels, own), own.relevance)
+        cells["queries and database expanded, 5 neighbours"] = measured(
+            _expanded_both(pixels, own), own.relevance
+        )
     for reranker, cell in cells.items():
         none = None if reranker == "none" else cells["none"]
-        yield {"set": name, "queries": len(own.queries), "database": len(own.database), "longest_side": "", "pooling": "pixels",
+        yield {"set": name, "queries": len(own.queries), "database": len(own.database),
+        "longest_side": "", "pooling": "pixels",
                "reranker": reranker, **cell.columns(None, none)}  # fmt: skip
 
 
@@ -207,7 +295,11 @@ def _expanded_both(vectors: np.ndarray, own: Set) -> np.ndarray:
     """Queries and database by the means of themselves and their nearest."""
     how = own.pixels_expansion
     assert how is not None
-    augmented = np.asarray(augment_database(jax.device_put(vectors[own.database]), num_neighbors=how.qe_neighbors, alpha=how.alpha))
+    augmented = np.asarray(
+        augment_database(
+            jax.device_put(vectors[own.database]), num_neighbors=how.qe_neighbors, alpha=how.alpha
+        )
+    )
     return np.asarray(ranked(augmented[own.own], augmented, own=own.own).ids)
 
 
@@ -217,23 +309,40 @@ def rows_of(name: str, own: Set, rerank: Rerank) -> Iterator[dict[str, Any]]:
     began = time.perf_counter()
     extractor = make_extractor(list(settings.values()))
     vectors = describe(extractor, map(own.read, own.names), own.names, name)
-    print(f"{name}: {len(own.names)} pictures described in {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+    print(
+        f"{name}: {len(own.names)} pictures described in {time.perf_counter() - began:.0f} s",
+        file=sys.stderr,
+        flush=True,
+    )
     for view, one in {name: own, **own.views}.items():
-        cells = {pooling: cells_of(np.ascontiguousarray(vectors[:, i]), one, rerank) for i, pooling in enumerate(POOLINGS)}
-        print(f"{view}: evaluated after {time.perf_counter() - began:.0f} s", file=sys.stderr, flush=True)
+        cells = {
+            pooling: cells_of(np.ascontiguousarray(vectors[:, i]), one, rerank)
+            for i, pooling in enumerate(POOLINGS)
+        }
+        print(
+            f"{view}: evaluated after {time.perf_counter() - began:.0f} s",
+            file=sys.stderr,
+            flush=True,
+        )
         for pooling, by_reranker in cells.items():
             for reranker, cell in by_reranker.items():
                 average = None if pooling == "average" else cells["average"][reranker]
                 none = None if reranker == "none" else by_reranker["none"]
-                yield {"set": view, "queries": len(one.queries), "database": len(one.database), "longest_side": one.longest_side,
-                       "pooling": pooling, "reranker": reranker, **cell.columns(average, none)}  # fmt: skip
+                yield {"set": view, "queries": len(one.queries), "database": len(one.database),
+                "longest_side": one.longest_side,
+                       "pooling": pooling, "reranker": reranker, **cell.columns(average,
+                       none)}  # fmt: skip
 
 
 def machine() -> dict[str, str]:
     device = jax.devices()[0]
     return {
         "date": time.strftime("%Y-%m-%d"),
-        "device": f"{platform.machine()} CPU, {os.cpu_count()} cores" if device.platform == "cpu" else device.device_kind,
+        "device": (
+            f"{platform.machine()} CPU, {os.cpu_count()} cores"
+            if device.platform == "cpu"
+            else device.device_kind
+        ),
         "python": platform.python_version(),
         **{name: importlib.metadata.version(name) for name in ("jax", "flax", "numpy", "pillow")},
     }
@@ -241,14 +350,23 @@ def machine() -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> None:
     with one_sentence("eval.studies.retrieval"):
-        study = parse(Study, sys.argv[1:] if argv is None else argv, "eval.studies.retrieval", default=Study())
+        study = parse(
+            Study, sys.argv[1:] if argv is None else argv, "eval.studies.retrieval", default=Study()
+        )
         data = data_folder(study.data)
         if unknown := set(study.sets) - set(SETS):
-            raise Refused(f"--sets must be among {', '.join(SETS)}, not {', '.join(sorted(unknown))}")
+            raise Refused(
+                f"--sets must be among {', '.join(SETS)}, not {', '.join(sorted(unknown))}"
+            )
         rows = []
         for name in study.sets:
-            every = SETS[name](data, dataclasses.replace(study, drawers=DRAWERS))  # pixels are cheap: all queries
-            own = [*rows_of_pixels(name, every), *rows_of(name, SETS[name](data, study), study.rerank)]
+            every = SETS[name](
+                data, dataclasses.replace(study, drawers=DRAWERS)
+            )  # pixels are cheap: all queries
+            own = [
+                *rows_of_pixels(name, every),
+                *rows_of(name, SETS[name](data, study), study.rerank),
+            ]
             rows += [{**machine(), **row} for row in own]
             for view in dict.fromkeys(row["set"] for row in own):
                 print(markdown([row for row in own if row["set"] == view]), flush=True)
@@ -256,24 +374,52 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
-    """The tables of one set: a line for each pooling, a column for each reranker; both measures, in percent."""
+    """The tables of one set: a line for each pooling, a column for each reranker; both measures, in
+    percent.
+    """
     networks = [row for row in rows if row["pooling"] != "pixels"]
     first = networks[0]
-    text = f"## {first['set']}: {first['queries']} queries, {first['database']} pictures in the database\n"
+    text = (
+        f"## {first['set']}: {first['queries']} queries, {first['database']} pictures in the"
+        " database\n"
+    )
     rerankers = list(dict.fromkeys(row["reranker"] for row in networks))
-    for title, measure in (("Mean average precision", "average_precision"), ("Recall@1", "recall_at_1")):
-        text += f"\n{title}, %, with 95 % intervals:\n\n| | {' | '.join(rerankers)} |\n| --- |{' --- |' * len(rerankers)}\n"
+    for title, measure in (
+        ("Mean average precision", "average_precision"),
+        ("Recall@1", "recall_at_1"),
+    ):
+        text += (
+            f"\n{title}, %, with 95 % intervals:\n\n| | {' | '.join(rerankers)} |\n| ---"
+            f" |{' --- |' * len(rerankers)}\n"
+        )
         for pooling in dict.fromkeys(row["pooling"] for row in networks):
             cells = [cell_of(row, measure) for row in networks if row["pooling"] == pooling]
             text += f"| {pooling} | {' | '.join(cells)} |\n"
         for row in rows:
             if row["pooling"] == "pixels":
-                text += f"\nPixels, {row['reranker']}, {row['queries']} queries: {cell_of(row, measure)}"
-                text += f"; by the mean of precisions {100 * float(row['mean_of_precisions']):.2f}.\n" if title.startswith("Mean") else ".\n"
-    for title, against in (("less that of the average, same reranker", "average"), ("less that without reranking, same pooling", "none")):
-        text += f"\nMean average precision {title}, points:\n\n| | {' | '.join(rerankers)} |\n| --- |{' --- |' * len(rerankers)}\n"
+                text += (
+                    f"\nPixels, {row['reranker']}, {row['queries']} queries:"
+                    f" {cell_of(row, measure)}"
+                )
+                text += (
+                    f"; by the mean of precisions {100 * float(row['mean_of_precisions']):.2f}.\n"
+                    if title.startswith("Mean")
+                    else ".\n"
+                )
+    for title, against in (
+        ("less that of the average, same reranker", "average"),
+        ("less that without reranking, same pooling", "none"),
+    ):
+        text += (
+            f"\nMean average precision {title}, points:\n\n| | {' | '.join(rerankers)} |\n| ---"
+            f" |{' --- |' * len(rerankers)}\n"
+        )
         for pooling in dict.fromkeys(row["pooling"] for row in networks):
-            cells = [cell_of(row, f"average_precision_less_{against}") for row in networks if row["pooling"] == pooling]
+            cells = [
+                cell_of(row, f"average_precision_less_{against}")
+                for row in networks
+                if row["pooling"] == pooling
+            ]
             text += f"| {pooling} | {' | '.join(cells)} |\n" if any(cells) else ""
     return text
 

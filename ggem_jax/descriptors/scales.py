@@ -1,7 +1,9 @@
-"""One picture at several scales: bilinear resizing as PyTorch's, with half-pixel centres and sizes that are cut, not rounded.
+"""One picture at several scales: bilinear resizing as PyTorch's, with half-pixel centres and sizes
+that are cut, not rounded.
 
-Two conventions, with and without `antialias`, differ only where a picture shrinks: without it two pixels of each row and column are mixed however
-much it shrinks, as in torchvision up to 0.16 (the published figures of SuperGlobal); with it all that a shrunk pixel covers, as from 0.17 on.
+Two conventions, with and without `antialias`, differ only where a picture shrinks: without it two
+pixels of each row and column are mixed however much it shrinks, as in torchvision up to 0.16 (the
+published figures of SuperGlobal); with it all that a shrunk pixel covers, as from 0.17 on.
 """
 
 import math
@@ -10,8 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-# Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", 2023, arXiv:2308.06954: by the number of scales.
-SCALES: dict[int, tuple[float, ...]] = {1: (1.0,), 3: (0.7071, 1.0, 1.4142), 5: (0.5, 0.7071, 1.0, 1.4142, 2.0)}
+# Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", 2023,
+# arXiv:2308.06954: by the number of scales.
+SCALES: dict[int, tuple[float, ...]] = {
+    1: (1.0,),
+    3: (0.7071, 1.0, 1.4142),
+    5: (0.5, 0.7071, 1.0, 1.4142, 2.0),
+}
 
 
 def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
@@ -21,15 +28,24 @@ def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
     return int(height * scale), int(width * scale)
 
 
-def rescale(images: Float[Array, "*b h w c"], scale: float, *, antialias: bool = False) -> Float[Array, "*b h2 w2 c"]:
-    """Resizes to `scaled_size`, bilinear, in float32; the step between the samples is the ratio of the sizes, not the scale. 1 changes nothing."""
+def rescale(
+    images: Float[Array, "*b h w c"], scale: float, *, antialias: bool = False
+) -> Float[Array, "*b h2 w2 c"]:
+    """Resizes to `scaled_size`, bilinear, in float32; the step between the samples is the ratio of
+    the sizes, not the scale. 1 changes nothing.
+    """
     images = jnp.asarray(images)
     if images.ndim < 3 or not jnp.issubdtype(images.dtype, jnp.floating):
-        raise ValueError(f"images must be floating point (..., h, w, c), not {images.dtype} of shape {images.shape}")
+        raise ValueError(
+            f"images must be floating point (..., h, w, c), not {images.dtype} of shape"
+            f" {images.shape}"
+        )
     height, width = images.shape[-3:-1]
     size = scaled_size(height, width, scale)
     if 0 in size:
-        raise ValueError(f"nothing is left of images of {height} x {width} pixels at a scale of {scale}")
+        raise ValueError(
+            f"nothing is left of images of {height} x {width} pixels at a scale of {scale}"
+        )
     x = images.astype(jnp.promote_types(images.dtype, jnp.float32))
     for axis, new in ((-2, size[1]), (-3, size[0])):
         x = _resampled(x, axis, new, antialias)
@@ -46,10 +62,14 @@ def _resampled(x, axis, new, antialias):
     return sum(jnp.take(x, place, axis=axis) * weight.reshape(along) for place, weight in taps)
 
 
-def _taps(old: int, new: int, antialias: bool) -> tuple[Int[np.ndarray, "new taps"], Float[np.ndarray, "new taps"]]:
-    """The pixels that each new pixel is mixed from, and their weights: a triangle of half-width `reach` around its centre, each row of sum 1.
+def _taps(
+    old: int, new: int, antialias: bool
+) -> tuple[Int[np.ndarray, "new taps"], Float[np.ndarray, "new taps"]]:
+    """The pixels that each new pixel is mixed from, and their weights: a triangle of half-width
+    `reach` around its centre, each row of sum 1.
 
-    Places are rounded to float32 where PyTorch does: among hundreds of pixels that moves a sample by 1e-5 of a pixel, more than all other rounding.
+    Places are rounded to float32 where PyTorch does: among hundreds of pixels that moves a sample
+    by 1e-5 of a pixel, more than all other rounding.
     """
     step = np.float64(np.float32(old) / np.float32(new))
     middle = step * (np.arange(new) + 0.5)

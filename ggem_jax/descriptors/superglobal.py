@@ -1,11 +1,14 @@
-"""SuperGlobal's global descriptor: a batch of images of one size -> maps at several scales -> pooled -> head -> one descriptor.
+"""SuperGlobal's global descriptor: a batch of images of one size -> maps at several scales ->
+pooled -> head -> one descriptor.
 
-A network is a Flax module from images to feature maps. Where it has methods `pool` (its own learned GeM) and `describe` (a head), as `ResNet` has,
-they are used; others are pooled by GeM with p = 3 instead of their own, and what is pooled is the descriptor. Of a network and an image size the map
-is compiled once and kept by JAX, whatever the other choices; under an outer `jit` all becomes one program.
+A network is a Flax module from images to feature maps. Where it has methods `pool` (its own learned
+GeM) and `describe` (a head), as `ResNet` has, they are used; others are pooled by GeM with p = 3
+instead of their own, and what is pooled is the descriptor. Of a network and an image size the map
+is compiled once and kept by JAX, whatever the other choices; under an outer `jit` all becomes one
+program.
 
-Reference: Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", 2023, arXiv:2308.06954, and its code:
-github.com/ShihaoShao-GH/SuperGlobal.
+Reference: Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", 2023,
+arXiv:2308.06954, and its code: github.com/ShihaoShao-GH/SuperGlobal.
 """
 
 import math
@@ -20,10 +23,23 @@ from flax import struct
 from jaxtyping import Array, Float
 
 from ggem_jax.descriptors.scales import SCALES, rescale, scaled_size
-from ggem_jax.pooling import avg_pool, gem_pool, l2_normalize, max_pool, regional_gem, scale_gem, superglobal_pool
+from ggem_jax.pooling import (
+    avg_pool,
+    gem_pool,
+    l2_normalize,
+    max_pool,
+    regional_gem,
+    scale_gem,
+    superglobal_pool,
+)
 
 GEM_PLUS_P, GEM_PLUS_EPS = 4.6, 1e-8  # of the official code
-GEM_P, GEM_EPS = 3.0, 1e-6  # of a network without a GeM of its own: where GeM starts (Radenović et al., 2018, arXiv:1711.02512)
+GEM_P, GEM_EPS = (
+    3.0,
+    1e-6,
+    # of a network without a GeM of its own: where GeM starts (Radenović et al., 2018,
+    # arXiv:1711.02512)
+)
 WINDOW = 5  # places along one side of Regional GeM's window, of the official code
 REDUCTION = 32  # pixels along one side of a place of the map: five strides of 2
 
@@ -62,7 +78,8 @@ def superglobal_descriptors(
 
     `pooling`: "average" or "max" in the place of GeM and GeM+.
 
-    `antialias`: off as when the paper was written, on as today's torchvision does by default; see `ggem_jax.descriptors.scales`.
+    `antialias`: off as when the paper was written, on as today's torchvision does by default; see
+        `ggem_jax.descriptors.scales`.
     """
     check_size(images.shape[-3], images.shape[-2], scales, rgem=rgem)
     if not relup and hasattr(model, "config") and hasattr(model.config, "relup"):
@@ -70,39 +87,68 @@ def superglobal_descriptors(
     by_scale = []
     for scale in scales:
         feature_map = compute_map(model, variables, _rescaled(images, scale, antialias))
-        by_scale.append(describe_map(model, variables, feature_map, gemp=gemp, rgem=rgem, pooling=pooling))
+        by_scale.append(
+            describe_map(model, variables, feature_map, gemp=gemp, rgem=rgem, pooling=pooling)
+        )
     joined = jnp.stack(by_scale)
     return SuperGlobalOutput(joined, *join_scales(joined, sgem=sgem))
 
 
 def check_size(height: int, width: int, scales: Sequence[float], *, rgem: bool = True) -> None:
-    """Raises `ValueError` for images too small for the smallest scale: Regional GeM reflects 2 places at the map's borders, so it needs 3."""
+    """Raises `ValueError` for images too small for the smallest scale: Regional GeM reflects 2
+    places at the map's borders, so it needs 3.
+    """
     if not scales:
         raise ValueError("scales must be at least one number")
     least_pixels = (WINDOW // 2) * REDUCTION + 1 if rgem else 1
     least = min(scales)
     if min(scaled_size(height, width, least)) < least_pixels:
-        side = next(side for side in range(math.floor(least_pixels / least), height + width + 2**16) if int(side * least) >= least_pixels)
-        raise ValueError(f"images of {height} x {width} pixels are too small: at the scale {least:g} the shorter side must be at least {side}")
+        side = next(
+            side
+            for side in range(math.floor(least_pixels / least), height + width + 2**16)
+            if int(side * least) >= least_pixels
+        )
+        raise ValueError(
+            f"images of {height} x {width} pixels are too small: at the scale {least:g} the shorter"
+            f" side must be at least {side}"
+        )
 
 
 @partial(jax.jit, static_argnums=0)
-def compute_map(model: Any, variables: Any, images: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 d"]:
+def compute_map(
+    model: Any, variables: Any, images: Float[Array, "b h w 3"]
+) -> Float[Array, "b h2 w2 d"]:
     """The network's last feature map; compiled once for each model and shape."""
     return model.apply(variables, images)
 
 
 @partial(jax.jit, static_argnums=0, static_argnames=("gemp", "rgem", "pooling"))
 def describe_map(
-    model: Any, variables: Any, feature_map: Float[Array, "b h w d"], *, gemp: bool = True, rgem: bool = True, pooling: Pooling | None = None
+    model: Any,
+    variables: Any,
+    feature_map: Float[Array, "b h w d"],
+    *,
+    gemp: bool = True,
+    rgem: bool = True,
+    pooling: Pooling | None = None,
 ) -> Float[Array, "b out"]:
-    """Feature map -> Regional GeM -> GeM+ -> L2 -> dense layer, of one scale; the result is not normalised."""
+    """Feature map -> Regional GeM -> GeM+ -> L2 -> dense layer, of one scale; the result is not
+    normalised.
+    """
     pooled = pool_map(model, variables, feature_map, gemp=gemp, rgem=rgem, pooling=pooling)
-    return model.apply(variables, pooled, method="describe") if hasattr(model, "describe") else pooled
+    return (
+        model.apply(variables, pooled, method="describe") if hasattr(model, "describe") else pooled
+    )
 
 
 def pool_map(
-    model: Any, variables: Any, feature_map: Float[Array, "b h w d"], *, gemp: bool = True, rgem: bool = True, pooling: Pooling | None = None
+    model: Any,
+    variables: Any,
+    feature_map: Float[Array, "b h w d"],
+    *,
+    gemp: bool = True,
+    rgem: bool = True,
+    pooling: Pooling | None = None,
 ) -> Float[Array, "b d"]:
     """The part of `describe_map` before the head."""
     if gemp and rgem and pooling is None:
@@ -118,14 +164,23 @@ def pool_map(
         case "max":
             return max_pool(places)
         case _:
-            return gem_pool(places, GEM_PLUS_P, eps=GEM_PLUS_EPS) if gemp else gem_pool(places, GEM_P, eps=GEM_EPS)
+            return (
+                gem_pool(places, GEM_PLUS_P, eps=GEM_PLUS_EPS)
+                if gemp
+                else gem_pool(places, GEM_P, eps=GEM_EPS)
+            )
 
 
-_rescaled = jax.jit(lambda images, scale, antialias: rescale(images, scale, antialias=antialias), static_argnums=(1, 2))
+_rescaled = jax.jit(
+    lambda images, scale, antialias: rescale(images, scale, antialias=antialias),
+    static_argnums=(1, 2),
+)
 
 
 @partial(jax.jit, static_argnames="sgem")
-def join_scales(by_scale: Float[Array, "scales b d"], *, sgem: bool = True) -> tuple[Float[Array, "b d"], Float[Array, "b d"]]:
+def join_scales(
+    by_scale: Float[Array, "scales b d"], *, sgem: bool = True
+) -> tuple[Float[Array, "b d"], Float[Array, "b d"]]:
     """The scales' descriptors by Scale GeM, or their mean: as it is, and L2-normalised."""
     raw = scale_gem(by_scale) if sgem else jnp.mean(by_scale, axis=0)
     return raw, l2_normalize(raw)

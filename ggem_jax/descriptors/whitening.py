@@ -1,6 +1,8 @@
-"""PCA whitening: descriptors `(n, d)` -> `(n, dim)` whose components are uncorrelated and of equal variance, as unit vectors.
+"""PCA whitening: descriptors `(n, d)` -> `(n, dim)` whose components are uncorrelated and of equal
+variance, as unit vectors.
 
-Reference: Jégou and Chum, "Negative Evidences and Co-occurences in Image Retrieval: The Benefit of PCA and Whitening", ECCV 2012.
+Reference: Jégou and Chum, "Negative Evidences and Co-occurences in Image Retrieval: The Benefit of
+    PCA and Whitening", ECCV 2012.
 """
 
 from pathlib import Path
@@ -20,9 +22,11 @@ class Whitening(NamedTuple):
 
 
 def learn_whitening(descriptors: Float[np.ndarray, "n d"], *, dim: int | None = None) -> Whitening:
-    """From the eigenvectors of the covariance with the largest eigenvalues, each divided by the root of its eigenvalue; in float64.
+    """From the eigenvectors of the covariance with the largest eigenvalues, each divided by the
+    root of its eigenvalue; in float64.
 
-    `dim`: components that are kept; None keeps all. Raises `ValueError` where the descriptors do not span so many.
+    `dim`: components that are kept; None keeps all. Raises `ValueError` where the descriptors do
+        not span so many.
     """
     x = np.asarray(descriptors, np.float64)
     if x.ndim != 2 or not np.isfinite(x).all():
@@ -35,15 +39,27 @@ def learn_whitening(descriptors: Float[np.ndarray, "n d"], *, dim: int | None = 
     values, vectors = np.linalg.eigh((x - mean).T @ (x - mean) / max(n - 1, 1))
     spanned = int(np.sum(values > 1e-10 * max(values[-1], 1e-300))) if n > 1 else 0
     if spanned < dim:
-        raise ValueError(f"{n} descriptors span {spanned} dimensions, and {dim} are asked for: give more descriptors or a smaller dim")
+        raise ValueError(
+            f"{n} descriptors span {spanned} dimensions, and {dim} are asked for: give more"
+            " descriptors or a smaller dim"
+        )
     order = np.argsort(-values, kind="stable")[:dim]
-    return Whitening(mean.astype(np.float32), (vectors[:, order] / np.sqrt(values[order])).astype(np.float32))
+    return Whitening(
+        mean.astype(np.float32), (vectors[:, order] / np.sqrt(values[order])).astype(np.float32)
+    )
 
 
-def whiten(descriptors: Float[np.ndarray, "*b d"], whitening: Whitening) -> Float[np.ndarray, "*b dim"]:
-    """Whitened unit vectors, in float32. Raises `ValueError` for descriptors of another width than the whitening's."""
+def whiten(
+    descriptors: Float[np.ndarray, "*b d"], whitening: Whitening
+) -> Float[np.ndarray, "*b dim"]:
+    """Whitened unit vectors, in float32. Raises `ValueError` for descriptors of another width than
+    the whitening's.
+    """
     if np.shape(descriptors)[-1] != len(whitening.mean):
-        raise ValueError(f"the whitening is for descriptors of {len(whitening.mean)} numbers, and these have {np.shape(descriptors)[-1]}")
+        raise ValueError(
+            f"the whitening is for descriptors of {len(whitening.mean)} numbers, and these have"
+            f" {np.shape(descriptors)[-1]}"
+        )
     y = (np.asarray(descriptors, np.float32) - whitening.mean) @ whitening.projection
     return y / np.maximum(np.linalg.norm(y, axis=-1, keepdims=True), 1e-12)
 
@@ -58,9 +74,22 @@ def load_whitening(path: str | Path) -> Whitening:
     """Raises `ValueError` for a file that is none."""
     try:
         with np.load(path, allow_pickle=False) as file:
-            whitening = Whitening(*(np.asarray(file[name], np.float32) for name in Whitening._fields))
-    except Exception as error:  # a damaged file fails in NumPy, zipfile or zlib with errors of a dozen kinds
-        raise ValueError(f"{path} is no file of a whitening: {str(error).partition(chr(10))[0]}") from None
-    if whitening.mean.ndim != 1 or whitening.projection.ndim != 2 or len(whitening.mean) != len(whitening.projection):
-        raise ValueError(f"{path} is no file of a whitening: shapes {whitening.mean.shape} and {whitening.projection.shape} do not go together")
+            whitening = Whitening(
+                *(np.asarray(file[name], np.float32) for name in Whitening._fields)
+            )
+    except (
+        Exception
+    ) as error:  # a damaged file fails in NumPy, zipfile or zlib with errors of a dozen kinds
+        raise ValueError(
+            f"{path} is no file of a whitening: {str(error).partition(chr(10))[0]}"
+        ) from None
+    if (
+        whitening.mean.ndim != 1
+        or whitening.projection.ndim != 2
+        or len(whitening.mean) != len(whitening.projection)
+    ):
+        raise ValueError(
+            f"{path} is no file of a whitening: shapes {whitening.mean.shape} and"
+            f" {whitening.projection.shape} do not go together"
+        )
     return whitening

@@ -15,8 +15,20 @@ from ggem_jax.files.safetensors_files import read_safetensors
 from ggem_jax.files.torch_files import read_torch
 
 TORCH = (".pth", ".pt", ".bin", ".ckpt")
-_DAMAGED = (zlib.error, lzma.LZMAError, RuntimeError, MemoryError, OverflowError)  # what zip files and headers that were altered lead to
-WRAPPERS = ("model", "state_dict", "teacher", "model_state", "params")  # folders that training scripts put around the parameters
+_DAMAGED = (
+    zlib.error,
+    lzma.LZMAError,
+    RuntimeError,
+    MemoryError,
+    OverflowError,
+)  # what zip files and headers that were altered lead to
+WRAPPERS = (
+    "model",
+    "state_dict",
+    "teacher",
+    "model_state",
+    "params",
+)  # folders that training scripts put around the parameters
 
 
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
@@ -34,15 +46,20 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     if suffix not in TORCH:
         raise UnreadableWeights(f"{path} must end in .safetensors, .npz or {', '.join(TORCH)}")
     found: Any = read_torch(path)
-    while isinstance(found, Mapping) and (inner := next((name for name in WRAPPERS if isinstance(found.get(name), Mapping)), None)):
+    while isinstance(found, Mapping) and (
+        inner := next((name for name in WRAPPERS if isinstance(found.get(name), Mapping)), None)
+    ):
         found = found[inner]
     if not isinstance(found, Mapping):
-        raise MismatchedWeights(f"{path} holds a {type(found).__name__} where parameters by name are needed")
+        raise MismatchedWeights(
+            f"{path} holds a {type(found).__name__} where parameters by name are needed"
+        )
     return {str(name): value for name, value in found.items() if isinstance(value, np.ndarray)}
 
 
 def read_npz(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of a NumPy file; two-byte ones without a type, as JAX writes bfloat16, become bfloat16. Nothing is unpickled.
+    """The arrays of a NumPy file; two-byte ones without a type, as JAX writes bfloat16, become
+    bfloat16. Nothing is unpickled.
 
     Raises:
         UnreadableWeights: the file cannot be read, or an array is no plain one.
@@ -55,6 +72,19 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
             arrays = {name: file[name] for name in file.files}
             if odd := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
                 raise ValueError(f"its member {odd[0]} is no array")
-    except (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, NotImplementedError, *_DAMAGED) as error:
-        raise UnreadableWeights(f"{path} is not a readable npz file: {str(error).partition(chr(10))[0][:200]}") from None
-    return {name: array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array for name, array in arrays.items()}
+    except (
+        OSError,
+        ValueError,
+        EOFError,
+        KeyError,
+        zipfile.BadZipFile,
+        NotImplementedError,
+        *_DAMAGED,
+    ) as error:
+        raise UnreadableWeights(
+            f"{path} is not a readable npz file: {str(error).partition(chr(10))[0][:200]}"
+        ) from None
+    return {
+        name: array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
+        for name, array in arrays.items()
+    }

@@ -9,7 +9,9 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
-    """A temporary file beside `path` to write to, which takes its name at the end; after an error it is gone and `path` is as it was."""
+    """A temporary file beside `path` to write to, which takes its name at the end; after an error
+    it is gone and `path` is as it was.
+    """
     path = Path(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(handle)

@@ -6,8 +6,12 @@ class UnreadableWeights(ValueError):
 
 
 class UnsafePickle(UnreadableWeights):
-    """A pickle that asks for more than plain data; the message names what it asks for. Nothing of it was run."""
+    """A pickle that asks for more than plain data; the message names what it asks for. Nothing of
+    it was run.
+    """
 
 
 class MismatchedWeights(ValueError):
-    """Weights that are not those of the network; the message lists every missing, surplus and wrongly shaped parameter."""
+    """Weights that are not those of the network; the message lists every missing, surplus and
+    wrongly shaped parameter.
+    """

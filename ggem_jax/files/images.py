@@ -25,46 +25,75 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class UnreadableImage(ValueError):
-    """A file that should be a picture and cannot be decoded; the message names it and the reason."""
+    """A file that should be a picture and cannot be decoded; the message names it and the
+    reason.
+    """
 
 
 def read_image(source: Path | bytes, *, name: str | None = None) -> RGB:
-    """Decodes a picture the right way up: EXIF rotation applied, grey, palette, CMYK and 16-bit pictures turned into 8-bit RGB, alpha dropped.
+    """Decodes a picture the right way up: EXIF rotation applied, grey, palette, CMYK and 16-bit
+    pictures turned into 8-bit RGB, alpha dropped.
 
-    `name` is what an error calls the picture; a path names itself. Raises `UnreadableImage`, also for 32 bits a channel, whose range no file tells.
+    `name` is what an error calls the picture; a path names itself. Raises `UnreadableImage`, also
+    for 32 bits a channel, whose range no file tells.
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
             picture = ImageOps.exif_transpose(file)
             if picture.mode in ("I", "F"):
-                raise ValueError(f"it has 32 bits a channel (mode {picture.mode}) where 8 or 16 are needed")
-            if picture.mode.startswith("I;16"):  # 16 bits a pixel: Pillow's own conversion would clip at 255
-                return np.repeat((np.asarray(picture, np.uint32) // 257).astype(np.uint8)[..., None], 3, axis=-1)
+                raise ValueError(
+                    f"it has 32 bits a channel (mode {picture.mode}) where 8 or 16 are needed"
+                )
+            if picture.mode.startswith(
+                "I;16"
+            ):  # 16 bits a pixel: Pillow's own conversion would clip at 255
+                return np.repeat(
+                    (np.asarray(picture, np.uint32) // 257).astype(np.uint8)[..., None], 3, axis=-1
+                )
             return np.asarray(picture.convert("RGB"))
     except _UNREADABLE as error:
-        raise UnreadableImage(f"{name or (source if isinstance(source, Path) else 'the image')} is not a readable picture: {error}") from None
+        raise UnreadableImage(
+            f"{name or (source if isinstance(source, Path) else 'the image')} is not a readable"
+            f" picture: {error}"
+        ) from None
 
 
 def crop(image: RGB, box: Sequence[float]) -> RGB:
-    """Cuts out the box (x1, y1, x2, y2), in pixels, each coordinate cut to a whole number and what lies outside the picture left out."""
+    """Cuts out the box (x1, y1, x2, y2), in pixels, each coordinate cut to a whole number and what
+    lies outside the picture left out.
+    """
     if len(box) != 4 or not all(math.isfinite(coordinate) for coordinate in box):
         raise ValueError(f"a box must be four numbers, x1, y1, x2, y2, not {box!r}")
     height, width = image.shape[:2]
-    x1, y1, x2, y2 = (min(max(int(coordinate), 0), length) for coordinate, length in zip(box, (width, height) * 2, strict=True))
+    x1, y1, x2, y2 = (
+        min(max(int(coordinate), 0), length)
+        for coordinate, length in zip(box, (width, height) * 2, strict=True)
+    )
     if x1 >= x2 or y1 >= y2:
-        raise ValueError(f"nothing of the picture of {width} x {height} pixels is inside the box {', '.join(f'{float(each):g}' for each in box)}")
+        raise ValueError(
+            f"nothing of the picture of {width} x {height} pixels is inside the box"
+            f" {', '.join(f'{float(each):g}' for each in box)}"
+        )
     return image[y1:y2, x1:x2]
 
 
-def normalise(image: RGB, *, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD) -> Float32[np.ndarray, "h w 3"]:
+def normalise(
+    image: RGB, *, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
+) -> Float32[np.ndarray, "h w 3"]:
     """(pixel / 255 - mean) / std of each channel, in float32: what networks take."""
     if image.dtype != np.uint8 or image.shape[-1:] != (3,):
-        raise ValueError(f"image must be uint8 (..., h, w, 3), not {image.dtype} of shape {image.shape}")
-    return (image.astype(np.float32) / np.float32(255) - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)
+        raise ValueError(
+            f"image must be uint8 (..., h, w, 3), not {image.dtype} of shape {image.shape}"
+        )
+    return (image.astype(np.float32) / np.float32(255) - np.asarray(mean, np.float32)) / np.asarray(
+        std, np.float32
+    )
 
 
 def resize(image: RGB, height: int, width: int) -> RGB:
-    """Resizes with Pillow's bicubic filter, which averages over the source pixels when it shrinks."""
+    """Resizes with Pillow's bicubic filter, which averages over the source pixels when it
+    shrinks.
+    """
     if image.shape[:2] == (height, width):
         return image
     return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC))

@@ -1,11 +1,14 @@
 """Pickles of plain data, read without running them.
 
-A pickle is a program for a small stack machine that may call anything that can be imported. Here its operations are taken one by one from the
-standard library's `pickletools`, and carried out by a machine of our own that imports nothing and calls nothing but the few functions of the table it
-is given: a pickle that asks for anything else is refused by the name of what it asks for. What the functions copy is charged to a budget, and text is
-made of nothing but plain values, so that a small file takes neither much memory nor much time.
+A pickle is a program for a small stack machine that may call anything that can be imported. Here
+its operations are taken one by one from the standard library's `pickletools`, and carried out by a
+machine of our own that imports nothing and calls nothing but the few functions of the table it is
+given: a pickle that asks for anything else is refused by the name of what it asks for. What the
+functions copy is charged to a budget, and text is made of nothing but plain values, so that a small
+file takes neither much memory nor much time.
 
-Reference: Python's documentation of `pickle` and `pickletools`, and PEP 574 for the buffers of protocol 5.
+Reference: Python's documentation of `pickle` and `pickletools`, and PEP 574 for the buffers of
+    protocol 5.
 """
 
 import io
@@ -25,13 +28,16 @@ from ggem_jax.files.errors import UnreadableWeights, UnsafePickle
 
 # What our machine and `pickletools` raise over damaged bytes.
 DAMAGED = (
-    ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, struct.error, ArithmeticError, MemoryError, RecursionError, SyntaxError,
+    ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, struct.error,
+    ArithmeticError, MemoryError, RecursionError, SyntaxError,
 )  # fmt: skip
 
 
 @dataclass
 class Budget:
-    """Bytes that copies of what a file holds may still take: a pickle can ask again and again for a copy of the same."""
+    """Bytes that copies of what a file holds may still take: a pickle can ask again and again for a
+    copy of the same.
+    """
 
     left: int
 
@@ -47,7 +53,9 @@ class Budget:
 
 @dataclass(frozen=True)
 class Function:
-    """A function that a pickle may ask for, by its name in the pickle, and what stands in for it."""
+    """A function that a pickle may ask for, by its name in the pickle, and what stands in for
+    it.
+    """
 
     name: str
     call: Callable[..., Any]
@@ -58,7 +66,9 @@ class Record:
 
     def build(self, state: Any) -> None:
         """Takes the state that a pickle gives it."""
-        raise UnsafePickle(f"it sets the state of a {type(self).__name__.strip('_')}, which has none in plain data")
+        raise UnsafePickle(
+            f"it sets the state of a {type(self).__name__.strip('_')}, which has none in plain data"
+        )
 
     def finished(self) -> Any:
         """The plain value that it stands for."""
@@ -121,11 +131,16 @@ def _array(data, dtype, shape, order):
 
 
 def checked_shape(lengths: Any) -> tuple[int, ...]:
-    """Lengths of axes, or strides, that NumPy can take; larger ones can be made that take for ever to multiply."""
+    """Lengths of axes, or strides, that NumPy can take; larger ones can be made that take for ever
+    to multiply.
+    """
     if not isinstance(lengths, list | tuple) or len(lengths) > 64:
         raise ValueError("a shape that is no list of at most 64 lengths")
     if not all(isinstance(length, int) and 0 <= length < 2**63 for length in lengths):
-        raise ValueError("a shape of a negative size, of more than 64 bits, or of something else than whole numbers")
+        raise ValueError(
+            "a shape of a negative size, of more than 64 bits, or of something else than whole"
+            " numbers"
+        )
     return tuple(lengths)
 
 
@@ -157,7 +172,9 @@ def _encode(text, encoding="latin-1"):
 _NDARRAY = Function("numpy.ndarray", _reconstruct)
 
 _FUNCTIONS: dict[str, Callable[..., Any]] = {
-    "collections.OrderedDict": lambda pairs=(): dict(_pairs([part for key, value in pairs for part in (key, value)])),
+    "collections.OrderedDict": lambda pairs=(): dict(
+        _pairs([part for key, value in pairs for part in (key, value)])
+    ),
     "_codecs.encode": _encode,
     "numpy.dtype": _dtype,
     "numpy.core.multiarray._reconstruct": _reconstruct,
@@ -168,21 +185,28 @@ for _module in ("builtins", "__builtin__"):
     _FUNCTIONS |= {
         f"{_module}.set": lambda items=(): set(_keys(items)),
         f"{_module}.frozenset": lambda items=(): frozenset(_keys(items)),
-        f"{_module}.bytearray": lambda data=b"", *encoding: bytearray(_encode(data, *encoding) if isinstance(data, str) else _bytes(data)),
+        f"{_module}.bytearray": lambda data=b"", *encoding: bytearray(
+            _encode(data, *encoding) if isinstance(data, str) else _bytes(data)
+        ),
         f"{_module}.bytes": lambda data=b"": _bytes(data),
         f"{_module}.complex": _complex,
     }
 
 PLAIN: dict[str, Any] = {name: Function(name, call) for name, call in _FUNCTIONS.items()}
-PLAIN |= {name.replace("numpy.core.", "numpy._core."): value for name, value in PLAIN.items() if name.startswith("numpy.core.")}
+PLAIN |= {
+    name.replace("numpy.core.", "numpy._core."): value
+    for name, value in PLAIN.items()
+    if name.startswith("numpy.core.")
+}
 PLAIN["numpy.ndarray"] = _NDARRAY
 
 
 def read_pickle(source: Path | str | bytes) -> Any:
-    """Reads a pickle of plain data: numbers, text, bytes, lists, tuples, dictionaries, sets, and NumPy arrays and scalars of numbers and text.
+    """Reads a pickle of plain data: numbers, text, bytes, lists, tuples, dictionaries, sets, and
+    NumPy arrays and scalars of numbers and text.
 
-    An `OrderedDict` becomes a `dict`. Text of Python 2 is read as Latin-1. Raises `UnsafePickle` where anything else is asked for, and
-    `UnreadableWeights` for a file that cannot be read.
+    An `OrderedDict` becomes a `dict`. Text of Python 2 is read as Latin-1. Raises `UnsafePickle`
+    where anything else is asked for, and `UnreadableWeights` for a file that cannot be read.
     """
     name = "the pickle" if isinstance(source, bytes) else str(source)
     data = source if isinstance(source, bytes) else file_bytes(source)
@@ -211,14 +235,16 @@ def run_pickle(
 ) -> Any:
     """Reads one pickle from `file`, which is left behind its end.
 
-    `known` are the globals that it may name: a `Function` may be called, anything else is a value. `persistent` makes objects of persistent ids.
-    `budget` is charged for what the functions copy.
+    `known` are the globals that it may name: a `Function` may be called, anything else is a value.
+    `persistent` makes objects of persistent ids. `budget` is charged for what the functions copy.
     Without `finish` the value still holds records, for `finished`.
     """
     try:
         machine = _Machine(known, persistent, budget)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)  # of the standard library over wrong escapes in text
+            warnings.simplefilter(
+                "ignore", DeprecationWarning
+            )  # of the standard library over wrong escapes in text
             for operation, argument, _ in pickletools.genops(file):
                 machine.step(operation.name, argument)
         return finished(machine.result) if finish else machine.result
@@ -231,15 +257,21 @@ def run_pickle(
 def reason(error: BaseException) -> str:
     """What to say of an error that damaged bytes have raised."""
     text = str(error).partition("\n")[0][:200]
-    return text if isinstance(error, ValueError) and text else f"its bytes make no sense ({type(error).__name__})"
+    return (
+        text
+        if isinstance(error, ValueError) and text
+        else f"its bytes make no sense ({type(error).__name__})"
+    )
 
 
 _MARK = object()  # on the stack: where the items of a container begin
 
 # Operations whose argument is a value.
 _VALUES = {
-    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING", "BINSTRING", "SHORT_BINSTRING",
-    "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES", "BINBYTES8", "BYTEARRAY8",
+    "INT", "BININT", "BININT1", "BININT2", "LONG", "LONG1", "LONG4", "FLOAT", "BINFLOAT", "STRING",
+    "BINSTRING", "SHORT_BINSTRING",
+    "UNICODE", "BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "BINBYTES", "SHORT_BINBYTES",
+    "BINBYTES8", "BYTEARRAY8",
 }  # fmt: skip
 _CONSTANTS: dict[str, Callable[[], Any]] = {
     "NONE": lambda: None, "NEWTRUE": lambda: True, "NEWFALSE": lambda: False,
@@ -321,7 +353,10 @@ class _Machine:
             case "REDUCE":
                 arguments, function = self.pop(), self.pop()
                 if not isinstance(function, Function) or not isinstance(arguments, tuple):
-                    raise UnsafePickle(f"it calls {type(function).__name__}, which is no function that plain data needs")
+                    raise UnsafePickle(
+                        f"it calls {type(function).__name__}, which is no function that plain data"
+                        " needs"
+                    )
                 self.budget.spend(_copied(arguments))
                 self.stack.append(function.call(*arguments))
             case "BUILD":
@@ -334,25 +369,37 @@ class _Machine:
                 self.stack.append(self.persistent(identity))
             case "INST":
                 self.named(*argument.split(" ", 1))
-                raise UnsafePickle(f"it makes an object of the class {argument.replace(' ', '.', 1)!r}")
-            case _:  # OBJ, NEWOBJ, NEWOBJ_EX: objects of classes; EXT: of a registry; NEXT_BUFFER, READONLY_BUFFER: memory outside of the file
-                raise UnsafePickle(f"it makes objects in a way that plain data does not need ({operation})")
+                raise UnsafePickle(
+                    f"it makes an object of the class {argument.replace(' ', '.', 1)!r}"
+                )
+            case _:
+                # OBJ, NEWOBJ, NEWOBJ_EX: objects of classes; EXT: of a registry; NEXT_BUFFER,
+                # READONLY_BUFFER: memory outside of the file
+                raise UnsafePickle(
+                    f"it makes objects in a way that plain data does not need ({operation})"
+                )
 
     def named(self, module: Any, name: Any) -> Any:
         if not isinstance(module, str) or not isinstance(name, str):
-            raise ValueError(f"a name of the types {type(module).__name__} and {type(name).__name__}")
+            raise ValueError(
+                f"a name of the types {type(module).__name__} and {type(name).__name__}"
+            )
         full = f"{module}.{name}"
         if full not in self.known:
             raise UnsafePickle(f"it asks for {full[:200]!r}, which is no plain data")
         return self.known[full]
 
     def build(self, target: Any, state: Any) -> None:
-        """Gives an object its state. Attributes of an `OrderedDict`, such as PyTorch's `_metadata`, are left out."""
+        """Gives an object its state. Attributes of an `OrderedDict`, such as PyTorch's `_metadata`,
+        are left out.
+        """
         if isinstance(target, Record):
             self.budget.spend(_copied(state))
             target.build(state)
         elif not isinstance(target, dict):
-            raise UnsafePickle(f"it sets the state of {type(target).__name__}, which has none in plain data")
+            raise UnsafePickle(
+                f"it sets the state of {type(target).__name__}, which has none in plain data"
+            )
 
     def pop(self) -> Any:
         self.top()
@@ -381,8 +428,19 @@ def _pairs(items: list) -> Iterator[tuple[Hashable, Any]]:
 
 
 def _copied(arguments: Any) -> int:
-    """Bytes that a function which copies its arguments takes: 16 for each item, whose reference in the file takes 2 or more."""
-    sizes: dict[type, int] = {str: 1, bytes: 1, bytearray: 1, list: 16, tuple: 16, dict: 16, set: 16, frozenset: 16}
+    """Bytes that a function which copies its arguments takes: 16 for each item, whose reference in
+    the file takes 2 or more.
+    """
+    sizes: dict[type, int] = {
+        str: 1,
+        bytes: 1,
+        bytearray: 1,
+        list: 16,
+        tuple: 16,
+        dict: 16,
+        set: 16,
+        frozenset: 16,
+    }
     return sum(len(value) * sizes[type(value)] for value in arguments if type(value) in sizes)
 
 
@@ -395,16 +453,25 @@ def _is_key(value: Any) -> bool:
 
 
 def _keys(items: Iterable) -> list:
-    """Keys and items of sets: plain values and tuples of at most 16 of them. Larger ones can be made that take for ever to hash or to compare."""
+    """Keys and items of sets: plain values and tuples of at most 16 of them. Larger ones can be
+    made that take for ever to hash or to compare.
+    """
     items = list(items)
-    if not all(len(item) <= 16 and all(map(_is_key, item)) if type(item) is tuple else _is_key(item) for item in items):
+    if not all(
+        len(item) <= 16 and all(map(_is_key, item)) if type(item) is tuple else _is_key(item)
+        for item in items
+    ):
         raise ValueError("a key, or an item of a set, that is no plain value")
     return items
 
 
 def finished(value: Any) -> Any:
-    """The value with its records made into plain values; what stands in many places is gone through once."""
-    done: dict[int, tuple[Any, Any]] = {}  # by id: what was there, which must live on for its id, and what it has become
+    """The value with its records made into plain values; what stands in many places is gone through
+    once.
+    """
+    done: dict[
+        int, tuple[Any, Any]
+    ] = {}  # by id: what was there, which must live on for its id, and what it has become
 
     def visit(value: Any) -> Any:
         if id(value) in done:
@@ -416,7 +483,11 @@ def finished(value: Any) -> Any:
             for place, item in list(enumerate(value) if isinstance(value, list) else value.items()):
                 value[place] = visit(item)
         elif isinstance(value, Record | tuple):
-            result = value.finished() if isinstance(value, Record) else tuple(visit(item) for item in value)
+            result = (
+                value.finished()
+                if isinstance(value, Record)
+                else tuple(visit(item) for item in value)
+            )
             done[id(value)] = value, result
             return result
         return value

@@ -1,4 +1,6 @@
-"""Files of safetensors, through its package (the extra `retrieval`): a header of names, dtypes and shapes, then the numbers."""
+"""Files of safetensors, through its package (the extra `retrieval`): a header of names, dtypes and
+shapes, then the numbers.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,13 +15,25 @@ from ggem_jax.files.errors import UnreadableWeights
 
 
 def read_safetensors(path: Path | str) -> dict[str, np.ndarray]:
-    """Reads all arrays by their names; bfloat16 is that of `ml_dtypes`. Raises `UnreadableWeights` for a file that cannot be read."""
+    """Reads all arrays by their names; bfloat16 is that of `ml_dtypes`. Raises `UnreadableWeights`
+    for a file that cannot be read.
+    """
     package = _package()
     try:
         with package.safe_open(path, framework="numpy") as file:
             return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
-    except (package.SafetensorError, OSError, ValueError, TypeError, KeyError, AttributeError, MemoryError) as error:
-        raise UnreadableWeights(f"{path} is not a readable safetensors file: {str(error).partition(chr(10))[0][:200]}") from None
+    except (
+        package.SafetensorError,
+        OSError,
+        ValueError,
+        TypeError,
+        KeyError,
+        AttributeError,
+        MemoryError,
+    ) as error:
+        raise UnreadableWeights(
+            f"{path} is not a readable safetensors file: {str(error).partition(chr(10))[0][:200]}"
+        ) from None
 
 
 def write_safetensors(path: Path | str, arrays: Mapping[str, ArrayLike]) -> None:
@@ -37,5 +51,8 @@ def _package() -> ModuleType:
     try:
         import safetensors.numpy
     except ImportError:
-        raise ModuleNotFoundError("reading safetensors files needs the package safetensors: pip install 'ggem-jax[retrieval]'") from None
+        raise ModuleNotFoundError(
+            "reading safetensors files needs the package safetensors: pip install"
+            " 'ggem-jax[retrieval]'"
+        ) from None
     return safetensors

@@ -1,9 +1,12 @@
-"""PyTorch's `.pth` files without PyTorch: the zip form of 1.6 and later, read and written, and the sequence of pickles of earlier versions, read.
+"""PyTorch's `.pth` files without PyTorch: the zip form of 1.6 and later, read and written, and the
+sequence of pickles of earlier versions, read.
 
-A checkpoint is a pickle in which tensors are a storage (a run of numbers of one type), an offset into it, sizes and strides. The pickle is read by
-`ggem_jax.files.pickles`, which runs nothing of it. Arrays share the memory of their storage, as the tensors did, and cannot be written to.
+A checkpoint is a pickle in which tensors are a storage (a run of numbers of one type), an offset
+into it, sizes and strides. The pickle is read by `ggem_jax.files.pickles`, which runs nothing of
+it. Arrays share the memory of their storage, as the tensors did, and cannot be written to.
 
-Reference: the documentation of `torch.save` and "Serialization semantics" on pytorch.org, and the files that PyTorch 2.13 writes.
+Reference: the documentation of `torch.save` and "Serialization semantics" on pytorch.org, and the
+    files that PyTorch 2.13 writes.
 """
 
 import io
@@ -24,32 +27,64 @@ from numpy.typing import ArrayLike
 
 from ggem_jax.files.atomic import replacing
 from ggem_jax.files.errors import UnreadableWeights, UnsafePickle
-from ggem_jax.files.pickles import DAMAGED, PLAIN, Budget, Function, Record, checked_shape, file_bytes, finished, reason, run_pickle
+from ggem_jax.files.pickles import (
+    DAMAGED,
+    PLAIN,
+    Budget,
+    Function,
+    Record,
+    checked_shape,
+    file_bytes,
+    finished,
+    reason,
+    run_pickle,
+)
 
 _ZIP = b"PK\x03\x04"
-_MAGIC = 0x1950A86A20F9469CFC6C  # the first pickle of a file from before PyTorch 1.6; the second is the version of the form
+# the first pickle of a file from before PyTorch 1.6; the second is the version of the form
+_MAGIC = 0x1950A86A20F9469CFC6C
 _OLD_VERSION = 1001
 _ALIGNMENT = 64  # of a storage in the zip file, bytes, as PyTorch's own
 
 # What the zip reader raises over damaged files, beside what pickles do.
-_DAMAGED_ZIP = (*DAMAGED, zipfile.BadZipFile, NotImplementedError, RuntimeError, zlib.error, OSError)
+_DAMAGED_ZIP = (
+    *DAMAGED,
+    zipfile.BadZipFile,
+    NotImplementedError,
+    RuntimeError,
+    zlib.error,
+    OSError,
+)
 
 # PyTorch's name of a dtype and of its storage -> ours.
 _DTYPES: dict[str, np.dtype] = {
-    "float64": np.dtype(np.float64), "float32": np.dtype(np.float32), "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16),
-    "int64": np.dtype(np.int64), "int32": np.dtype(np.int32), "int16": np.dtype(np.int16), "int8": np.dtype(np.int8), "uint8": np.dtype(np.uint8),
-    "bool": np.dtype(np.bool_), "complex64": np.dtype(np.complex64), "complex128": np.dtype(np.complex128),
+    "float64": np.dtype(np.float64), "float32": np.dtype(np.float32),
+    "float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16),
+    "int64": np.dtype(np.int64), "int32": np.dtype(np.int32), "int16": np.dtype(np.int16),
+    "int8": np.dtype(np.int8), "uint8": np.dtype(np.uint8),
+    "bool": np.dtype(np.bool_), "complex64": np.dtype(np.complex64),
+    "complex128": np.dtype(np.complex128),
 }  # fmt: skip
 _ONLY_UNTYPED = {
     "uint16": np.dtype(np.uint16), "uint32": np.dtype(np.uint32), "uint64": np.dtype(np.uint64),
-    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn), "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
+    "float8_e4m3fn": np.dtype(ml_dtypes.float8_e4m3fn),
+    "float8_e5m2": np.dtype(ml_dtypes.float8_e5m2),
 }  # fmt: skip
 _STORAGES = {
-    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16", "BFloat16Storage": "bfloat16", "LongStorage": "int64",
-    "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8", "BoolStorage": "bool",
+    "DoubleStorage": "float64", "FloatStorage": "float32", "HalfStorage": "float16",
+    "BFloat16Storage": "bfloat16", "LongStorage": "int64",
+    "IntStorage": "int32", "ShortStorage": "int16", "CharStorage": "int8", "ByteStorage": "uint8",
+    "BoolStorage": "bool",
     "ComplexFloatStorage": "complex64", "ComplexDoubleStorage": "complex128",
 }  # fmt: skip
-_ALIASES = {"double": "float64", "float": "float32", "half": "float16", "long": "int64", "int": "int32", "short": "int16"}
+_ALIASES = {
+    "double": "float64",
+    "float": "float32",
+    "half": "float16",
+    "long": "int64",
+    "int": "int32",
+    "short": "int16",
+}
 
 
 @dataclass(frozen=True)
@@ -101,13 +136,20 @@ class _Tensor(Record):
             flat = flat.byteswap()
         if len(self.size) != len(self.stride):
             raise ValueError("a tensor with more or less strides than axes")
-        last = self.offset + sum((length - 1) * step for length, step in zip(self.size, self.stride, strict=True))
+        last = self.offset + sum(
+            (length - 1) * step for length, step in zip(self.size, self.stride, strict=True)
+        )
         if 0 in self.size:
             return np.zeros(self.size, self.dtype)
         if last >= len(flat):
-            raise ValueError(f"a tensor of the sizes {self.size} reaches beyond its storage of {len(flat)} numbers")
+            raise ValueError(
+                f"a tensor of the sizes {self.size} reaches beyond its storage of {len(flat)}"
+                " numbers"
+            )
         strides = [step * flat.itemsize for step in self.stride]
-        view = np.ndarray(self.size, self.dtype, flat.view(np.uint8), self.offset * flat.itemsize, strides)
+        view = np.ndarray(
+            self.size, self.dtype, flat.view(np.uint8), self.offset * flat.itemsize, strides
+        )
         if view.flags.c_contiguous:
             return view
         self.budget.spend(view.nbytes)
@@ -117,17 +159,24 @@ class _Tensor(Record):
 def read_torch(path: Path | str) -> Any:
     """Reads a `.pth` file: nested dictionaries, lists and plain values, with arrays for tensors.
 
-    The arrays are contiguous and cannot be written to; those of tensors that shared a storage share memory. bfloat16 and float8 are those of
-    `ml_dtypes`. Parameters are arrays too; a `torch.dtype` becomes a NumPy dtype, a `torch.Size` a tuple, a device its name, an `OrderedDict` a
-    `dict`. Raises `UnsafePickle` where the checkpoint asks for anything else, and `UnreadableWeights` for a file that cannot be read.
+    The arrays are contiguous and cannot be written to; those of tensors that shared a storage share
+    memory. bfloat16 and float8 are those of `ml_dtypes`. Parameters are arrays too; a `torch.dtype`
+    becomes a NumPy dtype, a `torch.Size` a tuple, a device its name, an `OrderedDict` a `dict`.
+    Raises `UnsafePickle` where the checkpoint asks for anything else, and `UnreadableWeights` for a
+    file that cannot be read.
     """
     data = file_bytes(path)
     budget = Budget.of_file(data)
-    return _read_zip(data, str(path), budget) if data[:4] == _ZIP else _read_old(data, str(path), budget)
+    return (
+        _read_zip(data, str(path), budget)
+        if data[:4] == _ZIP
+        else _read_old(data, str(path), budget)
+    )
 
 
 def write_torch(path: Path | str, arrays: Mapping[str, ArrayLike]) -> None:
-    """Writes arrays by their names as a state dictionary that `torch.load` reads, also with `weights_only=True`.
+    """Writes arrays by their names as a state dictionary that `torch.load` reads, also with
+    `weights_only=True`.
 
     The file appears under its name when it is complete.
     """
@@ -135,12 +184,17 @@ def write_torch(path: Path | str, arrays: Mapping[str, ArrayLike]) -> None:
     for name, value in arrays.items():
         array = np.asarray(value, order="C")
         if array.dtype.newbyteorder("=") not in _DTYPES.values():
-            raise ValueError(f"{name!r} is of dtype {array.dtype}; a .pth file takes {', '.join(_DTYPES)}")
+            raise ValueError(
+                f"{name!r} is of dtype {array.dtype}; a .pth file takes {', '.join(_DTYPES)}"
+            )
         little = sys.byteorder == "little" if array.dtype.isnative else array.dtype.byteorder == "<"
         contents[str(name)] = array if little else array.byteswap()
     with replacing(path) as temporary, zipfile.ZipFile(temporary, "w") as archive:
         entries: dict[str, Any] = {"data.pkl": _state_dictionary(contents), "byteorder": b"little"}
-        entries |= {f"data/{i}": array.reshape(-1).view(np.uint8).data for i, array in enumerate(contents.values())}
+        entries |= {
+            f"data/{i}": array.reshape(-1).view(np.uint8).data
+            for i, array in enumerate(contents.values())
+        }
         entries["version"] = b"3\n"
         for name, data in entries.items():
             info = zipfile.ZipInfo(f"archive/{name}")
@@ -151,21 +205,35 @@ def write_torch(path: Path | str, arrays: Mapping[str, ArrayLike]) -> None:
 
 
 def _state_dictionary(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """The pickle, protocol 2: an `OrderedDict` of calls of `torch._utils._rebuild_tensor_v2` on the storages 0, 1, ..."""
+    """The pickle, protocol 2: an `OrderedDict` of calls of `torch._utils._rebuild_tensor_v2` on the
+    storages 0, 1, ...
+    """
     storages = {_DTYPES[dtype]: storage for storage, dtype in _STORAGES.items()}
     ordered = b"ccollections\nOrderedDict\n)R"
     parts = [b"\x80\x02", ordered, b"("]
     for i, (name, array) in enumerate(arrays.items()):
         strides = [math.prod(array.shape[axis + 1 :]) for axis in range(array.ndim)]
         storage = f"ctorch\n{storages[array.dtype.newbyteorder('=')]}\n".encode()
-        reference = b"(" + _plain("storage") + storage + _plain(str(i)) + _plain("cpu") + _plain(array.size) + b"tQ"
-        tensor = reference + _plain(0) + _plain(array.shape) + _plain(tuple(strides)) + b"\x89" + ordered
+        reference = (
+            b"("
+            + _plain("storage")
+            + storage
+            + _plain(str(i))
+            + _plain("cpu")
+            + _plain(array.size)
+            + b"tQ"
+        )
+        tensor = (
+            reference + _plain(0) + _plain(array.shape) + _plain(tuple(strides)) + b"\x89" + ordered
+        )
         parts.append(_plain(name) + b"ctorch._utils\n_rebuild_tensor_v2\n(" + tensor + b"tR")
     return b"".join([*parts, b"u."])
 
 
 def _plain(value: Any) -> bytes:
-    """The operations of a pickle that put a plain value on the stack; without memo entries, so that they can stand anywhere."""
+    """The operations of a pickle that put a plain value on the stack; without memo entries, so that
+    they can stand anywhere.
+    """
     if isinstance(value, tuple):
         return b"(" + b"".join(map(_plain, value)) + b"t"
     if isinstance(value, str):
@@ -179,8 +247,15 @@ def _read_zip(data: bytes, name: str, budget: Budget) -> Any:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = _entries(archive, len(data))
             if "constants.pkl" in entries:
-                raise UnreadableWeights(f"{name} is a TorchScript program, not a checkpoint; save its state_dict instead")
-            order = archive.read(entries["byteorder"]).decode("ascii") if "byteorder" in entries else "little"
+                raise UnreadableWeights(
+                    f"{name} is a TorchScript program, not a checkpoint; save its state_dict"
+                    " instead"
+                )
+            order = (
+                archive.read(entries["byteorder"]).decode("ascii")
+                if "byteorder" in entries
+                else "little"
+            )
             if order not in ("little", "big"):
                 raise ValueError("its byte order is neither little nor big")
             storages: dict[str, _Storage] = {}
@@ -188,11 +263,22 @@ def _read_zip(data: bytes, name: str, budget: Budget) -> Any:
             def storage(identity: Any) -> _Storage:
                 kind, key, numbers, _ = _checked_identity(identity)
                 if key not in storages:
-                    storages[key] = _Storage(kind.dtype, numbers, order != sys.byteorder, archive.read(entries[f"data/{key}"]))
+                    storages[key] = _Storage(
+                        kind.dtype,
+                        numbers,
+                        order != sys.byteorder,
+                        archive.read(entries[f"data/{key}"]),
+                    )
                     _check_bytes(storages[key])
                 return storages[key]
 
-            return run_pickle(io.BytesIO(archive.read(entries["data.pkl"])), _known(budget), name=name, budget=budget, persistent=storage)
+            return run_pickle(
+                io.BytesIO(archive.read(entries["data.pkl"])),
+                _known(budget),
+                name=name,
+                budget=budget,
+                persistent=storage,
+            )
     except UnreadableWeights:
         raise
     except _DAMAGED_ZIP as error:
@@ -206,13 +292,19 @@ def _entries(archive: zipfile.ZipFile, total: int) -> dict[str, zipfile.ZipInfo]
         raise ValueError("it is compressed, as PyTorch never does")
     if sum(info.file_size for info in infos) > total:
         raise ValueError("its parts are larger than the file")
-    (pickled,) = [info.filename for info in infos if info.filename.endswith("/data.pkl") and info.filename.count("/") == 1]
+    (pickled,) = [
+        info.filename
+        for info in infos
+        if info.filename.endswith("/data.pkl") and info.filename.count("/") == 1
+    ]
     folder = pickled.removesuffix("data.pkl")
     return {info.filename.removeprefix(folder): info for info in infos}
 
 
 def _read_old(data: bytes, name: str, budget: Budget) -> Any:
-    """Pickles of a magic number, a version, facts of the machine, the object and the storages' names, then each storage: length and numbers."""
+    """Pickles of a magic number, a version, facts of the machine, the object and the storages'
+    names, then each storage: length and numbers.
+    """
     file = io.BytesIO(data)
     if run_pickle(file, {}, name=name, budget=budget) != _MAGIC:
         raise UnreadableWeights(f"{name} is not a checkpoint of PyTorch")
@@ -223,13 +315,22 @@ def _read_old(data: bytes, name: str, budget: Budget) -> Any:
         kind, key, numbers, view = _checked_identity(identity)
         if view is not None:
             raise ValueError("its storages are views of others, as in PyTorch before 0.4")
-        return storages.setdefault(key, _Storage(kind.dtype, numbers, machine.get("little_endian", True) != (sys.byteorder == "little")))
+        return storages.setdefault(
+            key,
+            _Storage(
+                kind.dtype,
+                numbers,
+                machine.get("little_endian", True) != (sys.byteorder == "little"),
+            ),
+        )
 
     try:
         if version != _OLD_VERSION or not isinstance(machine, dict):
             found = version if isinstance(version, int) else type(version).__name__
             raise ValueError(f"its version is {found}, not {_OLD_VERSION}")
-        value = run_pickle(file, _known(budget), name=name, budget=budget, persistent=storage, finish=False)
+        value = run_pickle(
+            file, _known(budget), name=name, budget=budget, persistent=storage, finish=False
+        )
         for key in run_pickle(file, {}, name=name, budget=budget):
             if not isinstance(key, str):
                 raise ValueError("a storage without a name")
@@ -244,7 +345,9 @@ def _read_old(data: bytes, name: str, budget: Budget) -> Any:
             _check_bytes(each)
         return finished(value)
     except UnsafePickle as error:
-        raise UnsafePickle(str(error) if str(error).startswith(name) else f"{name} is refused: {error}") from None
+        raise UnsafePickle(
+            str(error) if str(error).startswith(name) else f"{name} is refused: {error}"
+        ) from None
     except UnreadableWeights:
         raise
     except DAMAGED as error:
@@ -252,13 +355,20 @@ def _read_old(data: bytes, name: str, budget: Budget) -> Any:
 
 
 def _checked_identity(identity: Any) -> tuple[_StorageType, str, int, Any]:
-    """A persistent id: the word storage, its class, its name, the device, how many numbers it has, in old files also of what it is a view."""
+    """A persistent id: the word storage, its class, its name, the device, how many numbers it has,
+    in old files also of what it is a view.
+    """
     if not isinstance(identity, tuple) or len(identity) not in (5, 6) or identity[0] != "storage":
         kind = identity[0] if isinstance(identity, tuple) and identity else identity
         found = repr(kind[:50]) if isinstance(kind, str) else f"of the type {type(kind).__name__}"
         raise UnsafePickle(f"it holds the persistent object {found}, which is no storage")
     _, kind, key, _, numbers, *view = identity
-    if not isinstance(kind, _StorageType) or not isinstance(key, str) or not isinstance(numbers, int) or not 0 <= numbers < 2**63:
+    if (
+        not isinstance(kind, _StorageType)
+        or not isinstance(key, str)
+        or not isinstance(numbers, int)
+        or not 0 <= numbers < 2**63
+    ):
         raise ValueError("a storage without a type, a name or a size")
     return kind, key, numbers, view[0] if view else None
 
@@ -285,8 +395,13 @@ def _known(budget: Budget) -> dict[str, Any]:
 
     dtypes = _DTYPES | _ONLY_UNTYPED | {alias: _DTYPES[name] for alias, name in _ALIASES.items()}
     known: dict[str, Any] = PLAIN | {f"torch.{name}": dtype for name, dtype in dtypes.items()}
-    known |= {f"torch.{storage}": _StorageType(_DTYPES[name]) for storage, name in _STORAGES.items()}
-    known |= {name: _StorageType(None) for name in ("torch.UntypedStorage", "torch.storage.UntypedStorage")}
+    known |= {
+        f"torch.{storage}": _StorageType(_DTYPES[name]) for storage, name in _STORAGES.items()
+    }
+    known |= {
+        name: _StorageType(None)
+        for name in ("torch.UntypedStorage", "torch.storage.UntypedStorage")
+    }
     functions: dict[str, Callable[..., Any]] = {
         "torch._utils._rebuild_tensor": tensor,
         "torch._utils._rebuild_tensor_v2": tensor,
@@ -300,11 +415,17 @@ def _known(budget: Budget) -> dict[str, Any]:
 
 
 def _device(kind, *index):
-    if not isinstance(kind, str) or len(index) > 1 or not all(isinstance(number, int) for number in index):
+    if (
+        not isinstance(kind, str)
+        or len(index) > 1
+        or not all(isinstance(number, int) for number in index)
+    ):
         raise ValueError("a device without a name, or with something else than a number")
     return ":".join(map(str, (kind, *index)))
 
 
 def _first_of(tensor, *_):
-    """The tensor of a parameter; whether it is trained, and its hooks, are no part of the weights."""
+    """The tensor of a parameter; whether it is trained, and its hooks, are no part of the
+    weights.
+    """
     return tensor

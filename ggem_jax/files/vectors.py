@@ -14,7 +14,8 @@ from ggem_jax.files.atomic import replacing
 
 @dataclass(frozen=True)
 class VectorFile:
-    """Vectors `(n, d)` as a store: read block by block, in float16 or float32, of length 1 where that is asked for.
+    """Vectors `(n, d)` as a store: read block by block, in float16 or float32, of length 1 where
+    that is asked for.
 
     What is not finite raises `ValueError` when it is read.
     """
@@ -32,10 +33,19 @@ class VectorFile:
         return self._read(self.array[ids])
 
     def blocks(self, rows: int) -> Iterator[tuple[int, Float[np.ndarray, "m d"]]]:
-        return ((start, self._read(self.array[start : start + rows])) for start in range(0, len(self.array), rows))
+        return (
+            (start, self._read(self.array[start : start + rows]))
+            for start in range(0, len(self.array), rows)
+        )
 
     def _read(self, block: np.ndarray) -> np.ndarray:
-        kind = np.float64 if self.normalize else np.float16 if block.dtype.itemsize == 2 else np.float32
+        kind = (
+            np.float64
+            if self.normalize
+            else np.float16
+            if block.dtype.itemsize == 2
+            else np.float32
+        )
         with np.errstate(over="ignore"):
             block = np.asarray(block, kind)
         if not np.isfinite(block).all():
@@ -44,7 +54,9 @@ class VectorFile:
 
 
 def _unit(block: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "m d"]:
-    """From float64, first by the largest number of each so that no square is too large or too small; zeros stay."""
+    """From float64, first by the largest number of each so that no square is too large or too
+    small; zeros stay.
+    """
     largest = np.maximum(block.max(axis=1, keepdims=True), -block.min(axis=1, keepdims=True))
     block = block / np.where(largest > 0, largest, 1)
     block /= np.maximum(np.linalg.norm(block, axis=1, keepdims=True), 1)
@@ -58,7 +70,9 @@ def file_of(name: str) -> str:
 
 
 def read_array(name: str) -> np.ndarray:
-    """The array of a `.npy` file, mapped, or of a `.npz` file: the only one there, or the one of `FILE.npz:NAME`. Raises `ValueError`."""
+    """The array of a `.npy` file, mapped, or of a `.npz` file: the only one there, or the one of
+    `FILE.npz:NAME`. Raises `ValueError`.
+    """
     file = file_of(name)
     key = name[len(file) + 1 :]
     try:
@@ -70,12 +84,16 @@ def read_array(name: str) -> np.ndarray:
             if key and key not in names:
                 raise ValueError(f"it has no array {key!r}, but {', '.join(names)}")
             if not key and len(names) != 1:
-                raise ValueError(f"it holds {', '.join(names) or 'nothing'}: name one array as {file}:NAME")
+                raise ValueError(
+                    f"it holds {', '.join(names) or 'nothing'}: name one array as {file}:NAME"
+                )
             array = loaded[key or names[0]]
         if not isinstance(array, np.ndarray):
             raise ValueError(f"{key or names[0]} in it is no array")
         return array
-    except Exception as error:  # a damaged file fails in NumPy, zipfile or zlib with errors of a dozen kinds
+    except (
+        Exception
+    ) as error:  # a damaged file fails in NumPy, zipfile or zlib with errors of a dozen kinds
         raise ValueError(f"{file} cannot be read as an array: {_reason(error)}") from None
 
 
@@ -83,7 +101,10 @@ def read_vectors(name: str, *, normalize: bool = False) -> VectorFile:
     """Vectors `(n, d)` of floating point. Raises `ValueError`."""
     array = read_array(name)
     if array.ndim != 2 or 0 in array.shape or not np.issubdtype(array.dtype, np.floating):
-        raise ValueError(f"{name} must hold vectors (n, d) of floating point, not {array.dtype} of shape {array.shape}")
+        raise ValueError(
+            f"{name} must hold vectors (n, d) of floating point, not {array.dtype} of shape"
+            f" {array.shape}"
+        )
     return VectorFile(name, array, normalize)
 
 
@@ -109,7 +130,9 @@ def read_ranking(file: str) -> tuple[Float[np.ndarray, "q k"] | None, Int[np.nda
     return scores, _ids(file, ids)
 
 
-def write_ranking(file: Path, scores: Float[np.ndarray, "q k"], ids: Int[np.ndarray, "q k"]) -> None:
+def write_ranking(
+    file: Path, scores: Float[np.ndarray, "q k"], ids: Int[np.ndarray, "q k"]
+) -> None:
     """As `.json` or `.npz`, by the name; it appears when it is complete."""
     with replacing(file) as temporary, temporary.open("wb") as handle:
         if file.suffix.lower() == ".json":
@@ -120,7 +143,9 @@ def write_ranking(file: Path, scores: Float[np.ndarray, "q k"], ids: Int[np.ndar
 
 def _ids(file: str, ids: np.ndarray) -> np.ndarray:
     if ids.ndim != 2 or 0 in ids.shape or not np.issubdtype(ids.dtype, np.integer):
-        raise ValueError(f"{file} must hold ids (q, k), whole numbers, not {ids.dtype} of shape {ids.shape}")
+        raise ValueError(
+            f"{file} must hold ids (q, k), whole numbers, not {ids.dtype} of shape {ids.shape}"
+        )
     return np.asarray(ids)
 
 

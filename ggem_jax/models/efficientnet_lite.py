@@ -1,11 +1,14 @@
-"""EfficientNet-Lite in Flax (linen), as it is after training: images `(b, h, w, 3)`, already normalised -> feature map `(b, h / 32, w / 32, 1280)`.
+"""EfficientNet-Lite in Flax (linen), as it is after training: images `(b, h, w, 3)`, already
+normalised -> feature map `(b, h / 32, w / 32, 1280)`.
 
-Inverted residual blocks without squeeze-and-excite, ReLU6 throughout, a stem and a last convolution that do not grow with the model. Every
-convolution pads as TensorFlow's "SAME": n pixels become ceil(n / stride), and of an odd number of padded rows the larger half comes after the image.
-The batch norms use their stored statistics (collection `batch_stats`); there is no training mode.
+Inverted residual blocks without squeeze-and-excite, ReLU6 throughout, a stem and a last convolution
+that do not grow with the model. Every convolution pads as TensorFlow's "SAME": n pixels become
+ceil(n / stride), and of an odd number of padded rows the larger half comes after the image. The
+batch norms use their stored statistics (collection `batch_stats`); there is no training mode.
 
-References: Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks", 2019, arXiv:1905.11946 (stages, table 1; scaling);
-EfficientNet-Lite, 2020, github.com/tensorflow/tpu, models/official/efficientnet/lite (what Lite changes; coefficients).
+References: Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks",
+2019, arXiv:1905.11946 (stages, table 1; scaling); EfficientNet-Lite, 2020,
+github.com/tensorflow/tpu, models/official/efficientnet/lite (what Lite changes; coefficients).
 """
 
 from collections.abc import Sequence
@@ -31,7 +34,9 @@ _WIDTH_DIVISOR = 8  # the same file: depth_divisor
 
 @dataclass(frozen=True)
 class EfficientNetLiteConfig:
-    """How much wider and deeper than Lite0 a model is. Wrong numbers raise `ValueError` when the record is made."""
+    """How much wider and deeper than Lite0 a model is. Wrong numbers raise `ValueError` when the
+    record is made.
+    """
 
     width: float  # multiplies the channels of the stages
     depth: float  # multiplies the blocks of the stages, the first and the last stage excepted
@@ -40,9 +45,13 @@ class EfficientNetLiteConfig:
     def __post_init__(self):
         for name in ("width", "depth"):
             if not (isinstance(getattr(self, name), int | float) and 0 < getattr(self, name) < 100):
-                raise ValueError(f"{name} must be a positive number below 100, not {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name} must be a positive number below 100, not {getattr(self, name)!r}"
+                )
         if not isinstance(self.image, int | np.integer) or self.image < LEAST_SIDE:
-            raise ValueError(f"image must be a whole number of at least {LEAST_SIDE}, not {self.image!r}")
+            raise ValueError(
+                f"image must be a whole number of at least {LEAST_SIDE}, not {self.image!r}"
+            )
 
 
 # EfficientNet-Lite, efficientnet_lite_builder.py, efficientnet_lite_params
@@ -73,7 +82,8 @@ class BlockConfig:
     stride: int
 
 
-# Blocks, kernel, stride, expansion, channels. EfficientNet, table 1 (arXiv:1905.11946), the strides from efficientnet_lite_builder.py.
+# Blocks, kernel, stride, expansion, channels. EfficientNet, table 1 (arXiv:1905.11946), the strides
+# from efficientnet_lite_builder.py.
 _STAGES = (
     (1, 3, 1, 1, 16),
     (2, 3, 2, 6, 24),
@@ -93,16 +103,20 @@ def block_configs(config: EfficientNetLiteConfig) -> list[BlockConfig]:
         if 0 < stage < len(_STAGES) - 1:
             count = ceil(count * config.depth)
         for i in range(count):
-            blocks.append(BlockConfig(channels_in, channels_out, expansion, kernel, stride if i == 0 else 1))
+            blocks.append(
+                BlockConfig(channels_in, channels_out, expansion, kernel, stride if i == 0 else 1)
+            )
             channels_in = channels_out
     return blocks
 
 
 class EfficientNetLite(nn.Module):
-    """Images -> feature map; `logits` goes on to the classes: the mean over the map, then one dense layer.
+    """Images -> feature map; `logits` goes on to the classes: the mean over the map, then one dense
+    layer.
 
-    Sides of the images are free from 32 pixels up. `num_classes=0` leaves out the classification head. `precision` is that of the convolutions:
-    `"highest"` keeps float32 where a device would round its factors (GPUs to TensorFloat-32, TPUs to bfloat16), `"default"` lets it.
+    Sides of the images are free from 32 pixels up. `num_classes=0` leaves out the classification
+    head. `precision` is that of the convolutions: `"highest"` keeps float32 where a device would
+    round its factors (GPUs to TensorFloat-32, TPUs to bfloat16), `"default"` lets it.
     """
 
     config: EfficientNetLiteConfig
@@ -118,7 +132,10 @@ class EfficientNetLite(nn.Module):
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b rows columns 1280"]:
         if images.ndim != 4 or images.shape[-1] != 3 or min(images.shape[1:3]) < LEAST_SIDE:
-            raise ValueError(f"images must be (b, h, w, 3) with h and w of at least {LEAST_SIDE}, not of shape {images.shape}")
+            raise ValueError(
+                f"images must be (b, h, w, 3) with h and w of at least {LEAST_SIDE}, not of shape"
+                f" {images.shape}"
+            )
         if not jnp.issubdtype(images.dtype, jnp.floating):
             raise TypeError(f"images must be floating point and normalised, not {images.dtype}")
         features = nn.relu6(self.stem(images))
@@ -132,12 +149,16 @@ class EfficientNetLite(nn.Module):
     def logits(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b classes"]:
         """The classes' logits: `model.apply(variables, images, method="logits")`."""
         if not self.num_classes:
-            raise ValueError("logits needs a model with a classification head, not one of num_classes=0")
+            raise ValueError(
+                "logits needs a model with a classification head, not one of num_classes=0"
+            )
         return self.head(jnp.mean(self(images), axis=(1, 2)))
 
 
 class Block(nn.Module):
-    """Inverted residual block: a wider map, filtered channel by channel, a narrow one again; added to the input where the shapes agree."""
+    """Inverted residual block: a wider map, filtered channel by channel, a narrow one again; added
+    to the input where the shapes agree.
+    """
 
     config: BlockConfig
     precision: Precision = "highest"
@@ -147,8 +168,16 @@ class Block(nn.Module):
         c = self.config
         hidden = features
         if c.expansion > 1:
-            hidden = nn.relu6(ConvNorm(c.channels_in * c.expansion, 1, precision=self.precision, name="expand")(hidden))
-        hidden = nn.relu6(ConvNorm(c.channels_in * c.expansion, c.kernel, c.stride, depthwise=True, name="depthwise")(hidden))
+            hidden = nn.relu6(
+                ConvNorm(c.channels_in * c.expansion, 1, precision=self.precision, name="expand")(
+                    hidden
+                )
+            )
+        hidden = nn.relu6(
+            ConvNorm(
+                c.channels_in * c.expansion, c.kernel, c.stride, depthwise=True, name="depthwise"
+            )(hidden)
+        )
         hidden = ConvNorm(c.channels_out, 1, precision=self.precision, name="project")(hidden)
         return hidden + features if hidden.shape == features.shape else hidden
 
@@ -169,31 +198,49 @@ class ConvNorm(nn.Module):
             kernel = self.param("kernel", nn.initializers.lecun_normal(), (*side, 1, self.channels))
             features = depthwise_conv(features, kernel, stride=self.stride)
         else:
-            kernel = self.param("kernel", nn.initializers.lecun_normal(), (*side, features.shape[-1], self.channels))
+            kernel = self.param(
+                "kernel", nn.initializers.lecun_normal(), (*side, features.shape[-1], self.channels)
+            )
             features = lax.conv_general_dilated(
-                features, kernel, (self.stride, self.stride), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=self.precision
+                features,
+                kernel,
+                (self.stride, self.stride),
+                "SAME",
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                precision=self.precision,
             )
         return nn.BatchNorm(use_running_average=True, epsilon=_NORM_EPS, name="norm")(features)
 
 
-def depthwise_conv(features: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 c"], *, stride: int = 1) -> Float[Array, "b rows columns c"]:
+def depthwise_conv(
+    features: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 c"], *, stride: int = 1
+) -> Float[Array, "b rows columns c"]:
     """Convolves every channel with its own filter, as a sum of shifted maps.
 
-    XLA's convolution with as many groups as channels is 10 to 100 times as slow on a CPU; this sum becomes one loop there, on GPUs and on TPUs.
+    XLA's convolution with as many groups as channels is 10 to 100 times as slow on a CPU; this sum
+    becomes one loop there, on GPUs and on TPUs.
     """
     reach, sides = kernel.shape[:2], features.shape[1:3]
-    features = jnp.pad(features, [(0, 0), *lax.padtype_to_pads(sides, reach, (stride, stride), "SAME"), (0, 0)])
+    features = jnp.pad(
+        features, [(0, 0), *lax.padtype_to_pads(sides, reach, (stride, stride), "SAME"), (0, 0)]
+    )
     rows, columns = (ceil(side / stride) for side in sides)
 
     def shifted(i: int, j: int) -> Array:
-        return features[:, i : i + (rows - 1) * stride + 1 : stride, j : j + (columns - 1) * stride + 1 : stride]
+        return features[
+            :, i : i + (rows - 1) * stride + 1 : stride, j : j + (columns - 1) * stride + 1 : stride
+        ]
 
-    products: Sequence[Array] = [shifted(i, j) * kernel[i, j, 0] for i in range(reach[0]) for j in range(reach[1])]
+    products: Sequence[Array] = [
+        shifted(i, j) * kernel[i, j, 0] for i in range(reach[0]) for j in range(reach[1])
+    ]
     return sum(products[1:], start=products[0])
 
 
 def _scaled_width(channels: int, width: float) -> int:
     """The nearest multiple of 8, or the next one where that would take away more than a tenth."""
     exact = channels * width
-    rounded = max(_WIDTH_DIVISOR, int(exact + _WIDTH_DIVISOR / 2) // _WIDTH_DIVISOR * _WIDTH_DIVISOR)
+    rounded = max(
+        _WIDTH_DIVISOR, int(exact + _WIDTH_DIVISOR / 2) // _WIDTH_DIVISOR * _WIDTH_DIVISOR
+    )
     return rounded + _WIDTH_DIVISOR if rounded < 0.9 * exact else rounded

@@ -1,12 +1,17 @@
-"""ResNet in Flax (linen) as SuperGlobal needs it: image -> feature map, and the head that makes descriptors of what is pooled from it.
+"""ResNet in Flax (linen) as SuperGlobal needs it: image -> feature map, and the head that makes
+descriptors of what is pooled from it.
 
-Images are `(b, height, width, 3)`, RGB and already normalised; feature maps are `(b, h, w, channels)` with h and w a thirty-second of the image's,
-rounded up. The layout is that of pycls: bottlenecks with the stride on the 3 x 3 convolution, convolutions without bias, and batch norm with stored
-statistics only: there is no training mode. The norms' scale and bias are in `params`, their mean and variance in `batch_stats`.
+Images are `(b, height, width, 3)`, RGB and already normalised; feature maps are `(b, h, w,
+channels)` with h and w a thirty-second of the image's, rounded up. The layout is that of pycls:
+bottlenecks with the stride on the 3 x 3 convolution, convolutions without bias, and batch norm with
+stored statistics only: there is no training mode. The norms' scale and bias are in `params`, their
+mean and variance in `batch_stats`.
 
-References: He et al., "Deep Residual Learning for Image Recognition", 2016, arXiv:1512.03385, table 1 (depths and widths); Lee et al., "Correlation
-Verification for Image Retrieval", 2022, arXiv:2204.01458 (CVNet, the weights); Shao et al., "Global Features are All You Need for Image Retrieval and
-Reranking", 2023, arXiv:2308.06954 (SuperGlobal), and its code: github.com/ShihaoShao-GH/SuperGlobal.
+References: He et al., "Deep Residual Learning for Image Recognition", 2016, arXiv:1512.03385, table
+1 (depths and widths); Lee et al., "Correlation Verification for Image Retrieval", 2022,
+arXiv:2204.01458 (CVNet, the weights); Shao et al., "Global Features are All You Need for Image
+Retrieval and Reranking", 2023, arXiv:2308.06954 (SuperGlobal), and its code:
+github.com/ShihaoShao-GH/SuperGlobal.
 """
 
 from dataclasses import dataclass
@@ -30,24 +35,44 @@ class ResNetConfig:
     """What a ResNet is made of. Wrong combinations raise `ValueError` when the record is made."""
 
     depths: tuple[int, int, int, int]  # blocks of the four stages
-    widths: tuple[int, int, int, int] = (256, 512, 1024, 2048)  # channels of the stages' maps; a quarter of them inside a block
+    widths: tuple[int, int, int, int] = (
+        256,
+        512,
+        1024,
+        2048,
+    )  # channels of the stages' maps; a quarter of them inside a block
     stem: int = 64  # channels of the first convolution
     descriptor: int = 2048  # channels after the head
-    relup: float | None = RELUP_ALPHA  # max(x, relup) for ReLU at the blocks' ends in stages 1 to 3, and inside the blocks of stage 1; None: off
-    relup_off: Literal["code", "everywhere"] = "code"  # without relup, "code" keeps 0.014 inside stage 1, as the official code does by mistake
+    relup: float | None = (
+        # max(x, relup) for ReLU at the blocks' ends in stages 1 to 3, and inside the blocks of
+        # stage 1; None: off
+        RELUP_ALPHA
+    )
+    relup_off: Literal["code", "everywhere"] = (
+        # without relup, "code" keeps 0.014 inside stage 1, as the official code does by mistake
+        "code"
+    )
     norm_eps: float = 1e-5  # of pycls
-    gem_init: float = 3.0  # the head's exponent before training, as in GeM (arXiv:1711.02512, section 5.1)
+    gem_init: float = (
+        3.0  # the head's exponent before training, as in GeM (arXiv:1711.02512, section 5.1)
+    )
     dtype: Dtype = "float32"  # of the computation
     param_dtype: Dtype = "float32"
 
     def __post_init__(self):
         for name in ("depths", "widths"):
             value = getattr(self, name)
-            if not isinstance(value, tuple) or len(value) != 4 or not all(_is_whole(number, 1) for number in value):
+            if (
+                not isinstance(value, tuple)
+                or len(value) != 4
+                or not all(_is_whole(number, 1) for number in value)
+            ):
                 raise ValueError(f"{name} must be four whole numbers of at least 1, not {value!r}")
         for name in ("stem", "descriptor"):
             if not _is_whole(getattr(self, name), 1):
-                raise ValueError(f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name} must be a whole number of at least 1, not {getattr(self, name)!r}"
+                )
         if any(width % 4 for width in self.widths):
             raise ValueError(f"widths must be multiples of 4, not {self.widths}")
         if self.relup is not None and not 0 <= self.relup < np.inf:
@@ -59,13 +84,20 @@ class ResNetConfig:
                 raise ValueError(f"{name} must be positive, not {getattr(self, name)!r}")
         for name in ("dtype", "param_dtype"):
             if getattr(self, name) not in get_args(Dtype):
-                raise ValueError(f"{name} must be one of {', '.join(get_args(Dtype))}, not {getattr(self, name)!r}")
+                raise ValueError(
+                    f"{name} must be one of {', '.join(get_args(Dtype))}, not"
+                    f" {getattr(self, name)!r}"
+                )
 
     def floors(self, stage: int) -> tuple[float, float]:
-        """The lower ends of the activations of a stage, 1 to 4: inside its blocks, and at their ends. 0 is ReLU."""
+        """The lower ends of the activations of a stage, 1 to 4: inside its blocks, and at their
+        ends. 0 is ReLU.
+        """
         by_mistake = RELUP_ALPHA if self.relup_off == "code" else 0.0
         inside = by_mistake if self.relup is None else self.relup
-        return (inside if stage == 1 else 0.0), (0.0 if stage == 4 or self.relup is None else self.relup)
+        return (inside if stage == 1 else 0.0), (
+            0.0 if stage == 4 or self.relup is None else self.relup
+        )
 
 
 # He et al., table 1. CVNet was published with 50 and 101 layers.
@@ -73,16 +105,20 @@ _DEPTHS = {"50": (3, 4, 6, 3), "101": (3, 4, 23, 3)}
 
 
 def resnet_config(variant: str, **changes: Any) -> ResNetConfig:
-    """The published depths by their number of layers, "50" or "101"; `changes` are fields of `ResNetConfig`."""
+    """The published depths by their number of layers, "50" or "101"; `changes` are fields of
+    `ResNetConfig`.
+    """
     if str(variant) not in _DEPTHS:
         raise ValueError(f"variant must be one of {', '.join(_DEPTHS)}, not {variant!r}")
     return ResNetConfig(**{"depths": _DEPTHS[str(variant)]} | changes)
 
 
 class ResNet(nn.Module):
-    """Image -> feature map; `head` makes descriptors of pooled maps. `init` makes the parameters of both.
+    """Image -> feature map; `head` makes descriptors of pooled maps. `init` makes the parameters of
+    both.
 
-    Convolutions and the head's product are done in full float32 also where a device's default is less (TF32, bfloat16); `dtype` chooses a lower one.
+    Convolutions and the head's product are done in full float32 also where a device's default is
+    less (TF32, bfloat16); `dtype` chooses a lower one.
     """
 
     config: ResNetConfig
@@ -99,8 +135,16 @@ class ResNet(nn.Module):
 
     def maps(self, images: Float[Array, "b height width 3"]) -> list[Float[Array, "b h w d"]]:
         """The maps of the stem and of the four stages."""
-        if images.ndim != 4 or images.shape[-1] != 3 or 0 in images.shape or not jnp.issubdtype(images.dtype, jnp.floating):
-            raise ValueError(f"images must be floating point (b, height, width, 3) of at least one pixel, not {images.dtype} of shape {images.shape}")
+        if (
+            images.ndim != 4
+            or images.shape[-1] != 3
+            or 0 in images.shape
+            or not jnp.issubdtype(images.dtype, jnp.floating)
+        ):
+            raise ValueError(
+                "images must be floating point (b, height, width, 3) of at least one pixel, not"
+                f" {images.dtype} of shape {images.shape}"
+            )
         maps = [self.stem(images)]
         for stage in (self.s1, self.s2, self.s3, self.s4):
             maps.append(stage(maps[-1]))
@@ -138,12 +182,19 @@ class Stage(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
         for i in range(self.config.depths[self.number - 1]):
-            x = Bottleneck(self.config, self.number, stride=2 if i == 0 and self.number > 1 else 1, name=f"b{i + 1}")(x)
+            x = Bottleneck(
+                self.config,
+                self.number,
+                stride=2 if i == 0 and self.number > 1 else 1,
+                name=f"b{i + 1}",
+            )(x)
         return x
 
 
 class Bottleneck(nn.Module):
-    """1 x 1, 3 x 3 (with the stride) and 1 x 1 convolutions, each with its norm, added to the input, which is projected where the shape changes."""
+    """1 x 1, 3 x 3 (with the stride) and 1 x 1 convolutions, each with its norm, added to the
+    input, which is projected where the shape changes.
+    """
 
     config: ResNetConfig
     stage: int
@@ -176,11 +227,24 @@ class Head(nn.Module):
         return self.fc(l2_normalize(pooled))
 
     def pool(self, feature_map: Float[Array, "*b h w d"]) -> Float[Array, "*b d"]:
-        return gem_pool(feature_map.reshape(*feature_map.shape[:-3], -1, feature_map.shape[-1]), self.p[0], eps=1e-6)
+        return gem_pool(
+            feature_map.reshape(*feature_map.shape[:-3], -1, feature_map.shape[-1]),
+            self.p[0],
+            eps=1e-6,
+        )
 
 
 def _conv(c: ResNetConfig, channels: int, side: int, stride: int, name: str) -> nn.Conv:
-    return nn.Conv(channels, (side, side), stride, padding=side // 2, use_bias=False, precision="highest", name=name, **_dtypes(c))
+    return nn.Conv(
+        channels,
+        (side, side),
+        stride,
+        padding=side // 2,
+        use_bias=False,
+        precision="highest",
+        name=name,
+        **_dtypes(c),
+    )
 
 
 def _norm(c: ResNetConfig, name: str) -> nn.BatchNorm:
@@ -192,4 +256,6 @@ def _dtypes(c: ResNetConfig) -> dict[str, Any]:
 
 
 def _is_whole(value: Any, least: int) -> bool:
-    return isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= least)
+    return (
+        isinstance(value, int | np.integer) and not isinstance(value, bool) and bool(value >= least)
+    )

@@ -1,9 +1,11 @@
-"""Text transformer in Flax (linen): ids -> tokens -> one descriptor, the other tower of image-text learning.
+"""Text transformer in Flax (linen): ids -> tokens -> one descriptor, the other tower of image-text
+learning.
 
 Ids are `(b, n)` whole numbers, n up to the context; tokens are `(b, n, width)`.
 
-References: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision" (CLIP), 2021, arXiv:2103.00020, section 2.4, and
-its code; Zhai et al., "Sigmoid Loss for Language Image Pre-Training" (SigLIP), 2023, arXiv:2303.15343.
+References: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision"
+(CLIP), 2021, arXiv:2103.00020, section 2.4, and its code; Zhai et al., "Sigmoid Loss for Language
+Image Pre-Training" (SigLIP), 2023, arXiv:2303.15343.
 """
 
 from dataclasses import dataclass
@@ -19,7 +21,9 @@ from ggem_jax.models.transformer import GELU, Block, Gate, check_config, dtypes
 
 @dataclass(frozen=True)
 class TextConfig:
-    """What a text transformer is made of. Wrong combinations raise `ValueError` when the record is made."""
+    """What a text transformer is made of. Wrong combinations raise `ValueError` when the record is
+    made.
+    """
 
     vocabulary: int  # ids are 0 ... vocabulary - 1
     width: int = 512  # channels of a token
@@ -28,8 +32,13 @@ class TextConfig:
     mlp_width: int = 2048  # hidden channels of the MLP in a block
     context: int = 77  # positions: the most ids of a text
     causal: bool = True  # a token sees those before it only, as in CLIP; in SigLIP all see all
-    pooled: Literal["end", "last"] = "end"  # the descriptor: the token of the first `end_id` (CLIP), or that at the last place (SigLIP)
-    end_id: int | None = None  # id that ends a text; None: the largest of the vocabulary, as in CLIP
+    pooled: Literal["end", "last"] = (
+        # the descriptor: the token of the first `end_id` (CLIP), or that at the last place (SigLIP)
+        "end"
+    )
+    end_id: int | None = (
+        None  # id that ends a text; None: the largest of the vocabulary, as in CLIP
+    )
     dropout: float = 0.0  # in every residual branch
     gelu: GELU = "exact"
     mlp: Gate = "gelu"
@@ -41,9 +50,13 @@ class TextConfig:
     remat: bool = False  # recompute the blocks in the backward pass: memory for time
 
     def __post_init__(self):
-        check_config(self, ("vocabulary", "width", "depth", "heads", "mlp_width", "context"), ("dropout",))
+        check_config(
+            self, ("vocabulary", "width", "depth", "heads", "mlp_width", "context"), ("dropout",)
+        )
         if self.end_id is not None and not 0 <= self.end_id < self.vocabulary:
-            raise ValueError(f"end_id must be an id of a vocabulary of {self.vocabulary}, not {self.end_id}")
+            raise ValueError(
+                f"end_id must be an id of a vocabulary of {self.vocabulary}, not {self.end_id}"
+            )
 
 
 @struct.dataclass
@@ -56,7 +69,8 @@ class TextOutput:
 
 
 class TextTransformer(nn.Module):
-    """Ids -> tokens -> descriptor -> its projection into the space shared with images, which `outputs=0` leaves out.
+    """Ids -> tokens -> descriptor -> its projection into the space shared with images, which
+    `outputs=0` leaves out.
 
     Training with dropout needs `rngs={"dropout": key}`.
     """
@@ -68,19 +82,42 @@ class TextTransformer(nn.Module):
     @nn.compact
     def __call__(self, ids: Int[Array, "b n"], *, train: bool = False) -> TextOutput:
         c = self.config
-        if ids.ndim != 2 or not 1 <= ids.shape[1] <= c.context or not jnp.issubdtype(ids.dtype, jnp.integer):
-            raise ValueError(f"ids must be whole numbers (b, n) with n from 1 to {c.context}, not {ids.dtype} of shape {ids.shape}")
-        embedding = nn.Embed(c.vocabulary, c.width, embedding_init=nn.initializers.normal(0.02), name="token_embedding", **dtypes(c))
-        position = self.param("position", nn.initializers.normal(0.01), (c.context, c.width), c.param_dtype)
+        if (
+            ids.ndim != 2
+            or not 1 <= ids.shape[1] <= c.context
+            or not jnp.issubdtype(ids.dtype, jnp.integer)
+        ):
+            raise ValueError(
+                f"ids must be whole numbers (b, n) with n from 1 to {c.context}, not {ids.dtype} of"
+                f" shape {ids.shape}"
+            )
+        embedding = nn.Embed(
+            c.vocabulary,
+            c.width,
+            embedding_init=nn.initializers.normal(0.02),
+            name="token_embedding",
+            **dtypes(c),
+        )
+        position = self.param(
+            "position", nn.initializers.normal(0.01), (c.context, c.width), c.param_dtype
+        )
         tokens = embedding(ids) + position[: ids.shape[1]].astype(c.dtype)
         block = nn.remat(Block, static_argnums=(2,)) if c.remat else Block
         for i in range(c.depth):
             tokens = block(c, causal=c.causal, name=f"blocks_{i}")(tokens, train)
         tokens = nn.LayerNorm(c.norm_eps, name="norm", **dtypes(c))(tokens)
-        descriptor = tokens[:, -1] if c.pooled == "last" else tokens[jnp.arange(len(ids)), end_of(ids, c)]
+        descriptor = (
+            tokens[:, -1] if c.pooled == "last" else tokens[jnp.arange(len(ids)), end_of(ids, c)]
+        )
         if not self.outputs:
             return TextOutput(tokens, descriptor, None)
-        head = nn.Dense(self.outputs, use_bias=self.project_bias, kernel_init=nn.initializers.normal(c.width**-0.5), name="head", **dtypes(c))
+        head = nn.Dense(
+            self.outputs,
+            use_bias=self.project_bias,
+            kernel_init=nn.initializers.normal(c.width**-0.5),
+            name="head",
+            **dtypes(c),
+        )
         return TextOutput(tokens, descriptor, head(descriptor))
 
 

@@ -1,4 +1,6 @@
-"""The pre-norm transformer block that the image tower and the text tower are stacks of. Tokens are `(b, n, width)`."""
+"""The pre-norm transformer block that the image tower and the text tower are stacks of. Tokens are
+`(b, n, width)`.
+"""
 
 from collections.abc import Callable
 from functools import partial
@@ -11,7 +13,9 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 GELU = Literal["exact", "tanh", "quick"]  # quick: x sigmoid(1.702 x), of OpenAI's CLIP
-Gate = Literal["gelu", "swiglu"]  # of an MLP: a GELU of its hidden channels, or silu(a) b of two halves of them
+Gate = Literal[
+    "gelu", "swiglu"
+]  # of an MLP: a GELU of its hidden channels, or silu(a) b of two halves of them
 
 xavier = nn.initializers.xavier_uniform()
 
@@ -29,7 +33,9 @@ class BlockConfig(Protocol):
     def mlp_width(self) -> int: ...  # hidden channels of the MLP
 
     @property
-    def layer_scale(self) -> float | None: ...  # initial LayerScale of the residual branches; None: no LayerScale
+    def layer_scale(
+        self,
+    ) -> float | None: ...  # initial LayerScale of the residual branches; None: no LayerScale
 
     @property
     def dropout(self) -> float: ...
@@ -54,7 +60,9 @@ class BlockConfig(Protocol):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: tokens + attention(norm(tokens)), then tokens + mlp(norm(tokens))."""
+    """Pre-norm transformer block: tokens + attention(norm(tokens)), then tokens +
+    mlp(norm(tokens)).
+    """
 
     config: BlockConfig
     drop_path: float = 0.0
@@ -64,49 +72,81 @@ class Block(nn.Module):
     def __call__(self, tokens: Float[Array, "b n d"], train: bool) -> Float[Array, "b n d"]:
         c = self.config
         normed = nn.LayerNorm(c.norm_eps, name="norm_1", **dtypes(c))(tokens)
-        tokens = tokens + self._branch(Attention(c, name="attention")(normed, normed, causal=self.causal), "1", train)
+        tokens = tokens + self._branch(
+            Attention(c, name="attention")(normed, normed, causal=self.causal), "1", train
+        )
         normed = nn.LayerNorm(c.norm_eps, name="norm_2", **dtypes(c))(tokens)
         return tokens + self._branch(MLP(c, name="mlp")(normed, train), "2", train)
 
     def _branch(self, branch, number, train):
         c = self.config
         if c.layer_scale is not None:
-            scale = self.param(f"layer_scale_{number}", nn.initializers.constant(c.layer_scale), (c.width,), c.param_dtype)
+            scale = self.param(
+                f"layer_scale_{number}",
+                nn.initializers.constant(c.layer_scale),
+                (c.width,),
+                c.param_dtype,
+            )
             branch = branch * scale.astype(branch.dtype)
         branch = nn.Dropout(c.dropout)(branch, deterministic=not train)
-        return nn.Dropout(self.drop_path, broadcast_dims=(1, 2))(branch, deterministic=not train)  # of whole samples
+        return nn.Dropout(self.drop_path, broadcast_dims=(1, 2))(
+            branch, deterministic=not train
+        )  # of whole samples
 
 
 class Attention(nn.Module):
-    """Multi-head attention, queries `(b, q, d)` over tokens `(b, n, d)`; head h owns the channels h d/heads ... (h+1) d/heads before `out`."""
+    """Multi-head attention, queries `(b, q, d)` over tokens `(b, n, d)`; head h owns the channels h
+    d/heads ... (h+1) d/heads before `out`.
+    """
 
     config: BlockConfig
 
     @nn.compact
-    def __call__(self, queries: Float[Array, "b q d"], tokens: Float[Array, "b n d"], *, causal: bool = False) -> Float[Array, "b q d"]:
+    def __call__(
+        self, queries: Float[Array, "b q d"], tokens: Float[Array, "b n d"], *, causal: bool = False
+    ) -> Float[Array, "b q d"]:
         c = self.config
         heads = (c.heads, c.width // c.heads)
 
         def project(name):
-            return nn.DenseGeneral(heads, use_bias=c.qkv_bias, kernel_init=xavier, name=name, **dtypes(c))
+            return nn.DenseGeneral(
+                heads, use_bias=c.qkv_bias, kernel_init=xavier, name=name, **dtypes(c)
+            )
 
-        mixed = jax.nn.dot_product_attention(project("query")(queries), project("key")(tokens), project("value")(tokens), is_causal=causal)
-        self.sow("intermediates", "heads", mixed)  # (b, q, heads, channels), for whoever asks with mutable=["intermediates"]
-        return nn.DenseGeneral(c.width, axis=(-2, -1), kernel_init=xavier, name="out", **dtypes(c))(mixed)
+        mixed = jax.nn.dot_product_attention(
+            project("query")(queries),
+            project("key")(tokens),
+            project("value")(tokens),
+            is_causal=causal,
+        )
+        self.sow(
+            "intermediates", "heads", mixed
+        )  # (b, q, heads, channels), for whoever asks with mutable=["intermediates"]
+        return nn.DenseGeneral(c.width, axis=(-2, -1), kernel_init=xavier, name="out", **dtypes(c))(
+            mixed
+        )
 
 
 def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, arXiv:1606.08415, section 2: the approximation by a sigmoid."""
+    """Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, arXiv:1606.08415, section 2: the
+    approximation by a sigmoid.
+    """
     return x * jax.nn.sigmoid(1.702 * x)
 
 
-_GELUS: dict[str, Callable] = {"exact": partial(nn.gelu, approximate=False), "tanh": partial(nn.gelu, approximate=True), "quick": quick_gelu}
+_GELUS: dict[str, Callable] = {
+    "exact": partial(nn.gelu, approximate=False),
+    "tanh": partial(nn.gelu, approximate=True),
+    "quick": quick_gelu,
+}
 
 
 class MLP(nn.Module):
-    """Two dense layers with a GELU between, or with a gate: out(silu(a) b) with a and b the first and the second half of the channels of `in`.
+    """Two dense layers with a GELU between, or with a gate: out(silu(a) b) with a and b the first
+    and the second half of the channels of `in`.
 
-    Reference for the gate, SwiGLU: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202, eq. 6; fused and with biases as in DINOv2-g.
+    Reference for the gate, SwiGLU: Shazeer, "GLU Variants Improve Transformer", 2020,
+    arXiv:2002.05202, eq. 6; fused and with biases as in DINOv2-g.
     """
 
     config: BlockConfig
@@ -115,7 +155,9 @@ class MLP(nn.Module):
     def __call__(self, tokens: Float[Array, "b n d"], train: bool = False) -> Float[Array, "b n d"]:
         c = self.config
         gated = c.mlp == "swiglu"
-        hidden = nn.Dense((1 + gated) * c.mlp_width, kernel_init=xavier, name="in", **dtypes(c))(tokens)
+        hidden = nn.Dense((1 + gated) * c.mlp_width, kernel_init=xavier, name="in", **dtypes(c))(
+            tokens
+        )
         if gated:
             gate, value = jnp.split(hidden, 2, axis=-1)
             hidden = jax.nn.silu(gate) * value
@@ -126,21 +168,39 @@ class MLP(nn.Module):
 
 
 def check_config(config: Any, counts: tuple[str, ...], probabilities: tuple[str, ...]) -> None:
-    """Raises `ValueError` for fields of a tower's config that are out of their range; `counts` are those that must be at least 1."""
+    """Raises `ValueError` for fields of a tower's config that are out of their range; `counts` are
+    those that must be at least 1.
+    """
     for name in counts:
         if not isinstance(getattr(config, name), int | np.integer) or getattr(config, name) < 1:
-            raise ValueError(f"{name} must be a whole number of at least 1, not {getattr(config, name)!r}")
+            raise ValueError(
+                f"{name} must be a whole number of at least 1, not {getattr(config, name)!r}"
+            )
     for name, hint in get_type_hints(type(config)).items():
-        choices = (False, True) if hint is bool else get_args(hint) if get_origin(hint) is Literal else None
-        if choices and (getattr(config, name) not in choices or (hint is bool and not isinstance(getattr(config, name), bool))):
-            raise ValueError(f"{name} must be one of {', '.join(map(str, choices))}, not {getattr(config, name)!r}")
+        choices = (
+            (False, True)
+            if hint is bool
+            else get_args(hint)
+            if get_origin(hint) is Literal
+            else None
+        )
+        if choices and (
+            getattr(config, name) not in choices
+            or (hint is bool and not isinstance(getattr(config, name), bool))
+        ):
+            raise ValueError(
+                f"{name} must be one of {', '.join(map(str, choices))}, not"
+                f" {getattr(config, name)!r}"
+            )
     for name in probabilities:
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name} must be a probability, not {getattr(config, name)}")
     if not config.norm_eps > 0:
         raise ValueError(f"norm_eps must be positive, not {config.norm_eps}")
     if config.width % config.heads:
-        raise ValueError(f"width must be a multiple of heads, not {config.width} with {config.heads} heads")
+        raise ValueError(
+            f"width must be a multiple of heads, not {config.width} with {config.heads} heads"
+        )
 
 
 def dtypes(config: BlockConfig) -> dict[str, Any]:

@@ -1,8 +1,9 @@
 """One operation, two bodies: a fused kernel on an NVIDIA GPU, plain JAX elsewhere.
 
-A kernel takes arrays that begin with a rows axis and returns such arrays; some of its arguments begin with a sets axis instead, whose length divides
-the rows: row i uses set i // (rows / sets). That is all that `vmap` and the partitioner need to know: a mapped axis is folded into the rows, and rows
-can be spread over devices, each of which runs the kernel on its own.
+A kernel takes arrays that begin with a rows axis and returns such arrays; some of its arguments
+begin with a sets axis instead, whose length divides the rows: row i uses set i // (rows / sets).
+That is all that `vmap` and the partitioner need to know: a mapped axis is folded into the rows, and
+rows can be spread over devices, each of which runs the kernel on its own.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,13 +25,23 @@ Implementation = Literal["xla", "triton", "interpret"]
 Body = Callable[..., tuple[Array, ...]]
 
 
-def chosen(implementation: Implementation | None, tokens: Array, refused: Callable[[], str | None]) -> Implementation | None:
-    """`"xla"` where plain JAX it must be, a kernel by its name, or None: the kernel on an NVIDIA GPU, found out when the computation is lowered.
+def chosen(
+    implementation: Implementation | None, tokens: Array, refused: Callable[[], str | None]
+) -> Implementation | None:
+    """`"xla"` where plain JAX it must be, a kernel by its name, or None: the kernel on an NVIDIA
+    GPU, found out when the computation is lowered.
 
-    `refused` says why the kernel cannot do what was asked, or None. Who asked for a kernel by name gets it or `NotImplementedError`.
+    `refused` says why the kernel cannot do what was asked, or None. Who asked for a kernel by name
+    gets it or `NotImplementedError`.
     """
-    if not (implementation is None or (isinstance(implementation, str) and implementation in get_args(Implementation))):
-        raise ValueError(f"implementation must be None or one of {', '.join(get_args(Implementation))}, not {implementation!r}")
+    if not (
+        implementation is None
+        or (isinstance(implementation, str) and implementation in get_args(Implementation))
+    ):
+        raise ValueError(
+            f"implementation must be None or one of {', '.join(get_args(Implementation))}, not"
+            f" {implementation!r}"
+        )
     if implementation == "xla":
         return "xla"
     refusal = _unknown_size(tokens) or refused() or _unfit_mesh(tokens)
@@ -45,20 +56,33 @@ def chosen(implementation: Implementation | None, tokens: Array, refused: Callab
 def _unknown_size(tokens: Array) -> str | None:
     if all(isinstance(length, int) for length in tokens.shape):
         return None
-    return f"the kernels take shapes that are known, not {tokens.shape}: export with implementation='xla'"
+    return (
+        f"the kernels take shapes that are known, not {tokens.shape}: export with"
+        " implementation='xla'"
+    )
 
 
 def _unfit_mesh(tokens: Array) -> str | None:
     kinds = set(jax.typeof(tokens).sharding.mesh.axis_types)
     if AxisType.Explicit in kinds:
-        return "the kernels do not work on a mesh with explicit axis types: use jax.shard_map or jax.sharding.auto_axes"
+        return (
+            "the kernels do not work on a mesh with explicit axis types: use jax.shard_map or"
+            " jax.sharding.auto_axes"
+        )
     if len(kinds) > 1:
-        return "the kernels do not work where jax.shard_map is over some axes of a mesh: give it all of them"
+        return (
+            "the kernels do not work where jax.shard_map is over some axes of a mesh: give it all"
+            " of them"
+        )
     return None
 
 
-def dispatched(implementation: Implementation | None, kernel: Body, plain: Body, *arrays: Array | None) -> tuple[Array, ...]:
-    """`kernel(implementation, *arrays)` or `plain(*arrays)`, as `chosen` said; the derivative of either is that of `plain`. Arrays may be None."""
+def dispatched(
+    implementation: Implementation | None, kernel: Body, plain: Body, *arrays: Array | None
+) -> tuple[Array, ...]:
+    """`kernel(implementation, *arrays)` or `plain(*arrays)`, as `chosen` said; the derivative of
+    either is that of `plain`. Arrays may be None.
+    """
     if implementation == "xla":
         return plain(*arrays)
     by_kernel = with_missing(partial(kernel, implementation or "triton"), arrays)
@@ -67,10 +91,16 @@ def dispatched(implementation: Implementation | None, kernel: Body, plain: Body,
     @jax.custom_jvp
     def operation(*given):
         if implementation is None:
-            return lax.platform_dependent(*given, cuda=lambda *a: _varying_as(by_kernel(*a), a), default=lambda *a: _varying_as(by_plain(*a), a))
+            return lax.platform_dependent(
+                *given,
+                cuda=lambda *a: _varying_as(by_kernel(*a), a),
+                default=lambda *a: _varying_as(by_plain(*a), a),
+            )
         return _varying_as(by_kernel(*given), given)
 
-    operation.defjvp(lambda given, tangents: (operation(*given), jax.jvp(by_plain, given, tangents)[1]))
+    operation.defjvp(
+        lambda given, tangents: (operation(*given), jax.jvp(by_plain, given, tangents)[1])
+    )
     return operation(*(array for array in arrays if array is not None))
 
 
@@ -85,10 +115,14 @@ def with_missing(body: Body, arrays: Sequence[Array | None]) -> Body:
     return call
 
 
-def over_rows(body: Body, arrays: Sequence[Array | None], sets: Sequence[int] = (), spread: bool = True) -> tuple[Array, ...]:
-    """`body(*arrays)` with rules for `vmap` and for arrays that are sharded along the rows; `sets` are the positions of those that begin with sets.
+def over_rows(
+    body: Body, arrays: Sequence[Array | None], sets: Sequence[int] = (), spread: bool = True
+) -> tuple[Array, ...]:
+    """`body(*arrays)` with rules for `vmap` and for arrays that are sharded along the rows; `sets`
+    are the positions of those that begin with sets.
 
-    `spread=False` leaves out the latter: JAX does not keep host callbacks alive in a body that the partitioner lowers.
+    `spread=False` leaves out the latter: JAX does not keep host callbacks alive in a body that the
+    partitioner lowers.
     """
     present = [i for i, array in enumerate(arrays) if array is not None]
     body, sets = with_missing(body, arrays), [k for k, i in enumerate(present) if i in sets]
@@ -97,15 +131,22 @@ def over_rows(body: Body, arrays: Sequence[Array | None], sets: Sequence[int] = 
     @operation.def_vmap
     def fold(size: int, batched: Sequence[bool], *arrays: Array) -> tuple[Any, Any]:
         if size == 0:
-            each = (jax.ShapeDtypeStruct(a.shape[1:] if b else a.shape, a.dtype) for a, b in zip(arrays, batched, strict=True))
-            outputs = jax.tree.map(lambda o: jnp.zeros((0, *o.shape), o.dtype), jax.eval_shape(operation, *each))
+            each = (
+                jax.ShapeDtypeStruct(a.shape[1:] if b else a.shape, a.dtype)
+                for a, b in zip(arrays, batched, strict=True)
+            )
+            outputs = jax.tree.map(
+                lambda o: jnp.zeros((0, *o.shape), o.dtype), jax.eval_shape(operation, *each)
+            )
             return outputs, jax.tree.map(lambda _: True, outputs)
         if not batched[0]:  # copies of the large array would be needed: one after the other instead
             mapped = [a for a, b in zip(arrays, batched, strict=True) if b]
 
             def one(mapped):
                 rest = iter(mapped)
-                return operation(*(next(rest) if b else a for a, b in zip(arrays, batched, strict=True)))
+                return operation(
+                    *(next(rest) if b else a for a, b in zip(arrays, batched, strict=True))
+                )
 
             outputs = lax.map(one, mapped)
             return outputs, jax.tree.map(lambda _: True, outputs)
@@ -118,20 +159,27 @@ def over_rows(body: Body, arrays: Sequence[Array | None], sets: Sequence[int] = 
                 array = array if mine else jnp.broadcast_to(array, (size, *array.shape))
                 folded.append(array.reshape(-1, *array.shape[2:]))
         outputs = operation(*folded)
-        return jax.tree.map(lambda o: o.reshape(size, -1, *o.shape[1:]), outputs), jax.tree.map(lambda _: True, outputs)
+        return jax.tree.map(lambda o: o.reshape(size, -1, *o.shape[1:]), outputs), jax.tree.map(
+            lambda _: True, outputs
+        )
 
     return operation(*(arrays[i] for i in present))
 
 
 def partitioned(body: Body, sets: Sequence[int] = ()) -> Body:
-    """`body` for the partitioner of `jit`: rows stay where they are, everything else is whole on every device, and each device runs `body`."""
+    """`body` for the partitioner of `jit`: rows stay where they are, everything else is whole on
+    every device, and each device runs `body`.
+    """
 
     def call(*arrays):
         several = any(len(arrays[i]) != 1 for i in sets)  # then rows and sets must not be separated
         outputs = jax.eval_shape(body, *arrays)
 
         def specs(rows, like, own_sets=()):
-            return [P(None if i in own_sets or several else rows, *[None] * (a.ndim - 1)) for i, a in enumerate(like)]
+            return [
+                P(None if i in own_sets or several else rows, *[None] * (a.ndim - 1))
+                for i, a in enumerate(like)
+            ]
 
         def partition(mesh, arguments, _):
             rows = (*arguments[0].sharding.spec, None)[0]
@@ -142,20 +190,32 @@ def partitioned(body: Body, sets: Sequence[int] = ()) -> Body:
 
         def names(like, own_sets=()):
             return ", ".join(
-                " ".join([next(factors) if i in own_sets or several else "rows", *(next(factors) for _ in a.shape[1:])]) for i, a in enumerate(like)
+                " ".join(
+                    [
+                        next(factors) if i in own_sets or several else "rows",
+                        *(next(factors) for _ in a.shape[1:]),
+                    ]
+                )
+                for i, a in enumerate(like)
             )
 
         rule = f"{names(arrays, sets)} -> {names(outputs)}"
-        whole = tuple(sorted({name for name in rule.replace(",", " ").split() if name.startswith("w")}))
+        whole = tuple(
+            sorted({name for name in rule.replace(",", " ").split() if name.startswith("w")})
+        )
         spread = custom_partitioning(body)
-        spread.def_partition(partition=partition, sharding_rule=rule, need_replication_factors=whole)
+        spread.def_partition(
+            partition=partition, sharding_rule=rule, need_replication_factors=whole
+        )
         return spread(*arrays)
 
     return call
 
 
 def varying_alike(*arrays: Array | None) -> list[Array | None]:
-    """Under `shard_map`: all arrays vary over the same mesh axes, so that the gradient of what did not is summed over them."""
+    """Under `shard_map`: all arrays vary over the same mesh axes, so that the gradient of what did
+    not is summed over them.
+    """
     axes = frozenset().union(*(_varying(a) for a in arrays if a is not None))
     return [a if a is None else _varying_over(a, axes) for a in arrays]
 

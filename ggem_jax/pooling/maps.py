@@ -1,7 +1,9 @@
-"""Poolings of feature maps `(..., h, w, d)` as SuperGlobal uses them: ReLU-P, regional GeM, GeM+ and Scale GeM.
+"""Poolings of feature maps `(..., h, w, d)` as SuperGlobal uses them: ReLU-P, regional GeM, GeM+
+and Scale GeM.
 
-The result has the dtype of the map; the mathematics is done in float32 (float64 for float64 maps). `TypeError` for maps that are not floating point,
-`ValueError` for every other mistake of the caller. Reference: Shao et al., 2023, arXiv:2308.06954, and its code.
+The result has the dtype of the map; the mathematics is done in float32 (float64 for float64 maps).
+`TypeError` for maps that are not floating point, `ValueError` for every other mistake of the
+caller. Reference: Shao et al., 2023, arXiv:2308.06954, and its code.
 """
 
 from functools import partial, reduce
@@ -23,17 +25,23 @@ _NOTHING = -1e30  # the logarithm of a power of zero: whatever p, it adds nothin
 def relup(x: ArrayLike, *, alpha: float = 0.014) -> Array:
     """ReLU-P: max(x, alpha), neither shifted nor zeroed; alpha = 0 is ReLU. Any shape.
 
-    Reference: Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", 2023, arXiv:2308.06954, and its code.
+    Reference: Shao et al., "Global Features are All You Need for Image Retrieval and Reranking",
+        2023, arXiv:2308.06954, and its code.
     """
     return jnp.maximum(jnp.asarray(x), float(alpha))
 
 
-def regional_gem(feature_map: Float[Array, "*b h w d"], *, p: float = 2.5, window: int = 5) -> Float[Array, "*b h w d"]:
-    """Regional GeM: half the map plus half its power mean over a sliding window, x / 2 + (mean_window x^p)^(1/p) / 2, with reflected borders.
+def regional_gem(
+    feature_map: Float[Array, "*b h w d"], *, p: float = 2.5, window: int = 5
+) -> Float[Array, "*b h w d"]:
+    """Regional GeM: half the map plus half its power mean over a sliding window, x / 2 +
+    (mean_window x^p)^(1/p) / 2, with reflected borders.
 
-    `window` is odd, and h and w are at least `(window + 1) / 2`. Negative entries count as zero, as after a ReLU; the official code gives NaN there.
-    The powers are summed in log space, so that `p` may be large. A window of zeros gives zero, with a zero gradient.
-    Reference: Shao et al., 2023, arXiv:2308.06954, and its code: github.com/ShihaoShao-GH/SuperGlobal.
+    `window` is odd, and h and w are at least `(window + 1) / 2`. Negative entries count as zero, as
+    after a ReLU; the official code gives NaN there. The powers are summed in log space, so that `p`
+    may be large. A window of zeros gives zero, with a zero gradient.
+    Reference: Shao et al., 2023, arXiv:2308.06954, and its code:
+        github.com/ShihaoShao-GH/SuperGlobal.
     """
     feature_map = _checked_map(feature_map, window)
     _check_exponent(p, "p")
@@ -49,35 +57,60 @@ def superglobal_pool(
     eps: float = 1e-8,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*b d"]:
-    """SuperGlobal's pooling of a feature map: `regional_gem`, then GeM+, which is `gem_pool` over all places with a fixed large exponent.
+    """SuperGlobal's pooling of a feature map: `regional_gem`, then GeM+, which is `gem_pool` over
+    all places with a fixed large exponent.
 
-    In between everything stays in float32. On a GPU one kernel reads the map once; the gradient is that of plain JAX.
-    Reference: Shao et al., 2023, arXiv:2308.06954, and its code: github.com/ShihaoShao-GH/SuperGlobal.
+    In between everything stays in float32. On a GPU one kernel reads the map once; the gradient is
+    that of plain JAX.
+    Reference: Shao et al., 2023, arXiv:2308.06954, and its code:
+        github.com/ShihaoShao-GH/SuperGlobal.
     """
     feature_map = _checked_map(feature_map, window)
     _check_exponent(regional_p, "regional_p")
     _check_exponent(p, "p")
     check_rule(eps, "clamp")
-    implementation = chosen(implementation, feature_map, partial(fused.superglobal_refusal, feature_map, regional_p, window, p))
-    options: Any = {"regional_p": float(regional_p), "window": int(window), "p": float(p), "eps": float(eps)}
-    (pooled,) = dispatched(implementation, partial(fused.superglobal, **options), partial(_superglobal, **options), feature_map)
+    implementation = chosen(
+        implementation,
+        feature_map,
+        partial(fused.superglobal_refusal, feature_map, regional_p, window, p),
+    )
+    options: Any = {
+        "regional_p": float(regional_p),
+        "window": int(window),
+        "p": float(p),
+        "eps": float(eps),
+    }
+    (pooled,) = dispatched(
+        implementation,
+        partial(fused.superglobal, **options),
+        partial(_superglobal, **options),
+        feature_map,
+    )
     return pooled.astype(feature_map.dtype)
 
 
-def scale_gem(descriptors: Float[Array, "scales *b d"], *, p: float = np.inf) -> Float[Array, "*b d"]:
-    """Scale GeM: joins the descriptors of one image at several scales, the scales along the first axis.
+def scale_gem(
+    descriptors: Float[Array, "scales *b d"], *, p: float = np.inf
+) -> Float[Array, "*b d"]:
+    """Scale GeM: joins the descriptors of one image at several scales, the scales along the first
+    axis.
 
-    With p = infinity each descriptor is L2-normalised and the largest of each channel taken, signs included. With a finite p nothing is normalised:
-    (mean_s (x_s - m)^p)^(1/p) + m with m the minimum over the whole array, which makes a result depend on the other images in it. Both as in
+    With p = infinity each descriptor is L2-normalised and the largest of each channel taken, signs
+    included. With a finite p nothing is normalised: (mean_s (x_s - m)^p)^(1/p) + m with m the
+    minimum over the whole array, which makes a result depend on the other images in it. Both as in
     the official code. The result is not normalised.
 
-    Reference: Shao et al., 2023, arXiv:2308.06954, and its code: github.com/ShihaoShao-GH/SuperGlobal.
+    Reference: Shao et al., 2023, arXiv:2308.06954, and its code:
+        github.com/ShihaoShao-GH/SuperGlobal.
     """
     descriptors = jnp.asarray(descriptors)
     if not jnp.issubdtype(descriptors.dtype, jnp.floating):
         raise TypeError(f"descriptors must be floating point, not {descriptors.dtype}")
     if descriptors.ndim < 2 or 0 in (descriptors.shape[0], descriptors.shape[-1]):
-        raise ValueError(f"descriptors must be (scales, ..., d) with at least one scale and one channel, not of shape {descriptors.shape}")
+        raise ValueError(
+            "descriptors must be (scales, ..., d) with at least one scale and one channel, not of"
+            f" shape {descriptors.shape}"
+        )
     x = widened(descriptors)
     if isinstance(p, int | float | np.number) and p == np.inf:
         return jnp.max(l2_normalize(x), axis=0).astype(descriptors.dtype)
@@ -85,11 +118,15 @@ def scale_gem(descriptors: Float[Array, "scales *b d"], *, p: float = np.inf) ->
     lowest = jnp.min(x, initial=jnp.inf)
     above = jnp.moveaxis(x - lowest, 0, -2)
     powers = jnp.full(x.shape[-1], p, x.dtype)
-    return (power_pool(above, powers, None, LEAST_EPS, "clamp", "xla") + lowest).astype(descriptors.dtype)
+    return (power_pool(above, powers, None, LEAST_EPS, "clamp", "xla") + lowest).astype(
+        descriptors.dtype
+    )
 
 
 def l2_normalize(descriptors: Float[Array, "*b d"], *, eps: float = 1e-12) -> Float[Array, "*b d"]:
-    """x / max(|x|, eps), in float32; no length overflows or underflows on the way, and the gradient of a zero vector is finite."""
+    """x / max(|x|, eps), in float32; no length overflows or underflows on the way, and the gradient
+    of a zero vector is finite.
+    """
     descriptors = jnp.asarray(descriptors)
     x = widened(descriptors)
     largest = lax.stop_gradient(jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), TINY))
@@ -101,7 +138,9 @@ def l2_normalize(descriptors: Float[Array, "*b d"], *, eps: float = 1e-12) -> Fl
 def _superglobal(feature_map, *, regional_p, window, p, eps):
     mixed = _regional(widened(feature_map), regional_p, window)
     places = mixed.reshape(*mixed.shape[:-3], mixed.shape[-3] * mixed.shape[-2], mixed.shape[-1])
-    return (power_pool(places, jnp.full(places.shape[-1], p, places.dtype), None, eps, "clamp", "xla"),)
+    return (
+        power_pool(places, jnp.full(places.shape[-1], p, places.dtype), None, eps, "clamp", "xla"),
+    )
 
 
 def _regional(x, p, window):
@@ -114,7 +153,9 @@ def _regional(x, p, window):
 
 
 def _windowed_log_sum_exp(logs, axis, window):
-    """log sum exp over a sliding window along one axis, the borders reflected without repeating the edge."""
+    """log sum exp over a sliding window along one axis, the borders reflected without repeating the
+    edge.
+    """
     half, length = window // 2, logs.shape[axis]
     widths = [(half, half) if i == logs.ndim + axis else (0, 0) for i in range(logs.ndim)]
     padded = jnp.pad(logs, widths, mode="reflect")
@@ -127,14 +168,26 @@ def _checked_map(feature_map, window):
     feature_map = jnp.asarray(feature_map)
     if not jnp.issubdtype(feature_map.dtype, jnp.floating):
         raise TypeError(f"feature_map must be floating point, not {feature_map.dtype}")
-    if not isinstance(window, int | np.integer) or isinstance(window, bool) or window < 1 or window % 2 == 0:
+    if (
+        not isinstance(window, int | np.integer)
+        or isinstance(window, bool)
+        or window < 1
+        or window % 2 == 0
+    ):
         raise ValueError(f"window must be an odd whole number, not {window!r}")
     least = (window + 1) // 2
     if feature_map.ndim < 3 or min(feature_map.shape[-3:-1]) < least or feature_map.shape[-1] == 0:
-        raise ValueError(f"feature_map must be (..., h, w, d) with h and w of at least {least} for a window of {window}, not {feature_map.shape}")
+        raise ValueError(
+            f"feature_map must be (..., h, w, d) with h and w of at least {least} for a window of"
+            f" {window}, not {feature_map.shape}"
+        )
     return feature_map
 
 
 def _check_exponent(value, name):
-    if not isinstance(value, int | float | np.number) or isinstance(value, bool) or not 0 < value < np.inf:
+    if (
+        not isinstance(value, int | float | np.number)
+        or isinstance(value, bool)
+        or not 0 < value < np.inf
+    ):
         raise ValueError(f"{name} must be a positive Python number, not {value!r}")

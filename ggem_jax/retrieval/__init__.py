@@ -1,7 +1,9 @@
-"""Image retrieval with global descriptors: pictures -> descriptors -> index -> ranking -> reranked ranking.
+"""Image retrieval with global descriptors: pictures -> descriptors -> index -> ranking -> reranked
+ranking.
 
-Descriptors are `(num_images, dim)`, usually unit vectors; ids number the rows of a database; a ranking is `(num_queries, k)`, best first. What is
-named here is loaded when it is asked for, so that the tool starts without JAX.
+Descriptors are `(num_images, dim)`, usually unit vectors; ids number the rows of a database; a
+ranking is `(num_queries, k)`, best first. What is named here is loaded when it is asked for, so
+that the tool starts without JAX.
 """
 
 import importlib
@@ -9,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ggem_jax.retrieval.exact_search import search
-    from ggem_jax.retrieval.expansion import alpha_query_expansion, augment_database, average_query_expansion, database_augmentation
+    from ggem_jax.retrieval.expansion import (
+        alpha_query_expansion,
+        augment_database,
+        average_query_expansion,
+        database_augmentation,
+    )
     from ggem_jax.retrieval.rerank import superglobal_rerank
     from ggem_jax.retrieval.vectors import Ranking
 

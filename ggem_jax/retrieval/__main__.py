@@ -1,7 +1,8 @@
 """The tool: `python -m ggem_jax.retrieval COMMAND`, or `ggem-retrieval COMMAND` after installation.
 
-What goes wrong is one sentence on standard error, and an exit code: 2 for wrong flags, 130 after Ctrl-C, 141 where nobody reads the output, 1 for the
-rest. JAX is loaded when there is a picture to describe or a vector to search, not before.
+What goes wrong is one sentence on standard error, and an exit code: 2 for wrong flags, 130 after
+Ctrl-C, 141 where nobody reads the output, 1 for the rest. JAX is loaded when there is a picture to
+describe or a vector to search, not before.
 """
 
 import os
@@ -16,11 +17,19 @@ _OUT_OF_MEMORY = "out of memory: try a smaller --batch, --longest-side or --cand
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns the exit code."""
     _open_what_is_closed()
-    prog = "ggem-retrieval" if os.path.basename(sys.argv[0]).startswith("ggem-retrieval") else "python -m ggem_jax.retrieval"
+    prog = (
+        "ggem-retrieval"
+        if os.path.basename(sys.argv[0]).startswith("ggem-retrieval")
+        else "python -m ggem_jax.retrieval"
+    )
     unfinished = ""
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv, prog)
-        unfinished = ": the same command goes on from where it was" if arguments.command in ("index", "add") else ""
+        unfinished = (
+            ": the same command goes on from where it was"
+            if arguments.command in ("index", "add")
+            else ""
+        )
         from ggem_jax.retrieval.tool.commands import COMMANDS  # NumPy, Pillow and SQLite
 
         code = COMMANDS[arguments.command](arguments)
@@ -40,10 +49,14 @@ def main(argv: list[str] | None = None) -> int:
         return _said(f"{error}{mend}", 1)
     except OSError as error:
         _drop_output()
-        return _said(f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1)
+        return _said(
+            f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1
+        )
     except ValueError as error:
         return _said(str(error), 1)
-    except RuntimeError as error:  # JAX's own errors, known by their text so that JAX need not be loaded to tell them
+    except (
+        RuntimeError
+    ) as error:  # JAX's own errors, known by their text so that JAX need not be loaded to tell them
         if "RESOURCE_EXHAUSTED" in str(error):
             return _said(_OUT_OF_MEMORY, 1)
         if "nable to initialize backend" in str(error):
@@ -57,8 +70,11 @@ def _said(sentence: str, code: int) -> int:
 
 
 def _open_what_is_closed() -> None:
-    """Streams that the caller has closed go nowhere; names that a terminal cannot show are escaped."""
-    sys.stdout, sys.stderr = (stream or open(os.devnull, "w") for stream in (sys.stdout, sys.stderr))  # noqa: SIM115
+    """Streams that the caller has closed go nowhere; names that a terminal cannot show are
+    escaped.
+    """
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
         if hasattr(stream, "reconfigure"):
             stream.reconfigure(errors="backslashreplace")

@@ -30,39 +30,68 @@ from ggem_jax.retrieval.vectors import (
 
 Precision = Literal["float32", "bfloat16"]
 
-_BLOCK_BYTES = 16 * 2**20  # of widened vectors and their scores: what stays in a cache is multiplied as fast as if it had been float32 all along
-_SUMMED = 512  # products in one sum: 2048 at once differ from float64 by 2e-6, in pieces of 512 by 5e-7 (unit vectors)
-_MARGIN, _WIDEST = 16, 4096  # results beyond k that are scored again in float64: at first, and where so many are too close to tell, at most
+_BLOCK_BYTES = (
+    16 * 2**20
+    # of widened vectors and their scores: what stays in a cache is multiplied as fast as if it
+    # had been float32 all along
+)
+# products in one sum: 2048 at once differ from float64 by 2e-6, in pieces of 512 by 5e-7 (unit
+# vectors)
+_SUMMED = 512
+_MARGIN, _WIDEST = (
+    16,
+    4096,
+    # results beyond k that are scored again in float64: at first, and where so many are too
+    # close to tell, at most
+)
 _CLOSE = 1e-6  # of the lengths of both vectors: what a score in float32 may be off
 _SCORED = 4096  # vectors that are widened to float64 at a time
-_READ_BYTES = 128 * 2**20  # of vectors read at a time: one block is searched, one waits, one is being read
+_READ_BYTES = (
+    128 * 2**20
+)  # of vectors read at a time: one block is searched, one waits, one is being read
 
 
-def search(queries: Float[Array, "q d"], database: Database, *, k: int, precision: Precision = "float32", mesh: Mesh | None = None) -> Ranking:
+def search(
+    queries: Float[Array, "q d"],
+    database: Database,
+    *,
+    k: int,
+    precision: Precision = "float32",
+    mesh: Mesh | None = None,
+) -> Ranking:
     """The `k` vectors with the largest dot product with each query, in order: exact search.
 
-    Queries are `(q, d)`; the database is an array `(n, d)` of JAX or NumPy (memory-mapped too) or a store, in float32, float16 or bfloat16, which is
-    widened block by block: memory is bounded whatever n. Equal scores are ordered by smaller id; a score that is not a number comes last. Time grows
-    with k: each block is sorted together with the k best so far. With `mesh` all its devices share the rows.
+    Queries are `(q, d)`; the database is an array `(n, d)` of JAX or NumPy (memory-mapped too) or a
+    store, in float32, float16 or bfloat16, which is widened block by block: memory is bounded
+    whatever n. Equal scores are ordered by smaller id; a score that is not a number comes last.
+    Time grows with k: each block is sorted together with the k best so far. With `mesh` all its
+    devices share the rows.
 
-    - An array of JAX makes this a pure function, for use inside `jit`. Even equal vectors may get scores that differ in the last bit, by their place.
-    - Anything else is read block by block, and the best are ordered by their scores in float64, rounded to float32: on every device the same, but for
-      more than 4,096 vectors that float32 cannot tell from the k-th.
+    - An array of JAX makes this a pure function, for use inside `jit`. Even equal vectors may get
+      scores that differ in the last bit, by their place.
+    - Anything else is read block by block, and the best are ordered by their scores in float64,
+      rounded to float32: on every device the same, but for more than 4,096 vectors that float32
+      cannot tell from the k-th.
 
-    `precision="float32"` multiplies in full precision on every device; `"bfloat16"` rounds both sides to bfloat16 and adds in float32: of the
-    100 best of 50,000 random unit vectors of 2,048 numbers 99.5 % stay, and scores are 2e-4 off at most (`benchmarks.bench_search`).
-    Raises `ValueError` for shapes and values that do not fit.
+    `precision="float32"` multiplies in full precision on every device; `"bfloat16"` rounds both
+    sides to bfloat16 and adds in float32: of the 100 best of 50,000 random unit vectors of 2,048
+    numbers 99.5 % stay, and scores are 2e-4 off at most (`benchmarks.bench_search`). Raises
+    `ValueError` for shapes and values that do not fit.
     """
     queries = checked_queries(queries)
     database = checked_database(database, queries.shape[1])
     if is_callback(database):
-        raise TypeError("search needs an array or a store: a callback cannot be asked for all vectors")
+        raise TypeError(
+            "search needs an array or a store: a callback cannot be asked for all vectors"
+        )
     check_precision(precision)
     if mesh is not None:
         check_mesh(mesh)
     n, _ = shape_of(database)
     if not isinstance(k, int | np.integer) or isinstance(k, bool) or not 1 <= k <= n:
-        raise ValueError(f"k must be a whole number from 1 to the {n} rows of the database, not {k!r}")
+        raise ValueError(
+            f"k must be a whole number from 1 to the {n} rows of the database, not {k!r}"
+        )
     options: dict[str, Any] = {"k": int(k), "precision": precision, "mesh": mesh}
     if on_device(database):
         return _found(queries, database, **options)
@@ -71,16 +100,35 @@ def search(queries: Float[Array, "q d"], database: Database, *, k: int, precisio
 
 def check_precision(precision: str) -> None:
     if precision not in get_args(Precision):
-        raise ValueError(f"precision must be one of {', '.join(get_args(Precision))}, not {precision!r}")
+        raise ValueError(
+            f"precision must be one of {', '.join(get_args(Precision))}, not {precision!r}"
+        )
 
 
-def similarity(a: Float[Array, "*b m d"], b: Float[Array, "*b n d"], precision: Precision) -> Float[Array, "*b m n"]:
-    """All dot products, in float32. Long ones are summed in pieces: the rounding of float32 grows with the length of a sum."""
+def similarity(
+    a: Float[Array, "*b m d"], b: Float[Array, "*b n d"], precision: Precision
+) -> Float[Array, "*b m n"]:
+    """All dot products, in float32. Long ones are summed in pieces: the rounding of float32 grows
+    with the length of a sum.
+    """
     if precision == "bfloat16":
-        return jnp.einsum("...md,...nd->...mn", a.astype(jnp.bfloat16), b.astype(jnp.bfloat16), preferred_element_type=jnp.float32)
+        return jnp.einsum(
+            "...md,...nd->...mn",
+            a.astype(jnp.bfloat16),
+            b.astype(jnp.bfloat16),
+            preferred_element_type=jnp.float32,
+        )
     a, b = a.astype(jnp.float32), b.astype(jnp.float32)
     pieces = [slice(start, start + _SUMMED) for start in range(0, a.shape[-1], _SUMMED)]
-    return reduce(jnp.add, [jnp.einsum("...md,...nd->...mn", a[..., piece], b[..., piece], precision=lax.Precision.HIGHEST) for piece in pieces])
+    return reduce(
+        jnp.add,
+        [
+            jnp.einsum(
+                "...md,...nd->...mn", a[..., piece], b[..., piece], precision=lax.Precision.HIGHEST
+            )
+            for piece in pieces
+        ],
+    )
 
 
 @partial(jax.jit, static_argnames=("k", "precision", "mesh"))
@@ -96,7 +144,9 @@ def _found(queries, database, *, k, precision, mesh):
 
 
 def _streamed(queries, database, *, k, precision, mesh):
-    """Search in vectors that are read block by block; the best are settled in float64, if need be among more of them."""
+    """Search in vectors that are read block by block; the best are settled in float64, if need be
+    among more of them.
+    """
     options = {"precision": precision, "mesh": mesh}
     if precision != "float32":
         return _read_through(queries, database, k=k, **options)
@@ -113,7 +163,12 @@ def _read_through(queries, database, *, k, precision, mesh):
     """The next block is read while the last one is searched."""
     n, d = database.shape
     devices = 1 if mesh is None else mesh.size
-    rows = max(_READ_BYTES // (np.dtype(getattr(database, "dtype", np.float32)).itemsize * d), 1) // devices * devices or devices
+    rows = (
+        max(_READ_BYTES // (np.dtype(getattr(database, "dtype", np.float32)).itemsize * d), 1)
+        // devices
+        * devices
+        or devices
+    )
     rows = rows if rows < n else -(-n // devices) * devices
     spread = None if mesh is None else NamedSharding(mesh, P(mesh.axis_names))
     best = Ranking(jnp.full((len(queries), k), -jnp.inf), jnp.zeros((len(queries), k), jnp.int32))
@@ -123,15 +178,28 @@ def _read_through(queries, database, *, k, precision, mesh):
         return start, _at_hand(block, rows)
 
     for start, block in ahead(map(read, blocks_of(database, rows))):
-        best = _absorb(best, queries, jax.device_put(block, spread), np.int32(start), np.int32(n), k=k, precision=precision, mesh=mesh)
+        best = _absorb(
+            best,
+            queries,
+            jax.device_put(block, spread),
+            np.int32(start),
+            np.int32(n),
+            k=k,
+            precision=precision,
+            mesh=mesh,
+        )
         jax.block_until_ready(best)  # so that no more than three blocks are in memory
     return best
 
 
 def _at_hand(block, rows):
-    """The block with rows of zeros at its end, up to `rows`, in memory where a CPU's JAX takes it without a copy: at an address that 64 divides."""
+    """The block with rows of zeros at its end, up to `rows`, in memory where a CPU's JAX takes it
+    without a copy: at an address that 64 divides.
+    """
     if len(block) == rows and block.flags.c_contiguous and block.ctypes.data % 64 == 0:
-        block.reshape(-1).view(np.uint8)[:: mmap.PAGESIZE].max()  # of a mapped file each page is read now, in this thread
+        block.reshape(-1).view(np.uint8)[
+            :: mmap.PAGESIZE
+        ].max()  # of a mapped file each page is read now, in this thread
         return block
     size = rows * block.shape[1] * block.dtype.itemsize
     memory = np.zeros(size + 64, np.uint8)
@@ -142,20 +210,29 @@ def _at_hand(block, rows):
 
 
 def _settled(queries, database, found, k):
-    """The k best by scores in float64: the rounding of float32 depends on the sizes of blocks, and on the device. And whether none can be missing."""
+    """The k best by scores in float64: the rounding of float32 depends on the sizes of blocks, and
+    on the device. And whether none can be missing.
+    """
     rows, sure = [], True
-    for query, scores, ids in zip(np.asarray(queries, np.float64), *map(np.asarray, found), strict=True):
+    for query, scores, ids in zip(
+        np.asarray(queries, np.float64), *map(np.asarray, found), strict=True
+    ):
         own = np.sort(ids)
         exact, length = np.empty(len(own), np.float32), 0.0
         for start in range(0, len(own), _SCORED):
             vectors = taken(database, own[start : start + _SCORED], len(query)).astype(np.float64)
             with np.errstate(invalid="ignore", over="ignore"):
                 exact[start : start + _SCORED] = vectors @ query
-                length = max(length, float(np.sqrt(np.nan_to_num(np.einsum("nd,nd->n", vectors, vectors)).max())))
+                length = max(
+                    length,
+                    float(np.sqrt(np.nan_to_num(np.einsum("nd,nd->n", vectors, vectors)).max())),
+                )
         exact = np.maximum(np.where(np.isnan(exact), -np.inf, exact), np.finfo(np.float32).min)
         order = np.argsort(-exact, kind="stable")[:k]
         rows.append((exact[order], own[order]))
-        sure &= len(own) == k or bool(scores[-1] < exact[order[-1]] - _CLOSE * length * np.linalg.norm(query))
+        sure &= len(own) == k or bool(
+            scores[-1] < exact[order[-1]] - _CLOSE * length * np.linalg.norm(query)
+        )
     best, numbers = map(np.stack, zip(*rows, strict=True))
     return Ranking(jnp.asarray(best), jnp.asarray(numbers, jnp.int32)), sure
 
@@ -186,13 +263,19 @@ def _over_devices(queries, database, k, precision, mesh, first, end):
 
 
 def _best(queries, database, k, precision, first=0, end=None):
-    """The k best of the rows of an array, whose ids begin at `first`; ids from `end` on do not exist."""
+    """The k best of the rows of an array, whose ids begin at `first`; ids from `end` on do not
+    exist.
+    """
     (q, d), n = queries.shape, len(database)
     rows = max(min(_BLOCK_BYTES // (4 * (d + 3 * q)), n), 1)
 
     def block(best, i):
-        start = jnp.minimum(i * rows, n - rows)  # the last block reaches back, over rows that were searched
-        scores = ordered(similarity(queries, lax.dynamic_slice_in_dim(database, start, rows), precision))
+        start = jnp.minimum(
+            i * rows, n - rows
+        )  # the last block reaches back, over rows that were searched
+        scores = ordered(
+            similarity(queries, lax.dynamic_slice_in_dim(database, start, rows), precision)
+        )
         at = start + jnp.arange(rows)
         fresh = at >= i * rows
         if end is not None:
@@ -201,7 +284,9 @@ def _best(queries, database, k, precision, first=0, end=None):
         top, position = lax.top_k(scores, min(k, rows))
         return _merged(best, (top, (first + start + position).astype(jnp.int32)), k), None
 
-    scores, ids, *_ = varying_alike(jnp.full((q, k), -jnp.inf), jnp.zeros((q, k), jnp.int32), queries, database)
+    scores, ids, *_ = varying_alike(
+        jnp.full((q, k), -jnp.inf), jnp.zeros((q, k), jnp.int32), queries, database
+    )
     empty: Any = Ranking(scores, ids)  # type: ignore[arg-type]
     if rows == n:
         return block(empty, 0)[0]
@@ -209,7 +294,9 @@ def _best(queries, database, k, precision, first=0, end=None):
 
 
 def _merged(best, found, k):
-    """The k best of two rankings; `lax.top_k` is stable, so that equal scores stay in the order of their ids."""
+    """The k best of two rankings; `lax.top_k` is stable, so that equal scores stay in the order of
+    their ids.
+    """
     scores, ids = (jnp.concatenate(pair, axis=1) for pair in zip(best, found, strict=True))
     top, at = lax.top_k(scores, k)
     return Ranking(top, jnp.take_along_axis(ids, at, axis=1))

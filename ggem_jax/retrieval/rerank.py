@@ -1,10 +1,12 @@
-"""SuperGlobal's reranking: the candidates of a query refine each other, the best of them expand the query, and both score the candidates anew.
+"""SuperGlobal's reranking: the candidates of a query refine each other, the best of them expand the
+query, and both score the candidates anew.
 
-Reference: Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", 2023, arXiv:2308.06954, and its code:
-github.com/ShihaoShao-GH/SuperGlobal.
+Reference: Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", 2023,
+arXiv:2308.06954, and its code: github.com/ShihaoShao-GH/SuperGlobal.
 
-With candidates x_d, neighbours n_0 .. n_K of each (itself among them) and weights w, a refined candidate is sum_i w_i x_{n_i} / sum_i w_i. Its dot
-product with any vector is the same mean of dot products, so that no refined vector is written but the few that expand the query: the work is the
+With candidates x_d, neighbours n_0 .. n_K of each (itself among them) and weights w, a refined
+candidate is sum_i w_i x_{n_i} / sum_i w_i. Its dot product with any vector is the same mean of dot
+products, so that no refined vector is written but the few that expand the query: the work is the
 matrix of all dot products between the candidates of a query, and little else.
 """
 
@@ -18,7 +20,16 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from ggem_jax.retrieval.exact_search import Precision, check_precision, similarity
-from ggem_jax.retrieval.vectors import Database, Ranking, checked_database, checked_queries, checked_ranking, on_device, ordered, taken
+from ggem_jax.retrieval.vectors import (
+    Database,
+    Ranking,
+    checked_database,
+    checked_queries,
+    checked_ranking,
+    on_device,
+    ordered,
+    taken,
+)
 
 Variant = Literal["code", "paper"]
 
@@ -36,44 +47,62 @@ def superglobal_rerank(
     variant: Variant = "code",
     precision: Precision = "float32",
 ) -> Ranking:
-    """Orders the first `num_candidates` of each query anew; what follows them stays, with its first scores.
+    """Orders the first `num_candidates` of each query anew; what follows them stays, with its first
+    scores.
 
-    The database is an array, a store or a callback from ids to vectors, which is asked for the candidates alone. Memory is bounded by the candidates
-    of one query, so that there may be thousands of them. The result has the length of `ranking`; where that is shorter than `num_candidates`, all are
-    candidates, and where there are fewer than `num_neighbors` + 1 candidates, all are neighbours.
+    The database is an array, a store or a callback from ids to vectors, which is asked for the
+    candidates alone. Memory is bounded by the candidates of one query, so that there may be
+    thousands of them. The result has the length of `ranking`; where that is shorter than
+    `num_candidates`, all are candidates, and where there are fewer than `num_neighbors` + 1
+    candidates, all are neighbours.
 
-    For each candidate d: its `num_neighbors` + 1 nearest candidates, the nearest (itself) with weight 1, others with `beta` times their similarity,
-    give the refined x_d; S1(d) = q . x_d. The maximum of the refined `num_neighbors` + 1 best by S1, channel by channel, is the expanded query e, and
-    S(d) = (S1(d) + e . x_d) / 2. The settings were found for landmarks and vectors of CVNet.
+    For each candidate d: its `num_neighbors` + 1 nearest candidates, the nearest (itself) with
+    weight 1, others with `beta` times their similarity, give the refined x_d; S1(d) = q . x_d. The
+    maximum of the refined `num_neighbors` + 1 best by S1, channel by channel, is the expanded query
+    e, and S(d) = (S1(d) + e . x_d) / 2. The settings were found for landmarks and vectors of CVNet.
 
-    `variant="code"` is the published code. `"paper"` follows what is told of the paper where the two differ: the query takes part in the maximum, and
-    e meets the candidates as they were, not refined. Raises `ValueError` for shapes and values that do not fit.
+    `variant="code"` is the published code. `"paper"` follows what is told of the paper where the
+    two differ: the query takes part in the maximum, and e meets the candidates as they were, not
+    refined. Raises `ValueError` for shapes and values that do not fit.
     """
     queries = checked_queries(queries)
     database = checked_database(database, queries.shape[1])
     ranking = checked_ranking(ranking, queries, database)
-    for name, value, least in (("num_candidates", num_candidates, 1), ("num_neighbors", num_neighbors, 0)):
+    for name, value, least in (
+        ("num_candidates", num_candidates, 1),
+        ("num_neighbors", num_neighbors, 0),
+    ):
         if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < least:
             raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
     if variant not in get_args(Variant):
         raise ValueError(f"variant must be one of {', '.join(get_args(Variant))}, not {variant!r}")
-    if not isinstance(beta, jax.core.Tracer) and not (np.ndim(beta) == 0 and np.isrealobj(beta) and _is_number(beta) and 0 <= beta <= 1e6):
+    if not isinstance(beta, jax.core.Tracer) and not (
+        np.ndim(beta) == 0 and np.isrealobj(beta) and _is_number(beta) and 0 <= beta <= 1e6
+    ):
         raise ValueError(f"beta must be a number from 0 to 1e6, not {beta!r}")
     check_precision(precision)
     m = min(int(num_candidates), ranking.ids.shape[1])
-    options: dict[str, Any] = {"num_neighbors": min(int(num_neighbors), m - 1), "variant": variant, "precision": precision}
+    options: dict[str, Any] = {
+        "num_neighbors": min(int(num_neighbors), m - 1),
+        "variant": variant,
+        "precision": precision,
+    }
     if on_device(database):
         return _reranked(queries, database, ranking, beta, m=m, **options)
     dim = queries.shape[1]
     rows: list[Any] = []
     for query, ids in zip(queries, np.sort(np.asarray(ranking.ids[:, :m]), axis=1), strict=True):
         rows.append(_one(query, taken(database, ids, dim), ids, beta, **options))
-        jax.block_until_ready(rows[-2:-1])  # so that no more than two queries have their candidates in memory
+        jax.block_until_ready(
+            rows[-2:-1]
+        )  # so that no more than two queries have their candidates in memory
     return _with_rest(ranking, *map(jnp.stack, zip(*rows, strict=True)))
 
 
 def _is_number(value):
-    return isinstance(value, int | float | np.number | np.ndarray | jax.Array) and not isinstance(value, bool)
+    return isinstance(value, int | float | np.number | np.ndarray | jax.Array) and not isinstance(
+        value, bool
+    )
 
 
 @partial(jax.jit, static_argnames=("m", "num_neighbors", "variant", "precision"))
@@ -87,21 +116,36 @@ def _reranked(queries, database, ranking, beta, *, m, **options):
 
 def _with_rest(ranking, scores, ids):
     m = ids.shape[1]
-    return Ranking(jnp.concatenate([scores, ranking.scores[:, m:]], axis=1), jnp.concatenate([ids, ranking.ids[:, m:]], axis=1))
+    return Ranking(
+        jnp.concatenate([scores, ranking.scores[:, m:]], axis=1),
+        jnp.concatenate([ids, ranking.ids[:, m:]], axis=1),
+    )
 
 
 @partial(jax.jit, static_argnames=("num_neighbors", "variant", "precision"))
 def _one(query, candidates, ids, beta, *, num_neighbors, variant, precision):
-    """Scores and ids of one query, best first; `ids` ascend, so that the stable order of `top_k` puts the smaller of equals first."""
+    """Scores and ids of one query, best first; `ids` ascend, so that the stable order of `top_k`
+    puts the smaller of equals first.
+    """
     candidates = candidates.astype(jnp.float32)
-    neighbours, weights = neighbourhood(candidates, num_neighbors=num_neighbors, beta=beta, precision=precision)
+    neighbours, weights = neighbourhood(
+        candidates, num_neighbors=num_neighbors, beta=beta, precision=precision
+    )
 
     def refined_dot(vector):
         return jnp.sum(weights * _dot(candidates, vector, precision)[neighbours], axis=1)
 
     s1 = refined_dot(query)
     best = lax.top_k(ordered(s1), num_neighbors + 1)[1]
-    expanded = jnp.max(jnp.einsum("kn,knd->kd", weights[best], candidates[neighbours[best]], precision=lax.Precision.HIGHEST), axis=0)
+    expanded = jnp.max(
+        jnp.einsum(
+            "kn,knd->kd",
+            weights[best],
+            candidates[neighbours[best]],
+            precision=lax.Precision.HIGHEST,
+        ),
+        axis=0,
+    )
     if variant == "code":
         s2 = refined_dot(expanded)
     else:
@@ -112,9 +156,15 @@ def _one(query, candidates, ids, beta, *, num_neighbors, variant, precision):
 
 
 def neighbourhood(
-    candidates: Float[Array, "m d"], *, num_neighbors: int, beta: float, precision: Precision = "float32"
+    candidates: Float[Array, "m d"],
+    *,
+    num_neighbors: int,
+    beta: float,
+    precision: Precision = "float32",
 ) -> tuple[Int[Array, "m k"], Float[Array, "m k"]]:
-    """The `num_neighbors` + 1 nearest candidates of each, nearest first, and their weights, which sum to 1."""
+    """The `num_neighbors` + 1 nearest candidates of each, nearest first, and their weights, which
+    sum to 1.
+    """
     m = len(candidates)
 
     def nearest(rows):
@@ -124,8 +174,12 @@ def neighbourhood(
         similarities, neighbours = nearest(candidates)
     else:
         blocks = -(-m // _GRAM_ROWS)
-        padded = jnp.pad(candidates, ((0, blocks * _GRAM_ROWS - m), (0, 0))).reshape(blocks, _GRAM_ROWS, -1)
-        similarities, neighbours = (a.reshape(-1, num_neighbors + 1)[:m] for a in lax.map(nearest, padded))
+        padded = jnp.pad(candidates, ((0, blocks * _GRAM_ROWS - m), (0, 0))).reshape(
+            blocks, _GRAM_ROWS, -1
+        )
+        similarities, neighbours = (
+            a.reshape(-1, num_neighbors + 1)[:m] for a in lax.map(nearest, padded)
+        )
     weights = (beta * similarities).at[:, 0].set(1.0)
     return neighbours, weights / jnp.sum(weights, axis=1, keepdims=True)
 

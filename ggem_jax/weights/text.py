@@ -1,13 +1,16 @@
 """Published text towers <-> `ggem_jax.models.text.TextTransformer`: those of CLIP and SigLIP.
 
-`read_text` takes a file of Hugging Face's, OpenAI's and open_clip's, or big_vision's names and finds the architecture in the shapes; the image tower
-that is in most such files is read by `ggem_jax.weights.vit.read_vit`. `to_published_names` is the way back.
+`read_text` takes a file of Hugging Face's, OpenAI's and open_clip's, or big_vision's names and
+finds the architecture in the shapes; the image tower that is in most such files is read by
+`ggem_jax.weights.vit.read_vit`. `to_published_names` is the way back.
 
-    text = read_text("open_clip_pytorch_model.safetensors")
-    output = text.model().apply(text.variables, ids)  # ids (b, n) of the tokenizer that the network was trained with
+    text = read_text("open_clip_pytorch_model.safetensors") output =
+    text.model().apply(text.variables, ids)  # ids (b, n) of the tokenizer that the network was
+    trained with
 
-References for the names: github.com/huggingface/transformers, models clip and siglip; openai/CLIP, model.py; mlfoundations/open_clip, model.py and
-transformer.py; google-research/big_vision, models/proj/image_text/text_transformer.py.
+References for the names: github.com/huggingface/transformers, models clip and siglip; openai/CLIP,
+model.py; mlfoundations/open_clip, model.py and transformer.py; google-research/big_vision,
+models/proj/image_text/text_transformer.py.
 """
 
 import math
@@ -41,12 +44,16 @@ class TextFamily(NamedTuple):
 
 TEXT_FAMILIES = {
     "clip": TextFamily("the text tower of CLIP (Radford et al., 2021)", True, "end", "quick", 1e-5),
-    "siglip": TextFamily("the text tower of SigLIP (Zhai et al., 2023)", False, "last", "tanh", 1e-6),
+    "siglip": TextFamily(
+        "the text tower of SigLIP (Zhai et al., 2023)", False, "last", "tanh", 1e-6
+    ),
 }
 
 
 class TextLayout(NamedTuple):
-    """What one publisher calls the parts of a text tower. Names of modules end with what stands before `weight` or `kernel`."""
+    """What one publisher calls the parts of a text tower. Names of modules end with what stands
+    before `weight` or `kernel`.
+    """
 
     prefixes: tuple[str, ...]  # folders before the names
     token: str
@@ -57,7 +64,12 @@ class TextLayout(NamedTuple):
     attention_out: str
     mlp: tuple[str, str]
     norm: str
-    projections: tuple[str, str | None]  # names of the kernel, with the folder {p}: of a projection with a bias (SigLIP's), and of one without
+    projections: tuple[
+        str,
+        str | None,
+        # names of the kernel, with the folder {p}: of a projection with a bias (SigLIP's), and
+        # of one without
+    ]
     scale: str  # of the logits, with the folder {o} outside the tower
     bias: str
     unused: str  # a pattern of the full names that are no part of a text tower
@@ -78,7 +90,9 @@ LAYOUTS: dict[str, TextLayout] = {
         projections=("{p}head.weight", "text_projection.weight"),
         scale="logit_scale",
         bias="logit_bias",
-        unused=r"vision_model\..*|visual_projection\.weight|(text_model\.)?embeddings\.position_ids",
+        unused=(
+            r"vision_model\..*|visual_projection\.weight|(text_model\.)?embeddings\.position_ids"
+        ),
     ),
     "clip": TextLayout(  # OpenAI's, and open_clip's, where some have the folder
         prefixes=("text.", ""),
@@ -101,7 +115,9 @@ LAYOUTS: dict[str, TextLayout] = {
         position="pos_embedding",
         block="Encoder_0/encoderblock_{i}/",
         norms=("LayerNorm_0/", "LayerNorm_1/"),
-        attention=tuple(f"MultiHeadDotProductAttention_0/{part}/" for part in ("query", "key", "value")),
+        attention=tuple(
+            f"MultiHeadDotProductAttention_0/{part}/" for part in ("query", "key", "value")
+        ),
         attention_out="MultiHeadDotProductAttention_0/out/",
         mlp=("MlpBlock_0/Dense_0/", "MlpBlock_0/Dense_1/"),
         norm="Encoder_0/encoder_norm/",
@@ -124,7 +140,9 @@ class TextStyle(NamedTuple):
 
 @dataclass(frozen=True)
 class PublishedText:
-    """A published text tower: its architecture, its variables, and the scale and bias of the logits that it was trained with."""
+    """A published text tower: its architecture, its variables, and the scale and bias of the logits
+    that it was trained with.
+    """
 
     family: str
     layout: str
@@ -135,8 +153,12 @@ class PublishedText:
     logit_bias: float | None  # added to the scaled cosines, of SigLIP
     style: TextStyle
     variables: dict[str, Any] = field(repr=False)
-    unused: tuple[str, ...] = field(default=(), repr=False)  # names in the file that are no part of the tower
-    rest: Arrays = field(default_factory=dict, repr=False)  # scale and bias of the logits, which go back as they came
+    unused: tuple[str, ...] = field(
+        default=(), repr=False
+    )  # names in the file that are no part of the tower
+    rest: Arrays = field(
+        default_factory=dict, repr=False
+    )  # scale and bias of the logits, which go back as they came
 
     def model(self) -> TextTransformer:
         """The tower as it was trained."""
@@ -151,18 +173,29 @@ def read_text(
     norm_eps: float | None = None,
     end_id: int | None = None,
 ) -> PublishedText:
-    """Reads the text tower of a published checkpoint: `.safetensors`, `.npz`, or `.pth`, `.pt`, `.bin` through the restricted reader.
+    """Reads the text tower of a published checkpoint: `.safetensors`, `.npz`, or `.pth`, `.pt`,
+    `.bin` through the restricted reader.
 
-    What files do not say holds where it is given: `heads`, else one for each 64 channels (of So400m 16); `gelu`, else "quick" for CLIP, as OpenAI's
-    (most others of open_clip have "exact"), and "tanh" for SigLIP, as trained (open_clip runs the first ones with "exact"); `norm_eps`, else 1e-5 and
-    1e-6; `end_id`, else the largest id of the vocabulary. A tower is SigLIP's, which sees the whole text and takes its last token, where the
-    projection has a bias or the names are big_vision's.
+    What files do not say holds where it is given: `heads`, else one for each 64 channels (of So400m
+    16); `gelu`, else "quick" for CLIP, as OpenAI's (most others of open_clip have "exact"), and
+    "tanh" for SigLIP, as trained (open_clip runs the first ones with "exact"); `norm_eps`, else
+    1e-5 and 1e-6; `end_id`, else the largest id of the vocabulary. A tower is SigLIP's, which sees
+    the whole text and takes its last token, where the projection has a bias or the names are
+    big_vision's.
 
     Raises:
         UnreadableWeights: the file cannot be read.
-        MismatchedWeights: it holds no text tower of a known layout, or one that ours cannot be; the message lists the offending names.
+        MismatchedWeights: it holds no text tower of a known layout, or one that ours cannot be; the
+            message lists the offending names.
     """
-    return from_published_names(read_arrays(path), heads=heads, gelu=gelu, norm_eps=norm_eps, end_id=end_id, source=str(path))
+    return from_published_names(
+        read_arrays(path),
+        heads=heads,
+        gelu=gelu,
+        norm_eps=norm_eps,
+        end_id=end_id,
+        source=str(path),
+    )
 
 
 def from_published_names(
@@ -178,7 +211,9 @@ def from_published_names(
     name, prefix = _find_layout(arrays, source)
     layout = LAYOUTS[name]
     taken_apart = unstacked(arrays, "Encoder_0")
-    found = {key: array for key, array in taken_apart.items() if not re.fullmatch(layout.unused, key)}
+    found = {
+        key: array for key, array in taken_apart.items() if not re.fullmatch(layout.unused, key)
+    }
     scale, bias = _logits(layout, prefix)
     rest = {key: np.asarray(found.pop(key)) for key in (scale, bias) if key in found}
     style = TextStyle(
@@ -205,24 +240,47 @@ def from_published_names(
         )
     except ValueError as error:
         raise MismatchedWeights(f"{source}: {error}") from None
-    variables = to_variables(found, text_table(name, style, config, outputs, project_bias), source=source)
+    variables = to_variables(
+        found, text_table(name, style, config, outputs, project_bias), source=source
+    )
     numbers = {key: _number(key, array, source) for key, array in rest.items()}
     unused = tuple(key for key in arrays if re.fullmatch(layout.unused, key))
-    return PublishedText(family, name, config, outputs, project_bias, numbers.get(scale), numbers.get(bias), style, _apart(variables), unused, rest)
+    return PublishedText(
+        family,
+        name,
+        config,
+        outputs,
+        project_bias,
+        numbers.get(scale),
+        numbers.get(bias),
+        style,
+        _apart(variables),
+        unused,
+        rest,
+    )
 
 
-def to_published_names(published: PublishedText, variables: Mapping[str, Any] | None = None) -> Arrays:
-    """Parameters by the names that they came in: those of `variables`, which may have been trained further, or those as read.
+def to_published_names(
+    published: PublishedText, variables: Mapping[str, Any] | None = None
+) -> Arrays:
+    """Parameters by the names that they came in: those of `variables`, which may have been trained
+    further, or those as read.
 
-    Scale and bias of the logits come with them; the image tower, which is no part of the record, does not. Arrays are in the dtypes of the variables:
-    float32 as read, whatever the file had.
+    Scale and bias of the logits come with them; the image tower, which is no part of the record,
+    does not. Arrays are in the dtypes of the variables: float32 as read, whatever the file had.
 
     Raises `MismatchedWeights` unless the variables are those of the published tower.
     """
     layout = LAYOUTS[published.layout]
     variables = published.variables if variables is None else variables
     together = variables if len(layout.attention) == 3 else _together(variables)
-    table = text_table(published.layout, published.style, published.config, published.outputs, published.project_bias)
+    table = text_table(
+        published.layout,
+        published.style,
+        published.config,
+        published.outputs,
+        published.project_bias,
+    )
     arrays = to_published(together, table)
     return (stacked(arrays, "Encoder_0") if published.style.stacked else arrays) | published.rest
 
@@ -233,14 +291,22 @@ def holds_text(names: Iterable[str]) -> bool:
     return not tokens.isdisjoint(names)
 
 
-def text_table(name: str, style: TextStyle, config: TextConfig, outputs: int, project_bias: bool) -> dict[str, Parameter]:
-    """Published names of a layout and where their parameters go. Projections that are kept together go to one module, `qkv`, with an axis of 3."""
+def text_table(
+    name: str, style: TextStyle, config: TextConfig, outputs: int, project_bias: bool
+) -> dict[str, Parameter]:
+    """Published names of a layout and where their parameters go. Projections that are kept together
+    go to one module, `qkv`, with an axis of 3.
+    """
     c, layout, p = config, LAYOUTS[name], style.prefix
     width, heads = (c.width,), (c.heads, c.width // c.heads)
     table = {
-        p + layout.token: Parameter(("params", "token_embedding", "embedding"), (c.vocabulary, c.width)),
+        p + layout.token: Parameter(
+            ("params", "token_embedding", "embedding"), (c.vocabulary, c.width)
+        ),
         p + layout.position: Parameter(
-            ("params", "position"), (1, c.context, c.width) if layout.flax else (c.context, c.width), ours=(c.context, c.width)
+            ("params", "position"),
+            (1, c.context, c.width) if layout.flax else (c.context, c.width),
+            ours=(c.context, c.width),
         ),
     }
     for i in range(c.depth):
@@ -251,17 +317,33 @@ def text_table(name: str, style: TextStyle, config: TextConfig, outputs: int, pr
             for part, each in zip(("query", "key", "value"), layout.attention, strict=True):
                 table |= _dense(theirs + each, (ours, "attention", part), width, heads, layout.flax)
         else:
-            table |= _dense(theirs + layout.attention[0], (ours, "attention", "qkv"), width, (3, *heads), layout.flax)
-        table |= _dense(theirs + layout.attention_out, (ours, "attention", "out"), heads, width, layout.flax)
-        table |= _dense(theirs + layout.mlp[0], (ours, "mlp", "in"), width, (c.mlp_width,), layout.flax)
-        table |= _dense(theirs + layout.mlp[1], (ours, "mlp", "out"), (c.mlp_width,), width, layout.flax)
+            table |= _dense(
+                theirs + layout.attention[0],
+                (ours, "attention", "qkv"),
+                width,
+                (3, *heads),
+                layout.flax,
+            )
+        table |= _dense(
+            theirs + layout.attention_out, (ours, "attention", "out"), heads, width, layout.flax
+        )
+        table |= _dense(
+            theirs + layout.mlp[0], (ours, "mlp", "in"), width, (c.mlp_width,), layout.flax
+        )
+        table |= _dense(
+            theirs + layout.mlp[1], (ours, "mlp", "out"), (c.mlp_width,), width, layout.flax
+        )
     table |= _norm(p + layout.norm, ("norm",), c.width, layout.flax)
     if style.projection is not None:
         kernel = _transposed(style.projection)
         shape = (outputs, c.width) if kernel else (c.width, outputs)
-        table[style.projection] = Parameter(("params", "head", "kernel"), shape, "dense" if kernel else "same")
+        table[style.projection] = Parameter(
+            ("params", "head", "kernel"), shape, "dense" if kernel else "same"
+        )
         if project_bias:
-            table[re.sub(r"(weight|kernel)$", "bias", style.projection)] = Parameter(("params", "head", "bias"), (outputs,))
+            table[re.sub(r"(weight|kernel)$", "bias", style.projection)] = Parameter(
+                ("params", "head", "bias"), (outputs,)
+            )
     return table
 
 
@@ -272,11 +354,18 @@ def _norm(theirs: str, ours: tuple[str, ...], width: int, flax: bool) -> dict[st
     }
 
 
-def _dense(theirs: str, ours: tuple[str, ...], inner: tuple[int, ...], outer: tuple[int, ...], flax: bool) -> dict[str, Parameter]:
-    """A dense layer with the axes of our kernel: as they are in Flax's files, flat and transposed in PyTorch's."""
+def _dense(
+    theirs: str, ours: tuple[str, ...], inner: tuple[int, ...], outer: tuple[int, ...], flax: bool
+) -> dict[str, Parameter]:
+    """A dense layer with the axes of our kernel: as they are in Flax's files, flat and transposed
+    in PyTorch's.
+    """
     kernel, bias = ("params", *ours, "kernel"), ("params", *ours, "bias")
     if flax:
-        return {theirs + "kernel": Parameter(kernel, inner + outer), theirs + "bias": Parameter(bias, outer)}
+        return {
+            theirs + "kernel": Parameter(kernel, inner + outer),
+            theirs + "bias": Parameter(bias, outer),
+        }
     flat = (math.prod(outer), math.prod(inner))
     return {
         theirs + "weight": Parameter(kernel, flat, "dense", ours=inner + outer),
@@ -285,7 +374,9 @@ def _dense(theirs: str, ours: tuple[str, ...], inner: tuple[int, ...], outer: tu
 
 
 def _transposed(projection: str) -> bool:
-    """Whether a projection is `(out, in)`, a dense layer of PyTorch's; the plain array of OpenAI's and Flax's kernel are `(in, out)`."""
+    """Whether a projection is `(out, in)`, a dense layer of PyTorch's; the plain array of OpenAI's
+    and Flax's kernel are `(in, out)`.
+    """
     return projection.endswith("weight")
 
 
@@ -299,7 +390,10 @@ def _find_layout(arrays: Mapping[str, np.ndarray], source: str) -> tuple[str, st
             if prefix + layout.token in arrays:
                 return name, prefix
     shown = ", ".join(sorted(arrays)[:8])
-    raise MismatchedWeights(f"{source}: no text tower of a known layout ({', '.join(LAYOUTS)}): its names begin {shown or 'nowhere, there are none'}")
+    raise MismatchedWeights(
+        f"{source}: no text tower of a known layout ({', '.join(LAYOUTS)}): its names begin"
+        f" {shown or 'nowhere, there are none'}"
+    )
 
 
 def _logits(layout: TextLayout, prefix: str) -> tuple[str, str]:
@@ -316,23 +410,43 @@ def _number(name: str, array: np.ndarray, source: str) -> float:
 
 def _shapes(found: Arrays, layout: TextLayout, style: TextStyle, source: str) -> dict[str, Any]:
     """What the shapes say."""
-    first = style.prefix + layout.block.format(i=0) + layout.mlp[0] + ("kernel" if layout.flax else "weight")
+    first = (
+        style.prefix
+        + layout.block.format(i=0)
+        + layout.mlp[0]
+        + ("kernel" if layout.flax else "weight")
+    )
     position = style.prefix + layout.position
-    needed = [style.prefix + layout.token, position, first, *([] if style.projection is None else [style.projection])]
+    needed = [
+        style.prefix + layout.token,
+        position,
+        first,
+        *([] if style.projection is None else [style.projection]),
+    ]
     if missing := [name for name in needed if name not in found]:
         raise MismatchedWeights(f"{source} has no {', '.join(missing)}")
-    if flat := [f"{name} {found[name].shape}" for name in needed if found[name].ndim != 2 + (layout.flax and name == position)]:
+    if flat := [
+        f"{name} {found[name].shape}"
+        for name in needed
+        if found[name].ndim != 2 + (layout.flax and name == position)
+    ]:
         raise MismatchedWeights(f"{source}: of {', '.join(flat)} the number of axes is wrong")
     vocabulary, width = found[needed[0]].shape
     pattern = re.escape(style.prefix + layout.block).replace(r"\{i\}", r"(\d+)") + ".*"
-    blocks = [int(match.group(1)) for match in (re.fullmatch(pattern, name) for name in found) if match]
+    blocks = [
+        int(match.group(1)) for match in (re.fullmatch(pattern, name) for name in found) if match
+    ]
     return {
         "vocabulary": vocabulary,
         "width": width,
         "context": found[position].shape[-2],
         "depth": min(1 + max(blocks), len(found)),  # a name may have any number in it
         "mlp_width": found[first].shape[1 if layout.flax else 0],
-        "outputs": 0 if style.projection is None else found[style.projection].shape[0 if _transposed(style.projection) else 1],
+        "outputs": (
+            0
+            if style.projection is None
+            else found[style.projection].shape[0 if _transposed(style.projection) else 1]
+        ),
     }
 
 
@@ -342,7 +456,9 @@ def _apart(variables: dict[str, Any]) -> dict[str, Any]:
         if isinstance(block, dict) and "qkv" in block.get("attention", {}):
             attention = block["attention"]
             for leaf, array in attention.pop("qkv").items():
-                for part, each in zip(("query", "key", "value"), np.moveaxis(array, -3, 0), strict=True):
+                for part, each in zip(
+                    ("query", "key", "value"), np.moveaxis(array, -3, 0), strict=True
+                ):
                     attention.setdefault(part, {})[leaf] = np.ascontiguousarray(each)
     return variables
 
@@ -355,8 +471,15 @@ def _together(variables: Mapping[str, Any]) -> dict[str, Any]:
         parts = [attention.get(part, {}) for part in ("query", "key", "value")]
         shapes = [{leaf: np.shape(array) for leaf, array in part.items()} for part in parts]
         if shapes[0] and shapes[0] == shapes[1] == shapes[2]:
-            together = {leaf: np.stack([np.asarray(part[leaf]) for part in parts], axis=-3) for leaf in parts[0]}
-            others = {key: value for key, value in attention.items() if key not in ("query", "key", "value")}
+            together = {
+                leaf: np.stack([np.asarray(part[leaf]) for part in parts], axis=-3)
+                for leaf in parts[0]
+            }
+            others = {
+                key: value
+                for key, value in attention.items()
+                if key not in ("query", "key", "value")
+            }
             block = {**block, "attention": {**others, "qkv": together}}
         params[name] = block
     return {**variables, "params": params}

@@ -1,11 +1,13 @@
-"""Published Vision Transformers <-> `ggem_jax.models.vit.ViT`: MAE, DeiT, DINOv2, AugReg, and the image towers of CLIP and SigLIP.
+"""Published Vision Transformers <-> `ggem_jax.models.vit.ViT`: MAE, DeiT, DINOv2, AugReg, and the
+image towers of CLIP and SigLIP.
 
-`read_vit` takes a file of timm's, Hugging Face's, OpenAI's or Google's naming (`vit_layouts`) and finds the architecture in the shapes. What a file
-does not say is taken from its family and may be given: heads, GELU, epsilon of the norms. `to_timm` is the way back.
+`read_vit` takes a file of timm's, Hugging Face's, OpenAI's or Google's naming (`vit_layouts`) and
+finds the architecture in the shapes. What a file does not say is taken from its family and may be
+given: heads, GELU, epsilon of the norms. `to_timm` is the way back.
 
-    published = read_vit("deit_small_patch16_224.safetensors")
-    model = ViT(published.config, GGeM(), num_classes=102)
-    variables = published.fill(model.init(jax.random.key(0), images))  # the file's weights; a new head and new exponents
+    published = read_vit("deit_small_patch16_224.safetensors") model = ViT(published.config, GGeM(),
+    num_classes=102) variables = published.fill(model.init(jax.random.key(0), images))  # the file's
+    weights; a new head and new exponents
 """
 
 import dataclasses
@@ -32,16 +34,25 @@ Trained = Literal["cls", "avg", "map"]
 
 IMAGENET: tuple[Means, Means] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 HALF: tuple[Means, Means] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-OPENAI: tuple[Means, Means] = ((0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711))
+OPENAI: tuple[Means, Means] = (
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)
 POOLINGS = {"cls": cls_pool, "avg": avg_pool, "map": MAP()}
-HEADS = {192: 3, 1152: 16, 1280: 16}  # where a head has not 64 channels (DeiT-Ti has): So400m and H of the published sizes
+HEADS = {
+    192: 3,
+    1152: 16,
+    1280: 16,
+}  # where a head has not 64 channels (DeiT-Ti has): So400m and H of the published sizes
 
 
 class Family(NamedTuple):
     """What the weights of a family were trained with, beside what their shapes say."""
 
     about: str
-    normalised: tuple[Means, Means] | None  # mean and deviation of the pictures, in [0, 1]; None: files of this kind do not agree
+    normalised: (
+        tuple[Means, Means] | None
+    )  # mean and deviation of the pictures, in [0, 1]; None: files of this kind do not agree
     pooling: Trained
     gelu: GELU = "exact"
     norm_eps: float = 1e-6
@@ -52,11 +63,17 @@ FAMILIES = {
     "deit": Family("DeiT with a distillation token (Touvron et al., 2021)", IMAGENET, "cls"),
     "deit3": Family("DeiT III (Touvron et al., 2022)", IMAGENET, "cls"),
     "dinov2": Family("DINOv2 (Oquab et al., 2023), with or without registers", IMAGENET, "cls"),
-    "clip": Family("the image tower of CLIP (Radford et al., 2021)", OPENAI, "cls", gelu="quick", norm_eps=1e-5),
+    "clip": Family(
+        "the image tower of CLIP (Radford et al., 2021)", OPENAI, "cls", gelu="quick", norm_eps=1e-5
+    ),
     "siglip": Family("the image tower of SigLIP (Zhai et al., 2023)", HALF, "map", gelu="tanh"),
     "augreg": Family("AugReg (Steiner et al., 2022), as trained in Flax", HALF, "cls", gelu="tanh"),
-    "big_vision": Family("a ViT of big_vision (Beyer et al., 2022), as trained in Flax", HALF, "avg", gelu="tanh"),
-    "vit": Family("a plain ViT: AugReg, DeiT or another, which their names do not tell apart", None, "cls"),
+    "big_vision": Family(
+        "a ViT of big_vision (Beyer et al., 2022), as trained in Flax", HALF, "avg", gelu="tanh"
+    ),
+    "vit": Family(
+        "a plain ViT: AugReg, DeiT or another, which their names do not tell apart", None, "cls"
+    ),
 }
 
 
@@ -80,22 +97,33 @@ class PublishedViT:
     normalised: tuple[Means, Means] | None  # mean and deviation of red, green and blue in [0, 1]
     style: Style
     variables: dict[str, Any] = field(repr=False)
-    unused: tuple[str, ...] = field(default=(), repr=False)  # names in the file that no part of the network uses
-    rest: Arrays = field(default_factory=dict, repr=False)  # the second head of a distilled network, which goes back as it came
+    unused: tuple[str, ...] = field(
+        default=(), repr=False
+    )  # names in the file that no part of the network uses
+    rest: Arrays = field(
+        default_factory=dict, repr=False
+    )  # the second head of a distilled network, which goes back as it came
 
     def model(self) -> ViT:
         """The network as it was trained."""
         return ViT(self.config, POOLINGS[self.pooling], self.num_classes)  # type: ignore[arg-type]
 
     def fill(self, variables: Mapping[str, Any]) -> dict[str, Any]:
-        """Fresh variables of a `ViT` of this config, any pooling and head, with the file's weights everywhere but in these two, which stay fresh.
+        """Fresh variables of a `ViT` of this config, any pooling and head, with the file's weights
+        everywhere but in these two, which stay fresh.
 
-        Positions are resampled where the network is made for pictures of another size; its number of heads, which files do not say, may be another.
+        Positions are resampled where the network is made for pictures of another size; its number
+        of heads, which files do not say, may be another.
 
         Raises:
-            MismatchedWeights: a parameter outside `pool` and `head` is not in the file, of another shape, or in the file alone.
+            MismatchedWeights: a parameter outside `pool` and `head` is not in the file, of another
+                shape, or in the file alone.
         """
-        leaves = [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(self.variables) if path[1].key not in ("pool", "head")]
+        leaves = [
+            (path, leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(self.variables)
+            if path[1].key not in ("pool", "head")
+        ]
         flat = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
         faults = []
 
@@ -104,12 +132,19 @@ class PublishedViT:
             found = flat.pop(name, None)
             if found is not None and path[-1].key == "position":
                 found = self._positions(found, len(fresh))
-            if found is not None and ".attention." in ".".join(part.key for part in path) and found.size == fresh.size:
+            if (
+                found is not None
+                and ".attention." in ".".join(part.key for part in path)
+                and found.size == fresh.size
+            ):
                 found = found.reshape(fresh.shape)  # of other heads
             if found is not None and found.shape == fresh.shape:
                 return found.astype(fresh.dtype)
             if path[1].key not in ("pool", "head"):
-                faults.append(f"{name} {fresh.shape}{f', where the file has {found.shape}' if found is not None else ''}")
+                faults.append(
+                    f"{name}"
+                    f" {fresh.shape}{f', where the file has {found.shape}' if found is not None else ''}"
+                )
             return fresh
 
         filled = jax.tree_util.tree_map_with_path(chosen, dict(variables))
@@ -124,7 +159,9 @@ class PublishedViT:
         side, old = math.isqrt(max(count - own, 0)), c.image // c.patch
         if len(table) == count or side * side != count - own:
             return table
-        grid = resample_position(table[own:], (old, old), (side, side), antialias=c.position_filter == "antialias")
+        grid = resample_position(
+            table[own:], (old, old), (side, side), antialias=c.position_filter == "antialias"
+        )
         return np.concatenate([table[:own], np.asarray(grid)])
 
 
@@ -135,19 +172,30 @@ def read_vit(
     gelu: GELU | None = None,
     norm_eps: float | None = None,
 ) -> PublishedViT:
-    """Reads a published checkpoint: `.safetensors`, `.npz`, or `.pth`, `.pt`, `.bin` through the restricted reader.
+    """Reads a published checkpoint: `.safetensors`, `.npz`, or `.pth`, `.pt`, `.bin` through the
+    restricted reader.
 
-    `heads`, `gelu` and `norm_eps` are what files do not say: given, they hold; else those of the published sizes and of the family. A `config.json`
-    of timm beside the file gives mean and deviation of the pictures.
+    `heads`, `gelu` and `norm_eps` are what files do not say: given, they hold; else those of the
+    published sizes and of the family. A `config.json` of timm beside the file gives mean and
+    deviation of the pictures.
 
     Raises:
         UnreadableWeights: the file cannot be read.
-        MismatchedWeights: it is no ViT of a known layout, or one that our ViT cannot be; the message lists the offending names.
+        MismatchedWeights: it is no ViT of a known layout, or one that our ViT cannot be; the
+            message lists the offending names.
     """
     found = read_arrays(path)
     layout, arrays, unused = to_names_of_timm(found, source=str(path))
     heads = heads or heads_of(found)
-    published = from_timm(arrays, layout=layout, unused=unused, heads=heads, gelu=gelu, norm_eps=norm_eps, source=str(path))
+    published = from_timm(
+        arrays,
+        layout=layout,
+        unused=unused,
+        heads=heads,
+        gelu=gelu,
+        norm_eps=norm_eps,
+        source=str(path),
+    )
     normalised = _normalised_of_config(Path(path).with_name("config.json"))
     return dataclasses.replace(published, normalised=normalised) if normalised else published
 
@@ -175,34 +223,67 @@ def from_timm(
         config,
         gelu=gelu or usual.gelu,
         norm_eps=norm_eps or usual.norm_eps,
-        position_filter="antialias" if layout == "timm" or (family == "dinov2" and config.registers) else "cubic",
+        position_filter=(
+            "antialias"
+            if layout == "timm" or (family == "dinov2" and config.registers)
+            else "cubic"
+        ),
     )
     folded = folded_positions(arrays, config, style)
     if "head.weight" in folded and "head.bias" not in folded:  # the projection of CLIP
         folded["head.bias"] = np.zeros(len(folded["head.weight"]), folded["head.weight"].dtype)
     num_classes = len(folded["head.weight"]) if "head.weight" in folded else 0
     rest = {name: folded.pop(name) for name in list(folded) if name.startswith("head_dist.")}
-    pooling: Trained = "map" if "attn_pool.latent" in folded else "avg" if style.fc_norm else usual.pooling if usual.pooling != "map" else "avg"
+    pooling: Trained = (
+        "map"
+        if "attn_pool.latent" in folded
+        else "avg"
+        if style.fc_norm
+        else usual.pooling
+        if usual.pooling != "map"
+        else "avg"
+    )
     if pooling == "cls" and not config.class_token:
         pooling = "avg"
     variables = to_variables(folded, vit_table(config, style, pooling, num_classes), source=source)
-    return PublishedViT(family, layout, config, pooling, num_classes, usual.normalised, style, variables, unused, rest)
+    return PublishedViT(
+        family,
+        layout,
+        config,
+        pooling,
+        num_classes,
+        usual.normalised,
+        style,
+        variables,
+        unused,
+        rest,
+    )
 
 
 def to_timm(published: PublishedViT, variables: Mapping[str, Any] | None = None) -> Arrays:
-    """Parameters by timm's names, as `write_safetensors` takes them: those of `variables`, which may have been trained further, or those as read.
+    """Parameters by timm's names, as `write_safetensors` takes them: those of `variables`, which
+    may have been trained further, or those as read.
 
-    Raises `MismatchedWeights` unless the variables are those of the published network (another pooling has no name there).
+    Raises `MismatchedWeights` unless the variables are those of the published network (another
+    pooling has no name there).
     """
     table = vit_table(published.config, published.style, published.pooling, published.num_classes)
     arrays = to_published(published.variables if variables is None else variables, table)
     return join_qkv(unfolded_positions(arrays, published.config, published.style)) | published.rest
 
 
-def vit_table(config: ViTConfig, style: Style, pooling: Trained, num_classes: int) -> dict[str, Parameter]:
-    """timm's names, with queries, keys and values apart and positions folded, and where their parameters go."""
+def vit_table(
+    config: ViTConfig, style: Style, pooling: Trained, num_classes: int
+) -> dict[str, Parameter]:
+    """timm's names, with queries, keys and values apart and positions folded, and where their
+    parameters go.
+    """
     c, width = config, config.width
-    table = {"patch_embed.proj.weight": Parameter(("params", "patch_embedding", "kernel"), (width, 3, c.patch, c.patch), "conv")}
+    table = {
+        "patch_embed.proj.weight": Parameter(
+            ("params", "patch_embedding", "kernel"), (width, 3, c.patch, c.patch), "conv"
+        )
+    }
     if c.patch_bias:
         table["patch_embed.proj.bias"] = Parameter(("params", "patch_embedding", "bias"), (width,))
     side = c.image // c.patch
@@ -215,15 +296,25 @@ def vit_table(config: ViTConfig, style: Style, pooling: Trained, num_classes: in
         table |= _norm("norm_pre", ("norm_pre",), width)
     for i in range(c.depth):
         theirs, ours = f"blocks.{i}", f"blocks_{i}"
-        table |= _norm(f"{theirs}.norm1", (ours, "norm_1"), width) | _norm(f"{theirs}.norm2", (ours, "norm_2"), width)
-        table |= _attention(f"{theirs}.attn", (ours, "attention"), c) | _mlp(f"{theirs}.mlp", (ours, "mlp"), c)
+        table |= _norm(f"{theirs}.norm1", (ours, "norm_1"), width) | _norm(
+            f"{theirs}.norm2", (ours, "norm_2"), width
+        )
+        table |= _attention(f"{theirs}.attn", (ours, "attention"), c) | _mlp(
+            f"{theirs}.mlp", (ours, "mlp"), c
+        )
         if c.layer_scale is not None:
             for n in (1, 2):
-                table[f"{theirs}.ls{n}.gamma"] = Parameter(("params", ours, f"layer_scale_{n}"), (width,))
+                table[f"{theirs}.ls{n}.gamma"] = Parameter(
+                    ("params", ours, f"layer_scale_{n}"), (width,)
+                )
     table |= _norm("fc_norm" if style.fc_norm else "norm", ("norm",), width)
     if pooling == "map":
-        table["attn_pool.latent"] = Parameter(("params", "pool", "query"), (1, 1, width), ours=(1, width))
-        table |= _attention("attn_pool", ("pool", "attention"), c) | _norm("attn_pool.norm", ("pool", "norm"), width)
+        table["attn_pool.latent"] = Parameter(
+            ("params", "pool", "query"), (1, 1, width), ours=(1, width)
+        )
+        table |= _attention("attn_pool", ("pool", "attention"), c) | _norm(
+            "attn_pool.norm", ("pool", "norm"), width
+        )
         table |= _mlp("attn_pool.mlp", ("pool", "mlp"), c)
     if num_classes:
         table |= _dense("head", ("head",), width, num_classes)
@@ -250,7 +341,9 @@ def _dense(theirs: str, ours: tuple[str, ...], inner: int, outer: int) -> dict[s
 
 def _mlp(theirs: str, ours: tuple[str, ...], c: ViTConfig) -> dict[str, Parameter]:
     hidden = c.mlp_width * (2 if c.mlp == "swiglu" else 1)
-    return _dense(f"{theirs}.fc1", (*ours, "in"), c.width, hidden) | _dense(f"{theirs}.fc2", (*ours, "out"), c.mlp_width, c.width)
+    return _dense(f"{theirs}.fc1", (*ours, "in"), c.width, hidden) | _dense(
+        f"{theirs}.fc2", (*ours, "out"), c.mlp_width, c.width
+    )
 
 
 def _attention(theirs: str, ours: tuple[str, ...], c: ViTConfig) -> dict[str, Parameter]:
@@ -258,17 +351,27 @@ def _attention(theirs: str, ours: tuple[str, ...], c: ViTConfig) -> dict[str, Pa
     heads, width = (c.heads, c.width // c.heads), c.width
     table = {}
     for part, name in (("q", "query"), ("k", "key"), ("v", "value")):
-        table[f"{theirs}.{part}.weight"] = Parameter(("params", *ours, name, "kernel"), (width, width), "dense", ours=(width, *heads))
+        table[f"{theirs}.{part}.weight"] = Parameter(
+            ("params", *ours, name, "kernel"), (width, width), "dense", ours=(width, *heads)
+        )
         if c.qkv_bias:
-            table[f"{theirs}.{part}.bias"] = Parameter(("params", *ours, name, "bias"), (width,), ours=heads)
-    table[f"{theirs}.proj.weight"] = Parameter(("params", *ours, "out", "kernel"), (width, width), "dense", ours=(*heads, width))
+            table[f"{theirs}.{part}.bias"] = Parameter(
+                ("params", *ours, name, "bias"), (width,), ours=heads
+            )
+    table[f"{theirs}.proj.weight"] = Parameter(
+        ("params", *ours, "out", "kernel"), (width, width), "dense", ours=(*heads, width)
+    )
     table[f"{theirs}.proj.bias"] = Parameter(("params", *ours, "out", "bias"), (width,))
     return table
 
 
 def folded_positions(arrays: Arrays, config: ViTConfig, style: Style) -> Arrays:
-    """Prefix tokens and positions as our model keeps them: one position for the class token and none for registers, into which theirs are added."""
-    folded = {name: array for name, array in arrays.items() if name not in ("dist_token", "reg_token")}
+    """Prefix tokens and positions as our model keeps them: one position for the class token and
+    none for registers, into which theirs are added.
+    """
+    folded = {
+        name: array for name, array in arrays.items() if name not in ("dist_token", "reg_token")
+    }
     table = np.asarray(arrays["pos_embed"])[0].astype(np.float32)
     grid = table[style.positions :]
     if config.class_token:
@@ -276,7 +379,10 @@ def folded_positions(arrays: Arrays, config: ViTConfig, style: Style) -> Arrays:
         folded["pos_embed"] = np.concatenate([own, grid])[None]
     registers = []
     if style.distilled:
-        registers.append(np.asarray(arrays["dist_token"])[0].astype(np.float32) + (table[1:2] if style.positions > 1 else 0))
+        registers.append(
+            np.asarray(arrays["dist_token"])[0].astype(np.float32)
+            + (table[1:2] if style.positions > 1 else 0)
+        )
     if "reg_token" in arrays:
         registers.append(np.asarray(arrays["reg_token"])[0])
     if registers:
@@ -285,7 +391,9 @@ def folded_positions(arrays: Arrays, config: ViTConfig, style: Style) -> Arrays:
 
 
 def unfolded_positions(arrays: Arrays, config: ViTConfig, style: Style) -> Arrays:
-    """The other direction: where a file has no positions of its own for prefix tokens, that of the class token is added to it."""
+    """The other direction: where a file has no positions of its own for prefix tokens, that of the
+    class token is added to it.
+    """
     unfolded = dict(arrays)
     table = arrays["pos_embed"][0]
     if config.class_token:
@@ -294,7 +402,9 @@ def unfolded_positions(arrays: Arrays, config: ViTConfig, style: Style) -> Array
             unfolded["cls_token"] = arrays["cls_token"] + own
             unfolded["pos_embed"] = grid[None]
         else:
-            unfolded["pos_embed"] = np.concatenate([own, *[np.zeros_like(own)] * (style.positions - 1), grid])[None]
+            unfolded["pos_embed"] = np.concatenate(
+                [own, *[np.zeros_like(own)] * (style.positions - 1), grid]
+            )[None]
     if style.distilled:
         registers = unfolded.pop("reg_token")
         unfolded["dist_token"] = registers[:, :1]
@@ -315,8 +425,14 @@ def _family(layout: str, arrays: Arrays, unused: tuple[str, ...]) -> str:
         return "big_vision"
     if "blocks.0.ls1.gamma" in arrays:
         with_registers = "reg_token" in arrays or "mask_token" in dropped
-        of_patch_14 = "patch_embed.proj.weight" in arrays and arrays["patch_embed.proj.weight"].shape[-1:] == (14,)
-        return "dinov2" if with_registers or layout == "hf-dinov2" or of_patch_14 or _gated(arrays) else "deit3"
+        of_patch_14 = "patch_embed.proj.weight" in arrays and arrays[
+            "patch_embed.proj.weight"
+        ].shape[-1:] == (14,)
+        return (
+            "dinov2"
+            if with_registers or layout == "hf-dinov2" or of_patch_14 or _gated(arrays)
+            else "deit3"
+        )
     if "dist_token" in arrays:
         return "deit"
     return "mae" if "decoder" in dropped or "fc_norm.weight" in arrays else "vit"
@@ -324,19 +440,36 @@ def _family(layout: str, arrays: Arrays, unused: tuple[str, ...]) -> str:
 
 def _architecture(arrays: Arrays, heads: int | None, source: str) -> tuple[Style, ViTConfig]:
     """What the shapes say."""
-    needed = ("patch_embed.proj.weight", "pos_embed", "blocks.0.mlp.fc1.weight", "blocks.0.mlp.fc2.weight")
+    needed = (
+        "patch_embed.proj.weight",
+        "pos_embed",
+        "blocks.0.mlp.fc1.weight",
+        "blocks.0.mlp.fc2.weight",
+    )
     if missing := [name for name in needed if name not in arrays]:
-        learned = "; networks without learned positions, such as DINOv3 with its rotary ones, are not read" if "pos_embed" in missing else ""
+        learned = (
+            "; networks without learned positions, such as DINOv3 with its rotary ones, are not"
+            " read"
+            if "pos_embed" in missing
+            else ""
+        )
         raise MismatchedWeights(f"{source} has no {', '.join(missing)}{learned}")
     kernel = arrays["patch_embed.proj.weight"]
     if kernel.ndim != 4 or kernel.shape[1] != 3 or kernel.shape[2] != kernel.shape[3]:
-        raise MismatchedWeights(f"{source}: patch_embed.proj.weight must be (width, 3, patch, patch), not {kernel.shape}")
+        raise MismatchedWeights(
+            f"{source}: patch_embed.proj.weight must be (width, 3, patch, patch), not"
+            f" {kernel.shape}"
+        )
     blocks = {int(name.split(".")[1]) for name in arrays if name.startswith("blocks.")}
     if far := sorted(block for block in blocks if block >= len(arrays)):
-        raise MismatchedWeights(f"{source} has parameters of block {far[0]}, and of blocks before it not all")
+        raise MismatchedWeights(
+            f"{source} has parameters of block {far[0]}, and of blocks before it not all"
+        )
     width, patch, first = kernel.shape[0], kernel.shape[2], arrays["blocks.0.mlp.fc1.weight"]
     if first.ndim != 2:
-        raise MismatchedWeights(f"{source}: blocks.0.mlp.fc1.weight must be (hidden, width), not {first.shape}")
+        raise MismatchedWeights(
+            f"{source}: blocks.0.mlp.fc1.weight must be (hidden, width), not {first.shape}"
+        )
     class_token, distilled = "cls_token" in arrays, "dist_token" in arrays
     registers = (arrays["reg_token"].shape[1] if "reg_token" in arrays else 0) + distilled
     count = arrays["pos_embed"].shape[1]
@@ -364,8 +497,12 @@ def _architecture(arrays: Arrays, heads: int | None, source: str) -> tuple[Style
 
 
 def _gated(arrays: Arrays) -> bool:
-    """Whether the MLPs are gated: the first layer makes two channels, the gate and what it lets through, of each that the second takes."""
-    first, second = (np.shape(arrays.get(f"blocks.0.mlp.{layer}.weight", 0)) for layer in ("fc1", "fc2"))
+    """Whether the MLPs are gated: the first layer makes two channels, the gate and what it lets
+    through, of each that the second takes.
+    """
+    first, second = (
+        np.shape(arrays.get(f"blocks.0.mlp.{layer}.weight", 0)) for layer in ("fc1", "fc2")
+    )
     return len(first) == len(second) == 2 and first[0] == 2 * second[1]
 
 
@@ -375,7 +512,10 @@ def _grid(count: int, class_token: int, distilled: int, source: str) -> tuple[in
         side = math.isqrt(max(count - positions, 0))
         if side and side * side == count - positions:
             return side, positions
-    raise MismatchedWeights(f"{source}: {count} positions are no square of patches, with {class_token + distilled} prefix tokens or without")
+    raise MismatchedWeights(
+        f"{source}: {count} positions are no square of patches, with {class_token + distilled}"
+        " prefix tokens or without"
+    )
 
 
 def _normalised_of_config(path: Path) -> tuple[Means, Means] | None:

@@ -1,10 +1,12 @@
 """Names of published Vision Transformers -> those of timm. Arrays take PyTorch's axes on the way.
 
-One name for each parameter, whatever file it came in: `blocks.3.mlp.fc1.bias`, `attn_pool.latent`. Queries, keys and values stand in one array in
-some files, `blocks.3.attn.qkv.weight`, and apart in others, `blocks.3.attn.q.weight`, as in our model: `split_qkv`, and `join_qkv` on the way back.
+One name for each parameter, whatever file it came in: `blocks.3.mlp.fc1.bias`, `attn_pool.latent`.
+Queries, keys and values stand in one array in some files, `blocks.3.attn.qkv.weight`, and apart in
+others, `blocks.3.attn.q.weight`, as in our model: `split_qkv`, and `join_qkv` on the way back.
 
-References for the names: github.com/huggingface/pytorch-image-models, vision_transformer.py and deit.py; huggingface/transformers, models vit, deit,
-dinov2, dinov2_with_registers, clip and siglip; openai/CLIP and mlfoundations/open_clip, model.py; google-research/vision_transformer and
+References for the names: github.com/huggingface/pytorch-image-models, vision_transformer.py and
+deit.py; huggingface/transformers, models vit, deit, dinov2, dinov2_with_registers, clip and siglip;
+openai/CLIP and mlfoundations/open_clip, model.py; google-research/vision_transformer and
 big_vision, vit.py; facebookresearch/{mae,deit,dinov2}.
 """
 
@@ -21,7 +23,9 @@ Rule = tuple[str, str, Callable[[np.ndarray], np.ndarray] | None]
 
 
 class Layout(NamedTuple):
-    """How one publisher names things: a name that only such files have, the folders before the names, the rules, and what a ViT does not use."""
+    """How one publisher names things: a name that only such files have, the folders before the
+    names, the rules, and what a ViT does not use.
+    """
 
     mark: str
     prefixes: tuple[str, ...]
@@ -60,7 +64,11 @@ def _leaf(theirs: str, ours: str) -> Rule:
 
 def _flax(theirs: str, ours: str, kernel: Callable = _dense) -> tuple[Rule, ...]:
     """A dense module of Flax."""
-    return (rf"{theirs}/kernel", f"{ours}.weight", kernel), (rf"{theirs}/bias", f"{ours}.bias", _flat)
+    return (rf"{theirs}/kernel", f"{ours}.weight", kernel), (
+        rf"{theirs}/bias",
+        f"{ours}.bias",
+        _flat,
+    )
 
 
 def _flax_norm(theirs: str, ours: str) -> tuple[Rule, ...]:
@@ -69,13 +77,26 @@ def _flax_norm(theirs: str, ours: str) -> tuple[Rule, ...]:
 
 _TIMM = Layout(
     mark=r"blocks\.0\.norm1\.weight",
-    prefixes=("", "module.", "backbone.", "teacher.backbone.", "student.backbone.", "encoder.", "visual.trunk."),  # the last one is open_clip's
+    prefixes=(
+        "",
+        "module.",
+        "backbone.",
+        "teacher.backbone.",
+        "student.backbone.",
+        "encoder.",
+        "visual.trunk.",
+    ),  # the last one is open_clip's
     rules=(
         (r"(cls_token|dist_token|pos_embed)", r"\g<1>", _row),
         (r"(reg_token|register_tokens)", "reg_token", _row),
         _leaf(r"(?P<m>patch_embed\.proj|norm|fc_norm|norm_pre|head|head_dist)", r"\g<m>"),
-        _leaf(r"blocks\.(?P<i>\d+)\.(?P<m>norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)", r"blocks.\g<i>.\g<m>"),
-        _leaf(r"blocks\.(?P<i>\d+)\.mlp\.w12", r"blocks.\g<i>.mlp.fc1"),  # DINOv2's own names of its gated MLP
+        _leaf(
+            r"blocks\.(?P<i>\d+)\.(?P<m>norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)",
+            r"blocks.\g<i>.\g<m>",
+        ),
+        _leaf(
+            r"blocks\.(?P<i>\d+)\.mlp\.w12", r"blocks.\g<i>.mlp.fc1"
+        ),  # DINOv2's own names of its gated MLP
         _leaf(r"blocks\.(?P<i>\d+)\.mlp\.w3", r"blocks.\g<i>.mlp.fc2"),
         (r"blocks\.(?P<i>\d+)\.ls(?P<n>[12])\.gamma", r"blocks.\g<i>.ls\g<n>.gamma", None),
         (r"blocks\.(?P<i>\d+)\.gamma_(?P<n>[12])", r"blocks.\g<i>.ls\g<n>.gamma", None),
@@ -90,7 +111,10 @@ _HF_SHARED: tuple[Rule, ...] = (
     (r"embeddings\.cls_token", "cls_token", _row),
     (r"embeddings\.position_embeddings", "pos_embed", _row),
     _leaf(r"embeddings\.patch_embeddings\.projection", "patch_embed.proj"),
-    _leaf(_HF_BLOCK + r"attention\.attention\.(?P<m>q|k|v)(?:uery|ey|alue)", r"blocks.\g<i>.attn.\g<m>"),
+    _leaf(
+        _HF_BLOCK + r"attention\.attention\.(?P<m>q|k|v)(?:uery|ey|alue)",
+        r"blocks.\g<i>.attn.\g<m>",
+    ),
     _leaf(_HF_BLOCK + r"attention\.output\.dense", r"blocks.\g<i>.attn.proj"),
     _leaf("layernorm", "norm"),
 )
@@ -121,7 +145,8 @@ _HF_DINOV2 = Layout(
         _leaf(_HF_BLOCK + r"mlp\.weights_out", r"blocks.\g<i>.mlp.fc2"),
         (_HF_BLOCK + r"layer_scale(?P<n>[12])\.lambda1", r"blocks.\g<i>.ls\g<n>.gamma", None),
     ),
-    unused=r"embeddings\.mask_token|classifier\.(weight|bias)",  # its classifier takes the class token and the mean of the patches
+    # its classifier takes the class token and the mean of the patches
+    unused=r"embeddings\.mask_token|classifier\.(weight|bias)",
 )
 
 _HF_LAYER = r"encoder\.layers\.(?P<i>\d+)\."
@@ -176,15 +201,25 @@ _CLIP = Layout(
 )
 
 
-def _npz(block: str, attention: str, second: str, mlp: str, rest: tuple[Rule, ...]) -> tuple[Rule, ...]:
+def _npz(
+    block: str, attention: str, second: str, mlp: str, rest: tuple[Rule, ...]
+) -> tuple[Rule, ...]:
     """Rules of Flax's own files: the blocks, and what is different between them."""
     inside = rf"Transformer/{block}/"
-    rules: list[Rule] = [*_flax("embedding", "patch_embed.proj", _conv), ("cls", "cls_token", _row), *_flax("head", "head")]
-    rules += _flax_norm(inside + "LayerNorm_0", r"blocks.\g<i>.norm1") + _flax_norm(inside + second, r"blocks.\g<i>.norm2")
+    rules: list[Rule] = [
+        *_flax("embedding", "patch_embed.proj", _conv),
+        ("cls", "cls_token", _row),
+        *_flax("head", "head"),
+    ]
+    rules += _flax_norm(inside + "LayerNorm_0", r"blocks.\g<i>.norm1") + _flax_norm(
+        inside + second, r"blocks.\g<i>.norm2"
+    )
     for name in ("query", "key", "value"):
         rules += _flax(inside + rf"{attention}/{name}", rf"blocks.\g<i>.attn.{name[0]}")
     rules += _flax(inside + rf"{attention}/out", r"blocks.\g<i>.attn.proj", _dense_out)
-    rules += _flax(inside + f"{mlp}/Dense_0", r"blocks.\g<i>.mlp.fc1") + _flax(inside + f"{mlp}/Dense_1", r"blocks.\g<i>.mlp.fc2")
+    rules += _flax(inside + f"{mlp}/Dense_0", r"blocks.\g<i>.mlp.fc1") + _flax(
+        inside + f"{mlp}/Dense_1", r"blocks.\g<i>.mlp.fc2"
+    )
     return (*rules, *_flax_norm("Transformer/encoder_norm", "norm"), *rest)
 
 
@@ -198,7 +233,8 @@ _AUGREG = Layout(
         "MlpBlock_3",
         ((r"Transformer/posembed_input/pos_embedding", "pos_embed", _row),),
     ),
-    unused=r"pre_logits/(kernel|bias)",  # of weights before fine-tuning, where the head was another one
+    # of weights before fine-tuning, where the head was another one
+    unused=r"pre_logits/(kernel|bias)",
 )
 
 _MAP_HEAD = "MAPHead_0/"
@@ -208,9 +244,13 @@ _MAP_RULES: tuple[Rule, ...] = (
     *(
         rule
         for name in ("query", "key", "value")
-        for rule in _flax(_MAP_HEAD + f"(?:MultiHeadDotProductAttention_0|MHDPA_0)/{name}", f"attn_pool.{name[0]}")
+        for rule in _flax(
+            _MAP_HEAD + f"(?:MultiHeadDotProductAttention_0|MHDPA_0)/{name}", f"attn_pool.{name[0]}"
+        )
     ),
-    *_flax(_MAP_HEAD + "(?:MultiHeadDotProductAttention_0|MHDPA_0)/out", "attn_pool.proj", _dense_out),
+    *_flax(
+        _MAP_HEAD + "(?:MultiHeadDotProductAttention_0|MHDPA_0)/out", "attn_pool.proj", _dense_out
+    ),
     *_flax_norm(_MAP_HEAD + "LayerNorm_0", "attn_pool.norm"),
     *_flax(_MAP_HEAD + "MlpBlock_0/Dense_0", "attn_pool.mlp.fc1"),
     *_flax(_MAP_HEAD + "MlpBlock_0/Dense_1", "attn_pool.mlp.fc2"),
@@ -218,7 +258,13 @@ _MAP_RULES: tuple[Rule, ...] = (
 _BIG_VISION = Layout(
     mark=r"Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel",
     prefixes=("", "params/", "params/img/", "img/"),
-    rules=_npz(r"encoderblock_(?P<i>\d+)", "(?:MultiHeadDotProductAttention_0|MHDPA_0)", "LayerNorm_1", "MlpBlock_0", _MAP_RULES),
+    rules=_npz(
+        r"encoderblock_(?P<i>\d+)",
+        "(?:MultiHeadDotProductAttention_0|MHDPA_0)",
+        "LayerNorm_1",
+        "MlpBlock_0",
+        _MAP_RULES,
+    ),
     unused=r"(params/)?(txt/.*|t|b|t_.*|b_.*)|opt/.*|pre_logits/.*",
 )
 
@@ -233,29 +279,42 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
-# What only files of networks with rotary positions have: those of DINOv3, and the names that Hugging Face gives it.
+# What only files of networks with rotary positions have: those of DINOv3, and the names that
+# Hugging Face gives it.
 _ROTARY = r"(.*\.)?(rope_embed\..*|storage_tokens|blocks\.\d+\.attn\.qkv\.bias_mask|(?<!encoder\.)layer\.\d+\.attention\.[qkv]_proj\.weight)"
 
 
 def find_layout(arrays: Mapping[str, np.ndarray]) -> tuple[str, str]:
-    """The layout whose mark is among the names, and the folder before them. Raises `MismatchedWeights` where none is."""
+    """The layout whose mark is among the names, and the folder before them. Raises
+    `MismatchedWeights` where none is.
+    """
     for name, layout in LAYOUTS.items():
         for prefix in layout.prefixes:
             if any(re.fullmatch(re.escape(prefix) + layout.mark, each) for each in arrays):
                 return name, prefix
     shown = ", ".join(sorted(arrays)[:8])
-    raise MismatchedWeights(f"no Vision Transformer of a known layout ({', '.join(LAYOUTS)}): its names begin {shown or 'nowhere, there are none'}")
+    raise MismatchedWeights(
+        f"no Vision Transformer of a known layout ({', '.join(LAYOUTS)}): its names begin"
+        f" {shown or 'nowhere, there are none'}"
+    )
 
 
-def to_names_of_timm(arrays: Mapping[str, np.ndarray], *, source: str) -> tuple[str, Arrays, tuple[str, ...]]:
-    """The layout, the parameters by timm's names (queries, keys and values together or apart, as they came), and the names that no ViT uses.
+def to_names_of_timm(
+    arrays: Mapping[str, np.ndarray], *, source: str
+) -> tuple[str, Arrays, tuple[str, ...]]:
+    """The layout, the parameters by timm's names (queries, keys and values together or apart, as
+    they came), and the names that no ViT uses.
 
     Raises:
-        MismatchedWeights: no known layout, rotary positions, or names that the layout has no place for; the message lists them.
+        MismatchedWeights: no known layout, rotary positions, or names that the layout has no place
+            for; the message lists them.
     """
     arrays = unstacked(arrays)
     if rotary := [name for name in arrays if re.fullmatch(_ROTARY, name)]:
-        raise MismatchedWeights(f"{source} is of a network with rotary positions, such as DINOv3, which is not read: {', '.join(sorted(rotary)[:8])}")
+        raise MismatchedWeights(
+            f"{source} is of a network with rotary positions, such as DINOv3, which is not read:"
+            f" {', '.join(sorted(rotary)[:8])}"
+        )
     try:
         name, prefix = find_layout(arrays)
     except MismatchedWeights as error:
@@ -271,33 +330,61 @@ def to_names_of_timm(arrays: Mapping[str, np.ndarray], *, source: str) -> tuple[
             continue
         for pattern, ours, change in layout.rules:
             match = re.fullmatch(pattern.replace("(weight|bias)", "(?P<leaf>weight|bias)"), short)
-            if match and match.expand(ours) not in found:  # two names of one parameter: no place for the second
-                found[match.expand(ours)] = array if change is None else _changed(array, change, full, source)
+            if (
+                match and match.expand(ours) not in found
+            ):  # two names of one parameter: no place for the second
+                found[match.expand(ours)] = (
+                    array if change is None else _changed(array, change, full, source)
+                )
                 break
         else:
             unknown.append(full)
-    if odd := [f"{name} {array.dtype} {array.shape}" for name, array in found.items() if not array.ndim or array.dtype.kind in "biuScUOM"]:
-        raise MismatchedWeights(f"{source} has parameters that are no arrays of real numbers: {', '.join(odd)}")
+    if odd := [
+        f"{name} {array.dtype} {array.shape}"
+        for name, array in found.items()
+        if not array.ndim or array.dtype.kind in "biuScUOM"
+    ]:
+        raise MismatchedWeights(
+            f"{source} has parameters that are no arrays of real numbers: {', '.join(odd)}"
+        )
     if unknown:
-        raise MismatchedWeights(f"{source} has {len(unknown)} names that a ViT of layout {name} has no place for: {', '.join(sorted(unknown))}")
+        raise MismatchedWeights(
+            f"{source} has {len(unknown)} names that a ViT of layout {name} has no place for:"
+            f" {', '.join(sorted(unknown))}"
+        )
     return name, found, tuple(unused)
 
 
-def _changed(array: np.ndarray, change: Callable[[np.ndarray], np.ndarray], name: str, source: str) -> np.ndarray:
+def _changed(
+    array: np.ndarray, change: Callable[[np.ndarray], np.ndarray], name: str, source: str
+) -> np.ndarray:
     try:
         return change(array)
     except (ValueError, IndexError):  # axes that this parameter cannot have
-        raise MismatchedWeights(f"{source}: {name} is of shape {array.shape}, which this parameter cannot have") from None
+        raise MismatchedWeights(
+            f"{source}: {name} is of shape {array.shape}, which this parameter cannot have"
+        ) from None
 
 
 def heads_of(arrays: Mapping[str, np.ndarray], encoder: str = "Transformer") -> int | None:
-    """The number of attention heads where an array of a tower has an axis for them, as in Flax's own files."""
+    """The number of attention heads where an array of a tower has an axis for them, as in Flax's
+    own files.
+    """
     pattern = rf"(.*/)?{encoder}/encoderblock.*/query/kernel"
-    return next((array.shape[-2] for name, array in arrays.items() if re.fullmatch(pattern, name) and array.ndim > 2), None)
+    return next(
+        (
+            array.shape[-2]
+            for name, array in arrays.items()
+            if re.fullmatch(pattern, name) and array.ndim > 2
+        ),
+        None,
+    )
 
 
 def unstacked(arrays: Mapping[str, np.ndarray], encoder: str = "Transformer") -> Arrays:
-    """Blocks that a scan keeps in one array, block after block, as arrays of their own; those of one tower, by the name of its encoder."""
+    """Blocks that a scan keeps in one array, block after block, as arrays of their own; those of
+    one tower, by the name of its encoder.
+    """
     found: Arrays = {}
     for name, array in arrays.items():
         match = re.fullmatch(rf"((?:.*/)?{encoder}/encoderblock)(/.*)", name)
@@ -327,13 +414,20 @@ def split_qkv(arrays: Arrays, *, source: str = "the checkpoint") -> Arrays:
             continue
         module, parts, leaf = match.groups()
         if len(array) % len(parts):
-            raise MismatchedWeights(f"{source}: {name} {array.shape} does not hold {len(parts)} projections")
-        found |= {f"{module}.{part}.{leaf}": each for part, each in zip(parts, np.split(array, len(parts)), strict=True)}
+            raise MismatchedWeights(
+                f"{source}: {name} {array.shape} does not hold {len(parts)} projections"
+            )
+        found |= {
+            f"{module}.{part}.{leaf}": each
+            for part, each in zip(parts, np.split(array, len(parts)), strict=True)
+        }
     return found
 
 
 def join_qkv(arrays: Arrays) -> Arrays:
-    """The other direction, as timm keeps them: `qkv` in blocks, `q` and `kv` in the attention pooling."""
+    """The other direction, as timm keeps them: `qkv` in blocks, `q` and `kv` in the attention
+    pooling.
+    """
     found: Arrays = {}
     for name, array in arrays.items():
         match = re.fullmatch(r"(.*)\.(q|k|v)\.(weight|bias)", name)
@@ -343,7 +437,9 @@ def join_qkv(arrays: Arrays) -> Arrays:
         module, part, leaf = match.groups()
         together = "kv" if module == "attn_pool" else "qkv"
         if part == together[0]:
-            found[f"{module}.{together}.{leaf}"] = np.concatenate([arrays[f"{module}.{each}.{leaf}"] for each in together])
+            found[f"{module}.{together}.{leaf}"] = np.concatenate(
+                [arrays[f"{module}.{each}.{leaf}"] for each in together]
+            )
         elif part not in together:
             found[name] = array
     return found

@@ -20,32 +20,57 @@ from neupims.timing.schedule import NPU_ATTENTION, npu_operation, operations, st
 ELEMENT_OPERATIONS = {"ln": 5, "res": 1, "gelu": 1}  # of one element, as the energy counts them
 
 
-def write_pictures(case: Case, iteration, result: Mapping[str, Any], page: Path | None, trace: Path | None) -> None:
+def write_pictures(
+    case: Case, iteration, result: Mapping[str, Any], page: Path | None, trace: Path | None
+) -> None:
     """Writes the page and the Chrome trace of what `simulate` found, each where a path is given."""
     if page:
         write_report(
             page,
             sections(case, iteration, result),
-            title=f"{result['system']}: {'the prefill' if case.prefill else 'one decode step'} of {result['model']}",
+            title=(
+                f"{result['system']}: {'the prefill' if case.prefill else 'one decode step'} of"
+                f" {result['model']}"
+            ),
             facts=facts(case, result),
         )
     if trace:
-        loads = np.asarray(iteration.channel_cycles).tolist() if result["system"] in PIM_SYSTEMS else ()
-        write_perfetto(trace, result, clock_hz=float(case.hardware.npu.clock_hz), channel_cycles=loads, devices=int(case.parallel.tp))
+        loads = (
+            np.asarray(iteration.channel_cycles).tolist() if result["system"] in PIM_SYSTEMS else ()
+        )
+        write_perfetto(
+            trace,
+            result,
+            clock_hz=float(case.hardware.npu.clock_hz),
+            channel_cycles=loads,
+            devices=int(case.parallel.tp),
+        )
 
 
 def facts(case: Case, result: Mapping[str, Any]) -> dict[str, Any]:
     """What stands at the head of the page."""
     halves, buffers = result["sub_batches"], result["row_buffers"]
-    pim = [f"{halves} sub-batch{'es' if halves > 1 else ''}", f"{buffers} row buffer{'s' if buffers > 1 else ''}"]
+    pim = [
+        f"{halves} sub-batch{'es' if halves > 1 else ''}",
+        f"{buffers} row buffer{'s' if buffers > 1 else ''}",
+    ]
     pim = pim if result["system"] in PIM_SYSTEMS else []
     listed = {
-        "model": f"{result['model']}, tensor parallel over {case.parallel.tp}, pipeline over {case.parallel.pp}",
+        "model": (
+            f"{result['model']}, tensor parallel over {case.parallel.tp}, pipeline over"
+            f" {case.parallel.pp}"
+        ),
         "batch": f"{result['batch']} requests of {int(case.batch.seq_lens.max())} tokens at most",
         "machine": ", ".join([result["system"], *pim, f"{result['fidelity']} fidelity"]),
-        "iteration": f"{result['iteration_seconds'] * 1e3:.3f} ms, {result['tokens_per_second']:,.0f} tokens/s",
+        "iteration": (
+            f"{result['iteration_seconds'] * 1e3:.3f} ms, {result['tokens_per_second']:,.0f}"
+            " tokens/s"
+        ),
         "layer": f"{result['layer_cycles']:,.0f} core cycles",
-        "energy": f"{result['energy_joules']:.3g} J of one device, {result['energy_joules'] / result['iteration_seconds']:.0f} W in the mean",
+        "energy": (
+            f"{result['energy_joules']:.3g} J of one device,"
+            f" {result['energy_joules'] / result['iteration_seconds']:.0f} W in the mean"
+        ),
     }
     if error := result.get("expected_error"):
         listed["expected error of the layer"] = error_sentence(error)
@@ -55,8 +80,15 @@ def facts(case: Case, result: Mapping[str, Any]) -> dict[str, Any]:
 def sections(case: Case, iteration, result: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The sections of the page."""
     with_pim = result["system"] in PIM_SYSTEMS
-    shares = [("NPU busy", "npu_utilization"), ("PIM busy", "pim_utilization"), ("memory bus", "bandwidth_utilization")]
-    told = "Stages follow each other; a stage ends when both units have ended. Operations on NPU and PIM that share a stage run at the same time."
+    shares = [
+        ("NPU busy", "npu_utilization"),
+        ("PIM busy", "pim_utilization"),
+        ("memory bus", "bandwidth_utilization"),
+    ]
+    told = (
+        "Stages follow each other; a stage ends when both units have ended. Operations on NPU and"
+        " PIM that share a stage run at the same time."
+    )
     found: list[dict[str, Any]] = [
         {
             "kind": "gantt",
@@ -68,16 +100,26 @@ def sections(case: Case, iteration, result: Mapping[str, Any]) -> list[dict[str,
         {
             "kind": "bars",
             "title": "Utilisation",
-            "text": "Shares of a layer's cycles, as the public simulator defines them: arrays with a product in their pipeline, channels with PIM "
-            "commands waiting or running, buses that move data.",
-            "shares": [{"name": name, "share": result[key]} for name, key in shares if with_pim or key != "pim_utilization"],
+            "text": (
+                "Shares of a layer's cycles, as the public simulator defines them: arrays with a"
+                " product in their pipeline, channels with PIM commands waiting or running, buses"
+                " that move data."
+            ),
+            "shares": [
+                {"name": name, "share": result[key]}
+                for name, key in shares
+                if with_pim or key != "pim_utilization"
+            ],
         },
         {
             "kind": "roofline",
             "title": "Roofline",
-            "text": "Operations of a layer on one device under the roofs of its NPU with the memory's buses, of PIM with the banks' own bandwidth, "
-            "and of a GPU. Operations of the same name are added up. A short one may stand above its roof: it ends when the memory's queues have "
-            "taken its results, before they are written.",
+            "text": (
+                "Operations of a layer on one device under the roofs of its NPU with the memory's"
+                " buses, of PIM with the banks' own bandwidth, and of a GPU. Operations of the same"
+                " name are added up. A short one may stand above its roof: it ends when the"
+                " memory's queues have taken its results, before they are written."
+            ),
             "points": points(case, iteration),
             "roofs": roofs(case.hardware),
         },
@@ -89,15 +131,30 @@ def sections(case: Case, iteration, result: Mapping[str, Any]) -> list[dict[str,
             {
                 "kind": "channels",
                 "title": "Channels",
-                "text": "Attention on each channel. The longest channel of a sub-batch, dashed, is what its stage waits for.",
-                "loads": [{"name": name, "cycles": load[: int(case.hardware.hbm.num_channels)].tolist()} for name, load in halves],
+                "text": (
+                    "Attention on each channel. The longest channel of a sub-batch, dashed, is what"
+                    " its stage waits for."
+                ),
+                "loads": [
+                    {"name": name, "cycles": load[: int(case.hardware.hbm.num_channels)].tolist()}
+                    for name, load in halves
+                ],
             }
         )
     if result["system"] != "gpu":
         spent = result["energy_parts_joules"]
         total = sum(spent.values())
-        rows = [(name.replace("_", " "), joules, 100 * joules / total) for name, joules in spent.items()]
-        found.append({"kind": "table", "title": "Energy of an iteration", "columns": ("part", "J", "%"), "rows": [*rows, ("together", total, 100.0)]})
+        rows = [
+            (name.replace("_", " "), joules, 100 * joules / total) for name, joules in spent.items()
+        ]
+        found.append(
+            {
+                "kind": "table",
+                "title": "Energy of an iteration",
+                "columns": ("part", "J", "%"),
+                "rows": [*rows, ("together", total, 100.0)],
+            }
+        )
     return found
 
 
@@ -105,33 +162,67 @@ def roofs(hardware: Hardware) -> list[dict[str, Any]]:
     """Peak arithmetic and bandwidth of NPU, PIM and GPU."""
     npu, hbm = hardware.npu, hardware.hbm
     macs = npu.num_arrays * npu.array_width * npu.array_height
-    operands = hbm.num_channels * banks(hbm) * hardware.pim.macs_per_bank * hbm.clock_hz / burst_cycles(hbm)  # a second
+    operands = (
+        hbm.num_channels
+        * banks(hbm)
+        * hardware.pim.macs_per_bank
+        * hbm.clock_hz
+        / burst_cycles(hbm)
+    )  # a second
     return [
-        {"name": "NPU", "flops_per_second": 2.0 * macs * npu.clock_hz, "bytes_per_second": peak_bytes_per_cycle(hbm) * hbm.clock_hz},
-        {"name": "PIM", "flops_per_second": 2.0 * operands, "bytes_per_second": FLOAT16_BYTES * operands},
-        {"name": "GPU", "flops_per_second": float(hardware.gpu.flops_per_second), "bytes_per_second": float(hardware.gpu.bytes_per_second)},
+        {
+            "name": "NPU",
+            "flops_per_second": 2.0 * macs * npu.clock_hz,
+            "bytes_per_second": peak_bytes_per_cycle(hbm) * hbm.clock_hz,
+        },
+        {
+            "name": "PIM",
+            "flops_per_second": 2.0 * operands,
+            "bytes_per_second": FLOAT16_BYTES * operands,
+        },
+        {
+            "name": "GPU",
+            "flops_per_second": float(hardware.gpu.flops_per_second),
+            "bytes_per_second": float(hardware.gpu.bytes_per_second),
+        },
     ]
 
 
 def points(case: Case, iteration) -> list[dict[str, Any]]:
-    """Operations of a layer with their arithmetic, memory traffic and time; those of the same name added up."""
+    """Operations of a layer with their arithmetic, memory traffic and time; those of the same name
+    added up.
+    """
     planned = {stage.name: stage for stage in stages(case.system, case.sub_batches)}
     in_layer = ("C", "D") if "C" in planned else tuple(planned)
     clock_hz = float(case.hardware.npu.clock_hz)
     lengths, sub_batch = (
         np.asarray(case.batch.seq_lens),
-        np.asarray(case.batch.sub_batches) if "C" in planned else 0 * np.asarray(case.batch.seq_lens),
+        (
+            np.asarray(case.batch.sub_batches)
+            if "C" in planned
+            else 0 * np.asarray(case.batch.seq_lens)
+        ),
     )
     found: dict[str, dict[str, Any]] = {}
-    for each, cycles in zip(operations(case.system, case.sub_batches), iteration.op_cycles.tolist(), strict=True):
+    for each, cycles in zip(
+        operations(case.system, case.sub_batches), iteration.op_cycles.tolist(), strict=True
+    ):
         if each.stage not in in_layer:
             continue
         stage = planned[each.stage]
-        mine = lengths[(sub_batch == (stage.pim_sub_batch if each.platform == "PIM" else stage.npu_sub_batch)) & (lengths > 0)]
+        mine = lengths[
+            (sub_batch == (stage.pim_sub_batch if each.platform == "PIM" else stage.npu_sub_batch))
+            & (lengths > 0)
+        ]
         tokens = int(mine.sum()) if case.prefill else len(mine)
-        flops, moved = _attention(case, mine) if each.platform == "PIM" else _npu(case, each.name, tokens)
+        flops, moved = (
+            _attention(case, mine) if each.platform == "PIM" else _npu(case, each.name, tokens)
+        )
         roof = "GPU" if case.system == "gpu" else {"SA": "NPU", "PIM": "PIM"}[each.platform]
-        point = found.setdefault(each.name, {"name": _label(each.name), "roof": roof, "flops": 0.0, "bytes": 0.0, "seconds": 0.0})
+        point = found.setdefault(
+            each.name,
+            {"name": _label(each.name), "roof": roof, "flops": 0.0, "bytes": 0.0, "seconds": 0.0},
+        )
         for key, value in (("flops", flops), ("bytes", moved), ("seconds", cycles / clock_hz)):
             point[key] += value
     return [point for point in found.values() if point["bytes"] > 0 and point["seconds"] > 0]
@@ -143,16 +234,31 @@ def _label(name: str) -> str:
 
 
 def _attention(case: Case, lengths) -> tuple[float, float]:
-    """Of logit, and of attend, of these requests: a product and a sum for each number of keys (values) and query head, and the bytes of those."""
+    """Of logit, and of attend, of these requests: a product and a sum for each number of keys
+    (values) and query head, and the bytes of those.
+    """
     tokens, model = float(lengths.sum()), case.model
-    return 2 * tokens * model.width / case.parallel.tp, FLOAT16_BYTES * tokens * model.kv_width / case.parallel.tp
+    return (
+        2 * tokens * model.width / case.parallel.tp,
+        FLOAT16_BYTES * tokens * model.kv_width / case.parallel.tp,
+    )
 
 
 def _npu(case: Case, name: str, tokens: int) -> tuple[float, float]:
-    options: dict[str, Any] = {"calibration": DEFAULT, "system": case.system, "fidelity": case.fidelity}
+    options: dict[str, Any] = {
+        "calibration": DEFAULT,
+        "system": case.system,
+        "fidelity": case.fidelity,
+    }
     if case.prefill and name == NPU_ATTENTION:
-        work = prefill_attention(case.hardware, case.model, case.batch.seq_lens, case.parallel, calibration=DEFAULT)
+        work = prefill_attention(
+            case.hardware, case.model, case.batch.seq_lens, case.parallel, calibration=DEFAULT
+        )
         return 2 * float(work.macs), float(work.read_bytes + work.write_bytes)
-    work = npu_operation(case.hardware, case.model, case.batch, case.parallel, name, 1.0 * tokens, 0.0, **options)
-    elements = ELEMENT_OPERATIONS.get(name.rpartition(".")[2], 0) * float(work.write_bytes) / FLOAT16_BYTES
+    work = npu_operation(
+        case.hardware, case.model, case.batch, case.parallel, name, 1.0 * tokens, 0.0, **options
+    )
+    elements = (
+        ELEMENT_OPERATIONS.get(name.rpartition(".")[2], 0) * float(work.write_bytes) / FLOAT16_BYTES
+    )
     return 2 * float(work.macs) + elements, float(work.read_bytes + work.write_bytes)

@@ -7,15 +7,33 @@ from neupims.commands.common import check_run, console, print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="DIR", help="holds runs.csv, ops.csv and traces/")
     parser.add_argument(
-        "--path", choices=("exact", "closed"), default="exact", help="follow every channel's commands, or add up closed forms (default: exact)"
+        "folder", type=Path, metavar="DIR", help="holds runs.csv, ops.csv and traces/"
     )
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw predicted against measured cycles as SVG (default: validation.svg, none with --json)"
+        "--path",
+        choices=("exact", "closed"),
+        default="exact",
+        help="follow every channel's commands, or add up closed forms (default: exact)",
     )
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also write one page with both charts and all errors")
-    parser.add_argument("--json", action="store_true", help="one JSON object and nothing else on standard output")
+    parser.add_argument(
+        "--plot",
+        type=Path,
+        metavar="FILE",
+        help=(
+            "draw predicted against measured cycles as SVG (default: validation.svg, none with"
+            " --json)"
+        ),
+    )
+    parser.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="also write one page with both charts and all errors",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object and nothing else on standard output"
+    )
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -26,7 +44,9 @@ def run(arguments: argparse.Namespace) -> int:
     if plot:
         check_svg(plot)
     check_run(plot, arguments.html)
-    result = validate(arguments.folder, path=arguments.path, progress=iter if arguments.json else _progress)
+    result = validate(
+        arguments.folder, path=arguments.path, progress=iter if arguments.json else _progress
+    )
     if plot:
         from neupims.pages.plots import draw_validation
 
@@ -52,11 +72,23 @@ def _write_page(path: Path, result, arguments: argparse.Namespace) -> None:
     from neupims.pages.report import write_report
 
     runs = {row["run_id"] for row in result["rows"]}
-    sections = [{"kind": "validation", "title": "Predicted and measured cycles", "rows": result["rows"], "groups": result["groups"]}]
+    sections = [
+        {
+            "kind": "validation",
+            "title": "Predicted and measured cycles",
+            "rows": result["rows"],
+            "groups": result["groups"],
+        }
+    ]
     if result["not_covered"]:
         rows = [[each["run_id"], each["reason"]] for each in result["not_covered"]]
-        sections.append({"kind": "table", "title": "Not covered", "columns": ["run", "reason"], "rows": rows})
-    facts = {"runs": f"{len(runs)} of {arguments.folder}, {len(result['not_covered'])} not covered", "path": arguments.path}
+        sections.append(
+            {"kind": "table", "title": "Not covered", "columns": ["run", "reason"], "rows": rows}
+        )
+    facts = {
+        "runs": f"{len(runs)} of {arguments.folder}, {len(result['not_covered'])} not covered",
+        "path": arguments.path,
+    }
     write_report(path, sections, title="The model against the simulator", facts=facts)
 
 
@@ -64,7 +96,9 @@ def _print_table(result) -> None:
     from rich import box
     from rich.table import Table
 
-    table = Table(title="Absolute error, % of the measured cycles", box=box.SIMPLE, title_justify="left")
+    table = Table(
+        title="Absolute error, % of the measured cycles", box=box.SIMPLE, title_justify="left"
+    )
     for name in ("level", "system", "kind", "name"):
         table.add_column(name)
     for name in ("n", "mean", "median", "p95", "max"):
@@ -79,4 +113,7 @@ def _print_table(result) -> None:
     lines.print(table)
     for each in result["not_covered"]:
         lines.print(f"not covered: {each['run_id']}: {each['reason']}")
-    lines.print(f"{len({row['run_id'] for row in result['rows']})} runs covered, {len(result['not_covered'])} not")
+    lines.print(
+        f"{len({row['run_id'] for row in result['rows']})} runs covered,"
+        f" {len(result['not_covered'])} not"
+    )

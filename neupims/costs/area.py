@@ -1,19 +1,28 @@
 """Silicon area of one device and the power it can draw.
 
-Logic is scaled from the floorplan of Google's TPU v4i, whose parts are of the same kind (128 x 128 arrays of 16-bit floats, vector units, a large
-scratchpad, HBM2), in 7 nm; what PIM adds to the memory is taken from AttAcc's units and the NeuPIMs paper's row buffer. Every cost begins its source
+Logic is scaled from the floorplan of Google's TPU v4i, whose parts are of the same kind (128 x 128
+arrays of 16-bit floats, vector units, a large scratchpad, HBM2), in 7 nm; what PIM adds to the
+memory is taken from AttAcc's units and the NeuPIMs paper's row buffer. Every cost begins its source
 with how far it can be trusted, as in `neupims.costs.energy`.
 """
 
 from jaxtyping import Array, Float
 
 from neupims.costs.energy import Energy, EnergyCosts, command_energies
-from neupims.machine.hardware import Hardware, banks, burst_cycles, memory_bytes, peak_bytes_per_cycle
+from neupims.machine.hardware import (
+    Hardware,
+    banks,
+    burst_cycles,
+    memory_bytes,
+    peak_bytes_per_cycle,
+)
 from neupims.machine.record import check_quantities, quantity, record
 from neupims.machine.workload import FLOAT16_BYTES
 
 PICO = 1e-12
-TPUV4I = "Jouppi et al., Ten Lessons, ISCA 2021: TPU v4i, 7 nm, at the 400 mm2 that its die is below"
+TPUV4I = (
+    "Jouppi et al., Ten Lessons, ISCA 2021: TPU v4i, 7 nm, at the 400 mm2 that its die is below"
+)
 ATTACC = "published: Park et al., AttAcc, ASPLOS 2024, section 7.7: units in a 1z nm HBM3 die"
 
 
@@ -21,17 +30,41 @@ ATTACC = "published: Park et al., AttAcc, ASPLOS 2024, section 7.7: units in a 1
 class AreaCosts:
     """Square millimetres of the parts."""
 
-    mac: float = quantity(0.11 * 400 / (4 * 128 * 128), "mm2 of one processing element", f"published: {TPUV4I}; four arrays are 11 % of it")
-    vector_lane: float = quantity(0.0125, "mm2 of one lane", f"estimate: {TPUV4I}; 2048 lanes in the floorplan's vector unit, without its 16 MB")
-    scratchpad_megabyte: float = quantity(0.28 * 400 / 134.2, "mm2 of 10^6 bytes", f"published: {TPUV4I}; 128 MiB are 28 % of it")
-    memory_channel: float = quantity(
-        1.6, "mm2 of controller and interface of one 128-bit channel", f"estimate: {TPUV4I}; read off its floorplan, 2 stacks"
+    mac: float = quantity(
+        0.11 * 400 / (4 * 128 * 128),
+        "mm2 of one processing element",
+        f"published: {TPUV4I}; four arrays are 11 % of it",
     )
-    uncore_share: float = quantity(0.45, "of the NPU: on-chip network, links, control", f"estimate: {TPUV4I}; what the floorplan's other parts leave")
-    dram_gigabyte: float = quantity(81.8, "mm2 of 2^30 bytes", "published: Cho et al., ISSCC 2018, 12.3: an 8 Gb die of HBM2; Sohn et al., 2016: 96")
+    vector_lane: float = quantity(
+        0.0125,
+        "mm2 of one lane",
+        f"estimate: {TPUV4I}; 2048 lanes in the floorplan's vector unit, without its 16 MB",
+    )
+    scratchpad_megabyte: float = quantity(
+        0.28 * 400 / 134.2, "mm2 of 10^6 bytes", f"published: {TPUV4I}; 128 MiB are 28 % of it"
+    )
+    memory_channel: float = quantity(
+        1.6,
+        "mm2 of controller and interface of one 128-bit channel",
+        f"estimate: {TPUV4I}; read off its floorplan, 2 stacks",
+    )
+    uncore_share: float = quantity(
+        0.45,
+        "of the NPU: on-chip network, links, control",
+        f"estimate: {TPUV4I}; what the floorplan's other parts leave",
+    )
+    dram_gigabyte: float = quantity(
+        81.8,
+        "mm2 of 2^30 bytes",
+        "published: Cho et al., ISSCC 2018, 12.3: an 8 Gb die of HBM2; Sohn et al., 2016: 96",
+    )
     pim_bank: float = quantity(0.094, "mm2 of 16 float16 multipliers and adders at a bank", ATTACC)
     pim_bank_group: float = quantity(0.036, "mm2 of the accumulator of a bank group", ATTACC)
-    row_buffer_share: float = quantity(0.0311, "of the memory's area for a second row buffer", "published: NeuPIMs paper, CACTI 7.0, 22 nm")
+    row_buffer_share: float = quantity(
+        0.0311,
+        "of the memory's area for a second row buffer",
+        "published: NeuPIMs paper, CACTI 7.0, 22 nm",
+    )
 
     def __post_init__(self):
         check_quantities(self, "costs")
@@ -39,7 +72,9 @@ class AreaCosts:
 
 @record
 class Area:
-    """Square millimetres; arrays in a batch. The memory's are of all dies of all stacks, without their base dies."""
+    """Square millimetres; arrays in a batch. The memory's are of all dies of all stacks, without
+    their base dies.
+    """
 
     arrays: float
     vector: float
@@ -67,7 +102,9 @@ class Area:
 
 @record
 class Power:
-    """Watts of every part at full speed, all at once: more than any workload draws. Arrays in a batch."""
+    """Watts of every part at full speed, all at once: more than any workload draws. Arrays in a
+    batch.
+    """
 
     arrays: float
     vector: float
@@ -86,7 +123,9 @@ class Power:
 
 
 def area(hardware: Hardware, costs: AreaCosts | None = None, *, pim: bool = True) -> Area:
-    """Area of one device. Without `pim` the memory has neither units nor a second row buffer (systems npu-only)."""
+    """Area of one device. Without `pim` the memory has neither units nor a second row buffer
+    (systems npu-only).
+    """
     costs = AreaCosts() if costs is None else costs
     npu, hbm = hardware.npu, hardware.hbm
     arrays = costs.mac * npu.num_arrays * npu.array_width * npu.array_height
@@ -95,7 +134,10 @@ def area(hardware: Hardware, costs: AreaCosts | None = None, *, pim: bool = True
     interface = costs.memory_channel * hbm.num_channels
     core = arrays + vector + scratchpad + interface
     dram = costs.dram_gigabyte * memory_bytes(hbm) / 2**30
-    units = costs.pim_bank * banks(hbm) * hardware.pim.macs_per_bank / 16 + costs.pim_bank_group * hbm.ranks * hbm.bank_groups
+    units = (
+        costs.pim_bank * banks(hbm) * hardware.pim.macs_per_bank / 16
+        + costs.pim_bank_group * hbm.ranks * hbm.bank_groups
+    )
     present = 1.0 if pim else 0.0
     return Area(
         arrays=arrays,
@@ -110,15 +152,30 @@ def area(hardware: Hardware, costs: AreaCosts | None = None, *, pim: bool = True
 
 
 def peak_power(hardware: Hardware, costs: EnergyCosts | None = None) -> Power:
-    """Watts when everything works at its peak. Leakage and clocks of the NPU are left out, as in `neupims.costs.energy`."""
+    """Watts when everything works at its peak. Leakage and clocks of the NPU are left out, as in
+    `neupims.costs.energy`.
+    """
     costs = EnergyCosts() if costs is None else costs
     npu, hbm = hardware.npu, hardware.hbm
     each = command_energies(hardware, costs)
-    streamed = npu.num_arrays * FLOAT16_BYTES * (npu.array_width + npu.array_height)  # bytes into and out of the arrays in one cycle
-    read = each.read / (hbm.bus_bits / 8 * hbm.burst_length) + 8 * costs.interface_bit + each.activation / hbm.row_bytes
-    standby = each.active_cycle * hbm.ranks * hbm.num_channels * hbm.clock_hz * hardware.pim.row_buffers
+    streamed = (
+        npu.num_arrays * FLOAT16_BYTES * (npu.array_width + npu.array_height)
+    )  # bytes into and out of the arrays in one cycle
+    read = (
+        each.read / (hbm.bus_bits / 8 * hbm.burst_length)
+        + 8 * costs.interface_bit
+        + each.activation / hbm.row_bytes
+    )
+    standby = (
+        each.active_cycle * hbm.ranks * hbm.num_channels * hbm.clock_hz * hardware.pim.row_buffers
+    )
     return Power(
-        arrays=PICO * costs.mac * npu.num_arrays * npu.array_width * npu.array_height * npu.clock_hz,
+        arrays=PICO
+        * costs.mac
+        * npu.num_arrays
+        * npu.array_width
+        * npu.array_height
+        * npu.clock_hz,
         vector=PICO * costs.vector_operation * npu.vector_units * npu.vector_lanes * npu.clock_hz,
         scratchpad=PICO * costs.scratchpad_byte * streamed * npu.clock_hz,
         memory=PICO * (read * peak_bytes_per_cycle(hbm) * hbm.clock_hz + standby),

@@ -1,9 +1,10 @@
 """Energy of one device from what it did.
 
-DRAM commands cost what the supply currents of the simulator's memory say, by the arithmetic of the simulator; what it leaves out (arithmetic,
-scratchpad, interface, link) comes from published tables of 7 nm logic. Every cost begins its source with how far it can be trusted: "data sheet",
-"published" (a table of a paper) or "estimate". Leakage and clocks of the NPU are in none of these tables and are left out: energies of an idle NPU
-are too low.
+DRAM commands cost what the supply currents of the simulator's memory say, by the arithmetic of the
+simulator; what it leaves out (arithmetic, scratchpad, interface, link) comes from published tables
+of 7 nm logic. Every cost begins its source with how far it can be trusted: "data sheet",
+"published" (a table of a paper) or "estimate". Leakage and clocks of the NPU are in none of these
+tables and are left out: energies of an idle NPU are too low.
 """
 
 from typing import NamedTuple
@@ -19,9 +20,13 @@ PICO = 1e-12
 NANO = 1e9  # nanoseconds of a second
 IDD_BUS_BITS = 128  # of the channel whose currents these are
 IDD_ROW_BYTES = 1024
-PIM_REFERENCE_BYTES = 1024  # operand bytes of the command that takes four reads' energy: 32 banks, 16 float16 numbers each
+# operand bytes of the command that takes four reads' energy: 32 banks, 16 float16 numbers each
+PIM_REFERENCE_BYTES = 1024
 INI = "data sheet: HBM2_8Gb_x128_dualpim.ini of the simulator"
-NEWTON = "published: a product in all banks takes four times a read's power (Newton, He et al., MICRO 2020), as in the simulator's InitPowerParams"
+NEWTON = (
+    "published: a product in all banks takes four times a read's power (Newton, He et al., MICRO"
+    " 2020), as in the simulator's InitPowerParams"
+)
 TPUV4I = "published: Jouppi et al., Ten Lessons, ISCA 2021, table 2, 7 nm"
 FINE_GRAINED = "published: O'Connor et al., Fine-Grained DRAM, MICRO 2017, table 3, HBM2"
 
@@ -30,7 +35,9 @@ FINE_GRAINED = "published: O'Connor et al., Fine-Grained DRAM, MICRO 2017, table
 class Counts:
     """What one device did. Every field is a float array; a batch has a leading axis."""
 
-    npu_macs: Float[Array, "..."]  # products that were wanted; what the arrays do to padding is not among them
+    npu_macs: Float[
+        Array, "..."
+    ]  # products that were wanted; what the arrays do to padding is not among them
     vector_operations: Float[Array, "..."]  # on one element
     scratchpad_bytes: Float[Array, "..."]  # written to it and read from it
     read_bytes: Float[Array, "..."]  # over the interface of the memory
@@ -50,18 +57,36 @@ class EnergyCosts:
     """Currents of the memory and picojoules of everything else."""
 
     supply_volts: float = quantity(1.2, "V, VDD of the memory", INI)
-    activate_milliamperes: float = quantity(65.0, "mA, IDD0: opens and closes rows back to back", INI)
+    activate_milliamperes: float = quantity(
+        65.0, "mA, IDD0: opens and closes rows back to back", INI
+    )
     precharged_milliamperes: float = quantity(40.0, "mA, IDD2N: all rows closed", INI)
     active_milliamperes: float = quantity(55.0, "mA, IDD3N: rows open", INI)
     read_milliamperes: float = quantity(390.0, "mA, IDD4R: reads back to back", INI)
     write_milliamperes: float = quantity(500.0, "mA, IDD4W: writes back to back", INI)
     refresh_milliamperes: float = quantity(250.0, "mA, IDD5AB: refreshes back to back", INI)
     comp_reads: float = quantity(4.0, "reads whose energy a product in all banks takes", NEWTON)
-    interface_bit: float = quantity(0.80, "pJ of one bit between the stack and the NPU, both ends", FINE_GRAINED)
-    mac: float = quantity(0.34 + 0.38, "pJ of one float16 product and one float32 sum", f"{TPUV4I}: arithmetic alone, without registers and clock")
-    vector_operation: float = quantity(0.38, "pJ of one float32 sum", f"{TPUV4I}; a division or an exponential takes more")
-    scratchpad_byte: float = quantity(14 / 8, "pJ of one byte", f"{TPUV4I}: 14 pJ for 64 bits of a memory of 1 MB; wires of a larger one are extra")
-    link_bit: float = quantity(10.0, "pJ of one bit to another device", "published: Arunkumar et al., MCM-GPU, ISCA 2017, table 2, over a board")
+    interface_bit: float = quantity(
+        0.80, "pJ of one bit between the stack and the NPU, both ends", FINE_GRAINED
+    )
+    mac: float = quantity(
+        0.34 + 0.38,
+        "pJ of one float16 product and one float32 sum",
+        f"{TPUV4I}: arithmetic alone, without registers and clock",
+    )
+    vector_operation: float = quantity(
+        0.38, "pJ of one float32 sum", f"{TPUV4I}; a division or an exponential takes more"
+    )
+    scratchpad_byte: float = quantity(
+        14 / 8,
+        "pJ of one byte",
+        f"{TPUV4I}: 14 pJ for 64 bits of a memory of 1 MB; wires of a larger one are extra",
+    )
+    link_bit: float = quantity(
+        10.0,
+        "pJ of one bit to another device",
+        "published: Arunkumar et al., MCM-GPU, ISCA 2017, table 2, over a board",
+    )
 
     def __post_init__(self):
         check_quantities(self, "costs")
@@ -83,12 +108,24 @@ class Energy:
 
     @property
     def total(self) -> Float[Array, "..."]:
-        parts = (self.npu, self.vector, self.scratchpad, self.dram_array, self.dram_interface, self.pim, self.refresh, self.background, self.link)
+        parts = (
+            self.npu,
+            self.vector,
+            self.scratchpad,
+            self.dram_array,
+            self.dram_interface,
+            self.pim,
+            self.refresh,
+            self.background,
+            self.link,
+        )
         return sum(parts[1:], start=parts[0])
 
 
 class CommandEnergies(NamedTuple):
-    """Picojoules of each command of the memory, and of a rank that waits one memory cycle with rows open; of a batch of designs, arrays."""
+    """Picojoules of each command of the memory, and of a rank that waits one memory cycle with rows
+    open; of a batch of designs, arrays.
+    """
 
     activation: float
     read: float
@@ -102,17 +139,21 @@ class CommandEnergies(NamedTuple):
 
 
 def command_energies(hardware: Hardware, costs: EnergyCosts) -> CommandEnergies:
-    """Energy of the memory's commands: volts times the current above standby times how long it flows (V mA ns = pJ).
+    """Energy of the memory's commands: volts times the current above standby times how long it
+    flows (V mA ns = pJ).
 
-    For the default memory the numbers are the simulator's. For others, currents are taken to grow with what they serve: an activation's with the
-    row, a burst's with the bus, a product's with the operands of all banks.
+    For the default memory the numbers are the simulator's. For others, currents are taken to grow
+    with what they serve: an activation's with the row, a burst's with the bus, a product's with the
+    operands of all banks.
 
     Source: InitPowerParams in extern/NewtonSim/src/configuration.cc of the public simulator.
     """
     hbm, pim = hardware.hbm, hardware.pim
     volts = costs.supply_volts
     row = (hbm.tras_cycles + hbm.trp_cycles) * costs.activate_milliamperes
-    standby = hbm.tras_cycles * costs.active_milliamperes + hbm.trp_cycles * costs.precharged_milliamperes
+    standby = (
+        hbm.tras_cycles * costs.active_milliamperes + hbm.trp_cycles * costs.precharged_milliamperes
+    )
     activation = volts * (row - standby) * _nanoseconds(hbm) * hbm.row_bytes / IDD_ROW_BYTES
     burst = volts * burst_cycles(hbm) * _nanoseconds(hbm) * hbm.bus_bits / IDD_BUS_BITS
     read = burst * (costs.read_milliamperes - costs.active_milliamperes)
@@ -126,7 +167,10 @@ def command_energies(hardware: Hardware, costs: EnergyCosts) -> CommandEnergies:
         gwrite=pim.page_bytes / burst_bytes(hbm) * read,
         comp=costs.comp_reads * read * operands / PIM_REFERENCE_BYTES,
         result_read=results / burst_bytes(hbm) * read,
-        refresh=volts * (costs.refresh_milliamperes - costs.active_milliamperes) * hbm.trfc_cycles * _nanoseconds(hbm),
+        refresh=volts
+        * (costs.refresh_milliamperes - costs.active_milliamperes)
+        * hbm.trfc_cycles
+        * _nanoseconds(hbm),
         active_cycle=volts * costs.active_milliamperes * _nanoseconds(hbm),
     )
 
@@ -134,12 +178,17 @@ def command_energies(hardware: Hardware, costs: EnergyCosts) -> CommandEnergies:
 def energy(counts: Counts, hardware: Hardware, costs: EnergyCosts | None = None) -> Energy:
     """Joules of what one device did.
 
-    Rows are taken to be open all the time. A second row buffer, where PIM uses it, takes the standby current again, as in the simulator.
+    Rows are taken to be open all the time. A second row buffer, where PIM uses it, takes the
+    standby current again, as in the simulator.
     """
     costs = EnergyCosts() if costs is None else costs
     each, hbm = command_energies(hardware, costs), hardware.hbm
-    moved = counts.read_bytes + counts.write_bytes + counts.result_reads * FLOAT16_BYTES * banks(hbm)
-    bursts = each.read * counts.read_bytes / burst_bytes(hbm) + each.write * counts.write_bytes / burst_bytes(hbm)
+    moved = (
+        counts.read_bytes + counts.write_bytes + counts.result_reads * FLOAT16_BYTES * banks(hbm)
+    )
+    bursts = each.read * counts.read_bytes / burst_bytes(
+        hbm
+    ) + each.write * counts.write_bytes / burst_bytes(hbm)
     gathered = each.gwrite * counts.gwrites + each.result_read * counts.result_reads
     memory_cycles = counts.elapsed_cycles * (hbm.clock_hz / hardware.npu.clock_hz)
     buffers = jnp.where(counts.group_activations > 0, hardware.pim.row_buffers, 1)
@@ -149,9 +198,15 @@ def energy(counts: Counts, hardware: Hardware, costs: EnergyCosts | None = None)
         scratchpad=PICO * costs.scratchpad_byte * counts.scratchpad_bytes,
         dram_array=PICO * (each.activation * counts.activations + bursts),
         dram_interface=PICO * 8 * costs.interface_bit * moved,
-        pim=PICO * (each.group_activation * counts.group_activations + each.comp * counts.comps + gathered),
+        pim=PICO
+        * (each.group_activation * counts.group_activations + each.comp * counts.comps + gathered),
         refresh=PICO * each.refresh * counts.refreshes,
-        background=PICO * each.active_cycle * memory_cycles * hbm.ranks * hbm.num_channels * buffers,
+        background=PICO
+        * each.active_cycle
+        * memory_cycles
+        * hbm.ranks
+        * hbm.num_channels
+        * buffers,
         link=PICO * 8 * costs.link_bit * counts.link_bytes,
     )
 

@@ -1,6 +1,8 @@
-"""A folder of results in numbered files, each whole or not there, so that a run that is killed goes on from its last file.
+"""A folder of results in numbered files, each whole or not there, so that a run that is killed goes
+on from its last file.
 
-`manifest.json` says of what the results are. A run that would compute something else is refused, as is a second process beside the first.
+`manifest.json` says of what the results are. A run that would compute something else is refused, as
+is a second process beside the first.
 """
 
 import fcntl
@@ -26,7 +28,9 @@ class Chunks:
         self.folder = folder
 
     def load(self, number: int, rows: int) -> dict[str, np.ndarray] | None:
-        """The arrays of a number, or None where they must be computed: there is no file, it is damaged, or it holds another number of rows."""
+        """The arrays of a number, or None where they must be computed: there is no file, it is
+        damaged, or it holds another number of rows.
+        """
         if self.folder is None or not (path := self._path(number)).exists():
             return None
         try:
@@ -49,10 +53,12 @@ class Chunks:
 
 @contextmanager
 def chunks(folder: Path | None, identity: Mapping[str, Any]) -> Iterator[Chunks]:
-    """The results in a folder, which is made where it is not there. `identity` is what they are results of, part by part.
+    """The results in a folder, which is made where it is not there. `identity` is what they are
+    results of, part by part.
 
     Raises:
-        ValueError: the folder holds something else, results of something else, or another process is at work in it.
+        ValueError: the folder holds something else, results of something else, or another process
+            is at work in it.
         OSError: it cannot be written to.
     """
     if folder is None:
@@ -61,7 +67,11 @@ def chunks(folder: Path | None, identity: Mapping[str, Any]) -> Iterator[Chunks]
     manifest = folder / "manifest.json"
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is not a folder")
-    if not manifest.exists() and folder.exists() and any(each.name != "lock" for each in folder.iterdir()):
+    if (
+        not manifest.exists()
+        and folder.exists()
+        and any(each.name != "lock" for each in folder.iterdir())
+    ):
         raise ValueError(f"{folder} is not empty and holds no exploration")
     (folder / "points").mkdir(parents=True, exist_ok=True)
     with (folder / "lock").open("a") as lock:
@@ -89,9 +99,14 @@ def _compare(folder: Path, manifest: Path, wanted: Mapping[str, Any]) -> None:
         if other != value:
             detail = ""
             if isinstance(other, dict) and isinstance(value, dict):
-                changed = [name for name in sorted({*other, *value}) if other.get(name) != value.get(name)]
+                changed = [
+                    name for name in sorted({*other, *value}) if other.get(name) != value.get(name)
+                ]
                 detail = f" ({', '.join(changed)})"
-            raise ValueError(f"{folder} holds an exploration with another {part}{detail}: give another folder, or delete it")
+            raise ValueError(
+                f"{folder} holds an exploration with another {part}{detail}: give another folder,"
+                " or delete it"
+            )
 
 
 def write_whole(path: Path, content: bytes) -> None:
@@ -117,5 +132,7 @@ def code_digest() -> str:
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*")):
         if path.is_file() and path.suffix in (".py", ".toml", ".csv", ".json"):
-            digest.update(path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0")
+            digest.update(
+                path.relative_to(root).as_posix().encode() + b"\0" + path.read_bytes() + b"\0"
+            )
     return digest.hexdigest()

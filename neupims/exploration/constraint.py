@@ -1,6 +1,8 @@
-"""Constraints of a design space: comparisons of arithmetic on names, such as `npu.num_arrays * npu.array_width <= 1024`.
+"""Constraints of a design space: comparisons of arithmetic on names, such as `npu.num_arrays *
+npu.array_width <= 1024`.
 
-They come from files and command lines, so they are read into a syntax tree of which only arithmetic is accepted; nothing is evaluated as Python.
+They come from files and command lines, so they are read into a syntax tree of which only arithmetic
+is accepted; nothing is evaluated as Python.
 """
 
 import ast
@@ -28,7 +30,8 @@ def _above(left, right):
     return np.where(left <= right, 0.0, (left - right) / (np.abs(left) + np.abs(right)))
 
 
-# By how much `left OPERATOR right` fails: 0 where it holds. A strict comparison of equals fails by the least that can be told from 0.
+# By how much `left OPERATOR right` fails: 0 where it holds. A strict comparison of equals fails by
+# the least that can be told from 0.
 LEAST = 1e-9
 FAILURE = {
     ast.LtE: _above,
@@ -48,10 +51,15 @@ class Constraint:
     tree: ast.Compare
 
     def violation(self, columns: Mapping[str, np.ndarray | float]) -> np.ndarray:
-        """By how much each design breaks it, relative to its sides; 0 where it is kept, infinite where it has no value."""
+        """By how much each design breaks it, relative to its sides; 0 where it is kept, infinite
+        where it has no value.
+        """
         with np.errstate(all="ignore"):
             sides = [_value(side, columns) for side in (self.tree.left, *self.tree.comparators)]
-            failed = sum(FAILURE[type(each)](left, right) for each, left, right in zip(self.tree.ops, sides[:-1], sides[1:], strict=True))
+            failed = sum(
+                FAILURE[type(each)](left, right)
+                for each, left, right in zip(self.tree.ops, sides[:-1], sides[1:], strict=True)
+            )
             wrong = sum(np.isnan(side) for side in sides) > 0
         return np.where(wrong | np.isnan(failed), np.inf, failed)
 
@@ -83,9 +91,15 @@ def _check(node: ast.expr, text: str, names: Collection[str]) -> None:
         _check(node.operand, text, names)
     elif name := _dotted(node):
         if name not in names:
-            raise ValueError(f"constraint {text!r} uses {name}, which is neither a field of the hardware nor a knob or metric")
+            raise ValueError(
+                f"constraint {text!r} uses {name}, which is neither a field of the hardware nor a"
+                " knob or metric"
+            )
     elif not isinstance(node, ast.Constant) or not _finite(node.value):
-        raise ValueError(f"constraint {text!r} may have names, numbers and + - * / // % **, not {ast.unparse(node)!r}")
+        raise ValueError(
+            f"constraint {text!r} may have names, numbers and + - * / // % **, not"
+            f" {ast.unparse(node)!r}"
+        )
 
 
 def _finite(value: object) -> bool:

@@ -1,10 +1,12 @@
 """Evolution of designs for several objectives: NSGA-II on the coordinates of a space.
 
-A population is (n, knobs) coordinates from 0 to 1; `Space.values` makes whole numbers and list values of them. Knobs with a list have no order: they
-are exchanged and drawn anew; all others are crossed and mutated as numbers.
+A population is (n, knobs) coordinates from 0 to 1; `Space.values` makes whole numbers and list
+values of them. Knobs with a list have no order: they are exchanged and drawn anew; all others are
+crossed and mutated as numbers.
 
-Deb et al., "A fast and elitist multiobjective genetic algorithm: NSGA-II", 2002; Deb and Agrawal, "Simulated binary crossover for continuous search
-space", 1995. Settings are those of the first paper, section IV.
+Deb et al., "A fast and elitist multiobjective genetic algorithm: NSGA-II", 2002; Deb and Agrawal,
+"Simulated binary crossover for continuous search space", 1995. Settings are those of the first
+paper, section IV.
 """
 
 import jax
@@ -23,10 +25,16 @@ DRAWS = 8  # numbers that one knob of one child takes
 
 @jax.jit
 def offspring(
-    drawn: Float[Array, "8 n k"], units: Float[Array, "n k"], rank: Int[Array, " n"], distance: Float[Array, " n"], listed: Bool[Array, " k"]
+    drawn: Float[Array, "8 n k"],
+    units: Float[Array, "n k"],
+    rank: Int[Array, " n"],
+    distance: Float[Array, " n"],
+    listed: Bool[Array, " k"],
 ) -> Float[Array, "n k"]:
-    """As many children as parents, an even number: pairs of winners of tournaments of two are crossed, then each child is mutated in one knob on
-    average. `drawn` are independent uniform numbers, all the chance there is."""
+    """As many children as parents, an even number: pairs of winners of tournaments of two are
+    crossed, then each child is mutated in one knob on average. `drawn` are independent uniform
+    numbers, all the chance there is.
+    """
     n, k = units.shape
     a, b = jnp.floor(drawn[:2, :, 0] * n).astype(int)
     wins = (rank[a] < rank[b]) | ((rank[a] == rank[b]) & (distance[a] >= distance[b]))
@@ -36,7 +44,9 @@ def offspring(
 
 
 def _crossed(drawn, first, second, listed):
-    """Simulated binary crossover within 0 and 1, each knob with even chances; where a knob is a list the parents' values change places."""
+    """Simulated binary crossover within 0 and 1, each knob with even chances; where a knob is a
+    list the parents' values change places.
+    """
     all_knobs, one_knob, draw, swap = drawn
     now = (all_knobs[:, :1] < CROSSED) & (one_knob < 0.5)
     low, high = jnp.minimum(first, second), jnp.maximum(first, second)
@@ -45,7 +55,9 @@ def _crossed(drawn, first, second, listed):
     def spread(room):
         alpha = 2 - (1 + 2 * room / apart) ** -(NEAR_PARENTS + 1)
         scaled = draw * alpha
-        return jnp.where(scaled <= 1, scaled, 1 / jnp.maximum(2 - scaled, 1e-9)) ** (1 / (NEAR_PARENTS + 1))
+        return jnp.where(scaled <= 1, scaled, 1 / jnp.maximum(2 - scaled, 1e-9)) ** (
+            1 / (NEAR_PARENTS + 1)
+        )
 
     middle = (low + high) / 2
     lower = jnp.clip(middle - spread(low) * apart / 2, 0, 1)
@@ -56,7 +68,9 @@ def _crossed(drawn, first, second, listed):
 
 
 def _mutated(drawn, units, listed, chance):
-    """Polynomial mutation within 0 and 1 of each knob with this chance; where a knob is a list, another draw."""
+    """Polynomial mutation within 0 and 1 of each knob with this chance; where a knob is a list,
+    another draw.
+    """
     now, draw = drawn
     power = NEAR_SELF + 1
     down = (2 * draw + (1 - 2 * draw) * (1 - units) ** power) ** (1 / power) - 1
@@ -71,8 +85,9 @@ def fitness(
 ) -> tuple[Int[Array, " n"], Float[Array, " n"]]:
     """Rank, the lower the better, and distance from neighbours, the larger the better.
 
-    Designs that keep the constraints come first, by front; then the others by what they break; then second copies of a design, which a space of few
-    values makes in plenty; then designs that are none.
+    Designs that keep the constraints come first, by front; then the others by what they break; then
+    second copies of a design, which a space of few values makes in plenty; then designs that are
+    none.
     """
     n = values.shape[0]
     same = (values[:, None, :] == values[None, :, :]).all(axis=-1)

@@ -1,8 +1,11 @@
-"""Design points of a space and their Pareto front: sampled or evolved, evaluated chunk by chunk on all devices, kept in a folder to go on from.
+"""Design points of a space and their Pareto front: sampled or evolved, evaluated chunk by chunk on
+all devices, kept in a folder to go on from.
 
-What a design is worth is a function that is passed in (`neupims.exploration.evaluation` makes the usual one): from the columns of the knobs, {name: (n,)}, to
-metrics, {name: (n, workloads)}, and `flagged`, (n, workloads), true where a design is none. Of a metric over workloads the geometric mean counts.
-A flagged design, or one with a metric that is not finite, is in no front and spoils no other.
+What a design is worth is a function that is passed in (`neupims.exploration.evaluation` makes the
+usual one): from the columns of the knobs, {name: (n,)}, to metrics, {name: (n, workloads)}, and
+`flagged`, (n, workloads), true where a design is none. Of a metric over workloads the geometric
+mean counts. A flagged design, or one with a metric that is not finite, is in no front and spoils no
+other.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -43,8 +46,9 @@ class Objective(NamedTuple):
 
 
 class Points(NamedTuple):
-    """Designs with what they are worth. `violation` is 0 where all constraints are kept, infinite where the design is flagged (or a constraint has no
-    value)."""
+    """Designs with what they are worth. `violation` is 0 where all constraints are kept, infinite
+    where the design is flagged (or a constraint has no value).
+    """
 
     place: np.ndarray  # (n,) in the run
     values: np.ndarray  # (n, knobs)
@@ -52,7 +56,12 @@ class Points(NamedTuple):
     violation: np.ndarray  # (n,)
 
     def take(self, rows: np.ndarray) -> "Points":
-        return Points(self.place[rows], self.values[rows], {name: each[rows] for name, each in self.metrics.items()}, self.violation[rows])
+        return Points(
+            self.place[rows],
+            self.values[rows],
+            {name: each[rows] for name, each in self.metrics.items()},
+            self.violation[rows],
+        )
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,9 @@ class Exploration:
     others: Points  # some of the other designs that keep all constraints, drawn by chance
     base: Points  # one design: the base values, moved into the space
     reference: dict[str, float]  # where the hypervolume ends
-    hypervolume: float | None  # of the front, objectives in units of the base design; None for more than three
+    hypervolume: (
+        float | None
+    )  # of the front, objectives in units of the base design; None for more than three
     sensitivities: dict[str, Sensitivity]
     sensitivity_of: str
 
@@ -97,20 +108,32 @@ def overall(metric: Float[np.ndarray, "n w"]) -> Float[np.ndarray, " n"]:
 
 def judged(points: Points, objectives: Sequence[Objective]) -> Float[np.ndarray, "n m"]:
     """The objectives, to be minimised; NaN for designs that break a constraint or are flagged."""
-    columns = [overall(points.metrics[each.name]) * (-1 if each.largest else 1) for each in objectives]
+    columns = [
+        overall(points.metrics[each.name]) * (-1 if each.largest else 1) for each in objectives
+    ]
     return np.where(points.violation[:, None] <= 0, np.stack(columns, axis=1), np.nan)
 
 
 class Evaluator:
-    """`evaluate` on `rows` designs at a time, spread over all devices; fewer are filled up, so that there is one compilation."""
+    """`evaluate` on `rows` designs at a time, spread over all devices; fewer are filled up, so that
+    there is one compilation.
+    """
 
-    def __init__(self, space: Space, evaluate: Evaluate, rows: int, devices: Sequence[jax.Device] | None = None):
+    def __init__(
+        self,
+        space: Space,
+        evaluate: Evaluate,
+        rows: int,
+        devices: Sequence[jax.Device] | None = None,
+    ):
         devices = jax.devices() if devices is None else devices
         self.space, self.rows = space, -(-rows // len(devices)) * len(devices)
         spread = PartitionSpec("designs")
         mesh = Mesh(np.array(devices), ("designs",))
         self.placed = NamedSharding(mesh, spread)
-        self.run = jax.jit(jax.shard_map(evaluate, mesh=mesh, in_specs=spread, out_specs=spread, check_vma=False))
+        self.run = jax.jit(
+            jax.shard_map(evaluate, mesh=mesh, in_specs=spread, out_specs=spread, check_vma=False)
+        )
 
     def metrics(self) -> tuple[str, ...]:
         """Names of the metrics."""
@@ -133,11 +156,15 @@ class Evaluator:
         return Points(np.arange(first, first + len(values)), values, arrays, violation)
 
     def _columns(self, values: np.ndarray) -> dict[str, Array]:
-        filled = np.concatenate([values, np.broadcast_to(values[-1:], (self.rows - len(values), values.shape[1]))])
+        filled = np.concatenate(
+            [values, np.broadcast_to(values[-1:], (self.rows - len(values), values.shape[1]))]
+        )
         columns = {}
         for knob, column in zip(self.space.knobs, filled.T, strict=True):
             whole = knob.whole and np.abs(column).max() < 2**31
-            columns[knob.name] = jax.device_put(column.astype(np.int32 if whole else np.float32), self.placed)
+            columns[knob.name] = jax.device_put(
+                column.astype(np.int32 if whole else np.float32), self.placed
+            )
         return columns
 
 
@@ -158,12 +185,15 @@ def explore(
 ) -> Exploration:
     """Evaluates `points` designs of a space ("grid": all of the grid) and keeps the best.
 
-    With a `folder` every chunk is kept as it is done and read again by the next run of the same space, `settings` (what `evaluate` depends on) and
-    code. `reference` gives, by objective, where the hypervolume ends; else it ends where designs are `WORSE` times worse than the base, which must
-    be a machine. `report` is called with the designs done and in all. For evolution `chunk` is the population.
+    With a `folder` every chunk is kept as it is done and read again by the next run of the same
+    space, `settings` (what `evaluate` depends on) and code. `reference` gives, by objective, where
+    the hypervolume ends; else it ends where designs are `WORSE` times worse than the base, which
+    must be a machine. `report` is called with the designs done and in all. For evolution `chunk` is
+    the population.
 
     Raises:
-        ValueError: an unknown method, objective or number of points; the folder holds another exploration; the base design is impossible.
+        ValueError: an unknown method, objective or number of points; the folder holds another
+            exploration; the base design is impossible.
         OSError: the folder cannot be written to.
     """
     total, chunk = _sizes(space, method, points, chunk)
@@ -171,8 +201,15 @@ def explore(
     evaluator = Evaluator(space, evaluate, min(chunk, total))
     metrics = evaluator.metrics()
     _check_names(metrics, objectives, reference or {}, sensitivity_of)
-    run = {"method": method, "seed": seed, "chunk": chunk} | ({"objectives": list(map(str, objectives))} if method == "evolution" else {})
-    identity = {"space": space.described() | {"base": space.base}, "settings": dict(settings or {}), "run": run, "code": code_digest()}
+    run = {"method": method, "seed": seed, "chunk": chunk} | (
+        {"objectives": list(map(str, objectives))} if method == "evolution" else {}
+    )
+    identity = {
+        "space": space.described() | {"base": space.base},
+        "settings": dict(settings or {}),
+        "run": run,
+        "code": code_digest(),
+    }
     with chunks(Path(folder) if folder is not None else None, identity) as store:
         near = evaluator(neighbours(space))
         ends = _reference(near.take(np.array([0])), objectives, reference or {})
@@ -219,7 +256,9 @@ def _result(points: Points, name: str) -> np.ndarray:
 
 def _sizes(space: Space, method: str, points: int | None, chunk: int | None) -> tuple[int, int]:
     if method not in (*METHODS, "evolution"):
-        raise ValueError(f"the method must be one of {', '.join((*METHODS, 'evolution'))}, not {method!r}")
+        raise ValueError(
+            f"the method must be one of {', '.join((*METHODS, 'evolution'))}, not {method!r}"
+        )
     if chunk is not None and chunk < 1:
         raise ValueError(f"a chunk must have at least one design, not {chunk}")
     chunk = chunk or (POPULATION if method == "evolution" else CHUNK)
@@ -233,12 +272,19 @@ def _sizes(space: Space, method: str, points: int | None, chunk: int | None) -> 
     total = points or 4096
     if method == "evolution":
         if chunk < 4 or chunk % 2:
-            raise ValueError(f"a population must have an even number of designs, at least 4, not {chunk}")
+            raise ValueError(
+                f"a population must have an even number of designs, at least 4, not {chunk}"
+            )
         total = -(-total // chunk) * chunk
     return total, chunk
 
 
-def _check_names(metrics: Sequence[str], objectives: Sequence[Objective], reference: Mapping[str, float], sensitivity_of: str) -> None:
+def _check_names(
+    metrics: Sequence[str],
+    objectives: Sequence[Objective],
+    reference: Mapping[str, float],
+    sensitivity_of: str,
+) -> None:
     for name in (*(each.name for each in objectives), sensitivity_of):
         if name not in metrics:
             raise ValueError(f"there is no metric {name!r}; there are {', '.join(metrics)}")
@@ -246,10 +292,14 @@ def _check_names(metrics: Sequence[str], objectives: Sequence[Objective], refere
         raise ValueError(f"the reference names {', '.join(sorted(unknown))}, which is no objective")
 
 
-def _sampled(evaluator: Evaluator, method: str, total: int, chunk: int, seed: int, store: Chunks) -> Iterator[Points]:
+def _sampled(
+    evaluator: Evaluator, method: str, total: int, chunk: int, seed: int, store: Chunks
+) -> Iterator[Points]:
     for number, start in enumerate(range(0, total, chunk)):
         stop = min(start + chunk, total)
-        yield _computed(store, number, stop - start, partial(_drawn, evaluator, method, start, stop, seed))
+        yield _computed(
+            store, number, stop - start, partial(_drawn, evaluator, method, start, stop, seed)
+        )
 
 
 def _drawn(evaluator: Evaluator, method: str, start: int, stop: int, seed: int) -> Points:
@@ -260,27 +310,44 @@ def _computed(store: Chunks, number: int, rows: int, compute: Callable[[], Point
     """The designs of a file, or else computed and kept there."""
     found = store.load(number, rows)
     if found is not None:
-        named = {name.removeprefix("metric "): found[name] for name in found if name.startswith("metric ")}
+        named = {
+            name.removeprefix("metric "): found[name]
+            for name in found
+            if name.startswith("metric ")
+        }
         return Points(found["place"], found["values"], named, found["violation"])
     points = compute()
     named = {f"metric {name}": each for name, each in points.metrics.items()}
-    store.save(number, {"place": points.place, "values": points.values, "violation": points.violation} | named)
+    store.save(
+        number,
+        {"place": points.place, "values": points.values, "violation": points.violation} | named,
+    )
     return points
 
 
-def _evolved(evaluator: Evaluator, objectives, total: int, population: int, seed: int, store: Chunks) -> Iterator[Points]:
-    """Generation by generation, the first a Sobol sample. All is drawn from the seed, so a run that goes on breeds the same again."""
+def _evolved(
+    evaluator: Evaluator, objectives, total: int, population: int, seed: int, store: Chunks
+) -> Iterator[Points]:
+    """Generation by generation, the first a Sobol sample. All is drawn from the seed, so a run that
+    goes on breeds the same again.
+    """
     space = evaluator.space
     listed = jnp.array([bool(knob.values) for knob in space.knobs])
-    units = jnp.asarray(unit_sample(len(space.knobs), "sobol", 0, population, seed=seed), jnp.float32)
+    units = jnp.asarray(
+        unit_sample(len(space.knobs), "sobol", 0, population, seed=seed), jnp.float32
+    )
     parents: tuple[Array, Points] | None = None
     for number in range(total // population):
         if parents is not None:
             fit = _fitness(parents[1], objectives)
-            drawn = np.random.default_rng((seed, number)).random((evolution.DRAWS, *units.shape), np.float32)
+            drawn = np.random.default_rng((seed, number)).random(
+                (evolution.DRAWS, *units.shape), np.float32
+            )
             units = evolution.offspring(jnp.asarray(drawn), parents[0], *fit, listed)
         values = space.values(np.asarray(units))
-        children = _computed(store, number, population, partial(evaluator, values, number * population))
+        children = _computed(
+            store, number, population, partial(evaluator, values, number * population)
+        )
         yield children
         if parents is None:
             parents = units, children
@@ -292,7 +359,9 @@ def _evolved(evaluator: Evaluator, objectives, total: int, population: int, seed
 
 def _fitness(points: Points, objectives: Sequence[Objective]):
     found = judged(points._replace(violation=np.zeros_like(points.violation)), objectives)
-    return evolution.fitness(*(jnp.asarray(each, jnp.float32) for each in (points.values, found, points.violation)))
+    return evolution.fitness(
+        *(jnp.asarray(each, jnp.float32) for each in (points.values, found, points.violation))
+    )
 
 
 def _joined(first: Points, second: Points) -> Points:
@@ -315,17 +384,26 @@ def _apart(points: Points, known: Points) -> Points:
     return both.take(~np.isin(both.place, known.place))
 
 
-def _reference(base: Points, objectives: Sequence[Objective], given: Mapping[str, float]) -> dict[str, float]:
+def _reference(
+    base: Points, objectives: Sequence[Objective], given: Mapping[str, float]
+) -> dict[str, float]:
     ends = {}
     for each in objectives:
         value = float(overall(base.metrics[each.name])[0])
         if not np.isfinite(value) or value <= 0:
-            raise ValueError(f"{each.name} of the base design is {value:g}, so nothing can be compared with it: choose a base that is a machine")
-        ends[each.name] = float(given.get(each.name, value / WORSE if each.largest else value * WORSE))
+            raise ValueError(
+                f"{each.name} of the base design is {value:g}, so nothing can be compared with it:"
+                " choose a base that is a machine"
+            )
+        ends[each.name] = float(
+            given.get(each.name, value / WORSE if each.largest else value * WORSE)
+        )
     return ends
 
 
-def _volume(front: Points, near: Points, objectives: Sequence[Objective], ends: Mapping[str, float]) -> float | None:
+def _volume(
+    front: Points, near: Points, objectives: Sequence[Objective], ends: Mapping[str, float]
+) -> float | None:
     if len(objectives) > 3:
         return None
     unit = np.array([float(overall(near.metrics[each.name])[0]) for each in objectives])

@@ -23,8 +23,9 @@ class Sensitivity(NamedTuple):
 def neighbours(space: Space) -> Float[np.ndarray, "1+2k k"]:
     """The base design, and for each knob the two designs with its next lower and higher value.
 
-    The next value is `STEP` away, at least one for a whole number, or beside it in a list, and the base where there is none. Base values are those
-    of the space's `base`, moved into a knob's range.
+    The next value is `STEP` away, at least one for a whole number, or beside it in a list, and the
+    base where there is none. Base values are those of the space's `base`, moved into a knob's
+    range.
     """
     base = np.array([_inside(knob, space.base[knob.name]) for knob in space.knobs])
     rows = [base]
@@ -53,12 +54,18 @@ def _beside(knob: Knob, value: float) -> tuple[float, float]:
     return max(value - step, knob.low), min(value + step, knob.high)
 
 
-def elasticities(space: Space, values: Float[np.ndarray, "1+2k k"], results: Float[np.ndarray, " 1+2k"]) -> Float[np.ndarray, " k"]:
-    """d ln(result) / d ln(knob) between the two neighbours of the base design, as `neighbours` lists them; a neighbour without a result gives its
-    place to the base. NaN where a knob has but one value, or one of 0."""
+def elasticities(
+    space: Space, values: Float[np.ndarray, "1+2k k"], results: Float[np.ndarray, " 1+2k"]
+) -> Float[np.ndarray, " k"]:
+    """d ln(result) / d ln(knob) between the two neighbours of the base design, as `neighbours`
+    lists them; a neighbour without a result gives its place to the base. NaN where a knob has but
+    one value, or one of 0.
+    """
     found = np.full(len(space.knobs), np.nan)
     for column in range(len(space.knobs)):
-        low, high = (row if np.isfinite(results[row]) else 0 for row in (2 * column + 1, 2 * column + 2))
+        low, high = (
+            row if np.isfinite(results[row]) else 0 for row in (2 * column + 1, 2 * column + 2)
+        )
         ends = np.array([values[low, column], values[high, column], results[low], results[high]])
         if values[low, column] != values[high, column] and (ends > 0).all():
             found[column] = np.log(ends[3] / ends[2]) / np.log(ends[1] / ends[0])
@@ -80,10 +87,12 @@ def _mean_ranks(values: np.ndarray) -> np.ndarray:
 
 
 def first_order(column: Float[np.ndarray, " n"], results: Float[np.ndarray, " n"]) -> float:
-    """Variance of the mean result given the knob, as a share of all variance: the first-order Sobol index, for knobs drawn independently.
+    """Variance of the mean result given the knob, as a share of all variance: the first-order Sobol
+    index, for knobs drawn independently.
 
-    Means are of bins of the knob's values; what bins of that size would show of a knob without effect is taken away, so a little below 0 is none.
-    Li and Mahadevan, "An efficient modularized sample-based method to estimate the first-order Sobol' index", 2016.
+    Means are of bins of the knob's values; what bins of that size would show of a knob without
+    effect is taken away, so a little below 0 is none. Li and Mahadevan, "An efficient modularized
+    sample-based method to estimate the first-order Sobol' index", 2016.
     """
     distinct = np.unique(column)
     variance = float(np.var(results)) if len(results) else 0.0
@@ -104,14 +113,21 @@ def first_order(column: Float[np.ndarray, " n"], results: Float[np.ndarray, " n"
     return (between - by_chance) / variance
 
 
-def sensitivities(space: Space, near: tuple[np.ndarray, np.ndarray], sample: tuple[np.ndarray, np.ndarray]) -> dict[str, Sensitivity]:
-    """Of one result to each knob, from (values, results) of `neighbours` and of a sample of independent draws. Results that are not finite are left
-    out."""
+def sensitivities(
+    space: Space, near: tuple[np.ndarray, np.ndarray], sample: tuple[np.ndarray, np.ndarray]
+) -> dict[str, Sensitivity]:
+    """Of one result to each knob, from (values, results) of `neighbours` and of a sample of
+    independent draws. Results that are not finite are left out.
+    """
     local = elasticities(space, *near)
     values, results = sample
     sound = np.isfinite(results)
     values, results = values[sound], results[sound]
     return {
-        knob.name: Sensitivity(float(local[column]), rank_correlation(values[:, column], results), first_order(values[:, column], results))
+        knob.name: Sensitivity(
+            float(local[column]),
+            rank_correlation(values[:, column], results),
+            first_order(values[:, column], results),
+        )
         for column, knob in enumerate(space.knobs)
     }

@@ -1,7 +1,9 @@
-"""A space of designs: knobs, what each may be, and constraints; points of it by grid, by chance or by a Sobol sequence.
+"""A space of designs: knobs, what each may be, and constraints; points of it by grid, by chance or
+by a Sobol sequence.
 
-A knob is a field of the hardware record by its dotted name, or one of `SETTINGS`. A point is a row of the unit cube, one coordinate a knob, and its
-`values` are a row of numbers. Every sampler gives any range of its points by itself, so that a run can stop and go on anywhere.
+A knob is a field of the hardware record by its dotted name, or one of `SETTINGS`. A point is a row
+of the unit cube, one coordinate a knob, and its `values` are a row of numbers. Every sampler gives
+any range of its points by itself, so that a run can stop and go on anywhere.
 
 A space is read from TOML or JSON:
 
@@ -32,16 +34,20 @@ LARGEST_RANGE = 10**9  # whole numbers of one knob
 STEPS = 5  # of a continuous knob in a grid, ends included
 
 
-# Knobs that are no field of the hardware: how many halves of the batch are interleaved, and how many devices share layers and the list of layers.
-# All are whole numbers of at least 1.
+# Knobs that are no field of the hardware: how many halves of the batch are interleaved, and how
+# many devices share layers and the list of layers. All are whole numbers of at least 1.
 SETTINGS = ("sub_batches", "parallel.tp", "parallel.pp")
 
-Bounds = tuple[float, float, bool]  # the least and the most that a knob may be, and whether it is whole
+Bounds = tuple[
+    float, float, bool
+]  # the least and the most that a knob may be, and whether it is whole
 
 
 @dataclass(frozen=True)
 class Knob:
-    """One number to choose: from the list `values` where there is one, else from `low` to `high`."""
+    """One number to choose: from the list `values` where there is one, else from `low` to
+    `high`.
+    """
 
     name: str
     values: tuple[float, ...] = ()
@@ -62,10 +68,14 @@ class Knob:
         return max(self.values, default=self.high)
 
     def at(self, unit: np.ndarray) -> np.ndarray:
-        """The values at coordinates from 0 to 1, float64. Values of a list and whole numbers have cells of equal width, or factor with `log`."""
+        """The values at coordinates from 0 to 1, float64. Values of a list and whole numbers have
+        cells of equal width, or factor with `log`.
+        """
         unit = np.clip(np.asarray(unit, np.float64), 0, 1)
         if self.values:
-            return np.asarray(self.values, np.float64)[np.minimum((unit * self.count).astype(np.int64), self.count - 1)]
+            return np.asarray(self.values, np.float64)[
+                np.minimum((unit * self.count).astype(np.int64), self.count - 1)
+            ]
         low, high = self.low, self.high + self.whole
         value = low * (high / low) ** unit if self.log else low + unit * (high - low)
         return np.clip(np.floor(value) if self.whole else value, self.low, self.high)
@@ -74,12 +84,16 @@ class Knob:
         """The values of a grid: all, or `STEPS` of a continuous range."""
         if self.values:
             return np.asarray(self.values, np.float64)
-        return np.arange(self.low, self.high + 1) if self.whole else self.at(np.linspace(0, 1, STEPS))
+        return (
+            np.arange(self.low, self.high + 1) if self.whole else self.at(np.linspace(0, 1, STEPS))
+        )
 
 
 @dataclass(frozen=True)
 class Space:
-    """Knobs and constraints, and the numbers of everything that is not turned (by the names that constraints may use)."""
+    """Knobs and constraints, and the numbers of everything that is not turned (by the names that
+    constraints may use).
+    """
 
     knobs: tuple[Knob, ...]
     constraints: tuple[Constraint, ...]
@@ -91,26 +105,35 @@ class Space:
 
     def values(self, units: np.ndarray) -> np.ndarray:
         """(n, knobs) values at (n, knobs) coordinates."""
-        return np.stack([knob.at(units[:, column]) for column, knob in enumerate(self.knobs)], axis=1)
+        return np.stack(
+            [knob.at(units[:, column]) for column, knob in enumerate(self.knobs)], axis=1
+        )
 
     def columns(self, values: np.ndarray) -> dict[str, np.ndarray]:
         """The values of each knob by its name."""
         return {name: values[:, column] for column, name in enumerate(self.names)}
 
     def violation(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
-        """By how much designs break the constraints, (n,): 0 where they keep all, infinite where one cannot be computed.
+        """By how much designs break the constraints, (n,): 0 where they keep all, infinite where
+        one cannot be computed.
 
         `columns` are the knobs by name, and further names that constraints may use: the metrics.
         """
         size = len(next(iter(columns.values())))
         known = self.base | dict(columns)
-        return sum((constraint.violation(known) for constraint in self.constraints), start=np.zeros(size))
+        return sum(
+            (constraint.violation(known) for constraint in self.constraints), start=np.zeros(size)
+        )
 
     def described(self) -> dict[str, Any]:
         """The space as it would stand in a file."""
         knobs: dict[str, Any] = {}
         for knob in self.knobs:
-            knobs[knob.name] = list(knob.values) if knob.values else {"low": knob.low, "high": knob.high, "log": knob.log}
+            knobs[knob.name] = (
+                list(knob.values)
+                if knob.values
+                else {"low": knob.low, "high": knob.high, "log": knob.log}
+            )
         return {"knobs": knobs, "constraints": [constraint.text for constraint in self.constraints]}
 
 
@@ -124,14 +147,17 @@ def make_space(
 ) -> Space:
     """A checked space. A knob is a list of values, or a mapping of low, high and log.
 
-    `hardware` and `settings` give the numbers of what is not turned; `metrics` are further names for constraints.
+    `hardware` and `settings` give the numbers of what is not turned; `metrics` are further names
+    for constraints.
 
     Raises:
         ValueError: a knob or constraint is impossible; the sentence names it.
     """
     listed = list(describe(Hardware() if hardware is None else hardware))
     settable = dict.fromkeys(SETTINGS, (1.0, float(COUNT_MOST), True))
-    known: dict[str, Bounds] = {each.name: (each.least, min(each.most, REAL_MOST), each.whole) for each in listed} | settable
+    known: dict[str, Bounds] = {
+        each.name: (each.least, min(each.most, REAL_MOST), each.whole) for each in listed
+    } | settable
     if not knobs:
         raise ValueError("a space needs at least one knob")
     made = tuple(_knob(name, choice, known) for name, choice in knobs.items())
@@ -144,7 +170,8 @@ def read_space(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     """Knobs and constraints of a file, for `make_space`.
 
     Raises:
-        ValueError: it is neither TOML nor JSON, or holds something else; the sentence names the file.
+        ValueError: it is neither TOML nor JSON, or holds something else; the sentence names the
+            file.
         OSError: it cannot be read.
     """
     path = Path(path)
@@ -153,12 +180,19 @@ def read_space(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     try:
         text = path.read_text(encoding="utf-8-sig")
         content = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
-    except (UnicodeDecodeError, json.JSONDecodeError, tomllib.TOMLDecodeError, RecursionError) as error:
+    except (
+        UnicodeDecodeError,
+        json.JSONDecodeError,
+        tomllib.TOMLDecodeError,
+        RecursionError,
+    ) as error:
         raise ValueError(f"{path} cannot be read as {path.suffix[1:].upper()}: {error}") from None
     if not isinstance(content, dict) or not isinstance(content.get("knobs"), dict):
         raise ValueError(f"{path} must have a table knobs")
     if unknown := set(content) - {"knobs", "constraints", "about"}:
-        raise ValueError(f"{path} has {', '.join(sorted(unknown))}; there are about, constraints and knobs")
+        raise ValueError(
+            f"{path} has {', '.join(sorted(unknown))}; there are about, constraints and knobs"
+        )
     constraints = content.get("constraints", [])
     if not isinstance(constraints, list) or not all(isinstance(each, str) for each in constraints):
         raise ValueError(f"{path}: constraints must be a list of strings, not {constraints!r}")
@@ -182,7 +216,9 @@ def parse_knob(text: str) -> tuple[str, Any]:
             raise ValueError
         return name, {"low": float(low), "high": float(high), "log": bool(log)}
     except ValueError:
-        raise ValueError(f"a knob is NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=a,b,c, not {text!r}") from None
+        raise ValueError(
+            f"a knob is NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=a,b,c, not {text!r}"
+        ) from None
 
 
 def _flat(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -201,7 +237,9 @@ def _knob(name: str, choice: Any, known: Mapping[str, Bounds]) -> Knob:
     whole = limits[2]
     if isinstance(choice, Mapping):
         if unknown := set(choice) - {"low", "high", "log"}:
-            raise ValueError(f"{name} has {', '.join(sorted(map(str, unknown)))}; a range has low, high and log")
+            raise ValueError(
+                f"{name} has {', '.join(sorted(map(str, unknown)))}; a range has low, high and log"
+            )
         if not {"low", "high"} <= set(choice):
             raise ValueError(f"{name} needs both low and high")
         low, high = (_number(name, choice[end], limits) for end in ("low", "high"))
@@ -216,7 +254,9 @@ def _knob(name: str, choice: Any, known: Mapping[str, Bounds]) -> Knob:
             raise ValueError(f"{name} has more than {LARGEST_RANGE} values")
         return Knob(name, low=low, high=high, log=log, whole=whole)
     if not isinstance(choice, list | tuple) or not choice:
-        raise ValueError(f"{name} must be a list of values or a range with low and high, not {choice!r}")
+        raise ValueError(
+            f"{name} must be a list of values or a range with low and high, not {choice!r}"
+        )
     values = tuple(_number(name, value, limits) for value in choice)
     if len(set(values)) < len(values):
         raise ValueError(f"{name} has a value twice: {', '.join(f'{value:g}' for value in values)}")
@@ -227,7 +267,11 @@ def _knob(name: str, choice: Any, known: Mapping[str, Bounds]) -> Knob:
 
 def _number(name: str, value: Any, limits: Bounds) -> float:
     least, most, whole = limits
-    right = isinstance(value, numbers.Real) and not isinstance(value, bool) and least <= real(value) <= most
+    right = (
+        isinstance(value, numbers.Real)
+        and not isinstance(value, bool)
+        and least <= real(value) <= most
+    )
     if not right or (whole and value != int(value)):
         raise ValueError(f"{name} must be {instead(value, *limits)}")
     return float(value)
@@ -239,7 +283,8 @@ def grid_size(space: Space) -> int:
 
 
 def sample(space: Space, method: str, start: int, stop: int, *, seed: int = 0) -> np.ndarray:
-    """Values of the points `start` up to `stop` of a sampler, (stop - start, knobs) float64. The last knob of a grid turns fastest.
+    """Values of the points `start` up to `stop` of a sampler, (stop - start, knobs) float64. The
+    last knob of a grid turns fastest.
 
     Raises:
         ValueError: an unknown method, or a range beyond the grid.
@@ -257,10 +302,14 @@ def sample(space: Space, method: str, start: int, stop: int, *, seed: int = 0) -
     return space.values(unit_sample(len(space.knobs), method, start, stop, seed=seed))
 
 
-def unit_sample(dimensions: int, method: str, start: int, stop: int, *, seed: int = 0) -> np.ndarray:
-    """Coordinates of the points `start` up to `stop` of "random" or "sobol", (stop - start, dimensions) from 0 up to 1.
+def unit_sample(
+    dimensions: int, method: str, start: int, stop: int, *, seed: int = 0
+) -> np.ndarray:
+    """Coordinates of the points `start` up to `stop` of "random" or "sobol", (stop - start,
+    dimensions) from 0 up to 1.
 
-    Sobol points are scrambled (Owen, "Randomly permuted (t,m,s)-nets and (t,s)-sequences", 1995); the first 2^k of them are balanced.
+    Sobol points are scrambled (Owen, "Randomly permuted (t,m,s)-nets and (t,s)-sequences", 1995);
+    the first 2^k of them are balanced.
     """
     if method == "random":
         stream = np.random.PCG64(seed).advance(start * dimensions)  # one draw a number
@@ -270,9 +319,15 @@ def unit_sample(dimensions: int, method: str, start: int, stop: int, *, seed: in
     try:
         from scipy.stats import qmc
     except ImportError:
-        raise ImportError("the Sobol sequence needs SciPy: pip install 'ggem-jax[neupims]'") from None
+        raise ImportError(
+            "the Sobol sequence needs SciPy: pip install 'ggem-jax[neupims]'"
+        ) from None
     sequence = qmc.Sobol(dimensions, rng=seed)
     if start:
         return sequence.fast_forward(start).random(stop - start)
-    first = sequence.random(1)  # alone, so that SciPy does not ask for a power of 2: points are counted by index, over all chunks
+    first = sequence.random(
+        1
+        # alone, so that SciPy does not ask for a power of 2: points are counted by index, over all
+        # chunks
+    )
     return np.concatenate([first, sequence.random(stop - 1)]) if stop > 1 else first

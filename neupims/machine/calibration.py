@@ -1,22 +1,50 @@
-"""The constants that the timing formulas cannot derive. `python -m benchmarks.fit_neupims` finds them from runs of the public simulator."""
+"""The constants that the timing formulas cannot derive. `python -m benchmarks.fit_neupims` finds
+them from runs of the public simulator.
+"""
 
 from neupims.machine.record import quantity, record
 
-FIT = "benchmarks/fit_neupims.py, on the runs of the public simulator whose identifier ends in an even digit"
+FIT = (
+    "benchmarks/fit_neupims.py, on the runs of the public simulator whose identifier ends in an"
+    " even digit"
+)
 
 
 @record
 class Calibration:
     """Few, and of all systems together."""
 
-    queued_efficiency: float = quantity(0.954, "of the peak bandwidth, reads that the bank queues hold at once", FIT)
-    streaming_efficiency: float = quantity(0.881, "of the peak bandwidth, reads beyond that: a rank runs dry, refresh is not hidden", FIT)
-    shallow_efficiency: float = quantity(0.867, "of the peak bandwidth with the 96 reads in flight of the NPU-only memory", FIT)
-    backlog_bytes: float = quantity(0.946e6, "bytes of weights that have come out of order when the last one comes, with 32 channels", FIT)
-    stuck_after_norm: float = quantity(0.346, "share of products after a layer norm of few tokens that find a write stuck in a bank's queue", FIT)
+    queued_efficiency: float = quantity(
+        0.954, "of the peak bandwidth, reads that the bank queues hold at once", FIT
+    )
+    streaming_efficiency: float = quantity(
+        0.881,
+        "of the peak bandwidth, reads beyond that: a rank runs dry, refresh is not hidden",
+        FIT,
+    )
+    shallow_efficiency: float = quantity(
+        0.867, "of the peak bandwidth with the 96 reads in flight of the NPU-only memory", FIT
+    )
+    backlog_bytes: float = quantity(
+        0.946e6,
+        "bytes of weights that have come out of order when the last one comes, with 32 channels",
+        FIT,
+    )
+    stuck_after_norm: float = quantity(
+        0.346,
+        "share of products after a layer norm of few tokens that find a write stuck in a bank's"
+        " queue",
+        FIT,
+    )
     stuck_after_activation: float = quantity(0.892, "the same after an activation", FIT)
-    pim_slowdown: float = quantity(0.300, "more time for the NPU's memory traffic while PIM works beside it", FIT)
-    reopen_cycles: float = quantity(60.0, "memory cycles that a GWRITE waits for reads in flight to close the row that they opened", FIT)
+    pim_slowdown: float = quantity(
+        0.300, "more time for the NPU's memory traffic while PIM works beside it", FIT
+    )
+    reopen_cycles: float = quantity(
+        60.0,
+        "memory cycles that a GWRITE waits for reads in flight to close the row that they opened",
+        FIT,
+    )
 
 
 DEFAULT = Calibration()

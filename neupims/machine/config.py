@@ -1,7 +1,9 @@
-"""Named machines and models, shipped as TOML files in `configs/`, and the user's own in TOML or JSON.
+"""Named machines and models, shipped as TOML files in `configs/`, and the user's own in TOML or
+JSON.
 
-A machine's file has `about` and, in tables named as the groups of `Hardware`, the fields that differ from their defaults. A model's file has `about`,
-the fields of `Decoder`, and `tp` and `pp`, how many devices share a layer and the layers.
+A machine's file has `about` and, in tables named as the groups of `Hardware`, the fields that
+differ from their defaults. A model's file has `about`, the fields of `Decoder`, and `tp` and `pp`,
+how many devices share a layer and the layers.
 """
 
 import json
@@ -27,9 +29,19 @@ NOT_NEEDED = ("mlp_matrices",)
 
 def names(kind: str) -> tuple[str, ...]:
     """The named configurations of a kind, "hardware" or "models"; numbers in names by size."""
-    found = (each.name.removesuffix(".toml") for each in _folder(kind).iterdir() if each.name.endswith(".toml"))
+    found = (
+        each.name.removesuffix(".toml")
+        for each in _folder(kind).iterdir()
+        if each.name.endswith(".toml")
+    )
     return tuple(
-        sorted(found, key=lambda name: [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in re.split(r"(\d+)", name)])
+        sorted(
+            found,
+            key=lambda name: [
+                (not part.isdigit(), int(part) if part.isdigit() else 0, part)
+                for part in re.split(r"(\d+)", name)
+            ],
+        )
     )
 
 
@@ -37,7 +49,8 @@ def load_hardware(name_or_path: str | Path) -> Hardware:
     """The machine of this name, or of this TOML or JSON file.
 
     Raises:
-        ValueError: there is no such name, or the file is none or says something impossible; the sentence names file and field.
+        ValueError: there is no such name, or the file is none or says something impossible; the
+            sentence names file and field.
         OSError: the file cannot be read.
     """
     values, file = _read("hardware", name_or_path)
@@ -52,7 +65,8 @@ def load_model(name_or_path: str | Path) -> Decoder:
     """The model of this name, or of this TOML or JSON file.
 
     Raises:
-        ValueError: there is no such name, or the file is none or says something impossible; the sentence names file and field.
+        ValueError: there is no such name, or the file is none or says something impossible; the
+            sentence names file and field.
         OSError: the file cannot be read.
     """
     values, file = _read("models", name_or_path)
@@ -60,7 +74,10 @@ def load_model(name_or_path: str | Path) -> Decoder:
     with _naming(file):
         for name in values:
             if name not in (*known, *PARALLEL_FIELDS, "about"):
-                raise ValueError(f"there is no field {name!r}; there are {', '.join((*known, *PARALLEL_FIELDS, 'about'))}")
+                raise ValueError(
+                    f"there is no field {name!r}; there are"
+                    f" {', '.join((*known, *PARALLEL_FIELDS, 'about'))}"
+                )
         missing = [name for name in known if name not in values and name not in NOT_NEEDED]
         if missing:
             raise ValueError(f"{', '.join(missing)} must be given")
@@ -96,7 +113,10 @@ def _dotted(tables: Mapping[str, Any]) -> dict[str, Any]:
         if group == "about":
             continue
         if not isinstance(table, Mapping):
-            raise ValueError(f"{group} must be a table of fields, such as [hbm] with num_channels = 32, not {table!r}")
+            raise ValueError(
+                f"{group} must be a table of fields, such as [hbm] with num_channels = 32, not"
+                f" {table!r}"
+            )
         found.update({f"{group}.{name}": value for name, value in table.items()})
     return found
 
@@ -122,7 +142,10 @@ def _text(kind: str, name: str) -> tuple[str, str]:
             raise ValueError(f"{name} is not a text file") from None
     known = names(kind)
     if name.lower() not in known:
-        raise ValueError(f"there is no {KINDS[kind]} {name!r}; there are {', '.join(known)}, or give a file that ends in .toml or .json")
+        raise ValueError(
+            f"there is no {KINDS[kind]} {name!r}; there are {', '.join(known)}, or give a file that"
+            " ends in .toml or .json"
+        )
     file = f"{name.lower()}.toml"
     return _folder(kind).joinpath(file).read_text(encoding="utf-8"), f"configs/{kind}/{file}"
 

@@ -1,8 +1,9 @@
 """What a model runs on: an NPU of systolic arrays, and HBM whose banks compute.
 
-The defaults are the machine of the NeuPIMs paper as its public simulator configures it (Heo et al., ASPLOS 2024, arXiv:2403.00579;
-github.com/casys-kaist/NeuPIMs, commit f299af3). Timings `t..._cycles` are cycles of the memory clock. A batch of designs is the same record
-with a leading axis on the fields that vary.
+The defaults are the machine of the NeuPIMs paper as its public simulator configures it (Heo et al.,
+ASPLOS 2024, arXiv:2403.00579; github.com/casys-kaist/NeuPIMs, commit f299af3). Timings
+`t..._cycles` are cycles of the memory clock. A batch of designs is the same record with a leading
+axis on the fields that vary.
 """
 
 from dataclasses import field
@@ -22,12 +23,18 @@ class NPU:
 
     array_width: int = quantity(128, "processing elements", CORE, least=1, whole=True)
     array_height: int = quantity(128, "processing elements", CORE, least=1, whole=True)
-    num_arrays: int = quantity(8, "arrays", "paper, table 2; fixed in src/operations/MatMul.cc", least=1, whole=True)
-    num_cores: int = quantity(1, "cores", f"{CORE}; a second core has no effect in the simulator", least=1, whole=True)
+    num_arrays: int = quantity(
+        8, "arrays", "paper, table 2; fixed in src/operations/MatMul.cc", least=1, whole=True
+    )
+    num_cores: int = quantity(
+        1, "cores", f"{CORE}; a second core has no effect in the simulator", least=1, whole=True
+    )
     clock_hz: float = quantity(1e9, "Hz", CORE, least=1)
     vector_units: int = quantity(8, "units", CORE, least=1, whole=True)
     vector_lanes: int = quantity(128, "lanes of a unit", CORE, least=1, whole=True)
-    scratchpad_bytes: float = quantity(134218 * 1024, "bytes, of which a tile may use half", f"{CORE}, sram_size", least=1)
+    scratchpad_bytes: float = quantity(
+        134218 * 1024, "bytes, of which a tile may use half", f"{CORE}, sram_size", least=1
+    )
     interconnect_hz: float = quantity(2e9, "Hz, one burst a cycle and channel", CORE, least=1)
 
 
@@ -36,7 +43,9 @@ class HBM:
     """Stacked DRAM: channels of ranks of bank groups of banks."""
 
     num_channels: int = quantity(32, "channels", MEMORY, least=1, most=MOST_CHANNELS, whole=True)
-    ranks: int = quantity(2, "ranks of a channel", f"{INI}: channel_size 1024 MB over 512 MB", least=1, whole=True)
+    ranks: int = quantity(
+        2, "ranks of a channel", f"{INI}: channel_size 1024 MB over 512 MB", least=1, whole=True
+    )
     bank_groups: int = quantity(4, "bank groups of a rank", INI, least=1, whole=True)
     banks_per_group: int = quantity(4, "banks", INI, least=1, whole=True)
     rows: int = quantity(32768, "rows of a bank", INI, least=1, whole=True)
@@ -53,7 +62,9 @@ class HBM:
     tfaw_cycles: float = quantity(30, "memory cycles", INI)
     tccd_s_cycles: float = quantity(1, "memory cycles", INI)
     tccd_l_cycles: float = quantity(2, "memory cycles", INI)
-    trtp_cycles: float = quantity(5, "memory cycles", f"{PARSER}: the ini's tRTP_S and tRTP_L are not read")
+    trtp_cycles: float = quantity(
+        5, "memory cycles", f"{PARSER}: the ini's tRTP_S and tRTP_L are not read"
+    )
     trtrs_cycles: float = quantity(2, "memory cycles", PARSER)
     twr_cycles: float = quantity(16, "memory cycles", INI)
     read_latency_cycles: float = quantity(14, "memory cycles", f"{INI}, CL")
@@ -66,29 +77,78 @@ class HBM:
 class PIM:
     """Multipliers at each bank, fed by a buffer that holds one row of the vector."""
 
-    row_buffers: int = quantity(2, "row buffers of a bank: with 1 PIM blocks the NPU", "paper, section 5", least=1, whole=True)
-    macs_per_bank: int = quantity(16, "float16 products of one command", f"{MEMORY}, pim_comp_coverage", least=1, whole=True)
-    page_bytes: int = quantity(1024, "bytes of a row that a tile uses, and of the vector's buffer", f"{MEMORY}, dram_page_size", least=2, whole=True)
-    banks_per_activation: int = quantity(4, "banks opened by one command", "paper, section 5.2; command G_ACT", least=1, whole=True)
-    banks_per_precharge: int = quantity(1, "banks closed by one command", "command PIM_PRECHARGE of the simulator", least=1, whole=True)
-    least_products: int = quantity(6, "products that one result takes at least", "adder tree; EstimatePIMOperationLatency", least=1, whole=True)
-    gwrite_bursts: int = quantity(32, "(tCCD_S + tCCD_L) that filling the vector's buffer takes", "InitTimingParams", least=0, whole=True)
+    row_buffers: int = quantity(
+        2,
+        "row buffers of a bank: with 1 PIM blocks the NPU",
+        "paper, section 5",
+        least=1,
+        whole=True,
+    )
+    macs_per_bank: int = quantity(
+        16, "float16 products of one command", f"{MEMORY}, pim_comp_coverage", least=1, whole=True
+    )
+    page_bytes: int = quantity(
+        1024,
+        "bytes of a row that a tile uses, and of the vector's buffer",
+        f"{MEMORY}, dram_page_size",
+        least=2,
+        whole=True,
+    )
+    banks_per_activation: int = quantity(
+        4, "banks opened by one command", "paper, section 5.2; command G_ACT", least=1, whole=True
+    )
+    banks_per_precharge: int = quantity(
+        1,
+        "banks closed by one command",
+        "command PIM_PRECHARGE of the simulator",
+        least=1,
+        whole=True,
+    )
+    least_products: int = quantity(
+        6,
+        "products that one result takes at least",
+        "adder tree; EstimatePIMOperationLatency",
+        least=1,
+        whole=True,
+    )
+    gwrite_bursts: int = quantity(
+        32,
+        "(tCCD_S + tCCD_L) that filling the vector's buffer takes",
+        "InitTimingParams",
+        least=0,
+        whole=True,
+    )
 
 
 @record
 class Link:
     """Between devices. The default is no cost, as in the simulator, which has no communication."""
 
-    bandwidth_bytes_per_second: float = quantity(float("inf"), "bytes/s, in and out of a device", "not in the simulator", least=1, most=float("inf"))
+    bandwidth_bytes_per_second: float = quantity(
+        float("inf"),
+        "bytes/s, in and out of a device",
+        "not in the simulator",
+        least=1,
+        most=float("inf"),
+    )
     latency_seconds: float = quantity(0.0, "s of one message", "not in the simulator")
 
 
 @record
 class GPU:
-    """A GPU at its roofline, for comparison. The default is NVIDIA's A100 with 40 GB, the paper's GPU."""
+    """A GPU at its roofline, for comparison. The default is NVIDIA's A100 with 40 GB, the paper's
+    GPU.
+    """
 
-    flops_per_second: float = quantity(312e12, "FLOP/s, float16 products summed in float32, dense", "NVIDIA A100 data sheet, 2020", least=1)
-    bytes_per_second: float = quantity(1555e9, "bytes/s", "NVIDIA A100 40 GB data sheet, 2020", least=1)
+    flops_per_second: float = quantity(
+        312e12,
+        "FLOP/s, float16 products summed in float32, dense",
+        "NVIDIA A100 data sheet, 2020",
+        least=1,
+    )
+    bytes_per_second: float = quantity(
+        1555e9, "bytes/s", "NVIDIA A100 40 GB data sheet, 2020", least=1
+    )
     memory_bytes: float = quantity(40e9, "bytes", "NVIDIA A100 40 GB data sheet, 2020", least=1)
     board_watts: float = quantity(400.0, "W, the most", "NVIDIA A100 SXM data sheet, 2020", least=0)
 

@@ -14,14 +14,17 @@ SHOWN = 40  # characters of a wrong value
 INT32_MOST = 2**31 - 1
 COUNT_MOST = 2**24  # that float32 holds exactly, as it does all below
 REAL_MOST = 1e30  # whose products with other quantities are finite
-Number = Any  # a number, or an array with one for each design, request or channel: what arithmetic makes of records
+# a number, or an array with one for each design, request or channel: what arithmetic makes of
+# records
+Number = Any
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
 def record(cls: type[T]) -> type[T]:
     """A frozen dataclass that is a pytree of its fields.
 
-    Its `__post_init__` checks what a person makes; what JAX makes of one (arrays, tracers, the axes of a `vmap`) is not checked.
+    Its `__post_init__` checks what a person makes; what JAX makes of one (arrays, tracers, the axes
+    of a `vmap`) is not checked.
     """
     made = dataclass(frozen=True)(cls)
     names = tuple(field.name for field in fields(made))  # type: ignore[arg-type]
@@ -33,7 +36,9 @@ def record(cls: type[T]) -> type[T]:
         return new
 
     def flatten(value):
-        return [(jax.tree_util.GetAttrKey(name), _leaf(getattr(value, name))) for name in names], None
+        return [
+            (jax.tree_util.GetAttrKey(name), _leaf(getattr(value, name))) for name in names
+        ], None
 
     jax.tree_util.register_pytree_with_keys(made, flatten, unflatten)
     return made
@@ -52,11 +57,23 @@ def real(number: Any) -> float:
         return math.inf
 
 
-def quantity(default: float, unit: str, source: str, *, least: float = 0, most: float | None = None, whole: bool = False) -> Any:
-    """A field of a record that is one number: its default, its unit, where the default comes from, and the least and the most that it may be
-    (COUNT_MOST or REAL_MOST, if not given)."""
+def quantity(
+    default: float,
+    unit: str,
+    source: str,
+    *,
+    least: float = 0,
+    most: float | None = None,
+    whole: bool = False,
+) -> Any:
+    """A field of a record that is one number: its default, its unit, where the default comes from,
+    and the least and the most that it may be (COUNT_MOST or REAL_MOST, if not given).
+    """
     most = most if most is not None else COUNT_MOST if whole else REAL_MOST
-    return field(default=default, metadata={"unit": unit, "source": source, "least": least, "most": most, "whole": whole})
+    return field(
+        default=default,
+        metadata={"unit": unit, "source": source, "least": least, "most": most, "whole": whole},
+    )
 
 
 class Field(NamedTuple):
@@ -78,13 +95,23 @@ def describe(value: Any, prefix: str = "") -> Iterator[Field]:
         if is_dataclass(number):
             yield from describe(number, f"{prefix}{each.name}.")
         else:
-            yield Field(f"{prefix}{each.name}", number, data["unit"], data["source"], data["least"], data["most"], data["whole"])
+            yield Field(
+                f"{prefix}{each.name}",
+                number,
+                data["unit"],
+                data["source"],
+                data["least"],
+                data["most"],
+                data["whole"],
+            )
 
 
 def check_quantities(value: Any, group: str) -> None:
-    """Raises ValueError, naming the field, unless every plain number of the record is one, and between its least and its most.
+    """Raises ValueError, naming the field, unless every plain number of the record is one, and
+    between its least and its most.
 
-    Arrays pass: in a batch of designs a wrong row is flagged by its result, not refused with all others.
+    Arrays pass: in a batch of designs a wrong row is flagged by its result, not refused with all
+    others.
     """
     for each in fields(value):
         number = getattr(value, each.name)
@@ -93,14 +120,23 @@ def check_quantities(value: Any, group: str) -> None:
                 raise ValueError(f"{group}.{each.name} must be a number, not {number!r}")
             continue
         least, most, whole = (each.metadata[name] for name in ("least", "most", "whole"))
-        if isinstance(number, str) or not least <= real(number) <= most or (whole and real(number) % 1 != 0):
+        if (
+            isinstance(number, str)
+            or not least <= real(number) <= most
+            or (whole and real(number) % 1 != 0)
+        ):
             raise ValueError(f"{group}.{each.name} must be {instead(number, least, most, whole)}")
 
 
 def instead(number: Any, least: float, most: float, whole: bool) -> str:
-    """What a quantity must be instead of what it is, in words; the most where it is not the usual one, or is exceeded."""
+    """What a quantity must be instead of what it is, in words; the most where it is not the usual
+    one, or is exceeded.
+    """
     text, kind = repr(number), "a whole number" if whole else "a number"
-    said = most < math.inf and (most not in (COUNT_MOST, REAL_MOST) or (isinstance(number, numbers.Real) and real(number) > most))
+    said = most < math.inf and (
+        most not in (COUNT_MOST, REAL_MOST)
+        or (isinstance(number, numbers.Real) and real(number) > most)
+    )
     short = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
     return f"{kind} of at least {least:g}{f' and at most {most:.9g}' if said else ''}, not {short}"
 
@@ -109,7 +145,8 @@ def replace(value: T, name: str, new: Any) -> T:
     """The record with the field of this dotted name changed, checked again.
 
     Raises:
-        ValueError: there is no such field (the sentence lists those there are), or the value is impossible.
+        ValueError: there is no such field (the sentence lists those there are), or the value is
+            impossible.
     """
     head, _, rest = name.partition(".")
     names = [each.name for each in fields(value)]  # type: ignore[arg-type]
@@ -121,5 +158,8 @@ def replace(value: T, name: str, new: Any) -> T:
             raise ValueError(f"{head!r} is a number and has no field {rest!r}")
         new = replace(inner, rest, new)
     elif is_dataclass(inner):
-        raise ValueError(f"{head!r} is a group; name one of its fields, {', '.join(f'{head}.{each.name}' for each in fields(inner))}")
+        raise ValueError(
+            f"{head!r} is a group; name one of its fields,"
+            f" {', '.join(f'{head}.{each.name}' for each in fields(inner))}"
+        )
     return dataclasses.replace(value, **{head: new})  # type: ignore[type-var]

@@ -1,4 +1,6 @@
-"""The systems there are, how exactly the public simulator is followed, and how the validation files spell systems. Needs no JAX."""
+"""The systems there are, how exactly the public simulator is followed, and how the validation files
+spell systems. Needs no JAX.
+"""
 
 from typing import Literal, NamedTuple
 

@@ -1,4 +1,6 @@
-"""What is run: decoder-only language models by their numbers, and a batch of requests. Weights and caches are float16, 2 bytes a number."""
+"""What is run: decoder-only language models by their numbers, and a batch of requests. Weights and
+caches are float16, 2 bytes a number.
+"""
 
 import csv
 import numbers
@@ -18,7 +20,9 @@ LONGEST = 10**6  # tokens of a request that a trace may hold; a longer one is a 
 
 @record
 class Decoder:
-    """A decoder-only transformer. A batch of models is the same record with a leading axis on every field."""
+    """A decoder-only transformer. A batch of models is the same record with a leading axis on every
+    field.
+    """
 
     layers: int
     width: int  # channels of a token
@@ -34,7 +38,9 @@ class Decoder:
         if self.width % self.heads:
             raise ValueError(f"heads must divide the width, {self.width}, but is {self.heads}")
         if self.heads % self.kv_heads:
-            raise ValueError(f"kv_heads must divide the heads, {self.heads}, but is {self.kv_heads}")
+            raise ValueError(
+                f"kv_heads must divide the heads, {self.heads}, but is {self.kv_heads}"
+            )
 
     @property
     def kv_width(self) -> int:
@@ -44,7 +50,9 @@ class Decoder:
 
 @record
 class Parallel:
-    """How many devices share each layer (tensor parallel), and into how many groups the layers are cut (pipeline parallel)."""
+    """How many devices share each layer (tensor parallel), and into how many groups the layers are
+    cut (pipeline parallel).
+    """
 
     tp: int
     pp: int
@@ -56,20 +64,27 @@ class Parallel:
 
 
 def check_parallel(decoder: Decoder, parallel: Parallel) -> None:
-    """Raises ValueError unless the heads divide over the devices and each group of devices has a layer."""
+    """Raises ValueError unless the heads divide over the devices and each group of devices has a
+    layer.
+    """
     if decoder.heads % parallel.tp:
         raise ValueError(f"tp must divide the {decoder.heads} heads, but is {parallel.tp}")
     if decoder.kv_heads % parallel.tp and parallel.tp % decoder.kv_heads:
-        raise ValueError(f"tp must divide the {decoder.kv_heads} key and value heads or be a multiple of them, but is {parallel.tp}")
+        raise ValueError(
+            f"tp must divide the {decoder.kv_heads} key and value heads or be a multiple of them,"
+            f" but is {parallel.tp}"
+        )
     if parallel.pp > decoder.layers:
         raise ValueError(f"pp must be at most the {decoder.layers} layers, but is {parallel.pp}")
 
 
 @record
 class Batch:
-    """Requests that each get one token in this iteration, in the order in which their channel serves them.
+    """Requests that each get one token in this iteration, in the order in which their channel
+    serves them.
 
-    A request of length 0 is none, so that batches of different size can share an axis. A batch of schedules is the same record with a leading axis.
+    A request of length 0 is none, so that batches of different size can share an axis. A batch of
+    schedules is the same record with a leading axis.
     """
 
     seq_lens: Int[Array, " r"]  # tokens whose keys and values are read
@@ -81,28 +96,43 @@ def make_batch(seq_lens, channels, sub_batches=None, *, num_channels: int = 32) 
     """A checked batch; sub-batches by the simulator's rule (`halves`) unless given.
 
     Raises:
-        ValueError: there is no request; a length is not a whole number of at least 1; a channel is not below `num_channels`.
+        ValueError: there is no request; a length is not a whole number of at least 1; a channel is
+            not below `num_channels`.
     """
     seq_lens, channels = np.asarray(seq_lens), np.asarray(channels)
     if seq_lens.ndim != 1 or seq_lens.shape != channels.shape:
-        raise ValueError(f"one length and one channel for each request, not {seq_lens.shape} lengths and {channels.shape} channels")
+        raise ValueError(
+            f"one length and one channel for each request, not {seq_lens.shape} lengths and"
+            f" {channels.shape} channels"
+        )
     if not seq_lens.size:
         raise ValueError("a batch needs at least one request")
-    for request, (length, channel) in enumerate(zip(seq_lens.tolist(), channels.tolist(), strict=True)):
+    for request, (length, channel) in enumerate(
+        zip(seq_lens.tolist(), channels.tolist(), strict=True)
+    ):
         if length != int(length) or not 1 <= length <= LONGEST:
-            raise ValueError(f"the length of request {request} must be a whole number from 1 to {LONGEST}, not {length}")
+            raise ValueError(
+                f"the length of request {request} must be a whole number from 1 to {LONGEST}, not"
+                f" {length}"
+            )
         if channel != int(channel) or not 0 <= channel < num_channels:
-            raise ValueError(f"the channel of request {request} must be from 0 to {num_channels - 1}, not {channel}")
+            raise ValueError(
+                f"the channel of request {request} must be from 0 to {num_channels - 1}, not"
+                f" {channel}"
+            )
     if sub_batches is None:
         sub_batches = halves(channels, num_channels)
     return Batch(*(jnp.asarray(part, jnp.int32) for part in (seq_lens, channels, sub_batches)))
 
 
 def halves(channels: Int[Array, " r"], num_channels: int) -> Int[Array, " r"]:
-    """Sub-batch of each request by the simulator's rule: the first half of each channel's list is sub-batch 0.
+    """Sub-batch of each request by the simulator's rule: the first half of each channel's list is
+    sub-batch 0.
 
-    Channels with an odd number of requests give the larger half to sub-batch 0 and to sub-batch 1 in turn, sub-batch 0 first.
-    Source: `_partition_alg_simple` in src/scheduler/Scheduler.cc of the public simulator; algorithm 3 of the paper.
+    Channels with an odd number of requests give the larger half to sub-batch 0 and to sub-batch 1
+    in turn, sub-batch 0 first.
+    Source: `_partition_alg_simple` in src/scheduler/Scheduler.cc of the public simulator; algorithm
+        3 of the paper.
     """
     sub_batches = np.zeros(len(channels), np.int32)
     larger_first = True
@@ -117,7 +147,8 @@ def halves(channels: Int[Array, " r"], num_channels: int) -> Int[Array, " r"]:
 
 
 def read_trace(path: str | Path, *, num_channels: int = 32) -> Batch:
-    """The batch of a trace of the simulator: a CSV file with columns seq_len and ch_idx, one request a row.
+    """The batch of a trace of the simulator: a CSV file with columns seq_len and ch_idx, one
+    request a row.
 
     Raises:
         ValueError: the file is none, or a row is impossible; the sentence names the line.
@@ -128,7 +159,10 @@ def read_trace(path: str | Path, *, num_channels: int = 32) -> Batch:
         except (UnicodeDecodeError, csv.Error) as error:
             raise ValueError(f"{path} is not a CSV file: {error}") from None
     if not rows or [name.strip() for name in rows[0][:2]] != ["seq_len", "ch_idx"]:
-        raise ValueError(f"{path} must begin with the line seq_len,ch_idx, not {','.join(rows[0])[:SHOWN] if rows else 'nothing'!r}")
+        raise ValueError(
+            f"{path} must begin with the line seq_len,ch_idx, not"
+            f" {','.join(rows[0])[:SHOWN] if rows else 'nothing'!r}"
+        )
     lengths, channels = [], []
     for line, row in enumerate(rows[1:], start=2):
         if not any(cell.strip() for cell in row):
@@ -136,11 +170,19 @@ def read_trace(path: str | Path, *, num_channels: int = 32) -> Batch:
         try:
             length, channel = (int(cell) for cell in row[:2])
         except ValueError:
-            raise ValueError(f"{path}, line {line}: two whole numbers expected, a length and a channel, not {','.join(row)[:SHOWN]!r}") from None
+            raise ValueError(
+                f"{path}, line {line}: two whole numbers expected, a length and a channel, not"
+                f" {','.join(row)[:SHOWN]!r}"
+            ) from None
         if not 1 <= length <= LONGEST:
-            raise ValueError(f"{path}, line {line}: the length must be from 1 to {LONGEST}, not {length}")
+            raise ValueError(
+                f"{path}, line {line}: the length must be from 1 to {LONGEST}, not {length}"
+            )
         if not 0 <= channel < num_channels:
-            raise ValueError(f"{path}, line {line}: the channel must be from 0 to {num_channels - 1}, not {channel}")
+            raise ValueError(
+                f"{path}, line {line}: the channel must be from 0 to {num_channels - 1}, not"
+                f" {channel}"
+            )
         lengths.append(length)
         channels.append(channel)
     if not lengths:
@@ -149,7 +191,9 @@ def read_trace(path: str | Path, *, num_channels: int = 32) -> Batch:
 
 
 def weight_bytes(model: Decoder) -> float:
-    """Bytes of the matrices of all blocks: query, key, value, output and the MLP; no biases, no embeddings."""
+    """Bytes of the matrices of all blocks: query, key, value, output and the MLP; no biases, no
+    embeddings.
+    """
     model = _real(model)
     attention = 2 * model.width * model.width + 2 * model.width * model.kv_width
     mlp = model.mlp_matrices * model.width * model.mlp_width

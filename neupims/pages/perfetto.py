@@ -1,4 +1,5 @@
-"""Stages as a trace for Perfetto (ui.perfetto.dev) or chrome://tracing: one process a device, lanes for NPU and PIM and one for each channel.
+"""Stages as a trace for Perfetto (ui.perfetto.dev) or chrome://tracing: one process a device, lanes
+for NPU and PIM and one for each channel.
 
 Format: "Trace Event Format", complete events ("ph": "X") with times in microseconds.
 """
@@ -16,47 +17,93 @@ LANES = {"SA": (NPU_LANE, "NPU"), "PIM": (PIM_LANE, "PIM")}
 
 
 def write_perfetto(
-    path: str | Path, result: Mapping[str, Any], *, clock_hz: float, channel_cycles: Sequence[Sequence[float]] = (), devices: int = 1
+    path: str | Path,
+    result: Mapping[str, Any],
+    *,
+    clock_hz: float,
+    channel_cycles: Sequence[Sequence[float]] = (),
+    devices: int = 1,
 ) -> None:
     """Writes the trace of what `simulate --json` prints; each stage appears once, in order.
 
-    `channel_cycles` are core cycles of attention, by sub-batch and channel. Devices of a tensor-parallel group do the same at the same time.
+    `channel_cycles` are core cycles of attention, by sub-batch and channel. Devices of a
+    tensor-parallel group do the same at the same time.
 
     Raises:
         OSError: the file cannot be written.
     """
-    trace = {"displayTimeUnit": "ns", "traceEvents": events(result, clock_hz=clock_hz, channel_cycles=channel_cycles, devices=devices)}
+    trace = {
+        "displayTimeUnit": "ns",
+        "traceEvents": events(
+            result, clock_hz=clock_hz, channel_cycles=channel_cycles, devices=devices
+        ),
+    }
     write_text(path, json.dumps(trace, allow_nan=False))
 
 
-def events(result: Mapping[str, Any], *, clock_hz: float, channel_cycles: Sequence[Sequence[float]] = (), devices: int = 1) -> list[dict[str, Any]]:
+def events(
+    result: Mapping[str, Any],
+    *,
+    clock_hz: float,
+    channel_cycles: Sequence[Sequence[float]] = (),
+    devices: int = 1,
+) -> list[dict[str, Any]]:
     """The trace's events."""
     listed: list[dict[str, Any]] = []
     microseconds = 1e6 / clock_hz
     for device in range(devices):
-        listed.append(_name("process_name", device, 0, f"device {device}: {result['system']}, {result['model']}"))
-        listed += [_name("thread_name", device, lane, name) for lane, name in ((STAGE_LANE, "stage"), *LANES.values())]
+        listed.append(
+            _name(
+                "process_name", device, 0, f"device {device}: {result['system']}, {result['model']}"
+            )
+        )
+        listed += [
+            _name("thread_name", device, lane, name)
+            for lane, name in ((STAGE_LANE, "stage"), *LANES.values())
+        ]
         channels = max((len(each) for each in channel_cycles), default=0)
-        listed += [_name("thread_name", device, FIRST_CHANNEL_LANE + channel, f"channel {channel}") for channel in range(channels)]
+        listed += [
+            _name("thread_name", device, FIRST_CHANNEL_LANE + channel, f"channel {channel}")
+            for channel in range(channels)
+        ]
         begin = 0.0
         for stage, cycles in result["stage_cycles"].items():
             end = begin + cycles
             listed += _slice(f"stage {stage}", device, STAGE_LANE, begin, end, microseconds)
             mine = [each for each in result["ops"] if each["stage"] == stage]
             for platform, (lane, _) in LANES.items():
-                for each in _without_overlap([each for each in mine if each["platform"] == platform], cycles):
+                for each in _without_overlap(
+                    [each for each in mine if each["platform"] == platform], cycles
+                ):
                     listed += _slice(
-                        operation_name(each["op"]), device, lane, begin + each["start"], begin + each["end"], microseconds, operation=each["op"]
+                        operation_name(each["op"]),
+                        device,
+                        lane,
+                        begin + each["start"],
+                        begin + each["end"],
+                        microseconds,
+                        operation=each["op"],
                     )
             if any(each["platform"] == "PIM" for each in mine):
                 for channel, load in enumerate(_loads(stage, result, channel_cycles)):
-                    listed += _slice("attention", device, FIRST_CHANNEL_LANE + channel, begin, begin + min(load, cycles), microseconds)
+                    listed += _slice(
+                        "attention",
+                        device,
+                        FIRST_CHANNEL_LANE + channel,
+                        begin,
+                        begin + min(load, cycles),
+                        microseconds,
+                    )
             begin = end
     return listed
 
 
-def _without_overlap(operations: Sequence[Mapping[str, Any]], stage_cycles: float) -> list[dict[str, Any]]:
-    """Starts and ends within the stage, one after another: a viewer nests slices that overlap by a rounding error."""
+def _without_overlap(
+    operations: Sequence[Mapping[str, Any]], stage_cycles: float
+) -> list[dict[str, Any]]:
+    """Starts and ends within the stage, one after another: a viewer nests slices that overlap by a
+    rounding error.
+    """
     placed, free = [], 0.0
     for each in sorted(operations, key=lambda each: each["start_cycle"]):
         start = min(max(each["start_cycle"], free), stage_cycles)
@@ -65,21 +112,42 @@ def _without_overlap(operations: Sequence[Mapping[str, Any]], stage_cycles: floa
     return placed
 
 
-def _loads(stage: str, result: Mapping[str, Any], channel_cycles: Sequence[Sequence[float]]) -> Sequence[float]:
-    """Of the sub-batch whose attention the stage runs: the second in C and E where two alternate, else the first."""
+def _loads(
+    stage: str, result: Mapping[str, Any], channel_cycles: Sequence[Sequence[float]]
+) -> Sequence[float]:
+    """Of the sub-batch whose attention the stage runs: the second in C and E where two alternate,
+    else the first.
+    """
     if not channel_cycles:
         return ()
     interleaved = "C" in result["stage_cycles"]
     return channel_cycles[1 if interleaved and stage in "CE" and len(channel_cycles) > 1 else 0]
 
 
-def _slice(name: str, device: int, lane: int, begin: float, end: float, microseconds: float, **arguments: Any) -> list[dict[str, Any]]:
+def _slice(
+    name: str,
+    device: int,
+    lane: int,
+    begin: float,
+    end: float,
+    microseconds: float,
+    **arguments: Any,
+) -> list[dict[str, Any]]:
     """A slice, or nothing if it has no length in the nanoseconds that viewers keep."""
     first, last = (round(at * microseconds, 3) for at in (begin, end))
     if not last > first:
         return []
     times = {"ts": first, "dur": round(last - first, 3)}
-    return [{"name": name, "ph": "X", "pid": device, "tid": lane, **times, "args": {"cycles": end - begin, **arguments}}]
+    return [
+        {
+            "name": name,
+            "ph": "X",
+            "pid": device,
+            "tid": lane,
+            **times,
+            "args": {"cycles": end - begin, **arguments},
+        }
+    ]
 
 
 def _name(kind: str, device: int, lane: int, name: str) -> dict[str, Any]:

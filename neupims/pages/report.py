@@ -1,6 +1,8 @@
-"""Results as one HTML page that holds everything it shows: nothing is loaded, nothing runs, light and dark, wide and narrow.
+"""Results as one HTML page that holds everything it shows: nothing is loaded, nothing runs, light
+and dark, wide and narrow.
 
-A page is a list of sections, each a plain dictionary with `kind`, `title`, where wanted `text`, and what its kind needs:
+A page is a list of sections, each a plain dictionary with `kind`, `title`, where wanted `text`, and
+what its kind needs:
 
     text        nothing more
     table       columns, rows
@@ -46,7 +48,13 @@ nav { font-size: .9rem } nav a { margin-right: .9rem; white-space: nowrap }
 )
 
 
-def write_report(path: str | Path, sections: Sequence[Mapping[str, Any]], *, title: str, facts: Mapping[str, Any] | None = None) -> None:
+def write_report(
+    path: str | Path,
+    sections: Sequence[Mapping[str, Any]],
+    *,
+    title: str,
+    facts: Mapping[str, Any] | None = None,
+) -> None:
     """Writes the page; it appears when it is complete. `facts` stand at its head.
 
     Raises:
@@ -59,11 +67,22 @@ def write_report(path: str | Path, sections: Sequence[Mapping[str, Any]], *, tit
 def page(sections: Sequence[Mapping[str, Any]], *, title: str, facts: Mapping[str, Any]) -> str:
     """The page as text."""
     parts = [_section(i, each) for i, each in enumerate(sections)]
-    links = "".join(f'<a href="#s{i}">{html.escape(str(each["title"]))}</a> ' for i, each in enumerate(sections))
-    listed = "".join(f"<dt>{html.escape(str(name))}</dt><dd>{html.escape(_cell(fact))}</dd>" for name, fact in facts.items())
-    head = f'<meta charset="utf-8"><title>{html.escape(title)}</title><meta name="viewport" content="width=device-width, initial-scale=1">'
+    links = "".join(
+        f'<a href="#s{i}">{html.escape(str(each["title"]))}</a> ' for i, each in enumerate(sections)
+    )
+    listed = "".join(
+        f"<dt>{html.escape(str(name))}</dt><dd>{html.escape(_cell(fact))}</dd>"
+        for name, fact in facts.items()
+    )
+    head = (
+        f'<meta charset="utf-8"><title>{html.escape(title)}</title><meta name="viewport"'
+        ' content="width=device-width, initial-scale=1">'
+    )
     body = f"<h1>{html.escape(title)}</h1>\n<dl>{listed}</dl>\n<nav>{links}</nav>\n{''.join(parts)}"
-    return f'<!DOCTYPE html>\n<html lang="en">\n<head>{head}<style>{STYLE}</style></head>\n<body>\n{body}</body>\n</html>\n'
+    return (
+        "<!DOCTYPE html>\n<html"
+        f' lang="en">\n<head>{head}<style>{STYLE}</style></head>\n<body>\n{body}</body>\n</html>\n'
+    )
 
 
 def _section(index: int, section: Mapping[str, Any]) -> str:
@@ -73,9 +92,14 @@ def _section(index: int, section: Mapping[str, Any]) -> str:
     try:
         content = KINDS[kind](section)
     except KeyError as missing:
-        raise ValueError(f"the section {section.get('title', kind)!r} of kind {kind} needs {missing}") from None
+        raise ValueError(
+            f"the section {section.get('title', kind)!r} of kind {kind} needs {missing}"
+        ) from None
     text = f"<p>{html.escape(str(section['text']))}</p>" if section.get("text") else ""
-    return f'<section id="s{index}">\n<h2>{html.escape(str(section["title"]))}</h2>\n{text}{content}\n</section>\n'
+    return (
+        "<section"
+        f' id="s{index}">\n<h2>{html.escape(str(section["title"]))}</h2>\n{text}{content}\n</section>\n'
+    )
 
 
 def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -83,9 +107,17 @@ def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
     listed = [list(row) for row in rows]
     words = [all(isinstance(row[i], str) for row in listed) for i in range(len(columns))]
     style = ["" if not word else ' class="words"' for word in words]
-    head = "".join(f"<th{style[i]}>{html.escape(str(column))}</th>" for i, column in enumerate(columns))
-    body = "".join(f"<tr>{''.join(f'<td{style[i]}>{html.escape(_cell(cell))}</td>' for i, cell in enumerate(row))}</tr>" for row in listed)
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    head = "".join(
+        f"<th{style[i]}>{html.escape(str(column))}</th>" for i, column in enumerate(columns)
+    )
+    body = "".join(
+        f"<tr>{''.join(f'<td{style[i]}>{html.escape(_cell(cell))}</td>' for i, cell in enumerate(row))}</tr>"
+        for row in listed
+    )
+    return (
+        "<div"
+        f' class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    )
 
 
 def _figure(chart: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -117,29 +149,56 @@ def _roofline(section: Mapping[str, Any]) -> str:
 
 
 def _gantt(section: Mapping[str, Any]) -> str:
-    rows = [(each["stage"], each["platform"], each["op"], each["start_cycle"], each["cycles"]) for each in section["ops"]]
-    return _figure(plots.gantt(section["ops"], section["stage_cycles"]), ("stage", "unit", "operation", "start", "core cycles"), rows)
+    rows = [
+        (each["stage"], each["platform"], each["op"], each["start_cycle"], each["cycles"])
+        for each in section["ops"]
+    ]
+    return _figure(
+        plots.gantt(section["ops"], section["stage_cycles"]),
+        ("stage", "unit", "operation", "start", "core cycles"),
+        rows,
+    )
 
 
 def _bars(section: Mapping[str, Any]) -> str:
-    return _figure(plots.bars(section["shares"]), ("unit", "share, %"), [(each["name"], 100 * each["share"]) for each in section["shares"]])
+    return _figure(
+        plots.bars(section["shares"]),
+        ("unit", "share, %"),
+        [(each["name"], 100 * each["share"]) for each in section["shares"]],
+    )
 
 
 def _channels(section: Mapping[str, Any]) -> str:
     loads = section["loads"]
     channels = max((len(each["cycles"]) for each in loads), default=0)
-    rows = [(channel, *(each["cycles"][channel] if channel < len(each["cycles"]) else "" for each in loads)) for channel in range(channels)]
-    return _figure(plots.channel_loads(loads), ("channel", *(str(each["name"]) for each in loads)), rows)
+    rows = [
+        (
+            channel,
+            *(each["cycles"][channel] if channel < len(each["cycles"]) else "" for each in loads),
+        )
+        for channel in range(channels)
+    ]
+    return _figure(
+        plots.channel_loads(loads), ("channel", *(str(each["name"]) for each in loads)), rows
+    )
 
 
 def _curves(section: Mapping[str, Any]) -> str:
     names = {"x_name": section["x_name"], "y_name": section["y_name"]}
-    chart = plots.curves(section["series"], **names, log_x=bool(section.get("log_x")), lines=section.get("lines", ()))
+    chart = plots.curves(
+        section["series"], **names, log_x=bool(section.get("log_x")), lines=section.get("lines", ())
+    )
     last = [
-        (str(each["name"]), each["x"][-1], *(each[key][-1] if each.get(key) is not None else "" for key in ("y", "low", "high")))
+        (
+            str(each["name"]),
+            each["x"][-1],
+            *(each[key][-1] if each.get(key) is not None else "" for key in ("y", "low", "high")),
+        )
         for each in section["series"]
     ]
-    return _figure(chart, ("curve", f"last {names['x_name']}", names["y_name"], "low", "high"), last)
+    return _figure(
+        chart, ("curve", f"last {names['x_name']}", names["y_name"], "low", "high"), last
+    )
 
 
 def _pareto(section: Mapping[str, Any]) -> str:
@@ -147,17 +206,28 @@ def _pareto(section: Mapping[str, Any]) -> str:
     dominated = [point for point in points if not point["front"]]
     stride = max(1, math.ceil(len(dominated) / MOST_DOTS))
     front = [point for point in points if point["front"]]
-    options = {key: section[key] for key in ("x_name", "y_name")} | {key: bool(section.get(key)) for key in ("log_x", "log_y")}
+    options = {key: section[key] for key in ("x_name", "y_name")} | {
+        key: bool(section.get(key)) for key in ("log_x", "log_y")
+    }
     chart = plots.pareto([*dominated[::stride], *front], **options)
-    left_out = f"<p>One in {stride} of the {len(dominated)} dominated designs is drawn.</p>" if stride > 1 else ""
-    rows = [(str(point.get("name", "")), point["x"], point["y"]) for point in sorted(front, key=lambda point: point["x"])]
+    left_out = (
+        f"<p>One in {stride} of the {len(dominated)} dominated designs is drawn.</p>"
+        if stride > 1
+        else ""
+    )
+    rows = [
+        (str(point.get("name", "")), point["x"], point["y"])
+        for point in sorted(front, key=lambda point: point["x"])
+    ]
     return _figure(chart, ("design", options["x_name"], options["y_name"]), rows) + left_out
 
 
 def _validation(section: Mapping[str, Any]) -> str:
     columns = ("level", "system", "kind", "name", "n", "mean", "median", "p95", "max")
     errors = table(columns, [[group[column] for column in columns] for group in section["groups"]])
-    charts = "".join(f"<figure>{chart(section['rows'])}</figure>\n" for chart in (plots.validation, plots.errors))
+    charts = "".join(
+        f"<figure>{chart(section['rows'])}</figure>\n" for chart in (plots.validation, plots.errors)
+    )
     return f"{charts}<p>Absolute error, % of the measured cycles.</p>{errors}"
 
 

@@ -1,8 +1,10 @@
-"""How good a schedule can be at all: exhaustive search and a proven optimum on small cases, lower bounds on large ones.
+"""How good a schedule can be at all: exhaustive search and a proven optimum on small cases, lower
+bounds on large ones.
 
-Exhaustive search takes any objective, the full model too. OR-Tools CP-SAT takes the integer closed form: whole cycles, no slow-down between NPU and
-PIM, no tail of softmax instructions (`IntegerLayer`). Each of these only makes a schedule slower, so what CP-SAT proves bounds the full model as
-well. The bounds of `lower_bound` need no solver.
+Exhaustive search takes any objective, the full model too. OR-Tools CP-SAT takes the integer closed
+form: whole cycles, no slow-down between NPU and PIM, no tail of softmax instructions
+(`IntegerLayer`). Each of these only makes a schedule slower, so what CP-SAT proves bounds the full
+model as well. The bounds of `lower_bound` need no solver.
 """
 
 from dataclasses import dataclass
@@ -38,19 +40,25 @@ def gap(cost, bound):
 
 
 def exhaustive(objective: Objective, space: Space, problem: Problem, *, chunk: int = 4096) -> Proof:
-    """Evaluates every assignment of requests to channels and sub-batches, and each number of sub-batches of the space. Equals compare by `busy`.
+    """Evaluates every assignment of requests to channels and sub-batches, and each number of
+    sub-batches of the space. Equals compare by `busy`.
 
     Raises:
-        ValueError: there are more than MOST_POINTS points, or the space has knobs or orders, which are not enumerated.
+        ValueError: there are more than MOST_POINTS points, or the space has knobs or orders, which
+            are not enumerated.
     """
     requests, numbers = problem.seq_lens.shape[0], 2 * space.channels
     points = numbers**requests
     if space.knobs or space.priorities > 1:
-        raise ValueError("exhaustive search enumerates assignments and sub-batches, not knobs or orders")
+        raise ValueError(
+            "exhaustive search enumerates assignments and sub-batches, not knobs or orders"
+        )
     if points * len(space.sub_batches) > MOST_POINTS:
         raise ValueError(f"{numbers}^{requests} points are too many: {MOST_POINTS} at most")
     genome, cost = _exhaustive(objective, space, chunk, points, problem)
-    return Proof(genome, float(cost.objective), float(cost.objective), points * len(space.sub_batches))
+    return Proof(
+        genome, float(cost.objective), float(cost.objective), points * len(space.sub_batches)
+    )
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
@@ -67,10 +75,16 @@ def _exhaustive(objective, space, chunk, points, problem):
     def step(best, first):
         codes = jnp.minimum(first + jnp.arange(chunk), points - 1)
         for count in space.sub_batches:
-            best = better_of(best, pick_best(*jax.vmap(partial(evaluate, interleaved=jnp.array(count == 2)))(codes)))
+            best = better_of(
+                best,
+                pick_best(*jax.vmap(partial(evaluate, interleaved=jnp.array(count == 2)))(codes)),
+            )
         return best, None
 
-    nothing = jax.tree.map(jnp.zeros_like, evaluate(jnp.array(0), jnp.array(True))[0]), Cost(jnp.float32(jnp.inf), jnp.float32(jnp.inf))
+    nothing = (
+        jax.tree.map(jnp.zeros_like, evaluate(jnp.array(0), jnp.array(True))[0]),
+        Cost(jnp.float32(jnp.inf), jnp.float32(jnp.inf)),
+    )
     best, _ = jax.lax.scan(step, nothing, jnp.arange(0, points, chunk))
     return best
 
@@ -92,7 +106,9 @@ def whole(problem: Problem) -> Whole:
 
 @dataclass(frozen=True)
 class IntegerLayer:
-    """The integer closed form as an objective: C + D with stage C = max(NPU of sub-batch 0, logit + attend of sub-batch 1), D the converse."""
+    """The integer closed form as an objective: C + D with stage C = max(NPU of sub-batch 0, logit +
+    attend of sub-batch 1), D the converse.
+    """
 
     space: Space
 
@@ -100,7 +116,9 @@ class IntegerLayer:
         work = jnp.floor(problem.work)
         npu = jnp.floor(problem.layer_npu[0, ..., 0].sum(axis=-1))
         place = decision.sub_batches * self.space.channels + decision.channels
-        loads = jax.ops.segment_sum(work, place, 2 * self.space.channels).reshape(2, self.space.channels, 2)
+        loads = jax.ops.segment_sum(work, place, 2 * self.space.channels).reshape(
+            2, self.space.channels, 2
+        )
         pim = loads.max(axis=1).sum(axis=-1)
         second = decision.sub_batches.sum()
         first = decision.sub_batches.shape[0] - second
@@ -108,12 +126,17 @@ class IntegerLayer:
         two = jnp.where((first == 0) | (second == 0), jnp.inf, two)
         together = loads.sum(axis=0).max(axis=0).sum()
         one = jnp.floor(problem.serial_npu) + together
-        interleaved = decision.interleaved if len(self.space.sub_batches) == 2 else 2 in self.space.sub_batches
+        interleaved = (
+            decision.interleaved
+            if len(self.space.sub_batches) == 2
+            else 2 in self.space.sub_batches
+        )
         return Cost(jnp.where(interleaved, two, one), jnp.where(interleaved, pim.sum(), together))
 
 
 def cp_sat(space: Space, problem: Problem, *, seconds: float = 30.0, workers: int = 1) -> Proof:
-    """The optimum of `IntegerLayer` by OR-Tools CP-SAT, or the best it finds in the time and the bound it proves.
+    """The optimum of `IntegerLayer` by OR-Tools CP-SAT, or the best it finds in the time and the
+    bound it proves.
 
     Realisable spaces, residents, and one or two sub-batches are covered; knobs and orders are not.
 
@@ -124,23 +147,37 @@ def cp_sat(space: Space, problem: Problem, *, seconds: float = 30.0, workers: in
     try:
         from ortools.sat.python import cp_model
     except ImportError:
-        raise ModuleNotFoundError("the solver needs OR-Tools: pip install 'ggem-jax[oracle]'") from None
-    proofs = [_solve(cp_model, space, problem, count, seconds / len(space.sub_batches), workers) for count in space.sub_batches]
+        raise ModuleNotFoundError(
+            "the solver needs OR-Tools: pip install 'ggem-jax[oracle]'"
+        ) from None
+    proofs = [
+        _solve(cp_model, space, problem, count, seconds / len(space.sub_batches), workers)
+        for count in space.sub_batches
+    ]
     best = min(proofs, key=lambda proof: proof.cost)
     return best._replace(bound=min(proof.bound for proof in proofs))
 
 
-def _solve(cp_model, space: Space, problem: Problem, sub_batches: int, seconds: float, workers: int) -> Proof:
+def _solve(
+    cp_model, space: Space, problem: Problem, sub_batches: int, seconds: float, workers: int
+) -> Proof:
     form, resident = whole(problem), np.asarray(problem.resident)
     requests, channels = len(form.work), space.channels
     model = cp_model.CpModel()
-    chosen = np.array([[[model.new_bool_var("") for _ in range(sub_batches)] for _ in range(channels)] for _ in range(requests)])
+    chosen = np.array(
+        [
+            [[model.new_bool_var("") for _ in range(sub_batches)] for _ in range(channels)]
+            for _ in range(requests)
+        ]
+    )
     for request in range(requests):
         model.add_exactly_one(chosen[request].ravel().tolist())
         if resident[request] >= 0:
             model.add(sum(chosen[request, resident[request]]) == 1)
     longest = np.argsort(-form.work.sum(axis=1), kind="stable")
-    if (resident < 0).all() and not (space.realisable and sub_batches == 2):  # channels are alike: the k-th longest request needs only the first k
+    if (resident < 0).all() and not (
+        space.realisable and sub_batches == 2
+    ):  # channels are alike: the k-th longest request needs only the first k
         for rank, request in enumerate(longest[:channels]):
             for channel in range(rank + 1, channels):
                 for variable in chosen[request, channel]:
@@ -152,7 +189,13 @@ def _solve(cp_model, space: Space, problem: Problem, sub_batches: int, seconds: 
         for operation in range(2):
             slowest = model.new_int_var(0, most, "")
             for channel in range(channels):
-                model.add(slowest >= sum(int(form.work[request, operation]) * chosen[request, channel, which] for request in range(requests)))
+                model.add(
+                    slowest
+                    >= sum(
+                        int(form.work[request, operation]) * chosen[request, channel, which]
+                        for request in range(requests)
+                    )
+                )
             pim[which].append(slowest)
     if sub_batches == 1:
         total = form.serial_npu + sum(pim[0])
@@ -164,12 +207,19 @@ def _solve(cp_model, space: Space, problem: Problem, sub_batches: int, seconds: 
     solver.parameters.num_workers = workers
     status = solver.solve(model)
     if status not in (cp_model.OPTIMAL, cp_model.FEASIBLE):
-        raise RuntimeError(f"CP-SAT found no schedule in {seconds:g} s: {solver.status_name(status)}")
+        raise RuntimeError(
+            f"CP-SAT found no schedule in {seconds:g} s: {solver.status_name(status)}"
+        )
     values = np.vectorize(solver.value, otypes=[int])(chosen)
     channel, which = values.sum(axis=2).argmax(axis=1), values.sum(axis=1).argmax(axis=1)
     places = jnp.asarray(2 * channel + which, jnp.int32)
     genome = Genome(places, jnp.zeros_like(places), jnp.array(sub_batches == 2), jnp.zeros(0))
-    return Proof(repair(space, problem.resident, genome), solver.objective_value, solver.best_objective_bound, 0)
+    return Proof(
+        repair(space, problem.resident, genome),
+        solver.objective_value,
+        solver.best_objective_bound,
+        0,
+    )
 
 
 def _two_stages(model, space: Space, form: Whole, chosen, pim):
@@ -194,7 +244,9 @@ def _two_stages(model, space: Space, form: Whole, chosen, pim):
 
 
 def _halve(model, chosen) -> None:
-    """The simulator's rule: channels' halves are equal, but for odd lists, whose larger half goes to sub-batch 0 and 1 in turn."""
+    """The simulator's rule: channels' halves are equal, but for odd lists, whose larger half goes
+    to sub-batch 0 and 1 in turn.
+    """
     channels = chosen.shape[1]
     odd_before = 0  # whether an odd number of the channels so far is odd
     for channel in range(channels):
@@ -210,11 +262,13 @@ def _halve(model, chosen) -> None:
 
 
 def lower_bound(space: Space, problem: Problem) -> Float[Array, ""]:
-    """Layer cycles that no schedule of the space can beat, by the closed form with its slow-downs. For the measure "time" without knobs.
+    """Layer cycles that no schedule of the space can beat, by the closed form with its slow-downs.
+    For the measure "time" without knobs.
 
-    The fullest channel of a sub-batch has at least the mean load of all, the two sub-batches' loads add up to that of the batch, and one of them
-    holds the largest request. Over every division of the load between sub-batches and every number of tokens (halves, if realisable) the least sum
-    of stages is a bound; divisions are cut into parts, each taken at its cheapest end.
+    The fullest channel of a sub-batch has at least the mean load of all, the two sub-batches' loads
+    add up to that of the batch, and one of them holds the largest request. Over every division of
+    the load between sub-batches and every number of tokens (halves, if realisable) the least sum of
+    stages is a bound; divisions are cut into parts, each taken at its cheapest end.
     """
     bounds = []
     alone = problem.work
@@ -230,7 +284,9 @@ def lower_bound(space: Space, problem: Problem) -> Float[Array, ""]:
 def _two_stage_bound(space, problem):
     requests = problem.seq_lens.shape[0]
     beside = problem.beside
-    slower = jnp.maximum(jnp.max(jnp.where(problem.work > 0, beside / problem.work, 1)), 1)  # at most, beside the NPU
+    slower = jnp.maximum(
+        jnp.max(jnp.where(problem.work > 0, beside / problem.work, 1)), 1
+    )  # at most, beside the NPU
     total, largest = beside.sum() / space.channels, beside.sum(axis=1).max()
     low = jnp.arange(SHARES) / SHARES * total
     rest = (1 - (jnp.arange(SHARES) + 1) / SHARES) * total
@@ -242,10 +298,14 @@ def _two_stage_bound(space, problem):
         slow = jnp.cumsum(cycles + memory * DEFAULT.pim_slowdown)
         both = jnp.minimum(slow[-1], load)
         origin = jnp.zeros(1)
-        done = jnp.interp(both, jnp.concatenate([origin, slow]), jnp.concatenate([origin, jnp.cumsum(cycles)]))
+        done = jnp.interp(
+            both, jnp.concatenate([origin, slow]), jnp.concatenate([origin, jnp.cumsum(cycles)])
+        )
         return jnp.maximum(both + cycles.sum() - done, both + (load - both) / slower)
 
     stage = jax.vmap(jax.vmap(stage, (None, 0)), (0, None))
     first, second = counts, requests - counts
     holding = [(jnp.maximum(low, largest), rest), (low, jnp.maximum(rest, largest))]
-    return jnp.stack([(stage(first, one) + stage(second, other)).min() for one, other in holding]).min()
+    return jnp.stack(
+        [(stage(first, one) + stage(second, other)).min() for one, other in holding]
+    ).min()

@@ -1,7 +1,9 @@
-"""Searches without gradients: populations of genomes, evaluated by `vmap` inside `lax.scan`, many seeds at once.
+"""Searches without gradients: populations of genomes, evaluated by `vmap` inside `lax.scan`, many
+seeds at once.
 
-Every strategy evaluates `population` genomes in each of `budget // population` rounds, the first ones included, so that equal budgets are equal
-counts of evaluations. The objective is an argument. Costs compare as `objective.Cost` does. The same key gives the same result.
+Every strategy evaluates `population` genomes in each of `budget // population` rounds, the first
+ones included, so that equal budgets are equal counts of evaluations. The objective is an argument.
+Costs compare as `objective.Cost` does. The same key gives the same result.
 """
 
 from collections.abc import Callable
@@ -16,14 +18,24 @@ from jaxtyping import Array, Float, Key
 
 from neupims.scheduling.decision import Genome, Space, decide, make_genome, repair
 from neupims.scheduling.objective import Cost, Objective, Problem
-from neupims.scheduling.policies import estimated_cycles, halving_split, pack_longest_first, round_robin, snake_split
+from neupims.scheduling.policies import (
+    estimated_cycles,
+    halving_split,
+    pack_longest_first,
+    round_robin,
+    snake_split,
+)
 
 CROSSED = 0.3  # share of an evolution's children that have two parents
 INHERITED = 0.25  # share of the second parent's places in such a child
 MUTATIONS = 2  # at most, of one child
-RELOCATIONS = 0.1  # share of mutations that touch the order, the number of sub-batches or a knob, where those are searched
+# share of mutations that touch the order, the number of sub-batches or a knob, where those are
+# searched
+RELOCATIONS = 0.1
 KNOB_STEP = 0.2  # standard deviation of a knob's mutation, as a share of its range
-MOST_TRIES = 2  # mutations of a child, more than one only if the first gives what has been evaluated before
+MOST_TRIES = (
+    2  # mutations of a child, more than one only if the first gives what has been evaluated before
+)
 KEY_STEP = 0.1  # first standard deviation of evosax's random keys, in turns of the circle of places
 HOT, COLD = 3e-2, 1e-5  # first and last temperature of annealing, as shares of the first cost
 
@@ -38,7 +50,9 @@ class Found(NamedTuple):
 
 
 class Strategy(NamedTuple):
-    """A search by asking and telling: `start` gives its state, `tell` what genomes cost, `ask` the genomes to evaluate next."""
+    """A search by asking and telling: `start` gives its state, `tell` what genomes cost, `ask` the
+    genomes to evaluate next.
+    """
 
     start: Callable[[Genome], Any]
     tell: Callable[[Key[Array, ""], Any, Genome, Cost], Any]
@@ -71,8 +85,8 @@ def search(
 ) -> Found:
     """The best schedules that `seeds` independent searches find.
 
-    `starts`, if given, are genomes with a leading axis that the first population holds, with mutants of them. The objective must be hashable, so
-    that searches of one shape compile once.
+    `starts`, if given, are genomes with a leading axis that the first population holds, with
+    mutants of them. The objective must be hashable, so that searches of one shape compile once.
 
     Raises:
         ValueError: the strategy is none of `STRATEGIES`, or the budget is below one population.
@@ -80,9 +94,21 @@ def search(
     if strategy not in STRATEGIES:
         raise ValueError(f"the strategy must be one of {', '.join(STRATEGIES)}, not {strategy!r}")
     if not 1 < population <= budget:
-        raise ValueError(f"the budget of {budget} evaluations must be at least the population of {population}, and that at least 2")
+        raise ValueError(
+            f"the budget of {budget} evaluations must be at least the population of {population},"
+            " and that at least 2"
+        )
     rounds = budget // population
-    genome, cost, curve = _search(STRATEGIES[strategy], objective, space, population, rounds, problem, starts, jax.random.split(key, seeds))
+    genome, cost, curve = _search(
+        STRATEGIES[strategy],
+        objective,
+        space,
+        population,
+        rounds,
+        problem,
+        starts,
+        jax.random.split(key, seeds),
+    )
     return Found(genome, cost, curve, rounds * population)
 
 
@@ -91,10 +117,18 @@ def _search(make_strategy, objective, space, population, rounds, problem, starts
     """One key is one seed. The objective is traced once: it is most of the time to compile."""
 
     def each(function):
-        return lambda key, *genomes: jax.vmap(partial(function, space, problem))(jax.random.split(key, population), *genomes)
+        return lambda key, *genomes: jax.vmap(partial(function, space, problem))(
+            jax.random.split(key, population), *genomes
+        )
 
     moves = Moves(
-        space, each(random_genome), each(mutate), jax.vmap(partial(repair, space, problem.resident)), problem.seq_lens.shape[0], population, rounds
+        space,
+        each(random_genome),
+        each(mutate),
+        jax.vmap(partial(repair, space, problem.resident)),
+        problem.seq_lens.shape[0],
+        population,
+        rounds,
     )
     strategy: Strategy = make_strategy(moves)
     evaluate = jax.vmap(lambda genome: objective(problem, decide(space, genome)))
@@ -102,7 +136,10 @@ def _search(make_strategy, objective, space, population, rounds, problem, starts
     def one(key):
         first_key, key = jax.random.split(key)
         asked = first_population(moves, starts, first_key)
-        nothing = jax.tree.map(lambda leaf: leaf[0], asked), Cost(jnp.float32(jnp.inf), jnp.float32(jnp.inf))
+        nothing = (
+            jax.tree.map(lambda leaf: leaf[0], asked),
+            Cost(jnp.float32(jnp.inf), jnp.float32(jnp.inf)),
+        )
 
         def round_(carry, key):
             state, asked, best = carry
@@ -112,7 +149,9 @@ def _search(make_strategy, objective, space, population, rounds, problem, starts
             state = strategy.tell(tell_key, state, asked, costs)
             return (*strategy.ask(ask_key, state), best), best[1].objective
 
-        (_, _, (genome, cost)), curve = jax.lax.scan(round_, (strategy.start(asked), asked, nothing), jax.random.split(key, rounds))
+        (_, _, (genome, cost)), curve = jax.lax.scan(
+            round_, (strategy.start(asked), asked, nothing), jax.random.split(key, rounds)
+        )
         return genome, cost, curve
 
     return jax.vmap(one)(keys)
@@ -123,9 +162,21 @@ SPLITS = {2: ("halves", "snake"), 1: ("one batch",)}
 
 
 def baselines(space: Space, problem: Problem, knobs=None) -> dict[str, Genome]:
-    """The simple schedules by name, with residents where they are; each with every number of sub-batches that the space has."""
-    names = [f"{packing}, {split}" for packing in PACKINGS for count in (2, 1) if count in space.sub_batches for split in SPLITS[count]]
-    values = jnp.array([knob.low for knob in space.knobs], jnp.float32) if knobs is None else jnp.asarray(knobs, jnp.float32)
+    """The simple schedules by name, with residents where they are; each with every number of
+    sub-batches that the space has.
+    """
+    names = [
+        f"{packing}, {split}"
+        for packing in PACKINGS
+        for count in (2, 1)
+        if count in space.sub_batches
+        for split in SPLITS[count]
+    ]
+    values = (
+        jnp.array([knob.low for knob in space.knobs], jnp.float32)
+        if knobs is None
+        else jnp.asarray(knobs, jnp.float32)
+    )
     return dict(zip(names, _baselines(space, problem, values), strict=True))
 
 
@@ -134,7 +185,9 @@ def _baselines(space: Space, problem: Problem, knobs) -> list[Genome]:
     work = problem.work.sum(axis=1)
     estimate = estimated_cycles(problem.hardware, problem.model, problem.seq_lens, problem.parallel)
     packings = [
-        jnp.where(problem.resident >= 0, problem.resident, round_robin(work.shape[0], space.channels)),
+        jnp.where(
+            problem.resident >= 0, problem.resident, round_robin(work.shape[0], space.channels)
+        ),
         pack_longest_first(estimate, space.channels, resident=problem.resident),
         pack_longest_first(work, space.channels, resident=problem.resident),
     ]
@@ -142,7 +195,10 @@ def _baselines(space: Space, problem: Problem, knobs) -> list[Genome]:
     for channels in packings:
         snake = snake_split(work, channels, space.channels)
         if 2 in space.sub_batches:
-            made += [make_genome(space, channels, split, knobs=knobs) for split in (halving_split(channels, space.channels), snake)]
+            made += [
+                make_genome(space, channels, split, knobs=knobs)
+                for split in (halving_split(channels, space.channels), snake)
+            ]
         if 1 in space.sub_batches:
             made.append(make_genome(space, channels, snake, interleaved=False, knobs=knobs))
     return [repair(space, problem.resident, genome) for genome in made]
@@ -150,7 +206,9 @@ def _baselines(space: Space, problem: Problem, knobs) -> list[Genome]:
 
 def better(one: Cost, other: Cost):
     """Whether `one` is the lower cost."""
-    return (one.objective < other.objective) | ((one.objective == other.objective) & (one.busy < other.busy))
+    return (one.objective < other.objective) | (
+        (one.objective == other.objective) & (one.busy < other.busy)
+    )
 
 
 def by_cost(costs: Cost):
@@ -169,7 +227,13 @@ def better_of(one: tuple[Genome, Cost], other: tuple[Genome, Cost]) -> tuple[Gen
 
 def choose(condition, yes, no):
     """One of two trees; a condition with an axis chooses row by row."""
-    return jax.tree.map(lambda a, b: jnp.where(condition.reshape(condition.shape + (1,) * (a.ndim - condition.ndim)), a, b), yes, no)
+    return jax.tree.map(
+        lambda a, b: jnp.where(
+            condition.reshape(condition.shape + (1,) * (a.ndim - condition.ndim)), a, b
+        ),
+        yes,
+        no,
+    )
 
 
 def random_genome(space: Space, problem: Problem, key) -> Genome:
@@ -179,7 +243,11 @@ def random_genome(space: Space, problem: Problem, key) -> Genome:
     genome = Genome(
         jax.random.randint(place_key, (requests,), 0, 2 * space.channels),
         jax.random.randint(priority_key, (requests,), 0, space.priorities),
-        jax.random.bernoulli(mode_key) if len(space.sub_batches) == 2 else jnp.array(2 in space.sub_batches),
+        (
+            jax.random.bernoulli(mode_key)
+            if len(space.sub_batches) == 2
+            else jnp.array(2 in space.sub_batches)
+        ),
         _knobs(space, jax.random.uniform(knob_key, (len(space.knobs),))),
     )
     return repair(space, problem.resident, genome)
@@ -190,18 +258,26 @@ def first_population(moves: Moves, starts: Genome | None, key) -> Genome:
     if starts is None:
         return moves.random(key)
     given = starts.places.shape[0]
-    genomes = moves.repair(jax.tree.map(lambda leaf: leaf[jnp.arange(moves.population) % given], starts))
+    genomes = moves.repair(
+        jax.tree.map(lambda leaf: leaf[jnp.arange(moves.population) % given], starts)
+    )
     return choose(jnp.arange(moves.population) < given, genomes, moves.mutate(key, genomes))
 
 
 def mutate(space: Space, problem: Problem, key, genome: Genome) -> Genome:
-    """The genome with 1 to MUTATIONS changes, small numbers more often. Each is a move, a swap or a flip; or, where those are searched, of a
-    request's order, the number of sub-batches or a knob."""
+    """The genome with 1 to MUTATIONS changes, small numbers more often. Each is a move, a swap or a
+    flip; or, where those are searched, of a request's order, the number of sub-batches or a knob.
+    """
     count_key, other_key, key = jax.random.split(key, 3)
     count = jnp.minimum(1 + jnp.floor(jax.random.exponential(count_key)), MUTATIONS)
     keys = jax.random.split(key, MUTATIONS)
     genome = jax.lax.fori_loop(
-        0, MUTATIONS, lambda index, genome: choose(index < count, relocate(space, problem, keys[index], genome), genome), genome
+        0,
+        MUTATIONS,
+        lambda index, genome: choose(
+            index < count, relocate(space, problem, keys[index], genome), genome
+        ),
+        genome,
     )
     changeable = (space.priorities > 1, len(space.sub_batches) == 2, len(space.knobs) > 0)
     if any(changeable):
@@ -210,10 +286,11 @@ def mutate(space: Space, problem: Problem, key, genome: Genome) -> Genome:
 
 
 def relocate(space: Space, problem: Problem, key, genome: Genome) -> Genome:
-    """One request moved to another place, exchanged with a request there, or put into the other sub-batch of its channel; seldom two channels
-    exchanged with all they hold, or the sub-batches.
+    """One request moved to another place, exchanged with a request there, or put into the other
+    sub-batch of its channel; seldom two channels exchanged with all they hold, or the sub-batches.
 
-    Half of the times the request comes from the fullest channel of a sub-batch (by logit, attend or both), half of the times the place is the
+    Half of the times the request comes from the fullest channel of a sub-batch (by logit, attend or
+    both), half of the times the place is the
     emptiest: only such changes make the slowest channel faster.
     """
     places = genome.places
@@ -224,7 +301,9 @@ def relocate(space: Space, problem: Problem, key, genome: Genome) -> Genome:
     load = loads @ jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])[draws[1] % 3]
     parity = jnp.arange(numbers) % 2
     fullest = jnp.argmax(jnp.where(parity == half, load, -1.0))
-    request = jnp.where(draws[2] % 2 == 0, _somewhere(places == fullest, draws[3]), draws[3] % places.shape[0]).astype(jnp.int32)
+    request = jnp.where(
+        draws[2] % 2 == 0, _somewhere(places == fullest, draws[3]), draws[3] % places.shape[0]
+    ).astype(jnp.int32)
     here = places[request]
     emptiest = jnp.argmin(jnp.where(parity == draws[4] % 2, load, jnp.inf))
     elsewhere = (here + 1 + (draws[5] % (numbers - 1)).astype(jnp.int32)) % numbers
@@ -236,10 +315,16 @@ def relocate(space: Space, problem: Problem, key, genome: Genome) -> Genome:
     swapped = moved.at[partner].set(jnp.where(places[partner] == there, here, moved[partner]))
     one, other = here // 2, elsewhere // 2
     channel = places // 2
-    exchanged = 2 * jnp.where(channel == one, other, jnp.where(channel == other, one, channel)) + places % 2
+    exchanged = (
+        2 * jnp.where(channel == one, other, jnp.where(channel == other, one, channel)) + places % 2
+    )
     exchanged = jnp.where(one == other, places ^ 1, exchanged)
     wholesale = draws[7] // 65536 % 8 == 0
-    return genome._replace(places=jnp.where(wholesale, exchanged, jnp.where((kind < 3) | (partner == request), moved, swapped)))
+    return genome._replace(
+        places=jnp.where(
+            wholesale, exchanged, jnp.where((kind < 3) | (partner == request), moved, swapped)
+        )
+    )
 
 
 def _somewhere(mask, draw):
@@ -254,10 +339,16 @@ def _change_others(space: Space, key, genome: Genome) -> Genome:
     if space.priorities > 1:
         changes = jax.random.bernoulli(keys[0], RELOCATIONS, genome.priorities.shape)
         genome = genome._replace(
-            priorities=jnp.where(changes, jax.random.randint(keys[1], genome.priorities.shape, 0, space.priorities), genome.priorities)
+            priorities=jnp.where(
+                changes,
+                jax.random.randint(keys[1], genome.priorities.shape, 0, space.priorities),
+                genome.priorities,
+            )
         )
     if len(space.sub_batches) == 2:
-        genome = genome._replace(interleaved=genome.interleaved ^ jax.random.bernoulli(keys[2], RELOCATIONS))
+        genome = genome._replace(
+            interleaved=genome.interleaved ^ jax.random.bernoulli(keys[2], RELOCATIONS)
+        )
     if space.knobs:
         low, high, _ = _ranges(space)
         step = KNOB_STEP * (high - low) * jax.random.normal(keys[3], genome.knobs.shape)
@@ -281,28 +372,43 @@ def _knobs(space: Space, shares):
 
 def random_search(moves: Moves) -> Strategy:
     """New random genomes each round."""
-    return Strategy(lambda genomes: (), lambda key, state, genomes, costs: state, lambda key, state: (state, moves.random(key)))
+    return Strategy(
+        lambda genomes: (),
+        lambda key, state, genomes, costs: state,
+        lambda key, state: (state, moves.random(key)),
+    )
 
 
 def evolution(moves: Moves) -> Strategy:
-    """Each round as many children as there are parents; the best of both go on. Parents win a tournament of two.
+    """Each round as many children as there are parents; the best of both go on. Parents win a
+    tournament of two.
 
-    Of genomes with the same cost one goes on, a young one; the others only where there are not enough: a population of twins has stopped to search.
-    A child that has been evaluated before is mutated further, so that small spaces are not searched twice. What has been is marked in a table by a
+    Of genomes with the same cost one goes on, a young one; the others only where there are not
+    enough: a population of twins has stopped to search. A child that has been evaluated before is
+    mutated further, so that small spaces are not searched twice. What has been is marked in a table
+    by a
     hash: two genomes that share a mark cost one mutation more, no more.
     """
     size = moves.population
     bits = 3 + (moves.population * moves.rounds).bit_length()
 
     def start(genomes):
-        return genomes, Cost(jnp.full(size, jnp.inf), jnp.full(size, jnp.inf)), jnp.zeros(1 << bits, bool)
+        return (
+            genomes,
+            Cost(jnp.full(size, jnp.inf), jnp.full(size, jnp.inf)),
+            jnp.zeros(1 << bits, bool),
+        )
 
     def tell(key, state, genomes, costs):
         parents, theirs, seen = state
-        everyone = jax.tree.map(lambda young, old: jnp.concatenate([young, old]), (genomes, costs), (parents, theirs))
+        everyone = jax.tree.map(
+            lambda young, old: jnp.concatenate([young, old]), (genomes, costs), (parents, theirs)
+        )
         order = by_cost(everyone[1])
         objective, busy = (cost[order] for cost in everyone[1])
-        twin = jnp.concatenate([jnp.array([False]), (objective[1:] == objective[:-1]) & (busy[1:] == busy[:-1])])
+        twin = jnp.concatenate(
+            [jnp.array([False]), (objective[1:] == objective[:-1]) & (busy[1:] == busy[:-1])]
+        )
         chosen = order[jnp.argsort(twin, stable=True)][:size]
         return *jax.tree.map(lambda leaf: leaf[chosen], everyone), seen.at[marks(genomes)].set(True)
 
@@ -312,7 +418,9 @@ def evolution(moves: Moves) -> Strategy:
     def ask(key, state):
         parents, _, seen = state
         pairs_key, cross_key, key = jax.random.split(key, 3)
-        winners = jax.random.randint(pairs_key, (2, 2, size), 0, size).min(axis=1)  # parents stand in the order of their costs
+        winners = jax.random.randint(pairs_key, (2, 2, size), 0, size).min(
+            axis=1
+        )  # parents stand in the order of their costs
         mother, father = (jax.tree.map(lambda leaf, who=who: leaf[who], parents) for who in winners)
         crossed = jax.vmap(cross)(jax.random.split(cross_key, size), mother, father)
 
@@ -322,7 +430,9 @@ def evolution(moves: Moves) -> Strategy:
 
         def further(carry):
             tries, children, fresh = carry
-            children = choose(fresh, children, moves.mutate(jax.random.fold_in(key, tries), children))
+            children = choose(
+                fresh, children, moves.mutate(jax.random.fold_in(key, tries), children)
+            )
             own = marks(children)
             elder = jnp.tril(own[:, None] == own, -1).any(axis=1)
             return tries + 1, children, ~seen[own] & ~elder
@@ -335,7 +445,12 @@ def evolution(moves: Moves) -> Strategy:
 
 def genome_hash(genome: Genome):
     """32 bits that depend on all of a genome."""
-    parts = [genome.places, genome.priorities, genome.interleaved[None], jax.lax.bitcast_convert_type(genome.knobs, jnp.int32)]
+    parts = [
+        genome.places,
+        genome.priorities,
+        genome.interleaved[None],
+        jax.lax.bitcast_convert_type(genome.knobs, jnp.int32),
+    ]
     numbers = jnp.concatenate([part.astype(jnp.uint32) for part in parts])
     odd = np.random.default_rng(0).integers(0, 2**31, numbers.shape[0], np.uint32) * 2 + 1
     mixed = (numbers + 1) * odd
@@ -347,11 +462,16 @@ def cross(key, mother: Genome, father: Genome) -> Genome:
     whether_key, which_key = jax.random.split(key)
     share = jnp.where(jax.random.bernoulli(whether_key, CROSSED), INHERITED, 0.0)
     theirs = jax.random.bernoulli(which_key, share, mother.places.shape)
-    return mother._replace(places=jnp.where(theirs, father.places, mother.places), priorities=jnp.where(theirs, father.priorities, mother.priorities))
+    return mother._replace(
+        places=jnp.where(theirs, father.places, mother.places),
+        priorities=jnp.where(theirs, father.priorities, mother.priorities),
+    )
 
 
 def annealing(moves: Moves) -> Strategy:
-    """Each genome a chain of its own: a mutant is taken if it is not worse, or by chance while the chain is hot (Metropolis)."""
+    """Each genome a chain of its own: a mutant is taken if it is not worse, or by chance while the
+    chain is hot (Metropolis).
+    """
 
     def start(genomes):
         nothing = jnp.full(moves.population, jnp.inf)
@@ -371,15 +491,18 @@ def annealing(moves: Moves) -> Strategy:
 
 
 def evosax_search(moves: Moves) -> Strategy:
-    """Separable CMA-ES of evosax on random keys: a number for each request, whose share of the way round the unit circle is its place.
+    """Separable CMA-ES of evosax on random keys: a number for each request, whose share of the way
+    round the unit circle is its place.
 
-    It starts around the best of the first population. Reference: Ros and Hansen, "A Simple Modification in CMA-ES Achieving Linear Time and Space
-    Complexity", 2008.
+    It starts around the best of the first population. Reference: Ros and Hansen, "A Simple
+    Modification in CMA-ES Achieving Linear Time and Space Complexity", 2008.
     """
     try:
         from evosax.algorithms import Sep_CMA_ES
     except ImportError:
-        raise ModuleNotFoundError("this strategy needs evosax: pip install 'ggem-jax[neupims]'") from None
+        raise ModuleNotFoundError(
+            "this strategy needs evosax: pip install 'ggem-jax[neupims]'"
+        ) from None
     space = moves.space
     places, levels = 2 * space.channels, space.priorities
     low, high, _ = _ranges(space)
@@ -397,24 +520,41 @@ def evosax_search(moves: Moves) -> Strategy:
         return Genome(
             jnp.minimum((turned["places"] * places).astype(jnp.int32), places - 1),
             jnp.minimum((turned["priorities"] * levels).astype(jnp.int32), levels - 1),
-            turned["interleaved"] > 0.5 if len(space.sub_batches) == 2 else jnp.full(turned["interleaved"].shape, 2 in space.sub_batches),
+            (
+                turned["interleaved"] > 0.5
+                if len(space.sub_batches) == 2
+                else jnp.full(turned["interleaved"].shape, 2 in space.sub_batches)
+            ),
             jax.vmap(partial(_knobs, space))(jnp.clip(keys["knobs"], 0, 1)),
         )
 
-    example = {"places": jnp.zeros(moves.requests), "priorities": jnp.zeros(moves.requests), "interleaved": jnp.float32(0), "knobs": low}
+    example = {
+        "places": jnp.zeros(moves.requests),
+        "priorities": jnp.zeros(moves.requests),
+        "interleaved": jnp.float32(0),
+        "knobs": low,
+    }
     strategy = Sep_CMA_ES(population_size=moves.population, solution=example)
     parameters = strategy.default_params.replace(std_init=jnp.float32(KEY_STEP))
 
     def start(genomes):
         keys = jax.vmap(encode)(genomes)
-        return keys, strategy.init(jax.random.key(0), jax.tree.map(lambda key: key[0], keys), parameters)
+        return keys, strategy.init(
+            jax.random.key(0), jax.tree.map(lambda key: key[0], keys), parameters
+        )
 
     def tell(key, state, genomes, costs):
         keys, inner = state
         best = ravel_pytree(jax.tree.map(lambda each: each[by_cost(costs)[0]], keys))[0]
         told, _ = strategy.tell(key, keys, _shaped(costs), inner, parameters)
-        first = inner.generation_counter == 0  # the first population is not the strategy's own: only its best is taken over
-        return keys, jax.tree.map(partial(jnp.where, first), inner.replace(mean=best, generation_counter=told.generation_counter), told)
+        first = (
+            inner.generation_counter == 0
+        )  # the first population is not the strategy's own: only its best is taken over
+        return keys, jax.tree.map(
+            partial(jnp.where, first),
+            inner.replace(mean=best, generation_counter=told.generation_counter),
+            told,
+        )
 
     def ask(key, state):
         keys, inner = strategy.ask(key, state[1], parameters)
@@ -425,14 +565,25 @@ def evosax_search(moves: Moves) -> Strategy:
 
 def _shaped(costs: Cost):
     """Ranks, best 0: so a strategy that takes one number compares costs as we do."""
-    return jnp.zeros(costs.objective.shape).at[by_cost(costs)].set(jnp.arange(costs.objective.shape[0]) * 1.0)
+    return (
+        jnp.zeros(costs.objective.shape)
+        .at[by_cost(costs)]
+        .set(jnp.arange(costs.objective.shape[0]) * 1.0)
+    )
 
 
-STRATEGIES: dict[str, Callable] = {"evolution": evolution, "random": random_search, "annealing": annealing, "evosax": evosax_search}
+STRATEGIES: dict[str, Callable] = {
+    "evolution": evolution,
+    "random": random_search,
+    "annealing": annealing,
+    "evosax": evosax_search,
+}
 
 
 def interval_of_mean(values, *, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """The mean over seeds, and half the width of its 95 % interval (normal approximation; 0 for one seed)."""
+    """The mean over seeds, and half the width of its 95 % interval (normal approximation; 0 for one
+    seed).
+    """
     values = np.asarray(values, np.float64)
     count = values.shape[axis]
     spread = values.std(axis=axis, ddof=1) if count > 1 else np.zeros(values.mean(axis=axis).shape)

@@ -1,7 +1,8 @@
-"""How many tokens' keys and values the memory holds. A tile is the same row of all banks of a channel.
+"""How many tokens' keys and values the memory holds. A tile is the same row of all banks of a
+channel.
 
-Source: src/scheduler/Scheduler.cc of the public simulator, and the paper, section 6: keys are kept in tiles of as many tokens as banks, values in
-tiles of as many tokens as a row has numbers.
+Source: src/scheduler/Scheduler.cc of the public simulator, and the paper, section 6: keys are kept
+in tiles of as many tokens as banks, values in tiles of as many tokens as a row has numbers.
 """
 
 import jax.numpy as jnp
@@ -13,7 +14,9 @@ from neupims.machine.workload import Batch, Decoder, Parallel, weight_bytes
 from neupims.timing.gemv import heads_of_device, page_elements
 
 
-def request_tiles(hardware: Hardware, model: Decoder, seq_lens, parallel: Parallel) -> Float[Array, " r"]:
+def request_tiles(
+    hardware: Hardware, model: Decoder, seq_lens, parallel: Parallel
+) -> Float[Array, " r"]:
     """Tiles of the keys and values of each request, over all layers of one device."""
     _, kv_heads = heads_of_device(model, parallel)
     width = kv_heads * model.width / model.heads
@@ -26,24 +29,31 @@ def request_tiles(hardware: Hardware, model: Decoder, seq_lens, parallel: Parall
 def channel_tiles(hardware: Hardware, model: Decoder, parallel: Parallel) -> Float[Array, ""]:
     """Tiles of one channel that the weights leave free; below 0 where they alone do not fit."""
     free = memory_bytes(hardware.hbm) - weight_bytes(model) / (parallel.tp * parallel.pp)
-    return jnp.floor(free / hardware.hbm.num_channels / (banks(hardware.hbm) * hardware.hbm.row_bytes))
+    return jnp.floor(
+        free / hardware.hbm.num_channels / (banks(hardware.hbm) * hardware.hbm.row_bytes)
+    )
 
 
 def check_capacity(hardware: Hardware, model: Decoder, batch: Batch, parallel: Parallel) -> str:
-    """Raises ValueError if one request alone is more than its channel holds; returns a warning if a channel's requests together are, else "".
+    """Raises ValueError if one request alone is more than its channel holds; returns a warning if a
+    channel's requests together are, else "".
 
-    The timing of a batch that does not fit is still defined, and the public simulator gives one: it simulates one layer.
+    The timing of a batch that does not fit is still defined, and the public simulator gives one: it
+    simulates one layer.
     """
     needed = np.asarray(request_tiles(hardware, model, batch.seq_lens, parallel))
     available = float(channel_tiles(hardware, model, parallel))
     worst = int(needed.argmax())
     if needed[worst] > available:
         raise ValueError(
-            f"request {worst} of {int(batch.seq_lens[worst])} tokens needs {int(needed[worst])} tiles of its channel, "
-            f"which has {int(max(available, 0))} beside the weights"
+            f"request {worst} of {int(batch.seq_lens[worst])} tokens needs {int(needed[worst])}"
+            f" tiles of its channel, which has {int(max(available, 0))} beside the weights"
         )
     loads = np.bincount(np.asarray(batch.channels), weights=needed)
     full = int(loads.argmax())
     if loads[full] > available:
-        return f"the requests of channel {full} need {int(loads[full])} tiles, it has {int(available)} beside the weights: the batch would not fit"
+        return (
+            f"the requests of channel {full} need {int(loads[full])} tiles, it has {int(available)}"
+            " beside the weights: the batch would not fit"
+        )
     return ""

@@ -1,16 +1,19 @@
 """Matrix products on weight-stationary systolic arrays: cycles, traffic and useful work.
 
-The arrays keep a block of tokens and stream the weights past it (the product is computed transposed), so the loops run over blocks of tokens, then of
-inner channels, then of output features. The first block of tokens runs at the pace of the arriving weights, the others find them on chip. Cycles are
-core cycles.
+The arrays keep a block of tokens and stream the weights past it (the product is computed
+transposed), so the loops run over blocks of tokens, then of inner channels, then of output
+features. The first block of tokens runs at the pace of the arriving weights, the others find them
+on chip. Cycles are core cycles.
 
-What sets the pace of arrival in the public simulator, found by following its commands burst by burst: all reads of a tile are queued at once, in a
-queue of each bank; blocks come out of order, products are started in order, so some weights still wait for their products when the last one comes;
-and a WRITE left over from the operation before may sit at the head of one bank's queue, unable to turn the bus round while reads follow each other,
-so that the next row of that bank comes last of all and nearly all products wait for it ("stuck").
+What sets the pace of arrival in the public simulator, found by following its commands burst by
+burst: all reads of a tile are queued at once, in a queue of each bank; blocks come out of order,
+products are started in order, so some weights still wait for their products when the last one
+comes; and a WRITE left over from the operation before may sit at the head of one bank's queue,
+unable to turn the bus round while reads follow each other, so that the next row of that bank comes
+last of all and nearly all products wait for it ("stuck").
 
-Source: src/operations/MatMul.cc, src/NeuPIMSystolicWS.cc, src/NeuPIMSCore.cc and extern/NewtonSim/src/neupims_command_queue.cc of the public
-simulator.
+Source: src/operations/MatMul.cc, src/NeuPIMSystolicWS.cc, src/NeuPIMSCore.cc and
+extern/NewtonSim/src/neupims_command_queue.cc of the public simulator.
 """
 
 from typing import NamedTuple
@@ -25,15 +28,24 @@ from neupims.machine.workload import FLOAT16_BYTES
 
 HALVINGS = 24  # of a tile until it fits the scratchpad; 2^24 is more than any side
 LEAST_STREAM = 4  # core cycles from one instruction to the next
-QUEUED_READS = 128  # commands that the queue of one bank holds: cmd_queue_size of the simulator's ini
-STUCK_ROWS = 10  # rows of a bank that arrive before a full queue frees a stuck write: 8 queued, 2 in front of the queues
-MANY_WRITES = 96  # bursts of a channel after which one is always left: of the operation before; observed
-FEW_WRITES = 6  # bursts of a channel below which one is left after some operations and not after others; observed
+QUEUED_READS = (
+    128  # commands that the queue of one bank holds: cmd_queue_size of the simulator's ini
+)
+# rows of a bank that arrive before a full queue frees a stuck write: 8 queued, 2 in front of the
+# queues
+STUCK_ROWS = 10
+MANY_WRITES = (
+    96  # bursts of a channel after which one is always left: of the operation before; observed
+)
+# bursts of a channel below which one is left after some operations and not after others; observed
+FEW_WRITES = 6
 FINISH_CYCLES = 45  # from the last product to the operation's end
 
 
 class Work(NamedTuple):
-    """One operation on one device. Core cycles and bytes; `memory_cycles` is the part of its cycles that waits for the memory."""
+    """One operation on one device. Core cycles and bytes; `memory_cycles` is the part of its cycles
+    that waits for the memory.
+    """
 
     cycles: Number
     memory_cycles: Number
@@ -44,7 +56,9 @@ class Work(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """Sides of a tile that fits half of the scratchpad, and the number of tiles along tokens, inner channels and features."""
+    """Sides of a tile that fits half of the scratchpad, and the number of tiles along tokens, inner
+    channels and features.
+    """
 
     tokens: Number
     inner: Number
@@ -60,7 +74,9 @@ def bytes_per_cycle(hardware: Hardware) -> Number:
 
 
 def tiling(hardware: Hardware, tokens, inner, features) -> Tiling:
-    """Halves the longest side (the first of equals, in the order tokens, inner, features) until operands and result fit half of the scratchpad."""
+    """Halves the longest side (the first of equals, in the order tokens, inner, features) until
+    operands and result fit half of the scratchpad.
+    """
     width = 1.0 * hardware.npu.array_width
     limit = hardware.npu.scratchpad_bytes / 2
 
@@ -76,15 +92,22 @@ def tiling(hardware: Hardware, tokens, inner, features) -> Tiling:
         longest = ((n >= k) & (n >= m), (k > n) & (k >= m), (m > n) & (m > k))
         halved = [over((n, k, m)) & chosen for chosen in longest]
         return (
-            tuple(jnp.where(now, jnp.ceil(side / 2), side) for now, side in zip(halved, (n, k, m), strict=True)),
-            tuple(jnp.where(now, 2 * count, count) for now, count in zip(halved, tiles, strict=True)),
+            tuple(
+                jnp.where(now, jnp.ceil(side / 2), side)
+                for now, side in zip(halved, (n, k, m), strict=True)
+            ),
+            tuple(
+                jnp.where(now, 2 * count, count) for now, count in zip(halved, tiles, strict=True)
+            ),
             step + 1,
         )
 
     zero = 0.0 * (limit + width + tokens + inner + features)
     sides = tuple(side + zero for side in (tokens, inner, features))
     start = (sides, (zero + 1, zero + 1, zero + 1), 0)
-    (n, k, m), (n_tiles, k_tiles, m_tiles), _ = jax.lax.while_loop(lambda state: jnp.any(over(state[0])) & (state[2] < HALVINGS), halve, start)
+    (n, k, m), (n_tiles, k_tiles, m_tiles), _ = jax.lax.while_loop(
+        lambda state: jnp.any(over(state[0])) & (state[2] < HALVINGS), halve, start
+    )
     return Tiling(n, k, m, n_tiles, k_tiles, m_tiles)
 
 
@@ -102,15 +125,18 @@ def gemm(
 ) -> Work:
     """The product of (tokens, inner) and (inner, features), on one device.
 
-    In "simulator" fidelity the written result is cut to the first block of features, as there, `stuck` is the chance that a left-over write holds up
-    the first tile (`stuck_chance`), and with `npu_only` the rules of that branch hold: no block of tokens is loaded while products run, and few
-    reads are in flight. "intended" writes all of the result and has none of that.
+    In "simulator" fidelity the written result is cut to the first block of features, as there,
+    `stuck` is the chance that a left-over write holds up the first tile (`stuck_chance`), and with
+    `npu_only` the rules of that branch hold: no block of tokens is loaded while products run, and
+    few reads are in flight. "intended" writes all of the result and has none of that.
     """
     npu, simulated = hardware.npu, fidelity == "simulator"
     serial = simulated and npu_only
     tile = tile or tiling(hardware, tokens, inner, features)
     width = 1.0 * npu.array_width
-    token_blocks, inner_blocks, feature_blocks = (jnp.ceil(side / width) for side in (tile.tokens, tile.inner, tile.features))
+    token_blocks, inner_blocks, feature_blocks = (
+        jnp.ceil(side / width) for side in (tile.tokens, tile.inner, tile.features)
+    )
     stream = jnp.maximum(width / npu.num_arrays, LEAST_STREAM)
     fill = npu.array_height + width - 2 + stream
     load_block = fill + 1 if serial else 1.0 * npu.array_height
@@ -127,30 +153,48 @@ def gemm(
         if not simulated:
             return amount / (calibration.queued_efficiency * rate)
         queued, rest = jnp.minimum(amount, queue_bytes), jnp.maximum(amount - queue_bytes, 0)
-        return (queued / calibration.queued_efficiency + rest / calibration.streaming_efficiency) / rate
+        return (
+            queued / calibration.queued_efficiency + rest / calibration.streaming_efficiency
+        ) / rate
 
     weights = FLOAT16_BYTES * tile.inner * tile.features
     first_bytes = weights + FLOAT16_BYTES * jnp.minimum(tile.tokens, width) * tile.inner
     tile_bytes = weights + FLOAT16_BYTES * tile.inner * tile.tokens
     loading = load(tile_bytes)
-    backlog = calibration.backlog_bytes * hardware.hbm.num_channels / 32 if simulated and not serial else 0.0
-    first = jnp.maximum(loading + pass_cycles * jnp.minimum(1, backlog / first_bytes), pass_cycles + fill)
+    backlog = (
+        calibration.backlog_bytes * hardware.hbm.num_channels / 32
+        if simulated and not serial
+        else 0.0
+    )
+    first = jnp.maximum(
+        loading + pass_cycles * jnp.minimum(1, backlog / first_bytes), pass_cycles + fill
+    )
     if simulated and not serial:
         row_bytes = banks(hardware.hbm) * 1.0 * hardware.hbm.row_bytes * hardware.hbm.num_channels
-        held_up = jnp.minimum(loading, load(STUCK_ROWS * row_bytes)) + pass_cycles * jnp.maximum(1 - row_bytes / first_bytes, 0)
+        held_up = jnp.minimum(loading, load(STUCK_ROWS * row_bytes)) + pass_cycles * jnp.maximum(
+            1 - row_bytes / first_bytes, 0
+        )
         first = first + stuck * jnp.maximum(held_up - first, 0)
-    streaming = tile_bytes / ((calibration.streaming_efficiency if simulated else calibration.queued_efficiency) * rate)
+    streaming = tile_bytes / (
+        (calibration.streaming_efficiency if simulated else calibration.queued_efficiency) * rate
+    )
     later = jnp.maximum(streaming, token_blocks * pass_cycles)
     cycles = first + (token_blocks - 1) * pass_cycles + (tiles - 1) * later + fill + FINISH_CYCLES
-    # Where weights come late, each block of inner channels finds the pipeline empty: it is loaded and drained, not hidden behind the one before.
-    waiting = jnp.where(loading > pass_cycles, 1.0, 0.0) + (tiles - 1) * jnp.where(streaming > token_blocks * pass_cycles, 1.0, 0.0)
+    # Where weights come late, each block of inner channels finds the pipeline empty: it is loaded
+    # and drained, not hidden behind the one before.
+    waiting = jnp.where(loading > pass_cycles, 1.0, 0.0) + (tiles - 1) * jnp.where(
+        streaming > token_blocks * pass_cycles, 1.0, 0.0
+    )
     busy = tiles * token_blocks * pass_cycles + waiting * inner_blocks * (fill + 1 - load_block)
 
-    read_bytes = FLOAT16_BYTES * (inner * features * tile.token_tiles + inner * tokens * tile.feature_tiles)
+    read_bytes = FLOAT16_BYTES * (
+        inner * features * tile.token_tiles + inner * tokens * tile.feature_tiles
+    )
     written = jnp.minimum(features, jnp.ceil(tokens / width) * width) if simulated else features
     return Work(
         cycles=cycles,
-        memory_cycles=jnp.minimum(loading, first) + (tiles - 1) * jnp.maximum(streaming - token_blocks * pass_cycles, 0),
+        memory_cycles=jnp.minimum(loading, first)
+        + (tiles - 1) * jnp.maximum(streaming - token_blocks * pass_cycles, 0),
         busy_cycles=jnp.minimum(busy, cycles),
         read_bytes=read_bytes,
         write_bytes=FLOAT16_BYTES * tokens * written * 1.0,
@@ -159,7 +203,8 @@ def gemm(
 
 
 def stuck_chance(hardware: Hardware, previous_write_bytes, few) -> Number:
-    """The chance that a write of the operation just before holds up a product: 1 after many writes, `few` after almost none, 0 between (seen in
-    traces)."""
+    """The chance that a write of the operation just before holds up a product: 1 after many writes,
+    `few` after almost none, 0 between (seen in traces).
+    """
     bursts = previous_write_bytes / burst_bytes(hardware.hbm) / hardware.hbm.num_channels
     return jnp.where(bursts >= MANY_WRITES, 1.0, jnp.where(bursts < FEW_WRITES, few, 0.0))

@@ -1,6 +1,8 @@
-"""Element-wise work of the vector units: layer norm, residual sum, GELU and softmax. Core cycles and bytes.
+"""Element-wise work of the vector units: layer norm, residual sum, GELU and softmax. Core cycles
+and bytes.
 
-Source: src/operations/{LayerNorm,Add,Gelu}.cc and get_vector_compute_cycles in src/NeuPIMSystolicWS.cc of the public simulator.
+Source: src/operations/{LayerNorm,Add,Gelu}.cc and get_vector_compute_cycles in
+    src/NeuPIMSystolicWS.cc of the public simulator.
 """
 
 import jax.numpy as jnp
@@ -11,28 +13,87 @@ from neupims.machine.record import Number
 from neupims.machine.workload import FLOAT16_BYTES
 from neupims.timing.gemm import Work, bytes_per_cycle
 
-ACCEPTED = 0.5  # of a written byte's bus time passes before the next operation: buffers take bursts at twice the bus's pace
+# of a written byte's bus time passes before the next operation: buffers take bursts at twice the
+# bus's pace
+ACCEPTED = 0.5
 LATENCY_CYCLES = 35  # of a read, and of the write's acknowledgement
 TREE_LEVELS = 4  # of the adder tree: 128^4 elements are more than any row
 
 
-def layer_norm(hardware: Hardware, tokens, width, *, calibration: Calibration, fidelity: str, inherited_bytes=0.0) -> Work:
+def layer_norm(
+    hardware: Hardware,
+    tokens,
+    width,
+    *,
+    calibration: Calibration,
+    fidelity: str,
+    inherited_bytes=0.0,
+) -> Work:
     """Normalises `tokens` rows of `width`: reads them and two rows of parameters, writes them."""
     passes, tree = _passes(hardware, width)
     compute = 2 * tree + 3 + 5 * passes
-    return _element_wise(hardware, tokens, width, (tokens + 2) * width, tokens * width, compute, calibration, fidelity, inherited_bytes)
+    return _element_wise(
+        hardware,
+        tokens,
+        width,
+        (tokens + 2) * width,
+        tokens * width,
+        compute,
+        calibration,
+        fidelity,
+        inherited_bytes,
+    )
 
 
-def residual_sum(hardware: Hardware, tokens, width, *, calibration: Calibration, fidelity: str, inherited_bytes=0.0) -> Work:
+def residual_sum(
+    hardware: Hardware,
+    tokens,
+    width,
+    *,
+    calibration: Calibration,
+    fidelity: str,
+    inherited_bytes=0.0,
+) -> Work:
     """Adds two arrays of `tokens` rows of `width`."""
     passes, _ = _passes(hardware, width)
-    return _element_wise(hardware, tokens, width, 2 * tokens * width, tokens * width, passes, calibration, fidelity, inherited_bytes)
+    return _element_wise(
+        hardware,
+        tokens,
+        width,
+        2 * tokens * width,
+        tokens * width,
+        passes,
+        calibration,
+        fidelity,
+        inherited_bytes,
+    )
 
 
-def activation(hardware: Hardware, tokens, width, inputs, *, calibration: Calibration, fidelity: str, inherited_bytes=0.0) -> Work:
-    """GELU of `tokens` rows of `width`; with a gate (Llama) it reads `inputs` rows of that width for each token."""
+def activation(
+    hardware: Hardware,
+    tokens,
+    width,
+    inputs,
+    *,
+    calibration: Calibration,
+    fidelity: str,
+    inherited_bytes=0.0,
+) -> Work:
+    """GELU of `tokens` rows of `width`; with a gate (Llama) it reads `inputs` rows of that width
+    for each token.
+    """
     passes, _ = _passes(hardware, width)
-    return _element_wise(hardware, tokens, width, inputs * tokens * width, tokens * width, passes * inputs, calibration, fidelity, inherited_bytes)
+    return _element_wise(
+        hardware,
+        tokens,
+        width,
+        inputs * tokens * width,
+        tokens * width,
+        passes * inputs,
+        calibration,
+        fidelity,
+        inherited_bytes,
+    )
 
 
 def softmax_cycles(hardware: Hardware, length) -> Number:
@@ -52,20 +113,42 @@ def _passes(hardware: Hardware, length) -> tuple[Number, Number]:
     return passes, tree
 
 
-def _element_wise(hardware: Hardware, tokens, width, read, written, compute, calibration: Calibration, fidelity: str, inherited_bytes) -> Work:
-    """Time of the traffic: reads at the bus's pace, half of the writes, and what the operation just before left to write (`inherited_bytes`, the
-    other half).
+def _element_wise(
+    hardware: Hardware,
+    tokens,
+    width,
+    read,
+    written,
+    compute,
+    calibration: Calibration,
+    fidelity: str,
+    inherited_bytes,
+) -> Work:
+    """Time of the traffic: reads at the bus's pace, half of the writes, and what the operation just
+    before left to write (`inherited_bytes`, the other half).
 
-    "simulator" issues one row a cycle, and its rows take no longer: their length is read after it was moved away. "intended" takes `compute` for a
-    row on one of the vector units, and waits for all its writes.
+    "simulator" issues one row a cycle, and its rows take no longer: their length is read after it
+    was moved away. "intended" takes `compute` for a row on one of the vector units, and waits for
+    all its writes.
     """
     read_bytes, write_bytes = FLOAT16_BYTES * read * 1.0, FLOAT16_BYTES * written * 1.0
     if fidelity == "simulator":
-        memory = (read_bytes + ACCEPTED * (write_bytes + inherited_bytes)) / bytes_per_cycle(hardware)
+        memory = (read_bytes + ACCEPTED * (write_bytes + inherited_bytes)) / bytes_per_cycle(
+            hardware
+        )
         units = 1.0 * tokens
     else:
-        memory = (read_bytes + write_bytes) / calibration.queued_efficiency / bytes_per_cycle(hardware)
+        memory = (
+            (read_bytes + write_bytes) / calibration.queued_efficiency / bytes_per_cycle(hardware)
+        )
         units = tokens * compute / hardware.npu.vector_units
     zero = 0.0 * memory
     cycles = jnp.maximum(memory, units) + LATENCY_CYCLES
-    return Work(jnp.where(tokens > 0, cycles, zero), jnp.where(tokens > 0, memory, zero), zero, read_bytes, write_bytes, zero)
+    return Work(
+        jnp.where(tokens > 0, cycles, zero),
+        jnp.where(tokens > 0, memory, zero),
+        zero,
+        read_bytes,
+        write_bytes,
+        zero,
+    )

@@ -1,6 +1,8 @@
-"""Pictures in a folder tree: which there are, and their pixels, decoded in threads beside whatever uses them.
+"""Pictures in a folder tree: which there are, and their pixels, decoded in threads beside whatever
+uses them.
 
-Paths are relative to the root, with `/`; names that are no UTF-8 keep their bytes as surrogate escapes.
+Paths are relative to the root, with `/`; names that are no UTF-8 keep their bytes as surrogate
+escapes.
 """
 
 import hashlib
@@ -33,7 +35,9 @@ class Skipped(NamedTuple):
 
 
 class Picture(NamedTuple):
-    """A file that was read: the blake2b hash of its bytes, and its pixels and their size, or None and zeros where the hash was known already."""
+    """A file that was read: the blake2b hash of its bytes, and its pixels and their size, or None
+    and zeros where the hash was known already.
+    """
 
     file: File
     content: bytes
@@ -51,9 +55,11 @@ class Listing:
 
 
 def walk(root: Path, start: str = "", *, apart: Path) -> Listing:
-    """Lists the pictures (by extension) under `root / start`, without hidden ones and without the folder `apart`.
+    """Lists the pictures (by extension) under `root / start`, without hidden ones and without the
+    folder `apart`.
 
-    A linked folder is followed where it lies outside the root; every folder is read once, so that loops of links end.
+    A linked folder is followed where it lies outside the root; every folder is read once, so that
+    loops of links end.
     """
     inside, apart = os.path.realpath(root), Path(os.path.realpath(apart))
     listing, seen, stack = Listing([], []), set[tuple[int, int]](), [start]
@@ -64,11 +70,17 @@ def walk(root: Path, start: str = "", *, apart: Path) -> Listing:
             found = full.stat()
             if stat.S_ISDIR(found.st_mode):
                 real = os.path.realpath(full)
-                doubled = full.is_symlink() and path != start and f"{real}/".startswith(f"{inside.rstrip('/')}/")
+                doubled = (
+                    full.is_symlink()
+                    and path != start
+                    and f"{real}/".startswith(f"{inside.rstrip('/')}/")
+                )
                 if not doubled and (found.st_dev, found.st_ino) not in seen and Path(real) != apart:
                     seen.add((found.st_dev, found.st_ino))
                     names = (name for name in os.listdir(full) if not name.startswith("."))
-                    stack += sorted((f"{path}/{name}" if path else name for name in names), reverse=True)
+                    stack += sorted(
+                        (f"{path}/{name}" if path else name for name in names), reverse=True
+                    )
             elif path.lower().endswith(EXTENSIONS):
                 if stat.S_ISREG(found.st_mode):
                     listing.files.append(File(path, found.st_size, _mtime(found)))
@@ -77,12 +89,18 @@ def walk(root: Path, start: str = "", *, apart: Path) -> Listing:
         except OSError as error:
             if full.is_symlink() and not path.lower().endswith(EXTENSIONS):
                 continue  # a link to nothing that has no picture's name
-            listing.skipped.append(Skipped(path, f"{shown(path) or root} cannot be read: {error.strerror}"))
+            listing.skipped.append(
+                Skipped(path, f"{shown(path) or root} cannot be read: {error.strerror}")
+            )
     return listing
 
 
-def decoded(root: Path, files: Iterable[File], known: Container[bytes], *, workers: int) -> Iterator[Picture | Skipped]:
-    """Reads pictures in `workers` threads, a few ahead, and gives them in the order of `files`; contents that are `known` are not decoded."""
+def decoded(
+    root: Path, files: Iterable[File], known: Container[bytes], *, workers: int
+) -> Iterator[Picture | Skipped]:
+    """Reads pictures in `workers` threads, a few ahead, and gives them in the order of `files`;
+    contents that are `known` are not decoded.
+    """
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         ahead: deque[Future[Picture | Skipped]] = deque()
         try:
@@ -103,7 +121,9 @@ def hashed(data: bytes) -> bytes:
 
 
 def shown(path: str) -> str:
-    """A path as a sentence can show it: odd names are quoted and escaped, so that a sentence stays one line."""
+    """A path as a sentence can show it: odd names are quoted and escaped, so that a sentence stays
+    one line.
+    """
     return path if path.isprintable() else repr(path)
 
 
@@ -118,8 +138,14 @@ def _read(root: Path, file: File, known: Container[bytes]) -> Picture | Skipped:
         return Skipped(file.path, _one_line(error))
     except OSError as error:
         return Skipped(file.path, f"{shown(file.path)} cannot be read: {error.strerror}")
-    except Exception as error:  # whatever else a decoder raises over a damaged file must not end hours of work
-        return Skipped(file.path, f"{shown(file.path)} is not a readable picture: {type(error).__name__}: {_one_line(error)}")
+    except (
+        Exception
+    ) as error:  # whatever else a decoder raises over a damaged file must not end hours of work
+        return Skipped(
+            file.path,
+            f"{shown(file.path)} is not a readable picture: {type(error).__name__}:"
+            f" {_one_line(error)}",
+        )
     height, width = (0, 0) if pixels is None else pixels.shape[:2]
     return Picture(File(file.path, now.st_size, _mtime(now)), content, pixels, width, height)
 

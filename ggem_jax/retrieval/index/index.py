@@ -1,12 +1,16 @@
-"""An index of pictures on disk: for each picture under a root folder its path and its descriptor, a vector `(dim,)`.
+"""An index of pictures on disk: for each picture under a root folder its path and its descriptor, a
+vector `(dim,)`.
 
-`build`, `add` and `remove` write; whatever happens to them, the index opens as it was before or as it is after. There is one writer at a time, a
-second one is refused, and readers go on with what they opened. `Index.open` reads, `verify` looks for damage.
+`build`, `add` and `remove` write; whatever happens to them, the index opens as it was before or as
+it is after. There is one writer at a time, a second one is refused, and readers go on with what
+they opened. `Index.open` reads, `verify` looks for damage.
 
-Who extracts is an argument: `extract(pictures)` takes an iterable of pictures, `(height, width, 3)` uint8 arrays of any sizes, and gives an iterable
-of vectors `(dim,)` in the same order. It may take several pictures before it gives the first vector. Pictures are decoded in threads meanwhile. An
-`UnreadableImage` in the place of a vector skips that picture. `settings` is a dictionary of JSON values that says how vectors are made: the model, a
-digest of its weights, the pooling. Vectors of different settings never meet in one index.
+Who extracts is an argument: `extract(pictures)` takes an iterable of pictures, `(height, width, 3)`
+uint8 arrays of any sizes, and gives an iterable of vectors `(dim,)` in the same order. It may take
+several pictures before it gives the first vector. Pictures are decoded in threads meanwhile. An
+`UnreadableImage` in the place of a vector skips that picture. `settings` is a dictionary of JSON
+values that says how vectors are made: the model, a digest of its weights, the pooling. Vectors of
+different settings never meet in one index.
 
 Errors: `IndexRefused`, a `ValueError`, with one sentence.
 """
@@ -45,7 +49,15 @@ from ggem_jax.retrieval.index.store import (
     shard_file,
     some,
 )
-from ggem_jax.retrieval.index.writing import Extract, OnProgress, Report, locked, publish, update, written
+from ggem_jax.retrieval.index.writing import (
+    Extract,
+    OnProgress,
+    Report,
+    locked,
+    publish,
+    update,
+    written,
+)
 
 
 class Verdict(NamedTuple):
@@ -56,9 +68,18 @@ class Verdict(NamedTuple):
 
 
 class Vectors:
-    """The vectors of an index as an array `(n, dim)` on disk, read-only, in the order of `Index.paths`."""
+    """The vectors of an index as an array `(n, dim)` on disk, read-only, in the order of
+    `Index.paths`.
+    """
 
-    def __init__(self, shards: Sequence[np.ndarray], shard: Int[np.ndarray, " n"], row: Int[np.ndarray, " n"], dim: int, dtype: np.dtype):
+    def __init__(
+        self,
+        shards: Sequence[np.ndarray],
+        shard: Int[np.ndarray, " n"],
+        row: Int[np.ndarray, " n"],
+        dim: int,
+        dtype: np.dtype,
+    ):
         self._shards, self._shard, self._row = shards, shard, row
         self.shape, self.dtype = (len(row), dim), dtype
 
@@ -69,9 +90,13 @@ class Vectors:
         """The vectors of some ids, in memory, in the dtype of the index."""
         ids = np.asarray(ids)
         if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or ids.size == 0):
-            raise IndexRefused(f"ids must be whole numbers (m,), not {ids.dtype} of shape {ids.shape}")
+            raise IndexRefused(
+                f"ids must be whole numbers (m,), not {ids.dtype} of shape {ids.shape}"
+            )
         if ids.size and not 0 <= ids.min() <= ids.max() < len(self):
-            raise IndexRefused(f"ids must be from 0 to {len(self) - 1}, not from {ids.min()} to {ids.max()}")
+            raise IndexRefused(
+                f"ids must be from 0 to {len(self) - 1}, not from {ids.min()} to {ids.max()}"
+            )
         shard, row = self._shard[ids.astype(np.intp)], self._row[ids.astype(np.intp)]
         taken = np.empty((ids.size, self.shape[1]), self.dtype)
         for number in np.unique(shard):
@@ -80,20 +105,31 @@ class Vectors:
         return taken
 
     def blocks(self, rows: int) -> Iterator[tuple[int, Float[np.ndarray, "m d"]]]:
-        """Goes through all vectors: the id of the first, and `rows` vectors (fewer in the last block), mapped where they lie together on disk."""
+        """Goes through all vectors: the id of the first, and `rows` vectors (fewer in the last
+        block), mapped where they lie together on disk.
+        """
         if rows < 1:
             raise IndexRefused(f"a block must have at least one row, not {rows}")
         for start in range(0, len(self), rows):
             shard, row = self._shard[start : start + rows], self._row[start : start + rows]
             together = (shard == shard[0]).all() and (np.diff(row) == 1).all()
-            yield start, self._shards[shard[0]][row[0] : row[-1] + 1] if together else self.take(np.arange(start, start + len(row)))
+            yield (
+                start,
+                (
+                    self._shards[shard[0]][row[0] : row[-1] + 1]
+                    if together
+                    else self.take(np.arange(start, start + len(row)))
+                ),
+            )
 
 
 @dataclass(frozen=True)
 class Index:
-    """An index as it was when it was opened: id i is the picture `root / paths[i]`, and row i of `vectors()`.
+    """An index as it was when it was opened: id i is the picture `root / paths[i]`, and row i of
+    `vectors()`.
 
-    Ids run from 0 in an order that adding and changing pictures keeps; removing some closes the gaps.
+    Ids run from 0 in an order that adding and changing pictures keeps; removing some closes the
+    gaps.
     """
 
     folder: Path
@@ -112,19 +148,30 @@ class Index:
 
     @classmethod
     def open(cls, path: Path | str, settings: dict[str, Any] | None = None) -> "Index":
-        """Opens an index for reading, without a lock. Raises `IndexRefused` where it is none, damaged, newer, or made with other `settings`."""
+        """Opens an index for reading, without a lock. Raises `IndexRefused` where it is none,
+        damaged, newer, or made with other `settings`.
+        """
         folder, before = Path(path), None
         while True:
             with reading(folder) as database:
                 facts = read_facts(database, folder / INDEX)
                 if settings is not None:
                     refuse_other_settings(folder, facts.settings, settings)
-                rows = database.execute("SELECT path, shard, row FROM images ORDER BY id").fetchall()
+                rows = database.execute(
+                    "SELECT path, shard, row FROM images ORDER BY id"
+                ).fetchall()
                 numbers = {shard: number for number, shard in enumerate(facts.shards)}
                 names, of_shard, of_row = zip(*rows, strict=True) if rows else ((), (), ())
                 paths = list(map(os.fsdecode, names))
-                shard, row = np.array([numbers[shard] for shard in of_shard], np.int32), np.array(of_row, np.int32)
-                if len(rows) != facts.count or (row < 0).any() or (row >= np.array([*facts.shards.values(), 0])[shard]).any():
+                shard, row = (
+                    np.array([numbers[shard] for shard in of_shard], np.int32),
+                    np.array(of_row, np.int32),
+                )
+                if (
+                    len(rows) != facts.count
+                    or (row < 0).any()
+                    or (row >= np.array([*facts.shards.values(), 0])[shard]).any()
+                ):
                     raise ValueError("its entries have been altered")
             try:
                 shards = [mapped_or_refused(folder, shard, facts) for shard in facts.shards]
@@ -134,7 +181,9 @@ class Index:
                 before = facts  # a writer may have replaced the index between the two readings
                 continue
             vectors = Vectors(shards, shard, row, facts.dim, np.dtype(facts.dtype))
-            return cls(folder, Path(facts.root), paths, facts.settings, facts.dim, facts.dtype, vectors)
+            return cls(
+                folder, Path(facts.root), paths, facts.settings, facts.dim, facts.dtype, vectors
+            )
 
 
 def build(
@@ -147,10 +196,12 @@ def build(
     workers: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Report:
-    """Builds the index `path` of all pictures in the tree `folder`. Where it is there already, it is brought up to date with the folder.
+    """Builds the index `path` of all pictures in the tree `folder`. Where it is there already, it
+    is brought up to date with the folder.
 
-    The index is there once the build is complete. An interrupted build is taken up by the same call, which extracts at most the last `COMMIT_ROWS`
-    pictures or `COMMIT_SECONDS` again. A path that is something else is refused, never overwritten. Hidden files and folders are left out.
+    The index is there once the build is complete. An interrupted build is taken up by the same
+    call, which extracts at most the last `COMMIT_ROWS` pictures or `COMMIT_SECONDS` again. A path
+    that is something else is refused, never overwritten. Hidden files and folders are left out.
     """
     if dtype not in DTYPES:
         raise IndexRefused(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
@@ -158,7 +209,16 @@ def build(
     with locked(Path(path), new=True):
         if (Path(path) / INDEX).exists():
             refuse_other_build(Path(path), facts_of(Path(path)), wanted)
-        return update(Path(path), wanted, extract, start="", prune=True, repair=False, workers=workers, on_progress=on_progress)
+        return update(
+            Path(path),
+            wanted,
+            extract,
+            start="",
+            prune=True,
+            repair=False,
+            workers=workers,
+            on_progress=on_progress,
+        )
 
 
 def add(
@@ -175,9 +235,11 @@ def add(
 ) -> Report:
     """Adds what is new or has changed under the root folder, or in its sub-folder `folder` alone.
 
-    A file of the same size and time is taken to be unchanged; of others the content is compared, and one that is known, moved or copied, is not
-    extracted again. A picture that has become unreadable keeps its entry. `root` says where the pictures have been moved to. `prune` drops entries
-    whose files are gone, `repair` extracts again what is damaged. An interrupted call is taken up by the next one, as in `build`.
+    A file of the same size and time is taken to be unchanged; of others the content is compared,
+    and one that is known, moved or copied, is not extracted again. A picture that has become
+    unreadable keeps its entry. `root` says where the pictures have been moved to. `prune` drops
+    entries whose files are gone, `repair` extracts again what is damaged. An interrupted call is
+    taken up by the next one, as in `build`.
     """
     path = Path(path)
     with locked(path):
@@ -187,11 +249,21 @@ def add(
         if repair and folder is not None:
             raise IndexRefused("repair concerns the whole index: leave out the sub-folder")
         start = "" if folder is None else _below(wanted.root, _existing(folder))
-        return update(path, wanted, extract, start=start, prune=prune, repair=repair, workers=workers, on_progress=on_progress)
+        return update(
+            path,
+            wanted,
+            extract,
+            start=start,
+            prune=prune,
+            repair=repair,
+            workers=workers,
+            on_progress=on_progress,
+        )
 
 
 def remove(path: Path | str, patterns: Iterable[str]) -> Report:
-    """Removes entries by path, folder or glob (`*` crosses folders), relative to the root or absolute; the pictures stay, and `add` finds them again.
+    """Removes entries by path, folder or glob (`*` crosses folders), relative to the root or
+    absolute; the pictures stay, and `add` finds them again.
 
     A pattern that matches nothing is refused, and then nothing is removed.
     """
@@ -199,15 +271,27 @@ def remove(path: Path | str, patterns: Iterable[str]) -> Report:
     with locked(path):
         with reading(path) as database:
             facts = read_facts(database, path / INDEX)
-            paths = [os.fsdecode(name) for (name,) in database.execute("SELECT path FROM images ORDER BY id")]
+            paths = [
+                os.fsdecode(name)
+                for (name,) in database.execute("SELECT path FROM images ORDER BY id")
+            ]
         for pattern in patterns:
             if not pattern:
                 raise IndexRefused("a pattern must not be empty: '.' is the whole index")
-            own = _below(facts.root, Path(pattern)) if os.path.isabs(pattern) else os.path.normpath(pattern)
+            own = (
+                _below(facts.root, Path(pattern))
+                if os.path.isabs(pattern)
+                else os.path.normpath(pattern)
+            )
             whole = {name for name in paths if own in (name, ".", "") or name.startswith(f"{own}/")}
-            matching = [name for name in paths if (name in whole if whole else fnmatchcase(name, own))]
+            matching = [
+                name for name in paths if (name in whole if whole else fnmatchcase(name, own))
+            ]
             if not matching:
-                raise IndexRefused(f"{shown(pattern)} matches no picture of {path} (paths are relative to {facts.root}): nothing was removed")
+                raise IndexRefused(
+                    f"{shown(pattern)} matches no picture of {path} (paths are relative to"
+                    f" {facts.root}): nothing was removed"
+                )
             removed |= dict.fromkeys(matching)
         with written(path):
             publish(path, facts, [], [os.fsencode(name) for name in removed], set())
@@ -219,7 +303,9 @@ def info(path: Path | str) -> dict[str, Any]:
     folder = Path(path)
     with reading(folder) as database:
         facts = read_facts(database, folder / INDEX)
-        live = database.execute("SELECT COUNT(*) FROM (SELECT DISTINCT shard, row FROM images)").fetchone()[0]
+        live = database.execute(
+            "SELECT COUNT(*) FROM (SELECT DISTINCT shard, row FROM images)"
+        ).fetchone()[0]
     rows = sum(facts.shards.values())
     return {
         "path": str(folder.absolute()),
@@ -237,35 +323,50 @@ def info(path: Path | str) -> dict[str, Any]:
 
 
 def verify(path: Path | str, *, deep: bool = False) -> Verdict:
-    """Compares SQLite's structure, every entry and every vector with their checksums; `deep` also reads every picture and compares its content.
+    """Compares SQLite's structure, every entry and every vector with their checksums; `deep` also
+    reads every picture and compares its content.
 
-    Raises `IndexRefused` where there is no index or a newer one. Readers and writers may go on meanwhile.
+    Raises `IndexRefused` where there is no index or a newer one. Readers and writers may go on
+    meanwhile.
     """
     folder = Path(path)
     try:
         while True:
             before = facts_of(folder)
             damage, facts, found = _damage(folder)
-            if not damage or facts_of(folder) == before:  # otherwise a writer may have dropped what was missed
+            if (
+                not damage or facts_of(folder) == before
+            ):  # otherwise a writer may have dropped what was missed
                 break
     except Damaged as error:
         return Verdict([str(error)], [])
-    return Verdict(damage, _notes(folder, facts, found if deep else None) if facts is not None else [])
+    return Verdict(
+        damage, _notes(folder, facts, found if deep else None) if facts is not None else []
+    )
 
 
 def _damage(folder: Path) -> tuple[list[str], Facts | None, list[tuple[str, bytes]]]:
-    """What is wrong, and the facts, paths and contents of the index; no facts where SQLite's file itself is damaged."""
+    """What is wrong, and the facts, paths and contents of the index; no facts where SQLite's file
+    itself is damaged.
+    """
     damage = list[str]()
     try:
         with reading(folder) as database:
             facts = read_facts(database, folder / INDEX)
-            problems = [line for (line,) in database.execute("PRAGMA integrity_check(1)") if line != "ok"]
+            problems = [
+                line for (line,) in database.execute("PRAGMA integrity_check(1)") if line != "ok"
+            ]
             if problems:
                 raise ValueError(" ".join(problems[0].split()))
             flawed = sorted(flaws(database, folder, facts), key=lambda flaw: flaw[2:])
             for (file, what), group in groupby(flawed, key=lambda flaw: flaw[2:]):
                 damage.append(mend(folder, file, what, [flaw.path for flaw in group]))
-            found = [(os.fsdecode(name), content) for name, content in database.execute("SELECT path, content FROM images ORDER BY id")]
+            found = [
+                (os.fsdecode(name), content)
+                for name, content in database.execute(
+                    "SELECT path, content FROM images ORDER BY id"
+                )
+            ]
             if len(found) != facts.count:
                 raise ValueError(f"it has {len(found)} entries where {facts.count} are expected")
     except Damaged as error:
@@ -275,11 +376,16 @@ def _damage(folder: Path) -> tuple[list[str], Facts | None, list[tuple[str, byte
 
 def _notes(folder: Path, facts: Facts, found: list[tuple[str, bytes]] | None) -> list[str]:
     notes = []
-    unused = sorted(name for name in os.listdir(folder) if name not in (INDEX, LOCK, *(shard_file(folder, shard).name for shard in facts.shards)))
+    unused = sorted(
+        name
+        for name in os.listdir(folder)
+        if name not in (INDEX, LOCK, *(shard_file(folder, shard).name for shard in facts.shards))
+    )
     ours = [name for name in unused if is_shard(name) or name.startswith((PENDING, NEXT))]
     if ours:
         notes.append(
-            f"{folder} holds {len(ours)} files of a writer that is at work or was interrupted ({ours[0]}): the next one uses or removes them"
+            f"{folder} holds {len(ours)} files of a writer that is at work or was interrupted"
+            f" ({ours[0]}): the next one uses or removes them"
         )
     return notes + (_changed_pictures(Path(facts.root), found) if found is not None else [])
 
@@ -292,8 +398,19 @@ def _changed_pictures(root: Path, found: list[tuple[str, bytes]]) -> list[str]:
                 other.append(name)
         except OSError:
             gone.append(name)
-    notes = [f"{some(other)} under {root} changed after they were indexed: add brings the index up to date"] if other else []
-    return notes + ([f"{some(gone)} cannot be read under {root}: add with prune drops pictures that are gone"] if gone else [])
+    notes = (
+        [
+            f"{some(other)} under {root} changed after they were indexed: add brings the index up"
+            " to date"
+        ]
+        if other
+        else []
+    )
+    return notes + (
+        [f"{some(gone)} cannot be read under {root}: add with prune drops pictures that are gone"]
+        if gone
+        else []
+    )
 
 
 def _existing(folder: Path | str) -> Path:
@@ -305,5 +422,8 @@ def _existing(folder: Path | str) -> Path:
 def _below(root: str, path: Path) -> str:
     relative = os.path.relpath(path, root)
     if relative == ".." or relative.startswith("../"):
-        raise IndexRefused(f"{path} is not inside {root}, the root folder of the index: move it there, or build an index of its own")
+        raise IndexRefused(
+            f"{path} is not inside {root}, the root folder of the index: move it there, or build an"
+            " index of its own"
+        )
     return "" if relative == "." else relative

@@ -1,8 +1,11 @@
-"""What an index is on disk: a folder with vectors in `vectors-*.npy`, never changed once written, and one SQLite file that says whose they are.
+"""What an index is on disk: a folder with vectors in `vectors-*.npy`, never changed once written,
+and one SQLite file that says whose they are.
 
-`index.sqlite` is replaced as a whole, by a rename, so that an index is what one version of this file says; readers open the file as immutable, take
-no lock and need no right to write. `pending.sqlite` has the same tables and holds what a writer has extracted but not yet made visible. `lock` is
-held by the writer, through the kernel, which lets go of it when the process ends in whatever way.
+`index.sqlite` is replaced as a whole, by a rename, so that an index is what one version of this
+file says; readers open the file as immutable, take no lock and need no right to write.
+`pending.sqlite` has the same tables and holds what a writer has extracted but not yet made visible.
+`lock` is held by the writer, through the kernel, which lets go of it when the process ends in
+whatever way.
 
 Every vector and every entry has a CRC-32. Paths are stored as bytes.
 """
@@ -44,7 +47,9 @@ PUT = f"""INSERT INTO images ({COLUMNS}, entry_crc32) VALUES (?, ?, ?, ?, ?, ?, 
 
 
 class IndexRefused(ValueError):
-    """What was asked cannot be done with this index; one sentence says what was expected, what came and what to do."""
+    """What was asked cannot be done with this index; one sentence says what was expected, what came
+    and what to do.
+    """
 
 
 class Damaged(IndexRefused):
@@ -52,7 +57,9 @@ class Damaged(IndexRefused):
 
 
 class Entry(NamedTuple):
-    """A picture of the index; `row` of `shard` is its vector, which pictures with the same content share. `content` is the hash of the file."""
+    """A picture of the index; `row` of `shard` is its vector, which pictures with the same content
+    share. `content` is the hash of the file.
+    """
 
     path: bytes
     size: int
@@ -71,7 +78,9 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Facts:
-    """What holds for the whole index. `settings` say how vectors are made; `dim` is 0 before there is one; `shards` are the rows in each."""
+    """What holds for the whole index. `settings` say how vectors are made; `dim` is 0 before there
+    is one; `shards` are the rows in each.
+    """
 
     settings: dict[str, Any]
     dtype: str
@@ -97,24 +106,36 @@ def reading(folder: Path) -> Iterator[sqlite3.Connection]:
             if not (folder / PENDING).exists() and is_unfinished(folder) and holds_shards(folder):
                 raise index_is_missing(folder)
             state = "no finished build" if is_unfinished(folder) else "no index"
-            raise IndexRefused(f"{folder} holds {state} (there is no {INDEX} in it): build it first")
-        with _damage_in_one_sentence(file), contextlib.closing(connected(file, "mode=ro&immutable=1")) as database:
+            raise IndexRefused(
+                f"{folder} holds {state} (there is no {INDEX} in it): build it first"
+            )
+        with (
+            _damage_in_one_sentence(file),
+            contextlib.closing(connected(file, "mode=ro&immutable=1")) as database,
+        ):
             yield database
     except OSError as error:
         raise IndexRefused(f"{folder} cannot be read: {error.strerror}") from error
 
 
 def writable(file: Path) -> sqlite3.Connection:
-    """Opens a SQLite file of a writer, with its tables; transactions are explicit and on disk when they are committed."""
+    """Opens a SQLite file of a writer, with its tables; transactions are explicit and on disk when
+    they are committed.
+    """
     database = connected(file, "mode=rwc")
     database.execute("PRAGMA synchronous=FULL")
     if not database.execute("PRAGMA application_id").fetchone()[0]:
-        database.executescript(f"BEGIN; {_TABLES} PRAGMA application_id={_APPLICATION}; PRAGMA user_version={FORMAT}; COMMIT;")
+        database.executescript(
+            f"BEGIN; {_TABLES} PRAGMA application_id={_APPLICATION}; PRAGMA user_version={FORMAT};"
+            " COMMIT;"
+        )
     return database
 
 
 def connected(file: Path, mode: str) -> sqlite3.Connection:
-    return sqlite3.connect(f"file:{quote(os.fsencode(file.absolute()))}?{mode}", uri=True, isolation_level=None)
+    return sqlite3.connect(
+        f"file:{quote(os.fsencode(file.absolute()))}?{mode}", uri=True, isolation_level=None
+    )
 
 
 @contextlib.contextmanager
@@ -123,33 +144,72 @@ def _damage_in_one_sentence(file: Path) -> Iterator[None]:
         yield
     except IndexRefused:
         raise
-    except (sqlite3.Error, ValueError, TypeError, KeyError, OverflowError, AttributeError) as error:  # SQLite's own, then of altered values
-        raise Damaged(f"{file} is damaged ({error}): put a copy in its place, or build the index again in another folder") from error
+    except (
+        sqlite3.Error,
+        ValueError,
+        TypeError,
+        KeyError,
+        OverflowError,
+        AttributeError,
+    ) as error:  # SQLite's own, then of altered values
+        raise Damaged(
+            f"{file} is damaged ({error}): put a copy in its place, or build the index again in"
+            " another folder"
+        ) from error
 
 
 def read_facts(database: sqlite3.Connection, file: Path) -> Facts:
-    """The facts of an index, or of a pending one. Raises `IndexRefused` where the file is of another program or of a newer version of this one."""
-    application, version = (database.execute(f"PRAGMA {name}").fetchone()[0] for name in ("application_id", "user_version"))
+    """The facts of an index, or of a pending one. Raises `IndexRefused` where the file is of
+    another program or of a newer version of this one.
+    """
+    application, version = (
+        database.execute(f"PRAGMA {name}").fetchone()[0]
+        for name in ("application_id", "user_version")
+    )
     if application != _APPLICATION:
         raise Damaged(f"{file} is not an index of ggem_jax: name the folder of one, or build one")
     if version != FORMAT:
-        raise IndexRefused(f"{file} has format {version} where this version of ggem_jax reads format {FORMAT}: update ggem_jax")
+        raise IndexRefused(
+            f"{file} has format {version} where this version of ggem_jax reads format {FORMAT}:"
+            " update ggem_jax"
+        )
     value, crc32 = database.execute("SELECT value, crc32 FROM facts").fetchone() or ("", -1)
     if zlib.crc32(value.encode()) != crc32:
-        raise Damaged(f"{file} is damaged (its settings have been altered): put a copy in its place, or build the index again in another folder")
+        raise Damaged(
+            f"{file} is damaged (its settings have been altered): put a copy in its place, or build"
+            " the index again in another folder"
+        )
     values = json.loads(value)
-    return Facts(**{**values, "shards": {int(shard): rows for shard, rows in values["shards"].items()}})
+    return Facts(
+        **{**values, "shards": {int(shard): rows for shard, rows in values["shards"].items()}}
+    )
 
 
 def write_facts(database: sqlite3.Connection, facts: Facts) -> None:
-    from_now = {"ggem_jax": ggem_jax.__version__, "numpy": np.__version__, "python": platform.python_version(), "sqlite": sqlite3.sqlite_version}
+    from_now = {
+        "ggem_jax": ggem_jax.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "sqlite": sqlite3.sqlite_version,
+    }
     value = json.dumps(asdict(replace(facts, versions=from_now)))
-    database.execute("INSERT OR REPLACE INTO facts VALUES (0, ?, ?)", (value, zlib.crc32(value.encode())))
+    database.execute(
+        "INSERT OR REPLACE INTO facts VALUES (0, ?, ?)", (value, zlib.crc32(value.encode()))
+    )
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether the folder holds nothing but what a build that was interrupted leaves, or nothing at all."""
-    return all(name == LOCK or name.startswith((PENDING, NEXT)) or is_shard(name) for name in os.listdir(folder)) if folder.is_dir() else False
+    """Whether the folder holds nothing but what a build that was interrupted leaves, or nothing at
+    all.
+    """
+    return (
+        all(
+            name == LOCK or name.startswith((PENDING, NEXT)) or is_shard(name)
+            for name in os.listdir(folder)
+        )
+        if folder.is_dir()
+        else False
+    )
 
 
 def holds_shards(folder: Path) -> bool:
@@ -157,7 +217,10 @@ def holds_shards(folder: Path) -> bool:
 
 
 def index_is_missing(folder: Path) -> IndexRefused:
-    return IndexRefused(f"{INDEX} is missing in {folder}: put a copy in its place, or delete the folder to build it anew")
+    return IndexRefused(
+        f"{INDEX} is missing in {folder}: put a copy in its place, or delete the folder to build it"
+        " anew"
+    )
 
 
 def is_shard(name: str) -> bool:
@@ -169,7 +232,9 @@ def shard_file(folder: Path, shard: int) -> Path:
 
 
 def write_shard(file: Path, blocks: Iterable[np.ndarray], rows: int, facts: Facts) -> None:
-    """Writes blocks `(n, dim)`, `rows` rows together, as one `.npy` file, and returns when they are on disk."""
+    """Writes blocks `(n, dim)`, `rows` rows together, as one `.npy` file, and returns when they are
+    on disk.
+    """
     with file.open("xb") as handle:
         handle.write(_npy_header(rows, facts))
         for block in blocks:
@@ -188,27 +253,41 @@ def sync(path: Path) -> None:
 
 
 def mapped(folder: Path, shard: int, facts: Facts) -> np.ndarray:
-    """The vectors of a shard, `(rows, dim)`, mapped. Raises `Damaged`, whose text is what is wrong with the file, and `FileNotFoundError`."""
+    """The vectors of a shard, `(rows, dim)`, mapped. Raises `Damaged`, whose text is what is wrong
+    with the file, and `FileNotFoundError`.
+    """
     rows = facts.shards[shard]
     header, file = _npy_header(rows, facts), shard_file(folder, shard)
     with file.open("rb") as handle:
         there, expected = os.fstat(handle.fileno()).st_size, len(header) + rows * facts.row_bytes()
         if there != expected:
-            raise Damaged(f"is {'truncated' if there < expected else 'too long'} ({there} bytes where {expected} are expected)")
+            raise Damaged(
+                f"is {'truncated' if there < expected else 'too long'} ({there} bytes where"
+                f" {expected} are expected)"
+            )
         if handle.read(len(header)) != header:
             raise Damaged("has an altered header")
-        return np.asarray(np.memmap(handle, facts.stored(), "r", len(header), (rows, facts.dim)))  # indexing np.memmap itself is slow
+        return np.asarray(
+            np.memmap(handle, facts.stored(), "r", len(header), (rows, facts.dim))
+        )  # indexing np.memmap itself is slow
 
 
 def _npy_header(rows: int, facts: Facts) -> bytes:
-    """Version 1.0 of NumPy's format, padded to 64 bytes. Written here so that any version of NumPy finds the same bytes."""
-    text = f"{{'descr': '{facts.stored().str}', 'fortran_order': False, 'shape': ({rows}, {facts.dim}), }}"
+    """Version 1.0 of NumPy's format, padded to 64 bytes. Written here so that any version of NumPy
+    finds the same bytes.
+    """
+    text = (
+        f"{{'descr': '{facts.stored().str}', 'fortran_order': False, 'shape': ({rows},"
+        f" {facts.dim}), }}"
+    )
     text += " " * (-(len(text) + 11) % 64) + "\n"
     return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode("latin1")
 
 
 class Flaw(NamedTuple):
-    """An entry (by its id) that cannot be used; `file` is the one that is to blame and `what` follows its name in a sentence."""
+    """An entry (by its id) that cannot be used; `file` is the one that is to blame and `what`
+    follows its name in a sentence.
+    """
 
     id: int
     path: str
@@ -216,16 +295,24 @@ class Flaw(NamedTuple):
     what: str
 
 
-def flaws(database: sqlite3.Connection, folder: Path, facts: Facts, name: str = INDEX) -> Iterator[Flaw]:
+def flaws(
+    database: sqlite3.Connection, folder: Path, facts: Facts, name: str = INDEX
+) -> Iterator[Flaw]:
     """Reads every vector that is in use, and compares it and its entry with their checksums."""
     current, vectors, trouble = -1, np.empty((0, 0)), ""
-    for number, entry_crc32, *values in database.execute(f"SELECT id, entry_crc32, {COLUMNS} FROM images ORDER BY shard, row"):
+    for number, entry_crc32, *values in database.execute(
+        f"SELECT id, entry_crc32, {COLUMNS} FROM images ORDER BY shard, row"
+    ):
         entry = Entry(*values)
         path = os.fsdecode(entry.path) if isinstance(entry.path, bytes) else str(entry.path)
         if entry.crc32() != entry_crc32:
             yield Flaw(number, path, name, "holds altered entries")
             continue
-        if entry.shard not in facts.shards or not isinstance(entry.row, int) or not 0 <= entry.row < facts.shards[entry.shard]:
+        if (
+            entry.shard not in facts.shards
+            or not isinstance(entry.row, int)
+            or not 0 <= entry.row < facts.shards[entry.shard]
+        ):
             yield Flaw(number, path, name, "names vectors that are not there")
             continue
         if entry.shard != current:
@@ -236,20 +323,30 @@ def flaws(database: sqlite3.Connection, folder: Path, facts: Facts, name: str = 
                 trouble = "is missing"
             except (OSError, Damaged) as error:
                 trouble = getattr(error, "strerror", None) or str(error)
-        if not trouble and zlib.crc32(np.ascontiguousarray(vectors[entry.row]).data) == entry.vector_crc32:
+        if (
+            not trouble
+            and zlib.crc32(np.ascontiguousarray(vectors[entry.row]).data) == entry.vector_crc32
+        ):
             continue
-        yield Flaw(number, path, shard_file(folder, current).name, trouble or "holds altered vectors")
+        yield Flaw(
+            number, path, shard_file(folder, current).name, trouble or "holds altered vectors"
+        )
 
 
 def some(paths: list[str]) -> str:
     """`3 pictures (a.jpg, b.jpg, c.jpg)`, with at most five names."""
-    names = ", ".join(map(shown, sorted(paths)[:5])) + (f" and {len(paths) - 5} more" if len(paths) > 5 else "")
+    names = ", ".join(map(shown, sorted(paths)[:5])) + (
+        f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+    )
     return f"{len(paths)} picture{'s' if len(paths) != 1 else ''} ({names})"
 
 
 def mend(folder: Path, file: str, what: str, paths: list[str] | None = None) -> str:
     concerned = f": {some(paths)} cannot be found by it" if paths else ""
-    return f"{folder / file} {what}{concerned}; put a copy of the file in its place, or add with repair, which extracts such pictures again"
+    return (
+        f"{folder / file} {what}{concerned}; put a copy of the file in its place, or add with"
+        " repair, which extracts such pictures again"
+    )
 
 
 def mapped_or_refused(folder: Path, shard: int, facts: Facts) -> np.ndarray:
@@ -260,7 +357,9 @@ def mapped_or_refused(folder: Path, shard: int, facts: Facts) -> np.ndarray:
     except FileNotFoundError:
         raise
     except OSError as error:
-        raise IndexRefused(f"{shard_file(folder, shard)} cannot be read: {error.strerror}") from error
+        raise IndexRefused(
+            f"{shard_file(folder, shard)} cannot be read: {error.strerror}"
+        ) from error
 
 
 def facts_of(folder: Path) -> Facts:
@@ -277,14 +376,27 @@ def as_json(settings: dict[str, Any]) -> dict[str, Any]:
 
 def refuse_other_settings(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
     flat_there, flat_here = _flat(there), _flat(as_json(here))
-    names = [name for name in flat_there | flat_here if flat_there.get(name, "not set") != flat_here.get(name, "not set")]
+    names = [
+        name
+        for name in flat_there | flat_here
+        if flat_there.get(name, "not set") != flat_here.get(name, "not set")
+    ]
     if names:
-        told = "; ".join(f"{name} is {flat_there.get(name, 'not set')} there, {flat_here.get(name, 'not set')} here" for name in names)
-        raise IndexRefused(f"{folder} was made with other settings ({told}): use those, or build an index of its own for these")
+        told = "; ".join(
+            f"{name} is {flat_there.get(name, 'not set')} there, {flat_here.get(name, 'not set')}"
+            " here"
+            for name in names
+        )
+        raise IndexRefused(
+            f"{folder} was made with other settings ({told}): use those, or build an index of its"
+            " own for these"
+        )
 
 
 def refuse_other_build(folder: Path, there: Facts, here: Facts) -> None:
-    facts_there, facts_here = ({**facts.settings, "dtype": facts.dtype, "folder": facts.root} for facts in (there, here))
+    facts_there, facts_here = (
+        {**facts.settings, "dtype": facts.dtype, "folder": facts.root} for facts in (there, here)
+    )
     refuse_other_settings(folder, facts_there, facts_here)
 
 
@@ -292,5 +404,9 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
     """{"pooling": {"p": 3}} -> {"pooling.p": "3"}"""
     flat: dict[str, str] = {}
     for name, value in values.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) and value else {f"{prefix}{name}": json.dumps(value, ensure_ascii=False)}
+        flat |= (
+            _flat(value, f"{prefix}{name}.")
+            if isinstance(value, dict) and value
+            else {f"{prefix}{name}": json.dumps(value, ensure_ascii=False)}
+        )
     return flat

@@ -1,4 +1,6 @@
-"""How an index is written: what is extracted gathers in new shards and in `pending.sqlite`, batch by batch; `publish` makes it visible at once."""
+"""How an index is written: what is extracted gathers in new shards and in `pending.sqlite`, batch
+by batch; `publish` makes it visible at once.
+"""
 
 import contextlib
 import fcntl
@@ -60,7 +62,9 @@ _ROWS_COPIED = 4096
 
 @dataclass(frozen=True)
 class Report:
-    """What a writer did, in pictures. `reused` of the added and updated ones had a content whose vector was there: they had been moved or copied."""
+    """What a writer did, in pictures. `reused` of the added and updated ones had a content whose
+    vector was there: they had been moved or copied.
+    """
 
     added: int = 0
     updated: int = 0
@@ -77,17 +81,24 @@ def written(folder: Path) -> Iterator[None]:
         yield
     except (OSError, sqlite3.Error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise IndexRefused(f"{folder} could not be written: {reason} (it is as it was before, and the same call goes on from there)") from error
+        raise IndexRefused(
+            f"{folder} could not be written: {reason} (it is as it was before, and the same call"
+            " goes on from there)"
+        ) from error
 
 
 @contextlib.contextmanager
 def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
-    """Keeps other writers out, and removes what nobody needs: what a killed writer left, then what was half written or has been replaced."""
+    """Keeps other writers out, and removes what nobody needs: what a killed writer left, then what
+    was half written or has been replaced.
+    """
     made = new and not folder.exists()
     if not new or (folder / INDEX).exists():
         facts_of(folder)
     elif not made and not is_unfinished(folder):
-        raise IndexRefused(f"{folder} exists and is not an index: choose another path, nothing is overwritten")
+        raise IndexRefused(
+            f"{folder} exists and is not an index: choose another path, nothing is overwritten"
+        )
     with contextlib.ExitStack() as stack:
         with written(folder):
             if new:
@@ -97,7 +108,9 @@ def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
         try:
             yield
         finally:
-            with contextlib.suppress(OSError, sqlite3.Error, IndexRefused):  # otherwise the next writer does it
+            with contextlib.suppress(
+                OSError, sqlite3.Error, IndexRefused
+            ):  # otherwise the next writer does it
                 _tidy(folder)
                 if set(os.listdir(folder)) == {LOCK}:  # nothing was begun
                     (folder / LOCK).unlink()
@@ -112,17 +125,24 @@ def _lock(folder: Path) -> Iterator[None]:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
-                raise IndexRefused(f"another process is writing to {folder}: wait until it has finished (searches may go on)") from None
-            if (folder / LOCK).exists() and os.path.samestat((folder / LOCK).stat(), os.fstat(handle.fileno())):
+                raise IndexRefused(
+                    f"another process is writing to {folder}: wait until it has finished (searches"
+                    " may go on)"
+                ) from None
+            if (folder / LOCK).exists() and os.path.samestat(
+                (folder / LOCK).stat(), os.fstat(handle.fileno())
+            ):
                 yield
                 return
 
 
 def _tidy(folder: Path) -> None:
-    """Removes shards that neither the index nor the pending one names, and then a pending one that cannot be used.
+    """Removes shards that neither the index nor the pending one names, and then a pending one that
+    cannot be used.
 
-    Where there is no index, shards are those of a build that goes on only if its pending file says so: it counts no picture of an index. Other shards
-    belong to an index whose SQLite file has been lost, and are refused.
+    Where there is no index, shards are those of a build that goes on only if its pending file says
+    so: it counts no picture of an index. Other shards belong to an index whose SQLite file has been
+    lost, and are refused.
     """
     ours, unusable = (folder / INDEX).exists(), False
     kept = set(facts_of(folder).shards) if ours else set()
@@ -133,7 +153,10 @@ def _tidy(folder: Path) -> None:
                 if ours:
                     kept |= _usable_shards(database, folder)
         except (Damaged, sqlite3.DatabaseError) as error:
-            if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF not in (sqlite3.SQLITE_CORRUPT, sqlite3.SQLITE_NOTADB):
+            if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF not in (
+                sqlite3.SQLITE_CORRUPT,
+                sqlite3.SQLITE_NOTADB,
+            ):
                 raise  # a full disk, say: nothing is wrong with the file
             unusable = True
     if not ours and holds_shards(folder):
@@ -163,20 +186,31 @@ def _drop_pending(folder: Path) -> None:
 
 
 def update(
-    folder: Path, wanted: Facts, extract: Extract, *, start: str, prune: bool, repair: bool, workers: int | None, on_progress: OnProgress | None
+    folder: Path,
+    wanted: Facts,
+    extract: Extract,
+    *,
+    start: str,
+    prune: bool,
+    repair: bool,
+    workers: int | None,
+    on_progress: OnProgress | None,
 ) -> Report:
     """Brings the index in line with the pictures under `wanted.root / start`. The lock is held."""
     listing, new = walk(Path(wanted.root), start, apart=folder), not (folder / INDEX).exists()
     if not listing.files:
         first = f" ({listing.skipped[0].why})" if listing.skipped else ""
         raise IndexRefused(
-            f"there is no picture ({' '.join(EXTENSIONS)}) in {Path(wanted.root) / start}{first}: is it the right folder, and is its disk there?"
+            f"there is no picture ({' '.join(EXTENSIONS)}) in {Path(wanted.root) / start}{first}:"
+            " is it the right folder, and is its disk there?"
         )
     with contextlib.ExitStack() as stack:
         stack.enter_context(_read(folder))
         committed, lost = None, set[int]()
         if not new:
-            committed = stack.enter_context(contextlib.closing(connected(folder / INDEX, "mode=ro&immutable=1")))
+            committed = stack.enter_context(
+                contextlib.closing(connected(folder / INDEX, "mode=ro&immutable=1"))
+            )
             wanted = replace(read_facts(committed, folder / INDEX), root=wanted.root)
             lost = _lost(committed, folder, wanted) if repair else set()
             if not repair:
@@ -185,11 +219,19 @@ def update(
             _refuse_other_pending(folder, wanted, new=new)
             pending = stack.enter_context(contextlib.closing(writable(folder / PENDING)))
             if not pending.execute("SELECT 1 FROM facts").fetchone():
-                write_facts(pending, wanted)  # before the first shard, which belongs to a build or to an index by what stands here
+                write_facts(
+                    pending,
+                    wanted,
+                    # before the first shard, which belongs to a build or to an index by what stands
+                    # here
+                )
         work = _Work(folder, wanted, committed, pending, lost)
         report = work.run(listing, extract, workers or min(4, os.cpu_count() or 1), on_progress)
         if new and not work.chosen:
-            raise IndexRefused(f"none of the {len(listing.files)} pictures in {wanted.root} could be indexed: {report.skipped[0].why}")
+            raise IndexRefused(
+                f"none of the {len(listing.files)} pictures in {wanted.root} could be indexed:"
+                f" {report.skipped[0].why}"
+            )
         gone = work.gone(listing, start) if prune else []
         report = replace(report, removed=len(gone), skipped=report.skipped + work.dropped(gone))
         changes = new or bool(work.chosen or gone or lost) or facts_of(folder).root != wanted.root
@@ -206,14 +248,22 @@ def _read(folder: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        raise Damaged(f"{folder / INDEX} is damaged ({error}): put a copy in its place, or build the index again in another folder") from error
+        raise Damaged(
+            f"{folder / INDEX} is damaged ({error}): put a copy in its place, or build the index"
+            " again in another folder"
+        ) from error
 
 
 def _lost(committed: sqlite3.Connection, folder: Path, facts: Facts) -> set[int]:
-    """The ids of entries that cannot be used. Where the very structure of SQLite's file is broken there is no telling."""
+    """The ids of entries that cannot be used. Where the very structure of SQLite's file is broken
+    there is no telling.
+    """
     problem = committed.execute("PRAGMA integrity_check(1)").fetchone()[0]
     if problem != "ok":
-        raise Damaged(f"{folder / INDEX} is damaged ({problem}) beyond repair: put a copy in its place, or build the index again in another folder")
+        raise Damaged(
+            f"{folder / INDEX} is damaged ({problem}) beyond repair: put a copy in its place, or"
+            " build the index again in another folder"
+        )
     return {flaw.id for flaw in flaws(committed, folder, facts)}
 
 
@@ -226,7 +276,9 @@ def _refuse_lost_shards(folder: Path, facts: Facts) -> None:
 
 
 def _refuse_other_pending(folder: Path, wanted: Facts, *, new: bool) -> None:
-    """An interrupted build of other settings is not thrown away; an interrupted `add` of a root that has moved is."""
+    """An interrupted build of other settings is not thrown away; an interrupted `add` of a root
+    that has moved is.
+    """
     if (folder / PENDING).exists():
         with contextlib.closing(writable(folder / PENDING)) as database:
             facts = read_facts(database, folder / PENDING)
@@ -234,7 +286,9 @@ def _refuse_other_pending(folder: Path, wanted: Facts, *, new: bool) -> None:
             refuse_other_build(folder, facts, wanted)
         except IndexRefused as error:
             if new:
-                raise IndexRefused(f"an interrupted build is in the way: {error}, or delete the folder") from None
+                raise IndexRefused(
+                    f"an interrupted build is in the way: {error}, or delete the folder"
+                ) from None
             _drop_pending(folder)
 
 
@@ -246,18 +300,36 @@ class _Place(NamedTuple):
 
 
 class _Work:
-    """What one update has done so far: `chosen` are the entries, by place in the listing and path, that `pending` holds for the index."""
+    """What one update has done so far: `chosen` are the entries, by place in the listing and path,
+    that `pending` holds for the index.
+    """
 
-    def __init__(self, folder: Path, facts: Facts, committed: sqlite3.Connection | None, pending: sqlite3.Connection, lost: set[int]):
+    def __init__(
+        self,
+        folder: Path,
+        facts: Facts,
+        committed: sqlite3.Connection | None,
+        pending: sqlite3.Connection,
+        lost: set[int],
+    ):
         self.folder, self.committed, self.pending, self.lost = folder, committed, pending, lost
         self.facts = facts
         if pending.execute("SELECT 1 FROM facts").fetchone():
             there = read_facts(pending, folder / PENDING)
             used = {shard for (shard,) in pending.execute("SELECT DISTINCT shard FROM images")}
             self.facts = replace(
-                facts, dim=there.dim, shards={**{shard: there.shards[shard] for shard in there.shards if shard in used}, **facts.shards}
+                facts,
+                dim=there.dim,
+                shards={
+                    **{shard: there.shards[shard] for shard in there.shards if shard in used},
+                    **facts.shards,
+                },
             )
-        self.known = {content for database in self._databases() for _, content in self._usable(database, "SELECT id, content FROM images")}
+        self.known = {
+            content
+            for database in self._databases()
+            for _, content in self._usable(database, "SELECT id, content FROM images")
+        }
         self.chosen: list[tuple[int, bytes]] = []
         self.waiting: deque[_Place] = deque()  # at the extractor
         self.copies: list[_Place] = []  # of pictures that are known, or at the extractor
@@ -265,7 +337,9 @@ class _Work:
         self.skipped: list[Skipped] = []
         self.exhausted, self.reused, self.last_commit = False, 0, time.monotonic()
 
-    def run(self, listing: Listing, extract: Extract, workers: int, on_progress: OnProgress | None) -> Report:
+    def run(
+        self, listing: Listing, extract: Extract, workers: int, on_progress: OnProgress | None
+    ) -> Report:
         unchanged, unread = 0, []
         self.skipped += listing.skipped
         for number, file in enumerate(listing.files):
@@ -285,7 +359,10 @@ class _Work:
                 self._take(vector)
                 _tell(on_progress, self.settled, total)
             if self.waiting or not self.exhausted:
-                raise IndexRefused(f"the extractor must give a vector for each picture, and stopped {len(self.waiting)} short of what it took")
+                raise IndexRefused(
+                    "the extractor must give a vector for each picture, and stopped"
+                    f" {len(self.waiting)} short of what it took"
+                )
         except BaseException:
             with contextlib.suppress(IndexRefused):
                 self._flush()
@@ -294,32 +371,64 @@ class _Work:
             stream.close()
         self._flush()
         self.skipped += [
-            Skipped(copy.picture.file.path, f"{shown(copy.picture.file.path)} has the content of a picture that was skipped") for copy in self.copies
+            Skipped(
+                copy.picture.file.path,
+                f"{shown(copy.picture.file.path)} has the content of a picture that was skipped",
+            )
+            for copy in self.copies
         ]
         _tell(on_progress, total, total)
         return self._report(unchanged)
 
     def gone(self, listing: Listing, start: str) -> list[bytes]:
-        """The entries whose files are no longer there; not those in or under what could not be read."""
+        """The entries whose files are no longer there; not those in or under what could not be
+        read.
+        """
         there = {os.fsencode(file.path) for file in listing.files}
         kept = {os.fsencode(path) for path, _ in listing.skipped}
         prefix = os.fsencode(f"{start}/") if start else b""
-        names = [name for (name,) in self.committed.execute("SELECT path FROM images ORDER BY id")] if self.committed else []
-        return [name for name in names if name.startswith(prefix) and name not in there and not kept & {b"", *_upwards(name)}]
+        names = (
+            [name for (name,) in self.committed.execute("SELECT path FROM images ORDER BY id")]
+            if self.committed
+            else []
+        )
+        return [
+            name
+            for name in names
+            if name.startswith(prefix) and name not in there and not kept & {b"", *_upwards(name)}
+        ]
 
     def dropped(self, gone: list[bytes]) -> list[Skipped]:
         """Damaged entries that could not be made anew."""
         replaced = {name for _, name in self.chosen} | set(gone)
         names = (
-            [self.committed.execute("SELECT path FROM images WHERE id = ?", (number,)).fetchone()[0] for number in self.lost]
+            [
+                self.committed.execute(
+                    "SELECT path FROM images WHERE id = ?", (number,)
+                ).fetchone()[0]
+                for number in self.lost
+            ]
             if self.committed
             else []
         )
-        paths = [os.fsdecode(name) for name in names if isinstance(name, bytes) and name not in replaced]
-        return [Skipped(path, f"the entry of {shown(path)} was damaged, its picture could not be read, and it was dropped") for path in sorted(paths)]
+        paths = [
+            os.fsdecode(name) for name in names if isinstance(name, bytes) and name not in replaced
+        ]
+        return [
+            Skipped(
+                path,
+                f"the entry of {shown(path)} was damaged, its picture could not be read, and it was"
+                " dropped",
+            )
+            for path in sorted(paths)
+        ]
 
-    def _pictures(self, root: Path, unread: list[tuple[int, File]], workers: int) -> Generator[RGB, None, None]:
-        """What the extractor reads; nothing here speaks with SQLite, whose connections belong to one thread."""
+    def _pictures(
+        self, root: Path, unread: list[tuple[int, File]], workers: int
+    ) -> Generator[RGB, None, None]:
+        """What the extractor reads; nothing here speaks with SQLite, whose connections belong to
+        one thread.
+        """
         numbers = iter(unread)
         for found in decoded(root, (file for _, file in unread), self.known, workers=workers):
             number = next(numbers)[0]
@@ -340,22 +449,37 @@ class _Work:
 
     def _take(self, vector: np.ndarray | UnreadableImage) -> None:
         if not self.waiting:
-            raise IndexRefused("the extractor must give a vector for each picture, and gave more than it took pictures")
+            raise IndexRefused(
+                "the extractor must give a vector for each picture, and gave more than it took"
+                " pictures"
+            )
         place = self.waiting.popleft()
         path = place.picture.file.path
         if isinstance(vector, UnreadableImage):
-            return self._skip(Skipped(path, f"{shown(path)} cannot be described: {' '.join(str(vector).split())}"))
+            return self._skip(
+                Skipped(path, f"{shown(path)} cannot be described: {' '.join(str(vector).split())}")
+            )
         dim = self.facts.dim or (len(self.batch[0][1]) if self.batch else 0)
         vector = np.asarray(vector)
-        if vector.ndim != 1 or not vector.size or (dim and vector.size != dim) or not np.issubdtype(vector.dtype, np.floating):
+        if (
+            vector.ndim != 1
+            or not vector.size
+            or (dim and vector.size != dim)
+            or not np.issubdtype(vector.dtype, np.floating)
+        ):
             expected = f"({dim},)" if dim else "(dim,)"
             raise IndexRefused(
-                f"the extractor must give vectors {expected} of real numbers, and gave {vector.dtype} of shape {vector.shape} for {shown(path)}"
+                f"the extractor must give vectors {expected} of real numbers, and gave"
+                f" {vector.dtype} of shape {vector.shape} for {shown(path)}"
             )
         with np.errstate(over="ignore"):
             stored = vector.astype(self.facts.stored())
         if not np.isfinite(stored).all():
-            return self._skip(Skipped(path, f"{shown(path)} has a descriptor that is not finite in {self.facts.dtype}"))
+            return self._skip(
+                Skipped(
+                    path, f"{shown(path)} has a descriptor that is not finite in {self.facts.dtype}"
+                )
+            )
         self.batch.append((place, stored))
         self.settled += 1
         if len(self.batch) >= COMMIT_ROWS or time.monotonic() - self.last_commit >= COMMIT_SECONDS:
@@ -363,18 +487,27 @@ class _Work:
         return None
 
     def _flush(self) -> None:
-        """Puts the batch on disk, in a shard of its own, and its entries with those of known contents in the pending file."""
+        """Puts the batch on disk, in a shard of its own, and its entries with those of known
+        contents in the pending file.
+        """
         facts, shard = self.facts, secrets.randbits(47)
         entries = []
         with written(self.folder):
             try:
                 if self.batch:
                     rows = np.stack([vector for _, vector in self.batch])
-                    facts = replace(facts, dim=rows.shape[1], shards={**facts.shards, shard: len(rows)})
+                    facts = replace(
+                        facts, dim=rows.shape[1], shards={**facts.shards, shard: len(rows)}
+                    )
                     write_shard(shard_file(self.folder, shard), [rows], len(rows), facts)
                     sync(self.folder)
                     entries = [
-                        (place, Entry(*_named(place), *_size(place), zlib.crc32(vector.data), shard, row))
+                        (
+                            place,
+                            Entry(
+                                *_named(place), *_size(place), zlib.crc32(vector.data), shard, row
+                            ),
+                        )
                         for row, (place, vector) in enumerate(self.batch)
                     ]
                 self.pending.execute("BEGIN IMMEDIATE")
@@ -408,12 +541,18 @@ class _Work:
 
     def _of_content(self, content: bytes) -> Entry | None:
         for database in self._databases():
-            for values in self._usable(database, f"SELECT id, {COLUMNS} FROM images WHERE content = ?", content):
+            for values in self._usable(
+                database, f"SELECT id, {COLUMNS} FROM images WHERE content = ?", content
+            ):
                 return Entry(*values[1:])
         return None
 
     def _entry(self, database: sqlite3.Connection | None, name: bytes) -> Entry | None:
-        found = list(self._usable(database, f"SELECT id, {COLUMNS} FROM images WHERE path = ?", name)) if database is not None else []
+        found = (
+            list(self._usable(database, f"SELECT id, {COLUMNS} FROM images WHERE path = ?", name))
+            if database is not None
+            else []
+        )
         return Entry(*found[0][1:]) if found else None
 
     def _content(self, name: bytes) -> bytes | None:
@@ -425,7 +564,11 @@ class _Work:
 
     def _usable(self, database: sqlite3.Connection, query: str, *values: bytes) -> Iterator[tuple]:
         """Rows that begin with an id, without the entries that are lost."""
-        return (row for row in database.execute(query, values) if database is self.pending or row[0] not in self.lost)
+        return (
+            row
+            for row in database.execute(query, values)
+            if database is self.pending or row[0] not in self.lost
+        )
 
     def _report(self, unchanged: int) -> Report:
         added = updated = 0
@@ -434,7 +577,13 @@ class _Work:
             added += there is None
             updated += there is not None and extracted is not None and there != extracted.content
         touched = len(self.chosen) - added - updated
-        return Report(added=added, updated=updated, unchanged=unchanged + touched, reused=self.reused, skipped=self.skipped)
+        return Report(
+            added=added,
+            updated=updated,
+            unchanged=unchanged + touched,
+            reused=self.reused,
+            skipped=self.skipped,
+        )
 
 
 def _tell(on_progress: OnProgress | None, done: int, total: int) -> None:
@@ -458,8 +607,12 @@ def _upwards(name: bytes) -> Iterator[bytes]:
         name = name.rpartition(b"/")[0]
 
 
-def publish(folder: Path, facts: Facts, chosen: list[bytes], gone: list[bytes], lost: set[int]) -> None:
-    """Makes the next version of `index.sqlite`, with the chosen entries of `pending.sqlite`, and puts it in the place of the one that is there."""
+def publish(
+    folder: Path, facts: Facts, chosen: list[bytes], gone: list[bytes], lost: set[int]
+) -> None:
+    """Makes the next version of `index.sqlite`, with the chosen entries of `pending.sqlite`, and
+    puts it in the place of the one that is there.
+    """
     following = folder / NEXT
     if (folder / INDEX).exists():
         shutil.copyfile(folder / INDEX, following)
@@ -472,7 +625,9 @@ def publish(folder: Path, facts: Facts, chosen: list[bytes], gone: list[bytes], 
         if chosen:
             with contextlib.closing(writable(folder / PENDING)) as pending:
                 query = f"SELECT {COLUMNS}, entry_crc32 FROM images WHERE path = ?"
-                database.executemany(PUT, (pending.execute(query, (name,)).fetchone() for name in chosen))
+                database.executemany(
+                    PUT, (pending.execute(query, (name,)).fetchone() for name in chosen)
+                )
         shards = _compacted(database, folder, facts)
         count = database.execute("SELECT COUNT(*) FROM images").fetchone()[0]
         write_facts(database, replace(facts, shards=shards, count=count))
@@ -484,7 +639,9 @@ def publish(folder: Path, facts: Facts, chosen: list[bytes], gone: list[bytes], 
 
 
 def _compacted(database: sqlite3.Connection, folder: Path, facts: Facts) -> dict[int, int]:
-    """Drops shards without a row in use; writes those in use anew where more than half of all rows are not, or where small shards are many."""
+    """Drops shards without a row in use; writes those in use anew where more than half of all rows
+    are not, or where small shards are many.
+    """
     used = dict(database.execute("SELECT shard, COUNT(DISTINCT row) FROM images GROUP BY shard"))
     shards = {shard: rows for shard, rows in facts.shards.items() if shard in used}
     capacity = max(1, SHARD_BYTES // max(1, facts.row_bytes()))
@@ -496,7 +653,11 @@ def _compacted(database: sqlite3.Connection, folder: Path, facts: Facts) -> dict
     moving = {shard for shard in moving if _is_sound(folder, shard, facts)}
     if not moving:
         return shards
-    entries = [entry for entry in database.execute("SELECT id, shard, row FROM images ORDER BY id") if entry[1] in moving]
+    entries = [
+        entry
+        for entry in database.execute("SELECT id, shard, row FROM images ORDER BY id")
+        if entry[1] in moving
+    ]
     rows = list(dict.fromkeys(entry[1:] for entry in entries))
     new: dict[tuple[int, int], tuple[int, int]] = {}
     shards = {shard: shards[shard] for shard in shards if shard not in moving}
@@ -505,7 +666,10 @@ def _compacted(database: sqlite3.Connection, folder: Path, facts: Facts) -> dict
         write_shard(shard_file(folder, shard), _gathered(folder, part, facts), len(part), facts)
         new |= {old: (shard, row) for row, old in enumerate(part)}
         shards[shard] = len(part)
-    database.executemany("UPDATE images SET shard = ?, row = ? WHERE id = ?", ((*new[entry[1:]], entry[0]) for entry in entries))
+    database.executemany(
+        "UPDATE images SET shard = ?, row = ? WHERE id = ?",
+        ((*new[entry[1:]], entry[0]) for entry in entries),
+    )
     return shards
 
 

@@ -1,4 +1,6 @@
-"""JAX for a tool that is started often: what it compiles stays on disk for the next time, and it says nothing of its own."""
+"""JAX for a tool that is started often: what it compiles stays on disk for the next time, and it
+says nothing of its own.
+"""
 
 import contextlib
 import hashlib
@@ -12,9 +14,11 @@ MOST_BYTES = 256 * 2**20  # of compiled programs that are kept; a size of pictur
 
 
 def keep_compiled_programs() -> None:
-    """Uses the user's cache folder, `ggem-jax` in `XDG_CACHE_HOME`, where the user has not told JAX of another by `JAX_COMPILATION_CACHE_DIR`.
+    """Uses the user's cache folder, `ggem-jax` in `XDG_CACHE_HOME`, where the user has not told JAX
+    of another by `JAX_COMPILATION_CACHE_DIR`.
 
-    `JAX_ENABLE_COMPILATION_CACHE=false` does without. A folder that cannot be written is no error: then everything is compiled again.
+    `JAX_ENABLE_COMPILATION_CACHE=false` does without. A folder that cannot be written is no error:
+    then everything is compiled again.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     warnings.filterwarnings("ignore", message=".*persistent compilation cache")
@@ -34,18 +38,25 @@ def keep_compiled_programs() -> None:
 
 
 def cache_folder() -> Path:
-    """One for each kind of processor, as programs for one may not run on another and a home may be shared by many."""
+    """One for each kind of processor, as programs for one may not run on another and a home may be
+    shared by many.
+    """
     base = os.environ.get("XDG_CACHE_HOME", "")
     root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
     kind = platform.machine()
     with contextlib.suppress(OSError), open("/proc/cpuinfo") as file:
-        kind += "".join(sorted({line for line in file if line.startswith(("flags", "Features", "model name"))}))
+        kind += "".join(
+            sorted({line for line in file if line.startswith(("flags", "Features", "model name"))})
+        )
     return root / "ggem-jax" / f"compiled-{hashlib.sha256(kind.encode()).hexdigest()[:12]}"
 
 
 def drop_oldest(folder: Path, most_bytes: int) -> None:
     """Deletes the oldest files of a folder until the others are at most `most_bytes`."""
-    files = sorted(((entry.stat(), entry.path) for entry in os.scandir(folder) if entry.is_file()), key=lambda each: -each[0].st_mtime_ns)
+    files = sorted(
+        ((entry.stat(), entry.path) for entry in os.scandir(folder) if entry.is_file()),
+        key=lambda each: -each[0].st_mtime_ns,
+    )
     kept = 0
     for status, path in files:
         kept += status.st_size

@@ -12,14 +12,30 @@ SECONDS = 30.0  # between lines
 
 @contextlib.contextmanager
 def progress() -> Iterator[OnProgress]:
-    """Gives the function that is told how many pictures are done, of how many; with the time that is left, once it can be told."""
+    """Gives the function that is told how many pictures are done, of how many; with the time that
+    is left, once it can be told.
+    """
     if not sys.stderr.isatty():
         yield Lines()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        Progress,
+        TextColumn,
+        TimeElapsedColumn,
+        TimeRemainingColumn,
+    )
 
-    columns = TextColumn("pictures"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("left"), TimeRemainingColumn()
+    columns = (
+        TextColumn("pictures"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TextColumn("left"),
+        TimeRemainingColumn(),
+    )
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
 
         def on_progress(done: int, total: int) -> None:
@@ -43,7 +59,11 @@ class Lines:
             self.first, self.last = (done, now), now
         elif done < total and now - self.last >= SECONDS:
             before, start = self.first
-            left = f", {spoken((now - start) / (done - before) * (total - done))} left" if done > before else ""
+            left = (
+                f", {spoken((now - start) / (done - before) * (total - done))} left"
+                if done > before
+                else ""
+            )
             sys.stderr.write(f"{done} of {total} pictures{left}\n")
             sys.stderr.flush()
             self.last = now

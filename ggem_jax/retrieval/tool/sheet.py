@@ -1,4 +1,6 @@
-"""The results of a search as one HTML page that holds everything it shows: pictures are data URIs, nothing is loaded and nothing runs."""
+"""The results of a search as one HTML page that holds everything it shows: pictures are data URIs,
+nothing is loaded and nothing runs.
+"""
 
 import base64
 import html
@@ -21,7 +23,9 @@ Box = tuple[float, float, float, float]
 
 @dataclass(frozen=True)
 class Hit:
-    """One result. Ranks are from 1; before reranking there is none for what the first search did not reach."""
+    """One result. Ranks are from 1; before reranking there is none for what the first search did
+    not reach.
+    """
 
     path: str
     rank: int
@@ -39,23 +43,46 @@ class Answer:
     hits: list[Hit]
 
 
-def write_sheet(file: Path, answers: Sequence[Answer], *, root: Path, reranked: bool, facts: Mapping[str, str]) -> None:
-    """Writes the page; it appears when it is complete. `facts` stand at its head, results are pictures under `root`."""
-    with replacing(file) as temporary, temporary.open("w", encoding="utf-8", errors="backslashreplace") as page:
+def write_sheet(
+    file: Path, answers: Sequence[Answer], *, root: Path, reranked: bool, facts: Mapping[str, str]
+) -> None:
+    """Writes the page; it appears when it is complete. `facts` stand at its head, results are
+    pictures under `root`.
+    """
+    with (
+        replacing(file) as temporary,
+        temporary.open("w", encoding="utf-8", errors="backslashreplace") as page,
+    ):
         page.writelines(f"{line}\n" for line in _page(answers, root, reranked, facts))
 
 
-def _page(answers: Sequence[Answer], root: Path, reranked: bool, facts: Mapping[str, str]) -> Iterator[str]:
+def _page(
+    answers: Sequence[Answer], root: Path, reranked: bool, facts: Mapping[str, str]
+) -> Iterator[str]:
     title = f"Search: {len(answers)} {'query' if len(answers) == 1 else 'queries'}"
-    yield f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>'
-    yield f'<meta name="viewport" content="width=device-width, initial-scale=1">\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>'
+    yield (
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>'
+    )
+    yield (
+        '<meta name="viewport" content="width=device-width,'
+        f' initial-scale=1">\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>'
+    )
     yield "<dl>"
-    yield from (f"<dt>{html.escape(name)}</dt><dd>{html.escape(shown(fact))}</dd>" for name, fact in facts.items())
+    yield from (
+        f"<dt>{html.escape(name)}</dt><dd>{html.escape(shown(fact))}</dd>"
+        for name, fact in facts.items()
+    )
     yield "</dl>"
     for answer in answers:
         yield '<section>\n<div class="query">'
-        box = "" if answer.box is None else f'<div class="ranks">box {", ".join(f"{each:g}" for each in answer.box)}</div>'
-        yield f"{_picture(Path(answer.query), answer.box)}<h2>{html.escape(shown(answer.query))}</h2>{box}</div>\n<ol>"
+        box = (
+            ""
+            if answer.box is None
+            else f'<div class="ranks">box {", ".join(f"{each:g}" for each in answer.box)}</div>'
+        )
+        yield (
+            f"{_picture(Path(answer.query), answer.box)}<h2>{html.escape(shown(answer.query))}</h2>{box}</div>\n<ol>"
+        )
         yield from (_result(hit, root, reranked) for hit in answer.hits)
         yield "</ol>\n</section>"
     yield "</body>\n</html>"
@@ -67,9 +94,17 @@ def _result(hit: Hit, root: Path, reranked: bool) -> str:
         move = _move(hit)
         before = '<span class="before">not among the candidates</span>'
         if hit.rank_before is not None:
-            before = f'<span class="before">before: {hit.rank_before}. at {hit.score_before:.4f}</span>'
-    ranks = f'<div class="ranks"><b>{hit.rank}.</b><span class="score">{hit.score:.4f}</span>{move}</div>'
-    return f'<li>{_picture(root / hit.path)}{ranks}{before}<div class="path">{html.escape(shown(hit.path))}</div></li>'
+            before = (
+                f'<span class="before">before: {hit.rank_before}. at {hit.score_before:.4f}</span>'
+            )
+    ranks = (
+        f'<div class="ranks"><b>{hit.rank}.</b><span'
+        f' class="score">{hit.score:.4f}</span>{move}</div>'
+    )
+    return (
+        f"<li>{_picture(root / hit.path)}{ranks}{before}<div"
+        f' class="path">{html.escape(shown(hit.path))}</div></li>'
+    )
 
 
 def _move(hit: Hit) -> str:
@@ -89,16 +124,25 @@ def _picture(path: Path, box: Box | None = None) -> str:
         why = "cannot be read" if path.exists() else "is no longer there"
         return f'<div class="frame missing">this picture {why}</div>'
     source = base64.b64encode(data).decode()
-    return f'<div class="frame"><img alt="{html.escape(shown(path.name))}" src="data:image/jpeg;base64,{source}"></div>'
+    return (
+        f'<div class="frame"><img alt="{html.escape(shown(path.name))}"'
+        f' src="data:image/jpeg;base64,{source}"></div>'
+    )
 
 
 def thumbnail(path: Path, box: Box | None = None) -> bytes:
     """A small JPEG, the right way up, with the box of a query drawn. Raises `UnreadableImage`."""
     picture = Image.fromarray(read_image(path))
     zoom = min(THUMBNAIL / max(picture.size), 1.0)
-    small = picture.resize((max(round(picture.width * zoom), 1), max(round(picture.height * zoom), 1)), Image.Resampling.LANCZOS)
+    small = picture.resize(
+        (max(round(picture.width * zoom), 1), max(round(picture.height * zoom), 1)),
+        Image.Resampling.LANCZOS,
+    )
     if box is not None:
-        corners = [min(max(each * zoom, 0), length - 1) for each, length in zip(box, small.size * 2, strict=True)]
+        corners = [
+            min(max(each * zoom, 0), length - 1)
+            for each, length in zip(box, small.size * 2, strict=True)
+        ]
         ImageDraw.Draw(small).rectangle(corners, outline=(255, 214, 10), width=3)
     data = io.BytesIO()
     small.save(data, "JPEG", quality=QUALITY)

@@ -1,8 +1,9 @@
 """Ground truth of one's own: a CSV file of queries and what each should find. Loads no JAX.
 
-The columns are `query` and `relevant`, and where they are needed `ignored` (pictures that are neither right nor wrong) and `x1`, `y1`, `x2`, `y2`
-(the part of the query's picture that is meant, in pixels). A row holds one pair, or several pictures separated by `;`; the rows of one query and box
-are put together. Paths are relative to the CSV file, or to a root that is given.
+The columns are `query` and `relevant`, and where they are needed `ignored` (pictures that are
+neither right nor wrong) and `x1`, `y1`, `x2`, `y2` (the part of the query's picture that is meant,
+in pixels). A row holds one pair, or several pictures separated by `;`; the rows of one query and
+box are put together. Paths are relative to the CSV file, or to a root that is given.
 """
 
 import csv
@@ -32,7 +33,9 @@ class Query(NamedTuple):
 
 
 def read_truth(path: str | Path, *, root: str | Path | None = None) -> list[Query]:
-    """The queries in the order of their first rows. No picture is looked at. Raises `ValueError` with the line that is wrong."""
+    """The queries in the order of their first rows. No picture is looked at. Raises `ValueError`
+    with the line that is wrong.
+    """
     path = Path(path)
     root = path.parent if root is None else Path(root)
     try:
@@ -47,7 +50,9 @@ def read_truth(path: str | Path, *, root: str | Path | None = None) -> list[Quer
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error.reason} at byte {error.start}") from None
+        raise ValueError(
+            f"{path} is no text in UTF-8: {error.reason} at byte {error.start}"
+        ) from None
     except csv.Error as error:
         raise ValueError(f"{path}, line {rows.line_num}, is no CSV: {error}") from None
     if not queries:
@@ -56,7 +61,8 @@ def read_truth(path: str | Path, *, root: str | Path | None = None) -> list[Quer
 
 
 def to_relevance(queries: Sequence[Query], database: Iterable[Path]) -> list[Relevance]:
-    """What each query should find, as places in the database; its own picture is ignored where it is not listed as relevant.
+    """What each query should find, as places in the database; its own picture is ignored where it
+    is not listed as relevant.
 
     Raises `ValueError` for a listed picture that is not in the database.
     """
@@ -81,8 +87,14 @@ def to_relevance(queries: Sequence[Query], database: Iterable[Path]) -> list[Rel
 
 def _check_header(path: Path, header: list[str]) -> None:
     if len(header) == 1 and ";" in header[0]:
-        raise ValueError(f"the columns of {path} must be separated by commas; ; separates pictures within a column")
-    named = f"the first line of {path} must name the columns query and relevant, and may name ignored, x1, y1, x2 and y2"
+        raise ValueError(
+            f"the columns of {path} must be separated by commas; ; separates pictures within a"
+            " column"
+        )
+    named = (
+        f"the first line of {path} must name the columns query and relevant, and may name ignored,"
+        " x1, y1, x2 and y2"
+    )
     wrong = [name for name in header if name not in COLUMNS]
     if wrong or not {"query", "relevant"} <= set(header):
         raise ValueError(f"{named}; it is {','.join(header)[:200]!r}")
@@ -92,9 +104,17 @@ def _check_header(path: Path, header: list[str]) -> None:
         raise ValueError(f"{named}, the last four together; it is {','.join(header)!r}")
 
 
-def _add_row(queries: dict[tuple[Path, Box | None], Query], header: list[str], row: list[str], root: Path, where: str) -> None:
+def _add_row(
+    queries: dict[tuple[Path, Box | None], Query],
+    header: list[str],
+    row: list[str],
+    root: Path,
+    where: str,
+) -> None:
     if len(row) != len(header):
-        raise ValueError(f"{where}, must have {len(header)} columns as the first line has, not {len(row)}")
+        raise ValueError(
+            f"{where}, must have {len(header)} columns as the first line has, not {len(row)}"
+        )
     cells = dict(zip(header, (cell.strip() for cell in row), strict=True))
     if not cells["query"]:
         raise ValueError(f"{where}, names no query")
@@ -105,7 +125,9 @@ def _add_row(queries: dict[tuple[Path, Box | None], Query], header: list[str], r
         for name in filter(None, map(str.strip, cells.get(kind, "").split(";"))):
             picture = _plain(root / name)
             if picture in other:
-                raise ValueError(f"{where}, has {name} both relevant and ignored for {cells['query']}")
+                raise ValueError(
+                    f"{where}, has {name} both relevant and ignored for {cells['query']}"
+                )
             if picture not in own:
                 own.append(picture)
 
@@ -120,7 +142,10 @@ def _box(cells: dict[str, str], where: str) -> Box | None:
     except ValueError:
         fits = False
     if not fits:
-        raise ValueError(f"{where}, must have a box x1, y1, x2, y2 of numbers with x1 < x2 and y1 < y2, or none, not {','.join(values)!r}")
+        raise ValueError(
+            f"{where}, must have a box x1, y1, x2, y2 of numbers with x1 < x2 and y1 < y2, or none,"
+            f" not {','.join(values)!r}"
+        )
     return x1, y1, x2, y2
 
 
