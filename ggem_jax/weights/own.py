@@ -26,7 +26,7 @@ from ggem_jax.weights.convert import Parameter, to_variables
 
 Arrays = Mapping[str, np.ndarray]
 
-_PATCHES = "params/patch_embedding/kernel"
+OWN_NAME = r"params/(patch_embedding|blocks_\d+|norm)/.*"  # a name that only such files have
 
 
 def read_own_vit(path: str | Path, variant: str | None = None) -> tuple[ViT, dict[str, Any]]:
@@ -59,7 +59,7 @@ def read_own_vit(path: str | Path, variant: str | None = None) -> tuple[ViT, dic
 
 def holds_own_vit(arrays: Arrays) -> bool:
     """Returns whether parameters are named as in a file of our own."""
-    return _PATCHES in arrays
+    return any(re.fullmatch(OWN_NAME, name) for name in arrays)
 
 
 def own_config(arrays: Arrays, variant: str | None = None, *, source: str) -> ViTConfig:
@@ -76,26 +76,29 @@ def own_config(arrays: Arrays, variant: str | None = None, *, source: str) -> Vi
     Raises:
         MismatchedWeights: The names or shapes are not those of a ViT of ours.
     """
-    registers = arrays.get("params/registers")
+    config = _sizes_of(arrays, source) if variant is None else vit_config(variant)
+    position, registers = (arrays.get(f"params/{name}") for name in ("position", "registers"))
+    class_token = "params/class_token" in arrays
+    found = {
+        "class_token": class_token,
+        "registers": 0 if registers is None else len(registers),
+        "position": "sincos" if position is None else "learned",
+        "layer_scale": 1e-5 if "params/blocks_0/layer_scale_1" in arrays else None,
+        "patch_bias": "params/patch_embedding/bias" in arrays,
+        "pre_norm": "params/norm_pre/scale" in arrays,
+        "qkv_bias": "params/blocks_0/attention/query/bias" in arrays,
+    }
+    if position is not None:
+        side = math.isqrt(max(len(position) - class_token, 0))
+        if not side or side * side != len(position) - class_token:
+            raise MismatchedWeights(
+                f"{source} has {len(position)} positions, which are no square of patches"
+            )
+        found["image"] = side * config.patch
     try:
-        config = _sizes_of(arrays) if variant is None else vit_config(variant)
-        found = {
-            "class_token": "params/class_token" in arrays,
-            "registers": 0 if registers is None else len(registers),
-            "position": "learned" if "params/position" in arrays else "sincos",
-            "layer_scale": 1e-5 if "params/blocks_0/layer_scale_1" in arrays else None,
-            "patch_bias": "params/patch_embedding/bias" in arrays,
-            "pre_norm": "params/norm_pre/scale" in arrays,
-            "qkv_bias": "params/blocks_0/attention/query/bias" in arrays,
-        }
-        if "params/position" in arrays:
-            patches = len(arrays["params/position"]) - int(found["class_token"])
-            found["image"] = _side_of(patches) * config.patch
         return dataclasses.replace(config, **found)
-    except KeyError as error:
-        raise MismatchedWeights(f"{source} holds no ViT of ours: it has no {error}") from None
-    except (ValueError, TypeError) as error:
-        raise MismatchedWeights(f"{source} holds no ViT of ours: {error}") from None
+    except ValueError as error:
+        raise MismatchedWeights(f"{source}: {error}") from None
 
 
 def own_pooling(arrays: Arrays) -> Pooling:
@@ -132,28 +135,30 @@ def fit_variables(model: ViT, arrays: Arrays, *, source: str) -> dict[str, Any]:
     return to_variables(arrays, table, source=source)
 
 
-def _sizes_of(arrays: Arrays) -> ViTConfig:
-    """The sizes that the shapes of the kernels tell."""
-    block = "params/blocks_0"
-    patch, _, _, width = arrays[_PATCHES].shape
-    _, heads, _ = arrays[f"{block}/attention/query/kernel"].shape
-    hidden = arrays[f"{block}/mlp/in/kernel"].shape[-1]
-    mlp_width = arrays[f"{block}/mlp/out/kernel"].shape[0]
-    numbers = (re.fullmatch("params/blocks_([0-9]{1,4})/.*", name) for name in arrays)
-    return ViTConfig(
-        patch=patch,
-        width=width,
-        depth=1 + max(int(number[1]) for number in numbers if number),
-        heads=heads,
-        mlp_width=mlp_width,
-        # for a sincos position, which every size of images can have, the usual size
-        image=max(224 // patch, 1) * patch,
-        mlp="swiglu" if hidden == 2 * mlp_width else "gelu",
-    )
-
-
-def _side_of(patches: int) -> int:
-    side = math.isqrt(max(patches, 0))
-    if not side or side * side != patches:
-        raise ValueError(f"{patches} positions of patches are not the square of a whole number")
-    return side
+def _sizes_of(arrays: Arrays, source: str) -> ViTConfig:
+    """The sizes that the shapes of the patch embedding and of the first block tell."""
+    axes = {
+        "params/patch_embedding/kernel": 4,
+        "params/blocks_0/attention/query/kernel": 3,
+        "params/blocks_0/mlp/in/kernel": 2,
+        "params/blocks_0/mlp/out/kernel": 2,
+    }
+    if odd := [name for name in axes if np.ndim(arrays.get(name, 0)) != axes[name]]:
+        raise MismatchedWeights(
+            f"{source} is no ViT by our names: {', '.join(odd)} missing or of an unexpected shape"
+        )
+    embedding, query, hidden, out = (arrays[name].shape for name in axes)
+    blocks = {match[1] for name in arrays if (match := re.match(r"params/blocks_(\d+)/", name))}
+    try:
+        return ViTConfig(
+            patch=embedding[0],
+            width=embedding[-1],
+            depth=len(blocks),
+            heads=query[1],
+            mlp_width=out[0],
+            # for a sincos position, which images of every size can have: the usual size
+            image=max(224 // max(embedding[0], 1), 1) * embedding[0],
+            mlp="swiglu" if hidden[1] == 2 * out[0] else "gelu",
+        )
+    except ValueError as error:
+        raise MismatchedWeights(f"{source}: {error}") from None
