@@ -23,9 +23,14 @@ from rich.progress import (
 
 from ggem_jax.descriptors.backbones import Network
 from ggem_jax.descriptors.extract import Extractor
-from ggem_jax.descriptors.scales import SCALES, rescale
+from ggem_jax.descriptors.scales import SCALES
 from ggem_jax.descriptors.settings import DescriptorSettings
-from ggem_jax.descriptors.superglobal import compute_map, describe_map, join_scales
+from ggem_jax.descriptors.superglobal import (
+    compute_map,
+    describe_map,
+    join_scales,
+    rescale_compiled,
+)
 from ggem_jax.files.images import RGB, UnreadableImage, crop, normalise, read_image
 from train.config import Refused
 
@@ -91,16 +96,12 @@ class SharedExtractor(Extractor):
             model = model.clone(config=dataclasses.replace(model.config, relup=None))
         scales = sorted({scale for each in self.each for scale in SCALES[each.scales]})
         maps = {
-            scale: compute_map(model, variables, _rescaled(images, scale, self.settings.antialias))
+            scale: compute_map(
+                model, variables, rescale_compiled(images, scale, self.settings.antialias)
+            )
             for scale in scales
         }
         return np.asarray(_pooled(model, variables, maps, self.each))
-
-
-_rescaled = jax.jit(
-    lambda images, scale, antialias: rescale(images, scale, antialias=antialias),
-    static_argnums=(1, 2),
-)
 
 
 @partial(jax.jit, static_argnums=(0, 3))

@@ -255,7 +255,7 @@ def ablation(config: Revisited, truth: Truth) -> dict[str, dict[str, Scores]]:
         settings = dataclasses.replace(settings, **changes)
         own = (
             settings
-            if settings.backbone.startswith("resnet")
+            if str(settings.resolve().backbone).startswith("resnet")
             else dataclasses.replace(settings, relup=True)
         )
         queries, vectors = described(config, truth, own, memory)

@@ -19,9 +19,10 @@ import tyro
 from tyro.conf import arg
 
 from ggem_jax import pooling
+from ggem_jax.descriptors.backbones import read_any_vit
 from ggem_jax.kernels import launch
 from ggem_jax.models.vit import MAP, GGeM, Pooling, ViT, ViTConfig, vit_config
-from ggem_jax.weights.vit import PublishedViT, read_vit
+from ggem_jax.weights.vit import PublishedViT
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -309,7 +310,7 @@ def build_model(config: Config, num_classes: int) -> ViT:
 def published_vit(path: Path) -> PublishedViT:
     """A published network to start from; what is wrong with its file is `Refused`."""
     try:
-        return read_vit(path.expanduser())
+        return read_any_vit(path.expanduser())
     except (
         ValueError,
         OSError,

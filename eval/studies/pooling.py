@@ -33,19 +33,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
 from eval.statistics import both_ways, mean
 from eval.studies import cifar, diagnostics, planted
-from eval.studies.frozen import Arm, Pool, Probe, Probed, Tokens, arms_of, described, probe
+from eval.studies.frozen import Arm, Pool, Probe, Probed, Tokens, arms_of, described, freeze, probe
 from eval.studies.pooling_report import write_report
 from eval.studies.retrieval import data_folder, machine
 from ggem_jax import pooling
 from ggem_jax.descriptors.backbones import load_network
-from ggem_jax.files.images import normalise
+from ggem_jax.descriptors.settings import digest
 from ggem_jax.pooling import l2_normalize
 from train.config import Refused, parse
 from train.log import write_text
@@ -75,6 +74,8 @@ class PoolingStudy:
     pictures: int = 10_000  # of CIFAR-10 that these are trained on
     epochs: float = 5.0  # of each
     probe_epochs: int = 10  # of each head on frozen tokens
+    # file of the network that the part imagenette uses; None: EfficientNet-Lite0
+    weights: Path | None = None
     runs: Path = Path("runs/pooling_study")  # networks and intermediate results
     out: Path = ROOT / "docs" / "pooling_study.md"
     results: Path = ROOT / "benchmarks" / "results" / "pooling_study.json"
@@ -140,6 +141,7 @@ def kept(part: str, study: PoolingStudy) -> dict[str, Any]:
         "flags": cifar.FLAGS,
         "channels": CHANNELS,
         "probe": dataclasses.asdict(Probe()),
+        **({} if study.weights is None else {"weights": digest(study.weights)}),
     }
     try:
         before = json.loads(path.read_text())
@@ -151,7 +153,7 @@ def kept(part: str, study: PoolingStudy) -> dict[str, Any]:
         case "planted":
             found = planted_part(study)
         case "imagenette":
-            found = frozen_part(imagenette(data_folder(study.data)), study)
+            found = frozen_part(imagenette(data_folder(study.data), study.weights), study)
         case "cifar10-frozen":
             found = frozen_part(own_tokens(study), study)
         case _:
@@ -351,35 +353,30 @@ def merged(values: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def imagenette(data: Path) -> Tokens:
-    """The last map of EfficientNet-Lite0, 7 x 7 places, of which `CHANNELS` channels are kept."""
+def imagenette(data: Path, weights: Path | None = None) -> Tokens:
+    """Returns the frozen tokens of a network on Imagenette.
+
+    Of EfficientNet-Lite0, the default: its last map of 7 x 7 places, of which `CHANNELS` channels
+    are kept. Of a ViT: its patch tokens and its class token, with as many groups as heads.
+    """
     _, splits = read_packed(data / "imagenette-224-mini")
     try:
-        network = load_network("efficientnet-lite0")
+        network = load_network(weights=weights)
     except (ValueError, ModuleNotFoundError) as error:
         raise Refused(str(error)) from None
-    channels = np.sort(np.random.default_rng(0).permutation(1280)[:CHANNELS])
-
-    @jax.jit
-    def places(images: jax.Array) -> jax.Array:
-        found: Any = network.model.apply(network.variables, images)
-        return found.reshape(len(images), -1, found.shape[-1])[..., channels]
-
-    arrays = {}
-    for split, pictures in splits.items():
-        images = [normalise(load(), mean=network.mean, std=network.std) for load, _ in pictures]
-        parts = [np.stack(images[start : start + 50]) for start in range(0, len(images), 50)]
-        arrays[split] = np.concatenate([np.asarray(places(part), np.float16) for part in parts])
-        arrays[f"{split}_labels"] = np.array([label for _, label in pictures])
+    channels = None
+    if network.heads is None:
+        width = network.describe_tokens(jnp.zeros((1, 224, 224, 3)))[0].shape[-1]
+        channels = np.sort(np.random.default_rng(0).permutation(width)[:CHANNELS])
+    found: dict[str, Any] = {}
     test = next(name for name in ("val", "test") if name in splits)
-    return Tokens(
-        "imagenette",
-        arrays["train"],
-        arrays["train_labels"],
-        arrays[test],
-        arrays[f"{test}_labels"],
-        ASSUMED_HEADS,
-    )
+    for name, split in (("train", "train"), ("test", test)):
+        images = [load() for load, _ in splits[split]]
+        tokens, cls = freeze(network, images, channels=channels)
+        labels = np.array([label for _, label in splits[split]])
+        found |= {name: tokens, f"{name}_labels": labels}
+        found |= {} if cls is None else {f"{name}_cls": cls}
+    return Tokens("imagenette", heads=network.heads or ASSUMED_HEADS, **found)
 
 
 def own_tokens(study: PoolingStudy) -> Tokens:

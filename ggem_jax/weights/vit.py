@@ -23,21 +23,15 @@ import numpy as np
 
 from ggem_jax.files.arrays import read_arrays
 from ggem_jax.files.errors import MismatchedWeights
+from ggem_jax.files.normalisation import HALF, IMAGENET, OPENAI, Normalisation
 from ggem_jax.models.transformer import GELU
 from ggem_jax.models.vit import MAP, ViT, ViTConfig, resample_position
 from ggem_jax.pooling import avg_pool, cls_pool
 from ggem_jax.weights.convert import Parameter, to_published, to_variables
 from ggem_jax.weights.vit_layouts import Arrays, heads_of, join_qkv, split_qkv, to_names_of_timm
 
-Means = tuple[float, float, float]
 Trained = Literal["cls", "avg", "map"]
 
-IMAGENET: tuple[Means, Means] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-HALF: tuple[Means, Means] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-OPENAI: tuple[Means, Means] = (
-    (0.48145466, 0.4578275, 0.40821073),
-    (0.26862954, 0.26130258, 0.27577711),
-)
 POOLINGS = {"cls": cls_pool, "avg": avg_pool, "map": MAP()}
 HEADS = {
     192: 3,
@@ -51,7 +45,7 @@ class Family(NamedTuple):
 
     about: str
     normalised: (
-        tuple[Means, Means] | None
+        Normalisation | None
     )  # mean and deviation of the pictures, in [0, 1]; None: files of this kind do not agree
     pooling: Trained
     gelu: GELU = "exact"
@@ -94,7 +88,7 @@ class PublishedViT:
     config: ViTConfig
     pooling: Trained
     num_classes: int  # 0: no classification head (of CLIP: the channels of the shared space)
-    normalised: tuple[Means, Means] | None  # mean and deviation of red, green and blue in [0, 1]
+    normalised: Normalisation | None  # mean and deviation of red, green and blue in [0, 1]
     style: Style
     variables: dict[str, Any] = field(repr=False)
     unused: tuple[str, ...] = field(
@@ -176,8 +170,8 @@ def read_vit(
     restricted reader.
 
     `heads`, `gelu` and `norm_eps` are what files do not say: given, they hold; else those of the
-    published sizes and of the family. A `config.json` of timm beside the file gives mean and
-    deviation of the pictures.
+    published sizes and of the family. A `config.json` of timm or a `preprocessor_config.json` of
+    Hugging Face beside the file gives mean and deviation of the images.
 
     Raises:
         UnreadableWeights: the file cannot be read.
@@ -196,7 +190,7 @@ def read_vit(
         norm_eps=norm_eps,
         source=str(path),
     )
-    normalised = _normalised_of_config(Path(path).with_name("config.json"))
+    normalised = _normalisation_beside(Path(path))
     return dataclasses.replace(published, normalised=normalised) if normalised else published
 
 
@@ -518,10 +512,18 @@ def _grid(count: int, class_token: int, distilled: int, source: str) -> tuple[in
     )
 
 
-def _normalised_of_config(path: Path) -> tuple[Means, Means] | None:
-    try:
-        found = json.loads(path.read_text())["pretrained_cfg"]
-        mean, std = (tuple(float(value) for value in found[name]) for name in ("mean", "std"))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
-        return None
-    return (mean, std) if len(mean) == len(std) == 3 else None
+def _normalisation_beside(path: Path) -> Normalisation | None:
+    """Mean and deviation by timm's `config.json` or Hugging Face's `preprocessor_config.json`."""
+    for file, folder, names in (
+        ("config.json", "pretrained_cfg", ("mean", "std")),
+        ("preprocessor_config.json", None, ("image_mean", "image_std")),
+    ):
+        try:
+            found = json.loads(path.with_name(file).read_text())
+            found = found if folder is None else found[folder]
+            mean, std = (tuple(float(value) for value in found[name]) for name in names)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
+            continue
+        if len(mean) == len(std) == 3:
+            return mean, std
+    return None
