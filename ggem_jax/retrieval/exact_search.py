@@ -19,13 +19,13 @@ from ggem_jax.retrieval.vectors import (
     ahead,
     blocks_of,
     check_mesh,
-    checked_database,
-    checked_queries,
+    check_database,
+    check_queries,
     is_callback,
     on_device,
-    ordered,
+    make_sortable,
     shape_of,
-    taken,
+    take_vectors,
 )
 
 Precision = Literal["float32", "bfloat16"]
@@ -78,8 +78,8 @@ def search(
     numbers 99.5 % stay, and scores are 2e-4 off at most (`benchmarks.bench_search`). Raises
     `ValueError` for shapes and values that do not fit.
     """
-    queries = checked_queries(queries)
-    database = checked_database(database, queries.shape[1])
+    queries = check_queries(queries)
+    database = check_database(database, queries.shape[1])
     if is_callback(database):
         raise TypeError(
             "search needs an array or a store: a callback cannot be asked for all vectors"
@@ -94,8 +94,8 @@ def search(
         )
     options: dict[str, Any] = {"k": int(k), "precision": precision, "mesh": mesh}
     if on_device(database):
-        return _found(queries, database, **options)
-    return _streamed(queries, database, **options)
+        return _search_on_device(queries, database, **options)
+    return _search_blocks(queries, database, **options)
 
 
 def check_precision(precision: str) -> None:
@@ -132,7 +132,7 @@ def similarity(
 
 
 @partial(jax.jit, static_argnames=("k", "precision", "mesh"))
-def _found(queries, database, *, k, precision, mesh):
+def _search_on_device(queries, database, *, k, precision, mesh):
     """Search in an array of JAX."""
     if mesh is None or mesh.size == 1:
         scores, ids = _best(queries, database, k, precision, first=0)
@@ -143,7 +143,7 @@ def _found(queries, database, *, k, precision, mesh):
     return Ranking(scores, ids)
 
 
-def _streamed(queries, database, *, k, precision, mesh):
+def _search_blocks(queries, database, *, k, precision, mesh):
     """Search in vectors that are read block by block; the best are settled in float64, if need be
     among more of them.
     """
@@ -153,7 +153,7 @@ def _streamed(queries, database, *, k, precision, mesh):
     n, margin = database.shape[0], _MARGIN
     while True:
         found = _read_through(queries, database, k=min(k + margin, n), **options)
-        settled, sure = _settled(queries, database, found, k)
+        settled, sure = _settle(queries, database, found, k)
         if sure or margin >= min(_WIDEST, n - k):
             return settled
         margin *= 16
@@ -209,7 +209,7 @@ def _at_hand(block, rows):
     return copy
 
 
-def _settled(queries, database, found, k):
+def _settle(queries, database, found, k):
     """The k best by scores in float64: the rounding of float32 depends on the sizes of blocks, and
     on the device. And whether none can be missing.
     """
@@ -220,7 +220,7 @@ def _settled(queries, database, found, k):
         own = np.sort(ids)
         exact, length = np.empty(len(own), np.float32), 0.0
         for start in range(0, len(own), _SCORED):
-            vectors = taken(database, own[start : start + _SCORED], len(query)).astype(np.float64)
+            vectors = take_vectors(database, own[start : start + _SCORED], len(query)).astype(np.float64)
             with np.errstate(invalid="ignore", over="ignore"):
                 exact[start : start + _SCORED] = vectors @ query
                 length = max(
@@ -244,7 +244,7 @@ def _absorb(best, queries, block, first, end, *, k, precision, mesh):
         found = _best(queries, block, most, precision, first, end)
     else:
         found = _over_devices(queries, block, most, precision, mesh, first, end)
-    return _merged(best, found, k)
+    return _merge(best, found, k)
 
 
 def _over_devices(queries, database, k, precision, mesh, first, end):
@@ -273,7 +273,7 @@ def _best(queries, database, k, precision, first=0, end=None):
         start = jnp.minimum(
             i * rows, n - rows
         )  # the last block reaches back, over rows that were searched
-        scores = ordered(
+        scores = make_sortable(
             similarity(queries, lax.dynamic_slice_in_dim(database, start, rows), precision)
         )
         at = start + jnp.arange(rows)
@@ -282,7 +282,7 @@ def _best(queries, database, k, precision, first=0, end=None):
             fresh &= first + at < end
         scores = jnp.where(fresh, scores, -jnp.inf)
         top, position = lax.top_k(scores, min(k, rows))
-        return _merged(best, (top, (first + start + position).astype(jnp.int32)), k), None
+        return _merge(best, (top, (first + start + position).astype(jnp.int32)), k), None
 
     scores, ids, *_ = varying_alike(
         jnp.full((q, k), -jnp.inf), jnp.zeros((q, k), jnp.int32), queries, database
@@ -293,7 +293,7 @@ def _best(queries, database, k, precision, first=0, end=None):
     return lax.scan(block, empty, jnp.arange(-(-n // rows)))[0]
 
 
-def _merged(best, found, k):
+def _merge(best, found, k):
     """The k best of two rankings; `lax.top_k` is stable, so that equal scores stay in the order of
     their ids.
     """

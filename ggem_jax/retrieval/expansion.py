@@ -19,14 +19,14 @@ from ggem_jax.retrieval.vectors import (
     Ranking,
     Store,
     blocks_of,
-    checked_database,
-    checked_queries,
-    checked_ranking,
+    check_database,
+    check_queries,
+    check_ranking,
     is_callback,
     on_device,
-    ordered,
+    make_sortable,
     shape_of,
-    taken,
+    take_vectors,
 )
 
 _TOGETHER = 64  # queries, or rows of a database, whose neighbours are in memory at a time
@@ -48,7 +48,7 @@ def average_query_expansion(
     Reference: Chum et al., "Total Recall: Automatic Query Expansion with a Generative Feature Model
         for Object Retrieval", ICCV 2007.
     """
-    return _expanded_search(queries, database, ranking, num_neighbors, None, precision)
+    return _search_expanded(queries, database, ranking, num_neighbors, None, precision)
 
 
 def alpha_query_expansion(
@@ -66,7 +66,7 @@ def alpha_query_expansion(
     Reference: Radenović et al., "Fine-tuning CNN Image Retrieval with No Human Annotation", 2018,
         arXiv:1711.02512.
     """
-    return _expanded_search(queries, database, ranking, num_neighbors, alpha, precision)
+    return _search_expanded(queries, database, ranking, num_neighbors, alpha, precision)
 
 
 def database_augmentation(
@@ -84,12 +84,12 @@ def database_augmentation(
     To search more than once, keep what `augment_database` returns. Of a store no more than a few
     blocks are in memory.
     """
-    queries = checked_queries(queries)
-    database = checked_database(database, queries.shape[1])
-    ranking = checked_ranking(ranking, queries, database)
+    queries = check_queries(queries)
+    database = check_database(database, queries.shape[1])
+    ranking = check_ranking(ranking, queries, database)
     return search(
         queries,
-        _augmented(database, num_neighbors, alpha, precision),
+        _augment(database, num_neighbors, alpha, precision),
         k=ranking.ids.shape[1],
         precision=precision,
     )
@@ -112,8 +112,8 @@ def augment_database(
     """
     if is_callback(database):
         raise TypeError("a callback cannot be augmented: that takes an array or a store")
-    augmented = _augmented(
-        checked_database(database, shape_of(database)[1]), num_neighbors, alpha, precision
+    augmented = _augment(
+        check_database(database, shape_of(database)[1]), num_neighbors, alpha, precision
     )
     return (
         augmented
@@ -122,10 +122,10 @@ def augment_database(
     )
 
 
-def _expanded_search(queries, database, ranking, num_neighbors, alpha, precision):
-    queries = checked_queries(queries)
-    database = checked_database(database, queries.shape[1])
-    ranking = checked_ranking(ranking, queries, database)
+def _search_expanded(queries, database, ranking, num_neighbors, alpha, precision):
+    queries = check_queries(queries)
+    database = check_database(database, queries.shape[1])
+    ranking = check_ranking(ranking, queries, database)
     _check(num_neighbors, alpha, precision, least=1)
     first, k = ranking.ids[:, : int(num_neighbors)], ranking.ids.shape[1]
 
@@ -138,7 +138,7 @@ def _expanded_search(queries, database, ranking, num_neighbors, alpha, precision
         )
         return search(expanded, database, k=k, precision=precision)
     together = [
-        jax.vmap(expand)(queries[part], jnp.asarray(taken(database, first[part], queries.shape[1])))
+        jax.vmap(expand)(queries[part], jnp.asarray(take_vectors(database, first[part], queries.shape[1])))
         for part in _parts(len(queries))
     ]
     expanded = jnp.concatenate(together)
@@ -146,14 +146,14 @@ def _expanded_search(queries, database, ranking, num_neighbors, alpha, precision
         return search(expanded, database, k=k, precision=precision)
     ids = np.sort(np.asarray(ranking.ids), axis=1)
     rows = [
-        similarity(q[None], jnp.asarray(taken(database, own, len(q))), precision)[0]
+        similarity(q[None], jnp.asarray(take_vectors(database, own, len(q))), precision)[0]
         for q, own in zip(expanded, ids, strict=True)
     ]
-    scores, at = lax.top_k(ordered(jnp.stack(rows)), k)
+    scores, at = lax.top_k(make_sortable(jnp.stack(rows)), k)
     return Ranking(scores, jnp.take_along_axis(jnp.asarray(ids, jnp.int32), at, axis=1))
 
 
-def _augmented(database, num_neighbors, alpha, precision):
+def _augment(database, num_neighbors, alpha, precision):
     """The augmented database: an array of JAX, or a store that augments what is read."""
     if is_callback(database):
         raise TypeError("a callback cannot be augmented: that takes an array or a store")
@@ -189,12 +189,12 @@ class _AugmentedStore:
         return n, d
 
     def take(self, ids: np.ndarray) -> np.ndarray:
-        return self._averaged(taken(self.database, ids, self.shape[1]))
+        return self._average(take_vectors(self.database, ids, self.shape[1]))
 
     def blocks(self, rows: int) -> Iterator[tuple[int, np.ndarray]]:
-        return ((start, self._averaged(block)) for start, block in blocks_of(self.database, rows))
+        return ((start, self._average(block)) for start, block in blocks_of(self.database, rows))
 
-    def _averaged(self, vectors):
+    def _average(self, vectors):
         d = self.shape[1]
         similarities, ids = search(
             jnp.asarray(vectors), self.database, k=self.k, precision=self.precision
@@ -206,7 +206,7 @@ class _AugmentedStore:
         )
         return np.concatenate(
             [
-                mean(similarities[part], jnp.asarray(taken(self.database, ids[part], d)))
+                mean(similarities[part], jnp.asarray(take_vectors(self.database, ids[part], d)))
                 for part in _parts(len(ids))
             ]
         )

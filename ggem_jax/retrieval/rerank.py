@@ -23,12 +23,12 @@ from ggem_jax.retrieval.exact_search import Precision, check_precision, similari
 from ggem_jax.retrieval.vectors import (
     Database,
     Ranking,
-    checked_database,
-    checked_queries,
-    checked_ranking,
+    check_database,
+    check_queries,
+    check_ranking,
     on_device,
-    ordered,
-    taken,
+    make_sortable,
+    take_vectors,
 )
 
 Variant = Literal["code", "paper"]
@@ -65,9 +65,9 @@ def superglobal_rerank(
     two differ: the query takes part in the maximum, and e meets the candidates as they were, not
     refined. Raises `ValueError` for shapes and values that do not fit.
     """
-    queries = checked_queries(queries)
-    database = checked_database(database, queries.shape[1])
-    ranking = checked_ranking(ranking, queries, database)
+    queries = check_queries(queries)
+    database = check_database(database, queries.shape[1])
+    ranking = check_ranking(ranking, queries, database)
     for name, value, least in (
         ("num_candidates", num_candidates, 1),
         ("num_neighbors", num_neighbors, 0),
@@ -88,11 +88,11 @@ def superglobal_rerank(
         "precision": precision,
     }
     if on_device(database):
-        return _reranked(queries, database, ranking, beta, m=m, **options)
+        return _rerank_on_device(queries, database, ranking, beta, m=m, **options)
     dim = queries.shape[1]
     rows: list[Any] = []
     for query, ids in zip(queries, np.sort(np.asarray(ranking.ids[:, :m]), axis=1), strict=True):
-        rows.append(_one(query, taken(database, ids, dim), ids, beta, **options))
+        rows.append(_one(query, take_vectors(database, ids, dim), ids, beta, **options))
         jax.block_until_ready(
             rows[-2:-1]
         )  # so that no more than two queries have their candidates in memory
@@ -106,7 +106,7 @@ def _is_number(value):
 
 
 @partial(jax.jit, static_argnames=("m", "num_neighbors", "variant", "precision"))
-def _reranked(queries, database, ranking, beta, *, m, **options):
+def _rerank_on_device(queries, database, ranking, beta, *, m, **options):
     def one(each):
         query, ids = each
         return _one(query, database[ids], ids, beta, **options)
@@ -136,7 +136,7 @@ def _one(query, candidates, ids, beta, *, num_neighbors, variant, precision):
         return jnp.sum(weights * _dot(candidates, vector, precision)[neighbours], axis=1)
 
     s1 = refined_dot(query)
-    best = lax.top_k(ordered(s1), num_neighbors + 1)[1]
+    best = lax.top_k(make_sortable(s1), num_neighbors + 1)[1]
     expanded = jnp.max(
         jnp.einsum(
             "kn,knd->kd",
@@ -151,7 +151,7 @@ def _one(query, candidates, ids, beta, *, num_neighbors, variant, precision):
     else:
         s2 = _dot(candidates, jnp.maximum(expanded, query), precision)
     scores = (s1 + s2) / 2
-    order = jnp.argsort(-ordered(scores), stable=True)
+    order = jnp.argsort(-make_sortable(scores), stable=True)
     return scores[order], ids[order]
 
 
@@ -168,7 +168,7 @@ def neighbourhood(
     m = len(candidates)
 
     def nearest(rows):
-        return lax.top_k(ordered(similarity(rows, candidates, precision)), num_neighbors + 1)
+        return lax.top_k(make_sortable(similarity(rows, candidates, precision)), num_neighbors + 1)
 
     if m <= _GRAM_ROWS:
         similarities, neighbours = nearest(candidates)

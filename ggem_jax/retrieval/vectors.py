@@ -63,7 +63,7 @@ def shape_of(database: Any) -> tuple[int, int]:
     return database.shape
 
 
-def checked_queries(queries: Float[Array, "q d"]) -> Float[Array, "q d"]:
+def check_queries(queries: Float[Array, "q d"]) -> Float[Array, "q d"]:
     queries = jnp.asarray(queries)
     if queries.ndim != 2 or 0 in queries.shape or not jnp.issubdtype(queries.dtype, jnp.floating):
         raise ValueError(
@@ -73,7 +73,7 @@ def checked_queries(queries: Float[Array, "q d"]) -> Float[Array, "q d"]:
     return queries.astype(jnp.float32)
 
 
-def checked_database(database: Database, dim: int) -> Database:
+def check_database(database: Database, dim: int) -> Database:
     """An array or store `(n, dim)` with at least one row; a callback as it is."""
     if is_callback(database):
         return database
@@ -99,7 +99,7 @@ def checked_database(database: Database, dim: int) -> Database:
     return database
 
 
-def checked_ranking(ranking: Ranking, queries: Float[Array, "q d"], database: Database) -> Ranking:
+def check_ranking(ranking: Ranking, queries: Float[Array, "q d"], database: Database) -> Ranking:
     """Scores and ids `(q, k)`; ids are looked at unless they are traced."""
     scores, ids = ranking
     if (
@@ -141,7 +141,7 @@ def check_mesh(mesh: Any) -> None:
         )
 
 
-def taken(database: Database, ids: Int[np.ndarray | Array, "..."], dim: int) -> np.ndarray:
+def take_vectors(database: Database, ids: Int[np.ndarray | Array, "..."], dim: int) -> np.ndarray:
     """The vectors of ids of any shape, `(..., dim)`, in memory."""
     flat = np.array(ids).reshape(
         -1
@@ -197,7 +197,7 @@ def blocks_of(database: np.ndarray | Store, rows: int) -> Iterator[tuple[int, np
         raise ValueError(f"the store's blocks must hold all {n} vectors, not {expected}")
 
 
-def ordered(scores: Float[Array, "... m"]) -> Float[Array, "... m"]:
+def make_sortable(scores: Float[Array, "... m"]) -> Float[Array, "... m"]:
     """Scores that compare as numbers do: one zero, and what is not a number below everything
     else.
     """

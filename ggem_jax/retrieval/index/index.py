@@ -19,35 +19,27 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from ggem_jax.retrieval.index.folder import hashed, shown
+from ggem_jax.retrieval.index.folder import shown
 from ggem_jax.retrieval.index.store import (
     DTYPES,
     INDEX,
-    LOCK,
-    NEXT,
-    PENDING,
     Damaged,
     Facts,
     IndexRefused,
     as_json,
     facts_of,
-    flaws,
-    is_shard,
     mapped_or_refused,
     mend,
     read_facts,
     reading,
     refuse_other_build,
     refuse_other_settings,
-    shard_file,
-    some,
 )
 from ggem_jax.retrieval.index.writing import (
     Extract,
@@ -59,12 +51,10 @@ from ggem_jax.retrieval.index.writing import (
     written,
 )
 
-
-class Verdict(NamedTuple):
-    """What `verify` found, in sentences: `damage` is to be mended, `notes` are harmless."""
-
-    damage: list[str]
-    notes: list[str]
+if TYPE_CHECKING:
+    from ggem_jax.retrieval.index.evaluation import Evaluation
+    from ggem_jax.retrieval.index.search import Box, Query, Results
+    from ggem_jax.retrieval.methods import Method
 
 
 class Vectors:
@@ -144,7 +134,106 @@ class Index:
         return len(self.paths)
 
     def vectors(self) -> Vectors:
+        """Returns the vectors `(n, dim)`, which stay on disk."""
         return self._vectors
+
+    def search(
+        self,
+        queries: "Query | Sequence[Query] | Float[np.ndarray, 'q d']",
+        k: int = 10,
+        *,
+        rerank: "Method | str | None" = None,
+        boxes: "Sequence[Box | None] | None" = None,
+        weights: str | None = None,
+        whitening: str | None = None,
+        use_stored: bool = True,
+    ) -> "Results":
+        """Returns the k images that are most like each query, best first.
+
+        Args:
+            queries: one image or several (paths, `(h, w, 3)` uint8 arrays, PIL images), or vectors
+                `(q, d)` of floating point.
+            k: results of each query, at most the size of the index.
+            rerank: the name of a reranker of `ggem_jax.retrieval.methods` with its defaults, such
+                as "superglobal", or a `Method` with options of its own; None reranks nothing.
+            boxes: for each image the part that is searched for, x1, y1, x2, y2 in pixels, or None.
+            weights, whitening: where the files that the index was made with are now; None: where
+                they were.
+            use_stored: takes the stored vector of a whole image whose path is in the index; off
+                describes it again, as the file may have changed.
+
+        Returns:
+            Paths, scores and ranks `(q, k)`, and scores and ranks before reranking.
+
+        Raises:
+            IndexRefused: the index is empty, or its files of weights are not there.
+            UnreadableImage: a query holds no image, or one that cannot be described.
+            ValueError: the queries, k or the options do not fit.
+
+        Example:
+            >>> import numpy as np, tempfile
+            >>> from PIL import Image
+            >>> from ggem_jax.retrieval.index.index import Index, build
+            >>> folder = tempfile.mkdtemp()
+            >>> for red in (0, 100, 200):
+            ...     Image.new("RGB", (8, 8), (red, 99, 9)).save(f"{folder}/{red}.png")
+            >>> def mean_colour(images):
+            ...     for image in images:
+            ...         yield image.mean((0, 1)) / np.linalg.norm(image.mean((0, 1)))
+            >>> report = build(folder, f"{folder}/my.index", mean_colour, {"model": "mean colour"})
+            >>> vector = np.array([[200.0, 99, 9]]) / np.linalg.norm([200, 99, 9])
+            >>> Index.open(f"{folder}/my.index").search(vector, k=2).paths.tolist()
+            [['200.png', '100.png']]
+        """
+        from ggem_jax.retrieval.index.search import search_index
+
+        return search_index(
+            self,
+            queries,
+            k,
+            rerank=rerank,
+            boxes=boxes,
+            weights=weights,
+            whitening=whitening,
+            use_stored=use_stored,
+        )
+
+    def evaluate(
+        self,
+        truth: str | Path,
+        *,
+        root: str | Path | None = None,
+        k: int = 10_000,
+        at: Sequence[int] = (1, 5, 10),
+        rerank: "Method | str | None" = "superglobal",
+        weights: str | None = None,
+        whitening: str | None = None,
+    ) -> "Evaluation":
+        """Returns mAP, mP@k and recall@k against ground truth, before and after reranking.
+
+        Args:
+            truth: a CSV file as `ggem_jax.retrieval.truth` reads it. Queries that are whole images
+                of the index use the stored vector.
+            root: folder that its paths are relative to; None: its own.
+            k: results of each query that count, at most the size of the index.
+            at: ranks of precision and recall.
+            rerank, weights, whitening: as in `search`.
+
+        Raises:
+            ValueError: the file cannot be read, or names an image that is not in the index.
+        """
+        from ggem_jax.retrieval.index.evaluation import evaluate_index
+
+        return evaluate_index(
+            self,
+            truth,
+            root=root,
+            k=k,
+            at=at,
+            rerank=rerank,
+            weights=weights,
+            whitening=whitening,
+        )
 
     @classmethod
     def open(cls, path: Path | str, settings: dict[str, Any] | None = None) -> "Index":
@@ -320,97 +409,6 @@ def info(path: Path | str) -> dict[str, Any]:
         "settings": facts.settings,
         "versions": facts.versions,
     }
-
-
-def verify(path: Path | str, *, deep: bool = False) -> Verdict:
-    """Compares SQLite's structure, every entry and every vector with their checksums; `deep` also
-    reads every picture and compares its content.
-
-    Raises `IndexRefused` where there is no index or a newer one. Readers and writers may go on
-    meanwhile.
-    """
-    folder = Path(path)
-    try:
-        while True:
-            before = facts_of(folder)
-            damage, facts, found = _damage(folder)
-            if (
-                not damage or facts_of(folder) == before
-            ):  # otherwise a writer may have dropped what was missed
-                break
-    except Damaged as error:
-        return Verdict([str(error)], [])
-    return Verdict(
-        damage, _notes(folder, facts, found if deep else None) if facts is not None else []
-    )
-
-
-def _damage(folder: Path) -> tuple[list[str], Facts | None, list[tuple[str, bytes]]]:
-    """What is wrong, and the facts, paths and contents of the index; no facts where SQLite's file
-    itself is damaged.
-    """
-    damage = list[str]()
-    try:
-        with reading(folder) as database:
-            facts = read_facts(database, folder / INDEX)
-            problems = [
-                line for (line,) in database.execute("PRAGMA integrity_check(1)") if line != "ok"
-            ]
-            if problems:
-                raise ValueError(" ".join(problems[0].split()))
-            flawed = sorted(flaws(database, folder, facts), key=lambda flaw: flaw[2:])
-            for (file, what), group in groupby(flawed, key=lambda flaw: flaw[2:]):
-                damage.append(mend(folder, file, what, [flaw.path for flaw in group]))
-            found = [
-                (os.fsdecode(name), content)
-                for name, content in database.execute(
-                    "SELECT path, content FROM images ORDER BY id"
-                )
-            ]
-            if len(found) != facts.count:
-                raise ValueError(f"it has {len(found)} entries where {facts.count} are expected")
-    except Damaged as error:
-        return [*damage, str(error)], None, []
-    return damage, facts, found
-
-
-def _notes(folder: Path, facts: Facts, found: list[tuple[str, bytes]] | None) -> list[str]:
-    notes = []
-    unused = sorted(
-        name
-        for name in os.listdir(folder)
-        if name not in (INDEX, LOCK, *(shard_file(folder, shard).name for shard in facts.shards))
-    )
-    ours = [name for name in unused if is_shard(name) or name.startswith((PENDING, NEXT))]
-    if ours:
-        notes.append(
-            f"{folder} holds {len(ours)} files of a writer that is at work or was interrupted"
-            f" ({ours[0]}): the next one uses or removes them"
-        )
-    return notes + (_changed_pictures(Path(facts.root), found) if found is not None else [])
-
-
-def _changed_pictures(root: Path, found: list[tuple[str, bytes]]) -> list[str]:
-    gone, other = [], []
-    for name, content in found:
-        try:
-            if hashed((root / name).read_bytes()) != content:
-                other.append(name)
-        except OSError:
-            gone.append(name)
-    notes = (
-        [
-            f"{some(other)} under {root} changed after they were indexed: add brings the index up"
-            " to date"
-        ]
-        if other
-        else []
-    )
-    return notes + (
-        [f"{some(gone)} cannot be read under {root}: add with prune drops pictures that are gone"]
-        if gone
-        else []
-    )
 
 
 def _existing(folder: Path | str) -> Path:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -72,6 +72,18 @@ class Report:
     removed: int = 0
     reused: int = 0
     skipped: list[Skipped] = field(default_factory=list)
+    notes: tuple[str, ...] = ()  # what the user should know about the settings
+
+    def record(self) -> dict[str, Any]:
+        """Returns JSON values."""
+        return {
+            **{name: getattr(self, name) for name in COUNTS},
+            "skipped": [skipped._asdict() for skipped in self.skipped],
+            "notes": list(self.notes),
+        }
+
+
+COUNTS = ("added", "updated", "unchanged", "reused", "removed")
 
 
 @contextlib.contextmanager
