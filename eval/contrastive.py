@@ -22,7 +22,7 @@ from tyro.conf import arg
 
 from eval.runs import OfRuns, newest, with_data
 from eval.statistics import Interval, Paired, bootstrap, paired, proportion
-from ggem_jax.losses.contrastive import class_descriptors, found_at
+from ggem_jax.retrieval.metrics import class_descriptors, found_at
 from train.captions import Captioned, Text, class_words, open_captions, templates_of
 from train.checkpoints import Checkpoints
 from train.config import Refused, parse

@@ -19,7 +19,7 @@ from conftest import ROOT, TINY_PAIR, one_line
 from PIL import Image
 
 from ggem_jax.files.images import UnreadableImage
-from ggem_jax.losses.contrastive import sigmoid_loss, softmax_loss
+from ggem_jax.losses.contrastive import clip_loss, siglip_loss
 from ggem_jax.weights import write_safetensors
 from ggem_jax.weights.vit import read_vit
 from train import contrastive
@@ -493,9 +493,9 @@ def test_the_loss_of_a_step_is_that_of_the_whole_batch(tokenizer, loss):
     texts = jax.jit(towers.describe_texts)(params, ids)
     np.testing.assert_allclose(np.linalg.norm(described, axis=1), 1, rtol=1e-5)
     want = (
-        softmax_loss(described, texts, 1 / 0.07)
+        clip_loss(described, texts, 1 / 0.07)
         if loss == "softmax"
-        else sigmoid_loss(described, texts, 10.0, -10.0)
+        else siglip_loss(described, texts, 10.0, -10.0)
     )
     state, metrics = steps.train(state, {"image": jnp.array(images), "ids": jnp.array(ids)}, 0)
     assert float(metrics["loss"]) == pytest.approx(float(want), rel=1e-4)

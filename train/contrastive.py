@@ -25,6 +25,7 @@ from ggem_jax.losses import contrastive
 from ggem_jax.models.text import TextConfig, TextTransformer
 from ggem_jax.models.vit import ViT
 from ggem_jax.pooling import l2_normalize
+from ggem_jax.retrieval import metrics
 from train.batches import train_batches
 from train.captions import Captioned, Text, open_captions
 from train.config import Config, Data, Optimizer, build_model, load_config, require
@@ -299,10 +300,10 @@ def _steps(towers: Towers, data: Data, optimizer: Optimizer, fsdp: int, total_st
         )
         texts = towers.describe_texts(params, batch["ids"], train=True, rngs={"dropout": text_key})
         if "bias" in params:
-            return contrastive.sharded_sigmoid_loss(
+            return contrastive.sharded_siglip_loss(
                 images, texts, towers.scale(params), params["bias"], mesh=mesh, axes=AXES
             )
-        return contrastive.sharded_softmax_loss(
+        return contrastive.sharded_clip_loss(
             images, texts, towers.scale(params), mesh=mesh, axes=AXES
         )
 
@@ -346,11 +347,9 @@ class Described:
         texts whose pictures cannot be read are left out.
         """
         back = self.pairs[:, ::-1]
-        to_image = contrastive.found_at(self.texts, self.images, back, kappas=kappas)
+        to_image = metrics.found_at(self.texts, self.images, back, kappas=kappas)
         return {
-            "image_to_text": contrastive.found_at(
-                self.images, self.texts, self.pairs, kappas=kappas
-            ),
+            "image_to_text": metrics.found_at(self.images, self.texts, self.pairs, kappas=kappas),
             "text_to_image": to_image[np.unique(back[:, 0])],
         }
 
@@ -359,12 +358,10 @@ class Described:
         asked, text = np.unique(self.pairs[:, 1], return_inverse=True)
         back = np.stack([text, self.pairs[:, 0]], axis=1)
         return {
-            "image_to_text": contrastive.chance_at(
+            "image_to_text": metrics.chance_at(
                 self.pairs, len(self.images), len(self.texts), kappas=kappas
             ),
-            "text_to_image": contrastive.chance_at(
-                back, len(asked), len(self.images), kappas=kappas
-            ),
+            "text_to_image": metrics.chance_at(back, len(asked), len(self.images), kappas=kappas),
         }
 
 

@@ -10,7 +10,7 @@ import functools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +38,7 @@ KAPPAS = (1, 5, 10)
 class Metric:
     """What is learned, and from which pictures."""
 
-    loss: Literal["arcface", "normalised-softmax", "proxy-anchor"] = "normalised-softmax"
+    loss: metric.LossName = "normalised-softmax"
     dim: int = (
         128  # channels of the descriptor after a projection; 0: the pooled tokens as they are
     )

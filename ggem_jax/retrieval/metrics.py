@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 
 @dataclass(frozen=True)
@@ -244,6 +244,128 @@ def label_scores(
         (precision_there * right * within).sum(axis=1) / divisor,
         kappas,
     )
+
+
+def found_at(
+    queries: Float[np.ndarray, "q d"],
+    items: Float[np.ndarray, "n d"],
+    pairs: Int[np.ndarray, "m 2"],
+    *,
+    kappas: Sequence[int] = (1, 5, 10),
+    block: int = 1024,
+) -> Bool[np.ndarray, "q kappas"]:
+    """Returns whether a right item of each query is among the kappa most similar items.
+
+    The mean over the queries is recall@kappa. Wrong items that are exactly as similar as the best
+    right one count as more similar, and descriptors with NaN or infinity find nothing.
+
+    Args:
+        queries: Descriptors of the queries, `(q, d)`.
+        items: Descriptors of the items, `(n, d)`; the similarity is the inner product.
+        pairs: (query, right item) in each row, `(m, 2)`. A query may have several right items, and
+            an item several queries.
+        kappas: How many of the most similar items count.
+        block: Queries that are compared at a time.
+
+    Returns:
+        Whether each query succeeds at each kappa, `(q, kappas)`.
+
+    Raises:
+        ValueError: The pairs are not whole numbers, or name queries or items that do not exist.
+    """
+    _check_pairs(pairs, len(queries), len(items))
+    pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
+    found = np.zeros((len(queries), len(kappas)), bool)
+    columns = np.asarray(items, np.float64).T
+    for start in range(0, len(queries), block):
+        similarity = np.asarray(queries[start : start + block], np.float64) @ columns
+        right = _right(similarity.shape, pairs, start)
+        best = np.max(similarity, axis=1, where=right, initial=-np.inf)
+        before = np.sum((similarity >= best[:, None]) & ~right, axis=1)
+        possible = right.any(axis=1) & np.all(np.isfinite(similarity), axis=1)
+        found[start : start + block] = (before[:, None] < np.asarray(kappas)) & possible[:, None]
+    return found
+
+
+def chance_at(
+    pairs: Int[np.ndarray, "m 2"], queries: int, items: int, *, kappas: Sequence[int] = (1, 5, 10)
+) -> Float[np.ndarray, " kappas"]:
+    """Returns the mean of `found_at` where every query sees the items in a random order.
+
+    A query with r right items of n misses them all with probability (n - r choose kappa) / (n
+    choose kappa).
+
+    Args:
+        pairs: (query, right item) in each row, `(m, 2)`.
+        queries: The number of queries.
+        items: The number of items.
+        kappas: How many of the first items count.
+
+    Returns:
+        The share of queries that succeed by chance, `(kappas,)`.
+
+    Raises:
+        ValueError: The pairs are not whole numbers, or name queries or items that do not exist.
+    """
+    _check_pairs(pairs, queries, items)
+    right = np.bincount(np.unique(pairs, axis=0)[:, 0], minlength=queries)
+    missed = [
+        np.prod(
+            [
+                np.clip((items - right - j) / max(items - j, 1), 0, 1)
+                for j in range(min(kappa, items))
+            ],
+            axis=0,
+        )
+        for kappa in kappas
+    ]
+    return np.array([np.mean(1 - np.broadcast_to(each, right.shape)) for each in missed])
+
+
+def class_descriptors(
+    prompts: Float[np.ndarray, "classes templates d"],
+) -> Float[np.ndarray, "classes d"]:
+    """Returns one descriptor for each class: the normalised mean of its normalised prompts.
+
+    Args:
+        prompts: Descriptors of the prompts of each class, `(classes, templates, d)`.
+
+    Returns:
+        The descriptors, `(classes, d)`, of length 1.
+
+    Raises:
+        ValueError: The prompts have another shape, or there are none.
+
+    Reference: Radford et al. (CLIP), 2021, arXiv:2103.00020, section 3.1.4.
+    """
+    prompts = np.asarray(prompts)
+    if prompts.ndim != 3 or not prompts.shape[1]:
+        raise ValueError(
+            "prompts must be (classes, templates, d) with at least one template, not of shape"
+            f" {prompts.shape}"
+        )
+    mean = (prompts / np.linalg.norm(prompts, axis=-1, keepdims=True)).mean(axis=1)
+    return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
+
+
+def _right(shape, pairs, start: int) -> Bool[np.ndarray, "block n"]:
+    """Which items are right for the queries of a block; `pairs` stand in the order of their
+    queries.
+    """
+    first, last = np.searchsorted(pairs[:, 0], (start, start + shape[0]))
+    right = np.zeros(shape, bool)
+    right[pairs[first:last, 0] - start, pairs[first:last, 1]] = True
+    return right
+
+
+def _check_pairs(pairs, queries: int, items: int) -> None:
+    pairs = np.asarray(pairs)
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or not np.issubdtype(pairs.dtype, np.integer):
+        raise ValueError(
+            f"pairs must be whole numbers (m, 2), not {pairs.dtype} of shape {pairs.shape}"
+        )
+    if len(pairs) and not ((pairs >= 0) & (pairs < (queries, items))).all():
+        raise ValueError(f"pairs must name queries below {queries} and items below {items}")
 
 
 def _any_twice(ids):

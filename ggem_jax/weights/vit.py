@@ -178,14 +178,24 @@ def read_vit(
         MismatchedWeights: it is no ViT of a known layout, or one that our ViT cannot be; the
             message lists the offending names.
     """
-    found = read_arrays(path)
+    return from_arrays(read_arrays(path), path, heads=heads, gelu=gelu, norm_eps=norm_eps)
+
+
+def from_arrays(
+    found: Arrays,
+    path: str | Path,
+    *,
+    heads: int | None = None,
+    gelu: GELU | None = None,
+    norm_eps: float | None = None,
+) -> PublishedViT:
+    """The network of arrays that were read from a file. Arguments and errors as in `read_vit`."""
     layout, arrays, unused = to_names_of_timm(found, source=str(path))
-    heads = heads or heads_of(found)
     published = from_timm(
         arrays,
         layout=layout,
         unused=unused,
-        heads=heads,
+        heads=heads or heads_of(found),
         gelu=gelu,
         norm_eps=norm_eps,
         source=str(path),
