@@ -34,8 +34,8 @@ from ggem_jax.weights.efficientnet_lite import (
     efficientnet_lite_to_variables,
     load_pretrained,
 )
-from ggem_jax.weights.own import OWN_NAME, read_own_vit
-from ggem_jax.weights.vit import FAMILIES, PublishedViT, Style, read_vit
+from ggem_jax.weights.own import OWN_NAME, holds_own_vit, read_own_vit
+from ggem_jax.weights.vit import FAMILIES, PublishedViT, Style, from_arrays, read_vit
 
 DEFAULT = "efficientnet-lite0"  # the only network whose weights can be installed
 OWN = "vit-flax"
@@ -228,11 +228,11 @@ def identify(weights: str | Path) -> Identity:
         UnreadableWeights: the file cannot be read.
         MismatchedWeights: it holds none of these networks.
     """
-    names = read_arrays(weights).keys()
+    arrays = read_arrays(weights)
     for name, row in BACKBONES.items():
-        if row.mark and any(re.fullmatch(row.mark, each) for each in names):
+        if row.mark and any(re.fullmatch(row.mark, each) for each in arrays):
             return Identity(name, None)
-    published = read_vit(weights)
+    published = from_arrays(arrays, weights)
     row = BACKBONES[published.family]
     if published.normalised is None:
         note = (
@@ -287,17 +287,15 @@ def read_any_vit(path: str | Path) -> PublishedViT:
 
     Raises `MismatchedWeights` for a file of another network.
     """
-    if Path(path).suffix == ".npz":
-        return read_vit(path)
-    names = read_arrays(path).keys()
-    if any(re.fullmatch(OWN_NAME, name) for name in names):
+    arrays = read_arrays(path)
+    if holds_own_vit(arrays):
         vit, variables = read_own_vit(path)
         style = Style(int(vit.config.class_token))
         return PublishedViT("own", "flax", vit.config, "avg", 0, None, style, variables)
     for row in BACKBONES.values():
-        if row.mark and any(re.fullmatch(row.mark, name) for name in names):
+        if row.mark and any(re.fullmatch(row.mark, name) for name in arrays):
             raise MismatchedWeights(f"{path} holds {row.about}, where a ViT is needed")
-    return read_vit(path)
+    return from_arrays(arrays, path)
 
 
 def _load_vit_of_sizes(weights: str, variant: str) -> tuple[Backbone, Loaded]:

@@ -18,12 +18,12 @@ from ggem_jax.retrieval.vectors import (
     Ranking,
     ahead,
     blocks_of,
-    check_mesh,
     check_database,
+    check_mesh,
     check_queries,
     is_callback,
-    on_device,
     make_sortable,
+    on_device,
     shape_of,
     take_vectors,
 )
@@ -220,7 +220,9 @@ def _settle(queries, database, found, k):
         own = np.sort(ids)
         exact, length = np.empty(len(own), np.float32), 0.0
         for start in range(0, len(own), _SCORED):
-            vectors = take_vectors(database, own[start : start + _SCORED], len(query)).astype(np.float64)
+            vectors = take_vectors(database, own[start : start + _SCORED], len(query)).astype(
+                np.float64
+            )
             with np.errstate(invalid="ignore", over="ignore"):
                 exact[start : start + _SCORED] = vectors @ query
                 length = max(

@@ -23,8 +23,8 @@ from ggem_jax.retrieval.vectors import (
     check_queries,
     check_ranking,
     is_callback,
-    on_device,
     make_sortable,
+    on_device,
     shape_of,
     take_vectors,
 )
@@ -138,7 +138,9 @@ def _search_expanded(queries, database, ranking, num_neighbors, alpha, precision
         )
         return search(expanded, database, k=k, precision=precision)
     together = [
-        jax.vmap(expand)(queries[part], jnp.asarray(take_vectors(database, first[part], queries.shape[1])))
+        jax.vmap(expand)(
+            queries[part], jnp.asarray(take_vectors(database, first[part], queries.shape[1]))
+        )
         for part in _parts(len(queries))
     ]
     expanded = jnp.concatenate(together)

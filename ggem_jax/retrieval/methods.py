@@ -66,7 +66,6 @@ class Method:
             options["num_candidates"] = self.candidates
         return _find_function(self.name, database)(queries, database, ranking, **options)
 
-
     def search(
         self, queries: Any, database: "Database", *, depth: int
     ) -> tuple["Arrays", "Arrays"]:

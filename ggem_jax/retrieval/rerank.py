@@ -26,8 +26,8 @@ from ggem_jax.retrieval.vectors import (
     check_database,
     check_queries,
     check_ranking,
-    on_device,
     make_sortable,
+    on_device,
     take_vectors,
 )
 

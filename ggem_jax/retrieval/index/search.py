@@ -175,9 +175,7 @@ def query_vectors(
     vectors[list(stored)] = index.vectors().take(np.array(list(stored.values()), int))
     others = [number for number in range(len(queries)) if number not in stored]
     if others or weights or whitening:
-        settings = find_settings(
-            index.folder, index.settings, weights=weights, whitening=whitening
-        )
+        settings = find_settings(index.folder, index.settings, weights=weights, whitening=whitening)
     if others:
         images = [read_query(queries[number], boxes[number]) for number in others]
         names = [_name(queries[number]) or f"query {number + 1}" for number in others]

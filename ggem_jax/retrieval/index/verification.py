@@ -124,5 +124,3 @@ def _changed_pictures(root: Path, found: list[tuple[str, bytes]]) -> list[str]:
         if gone
         else []
     )
-
-

@@ -77,7 +77,13 @@ def verify(*, index: str, deep: bool, as_json: bool) -> int:
 
 
 def search(
-    *, index: str, queries: Sequence[str], box: list, as_json: bool, html: str | None, **options: Any
+    *,
+    index: str,
+    queries: Sequence[str],
+    box: list,
+    as_json: bool,
+    html: str | None,
+    **options: Any,
 ) -> int:
     keep_compiled_programs()
     results = Index.open(index).search(
@@ -143,8 +149,6 @@ COMMANDS: dict[str, Callable[..., int]] = {
 }
 
 
-
-
 def _print_report(path: str, report: Report, as_json: bool) -> int:
     for note in report.notes:
         sys.stderr.write(f"note: {note}\n")
@@ -202,9 +206,7 @@ def _print_evaluation(found: Evaluation) -> None:
     columns = {"search": found.before}
     if found.after is not None:
         columns[found.method.name] = found.after
-    print(
-        f"{found.queries} queries, {found.size} images, the first {found.depth} results of each"
-    )
+    print(f"{found.queries} queries, {found.size} images, the first {found.depth} results of each")
     print(f"{'':<14}{''.join(f'{name:>12}' for name in columns)}")
     for name in found.before:
         values = [own[name] for own in columns.values()]
