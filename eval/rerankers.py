@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -78,7 +78,7 @@ def method_of(name: Name, how: Rerank, *, most: int) -> Method:
             beta=how.beta,
             variant="paper" if name == "superglobal-paper" else "code",
         )
-    given = {"neighbors": min(how.qe_neighbors, most), "alpha": how.alpha}
+    given: dict[str, Any] = {"neighbors": min(how.qe_neighbors, most), "alpha": how.alpha}
     return choose_method(name, **{option: given[option] for option in METHODS[name]})
 
 

@@ -1,7 +1,7 @@
 """How well one's own images are found: python -m eval.retrieval TRUTH
 
 TRUTH is a CSV file with the columns query and relevant, and if need be ignored, x1, y1, x2, y2 (see
-`ggem_jax.retrieval.tool.truth`), or a folder with a sub-folder for each class, where every other
+`ggem_jax.retrieval.truth`), or a folder with a sub-folder for each class, where every other
 image of its folder is relevant for an image. The database is every image under the root; a
 query's own image is left out of its results unless it is listed as relevant. Prints mean average
 precision, mean precision and recall at k (whether one relevant image at least is among the first
@@ -19,7 +19,6 @@ from typing import Annotated, Any, get_args
 
 import jax
 import numpy as np
-from ggem_jax.retrieval.tool.truth import Query, read_truth, to_relevance
 from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg
@@ -30,6 +29,7 @@ from eval.statistics import Interval, bootstrap
 from ggem_jax.descriptors.settings import DescriptorSettings
 from ggem_jax.retrieval.index.folder import shown, walk
 from ggem_jax.retrieval.metrics import Relevance, recall_at, scores
+from ggem_jax.retrieval.truth import Query, read_truth, to_relevance
 from train.cli import Refused, one_sentence, parse
 
 

@@ -426,8 +426,9 @@ def show(
         ]
         table.add_row(name, *(f"{100 * value:.2f}" for value in values))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
-    if config.ablation and not config.descriptor.backbone.startswith("resnet"):
-        print(f"ReLU-P is a part of ResNets: it changes nothing in {config.descriptor.backbone}.")
+    backbone = str(config.descriptor.resolve().backbone)
+    if config.ablation and not backbone.startswith("resnet"):
+        print(f"ReLU-P is a part of ResNets: it changes nothing in {backbone}.")
 
 
 if __name__ == "__main__":

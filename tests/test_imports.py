@@ -31,8 +31,8 @@ ROOMS = {
         "progress": set(),
         "weights": {"files", "models", "pooling"},
         "descriptors": {"files", "models", "pooling", "weights"},
-        "retrieval": {"pooling", "retrieval.tool"},
-        "retrieval.index": {"files"},
+        "retrieval": {"files", "pooling", "retrieval.tool"},
+        "retrieval.index": {"descriptors", "files", "retrieval"},
         "retrieval.tool": {"descriptors", "files", "progress", "retrieval", "retrieval.index"},
     },
     "neupims": {

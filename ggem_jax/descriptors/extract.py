@@ -3,7 +3,7 @@
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal, cast
+from typing import Literal
 
 import jax
 import numpy as np
@@ -132,8 +132,7 @@ class Extractor:
 
 def plain_pooling(settings: DescriptorSettings) -> Literal["average", "max"] | None:
     """Returns the pooling that takes the place of GeM and GeM+, or None."""
-    plain = settings.pooling if settings.pooling in ("average", "max") else None
-    return cast(Literal["average", "max"] | None, plain)
+    return settings.pooling if settings.pooling in ("average", "max") else None
 
 
 def fitted_size(

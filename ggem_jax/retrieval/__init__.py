@@ -1,4 +1,4 @@
-"""Image retrieval with global descriptors: pictures -> descriptors -> index -> ranking -> reranked
+"""Image retrieval with global descriptors: images -> descriptors -> index -> ranking -> reranked
 ranking.
 
 Descriptors are `(num_images, dim)`, usually unit vectors; ids number the rows of a database; a

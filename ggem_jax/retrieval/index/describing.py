@@ -231,10 +231,11 @@ def describe_images(
     settings: DescriptorSettings, images: list[RGB], names: list[str]
 ) -> Float[np.ndarray, "m d"]:
     """Returns the descriptors `(m, d)` of images; one that cannot have one raises by its name."""
-    vectors = list(make_extractor(settings)(images))
-    for name, vector in zip(names, vectors, strict=True):
+    vectors = []
+    for name, vector in zip(names, make_extractor(settings)(images), strict=True):
         if isinstance(vector, UnreadableImage):
             raise UnreadableImage(f"{name}: {vector}")
+        vectors.append(vector)
     return np.stack(vectors)
 
 

@@ -63,9 +63,8 @@ def evaluate_index(
     method, at = as_method(rerank), tuple(at)
     queries = read_truth(truth, root=os.path.abspath(root or Path(truth).parent))
     relevance = to_relevance(queries, [index.root / path for path in index.paths])
-    files = {"weights": weights, "whitening": whitening}
     images, boxes = [query.path for query in queries], [query.box for query in queries]
-    vectors = query_vectors(index, images, boxes, **files)
+    vectors = query_vectors(index, images, boxes, weights=weights, whitening=whitening)
     before, after = method.search(vectors, index.vectors(), depth=k)
     reranks = method.name != "none"
     return Evaluation(

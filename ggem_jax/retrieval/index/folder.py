@@ -1,4 +1,4 @@
-"""Pictures in a folder tree: which there are, and their pixels, decoded in threads beside whatever
+"""Images in a folder tree: which there are, and their pixels, decoded in threads beside whatever
 uses them.
 
 Paths are relative to the root, with `/`; names that are no UTF-8 keep their bytes as surrogate
@@ -20,7 +20,7 @@ from ggem_jax.files.images import EXTENSIONS, RGB, UnreadableImage, read_image
 
 
 class File(NamedTuple):
-    """A file with a picture's name, as the folder lists it."""
+    """A file with an image's name, as the folder lists it."""
 
     path: str
     size: int
@@ -34,7 +34,7 @@ class Skipped(NamedTuple):
     why: str
 
 
-class Picture(NamedTuple):
+class DecodedImage(NamedTuple):
     """A file that was read: the blake2b hash of its bytes, and its pixels and their size, or None
     and zeros where the hash was known already.
     """
@@ -55,7 +55,7 @@ class Listing:
 
 
 def walk(root: Path, start: str = "", *, apart: Path) -> Listing:
-    """Lists the pictures (by extension) under `root / start`, without hidden ones and without the
+    """Lists the images (by extension) under `root / start`, without hidden ones and without the
     folder `apart`.
 
     A linked folder is followed where it lies outside the root; every folder is read once, so that
@@ -88,21 +88,21 @@ def walk(root: Path, start: str = "", *, apart: Path) -> Listing:
                     listing.skipped.append(Skipped(path, f"{shown(path)} is no regular file"))
         except OSError as error:
             if full.is_symlink() and not path.lower().endswith(EXTENSIONS):
-                continue  # a link to nothing that has no picture's name
+                continue  # a link to nothing that has no image's name
             listing.skipped.append(
                 Skipped(path, f"{shown(path) or root} cannot be read: {error.strerror}")
             )
     return listing
 
 
-def decoded(
+def decode(
     root: Path, files: Iterable[File], known: Container[bytes], *, workers: int
-) -> Iterator[Picture | Skipped]:
-    """Reads pictures in `workers` threads, a few ahead, and gives them in the order of `files`;
+) -> Iterator[DecodedImage | Skipped]:
+    """Reads images in `workers` threads, a few ahead, and gives them in the order of `files`;
     contents that are `known` are not decoded.
     """
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        ahead: deque[Future[Picture | Skipped]] = deque()
+        ahead: deque[Future[DecodedImage | Skipped]] = deque()
         try:
             for file in files:
                 ahead.append(pool.submit(_read, root, file, known))
@@ -115,7 +115,7 @@ def decoded(
                 future.cancel()
 
 
-def hashed(data: bytes) -> bytes:
+def hash_content(data: bytes) -> bytes:
     """What tells the contents of files apart: 16 bytes."""
     return hashlib.blake2b(data, digest_size=16).digest()
 
@@ -127,12 +127,12 @@ def shown(path: str) -> str:
     return path if path.isprintable() else repr(path)
 
 
-def _read(root: Path, file: File, known: Container[bytes]) -> Picture | Skipped:
+def _read(root: Path, file: File, known: Container[bytes]) -> DecodedImage | Skipped:
     try:
         with open(root / file.path, "rb") as handle:
             now = os.fstat(handle.fileno())
             data = handle.read()
-        content = hashed(data)
+        content = hash_content(data)
         pixels = None if content in known else read_image(data, name=shown(file.path))
     except UnreadableImage as error:
         return Skipped(file.path, _one_line(error))
@@ -143,11 +143,11 @@ def _read(root: Path, file: File, known: Container[bytes]) -> Picture | Skipped:
     ) as error:  # whatever else a decoder raises over a damaged file must not end hours of work
         return Skipped(
             file.path,
-            f"{shown(file.path)} is not a readable picture: {type(error).__name__}:"
+            f"{shown(file.path)} is not a readable image: {type(error).__name__}:"
             f" {_one_line(error)}",
         )
     height, width = (0, 0) if pixels is None else pixels.shape[:2]
-    return Picture(File(file.path, now.st_size, _mtime(now)), content, pixels, width, height)
+    return DecodedImage(File(file.path, now.st_size, _mtime(now)), content, pixels, width, height)
 
 
 def _mtime(status: os.stat_result) -> int:

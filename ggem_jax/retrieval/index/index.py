@@ -1,14 +1,14 @@
-"""An index of pictures on disk: for each picture under a root folder its path and its descriptor, a
+"""An index of images on disk: for each image under a root folder its path and its descriptor, a
 vector `(dim,)`.
 
 `build`, `add` and `remove` write; whatever happens to them, the index opens as it was before or as
 it is after. There is one writer at a time, a second one is refused, and readers go on with what
 they opened. `Index.open` reads, `verify` looks for damage.
 
-Who extracts is an argument: `extract(pictures)` takes an iterable of pictures, `(height, width, 3)`
+Who extracts is an argument: `extract(images)` takes an iterable of images, `(height, width, 3)`
 uint8 arrays of any sizes, and gives an iterable of vectors `(dim,)` in the same order. It may take
-several pictures before it gives the first vector. Pictures are decoded in threads meanwhile. An
-`UnreadableImage` in the place of a vector skips that picture. `settings` is a dictionary of JSON
+several images before it gives the first vector. Images are decoded in threads meanwhile. An
+`UnreadableImage` in the place of a vector skips that image. `settings` is a dictionary of JSON
 values that says how vectors are made: the model, a digest of its weights, the pooling. Vectors of
 different settings never meet in one index.
 
@@ -34,7 +34,7 @@ from ggem_jax.retrieval.index.store import (
     IndexRefused,
     as_json,
     facts_of,
-    mapped_or_refused,
+    map_or_refuse,
     mend,
     read_facts,
     reading,
@@ -45,10 +45,10 @@ from ggem_jax.retrieval.index.writing import (
     Extract,
     OnProgress,
     Report,
-    locked,
+    locking,
     publish,
+    reporting_failures,
     update,
-    written,
 )
 
 if TYPE_CHECKING:
@@ -115,10 +115,10 @@ class Vectors:
 
 @dataclass(frozen=True)
 class Index:
-    """An index as it was when it was opened: id i is the picture `root / paths[i]`, and row i of
+    """An index as it was when it was opened: id i is the image `root / paths[i]`, and row i of
     `vectors()`.
 
-    Ids run from 0 in an order that adding and changing pictures keeps; removing some closes the
+    Ids run from 0 in an order that adding and changing images keeps; removing some closes the
     gaps.
     """
 
@@ -263,7 +263,7 @@ class Index:
                 ):
                     raise ValueError("its entries have been altered")
             try:
-                shards = [mapped_or_refused(folder, shard, facts) for shard in facts.shards]
+                shards = [map_or_refuse(folder, shard, facts) for shard in facts.shards]
             except FileNotFoundError as error:
                 if facts == before:
                     raise Damaged(mend(folder, Path(error.filename).name, "is missing")) from None
@@ -285,17 +285,17 @@ def build(
     workers: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Report:
-    """Builds the index `path` of all pictures in the tree `folder`. Where it is there already, it
+    """Builds the index `path` of all images in the tree `folder`. Where it is there already, it
     is brought up to date with the folder.
 
     The index is there once the build is complete. An interrupted build is taken up by the same
-    call, which extracts at most the last `COMMIT_ROWS` pictures or `COMMIT_SECONDS` again. A path
+    call, which extracts at most the last `COMMIT_ROWS` images or `COMMIT_SECONDS` again. A path
     that is something else is refused, never overwritten. Hidden files and folders are left out.
     """
     if dtype not in DTYPES:
         raise IndexRefused(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     wanted = Facts(as_json(settings), dtype, str(_existing(folder)))
-    with locked(Path(path), new=True):
+    with locking(Path(path), new=True):
         if (Path(path) / INDEX).exists():
             refuse_other_build(Path(path), facts_of(Path(path)), wanted)
         return update(
@@ -325,13 +325,13 @@ def add(
     """Adds what is new or has changed under the root folder, or in its sub-folder `folder` alone.
 
     A file of the same size and time is taken to be unchanged; of others the content is compared,
-    and one that is known, moved or copied, is not extracted again. A picture that has become
-    unreadable keeps its entry. `root` says where the pictures have been moved to. `prune` drops
+    and one that is known, moved or copied, is not extracted again. An image that has become
+    unreadable keeps its entry. `root` says where the images have been moved to. `prune` drops
     entries whose files are gone, `repair` extracts again what is damaged. An interrupted call is
     taken up by the next one, as in `build`.
     """
     path = Path(path)
-    with locked(path):
+    with locking(path):
         facts = facts_of(path)
         refuse_other_settings(path, facts.settings, settings)
         wanted = replace(facts, root=str(_existing(facts.root if root is None else root)))
@@ -352,12 +352,12 @@ def add(
 
 def remove(path: Path | str, patterns: Iterable[str]) -> Report:
     """Removes entries by path, folder or glob (`*` crosses folders), relative to the root or
-    absolute; the pictures stay, and `add` finds them again.
+    absolute; the images stay, and `add` finds them again.
 
     A pattern that matches nothing is refused, and then nothing is removed.
     """
     path, removed = Path(path), dict[str, None]()
-    with locked(path):
+    with locking(path):
         with reading(path) as database:
             facts = read_facts(database, path / INDEX)
             paths = [
@@ -378,11 +378,11 @@ def remove(path: Path | str, patterns: Iterable[str]) -> Report:
             ]
             if not matching:
                 raise IndexRefused(
-                    f"{shown(pattern)} matches no picture of {path} (paths are relative to"
+                    f"{shown(pattern)} matches no image of {path} (paths are relative to"
                     f" {facts.root}): nothing was removed"
                 )
             removed |= dict.fromkeys(matching)
-        with written(path):
+        with reporting_failures(path):
             publish(path, facts, [], [os.fsencode(name) for name in removed], set())
     return Report(removed=len(removed), unchanged=len(paths) - len(removed))
 
@@ -413,7 +413,7 @@ def info(path: Path | str) -> dict[str, Any]:
 
 def _existing(folder: Path | str) -> Path:
     if not os.path.isdir(folder):
-        raise IndexRefused(f"{folder} is not a folder: name the one that holds the pictures")
+        raise IndexRefused(f"{folder} is not a folder: name the one that holds the images")
     return Path(os.path.abspath(folder))
 
 

@@ -101,8 +101,9 @@ def search_index(
     if isinstance(each, np.ndarray):
         vectors = _check_vectors(each, index.dim, boxes)
     else:
-        files = {"weights": weights, "whitening": whitening}
-        vectors = query_vectors(index, each, boxes, use_stored=use_stored, **files)
+        vectors = query_vectors(
+            index, each, boxes, weights=weights, whitening=whitening, use_stored=use_stored
+        )
     before, after = method.search(vectors, index.vectors(), depth=method.depth(k))
     ids, scores = after[1][:, :k], after[0][:, :k]
     ranks_before, scores_before = _find_before(ids, before)

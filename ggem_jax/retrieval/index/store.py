@@ -57,7 +57,7 @@ class Damaged(IndexRefused):
 
 
 class Entry(NamedTuple):
-    """A picture of the index; `row` of `shard` is its vector, which pictures with the same content
+    """An image of the index; `row` of `shard` is its vector, which images with the same content
     share. `content` is the hash of the file.
     """
 
@@ -111,7 +111,7 @@ def reading(folder: Path) -> Iterator[sqlite3.Connection]:
             )
         with (
             _damage_in_one_sentence(file),
-            contextlib.closing(connected(file, "mode=ro&immutable=1")) as database,
+            contextlib.closing(connect(file, "mode=ro&immutable=1")) as database,
         ):
             yield database
     except OSError as error:
@@ -122,7 +122,7 @@ def writable(file: Path) -> sqlite3.Connection:
     """Opens a SQLite file of a writer, with its tables; transactions are explicit and on disk when
     they are committed.
     """
-    database = connected(file, "mode=rwc")
+    database = connect(file, "mode=rwc")
     database.execute("PRAGMA synchronous=FULL")
     if not database.execute("PRAGMA application_id").fetchone()[0]:
         database.executescript(
@@ -132,7 +132,7 @@ def writable(file: Path) -> sqlite3.Connection:
     return database
 
 
-def connected(file: Path, mode: str) -> sqlite3.Connection:
+def connect(file: Path, mode: str) -> sqlite3.Connection:
     return sqlite3.connect(
         f"file:{quote(os.fsencode(file.absolute()))}?{mode}", uri=True, isolation_level=None
     )
@@ -252,7 +252,7 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def mapped(folder: Path, shard: int, facts: Facts) -> np.ndarray:
+def map_shard(folder: Path, shard: int, facts: Facts) -> np.ndarray:
     """The vectors of a shard, `(rows, dim)`, mapped. Raises `Damaged`, whose text is what is wrong
     with the file, and `FileNotFoundError`.
     """
@@ -318,7 +318,7 @@ def flaws(
         if entry.shard != current:
             current, trouble = entry.shard, ""
             try:
-                vectors = mapped(folder, current, facts)
+                vectors = map_shard(folder, current, facts)
             except FileNotFoundError:
                 trouble = "is missing"
             except (OSError, Damaged) as error:
@@ -334,24 +334,24 @@ def flaws(
 
 
 def some(paths: list[str]) -> str:
-    """`3 pictures (a.jpg, b.jpg, c.jpg)`, with at most five names."""
+    """`3 images (a.jpg, b.jpg, c.jpg)`, with at most five names."""
     names = ", ".join(map(shown, sorted(paths)[:5])) + (
         f" and {len(paths) - 5} more" if len(paths) > 5 else ""
     )
-    return f"{len(paths)} picture{'s' if len(paths) != 1 else ''} ({names})"
+    return f"{len(paths)} image{'s' if len(paths) != 1 else ''} ({names})"
 
 
 def mend(folder: Path, file: str, what: str, paths: list[str] | None = None) -> str:
     concerned = f": {some(paths)} cannot be found by it" if paths else ""
     return (
         f"{folder / file} {what}{concerned}; put a copy of the file in its place, or add with"
-        " repair, which extracts such pictures again"
+        " repair, which extracts such images again"
     )
 
 
-def mapped_or_refused(folder: Path, shard: int, facts: Facts) -> np.ndarray:
+def map_or_refuse(folder: Path, shard: int, facts: Facts) -> np.ndarray:
     try:
-        return mapped(folder, shard, facts)
+        return map_shard(folder, shard, facts)
     except Damaged as error:
         raise Damaged(mend(folder, shard_file(folder, shard).name, str(error))) from None
     except FileNotFoundError:

@@ -5,7 +5,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ggem_jax.retrieval.index.folder import hashed
+from ggem_jax.retrieval.index.folder import hash_content
 from ggem_jax.retrieval.index.store import (
     INDEX,
     LOCK,
@@ -37,7 +37,7 @@ class Verdict(NamedTuple):
 
 def verify(path: Path | str, *, deep: bool = False) -> Verdict:
     """Compares SQLite's structure, every entry and every vector with their checksums; `deep` also
-    reads every picture and compares its content.
+    reads every image and compares its content.
 
     Raises `IndexRefused` where there is no index or a newer one. Readers and writers may go on
     meanwhile.
@@ -100,14 +100,14 @@ def _notes(folder: Path, facts: Facts, found: list[tuple[str, bytes]] | None) ->
             f"{folder} holds {len(ours)} files of a writer that is at work or was interrupted"
             f" ({ours[0]}): the next one uses or removes them"
         )
-    return notes + (_changed_pictures(Path(facts.root), found) if found is not None else [])
+    return notes + (_changed_images(Path(facts.root), found) if found is not None else [])
 
 
-def _changed_pictures(root: Path, found: list[tuple[str, bytes]]) -> list[str]:
+def _changed_images(root: Path, found: list[tuple[str, bytes]]) -> list[str]:
     gone, other = [], []
     for name, content in found:
         try:
-            if hashed((root / name).read_bytes()) != content:
+            if hash_content((root / name).read_bytes()) != content:
                 other.append(name)
         except OSError:
             gone.append(name)
@@ -120,7 +120,7 @@ def _changed_pictures(root: Path, found: list[tuple[str, bytes]]) -> list[str]:
         else []
     )
     return notes + (
-        [f"{some(gone)} cannot be read under {root}: add with prune drops pictures that are gone"]
+        [f"{some(gone)} cannot be read under {root}: add with prune drops images that are gone"]
         if gone
         else []
     )

@@ -20,7 +20,15 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ggem_jax.files.images import EXTENSIONS, RGB, UnreadableImage
-from ggem_jax.retrieval.index.folder import File, Listing, Picture, Skipped, decoded, shown, walk
+from ggem_jax.retrieval.index.folder import (
+    DecodedImage,
+    File,
+    Listing,
+    Skipped,
+    decode,
+    shown,
+    walk,
+)
 from ggem_jax.retrieval.index.store import (
     COLUMNS,
     INDEX,
@@ -32,15 +40,15 @@ from ggem_jax.retrieval.index.store import (
     Entry,
     Facts,
     IndexRefused,
-    connected,
+    connect,
     facts_of,
     flaws,
     holds_shards,
     index_is_missing,
     is_shard,
     is_unfinished,
-    mapped,
-    mapped_or_refused,
+    map_or_refuse,
+    map_shard,
     mend,
     read_facts,
     refuse_other_build,
@@ -52,7 +60,7 @@ from ggem_jax.retrieval.index.store import (
 )
 
 Extract = Callable[[Iterator[RGB]], Iterable[np.ndarray | UnreadableImage]]
-OnProgress = Callable[[int, int], None]  # pictures done, pictures in all
+OnProgress = Callable[[int, int], None]  # images done, images in all
 
 COMMIT_ROWS, COMMIT_SECONDS = 1024, 30.0  # what a killed writer has to extract again, at most
 SHARD_BYTES = 1 << 28  # of a shard, at most: a reader of 16 GiB of vectors maps 64 files
@@ -62,7 +70,7 @@ _ROWS_COPIED = 4096
 
 @dataclass(frozen=True)
 class Report:
-    """What a writer did, in pictures. `reused` of the added and updated ones had a content whose
+    """What a writer did, in images. `reused` of the added and updated ones had a content whose
     vector was there: they had been moved or copied.
     """
 
@@ -87,20 +95,20 @@ COUNTS = ("added", "updated", "unchanged", "reused", "removed")
 
 
 @contextlib.contextmanager
-def written(folder: Path) -> Iterator[None]:
+def reporting_failures(folder: Path) -> Iterator[None]:
     """Tells a failure to write in one sentence."""
     try:
         yield
     except (OSError, sqlite3.Error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise IndexRefused(
-            f"{folder} could not be written: {reason} (it is as it was before, and the same call"
-            " goes on from there)"
+            f"{folder} could not be written: {reason}; the index is unchanged, and the same call"
+            " resumes"
         ) from error
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
+def locking(folder: Path, *, new: bool = False) -> Iterator[None]:
     """Keeps other writers out, and removes what nobody needs: what a killed writer left, then what
     was half written or has been replaced.
     """
@@ -112,7 +120,7 @@ def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
             f"{folder} exists and is not an index: choose another path, nothing is overwritten"
         )
     with contextlib.ExitStack() as stack:
-        with written(folder):
+        with reporting_failures(folder):
             if new:
                 folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_lock(folder))
@@ -153,7 +161,7 @@ def _tidy(folder: Path) -> None:
     cannot be used.
 
     Where there is no index, shards are those of a build that goes on only if its pending file says
-    so: it counts no picture of an index. Other shards belong to an index whose SQLite file has been
+    so: it counts no image of an index. Other shards belong to an index whose SQLite file has been
     lost, and are refused.
     """
     ours, unusable = (folder / INDEX).exists(), False
@@ -208,26 +216,26 @@ def update(
     workers: int | None,
     on_progress: OnProgress | None,
 ) -> Report:
-    """Brings the index in line with the pictures under `wanted.root / start`. The lock is held."""
+    """Brings the index in line with the images under `wanted.root / start`. The lock is held."""
     listing, new = walk(Path(wanted.root), start, apart=folder), not (folder / INDEX).exists()
     if not listing.files:
         first = f" ({listing.skipped[0].why})" if listing.skipped else ""
         raise IndexRefused(
-            f"there is no picture ({' '.join(EXTENSIONS)}) in {Path(wanted.root) / start}{first}:"
+            f"there is no image ({' '.join(EXTENSIONS)}) in {Path(wanted.root) / start}{first}:"
             " is it the right folder, and is its disk there?"
         )
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_read(folder))
+        stack.enter_context(_reporting_damage(folder))
         committed, lost = None, set[int]()
         if not new:
             committed = stack.enter_context(
-                contextlib.closing(connected(folder / INDEX, "mode=ro&immutable=1"))
+                contextlib.closing(connect(folder / INDEX, "mode=ro&immutable=1"))
             )
             wanted = replace(read_facts(committed, folder / INDEX), root=wanted.root)
             lost = _lost(committed, folder, wanted) if repair else set()
             if not repair:
                 _refuse_lost_shards(folder, wanted)
-        with written(folder):
+        with reporting_failures(folder):
             _refuse_other_pending(folder, wanted, new=new)
             pending = stack.enter_context(contextlib.closing(writable(folder / PENDING)))
             if not pending.execute("SELECT 1 FROM facts").fetchone():
@@ -241,13 +249,15 @@ def update(
         report = work.run(listing, extract, workers or min(4, os.cpu_count() or 1), on_progress)
         if new and not work.chosen:
             raise IndexRefused(
-                f"none of the {len(listing.files)} pictures in {wanted.root} could be indexed:"
+                f"none of the {len(listing.files)} images in {wanted.root} could be indexed:"
                 f" {report.skipped[0].why}"
             )
-        gone = work.gone(listing, start) if prune else []
-        report = replace(report, removed=len(gone), skipped=report.skipped + work.dropped(gone))
+        gone = work.find_gone(listing, start) if prune else []
+        report = replace(
+            report, removed=len(gone), skipped=report.skipped + work.find_dropped(gone)
+        )
         changes = new or bool(work.chosen or gone or lost) or facts_of(folder).root != wanted.root
-    with written(folder):
+    with reporting_failures(folder):
         if changes:
             publish(folder, work.facts, [path for _, path in sorted(work.chosen)], gone, lost)
         _drop_pending(folder)
@@ -255,7 +265,7 @@ def update(
 
 
 @contextlib.contextmanager
-def _read(folder: Path) -> Iterator[None]:
+def _reporting_damage(folder: Path) -> Iterator[None]:
     """Tells that SQLite cannot read its file in one sentence; errors of the extractor pass."""
     try:
         yield
@@ -282,7 +292,7 @@ def _lost(committed: sqlite3.Connection, folder: Path, facts: Facts) -> set[int]
 def _refuse_lost_shards(folder: Path, facts: Facts) -> None:
     for shard in facts.shards:
         try:
-            mapped_or_refused(folder, shard, facts)
+            map_or_refuse(folder, shard, facts)
         except FileNotFoundError:
             raise Damaged(mend(folder, shard_file(folder, shard).name, "is missing")) from None
 
@@ -305,10 +315,10 @@ def _refuse_other_pending(folder: Path, wanted: Facts, *, new: bool) -> None:
 
 
 class _Place(NamedTuple):
-    """A picture and its place in the listing."""
+    """An image and its place in the listing."""
 
     number: int
-    picture: Picture
+    image: DecodedImage
 
 
 class _Work:
@@ -344,7 +354,7 @@ class _Work:
         }
         self.chosen: list[tuple[int, bytes]] = []
         self.waiting: deque[_Place] = deque()  # at the extractor
-        self.copies: list[_Place] = []  # of pictures that are known, or at the extractor
+        self.copies: list[_Place] = []  # of images that are known, or at the extractor
         self.batch: list[tuple[_Place, np.ndarray]] = []
         self.skipped: list[Skipped] = []
         self.exhausted, self.reused, self.last_commit = False, 0, time.monotonic()
@@ -364,7 +374,7 @@ class _Work:
             else:
                 unread.append((number, file))
         self.settled, total = len(listing.files) - len(unread), len(listing.files)
-        stream = self._pictures(Path(self.facts.root), unread, workers)
+        stream = self._images(Path(self.facts.root), unread, workers)
         try:
             _tell(on_progress, self.settled, total)
             for vector in extract(stream):
@@ -372,7 +382,7 @@ class _Work:
                 _tell(on_progress, self.settled, total)
             if self.waiting or not self.exhausted:
                 raise IndexRefused(
-                    "the extractor must give a vector for each picture, and stopped"
+                    "the extractor must give a vector for each image, and stopped"
                     f" {len(self.waiting)} short of what it took"
                 )
         except BaseException:
@@ -384,15 +394,15 @@ class _Work:
         self._flush()
         self.skipped += [
             Skipped(
-                copy.picture.file.path,
-                f"{shown(copy.picture.file.path)} has the content of a picture that was skipped",
+                copy.image.file.path,
+                f"{shown(copy.image.file.path)} has the content of an image that was skipped",
             )
             for copy in self.copies
         ]
         _tell(on_progress, total, total)
         return self._report(unchanged)
 
-    def gone(self, listing: Listing, start: str) -> list[bytes]:
+    def find_gone(self, listing: Listing, start: str) -> list[bytes]:
         """The entries whose files are no longer there; not those in or under what could not be
         read.
         """
@@ -410,7 +420,7 @@ class _Work:
             if name.startswith(prefix) and name not in there and not kept & {b"", *_upwards(name)}
         ]
 
-    def dropped(self, gone: list[bytes]) -> list[Skipped]:
+    def find_dropped(self, gone: list[bytes]) -> list[Skipped]:
         """Damaged entries that could not be made anew."""
         replaced = {name for _, name in self.chosen} | set(gone)
         names = (
@@ -429,20 +439,20 @@ class _Work:
         return [
             Skipped(
                 path,
-                f"the entry of {shown(path)} was damaged, its picture could not be read, and it was"
+                f"the entry of {shown(path)} was damaged, its image could not be read, and it was"
                 " dropped",
             )
             for path in sorted(paths)
         ]
 
-    def _pictures(
+    def _images(
         self, root: Path, unread: list[tuple[int, File]], workers: int
     ) -> Generator[RGB, None, None]:
         """What the extractor reads; nothing here speaks with SQLite, whose connections belong to
         one thread.
         """
         numbers = iter(unread)
-        for found in decoded(root, (file for _, file in unread), self.known, workers=workers):
+        for found in decode(root, (file for _, file in unread), self.known, workers=workers):
             number = next(numbers)[0]
             if isinstance(found, Skipped):
                 self._skip(found)
@@ -462,11 +472,10 @@ class _Work:
     def _take(self, vector: np.ndarray | UnreadableImage) -> None:
         if not self.waiting:
             raise IndexRefused(
-                "the extractor must give a vector for each picture, and gave more than it took"
-                " pictures"
+                "the extractor must give a vector for each image, and gave more than it took images"
             )
         place = self.waiting.popleft()
-        path = place.picture.file.path
+        path = place.image.file.path
         if isinstance(vector, UnreadableImage):
             return self._skip(
                 Skipped(path, f"{shown(path)} cannot be described: {' '.join(str(vector).split())}")
@@ -504,7 +513,7 @@ class _Work:
         """
         facts, shard = self.facts, secrets.randbits(47)
         entries = []
-        with written(self.folder):
+        with reporting_failures(self.folder):
             try:
                 if self.batch:
                     rows = np.stack([vector for _, vector in self.batch])
@@ -541,10 +550,10 @@ class _Work:
         self.pending.executemany(PUT, [(*entry, entry.crc32()) for _, entry in entries])
 
     def _placed_copies(self) -> tuple[list[tuple[_Place, Entry]], list[_Place]]:
-        """Entries for the pictures whose content has a vector by now, and the rest."""
+        """Entries for the images whose content has a vector by now, and the rest."""
         copies, left = [], []
         for place in self.copies:
-            entry = self._of_content(place.picture.content)
+            entry = self._of_content(place.image.content)
             if entry is None:
                 left.append(place)
             else:
@@ -604,12 +613,12 @@ def _tell(on_progress: OnProgress | None, done: int, total: int) -> None:
 
 
 def _named(place: _Place) -> tuple[bytes, int, int, bytes]:
-    file = place.picture.file
-    return os.fsencode(file.path), file.size, file.mtime_ns, place.picture.content
+    file = place.image.file
+    return os.fsencode(file.path), file.size, file.mtime_ns, place.image.content
 
 
 def _size(place: _Place) -> tuple[int, int]:
-    return place.picture.width, place.picture.height
+    return place.image.width, place.image.height
 
 
 def _upwards(name: bytes) -> Iterator[bytes]:
@@ -687,13 +696,13 @@ def _compacted(database: sqlite3.Connection, folder: Path, facts: Facts) -> dict
 
 def _is_sound(folder: Path, shard: int, facts: Facts) -> bool:
     try:
-        return len(mapped(folder, shard, facts)) > 0
+        return len(map_shard(folder, shard, facts)) > 0
     except (Damaged, FileNotFoundError):
         return False
 
 
 def _gathered(folder: Path, rows: list[tuple[int, int]], facts: Facts) -> Iterator[np.ndarray]:
     """The vectors of `(shard, row)` pairs, in blocks, with few files open at a time."""
-    opened = lru_cache(4)(lambda shard: mapped(folder, shard, facts))
+    opened = lru_cache(4)(lambda shard: map_shard(folder, shard, facts))
     for start in range(0, len(rows), _ROWS_COPIED):
         yield np.stack([opened(shard)[row] for shard, row in rows[start : start + _ROWS_COPIED]])
