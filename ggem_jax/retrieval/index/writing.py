@@ -3,7 +3,6 @@ by batch; `publish` makes it visible at once.
 """
 
 import contextlib
-import fcntl
 import os
 import secrets
 import shutil
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from ggem_jax.files.images import EXTENSIONS, RGB, UnreadableImage
 from ggem_jax.retrieval.index.folder import (
@@ -140,20 +140,23 @@ def locking(folder: Path, *, new: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    while True:
-        with (folder / LOCK).open("a") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise IndexRefused(
-                    f"another process is writing to {folder}: wait until it has finished (searches"
-                    " may go on)"
-                ) from None
-            if (folder / LOCK).exists() and os.path.samestat(
-                (folder / LOCK).stat(), os.fstat(handle.fileno())
-            ):
-                yield
-                return
+    """Held with flock: the operating system releases it however the process ends.
+
+    The short timeout is for a lock file that its owner removes between our opening and locking it.
+    A soft lock, which a killed process would leave behind, is never used in its place.
+    """
+    lock = FileLock(folder / LOCK, timeout=0.2, poll_interval=0.02, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise IndexRefused(
+            f"another process is writing to {folder}: wait until it has finished (searches may go"
+            " on)"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _tidy(folder: Path) -> None:
