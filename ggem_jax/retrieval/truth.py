@@ -1,9 +1,9 @@
 """Ground truth of one's own: a CSV file of queries and what each should find. Loads no JAX.
 
-The columns are `query` and `relevant`, and where they are needed `ignored` (images that are
-neither right nor wrong) and `x1`, `y1`, `x2`, `y2` (the part of the query's image that is meant,
-in pixels). A row holds one pair, or several images separated by `;`; the rows of one query and
-box are put together. Paths are relative to the CSV file, or to a root that is given.
+The columns are `query` and `relevant`, and optionally `ignored` (images that are neither right nor
+wrong) and `x1`, `y1`, `x2`, `y2` (the box that a query is cropped to, in pixels). A row holds one
+pair, or several images separated by `;`; the rows of one query and box are put together. Paths are
+relative to the CSV file, or to a given root.
 """
 
 import csv
@@ -24,7 +24,7 @@ Box = tuple[float, float, float, float]
 
 
 class Query(NamedTuple):
-    """A query and its lists; images by path."""
+    """A query and its lists of paths."""
 
     path: Path
     box: Box | None
@@ -33,8 +33,14 @@ class Query(NamedTuple):
 
 
 def read_truth(path: str | Path, *, root: str | Path | None = None) -> list[Query]:
-    """The queries in the order of their first rows. No image is looked at. Raises `ValueError`
-    with the line that is wrong.
+    """Returns the queries in the order of their first rows. No image is read.
+
+    Args:
+        path: the CSV file, in UTF-8.
+        root: folder that paths are relative to; None: that of the file.
+
+    Raises:
+        ValueError: the file cannot be read, or a line is wrong; the message names it.
     """
     path = Path(path)
     root = path.parent if root is None else Path(root)
@@ -61,10 +67,16 @@ def read_truth(path: str | Path, *, root: str | Path | None = None) -> list[Quer
 
 
 def to_relevance(queries: Sequence[Query], database: Iterable[Path]) -> list[Relevance]:
-    """What each query should find, as places in the database; its own image is ignored where it
-    is not listed as relevant.
+    """Returns the relevant and ignored rows of the database for each query.
 
-    Raises `ValueError` for a listed image that is not in the database.
+    The query's own image is ignored where it is not listed as relevant.
+
+    Args:
+        queries: as `read_truth` returns them.
+        database: path of each row.
+
+    Raises:
+        ValueError: a listed image is not in the database.
     """
     place = {_plain(path): i for i, path in enumerate(database)}
 

@@ -1,18 +1,17 @@
-"""An index of images on disk: for each image under a root folder its path and its descriptor, a
-vector `(dim,)`.
+"""An index of images on disk: the path and the vector `(dim,)` of each image under a root folder.
 
-`build`, `add` and `remove` write; whatever happens to them, the index opens as it was before or as
-it is after. There is one writer at a time, a second one is refused, and readers go on with what
-they opened. `Index.open` reads, `verify` looks for damage.
+`build`, `add` and `remove` write. Whatever interrupts them, the index then opens as it was before
+or as it is after. A second writer is refused; readers keep what they opened. `Index.open` reads.
 
-Who extracts is an argument: `extract(images)` takes an iterable of images, `(height, width, 3)`
+The extractor is an argument: `extract(images)` takes an iterable of images, `(height, width, 3)`
 uint8 arrays of any sizes, and gives an iterable of vectors `(dim,)` in the same order. It may take
-several images before it gives the first vector. Images are decoded in threads meanwhile. An
-`UnreadableImage` in the place of a vector skips that image. `settings` is a dictionary of JSON
-values that says how vectors are made: the model, a digest of its weights, the pooling. Vectors of
-different settings never meet in one index.
+several images before it gives the first vector; images are decoded in threads meanwhile. An
+`UnreadableImage` in place of a vector skips that image. `settings` is a dictionary of JSON values
+that says how vectors are made: the model, a digest of its weights, the pooling. An index holds
+vectors of one kind of settings only. `ggem_jax.retrieval.index.describing` has the same calls with
+our own extractor.
 
-Errors: `IndexRefused`, a `ValueError`, with one sentence.
+Errors are `IndexRefused`, a `ValueError`, with one sentence.
 """
 
 import os
@@ -58,9 +57,7 @@ if TYPE_CHECKING:
 
 
 class Vectors:
-    """The vectors of an index as an array `(n, dim)` on disk, read-only, in the order of
-    `Index.paths`.
-    """
+    """The vectors of an index, `(n, dim)` on disk, read-only, in the order of `Index.paths`."""
 
     def __init__(
         self,
@@ -77,7 +74,7 @@ class Vectors:
         return self.shape[0]
 
     def take(self, ids: Int[np.ndarray, " m"]) -> Float[np.ndarray, "m d"]:
-        """The vectors of some ids, in memory, in the dtype of the index."""
+        """Returns the vectors `(m, dim)` of ids `(m,)` in memory, in the dtype of the index."""
         ids = np.asarray(ids)
         if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or ids.size == 0):
             raise IndexRefused(
@@ -95,8 +92,9 @@ class Vectors:
         return taken
 
     def blocks(self, rows: int) -> Iterator[tuple[int, Float[np.ndarray, "m d"]]]:
-        """Goes through all vectors: the id of the first, and `rows` vectors (fewer in the last
-        block), mapped where they lie together on disk.
+        """Yields all vectors in blocks: the id of the first, and the vectors `(rows, dim)`.
+
+        The last block may be shorter. Vectors that lie together on disk are mapped.
         """
         if rows < 1:
             raise IndexRefused(f"a block must have at least one row, not {rows}")
@@ -115,19 +113,18 @@ class Vectors:
 
 @dataclass(frozen=True)
 class Index:
-    """An index as it was when it was opened: id i is the image `root / paths[i]`, and row i of
-    `vectors()`.
+    """An index as it was when it was opened.
 
-    Ids run from 0 in an order that adding and changing images keeps; removing some closes the
-    gaps.
+    Id i is the image `root / paths[i]` and row i of `vectors()`. Adding and changing images keeps
+    the order of the ids; removing images closes the gaps.
     """
 
-    folder: Path
-    root: Path
-    paths: list[str]
-    settings: dict[str, Any]
-    dim: int
-    dtype: str
+    folder: Path  # of the index
+    root: Path  # of the images
+    paths: list[str]  # relative to the root
+    settings: dict[str, Any]  # how vectors are made
+    dim: int  # numbers in a vector
+    dtype: str  # of the vectors on disk
     _vectors: Vectors = field(repr=False)
 
     def __len__(self) -> int:
@@ -237,8 +234,14 @@ class Index:
 
     @classmethod
     def open(cls, path: Path | str, settings: dict[str, Any] | None = None) -> "Index":
-        """Opens an index for reading, without a lock. Raises `IndexRefused` where it is none,
-        damaged, newer, or made with other `settings`.
+        """Returns an index opened for reading, without a lock.
+
+        Args:
+            path: folder of the index.
+            settings: those that it must have been made with; None takes any.
+
+        Raises:
+            IndexRefused: it is no index, damaged, of a newer version, or of other settings.
         """
         folder, before = Path(path), None
         while True:
@@ -285,12 +288,25 @@ def build(
     workers: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Report:
-    """Builds the index `path` of all images in the tree `folder`. Where it is there already, it
-    is brought up to date with the folder.
+    """Builds an index of all images in a folder tree, or brings an existing one up to date.
 
-    The index is there once the build is complete. An interrupted build is taken up by the same
-    call, which extracts at most the last `COMMIT_ROWS` images or `COMMIT_SECONDS` again. A path
-    that is something else is refused, never overwritten. Hidden files and folders are left out.
+    The index appears once the build is complete. After an interruption the same call resumes, and
+    extracts at most the last `COMMIT_ROWS` images or `COMMIT_SECONDS` again.
+
+    Args:
+        folder: of the images; hidden files and folders are left out.
+        path: folder of the index. Anything else that stands there is refused, never overwritten.
+        extract: as in the module's docstring.
+        settings: JSON values that say how vectors are made.
+        dtype: of the vectors on disk, "float16" or "float32".
+        workers: threads that read images; None: one a core, at most 4.
+        on_progress: is called with the images done and the images in all.
+
+    Returns:
+        Numbers of images that were added, updated, left alone and skipped.
+
+    Raises:
+        IndexRefused: the folder, the path or the settings are not what they should be.
     """
     if dtype not in DTYPES:
         raise IndexRefused(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
@@ -322,13 +338,27 @@ def add(
     workers: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Report:
-    """Adds what is new or has changed under the root folder, or in its sub-folder `folder` alone.
+    """Adds images that are new or have changed.
 
-    A file of the same size and time is taken to be unchanged; of others the content is compared,
-    and one that is known, moved or copied, is not extracted again. An image that has become
-    unreadable keeps its entry. `root` says where the images have been moved to. `prune` drops
-    entries whose files are gone, `repair` extracts again what is damaged. An interrupted call is
-    taken up by the next one, as in `build`.
+    A file of the same size and time counts as unchanged. The content of others is compared: known
+    contents, moved or copied, are not extracted again. An image that has become unreadable keeps
+    its entry. After an interruption the next call resumes, as in `build`.
+
+    Args:
+        path: folder of the index.
+        extract: as in the module's docstring.
+        settings: those that the index was made with.
+        folder: a folder inside the root; None is the root itself.
+        root: where the images have been moved to; None: where they were.
+        prune: drops the entries whose files are gone.
+        repair: extracts again what is damaged.
+        workers, on_progress: as in `build`.
+
+    Returns:
+        Numbers of images that were added, updated, removed, left alone and skipped.
+
+    Raises:
+        IndexRefused: there is no index, it is damaged, or it was made with other settings.
     """
     path = Path(path)
     with locking(path):
@@ -351,10 +381,17 @@ def add(
 
 
 def remove(path: Path | str, patterns: Iterable[str]) -> Report:
-    """Removes entries by path, folder or glob (`*` crosses folders), relative to the root or
-    absolute; the images stay, and `add` finds them again.
+    """Removes entries; the images stay, and `add` finds them again.
 
-    A pattern that matches nothing is refused, and then nothing is removed.
+    Args:
+        path: folder of the index.
+        patterns: paths, folders or globs (`*` crosses folders), relative to the root or absolute.
+
+    Returns:
+        Numbers of entries that were removed and left alone.
+
+    Raises:
+        IndexRefused: a pattern matches nothing; then nothing is removed.
     """
     path, removed = Path(path), dict[str, None]()
     with locking(path):
@@ -388,7 +425,7 @@ def remove(path: Path | str, patterns: Iterable[str]) -> Report:
 
 
 def info(path: Path | str) -> dict[str, Any]:
-    """What the index says of itself, as JSON values."""
+    """Returns what an index holds and how it was made, as JSON values."""
     folder = Path(path)
     with reading(folder) as database:
         facts = read_facts(database, folder / INDEX)

@@ -36,20 +36,24 @@ class Verdict(NamedTuple):
 
 
 def verify(path: Path | str, *, deep: bool = False) -> Verdict:
-    """Compares SQLite's structure, every entry and every vector with their checksums; `deep` also
-    reads every image and compares its content.
+    """Returns the damage of an index: SQLite's structure, entries and vectors are checked.
 
-    Raises `IndexRefused` where there is no index or a newer one. Readers and writers may go on
-    meanwhile.
+    Readers and writers may go on meanwhile.
+
+    Args:
+        path: folder of the index.
+        deep: also reads every image and compares its content.
+
+    Raises:
+        IndexRefused: there is no index, or it is of a newer version.
     """
     folder = Path(path)
     try:
         while True:
             before = facts_of(folder)
             damage, facts, found = _damage(folder)
-            if (
-                not damage or facts_of(folder) == before
-            ):  # otherwise a writer may have dropped what was missed
+            # where the facts differ, a writer may have dropped what was missed
+            if not damage or facts_of(folder) == before:
                 break
     except Damaged as error:
         return Verdict([str(error)], [])
@@ -59,9 +63,7 @@ def verify(path: Path | str, *, deep: bool = False) -> Verdict:
 
 
 def _damage(folder: Path) -> tuple[list[str], Facts | None, list[tuple[str, bytes]]]:
-    """What is wrong, and the facts, paths and contents of the index; no facts where SQLite's file
-    itself is damaged.
-    """
+    """The damage, and the facts, paths and contents; no facts where SQLite's file is damaged."""
     damage = list[str]()
     try:
         with reading(folder) as database:

@@ -1,5 +1,6 @@
-"""How an index is written: what is extracted gathers in new shards and in `pending.sqlite`, batch
-by batch; `publish` makes it visible at once.
+"""Writes an index: vectors gather in new shards and in `pending.sqlite`, batch by batch.
+
+`publish` then makes all of them visible at once.
 """
 
 import contextlib
@@ -70,15 +71,13 @@ _ROWS_COPIED = 4096
 
 @dataclass(frozen=True)
 class Report:
-    """What a writer did, in images. `reused` of the added and updated ones had a content whose
-    vector was there: they had been moved or copied.
-    """
+    """What a writer did, in images."""
 
     added: int = 0
     updated: int = 0
     unchanged: int = 0
     removed: int = 0
-    reused: int = 0
+    reused: int = 0  # of the added and updated ones: moved or copied, their vector was there
     skipped: list[Skipped] = field(default_factory=list)
     notes: tuple[str, ...] = ()  # what the user should know about the settings
 
@@ -96,7 +95,7 @@ COUNTS = ("added", "updated", "unchanged", "reused", "removed")
 
 @contextlib.contextmanager
 def reporting_failures(folder: Path) -> Iterator[None]:
-    """Tells a failure to write in one sentence."""
+    """Turns a failure to write into one sentence."""
     try:
         yield
     except (OSError, sqlite3.Error) as error:
@@ -109,8 +108,11 @@ def reporting_failures(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locking(folder: Path, *, new: bool = False) -> Iterator[None]:
-    """Keeps other writers out, and removes what nobody needs: what a killed writer left, then what
-    was half written or has been replaced.
+    """Keeps other writers out, and removes files that no index uses, before and after.
+
+    Args:
+        folder: of the index.
+        new: whether the folder may be made.
     """
     made = new and not folder.exists()
     if not new or (folder / INDEX).exists():
@@ -160,12 +162,10 @@ def _lock(folder: Path) -> Iterator[None]:
 
 
 def _tidy(folder: Path) -> None:
-    """Removes shards that neither the index nor the pending one names, and then a pending one that
-    cannot be used.
+    """Removes shards that neither SQLite file names, and a pending file that cannot be used.
 
-    Where there is no index, shards are those of a build that goes on only if its pending file says
-    so: it counts no image of an index. Other shards belong to an index whose SQLite file has been
-    lost, and are refused.
+    Without an index, shards belong to an unfinished build if its pending file counts no image of an
+    index. Other shards belong to an index whose SQLite file has been lost, and are refused.
     """
     ours, unusable = (folder / INDEX).exists(), False
     kept = set(facts_of(folder).shards) if ours else set()
@@ -219,7 +219,7 @@ def update(
     workers: int | None,
     on_progress: OnProgress | None,
 ) -> Report:
-    """Brings the index in line with the images under `wanted.root / start`. The lock is held."""
+    """Brings the index in line with the images under `wanted.root / start`, under the lock."""
     listing, new = walk(Path(wanted.root), start, apart=folder), not (folder / INDEX).exists()
     if not listing.files:
         first = f" ({listing.skipped[0].why})" if listing.skipped else ""
@@ -242,12 +242,8 @@ def update(
             _refuse_other_pending(folder, wanted, new=new)
             pending = stack.enter_context(contextlib.closing(writable(folder / PENDING)))
             if not pending.execute("SELECT 1 FROM facts").fetchone():
-                write_facts(
-                    pending,
-                    wanted,
-                    # before the first shard, which belongs to a build or to an index by what stands
-                    # here
-                )
+                # before the first shard: these facts say whether it belongs to a build or an index
+                write_facts(pending, wanted)
         work = _Work(folder, wanted, committed, pending, lost)
         report = work.run(listing, extract, workers or min(4, os.cpu_count() or 1), on_progress)
         if new and not work.chosen:
@@ -269,7 +265,7 @@ def update(
 
 @contextlib.contextmanager
 def _reporting_damage(folder: Path) -> Iterator[None]:
-    """Tells that SQLite cannot read its file in one sentence; errors of the extractor pass."""
+    """Turns damage of SQLite's file into one sentence; errors of the extractor pass."""
     try:
         yield
     except sqlite3.Error as error:
@@ -280,9 +276,7 @@ def _reporting_damage(folder: Path) -> Iterator[None]:
 
 
 def _lost(committed: sqlite3.Connection, folder: Path, facts: Facts) -> set[int]:
-    """The ids of entries that cannot be used. Where the very structure of SQLite's file is broken
-    there is no telling.
-    """
+    """The ids of entries that cannot be used. Raises where SQLite's own structure is broken."""
     problem = committed.execute("PRAGMA integrity_check(1)").fetchone()[0]
     if problem != "ok":
         raise Damaged(
@@ -301,9 +295,7 @@ def _refuse_lost_shards(folder: Path, facts: Facts) -> None:
 
 
 def _refuse_other_pending(folder: Path, wanted: Facts, *, new: bool) -> None:
-    """An interrupted build of other settings is not thrown away; an interrupted `add` of a root
-    that has moved is.
-    """
+    """Refuses an interrupted build of other settings; drops an `add` of another root."""
     if (folder / PENDING).exists():
         with contextlib.closing(writable(folder / PENDING)) as database:
             facts = read_facts(database, folder / PENDING)
@@ -325,8 +317,9 @@ class _Place(NamedTuple):
 
 
 class _Work:
-    """What one update has done so far: `chosen` are the entries, by place in the listing and path,
-    that `pending` holds for the index.
+    """What one update has done so far.
+
+    `chosen` are the entries that `pending` holds for the index, by place in the listing and path.
     """
 
     def __init__(
@@ -406,9 +399,7 @@ class _Work:
         return self._report(unchanged)
 
     def find_gone(self, listing: Listing, start: str) -> list[bytes]:
-        """The entries whose files are no longer there; not those in or under what could not be
-        read.
-        """
+        """The entries whose files are gone, without those under folders that could not be read."""
         there = {os.fsencode(file.path) for file in listing.files}
         kept = {os.fsencode(path) for path, _ in listing.skipped}
         prefix = os.fsencode(f"{start}/") if start else b""
@@ -424,7 +415,7 @@ class _Work:
         ]
 
     def find_dropped(self, gone: list[bytes]) -> list[Skipped]:
-        """Damaged entries that could not be made anew."""
+        """The damaged entries that could not be described again."""
         replaced = {name for _, name in self.chosen} | set(gone)
         names = (
             [
@@ -451,9 +442,7 @@ class _Work:
     def _images(
         self, root: Path, unread: list[tuple[int, File]], workers: int
     ) -> Generator[RGB, None, None]:
-        """What the extractor reads; nothing here speaks with SQLite, whose connections belong to
-        one thread.
-        """
+        """What the extractor reads. SQLite is left to the thread of its connections."""
         numbers = iter(unread)
         for found in decode(root, (file for _, file in unread), self.known, workers=workers):
             number = next(numbers)[0]
@@ -511,9 +500,7 @@ class _Work:
         return None
 
     def _flush(self) -> None:
-        """Puts the batch on disk, in a shard of its own, and its entries with those of known
-        contents in the pending file.
-        """
+        """Writes the batch as a shard, and its entries and those of known contents as pending."""
         facts, shard = self.facts, secrets.randbits(47)
         entries = []
         with reporting_failures(self.folder):
@@ -536,7 +523,7 @@ class _Work:
                     ]
                 self.pending.execute("BEGIN IMMEDIATE")
                 self._put(entries)
-                copies, left = self._placed_copies()
+                copies, left = self._place_copies()
                 self._put(copies)
                 write_facts(self.pending, facts)
                 self.pending.execute("COMMIT")
@@ -552,8 +539,8 @@ class _Work:
     def _put(self, entries: list[tuple[_Place, Entry]]) -> None:
         self.pending.executemany(PUT, [(*entry, entry.crc32()) for _, entry in entries])
 
-    def _placed_copies(self) -> tuple[list[tuple[_Place, Entry]], list[_Place]]:
-        """Entries for the images whose content has a vector by now, and the rest."""
+    def _place_copies(self) -> tuple[list[tuple[_Place, Entry]], list[_Place]]:
+        """The entries for images whose content has a vector by now, and the rest."""
         copies, left = [], []
         for place in self.copies:
             entry = self._of_content(place.image.content)
@@ -634,8 +621,14 @@ def _upwards(name: bytes) -> Iterator[bytes]:
 def publish(
     folder: Path, facts: Facts, chosen: list[bytes], gone: list[bytes], lost: set[int]
 ) -> None:
-    """Makes the next version of `index.sqlite`, with the chosen entries of `pending.sqlite`, and
-    puts it in the place of the one that is there.
+    """Replaces `index.sqlite` by its next version.
+
+    Args:
+        folder: of the index.
+        facts: of the next version; its shards and count are found here.
+        chosen: paths of the entries of `pending.sqlite` that are taken over.
+        gone: paths of the entries that are dropped.
+        lost: ids of the damaged entries, which are dropped.
     """
     following = folder / NEXT
     if (folder / INDEX).exists():
@@ -652,7 +645,7 @@ def publish(
                 database.executemany(
                     PUT, (pending.execute(query, (name,)).fetchone() for name in chosen)
                 )
-        shards = _compacted(database, folder, facts)
+        shards = _compact(database, folder, facts)
         count = database.execute("SELECT COUNT(*) FROM images").fetchone()[0]
         write_facts(database, replace(facts, shards=shards, count=count))
         database.execute("COMMIT")
@@ -662,9 +655,10 @@ def publish(
     sync(folder)
 
 
-def _compacted(database: sqlite3.Connection, folder: Path, facts: Facts) -> dict[int, int]:
-    """Drops shards without a row in use; writes those in use anew where more than half of all rows
-    are not, or where small shards are many.
+def _compact(database: sqlite3.Connection, folder: Path, facts: Facts) -> dict[int, int]:
+    """The shards without those that no entry uses.
+
+    They are written anew where more than half of all rows are unused, or small shards are many.
     """
     used = dict(database.execute("SELECT shard, COUNT(DISTINCT row) FROM images GROUP BY shard"))
     shards = {shard: rows for shard, rows in facts.shards.items() if shard in used}
@@ -687,7 +681,7 @@ def _compacted(database: sqlite3.Connection, folder: Path, facts: Facts) -> dict
     shards = {shard: shards[shard] for shard in shards if shard not in moving}
     for start in range(0, len(rows), capacity):
         part, shard = rows[start : start + capacity], secrets.randbits(47)
-        write_shard(shard_file(folder, shard), _gathered(folder, part, facts), len(part), facts)
+        write_shard(shard_file(folder, shard), _gather(folder, part, facts), len(part), facts)
         new |= {old: (shard, row) for row, old in enumerate(part)}
         shards[shard] = len(part)
     database.executemany(
@@ -704,7 +698,7 @@ def _is_sound(folder: Path, shard: int, facts: Facts) -> bool:
         return False
 
 
-def _gathered(folder: Path, rows: list[tuple[int, int]], facts: Facts) -> Iterator[np.ndarray]:
+def _gather(folder: Path, rows: list[tuple[int, int]], facts: Facts) -> Iterator[np.ndarray]:
     """The vectors of `(shard, row)` pairs, in blocks, with few files open at a time."""
     opened = lru_cache(4)(lambda shard: map_shard(folder, shard, facts))
     for start in range(0, len(rows), _ROWS_COPIED):
