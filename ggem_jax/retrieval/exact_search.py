@@ -30,25 +30,19 @@ from ggem_jax.retrieval.vectors import (
 
 Precision = Literal["float32", "bfloat16"]
 
-_BLOCK_BYTES = (
-    16 * 2**20
-    # of widened vectors and their scores: what stays in a cache is multiplied as fast as if it
-    # had been float32 all along
-)
+# of widened vectors and their scores: vectors that stay in a cache are multiplied as fast as if
+# they had been float32 all along
+_BLOCK_BYTES = 16 * 2**20
 # products in one sum: 2048 at once differ from float64 by 2e-6, in pieces of 512 by 5e-7 (unit
 # vectors)
 _SUMMED = 512
-_MARGIN, _WIDEST = (
-    16,
-    4096,
-    # results beyond k that are scored again in float64: at first, and where so many are too
-    # close to tell, at most
-)
-_CLOSE = 1e-6  # of the lengths of both vectors: what a score in float32 may be off
+# results beyond k that are scored again in float64: at first, and, where so many are too close to
+# tell apart, at most
+_MARGIN, _WIDEST = 16, 4096
+_CLOSE = 1e-6  # of the lengths of both vectors: the largest error of a score in float32
 _SCORED = 4096  # vectors that are widened to float64 at a time
-_READ_BYTES = (
-    128 * 2**20
-)  # of vectors read at a time: one block is searched, one waits, one is being read
+# of vectors read at a time: one block is searched, one waits, one is being read
+_READ_BYTES = 128 * 2**20
 
 
 def search(
@@ -59,24 +53,40 @@ def search(
     precision: Precision = "float32",
     mesh: Mesh | None = None,
 ) -> Ranking:
-    """The `k` vectors with the largest dot product with each query, in order: exact search.
+    """Returns the k vectors with the largest dot product with each query, best first.
 
-    Queries are `(q, d)`; the database is an array `(n, d)` of JAX or NumPy (memory-mapped too) or a
-    store, in float32, float16 or bfloat16, which is widened block by block: memory is bounded
-    whatever n. Equal scores are ordered by smaller id; a score that is not a number comes last.
-    Time grows with k: each block is sorted together with the k best so far. With `mesh` all its
-    devices share the rows.
+    The search is exact, and its memory is bounded whatever n: vectors are widened block by block.
+    Time grows with k, as each block is sorted together with the k best so far. Equal scores are
+    ordered by smaller id; scores that are not numbers come last.
 
-    - An array of JAX makes this a pure function, for use inside `jit`. Even equal vectors may get
-      scores that differ in the last bit, by their place.
-    - Anything else is read block by block, and the best are ordered by their scores in float64,
-      rounded to float32: on every device the same, but for more than 4,096 vectors that float32
-      cannot tell from the k-th.
+    - With an array of JAX this is a pure function, for use inside `jit`. Scores of equal vectors
+      may differ in the last bit, by their place.
+    - Other databases are read block by block, and the best are ordered by their scores in float64,
+      rounded to float32. The order is the same on every device, unless more than 4,096 vectors are
+      too close to the k-th for float32.
 
-    `precision="float32"` multiplies in full precision on every device; `"bfloat16"` rounds both
-    sides to bfloat16 and adds in float32: of the 100 best of 50,000 random unit vectors of 2,048
-    numbers 99.5 % stay, and scores are 2e-4 off at most (`benchmarks.bench_search`). Raises
-    `ValueError` for shapes and values that do not fit.
+    Args:
+        queries: `(q, d)`.
+        database: an array `(n, d)` of JAX or NumPy (memory-mapped too) or a `Store`, in float32,
+            float16 or bfloat16.
+        k: results of each query, from 1 to n.
+        precision: "float32" multiplies in full precision on every device. "bfloat16" rounds both
+            sides to bfloat16 and adds in float32: of the 100 best of 50,000 random unit vectors of
+            2,048 numbers 99.5 % stay, and scores are at most 2e-4 off (`benchmarks.bench_search`).
+        mesh: devices that share the rows; None: one.
+
+    Returns:
+        Scores and ids, each `(q, k)`.
+
+    Raises:
+        ValueError: shapes or values do not fit.
+        TypeError: the database is a callback, which cannot be searched.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from ggem_jax.retrieval import search
+        >>> search(jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0], [0.6, 0.8]]), k=1).ids.tolist()
+        [[1]]
     """
     queries = check_queries(queries)
     database = check_database(database, queries.shape[1])
@@ -99,6 +109,7 @@ def search(
 
 
 def check_precision(precision: str) -> None:
+    """Raises `ValueError` for a precision that does not exist."""
     if precision not in get_args(Precision):
         raise ValueError(
             f"precision must be one of {', '.join(get_args(Precision))}, not {precision!r}"
@@ -108,8 +119,9 @@ def check_precision(precision: str) -> None:
 def similarity(
     a: Float[Array, "*b m d"], b: Float[Array, "*b n d"], precision: Precision
 ) -> Float[Array, "*b m n"]:
-    """All dot products, in float32. Long ones are summed in pieces: the rounding of float32 grows
-    with the length of a sum.
+    """Returns all dot products `(..., m, n)` in float32.
+
+    Long ones are summed in pieces, as the rounding of float32 grows with the length of a sum.
     """
     if precision == "bfloat16":
         return jnp.einsum(
@@ -144,9 +156,7 @@ def _search_on_device(queries, database, *, k, precision, mesh):
 
 
 def _search_blocks(queries, database, *, k, precision, mesh):
-    """Search in vectors that are read block by block; the best are settled in float64, if need be
-    among more of them.
-    """
+    """Search in vectors that are read block by block; float64 decides between the best."""
     options = {"precision": precision, "mesh": mesh}
     if precision != "float32":
         return _read_through(queries, database, k=k, **options)
@@ -160,7 +170,7 @@ def _search_blocks(queries, database, *, k, precision, mesh):
 
 
 def _read_through(queries, database, *, k, precision, mesh):
-    """The next block is read while the last one is searched."""
+    """The k best by float32; the next block is read while the last one is searched."""
     n, d = database.shape
     devices = 1 if mesh is None else mesh.size
     rows = (
@@ -193,8 +203,9 @@ def _read_through(queries, database, *, k, precision, mesh):
 
 
 def _at_hand(block, rows):
-    """The block with rows of zeros at its end, up to `rows`, in memory where a CPU's JAX takes it
-    without a copy: at an address that 64 divides.
+    """The block with rows of zeros at its end, up to `rows`.
+
+    Its address is a multiple of 64, so that JAX on a CPU takes it without a copy.
     """
     if len(block) == rows and block.flags.c_contiguous and block.ctypes.data % 64 == 0:
         block.reshape(-1).view(np.uint8)[
@@ -210,8 +221,9 @@ def _at_hand(block, rows):
 
 
 def _settle(queries, database, found, k):
-    """The k best by scores in float64: the rounding of float32 depends on the sizes of blocks, and
-    on the device. And whether none can be missing.
+    """The k best by scores in float64, and whether none can be missing.
+
+    The rounding of float32 depends on the sizes of blocks and on the device.
     """
     rows, sure = [], True
     for query, scores, ids in zip(
@@ -250,7 +262,7 @@ def _absorb(best, queries, block, first, end, *, k, precision, mesh):
 
 
 def _over_devices(queries, database, k, precision, mesh, first, end):
-    """Each device searches its rows, then all share what they found."""
+    """Each device searches its rows, then all share their results."""
     axes = mesh.axis_names
     share = len(database) // mesh.size
 
@@ -265,9 +277,7 @@ def _over_devices(queries, database, k, precision, mesh, first, end):
 
 
 def _best(queries, database, k, precision, first=0, end=None):
-    """The k best of the rows of an array, whose ids begin at `first`; ids from `end` on do not
-    exist.
-    """
+    """The k best rows of an array, whose ids begin at `first`; ids from `end` on do not exist."""
     (q, d), n = queries.shape, len(database)
     rows = max(min(_BLOCK_BYTES // (4 * (d + 3 * q)), n), 1)
 
@@ -296,9 +306,7 @@ def _best(queries, database, k, precision, first=0, end=None):
 
 
 def _merge(best, found, k):
-    """The k best of two rankings; `lax.top_k` is stable, so that equal scores stay in the order of
-    their ids.
-    """
+    """The k best of two rankings; `lax.top_k` is stable, so equal scores stay ordered by id."""
     scores, ids = (jnp.concatenate(pair, axis=1) for pair in zip(best, found, strict=True))
     top, at = lax.top_k(scores, k)
     return Ranking(top, jnp.take_along_axis(ids, at, axis=1))
