@@ -873,7 +873,9 @@ def test_a_read_only_folder_is_read_and_not_written_by_another_user(photos):
         os.setuid(65534)
         path, photos = {str(path)!r}, {str(path.parent / "photos")!r}
         print(len(Index.open(path, SETTINGS)), verify(path, deep=True))
-        for call in (add, lambda *arguments: remove(path, ["a"]), lambda *arguments: build(photos, path + "2", *arguments[1:])):
+        removes = lambda *arguments: remove(path, ["a"])
+        builds = lambda *arguments: build(photos, path + "2", *arguments[1:])
+        for call in (add, removes, builds):
             try:
                 call(path, extract, SETTINGS)
             except ValueError as error:

@@ -162,7 +162,8 @@ def take_vectors(database: Database, ids: Int[np.ndarray | Array, "..."], dim: i
 def native(vectors: np.ndarray) -> np.ndarray:
     """Returns vectors in a dtype that JAX knows, float32 in place of others.
 
-    Others are foreign byte orders and longer floats. Raises `ValueError` for vectors that are not floating point.
+    Others are foreign byte orders and longer floats. Raises `ValueError` for vectors that are not
+    floating point.
     """
     if not jnp.issubdtype(vectors.dtype, jnp.floating):
         raise ValueError(f"the database must give floating-point numbers, not {vectors.dtype}")

@@ -32,17 +32,21 @@ INDEX, PENDING, NEXT, LOCK = "index.sqlite", "pending.sqlite", "next.sqlite", "l
 
 _APPLICATION = int.from_bytes(b"ggem")
 _TABLES = """
-    CREATE TABLE facts (id INTEGER PRIMARY KEY CHECK (id = 0), value TEXT NOT NULL, crc32 INTEGER NOT NULL);
+    CREATE TABLE facts (
+        id INTEGER PRIMARY KEY CHECK (id = 0), value TEXT NOT NULL, crc32 INTEGER NOT NULL);
     CREATE TABLE images (
-        id INTEGER PRIMARY KEY, path BLOB NOT NULL UNIQUE, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, content BLOB NOT NULL,
-        width INTEGER NOT NULL, height INTEGER NOT NULL, vector_crc32 INTEGER NOT NULL, entry_crc32 INTEGER NOT NULL,
+        id INTEGER PRIMARY KEY, path BLOB NOT NULL UNIQUE, size INTEGER NOT NULL,
+        mtime_ns INTEGER NOT NULL, content BLOB NOT NULL, width INTEGER NOT NULL,
+        height INTEGER NOT NULL, vector_crc32 INTEGER NOT NULL, entry_crc32 INTEGER NOT NULL,
         shard INTEGER NOT NULL, row INTEGER NOT NULL);
     CREATE INDEX contents ON images (content);
 """
 
 COLUMNS = "path, size, mtime_ns, content, width, height, vector_crc32, shard, row"
-PUT = f"""INSERT INTO images ({COLUMNS}, entry_crc32) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (path) DO UPDATE SET
-    {", ".join(f"{name} = excluded.{name}" for name in (*COLUMNS.split(", ")[1:], "entry_crc32"))}"""
+_UPDATED = (*COLUMNS.split(", ")[1:], "entry_crc32")
+PUT = f"""INSERT INTO images ({COLUMNS}, entry_crc32) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT (path) DO UPDATE SET
+    {", ".join(f"{name} = excluded.{name}" for name in _UPDATED)}"""
 
 
 class IndexRefused(ValueError):
