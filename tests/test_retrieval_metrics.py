@@ -187,7 +187,7 @@ def test_label_scores_by_hand():
 
 
 def test_label_scores_leave_the_query_itself_out_wherever_it_stands():
-    """All pictures query each other: own ids first, in the middle and out of reach give what
+    """All images query each other: own ids first, in the middle and out of reach give what
     rankings without them give.
     """
     rng = np.random.default_rng(0)

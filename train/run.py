@@ -3,24 +3,24 @@ like.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import re
 import signal
-import sys
 import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 import numpy as np
+from filelock import FileLock, Timeout
 from jax.experimental import multihost_utils
 
-from train.config import C, Config, Refused, from_dict, to_dict
-from train.log import write_text
+from ggem_jax.files.atomic import write_text
+from train.cli import Refused, from_dict, to_dict
+from train.config import C, Config
 
 # May change when a run is taken up again: the weights do not depend on them (on `fsdp` in the last
 # bits, as on the number of devices).
@@ -29,35 +29,6 @@ FREE = (
     "data.data_dir", "data.download", "data.workers", "data.eval_split", "data.corrupt",
     "data_found.eval",
 )  # fmt: skip
-
-
-@contextlib.contextmanager
-def one_sentence(tool: str) -> Iterator[None]:
-    """Ends a tool with one line on standard error: exit code 1 where the user or the machine is at
-    fault, 130 after Ctrl-C.
-    """
-    try:
-        yield
-    except Refused as error:
-        sys.exit(f"{tool}: {error}")
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{tool}: interrupted\n")
-        sys.exit(128 + signal.SIGINT)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        sys.exit(
-            f"{tool}: out of memory ({str(error).splitlines()[0]}): try a smaller --batch, more"
-            " --optimizer.accumulate or --model.remat"
-        )
-    except RuntimeError as error:
-        if "home directory" not in str(error):  # of a path that begins with ~
-            raise
-        sys.exit(f"{tool}: {error}")
-    except OSError as error:
-        sys.exit(
-            f"{tool}: {error.strerror or error}{f': {error.filename}' if error.filename else ''}"
-        )
 
 
 def join_processes() -> None:
@@ -90,7 +61,7 @@ def run_folder(config: Config, facts: dict[str, Any]) -> Iterator[None]:
         if jax.process_index() == 0:
             try:
                 config.out.mkdir(parents=True, exist_ok=True)
-                _lock(stack.enter_context((config.out / ".lock").open("w")), config.out)
+                stack.callback(_lock(config.out).release)
                 _keep_settings(config, facts)
             except (Refused, OSError) as error:
                 refused = error
@@ -110,13 +81,18 @@ def run_folder(config: Config, facts: dict[str, Any]) -> Iterator[None]:
         yield
 
 
-def _lock(file: IO[str], run: Path) -> None:
+def _lock(run: Path) -> FileLock:
+    """A lock on the folder that the operating system releases however the process ends."""
+    lock = FileLock(run / ".lock", blocking=False)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        lock.acquire()
+    except Timeout:
         raise Refused(
             f"another process is training in {run}: wait for it, or choose another --out"
         ) from None
+    except NotImplementedError as error:
+        raise Refused(f"{run} cannot be locked: {error}") from None
+    return lock
 
 
 def _keep_settings(config: Config, facts: dict[str, Any]) -> None:
@@ -145,7 +121,7 @@ def has_checkpoint(run: Path) -> bool:
 
 
 def read_run(run: Path, record: type[C] = Config) -> tuple[C, dict[str, Any]]:  # type: ignore[assignment]
-    """The settings of a run, and what its data were: classes and numbers of pictures."""
+    """The settings of a run, and what its data were: classes and numbers of images."""
     try:
         values = json.loads((run / "config.json").read_text())
         tool, facts = values.pop("tool", record.tool), values.pop("data_found")
@@ -156,7 +132,7 @@ def read_run(run: Path, record: type[C] = Config) -> tuple[C, dict[str, Any]]:  
             "train": int(facts["train"]),
             "eval": int(facts["eval"]),
         }
-        return from_dict(values, record), facts | checked
+        return from_dict(record, values), facts | checked
     except FileNotFoundError:
         raise Refused(f"{run} is no run of {record.tool}: it has no config.json") from None
     except (KeyError, ValueError, TypeError, AttributeError, Refused) as error:

@@ -14,7 +14,7 @@ from ggem_jax.files.errors import MismatchedWeights, UnreadableWeights
 from ggem_jax.files.safetensors_files import read_safetensors
 from ggem_jax.files.torch_files import read_torch
 
-TORCH = (".pth", ".pt", ".bin", ".ckpt")
+TORCH = (".pth", ".pt", ".bin", ".ckpt", ".pyth")  # the last one is that of pycls and CVNet
 _DAMAGED = (
     zlib.error,
     lzma.LZMAError,
@@ -32,7 +32,7 @@ WRAPPERS = (
 
 
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of a `.safetensors`, `.npz`, `.pth`, `.pt`, `.bin` or `.ckpt` file by their names.
+    """The arrays of a `.safetensors`, `.npz` or PyTorch file (its endings: `TORCH`) by name.
 
     Raises:
         UnreadableWeights: the file cannot be read, or its ending is none of these.
