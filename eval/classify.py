@@ -7,7 +7,6 @@ of a run of `train.classify`; with a second run, also a paired comparison on the
 
 import dataclasses
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,11 +17,12 @@ from rich.table import Table
 
 from eval.runs import OfRuns, newest, with_data
 from eval.statistics import Interval, Paired, paired, proportion
-from train.config import Config, Refused, parse
+from train.cli import Refused, one_sentence, parse
+from train.config import Config
 from train.data import open_data
 from train.evaluate import Predictions, evaluate
 from train.loop import learned_exponents
-from train.run import one_sentence, read_run
+from train.run import read_run
 from train.step import make_steps
 
 
@@ -63,7 +63,7 @@ class Evaluated:
 
 def main(argv: list[str] | None = None) -> None:
     with one_sentence("eval.classify"):
-        config = parse(Evaluate, sys.argv[1:] if argv is None else argv, "eval.classify")
+        config = parse(Evaluate, argv, "eval.classify")
         runs = [load(run, config) for run in (config.run, config.other) if run is not None]
         comparison = compare(*runs) if len(runs) == 2 else None
         if config.json:

@@ -10,22 +10,20 @@ also paired tests on the same pictures; `--json` prints one JSON object instead.
 
 import dataclasses
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 from rich.console import Console
 from rich.table import Table
-from tyro.conf import arg
 
 from eval.runs import OfRuns, newest, with_data
 from eval.statistics import Interval, Paired, bootstrap, paired, proportion
 from ggem_jax.losses.contrastive import class_descriptors, found_at
 from train.captions import Captioned, Text, class_words, open_captions, templates_of
 from train.checkpoints import Checkpoints
-from train.config import Refused, parse
+from train.cli import Refused, one_sentence, parse
 from train.contrastive import (
     KAPPAS,
     ContrastiveConfig,
@@ -38,7 +36,7 @@ from train.contrastive import (
 from train.data import Pictures, open_data
 from train.evaluate import outputs_of
 from train.loop import learned_exponents
-from train.run import one_sentence, read_run
+from train.run import read_run
 from train.tokenizer import Tokenizer, kept_tokenizer
 
 DIRECTIONS = {"image_to_text": "pictures -> texts", "text_to_image": "texts -> pictures"}
@@ -48,9 +46,8 @@ DIRECTIONS = {"image_to_text": "pictures -> texts", "text_to_image": "texts -> p
 class Evaluate(OfRuns):
     """How well pictures and texts find each other, and which of two runs does better."""
 
-    zero_shot: Annotated[str | None, arg(aliases=["--zero-shot"])] = (
-        None  # digits, folder:DIR or tfds:NAME to classify by the words of its classes
-    )
+    # digits, folder:DIR or tfds:NAME to classify by the words of its classes
+    zero_shot: str | None = None
     templates: tuple[str, ...] | None = (
         # with {} for the class, of the zero-shot prompts, or else of the captions; None: as in the
         # run
@@ -91,7 +88,7 @@ class Evaluated:
 
 def main(argv: list[str] | None = None) -> None:
     with one_sentence("eval.contrastive"):
-        config = parse(Evaluate, sys.argv[1:] if argv is None else argv, "eval.contrastive")
+        config = parse(Evaluate, argv, "eval.contrastive")
         runs = [load(run, config) for run in (config.run, config.other) if run is not None]
         report = as_json(runs, compare(*runs) if len(runs) == 2 else None)
         if config.json:

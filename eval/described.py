@@ -27,7 +27,7 @@ from ggem_jax.descriptors.scales import SCALES, rescale
 from ggem_jax.descriptors.settings import DescriptorSettings
 from ggem_jax.descriptors.superglobal import compute_map, describe_map, join_scales
 from ggem_jax.files.images import RGB, UnreadableImage, crop, normalise, read_image
-from train.config import Refused
+from train.cli import Refused
 
 # What is compared with each other; scales and Regional GeM go with GeM+, as in SuperGlobal.
 POOLINGS: dict[str, dict[str, Any]] = {

@@ -9,7 +9,6 @@ JSON object instead, `--export FILE.npz` keeps the descriptors.
 
 import dataclasses
 import json
-import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,11 +22,11 @@ from eval.runs import OfRuns, newest, with_data
 from eval.statistics import Interval, bootstrap
 from ggem_jax.files.atomic import replacing
 from ggem_jax.retrieval.metrics import LabelScores
-from train.config import Refused, parse
+from train.cli import Refused, one_sentence, parse
 from train.data import open_disjoint
 from train.loop import learned_exponents
 from train.metric import MetricConfig, Retrieved, metric_steps, retrieve
-from train.run import one_sentence, read_run
+from train.run import read_run
 
 
 @dataclass(frozen=True)
@@ -64,7 +63,7 @@ class Evaluated:
 
 def main(argv: list[str] | None = None) -> None:
     with one_sentence("eval.metric"):
-        config = parse(Evaluate, sys.argv[1:] if argv is None else argv, "eval.metric")
+        config = parse(Evaluate, argv, "eval.metric")
         if config.export is not None and config.export.suffix != ".npz":
             raise Refused(f"--export must end in .npz, not {config.export}")
         runs = [load(run, config) for run in (config.run, config.other) if run is not None]

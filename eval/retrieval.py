@@ -30,8 +30,7 @@ from ggem_jax.descriptors.settings import DescriptorSettings
 from ggem_jax.retrieval.index.folder import shown, walk
 from ggem_jax.retrieval.metrics import Relevance, recall_at, scores
 from ggem_jax.retrieval.tool.truth import Query, read_truth, to_relevance
-from train.config import Refused, parse
-from train.run import one_sentence
+from train.cli import Refused, one_sentence, parse
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ class Retrieval:
     database: Path | None = None  # folder of the pictures that are searched; None: the root
     rerank: tuple[Name, ...] = ("none",)  # one line of the table each
     # all poolings with all rerankers, whatever --rerank, --pooling, --regional, --scales and
-    # --scale_gem say
+    # --scale-gem say
     table: bool = False
     k: tuple[int, ...] = (1, 5, 10)  # of precision and recall
     json: bool = False  # print one JSON object
@@ -94,7 +93,7 @@ class Result:
 
 def main(argv: list[str] | None = None) -> None:
     with one_sentence("eval.retrieval"):
-        config = parse(Retrieval, sys.argv[1:] if argv is None else argv, "eval.retrieval")
+        config = parse(Retrieval, argv, "eval.retrieval")
         pictures = of_classes(config.truth) if config.truth.is_dir() else of_csv(config)
         if not any(len(each.positive) for each in pictures.relevance):
             raise Refused(f"no query of {config.truth} has a relevant picture")

@@ -36,8 +36,7 @@ from ggem_jax.files.atomic import replacing
 from ggem_jax.files.images import RGB, read_image
 from ggem_jax.retrieval.metrics import SETUPS, Difficulty, Scores, revisited
 from ggem_jax.weights import read_pickle
-from train.config import Refused, parse
-from train.run import one_sentence
+from train.cli import Refused, one_sentence, parse
 
 AS_IN_THE_PAPER = DescriptorSettings(sizes="exact", longest_side=0)
 
@@ -140,7 +139,7 @@ class Joined:
 
 def main(argv: list[str] | None = None) -> None:
     with one_sentence("eval.revisited"):
-        config = parse(Revisited, sys.argv[1:] if argv is None else argv, "eval.revisited")
+        config = parse(Revisited, argv, "eval.revisited")
         truth = read_ground_truth(config.truth)
         distractors = (
             None if config.distractors is None else vectors_of(config.distractors, "distractors")

@@ -6,13 +6,14 @@ import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import jax
-from tyro.conf import Positional, arg
+from tyro.conf import Positional
 
 from train.checkpoints import Checkpoints
-from train.config import C, Data, Refused
+from train.cli import Refused
+from train.config import C, Data
 from train.loop import Trained
 from train.run import has_checkpoint
 
@@ -30,9 +31,7 @@ class OfRuns:
     data: str | None = (
         None  # evaluate on another source than the run's, as --data of the training takes it
     )
-    data_dir: Annotated[Path | None, arg(aliases=["--data-dir"])] = (
-        None  # where tfds data sets are prepared; None: as in the run
-    )
+    data_dir: Path | None = None  # folder of the prepared tfds data sets; None: as in the run
 
     def data_of(self, trained: Data) -> Data:
         """Where the pictures come from, of a run with these settings."""

@@ -28,14 +28,14 @@ LEAST_CASES = {
 # The smallest training that uses everything: a second or two to compile.
 TINY = [
     "--config", "digits", "--model.width", "16", "--model.depth", "2", "--model.heads", "2",
-    "--model.mlp_width", "32", "--batch", "32",
+    "--model.mlp-width", "32", "--batch", "32",
 ]  # fmt: skip
 
 # The same of train.contrastive.
 TINY_PAIR = [
     "--config", "digits", "--model.width", "16", "--model.depth", "1", "--model.heads", "2",
-    "--model.mlp_width", "32", "--batch", "32",
-    "--embed", "16", "--text.width", "16", "--text.heads", "2", "--text.mlp_width", "32",
+    "--model.mlp-width", "32", "--batch", "32",
+    "--embed", "16", "--text.width", "16", "--text.heads", "2", "--text.mlp-width", "32",
 ]  # fmt: skip
 
 

@@ -12,7 +12,7 @@ from test_train_contrastive import one_line
 
 from eval import contrastive as eval_contrastive
 from eval.contrastive import Evaluated, compare
-from train.config import Refused
+from train.cli import Refused
 from train.contrastive import Described
 from train.log import read_metrics
 
@@ -21,7 +21,7 @@ from train.log import read_metrics
 def trained(tool, tmp_path_factory):
     """Two finished runs on digits, of which one learned from shuffled captions."""
     root = tmp_path_factory.mktemp("runs")
-    kinds = {"true": [], "shuffled": ["--text.shuffle_captions"]}
+    kinds = {"true": [], "shuffled": ["--text.shuffle-captions"]}
     running = [
         tool("train.contrastive", *TINY_PAIR, "--epochs", "2", *flags, "--out", root / name)
         for name, flags in kinds.items()

@@ -20,8 +20,8 @@ from train.data import Pictures
 
 TINY_CIFAR = [
     "--model.image", "8", "--model.patch", "4", "--model.width", "16", "--model.depth", "1",
-    "--model.heads", "2", "--model.mlp_width", "16",
-    "--batch", "16", "--checkpoint_every", "1000000", "--eval_every", "1000000",
+    "--model.heads", "2", "--model.mlp-width", "16",
+    "--batch", "16", "--checkpoint-every", "1000000", "--eval-every", "1000000",
 ]  # fmt: skip
 
 

@@ -119,9 +119,9 @@ def test_a_csv_says_the_same_as_the_folders(folder, capsys):
     (folder / "truth.csv").write_text("\n".join(lines) + "\n")
     classes = {
         result["rerank"]: result
-        for result in run(capsys, folder, "--rerank", "none", "aqe", "--qe_neighbors", 2)["results"]
+        for result in run(capsys, folder, "--rerank", "none", "aqe", "--qe-neighbors", 2)["results"]
     }
-    listed = run(capsys, folder / "truth.csv", "--rerank", "none", "aqe", "--qe_neighbors", 2)
+    listed = run(capsys, folder / "truth.csv", "--rerank", "none", "aqe", "--qe-neighbors", 2)
     for result in listed["results"]:
         assert result["mAP"]["value"] == pytest.approx(
             classes[result["rerank"]]["mAP"]["value"], abs=1e-12
@@ -129,7 +129,7 @@ def test_a_csv_says_the_same_as_the_folders(folder, capsys):
     (folder.parent / "elsewhere.csv").write_text("\n".join(lines) + "\n")
     moved = run(capsys, folder.parent / "elsewhere.csv", "--root", folder, "--database",
     folder / "deep" / "..", "--rerank", "none", "aqe",
-                "--qe_neighbors", 2)  # fmt: skip
+                "--qe-neighbors", 2)  # fmt: skip
     assert moved["results"] == listed["results"]
 
 
@@ -170,7 +170,7 @@ def slow_order(folder, pixels):
 
 
 def test_the_table_has_every_pooling_with_every_reranker(folder, capsys):
-    flags = [str(folder), "--table", "--num_candidates", "8", "--qe_neighbors", "3"]
+    flags = [str(folder), "--table", "--num-candidates", "8", "--qe-neighbors", "3"]
     said = run(capsys, *flags)
     names = ["none", "superglobal", "superglobal-paper", "aqe", "alpha-qe", "dba"]
     assert [(own["pooling"], own["rerank"]) for own in said["results"]] == [
@@ -199,9 +199,9 @@ MISTAKES = {
     r"0\.png is not a readable picture"),
     "k": (lambda f: None, [".", "--k", "0"], "--k must be whole numbers of at least 1, not 0"),
     "root": (lambda f: None, [".", "--root", "."], "--root and --database go with a CSV file"),
-    "neighbours": (lambda f: None, [".", "--qe_neighbors", "0"],
-    "--qe_neighbors must be at least 1, it is 0"),
-    "longest side": (lambda f: None, [".", "--longest_side", "20"],
+    "neighbours": (lambda f: None, [".", "--qe-neighbors", "0"],
+    "--qe-neighbors must be at least 1, it is 0"),
+    "longest side": (lambda f: None, [".", "--longest-side", "20"],
     "longest_side must be a whole number of at least 160"),
     "unknown": (lambda f: None, [".", "--polling", "gem"], "--polling.*perhaps --pooling"),
 }  # fmt: skip
@@ -240,7 +240,7 @@ def test_the_study_on_a_small_set(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(retrieval_study, "make_extractor", FakeExtractor)
     out = tmp_path / "study.csv"
     retrieval_study.main(
-        ["--data", str(tmp_path), "--sets", "small", "--out", str(out), "--num_candidates", "5"]
+        ["--data", str(tmp_path), "--sets", "small", "--out", str(out), "--num-candidates", "5"]
     )
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))

@@ -289,7 +289,7 @@ def test_the_cache_keeps_descriptors_by_setting(pictures, capsys):
     first = said_as_json(capsys, flags)
     assert said_as_json(capsys, flags) == first
     assert FakeExtractor.seen == QUERIES + DATABASE
-    said_as_json(capsys, [*flags, "--no_regional"])
+    said_as_json(capsys, [*flags, "--no-regional"])
     assert FakeExtractor.seen == 2 * (QUERIES + DATABASE)
     kept = sorted((pictures / "cache").iterdir())
     assert [path.suffix for path in kept] == [".npz", ".npz"]
@@ -305,7 +305,7 @@ def test_the_ablation_is_one_command(pictures, capsys):
         "--images",
         str(pictures / "jpg"),
         "--ablation",
-        "--num_candidates",
+        "--num-candidates",
         "10",
     ]
     revisited.main(flags)

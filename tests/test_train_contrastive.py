@@ -26,7 +26,8 @@ from train import contrastive
 from train.batches import train_batches
 from train.captions import Text, open_captions, read_csv, read_names, read_shards, shards_of
 from train.checkpoints import Checkpoints
-from train.config import Data, Refused, configs_of, from_dict, known_configs, load_config, to_dict
+from train.cli import Refused, configs_of, from_dict, known_configs, load_config, to_dict
+from train.config import Data
 from train.contrastive import (
     ContrastiveConfig,
     at_most,
@@ -42,7 +43,7 @@ from train.tokenizer import Tokenizer, read_tokenizer, train_tokenizer
 
 
 def config_of(*flags):
-    return load_config([*TINY_PAIR, *map(str, flags)], "test", ContrastiveConfig)
+    return load_config(ContrastiveConfig, [*TINY_PAIR, *map(str, flags)], "test")
 
 
 def png(grey):
@@ -265,7 +266,7 @@ def test_shuffled_captions_are_those_of_other_pictures(captioned_folder):
         != pairs.digest()
         == read_csv(f"{captioned_folder}/pairs.csv", "refuse").digest()
     )
-    plain, control = (open_pairs(config_of(*flags)) for flags in ([], ["--text.shuffle_captions"]))
+    plain, control = (open_pairs(config_of(*flags)) for flags in ([], ["--text.shuffle-captions"]))
     assert plain[0].captions != control[0].captions
     assert plain[1].captions == control[1].captions  # what is measured stays
 
@@ -425,7 +426,7 @@ def tokenizer():
     return train_tokenizer(captions, config_of().text.vocabulary)
 
 
-LEARN = [*TINY_PAIR, "--epochs", "3", "--log_every", "1"]
+LEARN = [*TINY_PAIR, "--epochs", "3", "--log-every", "1"]
 STEPS = 135  # of it
 
 
@@ -460,9 +461,9 @@ def test_a_run_learns_to_name_digits_and_leaves_its_tokenizer(learned):
 @pytest.mark.slow
 def test_eight_devices_with_split_weights_train_as_one(learned, tmp_path):
     config = load_config(
-        [*LEARN, "--fsdp", "8", "--stop_after", "12", "--out", str(tmp_path)],
-        "test",
         ContrastiveConfig,
+        [*LEARN, "--fsdp", "8", "--stop-after", "12", "--out", str(tmp_path)],
+        "test",
     )
     contrastive.train(config, quiet=True)
     losses, want = (
@@ -523,7 +524,7 @@ def test_a_stopped_run_ends_with_the_same_bits_and_takes_no_other_data(
     given, table = tmp_path / "given.json", captioned_folder / "pairs.csv"
     given.write_text(tokenizer.text, encoding="utf-8")
     captions = table.read_text()
-    flags = ["--data", f"csv:{table}", "--batch", "8", "--epochs", "6", "--log_every", "1",
+    flags = ["--data", f"csv:{table}", "--batch", "8", "--epochs", "6", "--log-every", "1",
     "--augment.crop", "pad", "--model.dropout", "0.1",
              "--optimizer.ema", "0.9", "--loss", "sigmoid", "--text.tokenizer", given]  # fmt: skip
     one, other = (config_of(*flags, "--out", tmp_path / name) for name in ("one", "other"))
@@ -573,7 +574,7 @@ def test_the_image_tower_starts_from_a_published_file(tmp_path, tokenizer):
         "--text.depth",
         "1",
     ]
-    config = load_config(flags, "test", ContrastiveConfig)
+    config = load_config(ContrastiveConfig, flags, "test")
     steps = make_steps(config, make_towers(config, tokenizer), 10)
     state = first_state(steps, config)
     theirs = read_vit(tmp_path / "deit.safetensors").variables["params"]
@@ -597,8 +598,8 @@ MISTAKES = {
     ),
     "mixup": (["--augment.mixup", "0.2"], "--augment.mixup must be 0: there are no labels to mix"),
     "label smoothing": (
-        ["--augment.label_smoothing", "0.1"],
-        "--augment.label_smoothing must be 0",
+        ["--augment.label-smoothing", "0.1"],
+        "--augment.label-smoothing must be 0",
     ),
     "loss": (["--loss", "hinge"], "invalid choice 'hinge'"),
     "heads": (["--text.heads", "3"], "--text.width must be a multiple of its 3 heads, it is 16"),
@@ -615,8 +616,8 @@ MISTAKES = {
         "--text.templates must be texts with {} where the name of the class goes",
     ),
     "scale": (
-        ["--init_scale", "200"],
-        "--init_scale must be above 0 and at most --max_scale 100, it is 200",
+        ["--init-scale", "200"],
+        "--init-scale must be above 0 and at most --max-scale 100, it is 200",
     ),
     "embed": (["--embed", "0"], "--embed must be at least 1"),
     "data": (
@@ -657,9 +658,9 @@ def test_mistakes_end_in_one_line(tmp_path, capsys, flags, sentence):
 
 @pytest.mark.parametrize("name", known_configs(ContrastiveConfig))
 def test_every_config_loads_and_says_its_command_and_what_to_expect(name):
-    config = load_config(["--config", name], "test", ContrastiveConfig)
+    config = load_config(ContrastiveConfig, ["--config", name], "test")
     assert isinstance(config, ContrastiveConfig)
-    assert from_dict(to_dict(config), ContrastiveConfig) == config
+    assert from_dict(ContrastiveConfig, to_dict(config)) == config
     header = (configs_of(ContrastiveConfig) / f"{name}.toml").read_text()
     assert f"python -m train.contrastive --config {name}" in header
     assert "Expect" in header

@@ -12,12 +12,13 @@ from PIL import Image
 
 from train import augment, prepare
 from train.batches import eval_batches, train_batches
-from train.config import Augment, Data, Refused, load_config
+from train.cli import Refused, load_config
+from train.config import Augment, Config, Data
 from train.data import Pictures, digits, folder, hold_out, open_data
 
 
 def config_of(*flags):
-    return load_config(["--config", "digits", "--batch", "8", *map(str, flags)], "test")
+    return load_config(Config, ["--config", "digits", "--batch", "8", *map(str, flags)], "test")
 
 
 def first(batches, count):
@@ -36,7 +37,7 @@ AUGMENTED = (
     "--augment.crop",
     "resized",
     "--augment.flip",
-    "--augment.randaugment_ops",
+    "--augment.randaugment-ops",
     2,
     "--augment.erase",
     0.5,
@@ -416,7 +417,7 @@ def test_erasing_replaces_one_rectangle():
 
 @pytest.mark.parametrize(
     ("flags", "low", "high"),
-    [([], 8, 24), (["--data.eval_zoom", "2"], 12, 20), (["--data.eval_crop", "squash"], 0, 32)],
+    [([], 8, 24), (["--data.eval-zoom", "2"], 12, 20), (["--data.eval-crop", "squash"], 0, 32)],
 )
 def test_evaluation_pictures_are_cut_as_the_config_says(flags, low, high):
     """A 16 x 32 picture whose column c is 8 c: the crop shows from which columns it was made."""
@@ -435,6 +436,6 @@ def test_the_split_to_evaluate_on_can_be_chosen(class_folders):
     )
     assert len(open_data(Data(source=f"folder:{class_folders}", eval_split="test"))[1]) == 12
     with pytest.raises(
-        Refused, match=r"--data.eval_split extra is not in .*, which has test, train, val"
+        Refused, match=r"--data.eval-split extra is not in .*, which has test, train, val"
     ):
         open_data(Data(source=f"folder:{class_folders}", eval_split="extra"))

@@ -7,7 +7,8 @@ from conftest import TINY
 from ggem_jax.files.images import read_image
 from train import classify, prepare
 from train.batches import train_batches
-from train.config import load_config
+from train.cli import load_config
+from train.config import Config
 from train.data import folder, open_data
 from train.log import read_metrics
 
@@ -30,14 +31,14 @@ def test_folder_and_tfds_train_on_the_same_batches_to_the_same_metrics(packed, t
     side = SETS[packed.name]
     name = packed.name.replace("-", "_")
     flags = [*TINY, "--epochs", "0.5", "--model.image", str(side), "--model.patch", str(side // 4),
-    "--log_every", "1", "--augment.crop", "resized",
-             "--augment.flip", "--augment.randaugment_ops", "2"]  # fmt: skip
+    "--log-every", "1", "--augment.crop", "resized",
+             "--augment.flip", "--augment.randaugment-ops", "2"]  # fmt: skip
     sources = {
         "folder": ["--data", f"folder:{tmp_path}/folder"],
         "tfds": ["--data", f"tfds:{name}", "--data-dir", f"{tmp_path}/tfds"],
     }
     configs = {
-        kind: load_config([*flags, *source, "--out", str(tmp_path / f"run-{kind}")], "test")
+        kind: load_config(Config, [*flags, *source, "--out", str(tmp_path / f"run-{kind}")], "test")
         for kind, source in sources.items()
     }
     opened = {kind: open_data(config.data) for kind, config in configs.items()}

@@ -16,20 +16,21 @@ from eval import metric as eval_metric
 from eval.studies import metric as metric_study
 from train import metric
 from train.batches import balanced, train_batches
-from train.config import Data, Refused, configs_of, known_configs, load_config
+from train.cli import Refused, configs_of, known_configs, load_config
+from train.config import Data
 from train.data import Pictures, open_disjoint
 from train.log import read_metrics
 from train.metric import Metric, MetricConfig
 
 TINY = [
     "--config", "digits", "--model.width", "16", "--model.depth", "1", "--model.heads", "2",
-    "--model.mlp_width", "32", "--metric.dim", "8",
-    "--batch", "40", "--checkpoint_every", "9", "--eval_every", "9", "--optimizer.warmup", "10",
+    "--model.mlp-width", "32", "--metric.dim", "8",
+    "--batch", "40", "--checkpoint-every", "9", "--eval-every", "9", "--optimizer.warmup", "10",
 ]  # fmt: skip
 
 
 def config_of(*flags):
-    return load_config([*TINY, *map(str, flags)], "test", MetricConfig)
+    return load_config(MetricConfig, [*TINY, *map(str, flags)], "test")
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +61,7 @@ def test_a_run_learns_descriptors_of_classes_it_has_not_seen(trained):
 def test_every_loss_lowers_itself(loss, tmp_path):
     metric.train(
         config_of(
-            "--metric.loss", loss, "--epochs", 1.5, "--log_every", 1, "--out", tmp_path / "run"
+            "--metric.loss", loss, "--epochs", 1.5, "--log-every", 1, "--out", tmp_path / "run"
         ),
         quiet=True,
     )
@@ -73,7 +74,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path):
     flags = ["--epochs", 0.5, "--optimizer.ema", "0.9"]
     whole = metric.train(config_of(*flags, "--out", tmp_path / "whole"), quiet=True)
     assert not metric.train(
-        config_of(*flags, "--out", tmp_path / "parts", "--stop_after", 7), quiet=True
+        config_of(*flags, "--out", tmp_path / "parts", "--stop-after", 7), quiet=True
     ).finished
     parts = metric.train(config_of(*flags, "--out", tmp_path / "parts"), quiet=True)
     jax.tree.map(np.testing.assert_array_equal, parts.state, whole.state)
@@ -106,7 +107,7 @@ def test_proxies_learn_faster_than_weights_by_their_factor():
     for factor in (1.0, 50.0):
         steps = metric.metric_steps(
             config_of(
-                "--metric.proxy_lr", factor, "--optimizer.warmup", 1, "--optimizer.clip", "None"
+                "--metric.proxy-lr", factor, "--optimizer.warmup", 1, "--optimizer.clip", "None"
             ),
             5,
             1000,
@@ -199,7 +200,7 @@ def test_disjoint_classes_are_those_of_the_source_or_drawn_once(class_folders):
 
 @pytest.mark.parametrize("name", known_configs(MetricConfig))
 def test_every_config_loads_and_says_its_command_and_what_to_expect(name):
-    assert load_config(["--config", name], "test", MetricConfig).tool == "train.metric"
+    assert load_config(MetricConfig, ["--config", name], "test").tool == "train.metric"
     header = (configs_of(MetricConfig) / f"{name}.toml").read_text()
     assert f"python -m train.metric --config {name}" in header
     assert "Expect" in header
@@ -230,13 +231,13 @@ def test_evaluation_gives_intervals_differences_and_descriptors(trained, capsys,
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--metric.per_class", "7"], "cannot hold --metric.per_class 7 of each class"),
-        (["--metric.per_class", "4"], "at most 20 with 5 classes"),
+        (["--metric.per-class", "7"], "cannot hold --metric.per-class 7 of each class"),
+        (["--metric.per-class", "4"], "at most 20 with 5 classes"),
         (
-            ["--metric.train_classes", "0.1"],
+            ["--metric.train-classes", "0.1"],
             "0.1 of 10 classes is 1: at least 2 must be trained on",
         ),
-        (["--metric.train_classes", "1"], "between 0 and 1"),
+        (["--metric.train-classes", "1"], "between 0 and 1"),
         (["--augment.mixup", "0.2"], "the labels of descriptors are not mixed"),
         (["--metric.loss", "proxy-anchor", "--optimizer.accumulate", "2"], "1 with proxy-anchor"),
         (["--metric.loss", "triplet"], "triplet"),
@@ -384,7 +385,7 @@ def test_the_study_writes_its_table(packed_sets, tmp_path, capsys):
                 "8",
                 "--batch",
                 "8",
-                "--metric.per_class",
+                "--metric.per-class",
                 "4",
             ],
         )

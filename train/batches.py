@@ -13,7 +13,8 @@ import numpy as np
 
 from ggem_jax.files.images import UnreadableImage, centre_crop, resize
 from train.augment import augment
-from train.config import Config, Refused
+from train.cli import Refused
+from train.config import Config
 from train.data import Pictures
 
 # image (b, side, side, 3) uint8, label (b,) int32; for evaluation also weight (b,) float32, index

@@ -7,7 +7,7 @@
   are called alike but for their endings, .jpg, .png or .webp, and .txt (the caption) or .json with
   "caption". They are read where they lie, by an index made when the run starts.
 
-Without `--data.eval_split`, which names another file or pattern, `--data.holdout` of the pictures
+Without `--data.eval-split`, which names another file or pattern, `--data.holdout` of the pictures
 are kept for evaluation. Nothing is unpickled.
 """
 
@@ -29,7 +29,8 @@ from pathlib import Path
 import numpy as np
 
 from ggem_jax.files.images import RGB, UnreadableImage, read_image
-from train.config import Data, Refused, require
+from train.cli import Refused, require
+from train.config import Data
 from train.data import KNOWN as KNOWN_CLASSES
 from train.data import Pictures, held_out, open_data
 from train.tokenizer import LARGEST_VOCABULARY, SMALLEST_VOCABULARY
@@ -122,7 +123,7 @@ class Captioned:
         picture there is no other.
         """
         if len(self) < 2:
-            raise Refused("--text.shuffle_captions needs at least 2 pictures to train on")
+            raise Refused("--text.shuffle-captions needs at least 2 pictures to train on")
         order = np.random.default_rng(seed).permutation(len(self))
         captions: list[Captions] = [()] * len(self)
         for one, other in zip(order, np.roll(order, 1), strict=True):

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from train.config import Refused
+from train.cli import Refused
 from train.step import State, Steps
 
 

@@ -9,7 +9,8 @@ from typing import Any
 import jax
 
 from train.batches import train_batches
-from train.config import Config, load_config
+from train.cli import load_config
+from train.config import Config
 from train.data import Pictures, open_data
 from train.evaluate import evaluate
 from train.loop import Evaluation, Task, Trained, check_devices, run, run_tool
@@ -21,7 +22,7 @@ TOOL = "train.classify"
 
 
 def main(argv: list[str] | None = None) -> None:
-    run_tool(TOOL, lambda flags: train(load_config(flags, TOOL)), argv)
+    run_tool(TOOL, lambda flags: train(load_config(Config, flags)), argv)
 
 
 def train(

@@ -26,8 +26,10 @@ from ggem_jax.models.text import TextConfig, TextTransformer
 from ggem_jax.models.vit import ViT
 from ggem_jax.pooling import l2_normalize
 from train.batches import train_batches
+from train.build import build_model
 from train.captions import Captioned, Text, open_captions
-from train.config import Config, Data, Optimizer, build_model, load_config, require
+from train.cli import load_config, require
+from train.config import Config, Data, Optimizer
 from train.evaluate import on_devices, outputs_of
 from train.loop import Evaluation, Task, Trained, check_devices, run, run_tool
 from train.run import has_checkpoint, join_processes
@@ -80,7 +82,7 @@ class ContrastiveConfig(Config):
         require(
             "init_scale",
             self.init_scale,
-            f"above 0 and at most --max_scale {self.max_scale:g}",
+            f"above 0 and at most --max-scale {self.max_scale:g}",
             0 < self.first_scale <= self.max_scale,
         )
         require("init_bias", self.init_bias, "finite", math.isfinite(self.init_bias))
@@ -97,7 +99,7 @@ class ContrastiveConfig(Config):
 def main(argv: list[str] | None = None) -> None:
     run_tool(
         ContrastiveConfig.tool,
-        lambda flags: train(load_config(flags, ContrastiveConfig.tool, ContrastiveConfig)),
+        lambda flags: train(load_config(ContrastiveConfig, flags)),
         argv,
     )
 

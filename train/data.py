@@ -11,7 +11,8 @@ from pathlib import Path
 import numpy as np
 
 from ggem_jax.files.images import EXTENSIONS, RGB, UnreadableImage, read_image
-from train.config import Data, Refused
+from train.cli import Refused
+from train.config import Data
 
 KNOWN = "digits, folder:DIR, tfds:NAME"
 TRAIN_SPLITS = ("train",)
@@ -87,7 +88,7 @@ def open_disjoint(data: Data, share: float) -> tuple[Pictures, Pictures]:
     kept = round(share * count)
     if not 2 <= kept <= count - 2:
         raise Refused(
-            f"--metric.train_classes {share:g} of {count} classes is {kept}: at least 2 must be"
+            f"--metric.train-classes {share:g} of {count} classes is {kept}: at least 2 must be"
             " trained on and 2 be left"
         )
     trained_on = np.zeros(count, bool)
@@ -126,7 +127,7 @@ def open_splits(data: Data) -> dict[str, Pictures]:
     if kind == "digits" and not name:
         if data.eval_split is not None:
             raise Refused(
-                f"--data.eval_split {data.eval_split} is not in digits, of which --data.holdout is"
+                f"--data.eval-split {data.eval_split} is not in digits, of which --data.holdout is"
                 " kept"
             )
         splits = {"train": digits()}
@@ -185,7 +186,7 @@ def folder(root: Path, eval_split: str | None = None) -> dict[str, Pictures]:
     if train_name is None and eval_split is None:
         return {"train": _class_folders(root)}
     if train_name is None:
-        raise Refused(f"--data.eval_split {eval_split} needs a folder {root}/train beside it")
+        raise Refused(f"--data.eval-split {eval_split} needs a folder {root}/train beside it")
     splits = {"train": _class_folders(root / train_name)}
     if eval_name is not None:
         splits["eval"] = _class_folders(root / eval_name)
@@ -275,7 +276,7 @@ def _eval_name(asked: str | None, there: set[str], where: str) -> str | None:
     """
     if asked is not None and asked not in there:
         raise Refused(
-            f"--data.eval_split {asked} is not in {where}, which has {', '.join(sorted(there))}"
+            f"--data.eval-split {asked} is not in {where}, which has {', '.join(sorted(there))}"
         )
     return asked or next((name for name in EVAL_SPLITS if name in there), None)
 
@@ -299,7 +300,7 @@ def _tfds_split(builder, split: str) -> Pictures:
         if not 0 <= record["label"] < len(classes):
             raise Refused(
                 f"{name} has the label {record['label']}, where one of 0 to {len(classes) - 1} is"
-                " needed: choose another --data.eval_split"
+                " needed: choose another --data.eval-split"
             )
         return read_image(record["image"], name=name), int(record["label"])
 

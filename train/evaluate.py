@@ -6,7 +6,8 @@ import jax
 import numpy as np
 
 from train.batches import Batch, eval_batches
-from train.config import Config, Refused
+from train.cli import Refused
+from train.config import Config
 from train.data import Pictures
 from train.step import Steps
 

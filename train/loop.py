@@ -18,12 +18,13 @@ from ggem_jax.models.vit import used_exponents
 from ggem_jax.optimizer import exponents
 from train.batches import Batch
 from train.checkpoints import Checkpoints
-from train.config import Config, Refused
+from train.cli import Refused, one_sentence
+from train.config import Config
 from train.evaluate import on_devices
 from train.log import Log
 from train.pictures import draw_curves
 from train.published import started_from
-from train.run import StopRequest, one_sentence, run_folder
+from train.run import StopRequest, run_folder
 from train.step import State, Steps
 from train.throughput import Meter
 

@@ -23,7 +23,9 @@ from ggem_jax.models.vit import ViT
 from ggem_jax.retrieval import search
 from ggem_jax.retrieval.metrics import LabelScores, label_scores
 from train.batches import balanced, train_batches
-from train.config import Config, Data, Optimizer, Refused, build_model, load_config, require
+from train.build import build_model
+from train.cli import Refused, load_config, require
+from train.config import Config, Data, Optimizer
 from train.data import Pictures, open_disjoint
 from train.evaluate import outputs_of
 from train.loop import Evaluation, Task, Trained, check_devices, run, run_tool
@@ -132,7 +134,7 @@ class MetricConfig(Config):
 def main(argv: list[str] | None = None) -> None:
     run_tool(
         MetricConfig.tool,
-        lambda flags: train(load_config(flags, MetricConfig.tool, MetricConfig)),
+        lambda flags: train(load_config(MetricConfig, flags)),
         argv,
     )
 
@@ -203,7 +205,7 @@ def check_balance(config: MetricConfig, labels: np.ndarray) -> int:
     each, classes = config.metric.per_class or 1, len(np.unique(labels))
     if config.batch % each or config.batch // each > classes:
         raise Refused(
-            f"a batch of {config.batch} pictures cannot hold --metric.per_class {each} of each"
+            f"a batch of {config.batch} pictures cannot hold --metric.per-class {each} of each"
             f" class: it must be a multiple of it, and at most {each * classes} with {classes}"
             " classes"
         )

@@ -18,7 +18,6 @@ import contextlib
 import io
 import re
 import shutil
-import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -33,8 +32,7 @@ from PIL import Image
 from tyro.conf import Positional, arg
 
 from ggem_jax.files.images import EXTENSIONS, RGB, UnreadableImage, read_image
-from train.config import Refused, parse
-from train.run import one_sentence
+from train.cli import Refused, one_sentence, parse
 
 # Xiao, Rasul and Vollgraf, "Fashion-MNIST", 2017, arXiv:1708.07747, table 2; the packed file holds
 # the numbers only.
@@ -69,9 +67,7 @@ class Prepare:
 
 def main(argv: list[str] | None = None) -> None:
     with one_sentence("train.prepare"):
-        for line in prepare(
-            parse(Prepare, sys.argv[1:] if argv is None else argv, "train.prepare")
-        ):
+        for line in prepare(parse(Prepare, argv, "train.prepare")):
             print(line)
 
 

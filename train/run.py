@@ -8,7 +8,6 @@ import json
 import os
 import re
 import signal
-import sys
 import threading
 import zlib
 from collections.abc import Iterator
@@ -19,7 +18,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from train.config import C, Config, Refused, from_dict, to_dict
+from train.cli import Refused, from_dict, to_dict
+from train.config import C, Config
 from train.log import write_text
 
 # May change when a run is taken up again: the weights do not depend on them (on `fsdp` in the last
@@ -29,35 +29,6 @@ FREE = (
     "data.data_dir", "data.download", "data.workers", "data.eval_split", "data.corrupt",
     "data_found.eval",
 )  # fmt: skip
-
-
-@contextlib.contextmanager
-def one_sentence(tool: str) -> Iterator[None]:
-    """Ends a tool with one line on standard error: exit code 1 where the user or the machine is at
-    fault, 130 after Ctrl-C.
-    """
-    try:
-        yield
-    except Refused as error:
-        sys.exit(f"{tool}: {error}")
-    except KeyboardInterrupt:
-        sys.stderr.write(f"{tool}: interrupted\n")
-        sys.exit(128 + signal.SIGINT)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        sys.exit(
-            f"{tool}: out of memory ({str(error).splitlines()[0]}): try a smaller --batch, more"
-            " --optimizer.accumulate or --model.remat"
-        )
-    except RuntimeError as error:
-        if "home directory" not in str(error):  # of a path that begins with ~
-            raise
-        sys.exit(f"{tool}: {error}")
-    except OSError as error:
-        sys.exit(
-            f"{tool}: {error.strerror or error}{f': {error.filename}' if error.filename else ''}"
-        )
 
 
 def join_processes() -> None:
@@ -156,7 +127,7 @@ def read_run(run: Path, record: type[C] = Config) -> tuple[C, dict[str, Any]]:  
             "train": int(facts["train"]),
             "eval": int(facts["eval"]),
         }
-        return from_dict(values, record), facts | checked
+        return from_dict(record, values), facts | checked
     except FileNotFoundError:
         raise Refused(f"{run} is no run of {record.tool}: it has no config.json") from None
     except (KeyError, ValueError, TypeError, AttributeError, Refused) as error:

@@ -20,7 +20,9 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from ggem_jax.models.vit import ViT
 from ggem_jax.optimizer import adamw, scale_by_parameter
-from train.config import Augment, Config, Data, Optimizer, Refused, build_model
+from train.build import build_model
+from train.cli import Refused
+from train.config import Augment, Config, Data, Optimizer
 
 Images = UInt8[Array, "b h w 3"]
 Batch = dict[str, Array]

@@ -18,7 +18,7 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from train.config import Refused
+from train.cli import Refused
 from train.log import write_text
 
 LARGEST_VOCABULARY = 2**24  # far beyond those in use

@@ -15,8 +15,10 @@ from jaxtyping import Array, Float
 from eval.runs import trained_in_study
 from ggem_jax.models.vit import used_exponents
 from train.batches import eval_batches
+from train.build import build_model
 from train.classify import train
-from train.config import Config, build_model, load_config
+from train.cli import load_config
+from train.config import Config
 from train.data import Pictures, in_memory
 from train.evaluate import Predictions
 from train.prepare import evenly_spaced, read_packed
@@ -33,10 +35,10 @@ ARMS = {
 }
 FLAGS = [
     "--model.image", "32", "--model.patch", "8", "--model.width", "48", "--model.depth", "3",
-    "--model.heads", "4", "--model.mlp_width", "192",
+    "--model.heads", "4", "--model.mlp-width", "192",
     "--model.gelu", "tanh", "--batch", "256", "--optimizer.lr", "2e-3", "--optimizer.warmup", "40",
     "--augment.crop", "pad", "--augment.flip",
-    "--log_every", "50", "--eval_every", "1000000", "--checkpoint_every", "1000000",
+    "--log-every", "50", "--eval-every", "1000000", "--checkpoint-every", "1000000",
 ]  # fmt: skip
 
 
@@ -71,7 +73,7 @@ def config_of(arm: str, seed: int, runs: Path, epochs: float) -> Config:
         "--out",
         str(folder),
     ]
-    return load_config(flags, "eval.studies.pooling")
+    return load_config(Config, flags, "eval.studies.pooling")
 
 
 @dataclass(frozen=True)

@@ -28,10 +28,10 @@ from rich.table import Table
 from eval import statistics
 from eval.studies.report import Arm, write_report
 from train.classify import train
-from train.config import Config, Refused, load_config, parse
+from train.cli import Refused, load_config, one_sentence, parse
+from train.config import Config
 from train.data import open_data
 from train.log import read_metrics
-from train.run import one_sentence
 
 # relu-avg is the control: what GeM and GGeM owe to leaving out what is negative, not to their
 # exponents.
@@ -55,9 +55,7 @@ class Demo:
 
 def main(argv: list[str] | None = None) -> None:
     with one_sentence("eval.studies.demo"):
-        demo = parse(
-            Demo, sys.argv[1:] if argv is None else argv, "eval.studies.demo", default=Demo()
-        )
+        demo = parse(Demo, argv, "eval.studies.demo", default=Demo())
         if demo.seeds < 2:
             raise Refused(f"--seeds must be at least 2 to give intervals, it is {demo.seeds}")
         started = time.perf_counter()
@@ -105,7 +103,9 @@ def configuration(demo: Demo, pool: str, seed: int) -> Config:
         str(demo.out / f"{pool}-{seed}"),
     ]
     return load_config(
-        flags + ([] if demo.epochs is None else ["--epochs", str(demo.epochs)]), "eval.studies.demo"
+        Config,
+        flags + ([] if demo.epochs is None else ["--epochs", str(demo.epochs)]),
+        "eval.studies.demo",
     )
 
 

@@ -28,11 +28,10 @@ from eval.studies.retrieval import SETS, Set, Study, data_folder, machine, unit_
 from eval.tables import cell_of, columns, markdown, write_rows
 from ggem_jax.retrieval import search
 from ggem_jax.retrieval.metrics import Relevance, recall_at, scores
-from train.config import Refused, load_config, parse
+from train.cli import Refused, load_config, one_sentence, parse
 from train.data import Pictures, in_memory
 from train.loop import first_state
 from train.metric import MetricConfig, metric_steps, retrieve, scores_of, train
-from train.run import one_sentence
 
 RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "metric_study.csv"
 
@@ -53,15 +52,15 @@ SMALL = [
     "3",
     "--model.heads",
     "4",
-    "--model.mlp_width",
+    "--model.mlp-width",
     "256",
     "--metric.dim",
     "64",
 ]
 OFTEN = [
-    "--eval_every",
+    "--eval-every",
     "1000000",
-    "--checkpoint_every",
+    "--checkpoint-every",
     "1000000",
     "--optimizer.lr",
     "2e-3",
@@ -70,14 +69,14 @@ OFTEN = [
 ]
 FLAGS = {
     "omniglot": [
-        "--model.image", "28", "--model.patch", "7", "--data.eval_crop", "squash", "--batch", "128",
-        "--epochs", "50", "--metric.per_class", "4",
-        "--augment.crop", "resized", "--augment.min_area", "0.6",
+        "--model.image", "28", "--model.patch", "7", "--data.eval-crop", "squash", "--batch", "128",
+        "--epochs", "50", "--metric.per-class", "4",
+        "--augment.crop", "resized", "--augment.min-area", "0.6",
     ],
     "corridor": [
-        "--model.image", "48", "--model.patch", "8", "--data.eval_crop", "squash", "--batch", "44",
-        "--epochs", "120", "--metric.per_class", "4",
-        "--augment.crop", "resized", "--augment.min_area", "0.5",
+        "--model.image", "48", "--model.patch", "8", "--data.eval-crop", "squash", "--batch", "44",
+        "--epochs", "120", "--metric.per-class", "4",
+        "--augment.crop", "resized", "--augment.min-area", "0.5",
     ],
 }  # fmt: skip
 PLACE, GAP = (
@@ -118,12 +117,7 @@ class Apart:
 
 def main(argv: list[str] | None = None) -> None:
     with one_sentence("eval.studies.metric"):
-        study = parse(
-            MetricStudy,
-            sys.argv[1:] if argv is None else argv,
-            "eval.studies.metric",
-            default=MetricStudy(),
-        )
+        study = parse(MetricStudy, argv, "eval.studies.metric", default=MetricStudy())
         check(study)
         rows = [row for name in study.sets for row in rows_of(name, study)]
         write_rows(study.out, rows)
@@ -200,7 +194,7 @@ def config_of(name: str, arm: str, seed: int, study: MetricStudy) -> MetricConfi
     ]
     folder = study.runs / name / f"{pool}-{loss}-{seed}"
     epochs = [] if study.epochs is None else ["--epochs", str(study.epochs)]
-    return load_config([*flags, *epochs, "--out", str(folder)], "eval.studies.metric", MetricConfig)
+    return load_config(MetricConfig, [*flags, *epochs, "--out", str(folder)], "eval.studies.metric")
 
 
 def untrained(config: MetricConfig, apart: Apart) -> np.ndarray:

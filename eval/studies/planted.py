@@ -20,7 +20,6 @@ import dataclasses
 import functools
 import json
 import math
-import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,8 +35,7 @@ from eval import statistics
 from ggem_jax import pooling
 from ggem_jax.models.vit import used_exponents
 from ggem_jax.optimizer import adamw
-from train.config import Refused, parse
-from train.run import one_sentence
+from train.cli import Refused, one_sentence, parse
 
 
 @dataclass(frozen=True)
@@ -61,12 +59,7 @@ class Planted:
 
 def main(argv: list[str] | None = None) -> None:
     with one_sentence("eval.studies.planted"):
-        config = parse(
-            Planted,
-            sys.argv[1:] if argv is None else argv,
-            "eval.studies.planted",
-            default=Planted(),
-        )
+        config = parse(Planted, argv, "eval.studies.planted", default=Planted())
         check(config)
         started = time.perf_counter()
         results = run(config)

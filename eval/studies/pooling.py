@@ -47,11 +47,10 @@ from ggem_jax import pooling
 from ggem_jax.descriptors.backbones import load_network
 from ggem_jax.files.images import normalise
 from ggem_jax.pooling import l2_normalize
-from train.config import Refused, parse
+from train.cli import Refused, one_sentence, parse
 from train.log import write_text
 from train.metric import scores_of
 from train.prepare import read_packed
-from train.run import one_sentence
 
 ROOT = Path(__file__).parent.parent.parent
 PARTS = ("planted", "imagenette", "cifar10-frozen", "cifar10")
@@ -85,12 +84,7 @@ class PoolingStudy:
 
 def main(argv: list[str] | None = None) -> None:
     with one_sentence("eval.studies.pooling"):
-        study = parse(
-            PoolingStudy,
-            sys.argv[1:] if argv is None else argv,
-            "eval.studies.pooling",
-            default=PoolingStudy(),
-        )
+        study = parse(PoolingStudy, argv, "eval.studies.pooling", default=PoolingStudy())
         check(study)
         found = {part: kept(part, study) for part in study.parts}
         write_text(

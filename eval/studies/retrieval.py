@@ -37,8 +37,7 @@ from ggem_jax.descriptors.settings import DescriptorSettings
 from ggem_jax.files.images import RGB, read_image
 from ggem_jax.retrieval.expansion import augment_database
 from ggem_jax.retrieval.metrics import Relevance, positive_ranks, recall_at, scores
-from train.config import Refused, parse
-from train.run import one_sentence
+from train.cli import Refused, one_sentence, parse
 
 DRAWERS = 20  # of each character of Omniglot
 RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "retrieval_study.csv"
@@ -350,9 +349,7 @@ def machine() -> dict[str, str]:
 
 def main(argv: list[str] | None = None) -> None:
     with one_sentence("eval.studies.retrieval"):
-        study = parse(
-            Study, sys.argv[1:] if argv is None else argv, "eval.studies.retrieval", default=Study()
-        )
+        study = parse(Study, argv, "eval.studies.retrieval", default=Study())
         data = data_folder(study.data)
         if unknown := set(study.sets) - set(SETS):
             raise Refused(
