@@ -1,7 +1,7 @@
 """How good a trained classifier is: python -m eval.classify RUN [OTHER].
 
 Prints top-1 and top-5 accuracy with 95 % intervals and a table by class from the newest checkpoint
-of a run of `train.classify`; with a second run, also a paired comparison on the same pictures.
+of a run of `train.classify`; with a second run, also a paired comparison on the same images.
 `--json` prints one JSON object instead.
 """
 
@@ -15,19 +15,19 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from eval.runs import OfRuns, newest, with_data
+from eval.runs import RunOptions, open_checkpoints, replace_data
 from eval.statistics import Interval, Paired, paired, proportion
 from train.cli import Refused, one_sentence, parse
 from train.config import Config
 from train.data import open_data
 from train.evaluate import Predictions, evaluate
-from train.loop import learned_exponents
+from train.loop import read_exponents
 from train.run import read_run
 from train.step import make_steps
 
 
 @dataclass(frozen=True)
-class Evaluate(OfRuns):
+class Evaluate(RunOptions):
     """How good a trained classifier is, and which of two is better."""
 
     split: str | None = None  # evaluate on another split than the run did, such as test
@@ -35,7 +35,7 @@ class Evaluate(OfRuns):
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One run on its evaluation pictures."""
+    """One run on its evaluation images."""
 
     run: Path
     step: int
@@ -52,7 +52,7 @@ class Evaluated:
         return proportion(self.predictions.top(5))
 
     def by_class(self) -> list[tuple[str, int, Interval]]:
-        """Name, number of pictures and top-1 accuracy of each class that has pictures."""
+        """Name, number of images and top-1 accuracy of each class that has images."""
         correct, label = self.predictions.top(1), self.predictions.label
         return [
             (name, int(np.sum(label == i)), proportion(correct[label == i]))
@@ -78,14 +78,14 @@ def load(run: Path, how: Evaluate) -> Evaluated:
     classes = tuple(facts["classes"])
     data = how.data_of(config.data)
     data = dataclasses.replace(data, eval_split=how.split or data.eval_split)
-    config = with_data(config, data)
-    _, pictures = open_data(data)
-    if pictures.classes != classes:
+    config = replace_data(config, data)
+    _, images = open_data(data)
+    if images.classes != classes:
         raise Refused(
             f"{run} was trained on the classes {', '.join(classes)}, but {data.source} has"
-            f" {', '.join(pictures.classes)}"
+            f" {', '.join(images.classes)}"
         )
-    checkpoints = newest(run)
+    checkpoints = open_checkpoints(run)
     steps = make_steps(
         config, len(classes), total_steps=2
     )  # any number: the schedule does not matter here
@@ -93,21 +93,21 @@ def load(run: Path, how: Evaluate) -> Evaluated:
     return Evaluated(
         run,
         int(state.step),
-        pictures.classes,
-        evaluate(steps, state.evaluated, pictures, config),
-        learned_exponents(state.evaluated),
+        images.classes,
+        evaluate(steps, state.evaluated, images, config),
+        read_exponents(state.evaluated),
     )
 
 
 def compare(first: Evaluated, second: Evaluated) -> Paired:
-    """The two on the same pictures."""
+    """The two on the same images."""
     a, b = first.predictions, second.predictions
     if first.classes != second.classes or not all(
         np.array_equal(*pair)
         for pair in ((a.index, b.index), (a.label, b.label), (a.digest, b.digest))
     ):
         raise Refused(
-            f"{first.run} and {second.run} were not evaluated on the same pictures, so they cannot"
+            f"{first.run} and {second.run} were not evaluated on the same images, so they cannot"
             " be compared in pairs"
         )
     return paired(a.top(1), b.top(1))
@@ -143,10 +143,10 @@ def show(runs: list[Evaluated], comparison: Paired | None) -> None:
     for run in runs:
         table = Table(
             "class",
-            title=f"{run.run}, step {run.step}, {len(run.predictions.label):,} pictures",
+            title=f"{run.run}, step {run.step}, {len(run.predictions.label):,} images",
             title_justify="left",
         )
-        table.add_column("pictures", justify="right")
+        table.add_column("images", justify="right")
         table.add_column("top-1 [95 % interval]", justify="right")
         for name, count, top1 in run.by_class():
             table.add_row(name, f"{count:,}", str(top1))
@@ -160,7 +160,7 @@ def show(runs: list[Evaluated], comparison: Paired | None) -> None:
     if comparison is not None:
         console.print(
             f"first less second: {comparison.difference}; only the first is right on"
-            f" {comparison.only_first} pictures, only the second on {comparison.only_second};"
+            f" {comparison.only_first} images, only the second on {comparison.only_second};"
             f" McNemar's exact test p = {comparison.p_value:.3g}"
         )
 

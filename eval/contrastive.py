@@ -1,11 +1,11 @@
-"""How well a trained pair of towers finds texts and pictures, and classifies by words: python -m
+"""How well a trained pair of towers finds texts and images, and classifies by words: python -m
 eval.contrastive RUN [OTHER].
 
-Prints recall@k from pictures to texts and back, beside what a random order would find, from the
-newest checkpoint of a run of `train.contrastive`. A text is right for a picture if it is one of the
-picture's captions, so where captions are class names every picture of the class is right.
-`--zero-shot SOURCE` classifies pictures by the descriptions of their classes. With a second run
-also paired tests on the same pictures; `--json` prints one JSON object instead.
+Prints recall@k from images to texts and back, beside what a random order would find, from the
+newest checkpoint of a run of `train.contrastive`. A text is right for an image if it is one of the
+image's captions, so where captions are class names every image of the class is right.
+`--zero-shot SOURCE` classifies images by the descriptions of their classes. With a second run
+also paired tests on the same images; `--json` prints one JSON object instead.
 """
 
 import dataclasses
@@ -18,33 +18,33 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from eval.runs import OfRuns, newest, with_data
+from eval.runs import RunOptions, open_checkpoints, replace_data
 from eval.statistics import Interval, Paired, bootstrap, paired, proportion
 from ggem_jax.losses.contrastive import class_descriptors, found_at
-from train.captions import Captioned, Text, class_words, open_captions, templates_of
+from train.captions import Captioned, Text, choose_class_words, choose_templates, open_captions
 from train.checkpoints import Checkpoints
 from train.cli import Refused, one_sentence, parse
 from train.contrastive import (
     KAPPAS,
     ContrastiveConfig,
-    Described,
+    PairDescriptors,
     describe,
     describe_texts,
     make_steps,
     make_towers,
 )
-from train.data import Pictures, open_data
-from train.evaluate import outputs_of
-from train.loop import learned_exponents
+from train.data import Images, open_data
+from train.evaluate import compute_outputs
+from train.loop import read_exponents
 from train.run import read_run
-from train.tokenizer import Tokenizer, kept_tokenizer
+from train.tokenizer import Tokenizer, load_run_tokenizer
 
-DIRECTIONS = {"image_to_text": "pictures -> texts", "text_to_image": "texts -> pictures"}
+DIRECTIONS = {"image_to_text": "images -> texts", "text_to_image": "texts -> images"}
 
 
 @dataclass(frozen=True)
-class Evaluate(OfRuns):
-    """How well pictures and texts find each other, and which of two runs does better."""
+class Evaluate(RunOptions):
+    """How well images and texts find each other, and which of two runs does better."""
 
     # digits, folder:DIR or tfds:NAME to classify by the words of its classes
     zero_shot: str | None = None
@@ -63,10 +63,10 @@ class Evaluate(OfRuns):
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """Pictures classified by the descriptions of their classes."""
+    """Images classified by the descriptions of their classes."""
 
-    index: np.ndarray  # (n,) number of the picture in its split
-    digest: np.ndarray  # (n,) of the pictures as they were read
+    index: np.ndarray  # (n,) number of the image in its split
+    digest: np.ndarray  # (n,) of the images as they were read
     top1: np.ndarray  # (n,) whether the class is the nearest
     top5: np.ndarray
     source: str
@@ -76,11 +76,11 @@ class ZeroShot:
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One run on its evaluation pictures."""
+    """One run on its evaluation images."""
 
     run: Path
     step: int
-    described: Described
+    described: PairDescriptors
     zero_shot: ZeroShot | None
     scale: float
     p: dict[str, list[float]]  # learned exponents
@@ -105,12 +105,12 @@ def load(run: Path, how: Evaluate) -> Evaluated:
         data.eval_split if data.source == trained.data.source else None
     )  # another source has its own splits
     data = dataclasses.replace(data, eval_split=how.split or kept)
-    checkpoints, config = newest(run), with_data(trained, data)
+    checkpoints, config = open_checkpoints(run), replace_data(trained, data)
     asked = (how.templates, how.names)
     _, eval_set = open_captions(
         data, text_of(data.source, trained, *((None, None) if how.zero_shot else asked))
     )
-    model = Model(config, kept_tokenizer(run), checkpoints)
+    model = Model(config, load_run_tokenizer(run), checkpoints)
     zero_shot = (
         None
         if how.zero_shot is None
@@ -118,7 +118,7 @@ def load(run: Path, how: Evaluate) -> Evaluated:
     )
     scale = float(model.towers.scale(model.params))
     return Evaluated(
-        run, model.step, model.describe(eval_set), zero_shot, scale, learned_exponents(model.params)
+        run, model.step, model.describe(eval_set), zero_shot, scale, read_exponents(model.params)
     )
 
 
@@ -133,7 +133,7 @@ class Model:
         state = checkpoints.restore(self.steps)
         self.params, self.step = state.evaluated, int(state.step)
 
-    def describe(self, eval_set: Captioned) -> Described:
+    def describe(self, eval_set: Captioned) -> PairDescriptors:
         return describe(self.steps, self.towers, self.params, eval_set, self.tokenizer, self.config)
 
     def texts(self, texts: tuple[str, ...]) -> np.ndarray:
@@ -141,8 +141,8 @@ class Model:
             self.steps, self.towers, self.params, texts, self.tokenizer, self.config
         )
 
-    def pictures(self, pictures: Pictures) -> dict[str, np.ndarray]:
-        return outputs_of(self.steps, self.params, pictures, self.config)
+    def images(self, images: Images) -> dict[str, np.ndarray]:
+        return compute_outputs(self.steps, self.params, images, self.config)
 
 
 def text_of(
@@ -164,17 +164,17 @@ def text_of(
 
 
 def classify(model: Model, text: Text, source: str) -> ZeroShot:
-    """Gives each picture the class whose prompts, averaged over the templates, are nearest: CLIP,
+    """Gives each image the class whose prompts, averaged over the templates, are nearest: CLIP,
     section 3.1.
     """
     data = dataclasses.replace(model.config.data, source=source)
     if source != model.config.data.source:
         data = dataclasses.replace(data, eval_split=None)
-    _, pictures = open_data(data)
-    words, templates = class_words(pictures.classes, data, text), templates_of(data, text)
+    _, images = open_data(data)
+    words, templates = choose_class_words(images.classes, data, text), choose_templates(data, text)
     prompts = tuple(template.replace("{}", word) for word in words for template in templates)
     classes = class_descriptors(model.texts(prompts).reshape(len(words), len(templates), -1))
-    whole = model.pictures(pictures)
+    whole = model.images(images)
     right = found_at(
         whole["descriptor"],
         classes,
@@ -187,14 +187,14 @@ def classify(model: Model, text: Text, source: str) -> ZeroShot:
 
 
 def compare(first: Evaluated, second: Evaluated) -> dict[str, Paired]:
-    """The two on the same pictures and texts."""
+    """The two on the same images and texts."""
     a, b = first.described, second.described
     if a.captions != b.captions or not all(
         np.array_equal(*pair)
         for pair in ((a.index, b.index), (a.digest, b.digest), (a.pairs, b.pairs))
     ):
         raise Refused(
-            f"{first.run} and {second.run} were not evaluated on the same pictures and captions, so"
+            f"{first.run} and {second.run} were not evaluated on the same images and captions, so"
             " they cannot be compared in pairs"
         )
     found, other = a.found((1,)), b.found((1,))
@@ -205,7 +205,7 @@ def compare(first: Evaluated, second: Evaluated) -> dict[str, Paired]:
             np.array_equal(*pair) for pair in ((c.index, d.index), (c.digest, d.digest))
         ):
             raise Refused(
-                f"{first.run} and {second.run} did not classify the same pictures, so they cannot"
+                f"{first.run} and {second.run} did not classify the same images, so they cannot"
                 " be compared in pairs"
             )
         tests["zero_shot_top1"] = paired(first.zero_shot.top1, second.zero_shot.top1)
@@ -260,7 +260,7 @@ def show(report: dict[str, Any]) -> None:
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     for run in report["runs"]:
         title = (
-            f"{run['run']}, step {run['step']}, {run['images']:,} pictures, {run['texts']:,} texts"
+            f"{run['run']}, step {run['step']}, {run['images']:,} images, {run['texts']:,} texts"
         )
         table = Table("", title=title, title_justify="left")
         table.add_column("recall [95 % interval]", justify="right")
@@ -276,7 +276,7 @@ def show(report: dict[str, Any]) -> None:
         if zero := run["zero_shot"]:
             said = f"top-1 {_interval(zero['top1'])}   top-5 {_interval(zero['top5'])}"
             kinds = (
-                f"{zero['images']:,} pictures, {len(zero['classes']):,} classes,"
+                f"{zero['images']:,} images, {len(zero['classes']):,} classes,"
                 f" {len(zero['templates'])} template(s)"
             )
             console.print(f"zero-shot on {zero['source']}: {said}   ({kinds})")

@@ -1,8 +1,8 @@
 """How good trained descriptors are: python -m eval.metric RUN [OTHER].
 
 Prints recall@k, R-precision and mAP@R of the newest checkpoint of a run of `train.metric` on
-classes it was not trained on, every picture a query for all others, with 95 % bootstrap intervals
-over queries; with a second run also the differences on the same pictures. The intervals are those
+classes it was not trained on, every image a query for all others, with 95 % bootstrap intervals
+over queries; with a second run also the differences on the same images. The intervals are those
 of these trained networks and these classes: queries are taken for independent. `--json` prints one
 JSON object instead, `--export FILE.npz` keeps the descriptors.
 """
@@ -18,34 +18,34 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from eval.runs import OfRuns, newest, with_data
+from eval.runs import RunOptions, open_checkpoints, replace_data
 from eval.statistics import Interval, bootstrap
 from ggem_jax.files.atomic import replacing
 from ggem_jax.retrieval.metrics import LabelScores
 from train.cli import Refused, one_sentence, parse
 from train.data import open_disjoint
-from train.loop import learned_exponents
-from train.metric import MetricConfig, Retrieved, metric_steps, retrieve
+from train.loop import read_exponents
+from train.metric import LabelledDescriptors, MetricConfig, make_metric_steps, retrieve
 from train.run import read_run
 
 
 @dataclass(frozen=True)
-class Evaluate(OfRuns):
+class Evaluate(RunOptions):
     """How good trained descriptors are, and which of two runs has the better ones."""
 
     export: Path | None = (
-        None  # .npz file for descriptor (n, dim), label and index of the first run's pictures
+        None  # .npz file for descriptor (n, dim), label and index of the first run's images
     )
 
 
 @dataclass(frozen=True)
 class Evaluated:
-    """One run on its evaluation pictures."""
+    """One run on its evaluation images."""
 
     run: Path
     step: int
     classes: tuple[str, ...]
-    retrieved: Retrieved
+    retrieved: LabelledDescriptors
     p: dict[str, list[float]]  # learned exponents
 
     @cached_property
@@ -79,24 +79,24 @@ def main(argv: list[str] | None = None) -> None:
 def load(run: Path, how: Evaluate) -> Evaluated:
     """Evaluates the newest checkpoint of a run."""
     config, facts = read_run(run, MetricConfig)
-    config = with_data(config, how.data_of(config.data))
-    _, pictures = open_disjoint(config.data, config.metric.train_classes)
-    if seen := sorted(set(pictures.classes) & set(facts["classes"])):
+    config = replace_data(config, how.data_of(config.data))
+    _, images = open_disjoint(config.data, config.metric.train_classes)
+    if seen := sorted(set(images.classes) & set(facts["classes"])):
         raise Refused(
             f"{run} was trained on {', '.join(seen)}, which {config.data.source} has among the"
             " classes to evaluate on"
         )
-    checkpoints = newest(run)
-    steps = metric_steps(
+    checkpoints = open_checkpoints(run)
+    steps = make_metric_steps(
         config, len(facts["classes"]), total_steps=2
     )  # any number: the schedule does not matter here
     state = checkpoints.restore(steps)
     return Evaluated(
         run,
         int(state.step),
-        pictures.classes,
-        retrieve(steps, state.evaluated, pictures, config),
-        learned_exponents(state.evaluated),
+        images.classes,
+        retrieve(steps, state.evaluated, images, config),
+        read_exponents(state.evaluated),
     )
 
 
@@ -108,14 +108,14 @@ def compare(first: Evaluated, second: Evaluated) -> dict[str, Interval]:
         for pair in ((a.index, b.index), (a.label, b.label), (a.digest, b.digest))
     ):
         raise Refused(
-            f"{first.run} and {second.run} were not evaluated on the same pictures, so they cannot"
+            f"{first.run} and {second.run} were not evaluated on the same images, so they cannot"
             " be compared in pairs"
         )
     other = second.by_measure()
     return {name: bootstrap(values - other[name]) for name, values in first.by_measure().items()}
 
 
-def export(retrieved: Retrieved, path: Path) -> None:
+def export(retrieved: LabelledDescriptors, path: Path) -> None:
     """Writes the descriptors."""
     try:
         with replacing(path) as temporary, temporary.open("wb") as file:
@@ -155,7 +155,7 @@ def show(runs: list[Evaluated], differences: dict[str, Interval] | None) -> None
     console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
     for run in runs:
         title = (
-            f"{run.run}, step {run.step}, {len(run.retrieved.label):,} pictures of"
+            f"{run.run}, step {run.step}, {len(run.retrieved.label):,} images of"
             f" {len(run.classes)} classes not trained on"
         )
         table = Table("measure", title=title, title_justify="left")

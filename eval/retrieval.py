@@ -1,10 +1,10 @@
-"""How well one's own pictures are found: python -m eval.retrieval TRUTH
+"""How well one's own images are found: python -m eval.retrieval TRUTH
 
 TRUTH is a CSV file with the columns query and relevant, and if need be ignored, x1, y1, x2, y2 (see
 `ggem_jax.retrieval.tool.truth`), or a folder with a sub-folder for each class, where every other
-picture of its folder is relevant for a picture. The database is every picture under the root; a
-query's own picture is left out of its results unless it is listed as relevant. Prints mean average
-precision, mean precision and recall at k (whether one relevant picture at least is among the first
+image of its folder is relevant for an image. The database is every image under the root; a
+query's own image is left out of its results unless it is listed as relevant. Prints mean average
+precision, mean precision and recall at k (whether one relevant image at least is among the first
 k) with 95 % bootstrap intervals over queries. `--table` compares all poolings with all rerankers.
 """
 
@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg
 
-from eval.described import cropped, describe, make_extractor, poolings_of
+from eval.descriptors import describe, make_extractor, read_crop, vary_pooling
 from eval.rerankers import Name, Rerank, ranked, reranked
 from eval.statistics import Interval, bootstrap
 from ggem_jax.descriptors.settings import DescriptorSettings
@@ -35,13 +35,13 @@ from train.cli import Refused, one_sentence, parse
 
 @dataclass(frozen=True)
 class Retrieval:
-    """How well one's own pictures are found, with ground truth from a CSV file or from class
+    """How well one's own images are found, with ground truth from a CSV file or from class
     folders.
     """
 
     truth: Positional[Path]  # CSV file of queries, or folder with a sub-folder for each class
     root: Path | None = None  # what the paths in the CSV file are relative to; None: its folder
-    database: Path | None = None  # folder of the pictures that are searched; None: the root
+    database: Path | None = None  # folder of the images that are searched; None: the root
     rerank: tuple[Name, ...] = ("none",)  # one line of the table each
     # all poolings with all rerankers, whatever --rerank, --pooling, --regional, --scales and
     # --scale-gem say
@@ -63,16 +63,16 @@ class Retrieval:
 
 
 @dataclass(frozen=True)
-class Pictures:
+class RetrievalTask:
     """What is searched and what for."""
 
     database: list[Path]
-    queries: list[tuple[Path, tuple[float, ...] | None]]  # picture and box
+    queries: list[tuple[Path, tuple[float, ...] | None]]  # image and box
     relevance: list[Relevance]  # places in `database`
 
     @property
     def own(self) -> np.ndarray:
-        """The row of each query's own picture where that is to be left out, or -1."""
+        """The row of each query's own image where that is to be left out, or -1."""
         row = {path: i for i, path in enumerate(self.database)}
         return np.array(
             [
@@ -94,25 +94,25 @@ class Result:
 def main(argv: list[str] | None = None) -> None:
     with one_sentence("eval.retrieval"):
         config = parse(Retrieval, argv, "eval.retrieval")
-        pictures = of_classes(config.truth) if config.truth.is_dir() else of_csv(config)
-        if not any(len(each.positive) for each in pictures.relevance):
-            raise Refused(f"no query of {config.truth} has a relevant picture")
-        results = evaluated(config, pictures)
+        task = of_classes(config.truth) if config.truth.is_dir() else of_csv(config)
+        if not any(len(each.positive) for each in task.relevance):
+            raise Refused(f"no query of {config.truth} has a relevant image")
+        results = evaluated(config, task)
         if config.json:
-            print(json.dumps(as_json(config, pictures, results)))
+            print(json.dumps(as_json(config, task, results)))
         else:
-            show(config, pictures, results)
+            show(config, task, results)
 
 
-def of_csv(config: Retrieval) -> Pictures:
-    """The queries of a CSV file, in all pictures under a folder."""
+def of_csv(config: Retrieval) -> RetrievalTask:
+    """The queries of a CSV file, in all images under a folder."""
     root = Path(os.path.abspath(config.truth.parent if config.root is None else config.root))
     try:
         queries: list[Query] = read_truth(config.truth, root=root)
         database = listed(
             root if config.database is None else Path(os.path.abspath(config.database))
         )
-        return Pictures(
+        return RetrievalTask(
             database,
             [(query.path, query.box) for query in queries],
             to_relevance(queries, database),
@@ -121,8 +121,8 @@ def of_csv(config: Retrieval) -> Pictures:
         raise Refused(str(error)) from None
 
 
-def of_classes(folder: Path) -> Pictures:
-    """Every picture is a query for the others in its own folder."""
+def of_classes(folder: Path) -> RetrievalTask:
+    """Every image is a query for the others in its own folder."""
     database = listed(folder)
     members: dict[Path, list[int]] = {}
     for i, path in enumerate(database):
@@ -131,34 +131,34 @@ def of_classes(folder: Path) -> Pictures:
         Relevance(np.setdiff1d(members[path.parent], [i]), np.array([i]))
         for i, path in enumerate(database)
     ]
-    return Pictures(database, [(path, None) for path in database], relevance)
+    return RetrievalTask(database, [(path, None) for path in database], relevance)
 
 
 def listed(folder: Path) -> list[Path]:
-    """All pictures under a folder."""
+    """All images under a folder."""
     listing = walk(folder, apart=folder / ".none")
     if listing.skipped:
         raise Refused(listing.skipped[0].why)
     if not listing.files:
-        raise Refused(f"there are no pictures in {folder}")
+        raise Refused(f"there are no images in {folder}")
     return [folder / file.path for file in listing.files]
 
 
-def evaluated(config: Retrieval, pictures: Pictures) -> list[Result]:
+def evaluated(config: Retrieval, task: RetrievalTask) -> list[Result]:
     """Every reranker that is asked for on the descriptors that are asked for."""
     settings = (
-        poolings_of(config.descriptor)
+        vary_pooling(config.descriptor)
         if config.table
         else {pooling_name(config.descriptor): config.descriptor}
     )
-    queries, database = described(list(settings.values()), pictures)
+    queries, database = described(list(settings.values()), task)
     results = []
     for i, pooling in enumerate(settings):
         vectors = jax.device_put(np.ascontiguousarray(database[:, i]))
-        initial = ranked(queries[:, i], vectors, own=pictures.own)
+        initial = ranked(queries[:, i], vectors, own=task.own)
         for name in get_args(Name) if config.table else config.rerank:
-            ids = reranked(name, queries[:, i], vectors, initial, config.how, own=pictures.own)
-            results.append(Result(pooling, name, measured(ids, pictures.relevance, config.k)))
+            ids = reranked(name, queries[:, i], vectors, initial, config.how, own=task.own)
+            results.append(Result(pooling, name, measured(ids, task.relevance, config.k)))
     return results
 
 
@@ -173,27 +173,25 @@ def pooling_name(settings: DescriptorSettings) -> str:
 
 
 def described(
-    settings: Sequence[DescriptorSettings], pictures: Pictures
+    settings: Sequence[DescriptorSettings], task: RetrievalTask
 ) -> tuple[np.ndarray, np.ndarray]:
     """Descriptors `(n, settings, d)` of queries and database; a query without a box that is in the
     database is described once.
     """
     extractor = make_extractor(settings if len(settings) > 1 else settings[0])
-    names = [shown(str(path)) for path in pictures.database]
+    names = [shown(str(path)) for path in task.database]
     database = describe(
-        extractor, (cropped(path, None) for path in pictures.database), names, "database"
+        extractor, (read_crop(path, None) for path in task.database), names, "database"
     )
-    row = {path: i for i, path in enumerate(pictures.database)}
-    apart = [
-        i for i, (path, box) in enumerate(pictures.queries) if box is not None or path not in row
-    ]
-    queries = np.empty((len(pictures.queries), *database.shape[1:]), database.dtype)
-    for i, (path, _) in enumerate(pictures.queries):
+    row = {path: i for i, path in enumerate(task.database)}
+    apart = [i for i, (path, box) in enumerate(task.queries) if box is not None or path not in row]
+    queries = np.empty((len(task.queries), *database.shape[1:]), database.dtype)
+    for i, (path, _) in enumerate(task.queries):
         queries[i] = database[row.get(path, 0)]
     if apart:
-        crops = (cropped(*pictures.queries[i]) for i in apart)
+        crops = (read_crop(*task.queries[i]) for i in apart)
         queries[apart] = describe(
-            extractor, crops, [shown(str(pictures.queries[i][0])) for i in apart], "queries"
+            extractor, crops, [shown(str(task.queries[i][0])) for i in apart], "queries"
         )
     return (queries, database) if len(settings) > 1 else (queries[:, None], database[:, None])
 
@@ -201,7 +199,7 @@ def described(
 def measured(
     ids: np.ndarray, relevance: Sequence[Relevance], kappas: Sequence[int]
 ) -> dict[str, Interval]:
-    """Means over the queries with relevant pictures."""
+    """Means over the queries with relevant task."""
     found, recall = scores(ids, relevance, kappas=kappas), recall_at(ids, relevance, kappas=kappas)
     measures = {"mAP": bootstrap(found.average_precision)}
     measures |= {
@@ -212,13 +210,13 @@ def measured(
     }
 
 
-def as_json(config: Retrieval, pictures: Pictures, results: list[Result]) -> dict[str, Any]:
+def as_json(config: Retrieval, task: RetrievalTask, results: list[Result]) -> dict[str, Any]:
     """What `--json` prints."""
     return {
         "truth": str(config.truth),
-        "database": len(pictures.database),
-        "queries": len(pictures.queries),
-        "queries_without_relevant": _without(pictures),
+        "database": len(task.database),
+        "queries": len(task.queries),
+        "queries_without_relevant": _without(task),
         "descriptor": config.descriptor.record(),
         "rerank": dataclasses.asdict(config.how),
         "results": [
@@ -232,10 +230,10 @@ def as_json(config: Retrieval, pictures: Pictures, results: list[Result]) -> dic
     }
 
 
-def show(config: Retrieval, pictures: Pictures, results: list[Result]) -> None:
+def show(config: Retrieval, task: RetrievalTask, results: list[Result]) -> None:
     """Prints the table for people."""
     title = (
-        f"{config.truth}: {len(pictures.queries):,} queries, {len(pictures.database):,} pictures in"
+        f"{config.truth}: {len(task.queries):,} queries, {len(task.database):,} images in"
         " the database; mean [95 % interval]"
     )
     table = Table("pooling", "reranking", title=title, title_justify="left")
@@ -244,12 +242,12 @@ def show(config: Retrieval, pictures: Pictures, results: list[Result]) -> None:
     for own in results:
         table.add_row(own.pooling, own.rerank, *map(str, own.measures.values()))
     Console(width=None if sys.stdout.isatty() else 240).print(table)
-    if without := _without(pictures):
-        print(f"{without} queries have no relevant picture and are left out of the means.")
+    if without := _without(task):
+        print(f"{without} queries have no relevant image and are left out of the means.")
 
 
-def _without(pictures: Pictures) -> int:
-    return sum(not len(each.positive) for each in pictures.relevance)
+def _without(task: RetrievalTask) -> int:
+    return sum(not len(each.positive) for each in task.relevance)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@ gnd_roxford5k.json --images jpg/
 
 Mean average precision and mean precision at 1, 5 and 10 of the set-ups easy, medium and hard, as
 the public protocol counts them. The ground truth is the original pickle or the same as JSON.
-Descriptors are made of the pictures, queries cropped to their boxes, by default as SuperGlobal's
+Descriptors are made of the images, queries cropped to their boxes, by default as SuperGlobal's
 paper does, or come from files (`--queries`, `--database`), in the order of the ground truth;
 `--distractors` stand behind the database. `--ablation` switches every part of SuperGlobal on, one
 after the other.
@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg
 
-from eval.described import cropped, describe, make_extractor
+from eval.descriptors import describe, make_extractor, read_crop
 from eval.rerankers import Name, Rerank, ranked, reranked
 from ggem_jax import __version__
 from ggem_jax.descriptors.settings import DescriptorSettings
@@ -67,7 +67,7 @@ class Revisited:
     """
 
     truth: Positional[Path]  # gnd_roxford5k or gnd_rparis6k, .json or .pkl
-    images: Path | None = None  # folder with the pictures, named as in the ground truth, .jpg
+    images: Path | None = None  # folder with the images, named as in the ground truth, .jpg
     queries: Path | None = (
         # or descriptors, .npy or .npz with one array, float32 or float16, a unit vector for each of
         # qimlist
@@ -79,7 +79,7 @@ class Revisited:
     ablation: bool = (
         False  # every part of SuperGlobal switched on after the other, the reranking last
     )
-    cache: Path | None = None  # folder that keeps the descriptors of the pictures for each setting
+    cache: Path | None = None  # folder that keeps the descriptors of the images for each setting
     json: bool = False  # print one JSON object
     how: Annotated[Rerank, arg(name="")] = Rerank()  # noqa: RUF009
     descriptor: Annotated[DescriptorSettings, arg(name="")] = AS_IN_THE_PAPER
@@ -97,7 +97,7 @@ class Revisited:
         if self.ablation and self.distractors is not None:
             raise ValueError("--distractors are of one setting and cannot go with --ablation")
         if self.cache is not None and self.images is None:
-            raise ValueError("--cache keeps descriptors of pictures: it goes with --images")
+            raise ValueError("--cache keeps descriptors of images: it goes with --images")
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ def evaluated(
                     else ""
                 )
                 raise Refused(
-                    f"--{flag} must have a row for each of the {len(names)} pictures of"
+                    f"--{flag} must have a row for each of the {len(names)} images of"
                     f" {config.truth}, not {len(vectors)}{more}"
                 )
     parts = [database] if distractors is None else [database, distractors]
@@ -349,12 +349,13 @@ def described(
     if found is None:
         if missing := [file for file in files.values() if not file.is_file()]:
             raise Refused(
-                f"{len(missing)} of {len(files)} pictures of {config.truth} are not in"
+                f"{len(missing)} of {len(files)} images of {config.truth} are not in"
                 f" {config.images}, the first of them {missing[0].name}"
             )
         extractor = make_extractor(settings)
         crops = (
-            cropped(files[name], box) for name, box in zip(truth.queries, truth.boxes, strict=True)
+            read_crop(files[name], box)
+            for name, box in zip(truth.queries, truth.boxes, strict=True)
         )
         wholes: Iterator[RGB] = (read_image(files[name]) for name in truth.database)
         found = (
@@ -410,7 +411,7 @@ def show(
 ) -> None:
     """Prints the table for people, in percent."""
     title = (
-        f"{config.truth.name}: {len(truth.queries)} queries, {len(truth.database):,} pictures and"
+        f"{config.truth.name}: {len(truth.queries)} queries, {len(truth.database):,} images and"
         f" {distractors:,} distractors"
     )
     table = Table("step" if config.ablation else "reranking", title=title, title_justify="left")

@@ -70,11 +70,11 @@ def bootstrap(values: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> Inte
     return Interval(float(values.mean()), float(low), float(high))
 
 
-def both_ways(values: np.ndarray, *, draws: int = 2000, seed: int = 0) -> Interval:
-    """Mean of `(seeds, pictures)` values, such as differences of right answers, with an interval
-    for other seeds and other pictures.
+def pigeonhole_bootstrap(values: np.ndarray, *, draws: int = 2000, seed: int = 0) -> Interval:
+    """Mean of `(seeds, images)` values, such as differences of right answers, with an interval
+    for other seeds and other images.
 
-    Seeds and pictures are drawn again with replacement, independently, and the percentile interval
+    Seeds and images are drawn again with replacement, independently, and the percentile interval
     is widened to Student's t interval over seeds where that reaches further: of few seeds a
     bootstrap alone is too narrow.
     Reference: A. B. Owen, "The pigeonhole bootstrap", The Annals of Applied Statistics 1, 2007,
@@ -83,7 +83,7 @@ def both_ways(values: np.ndarray, *, draws: int = 2000, seed: int = 0) -> Interv
     values = np.asarray(values, float)
     if values.ndim != 2 or not values.size or not np.isfinite(values).all():
         raise ValueError(
-            "values must be finite and (seeds, pictures), at least one of each, not of shape"
+            "values must be finite and (seeds, images), at least one of each, not of shape"
             f" {values.shape}"
         )
     rng = np.random.default_rng(seed)
@@ -103,10 +103,10 @@ def both_ways(values: np.ndarray, *, draws: int = 2000, seed: int = 0) -> Interv
 
 @dataclass(frozen=True)
 class Paired:
-    """Two classifiers on the same pictures."""
+    """Two classifiers on the same images."""
 
     difference: Interval  # accuracy of the first less that of the second
-    only_first: int  # pictures that only the first has right
+    only_first: int  # images that only the first has right
     only_second: int
     p_value: float  # McNemar's exact test that both are equally likely
 
@@ -115,14 +115,12 @@ def paired(first: np.ndarray, second: np.ndarray) -> Paired:
     """Compares two `(n,)` arrays of right and wrong answers: Q. McNemar, Psychometrika 12, 1947, in
     its exact form.
 
-    The interval is A. Agresti and Y. Min's, Statistics in Medicine 24, 2005: half a picture more in
+    The interval is A. Agresti and Y. Min's, Statistics in Medicine 24, 2005: half an image more in
     each cell of the two-by-two table, so that it holds its 95 % where the two hardly differ.
     """
     first, second = _answers(first), _answers(second)
     if first.shape != second.shape:
-        raise ValueError(
-            f"both must answer the same pictures, not {first.shape} and {second.shape}"
-        )
+        raise ValueError(f"both must answer the same images, not {first.shape} and {second.shape}")
     only_first, only_second = int(np.sum(first & ~second)), int(np.sum(second & ~first))
     discordant = only_first + only_second
     p_value = stats.binomtest(only_first, discordant).pvalue if discordant else 1.0

@@ -21,7 +21,7 @@ def columns(name: str, interval: Interval | None) -> dict[str, str]:
     }
 
 
-def cell_of(row: Mapping[str, Any], name: str) -> str:
+def format_cell(row: Mapping[str, Any], name: str) -> str:
     """What `columns` wrote, in percent; with its sign where it is a difference, `..._less_...`."""
     if row[name] == "":
         return ""

@@ -1,4 +1,4 @@
-"""eval/retrieval.py and eval/studies/retrieval.py on pictures made here, against a slow evaluation;
+"""eval/retrieval.py and eval/studies/retrieval.py on images made here, against a slow evaluation;
 docs/retrieval_study.md against its numbers.
 """
 
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from eval import retrieval
-from eval.described import POOLINGS
+from eval.descriptors import POOLINGS
 from eval.studies import retrieval as retrieval_study
 from ggem_jax.retrieval.metrics import Relevance
 
@@ -26,10 +26,10 @@ class FakeExtractor:
     def __init__(self, settings):
         self.settings = settings
 
-    def __call__(self, pictures):
-        for picture in pictures:
+    def __call__(self, images):
+        for image in images:
             FakeExtractor.seen += 1
-            pixels = picture.reshape(-1, 3) / 255
+            pixels = image.reshape(-1, 3) / 255
             x = np.concatenate([pixels.mean(0) - 0.5, pixels.std(0)]) + 1e-3
             several = not hasattr(self.settings, "record")
             x = (
@@ -42,8 +42,8 @@ class FakeExtractor:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Three classes of five pictures of like colours, one class of one picture, and one file that
-    is no picture by its name.
+    """Three classes of five images of like colours, one class of one image, and one file that
+    is no image by its name.
     """
     rng = np.random.default_rng(0)
     for name, count in (("ants", 5), ("bees", 5), ("deep/cows", 5), ("lone", 1)):
@@ -54,7 +54,7 @@ def folder(tmp_path, monkeypatch):
                 colour + rng.normal(0, 40, 3) + rng.normal(0, 15, (24, 24, 3)), 0, 255
             ).astype(np.uint8)
             Image.fromarray(noise).save(tmp_path / "photos" / name / f"{i}.png")
-    (tmp_path / "photos" / "notes.txt").write_text("not a picture")
+    (tmp_path / "photos" / "notes.txt").write_text("not an image")
     FakeExtractor.seen = 0
     monkeypatch.setattr(retrieval, "make_extractor", FakeExtractor)
     return tmp_path / "photos"
@@ -133,8 +133,8 @@ def test_a_csv_says_the_same_as_the_folders(folder, capsys):
     assert moved["results"] == listed["results"]
 
 
-def test_boxes_ignored_pictures_and_queries_from_elsewhere(folder, capsys):
-    """Half of the query's picture is like the bees; without its box it is not. What would come
+def test_boxes_ignored_images_and_queries_from_elsewhere(folder, capsys):
+    """Half of the query's image is like the bees; without its box it is not. What would come
     first is ignored.
     """
     bees = [np.asarray(Image.open(path)) for path in sorted((folder / "bees").glob("*.png"))]
@@ -180,7 +180,7 @@ def test_the_table_has_every_pooling_with_every_reranker(folder, capsys):
     retrieval.main(flags)
     text = capsys.readouterr().out
     assert text.count("superglobal-paper") == len(POOLINGS)
-    assert "1 queries have no relevant picture" in text
+    assert "1 queries have no relevant image" in text
 
 
 MISTAKES = {
@@ -190,13 +190,13 @@ MISTAKES = {
     "not there": (lambda f: (f / "t.csv").write_text("query,relevant\nants/0.png,ants/9.png\n"),
     ["t.csv"], "relevant for .* not in the"),
     "no query": (lambda f: (f / "t.csv").write_text("query,relevant\nx.png,ants/0.png\n"),
-    ["t.csv"], r"x\.png is not a readable picture"),
+    ["t.csv"], r"x\.png is not a readable image"),
     "box": (lambda f: (f / "t.csv").write_text("query,relevant,x1,y1,x2,y2\nants/0.png,ants/1.png,90,90,99,99\n"), ["t.csv"], "nothing of"),
     "nothing relevant": (lambda f: (f / "t.csv").write_text("query,relevant\nants/0.png,\n"),
-    ["t.csv"], "no query of t.csv has a relevant picture"),
-    "no pictures": (lambda f: (f / "empty").mkdir(), ["empty"], "there are no pictures in empty"),
+    ["t.csv"], "no query of t.csv has a relevant image"),
+    "no images": (lambda f: (f / "empty").mkdir(), ["empty"], "there are no images in empty"),
     "broken": (lambda f: (f / "ants" / "0.png").write_bytes(b"x"), ["."],
-    r"0\.png is not a readable picture"),
+    r"0\.png is not a readable image"),
     "k": (lambda f: None, [".", "--k", "0"], "--k must be whole numbers of at least 1, not 0"),
     "root": (lambda f: None, [".", "--root", "."], "--root and --database go with a CSV file"),
     "neighbours": (lambda f: None, [".", "--qe-neighbors", "0"],
@@ -219,7 +219,7 @@ def test_mistakes_end_in_one_sentence(mistake, folder, monkeypatch):
 
 
 def test_the_study_on_a_small_set(tmp_path, monkeypatch, capsys):
-    """Two colours of pictures; every pooling with every reranker, differences, pixels, and the
+    """Two colours of images; every pooling with every reranker, differences, pixels, and the
     file.
     """
     rng = np.random.default_rng(0)

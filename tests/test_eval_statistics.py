@@ -39,7 +39,7 @@ def test_the_t_interval_covers_the_truth_as_often_as_it_says():
 
 
 def test_mcnemar_by_hand():
-    """10 pictures only the first has right, 2 only the second: 2 (C(12,0) + C(12,1) + C(12,2)) /
+    """10 images only the first has right, 2 only the second: 2 (C(12,0) + C(12,1) + C(12,2)) /
     2^12 = 0.03857.
     """
     first = np.array([True] * 10 + [False] * 2 + [True] * 30 + [False] * 5)
@@ -51,8 +51,8 @@ def test_mcnemar_by_hand():
     assert paired(first, first).p_value == 1
 
 
-def test_different_pictures_cannot_be_paired():
-    with pytest.raises(ValueError, match="same pictures"):
+def test_different_images_cannot_be_paired():
+    with pytest.raises(ValueError, match="same images"):
         paired(np.ones(3, bool), np.ones(4, bool))
 
 

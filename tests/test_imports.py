@@ -28,11 +28,12 @@ ROOMS = {
         "losses": {"pooling"},
         "optimizer": set(),
         "files": set(),
+        "progress": set(),
         "weights": {"files", "models", "pooling"},
         "descriptors": {"files", "models", "pooling", "weights"},
         "retrieval": {"pooling", "retrieval.tool"},
         "retrieval.index": {"files"},
-        "retrieval.tool": {"descriptors", "files", "retrieval", "retrieval.index"},
+        "retrieval.tool": {"descriptors", "files", "progress", "retrieval", "retrieval.index"},
     },
     "neupims": {
         "machine": set(),

@@ -204,17 +204,17 @@ MISTAKES = [
     "was made without a file of weights"),
     (["search", "my.index", "photos/none.png"], 1, "photos/none.png is not there"),
     (["search", "my.index", "photos"], 1, "photos is no file"),
-    (["search", "my.index", "no_image.jpg"], 1, "no_image.jpg is not a readable picture"),
+    (["search", "my.index", "no_image.jpg"], 1, "no_image.jpg is not a readable image"),
     (["search", "my.index", "thin.png"], 1, "thin.png: too thin"),
     (["search", "my.index", "photos/00.png", "--box", "100,100,200,200"], 1,
-    "photos/00.png: nothing of the picture of 32 x 24 pixels is inside"),
+    "photos/00.png: nothing of the image of 32 x 24 pixels is inside"),
     (["search", "none.index", "photos/00.png"], 1, "none.index holds no index"),
     (["search", "photos", "photos/00.png"], 1, "photos holds no index"),
     (["index", "photos", "-o", "photos"], 1, "photos exists and is not an index"),
     (["index", "none", "-o", "new.index"], 1, "none is not a folder"),
     (["index", "empty", "-o", "new.index"], 1, "there is no picture"),
     (["index", "damaged", "-o", "new.index"], 1,
-    "none of the 1 pictures in .*damaged could be indexed: a.png is not a readable picture"),
+    "none of the 1 pictures in .*damaged could be indexed: a.png is not a readable image"),
     (["index", "photos", "-o", "my.index", "--pooling", "max"], 1,
     'pooling is "gem\\+" there, "max" here'),
     (["index", "photos", "-o", "new.index", "--longest-side", "10"], 2,
@@ -412,7 +412,7 @@ def test_index_reports_what_was_skipped_and_does_nothing_twice(colours, photos, 
         "my.index: 12 added, 0 updated, 0 unchanged, 0 reused, 0 removed, 2 skipped\n",
     )
     assert sorted(told.splitlines()) == [
-        "skipped: broken.jpg is not a readable picture: cannot identify image file",
+        "skipped: broken.jpg is not a readable image: cannot identify image file",
         "skipped: thin.png cannot be described: too thin",
     ]
     (photos / "broken.jpg").unlink()
@@ -857,8 +857,8 @@ def test_the_sheet_holds_everything_it_shows(indexed, run):
     whole = "".join(page.texts)
     assert page.texts.count("<b>&amp;/01.png") == 2
     assert (
-        page.texts.count("this picture is no longer there")
-        == page.texts.count("this picture cannot be read")
+        page.texts.count("this image is no longer there")
+        == page.texts.count("this image cannot be read")
         == 2
     )
     assert all(
@@ -876,10 +876,10 @@ def test_the_sheet_holds_everything_it_shows(indexed, run):
 
 
 def test_the_box_of_the_query_is_drawn(photos):
-    from ggem_jax.retrieval.tool.sheet import thumbnail
+    from ggem_jax.retrieval.tool.sheet import make_thumbnail
 
     plain, drawn = (
-        np.asarray(Image.open(io.BytesIO(thumbnail(photos / "00.png", box)))).astype(int)
+        np.asarray(Image.open(io.BytesIO(make_thumbnail(photos / "00.png", box)))).astype(int)
         for box in (None, (8, 4, 28, 20))
     )
     assert np.abs(drawn - plain)[4:7, 10:26].max() > 60
@@ -888,10 +888,10 @@ def test_the_box_of_the_query_is_drawn(photos):
 
 @pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (1, 1)])
 def test_thumbnails_of_odd_pictures(tmp_path, size):
-    from ggem_jax.retrieval.tool.sheet import thumbnail
+    from ggem_jax.retrieval.tool.sheet import make_thumbnail
 
     Image.new("RGB", size).save(tmp_path / "odd.png")
-    assert max(Image.open(io.BytesIO(thumbnail(tmp_path / "odd.png", (0, 0, 1, 1)))).size) <= 320
+    assert max(Image.open(io.BytesIO(make_thumbnail(tmp_path / "odd.png", (0, 0, 1, 1)))).size) <= 320
 
 
 # Progress and the cache
@@ -905,9 +905,9 @@ def test_lines_of_progress_tell_the_time_that_is_left(monkeypatch, capsys):
         lines(done, 1000)
     assert (
         capsys.readouterr().err
-        == "131 of 1000 pictures, 14 min left\n170 of 1000 pictures, 14 min left\n"
+        == "131 of 1000 images, 14 min left\n170 of 1000 images, 14 min left\n"
     )
-    assert [progress.spoken(seconds) for seconds in (3, 89, 600, 12000)] == [
+    assert [progress.format_seconds(seconds) for seconds in (3, 89, 600, 12000)] == [
         "3 s",
         "89 s",
         "10 min",
@@ -979,7 +979,7 @@ def test_from_pictures_of_all_kinds_to_a_search_with_the_real_network(tool, tmp_
         "4 added, 0 updated, 0 unchanged, 0 reused, 0 removed, 2 skipped\n",
     ), told
     assert len(told.splitlines()) == 2
-    assert "none.jpg is not a readable picture" in told
+    assert "none.jpg is not a readable image" in told
     assert "a picture of 1 x 5000 pixels is too thin" in told
     (kept,) = (tmp_path / "cache" / "ggem-jax").iterdir()
 

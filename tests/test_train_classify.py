@@ -24,10 +24,10 @@ from train.build import build_model
 from train.cli import Refused, configs_of, from_dict, known_configs, load_config, to_dict
 from train.config import Augment, Config, Data, Optimizer
 from train.evaluate import Predictions
-from train.log import Log, keep_until, read_metrics
+from train.log import Log, drop_lines_after, read_metrics
 from train.run import read_run
 from train.step import (
-    accumulated_gradient,
+    accumulate_gradient,
     make_optimizer,
     make_steps,
     mix,
@@ -46,7 +46,7 @@ def trained(tmp_path_factory):
     return root
 
 
-def test_a_run_leaves_its_config_metrics_checkpoint_and_picture(trained):
+def test_a_run_leaves_its_config_metrics_checkpoint_and_image(trained):
     run = trained / "ggem"
     facts = {"classes": list("0123456789"), "train": 1438, "eval": 359}
     assert read_run(run) == (
@@ -118,7 +118,7 @@ def test_the_evaluation_tool_repeats_the_last_evaluation_of_the_run(trained, cap
 def test_the_evaluation_tool_prints_tables(trained, capsys):
     eval_classify.main([str(trained / "ggem"), str(trained / "avg")])
     said = capsys.readouterr().out
-    assert "step 90, 359 pictures" in said
+    assert "step 90, 359 images" in said
     assert "McNemar" in said
     assert "learned pool/p" in said
 
@@ -237,7 +237,7 @@ def test_other_data_under_the_same_name_are_refused(tmp_path, capsys, class_fold
     assert "data_found.train 30 there, 29 now" in one_line(capsys, classify.main, *flags)
 
 
-def test_runs_on_other_pictures_are_not_compared_in_pairs(tmp_path, capsys, class_folders):
+def test_runs_on_other_images_are_not_compared_in_pairs(tmp_path, capsys, class_folders):
     other = class_folders.with_name("other")
     shutil.copytree(class_folders, other)
     for source in (class_folders, other):
@@ -258,7 +258,7 @@ def test_runs_on_other_pictures_are_not_compared_in_pairs(tmp_path, capsys, clas
     eval_classify.main([*map(str, runs)])
     assert "McNemar" in capsys.readouterr().out
     shutil.copy(other / "test" / "ants" / "ants1.png", other / "test" / "ants" / "ants0.png")
-    assert "were not evaluated on the same pictures" in one_line(capsys, eval_classify.main, *runs)
+    assert "were not evaluated on the same images" in one_line(capsys, eval_classify.main, *runs)
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
@@ -602,13 +602,13 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole():
         return jnp.mean((batch["image"] @ params["w"] - batch["target"]) ** 2)
 
     batch = {"image": jnp.float32(images), "target": jnp.float32(targets)}
-    whole = accumulated_gradient(loss_of, params, batch, jax.random.key(0), 1)
-    parts = accumulated_gradient(loss_of, params, batch, jax.random.key(0), 3)
+    whole = accumulate_gradient(loss_of, params, batch, jax.random.key(0), 1)
+    parts = accumulate_gradient(loss_of, params, batch, jax.random.key(0), 3)
     chex.assert_trees_all_close(parts, whole, rtol=1e-5)
 
 
 def test_mixing_keeps_the_share_of_the_labels_equal_to_that_of_the_pixels():
-    """Black pictures of class 0 and white ones of class 1: the mean brightness is the weight of
+    """Black images of class 0 and white ones of class 1: the mean brightness is the weight of
     class 1.
     """
     images = jnp.concatenate([jnp.zeros((4, 16, 16, 3)), jnp.ones((4, 16, 16, 3))])
@@ -681,7 +681,7 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path):
         "\\udce2",
     ):
         path.write_text('{"kind": "train", "step": 1}\n{"kind": "train", "step": 3}\n' + torn)
-        keep_until(path, 2)
+        drop_lines_after(path, 2)
         assert path.read_text() == '{"kind": "train", "step": 1}\n'
 
 

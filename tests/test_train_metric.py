@@ -15,10 +15,10 @@ from PIL import Image
 from eval import metric as eval_metric
 from eval.studies import metric as metric_study
 from train import metric
-from train.batches import balanced, train_batches
+from train.batches import draw_balanced, train_batches
 from train.cli import Refused, configs_of, known_configs, load_config
 from train.config import Data
-from train.data import Pictures, open_disjoint
+from train.data import Images, open_disjoint
 from train.log import read_metrics
 from train.metric import Metric, MetricConfig
 
@@ -44,7 +44,7 @@ def trained(tmp_path_factory):
 
 def test_a_run_learns_descriptors_of_classes_it_has_not_seen(trained):
     lines = read_metrics(trained / "ggem", "eval")
-    steps = metric.metric_steps(config_of(), 5, 10)
+    steps = metric.make_metric_steps(config_of(), 5, 10)
     _, unseen = open_disjoint(Data(), 0.5)
     start = metric.retrieve(steps, steps.init(0).params, unseen, config_of()).scores().means()
     assert lines[-1]["map@r"] > start["map@r"] + 0.01
@@ -87,7 +87,7 @@ def test_eight_devices_with_split_weights_take_the_same_steps_as_the_whole():
     states = []
     for fsdp in (1, 8):
         config = config_of("--fsdp", fsdp, "--metric.loss", "proxy-anchor", "--metric.dim", 16)
-        steps = metric.metric_steps(config, 8, 100)
+        steps = metric.make_metric_steps(config, 8, 100)
         rng = np.random.default_rng(0)
         batch = {
             "image": rng.integers(0, 256, (40, 8, 8, 3), np.uint8),
@@ -105,7 +105,7 @@ def test_proxies_learn_faster_than_weights_by_their_factor():
     """Adam's first step after the warm-up is the learning rate, whatever the gradient."""
     moved = {}
     for factor in (1.0, 50.0):
-        steps = metric.metric_steps(
+        steps = metric.make_metric_steps(
             config_of(
                 "--metric.proxy-lr", factor, "--optimizer.warmup", 1, "--optimizer.clip", "None"
             ),
@@ -132,7 +132,7 @@ def test_proxies_learn_faster_than_weights_by_their_factor():
 
 def test_balanced_batches_hold_so_many_of_each_class_and_depend_on_the_step_only():
     labels = np.array([0] * 9 + [1] * 2 + [2] * 5 + [3] * 5)
-    draw = balanced(labels, 9, 3, seed=1)
+    draw = draw_balanced(labels, 9, 3, seed=1)
     seen = []
     for step in (0, 5, 1):
         indices = draw(step)
@@ -145,25 +145,25 @@ def test_balanced_batches_hold_so_many_of_each_class_and_depend_on_the_step_only
                 3 if label != 1 else len(set(own))
             )  # the class of two repeats one
         seen.append(indices)
-    np.testing.assert_array_equal(balanced(labels, 9, 3, seed=1)(5), seen[1])
+    np.testing.assert_array_equal(draw_balanced(labels, 9, 3, seed=1)(5), seen[1])
     assert not np.array_equal(seen[0], seen[1])
-    assert not np.array_equal(balanced(labels, 9, 3, seed=2)(5), seen[1])
+    assert not np.array_equal(draw_balanced(labels, 9, 3, seed=2)(5), seen[1])
 
 
 def test_balanced_streams_can_be_entered_anywhere_and_shared_by_processes():
     images = np.arange(20, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
     labels = np.arange(20, dtype=np.int32) % 5
-    pictures = Pictures(20, tuple("abcde"), lambda i: (images[i], int(labels[i])), lambda: labels)
+    numbered = Images(20, tuple("abcde"), lambda i: (images[i], int(labels[i])), lambda: labels)
     config = dataclasses.replace(config_of(), batch=8)
-    draw = balanced(labels, 8, 2, seed=0)
-    whole = train_batches(pictures, config, start=0, draw=draw)
+    draw = draw_balanced(labels, 8, 2, seed=0)
+    whole = train_batches(numbered, config, start=0, draw=draw)
     batches = [next(whole) for _ in range(4)]
     for k, batch in enumerate(batches):
         np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], draw(k))
-    later = next(train_batches(pictures, config, start=3, draw=draw))
+    later = next(train_batches(numbered, config, start=3, draw=draw))
     np.testing.assert_array_equal(later["image"], batches[3]["image"])
     shares = [
-        next(train_batches(pictures, config, start=2, process=i, processes=2, draw=draw))
+        next(train_batches(numbered, config, start=2, process=i, processes=2, draw=draw))
         for i in range(2)
     ]
     np.testing.assert_array_equal(
@@ -172,7 +172,7 @@ def test_balanced_streams_can_be_entered_anywhere_and_shared_by_processes():
 
 
 def test_disjoint_classes_are_those_of_the_source_or_drawn_once(class_folders):
-    """Same classes in train and test: all pictures divided by class. Other classes in test: as they
+    """Same classes in train and test: all images divided by class. Other classes in test: as they
     are.
     """
     for name in ("dogs", "eels"):  # two more, so that two can be kept
@@ -181,11 +181,11 @@ def test_disjoint_classes_are_those_of_the_source_or_drawn_once(class_folders):
     train, unseen = open_disjoint(Data(source=f"folder:{class_folders}"), 0.6)
     assert (len(train.classes), len(unseen.classes)) == (3, 2)
     assert sorted(train.classes + unseen.classes) == ["ants", "bees", "cows", "dogs", "eels"]
-    assert (len(train), len(unseen)) == (42, 28)  # 14 pictures of each
-    for pictures in (train, unseen):
-        labels = pictures.labels()
-        assert [pictures.load(i)[1] for i in range(len(pictures))] == labels.tolist()
-        assert set(labels) == set(range(len(pictures.classes)))
+    assert (len(train), len(unseen)) == (42, 28)  # 14 images of each
+    for part in (train, unseen):
+        labels = part.labels()
+        assert [part.load(i)[1] for i in range(len(part))] == labels.tolist()
+        assert set(labels) == set(range(len(part.classes)))
     grey = {"ants": 60, "bees": 120, "cows": 180, "dogs": 60, "eels": 60}
     for i in range(len(train)):
         image, label = train.load(i)
@@ -222,7 +222,7 @@ def test_evaluation_gives_intervals_differences_and_descriptors(trained, capsys,
     with np.load(tmp_path / "d.npz") as file:
         assert file["descriptor"].shape == (896, 8)
         np.testing.assert_allclose(np.linalg.norm(file["descriptor"], axis=1), 1, atol=1e-5)
-        scores = metric.scores_of(file["descriptor"], file["label"])
+        scores = metric.score_descriptors(file["descriptor"], file["label"])
     assert scores.means()["map@r"] == pytest.approx(run["mAP@R"]["value"])
     eval_metric.main([str(trained / "ggem")])
     assert "R-precision" in capsys.readouterr().out
@@ -408,9 +408,9 @@ def test_a_study_of_unknown_sets_or_one_seed_is_refused(capsys, monkeypatch):
 def test_mistakes_that_would_show_late_are_told_at_once(class_folders, tmp_path, capsys):
     for folder in (class_folders / "train", class_folders / "test"):
         shutil.rmtree(folder / "cows")
-    for name in ("ants", "bees"):  # classes of the test split of their own, with one picture each
-        for picture in list((class_folders / "test" / name).iterdir())[1:]:
-            picture.unlink()
+    for name in ("ants", "bees"):  # classes of the test split of their own, with one image each
+        for image in list((class_folders / "test" / name).iterdir())[1:]:
+            image.unlink()
         (class_folders / "test" / name).rename(class_folders / "test" / f"other {name}")
     said = one_line(
         capsys,
@@ -423,7 +423,7 @@ def test_mistakes_that_would_show_late_are_told_at_once(class_folders, tmp_path,
         "--out",
         tmp_path / "run",
     )
-    assert "no class to evaluate on has two pictures" in said
+    assert "no class to evaluate on has two images" in said
     assert not (tmp_path / "run").exists()
     assert "from 1e-6 to 1e9" in one_line(
         capsys, metric.main, *TINY, "--epochs", "1e308", "--out", tmp_path / "run"

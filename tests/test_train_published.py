@@ -16,7 +16,7 @@ from ggem_jax.weights.vit import read_vit
 from train import classify
 from train.cli import Refused, load_config
 from train.config import Config
-from train.loop import first_state
+from train.loop import make_first_state
 from train.step import make_steps
 
 RECORDED = Path(__file__).parent / "data" / "vit"
@@ -37,7 +37,7 @@ def weights(tmp_path):
 
 def first(flags):
     config = load_config(Config, flags, "test")
-    return config, first_state(make_steps(config, 10, 100), config)
+    return config, make_first_state(make_steps(config, 10, 100), config)
 
 
 @pytest.mark.parametrize(

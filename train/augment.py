@@ -1,4 +1,4 @@
-"""Random changes of a training picture, `(height, width, 3)` uint8 to `(side, side, 3)` uint8;
+"""Random changes of a training image, `(height, width, 3)` uint8 to `(side, side, 3)` uint8;
 every random number comes from the generator given.
 """
 
@@ -30,7 +30,7 @@ def augment(image: RGB, side: int, how: Augment, rng: np.random.Generator) -> RG
 
 
 def pad_crop(image: RGB, side: int, pad: int, rng: np.random.Generator) -> RGB:
-    """Reflects `pad` pixels around the picture and cuts a square at random."""
+    """Reflects `pad` pixels around the image and cuts a square at random."""
     image = np.pad(
         centre_crop(image, side),
         ((pad, pad), (pad, pad), (0, 0)),
@@ -56,7 +56,7 @@ def resized_crop(image: RGB, side: int, min_area: float, rng: np.random.Generato
 
 
 def erase(image: RGB, rng: np.random.Generator) -> RGB:
-    """Replaces a rectangle of 2 % to 33 % of the picture by noise: Zhong et al. 2020,
+    """Replaces a rectangle of 2 % to 33 % of the image by noise: Zhong et al. 2020,
     arXiv:1708.04896.
     """
     height, width = image.shape[:2]
@@ -74,19 +74,19 @@ def randaugment(image: RGB, ops: int, magnitude: float, rng: np.random.Generator
     Cubuk et al. 2020, arXiv:1909.13719.
 
     Strength, probability and the list are those that ViT recipes write as `rand-m9-mstd0.5-inc1`:
-    stronger is further from the picture for every operation.
+    stronger is further from the image for every operation.
     """
-    picture = Image.fromarray(np.ascontiguousarray(image))
+    pil = Image.fromarray(np.ascontiguousarray(image))
     for operation in rng.integers(0, len(_OPERATIONS), ops):
         if rng.random() < 0.5:
             strength = float(np.clip(rng.normal(magnitude, 0.5), 0, 10)) / 10
-            picture = _OPERATIONS[operation](picture, strength, 1 if rng.random() < 0.5 else -1)
-    return np.asarray(picture)
+            pil = _OPERATIONS[operation](pil, strength, 1 if rng.random() < 0.5 else -1)
+    return np.asarray(pil)
 
 
-def _affine(picture, matrix):
-    return picture.transform(
-        picture.size,
+def _affine(image, matrix):
+    return image.transform(
+        image.size,
         Image.Transform.AFFINE,
         matrix,
         Image.Resampling.BILINEAR,
@@ -95,34 +95,32 @@ def _affine(picture, matrix):
 
 
 def _enhance(kind):
-    return lambda picture, strength, sign: kind(picture).enhance(
-        max(0.1, 1 + 0.9 * strength * sign)
-    )
+    return lambda image, strength, sign: kind(image).enhance(max(0.1, 1 + 0.9 * strength * sign))
 
 
-# Each takes (picture, strength in [0, 1], sign).
+# Each takes (image, strength in [0, 1], sign).
 _OPERATIONS = (
-    lambda picture, strength, sign: ImageOps.autocontrast(picture),
-    lambda picture, strength, sign: ImageOps.equalize(picture),
-    lambda picture, strength, sign: ImageOps.invert(picture),
-    lambda picture, strength, sign: picture.rotate(
+    lambda image, strength, sign: ImageOps.autocontrast(image),
+    lambda image, strength, sign: ImageOps.equalize(image),
+    lambda image, strength, sign: ImageOps.invert(image),
+    lambda image, strength, sign: image.rotate(
         30 * strength * sign, Image.Resampling.BILINEAR, fillcolor=(128, 128, 128)
     ),
-    lambda picture, strength, sign: ImageOps.posterize(picture, 4 - int(4 * strength) or 1),
-    lambda picture, strength, sign: ImageOps.solarize(picture, 256 - int(256 * strength)),
-    lambda picture, strength, sign: picture.point(
+    lambda image, strength, sign: ImageOps.posterize(image, 4 - int(4 * strength) or 1),
+    lambda image, strength, sign: ImageOps.solarize(image, 256 - int(256 * strength)),
+    lambda image, strength, sign: image.point(
         [min(255, v + int(110 * strength)) if v < 128 else v for v in range(256)] * 3
     ),
     _enhance(ImageEnhance.Color),
     _enhance(ImageEnhance.Contrast),
     _enhance(ImageEnhance.Brightness),
     _enhance(ImageEnhance.Sharpness),
-    lambda picture, strength, sign: _affine(picture, (1, 0.3 * strength * sign, 0, 0, 1, 0)),
-    lambda picture, strength, sign: _affine(picture, (1, 0, 0, 0.3 * strength * sign, 1, 0)),
-    lambda picture, strength, sign: _affine(
-        picture, (1, 0, 0.45 * strength * sign * picture.width, 0, 1, 0)
+    lambda image, strength, sign: _affine(image, (1, 0.3 * strength * sign, 0, 0, 1, 0)),
+    lambda image, strength, sign: _affine(image, (1, 0, 0, 0.3 * strength * sign, 1, 0)),
+    lambda image, strength, sign: _affine(
+        image, (1, 0, 0.45 * strength * sign * image.width, 0, 1, 0)
     ),
-    lambda picture, strength, sign: _affine(
-        picture, (1, 0, 0, 0, 1, 0.45 * strength * sign * picture.height)
+    lambda image, strength, sign: _affine(
+        image, (1, 0, 0, 0, 1, 0.45 * strength * sign * image.height)
     ),
 )

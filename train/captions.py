@@ -1,13 +1,13 @@
-"""Where pictures with captions come from: `csv:FILE`, `wds:PATTERN`, or pictures by class
+"""Where images with captions come from: `csv:FILE`, `wds:PATTERN`, or images by class
 (`train.data`) whose class names become captions.
 
 - `csv:FILE`: a header and the columns image (a path from the file's folder) and caption, between
-  commas or tabs. Rows with the same path are one picture with several captions.
+  commas or tabs. Rows with the same path are one image with several captions.
 - `wds:PATTERN`: tar files as of WebDataset, `shard-{000..012}.tar` or a glob: the members of a pair
   are called alike but for their endings, .jpg, .png or .webp, and .txt (the caption) or .json with
   "caption". They are read where they lie, by an index made when the run starts.
 
-Without `--data.eval-split`, which names another file or pattern, `--data.holdout` of the pictures
+Without `--data.eval-split`, which names another file or pattern, `--data.holdout` of the images
 are kept for evaluation. Nothing is unpickled.
 """
 
@@ -32,12 +32,12 @@ from ggem_jax.files.images import RGB, UnreadableImage, read_image
 from train.cli import Refused, require
 from train.config import Data
 from train.data import KNOWN as KNOWN_CLASSES
-from train.data import Pictures, held_out, open_data
+from train.data import Images, draw_held_out, open_data
 from train.tokenizer import LARGEST_VOCABULARY, SMALLEST_VOCABULARY
 
 KNOWN = f"{KNOWN_CLASSES}, csv:FILE, wds:PATTERN"
 MOST_SHARDS = 1_000_000
-PICTURES = ("jpg", "jpeg", "png", "webp")
+IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 Captions = tuple[str, ...]
@@ -65,7 +65,7 @@ class Text:
         None  # file that calls the classes otherwise: a line for each, its folder, a tab, its words
     )
     shuffle_captions: bool = (
-        False  # a control: each training picture gets the captions of another one, once and for all
+        False  # a control: each training image gets the captions of another one, once and for all
     )
 
     def __post_init__(self):
@@ -99,75 +99,75 @@ class Text:
 
 @dataclass(frozen=True)
 class Captioned:
-    """One split: pictures whose labels are their own numbers, and of each picture its captions, at
+    """One split: images whose labels are their own numbers, and of each image its captions, at
     least one.
     """
 
-    pictures: Pictures
+    images: Images
     captions: Sequence[Captions]
     classes: tuple[str, ...] = ()  # in words, where captions are made of them
-    names: Sequence[str] = ()  # of the pictures, where the source has such
+    names: Sequence[str] = ()  # of the images, where the source has such
 
     def __len__(self) -> int:
-        return len(self.pictures)
+        return len(self.images)
 
     def take(self, indices: np.ndarray) -> "Captioned":
-        """The pictures with these numbers, in this order."""
+        """The images with these numbers, in this order."""
         names = [self.names[i] for i in indices] if self.names else ()
-        return captioned(
-            self.pictures.take(indices), [self.captions[i] for i in indices], self.classes, names
+        return make_captioned(
+            self.images.take(indices), [self.captions[i] for i in indices], self.classes, names
         )
 
     def shuffled(self, seed: int) -> "Captioned":
-        """Each picture with the captions of another one, drawn at random once and for all; of one
-        picture there is no other.
+        """Each image with the captions of another one, drawn at random once and for all; of one
+        image there is no other.
         """
         if len(self) < 2:
-            raise Refused("--text.shuffle-captions needs at least 2 pictures to train on")
+            raise Refused("--text.shuffle-captions needs at least 2 images to train on")
         order = np.random.default_rng(seed).permutation(len(self))
         captions: list[Captions] = [()] * len(self)
         for one, other in zip(order, np.roll(order, 1), strict=True):
             captions[one] = self.captions[other]
-        return captioned(self.pictures, captions, self.classes, self.names)
+        return make_captioned(self.images, captions, self.classes, self.names)
 
     def texts(self) -> tuple[tuple[str, ...], np.ndarray]:
-        """The distinct captions, and which belong to which picture: pairs (picture, text), `(m,
+        """The distinct captions, and which belong to which image: pairs (image, text), `(m,
         2)`.
         """
         numbers: dict[str, int] = {}
         pairs = [
-            (picture, numbers.setdefault(caption, len(numbers)))
-            for picture, each in enumerate(self.captions)
+            (image, numbers.setdefault(caption, len(numbers)))
+            for image, each in enumerate(self.captions)
             for caption in each
         ]
         return tuple(numbers), np.array(pairs, np.int64)
 
     def digest(self) -> int:
-        """Of all captions in their order, and of the names of their pictures."""
+        """Of all captions in their order, and of the names of their images."""
         total = 0
         for name, each in itertools.zip_longest(self.names, self.captions):
             total = zlib.crc32(repr((name, each)).encode(), total)
         return total
 
 
-def captioned(
-    pictures: Pictures,
+def make_captioned(
+    images: Images,
     captions: Sequence[Captions],
     classes: tuple[str, ...] = (),
     names: Sequence[str] = (),
 ) -> Captioned:
-    """Pictures numbered anew, with their captions."""
-    numbered = Pictures(
-        len(pictures),
-        ("picture",),
-        lambda i: (pictures.load(i)[0], i),
-        lambda: np.arange(len(pictures), dtype=np.int32),
+    """Images numbered anew, with their captions."""
+    numbered = Images(
+        len(images),
+        ("image",),
+        lambda i: (images.load(i)[0], i),
+        lambda: np.arange(len(images), dtype=np.int32),
     )
     return Captioned(numbered, captions, classes, names)
 
 
 def open_captions(data: Data, text: Text) -> tuple[Captioned, Captioned]:
-    """The training and the evaluation pictures of a source, with their captions."""
+    """The training and the evaluation images of a source, with their captions."""
     kind, _, name = data.source.partition(":")
     if kind not in ("csv", "wds"):
         try:
@@ -176,9 +176,9 @@ def open_captions(data: Data, text: Text) -> tuple[Captioned, Captioned]:
             raise Refused(
                 str(error).replace(f"known are {KNOWN_CLASSES}", f"known are {KNOWN}")
             ) from None
-        words = class_words(splits[0].classes, data, text)
+        words = choose_class_words(splits[0].classes, data, text)
         train, evaluation = (
-            of_classes(pictures, words, templates_of(data, text)) for pictures in splits
+            of_classes(images, words, choose_templates(data, text)) for images in splits
         )
         return train, evaluation
     if not name:
@@ -192,11 +192,11 @@ def open_captions(data: Data, text: Text) -> tuple[Captioned, Captioned]:
     pairs = reader(name, data.corrupt)
     if data.eval_split is not None:
         return pairs, reader(data.eval_split, data.corrupt)
-    held = held_out(np.zeros(len(pairs), np.int32), data.holdout)
+    held = draw_held_out(np.zeros(len(pairs), np.int32), data.holdout)
     return pairs.take(np.flatnonzero(~held)), pairs.take(np.flatnonzero(held))
 
 
-def class_words(classes: tuple[str, ...], data: Data, text: Text) -> tuple[str, ...]:
+def choose_class_words(classes: tuple[str, ...], data: Data, text: Text) -> tuple[str, ...]:
     """What the classes are called in captions: what the file of names says, or their own names with
     spaces for _.
     """
@@ -221,20 +221,20 @@ def class_words(classes: tuple[str, ...], data: Data, text: Text) -> tuple[str, 
     )
 
 
-def templates_of(data: Data, text: Text) -> tuple[str, ...]:
+def choose_templates(data: Data, text: Text) -> tuple[str, ...]:
     """The templates that are asked for, or the source's own."""
     return text.templates or (
         ("the handwritten digit {}",) if data.source == "digits" else ("a photo of a {}.",)
     )
 
 
-def of_classes(pictures: Pictures, words: tuple[str, ...], templates: tuple[str, ...]) -> Captioned:
-    """Pictures by class, each with the name of its class in every template."""
+def of_classes(images: Images, words: tuple[str, ...], templates: tuple[str, ...]) -> Captioned:
+    """Images by class, each with the name of its class in every template."""
     captions = [
         tuple(dict.fromkeys(template.replace("{}", each) for template in templates))
         for each in words
     ]
-    return captioned(pictures, [captions[label] for label in pictures.labels()], words)
+    return make_captioned(images, [captions[label] for label in images.labels()], words)
 
 
 def read_names(path: Path) -> dict[str, str]:
@@ -254,7 +254,7 @@ def read_names(path: Path) -> dict[str, str]:
 
 
 def read_csv(name: str, corrupt: str) -> Captioned:
-    """The pictures of a CSV file, in the order in which it names them first."""
+    """The images of a CSV file, in the order in which it names them first."""
     path = Path(name).expanduser()
     text = _text_of(path, "the captions")
     try:
@@ -284,7 +284,7 @@ def read_csv(name: str, corrupt: str) -> Captioned:
         raise Refused(f"{path} cannot be read as CSV after line {rows.line_num}: {error}") from None
     images = {image: path.parent / image for image, _ in found}
     there = {image: bool(image) and images[image].is_file() for image in images}
-    lacking = {(image or f"row {number}"): "caption" if there[image] else "picture" for number,
+    lacking = {(image or f"row {number}"): "caption" if there[image] else "image" for number,
     (image, caption) in enumerate(found, 1)
                if not caption or not there[image]}  # fmt: skip
     _check_complete(lacking, f"{path}", corrupt)
@@ -298,7 +298,7 @@ def read_csv(name: str, corrupt: str) -> Captioned:
 
 @dataclass(frozen=True)
 class Member:
-    """Where a picture lies in a shard."""
+    """Where an image lies in a shard."""
 
     shard: Path
     name: str
@@ -316,14 +316,14 @@ class Member:
 
 
 def read_shards(pattern: str, corrupt: str) -> Captioned:
-    """The pictures of tar shards, shard by shard in the order of their members."""
+    """The images of tar shards, shard by shard in the order of their members."""
     members: list[Member] = []
     captions: list[list[str]] = []
     lacking: dict[str, str] = {}
     for shard in shards_of(pattern):
         for key, (member, found) in read_shard(shard).items():
             if member is None or not found:
-                lacking[f"{key} in {shard}"] = "caption in UTF-8" if member else "picture"
+                lacking[f"{key} in {shard}"] = "caption in UTF-8" if member else "image"
             else:
                 members.append(member)
                 captions.append(found)
@@ -337,8 +337,8 @@ def read_shards(pattern: str, corrupt: str) -> Captioned:
 
 
 def read_shard(shard: Path) -> dict[str, tuple[Member | None, list[str]]]:
-    """What a shard has by key: where the picture lies, and its captions."""
-    pictures: dict[str, Member] = {}
+    """What a shard has by key: where the image lies, and its captions."""
+    images: dict[str, Member] = {}
     captions: dict[str, list[str]] = {}
     seen: set[tuple[str, str]] = set()
     try:
@@ -347,7 +347,7 @@ def read_shard(shard: Path) -> dict[str, tuple[Member | None, list[str]]]:
                 key, dot, ending = _key(member.name)
                 if member.isreg() and member.offset_data + member.size > shard.stat().st_size:
                     raise tarfile.ReadError(f"{member.name} reaches beyond its end")
-                of_a_pair = ending.rpartition(".")[2] in (*PICTURES, "txt", "json")
+                of_a_pair = ending.rpartition(".")[2] in (*IMAGE_ENDINGS, "txt", "json")
                 if of_a_pair and (member.islnk() or member.issym() or "." in ending):
                     reason = (
                         "a link"
@@ -360,10 +360,10 @@ def read_shard(shard: Path) -> dict[str, tuple[Member | None, list[str]]]:
                     )
                 if not member.isreg() or not dot:
                     continue
-                if ending in PICTURES:
-                    if key in pictures:
-                        raise Refused(f"{shard} has two pictures for {key}")
-                    pictures[key] = Member(shard, member.name, member.offset_data, member.size)
+                if ending in IMAGE_ENDINGS:
+                    if key in images:
+                        raise Refused(f"{shard} has two images for {key}")
+                    images[key] = Member(shard, member.name, member.offset_data, member.size)
                 elif ending in ("txt", "json"):
                     file = archive.extractfile(member)
                     found = _caption(file.read() if file else b"", ending)
@@ -387,8 +387,7 @@ def read_shard(shard: Path) -> dict[str, tuple[Member | None, list[str]]]:
             f"the shard {shard} cannot be read as tar: {getattr(error, 'strerror', None) or error}"
         ) from None
     return {
-        key: (pictures.get(key), captions.get(key, []))
-        for key in dict.fromkeys([*pictures, *captions])
+        key: (images.get(key), captions.get(key, [])) for key in dict.fromkeys([*images, *captions])
     }
 
 
@@ -449,9 +448,9 @@ def _caption(content: bytes, ending: str) -> list[str]:
 def _of_files(load, captions: Iterable[list[str]], name: str, names: Sequence[str]) -> Captioned:
     kept = [tuple(dict.fromkeys(each)) for each in captions]
     if not kept:
-        raise Refused(f"{name} holds no picture with a caption")
-    return captioned(
-        Pictures(len(kept), ("picture",), lambda i: (load(i), i), lambda: np.arange(len(kept))),
+        raise Refused(f"{name} holds no image with a caption")
+    return make_captioned(
+        Images(len(kept), ("image",), lambda i: (load(i), i), lambda: np.arange(len(kept))),
         kept,
         (),
         names,
@@ -459,7 +458,7 @@ def _of_files(load, captions: Iterable[list[str]], name: str, names: Sequence[st
 
 
 def _check_complete(lacking: dict[str, str], source: str, corrupt: str) -> None:
-    """Names entries without a picture or a caption in one line; refuses them unless they may be
+    """Names entries without an image or a caption in one line; refuses them unless they may be
     skipped.
     """
     if not lacking:

@@ -11,9 +11,9 @@ import jax
 from train.batches import train_batches
 from train.cli import load_config
 from train.config import Config
-from train.data import Pictures, open_data
+from train.data import Images, open_data
 from train.evaluate import evaluate
-from train.loop import Evaluation, Task, Trained, check_devices, run, run_tool
+from train.loop import Evaluation, Task, TrainedRun, check_devices, run, run_tool
 from train.run import join_processes
 from train.step import make_steps
 from train.throughput import training_flops
@@ -26,12 +26,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(
-    config: Config, *, data: tuple[Pictures, Pictures] | None = None, quiet: bool = False
-) -> Trained:
+    config: Config, *, data: tuple[Images, Images] | None = None, quiet: bool = False
+) -> TrainedRun:
     """Runs the training that the config describes, or goes on with it; the result is the
     `Predictions` of the last evaluation.
 
-    `data` are training and evaluation pictures to take instead of the config's source.
+    `data` are training and evaluation images to take instead of the config's source.
     """
     join_processes()
     train_set, eval_set = open_data(config.data) if data is None else data
@@ -56,7 +56,7 @@ def train(
         places = {"process": jax.process_index(), "processes": jax.process_count()}
         return Task(
             about=(
-                f"{len(train_set):,} pictures to train, {len(eval_set):,} to evaluate,"
+                f"{len(train_set):,} images to train, {len(eval_set):,} to evaluate,"
                 f" {len(classes)} classes"
             ),
             total=total,

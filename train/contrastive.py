@@ -1,4 +1,4 @@
-"""Trains an image tower and a text tower on pictures with captions: python -m train.contrastive
+"""Trains an image tower and a text tower on images with captions: python -m train.contrastive
 --config NAME [flags].
 
 The losses are CLIP's and SigLIP's (`ggem_jax.losses.contrastive`), over all devices without the
@@ -30,16 +30,16 @@ from train.build import build_model
 from train.captions import Captioned, Text, open_captions
 from train.cli import load_config, require
 from train.config import Config, Data, Optimizer
-from train.evaluate import on_devices, outputs_of
-from train.loop import Evaluation, Task, Trained, check_devices, run, run_tool
+from train.evaluate import compute_outputs, put_on_devices
+from train.loop import Evaluation, Task, TrainedRun, check_devices, run, run_tool
 from train.run import has_checkpoint, join_processes
-from train.step import Problem, Steps, compiled, make_mesh
+from train.step import Problem, Steps, compile_steps, make_mesh
 from train.throughput import forward_flops, text_forward_flops
 from train.tokenizer import (
     Tokenizer,
-    keep_tokenizer,
-    kept_tokenizer,
+    load_run_tokenizer,
     read_tokenizer,
+    save_run_tokenizer,
     train_tokenizer,
 )
 
@@ -104,9 +104,9 @@ def main(argv: list[str] | None = None) -> None:
     )
 
 
-def train(config: ContrastiveConfig, *, quiet: bool = False) -> Trained:
+def train(config: ContrastiveConfig, *, quiet: bool = False) -> TrainedRun:
     """Runs the training that the config describes, or goes on with it; the result is the
-    `Described` of the last evaluation.
+    `PairDescriptors` of the last evaluation.
     """
     join_processes()
     train_set, eval_set = open_pairs(config)
@@ -123,7 +123,7 @@ def train(config: ContrastiveConfig, *, quiet: bool = False) -> Trained:
     }
 
     def task() -> Task:
-        tokenizer = tokenizer_of_run(config, given, train_set)
+        tokenizer = open_tokenizer(config, given, train_set)
         towers = make_towers(config, tokenizer)
         steps = make_steps(config, towers, total)
 
@@ -142,12 +142,12 @@ def train(config: ContrastiveConfig, *, quiet: bool = False) -> Trained:
             facts = {"scale": scale, "images": len(described.images), "texts": len(described.texts)}
             return Evaluation(described, values | facts, f"{said}  scale {scale:.1f}")
 
-        beside = drawn_captions(train_set, tokenizer, config.text.context)
+        beside = caption_sampler(train_set, tokenizer, config.text.context)
         places = {"process": jax.process_index(), "processes": jax.process_count()}
         texts = len(eval_set.texts()[0])
         return Task(
             about=(
-                f"{len(train_set):,} pictures to train, {len(eval_set):,} with {texts:,} texts to"
+                f"{len(train_set):,} images to train, {len(eval_set):,} with {texts:,} texts to"
                 f" evaluate, {tokenizer.size:,} pieces of text"
             ),
             total=total,
@@ -158,7 +158,7 @@ def train(config: ContrastiveConfig, *, quiet: bool = False) -> Trained:
                 + text_forward_flops(towers.text.config, config.embed)
             ),
             batches=lambda start: train_batches(
-                train_set.pictures, config, start=start, beside=beside, **places
+                train_set.images, config, start=start, beside=beside, **places
             ),
             evaluate=evaluation,
             curves=("image_to_text@1", "text_to_image@1"),
@@ -168,35 +168,35 @@ def train(config: ContrastiveConfig, *, quiet: bool = False) -> Trained:
 
 
 def open_pairs(config: ContrastiveConfig) -> tuple[Captioned, Captioned]:
-    """The training and the evaluation pictures of a run."""
+    """The training and the evaluation images of a run."""
     train_set, eval_set = open_captions(config.data, config.text)
     return (
         train_set.shuffled(config.seed) if config.text.shuffle_captions else train_set
     ), eval_set
 
 
-def tokenizer_of_run(
+def open_tokenizer(
     config: ContrastiveConfig, given: Tokenizer | None, train_set: Captioned
 ) -> Tokenizer:
     """The tokenizer in the run's folder; a run that begins puts it there, the one that was given or
     one trained on its captions.
     """
     if has_checkpoint(config.out):
-        return kept_tokenizer(config.out)
+        return load_run_tokenizer(config.out)
     captions = (caption for each in train_set.captions for caption in each)
     tokenizer = given or train_tokenizer(captions, config.text.vocabulary)
     if jax.process_index() == 0:
-        keep_tokenizer(config.out, tokenizer)
+        save_run_tokenizer(config.out, tokenizer)
     return tokenizer
 
 
-def drawn_captions(
+def caption_sampler(
     train_set: Captioned, tokenizer: Tokenizer, context: int
 ) -> Callable[[int, np.random.Generator], dict[str, Any]]:
-    """The function that gives the ids of one of a picture's captions, drawn at random."""
+    """The function that gives the ids of one of an image's captions, drawn at random."""
 
-    def drawn(picture: int, rng: np.random.Generator) -> dict[str, Any]:
-        captions = train_set.captions[picture]
+    def drawn(image: int, rng: np.random.Generator) -> dict[str, Any]:
+        captions = train_set.captions[image]
         return {"ids": tokenizer.row(captions[rng.integers(len(captions))], context)}
 
     return drawn
@@ -245,18 +245,18 @@ class Towers:
 
     def scale(self, params) -> Float[Array, ""]:
         """What similarities are multiplied by, never more than the largest."""
-        return jnp.exp(at_most(params["log_scale"], math.log(self.max_scale)))
+        return jnp.exp(clip_from_above(params["log_scale"], math.log(self.max_scale)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def at_most(x: Float[Array, ""], high: float) -> Float[Array, ""]:
+def clip_from_above(x: Float[Array, ""], high: float) -> Float[Array, ""]:
     """min(x, high), where an x above `high` gets the gradients that lead back only: as if it were
     cut after each step.
     """
     return jnp.minimum(x, high)
 
 
-at_most.defvjp(
+clip_from_above.defvjp(
     lambda x, high: (jnp.minimum(x, high), x),
     lambda high, x, slope: (jnp.where((x < high) | (slope > 0), slope, 0.0),),
 )
@@ -314,7 +314,7 @@ def _steps(towers: Towers, data: Data, optimizer: Optimizer, fsdp: int, total_st
         loss=loss,
         outputs=lambda params, images: {"descriptor": towers.describe_images(params, images)},
     )
-    return compiled(problem, data, optimizer, fsdp, total_steps)
+    return compile_steps(problem, data, optimizer, fsdp, total_steps)
 
 
 @functools.cache
@@ -331,21 +331,21 @@ def _text_step(towers: Towers, fsdp: int):
 
 
 @dataclass(frozen=True)
-class Described:
-    """The evaluation pictures that could be read, and all distinct captions of the split, in the
+class PairDescriptors:
+    """The evaluation images that could be read, and all distinct captions of the split, in the
     shared space.
     """
 
     images: np.ndarray  # (n, embed), of length 1
-    index: np.ndarray  # (n,) number of the picture in its split
-    digest: np.ndarray  # (n,) of the pictures as they were read: the same ones have the same
+    index: np.ndarray  # (n,) number of the image in its split
+    digest: np.ndarray  # (n,) of the images as they were read: the same ones have the same
     texts: np.ndarray  # (t, embed)
     captions: tuple[str, ...]  # (t,)
-    pairs: np.ndarray  # (m, 2): (picture, text), by their places here
+    pairs: np.ndarray  # (m, 2): (image, text), by their places here
 
     def found(self, kappas: tuple[int, ...] = KAPPAS) -> dict[str, np.ndarray]:
         """Whether a right one is among the kappa most similar, `(n, kappas)` and `(t, kappas)`;
-        texts whose pictures cannot be read are left out.
+        texts whose images cannot be read are left out.
         """
         back = self.pairs[:, ::-1]
         to_image = contrastive.found_at(self.texts, self.images, back, kappas=kappas)
@@ -377,17 +377,17 @@ def describe(
     eval_set: Captioned,
     tokenizer: Tokenizer,
     config: ContrastiveConfig,
-) -> Described:
-    """Describes every picture and every distinct caption of a split once; all processes get all of
+) -> PairDescriptors:
+    """Describes every image and every distinct caption of a split once; all processes get all of
     it.
     """
-    whole = outputs_of(steps, params, eval_set.pictures, config)
+    whole = compute_outputs(steps, params, eval_set.images, config)
     captions, pairs = eval_set.texts()
     place = np.full(len(eval_set), -1)
     place[whole["index"]] = np.arange(len(whole["index"]))
     pairs = np.stack([place[pairs[:, 0]], pairs[:, 1]], axis=1)
     texts = describe_texts(steps, towers, params, captions, tokenizer, config)
-    return Described(
+    return PairDescriptors(
         whole["descriptor"],
         whole["index"],
         whole["digest"],
@@ -416,7 +416,7 @@ def describe_texts(
         )  # the last one again and again at the end
         mine = index[jax.process_index() :: jax.process_count()]
         ids = tokenizer.encode([texts[i] for i in mine], config.text.context)
-        found = jax.device_get(step(params, on_devices({"ids": ids, "index": mine}, steps)))
+        found = jax.device_get(step(params, put_on_devices({"ids": ids, "index": mine}, steps)))
         described[found["index"]] = found["descriptor"]
     return described
 

@@ -1,5 +1,5 @@
-"""Where pictures come from: `digits`, `folder:DIR` or `tfds:NAME`, each as random-access splits of
-labelled pictures.
+"""Where images come from: `digits`, `folder:DIR` or `tfds:NAME`, each as random-access splits of
+labelled images.
 """
 
 import functools
@@ -20,31 +20,31 @@ EVAL_SPLITS = ("val", "validation", "test")
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """One split: `load(i)` gives picture i, `(h, w, 3)` uint8, and its label; a picture that cannot
+class Images:
+    """One split: `load(i)` gives image i, `(h, w, 3)` uint8, and its label; an image that cannot
     be decoded raises `UnreadableImage`.
     """
 
     size: int
     classes: tuple[str, ...]
     load: Callable[[int], tuple[RGB, int]]
-    labels: Callable[[], np.ndarray]  # of all pictures: reads what it must
+    labels: Callable[[], np.ndarray]  # of all images: reads what it must
 
     def __len__(self) -> int:
         return self.size
 
-    def take(self, indices: np.ndarray) -> "Pictures":
-        """The pictures with these numbers, in this order."""
-        return Pictures(
+    def take(self, indices: np.ndarray) -> "Images":
+        """The images with these numbers, in this order."""
+        return Images(
             len(indices),
             self.classes,
             lambda i: self.load(int(indices[i])),
             lambda: self.labels()[indices],
         )
 
-    def of_classes(self, kept: np.ndarray, labels: np.ndarray) -> "Pictures":
-        """The pictures of the classes with these numbers, which then count from 0; `labels` are
-        those of all pictures.
+    def of_classes(self, kept: np.ndarray, labels: np.ndarray) -> "Images":
+        """The images of the classes with these numbers, which then count from 0; `labels` are
+        those of all images.
         """
         places = np.flatnonzero(np.isin(labels, kept))
         taken, own = self.take(places), np.searchsorted(kept, labels[places]).astype(np.int32)
@@ -53,11 +53,11 @@ class Pictures:
             image, label = taken.load(i)
             return image, int(np.searchsorted(kept, label))
 
-        return Pictures(len(taken), tuple(self.classes[i] for i in kept), load, lambda: own)
+        return Images(len(taken), tuple(self.classes[i] for i in kept), load, lambda: own)
 
 
-def open_data(data: Data) -> tuple[Pictures, Pictures]:
-    """The training and the evaluation pictures of a source."""
+def open_data(data: Data) -> tuple[Images, Images]:
+    """The training and the evaluation images of a source."""
     splits = open_splits(data)
     if len(splits) == 2:
         check_classes(splits, data.source)
@@ -65,15 +65,15 @@ def open_data(data: Data) -> tuple[Pictures, Pictures]:
     return hold_out(splits["train"], data.holdout)
 
 
-def open_disjoint(data: Data, share: float) -> tuple[Pictures, Pictures]:
-    """Training and evaluation pictures that have no class in common.
+def open_disjoint(data: Data, share: float) -> tuple[Images, Images]:
+    """Training and evaluation images that have no class in common.
 
-    Splits of a source that have none are taken as they are. Otherwise all pictures of all splits
+    Splits of a source that have none are taken as they are. Otherwise all images of all splits
     together are divided by class: `share` of the classes, drawn once and for all, are trained on.
     """
     splits = open_splits(data)
     if len(splits) == 2:
-        occurring = {name: with_pictures(split) for name, split in splits.items()}
+        occurring = {name: drop_empty_classes(split) for name, split in splits.items()}
         if not set(occurring["train"].classes) & set(occurring["eval"].classes):
             for name, split in occurring.items():
                 if len(split.classes) < 2:
@@ -83,7 +83,7 @@ def open_disjoint(data: Data, share: float) -> tuple[Pictures, Pictures]:
                     )
             return occurring["train"], occurring["eval"]
         check_classes(splits, data.source, ", or none in common")
-    whole = with_pictures(joined(list(splits.values())))
+    whole = drop_empty_classes(join_splits(list(splits.values())))
     count, labels = len(whole.classes), whole.labels()
     kept = round(share * count)
     if not 2 <= kept <= count - 2:
@@ -98,22 +98,22 @@ def open_disjoint(data: Data, share: float) -> tuple[Pictures, Pictures]:
     )
 
 
-def with_pictures(pictures: Pictures) -> Pictures:
-    """The same pictures, with the classes left out that have none."""
-    labels = pictures.labels()
+def drop_empty_classes(images: Images) -> Images:
+    """The same images, with the classes left out that have none."""
+    labels = images.labels()
     kept = np.unique(labels)
-    return pictures if len(kept) == len(pictures.classes) else pictures.of_classes(kept, labels)
+    return images if len(kept) == len(images.classes) else images.of_classes(kept, labels)
 
 
-def joined(parts: list[Pictures]) -> Pictures:
-    """The pictures of several splits with the same classes, one after the other."""
+def join_splits(parts: list[Images]) -> Images:
+    """The images of several splits with the same classes, one after the other."""
     ends = np.cumsum([len(part) for part in parts])
 
     def load(i: int) -> tuple[RGB, int]:
         part = int(np.searchsorted(ends, i, side="right"))
         return parts[part].load(i - int(ends[part]) + len(parts[part]))
 
-    return Pictures(
+    return Images(
         int(ends[-1]),
         parts[0].classes,
         load,
@@ -121,7 +121,7 @@ def joined(parts: list[Pictures]) -> Pictures:
     )
 
 
-def open_splits(data: Data) -> dict[str, Pictures]:
+def open_splits(data: Data) -> dict[str, Images]:
     """`train`, and where the source has one to evaluate on, `eval`."""
     kind, _, name = data.source.partition(":")
     if kind == "digits" and not name:
@@ -140,7 +140,7 @@ def open_splits(data: Data) -> dict[str, Pictures]:
     return splits
 
 
-def check_classes(splits: dict[str, Pictures], source: str, otherwise: str = "") -> None:
+def check_classes(splits: dict[str, Images], source: str, otherwise: str = "") -> None:
     """Refuses splits that do not have the same classes; `otherwise` says what else they might
     have.
     """
@@ -152,7 +152,7 @@ def check_classes(splits: dict[str, Pictures], source: str, otherwise: str = "")
         )
 
 
-def digits() -> Pictures:
+def digits() -> Images:
     """1,797 handwritten digits of 8 x 8 pixels that scikit-learn carries: Alpaydin and Kaynak, UCI
     machine learning repository, 1998.
     """
@@ -161,21 +161,21 @@ def digits() -> Pictures:
     found = load_digits()
     images = np.repeat(np.round(found.images * (255 / 16)).astype(np.uint8)[..., None], 3, axis=-1)
     labels = found.target.astype(np.int32)
-    return in_memory(images, labels, tuple("0123456789"))
+    return hold_in_memory(images, labels, tuple("0123456789"))
 
 
-def in_memory(
+def hold_in_memory(
     images: Sequence[RGB] | np.ndarray, labels: np.ndarray, classes: tuple[str, ...]
-) -> Pictures:
-    """Pictures that are there already."""
-    return Pictures(len(images), classes, lambda i: (images[i], int(labels[i])), lambda: labels)
+) -> Images:
+    """Images that are there already."""
+    return Images(len(images), classes, lambda i: (images[i], int(labels[i])), lambda: labels)
 
 
-def folder(root: Path, eval_split: str | None = None) -> dict[str, Pictures]:
+def folder(root: Path, eval_split: str | None = None) -> dict[str, Images]:
     """`root/train/CLASS/*.png` with `root/val` (or validation, test, or `eval_split`) beside it, or
     `root/CLASS/*.png` as one split.
 
-    Pictures whose names are all numbers stand in the order of these numbers, otherwise in the order
+    Images whose names are all numbers stand in the order of these numbers, otherwise in the order
     of their paths.
     """
     if not root.is_dir():
@@ -193,7 +193,7 @@ def folder(root: Path, eval_split: str | None = None) -> dict[str, Pictures]:
     return splits
 
 
-def _class_folders(root: Path) -> Pictures:
+def _class_folders(root: Path) -> Images:
     classes = sorted(
         path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
     )
@@ -208,7 +208,7 @@ def _class_folders(root: Path) -> Pictures:
         )
         if not found:
             raise Refused(
-                f"the class folder {root / name} holds no pictures ({', '.join(EXTENSIONS)})"
+                f"the class folder {root / name} holds no images ({', '.join(EXTENSIONS)})"
             )
         paths += found
         labels += [label] * len(found)
@@ -217,7 +217,7 @@ def _class_folders(root: Path) -> Pictures:
     else:
         order = np.arange(len(paths))
     paths, label_array = [paths[i] for i in order], np.array(labels, np.int32)[order]
-    return Pictures(
+    return Images(
         len(paths),
         tuple(classes),
         lambda i: (read_image(paths[i]), int(label_array[i])),
@@ -227,7 +227,7 @@ def _class_folders(root: Path) -> Pictures:
 
 def tfds(
     name: str, data_dir: Path, eval_split: str | None = None, *, download: bool = False
-) -> dict[str, Pictures]:
+) -> dict[str, Images]:
     """A prepared TensorFlow Datasets data set, `name[/config][:version]`, read through its
     random-access data source: no TensorFlow needed.
     """
@@ -281,7 +281,7 @@ def _eval_name(asked: str | None, there: set[str], where: str) -> str | None:
     return asked or next((name for name in EVAL_SPLITS if name in there), None)
 
 
-def _tfds_split(builder, split: str) -> Pictures:
+def _tfds_split(builder, split: str) -> Images:
     from tensorflow_datasets import decode
 
     classes = tuple(builder.info.features["label"].names)
@@ -290,7 +290,7 @@ def _tfds_split(builder, split: str) -> Pictures:
     )  # as files: our own decoder serves every source
 
     def load(i: int) -> tuple[RGB, int]:
-        name = f"picture {i} of {builder.name}, split {split},"
+        name = f"image {i} of {builder.name}, split {split},"
         try:
             record = records[i]
         except Exception as error:  # of many kinds, from the record reader's up to the parser's
@@ -307,12 +307,12 @@ def _tfds_split(builder, split: str) -> Pictures:
     def column(name: str) -> np.ndarray:
         return np.array([records[i][name] for i in range(len(records))])
 
-    pictures = Pictures(
+    images = Images(
         len(records), classes, load, functools.cache(lambda: column("label").astype(np.int32))
     )
     if "index" in builder.info.features and not builder.info.disable_shuffling:
-        return pictures.take(np.argsort(column("index"), kind="stable"))
-    return pictures
+        return images.take(np.argsort(column("index"), kind="stable"))
+    return images
 
 
 def _prepared(name: str, data_dir: Path) -> Path | None:
@@ -352,16 +352,16 @@ def _prepare(name: str, data_dir: Path) -> None:
         ) from None
 
 
-def hold_out(pictures: Pictures, share: float) -> tuple[Pictures, Pictures]:
+def hold_out(images: Images, share: float) -> tuple[Images, Images]:
     """Keeps `share` of each class, drawn once and for all, for evaluation; both parts stay in the
     order of the source.
     """
-    held = held_out(pictures.labels(), share)
-    return pictures.take(np.flatnonzero(~held)), pictures.take(np.flatnonzero(held))
+    held = draw_held_out(images.labels(), share)
+    return images.take(np.flatnonzero(~held)), images.take(np.flatnonzero(held))
 
 
-def held_out(labels: np.ndarray, share: float) -> np.ndarray:
-    """Which pictures `hold_out` keeps, `(n,)` bool."""
+def draw_held_out(labels: np.ndarray, share: float) -> np.ndarray:
+    """Which images `hold_out` keeps, `(n,)` bool."""
     if not 0 < share < 1:
         raise Refused(f"data.holdout must lie between 0 and 1, not at {share}")
     rng = np.random.default_rng(0)
@@ -371,6 +371,6 @@ def held_out(labels: np.ndarray, share: float) -> np.ndarray:
         held[members[: round(share * len(members))]] = True
     if held.all() or not held.any():
         raise Refused(
-            f"data.holdout {share} leaves one of the two parts of {len(labels)} pictures empty"
+            f"data.holdout {share} leaves one of the two parts of {len(labels)} images empty"
         )
     return held

@@ -1,4 +1,4 @@
-"""A model on all the evaluation pictures."""
+"""A model on all the evaluation images."""
 
 from dataclasses import dataclass
 
@@ -8,19 +8,19 @@ import numpy as np
 from train.batches import Batch, eval_batches
 from train.cli import Refused
 from train.config import Config
-from train.data import Pictures
+from train.data import Images
 from train.step import Steps
 
 
 @dataclass(frozen=True)
 class Predictions:
-    """Class probabilities of the evaluation pictures that could be read, in the order of their
+    """Class probabilities of the evaluation images that could be read, in the order of their
     split.
     """
 
-    index: np.ndarray  # (n,) number of the picture in its split
+    index: np.ndarray  # (n,) number of the image in its split
     label: np.ndarray  # (n,)
-    digest: np.ndarray  # (n,) of the pictures as they were read: the same ones have the same
+    digest: np.ndarray  # (n,) of the images as they were read: the same ones have the same
     probability: np.ndarray  # (n, classes) float32
 
     def top(self, k: int) -> np.ndarray:
@@ -38,29 +38,29 @@ class Predictions:
         return float(-np.log(np.maximum(own, 1e-30)).mean())
 
 
-def evaluate(steps: Steps, params, pictures: Pictures, config: Config) -> Predictions:
-    """Predicts every picture once; all processes get all predictions."""
-    whole = outputs_of(steps, params, pictures, config)
+def evaluate(steps: Steps, params, images: Images, config: Config) -> Predictions:
+    """Predicts every image once; all processes get all predictions."""
+    whole = compute_outputs(steps, params, images, config)
     return Predictions(*(whole[name] for name in ("index", "label", "digest", "probability")))
 
 
-def outputs_of(steps: Steps, params, pictures: Pictures, config: Config) -> dict[str, np.ndarray]:
-    """What `steps.evaluate` gives of every picture that can be read, in the order of the split; all
+def compute_outputs(steps: Steps, params, images: Images, config: Config) -> dict[str, np.ndarray]:
+    """What `steps.evaluate` gives of every image that can be read, in the order of the split; all
     processes get all of it.
     """
     parts = []
     for batch in eval_batches(
-        pictures, config, process=jax.process_index(), processes=jax.process_count()
+        images, config, process=jax.process_index(), processes=jax.process_count()
     ):
-        parts.append(jax.device_get(steps.evaluate(params, on_devices(batch, steps))))
+        parts.append(jax.device_get(steps.evaluate(params, put_on_devices(batch, steps))))
     whole = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
     kept = whole["weight"] > 0
     if not kept.any():
-        raise Refused("no picture of the evaluation split can be read")
+        raise Refused("no image of the evaluation split can be read")
     return {name: array[kept] for name, array in whole.items()}
 
 
-def on_devices(batch: Batch, steps: Steps) -> dict[str, jax.Array]:
+def put_on_devices(batch: Batch, steps: Steps) -> dict[str, jax.Array]:
     """Puts this process's rows on its devices, as part of the batch of all processes."""
     return {
         name: jax.make_array_from_process_local_data(steps.batch_sharding, array)

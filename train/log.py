@@ -8,14 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TextColumn
+
+from ggem_jax.files.atomic import write_text
+from ggem_jax.progress import progress_bar
 
 
 class Log:
@@ -28,12 +24,11 @@ class Log:
         if run is None:
             return
         self.console = Console(stderr=True, quiet=quiet)
-        self.bar = (
-            _progress_bar(self.console, total_steps, start)
-            if self.console.is_terminal and not quiet
-            else None
-        )
-        keep_until(run / "metrics.jsonl", start)
+        self.bar = None
+        if self.console.is_terminal and not quiet:
+            self.bar = progress_bar(self.console, TextColumn("{task.fields[said]}"))
+            self.bar.add_task("training", total=total_steps, completed=start, said="")
+        drop_lines_after(run / "metrics.jsonl", start)
         self.file = (run / "metrics.jsonl").open("a", buffering=1)
         self.board = TensorBoard(run / "tensorboard")
 
@@ -58,9 +53,8 @@ class Log:
         self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self.board.write(kind, step, values)
         if self.bar and kind == "train":
-            self.bar.update(
-                self.bar.task_ids[0], said=said.partition("  ")[2]
-            )  # the bar counts the steps itself
+            # the bar counts the steps itself
+            self.bar.update(self.bar.task_ids[0], said=said.partition("  ")[2])
         else:
             self.console.print(said, highlight=False, markup=False, soft_wrap=True)
 
@@ -76,7 +70,7 @@ class Log:
             self.board.close()
 
 
-def keep_until(path: Path, step: int) -> None:
+def drop_lines_after(path: Path, step: int) -> None:
     """Drops the lines after `step`: a run that is taken up at a checkpoint writes them again."""
     if not path.exists():
         return
@@ -90,34 +84,10 @@ def keep_until(path: Path, step: int) -> None:
     write_text(path, "".join(f"{line}\n" for line in kept))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file under a temporary name and renames it, so that it is never half there."""
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
 def read_metrics(run: Path, kind: str) -> list[dict[str, Any]]:
     """The lines of one kind of `metrics.jsonl`, oldest first."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == kind]
-
-
-def _progress_bar(console: Console, total_steps: int, start: int) -> Progress:
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[said]}"),
-    )
-    bar = Progress(*columns, console=console, transient=True)
-    bar.add_task("training", total=total_steps, completed=start, said="")
-    return bar
 
 
 class TensorBoard:

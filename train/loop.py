@@ -20,9 +20,9 @@ from train.batches import Batch
 from train.checkpoints import Checkpoints
 from train.cli import Refused, one_sentence
 from train.config import Config
-from train.evaluate import on_devices
+from train.curves import draw_curves
+from train.evaluate import put_on_devices
 from train.log import Log
-from train.pictures import draw_curves
 from train.published import started_from
 from train.run import StopRequest, run_folder
 from train.step import State, Steps
@@ -52,7 +52,7 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Trained:
+class TrainedRun:
     """How a run ended."""
 
     state: State
@@ -62,7 +62,7 @@ class Trained:
     signal: int | None  # that stopped it
 
 
-def run_tool(tool: str, train: Callable[[list[str]], Trained], argv: list[str] | None) -> None:
+def run_tool(tool: str, train: Callable[[list[str]], TrainedRun], argv: list[str] | None) -> None:
     """Runs a training script; a signal that stopped it is its exit code."""
     with one_sentence(tool):
         trained = train(sys.argv[1:] if argv is None else argv)
@@ -72,7 +72,7 @@ def run_tool(tool: str, train: Callable[[list[str]], Trained], argv: list[str] |
 
 def run(
     config: Config, task_of: Callable[[], Task], facts: dict[str, Any], *, quiet: bool = False
-) -> Trained:
+) -> TrainedRun:
     """Runs a training, or goes on with it; `task_of` is called when the folder is its own. With
     other `facts` of the data a run is not continued.
     """
@@ -86,7 +86,7 @@ def run(
         )
         checkpoints = Checkpoints(config.out)
         state = (
-            first_state(steps, config)
+            make_first_state(steps, config)
             if checkpoints.latest() is None
             else checkpoints.restore(steps)
         )
@@ -96,11 +96,11 @@ def run(
             Log(None if process else config.out, total_steps=total, start=start, quiet=quiet)
         ) as log:
             meter = Meter(config.batch, task.flops)
-            log.banner(banner(config, task, state, start, meter))
+            log.banner(describe_run(config, task, state, start, meter))
             batches = task.batches(start)
             while step < total:
                 with meter.waiting_for_input():
-                    batch = on_devices(next(batches), steps)
+                    batch = put_on_devices(next(batches), steps)
                 state, metrics = steps.train(state, batch, config.seed)
                 meter.count(metrics)
                 step += 1
@@ -108,8 +108,8 @@ def run(
                 stopping = stop.asked(step) or step == config.stop_after
                 logs, evaluates, saving = (
                     step % config.log_every == 0 or step == total,
-                    due(step, total, evaluations),
-                    due(step, total, saves) or stopping,
+                    is_due(step, total, evaluations),
+                    is_due(step, total, saves) or stopping,
                 )
                 if logs or evaluates or saving:
                     check_finite(step, metrics)
@@ -133,18 +133,18 @@ def run(
                 draw_curves(config.out, task.curves)
             if evaluation is None and step == total:  # it had ended before
                 evaluation = task.evaluate(state)
-    return Trained(
+    return TrainedRun(
         state, steps, None if evaluation is None else evaluation.result, step == total, stop.signal
     )
 
 
-def first_state(steps: Steps, config: Config) -> State:
+def make_first_state(steps: Steps, config: Config) -> State:
     """Fresh weights, with those of a published file where the config names one."""
     state = steps.init(config.seed)
     return state if config.init is None else started_from(config.init, state, steps)
 
 
-def due(step: int, total: int, times: int) -> bool:
+def is_due(step: int, total: int, times: int) -> bool:
     """Whether something that happens so many times in a run, evenly and for the last time at its
     end, happens after this step.
     """
@@ -171,7 +171,9 @@ def check_finite(step: int, metrics: dict[str, jax.Array]) -> None:
             )
 
 
-def banner(config: Config, task: Task, state: State, start: int, meter: Meter) -> dict[str, str]:
+def describe_run(
+    config: Config, task: Task, state: State, start: int, meter: Meter
+) -> dict[str, str]:
     """What is about to be trained, on what."""
     model, parameters = config.model, sum(leaf.size for leaf in jax.tree.leaves(state.params))
     return {
@@ -188,7 +190,7 @@ def banner(config: Config, task: Task, state: State, start: int, meter: Meter) -
         ),
         "data": f"{config.data.source}: {task.about}",
         "steps": (
-            f"{task.total:,} of {config.batch} pictures ({config.epochs:g} epochs)"
+            f"{task.total:,} of {config.batch} images ({config.epochs:g} epochs)"
             + (f", going on after step {start:,}" if start else "")
         ),
         "folder": str(config.out),
@@ -212,14 +214,14 @@ def log_training(
 
 def log_evaluation(log: Log, step: int, evaluation: Evaluation, state: State) -> None:
     """What was measured, and the learned exponents."""
-    p = learned_exponents(state.evaluated)
+    p = read_exponents(state.evaluated)
     learned = "".join(f"  p {' '.join(f'{x:.2f}' for x in value)}" for value in p.values())
     log.metrics(
         "eval", step, evaluation.values | {"p": p}, f"step {step}  {evaluation.said}{learned}"
     )
 
 
-def learned_exponents(params: Any) -> dict[str, list[float]]:
+def read_exponents(params: Any) -> dict[str, list[float]]:
     """The exponents that the model pools with, by the path of their parameter."""
     return {
         name: np.asarray(used_exponents(value)).tolist()

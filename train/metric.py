@@ -2,7 +2,7 @@
 
 A Vision Transformer with any pooling, a projection and L2 normalisation under ArcFace, normalised
 softmax or Proxy-Anchor. The classes trained on and those evaluated on have nothing in common;
-evaluations rank every picture of the unseen classes by all others. `--init FILE` starts from a
+evaluations rank every image of the unseen classes by all others. `--init FILE` starts from a
 published ViT (`ggem_jax.weights.vit`). The run's folder, stopping and going on: `train.loop`.
 """
 
@@ -22,15 +22,15 @@ from ggem_jax.models.embedder import Embedder
 from ggem_jax.models.vit import ViT
 from ggem_jax.retrieval import search
 from ggem_jax.retrieval.metrics import LabelScores, label_scores
-from train.batches import balanced, train_batches
+from train.batches import draw_balanced, train_batches
 from train.build import build_model
 from train.cli import Refused, load_config, require
 from train.config import Config, Data, Optimizer
-from train.data import Pictures, open_disjoint
-from train.evaluate import outputs_of
-from train.loop import Evaluation, Task, Trained, check_devices, run, run_tool
+from train.data import Images, open_disjoint
+from train.evaluate import compute_outputs
+from train.loop import Evaluation, Task, TrainedRun, check_devices, run, run_tool
 from train.run import join_processes
-from train.step import Batch, Problem, Steps, compiled
+from train.step import Batch, Problem, Steps, compile_steps
 from train.throughput import training_flops
 
 KAPPAS = (1, 5, 10)
@@ -38,7 +38,7 @@ KAPPAS = (1, 5, 10)
 
 @dataclass(frozen=True)
 class Metric:
-    """What is learned, and from which pictures."""
+    """What is learned, and from which images."""
 
     loss: Literal["arcface", "normalised-softmax", "proxy-anchor"] = "normalised-softmax"
     dim: int = (
@@ -49,7 +49,7 @@ class Metric:
     margin: float | None = None  # likewise; None: 0.5 radians, and 0.1
     proxy_lr: float = 10.0  # learning rate of the proxies over lr; Proxy-Anchor's authors take 100
     per_class: int | None = (
-        4  # pictures of each class in a batch; None: batches without regard to classes
+        4  # images of each class in a batch; None: batches without regard to classes
     )
     # share of the classes that are trained on; a source whose splits have no class in common keeps
     # them
@@ -140,12 +140,12 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(
-    config: MetricConfig, *, data: tuple[Pictures, Pictures] | None = None, quiet: bool = False
-) -> Trained:
+    config: MetricConfig, *, data: tuple[Images, Images] | None = None, quiet: bool = False
+) -> TrainedRun:
     """Runs the training that the config describes, or goes on with it; the result is the
-    `Retrieved` of the last evaluation.
+    `LabelledDescriptors` of the last evaluation.
 
-    `data` are training and evaluation pictures to take instead of the config's source.
+    `data` are training and evaluation images to take instead of the config's source.
     """
     join_processes()
     train_set, eval_set = (
@@ -157,7 +157,7 @@ def train(
     draw = (
         None
         if config.metric.per_class is None
-        else balanced(labels, config.batch, check_balance(config, labels), config.seed)
+        else draw_balanced(labels, config.batch, check_balance(config, labels), config.seed)
     )
     total = max(round(config.epochs * len(train_set) / config.batch), 1)
     classes = len(train_set.classes)
@@ -169,7 +169,7 @@ def train(
     }
 
     def task() -> Task:
-        steps = metric_steps(config, classes, total)
+        steps = make_metric_steps(config, classes, total)
 
         def evaluation(state) -> Evaluation:
             retrieved = retrieve(steps, state.evaluated, eval_set, config)
@@ -182,7 +182,7 @@ def train(
 
         places = {"process": jax.process_index(), "processes": jax.process_count()}
         counts = (
-            f"{len(train_set):,} pictures of {classes} classes to train, {len(eval_set):,} of"
+            f"{len(train_set):,} images of {classes} classes to train, {len(eval_set):,} of"
             f" {len(eval_set.classes)} others to evaluate"
         )
         return Task(
@@ -201,18 +201,18 @@ def train(
 
 
 def check_balance(config: MetricConfig, labels: np.ndarray) -> int:
-    """Pictures of each class in a batch, where the batch can be made so."""
+    """Images of each class in a batch, where the batch can be made so."""
     each, classes = config.metric.per_class or 1, len(np.unique(labels))
     if config.batch % each or config.batch // each > classes:
         raise Refused(
-            f"a batch of {config.batch} pictures cannot hold --metric.per-class {each} of each"
+            f"a batch of {config.batch} images cannot hold --metric.per-class {each} of each"
             f" class: it must be a multiple of it, and at most {each * classes} with {classes}"
             " classes"
         )
     return each
 
 
-def metric_steps(config: MetricConfig, classes: int, total_steps: int) -> Steps:
+def make_metric_steps(config: MetricConfig, classes: int, total_steps: int) -> Steps:
     """The steps of a config; configs that differ only in seed, folder or logging share one
     compilation.
     """
@@ -265,36 +265,38 @@ def _metric_steps(
         outputs=outputs,
         scales=scales,
     )
-    return compiled(problem, data, optimizer, fsdp, total_steps)
+    return compile_steps(problem, data, optimizer, fsdp, total_steps)
 
 
 @dataclass(frozen=True)
-class Retrieved:
-    """Descriptors of the evaluation pictures that could be read, in the order of their split."""
+class LabelledDescriptors:
+    """Descriptors of the evaluation images that could be read, in the order of their split."""
 
-    index: np.ndarray  # (n,) number of the picture in its split
+    index: np.ndarray  # (n,) number of the image in its split
     label: np.ndarray  # (n,)
-    digest: np.ndarray  # (n,) of the pictures as they were read
+    digest: np.ndarray  # (n,) of the images as they were read
     descriptor: np.ndarray  # (n, dim) float32, unit vectors
 
     def scores(self) -> LabelScores:
-        """Every picture ranked by all others."""
-        return scores_of(self.descriptor, self.label)
+        """Every image ranked by all others."""
+        return score_descriptors(self.descriptor, self.label)
 
 
-def retrieve(steps: Steps, params, pictures: Pictures, config: MetricConfig) -> Retrieved:
-    """Describes every picture once."""
-    whole = outputs_of(steps, params, pictures, config)
-    return Retrieved(*(whole[name] for name in ("index", "label", "digest", "descriptor")))
+def retrieve(steps: Steps, params, images: Images, config: MetricConfig) -> LabelledDescriptors:
+    """Describes every image once."""
+    whole = compute_outputs(steps, params, images, config)
+    return LabelledDescriptors(
+        *(whole[name] for name in ("index", "label", "digest", "descriptor"))
+    )
 
 
 def check_findable(labels: np.ndarray) -> None:
-    """Refuses pictures to search of which no two have the same label."""
+    """Refuses images to search of which no two have the same label."""
     if np.bincount(labels).max(initial=0) < 2:
-        raise Refused("no class to evaluate on has two pictures: nothing can be found")
+        raise Refused("no class to evaluate on has two images: nothing can be found")
 
 
-def scores_of(descriptors: Any, labels: np.ndarray) -> LabelScores:
+def score_descriptors(descriptors: Any, labels: np.ndarray) -> LabelScores:
     """Each descriptor, a unit vector, as the query for all others; at least one label must be there
     twice.
     """

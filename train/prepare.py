@@ -1,4 +1,4 @@
-"""Turns packed pictures into class sub-folders and into a TensorFlow Datasets data set: python -m
+"""Turns packed images into class sub-folders and into a TensorFlow Datasets data set: python -m
 train.prepare PACKED OUT.
 
 PACKED is a folder with one of
@@ -6,11 +6,11 @@ PACKED is a folder with one of
   JPEG files, as for CIFAR-10);
 - one `.npz` with `train_images`, `train_labels`, `test_images`, `test_labels` (as for
   Fashion-MNIST);
-- one `.zip` with `SPLIT/CLASS/*` picture files, SPLIT being train and val or test (as for
+- one `.zip` with `SPLIT/CLASS/*` image files, SPLIT being train and val or test (as for
   Imagenette).
 
 Written are `OUT/folder/SPLIT/CLASS/INDEX.png` and `OUT/tfds/NAME/1.0.0/`, both lossless and in the
-order of the index of a picture in its split, so that `--data folder:OUT/folder` and `--data
+order of the index of an image in its split, so that `--data folder:OUT/folder` and `--data
 tfds:NAME --data-dir OUT/tfds` train on the same batches.
 """
 
@@ -51,18 +51,18 @@ FASHION_MNIST = (
 
 MARK = ".made_by_train_prepare"  # in the folders that may be replaced
 
-Split = list[tuple[Callable[[], RGB], int]]  # how to get each picture, and its label
+Split = list[tuple[Callable[[], RGB], int]]  # how to get each image, and its label
 
 
 @dataclass(frozen=True)
 class Prepare:
-    """Turns packed pictures into class sub-folders and into a TensorFlow Datasets data set."""
+    """Turns packed images into class sub-folders and into a TensorFlow Datasets data set."""
 
     packed: Positional[Path]  # folder with the packed files
     out: Positional[Path]  # folder to write to
     name: str | None = None  # of the TFDS data set; None: the packed folder's, with _ for -
     formats: Annotated[Literal["both", "folder", "tfds"], arg(aliases=["--format"])] = "both"
-    limit: int | None = None  # take only so many pictures of each split, evenly spaced
+    limit: int | None = None  # take only so many images of each split, evenly spaced
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -75,9 +75,7 @@ def prepare(config: Prepare) -> list[str]:
     """Writes what the config asks for and says how to train on it."""
     classes, splits = read_packed(config.packed.expanduser())
     if config.limit is not None:
-        splits = {
-            split: evenly_spaced(pictures, config.limit) for split, pictures in splits.items()
-        }
+        splits = {split: evenly_spaced(images, config.limit) for split, images in splits.items()}
     classes = folder_names(classes)
     check(classes, splits)
     name = config.name or re.sub("[^a-z0-9]+", "_", config.packed.resolve().name.lower()).strip("_")
@@ -101,47 +99,47 @@ def prepare(config: Prepare) -> list[str]:
             f"the data set could not be written to {out}:"
             f" {(str(error).splitlines() or ['no reason given'])[0]}"
         ) from None
-    counts = ", ".join(f"{split} {len(pictures):,}" for split, pictures in splits.items())
+    counts = ", ".join(f"{split} {len(images):,}" for split, images in splits.items())
     return [
-        f"{len(classes)} classes; {counts} pictures",
+        f"{len(classes)} classes; {counts} images",
         *(f"train on it with  python -m train.classify {flags}" for flags in said),
     ]
 
 
 def check(classes: tuple[str, ...], splits: dict[str, Split]) -> None:
-    """Refuses labels that name no class, and classes without pictures to train on."""
-    for split, pictures in splits.items():
+    """Refuses labels that name no class, and classes without images to train on."""
+    for split, images in splits.items():
         wrong = next(
-            ((i, label) for i, (_, label) in enumerate(pictures) if not 0 <= label < len(classes)),
+            ((i, label) for i, (_, label) in enumerate(images) if not 0 <= label < len(classes)),
             None,
         )
-        if wrong is not None or not pictures:
+        if wrong is not None or not images:
             reason = (
                 "is empty"
                 if wrong is None
                 else (
-                    f"has the label {wrong[1]} for picture {wrong[0]}, where 0 to"
+                    f"has the label {wrong[1]} for image {wrong[0]}, where 0 to"
                     f" {len(classes) - 1} are classes"
                 )
             )
             raise Refused(f"the split {split} {reason}")
-        missing = set(range(len(classes))) - {label for _, label in pictures}
+        missing = set(range(len(classes))) - {label for _, label in images}
         if missing:
             names = ", ".join(classes[label] for label in sorted(missing))
             raise Refused(
-                f"the split {split} holds no pictures of {names}: every class needs some (a larger"
+                f"the split {split} holds no images of {names}: every class needs some (a larger"
                 " --limit keeps more)"
             )
 
 
-def evenly_spaced(pictures: Split, limit: int) -> Split:
-    """At most `limit` of the pictures: some of every class where they are sorted by class."""
+def evenly_spaced(images: Split, limit: int) -> Split:
+    """At most `limit` of the images: some of every class where they are sorted by class."""
     if limit < 1:
         raise Refused(f"--limit must be at least 1, it is {limit}")
     return [
-        pictures[i]
+        images[i]
         for i in np.unique(
-            np.linspace(0, len(pictures) - 1, min(limit, len(pictures))).round().astype(int)
+            np.linspace(0, len(images) - 1, min(limit, len(images))).round().astype(int)
         )
     ]
 
@@ -221,7 +219,7 @@ def _jpeg_splits(paths: list[Path]) -> tuple[tuple[str, ...], dict[str, Split]]:
         classes.add(tuple(map(str, kinds)))
         files = arrays["jpeg_bytes"].tobytes()
 
-        names = [f"picture {i} of {found[0].name}" for i in range(len(offsets) - 1)]
+        names = [f"image {i} of {found[0].name}" for i in range(len(offsets) - 1)]
         cuts = [files[start:end] for start, end in pairwise(offsets)]
         splits[which] = [
             (partial(read_image, file, name=name), int(label))
@@ -243,10 +241,10 @@ def _zip_splits(path: Path) -> tuple[tuple[str, ...], dict[str, Split]]:
         if len(parts) >= 3 and parts[0] != "__MACOSX" and Path(name).suffix.lower() in EXTENSIONS:
             members.setdefault(parts[-3], []).append((parts[-2], name))
     if "train" not in members or not members.keys() & {"val", "test"}:
-        raise Refused(f"{path} holds no pictures under train/CLASS and val/CLASS or test/CLASS")
+        raise Refused(f"{path} holds no images under train/CLASS and val/CLASS or test/CLASS")
     classes = tuple(sorted({kind for split in members.values() for kind, _ in split}))
 
-    def picture(name: str) -> RGB:
+    def image(name: str) -> RGB:
         try:
             file = archive.read(name)
         except (
@@ -261,7 +259,7 @@ def _zip_splits(path: Path) -> tuple[tuple[str, ...], dict[str, Split]]:
         return read_image(file, name=name)
 
     return classes, {
-        split: [(partial(picture, name), classes.index(kind)) for kind, name in found]
+        split: [(partial(image, name), classes.index(kind)) for kind, name in found]
         for split, found in members.items()
     }
 
@@ -302,11 +300,11 @@ def write_folder(root: Path, classes: tuple[str, ...], splits: dict[str, Split])
     place.
     """
     with _in_place_of(root, made_if=MARK) as new:
-        for split, pictures in splits.items():
+        for split, images in splits.items():
             for name in classes:
                 (new / split / name).mkdir(parents=True)
-            for index, (picture, label) in enumerate(pictures):
-                (new / split / classes[label] / f"{index:08d}.png").write_bytes(png(picture()))
+            for index, (image, label) in enumerate(images):
+                (new / split / classes[label] / f"{index:08d}.png").write_bytes(png(image()))
         (new / MARK).touch()
 
 
@@ -318,7 +316,7 @@ def write_tfds(
     """
     import tensorflow_datasets as tfds
 
-    class PackedPictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    class PackedImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
@@ -332,17 +330,17 @@ def write_tfds(
             )
 
         def _split_generators(self, dl_manager):
-            return {split: self._generate_examples(pictures) for split, pictures in splits.items()}
+            return {split: self._generate_examples(images) for split, images in splits.items()}
 
-        def _generate_examples(self, pictures):
-            for index, (picture, label) in enumerate(pictures):
-                yield index, {"image": io.BytesIO(png(picture())), "label": label, "index": index}
+        def _generate_examples(self, images):
+            for index, (image, label) in enumerate(images):
+                yield index, {"image": io.BytesIO(png(image())), "label": label, "index": index}
 
-    PackedPictures.name = name
+    PackedImages.name = name
     tfds.disable_progress_bar()
     with _in_place_of(data_dir / name, made_if="1.0.0/dataset_info.json") as new:
         with contextlib.redirect_stdout(io.StringIO()):  # it reports a download that is none
-            PackedPictures(
+            PackedImages(
                 data_dir=str(new / "there"), file_format="array_record"
             ).download_and_prepare()
         (new / "there" / name / "1.0.0").rename(new / "1.0.0")
@@ -375,7 +373,7 @@ def _in_place_of(folder: Path, *, made_if: str) -> Iterator[Path]:
 
 
 def png(image: RGB) -> bytes:
-    """A picture as a PNG file."""
+    """An image as a PNG file."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG", compress_level=1)
     return file.getvalue()

@@ -3,7 +3,6 @@ like.
 """
 
 import contextlib
-import fcntl
 import json
 import os
 import re
@@ -12,15 +11,16 @@ import threading
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import jax
 import numpy as np
+from filelock import FileLock, Timeout
 from jax.experimental import multihost_utils
 
+from ggem_jax.files.atomic import write_text
 from train.cli import Refused, from_dict, to_dict
 from train.config import C, Config
-from train.log import write_text
 
 # May change when a run is taken up again: the weights do not depend on them (on `fsdp` in the last
 # bits, as on the number of devices).
@@ -61,7 +61,7 @@ def run_folder(config: Config, facts: dict[str, Any]) -> Iterator[None]:
         if jax.process_index() == 0:
             try:
                 config.out.mkdir(parents=True, exist_ok=True)
-                _lock(stack.enter_context((config.out / ".lock").open("w")), config.out)
+                stack.callback(_lock(config.out).release)
                 _keep_settings(config, facts)
             except (Refused, OSError) as error:
                 refused = error
@@ -81,13 +81,18 @@ def run_folder(config: Config, facts: dict[str, Any]) -> Iterator[None]:
         yield
 
 
-def _lock(file: IO[str], run: Path) -> None:
+def _lock(run: Path) -> FileLock:
+    """A lock on the folder that the operating system releases however the process ends."""
+    lock = FileLock(run / ".lock", blocking=False)
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        lock.acquire()
+    except Timeout:
         raise Refused(
             f"another process is training in {run}: wait for it, or choose another --out"
         ) from None
+    except NotImplementedError as error:
+        raise Refused(f"{run} cannot be locked: {error}") from None
+    return lock
 
 
 def _keep_settings(config: Config, facts: dict[str, Any]) -> None:
@@ -116,7 +121,7 @@ def has_checkpoint(run: Path) -> bool:
 
 
 def read_run(run: Path, record: type[C] = Config) -> tuple[C, dict[str, Any]]:  # type: ignore[assignment]
-    """The settings of a run, and what its data were: classes and numbers of pictures."""
+    """The settings of a run, and what its data were: classes and numbers of images."""
     try:
         values = json.loads((run / "config.json").read_text())
         tool, facts = values.pop("tool", record.tool), values.pop("data_found")

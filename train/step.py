@@ -24,7 +24,6 @@ from train.build import build_model
 from train.cli import Refused
 from train.config import Augment, Config, Data, Optimizer
 
-Images = UInt8[Array, "b h w 3"]
 Batch = dict[str, Array]
 
 
@@ -76,7 +75,7 @@ class Problem:
     init: Callable[[PRNGKeyArray], Any]  # key -> parameters
     prepare: Callable[
         [Batch, PRNGKeyArray], Batch
-    ]  # a batch as it is trained on: pictures mixed, labels smoothed
+    ]  # a batch as it is trained on: images mixed, labels smoothed
     loss: Callable[
         [Any, Batch, PRNGKeyArray], Array
     ]  # parameters, (a part of) a prepared batch, key -> mean loss
@@ -131,10 +130,10 @@ def _classifier_steps(
         loss=loss,
         outputs=lambda params, images: {"probability": jax.nn.softmax(logits_of(params, images))},
     )
-    return compiled(problem, data, optimizer, fsdp, total_steps)
+    return compile_steps(problem, data, optimizer, fsdp, total_steps)
 
 
-def compiled(
+def compile_steps(
     problem: Problem, data: Data, optimizer: Optimizer, fsdp: int, total_steps: int
 ) -> Steps:
     """The steps of a problem, laid out over all devices."""
@@ -151,7 +150,7 @@ def compiled(
     def train(state: State, batch: Batch, seed: Int[Array, ""]):
         mix_key, drop_key = jax.random.split(jax.random.fold_in(keys(seed)[1], state.step))
         prepared = problem.prepare(batch | {"image": normalise(batch["image"], data)}, mix_key)
-        loss, grads = accumulated_gradient(
+        loss, grads = accumulate_gradient(
             problem.loss, state.params, prepared, drop_key, optimizer.accumulate
         )
         norm = optax.tree.norm(grads)
@@ -168,7 +167,7 @@ def compiled(
         return State(state.step + 1, params, opt_state, ema), {"loss": loss, "grad_norm": norm}
 
     def evaluate(params, batch: Batch) -> Batch:
-        # The labels travel with their pictures, whatever order of devices and processes the mesh
+        # The labels travel with their images, whatever order of devices and processes the mesh
         # has.
         rest = {name: array for name, array in batch.items() if name != "image"}
         return rest | problem.outputs(params, normalise(batch["image"], data))
@@ -237,13 +236,13 @@ def make_optimizer(optimizer: Optimizer, total_steps: int) -> optax.GradientTran
     )
 
 
-def normalise(images: Images, data: Data) -> Float[Array, "b h w 3"]:
+def normalise(images: UInt8[Array, "b h w 3"], data: Data) -> Float[Array, "b h w 3"]:
     """Pixels as the model takes them: less the mean of their channel, in standard deviations."""
     return (images.astype(jnp.float32) / 255 - jnp.array(data.mean)) / jnp.array(data.std)
 
 
 def mix(images, targets, augment: Augment, key: PRNGKeyArray):
-    """Mixes each picture with its opposite in the batch: mixup (Zhang et al. 2018,
+    """Mixes each image with its opposite in the batch: mixup (Zhang et al. 2018,
     arXiv:1710.09412), CutMix (Yun et al. 2019, arXiv:1905.04899).
     """
     if not augment.mixup and not augment.cutmix:
@@ -257,7 +256,7 @@ def mix(images, targets, augment: Augment, key: PRNGKeyArray):
     alpha = jnp.where(cut, augment.cutmix, augment.mixup)
     keep = jax.random.beta(ratio_key, alpha, alpha)
     height, width = images.shape[1:3]
-    box = jnp.sqrt(1 - keep) / 2  # half the box's sides over the picture's
+    box = jnp.sqrt(1 - keep) / 2  # half the box's sides over the image's
     y, x = jax.random.uniform(place, (2,))
     rows, columns = (jnp.arange(height) + 0.5) / height, (jnp.arange(width) + 0.5) / width
     inside = (jnp.abs(rows - y) < box)[:, None] & (jnp.abs(columns - x) < box)
@@ -268,7 +267,7 @@ def mix(images, targets, augment: Augment, key: PRNGKeyArray):
     ]
 
 
-def accumulated_gradient(loss_of, params, batch: Batch, key: PRNGKeyArray, parts: int):
+def accumulate_gradient(loss_of, params, batch: Batch, key: PRNGKeyArray, parts: int):
     """Loss and gradient of the batch, taken in `parts` equal parts one after the other to save
     memory.
     """

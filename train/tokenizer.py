@@ -18,8 +18,8 @@ import numpy as np
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
+from ggem_jax.files.atomic import write_text
 from train.cli import Refused
-from train.log import write_text
 
 LARGEST_VOCABULARY = 2**24  # far beyond those in use
 SMALLEST_VOCABULARY = 258  # of a tokenizer over bytes: all of them, start and end
@@ -123,13 +123,13 @@ def read_tokenizer(path: Path) -> Tokenizer:
     return Tokenizer(text, f"{path}")
 
 
-def keep_tokenizer(run: Path, tokenizer: Tokenizer) -> None:
+def save_run_tokenizer(run: Path, tokenizer: Tokenizer) -> None:
     """Puts the tokenizer of a run into its folder, with a checksum beside it."""
     write_text(run / "tokenizer.crc32", f"{zlib.crc32(tokenizer.text.encode())}\n")
     write_text(run / "tokenizer.json", tokenizer.text)
 
 
-def kept_tokenizer(run: Path) -> Tokenizer:
+def load_run_tokenizer(run: Path) -> Tokenizer:
     """The tokenizer in the folder of a run; `Refused` where it is not the one that the run began
     with.
     """

@@ -1,4 +1,4 @@
-"""Small Vision Transformers trained from nothing on CIFAR-10 with different poolings: the
+"""Small Vision Transformers trained from scratch on CIFAR-10 with different poolings: the
 end-to-end part of `eval.studies.pooling`.
 """
 
@@ -12,14 +12,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from eval.runs import trained_in_study
+from eval.runs import train_in_study
 from ggem_jax.models.vit import used_exponents
 from train.batches import eval_batches
 from train.build import build_model
 from train.classify import train
 from train.cli import load_config
 from train.config import Config
-from train.data import Pictures, in_memory
+from train.data import Images, hold_in_memory
 from train.evaluate import Predictions
 from train.prepare import evenly_spaced, read_packed
 from train.step import normalise
@@ -42,14 +42,14 @@ FLAGS = [
 ]  # fmt: skip
 
 
-def pictures_of(packed: Path, count: int) -> tuple[Pictures, Pictures]:
-    """`count` training pictures of the packed CIFAR-10, evenly spaced, and all its test pictures,
+def images_of(packed: Path, count: int) -> tuple[Images, Images]:
+    """`count` training images of the packed CIFAR-10, evenly spaced, and all its test images,
     in memory.
     """
     classes, splits = read_packed(packed)
 
-    def held(split) -> Pictures:
-        return in_memory(
+    def held(split) -> Images:
+        return hold_in_memory(
             [load() for load, _ in split],
             np.array([label for _, label in split], np.int32),
             tuple(classes),
@@ -78,7 +78,7 @@ def config_of(arm: str, seed: int, runs: Path, epochs: float) -> Config:
 
 @dataclass(frozen=True)
 class Network:
-    """One trained network on the test pictures."""
+    """One trained network on the test images."""
 
     predictions: Predictions
     p: np.ndarray  # learned exponents; none where nothing is learned
@@ -86,12 +86,10 @@ class Network:
     config: Config
 
 
-def trained(
-    arm: str, seed: int, data: tuple[Pictures, Pictures], runs: Path, epochs: float
-) -> Network:
+def trained(arm: str, seed: int, data: tuple[Images, Images], runs: Path, epochs: float) -> Network:
     """Trains a network, or goes on with it."""
     config = config_of(arm, seed, runs, epochs)
-    run = trained_in_study(train, config, data=data)
+    run = train_in_study(train, config, data=data)
     params = jax.tree.map(np.asarray, run.state.evaluated)
     p = (
         np.asarray(used_exponents(params["pool"]["p"]))
@@ -101,12 +99,12 @@ def trained(
     return Network(run.result, p, params, config)
 
 
-def attention_and_descriptor(network: Network, pictures: Pictures) -> tuple[np.ndarray, np.ndarray]:
-    """Of each picture the output of the last attention's heads, `(n, d)` head by head, meaned over
+def attention_and_descriptor(network: Network, images: Images) -> tuple[np.ndarray, np.ndarray]:
+    """Of each image the output of the last attention's heads, `(n, d)` head by head, meaned over
     the patches, and the descriptor `(n, d)`.
     """
     config = network.config.model
-    model = build_model(network.config, len(pictures.classes))
+    model = build_model(network.config, len(images.classes))
 
     @jax.jit
     def both(images):
@@ -115,16 +113,16 @@ def attention_and_descriptor(network: Network, pictures: Pictures) -> tuple[np.n
         patches = heads[:, config.prefix_tokens :].mean(axis=1)
         return patches.reshape(len(images), -1), output.descriptor
 
-    parts = [both(images) for images in normalised(network, pictures)]
+    parts = [both(batch) for batch in normalised(network, images)]
     heads, descriptor = (
-        np.concatenate([np.asarray(part[i]) for part in parts])[: len(pictures)] for i in (0, 1)
+        np.concatenate([np.asarray(part[i]) for part in parts])[: len(images)] for i in (0, 1)
     )
     return heads, descriptor
 
 
-def tokens_of(network: Network, pictures: Pictures) -> np.ndarray:
+def tokens_of(network: Network, images: Images) -> np.ndarray:
     """Tokens after the final norm, the class token first, `(n, tokens, d)` in float16."""
-    model = build_model(network.config, len(pictures.classes))
+    model = build_model(network.config, len(images.classes))
 
     @jax.jit
     def tokens(images):
@@ -132,11 +130,11 @@ def tokens_of(network: Network, pictures: Pictures) -> np.ndarray:
         return output.tokens
 
     return np.concatenate(
-        [np.asarray(tokens(images), np.float16) for images in normalised(network, pictures)]
-    )[: len(pictures)]
+        [np.asarray(tokens(batch), np.float16) for batch in normalised(network, images)]
+    )[: len(images)]
 
 
-def normalised(network: Network, pictures: Pictures) -> Iterator[Float[Array, "b h w 3"]]:
-    """Batches of the pictures as the network takes them; the last one is filled up."""
-    for batch in eval_batches(pictures, network.config):
+def normalised(network: Network, images: Images) -> Iterator[Float[Array, "b h w 3"]]:
+    """Batches of the images as the network takes them; the last one is filled up."""
+    for batch in eval_batches(images, network.config):
         yield normalise(jnp.asarray(batch["image"]), network.config.data)

@@ -15,18 +15,11 @@ from pathlib import Path
 
 import numpy as np
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 from rich.table import Table
 
 from eval import statistics
 from eval.studies.report import Arm, write_report
+from ggem_jax.progress import progress_bar
 from train.classify import train
 from train.cli import Refused, load_config, one_sentence, parse
 from train.config import Config
@@ -81,8 +74,8 @@ def main(argv: list[str] | None = None) -> None:
             ),
             "date": time.strftime("%Y-%m-%d"),
         }
-        _, pictures = open_data(config.data)
-        report = write_report(demo.out / "report.html", arms, pictures, facts)
+        _, images = open_data(config.data)
+        report = write_report(demo.out / "report.html", arms, images, facts)
         print(
             f"\n{seconds:.0f} s. Report with curves, learned exponents and sample predictions:"
             f" {report}"
@@ -112,15 +105,8 @@ def configuration(demo: Demo, pool: str, seed: int) -> Config:
 def compare(demo: Demo) -> list[Arm]:
     """Trains, or goes on with, every pooling and seed."""
     console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
     arms = []
-    with Progress(*columns, console=console, disable=not console.is_terminal) as bar:
+    with progress_bar(console) as bar:
         task = bar.add_task("training", total=len(POOLINGS) * demo.seeds)
         for pool, name in POOLINGS.items():
             correct, histories, predictions = [], [], None
@@ -165,10 +151,10 @@ def next_steps(demo: Demo) -> str:
     """Commands that go on from here."""
     return f"""
 What to try next:
-  python -m eval.classify {demo.out}/ggem-0 {demo.out}/avg-0            accuracy by class, and a paired test on the same pictures
+  python -m eval.classify {demo.out}/ggem-0 {demo.out}/avg-0            accuracy by class, and a paired test on the same images
   python -m eval.studies.planted                                     where one exponent per group has to win, and by how much
   python -m train.classify --config digits --pool.kind lse   another pooling; --help lists all settings
-  python -m train.classify --data folder:DIR --variant Ti/16  your own pictures, in one sub-folder per class"""
+  python -m train.classify --data folder:DIR --variant Ti/16  your own images, in one sub-folder per class"""
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """What a pooling did to the channels: how much blocks of them depend on each other, and which of
 them it made larger.
 
-Descriptors are `(n, d)`, one row for each picture; a block is a group of channels of equal size,
+Descriptors are `(n, d)`, one row for each image; a block is a group of channels of equal size,
 and `blocks` says which: `(groups, d / groups)` numbers of channels, as `contiguous`, `interleaved`
 and `random_blocks` give them. Everything is computed in float64 with NumPy; memory grows with n^2
 for `hsic`. The scores of dependence are those of the sample: of independent blocks they are above 0
@@ -94,7 +94,7 @@ def amplification(
     pooled: Float[np.ndarray, "n d"], reference: Float[np.ndarray, "n d"]
 ) -> Float[np.ndarray, " d"]:
     """How much larger each channel is than under a reference pooling, such as the average of what
-    is positive: ratio of the means over pictures.
+    is positive: ratio of the means over images.
     """
     pooled, reference = _checked(pooled), _checked(reference)
     if pooled.shape != reference.shape:
@@ -109,7 +109,7 @@ def fisher_scores(
     descriptors: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"]
 ) -> Float[np.ndarray, " d"]:
     """How well each channel tells classes apart: variance of the class means over the mean variance
-    inside classes, weighted by their pictures.
+    inside classes, weighted by their images.
     """
     x, labels = _checked(descriptors), np.asarray(labels)
     if labels.shape != x.shape[:1]:

@@ -6,7 +6,7 @@ trained on, every drawing of the other half a query for the rest. Corridor: two 
 corridor; places of the first half trained on, frames of the second half searched, those of one run
 by those of the other, right within about two frames.
 
-Small ViTs are trained from nothing by `train.metric`, several seeds each, and compared with raw
+Small ViTs are trained from scratch by `train.metric`, several seeds each, and compared with raw
 pixels and with the same networks untrained: recall@1 and mean average precision (mAP@R, and by the
 trapezoid rule on the corridor) with 95 % intervals over seeds, and differences seed by seed.
 
@@ -22,16 +22,16 @@ from typing import Any
 
 import numpy as np
 
-from eval.runs import trained_in_study
+from eval.runs import train_in_study
 from eval.statistics import mean
 from eval.studies.retrieval import SETS, Set, Study, data_folder, machine, unit_pixels
-from eval.tables import cell_of, columns, markdown, write_rows
+from eval.tables import columns, format_cell, markdown, write_rows
 from ggem_jax.retrieval import search
 from ggem_jax.retrieval.metrics import Relevance, recall_at, scores
 from train.cli import Refused, load_config, one_sentence, parse
-from train.data import Pictures, in_memory
-from train.loop import first_state
-from train.metric import MetricConfig, metric_steps, retrieve, scores_of, train
+from train.data import Images, hold_in_memory
+from train.loop import make_first_state
+from train.metric import MetricConfig, make_metric_steps, retrieve, score_descriptors, train
 
 RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "metric_study.csv"
 
@@ -103,16 +103,16 @@ class MetricStudy:
 
 @dataclass(frozen=True)
 class Apart:
-    """Pictures to train on and others to search, and how well descriptors of these find each
+    """Images to train on and others to search, and how well descriptors of these find each
     other.
     """
 
-    train: Pictures
-    test: Pictures
+    train: Images
+    test: Images
     score: Callable[
         [np.ndarray], tuple[np.ndarray, np.ndarray]
-    ]  # unit vectors (n, d) of the test pictures -> recall@1 and precision of each query
-    pixels: np.ndarray  # (n, d) of the test pictures, unit vectors
+    ]  # unit vectors (n, d) of the test images -> recall@1 and precision of each query
+    pixels: np.ndarray  # (n, d) of the test images, unit vectors
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -148,7 +148,7 @@ def rows_of(name: str, study: MetricStudy) -> list[dict[str, Any]]:
             ]
         values[arm] = []
         for config in configs:
-            trained = trained_in_study(train, config, data=(apart.train, apart.test))
+            trained = train_in_study(train, config, data=(apart.train, apart.test))
             values[arm].append(means(apart.score(trained.result.descriptor)))
             print(
                 f"{name}, {arm}, seed {config.seed}: recall@1 {values[arm][-1][0]:.2%}",
@@ -176,7 +176,7 @@ def rows_of(name: str, study: MetricStudy) -> list[dict[str, Any]]:
 def config_of(name: str, arm: str, seed: int, study: MetricStudy) -> MetricConfig:
     """The config of one training."""
     pool, loss = ARMS[arm]
-    # margins for pictures, not faces: ArcFace's 0.5 at scale 64 is for millions of them
+    # margins for images, not faces: ArcFace's 0.5 at scale 64 is for millions of them
     own = ["--metric.scale", "20", "--metric.margin", "0.2"] if loss == "arcface" else []
     flags = [
         *SMALL,
@@ -199,12 +199,12 @@ def config_of(name: str, arm: str, seed: int, study: MetricStudy) -> MetricConfi
 
 def untrained(config: MetricConfig, apart: Apart) -> np.ndarray:
     """Descriptors of the network as it starts."""
-    steps = metric_steps(
+    steps = make_metric_steps(
         config,
         len(apart.train.classes),
         max(round(config.epochs * len(apart.train) / config.batch), 1),
     )
-    return retrieve(steps, first_state(steps, config).params, apart.test, config).descriptor
+    return retrieve(steps, make_first_state(steps, config).params, apart.test, config).descriptor
 
 
 def means(scored: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
@@ -217,21 +217,21 @@ def omniglot(whole: Set) -> Apart:
     """Half of the characters, drawn once and for all, to train on."""
     names = np.array([name.rpartition("/")[0] for name in whole.names])
     classes, labels = np.unique(names, return_inverse=True)
-    pictures = pictures_of(
+    images = images_of(
         whole, np.arange(len(labels)), tuple(str(name) for name in classes), labels.astype(np.int32)
     )
     order = np.random.default_rng(0).permutation(len(classes))
     half = np.isin(np.arange(len(classes)), order[: len(classes) // 2])
-    test = pictures.of_classes(np.flatnonzero(~half), labels)
+    test = images.of_classes(np.flatnonzero(~half), labels)
     test_labels = test.labels()
 
     def score(descriptors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        found = scores_of(descriptors, test_labels)
+        found = score_descriptors(descriptors, test_labels)
         return found.recall_at[:, 0], found.map_at_r
 
     places = np.flatnonzero(~half[labels])
     return Apart(
-        pictures.of_classes(np.flatnonzero(half), labels),
+        images.of_classes(np.flatnonzero(half), labels),
         test,
         score,
         unit_pixels(whole, [whole.names[place] for place in places]),
@@ -250,7 +250,7 @@ def corridor(whole: Set) -> Apart:
     places = frame // PLACE
     kept = np.unique(places[shown])
     labels = np.searchsorted(kept, places[shown]).astype(np.int32)
-    train_set = pictures_of(whole, shown, tuple(f"place {place}" for place in kept), labels)
+    train_set = images_of(whole, shown, tuple(f"place {place}" for place in kept), labels)
     first = half + 2 * GAP  # neither these nor what is right of them has been trained on
     queries, database = whole.queries[first:], whole.database[first:]
     relevance = [
@@ -258,7 +258,7 @@ def corridor(whole: Set) -> Apart:
         for own in whole.relevance[first:]
     ]
     tested = np.concatenate([queries, database])
-    test = pictures_of(whole, tested, ("unseen",), np.zeros(len(tested), np.int32))
+    test = images_of(whole, tested, ("unseen",), np.zeros(len(tested), np.int32))
 
     def score(descriptors: Any) -> tuple[np.ndarray, np.ndarray]:
         ids = np.asarray(
@@ -277,11 +277,11 @@ def corridor(whole: Set) -> Apart:
 APART: dict[str, Callable[[Set], Apart]] = {"omniglot": omniglot, "corridor": corridor}
 
 
-def pictures_of(
+def images_of(
     whole: Set, places: np.ndarray, classes: tuple[str, ...], labels: np.ndarray
-) -> Pictures:
-    """Some of the pictures of a set, read once."""
-    return in_memory([whole.read(whole.names[place]) for place in places], labels, classes)
+) -> Images:
+    """Some of the images of a set, read once."""
+    return hold_in_memory([whole.read(whole.names[place]) for place in places], labels, classes)
 
 
 def measures(
@@ -310,7 +310,7 @@ def table(rows: list[dict[str, Any]]) -> str:
     """One set in Markdown, in percent."""
     first = rows[0]
     title = (
-        f"## {first['set']}: {first['train']} pictures of {first['train_classes']} classes trained"
+        f"## {first['set']}: {first['train']} images of {first['train_classes']} classes trained"
         f" on, {first['test']} others searched\n\n"
     )
     heads = (
@@ -327,7 +327,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         *(f"recall_at_1_less_{other}" for other in ("raw_pixels", "untrained", "average")),
     )
     return title + markdown(
-        heads, [(row["arm"], *(cell_of(row, name) for name in names)) for row in rows]
+        heads, [(row["arm"], *(format_cell(row, name) for name in names)) for row in rows]
     )
 
 

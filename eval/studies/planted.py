@@ -3,7 +3,7 @@ python -m eval.studies.planted
 
 Tokens are noise with evidence planted in them, in two halves of the channels that tell two
 independent things about the label:
-- sparse half: one token of the picture carries a strong bump in the channels of its class, all
+- sparse half: one token of the image carries a strong bump in the channels of its class, all
   others nothing: wants a large p, close to the maximum;
 - dense half: every token carries a weak bump in the channels of its class: wants a p near 1, the
   average.
@@ -47,8 +47,8 @@ class Planted:
     seeds: int = 8
     steps: int = 600
     batch: int = 128
-    test: int = 4096  # pictures
-    tokens: int = 49  # of a picture
+    test: int = 4096  # images
+    tokens: int = 49  # of an image
     channels: int = 32  # half of them sparse, half dense
     classes: int = 8  # that each half tells apart; a label is a pair of them
     bump: float = 4.0  # of the sparse evidence, in standard deviations of the noise
@@ -142,7 +142,7 @@ def arms(config: Planted) -> dict[str, tuple[list[float], Callable[..., Array]]]
 def train_and_test(
     seed: Int[Array, ""], *, config: Planted, start: list[float], pool
 ) -> tuple[Array, Array]:
-    """Right or wrong on each test picture, and the learned exponents, of one seed."""
+    """Right or wrong on each test image, and the learned exponents, of one seed."""
     key = jax.random.key(seed)
     code_key, test_key, train_key = jax.random.split(key, 3)
     codes = draw_codes(code_key, config)
@@ -188,7 +188,7 @@ def draw_codes(key: PRNGKeyArray, config: Planted) -> Float[Array, "2 classes ch
 def draw(
     key: PRNGKeyArray, count: int, codes: Array, config: Planted
 ) -> tuple[Float[Array, "b n d"], Int[Array, " b"]]:
-    """Pictures, as tokens with the sparse half of the channels first, and their labels."""
+    """Images, as tokens with the sparse half of the channels first, and their labels."""
     noise_key, class_key, place_key = jax.random.split(key, 3)
     sparse, dense = jax.random.randint(class_key, (2, count), 0, config.classes)
     here = jax.nn.one_hot(jax.random.randint(place_key, (count,), 0, config.tokens), config.tokens)
@@ -223,8 +223,8 @@ def summary(results: dict[str, Result]) -> dict[str, Any]:
 def show(results: dict[str, Result], config: Planted, seconds: float) -> None:
     """Prints the table for people; of exponents per channel the mean of each half."""
     print(
-        f"{config.seeds} seeds, {config.steps} steps of {config.batch} pictures, {config.test} test"
-        " pictures; mean over seeds [95 % interval]"
+        f"{config.seeds} seeds, {config.steps} steps of {config.batch} images, {config.test} test"
+        " images; mean over seeds [95 % interval]"
     )
     for name, result in results.items():
         p = "   ".join(

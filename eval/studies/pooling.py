@@ -7,12 +7,12 @@ Four parts, each a design of its own:
 - imagenette: frozen tokens of EfficientNet-Lite0 on 2,000 photographs, 10 classes; a pooling and a
   linear head are trained (`eval.studies.frozen`). These tokens are not negative, and the network
   has no heads.
-- cifar10-frozen: the same on the tokens of a ViT trained from nothing with its class token, so for
+- cifar10-frozen: the same on the tokens of a ViT trained from scratch with its class token, so for
   no pooling of patches.
-- cifar10: small ViTs trained from nothing with each pooling, end to end (`eval.studies.cifar`).
+- cifar10: small ViTs trained from scratch with each pooling, end to end (`eval.studies.cifar`).
 
-Differences are taken on the same test pictures and the same seeds, their intervals over both at
-once: seeds and pictures are drawn again with replacement (Owen, "The pigeonhole bootstrap", 2007,
+Differences are taken on the same test images and the same seeds, their intervals over both at
+once: seeds and images are drawn again with replacement (Owen, "The pigeonhole bootstrap", 2007,
 arXiv:0712.1111), and never less than Student's t over seeds. A claim is "supported" where the whole
 95 % interval lies on its side of 0, "not supported" where it lies on the other side, otherwise
 "undecided". Were there no difference anywhere, about one claim in twenty would still be decided.
@@ -20,7 +20,7 @@ Dependence is judged where seeds are trainings of their own, and as what blocks 
 more than random ones; what the frozen tokens show of dependence and amplification is told without a
 verdict: a few exponents decide it, on one network.
 
-Writes `docs/pooling_study.md`, its pictures, and `benchmarks/results/pooling_study.json`. Networks
+Writes `docs/pooling_study.md`, its images, and `benchmarks/results/pooling_study.json`. Networks
 and finished parts are kept: an interrupted study goes on with them.
 """
 
@@ -38,18 +38,18 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array
 
-from eval.statistics import both_ways, mean
+from eval.statistics import mean, pigeonhole_bootstrap
 from eval.studies import cifar, diagnostics, planted
 from eval.studies.frozen import Arm, Pool, Probe, Probed, Tokens, arms_of, described, probe
 from eval.studies.pooling_report import write_report
 from eval.studies.retrieval import data_folder, machine
 from ggem_jax import pooling
 from ggem_jax.descriptors.backbones import load_network
+from ggem_jax.files.atomic import write_text
 from ggem_jax.files.images import normalise
 from ggem_jax.pooling import l2_normalize
 from train.cli import Refused, one_sentence, parse
-from train.log import write_text
-from train.metric import scores_of
+from train.metric import score_descriptors
 from train.prepare import read_packed
 
 ROOT = Path(__file__).parent.parent.parent
@@ -58,7 +58,7 @@ PARTS = ("planted", "imagenette", "cifar10-frozen", "cifar10")
 # minutes
 CHANNELS = 192
 ASSUMED_HEADS = 8  # groups of a network without heads
-EVIDENCE = 1000  # test pictures that dependence is measured on
+EVIDENCE = 1000  # test images that dependence is measured on
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def check(study: PoolingStudy) -> None:
             raise Refused(f"there is no folder {path.parent} to write {path.name} to")
         if not path.suffix:
             raise Refused(
-                f"{path} needs an ending, such as .md: its pictures go to a folder of that name"
+                f"{path} needs an ending, such as .md: its images go to a folder of that name"
                 " without it"
             )
 
@@ -159,7 +159,7 @@ def kept(part: str, study: PoolingStudy) -> dict[str, Any]:
 def planted_part(study: PoolingStudy) -> dict[str, Any]:
     """Accuracies and exponents where the answer is known."""
     results = planted.run(planted.Planted(seeds=study.seeds))
-    ggem = results["GGeM"].accuracy  # each seed has its own pictures: over seeds alone
+    ggem = results["GGeM"].accuracy  # each seed has its own images: over seeds alone
     less = {
         name: mean(ggem - result.accuracy) for name, result in results.items() if name != "GGeM"
     }
@@ -272,7 +272,7 @@ def amplification_of(
 
 
 def retrieval_sweep(tokens: Tokens) -> dict[str, Any]:
-    """Recall@1 and mAP@R of the test pictures by each other with nothing trained, for the fixed
+    """Recall@1 and mAP@R of the test images by each other with nothing trained, for the fixed
     poolings and a sweep of p.
     """
     pools: dict[str, Any] = {"average": pooling.avg_pool, "max": pooling.max_pool}
@@ -285,7 +285,7 @@ def retrieval_sweep(tokens: Tokens) -> dict[str, Any]:
             Arm(_without_parameters(pool)),
             {},
         )
-        means = scores_of(
+        means = score_descriptors(
             np.asarray(l2_normalize(jnp.asarray(x))), tokens.test_labels[:count]
         ).means()
         found[name] = {"recall@1": means["recall@1"], "map@r": means["map@r"]}
@@ -298,7 +298,7 @@ def _without_parameters(pool: Callable[[Array], Array]) -> Pool:
 
 def trained_part(study: PoolingStudy) -> dict[str, Any]:
     """Networks trained end to end, and how much their heads depend on each other."""
-    data = cifar.pictures_of(data_folder(study.data) / "cifar10-jpeg", study.pictures)
+    data = cifar.images_of(data_folder(study.data) / "cifar10-jpeg", study.pictures)
     correct: dict[str, list[np.ndarray]] = {arm: [] for arm in cifar.ARMS}
     exponents: dict[str, list[np.ndarray]] = {arm: [] for arm in cifar.ARMS}
     scores: dict[str, list[dict[str, Any]]] = {arm: [] for arm in cifar.ARMS}
@@ -360,11 +360,11 @@ def imagenette(data: Path) -> Tokens:
         return found.reshape(len(images), -1, found.shape[-1])[..., channels]
 
     arrays = {}
-    for split, pictures in splits.items():
-        images = [normalise(load(), mean=network.mean, std=network.std) for load, _ in pictures]
-        parts = [np.stack(images[start : start + 50]) for start in range(0, len(images), 50)]
+    for split, members in splits.items():
+        inputs = [normalise(load(), mean=network.mean, std=network.std) for load, _ in members]
+        parts = [np.stack(inputs[start : start + 50]) for start in range(0, len(inputs), 50)]
         arrays[split] = np.concatenate([np.asarray(places(part), np.float16) for part in parts])
-        arrays[f"{split}_labels"] = np.array([label for _, label in pictures])
+        arrays[f"{split}_labels"] = np.array([label for _, label in members])
     test = next(name for name in ("val", "test") if name in splits)
     return Tokens(
         "imagenette",
@@ -380,11 +380,11 @@ def own_tokens(study: PoolingStudy) -> Tokens:
     """Patch tokens, after the final norm, of the ViT that was trained with its class token and seed
     0.
     """
-    data = cifar.pictures_of(data_folder(study.data) / "cifar10-jpeg", study.pictures)
+    data = cifar.images_of(data_folder(study.data) / "cifar10-jpeg", study.pictures)
     network = cifar.trained("class token", 0, data, study.runs / "cifar10", study.epochs)
     arrays: dict[str, np.ndarray] = {}
-    for split, pictures in zip(("train", "test"), data, strict=True):
-        few = pictures.take(np.arange(min(len(pictures), 4000)))  # their order mixes the classes
+    for split, images in zip(("train", "test"), data, strict=True):
+        few = images.take(np.arange(min(len(images), 4000)))  # their order mixes the classes
         tokens = cifar.tokens_of(network, few)
         arrays |= {
             split: tokens[:, 1:],
@@ -405,8 +405,8 @@ def arm_of(correct: np.ndarray, p: np.ndarray) -> dict[str, Any]:
 
 
 def difference(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
-    """Accuracy of the first less that of the second, `(seeds, pictures)` each."""
-    return dataclasses.asdict(both_ways(first.astype(float) - second))
+    """Accuracy of the first less that of the second, `(seeds, images)` each."""
+    return dataclasses.asdict(pigeonhole_bootstrap(first.astype(float) - second))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The report of `eval.studies.pooling`: claims, tables and pictures, from its results alone."""
+"""The report of `eval.studies.pooling`: claims, tables and images, from its results alone."""
 
 import csv
 from collections.abc import Iterator
@@ -10,14 +10,13 @@ import numpy as np
 
 from eval.statistics import Interval, mean
 from eval.tables import markdown, shown
-from ggem_jax.files.atomic import replacing
-from train.log import write_text
+from ggem_jax.files.atomic import replacing, write_text
 
 TITLES = {
     "planted": "Planted evidence",
     "imagenette": "Photographs: frozen tokens of EfficientNet-Lite0 on Imagenette",
     "cifar10-frozen": "Frozen tokens of a small ViT on CIFAR-10",
-    "cifar10": "Small ViTs trained from nothing on CIFAR-10",
+    "cifar10": "Small ViTs trained from scratch on CIFAR-10",
 }
 SHORT = {
     "planted": "planted evidence",
@@ -44,12 +43,12 @@ WITHOUT_HEADS = ("planted", "imagenette")
 ABOUT = {
     "planted": (
         "GGeM is given the two true groups here: it has to win, and what is shown is that it can."
-        " Every seed has its own pictures."
+        " Every seed has its own images."
     ),
     "imagenette": (
         "The network has no heads: the groups are 8 by assumption, and neighbouring channels, 192"
         " drawn out of 1,280, mean nothing. It was trained on ImageNet with average pooling, and"
-        " these photographs are nearly all from ImageNet's training pictures, so the average is"
+        " these photographs are nearly all from ImageNet's training images, so the average is"
         " favoured and accuracies are close to their ceiling. No token is negative: the average is"
         " that of what is positive."
     ),
@@ -101,7 +100,7 @@ def write_report(
     machine: dict[str, str],
     retrieval: Path,
 ) -> str:
-    """Writes the page and its pictures; gives the claims as a table."""
+    """Writes the page and its images; gives the claims as a table."""
     claims = list(claims_of(found, retrieval))
     folder = path.with_suffix("")
     folder.mkdir(exist_ok=True)
@@ -116,14 +115,14 @@ What GGeM's abstract (arXiv:2212.04114) says of it, checked on data that two CPU
     python -m eval.studies.pooling --data DIR
 
 on {machine["date"]}: {machine["device"]}, Python {machine["python"]}, jax {machine["jax"]}, flax {machine["flax"]}; {settings["seeds"]} seeds of the
-designs on frozen tokens and of planted evidence, {settings["trainings"]} of the end-to-end trainings ({settings["pictures"]:,} pictures,
+designs on frozen tokens and of planted evidence, {settings["trainings"]} of the end-to-end trainings ({settings["pictures"]:,} images,
 {settings["epochs"]:g} epochs). All numbers: [benchmarks/results/pooling_study.json](../benchmarks/results/pooling_study.json).
 
 A claim is *supported* where the whole 95 % interval of the difference lies above 0, *not supported* where it lies below, otherwise *undecided*.
-Differences are in points of accuracy on the same test pictures and the same seeds, their intervals over both (pigeonhole bootstrap, and not less
+Differences are in points of accuracy on the same test images and the same seeds, their intervals over both (pigeonhole bootstrap, and not less
 than Student's t over seeds); those of other scores are over seeds alone. Of {len(claims)} claims, were there no difference anywhere, about
 {len(claims) / 20:.0f} would still be decided. What frozen tokens show of dependence and amplification is told below without a verdict: a few
-exponents decide it, on one network. Seeds on frozen tokens are draws of four fifths of the same training pictures.
+exponents decide it, on one network. Seeds on frozen tokens are draws of four fifths of the same training images.
 
 {table}
 """
@@ -229,7 +228,7 @@ def section(part: str, own: dict[str, Any], folder: Path) -> str:
         tokens, channels = own["tokens"]
         train, test = own["pictures"]
         text += (
-            f"{train:,} pictures to train on (four fifths of them for each seed), {test:,} to test,"
+            f"{train:,} images to train on (four fifths of them for each seed), {test:,} to test,"
             f" {tokens} tokens of {channels} channels, "
         )
         text += f"{own['heads']} groups for GGeM. "
@@ -250,14 +249,14 @@ def section(part: str, own: dict[str, Any], folder: Path) -> str:
         (
             "pooling",
             "top-1, % [95 % over seeds]",
-            "GGeM less this [95 % over seeds and pictures]",
+            "GGeM less this [95 % over seeds and images]",
             "learned p",
         ),
         rows,
     )
     for draw in (accuracy_chart, group_chart, dependence_chart):
-        if (picture := draw(part, own, folder)) is not None:
-            text += f"\n![{picture.stem}]({folder.name}/{picture.name})\n"
+        if (image := draw(part, own, folder)) is not None:
+            text += f"\n![{image.stem}]({folder.name}/{image.name})\n"
     if "dependence" in own:
         text += (
             "\nMean dependence of pairs of blocks: 0 none, 1 complete; random blocks of the same"
@@ -266,7 +265,7 @@ def section(part: str, own: dict[str, Any], folder: Path) -> str:
     if "amplification" in own:
         text += "\n" + amplification_table(own["amplification"])
     if "retrieval" in own:
-        text += "\nRetrieval among the test pictures by class, nothing trained:\n\n"
+        text += "\nRetrieval among the test images by class, nothing trained:\n\n"
         found = [
             (name, *(f"{100 * value:.1f}" for value in values.values()))
             for name, values in own["retrieval"].items()

@@ -1,4 +1,4 @@
-"""Poolings and rerankers on real pictures with real ground truth: python -m eval.studies.retrieval
+"""Poolings and rerankers on real images with real ground truth: python -m eval.studies.retrieval
 --data DIR
 
 EfficientNet-Lite0 with its ImageNet weights on three sets, in their zip files: places along a
@@ -29,10 +29,10 @@ import numpy as np
 from PIL import Image
 from tyro.conf import arg
 
-from eval.described import POOLINGS, describe, make_extractor, poolings_of
+from eval.descriptors import POOLINGS, describe, make_extractor, vary_pooling
 from eval.rerankers import Name, Rerank, ranked, reranked
 from eval.statistics import bootstrap
-from eval.tables import cell_of, columns, write_rows
+from eval.tables import columns, format_cell, write_rows
 from ggem_jax.descriptors.settings import DescriptorSettings
 from ggem_jax.files.images import RGB, read_image
 from ggem_jax.retrieval.expansion import augment_database
@@ -45,7 +45,7 @@ RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "retr
 
 @dataclass(frozen=True)
 class Study:
-    """Poolings and rerankers on real pictures with real ground truth."""
+    """Poolings and rerankers on real images with real ground truth."""
 
     data: Path | None = (
         # folder with corridor-vpr, omniglot-small, landmark-photos, imagenette-224-mini; None:
@@ -55,7 +55,7 @@ class Study:
     sets: tuple[str, ...] = ("corridor", "omniglot", "landmark")
     out: Path = RESULTS
     drawers: int = (
-        5  # of Omniglot's 20 for each character whose pictures are queries; all are in the database
+        5  # of Omniglot's 20 for each character whose images are queries; all are in the database
     )
     rerank: Annotated[Rerank, arg(name="")] = Rerank()  # noqa: RUF009
 
@@ -79,7 +79,7 @@ def data_folder(data: Path | None) -> Path:
 
 @dataclass(frozen=True)
 class Set:
-    """Pictures, of which some are queries, and what these should find."""
+    """Images, of which some are queries, and what these should find."""
 
     names: list[str]
     read: Callable[[str], RGB]
@@ -93,7 +93,7 @@ class Set:
     )
     views: "dict[str, Set]" = field(
         default_factory=dict
-    )  # other queries, databases and relevance over the same pictures
+    )  # other queries, databases and relevance over the same images
 
     @property
     def own(self) -> np.ndarray:
@@ -127,7 +127,7 @@ def corridor(data: Path, study: Study) -> Set:
 
 def omniglot(data: Path, study: Study) -> Set:
     """136 characters by 20 drawers; right are the other drawers of the query's character, and the
-    query's own picture is left out.
+    query's own image is left out.
 
     Once more with the drawers of the queries apart from the database: database augmentation must
     not see a query among the neighbours.
@@ -265,7 +265,7 @@ def cells_of(vectors: np.ndarray, own: Set, rerank: Rerank) -> dict[Name, Cell]:
 
 
 def unit_pixels(own: Set, names: Sequence[str]) -> np.ndarray:
-    """The reference point without a network, `(n, d)`: small grey pictures less their mean, as unit
+    """The reference point without a network, `(n, d)`: small grey images less their mean, as unit
     vectors.
     """
     pixels = np.stack([own.pixels(own.read(name)).ravel() for name in names])
@@ -304,12 +304,12 @@ def _expanded_both(vectors: np.ndarray, own: Set) -> np.ndarray:
 
 def rows_of(name: str, own: Set, rerank: Rerank) -> Iterator[dict[str, Any]]:
     """A row for each pooling and reranker, of the set and its other views."""
-    settings = poolings_of(DescriptorSettings(longest_side=own.longest_side))
+    settings = vary_pooling(DescriptorSettings(longest_side=own.longest_side))
     began = time.perf_counter()
     extractor = make_extractor(list(settings.values()))
     vectors = describe(extractor, map(own.read, own.names), own.names, name)
     print(
-        f"{name}: {len(own.names)} pictures described in {time.perf_counter() - began:.0f} s",
+        f"{name}: {len(own.names)} images described in {time.perf_counter() - began:.0f} s",
         file=sys.stderr,
         flush=True,
     )
@@ -377,7 +377,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     networks = [row for row in rows if row["pooling"] != "pixels"]
     first = networks[0]
     text = (
-        f"## {first['set']}: {first['queries']} queries, {first['database']} pictures in the"
+        f"## {first['set']}: {first['queries']} queries, {first['database']} images in the"
         " database\n"
     )
     rerankers = list(dict.fromkeys(row["reranker"] for row in networks))
@@ -390,13 +390,13 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             f" |{' --- |' * len(rerankers)}\n"
         )
         for pooling in dict.fromkeys(row["pooling"] for row in networks):
-            cells = [cell_of(row, measure) for row in networks if row["pooling"] == pooling]
+            cells = [format_cell(row, measure) for row in networks if row["pooling"] == pooling]
             text += f"| {pooling} | {' | '.join(cells)} |\n"
         for row in rows:
             if row["pooling"] == "pixels":
                 text += (
                     f"\nPixels, {row['reranker']}, {row['queries']} queries:"
-                    f" {cell_of(row, measure)}"
+                    f" {format_cell(row, measure)}"
                 )
                 text += (
                     f"; by the mean of precisions {100 * float(row['mean_of_precisions']):.2f}.\n"
@@ -413,7 +413,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         )
         for pooling in dict.fromkeys(row["pooling"] for row in networks):
             cells = [
-                cell_of(row, f"average_precision_less_{against}")
+                format_cell(row, f"average_precision_less_{against}")
                 for row in networks
                 if row["pooling"] == pooling
             ]

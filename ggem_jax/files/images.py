@@ -10,6 +10,8 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
+from ggem_jax.files.imagenet import IMAGENET_MEAN, IMAGENET_STD
+
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
 # What Pillow raises over damaged files, the last five over damaged EXIF records.
@@ -19,9 +21,6 @@ _UNREADABLE = (
 )  # fmt: skip
 
 RGB = UInt8[np.ndarray, "h w 3"]
-
-IMAGENET_MEAN = (0.485, 0.456, 0.406)  # of the channels, in [0, 1], as in torchvision and timm
-IMAGENET_STD = (0.229, 0.224, 0.225)
 
 
 class UnreadableImage(ValueError):
@@ -54,7 +53,7 @@ def read_image(source: Path | bytes, *, name: str | None = None) -> RGB:
     except _UNREADABLE as error:
         raise UnreadableImage(
             f"{name or (source if isinstance(source, Path) else 'the image')} is not a readable"
-            f" picture: {error}"
+            f" image: {error}"
         ) from None
 
 
@@ -71,7 +70,7 @@ def crop(image: RGB, box: Sequence[float]) -> RGB:
     )
     if x1 >= x2 or y1 >= y2:
         raise ValueError(
-            f"nothing of the picture of {width} x {height} pixels is inside the box"
+            f"nothing of the image of {width} x {height} pixels is inside the box"
             f" {', '.join(f'{float(each):g}' for each in box)}"
         )
     return image[y1:y2, x1:x2]

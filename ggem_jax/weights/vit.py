@@ -23,6 +23,7 @@ import numpy as np
 
 from ggem_jax.files.arrays import read_arrays
 from ggem_jax.files.errors import MismatchedWeights
+from ggem_jax.files.imagenet import IMAGENET_MEAN, IMAGENET_STD
 from ggem_jax.models.transformer import GELU
 from ggem_jax.models.vit import MAP, ViT, ViTConfig, resample_position
 from ggem_jax.pooling import avg_pool, cls_pool
@@ -32,7 +33,7 @@ from ggem_jax.weights.vit_layouts import Arrays, heads_of, join_qkv, split_qkv, 
 Means = tuple[float, float, float]
 Trained = Literal["cls", "avg", "map"]
 
-IMAGENET: tuple[Means, Means] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+IMAGENET: tuple[Means, Means] = (IMAGENET_MEAN, IMAGENET_STD)
 HALF: tuple[Means, Means] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
 OPENAI: tuple[Means, Means] = (
     (0.48145466, 0.4578275, 0.40821073),

@@ -1,8 +1,9 @@
-"""The curves of a run as a picture."""
+"""The curves of a run as an image."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from ggem_jax.files.atomic import replacing
 from train.log import read_metrics
 
 
@@ -42,6 +43,7 @@ def draw_curves(run: Path, measures: Sequence[str]) -> Path:
         axes[2].set(title=f"learned p of {len(p[0])} group(s)", xlabel="step")
     for axis in axes:
         axis.grid(alpha=0.3)
-    temporary = run / ".curves.new.png"
-    figure.savefig(temporary, dpi=120)
-    return temporary.replace(run / "curves.png")
+    path = run / "curves.png"
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    return path

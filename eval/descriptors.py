@@ -1,4 +1,4 @@
-"""Descriptors for evaluations: one picture under several poolings at the cost of one, progress, and
+"""Descriptors for evaluations: one image under several poolings at the cost of one, progress, and
 sentences about what goes wrong.
 """
 
@@ -11,15 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from ggem_jax.descriptors.backbones import Network
 from ggem_jax.descriptors.extract import Extractor
@@ -27,6 +18,7 @@ from ggem_jax.descriptors.scales import SCALES, rescale
 from ggem_jax.descriptors.settings import DescriptorSettings
 from ggem_jax.descriptors.superglobal import compute_map, describe_map, join_scales
 from ggem_jax.files.images import RGB, UnreadableImage, crop, normalise, read_image
+from ggem_jax.progress import track
 from train.cli import Refused
 
 # What is compared with each other; scales and Regional GeM go with GeM+, as in SuperGlobal.
@@ -41,16 +33,16 @@ POOLINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def poolings_of(settings: DescriptorSettings) -> dict[str, DescriptorSettings]:
+def vary_pooling(settings: DescriptorSettings) -> dict[str, DescriptorSettings]:
     """The settings with each of `POOLINGS`."""
     return {name: dataclasses.replace(settings, **changes) for name, changes in POOLINGS.items()}
 
 
 class SharedExtractor(Extractor):
-    """Descriptors of several settings, `(settings, d)` for each picture, from one pass of the
+    """Descriptors of several settings, `(settings, d)` for each image, from one pass of the
     network at each scale.
 
-    The settings may differ in pooling, regional, scales and scale_gem. All see a picture of the
+    The settings may differ in pooling, regional, scales and scale_gem. All see an image of the
     size that the most demanding of them needs.
     """
 
@@ -82,16 +74,16 @@ class SharedExtractor(Extractor):
             raise ValueError("a whitening is of one pooling and cannot be shared by several")
         super().__init__(largest, batch=batch, network=network)
 
-    def _batch(self, pictures):
+    def _batch(self, images):
         model, variables = self.network.model, self.network.variables
-        images = jnp.asarray(
-            normalise(np.stack(pictures), mean=self.network.mean, std=self.network.std)
+        inputs = jnp.asarray(
+            normalise(np.stack(images), mean=self.network.mean, std=self.network.std)
         )
         if not self.settings.relup and hasattr(model, "config") and hasattr(model.config, "relup"):
             model = model.clone(config=dataclasses.replace(model.config, relup=None))
         scales = sorted({scale for each in self.each for scale in SCALES[each.scales]})
         maps = {
-            scale: compute_map(model, variables, _rescaled(images, scale, self.settings.antialias))
+            scale: compute_map(model, variables, _rescaled(inputs, scale, self.settings.antialias))
             for scale in scales
         }
         return np.asarray(_pooled(model, variables, maps, self.each))
@@ -139,15 +131,13 @@ def make_extractor(settings: DescriptorSettings | Sequence[DescriptorSettings]) 
 
 
 def describe(
-    extractor: Extractor, pictures: Iterable[RGB], names: Sequence[str], what: str
+    extractor: Extractor, images: Iterable[RGB], names: Sequence[str], what: str
 ) -> np.ndarray:
-    """The descriptors of all pictures, with a progress bar where there is a terminal; a picture
+    """The descriptors of all images, with a progress bar where there is a terminal; an image
     that cannot have one is `Refused` by name.
     """
     vectors = []
-    for name, vector in zip(
-        names, progress(_told(extractor(pictures)), len(names), what), strict=True
-    ):
+    for name, vector in zip(names, track(_told(extractor(images)), len(names), what), strict=True):
         if isinstance(vector, UnreadableImage):
             raise Refused(f"{name} cannot be described: {vector}")
         vectors.append(vector)
@@ -157,28 +147,12 @@ def describe(
 def _told(vectors: Iterator) -> Iterator:
     try:
         yield from vectors
-    except UnreadableImage as error:  # while a picture was read
+    except UnreadableImage as error:  # while an image was read
         raise Refused(str(error)) from None
 
 
-def progress(items: Iterable, total: int, what: str) -> Iterator:
-    """The items, with a bar on standard error where that is a terminal."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(
-        *columns, console=console, disable=not console.is_terminal, transient=True
-    ) as bar:
-        yield from bar.track(items, total=total, description=what)
-
-
-def cropped(path: Path, box: Sequence[float] | None) -> RGB:
-    """A picture, or the part of it in the box; what cannot be read or lies outside is `Refused`."""
+def read_crop(path: Path, box: Sequence[float] | None) -> RGB:
+    """An image, or the part of it in the box; what cannot be read or lies outside is `Refused`."""
     try:
         image = read_image(path)
         return image if box is None else crop(image, box)
