@@ -1,14 +1,14 @@
-"""Where images with captions come from: `csv:FILE`, `wds:PATTERN`, or images by class
-(`train.data`) whose class names become captions.
+"""Images with captions: `csv:FILE`, `wds:PATTERN`, or classes whose names become captions.
 
-- `csv:FILE`: a header and the columns image (a path from the file's folder) and caption, between
-  commas or tabs. Rows with the same path are one image with several captions.
-- `wds:PATTERN`: tar files as of WebDataset, `shard-{000..012}.tar` or a glob: the members of a pair
-  are called alike but for their endings, .jpg, .png or .webp, and .txt (the caption) or .json with
-  "caption". They are read where they lie, by an index made when the run starts.
+- `csv:FILE`: a header and the columns image (a path relative to the file's folder) and caption,
+  separated by commas or tabs. Rows with the same path are one image with several captions.
+- `wds:PATTERN`: tar files in WebDataset's form, `shard-{000..012}.tar` or a glob. The members of a
+  pair share their name up to the ending: .jpg, .png or .webp, and .txt (the caption) or .json with
+  "caption". They are read where they lie, by an index that is built when the run starts.
+- any other source is one of `train.data`.
 
-Without `--data.eval-split`, which names another file or pattern, `--data.holdout` of the images
-are kept for evaluation. Nothing is unpickled.
+`--data.eval-split` names another file or pattern to evaluate on; without it, `--data.holdout` of
+the images are kept for evaluation. Nothing is unpickled.
 """
 
 import csv
@@ -47,26 +47,22 @@ Captions = tuple[str, ...]
 class Text:
     """The text tower of train.contrastive and where its captions come from."""
 
-    # channels of a token; the base size of CLIP's text tower, arXiv:2103.00020, section 2.4, and so
-    # are the next four
-    width: int = 512
+    # the sizes are those of CLIP's base text tower, arXiv:2103.00020, section 2.4
+
+    width: int = 512  # channels of a token
     depth: int = 12  # blocks
-    heads: int = 8
-    mlp_width: int = 2048
-    context: int = 77  # ids of a text, start and end included; longer ones lose their last pieces
+    heads: int = 8  # attention heads
+    mlp_width: int = 2048  # channels inside the MLP of a block
+    context: int = 77  # ids of a text, start and end included; longer texts lose their last pieces
     vocabulary: int = 8192  # most pieces of a tokenizer that is trained on the captions
     tokenizer: Path | None = None  # a tokenizer.json to use instead
-    templates: tuple[str, ...] | None = (
-        # captions made of class names; None: "a photo of a {}.", of digits "the handwritten digit
-        # {}"
-        None
-    )
-    names: Path | None = (
-        None  # file that calls the classes otherwise: a line for each, its folder, a tab, its words
-    )
-    shuffle_captions: bool = (
-        False  # a control: each training image gets the captions of another one, once and for all
-    )
+    # captions made of class names; None: "a photo of a {}.", and for digits "the handwritten digit
+    # {}"
+    templates: tuple[str, ...] | None = None
+    # file with other words for the classes: for each a line of its folder, a tab and its words
+    names: Path | None = None
+    # a control: give each training image the captions of another one, drawn once and for all
+    shuffle_captions: bool = False
 
     def __post_init__(self):
         for name in ("width", "depth", "heads", "mlp_width"):
@@ -99,9 +95,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Captioned:
-    """One split: images whose labels are their own numbers, and of each image its captions, at
-    least one.
-    """
+    """One split: images whose labels are their own numbers, with at least one caption each."""
 
     images: Images
     captions: Sequence[Captions]
@@ -112,15 +106,20 @@ class Captioned:
         return len(self.images)
 
     def take(self, indices: np.ndarray) -> "Captioned":
-        """The images with these numbers, in this order."""
+        """Returns the images with these numbers, in this order."""
         names = [self.names[i] for i in indices] if self.names else ()
         return make_captioned(
             self.images.take(indices), [self.captions[i] for i in indices], self.classes, names
         )
 
     def shuffled(self, seed: int) -> "Captioned":
-        """Each image with the captions of another one, drawn at random once and for all; of one
-        image there is no other.
+        """Returns the images with each other's captions: each image gets those of another one.
+
+        Args:
+            seed: decides who gets whose captions.
+
+        Raises:
+            Refused: there is only one image.
         """
         if len(self) < 2:
             raise Refused("--text.shuffle-captions needs at least 2 images to train on")
@@ -131,9 +130,7 @@ class Captioned:
         return make_captioned(self.images, captions, self.classes, self.names)
 
     def texts(self) -> tuple[tuple[str, ...], np.ndarray]:
-        """The distinct captions, and which belong to which image: pairs (image, text), `(m,
-        2)`.
-        """
+        """Returns the distinct captions, and the pairs (image, text), `(m, 2)`."""
         numbers: dict[str, int] = {}
         pairs = [
             (image, numbers.setdefault(caption, len(numbers)))
@@ -143,7 +140,7 @@ class Captioned:
         return tuple(numbers), np.array(pairs, np.int64)
 
     def digest(self) -> int:
-        """Of all captions in their order, and of the names of their images."""
+        """Returns a checksum of all captions in their order, and of the names of their images."""
         total = 0
         for name, each in itertools.zip_longest(self.names, self.captions):
             total = zlib.crc32(repr((name, each)).encode(), total)
@@ -156,7 +153,7 @@ def make_captioned(
     classes: tuple[str, ...] = (),
     names: Sequence[str] = (),
 ) -> Captioned:
-    """Images numbered anew, with their captions."""
+    """Returns images with their captions; the images are numbered anew from 0."""
     numbered = Images(
         len(images),
         ("image",),
@@ -167,7 +164,15 @@ def make_captioned(
 
 
 def open_captions(data: Data, text: Text) -> tuple[Captioned, Captioned]:
-    """The training and the evaluation images of a source, with their captions."""
+    """Returns the training and the evaluation images of a source, with their captions.
+
+    Args:
+        data: the source and its splits.
+        text: how captions are made of class names.
+
+    Raises:
+        Refused: the source cannot be read, or its settings do not fit it.
+    """
     kind, _, name = data.source.partition(":")
     if kind not in ("csv", "wds"):
         try:
@@ -197,8 +202,13 @@ def open_captions(data: Data, text: Text) -> tuple[Captioned, Captioned]:
 
 
 def choose_class_words(classes: tuple[str, ...], data: Data, text: Text) -> tuple[str, ...]:
-    """What the classes are called in captions: what the file of names says, or their own names with
-    spaces for _.
+    """Returns the words for the classes in captions.
+
+    They come from the file `text.names`; without one they are the class names with spaces for
+    underscores, and for `digits` the words zero to nine.
+
+    Raises:
+        Refused: the file lacks a class, or a class name is not in UTF-8.
     """
     if text.names is not None:
         names = read_names(text.names)
@@ -222,14 +232,14 @@ def choose_class_words(classes: tuple[str, ...], data: Data, text: Text) -> tupl
 
 
 def choose_templates(data: Data, text: Text) -> tuple[str, ...]:
-    """The templates that are asked for, or the source's own."""
+    """Returns the templates that were asked for, or those of the source."""
     return text.templates or (
         ("the handwritten digit {}",) if data.source == "digits" else ("a photo of a {}.",)
     )
 
 
 def of_classes(images: Images, words: tuple[str, ...], templates: tuple[str, ...]) -> Captioned:
-    """Images by class, each with the name of its class in every template."""
+    """Returns images whose captions are the words of their class in every template."""
     captions = [
         tuple(dict.fromkeys(template.replace("{}", each) for template in templates))
         for each in words
@@ -238,7 +248,7 @@ def of_classes(images: Images, words: tuple[str, ...], templates: tuple[str, ...
 
 
 def read_names(path: Path) -> dict[str, str]:
-    """Folder name -> words."""
+    """Returns folder name -> words, from a file with a line for each class: name, tab, words."""
     names: dict[str, str] = {}
     for number, line in enumerate(_text_of(path.expanduser(), "--text.names").splitlines(), 1):
         folder, tab, words = line.partition("\t")
@@ -254,7 +264,15 @@ def read_names(path: Path) -> dict[str, str]:
 
 
 def read_csv(name: str, corrupt: str) -> Captioned:
-    """The images of a CSV file, in the order in which it names them first."""
+    """Returns the images of a CSV file, in the order in which it first names them.
+
+    Args:
+        name: path of the file.
+        corrupt: "refuse" or "skip" rows without an image or a caption.
+
+    Raises:
+        Refused: the file cannot be read or has other columns.
+    """
     path = Path(name).expanduser()
     text = _text_of(path, "the captions")
     try:
@@ -284,9 +302,11 @@ def read_csv(name: str, corrupt: str) -> Captioned:
         raise Refused(f"{path} cannot be read as CSV after line {rows.line_num}: {error}") from None
     images = {image: path.parent / image for image, _ in found}
     there = {image: bool(image) and images[image].is_file() for image in images}
-    lacking = {(image or f"row {number}"): "caption" if there[image] else "image" for number,
-    (image, caption) in enumerate(found, 1)
-               if not caption or not there[image]}  # fmt: skip
+    lacking = {
+        (image or f"row {number}"): "caption" if there[image] else "image"
+        for number, (image, caption) in enumerate(found, 1)
+        if not caption or not there[image]
+    }
     _check_complete(lacking, f"{path}", corrupt)
     captions: dict[str, list[str]] = {}
     for image, caption in found:
@@ -298,7 +318,7 @@ def read_csv(name: str, corrupt: str) -> Captioned:
 
 @dataclass(frozen=True)
 class Member:
-    """Where an image lies in a shard."""
+    """The place of an image in a shard."""
 
     shard: Path
     name: str
@@ -306,6 +326,7 @@ class Member:
     size: int  # bytes
 
     def read(self) -> RGB:
+        """Returns the decoded image; raises `UnreadableImage`."""
         name = f"{self.name} in {self.shard}"
         try:
             with self.shard.open("rb") as file:
@@ -316,7 +337,15 @@ class Member:
 
 
 def read_shards(pattern: str, corrupt: str) -> Captioned:
-    """The images of tar shards, shard by shard in the order of their members."""
+    """Returns the images of tar shards, shard by shard in the order of their members.
+
+    Args:
+        pattern: the shards, as `shards_of` reads it.
+        corrupt: "refuse" or "skip" pairs without an image or a caption.
+
+    Raises:
+        Refused: a shard cannot be read, or a name stands twice.
+    """
     members: list[Member] = []
     captions: list[list[str]] = []
     lacking: dict[str, str] = {}
@@ -337,7 +366,7 @@ def read_shards(pattern: str, corrupt: str) -> Captioned:
 
 
 def read_shard(shard: Path) -> dict[str, tuple[Member | None, list[str]]]:
-    """What a shard has by key: where the image lies, and its captions."""
+    """Returns key -> (place of the image, captions) of one tar file."""
     images: dict[str, Member] = {}
     captions: dict[str, list[str]] = {}
     seen: set[tuple[str, str]] = set()
@@ -370,9 +399,8 @@ def read_shard(shard: Path) -> dict[str, tuple[Member | None, list[str]]]:
                     if (key, ending) in seen:
                         raise Refused(f"{shard} has two files {key}.{ending}")
                     seen.add((key, ending))
-                    captions[key] = (
-                        found if ending == "txt" or key not in captions else captions[key]
-                    )  # the text where both are there
+                    if ending == "txt" or key not in captions:  # the text where both exist
+                        captions[key] = found
             with shard.open("rb") as whole:
                 whole.seek(archive.offset)
                 if whole.read(512) != bytes(512):
@@ -392,7 +420,7 @@ def read_shard(shard: Path) -> dict[str, tuple[Member | None, list[str]]]:
 
 
 def shards_of(pattern: str) -> list[Path]:
-    """The files of a pattern: `{000..012}` counts, otherwise a glob."""
+    """Returns the files of a pattern: `{000..012}` counts, anything else is a glob."""
     paths = [Path(each).expanduser() for each in _counted(pattern)]
     if len(paths) == 1 and not paths[0].is_file():
         paths = sorted(map(Path, glob(str(paths[0]))))
@@ -425,14 +453,14 @@ def _counted(pattern: str) -> Iterator[str]:
 
 
 def _key(name: str) -> tuple[str, str, str]:
-    """What members of one pair share, up to the first dot of the file name, and the ending."""
+    """The part of the name that members of a pair share, up to the first dot, and the ending."""
     folder, slash, file = name.rpartition("/")
     stem, dot, ending = file.partition(".")
     return f"{folder}{slash}{stem}", dot, ending.lower()
 
 
 def _caption(content: bytes, ending: str) -> list[str]:
-    """The captions of a .txt or .json member; none where it has none."""
+    """The captions of a .txt or .json member, none where it has none."""
     try:
         text = content.decode("utf-8-sig")
         value = text if ending == "txt" else json.loads(text)["caption"]
@@ -458,9 +486,7 @@ def _of_files(load, captions: Iterable[list[str]], name: str, names: Sequence[st
 
 
 def _check_complete(lacking: dict[str, str], source: str, corrupt: str) -> None:
-    """Names entries without an image or a caption in one line; refuses them unless they may be
-    skipped.
-    """
+    """Reports pairs without an image or a caption in one line, and refuses them by default."""
     if not lacking:
         return
     first = ", ".join(f"{name} (no {what})" for name, what in itertools.islice(lacking.items(), 3))
