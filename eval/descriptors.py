@@ -83,20 +83,22 @@ class SharedExtractor(Extractor):
             model = model.clone(config=dataclasses.replace(model.config, relup=None))
         scales = sorted({scale for each in self.each for scale in SCALES[each.scales]})
         maps = {
-            scale: compute_map(model, variables, _rescaled(inputs, scale, self.settings.antialias))
+            scale: compute_map(
+                model, variables, _rescale_images(inputs, scale, self.settings.antialias)
+            )
             for scale in scales
         }
-        return np.asarray(_pooled(model, variables, maps, self.each))
+        return np.asarray(_pool_maps(model, variables, maps, self.each))
 
 
-_rescaled = jax.jit(
+_rescale_images = jax.jit(
     lambda images, scale, antialias: rescale(images, scale, antialias=antialias),
     static_argnums=(1, 2),
 )
 
 
 @partial(jax.jit, static_argnums=(0, 3))
-def _pooled(model, variables, maps, each):
+def _pool_maps(model, variables, maps, each):
     """Maps by scale -> descriptors `(b, settings, d)`; what two settings have in common is computed
     once.
     """
@@ -130,21 +132,23 @@ def make_extractor(settings: DescriptorSettings | Sequence[DescriptorSettings]) 
         raise Refused(str(error)) from None
 
 
-def describe(
+def describe_images(
     extractor: Extractor, images: Iterable[RGB], names: Sequence[str], what: str
 ) -> np.ndarray:
     """The descriptors of all images, with a progress bar where there is a terminal; an image
     that cannot have one is `Refused` by name.
     """
     vectors = []
-    for name, vector in zip(names, track(_told(extractor(images)), len(names), what), strict=True):
+    for name, vector in zip(
+        names, track(_refuse_unreadable(extractor(images)), len(names), what), strict=True
+    ):
         if isinstance(vector, UnreadableImage):
             raise Refused(f"{name} cannot be described: {vector}")
         vectors.append(vector)
     return np.stack(vectors)
 
 
-def _told(vectors: Iterator) -> Iterator:
+def _refuse_unreadable(vectors: Iterator) -> Iterator:
     try:
         yield from vectors
     except UnreadableImage as error:  # while an image was read

@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg
 
-from eval.descriptors import describe, make_extractor, read_crop, vary_pooling
+from eval.descriptors import describe_images, make_extractor, read_crop, vary_pooling
 from eval.rerankers import Name, Rerank, ranked, reranked
 from eval.statistics import Interval, bootstrap
 from ggem_jax.descriptors.settings import DescriptorSettings
@@ -94,22 +94,22 @@ class Result:
 def main(argv: list[str] | None = None) -> None:
     with one_sentence("eval.retrieval"):
         config = parse(Retrieval, argv, "eval.retrieval")
-        task = of_classes(config.truth) if config.truth.is_dir() else of_csv(config)
+        task = read_class_folders(config.truth) if config.truth.is_dir() else read_csv(config)
         if not any(len(each.positive) for each in task.relevance):
             raise Refused(f"no query of {config.truth} has a relevant image")
-        results = evaluated(config, task)
+        results = evaluate(config, task)
         if config.json:
             print(json.dumps(as_json(config, task, results)))
         else:
             show(config, task, results)
 
 
-def of_csv(config: Retrieval) -> RetrievalTask:
+def read_csv(config: Retrieval) -> RetrievalTask:
     """The queries of a CSV file, in all images under a folder."""
     root = Path(os.path.abspath(config.truth.parent if config.root is None else config.root))
     try:
         queries: list[Query] = read_truth(config.truth, root=root)
-        database = listed(
+        database = list_images(
             root if config.database is None else Path(os.path.abspath(config.database))
         )
         return RetrievalTask(
@@ -121,9 +121,9 @@ def of_csv(config: Retrieval) -> RetrievalTask:
         raise Refused(str(error)) from None
 
 
-def of_classes(folder: Path) -> RetrievalTask:
+def read_class_folders(folder: Path) -> RetrievalTask:
     """Every image is a query for the others in its own folder."""
-    database = listed(folder)
+    database = list_images(folder)
     members: dict[Path, list[int]] = {}
     for i, path in enumerate(database):
         members.setdefault(path.parent, []).append(i)
@@ -134,7 +134,7 @@ def of_classes(folder: Path) -> RetrievalTask:
     return RetrievalTask(database, [(path, None) for path in database], relevance)
 
 
-def listed(folder: Path) -> list[Path]:
+def list_images(folder: Path) -> list[Path]:
     """All images under a folder."""
     listing = walk(folder, apart=folder / ".none")
     if listing.skipped:
@@ -144,25 +144,25 @@ def listed(folder: Path) -> list[Path]:
     return [folder / file.path for file in listing.files]
 
 
-def evaluated(config: Retrieval, task: RetrievalTask) -> list[Result]:
+def evaluate(config: Retrieval, task: RetrievalTask) -> list[Result]:
     """Every reranker that is asked for on the descriptors that are asked for."""
     settings = (
         vary_pooling(config.descriptor)
         if config.table
-        else {pooling_name(config.descriptor): config.descriptor}
+        else {name_pooling(config.descriptor): config.descriptor}
     )
-    queries, database = described(list(settings.values()), task)
+    queries, database = describe_task(list(settings.values()), task)
     results = []
     for i, pooling in enumerate(settings):
         vectors = jax.device_put(np.ascontiguousarray(database[:, i]))
         initial = ranked(queries[:, i], vectors, own=task.own)
         for name in get_args(Name) if config.table else config.rerank:
             ids = reranked(name, queries[:, i], vectors, initial, config.how, own=task.own)
-            results.append(Result(pooling, name, measured(ids, task.relevance, config.k)))
+            results.append(Result(pooling, name, measure(ids, task.relevance, config.k)))
     return results
 
 
-def pooling_name(settings: DescriptorSettings) -> str:
+def name_pooling(settings: DescriptorSettings) -> str:
     """`gem+, regional, 3 scales`"""
     parts = [
         settings.pooling,
@@ -172,7 +172,7 @@ def pooling_name(settings: DescriptorSettings) -> str:
     return ", ".join(filter(None, parts))
 
 
-def described(
+def describe_task(
     settings: Sequence[DescriptorSettings], task: RetrievalTask
 ) -> tuple[np.ndarray, np.ndarray]:
     """Descriptors `(n, settings, d)` of queries and database; a query without a box that is in the
@@ -180,7 +180,7 @@ def described(
     """
     extractor = make_extractor(settings if len(settings) > 1 else settings[0])
     names = [shown(str(path)) for path in task.database]
-    database = describe(
+    database = describe_images(
         extractor, (read_crop(path, None) for path in task.database), names, "database"
     )
     row = {path: i for i, path in enumerate(task.database)}
@@ -190,13 +190,13 @@ def described(
         queries[i] = database[row.get(path, 0)]
     if apart:
         crops = (read_crop(*task.queries[i]) for i in apart)
-        queries[apart] = describe(
+        queries[apart] = describe_images(
             extractor, crops, [shown(str(task.queries[i][0])) for i in apart], "queries"
         )
     return (queries, database) if len(settings) > 1 else (queries[:, None], database[:, None])
 
 
-def measured(
+def measure(
     ids: np.ndarray, relevance: Sequence[Relevance], kappas: Sequence[int]
 ) -> dict[str, Interval]:
     """Means over the queries with relevant task."""
@@ -216,7 +216,7 @@ def as_json(config: Retrieval, task: RetrievalTask, results: list[Result]) -> di
         "truth": str(config.truth),
         "database": len(task.database),
         "queries": len(task.queries),
-        "queries_without_relevant": _without(task),
+        "queries_without_relevant": _count_without_relevant(task),
         "descriptor": config.descriptor.record(),
         "rerank": dataclasses.asdict(config.how),
         "results": [
@@ -242,11 +242,11 @@ def show(config: Retrieval, task: RetrievalTask, results: list[Result]) -> None:
     for own in results:
         table.add_row(own.pooling, own.rerank, *map(str, own.measures.values()))
     Console(width=None if sys.stdout.isatty() else 240).print(table)
-    if without := _without(task):
+    if without := _count_without_relevant(task):
         print(f"{without} queries have no relevant image and are left out of the means.")
 
 
-def _without(task: RetrievalTask) -> int:
+def _count_without_relevant(task: RetrievalTask) -> int:
     return sum(not len(each.positive) for each in task.relevance)
 
 

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg
 
-from eval.descriptors import describe, make_extractor, read_crop
+from eval.descriptors import describe_images, make_extractor, read_crop
 from eval.rerankers import Name, Rerank, ranked, reranked
 from ggem_jax import __version__
 from ggem_jax.descriptors.settings import DescriptorSettings
@@ -142,10 +142,12 @@ def main(argv: list[str] | None = None) -> None:
         config = parse(Revisited, argv, "eval.revisited")
         truth = read_ground_truth(config.truth)
         distractors = (
-            None if config.distractors is None else vectors_of(config.distractors, "distractors")
+            None
+            if config.distractors is None
+            else read_unit_vectors(config.distractors, "distractors")
         )
         results = (
-            ablation(config, truth) if config.ablation else evaluated(config, truth, distractors)
+            run_ablation(config, truth) if config.ablation else evaluate(config, truth, distractors)
         )
         count = 0 if distractors is None else len(distractors)
         if config.json:
@@ -167,11 +169,15 @@ def read_ground_truth(path: Path) -> Truth:
     except ValueError as error:
         raise Refused(f"{path} is no ground truth: {error}") from None
     try:
-        database, queries = (tuple(map(_text, values[name])) for name in ("imlist", "qimlist"))
+        database, queries = (
+            tuple(map(_require_text, values[name])) for name in ("imlist", "qimlist")
+        )
         entries = list(values["gnd"])
         boxes = tuple(tuple(map(float, entry["bbx"])) for entry in entries)
         lists = tuple(
-            Difficulty(*(_ids(entry[kind], len(database)) for kind in ("easy", "hard", "junk")))
+            Difficulty(
+                *(_require_ids(entry[kind], len(database)) for kind in ("easy", "hard", "junk"))
+            )
             for entry in entries
         )
     except (KeyError, TypeError, ValueError) as error:
@@ -187,13 +193,13 @@ def read_ground_truth(path: Path) -> Truth:
     return Truth(database, queries, boxes, lists)
 
 
-def _text(name: Any) -> str:
+def _require_text(name: Any) -> str:
     if not isinstance(name, str):
         raise TypeError(f"a name must be text, not {name!r}")
     return name
 
 
-def _ids(values: Sequence[int], count: int) -> np.ndarray:
+def _require_ids(values: Sequence[int], count: int) -> np.ndarray:
     ids = np.array(values)
     if (
         ids.ndim != 1
@@ -204,17 +210,17 @@ def _ids(values: Sequence[int], count: int) -> np.ndarray:
     return ids.astype(int)
 
 
-def evaluated(
+def evaluate(
     config: Revisited, truth: Truth, distractors: np.ndarray | None
 ) -> dict[str, dict[str, Scores]]:
     """By reranker: the scores of each set-up."""
     if config.images is not None:
-        queries, database = described(config, truth, config.descriptor, {})
+        queries, database = describe_sets(config, truth, config.descriptor, {})
     else:
         assert config.queries is not None
         assert config.database is not None
         queries, database = (
-            vectors_of(path, flag)
+            read_unit_vectors(path, flag)
             for path, flag in ((config.queries, "queries"), (config.database, "database"))
         )
         for flag, vectors, names in (
@@ -237,7 +243,7 @@ def evaluated(
             "the descriptors of queries, database and distractors must have one length, not"
             f" {' and '.join(map(str, sorted(dims)))}"
         )
-    searched = _searched(parts)
+    searched = _as_store(parts)
     queries = np.asarray(queries, np.float32)
     initial = ranked(queries, searched)
     return {
@@ -246,7 +252,7 @@ def evaluated(
     }
 
 
-def ablation(config: Revisited, truth: Truth) -> dict[str, dict[str, Scores]]:
+def run_ablation(config: Revisited, truth: Truth) -> dict[str, dict[str, Scores]]:
     """By step: the scores of each set-up."""
     memory: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     results, settings = {}, config.descriptor
@@ -257,8 +263,8 @@ def ablation(config: Revisited, truth: Truth) -> dict[str, dict[str, Scores]]:
             if settings.backbone.startswith("resnet")
             else dataclasses.replace(settings, relup=True)
         )
-        queries, vectors = described(config, truth, own, memory)
-        database = _searched([vectors])
+        queries, vectors = describe_sets(config, truth, own, memory)
+        database = _as_store([vectors])
         initial = ranked(queries, database)
         results[step] = revisited(np.asarray(initial.ids), truth.lists)
     results["+ reranking"] = revisited(
@@ -267,7 +273,7 @@ def ablation(config: Revisited, truth: Truth) -> dict[str, dict[str, Scores]]:
     return results
 
 
-def _searched(parts: list[np.ndarray]) -> jax.Array | np.ndarray | Joined:
+def _as_store(parts: list[np.ndarray]) -> jax.Array | np.ndarray | Joined:
     if len(parts) > 1:
         return Joined(tuple(parts))
     return (
@@ -277,7 +283,7 @@ def _searched(parts: list[np.ndarray]) -> jax.Array | np.ndarray | Joined:
     )
 
 
-def vectors_of(path: Path, flag: str) -> np.ndarray:
+def read_unit_vectors(path: Path, flag: str) -> np.ndarray:
     """Unit vectors `(n, d)` of a file, mapped where it is an `.npy`. `Refused` where they are none,
     as far as some rows tell.
     """
@@ -313,7 +319,7 @@ def vectors_of(path: Path, flag: str) -> np.ndarray:
     return found
 
 
-def described(
+def describe_sets(
     config: Revisited,
     truth: Truth,
     settings: DescriptorSettings,
@@ -345,7 +351,7 @@ def described(
         if config.cache is None
         else config.cache / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.npz"
     )
-    found = None if path is None else _cached(path)
+    found = None if path is None else _read_cache(path)
     if found is None:
         if missing := [file for file in files.values() if not file.is_file()]:
             raise Refused(
@@ -359,8 +365,8 @@ def described(
         )
         wholes: Iterator[RGB] = (read_image(files[name]) for name in truth.database)
         found = (
-            describe(extractor, crops, truth.queries, "queries"),
-            describe(extractor, wholes, truth.database, "database"),
+            describe_images(extractor, crops, truth.queries, "queries"),
+            describe_images(extractor, wholes, truth.database, "database"),
         )
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -370,7 +376,7 @@ def described(
     return found
 
 
-def _cached(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
+def _read_cache(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
     if not path.exists():
         return None
     try:

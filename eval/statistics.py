@@ -56,18 +56,17 @@ def bootstrap(values: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> Inte
         raise ValueError(
             f"values must be (n,) with at least one number, not of shape {values.shape}"
         )
-    rng, together = np.random.default_rng(seed), max(1, 1_000_000 // len(values))
-    starts = range(0, draws, together)
-    means = np.concatenate(
-        [
-            values[
-                rng.integers(len(values), size=(min(together, draws - start), len(values)))
-            ].mean(axis=1)
-            for start in starts
-        ]
-    )
-    low, high = np.quantile(means, (0.025, 0.975))
-    return Interval(float(values.mean()), float(low), float(high))
+    if len(values) == 1:
+        return Interval(float(values[0]), float(values[0]), float(values[0]))
+    found = stats.bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=draws,
+        batch=max(1, 1_000_000 // len(values)),
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(float(values.mean()), float(found.low), float(found.high))
 
 
 def pigeonhole_bootstrap(values: np.ndarray, *, draws: int = 2000, seed: int = 0) -> Interval:
@@ -102,7 +101,7 @@ def pigeonhole_bootstrap(values: np.ndarray, *, draws: int = 2000, seed: int = 0
 
 
 @dataclass(frozen=True)
-class Paired:
+class PairedTest:
     """Two classifiers on the same images."""
 
     difference: Interval  # accuracy of the first less that of the second
@@ -111,7 +110,7 @@ class Paired:
     p_value: float  # McNemar's exact test that both are equally likely
 
 
-def paired(first: np.ndarray, second: np.ndarray) -> Paired:
+def compare_paired(first: np.ndarray, second: np.ndarray) -> PairedTest:
     """Compares two `(n,)` arrays of right and wrong answers: Q. McNemar, Psychometrika 12, 1947, in
     its exact form.
 
@@ -131,7 +130,7 @@ def paired(first: np.ndarray, second: np.ndarray) -> Paired:
         max((a - b) / n - half, -1.0),
         min((a - b) / n + half, 1.0),
     )
-    return Paired(difference, only_first, only_second, float(p_value))
+    return PairedTest(difference, only_first, only_second, float(p_value))
 
 
 def _answers(values: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from ggem_jax.files.atomic import replacing
 ENDS = {"": "value", "_low": "low", "_high": "high"}
 
 
-def columns(name: str, interval: Interval | None) -> dict[str, str]:
+def interval_columns(name: str, interval: Interval | None) -> dict[str, str]:
     """Three columns of a row: `name`, `name_low` and `name_high`, empty where there is nothing."""
     return {
         f"{name}{end}": "" if interval is None else f"{getattr(interval, field):.4f}"
@@ -25,12 +25,14 @@ def format_cell(row: Mapping[str, Any], name: str) -> str:
     """What `columns` wrote, in percent; with its sign where it is a difference, `..._less_...`."""
     if row[name] == "":
         return ""
-    return shown(
+    return format_interval(
         Interval(*(float(row[f"{name}{end}"]) for end in ENDS)), digits=1, sign="_less_" in name
     )
 
 
-def shown(interval: Interval, *, percent: bool = True, digits: int = 2, sign: bool = False) -> str:
+def format_interval(
+    interval: Interval, *, percent: bool = True, digits: int = 2, sign: bool = False
+) -> str:
     """Value and ends; the value alone where it has no interval."""
     factor = 100 if percent else 1
     value = f"{factor * interval.value:{'+' if sign else ''}.{digits}f}"
@@ -39,7 +41,7 @@ def shown(interval: Interval, *, percent: bool = True, digits: int = 2, sign: bo
     return f"{value} [{factor * interval.low:.{digits}f}, {factor * interval.high:.{digits}f}]"
 
 
-def markdown(heads: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+def make_table(heads: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
     """A table with its last line ended."""
     lines = [
         f"| {' | '.join(heads)} |",

@@ -233,7 +233,7 @@ def test_the_study_on_a_small_set(tmp_path, monkeypatch, capsys):
     ]
     small = retrieval_study.Set(
         list(images), images.__getitem__, every, every[:6], relevance, 160,
-        lambda image: retrieval_study._grey(image, 8),
+        lambda image: retrieval_study._shrink_to_grey(image, 8),
         retrieval_study.Rerank(qe_neighbors=2),
     )  # fmt: skip
     monkeypatch.setattr(retrieval_study, "SETS", {"small": lambda data, study: small})
@@ -275,7 +275,7 @@ def test_the_page_of_the_study_has_the_numbers_of_its_file():
     names = list(dict.fromkeys(row["set"] for row in rows))
     assert names == ["corridor", "omniglot", "omniglot, queries apart", "landmark"]
     for name in names:
-        tables = retrieval_study.markdown([row for row in rows if row["set"] == name]).partition(
+        tables = retrieval_study.make_set_tables([row for row in rows if row["set"] == name]).partition(
             "\n"
         )[2]
         assert tables.strip() in page

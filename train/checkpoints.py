@@ -79,7 +79,8 @@ class Checkpoints:
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(layout))
         except Exception as error:  # of many kinds: files that are missing, cut off or altered
-            reason, advice = first_line(error), (
+            reason = first_line(error)
+            advice = (
                 f"without the folder {self.folder / str(step)} the run goes on from the checkpoint"
                 " before it, or from its start"
             )

@@ -42,23 +42,23 @@ FLAGS = [
 ]  # fmt: skip
 
 
-def images_of(packed: Path, count: int) -> tuple[Images, Images]:
+def read_cifar10(packed: Path, count: int) -> tuple[Images, Images]:
     """`count` training images of the packed CIFAR-10, evenly spaced, and all its test images,
     in memory.
     """
     classes, splits = read_packed(packed)
 
-    def held(split) -> Images:
+    def load_split(split) -> Images:
         return hold_in_memory(
             [load() for load, _ in split],
             np.array([label for _, label in split], np.int32),
             tuple(classes),
         )
 
-    return held(evenly_spaced(splits["train"], count)), held(splits["test"])
+    return load_split(evenly_spaced(splits["train"], count)), load_split(splits["test"])
 
 
-def config_of(arm: str, seed: int, runs: Path, epochs: float) -> Config:
+def make_config(arm: str, seed: int, runs: Path, epochs: float) -> Config:
     """The config of one training."""
     folder = runs / f"{arm.replace(' ', '-').lower()}-{seed}"
     flags = [
@@ -86,9 +86,11 @@ class Network:
     config: Config
 
 
-def trained(arm: str, seed: int, data: tuple[Images, Images], runs: Path, epochs: float) -> Network:
+def train_network(
+    arm: str, seed: int, data: tuple[Images, Images], runs: Path, epochs: float
+) -> Network:
     """Trains a network, or goes on with it."""
-    config = config_of(arm, seed, runs, epochs)
+    config = make_config(arm, seed, runs, epochs)
     run = train_in_study(train, config, data=data)
     params = jax.tree.map(np.asarray, run.state.evaluated)
     p = (
@@ -99,7 +101,7 @@ def trained(arm: str, seed: int, data: tuple[Images, Images], runs: Path, epochs
     return Network(run.result, p, params, config)
 
 
-def attention_and_descriptor(network: Network, images: Images) -> tuple[np.ndarray, np.ndarray]:
+def describe_heads(network: Network, images: Images) -> tuple[np.ndarray, np.ndarray]:
     """Of each image the output of the last attention's heads, `(n, d)` head by head, meaned over
     the patches, and the descriptor `(n, d)`.
     """
@@ -113,14 +115,14 @@ def attention_and_descriptor(network: Network, images: Images) -> tuple[np.ndarr
         patches = heads[:, config.prefix_tokens :].mean(axis=1)
         return patches.reshape(len(images), -1), output.descriptor
 
-    parts = [both(batch) for batch in normalised(network, images)]
+    parts = [both(batch) for batch in make_batches(network, images)]
     heads, descriptor = (
         np.concatenate([np.asarray(part[i]) for part in parts])[: len(images)] for i in (0, 1)
     )
     return heads, descriptor
 
 
-def tokens_of(network: Network, images: Images) -> np.ndarray:
+def compute_tokens(network: Network, images: Images) -> np.ndarray:
     """Tokens after the final norm, the class token first, `(n, tokens, d)` in float16."""
     model = build_model(network.config, len(images.classes))
 
@@ -130,11 +132,11 @@ def tokens_of(network: Network, images: Images) -> np.ndarray:
         return output.tokens
 
     return np.concatenate(
-        [np.asarray(tokens(batch), np.float16) for batch in normalised(network, images)]
+        [np.asarray(tokens(batch), np.float16) for batch in make_batches(network, images)]
     )[: len(images)]
 
 
-def normalised(network: Network, images: Images) -> Iterator[Float[Array, "b h w 3"]]:
+def make_batches(network: Network, images: Images) -> Iterator[Float[Array, "b h w 3"]]:
     """Batches of the images as the network takes them; the last one is filled up."""
     for batch in eval_batches(images, network.config):
         yield normalise(jnp.asarray(batch["image"]), network.config.data)

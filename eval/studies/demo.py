@@ -55,7 +55,7 @@ def main(argv: list[str] | None = None) -> None:
         arms = compare(demo)
         seconds = time.perf_counter() - started
         show(arms)
-        config = configuration(demo, "ggem", 0)
+        config = make_config(demo, "ggem", 0)
         facts = {
             "trained": (
                 f"{len(arms)} poolings x {demo.seeds} seeds, {config.epochs:g} epochs each, in"
@@ -80,10 +80,10 @@ def main(argv: list[str] | None = None) -> None:
             f"\n{seconds:.0f} s. Report with curves, learned exponents and sample predictions:"
             f" {report}"
         )
-        print(next_steps(demo))
+        print(say_next_steps(demo))
 
 
-def configuration(demo: Demo, pool: str, seed: int) -> Config:
+def make_config(demo: Demo, pool: str, seed: int) -> Config:
     """The config of one training."""
     flags = [
         "--config",
@@ -112,7 +112,7 @@ def compare(demo: Demo) -> list[Arm]:
             correct, histories, predictions = [], [], None
             for seed in range(demo.seeds):
                 bar.update(task, description=f"training {name}, seed {seed}")
-                config = configuration(demo, pool, seed)
+                config = make_config(demo, pool, seed)
                 trained = train(config, quiet=True)
                 if trained.signal is not None:
                     raise KeyboardInterrupt
@@ -147,7 +147,7 @@ def show(arms: list[Arm]) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def next_steps(demo: Demo) -> str:
+def say_next_steps(demo: Demo) -> str:
     """Commands that go on from here."""
     return f"""
 What to try next:

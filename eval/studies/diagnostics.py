@@ -14,19 +14,20 @@ from itertools import combinations
 
 import numpy as np
 from jaxtyping import Float, Int
+from scipy import stats
 
 Blocks = Int[np.ndarray, "groups size"]
 
 
 def contiguous(d: int, groups: int) -> Blocks:
     """Block g has the channels g d/groups ... (g + 1) d/groups - 1."""
-    _check_groups(d, groups)
+    _require_groups(d, groups)
     return np.arange(d).reshape(groups, -1)
 
 
 def interleaved(d: int, groups: int) -> Blocks:
     """Block g has the channels g, g + groups, g + 2 groups, ..."""
-    _check_groups(d, groups)
+    _require_groups(d, groups)
     return np.arange(d).reshape(-1, groups).T
 
 
@@ -34,7 +35,7 @@ def random_blocks(d: int, groups: int, seed: int) -> Blocks:
     """Blocks of channels drawn at random: the null that blocks which mean something are compared
     with.
     """
-    _check_groups(d, groups)
+    _require_groups(d, groups)
     return np.random.default_rng(seed).permutation(d).reshape(groups, -1)
 
 
@@ -44,7 +45,7 @@ def block_dependence(
     score: Callable[[np.ndarray, np.ndarray], float],
 ) -> Float[np.ndarray, " pairs"]:
     """A score of dependence, such as `linear_cka`, of every pair of blocks."""
-    x = _checked(descriptors)
+    x = _as_matrix(descriptors)
     return np.array([score(x[:, one], x[:, other]) for one, other in combinations(blocks, 2)])
 
 
@@ -52,7 +53,7 @@ def mean_correlation(x: Float[np.ndarray, "n a"], y: Float[np.ndarray, "n b"]) -
     """Mean absolute Pearson correlation of the channels of one block with those of the other;
     constant channels count as uncorrelated.
     """
-    x, y = _centred(x), _centred(y)
+    x, y = _centre(x), _centre(y)
     lengths = np.outer(np.linalg.norm(x, axis=0), np.linalg.norm(y, axis=0))
     return float(np.mean(np.abs(x.T @ y) / np.where(lengths > 0, lengths, np.inf)))
 
@@ -64,8 +65,8 @@ def linear_cka(x: Float[np.ndarray, "n a"], y: Float[np.ndarray, "n b"]) -> floa
     Reference: Kornblith et al., "Similarity of Neural Network Representations Revisited", 2019,
         arXiv:1905.00414, section 3.
     """
-    x, y = _centred(x), _centred(y)
-    return _ratio(np.sum((x.T @ y) ** 2), float(np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)))
+    x, y = _centre(x), _centre(y)
+    return _divide(np.sum((x.T @ y) ** 2), float(np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)))
 
 
 def hsic(x: Float[np.ndarray, "n a"], y: Float[np.ndarray, "n b"]) -> float:
@@ -75,12 +76,12 @@ def hsic(x: Float[np.ndarray, "n a"], y: Float[np.ndarray, "n b"]) -> float:
     Reference: Gretton et al., "Measuring Statistical Dependence with Hilbert-Schmidt Norms", 2005;
         normalised as in arXiv:1905.00414.
     """
-    kernels = [_gaussian_kernel(_centred(block)) for block in (x, y)]
+    kernels = [_gaussian_kernel(_centre(block)) for block in (x, y)]
     k, m = (
         kernel - kernel.mean(axis=0) - kernel.mean(axis=1)[:, None] + kernel.mean()
         for kernel in kernels
     )
-    return _ratio(np.sum(k * m), float(np.linalg.norm(k) * np.linalg.norm(m)))
+    return _divide(np.sum(k * m), float(np.linalg.norm(k) * np.linalg.norm(m)))
 
 
 DEPENDENCE: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
@@ -96,7 +97,7 @@ def amplification(
     """How much larger each channel is than under a reference pooling, such as the average of what
     is positive: ratio of the means over images.
     """
-    pooled, reference = _checked(pooled), _checked(reference)
+    pooled, reference = _as_matrix(pooled), _as_matrix(reference)
     if pooled.shape != reference.shape:
         raise ValueError(
             f"both descriptors must have the same shape, not {pooled.shape} and {reference.shape}"
@@ -111,7 +112,7 @@ def fisher_scores(
     """How well each channel tells classes apart: variance of the class means over the mean variance
     inside classes, weighted by their images.
     """
-    x, labels = _checked(descriptors), np.asarray(labels)
+    x, labels = _as_matrix(descriptors), np.asarray(labels)
     if labels.shape != x.shape[:1]:
         raise ValueError(f"labels must be ({len(x)},), not of shape {labels.shape}")
     between = within = np.zeros(x.shape[1])
@@ -126,9 +127,10 @@ def rank_correlation(a: Float[np.ndarray, " d"], b: Float[np.ndarray, " d"]) -> 
     """Spearman's correlation of two scores of the channels, equal ones sharing their rank; 0 where
     one of them is constant.
     """
-    one, other = (_ranks(np.asarray(values, float)) for values in (a, b))
-    one, other = one - one.mean(), other - other.mean()
-    return _ratio(float(one @ other), float(np.linalg.norm(one) * np.linalg.norm(other)))
+    a, b = np.asarray(a, float), np.asarray(b, float)
+    if np.ptp(a) == 0 or np.ptp(b) == 0:
+        return 0.0
+    return float(stats.spearmanr(a, b).statistic)
 
 
 def gini(values: Float[np.ndarray, " d"]) -> float:
@@ -137,15 +139,9 @@ def gini(values: Float[np.ndarray, " d"]) -> float:
     """
     ascending = np.sort(np.asarray(values, float))
     n = len(ascending)
-    return _ratio(
+    return _divide(
         float(2 * (np.arange(1, n + 1) @ ascending)), n * float(ascending.sum()), less=(n + 1) / n
     )
-
-
-def _ranks(values: np.ndarray) -> np.ndarray:
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = np.cumsum(counts)
-    return (last - (counts - 1) / 2)[inverse]
 
 
 def _gaussian_kernel(x: np.ndarray) -> np.ndarray:
@@ -154,22 +150,22 @@ def _gaussian_kernel(x: np.ndarray) -> np.ndarray:
     return np.exp(-squared / (median if median > 0 else 1.0))
 
 
-def _ratio(above: float, below: float, less: float = 0.0) -> float:
+def _divide(above: float, below: float, less: float = 0.0) -> float:
     return float(above / below - less) if below > 0 else 0.0
 
 
-def _centred(x: np.ndarray) -> np.ndarray:
-    x = _checked(x)
+def _centre(x: np.ndarray) -> np.ndarray:
+    x = _as_matrix(x)
     return x - x.mean(axis=0)
 
 
-def _checked(x: np.ndarray) -> np.ndarray:
+def _as_matrix(x: np.ndarray) -> np.ndarray:
     x = np.asarray(x, np.float64)
     if x.ndim != 2 or not len(x):
         raise ValueError(f"descriptors must be (n, d) with n at least 1, not of shape {x.shape}")
     return x
 
 
-def _check_groups(d: int, groups: int) -> None:
+def _require_groups(d: int, groups: int) -> None:
     if groups < 1 or d % groups:
         raise ValueError(f"{d} channels cannot be split into {groups} blocks of equal size")

@@ -24,8 +24,8 @@ import numpy as np
 
 from eval.runs import train_in_study
 from eval.statistics import mean
-from eval.studies.retrieval import SETS, Set, Study, data_folder, machine, unit_pixels
-from eval.tables import columns, format_cell, markdown, write_rows
+from eval.studies.retrieval import SETS, Set, Study, describe_machine, find_data, make_unit_pixels
+from eval.tables import format_cell, interval_columns, make_table, write_rows
 from ggem_jax.retrieval import search
 from ggem_jax.retrieval.metrics import Relevance, recall_at, scores
 from train.cli import Refused, load_config, one_sentence, parse
@@ -118,14 +118,14 @@ class Apart:
 def main(argv: list[str] | None = None) -> None:
     with one_sentence("eval.studies.metric"):
         study = parse(MetricStudy, argv, "eval.studies.metric", default=MetricStudy())
-        check(study)
-        rows = [row for name in study.sets for row in rows_of(name, study)]
+        check_study(study)
+        rows = [row for name in study.sets for row in measure_set(name, study)]
         write_rows(study.out, rows)
         for name in study.sets:
-            print(table([row for row in rows if row["set"] == name]))
+            print(make_set_table([row for row in rows if row["set"] == name]))
 
 
-def check(study: MetricStudy) -> None:
+def check_study(study: MetricStudy) -> None:
     """Refuses what no study can be made of."""
     unknown = [name for name in study.sets if name not in APART]
     if unknown or not study.sets or study.seeds < 2:
@@ -135,21 +135,21 @@ def check(study: MetricStudy) -> None:
         )
 
 
-def rows_of(name: str, study: MetricStudy) -> list[dict[str, Any]]:
+def measure_set(name: str, study: MetricStudy) -> list[dict[str, Any]]:
     """Trains and measures every arm of a set."""
-    data = data_folder(study.data)
+    data = find_data(study.data)
     apart = APART[name](SETS[name](data, Study()))
-    values = {"raw pixels": [means(apart.score(apart.pixels))]}
+    values = {"raw pixels": [average(apart.score(apart.pixels))]}
     for arm in ARMS:
-        configs = [config_of(name, arm, seed, study) for seed in range(study.seeds)]
+        configs = [make_config(name, arm, seed, study) for seed in range(study.seeds)]
         if ARMS[arm][1] == "normalised-softmax":
             values[f"{arm}, untrained"] = [
-                means(apart.score(untrained(config, apart))) for config in configs
+                average(apart.score(describe_untrained(config, apart))) for config in configs
             ]
         values[arm] = []
         for config in configs:
             trained = train_in_study(train, config, data=(apart.train, apart.test))
-            values[arm].append(means(apart.score(trained.result.descriptor)))
+            values[arm].append(average(apart.score(trained.result.descriptor)))
             print(
                 f"{name}, {arm}, seed {config.seed}: recall@1 {values[arm][-1][0]:.2%}",
                 file=sys.stderr,
@@ -166,14 +166,14 @@ def rows_of(name: str, study: MetricStudy) -> list[dict[str, Any]]:
             **counts,
             "arm": arm,
             "seeds": len(found),
-            **measures(arm, np.array(found), values),
-            **machine(),
+            **make_columns(arm, np.array(found), values),
+            **describe_machine(),
         }
         for arm, found in values.items()
     ]
 
 
-def config_of(name: str, arm: str, seed: int, study: MetricStudy) -> MetricConfig:
+def make_config(name: str, arm: str, seed: int, study: MetricStudy) -> MetricConfig:
     """The config of one training."""
     pool, loss = ARMS[arm]
     # margins for images, not faces: ArcFace's 0.5 at scale 64 is for millions of them
@@ -197,7 +197,7 @@ def config_of(name: str, arm: str, seed: int, study: MetricStudy) -> MetricConfi
     return load_config(MetricConfig, [*flags, *epochs, "--out", str(folder)], "eval.studies.metric")
 
 
-def untrained(config: MetricConfig, apart: Apart) -> np.ndarray:
+def describe_untrained(config: MetricConfig, apart: Apart) -> np.ndarray:
     """Descriptors of the network as it starts."""
     steps = make_metric_steps(
         config,
@@ -207,7 +207,7 @@ def untrained(config: MetricConfig, apart: Apart) -> np.ndarray:
     return retrieve(steps, make_first_state(steps, config).params, apart.test, config).descriptor
 
 
-def means(scored: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
+def average(scored: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
     """Over queries; those without a right answer do not count."""
     recall, precision = (float(np.nanmean(values)) for values in scored)
     return recall, precision
@@ -217,7 +217,7 @@ def omniglot(whole: Set) -> Apart:
     """Half of the characters, drawn once and for all, to train on."""
     names = np.array([name.rpartition("/")[0] for name in whole.names])
     classes, labels = np.unique(names, return_inverse=True)
-    images = images_of(
+    images = hold_images(
         whole, np.arange(len(labels)), tuple(str(name) for name in classes), labels.astype(np.int32)
     )
     order = np.random.default_rng(0).permutation(len(classes))
@@ -234,7 +234,7 @@ def omniglot(whole: Set) -> Apart:
         images.of_classes(np.flatnonzero(half), labels),
         test,
         score,
-        unit_pixels(whole, [whole.names[place] for place in places]),
+        make_unit_pixels(whole, [whole.names[place] for place in places]),
     )
 
 
@@ -250,7 +250,7 @@ def corridor(whole: Set) -> Apart:
     places = frame // PLACE
     kept = np.unique(places[shown])
     labels = np.searchsorted(kept, places[shown]).astype(np.int32)
-    train_set = images_of(whole, shown, tuple(f"place {place}" for place in kept), labels)
+    train_set = hold_images(whole, shown, tuple(f"place {place}" for place in kept), labels)
     first = half + 2 * GAP  # neither these nor what is right of them has been trained on
     queries, database = whole.queries[first:], whole.database[first:]
     relevance = [
@@ -258,7 +258,7 @@ def corridor(whole: Set) -> Apart:
         for own in whole.relevance[first:]
     ]
     tested = np.concatenate([queries, database])
-    test = images_of(whole, tested, ("unseen",), np.zeros(len(tested), np.int32))
+    test = hold_images(whole, tested, ("unseen",), np.zeros(len(tested), np.int32))
 
     def score(descriptors: Any) -> tuple[np.ndarray, np.ndarray]:
         ids = np.asarray(
@@ -270,21 +270,21 @@ def corridor(whole: Set) -> Apart:
         )
 
     return Apart(
-        train_set, test, score, unit_pixels(whole, [whole.names[place] for place in tested])
+        train_set, test, score, make_unit_pixels(whole, [whole.names[place] for place in tested])
     )
 
 
 APART: dict[str, Callable[[Set], Apart]] = {"omniglot": omniglot, "corridor": corridor}
 
 
-def images_of(
+def hold_images(
     whole: Set, places: np.ndarray, classes: tuple[str, ...], labels: np.ndarray
 ) -> Images:
     """Some of the images of a set, read once."""
     return hold_in_memory([whole.read(whole.names[place]) for place in places], labels, classes)
 
 
-def measures(
+def make_columns(
     arm: str, found: np.ndarray, values: dict[str, list[tuple[float, float]]]
 ) -> dict[str, Any]:
     """Both measures with their intervals over seeds, and recall@1 less that of others, seed by
@@ -292,7 +292,7 @@ def measures(
     """
     row: dict[str, Any] = {}
     for i, name in enumerate(("recall_at_1", "average_precision")):
-        row |= columns(name, mean(found[:, i]))
+        row |= interval_columns(name, mean(found[:, i]))
     for other in ("raw pixels", f"{arm}, untrained", "average", "positive average", "GeM"):
         against = (
             np.array(values[other])[:, 0]
@@ -300,13 +300,13 @@ def measures(
             else None
         )
         label = "untrained" if other.endswith("untrained") else other.replace(" ", "_")
-        row |= columns(
+        row |= interval_columns(
             f"recall_at_1_less_{label}", None if against is None else mean(found[:, 0] - against)
         )
     return row
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def make_set_table(rows: list[dict[str, Any]]) -> str:
     """One set in Markdown, in percent."""
     first = rows[0]
     title = (
@@ -326,7 +326,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "average_precision",
         *(f"recall_at_1_less_{other}" for other in ("raw_pixels", "untrained", "average")),
     )
-    return title + markdown(
+    return title + make_table(
         heads, [(row["arm"], *(format_cell(row, name) for name in names)) for row in rows]
     )
 

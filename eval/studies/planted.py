@@ -60,7 +60,7 @@ class Planted:
 def main(argv: list[str] | None = None) -> None:
     with one_sentence("eval.studies.planted"):
         config = parse(Planted, argv, "eval.studies.planted", default=Planted())
-        check(config)
+        check_config(config)
         started = time.perf_counter()
         results = run(config)
         if config.json:
@@ -69,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
                     {
                         "seconds": time.perf_counter() - started,
                         "config": dataclasses.asdict(config),
-                        "arms": summary(results),
+                        "arms": summarise(results),
                     }
                 )
             )
@@ -77,7 +77,7 @@ def main(argv: list[str] | None = None) -> None:
             show(results, config, time.perf_counter() - started)
 
 
-def check(config: Planted) -> None:
+def check_config(config: Planted) -> None:
     """Refuses what no experiment can be made of."""
     if config.seeds < 2 or config.channels < 4 or config.channels % 4:
         raise Refused(
@@ -108,7 +108,7 @@ def run(config: Planted) -> dict[str, Result]:
     """Trains and tests every arm."""
     seeds = jnp.arange(config.seeds)
     results = {}
-    for name, (start, pool) in arms(config).items():
+    for name, (start, pool) in make_arms(config).items():
         correct, p = jax.jit(
             jax.vmap(functools.partial(train_and_test, config=config, start=start, pool=pool))
         )(seeds)
@@ -116,7 +116,7 @@ def run(config: Planted) -> dict[str, Result]:
     return results
 
 
-def arms(config: Planted) -> dict[str, tuple[list[float], Callable[..., Array]]]:
+def make_arms(config: Planted) -> dict[str, tuple[list[float], Callable[..., Array]]]:
     """First exponents and pooling function of (tokens, p, key of the seed) of each arm; exponents
     in the order of the channels, sparse half first.
     """
@@ -205,7 +205,7 @@ def draw(
     return evidence + jax.random.normal(noise_key, evidence.shape), sparse * config.classes + dense
 
 
-def summary(results: dict[str, Result]) -> dict[str, Any]:
+def summarise(results: dict[str, Result]) -> dict[str, Any]:
     """What `--json` prints of each arm."""
     ggem = results["GGeM"]
     return {
@@ -229,7 +229,7 @@ def show(results: dict[str, Result], config: Planted, seconds: float) -> None:
     for name, result in results.items():
         p = "   ".join(
             f"p {i.value:.2f} [{i.low:.2f}, {i.high:.2f}]"
-            for i in map(statistics.mean, halves(result.p))
+            for i in map(statistics.mean, average_halves(result.p))
         )
         print(f"{name:20}  accuracy {statistics.mean(result.accuracy)}   {p}")
     print("groups of GGeM: sparse half, dense half. Same draws for all arms:")
@@ -242,7 +242,7 @@ def show(results: dict[str, Result], config: Planted, seconds: float) -> None:
     print(f"{seconds:.0f} s")
 
 
-def halves(p: np.ndarray) -> np.ndarray:
+def average_halves(p: np.ndarray) -> np.ndarray:
     """Exponents `(seeds, groups)`, as they are up to two groups, otherwise the mean of each half of
     the channels; transposed, `(groups, seeds)`.
     """

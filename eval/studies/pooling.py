@@ -42,7 +42,7 @@ from eval.statistics import mean, pigeonhole_bootstrap
 from eval.studies import cifar, diagnostics, planted
 from eval.studies.frozen import Arm, Pool, Probe, Probed, Tokens, arms_of, described, probe
 from eval.studies.pooling_report import write_report
-from eval.studies.retrieval import data_folder, machine
+from eval.studies.retrieval import describe_machine, find_data
 from ggem_jax import pooling
 from ggem_jax.descriptors.backbones import load_network
 from ggem_jax.files.atomic import write_text
@@ -85,17 +85,24 @@ class PoolingStudy:
 def main(argv: list[str] | None = None) -> None:
     with one_sentence("eval.studies.pooling"):
         study = parse(PoolingStudy, argv, "eval.studies.pooling", default=PoolingStudy())
-        check(study)
-        found = {part: kept(part, study) for part in study.parts}
+        check_study(study)
+        found = {part: load_or_run(part, study) for part in study.parts}
         write_text(
             study.results,
-            json.dumps({"machine": machine(), "study": settings(study), "parts": found}, indent=1)
+            json.dumps(
+                {"machine": describe_machine(), "study": study_settings(study), "parts": found},
+                indent=1,
+            )
             + "\n",
         )
-        print(write_report(study.out, found, settings(study), machine(), study.retrieval))
+        print(
+            write_report(
+                study.out, found, study_settings(study), describe_machine(), study.retrieval
+            )
+        )
 
 
-def check(study: PoolingStudy) -> None:
+def check_study(study: PoolingStudy) -> None:
     """Refuses what no study can be made of."""
     unknown = [part for part in study.parts if part not in PARTS]
     if unknown or not study.parts:
@@ -117,7 +124,7 @@ def check(study: PoolingStudy) -> None:
             )
 
 
-def settings(study: PoolingStudy) -> dict[str, Any]:
+def study_settings(study: PoolingStudy) -> dict[str, Any]:
     """What the results depend on."""
     return {
         name: getattr(study, name)
@@ -125,11 +132,11 @@ def settings(study: PoolingStudy) -> dict[str, Any]:
     }
 
 
-def kept(part: str, study: PoolingStudy) -> dict[str, Any]:
+def load_or_run(part: str, study: PoolingStudy) -> dict[str, Any]:
     """The results of a part: those kept from before with the same settings, or new ones."""
     path = study.runs / f"{part}.json"
     made_by = {
-        **settings(study),
+        **study_settings(study),
         "data": str(study.data),
         "flags": cifar.FLAGS,
         "channels": CHANNELS,
@@ -143,20 +150,20 @@ def kept(part: str, study: PoolingStudy) -> dict[str, Any]:
         pass  # not there, or not whole: made again
     match part:
         case "planted":
-            found = planted_part(study)
+            found = run_planted(study)
         case "imagenette":
-            found = frozen_part(imagenette(data_folder(study.data)), study)
+            found = run_frozen(compute_imagenette(find_data(study.data)), study)
         case "cifar10-frozen":
-            found = frozen_part(own_tokens(study), study)
+            found = run_frozen(compute_own_tokens(study), study)
         case _:
-            found = trained_part(study)
-    found |= {"machine": machine()}
+            found = run_trained(study)
+    found |= {"machine": describe_machine()}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps({"made_by": made_by, "found": found}))
     return found
 
 
-def planted_part(study: PoolingStudy) -> dict[str, Any]:
+def run_planted(study: PoolingStudy) -> dict[str, Any]:
     """Accuracies and exponents where the answer is known."""
     results = planted.run(planted.Planted(seeds=study.seeds))
     ggem = results["GGeM"].accuracy  # each seed has its own images: over seeds alone
@@ -164,14 +171,14 @@ def planted_part(study: PoolingStudy) -> dict[str, Any]:
         name: mean(ggem - result.accuracy) for name, result in results.items() if name != "GGeM"
     }
     return {
-        "arms": {name: arm_of(result.correct, result.p) for name, result in results.items()},
+        "arms": {name: summarise_arm(result.correct, result.p) for name, result in results.items()},
         "differences": {
             f"GGeM less {name}": dataclasses.asdict(interval) for name, interval in less.items()
         },
     }
 
 
-def frozen_part(tokens: Tokens, study: PoolingStudy) -> dict[str, Any]:
+def run_frozen(tokens: Tokens, study: PoolingStudy) -> dict[str, Any]:
     """Every arm on the same tokens."""
     how = Probe(seeds=study.seeds, epochs=study.probe_epochs)
     arms, results = arms_of(tokens), {}
@@ -185,29 +192,29 @@ def frozen_part(tokens: Tokens, study: PoolingStudy) -> dict[str, Any]:
         print(said, file=sys.stderr, flush=True)
     ggem = results["GGeM"].correct
     differences = {
-        f"GGeM less {name}": difference(ggem, result.correct)
+        f"GGeM less {name}": compare(ggem, result.correct)
         for name, result in results.items()
         if name != "GGeM"
     }
     random = [
         result.correct for name, result in results.items() if name.startswith("GGeM, random groups")
     ]
-    differences["GGeM less GGeM, random groups"] = difference(
+    differences["GGeM less GGeM, random groups"] = compare(
         ggem, np.mean(random, axis=0)
     )  # all three draws
     return {
         "tokens": list(tokens.test.shape[1:]),
         "pictures": [len(tokens.train), len(tokens.test)],
         "heads": tokens.heads,
-        "arms": {name: arm_of(result.correct, result.p) for name, result in results.items()},
+        "arms": {name: summarise_arm(result.correct, result.p) for name, result in results.items()},
         "differences": differences,
-        "dependence": dependence_of_pooled(tokens, arms, results),
-        "amplification": amplification_of(tokens, arms, results),
-        "retrieval": retrieval_sweep(tokens),
+        "dependence": measure_pooled_dependence(tokens, arms, results),
+        "amplification": measure_amplification(tokens, arms, results),
+        "retrieval": sweep_retrieval(tokens),
     }
 
 
-def dependence_of_pooled(
+def measure_pooled_dependence(
     tokens: Tokens, arms: dict[str, Arm], results: dict[str, Probed]
 ) -> dict[str, Any]:
     """Scores between the blocks of the pooled vector, as many as heads: contiguous blocks, and
@@ -227,11 +234,11 @@ def dependence_of_pooled(
         pooled = [
             described(few, arms[name], own) for own in params[:3]
         ]  # as good as the same for all seeds
-        values[name] = dependence(pooled, blocks)
+        values[name] = measure_dependence(pooled, blocks)
     return values
 
 
-def dependence(
+def measure_dependence(
     descriptors: list[np.ndarray], blocks: dict[str, np.ndarray]
 ) -> dict[str, dict[str, list[float]]]:
     """Mean over pairs of blocks of each score, for each descriptor, by the kind of blocks."""
@@ -246,7 +253,7 @@ def dependence(
     }
 
 
-def amplification_of(
+def measure_amplification(
     tokens: Tokens, arms: dict[str, Arm], results: dict[str, Probed]
 ) -> dict[str, Any]:
     """Are the channels that tell classes apart made larger than others? Rank correlation of both,
@@ -271,7 +278,7 @@ def amplification_of(
     return found
 
 
-def retrieval_sweep(tokens: Tokens) -> dict[str, Any]:
+def sweep_retrieval(tokens: Tokens) -> dict[str, Any]:
     """Recall@1 and mAP@R of the test images by each other with nothing trained, for the fixed
     poolings and a sweep of p.
     """
@@ -296,18 +303,18 @@ def _without_parameters(pool: Callable[[Array], Array]) -> Pool:
     return lambda _, tokens: pool(tokens)
 
 
-def trained_part(study: PoolingStudy) -> dict[str, Any]:
+def run_trained(study: PoolingStudy) -> dict[str, Any]:
     """Networks trained end to end, and how much their heads depend on each other."""
-    data = cifar.images_of(data_folder(study.data) / "cifar10-jpeg", study.pictures)
+    data = cifar.read_cifar10(find_data(study.data) / "cifar10-jpeg", study.pictures)
     correct: dict[str, list[np.ndarray]] = {arm: [] for arm in cifar.ARMS}
     exponents: dict[str, list[np.ndarray]] = {arm: [] for arm in cifar.ARMS}
     scores: dict[str, list[dict[str, Any]]] = {arm: [] for arm in cifar.ARMS}
     for seed in range(study.trainings):
         for arm in cifar.ARMS:
-            network = cifar.trained(arm, seed, data, study.runs / "cifar10", study.epochs)
+            network = cifar.train_network(arm, seed, data, study.runs / "cifar10", study.epochs)
             correct[arm].append(network.predictions.top(1))
             exponents[arm].append(network.p)
-            scores[arm].append(dependence_of_heads(network, data))
+            scores[arm].append(measure_head_dependence(network, data))
             print(
                 f"cifar10, {arm}, seed {seed}: top-1 {correct[arm][-1].mean():.2%}",
                 file=sys.stderr,
@@ -315,29 +322,31 @@ def trained_part(study: PoolingStudy) -> dict[str, Any]:
             )
     arrays = {arm: np.array(values) for arm, values in correct.items()}
     differences = {
-        f"GGeM less {arm}": difference(arrays["GGeM"], values)
+        f"GGeM less {arm}": compare(arrays["GGeM"], values)
         for arm, values in arrays.items()
         if arm != "GGeM"
     }
     return {
-        "arms": {arm: arm_of(values, np.array(exponents[arm])) for arm, values in arrays.items()},
+        "arms": {
+            arm: summarise_arm(values, np.array(exponents[arm])) for arm, values in arrays.items()
+        },
         "differences": differences,
-        "dependence": {arm: merged(values) for arm, values in scores.items()},
+        "dependence": {arm: merge_seeds(values) for arm, values in scores.items()},
     }
 
 
-def dependence_of_heads(network: cifar.Network, data: Any) -> dict[str, Any]:
+def measure_head_dependence(network: cifar.Network, data: Any) -> dict[str, Any]:
     """Scores between the heads of the last attention, before they are mixed, and between the blocks
     of the descriptor; random blocks as the null.
     """
-    heads, descriptor = cifar.attention_and_descriptor(network, data[1].take(np.arange(EVIDENCE)))
+    heads, descriptor = cifar.describe_heads(network, data[1].take(np.arange(EVIDENCE)))
     d, count = descriptor.shape[1], network.config.model.heads
     named, drawn = diagnostics.contiguous(d, count), diagnostics.random_blocks(d, count, 0)
-    of_heads = dependence([heads], {"heads": named, "random channels of heads": drawn})
-    return of_heads | dependence([descriptor], {"blocks": named, "random": drawn})
+    of_heads = measure_dependence([heads], {"heads": named, "random channels of heads": drawn})
+    return of_heads | measure_dependence([descriptor], {"blocks": named, "random": drawn})
 
 
-def merged(values: list[dict[str, Any]]) -> dict[str, Any]:
+def merge_seeds(values: list[dict[str, Any]]) -> dict[str, Any]:
     """One list over seeds for each kind of blocks and score."""
     return {
         kind: {score: [own[kind][score][0] for own in values] for score in values[0][kind]}
@@ -345,7 +354,7 @@ def merged(values: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def imagenette(data: Path) -> Tokens:
+def compute_imagenette(data: Path) -> Tokens:
     """The last map of EfficientNet-Lite0, 7 x 7 places, of which `CHANNELS` channels are kept."""
     _, splits = read_packed(data / "imagenette-224-mini")
     try:
@@ -376,16 +385,16 @@ def imagenette(data: Path) -> Tokens:
     )
 
 
-def own_tokens(study: PoolingStudy) -> Tokens:
+def compute_own_tokens(study: PoolingStudy) -> Tokens:
     """Patch tokens, after the final norm, of the ViT that was trained with its class token and seed
     0.
     """
-    data = cifar.images_of(data_folder(study.data) / "cifar10-jpeg", study.pictures)
-    network = cifar.trained("class token", 0, data, study.runs / "cifar10", study.epochs)
+    data = cifar.read_cifar10(find_data(study.data) / "cifar10-jpeg", study.pictures)
+    network = cifar.train_network("class token", 0, data, study.runs / "cifar10", study.epochs)
     arrays: dict[str, np.ndarray] = {}
     for split, images in zip(("train", "test"), data, strict=True):
         few = images.take(np.arange(min(len(images), 4000)))  # their order mixes the classes
-        tokens = cifar.tokens_of(network, few)
+        tokens = cifar.compute_tokens(network, few)
         arrays |= {
             split: tokens[:, 1:],
             f"{split}_cls": tokens[:, 0],
@@ -394,7 +403,7 @@ def own_tokens(study: PoolingStudy) -> Tokens:
     return Tokens("cifar10-frozen", heads=network.config.model.heads, **arrays)
 
 
-def arm_of(correct: np.ndarray, p: np.ndarray) -> dict[str, Any]:
+def summarise_arm(correct: np.ndarray, p: np.ndarray) -> dict[str, Any]:
     """Accuracy with its interval over seeds, every seed, and the learned exponents."""
     accuracy = correct.mean(axis=1)
     return {
@@ -404,7 +413,7 @@ def arm_of(correct: np.ndarray, p: np.ndarray) -> dict[str, Any]:
     }
 
 
-def difference(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
+def compare(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
     """Accuracy of the first less that of the second, `(seeds, images)` each."""
     return dataclasses.asdict(pigeonhole_bootstrap(first.astype(float) - second))
 

@@ -29,10 +29,10 @@ import numpy as np
 from PIL import Image
 from tyro.conf import arg
 
-from eval.descriptors import POOLINGS, describe, make_extractor, vary_pooling
+from eval.descriptors import POOLINGS, describe_images, make_extractor, vary_pooling
 from eval.rerankers import Name, Rerank, ranked, reranked
 from eval.statistics import bootstrap
-from eval.tables import columns, format_cell, write_rows
+from eval.tables import format_cell, interval_columns, write_rows
 from ggem_jax.descriptors.settings import DescriptorSettings
 from ggem_jax.files.images import RGB, read_image
 from ggem_jax.retrieval.expansion import augment_database
@@ -64,7 +64,7 @@ class Study:
             raise ValueError(f"--drawers must be from 1 to {DRAWERS}, it is {self.drawers}")
 
 
-def data_folder(data: Path | None) -> Path:
+def find_data(data: Path | None) -> Path:
     """The folder of the sets: the one given, or that in the folder that GGEM_SHARED names."""
     found = data or (
         Path(os.environ["GGEM_SHARED"]) / "data" if "GGEM_SHARED" in os.environ else None
@@ -106,7 +106,7 @@ def corridor(data: Path, study: Study) -> Set:
     """Two runs along one corridor: the frames of the first are queries, those of the second the
     database; about five frames are right.
     """
-    archive, names = _opened(data / "corridor-vpr" / "corridor.zip")
+    archive, names = _open_zip(data / "corridor-vpr" / "corridor.zip")
     (truth_name,) = [name for name in archive.namelist() if name.endswith("ground_truth.json")]
     truth = json.loads(archive.read(truth_name))
     queries, references = (
@@ -116,12 +116,12 @@ def corridor(data: Path, study: Study) -> Set:
     relevance = [Relevance(np.array(right, int), np.array([], int)) for right in truth]
     return Set(
         names,
-        _reader(archive),
+        _make_reader(archive),
         np.array(references),
         np.array(queries),
         relevance,
         320,
-        lambda image: _grey(image, 32),
+        lambda image: _shrink_to_grey(image, 32),
     )
 
 
@@ -132,7 +132,7 @@ def omniglot(data: Path, study: Study) -> Set:
     Once more with the drawers of the queries apart from the database: database augmentation must
     not see a query among the neighbours.
     """
-    archive, names = _opened(data / "omniglot-small" / "images_background_small1.zip")
+    archive, names = _open_zip(data / "omniglot-small" / "images_background_small1.zip")
     character = np.unique([name.rpartition("/")[0] for name in names], return_inverse=True)[1]
     drawer = np.array([int(name.rpartition("_")[2].removesuffix(".png")) for name in names])
     queries = np.flatnonzero(drawer <= study.drawers)
@@ -143,12 +143,12 @@ def omniglot(data: Path, study: Study) -> Set:
     expansion = Rerank(qe_neighbors=5, alpha=3.0)
     every = Set(
         names,
-        _reader(archive),
+        _make_reader(archive),
         np.arange(len(names)),
         queries,
         relevance,
         160,
-        lambda image: 255 - _grey(image, 28),
+        lambda image: 255 - _shrink_to_grey(image, 28),
         expansion,
     )
     others = np.flatnonzero(drawer > study.drawers)
@@ -168,11 +168,11 @@ def landmark(data: Path, study: Study) -> Set:
     """Ten photos of one church, each a query for the other nine, among 2,000 photographs of ten
     other things.
     """
-    archive, distractors = _opened(data / "imagenette-224-mini" / "imagenette224_mini.zip")
+    archive, distractors = _open_zip(data / "imagenette-224-mini" / "imagenette224_mini.zip")
     photos = sorted(str(path) for path in (data / "landmark-photos" / "sacre_coeur").glob("*.jpg"))
     if not photos:
         raise Refused(f"{data / 'landmark-photos' / 'sacre_coeur'} has no photos")
-    own, inside = set(photos), _reader(archive)
+    own, inside = set(photos), _make_reader(archive)
     every = np.arange(len(photos))
     relevance = [Relevance(np.setdiff1d(every, [i]), np.array([i])) for i in every]
     names = photos + distractors
@@ -181,7 +181,13 @@ def landmark(data: Path, study: Study) -> Set:
         return read_image(Path(name)) if name in own else inside(name)
 
     return Set(
-        names, read, np.arange(len(names)), every, relevance, 224, lambda image: _grey(image, 32)
+        names,
+        read,
+        np.arange(len(names)),
+        every,
+        relevance,
+        224,
+        lambda image: _shrink_to_grey(image, 32),
     )
 
 
@@ -192,7 +198,7 @@ SETS: dict[str, Callable[[Path, Study], Set]] = {
 }
 
 
-def _opened(path: Path) -> tuple[zipfile.ZipFile, list[str]]:
+def _open_zip(path: Path) -> tuple[zipfile.ZipFile, list[str]]:
     try:
         archive = zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
@@ -207,11 +213,11 @@ def _opened(path: Path) -> tuple[zipfile.ZipFile, list[str]]:
     return archive, sorted(names)
 
 
-def _reader(archive: zipfile.ZipFile) -> Callable[[str], RGB]:
+def _make_reader(archive: zipfile.ZipFile) -> Callable[[str], RGB]:
     return lambda name: read_image(archive.read(name), name=name)
 
 
-def _grey(image: RGB, side: int) -> np.ndarray:
+def _shrink_to_grey(image: RGB, side: int) -> np.ndarray:
     return np.asarray(
         Image.fromarray(image).convert("L").resize((side, side), Image.Resampling.BOX), np.float32
     )
@@ -226,21 +232,21 @@ class Cell:
     # mean average precision as others count it: the mean of the precisions at all positives
     mean_of_precisions: float
 
-    def columns(self, average: "Cell | None", none: "Cell | None") -> dict[str, Any]:
+    def make_columns(self, average: "Cell | None", none: "Cell | None") -> dict[str, Any]:
         """Both measures with their intervals, and their differences to two other cells where there
         are such.
         """
         row: dict[str, Any] = {}
         for name in ("recall_at_1", "average_precision"):
             values = getattr(self, name)
-            row |= columns(name, bootstrap(values))
+            row |= interval_columns(name, bootstrap(values))
             for against, other in (("average", average), ("none", none)):
                 difference = None if other is None else bootstrap(values - getattr(other, name))
-                row |= columns(f"{name}_less_{against}", difference)
+                row |= interval_columns(f"{name}_less_{against}", difference)
         return {**row, "mean_of_precisions": f"{self.mean_of_precisions:.4f}"}
 
 
-def measured(ids: np.ndarray, relevance: list[Relevance]) -> Cell:
+def measure(ids: np.ndarray, relevance: list[Relevance]) -> Cell:
     found = [
         positive_ranks(row, own) for row, own in zip(ids, relevance, strict=True)
     ]  # all of them: rankings are whole
@@ -252,19 +258,19 @@ def measured(ids: np.ndarray, relevance: list[Relevance]) -> Cell:
     )
 
 
-def cells_of(vectors: np.ndarray, own: Set, rerank: Rerank) -> dict[Name, Cell]:
+def measure_rerankers(vectors: np.ndarray, own: Set, rerank: Rerank) -> dict[Name, Cell]:
     """Every reranker on one pooling's descriptors."""
     queries, database = vectors[own.queries], jax.device_put(vectors[own.database])
     initial = ranked(queries, database, own=own.own)
     return {
-        name: measured(
+        name: measure(
             reranked(name, queries, database, initial, rerank, own=own.own), own.relevance
         )
         for name in get_args(Name)
     }
 
 
-def unit_pixels(own: Set, names: Sequence[str]) -> np.ndarray:
+def make_unit_pixels(own: Set, names: Sequence[str]) -> np.ndarray:
     """The reference point without a network, `(n, d)`: small grey images less their mean, as unit
     vectors.
     """
@@ -274,23 +280,23 @@ def unit_pixels(own: Set, names: Sequence[str]) -> np.ndarray:
     return pixels
 
 
-def rows_of_pixels(name: str, own: Set) -> Iterator[dict[str, Any]]:
+def measure_pixels(name: str, own: Set) -> Iterator[dict[str, Any]]:
     """The reference points that need no network."""
-    pixels = unit_pixels(own, own.names)
+    pixels = make_unit_pixels(own, own.names)
     initial = ranked(pixels[own.queries], pixels[own.database], own=own.own)
-    cells = {"none": measured(np.asarray(initial.ids), own.relevance)}
+    cells = {"none": measure(np.asarray(initial.ids), own.relevance)}
     if own.pixels_expansion is not None:
-        cells["queries and database expanded, 5 neighbours"] = measured(
-            _expanded_both(pixels, own), own.relevance
+        cells["queries and database expanded, 5 neighbours"] = measure(
+            _expand_both(pixels, own), own.relevance
         )
     for reranker, cell in cells.items():
         none = None if reranker == "none" else cells["none"]
         yield {"set": name, "queries": len(own.queries), "database": len(own.database),
         "longest_side": "", "pooling": "pixels",
-               "reranker": reranker, **cell.columns(None, none)}  # fmt: skip
+               "reranker": reranker, **cell.make_columns(None, none)}  # fmt: skip
 
 
-def _expanded_both(vectors: np.ndarray, own: Set) -> np.ndarray:
+def _expand_both(vectors: np.ndarray, own: Set) -> np.ndarray:
     """Queries and database by the means of themselves and their nearest."""
     how = own.pixels_expansion
     assert how is not None
@@ -302,12 +308,12 @@ def _expanded_both(vectors: np.ndarray, own: Set) -> np.ndarray:
     return np.asarray(ranked(augmented[own.own], augmented, own=own.own).ids)
 
 
-def rows_of(name: str, own: Set, rerank: Rerank) -> Iterator[dict[str, Any]]:
+def measure_set(name: str, own: Set, rerank: Rerank) -> Iterator[dict[str, Any]]:
     """A row for each pooling and reranker, of the set and its other views."""
     settings = vary_pooling(DescriptorSettings(longest_side=own.longest_side))
     began = time.perf_counter()
     extractor = make_extractor(list(settings.values()))
-    vectors = describe(extractor, map(own.read, own.names), own.names, name)
+    vectors = describe_images(extractor, map(own.read, own.names), own.names, name)
     print(
         f"{name}: {len(own.names)} images described in {time.perf_counter() - began:.0f} s",
         file=sys.stderr,
@@ -315,7 +321,7 @@ def rows_of(name: str, own: Set, rerank: Rerank) -> Iterator[dict[str, Any]]:
     )
     for view, one in {name: own, **own.views}.items():
         cells = {
-            pooling: cells_of(np.ascontiguousarray(vectors[:, i]), one, rerank)
+            pooling: measure_rerankers(np.ascontiguousarray(vectors[:, i]), one, rerank)
             for i, pooling in enumerate(POOLINGS)
         }
         print(
@@ -329,11 +335,11 @@ def rows_of(name: str, own: Set, rerank: Rerank) -> Iterator[dict[str, Any]]:
                 none = None if reranker == "none" else by_reranker["none"]
                 yield {"set": view, "queries": len(one.queries), "database": len(one.database),
                 "longest_side": one.longest_side,
-                       "pooling": pooling, "reranker": reranker, **cell.columns(average,
+                       "pooling": pooling, "reranker": reranker, **cell.make_columns(average,
                        none)}  # fmt: skip
 
 
-def machine() -> dict[str, str]:
+def describe_machine() -> dict[str, str]:
     device = jax.devices()[0]
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -350,7 +356,7 @@ def machine() -> dict[str, str]:
 def main(argv: list[str] | None = None) -> None:
     with one_sentence("eval.studies.retrieval"):
         study = parse(Study, argv, "eval.studies.retrieval", default=Study())
-        data = data_folder(study.data)
+        data = find_data(study.data)
         if unknown := set(study.sets) - set(SETS):
             raise Refused(
                 f"--sets must be among {', '.join(SETS)}, not {', '.join(sorted(unknown))}"
@@ -361,16 +367,16 @@ def main(argv: list[str] | None = None) -> None:
                 data, dataclasses.replace(study, drawers=DRAWERS)
             )  # pixels are cheap: all queries
             own = [
-                *rows_of_pixels(name, every),
-                *rows_of(name, SETS[name](data, study), study.rerank),
+                *measure_pixels(name, every),
+                *measure_set(name, SETS[name](data, study), study.rerank),
             ]
-            rows += [{**machine(), **row} for row in own]
+            rows += [{**describe_machine(), **row} for row in own]
             for view in dict.fromkeys(row["set"] for row in own):
-                print(markdown([row for row in own if row["set"] == view]), flush=True)
+                print(make_set_tables([row for row in own if row["set"] == view]), flush=True)
         write_rows(study.out, rows)
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
+def make_set_tables(rows: list[dict[str, Any]]) -> str:
     """The tables of one set: a line for each pooling, a column for each reranker; both measures, in
     percent.
     """
