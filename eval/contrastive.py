@@ -1,11 +1,10 @@
-"""How well a trained pair of towers finds texts and images, and classifies by words: python -m
-eval.contrastive RUN [OTHER].
+"""Evaluates trained pairs of towers: python -m eval.contrastive RUN [OTHER].
 
-Prints recall@k from images to texts and back, beside what a random order would find, from the
-newest checkpoint of a run of `train.contrastive`. A text is right for an image if it is one of the
-image's captions, so where captions are class names every image of the class is right.
-`--zero-shot SOURCE` classifies images by the descriptions of their classes. With a second run
-also paired tests on the same images; `--json` prints one JSON object instead.
+Prints recall@k from images to texts and back, beside the recall of a random order, from the newest
+checkpoint of a run of `train.contrastive`. A text is right for an image if it is one of the image's
+captions, so where captions are class names every image of the class is right. `--zero-shot SOURCE`
+classifies images by the words of their classes. With a second run it also prints paired tests on
+the same images; `--json` prints one JSON object instead.
 """
 
 import dataclasses
@@ -66,7 +65,7 @@ class ContrastiveOptions(RunOptions):
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """Images classified by the descriptions of their classes."""
+    """Images classified by the words of their classes."""
 
     index: np.ndarray  # (n,) number of the image in its split
     digest: np.ndarray  # (n,) of the images as they were read
@@ -87,6 +86,7 @@ class ContrastiveResult(RunResult):
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs the script."""
     with one_sentence("eval.contrastive"):
         options = parse(ContrastiveOptions, argv, "eval.contrastive")
         results = [evaluate_run(run, options) for run in options.runs]
@@ -98,7 +98,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def evaluate_run(run: Path, how: ContrastiveOptions) -> ContrastiveResult:
-    """Evaluates the newest checkpoint of a run."""
+    """Evaluates the newest checkpoint of a run.
+
+    Raises:
+        Refused: it is no such run, or the images cannot be read.
+    """
     trained, _ = read_run(run, ContrastiveConfig)
     data = how.data_of(trained.data)
     # another source has its own splits
@@ -136,22 +140,33 @@ class Model:
         self.params, self.step = state.evaluated, int(state.step)
 
     def describe(self, eval_set: Captioned) -> PairDescriptors:
+        """Returns the descriptors of the images and captions of a split."""
         return describe(self.steps, self.towers, self.params, eval_set, self.tokenizer, self.config)
 
     def texts(self, texts: tuple[str, ...]) -> np.ndarray:
+        """Returns the descriptors of texts, `(t, embed)`."""
         return describe_texts(
             self.steps, self.towers, self.params, texts, self.tokenizer, self.config
         )
 
     def images(self, images: Images) -> dict[str, np.ndarray]:
+        """Returns descriptors, labels, numbers and digests of the readable images of a split."""
         return compute_outputs(self.steps, self.params, images, self.config)
 
 
 def text_of(
     source: str, trained: ContrastiveConfig, templates: tuple[str, ...] | None, names: Path | None
 ) -> Text:
-    """How captions of a source are made: as asked for, otherwise as in the run, whose names of
-    classes are those of its own source only.
+    """Returns how the captions of a source are made.
+
+    Args:
+        source: as `--data` names it.
+        trained: the settings of the run.
+        templates: those that were asked for; `None` takes the run's.
+        names: the file that was asked for; `None` takes the run's, if the source is the run's own.
+
+    Raises:
+        Refused: the settings do not fit.
     """
     has_captions = source.startswith(("csv:", "wds:"))
     if templates is None and not has_captions:
@@ -165,8 +180,15 @@ def text_of(
 
 
 def classify(model: Model, text: Text, source: str) -> ZeroShot:
-    """Gives each image the class whose prompts, averaged over the templates, are nearest: CLIP,
-    section 3.1.
+    """Returns each image's class: the one whose prompts, averaged over the templates, are nearest.
+
+    Args:
+        model: the towers.
+        text: how prompts are made of class names.
+        source: of the images, as `--data` names it.
+
+    Reference: Radford et al., "Learning Transferable Visual Models From Natural Language
+    Supervision", 2021, arXiv:2103.00020, section 3.1.
     """
     data = dataclasses.replace(model.config.data, source=source)
     if source != model.config.data.source:
@@ -216,7 +238,7 @@ def compare(first: ContrastiveResult, second: ContrastiveResult) -> dict[str, Pa
 def as_json(
     results: list[ContrastiveResult], tests: dict[str, PairedTest] | None
 ) -> dict[str, Any]:
-    """What `--json` prints."""
+    """Returns what `--json` prints."""
     paired_tests = (
         None if tests is None else {name: dataclasses.asdict(test) for name, test in tests.items()}
     )

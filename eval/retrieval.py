@@ -1,11 +1,12 @@
-"""How well one's own images are found: python -m eval.retrieval TRUTH
+"""Evaluates retrieval on your own images: python -m eval.retrieval TRUTH
 
-TRUTH is a CSV file with the columns query and relevant, and if need be ignored, x1, y1, x2, y2 (see
-`ggem_jax.retrieval.tool.truth`), or a folder with a sub-folder for each class, where every other
-image of its folder is relevant for an image. The database is every image under the root; a
-query's own image is left out of its results unless it is listed as relevant. Prints mean average
-precision, mean precision and recall at k (whether one relevant image at least is among the first
-k) with 95 % bootstrap intervals over queries. `--table` compares all poolings with all rerankers.
+TRUTH is a CSV file with the columns query and relevant, and optionally ignored, x1, y1, x2, y2 (see
+`ggem_jax.retrieval.tool.truth`), or a folder with a sub-folder for each class, in which the other
+images of a folder are relevant for each of its images. The database is every image under the root;
+a query's own image is left out of its results unless it is listed as relevant. Prints mean average
+precision, mean precision at k, and recall at k (whether at least one relevant image is among the
+first k), with 95 % bootstrap intervals over queries. `--table` compares all poolings with all
+rerankers.
 """
 
 import dataclasses
@@ -35,14 +36,12 @@ from train.cli import Refused, one_sentence, parse
 
 @dataclass(frozen=True)
 class Retrieval:
-    """How well one's own images are found, with ground truth from a CSV file or from class
-    folders.
-    """
+    """Retrieval on your own images, with ground truth from a CSV file or from class folders."""
 
     truth: Positional[Path]  # CSV file of queries, or folder with a sub-folder for each class
     root: Path | None = None  # what the paths in the CSV file are relative to; None: its folder
     database: Path | None = None  # folder of the images that are searched; None: the root
-    rerank: tuple[Name, ...] = ("none",)  # one line of the table each
+    rerank: tuple[Name, ...] = ("none",)  # rerankers, one line of the table each
     # all poolings with all rerankers, whatever --rerank, --pooling, --regional, --scales and
     # --scale-gem say
     table: bool = False
@@ -64,7 +63,7 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class RetrievalTask:
-    """What is searched and what for."""
+    """The images that are searched, the queries, and what they should find."""
 
     database: list[Path]
     queries: list[tuple[Path, tuple[float, ...] | None]]  # image and box
@@ -72,7 +71,7 @@ class RetrievalTask:
 
     @property
     def own(self) -> np.ndarray:
-        """The row of each query's own image where that is to be left out, or -1."""
+        """The row of each query's own image where that is to be left out, otherwise -1."""
         row = {path: i for i, path in enumerate(self.database)}
         return np.array(
             [
@@ -84,7 +83,7 @@ class RetrievalTask:
 
 @dataclass(frozen=True)
 class Result:
-    """One pooling with one reranker."""
+    """The measures of one pooling with one reranker."""
 
     pooling: str
     rerank: Name
@@ -92,6 +91,7 @@ class Result:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs the script."""
     with one_sentence("eval.retrieval"):
         config = parse(Retrieval, argv, "eval.retrieval")
         task = read_class_folders(config.truth) if config.truth.is_dir() else read_csv(config)
@@ -105,7 +105,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read_csv(config: Retrieval) -> RetrievalTask:
-    """The queries of a CSV file, in all images under a folder."""
+    """Returns the queries of a CSV file over all images under a folder.
+
+    Raises:
+        Refused: the file or the folder cannot be read.
+    """
     root = Path(os.path.abspath(config.truth.parent if config.root is None else config.root))
     try:
         queries: list[Query] = read_truth(config.truth, root=root)
@@ -122,7 +126,7 @@ def read_csv(config: Retrieval) -> RetrievalTask:
 
 
 def read_class_folders(folder: Path) -> RetrievalTask:
-    """Every image is a query for the others in its own folder."""
+    """Returns the task in which every image is a query for the others in its folder."""
     database = list_images(folder)
     members: dict[Path, list[int]] = {}
     for i, path in enumerate(database):
@@ -135,7 +139,7 @@ def read_class_folders(folder: Path) -> RetrievalTask:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """All images under a folder."""
+    """Returns all images under a folder; raises `Refused` where there is none."""
     listing = walk(folder, apart=folder / ".none")
     if listing.skipped:
         raise Refused(listing.skipped[0].why)
@@ -145,7 +149,7 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def evaluate(config: Retrieval, task: RetrievalTask) -> list[Result]:
-    """Every reranker that is asked for on the descriptors that are asked for."""
+    """Returns the measures of every pooling with every reranker that was asked for."""
     settings = (
         vary_pooling(config.descriptor)
         if config.table
@@ -163,7 +167,7 @@ def evaluate(config: Retrieval, task: RetrievalTask) -> list[Result]:
 
 
 def name_pooling(settings: DescriptorSettings) -> str:
-    """`gem+, regional, 3 scales`"""
+    """Returns the pooling in words, such as `gem+, regional, 3 scales`."""
     parts = [
         settings.pooling,
         "regional" if settings.regional else "",
@@ -175,8 +179,9 @@ def name_pooling(settings: DescriptorSettings) -> str:
 def describe_task(
     settings: Sequence[DescriptorSettings], task: RetrievalTask
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Descriptors `(n, settings, d)` of queries and database; a query without a box that is in the
-    database is described once.
+    """Returns the descriptors of queries and database, `(n, settings, d)` each.
+
+    A query without a box that is in the database is described once.
     """
     extractor = make_extractor(settings if len(settings) > 1 else settings[0])
     names = [shown(str(path)) for path in task.database]
@@ -199,7 +204,13 @@ def describe_task(
 def measure(
     ids: np.ndarray, relevance: Sequence[Relevance], kappas: Sequence[int]
 ) -> dict[str, Interval]:
-    """Means over the queries with relevant task."""
+    """Returns the means over the queries that have relevant images, by the name of the measure.
+
+    Args:
+        ids: `(queries, n)` rankings, as rows of the database.
+        relevance: of each query.
+        kappas: numbers of results for precision and recall.
+    """
     found, recall = scores(ids, relevance, kappas=kappas), recall_at(ids, relevance, kappas=kappas)
     measures = {"mAP": bootstrap(found.average_precision)}
     measures |= {
@@ -211,7 +222,7 @@ def measure(
 
 
 def as_json(config: Retrieval, task: RetrievalTask, results: list[Result]) -> dict[str, Any]:
-    """What `--json` prints."""
+    """Returns what `--json` prints."""
     return {
         "truth": str(config.truth),
         "database": len(task.database),

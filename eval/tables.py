@@ -1,4 +1,4 @@
-"""Intervals in rows of CSV files and in tables of Markdown."""
+"""Intervals in rows of CSV files, and tables in Markdown."""
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
@@ -14,7 +14,7 @@ ENDS = {"": "value", "_low": "low", "_high": "high"}
 
 
 def interval_columns(name: str, interval: Interval | None) -> dict[str, str]:
-    """Three columns of a row: `name`, `name_low` and `name_high`, empty where there is nothing."""
+    """Returns the columns `name`, `name_low` and `name_high`; empty where there is no interval."""
     return {
         f"{name}{end}": "" if interval is None else f"{getattr(interval, field):.4f}"
         for end, field in ENDS.items()
@@ -22,7 +22,10 @@ def interval_columns(name: str, interval: Interval | None) -> dict[str, str]:
 
 
 def format_cell(row: Mapping[str, Any], name: str) -> str:
-    """What `columns` wrote, in percent; with its sign where it is a difference, `..._less_...`."""
+    """Returns what `interval_columns` wrote, in percent.
+
+    Differences, whose names hold `_less_`, get their sign.
+    """
     if row[name] == "":
         return ""
     return format_interval(
@@ -33,7 +36,7 @@ def format_cell(row: Mapping[str, Any], name: str) -> str:
 def format_interval(
     interval: Interval, *, percent: bool = True, digits: int = 2, sign: bool = False
 ) -> str:
-    """Value and ends; the value alone where it has no interval."""
+    """Returns value and ends; the value alone where it has no interval."""
     factor = 100 if percent else 1
     value = f"{factor * interval.value:{'+' if sign else ''}.{digits}f}"
     if not np.isfinite([interval.low, interval.high]).all():
@@ -42,7 +45,7 @@ def format_interval(
 
 
 def make_table(heads: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
-    """A table with its last line ended."""
+    """Returns a table in Markdown that ends with a line break."""
     lines = [
         f"| {' | '.join(heads)} |",
         f"|{' --- |' * len(heads)}",

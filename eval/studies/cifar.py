@@ -1,5 +1,6 @@
-"""Small Vision Transformers trained from scratch on CIFAR-10 with different poolings: the
-end-to-end part of `eval.studies.pooling`.
+"""Small Vision Transformers trained from scratch on CIFAR-10 with different poolings.
+
+They are the end-to-end part of `eval.studies.pooling`.
 """
 
 from collections.abc import Iterator
@@ -43,8 +44,11 @@ FLAGS = [
 
 
 def read_cifar10(packed: Path, count: int) -> tuple[Images, Images]:
-    """`count` training images of the packed CIFAR-10, evenly spaced, and all its test images,
-    in memory.
+    """Returns `count` evenly spaced training images of CIFAR-10 and all its test images.
+
+    Args:
+        packed: folder with the packed data set, as `train.prepare` reads it.
+        count: number of training images.
     """
     classes, splits = read_packed(packed)
 
@@ -59,20 +63,12 @@ def read_cifar10(packed: Path, count: int) -> tuple[Images, Images]:
 
 
 def make_config(arm: str, seed: int, runs: Path, epochs: float) -> Config:
-    """The config of one training."""
+    """Returns the settings of one training."""
     folder = runs / f"{arm.replace(' ', '-').lower()}-{seed}"
     flags = [
-        *FLAGS,
-        *ARMS[arm],
-        "--data",
-        "cifar10",
-        "--seed",
-        str(seed),
-        "--epochs",
-        str(epochs),
-        "--out",
-        str(folder),
-    ]
+        *FLAGS, *ARMS[arm], "--data", "cifar10", "--seed", str(seed), "--epochs", str(epochs),
+        "--out", str(folder),
+    ]  # fmt: skip
     return load_config(Config, flags, "eval.studies.pooling")
 
 
@@ -89,7 +85,15 @@ class Network:
 def train_network(
     arm: str, seed: int, data: tuple[Images, Images], runs: Path, epochs: float
 ) -> Network:
-    """Trains a network, or goes on with it."""
+    """Trains a network, or resumes its run.
+
+    Args:
+        arm: its pooling, a name in `ARMS`.
+        seed: of the training.
+        data: training and test images.
+        runs: folder of the runs.
+        epochs: of the training.
+    """
     config = make_config(arm, seed, runs, epochs)
     run = train_in_study(train, config, data=data)
     params = jax.tree.map(np.asarray, run.state.evaluated)
@@ -102,8 +106,9 @@ def train_network(
 
 
 def describe_heads(network: Network, images: Images) -> tuple[np.ndarray, np.ndarray]:
-    """Of each image the output of the last attention's heads, `(n, d)` head by head, meaned over
-    the patches, and the descriptor `(n, d)`.
+    """Returns the outputs of the last attention's heads and the descriptors, `(n, d)` each.
+
+    The outputs stand head by head, each the mean over the patches.
     """
     config = network.config.model
     model = build_model(network.config, len(images.classes))
@@ -123,7 +128,7 @@ def describe_heads(network: Network, images: Images) -> tuple[np.ndarray, np.nda
 
 
 def compute_tokens(network: Network, images: Images) -> np.ndarray:
-    """Tokens after the final norm, the class token first, `(n, tokens, d)` in float16."""
+    """Returns the tokens after the final norm, `(n, tokens, d)` float16, the class token first."""
     model = build_model(network.config, len(images.classes))
 
     @jax.jit
@@ -137,6 +142,6 @@ def compute_tokens(network: Network, images: Images) -> np.ndarray:
 
 
 def make_batches(network: Network, images: Images) -> Iterator[Float[Array, "b h w 3"]]:
-    """Batches of the images as the network takes them; the last one is filled up."""
+    """Yields the images in batches as the network takes them; the last batch is filled up."""
     for batch in eval_batches(images, network.config):
         yield normalise(jnp.asarray(batch["image"]), network.config.data)

@@ -1,12 +1,11 @@
-"""What a pooling did to the channels: how much blocks of them depend on each other, and which of
-them it made larger.
+"""What a pooling did to the channels: how much blocks of them depend on each other, and more.
 
-Descriptors are `(n, d)`, one row for each image; a block is a group of channels of equal size,
-and `blocks` says which: `(groups, d / groups)` numbers of channels, as `contiguous`, `interleaved`
-and `random_blocks` give them. Everything is computed in float64 with NumPy; memory grows with n^2
-for `hsic`. The scores of dependence are those of the sample: of independent blocks they are above 0
-by an amount that falls with n and grows with the channels, so compare them at equal n, and with
-random blocks. Errors: `ValueError` for shapes that do not fit.
+Descriptors are `(n, d)`, one row for each image. A block is a group of channels of equal size;
+`blocks` are `(groups, d / groups)` numbers of channels, as `contiguous`, `interleaved` and
+`random_blocks` return them. Everything is computed in float64 with NumPy; the memory of `hsic`
+grows with n^2. Scores of dependence are those of the sample: for independent blocks they lie above
+0 by an amount that falls with n and grows with the channels, so compare them at equal n, and with
+random blocks. Shapes that do not fit raise `ValueError`.
 """
 
 from collections.abc import Callable
@@ -20,20 +19,27 @@ Blocks = Int[np.ndarray, "groups size"]
 
 
 def contiguous(d: int, groups: int) -> Blocks:
-    """Block g has the channels g d/groups ... (g + 1) d/groups - 1."""
+    """Returns blocks of neighbouring channels, `(groups, d / groups)`.
+
+    Block g has the channels g d/groups ... (g + 1) d/groups - 1.
+    """
     _require_groups(d, groups)
     return np.arange(d).reshape(groups, -1)
 
 
 def interleaved(d: int, groups: int) -> Blocks:
-    """Block g has the channels g, g + groups, g + 2 groups, ..."""
+    """Returns interleaved blocks of channels, `(groups, d / groups)`.
+
+    Block g has the channels g, g + groups, g + 2 groups, ...
+    """
     _require_groups(d, groups)
     return np.arange(d).reshape(-1, groups).T
 
 
 def random_blocks(d: int, groups: int, seed: int) -> Blocks:
-    """Blocks of channels drawn at random: the null that blocks which mean something are compared
-    with.
+    """Returns blocks of channels drawn at random, `(groups, d / groups)`.
+
+    They are the null that meaningful blocks are compared with.
     """
     _require_groups(d, groups)
     return np.random.default_rng(seed).permutation(d).reshape(groups, -1)
@@ -44,14 +50,21 @@ def block_dependence(
     blocks: Blocks,
     score: Callable[[np.ndarray, np.ndarray], float],
 ) -> Float[np.ndarray, " pairs"]:
-    """A score of dependence, such as `linear_cka`, of every pair of blocks."""
+    """Returns a score of dependence of every pair of blocks, `(pairs,)`.
+
+    Args:
+        descriptors: `(n, d)`.
+        blocks: `(groups, d / groups)` numbers of channels.
+        score: a function of two blocks `(n, size)`, such as `linear_cka`.
+    """
     x = _as_matrix(descriptors)
     return np.array([score(x[:, one], x[:, other]) for one, other in combinations(blocks, 2)])
 
 
 def mean_correlation(x: Float[np.ndarray, "n a"], y: Float[np.ndarray, "n b"]) -> float:
-    """Mean absolute Pearson correlation of the channels of one block with those of the other;
-    constant channels count as uncorrelated.
+    """Returns the mean absolute Pearson correlation between the channels of two blocks.
+
+    Constant channels count as uncorrelated.
     """
     x, y = _centre(x), _centre(y)
     lengths = np.outer(np.linalg.norm(x, axis=0), np.linalg.norm(y, axis=0))
@@ -59,22 +72,25 @@ def mean_correlation(x: Float[np.ndarray, "n a"], y: Float[np.ndarray, "n b"]) -
 
 
 def linear_cka(x: Float[np.ndarray, "n a"], y: Float[np.ndarray, "n b"]) -> float:
-    """Linear centred kernel alignment, ||X^T Y||^2 / (||X^T X|| ||Y^T Y||) of centred columns: 0
-    for uncorrelated, 1 for equal up to rotation.
+    """Returns the linear centred kernel alignment of two blocks, from 0 to 1.
+
+    ||X^T Y||^2 / (||X^T X|| ||Y^T Y||) of centred columns: 0 for uncorrelated blocks, 1 for blocks
+    that are equal up to a rotation.
 
     Reference: Kornblith et al., "Similarity of Neural Network Representations Revisited", 2019,
-        arXiv:1905.00414, section 3.
+    arXiv:1905.00414, section 3.
     """
     x, y = _centre(x), _centre(y)
     return _divide(np.sum((x.T @ y) ** 2), float(np.linalg.norm(x.T @ x) * np.linalg.norm(y.T @ y)))
 
 
 def hsic(x: Float[np.ndarray, "n a"], y: Float[np.ndarray, "n b"]) -> float:
-    """Normalised Hilbert-Schmidt independence criterion, kernels exp(-distance^2 / its median): 0
-    for independent, 1 for equal.
+    """Returns the normalised Hilbert-Schmidt independence criterion of two blocks, from 0 to 1.
+
+    The kernels are exp(-distance^2 / its median): 0 for independent blocks, 1 for equal ones.
 
     Reference: Gretton et al., "Measuring Statistical Dependence with Hilbert-Schmidt Norms", 2005;
-        normalised as in arXiv:1905.00414.
+    normalised as in arXiv:1905.00414.
     """
     kernels = [_gaussian_kernel(_centre(block)) for block in (x, y)]
     k, m = (
@@ -94,8 +110,13 @@ DEPENDENCE: dict[str, Callable[[np.ndarray, np.ndarray], float]] = {
 def amplification(
     pooled: Float[np.ndarray, "n d"], reference: Float[np.ndarray, "n d"]
 ) -> Float[np.ndarray, " d"]:
-    """How much larger each channel is than under a reference pooling, such as the average of what
-    is positive: ratio of the means over images.
+    """Returns how much larger each channel is than under a reference pooling, `(d,)`.
+
+    It is the ratio of the means over images; 0 where the reference is not positive.
+
+    Args:
+        pooled: `(n, d)` descriptors.
+        reference: `(n, d)` descriptors under the reference, such as the average of positive values.
     """
     pooled, reference = _as_matrix(pooled), _as_matrix(reference)
     if pooled.shape != reference.shape:
@@ -109,8 +130,14 @@ def amplification(
 def fisher_scores(
     descriptors: Float[np.ndarray, "n d"], labels: Int[np.ndarray, " n"]
 ) -> Float[np.ndarray, " d"]:
-    """How well each channel tells classes apart: variance of the class means over the mean variance
-    inside classes, weighted by their images.
+    """Returns how well each channel separates the classes, `(d,)`.
+
+    It is the variance of the class means over the mean variance inside classes, weighted by their
+    images.
+
+    Args:
+        descriptors: `(n, d)`.
+        labels: `(n,)`.
     """
     x, labels = _as_matrix(descriptors), np.asarray(labels)
     if labels.shape != x.shape[:1]:
@@ -124,9 +151,7 @@ def fisher_scores(
 
 
 def rank_correlation(a: Float[np.ndarray, " d"], b: Float[np.ndarray, " d"]) -> float:
-    """Spearman's correlation of two scores of the channels, equal ones sharing their rank; 0 where
-    one of them is constant.
-    """
+    """Returns Spearman's rank correlation of two scores `(d,)`; 0 where one of them is constant."""
     a, b = np.asarray(a, float), np.asarray(b, float)
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return 0.0
@@ -134,8 +159,9 @@ def rank_correlation(a: Float[np.ndarray, " d"], b: Float[np.ndarray, " d"]) -> 
 
 
 def gini(values: Float[np.ndarray, " d"]) -> float:
-    """How unequally a positive quantity is spread over the channels: 0 where all have the same,
-    towards 1 where one has all.
+    """Returns the Gini coefficient of a positive quantity over the channels `(d,)`.
+
+    It is 0 where all channels have the same, and close to 1 where one channel has everything.
     """
     ascending = np.sort(np.asarray(values, float))
     n = len(ascending)

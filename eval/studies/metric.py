@@ -1,17 +1,18 @@
-"""Descriptors learned with different poolings and losses on classes apart from those searched:
-python -m eval.studies.metric --data DIR
+"""Compares descriptors that are learned with different poolings and losses.
 
-Two real sets, in their zip files. Omniglot: 136 characters by 20 drawers, half of the characters
-trained on, every drawing of the other half a query for the rest. Corridor: two runs along one
-corridor; places of the first half trained on, frames of the second half searched, those of one run
-by those of the other, right within about two frames.
+    python -m eval.studies.metric --data DIR
+
+The classes that are searched are not trained on. Two real sets, in their zip files: Omniglot has
+136 characters by 20 drawers; half of the characters are trained on, and every drawing of the other
+half is a query for the rest. Corridor has two runs along one corridor; places of the first half are
+trained on, and frames of the second half are searched, those of one run by those of the other,
+right within about two frames.
 
 Small ViTs are trained from scratch by `train.metric`, several seeds each, and compared with raw
 pixels and with the same networks untrained: recall@1 and mean average precision (mAP@R, and by the
 trapezoid rule on the corridor) with 95 % intervals over seeds, and differences seed by seed.
 
-Prints the tables and writes `benchmarks/results/metric_study.csv`. An interrupted study goes on
-where it was.
+Prints the tables and writes `benchmarks/results/metric_study.csv`. An interrupted study resumes.
 """
 
 import sys
@@ -35,8 +36,7 @@ from train.metric import MetricConfig, make_metric_steps, retrieve, score_descri
 
 RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "metric_study.csv"
 
-# name -> pooling, loss; relu-avg is the control: what GeM and GGeM owe to leaving out what is
-# negative
+# name -> pooling, loss; relu-avg is the control: what GeM and GGeM owe to clamping negative values
 ARMS = {
     "average": ("avg", "normalised-softmax"),
     "positive average": ("relu-avg", "normalised-softmax"),
@@ -46,27 +46,13 @@ ARMS = {
     "GGeM, Proxy-Anchor": ("ggem", "proxy-anchor"),
 }
 SMALL = [
-    "--model.width",
-    "64",
-    "--model.depth",
-    "3",
-    "--model.heads",
-    "4",
-    "--model.mlp-width",
-    "256",
-    "--metric.dim",
-    "64",
-]
-OFTEN = [
-    "--eval-every",
-    "1000000",
-    "--checkpoint-every",
-    "1000000",
-    "--optimizer.lr",
-    "2e-3",
-    "--optimizer.warmup",
-    "100",
-]
+    "--model.width", "64", "--model.depth", "3", "--model.heads", "4", "--model.mlp-width", "256",
+    "--metric.dim", "64",
+]  # fmt: skip
+RHYTHM = [
+    "--eval-every", "1000000", "--checkpoint-every", "1000000", "--optimizer.lr", "2e-3",
+    "--optimizer.warmup", "100",
+]  # fmt: skip
 FLAGS = {
     "omniglot": [
         "--model.image", "28", "--model.patch", "7", "--data.eval-crop", "squash", "--batch", "128",
@@ -79,43 +65,35 @@ FLAGS = {
         "--augment.crop", "resized", "--augment.min-area", "0.5",
     ],
 }  # fmt: skip
-PLACE, GAP = (
-    5,
-    2,
-    # successive frames of the corridor that are one place in training, and how many of them are
-    # left out before the next
-)
+PLACE = 5  # successive frames of the corridor that count as one place
+GAP = 2  # of them, frames that training leaves out before the next place
 
 
 @dataclass(frozen=True)
 class MetricStudy:
-    """Descriptors learned with different poolings and losses on classes apart from those
-    searched.
-    """
+    """Descriptors learned with different poolings and losses, on classes that are not searched."""
 
     data: Path | None = None  # folder with omniglot-small and corridor-vpr; None: $GGEM_SHARED/data
-    sets: tuple[str, ...] = ("omniglot", "corridor")
-    seeds: int = 4
+    sets: tuple[str, ...] = ("omniglot", "corridor")  # which of the two to run
+    seeds: int = 4  # trainings of each arm
     runs: Path = Path("runs/metric_study")  # folder of the trainings
-    out: Path = RESULTS
+    out: Path = RESULTS  # CSV file of the results
     epochs: float | None = None  # of each training; None: 50 and 120
 
 
 @dataclass(frozen=True)
 class Apart:
-    """Images to train on and others to search, and how well descriptors of these find each
-    other.
-    """
+    """Images to train on and others to search, and how well descriptors find the latter."""
 
     train: Images
     test: Images
-    score: Callable[
-        [np.ndarray], tuple[np.ndarray, np.ndarray]
-    ]  # unit vectors (n, d) of the test images -> recall@1 and precision of each query
+    # unit vectors (n, d) of the test images -> recall@1 and precision of each query
+    score: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
     pixels: np.ndarray  # (n, d) of the test images, unit vectors
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs the study."""
     with one_sentence("eval.studies.metric"):
         study = parse(MetricStudy, argv, "eval.studies.metric", default=MetricStudy())
         check_study(study)
@@ -126,7 +104,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_study(study: MetricStudy) -> None:
-    """Refuses what no study can be made of."""
+    """Refuses settings that no study can be made of."""
     unknown = [name for name in study.sets if name not in APART]
     if unknown or not study.sets or study.seeds < 2:
         raise Refused(
@@ -136,7 +114,7 @@ def check_study(study: MetricStudy) -> None:
 
 
 def measure_set(name: str, study: MetricStudy) -> list[dict[str, Any]]:
-    """Trains and measures every arm of a set."""
+    """Trains and measures every arm on a set, and returns a row for each."""
     data = find_data(study.data)
     apart = APART[name](SETS[name](data, Study()))
     values = {"raw pixels": [average(apart.score(apart.pixels))]}
@@ -174,31 +152,21 @@ def measure_set(name: str, study: MetricStudy) -> list[dict[str, Any]]:
 
 
 def make_config(name: str, arm: str, seed: int, study: MetricStudy) -> MetricConfig:
-    """The config of one training."""
+    """Returns the settings of one training."""
     pool, loss = ARMS[arm]
     # margins for images, not faces: ArcFace's 0.5 at scale 64 is for millions of them
     own = ["--metric.scale", "20", "--metric.margin", "0.2"] if loss == "arcface" else []
     flags = [
-        *SMALL,
-        *OFTEN,
-        *FLAGS[name],
-        "--pool.kind",
-        pool,
-        "--metric.loss",
-        loss,
-        *own,
-        "--data",
-        name,
-        "--seed",
-        str(seed),
-    ]
+        *SMALL, *RHYTHM, *FLAGS[name], "--pool.kind", pool, "--metric.loss", loss, *own,
+        "--data", name, "--seed", str(seed),
+    ]  # fmt: skip
     folder = study.runs / name / f"{pool}-{loss}-{seed}"
     epochs = [] if study.epochs is None else ["--epochs", str(study.epochs)]
     return load_config(MetricConfig, [*flags, *epochs, "--out", str(folder)], "eval.studies.metric")
 
 
 def describe_untrained(config: MetricConfig, apart: Apart) -> np.ndarray:
-    """Descriptors of the network as it starts."""
+    """Returns the descriptors of the test images by the network before its training, `(n, d)`."""
     steps = make_metric_steps(
         config,
         len(apart.train.classes),
@@ -208,13 +176,13 @@ def describe_untrained(config: MetricConfig, apart: Apart) -> np.ndarray:
 
 
 def average(scored: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
-    """Over queries; those without a right answer do not count."""
+    """Returns the means of both measures over the queries that have a right answer."""
     recall, precision = (float(np.nanmean(values)) for values in scored)
     return recall, precision
 
 
 def omniglot(whole: Set) -> Apart:
-    """Half of the characters, drawn once and for all, to train on."""
+    """Divides the characters, once and for all: one half to train on, the other to search."""
     names = np.array([name.rpartition("/")[0] for name in whole.names])
     classes, labels = np.unique(names, return_inverse=True)
     images = hold_images(
@@ -239,8 +207,9 @@ def omniglot(whole: Set) -> Apart:
 
 
 def corridor(whole: Set) -> Apart:
-    """Places of the first half of the corridor to train on; frames of the second half, of one run,
-    to search those of the other with.
+    """Divides the corridor: places of its first half to train on, frames of the second to search.
+
+    The frames of one run are the queries, those of the other the database.
     """
     count = len(whole.queries)
     half = count // 2
@@ -280,16 +249,14 @@ APART: dict[str, Callable[[Set], Apart]] = {"omniglot": omniglot, "corridor": co
 def hold_images(
     whole: Set, places: np.ndarray, classes: tuple[str, ...], labels: np.ndarray
 ) -> Images:
-    """Some of the images of a set, read once."""
+    """Returns some of the images of a set, read once."""
     return hold_in_memory([whole.read(whole.names[place]) for place in places], labels, classes)
 
 
 def make_columns(
     arm: str, found: np.ndarray, values: dict[str, list[tuple[float, float]]]
 ) -> dict[str, Any]:
-    """Both measures with their intervals over seeds, and recall@1 less that of others, seed by
-    seed.
-    """
+    """Returns both measures with intervals over seeds, and differences of recall@1 seed by seed."""
     row: dict[str, Any] = {}
     for i, name in enumerate(("recall_at_1", "average_precision")):
         row |= interval_columns(name, mean(found[:, i]))
@@ -307,7 +274,7 @@ def make_columns(
 
 
 def make_set_table(rows: list[dict[str, Any]]) -> str:
-    """One set in Markdown, in percent."""
+    """Returns the table of one set in Markdown, in percent."""
     first = rows[0]
     title = (
         f"## {first['set']}: {first['train']} images of {first['train_classes']} classes trained"

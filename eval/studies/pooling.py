@@ -1,27 +1,29 @@
-"""Which pooling is better, and is it for the reasons given? The comparison of poolings: python -m
-eval.studies.pooling --data DIR
+"""Compares poolings: which is better, and is it for the reasons given?
+
+    python -m eval.studies.pooling --data DIR
 
 Four parts, each a design of its own:
-- planted: tokens with evidence of known kind (`eval.studies.planted`): does one exponent per group
-  find what its channels need?
-- imagenette: frozen tokens of EfficientNet-Lite0 on 2,000 photographs, 10 classes; a pooling and a
-  linear head are trained (`eval.studies.frozen`). These tokens are not negative, and the network
+
+- planted: tokens with evidence of a known kind (`eval.studies.planted`): does one exponent per
+  group find what its channels need?
+- imagenette: frozen tokens of EfficientNet-Lite0 on 2,000 photographs of 10 classes; a pooling and
+  a linear head are trained (`eval.studies.frozen`). These tokens are not negative, and the network
   has no heads.
-- cifar10-frozen: the same on the tokens of a ViT trained from scratch with its class token, so for
-  no pooling of patches.
+- cifar10-frozen: the same on the tokens of a ViT that was trained from scratch with its class
+  token, and so for no pooling of patches.
 - cifar10: small ViTs trained from scratch with each pooling, end to end (`eval.studies.cifar`).
 
-Differences are taken on the same test images and the same seeds, their intervals over both at
-once: seeds and images are drawn again with replacement (Owen, "The pigeonhole bootstrap", 2007,
-arXiv:0712.1111), and never less than Student's t over seeds. A claim is "supported" where the whole
-95 % interval lies on its side of 0, "not supported" where it lies on the other side, otherwise
-"undecided". Were there no difference anywhere, about one claim in twenty would still be decided.
-Dependence is judged where seeds are trainings of their own, and as what blocks of neighbours have
-more than random ones; what the frozen tokens show of dependence and amplification is told without a
-verdict: a few exponents decide it, on one network.
+Differences are taken on the same test images and the same seeds. Their intervals cover both: seeds
+and images are resampled with replacement (Owen, "The pigeonhole bootstrap", 2007, arXiv:0712.1111),
+and never less than Student's t over seeds. A claim is "supported" where the whole 95 % interval
+lies on its side of 0, "not supported" where it lies on the other side, and "undecided" otherwise.
+Were there no difference anywhere, about one claim in twenty would still be decided. Dependence is
+judged where seeds are trainings of their own, and as the excess of neighbouring blocks over random
+ones. What frozen tokens show of dependence and amplification is reported without a verdict, because
+a few exponents on one network decide it.
 
-Writes `docs/pooling_study.md`, its images, and `benchmarks/results/pooling_study.json`. Networks
-and finished parts are kept: an interrupted study goes on with them.
+Writes `docs/pooling_study.md`, its charts, and `benchmarks/results/pooling_study.json`. Networks
+and finished parts are kept, so that an interrupted study resumes.
 """
 
 import dataclasses
@@ -65,24 +67,24 @@ EVIDENCE = 1000  # test images that dependence is measured on
 class PoolingStudy:
     """Which pooling is better, and is it for the reasons given?"""
 
-    data: Path | None = (
-        None  # folder with imagenette-224-mini and cifar10-jpeg; None: $GGEM_SHARED/data
-    )
-    parts: tuple[str, ...] = PARTS
+    # folder with imagenette-224-mini and cifar10-jpeg; None: $GGEM_SHARED/data
+    data: Path | None = None
+    parts: tuple[str, ...] = PARTS  # which of the four to run
     seeds: int = 10  # of the designs on frozen tokens, and of planted
     trainings: int = 3  # seeds of the networks trained end to end
     pictures: int = 10_000  # of CIFAR-10 that these are trained on
     epochs: float = 5.0  # of each
     probe_epochs: int = 10  # of each head on frozen tokens
     runs: Path = Path("runs/pooling_study")  # networks and intermediate results
-    out: Path = ROOT / "docs" / "pooling_study.md"
+    out: Path = ROOT / "docs" / "pooling_study.md"  # the page
+    # all numbers
     results: Path = ROOT / "benchmarks" / "results" / "pooling_study.json"
-    retrieval: Path = (
-        ROOT / "benchmarks" / "results" / "metric_study.csv"
-    )  # of eval.studies.metric, for the claim on retrieval
+    # results of eval.studies.metric, for the claims on retrieval
+    retrieval: Path = ROOT / "benchmarks" / "results" / "metric_study.csv"
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs the study."""
     with one_sentence("eval.studies.pooling"):
         study = parse(PoolingStudy, argv, "eval.studies.pooling", default=PoolingStudy())
         check_study(study)
@@ -103,7 +105,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_study(study: PoolingStudy) -> None:
-    """Refuses what no study can be made of."""
+    """Refuses settings that no study can be made of."""
     unknown = [part for part in study.parts if part not in PARTS]
     if unknown or not study.parts:
         raise Refused(
@@ -125,7 +127,7 @@ def check_study(study: PoolingStudy) -> None:
 
 
 def study_settings(study: PoolingStudy) -> dict[str, Any]:
-    """What the results depend on."""
+    """Returns the settings that the results depend on."""
     return {
         name: getattr(study, name)
         for name in ("seeds", "trainings", "pictures", "epochs", "probe_epochs")
@@ -133,7 +135,7 @@ def study_settings(study: PoolingStudy) -> dict[str, Any]:
 
 
 def load_or_run(part: str, study: PoolingStudy) -> dict[str, Any]:
-    """The results of a part: those kept from before with the same settings, or new ones."""
+    """Returns the results of a part: kept ones with the same settings, otherwise new ones."""
     path = study.runs / f"{part}.json"
     made_by = {
         **study_settings(study),
@@ -164,7 +166,7 @@ def load_or_run(part: str, study: PoolingStudy) -> dict[str, Any]:
 
 
 def run_planted(study: PoolingStudy) -> dict[str, Any]:
-    """Accuracies and exponents where the answer is known."""
+    """Returns accuracies and exponents where the answer is known."""
     results = planted.run(planted.Planted(seeds=study.seeds))
     ggem = results["GGeM"].accuracy  # each seed has its own images: over seeds alone
     less = {
@@ -179,7 +181,7 @@ def run_planted(study: PoolingStudy) -> dict[str, Any]:
 
 
 def run_frozen(tokens: Tokens, study: PoolingStudy) -> dict[str, Any]:
-    """Every arm on the same tokens."""
+    """Returns the results of every arm on the same tokens."""
     how = Probe(seeds=study.seeds, epochs=study.probe_epochs)
     arms, results = arms_of(tokens), {}
     for name, arm in arms.items():
@@ -217,8 +219,9 @@ def run_frozen(tokens: Tokens, study: PoolingStudy) -> dict[str, Any]:
 def measure_pooled_dependence(
     tokens: Tokens, arms: dict[str, Arm], results: dict[str, Probed]
 ) -> dict[str, Any]:
-    """Scores between the blocks of the pooled vector, as many as heads: contiguous blocks, and
-    random ones as the null.
+    """Returns scores of dependence between the blocks of the pooled vector.
+
+    The blocks are neighbours, as many as heads; random blocks are the null.
     """
     names = ("average", "positive average", "GeM", "GGeM")
     blocks = {
@@ -231,9 +234,8 @@ def measure_pooled_dependence(
     values = {}
     for name in names:
         params = results[name].params if arms[name].start else results[name].params[:1]
-        pooled = [
-            described(few, arms[name], own) for own in params[:3]
-        ]  # as good as the same for all seeds
+        # three seeds are enough: the scores hardly differ
+        pooled = [described(few, arms[name], own) for own in params[:3]]
         values[name] = measure_dependence(pooled, blocks)
     return values
 
@@ -241,7 +243,7 @@ def measure_pooled_dependence(
 def measure_dependence(
     descriptors: list[np.ndarray], blocks: dict[str, np.ndarray]
 ) -> dict[str, dict[str, list[float]]]:
-    """Mean over pairs of blocks of each score, for each descriptor, by the kind of blocks."""
+    """Returns kind of blocks -> score -> its mean over pairs of blocks, for each descriptor."""
     return {
         kind: {
             score: [
@@ -256,11 +258,10 @@ def measure_dependence(
 def measure_amplification(
     tokens: Tokens, arms: dict[str, Arm], results: dict[str, Probed]
 ) -> dict[str, Any]:
-    """Are the channels that tell classes apart made larger than others? Rank correlation of both,
-    for each seed.
+    """Returns whether channels that separate the classes are made larger than others.
 
-    That every channel is made larger than under the average of what is positive follows from the
-    inequality of power means, so it is no evidence.
+    It is the rank correlation of both, for each seed. That every channel is made larger than under
+    the average of positive values follows from the inequality of power means, so it is no evidence.
     """
     reference = described(tokens, arms["positive average"], {})
     usefulness = diagnostics.fisher_scores(reference, tokens.test_labels)
@@ -279,9 +280,7 @@ def measure_amplification(
 
 
 def sweep_retrieval(tokens: Tokens) -> dict[str, Any]:
-    """Recall@1 and mAP@R of the test images by each other with nothing trained, for the fixed
-    poolings and a sweep of p.
-    """
+    """Returns recall@1 and mAP@R among the test images for fixed poolings, nothing trained."""
     pools: dict[str, Any] = {"average": pooling.avg_pool, "max": pooling.max_pool}
     pools |= {f"GeM, p = {p:g}": lambda x, p=p: pooling.gem_pool(x, p) for p in (1, 2, 3, 4, 6, 10)}
     found = {}
@@ -304,7 +303,7 @@ def _without_parameters(pool: Callable[[Array], Array]) -> Pool:
 
 
 def run_trained(study: PoolingStudy) -> dict[str, Any]:
-    """Networks trained end to end, and how much their heads depend on each other."""
+    """Returns the results of networks trained end to end, and how much their heads depend."""
     data = cifar.read_cifar10(find_data(study.data) / "cifar10-jpeg", study.pictures)
     correct: dict[str, list[np.ndarray]] = {arm: [] for arm in cifar.ARMS}
     exponents: dict[str, list[np.ndarray]] = {arm: [] for arm in cifar.ARMS}
@@ -336,8 +335,9 @@ def run_trained(study: PoolingStudy) -> dict[str, Any]:
 
 
 def measure_head_dependence(network: cifar.Network, data: Any) -> dict[str, Any]:
-    """Scores between the heads of the last attention, before they are mixed, and between the blocks
-    of the descriptor; random blocks as the null.
+    """Returns scores between the heads of the last attention, before they are mixed, and of blocks.
+
+    The blocks are those of the descriptor; random blocks are the null.
     """
     heads, descriptor = cifar.describe_heads(network, data[1].take(np.arange(EVIDENCE)))
     d, count = descriptor.shape[1], network.config.model.heads
@@ -347,7 +347,7 @@ def measure_head_dependence(network: cifar.Network, data: Any) -> dict[str, Any]
 
 
 def merge_seeds(values: list[dict[str, Any]]) -> dict[str, Any]:
-    """One list over seeds for each kind of blocks and score."""
+    """Returns kind of blocks -> score -> one list over seeds."""
     return {
         kind: {score: [own[kind][score][0] for own in values] for score in values[0][kind]}
         for kind in values[0]
@@ -355,7 +355,7 @@ def merge_seeds(values: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def compute_imagenette(data: Path) -> Tokens:
-    """The last map of EfficientNet-Lite0, 7 x 7 places, of which `CHANNELS` channels are kept."""
+    """Returns the tokens of EfficientNet-Lite0's last map: 7 x 7 places, `CHANNELS` channels."""
     _, splits = read_packed(data / "imagenette-224-mini")
     try:
         network = load_network("efficientnet-lite0")
@@ -386,9 +386,7 @@ def compute_imagenette(data: Path) -> Tokens:
 
 
 def compute_own_tokens(study: PoolingStudy) -> Tokens:
-    """Patch tokens, after the final norm, of the ViT that was trained with its class token and seed
-    0.
-    """
+    """Returns the patch tokens of the ViT that was trained with its class token and seed 0."""
     data = cifar.read_cifar10(find_data(study.data) / "cifar10-jpeg", study.pictures)
     network = cifar.train_network("class token", 0, data, study.runs / "cifar10", study.epochs)
     arrays: dict[str, np.ndarray] = {}
@@ -404,7 +402,7 @@ def compute_own_tokens(study: PoolingStudy) -> Tokens:
 
 
 def summarise_arm(correct: np.ndarray, p: np.ndarray) -> dict[str, Any]:
-    """Accuracy with its interval over seeds, every seed, and the learned exponents."""
+    """Returns accuracy with its interval over seeds, every seed, and the learned exponents."""
     accuracy = correct.mean(axis=1)
     return {
         "accuracy": dataclasses.asdict(mean(accuracy)),
@@ -414,7 +412,7 @@ def summarise_arm(correct: np.ndarray, p: np.ndarray) -> dict[str, Any]:
 
 
 def compare(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
-    """Accuracy of the first less that of the second, `(seeds, images)` each."""
+    """Returns the accuracy of the first less that of the second, `(seeds, images)` each."""
     return dataclasses.asdict(pigeonhole_bootstrap(first.astype(float) - second))
 
 

@@ -1,4 +1,4 @@
-"""The report of `eval.studies.pooling`: claims, tables and images, from its results alone."""
+"""The report of `eval.studies.pooling`: claims, tables and charts, from its results alone."""
 
 import csv
 from collections.abc import Iterator
@@ -67,9 +67,7 @@ ABOUT = {
 
 @dataclass(frozen=True)
 class Claim:
-    """One sentence of the paper on one set of data: an interval that lies above 0 where it
-    holds.
-    """
+    """One claim of the paper on one data set; its interval lies above 0 where the claim holds."""
 
     claim: str
     data: str
@@ -79,6 +77,7 @@ class Claim:
 
     @property
     def verdict(self) -> str:
+        """Whether the interval supports the claim."""
         if not np.isfinite([self.interval.low, self.interval.high]).all():
             return "undecided"
         return (
@@ -90,6 +89,7 @@ class Claim:
         )
 
     def cells(self) -> tuple[str, ...]:
+        """Returns the row of the table."""
         difference = format_interval(
             self.interval, percent=self.percent, digits=2 if self.percent else 4, sign=True
         )
@@ -103,7 +103,15 @@ def write_report(
     machine: dict[str, str],
     retrieval: Path,
 ) -> str:
-    """Writes the page and its images; gives the claims as a table."""
+    """Writes the page and its charts, and returns the claims as a table.
+
+    Args:
+        path: the page; its charts go to a folder of the same name without the ending.
+        found: the results by part.
+        settings: what they depend on.
+        machine: where they were measured.
+        retrieval: results of `eval.studies.metric`, if there are any.
+    """
     claims = list(make_claims(found, retrieval))
     folder = path.with_suffix("")
     folder.mkdir(exist_ok=True)
@@ -125,7 +133,7 @@ def write_report(
 
 
 def make_claims(found: dict[str, Any], retrieval: Path) -> Iterator[Claim]:
-    """Every claim with what was measured of it."""
+    """Yields every claim with what was measured."""
     for part, own in found.items():
         rivals = PLANTED_RIVALS if part == "planted" else RIVALS
         for rival in rivals:
@@ -163,8 +171,9 @@ def make_claims(found: dict[str, Any], retrieval: Path) -> Iterator[Claim]:
 
 
 def make_dependence_claims(dependence: dict[str, Any]) -> Iterator[Claim]:
-    """What named blocks depend on each other more than random ones do: that of a rival less that of
-    GGeM, training by training.
+    """Yields the claims on dependence, training by training.
+
+    Each compares the excess of named blocks over random ones, that of a rival less that of GGeM.
     """
     for kind, null, what in (
         ("heads", "random channels of heads", "heads of the last attention"),
@@ -187,12 +196,12 @@ def make_dependence_claims(dependence: dict[str, Any]) -> Iterator[Claim]:
 
 
 def are_same(own: dict[str, Any], one: str, other: str) -> bool:
-    """Whether two arms gave the same everywhere, as on tokens that are not negative."""
+    """Returns whether two arms gave the same everywhere, as on tokens that are not negative."""
     return own["arms"][one]["by_seed"] == own["arms"][other]["by_seed"]
 
 
 def make_retrieval_claims(path: Path) -> Iterator[Claim]:
-    """From the rows of `eval.studies.metric`, where they are there."""
+    """Yields the claims on retrieval from the rows of `eval.studies.metric`, if there are any."""
     if not path.is_file():
         return
     with path.open(newline="") as file:
@@ -212,9 +221,7 @@ def make_retrieval_claims(path: Path) -> Iterator[Claim]:
 
 
 def make_section(part: str, own: dict[str, Any], folder: Path) -> str:
-    """One part: accuracies, differences, group counts, format_exponents, dependence, amplification,
-    retrieval.
-    """
+    """Returns one part of the page, and draws its charts."""
     text = f"\n## {TITLES[part]}\n\n"
     if "tokens" in own:
         tokens, channels = own["tokens"]
@@ -267,6 +274,7 @@ def make_section(part: str, own: dict[str, Any], folder: Path) -> str:
 
 
 def make_dependence_table(own: dict[str, Any]) -> str:
+    """Returns the scores of dependence as a table."""
     rows = []
     for name, kinds in own["dependence"].items():
         for kind, scores in kinds.items():
@@ -285,6 +293,7 @@ def make_dependence_table(own: dict[str, Any]) -> str:
 
 
 def make_amplification_table(found: dict[str, Any]) -> str:
+    """Returns rank correlations and Gini coefficients as a table."""
     rows = []
     for name in ("GeM", "GGeM"):
         values = [mean(np.array(found[name][score])) for score in ("rank_correlation", "gini")]
@@ -301,7 +310,7 @@ def make_amplification_table(found: dict[str, Any]) -> str:
 
 
 def accuracy_chart(part: str, own: dict[str, Any], folder: Path) -> Path:
-    """Accuracy of every arm with its interval and every seed."""
+    """Draws the accuracy of every arm with its interval and every seed."""
     figure, axis = make_figure(6.4, 0.26 * len(own["arms"]) + 1.1)
     names = list(own["arms"])[::-1]
     for place, name in enumerate(names):
@@ -322,7 +331,7 @@ def accuracy_chart(part: str, own: dict[str, Any], folder: Path) -> Path:
 
 
 def group_chart(part: str, own: dict[str, Any], folder: Path) -> Path | None:
-    """Accuracy over the number of groups, neighbouring channels and random ones."""
+    """Draws the accuracy over the number of groups, of neighbouring channels and of random ones."""
     if "heads" not in own:
         return None
     heads, channels = own["heads"], own["tokens"][1]
@@ -356,7 +365,7 @@ def group_chart(part: str, own: dict[str, Any], folder: Path) -> Path | None:
 
 
 def dependence_chart(part: str, own: dict[str, Any], folder: Path) -> Path | None:
-    """Every score of dependence by pooling, blocks beside their null."""
+    """Draws every score of dependence by pooling, blocks beside their null."""
     if "dependence" not in own:
         return None
     kinds = list(next(iter(own["dependence"].values())))
@@ -378,6 +387,7 @@ def dependence_chart(part: str, own: dict[str, Any], folder: Path) -> Path | Non
 
 
 def make_figure(width: float, height: float, *, columns: int = 1) -> Any:
+    """Returns a figure and its axes, without a display."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -385,18 +395,20 @@ def make_figure(width: float, height: float, *, columns: int = 1) -> Any:
 
 
 def save(figure: Any, path: Path) -> Path:
+    """Writes a chart and returns its path."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=90, metadata={"Software": None})
     return path
 
 
 def error_bar(accuracy: dict[str, float], place: int) -> tuple[Any, ...]:
+    """Returns value, place and ends, as matplotlib takes them."""
     value, low, high = (100 * accuracy[end] for end in ("value", "low", "high"))
     return value, place, None, [[value - low], [high - value]]
 
 
 def format_exponents(p: list[list[float]]) -> str:
-    """Learned exponents, mean over seeds; of many of them their range."""
+    """Returns the learned exponents, each the mean over seeds; of more than 8 their range."""
     values = np.array(p)
     if not values.size:
         return ""

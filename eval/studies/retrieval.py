@@ -1,14 +1,15 @@
-"""Poolings and rerankers on real images with real ground truth: python -m eval.studies.retrieval
---data DIR
+"""Compares poolings and rerankers on real images with real ground truth.
+
+    python -m eval.studies.retrieval --data DIR
 
 EfficientNet-Lite0 with its ImageNet weights on three sets, in their zip files: places along a
 corridor, handwritten characters (Omniglot), and ten photos of one landmark among 2,000 photographs
 (an easy test). Every pooling with every reranker: recall@1 and mean average precision with 95 %
-bootstrap intervals over queries, and pairwise against the average and against no reranking. Also
-pixels as descriptors, for reference.
+bootstrap intervals over queries, and paired differences to the average and to no reranking. Pixels
+as descriptors are the reference point.
 
-Prints the tables and writes `benchmarks/results/retrieval_study.csv`, of which
-`docs/retrieval_study.md` tells. Minutes on two CPU cores.
+Prints the tables and writes `benchmarks/results/retrieval_study.csv`, which
+`docs/retrieval_study.md` reports. Takes minutes on two CPU cores.
 """
 
 import dataclasses
@@ -47,16 +48,13 @@ RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "retr
 class Study:
     """Poolings and rerankers on real images with real ground truth."""
 
-    data: Path | None = (
-        # folder with corridor-vpr, omniglot-small, landmark-photos, imagenette-224-mini; None:
-        # $GGEM_SHARED/data
-        None
-    )
-    sets: tuple[str, ...] = ("corridor", "omniglot", "landmark")
-    out: Path = RESULTS
-    drawers: int = (
-        5  # of Omniglot's 20 for each character whose images are queries; all are in the database
-    )
+    # folder with corridor-vpr, omniglot-small, landmark-photos and imagenette-224-mini; None:
+    # $GGEM_SHARED/data
+    data: Path | None = None
+    sets: tuple[str, ...] = ("corridor", "omniglot", "landmark")  # which of the three to run
+    out: Path = RESULTS  # CSV file of the results
+    # drawers whose drawings are queries, of Omniglot's 20; all drawings are in the database
+    drawers: int = 5
     rerank: Annotated[Rerank, arg(name="")] = Rerank()  # noqa: RUF009
 
     def __post_init__(self):
@@ -65,7 +63,11 @@ class Study:
 
 
 def find_data(data: Path | None) -> Path:
-    """The folder of the sets: the one given, or that in the folder that GGEM_SHARED names."""
+    """Returns the folder of the sets: the given one, or that in the folder that GGEM_SHARED names.
+
+    Raises:
+        Refused: neither is given.
+    """
     found = data or (
         Path(os.environ["GGEM_SHARED"]) / "data" if "GGEM_SHARED" in os.environ else None
     )
@@ -79,7 +81,7 @@ def find_data(data: Path | None) -> Path:
 
 @dataclass(frozen=True)
 class Set:
-    """Images, of which some are queries, and what these should find."""
+    """Images, some of which are queries, and what these should find."""
 
     names: list[str]
     read: Callable[[str], RGB]
@@ -88,23 +90,22 @@ class Set:
     relevance: list[Relevance]  # places in `database`
     longest_side: int  # pixels that the network sees
     pixels: Callable[[RGB], np.ndarray]  # a descriptor without a network, not yet normalised
-    pixels_expansion: Rerank | None = (
-        None  # of the reference point with expansion of queries and database
-    )
-    views: "dict[str, Set]" = field(
-        default_factory=dict
-    )  # other queries, databases and relevance over the same images
+    # expansion of queries and database for the reference point; None: without one
+    pixels_expansion: Rerank | None = None
+    # other queries, databases and relevance over the same images
+    views: "dict[str, Set]" = field(default_factory=dict)
 
     @property
     def own(self) -> np.ndarray:
-        """The row of a query in the database, or -1."""
+        """The row of each query in the database, or -1."""
         row = {place: i for i, place in enumerate(self.database.tolist())}
         return np.array([row.get(place, -1) for place in self.queries.tolist()])
 
 
 def corridor(data: Path, study: Study) -> Set:
-    """Two runs along one corridor: the frames of the first are queries, those of the second the
-    database; about five frames are right.
+    """Returns two runs along one corridor: frames of the first are queries, the second is searched.
+
+    About five frames are right for each query.
     """
     archive, names = _open_zip(data / "corridor-vpr" / "corridor.zip")
     (truth_name,) = [name for name in archive.namelist() if name.endswith("ground_truth.json")]
@@ -126,11 +127,10 @@ def corridor(data: Path, study: Study) -> Set:
 
 
 def omniglot(data: Path, study: Study) -> Set:
-    """136 characters by 20 drawers; right are the other drawers of the query's character, and the
-    query's own image is left out.
+    """Returns 136 characters by 20 drawers: right are the other drawings of the query's character.
 
-    Once more with the drawers of the queries apart from the database: database augmentation must
-    not see a query among the neighbours.
+    The query's own image is left out. A second view keeps the drawers of the queries apart from the
+    database, because database augmentation must not see a query among the neighbours.
     """
     archive, names = _open_zip(data / "omniglot-small" / "images_background_small1.zip")
     character = np.unique([name.rpartition("/")[0] for name in names], return_inverse=True)[1]
@@ -165,9 +165,7 @@ def omniglot(data: Path, study: Study) -> Set:
 
 
 def landmark(data: Path, study: Study) -> Set:
-    """Ten photos of one church, each a query for the other nine, among 2,000 photographs of ten
-    other things.
-    """
+    """Returns ten photos of one church, each a query for the others, among 2,000 photographs."""
     archive, distractors = _open_zip(data / "imagenette-224-mini" / "imagenette224_mini.zip")
     photos = sorted(str(path) for path in (data / "landmark-photos" / "sacre_coeur").glob("*.jpg"))
     if not photos:
@@ -233,8 +231,11 @@ class Cell:
     mean_of_precisions: float
 
     def make_columns(self, average: "Cell | None", none: "Cell | None") -> dict[str, Any]:
-        """Both measures with their intervals, and their differences to two other cells where there
-        are such.
+        """Returns both measures with their intervals, and their differences to two other cells.
+
+        Args:
+            average: the cell of average pooling with the same reranker, if there is one.
+            none: the cell of the same pooling without reranking, if there is one.
         """
         row: dict[str, Any] = {}
         for name in ("recall_at_1", "average_precision"):
@@ -247,9 +248,9 @@ class Cell:
 
 
 def measure(ids: np.ndarray, relevance: list[Relevance]) -> Cell:
-    found = [
-        positive_ranks(row, own) for row, own in zip(ids, relevance, strict=True)
-    ]  # all of them: rankings are whole
+    """Returns the measures of whole rankings `(queries, n)`."""
+    # the ranks of all positives: rankings are whole
+    found = [positive_ranks(row, own) for row, own in zip(ids, relevance, strict=True)]
     precisions = np.mean([np.mean((np.arange(len(ranks)) + 1) / (ranks + 1)) for ranks in found])
     return Cell(
         scores(ids, relevance).average_precision,
@@ -259,7 +260,7 @@ def measure(ids: np.ndarray, relevance: list[Relevance]) -> Cell:
 
 
 def measure_rerankers(vectors: np.ndarray, own: Set, rerank: Rerank) -> dict[Name, Cell]:
-    """Every reranker on one pooling's descriptors."""
+    """Returns the measures of every reranker on the descriptors of one pooling."""
     queries, database = vectors[own.queries], jax.device_put(vectors[own.database])
     initial = ranked(queries, database, own=own.own)
     return {
@@ -271,9 +272,7 @@ def measure_rerankers(vectors: np.ndarray, own: Set, rerank: Rerank) -> dict[Nam
 
 
 def make_unit_pixels(own: Set, names: Sequence[str]) -> np.ndarray:
-    """The reference point without a network, `(n, d)`: small grey images less their mean, as unit
-    vectors.
-    """
+    """Returns small grey images less their mean, as unit vectors `(n, d)`."""
     pixels = np.stack([own.pixels(own.read(name)).ravel() for name in names])
     pixels -= pixels.mean(axis=1, keepdims=True)
     pixels /= np.linalg.norm(pixels, axis=1, keepdims=True)
@@ -281,7 +280,7 @@ def make_unit_pixels(own: Set, names: Sequence[str]) -> np.ndarray:
 
 
 def measure_pixels(name: str, own: Set) -> Iterator[dict[str, Any]]:
-    """The reference points that need no network."""
+    """Yields the rows of the reference points that need no network."""
     pixels = make_unit_pixels(own, own.names)
     initial = ranked(pixels[own.queries], pixels[own.database], own=own.own)
     cells = {"none": measure(np.asarray(initial.ids), own.relevance)}
@@ -291,13 +290,19 @@ def measure_pixels(name: str, own: Set) -> Iterator[dict[str, Any]]:
         )
     for reranker, cell in cells.items():
         none = None if reranker == "none" else cells["none"]
-        yield {"set": name, "queries": len(own.queries), "database": len(own.database),
-        "longest_side": "", "pooling": "pixels",
-               "reranker": reranker, **cell.make_columns(None, none)}  # fmt: skip
+        yield {
+            "set": name,
+            "queries": len(own.queries),
+            "database": len(own.database),
+            "longest_side": "",
+            "pooling": "pixels",
+            "reranker": reranker,
+            **cell.make_columns(None, none),
+        }
 
 
 def _expand_both(vectors: np.ndarray, own: Set) -> np.ndarray:
-    """Queries and database by the means of themselves and their nearest."""
+    """Rankings after queries and database are replaced by means of themselves and their nearest."""
     how = own.pixels_expansion
     assert how is not None
     augmented = np.asarray(
@@ -309,7 +314,7 @@ def _expand_both(vectors: np.ndarray, own: Set) -> np.ndarray:
 
 
 def measure_set(name: str, own: Set, rerank: Rerank) -> Iterator[dict[str, Any]]:
-    """A row for each pooling and reranker, of the set and its other views."""
+    """Yields a row for each pooling and reranker, of the set and its other views."""
     settings = vary_pooling(DescriptorSettings(longest_side=own.longest_side))
     began = time.perf_counter()
     extractor = make_extractor(list(settings.values()))
@@ -333,13 +338,19 @@ def measure_set(name: str, own: Set, rerank: Rerank) -> Iterator[dict[str, Any]]
             for reranker, cell in by_reranker.items():
                 average = None if pooling == "average" else cells["average"][reranker]
                 none = None if reranker == "none" else by_reranker["none"]
-                yield {"set": view, "queries": len(one.queries), "database": len(one.database),
-                "longest_side": one.longest_side,
-                       "pooling": pooling, "reranker": reranker, **cell.make_columns(average,
-                       none)}  # fmt: skip
+                yield {
+                    "set": view,
+                    "queries": len(one.queries),
+                    "database": len(one.database),
+                    "longest_side": one.longest_side,
+                    "pooling": pooling,
+                    "reranker": reranker,
+                    **cell.make_columns(average, none),
+                }
 
 
 def describe_machine() -> dict[str, str]:
+    """Returns date, device and versions, as columns of a row."""
     device = jax.devices()[0]
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -354,6 +365,7 @@ def describe_machine() -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs the study."""
     with one_sentence("eval.studies.retrieval"):
         study = parse(Study, argv, "eval.studies.retrieval", default=Study())
         data = find_data(study.data)
@@ -377,8 +389,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def make_set_tables(rows: list[dict[str, Any]]) -> str:
-    """The tables of one set: a line for each pooling, a column for each reranker; both measures, in
-    percent.
+    """Returns the tables of one set in Markdown: rows are poolings, columns are rerankers.
+
+    Both measures are in percent.
     """
     networks = [row for row in rows if row["pooling"] != "pixels"]
     first = networks[0]
