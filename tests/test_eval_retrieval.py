@@ -191,7 +191,8 @@ MISTAKES = {
     ["t.csv"], "relevant for .* not in the"),
     "no query": (lambda f: (f / "t.csv").write_text("query,relevant\nx.png,ants/0.png\n"),
     ["t.csv"], r"x\.png is not a readable image"),
-    "box": (lambda f: (f / "t.csv").write_text("query,relevant,x1,y1,x2,y2\nants/0.png,ants/1.png,90,90,99,99\n"), ["t.csv"], "nothing of"),
+    "box": (lambda f: (f / "t.csv").write_text("query,relevant,x1,y1,x2,y2\n"
+    "ants/0.png,ants/1.png,90,90,99,99\n"), ["t.csv"], "nothing of"),
     "nothing relevant": (lambda f: (f / "t.csv").write_text("query,relevant\nants/0.png,\n"),
     ["t.csv"], "no query of t.csv has a relevant image"),
     "no images": (lambda f: (f / "empty").mkdir(), ["empty"], "there are no images in empty"),
@@ -275,7 +276,6 @@ def test_the_page_of_the_study_has_the_numbers_of_its_file():
     names = list(dict.fromkeys(row["set"] for row in rows))
     assert names == ["corridor", "omniglot", "omniglot, queries apart", "landmark"]
     for name in names:
-        tables = retrieval_study.make_set_tables([row for row in rows if row["set"] == name]).partition(
-            "\n"
-        )[2]
+        own = [row for row in rows if row["set"] == name]
+        tables = retrieval_study.make_set_tables(own).partition("\n")[2]
         assert tables.strip() in page

@@ -891,7 +891,8 @@ def test_thumbnails_of_odd_pictures(tmp_path, size):
     from ggem_jax.retrieval.tool.sheet import make_thumbnail
 
     Image.new("RGB", size).save(tmp_path / "odd.png")
-    assert max(Image.open(io.BytesIO(make_thumbnail(tmp_path / "odd.png", (0, 0, 1, 1)))).size) <= 320
+    small = make_thumbnail(tmp_path / "odd.png", (0, 0, 1, 1))
+    assert max(Image.open(io.BytesIO(small)).size) <= 320
 
 
 # Progress and the cache

@@ -113,7 +113,8 @@ def check_study(study: PoolingStudy) -> None:
         )
     for name, least in (("seeds", 2), ("trainings", 2), ("pictures", 100), ("probe_epochs", 1)):
         if getattr(study, name) < least:
-            raise Refused(f"--{name} must be at least {least}, it is {getattr(study, name)}")
+            flag = name.replace("_", "-")
+            raise Refused(f"--{flag} must be at least {least}, it is {getattr(study, name)}")
     if not study.epochs > 0:
         raise Refused(f"--epochs must be positive, it is {study.epochs}")
     for path in (study.out, study.results):
