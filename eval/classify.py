@@ -83,7 +83,7 @@ def evaluate_run(run: Path, options: ClassifyOptions) -> ClassifyResult:
     """Evaluates the newest checkpoint of a run.
 
     Raises:
-        Refused: it is no such run, or its classes are not those of the images.
+        Refused: it is not such a run, or its classes are not those of the images.
     """
     config, facts = read_run(run, Config)
     classes = tuple(facts["classes"])

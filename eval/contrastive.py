@@ -27,7 +27,7 @@ from eval.runs import (
 )
 from eval.statistics import Interval, PairedTest, bootstrap, compare_paired, proportion
 from ggem_jax.losses.contrastive import class_descriptors, found_at
-from train.captions import Captioned, Text, choose_class_words, choose_templates, open_captions
+from train.captions import Captioned, Text, choose_class_words, choose_templates
 from train.checkpoints import Checkpoints
 from train.cli import Refused, one_sentence, parse
 from train.contrastive import (
@@ -42,6 +42,7 @@ from train.contrastive import (
 from train.data import Images, open_data
 from train.evaluate import compute_outputs
 from train.loop import read_exponents
+from train.pairs import open_captions
 from train.run import read_run
 from train.tokenizer import Tokenizer, load_run_tokenizer
 
@@ -101,7 +102,7 @@ def evaluate_run(run: Path, how: ContrastiveOptions) -> ContrastiveResult:
     """Evaluates the newest checkpoint of a run.
 
     Raises:
-        Refused: it is no such run, or the images cannot be read.
+        Refused: it is not such a run, or the images cannot be read.
     """
     trained, _ = read_run(run, ContrastiveConfig)
     data = how.data_of(trained.data)

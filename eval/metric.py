@@ -85,7 +85,7 @@ def evaluate_run(run: Path, options: MetricOptions) -> MetricResult:
     """Evaluates the newest checkpoint of a run.
 
     Raises:
-        Refused: it is no such run, or it was trained on one of the classes.
+        Refused: it is not such a run, or it was trained on one of the classes.
     """
     config, facts = read_run(run, MetricConfig)
     config = replace_data(config, options.data_of(config.data))

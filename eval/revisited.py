@@ -166,7 +166,7 @@ def read_ground_truth(path: Path) -> Truth:
     except OSError as error:
         raise Refused(f"{path} cannot be read: {error.strerror or error}") from None
     except ValueError as error:
-        raise Refused(f"{path} is no ground truth: {error}") from None
+        raise Refused(f"{path} is not a ground truth: {error}") from None
     try:
         database, queries = (
             tuple(map(_require_text, values[name])) for name in ("imlist", "qimlist")
@@ -181,8 +181,8 @@ def read_ground_truth(path: Path) -> Truth:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise Refused(
-            f"{path} is no ground truth of imlist, qimlist and gnd with bbx, easy, hard and junk:"
-            f" {error!r}"
+            f"{path} is not a ground truth of imlist, qimlist and gnd with bbx, easy, hard and"
+            f" junk: {error!r}"
         ) from None
     if not queries or len(entries) != len(queries) or any(len(box) != 4 for box in boxes):
         raise Refused(
@@ -312,7 +312,7 @@ def read_unit_vectors(path: Path, flag: str) -> np.ndarray:
         raise Refused(f"--{flag} {path} cannot be read: {error.strerror or error}") from None
     except _NO_ARRAYS as error:
         raise Refused(
-            f"--{flag} {path} is no file of descriptors: {str(error).partition(chr(10))[0]}"
+            f"--{flag} {path} is not a file of descriptors: {str(error).partition(chr(10))[0]}"
         ) from None
     if found.ndim != 2 or 0 in found.shape or found.dtype not in (np.float32, np.float16):
         raise Refused(

@@ -178,7 +178,7 @@ def test_several_images_with_one_caption_are_all_right():
 
 
 def test_mistakes_end_in_one_line(trained, tmp_path, capsys, captioned_folder, class_folders):
-    assert "is no run of train.contrastive" in one_line(capsys, eval_contrastive.main, tmp_path)
+    assert "is not a run of train.contrastive" in one_line(capsys, eval_contrastive.main, tmp_path)
     (tmp_path / "config.json").write_text((trained / "true" / "config.json").read_text())
     assert "has no checkpoint yet" in one_line(capsys, eval_contrastive.main, tmp_path)
     run = trained / "true"

@@ -265,7 +265,7 @@ def test_mistakes_are_told_in_one_line(flags, sentence, capsys, tmp_path):
 
 
 def test_mistakes_of_an_evaluation_are_told_in_one_line(trained, capsys, tmp_path):
-    assert "is no run of train.metric: it has no config.json" in one_line(
+    assert "is not a run of train.metric: it has no config.json" in one_line(
         capsys, eval_metric.main, tmp_path
     )
     assert "must end in .npz" in one_line(

@@ -24,7 +24,7 @@ from train.data import Images
 Batch = dict[str, np.ndarray]
 
 
-ENDLESS = 2**62  # places of a stream
+ENDLESS = 2**62  # length of a stream that no run reaches the end of
 
 
 def label_only(label: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -182,8 +182,8 @@ class _Reader:
         except UnreadableImage as error:
             if self.corrupt == "refuse":
                 raise Refused(
-                    f"{error} (--data.corrupt skip, or --corrupt skip of the evaluation, goes on"
-                    " without it)"
+                    f"{error} (--data.corrupt skip, or --corrupt skip of the evaluation, leaves it"
+                    " out)"
                 ) from None
             if index not in self.named:
                 self.named.add(index)

@@ -81,7 +81,7 @@ class Checkpoints:
         except Exception as error:  # of many kinds: files that are missing, cut off or altered
             reason = first_line(error)
             advice = (
-                f"without the folder {self.folder / str(step)} the run goes on from the checkpoint"
+                f"without the folder {self.folder / str(step)} the run resumes from the checkpoint"
                 " before it, or from its start"
             )
             raise Refused(

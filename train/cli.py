@@ -252,7 +252,7 @@ def published_vit(path: Path) -> PublishedViT:
     """Returns the published network that `--init` names.
 
     Raises:
-        Refused: the file cannot be read, or is no Vision Transformer.
+        Refused: the file cannot be read, or is not a Vision Transformer.
     """
     try:
         return read_vit(path.expanduser())

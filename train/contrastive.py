@@ -3,7 +3,7 @@
     python -m train.contrastive --config NAME [flags]
 
 The losses are CLIP's and SigLIP's (`ggem_jax.losses.contrastive`), computed over all devices
-without the whole matrix of similarities on any of them. `train.captions` describes the sources of
+without the whole matrix of similarities on any of them. `train.pairs` describes the sources of
 data. `--init FILE` starts the image tower from a published ViT. `train.loop` describes the run's
 folder, and how a run stops and resumes.
 """
@@ -29,11 +29,12 @@ from ggem_jax.models.vit import ViT
 from ggem_jax.pooling import l2_normalize
 from train.batches import train_batches
 from train.build import build_model
-from train.captions import Captioned, Text, open_captions
+from train.captions import Captioned, Text
 from train.cli import load_config, require
 from train.config import Config, Data, Optimizer
 from train.evaluate import compute_outputs, put_on_devices
 from train.loop import Evaluation, Task, TrainedRun, check_devices, run, run_tool
+from train.pairs import open_captions
 from train.run import has_checkpoint, join_processes
 from train.step import Problem, Steps, compile_steps, make_mesh
 from train.throughput import forward_flops, text_forward_flops

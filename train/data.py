@@ -273,7 +273,7 @@ def tfds(
         raise Refused(
             f"{name} is not prepared in {data_dir} (there:"
             f" {', '.join(_all_prepared(data_dir)) or 'nothing'}): add --download to let TensorFlow"
-            " Datasets fetch it, or make it from files at hand with python -m train.prepare"
+            " Datasets fetch it, or convert packed files with python -m train.prepare"
         )
     import tensorflow_datasets
 
@@ -281,7 +281,7 @@ def tfds(
         builder = tensorflow_datasets.builder_from_directory(folder_)
     except Exception as error:  # of many kinds: files that are missing, cut off or altered
         raise Refused(
-            f"{folder_} is no readable TensorFlow Datasets data set: {first_line(error)}"
+            f"{folder_} is not a readable TensorFlow Datasets data set: {first_line(error)}"
         ) from None
     features = builder.info.features
     if not {"image", "label"} <= set(features):

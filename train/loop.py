@@ -141,7 +141,7 @@ def run(
             checkpoints.wait()
             if step < total:
                 log.say(
-                    f"stopped after step {step} of {total}; the same command goes on from there"
+                    f"stopped after step {step} of {total}; run the same command again to resume"
                 )
             elif process == 0:
                 draw_curves(config.out, task.curves)
@@ -206,7 +206,7 @@ def describe_run(
         "data": f"{config.data.source}: {task.about}",
         "steps": (
             f"{task.total:,} of {config.batch} images ({config.epochs:g} epochs)"
-            + (f", going on after step {start:,}" if start else "")
+            + (f", resuming after step {start:,}" if start else "")
         ),
         "folder": str(config.out),
     }

@@ -374,7 +374,7 @@ def _in_place_of(folder: Path, *, made_if: str) -> Iterator[Path]:
         and not (folder / made_if).exists()
         and (not folder.is_dir() or any(folder.iterdir()))
     ):
-        raise Refused(f"{folder} holds what this tool did not make: choose another OUT")
+        raise Refused(f"{folder} holds files that this script did not make: choose another OUT")
     new, old = (folder.with_name(f".{folder.name}.{state}") for state in ("new", "old"))
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)

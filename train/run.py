@@ -20,8 +20,8 @@ from ggem_jax.files.atomic import write_text
 from train.cli import Refused, from_dict, to_dict
 from train.config import C, Config
 
-# May change when a run is taken up again: the weights do not depend on them (on `fsdp` in the last
-# bits, as on the number of devices).
+# Settings that may change when a run resumes: the weights do not depend on them (on `fsdp` in the
+# last bits only, as on the number of devices).
 FREE = (
     "out", "stop_after", "log_every", "checkpoint_every", "eval_every", "fsdp",
     "data.data_dir", "data.download", "data.workers", "data.eval_split", "data.corrupt",
@@ -134,7 +134,7 @@ def read_run(run: Path, record: type[C] = Config) -> tuple[C, dict[str, Any]]:  
         record: the settings of the script that made it.
 
     Raises:
-        Refused: it is no run of that script.
+        Refused: it is not a run of that script.
     """
     try:
         values = json.loads((run / "config.json").read_text())
@@ -148,7 +148,7 @@ def read_run(run: Path, record: type[C] = Config) -> tuple[C, dict[str, Any]]:  
         }
         return from_dict(record, values), facts | checked
     except FileNotFoundError:
-        raise Refused(f"{run} is no run of {record.tool}: it has no config.json") from None
+        raise Refused(f"{run} is not a run of {record.tool}: it has no config.json") from None
     except (KeyError, ValueError, TypeError, AttributeError, Refused) as error:
         raise Refused(f"{run}/config.json is not that of a run of {record.tool}: {error}") from None
 

@@ -43,13 +43,13 @@ class Tokenizer:
             name: what errors call it.
 
         Raises:
-            Refused: it is no tokenizer, has no end token, or has too many ids.
+            Refused: it is not a tokenizer, has no end token, or has too many ids.
         """
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # its own kind for everything is Exception
             raise Refused(
-                f"{name} is no tokenizer that the package tokenizers reads:"
+                f"{name} is not a tokenizer that the package tokenizers reads:"
                 f" {first_line(error, 'no reason given')}"
             ) from None
         end = self._first(ENDS)
@@ -124,7 +124,7 @@ def read_tokenizer(path: Path) -> Tokenizer:
     except (OSError, UnicodeDecodeError) as error:
         raise Refused(
             f"the tokenizer {path} cannot be read:"
-            f" {getattr(error, 'strerror', None) or 'it is no text'}"
+            f" {getattr(error, 'strerror', None) or 'it is not text'}"
         ) from None
     return Tokenizer(text, f"{path}")
 

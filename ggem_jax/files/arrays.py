@@ -65,7 +65,7 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
                 raise ValueError("it holds one array without a name")
             arrays = {name: file[name] for name in file.files}
             if odd := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
-                raise ValueError(f"its member {odd[0]} is no array")
+                raise ValueError(f"its member {odd[0]} is not an array")
     except (
         OSError,
         ValueError,

@@ -63,7 +63,7 @@ class Function:
 
 
 class Record:
-    """Something in a pickle that is no plain value yet."""
+    """Something in a pickle that is not a plain value yet."""
 
     def build(self, state: Any) -> None:
         """Takes the state that a pickle gives it."""
@@ -144,7 +144,7 @@ def require_shape(lengths: Any) -> tuple[int, ...]:
         ValueError: they are no list of at most 64 whole numbers from 0 to 2^63 - 1.
     """
     if not isinstance(lengths, list | tuple) or len(lengths) > 64:
-        raise ValueError("a shape that is no list of at most 64 lengths")
+        raise ValueError("a shape that is not a list of at most 64 lengths")
     if not all(isinstance(length, int) and 0 <= length < 2**63 for length in lengths):
         raise ValueError(
             "a shape of a negative size, of more than 64 bits, or of something else than whole"
@@ -380,8 +380,8 @@ class _Machine:
                 arguments, function = self.pop(), self.pop()
                 if not isinstance(function, Function) or not isinstance(arguments, tuple):
                     raise UnsafePickle(
-                        f"it calls {type(function).__name__}, which is no function that plain data"
-                        " needs"
+                        f"it calls {type(function).__name__}, which is not a function that plain"
+                        " data needs"
                     )
                 self.budget.spend(_copied_bytes(arguments))
                 self.stack.append(function.call(*arguments))
@@ -413,7 +413,7 @@ class _Machine:
             )
         full = f"{module}.{name}"
         if full not in self.known:
-            raise UnsafePickle(f"it asks for {full[:200]!r}, which is no plain data")
+            raise UnsafePickle(f"it asks for {full[:200]!r}, which is not plain data")
         return self.known[full]
 
     def build(self, target: Any, state: Any) -> None:
@@ -483,7 +483,7 @@ def _keys(items: Iterable) -> list:
         len(item) <= 16 and all(map(_is_key, item)) if type(item) is tuple else _is_key(item)
         for item in items
     ):
-        raise ValueError("a key, or an item of a set, that is no plain value")
+        raise ValueError("a key, or an item of a set, that is not a plain value")
     return items
 
 

@@ -379,7 +379,7 @@ def _require_identity(identity: Any) -> tuple[_StorageType, str, int, Any]:
     if not isinstance(identity, tuple) or len(identity) not in (5, 6) or identity[0] != "storage":
         kind = identity[0] if isinstance(identity, tuple) and identity else identity
         found = repr(kind[:50]) if isinstance(kind, str) else f"of the type {type(kind).__name__}"
-        raise UnsafePickle(f"it holds the persistent object {found}, which is no storage")
+        raise UnsafePickle(f"it holds the persistent object {found}, which is not a storage")
     _, kind, key, _, numbers, *view = identity
     if (
         not isinstance(kind, _StorageType)

@@ -93,7 +93,7 @@ def read_array(name: str) -> np.ndarray:
                 )
             array = loaded[key or names[0]]
         if not isinstance(array, np.ndarray):
-            raise ValueError(f"{key or names[0]} in it is no array")
+            raise ValueError(f"{key or names[0]} in it is not an array")
         return array
     except Exception as error:  # NumPy, zipfile and zlib raise a dozen kinds over damaged files
         raise ValueError(f"{file} cannot be read as an array: {_reason(error)}") from None
@@ -175,4 +175,4 @@ def _ids(file: str, ids: np.ndarray) -> np.ndarray:
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return "it is no such file" if "pickle" in str(error) else str(error) or type(error).__name__
+    return "it is not such a file" if "pickle" in str(error) else str(error) or type(error).__name__
