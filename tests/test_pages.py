@@ -12,7 +12,8 @@ HOSTILE = "</style><script>&\"'"
 
 def test_values_of_html_are_escaped(tmp_path):
     (tmp_path / "own.html").write_text(
-        '{% extends "base.html" %}{% block body %}<p class="{{ text }}">{{ text }}</p>{% endblock %}'
+        '{% extends "base.html" %}'
+        '{% block body %}<p class="{{ text }}">{{ text }}</p>{% endblock %}'
     )
     page = "".join(
         render_page(tmp_path / "own.html", title=HOSTILE, facts={HOSTILE: HOSTILE}, text=HOSTILE)
