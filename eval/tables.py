@@ -36,7 +36,14 @@ def format_cell(row: Mapping[str, Any], name: str) -> str:
 def format_interval(
     interval: Interval, *, percent: bool = True, digits: int = 2, sign: bool = False
 ) -> str:
-    """Returns value and ends; the value alone where it has no interval."""
+    """Returns value and ends; the value alone where it has no interval.
+
+    Args:
+        interval: the estimate.
+        percent: whether it is multiplied by 100.
+        digits: after the point.
+        sign: whether a positive value gets a plus.
+    """
     factor = 100 if percent else 1
     value = f"{factor * interval.value:{'+' if sign else ''}.{digits}f}"
     if not np.isfinite([interval.low, interval.high]).all():

@@ -128,6 +128,12 @@ def eval_batches(
 
     The last batch is filled up with images of weight 0; an image that is skipped because it cannot
     be read has weight 0 as well.
+
+    Args:
+        images: the split.
+        config: batch size, crop and threads.
+        process: number of this process.
+        processes: number of all processes.
     """
     local = config.batch // processes
     reader = _Reader(images, config.data.corrupt)

@@ -128,7 +128,14 @@ def make_captioned(
     classes: tuple[str, ...] = (),
     names: Sequence[str] = (),
 ) -> Captioned:
-    """Returns images with their captions; the images are numbered anew from 0."""
+    """Returns images with their captions; the images are numbered anew from 0.
+
+    Args:
+        images: the images; their labels are dropped.
+        captions: of each image, at least one.
+        classes: the words of the classes, where captions are made of them.
+        names: of the images, where the source has names.
+    """
     numbered = Images(
         len(images),
         ("image",),
@@ -143,6 +150,11 @@ def choose_class_words(classes: tuple[str, ...], data: Data, text: Text) -> tupl
 
     They come from the file `text.names`; without one they are the class names with spaces for
     underscores, and for `digits` the words zero to nine.
+
+    Args:
+        classes: names of the classes.
+        data: their source.
+        text: how captions are made.
 
     Raises:
         Refused: the file lacks a class, or a class name is not in UTF-8.
@@ -176,7 +188,13 @@ def choose_templates(data: Data, text: Text) -> tuple[str, ...]:
 
 
 def of_classes(images: Images, words: tuple[str, ...], templates: tuple[str, ...]) -> Captioned:
-    """Returns images whose captions are the words of their class in every template."""
+    """Returns images whose captions are the words of their class in every template.
+
+    Args:
+        images: with a label each.
+        words: of each class.
+        templates: texts with {} for the words.
+    """
     captions = [
         tuple(dict.fromkeys(template.replace("{}", each) for template in templates))
         for each in words

@@ -206,7 +206,13 @@ def open_tokenizer(
 def caption_sampler(
     train_set: Captioned, tokenizer: Tokenizer, context: int
 ) -> Callable[[int, np.random.Generator], dict[str, Any]]:
-    """Returns the function (image, random numbers) -> ids of one of the image's captions."""
+    """Returns the function (image, random numbers) -> ids of one of the image's captions.
+
+    Args:
+        train_set: the captions.
+        tokenizer: of the run.
+        context: ids of a text.
+    """
 
     def drawn(image: int, rng: np.random.Generator) -> dict[str, Any]:
         captions = train_set.captions[image]
@@ -306,6 +312,11 @@ def make_steps(config: ContrastiveConfig, towers: Towers, total_steps: int) -> S
     """Returns the compiled steps of a run.
 
     Configs that differ only in seed, folder or logging share one compilation.
+
+    Args:
+        config: the settings of the run.
+        towers: as `make_towers` returns them.
+        total_steps: steps of the run.
     """
     return _steps(towers, config.data, config.optimizer, config.fsdp, total_steps)
 
@@ -440,7 +451,16 @@ def describe_texts(
     tokenizer: Tokenizer,
     config: ContrastiveConfig,
 ) -> Float[np.ndarray, "t embed"]:
-    """Returns the descriptors of texts in the shared space, `(t, embed)`, in their order."""
+    """Returns the descriptors of texts in the shared space, `(t, embed)`, in their order.
+
+    Args:
+        steps: the compiled steps of the run.
+        towers: its towers.
+        params: their parameters.
+        texts: the texts.
+        tokenizer: of the run.
+        config: batch size, context and mesh.
+    """
     step = _text_step(towers, config.fsdp)
     descriptors = np.zeros((len(texts), config.embed), np.float32)
     for start in range(0, len(texts), config.batch):

@@ -184,7 +184,13 @@ def digits() -> Images:
 def hold_in_memory(
     images: Sequence[RGB] | np.ndarray, labels: np.ndarray, classes: tuple[str, ...]
 ) -> Images:
-    """Returns a split of images that are already in memory."""
+    """Returns a split of images that are already in memory.
+
+    Args:
+        images: `(h, w, 3)` uint8 each.
+        labels: `(n,)` int32.
+        classes: names of the classes.
+    """
     return Images(len(images), classes, lambda i: (images[i], int(labels[i])), lambda: labels)
 
 

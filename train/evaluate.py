@@ -38,7 +38,17 @@ class Predictions:
 
 
 def evaluate(steps: Steps, params, images: Images, config: Config) -> Predictions:
-    """Predicts every image once; all processes get all predictions."""
+    """Predicts every image once; all processes get all predictions.
+
+    Args:
+        steps: the compiled steps of the run.
+        params: the parameters to evaluate.
+        images: the split.
+        config: the settings of the run.
+
+    Raises:
+        Refused: no image can be read.
+    """
     whole = compute_outputs(steps, params, images, config)
     return Predictions(*(whole[name] for name in ("index", "label", "digest", "probability")))
 

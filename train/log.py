@@ -53,7 +53,14 @@ class Log:
             self.bar.update(self.bar.task_ids[0], completed=step)
 
     def metrics(self, kind: str, step: int, values: dict[str, Any], said: str) -> None:
-        """Writes a line of JSON and TensorBoard scalars, and prints `said` for people."""
+        """Writes a line of JSON and TensorBoard scalars, and prints `said` for people.
+
+        Args:
+            kind: "train" or "eval".
+            step: the step that the values belong to.
+            values: numbers and lists by name.
+            said: the same in words.
+        """
         if self.run is None:
             return
         self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")

@@ -159,9 +159,12 @@ def make_first_state(steps: Steps, config: Config) -> State:
 
 
 def is_due(step: int, total: int, times: int) -> bool:
-    """Returns whether an event that happens `times` in a run, evenly spaced, follows this step.
+    """Returns whether an event follows this step.
 
-    The last one follows the last step.
+    Args:
+        step: from 1.
+        total: steps of the run.
+        times: how often the event happens in the run, evenly spaced, the last time at its end.
     """
     return step * times // total > (step - 1) * times // total
 

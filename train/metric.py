@@ -302,7 +302,17 @@ class LabelledDescriptors:
 
 
 def retrieve(steps: Steps, params, images: Images, config: MetricConfig) -> LabelledDescriptors:
-    """Describes every image once."""
+    """Describes every image of a split once.
+
+    Args:
+        steps: the compiled steps of the run.
+        params: the parameters to evaluate.
+        images: the split.
+        config: the settings of the run.
+
+    Raises:
+        Refused: no image can be read.
+    """
     whole = compute_outputs(steps, params, images, config)
     return LabelledDescriptors(
         *(whole[name] for name in ("index", "label", "digest", "descriptor"))

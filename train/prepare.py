@@ -312,7 +312,16 @@ def folder_names(classes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def write_folder(root: Path, classes: tuple[str, ...], splits: dict[str, Split]) -> None:
-    """Writes `root/SPLIT/CLASS/INDEX.png`; what an earlier call wrote is replaced at the end."""
+    """Writes `root/SPLIT/CLASS/INDEX.png`; what an earlier call wrote is replaced at the end.
+
+    Args:
+        root: the folder; one that exists must be empty or made by this script.
+        classes: names of the sub-folders.
+        splits: the images by split.
+
+    Raises:
+        Refused: the folder holds other files.
+    """
     with _in_place_of(root, made_if=MARK) as new:
         for split, images in splits.items():
             for name in classes:
@@ -328,6 +337,15 @@ def write_tfds(
     """Writes `data_dir/name/1.0.0` with the features image, label and index.
 
     A data set that this script made before is replaced.
+
+    Args:
+        data_dir: folder of TFDS data sets.
+        name: of the data set.
+        classes: names of the classes.
+        splits: the images by split.
+
+    Raises:
+        Refused: the folder holds other files.
     """
     import tensorflow_datasets as tfds
 

@@ -89,6 +89,11 @@ def make_steps(config: Config, num_classes: int, total_steps: int) -> Steps:
     """Returns the compiled steps of a classifier.
 
     Configs that differ only in seed, folder or logging share one compilation.
+
+    Args:
+        config: the settings of the run.
+        num_classes: outputs of the head.
+        total_steps: steps of the run.
     """
     return _classifier_steps(
         build_model(config, num_classes),

@@ -63,7 +63,14 @@ def read_cifar10(packed: Path, count: int) -> tuple[Images, Images]:
 
 
 def make_config(arm: str, seed: int, runs: Path, epochs: float) -> Config:
-    """Returns the settings of one training."""
+    """Returns the settings of one training.
+
+    Args:
+        arm: its pooling, a name in `ARMS`.
+        seed: of the training.
+        runs: folder of the runs.
+        epochs: of the training.
+    """
     folder = runs / f"{arm.replace(' ', '-').lower()}-{seed}"
     flags = [
         *FLAGS, *ARMS[arm], "--data", "cifar10", "--seed", str(seed), "--epochs", str(epochs),

@@ -40,6 +40,11 @@ def random_blocks(d: int, groups: int, seed: int) -> Blocks:
     """Returns blocks of channels drawn at random, `(groups, d / groups)`.
 
     They are the null that meaningful blocks are compared with.
+
+    Args:
+        d: channels.
+        groups: blocks; they divide `d`.
+        seed: decides the draw.
     """
     _require_groups(d, groups)
     return np.random.default_rng(seed).permutation(d).reshape(groups, -1)

@@ -256,7 +256,13 @@ def hold_images(
 def make_columns(
     arm: str, found: np.ndarray, values: dict[str, list[tuple[float, float]]]
 ) -> dict[str, Any]:
-    """Returns both measures with intervals over seeds, and differences of recall@1 seed by seed."""
+    """Returns both measures with intervals over seeds, and differences of recall@1 seed by seed.
+
+    Args:
+        arm: name of the arm.
+        found: `(seeds, 2)` recall@1 and precision of the arm.
+        values: the same of all arms, by name.
+    """
     row: dict[str, Any] = {}
     for i, name in enumerate(("recall_at_1", "average_precision")):
         row |= interval_columns(name, mean(found[:, i]))

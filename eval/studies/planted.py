@@ -145,7 +145,17 @@ def make_arms(config: Planted) -> dict[str, tuple[list[float], Callable[..., Arr
 def train_and_test(
     seed: Int[Array, ""], *, config: Planted, start: list[float], pool
 ) -> tuple[Array, Array]:
-    """Returns right or wrong for each test image, and the learned exponents, of one seed."""
+    """Returns right or wrong for each test image, and the learned exponents, of one seed.
+
+    Args:
+        seed: of codes, draws and groups.
+        config: the experiment.
+        start: first exponents.
+        pool: (tokens, p, key of the seed) -> descriptors.
+
+    Returns:
+        `(test,)` bool and `(exponents,)`.
+    """
     key = jax.random.key(seed)
     code_key, test_key, train_key = jax.random.split(key, 3)
     codes = draw_codes(code_key, config)
@@ -194,7 +204,17 @@ def draw_codes(key: PRNGKeyArray, config: Planted) -> Float[Array, "2 classes ch
 def draw(
     key: PRNGKeyArray, count: int, codes: Array, config: Planted
 ) -> tuple[Float[Array, "b n d"], Int[Array, " b"]]:
-    """Returns images, as tokens with the sparse half of the channels first, and their labels."""
+    """Returns images and their labels.
+
+    Args:
+        key: source of the random numbers.
+        count: number of images.
+        codes: channels of the evidence, as `draw_codes` returns them.
+        config: the experiment.
+
+    Returns:
+        `(count, tokens, channels)`, the sparse half of the channels first, and `(count,)`.
+    """
     noise_key, class_key, place_key = jax.random.split(key, 3)
     sparse, dense = jax.random.randint(class_key, (2, count), 0, config.classes)
     here = jax.nn.one_hot(jax.random.randint(place_key, (count,), 0, config.tokens), config.tokens)

@@ -260,7 +260,13 @@ def measure(ids: np.ndarray, relevance: list[Relevance]) -> Cell:
 
 
 def measure_rerankers(vectors: np.ndarray, own: Set, rerank: Rerank) -> dict[Name, Cell]:
-    """Returns the measures of every reranker on the descriptors of one pooling."""
+    """Returns the measures of every reranker on the descriptors of one pooling.
+
+    Args:
+        vectors: `(n, d)` unit vectors of all images of the set.
+        own: the set.
+        rerank: settings of the rerankers.
+    """
     queries, database = vectors[own.queries], jax.device_put(vectors[own.database])
     initial = ranked(queries, database, own=own.own)
     return {
