@@ -52,6 +52,7 @@ def test_wheel_carries_the_packages_and_nothing_else(built):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"ggem_jax/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")} <= names
     assert {
+        "ggem_jax/files/templates/search.html",
         "ggem_jax/pooling/tokens.py",
         "ggem_jax/models/vit.py",
         "neupims/machine/workload.py",

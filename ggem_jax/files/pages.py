@@ -16,7 +16,7 @@ def render_page(template: Path, **values: Any) -> Iterator[str]:
 
     Args:
         template: file of the template, which may extend `base.html`; a template whose name does not
-            end in `.html` is no HTML, and its values are not escaped.
+            end in `.html` is not HTML, and its values are not escaped.
         values: what the template names.
 
     Raises:
