@@ -31,7 +31,7 @@ from neupims.exploration.space import make_space, sample
 from neupims.machine.config import load_model, load_parallel
 from neupims.machine.hardware import Hardware
 from neupims.machine.workload import Parallel, make_batch
-from neupims.timing.schedule import simulate
+from neupims.timing.iteration import simulate
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEED_AND_COST = parse_objectives("speed:max,cost:min")

@@ -6,17 +6,18 @@ import json
 import numpy as np
 import pytest
 
+from neupims import catalogue
 from neupims.commands import pictures, show
-from neupims.commands.common import Case
-from neupims.commands.simulate import as_dictionary
+from neupims.commands.common import finite
 from neupims.costs.energy import EnergyCosts
 from neupims.machine import config
+from neupims.machine.case import Case
 from neupims.machine.config import load_model
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import describe
 from neupims.machine.workload import Parallel, make_batch
 from neupims.pages.report import page
-from neupims.timing.schedule import simulate
+from neupims.simulation import simulate_case
 
 LENGTHS = np.array([300, 40, 900, 512, 77, 1500, 30, 260])
 
@@ -31,34 +32,23 @@ def shown(capsys, *words):
 def case(system, sub_batches):
     batch = make_batch(LENGTHS, np.arange(8) % 4, num_channels=4)
     hardware = config.load_hardware("npu-pim" if system == "npu-pim" else "neupims")
-    return Case(
-        hardware,
-        "gpt3-7b",
-        load_model("gpt3-7b"),
-        Parallel(4, 1),
-        batch,
-        system,
-        sub_batches,
-        "simulator",
-    )
+    records = (hardware, load_model("gpt3-7b"), batch, Parallel(4, 1))
+    return Case(*records, system, sub_batches, "simulator", "gpt3-7b")
 
 
 @pytest.fixture
 def simulated(monkeypatch):
     """Simulates a small batch; the expected error, which is a file of its own, is made up."""
     monkeypatch.setattr(
-        "neupims.validation.expected_error",
+        "neupims.simulation.expected_error",
         lambda *_, **__: {"layer_mean_percent": 1.2, "layer_max_percent": 4.5},
     )
     return _simulated
 
 
 def _simulated(system, sub_batches):
-    made = case(system, sub_batches)
-    iteration = simulate(
-        made.hardware, made.model, made.batch, made.parallel, system=system, sub_batches=sub_batches
-    )
-    return made, iteration, as_dictionary(made, iteration, path="closed")
+    found = simulate_case(case(system, sub_batches), path="closed")
+    return found.case, found.iteration, found.to_dict()
 
 
 @pytest.mark.parametrize("what", list(show.SUBJECTS))
@@ -66,6 +56,21 @@ def test_both_forms(capsys, what):
     assert isinstance(json.loads(shown(capsys, what, "--json")), dict)
     text = shown(capsys, what)
     assert max(len(line) for line in text.splitlines()) <= 80
+
+
+@pytest.mark.parametrize(
+    ("words", "record"),
+    [
+        (["hardware", "--hardware", "npu-pim"], lambda: catalogue.list_hardware("npu-pim")),
+        (["models"], catalogue.list_models),
+        (["systems"], catalogue.list_systems),
+        (["constants"], catalogue.list_constants),
+        (["knobs"], catalogue.list_knobs),
+    ],
+)
+def test_json_is_the_record_of_the_library(capsys, words, record):
+    found = finite(record().to_dict())
+    assert json.loads(json.dumps(found)) == json.loads(shown(capsys, *words, "--json"))
 
 
 def test_hardware_lists_every_field(capsys):

@@ -22,9 +22,9 @@ from neupims.commands.common import (
     finite,
     print_json,
 )
-from neupims.commands.common import model as chosen_model
 from neupims.commands.common import system as chosen_system
 from neupims.files import write_text
+from neupims.machine.case import select_model
 
 METRICS = (
     "tokens_per_second",
@@ -219,9 +219,7 @@ def _workloads(arguments: argparse.Namespace):
     system, sub_batches, hardware = chosen_system(arguments)
     workloads = []
     for name in arguments.models.split(","):
-        title, decoder, parallel = chosen_model(
-            argparse.Namespace(model=name.strip(), tp=None, pp=None)
-        )
+        title, decoder, parallel = select_model(name.strip())
         for path in arguments.trace:
             batch = read_trace(path, num_channels=int(hardware.hbm.num_channels))
             workloads.append(Workload(f"{Path(title).stem}/{path.stem}", decoder, parallel, batch))

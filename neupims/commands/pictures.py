@@ -7,17 +7,15 @@ from typing import Any
 import numpy as np
 
 from neupims.commands.common import Case, error_sentence
-from neupims.machine.calibration import DEFAULT
 from neupims.machine.hardware import Hardware, banks, burst_cycles, peak_bytes_per_cycle
 from neupims.machine.systems import PIM_SYSTEMS
 from neupims.machine.workload import FLOAT16_BYTES
 from neupims.pages.perfetto import write_perfetto
 from neupims.pages.plots import operation_name
 from neupims.pages.report import write_report
-from neupims.timing.prefill import prefill_attention
-from neupims.timing.schedule import NPU_ATTENTION, npu_operation, operations, stages
-
-ELEMENT_OPERATIONS = {"ln": 5, "res": 1, "gelu": 1}  # of one element, as the energy counts them
+from neupims.timing.npu import Context
+from neupims.timing.prefill import prefill_operations
+from neupims.timing.stages import Operation, npu_operation, operations, stages
 
 
 def write_pictures(
@@ -204,9 +202,8 @@ def points(case: Case, iteration) -> list[dict[str, Any]]:
         ),
     )
     found: dict[str, dict[str, Any]] = {}
-    for each, cycles in zip(
-        operations(case.system, case.sub_batches), iteration.op_cycles.tolist(), strict=True
-    ):
+    listed = prefill_operations() if case.prefill else operations(case.system, case.sub_batches)
+    for each, cycles in zip(listed, iteration.op_cycles.tolist(), strict=True):
         if each.stage not in in_layer:
             continue
         stage = planned[each.stage]
@@ -216,7 +213,7 @@ def points(case: Case, iteration) -> list[dict[str, Any]]:
         ]
         tokens = int(mine.sum()) if case.prefill else len(mine)
         flops, moved = (
-            _attention(case, mine) if each.platform == "PIM" else _npu(case, each.name, tokens)
+            _attention(case, mine) if each.platform == "PIM" else _npu(case, each, tokens)
         )
         roof = "GPU" if case.system == "gpu" else {"SA": "NPU", "PIM": "PIM"}[each.platform]
         point = found.setdefault(
@@ -244,21 +241,9 @@ def _attention(case: Case, lengths) -> tuple[float, float]:
     )
 
 
-def _npu(case: Case, name: str, tokens: int) -> tuple[float, float]:
-    options: dict[str, Any] = {
-        "calibration": DEFAULT,
-        "system": case.system,
-        "fidelity": case.fidelity,
-    }
-    if case.prefill and name == NPU_ATTENTION:
-        work = prefill_attention(
-            case.hardware, case.model, case.batch.seq_lens, case.parallel, calibration=DEFAULT
-        )
-        return 2 * float(work.macs), float(work.read_bytes + work.write_bytes)
-    work = npu_operation(
-        case.hardware, case.model, case.batch, case.parallel, name, 1.0 * tokens, 0.0, **options
-    )
-    elements = (
-        ELEMENT_OPERATIONS.get(name.rpartition(".")[2], 0) * float(work.write_bytes) / FLOAT16_BYTES
-    )
+def _npu(case: Case, operation: Operation, tokens: int) -> tuple[float, float]:
+    records = (case.hardware, case.model, case.batch, case.parallel)
+    context = Context(*records, system=case.system, fidelity=case.fidelity)
+    work = npu_operation(operation, context, 1.0 * tokens)
+    elements = operation.element_operations * float(work.write_bytes) / FLOAT16_BYTES
     return 2 * float(work.macs) + elements, float(work.read_bytes + work.write_bytes)
