@@ -40,9 +40,9 @@ ROOMS = {
         "timing": {"costs", "machine"},
         "validation": {"machine", "timing"},
         "scheduling": {"files", "machine", "timing"},
-        "exploration": {"costs", "machine", "timing"},
+        "exploration": {"costs", "files", "machine", "timing", "validation"},
         "files": set(),
-        "pages": {"files"},
+        "pages": {"exploration", "files", "machine", "timing"},
         "commands": {
             "costs",
             "exploration",

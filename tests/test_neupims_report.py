@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import pytest
 
-from neupims.pages import plots
+from neupims.pages import plots, step_plots, svg
 from neupims.pages.perfetto import (
     FIRST_CHANNEL_LANE,
     NPU_LANE,
@@ -326,7 +326,7 @@ def test_the_bars_of_a_gantt_chart_are_as_long_as_their_operations():
     """300 cycles are drawn in 690 pixels: 2.3 a cycle; NPU operations of C begin with the stage, at
     cycle 220.
     """
-    (chart,) = charts(plots.gantt(OPS, STAGES))
+    (chart,) = charts(step_plots.gantt(OPS, STAGES))
     found = {each[0].text: each for each in chart.iter("rect") if len(each)}
     fc1, attend = found["C ffn.fc1: 80 core cycles"], found["B attn.NeuPIMSAttend: 90 core cycles"]
     assert float(fc1.get("x")) == pytest.approx(52 + 2.3 * 220, abs=0.06)
@@ -336,7 +336,7 @@ def test_the_bars_of_a_gantt_chart_are_as_long_as_their_operations():
 
 
 def test_channel_bars_are_as_high_as_their_load():
-    (chart,) = charts(plots.channel_loads([{"name": "a", "cycles": [2.0, 4.0]}]))
+    (chart,) = charts(step_plots.channel_loads([{"name": "a", "cycles": [2.0, 4.0]}]))
     low, high = (float(each.get("height")) for each in chart.iter("rect") if len(each))
     assert high == pytest.approx(2 * low, abs=0.11)
 
@@ -344,7 +344,7 @@ def test_channel_bars_are_as_high_as_their_load():
 def test_a_point_at_its_roof_touches_it():
     """1 FLOP/B at 16 TFLOP/s is the corner of PIM's roof."""
     (chart,) = charts(
-        plots.roofline(
+        step_plots.roofline(
             [{"name": "x", "roof": "PIM", "flops": 16e12, "bytes": 16e12, "seconds": 1.0}], ROOFS
         )
     )
@@ -383,7 +383,7 @@ def test_what_is_perfect_stands_on_the_diagonal():
     ],
 )
 def test_short_numbers(value, shown):
-    assert plots.short(value) == shown
+    assert svg.short(value) == shown
 
 
 @pytest.mark.parametrize(
@@ -395,10 +395,12 @@ def test_short_numbers(value, shown):
         (0.3, 0.31, False),
         (3, 5e6, True),
         (200, 900, True),
+        (0.011, 0.019, True),
+        (17e3, 52e3, True),
     ],
 )
 def test_ticks_are_round_and_few(low, high, log):
-    ticks = plots.Scale(low, high, 0, 100, log).ticks()
+    ticks = svg.Scale(low, high, 0, 100, log).ticks()
     assert 2 <= len(ticks) <= 10
     assert all(low <= tick <= high for tick in ticks)
     assert all(float(f"{tick:.3g}") == pytest.approx(tick, abs=1e-12) for tick in ticks)
@@ -415,7 +417,7 @@ def test_names_in_a_chart_do_not_cover_each_other():
         }
         for i in range(8)
     ]
-    (chart,) = charts(plots.roofline(points, ROOFS))
+    (chart,) = charts(step_plots.roofline(points, ROOFS))
     boxes = [
         (float(each.get("x")), float(each.get("y")), len(each.text))
         for each in chart.iter("text")
@@ -427,8 +429,8 @@ def test_names_in_a_chart_do_not_cover_each_other():
         for other_x, other_y, other in names[i + 1 :]:
             assert (
                 abs(y - other_y) >= 12
-                or x + plots.LETTER * length <= other_x
-                or other_x + plots.LETTER * other <= x
+                or x + svg.LETTER * length <= other_x
+                or other_x + svg.LETTER * other <= x
             )
 
 

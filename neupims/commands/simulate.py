@@ -64,9 +64,10 @@ def run(arguments: argparse.Namespace) -> int:
     case, iteration = _fastest(cases, path)
     result = as_dictionary(case, iteration, path=path)
     if arguments.html or arguments.perfetto:
-        from neupims.commands.pictures import write_pictures
+        from neupims.pages.step import Step, write_step
 
-        write_pictures(case, iteration, result, arguments.html, arguments.perfetto)
+        step = Step(case.hardware, case.model, case.parallel, case.batch, iteration, result)
+        write_step(step, page=arguments.html, trace=arguments.perfetto)
     if arguments.json:
         print_json(result)
     else:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from neupims.files import write_text
-from neupims.pages.plots import operation_name
+from neupims.pages.step_plots import operation_name
 
 STAGE_LANE, NPU_LANE, PIM_LANE, FIRST_CHANNEL_LANE = 0, 1, 2, 10
 LANES = {"SA": (NPU_LANE, "NPU"), "PIM": (PIM_LANE, "PIM")}
