@@ -88,6 +88,15 @@ def test_sobol_points_are_more_even_than_chance():
     )
 
 
+def test_tuples_are_ranges_and_lists_are_values():
+    short = make_space(
+        {"npu.num_arrays": (2, 5), "npu.clock_hz": (0.5e9, 2e9, "log"), "hbm.ranks": [1, 2]}
+    )
+    names = ("npu.num_arrays", "npu.clock_hz")
+    long = make_space({name: KNOBS[name] for name in names} | {"hbm.ranks": [1, 2]})
+    assert short.knobs == long.knobs
+
+
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [
@@ -114,6 +123,8 @@ def test_sobol_points_are_more_even_than_chance():
             r"hbm\.tfaw_cycles.*at most 1e\+30, not inf",
         ),
         ({"sub_batches": [1, 2, 3]}, "sub_batches.*1 or 2"),
+        ({"npu.num_arrays": (2, 4, 8)}, r"npu\.num_arrays.*\(low, high\)"),
+        ({"npu.num_arrays": (4, 2)}, r"npu\.num_arrays.*below"),
     ],
 )
 def test_impossible_knobs_are_refused_by_name(knobs, words):
@@ -131,7 +142,7 @@ def test_files_in_both_forms_say_the_same(tmp_path):
         json.dumps({"knobs": KNOBS, "constraints": ["npu.num_arrays <= 4"]})
     )
     one, two = (make_space(*read_space(tmp_path / f"space.{form}")) for form in ("toml", "json"))
-    assert sorted(one.described()["knobs"].items()) == sorted(two.described()["knobs"].items())
+    assert sorted(one.describe()["knobs"].items()) == sorted(two.describe()["knobs"].items())
     assert one.violation({"npu.num_arrays": np.array([4.0, 5.0])}).tolist() == [
         0,
         pytest.approx(1 / 9),

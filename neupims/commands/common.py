@@ -8,7 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from neupims.files import check_place
+from neupims.files import check_place, finite
 from neupims.machine.config import SUFFIXES, load_hardware, load_model, load_parallel
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace
@@ -200,17 +200,6 @@ def print_json(value: dict[str, Any]) -> None:
     infinity it has not.
     """
     print(json.dumps(finite(value), indent=2, allow_nan=False))
-
-
-def finite(value: Any) -> Any:
-    """The same value with null for what is not a finite number."""
-    if isinstance(value, dict):
-        return {key: finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(part) for part in value]
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return None
-    return value
 
 
 def _change(text: str) -> tuple[str, int | float]:
