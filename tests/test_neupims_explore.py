@@ -566,9 +566,11 @@ def test_the_command_prints_the_record_of_the_library(capsys, tmp_path, trace):
         chunk=16,
         folder=tmp_path / "out",
     )
-    record = found.as_dict()
+    record = found.to_dict()
     assert printed.pop("seconds") > 0 < record.pop("seconds")
     assert printed == json.loads(json.dumps(record))
+    assert (found.reference["area_mm2"], found.points, found.sub_batches) == (9e4, 24, 1)
+    assert all(each.knobs["npu.num_arrays"] <= 12 for each in found.front)
     assert (tmp_path / "out" / "front.csv").read_text() == found.front_csv()
     assert [each.index for each in found.front] != sorted(each.index for each in found.front)
 

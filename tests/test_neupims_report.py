@@ -17,7 +17,7 @@ from neupims.pages.perfetto import (
     NPU_LANE,
     PIM_LANE,
     STAGE_LANE,
-    events,
+    make_events,
     write_perfetto,
 )
 from neupims.pages.report import page, write_report
@@ -226,6 +226,20 @@ def test_a_front_is_counted_and_listed():
     assert {"Pareto front, 2 designs", "dominated, 1 designs"} <= set(words)
     assert chart.get("aria-label", "").endswith("2 of 3 designs are on the Pareto front")
     assert re.findall(r"<td>(.*?)</td>", text) == ["1", "1", "2", "3"]
+
+
+def test_notes_stand_below_their_charts():
+    """Of 4001 dominated designs every second one is drawn."""
+    points = [{"x": 1.0 + each, "y": 1.0, "front": not each} for each in range(4002)]
+    pareto = {"kind": "pareto", "title": "mine", "x_name": "x", "y_name": "y", "points": points}
+    validation = {"kind": "validation", "title": "errors", **SECTIONS["validation"]}
+    text = page([pareto, validation], title="A page", facts={})
+    notes = ["One in 2 of the 4001 dominated designs is drawn.", "Absolute error, % of the"]
+    places = [text.index(note) for note in notes]
+    assert text.index("</details>") < places[0] < text.index("<h2>errors") < places[1]
+    assert (
+        charts(text)[0].get("aria-label", "").endswith("1 of 2002 designs are on the Pareto front")
+    )
 
 
 @pytest.mark.parametrize("kind", list(SECTIONS))
@@ -477,7 +491,7 @@ def test_a_trace_keeps_times():
     """
     found = {
         (each["name"], each["tid"]): each
-        for each in events(RESULT, clock_hz=1e9, channel_cycles=[[70.0, 120.0], [60.0, 500.0]])
+        for each in make_events(RESULT, clock_hz=1e9, channel_cycles=[[70.0, 120.0], [60.0, 500.0]])
         if each["ph"] == "X"
     }
     assert found["fc1", NPU_LANE]["ts"] == pytest.approx(0.22)
@@ -495,7 +509,7 @@ def test_operations_that_overlap_are_set_apart():
     }
     first, second = (
         each
-        for each in events(result, clock_hz=1e9)
+        for each in make_events(result, clock_hz=1e9)
         if each["ph"] == "X" and each["tid"] == NPU_LANE
     )
     assert second["ts"] >= first["ts"] + first["dur"]

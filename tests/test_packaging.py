@@ -54,6 +54,8 @@ def test_wheel_carries_the_packages_and_nothing_else(built):
         "ggem_jax/pooling/tokens.py",
         "ggem_jax/models/vit.py",
         "neupims/machine/workload.py",
+        "neupims/pages/templates/chart.css",
+        "neupims/pages/templates/page.html",
     } <= names
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {
         "ggem_jax",

@@ -155,7 +155,7 @@ def run(arguments: argparse.Namespace) -> int:
 
         write_exploration(arguments.html, found)
     if arguments.json:
-        print_json(found.as_dict())
+        print_json(found.to_dict())
     else:
         _print(found, arguments.out)
     return 0

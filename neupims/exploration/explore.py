@@ -71,7 +71,7 @@ class Exploration:
     devices: str
     result: SpaceResult  # arrays of the front and of other designs
 
-    def as_dict(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """Returns everything but `result` as plain values, as `neupims explore --json` prints it.
 
         Numbers that are not finite are None.
@@ -234,7 +234,7 @@ def explore(
         result=result,
     )
     if folder is not None:
-        summary = json.dumps(found.as_dict(), indent=2, allow_nan=False)
+        summary = json.dumps(found.to_dict(), indent=2, allow_nan=False)
         write_text(Path(folder) / "front.csv", found.front_csv())
         write_text(Path(folder) / "summary.json", summary)
     return found
