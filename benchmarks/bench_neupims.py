@@ -26,7 +26,8 @@ from benchmarks.record import append, machine
 from neupims.costs.area import area
 from neupims.exploration.evaluation import BLOCK, map_blocks
 from neupims.exploration.evaluator import Evaluator
-from neupims.exploration.space import make_space, sample
+from neupims.exploration.sampling import sample
+from neupims.exploration.space import make_space
 from neupims.machine.config import load_model, load_parallel
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace

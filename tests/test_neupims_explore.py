@@ -25,8 +25,9 @@ from neupims.exploration.evaluator import Evaluator
 from neupims.exploration.explore import Exploration, explore
 from neupims.exploration.explore_space import explore_space
 from neupims.exploration.points import Objective, costs, overall, parse_objectives
+from neupims.exploration.sampling import sample
 from neupims.exploration.sensitivity import first_order, neighbours, rank_correlation
-from neupims.exploration.space import make_space, sample
+from neupims.exploration.space import make_space
 from neupims.exploration.workloads import Workload, deal, make_workloads
 from neupims.machine.config import load_model, load_parallel
 from neupims.machine.hardware import Hardware

@@ -1,5 +1,5 @@
-"""neupims/exploration/space.py and constraint.py: what a space may be, and samplers whose parts
-make the whole.
+"""neupims/exploration/space.py, sampling.py and constraint.py: which spaces are possible, and
+samplers whose parts make the whole.
 """
 
 import json
@@ -8,15 +8,8 @@ import numpy as np
 import pytest
 
 from neupims.exploration.constraint import parse_constraint
-from neupims.exploration.space import (
-    Knob,
-    grid_size,
-    make_space,
-    parse_knob,
-    read_space,
-    sample,
-    unit_sample,
-)
+from neupims.exploration.sampling import grid_size, sample, unit_sample
+from neupims.exploration.space import Knob, make_space, parse_knob, read_space
 from neupims.machine.hardware import Hardware
 
 KNOBS = {

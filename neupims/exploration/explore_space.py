@@ -25,8 +25,9 @@ from neupims.exploration.points import (
     result,
     update_front,
 )
+from neupims.exploration.sampling import METHODS, grid_size, sample, unit_sample
 from neupims.exploration.sensitivity import Sensitivity, neighbours, sensitivities
-from neupims.exploration.space import METHODS, Space, grid_size, sample, unit_sample
+from neupims.exploration.space import Space
 
 Report = Callable[[int, int], None]
 
