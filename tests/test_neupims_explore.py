@@ -308,9 +308,9 @@ def test_children_stay_in_the_cube_and_lists_keep_their_values():
     assert float(children.min()) >= 0
     assert float(children.max()) <= 1
     kept = np.isin(np.asarray(children[:, 1]), np.arange(4) / 4)
-    drawn_anew = np.asarray(drawn[6, :, 1]) < 1 / 3  # one knob of three, on average
-    assert kept[~drawn_anew].all()
-    assert not kept[drawn_anew].any()
+    redrawn = np.asarray(drawn[6, :, 1]) < 1 / 3  # one knob of three, on average
+    assert kept[~redrawn].all()
+    assert not kept[redrawn].any()
     assert not np.isin(np.asarray(children[:, 0]), np.asarray(units[:, 0])).all()
 
 
@@ -422,7 +422,7 @@ MACHINES = make_space(
 
 
 def test_the_usual_evaluation_is_a_loop_over_simulate():
-    """The last three are none: 3 devices for 32 heads, a tFAW that is no number, and pages longer
+    """The last three are impossible: 3 devices for 32 heads, a tFAW of NaN, and pages longer
     than rows.
     """
     pages, faw = np.array([512, 1024, 1024, 1024, 2048]), np.array([12.5, 30, 30, np.nan, 30])

@@ -68,7 +68,7 @@ def test_front_of_nothing():
 
 def test_crowding_by_hand():
     """Front 0 is (0, 4), (1, 2), (4, 0): the middle one's neighbours lie 4/4 and 4/4 apart. Front 1
-    is one row. The last is none.
+    is one row. The last row is not finite.
     """
     made = np.array([[0.0, 4], [1, 2], [4, 0], [5, 5], [np.nan, 0]])
     rank = pareto.ranks(made)
