@@ -32,7 +32,7 @@ from neupims.machine.config import load_model, load_parallel
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace
 from neupims.machine.workload import Batch, make_batch
-from neupims.timing.schedule import simulate
+from neupims.timing.iteration import simulate
 
 MODEL = "gpt3-7b"
 CHANNELS = 32

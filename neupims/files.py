@@ -1,26 +1,81 @@
-"""Files that are complete or absent, and numbers that JSON can hold."""
+"""Files: tables of TOML and JSON, results that are complete or absent, numbers of JSON."""
 
 import errno
+import json
 import os
 import tempfile
+import tomllib
 from pathlib import Path
 from typing import Any
 
+SUFFIXES = (".toml", ".json")
 PARTIAL = ".part"  # ending of a file that is being written
 
 
+def read_table(path: str | Path) -> dict[str, Any]:
+    """Returns the values of a TOML or JSON file by name.
+
+    Args:
+        path: The file; its name ends in .toml or .json.
+
+    Raises:
+        ValueError: The name has another ending, or the file is no such table; the sentence names
+            the file.
+        OSError: The file cannot be read.
+    """
+    path = os.fspath(path)
+    if not path.lower().endswith(SUFFIXES):
+        raise ValueError(f"{path} must end in {' or '.join(SUFFIXES)}")
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not a text file") from None
+    return parse_table(text, path)
+
+
+def parse_table(text: str, file: str) -> dict[str, Any]:
+    """Returns the values of a TOML or JSON text by name.
+
+    Args:
+        text: The text.
+        file: The name of its file: one that ends in .json is read as JSON, others as TOML.
+
+    Raises:
+        ValueError: The text is no such table; the sentence names the file.
+    """
+    json_file = file.lower().endswith(".json")
+    try:
+        values = json.loads(text) if json_file else tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise ValueError(f"{file} is not {'JSON' if json_file else 'TOML'}: {error}") from None
+    if not isinstance(values, dict):
+        raise ValueError(f"{file} must hold fields by name, not {values!r}")
+    return values
+
+
 def check_place(path: str | Path) -> None:
-    """Raises OSError if the folder of a file does not exist, so that a long run fails early."""
+    """Raises before a long run, not after it, if a file has no folder to be written to.
+
+    Args:
+        path: The file that will be written.
+
+    Raises:
+        OSError: The folder does not exist.
+    """
     folder = Path(path).parent
     if not folder.is_dir():
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Writes a text file, complete or not at all.
+    """Writes a text file, complete or not at all; see `write_bytes`.
+
+    Args:
+        path: The file.
+        text: Its content, written as UTF-8.
 
     Raises:
-        OSError: the folder is missing or cannot be written to; the error names `path`.
+        OSError: The folder is missing or cannot be written to; the error names `path`.
     """
     write_bytes(path, text.encode("utf-8", errors="backslashreplace"))
 
@@ -33,7 +88,7 @@ def write_bytes(path: str | Path, content: bytes) -> None:
             is left behind.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():  # a pipe or a device, or a folder, which refuses
+    if path.exists() and not path.is_file():  # a pipe or a device; a folder raises
         path.write_bytes(content)
         return
     temporary, given, path = None, path, Path(os.path.realpath(path))

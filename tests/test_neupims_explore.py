@@ -33,7 +33,7 @@ from neupims.machine.config import load_model, load_parallel
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace
 from neupims.machine.workload import Parallel, make_batch
-from neupims.timing.schedule import simulate
+from neupims.timing.iteration import simulate
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEED_AND_COST = parse_objectives("speed:max,cost:min")

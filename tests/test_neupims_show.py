@@ -5,8 +5,10 @@ import json
 
 import pytest
 
+from neupims import catalogue
 from neupims.commands import show
 from neupims.costs.energy import EnergyCosts
+from neupims.files import finite
 from neupims.machine import config
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import describe
@@ -24,6 +26,21 @@ def test_both_forms(capsys, what):
     assert isinstance(json.loads(shown(capsys, what, "--json")), dict)
     text = shown(capsys, what)
     assert max(len(line) for line in text.splitlines()) <= 80
+
+
+@pytest.mark.parametrize(
+    ("words", "record"),
+    [
+        (["hardware", "--hardware", "npu-pim"], lambda: catalogue.list_hardware("npu-pim")),
+        (["models"], catalogue.list_models),
+        (["systems"], catalogue.list_systems),
+        (["constants"], catalogue.list_constants),
+        (["knobs"], catalogue.list_knobs),
+    ],
+)
+def test_json_is_the_record_of_the_library(capsys, words, record):
+    found = finite(record().to_dict())
+    assert json.loads(json.dumps(found)) == json.loads(shown(capsys, *words, "--json"))
 
 
 def test_hardware_lists_every_field(capsys):

@@ -5,14 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from neupims.commands.common import Case
-from neupims.commands.simulate import as_dictionary
+from neupims.machine.case import Case
 from neupims.machine.config import load_hardware, load_model
 from neupims.machine.hardware import Hardware
 from neupims.machine.workload import Parallel, make_batch
 from neupims.pages.report import page
-from neupims.pages.step import Step, make_sections, roofline_points, roofline_roofs, write_step
-from neupims.timing.schedule import simulate
+from neupims.pages.step import make_sections, roofline_points, roofline_roofs, write_step
+from neupims.simulation import simulate_case
 
 LENGTHS = np.array([300, 40, 900, 512, 77, 1500, 30, 260])
 
@@ -20,35 +19,18 @@ LENGTHS = np.array([300, 40, 900, 512, 77, 1500, 30, 260])
 def case(system, sub_batches):
     batch = make_batch(LENGTHS, np.arange(8) % 4, num_channels=4)
     hardware = load_hardware("npu-pim" if system == "npu-pim" else "neupims")
-    return Case(
-        hardware,
-        "gpt3-7b",
-        load_model("gpt3-7b"),
-        Parallel(4, 1),
-        batch,
-        system,
-        sub_batches,
-        "simulator",
-    )
+    records = (hardware, load_model("gpt3-7b"), batch, Parallel(4, 1))
+    return Case(*records, system, sub_batches, "simulator", "gpt3-7b")
 
 
 @pytest.fixture
 def simulated(monkeypatch):
     """Simulates a small batch; the expected error, which is a file of its own, is made up."""
     monkeypatch.setattr(
-        "neupims.validation.expected_error",
+        "neupims.simulation.expected_error",
         lambda *_, **__: {"layer_mean_percent": 1.2, "layer_max_percent": 4.5},
     )
-    return _simulated
-
-
-def _simulated(system, sub_batches):
-    made = case(system, sub_batches)
-    iteration = simulate(
-        made.hardware, made.model, made.batch, made.parallel, system=system, sub_batches=sub_batches
-    )
-    result = as_dictionary(made, iteration, path="closed")
-    return Step(made.hardware, made.model, made.parallel, made.batch, iteration, result)
+    return lambda system, sub_batches: simulate_case(case(system, sub_batches), path="closed")
 
 
 @pytest.mark.parametrize(
@@ -73,7 +55,7 @@ def test_every_system_has_a_report_and_a_trace(tmp_path, simulated, system, sub_
     ]
     assert {each["pid"] for each in slices} == {0, 1, 2, 3}
     end = max(each["ts"] + each["dur"] for each in slices)
-    assert end == pytest.approx(sum(step.result["stage_cycles"].values()) / 1e3, rel=1e-5)
+    assert end == pytest.approx(sum(step.to_dict()["stage_cycles"].values()) / 1e3, rel=1e-5)
     first, second = (page(make_sections(step), title="x", facts={}) for _ in range(2))
     assert first == second
 

@@ -15,7 +15,7 @@ from neupims.machine.record import replace
 from neupims.machine.systems import PIM_SYSTEMS, Fidelity, System
 from neupims.machine.workload import Batch, Decoder, Parallel
 from neupims.timing.capacity import channel_tiles, request_tiles
-from neupims.timing.schedule import Iteration, simulate
+from neupims.timing.iteration import Iteration, simulate
 
 Schedule = Literal["dealt", "trace"]
 SCHEDULES: tuple[Schedule, ...] = ("dealt", "trace")

@@ -12,10 +12,8 @@ A space can be read from TOML or JSON:
     npu.clock_hz = {low = 0.7e9, high = 1.5e9, log = true}  # any number, uniform in its logarithm
 """
 
-import json
 import math
 import numbers
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from neupims.exploration.constraint import Constraint, parse_constraint
+from neupims.files import read_table
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import COUNT_MOST, REAL_MOST, describe, instead, real
 
@@ -175,20 +174,8 @@ def read_space(path: str | Path) -> tuple[dict[str, Any], list[str]]:
             the file.
         OSError: the file cannot be read.
     """
-    path = Path(path)
-    if path.suffix.lower() not in (".toml", ".json"):
-        raise ValueError(f"{path} must end in .toml or .json")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        content = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
-    except (
-        UnicodeDecodeError,
-        json.JSONDecodeError,
-        tomllib.TOMLDecodeError,
-        RecursionError,
-    ) as error:
-        raise ValueError(f"{path} cannot be read as {path.suffix[1:].upper()}: {error}") from None
-    if not isinstance(content, dict) or not isinstance(content.get("knobs"), dict):
+    content = read_table(path)
+    if not isinstance(content.get("knobs"), dict):
         raise ValueError(f"{path} must have a table knobs")
     if unknown := set(content) - {"knobs", "constraints", "about"}:
         raise ValueError(

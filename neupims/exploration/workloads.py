@@ -1,6 +1,5 @@
 """What designs run: models with their parallelism, and batches of requests."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
-from neupims.machine.config import SUFFIXES, load_model, load_parallel
+from neupims.machine.case import select_model
 from neupims.machine.workload import Batch, Decoder, Parallel, check_parallel, read_trace
 
 Model = str | Path | Decoder
@@ -64,15 +63,12 @@ def _read_model(
 ) -> tuple[str, Decoder, Parallel]:
     """Title, record and parallelism of a model."""
     if isinstance(model, Decoder):
-        title, decoder, published = _numbered("model", number, count), model, Parallel(1, 1)
-    else:
-        path = str(model)
-        is_file = path.lower().endswith(SUFFIXES) or os.path.exists(path)
-        name = path if is_file else path.lower()
-        title, decoder, published = Path(name).stem, load_model(name), load_parallel(name)
-    spread = parallel or published
-    check_parallel(decoder, spread)
-    return title, decoder, spread
+        spread = parallel or Parallel(1, 1)
+        check_parallel(model, spread)
+        return _numbered("model", number, count), model, spread
+    tp, pp = (parallel.tp, parallel.pp) if parallel else (None, None)
+    name, decoder, spread = select_model(model, tp=tp, pp=pp)
+    return Path(name).stem, decoder, spread
 
 
 def _read_batch(batch: Trace, place: int, count: int, num_channels: int) -> tuple[str, Batch]:

@@ -1,59 +1,39 @@
 """The page and the trace of one simulated step: a decode step, or the prefill of a batch."""
 
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
-from neupims.machine.calibration import DEFAULT
+from neupims.machine.case import Case
 from neupims.machine.hardware import Hardware, banks, burst_cycles, peak_bytes_per_cycle
 from neupims.machine.systems import PIM_SYSTEMS
-from neupims.machine.workload import FLOAT16_BYTES, Batch, Decoder, Parallel
+from neupims.machine.workload import FLOAT16_BYTES
 from neupims.pages.perfetto import write_perfetto
 from neupims.pages.report import describe_error, write_report
 from neupims.pages.step_plots import operation_name
-from neupims.timing.prefill import prefill_attention
-from neupims.timing.schedule import NPU_ATTENTION, Iteration, npu_operation, operations, stages
+from neupims.simulation import Simulation
+from neupims.timing.npu import Context
+from neupims.timing.prefill import prefill_operations
+from neupims.timing.stages import Operation, npu_operation, operations, stages
 
 ELEMENT_OPERATIONS = {"ln": 5, "res": 1, "gelu": 1}  # per element, as the energy counts them
 
 
-class Step(NamedTuple):
-    """One simulated step and what it ran."""
-
-    hardware: Hardware
-    model: Decoder
-    parallel: Parallel
-    batch: Batch
-    iteration: Iteration
-    result: Mapping[str, Any]  # as `simulate --json` prints it
-
-    @property
-    def prefill(self) -> bool:
-        """Whether prompts are read, instead of one token generated for each request."""
-        return self.result["phase"] == "prefill"
-
-    @property
-    def with_pim(self) -> bool:
-        """Whether attention runs in the memory."""
-        return self.result["system"] in PIM_SYSTEMS
-
-
-def write_step(step: Step, *, page: Path | None = None, trace: Path | None = None) -> None:
+def write_step(step: Simulation, *, page: Path | None = None, trace: Path | None = None) -> None:
     """Writes the page and the Chrome trace of a step.
 
     Args:
-        step: the step.
+        step: what `simulate_case` returned.
         page: HTML file; None writes no page.
         trace: JSON file for ui.perfetto.dev; None writes no trace.
 
     Raises:
         OSError: a file cannot be written.
     """
-    result = step.result
+    result, case = step.to_dict(), step.case
     if page:
-        phase = "the prefill" if step.prefill else "one decode step"
+        phase = "the prefill" if case.prefill else "one decode step"
         write_report(
             page,
             make_sections(step),
@@ -61,30 +41,32 @@ def write_step(step: Step, *, page: Path | None = None, trace: Path | None = Non
             facts=make_facts(step),
         )
     if trace:
-        loads = np.asarray(step.iteration.channel_cycles).tolist() if step.with_pim else ()
+        with_pim = case.system in PIM_SYSTEMS
+        loads = np.asarray(step.iteration.channel_cycles).tolist() if with_pim else ()
         write_perfetto(
             trace,
             result,
-            clock_hz=float(step.hardware.npu.clock_hz),
+            clock_hz=float(case.hardware.npu.clock_hz),
             channel_cycles=loads,
-            devices=int(step.parallel.tp),
+            devices=int(case.parallel.tp),
         )
 
 
-def make_facts(step: Step) -> dict[str, Any]:
+def make_facts(step: Simulation) -> dict[str, Any]:
     """Returns names and values for the head of the page."""
-    result, parallel = step.result, step.parallel
+    result, case = step.to_dict(), step.case
     halves, buffers = result["sub_batches"], result["row_buffers"]
     pim = [
         f"{halves} sub-batch{'es' if halves > 1 else ''}",
         f"{buffers} row buffer{'s' if buffers > 1 else ''}",
     ]
-    pim = pim if step.with_pim else []
+    pim = pim if case.system in PIM_SYSTEMS else []
     listed = {
         "model": (
-            f"{result['model']}, tensor parallel over {parallel.tp}, pipeline over {parallel.pp}"
+            f"{result['model']}, tensor parallel over {case.parallel.tp}, pipeline over"
+            f" {case.parallel.pp}"
         ),
-        "batch": f"{result['batch']} requests of {int(step.batch.seq_lens.max())} tokens at most",
+        "batch": f"{result['batch']} requests of {int(case.batch.seq_lens.max())} tokens at most",
         "machine": ", ".join([result["system"], *pim, f"{result['fidelity']} fidelity"]),
         "iteration": (
             f"{result['iteration_seconds'] * 1e3:.3f} ms, {result['tokens_per_second']:,.0f}"
@@ -101,9 +83,10 @@ def make_facts(step: Step) -> dict[str, Any]:
     return listed
 
 
-def make_sections(step: Step) -> list[dict[str, Any]]:
+def make_sections(step: Simulation) -> list[dict[str, Any]]:
     """Returns the sections of the page, for `write_report`."""
-    result = step.result
+    result, case = step.to_dict(), step.case
+    with_pim = case.system in PIM_SYSTEMS
     shares = [
         ("NPU busy", "npu_utilization"),
         ("PIM busy", "pim_utilization"),
@@ -117,7 +100,7 @@ def make_sections(step: Step) -> list[dict[str, Any]]:
         {
             "kind": "gantt",
             "title": "Stages",
-            "text": explanation if step.with_pim else "",
+            "text": explanation if with_pim else "",
             "ops": result["ops"],
             "stage_cycles": result["stage_cycles"],
         },
@@ -132,7 +115,7 @@ def make_sections(step: Step) -> list[dict[str, Any]]:
             "shares": [
                 {"name": name, "share": result[key]}
                 for name, key in shares
-                if step.with_pim or key != "pim_utilization"
+                if with_pim or key != "pim_utilization"
             ],
         },
         {
@@ -145,10 +128,10 @@ def make_sections(step: Step) -> list[dict[str, Any]]:
                 " memory's queues have taken its results, before they are written."
             ),
             "points": roofline_points(step),
-            "roofs": roofline_roofs(step.hardware),
+            "roofs": roofline_roofs(case.hardware),
         },
     ]
-    if step.with_pim:
+    if with_pim:
         loads = np.asarray(step.iteration.channel_cycles)
         halves = [(f"sub-batch {i + 1}", loads[i]) for i in range(2) if loads[i].any()]
         found.append(
@@ -160,7 +143,7 @@ def make_sections(step: Step) -> list[dict[str, Any]]:
                     " its stage waits for."
                 ),
                 "loads": [
-                    {"name": name, "cycles": load[: int(step.hardware.hbm.num_channels)].tolist()}
+                    {"name": name, "cycles": load[: int(case.hardware.hbm.num_channels)].tolist()}
                     for name, load in halves
                 ],
             }
@@ -207,21 +190,20 @@ def roofline_roofs(hardware: Hardware) -> list[dict[str, Any]]:
     ]
 
 
-def roofline_points(step: Step) -> list[dict[str, Any]]:
+def roofline_points(step: Simulation) -> list[dict[str, Any]]:
     """Returns name, roof, flops, bytes and seconds of the operations of a layer on one device.
 
     Operations of the same name are added up.
     """
-    system, sub_batches = step.result["system"], step.result["sub_batches"]
-    planned = {stage.name: stage for stage in stages(system, sub_batches)}
+    case = step.case
+    planned = {stage.name: stage for stage in stages(case.system, case.sub_batches)}
     in_layer = ("C", "D") if "C" in planned else tuple(planned)
-    clock_hz = float(step.hardware.npu.clock_hz)
-    lengths = np.asarray(step.batch.seq_lens)
-    sub_batch = np.asarray(step.batch.sub_batches) if "C" in planned else 0 * lengths
+    clock_hz = float(case.hardware.npu.clock_hz)
+    lengths = np.asarray(case.batch.seq_lens)
+    sub_batch = np.asarray(case.batch.sub_batches) if "C" in planned else 0 * lengths
     found: dict[str, dict[str, Any]] = {}
-    for each, cycles in zip(
-        operations(system, sub_batches), step.iteration.op_cycles.tolist(), strict=True
-    ):
+    listed = prefill_operations() if case.prefill else operations(case.system, case.sub_batches)
+    for each, cycles in zip(listed, step.iteration.op_cycles.tolist(), strict=True):
         if each.stage not in in_layer:
             continue
         stage = planned[each.stage]
@@ -229,11 +211,11 @@ def roofline_points(step: Step) -> list[dict[str, Any]]:
             (sub_batch == (stage.pim_sub_batch if each.platform == "PIM" else stage.npu_sub_batch))
             & (lengths > 0)
         ]
-        tokens = int(mine.sum()) if step.prefill else len(mine)
+        tokens = int(mine.sum()) if case.prefill else len(mine)
         flops, moved = (
-            _attention(step, mine) if each.platform == "PIM" else _npu(step, each.name, tokens)
+            _attention(case, mine) if each.platform == "PIM" else _npu(case, each, tokens)
         )
-        roof = "GPU" if system == "gpu" else {"SA": "NPU", "PIM": "PIM"}[each.platform]
+        roof = "GPU" if case.system == "gpu" else {"SA": "NPU", "PIM": "PIM"}[each.platform]
         point = found.setdefault(
             each.name,
             {"name": _label(each.name), "roof": roof, "flops": 0.0, "bytes": 0.0, "seconds": 0.0},
@@ -248,30 +230,19 @@ def _label(name: str) -> str:
     return name if name.endswith((".ln", ".res")) else operation_name(name)
 
 
-def _attention(step: Step, lengths: np.ndarray) -> tuple[float, float]:
+def _attention(case: Case, lengths: np.ndarray) -> tuple[float, float]:
     """FLOP and bytes of logit, and equally of attend: 2 FLOP for each key (value) element and query
     head of its group.
     """
-    tokens, model, tp = float(lengths.sum()), step.model, step.parallel.tp
+    tokens, model, tp = float(lengths.sum()), case.model, case.parallel.tp
     return 2 * tokens * model.width / tp, FLOAT16_BYTES * tokens * model.kv_width / tp
 
 
-def _npu(step: Step, name: str, tokens: int) -> tuple[float, float]:
+def _npu(case: Case, operation: Operation, tokens: int) -> tuple[float, float]:
     """FLOP and bytes of an operation of the NPU."""
-    options: dict[str, Any] = {
-        "calibration": DEFAULT,
-        "system": step.result["system"],
-        "fidelity": step.result["fidelity"],
-    }
-    if step.prefill and name == NPU_ATTENTION:
-        work = prefill_attention(
-            step.hardware, step.model, step.batch.seq_lens, step.parallel, calibration=DEFAULT
-        )
-        return 2 * float(work.macs), float(work.read_bytes + work.write_bytes)
-    work = npu_operation(
-        step.hardware, step.model, step.batch, step.parallel, name, 1.0 * tokens, 0.0, **options
-    )
-    elements = (
-        ELEMENT_OPERATIONS.get(name.rpartition(".")[2], 0) * float(work.write_bytes) / FLOAT16_BYTES
-    )
+    records = (case.hardware, case.model, case.batch, case.parallel)
+    context = Context(*records, system=case.system, fidelity=case.fidelity)
+    work = npu_operation(operation, context, 1.0 * tokens)
+    each = ELEMENT_OPERATIONS.get(operation.name.rpartition(".")[2], 0)
+    elements = each * float(work.write_bytes) / FLOAT16_BYTES
     return 2 * float(work.macs) + elements, float(work.read_bytes + work.write_bytes)
