@@ -17,8 +17,6 @@ from neupims.timing.npu import Context
 from neupims.timing.prefill import prefill_operations
 from neupims.timing.stages import Operation, npu_operation, operations, stages
 
-ELEMENT_OPERATIONS = {"ln": 5, "res": 1, "gelu": 1}  # per element, as the energy counts them
-
 
 def write_step(step: Simulation, *, page: Path | None = None, trace: Path | None = None) -> None:
     """Writes the page and the Chrome trace of a step.
@@ -243,6 +241,5 @@ def _npu(case: Case, operation: Operation, tokens: int) -> tuple[float, float]:
     records = (case.hardware, case.model, case.batch, case.parallel)
     context = Context(*records, system=case.system, fidelity=case.fidelity)
     work = npu_operation(operation, context, 1.0 * tokens)
-    each = ELEMENT_OPERATIONS.get(operation.name.rpartition(".")[2], 0)
-    elements = each * float(work.write_bytes) / FLOAT16_BYTES
+    elements = operation.element_operations * float(work.write_bytes) / FLOAT16_BYTES
     return 2 * float(work.macs) + elements, float(work.read_bytes + work.write_bytes)

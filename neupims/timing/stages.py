@@ -38,6 +38,7 @@ class Operation(NamedTuple):
     kind: Kind  # "attention" is attention on the NPU
     work: WorkFunction | None  # None: `attention.attention_cycles` times those of PIM together
     sides: SidesFunction | None = None  # of a matrix product
+    element_operations: int = 0  # of the vector units, on each element that it writes
     stage: str = ""  # the name of the stage that runs it
 
     @property
@@ -62,24 +63,24 @@ class Stage(NamedTuple):
 
 
 QKV = (
-    Operation("attn.ln", "vector", npu.normalize),
+    Operation("attn.ln", "vector", npu.normalize, element_operations=5),
     Operation("attn.QKVgen", "gemm", npu.matrix_product(npu.qkv_sides), npu.qkv_sides),
 )
 REST = (
     Operation("attn.proj", "gemm", npu.matrix_product(npu.projection_sides), npu.projection_sides),
-    Operation("attn.res", "vector", npu.add_residual),
-    Operation("ffn.ln", "vector", npu.normalize),
+    Operation("attn.res", "vector", npu.add_residual, element_operations=1),
+    Operation("ffn.ln", "vector", npu.normalize, element_operations=5),
     Operation(
         "ffn.fc1", "gemm", npu.matrix_product(npu.fc1_sides, "stuck_after_norm"), npu.fc1_sides
     ),
-    Operation("ffn.gelu", "vector", npu.activate),
+    Operation("ffn.gelu", "vector", npu.activate, element_operations=1),
     Operation(
         "ffn.fc2",
         "gemm",
         npu.matrix_product(npu.fc2_sides, "stuck_after_activation"),
         npu.fc2_sides,
     ),
-    Operation("ffn.res", "vector", npu.add_residual),
+    Operation("ffn.res", "vector", npu.add_residual, element_operations=1),
 )
 PRODUCTS = tuple(each for each in (*QKV, *REST) if each.kind == "gemm")
 ATTENTION = (
