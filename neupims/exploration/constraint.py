@@ -112,7 +112,9 @@ def _check(node: ast.expr, text: str, names: Collection[str]) -> None:
 
 
 def _finite(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def _dotted(node: ast.expr) -> str:
