@@ -45,8 +45,8 @@ ROOMS = {
         "simulation": {"machine", "timing", "validation"},
         "scheduling": {"files", "machine", "simulation", "timing", "validation"},
         "catalogue": {"costs", "machine", "simulator_runs", "timing"},
-        "exploration": {"costs", "machine", "timing"},
-        "pages": {"files"},
+        "exploration": {"costs", "files", "machine", "timing", "validation"},
+        "pages": {"exploration", "files", "machine", "simulation", "timing"},
         "commands": {
             "catalogue",
             "exploration",

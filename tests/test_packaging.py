@@ -58,6 +58,8 @@ def test_wheel_carries_the_packages_and_nothing_else(built):
         "neupims/machine/workload.py",
         "ggem_jax/py.typed",
         "neupims/py.typed",
+        "neupims/pages/templates/chart.css",
+        "neupims/pages/templates/page.html",
     } <= names
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {
         "ggem_jax",
