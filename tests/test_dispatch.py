@@ -59,6 +59,19 @@ def test_rows_stay_on_their_devices_in_value_and_gradient():
     np.testing.assert_allclose(by_p, want_p, rtol=1e-5, atol=1e-6)
 
 
+def test_an_operation_with_more_than_ten_axes_is_partitioned():
+    """The partitioner wants axes by number: the tenth after the ninth, not after the first."""
+    rows = NamedSharding(MESH, P("data"))
+    tokens, others = jax.device_put(TOKENS, rows), [jnp.full((1, 12), i) for i in range(12)]
+
+    def body(tokens, *others):
+        return (tokens * sum(others)[:, None],)
+
+    step = jax.jit(lambda *arrays: dispatch.over_rows(body, arrays, sets=range(1, 13))[0])
+    assert "all-gather" not in step.lower(tokens, *others).compile().as_text()
+    np.testing.assert_allclose(step(tokens, *others), 66 * TOKENS, rtol=1e-6)
+
+
 def test_several_sets_are_not_separated_from_their_rows():
     tokens = jax.device_put(TOKENS, NamedSharding(MESH, P("data")))
     p = jnp.linspace(1, 5, 4)[:, None] * jnp.ones((4, 12))

@@ -186,26 +186,27 @@ def partitioned(body: Body, sets: Sequence[int] = ()) -> Body:
             out = tuple(NamedSharding(mesh, s) for s in specs(rows, outputs))
             return mesh, body, out, tuple(NamedSharding(mesh, s) for s in specs(rows, arrays, sets))
 
-        factors = iter(f"w{i}" for i in range(1000))
+        whole: list[str] = []  # JAX wants them in the order of the rule, which is that of making
+
+        def factor():
+            whole.append(f"w{len(whole)}")
+            return whole[-1]
 
         def names(like, own_sets=()):
             return ", ".join(
                 " ".join(
                     [
-                        next(factors) if i in own_sets or several else "rows",
-                        *(next(factors) for _ in a.shape[1:]),
+                        factor() if i in own_sets or several else "rows",
+                        *(factor() for _ in a.shape[1:]),
                     ]
                 )
                 for i, a in enumerate(like)
             )
 
         rule = f"{names(arrays, sets)} -> {names(outputs)}"
-        whole = tuple(
-            sorted({name for name in rule.replace(",", " ").split() if name.startswith("w")})
-        )
         spread = custom_partitioning(body)
         spread.def_partition(
-            partition=partition, sharding_rule=rule, need_replication_factors=whole
+            partition=partition, sharding_rule=rule, need_replication_factors=tuple(whole)
         )
         return spread(*arrays)
 
