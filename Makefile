@@ -3,6 +3,8 @@
 PYTHON ?= python3
 PIP_FLAGS ?= --quiet
 BIN := .venv/bin
+# The ptxas that comes with JAX, before any that is on this machine.
+JAX_PTXAS = PATH="$$(echo $(CURDIR)/.venv/cuda/nvidia/*/bin):$$PATH"
 
 .PHONY: demo test clean
 
@@ -15,8 +17,8 @@ test: .venv/dev .venv/cuda .venv/pjrt
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m interpreter tests/test_kernels_interpreted.py
-	PYTHONPATH=.venv/cuda $(BIN)/python -m pytest -n 2 -m "compiled or lowering" tests/test_kernels_compiled.py tests/test_kernels_lowered.py
-	JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 PYTHONPATH=.venv/cuda:.venv/pjrt $(BIN)/python -m pytest -m aot tests/test_kernels_partitioned.py
+	$(JAX_PTXAS) PYTHONPATH=.venv/cuda $(BIN)/python -m pytest -n 2 -m "compiled or lowering or assembled" tests/test_kernels_compiled.py tests/test_kernels_lowered.py tests/test_kernels_assembled.py
+	$(JAX_PTXAS) JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 PYTHONPATH=.venv/cuda:.venv/pjrt $(BIN)/python -m pytest -m aot tests/test_kernels_partitioned.py
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 .venv/bin/python:
