@@ -7,6 +7,7 @@ rows can be spread over devices, each of which runs the kernel on its own.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -85,6 +86,37 @@ def dispatched(
     """
     if implementation == "xla":
         return plain(*arrays)
+    bodies = (_Options.of(body) for body in (kernel, plain))
+    return _dispatched(implementation, launch.capability(), *bodies, *arrays)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """A function with keyword arguments, as `functools.partial`, but equal to its like."""
+
+    function: Callable
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @staticmethod
+    def of(function: Callable) -> "_Options":
+        if isinstance(function, partial) and not function.args:
+            return _Options(function.func, tuple(function.keywords.items()))
+        return _Options(function)
+
+    def __call__(self, *arguments):
+        return self.function(*arguments, **dict(self.options))
+
+
+# Outside of jit, JAX would choose for its default device, wherever the arrays are. The capability
+# is an argument so that no kernel compiled for another GPU is found in the cache.
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
+def _dispatched(
+    implementation: Implementation | None,
+    capability: int | None,
+    kernel: Body,
+    plain: Body,
+    *arrays: Array | None,
+) -> tuple[Array, ...]:
     by_kernel = with_missing(partial(kernel, implementation or "triton"), arrays)
     by_plain = with_missing(plain, arrays)
 
