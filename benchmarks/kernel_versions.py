@@ -104,26 +104,36 @@ def one(capability: int, alone: bool) -> str:
     return ptx_version(kernel) + ("" if assemble(kernel) is None else " refused")
 
 
+def results(capabilities: list[int], *extra: str) -> list[str]:
+    """Returns `one` for each GPU, from a process of its own: compiled kernels are kept, and LLVM
+    ends the process where it knows no such GPU.
+    """
+    found: list[str] = []
+    while len(found) < len(capabilities):
+        rest = map(str, capabilities[len(found) :])
+        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kernel_versions", "--one"]
+        run = subprocess.run(
+            [*command, *extra, "--capabilities", *rest], capture_output=True, text=True
+        )
+        found += re.findall(r"^result: (.*)$", run.stdout, flags=re.MULTILINE)
+        if run.returncode != 0:
+            found.append("crashes")
+    return found
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--capabilities", type=int, nargs="+", default=[80, 90, 100, 120])
-    parser.add_argument("--one", action="store_true", help="print one result of one capability")
+    parser.add_argument("--one", action="store_true", help="print results, record nothing")
     parser.add_argument("--alone", action="store_true", help="with --one: Triton as it is")
     options = parser.parse_args(argv)
     if options.one:
-        print(one(options.capabilities[0], options.alone))
+        for capability in options.capabilities:
+            print(f"result: {one(capability, options.alone)}", flush=True)
         return
     found = ptxas.of_jax()
-    for capability in options.capabilities:
-        command = [sys.executable, "-W", "ignore", "-m", "benchmarks.kernel_versions", "--one"]
-        results = []
-        for extra in (["--alone"], []):  # each in a process of its own: compiled kernels are kept
-            done = subprocess.run(
-                [*command, "--capabilities", str(capability), *extra],
-                capture_output=True,
-                text=True,
-            )
-            results.append(done.stdout.split("\n")[-2] if done.returncode == 0 else "crashes")
+    alone, ours = results(options.capabilities, "--alone"), results(options.capabilities)
+    for capability, *result in zip(options.capabilities, alone, ours, strict=True):
         row = {
             "date": time.strftime("%Y-%m-%d"),
             "python": platform.python_version(),
@@ -132,8 +142,8 @@ def main(argv: list[str]) -> None:
             "triton": importlib.metadata.version("triton"),
             "ptxas_of_jax": "none" if found is None else ".".join(map(str, found.version)),
             "capability": capability,
-            "triton_alone": results[0],
-            "ggem_jax": results[1],
+            "triton_alone": result[0],
+            "ggem_jax": result[1],
         }
         append("kernel_versions", row)
 
