@@ -175,7 +175,8 @@ import importlib.util, jax, jax.numpy as jnp
 from ggem_jax import pooling
 assert not any(importlib.util.find_spec(name) for name in ("triton", "jax_triton"))
 tokens, p = jnp.ones((2, 5, 8)), jnp.full(4, 3.0)
-print(float(jax.jit(jax.grad(lambda p: pooling.ggem_pool(tokens, p).sum()))(p).sum()), pooling.superglobal_pool(jnp.ones((4, 4, 3))).tolist())
+slope = jax.jit(jax.grad(lambda p: pooling.ggem_pool(tokens, p).sum()))(p)
+print(float(slope.sum()), pooling.superglobal_pool(jnp.ones((4, 4, 3))).tolist())
 for implementation in ("triton", "interpret"):
     try:
         pooling.ggem_pool(tokens, p, implementation=implementation)
