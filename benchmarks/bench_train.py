@@ -18,8 +18,10 @@ import optax
 from PIL import Image
 
 from benchmarks.record import append, interleaved, machine, median_and_spread
+from train.build import build_model
 from train.classify import train
-from train.config import Config, build_model, load_config
+from train.cli import load_config
+from train.config import Config
 from train.log import read_metrics
 from train.throughput import peak_flops, training_flops
 
@@ -86,15 +88,16 @@ def main() -> None:
             rhythm = [
                 "--epochs",
                 "100",
-                "--log_every",
+                "--log-every",
                 str(options.steps),
-                "--stop_after",
+                "--stop-after",
                 str(options.steps + 1),
-                "--eval_every",
+                "--eval-every",
                 "100",
             ]
             return load_config(
-                [*flags, *rhythm, "--checkpoint_every", "100", "--out", f"{folder}/run{run}"],
+                Config,
+                [*flags, *rhythm, "--checkpoint-every", "100", "--out", f"{folder}/run{run}"],
                 "bench",
             )
 

@@ -1,22 +1,16 @@
 """Rankings of a whole database, and everything that orders one anew, by name."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from ggem_jax.retrieval.exact_search import similarity
-from ggem_jax.retrieval.expansion import (
-    alpha_query_expansion,
-    average_query_expansion,
-    database_augmentation,
-)
-from ggem_jax.retrieval.rerank import Variant, superglobal_rerank
-from ggem_jax.retrieval.vectors import Ranking, Store, blocks_of, on_device
+from ggem_jax.retrieval.methods import METHODS, Method, choose_method
+from ggem_jax.retrieval.vectors import Ranking, Store, blocks_of
 
 Name = Literal["none", "superglobal", "superglobal-paper", "aqe", "alpha-qe", "dba"]
 
@@ -48,7 +42,8 @@ class Rerank:
         ):
             value = getattr(self, name)
             if not least <= value < np.inf:
-                raise ValueError(f"--{name} must be at least {least}, it is {value}")
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} must be at least {least}, it is {value}")
 
 
 def ranked(
@@ -71,17 +66,21 @@ def ranked(
     return Ranking(np.take_along_axis(scores, ids, axis=1), ids)  # type: ignore[arg-type]
 
 
-_EXPANSIONS: tuple[Callable[..., Ranking], ...] = (
-    average_query_expansion,
-    alpha_query_expansion,
-    database_augmentation,
-)
-_COMPILED = (  # once for all poolings
-    jax.jit(average_query_expansion, static_argnames="num_neighbors"),
-    jax.jit(alpha_query_expansion, static_argnames=("num_neighbors", "alpha")),
-    jax.jit(database_augmentation, static_argnames=("num_neighbors", "alpha")),
-)
 _scores = jax.jit(partial(similarity, precision="float32"))
+
+
+def method_of(name: Name, how: Rerank, *, most: int) -> Method:
+    """Returns the library's method of that name; no more than `most` rows take part."""
+    if name.startswith("superglobal"):
+        return choose_method(
+            "superglobal",
+            candidates=min(how.num_candidates, most),
+            neighbors=how.num_neighbors,
+            beta=how.beta,
+            variant="paper" if name == "superglobal-paper" else "code",
+        )
+    given: dict[str, Any] = {"neighbors": min(how.qe_neighbors, most), "alpha": how.alpha}
+    return choose_method(name, **{option: given[option] for option in METHODS[name]})
 
 
 def reranked(
@@ -98,31 +97,10 @@ def reranked(
     """
     n = ranking.ids.shape[1]
     others = n if own is None or not np.any(own >= 0) else max(n - 1, 1)
-    asked, nearest, alpha = jnp.asarray(queries), min(how.qe_neighbors, others), how.alpha
-    candidates, k, beta = min(how.num_candidates, others), how.num_neighbors, how.beta
-
-    def superglobal(variant: Variant) -> Ranking:
-        return superglobal_rerank(
-            asked,
-            database,
-            ranking,
-            num_candidates=candidates,
-            num_neighbors=k,
-            beta=beta,
-            variant=variant,
-        )
-
-    first = Ranking(ranking.scores[:, :DEPTH], ranking.ids[:, :DEPTH])
-    aqe, alpha_qe, dba = _COMPILED if on_device(database) else _EXPANSIONS
-    methods: dict[Name, Callable[[], Ranking]] = {
-        "none": lambda: ranking,
-        "superglobal": lambda: superglobal("code"),
-        "superglobal-paper": lambda: superglobal("paper"),
-        "aqe": lambda: aqe(asked, database, first, num_neighbors=nearest),
-        "alpha-qe": lambda: alpha_qe(asked, database, first, num_neighbors=nearest, alpha=alpha),
-        "dba": lambda: dba(asked, database, first, num_neighbors=nearest, alpha=alpha),
-    }
-    ids = np.asarray(methods[name]().ids)
+    method = method_of(name, how, most=others)
+    expands = method.name not in ("none", "superglobal")
+    first = Ranking(ranking.scores[:, :DEPTH], ranking.ids[:, :DEPTH]) if expands else ranking
+    ids = np.asarray(method.rerank(jnp.asarray(queries), database, first).ids)
     if ids.shape[1] == n:
         return ids
     return np.stack(

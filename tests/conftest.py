@@ -23,19 +23,21 @@ LEAST_CASES = {
     "interpreter": ("test_kernels_interpreted.py", 203),
     "compiled": ("test_kernels_compiled.py", 56),
     "lowering": ("test_kernels_lowered.py", 43),
+    "assembled": ("test_kernels_assembled.py", 25),
+    "aot": ("test_kernels_partitioned.py", 22),
 }
 
 # The smallest training that uses everything: a second or two to compile.
 TINY = [
     "--config", "digits", "--model.width", "16", "--model.depth", "2", "--model.heads", "2",
-    "--model.mlp_width", "32", "--batch", "32",
+    "--model.mlp-width", "32", "--batch", "32",
 ]  # fmt: skip
 
 # The same of train.contrastive.
 TINY_PAIR = [
     "--config", "digits", "--model.width", "16", "--model.depth", "1", "--model.heads", "2",
-    "--model.mlp_width", "32", "--batch", "32",
-    "--embed", "16", "--text.width", "16", "--text.heads", "2", "--text.mlp_width", "32",
+    "--model.mlp-width", "32", "--batch", "32",
+    "--embed", "16", "--text.width", "16", "--text.heads", "2", "--text.mlp-width", "32",
 ]  # fmt: skip
 
 

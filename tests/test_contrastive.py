@@ -1,5 +1,5 @@
 """ggem_jax/losses/contrastive.py: the losses against NumPy in float64, the sharded against the
-plain, and the measures by hand.
+plain.
 """
 
 import re
@@ -11,13 +11,10 @@ import pytest
 from scipy.special import log_expit, log_softmax
 
 from ggem_jax.losses.contrastive import (
-    chance_at,
-    class_descriptors,
-    found_at,
-    sharded_sigmoid_loss,
-    sharded_softmax_loss,
-    sigmoid_loss,
-    softmax_loss,
+    clip_loss,
+    sharded_clip_loss,
+    sharded_siglip_loss,
+    siglip_loss,
 )
 
 AXES = ("data", "fsdp")
@@ -45,17 +42,17 @@ def descriptors(b, d, seed=0, dtype=np.float32):
 
 def plain(kind, images, texts, scale, bias):
     return (
-        softmax_loss(images, texts, scale)
+        clip_loss(images, texts, scale)
         if kind == "softmax"
-        else sigmoid_loss(images, texts, scale, bias)
+        else siglip_loss(images, texts, scale, bias)
     )
 
 
 def sharded(kind, mesh, axes=AXES):
     def loss(images, texts, scale, bias):
         if kind == "softmax":
-            return sharded_softmax_loss(images, texts, scale, mesh=mesh, axes=axes)
-        return sharded_sigmoid_loss(images, texts, scale, bias, mesh=mesh, axes=axes)
+            return sharded_clip_loss(images, texts, scale, mesh=mesh, axes=axes)
+        return sharded_siglip_loss(images, texts, scale, bias, mesh=mesh, axes=axes)
 
     return loss
 
@@ -93,8 +90,8 @@ def test_two_pairs_by_hand():
     with the sigmoid 2 (log(1 + 1/e) + log 2) / 2.
     """
     unit = jnp.eye(2)
-    assert float(softmax_loss(unit, unit, 1.0)) == pytest.approx(0.313262, abs=1e-6)
-    assert float(sigmoid_loss(unit, unit, 1.0, 0.0)) == pytest.approx(0.313262 + 0.693147, abs=1e-6)
+    assert float(clip_loss(unit, unit, 1.0)) == pytest.approx(0.313262, abs=1e-6)
+    assert float(siglip_loss(unit, unit, 1.0, 0.0)) == pytest.approx(0.313262 + 0.693147, abs=1e-6)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
@@ -123,7 +120,7 @@ def test_one_axis_of_the_mesh_leaves_the_other_alone():
     mesh = mesh_of((4, 2))
     for axes in ("data", ("data",)):
         value = jax.jit(sharded("softmax", mesh, axes))(images, texts, 9.0, 0.0)
-        assert float(value) == pytest.approx(float(softmax_loss(images, texts, 9.0)), rel=1e-5)
+        assert float(value) == pytest.approx(float(clip_loss(images, texts, 9.0)), rel=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
@@ -178,80 +175,17 @@ def test_extremes_stay_finite(kind, case):
 def test_what_are_no_pairs_is_refused():
     images, texts = descriptors(6, 4)
     with pytest.raises(ValueError, match=r"both be \(b, d\)"):
-        softmax_loss(images, texts[:3], 1.0)
+        clip_loss(images, texts[:3], 1.0)
     with pytest.raises(ValueError, match=r"both be \(b, d\)"):
-        sigmoid_loss(images[0], texts[0], 1.0, 0.0)
+        siglip_loss(images[0], texts[0], 1.0, 0.0)
     with pytest.raises(
         ValueError, match="the 8 devices along data, fsdp must divide the number of pairs, 6"
     ):
-        sharded_softmax_loss(images, texts, 1.0, mesh=mesh_of((4, 2)), axes=AXES)
+        sharded_clip_loss(images, texts, 1.0, mesh=mesh_of((4, 2)), axes=AXES)
     with pytest.raises(
         ValueError, match="axes must be some of the mesh's, data, fsdp, not 'model'"
     ):
-        sharded_sigmoid_loss(images, texts, 1.0, 0.0, mesh=mesh_of((4, 2)), axes="model")
-
-
-def test_found_by_hand():
-    """Angles on a circle: query 0 at 0 degrees, items at 10 (wrong), 20 (right), 90 (right); query
-    1 at 90.
-    """
-
-    def circle(*degrees):
-        return np.stack([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], axis=1)
-
-    pairs = np.array([[0, 1], [1, 2], [0, 2]])
-    found = found_at(circle(0, 90), circle(10, 20, 90), pairs, kappas=(1, 2, 3))
-    assert found.tolist() == [[False, True, True], [True, True, True]]
-    assert (
-        found_at(circle(0, 90), circle(10, 20, 90), pairs, kappas=(1, 2, 3), block=1).tolist()
-        == found.tolist()
-    )
-
-
-def test_ties_and_what_is_no_number_count_against():
-    same = np.ones((4, 2))
-    pairs = np.array([[0, 0], [1, 0], [1, 1]])
-    assert found_at(same, same, pairs, kappas=(1, 3, 4)).tolist() == [
-        [False, False, True],
-        [False, True, True],
-        [False] * 3,
-        [False] * 3,
-    ]
-    broken = np.array([[np.nan, 1.0]])
-    assert not found_at(broken, same, np.array([[0, 0]]), kappas=(1, 4)).any()
-
-
-def test_chance_is_what_random_descriptors_find():
-    rng = np.random.default_rng(0)
-    pairs = np.array([[0, 0], [0, 1], [1, 2], [2, 2], [2, 2]])
-    by_hand = [np.mean([2 / 6, 1 / 6, 1 / 6]), np.mean([1 - 4 / 6 * 3 / 5, 2 / 6, 2 / 6]), 1.0]
-    np.testing.assert_allclose(chance_at(pairs, 3, 6, kappas=(1, 2, 9)), by_hand)
-    found = np.mean(
-        [
-            found_at(rng.normal(size=(3, 4)), rng.normal(size=(6, 4)), pairs, kappas=(1, 2))
-            for _ in range(4000)
-        ],
-        axis=(0, 1),
-    )
-    np.testing.assert_allclose(found, by_hand[:2], atol=0.02)
-
-
-def test_pairs_out_of_range_are_refused():
-    for pairs in (
-        np.array([[0, 3]]),
-        np.array([[-1, 0]]),
-        np.array([[0.0, 1.0]]),
-        np.array([0, 1]),
-    ):
-        with pytest.raises(ValueError, match="pairs must"):
-            found_at(np.ones((2, 2)), np.ones((3, 2)), pairs)
-
-
-def test_prompts_of_a_class_count_alike_whatever_their_length():
-    prompts = np.array([[[2.0, 0.0], [0.0, 5.0]], [[0.0, -1.0], [0.0, -1.0]]])
-    np.testing.assert_allclose(class_descriptors(prompts), [[0.5**0.5, 0.5**0.5], [0, -1]])
-    with pytest.raises(ValueError, match=r"\(classes, templates, d\)"):
-        class_descriptors(prompts[0])
+        sharded_siglip_loss(images, texts, 1.0, 0.0, mesh=mesh_of((4, 2)), axes="model")
 
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])

@@ -11,9 +11,9 @@ from conftest import TINY_PAIR
 from test_train_contrastive import one_line
 
 from eval import contrastive as eval_contrastive
-from eval.contrastive import Evaluated, compare
-from train.config import Refused
-from train.contrastive import Described
+from eval.contrastive import ContrastiveResult, compare
+from train.cli import Refused
+from train.contrastive import PairDescriptors
 from train.log import read_metrics
 
 
@@ -21,7 +21,7 @@ from train.log import read_metrics
 def trained(tool, tmp_path_factory):
     """Two finished runs on digits, of which one learned from shuffled captions."""
     root = tmp_path_factory.mktemp("runs")
-    kinds = {"true": [], "shuffled": ["--text.shuffle_captions"]}
+    kinds = {"true": [], "shuffled": ["--text.shuffle-captions"]}
     running = [
         tool("train.contrastive", *TINY_PAIR, "--epochs", "2", *flags, "--out", root / name)
         for name, flags in kinds.items()
@@ -98,15 +98,15 @@ def test_the_tool_prints_tables(trained, capsys):
         ]
     )
     said = capsys.readouterr().out
-    assert "true, step 90, 359 pictures, 10 texts" in said
-    assert "pictures -> texts, recall@5" in said
+    assert "true, step 90, 359 images, 10 texts" in said
+    assert "images -> texts, recall@5" in said
     assert "zero-shot on digits: top-1" in said
-    assert "359 pictures, 10 classes, 2 template(s)" in said
+    assert "359 images, 10 classes, 2 template(s)" in said
     assert "learned image/pool/p" in said
     assert said.count("McNemar's exact test p = ") == 3
 
 
-def test_other_pictures_captions_and_classes(
+def test_other_images_captions_and_classes(
     trained, captioned_folder, class_folders, tmp_path, capsys
 ):
     """A CSV with captions of its own, and a folder whose classes a file calls by other names, both
@@ -142,7 +142,7 @@ def test_other_pictures_captions_and_classes(
     assert entry["zero_shot"]["top5"]["value"] == 1  # of three classes
 
 
-def test_texts_of_pictures_that_cannot_be_read_are_not_asked(trained, captioned_folder, capsys):
+def test_texts_of_images_that_cannot_be_read_are_not_asked(trained, captioned_folder, capsys):
     (captioned_folder / "3.png").write_bytes(b"noise")
     source = [
         "--data",
@@ -153,22 +153,24 @@ def test_texts_of_pictures_that_cannot_be_read_are_not_asked(trained, captioned_
     (entry,) = evaluated(capsys, trained / "true", *source, "--corrupt", "skip")["runs"]
     assert (entry["images"], entry["texts"]) == (11, 13)
     assert entry["retrieval"]["text_to_image"]["recall@1"]["chance"] == pytest.approx(1 / 11)
-    assert "3.png is not a readable picture" in one_line(
+    assert "3.png is not a readable image" in one_line(
         capsys, eval_contrastive.main, trained / "true", *source
     )
 
 
-def test_several_pictures_with_one_caption_are_all_right():
-    """Pictures 0 and 1 share text 0, picture 2 has texts 0 and 1; all in a plane."""
+def test_several_images_with_one_caption_are_all_right():
+    """Images 0 and 1 share text 0, image 2 has texts 0 and 1; all in a plane."""
     circle = np.array([[1.0, 0.0], [0.6, 0.8], [0.0, 1.0]])
     pairs = np.array([[0, 0], [1, 0], [2, 0], [2, 1]])
-    described = Described(circle, np.arange(3), np.zeros(3), circle[[0, 2]], ("a", "b"), pairs)
+    described = PairDescriptors(
+        circle, np.arange(3), np.zeros(3), circle[[0, 2]], ("a", "b"), pairs
+    )
     found = described.found((1,))
     assert found["image_to_text"][:, 0].tolist() == [
         True,
         False,
         True,
-    ]  # picture 1 is nearer to text 1, which is not its own
+    ]  # image 1 is nearer to text 1, which is not its own
     assert found["text_to_image"][:, 0].tolist() == [True, True]
     chance = described.chance((1,))
     assert chance["image_to_text"][0] == pytest.approx((1 / 2 + 1 / 2 + 1) / 3)
@@ -176,7 +178,7 @@ def test_several_pictures_with_one_caption_are_all_right():
 
 
 def test_mistakes_end_in_one_line(trained, tmp_path, capsys, captioned_folder, class_folders):
-    assert "is no run of train.contrastive" in one_line(capsys, eval_contrastive.main, tmp_path)
+    assert "is not a run of train.contrastive" in one_line(capsys, eval_contrastive.main, tmp_path)
     (tmp_path / "config.json").write_text((trained / "true" / "config.json").read_text())
     assert "has no checkpoint yet" in one_line(capsys, eval_contrastive.main, tmp_path)
     run = trained / "true"
@@ -205,16 +207,16 @@ def test_mistakes_end_in_one_line(trained, tmp_path, capsys, captioned_folder, c
     )
 
 
-def test_runs_on_other_pictures_are_not_compared_in_pairs():
+def test_runs_on_other_images_are_not_compared_in_pairs():
     def run(digests, captions):
         unit = np.eye(2)
-        described = Described(
+        described = PairDescriptors(
             unit, np.arange(2), np.array(digests), unit, captions, np.array([[0, 0], [1, 1]])
         )
-        return Evaluated(Path("run"), 1, described, None, 10.0, {})
+        return ContrastiveResult(Path("run"), 1, {}, described, None, 10.0)
 
     one = run([1, 2], ("a", "b"))
     assert compare(one, one)["image_to_text@1"].p_value == 1
     for other in (run([1, 3], ("a", "b")), run([1, 2], ("a", "c"))):
-        with pytest.raises(Refused, match="were not evaluated on the same pictures and captions"):
+        with pytest.raises(Refused, match="were not evaluated on the same images and captions"):
             compare(one, other)

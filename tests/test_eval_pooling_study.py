@@ -11,17 +11,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eval.statistics import Interval, both_ways
+from eval.statistics import Interval, pigeonhole_bootstrap
 from eval.studies import cifar, diagnostics, frozen
 from eval.studies import pooling as pooling_study
-from eval.studies.pooling_report import Claim, claims_of, write_report
+from eval.studies.pooling_report import Claim, make_claims, write_report
 from ggem_jax import pooling
-from train.data import Pictures
+from train.data import Images
 
 TINY_CIFAR = [
     "--model.image", "8", "--model.patch", "4", "--model.width", "16", "--model.depth", "1",
-    "--model.heads", "2", "--model.mlp_width", "16",
-    "--batch", "16", "--checkpoint_every", "1000000", "--eval_every", "1000000",
+    "--model.heads", "2", "--model.mlp-width", "16",
+    "--batch", "16", "--checkpoint-every", "1000000", "--eval-every", "1000000",
 ]  # fmt: skip
 
 
@@ -90,9 +90,7 @@ def test_probes_of_a_large_p_find_sparse_evidence_and_the_same_seed_gives_the_sa
     assert (ggem.p > 3.2).all()
     assert average.p.shape == (2, 0)
     np.testing.assert_array_equal(ggem.correct, again.correct)
-    assert not np.array_equal(
-        ggem.correct[0], ggem.correct[1]
-    )  # another four fifths of the pictures
+    assert not np.array_equal(ggem.correct[0], ggem.correct[1])  # another four fifths of the images
     token = frozen.probe(tokens, arms["class token"], how)
     assert 0.2 < token.accuracy.mean() < average.accuracy.mean() + 0.1
     pooled = frozen.described(tokens, arms["GGeM"], ggem.params[0])
@@ -120,7 +118,7 @@ def test_a_part_on_tokens_reports_everything_the_report_needs(tokens, tmp_path, 
         pooling_study, "arms_of", lambda tokens: {name: every[name] for name in few}
     )
     study = pooling_study.PoolingStudy(seeds=2, probe_epochs=2, runs=tmp_path / "runs")
-    found = json.loads(json.dumps(pooling_study.frozen_part(tokens, study))) | {
+    found = json.loads(json.dumps(pooling_study.run_frozen(tokens, study))) | {
         "seconds": 1,
         "machine": {"date": "2026-01-01"},
     }
@@ -144,7 +142,7 @@ def test_a_part_on_tokens_reports_everything_the_report_needs(tokens, tmp_path, 
     said = write_report(
         tmp_path / "report.md",
         {"cifar10-frozen": found},
-        pooling_study.settings(study),
+        pooling_study.study_settings(study),
         machine,
         retrieval,
     )
@@ -171,52 +169,54 @@ def test_networks_are_trained_once_and_their_heads_and_tokens_are_those_of_the_m
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (32, 8, 8, 3), dtype=np.uint8)
     labels = np.arange(32, dtype=np.int32) % 4
-    pictures = Pictures(32, tuple("abcd"), lambda i: (images[i], int(labels[i])), lambda: labels)
+    members = Images(32, tuple("abcd"), lambda i: (images[i], int(labels[i])), lambda: labels)
     monkeypatch.setattr(cifar, "FLAGS", TINY_CIFAR)
-    network = cifar.trained("GGeM", 0, (pictures, pictures), tmp_path, 1.0)
+    network = cifar.train_network("GGeM", 0, (members, members), tmp_path, 1.0)
     assert network.p.shape == (2,)
-    again = cifar.trained("GGeM", 0, (pictures, pictures), tmp_path, 1.0)
+    again = cifar.train_network("GGeM", 0, (members, members), tmp_path, 1.0)
     np.testing.assert_array_equal(network.predictions.probability, again.predictions.probability)
-    heads, descriptor = cifar.attention_and_descriptor(network, pictures.take(np.arange(20)))
-    tokens = cifar.tokens_of(network, pictures.take(np.arange(20)))
+    heads, descriptor = cifar.describe_heads(network, members.take(np.arange(20)))
+    tokens = cifar.compute_tokens(network, members.take(np.arange(20)))
     assert (heads.shape, descriptor.shape, tokens.shape) == ((20, 16), (20, 16), (20, 5, 16))
     np.testing.assert_allclose(
         descriptor, pooling.ggem_pool(jnp.float32(tokens[:, 1:]), network.p), rtol=2e-3, atol=2e-3
     )
-    found = pooling_study.dependence_of_heads(
-        network, (pictures, pictures.take(np.arange(20).repeat(50)))
+    found = pooling_study.measure_head_dependence(
+        network, (members, members.take(np.arange(20).repeat(50)))
     )
     assert set(found) == {"heads", "random channels of heads", "blocks", "random"}
-    assert cifar.trained("average", 0, (pictures, pictures), tmp_path, 1.0).p.shape == (0,)
+    assert cifar.train_network("average", 0, (members, members), tmp_path, 1.0).p.shape == (0,)
 
 
-def test_both_ways_covers_seeds_and_pictures():
-    """Of values that differ by seed alone, or by picture alone, the interval is that of the one
+def test_both_ways_covers_seeds_and_images():
+    """Of values that differ by seed alone, or by image alone, the interval is that of the one
     that varies; of constants it is a point.
     """
     rng = np.random.default_rng(0)
-    by_seed, by_picture = rng.normal(size=(200, 1)), rng.normal(size=(1, 300))
+    by_seed, by_image = rng.normal(size=(200, 1)), rng.normal(size=(1, 300))
     for values, spread in (
         (by_seed + np.zeros((1, 50)), by_seed.std() / np.sqrt(200)),
-        (by_picture + np.zeros((40, 1)), by_picture.std() / np.sqrt(300)),
+        (by_image + np.zeros((40, 1)), by_image.std() / np.sqrt(300)),
     ):
-        interval = both_ways(values)
+        interval = pigeonhole_bootstrap(values)
         assert interval.value == pytest.approx(values.mean())
         assert interval.high - interval.low == pytest.approx(2 * 1.96 * spread, rel=0.1)
     for seeds in (
         3,
         10,
-    ):  # of seeds that differ and one picture, a true 0 is decided in about one case of twenty
+    ):  # of seeds that differ and one image, a true 0 is decided in about one case of twenty
         decided = sum(
             not i.low <= 0 <= i.high
-            for i in (both_ways(rng.normal(size=(seeds, 1)), draws=200) for _ in range(300))
+            for i in (
+                pigeonhole_bootstrap(rng.normal(size=(seeds, 1)), draws=200) for _ in range(300)
+            )
         )
         assert 3 <= decided <= 30
-    constant = both_ways(np.full((3, 4), 0.5))
+    constant = pigeonhole_bootstrap(np.full((3, 4), 0.5))
     assert (constant.low, constant.high) == pytest.approx((0.5, 0.5))
     for wrong in (np.zeros(3), np.zeros((0, 3)), np.full((2, 2), np.nan)):
-        with pytest.raises(ValueError, match="seeds, pictures"):
-            both_ways(wrong)
+        with pytest.raises(ValueError, match="seeds, images"):
+            pigeonhole_bootstrap(wrong)
 
 
 @pytest.mark.parametrize(
@@ -253,7 +253,7 @@ def test_dependence_that_falls_supports_the_claim():
     found = {"cifar10": {"differences": {}, "dependence": dependence}}
     verdicts = {
         claim.claim.partition(" with ")[2]: claim.verdict
-        for claim in claims_of(found, retrieval=Path("nowhere"))
+        for claim in make_claims(found, retrieval=Path("nowhere"))
     }
     assert verdicts == {
         "average": "supported",
@@ -265,11 +265,12 @@ def test_dependence_that_falls_supports_the_claim():
 def test_results_are_kept_while_the_settings_are_the_same(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        pooling_study, "planted_part", lambda study: calls.append(study.seeds) or {"arms": {}}
+        pooling_study, "run_planted", lambda study: calls.append(study.seeds) or {"arms": {}}
     )
     study = pooling_study.PoolingStudy(runs=tmp_path)
-    assert pooling_study.kept("planted", study) == pooling_study.kept("planted", study)
-    pooling_study.kept("planted", dataclasses.replace(study, seeds=4))
+    first, again = (pooling_study.load_or_run("planted", study) for _ in range(2))
+    assert first == again
+    pooling_study.load_or_run("planted", dataclasses.replace(study, seeds=4))
     assert calls == [10, 4]
 
 

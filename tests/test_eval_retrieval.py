@@ -1,4 +1,4 @@
-"""eval/retrieval.py and eval/studies/retrieval.py on pictures made here, against a slow evaluation;
+"""eval/retrieval.py and eval/studies/retrieval.py on images made here, against a slow evaluation;
 docs/retrieval_study.md against its numbers.
 """
 
@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from eval import retrieval
-from eval.described import POOLINGS
+from eval.descriptors import POOLINGS
 from eval.studies import retrieval as retrieval_study
 from ggem_jax.retrieval.metrics import Relevance
 
@@ -26,10 +26,10 @@ class FakeExtractor:
     def __init__(self, settings):
         self.settings = settings
 
-    def __call__(self, pictures):
-        for picture in pictures:
+    def __call__(self, images):
+        for image in images:
             FakeExtractor.seen += 1
-            pixels = picture.reshape(-1, 3) / 255
+            pixels = image.reshape(-1, 3) / 255
             x = np.concatenate([pixels.mean(0) - 0.5, pixels.std(0)]) + 1e-3
             several = not hasattr(self.settings, "record")
             x = (
@@ -42,8 +42,8 @@ class FakeExtractor:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Three classes of five pictures of like colours, one class of one picture, and one file that
-    is no picture by its name.
+    """Three classes of five images of like colours, one class of one image, and one file that
+    is no image by its name.
     """
     rng = np.random.default_rng(0)
     for name, count in (("ants", 5), ("bees", 5), ("deep/cows", 5), ("lone", 1)):
@@ -54,7 +54,7 @@ def folder(tmp_path, monkeypatch):
                 colour + rng.normal(0, 40, 3) + rng.normal(0, 15, (24, 24, 3)), 0, 255
             ).astype(np.uint8)
             Image.fromarray(noise).save(tmp_path / "photos" / name / f"{i}.png")
-    (tmp_path / "photos" / "notes.txt").write_text("not a picture")
+    (tmp_path / "photos" / "notes.txt").write_text("not an image")
     FakeExtractor.seen = 0
     monkeypatch.setattr(retrieval, "make_extractor", FakeExtractor)
     return tmp_path / "photos"
@@ -119,9 +119,9 @@ def test_a_csv_says_the_same_as_the_folders(folder, capsys):
     (folder / "truth.csv").write_text("\n".join(lines) + "\n")
     classes = {
         result["rerank"]: result
-        for result in run(capsys, folder, "--rerank", "none", "aqe", "--qe_neighbors", 2)["results"]
+        for result in run(capsys, folder, "--rerank", "none", "aqe", "--qe-neighbors", 2)["results"]
     }
-    listed = run(capsys, folder / "truth.csv", "--rerank", "none", "aqe", "--qe_neighbors", 2)
+    listed = run(capsys, folder / "truth.csv", "--rerank", "none", "aqe", "--qe-neighbors", 2)
     for result in listed["results"]:
         assert result["mAP"]["value"] == pytest.approx(
             classes[result["rerank"]]["mAP"]["value"], abs=1e-12
@@ -129,12 +129,12 @@ def test_a_csv_says_the_same_as_the_folders(folder, capsys):
     (folder.parent / "elsewhere.csv").write_text("\n".join(lines) + "\n")
     moved = run(capsys, folder.parent / "elsewhere.csv", "--root", folder, "--database",
     folder / "deep" / "..", "--rerank", "none", "aqe",
-                "--qe_neighbors", 2)  # fmt: skip
+                "--qe-neighbors", 2)  # fmt: skip
     assert moved["results"] == listed["results"]
 
 
-def test_boxes_ignored_pictures_and_queries_from_elsewhere(folder, capsys):
-    """Half of the query's picture is like the bees; without its box it is not. What would come
+def test_boxes_ignored_images_and_queries_from_elsewhere(folder, capsys):
+    """Half of the query's image is like the bees; without its box it is not. What would come
     first is ignored.
     """
     bees = [np.asarray(Image.open(path)) for path in sorted((folder / "bees").glob("*.png"))]
@@ -170,7 +170,7 @@ def slow_order(folder, pixels):
 
 
 def test_the_table_has_every_pooling_with_every_reranker(folder, capsys):
-    flags = [str(folder), "--table", "--num_candidates", "8", "--qe_neighbors", "3"]
+    flags = [str(folder), "--table", "--num-candidates", "8", "--qe-neighbors", "3"]
     said = run(capsys, *flags)
     names = ["none", "superglobal", "superglobal-paper", "aqe", "alpha-qe", "dba"]
     assert [(own["pooling"], own["rerank"]) for own in said["results"]] == [
@@ -180,7 +180,7 @@ def test_the_table_has_every_pooling_with_every_reranker(folder, capsys):
     retrieval.main(flags)
     text = capsys.readouterr().out
     assert text.count("superglobal-paper") == len(POOLINGS)
-    assert "1 queries have no relevant picture" in text
+    assert "1 queries have no relevant image" in text
 
 
 MISTAKES = {
@@ -190,18 +190,19 @@ MISTAKES = {
     "not there": (lambda f: (f / "t.csv").write_text("query,relevant\nants/0.png,ants/9.png\n"),
     ["t.csv"], "relevant for .* not in the"),
     "no query": (lambda f: (f / "t.csv").write_text("query,relevant\nx.png,ants/0.png\n"),
-    ["t.csv"], r"x\.png is not a readable picture"),
-    "box": (lambda f: (f / "t.csv").write_text("query,relevant,x1,y1,x2,y2\nants/0.png,ants/1.png,90,90,99,99\n"), ["t.csv"], "nothing of"),
+    ["t.csv"], r"x\.png is not a readable image"),
+    "box": (lambda f: (f / "t.csv").write_text("query,relevant,x1,y1,x2,y2\n"
+    "ants/0.png,ants/1.png,90,90,99,99\n"), ["t.csv"], "nothing of"),
     "nothing relevant": (lambda f: (f / "t.csv").write_text("query,relevant\nants/0.png,\n"),
-    ["t.csv"], "no query of t.csv has a relevant picture"),
-    "no pictures": (lambda f: (f / "empty").mkdir(), ["empty"], "there are no pictures in empty"),
+    ["t.csv"], "no query of t.csv has a relevant image"),
+    "no images": (lambda f: (f / "empty").mkdir(), ["empty"], "there are no images in empty"),
     "broken": (lambda f: (f / "ants" / "0.png").write_bytes(b"x"), ["."],
-    r"0\.png is not a readable picture"),
+    r"0\.png is not a readable image"),
     "k": (lambda f: None, [".", "--k", "0"], "--k must be whole numbers of at least 1, not 0"),
     "root": (lambda f: None, [".", "--root", "."], "--root and --database go with a CSV file"),
-    "neighbours": (lambda f: None, [".", "--qe_neighbors", "0"],
-    "--qe_neighbors must be at least 1, it is 0"),
-    "longest side": (lambda f: None, [".", "--longest_side", "20"],
+    "neighbours": (lambda f: None, [".", "--qe-neighbors", "0"],
+    "--qe-neighbors must be at least 1, it is 0"),
+    "longest side": (lambda f: None, [".", "--longest-side", "20"],
     "longest_side must be a whole number of at least 160"),
     "unknown": (lambda f: None, [".", "--polling", "gem"], "--polling.*perhaps --pooling"),
 }  # fmt: skip
@@ -219,7 +220,7 @@ def test_mistakes_end_in_one_sentence(mistake, folder, monkeypatch):
 
 
 def test_the_study_on_a_small_set(tmp_path, monkeypatch, capsys):
-    """Two colours of pictures; every pooling with every reranker, differences, pixels, and the
+    """Two colours of images; every pooling with every reranker, differences, pixels, and the
     file.
     """
     rng = np.random.default_rng(0)
@@ -233,14 +234,14 @@ def test_the_study_on_a_small_set(tmp_path, monkeypatch, capsys):
     ]
     small = retrieval_study.Set(
         list(images), images.__getitem__, every, every[:6], relevance, 160,
-        lambda image: retrieval_study._grey(image, 8),
+        lambda image: retrieval_study._shrink_to_grey(image, 8),
         retrieval_study.Rerank(qe_neighbors=2),
     )  # fmt: skip
     monkeypatch.setattr(retrieval_study, "SETS", {"small": lambda data, study: small})
     monkeypatch.setattr(retrieval_study, "make_extractor", FakeExtractor)
     out = tmp_path / "study.csv"
     retrieval_study.main(
-        ["--data", str(tmp_path), "--sets", "small", "--out", str(out), "--num_candidates", "5"]
+        ["--data", str(tmp_path), "--sets", "small", "--out", str(out), "--num-candidates", "5"]
     )
     with out.open(newline="") as file:
         rows = list(csv.DictReader(file))
@@ -275,7 +276,6 @@ def test_the_page_of_the_study_has_the_numbers_of_its_file():
     names = list(dict.fromkeys(row["set"] for row in rows))
     assert names == ["corridor", "omniglot", "omniglot, queries apart", "landmark"]
     for name in names:
-        tables = retrieval_study.markdown([row for row in rows if row["set"] == name]).partition(
-            "\n"
-        )[2]
+        own = [row for row in rows if row["set"] == name]
+        tables = retrieval_study.make_set_tables(own).partition("\n")[2]
         assert tables.strip() in page

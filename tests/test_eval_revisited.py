@@ -1,4 +1,4 @@
-"""eval/revisited.py on small ground truth of its own: descriptors and pictures, reranking,
+"""eval/revisited.py on small ground truth of its own: descriptors and images, reranking,
 distractors, ablation, mistakes in one sentence.
 """
 
@@ -10,7 +10,7 @@ import pytest
 from flax import linen as nn
 from PIL import Image
 
-from eval import described, rerankers, revisited
+from eval import descriptors, rerankers, revisited
 from eval.rerankers import Rerank, ranked, reranked
 from ggem_jax.descriptors.backbones import Network
 from ggem_jax.descriptors.extract import Extractor
@@ -74,7 +74,7 @@ def slow_evaluation(queries, database, gnd):
 @pytest.fixture
 def world(tmp_path):
     """A folder with ground truth as JSON and pickle, and descriptors in files; one query has no
-    hard picture.
+    hard image.
     """
     rng = np.random.default_rng(0)
     gnd = []
@@ -180,7 +180,7 @@ def test_an_npz_and_a_table_for_people(world, capsys):
             "H mP@10",
             "none",
             "superglobal-paper",
-            "6 queries, 40 pictures and 0 distractors",
+            "6 queries, 40 images and 0 distractors",
         )
     ] == [True] * 5
 
@@ -235,17 +235,17 @@ def test_a_query_that_is_in_the_database_is_left_out(name, world):
 
 
 class FakeExtractor:
-    """Mean colour of a picture, rotated by the settings; counts what it is shown."""
+    """Mean colour of an image, rotated by the settings; counts what it is shown."""
 
     seen = 0
 
     def __init__(self, settings):
         self.settings = settings
 
-    def __call__(self, pictures):
-        for picture in pictures:
+    def __call__(self, images):
+        for image in images:
             FakeExtractor.seen += 1
-            colour = picture.reshape(-1, 3).mean(0) / 255 + 0.01
+            colour = image.reshape(-1, 3).mean(0) / 255 + 0.01
             yield unit(
                 np.concatenate(
                     [colour, [0.1 * self.settings.regional, 0.2 * self.settings.scale_gem]]
@@ -254,9 +254,9 @@ class FakeExtractor:
 
 
 @pytest.fixture
-def pictures(world, monkeypatch):
-    """One colour for each picture of the database; queries have the colour of their first easy
-    picture inside the box only.
+def images(world, monkeypatch):
+    """One colour for each image of the database; queries have the colour of their first easy
+    image inside the box only.
     """
     folder, truth, _ = world
     rng = np.random.default_rng(3)
@@ -276,22 +276,22 @@ def pictures(world, monkeypatch):
     return folder
 
 
-def test_pictures_are_described_queries_in_their_boxes(pictures, capsys):
-    said = said_as_json(capsys, [pictures / "gnd.json", "--images", pictures / "jpg"])
+def test_images_are_described_queries_in_their_boxes(images, capsys):
+    said = said_as_json(capsys, [images / "gnd.json", "--images", images / "jpg"])
     assert FakeExtractor.seen == QUERIES + DATABASE
     assert said["results"]["none"]["easy"]["mP@1"] == 1.0
     assert said["descriptor"]["sizes"] == "exact"
     assert said["descriptor"]["longest_side"] == 0
 
 
-def test_the_cache_keeps_descriptors_by_setting(pictures, capsys):
-    flags = [pictures / "gnd.json", "--images", pictures / "jpg", "--cache", pictures / "cache"]
+def test_the_cache_keeps_descriptors_by_setting(images, capsys):
+    flags = [images / "gnd.json", "--images", images / "jpg", "--cache", images / "cache"]
     first = said_as_json(capsys, flags)
     assert said_as_json(capsys, flags) == first
     assert FakeExtractor.seen == QUERIES + DATABASE
-    said_as_json(capsys, [*flags, "--no_regional"])
+    said_as_json(capsys, [*flags, "--no-regional"])
     assert FakeExtractor.seen == 2 * (QUERIES + DATABASE)
-    kept = sorted((pictures / "cache").iterdir())
+    kept = sorted((images / "cache").iterdir())
     assert [path.suffix for path in kept] == [".npz", ".npz"]
     for path in kept:
         path.write_bytes(path.read_bytes()[:100])
@@ -299,13 +299,13 @@ def test_the_cache_keeps_descriptors_by_setting(pictures, capsys):
         said_as_json(capsys, flags)
 
 
-def test_the_ablation_is_one_command(pictures, capsys):
+def test_the_ablation_is_one_command(images, capsys):
     flags = [
-        str(pictures / "gnd.json"),
+        str(images / "gnd.json"),
         "--images",
-        str(pictures / "jpg"),
+        str(images / "jpg"),
         "--ablation",
-        "--num_candidates",
+        "--num-candidates",
         "10",
     ]
     revisited.main(flags)
@@ -332,7 +332,7 @@ def test_several_settings_from_one_pass_are_those_of_each_alone():
     variables = model.init(jax.random.key(0), np.zeros((1, 64, 64, 3), np.float32))
     network = Network(model, variables, (0.5, 0.5, 0.5), (0.2, 0.2, 0.2), 32)
     settings = [
-        described.poolings_of(DescriptorSettings(longest_side=160))[name]
+        descriptors.vary_pooling(DescriptorSettings(longest_side=160))[name]
         for name in ("average", "GeM", "scale", "all")
     ]
     rng = np.random.default_rng(0)
@@ -340,7 +340,7 @@ def test_several_settings_from_one_pass_are_those_of_each_alone():
         rng.integers(0, 256, (120, 160, 3)).astype(np.uint8),
         rng.integers(0, 256, (200, 200, 3)).astype(np.uint8),
     ]
-    together = np.stack(list(described.SharedExtractor(settings, network=network)(images)))
+    together = np.stack(list(descriptors.SharedExtractor(settings, network=network)(images)))
     assert together.shape == (2, len(settings), 6)
     for i, one in enumerate(settings):
         np.testing.assert_allclose(
@@ -351,7 +351,7 @@ def test_several_settings_from_one_pass_are_those_of_each_alone():
 
 def test_settings_that_cannot_share_are_refused():
     with pytest.raises(ValueError, match="may differ in pooling"):
-        described.SharedExtractor([DescriptorSettings(), DescriptorSettings(longest_side=224)])
+        descriptors.SharedExtractor([DescriptorSettings(), DescriptorSettings(longest_side=224)])
 
 
 def broken(folder, change):
@@ -366,18 +366,18 @@ def saved(folder, name, array):
 
 MISTAKES = {
     "a bad npz": (lambda f: (f / "queries.npz").write_bytes(b"abc"), ["--queries", "queries.npz"],
-    "is no file of descriptors"),
+    "is not a file of descriptors"),
     "two arrays": (lambda f: np.savez(f / "x.npz", a=[1.0], b=[1.0]), ["--queries", "x.npz"],
     "one that is called queries, not a, b"),
     "no truth": (lambda f: (f / "gnd.json").unlink(), [], "gnd.json cannot be read: No such file"),
-    "no JSON": (lambda f: (f / "gnd.json").write_text("{"), [], "is no ground truth: "),
-    "a list": (lambda f: (f / "gnd.json").write_text("[]"), [], "is no ground truth of imlist"),
+    "no JSON": (lambda f: (f / "gnd.json").write_text("{"), [], "is not a ground truth: "),
+    "a list": (lambda f: (f / "gnd.json").write_text("[]"), [], "is not a ground truth of imlist"),
     "an id too large": (lambda f: broken(f, lambda t: t["gnd"][0]["easy"].append(DATABASE)), [],
     "whole numbers below 40"),
     "no junk": (lambda f: broken(f, lambda t: t["gnd"][0].pop("junk")), [], "'junk'"),
     "a query less": (lambda f: broken(f, lambda t: t["qimlist"].pop()), [], "they are 6 and 5"),
     "rows": (lambda f: saved(f, "database", unit(np.ones((41, DIM), np.float32))), [],
-    "for each of the 40 pictures .*, not 41; .*--distractors"),
+    "for each of the 40 images .*, not 41; .*--distractors"),
     "query rows": (lambda f: saved(f, "queries", unit(np.ones((5, DIM), np.float32))), [],
     "--queries must have a row for each of the 6 .*, not 5"),
     "lengths": (lambda f: saved(f, "queries", unit(np.ones((6, 7), np.float32))), [],
@@ -389,9 +389,9 @@ MISTAKES = {
     "dtype": (lambda f: saved(f, "queries", np.ones((6, DIM), int)), [],
     "must be float32 or float16"),
     "objects": (lambda f: np.save(f / "queries.npy", np.array([{}]), allow_pickle=True), [],
-    "is no file of descriptors"),
+    "is not a file of descriptors"),
     "no array": (lambda f: (f / "queries.npy").write_bytes(b"abc"), [],
-    "is no file of descriptors"),
+    "is not a file of descriptors"),
     "no distractors": (lambda f: None, ["--distractors", "none.npy"], "none.npy cannot be read"),
     "distractors": (lambda f: saved(f, "distractors", unit(np.ones((3, 5), np.float32))),
     ["--distractors", "distractors.npy"], "not 5 and 12"),
@@ -428,17 +428,17 @@ def test_a_pickle_that_asks_for_more_than_data_is_refused(world):
     [
         (
             lambda folder: (folder / "jpg" / "d7.jpg").unlink(),
-            r"1 of 46 pictures of .* are not in .*d7\.jpg",
+            r"1 of 46 images of .* are not in .*d7\.jpg",
         ),
         (
             lambda folder: (folder / "jpg" / "d7.jpg").write_bytes(b"nothing"),
-            r"d7\.jpg is not a readable picture",
+            r"d7\.jpg is not a readable image",
         ),
         (
             lambda folder: broken(
                 folder, lambda truth: truth["gnd"][1].update(bbx=[50, 50, 60, 60])
             ),
-            r"q1\.jpg: nothing of the picture .* is inside",
+            r"q1\.jpg: nothing of the image .* is inside",
         ),
         (
             lambda folder: broken(folder, lambda truth: truth["gnd"][1].update(bbx=[5, 5])),
@@ -446,19 +446,19 @@ def test_a_pickle_that_asks_for_more_than_data_is_refused(world):
         ),
     ],
 )
-def test_mistakes_about_pictures(spoil, said, pictures):
-    spoil(pictures)
+def test_mistakes_about_images(spoil, said, images):
+    spoil(images)
     with pytest.raises(SystemExit, match=said):
         revisited.main(
             [
-                str(pictures / "gnd.json"),
+                str(images / "gnd.json"),
                 "--images",
-                str(pictures / "jpg"),
+                str(images / "jpg"),
                 "--cache",
-                str(pictures / "cache"),
+                str(images / "cache"),
             ]
         )
-    assert not list(pictures.glob("cache/*"))
+    assert not list(images.glob("cache/*"))
 
 
 @pytest.mark.golden

@@ -1,4 +1,4 @@
-"""ggem_jax/files/images.py: every kind of picture file becomes RGB, the right way up; what is none
+"""ggem_jax/files/images.py: every kind of image file becomes RGB, the right way up; what is none
 is named.
 """
 
@@ -17,8 +17,8 @@ NOISE = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
 
 def encoded(array, form="PNG", mode=None, **options):
     file = io.BytesIO()
-    picture = Image.fromarray(array)
-    (picture.convert(mode) if mode else picture).save(file, form, **options)
+    image = Image.fromarray(array)
+    (image.convert(mode) if mode else image).save(file, form, **options)
     return file.getvalue()
 
 
@@ -49,7 +49,7 @@ def test_cmyk_jpeg():
 
 
 def test_exif_rotation_is_applied():
-    """Orientation 6: the camera was turned, the picture is shown a quarter turn clockwise."""
+    """Orientation 6: the camera was turned, the image is shown a quarter turn clockwise."""
     exif = Image.Exif()
     exif[0x0112] = 6
     image = read_image(encoded(np.repeat(GRADIENT[..., None], 3, -1), exif=exif))
@@ -58,16 +58,16 @@ def test_exif_rotation_is_applied():
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"no picture", encoded(NOISE)[:2000], encoded(NOISE, "JPEG")[:2000]],
+    [b"", b"no image", encoded(NOISE)[:2000], encoded(NOISE, "JPEG")[:2000]],
     ids=["empty", "text", "truncated PNG", "truncated JPEG"],
 )
 def test_unreadable_files_are_named(tmp_path, content):
     path = tmp_path / "broken.png"
     path.write_bytes(content)
-    with pytest.raises(UnreadableImage, match=r"broken\.png is not a readable picture"):
+    with pytest.raises(UnreadableImage, match=r"broken\.png is not a readable image"):
         read_image(path)
-    with pytest.raises(UnreadableImage, match="picture 7 is not"):
-        read_image(content, name="picture 7")
+    with pytest.raises(UnreadableImage, match="image 7 is not"):
+        read_image(content, name="image 7")
 
 
 def test_centre_crop_cuts_the_middle_square():
@@ -105,7 +105,7 @@ def test_damaged_exif_records_are_unreadable_or_harmless_whatever_byte_is_wrong(
                 )
 
 
-def test_a_thin_picture_is_cut_before_it_is_resized():
+def test_a_thin_image_is_cut_before_it_is_resized():
     image = np.zeros((1, 60000, 3), np.uint8)
     image[:, 29990:30010] = 255
     assert (centre_crop(image, 32) == 255).all()

@@ -28,11 +28,12 @@ ROOMS = {
         "losses": {"pooling"},
         "optimizer": set(),
         "files": set(),
+        "progress": set(),
         "weights": {"files", "models", "pooling"},
         "descriptors": {"files", "models", "pooling", "weights"},
-        "retrieval": {"pooling", "retrieval.tool"},
-        "retrieval.index": {"files"},
-        "retrieval.tool": {"descriptors", "files", "retrieval", "retrieval.index"},
+        "retrieval": {"files", "pooling", "retrieval.tool"},
+        "retrieval.index": {"descriptors", "files", "retrieval"},
+        "retrieval.tool": {"descriptors", "files", "progress", "retrieval", "retrieval.index"},
     },
     "neupims": {
         "files": set(),
@@ -44,8 +45,8 @@ ROOMS = {
         "simulation": {"machine", "timing", "validation"},
         "scheduling": {"files", "machine", "simulation", "timing", "validation"},
         "catalogue": {"costs", "machine", "simulator_runs", "timing"},
-        "exploration": {"costs", "machine", "timing"},
-        "pages": {"files"},
+        "exploration": {"costs", "files", "machine", "timing", "validation"},
+        "pages": {"exploration", "files", "machine", "simulation", "timing"},
         "commands": {
             "catalogue",
             "exploration",
@@ -182,6 +183,48 @@ print(xla_bridge.backends_are_initialized(), [name for name in {HEAVY} if name i
         timeout=120,
     )
     assert (run.stdout.strip(), run.stderr) == ("False []", "")
+
+
+def test_the_front_door_starts_no_device_and_loads_nothing_heavy():
+    """Not even JAX, until a name is used; then all names are there."""
+    code = f"""import sys, ggem_jax
+print([name for name in ("jax", "flax", *{HEAVY}) if name in sys.modules], end=" ")
+assert set(ggem_jax.__all__) <= set(dir(ggem_jax))
+print(all(getattr(ggem_jax, name) is not None for name in ggem_jax.__all__), end=" ")
+from jax._src import xla_bridge
+print(xla_bridge.backends_are_initialized(), [name for name in {HEAVY} if name in sys.modules])"""
+    run = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+    )
+    assert (run.stdout.strip(), run.stderr) == ("[] True False []", "")
+
+
+def test_the_front_door_tells_type_checkers_the_same_names():
+    """The imports under TYPE_CHECKING, `__all__` and the table of modules agree, and no name of a
+    function is that of a module."""
+    import ggem_jax
+
+    tree = ast.parse((ROOT / "ggem_jax" / "__init__.py").read_text())
+    (block,) = (node for node in tree.body if isinstance(node, ast.If) and "TYPE_CHECKING" in
+                ast.dump(node.test))  # fmt: skip
+    typed = {
+        alias.name: node.module
+        for node in block.body
+        if isinstance(node, ast.ImportFrom)
+        for alias in node.names
+    }
+    at_run_time = {name: f"ggem_jax.{module}" for name, module in ggem_jax._MODULE_OF.items()}
+    modules = {name for name, module in typed.items() if module == "ggem_jax"}
+    assert typed == at_run_time | dict.fromkeys(modules, "ggem_jax")
+    assert sorted(ggem_jax.__all__) == sorted(typed)
+    found = {path.stem for path in (ROOT / "ggem_jax").iterdir() if path.suffix in ("", ".py")}
+    assert found & set(typed) == modules
+    with pytest.raises(AttributeError, match="has no attribute 'gem_pol'"):
+        _ = ggem_jax.gem_pol
 
 
 def test_the_index_loads_no_jax():

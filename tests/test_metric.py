@@ -114,8 +114,8 @@ def test_lengths_do_not_matter_and_nothing_overflows(name):
 def test_arcface_without_a_margin_is_the_normalised_softmax_of_its_scale():
     arrays = jnp.float32(DESCRIPTORS), jnp.array(LABELS), jnp.float32(PROXIES)
     np.testing.assert_allclose(
-        metric.arcface(*arrays, scale=20, margin=0),
-        metric.normalised_softmax(*arrays, temperature=0.05),
+        metric.arcface_loss(*arrays, scale=20, margin=0),
+        metric.normalised_softmax_loss(*arrays, temperature=0.05),
         rtol=1e-6,
     )
 
@@ -129,7 +129,7 @@ def test_the_loss_of_arcface_rises_with_the_angle_all_the_way(margin):
     on_circle = jnp.stack([jnp.cos(angles), jnp.sin(angles), jnp.zeros(200)], axis=1)
     proxies = jnp.array([[1.0, 0, 0], [0, 0, 1]])
     values = jax.vmap(
-        lambda x: metric.arcface(x[None], jnp.array([0]), proxies, scale=8.0, margin=margin)
+        lambda x: metric.arcface_loss(x[None], jnp.array([0]), proxies, scale=8.0, margin=margin)
     )(on_circle)
     assert (np.diff(values) > 0).all()
 
@@ -138,12 +138,12 @@ def test_proxies_of_absent_classes_push_and_do_not_pull():
     """Class 2 is not in the batch: its proxy only adds to the push, and moving it away lowers the
     loss.
     """
-    slope = jax.grad(metric.proxy_anchor, argnums=2)(
+    slope = jax.grad(metric.proxy_anchor_loss, argnums=2)(
         jnp.float32(DESCRIPTORS), jnp.array(LABELS), jnp.float32(PROXIES)
     )[2]
     arrays = jnp.float32(DESCRIPTORS), jnp.array(LABELS)
-    before = metric.proxy_anchor(*arrays, jnp.float32(PROXIES))
-    assert metric.proxy_anchor(*arrays, jnp.float32(PROXIES).at[2].add(-0.02 * slope)) < before
+    before = metric.proxy_anchor_loss(*arrays, jnp.float32(PROXIES))
+    assert metric.proxy_anchor_loss(*arrays, jnp.float32(PROXIES).at[2].add(-0.02 * slope)) < before
 
 
 @pytest.mark.parametrize(

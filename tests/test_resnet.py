@@ -226,7 +226,7 @@ def test_boxes_are_cut_to_whole_pixels_inside_the_picture():
     np.testing.assert_array_equal(crop(image, (-3, 4, 100, 100)), image[4:])
     for box in ((3, 3, 3.9, 8), (9, 0, 12, 5), (5, 0, 2, 5)):
         with pytest.raises(
-            ValueError, match="nothing of the picture of 8 x 10 pixels is inside the box"
+            ValueError, match="nothing of the image of 8 x 10 pixels is inside the box"
         ):
             crop(image, box)
     with pytest.raises(ValueError, match="a box must be four numbers"):

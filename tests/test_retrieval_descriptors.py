@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from flax import traverse_util
 
-from ggem_jax.descriptors import backbones as networks
 from ggem_jax.descriptors.backbones import Network, PatchMap, load_network
 from ggem_jax.descriptors.extract import Extractor, fitted_size
 from ggem_jax.descriptors.scales import SCALES
@@ -22,7 +21,7 @@ from ggem_jax.files.images import UnreadableImage, crop, normalise, resize
 from ggem_jax.models.resnet import ResNet, ResNetConfig
 from ggem_jax.models.vit import ViT, ViTConfig
 from ggem_jax.pooling import avg_pool
-from ggem_jax.weights import MismatchedWeights, UnreadableWeights, write_safetensors
+from ggem_jax.weights import MismatchedWeights, UnreadableWeights, own, write_safetensors
 
 
 class Tiny(nn.Module):
@@ -39,16 +38,16 @@ def network():
     return Network(Tiny(), variables, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25), 32)
 
 
-def pictures(*sizes, seed=0):
+def images_of(*sizes, seed=0):
     rng = np.random.default_rng(seed)
     return [rng.integers(0, 256, (height, width, 3)).astype(np.uint8) for height, width in sizes]
 
 
-def test_a_descriptor_is_that_of_the_resized_picture(network):
+def test_a_descriptor_is_that_of_the_resized_image(network):
     settings = DescriptorSettings(longest_side=192)
-    (picture,) = pictures((150, 200))
-    got = Extractor(settings, network=network).describe(picture)
-    images = normalise(resize(picture, 160, 192), mean=network.mean, std=network.std)[
+    (image,) = images_of((150, 200))
+    got = Extractor(settings, network=network).describe(image)
+    images = normalise(resize(image, 160, 192), mean=network.mean, std=network.std)[
         None
     ]  # 144 rounded to a multiple of 32
     want = superglobal_descriptors(
@@ -61,29 +60,29 @@ def test_a_descriptor_is_that_of_the_resized_picture(network):
 @pytest.mark.parametrize("batch", [1, 2, 5])
 def test_vectors_come_in_order_whatever_the_sizes_and_batches(network, batch):
     extractor = Extractor(DescriptorSettings(longest_side=160), network=network, batch=batch)
-    mixed = pictures(
+    mixed = images_of(
         (100, 160), (160, 100), (100, 160), (1, 200), (90, 160), (160, 160), (160, 100)
     )
     together = list(extractor(iter(mixed)))
     assert isinstance(together[3], UnreadableImage)
-    for picture, vector in zip(mixed[:3] + mixed[4:], together[:3] + together[4:], strict=True):
+    for image, vector in zip(mixed[:3] + mixed[4:], together[:3] + together[4:], strict=True):
         np.testing.assert_allclose(
-            vector, Extractor(extractor.settings, network=network).describe(picture), atol=1e-6
+            vector, Extractor(extractor.settings, network=network).describe(image), atol=1e-6
         )
     assert list(extractor([])) == []
 
 
 def test_a_box_is_cut_out_first(network):
     extractor = Extractor(DescriptorSettings(longest_side=160, scales=1), network=network)
-    (picture,) = pictures((200, 300))
+    (image,) = images_of((200, 300))
     np.testing.assert_array_equal(
-        extractor.describe(picture, (10.7, 20.2, 150, 190)),
-        extractor.describe(crop(picture, (10, 20, 150, 190))),
+        extractor.describe(image, (10.7, 20.2, 150, 190)),
+        extractor.describe(crop(image, (10, 20, 150, 190))),
     )
 
 
 def test_every_setting_changes_the_descriptor(network):
-    (picture,) = pictures((200, 300))
+    (image,) = images_of((200, 300))
     base = DescriptorSettings(longest_side=192)
     changes = [
         {"pooling": "average"}, {"pooling": "max"}, {"pooling": "gem"}, {"regional": False},
@@ -91,7 +90,7 @@ def test_every_setting_changes_the_descriptor(network):
         {"antialias": True}, {"sizes": "exact"}, {"longest_side": 160},
     ]  # fmt: skip
     vectors = [
-        Extractor(dataclasses.replace(base, **change), network=network).describe(picture)
+        Extractor(dataclasses.replace(base, **change), network=network).describe(image)
         for change in [{}, *changes]
     ]
     cosines = np.stack(vectors) @ np.stack(vectors).T
@@ -103,7 +102,7 @@ def test_every_setting_changes_the_descriptor(network):
     [
         ((768, 1024), {}, (256, 320)),  # 240 is nearer to 256 than to 224
         ((1024, 683), {}, (320, 224)),
-        ((50, 60), {}, (256, 320)),  # small pictures are enlarged
+        ((50, 60), {}, (256, 320)),  # small images are enlarged
         ((100, 1600), {}, (160, 320)),  # the shorter side needs 3 places at 0.7071: 136, so 160
         ((100, 1600), {"scales": 1, "regional": False}, (32, 320)),
         ((768, 1024), {"sizes": "exact"}, (240, 320)),
@@ -123,14 +122,14 @@ def test_a_thousand_sizes_are_a_few_shapes():
         for _ in range(1000)
     }
     assert len(sizes) <= 11  # 160 to 320 in steps of 32, in both directions
-    with pytest.raises(UnreadableImage, match="5000 x 1 pixels is too thin"):
+    with pytest.raises(UnreadableImage, match="an image of 5000 x 1 pixels is too thin"):
         fitted_size(1, 5000, DescriptorSettings(), 32)
 
 
 def test_a_vit_is_read_from_a_file_and_gives_patch_maps(tmp_path, monkeypatch):
     config = ViTConfig(patch=16, width=24, depth=1, heads=3, mlp_width=32, image=64, registers=2)
     monkeypatch.setattr(
-        networks,
+        own,
         "vit_config",
         lambda variant, **changes: dataclasses.replace(
             config, **{"registers": 0, "image": 224} | changes
@@ -150,10 +149,10 @@ def test_a_vit_is_read_from_a_file_and_gives_patch_maps(tmp_path, monkeypatch):
         tokens[:, 3:].reshape(2, 3, 4, 24),
         atol=1e-6,
     )
-    (picture,) = pictures((100, 130))
+    (image,) = images_of((100, 130))
     assert Extractor(
         DescriptorSettings("vit-S/16", "x", longest_side=160), network=network
-    ).describe(picture).shape == (24,)
+    ).describe(image).shape == (24,)
     write_safetensors(
         tmp_path / "less.safetensors",
         {name: value for name, value in flat.items() if "norm/scale" not in name},
@@ -166,12 +165,12 @@ def test_a_resnet_has_its_head(network):
     config = ResNetConfig((1, 1, 1, 1), widths=(8, 8, 8, 16), stem=4, descriptor=6)
     model = ResNet(config)
     variables = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 96, 96, 3)))
-    (picture,) = pictures((100, 130))
+    (image,) = images_of((100, 130))
     extractor = Extractor(
         DescriptorSettings(longest_side=160),
         network=Network(model, variables, network.mean, network.std, 32),
     )
-    assert extractor.describe(picture).shape == (6,)
+    assert extractor.describe(image).shape == (6,)
 
 
 def test_whitened_descriptors_are_uncorrelated_and_survive_their_file(tmp_path, network):
@@ -190,12 +189,12 @@ def test_whitened_descriptors_are_uncorrelated_and_survive_their_file(tmp_path, 
     for one, other in zip(load_whitening(path), whitening, strict=True):
         np.testing.assert_array_equal(one, other)
     settings = DescriptorSettings(longest_side=160, scales=1, whitening=str(path))
-    (picture,) = pictures((100, 160))
+    (image,) = images_of((100, 160))
     plain = Extractor(dataclasses.replace(settings, whitening=None), network=network).describe(
-        picture
+        image
     )
     np.testing.assert_allclose(
-        Extractor(settings, network=network).describe(picture), whiten(plain, whitening), atol=1e-6
+        Extractor(settings, network=network).describe(image), whiten(plain, whitening), atol=1e-6
     )
 
 
@@ -212,12 +211,17 @@ def test_a_record_tells_files_apart_by_their_contents(tmp_path):
 REFUSED = {
     "backbone": (
         lambda: DescriptorSettings("alexnet"),
-        "backbone must be one of efficientnet-lite0, resnet50, resnet101 or a ViT such as vit-S/16",
+        "backbone must be one of efficientnet-lite0, resnet101, .*dinov2, .* sizes of a ViT such as"
+        " vit-S/16, not 'alexnet'",
     ),
     "no weights": (lambda: DescriptorSettings("resnet50"), "resnet50 needs a file of weights"),
-    "weights too many": (
-        lambda: DescriptorSettings(weights="x"),
-        "takes the weights that are installed with it",
+    "half a normalisation": (
+        lambda: DescriptorSettings(mean=(0.5, 0.5, 0.5)),
+        "mean and std go together",
+    ),
+    "a deviation of 0": (
+        lambda: DescriptorSettings(mean=(0.5, 0.5, 0.5), std=(1, 1, 0)),
+        "std must be positive",
     ),
     "pooling": (
         lambda: DescriptorSettings(pooling="mean"),

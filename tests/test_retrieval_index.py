@@ -19,42 +19,33 @@ import pytest
 from PIL import Image
 
 from ggem_jax.files.images import UnreadableImage, read_image
-from ggem_jax.retrieval.index.index import (
-    Index,
-    Report,
-    add,
-    build,
-    folder,
-    index,
-    info,
-    remove,
-    store,
-    verify,
-    writing,
-)
+from ggem_jax.retrieval.index import folder, index, store, verification, writing
+from ggem_jax.retrieval.index.index import Index, add, build, info, remove
 from ggem_jax.retrieval.index.store import IndexRefused
+from ggem_jax.retrieval.index.verification import verify
+from ggem_jax.retrieval.index.writing import Report
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {"model": "mean colour", "pooling": {"name": "avg", "p": 1.0}}
 
 
-def described(picture):
-    mean = picture.reshape(-1, 3).mean(axis=0, dtype=np.float64) - 99.5
+def described(image):
+    mean = image.reshape(-1, 3).mean(axis=0, dtype=np.float64) - 99.5
     return (mean / np.linalg.norm(mean)).astype(np.float32)
 
 
-def extract(pictures):
-    return map(described, pictures)
+def extract(images):
+    return map(described, images)
 
 
-def never(pictures):
-    for picture in pictures:
-        raise AssertionError(f"a picture of {picture.shape} was extracted")
+def never(images):
+    for image in images:
+        raise AssertionError(f"an image of {image.shape} was extracted")
     return iter(())
 
 
 def save(path, seed):
-    """A picture of one colour, which differs from seed to seed, and a size of its own."""
+    """An image of one colour, which differs from seed to seed, and a size of its own."""
     rng = np.random.default_rng(seed)
     colour, size = rng.integers(0, 256, 3, np.uint8), rng.integers(1, 9, 2)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +54,7 @@ def save(path, seed):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Twelve pictures in a folder and two below."""
+    """Twelve images in a folder and two below."""
     for seed in range(12):
         save(tmp_path / "photos" / ("", "a", "b/c")[seed % 3] / f"{seed:02}.png", seed)
     return tmp_path / "photos"
@@ -77,7 +68,7 @@ def built(photos, tmp_path):
 
 @pytest.fixture
 def small(monkeypatch):
-    """Batches and shards so small that twelve pictures make several."""
+    """Batches and shards so small that twelve images make several."""
     monkeypatch.setattr(writing, "COMMIT_ROWS", 2)
     monkeypatch.setattr(writing, "SHARD_BYTES", 4 * 6)
     monkeypatch.setattr(writing, "SMALL_SHARDS", 2)
@@ -90,7 +81,7 @@ def contents(path):
 
 
 def assert_right(path, photos):
-    """Every picture of the folder is there, and is the nearest neighbour of itself."""
+    """Every image of the folder is there, and is the nearest neighbour of itself."""
     opened = Index.open(path, SETTINGS)
     assert sorted(opened.paths) == sorted(
         file.path for file in folder.walk(photos, apart=path).files
@@ -174,13 +165,13 @@ def test_take_refuses(built, ids):
 
 
 def test_the_extractor_may_look_ahead(photos, tmp_path):
-    def by_size(pictures):
-        pictures = list(pictures)
+    def by_size(images):
+        images = list(images)
         vectors = {
-            number: described(pictures[number])
-            for number in sorted(range(len(pictures)), key=lambda number: pictures[number].size)
+            number: described(images[number])
+            for number in sorted(range(len(images)), key=lambda number: images[number].size)
         }
-        return [vectors[number] for number in range(len(pictures))]
+        return [vectors[number] for number in range(len(images))]
 
     calls = []
     build(
@@ -197,10 +188,10 @@ def test_the_extractor_may_look_ahead(photos, tmp_path):
     assert calls == sorted(calls)
 
 
-# Odd pictures, odd names, odd folders
+# Odd images, odd names, odd folders
 
 
-def test_every_kind_of_picture(photos, tmp_path):
+def test_every_kind_of_image(photos, tmp_path):
     rng = np.random.default_rng(0)
     noise = rng.integers(0, 256, (16, 24, 3), np.uint8)
     Image.fromarray(np.full((5000, 1, 3), (9, 200, 9), np.uint8)).save(photos / "thin.png")
@@ -209,7 +200,7 @@ def test_every_kind_of_picture(photos, tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6
     Image.fromarray(noise).save(photos / "turned.JPG", exif=exif)
-    (photos / "text.jpg").write_text("no picture")
+    (photos / "text.jpg").write_text("no image")
     (photos / "notes.txt").write_text("nobody asks for this one")
     (photos / "cut.png").write_bytes((photos / "00.png").read_bytes()[:40])
     os.mkfifo(photos / "pipe.png")
@@ -235,7 +226,7 @@ def test_every_kind_of_picture(photos, tmp_path):
     assert_right(tmp_path / "index", photos)
 
 
-def test_a_decoder_that_fails_otherwise_costs_one_picture(photos, tmp_path, monkeypatch):
+def test_a_decoder_that_fails_otherwise_costs_one_image(photos, tmp_path, monkeypatch):
     def reader(data, *, name):
         if name == "a/04.png":
             raise EOFError("no more\nbytes")
@@ -245,7 +236,7 @@ def test_a_decoder_that_fails_otherwise_costs_one_picture(photos, tmp_path, monk
     report = build(photos, tmp_path / "index", extract, SETTINGS)
     assert (report.added, report.skipped) == (
         11,
-        [("a/04.png", "a/04.png is not a readable picture: EOFError: no more bytes")],
+        [("a/04.png", "a/04.png is not a readable image: EOFError: no more bytes")],
     )
 
 
@@ -316,13 +307,13 @@ def test_a_folder_that_cannot_be_listed_keeps_its_entries(built, photos, monkeyp
 def test_an_empty_folder_is_refused(built, photos, tmp_path):
     (tmp_path / "empty").mkdir()
     with pytest.raises(
-        IndexRefused, match=r"there is no picture \(\.bmp .*empty: is it the right folder"
+        IndexRefused, match=r"there is no image \(\.bmp .*empty: is it the right folder"
     ):
         build(tmp_path / "empty", tmp_path / "new", extract, SETTINGS)
     with pytest.raises(IndexRefused, match="is not a folder"):
         build(tmp_path / "nowhere", tmp_path / "new", extract, SETTINGS)
     (tmp_path / "empty" / "x.png").write_text("no")
-    with pytest.raises(IndexRefused, match=r"none of the 1 pictures .*x\.png is not a readable"):
+    with pytest.raises(IndexRefused, match=r"none of the 1 images .*x\.png is not a readable"):
         build(tmp_path / "empty", tmp_path / "new", extract, SETTINGS)
     assert not (tmp_path / "new").exists()
     shutil.rmtree(photos)
@@ -381,7 +372,7 @@ def test_add_extracts_only_what_is_new_or_changed(built, photos):
     seen = []
     assert add(
         built,
-        lambda pictures: map(described, (seen.append(0) or picture for picture in pictures)),
+        lambda images: map(described, (seen.append(0) or image for image in images)),
         SETTINGS,
     ) == Report(added=1, updated=1, unchanged=10)
     assert len(seen) == 2
@@ -390,7 +381,7 @@ def test_add_extracts_only_what_is_new_or_changed(built, photos):
     assert_right(built, photos)
 
 
-def test_moved_and_copied_pictures_are_not_extracted_again(built, photos):
+def test_moved_and_copied_images_are_not_extracted_again(built, photos):
     os.rename(photos / "a", photos / "moved")
     shutil.copy(photos / "00.png", photos / "copy.png")
     os.replace(photos / "03.png", photos / "06.png")
@@ -411,7 +402,7 @@ def test_copies_in_one_build_are_extracted_once(photos, tmp_path):
         build(
             photos,
             tmp_path / "index",
-            lambda pictures: map(described, (seen.append(0) or p for p in pictures)),
+            lambda images: map(described, (seen.append(0) or p for p in images)),
             SETTINGS,
         ).reused
         == 5
@@ -423,14 +414,14 @@ def test_copies_in_one_build_are_extracted_once(photos, tmp_path):
     ) == (12, 17, 12)
 
 
-def test_a_picture_that_became_unreadable_keeps_its_entry(built, photos):
+def test_a_image_that_became_unreadable_keeps_its_entry(built, photos):
     before = contents(built)
     (photos / "00.png").write_text("half copied")
     report = add(built, never, SETTINGS, prune=True)
     assert [path for path, _ in report.skipped] == ["00.png"]
     np.testing.assert_equal(contents(built), before)
     (note,) = verify(built, deep=True).notes
-    assert "1 picture (00.png)" in note
+    assert "1 image (00.png)" in note
 
 
 def test_the_root_may_move_and_a_part_be_added(built, photos, tmp_path):
@@ -452,7 +443,7 @@ def test_the_root_may_move_and_a_part_be_added(built, photos, tmp_path):
 def test_remove(built, photos):
     before = contents(built)
     for pattern in ("nothing", "../photos/00.png", str(photos.parent / "x")):
-        with pytest.raises(IndexRefused, match=r"matches no picture|is not inside"):
+        with pytest.raises(IndexRefused, match=r"matches no image|is not inside"):
             remove(built, ["00.png", pattern])
     assert len(Index.open(built)) == 12
     assert remove(built, ["00.png", "b/*1*", str(photos / "a")]) == Report(removed=6, unchanged=6)
@@ -550,21 +541,21 @@ def test_a_newer_format_is_refused(built, photos):
 @pytest.mark.parametrize(
     ("wrong", "match"),
     [
-        (lambda pictures: [described(picture) for picture in pictures][:-1], "stopped 1 short"),
-        (lambda pictures: [described(next(pictures))], "stopped"),
+        (lambda images: [described(image) for image in images][:-1], "stopped 1 short"),
+        (lambda images: [described(next(images))], "stopped"),
         (
-            lambda pictures: [*map(described, pictures), np.zeros(3, np.float32)],
+            lambda images: [*map(described, images), np.zeros(3, np.float32)],
             "more than it took",
         ),
         (
-            lambda pictures: (np.zeros((1, 3), np.float32) for _ in pictures),
+            lambda images: (np.zeros((1, 3), np.float32) for _ in images),
             r"vectors \(dim,\).* shape \(1, 3\)",
         ),
         (
-            lambda pictures: (np.ones(3 + (p.shape[0] > 4), np.float32) for p in pictures),
+            lambda images: (np.ones(3 + (p.shape[0] > 4), np.float32) for p in images),
             r"vectors \([34],\).* shape \([34],\)",
         ),
-        (lambda pictures: (np.zeros(3, complex) for _ in pictures), "complex128"),
+        (lambda images: (np.zeros(3, complex) for _ in images), "complex128"),
     ],
 )
 def test_a_wrong_extractor_is_refused(photos, tmp_path, wrong, match):
@@ -574,15 +565,13 @@ def test_a_wrong_extractor_is_refused(photos, tmp_path, wrong, match):
         Index.open(tmp_path / "index")
 
 
-def test_pictures_that_cannot_be_described_are_skipped(photos, tmp_path):
+def test_images_that_cannot_be_described_are_skipped(photos, tmp_path):
     shutil.copy(photos / "00.png", photos / "copy.png")
     odd = iter([UnreadableImage("too\nthin"), np.full(3, np.nan), np.full(3, 1e6)])
     report = build(
         photos,
         tmp_path / "index",
-        lambda pictures: (
-            next(odd, None) if n < 3 else described(p) for n, p in enumerate(pictures)
-        ),
+        lambda images: (next(odd, None) if n < 3 else described(p) for n, p in enumerate(images)),
         SETTINGS,
     )
     assert report.added == 9
@@ -590,7 +579,7 @@ def test_pictures_that_cannot_be_described_are_skipped(photos, tmp_path):
         "00.png cannot be described: too thin",
         "03.png has a descriptor that is not finite in float16",
         "06.png has a descriptor that is not finite in float16",
-        "copy.png has the content of a picture that was skipped",
+        "copy.png has the content of an image that was skipped",
     ]
     assert add(tmp_path / "index", extract, SETTINGS) == Report(added=4, unchanged=9, reused=1)
     (photos / "copy.png").unlink()
@@ -616,13 +605,13 @@ def test_a_truncated_shard(built, photos):
             call(built)
     (sentence,) = verify(built).damage
     assert f"{shard.name} is truncated" in sentence
-    assert "12 pictures (00.png, 03.png, 06.png, 09.png, a/01.png and 7 more)" in sentence
+    assert "12 images (00.png, 03.png, 06.png, 09.png, a/01.png and 7 more)" in sentence
     (photos / "00.png").write_text("gone bad")
     report = add(built, extract, SETTINGS, repair=True)
     assert (report.added, report.updated, report.unchanged) == (11, 0, 0)
     assert report.skipped[1] == (
         "00.png",
-        "the entry of 00.png was damaged, its picture could not be read, and it was dropped",
+        "the entry of 00.png was damaged, its image could not be read, and it was dropped",
     )
     np.testing.assert_equal(
         contents(built), {name: before[name] for name in before if name != "00.png"}
@@ -636,7 +625,7 @@ def test_a_missing_shard(built, photos):
     for call in (Index.open, lambda path: add(path, never, SETTINGS)):
         with pytest.raises(IndexRefused, match=f"{shard.name} is missing"):
             call(built)
-    assert "is missing: 12 pictures" in verify(built).damage[0]
+    assert "is missing: 12 images" in verify(built).damage[0]
     assert add(built, extract, SETTINGS, repair=True).added == 12
     assert_right(built, photos)
 
@@ -650,9 +639,9 @@ def test_a_flipped_byte_in_a_shard(built, photos):
         shard.write_bytes(data)
         (sentence,) = verify(built).damage
         if place < vectors:
-            assert "has an altered header: 12 pictures" in sentence
+            assert "has an altered header: 12 images" in sentence
         else:
-            assert f"{shard.name} holds altered vectors: 1 picture (a/04.png)" in sentence
+            assert f"{shard.name} holds altered vectors: 1 image (a/04.png)" in sentence
     assert add(built, extract, SETTINGS, repair=True).added == 1
     assert_right(built, photos)
 
@@ -702,10 +691,10 @@ def test_an_altered_entry_is_named_and_mended(built, photos):
     damage = verify(built).damage
     assert len(damage) == 2
     assert any(
-        "index.sqlite holds altered entries: 1 picture (07.png)" in sentence for sentence in damage
+        "index.sqlite holds altered entries: 1 image (07.png)" in sentence for sentence in damage
     )
     assert any(
-        "names vectors that are not there: 1 picture (a/04.png)" in sentence for sentence in damage
+        "names vectors that are not there: 1 image (a/04.png)" in sentence for sentence in damage
     )
     with pytest.raises(IndexRefused, match="entries have been altered"):
         Index.open(built)
@@ -743,9 +732,9 @@ def everything(path):
 def test_an_index_whose_sqlite_file_is_missing_is_not_taken_for_an_unfinished_build(
     small, built, photos, tmp_path, pending
 ):
-    def failing(pictures):
+    def failing(images):
         if pending == "of an add":
-            yield from (described(next(pictures)) for _ in range(4))
+            yield from (described(next(images)) for _ in range(4))
         elif pending != "no":
             shutil.copytree(built, tmp_path / "killed")
         raise ZeroDivisionError("of the extractor")
@@ -839,12 +828,13 @@ def child(code, *, file_blocks=None, **options):
 EXTRACT = """
 import random, signal, time, shutil, json
 import numpy as np
-from ggem_jax.retrieval import index, writing
+from ggem_jax.retrieval.index import index, store, writing
 from ggem_jax.retrieval.index.index import *
+from ggem_jax.retrieval.index.verification import verify
 SETTINGS = {"model": "mean colour", "pooling": {"name": "avg", "p": 1.0}}
-def extract(pictures):
-    for picture in pictures:
-        mean = picture.reshape(-1, 3).mean(axis=0, dtype=np.float64) - 99.5
+def extract(images):
+    for image in images:
+        mean = image.reshape(-1, 3).mean(axis=0, dtype=np.float64) - 99.5
         yield (mean / np.linalg.norm(mean)).astype(np.float32)
 """
 
@@ -883,7 +873,9 @@ def test_a_read_only_folder_is_read_and_not_written_by_another_user(photos):
         os.setuid(65534)
         path, photos = {str(path)!r}, {str(path.parent / "photos")!r}
         print(len(Index.open(path, SETTINGS)), verify(path, deep=True))
-        for call in (add, lambda *arguments: remove(path, ["a"]), lambda *arguments: build(photos, path + "2", *arguments[1:])):
+        removes = lambda *arguments: remove(path, ["a"])
+        builds = lambda *arguments: build(photos, path + "2", *arguments[1:])
+        for call in (add, removes, builds):
             try:
                 call(path, extract, SETTINGS)
             except ValueError as error:
@@ -905,8 +897,8 @@ def test_a_second_writer_is_refused_and_readers_go_on(built, photos):
     opened = Index.open(built)
     refused = []
 
-    def slow(pictures):
-        for picture in pictures:
+    def slow(images):
+        for image in images:
             for call in (
                 lambda: add(built, never, SETTINGS),
                 lambda: remove(built, ["a"]),
@@ -916,14 +908,14 @@ def test_a_second_writer_is_refused_and_readers_go_on(built, photos):
                     call()
                 refused.append(len(Index.open(built)))
             assert verify(built).damage == []
-            yield described(picture)
+            yield described(image)
 
     assert add(built, slow, SETTINGS).added == 1
     assert refused == [12, 12, 12]
     assert (len(opened), len(Index.open(built))) == (12, 13)
     held = child(
         EXTRACT
-        + f"with writing.locked(index.Path({str(built)!r})):\n    print('held', flush=True);"
+        + f"with writing.locking(index.Path({str(built)!r})):\n    print('held', flush=True);"
         " sys.stdin.read()"
     )
     assert held.stdout.readline() == "held\n"
@@ -948,12 +940,12 @@ def test_a_lock_file_that_was_removed_meanwhile_is_no_lock(built, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", late)
     add(built, never, SETTINGS)
-    assert len(calls) == 2
+    assert calls.count(fcntl.LOCK_EX | fcntl.LOCK_NB) == 2
 
 
 def test_a_full_disk_does_not_cost_what_was_extracted(small, photos, tmp_path, monkeypatch):
-    def broken(pictures):
-        yield from (described(next(pictures)) for _ in range(4))
+    def broken(images):
+        yield from (described(next(images)) for _ in range(4))
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -972,7 +964,7 @@ def test_a_full_disk_does_not_cost_what_was_extracted(small, photos, tmp_path, m
     build(
         photos,
         tmp_path / "index",
-        lambda pictures: map(described, (seen.append(0) or picture for picture in pictures)),
+        lambda images: map(described, (seen.append(0) or image for image in images)),
         SETTINGS,
     )
     assert len(seen) == 8
@@ -994,7 +986,7 @@ def test_a_reader_that_comes_between_opens_the_new_index(built, monkeypatch):
     """The writer drops the old shard when the reader has read the old SQLite file and not yet
     opened the shards.
     """
-    really, calls = index.mapped_or_refused, []
+    really, calls = index.map_or_refuse, []
 
     def late(*arguments):
         if not calls:
@@ -1002,12 +994,12 @@ def test_a_reader_that_comes_between_opens_the_new_index(built, monkeypatch):
             remove(built, ["a", "b"])
         return really(*arguments)
 
-    monkeypatch.setattr(index, "mapped_or_refused", late)
+    monkeypatch.setattr(index, "map_or_refuse", late)
     assert len(Index.open(built)) == 4
 
 
 def test_verify_beside_a_writer_that_drops_a_shard_finds_no_damage(built, monkeypatch):
-    really, calls = index.flaws, []
+    really, calls = verification.flaws, []
 
     def late(*arguments):
         if not calls:
@@ -1015,12 +1007,12 @@ def test_verify_beside_a_writer_that_drops_a_shard_finds_no_damage(built, monkey
         calls.append(0)
         return really(*arguments)
 
-    monkeypatch.setattr(index, "flaws", late)
+    monkeypatch.setattr(verification, "flaws", late)
     assert verify(built) == ([], [])
     assert len(calls) == 2
     (shard,) = built.glob("*.npy")
     shard.unlink()
-    assert "is missing: 4 pictures" in verify(built).damage[0]
+    assert "is missing: 4 images" in verify(built).damage[0]
     assert len(calls) == 3
 
 
@@ -1031,14 +1023,14 @@ def test_verify_beside_a_writer_that_drops_a_shard_finds_no_damage(built, monkey
 def test_a_build_killed_before_its_first_commit_is_tidied_in_any_number_of_calls(
     photos, tmp_path, monkeypatch, at
 ):
-    """It leaves a pending file without pictures and a shard that nobody names; taking them away
+    """It leaves a pending file without images and a shard that nobody names; taking them away
     fails at the `at`-th file.
     """
     path, unlink, left = tmp_path / "killed", os.unlink, [at]
 
-    def copying(pictures):
+    def copying(images):
         shutil.copytree(tmp_path / "index", path)
-        return extract(pictures)
+        return extract(images)
 
     def failing(name, **options):
         left[0] -= 1
@@ -1059,11 +1051,11 @@ def test_a_build_killed_before_its_first_commit_is_tidied_in_any_number_of_calls
 
 
 def test_an_interrupted_build_goes_on_where_it_was(small, photos, tmp_path):
-    def broken(pictures):
-        for number, picture in enumerate(pictures):
+    def broken(images):
+        for number, image in enumerate(images):
             if number == 7:
                 raise KeyboardInterrupt
-            yield described(picture)
+            yield described(image)
 
     path = tmp_path / "index"
     with pytest.raises(KeyboardInterrupt):
@@ -1077,7 +1069,7 @@ def test_an_interrupted_build_goes_on_where_it_was(small, photos, tmp_path):
     report = build(
         photos,
         path,
-        lambda pictures: map(described, (seen.append(0) or picture for picture in pictures)),
+        lambda images: map(described, (seen.append(0) or image for image in images)),
         SETTINGS,
     )
     assert (report, len(seen)) == (Report(added=11), 5)
@@ -1088,8 +1080,8 @@ def test_an_interrupted_add_survives_a_remove(small, built, photos):
     for number in range(6):
         save(photos / f"new{number}.png", 400 + number)
 
-    def broken(pictures):
-        yield from (described(next(pictures)) for _ in range(4))
+    def broken(images):
+        yield from (described(next(images)) for _ in range(4))
         raise ZeroDivisionError("of the extractor")
 
     with pytest.raises(ZeroDivisionError, match="of the extractor"):
@@ -1101,7 +1093,7 @@ def test_an_interrupted_add_survives_a_remove(small, built, photos):
     seen = []
     add(
         built,
-        lambda pictures: map(described, (seen.append(0) or picture for picture in pictures)),
+        lambda images: map(described, (seen.append(0) or image for image in images)),
         SETTINGS,
     )
     assert len(seen) == 2 + 11  # 11.png is the one without a 0
@@ -1120,8 +1112,8 @@ KILLS = (
     + """
 writing.COMMIT_ROWS, writing.SHARD_BYTES, writing.SMALL_SHARDS = 10, 48, 2
 photos, before, out = sys.argv[1:4]
-def slow(pictures):
-    for vector in extract(pictures):
+def slow(images):
+    for vector in extract(images):
         time.sleep(0.001)
         yield vector
 CALLS = {
@@ -1257,7 +1249,7 @@ def test_kills(photos, built, tmp_path):
 
 
 def test_one_line_store_helpers():
-    assert store.some(["b", "a\n"]) == "2 pictures ('a\\n', b)"
+    assert store.some(["b", "a\n"]) == "2 images ('a\\n', b)"
 
 
 def test_times_beyond_64_bits(photos, tmp_path):

@@ -11,6 +11,9 @@ from ggem_jax.retrieval.metrics import (
     Difficulty,
     Relevance,
     average_precision,
+    chance_at,
+    class_descriptors,
+    found_at,
     label_scores,
     recall_at,
     revisited,
@@ -184,7 +187,7 @@ def test_label_scores_by_hand():
 
 
 def test_label_scores_leave_the_query_itself_out_wherever_it_stands():
-    """All pictures query each other: own ids first, in the middle and out of reach give what
+    """All images query each other: own ids first, in the middle and out of reach give what
     rankings without them give.
     """
     rng = np.random.default_rng(0)
@@ -242,3 +245,66 @@ def test_label_scores_refuse_short_rankings_and_shapes_that_do_not_fit():
         label_scores(np.array([[0, 1]]), np.array([7]), np.array([7, 7]), kappas=(1, 0))
     with pytest.raises(ValueError, match="query labels"):
         label_scores(np.array([[0, 1]]), np.array([7, 8]), np.array([7, 7]))
+
+
+def test_found_by_hand():
+    """Angles on a circle: query 0 at 0 degrees, items at 10 (wrong), 20 (right), 90 (right); query
+    1 at 90.
+    """
+
+    def circle(*degrees):
+        return np.stack([np.cos(np.radians(degrees)), np.sin(np.radians(degrees))], axis=1)
+
+    pairs = np.array([[0, 1], [1, 2], [0, 2]])
+    found = found_at(circle(0, 90), circle(10, 20, 90), pairs, kappas=(1, 2, 3))
+    assert found.tolist() == [[False, True, True], [True, True, True]]
+    assert (
+        found_at(circle(0, 90), circle(10, 20, 90), pairs, kappas=(1, 2, 3), block=1).tolist()
+        == found.tolist()
+    )
+
+
+def test_ties_and_what_is_no_number_count_against():
+    same = np.ones((4, 2))
+    pairs = np.array([[0, 0], [1, 0], [1, 1]])
+    assert found_at(same, same, pairs, kappas=(1, 3, 4)).tolist() == [
+        [False, False, True],
+        [False, True, True],
+        [False] * 3,
+        [False] * 3,
+    ]
+    broken = np.array([[np.nan, 1.0]])
+    assert not found_at(broken, same, np.array([[0, 0]]), kappas=(1, 4)).any()
+
+
+def test_chance_is_what_random_descriptors_find():
+    rng = np.random.default_rng(0)
+    pairs = np.array([[0, 0], [0, 1], [1, 2], [2, 2], [2, 2]])
+    by_hand = [np.mean([2 / 6, 1 / 6, 1 / 6]), np.mean([1 - 4 / 6 * 3 / 5, 2 / 6, 2 / 6]), 1.0]
+    np.testing.assert_allclose(chance_at(pairs, 3, 6, kappas=(1, 2, 9)), by_hand)
+    found = np.mean(
+        [
+            found_at(rng.normal(size=(3, 4)), rng.normal(size=(6, 4)), pairs, kappas=(1, 2))
+            for _ in range(4000)
+        ],
+        axis=(0, 1),
+    )
+    np.testing.assert_allclose(found, by_hand[:2], atol=0.02)
+
+
+def test_pairs_out_of_range_are_refused():
+    for pairs in (
+        np.array([[0, 3]]),
+        np.array([[-1, 0]]),
+        np.array([[0.0, 1.0]]),
+        np.array([0, 1]),
+    ):
+        with pytest.raises(ValueError, match="pairs must"):
+            found_at(np.ones((2, 2)), np.ones((3, 2)), pairs)
+
+
+def test_prompts_of_a_class_count_alike_whatever_their_length():
+    prompts = np.array([[[2.0, 0.0], [0.0, 5.0]], [[0.0, -1.0], [0.0, -1.0]]])
+    np.testing.assert_allclose(class_descriptors(prompts), [[0.5**0.5, 0.5**0.5], [0, -1]])
+    with pytest.raises(ValueError, match=r"\(classes, templates, d\)"):
+        class_descriptors(prompts[0])

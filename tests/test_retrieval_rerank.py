@@ -40,7 +40,7 @@ def formulas(query, vectors, ids, num_neighbors, beta, variant="code"):
 
 @pytest.fixture(scope="module")
 def example():
-    """Ten places of 30 pictures each, 5 queries, a full ranking."""
+    """Ten places of 30 images each, 5 queries, a full ranking."""
     rng = np.random.default_rng(0)
     places = unit(rng, 10, 48)
     database = np.repeat(places, 30, axis=0) + 0.12 * rng.normal(size=(300, 48)).astype(np.float32)

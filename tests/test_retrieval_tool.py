@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,15 +17,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_weights_vit import file_of
 
 from ggem_jax.descriptors.settings import DescriptorSettings
 from ggem_jax.descriptors.whitening import Whitening, load_whitening, whiten
 from ggem_jax.files.images import UnreadableImage
 from ggem_jax.files.vectors import read_ranking, read_vectors, write_ranking
+from ggem_jax.retrieval import index as library
 from ggem_jax.retrieval.__main__ import main
+from ggem_jax.retrieval.index import describing
 from ggem_jax.retrieval.index.index import Index
+from ggem_jax.retrieval.methods import choose_method
 from ggem_jax.retrieval.metrics import Relevance, scores
 from ggem_jax.retrieval.rerank import superglobal_rerank
+from ggem_jax.retrieval.rerank_files import rerank_files
 from ggem_jax.retrieval.tool import commands, compilation, progress
 from ggem_jax.retrieval.tool.flags import parse
 
@@ -39,21 +45,21 @@ SMALL = [
 
 
 class Colours:
-    """Describes a picture by its mean colour in a grid of 2 x 2: a network that needs no time."""
+    """Describes an image by its mean colour in a grid of 2 x 2: a network that needs no time."""
 
     def __init__(self, settings, batch=None):
         assert settings == DescriptorSettings(
             **{name: getattr(settings, name) for name in settings.record()}
         )
 
-    def __call__(self, pictures):
-        for picture in pictures:
-            if min(picture.shape[:2]) < 2:
+    def __call__(self, images):
+        for image in images:
+            if min(image.shape[:2]) < 2:
                 yield UnreadableImage("too thin")
                 continue
-            rows, columns = picture.shape[0] // 2, picture.shape[1] // 2
+            rows, columns = image.shape[0] // 2, image.shape[1] // 2
             parts = [
-                picture[i * rows :][:rows, j * columns :][:, :columns].mean((0, 1))
+                image[i * rows :][:rows, j * columns :][:, :columns].mean((0, 1))
                 for i in (0, 1)
                 for j in (0, 1)
             ]
@@ -63,7 +69,7 @@ class Colours:
 
 @pytest.fixture
 def colours(monkeypatch):
-    monkeypatch.setattr(commands, "make_extractor", Colours)
+    monkeypatch.setattr(describing, "make_extractor", Colours)
     monkeypatch.setattr(commands, "keep_compiled_programs", lambda: None)
 
 
@@ -77,7 +83,7 @@ def pattern(seed, size=(24, 32)):
 
 @pytest.fixture
 def photos(tmp_path, monkeypatch):
-    """Twelve pictures, with names that HTML and terminals have to escape; the folder above is the
+    """Twelve images, with names that HTML and terminals have to escape; the folder above is the
     current one.
     """
     monkeypatch.chdir(tmp_path)
@@ -204,17 +210,17 @@ MISTAKES = [
     "was made without a file of weights"),
     (["search", "my.index", "photos/none.png"], 1, "photos/none.png is not there"),
     (["search", "my.index", "photos"], 1, "photos is no file"),
-    (["search", "my.index", "no_image.jpg"], 1, "no_image.jpg is not a readable picture"),
+    (["search", "my.index", "no_image.jpg"], 1, "no_image.jpg is not a readable image"),
     (["search", "my.index", "thin.png"], 1, "thin.png: too thin"),
     (["search", "my.index", "photos/00.png", "--box", "100,100,200,200"], 1,
-    "photos/00.png: nothing of the picture of 32 x 24 pixels is inside"),
+    "photos/00.png: nothing of the image of 32 x 24 pixels is inside"),
     (["search", "none.index", "photos/00.png"], 1, "none.index holds no index"),
     (["search", "photos", "photos/00.png"], 1, "photos holds no index"),
     (["index", "photos", "-o", "photos"], 1, "photos exists and is not an index"),
     (["index", "none", "-o", "new.index"], 1, "none is not a folder"),
-    (["index", "empty", "-o", "new.index"], 1, "there is no picture"),
+    (["index", "empty", "-o", "new.index"], 1, "there is no image"),
     (["index", "damaged", "-o", "new.index"], 1,
-    "none of the 1 pictures in .*damaged could be indexed: a.png is not a readable picture"),
+    "none of the 1 images in .*damaged could be indexed: a.png is not a readable image"),
     (["index", "photos", "-o", "my.index", "--pooling", "max"], 1,
     'pooling is "gem\\+" there, "max" here'),
     (["index", "photos", "-o", "new.index", "--longest-side", "10"], 2,
@@ -228,7 +234,7 @@ MISTAKES = [
     (["add", "my.index", "--root="], 2, "an argument is empty, --root=:"),
     (["add", "my.index", "--batch", "4097"], 2, "--batch: must be at most 4096, not 4097"),
     (["remove", "my.index", ""], 2, "an argument is empty"),
-    (["remove", "my.index", "*.gif"], 1, r"\*.gif matches no picture"),
+    (["remove", "my.index", "*.gif"], 1, r"\*.gif matches no image"),
     (["info", "none.index"], 1, "none.index holds no index"),
     (["verify", "none.index"], 1, "none.index holds no index"),
     (["rerank", "none.npy", "q.npy", "-o", "out.npz"], 1,
@@ -376,14 +382,14 @@ def test_every_mistake_is_one_sentence(around, run, tmp_path):
             1,
             r"No module named 'rich': pip install 'ggem-jax\[retrieval\]'",
         ),
-        (KeyboardInterrupt(), 130, "interrupted: the same command goes on from where it was"),
+        (KeyboardInterrupt(), 130, "interrupted: run the same command again to resume"),
     ],
 )
 def test_failures_of_the_machine(monkeypatch, run, photos, error, code, sentence):
     def fails(*_):
         raise error
 
-    monkeypatch.setattr(commands, "make_extractor", fails)
+    monkeypatch.setattr(describing, "make_extractor", fails)
     found, said, told = run("index", photos, "-o", "my.index")
     assert (found, said, told.count("\n")) == (code, "", 1)
     assert re.search(sentence, told)
@@ -392,7 +398,7 @@ def test_failures_of_the_machine(monkeypatch, run, photos, error, code, sentence
 
 def test_other_errors_are_not_hidden(monkeypatch, photos):
     monkeypatch.setattr(
-        commands,
+        describing,
         "make_extractor",
         lambda *_: (_ for _ in ()).throw(RuntimeError("a mistake of ours")),
     )
@@ -412,13 +418,13 @@ def test_index_reports_what_was_skipped_and_does_nothing_twice(colours, photos, 
         "my.index: 12 added, 0 updated, 0 unchanged, 0 reused, 0 removed, 2 skipped\n",
     )
     assert sorted(told.splitlines()) == [
-        "skipped: broken.jpg is not a readable picture: cannot identify image file",
+        "skipped: broken.jpg is not a readable image: cannot identify image file",
         "skipped: thin.png cannot be described: too thin",
     ]
     (photos / "broken.jpg").unlink()
     (photos / "thin.png").unlink()
     monkeypatch.setattr(
-        commands,
+        describing,
         "make_extractor",
         lambda *_: pytest.fail("nothing is new, and no network is needed"),
     )
@@ -451,7 +457,7 @@ def test_add_and_remove(indexed, run):
     assert run("remove", "my.index", ".")[0] == 0
     assert run("search", "my.index", indexed / "new.png")[::2] == (
         1,
-        "ggem-retrieval: my.index holds no pictures: add some first\n",
+        "ggem-retrieval: my.index holds no images: add some first\n",
     )
 
 
@@ -484,14 +490,14 @@ def test_verify_finds_damage(indexed, run):
     shard.write_bytes(data)
     code, said, _ = run("verify", "my.index")
     assert (code, said.splitlines()[-1]) == (1, "my.index is damaged")
-    assert said.startswith(f"damage: my.index/{shard.name} holds altered vectors: 1 picture")
+    assert said.startswith(f"damage: my.index/{shard.name} holds altered vectors: 1 image")
     code, said, _ = run("verify", "my.index", "--json")
     assert (code, json.loads(said)["sound"], len(json.loads(said)["damage"])) == (1, False, 1)
     assert run("add", "my.index", "--repair")[0] == 0
     assert run("verify", "my.index")[0] == 0
 
 
-def test_search_finds_a_picture_of_the_index_itself(indexed, run):
+def test_search_finds_a_image_of_the_index_itself(indexed, run):
     code, said, told = run("search", "my.index", "photos/03.png", "-k", 3)
     assert (code, told) == (0, "")
     assert re.fullmatch(r" +1 +1\.000[01] +03\.png", said.splitlines()[2])  # stored in float16
@@ -613,14 +619,14 @@ def test_evaluate_agrees_with_the_metrics(indexed, run):
     assert found["before"]["mP@3"] == pytest.approx(expected.mean_precision_at[3])
     assert found["before"]["recall@1"] >= 0.5
     said = run("evaluate", "my.index", "truth.csv", "--rerank", "none")[1]
-    assert said.startswith("2 queries, 12 pictures, the first 12 results of each\n")
+    assert said.startswith("2 queries, 12 images, the first 12 results of each\n")
     assert f"mAP           {100 * expected.mean_average_precision:>10.2f} %\n" in said
 
 
 def test_whitening_is_learned_used_and_found_again(indexed, run):
     assert run("whiten", "my.index", "-o", "white.npz", "--dim", 4)[:2] == (
         0,
-        "white.npz: from 12 to 4 numbers, learned from 12 of 12 pictures\n",
+        "white.npz: from 12 to 4 numbers, learned from 12 of 12 images\n",
     )
     assert load_whitening("white.npz").projection.shape == (12, 4)
     assert run("index", indexed, "-o", "white.index", "--whitening", "white.npz")[0] == 0
@@ -653,11 +659,11 @@ def test_an_index_of_another_program_is_told(indexed, run):
     build(
         indexed,
         "own.index",
-        lambda pictures: Colours(DescriptorSettings())(pictures),
+        lambda images: Colours(DescriptorSettings())(images),
         {"model": "mean colour"},
     )
     code, _, told = run("search", "own.index", "photos/03.png")
-    assert (code, "settings that this tool does not know" in told) == (1, True)
+    assert (code, "was made with unknown settings" in told) == (1, True)
 
 
 # Vectors of one's own
@@ -800,11 +806,11 @@ def test_a_box_may_begin_with_a_minus():
 
 
 class Page(HTMLParser):
-    """Reads a page: its pictures and text, and that every tag is closed."""
+    """Reads a page: its images and text, and that every tag is closed."""
 
     def __init__(self, text):
         super().__init__()
-        self.open, self.pictures, self.tags, self.texts = [], [], [], []
+        self.open, self.images, self.tags, self.texts = [], [], [], []
         self.feed(text)
         self.close()
         assert self.open == []
@@ -814,7 +820,7 @@ class Page(HTMLParser):
         values = dict(attributes)
         assert not {"href", "srcset", "onclick", "style"} & set(values)
         if tag == "img":
-            self.pictures.append((values["alt"], values["src"]))
+            self.images.append((values["alt"], values["src"]))
         if tag not in ("meta", "img", "br"):
             self.open.append(tag)
 
@@ -849,16 +855,16 @@ def test_the_sheet_holds_everything_it_shows(indexed, run):
     assert not {"script", "link", "iframe", "object", "b>&amp;"} & set(page.tags)
     assert "url(" not in text
     assert "@import" not in text
-    assert len(page.pictures) == 2 + 2 * 10
-    for _, source in page.pictures:
+    assert len(page.images) == 2 + 2 * 10
+    for _, source in page.images:
         kind, data = source.split(",", 1)
         assert kind == "data:image/jpeg;base64"
         assert max(Image.open(io.BytesIO(base64.b64decode(data))).size) <= 320
     whole = "".join(page.texts)
     assert page.texts.count("<b>&amp;/01.png") == 2
     assert (
-        page.texts.count("this picture is no longer there")
-        == page.texts.count("this picture cannot be read")
+        page.texts.count("this image is no longer there")
+        == page.texts.count("this image cannot be read")
         == 2
     )
     assert all(
@@ -876,10 +882,10 @@ def test_the_sheet_holds_everything_it_shows(indexed, run):
 
 
 def test_the_box_of_the_query_is_drawn(photos):
-    from ggem_jax.retrieval.tool.sheet import thumbnail
+    from ggem_jax.retrieval.tool.sheet import make_thumbnail
 
     plain, drawn = (
-        np.asarray(Image.open(io.BytesIO(thumbnail(photos / "00.png", box)))).astype(int)
+        np.asarray(Image.open(io.BytesIO(make_thumbnail(photos / "00.png", box)))).astype(int)
         for box in (None, (8, 4, 28, 20))
     )
     assert np.abs(drawn - plain)[4:7, 10:26].max() > 60
@@ -887,11 +893,13 @@ def test_the_box_of_the_query_is_drawn(photos):
 
 
 @pytest.mark.parametrize("size", [(1, 5000), (5000, 1), (1, 1)])
-def test_thumbnails_of_odd_pictures(tmp_path, size):
-    from ggem_jax.retrieval.tool.sheet import thumbnail
+def test_thumbnails_of_odd_images(tmp_path, size):
+    from ggem_jax.retrieval.tool.sheet import make_thumbnail
 
     Image.new("RGB", size).save(tmp_path / "odd.png")
-    assert max(Image.open(io.BytesIO(thumbnail(tmp_path / "odd.png", (0, 0, 1, 1)))).size) <= 320
+    assert (
+        max(Image.open(io.BytesIO(make_thumbnail(tmp_path / "odd.png", (0, 0, 1, 1)))).size) <= 320
+    )
 
 
 # Progress and the cache
@@ -905,9 +913,9 @@ def test_lines_of_progress_tell_the_time_that_is_left(monkeypatch, capsys):
         lines(done, 1000)
     assert (
         capsys.readouterr().err
-        == "131 of 1000 pictures, 14 min left\n170 of 1000 pictures, 14 min left\n"
+        == "131 of 1000 images, 14 min left\n170 of 1000 images, 14 min left\n"
     )
-    assert [progress.spoken(seconds) for seconds in (3, 89, 600, 12000)] == [
+    assert [progress.format_seconds(seconds) for seconds in (3, 89, 600, 12000)] == [
         "3 s",
         "89 s",
         "10 min",
@@ -945,23 +953,23 @@ def finished(process, *, timeout=300):
     return process.returncode, said, told
 
 
-def test_from_pictures_of_all_kinds_to_a_search_with_the_real_network(tool, tmp_path):
+def test_from_images_of_all_kinds_to_a_search_with_the_real_network(tool, tmp_path):
     folder, rng = tmp_path / "photos", np.random.default_rng(0)
     folder.mkdir()
-    pictures = [
+    images = [
         np.asarray(Image.fromarray(rng.integers(0, 256, (5, 5, 3), np.uint8)).resize((160, 160)))
         for _ in range(4)
     ]
     rotation = Image.Exif()
     rotation[0x0112] = 6  # to be turned by 90 degrees clockwise
-    Image.fromarray(pictures[0]).save(folder / "plain.png")
-    Image.fromarray(np.rot90(pictures[0])).save(folder / "rotated.jpg", exif=rotation, quality=98)
-    Image.fromarray(pictures[1]).convert("CMYK").save(folder / "cmyk.jpg", quality=98)
-    Image.fromarray(pictures[2][..., 0].astype(np.uint16) * 257).save(folder / "deep.png")
+    Image.fromarray(images[0]).save(folder / "plain.png")
+    Image.fromarray(np.rot90(images[0])).save(folder / "rotated.jpg", exif=rotation, quality=98)
+    Image.fromarray(images[1]).convert("CMYK").save(folder / "cmyk.jpg", quality=98)
+    Image.fromarray(images[2][..., 0].astype(np.uint16) * 257).save(folder / "deep.png")
     Image.new("RGB", (1, 5000)).save(folder / "thin.png")
     (folder / "none.jpg").write_text("no image")
-    Image.fromarray(pictures[1]).save(tmp_path / "rgb.png")
-    own = {"XDG_CACHE_HOME": str(tmp_path / "cache")}
+    Image.fromarray(images[1]).save(tmp_path / "rgb.png")
+    own = {"XDG_CACHE_HOME": str(tmp_path / "cache"), "JAX_COMPILATION_CACHE_DIR": ""}
 
     code, said, told = finished(
         tool(
@@ -979,8 +987,8 @@ def test_from_pictures_of_all_kinds_to_a_search_with_the_real_network(tool, tmp_
         "4 added, 0 updated, 0 unchanged, 0 reused, 0 removed, 2 skipped\n",
     ), told
     assert len(told.splitlines()) == 2
-    assert "none.jpg is not a readable picture" in told
-    assert "a picture of 1 x 5000 pixels is too thin" in told
+    assert "none.jpg is not a readable image" in told
+    assert "an image of 1 x 5000 pixels is too thin" in told
     (kept,) = (tmp_path / "cache" / "ggem-jax").iterdir()
 
     queries = [folder / "plain.png", tmp_path / "rgb.png"]
@@ -1003,7 +1011,7 @@ def test_from_pictures_of_all_kinds_to_a_search_with_the_real_network(tool, tmp_
     assert by_path["rotated.jpg"]["rank_before"] == 2
     assert by_path["rotated.jpg"]["score_before"] > 0.95 > by_path["deep.png"]["score_before"]
     assert min(second, key=lambda hit: hit["rank_before"])["path"] == "cmyk.jpg"
-    assert len(Page((tmp_path / "sheet.html").read_text()).pictures) == 10
+    assert len(Page((tmp_path / "sheet.html").read_text()).images) == 10
     programs = {path.name for path in kept.iterdir() if path.name.endswith("-cache")}
 
     for path in kept.iterdir():  # programs that were cut off are compiled again, without a word
@@ -1082,3 +1090,118 @@ def test_interrupted(tool, tmp_path):
     with open(tmp_path / "waits.npy", "wb"):  # returns when the other end is read
         process.send_signal(signal.SIGINT)
         assert finished(process) == (130, "", "ggem-retrieval: interrupted\n")
+
+
+# Every command is one library call: its JSON is the library's record
+
+
+def json_of(run, *arguments):
+    code, said, _ = run(*arguments, "--json")
+    return code, json.loads(said)
+
+
+def test_json_of_the_commands_that_write_is_the_record_of_the_report(colours, photos, run):
+    for path in ("tool.index", "library.index"):
+        shutil.rmtree(path, ignore_errors=True)
+    report = library.build_index(photos, "library.index")
+    assert json_of(run, "index", photos, "-o", "tool.index") == (0, report.record())
+    assert report.record()["added"] == 12
+    Image.fromarray(pattern(60)).save(photos / "new.png")
+    (photos / "broken.png").write_text("no image")
+    report = library.add_images("library.index")
+    assert json_of(run, "add", "tool.index") == (0, report.record())
+    assert report.record()["skipped"][0]["path"] == "broken.png"
+    report = library.remove("library.index", ["new.png"])
+    assert json_of(run, "remove", "tool.index", "new.png") == (0, report.record())
+    assert (report.removed, report.record()["removed"]) == (1, 1)
+
+
+def test_json_of_info_and_verify_is_the_record_of_the_library(indexed, run):
+    assert json_of(run, "info", "my.index") == (0, library.info("my.index"))
+    assert json_of(run, "verify", "my.index", "--deep") == (
+        0,
+        library.verify("my.index", deep=True).record(),
+    )
+    next(Path("my.index").glob("vectors-*.npy")).unlink()
+    code, found = json_of(run, "verify", "my.index")
+    assert (code, found) == (1, library.verify("my.index").record())
+    assert found["damage"]
+
+
+@pytest.mark.parametrize("rerank", ["superglobal", "none", "aqe"])
+def test_json_of_search_is_the_record_of_the_results(indexed, run, rerank):
+    queries, boxes = ["photos/03.png", "photos/06.png"], [(0, 0, 16, 12), (1, 1, 32, 24)]
+    results = Index.open("my.index").search(
+        queries, k=5, rerank=rerank, boxes=boxes, use_stored=False
+    )
+    flags = ["--box", "0,0,16,12", "--box", "1,1,32,24", "--rerank", rerank, "-k", 5]
+    code, found = json_of(run, "search", "my.index", *queries, *flags)
+    assert (code, found) == (0, json.loads(json.dumps(results.record())))
+    assert len(found["queries"][1]["results"]) == 5
+
+
+def test_json_of_evaluate_is_the_record_of_the_evaluation(indexed, run):
+    Path("truth.csv").write_text("query,relevant\nphotos/00.png,photos/03.png;photos/06.png\n")
+    flags = ["--rerank", "aqe", "--neighbors", 2, "--at", "1,4", "-k", 8]
+    found = Index.open("my.index").evaluate(
+        "truth.csv", k=8, at=(1, 4), rerank=choose_method("aqe", neighbors=2)
+    )
+    assert json_of(run, "evaluate", "my.index", "truth.csv", *flags) == (0, found.record())
+    assert set(found.after) == {"mAP", "mP@1", "mP@4", "recall@1", "recall@4"}
+
+
+def test_json_of_rerank_and_whiten_is_the_record_and_the_files_are_alike(indexed, run):
+    rng = np.random.default_rng(3)
+    np.save("q.npy", unit(rng, 2, 8))
+    np.save("d.npy", unit(rng, 30, 8))
+    found = rerank_files("q.npy", "d.npy", "library.npz", k=20, rerank="alpha-qe")
+    flags = ["-k", 20, "--method", "alpha-qe"]
+    code, record = json_of(run, "rerank", "q.npy", "d.npy", "-o", "tool.npz", *flags)
+    assert (code, record | {"output": "library.npz"}) == (0, found.record())
+    for one, other in zip(read_ranking("tool.npz"), read_ranking("library.npz"), strict=True):
+        np.testing.assert_array_equal(one, other)
+    learned = library.whiten_index("my.index", "library-white.npz", dim=3)
+    code, record = json_of(run, "whiten", "my.index", "-o", "tool-white.npz", "--dim", 3)
+    assert (code, record | {"file": "library-white.npz"}) == (0, learned.record())
+    for one, other in zip(
+        load_whitening("tool-white.npz"), load_whitening("library-white.npz"), strict=True
+    ):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_only_the_module_that_parses_knows_namespaces():
+    parsing = {"flags.py"}
+    for path in (ROOT / "ggem_jax" / "retrieval").rglob("*.py"):
+        assert path.name in parsing or "Namespace" not in path.read_text(), path
+
+
+# Files of weights alone
+
+
+@pytest.mark.parametrize(
+    ("name", "backbone"),
+    [("timm-deit3", "deit3"), ("timm-vit", "vit"), ("hf-dinov2", "dinov2"), ("hf-clip", "clip")],
+)
+def test_a_vit_is_indexed_searched_and_reranked_with_its_weights_alone(
+    photos, run, tmp_path, name, backbone
+):
+    (tmp_path / "weights").mkdir()
+    weights, _ = file_of(name, tmp_path / "weights")
+    code, said, told = run("index", photos, "-o", "my.index", "--weights", weights, *SMALL)
+    assert (code, said) == (
+        0,
+        "my.index: 12 added, 0 updated, 0 unchanged, 0 reused, 0 removed, 0 skipped\n",
+    )
+    assert ("does not say how its images are normalised" in told) == (backbone == "vit")
+    assert library.info("my.index")["settings"]["backbone"] == backbone
+    options = ["--rerank", "superglobal", "--candidates", 12, "--neighbors", 2, "-k", 12]
+    code, found = json_of(run, "search", "my.index", "photos/03.png", *options)
+    assert code == 0
+    first = {hit["rank_before"]: hit for hit in found["queries"][0]["results"]}
+    assert (first[1]["path"], len(first)) == ("03.png", 12)
+    assert first[1]["score_before"] == pytest.approx(1, abs=2e-3)
+    assert run("search", "my.index", "photos/03.png", "--weights", weights)[0] == 0
+    again = run("index", photos, "-o", "my.index", "--weights", weights, *SMALL)
+    assert (
+        again[1] == "my.index: 0 added, 0 updated, 12 unchanged, 0 reused, 0 removed, 0 skipped\n"
+    )

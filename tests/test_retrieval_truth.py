@@ -1,4 +1,4 @@
-"""ggem_jax/retrieval/tool/truth.py: a user's ground truth as a CSV file."""
+"""ggem_jax.retrieval.truth.py: a user's ground truth as a CSV file."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ggem_jax.retrieval.tool.truth import read_truth, to_relevance
+from ggem_jax.retrieval.truth import read_truth, to_relevance
 
 
 @pytest.fixture
@@ -40,7 +40,7 @@ def test_one_row_for_each_pair_and_several_in_a_row_say_the_same(written, tmp_pa
     assert [query.path.name for query in pairs] == ["a.jpg", "f.jpg"]
 
 
-def test_a_box_tells_queries_of_one_picture_apart(written):
+def test_a_box_tells_queries_of_one_image_apart(written):
     found = read_truth(
         written(
             "query,relevant,x1,y1,x2,y2\na.jpg,b.jpg,0,0,10,10.5\na.jpg,c.jpg,,,,\na.jpg,d.jpg,0.0,0,10,10.5\n"
@@ -107,7 +107,7 @@ def test_a_file_that_is_not_there(tmp_path):
 
 def test_loads_no_jax():
     code = (
-        "import sys, ggem_jax.retrieval.tool.truth; print([name for name in ('jax', 'flax') if name"
+        "import sys, ggem_jax.retrieval.truth; print([name for name in ('jax', 'flax') if name"
         " in sys.modules])"
     )
     run = subprocess.run(

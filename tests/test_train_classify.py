@@ -20,24 +20,14 @@ from jax.sharding import PartitionSpec as P
 from eval import classify as eval_classify
 from ggem_jax.models.vit import ViTConfig, vit_config
 from train import classify
-from train.config import (
-    Augment,
-    Config,
-    Data,
-    Optimizer,
-    Refused,
-    build_model,
-    configs_of,
-    from_dict,
-    known_configs,
-    load_config,
-    to_dict,
-)
+from train.build import build_model
+from train.cli import Refused, configs_of, from_dict, known_configs, load_config, to_dict
+from train.config import Augment, Config, Data, Optimizer
 from train.evaluate import Predictions
-from train.log import Log, keep_until, read_metrics
+from train.log import Log, drop_lines_after, read_metrics
 from train.run import read_run
 from train.step import (
-    accumulated_gradient,
+    accumulate_gradient,
     make_optimizer,
     make_steps,
     mix,
@@ -56,11 +46,11 @@ def trained(tmp_path_factory):
     return root
 
 
-def test_a_run_leaves_its_config_metrics_checkpoint_and_picture(trained):
+def test_a_run_leaves_its_config_metrics_checkpoint_and_image(trained):
     run = trained / "ggem"
     facts = {"classes": list("0123456789"), "train": 1438, "eval": 359}
     assert read_run(run) == (
-        load_config([*TINY, "--epochs", "2", "--out", str(run)], "test"),
+        load_config(Config, [*TINY, "--epochs", "2", "--out", str(run)], "test"),
         facts,
     )
     lines = read_metrics(run, "train")
@@ -80,6 +70,7 @@ def test_a_run_leaves_its_config_metrics_checkpoint_and_picture(trained):
 def test_a_run_in_bfloat16_that_recomputes_its_blocks_learns(tmp_path):
     trained = classify.train(
         load_config(
+            Config,
             [
                 *TINY,
                 "--model.dtype",
@@ -127,7 +118,7 @@ def test_the_evaluation_tool_repeats_the_last_evaluation_of_the_run(trained, cap
 def test_the_evaluation_tool_prints_tables(trained, capsys):
     eval_classify.main([str(trained / "ggem"), str(trained / "avg")])
     said = capsys.readouterr().out
-    assert "step 90, 359 pictures" in said
+    assert "step 90, 359 images" in said
     assert "McNemar" in said
     assert "learned pool/p" in said
 
@@ -147,7 +138,7 @@ MISTAKES = {
     "wrong choice": (["--pool.kind", "sum"], "invalid choice 'sum'"),
     "unknown variant": (["--variant", "XXL/16"], "variant must be one of Ti, S, B, L, H"),
     "impossible model": (["--model.heads", "5"], "width must be a multiple of heads"),
-    "class token": (["--pool.kind", "cls", "--model.no_class_token"], "cls_pool needs"),
+    "class token": (["--pool.kind", "cls", "--model.no-class-token"], "cls_pool needs"),
     "groups": (["--pool.groups", "5"], "groups dividing the 16 channels"),
     "unknown data": (
         ["--data", "mnist"],
@@ -169,38 +160,38 @@ MISTAKES = {
     "negative seed": (["--seed", "-1"], "--seed must be from 0 to 2147483647, it is -1"),
     "large seed": (["--seed", "3000000000"], "--seed must be from 0"),
     "registers": (["--model.registers", "-1"], "registers must be a whole number of at least 0"),
-    "drop path": (["--model.drop_path", "2"], "drop_path must be a probability"),
+    "drop path": (["--model.drop-path", "2"], "drop_path must be a probability"),
     "float16": (["--model.dtype", "float16"], "--model.dtype must be float32 or bfloat16"),
     "bfloat16 weights": (
-        ["--model.param_dtype", "bfloat16"],
-        "--model.param_dtype must be float32",
+        ["--model.param-dtype", "bfloat16"],
+        "--model.param-dtype must be float32",
     ),
     "pad": (["--augment.crop", "pad", "--augment.pad", "-1"], "--augment.pad must be at least 0"),
     "area": (
-        ["--augment.crop", "resized", "--augment.min_area", "2"],
-        "--augment.min_area must be above 0",
+        ["--augment.crop", "resized", "--augment.min-area", "2"],
+        "--augment.min-area must be above 0",
     ),
     "mixup": (["--augment.mixup", "-1"], "--augment.mixup must be at least 0"),
     "workers": (["--data.workers", "-1"], "--data.workers must be at least 1"),
     "split": (
-        ["--data", "digits", "--data.eval_split", "val"],
-        "--data.eval_split val is not in digits",
+        ["--data", "digits", "--data.eval-split", "val"],
+        "--data.eval-split val is not in digits",
     ),
     "ema": (
         ["--optimizer.ema", "2"],
         "--optimizer.ema must be at least 0 and below 1, or None, it is 2",
     ),
-    "layer decay": (["--optimizer.layer_decay", "-1"], "--optimizer.layer_decay must be above 0"),
+    "layer decay": (["--optimizer.layer-decay", "-1"], "--optimizer.layer-decay must be above 0"),
     "parts": (["--optimizer.accumulate", "0"], "--optimizer.accumulate must be at least 1"),
     "nan": (["--optimizer.lr", "nan"], "--optimizer.lr must be at least 0, it is nan"),
     "no groups": (["--pool.groups", "0"], "--pool.groups must be a whole number"),
     "exponent": (["--pool.p", "-1"], "--pool.p must be from 1 to 1000"),
     "loss": (
-        ["--optimizer.lr", "1e30", "--optimizer.clip", "None", "--log_every", "1"],
+        ["--optimizer.lr", "1e30", "--optimizer.clip", "None", "--log-every", "1"],
         "the (loss|grad norm) is (nan|inf) at step",
     ),
     "weights": (
-        ["--optimizer.lr", "1e30", "--optimizer.clip", "None", "--stop_after", "5"],
+        ["--optimizer.lr", "1e30", "--optimizer.clip", "None", "--stop-after", "5"],
         "the (loss|grad norm) is (nan|inf) at step 5",
     ),
 }
@@ -241,12 +232,12 @@ def test_other_data_under_the_same_name_are_refused(tmp_path, capsys, class_fold
         "--out",
         str(tmp_path / "run"),
     ]
-    classify.main([*flags, "--stop_after", "5"])
+    classify.main([*flags, "--stop-after", "5"])
     (class_folders / "train" / "ants" / "ants0.png").unlink()
     assert "data_found.train 30 there, 29 now" in one_line(capsys, classify.main, *flags)
 
 
-def test_runs_on_other_pictures_are_not_compared_in_pairs(tmp_path, capsys, class_folders):
+def test_runs_on_other_images_are_not_compared_in_pairs(tmp_path, capsys, class_folders):
     other = class_folders.with_name("other")
     shutil.copytree(class_folders, other)
     for source in (class_folders, other):
@@ -267,7 +258,7 @@ def test_runs_on_other_pictures_are_not_compared_in_pairs(tmp_path, capsys, clas
     eval_classify.main([*map(str, runs)])
     assert "McNemar" in capsys.readouterr().out
     shutil.copy(other / "test" / "ants" / "ants1.png", other / "test" / "ants" / "ants0.png")
-    assert "were not evaluated on the same pictures" in one_line(capsys, eval_classify.main, *runs)
+    assert "were not evaluated on the same images" in one_line(capsys, eval_classify.main, *runs)
 
 
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
@@ -277,7 +268,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
 
 
 def test_mistakes_of_the_evaluation_tool_end_in_one_line(trained, tmp_path, capsys, class_folders):
-    assert "is no run of train.classify" in one_line(capsys, eval_classify.main, tmp_path)
+    assert "is not a run of train.classify" in one_line(capsys, eval_classify.main, tmp_path)
     (tmp_path / "config.json").write_text((trained / "ggem" / "config.json").read_text())
     assert "has no checkpoint yet" in one_line(capsys, eval_classify.main, tmp_path)
     said = one_line(
@@ -301,7 +292,7 @@ def test_broken_config_files_are_refused(tmp_path):
     ):
         (tmp_path / name).write_text(text)
         with pytest.raises(Refused, match=sentence):
-            load_config(["--config-file", str(tmp_path / name)], "test")
+            load_config(Config, ["--config-file", str(tmp_path / name)], "test")
 
 
 def test_defaults_then_config_then_file_then_variant_then_flags(tmp_path):
@@ -317,6 +308,7 @@ def test_defaults_then_config_then_file_then_variant_then_flags(tmp_path):
     )
     (tmp_path / "mine.toml").write_text("\n".join(lines))
     config = load_config(
+        Config,
         [
             "--config",
             "digits",
@@ -338,6 +330,7 @@ def test_defaults_then_config_then_file_then_variant_then_flags(tmp_path):
     )
     assert config.data.mean == (0.1, 0.2, 0.3)
     other = load_config(
+        Config,
         [
             "--config-file",
             str(tmp_path / "mine.toml"),
@@ -354,31 +347,31 @@ def test_defaults_then_config_then_file_then_variant_then_flags(tmp_path):
         False,
         None,
     )
-    assert from_dict(to_dict(other)) == other
+    assert from_dict(Config, to_dict(other)) == other
 
 
 def test_layers_only_have_to_fit_together(tmp_path):
     config = load_config(
-        ["--config", "digits", "--variant", "S/16", "--model.image", "224"], "test"
+        Config, ["--config", "digits", "--variant", "S/16", "--model.image", "224"], "test"
     )
     assert (config.model, config.data.source) == (vit_config("S/16"), "digits")
     (tmp_path / "mine.toml").write_text("[model]\nimage = 30\n")
     assert (
         load_config(
-            ["--config-file", str(tmp_path / "mine.toml"), "--model.patch", "5"], "test"
+            Config, ["--config-file", str(tmp_path / "mine.toml"), "--model.patch", "5"], "test"
         ).model.image
         == 30
     )
     with pytest.raises(
         Refused, match="image must be a multiple of patch, not 8 with patches of 16"
     ) as caught:
-        load_config(["--config", "digits", "--variant", "S/16"], "test")
+        load_config(Config, ["--config", "digits", "--variant", "S/16"], "test")
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("name", known_configs())
+@pytest.mark.parametrize("name", known_configs(Config))
 def test_every_config_loads_and_says_its_command_and_what_to_expect(name):
-    config = load_config(["--config", name], "test")
+    config = load_config(Config, ["--config", name], "test")
     assert isinstance(config, Config)
     header = (configs_of(Config) / f"{name}.toml").read_text()
     assert f"python -m train.classify --config {name}" in header
@@ -386,7 +379,7 @@ def test_every_config_loads_and_says_its_command_and_what_to_expect(name):
 
 
 def small_config(**changes):
-    config = load_config([*TINY], "test")
+    config = load_config(Config, [*TINY], "test")
     return config if not changes else Config(**{**vars(config), **changes})
 
 
@@ -550,7 +543,7 @@ def test_labels_are_smoothed():
 def test_blocks_are_recomputed_when_asked_to():
     batch = batch_of(small_config())
     for remat in (False, True):
-        config = load_config([*TINY, *(["--model.remat"] if remat else [])], "test")
+        config = load_config(Config, [*TINY, *(["--model.remat"] if remat else [])], "test")
         steps = make_steps(config, 10, 100)
         assert (
             "remat" in str(steps.train.trace(jax.eval_shape(steps.init, 0), batch, 0).jaxpr)
@@ -559,9 +552,9 @@ def test_blocks_are_recomputed_when_asked_to():
 
 def test_configs_of_every_pooling_find_their_compiled_steps_again():
     for kind in ("cls", "relu-avg", "lse", "ggem"):
-        config = load_config([*TINY, "--pool.kind", kind], "test")
+        config = load_config(Config, [*TINY, "--pool.kind", kind], "test")
         assert make_steps(config, 10, 100) is make_steps(
-            load_config([*TINY, "--pool.kind", kind, "--seed", "3"], "test"), 10, 100
+            load_config(Config, [*TINY, "--pool.kind", kind, "--seed", "3"], "test"), 10, 100
         )
 
 
@@ -583,10 +576,10 @@ def test_predictions_that_are_no_numbers_are_wrong():
 
 
 def test_without_any_choice_of_data_the_config_is_digits():
-    assert load_config([], "test") == load_config(["--config", "digits"], "test")
-    assert load_config(["--variant", "Ti/4"], "test").data.source == "digits"
+    assert load_config(Config, [], "test") == load_config(Config, ["--config", "digits"], "test")
+    assert load_config(Config, ["--variant", "Ti/4"], "test").data.source == "digits"
     for flags in (["--data", "folder:x"], ["--data=folder:x"], ["--data.source", "folder:x"]):
-        assert load_config(flags, "test").model == vit_config("Ti/16")
+        assert load_config(Config, flags, "test").model == vit_config("Ti/16")
 
 
 def test_a_damaged_checkpoint_is_one_line(tmp_path, capsys):
@@ -609,13 +602,13 @@ def test_parts_of_a_batch_give_the_gradient_of_the_whole():
         return jnp.mean((batch["image"] @ params["w"] - batch["target"]) ** 2)
 
     batch = {"image": jnp.float32(images), "target": jnp.float32(targets)}
-    whole = accumulated_gradient(loss_of, params, batch, jax.random.key(0), 1)
-    parts = accumulated_gradient(loss_of, params, batch, jax.random.key(0), 3)
+    whole = accumulate_gradient(loss_of, params, batch, jax.random.key(0), 1)
+    parts = accumulate_gradient(loss_of, params, batch, jax.random.key(0), 3)
     chex.assert_trees_all_close(parts, whole, rtol=1e-5)
 
 
 def test_mixing_keeps_the_share_of_the_labels_equal_to_that_of_the_pixels():
-    """Black pictures of class 0 and white ones of class 1: the mean brightness is the weight of
+    """Black images of class 0 and white ones of class 1: the mean brightness is the weight of
     class 1.
     """
     images = jnp.concatenate([jnp.zeros((4, 16, 16, 3)), jnp.ones((4, 16, 16, 3))])
@@ -653,7 +646,7 @@ def test_fsdp_state_takes_the_share_of_a_device():
 
 @pytest.mark.parametrize("pool", ["cls", "avg", "max", "lse", "gem", "ggem", "map"])
 def test_the_training_step_lowers_for_tpu_without_a_custom_call_of_ours(pool):
-    config = load_config([*TINY, "--pool.kind", pool, "--augment.mixup", "0.2"], "test")
+    config = load_config(Config, [*TINY, "--pool.kind", pool, "--augment.mixup", "0.2"], "test")
     steps, batch = make_steps(config, 10, 100), batch_of(config)
     text = (
         steps.train.trace(jax.eval_shape(steps.init, 0), batch, 0)
@@ -688,7 +681,7 @@ def test_lines_after_the_checkpoint_are_dropped(tmp_path):
         "\\udce2",
     ):
         path.write_text('{"kind": "train", "step": 1}\n{"kind": "train", "step": 3}\n' + torn)
-        keep_until(path, 2)
+        drop_lines_after(path, 2)
         assert path.read_text() == '{"kind": "train", "step": 1}\n'
 
 

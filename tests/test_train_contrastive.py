@@ -19,30 +19,32 @@ from conftest import ROOT, TINY_PAIR, one_line
 from PIL import Image
 
 from ggem_jax.files.images import UnreadableImage
-from ggem_jax.losses.contrastive import sigmoid_loss, softmax_loss
+from ggem_jax.losses.contrastive import clip_loss, siglip_loss
 from ggem_jax.weights import write_safetensors
 from ggem_jax.weights.vit import read_vit
 from train import contrastive
 from train.batches import train_batches
-from train.captions import Text, open_captions, read_csv, read_names, read_shards, shards_of
+from train.captions import Text, read_names
 from train.checkpoints import Checkpoints
-from train.config import Data, Refused, configs_of, from_dict, known_configs, load_config, to_dict
+from train.cli import Refused, configs_of, from_dict, known_configs, load_config, to_dict
+from train.config import Data
 from train.contrastive import (
     ContrastiveConfig,
-    at_most,
-    drawn_captions,
+    caption_sampler,
+    clip_from_above,
     make_steps,
     make_towers,
     open_pairs,
 )
 from train.log import read_metrics
-from train.loop import first_state
+from train.loop import make_first_state
+from train.pairs import open_captions, read_csv, read_shards, shards_of
 from train.step import normalise
 from train.tokenizer import Tokenizer, read_tokenizer, train_tokenizer
 
 
 def config_of(*flags):
-    return load_config([*TINY_PAIR, *map(str, flags)], "test", ContrastiveConfig)
+    return load_config(ContrastiveConfig, [*TINY_PAIR, *map(str, flags)], "test")
 
 
 def png(grey):
@@ -85,10 +87,10 @@ def shards(tmp_path):
 
 
 def grey(pairs, i):
-    return int(pairs.pictures.load(i)[0][0, 0, 0])
+    return int(pairs.images.load(i)[0][0, 0, 0])
 
 
-def test_rows_of_a_csv_with_one_picture_are_its_captions(captioned_folder):
+def test_rows_of_a_csv_with_one_image_are_its_captions(captioned_folder):
     pairs = read_csv(f"{captioned_folder}/pairs.csv", "refuse")
     assert len(pairs) == 12
     assert pairs.captions[0] == ("grey number 0, plain", "black")
@@ -109,7 +111,7 @@ def test_splits_of_a_csv_are_held_out_or_named(captioned_folder):
     for part in (train, held):
         for i in range(len(part)):
             assert part.captions[i][0] == f"grey number {grey(part, i) // 20}, plain"
-            assert part.pictures.load(i)[1] == i
+            assert part.images.load(i)[1] == i
     (captioned_folder / "other.csv").write_text("image,caption\n5.png,five\n")
     train, other = open_captions(
         Data(source=source, eval_split=f"{captioned_folder}/other.csv"), Text()
@@ -139,7 +141,7 @@ def test_incomplete_pairs_are_named_or_skipped(shards, captioned_folder, capsys)
         shards / "bad.tar",
         {
             "0.png": png(0),
-            "1.txt": b"no picture",
+            "1.txt": b"no image",
             "2.png": png(9),
             "2.txt": b"fine",
             "3.png": png(1),
@@ -159,7 +161,7 @@ def test_incomplete_pairs_are_named_or_skipped(shards, captioned_folder, capsys)
     with pytest.raises(
         Refused,
         match=(
-            r"2 of the pairs of .*bad.csv are not complete: nowhere.png \(no picture\), 2.png \(no"
+            r"2 of the pairs of .*bad.csv are not complete: nowhere.png \(no image\), 2.png \(no"
             r" caption\)"
         ),
     ):
@@ -177,7 +179,7 @@ def test_broken_shards_and_files_are_refused(shards, captioned_folder):
         700,
         2048,
         2600,
-    ):  # in the first header, in a picture, between two members, in a later header
+    ):  # in the first header, in an image, between two members, in a later header
         (shards / "cut.tar").write_bytes(whole[:length])
         with pytest.raises(Refused, match=r"the shard .*cut.tar cannot be read as tar: "):
             read_shards(f"{shards}/cut.tar", "refuse")
@@ -186,15 +188,15 @@ def test_broken_shards_and_files_are_refused(shards, captioned_folder):
         read_shards(f"{shards}/packed.tar", "refuse")
     write_shard(shards / "twice.tar", {"0.png": png(0), "0.jpg": png(1), "0.txt": b"black"})
     for pattern, sentence in (
-        ("twice.tar", "two pictures for 0"),
+        ("twice.tar", "two images for 0"),
         ("shard-{000..003}.tar", r"there is no shard .*shard-002.tar \(2 of 4"),
         ("none-*.tar", "there are no shards"),
     ):
         with pytest.raises(Refused, match=sentence):
             read_shards(f"{shards}/{pattern}", "refuse")
     write_shard(shards / "noise.tar", {"0.png": b"noise", "0.txt": b"black"})
-    with pytest.raises(UnreadableImage, match=r"0.png in .*noise.tar is not a readable picture"):
-        read_shards(f"{shards}/noise.tar", "refuse").pictures.load(0)
+    with pytest.raises(UnreadableImage, match=r"0.png in .*noise.tar is not a readable image"):
+        read_shards(f"{shards}/noise.tar", "refuse").images.load(0)
     for text, sentence in (
         (
             "path,caption\n1.png,one\n",
@@ -202,7 +204,7 @@ def test_broken_shards_and_files_are_refused(shards, captioned_folder):
         ),
         ("", "must have the columns image and caption in its first line, not nothing"),
         ('image,caption\n1.png,"one\n', "cannot be read as CSV"),
-        ("image,caption\n", "holds no picture with a caption"),
+        ("image,caption\n", "holds no image with a caption"),
         (
             "image,caption\n1.png,a cat, on a mat\n",
             (
@@ -254,7 +256,7 @@ def test_digits_are_called_by_their_names():
     assert open_captions(Data(), Text(templates=("{}!",)))[0].classes[7] == "seven"
 
 
-def test_shuffled_captions_are_those_of_other_pictures(captioned_folder):
+def test_shuffled_captions_are_those_of_other_images(captioned_folder):
     pairs = read_csv(f"{captioned_folder}/pairs.csv", "refuse")
     shuffled = pairs.shuffled(3)
     assert sorted(shuffled.captions) == sorted(pairs.captions)
@@ -265,7 +267,7 @@ def test_shuffled_captions_are_those_of_other_pictures(captioned_folder):
         != pairs.digest()
         == read_csv(f"{captioned_folder}/pairs.csv", "refuse").digest()
     )
-    plain, control = (open_pairs(config_of(*flags)) for flags in ([], ["--text.shuffle_captions"]))
+    plain, control = (open_pairs(config_of(*flags)) for flags in ([], ["--text.shuffle-captions"]))
     assert plain[0].captions != control[0].captions
     assert plain[1].captions == control[1].captions  # what is measured stays
 
@@ -362,8 +364,8 @@ def test_other_tokenizers_keep_their_own_tokens():
 
 def test_what_is_no_tokenizer_is_refused(tmp_path):
     for text, sentence in (
-        ("{", r"t.json is no tokenizer that the package tokenizers reads"),
-        ("{}", "is no tokenizer"),
+        ("{", r"t.json is not a tokenizer that the package tokenizers reads"),
+        ("{}", "is not a tokenizer"),
         (
             hugging_face(["<unk>", "cat"]),
             r"t.json has no token that ends a text: one of <\|endoftext\|>, </s>",
@@ -379,17 +381,17 @@ def test_what_is_no_tokenizer_is_refused(tmp_path):
         train_tokenizer(CAPTIONS, 257)
 
 
-def test_batches_draw_a_caption_of_their_picture(captioned_folder):
+def test_batches_draw_a_caption_of_their_image(captioned_folder):
     pairs = read_csv(f"{captioned_folder}/pairs.csv", "refuse")
     config = config_of(
         "--data", f"csv:{captioned_folder}/pairs.csv", "--batch", "8", "--model.image", "8"
     )
     tokenizer = train_tokenizer(CAPTIONS, 280)
-    beside = drawn_captions(pairs, tokenizer, 30)
+    beside = caption_sampler(pairs, tokenizer, 30)
     batches = [
         next_
         for next_, _ in zip(
-            train_batches(pairs.pictures, config, start=0, beside=beside), range(12), strict=False
+            train_batches(pairs.images, config, start=0, beside=beside), range(12), strict=False
         )
     ]
     drawn = [row.tobytes() for batch in batches for row in batch["ids"]]
@@ -397,21 +399,20 @@ def test_batches_draw_a_caption_of_their_picture(captioned_folder):
     texts, places = pairs.texts()
     rows = tokenizer.encode(texts, 30)
     own = {
-        picture: {rows[text].tobytes() for one, text in places if one == picture}
-        for picture in range(12)
+        image: {rows[text].tobytes() for one, text in places if one == image} for image in range(12)
     }
-    assert all(row in own[picture] for picture, row in zip(shown, drawn, strict=True))
-    assert {row for picture, row in zip(shown, drawn, strict=True) if picture == 0} == own[0], (
-        "both captions of picture 0"
+    assert all(row in own[image] for image, row in zip(shown, drawn, strict=True))
+    assert {row for image, row in zip(shown, drawn, strict=True) if image == 0} == own[0], (
+        "both captions of image 0"
     )
-    entered = next(train_batches(pairs.pictures, config, start=7, beside=beside))
+    entered = next(train_batches(pairs.images, config, start=7, beside=beside))
     np.testing.assert_array_equal(entered["ids"], batches[7]["ids"])
 
 
 def test_the_scale_is_cut_but_can_come_back():
-    assert [float(at_most(jnp.float32(x), 2.0)) for x in (1, 3)] == [1, 2]
+    assert [float(clip_from_above(jnp.float32(x), 2.0)) for x in (1, 3)] == [1, 2]
     slopes = [
-        float(jax.grad(lambda x, sign=sign: sign * at_most(x, 2.0))(jnp.float32(x)))
+        float(jax.grad(lambda x, sign=sign: sign * clip_from_above(x, 2.0))(jnp.float32(x)))
         for x in (1, 3)
         for sign in (-5, 5)
     ]
@@ -425,7 +426,7 @@ def tokenizer():
     return train_tokenizer(captions, config_of().text.vocabulary)
 
 
-LEARN = [*TINY_PAIR, "--epochs", "3", "--log_every", "1"]
+LEARN = [*TINY_PAIR, "--epochs", "3", "--log-every", "1"]
 STEPS = 135  # of it
 
 
@@ -454,15 +455,15 @@ def test_a_run_learns_to_name_digits_and_leaves_its_tokenizer(learned):
     assert 10 < final["scale"] < 20
     assert (run / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert read_tokenizer(run / "tokenizer.json").size <= 320
-    assert "1,438 pictures to train, 359 with 10 texts to evaluate" in said
+    assert "1,438 images to train, 359 with 10 texts to evaluate" in said
 
 
 @pytest.mark.slow
 def test_eight_devices_with_split_weights_train_as_one(learned, tmp_path):
     config = load_config(
-        [*LEARN, "--fsdp", "8", "--stop_after", "12", "--out", str(tmp_path)],
-        "test",
         ContrastiveConfig,
+        [*LEARN, "--fsdp", "8", "--stop-after", "12", "--out", str(tmp_path)],
+        "test",
     )
     contrastive.train(config, quiet=True)
     losses, want = (
@@ -493,9 +494,9 @@ def test_the_loss_of_a_step_is_that_of_the_whole_batch(tokenizer, loss):
     texts = jax.jit(towers.describe_texts)(params, ids)
     np.testing.assert_allclose(np.linalg.norm(described, axis=1), 1, rtol=1e-5)
     want = (
-        softmax_loss(described, texts, 1 / 0.07)
+        clip_loss(described, texts, 1 / 0.07)
         if loss == "softmax"
-        else sigmoid_loss(described, texts, 10.0, -10.0)
+        else siglip_loss(described, texts, 10.0, -10.0)
     )
     state, metrics = steps.train(state, {"image": jnp.array(images), "ids": jnp.array(ids)}, 0)
     assert float(metrics["loss"]) == pytest.approx(float(want), rel=1e-4)
@@ -517,13 +518,13 @@ def states(config):
 def test_a_stopped_run_ends_with_the_same_bits_and_takes_no_other_data(
     captioned_folder, tmp_path, tokenizer
 ):
-    """With several captions of a picture, a tokenizer that was given, augmentation, dropout and a
+    """With several captions of an image, a tokenizer that was given, augmentation, dropout and a
     moving average.
     """
     given, table = tmp_path / "given.json", captioned_folder / "pairs.csv"
     given.write_text(tokenizer.text, encoding="utf-8")
     captions = table.read_text()
-    flags = ["--data", f"csv:{table}", "--batch", "8", "--epochs", "6", "--log_every", "1",
+    flags = ["--data", f"csv:{table}", "--batch", "8", "--epochs", "6", "--log-every", "1",
     "--augment.crop", "pad", "--model.dropout", "0.1",
              "--optimizer.ema", "0.9", "--loss", "sigmoid", "--text.tokenizer", given]  # fmt: skip
     one, other = (config_of(*flags, "--out", tmp_path / name) for name in ("one", "other"))
@@ -573,9 +574,9 @@ def test_the_image_tower_starts_from_a_published_file(tmp_path, tokenizer):
         "--text.depth",
         "1",
     ]
-    config = load_config(flags, "test", ContrastiveConfig)
+    config = load_config(ContrastiveConfig, flags, "test")
     steps = make_steps(config, make_towers(config, tokenizer), 10)
-    state = first_state(steps, config)
+    state = make_first_state(steps, config)
     theirs = read_vit(tmp_path / "deit.safetensors").variables["params"]
     for name in ("patch_embedding", "blocks_1", "norm", "position"):
         jax.tree.map(
@@ -597,8 +598,8 @@ MISTAKES = {
     ),
     "mixup": (["--augment.mixup", "0.2"], "--augment.mixup must be 0: there are no labels to mix"),
     "label smoothing": (
-        ["--augment.label_smoothing", "0.1"],
-        "--augment.label_smoothing must be 0",
+        ["--augment.label-smoothing", "0.1"],
+        "--augment.label-smoothing must be 0",
     ),
     "loss": (["--loss", "hinge"], "invalid choice 'hinge'"),
     "heads": (["--text.heads", "3"], "--text.width must be a multiple of its 3 heads, it is 16"),
@@ -615,8 +616,8 @@ MISTAKES = {
         "--text.templates must be texts with {} where the name of the class goes",
     ),
     "scale": (
-        ["--init_scale", "200"],
-        "--init_scale must be above 0 and at most --max_scale 100, it is 200",
+        ["--init-scale", "200"],
+        "--init-scale must be above 0 and at most --max-scale 100, it is 200",
     ),
     "embed": (["--embed", "0"], "--embed must be at least 1"),
     "data": (
@@ -657,9 +658,9 @@ def test_mistakes_end_in_one_line(tmp_path, capsys, flags, sentence):
 
 @pytest.mark.parametrize("name", known_configs(ContrastiveConfig))
 def test_every_config_loads_and_says_its_command_and_what_to_expect(name):
-    config = load_config(["--config", name], "test", ContrastiveConfig)
+    config = load_config(ContrastiveConfig, ["--config", name], "test")
     assert isinstance(config, ContrastiveConfig)
-    assert from_dict(to_dict(config), ContrastiveConfig) == config
+    assert from_dict(ContrastiveConfig, to_dict(config)) == config
     header = (configs_of(ContrastiveConfig) / f"{name}.toml").read_text()
     assert f"python -m train.contrastive --config {name}" in header
     assert "Expect" in header
@@ -697,7 +698,7 @@ def test_tables_that_mean_two_things_are_refused(text, sentence, tmp_path):
         read_csv(f"{tmp_path}/pairs.csv", "refuse")
 
 
-def test_two_spellings_of_a_path_are_one_picture(tmp_path):
+def test_two_spellings_of_a_path_are_one_image(tmp_path):
     (tmp_path / "0.png").write_bytes(png(3))
     (tmp_path / "pairs.csv").write_text("image,caption\n0.png,a\n./0.png,b\n")
     assert list(read_csv(f"{tmp_path}/pairs.csv", "refuse").captions) == [("a", "b")]
@@ -753,9 +754,9 @@ def test_a_tokenizer_that_was_replaced_in_the_folder_of_a_run_is_refused(
 ):
     pairs = read_csv(f"{captioned_folder}/pairs.csv", "refuse")
     config = config_of("--data", f"csv:{captioned_folder}/pairs.csv", "--out", tmp_path)
-    own = contrastive.tokenizer_of_run(config, None, pairs)
+    own = contrastive.open_tokenizer(config, None, pairs)
     monkeypatch.setattr(contrastive, "has_checkpoint", lambda run: True)
-    assert contrastive.tokenizer_of_run(config, None, pairs).vocabulary == own.vocabulary
+    assert contrastive.open_tokenizer(config, None, pairs).vocabulary == own.vocabulary
     (tmp_path / "tokenizer.json").write_text(train_tokenizer(["zzz zzz yyy yyy"] * 9, 300).text)
     with pytest.raises(Refused, match="is not the one that the run began with"):
-        contrastive.tokenizer_of_run(config, None, pairs)
+        contrastive.open_tokenizer(config, None, pairs)

@@ -1,4 +1,4 @@
-"""train/data.py, batches.py, augment.py and prepare.py: the same pictures in the same order,
+"""train/data.py, batches.py, augment.py and prepare.py: the same images in the same order,
 whichever way they come.
 """
 
@@ -12,12 +12,13 @@ from PIL import Image
 
 from train import augment, prepare
 from train.batches import eval_batches, train_batches
-from train.config import Augment, Data, Refused, load_config
-from train.data import Pictures, digits, folder, hold_out, open_data
+from train.cli import Refused, load_config
+from train.config import Augment, Config, Data
+from train.data import Images, digits, folder, hold_out, open_data
 
 
 def config_of(*flags):
-    return load_config(["--config", "digits", "--batch", "8", *map(str, flags)], "test")
+    return load_config(Config, ["--config", "digits", "--batch", "8", *map(str, flags)], "test")
 
 
 def first(batches, count):
@@ -36,7 +37,7 @@ AUGMENTED = (
     "--augment.crop",
     "resized",
     "--augment.flip",
-    "--augment.randaugment_ops",
+    "--augment.randaugment-ops",
     2,
     "--augment.erase",
     0.5,
@@ -46,16 +47,16 @@ AUGMENTED = (
 
 
 def test_batches_do_not_depend_on_where_the_stream_is_entered():
-    config, (pictures, _) = config_of(*AUGMENTED), open_data(config_of().data)
-    whole = first(train_batches(pictures, config, start=0), 6)
-    assert_same(first(train_batches(pictures, config, start=4), 2), whole[4:])
+    config, (images, _) = config_of(*AUGMENTED), open_data(config_of().data)
+    whole = first(train_batches(images, config, start=0), 6)
+    assert_same(first(train_batches(images, config, start=4), 2), whole[4:])
 
 
 def test_two_processes_read_the_halves_of_the_same_batches():
-    config, (pictures, evaluation) = config_of(*AUGMENTED), open_data(config_of().data)
-    whole = first(train_batches(pictures, config, start=2), 3)
+    config, (images, evaluation) = config_of(*AUGMENTED), open_data(config_of().data)
+    whole = first(train_batches(images, config, start=2), 3)
     halves = [
-        first(train_batches(pictures, config, start=2, process=i, processes=2), 3) for i in range(2)
+        first(train_batches(images, config, start=2, process=i, processes=2), 3) for i in range(2)
     ]
     assert_same(
         [
@@ -75,11 +76,11 @@ def test_two_processes_read_the_halves_of_the_same_batches():
     )
 
 
-def test_every_epoch_shows_every_picture_once_in_an_order_of_its_own():
-    pictures, _ = hold_out(digits(), 0.2)
-    pictures = pictures.take(np.arange(16))
-    labelled = {pictures.load(i)[0].tobytes(): i for i in range(16)}
-    batches = first(train_batches(pictures, config_of(), start=0), 4)
+def test_every_epoch_shows_every_image_once_in_an_order_of_its_own():
+    images, _ = hold_out(digits(), 0.2)
+    images = images.take(np.arange(16))
+    labelled = {images.load(i)[0].tobytes(): i for i in range(16)}
+    batches = first(train_batches(images, config_of(), start=0), 4)
     epochs = [
         [labelled[image.tobytes()] for batch in batches[i : i + 2] for image in batch["image"]]
         for i in (0, 2)
@@ -89,27 +90,27 @@ def test_every_epoch_shows_every_picture_once_in_an_order_of_its_own():
 
 
 def test_seeds_differ_and_agree():
-    pictures, _ = open_data(config_of().data)
+    images, _ = open_data(config_of().data)
     one, same, other = (
-        first(train_batches(pictures, config_of("--seed", seed), start=0), 2) for seed in (1, 1, 2)
+        first(train_batches(images, config_of("--seed", seed), start=0), 2) for seed in (1, 1, 2)
     )
     assert_same(one, same)
     assert not np.array_equal(one[0]["label"], other[0]["label"])
 
 
-def test_evaluation_shows_every_picture_once_and_fills_up_with_weight_zero():
-    _, pictures = open_data(config_of().data)
-    batches = list(eval_batches(pictures, config_of()))
+def test_evaluation_shows_every_image_once_and_fills_up_with_weight_zero():
+    _, images = open_data(config_of().data)
+    batches = list(eval_batches(images, config_of()))
     weight, index, label = (
         np.concatenate([batch[name] for batch in batches]) for name in ("weight", "index", "label")
     )
     assert len(weight) == 360
-    assert weight.sum() == len(pictures) == 359
+    assert weight.sum() == len(images) == 359
     np.testing.assert_array_equal(index[weight > 0], np.arange(359))
-    np.testing.assert_array_equal(label[weight > 0], pictures.labels())
+    np.testing.assert_array_equal(label[weight > 0], images.labels())
 
 
-def test_held_out_pictures_are_a_share_of_every_class_and_always_the_same():
+def test_held_out_images_are_a_share_of_every_class_and_always_the_same():
     whole = digits()
     train, held = hold_out(whole, 0.2)
     assert len(train) + len(held) == len(whole)
@@ -137,13 +138,11 @@ def test_class_folders(class_folders):
     assert len(single["train"]) == 30
 
 
-def test_a_corrupt_picture_is_refused_by_name_or_skipped_and_named(class_folders, capsys):
-    (class_folders / "train" / "bees" / "bees3.png").write_bytes(b"no picture")
+def test_a_corrupt_image_is_refused_by_name_or_skipped_and_named(class_folders, capsys):
+    (class_folders / "train" / "bees" / "bees3.png").write_bytes(b"no image")
     (class_folders / "test" / "ants" / "ants1.png").write_bytes(b"")
     splits = folder(class_folders)
-    with pytest.raises(
-        Refused, match=r"bees3\.png is not a readable picture.*--data\.corrupt skip"
-    ):
+    with pytest.raises(Refused, match=r"bees3\.png is not a readable image.*--data\.corrupt skip"):
         first(train_batches(splits["train"], config_of(), start=0), 8)
     skip = config_of("--data.corrupt", "skip")
     labels = np.concatenate(
@@ -153,8 +152,8 @@ def test_a_corrupt_picture_is_refused_by_name_or_skipped_and_named(class_folders
     batches = list(eval_batches(splits["eval"], skip))
     assert np.concatenate([batch["weight"] for batch in batches]).sum() == 11
     said = capsys.readouterr().err
-    assert said.count("bees3.png is not a readable picture") == 1
-    assert said.count("ants1.png is not a readable picture") == 1
+    assert said.count("bees3.png is not a readable image") == 1
+    assert said.count("ants1.png is not a readable image") == 1
 
 
 def test_folders_that_cannot_be_used_are_refused(tmp_path, class_folders):
@@ -169,7 +168,7 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path, class_folders):
     (tmp_path / "empty").mkdir()
     refused(f"folder:{tmp_path}/empty", "holds no class sub-folders")
     (class_folders / "test" / "dogs").mkdir()
-    refused(f"folder:{class_folders}", "dogs holds no pictures")
+    refused(f"folder:{class_folders}", "dogs holds no images")
     (class_folders / "test" / "dogs").rmdir()
     (class_folders / "train" / "dogs").mkdir()
     (class_folders / "train" / "dogs" / "a.png").write_bytes(b"")
@@ -229,7 +228,7 @@ def packed(request, tmp_path):
             for split, ys in (("train", labels["train"]), ("val", labels["test"])):
                 for i, y in enumerate(ys):
                     archive.writestr(f"{split}/n{y}/{i}.JPEG", jpeg(rng))
-            archive.writestr("__MACOSX/train/n0/._0.JPEG", b"no picture")
+            archive.writestr("__MACOSX/train/n0/._0.JPEG", b"no image")
     return root
 
 
@@ -252,14 +251,14 @@ def test_prepared_folder_and_data_set_give_the_same_batches(packed, tmp_path, ca
     assert_same(list(eval_batches(one[1], by_folder)), list(eval_batches(other[1], by_tfds)))
 
 
-def test_prepared_pictures_are_those_of_the_packed_files_in_their_order(packed, tmp_path):
+def test_prepared_images_are_those_of_the_packed_files_in_their_order(packed, tmp_path):
     prepare.main([str(packed), str(tmp_path / "out"), "--format", "folder", "--limit", "20"])
     _, splits = prepare.read_packed(packed)
-    pictures = folder(tmp_path / "out" / "folder")["train"]
-    assert len(pictures) == 20
+    images = folder(tmp_path / "out" / "folder")["train"]
+    assert len(images) == 20
     taken = [splits["train"][i] for i in np.linspace(0, 39, 20).round().astype(int)]
     for i, (read, label) in enumerate(taken):
-        image, own = pictures.load(i)
+        image, own = images.load(i)
         np.testing.assert_array_equal(image, read())
         assert own == label
 
@@ -313,9 +312,9 @@ def test_what_cannot_be_prepared_is_refused(tmp_path):
         ({"test_labels": labels + 0.5}, "float64"),
         (
             {"train_labels": labels - 1},
-            "the split train has the label -1 for picture 0, where 0 to 2 are classes",
+            "the split train has the label -1 for image 0, where 0 to 2 are classes",
         ),
-        ({"test_labels": labels * 0}, "the split test holds no pictures of 1, 2"),
+        ({"test_labels": labels * 0}, "the split test holds no images of 1, 2"),
     ):
         good = {
             "train_images": images,
@@ -334,7 +333,7 @@ def test_what_cannot_be_prepared_is_refused(tmp_path):
         "../x",
     )
     refused(
-        "the split train holds no pictures of 1: .*larger --limit",
+        "the split train holds no images of 1: .*larger --limit",
         tmp_path,
         tmp_path / "out",
         "--name",
@@ -353,7 +352,7 @@ def test_preparing_never_replaces_what_others_made(packed, tmp_path):
         (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / "thesis.txt").write_text("precious")
         with pytest.raises(
-            SystemExit, match="holds what this tool did not make: choose another OUT"
+            SystemExit, match="holds files that this script did not make: choose another OUT"
         ):
             prepare.main([str(packed), str(tmp_path / place.split("/")[0])])
         assert (tmp_path / place / "thesis.txt").read_text() == "precious"
@@ -365,22 +364,19 @@ SQUARE = np.arange(16 * 16 * 3, dtype=np.uint8).reshape(16, 16, 3)
 
 @pytest.mark.parametrize("operation", range(15))
 def test_every_randaugment_operation_keeps_the_size_and_grows_with_its_strength(operation):
-    picture = Image.fromarray(
-        np.random.default_rng(0).integers(30, 200, (16, 16, 3), dtype=np.uint8)
-    )
+    pil = Image.fromarray(np.random.default_rng(0).integers(30, 200, (16, 16, 3), dtype=np.uint8))
     weak, strong = (
-        np.asarray(augment._OPERATIONS[operation](picture, strength, 1), int)
-        for strength in (0.1, 0.9)
+        np.asarray(augment._OPERATIONS[operation](pil, strength, 1), int) for strength in (0.1, 0.9)
     )
     assert weak.shape == strong.shape == (16, 16, 3)
-    change = [np.abs(image - np.asarray(picture, int)).mean() for image in (weak, strong)]
+    change = [np.abs(image - np.asarray(pil, int)).mean() for image in (weak, strong)]
     assert change[1] >= change[0]
     assert change[1] > 0
 
 
 @pytest.mark.parametrize("crop", ["none", "pad", "resized"])
 @pytest.mark.parametrize("shape", [(16, 16), (1, 200), (40, 20), (5, 5)])
-def test_crops_of_any_picture_have_the_asked_size(crop, shape):
+def test_crops_of_any_image_have_the_asked_size(crop, shape):
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     rng = np.random.default_rng(1)
     for _ in range(20):
@@ -416,13 +412,13 @@ def test_erasing_replaces_one_rectangle():
 
 @pytest.mark.parametrize(
     ("flags", "low", "high"),
-    [([], 8, 24), (["--data.eval_zoom", "2"], 12, 20), (["--data.eval_crop", "squash"], 0, 32)],
+    [([], 8, 24), (["--data.eval-zoom", "2"], 12, 20), (["--data.eval-crop", "squash"], 0, 32)],
 )
-def test_evaluation_pictures_are_cut_as_the_config_says(flags, low, high):
-    """A 16 x 32 picture whose column c is 8 c: the crop shows from which columns it was made."""
-    picture = np.broadcast_to(np.arange(32, dtype=np.uint8)[None, :, None] * 8, (16, 32, 3))
-    pictures = Pictures(1, ("ramp",), lambda i: (picture, 0), lambda: np.zeros(1, np.int32))
-    (batch,) = eval_batches(pictures, config_of("--model.image", "8", *flags))
+def test_evaluation_images_are_cut_as_the_config_says(flags, low, high):
+    """A 16 x 32 image whose column c is 8 c: the crop shows from which columns it was made."""
+    ramp = np.broadcast_to(np.arange(32, dtype=np.uint8)[None, :, None] * 8, (16, 32, 3))
+    images = Images(1, ("ramp",), lambda i: (ramp, 0), lambda: np.zeros(1, np.int32))
+    (batch,) = eval_batches(images, config_of("--model.image", "8", *flags))
     row = batch["image"][0, 4, :, 0].astype(float) / 8
     step = (high - low) / 8
     np.testing.assert_allclose(row[1:-1], low + step * (np.arange(1, 7) + 0.5) - 0.5, atol=0.3)
@@ -435,6 +431,6 @@ def test_the_split_to_evaluate_on_can_be_chosen(class_folders):
     )
     assert len(open_data(Data(source=f"folder:{class_folders}", eval_split="test"))[1]) == 12
     with pytest.raises(
-        Refused, match=r"--data.eval_split extra is not in .*, which has test, train, val"
+        Refused, match=r"--data.eval-split extra is not in .*, which has test, train, val"
     ):
         open_data(Data(source=f"folder:{class_folders}", eval_split="extra"))

@@ -1,4 +1,4 @@
-"""Real pictures: the packed data sets of the shared folder through both readers."""
+"""Real images: the packed data sets of the shared folder through both readers."""
 
 import numpy as np
 import pytest
@@ -7,7 +7,8 @@ from conftest import TINY
 from ggem_jax.files.images import read_image
 from train import classify, prepare
 from train.batches import train_batches
-from train.config import load_config
+from train.cli import load_config
+from train.config import Config
 from train.data import folder, open_data
 from train.log import read_metrics
 
@@ -25,19 +26,19 @@ def packed(request, shared):
 
 
 def test_folder_and_tfds_train_on_the_same_batches_to_the_same_metrics(packed, tmp_path):
-    """320 pictures of each set: bit-identical batches, hence identical losses and accuracies."""
+    """320 images of each set: bit-identical batches, hence identical losses and accuracies."""
     prepare.main([str(packed), str(tmp_path), "--limit", "320"])
     side = SETS[packed.name]
     name = packed.name.replace("-", "_")
     flags = [*TINY, "--epochs", "0.5", "--model.image", str(side), "--model.patch", str(side // 4),
-    "--log_every", "1", "--augment.crop", "resized",
-             "--augment.flip", "--augment.randaugment_ops", "2"]  # fmt: skip
+    "--log-every", "1", "--augment.crop", "resized",
+             "--augment.flip", "--augment.randaugment-ops", "2"]  # fmt: skip
     sources = {
         "folder": ["--data", f"folder:{tmp_path}/folder"],
         "tfds": ["--data", f"tfds:{name}", "--data-dir", f"{tmp_path}/tfds"],
     }
     configs = {
-        kind: load_config([*flags, *source, "--out", str(tmp_path / f"run-{kind}")], "test")
+        kind: load_config(Config, [*flags, *source, "--out", str(tmp_path / f"run-{kind}")], "test")
         for kind, source in sources.items()
     }
     opened = {kind: open_data(config.data) for kind, config in configs.items()}
@@ -59,8 +60,8 @@ def test_folder_and_tfds_train_on_the_same_batches_to_the_same_metrics(packed, t
     )
 
 
-def test_prepared_cifar_pictures_are_the_packed_ones(shared, tmp_path):
-    """The files in the packed archive, decoded here by hand, are the pictures of the prepared
+def test_prepared_cifar_images_are_the_packed_ones(shared, tmp_path):
+    """The files in the packed archive, decoded here by hand, are the images of the prepared
     folder, label by label.
     """
     packed = shared / "data" / "cifar10-jpeg"
@@ -72,10 +73,10 @@ def test_prepared_cifar_pictures_are_the_packed_ones(shared, tmp_path):
         files, offsets, labels, names = (
             arrays[key] for key in ("jpeg_bytes", "offsets", "labels", "class_names")
         )
-    pictures = folder(tmp_path / "folder")["eval"]
+    images = folder(tmp_path / "folder")["eval"]
     for i, original in enumerate(np.linspace(0, len(labels) - 1, 50).round().astype(int)):
-        image, label = pictures.load(i)
+        image, label = images.load(i)
         np.testing.assert_array_equal(
             image, read_image(files[offsets[original] : offsets[original + 1]].tobytes())
         )
-        assert pictures.classes[label].endswith(str(names[labels[original]]))
+        assert images.classes[label].endswith(str(names[labels[original]]))

@@ -15,21 +15,22 @@ from PIL import Image
 from eval import metric as eval_metric
 from eval.studies import metric as metric_study
 from train import metric
-from train.batches import balanced, train_batches
-from train.config import Data, Refused, configs_of, known_configs, load_config
-from train.data import Pictures, open_disjoint
+from train.batches import draw_balanced, train_batches
+from train.cli import Refused, configs_of, known_configs, load_config
+from train.config import Data
+from train.data import Images, open_disjoint
 from train.log import read_metrics
 from train.metric import Metric, MetricConfig
 
 TINY = [
     "--config", "digits", "--model.width", "16", "--model.depth", "1", "--model.heads", "2",
-    "--model.mlp_width", "32", "--metric.dim", "8",
-    "--batch", "40", "--checkpoint_every", "9", "--eval_every", "9", "--optimizer.warmup", "10",
+    "--model.mlp-width", "32", "--metric.dim", "8",
+    "--batch", "40", "--checkpoint-every", "9", "--eval-every", "9", "--optimizer.warmup", "10",
 ]  # fmt: skip
 
 
 def config_of(*flags):
-    return load_config([*TINY, *map(str, flags)], "test", MetricConfig)
+    return load_config(MetricConfig, [*TINY, *map(str, flags)], "test")
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def trained(tmp_path_factory):
 
 def test_a_run_learns_descriptors_of_classes_it_has_not_seen(trained):
     lines = read_metrics(trained / "ggem", "eval")
-    steps = metric.metric_steps(config_of(), 5, 10)
+    steps = metric.make_metric_steps(config_of(), 5, 10)
     _, unseen = open_disjoint(Data(), 0.5)
     start = metric.retrieve(steps, steps.init(0).params, unseen, config_of()).scores().means()
     assert lines[-1]["map@r"] > start["map@r"] + 0.01
@@ -60,7 +61,7 @@ def test_a_run_learns_descriptors_of_classes_it_has_not_seen(trained):
 def test_every_loss_lowers_itself(loss, tmp_path):
     metric.train(
         config_of(
-            "--metric.loss", loss, "--epochs", 1.5, "--log_every", 1, "--out", tmp_path / "run"
+            "--metric.loss", loss, "--epochs", 1.5, "--log-every", 1, "--out", tmp_path / "run"
         ),
         quiet=True,
     )
@@ -73,7 +74,7 @@ def test_a_run_that_was_stopped_ends_with_the_same_bits(tmp_path):
     flags = ["--epochs", 0.5, "--optimizer.ema", "0.9"]
     whole = metric.train(config_of(*flags, "--out", tmp_path / "whole"), quiet=True)
     assert not metric.train(
-        config_of(*flags, "--out", tmp_path / "parts", "--stop_after", 7), quiet=True
+        config_of(*flags, "--out", tmp_path / "parts", "--stop-after", 7), quiet=True
     ).finished
     parts = metric.train(config_of(*flags, "--out", tmp_path / "parts"), quiet=True)
     jax.tree.map(np.testing.assert_array_equal, parts.state, whole.state)
@@ -86,7 +87,7 @@ def test_eight_devices_with_split_weights_take_the_same_steps_as_the_whole():
     states = []
     for fsdp in (1, 8):
         config = config_of("--fsdp", fsdp, "--metric.loss", "proxy-anchor", "--metric.dim", 16)
-        steps = metric.metric_steps(config, 8, 100)
+        steps = metric.make_metric_steps(config, 8, 100)
         rng = np.random.default_rng(0)
         batch = {
             "image": rng.integers(0, 256, (40, 8, 8, 3), np.uint8),
@@ -104,9 +105,9 @@ def test_proxies_learn_faster_than_weights_by_their_factor():
     """Adam's first step after the warm-up is the learning rate, whatever the gradient."""
     moved = {}
     for factor in (1.0, 50.0):
-        steps = metric.metric_steps(
+        steps = metric.make_metric_steps(
             config_of(
-                "--metric.proxy_lr", factor, "--optimizer.warmup", 1, "--optimizer.clip", "None"
+                "--metric.proxy-lr", factor, "--optimizer.warmup", 1, "--optimizer.clip", "None"
             ),
             5,
             1000,
@@ -131,7 +132,7 @@ def test_proxies_learn_faster_than_weights_by_their_factor():
 
 def test_balanced_batches_hold_so_many_of_each_class_and_depend_on_the_step_only():
     labels = np.array([0] * 9 + [1] * 2 + [2] * 5 + [3] * 5)
-    draw = balanced(labels, 9, 3, seed=1)
+    draw = draw_balanced(labels, 9, 3, seed=1)
     seen = []
     for step in (0, 5, 1):
         indices = draw(step)
@@ -144,25 +145,25 @@ def test_balanced_batches_hold_so_many_of_each_class_and_depend_on_the_step_only
                 3 if label != 1 else len(set(own))
             )  # the class of two repeats one
         seen.append(indices)
-    np.testing.assert_array_equal(balanced(labels, 9, 3, seed=1)(5), seen[1])
+    np.testing.assert_array_equal(draw_balanced(labels, 9, 3, seed=1)(5), seen[1])
     assert not np.array_equal(seen[0], seen[1])
-    assert not np.array_equal(balanced(labels, 9, 3, seed=2)(5), seen[1])
+    assert not np.array_equal(draw_balanced(labels, 9, 3, seed=2)(5), seen[1])
 
 
 def test_balanced_streams_can_be_entered_anywhere_and_shared_by_processes():
     images = np.arange(20, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
     labels = np.arange(20, dtype=np.int32) % 5
-    pictures = Pictures(20, tuple("abcde"), lambda i: (images[i], int(labels[i])), lambda: labels)
+    numbered = Images(20, tuple("abcde"), lambda i: (images[i], int(labels[i])), lambda: labels)
     config = dataclasses.replace(config_of(), batch=8)
-    draw = balanced(labels, 8, 2, seed=0)
-    whole = train_batches(pictures, config, start=0, draw=draw)
+    draw = draw_balanced(labels, 8, 2, seed=0)
+    whole = train_batches(numbered, config, start=0, draw=draw)
     batches = [next(whole) for _ in range(4)]
     for k, batch in enumerate(batches):
         np.testing.assert_array_equal(batch["image"][:, 0, 0, 0], draw(k))
-    later = next(train_batches(pictures, config, start=3, draw=draw))
+    later = next(train_batches(numbered, config, start=3, draw=draw))
     np.testing.assert_array_equal(later["image"], batches[3]["image"])
     shares = [
-        next(train_batches(pictures, config, start=2, process=i, processes=2, draw=draw))
+        next(train_batches(numbered, config, start=2, process=i, processes=2, draw=draw))
         for i in range(2)
     ]
     np.testing.assert_array_equal(
@@ -171,7 +172,7 @@ def test_balanced_streams_can_be_entered_anywhere_and_shared_by_processes():
 
 
 def test_disjoint_classes_are_those_of_the_source_or_drawn_once(class_folders):
-    """Same classes in train and test: all pictures divided by class. Other classes in test: as they
+    """Same classes in train and test: all images divided by class. Other classes in test: as they
     are.
     """
     for name in ("dogs", "eels"):  # two more, so that two can be kept
@@ -180,11 +181,11 @@ def test_disjoint_classes_are_those_of_the_source_or_drawn_once(class_folders):
     train, unseen = open_disjoint(Data(source=f"folder:{class_folders}"), 0.6)
     assert (len(train.classes), len(unseen.classes)) == (3, 2)
     assert sorted(train.classes + unseen.classes) == ["ants", "bees", "cows", "dogs", "eels"]
-    assert (len(train), len(unseen)) == (42, 28)  # 14 pictures of each
-    for pictures in (train, unseen):
-        labels = pictures.labels()
-        assert [pictures.load(i)[1] for i in range(len(pictures))] == labels.tolist()
-        assert set(labels) == set(range(len(pictures.classes)))
+    assert (len(train), len(unseen)) == (42, 28)  # 14 images of each
+    for part in (train, unseen):
+        labels = part.labels()
+        assert [part.load(i)[1] for i in range(len(part))] == labels.tolist()
+        assert set(labels) == set(range(len(part.classes)))
     grey = {"ants": 60, "bees": 120, "cows": 180, "dogs": 60, "eels": 60}
     for i in range(len(train)):
         image, label = train.load(i)
@@ -199,7 +200,7 @@ def test_disjoint_classes_are_those_of_the_source_or_drawn_once(class_folders):
 
 @pytest.mark.parametrize("name", known_configs(MetricConfig))
 def test_every_config_loads_and_says_its_command_and_what_to_expect(name):
-    assert load_config(["--config", name], "test", MetricConfig).tool == "train.metric"
+    assert load_config(MetricConfig, ["--config", name], "test").tool == "train.metric"
     header = (configs_of(MetricConfig) / f"{name}.toml").read_text()
     assert f"python -m train.metric --config {name}" in header
     assert "Expect" in header
@@ -221,7 +222,7 @@ def test_evaluation_gives_intervals_differences_and_descriptors(trained, capsys,
     with np.load(tmp_path / "d.npz") as file:
         assert file["descriptor"].shape == (896, 8)
         np.testing.assert_allclose(np.linalg.norm(file["descriptor"], axis=1), 1, atol=1e-5)
-        scores = metric.scores_of(file["descriptor"], file["label"])
+        scores = metric.score_descriptors(file["descriptor"], file["label"])
     assert scores.means()["map@r"] == pytest.approx(run["mAP@R"]["value"])
     eval_metric.main([str(trained / "ggem")])
     assert "R-precision" in capsys.readouterr().out
@@ -230,13 +231,13 @@ def test_evaluation_gives_intervals_differences_and_descriptors(trained, capsys,
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--metric.per_class", "7"], "cannot hold --metric.per_class 7 of each class"),
-        (["--metric.per_class", "4"], "at most 20 with 5 classes"),
+        (["--metric.per-class", "7"], "cannot hold --metric.per-class 7 of each class"),
+        (["--metric.per-class", "4"], "at most 20 with 5 classes"),
         (
-            ["--metric.train_classes", "0.1"],
+            ["--metric.train-classes", "0.1"],
             "0.1 of 10 classes is 1: at least 2 must be trained on",
         ),
-        (["--metric.train_classes", "1"], "between 0 and 1"),
+        (["--metric.train-classes", "1"], "between 0 and 1"),
         (["--augment.mixup", "0.2"], "the labels of descriptors are not mixed"),
         (["--metric.loss", "proxy-anchor", "--optimizer.accumulate", "2"], "1 with proxy-anchor"),
         (["--metric.loss", "triplet"], "triplet"),
@@ -264,7 +265,7 @@ def test_mistakes_are_told_in_one_line(flags, sentence, capsys, tmp_path):
 
 
 def test_mistakes_of_an_evaluation_are_told_in_one_line(trained, capsys, tmp_path):
-    assert "is no run of train.metric: it has no config.json" in one_line(
+    assert "is not a run of train.metric: it has no config.json" in one_line(
         capsys, eval_metric.main, tmp_path
     )
     assert "must end in .npz" in one_line(
@@ -384,7 +385,7 @@ def test_the_study_writes_its_table(packed_sets, tmp_path, capsys):
                 "8",
                 "--batch",
                 "8",
-                "--metric.per_class",
+                "--metric.per-class",
                 "4",
             ],
         )
@@ -401,15 +402,15 @@ def test_a_study_of_unknown_sets_or_one_seed_is_refused(capsys, monkeypatch):
     assert "--seeds at least 2" in one_line(capsys, metric_study.main, "--seeds", 1)
     monkeypatch.delenv("GGEM_SHARED", raising=False)
     with pytest.raises(Refused, match="GGEM_SHARED"):
-        metric_study.data_folder(None)
+        metric_study.find_data(None)
 
 
 def test_mistakes_that_would_show_late_are_told_at_once(class_folders, tmp_path, capsys):
     for folder in (class_folders / "train", class_folders / "test"):
         shutil.rmtree(folder / "cows")
-    for name in ("ants", "bees"):  # classes of the test split of their own, with one picture each
-        for picture in list((class_folders / "test" / name).iterdir())[1:]:
-            picture.unlink()
+    for name in ("ants", "bees"):  # classes of the test split of their own, with one image each
+        for image in list((class_folders / "test" / name).iterdir())[1:]:
+            image.unlink()
         (class_folders / "test" / name).rename(class_folders / "test" / f"other {name}")
     said = one_line(
         capsys,
@@ -422,7 +423,7 @@ def test_mistakes_that_would_show_late_are_told_at_once(class_folders, tmp_path,
         "--out",
         tmp_path / "run",
     )
-    assert "no class to evaluate on has two pictures" in said
+    assert "no class to evaluate on has two images" in said
     assert not (tmp_path / "run").exists()
     assert "from 1e-6 to 1e9" in one_line(
         capsys, metric.main, *TINY, "--epochs", "1e308", "--out", tmp_path / "run"

@@ -14,8 +14,9 @@ from ggem_jax.pooling import cls_pool
 from ggem_jax.weights import MismatchedWeights, write_safetensors
 from ggem_jax.weights.vit import read_vit
 from train import classify
-from train.config import Refused, load_config
-from train.loop import first_state
+from train.cli import Refused, load_config
+from train.config import Config
+from train.loop import make_first_state
 from train.step import make_steps
 
 RECORDED = Path(__file__).parent / "data" / "vit"
@@ -35,8 +36,8 @@ def weights(tmp_path):
 
 
 def first(flags):
-    config = load_config(flags, "test")
-    return config, first_state(make_steps(config, 10, 100), config)
+    config = load_config(Config, flags, "test")
+    return config, make_first_state(make_steps(config, 10, 100), config)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +86,7 @@ def test_flags_hold_over_what_the_file_brings_and_positions_are_resampled(weight
             str(weights),
             "--model.image",
             "24",
-            "--model.drop_path",
+            "--model.drop-path",
             "0.1",
             "--data.mean",
             "0",
@@ -132,18 +133,18 @@ def test_a_run_from_a_file_trains_and_goes_on(weights, tmp_path):
         str(tmp_path / "run"),
     ]
     assert not classify.train(
-        load_config([*flags, "--stop_after", "9"], "test"), quiet=True
+        load_config(Config, [*flags, "--stop-after", "9"], "test"), quiet=True
     ).finished
-    assert classify.train(load_config(flags, "test"), quiet=True).finished
+    assert classify.train(load_config(Config, flags, "test"), quiet=True).finished
 
 
 def test_another_architecture_and_a_broken_file_are_refused(weights, tmp_path):
     with pytest.raises(
         Refused, match=r"--init .*deit.safetensors: the file does not fit this network: .*blocks_0"
     ):
-        first(["--data", "digits", "--init", str(weights), "--model.mlp_width", "32"])
+        first(["--data", "digits", "--init", str(weights), "--model.mlp-width", "32"])
     with pytest.raises(Refused, match=r"--init: .*nothing.safetensors"):
-        load_config(["--init", str(tmp_path / "nothing.safetensors")], "test")
+        load_config(Config, ["--init", str(tmp_path / "nothing.safetensors")], "test")
     (tmp_path / "cut.safetensors").write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(Refused, match=r"--init: .*cut\.safetensors"):
-        load_config(["--init", str(tmp_path / "cut.safetensors")], "test")
+        load_config(Config, ["--init", str(tmp_path / "cut.safetensors")], "test")

@@ -15,11 +15,11 @@ from conftest import TINY
 
 EVERYTHING = [*TINY, "--optimizer.ema", "0.9", "--augment.mixup", "0.2", "--augment.cutmix", "1",
 "--augment.crop", "pad", "--augment.pad", "1",
-              "--augment.randaugment_ops", "1", "--augment.erase", "0.2", "--model.dropout", "0.1",
-              "--model.drop_path", "0.1",
-              "--log_every", "1", "--epochs", "5", "--eval_every", "1", "--checkpoint_every",
+              "--augment.randaugment-ops", "1", "--augment.erase", "0.2", "--model.dropout", "0.1",
+              "--model.drop-path", "0.1",
+              "--log-every", "1", "--epochs", "5", "--eval-every", "1", "--checkpoint-every",
               "2"]  # fmt: skip
-SHORT = [*TINY, "--epochs", "0.7", "--log_every", "1"]
+SHORT = [*TINY, "--epochs", "0.7", "--log-every", "1"]
 
 
 def finish(process, code=0):
@@ -106,8 +106,8 @@ def test_a_second_process_on_the_same_folder_is_refused(tool, tmp_path):
 
 def test_a_full_disk_leaves_the_last_checkpoint_intact(tool, tmp_path):
     """Files may grow to 40 KiB only, as on a disk that fills up while the checkpoint is written."""
-    flags = [*SHORT, "--model.width", "64", "--model.mlp_width", "512", "--out", tmp_path]
-    finish(tool("train.classify", *flags, "--stop_after", 5))
+    flags = [*SHORT, "--model.width", "64", "--model.mlp-width", "512", "--out", tmp_path]
+    finish(tool("train.classify", *flags, "--stop-after", 5))
     _, err = finish(tool("train.classify", *flags, file_blocks=80), code=1)
     assert "Traceback" not in err
     assert "a checkpoint could not be written" in err.splitlines()[-1]

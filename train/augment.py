@@ -1,5 +1,7 @@
-"""Random changes of a training picture, `(height, width, 3)` uint8 to `(side, side, 3)` uint8;
-every random number comes from the generator given.
+"""Random changes of training images.
+
+An image is `(height, width, 3)` uint8 in RGB. Every random number comes from the generator that is
+passed in; the functions are otherwise deterministic.
 """
 
 import math
@@ -12,7 +14,17 @@ from train.config import Augment
 
 
 def augment(image: RGB, side: int, how: Augment, rng: np.random.Generator) -> RGB:
-    """Crop, flip, RandAugment, erase: those that are switched on, in this order."""
+    """Returns the augmented image: crop, flip, RandAugment and erase, where switched on.
+
+    Args:
+        image: `(height, width, 3)` uint8.
+        side: pixels of a side of the result.
+        how: which changes are made, and how strong they are.
+        rng: source of all random numbers.
+
+    Returns:
+        `(side, side, 3)` uint8.
+    """
     match how.crop:
         case "none":
             image = centre_crop(image, side)
@@ -30,7 +42,14 @@ def augment(image: RGB, side: int, how: Augment, rng: np.random.Generator) -> RG
 
 
 def pad_crop(image: RGB, side: int, pad: int, rng: np.random.Generator) -> RGB:
-    """Reflects `pad` pixels around the picture and cuts a square at random."""
+    """Returns a random square of the image after its border is extended by reflection.
+
+    Args:
+        image: `(height, width, 3)`, of which the centre square is taken first.
+        side: pixels of a side of the square.
+        pad: pixels that are added on each side.
+        rng: source of the place of the square.
+    """
     image = np.pad(
         centre_crop(image, side),
         ((pad, pad), (pad, pad), (0, 0)),
@@ -41,8 +60,16 @@ def pad_crop(image: RGB, side: int, pad: int, rng: np.random.Generator) -> RGB:
 
 
 def resized_crop(image: RGB, side: int, min_area: float, rng: np.random.Generator) -> RGB:
-    """Cuts a rectangle of random area (`min_area` to 1) and shape (3:4 to 4:3) and resizes it:
-    Szegedy et al. 2015, arXiv:1409.4842, section 6.
+    """Returns a random rectangle of the image, resized to a square.
+
+    Args:
+        image: `(height, width, 3)`.
+        side: pixels of a side of the square.
+        min_area: smallest share of the image; the share is uniform from here to 1, and the ratio of
+            the sides log-uniform from 3:4 to 4:3.
+        rng: source of area, ratio and place.
+
+    Reference: Szegedy et al., "Going Deeper with Convolutions", 2015, arXiv:1409.4842, section 6.
     """
     height, width = image.shape[:2]
     for _ in range(10):
@@ -56,8 +83,9 @@ def resized_crop(image: RGB, side: int, min_area: float, rng: np.random.Generato
 
 
 def erase(image: RGB, rng: np.random.Generator) -> RGB:
-    """Replaces a rectangle of 2 % to 33 % of the picture by noise: Zhong et al. 2020,
-    arXiv:1708.04896.
+    """Returns the image with a rectangle of 2 % to 33 % of its area replaced by noise.
+
+    Reference: Zhong et al., "Random Erasing Data Augmentation", 2020, arXiv:1708.04896.
     """
     height, width = image.shape[:2]
     area = height * width * rng.uniform(0.02, 1 / 3)
@@ -70,23 +98,30 @@ def erase(image: RGB, rng: np.random.Generator) -> RGB:
 
 
 def randaugment(image: RGB, ops: int, magnitude: float, rng: np.random.Generator) -> RGB:
-    """Applies random operations, each with probability 1/2 and a strength around `magnitude` of 10:
-    Cubuk et al. 2020, arXiv:1909.13719.
+    """Returns the image after random operations, each applied with probability 1/2.
 
-    Strength, probability and the list are those that ViT recipes write as `rand-m9-mstd0.5-inc1`:
-    stronger is further from the picture for every operation.
+    The list of operations, their strengths and the probability are those that ViT recipes write as
+    `rand-m9-mstd0.5-inc1`: a larger strength takes every operation further from the image.
+
+    Args:
+        image: `(height, width, 3)` uint8.
+        ops: operations that are drawn, with replacement.
+        magnitude: mean strength, of 10; the standard deviation is 0.5.
+        rng: source of operations, strengths and signs.
+
+    Reference: Cubuk et al., "RandAugment", 2020, arXiv:1909.13719.
     """
-    picture = Image.fromarray(np.ascontiguousarray(image))
+    pil = Image.fromarray(np.ascontiguousarray(image))
     for operation in rng.integers(0, len(_OPERATIONS), ops):
         if rng.random() < 0.5:
             strength = float(np.clip(rng.normal(magnitude, 0.5), 0, 10)) / 10
-            picture = _OPERATIONS[operation](picture, strength, 1 if rng.random() < 0.5 else -1)
-    return np.asarray(picture)
+            pil = _OPERATIONS[operation](pil, strength, 1 if rng.random() < 0.5 else -1)
+    return np.asarray(pil)
 
 
-def _affine(picture, matrix):
-    return picture.transform(
-        picture.size,
+def _affine(image, matrix):
+    return image.transform(
+        image.size,
         Image.Transform.AFFINE,
         matrix,
         Image.Resampling.BILINEAR,
@@ -95,34 +130,32 @@ def _affine(picture, matrix):
 
 
 def _enhance(kind):
-    return lambda picture, strength, sign: kind(picture).enhance(
-        max(0.1, 1 + 0.9 * strength * sign)
-    )
+    return lambda image, strength, sign: kind(image).enhance(max(0.1, 1 + 0.9 * strength * sign))
 
 
-# Each takes (picture, strength in [0, 1], sign).
+# Each takes (image, strength in [0, 1], sign).
 _OPERATIONS = (
-    lambda picture, strength, sign: ImageOps.autocontrast(picture),
-    lambda picture, strength, sign: ImageOps.equalize(picture),
-    lambda picture, strength, sign: ImageOps.invert(picture),
-    lambda picture, strength, sign: picture.rotate(
+    lambda image, strength, sign: ImageOps.autocontrast(image),
+    lambda image, strength, sign: ImageOps.equalize(image),
+    lambda image, strength, sign: ImageOps.invert(image),
+    lambda image, strength, sign: image.rotate(
         30 * strength * sign, Image.Resampling.BILINEAR, fillcolor=(128, 128, 128)
     ),
-    lambda picture, strength, sign: ImageOps.posterize(picture, 4 - int(4 * strength) or 1),
-    lambda picture, strength, sign: ImageOps.solarize(picture, 256 - int(256 * strength)),
-    lambda picture, strength, sign: picture.point(
+    lambda image, strength, sign: ImageOps.posterize(image, 4 - int(4 * strength) or 1),
+    lambda image, strength, sign: ImageOps.solarize(image, 256 - int(256 * strength)),
+    lambda image, strength, sign: image.point(
         [min(255, v + int(110 * strength)) if v < 128 else v for v in range(256)] * 3
     ),
     _enhance(ImageEnhance.Color),
     _enhance(ImageEnhance.Contrast),
     _enhance(ImageEnhance.Brightness),
     _enhance(ImageEnhance.Sharpness),
-    lambda picture, strength, sign: _affine(picture, (1, 0.3 * strength * sign, 0, 0, 1, 0)),
-    lambda picture, strength, sign: _affine(picture, (1, 0, 0, 0.3 * strength * sign, 1, 0)),
-    lambda picture, strength, sign: _affine(
-        picture, (1, 0, 0.45 * strength * sign * picture.width, 0, 1, 0)
+    lambda image, strength, sign: _affine(image, (1, 0.3 * strength * sign, 0, 0, 1, 0)),
+    lambda image, strength, sign: _affine(image, (1, 0, 0, 0.3 * strength * sign, 1, 0)),
+    lambda image, strength, sign: _affine(
+        image, (1, 0, 0.45 * strength * sign * image.width, 0, 1, 0)
     ),
-    lambda picture, strength, sign: _affine(
-        picture, (1, 0, 0, 0, 1, 0.45 * strength * sign * picture.height)
+    lambda image, strength, sign: _affine(
+        image, (1, 0, 0, 0, 1, 0.45 * strength * sign * image.height)
     ),
 )

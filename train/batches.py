@@ -1,5 +1,7 @@
-"""Pictures -> batches, the same ones in the same order for a seed, whatever the number of processes
-and wherever a run is taken up again.
+"""Images -> batches.
+
+For a seed the batches are the same, in the same order, for any number of processes and wherever a
+run is resumed.
 """
 
 import functools
@@ -13,41 +15,51 @@ import numpy as np
 
 from ggem_jax.files.images import UnreadableImage, centre_crop, resize
 from train.augment import augment
-from train.config import Config, Refused
-from train.data import Pictures
+from train.cli import Refused
+from train.config import Config
+from train.data import Images
 
 # image (b, side, side, 3) uint8, label (b,) int32; for evaluation also weight (b,) float32, index
-# (b,) int32 and digest (b,) uint32 of the picture as it was read
+# (b,) int32 and digest (b,) uint32 of the image as it was read
 Batch = dict[str, np.ndarray]
 
 
-ENDLESS = 2**62  # places of a stream
+ENDLESS = 2**62  # length of a stream that no run reaches the end of
 
 
-def with_label(label: int, rng: np.random.Generator) -> dict[str, Any]:
-    """What a classifier learns of a picture beside it."""
+def label_only(label: int, rng: np.random.Generator) -> dict[str, Any]:
+    """Returns what a classifier needs beside an image: its label."""
     return {"label": np.int32(label)}
 
 
 def train_batches(
-    pictures: Pictures,
+    images: Images,
     config: Config,
     *,
     start: int,
     process: int = 0,
     processes: int = 1,
     draw: Callable[[int], np.ndarray] | None = None,
-    beside: Callable[[int, np.random.Generator], dict[str, Any]] = with_label,
+    beside: Callable[[int, np.random.Generator], dict[str, Any]] = label_only,
 ) -> Iterator[Batch]:
-    """Endless shuffled and augmented batches from step `start` on: this process's rows of each.
+    """Yields endless shuffled and augmented batches, this process's rows of each.
 
-    Batch k holds the pictures k * batch ... (k + 1) * batch - 1 of the shuffled stream, or those
-    that `draw(k)` numbers, and each draws its random numbers from its own place in the stream, so
-    nothing depends on where the stream was entered. `beside` gives what stands beside a picture,
-    from its label and these random numbers.
+    Batch k holds the images k * batch ... (k + 1) * batch - 1 of the shuffled stream. Each image
+    draws its random numbers from its own place in the stream, so nothing depends on where the
+    stream was entered.
+
+    Args:
+        images: the training images.
+        config: batch size, seed, augmentation and threads.
+        start: step of the first batch.
+        process: number of this process.
+        processes: number of all processes.
+        draw: step -> `(batch,)` numbers of the images of that batch, instead of the shuffled
+            stream.
+        beside: (label, random numbers) -> what a batch holds beside an image, by name.
     """
     local = config.batch // processes
-    reader = _Reader(pictures, config.data.corrupt)
+    reader = _Reader(images, config.data.corrupt)
 
     def example(index: int, rng: np.random.Generator) -> dict[str, Any]:
         image, label = reader(index)
@@ -62,7 +74,7 @@ def train_batches(
 
     if draw is None:
         stream = (
-            grain.MapDataset.range(len(pictures))
+            grain.MapDataset.range(len(images))
             .seed(config.seed)
             .shuffle()
             .repeat(None)
@@ -81,11 +93,17 @@ def train_batches(
     )
 
 
-def balanced(
+def draw_balanced(
     labels: np.ndarray, batch: int, per_class: int, seed: int
 ) -> Callable[[int], np.ndarray]:
-    """The pictures of each step, `(batch,)`: `per_class` of each of batch / per_class classes,
-    drawn without repeating where there are enough.
+    """Returns the function step -> `(batch,)` numbers of images, with equally many of each class.
+
+    Args:
+        labels: `(n,)` labels of all images.
+        batch: images of a step, a multiple of `per_class`.
+        per_class: images of each of batch / per_class classes; they repeat only where a class has
+            fewer.
+        seed: together with the step it decides the draw.
     """
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
 
@@ -104,18 +122,26 @@ def balanced(
 
 
 def eval_batches(
-    pictures: Pictures, config: Config, *, process: int = 0, processes: int = 1
+    images: Images, config: Config, *, process: int = 0, processes: int = 1
 ) -> Iterator[Batch]:
-    """All pictures once, in order. The last batch is filled up with weight 0, which is also what a
-    skipped corrupt picture gets.
+    """Yields all images once, in order, this process's rows of each batch.
+
+    The last batch is filled up with images of weight 0; an image that is skipped because it cannot
+    be read has weight 0 as well.
+
+    Args:
+        images: the split.
+        config: batch size, crop and threads.
+        process: number of this process.
+        processes: number of all processes.
     """
     local = config.batch // processes
-    reader = _Reader(pictures, config.data.corrupt)
+    reader = _Reader(images, config.data.corrupt)
     side = config.model.image
 
     def example(index: int) -> dict[str, Any]:
-        picture = reader.or_none(index) if index < len(pictures) else None
-        image, label = picture or (np.zeros((side, side, 3), np.uint8), 0)
+        found = reader.or_none(index) if index < len(images) else None
+        image, label = found or (np.zeros((side, side, 3), np.uint8), 0)
         digest = np.uint32(zlib.crc32(np.ascontiguousarray(image).data))
         if config.data.eval_crop == "squash":
             image = resize(image, side, side)
@@ -124,12 +150,12 @@ def eval_batches(
         return {
             "image": image,
             "label": np.int32(label),
-            "weight": np.float32(picture is not None),
+            "weight": np.float32(found is not None),
             "index": np.int32(index),
             "digest": digest,
         }
 
-    steps = -(-len(pictures) // config.batch)
+    steps = -(-len(images) // config.batch)
     stream = (
         grain.MapDataset.range(steps * config.batch).map(example).batch(local)[process::processes]
     )
@@ -143,29 +169,27 @@ def eval_batches(
 
 
 class _Reader:
-    """Loads pictures; one that cannot be decoded is refused, or named once and replaced by the next
-    that can.
-    """
+    """Loads images; an unreadable one is refused, or reported once and replaced by the next."""
 
-    def __init__(self, pictures: Pictures, corrupt: str):
-        self.pictures, self.corrupt = pictures, corrupt
+    def __init__(self, images: Images, corrupt: str):
+        self.images, self.corrupt = images, corrupt
         self.named: set[int] = set()
 
     def __call__(self, index: int):
-        for offset in range(len(self.pictures)):
-            found = self.or_none((index + offset) % len(self.pictures))
+        for offset in range(len(self.images)):
+            found = self.or_none((index + offset) % len(self.images))
             if found is not None:
                 return found
-        raise Refused("no picture of the training split can be read")
+        raise Refused("no image of the training split can be read")
 
     def or_none(self, index: int):
         try:
-            return self.pictures.load(index)
+            return self.images.load(index)
         except UnreadableImage as error:
             if self.corrupt == "refuse":
                 raise Refused(
-                    f"{error} (--data.corrupt skip, or --corrupt skip of the evaluation, goes on"
-                    " without it)"
+                    f"{error} (--data.corrupt skip, or --corrupt skip of the evaluation, leaves it"
+                    " out)"
                 ) from None
             if index not in self.named:
                 self.named.add(index)

@@ -1,7 +1,7 @@
 """Trains a Vision Transformer classifier: python -m train.classify --config NAME [flags].
 
-`--init FILE` starts from a published ViT (`ggem_jax.weights.vit`). The run's folder, stopping and
-going on: `train.loop`.
+`--init FILE` starts from a published ViT (`ggem_jax.weights.vit`). `train.loop` describes the run's
+folder, and how a run stops and resumes.
 """
 
 from typing import Any
@@ -9,10 +9,11 @@ from typing import Any
 import jax
 
 from train.batches import train_batches
-from train.config import Config, load_config
-from train.data import Pictures, open_data
+from train.cli import load_config
+from train.config import Config
+from train.data import Images, open_data
 from train.evaluate import evaluate
-from train.loop import Evaluation, Task, Trained, check_devices, run, run_tool
+from train.loop import Evaluation, Task, TrainedRun, check_devices, run, run_tool
 from train.run import join_processes
 from train.step import make_steps
 from train.throughput import training_flops
@@ -21,16 +22,25 @@ TOOL = "train.classify"
 
 
 def main(argv: list[str] | None = None) -> None:
-    run_tool(TOOL, lambda flags: train(load_config(flags, TOOL)), argv)
+    """Runs the script."""
+    run_tool(TOOL, lambda flags: train(load_config(Config, flags)), argv)
 
 
 def train(
-    config: Config, *, data: tuple[Pictures, Pictures] | None = None, quiet: bool = False
-) -> Trained:
-    """Runs the training that the config describes, or goes on with it; the result is the
-    `Predictions` of the last evaluation.
+    config: Config, *, data: tuple[Images, Images] | None = None, quiet: bool = False
+) -> TrainedRun:
+    """Trains the classifier that a config describes, or resumes its run.
 
-    `data` are training and evaluation pictures to take instead of the config's source.
+    Args:
+        config: the settings of the run.
+        data: training and evaluation images to use instead of the config's source.
+        quiet: whether nothing is printed.
+
+    Returns:
+        The run; its result is the `Predictions` of the last evaluation.
+
+    Raises:
+        Refused: the settings, the data or the run's folder do not fit.
     """
     join_processes()
     train_set, eval_set = open_data(config.data) if data is None else data
@@ -55,7 +65,7 @@ def train(
         places = {"process": jax.process_index(), "processes": jax.process_count()}
         return Task(
             about=(
-                f"{len(train_set):,} pictures to train, {len(eval_set):,} to evaluate,"
+                f"{len(train_set):,} images to train, {len(eval_set):,} to evaluate,"
                 f" {len(classes)} classes"
             ),
             total=total,

@@ -1,9 +1,11 @@
-"""Trains an image tower and a text tower on pictures with captions: python -m train.contrastive
---config NAME [flags].
+"""Trains an image tower and a text tower on images with captions.
 
-The losses are CLIP's and SigLIP's (`ggem_jax.losses.contrastive`), over all devices without the
-whole matrix of similarities on any. Sources of data: `train.captions`. `--init FILE` starts the
-image tower from a published ViT. The run's folder, stopping and going on: `train.loop`.
+    python -m train.contrastive --config NAME [flags]
+
+The losses are CLIP's and SigLIP's (`ggem_jax.losses.contrastive`), computed over all devices
+without the whole matrix of similarities on any of them. `train.pairs` describes the sources of
+data. `--init FILE` starts the image tower from a published ViT. `train.loop` describes the run's
+folder, and how a run stops and resumes.
 """
 
 import functools
@@ -25,19 +27,23 @@ from ggem_jax.losses import contrastive
 from ggem_jax.models.text import TextConfig, TextTransformer
 from ggem_jax.models.vit import ViT
 from ggem_jax.pooling import l2_normalize
+from ggem_jax.retrieval import metrics
 from train.batches import train_batches
-from train.captions import Captioned, Text, open_captions
-from train.config import Config, Data, Optimizer, build_model, load_config, require
-from train.evaluate import on_devices, outputs_of
-from train.loop import Evaluation, Task, Trained, check_devices, run, run_tool
+from train.build import build_model
+from train.captions import Captioned, Text
+from train.cli import load_config, require
+from train.config import Config, Data, Optimizer
+from train.evaluate import compute_outputs, put_on_devices
+from train.loop import Evaluation, Task, TrainedRun, check_devices, run, run_tool
+from train.pairs import open_captions
 from train.run import has_checkpoint, join_processes
-from train.step import Problem, Steps, compiled, make_mesh
+from train.step import Problem, Steps, compile_steps, make_mesh
 from train.throughput import forward_flops, text_forward_flops
 from train.tokenizer import (
     Tokenizer,
-    keep_tokenizer,
-    kept_tokenizer,
+    load_run_tokenizer,
     read_tokenizer,
+    save_run_tokenizer,
     train_tokenizer,
 )
 
@@ -52,26 +58,20 @@ class ContrastiveConfig(Config):
     tool: ClassVar[str] = "train.contrastive"
 
     out: Path = Path("runs/contrastive")
-    loss: Literal["softmax", "sigmoid"] = (
-        "softmax"  # of CLIP (arXiv:2103.00020) or of SigLIP (arXiv:2303.15343)
-    )
+    # the loss of CLIP (softmax, arXiv:2103.00020) or of SigLIP (sigmoid, arXiv:2303.15343)
+    loss: Literal["softmax", "sigmoid"] = "softmax"
     embed: int = 512  # channels of the space that images and texts share
-    init_scale: float | None = (
-        # first factor of the similarities; None: 1/0.07 of CLIP with softmax, 10 of SigLIP with
-        # sigmoid
-        None
-    )
-    init_bias: float = -10.0  # first bias of the sigmoid, SigLIP's; a softmax has none
-    max_scale: float = 100.0  # CLIP, section 2.5
+    # first factor of the similarities; None: 1/0.07 with softmax (CLIP), 10 with sigmoid (SigLIP)
+    init_scale: float | None = None
+    init_bias: float = -10.0  # first bias of the sigmoid (SigLIP); a softmax has none
+    max_scale: float = 100.0  # largest factor of the similarities (CLIP, section 2.5)
     text: Text = field(default_factory=Text)
 
     @property
     def first_scale(self) -> float:
-        return (
-            self.init_scale
-            if self.init_scale is not None
-            else {"softmax": 1 / 0.07, "sigmoid": 10.0}[self.loss]
-        )
+        """The first factor of the similarities."""
+        published = {"softmax": 1 / 0.07, "sigmoid": 10.0}[self.loss]
+        return published if self.init_scale is None else self.init_scale
 
     def __post_init__(self):
         super().__post_init__()
@@ -80,7 +80,7 @@ class ContrastiveConfig(Config):
         require(
             "init_scale",
             self.init_scale,
-            f"above 0 and at most --max_scale {self.max_scale:g}",
+            f"above 0 and at most --max-scale {self.max_scale:g}",
             0 < self.first_scale <= self.max_scale,
         )
         require("init_bias", self.init_bias, "finite", math.isfinite(self.init_bias))
@@ -95,16 +95,22 @@ class ContrastiveConfig(Config):
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs the script."""
     run_tool(
         ContrastiveConfig.tool,
-        lambda flags: train(load_config(flags, ContrastiveConfig.tool, ContrastiveConfig)),
+        lambda flags: train(load_config(ContrastiveConfig, flags)),
         argv,
     )
 
 
-def train(config: ContrastiveConfig, *, quiet: bool = False) -> Trained:
-    """Runs the training that the config describes, or goes on with it; the result is the
-    `Described` of the last evaluation.
+def train(config: ContrastiveConfig, *, quiet: bool = False) -> TrainedRun:
+    """Trains the towers that a config describes, or resumes their run.
+
+    Returns:
+        The run; its result is the `PairDescriptors` of the last evaluation.
+
+    Raises:
+        Refused: the settings, the data or the run's folder do not fit.
     """
     join_processes()
     train_set, eval_set = open_pairs(config)
@@ -121,7 +127,7 @@ def train(config: ContrastiveConfig, *, quiet: bool = False) -> Trained:
     }
 
     def task() -> Task:
-        tokenizer = tokenizer_of_run(config, given, train_set)
+        tokenizer = open_tokenizer(config, given, train_set)
         towers = make_towers(config, tokenizer)
         steps = make_steps(config, towers, total)
 
@@ -140,12 +146,12 @@ def train(config: ContrastiveConfig, *, quiet: bool = False) -> Trained:
             facts = {"scale": scale, "images": len(described.images), "texts": len(described.texts)}
             return Evaluation(described, values | facts, f"{said}  scale {scale:.1f}")
 
-        beside = drawn_captions(train_set, tokenizer, config.text.context)
+        beside = caption_sampler(train_set, tokenizer, config.text.context)
         places = {"process": jax.process_index(), "processes": jax.process_count()}
         texts = len(eval_set.texts()[0])
         return Task(
             about=(
-                f"{len(train_set):,} pictures to train, {len(eval_set):,} with {texts:,} texts to"
+                f"{len(train_set):,} images to train, {len(eval_set):,} with {texts:,} texts to"
                 f" evaluate, {tokenizer.size:,} pieces of text"
             ),
             total=total,
@@ -156,7 +162,7 @@ def train(config: ContrastiveConfig, *, quiet: bool = False) -> Trained:
                 + text_forward_flops(towers.text.config, config.embed)
             ),
             batches=lambda start: train_batches(
-                train_set.pictures, config, start=start, beside=beside, **places
+                train_set.images, config, start=start, beside=beside, **places
             ),
             evaluate=evaluation,
             curves=("image_to_text@1", "text_to_image@1"),
@@ -166,35 +172,51 @@ def train(config: ContrastiveConfig, *, quiet: bool = False) -> Trained:
 
 
 def open_pairs(config: ContrastiveConfig) -> tuple[Captioned, Captioned]:
-    """The training and the evaluation pictures of a run."""
+    """Returns the training and the evaluation images of a run, with their captions."""
     train_set, eval_set = open_captions(config.data, config.text)
     return (
         train_set.shuffled(config.seed) if config.text.shuffle_captions else train_set
     ), eval_set
 
 
-def tokenizer_of_run(
+def open_tokenizer(
     config: ContrastiveConfig, given: Tokenizer | None, train_set: Captioned
 ) -> Tokenizer:
-    """The tokenizer in the run's folder; a run that begins puts it there, the one that was given or
-    one trained on its captions.
+    """Returns the tokenizer of a run.
+
+    A run that resumes reads it from its folder. A run that starts stores the given tokenizer there,
+    or one trained on its captions.
+
+    Args:
+        config: the settings of the run.
+        given: the tokenizer that the settings name, if any.
+        train_set: the captions to train a tokenizer on.
+
+    Raises:
+        Refused: the tokenizer in the folder is not the one that the run started with.
     """
     if has_checkpoint(config.out):
-        return kept_tokenizer(config.out)
+        return load_run_tokenizer(config.out)
     captions = (caption for each in train_set.captions for caption in each)
     tokenizer = given or train_tokenizer(captions, config.text.vocabulary)
     if jax.process_index() == 0:
-        keep_tokenizer(config.out, tokenizer)
+        save_run_tokenizer(config.out, tokenizer)
     return tokenizer
 
 
-def drawn_captions(
+def caption_sampler(
     train_set: Captioned, tokenizer: Tokenizer, context: int
 ) -> Callable[[int, np.random.Generator], dict[str, Any]]:
-    """The function that gives the ids of one of a picture's captions, drawn at random."""
+    """Returns the function (image, random numbers) -> ids of one of the image's captions.
 
-    def drawn(picture: int, rng: np.random.Generator) -> dict[str, Any]:
-        captions = train_set.captions[picture]
+    Args:
+        train_set: the captions.
+        tokenizer: of the run.
+        context: ids of a text.
+    """
+
+    def drawn(image: int, rng: np.random.Generator) -> dict[str, Any]:
+        captions = train_set.captions[image]
         return {"ids": tokenizer.row(captions[rng.integers(len(captions))], context)}
 
     return drawn
@@ -202,8 +224,9 @@ def drawn_captions(
 
 @dataclass(frozen=True)
 class Towers:
-    """The two towers and what joins them; parameters are {"image", "image_head", "text",
-    "log_scale"} and with the sigmoid "bias".
+    """The two towers and what joins them.
+
+    Parameters are {"image", "image_head", "text", "log_scale"}, and "bias" with the sigmoid loss.
     """
 
     image: ViT
@@ -213,6 +236,7 @@ class Towers:
     max_scale: float
 
     def init(self, key: PRNGKeyArray) -> dict[str, Any]:
+        """Returns fresh parameters."""
         image_key, head_key, text_key = jax.random.split(key, 3)
         side, width = self.image.config.image, self.image.config.width
         head = jax.nn.initializers.normal(width**-0.5)(head_key, (width, self.text.outputs))
@@ -231,6 +255,7 @@ class Towers:
     def describe_images(
         self, params, images: Float[Array, "b h w 3"], **options: Any
     ) -> Float[Array, "b embed"]:
+        """Returns the unit vectors of images in the shared space."""
         output: Any = self.image.apply({"params": params["image"]}, images, **options)
         kernel = params["image_head"]["kernel"].astype(output.descriptor.dtype)
         return l2_normalize((output.descriptor @ kernel).astype(jnp.float32))
@@ -238,31 +263,34 @@ class Towers:
     def describe_texts(
         self, params, ids: Int[Array, "b n"], **options: Any
     ) -> Float[Array, "b embed"]:
+        """Returns the unit vectors of texts, given as ids, in the shared space."""
         output: Any = self.text.apply({"params": params["text"]}, ids, **options)
         return l2_normalize(output.projected.astype(jnp.float32))
 
     def scale(self, params) -> Float[Array, ""]:
-        """What similarities are multiplied by, never more than the largest."""
-        return jnp.exp(at_most(params["log_scale"], math.log(self.max_scale)))
+        """Returns the factor of the similarities, at most `max_scale`."""
+        return jnp.exp(clip_from_above(params["log_scale"], math.log(self.max_scale)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def at_most(x: Float[Array, ""], high: float) -> Float[Array, ""]:
-    """min(x, high), where an x above `high` gets the gradients that lead back only: as if it were
-    cut after each step.
+def clip_from_above(x: Float[Array, ""], high: float) -> Float[Array, ""]:
+    """Returns min(x, high) with the gradient of a value that is cut after each step.
+
+    Above `high` only gradients that lead back below it pass.
     """
     return jnp.minimum(x, high)
 
 
-at_most.defvjp(
+clip_from_above.defvjp(
     lambda x, high: (jnp.minimum(x, high), x),
     lambda high, x, slope: (jnp.where((x < high) | (slope > 0), slope, 0.0),),
 )
 
 
 def make_towers(config: ContrastiveConfig, tokenizer: Tokenizer) -> Towers:
-    """The towers that a config describes; the text tower computes, drops out and recomputes as the
-    image tower does.
+    """Returns the towers that a config describes.
+
+    The text tower uses the dtype, dropout, activation and rematerialisation of the image tower.
     """
     own, image = config.text, config.model
     text = TextConfig(
@@ -282,8 +310,14 @@ def make_towers(config: ContrastiveConfig, tokenizer: Tokenizer) -> Towers:
 
 
 def make_steps(config: ContrastiveConfig, towers: Towers, total_steps: int) -> Steps:
-    """The steps of a run; configs that differ only in seed, folder or logging share one
-    compilation.
+    """Returns the compiled steps of a run.
+
+    Configs that differ only in seed, folder or logging share one compilation.
+
+    Args:
+        config: the settings of the run.
+        towers: as `make_towers` returns them.
+        total_steps: steps of the run.
     """
     return _steps(towers, config.data, config.optimizer, config.fsdp, total_steps)
 
@@ -299,10 +333,10 @@ def _steps(towers: Towers, data: Data, optimizer: Optimizer, fsdp: int, total_st
         )
         texts = towers.describe_texts(params, batch["ids"], train=True, rngs={"dropout": text_key})
         if "bias" in params:
-            return contrastive.sharded_sigmoid_loss(
+            return contrastive.sharded_siglip_loss(
                 images, texts, towers.scale(params), params["bias"], mesh=mesh, axes=AXES
             )
-        return contrastive.sharded_softmax_loss(
+        return contrastive.sharded_clip_loss(
             images, texts, towers.scale(params), mesh=mesh, axes=AXES
         )
 
@@ -312,13 +346,14 @@ def _steps(towers: Towers, data: Data, optimizer: Optimizer, fsdp: int, total_st
         loss=loss,
         outputs=lambda params, images: {"descriptor": towers.describe_images(params, images)},
     )
-    return compiled(problem, data, optimizer, fsdp, total_steps)
+    return compile_steps(problem, data, optimizer, fsdp, total_steps)
 
 
 @functools.cache
 def _text_step(towers: Towers, fsdp: int):
-    """The compiled text tower: (parameters, {"ids", "index"}) -> {"descriptor", "index"}, whole on
-    every device.
+    """The compiled text tower: (parameters, {"ids", "index"}) -> {"descriptor", "index"}.
+
+    The outputs are whole on every device.
     """
     mesh = make_mesh(fsdp)
 
@@ -329,42 +364,43 @@ def _text_step(towers: Towers, fsdp: int):
 
 
 @dataclass(frozen=True)
-class Described:
-    """The evaluation pictures that could be read, and all distinct captions of the split, in the
-    shared space.
-    """
+class PairDescriptors:
+    """The readable evaluation images and all distinct captions of a split, in the shared space."""
 
     images: np.ndarray  # (n, embed), of length 1
-    index: np.ndarray  # (n,) number of the picture in its split
-    digest: np.ndarray  # (n,) of the pictures as they were read: the same ones have the same
+    index: np.ndarray  # (n,) number of the image in its split
+    digest: np.ndarray  # (n,) of the images as they were read: the same ones have the same
     texts: np.ndarray  # (t, embed)
     captions: tuple[str, ...]  # (t,)
-    pairs: np.ndarray  # (m, 2): (picture, text), by their places here
+    pairs: np.ndarray  # (m, 2): (image, text), by their places here
 
     def found(self, kappas: tuple[int, ...] = KAPPAS) -> dict[str, np.ndarray]:
-        """Whether a right one is among the kappa most similar, `(n, kappas)` and `(t, kappas)`;
-        texts whose pictures cannot be read are left out.
+        """Returns whether a right answer is among the kappa most similar ones.
+
+        Texts whose images cannot be read are left out.
+
+        Args:
+            kappas: numbers of answers that are looked at.
+
+        Returns:
+            "image_to_text" `(n, kappas)` and "text_to_image" `(t, kappas)`, bool.
         """
         back = self.pairs[:, ::-1]
-        to_image = contrastive.found_at(self.texts, self.images, back, kappas=kappas)
+        to_image = metrics.found_at(self.texts, self.images, back, kappas=kappas)
         return {
-            "image_to_text": contrastive.found_at(
-                self.images, self.texts, self.pairs, kappas=kappas
-            ),
+            "image_to_text": metrics.found_at(self.images, self.texts, self.pairs, kappas=kappas),
             "text_to_image": to_image[np.unique(back[:, 0])],
         }
 
     def chance(self, kappas: tuple[int, ...] = KAPPAS) -> dict[str, np.ndarray]:
-        """What `found` is on average with descriptors at random."""
+        """Returns the average of `found` for random descriptors, in the same form."""
         asked, text = np.unique(self.pairs[:, 1], return_inverse=True)
         back = np.stack([text, self.pairs[:, 0]], axis=1)
         return {
-            "image_to_text": contrastive.chance_at(
+            "image_to_text": metrics.chance_at(
                 self.pairs, len(self.images), len(self.texts), kappas=kappas
             ),
-            "text_to_image": contrastive.chance_at(
-                back, len(asked), len(self.images), kappas=kappas
-            ),
+            "text_to_image": metrics.chance_at(back, len(asked), len(self.images), kappas=kappas),
         }
 
 
@@ -375,17 +411,26 @@ def describe(
     eval_set: Captioned,
     tokenizer: Tokenizer,
     config: ContrastiveConfig,
-) -> Described:
-    """Describes every picture and every distinct caption of a split once; all processes get all of
-    it.
+) -> PairDescriptors:
+    """Describes every image and every distinct caption of a split once.
+
+    All processes get all of it.
+
+    Args:
+        steps: the compiled steps of the run.
+        towers: its towers.
+        params: their parameters.
+        eval_set: the split.
+        tokenizer: of the run.
+        config: the settings of the run.
     """
-    whole = outputs_of(steps, params, eval_set.pictures, config)
+    whole = compute_outputs(steps, params, eval_set.images, config)
     captions, pairs = eval_set.texts()
     place = np.full(len(eval_set), -1)
     place[whole["index"]] = np.arange(len(whole["index"]))
     pairs = np.stack([place[pairs[:, 0]], pairs[:, 1]], axis=1)
     texts = describe_texts(steps, towers, params, captions, tokenizer, config)
-    return Described(
+    return PairDescriptors(
         whole["descriptor"],
         whole["index"],
         whole["digest"],
@@ -403,20 +448,26 @@ def describe_texts(
     tokenizer: Tokenizer,
     config: ContrastiveConfig,
 ) -> Float[np.ndarray, "t embed"]:
-    """The descriptors of texts, in their order."""
-    step, described = (
-        _text_step(towers, config.fsdp),
-        np.zeros((len(texts), config.embed), np.float32),
-    )
+    """Returns the descriptors of texts in the shared space, `(t, embed)`, in their order.
+
+    Args:
+        steps: the compiled steps of the run.
+        towers: its towers.
+        params: their parameters.
+        texts: the texts.
+        tokenizer: of the run.
+        config: batch size, context and mesh.
+    """
+    step = _text_step(towers, config.fsdp)
+    descriptors = np.zeros((len(texts), config.embed), np.float32)
     for start in range(0, len(texts), config.batch):
-        index = np.minimum(
-            np.arange(start, start + config.batch, dtype=np.int32), len(texts) - 1
-        )  # the last one again and again at the end
+        places = np.arange(start, start + config.batch, dtype=np.int32)
+        index = np.minimum(places, len(texts) - 1)  # the last text fills up the last batch
         mine = index[jax.process_index() :: jax.process_count()]
         ids = tokenizer.encode([texts[i] for i in mine], config.text.context)
-        found = jax.device_get(step(params, on_devices({"ids": ids, "index": mine}, steps)))
-        described[found["index"]] = found["descriptor"]
-    return described
+        found = jax.device_get(step(params, put_on_devices({"ids": ids, "index": mine}, steps)))
+        descriptors[found["index"]] = found["descriptor"]
+    return descriptors
 
 
 if __name__ == "__main__":

@@ -1,6 +1,4 @@
-"""Where pictures come from: `digits`, `folder:DIR` or `tfds:NAME`, each as random-access splits of
-labelled pictures.
-"""
+"""Labelled images from `digits`, `folder:DIR` or `tfds:NAME`, as splits with random access."""
 
 import functools
 import re
@@ -11,7 +9,8 @@ from pathlib import Path
 import numpy as np
 
 from ggem_jax.files.images import EXTENSIONS, RGB, UnreadableImage, read_image
-from train.config import Data, Refused
+from train.cli import Refused, first_line
+from train.config import Data
 
 KNOWN = "digits, folder:DIR, tfds:NAME"
 TRAIN_SPLITS = ("train",)
@@ -19,31 +18,33 @@ EVAL_SPLITS = ("val", "validation", "test")
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """One split: `load(i)` gives picture i, `(h, w, 3)` uint8, and its label; a picture that cannot
-    be decoded raises `UnreadableImage`.
-    """
+class Images:
+    """One split of labelled images."""
 
     size: int
     classes: tuple[str, ...]
+    # i -> image i and its label; raises UnreadableImage where it cannot be decoded
     load: Callable[[int], tuple[RGB, int]]
-    labels: Callable[[], np.ndarray]  # of all pictures: reads what it must
+    labels: Callable[[], np.ndarray]  # () -> labels of all images; it reads only what it must
 
     def __len__(self) -> int:
         return self.size
 
-    def take(self, indices: np.ndarray) -> "Pictures":
-        """The pictures with these numbers, in this order."""
-        return Pictures(
+    def take(self, indices: np.ndarray) -> "Images":
+        """Returns the images with these numbers, in this order."""
+        return Images(
             len(indices),
             self.classes,
             lambda i: self.load(int(indices[i])),
             lambda: self.labels()[indices],
         )
 
-    def of_classes(self, kept: np.ndarray, labels: np.ndarray) -> "Pictures":
-        """The pictures of the classes with these numbers, which then count from 0; `labels` are
-        those of all pictures.
+    def of_classes(self, kept: np.ndarray, labels: np.ndarray) -> "Images":
+        """Returns the images of some classes, whose labels then count from 0.
+
+        Args:
+            kept: labels of the classes, ascending.
+            labels: `(n,)` labels of all images.
         """
         places = np.flatnonzero(np.isin(labels, kept))
         taken, own = self.take(places), np.searchsorted(kept, labels[places]).astype(np.int32)
@@ -52,11 +53,17 @@ class Pictures:
             image, label = taken.load(i)
             return image, int(np.searchsorted(kept, label))
 
-        return Pictures(len(taken), tuple(self.classes[i] for i in kept), load, lambda: own)
+        return Images(len(taken), tuple(self.classes[i] for i in kept), load, lambda: own)
 
 
-def open_data(data: Data) -> tuple[Pictures, Pictures]:
-    """The training and the evaluation pictures of a source."""
+def open_data(data: Data) -> tuple[Images, Images]:
+    """Returns the training and the evaluation images of a source.
+
+    A source with one split is divided by `hold_out`.
+
+    Raises:
+        Refused: there is no such source, or its splits have different classes.
+    """
     splits = open_splits(data)
     if len(splits) == 2:
         check_classes(splits, data.source)
@@ -64,15 +71,22 @@ def open_data(data: Data) -> tuple[Pictures, Pictures]:
     return hold_out(splits["train"], data.holdout)
 
 
-def open_disjoint(data: Data, share: float) -> tuple[Pictures, Pictures]:
-    """Training and evaluation pictures that have no class in common.
+def open_disjoint(data: Data, share: float) -> tuple[Images, Images]:
+    """Returns training and evaluation images that have no class in common.
 
-    Splits of a source that have none are taken as they are. Otherwise all pictures of all splits
-    together are divided by class: `share` of the classes, drawn once and for all, are trained on.
+    Splits of a source that share no class are taken as they are. Otherwise the images of all splits
+    together are divided by class: a share of the classes, drawn once and for all, is trained on.
+
+    Args:
+        data: the source.
+        share: of the classes that are trained on.
+
+    Raises:
+        Refused: fewer than 2 classes would be left on either side.
     """
     splits = open_splits(data)
     if len(splits) == 2:
-        occurring = {name: with_pictures(split) for name, split in splits.items()}
+        occurring = {name: drop_empty_classes(split) for name, split in splits.items()}
         if not set(occurring["train"].classes) & set(occurring["eval"].classes):
             for name, split in occurring.items():
                 if len(split.classes) < 2:
@@ -82,12 +96,12 @@ def open_disjoint(data: Data, share: float) -> tuple[Pictures, Pictures]:
                     )
             return occurring["train"], occurring["eval"]
         check_classes(splits, data.source, ", or none in common")
-    whole = with_pictures(joined(list(splits.values())))
+    whole = drop_empty_classes(join_splits(list(splits.values())))
     count, labels = len(whole.classes), whole.labels()
     kept = round(share * count)
     if not 2 <= kept <= count - 2:
         raise Refused(
-            f"--metric.train_classes {share:g} of {count} classes is {kept}: at least 2 must be"
+            f"--metric.train-classes {share:g} of {count} classes is {kept}: at least 2 must be"
             " trained on and 2 be left"
         )
     trained_on = np.zeros(count, bool)
@@ -97,22 +111,22 @@ def open_disjoint(data: Data, share: float) -> tuple[Pictures, Pictures]:
     )
 
 
-def with_pictures(pictures: Pictures) -> Pictures:
-    """The same pictures, with the classes left out that have none."""
-    labels = pictures.labels()
+def drop_empty_classes(images: Images) -> Images:
+    """Returns the same images without the classes that have none."""
+    labels = images.labels()
     kept = np.unique(labels)
-    return pictures if len(kept) == len(pictures.classes) else pictures.of_classes(kept, labels)
+    return images if len(kept) == len(images.classes) else images.of_classes(kept, labels)
 
 
-def joined(parts: list[Pictures]) -> Pictures:
-    """The pictures of several splits with the same classes, one after the other."""
+def join_splits(parts: list[Images]) -> Images:
+    """Returns the images of several splits with the same classes, one split after the other."""
     ends = np.cumsum([len(part) for part in parts])
 
     def load(i: int) -> tuple[RGB, int]:
         part = int(np.searchsorted(ends, i, side="right"))
         return parts[part].load(i - int(ends[part]) + len(parts[part]))
 
-    return Pictures(
+    return Images(
         int(ends[-1]),
         parts[0].classes,
         load,
@@ -120,13 +134,17 @@ def joined(parts: list[Pictures]) -> Pictures:
     )
 
 
-def open_splits(data: Data) -> dict[str, Pictures]:
-    """`train`, and where the source has one to evaluate on, `eval`."""
+def open_splits(data: Data) -> dict[str, Images]:
+    """Returns the splits of a source: "train", and "eval" where there is one to evaluate on.
+
+    Raises:
+        Refused: there is no such source.
+    """
     kind, _, name = data.source.partition(":")
     if kind == "digits" and not name:
         if data.eval_split is not None:
             raise Refused(
-                f"--data.eval_split {data.eval_split} is not in digits, of which --data.holdout is"
+                f"--data.eval-split {data.eval_split} is not in digits, of which --data.holdout is"
                 " kept"
             )
         splits = {"train": digits()}
@@ -139,10 +157,8 @@ def open_splits(data: Data) -> dict[str, Pictures]:
     return splits
 
 
-def check_classes(splits: dict[str, Pictures], source: str, otherwise: str = "") -> None:
-    """Refuses splits that do not have the same classes; `otherwise` says what else they might
-    have.
-    """
+def check_classes(splits: dict[str, Images], source: str, otherwise: str = "") -> None:
+    """Refuses splits with different classes; `otherwise` completes the sentence."""
     if splits["train"].classes != splits["eval"].classes:
         difference = sorted(set(splits["train"].classes) ^ set(splits["eval"].classes))
         raise Refused(
@@ -151,31 +167,46 @@ def check_classes(splits: dict[str, Pictures], source: str, otherwise: str = "")
         )
 
 
-def digits() -> Pictures:
-    """1,797 handwritten digits of 8 x 8 pixels that scikit-learn carries: Alpaydin and Kaynak, UCI
-    machine learning repository, 1998.
+def digits() -> Images:
+    """Returns scikit-learn's 1,797 handwritten digits of 8 x 8 pixels.
+
+    Reference: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI machine
+    learning repository, 1998.
     """
     from sklearn.datasets import load_digits
 
     found = load_digits()
     images = np.repeat(np.round(found.images * (255 / 16)).astype(np.uint8)[..., None], 3, axis=-1)
     labels = found.target.astype(np.int32)
-    return in_memory(images, labels, tuple("0123456789"))
+    return hold_in_memory(images, labels, tuple("0123456789"))
 
 
-def in_memory(
+def hold_in_memory(
     images: Sequence[RGB] | np.ndarray, labels: np.ndarray, classes: tuple[str, ...]
-) -> Pictures:
-    """Pictures that are there already."""
-    return Pictures(len(images), classes, lambda i: (images[i], int(labels[i])), lambda: labels)
+) -> Images:
+    """Returns a split of images that are already in memory.
+
+    Args:
+        images: `(h, w, 3)` uint8 each.
+        labels: `(n,)` int32.
+        classes: names of the classes.
+    """
+    return Images(len(images), classes, lambda i: (images[i], int(labels[i])), lambda: labels)
 
 
-def folder(root: Path, eval_split: str | None = None) -> dict[str, Pictures]:
-    """`root/train/CLASS/*.png` with `root/val` (or validation, test, or `eval_split`) beside it, or
-    `root/CLASS/*.png` as one split.
+def folder(root: Path, eval_split: str | None = None) -> dict[str, Images]:
+    """Returns the splits of a folder of class sub-folders.
 
-    Pictures whose names are all numbers stand in the order of these numbers, otherwise in the order
-    of their paths.
+    Two forms are read: `root/train/CLASS/*.png` with `root/val` (or validation, test, or
+    `eval_split`) beside it, and `root/CLASS/*.png` as one split. Images whose names are all numbers
+    are ordered by these numbers, others by their paths.
+
+    Args:
+        root: the folder.
+        eval_split: its sub-folder to evaluate on; `None` takes the first of the usual names.
+
+    Raises:
+        Refused: the folder, a split, a class or an image is missing.
     """
     if not root.is_dir():
         raise Refused(f"there is no folder {root}")
@@ -185,14 +216,14 @@ def folder(root: Path, eval_split: str | None = None) -> dict[str, Pictures]:
     if train_name is None and eval_split is None:
         return {"train": _class_folders(root)}
     if train_name is None:
-        raise Refused(f"--data.eval_split {eval_split} needs a folder {root}/train beside it")
+        raise Refused(f"--data.eval-split {eval_split} needs a folder {root}/train beside it")
     splits = {"train": _class_folders(root / train_name)}
     if eval_name is not None:
         splits["eval"] = _class_folders(root / eval_name)
     return splits
 
 
-def _class_folders(root: Path) -> Pictures:
+def _class_folders(root: Path) -> Images:
     classes = sorted(
         path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
     )
@@ -207,7 +238,7 @@ def _class_folders(root: Path) -> Pictures:
         )
         if not found:
             raise Refused(
-                f"the class folder {root / name} holds no pictures ({', '.join(EXTENSIONS)})"
+                f"the class folder {root / name} holds no images ({', '.join(EXTENSIONS)})"
             )
         paths += found
         labels += [label] * len(found)
@@ -216,7 +247,7 @@ def _class_folders(root: Path) -> Pictures:
     else:
         order = np.arange(len(paths))
     paths, label_array = [paths[i] for i in order], np.array(labels, np.int32)[order]
-    return Pictures(
+    return Images(
         len(paths),
         tuple(classes),
         lambda i: (read_image(paths[i]), int(label_array[i])),
@@ -226,9 +257,19 @@ def _class_folders(root: Path) -> Pictures:
 
 def tfds(
     name: str, data_dir: Path, eval_split: str | None = None, *, download: bool = False
-) -> dict[str, Pictures]:
-    """A prepared TensorFlow Datasets data set, `name[/config][:version]`, read through its
-    random-access data source: no TensorFlow needed.
+) -> dict[str, Images]:
+    """Returns the splits of a prepared TensorFlow Datasets data set.
+
+    It is read through its random-access data source, which needs no TensorFlow.
+
+    Args:
+        name: `name[/config][:version]`; without a version the newest one is taken.
+        data_dir: folder of the prepared data sets.
+        eval_split: its split to evaluate on; `None` takes the first of the usual names.
+        download: whether a data set that is missing may be downloaded and prepared.
+
+    Raises:
+        Refused: it is missing, cannot be read, or has no images with labels.
     """
     folder_ = _prepared(name, data_dir)
     if folder_ is None and download:
@@ -238,15 +279,16 @@ def tfds(
         raise Refused(
             f"{name} is not prepared in {data_dir} (there:"
             f" {', '.join(_all_prepared(data_dir)) or 'nothing'}): add --download to let TensorFlow"
-            " Datasets fetch it, or make it from files at hand with python -m train.prepare"
+            " Datasets fetch it, or convert packed files with python -m train.prepare"
         )
     import tensorflow_datasets
 
     try:
         builder = tensorflow_datasets.builder_from_directory(folder_)
     except Exception as error:  # of many kinds: files that are missing, cut off or altered
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise Refused(f"{folder_} is no readable TensorFlow Datasets data set: {reason}") from None
+        raise Refused(
+            f"{folder_} is not a readable TensorFlow Datasets data set: {first_line(error)}"
+        ) from None
     features = builder.info.features
     if not {"image", "label"} <= set(features):
         raise Refused(
@@ -270,48 +312,43 @@ def tfds(
 
 
 def _eval_name(asked: str | None, there: set[str], where: str) -> str | None:
-    """The split to evaluate on: the one asked for, or the first there is of those that are
-    usual.
-    """
+    """The split to evaluate on: the one asked for, or the first that exists of the usual names."""
     if asked is not None and asked not in there:
         raise Refused(
-            f"--data.eval_split {asked} is not in {where}, which has {', '.join(sorted(there))}"
+            f"--data.eval-split {asked} is not in {where}, which has {', '.join(sorted(there))}"
         )
     return asked or next((name for name in EVAL_SPLITS if name in there), None)
 
 
-def _tfds_split(builder, split: str) -> Pictures:
+def _tfds_split(builder, split: str) -> Images:
     from tensorflow_datasets import decode
 
     classes = tuple(builder.info.features["label"].names)
-    records = builder.as_data_source(
-        split, decoders={"image": decode.SkipDecoding()}
-    )  # as files: our own decoder serves every source
+    # as files: our own decoder serves every source
+    records = builder.as_data_source(split, decoders={"image": decode.SkipDecoding()})
 
     def load(i: int) -> tuple[RGB, int]:
-        name = f"picture {i} of {builder.name}, split {split},"
+        name = f"image {i} of {builder.name}, split {split},"
         try:
             record = records[i]
         except Exception as error:  # of many kinds, from the record reader's up to the parser's
-            raise UnreadableImage(
-                f"{name} cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}"
-            ) from None
+            raise UnreadableImage(f"{name} cannot be read: {first_line(error)}") from None
         if not 0 <= record["label"] < len(classes):
             raise Refused(
                 f"{name} has the label {record['label']}, where one of 0 to {len(classes) - 1} is"
-                " needed: choose another --data.eval_split"
+                " needed: choose another --data.eval-split"
             )
         return read_image(record["image"], name=name), int(record["label"])
 
     def column(name: str) -> np.ndarray:
         return np.array([records[i][name] for i in range(len(records))])
 
-    pictures = Pictures(
+    images = Images(
         len(records), classes, load, functools.cache(lambda: column("label").astype(np.int32))
     )
     if "index" in builder.info.features and not builder.info.disable_shuffling:
-        return pictures.take(np.argsort(column("index"), kind="stable"))
-    return pictures
+        return images.take(np.argsort(column("index"), kind="stable"))
+    return images
 
 
 def _prepared(name: str, data_dir: Path) -> Path | None:
@@ -342,25 +379,28 @@ def _prepare(name: str, data_dir: Path) -> None:
         tensorflow_datasets.builder(
             name, data_dir=data_dir, file_format="array_record"
         ).download_and_prepare()
-    except (
-        Exception
-    ) as error:  # of many kinds: no such data set, no network, no TensorFlow for its generator
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # no such data set, no network, no TensorFlow for its generator
         raise Refused(
-            f"TensorFlow Datasets could not prepare {name} in {data_dir}: {reason}"
+            f"TensorFlow Datasets could not prepare {name} in {data_dir}: {first_line(error)}"
         ) from None
 
 
-def hold_out(pictures: Pictures, share: float) -> tuple[Pictures, Pictures]:
-    """Keeps `share` of each class, drawn once and for all, for evaluation; both parts stay in the
-    order of the source.
+def hold_out(images: Images, share: float) -> tuple[Images, Images]:
+    """Returns the training and the evaluation part of one split, each in the order of the source.
+
+    Args:
+        images: the split.
+        share: of each class that is kept for evaluation, drawn once and for all.
+
+    Raises:
+        Refused: one of the two parts would be empty.
     """
-    held = held_out(pictures.labels(), share)
-    return pictures.take(np.flatnonzero(~held)), pictures.take(np.flatnonzero(held))
+    held = draw_held_out(images.labels(), share)
+    return images.take(np.flatnonzero(~held)), images.take(np.flatnonzero(held))
 
 
-def held_out(labels: np.ndarray, share: float) -> np.ndarray:
-    """Which pictures `hold_out` keeps, `(n,)` bool."""
+def draw_held_out(labels: np.ndarray, share: float) -> np.ndarray:
+    """Returns which images `hold_out` keeps for evaluation, `(n,)` bool."""
     if not 0 < share < 1:
         raise Refused(f"data.holdout must lie between 0 and 1, not at {share}")
     rng = np.random.default_rng(0)
@@ -370,6 +410,6 @@ def held_out(labels: np.ndarray, share: float) -> np.ndarray:
         held[members[: round(share * len(members))]] = True
     if held.all() or not held.any():
         raise Refused(
-            f"data.holdout {share} leaves one of the two parts of {len(labels)} pictures empty"
+            f"data.holdout {share} leaves one of the two parts of {len(labels)} images empty"
         )
     return held

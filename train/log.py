@@ -1,6 +1,4 @@
-"""What a run says: a banner, a progress bar or plain lines, `metrics.jsonl`, TensorBoard where its
-writer is installed.
-"""
+"""What a run reports: a banner, a bar or plain lines, `metrics.jsonl`, and TensorBoard files."""
 
 import json
 import time
@@ -8,19 +6,21 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import TextColumn
+
+from ggem_jax.files.atomic import write_text
+from ggem_jax.progress import progress_bar
 
 
 class Log:
-    """Writes and speaks for one run; `run=None`, for the processes after the first, does neither,
-    `quiet` only writes.
+    """Writes and prints for one run.
+
+    Args:
+        run: folder of the run; `None`, for the processes after the first, neither writes nor
+            prints.
+        total_steps: steps of the run.
+        start: step that it resumes after.
+        quiet: whether it only writes.
     """
 
     def __init__(self, run: Path | None, *, total_steps: int, start: int, quiet: bool = False):
@@ -28,16 +28,16 @@ class Log:
         if run is None:
             return
         self.console = Console(stderr=True, quiet=quiet)
-        self.bar = (
-            _progress_bar(self.console, total_steps, start)
-            if self.console.is_terminal and not quiet
-            else None
-        )
-        keep_until(run / "metrics.jsonl", start)
+        self.bar = None
+        if self.console.is_terminal and not quiet:
+            self.bar = progress_bar(self.console, TextColumn("{task.fields[said]}"))
+            self.bar.add_task("training", total=total_steps, completed=start, said="")
+        drop_lines_after(run / "metrics.jsonl", start)
         self.file = (run / "metrics.jsonl").open("a", buffering=1)
         self.board = TensorBoard(run / "tensorboard")
 
     def banner(self, facts: dict[str, str]) -> None:
+        """Prints facts by name and starts the bar."""
         if self.run is not None:
             width = max(map(len, facts))
             for name, fact in facts.items():
@@ -48,27 +48,36 @@ class Log:
                 self.bar.start()
 
     def advance(self, step: int) -> None:
+        """Moves the bar to a step."""
         if self.run is not None and self.bar:
             self.bar.update(self.bar.task_ids[0], completed=step)
 
     def metrics(self, kind: str, step: int, values: dict[str, Any], said: str) -> None:
-        """Writes one JSON line, the scalars to TensorBoard, and `said` for people."""
+        """Writes a line of JSON and TensorBoard scalars, and prints `said` for people.
+
+        Args:
+            kind: "train" or "eval".
+            step: the step that the values belong to.
+            values: numbers and lists by name.
+            said: the same in words.
+        """
         if self.run is None:
             return
         self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
         self.board.write(kind, step, values)
         if self.bar and kind == "train":
-            self.bar.update(
-                self.bar.task_ids[0], said=said.partition("  ")[2]
-            )  # the bar counts the steps itself
+            # the bar counts the steps itself
+            self.bar.update(self.bar.task_ids[0], said=said.partition("  ")[2])
         else:
             self.console.print(said, highlight=False, markup=False, soft_wrap=True)
 
     def say(self, sentence: str) -> None:
+        """Prints a sentence."""
         if self.run is not None:
             self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
+        """Stops the bar and closes the files."""
         if self.run is not None:
             if self.bar:
                 self.bar.stop()
@@ -76,8 +85,8 @@ class Log:
             self.board.close()
 
 
-def keep_until(path: Path, step: int) -> None:
-    """Drops the lines after `step`: a run that is taken up at a checkpoint writes them again."""
+def drop_lines_after(path: Path, step: int) -> None:
+    """Drops the lines after `step`; a run that resumes from a checkpoint writes them again."""
     if not path.exists():
         return
     kept = []
@@ -90,39 +99,16 @@ def keep_until(path: Path, step: int) -> None:
     write_text(path, "".join(f"{line}\n" for line in kept))
 
 
-def write_text(path: Path, text: str) -> None:
-    """Writes a file under a temporary name and renames it, so that it is never half there."""
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
-
-
 def read_metrics(run: Path, kind: str) -> list[dict[str, Any]]:
-    """The lines of one kind of `metrics.jsonl`, oldest first."""
+    """Returns the lines of one kind of `metrics.jsonl`, oldest first."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == kind]
 
 
-def _progress_bar(console: Console, total_steps: int, start: int) -> Progress:
-    columns = (
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[said]}"),
-    )
-    bar = Progress(*columns, console=console, transient=True)
-    bar.add_task("training", total=total_steps, completed=start, said="")
-    return bar
-
-
 class TensorBoard:
-    """Writes scalars for TensorBoard where tensorboardX is installed; at once, without a thread, so
-    that a full disk is an error like any other.
+    """Writes scalars for TensorBoard where tensorboardX is installed.
+
+    It writes at once, without a thread, so that a full disk is an error like any other.
     """
 
     def __init__(self, folder: Path):
@@ -135,6 +121,7 @@ class TensorBoard:
         self.writer = EventsWriter(str(folder / "events"))
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Writes the values that are numbers."""
         if self.writer is None:
             return
         from tensorboardX.proto.event_pb2 import Event
@@ -148,5 +135,6 @@ class TensorBoard:
         self.writer.flush()
 
     def close(self) -> None:
+        """Closes the file."""
         if self.writer is not None:
             self.writer.close()

@@ -1,8 +1,8 @@
-"""The loop that every training runs: steps, evaluations, checkpoints and what is said about them.
+"""The loop of every training: steps, evaluations, checkpoints, and what is printed about them.
 
 A run lives in one folder (`--out`): `config.json`, `metrics.jsonl`, `checkpoints/`, `curves.png`.
-SIGTERM or Ctrl-C stops it after the step in hand. Started again with the same settings it goes on
-from there and ends, on the same machine, with the same bits as if it had never stopped.
+SIGTERM or Ctrl-C stops it after the current step. Started again with the same settings it resumes
+there and ends, on the same machine, with the same bits as an uninterrupted run.
 """
 
 import contextlib
@@ -18,19 +18,20 @@ from ggem_jax.models.vit import used_exponents
 from ggem_jax.optimizer import exponents
 from train.batches import Batch
 from train.checkpoints import Checkpoints
-from train.config import Config, Refused
-from train.evaluate import on_devices
+from train.cli import Refused, one_sentence
+from train.config import Config
+from train.curves import draw_curves
+from train.evaluate import put_on_devices
 from train.log import Log
-from train.pictures import draw_curves
 from train.published import started_from
-from train.run import StopRequest, one_sentence, run_folder
+from train.run import StopRequest, run_folder
 from train.step import State, Steps
 from train.throughput import Meter
 
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found: for the caller, for `metrics.jsonl`, for people."""
+    """The outcome of one evaluation: for the caller, for `metrics.jsonl`, and for people."""
 
     result: Any
     values: dict[str, Any]
@@ -51,8 +52,8 @@ class Task:
 
 
 @dataclass(frozen=True)
-class Trained:
-    """How a run ended."""
+class TrainedRun:
+    """The end of a run."""
 
     state: State
     steps: Steps
@@ -61,8 +62,14 @@ class Trained:
     signal: int | None  # that stopped it
 
 
-def run_tool(tool: str, train: Callable[[list[str]], Trained], argv: list[str] | None) -> None:
-    """Runs a training script; a signal that stopped it is its exit code."""
+def run_tool(tool: str, train: Callable[[list[str]], TrainedRun], argv: list[str] | None) -> None:
+    """Runs a training script; a signal that stopped the run becomes the exit code.
+
+    Args:
+        tool: name of the script.
+        train: flags -> the run.
+        argv: the flags; `None` takes those of the process.
+    """
     with one_sentence(tool):
         trained = train(sys.argv[1:] if argv is None else argv)
     if trained.signal is not None and not trained.finished:
@@ -71,9 +78,17 @@ def run_tool(tool: str, train: Callable[[list[str]], Trained], argv: list[str] |
 
 def run(
     config: Config, task_of: Callable[[], Task], facts: dict[str, Any], *, quiet: bool = False
-) -> Trained:
-    """Runs a training, or goes on with it; `task_of` is called when the folder is its own. With
-    other `facts` of the data a run is not continued.
+) -> TrainedRun:
+    """Runs a training or resumes it.
+
+    Args:
+        config: the settings of the run.
+        task_of: makes the task, once the folder belongs to this run.
+        facts: what describes the data; a run with other facts is not resumed.
+        quiet: whether nothing is printed.
+
+    Raises:
+        Refused: the folder belongs to another run, or the weights are no longer finite.
     """
     process = jax.process_index()
     with run_folder(config, facts), StopRequest() as stop:
@@ -85,7 +100,7 @@ def run(
         )
         checkpoints = Checkpoints(config.out)
         state = (
-            first_state(steps, config)
+            make_first_state(steps, config)
             if checkpoints.latest() is None
             else checkpoints.restore(steps)
         )
@@ -95,11 +110,11 @@ def run(
             Log(None if process else config.out, total_steps=total, start=start, quiet=quiet)
         ) as log:
             meter = Meter(config.batch, task.flops)
-            log.banner(banner(config, task, state, start, meter))
+            log.banner(describe_run(config, task, state, start, meter))
             batches = task.batches(start)
             while step < total:
                 with meter.waiting_for_input():
-                    batch = on_devices(next(batches), steps)
+                    batch = put_on_devices(next(batches), steps)
                 state, metrics = steps.train(state, batch, config.seed)
                 meter.count(metrics)
                 step += 1
@@ -107,8 +122,8 @@ def run(
                 stopping = stop.asked(step) or step == config.stop_after
                 logs, evaluates, saving = (
                     step % config.log_every == 0 or step == total,
-                    due(step, total, evaluations),
-                    due(step, total, saves) or stopping,
+                    is_due(step, total, evaluations),
+                    is_due(step, total, saves) or stopping,
                 )
                 if logs or evaluates or saving:
                     check_finite(step, metrics)
@@ -126,26 +141,30 @@ def run(
             checkpoints.wait()
             if step < total:
                 log.say(
-                    f"stopped after step {step} of {total}; the same command goes on from there"
+                    f"stopped after step {step} of {total}; run the same command again to resume"
                 )
             elif process == 0:
                 draw_curves(config.out, task.curves)
             if evaluation is None and step == total:  # it had ended before
                 evaluation = task.evaluate(state)
-    return Trained(
+    return TrainedRun(
         state, steps, None if evaluation is None else evaluation.result, step == total, stop.signal
     )
 
 
-def first_state(steps: Steps, config: Config) -> State:
-    """Fresh weights, with those of a published file where the config names one."""
+def make_first_state(steps: Steps, config: Config) -> State:
+    """Returns the state before the first step, with the published weights if there are any."""
     state = steps.init(config.seed)
     return state if config.init is None else started_from(config.init, state, steps)
 
 
-def due(step: int, total: int, times: int) -> bool:
-    """Whether something that happens so many times in a run, evenly and for the last time at its
-    end, happens after this step.
+def is_due(step: int, total: int, times: int) -> bool:
+    """Returns whether an event follows this step.
+
+    Args:
+        step: from 1.
+        total: steps of the run.
+        times: how often the event happens in the run, evenly spaced, the last time at its end.
     """
     return step * times // total > (step - 1) * times // total
 
@@ -161,7 +180,7 @@ def check_devices(config: Config) -> None:
 
 
 def check_finite(step: int, metrics: dict[str, jax.Array]) -> None:
-    """Refuses to go on from, and to save, weights that are no longer numbers."""
+    """Refuses to continue with, or to save, weights that are not finite."""
     for name, value in metrics.items():
         if not np.isfinite(value):
             advice = "try a lower --optimizer.lr, a longer --optimizer.warmup or --optimizer.clip 1"
@@ -170,8 +189,10 @@ def check_finite(step: int, metrics: dict[str, jax.Array]) -> None:
             )
 
 
-def banner(config: Config, task: Task, state: State, start: int, meter: Meter) -> dict[str, str]:
-    """What is about to be trained, on what."""
+def describe_run(
+    config: Config, task: Task, state: State, start: int, meter: Meter
+) -> dict[str, str]:
+    """Returns what is about to be trained and on what, as facts by name."""
     model, parameters = config.model, sum(leaf.size for leaf in jax.tree.leaves(state.params))
     return {
         "devices": (
@@ -187,8 +208,8 @@ def banner(config: Config, task: Task, state: State, start: int, meter: Meter) -
         ),
         "data": f"{config.data.source}: {task.about}",
         "steps": (
-            f"{task.total:,} of {config.batch} pictures ({config.epochs:g} epochs)"
-            + (f", going on after step {start:,}" if start else "")
+            f"{task.total:,} of {config.batch} images ({config.epochs:g} epochs)"
+            + (f", resuming after step {start:,}" if start else "")
         ),
         "folder": str(config.out),
     }
@@ -197,7 +218,7 @@ def banner(config: Config, task: Task, state: State, start: int, meter: Meter) -
 def log_training(
     log: Log, step: int, total: int, metrics: dict[str, jax.Array], meter: Meter
 ) -> None:
-    """Loss, gradient norm and speed."""
+    """Reports loss, gradient norm and speed."""
     values = {name: float(value) for name, value in metrics.items()} | meter.read()
     said = f"step {step}/{total}  loss {values['loss']:.4f}"
     if "steps_per_second" in values:
@@ -210,16 +231,16 @@ def log_training(
 
 
 def log_evaluation(log: Log, step: int, evaluation: Evaluation, state: State) -> None:
-    """What was measured, and the learned exponents."""
-    p = learned_exponents(state.evaluated)
+    """Reports the measures and the learned exponents."""
+    p = read_exponents(state.evaluated)
     learned = "".join(f"  p {' '.join(f'{x:.2f}' for x in value)}" for value in p.values())
     log.metrics(
         "eval", step, evaluation.values | {"p": p}, f"step {step}  {evaluation.said}{learned}"
     )
 
 
-def learned_exponents(params: Any) -> dict[str, list[float]]:
-    """The exponents that the model pools with, by the path of their parameter."""
+def read_exponents(params: Any) -> dict[str, list[float]]:
+    """Returns the exponents that the model pools with, by the path of their parameter."""
     return {
         name: np.asarray(used_exponents(value)).tolist()
         for name, value in exponents(params).items()

@@ -1,16 +1,20 @@
 """Trains descriptors for retrieval: python -m train.metric --config NAME [flags].
 
-A Vision Transformer with any pooling, a projection and L2 normalisation under ArcFace, normalised
-softmax or Proxy-Anchor. The classes trained on and those evaluated on have nothing in common;
-evaluations rank every picture of the unseen classes by all others. `--init FILE` starts from a
-published ViT (`ggem_jax.weights.vit`). The run's folder, stopping and going on: `train.loop`.
+A Vision Transformer with any pooling, a projection and L2 normalisation, trained with ArcFace, the
+normalised softmax or Proxy-Anchor. The classes that are evaluated on are not trained on; an
+evaluation uses every image of these classes as a query for all others. `--init FILE` starts from a
+published ViT (`ggem_jax.weights.vit`). `train.loop` describes the run's folder, and how a run stops
+and resumes.
+
+A new loss is a function in `ggem_jax.losses.metric_learning`, an entry of its table `LOSSES`, and a
+name in `Metric.loss` below.
 """
 
 import functools
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -22,13 +26,15 @@ from ggem_jax.models.embedder import Embedder
 from ggem_jax.models.vit import ViT
 from ggem_jax.retrieval import search
 from ggem_jax.retrieval.metrics import LabelScores, label_scores
-from train.batches import balanced, train_batches
-from train.config import Config, Data, Optimizer, Refused, build_model, load_config, require
-from train.data import Pictures, open_disjoint
-from train.evaluate import outputs_of
-from train.loop import Evaluation, Task, Trained, check_devices, run, run_tool
+from train.batches import draw_balanced, train_batches
+from train.build import build_model
+from train.cli import Refused, load_config, require
+from train.config import Config, Data, Optimizer
+from train.data import Images, open_disjoint
+from train.evaluate import compute_outputs
+from train.loop import Evaluation, Task, TrainedRun, check_devices, run, run_tool
 from train.run import join_processes
-from train.step import Batch, Problem, Steps, compiled
+from train.step import Batch, Problem, Steps, compile_steps
 from train.throughput import training_flops
 
 KAPPAS = (1, 5, 10)
@@ -36,21 +42,17 @@ KAPPAS = (1, 5, 10)
 
 @dataclass(frozen=True)
 class Metric:
-    """What is learned, and from which pictures."""
+    """The loss, and how its batches are drawn."""
 
-    loss: Literal["arcface", "normalised-softmax", "proxy-anchor"] = "normalised-softmax"
-    dim: int = (
-        128  # channels of the descriptor after a projection; 0: the pooled tokens as they are
-    )
+    loss: metric.LossName = "normalised-softmax"
+    # channels of the descriptor after a projection; 0: no projection of the pooled tokens
+    dim: int = 128
     temperature: float = 0.05  # of normalised-softmax
     scale: float | None = None  # of arcface and proxy-anchor; None: 64 and 32, as published
-    margin: float | None = None  # likewise; None: 0.5 radians, and 0.1
+    margin: float | None = None  # of the same; None: 0.5 radians and 0.1, as published
     proxy_lr: float = 10.0  # learning rate of the proxies over lr; Proxy-Anchor's authors take 100
-    per_class: int | None = (
-        4  # pictures of each class in a batch; None: batches without regard to classes
-    )
-    # share of the classes that are trained on; a source whose splits have no class in common keeps
-    # them
+    per_class: int | None = 4  # images of each class in a batch; None: batches ignore classes
+    # share of the classes that are trained on; splits that share no class are kept as they are
     train_classes: float = 0.5
 
     def __post_init__(self):
@@ -98,7 +100,7 @@ class Metric:
         )
 
     def options(self) -> dict[str, float]:
-        """Keyword arguments of the loss; what is not given stays as published."""
+        """Returns the keyword arguments of the loss; it keeps its published values otherwise."""
         if self.loss == "normalised-softmax":
             return {"temperature": self.temperature}
         return {
@@ -130,20 +132,29 @@ class MetricConfig(Config):
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs the script."""
     run_tool(
         MetricConfig.tool,
-        lambda flags: train(load_config(flags, MetricConfig.tool, MetricConfig)),
+        lambda flags: train(load_config(MetricConfig, flags)),
         argv,
     )
 
 
 def train(
-    config: MetricConfig, *, data: tuple[Pictures, Pictures] | None = None, quiet: bool = False
-) -> Trained:
-    """Runs the training that the config describes, or goes on with it; the result is the
-    `Retrieved` of the last evaluation.
+    config: MetricConfig, *, data: tuple[Images, Images] | None = None, quiet: bool = False
+) -> TrainedRun:
+    """Trains the descriptors that a config describes, or resumes their run.
 
-    `data` are training and evaluation pictures to take instead of the config's source.
+    Args:
+        config: the settings of the run.
+        data: training and evaluation images to use instead of the config's source.
+        quiet: whether nothing is printed.
+
+    Returns:
+        The run; its result is the `LabelledDescriptors` of the last evaluation.
+
+    Raises:
+        Refused: the settings, the data or the run's folder do not fit.
     """
     join_processes()
     train_set, eval_set = (
@@ -155,7 +166,7 @@ def train(
     draw = (
         None
         if config.metric.per_class is None
-        else balanced(labels, config.batch, check_balance(config, labels), config.seed)
+        else draw_balanced(labels, config.batch, check_balance(config, labels), config.seed)
     )
     total = max(round(config.epochs * len(train_set) / config.batch), 1)
     classes = len(train_set.classes)
@@ -167,7 +178,7 @@ def train(
     }
 
     def task() -> Task:
-        steps = metric_steps(config, classes, total)
+        steps = make_metric_steps(config, classes, total)
 
         def evaluation(state) -> Evaluation:
             retrieved = retrieve(steps, state.evaluated, eval_set, config)
@@ -180,7 +191,7 @@ def train(
 
         places = {"process": jax.process_index(), "processes": jax.process_count()}
         counts = (
-            f"{len(train_set):,} pictures of {classes} classes to train, {len(eval_set):,} of"
+            f"{len(train_set):,} images of {classes} classes to train, {len(eval_set):,} of"
             f" {len(eval_set.classes)} others to evaluate"
         )
         return Task(
@@ -199,20 +210,30 @@ def train(
 
 
 def check_balance(config: MetricConfig, labels: np.ndarray) -> int:
-    """Pictures of each class in a batch, where the batch can be made so."""
+    """Returns the number of images of each class in a batch.
+
+    Raises:
+        Refused: a batch cannot be divided so.
+    """
     each, classes = config.metric.per_class or 1, len(np.unique(labels))
     if config.batch % each or config.batch // each > classes:
         raise Refused(
-            f"a batch of {config.batch} pictures cannot hold --metric.per_class {each} of each"
+            f"a batch of {config.batch} images cannot hold --metric.per-class {each} of each"
             f" class: it must be a multiple of it, and at most {each * classes} with {classes}"
             " classes"
         )
     return each
 
 
-def metric_steps(config: MetricConfig, classes: int, total_steps: int) -> Steps:
-    """The steps of a config; configs that differ only in seed, folder or logging share one
-    compilation.
+def make_metric_steps(config: MetricConfig, classes: int, total_steps: int) -> Steps:
+    """Returns the compiled steps of a config.
+
+    Configs that differ only in seed, folder or logging share one compilation.
+
+    Args:
+        config: the settings of the run.
+        classes: classes that are trained on, each with a proxy.
+        total_steps: steps of the run.
     """
     vit = build_model(config, 0)
     return _metric_steps(
@@ -263,38 +284,56 @@ def _metric_steps(
         outputs=outputs,
         scales=scales,
     )
-    return compiled(problem, data, optimizer, fsdp, total_steps)
+    return compile_steps(problem, data, optimizer, fsdp, total_steps)
 
 
 @dataclass(frozen=True)
-class Retrieved:
-    """Descriptors of the evaluation pictures that could be read, in the order of their split."""
+class LabelledDescriptors:
+    """Descriptors of the readable evaluation images, in the order of their split."""
 
-    index: np.ndarray  # (n,) number of the picture in its split
+    index: np.ndarray  # (n,) number of the image in its split
     label: np.ndarray  # (n,)
-    digest: np.ndarray  # (n,) of the pictures as they were read
+    digest: np.ndarray  # (n,) of the images as they were read
     descriptor: np.ndarray  # (n, dim) float32, unit vectors
 
     def scores(self) -> LabelScores:
-        """Every picture ranked by all others."""
-        return scores_of(self.descriptor, self.label)
+        """Returns the measures of retrieval, every image a query for all others."""
+        return score_descriptors(self.descriptor, self.label)
 
 
-def retrieve(steps: Steps, params, pictures: Pictures, config: MetricConfig) -> Retrieved:
-    """Describes every picture once."""
-    whole = outputs_of(steps, params, pictures, config)
-    return Retrieved(*(whole[name] for name in ("index", "label", "digest", "descriptor")))
+def retrieve(steps: Steps, params, images: Images, config: MetricConfig) -> LabelledDescriptors:
+    """Describes every image of a split once.
+
+    Args:
+        steps: the compiled steps of the run.
+        params: the parameters to evaluate.
+        images: the split.
+        config: the settings of the run.
+
+    Raises:
+        Refused: no image can be read.
+    """
+    whole = compute_outputs(steps, params, images, config)
+    return LabelledDescriptors(
+        *(whole[name] for name in ("index", "label", "digest", "descriptor"))
+    )
 
 
 def check_findable(labels: np.ndarray) -> None:
-    """Refuses pictures to search of which no two have the same label."""
+    """Refuses images of which no two have the same label."""
     if np.bincount(labels).max(initial=0) < 2:
-        raise Refused("no class to evaluate on has two pictures: nothing can be found")
+        raise Refused("no class to evaluate on has two images: nothing can be found")
 
 
-def scores_of(descriptors: Any, labels: np.ndarray) -> LabelScores:
-    """Each descriptor, a unit vector, as the query for all others; at least one label must be there
-    twice.
+def score_descriptors(descriptors: Any, labels: np.ndarray) -> LabelScores:
+    """Returns the measures of retrieval, each descriptor a query for all others.
+
+    Args:
+        descriptors: `(n, d)` unit vectors.
+        labels: `(n,)` labels; at least one must occur twice.
+
+    Raises:
+        Refused: no label occurs twice.
     """
     check_findable(labels)
     reach = min(max(int(np.bincount(labels).max()), max(KAPPAS) + 1), len(labels))

@@ -1,24 +1,25 @@
-"""Turns packed pictures into class sub-folders and into a TensorFlow Datasets data set: python -m
-train.prepare PACKED OUT.
+"""Converts packed images to class sub-folders and to a TensorFlow Datasets data set.
+
+    python -m train.prepare PACKED OUT
 
 PACKED is a folder with one of
+
 - `*train*.npz` and `*test*.npz` with `jpeg_bytes`, `offsets`, `labels` and `class_names` (joined
   JPEG files, as for CIFAR-10);
 - one `.npz` with `train_images`, `train_labels`, `test_images`, `test_labels` (as for
   Fashion-MNIST);
-- one `.zip` with `SPLIT/CLASS/*` picture files, SPLIT being train and val or test (as for
+- one `.zip` with image files `SPLIT/CLASS/*`, SPLIT being train and val or test (as for
   Imagenette).
 
-Written are `OUT/folder/SPLIT/CLASS/INDEX.png` and `OUT/tfds/NAME/1.0.0/`, both lossless and in the
-order of the index of a picture in its split, so that `--data folder:OUT/folder` and `--data
-tfds:NAME --data-dir OUT/tfds` train on the same batches.
+It writes `OUT/folder/SPLIT/CLASS/INDEX.png` and `OUT/tfds/NAME/1.0.0/`. Both are lossless and keep
+the order of the images in their split, so that `--data folder:OUT/folder` and `--data tfds:NAME
+--data-dir OUT/tfds` train on the same batches.
 """
 
 import contextlib
 import io
 import re
 import shutil
-import sys
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -33,8 +34,7 @@ from PIL import Image
 from tyro.conf import Positional, arg
 
 from ggem_jax.files.images import EXTENSIONS, RGB, UnreadableImage, read_image
-from train.config import Refused, parse
-from train.run import one_sentence
+from train.cli import Refused, first_line, one_sentence, parse
 
 # Xiao, Rasul and Vollgraf, "Fashion-MNIST", 2017, arXiv:1708.07747, table 2; the packed file holds
 # the numbers only.
@@ -53,35 +53,38 @@ FASHION_MNIST = (
 
 MARK = ".made_by_train_prepare"  # in the folders that may be replaced
 
-Split = list[tuple[Callable[[], RGB], int]]  # how to get each picture, and its label
+Split = list[tuple[Callable[[], RGB], int]]  # how to get each image, and its label
 
 
 @dataclass(frozen=True)
 class Prepare:
-    """Turns packed pictures into class sub-folders and into a TensorFlow Datasets data set."""
+    """Converts packed images to class sub-folders and to a TensorFlow Datasets data set."""
 
     packed: Positional[Path]  # folder with the packed files
     out: Positional[Path]  # folder to write to
-    name: str | None = None  # of the TFDS data set; None: the packed folder's, with _ for -
+    # name of the TFDS data set; None: that of the packed folder, with _ for -
+    name: str | None = None
+    # what to write
     formats: Annotated[Literal["both", "folder", "tfds"], arg(aliases=["--format"])] = "both"
-    limit: int | None = None  # take only so many pictures of each split, evenly spaced
+    limit: int | None = None  # most images of each split, evenly spaced; None: all
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs the script."""
     with one_sentence("train.prepare"):
-        for line in prepare(
-            parse(Prepare, sys.argv[1:] if argv is None else argv, "train.prepare")
-        ):
+        for line in prepare(parse(Prepare, argv, "train.prepare")):
             print(line)
 
 
 def prepare(config: Prepare) -> list[str]:
-    """Writes what the config asks for and says how to train on it."""
+    """Writes what the config asks for and returns the lines that say how to train on it.
+
+    Raises:
+        Refused: the packed files cannot be read, or the data set cannot be written.
+    """
     classes, splits = read_packed(config.packed.expanduser())
     if config.limit is not None:
-        splits = {
-            split: evenly_spaced(pictures, config.limit) for split, pictures in splits.items()
-        }
+        splits = {split: evenly_spaced(images, config.limit) for split, images in splits.items()}
     classes = folder_names(classes)
     check(classes, splits)
     name = config.name or re.sub("[^a-z0-9]+", "_", config.packed.resolve().name.lower()).strip("_")
@@ -102,56 +105,62 @@ def prepare(config: Prepare) -> list[str]:
         raise Refused(str(error)) from None
     except RuntimeError as error:  # of the record writer, on a full disk
         raise Refused(
-            f"the data set could not be written to {out}:"
-            f" {(str(error).splitlines() or ['no reason given'])[0]}"
+            f"the data set could not be written to {out}: {first_line(error, 'no reason given')}"
         ) from None
-    counts = ", ".join(f"{split} {len(pictures):,}" for split, pictures in splits.items())
+    counts = ", ".join(f"{split} {len(images):,}" for split, images in splits.items())
     return [
-        f"{len(classes)} classes; {counts} pictures",
+        f"{len(classes)} classes; {counts} images",
         *(f"train on it with  python -m train.classify {flags}" for flags in said),
     ]
 
 
 def check(classes: tuple[str, ...], splits: dict[str, Split]) -> None:
-    """Refuses labels that name no class, and classes without pictures to train on."""
-    for split, pictures in splits.items():
+    """Refuses labels without a class, and classes without images to train on."""
+    for split, images in splits.items():
         wrong = next(
-            ((i, label) for i, (_, label) in enumerate(pictures) if not 0 <= label < len(classes)),
+            ((i, label) for i, (_, label) in enumerate(images) if not 0 <= label < len(classes)),
             None,
         )
-        if wrong is not None or not pictures:
+        if wrong is not None or not images:
             reason = (
                 "is empty"
                 if wrong is None
                 else (
-                    f"has the label {wrong[1]} for picture {wrong[0]}, where 0 to"
+                    f"has the label {wrong[1]} for image {wrong[0]}, where 0 to"
                     f" {len(classes) - 1} are classes"
                 )
             )
             raise Refused(f"the split {split} {reason}")
-        missing = set(range(len(classes))) - {label for _, label in pictures}
+        missing = set(range(len(classes))) - {label for _, label in images}
         if missing:
             names = ", ".join(classes[label] for label in sorted(missing))
             raise Refused(
-                f"the split {split} holds no pictures of {names}: every class needs some (a larger"
+                f"the split {split} holds no images of {names}: every class needs some (a larger"
                 " --limit keeps more)"
             )
 
 
-def evenly_spaced(pictures: Split, limit: int) -> Split:
-    """At most `limit` of the pictures: some of every class where they are sorted by class."""
+def evenly_spaced(images: Split, limit: int) -> Split:
+    """Returns at most `limit` evenly spaced images.
+
+    Of images that are sorted by class it takes some of every class.
+    """
     if limit < 1:
         raise Refused(f"--limit must be at least 1, it is {limit}")
     return [
-        pictures[i]
+        images[i]
         for i in np.unique(
-            np.linspace(0, len(pictures) - 1, min(limit, len(pictures))).round().astype(int)
+            np.linspace(0, len(images) - 1, min(limit, len(images))).round().astype(int)
         )
     ]
 
 
 def read_packed(packed: Path) -> tuple[tuple[str, ...], dict[str, Split]]:
-    """Finds out which kind of packed data set a folder holds; gives its classes and splits."""
+    """Returns the classes and the splits of a folder with packed images, whatever its form.
+
+    Raises:
+        Refused: the folder has none of the forms, or its files are damaged.
+    """
     if not packed.is_dir():
         raise Refused(f"there is no folder {packed}")
     archives, zips = sorted(packed.glob("*.npz")), sorted(packed.glob("*.zip"))
@@ -225,7 +234,7 @@ def _jpeg_splits(paths: list[Path]) -> tuple[tuple[str, ...], dict[str, Split]]:
         classes.add(tuple(map(str, kinds)))
         files = arrays["jpeg_bytes"].tobytes()
 
-        names = [f"picture {i} of {found[0].name}" for i in range(len(offsets) - 1)]
+        names = [f"image {i} of {found[0].name}" for i in range(len(offsets) - 1)]
         cuts = [files[start:end] for start, end in pairwise(offsets)]
         splits[which] = [
             (partial(read_image, file, name=name), int(label))
@@ -247,10 +256,10 @@ def _zip_splits(path: Path) -> tuple[tuple[str, ...], dict[str, Split]]:
         if len(parts) >= 3 and parts[0] != "__MACOSX" and Path(name).suffix.lower() in EXTENSIONS:
             members.setdefault(parts[-3], []).append((parts[-2], name))
     if "train" not in members or not members.keys() & {"val", "test"}:
-        raise Refused(f"{path} holds no pictures under train/CLASS and val/CLASS or test/CLASS")
+        raise Refused(f"{path} holds no images under train/CLASS and val/CLASS or test/CLASS")
     classes = tuple(sorted({kind for split in members.values() for kind, _ in split}))
 
-    def picture(name: str) -> RGB:
+    def image(name: str) -> RGB:
         try:
             file = archive.read(name)
         except (
@@ -265,7 +274,7 @@ def _zip_splits(path: Path) -> tuple[tuple[str, ...], dict[str, Split]]:
         return read_image(file, name=name)
 
     return classes, {
-        split: [(partial(picture, name), classes.index(kind)) for kind, name in found]
+        split: [(partial(image, name), classes.index(kind)) for kind, name in found]
         for split, found in members.items()
     }
 
@@ -292,8 +301,9 @@ def _load(path: Path, *keys: str) -> dict[str, np.ndarray]:
 
 
 def folder_names(classes: tuple[str, ...]) -> tuple[str, ...]:
-    """Names that a file system takes and that sort in the order of the labels: numbered where their
-    own names do not.
+    """Returns class names that a file system takes and that sort in the order of the labels.
+
+    They are numbered where the names themselves do not sort so.
     """
     safe = tuple(re.sub(r"[^\w.-]+", "-", name).strip("-.") for name in classes)
     if sorted(safe) == list(safe) and len(set(safe)) == len(safe):
@@ -302,27 +312,44 @@ def folder_names(classes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def write_folder(root: Path, classes: tuple[str, ...], splits: dict[str, Split]) -> None:
-    """Writes `root/SPLIT/CLASS/INDEX.png`, beside what an earlier call wrote and then in its
-    place.
+    """Writes `root/SPLIT/CLASS/INDEX.png`; what an earlier call wrote is replaced at the end.
+
+    Args:
+        root: the folder; one that exists must be empty or made by this script.
+        classes: names of the sub-folders.
+        splits: the images by split.
+
+    Raises:
+        Refused: the folder holds other files.
     """
     with _in_place_of(root, made_if=MARK) as new:
-        for split, pictures in splits.items():
+        for split, images in splits.items():
             for name in classes:
                 (new / split / name).mkdir(parents=True)
-            for index, (picture, label) in enumerate(pictures):
-                (new / split / classes[label] / f"{index:08d}.png").write_bytes(png(picture()))
+            for index, (image, label) in enumerate(images):
+                (new / split / classes[label] / f"{index:08d}.png").write_bytes(png(image()))
         (new / MARK).touch()
 
 
 def write_tfds(
     data_dir: Path, name: str, classes: tuple[str, ...], splits: dict[str, Split]
 ) -> None:
-    """Writes `data_dir/name/1.0.0` with the features image, label and index, in the order of the
-    index; replaces what is there.
+    """Writes `data_dir/name/1.0.0` with the features image, label and index.
+
+    A data set that this script made before is replaced.
+
+    Args:
+        data_dir: folder of TFDS data sets.
+        name: of the data set.
+        classes: names of the classes.
+        splits: the images by split.
+
+    Raises:
+        Refused: the folder holds other files.
     """
     import tensorflow_datasets as tfds
 
-    class PackedPictures(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
+    class PackedImages(tfds.core.GeneratorBasedBuilder, skip_registration=True):  # type: ignore[call-arg]
         VERSION = tfds.core.Version("1.0.0")
 
         def _info(self):
@@ -336,17 +363,17 @@ def write_tfds(
             )
 
         def _split_generators(self, dl_manager):
-            return {split: self._generate_examples(pictures) for split, pictures in splits.items()}
+            return {split: self._generate_examples(images) for split, images in splits.items()}
 
-        def _generate_examples(self, pictures):
-            for index, (picture, label) in enumerate(pictures):
-                yield index, {"image": io.BytesIO(png(picture())), "label": label, "index": index}
+        def _generate_examples(self, images):
+            for index, (image, label) in enumerate(images):
+                yield index, {"image": io.BytesIO(png(image())), "label": label, "index": index}
 
-    PackedPictures.name = name
+    PackedImages.name = name
     tfds.disable_progress_bar()
     with _in_place_of(data_dir / name, made_if="1.0.0/dataset_info.json") as new:
         with contextlib.redirect_stdout(io.StringIO()):  # it reports a download that is none
-            PackedPictures(
+            PackedImages(
                 data_dir=str(new / "there"), file_format="array_record"
             ).download_and_prepare()
         (new / "there" / name / "1.0.0").rename(new / "1.0.0")
@@ -355,15 +382,17 @@ def write_tfds(
 
 @contextlib.contextmanager
 def _in_place_of(folder: Path, *, made_if: str) -> Iterator[Path]:
-    """A new folder that takes the place of `folder` at the end; one that is there must be empty or
-    show by a file that this tool made it.
+    """Gives a new folder that takes the place of `folder` when the block ends.
+
+    A folder that exists must be empty or hold the file `made_if`, which shows that this script made
+    it.
     """
     if (
         folder.exists()
         and not (folder / made_if).exists()
         and (not folder.is_dir() or any(folder.iterdir()))
     ):
-        raise Refused(f"{folder} holds what this tool did not make: choose another OUT")
+        raise Refused(f"{folder} holds files that this script did not make: choose another OUT")
     new, old = (folder.with_name(f".{folder.name}.{state}") for state in ("new", "old"))
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -379,7 +408,7 @@ def _in_place_of(folder: Path, *, made_if: str) -> Iterator[Path]:
 
 
 def png(image: RGB) -> bytes:
-    """A picture as a PNG file."""
+    """Returns an image as a PNG file."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG", compress_level=1)
     return file.getvalue()

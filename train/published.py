@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from ggem_jax.weights import MismatchedWeights
-from train.config import Refused, published_vit
+from train.cli import Refused, published_vit
 from train.step import State, Steps
 
 

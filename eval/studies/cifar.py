@@ -1,5 +1,6 @@
-"""Small Vision Transformers trained from nothing on CIFAR-10 with different poolings: the
-end-to-end part of `eval.studies.pooling`.
+"""Small Vision Transformers trained from scratch on CIFAR-10 with different poolings.
+
+They are the end-to-end part of `eval.studies.pooling`.
 """
 
 from collections.abc import Iterator
@@ -12,12 +13,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from eval.runs import trained_in_study
+from eval.runs import train_in_study
 from ggem_jax.models.vit import used_exponents
 from train.batches import eval_batches
+from train.build import build_model
 from train.classify import train
-from train.config import Config, build_model, load_config
-from train.data import Pictures, in_memory
+from train.cli import load_config
+from train.config import Config
+from train.data import Images, hold_in_memory
 from train.evaluate import Predictions
 from train.prepare import evenly_spaced, read_packed
 from train.step import normalise
@@ -33,50 +36,52 @@ ARMS = {
 }
 FLAGS = [
     "--model.image", "32", "--model.patch", "8", "--model.width", "48", "--model.depth", "3",
-    "--model.heads", "4", "--model.mlp_width", "192",
+    "--model.heads", "4", "--model.mlp-width", "192",
     "--model.gelu", "tanh", "--batch", "256", "--optimizer.lr", "2e-3", "--optimizer.warmup", "40",
     "--augment.crop", "pad", "--augment.flip",
-    "--log_every", "50", "--eval_every", "1000000", "--checkpoint_every", "1000000",
+    "--log-every", "50", "--eval-every", "1000000", "--checkpoint-every", "1000000",
 ]  # fmt: skip
 
 
-def pictures_of(packed: Path, count: int) -> tuple[Pictures, Pictures]:
-    """`count` training pictures of the packed CIFAR-10, evenly spaced, and all its test pictures,
-    in memory.
+def read_cifar10(packed: Path, count: int) -> tuple[Images, Images]:
+    """Returns `count` evenly spaced training images of CIFAR-10 and all its test images.
+
+    Args:
+        packed: folder with the packed data set, as `train.prepare` reads it.
+        count: number of training images.
     """
     classes, splits = read_packed(packed)
 
-    def held(split) -> Pictures:
-        return in_memory(
+    def load_split(split) -> Images:
+        return hold_in_memory(
             [load() for load, _ in split],
             np.array([label for _, label in split], np.int32),
             tuple(classes),
         )
 
-    return held(evenly_spaced(splits["train"], count)), held(splits["test"])
+    return load_split(evenly_spaced(splits["train"], count)), load_split(splits["test"])
 
 
-def config_of(arm: str, seed: int, runs: Path, epochs: float) -> Config:
-    """The config of one training."""
+def make_config(arm: str, seed: int, runs: Path, epochs: float) -> Config:
+    """Returns the settings of one training.
+
+    Args:
+        arm: its pooling, a name in `ARMS`.
+        seed: of the training.
+        runs: folder of the runs.
+        epochs: of the training.
+    """
     folder = runs / f"{arm.replace(' ', '-').lower()}-{seed}"
     flags = [
-        *FLAGS,
-        *ARMS[arm],
-        "--data",
-        "cifar10",
-        "--seed",
-        str(seed),
-        "--epochs",
-        str(epochs),
-        "--out",
-        str(folder),
-    ]
-    return load_config(flags, "eval.studies.pooling")
+        *FLAGS, *ARMS[arm], "--data", "cifar10", "--seed", str(seed), "--epochs", str(epochs),
+        "--out", str(folder),
+    ]  # fmt: skip
+    return load_config(Config, flags, "eval.studies.pooling")
 
 
 @dataclass(frozen=True)
 class Network:
-    """One trained network on the test pictures."""
+    """One trained network on the test images."""
 
     predictions: Predictions
     p: np.ndarray  # learned exponents; none where nothing is learned
@@ -84,12 +89,20 @@ class Network:
     config: Config
 
 
-def trained(
-    arm: str, seed: int, data: tuple[Pictures, Pictures], runs: Path, epochs: float
+def train_network(
+    arm: str, seed: int, data: tuple[Images, Images], runs: Path, epochs: float
 ) -> Network:
-    """Trains a network, or goes on with it."""
-    config = config_of(arm, seed, runs, epochs)
-    run = trained_in_study(train, config, data=data)
+    """Trains a network, or resumes its run.
+
+    Args:
+        arm: its pooling, a name in `ARMS`.
+        seed: of the training.
+        data: training and test images.
+        runs: folder of the runs.
+        epochs: of the training.
+    """
+    config = make_config(arm, seed, runs, epochs)
+    run = train_in_study(train, config, data=data)
     params = jax.tree.map(np.asarray, run.state.evaluated)
     p = (
         np.asarray(used_exponents(params["pool"]["p"]))
@@ -99,12 +112,13 @@ def trained(
     return Network(run.result, p, params, config)
 
 
-def attention_and_descriptor(network: Network, pictures: Pictures) -> tuple[np.ndarray, np.ndarray]:
-    """Of each picture the output of the last attention's heads, `(n, d)` head by head, meaned over
-    the patches, and the descriptor `(n, d)`.
+def describe_heads(network: Network, images: Images) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the outputs of the last attention's heads and the descriptors, `(n, d)` each.
+
+    The outputs stand head by head, each the mean over the patches.
     """
     config = network.config.model
-    model = build_model(network.config, len(pictures.classes))
+    model = build_model(network.config, len(images.classes))
 
     @jax.jit
     def both(images):
@@ -113,16 +127,16 @@ def attention_and_descriptor(network: Network, pictures: Pictures) -> tuple[np.n
         patches = heads[:, config.prefix_tokens :].mean(axis=1)
         return patches.reshape(len(images), -1), output.descriptor
 
-    parts = [both(images) for images in normalised(network, pictures)]
+    parts = [both(batch) for batch in make_batches(network, images)]
     heads, descriptor = (
-        np.concatenate([np.asarray(part[i]) for part in parts])[: len(pictures)] for i in (0, 1)
+        np.concatenate([np.asarray(part[i]) for part in parts])[: len(images)] for i in (0, 1)
     )
     return heads, descriptor
 
 
-def tokens_of(network: Network, pictures: Pictures) -> np.ndarray:
-    """Tokens after the final norm, the class token first, `(n, tokens, d)` in float16."""
-    model = build_model(network.config, len(pictures.classes))
+def compute_tokens(network: Network, images: Images) -> np.ndarray:
+    """Returns the tokens after the final norm, `(n, tokens, d)` float16, the class token first."""
+    model = build_model(network.config, len(images.classes))
 
     @jax.jit
     def tokens(images):
@@ -130,11 +144,11 @@ def tokens_of(network: Network, pictures: Pictures) -> np.ndarray:
         return output.tokens
 
     return np.concatenate(
-        [np.asarray(tokens(images), np.float16) for images in normalised(network, pictures)]
-    )[: len(pictures)]
+        [np.asarray(tokens(batch), np.float16) for batch in make_batches(network, images)]
+    )[: len(images)]
 
 
-def normalised(network: Network, pictures: Pictures) -> Iterator[Float[Array, "b h w 3"]]:
-    """Batches of the pictures as the network takes them; the last one is filled up."""
-    for batch in eval_batches(pictures, network.config):
+def make_batches(network: Network, images: Images) -> Iterator[Float[Array, "b h w 3"]]:
+    """Yields the images in batches as the network takes them; the last batch is filled up."""
+    for batch in eval_batches(images, network.config):
         yield normalise(jnp.asarray(batch["image"]), network.config.data)

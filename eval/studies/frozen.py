@@ -8,7 +8,7 @@ arm is served by its scale: by the batch in training, by the training pictures i
 are `(n, tokens, d)` of patches; `cls` are the class tokens `(n, d)` of a network that has them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -21,6 +21,8 @@ from jaxtyping import Array, Float
 
 from eval.studies import diagnostics
 from ggem_jax import pooling
+from ggem_jax.descriptors.backbones import Network
+from ggem_jax.files.images import RGB
 from ggem_jax.models.vit import MAP, ViTConfig, used_exponents
 from ggem_jax.optimizer import adamw
 
@@ -45,6 +47,36 @@ class Tokens:
     @property
     def classes(self) -> int:
         return int(self.train_labels.max()) + 1
+
+
+def freeze(
+    network: Network, images: Sequence[RGB], *, channels: np.ndarray | None = None, batch: int = 50
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Returns the tokens of images as a frozen network sees them, in float16.
+
+    Args:
+        network: any backbone, as `load_network` returns it.
+        images: `(h, w, 3)` uint8, all of one size.
+        channels: `(d,)` numbers of the channels to keep; None keeps all.
+        batch: images that go through the network together.
+
+    Returns:
+        Tokens `(images, places, d)`, and class tokens `(images, d)` or None.
+    """
+
+    @jax.jit
+    def describe(batch: Array) -> tuple[Array, Array | None]:
+        tokens, cls = network.describe_tokens(batch)
+        return (tokens, cls) if channels is None else (tokens[..., channels], None)
+
+    parts = [
+        describe(network.normalise(images[start : start + batch]))
+        for start in range(0, len(images), batch)
+    ]
+    tokens = np.concatenate([np.asarray(part, np.float16) for part, _ in parts])
+    if parts[0][1] is None:
+        return tokens, None
+    return tokens, np.concatenate([np.asarray(cls, np.float16) for _, cls in parts])
 
 
 Pool = Callable[[Any, Float[Array, "b n d"]], Float[Array, "b d"]]

@@ -1,23 +1,62 @@
-"""The networks that descriptors are made with, by name: parameters from files, and what their
-pictures must look like.
+"""Every network that descriptors are made with: one table, by name.
+
+A row says how the parameters are read, how images are normalised, and how many pixels a place of
+the feature map covers. `identify` finds the row of a file, `load_network` loads it. A new backbone
+is one row here, and the module that reads its files.
+
+The rows of Vision Transformers are the families of `ggem_jax.weights.vit`. A name such as
+`vit-S/16` stands for any of them, and requires these sizes.
 """
 
-from dataclasses import dataclass, replace
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from flax import traverse_util
+import numpy as np
 from jaxtyping import Array, Float
 
-from ggem_jax.files.images import IMAGENET_MEAN, IMAGENET_STD
+from ggem_jax.files.arrays import read_arrays
+from ggem_jax.files.errors import MismatchedWeights
+from ggem_jax.files.images import RGB, normalise
+from ggem_jax.files.normalisation import HALF, IMAGENET, Channels, Normalisation
+from ggem_jax.models.efficientnet_lite import EfficientNetLite, efficientnet_lite_config
 from ggem_jax.models.resnet import ResNet, ResNetConfig, resnet_config
 from ggem_jax.models.vit import ViT, vit_config
 from ggem_jax.pooling import avg_pool
-from ggem_jax.weights import MismatchedWeights, read_cvnet, read_safetensors
-from ggem_jax.weights.convert import Parameter, to_variables
-from ggem_jax.weights.efficientnet_lite import LITE0_PREPROCESSING, load_pretrained
+from ggem_jax.weights import read_cvnet
+from ggem_jax.weights.efficientnet_lite import (
+    LITE0_PREPROCESSING,
+    efficientnet_lite_to_variables,
+    load_pretrained,
+)
+from ggem_jax.weights.own import OWN_NAME, holds_own_vit, read_own_vit
+from ggem_jax.weights.vit import FAMILIES, PublishedViT, Style, from_arrays, read_vit
+
+DEFAULT = "efficientnet-lite0"  # the only network whose weights can be installed
+OWN = "vit-flax"
+_PLAIN = "vit"  # a ViT of a family that its names do not tell
+
+
+class Loaded(NamedTuple):
+    """A model and its variables, as a row of the table reads them."""
+
+    model: Any
+    variables: Any
+
+
+class Backbone(NamedTuple):
+    """A row of the table."""
+
+    about: str
+    load: Callable[[str | Path | None], Loaded]
+    normalisation: Normalisation
+    stride: int | None = None  # pixels along one side of a place of the map; None: a ViT's patch
+    mark: str | None = None  # pattern of a parameter's name that only files of this network have
 
 
 @dataclass(frozen=True)
@@ -25,21 +64,46 @@ class Network:
     """A network with its parameters."""
 
     # images (b, h, w, 3) -> map (b, rows, columns, channels), with the methods that
-    # `ggem_jax.descriptors.superglobal` tells of
+    # `ggem_jax.descriptors.superglobal` describes
     model: Any
     variables: Any
-    mean: tuple[float, float, float]  # of red, green and blue in [0, 1]: subtracted,
-    std: tuple[float, float, float]  # and divided by
+    mean: Channels  # of red, green and blue in [0, 1]: subtracted,
+    std: Channels  # and divided by
     stride: int  # pixels along one side of a place of the map
-    pads: bool = (
-        True  # whether less than a stride at the border makes a place too; otherwise it is cut off
-    )
+    pads: bool = True  # whether less than a stride at the border makes a place; else it is cut off
+
+    @property
+    def heads(self) -> int | None:
+        """Attention heads of a ViT, None for other networks."""
+        return self.model.vit.config.heads if isinstance(self.model, PatchMap) else None
+
+    def normalise(self, images: Sequence[RGB]) -> Float[Array, "b h w 3"]:
+        """Returns images of one size as the network takes them."""
+        return jnp.asarray(normalise(np.stack(images), mean=self.mean, std=self.std))
+
+    def describe_tokens(
+        self, images: Float[Array, "b h w 3"]
+    ) -> tuple[Float[Array, "b n d"], Float[Array, "b d"] | None]:
+        """Returns the tokens of normalised images: places of the map, and the class token or None.
+
+        Args:
+            images: `(b, h, w, 3)`, normalised.
+        """
+        if isinstance(self.model, PatchMap):
+            vit = self.model.vit
+            output: Any = vit.apply(self.variables, self.model.crop(images))
+            tokens = output.tokens
+            cls = tokens[:, 0] if vit.config.class_token else None
+            return tokens[:, vit.config.prefix_tokens :], cls
+        found: Any = self.model.apply(self.variables, images)
+        return found.reshape(len(images), -1, found.shape[-1]), None
 
 
 @dataclass(frozen=True)
 class PatchMap:
-    """A ViT as a network of maps: its patch tokens after the final norm, row by row; what is less
-    than a patch at the right and below is cut off.
+    """A ViT as a network of maps: its patch tokens after the final norm, row by row.
+
+    Pixels beyond the last whole patch, at the right and at the bottom, are cut off.
     """
 
     vit: ViT
@@ -47,93 +111,220 @@ class PatchMap:
     def apply(
         self, variables: Any, images: Float[Array, "b h w 3"]
     ) -> Float[Array, "b rows columns d"]:
-        config = self.vit.config
+        """Returns the map of normalised images."""
+        config, images = self.vit.config, self.crop(images)
         rows, columns = (length // config.patch for length in images.shape[1:3])
-        output: Any = self.vit.apply(
-            variables, images[:, : rows * config.patch, : columns * config.patch]
-        )
-        return output.tokens[:, config.prefix_tokens :].reshape(
-            len(images), rows, columns, config.width
-        )
+        output: Any = self.vit.apply(variables, images)
+        tokens = output.tokens[:, config.prefix_tokens :]
+        return tokens.reshape(len(images), rows, columns, config.width)
+
+    def crop(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 3"]:
+        """Returns the images without the pixels beyond the last whole patch."""
+        patch = self.vit.config.patch
+        height, width = (length // patch * patch for length in images.shape[1:3])
+        return images[:, :height, :width]
 
 
-def load_network(backbone: str, weights: str | Path | None = None) -> Network:
-    """A network by its name in `ggem_jax.descriptors.settings`, with its parameters on the default
-    device.
-
-    Weights: for a ResNet a checkpoint of CVNet, `.pth` or `.safetensors`; for a ViT a safetensors
-    file of Flax variables, see `read_vit`. Raises `ValueError` for a file that cannot be read or
-    does not fit, and `ModuleNotFoundError` where the weights of EfficientNet-Lite0 are not
-    installed.
-    """
-    if backbone == "efficientnet-lite0":
-        lite, variables = load_pretrained()
-        network = Network(
-            lite.clone(num_classes=0),
-            _without_head(variables),
-            LITE0_PREPROCESSING.mean,
-            LITE0_PREPROCESSING.std,
-            32,
-        )
-    elif weights is None:
-        raise ValueError(f"{backbone} needs a file of weights")
-    elif backbone.startswith("resnet"):
-        depths, variables = read_cvnet(
-            weights, depths=resnet_config(backbone.removeprefix("resnet")).depths
-        )
-        network = Network(ResNet(ResNetConfig(depths)), variables, IMAGENET_MEAN, IMAGENET_STD, 32)
+def _load_efficientnet_lite0(path: str | Path | None) -> Loaded:
+    """The installed ImageNet weights, or those of a file, without the classification head."""
+    config = efficientnet_lite_config("lite0")
+    if path is None:
+        variables = _without(load_pretrained()[1], "head")
     else:
-        vit, variables = read_vit(weights, backbone.removeprefix("vit-"))
-        network = Network(
-            PatchMap(vit), variables, IMAGENET_MEAN, IMAGENET_STD, vit.config.patch, pads=False
+        variables = efficientnet_lite_to_variables(
+            read_arrays(path), config=config, num_classes=0, source=str(path)
         )
-    return replace(network, variables=jax.device_put(network.variables))
+    return Loaded(EfficientNetLite(config, num_classes=0), variables)
 
 
-def read_vit(path: str | Path, variant: str) -> tuple[ViT, dict[str, Any]]:
-    """A ViT of `ggem_jax.models.vit` from a safetensors file of its parameters, named as Flax does:
-    `params/blocks_0/mlp/in/kernel`.
+def _load_cvnet(layers: str, path: str | Path | None) -> Loaded:
+    depths, variables = read_cvnet(_required(path), depths=resnet_config(layers).depths)
+    return Loaded(ResNet(ResNetConfig(depths)), variables)
 
-    Such a file is made by `write_safetensors(path, flax.traverse_util.flatten_dict({"params":
-    params}, sep="/"))`; parameters of a pooling or a head are left out. Class token, registers and
-    the size of the training images are found by the shapes. `MismatchedWeights` lists all that does
-    not fit.
+
+def _load_own_vit(path: str | Path | None, *, variant: str | None = None) -> Loaded:
+    vit, variables = read_own_vit(_required(path), variant)
+    return Loaded(PatchMap(vit), variables)
+
+
+def _load_published_vit(family: str, path: str | Path | None) -> Loaded:
+    published = read_vit(_required(path))
+    if family != published.family and published.family != _PLAIN:
+        raise MismatchedWeights(
+            f"{path} is {FAMILIES[published.family].about}, not {family}: leave out the name of the"
+            f" backbone, or name {published.family}"
+        )
+    vit = ViT(published.config, pooling=avg_pool)
+    return Loaded(PatchMap(vit), _without(published.variables, "head", "pool"))
+
+
+_CVNET = r"(encoder_q\.|globalmodel\.)?"
+BACKBONES: dict[str, Backbone] = {
+    DEFAULT: Backbone(
+        "EfficientNet-Lite0, trained on ImageNet",
+        _load_efficientnet_lite0,
+        (LITE0_PREPROCESSING.mean, LITE0_PREPROCESSING.std),
+        stride=32,
+        mark=r"_conv_stem\.weight",
+    ),
+    "resnet101": Backbone(
+        "the ResNet-101 of CVNet",
+        partial(_load_cvnet, "101"),
+        IMAGENET,
+        stride=32,
+        mark=_CVNET + r"s3\.b([7-9]|\d\d)\..*",
+    ),
+    "resnet50": Backbone(
+        "the ResNet-50 of CVNet",
+        partial(_load_cvnet, "50"),
+        IMAGENET,
+        stride=32,
+        mark=_CVNET + r"s1\.b1\..*",
+    ),
+    OWN: Backbone(
+        "a ViT in the names of our own variables", _load_own_vit, IMAGENET, mark=OWN_NAME
+    ),
+    **{
+        family: Backbone(
+            each.about,
+            partial(_load_published_vit, family),
+            # a plain ViT: the default of timm (vision_transformer.py, _cfg) and of Hugging Face
+            # (ViTImageProcessor)
+            each.normalised or HALF,
+        )
+        for family, each in FAMILIES.items()
+    },
+}
+_SIZES = re.compile(r"vit-((?:Ti|S|B|L|H)/[1-9][0-9]?)")
+
+
+class Identity(NamedTuple):
+    """What a file of weights is."""
+
+    backbone: str  # name in `BACKBONES`
+    normalisation: Normalisation | None  # by a file of settings beside it; None: that of the row
+    note: str = ""  # what the user should know about the choice, in one sentence
+
+
+def check_backbone(name: str) -> None:
+    """Raises `ValueError`, which lists the known names, for a name that no network has."""
+    if name not in BACKBONES and not _SIZES.fullmatch(name):
+        raise ValueError(
+            f"backbone must be one of {', '.join(BACKBONES)}, or the sizes of a ViT such as"
+            f" vit-S/16, not {name!r}"
+        )
+
+
+def identify(weights: str | Path) -> Identity:
+    """Returns the name of the network whose weights a file holds, found from its parameters.
+
+    Args:
+        weights: any file that `ggem_jax.weights` reads: a ViT under every published naming,
+            CVNet's ResNets, EfficientNet-Lite0, or a ViT in the names of our own variables. A
+            `config.json` of timm or a `preprocessor_config.json` of Hugging Face beside a ViT is
+            read too.
+
+    Raises:
+        UnreadableWeights: the file cannot be read.
+        MismatchedWeights: it holds none of these networks.
     """
-    arrays = {
-        name: value
-        for name, value in read_safetensors(path).items()
-        if name.split("/")[1:2] not in (["head"], ["pool"], ["pooling"])
-    }
-    position, registers = arrays.get("params/position"), arrays.get("params/registers")
-    class_token = "params/class_token" in arrays
-    changes: dict[str, Any] = {
-        "class_token": class_token,
-        "registers": 0 if registers is None else len(registers),
-    }
-    if position is None:
-        changes["position"] = "sincos"
+    arrays = read_arrays(weights)
+    for name, row in BACKBONES.items():
+        if row.mark and any(re.fullmatch(row.mark, each) for each in arrays):
+            return Identity(name, None)
+    published = from_arrays(arrays, weights)
+    row = BACKBONES[published.family]
+    if published.normalised is None:
+        note = (
+            f"{weights} does not say how its images are normalised: mean and deviation are 0.5, the"
+            " default of timm and Hugging Face; --backbone deit takes those of ImageNet"
+        )
+        return Identity(published.family, None, note)
+    other = published.normalised != row.normalisation
+    return Identity(published.family, published.normalised if other else None)
+
+
+def load_network(
+    backbone: str | None = None,
+    weights: str | Path | None = None,
+    *,
+    normalisation: Normalisation | None = None,
+) -> Network:
+    """Returns a network with its parameters on the default device.
+
+    Args:
+        backbone: a name in `BACKBONES`, or sizes such as "vit-S/16". None: the network that
+            `identify` finds in the file; without a file EfficientNet-Lite0.
+        weights: file of the parameters. None: those installed with EfficientNet-Lite0.
+        normalisation: mean and deviation of the channels in [0, 1]. None: those of the backbone.
+
+    Raises:
+        UnreadableWeights: the file cannot be read.
+        MismatchedWeights: it holds another network.
+        ValueError: there is no such backbone, or it needs a file.
+        ModuleNotFoundError: the weights of EfficientNet-Lite0 are not installed.
+    """
+    if backbone is None and weights is not None:
+        backbone, found, _ = identify(weights)
+        normalisation = normalisation or found
+    name = backbone or DEFAULT
+    check_backbone(name)
+    if weights is None and name != DEFAULT:
+        raise ValueError(f"{name} needs a file of weights")
+    if sizes := _SIZES.fullmatch(name):
+        row, loaded = _load_vit_of_sizes(str(weights), sizes[1])
     else:
-        side = round((len(position) - class_token) ** 0.5)
-        if side < 1 or side * side != len(position) - class_token:
-            raise MismatchedWeights(
-                f"{path} has {len(position)} positions, which are no square of patches"
-            )
-        changes["image"] = side * vit_config(variant).patch
-    vit = ViT(vit_config(variant, **changes), pooling=avg_pool)
-    shapes = jax.eval_shape(
-        vit.init,
-        jax.random.key(0),
-        jax.ShapeDtypeStruct((1, vit.config.image, vit.config.image, 3), jnp.float32),
-    )
-    table = {
-        "/".join(names): Parameter(names, leaf.shape)
-        for names, leaf in traverse_util.flatten_dict(shapes).items()
-    }
-    return vit, to_variables(arrays, table, source=str(path))
+        row = BACKBONES[name]
+        loaded = row.load(weights)
+    stride = row.stride or loaded.model.vit.config.patch
+    mean, std = normalisation or row.normalisation
+    variables = jax.device_put(loaded.variables)
+    return Network(loaded.model, variables, mean, std, stride, pads=row.stride is not None)
 
 
-def _without_head(variables: dict[str, Any]) -> dict[str, Any]:
+def read_any_vit(path: str | Path) -> PublishedViT:
+    """Returns the ViT of a file as `ggem_jax.weights.vit.read_vit` does, for our own files too.
+
+    Raises `MismatchedWeights` for a file of another network.
+    """
+    arrays = read_arrays(path)
+    if holds_own_vit(arrays):
+        vit, variables = read_own_vit(path)
+        style = Style(int(vit.config.class_token))
+        return PublishedViT("own", "flax", vit.config, "avg", 0, None, style, variables)
+    for row in BACKBONES.values():
+        if row.mark and any(re.fullmatch(row.mark, name) for name in arrays):
+            raise MismatchedWeights(f"{path} holds {row.about}, where a ViT is needed")
+    return from_arrays(arrays, path)
+
+
+def _load_vit_of_sizes(weights: str, variant: str) -> tuple[Backbone, Loaded]:
+    """The ViT of any family, whose sizes must be those of the variant."""
+    name = identify(weights).backbone
+    row = BACKBONES[name]
+    if name == OWN:
+        return row, _load_own_vit(weights, variant=variant)
+    loaded, wanted = row.load(weights), vit_config(variant)
+    if not isinstance(loaded.model, PatchMap):
+        raise MismatchedWeights(f"{weights} holds {row.about}, not a ViT-{variant}")
+    found = loaded.model.vit.config
+    if wrong := [
+        f"{size} {getattr(found, size)} where {getattr(wanted, size)} is needed"
+        for size in ("patch", "width", "depth", "heads", "mlp_width")
+        if getattr(found, size) != getattr(wanted, size)
+    ]:
+        raise MismatchedWeights(f"{weights} is not a ViT-{variant}: {', '.join(wrong)}")
+    return row, loaded
+
+
+def _required(path: str | Path | None) -> str | Path:
+    if path is None:
+        raise ValueError("this network needs a file of weights")
+    return path
+
+
+def _without(variables: dict[str, Any], *parts: str) -> dict[str, Any]:
     return {
-        kind: {name: value for name, value in own.items() if name != "head"}
+        kind: {name: value for name, value in own.items() if name not in parts}
         for kind, own in variables.items()
     }

@@ -1,13 +1,11 @@
-"""Pictures of any size -> unit descriptors: sizes, batches, `ggem_jax.descriptors.superglobal`,
-whitening.
-"""
+"""Images of any size -> unit descriptors: sizes, batches, SuperGlobal's descriptor, whitening."""
 
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Float
 
@@ -16,18 +14,38 @@ from ggem_jax.descriptors.scales import SCALES
 from ggem_jax.descriptors.settings import MOST_THIN, DescriptorSettings
 from ggem_jax.descriptors.superglobal import WINDOW, superglobal_descriptors
 from ggem_jax.descriptors.whitening import load_whitening, whiten
-from ggem_jax.files.images import RGB, UnreadableImage, crop, normalise, resize
+from ggem_jax.files.images import RGB, UnreadableImage, crop, resize
 
-_WINDOW_BATCHES = 4  # batches of pictures that are looked through for equal sizes
+_WINDOW_BATCHES = 4  # batches of images that are searched for equal sizes
 
 
 class Extractor:
-    """Makes descriptors: `extractor(pictures)` gives vectors in the order of the pictures,
-    `extractor.describe(picture)` that of one.
+    """Makes descriptors of images.
 
-    A call of a new size compiles (seconds for each scale), one of a known size does not. `batch`
-    pictures of equal size go through the network together; by default one on a CPU, where more are
-    slower, and 16 elsewhere.
+    `extractor(images)` gives one vector `(d,)` for each image, in the order of the images, and
+    `extractor.describe(image)` that of one. The first image of a new size compiles (seconds for
+    each scale).
+
+    Args:
+        settings: how an image becomes a descriptor; None takes the defaults.
+        batch: images of equal size that go through the network together. None: one on a CPU, where
+            more are slower, and 16 elsewhere.
+        network: used instead of the one that the settings name.
+
+    Raises:
+        ValueError: the weights cannot be read or do not fit.
+        ModuleNotFoundError: the weights of EfficientNet-Lite0 are not installed.
+
+    Example:
+        >>> import flax.linen as nn, jax, numpy as np
+        >>> from ggem_jax.descriptors.backbones import Network
+        >>> from ggem_jax.descriptors.extract import DescriptorSettings, Extractor
+        >>> conv = nn.Conv(8, (32, 32), (32, 32))
+        >>> variables = conv.init(jax.random.key(0), np.zeros((1, 32, 32, 3)))
+        >>> network = Network(conv, variables, mean=(0.5,) * 3, std=(0.5,) * 3, stride=32)
+        >>> extractor = Extractor(DescriptorSettings(scales=1), network=network)
+        >>> extractor.describe(np.zeros((160, 200, 3), np.uint8)).shape
+        (8,)
     """
 
     def __init__(
@@ -37,105 +55,114 @@ class Extractor:
         batch: int | None = None,
         network: Network | None = None,
     ):
-        self.settings = settings or DescriptorSettings()
+        self.settings = s = settings or DescriptorSettings()
         if batch is not None and batch < 1:
             raise ValueError(f"batch must be at least 1, not {batch}")
-        self.network = network or load_network(self.settings.backbone, self.settings.weights)
-        self.whitening = (
-            None if self.settings.whitening is None else load_whitening(self.settings.whitening)
-        )
+        normalisation = (s.mean, s.std) if s.mean and s.std else None
+        self.network = network or load_network(s.backbone, s.weights, normalisation=normalisation)
+        self.whitening = None if s.whitening is None else load_whitening(s.whitening)
         self.batch = batch or (1 if jax.default_backend() == "cpu" else 16)
 
     def __call__(
-        self, pictures: Iterable[RGB]
+        self, images: Iterable[RGB]
     ) -> Iterator[Float[np.ndarray, " d"] | UnreadableImage]:
-        """A vector for each picture, or `UnreadableImage` in its place where it cannot have one."""
-        pictures = iter(pictures)
-        while window := list(
-            itertools.islice(pictures, 1 if self.batch == 1 else _WINDOW_BATCHES * self.batch)
-        ):
-            yield from self._window(window)
+        """Yields a vector `(d,)` for each image, or `UnreadableImage` where it cannot have one.
 
-    def describe(self, picture: RGB, box: Sequence[float] | None = None) -> Float[np.ndarray, " d"]:
-        """The descriptor of a picture, or of the part in the box (x1, y1, x2, y2). Raises
-        `UnreadableImage` where it cannot have one.
+        Args:
+            images: `(height, width, 3)` uint8 arrays of any sizes.
         """
-        (vector,) = self([picture if box is None else crop(picture, box)])
+        images = iter(images)
+        ahead = 1 if self.batch == 1 else _WINDOW_BATCHES * self.batch
+        while window := list(itertools.islice(images, ahead)):
+            yield from self._describe_window(window)
+
+    def describe(self, image: RGB, box: Sequence[float] | None = None) -> Float[np.ndarray, " d"]:
+        """Returns the descriptor `(d,)` of an image, or of a part of it.
+
+        Args:
+            image: `(height, width, 3)` uint8.
+            box: x1, y1, x2, y2 in pixels; None takes the whole image.
+
+        Raises:
+            UnreadableImage: the image cannot have a descriptor.
+        """
+        (vector,) = self([image if box is None else crop(image, box)])
         if isinstance(vector, UnreadableImage):
             raise vector
         return vector
 
-    def _window(self, pictures):
-        results: list = [None] * len(pictures)
+    def _describe_window(self, images):
+        results: list = [None] * len(images)
         groups: dict[tuple[int, int], list[int]] = {}
-        for i, picture in enumerate(pictures):
+        for i, image in enumerate(images):
             try:
-                size = fitted_size(
-                    picture.shape[0],
-                    picture.shape[1],
-                    self.settings,
-                    self.network.stride,
-                    pads=self.network.pads,
-                )
+                height, width, _ = image.shape
+                stride, pads = self.network.stride, self.network.pads
+                size = fitted_size(height, width, self.settings, stride, pads=pads)
                 groups.setdefault(size, []).append(i)
             except UnreadableImage as error:
                 results[i] = error
         for size, own in groups.items():
             for start in range(0, len(own), self.batch):
                 together = own[start : start + self.batch]
-                padded = together + together[-1:] * (
-                    self.batch - len(together)
-                )  # so that a size has one program
-                vectors = self._batch([resize(pictures[i], *size) for i in padded])
+                # the last image is repeated, so that a size has one program
+                padded = together + together[-1:] * (self.batch - len(together))
+                vectors = self._batch([resize(images[i], *size) for i in padded])
                 for i, vector in zip(together, vectors[: len(together)], strict=True):
                     results[i] = vector
         return results
 
-    def _batch(self, pictures):
+    def _batch(self, images):
         s, network = self.settings, self.network
-        images = normalise(np.stack(pictures), mean=network.mean, std=network.std)
         output = superglobal_descriptors(
             network.model,
             network.variables,
-            jnp.asarray(images),
+            network.normalise(images),
             scales=SCALES[s.scales],
             gemp=s.pooling == "gem+",
             rgem=s.regional,
             sgem=s.scale_gem,
             relup=s.relup,
             antialias=s.antialias,
-            pooling=s.pooling if s.pooling in ("average", "max") else None,
+            pooling=plain_pooling(s),
         )
         descriptors = np.asarray(output.descriptor)
         return descriptors if self.whitening is None else whiten(descriptors, self.whitening)
 
 
+def plain_pooling(settings: DescriptorSettings) -> Literal["average", "max"] | None:
+    """Returns the pooling that takes the place of GeM and GeM+, or None."""
+    return settings.pooling if settings.pooling in ("average", "max") else None
+
+
 def fitted_size(
     height: int, width: int, settings: DescriptorSettings, stride: int, *, pads: bool = False
 ) -> tuple[int, int]:
-    """The size (height, width) in pixels that a picture is resized to, as `DescriptorSettings`
-    tells. `UnreadableImage` for one that is too thin.
+    """Returns the size (height, width) in pixels that an image is resized to.
 
-    `stride` and `pads` as in `Network`: what pads can take smaller pictures as they are.
+    Args:
+        height, width: of the image, pixels.
+        settings: `sizes` and `longest_side` are described in `DescriptorSettings`.
+        stride, pads: as in `Network`; networks that pad take smaller images as they are.
+
+    Raises:
+        UnreadableImage: the aspect ratio is too large for a descriptor.
     """
     if max(height, width) > MOST_THIN * min(height, width):
         raise UnreadableImage(
-            f"a picture of {width} x {height} pixels is too thin for a descriptor: one side is over"
-            f" {MOST_THIN} times the other"
+            f"an image of {width} x {height} pixels is too thin for a descriptor: its aspect ratio"
+            f" is above {MOST_THIN}:1"
         )
     places = WINDOW // 2 + 1 if settings.regional else 1
     least = math.ceil(places * stride / min(SCALES[settings.scales]))
     if settings.sizes == "exact":
         if pads:
             least = math.ceil(((places - 1) * stride + 1) / min(SCALES[settings.scales]))
-        zoom = (
-            min(settings.longest_side / max(height, width), 1.0) if settings.longest_side else 1.0
-        )
+        longest = settings.longest_side
+        zoom = min(longest / max(height, width), 1.0) if longest else 1.0
         zoom = max(zoom, least / min(height, width))
         return max(round(height * zoom), least), max(round(width * zoom), least)
-    longest = max(settings.longest_side // stride, math.ceil(least / stride)) * stride
-    zoom = longest / max(height, width)
-    return tuple(
-        max(round(side * zoom / stride), math.ceil(least / stride)) * stride
-        for side in (height, width)
-    )  # type: ignore[return-value]
+    least_strides = math.ceil(least / stride)
+    zoom = max(settings.longest_side // stride, least_strides) * stride / max(height, width)
+    rows, columns = (max(round(side * zoom / stride), least_strides) for side in (height, width))
+    return rows * stride, columns * stride

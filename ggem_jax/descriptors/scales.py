@@ -1,9 +1,9 @@
-"""One picture at several scales: bilinear resizing as PyTorch's, with half-pixel centres and sizes
-that are cut, not rounded.
+"""Images at several scales: bilinear resizing as PyTorch's.
 
-Two conventions, with and without `antialias`, differ only where a picture shrinks: without it two
-pixels of each row and column are mixed however much it shrinks, as in torchvision up to 0.16 (the
-published figures of SuperGlobal); with it all that a shrunk pixel covers, as from 0.17 on.
+Pixel centres lie at half-integers, and sizes are truncated, not rounded. The two conventions, with
+and without `antialias`, differ only where an image shrinks. Without it, two pixels of each row and
+column are mixed however much the image shrinks, as in torchvision up to 0.16 (the published figures
+of SuperGlobal). With it, all pixels that a new pixel covers are mixed, as from 0.17 on.
 """
 
 import math
@@ -22,7 +22,10 @@ SCALES: dict[int, tuple[float, ...]] = {
 
 
 def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
-    """Sides after `rescale`: those of the picture times the scale, cut to whole pixels."""
+    """Returns the sides after `rescale`, in pixels: those of the image times the scale, truncated.
+
+    Raises `ValueError` for a scale that is not a positive number.
+    """
     if not 0 < scale < math.inf:
         raise ValueError(f"scale must be a positive number, not {scale!r}")
     return int(height * scale), int(width * scale)
@@ -31,8 +34,17 @@ def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
 def rescale(
     images: Float[Array, "*b h w c"], scale: float, *, antialias: bool = False
 ) -> Float[Array, "*b h2 w2 c"]:
-    """Resizes to `scaled_size`, bilinear, in float32; the step between the samples is the ratio of
-    the sizes, not the scale. 1 changes nothing.
+    """Returns the images resized to `scaled_size`, bilinear, computed in float32.
+
+    The step between the samples is the ratio of the sizes, not the scale.
+
+    Args:
+        images: `(..., h, w, c)`, floating point.
+        scale: factor of both sides; 1 changes nothing.
+        antialias: filter that is used where the images shrink, as the module says.
+
+    Raises:
+        ValueError: the images are not floating point, or no pixel is left of them.
     """
     images = jnp.asarray(images)
     if images.ndim < 3 or not jnp.issubdtype(images.dtype, jnp.floating):
@@ -48,11 +60,11 @@ def rescale(
         )
     x = images.astype(jnp.promote_types(images.dtype, jnp.float32))
     for axis, new in ((-2, size[1]), (-3, size[0])):
-        x = _resampled(x, axis, new, antialias)
+        x = _resample(x, axis, new, antialias)
     return x.astype(images.dtype)
 
 
-def _resampled(x, axis, new, antialias):
+def _resample(x, axis, new, antialias):
     old = x.shape[axis]
     if old == new:
         return x
@@ -65,17 +77,17 @@ def _resampled(x, axis, new, antialias):
 def _taps(
     old: int, new: int, antialias: bool
 ) -> tuple[Int[np.ndarray, "new taps"], Float[np.ndarray, "new taps"]]:
-    """The pixels that each new pixel is mixed from, and their weights: a triangle of half-width
-    `reach` around its centre, each row of sum 1.
+    """The old pixels that each new pixel is mixed from, and their weights, which sum to 1.
 
-    Places are rounded to float32 where PyTorch does: among hundreds of pixels that moves a sample
-    by 1e-5 of a pixel, more than all other rounding.
+    The weights are a triangle of half-width `reach` around the new pixel's centre. Places are
+    rounded to float32 where PyTorch does so: among hundreds of pixels this moves a sample by 1e-5
+    of a pixel, more than all other rounding.
     """
     step = np.float64(np.float32(old) / np.float32(new))
     middle = step * (np.arange(new) + 0.5)
     if antialias:
         reach, centre = max(step, 1.0), middle.astype(np.float32).astype(np.float64) - 0.5
-    else:  # the border is repeated, where a wider triangle leaves out what hangs over it
+    else:  # the border is repeated, where a wider triangle is cut off at it
         reach, centre = 1.0, np.maximum((middle - 0.5).astype(np.float32).astype(np.float64), 0)
     places = np.ceil(centre[:, None] - reach).astype(int) + np.arange(math.ceil(2 * reach) + 1)
     inside = np.clip(places, 0, old - 1)

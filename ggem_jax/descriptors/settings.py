@@ -1,107 +1,137 @@
-"""What a descriptor is made of, by name. Loads no JAX."""
+"""The settings of a descriptor, by name. Loads neither JAX nor NumPy for the default network."""
 
 import dataclasses
 import hashlib
-import re
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
-BACKBONES = ("efficientnet-lite0", "resnet50", "resnet101")
-_VIT = re.compile(r"vit-(Ti|S|B|L|H)/[1-9][0-9]?")
-
-MOST_THIN = 16  # the longer side of a picture over the shorter: what is thinner has no descriptor
+DEFAULT_BACKBONE = "efficientnet-lite0"
+MOST_THIN = 16  # largest aspect ratio of an image that has a descriptor
+LEAST_SIDE = 160  # pixels: five strides, a little over what three scales and Regional GeM need
 
 
 @dataclass(frozen=True)
 class DescriptorSettings:
-    """How a picture becomes a descriptor. Wrong values raise `ValueError` when the record is made.
+    """How an image becomes a descriptor. Wrong values raise `ValueError` when the record is made.
 
-    `sizes="buckets"` resizes every picture so that its longer side is `longest_side` and its
-    shorter side a multiple of the network's stride: a folder of a thousand sizes compiles a few
-    programs. Proportions change by half a stride at most, and more where the shorter side would be
-    less than the method needs (160 of 320 pixels at three scales: what is over twice as long as
-    wide is squeezed). `"exact"` keeps a picture's own pixels, shrunk to `longest_side` where it is
-    larger (0: never), enlarged where it is too small for the method, and compiles programs for each
-    size. SuperGlobal's own setting is `"exact"` with 0.
+    `sizes="buckets"` resizes an image so that its longer side is `longest_side` and its shorter
+    side a multiple of the network's stride: a folder of a thousand sizes compiles a few programs.
+    Proportions change by half a stride at most, and more where the shorter side would be less than
+    the method needs (160 of 320 pixels at three scales: images wider than 2:1 are squeezed to 2:1).
+    `"exact"` keeps an image's own pixels, shrunk to `longest_side` where it is larger (0: never),
+    enlarged where it is too small for the method, and compiles programs for each size.
+    SuperGlobal's own setting is `"exact"` with 0.
+
+    Example:
+        >>> from ggem_jax.descriptors.settings import DescriptorSettings
+        >>> DescriptorSettings(pooling="gem", scales=1).resolve().backbone
+        'efficientnet-lite0'
     """
 
-    # or resnet50, resnet101 (CVNet's), vit-S/16 and the like (the embedded one has weights of its
-    # own)
-    backbone: str = "efficientnet-lite0"
-    weights: str | None = (
-        # file of the network's parameters; None: those that are installed with efficientnet-lite0
-        None
-    )
-    pooling: Literal["gem+", "gem", "average", "max"] = (
-        "gem+"  # gem: the network's own exponent, or 3
-    )
+    # a row of `ggem_jax.descriptors.backbones`, or the sizes of a ViT such as vit-S/16; None: found
+    # from the weights, and without them efficientnet-lite0
+    backbone: str | None = None
+    # file of the network's parameters; None: those installed with efficientnet-lite0
+    weights: str | None = None
+    # gem: the network's own exponent, or 3
+    pooling: Literal["gem+", "gem", "average", "max"] = "gem+"
     regional: bool = True  # Regional GeM before the pooling
     relup: bool = True  # ReLU-P inside a ResNet
-    scales: Literal[1, 3, 5] = 3  # 1; 0.7, 1 and 1.4; or 0.5, 0.7, 1, 1.4 and 2 times the picture
+    scales: Literal[1, 3, 5] = 3  # 1; 0.7, 1 and 1.4; or 0.5, 0.7, 1, 1.4 and 2 times the image
     scale_gem: bool = True  # the largest over the scales of each channel; off: the mean
-    antialias: bool = False  # when a scale shrinks the picture: off as in the paper's time
+    antialias: bool = False  # when a scale shrinks the image: off as when the paper was written
     sizes: Literal["buckets", "exact"] = "buckets"
     longest_side: int = 320  # pixels
     whitening: str | None = None  # file of `ggem_jax.descriptors.whitening`, applied at the end
+    # of red, green and blue in [0, 1], subtracted and divided by; None: those of the backbone
+    mean: tuple[float, float, float] | None = None
+    std: tuple[float, float, float] | None = None
 
     def __post_init__(self):
-        if self.backbone not in BACKBONES and not _VIT.fullmatch(self.backbone):
-            raise ValueError(
-                f"backbone must be one of {', '.join(BACKBONES)} or a ViT such as vit-S/16, not"
-                f" {self.backbone!r}"
-            )
-        for name, hint in get_type_hints(type(self)).items():
-            choices = (
-                get_args(hint)
-                if name in ("pooling", "scales", "sizes")
-                else (False, True)
-                if hint is bool
-                else ()
-            )
-            if choices and (
-                getattr(self, name) not in choices
-                or isinstance(getattr(self, name), bool) != (hint is bool)
-            ):
-                raise ValueError(
-                    f"{name} must be one of {', '.join(map(str, choices))}, not"
-                    f" {getattr(self, name)!r}"
-                )
-        if self.backbone != "efficientnet-lite0" and self.weights is None:
-            raise ValueError(
-                f"{self.backbone} needs a file of weights; only efficientnet-lite0 has weights that"
-                " can be installed"
-            )
-        if self.backbone == "efficientnet-lite0" and self.weights is not None:
-            raise ValueError(
-                "efficientnet-lite0 takes the weights that are installed with it, not a file"
-            )
-        least = (
-            0 if self.sizes == "exact" else 160
-        )  # five strides: what three scales and Regional GeM need, and some
-        side = self.longest_side
-        if (
-            not isinstance(side, int)
-            or isinstance(side, bool)
-            or not (side == least or side >= 160)
-        ):
-            raise ValueError(
-                "longest_side must be a whole number of at least 160"
-                f" pixels{', or 0' if not least else ''}, not {side!r}"
-            )
+        self._check_backbone()
+        self._check_choices()
+        self._check_side()
+        self._check_normalisation()
+
+    def resolve(self) -> "DescriptorSettings":
+        """Returns the settings with the name of the network, which is found in the file of weights.
+
+        Mean and deviation are set too where a file beside the weights says others than the
+        backbone's. Raises `ValueError` where the file cannot be read or holds no known network.
+        """
+        if self.backbone is not None:
+            return self
+        if self.weights is None:
+            return dataclasses.replace(self, backbone=DEFAULT_BACKBONE)
+        from ggem_jax.descriptors.backbones import identify
+
+        found = identify(self.weights)
+        mean, std = (self.mean, self.std) if self.mean else (found.normalisation or (None, None))
+        return dataclasses.replace(self, backbone=found.backbone, mean=mean, std=std)
 
     def record(self) -> dict[str, Any]:
-        """JSON values that are equal where descriptors are: files are told apart by their
-        contents.
+        """Returns JSON values that are equal where descriptors are.
+
+        Files stand there by a digest of their contents. Mean and deviation are left out where they
+        are the backbone's.
         """
-        record = dataclasses.asdict(self)
+        record = dataclasses.asdict(self.resolve())
         for name in ("weights", "whitening"):
             record[name] = None if record[name] is None else digest(record[name])
+        for name in ("mean", "std"):
+            value = record.pop(name)
+            if value is not None:
+                record[name] = list(value)
         return record
+
+    def _check_backbone(self):
+        if self.backbone in (None, DEFAULT_BACKBONE):
+            return
+        from ggem_jax.descriptors.backbones import check_backbone
+
+        check_backbone(self.backbone)
+        if self.weights is None:
+            raise ValueError(
+                f"{self.backbone} needs a file of weights; only {DEFAULT_BACKBONE} has weights that"
+                " can be installed"
+            )
+
+    def _check_choices(self):
+        for name, hint in get_type_hints(type(self)).items():
+            literal = name in ("pooling", "scales", "sizes")
+            choices = get_args(hint) if literal else (False, True) if hint is bool else ()
+            value = getattr(self, name)
+            if choices and (value not in choices or isinstance(value, bool) != (hint is bool)):
+                known = ", ".join(map(str, choices))
+                raise ValueError(f"{name} must be one of {known}, not {value!r}")
+
+    def _check_side(self):
+        side, exact = self.longest_side, self.sizes == "exact"
+        whole = isinstance(side, int) and not isinstance(side, bool)
+        if not whole or not (side >= LEAST_SIDE or (exact and side == 0)):
+            raise ValueError(
+                f"longest_side must be a whole number of at least {LEAST_SIDE}"
+                f" pixels{', or 0' if exact else ''}, not {side!r}"
+            )
+
+    def _check_normalisation(self):
+        if (self.mean is None) != (self.std is None):
+            raise ValueError("mean and std go together: give both, or neither")
+        for name in ("mean", "std"):
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if len(value) != 3 or not all(map(math.isfinite, value)):
+                raise ValueError(f"{name} must be three numbers, not {value!r}")
+            if name == "std" and min(value) <= 0:
+                raise ValueError(f"std must be positive, not {value!r}")
+            object.__setattr__(self, name, tuple(value))  # of a record in JSON, a list
 
 
 def digest(path: str | Path) -> str:
-    """The start of a file's SHA-256. Raises `ValueError` where the file cannot be read."""
+    """Returns the start of a file's SHA-256. Raises `ValueError` where it cannot be read."""
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -1,11 +1,11 @@
 """SuperGlobal's global descriptor: a batch of images of one size -> maps at several scales ->
 pooled -> head -> one descriptor.
 
-A network is a Flax module from images to feature maps. Where it has methods `pool` (its own learned
-GeM) and `describe` (a head), as `ResNet` has, they are used; others are pooled by GeM with p = 3
-instead of their own, and what is pooled is the descriptor. Of a network and an image size the map
-is compiled once and kept by JAX, whatever the other choices; under an outer `jit` all becomes one
-program.
+A network is a Flax module from images to feature maps. Methods `pool` (its own learned GeM) and
+`describe` (a head), as `ResNet` has them, are used where they exist. Other networks are pooled by
+GeM with p = 3 in place of their own, and the pooled vector is the descriptor. JAX compiles the map
+once for each network and image size and keeps it, whatever the other choices. Under an outer `jit`
+everything becomes one program.
 
 Reference: Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", 2023,
 arXiv:2308.06954, and its code: github.com/ShihaoShao-GH/SuperGlobal.
@@ -34,22 +34,17 @@ from ggem_jax.pooling import (
 )
 
 GEM_PLUS_P, GEM_PLUS_EPS = 4.6, 1e-8  # of the official code
-GEM_P, GEM_EPS = (
-    3.0,
-    1e-6,
-    # of a network without a GeM of its own: where GeM starts (Radenović et al., 2018,
-    # arXiv:1711.02512)
-)
+# of a network without a GeM of its own: where GeM starts (Radenović et al., 2018, arXiv:1711.02512)
+GEM_P, GEM_EPS = 3.0, 1e-6
 WINDOW = 5  # places along one side of Regional GeM's window, of the official code
 REDUCTION = 32  # pixels along one side of a place of the map: five strides of 2
-
 
 Pooling = Literal["average", "max"]
 
 
 @struct.dataclass
 class SuperGlobalOutput:
-    """What the method computes on the way from images to unit descriptors."""
+    """Intermediate and final results on the way from images to unit descriptors."""
 
     by_scale: Float[Array, "scales b d"]  # after the head, not normalised
     raw: Float[Array, "b d"]  # scales joined, not normalised
@@ -69,24 +64,39 @@ def superglobal_descriptors(
     antialias: bool = False,
     pooling: Pooling | None = None,
 ) -> SuperGlobalOutput:
-    """Descriptors of normalised images. Each flag off takes the plain way instead:
+    """Returns the descriptors of normalised images.
 
-    - `gemp`: GeM with the network's own exponent for GeM+ (p = 4.6)
+    Each flag that is off takes the plain alternative:
+
+    - `gemp`: GeM with the network's own exponent in place of GeM+ (p = 4.6)
     - `rgem`: no Regional GeM
-    - `sgem`: the mean of the scales' descriptors for Scale GeM (p = infinity)
-    - `relup`: ReLU for ReLU-P, as far as the model's `relup_off` says; only a `ResNet` has it
+    - `sgem`: the mean of the scales' descriptors in place of Scale GeM (p = infinity)
+    - `relup`: ReLU in place of ReLU-P, as far as the model's `relup_off` says; only a `ResNet` has
+      it
 
-    `pooling`: "average" or "max" in the place of GeM and GeM+.
+    Args:
+        model: a Flax module from images to maps, as in the module's docstring.
+        variables: its variables.
+        images: `(b, h, w, 3)`, normalised as the network requires.
+        scales: factors of the images' sides, at least one.
+        antialias: off as when the paper was written, on as today's torchvision does by default;
+            see `ggem_jax.descriptors.scales`.
+        pooling: "average" or "max" in place of GeM and GeM+; None keeps these.
 
-    `antialias`: off as when the paper was written, on as today's torchvision does by default; see
-        `ggem_jax.descriptors.scales`.
+    Returns:
+        A record whose `descriptor` is `(b, d)`, of length 1.
+
+    Raises:
+        ValueError: the images are too small for the smallest scale.
+
+    Reference: Shao et al., 2023, arXiv:2308.06954, section 3.
     """
     check_size(images.shape[-3], images.shape[-2], scales, rgem=rgem)
     if not relup and hasattr(model, "config") and hasattr(model.config, "relup"):
         model = model.clone(config=replace(model.config, relup=None))
     by_scale = []
     for scale in scales:
-        feature_map = compute_map(model, variables, _rescaled(images, scale, antialias))
+        feature_map = compute_map(model, variables, rescale_compiled(images, scale, antialias))
         by_scale.append(
             describe_map(model, variables, feature_map, gemp=gemp, rgem=rgem, pooling=pooling)
         )
@@ -95,8 +105,14 @@ def superglobal_descriptors(
 
 
 def check_size(height: int, width: int, scales: Sequence[float], *, rgem: bool = True) -> None:
-    """Raises `ValueError` for images too small for the smallest scale: Regional GeM reflects 2
-    places at the map's borders, so it needs 3.
+    """Raises `ValueError` for images too small for the smallest scale.
+
+    Regional GeM reflects 2 places at the map's borders, so it requires 3.
+
+    Args:
+        height, width: of the images, pixels.
+        scales: factors of both, at least one.
+        rgem: whether Regional GeM is used.
     """
     if not scales:
         raise ValueError("scales must be at least one number")
@@ -118,7 +134,7 @@ def check_size(height: int, width: int, scales: Sequence[float], *, rgem: bool =
 def compute_map(
     model: Any, variables: Any, images: Float[Array, "b h w 3"]
 ) -> Float[Array, "b h2 w2 d"]:
-    """The network's last feature map; compiled once for each model and shape."""
+    """Returns the network's last feature map; compiled once for each model and shape."""
     return model.apply(variables, images)
 
 
@@ -132,8 +148,9 @@ def describe_map(
     rgem: bool = True,
     pooling: Pooling | None = None,
 ) -> Float[Array, "b out"]:
-    """Feature map -> Regional GeM -> GeM+ -> L2 -> dense layer, of one scale; the result is not
-    normalised.
+    """Returns the vectors of one scale: map -> Regional GeM -> GeM+ -> L2 -> dense layer.
+
+    The vectors are not normalised. Flags as in `superglobal_descriptors`.
     """
     pooled = pool_map(model, variables, feature_map, gemp=gemp, rgem=rgem, pooling=pooling)
     return (
@@ -150,7 +167,7 @@ def pool_map(
     rgem: bool = True,
     pooling: Pooling | None = None,
 ) -> Float[Array, "b d"]:
-    """The part of `describe_map` before the head."""
+    """Returns what `describe_map` gives to the head. Flags as in `superglobal_descriptors`."""
     if gemp and rgem and pooling is None:
         return superglobal_pool(feature_map, window=WINDOW, p=GEM_PLUS_P, eps=GEM_PLUS_EPS)
     if rgem:
@@ -171,16 +188,18 @@ def pool_map(
             )
 
 
-_rescaled = jax.jit(
-    lambda images, scale, antialias: rescale(images, scale, antialias=antialias),
-    static_argnums=(1, 2),
-)
+@partial(jax.jit, static_argnums=(1, 2))
+def rescale_compiled(
+    images: Float[Array, "b h w 3"], scale: float, antialias: bool
+) -> Float[Array, "b h2 w2 3"]:
+    """Returns what `rescale` does; compiled once for each shape, scale and filter."""
+    return rescale(images, scale, antialias=antialias)
 
 
 @partial(jax.jit, static_argnames="sgem")
 def join_scales(
     by_scale: Float[Array, "scales b d"], *, sgem: bool = True
 ) -> tuple[Float[Array, "b d"], Float[Array, "b d"]]:
-    """The scales' descriptors by Scale GeM, or their mean: as it is, and L2-normalised."""
+    """Returns the scales' descriptors joined by Scale GeM or their mean: raw, and L2-normalised."""
     raw = scale_gem(by_scale) if sgem else jnp.mean(by_scale, axis=0)
     return raw, l2_normalize(raw)

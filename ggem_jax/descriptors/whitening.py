@@ -1,5 +1,5 @@
-"""PCA whitening: descriptors `(n, d)` -> `(n, dim)` whose components are uncorrelated and of equal
-variance, as unit vectors.
+"""PCA whitening: descriptors `(n, d)` -> unit vectors `(n, dim)` with uncorrelated components of
+equal variance.
 
 Reference: Jégou and Chum, "Negative Evidences and Co-occurences in Image Retrieval: The Benefit of
     PCA and Whitening", ECCV 2012.
@@ -15,18 +15,26 @@ from ggem_jax.files.atomic import replacing
 
 
 class Whitening(NamedTuple):
-    """y = (x - mean) projection, then L2."""
+    """The parameters of y = (x - mean) projection, which is then L2-normalised."""
 
     mean: Float[np.ndarray, " d"]
     projection: Float[np.ndarray, "d dim"]
 
 
 def learn_whitening(descriptors: Float[np.ndarray, "n d"], *, dim: int | None = None) -> Whitening:
-    """From the eigenvectors of the covariance with the largest eigenvalues, each divided by the
-    root of its eigenvalue; in float64.
+    """Returns the whitening of descriptors, computed in float64.
 
-    `dim`: components that are kept; None keeps all. Raises `ValueError` where the descriptors do
-        not span so many.
+    The projection holds the eigenvectors of the covariance with the largest eigenvalues, each
+    divided by the root of its eigenvalue.
+
+    Args:
+        descriptors: `(n, d)`, finite.
+        dim: components to keep; None keeps all d.
+
+    Raises:
+        ValueError: the descriptors span fewer than `dim` dimensions.
+
+    Reference: Jégou and Chum, 2012, as the module says.
     """
     x = np.asarray(descriptors, np.float64)
     if x.ndim != 2 or not np.isfinite(x).all():
@@ -52,8 +60,9 @@ def learn_whitening(descriptors: Float[np.ndarray, "n d"], *, dim: int | None = 
 def whiten(
     descriptors: Float[np.ndarray, "*b d"], whitening: Whitening
 ) -> Float[np.ndarray, "*b dim"]:
-    """Whitened unit vectors, in float32. Raises `ValueError` for descriptors of another width than
-    the whitening's.
+    """Returns whitened unit vectors `(..., dim)` in float32: (x - mean) projection, then L2.
+
+    Raises `ValueError` for descriptors of another width than the whitening's.
     """
     if np.shape(descriptors)[-1] != len(whitening.mean):
         raise ValueError(
@@ -65,21 +74,19 @@ def whiten(
 
 
 def save_whitening(path: str | Path, whitening: Whitening) -> None:
-    """A `.npz` file of both arrays, which appears when it is complete."""
+    """Writes both arrays to a `.npz` file, which appears when it is complete."""
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **whitening._asdict())
 
 
 def load_whitening(path: str | Path) -> Whitening:
-    """Raises `ValueError` for a file that is none."""
+    """Returns the whitening of a file. Raises `ValueError` for a file that holds none."""
     try:
         with np.load(path, allow_pickle=False) as file:
             whitening = Whitening(
                 *(np.asarray(file[name], np.float32) for name in Whitening._fields)
             )
-    except (
-        Exception
-    ) as error:  # a damaged file fails in NumPy, zipfile or zlib with errors of a dozen kinds
+    except Exception as error:  # damaged files raise a dozen kinds in NumPy, zipfile and zlib
         raise ValueError(
             f"{path} is no file of a whitening: {str(error).partition(chr(10))[0]}"
         ) from None

@@ -1,4 +1,4 @@
-"""Files that appear under their name when they are complete."""
+"""Files that appear under their name only when they are complete."""
 
 import contextlib
 import os
@@ -9,8 +9,12 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
-    """A temporary file beside `path` to write to, which takes its name at the end; after an error
-    it is gone and `path` is as it was.
+    """Gives a temporary file beside `path` that takes its name when the block ends.
+
+    The file is flushed to the disk first. After an error it is deleted and `path` is unchanged.
+
+    Raises:
+        OSError: there is no such folder, or the file cannot be written.
     """
     path = Path(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
@@ -24,6 +28,19 @@ def replacing(path: Path | str) -> Iterator[Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: Path | str, text: str) -> None:
+    """Writes a text file in UTF-8 so that it is never half written.
+
+    Raises:
+        OSError: it cannot be written; the error names `path`, not the temporary file.
+    """
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
 
 
 def _umask() -> int:

@@ -1,0 +1,1 @@
+"""Losses of image-text learning (`contrastive`) and of descriptor learning (`metric_learning`)."""

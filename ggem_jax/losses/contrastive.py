@@ -1,9 +1,8 @@
-"""Image-text learning: the losses of CLIP and SigLIP, on one device or on a mesh, and how well
-pictures and texts find each other.
+"""Losses of image-text learning, CLIP's and SigLIP's, on one device or on a mesh of devices.
 
-Descriptors are `(b, d)` of length 1; row i of the images and row i of the texts are a pair, all
-others are negatives. Losses compute in float32, or in float64 where the descriptors do. The
-measures at the end are NumPy.
+Descriptors are `(b, d)` of length 1. Row i of the images and row i of the texts are a pair; all
+other combinations are negatives. The losses compute in float32, or in float64 where the
+descriptors do.
 
 References: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision"
 (CLIP), 2021, arXiv:2103.00020; Zhai et al., "Sigmoid Loss for Language Image Pre-Training"
@@ -11,26 +10,42 @@ References: Radford et al., "Learning Transferable Visual Models From Natural La
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 from jax.typing import ArrayLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float
 
 Descriptors = Float[Array, "b d"]
 Loss = Float[Array, ""]
 
 
-def softmax_loss(images: Descriptors, texts: Descriptors, scale: ArrayLike) -> Loss:
-    """Mean cross-entropy of finding the text of each image and the image of each text: CLIP, figure
-    3.
+def clip_loss(images: Descriptors, texts: Descriptors, scale: ArrayLike) -> Loss:
+    """Returns CLIP's loss: the mean cross-entropy of finding the text of each image, and back.
 
-    `scale` is what multiplies the similarities, exp(t) in the figure. Descriptors of other shapes
-    than `(b, d)` are a `ValueError`.
+    With logits l_ij = scale images_i . texts_j it is mean_i (log sum_j exp l_ij + log sum_j exp
+    l_ji - 2 l_ii) / 2.
+
+    Args:
+        images: Descriptors of the images, `(b, d)`, of length 1.
+        texts: Descriptors of their texts, `(b, d)`, of length 1.
+        scale: Factor of the similarities, the inverse of a temperature; exp(t) in the paper.
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        ValueError: The descriptors are not both `(b, d)` with b at least 1.
+
+    Reference: Radford et al. (CLIP), 2021, arXiv:2103.00020, figure 3.
+
+    Example:
+        >>> images, texts = jnp.eye(4), jnp.eye(4)
+        >>> print(f"{clip_loss(images, texts, 10.0):.6f}")
+        0.000136
     """
     _check(images, texts)
     logits = _similarities(images, texts) * scale
@@ -39,20 +54,36 @@ def softmax_loss(images: Descriptors, texts: Descriptors, scale: ArrayLike) -> L
     return jnp.mean(of_images + of_texts - 2 * pairs) / 2
 
 
-def sigmoid_loss(
-    images: Descriptors, texts: Descriptors, scale: ArrayLike, bias: ArrayLike
-) -> Loss:
-    """Sum over all pairs of the log-loss of telling true pairs from others, over b: SigLIP,
-    algorithm 1.
+def siglip_loss(images: Descriptors, texts: Descriptors, scale: ArrayLike, bias: ArrayLike) -> Loss:
+    """Returns SigLIP's loss: the log-loss of telling pairs from others, summed over all, over b.
 
-    The logit of a pair is scale * similarity + bias. Descriptors of other shapes than `(b, d)` are
-    a `ValueError`.
+    With logits l_ij = scale images_i . texts_j + bias it is sum_ij log(1 + exp(-z_ij l_ij)) / b,
+    where z_ij is 1 for a pair and -1 otherwise.
+
+    Args:
+        images: Descriptors of the images, `(b, d)`, of length 1.
+        texts: Descriptors of their texts, `(b, d)`, of length 1.
+        scale: Factor of the similarities; the paper starts at 10.
+        bias: Added to all logits; the paper starts at -10, as most combinations are negatives.
+
+    Returns:
+        The loss, a scalar.
+
+    Raises:
+        ValueError: The descriptors are not both `(b, d)` with b at least 1.
+
+    Reference: Zhai et al. (SigLIP), 2023, arXiv:2303.15343, algorithm 1.
+
+    Example:
+        >>> images, texts = jnp.eye(4), jnp.eye(4)
+        >>> print(f"{siglip_loss(images, texts, 10.0, -5.0):.6f}")
+        0.026861
     """
     _check(images, texts)
     return _sigmoid_block(images, texts, scale, bias, own=True) / len(images)
 
 
-def sharded_softmax_loss(
+def sharded_clip_loss(
     images: Descriptors,
     texts: Descriptors,
     scale: ArrayLike,
@@ -60,22 +91,32 @@ def sharded_softmax_loss(
     mesh: Mesh,
     axes: str | tuple[str, ...],
 ) -> Loss:
-    """`softmax_loss` of descriptors that are split over the axes of a mesh; no device ever holds
-    more than a block of (b / devices)^2 logits.
+    """Returns `clip_loss` of descriptors that are split over the axes of a mesh.
 
-    Each device keeps its images, and the texts travel once around all of them: the sums over texts
-    gather where the images are, those over images travel with the texts. A block is computed again
-    in the backward pass. Value and gradient are those of `softmax_loss`. Raises `ValueError` for
-    axes that the mesh does not have, and for a b that its devices do not divide.
+    No device ever holds more than a block of (b / devices)^2 logits. Each device keeps its images,
+    and the texts travel once around all devices: the sums over texts gather where the images are,
+    the sums over images travel with the texts. The backward pass computes each block again. Value
+    and gradient are those of `clip_loss`.
+
+    Args:
+        images: Descriptors of the images, `(b, d)`, rows split over `axes`.
+        texts: Descriptors of their texts, likewise.
+        scale: Factor of the similarities.
+        mesh: The devices.
+        axes: The axes of the mesh that the rows are split over.
+
+    Returns:
+        The loss, a scalar, the same on every device.
+
+    Raises:
+        ValueError: The mesh does not have the axes, or its devices do not divide b.
     """
     devices = _check_mesh(images, texts, mesh, axes)
     send = _sender(axes, devices)
 
     def local(images, texts, scale):
-        images, texts = (
-            _wide(images),
-            _wide(texts),
-        )  # before they travel: so are their gradients summed
+        # wide before they travel, so that their gradients are summed wide, too
+        images, texts = _wide(images), _wide(texts)
         pairs = jnp.sum(images * texts, axis=1) * scale
         of_images, of_texts = _log_sums(images, texts, scale)
 
@@ -83,25 +124,19 @@ def sharded_softmax_loss(
             texts, of_texts, of_images = carried
             texts, of_texts = send(texts), send(of_texts)
             more_images, more_texts = _log_sums(images, texts, scale)
-            return (
-                texts,
-                jnp.logaddexp(of_texts, more_texts),
-                jnp.logaddexp(of_images, more_images),
-            ), None
+            of_texts = jnp.logaddexp(of_texts, more_texts)
+            return (texts, of_texts, jnp.logaddexp(of_images, more_images)), None
 
-        (_, of_texts, of_images), _ = jax.lax.scan(
-            meet, (texts, of_texts, of_images), length=devices - 1
-        )
-        return jax.lax.pmean(
-            jnp.mean(of_images + of_texts - 2 * pairs) / 2, axes
-        )  # to the mean it is all one where the texts have come to
+        first = (texts, of_texts, of_images)
+        (_, of_texts, of_images), _ = jax.lax.scan(meet, first, length=devices - 1)
+        # the mean does not depend on where the texts end up
+        return jax.lax.pmean(jnp.mean(of_images + of_texts - 2 * pairs) / 2, axes)
 
-    return jax.shard_map(local, mesh=mesh, in_specs=(P(axes), P(axes), P()), out_specs=P())(
-        images, texts, jnp.asarray(scale)
-    )
+    spread = jax.shard_map(local, mesh=mesh, in_specs=(P(axes), P(axes), P()), out_specs=P())
+    return spread(images, texts, jnp.asarray(scale))
 
 
-def sharded_sigmoid_loss(
+def sharded_siglip_loss(
     images: Descriptors,
     texts: Descriptors,
     scale: ArrayLike,
@@ -110,8 +145,26 @@ def sharded_sigmoid_loss(
     mesh: Mesh,
     axes: str | tuple[str, ...],
 ) -> Loss:
-    """`sigmoid_loss` of descriptors that are split over the axes of a mesh, as in
-    `sharded_softmax_loss`: SigLIP, section 3.3.
+    """Returns `siglip_loss` of descriptors that are split over the axes of a mesh.
+
+    The texts travel around the devices as in `sharded_clip_loss`. Value and gradient are those of
+    `siglip_loss`.
+
+    Args:
+        images: Descriptors of the images, `(b, d)`, rows split over `axes`.
+        texts: Descriptors of their texts, likewise.
+        scale: Factor of the similarities.
+        bias: Added to all logits.
+        mesh: The devices.
+        axes: The axes of the mesh that the rows are split over.
+
+    Returns:
+        The loss, a scalar, the same on every device.
+
+    Raises:
+        ValueError: The mesh does not have the axes, or its devices do not divide b.
+
+    Reference: Zhai et al. (SigLIP), 2023, arXiv:2303.15343, section 3.3.
     """
     devices = _check_mesh(images, texts, mesh, axes)
     send = _sender(axes, devices)
@@ -125,15 +178,13 @@ def sharded_sigmoid_loss(
             texts = send(texts)
             return (texts, total + block(images, texts, scale, bias, False)), None
 
-        (_, total), _ = jax.lax.scan(
-            meet, (texts, block(images, texts, scale, bias, True)), length=devices - 1
-        )
+        first = (texts, block(images, texts, scale, bias, True))
+        (_, total), _ = jax.lax.scan(meet, first, length=devices - 1)
         return jax.lax.psum(total, axes) / (devices * len(images))
 
-    inputs = (images, texts, jnp.asarray(scale), jnp.asarray(bias))
-    return jax.shard_map(local, mesh=mesh, in_specs=(P(axes), P(axes), P(), P()), out_specs=P())(
-        *inputs
-    )
+    specs = (P(axes), P(axes), P(), P())
+    spread = jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=P())
+    return spread(images, texts, jnp.asarray(scale), jnp.asarray(bias))
 
 
 def _wide(descriptors):
@@ -141,19 +192,19 @@ def _wide(descriptors):
 
 
 def _similarities(images, texts):
-    # A scale of 100 makes tenths of the error of a bfloat16 or TF32 product.
+    # with a scale of 100, the error of a bfloat16 or TF32 product would be tenths of a logit
     return jnp.matmul(_wide(images), _wide(texts).T, precision="highest")
 
 
 @jax.checkpoint
 def _log_sums(images, texts, scale):
-    """Log-sum-exp of a block of logits over the texts and over the images."""
+    """Log-sum-exp of a block of logits, over its texts and over its images."""
     logits = _similarities(images, texts) * scale
     return jax.nn.logsumexp(logits, axis=1), jax.nn.logsumexp(logits, axis=0)
 
 
 def _sigmoid_block(images, texts, scale, bias, own: bool):
-    """Sum of the losses of a block; in a device's own block the diagonal holds the true pairs."""
+    """Sums the losses of a block; in a device's own block the diagonal holds the true pairs."""
     logits = _similarities(images, texts) * scale + bias
     if own:
         logits = jnp.where(jnp.eye(len(images), dtype=bool), -logits, logits)
@@ -161,7 +212,7 @@ def _sigmoid_block(images, texts, scale, bias, own: bool):
 
 
 def _sender(axes, devices: int) -> Callable[[Array], Array]:
-    """Passes an array to the next device of the ring."""
+    """Returns a function that passes an array to the next device of the ring."""
     ring = [(i, (i + 1) % devices) for i in range(devices)]
     return lambda array: jax.lax.ppermute(array, axes, ring)
 
@@ -175,7 +226,7 @@ def _check(images, texts) -> None:
 
 
 def _check_mesh(images, texts, mesh: Mesh, axes) -> int:
-    """The number of devices along the axes."""
+    """Checks the arguments of a sharded loss; returns the number of devices along the axes."""
     _check(images, texts)
     names = (axes,) if isinstance(axes, str) else axes
     if not names or not set(names) <= set(mesh.axis_names):
@@ -189,91 +240,3 @@ def _check_mesh(images, texts, mesh: Mesh, axes) -> int:
             f" {len(images)}"
         )
     return devices
-
-
-def found_at(
-    queries: Float[np.ndarray, "q d"],
-    items: Float[np.ndarray, "n d"],
-    pairs: Int[np.ndarray, "m 2"],
-    *,
-    kappas: Sequence[int] = (1, 5, 10),
-    block: int = 1024,
-) -> Bool[np.ndarray, "q kappas"]:
-    """Whether one of the right items of a query is among the kappa most similar: recall@kappa is
-    the mean over the queries.
-
-    `pairs` holds (query, right item); a query may have several right items and an item several
-    queries. Wrong items that are exactly as similar as the best right one stand before it, and
-    descriptors that are no numbers find nothing. `block` queries are compared at a time.
-    """
-    _check_pairs(pairs, len(queries), len(items))
-    pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
-    found = np.zeros((len(queries), len(kappas)), bool)
-    columns = np.asarray(items, np.float64).T
-    for start in range(0, len(queries), block):
-        similarity = np.asarray(queries[start : start + block], np.float64) @ columns
-        right = _right(similarity.shape, pairs, start)
-        best = np.max(similarity, axis=1, where=right, initial=-np.inf)
-        before = np.sum((similarity >= best[:, None]) & ~right, axis=1)
-        possible = right.any(axis=1) & np.all(np.isfinite(similarity), axis=1)
-        found[start : start + block] = (before[:, None] < np.asarray(kappas)) & possible[:, None]
-    return found
-
-
-def chance_at(
-    pairs: Int[np.ndarray, "m 2"], queries: int, items: int, *, kappas: Sequence[int] = (1, 5, 10)
-) -> Float[np.ndarray, " kappas"]:
-    """What `found_at` gives on average where the items of every query stand in a random order.
-
-    A query with r right items of n misses them all with probability (n - r choose kappa) / (n
-    choose kappa).
-    """
-    _check_pairs(pairs, queries, items)
-    right = np.bincount(np.unique(pairs, axis=0)[:, 0], minlength=queries)
-    missed = [
-        np.prod(
-            [
-                np.clip((items - right - j) / max(items - j, 1), 0, 1)
-                for j in range(min(kappa, items))
-            ],
-            axis=0,
-        )
-        for kappa in kappas
-    ]
-    return np.array([np.mean(1 - np.broadcast_to(each, right.shape)) for each in missed])
-
-
-def class_descriptors(
-    prompts: Float[np.ndarray, "classes templates d"],
-) -> Float[np.ndarray, "classes d"]:
-    """One descriptor of length 1 for each class: the mean of those of its prompts, each of length
-    1. CLIP, section 3.1.4.
-    """
-    prompts = np.asarray(prompts)
-    if prompts.ndim != 3 or not prompts.shape[1]:
-        raise ValueError(
-            "prompts must be (classes, templates, d) with at least one template, not of shape"
-            f" {prompts.shape}"
-        )
-    mean = (prompts / np.linalg.norm(prompts, axis=-1, keepdims=True)).mean(axis=1)
-    return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
-
-
-def _right(shape, pairs, start: int) -> Bool[np.ndarray, "block n"]:
-    """Which items are right for the queries of a block; `pairs` stand in the order of their
-    queries.
-    """
-    first, last = np.searchsorted(pairs[:, 0], (start, start + shape[0]))
-    right = np.zeros(shape, bool)
-    right[pairs[first:last, 0] - start, pairs[first:last, 1]] = True
-    return right
-
-
-def _check_pairs(pairs, queries: int, items: int) -> None:
-    pairs = np.asarray(pairs)
-    if pairs.ndim != 2 or pairs.shape[1] != 2 or not np.issubdtype(pairs.dtype, np.integer):
-        raise ValueError(
-            f"pairs must be whole numbers (m, 2), not {pairs.dtype} of shape {pairs.shape}"
-        )
-    if len(pairs) and not ((pairs >= 0) & (pairs < (queries, items))).all():
-        raise ValueError(f"pairs must name queries below {queries} and items below {items}")

@@ -1,9 +1,8 @@
-"""Image retrieval with global descriptors: pictures -> descriptors -> index -> ranking -> reranked
-ranking.
+"""Image retrieval with global descriptors: images -> descriptors -> index -> ranking -> reranked.
 
-Descriptors are `(num_images, dim)`, usually unit vectors; ids number the rows of a database; a
-ranking is `(num_queries, k)`, best first. What is named here is loaded when it is asked for, so
-that the tool starts without JAX.
+Descriptors are `(num_images, dim)`, usually unit vectors; ids are the rows of a database; a ranking
+is `(num_queries, k)`, best first. `ggem_jax.retrieval.index` has the index. The names here are
+loaded when they are first used, so that the tool starts without JAX.
 """
 
 import importlib

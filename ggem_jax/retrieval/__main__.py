@@ -1,8 +1,8 @@
 """The tool: `python -m ggem_jax.retrieval COMMAND`, or `ggem-retrieval COMMAND` after installation.
 
-What goes wrong is one sentence on standard error, and an exit code: 2 for wrong flags, 130 after
-Ctrl-C, 141 where nobody reads the output, 1 for the rest. JAX is loaded when there is a picture to
-describe or a vector to search, not before.
+A failure is one sentence on standard error, and an exit code: 2 for wrong flags, 130 after Ctrl-C,
+141 where nobody reads the output, 1 for the rest. JAX is loaded when there is an image to describe
+or a vector to search, not before.
 """
 
 import os
@@ -15,64 +15,56 @@ _OUT_OF_MEMORY = "out of memory: try a smaller --batch, --longest-side or --cand
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns the exit code."""
-    _open_what_is_closed()
+    """Runs one command and returns the exit code. `argv` None takes those of the process."""
+    _open_closed_streams()
     prog = (
         "ggem-retrieval"
         if os.path.basename(sys.argv[0]).startswith("ggem-retrieval")
         else "python -m ggem_jax.retrieval"
     )
-    unfinished = ""
+    resume = ""
     try:
-        arguments = parse(sys.argv[1:] if argv is None else argv, prog)
-        unfinished = (
-            ": the same command goes on from where it was"
-            if arguments.command in ("index", "add")
-            else ""
-        )
-        from ggem_jax.retrieval.tool.commands import COMMANDS  # NumPy, Pillow and SQLite
+        options = vars(parse(sys.argv[1:] if argv is None else argv, prog))
+        command = options.pop("command")
+        resume = ": run the same command again to resume" if command in ("index", "add") else ""
+        from ggem_jax.retrieval.tool.commands import run  # NumPy, Pillow and SQLite
 
-        code = COMMANDS[arguments.command](arguments)
+        code = run(command, **options)
         sys.stdout.flush()
         return code
     except Usage as error:
-        return _said(str(error), 2)
+        return _print_error(str(error), 2)
     except KeyboardInterrupt:
-        return _said(f"interrupted{unfinished}", 128 + signal.SIGINT)
+        return _print_error(f"interrupted{resume}", 128 + signal.SIGINT)
     except BrokenPipeError:
         _drop_output()
         return 128 + signal.SIGPIPE
     except MemoryError:
-        return _said(_OUT_OF_MEMORY, 1)
+        return _print_error(_OUT_OF_MEMORY, 1)
     except ImportError as error:
-        mend = "" if "pip install" in str(error) else ": pip install 'ggem-jax[retrieval]'"
-        return _said(f"{error}{mend}", 1)
+        remedy = "" if "pip install" in str(error) else ": pip install 'ggem-jax[retrieval]'"
+        return _print_error(f"{error}{remedy}", 1)
     except OSError as error:
         _drop_output()
-        return _said(
-            f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1
-        )
+        file = f": {error.filename}" if error.filename else ""
+        return _print_error(f"{error.strerror or error}{file}", 1)
     except ValueError as error:
-        return _said(str(error), 1)
-    except (
-        RuntimeError
-    ) as error:  # JAX's own errors, known by their text so that JAX need not be loaded to tell them
+        return _print_error(str(error), 1)
+    except RuntimeError as error:  # JAX's own, told by their text so that JAX need not be loaded
         if "RESOURCE_EXHAUSTED" in str(error):
-            return _said(_OUT_OF_MEMORY, 1)
+            return _print_error(_OUT_OF_MEMORY, 1)
         if "nable to initialize backend" in str(error):
-            return _said(str(error), 1)
+            return _print_error(str(error), 1)
         raise
 
 
-def _said(sentence: str, code: int) -> int:
+def _print_error(sentence: str, code: int) -> int:
     sys.stderr.write(f"ggem-retrieval: {' '.join(sentence.split())}\n")
     return code
 
 
-def _open_what_is_closed() -> None:
-    """Streams that the caller has closed go nowhere; names that a terminal cannot show are
-    escaped.
-    """
+def _open_closed_streams() -> None:
+    """Sends closed streams nowhere, and escapes names that a terminal cannot show."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):
@@ -81,7 +73,7 @@ def _open_what_is_closed() -> None:
 
 
 def _drop_output() -> None:
-    """What could not be written is not tried again when the process ends."""
+    """Drops buffered output, so that the process does not try to write it when it ends."""
     try:
         sys.stdout.flush()
     except (OSError, ValueError):

@@ -18,37 +18,31 @@ from ggem_jax.retrieval.vectors import (
     Ranking,
     ahead,
     blocks_of,
+    check_database,
     check_mesh,
-    checked_database,
-    checked_queries,
+    check_queries,
     is_callback,
+    make_sortable,
     on_device,
-    ordered,
     shape_of,
-    taken,
+    take_vectors,
 )
 
 Precision = Literal["float32", "bfloat16"]
 
-_BLOCK_BYTES = (
-    16 * 2**20
-    # of widened vectors and their scores: what stays in a cache is multiplied as fast as if it
-    # had been float32 all along
-)
+# of widened vectors and their scores: vectors that stay in a cache are multiplied as fast as if
+# they had been float32 all along
+_BLOCK_BYTES = 16 * 2**20
 # products in one sum: 2048 at once differ from float64 by 2e-6, in pieces of 512 by 5e-7 (unit
 # vectors)
 _SUMMED = 512
-_MARGIN, _WIDEST = (
-    16,
-    4096,
-    # results beyond k that are scored again in float64: at first, and where so many are too
-    # close to tell, at most
-)
-_CLOSE = 1e-6  # of the lengths of both vectors: what a score in float32 may be off
+# results beyond k that are scored again in float64: at first, and, where so many are too close to
+# tell apart, at most
+_MARGIN, _WIDEST = 16, 4096
+_CLOSE = 1e-6  # of the lengths of both vectors: the largest error of a score in float32
 _SCORED = 4096  # vectors that are widened to float64 at a time
-_READ_BYTES = (
-    128 * 2**20
-)  # of vectors read at a time: one block is searched, one waits, one is being read
+# of vectors read at a time: one block is searched, one waits, one is being read
+_READ_BYTES = 128 * 2**20
 
 
 def search(
@@ -59,27 +53,43 @@ def search(
     precision: Precision = "float32",
     mesh: Mesh | None = None,
 ) -> Ranking:
-    """The `k` vectors with the largest dot product with each query, in order: exact search.
+    """Returns the k vectors with the largest dot product with each query, best first.
 
-    Queries are `(q, d)`; the database is an array `(n, d)` of JAX or NumPy (memory-mapped too) or a
-    store, in float32, float16 or bfloat16, which is widened block by block: memory is bounded
-    whatever n. Equal scores are ordered by smaller id; a score that is not a number comes last.
-    Time grows with k: each block is sorted together with the k best so far. With `mesh` all its
-    devices share the rows.
+    The search is exact, and its memory is bounded whatever n: vectors are widened block by block.
+    Time grows with k, as each block is sorted together with the k best so far. Equal scores are
+    ordered by smaller id; scores that are not numbers come last.
 
-    - An array of JAX makes this a pure function, for use inside `jit`. Even equal vectors may get
-      scores that differ in the last bit, by their place.
-    - Anything else is read block by block, and the best are ordered by their scores in float64,
-      rounded to float32: on every device the same, but for more than 4,096 vectors that float32
-      cannot tell from the k-th.
+    - With an array of JAX this is a pure function, for use inside `jit`. Scores of equal vectors
+      may differ in the last bit, by their place.
+    - Other databases are read block by block, and the best are ordered by their scores in float64,
+      rounded to float32. The order is the same on every device, unless more than 4,096 vectors are
+      too close to the k-th for float32.
 
-    `precision="float32"` multiplies in full precision on every device; `"bfloat16"` rounds both
-    sides to bfloat16 and adds in float32: of the 100 best of 50,000 random unit vectors of 2,048
-    numbers 99.5 % stay, and scores are 2e-4 off at most (`benchmarks.bench_search`). Raises
-    `ValueError` for shapes and values that do not fit.
+    Args:
+        queries: `(q, d)`.
+        database: an array `(n, d)` of JAX or NumPy (memory-mapped too) or a `Store`, in float32,
+            float16 or bfloat16.
+        k: results of each query, from 1 to n.
+        precision: "float32" multiplies in full precision on every device. "bfloat16" rounds both
+            sides to bfloat16 and adds in float32: of the 100 best of 50,000 random unit vectors of
+            2,048 numbers 99.5 % stay, and scores are at most 2e-4 off (`benchmarks.bench_search`).
+        mesh: devices that share the rows; None: one.
+
+    Returns:
+        Scores and ids, each `(q, k)`.
+
+    Raises:
+        ValueError: shapes or values do not fit.
+        TypeError: the database is a callback, which cannot be searched.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from ggem_jax.retrieval import search
+        >>> search(jnp.array([[1.0, 0.0]]), jnp.array([[0.0, 1.0], [0.6, 0.8]]), k=1).ids.tolist()
+        [[1]]
     """
-    queries = checked_queries(queries)
-    database = checked_database(database, queries.shape[1])
+    queries = check_queries(queries)
+    database = check_database(database, queries.shape[1])
     if is_callback(database):
         raise TypeError(
             "search needs an array or a store: a callback cannot be asked for all vectors"
@@ -94,11 +104,12 @@ def search(
         )
     options: dict[str, Any] = {"k": int(k), "precision": precision, "mesh": mesh}
     if on_device(database):
-        return _found(queries, database, **options)
-    return _streamed(queries, database, **options)
+        return _search_on_device(queries, database, **options)
+    return _search_blocks(queries, database, **options)
 
 
 def check_precision(precision: str) -> None:
+    """Raises `ValueError` for a precision that does not exist."""
     if precision not in get_args(Precision):
         raise ValueError(
             f"precision must be one of {', '.join(get_args(Precision))}, not {precision!r}"
@@ -108,8 +119,9 @@ def check_precision(precision: str) -> None:
 def similarity(
     a: Float[Array, "*b m d"], b: Float[Array, "*b n d"], precision: Precision
 ) -> Float[Array, "*b m n"]:
-    """All dot products, in float32. Long ones are summed in pieces: the rounding of float32 grows
-    with the length of a sum.
+    """Returns all dot products `(..., m, n)` in float32.
+
+    Long ones are summed in pieces, as the rounding of float32 grows with the length of a sum.
     """
     if precision == "bfloat16":
         return jnp.einsum(
@@ -132,7 +144,7 @@ def similarity(
 
 
 @partial(jax.jit, static_argnames=("k", "precision", "mesh"))
-def _found(queries, database, *, k, precision, mesh):
+def _search_on_device(queries, database, *, k, precision, mesh):
     """Search in an array of JAX."""
     if mesh is None or mesh.size == 1:
         scores, ids = _best(queries, database, k, precision, first=0)
@@ -143,24 +155,22 @@ def _found(queries, database, *, k, precision, mesh):
     return Ranking(scores, ids)
 
 
-def _streamed(queries, database, *, k, precision, mesh):
-    """Search in vectors that are read block by block; the best are settled in float64, if need be
-    among more of them.
-    """
+def _search_blocks(queries, database, *, k, precision, mesh):
+    """Search in vectors that are read block by block; float64 decides between the best."""
     options = {"precision": precision, "mesh": mesh}
     if precision != "float32":
         return _read_through(queries, database, k=k, **options)
     n, margin = database.shape[0], _MARGIN
     while True:
         found = _read_through(queries, database, k=min(k + margin, n), **options)
-        settled, sure = _settled(queries, database, found, k)
+        settled, sure = _settle(queries, database, found, k)
         if sure or margin >= min(_WIDEST, n - k):
             return settled
         margin *= 16
 
 
 def _read_through(queries, database, *, k, precision, mesh):
-    """The next block is read while the last one is searched."""
+    """The k best by float32; the next block is read while the last one is searched."""
     n, d = database.shape
     devices = 1 if mesh is None else mesh.size
     rows = (
@@ -193,8 +203,9 @@ def _read_through(queries, database, *, k, precision, mesh):
 
 
 def _at_hand(block, rows):
-    """The block with rows of zeros at its end, up to `rows`, in memory where a CPU's JAX takes it
-    without a copy: at an address that 64 divides.
+    """The block with rows of zeros at its end, up to `rows`.
+
+    Its address is a multiple of 64, so that JAX on a CPU takes it without a copy.
     """
     if len(block) == rows and block.flags.c_contiguous and block.ctypes.data % 64 == 0:
         block.reshape(-1).view(np.uint8)[
@@ -209,9 +220,10 @@ def _at_hand(block, rows):
     return copy
 
 
-def _settled(queries, database, found, k):
-    """The k best by scores in float64: the rounding of float32 depends on the sizes of blocks, and
-    on the device. And whether none can be missing.
+def _settle(queries, database, found, k):
+    """The k best by scores in float64, and whether none can be missing.
+
+    The rounding of float32 depends on the sizes of blocks and on the device.
     """
     rows, sure = [], True
     for query, scores, ids in zip(
@@ -220,7 +232,9 @@ def _settled(queries, database, found, k):
         own = np.sort(ids)
         exact, length = np.empty(len(own), np.float32), 0.0
         for start in range(0, len(own), _SCORED):
-            vectors = taken(database, own[start : start + _SCORED], len(query)).astype(np.float64)
+            vectors = take_vectors(database, own[start : start + _SCORED], len(query)).astype(
+                np.float64
+            )
             with np.errstate(invalid="ignore", over="ignore"):
                 exact[start : start + _SCORED] = vectors @ query
                 length = max(
@@ -244,11 +258,11 @@ def _absorb(best, queries, block, first, end, *, k, precision, mesh):
         found = _best(queries, block, most, precision, first, end)
     else:
         found = _over_devices(queries, block, most, precision, mesh, first, end)
-    return _merged(best, found, k)
+    return _merge(best, found, k)
 
 
 def _over_devices(queries, database, k, precision, mesh, first, end):
-    """Each device searches its rows, then all share what they found."""
+    """Each device searches its rows, then all share their results."""
     axes = mesh.axis_names
     share = len(database) // mesh.size
 
@@ -263,9 +277,7 @@ def _over_devices(queries, database, k, precision, mesh, first, end):
 
 
 def _best(queries, database, k, precision, first=0, end=None):
-    """The k best of the rows of an array, whose ids begin at `first`; ids from `end` on do not
-    exist.
-    """
+    """The k best rows of an array, whose ids begin at `first`; ids from `end` on do not exist."""
     (q, d), n = queries.shape, len(database)
     rows = max(min(_BLOCK_BYTES // (4 * (d + 3 * q)), n), 1)
 
@@ -273,7 +285,7 @@ def _best(queries, database, k, precision, first=0, end=None):
         start = jnp.minimum(
             i * rows, n - rows
         )  # the last block reaches back, over rows that were searched
-        scores = ordered(
+        scores = make_sortable(
             similarity(queries, lax.dynamic_slice_in_dim(database, start, rows), precision)
         )
         at = start + jnp.arange(rows)
@@ -282,7 +294,7 @@ def _best(queries, database, k, precision, first=0, end=None):
             fresh &= first + at < end
         scores = jnp.where(fresh, scores, -jnp.inf)
         top, position = lax.top_k(scores, min(k, rows))
-        return _merged(best, (top, (first + start + position).astype(jnp.int32)), k), None
+        return _merge(best, (top, (first + start + position).astype(jnp.int32)), k), None
 
     scores, ids, *_ = varying_alike(
         jnp.full((q, k), -jnp.inf), jnp.zeros((q, k), jnp.int32), queries, database
@@ -293,10 +305,8 @@ def _best(queries, database, k, precision, first=0, end=None):
     return lax.scan(block, empty, jnp.arange(-(-n // rows)))[0]
 
 
-def _merged(best, found, k):
-    """The k best of two rankings; `lax.top_k` is stable, so that equal scores stay in the order of
-    their ids.
-    """
+def _merge(best, found, k):
+    """The k best of two rankings; `lax.top_k` is stable, so equal scores stay ordered by id."""
     scores, ids = (jnp.concatenate(pair, axis=1) for pair in zip(best, found, strict=True))
     top, at = lax.top_k(scores, k)
     return Ranking(top, jnp.take_along_axis(ids, at, axis=1))

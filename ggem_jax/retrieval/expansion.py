@@ -1,7 +1,7 @@
-"""Query expansion and database augmentation: vectors are averaged with their nearest neighbours,
-and the search is done again.
+"""Query expansion and database augmentation: average vectors with their neighbours, search again.
 
-Queries and vectors are `(q, d)` and `(n, d)`, unit vectors; averages are made unit vectors again.
+Queries are `(q, d)` and the database is `(n, d)`, unit vectors; averages are made unit vectors
+again.
 """
 
 from collections.abc import Iterator
@@ -19,14 +19,14 @@ from ggem_jax.retrieval.vectors import (
     Ranking,
     Store,
     blocks_of,
-    checked_database,
-    checked_queries,
-    checked_ranking,
+    check_database,
+    check_queries,
+    check_ranking,
     is_callback,
+    make_sortable,
     on_device,
-    ordered,
     shape_of,
-    taken,
+    take_vectors,
 )
 
 _TOGETHER = 64  # queries, or rows of a database, whose neighbours are in memory at a time
@@ -41,14 +41,35 @@ def average_query_expansion(
     num_neighbors: int = 10,
     precision: Precision = "float32",
 ) -> Ranking:
-    """Searches again with the mean of each query and its first `num_neighbors` results; the ranking
-    keeps its length.
+    """Returns the ranking of a search with the mean of each query and its first results.
 
-    A database that is a callback cannot be searched: then the ids of the ranking are ordered anew.
+    A callback cannot be searched; with it, the ids of the given ranking are reordered.
+
+    Args:
+        queries: `(q, d)`, unit vectors.
+        database: an array `(n, d)`, a `Store`, or a function of ids.
+        ranking: scores and ids of the first search, each `(q, k)`.
+        num_neighbors: results that are averaged with the query.
+        precision: of the dot products, as in `search`.
+
+    Returns:
+        Scores and ids, each `(q, k)`.
+
+    Raises:
+        ValueError: shapes or values do not fit.
+
     Reference: Chum et al., "Total Recall: Automatic Query Expansion with a Generative Feature Model
         for Object Retrieval", ICCV 2007.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from ggem_jax.retrieval import average_query_expansion, search
+        >>> queries, database = jnp.eye(2)[:1], jnp.array([[0.6, 0.8], [0.8, 0.6], [0.0, 1.0]])
+        >>> first = search(queries, database, k=3)
+        >>> average_query_expansion(queries, database, first, num_neighbors=1).ids.tolist()
+        [[1, 0, 2]]
     """
-    return _expanded_search(queries, database, ranking, num_neighbors, None, precision)
+    return _search_expanded(queries, database, ranking, num_neighbors, None, precision)
 
 
 def alpha_query_expansion(
@@ -60,13 +81,32 @@ def alpha_query_expansion(
     alpha: float = 3.0,
     precision: Precision = "float32",
 ) -> Ranking:
-    """`average_query_expansion` with each result weighted by its similarity to the power `alpha`;
-    the query has weight 1, a negative similarity 0.
+    """Returns `average_query_expansion` with results weighted by their similarity.
+
+    The expanded query is q + sum_j max(q . x_j, 0)^alpha x_j, as a unit vector.
+
+    Args:
+        queries, database, ranking, num_neighbors, precision: as in `average_query_expansion`.
+        alpha: power of the similarity.
+
+    Returns:
+        Scores and ids, each `(q, k)`.
+
+    Raises:
+        ValueError: shapes or values do not fit.
 
     Reference: Radenović et al., "Fine-tuning CNN Image Retrieval with No Human Annotation", 2018,
         arXiv:1711.02512.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from ggem_jax.retrieval import alpha_query_expansion, search
+        >>> queries, database = jnp.eye(2)[:1], jnp.array([[0.6, 0.8], [0.8, 0.6], [0.0, 1.0]])
+        >>> first = search(queries, database, k=3)
+        >>> alpha_query_expansion(queries, database, first, alpha=2.0).ids.tolist()
+        [[1, 0, 2]]
     """
-    return _expanded_search(queries, database, ranking, num_neighbors, alpha, precision)
+    return _search_expanded(queries, database, ranking, num_neighbors, alpha, precision)
 
 
 def database_augmentation(
@@ -78,18 +118,40 @@ def database_augmentation(
     alpha: float = 3.0,
     precision: Precision = "float32",
 ) -> Ranking:
-    """Searches in `augment_database`, for as many results as the ranking has. Every vector meets
-    all others: n^2 d operations.
+    """Returns the ranking of a search in the augmented database.
 
-    To search more than once, keep what `augment_database` returns. Of a store no more than a few
-    blocks are in memory.
+    Every vector meets all others: n^2 d operations. To search more than once, keep the result of
+    `augment_database`. Of a store, only a few blocks are in memory.
+
+    Args:
+        queries: `(q, d)`, unit vectors.
+        database: an array `(n, d)` or a `Store`.
+        ranking: scores and ids, each `(q, k)`, of which only k matters.
+        num_neighbors, alpha, precision: as in `augment_database`.
+
+    Returns:
+        Scores and ids, each `(q, k)`.
+
+    Raises:
+        ValueError: shapes or values do not fit.
+        TypeError: the database is a callback.
+
+    Reference: Turcot and Lowe, "Better Matching with Fewer Features", 2009.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from ggem_jax.retrieval import database_augmentation, search
+        >>> queries, database = jnp.eye(2)[:1], jnp.array([[0.6, 0.8], [0.8, 0.6], [0.0, 1.0]])
+        >>> first = search(queries, database, k=3)
+        >>> database_augmentation(queries, database, first, num_neighbors=1).ids.tolist()
+        [[1, 0, 2]]
     """
-    queries = checked_queries(queries)
-    database = checked_database(database, queries.shape[1])
-    ranking = checked_ranking(ranking, queries, database)
+    queries = check_queries(queries)
+    database = check_database(database, queries.shape[1])
+    ranking = check_ranking(ranking, queries, database)
     return search(
         queries,
-        _augmented(database, num_neighbors, alpha, precision),
+        _augment(database, num_neighbors, alpha, precision),
         k=ranking.ids.shape[1],
         precision=precision,
     )
@@ -102,18 +164,37 @@ def augment_database(
     alpha: float = 3.0,
     precision: Precision = "float32",
 ) -> Float[Array, "n d"] | np.ndarray:
-    """Every vector replaced by the mean of its `num_neighbors` + 1 nearest, itself among them,
-    weighted by similarity to the power `alpha`.
+    """Returns the database with each vector replaced by a mean of its neighbourhood.
 
-    `(n, d)` in float32; JAX for an array of JAX, NumPy for another array or a store. Negative
-    similarities have weight 0.
+    The mean is sum_j max(x . x_j, 0)^alpha x_j over the `num_neighbors` + 1 nearest vectors, x
+    itself among them, as a unit vector.
+
+    Args:
+        database: an array `(n, d)` or a `Store`.
+        num_neighbors: neighbours beside the vector itself.
+        alpha: power of the similarity.
+        precision: of the dot products, as in `search`.
+
+    Returns:
+        `(n, d)` in float32: JAX for an array of JAX, NumPy for another array or a store.
+
+    Raises:
+        ValueError: shapes or values do not fit.
+        TypeError: the database is a callback.
+
     Reference: Turcot and Lowe, "Better Matching with Fewer Features", 2009; weights as in
         `alpha_query_expansion`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from ggem_jax.retrieval import augment_database
+        >>> augment_database(jnp.eye(3), num_neighbors=1).tolist()[0]
+        [1.0, 0.0, 0.0]
     """
     if is_callback(database):
         raise TypeError("a callback cannot be augmented: that takes an array or a store")
-    augmented = _augmented(
-        checked_database(database, shape_of(database)[1]), num_neighbors, alpha, precision
+    augmented = _augment(
+        check_database(database, shape_of(database)[1]), num_neighbors, alpha, precision
     )
     return (
         augmented
@@ -122,10 +203,10 @@ def augment_database(
     )
 
 
-def _expanded_search(queries, database, ranking, num_neighbors, alpha, precision):
-    queries = checked_queries(queries)
-    database = checked_database(database, queries.shape[1])
-    ranking = checked_ranking(ranking, queries, database)
+def _search_expanded(queries, database, ranking, num_neighbors, alpha, precision):
+    queries = check_queries(queries)
+    database = check_database(database, queries.shape[1])
+    ranking = check_ranking(ranking, queries, database)
     _check(num_neighbors, alpha, precision, least=1)
     first, k = ranking.ids[:, : int(num_neighbors)], ranking.ids.shape[1]
 
@@ -138,7 +219,9 @@ def _expanded_search(queries, database, ranking, num_neighbors, alpha, precision
         )
         return search(expanded, database, k=k, precision=precision)
     together = [
-        jax.vmap(expand)(queries[part], jnp.asarray(taken(database, first[part], queries.shape[1])))
+        jax.vmap(expand)(
+            queries[part], jnp.asarray(take_vectors(database, first[part], queries.shape[1]))
+        )
         for part in _parts(len(queries))
     ]
     expanded = jnp.concatenate(together)
@@ -146,15 +229,15 @@ def _expanded_search(queries, database, ranking, num_neighbors, alpha, precision
         return search(expanded, database, k=k, precision=precision)
     ids = np.sort(np.asarray(ranking.ids), axis=1)
     rows = [
-        similarity(q[None], jnp.asarray(taken(database, own, len(q))), precision)[0]
+        similarity(q[None], jnp.asarray(take_vectors(database, own, len(q))), precision)[0]
         for q, own in zip(expanded, ids, strict=True)
     ]
-    scores, at = lax.top_k(ordered(jnp.stack(rows)), k)
+    scores, at = lax.top_k(make_sortable(jnp.stack(rows)), k)
     return Ranking(scores, jnp.take_along_axis(jnp.asarray(ids, jnp.int32), at, axis=1))
 
 
-def _augmented(database, num_neighbors, alpha, precision):
-    """The augmented database: an array of JAX, or a store that augments what is read."""
+def _augment(database, num_neighbors, alpha, precision):
+    """The augmented database: an array of JAX, or a store that augments blocks as they are read."""
     if is_callback(database):
         raise TypeError("a callback cannot be augmented: that takes an array or a store")
     _check(num_neighbors, alpha, precision, least=0)
@@ -189,12 +272,12 @@ class _AugmentedStore:
         return n, d
 
     def take(self, ids: np.ndarray) -> np.ndarray:
-        return self._averaged(taken(self.database, ids, self.shape[1]))
+        return self._average(take_vectors(self.database, ids, self.shape[1]))
 
     def blocks(self, rows: int) -> Iterator[tuple[int, np.ndarray]]:
-        return ((start, self._averaged(block)) for start, block in blocks_of(self.database, rows))
+        return ((start, self._average(block)) for start, block in blocks_of(self.database, rows))
 
-    def _averaged(self, vectors):
+    def _average(self, vectors):
         d = self.shape[1]
         similarities, ids = search(
             jnp.asarray(vectors), self.database, k=self.k, precision=self.precision
@@ -206,16 +289,14 @@ class _AugmentedStore:
         )
         return np.concatenate(
             [
-                mean(similarities[part], jnp.asarray(taken(self.database, ids[part], d)))
+                mean(similarities[part], jnp.asarray(take_vectors(self.database, ids[part], d)))
                 for part in _parts(len(ids))
             ]
         )
 
 
 def _mean(start, similarities, vectors, alpha):
-    """start `(d,)` + sum_j max(s_j, 0)^alpha x_j, with all weights 1 where alpha is None, as a unit
-    vector.
-    """
+    """start + sum_j max(s_j, 0)^alpha x_j as a unit vector; without alpha all weights are 1."""
     positive = similarities > 0
     powers = jnp.where(positive, jnp.where(positive, similarities, 1) ** (alpha or 0), 0)
     weights = jnp.ones_like(similarities) if alpha is None else powers

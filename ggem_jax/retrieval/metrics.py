@@ -1,20 +1,19 @@
-"""How good a ranking is: average precision with ignored images, precision and recall at k. NumPy,
-in float64.
+"""Quality of a ranking: average precision with ignored images, precision and recall at k.
 
-Rankings are `(q, k)`, best first, ids from 0; each query has its own lists of ids. A ranking may be
-shorter than the database: what it does not reach counts as a miss.
+Computed by NumPy in float64. Rankings are `(q, k)`, best first, ids from 0; each query has its own
+lists of ids. A ranking may be shorter than the database: what it does not reach counts as a miss.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 
 
 @dataclass(frozen=True)
 class Relevance:
-    """What a query should find, and what is neither right nor wrong."""
+    """The ids that a query should find, and those that count neither way."""
 
     positive: Int[np.ndarray, " p"]
     ignored: Int[np.ndarray, " i"]
@@ -22,7 +21,7 @@ class Relevance:
 
 @dataclass(frozen=True)
 class Scores:
-    """Of all queries; a query without positives has NaN and is left out of the means."""
+    """Scores of all queries. A query without positives has NaN and is left out of the means."""
 
     average_precision: Float[np.ndarray, " q"]
     precision_at: Float[np.ndarray, "q kappas"]
@@ -59,7 +58,12 @@ def revisited(
     *,
     kappas: Sequence[int] = (1, 5, 10),
 ) -> dict[str, Scores]:
-    """Scores of the set-ups easy, medium and hard.
+    """Returns the scores of the set-ups easy, medium and hard, by name.
+
+    Args:
+        ids: rankings, `(q, k)`, best first.
+        queries: the lists of each query.
+        kappas: ranks of the precision.
 
     Reference: Radenović et al., "Revisiting Oxford and Paris: Large-Scale Image Retrieval
         Benchmarking", CVPR 2018, arXiv:1803.11285.
@@ -76,12 +80,20 @@ def scores(
     *,
     kappas: Sequence[int] = (1, 5, 10),
 ) -> Scores:
-    """Average precision by the trapezoid rule, and precision at each of `kappas`, after the ignored
-    images have been taken out.
+    """Returns average precision and precision at k, after ignored images have been removed.
 
-    Precision at kappa divides by min(kappa, rank of the last positive that was found), as the
-    revisited protocol does. An id that appears twice in a ranking, or a list that names one id as
-    positive and as ignored, is a `ValueError`.
+    Average precision follows the trapezoid rule. Precision at kappa divides by min(kappa, rank of
+    the last positive that was found), as the revisited protocol does.
+
+    Args:
+        ids: rankings, `(q, k)`, best first.
+        relevance: the lists of each query.
+        kappas: ranks of the precision.
+
+    Raises:
+        ValueError: an id stands twice in a ranking, or is both positive and ignored.
+
+    Reference: Radenović et al., CVPR 2018, arXiv:1803.11285, and its code.
     """
     ids = np.asarray(ids)
     if ids.ndim != 2 or len(ids) != len(relevance) or not np.issubdtype(ids.dtype, np.integer):
@@ -109,9 +121,7 @@ def scores(
 
 
 def positive_ranks(ids: Int[np.ndarray, " k"], query: Relevance) -> Int[np.ndarray, " found"]:
-    """Ranks from 0 of the positives in a ranking out of which the ignored images have been
-    taken.
-    """
+    """Returns the ranks, from 0, of the positives in a ranking without its ignored images."""
     if _any_twice(ids):
         raise ValueError("a ranking must have each id once, from 0 up")
     if len(both := np.intersect1d(query.positive, query.ignored)):
@@ -121,8 +131,13 @@ def positive_ranks(ids: Int[np.ndarray, " k"], query: Relevance) -> Int[np.ndarr
 
 
 def average_precision(ranks: Int[np.ndarray, " found"], positives: int) -> float:
-    """Area under precision over recall by the trapezoid rule: the mean of (j / r + (j + 1) / (r +
-    1)) / 2, r the rank of positive j, both from 0.
+    """Returns the area under precision over recall by the trapezoid rule.
+
+    It is the mean of (j / r + (j + 1) / (r + 1)) / 2, r the rank of positive j, both from 0.
+
+    Args:
+        ranks: of the positives that were found, ascending.
+        positives: how many there are.
     """
     if positives == 0:
         return float("nan")
@@ -132,8 +147,9 @@ def average_precision(ranks: Int[np.ndarray, " found"], positives: int) -> float
 
 
 def precision(ranks: Int[np.ndarray, " found"], kappa: int) -> float:
-    """Positives among the first min(kappa, rank from 1 of the last positive found); 0 where none
-    was found.
+    """Returns the share of positives among the first min(kappa, rank of the last one found).
+
+    Ranks are from 0 in `ranks`; the result is 0 where no positive was found.
     """
     if not len(ranks):
         return 0.0
@@ -147,8 +163,14 @@ def recall_at(
     *,
     kappas: Sequence[int] = (1, 5, 10),
 ) -> Float[np.ndarray, "q kappas"]:
-    """Whether at least one positive is among the first kappa results, as place recognition and
-    metric learning count; NaN without positives.
+    """Returns whether a positive is among the first kappa results, `(q, kappas)`, NaN without any.
+
+    Place recognition and metric learning count in this way.
+
+    Args:
+        ids: rankings, `(q, k)`, best first.
+        relevance: the lists of each query.
+        kappas: how many results count.
     """
     found = [
         positive_ranks(row, query) for row, query in zip(np.asarray(ids), relevance, strict=True)
@@ -163,21 +185,20 @@ def recall_at(
 
 @dataclass(frozen=True)
 class LabelScores:
-    """Of all queries, where what has the query's label is right; a query that is alone with its
-    label has NaN.
+    """Scores of all queries; results with the query's label are right.
+
+    A query that is alone with its label has NaN.
     """
 
     recall_at: Float[np.ndarray, "q kappas"]  # whether one of the first kappa is right
-    r_precision: Float[
-        np.ndarray, " q"
-    ]  # share of right ones among the first R, R as many as are right at all
-    map_at_r: Float[
-        np.ndarray, " q"
-    ]  # mean over the first R of precision where it is right, 0 where it is not
+    # share of right ones among the first R, R as many as are right at all
+    r_precision: Float[np.ndarray, " q"]
+    # mean over the first R of precision where it is right, 0 where it is not
+    map_at_r: Float[np.ndarray, " q"]
     kappas: tuple[int, ...]
 
     def means(self) -> dict[str, float]:
-        """Means over queries by name: `recall@1`, ..., `r_precision`, `map@r`."""
+        """Returns means over queries by name: `recall@1`, ..., `r_precision`, `map@r`."""
         recalls = {
             f"recall@{kappa}": _mean(self.recall_at[:, i]) for i, kappa in enumerate(self.kappas)
         }
@@ -192,11 +213,18 @@ def label_scores(
     own: Int[np.ndarray, " q"] | None = None,
     kappas: Sequence[int] = (1, 5, 10),
 ) -> LabelScores:
-    """Scores of rankings by the labels of queries and database, as metric learning counts them.
+    """Returns scores of rankings by labels, as metric learning counts them.
 
-    `own` are the ids of the queries where they are in the database themselves: these are left out.
-    Rankings must reach as far as the most frequent label is there, and one further with `own`; what
-    they do not reach of the kappas counts as a miss.
+    Args:
+        ids: rankings, `(q, k)`, best first. k must reach the count of the most frequent label, and
+            one more with `own`; kappas beyond k count as misses.
+        query_labels: `(q,)`.
+        labels: of the database, `(n,)`.
+        own: ids of the queries in the database, which are left out; None: they are not in it.
+        kappas: how many results count for recall.
+
+    Raises:
+        ValueError: shapes or ids do not fit, or the rankings are too short.
 
     Reference: Musgrave et al., "A Metric Learning Reality Check", 2020, arXiv:2003.08505, section
         3.2.
@@ -244,6 +272,128 @@ def label_scores(
         (precision_there * right * within).sum(axis=1) / divisor,
         kappas,
     )
+
+
+def found_at(
+    queries: Float[np.ndarray, "q d"],
+    items: Float[np.ndarray, "n d"],
+    pairs: Int[np.ndarray, "m 2"],
+    *,
+    kappas: Sequence[int] = (1, 5, 10),
+    block: int = 1024,
+) -> Bool[np.ndarray, "q kappas"]:
+    """Returns whether a right item of each query is among the kappa most similar items.
+
+    The mean over the queries is recall@kappa. Wrong items that are exactly as similar as the best
+    right one count as more similar, and descriptors with NaN or infinity find nothing.
+
+    Args:
+        queries: Descriptors of the queries, `(q, d)`.
+        items: Descriptors of the items, `(n, d)`; the similarity is the inner product.
+        pairs: (query, right item) in each row, `(m, 2)`. A query may have several right items, and
+            an item several queries.
+        kappas: How many of the most similar items count.
+        block: Queries that are compared at a time.
+
+    Returns:
+        Whether each query succeeds at each kappa, `(q, kappas)`.
+
+    Raises:
+        ValueError: The pairs are not whole numbers, or name queries or items that do not exist.
+    """
+    _check_pairs(pairs, len(queries), len(items))
+    pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
+    found = np.zeros((len(queries), len(kappas)), bool)
+    columns = np.asarray(items, np.float64).T
+    for start in range(0, len(queries), block):
+        similarity = np.asarray(queries[start : start + block], np.float64) @ columns
+        right = _right(similarity.shape, pairs, start)
+        best = np.max(similarity, axis=1, where=right, initial=-np.inf)
+        before = np.sum((similarity >= best[:, None]) & ~right, axis=1)
+        possible = right.any(axis=1) & np.all(np.isfinite(similarity), axis=1)
+        found[start : start + block] = (before[:, None] < np.asarray(kappas)) & possible[:, None]
+    return found
+
+
+def chance_at(
+    pairs: Int[np.ndarray, "m 2"], queries: int, items: int, *, kappas: Sequence[int] = (1, 5, 10)
+) -> Float[np.ndarray, " kappas"]:
+    """Returns the mean of `found_at` where every query sees the items in a random order.
+
+    A query with r right items of n misses them all with probability (n - r choose kappa) / (n
+    choose kappa).
+
+    Args:
+        pairs: (query, right item) in each row, `(m, 2)`.
+        queries: The number of queries.
+        items: The number of items.
+        kappas: How many of the first items count.
+
+    Returns:
+        The share of queries that succeed by chance, `(kappas,)`.
+
+    Raises:
+        ValueError: The pairs are not whole numbers, or name queries or items that do not exist.
+    """
+    _check_pairs(pairs, queries, items)
+    right = np.bincount(np.unique(pairs, axis=0)[:, 0], minlength=queries)
+    missed = [
+        np.prod(
+            [
+                np.clip((items - right - j) / max(items - j, 1), 0, 1)
+                for j in range(min(kappa, items))
+            ],
+            axis=0,
+        )
+        for kappa in kappas
+    ]
+    return np.array([np.mean(1 - np.broadcast_to(each, right.shape)) for each in missed])
+
+
+def class_descriptors(
+    prompts: Float[np.ndarray, "classes templates d"],
+) -> Float[np.ndarray, "classes d"]:
+    """Returns one descriptor for each class: the normalised mean of its normalised prompts.
+
+    Args:
+        prompts: Descriptors of the prompts of each class, `(classes, templates, d)`.
+
+    Returns:
+        The descriptors, `(classes, d)`, of length 1.
+
+    Raises:
+        ValueError: The prompts have another shape, or there are none.
+
+    Reference: Radford et al. (CLIP), 2021, arXiv:2103.00020, section 3.1.4.
+    """
+    prompts = np.asarray(prompts)
+    if prompts.ndim != 3 or not prompts.shape[1]:
+        raise ValueError(
+            "prompts must be (classes, templates, d) with at least one template, not of shape"
+            f" {prompts.shape}"
+        )
+    mean = (prompts / np.linalg.norm(prompts, axis=-1, keepdims=True)).mean(axis=1)
+    return mean / np.linalg.norm(mean, axis=-1, keepdims=True)
+
+
+def _right(shape, pairs, start: int) -> Bool[np.ndarray, "block n"]:
+    """Which items are right for the queries of a block; `pairs` stand in the order of their
+    queries.
+    """
+    first, last = np.searchsorted(pairs[:, 0], (start, start + shape[0]))
+    right = np.zeros(shape, bool)
+    right[pairs[first:last, 0] - start, pairs[first:last, 1]] = True
+    return right
+
+
+def _check_pairs(pairs, queries: int, items: int) -> None:
+    pairs = np.asarray(pairs)
+    if pairs.ndim != 2 or pairs.shape[1] != 2 or not np.issubdtype(pairs.dtype, np.integer):
+        raise ValueError(
+            f"pairs must be whole numbers (m, 2), not {pairs.dtype} of shape {pairs.shape}"
+        )
+    if len(pairs) and not ((pairs >= 0) & (pairs < (queries, items))).all():
+        raise ValueError(f"pairs must name queries below {queries} and items below {items}")
 
 
 def _any_twice(ids):

@@ -1,5 +1,6 @@
-"""SuperGlobal's reranking: the candidates of a query refine each other, the best of them expand the
-query, and both score the candidates anew.
+"""SuperGlobal's reranking: candidates refine each other, and the best of them expand the query.
+
+The query and the expanded query then score the candidates.
 
 Reference: Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", 2023,
 arXiv:2308.06954, and its code: github.com/ShihaoShao-GH/SuperGlobal.
@@ -23,12 +24,12 @@ from ggem_jax.retrieval.exact_search import Precision, check_precision, similari
 from ggem_jax.retrieval.vectors import (
     Database,
     Ranking,
-    checked_database,
-    checked_queries,
-    checked_ranking,
+    check_database,
+    check_queries,
+    check_ranking,
+    make_sortable,
     on_device,
-    ordered,
-    taken,
+    take_vectors,
 )
 
 Variant = Literal["code", "paper"]
@@ -47,27 +48,46 @@ def superglobal_rerank(
     variant: Variant = "code",
     precision: Precision = "float32",
 ) -> Ranking:
-    """Orders the first `num_candidates` of each query anew; what follows them stays, with its first
-    scores.
+    """Returns the ranking with the first `num_candidates` results of each query reordered.
 
-    The database is an array, a store or a callback from ids to vectors, which is asked for the
-    candidates alone. Memory is bounded by the candidates of one query, so that there may be
-    thousands of them. The result has the length of `ranking`; where that is shorter than
-    `num_candidates`, all are candidates, and where there are fewer than `num_neighbors` + 1
-    candidates, all are neighbours.
+    For each candidate d, its `num_neighbors` + 1 nearest candidates give the refined x_d: the
+    nearest (itself) with weight 1, others with `beta` times their similarity. S1(d) = q . x_d. The
+    expanded query e is the maximum, channel by channel, of the refined `num_neighbors` + 1 best by
+    S1, and S(d) = (S1(d) + e . x_d) / 2. The defaults were found for landmarks and vectors of
+    CVNet. Memory is bounded by the candidates of one query, so there may be thousands of them.
 
-    For each candidate d: its `num_neighbors` + 1 nearest candidates, the nearest (itself) with
-    weight 1, others with `beta` times their similarity, give the refined x_d; S1(d) = q . x_d. The
-    maximum of the refined `num_neighbors` + 1 best by S1, channel by channel, is the expanded query
-    e, and S(d) = (S1(d) + e . x_d) / 2. The settings were found for landmarks and vectors of CVNet.
+    Args:
+        queries: `(q, d)`, unit vectors.
+        database: an array `(n, d)`, a `Store`, or a function from ids to vectors, which is asked
+            for the candidates alone.
+        ranking: scores and ids of a search, each `(q, k)`, best first.
+        num_candidates: results that are reordered; all k where k is smaller.
+        num_neighbors: neighbours that refine a candidate; all where there are fewer.
+        beta: weight of a neighbour, from 0 to 1e6.
+        variant: "code" is the published code. "paper" follows the description of the paper where
+            the two differ: the query takes part in the maximum, and e is compared with the
+            unrefined candidates.
+        precision: of the dot products, as in `search`.
 
-    `variant="code"` is the published code. `"paper"` follows what is told of the paper where the
-    two differ: the query takes part in the maximum, and e meets the candidates as they were, not
-    refined. Raises `ValueError` for shapes and values that do not fit.
+    Returns:
+        Scores and ids, each `(q, k)`; those after the candidates keep their place and score.
+
+    Raises:
+        ValueError: shapes or values do not fit.
+
+    Reference: Shao et al., 2023, arXiv:2308.06954, section 4, and the published code.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from ggem_jax.retrieval import search, superglobal_rerank
+        >>> queries, database = jnp.eye(2)[:1], jnp.array([[0.6, 0.8], [0.8, 0.6], [0.0, 1.0]])
+        >>> first = search(queries, database, k=3)
+        >>> superglobal_rerank(queries, database, first, num_neighbors=1).ids.tolist()
+        [[1, 0, 2]]
     """
-    queries = checked_queries(queries)
-    database = checked_database(database, queries.shape[1])
-    ranking = checked_ranking(ranking, queries, database)
+    queries = check_queries(queries)
+    database = check_database(database, queries.shape[1])
+    ranking = check_ranking(ranking, queries, database)
     for name, value, least in (
         ("num_candidates", num_candidates, 1),
         ("num_neighbors", num_neighbors, 0),
@@ -88,11 +108,11 @@ def superglobal_rerank(
         "precision": precision,
     }
     if on_device(database):
-        return _reranked(queries, database, ranking, beta, m=m, **options)
+        return _rerank_on_device(queries, database, ranking, beta, m=m, **options)
     dim = queries.shape[1]
     rows: list[Any] = []
     for query, ids in zip(queries, np.sort(np.asarray(ranking.ids[:, :m]), axis=1), strict=True):
-        rows.append(_one(query, taken(database, ids, dim), ids, beta, **options))
+        rows.append(_one(query, take_vectors(database, ids, dim), ids, beta, **options))
         jax.block_until_ready(
             rows[-2:-1]
         )  # so that no more than two queries have their candidates in memory
@@ -106,7 +126,7 @@ def _is_number(value):
 
 
 @partial(jax.jit, static_argnames=("m", "num_neighbors", "variant", "precision"))
-def _reranked(queries, database, ranking, beta, *, m, **options):
+def _rerank_on_device(queries, database, ranking, beta, *, m, **options):
     def one(each):
         query, ids = each
         return _one(query, database[ids], ids, beta, **options)
@@ -124,8 +144,9 @@ def _with_rest(ranking, scores, ids):
 
 @partial(jax.jit, static_argnames=("num_neighbors", "variant", "precision"))
 def _one(query, candidates, ids, beta, *, num_neighbors, variant, precision):
-    """Scores and ids of one query, best first; `ids` ascend, so that the stable order of `top_k`
-    puts the smaller of equals first.
+    """Scores and ids of one query, best first.
+
+    The given ids ascend, so that the stable `top_k` puts the smaller of equals first.
     """
     candidates = candidates.astype(jnp.float32)
     neighbours, weights = neighbourhood(
@@ -136,7 +157,7 @@ def _one(query, candidates, ids, beta, *, num_neighbors, variant, precision):
         return jnp.sum(weights * _dot(candidates, vector, precision)[neighbours], axis=1)
 
     s1 = refined_dot(query)
-    best = lax.top_k(ordered(s1), num_neighbors + 1)[1]
+    best = lax.top_k(make_sortable(s1), num_neighbors + 1)[1]
     expanded = jnp.max(
         jnp.einsum(
             "kn,knd->kd",
@@ -151,7 +172,7 @@ def _one(query, candidates, ids, beta, *, num_neighbors, variant, precision):
     else:
         s2 = _dot(candidates, jnp.maximum(expanded, query), precision)
     scores = (s1 + s2) / 2
-    order = jnp.argsort(-ordered(scores), stable=True)
+    order = jnp.argsort(-make_sortable(scores), stable=True)
     return scores[order], ids[order]
 
 
@@ -162,13 +183,21 @@ def neighbourhood(
     beta: float,
     precision: Precision = "float32",
 ) -> tuple[Int[Array, "m k"], Float[Array, "m k"]]:
-    """The `num_neighbors` + 1 nearest candidates of each, nearest first, and their weights, which
-    sum to 1.
+    """Returns the nearest candidates of each candidate, itself first, and their weights.
+
+    Args:
+        candidates: `(m, d)` of one query.
+        num_neighbors: neighbours beside the candidate itself.
+        beta: factor of their similarity; the candidate itself has weight 1.
+        precision: of the dot products, as in `search`.
+
+    Returns:
+        Rows of the candidates, and weights that sum to 1, each `(m, num_neighbors + 1)`.
     """
     m = len(candidates)
 
     def nearest(rows):
-        return lax.top_k(ordered(similarity(rows, candidates, precision)), num_neighbors + 1)
+        return lax.top_k(make_sortable(similarity(rows, candidates, precision)), num_neighbors + 1)
 
     if m <= _GRAM_ROWS:
         similarities, neighbours = nearest(candidates)

@@ -27,18 +27,19 @@ class Ranking(NamedTuple):
 
 @runtime_checkable
 class Store(Protocol):
-    """Vectors that need not be in memory: an open index, the shards of a vector database."""
+    """Vectors that need not be in memory, such as an open index or a vector database."""
 
     @property
     def shape(self) -> tuple[int, int]:
         """(n, d)."""
 
     def take(self, ids: np.ndarray) -> np.ndarray:
-        """The vectors of `ids` `(m,)`, `(m, d)`."""
+        """Returns the vectors `(m, d)` of ids `(m,)`."""
 
     def blocks(self, rows: int) -> Iterator[tuple[int, np.ndarray]]:
-        """All vectors in the order of their ids, `rows` at a time, fewer at the end: the id of the
-        first, and the vectors. In a thread of its own.
+        """Yields all vectors by id in blocks of `rows`: the id of the first, and the vectors.
+
+        The last block may be shorter. The search calls this in a thread of its own.
         """
 
 
@@ -47,23 +48,22 @@ Database = Float[Array, "n d"] | np.ndarray | Store | Callback
 
 
 def is_callback(database: Any) -> TypeGuard[Callback]:
-    """Whether the database is a function from ids to vectors, which can be asked for candidates but
-    not searched.
-    """
+    """Returns whether the database is a function of ids, which cannot be searched."""
     return callable(database) and not isinstance(database, Store)
 
 
 def on_device(database: Any) -> TypeGuard[jax.Array]:
-    """Whether the database is an array of JAX, whose search is one traceable function."""
+    """Returns whether the database is an array of JAX, whose search can be traced."""
     return isinstance(database, jax.Array)
 
 
 def shape_of(database: Any) -> tuple[int, int]:
-    """(n, d) of an array or store."""
+    """Returns (n, d) of an array or store."""
     return database.shape
 
 
-def checked_queries(queries: Float[Array, "q d"]) -> Float[Array, "q d"]:
+def check_queries(queries: Float[Array, "q d"]) -> Float[Array, "q d"]:
+    """Returns queries in float32. Raises `ValueError` unless they are `(q, d)`, floating point."""
     queries = jnp.asarray(queries)
     if queries.ndim != 2 or 0 in queries.shape or not jnp.issubdtype(queries.dtype, jnp.floating):
         raise ValueError(
@@ -73,8 +73,8 @@ def checked_queries(queries: Float[Array, "q d"]) -> Float[Array, "q d"]:
     return queries.astype(jnp.float32)
 
 
-def checked_database(database: Database, dim: int) -> Database:
-    """An array or store `(n, dim)` with at least one row; a callback as it is."""
+def check_database(database: Database, dim: int) -> Database:
+    """Returns the database; raises unless it is a callback, or `(n, dim)` with n at least 1."""
     if is_callback(database):
         return database
     if not isinstance(database, Store | np.ndarray | jax.Array):
@@ -99,8 +99,8 @@ def checked_database(database: Database, dim: int) -> Database:
     return database
 
 
-def checked_ranking(ranking: Ranking, queries: Float[Array, "q d"], database: Database) -> Ranking:
-    """Scores and ids `(q, k)`; ids are looked at unless they are traced."""
+def check_ranking(ranking: Ranking, queries: Float[Array, "q d"], database: Database) -> Ranking:
+    """Returns scores and ids `(q, k)`; raises unless each id exists, and once for each query."""
     scores, ids = ranking
     if (
         np.ndim(ids) != 2
@@ -134,6 +134,7 @@ def checked_ranking(ranking: Ranking, queries: Float[Array, "q d"], database: Da
 
 
 def check_mesh(mesh: Any) -> None:
+    """Raises `ValueError` for a mesh with explicit axis types."""
     if AxisType.Explicit in mesh.axis_types:
         raise ValueError(
             "meshes with explicit axis types are not supported: make the mesh with AxisType.Auto,"
@@ -141,11 +142,10 @@ def check_mesh(mesh: Any) -> None:
         )
 
 
-def taken(database: Database, ids: Int[np.ndarray | Array, "..."], dim: int) -> np.ndarray:
-    """The vectors of ids of any shape, `(..., dim)`, in memory."""
-    flat = np.array(ids).reshape(
-        -1
-    )  # copies, both: who is asked may change what it is given, and use what it returns again
+def take_vectors(database: Database, ids: Int[np.ndarray | Array, "..."], dim: int) -> np.ndarray:
+    """Returns the vectors `(..., dim)` of ids of any shape, in memory."""
+    # copies, both: a store may change the ids it is given, and reuse the vectors it returns
+    flat = np.array(ids).reshape(-1)
     if isinstance(database, np.ndarray | jax.Array):
         vectors = np.asarray(database[flat])
     else:
@@ -160,8 +160,10 @@ def taken(database: Database, ids: Int[np.ndarray | Array, "..."], dim: int) -> 
 
 
 def native(vectors: np.ndarray) -> np.ndarray:
-    """Floating-point vectors in a dtype that JAX knows: other byte orders and longer floats become
-    float32. Other dtypes are a `ValueError`.
+    """Returns vectors in a dtype that JAX knows, float32 in place of others.
+
+    Others are foreign byte orders and longer floats. Raises `ValueError` for vectors that are not
+    floating point.
     """
     if not jnp.issubdtype(vectors.dtype, jnp.floating):
         raise ValueError(f"the database must give floating-point numbers, not {vectors.dtype}")
@@ -173,7 +175,7 @@ def native(vectors: np.ndarray) -> np.ndarray:
 
 
 def blocks_of(database: np.ndarray | Store, rows: int) -> Iterator[tuple[int, np.ndarray]]:
-    """All vectors in blocks, as a store gives them."""
+    """Yields all vectors in blocks, as a store does."""
     if not isinstance(database, Store):
         yield from (
             (start, native(np.asarray(database[start : start + rows])))
@@ -189,24 +191,20 @@ def blocks_of(database: np.ndarray | Store, rows: int) -> Iterator[tuple[int, np
                 f" {block.shape} from {start}"
             )
         expected += len(block)
-        yield (
-            start,
-            native(block.copy() if block.flags.writeable else block),
-        )  # which may be written to again while it is searched
+        # a writeable block may be written to again while it is searched
+        yield start, native(block.copy() if block.flags.writeable else block)
     if expected != n:
         raise ValueError(f"the store's blocks must hold all {n} vectors, not {expected}")
 
 
-def ordered(scores: Float[Array, "... m"]) -> Float[Array, "... m"]:
-    """Scores that compare as numbers do: one zero, and what is not a number below everything
-    else.
-    """
+def make_sortable(scores: Float[Array, "... m"]) -> Float[Array, "... m"]:
+    """Returns scores that sort as numbers do: one zero, and NaN below everything else."""
     scores = jnp.where(scores == 0, 0, scores)
     return jnp.maximum(jnp.where(jnp.isnan(scores), -jnp.inf, scores), jnp.finfo(scores.dtype).min)
 
 
 def ahead(items: Iterable[T], size: int = 1) -> Iterator[T]:
-    """The same items, made by another thread while the last ones are worked on."""
+    """Yields the items, made by another thread while the last ones are in use."""
     made: queue.Queue = queue.Queue(size)
     stop, end = threading.Event(), object()
 

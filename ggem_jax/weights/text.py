@@ -4,9 +4,9 @@
 finds the architecture in the shapes; the image tower that is in most such files is read by
 `ggem_jax.weights.vit.read_vit`. `to_published_names` is the way back.
 
-    text = read_text("open_clip_pytorch_model.safetensors") output =
-    text.model().apply(text.variables, ids)  # ids (b, n) of the tokenizer that the network was
-    trained with
+    text = read_text("open_clip_pytorch_model.safetensors")
+    # ids (b, n) of the tokenizer that the network was trained with
+    output = text.model().apply(text.variables, ids)
 
 References for the names: github.com/huggingface/transformers, models clip and siglip; openai/CLIP,
 model.py; mlfoundations/open_clip, model.py and transformer.py; google-research/big_vision,
@@ -27,13 +27,13 @@ from ggem_jax.files.errors import MismatchedWeights
 from ggem_jax.models.text import TextConfig, TextTransformer
 from ggem_jax.models.transformer import GELU
 from ggem_jax.weights.convert import Parameter, to_published, to_variables
-from ggem_jax.weights.vit_layouts import Arrays, heads_of, stacked, unstacked
+from ggem_jax.weights.vit_layouts import Arrays, heads_of, stack_blocks, unstack_blocks
 
 HEADS = {1152: 16}  # where a head has not 64 channels: SigLIP's So400m
 
 
 class TextFamily(NamedTuple):
-    """What the towers of a family were trained with, beside what their shapes say."""
+    """Settings that the towers of a family were trained with and that no shape says."""
 
     about: str
     causal: bool
@@ -51,8 +51,9 @@ TEXT_FAMILIES = {
 
 
 class TextLayout(NamedTuple):
-    """What one publisher calls the parts of a text tower. Names of modules end with what stands
-    before `weight` or `kernel`.
+    """How one publisher names the parts of a text tower.
+
+    Names of modules end with what stands before `weight` or `kernel`.
     """
 
     prefixes: tuple[str, ...]  # folders before the names
@@ -64,12 +65,9 @@ class TextLayout(NamedTuple):
     attention_out: str
     mlp: tuple[str, str]
     norm: str
-    projections: tuple[
-        str,
-        str | None,
-        # names of the kernel, with the folder {p}: of a projection with a bias (SigLIP's), and
-        # of one without
-    ]
+    # names of the kernel, with the folder {p}: of a projection with a bias (SigLIP's), and of one
+    # without
+    projections: tuple[str, str | None]
     scale: str  # of the logits, with the folder {o} outside the tower
     bias: str
     unused: str  # a pattern of the full names that are no part of a text tower
@@ -131,7 +129,7 @@ LAYOUTS: dict[str, TextLayout] = {
 
 
 class TextStyle(NamedTuple):
-    """How a file keeps what our model keeps in one way."""
+    """Choices of a file that our model makes in one way."""
 
     prefix: str = ""
     projection: str | None = None  # the full name of the kernel
@@ -140,9 +138,7 @@ class TextStyle(NamedTuple):
 
 @dataclass(frozen=True)
 class PublishedText:
-    """A published text tower: its architecture, its variables, and the scale and bias of the logits
-    that it was trained with.
-    """
+    """A published text tower: its architecture, its variables, and scale and bias of its logits."""
 
     family: str
     layout: str
@@ -153,15 +149,13 @@ class PublishedText:
     logit_bias: float | None  # added to the scaled cosines, of SigLIP
     style: TextStyle
     variables: dict[str, Any] = field(repr=False)
-    unused: tuple[str, ...] = field(
-        default=(), repr=False
-    )  # names in the file that are no part of the tower
-    rest: Arrays = field(
-        default_factory=dict, repr=False
-    )  # scale and bias of the logits, which go back as they came
+    # names in the file that are no part of the tower
+    unused: tuple[str, ...] = field(default=(), repr=False)
+    # scale and bias of the logits, which go back as they came
+    rest: Arrays = field(default_factory=dict, repr=False)
 
     def model(self) -> TextTransformer:
-        """The tower as it was trained."""
+        """Returns the tower as it was trained."""
         return TextTransformer(self.config, self.outputs, self.project_bias)
 
 
@@ -173,15 +167,18 @@ def read_text(
     norm_eps: float | None = None,
     end_id: int | None = None,
 ) -> PublishedText:
-    """Reads the text tower of a published checkpoint: `.safetensors`, `.npz`, or `.pth`, `.pt`,
-    `.bin` through the restricted reader.
+    """Returns the text tower of a published checkpoint.
 
-    What files do not say holds where it is given: `heads`, else one for each 64 channels (of So400m
-    16); `gelu`, else "quick" for CLIP, as OpenAI's (most others of open_clip have "exact"), and
-    "tanh" for SigLIP, as trained (open_clip runs the first ones with "exact"); `norm_eps`, else
-    1e-5 and 1e-6; `end_id`, else the largest id of the vocabulary. A tower is SigLIP's, which sees
-    the whole text and takes its last token, where the projection has a bias or the names are
-    big_vision's.
+    A tower counts as SigLIP's, which sees the whole text and takes its last token, where the
+    projection has a bias or the names are big_vision's.
+
+    Args:
+        path: a `.safetensors` or `.npz` file, or one of PyTorch, which the restricted reader reads.
+        heads: attention heads; None: one for each 64 channels (16 for So400m).
+        gelu: None: "quick" for CLIP, as OpenAI's (most others of open_clip have "exact"), and
+            "tanh" for SigLIP, as trained (open_clip runs the first ones with "exact").
+        norm_eps: epsilon of the norms; None: 1e-5 for CLIP and 1e-6 for SigLIP.
+        end_id: id of the token that ends a text; None: the largest id of the vocabulary.
 
     Raises:
         UnreadableWeights: the file cannot be read.
@@ -207,10 +204,10 @@ def from_published_names(
     end_id: int | None = None,
     source: str = "the checkpoint",
 ) -> PublishedText:
-    """The tower of arrays by their published names. Raises `MismatchedWeights` as `read_text`."""
+    """Returns the tower of arrays by their published names; otherwise as `read_text`."""
     name, prefix = _find_layout(arrays, source)
     layout = LAYOUTS[name]
-    taken_apart = unstacked(arrays, "Encoder_0")
+    taken_apart = unstack_blocks(arrays, "Encoder_0")
     found = {
         key: array for key, array in taken_apart.items() if not re.fullmatch(layout.unused, key)
     }
@@ -263,13 +260,16 @@ def from_published_names(
 def to_published_names(
     published: PublishedText, variables: Mapping[str, Any] | None = None
 ) -> Arrays:
-    """Parameters by the names that they came in: those of `variables`, which may have been trained
-    further, or those as read.
+    """Returns parameters by the names that they came in, with scale and bias of the logits.
 
-    Scale and bias of the logits come with them; the image tower, which is no part of the record,
-    does not. Arrays are in the dtypes of the variables: float32 as read, whatever the file had.
+    The image tower is no part of them.
 
-    Raises `MismatchedWeights` unless the variables are those of the published tower.
+    Args:
+        published: the tower.
+        variables: its variables, trained further; None: those that were read, in float32.
+
+    Raises:
+        MismatchedWeights: they are not the variables of this tower.
     """
     layout = LAYOUTS[published.layout]
     variables = published.variables if variables is None else variables
@@ -282,11 +282,13 @@ def to_published_names(
         published.project_bias,
     )
     arrays = to_published(together, table)
-    return (stacked(arrays, "Encoder_0") if published.style.stacked else arrays) | published.rest
+    return (
+        stack_blocks(arrays, "Encoder_0") if published.style.stacked else arrays
+    ) | published.rest
 
 
 def holds_text(names: Iterable[str]) -> bool:
-    """Whether a text tower of a known layout is among the names of a file."""
+    """Returns whether a text tower of a known layout is among the names of a file."""
     tokens = {prefix + layout.token for layout in LAYOUTS.values() for prefix in layout.prefixes}
     return not tokens.isdisjoint(names)
 
@@ -294,8 +296,9 @@ def holds_text(names: Iterable[str]) -> bool:
 def text_table(
     name: str, style: TextStyle, config: TextConfig, outputs: int, project_bias: bool
 ) -> dict[str, Parameter]:
-    """Published names of a layout and where their parameters go. Projections that are kept together
-    go to one module, `qkv`, with an axis of 3.
+    """Returns the published names of a layout and where their parameters go.
+
+    Projections that are kept together go to one module, `qkv`, with an axis of 3.
     """
     c, layout, p = config, LAYOUTS[name], style.prefix
     width, heads = (c.width,), (c.heads, c.width // c.heads)
@@ -409,7 +412,7 @@ def _number(name: str, array: np.ndarray, source: str) -> float:
 
 
 def _shapes(found: Arrays, layout: TextLayout, style: TextStyle, source: str) -> dict[str, Any]:
-    """What the shapes say."""
+    """The sizes that the shapes say."""
     first = (
         style.prefix
         + layout.block.format(i=0)
@@ -464,7 +467,7 @@ def _apart(variables: dict[str, Any]) -> dict[str, Any]:
 
 
 def _together(variables: Mapping[str, Any]) -> dict[str, Any]:
-    """The other direction; where the three do not fit each other they stay as they are."""
+    """Queries, keys and values in one module, unless their shapes do not fit each other."""
     params = {}
     for name, block in variables.get("params", {}).items():
         attention = dict(block.get("attention", {})) if isinstance(block, Mapping) else {}

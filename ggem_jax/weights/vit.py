@@ -1,13 +1,14 @@
 """Published Vision Transformers <-> `ggem_jax.models.vit.ViT`: MAE, DeiT, DINOv2, AugReg, and the
 image towers of CLIP and SigLIP.
 
-`read_vit` takes a file of timm's, Hugging Face's, OpenAI's or Google's naming (`vit_layouts`) and
-finds the architecture in the shapes. What a file does not say is taken from its family and may be
-given: heads, GELU, epsilon of the norms. `to_timm` is the way back.
+`read_vit` takes a file in the names of timm, Hugging Face, OpenAI or Google (`vit_layouts`) and
+finds the architecture in the shapes. Heads, GELU and the epsilon of the norms, which files do not
+say, are those of the family, or arguments. `to_timm` is the way back.
 
-    published = read_vit("deit_small_patch16_224.safetensors") model = ViT(published.config, GGeM(),
-    num_classes=102) variables = published.fill(model.init(jax.random.key(0), images))  # the file's
-    weights; a new head and new exponents
+    published = read_vit("deit_small_patch16_224.safetensors")
+    model = ViT(published.config, GGeM(), num_classes=102)
+    # the file's weights; a new head and new exponents
+    variables = published.fill(model.init(jax.random.key(0), images))
 """
 
 import dataclasses
@@ -23,21 +24,15 @@ import numpy as np
 
 from ggem_jax.files.arrays import read_arrays
 from ggem_jax.files.errors import MismatchedWeights
+from ggem_jax.files.normalisation import HALF, IMAGENET, OPENAI, Normalisation
 from ggem_jax.models.transformer import GELU
 from ggem_jax.models.vit import MAP, ViT, ViTConfig, resample_position
 from ggem_jax.pooling import avg_pool, cls_pool
 from ggem_jax.weights.convert import Parameter, to_published, to_variables
 from ggem_jax.weights.vit_layouts import Arrays, heads_of, join_qkv, split_qkv, to_names_of_timm
 
-Means = tuple[float, float, float]
 Trained = Literal["cls", "avg", "map"]
 
-IMAGENET: tuple[Means, Means] = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-HALF: tuple[Means, Means] = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-OPENAI: tuple[Means, Means] = (
-    (0.48145466, 0.4578275, 0.40821073),
-    (0.26862954, 0.26130258, 0.27577711),
-)
 POOLINGS = {"cls": cls_pool, "avg": avg_pool, "map": MAP()}
 HEADS = {
     192: 3,
@@ -47,12 +42,11 @@ HEADS = {
 
 
 class Family(NamedTuple):
-    """What the weights of a family were trained with, beside what their shapes say."""
+    """Settings that the weights of a family were trained with and that no shape says."""
 
     about: str
-    normalised: (
-        tuple[Means, Means] | None
-    )  # mean and deviation of the pictures, in [0, 1]; None: files of this kind do not agree
+    # mean and deviation of the images, in [0, 1]; None: files of this kind do not agree
+    normalised: Normalisation | None
     pooling: Trained
     gelu: GELU = "exact"
     norm_eps: float = 1e-6
@@ -78,7 +72,7 @@ FAMILIES = {
 
 
 class Style(NamedTuple):
-    """How a file keeps what our model keeps in one way."""
+    """Choices of a file that our model makes in one way."""
 
     positions: int  # of prefix tokens, before those of the patches
     distilled: bool = False  # a second prefix token, which becomes the first register
@@ -87,33 +81,31 @@ class Style(NamedTuple):
 
 @dataclass(frozen=True)
 class PublishedViT:
-    """A published network: its architecture, its variables, and what is known of its training."""
+    """A published network: its architecture, its variables, and facts about its training."""
 
     family: str
     layout: str
     config: ViTConfig
     pooling: Trained
     num_classes: int  # 0: no classification head (of CLIP: the channels of the shared space)
-    normalised: tuple[Means, Means] | None  # mean and deviation of red, green and blue in [0, 1]
+    normalised: Normalisation | None  # mean and deviation of red, green and blue in [0, 1]
     style: Style
     variables: dict[str, Any] = field(repr=False)
-    unused: tuple[str, ...] = field(
-        default=(), repr=False
-    )  # names in the file that no part of the network uses
-    rest: Arrays = field(
-        default_factory=dict, repr=False
-    )  # the second head of a distilled network, which goes back as it came
+    # names in the file that no part of the network uses
+    unused: tuple[str, ...] = field(default=(), repr=False)
+    # the second head of a distilled network, which goes back as it came
+    rest: Arrays = field(default_factory=dict, repr=False)
 
     def model(self) -> ViT:
-        """The network as it was trained."""
+        """Returns the network as it was trained."""
         return ViT(self.config, POOLINGS[self.pooling], self.num_classes)  # type: ignore[arg-type]
 
     def fill(self, variables: Mapping[str, Any]) -> dict[str, Any]:
-        """Fresh variables of a `ViT` of this config, any pooling and head, with the file's weights
-        everywhere but in these two, which stay fresh.
+        """Returns fresh variables with the file's weights everywhere but in pooling and head.
 
-        Positions are resampled where the network is made for pictures of another size; its number
-        of heads, which files do not say, may be another.
+        Args:
+            variables: of a `ViT` of this config with any pooling and head. Positions are resampled
+                for images of another size; the number of heads, which files do not say, may differ.
 
         Raises:
             MismatchedWeights: a parameter outside `pool` and `head` is not in the file, of another
@@ -141,10 +133,8 @@ class PublishedViT:
             if found is not None and found.shape == fresh.shape:
                 return found.astype(fresh.dtype)
             if path[1].key not in ("pool", "head"):
-                faults.append(
-                    f"{name}"
-                    f" {fresh.shape}{f', where the file has {found.shape}' if found is not None else ''}"
-                )
+                other = "" if found is None else f", where the file has {found.shape}"
+                faults.append(f"{name} {fresh.shape}{other}")
             return fresh
 
         filled = jax.tree_util.tree_map_with_path(chosen, dict(variables))
@@ -172,31 +162,43 @@ def read_vit(
     gelu: GELU | None = None,
     norm_eps: float | None = None,
 ) -> PublishedViT:
-    """Reads a published checkpoint: `.safetensors`, `.npz`, or `.pth`, `.pt`, `.bin` through the
-    restricted reader.
+    """Returns the network of a published checkpoint.
 
-    `heads`, `gelu` and `norm_eps` are what files do not say: given, they hold; else those of the
-    published sizes and of the family. A `config.json` of timm beside the file gives mean and
-    deviation of the pictures.
+    Args:
+        path: a `.safetensors` or `.npz` file, or one of PyTorch, which the restricted reader reads.
+            A `config.json` of timm or a `preprocessor_config.json` of Hugging Face beside it says
+            the mean and deviation of the images.
+        heads: attention heads; None: those of the published size.
+        gelu, norm_eps: kind of GELU and epsilon of the norms; None: those of the family.
 
     Raises:
         UnreadableWeights: the file cannot be read.
         MismatchedWeights: it is no ViT of a known layout, or one that our ViT cannot be; the
             message lists the offending names.
     """
-    found = read_arrays(path)
+    return from_arrays(read_arrays(path), path, heads=heads, gelu=gelu, norm_eps=norm_eps)
+
+
+def from_arrays(
+    found: Arrays,
+    path: str | Path,
+    *,
+    heads: int | None = None,
+    gelu: GELU | None = None,
+    norm_eps: float | None = None,
+) -> PublishedViT:
+    """Returns the network of arrays that were read from a file; otherwise as `read_vit`."""
     layout, arrays, unused = to_names_of_timm(found, source=str(path))
-    heads = heads or heads_of(found)
     published = from_timm(
         arrays,
         layout=layout,
         unused=unused,
-        heads=heads,
+        heads=heads or heads_of(found),
         gelu=gelu,
         norm_eps=norm_eps,
         source=str(path),
     )
-    normalised = _normalised_of_config(Path(path).with_name("config.json"))
+    normalised = _normalisation_beside(Path(path))
     return dataclasses.replace(published, normalised=normalised) if normalised else published
 
 
@@ -210,7 +212,7 @@ def from_timm(
     norm_eps: float | None = None,
     source: str = "the checkpoint",
 ) -> PublishedViT:
-    """The network of parameters by timm's names. Raises as `read_vit`."""
+    """Returns the network of parameters by timm's names. Raises as `read_vit`."""
     arrays = split_qkv(dict(arrays), source=source)
     family = _family(layout, arrays, unused)
     usual = FAMILIES[family]
@@ -229,7 +231,7 @@ def from_timm(
             else "cubic"
         ),
     )
-    folded = folded_positions(arrays, config, style)
+    folded = fold_positions(arrays, config, style)
     if "head.weight" in folded and "head.bias" not in folded:  # the projection of CLIP
         folded["head.bias"] = np.zeros(len(folded["head.weight"]), folded["head.weight"].dtype)
     num_classes = len(folded["head.weight"]) if "head.weight" in folded else 0
@@ -261,22 +263,27 @@ def from_timm(
 
 
 def to_timm(published: PublishedViT, variables: Mapping[str, Any] | None = None) -> Arrays:
-    """Parameters by timm's names, as `write_safetensors` takes them: those of `variables`, which
-    may have been trained further, or those as read.
+    """Returns parameters by timm's names, as `write_safetensors` takes them.
 
-    Raises `MismatchedWeights` unless the variables are those of the published network (another
-    pooling has no name there).
+    Args:
+        published: the network.
+        variables: its variables, trained further; None: those that were read.
+
+    Raises:
+        MismatchedWeights: they are not the variables of this network; another pooling has no name
+            there.
     """
     table = vit_table(published.config, published.style, published.pooling, published.num_classes)
     arrays = to_published(published.variables if variables is None else variables, table)
-    return join_qkv(unfolded_positions(arrays, published.config, published.style)) | published.rest
+    return join_qkv(unfold_positions(arrays, published.config, published.style)) | published.rest
 
 
 def vit_table(
     config: ViTConfig, style: Style, pooling: Trained, num_classes: int
 ) -> dict[str, Parameter]:
-    """timm's names, with queries, keys and values apart and positions folded, and where their
-    parameters go.
+    """Returns timm's names and where their parameters go.
+
+    Queries, keys and values are apart, and positions are folded.
     """
     c, width = config, config.width
     table = {
@@ -365,9 +372,10 @@ def _attention(theirs: str, ours: tuple[str, ...], c: ViTConfig) -> dict[str, Pa
     return table
 
 
-def folded_positions(arrays: Arrays, config: ViTConfig, style: Style) -> Arrays:
-    """Prefix tokens and positions as our model keeps them: one position for the class token and
-    none for registers, into which theirs are added.
+def fold_positions(arrays: Arrays, config: ViTConfig, style: Style) -> Arrays:
+    """Returns the arrays with prefix tokens and positions as our model keeps them.
+
+    The class token has one position. Registers have none: theirs are added to them.
     """
     folded = {
         name: array for name, array in arrays.items() if name not in ("dist_token", "reg_token")
@@ -390,9 +398,10 @@ def folded_positions(arrays: Arrays, config: ViTConfig, style: Style) -> Arrays:
     return folded
 
 
-def unfolded_positions(arrays: Arrays, config: ViTConfig, style: Style) -> Arrays:
-    """The other direction: where a file has no positions of its own for prefix tokens, that of the
-    class token is added to it.
+def unfold_positions(arrays: Arrays, config: ViTConfig, style: Style) -> Arrays:
+    """Returns the arrays with prefix tokens and positions as the file keeps them.
+
+    Where a file has no positions for prefix tokens, that of the class token is added to the token.
     """
     unfolded = dict(arrays)
     table = arrays["pos_embed"][0]
@@ -439,7 +448,7 @@ def _family(layout: str, arrays: Arrays, unused: tuple[str, ...]) -> str:
 
 
 def _architecture(arrays: Arrays, heads: int | None, source: str) -> tuple[Style, ViTConfig]:
-    """What the shapes say."""
+    """The style of the file and the config, from the shapes."""
     needed = (
         "patch_embed.proj.weight",
         "pos_embed",
@@ -497,9 +506,7 @@ def _architecture(arrays: Arrays, heads: int | None, source: str) -> tuple[Style
 
 
 def _gated(arrays: Arrays) -> bool:
-    """Whether the MLPs are gated: the first layer makes two channels, the gate and what it lets
-    through, of each that the second takes.
-    """
+    """Whether the MLPs are gated: the first layer makes two channels for each of the second's."""
     first, second = (
         np.shape(arrays.get(f"blocks.0.mlp.{layer}.weight", 0)) for layer in ("fc1", "fc2")
     )
@@ -518,10 +525,18 @@ def _grid(count: int, class_token: int, distilled: int, source: str) -> tuple[in
     )
 
 
-def _normalised_of_config(path: Path) -> tuple[Means, Means] | None:
-    try:
-        found = json.loads(path.read_text())["pretrained_cfg"]
-        mean, std = (tuple(float(value) for value in found[name]) for name in ("mean", "std"))
-    except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
-        return None
-    return (mean, std) if len(mean) == len(std) == 3 else None
+def _normalisation_beside(path: Path) -> Normalisation | None:
+    """Mean and deviation by timm's `config.json` or Hugging Face's `preprocessor_config.json`."""
+    for file, folder, names in (
+        ("config.json", "pretrained_cfg", ("mean", "std")),
+        ("preprocessor_config.json", None, ("image_mean", "image_std")),
+    ):
+        try:
+            found = json.loads(path.with_name(file).read_text())
+            found = found if folder is None else found[folder]
+            mean, std = (tuple(float(value) for value in found[name]) for name in names)
+        except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
+            continue
+        if len(mean) == len(std) == 3:
+            return mean, std
+    return None

@@ -23,14 +23,12 @@ Rule = tuple[str, str, Callable[[np.ndarray], np.ndarray] | None]
 
 
 class Layout(NamedTuple):
-    """How one publisher names things: a name that only such files have, the folders before the
-    names, the rules, and what a ViT does not use.
-    """
+    """How one publisher names the parameters of a ViT."""
 
-    mark: str
-    prefixes: tuple[str, ...]
+    mark: str  # pattern of a name that only such files have
+    prefixes: tuple[str, ...]  # folders before the names
     rules: tuple[Rule, ...]
-    unused: str = r"(?!)"  # a pattern that matches the whole name
+    unused: str = r"(?!)"  # pattern of the whole names that a ViT does not use
 
 
 def _row(array: np.ndarray) -> np.ndarray:
@@ -84,8 +82,8 @@ _TIMM = Layout(
         "teacher.backbone.",
         "student.backbone.",
         "encoder.",
-        "visual.trunk.",
-    ),  # the last one is open_clip's
+        "visual.trunk.",  # open_clip's
+    ),
     rules=(
         (r"(cls_token|dist_token|pos_embed)", r"\g<1>", _row),
         (r"(reg_token|register_tokens)", "reg_token", _row),
@@ -94,16 +92,16 @@ _TIMM = Layout(
             r"blocks\.(?P<i>\d+)\.(?P<m>norm1|norm2|attn\.qkv|attn\.proj|mlp\.fc1|mlp\.fc2)",
             r"blocks.\g<i>.\g<m>",
         ),
-        _leaf(
-            r"blocks\.(?P<i>\d+)\.mlp\.w12", r"blocks.\g<i>.mlp.fc1"
-        ),  # DINOv2's own names of its gated MLP
+        # DINOv2's own names of its gated MLP
+        _leaf(r"blocks\.(?P<i>\d+)\.mlp\.w12", r"blocks.\g<i>.mlp.fc1"),
         _leaf(r"blocks\.(?P<i>\d+)\.mlp\.w3", r"blocks.\g<i>.mlp.fc2"),
         (r"blocks\.(?P<i>\d+)\.ls(?P<n>[12])\.gamma", r"blocks.\g<i>.ls\g<n>.gamma", None),
         (r"blocks\.(?P<i>\d+)\.gamma_(?P<n>[12])", r"blocks.\g<i>.ls\g<n>.gamma", None),
         (r"attn_pool\.latent", "attn_pool.latent", _row),
         _leaf(r"attn_pool\.(?P<m>q|kv|proj|norm|mlp\.fc1|mlp\.fc2)", r"attn_pool.\g<m>"),
     ),
-    unused=r"mask_token|decoder_.*|mask_embed.*|dino_head\..*|ibot_head\..*|blocks\.\d+\.attn\.relative_position.*|text\..*|logit_scale|logit_bias",
+    unused=r"mask_token|decoder_.*|mask_embed.*|dino_head\..*|ibot_head\..*"
+    r"|blocks\.\d+\.attn\.relative_position.*|text\..*|logit_scale|logit_bias",
 )
 
 _HF_BLOCK = r"encoder\.layer\.(?P<i>\d+)\."
@@ -173,7 +171,8 @@ _HF_CLIP = Layout(
         *((rf"(?:vision_model\.)?{theirs}", ours, change) for theirs, ours, change in _HF_TOWER),
         (r"visual_projection\.weight", "head.weight", None),
     ),
-    unused=r"text_model\..*|text_projection\.weight|logit_scale|logit_bias|vision_model\.embeddings\.position_ids",
+    unused=r"text_model\..*|text_projection\.weight|logit_scale|logit_bias"
+    r"|vision_model\.embeddings\.position_ids",
 )
 
 _CLIP_BLOCK = r"transformer\.resblocks\.(?P<i>\d+)\."
@@ -196,15 +195,16 @@ _CLIP = Layout(
             ("proj", "head.weight", lambda array: np.ascontiguousarray(array.T)),
         )
     ),
-    unused=r"transformer\..*|token_embedding\.weight|positional_embedding|ln_final\..*|text_projection|logit_scale|logit_bias|input_resolution|"
-    r"context_length|vocab_size|attn_mask|visual\.attnpool\..*|text\..*",
+    unused=r"transformer\..*|token_embedding\.weight|positional_embedding|ln_final\..*"
+    r"|text_projection|logit_scale|logit_bias|input_resolution|context_length|vocab_size|attn_mask"
+    r"|visual\.attnpool\..*|text\..*",
 )
 
 
 def _npz(
     block: str, attention: str, second: str, mlp: str, rest: tuple[Rule, ...]
 ) -> tuple[Rule, ...]:
-    """Rules of Flax's own files: the blocks, and what is different between them."""
+    """Rules of Flax's own files: the blocks, and the parts that differ between layouts."""
     inside = rf"Transformer/{block}/"
     rules: list[Rule] = [
         *_flax("embedding", "patch_embed.proj", _conv),
@@ -279,14 +279,17 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
-# What only files of networks with rotary positions have: those of DINOv3, and the names that
-# Hugging Face gives it.
-_ROTARY = r"(.*\.)?(rope_embed\..*|storage_tokens|blocks\.\d+\.attn\.qkv\.bias_mask|(?<!encoder\.)layer\.\d+\.attention\.[qkv]_proj\.weight)"
+# Names that only networks with rotary positions have: those of DINOv3, and Hugging Face's for it.
+_ROTARY = (
+    r"(.*\.)?(rope_embed\..*|storage_tokens|blocks\.\d+\.attn\.qkv\.bias_mask"
+    r"|(?<!encoder\.)layer\.\d+\.attention\.[qkv]_proj\.weight)"
+)
 
 
 def find_layout(arrays: Mapping[str, np.ndarray]) -> tuple[str, str]:
-    """The layout whose mark is among the names, and the folder before them. Raises
-    `MismatchedWeights` where none is.
+    """Returns the layout whose mark is among the names, and the folder before them.
+
+    Raises `MismatchedWeights` where none is.
     """
     for name, layout in LAYOUTS.items():
         for prefix in layout.prefixes:
@@ -302,14 +305,19 @@ def find_layout(arrays: Mapping[str, np.ndarray]) -> tuple[str, str]:
 def to_names_of_timm(
     arrays: Mapping[str, np.ndarray], *, source: str
 ) -> tuple[str, Arrays, tuple[str, ...]]:
-    """The layout, the parameters by timm's names (queries, keys and values together or apart, as
-    they came), and the names that no ViT uses.
+    """Returns the layout, the parameters by timm's names, and the names that no ViT uses.
+
+    Queries, keys and values stay together or apart, as they came.
+
+    Args:
+        arrays: by the names of any publisher.
+        source: the file, for messages.
 
     Raises:
         MismatchedWeights: no known layout, rotary positions, or names that the layout has no place
             for; the message lists them.
     """
-    arrays = unstacked(arrays)
+    arrays = unstack_blocks(arrays)
     if rotary := [name for name in arrays if re.fullmatch(_ROTARY, name)]:
         raise MismatchedWeights(
             f"{source} is of a network with rotary positions, such as DINOv3, which is not read:"
@@ -334,7 +342,7 @@ def to_names_of_timm(
                 match and match.expand(ours) not in found
             ):  # two names of one parameter: no place for the second
                 found[match.expand(ours)] = (
-                    array if change is None else _changed(array, change, full, source)
+                    array if change is None else _change(array, change, full, source)
                 )
                 break
         else:
@@ -355,7 +363,7 @@ def to_names_of_timm(
     return name, found, tuple(unused)
 
 
-def _changed(
+def _change(
     array: np.ndarray, change: Callable[[np.ndarray], np.ndarray], name: str, source: str
 ) -> np.ndarray:
     try:
@@ -367,8 +375,9 @@ def _changed(
 
 
 def heads_of(arrays: Mapping[str, np.ndarray], encoder: str = "Transformer") -> int | None:
-    """The number of attention heads where an array of a tower has an axis for them, as in Flax's
-    own files.
+    """Returns the attention heads of a tower whose arrays have an axis for them, else None.
+
+    Flax's own files have such an axis.
     """
     pattern = rf"(.*/)?{encoder}/encoderblock.*/query/kernel"
     return next(
@@ -381,9 +390,10 @@ def heads_of(arrays: Mapping[str, np.ndarray], encoder: str = "Transformer") -> 
     )
 
 
-def unstacked(arrays: Mapping[str, np.ndarray], encoder: str = "Transformer") -> Arrays:
-    """Blocks that a scan keeps in one array, block after block, as arrays of their own; those of
-    one tower, by the name of its encoder.
+def unstack_blocks(arrays: Mapping[str, np.ndarray], encoder: str = "Transformer") -> Arrays:
+    """Returns the arrays with the blocks of a scan, which are kept in one array, as single arrays.
+
+    `encoder` is the name of the tower whose blocks they are.
     """
     found: Arrays = {}
     for name, array in arrays.items():
@@ -395,8 +405,8 @@ def unstacked(arrays: Mapping[str, np.ndarray], encoder: str = "Transformer") ->
     return found
 
 
-def stacked(arrays: Arrays, encoder: str = "Transformer") -> Arrays:
-    """The other direction."""
+def stack_blocks(arrays: Arrays, encoder: str = "Transformer") -> Arrays:
+    """Returns the arrays with all blocks of a tower in one array, as a scan keeps them."""
     found: dict[str, list[np.ndarray]] = {}
     for name, array in arrays.items():
         match = re.fullmatch(rf"((?:.*/)?{encoder}/encoderblock)_\d+(/.*)", name)
@@ -405,7 +415,7 @@ def stacked(arrays: Arrays, encoder: str = "Transformer") -> Arrays:
 
 
 def split_qkv(arrays: Arrays, *, source: str = "the checkpoint") -> Arrays:
-    """Projections that are kept together, `qkv` and `kv`, as arrays of their own, in this order."""
+    """Returns the arrays with the joined projections `qkv` and `kv` as single arrays."""
     found: Arrays = {}
     for name, array in arrays.items():
         match = re.fullmatch(r"(.*)\.(qkv|kv)\.(weight|bias)", name)
@@ -425,8 +435,9 @@ def split_qkv(arrays: Arrays, *, source: str = "the checkpoint") -> Arrays:
 
 
 def join_qkv(arrays: Arrays) -> Arrays:
-    """The other direction, as timm keeps them: `qkv` in blocks, `q` and `kv` in the attention
-    pooling.
+    """Returns the arrays with projections joined as timm does.
+
+    They are `qkv` in blocks, `q` and `kv` in the attention pooling.
     """
     found: Arrays = {}
     for name, array in arrays.items():

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from neupims.files import check_place
+from neupims.files import check_place, finite
 from neupims.machine.case import Case, make_case, select_system
 from neupims.machine.hardware import Hardware
 from neupims.machine.systems import FIDELITIES, SYSTEMS, System
@@ -164,25 +164,6 @@ def check_run(*places: Path | None, seed: int = 0) -> None:
 def print_json(value: dict[str, Any]) -> None:
     """Prints one JSON object; numbers that are not finite become null, as JSON has no infinity."""
     print(json.dumps(finite(value), indent=2, allow_nan=False))
-
-
-def finite(value: Any) -> Any:
-    """Returns the value with None in the place of numbers that are not finite."""
-    if isinstance(value, dict):
-        return {key: finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(part) for part in value]
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return None
-    return value
-
-
-def error_sentence(error: dict[str, Any]) -> str:
-    """Returns the mean and the greatest error of a layer, of an `expected_error`, in words."""
-    return (
-        f"{error['layer_mean_percent']:.1f} % in the mean, {error['layer_max_percent']:.1f} % at"
-        " most"
-    )
 
 
 def console():

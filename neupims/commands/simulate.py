@@ -10,7 +10,6 @@ from neupims.commands.common import (
     add_workload_arguments,
     check_run,
     console,
-    error_sentence,
     print_json,
     read_case,
 )
@@ -66,9 +65,9 @@ def run(arguments: argparse.Namespace) -> int:
         sys.stderr.write(f"neupims: warning: {found.warning}\n")
     result = found.to_dict()
     if arguments.html or arguments.perfetto:
-        from neupims.commands.pictures import write_pictures
+        from neupims.pages.step import write_step
 
-        write_pictures(found.case, found.iteration, result, arguments.html, arguments.perfetto)
+        write_step(found, page=arguments.html, trace=arguments.perfetto)
     if arguments.json:
         print_json(result)
     else:
@@ -79,6 +78,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _print_tables(result: dict[str, Any]) -> None:
     from rich import box
     from rich.table import Table
+
+    from neupims.pages.report import describe_error
 
     lines = console()
     title = (
@@ -124,5 +125,5 @@ def _print_tables(result: dict[str, Any]) -> None:
         summary.add_row(name, f"{result[key]:.1%}")
     summary.add_row("energy of a device", f"{result['energy_joules']:.3g} J")
     if error := result["expected_error"]:
-        summary.add_row("expected error of the layer", error_sentence(error))
+        summary.add_row("expected error of the layer", describe_error(error))
     lines.print(summary)

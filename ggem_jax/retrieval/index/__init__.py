@@ -1,0 +1,30 @@
+"""Indexes of images on disk: build, search, evaluate. JAX is loaded when it is used, not before."""
+
+from ggem_jax.retrieval.index.describing import (
+    LearnedWhitening,
+    add_images,
+    build_index,
+    whiten_index,
+)
+from ggem_jax.retrieval.index.evaluation import Evaluation
+from ggem_jax.retrieval.index.index import Index, info, remove
+from ggem_jax.retrieval.index.search import Results
+from ggem_jax.retrieval.index.store import IndexRefused
+from ggem_jax.retrieval.index.verification import Verdict, verify
+from ggem_jax.retrieval.index.writing import Report
+
+__all__ = [
+    "Evaluation",
+    "Index",
+    "IndexRefused",
+    "LearnedWhitening",
+    "Report",
+    "Results",
+    "Verdict",
+    "add_images",
+    "build_index",
+    "info",
+    "remove",
+    "verify",
+    "whiten_index",
+]

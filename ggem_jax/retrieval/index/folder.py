@@ -1,7 +1,6 @@
-"""Pictures in a folder tree: which there are, and their pixels, decoded in threads beside whatever
-uses them.
+"""Images in a folder tree: which there are, and their pixels, decoded in threads.
 
-Paths are relative to the root, with `/`; names that are no UTF-8 keep their bytes as surrogate
+Paths are relative to the root, with `/`. Names that are not UTF-8 keep their bytes as surrogate
 escapes.
 """
 
@@ -20,7 +19,7 @@ from ggem_jax.files.images import EXTENSIONS, RGB, UnreadableImage, read_image
 
 
 class File(NamedTuple):
-    """A file with a picture's name, as the folder lists it."""
+    """A file whose name is that of an image, as the folder lists it."""
 
     path: str
     size: int
@@ -28,15 +27,16 @@ class File(NamedTuple):
 
 
 class Skipped(NamedTuple):
-    """A file or folder that could not be used; `why` is a sentence that names it."""
+    """A file or folder that could not be used, and why: a sentence that names it."""
 
     path: str
     why: str
 
 
-class Picture(NamedTuple):
-    """A file that was read: the blake2b hash of its bytes, and its pixels and their size, or None
-    and zeros where the hash was known already.
+class DecodedImage(NamedTuple):
+    """A file that was read: the hash of its bytes, its pixels and their size.
+
+    Where the hash was known already, the pixels are None and the size is 0 x 0.
     """
 
     file: File
@@ -48,18 +48,22 @@ class Picture(NamedTuple):
 
 @dataclass(frozen=True)
 class Listing:
-    """What `walk` found: files in the order of their names, and what it could not look at."""
+    """The files that `walk` found, in the order of their names, and those it could not read."""
 
     files: list[File]
     skipped: list[Skipped]
 
 
 def walk(root: Path, start: str = "", *, apart: Path) -> Listing:
-    """Lists the pictures (by extension) under `root / start`, without hidden ones and without the
-    folder `apart`.
+    """Returns the images under `root / start`, found by their extensions.
 
-    A linked folder is followed where it lies outside the root; every folder is read once, so that
-    loops of links end.
+    Hidden files and folders are left out. A linked folder is followed where it lies outside the
+    root. Every folder is read once, so that loops of links end.
+
+    Args:
+        root: folder that paths are relative to.
+        start: folder below it where the walk begins.
+        apart: folder that is left out: the index.
     """
     inside, apart = os.path.realpath(root), Path(os.path.realpath(apart))
     listing, seen, stack = Listing([], []), set[tuple[int, int]](), [start]
@@ -88,21 +92,26 @@ def walk(root: Path, start: str = "", *, apart: Path) -> Listing:
                     listing.skipped.append(Skipped(path, f"{shown(path)} is no regular file"))
         except OSError as error:
             if full.is_symlink() and not path.lower().endswith(EXTENSIONS):
-                continue  # a link to nothing that has no picture's name
+                continue  # a dangling link without the name of an image
             listing.skipped.append(
                 Skipped(path, f"{shown(path) or root} cannot be read: {error.strerror}")
             )
     return listing
 
 
-def decoded(
+def decode(
     root: Path, files: Iterable[File], known: Container[bytes], *, workers: int
-) -> Iterator[Picture | Skipped]:
-    """Reads pictures in `workers` threads, a few ahead, and gives them in the order of `files`;
-    contents that are `known` are not decoded.
+) -> Iterator[DecodedImage | Skipped]:
+    """Yields the images of files, in their order, read a few ahead.
+
+    Args:
+        root: folder of the files.
+        files: their paths.
+        known: hashes of contents that are not decoded.
+        workers: threads that read and decode.
     """
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
-        ahead: deque[Future[Picture | Skipped]] = deque()
+        ahead: deque[Future[DecodedImage | Skipped]] = deque()
         try:
             for file in files:
                 ahead.append(pool.submit(_read, root, file, known))
@@ -115,43 +124,39 @@ def decoded(
                 future.cancel()
 
 
-def hashed(data: bytes) -> bytes:
-    """What tells the contents of files apart: 16 bytes."""
+def hash_content(data: bytes) -> bytes:
+    """Returns the blake2b hash of a file's contents, 16 bytes."""
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def shown(path: str) -> str:
-    """A path as a sentence can show it: odd names are quoted and escaped, so that a sentence stays
-    one line.
-    """
+    """Returns a path for a sentence; odd names are quoted and escaped to stay on one line."""
     return path if path.isprintable() else repr(path)
 
 
-def _read(root: Path, file: File, known: Container[bytes]) -> Picture | Skipped:
+def _read(root: Path, file: File, known: Container[bytes]) -> DecodedImage | Skipped:
     try:
         with open(root / file.path, "rb") as handle:
             now = os.fstat(handle.fileno())
             data = handle.read()
-        content = hashed(data)
+        content = hash_content(data)
         pixels = None if content in known else read_image(data, name=shown(file.path))
     except UnreadableImage as error:
         return Skipped(file.path, _one_line(error))
     except OSError as error:
         return Skipped(file.path, f"{shown(file.path)} cannot be read: {error.strerror}")
-    except (
-        Exception
-    ) as error:  # whatever else a decoder raises over a damaged file must not end hours of work
+    except Exception as error:  # of a decoder over a damaged file: it must not end hours of work
         return Skipped(
             file.path,
-            f"{shown(file.path)} is not a readable picture: {type(error).__name__}:"
+            f"{shown(file.path)} is not a readable image: {type(error).__name__}:"
             f" {_one_line(error)}",
         )
     height, width = (0, 0) if pixels is None else pixels.shape[:2]
-    return Picture(File(file.path, now.st_size, _mtime(now)), content, pixels, width, height)
+    return DecodedImage(File(file.path, now.st_size, _mtime(now)), content, pixels, width, height)
 
 
 def _mtime(status: os.stat_result) -> int:
-    """In nanoseconds, as far as 64 bits go: to the year 2262."""
+    """Nanoseconds that fit into 64 bits, to the year 2262."""
     return max(-(2**63), min(status.st_mtime_ns, 2**63 - 1))
 
 

@@ -1,76 +1,63 @@
-"""An index of pictures on disk: for each picture under a root folder its path and its descriptor, a
-vector `(dim,)`.
+"""An index of images on disk: the path and the vector `(dim,)` of each image under a root folder.
 
-`build`, `add` and `remove` write; whatever happens to them, the index opens as it was before or as
-it is after. There is one writer at a time, a second one is refused, and readers go on with what
-they opened. `Index.open` reads, `verify` looks for damage.
+`build`, `add` and `remove` write. Whatever interrupts them, the index then opens as it was before
+or as it is after. A second writer is refused; readers keep what they opened. `Index.open` reads.
 
-Who extracts is an argument: `extract(pictures)` takes an iterable of pictures, `(height, width, 3)`
+The extractor is an argument: `extract(images)` takes an iterable of images, `(height, width, 3)`
 uint8 arrays of any sizes, and gives an iterable of vectors `(dim,)` in the same order. It may take
-several pictures before it gives the first vector. Pictures are decoded in threads meanwhile. An
-`UnreadableImage` in the place of a vector skips that picture. `settings` is a dictionary of JSON
-values that says how vectors are made: the model, a digest of its weights, the pooling. Vectors of
-different settings never meet in one index.
+several images before it gives the first vector; images are decoded in threads meanwhile. An
+`UnreadableImage` in place of a vector skips that image. `settings` is a dictionary of JSON values
+that says how vectors are made: the model, a digest of its weights, the pooling. An index holds
+vectors of one kind of settings only. `ggem_jax.retrieval.index.describing` has the same calls with
+our own extractor.
 
-Errors: `IndexRefused`, a `ValueError`, with one sentence.
+Errors are `IndexRefused`, a `ValueError`, with one sentence.
 """
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from fnmatch import fnmatchcase
-from itertools import groupby
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from jaxtyping import Float, Int
 
-from ggem_jax.retrieval.index.folder import hashed, shown
+from ggem_jax.retrieval.index.folder import shown
 from ggem_jax.retrieval.index.store import (
     DTYPES,
     INDEX,
-    LOCK,
-    NEXT,
-    PENDING,
     Damaged,
     Facts,
     IndexRefused,
     as_json,
     facts_of,
-    flaws,
-    is_shard,
-    mapped_or_refused,
+    map_or_refuse,
     mend,
     read_facts,
     reading,
     refuse_other_build,
     refuse_other_settings,
-    shard_file,
-    some,
 )
 from ggem_jax.retrieval.index.writing import (
     Extract,
     OnProgress,
     Report,
-    locked,
+    locking,
     publish,
+    reporting_failures,
     update,
-    written,
 )
 
-
-class Verdict(NamedTuple):
-    """What `verify` found, in sentences: `damage` is to be mended, `notes` are harmless."""
-
-    damage: list[str]
-    notes: list[str]
+if TYPE_CHECKING:
+    from ggem_jax.retrieval.index.evaluation import Evaluation
+    from ggem_jax.retrieval.index.search import Box, Query, Results
+    from ggem_jax.retrieval.methods import Method
 
 
 class Vectors:
-    """The vectors of an index as an array `(n, dim)` on disk, read-only, in the order of
-    `Index.paths`.
-    """
+    """The vectors of an index, `(n, dim)` on disk, read-only, in the order of `Index.paths`."""
 
     def __init__(
         self,
@@ -87,7 +74,7 @@ class Vectors:
         return self.shape[0]
 
     def take(self, ids: Int[np.ndarray, " m"]) -> Float[np.ndarray, "m d"]:
-        """The vectors of some ids, in memory, in the dtype of the index."""
+        """Returns the vectors `(m, dim)` of ids `(m,)` in memory, in the dtype of the index."""
         ids = np.asarray(ids)
         if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or ids.size == 0):
             raise IndexRefused(
@@ -105,8 +92,9 @@ class Vectors:
         return taken
 
     def blocks(self, rows: int) -> Iterator[tuple[int, Float[np.ndarray, "m d"]]]:
-        """Goes through all vectors: the id of the first, and `rows` vectors (fewer in the last
-        block), mapped where they lie together on disk.
+        """Yields all vectors in blocks: the id of the first, and the vectors `(rows, dim)`.
+
+        The last block may be shorter. Vectors that lie together on disk are mapped.
         """
         if rows < 1:
             raise IndexRefused(f"a block must have at least one row, not {rows}")
@@ -125,31 +113,135 @@ class Vectors:
 
 @dataclass(frozen=True)
 class Index:
-    """An index as it was when it was opened: id i is the picture `root / paths[i]`, and row i of
-    `vectors()`.
+    """An index as it was when it was opened.
 
-    Ids run from 0 in an order that adding and changing pictures keeps; removing some closes the
-    gaps.
+    Id i is the image `root / paths[i]` and row i of `vectors()`. Adding and changing images keeps
+    the order of the ids; removing images closes the gaps.
     """
 
-    folder: Path
-    root: Path
-    paths: list[str]
-    settings: dict[str, Any]
-    dim: int
-    dtype: str
+    folder: Path  # of the index
+    root: Path  # of the images
+    paths: list[str]  # relative to the root
+    settings: dict[str, Any]  # how vectors are made
+    dim: int  # numbers in a vector
+    dtype: str  # of the vectors on disk
     _vectors: Vectors = field(repr=False)
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def vectors(self) -> Vectors:
+        """Returns the vectors `(n, dim)`, which stay on disk."""
         return self._vectors
+
+    def search(
+        self,
+        queries: "Query | Sequence[Query] | Float[np.ndarray, 'q d']",
+        k: int = 10,
+        *,
+        rerank: "Method | str | None" = None,
+        boxes: "Sequence[Box | None] | None" = None,
+        weights: str | None = None,
+        whitening: str | None = None,
+        use_stored: bool = True,
+    ) -> "Results":
+        """Returns the k images that are most like each query, best first.
+
+        Args:
+            queries: one image or several (paths, `(h, w, 3)` uint8 arrays, PIL images), or vectors
+                `(q, d)` of floating point.
+            k: results of each query, at most the size of the index.
+            rerank: the name of a reranker of `ggem_jax.retrieval.methods` with its defaults, such
+                as "superglobal", or a `Method` with options of its own; None reranks nothing.
+            boxes: for each image the part that is searched for, x1, y1, x2, y2 in pixels, or None.
+            weights, whitening: where the files that the index was made with are now; None: where
+                they were.
+            use_stored: takes the stored vector of a whole image whose path is in the index; off
+                describes it again, as the file may have changed.
+
+        Returns:
+            Paths, scores and ranks `(q, k)`, and scores and ranks before reranking.
+
+        Raises:
+            IndexRefused: the index is empty, or its files of weights are not there.
+            UnreadableImage: a query holds no image, or one that cannot be described.
+            ValueError: the queries, k or the options do not fit.
+
+        Example:
+            >>> import numpy as np, tempfile
+            >>> from PIL import Image
+            >>> from ggem_jax.retrieval.index.index import Index, build
+            >>> folder = tempfile.mkdtemp()
+            >>> for red in (0, 100, 200):
+            ...     Image.new("RGB", (8, 8), (red, 99, 9)).save(f"{folder}/{red}.png")
+            >>> def mean_colour(images):
+            ...     for image in images:
+            ...         yield image.mean((0, 1)) / np.linalg.norm(image.mean((0, 1)))
+            >>> report = build(folder, f"{folder}/my.index", mean_colour, {"model": "mean colour"})
+            >>> vector = np.array([[200.0, 99, 9]]) / np.linalg.norm([200, 99, 9])
+            >>> Index.open(f"{folder}/my.index").search(vector, k=2).paths.tolist()
+            [['200.png', '100.png']]
+        """
+        from ggem_jax.retrieval.index.search import search_index
+
+        return search_index(
+            self,
+            queries,
+            k,
+            rerank=rerank,
+            boxes=boxes,
+            weights=weights,
+            whitening=whitening,
+            use_stored=use_stored,
+        )
+
+    def evaluate(
+        self,
+        truth: str | Path,
+        *,
+        root: str | Path | None = None,
+        k: int = 10_000,
+        at: Sequence[int] = (1, 5, 10),
+        rerank: "Method | str | None" = "superglobal",
+        weights: str | None = None,
+        whitening: str | None = None,
+    ) -> "Evaluation":
+        """Returns mAP, mP@k and recall@k against ground truth, before and after reranking.
+
+        Args:
+            truth: a CSV file as `ggem_jax.retrieval.truth` reads it. Queries that are whole images
+                of the index use the stored vector.
+            root: folder that its paths are relative to; None: its own.
+            k: results of each query that count, at most the size of the index.
+            at: ranks of precision and recall.
+            rerank, weights, whitening: as in `search`.
+
+        Raises:
+            ValueError: the file cannot be read, or names an image that is not in the index.
+        """
+        from ggem_jax.retrieval.index.evaluation import evaluate_index
+
+        return evaluate_index(
+            self,
+            truth,
+            root=root,
+            k=k,
+            at=at,
+            rerank=rerank,
+            weights=weights,
+            whitening=whitening,
+        )
 
     @classmethod
     def open(cls, path: Path | str, settings: dict[str, Any] | None = None) -> "Index":
-        """Opens an index for reading, without a lock. Raises `IndexRefused` where it is none,
-        damaged, newer, or made with other `settings`.
+        """Returns an index opened for reading, without a lock.
+
+        Args:
+            path: folder of the index.
+            settings: those that it must have been made with; None takes any.
+
+        Raises:
+            IndexRefused: it is no index, damaged, of a newer version, or of other settings.
         """
         folder, before = Path(path), None
         while True:
@@ -174,7 +266,7 @@ class Index:
                 ):
                     raise ValueError("its entries have been altered")
             try:
-                shards = [mapped_or_refused(folder, shard, facts) for shard in facts.shards]
+                shards = [map_or_refuse(folder, shard, facts) for shard in facts.shards]
             except FileNotFoundError as error:
                 if facts == before:
                     raise Damaged(mend(folder, Path(error.filename).name, "is missing")) from None
@@ -196,17 +288,30 @@ def build(
     workers: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Report:
-    """Builds the index `path` of all pictures in the tree `folder`. Where it is there already, it
-    is brought up to date with the folder.
+    """Builds an index of all images in a folder tree, or brings an existing one up to date.
 
-    The index is there once the build is complete. An interrupted build is taken up by the same
-    call, which extracts at most the last `COMMIT_ROWS` pictures or `COMMIT_SECONDS` again. A path
-    that is something else is refused, never overwritten. Hidden files and folders are left out.
+    The index appears once the build is complete. After an interruption the same call resumes, and
+    extracts at most the last `COMMIT_ROWS` images or `COMMIT_SECONDS` again.
+
+    Args:
+        folder: of the images; hidden files and folders are left out.
+        path: folder of the index. Anything else that stands there is refused, never overwritten.
+        extract: as in the module's docstring.
+        settings: JSON values that say how vectors are made.
+        dtype: of the vectors on disk, "float16" or "float32".
+        workers: threads that read images; None: one a core, at most 4.
+        on_progress: is called with the images done and the images in all.
+
+    Returns:
+        Numbers of images that were added, updated, left alone and skipped.
+
+    Raises:
+        IndexRefused: the folder, the path or the settings are not what they should be.
     """
     if dtype not in DTYPES:
         raise IndexRefused(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
     wanted = Facts(as_json(settings), dtype, str(_existing(folder)))
-    with locked(Path(path), new=True):
+    with locking(Path(path), new=True):
         if (Path(path) / INDEX).exists():
             refuse_other_build(Path(path), facts_of(Path(path)), wanted)
         return update(
@@ -233,16 +338,30 @@ def add(
     workers: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Report:
-    """Adds what is new or has changed under the root folder, or in its sub-folder `folder` alone.
+    """Adds images that are new or have changed.
 
-    A file of the same size and time is taken to be unchanged; of others the content is compared,
-    and one that is known, moved or copied, is not extracted again. A picture that has become
-    unreadable keeps its entry. `root` says where the pictures have been moved to. `prune` drops
-    entries whose files are gone, `repair` extracts again what is damaged. An interrupted call is
-    taken up by the next one, as in `build`.
+    A file of the same size and time counts as unchanged. The content of others is compared: known
+    contents, moved or copied, are not extracted again. An image that has become unreadable keeps
+    its entry. After an interruption the next call resumes, as in `build`.
+
+    Args:
+        path: folder of the index.
+        extract: as in the module's docstring.
+        settings: those that the index was made with.
+        folder: a folder inside the root; None is the root itself.
+        root: where the images have been moved to; None: where they were.
+        prune: drops the entries whose files are gone.
+        repair: extracts again what is damaged.
+        workers, on_progress: as in `build`.
+
+    Returns:
+        Numbers of images that were added, updated, removed, left alone and skipped.
+
+    Raises:
+        IndexRefused: there is no index, it is damaged, or it was made with other settings.
     """
     path = Path(path)
-    with locked(path):
+    with locking(path):
         facts = facts_of(path)
         refuse_other_settings(path, facts.settings, settings)
         wanted = replace(facts, root=str(_existing(facts.root if root is None else root)))
@@ -262,13 +381,20 @@ def add(
 
 
 def remove(path: Path | str, patterns: Iterable[str]) -> Report:
-    """Removes entries by path, folder or glob (`*` crosses folders), relative to the root or
-    absolute; the pictures stay, and `add` finds them again.
+    """Removes entries; the images stay, and `add` finds them again.
 
-    A pattern that matches nothing is refused, and then nothing is removed.
+    Args:
+        path: folder of the index.
+        patterns: paths, folders or globs (`*` crosses folders), relative to the root or absolute.
+
+    Returns:
+        Numbers of entries that were removed and left alone.
+
+    Raises:
+        IndexRefused: a pattern matches nothing; then nothing is removed.
     """
     path, removed = Path(path), dict[str, None]()
-    with locked(path):
+    with locking(path):
         with reading(path) as database:
             facts = read_facts(database, path / INDEX)
             paths = [
@@ -289,17 +415,17 @@ def remove(path: Path | str, patterns: Iterable[str]) -> Report:
             ]
             if not matching:
                 raise IndexRefused(
-                    f"{shown(pattern)} matches no picture of {path} (paths are relative to"
+                    f"{shown(pattern)} matches no image of {path} (paths are relative to"
                     f" {facts.root}): nothing was removed"
                 )
             removed |= dict.fromkeys(matching)
-        with written(path):
+        with reporting_failures(path):
             publish(path, facts, [], [os.fsencode(name) for name in removed], set())
     return Report(removed=len(removed), unchanged=len(paths) - len(removed))
 
 
 def info(path: Path | str) -> dict[str, Any]:
-    """What the index says of itself, as JSON values."""
+    """Returns what an index holds and how it was made, as JSON values."""
     folder = Path(path)
     with reading(folder) as database:
         facts = read_facts(database, folder / INDEX)
@@ -322,100 +448,9 @@ def info(path: Path | str) -> dict[str, Any]:
     }
 
 
-def verify(path: Path | str, *, deep: bool = False) -> Verdict:
-    """Compares SQLite's structure, every entry and every vector with their checksums; `deep` also
-    reads every picture and compares its content.
-
-    Raises `IndexRefused` where there is no index or a newer one. Readers and writers may go on
-    meanwhile.
-    """
-    folder = Path(path)
-    try:
-        while True:
-            before = facts_of(folder)
-            damage, facts, found = _damage(folder)
-            if (
-                not damage or facts_of(folder) == before
-            ):  # otherwise a writer may have dropped what was missed
-                break
-    except Damaged as error:
-        return Verdict([str(error)], [])
-    return Verdict(
-        damage, _notes(folder, facts, found if deep else None) if facts is not None else []
-    )
-
-
-def _damage(folder: Path) -> tuple[list[str], Facts | None, list[tuple[str, bytes]]]:
-    """What is wrong, and the facts, paths and contents of the index; no facts where SQLite's file
-    itself is damaged.
-    """
-    damage = list[str]()
-    try:
-        with reading(folder) as database:
-            facts = read_facts(database, folder / INDEX)
-            problems = [
-                line for (line,) in database.execute("PRAGMA integrity_check(1)") if line != "ok"
-            ]
-            if problems:
-                raise ValueError(" ".join(problems[0].split()))
-            flawed = sorted(flaws(database, folder, facts), key=lambda flaw: flaw[2:])
-            for (file, what), group in groupby(flawed, key=lambda flaw: flaw[2:]):
-                damage.append(mend(folder, file, what, [flaw.path for flaw in group]))
-            found = [
-                (os.fsdecode(name), content)
-                for name, content in database.execute(
-                    "SELECT path, content FROM images ORDER BY id"
-                )
-            ]
-            if len(found) != facts.count:
-                raise ValueError(f"it has {len(found)} entries where {facts.count} are expected")
-    except Damaged as error:
-        return [*damage, str(error)], None, []
-    return damage, facts, found
-
-
-def _notes(folder: Path, facts: Facts, found: list[tuple[str, bytes]] | None) -> list[str]:
-    notes = []
-    unused = sorted(
-        name
-        for name in os.listdir(folder)
-        if name not in (INDEX, LOCK, *(shard_file(folder, shard).name for shard in facts.shards))
-    )
-    ours = [name for name in unused if is_shard(name) or name.startswith((PENDING, NEXT))]
-    if ours:
-        notes.append(
-            f"{folder} holds {len(ours)} files of a writer that is at work or was interrupted"
-            f" ({ours[0]}): the next one uses or removes them"
-        )
-    return notes + (_changed_pictures(Path(facts.root), found) if found is not None else [])
-
-
-def _changed_pictures(root: Path, found: list[tuple[str, bytes]]) -> list[str]:
-    gone, other = [], []
-    for name, content in found:
-        try:
-            if hashed((root / name).read_bytes()) != content:
-                other.append(name)
-        except OSError:
-            gone.append(name)
-    notes = (
-        [
-            f"{some(other)} under {root} changed after they were indexed: add brings the index up"
-            " to date"
-        ]
-        if other
-        else []
-    )
-    return notes + (
-        [f"{some(gone)} cannot be read under {root}: add with prune drops pictures that are gone"]
-        if gone
-        else []
-    )
-
-
 def _existing(folder: Path | str) -> Path:
     if not os.path.isdir(folder):
-        raise IndexRefused(f"{folder} is not a folder: name the one that holds the pictures")
+        raise IndexRefused(f"{folder} is not a folder: name the one that holds the images")
     return Path(os.path.abspath(folder))
 
 

@@ -1,11 +1,10 @@
-"""What an index is on disk: a folder with vectors in `vectors-*.npy`, never changed once written,
-and one SQLite file that says whose they are.
+"""The files of an index: vectors in `vectors-*.npy`, and SQLite files that say whose they are.
 
-`index.sqlite` is replaced as a whole, by a rename, so that an index is what one version of this
-file says; readers open the file as immutable, take no lock and need no right to write.
-`pending.sqlite` has the same tables and holds what a writer has extracted but not yet made visible.
-`lock` is held by the writer, through the kernel, which lets go of it when the process ends in
-whatever way.
+A file of vectors never changes once it is written. `index.sqlite` is replaced as a whole by a
+rename, so that an index is what one version of this file says. Readers open it as immutable, take
+no lock and require no right to write. `pending.sqlite` has the same tables and holds what a writer
+has extracted but not yet published. The writer holds `lock` with flock; the operating system
+releases it however the process ends.
 
 Every vector and every entry has a CRC-32. Paths are stored as bytes.
 """
@@ -33,23 +32,25 @@ INDEX, PENDING, NEXT, LOCK = "index.sqlite", "pending.sqlite", "next.sqlite", "l
 
 _APPLICATION = int.from_bytes(b"ggem")
 _TABLES = """
-    CREATE TABLE facts (id INTEGER PRIMARY KEY CHECK (id = 0), value TEXT NOT NULL, crc32 INTEGER NOT NULL);
+    CREATE TABLE facts (
+        id INTEGER PRIMARY KEY CHECK (id = 0), value TEXT NOT NULL, crc32 INTEGER NOT NULL);
     CREATE TABLE images (
-        id INTEGER PRIMARY KEY, path BLOB NOT NULL UNIQUE, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL, content BLOB NOT NULL,
-        width INTEGER NOT NULL, height INTEGER NOT NULL, vector_crc32 INTEGER NOT NULL, entry_crc32 INTEGER NOT NULL,
+        id INTEGER PRIMARY KEY, path BLOB NOT NULL UNIQUE, size INTEGER NOT NULL,
+        mtime_ns INTEGER NOT NULL, content BLOB NOT NULL, width INTEGER NOT NULL,
+        height INTEGER NOT NULL, vector_crc32 INTEGER NOT NULL, entry_crc32 INTEGER NOT NULL,
         shard INTEGER NOT NULL, row INTEGER NOT NULL);
     CREATE INDEX contents ON images (content);
 """
 
 COLUMNS = "path, size, mtime_ns, content, width, height, vector_crc32, shard, row"
-PUT = f"""INSERT INTO images ({COLUMNS}, entry_crc32) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (path) DO UPDATE SET
-    {", ".join(f"{name} = excluded.{name}" for name in (*COLUMNS.split(", ")[1:], "entry_crc32"))}"""
+_UPDATED = (*COLUMNS.split(", ")[1:], "entry_crc32")
+PUT = f"""INSERT INTO images ({COLUMNS}, entry_crc32) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+    ON CONFLICT (path) DO UPDATE SET
+    {", ".join(f"{name} = excluded.{name}" for name in _UPDATED)}"""
 
 
 class IndexRefused(ValueError):
-    """What was asked cannot be done with this index; one sentence says what was expected, what came
-    and what to do.
-    """
+    """This index does not allow the call; one sentence names the cause and the remedy."""
 
 
 class Damaged(IndexRefused):
@@ -57,14 +58,12 @@ class Damaged(IndexRefused):
 
 
 class Entry(NamedTuple):
-    """A picture of the index; `row` of `shard` is its vector, which pictures with the same content
-    share. `content` is the hash of the file.
-    """
+    """An image of the index. Images with the same content share a vector, `row` of `shard`."""
 
     path: bytes
     size: int
     mtime_ns: int
-    content: bytes
+    content: bytes  # hash of the file
     width: int
     height: int
     vector_crc32: int
@@ -72,34 +71,34 @@ class Entry(NamedTuple):
     row: int
 
     def crc32(self) -> int:
-        """Of everything but the vector's place, which changes when shards are rewritten."""
+        """Returns the checksum of all fields but the vector's place, which compaction changes."""
         return zlib.crc32(repr(self[:7]).encode())
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What holds for the whole index. `settings` say how vectors are made; `dim` is 0 before there
-    is one; `shards` are the rows in each.
-    """
+    """What holds for the whole index."""
 
-    settings: dict[str, Any]
+    settings: dict[str, Any]  # how vectors are made
     dtype: str
     root: str
-    dim: int = 0
-    count: int = 0
-    shards: dict[int, int] = field(default_factory=dict)
-    versions: dict[str, str] = field(default_factory=dict)
+    dim: int = 0  # 0 before the first vector
+    count: int = 0  # images
+    shards: dict[int, int] = field(default_factory=dict)  # shard -> its rows
+    versions: dict[str, str] = field(default_factory=dict)  # of the libraries that wrote it
 
     def stored(self) -> np.dtype:
+        """Returns the dtype on disk, little-endian."""
         return np.dtype(self.dtype).newbyteorder("<")
 
     def row_bytes(self) -> int:
+        """Returns the size of a vector on disk, bytes."""
         return self.dim * self.stored().itemsize
 
 
 @contextlib.contextmanager
 def reading(folder: Path) -> Iterator[sqlite3.Connection]:
-    """The index's SQLite file as it is now, whatever writers do meanwhile."""
+    """Opens the index's SQLite file as it is now, whatever writers do meanwhile."""
     file = folder / INDEX
     try:
         if not file.is_file():
@@ -111,7 +110,7 @@ def reading(folder: Path) -> Iterator[sqlite3.Connection]:
             )
         with (
             _damage_in_one_sentence(file),
-            contextlib.closing(connected(file, "mode=ro&immutable=1")) as database,
+            contextlib.closing(connect(file, "mode=ro&immutable=1")) as database,
         ):
             yield database
     except OSError as error:
@@ -119,10 +118,11 @@ def reading(folder: Path) -> Iterator[sqlite3.Connection]:
 
 
 def writable(file: Path) -> sqlite3.Connection:
-    """Opens a SQLite file of a writer, with its tables; transactions are explicit and on disk when
-    they are committed.
+    """Returns a writer's SQLite file with its tables, opened.
+
+    Transactions are explicit, and on disk when they are committed.
     """
-    database = connected(file, "mode=rwc")
+    database = connect(file, "mode=rwc")
     database.execute("PRAGMA synchronous=FULL")
     if not database.execute("PRAGMA application_id").fetchone()[0]:
         database.executescript(
@@ -132,7 +132,8 @@ def writable(file: Path) -> sqlite3.Connection:
     return database
 
 
-def connected(file: Path, mode: str) -> sqlite3.Connection:
+def connect(file: Path, mode: str) -> sqlite3.Connection:
+    """Returns a connection without implicit transactions; `mode` is part of a SQLite URI."""
     return sqlite3.connect(
         f"file:{quote(os.fsencode(file.absolute()))}?{mode}", uri=True, isolation_level=None
     )
@@ -144,14 +145,8 @@ def _damage_in_one_sentence(file: Path) -> Iterator[None]:
         yield
     except IndexRefused:
         raise
-    except (
-        sqlite3.Error,
-        ValueError,
-        TypeError,
-        KeyError,
-        OverflowError,
-        AttributeError,
-    ) as error:  # SQLite's own, then of altered values
+    # SQLite's own errors, and those of altered values
+    except (sqlite3.Error, ValueError, TypeError, KeyError, OverflowError, AttributeError) as error:
         raise Damaged(
             f"{file} is damaged ({error}): put a copy in its place, or build the index again in"
             " another folder"
@@ -159,8 +154,9 @@ def _damage_in_one_sentence(file: Path) -> Iterator[None]:
 
 
 def read_facts(database: sqlite3.Connection, file: Path) -> Facts:
-    """The facts of an index, or of a pending one. Raises `IndexRefused` where the file is of
-    another program or of a newer version of this one.
+    """Returns the facts of an index, or of a pending one.
+
+    Raises `IndexRefused` where the file is damaged, of another program, or of a newer version.
     """
     application, version = (
         database.execute(f"PRAGMA {name}").fetchone()[0]
@@ -186,6 +182,7 @@ def read_facts(database: sqlite3.Connection, file: Path) -> Facts:
 
 
 def write_facts(database: sqlite3.Connection, facts: Facts) -> None:
+    """Writes the facts with the versions of today."""
     from_now = {
         "ggem_jax": ggem_jax.__version__,
         "numpy": np.__version__,
@@ -199,9 +196,7 @@ def write_facts(database: sqlite3.Connection, facts: Facts) -> None:
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Whether the folder holds nothing but what a build that was interrupted leaves, or nothing at
-    all.
-    """
+    """Returns whether a folder holds at most what an interrupted build leaves."""
     return (
         all(
             name == LOCK or name.startswith((PENDING, NEXT)) or is_shard(name)
@@ -213,10 +208,12 @@ def is_unfinished(folder: Path) -> bool:
 
 
 def holds_shards(folder: Path) -> bool:
+    """Returns whether a folder holds files of vectors."""
     return any(map(is_shard, os.listdir(folder)))
 
 
 def index_is_missing(folder: Path) -> IndexRefused:
+    """Returns the error for vectors without an index."""
     return IndexRefused(
         f"{INDEX} is missing in {folder}: put a copy in its place, or delete the folder to build it"
         " anew"
@@ -224,17 +221,17 @@ def index_is_missing(folder: Path) -> IndexRefused:
 
 
 def is_shard(name: str) -> bool:
+    """Returns whether a file's name is that of a file of vectors."""
     return name.startswith("vectors-") and name.endswith(".npy")
 
 
 def shard_file(folder: Path, shard: int) -> Path:
+    """Returns the file of a shard."""
     return folder / f"vectors-{shard:012x}.npy"
 
 
 def write_shard(file: Path, blocks: Iterable[np.ndarray], rows: int, facts: Facts) -> None:
-    """Writes blocks `(n, dim)`, `rows` rows together, as one `.npy` file, and returns when they are
-    on disk.
-    """
+    """Writes blocks `(n, dim)` of `rows` rows in all as one `.npy` file, through to the disk."""
     with file.open("xb") as handle:
         handle.write(_npy_header(rows, facts))
         for block in blocks:
@@ -244,7 +241,7 @@ def write_shard(file: Path, blocks: Iterable[np.ndarray], rows: int, facts: Fact
 
 
 def sync(path: Path) -> None:
-    """Returns when a file, or the list of names in a folder, is on disk."""
+    """Flushes a file, or the list of names in a folder, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -252,9 +249,10 @@ def sync(path: Path) -> None:
         os.close(handle)
 
 
-def mapped(folder: Path, shard: int, facts: Facts) -> np.ndarray:
-    """The vectors of a shard, `(rows, dim)`, mapped. Raises `Damaged`, whose text is what is wrong
-    with the file, and `FileNotFoundError`.
+def map_shard(folder: Path, shard: int, facts: Facts) -> np.ndarray:
+    """Returns the vectors of a shard, `(rows, dim)`, mapped.
+
+    Raises `FileNotFoundError`, or `Damaged`, whose text follows the file's name in a sentence.
     """
     rows = facts.shards[shard]
     header, file = _npy_header(rows, facts), shard_file(folder, shard)
@@ -273,9 +271,7 @@ def mapped(folder: Path, shard: int, facts: Facts) -> np.ndarray:
 
 
 def _npy_header(rows: int, facts: Facts) -> bytes:
-    """Version 1.0 of NumPy's format, padded to 64 bytes. Written here so that any version of NumPy
-    finds the same bytes.
-    """
+    """Version 1.0 of NumPy's format, padded to 64 bytes; the same bytes for any NumPy."""
     text = (
         f"{{'descr': '{facts.stored().str}', 'fortran_order': False, 'shape': ({rows},"
         f" {facts.dim}), }}"
@@ -285,20 +281,18 @@ def _npy_header(rows: int, facts: Facts) -> bytes:
 
 
 class Flaw(NamedTuple):
-    """An entry (by its id) that cannot be used; `file` is the one that is to blame and `what`
-    follows its name in a sentence.
-    """
+    """An entry that cannot be used."""
 
     id: int
     path: str
-    file: str
-    what: str
+    file: str  # the damaged one
+    what: str  # follows the file's name in a sentence
 
 
 def flaws(
     database: sqlite3.Connection, folder: Path, facts: Facts, name: str = INDEX
 ) -> Iterator[Flaw]:
-    """Reads every vector that is in use, and compares it and its entry with their checksums."""
+    """Yields the entries that cannot be used: all checksums of entries and vectors are compared."""
     current, vectors, trouble = -1, np.empty((0, 0)), ""
     for number, entry_crc32, *values in database.execute(
         f"SELECT id, entry_crc32, {COLUMNS} FROM images ORDER BY shard, row"
@@ -318,7 +312,7 @@ def flaws(
         if entry.shard != current:
             current, trouble = entry.shard, ""
             try:
-                vectors = mapped(folder, current, facts)
+                vectors = map_shard(folder, current, facts)
             except FileNotFoundError:
                 trouble = "is missing"
             except (OSError, Damaged) as error:
@@ -334,24 +328,26 @@ def flaws(
 
 
 def some(paths: list[str]) -> str:
-    """`3 pictures (a.jpg, b.jpg, c.jpg)`, with at most five names."""
+    """Returns `3 images (a.jpg, b.jpg, c.jpg)`, with at most five names."""
     names = ", ".join(map(shown, sorted(paths)[:5])) + (
         f" and {len(paths) - 5} more" if len(paths) > 5 else ""
     )
-    return f"{len(paths)} picture{'s' if len(paths) != 1 else ''} ({names})"
+    return f"{len(paths)} image{'s' if len(paths) != 1 else ''} ({names})"
 
 
 def mend(folder: Path, file: str, what: str, paths: list[str] | None = None) -> str:
+    """Returns the sentence for a damaged file, with the images that it concerns."""
     concerned = f": {some(paths)} cannot be found by it" if paths else ""
     return (
         f"{folder / file} {what}{concerned}; put a copy of the file in its place, or add with"
-        " repair, which extracts such pictures again"
+        " repair, which extracts such images again"
     )
 
 
-def mapped_or_refused(folder: Path, shard: int, facts: Facts) -> np.ndarray:
+def map_or_refuse(folder: Path, shard: int, facts: Facts) -> np.ndarray:
+    """Returns the vectors of a shard, mapped; damage is told in one sentence."""
     try:
-        return mapped(folder, shard, facts)
+        return map_shard(folder, shard, facts)
     except Damaged as error:
         raise Damaged(mend(folder, shard_file(folder, shard).name, str(error))) from None
     except FileNotFoundError:
@@ -363,11 +359,13 @@ def mapped_or_refused(folder: Path, shard: int, facts: Facts) -> np.ndarray:
 
 
 def facts_of(folder: Path) -> Facts:
+    """Returns the facts of an index as it is now."""
     with reading(folder) as database:
         return read_facts(database, folder / INDEX)
 
 
 def as_json(settings: dict[str, Any]) -> dict[str, Any]:
+    """Returns settings as JSON brings them back."""
     try:
         return dict(json.loads(json.dumps(settings)))
     except (TypeError, ValueError) as error:
@@ -375,6 +373,7 @@ def as_json(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_other_settings(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
+    """Raises `IndexRefused`, which lists all differences, unless the settings are equal."""
     flat_there, flat_here = _flat(there), _flat(as_json(here))
     names = [
         name
@@ -394,6 +393,7 @@ def refuse_other_settings(folder: Path, there: dict[str, Any], here: dict[str, A
 
 
 def refuse_other_build(folder: Path, there: Facts, here: Facts) -> None:
+    """Raises `IndexRefused` unless settings, dtype and folder of images are equal."""
     facts_there, facts_here = (
         {**facts.settings, "dtype": facts.dtype, "folder": facts.root} for facts in (there, here)
     )

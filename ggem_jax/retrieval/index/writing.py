@@ -1,9 +1,9 @@
-"""How an index is written: what is extracted gathers in new shards and in `pending.sqlite`, batch
-by batch; `publish` makes it visible at once.
+"""Writes an index: vectors gather in new shards and in `pending.sqlite`, batch by batch.
+
+`publish` then makes all of them visible at once.
 """
 
 import contextlib
-import fcntl
 import os
 import secrets
 import shutil
@@ -15,12 +15,21 @@ from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from ggem_jax.files.images import EXTENSIONS, RGB, UnreadableImage
-from ggem_jax.retrieval.index.folder import File, Listing, Picture, Skipped, decoded, shown, walk
+from ggem_jax.retrieval.index.folder import (
+    DecodedImage,
+    File,
+    Listing,
+    Skipped,
+    decode,
+    shown,
+    walk,
+)
 from ggem_jax.retrieval.index.store import (
     COLUMNS,
     INDEX,
@@ -32,15 +41,15 @@ from ggem_jax.retrieval.index.store import (
     Entry,
     Facts,
     IndexRefused,
-    connected,
+    connect,
     facts_of,
     flaws,
     holds_shards,
     index_is_missing,
     is_shard,
     is_unfinished,
-    mapped,
-    mapped_or_refused,
+    map_or_refuse,
+    map_shard,
     mend,
     read_facts,
     refuse_other_build,
@@ -52,7 +61,7 @@ from ggem_jax.retrieval.index.store import (
 )
 
 Extract = Callable[[Iterator[RGB]], Iterable[np.ndarray | UnreadableImage]]
-OnProgress = Callable[[int, int], None]  # pictures done, pictures in all
+OnProgress = Callable[[int, int], None]  # images done, images in all
 
 COMMIT_ROWS, COMMIT_SECONDS = 1024, 30.0  # what a killed writer has to extract again, at most
 SHARD_BYTES = 1 << 28  # of a shard, at most: a reader of 16 GiB of vectors maps 64 files
@@ -62,35 +71,48 @@ _ROWS_COPIED = 4096
 
 @dataclass(frozen=True)
 class Report:
-    """What a writer did, in pictures. `reused` of the added and updated ones had a content whose
-    vector was there: they had been moved or copied.
-    """
+    """What a writer did, in images."""
 
     added: int = 0
     updated: int = 0
     unchanged: int = 0
     removed: int = 0
-    reused: int = 0
+    reused: int = 0  # of the added and updated ones: moved or copied, their vector was there
     skipped: list[Skipped] = field(default_factory=list)
+    notes: tuple[str, ...] = ()  # what the user should know about the settings
+
+    def record(self) -> dict[str, Any]:
+        """Returns JSON values."""
+        return {
+            **{name: getattr(self, name) for name in COUNTS},
+            "skipped": [skipped._asdict() for skipped in self.skipped],
+            "notes": list(self.notes),
+        }
+
+
+COUNTS = ("added", "updated", "unchanged", "reused", "removed")
 
 
 @contextlib.contextmanager
-def written(folder: Path) -> Iterator[None]:
-    """Tells a failure to write in one sentence."""
+def reporting_failures(folder: Path) -> Iterator[None]:
+    """Turns a failure to write into one sentence."""
     try:
         yield
     except (OSError, sqlite3.Error) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise IndexRefused(
-            f"{folder} could not be written: {reason} (it is as it was before, and the same call"
-            " goes on from there)"
+            f"{folder} could not be written: {reason}; the index is unchanged, and the same call"
+            " resumes"
         ) from error
 
 
 @contextlib.contextmanager
-def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
-    """Keeps other writers out, and removes what nobody needs: what a killed writer left, then what
-    was half written or has been replaced.
+def locking(folder: Path, *, new: bool = False) -> Iterator[None]:
+    """Keeps other writers out, and removes files that no index uses, before and after.
+
+    Args:
+        folder: of the index.
+        new: whether the folder may be made.
     """
     made = new and not folder.exists()
     if not new or (folder / INDEX).exists():
@@ -100,7 +122,7 @@ def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
             f"{folder} exists and is not an index: choose another path, nothing is overwritten"
         )
     with contextlib.ExitStack() as stack:
-        with written(folder):
+        with reporting_failures(folder):
             if new:
                 folder.mkdir(parents=True, exist_ok=True)
             stack.enter_context(_lock(folder))
@@ -120,29 +142,30 @@ def locked(folder: Path, *, new: bool = False) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[None]:
-    while True:
-        with (folder / LOCK).open("a") as handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise IndexRefused(
-                    f"another process is writing to {folder}: wait until it has finished (searches"
-                    " may go on)"
-                ) from None
-            if (folder / LOCK).exists() and os.path.samestat(
-                (folder / LOCK).stat(), os.fstat(handle.fileno())
-            ):
-                yield
-                return
+    """Held with flock: the operating system releases it however the process ends.
+
+    The short timeout is for a lock file that its owner removes between our opening and locking it.
+    A soft lock, which a killed process would leave behind, is never used in its place.
+    """
+    lock = FileLock(folder / LOCK, timeout=0.2, poll_interval=0.02, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise IndexRefused(
+            f"another process is writing to {folder}: wait until it has finished (searches may go"
+            " on)"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _tidy(folder: Path) -> None:
-    """Removes shards that neither the index nor the pending one names, and then a pending one that
-    cannot be used.
+    """Removes shards that neither SQLite file names, and a pending file that cannot be used.
 
-    Where there is no index, shards are those of a build that goes on only if its pending file says
-    so: it counts no picture of an index. Other shards belong to an index whose SQLite file has been
-    lost, and are refused.
+    Without an index, shards belong to an unfinished build if its pending file counts no image of an
+    index. Other shards belong to an index whose SQLite file has been lost, and are refused.
     """
     ours, unusable = (folder / INDEX).exists(), False
     kept = set(facts_of(folder).shards) if ours else set()
@@ -196,46 +219,44 @@ def update(
     workers: int | None,
     on_progress: OnProgress | None,
 ) -> Report:
-    """Brings the index in line with the pictures under `wanted.root / start`. The lock is held."""
+    """Brings the index in line with the images under `wanted.root / start`, under the lock."""
     listing, new = walk(Path(wanted.root), start, apart=folder), not (folder / INDEX).exists()
     if not listing.files:
         first = f" ({listing.skipped[0].why})" if listing.skipped else ""
         raise IndexRefused(
-            f"there is no picture ({' '.join(EXTENSIONS)}) in {Path(wanted.root) / start}{first}:"
+            f"there is no image ({' '.join(EXTENSIONS)}) in {Path(wanted.root) / start}{first}:"
             " is it the right folder, and is its disk there?"
         )
     with contextlib.ExitStack() as stack:
-        stack.enter_context(_read(folder))
+        stack.enter_context(_reporting_damage(folder))
         committed, lost = None, set[int]()
         if not new:
             committed = stack.enter_context(
-                contextlib.closing(connected(folder / INDEX, "mode=ro&immutable=1"))
+                contextlib.closing(connect(folder / INDEX, "mode=ro&immutable=1"))
             )
             wanted = replace(read_facts(committed, folder / INDEX), root=wanted.root)
             lost = _lost(committed, folder, wanted) if repair else set()
             if not repair:
                 _refuse_lost_shards(folder, wanted)
-        with written(folder):
+        with reporting_failures(folder):
             _refuse_other_pending(folder, wanted, new=new)
             pending = stack.enter_context(contextlib.closing(writable(folder / PENDING)))
             if not pending.execute("SELECT 1 FROM facts").fetchone():
-                write_facts(
-                    pending,
-                    wanted,
-                    # before the first shard, which belongs to a build or to an index by what stands
-                    # here
-                )
+                # before the first shard: these facts say whether it belongs to a build or an index
+                write_facts(pending, wanted)
         work = _Work(folder, wanted, committed, pending, lost)
         report = work.run(listing, extract, workers or min(4, os.cpu_count() or 1), on_progress)
         if new and not work.chosen:
             raise IndexRefused(
-                f"none of the {len(listing.files)} pictures in {wanted.root} could be indexed:"
+                f"none of the {len(listing.files)} images in {wanted.root} could be indexed:"
                 f" {report.skipped[0].why}"
             )
-        gone = work.gone(listing, start) if prune else []
-        report = replace(report, removed=len(gone), skipped=report.skipped + work.dropped(gone))
+        gone = work.find_gone(listing, start) if prune else []
+        report = replace(
+            report, removed=len(gone), skipped=report.skipped + work.find_dropped(gone)
+        )
         changes = new or bool(work.chosen or gone or lost) or facts_of(folder).root != wanted.root
-    with written(folder):
+    with reporting_failures(folder):
         if changes:
             publish(folder, work.facts, [path for _, path in sorted(work.chosen)], gone, lost)
         _drop_pending(folder)
@@ -243,8 +264,8 @@ def update(
 
 
 @contextlib.contextmanager
-def _read(folder: Path) -> Iterator[None]:
-    """Tells that SQLite cannot read its file in one sentence; errors of the extractor pass."""
+def _reporting_damage(folder: Path) -> Iterator[None]:
+    """Turns damage of SQLite's file into one sentence; errors of the extractor pass."""
     try:
         yield
     except sqlite3.Error as error:
@@ -255,9 +276,7 @@ def _read(folder: Path) -> Iterator[None]:
 
 
 def _lost(committed: sqlite3.Connection, folder: Path, facts: Facts) -> set[int]:
-    """The ids of entries that cannot be used. Where the very structure of SQLite's file is broken
-    there is no telling.
-    """
+    """The ids of entries that cannot be used. Raises where SQLite's own structure is broken."""
     problem = committed.execute("PRAGMA integrity_check(1)").fetchone()[0]
     if problem != "ok":
         raise Damaged(
@@ -270,15 +289,13 @@ def _lost(committed: sqlite3.Connection, folder: Path, facts: Facts) -> set[int]
 def _refuse_lost_shards(folder: Path, facts: Facts) -> None:
     for shard in facts.shards:
         try:
-            mapped_or_refused(folder, shard, facts)
+            map_or_refuse(folder, shard, facts)
         except FileNotFoundError:
             raise Damaged(mend(folder, shard_file(folder, shard).name, "is missing")) from None
 
 
 def _refuse_other_pending(folder: Path, wanted: Facts, *, new: bool) -> None:
-    """An interrupted build of other settings is not thrown away; an interrupted `add` of a root
-    that has moved is.
-    """
+    """Refuses an interrupted build of other settings; drops an `add` of another root."""
     if (folder / PENDING).exists():
         with contextlib.closing(writable(folder / PENDING)) as database:
             facts = read_facts(database, folder / PENDING)
@@ -293,15 +310,16 @@ def _refuse_other_pending(folder: Path, wanted: Facts, *, new: bool) -> None:
 
 
 class _Place(NamedTuple):
-    """A picture and its place in the listing."""
+    """An image and its place in the listing."""
 
     number: int
-    picture: Picture
+    image: DecodedImage
 
 
 class _Work:
-    """What one update has done so far: `chosen` are the entries, by place in the listing and path,
-    that `pending` holds for the index.
+    """What one update has done so far.
+
+    `chosen` are the entries that `pending` holds for the index, by place in the listing and path.
     """
 
     def __init__(
@@ -332,7 +350,7 @@ class _Work:
         }
         self.chosen: list[tuple[int, bytes]] = []
         self.waiting: deque[_Place] = deque()  # at the extractor
-        self.copies: list[_Place] = []  # of pictures that are known, or at the extractor
+        self.copies: list[_Place] = []  # of images that are known, or at the extractor
         self.batch: list[tuple[_Place, np.ndarray]] = []
         self.skipped: list[Skipped] = []
         self.exhausted, self.reused, self.last_commit = False, 0, time.monotonic()
@@ -352,7 +370,7 @@ class _Work:
             else:
                 unread.append((number, file))
         self.settled, total = len(listing.files) - len(unread), len(listing.files)
-        stream = self._pictures(Path(self.facts.root), unread, workers)
+        stream = self._images(Path(self.facts.root), unread, workers)
         try:
             _tell(on_progress, self.settled, total)
             for vector in extract(stream):
@@ -360,7 +378,7 @@ class _Work:
                 _tell(on_progress, self.settled, total)
             if self.waiting or not self.exhausted:
                 raise IndexRefused(
-                    "the extractor must give a vector for each picture, and stopped"
+                    "the extractor must give a vector for each image, and stopped"
                     f" {len(self.waiting)} short of what it took"
                 )
         except BaseException:
@@ -372,18 +390,16 @@ class _Work:
         self._flush()
         self.skipped += [
             Skipped(
-                copy.picture.file.path,
-                f"{shown(copy.picture.file.path)} has the content of a picture that was skipped",
+                copy.image.file.path,
+                f"{shown(copy.image.file.path)} has the content of an image that was skipped",
             )
             for copy in self.copies
         ]
         _tell(on_progress, total, total)
         return self._report(unchanged)
 
-    def gone(self, listing: Listing, start: str) -> list[bytes]:
-        """The entries whose files are no longer there; not those in or under what could not be
-        read.
-        """
+    def find_gone(self, listing: Listing, start: str) -> list[bytes]:
+        """The entries whose files are gone, without those under folders that could not be read."""
         there = {os.fsencode(file.path) for file in listing.files}
         kept = {os.fsencode(path) for path, _ in listing.skipped}
         prefix = os.fsencode(f"{start}/") if start else b""
@@ -398,8 +414,8 @@ class _Work:
             if name.startswith(prefix) and name not in there and not kept & {b"", *_upwards(name)}
         ]
 
-    def dropped(self, gone: list[bytes]) -> list[Skipped]:
-        """Damaged entries that could not be made anew."""
+    def find_dropped(self, gone: list[bytes]) -> list[Skipped]:
+        """The damaged entries that could not be described again."""
         replaced = {name for _, name in self.chosen} | set(gone)
         names = (
             [
@@ -417,20 +433,18 @@ class _Work:
         return [
             Skipped(
                 path,
-                f"the entry of {shown(path)} was damaged, its picture could not be read, and it was"
+                f"the entry of {shown(path)} was damaged, its image could not be read, and it was"
                 " dropped",
             )
             for path in sorted(paths)
         ]
 
-    def _pictures(
+    def _images(
         self, root: Path, unread: list[tuple[int, File]], workers: int
     ) -> Generator[RGB, None, None]:
-        """What the extractor reads; nothing here speaks with SQLite, whose connections belong to
-        one thread.
-        """
+        """What the extractor reads. SQLite is left to the thread of its connections."""
         numbers = iter(unread)
-        for found in decoded(root, (file for _, file in unread), self.known, workers=workers):
+        for found in decode(root, (file for _, file in unread), self.known, workers=workers):
             number = next(numbers)[0]
             if isinstance(found, Skipped):
                 self._skip(found)
@@ -450,11 +464,10 @@ class _Work:
     def _take(self, vector: np.ndarray | UnreadableImage) -> None:
         if not self.waiting:
             raise IndexRefused(
-                "the extractor must give a vector for each picture, and gave more than it took"
-                " pictures"
+                "the extractor must give a vector for each image, and gave more than it took images"
             )
         place = self.waiting.popleft()
-        path = place.picture.file.path
+        path = place.image.file.path
         if isinstance(vector, UnreadableImage):
             return self._skip(
                 Skipped(path, f"{shown(path)} cannot be described: {' '.join(str(vector).split())}")
@@ -487,12 +500,10 @@ class _Work:
         return None
 
     def _flush(self) -> None:
-        """Puts the batch on disk, in a shard of its own, and its entries with those of known
-        contents in the pending file.
-        """
+        """Writes the batch as a shard, and its entries and those of known contents as pending."""
         facts, shard = self.facts, secrets.randbits(47)
         entries = []
-        with written(self.folder):
+        with reporting_failures(self.folder):
             try:
                 if self.batch:
                     rows = np.stack([vector for _, vector in self.batch])
@@ -512,7 +523,7 @@ class _Work:
                     ]
                 self.pending.execute("BEGIN IMMEDIATE")
                 self._put(entries)
-                copies, left = self._placed_copies()
+                copies, left = self._place_copies()
                 self._put(copies)
                 write_facts(self.pending, facts)
                 self.pending.execute("COMMIT")
@@ -528,11 +539,11 @@ class _Work:
     def _put(self, entries: list[tuple[_Place, Entry]]) -> None:
         self.pending.executemany(PUT, [(*entry, entry.crc32()) for _, entry in entries])
 
-    def _placed_copies(self) -> tuple[list[tuple[_Place, Entry]], list[_Place]]:
-        """Entries for the pictures whose content has a vector by now, and the rest."""
+    def _place_copies(self) -> tuple[list[tuple[_Place, Entry]], list[_Place]]:
+        """The entries for images whose content has a vector by now, and the rest."""
         copies, left = [], []
         for place in self.copies:
-            entry = self._of_content(place.picture.content)
+            entry = self._of_content(place.image.content)
             if entry is None:
                 left.append(place)
             else:
@@ -592,12 +603,12 @@ def _tell(on_progress: OnProgress | None, done: int, total: int) -> None:
 
 
 def _named(place: _Place) -> tuple[bytes, int, int, bytes]:
-    file = place.picture.file
-    return os.fsencode(file.path), file.size, file.mtime_ns, place.picture.content
+    file = place.image.file
+    return os.fsencode(file.path), file.size, file.mtime_ns, place.image.content
 
 
 def _size(place: _Place) -> tuple[int, int]:
-    return place.picture.width, place.picture.height
+    return place.image.width, place.image.height
 
 
 def _upwards(name: bytes) -> Iterator[bytes]:
@@ -610,8 +621,14 @@ def _upwards(name: bytes) -> Iterator[bytes]:
 def publish(
     folder: Path, facts: Facts, chosen: list[bytes], gone: list[bytes], lost: set[int]
 ) -> None:
-    """Makes the next version of `index.sqlite`, with the chosen entries of `pending.sqlite`, and
-    puts it in the place of the one that is there.
+    """Replaces `index.sqlite` by its next version.
+
+    Args:
+        folder: of the index.
+        facts: of the next version; its shards and count are found here.
+        chosen: paths of the entries of `pending.sqlite` that are taken over.
+        gone: paths of the entries that are dropped.
+        lost: ids of the damaged entries, which are dropped.
     """
     following = folder / NEXT
     if (folder / INDEX).exists():
@@ -628,7 +645,7 @@ def publish(
                 database.executemany(
                     PUT, (pending.execute(query, (name,)).fetchone() for name in chosen)
                 )
-        shards = _compacted(database, folder, facts)
+        shards = _compact(database, folder, facts)
         count = database.execute("SELECT COUNT(*) FROM images").fetchone()[0]
         write_facts(database, replace(facts, shards=shards, count=count))
         database.execute("COMMIT")
@@ -638,9 +655,10 @@ def publish(
     sync(folder)
 
 
-def _compacted(database: sqlite3.Connection, folder: Path, facts: Facts) -> dict[int, int]:
-    """Drops shards without a row in use; writes those in use anew where more than half of all rows
-    are not, or where small shards are many.
+def _compact(database: sqlite3.Connection, folder: Path, facts: Facts) -> dict[int, int]:
+    """The shards without those that no entry uses.
+
+    They are written anew where more than half of all rows are unused, or small shards are many.
     """
     used = dict(database.execute("SELECT shard, COUNT(DISTINCT row) FROM images GROUP BY shard"))
     shards = {shard: rows for shard, rows in facts.shards.items() if shard in used}
@@ -663,7 +681,7 @@ def _compacted(database: sqlite3.Connection, folder: Path, facts: Facts) -> dict
     shards = {shard: shards[shard] for shard in shards if shard not in moving}
     for start in range(0, len(rows), capacity):
         part, shard = rows[start : start + capacity], secrets.randbits(47)
-        write_shard(shard_file(folder, shard), _gathered(folder, part, facts), len(part), facts)
+        write_shard(shard_file(folder, shard), _gather(folder, part, facts), len(part), facts)
         new |= {old: (shard, row) for row, old in enumerate(part)}
         shards[shard] = len(part)
     database.executemany(
@@ -675,13 +693,13 @@ def _compacted(database: sqlite3.Connection, folder: Path, facts: Facts) -> dict
 
 def _is_sound(folder: Path, shard: int, facts: Facts) -> bool:
     try:
-        return len(mapped(folder, shard, facts)) > 0
+        return len(map_shard(folder, shard, facts)) > 0
     except (Damaged, FileNotFoundError):
         return False
 
 
-def _gathered(folder: Path, rows: list[tuple[int, int]], facts: Facts) -> Iterator[np.ndarray]:
+def _gather(folder: Path, rows: list[tuple[int, int]], facts: Facts) -> Iterator[np.ndarray]:
     """The vectors of `(shard, row)` pairs, in blocks, with few files open at a time."""
-    opened = lru_cache(4)(lambda shard: mapped(folder, shard, facts))
+    opened = lru_cache(4)(lambda shard: map_shard(folder, shard, facts))
     for start in range(0, len(rows), _ROWS_COPIED):
         yield np.stack([opened(shard)[row] for shard, row in rows[start : start + _ROWS_COPIED]])

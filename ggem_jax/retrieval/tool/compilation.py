@@ -1,31 +1,32 @@
-"""JAX for a tool that is started often: what it compiles stays on disk for the next time, and it
-says nothing of its own.
-"""
+"""The persistent compilation cache of a tool that is started often."""
 
 import contextlib
 import hashlib
 import os
 import platform
+import sys
 import warnings
 from pathlib import Path
 from typing import Any
 
-MOST_BYTES = 256 * 2**20  # of compiled programs that are kept; a size of picture takes some 0.5 MB
+MOST_BYTES = 256 * 2**20  # of compiled programs that are kept; one image size takes about 0.5 MB
 
 
 def keep_compiled_programs() -> None:
-    """Uses the user's cache folder, `ggem-jax` in `XDG_CACHE_HOME`, where the user has not told JAX
-    of another by `JAX_COMPILATION_CACHE_DIR`.
+    """Makes JAX keep its compiled programs in the user's cache folder, without loading JAX.
 
-    `JAX_ENABLE_COMPILATION_CACHE=false` does without. A folder that cannot be written is no error:
-    then everything is compiled again.
+    The folder is `ggem-jax` in `XDG_CACHE_HOME`, unless `JAX_COMPILATION_CACHE_DIR` names another.
+    `JAX_ENABLE_COMPILATION_CACHE=false` turns the cache off. A folder that cannot be written is no
+    error: everything is compiled again.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     warnings.filterwarnings("ignore", message=".*persistent compilation cache")
-    import jax
-
-    config: Any = jax.config
-    if config.jax_compilation_cache_dir or not config.jax_enable_compilation_cache:
+    chosen = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    off = os.environ.get("JAX_ENABLE_COMPILATION_CACHE", "true").lower()
+    if chosen or off in ("0", "false", "f", "no", "n", "off"):
+        return
+    loaded: Any = sys.modules.get("jax")
+    if loaded and loaded.config.jax_compilation_cache_dir:
         return
     folder = cache_folder()
     try:
@@ -33,13 +34,19 @@ def keep_compiled_programs() -> None:
         drop_oldest(folder, MOST_BYTES)
     except OSError:
         return
-    config.update("jax_compilation_cache_dir", str(folder))
-    config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if loaded:
+        loaded.config.update("jax_compilation_cache_dir", str(folder))
+        loaded.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    else:
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(folder)
+        os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0"
 
 
 def cache_folder() -> Path:
-    """One for each kind of processor, as programs for one may not run on another and a home may be
-    shared by many.
+    """Returns the folder of the cache.
+
+    Each kind of processor has its own: programs for one may not run on another, and a home may be
+    shared by many machines.
     """
     base = os.environ.get("XDG_CACHE_HOME", "")
     root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"

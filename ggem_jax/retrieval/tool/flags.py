@@ -1,24 +1,28 @@
-"""The command line: commands, their flags, and what is wrong with them. Loads neither JAX nor
-NumPy.
+"""The command line: commands, their flags, and what is wrong with them.
+
+Loads neither JAX nor NumPy, unless `--backbone` names a network.
 """
 
 import argparse
 import dataclasses
 import math
+import os
 import re
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
-from ggem_jax.descriptors.settings import BACKBONES, DescriptorSettings
-from ggem_jax.retrieval.tool.methods import CANDIDATES, METHODS, OPTIONS, Method, method_of
+from ggem_jax.descriptors.settings import DEFAULT_BACKBONE, DescriptorSettings
+from ggem_jax.retrieval.methods import CANDIDATES, METHODS, OPTIONS, choose_method
 
 DEFAULTS = DescriptorSettings()
 
-MOST_TOGETHER = 4096  # pictures in a batch: a batch is filled up to its size
+MOST_TOGETHER = 4096  # images in a batch: a batch is filled up to its size
 LARGEST = 1e6  # of strengths and powers, as in `superglobal_rerank`
 
 
 class Usage(Exception):
-    """A command line that says nothing sensible, in one sentence."""
+    """A mistake in the command line, in one sentence."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -35,34 +39,71 @@ class _Formatter(argparse.HelpFormatter):
 
 
 def parse(argv: list[str], prog: str) -> argparse.Namespace:
-    """The command and its arguments. Raises `Usage`; `--help` prints and exits."""
+    """Returns the command and its keyword arguments, as `ggem_jax.retrieval.tool.commands` takes
+    them. Raises `Usage`; `--help` prints and exits.
+    """
     # an index without a name would be the current folder, a pattern without one everything
     if empty := [each for each in argv if re.fullmatch(r"(--[a-z-]+=)?", each)]:
         raise Usage(
             f"an argument is empty{f', {empty[0]}' if empty[0] else ''}: a variable of the shell"
             " may not be set"
         )
-    parser = _parser(prog)
-    arguments = parser.parse_args(_with_boxes(argv))
+    arguments = _parser(prog).parse_args(_join_boxes(argv))
+    values = vars(arguments)
     try:
-        if hasattr(arguments, "rerank"):
-            arguments.method = _method(arguments)
+        if "rerank" in values:
+            given = {name: values.pop(name) for name in ("candidates", *OPTIONS)}
+            arguments.method = choose_method(values.pop("rerank"), **given)
         if arguments.command == "index":
             names = [each.name for each in dataclasses.fields(DescriptorSettings)]
-            arguments.settings = DescriptorSettings(
-                **{name: getattr(arguments, name) for name in names}
-            )
+            given = {name: values.pop(name) for name in names if name in values}
+            arguments.settings = DescriptorSettings(**given)
     except ValueError as error:
         raise Usage(str(error)) from None
-    if arguments.command == "search" and len(arguments.box) not in (0, len(arguments.queries)):
-        raise Usage(
-            f"--box belongs to one query: give it {len(arguments.queries)} times, in the order of"
-            " the queries, or not at all"
-        )
+    _check(arguments)
     return arguments
 
 
-def _with_boxes(argv: list[str]) -> list[str]:
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuses before hours of work are done."""
+    if arguments.command == "search":
+        if len(arguments.box) not in (0, len(arguments.queries)):
+            raise Usage(
+                f"--box belongs to one query: give it {len(arguments.queries)} times, in the order"
+                " of the queries, or not at all"
+            )
+        if arguments.html:
+            _check_output(arguments.html, (".html", ".htm"), arguments.queries)
+    elif arguments.command == "rerank":
+        files = [_file_of(arguments.queries), _file_of(arguments.database), arguments.ranking]
+        _check_output(arguments.output, (".npz", ".json"), files)
+        if arguments.ranking and arguments.k:
+            raise Usage("-k is for the search, and --ranking takes its place: give one of them")
+    elif arguments.command == "whiten":
+        _check_output(arguments.output, (".npz",), [])
+
+
+def _check_output(file: str, endings: tuple[str, ...], inputs: Iterable[str | None]) -> None:
+    path = Path(file)
+    if path.suffix.lower() not in endings:
+        raise Usage(f"{file} must end with {' or '.join(endings)}")
+    if path.is_dir():
+        raise Usage(f"{file} cannot be written: it is a folder")
+    if not path.parent.is_dir():
+        raise Usage(f"{file} cannot be written: {path.parent} is no folder")
+    for name in inputs:
+        both = name is not None and path.exists() and os.path.exists(name)
+        if both and os.path.samefile(path, str(name)):
+            raise Usage(f"{file} is read by this very command: write to another file")
+
+
+def _file_of(name: str) -> str:
+    """`FILE.npz` of `FILE.npz:NAME`, as `ggem_jax.files.vectors.file_of`, without NumPy."""
+    before, ending, key = name.rpartition(".npz:")
+    return f"{before}.npz" if ending and key else name
+
+
+def _join_boxes(argv: list[str]) -> list[str]:
     """`--box -1,0,9,9` as `--box=-1,0,9,9`: argparse takes what begins with a minus for a flag."""
     joined: list[str] = []
     for each in argv:
@@ -73,17 +114,9 @@ def _with_boxes(argv: list[str]) -> list[str]:
     return joined
 
 
-def _method(arguments: argparse.Namespace) -> Method:
-    return method_of(
-        arguments.rerank,
-        candidates=arguments.candidates,
-        **{name: getattr(arguments, name) for name in OPTIONS},
-    )
-
-
 def _parser(prog: str) -> argparse.ArgumentParser:
     parser = _Parser(
-        prog=prog, description="An index of one's own pictures: search by picture, and reranking."
+        prog=prog, description="An index of your own images: search by image, and reranking."
     )
     parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
@@ -99,131 +132,129 @@ def _version() -> str:
 
 
 def _index(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "photos", metavar="PHOTOS", help="folder of pictures, with folders below it"
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("photos", metavar="PHOTOS", help="folder of images, with folders below it")
+    add(
         "-o",
         "--output",
         required=True,
         metavar="INDEX",
-        help="folder of the index; one that is there is brought up to date",
+        help="folder of the index; an existing index is brought up to date",
     )
-    parser.add_argument(
+    add(
         "--dtype",
         choices=("float16", "float32"),
         default="float16",
         help="of the vectors on disk (%(default)s)",
     )
     _add_work(parser)
+    _add_json(parser)
+    _add_settings(parser)
+
+
+def _add_settings(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group(
-        "what a descriptor is made of; an index keeps its settings, and a search follows them"
+        "how an image becomes a vector; an index keeps these settings, and a search follows them"
     )
-    group.add_argument(
-        "--backbone",
-        default=DEFAULTS.backbone,
-        help=f"{', '.join(BACKBONES)}, or a ViT such as vit-S/16 (%(default)s)",
-    )
-    group.add_argument(
+    add, switch = group.add_argument, argparse.BooleanOptionalAction
+    add(
         "--weights",
         metavar="FILE",
-        help="the network's parameters (efficientnet-lite0 has those that are installed with it)",
+        help="the network's parameters: a ViT under any published naming, a ResNet of CVNet,"
+        f" EfficientNet-Lite0, or a ViT of ours (those installed with {DEFAULT_BACKBONE})",
     )
-    group.add_argument(
+    add(
+        "--backbone",
+        metavar="NAME",
+        help="insist on a network, where its file does not tell it: a row of the table of"
+        " ggem_jax.descriptors.backbones such as deit, or sizes such as vit-S/16 (found from"
+        " --weights)",
+    )
+    add(
         "--pooling",
         choices=("gem+", "gem", "average", "max"),
         default=DEFAULTS.pooling,
-        help="(%(default)s)",
+        help="of the feature map (%(default)s)",
     )
-    group.add_argument(
+    add(
         "--regional",
-        action=argparse.BooleanOptionalAction,
+        action=switch,
         default=DEFAULTS.regional,
-        help="Regional GeM before the pooling",
+        help="use Regional GeM before the pooling",
     )
-    group.add_argument(
-        "--relup",
-        action=argparse.BooleanOptionalAction,
-        default=DEFAULTS.relup,
-        help="ReLU-P inside a ResNet",
-    )
-    group.add_argument(
+    add("--relup", action=switch, default=DEFAULTS.relup, help="use ReLU-P inside a ResNet")
+    add(
         "--scales",
         type=_whole,
         choices=(1, 3, 5),
         default=DEFAULTS.scales,
-        help="of each picture (%(default)s)",
+        help="number of scales of each image (%(default)s)",
     )
-    group.add_argument(
+    add(
         "--scale-gem",
-        action=argparse.BooleanOptionalAction,
+        action=switch,
         default=DEFAULTS.scale_gem,
-        help="over the scales; off: their mean",
+        help="take the maximum over the scales; off: their mean",
     )
-    group.add_argument(
+    add(
         "--antialias",
-        action=argparse.BooleanOptionalAction,
+        action=switch,
         default=DEFAULTS.antialias,
-        help="when a scale shrinks the picture",
+        help="filter where a scale shrinks the image",
     )
-    group.add_argument(
+    add(
         "--sizes",
         choices=("buckets", "exact"),
         default=DEFAULTS.sizes,
-        help="few for all, or each picture its own (%(default)s)",
+        help="resize to a few shared sizes (fast), or keep each image's own size (%(default)s)",
     )
-    group.add_argument(
+    add(
         "--longest-side",
         type=_whole,
         default=DEFAULTS.longest_side,
         metavar="PIXELS",
-        help="(%(default)s); 0: as it is, if exact",
+        help="longer side after resizing (%(default)s); 0 with exact sizes: never shrink",
     )
-    group.add_argument(
-        "--whitening", metavar="FILE", help="of the command whiten, applied at the end"
-    )
+    add("--whitening", metavar="FILE", help="whitening of the command whiten, applied at the end")
 
 
 def _search(parser: argparse.ArgumentParser) -> None:
     _add_index(parser)
-    parser.add_argument("queries", nargs="+", metavar="QUERY", help="a picture")
-    parser.add_argument(
+    add = parser.add_argument
+    add("queries", nargs="+", metavar="QUERY", help="an image")
+    add(
         "--box",
         type=_box,
         action="append",
         default=[],
         metavar="X1,Y1,X2,Y2",
-        help="the part of a query that is meant, in pixels",
+        help="crop the query to x1,y1,x2,y2 (pixels) before describing it; once for each query",
     )
-    parser.add_argument("-k", type=_count, default=20, help="results of each query (%(default)s)")
+    add("-k", type=_count, default=20, help="results of each query (%(default)s)")
     _add_method(parser, "--rerank", "none")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument(
+    _add_json(parser)
+    add(
         "--html",
         metavar="FILE",
-        help="write one page with the pictures, their scores and their ranks before and after",
+        help="write one page with the images, their scores and their ranks before and after",
     )
     _add_files(parser)
 
 
 def _add(parser: argparse.ArgumentParser) -> None:
     _add_index(parser)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "photos",
         nargs="?",
         metavar="PHOTOS",
         help="a folder inside the root of the index (the root itself)",
     )
-    parser.add_argument(
-        "--root", metavar="FOLDER", help="where the pictures of the index have been moved to"
-    )
-    parser.add_argument(
-        "--prune", action="store_true", help="drop the entries whose files are gone"
-    )
-    parser.add_argument(
-        "--repair", action="store_true", help="extract again what verify finds damaged"
-    )
+    add("--root", metavar="FOLDER", help="where the images of the index have been moved to")
+    add("--prune", action="store_true", help="drop the entries whose files are gone")
+    add("--repair", action="store_true", help="describe again what verify finds damaged")
     _add_work(parser)
+    _add_json(parser)
     _add_files(parser)
 
 
@@ -235,101 +266,101 @@ def _remove(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="a path, a folder or a glob; relative to the root, or absolute",
     )
+    _add_json(parser)
 
 
 def _info(parser: argparse.ArgumentParser) -> None:
     _add_index(parser)
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    _add_json(parser)
 
 
 def _verify(parser: argparse.ArgumentParser) -> None:
     _add_index(parser)
     parser.add_argument(
-        "--deep", action="store_true", help="read every picture too, and compare its content"
+        "--deep", action="store_true", help="read every image too, and compare its content"
     )
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    _add_json(parser)
 
 
 def _rerank(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "queries",
         metavar="QUERIES",
         help=".npy of vectors (q, d), or .npz (FILE.npz:NAME where it holds several arrays)",
     )
-    parser.add_argument(
-        "database", metavar="DATABASE", help="likewise (n, d); a .npy file is not read into memory"
-    )
-    parser.add_argument(
+    add("database", metavar="DATABASE", help="likewise (n, d); a .npy file is not read into memory")
+    add(
         "--ranking",
         metavar="FILE",
-        help=(
-            ".npy of ids (q, k), or .npz or .json of ids and scores; else the database is searched"
-        ),
+        help=".npy of ids (q, k), or .npz or .json of ids and scores (the database is searched)",
     )
-    parser.add_argument(
+    add(
         "-o",
         "--output",
         required=True,
         metavar="FILE",
         help=".npz or .json of ids and scores (q, k)",
     )
-    parser.add_argument("-k", type=_count, help="results of the search (as many as candidates)")
-    parser.add_argument(
-        "--normalize", action="store_true", help="make all vectors of length 1 first"
-    )
+    add("-k", type=_count, help="results of the search (as many as candidates)")
+    add("--normalize", action="store_true", help="make all vectors of length 1 first")
     _add_method(parser, "--method", "superglobal")
+    _add_json(parser)
 
 
 def _evaluate(parser: argparse.ArgumentParser) -> None:
     _add_index(parser)
-    parser.add_argument(
+    add = parser.add_argument
+    add(
         "truth",
         metavar="TRUTH.csv",
         help="columns query, relevant and, as needed, ignored, x1, y1, x2, y2; ; between paths",
     )
-    parser.add_argument(
+    add(
         "--root",
         metavar="FOLDER",
-        help="what the paths in TRUTH.csv are relative to (its own folder)",
+        help="folder that the paths in TRUTH.csv are relative to (its own)",
     )
-    parser.add_argument(
+    add(
         "-k",
         type=_count,
         default=10_000,
-        help="results of each query that are looked at (%(default)s, or all)",
+        help="results of each query that count (%(default)s, or all)",
     )
-    parser.add_argument(
+    add(
         "--at",
         type=_counts,
         default=(1, 5, 10),
         metavar="K,K",
-        help="of precision and recall (1,5,10)",
+        help="ranks of precision and recall (1,5,10)",
     )
     _add_method(parser, "--rerank", "superglobal")
-    parser.add_argument("--json", action="store_true", help="print JSON")
+    _add_json(parser)
     _add_files(parser)
 
 
 def _whiten(parser: argparse.ArgumentParser) -> None:
     _add_index(parser)
     parser.add_argument(
-        "-o", "--output", required=True, metavar="FILE.npz", help="what index --whitening takes"
+        "-o",
+        "--output",
+        required=True,
+        metavar="FILE.npz",
+        help="file that index --whitening takes",
     )
     parser.add_argument("--dim", type=_count, help="components to keep (all)")
+    _add_json(parser)
 
 
 _COMMANDS = {
-    "index": (_index, "build an index of a folder of pictures, or bring one up to date"),
-    "search": (_search, "find the pictures of an index that are most like a picture"),
-    "add": (_add, "add what is new or has changed"),
-    "remove": (_remove, "remove entries; the pictures stay"),
+    "index": (_index, "build an index of a folder of images, or bring one up to date"),
+    "search": (_search, "find the images of an index that are most like an image"),
+    "add": (_add, "add images that are new or have changed"),
+    "remove": (_remove, "remove entries; the images stay"),
     "info": (_info, "tell what an index holds and how it was made"),
     "verify": (_verify, "look for damage"),
-    "rerank": (_rerank, "rerank vectors of one's own, from files"),
-    "evaluate": (
-        _evaluate,
-        "measure an index, before and after reranking, by ground truth of one's own",
-    ),
+    "rerank": (_rerank, "rerank your own vectors, from files"),
+    "evaluate": (_evaluate, "measure an index by ground truth, before and after reranking"),
     "whiten": (_whiten, "learn PCA whitening from the vectors of an index"),
 }
 
@@ -338,13 +369,17 @@ def _add_index(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("index", metavar="INDEX", help="folder of the index")
 
 
+def _add_json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", dest="as_json", action="store_true", help="print JSON")
+
+
 def _add_work(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--batch",
         type=_batch,
-        help="pictures that go through the network together (1 on a CPU, else 16)",
+        help="images that go through the network together (1 on a CPU, else 16)",
     )
-    parser.add_argument("--workers", type=_count, help="threads that read pictures (at most 4)")
+    parser.add_argument("--workers", type=_count, help="threads that read images (at most 4)")
 
 
 def _add_files(parser: argparse.ArgumentParser) -> None:
@@ -358,29 +393,30 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
 
 def _add_method(parser: argparse.ArgumentParser, flag: str, default: str) -> None:
     parser.add_argument(
-        flag, dest="rerank", choices=list(METHODS), default=default, help="(%(default)s)"
+        flag,
+        dest="rerank",
+        choices=list(METHODS),
+        default=default,
+        help="the reranker (%(default)s)",
     )
-    group = parser.add_argument_group("options of the reranking")
-    group.add_argument(
+    add = parser.add_argument_group("options of the reranking").add_argument
+    add(
         "--candidates",
         type=_count,
         help=f"results of the first search that are reranked ({CANDIDATES})",
     )
-    group.add_argument(
+    add(
         "--neighbors",
         type=_count,
-        help=(
-            "superglobal: neighbours that refine a candidate (9); else results that are averaged"
-            " (10)"
-        ),
+        help="superglobal: neighbours that refine a candidate (9); else results to average (10)",
     )
-    group.add_argument("--beta", type=_number, help="superglobal: weight of neighbours (0.15)")
-    group.add_argument(
+    add("--beta", type=_number, help="superglobal: weight of neighbours (0.15)")
+    add(
         "--variant",
         choices=("code", "paper"),
-        help="superglobal: as published in code, or as told in the paper (code)",
+        help="superglobal: the published code, or the description in the paper (code)",
     )
-    group.add_argument(
+    add(
         "--alpha",
         type=_number,
         help="alpha-qe, dba: power of the similarity that weights a neighbour (3)",

@@ -1,6 +1,4 @@
-"""Descriptors for evaluations: one picture under several poolings at the cost of one, progress, and
-sentences about what goes wrong.
-"""
+"""Descriptors for evaluations: one image under several poolings at the cost of one pass."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
@@ -11,23 +9,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
 from ggem_jax.descriptors.backbones import Network
 from ggem_jax.descriptors.extract import Extractor
-from ggem_jax.descriptors.scales import SCALES, rescale
+from ggem_jax.descriptors.scales import SCALES
 from ggem_jax.descriptors.settings import DescriptorSettings
-from ggem_jax.descriptors.superglobal import compute_map, describe_map, join_scales
+from ggem_jax.descriptors.superglobal import (
+    compute_map,
+    describe_map,
+    join_scales,
+    rescale_compiled,
+)
 from ggem_jax.files.images import RGB, UnreadableImage, crop, normalise, read_image
-from train.config import Refused
+from ggem_jax.progress import track
+from train.cli import Refused
 
 # What is compared with each other; scales and Regional GeM go with GeM+, as in SuperGlobal.
 POOLINGS: dict[str, dict[str, Any]] = {
@@ -41,17 +36,24 @@ POOLINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def poolings_of(settings: DescriptorSettings) -> dict[str, DescriptorSettings]:
-    """The settings with each of `POOLINGS`."""
+def vary_pooling(settings: DescriptorSettings) -> dict[str, DescriptorSettings]:
+    """Returns the settings with each of `POOLINGS`, by name."""
     return {name: dataclasses.replace(settings, **changes) for name, changes in POOLINGS.items()}
 
 
 class SharedExtractor(Extractor):
-    """Descriptors of several settings, `(settings, d)` for each picture, from one pass of the
-    network at each scale.
+    """Descriptors of several settings, `(settings, d)` for each image.
 
-    The settings may differ in pooling, regional, scales and scale_gem. All see a picture of the
-    size that the most demanding of them needs.
+    The network runs once at each scale. The settings may differ in pooling, regional, scales and
+    scale_gem. All of them see an image of the size that the most demanding one needs.
+
+    Args:
+        settings: of the descriptors.
+        batch: images that the network takes at a time.
+        network: the backbone; `None` loads that of the settings.
+
+    Raises:
+        ValueError: the settings differ in something else, or have a whitening.
     """
 
     def __init__(
@@ -82,32 +84,26 @@ class SharedExtractor(Extractor):
             raise ValueError("a whitening is of one pooling and cannot be shared by several")
         super().__init__(largest, batch=batch, network=network)
 
-    def _batch(self, pictures):
+    def _batch(self, images):
         model, variables = self.network.model, self.network.variables
-        images = jnp.asarray(
-            normalise(np.stack(pictures), mean=self.network.mean, std=self.network.std)
+        inputs = jnp.asarray(
+            normalise(np.stack(images), mean=self.network.mean, std=self.network.std)
         )
         if not self.settings.relup and hasattr(model, "config") and hasattr(model.config, "relup"):
             model = model.clone(config=dataclasses.replace(model.config, relup=None))
         scales = sorted({scale for each in self.each for scale in SCALES[each.scales]})
         maps = {
-            scale: compute_map(model, variables, _rescaled(images, scale, self.settings.antialias))
+            scale: compute_map(
+                model, variables, rescale_compiled(inputs, scale, self.settings.antialias)
+            )
             for scale in scales
         }
-        return np.asarray(_pooled(model, variables, maps, self.each))
-
-
-_rescaled = jax.jit(
-    lambda images, scale, antialias: rescale(images, scale, antialias=antialias),
-    static_argnums=(1, 2),
-)
+        return np.asarray(_pool_maps(model, variables, maps, self.each))
 
 
 @partial(jax.jit, static_argnums=(0, 3))
-def _pooled(model, variables, maps, each):
-    """Maps by scale -> descriptors `(b, settings, d)`; what two settings have in common is computed
-    once.
-    """
+def _pool_maps(model, variables, maps, each):
+    """Maps by scale -> descriptors `(b, settings, d)`; shared steps are computed once."""
     made: dict[tuple, Any] = {}
     descriptors = []
     for settings in each:
@@ -127,7 +123,11 @@ def _pooled(model, variables, maps, each):
 
 
 def make_extractor(settings: DescriptorSettings | Sequence[DescriptorSettings]) -> Extractor:
-    """An extractor of one or several settings; what is missing or does not fit is `Refused`."""
+    """Returns an extractor of one or several settings.
+
+    Raises:
+        Refused: the settings do not fit, or the weights are missing.
+    """
     try:
         return (
             Extractor(settings)
@@ -138,15 +138,23 @@ def make_extractor(settings: DescriptorSettings | Sequence[DescriptorSettings]) 
         raise Refused(str(error)) from None
 
 
-def describe(
-    extractor: Extractor, pictures: Iterable[RGB], names: Sequence[str], what: str
+def describe_images(
+    extractor: Extractor, images: Iterable[RGB], names: Sequence[str], what: str
 ) -> np.ndarray:
-    """The descriptors of all pictures, with a progress bar where there is a terminal; a picture
-    that cannot have one is `Refused` by name.
+    """Returns the descriptors of images, `(n, d)` or `(n, settings, d)`.
+
+    Args:
+        extractor: as `make_extractor` returns it.
+        images: `(h, w, 3)` uint8 each; they are read one after the other.
+        names: what errors call them.
+        what: the description of the progress bar.
+
+    Raises:
+        Refused: an image cannot be read or described.
     """
     vectors = []
     for name, vector in zip(
-        names, progress(_told(extractor(pictures)), len(names), what), strict=True
+        names, track(_refuse_unreadable(extractor(images)), len(names), what), strict=True
     ):
         if isinstance(vector, UnreadableImage):
             raise Refused(f"{name} cannot be described: {vector}")
@@ -154,31 +162,23 @@ def describe(
     return np.stack(vectors)
 
 
-def _told(vectors: Iterator) -> Iterator:
+def _refuse_unreadable(vectors: Iterator) -> Iterator:
     try:
         yield from vectors
-    except UnreadableImage as error:  # while a picture was read
+    except UnreadableImage as error:  # while an image was read
         raise Refused(str(error)) from None
 
 
-def progress(items: Iterable, total: int, what: str) -> Iterator:
-    """The items, with a bar on standard error where that is a terminal."""
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-    )
-    with Progress(
-        *columns, console=console, disable=not console.is_terminal, transient=True
-    ) as bar:
-        yield from bar.track(items, total=total, description=what)
+def read_crop(path: Path, box: Sequence[float] | None) -> RGB:
+    """Returns an image, or the part of it inside a box.
 
+    Args:
+        path: the image.
+        box: (x1, y1, x2, y2) in pixels; `None` takes the whole image.
 
-def cropped(path: Path, box: Sequence[float] | None) -> RGB:
-    """A picture, or the part of it in the box; what cannot be read or lies outside is `Refused`."""
+    Raises:
+        Refused: it cannot be read, or nothing of it is inside the box.
+    """
     try:
         image = read_image(path)
         return image if box is None else crop(image, box)

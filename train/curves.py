@@ -1,14 +1,18 @@
-"""The curves of a run as a picture."""
+"""The curves of a run as an image."""
 
 from collections.abc import Sequence
 from pathlib import Path
 
+from ggem_jax.files.atomic import replacing
 from train.log import read_metrics
 
 
 def draw_curves(run: Path, measures: Sequence[str]) -> Path:
-    """Draws loss, the measures of evaluations and the learned exponents over the steps into
-    `RUN/curves.png`.
+    """Draws loss, measures and learned exponents over the steps, and returns `RUN/curves.png`.
+
+    Args:
+        run: folder of the run.
+        measures: values of its evaluations that are drawn, each in [0, 1].
     """
     import matplotlib
 
@@ -42,6 +46,7 @@ def draw_curves(run: Path, measures: Sequence[str]) -> Path:
         axes[2].set(title=f"learned p of {len(p[0])} group(s)", xlabel="step")
     for axis in axes:
         axis.grid(alpha=0.3)
-    temporary = run / ".curves.new.png"
-    figure.savefig(temporary, dpi=120)
-    return temporary.replace(run / "curves.png")
+    path = run / "curves.png"
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
+    return path

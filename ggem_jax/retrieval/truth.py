@@ -1,9 +1,9 @@
 """Ground truth of one's own: a CSV file of queries and what each should find. Loads no JAX.
 
-The columns are `query` and `relevant`, and where they are needed `ignored` (pictures that are
-neither right nor wrong) and `x1`, `y1`, `x2`, `y2` (the part of the query's picture that is meant,
-in pixels). A row holds one pair, or several pictures separated by `;`; the rows of one query and
-box are put together. Paths are relative to the CSV file, or to a root that is given.
+The columns are `query` and `relevant`, and optionally `ignored` (images that are neither right nor
+wrong) and `x1`, `y1`, `x2`, `y2` (the box that a query is cropped to, in pixels). A row holds one
+pair, or several images separated by `;`; the rows of one query and box are put together. Paths are
+relative to the CSV file, or to a given root.
 """
 
 import csv
@@ -24,7 +24,7 @@ Box = tuple[float, float, float, float]
 
 
 class Query(NamedTuple):
-    """A query and its lists; pictures by path."""
+    """A query and its lists of paths."""
 
     path: Path
     box: Box | None
@@ -33,8 +33,14 @@ class Query(NamedTuple):
 
 
 def read_truth(path: str | Path, *, root: str | Path | None = None) -> list[Query]:
-    """The queries in the order of their first rows. No picture is looked at. Raises `ValueError`
-    with the line that is wrong.
+    """Returns the queries in the order of their first rows. No image is read.
+
+    Args:
+        path: the CSV file, in UTF-8.
+        root: folder that paths are relative to; None: that of the file.
+
+    Raises:
+        ValueError: the file cannot be read, or a line is wrong; the message names it.
     """
     path = Path(path)
     root = path.parent if root is None else Path(root)
@@ -61,10 +67,16 @@ def read_truth(path: str | Path, *, root: str | Path | None = None) -> list[Quer
 
 
 def to_relevance(queries: Sequence[Query], database: Iterable[Path]) -> list[Relevance]:
-    """What each query should find, as places in the database; its own picture is ignored where it
-    is not listed as relevant.
+    """Returns the relevant and ignored rows of the database for each query.
 
-    Raises `ValueError` for a listed picture that is not in the database.
+    The query's own image is ignored where it is not listed as relevant.
+
+    Args:
+        queries: as `read_truth` returns them.
+        database: path of each row.
+
+    Raises:
+        ValueError: a listed image is not in the database.
     """
     place = {_plain(path): i for i, path in enumerate(database)}
 
@@ -88,8 +100,7 @@ def to_relevance(queries: Sequence[Query], database: Iterable[Path]) -> list[Rel
 def _check_header(path: Path, header: list[str]) -> None:
     if len(header) == 1 and ";" in header[0]:
         raise ValueError(
-            f"the columns of {path} must be separated by commas; ; separates pictures within a"
-            " column"
+            f"the columns of {path} must be separated by commas; ; separates images within a column"
         )
     named = (
         f"the first line of {path} must name the columns query and relevant, and may name ignored,"
@@ -123,13 +134,13 @@ def _add_row(
     for kind, other in (("relevant", query.ignored), ("ignored", query.relevant)):
         own = getattr(query, kind)
         for name in filter(None, map(str.strip, cells.get(kind, "").split(";"))):
-            picture = _plain(root / name)
-            if picture in other:
+            image = _plain(root / name)
+            if image in other:
                 raise ValueError(
                     f"{where}, has {name} both relevant and ignored for {cells['query']}"
                 )
-            if picture not in own:
-                own.append(picture)
+            if image not in own:
+                own.append(image)
 
 
 def _box(cells: dict[str, str], where: str) -> Box | None:
@@ -150,5 +161,5 @@ def _box(cells: dict[str, str], where: str) -> Box | None:
 
 
 def _plain(path: Path) -> Path:
-    """A path without `.` and `..`, so that one picture has one name."""
+    """A path without `.` and `..`, so that one image has one name."""
     return Path(os.path.normpath(path))

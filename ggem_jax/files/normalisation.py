@@ -1,0 +1,16 @@
+"""How the images of published networks are normalised: mean and deviation of the channels.
+
+The numbers stand in [0, 1], red first. No image library is needed to read them.
+"""
+
+from ggem_jax.files.imagenet import IMAGENET_MEAN, IMAGENET_STD
+
+Channels = tuple[float, float, float]
+Normalisation = tuple[Channels, Channels]  # mean, which is subtracted; deviation, which divides
+
+IMAGENET: Normalisation = (IMAGENET_MEAN, IMAGENET_STD)
+HALF: Normalisation = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # Inception's; Google's ViTs and SigLIP
+OPENAI: Normalisation = (  # github.com/openai/CLIP, clip.py
+    (0.48145466, 0.4578275, 0.40821073),
+    (0.26862954, 0.26130258, 0.27577711),
+)

@@ -1,0 +1,95 @@
+"""Quality of an index against ground truth of one's own, before and after reranking."""
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Int
+
+from ggem_jax.retrieval.index.index import Index
+from ggem_jax.retrieval.index.search import query_vectors
+from ggem_jax.retrieval.index.store import IndexRefused
+from ggem_jax.retrieval.methods import Method, as_method
+from ggem_jax.retrieval.metrics import Relevance, recall_at, scores
+from ggem_jax.retrieval.truth import read_truth, to_relevance
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Metrics of all queries, by name; None where no query has a relevant image."""
+
+    before: dict[str, float | None]  # mAP, mP@k and recall@k of the search
+    after: dict[str, float | None] | None  # after reranking; None where nothing is reranked
+    queries: int
+    without_relevant: int  # queries that are left out of the means
+    depth: int  # results of each query that count
+    method: Method
+    folder: Path  # of the index
+    truth: str  # file of the ground truth
+    size: int  # images in the index
+
+    def record(self) -> dict[str, Any]:
+        """Returns JSON values."""
+        return {
+            "index": str(self.folder.absolute()),
+            "truth": self.truth,
+            "queries": self.queries,
+            "without_relevant": self.without_relevant,
+            "depth": self.depth,
+            "rerank": self.method.record(),
+            "before": self.before,
+            **({} if self.after is None else {"after": self.after}),
+        }
+
+
+def evaluate_index(
+    index: Index,
+    truth: str | Path,
+    *,
+    root: str | Path | None = None,
+    k: int = 10_000,
+    at: Sequence[int] = (1, 5, 10),
+    rerank: Method | str | None = "superglobal",
+    weights: str | None = None,
+    whitening: str | None = None,
+) -> Evaluation:
+    """Returns what `Index.evaluate` documents."""
+    if not len(index):
+        raise IndexRefused(f"{index.folder} holds no images: add some first")
+    method, at = as_method(rerank), tuple(at)
+    queries = read_truth(truth, root=os.path.abspath(root or Path(truth).parent))
+    relevance = to_relevance(queries, [index.root / path for path in index.paths])
+    images, boxes = [query.path for query in queries], [query.box for query in queries]
+    vectors = query_vectors(index, images, boxes, weights=weights, whitening=whitening)
+    before, after = method.search(vectors, index.vectors(), depth=k)
+    reranks = method.name != "none"
+    return Evaluation(
+        before=measure(before[1], relevance, at),
+        after=measure(after[1], relevance, at) if reranks else None,
+        queries=len(queries),
+        without_relevant=sum(not len(each.positive) for each in relevance),
+        depth=before[1].shape[1],
+        method=method,
+        folder=index.folder,
+        truth=str(truth),
+        size=len(index),
+    )
+
+
+def measure(
+    ids: Int[np.ndarray, "q k"], relevance: Sequence[Relevance], at: Sequence[int]
+) -> dict[str, float | None]:
+    """Returns mAP, and mP and recall at each of `at`, of a ranking; None for no number."""
+    found = scores(ids, relevance, kappas=at)
+    recall = recall_at(ids, relevance, kappas=at)[[len(each.positive) > 0 for each in relevance]]
+    values = {"mAP": found.mean_average_precision}
+    values |= {f"mP@{k}": value for k, value in found.mean_precision_at.items()}
+    values |= {
+        f"recall@{k}": float(recall[:, i].mean()) if len(recall) else math.nan
+        for i, k in enumerate(at)
+    }
+    return {name: None if math.isnan(value) else value for name, value in values.items()}

@@ -1,0 +1,242 @@
+"""Searches in an index: queries of every kind -> vectors -> ranking -> reranked ranking."""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+from PIL import Image, ImageOps
+
+from ggem_jax.files.images import RGB, UnreadableImage, crop, read_image
+from ggem_jax.retrieval.index.describing import describe_images, find_settings
+from ggem_jax.retrieval.index.index import Index
+from ggem_jax.retrieval.index.store import IndexRefused
+from ggem_jax.retrieval.methods import Method, as_method
+
+Box = Sequence[float]  # x1, y1, x2, y2 in pixels
+Query = str | os.PathLike | np.ndarray | Image.Image
+
+
+@dataclass(frozen=True)
+class Results:
+    """The results of each query, best first; q queries, k results each.
+
+    Where `method` is "none", ranks and scores before and after are the same.
+    """
+
+    ids: Int[np.ndarray, "q k"]  # rows of the index
+    paths: np.ndarray  # (q, k) str, relative to `root`
+    scores: Float[np.ndarray, "q k"]  # after reranking
+    ranks: Int[np.ndarray, "q k"]  # after reranking, from 1
+    scores_before: Float[np.ndarray, "q k"]  # of the first search; NaN where it did not reach
+    ranks_before: Int[np.ndarray, "q k"]  # of the first search, from 1; 0 where it did not reach
+    queries: tuple[str | None, ...]  # path of each query; None for arrays, images and vectors
+    boxes: tuple[tuple[float, ...] | None, ...]  # part of each query; None: all of it
+    method: Method
+    folder: Path  # of the index
+    root: Path  # of its images
+    size: int  # images in the index
+    settings: dict[str, Any]  # of the index
+
+    def __len__(self) -> int:
+        return len(self.ids)
+
+    def record(self) -> dict[str, Any]:
+        """Returns JSON values: the index, the method, and the results of each query."""
+        return {
+            "index": str(self.folder.absolute()),
+            "root": str(self.root),
+            "rerank": self.method.record(),
+            "queries": [
+                {"query": query, "box": box, "results": self._hits(row)}
+                for row, (query, box) in enumerate(zip(self.queries, self.boxes, strict=True))
+            ],
+        }
+
+    def _hits(self, row: int) -> list[dict[str, Any]]:
+        hits = zip(
+            self.paths[row].tolist(),
+            self.ranks[row].tolist(),
+            self.scores[row].tolist(),
+            self.ranks_before[row].tolist(),
+            self.scores_before[row].tolist(),
+            strict=True,
+        )
+        return [
+            {
+                "path": path,
+                "rank": rank,
+                "score": score,
+                "rank_before": before or None,
+                "score_before": score_before if before else None,
+            }
+            for path, rank, score, before, score_before in hits
+        ]
+
+
+def search_index(
+    index: Index,
+    queries: Query | Sequence[Query] | Float[np.ndarray, "q d"],
+    k: int = 10,
+    *,
+    rerank: Method | str | None = None,
+    boxes: Sequence[Box | None] | None = None,
+    weights: str | None = None,
+    whitening: str | None = None,
+    use_stored: bool = True,
+) -> Results:
+    """Returns what `Index.search` documents."""
+    method, k = as_method(rerank), min(k, len(index))
+    if not len(index):
+        raise IndexRefused(f"{index.folder} holds no images: add some first")
+    if k < 1:
+        raise ValueError(f"k must be a whole number of at least 1, not {k!r}")
+    each = as_queries(queries)
+    if boxes is not None and len(boxes) != len(each):
+        raise ValueError(f"boxes must be one for each of the {len(each)} queries, not {len(boxes)}")
+    boxes = list(boxes) if boxes is not None else [None] * len(each)
+    if isinstance(each, np.ndarray):
+        vectors = _check_vectors(each, index.dim, boxes)
+    else:
+        vectors = query_vectors(
+            index, each, boxes, weights=weights, whitening=whitening, use_stored=use_stored
+        )
+    before, after = method.search(vectors, index.vectors(), depth=method.depth(k))
+    ids, scores = after[1][:, :k], after[0][:, :k]
+    ranks_before, scores_before = _find_before(ids, before)
+    return Results(
+        ids=ids,
+        paths=np.array(index.paths, object)[ids],
+        scores=scores,
+        ranks=np.broadcast_to(np.arange(1, ids.shape[1] + 1), ids.shape),
+        scores_before=scores_before,
+        ranks_before=ranks_before,
+        queries=tuple(_name(query) for query in each),
+        boxes=tuple(None if box is None else tuple(box) for box in boxes),
+        method=method,
+        folder=index.folder,
+        root=index.root,
+        size=len(index),
+        settings=index.settings,
+    )
+
+
+def as_queries(queries: Any) -> list[Any] | Float[np.ndarray, "q d"]:
+    """Returns queries of every kind as a list of images, or as vectors `(q, d)`."""
+    if isinstance(queries, str | os.PathLike | Image.Image):
+        return [queries]
+    if not isinstance(queries, list | tuple):
+        array = np.asarray(queries)
+        if array.dtype == np.uint8 and array.shape[-1:] == (3,) and array.ndim in (3, 4):
+            return [array] if array.ndim == 3 else list(array)
+        if array.ndim in (1, 2) and array.size and np.issubdtype(array.dtype, np.floating):
+            return np.atleast_2d(array)
+        raise ValueError(
+            "queries must be images (paths, (h, w, 3) uint8 arrays, PIL images) or vectors (q, d)"
+            f" of floating point, not {array.dtype} of shape {array.shape}"
+        )
+    if not queries:
+        raise ValueError("queries must be at least one image or vector")
+    if all(not isinstance(query, str | os.PathLike | Image.Image) for query in queries):
+        arrays = [np.asarray(query) for query in queries]
+        if all(array.ndim == 1 and array.shape == arrays[0].shape for array in arrays):
+            return as_queries(np.stack(arrays))
+        queries = [as_queries(array)[0] for array in arrays]
+    return list(queries)
+
+
+def query_vectors(
+    index: Index,
+    queries: Sequence[Any],
+    boxes: Sequence[Box | None],
+    *,
+    weights: str | None = None,
+    whitening: str | None = None,
+    use_stored: bool = True,
+) -> Float[np.ndarray, "q d"]:
+    """Returns the vectors `(q, d)` of images: stored ones where they are there, else described.
+
+    Args:
+        index: that the images are compared with.
+        queries: paths, `(h, w, 3)` uint8 arrays or PIL images.
+        boxes: the part of each, or None.
+        weights, whitening: as in `find_settings`.
+        use_stored: takes the stored vector of a whole image whose path is in the index.
+    """
+    ids = {index.root / path: i for i, path in enumerate(index.paths)} if use_stored else {}
+    stored = {
+        number: ids[path]
+        for number, (query, box) in enumerate(zip(queries, boxes, strict=True))
+        if box is None and (path := _absolute(query)) is not None and path in ids
+    }
+    vectors = np.empty((len(queries), index.dim), np.float32)
+    vectors[list(stored)] = index.vectors().take(np.array(list(stored.values()), int))
+    others = [number for number in range(len(queries)) if number not in stored]
+    if others or weights or whitening:
+        settings = find_settings(index.folder, index.settings, weights=weights, whitening=whitening)
+    if others:
+        images = [read_query(queries[number], boxes[number]) for number in others]
+        names = [_name(queries[number]) or f"query {number + 1}" for number in others]
+        vectors[others] = describe_images(settings, images, names)
+    return vectors
+
+
+def read_query(query: Query, box: Box | None = None) -> RGB:
+    """Returns an image, or the part of it in the box, as `(h, w, 3)` uint8.
+
+    Raises:
+        UnreadableImage: the file is missing or holds no image.
+        ValueError: the array is no image, or nothing of the image is inside the box.
+    """
+    if isinstance(query, Image.Image):
+        image = np.asarray((ImageOps.exif_transpose(query) or query).convert("RGB"))
+    elif isinstance(query, str | os.PathLike):
+        if not os.path.isfile(query):
+            state = "no file" if os.path.exists(query) else "not there"
+            raise UnreadableImage(f"{os.fspath(query)} is {state}: name an image")
+        image = read_image(Path(query))
+    else:
+        image = np.asarray(query)
+        if image.dtype != np.uint8 or image.ndim != 3 or image.shape[-1] != 3:
+            raise ValueError(
+                f"an image must be (h, w, 3) uint8, not {image.dtype} of shape {image.shape}"
+            )
+    try:
+        return image if box is None else crop(image, box)
+    except ValueError as error:
+        raise ValueError(f"{_name(query) or 'a query'}: {error}") from None
+
+
+def _find_before(
+    ids: np.ndarray, before: tuple[np.ndarray, np.ndarray]
+) -> tuple[np.ndarray, np.ndarray]:
+    """Ranks from 1 and scores of ids in the first search; 0 and NaN where it did not reach."""
+    ranks, scores = np.zeros(ids.shape, int), np.full(ids.shape, np.nan, np.float32)
+    for row, own in enumerate(ids):
+        place = {number: i for i, number in enumerate(before[1][row].tolist())}
+        for column, number in enumerate(own.tolist()):
+            if (i := place.get(number)) is not None:
+                ranks[row, column], scores[row, column] = i + 1, before[0][row, i]
+    return ranks, scores
+
+
+def _check_vectors(
+    vectors: np.ndarray, dim: int, boxes: Sequence[Box | None]
+) -> Float[np.ndarray, "q d"]:
+    if vectors.shape[1] != dim:
+        raise ValueError(f"vectors must be (q, {dim}) as in the index, not {vectors.shape}")
+    if any(box is not None for box in boxes):
+        raise ValueError("boxes belong to images: leave them out for vectors")
+    return vectors.astype(np.float32)
+
+
+def _name(query: Any) -> str | None:
+    return os.fspath(query) if isinstance(query, str | os.PathLike) else None
+
+
+def _absolute(query: Any) -> Path | None:
+    name = _name(query)
+    return None if name is None else Path(os.path.abspath(name))

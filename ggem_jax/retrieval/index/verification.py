@@ -1,0 +1,128 @@
+"""Looks for damage in an index: SQLite's structure, entries, vectors, and images that changed."""
+
+import os
+from itertools import groupby
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from ggem_jax.retrieval.index.folder import hash_content
+from ggem_jax.retrieval.index.store import (
+    INDEX,
+    LOCK,
+    NEXT,
+    PENDING,
+    Damaged,
+    Facts,
+    facts_of,
+    flaws,
+    is_shard,
+    mend,
+    read_facts,
+    reading,
+    shard_file,
+    some,
+)
+
+
+class Verdict(NamedTuple):
+    """What `verify` found, in sentences."""
+
+    damage: list[str]  # to be repaired
+    notes: list[str]  # harmless
+
+    def record(self) -> dict[str, Any]:
+        """Returns JSON values."""
+        return {"sound": not self.damage, **self._asdict()}
+
+
+def verify(path: Path | str, *, deep: bool = False) -> Verdict:
+    """Returns the damage of an index: SQLite's structure, entries and vectors are checked.
+
+    Readers and writers may go on meanwhile.
+
+    Args:
+        path: folder of the index.
+        deep: also reads every image and compares its content.
+
+    Raises:
+        IndexRefused: there is no index, or it is of a newer version.
+    """
+    folder = Path(path)
+    try:
+        while True:
+            before = facts_of(folder)
+            damage, facts, found = _damage(folder)
+            # where the facts differ, a writer may have dropped what was missed
+            if not damage or facts_of(folder) == before:
+                break
+    except Damaged as error:
+        return Verdict([str(error)], [])
+    return Verdict(
+        damage, _notes(folder, facts, found if deep else None) if facts is not None else []
+    )
+
+
+def _damage(folder: Path) -> tuple[list[str], Facts | None, list[tuple[str, bytes]]]:
+    """The damage, and the facts, paths and contents; no facts where SQLite's file is damaged."""
+    damage = list[str]()
+    try:
+        with reading(folder) as database:
+            facts = read_facts(database, folder / INDEX)
+            problems = [
+                line for (line,) in database.execute("PRAGMA integrity_check(1)") if line != "ok"
+            ]
+            if problems:
+                raise ValueError(" ".join(problems[0].split()))
+            flawed = sorted(flaws(database, folder, facts), key=lambda flaw: flaw[2:])
+            for (file, what), group in groupby(flawed, key=lambda flaw: flaw[2:]):
+                damage.append(mend(folder, file, what, [flaw.path for flaw in group]))
+            found = [
+                (os.fsdecode(name), content)
+                for name, content in database.execute(
+                    "SELECT path, content FROM images ORDER BY id"
+                )
+            ]
+            if len(found) != facts.count:
+                raise ValueError(f"it has {len(found)} entries where {facts.count} are expected")
+    except Damaged as error:
+        return [*damage, str(error)], None, []
+    return damage, facts, found
+
+
+def _notes(folder: Path, facts: Facts, found: list[tuple[str, bytes]] | None) -> list[str]:
+    notes = []
+    unused = sorted(
+        name
+        for name in os.listdir(folder)
+        if name not in (INDEX, LOCK, *(shard_file(folder, shard).name for shard in facts.shards))
+    )
+    ours = [name for name in unused if is_shard(name) or name.startswith((PENDING, NEXT))]
+    if ours:
+        notes.append(
+            f"{folder} holds {len(ours)} files of a writer that is at work or was interrupted"
+            f" ({ours[0]}): the next one uses or removes them"
+        )
+    return notes + (_changed_images(Path(facts.root), found) if found is not None else [])
+
+
+def _changed_images(root: Path, found: list[tuple[str, bytes]]) -> list[str]:
+    gone, other = [], []
+    for name, content in found:
+        try:
+            if hash_content((root / name).read_bytes()) != content:
+                other.append(name)
+        except OSError:
+            gone.append(name)
+    notes = (
+        [
+            f"{some(other)} under {root} changed after they were indexed: add brings the index up"
+            " to date"
+        ]
+        if other
+        else []
+    )
+    return notes + (
+        [f"{some(gone)} cannot be read under {root}: add with prune drops images that are gone"]
+        if gone
+        else []
+    )

@@ -1,0 +1,115 @@
+"""One function for every ViT that there is a file of: published, of our own, or a training run."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from ggem_jax.files.arrays import read_arrays
+from ggem_jax.files.images import IMAGENET_MEAN, IMAGENET_STD
+from ggem_jax.models.token_pooling import Pooling
+from ggem_jax.models.vit import ViT
+from ggem_jax.weights.own import fit_variables, holds_own_vit, own_config, own_pooling
+from ggem_jax.weights.runs import Means, read_run
+from ggem_jax.weights.vit import FAMILIES, from_arrays
+
+
+@dataclass(frozen=True)
+class LoadedViT:
+    """A ViT with its variables: `loaded.model.apply(loaded.variables, images)`."""
+
+    model: ViT
+    variables: dict[str, Any] = field(repr=False)
+    mean: Means | None  # of red, green and blue in [0, 1], subtracted; None: the file does not say
+    std: Means | None  # likewise, divided by
+    source: str  # what was read, for people
+
+    @property
+    def image(self) -> int:
+        """The side of the square training images, pixels."""
+        return self.model.config.image
+
+
+def load_vit(
+    path: str | Path,
+    *,
+    pooling: Pooling | None = None,
+    num_classes: int | None = None,
+    ema: bool = True,
+    key: jax.Array | None = None,
+) -> LoadedViT:
+    """Returns a ViT from a published file, a file of our own, or the folder of a training run.
+
+    Args:
+        path: A checkpoint in the names of timm, Hugging Face, OpenAI or Google (see
+            `ggem_jax.weights.vit`), a file of Flax variables (see `ggem_jax.weights.own`), or the
+            folder of a run of `python -m train.*`, of which the newest checkpoint is read.
+        pooling: A pooling that replaces the one the ViT was trained with; its parameters are fresh.
+            None keeps it.
+        num_classes: Channels of a fresh classification head; 0 removes the head, None keeps it.
+        ema: Whether to take the moving average of the weights of a run that has one.
+        key: Random key of the fresh parameters; None is `jax.random.key(0)`.
+
+    Returns:
+        The model, its variables in float32, and the mean and deviation of its images.
+
+    Raises:
+        UnreadableWeights: The file or folder cannot be read.
+        MismatchedWeights: It does not hold a ViT that `ViT` can be; the message lists the names.
+        ModuleNotFoundError: A package that reads this kind of file is not installed.
+
+    Example:
+        >>> loaded = load_vit(vit_file, pooling=GGeM(groups=2), num_classes=10)
+        >>> images = jnp.ones((1, loaded.image, loaded.image, 3))
+        >>> loaded.model.apply(loaded.variables, images).logits.shape
+        (1, 10)
+    """
+    path = Path(path).expanduser()
+    loaded = _load_run(path, ema) if path.is_dir() else _load_file(path)
+    if pooling is None and num_classes is None:
+        return loaded
+    return _replace(loaded, pooling, num_classes, jax.random.key(0) if key is None else key)
+
+
+def _load_run(folder: Path, ema: bool) -> LoadedViT:
+    model, variables, (mean, std) = read_run(folder, ema=ema)
+    return LoadedViT(model, variables, mean, std, f"{folder}, a training run")
+
+
+def _load_file(path: Path) -> LoadedViT:
+    arrays = read_arrays(path)
+    if holds_own_vit(arrays):
+        source = f"{path}, Flax variables"
+        classes = arrays["params/head/kernel"].shape[-1] if "params/head/kernel" in arrays else 0
+        model = ViT(own_config(arrays, source=str(path)), own_pooling(arrays), classes)
+        variables = fit_variables(model, arrays, source=str(path))
+        return LoadedViT(model, variables, IMAGENET_MEAN, IMAGENET_STD, source)
+    published = from_arrays(arrays, path)
+    mean, std = published.normalised or (None, None)
+    source = f"{path}, {FAMILIES[published.family].about}"
+    return LoadedViT(published.model(), published.variables, mean, std, source)
+
+
+def _replace(
+    loaded: LoadedViT, pooling: Pooling | None, num_classes: int | None, key: jax.Array
+) -> LoadedViT:
+    """The same network with another pooling or head, whose parameters are fresh."""
+    model, side = loaded.model, loaded.image
+    new = model.clone(
+        pooling=model.pooling if pooling is None else pooling,
+        num_classes=model.num_classes if num_classes is None else num_classes,
+    )
+    replaced = {"pool": pooling, "head": num_classes}
+    names = [name for name, value in replaced.items() if value is not None]
+
+    def fresh(key: jax.Array) -> dict[str, Any]:
+        params = new.init(key, jnp.zeros((1, side, side, 3)))["params"]
+        return {name: params[name] for name in names if name in params}
+
+    init: Callable = jax.jit(fresh)  # compiled, the rest of the network is not initialised at all
+    kept = {name: value for name, value in loaded.variables["params"].items() if name not in names}
+    variables = {**loaded.variables, "params": kept | init(key)}
+    return LoadedViT(new, variables, loaded.mean, loaded.std, loaded.source)

@@ -1,0 +1,164 @@
+"""Files of our own: the Flax variables of a `ViT`, named by their paths, such as
+`params/blocks_0/mlp/in/kernel`.
+
+`write_safetensors(path, flax.traverse_util.flatten_dict(variables, sep="/"))` makes such a file.
+"""
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import traverse_util
+
+from ggem_jax.files.arrays import read_arrays
+from ggem_jax.files.errors import MismatchedWeights
+from ggem_jax.models.config import ViTConfig, vit_config
+from ggem_jax.models.token_pooling import MAP, GGeM, Pooling
+from ggem_jax.models.vit import ViT
+from ggem_jax.pooling import avg_pool
+from ggem_jax.weights.convert import Parameter, to_variables
+
+Arrays = Mapping[str, np.ndarray]
+
+OWN_NAME = r"params/(patch_embedding|blocks_\d+|norm)/.*"  # a name that only such files have
+
+
+def read_own_vit(path: str | Path, variant: str | None = None) -> tuple[ViT, dict[str, Any]]:
+    """Returns the ViT and the variables of a file of Flax variables, without pooling and head.
+
+    Args:
+        path: The file, `.safetensors` or `.npz`.
+        variant: The size that the file must have, such as "S/16" (see `vit_config`); None reads the
+            sizes from the shapes. Everything else, such as the class token, the registers and the
+            size of the training images, is always read from the shapes.
+
+    Returns:
+        The model, with `avg_pool` and no head, and its variables, NumPy arrays in float32. What
+        shapes do not tell (the GELU, the epsilon of the norms, their order with the pooling) are
+        the defaults of `ViTConfig`.
+
+    Raises:
+        UnreadableWeights: The file cannot be read.
+        MismatchedWeights: It does not hold a ViT of ours, or one of another size; the message lists
+            every parameter that does not fit.
+    """
+    arrays = {
+        name: value
+        for name, value in read_arrays(path).items()
+        if name.split("/")[1:2] not in (["head"], ["pool"], ["pooling"])
+    }
+    model = ViT(own_config(arrays, variant, source=str(path)), avg_pool)
+    return model, fit_variables(model, arrays, source=str(path))
+
+
+def holds_own_vit(arrays: Arrays) -> bool:
+    """Returns whether parameters are named as in a file of our own."""
+    return any(re.fullmatch(OWN_NAME, name) for name in arrays)
+
+
+def own_config(arrays: Arrays, variant: str | None = None, *, source: str) -> ViTConfig:
+    """Returns the config of the ViT whose variables these are, by their names and shapes.
+
+    Args:
+        arrays: The variables by their paths.
+        variant: The size, such as "S/16"; None reads it from the shapes.
+        source: The file, for messages.
+
+    Returns:
+        The config, with the defaults of `ViTConfig` for what shapes do not tell.
+
+    Raises:
+        MismatchedWeights: The names or shapes are not those of a ViT of ours.
+    """
+    config = _sizes_of(arrays, source) if variant is None else vit_config(variant)
+    position, registers = (arrays.get(f"params/{name}") for name in ("position", "registers"))
+    class_token = "params/class_token" in arrays
+    found = {
+        "class_token": class_token,
+        "registers": 0 if registers is None else len(registers),
+        "position": "sincos" if position is None else "learned",
+        "layer_scale": 1e-5 if "params/blocks_0/layer_scale_1" in arrays else None,
+        "patch_bias": "params/patch_embedding/bias" in arrays,
+        "pre_norm": "params/norm_pre/scale" in arrays,
+        "qkv_bias": "params/blocks_0/attention/query/bias" in arrays,
+    }
+    if position is not None:
+        side = math.isqrt(max(len(position) - class_token, 0))
+        if not side or side * side != len(position) - class_token:
+            raise MismatchedWeights(
+                f"{source} has {len(position)} positions, which are no square of patches"
+            )
+        found["image"] = side * config.patch
+    try:
+        return dataclasses.replace(config, **found)
+    except ValueError as error:
+        raise MismatchedWeights(f"{source}: {error}") from None
+
+
+def own_pooling(arrays: Arrays) -> Pooling:
+    """Returns the pooling whose parameters are among the variables, `avg_pool` if there are none.
+
+    Exponents are those of a contiguous `GGeM`, which is not to be told from another layout.
+    """
+    if (p := arrays.get("params/pool/p")) is not None:
+        return GGeM(groups=len(p))
+    return MAP() if "params/pool/query" in arrays else avg_pool
+
+
+def fit_variables(model: ViT, arrays: Arrays, *, source: str) -> dict[str, Any]:
+    """Returns the variables of a model from arrays by their paths, in float32.
+
+    Args:
+        model: The model.
+        arrays: Its variables, such as `{"params/norm/scale": ...}`.
+        source: Where they come from, for messages.
+
+    Returns:
+        The variables as `model.apply` takes them.
+
+    Raises:
+        MismatchedWeights: Names and shapes are not exactly those of the model; all are listed.
+    """
+    side = model.config.image
+    images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
+    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    table = {
+        "/".join(path): Parameter(path, leaf.shape)
+        for path, leaf in traverse_util.flatten_dict(shapes).items()
+    }
+    return to_variables(arrays, table, source=source)
+
+
+def _sizes_of(arrays: Arrays, source: str) -> ViTConfig:
+    """The sizes that the shapes of the patch embedding and of the first block tell."""
+    axes = {
+        "params/patch_embedding/kernel": 4,
+        "params/blocks_0/attention/query/kernel": 3,
+        "params/blocks_0/mlp/in/kernel": 2,
+        "params/blocks_0/mlp/out/kernel": 2,
+    }
+    if odd := [name for name in axes if np.ndim(arrays.get(name, 0)) != axes[name]]:
+        raise MismatchedWeights(
+            f"{source} is no ViT by our names: {', '.join(odd)} missing or of an unexpected shape"
+        )
+    embedding, query, hidden, out = (arrays[name].shape for name in axes)
+    blocks = {match[1] for name in arrays if (match := re.match(r"params/blocks_(\d+)/", name))}
+    try:
+        return ViTConfig(
+            patch=embedding[0],
+            width=embedding[-1],
+            depth=len(blocks),
+            heads=query[1],
+            mlp_width=out[0],
+            # for a sincos position, which images of every size can have: the usual size
+            image=max(224 // max(embedding[0], 1), 1) * embedding[0],
+            mlp="swiglu" if hidden[1] == 2 * out[0] else "gelu",
+        )
+    except ValueError as error:
+        raise MismatchedWeights(f"{source}: {error}") from None

@@ -1,0 +1,338 @@
+"""The command line of every script in `train/` and `eval/`.
+
+A script describes its settings by a frozen dataclass, reads it with `parse` or, where a run has
+configs, with `load_config`, and does its work inside `one_sentence`. Flags are written with hyphens
+(`--data-dir`, `--no-scale-gem`); underscores are accepted as well.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import io
+import json
+import re
+import signal
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Protocol, TypeVar, cast
+
+import jax
+import tyro
+
+from ggem_jax.models.vit import vit_config
+from ggem_jax.weights.vit import PublishedViT, read_vit
+
+CONFIGS = Path(__file__).parent / "configs"
+
+
+class Settings(Protocol):
+    """The settings of a script that has configs."""
+
+    tool: ClassVar[str]  # its module, such as train.classify
+
+
+T = TypeVar("T")
+S = TypeVar("S", bound=Settings)
+
+
+class Refused(Exception):
+    """A mistake of the user or a failure of the machine, in one sentence.
+
+    A script prints the sentence and exits with a non-zero code (`one_sentence`).
+    """
+
+
+def require(name: str, value: Any, what: str, fulfilled: bool) -> None:
+    """Checks one setting.
+
+    Args:
+        name: the setting as its flag spells it, without the leading hyphens.
+        value: what it is.
+        what: what it must be.
+        fulfilled: whether it is that.
+
+    Raises:
+        ValueError: it is not; the message names the flag, what it must be and what it is.
+    """
+    if not fulfilled:
+        raise ValueError(f"--{name.replace('_', '-')} must be {what}, it is {value}")
+
+
+@contextlib.contextmanager
+def one_sentence(tool: str) -> Iterator[None]:
+    """Ends a script with one line on standard error when something goes wrong inside the block.
+
+    The exit code is 1 where the user or the machine is at fault, and 130 after Ctrl-C. Errors in
+    our own code keep their traceback.
+    """
+    try:
+        yield
+    except Refused as error:
+        sys.exit(f"{tool}: {error}")
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{tool}: interrupted\n")
+        sys.exit(128 + signal.SIGINT)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        sys.exit(
+            f"{tool}: out of memory ({first_line(error)}): try a smaller --batch, more"
+            " --optimizer.accumulate or --model.remat"
+        )
+    except RuntimeError as error:
+        if "home directory" not in str(error):  # of a path that begins with ~
+            raise
+        sys.exit(f"{tool}: {error}")
+    except OSError as error:
+        file = f": {error.filename}" if error.filename else ""
+        sys.exit(f"{tool}: {error.strerror or error}{file}")
+
+
+def first_line(error: BaseException, otherwise: str | None = None) -> str:
+    """Returns the first line of an error's message; without one `otherwise`, or its type's name."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else otherwise or type(error).__name__
+
+
+def parse(
+    record: type[T],
+    argv: list[str] | None,
+    prog: str,
+    *,
+    default: T | None = None,
+    description: str | None = None,
+) -> T:
+    """Reads flags into a record.
+
+    Args:
+        record: the dataclass of the settings; the comments beside its fields are the help texts.
+        argv: the flags; `None` takes those of the process.
+        prog: the module that is run, such as `eval.metric`.
+        default: a record whose values hold where no flag is given.
+        description: what `--help` says before the flags; `None` takes the record's docstring.
+
+    Raises:
+        Refused: a flag is wrong; the sentence says which and what it must be.
+    """
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            found = tyro.cli(
+                record,
+                default=default,
+                args=sys.argv[1:] if argv is None else argv,
+                prog=f"python -m {prog}",
+                description=description,
+            )
+            return cast(T, found)
+    except SystemExit as stop:
+        if not stop.code:
+            raise  # --help
+        raise Refused(
+            f"{_sentence_of(said.getvalue())} (python -m {prog} --help lists the flags)"
+        ) from None
+    except ValueError as error:
+        raise Refused(str(error)) from None
+
+
+def load_config(record: type[S], argv: list[str], prog: str | None = None) -> S:
+    """Reads the settings of a run from its config files and flags.
+
+    Each layer goes over those before it: the defaults, `--config NAME`, `--config-file FILE`,
+    `--init FILE` (the sizes of a published network), `--variant NAME` (such as S/16), and the other
+    flags. Without a config, a file and a source of data the config is `digits`.
+
+    Args:
+        record: the dataclass of the settings.
+        argv: the flags.
+        prog: the module that is run; `None` takes `record.tool`.
+
+    Raises:
+        Refused: a flag or a file is wrong.
+    """
+    prog = prog or record.tool
+    argv = list(argv)
+    settings: dict[str, Any] = {}
+    name, file, start, variant = (
+        _take(argv, flag) for flag in ("--config", "--config-file", "--init", "--variant")
+    )
+    names_data = any(re.match(r"--data(\.source)?(=|$)", flag) for flag in argv)
+    if name is None and file is None and not names_data:
+        name = "digits"
+    if name is not None:
+        if name not in known_configs(record):
+            raise Refused(f"--config must be one of {', '.join(known_configs(record))}, not {name}")
+        settings = _put_over(settings, read_settings(configs_of(record) / f"{name}.toml"))
+    if file is not None:
+        settings = _put_over(settings, read_settings(Path(file)))
+    if start is not None:
+        settings = _put_over(settings, _settings_of_published(Path(start)))
+    if variant is not None:
+        settings = _put_over(settings, {"variant": variant})
+    try:  # all layers together: a value may fit only what a later layer sets
+        return parse(
+            record,
+            [*flags(settings), *argv],
+            prog,
+            default=record(),
+            description=_describe_layers(record),
+        )
+    except Refused:
+        if file is not None:
+            try:
+                parse(record, flags(settings), prog, default=record())
+            except Refused as error:
+                raise Refused(f"in the config file {file}: {error}") from None
+        raise
+
+
+def configs_of(record: type[Settings]) -> Path:
+    """Returns the folder of a script's configs."""
+    return CONFIGS / record.tool.rpartition(".")[2]
+
+
+def known_configs(record: type[Settings]) -> list[str]:
+    """Returns the names that `--config` takes: the files in the script's folder of configs."""
+    return sorted(path.stem for path in configs_of(record).glob("*.toml"))
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """Returns the settings in a TOML or JSON file; also those in the `config.json` of a run.
+
+    Raises:
+        Refused: the file cannot be read, or does not hold settings by name.
+    """
+    kind = "JSON" if path.suffix == ".json" else "TOML"
+    try:
+        text = path.read_text()
+        values = json.loads(text) if kind == "JSON" else tomllib.loads(text)
+        if not isinstance(values, dict):
+            raise ValueError(f"settings by name are needed, not a {type(values).__name__}")
+    except OSError as error:
+        raise Refused(f"the config file {path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise Refused(f"the config file {path} is not {kind}: {error}") from None
+    for name in ("data_found", "tool"):  # what the config.json of a run has beside its settings
+        values.pop(name, None)
+    return values
+
+
+def flags(values: dict[str, Any], prefix: str = "") -> list[str]:
+    """Returns nested settings as flags: {"a": {"b_c": False}} -> ["--a.no-b-c"]."""
+    found = []
+    for key, value in values.items():
+        name = key.replace("_", "-")
+        if isinstance(value, dict):
+            found += flags(value, f"{prefix}{name}.")
+        elif isinstance(value, bool):
+            found.append(f"--{prefix}{'' if value else 'no-'}{name}")
+        else:
+            found += [f"--{prefix}{name}", *map(str, value if isinstance(value, list) else [value])]
+    return found
+
+
+def to_dict(record: Any) -> dict[str, Any]:
+    """Returns a record as JSON can hold it; `from_dict` is the way back."""
+    return json.loads(json.dumps(dataclasses.asdict(record), default=str))
+
+
+def from_dict(record: type[S], values: dict[str, Any]) -> S:
+    """Returns the record that `to_dict` gave these values for.
+
+    Raises:
+        Refused: the values do not fit the record.
+    """
+    return parse(record, flags(values), record.tool, default=record())
+
+
+@functools.lru_cache(maxsize=1)  # it is read for the settings, then for the weights
+def published_vit(path: Path) -> PublishedViT:
+    """Returns the published network that `--init` names.
+
+    Raises:
+        Refused: the file cannot be read, or is not a Vision Transformer.
+    """
+    try:
+        return read_vit(path.expanduser())
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        raise Refused(f"--init: {error}") from None
+
+
+def _settings_of_published(path: Path) -> dict[str, Any]:
+    """The sizes of the network, and mean and deviation of its images where they are known."""
+    published = published_vit(path)
+    settings: dict[str, Any] = {"init": str(path), "model": dataclasses.asdict(published.config)}
+    if published.normalised is not None:
+        settings["data"] = dict(zip(("mean", "std"), map(list, published.normalised), strict=True))
+    return settings
+
+
+def _describe_layers(record: type[Settings]) -> str:
+    folder = configs_of(record).relative_to(CONFIGS.parent.parent).as_posix()
+    return (
+        "Defaults < --config NAME < --config-file FILE (TOML or JSON) < --init FILE < --variant"
+        " NAME < the flags below. Without --config, --config-file and --data the config is digits."
+        f" NAME of --config: {', '.join(known_configs(record))}; each file in {folder} says what it"
+        " trains and what to expect. NAME of --variant: Ti, S, B, L or H, a slash, and the patch"
+        " size; it sets the sizes of the model."
+    )
+
+
+def _put_over(settings: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]:
+    """The settings with those of a layer over them; a `variant` stands for the model's sizes."""
+    layer = dict(layer)
+    if "variant" in layer:
+        try:
+            config = vit_config(layer.pop("variant"))
+        except ValueError as error:
+            raise Refused(str(error)) from None
+        names = ("patch", "width", "depth", "heads", "mlp_width")
+        sizes = {name: getattr(config, name) for name in names}
+        settings = _merge(settings, {"model": sizes})
+    return _merge(settings, layer)
+
+
+def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    both = {
+        name: _merge(below[name], value)
+        for name, value in above.items()
+        if isinstance(value, dict) and isinstance(below.get(name), dict)
+    }
+    return below | above | both
+
+
+def _take(argv: list[str], flag: str) -> str | None:
+    """Removes `flag VALUE` and `flag=VALUE` from argv and returns the last value."""
+    value = None
+    for i in reversed(range(len(argv))):
+        name, equals, found = argv[i].partition("=")
+        if name.replace("_", "-") != flag:
+            continue
+        if not equals and i + 1 == len(argv):
+            raise Refused(f"{flag} needs a value")
+        found = found if equals else argv[i + 1]
+        del argv[i : i + (1 if equals else 2)]
+        value = found if value is None else value
+    return value
+
+
+def _sentence_of(box: str) -> str:
+    """The first paragraph of the parser's box, then the flags that the later ones suggest."""
+    paragraphs: list[list[str]] = [[]]
+    for line in box.splitlines()[1:]:  # after the title
+        text = line.strip(" │|")
+        if text and not text.strip("─-╭╮╰╯+"):
+            paragraphs.append([])
+        elif text:
+            paragraphs[-1].append(text)
+    filled = [lines for lines in paragraphs if lines]
+    suggestions = [
+        line.split()[0].rstrip(",")
+        for lines in filled[1:]
+        for line in lines
+        if line.startswith("--")
+    ]
+    sentence = " ".join(filled[0]) if filled else "the flags are wrong"
+    return f"{sentence}; perhaps {' or '.join(suggestions)}" if suggestions else sentence
