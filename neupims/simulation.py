@@ -5,14 +5,12 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from neupims.machine.case import Case
-from neupims.machine.systems import PIM_SYSTEMS
+from neupims.machine.systems import PIM_SYSTEMS, TimingPath
 from neupims.timing.capacity import check_capacity
 from neupims.timing.iteration import Iteration, simulate
 from neupims.timing.prefill import first_token_seconds, prefill
 from neupims.timing.stages import STAGES, operations, stages
 from neupims.validation import expected_error
-
-Path = Literal["exact", "closed"]
 
 
 @dataclass(frozen=True)
@@ -20,7 +18,7 @@ class Simulation:
     """A simulated case."""
 
     case: Case
-    path: Path
+    path: TimingPath
     iteration: Iteration
     expected_error: dict[str, Any] | None  # percentages by name, None where nothing was measured
     first_token_seconds: float | None  # of a prefill
@@ -83,7 +81,7 @@ class Simulation:
 
 
 def simulate_case(
-    case: Case, *, path: Path = "exact", prefill: bool = False, fastest: bool = False
+    case: Case, *, path: TimingPath = "exact", prefill: bool = False, fastest: bool = False
 ) -> Simulation:
     """Returns one decode step of a case, or its prefill, with the expected error.
 
@@ -124,7 +122,7 @@ def _prefill_case(case: Case) -> Case:
     return case._replace(system=system, sub_batches=1, fidelity="intended", prefill=True)
 
 
-def _run(case: Case, path: Path, warning: str) -> Simulation:
+def _run(case: Case, path: TimingPath, warning: str) -> Simulation:
     records = (case.hardware, case.model, case.batch, case.parallel)
     iteration = run_case(case, path=path)
     error = expected_error(
@@ -138,7 +136,7 @@ def _run(case: Case, path: Path, warning: str) -> Simulation:
     return Simulation(case, path, iteration, error, first_token, warning)
 
 
-def run_case(case: Case, *, path: Path = "exact") -> Iteration:
+def run_case(case: Case, *, path: TimingPath = "exact") -> Iteration:
     """Returns the iteration of a case.
 
     Args:

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from neupims.machine.case import Case
 from neupims.machine.record import to_values
-from neupims.machine.systems import SPELLINGS, Fidelity
+from neupims.machine.systems import SPELLINGS, Fidelity, TimingPath
 from neupims.simulator_runs import (
     NotCovered,
     case_of,
@@ -83,7 +83,7 @@ def validate(
     folder: str | Path,
     *,
     fidelity: Fidelity = "simulator",
-    path: Literal["closed", "exact"] = "exact",
+    path: TimingPath = "exact",
     progress: Callable[[list], Iterable] = iter,
 ) -> Validation:
     """Returns the errors of the model on all runs of a folder.
@@ -121,7 +121,7 @@ def compare(
     listed: list[dict[str, str]],
     folder: str | Path,
     fidelity: Fidelity = "simulator",
-    path: str = "exact",
+    path: TimingPath = "exact",
 ) -> list[Pair]:
     """Returns the measured and predicted times of one run.
 
@@ -152,7 +152,7 @@ def compare(
 
 
 def predict(
-    case: Case, *, fidelity: Fidelity = "simulator", path: str = "exact", **options
+    case: Case, *, fidelity: Fidelity = "simulator", path: TimingPath = "exact", **options
 ) -> dict[tuple[str, str, str], float]:
     """Returns predicted core cycles by (level, stage, name): operations, stages and the layer.
 
@@ -223,7 +223,12 @@ def _group_keys(row: Pair) -> list[tuple[str, str]]:
 
 
 def expected_error(
-    system: str, sub_batches: int, fidelity: str, *, row_buffers: int = 2, path: str = "exact"
+    system: str,
+    sub_batches: int,
+    fidelity: str,
+    *,
+    row_buffers: int = 2,
+    path: TimingPath = "exact",
 ) -> dict[str, Any] | None:
     """Returns the error of layers, stages and operations in the committed validation.
 

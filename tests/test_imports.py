@@ -170,7 +170,7 @@ LIGHT = [
 ]
 
 
-@pytest.mark.parametrize("package", [*LIGHT, "neupims", "neupims.machine.workload"])
+@pytest.mark.parametrize("package", [*LIGHT, "neupims", "neupims.scheduling.schedule_search"])
 def test_import_starts_no_device_and_loads_nothing_heavy(package):
     code = f"""import sys, {package}
 from jax._src import xla_bridge

@@ -7,6 +7,7 @@ from typing import Literal, NamedTuple
 
 System = Literal["neupims", "npu-pim", "npu-only", "gpu"]
 Fidelity = Literal["simulator", "intended"]
+TimingPath = Literal["exact", "closed"]  # of attention in the memory
 SYSTEMS: tuple[System, ...] = ("neupims", "npu-pim", "npu-only", "gpu")
 PIM_SYSTEMS: tuple[System, ...] = ("neupims", "npu-pim")  # attention runs in the memory
 FIDELITIES: tuple[Fidelity, ...] = ("simulator", "intended")

@@ -9,7 +9,7 @@ Source: src/StageProgram.cc and src/scheduler/Scheduler.h of the public simulato
 """
 
 from functools import partial
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +19,14 @@ from neupims.costs.energy import Counts, Energy, energy
 from neupims.machine.calibration import DEFAULT, Calibration
 from neupims.machine.hardware import Hardware, banks, burst_bytes
 from neupims.machine.record import Number, record
-from neupims.machine.systems import FIDELITIES, PIM_SYSTEMS, SYSTEMS, Fidelity, System
+from neupims.machine.systems import (
+    FIDELITIES,
+    PIM_SYSTEMS,
+    SYSTEMS,
+    Fidelity,
+    System,
+    TimingPath,
+)
 from neupims.machine.workload import Batch, Decoder, Parallel
 from neupims.timing.attention import (
     PIM_NONE,
@@ -75,7 +82,7 @@ def simulate(
     system: System = "neupims",
     sub_batches: int = 2,
     fidelity: Fidelity = "simulator",
-    path: Literal["closed", "exact"] = "closed",
+    path: TimingPath = "closed",
     most_channels: int | None = None,
     calibration: Calibration = DEFAULT,
     attention: Attention | None = None,
