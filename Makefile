@@ -3,6 +3,8 @@
 PYTHON ?= python3
 PIP_FLAGS ?= --quiet
 BIN := .venv/bin
+# The ptxas that comes with JAX, before any that is on this machine.
+JAX_PTXAS = PATH="$$(echo $(CURDIR)/.venv/cuda/nvidia/*/bin):$$PATH"
 
 .PHONY: demo test clean
 
@@ -10,12 +12,13 @@ demo: .venv/train
 	$(BIN)/python -m eval.studies.demo
 	$(BIN)/python -m eval.studies.accelerator
 
-test: .venv/dev .venv/cuda
+test: .venv/dev .venv/cuda .venv/pjrt
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m interpreter tests/test_kernels_interpreted.py
-	PYTHONPATH=.venv/cuda $(BIN)/python -m pytest -n 2 -m "compiled or lowering" tests/test_kernels_compiled.py tests/test_kernels_lowered.py
+	$(JAX_PTXAS) PYTHONPATH=.venv/cuda $(BIN)/python -m pytest -n 2 -m "compiled or lowering or assembled" tests/test_kernels_compiled.py tests/test_kernels_lowered.py tests/test_kernels_assembled.py
+	$(JAX_PTXAS) JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 PYTHONPATH=.venv/cuda:.venv/pjrt $(BIN)/python -m pytest -m aot tests/test_kernels_partitioned.py
 	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 .venv/bin/python:
@@ -26,11 +29,19 @@ test: .venv/dev .venv/cuda
 	$(BIN)/python -m pip install $(PIP_FLAGS) --editable '.[$*]'
 	@touch $@
 
-# The CUDA plugin of the same JAX, without CUDA itself, lets kernels be lowered where there is no GPU. In a folder of its own: only those tests see it.
-.venv/cuda: .venv/dev
-	version=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("jax"))') && \
+# Parts of the CUDA packages of the same JAX, without CUDA itself, for tests where there is no GPU; each in a folder of its own, which only those tests see.
+# .venv/cuda lowers kernels and assembles them: the plugin, and the ptxas that comes with it. .venv/pjrt (460 MB) is XLA's compiler.
+.venv/cuda: .venv/dev Makefile
+	version=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("jax"))') && rm -rf $@ && \
+	for wheels in "jax-cuda12-plugin==$$version nvidia-cuda-nvcc-cu12==12.*" "jax-cuda13-plugin==$$version nvidia-cuda-nvcc==13.*"; do \
+	    $(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --target $@ $$wheels && break; \
+	done
+	@test -d $@ && touch $@
+
+.venv/pjrt: .venv/dev Makefile
+	version=$$($(BIN)/python -c 'from importlib.metadata import version; print(version("jax"))') && rm -rf $@ && \
 	for cuda in 12 13; do \
-	    $(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --upgrade --target $@ "jax-cuda$$cuda-plugin==$$version" && break; \
+	    $(BIN)/python -m pip install $(PIP_FLAGS) --no-deps --target $@ "jax-cuda$$cuda-pjrt==$$version" && break; \
 	done
 	@test -d $@ && touch $@
 

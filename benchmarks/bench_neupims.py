@@ -24,14 +24,15 @@ import numpy as np
 from benchmarks.bench_search import Watched
 from benchmarks.record import append, machine
 from neupims.costs.area import area
-from neupims.exploration.evaluation import BLOCK, in_blocks
-from neupims.exploration.explore import Evaluator
-from neupims.exploration.space import make_space, sample
+from neupims.exploration.evaluation import BLOCK, map_blocks
+from neupims.exploration.evaluator import Evaluator
+from neupims.exploration.sampling import sample
+from neupims.exploration.space import make_space
 from neupims.machine.config import load_model, load_parallel
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace
 from neupims.machine.workload import Batch, make_batch
-from neupims.timing.schedule import simulate
+from neupims.timing.iteration import simulate
 
 MODEL = "gpt3-7b"
 CHANNELS = 32
@@ -174,7 +175,7 @@ class Measured(NamedTuple):
 
 def evaluation_seconds(design, count: int, chunk: int, block: int, rounds: int) -> Measured:
     """`count` designs through the evaluator."""
-    evaluator = Evaluator(SPACE, lambda columns: in_blocks(design, columns, block), chunk)
+    evaluator = Evaluator(SPACE, lambda columns: map_blocks(design, columns, block), chunk)
     seconds, worked, peak = [], [], 0
     for _ in range(rounds + 1):
         spent = busy = 0.0

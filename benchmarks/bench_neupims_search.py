@@ -34,11 +34,13 @@ from neupims.machine.config import load_model, load_parallel, names
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace
 from neupims.machine.workload import Decoder, Parallel, halves, make_batch, read_trace
-from neupims.scheduling.decision import Space, decide, decision_batch, export_trace, make_genome
+from neupims.scheduling.baselines import baselines
+from neupims.scheduling.decision import Choices, decide, decision_batch, export_trace, make_genome
 from neupims.scheduling.objective import Layer, Problem, make_problem
 from neupims.scheduling.oracle import exhaustive, gap, lower_bound
-from neupims.scheduling.policies import estimated_cycles, pack_longest_first
-from neupims.scheduling.search import STRATEGIES, Found, baselines, search
+from neupims.scheduling.policies import estimate_cycles, pack_longest_first
+from neupims.scheduling.search import Found, search
+from neupims.scheduling.strategies import STRATEGIES
 
 SHARED = Path(os.environ.get("GGEM_SHARED", "../shared"))
 LENGTHS = {
@@ -157,25 +159,25 @@ def improved(model_name: str, lengths, channels, options: argparse.Namespace, na
     if channels is None:
         channels = np.asarray(
             pack_longest_first(
-                estimated_cycles(hardware, model, jnp.asarray(lengths), parallel), CHANNELS
+                estimate_cycles(hardware, model, jnp.asarray(lengths), parallel), CHANNELS
             )
         )
     problem = make_problem(hardware, model, parallel, lengths)
-    space = Space(CHANNELS, realisable=True, sub_batches=(2,))
-    published = make_genome(space, channels, halves(channels, CHANNELS))
-    known = {"published": published} | baselines(space, problem)
+    choices = Choices(CHANNELS, realisable=True, sub_batches=(2,))
+    published = make_genome(choices, channels, halves(channels, CHANNELS))
+    known = {"published": published} | baselines(choices, problem)
     starts = stacked(known)
-    costs = dict(zip(known, costs_of(space, problem, starts).tolist(), strict=True))
-    done = found(space, problem, starts, options)
+    costs = dict(zip(known, costs_of(choices, problem, starts).tolist(), strict=True))
+    done = found(choices, problem, starts, options)
     first = int(np.argmin(done.cost.objective))
     best = float(done.cost.objective[first])
-    bound = float(lower_bound(space, problem))
-    alone = Space(CHANNELS, realisable=True, sub_batches=(1,))
+    bound = float(lower_bound(choices, problem))
+    alone = Choices(CHANNELS, realisable=True, sub_batches=(1,))
     one_batch = float(costs_of(alone, problem, starts).min())
     if options.traces:
         options.traces.mkdir(parents=True, exist_ok=True)
         batch = decision_batch(
-            lengths, decide(space, jax.tree.map(lambda leaf: leaf[first], done.genome))
+            lengths, decide(choices, jax.tree.map(lambda leaf: leaf[first], done.genome))
         )
         export_trace(options.traces / f"{name}-{model_name}.csv", batch)
         export_trace(
@@ -200,10 +202,10 @@ def improved(model_name: str, lengths, channels, options: argparse.Namespace, na
     }
 
 
-def found(space: Space, problem: Problem, starts, options: argparse.Namespace) -> Found:
+def found(choices: Choices, problem: Problem, starts, options: argparse.Namespace) -> Found:
     budget = {"budget": options.budget, "population": options.population, "seeds": options.seeds}
     return search(
-        "evolution", Layer(space), space, problem, jax.random.key(0), starts=starts, **budget
+        "evolution", Layer(choices), choices, problem, jax.random.key(0), starts=starts, **budget
     )
 
 
@@ -212,29 +214,31 @@ def stacked(genomes: dict):
 
 
 @partial(jax.jit, static_argnums=0)
-def costs_of(space: Space, problem: Problem, genomes):
-    return jax.vmap(lambda genome: Layer(space)(problem, decide(space, genome)).objective)(genomes)
+def costs_of(choices: Choices, problem: Problem, genomes):
+    return jax.vmap(lambda genome: Layer(choices)(problem, decide(choices, genome)).objective)(
+        genomes
+    )
 
 
 def small_cases(options: argparse.Namespace) -> None:
     """One row for each size: how many of its cases each strategy and heuristic solves."""
     for index, (points, (channels, requests)) in enumerate(POINTS.items()):
-        space = Space(channels, sub_batches=(2,))
+        choices = Choices(channels, sub_batches=(2,))
         cases = options.small // len(POINTS) + (index < options.small % len(POINTS))
         reached: dict[str, list[bool]] = {}
         excess: dict[str, list[float]] = {}
         for case in range(cases):
             problem = small_case(np.random.default_rng([points, case]), channels, requests)
-            proof = exhaustive(Layer(space), space, problem)
-            known = baselines(space, problem)
+            proof = exhaustive(Layer(choices), choices, problem)
+            known = baselines(choices, problem)
             starts = stacked(known)
-            costs = dict(zip(known, costs_of(space, problem, starts).tolist(), strict=True))
+            costs = dict(zip(known, costs_of(choices, problem, starts).tolist(), strict=True))
             for strategy in STRATEGIES:
                 budget = {"budget": points // 10, "population": SMALL_POPULATION}
                 done = search(
                     strategy,
-                    Layer(space),
-                    space,
+                    Layer(choices),
+                    choices,
                     problem,
                     jax.random.key(case),
                     starts=starts,

@@ -22,16 +22,9 @@ from typing import Any
 import numpy as np
 
 from neupims.machine.calibration import DEFAULT, Calibration
-from neupims.timing.schedule import exact_attention
-from neupims.validation import (
-    case_of,
-    group_errors,
-    measured,
-    most_channels,
-    padded,
-    predict,
-    read_runs,
-)
+from neupims.simulator_runs import case_of, most_channels, pad_case, read_measured, read_runs
+from neupims.timing.attention import exact_attention
+from neupims.validation import Pair, group_errors, predict
 
 ROOT = Path(__file__).parent.parent
 STEP = 0.1  # of each constant, of the first simplex
@@ -71,9 +64,11 @@ def main() -> None:
     }
     for (path, name), groups in tables.items():
         for group in groups:
-            if group["name"] in ("all", "layer"):
-                numbers = (f"{group[key]:.2f}" for key in ("mean", "median", "p95", "max"))
-                print(path, name, *(group[key] for key in ("system", "kind", "n")), *numbers)
+            if group.name in ("all", "layer"):
+                numbers = (f"{getattr(group, key):.2f}" for key in ("mean", "median", "p95", "max"))
+                print(
+                    path, name, *(getattr(group, key) for key in ("system", "kind", "n")), *numbers
+                )
     if not options.fit and options.reopen is None:
         write(tables)
 
@@ -83,7 +78,7 @@ def followed(run, folder, calibration: Calibration):
     case = case_of(run, folder)
     if case.system == "npu-only":
         return case, None
-    known = padded(case)
+    known = pad_case(case)
     options = {
         "system": case.system,
         "sub_batches": case.sub_batches,
@@ -95,7 +90,7 @@ def followed(run, folder, calibration: Calibration):
     )
 
 
-def rows_of(cases, calibration: Calibration, path: str = "exact"):
+def rows_of(cases, calibration: Calibration, path: str = "exact") -> list[Pair]:
     rows = []
     for run, listed, case, attention in cases:
         predicted = predict(
@@ -104,15 +99,8 @@ def rows_of(cases, calibration: Calibration, path: str = "exact"):
             path=path,
             attention=attention if path == "exact" else None,
         )
-        for (level, stage, name), value in measured(run, listed).items():
-            row = {
-                "run_id": run["run_id"],
-                "system": run["system"],
-                "level": level,
-                "stage": stage,
-                "name": name,
-            }
-            rows.append(row | {"measured": value, "predicted": predicted[level, stage, name]})
+        for key, value in read_measured(run, listed).items():
+            rows.append(Pair(run["run_id"], run["system"], *key, value, predicted[key]))
     return rows
 
 
@@ -142,11 +130,9 @@ def fit(cases, start_from: Calibration, evaluations: int) -> Calibration:
     def loss(factors) -> float:
         groups = group_errors(rows_of(cases, constants(factors)))
         wanted = [
-            group["mean"]
+            group.mean
             for group in groups
-            if group["system"] != "all"
-            and group["name"] in ("all", "layer")
-            and group["kind"] in KINDS
+            if group.system != "all" and group.name in ("all", "layer") and group.kind in KINDS
         ]
         return float(np.mean(wanted))
 
@@ -189,25 +175,23 @@ def write(tables) -> None:
             if part == "fitting":
                 continue
             for group in groups:
-                numbers = [f"{group[key]:.2f}" for key in ("mean", "median", "p95", "max")]
+                numbers = [f"{getattr(group, key):.2f}" for key in ("mean", "median", "p95", "max")]
                 table.writerow(
                     [
                         path,
                         part,
-                        *(group[key] for key in ("level", "system", "kind", "name", "n")),
+                        *(getattr(group, key) for key in ("level", "system", "kind", "name", "n")),
                         *numbers,
                     ]
                 )
     expected: dict[str, Any] = {}
     for path in ("exact", "closed"):
         for group in tables[path, "held out"]:
-            key = {"layer": "layer", "stage": "stage"}.get(
-                group["kind"], f"{group['kind']}_operations"
-            )
-            if group["system"] != "all" and group["name"] in ("all", "layer") and ">" not in key:
+            key = {"layer": "layer", "stage": "stage"}.get(group.kind, f"{group.kind}_operations")
+            if group.system != "all" and group.name in ("all", "layer") and ">" not in key:
                 for number in ("mean", "p95", "max"):
-                    of = expected.setdefault(path, {}).setdefault(group["system"], {})
-                    of[f"{key}_{number}_percent"] = round(group[number], 2)
+                    of = expected.setdefault(path, {}).setdefault(group.system, {})
+                    of[f"{key}_{number}_percent"] = round(getattr(group, number), 2)
     expected["of"] = (
         f"runs of the public simulator not used for fitting, {datetime.date.today().isoformat()}"
     )

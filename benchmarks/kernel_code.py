@@ -8,7 +8,6 @@ go to benchmarks/results/kernel_code.csv.
 
 import argparse
 import importlib.metadata
-import os
 import re
 import subprocess
 import tempfile
@@ -28,8 +27,6 @@ import jax.numpy as jnp
 from benchmarks.record import append
 from ggem_jax.kernels import launch
 from ggem_jax.pooling import ggem_pool, norm_ggem_pool, superglobal_pool
-
-os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 _POINTERS = {"bfloat16": "*bf16", "float16": "*fp16", "float32": "*fp32", "int8": "*i8"}
 
@@ -127,13 +124,16 @@ def recorded() -> Iterator[list[Launch]]:
         launches.append(Launch(kernel, dtypes, grid[0], num_warps, constants))
         return [jnp.zeros(o.shape, o.dtype) for o in out_shape]
 
+    jax.clear_caches()  # what is traced here is not to be found again outside, nor the reverse
     with (
         mock.patch.object(
             launch, "load_jax_triton", return_value=SimpleNamespace(triton_call=triton_call)
         ),
+        mock.patch.object(launch, "check"),
         launch.compiled_for(90),
     ):
         yield launches
+    jax.clear_caches()
 
 
 def launches_of(function: Callable, *shapes: jax.ShapeDtypeStruct) -> list[Launch]:
@@ -150,11 +150,14 @@ def launches_of(function: Callable, *shapes: jax.ShapeDtypeStruct) -> list[Launc
 
 
 def compiled(launch_: Launch, capability: int) -> Code:
-    """Compiles to machine code and reads what ptxas made of it."""
+    """Compiles to machine code and reads what ptxas made of it: that of JAX, or, where JAX has no
+    CUDA plugin, Triton's own.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
+    launch.available()  # gives Triton the ptxas of JAX
     names = [parameter.name for parameter in launch_.kernel.params]
     signature = dict(zip(names, launch_.dtypes, strict=False)) | dict.fromkeys(
         launch_.constants, "constexpr"
@@ -164,7 +167,9 @@ def compiled(launch_: Launch, capability: int) -> Code:
         fn=launch_.kernel, signature=signature, constexprs=launch_.constants, attrs=attributes
     )
     done = triton.compile(
-        source, target=GPUTarget("cuda", capability, 32), options={"num_warps": launch_.warps}
+        source,
+        target=GPUTarget("cuda", capability, 32),
+        options={"num_warps": launch_.warps, "enable_fp_fusion": True},
     )
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:

@@ -20,6 +20,7 @@ from neupims.machine.config import load_model, load_parallel, names
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace
 from neupims.timing import gemv
+from neupims.timing.gemv_exact import channel_cycles_exact
 
 LONGEST, PHASES, CHUNK = 24, 8, 1000
 SIZES = {"1": (1, 1), "2 to 4": (2, 4), "5 to 24": (5, 24)}
@@ -87,7 +88,7 @@ def compare(
     """
     decoder, parallel = load_model(model), load_parallel(model)
     phases = (jnp.arange(PHASES) + 0.5) / PHASES
-    one = partial(gemv.channel_cycles_exact, hardware, decoder, operation=operation)
+    one = partial(channel_cycles_exact, hardware, decoder, operation=operation)
 
     @jax.jit
     def exact(lists):

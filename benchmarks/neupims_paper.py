@@ -25,9 +25,11 @@ from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace
 from neupims.machine.workload import Batch, halves
 from neupims.scheduling.policies import GWRITE_ESTIMATE, TILE_ESTIMATE
+from neupims.simulator_runs import case_of, pad_case, read_runs
 from neupims.timing.capacity import check_capacity
-from neupims.timing.schedule import NPU_ATTENTION, Iteration, operations, simulate
-from neupims.validation import PRODUCTS, case_of, padded, predict, read_runs
+from neupims.timing.iteration import Iteration, simulate
+from neupims.timing.stages import NPU_ATTENTION, operations
+from neupims.validation import KINDS, predict
 
 DATASETS = {"sharegpt": "sharegpt_lengths.csv", "alpaca": "alpaca_lengths.csv"}
 MODELS = ("gpt3-7b", "gpt3-13b", "gpt3-30b", "gpt3-175b")
@@ -58,7 +60,7 @@ SPEED_UPS = {
     ("neupims-1", "npu-pim"): "",
     ("neupims-2", "npu-pim"): "",
 }
-ATTENTION = [operation.name for operation in operations("npu-only", 1)].index(NPU_ATTENTION)
+ATTENTION = [operation.name for operation in operations("npu-only", 1)].index(NPU_ATTENTION.name)
 STEPS = {  # of the ablation, figure 13
     "dual row buffers": ("neupims-1-rr", "npu-pim", "1.697"),
     "greedy packing": ("neupims-1", "neupims-1-rr", "always helps"),
@@ -369,7 +371,7 @@ def measured_utilizations() -> dict[str, dict[str, list[float]]]:
     for run in runs:
         if run["kind"] != "e2e":
             continue
-        case = padded(case_of(run, folder))
+        case = pad_case(case_of(run, folder))
         known = (case.hardware, case.model, case.batch, case.parallel)
         result = simulate(
             *known,
@@ -382,7 +384,7 @@ def measured_utilizations() -> dict[str, dict[str, list[float]]]:
         mine = [
             each
             for each in listed[run["run_id"]]
-            if each["op"].endswith((*PRODUCTS, "FusedMHA"))
+            if KINDS[each["op"]] in ("gemm", "attention")
             and (not stages or each["stage"] in stages)
         ]
         measured = {"npu": sum(float(each["compute_cycles"]) for each in mine) / layer}

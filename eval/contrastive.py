@@ -1,11 +1,10 @@
-"""How well a trained pair of towers finds texts and images, and classifies by words: python -m
-eval.contrastive RUN [OTHER].
+"""Evaluates trained pairs of towers: python -m eval.contrastive RUN [OTHER].
 
-Prints recall@k from images to texts and back, beside what a random order would find, from the
-newest checkpoint of a run of `train.contrastive`. A text is right for an image if it is one of the
-image's captions, so where captions are class names every image of the class is right.
-`--zero-shot SOURCE` classifies images by the descriptions of their classes. With a second run
-also paired tests on the same images; `--json` prints one JSON object instead.
+Prints recall@k from images to texts and back, beside the recall of a random order, from the newest
+checkpoint of a run of `train.contrastive`. A text is right for an image if it is one of the image's
+captions, so where captions are class names every image of the class is right. `--zero-shot SOURCE`
+classifies images by the words of their classes. With a second run it also prints paired tests on
+the same images; `--json` prints one JSON object instead.
 """
 
 import dataclasses
@@ -15,13 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-from eval.runs import RunOptions, open_checkpoints, replace_data
-from eval.statistics import Interval, Paired, bootstrap, paired, proportion
+from eval.runs import (
+    RunOptions,
+    RunResult,
+    make_console,
+    open_checkpoints,
+    replace_data,
+    require_same_images,
+    say_exponents,
+)
+from eval.statistics import Interval, PairedTest, bootstrap, compare_paired, proportion
 from ggem_jax.retrieval.metrics import class_descriptors, found_at
-from train.captions import Captioned, Text, choose_class_words, choose_templates, open_captions
+from train.captions import Captioned, Text, choose_class_words, choose_templates
 from train.checkpoints import Checkpoints
 from train.cli import Refused, one_sentence, parse
 from train.contrastive import (
@@ -36,6 +42,7 @@ from train.contrastive import (
 from train.data import Images, open_data
 from train.evaluate import compute_outputs
 from train.loop import read_exponents
+from train.pairs import open_captions
 from train.run import read_run
 from train.tokenizer import Tokenizer, load_run_tokenizer
 
@@ -43,27 +50,23 @@ DIRECTIONS = {"image_to_text": "images -> texts", "text_to_image": "texts -> ima
 
 
 @dataclass(frozen=True)
-class Evaluate(RunOptions):
+class ContrastiveOptions(RunOptions):
     """How well images and texts find each other, and which of two runs does better."""
 
     # digits, folder:DIR or tfds:NAME to classify by the words of its classes
     zero_shot: str | None = None
-    templates: tuple[str, ...] | None = (
-        # with {} for the class, of the zero-shot prompts, or else of the captions; None: as in the
-        # run
-        None
-    )
-    names: Path | None = (
-        # file of the words of these classes: a line for each, its folder, a tab, its words; None:
-        # as in the run
-        None
-    )
+    # templates with {} for the class, of the zero-shot prompts or else of the captions; None: as in
+    # the run
+    templates: tuple[str, ...] | None = None
+    # file with other words for these classes: for each a line of its folder, a tab and its words;
+    # None: as in the run
+    names: Path | None = None
     split: str | None = None  # evaluate on another split, CSV file or shards than the run did
 
 
 @dataclass(frozen=True)
 class ZeroShot:
-    """Images classified by the descriptions of their classes."""
+    """Images classified by the words of their classes."""
 
     index: np.ndarray  # (n,) number of the image in its split
     digest: np.ndarray  # (n,) of the images as they were read
@@ -75,35 +78,36 @@ class ZeroShot:
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class ContrastiveResult(RunResult):
     """One run on its evaluation images."""
 
-    run: Path
-    step: int
-    described: PairDescriptors
+    descriptors: PairDescriptors
     zero_shot: ZeroShot | None
-    scale: float
-    p: dict[str, list[float]]  # learned exponents
+    scale: float  # factor of the similarities
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs the script."""
     with one_sentence("eval.contrastive"):
-        config = parse(Evaluate, argv, "eval.contrastive")
-        runs = [load(run, config) for run in (config.run, config.other) if run is not None]
-        report = as_json(runs, compare(*runs) if len(runs) == 2 else None)
-        if config.json:
+        options = parse(ContrastiveOptions, argv, "eval.contrastive")
+        results = [evaluate_run(run, options) for run in options.runs]
+        report = as_json(results, compare(*results) if len(results) == 2 else None)
+        if options.json:
             print(json.dumps(report))
         else:
             show(report)
 
 
-def load(run: Path, how: Evaluate) -> Evaluated:
-    """Evaluates the newest checkpoint of a run."""
+def evaluate_run(run: Path, how: ContrastiveOptions) -> ContrastiveResult:
+    """Evaluates the newest checkpoint of a run.
+
+    Raises:
+        Refused: it is not such a run, or the images cannot be read.
+    """
     trained, _ = read_run(run, ContrastiveConfig)
     data = how.data_of(trained.data)
-    kept = (
-        data.eval_split if data.source == trained.data.source else None
-    )  # another source has its own splits
+    # another source has its own splits
+    kept = data.eval_split if data.source == trained.data.source else None
     data = dataclasses.replace(data, eval_split=how.split or kept)
     checkpoints, config = open_checkpoints(run), replace_data(trained, data)
     asked = (how.templates, how.names)
@@ -117,8 +121,13 @@ def load(run: Path, how: Evaluate) -> Evaluated:
         else classify(model, text_of(how.zero_shot, trained, *asked), how.zero_shot)
     )
     scale = float(model.towers.scale(model.params))
-    return Evaluated(
-        run, model.step, model.describe(eval_set), zero_shot, scale, read_exponents(model.params)
+    return ContrastiveResult(
+        run=run,
+        step=model.step,
+        p=read_exponents(model.params),
+        descriptors=model.describe(eval_set),
+        zero_shot=zero_shot,
+        scale=scale,
     )
 
 
@@ -127,33 +136,41 @@ class Model:
 
     def __init__(self, config: ContrastiveConfig, tokenizer: Tokenizer, checkpoints: Checkpoints):
         self.config, self.tokenizer, self.towers = config, tokenizer, make_towers(config, tokenizer)
-        self.steps = make_steps(
-            config, self.towers, total_steps=2
-        )  # any number: the schedule does not matter here
+        self.steps = make_steps(config, self.towers, total_steps=2)  # nothing is trained
         state = checkpoints.restore(self.steps)
         self.params, self.step = state.evaluated, int(state.step)
 
     def describe(self, eval_set: Captioned) -> PairDescriptors:
+        """Returns the descriptors of the images and captions of a split."""
         return describe(self.steps, self.towers, self.params, eval_set, self.tokenizer, self.config)
 
     def texts(self, texts: tuple[str, ...]) -> np.ndarray:
+        """Returns the descriptors of texts, `(t, embed)`."""
         return describe_texts(
             self.steps, self.towers, self.params, texts, self.tokenizer, self.config
         )
 
     def images(self, images: Images) -> dict[str, np.ndarray]:
+        """Returns descriptors, labels, numbers and digests of the readable images of a split."""
         return compute_outputs(self.steps, self.params, images, self.config)
 
 
 def text_of(
     source: str, trained: ContrastiveConfig, templates: tuple[str, ...] | None, names: Path | None
 ) -> Text:
-    """How captions of a source are made: as asked for, otherwise as in the run, whose names of
-    classes are those of its own source only.
+    """Returns how the captions of a source are made.
+
+    Args:
+        source: as `--data` names it.
+        trained: the settings of the run.
+        templates: those that were asked for; `None` takes the run's.
+        names: the file that was asked for; `None` takes the run's, if the source is the run's own.
+
+    Raises:
+        Refused: the settings do not fit.
     """
-    if templates is None and not source.startswith(
-        ("csv:", "wds:")
-    ):  # which have captions of their own
+    has_captions = source.startswith(("csv:", "wds:"))
+    if templates is None and not has_captions:
         templates = trained.text.templates
     if names is None and source == trained.data.source:
         names = trained.text.names
@@ -164,8 +181,15 @@ def text_of(
 
 
 def classify(model: Model, text: Text, source: str) -> ZeroShot:
-    """Gives each image the class whose prompts, averaged over the templates, are nearest: CLIP,
-    section 3.1.
+    """Returns each image's class: the one whose prompts, averaged over the templates, are nearest.
+
+    Args:
+        model: the towers.
+        text: how prompts are made of class names.
+        source: of the images, as `--data` names it.
+
+    Reference: Radford et al., "Learning Transferable Visual Models From Natural Language
+    Supervision", 2021, arXiv:2103.00020, section 3.1.
     """
     data = dataclasses.replace(model.config.data, source=source)
     if source != model.config.data.source:
@@ -186,48 +210,50 @@ def classify(model: Model, text: Text, source: str) -> ZeroShot:
     )
 
 
-def compare(first: Evaluated, second: Evaluated) -> dict[str, Paired]:
-    """The two on the same images and texts."""
-    a, b = first.described, second.described
-    if a.captions != b.captions or not all(
-        np.array_equal(*pair)
-        for pair in ((a.index, b.index), (a.digest, b.digest), (a.pairs, b.pairs))
-    ):
-        raise Refused(
-            f"{first.run} and {second.run} were not evaluated on the same images and captions, so"
-            " they cannot be compared in pairs"
-        )
+def compare(first: ContrastiveResult, second: ContrastiveResult) -> dict[str, PairedTest]:
+    """Compares two runs on the same images and texts, by the name of the measure.
+
+    Raises:
+        Refused: the images, captions or classes are not the same.
+    """
+    a, b = first.descriptors, second.descriptors
+    same: list[tuple[Any, Any]] = [
+        (a.captions, b.captions),
+        (a.index, b.index),
+        (a.digest, b.digest),
+        (a.pairs, b.pairs),
+    ]
+    require_same_images(first.run, second.run, same, "images and captions")
     found, other = a.found((1,)), b.found((1,))
-    tests = {f"{name}@1": paired(found[name][:, 0], other[name][:, 0]) for name in DIRECTIONS}
+    tests = {
+        f"{name}@1": compare_paired(found[name][:, 0], other[name][:, 0]) for name in DIRECTIONS
+    }
     if first.zero_shot and second.zero_shot:
         c, d = first.zero_shot, second.zero_shot
-        if c.words != d.words or not all(
-            np.array_equal(*pair) for pair in ((c.index, d.index), (c.digest, d.digest))
-        ):
-            raise Refused(
-                f"{first.run} and {second.run} did not classify the same images, so they cannot"
-                " be compared in pairs"
-            )
-        tests["zero_shot_top1"] = paired(first.zero_shot.top1, second.zero_shot.top1)
+        same = [(c.words, d.words), (c.index, d.index), (c.digest, d.digest)]
+        require_same_images(first.run, second.run, same, "images and classes")
+        tests["zero_shot_top1"] = compare_paired(c.top1, d.top1)
     return tests
 
 
-def as_json(runs: list[Evaluated], tests: dict[str, Paired] | None) -> dict[str, Any]:
-    """What `--json` prints."""
+def as_json(
+    results: list[ContrastiveResult], tests: dict[str, PairedTest] | None
+) -> dict[str, Any]:
+    """Returns what `--json` prints."""
     paired_tests = (
         None if tests is None else {name: dataclasses.asdict(test) for name, test in tests.items()}
     )
-    return {"runs": [_entry(run) for run in runs], "paired": paired_tests}
+    return {"runs": [_entry(result) for result in results], "paired": paired_tests}
 
 
-def _entry(run: Evaluated) -> dict[str, Any]:
-    described, zero_shot = run.described, run.zero_shot
-    found, chance = described.found(), described.chance()
+def _entry(run: ContrastiveResult) -> dict[str, Any]:
+    descriptors, zero_shot = run.descriptors, run.zero_shot
+    found, chance = descriptors.found(), descriptors.chance()
     return {
         "run": str(run.run),
         "step": run.step,
-        "images": len(described.images),
-        "texts": len(described.texts),
+        "images": len(descriptors.images),
+        "texts": len(descriptors.texts),
         "scale": run.scale,
         "p": run.p,
         "retrieval": {
@@ -257,7 +283,7 @@ def _entry(run: Evaluated) -> dict[str, Any]:
 
 def show(report: dict[str, Any]) -> None:
     """Prints the tables for people."""
-    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
+    console = make_console()
     for run in report["runs"]:
         title = (
             f"{run['run']}, step {run['step']}, {run['images']:,} images, {run['texts']:,} texts"
@@ -280,8 +306,8 @@ def show(report: dict[str, Any]) -> None:
                 f" {len(zero['templates'])} template(s)"
             )
             console.print(f"zero-shot on {zero['source']}: {said}   ({kinds})")
-        for name, values in run["p"].items():
-            console.print(f"learned {name}: {' '.join(f'{value:.2f}' for value in values)}")
+        for line in say_exponents(run["p"]):
+            console.print(line)
     for name, test in (report["paired"] or {}).items():
         difference = Interval(**test["difference"])
         console.print(

@@ -1,6 +1,4 @@
-"""Descriptors for evaluations: one image under several poolings at the cost of one, progress, and
-sentences about what goes wrong.
-"""
+"""Descriptors for evaluations: one image under several poolings at the cost of one pass."""
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Sequence
@@ -39,16 +37,23 @@ POOLINGS: dict[str, dict[str, Any]] = {
 
 
 def vary_pooling(settings: DescriptorSettings) -> dict[str, DescriptorSettings]:
-    """The settings with each of `POOLINGS`."""
+    """Returns the settings with each of `POOLINGS`, by name."""
     return {name: dataclasses.replace(settings, **changes) for name, changes in POOLINGS.items()}
 
 
 class SharedExtractor(Extractor):
-    """Descriptors of several settings, `(settings, d)` for each image, from one pass of the
-    network at each scale.
+    """Descriptors of several settings, `(settings, d)` for each image.
 
-    The settings may differ in pooling, regional, scales and scale_gem. All see an image of the
-    size that the most demanding of them needs.
+    The network runs once at each scale. The settings may differ in pooling, regional, scales and
+    scale_gem. All of them see an image of the size that the most demanding one needs.
+
+    Args:
+        settings: of the descriptors.
+        batch: images that the network takes at a time.
+        network: the backbone; `None` loads that of the settings.
+
+    Raises:
+        ValueError: the settings differ in something else, or have a whitening.
     """
 
     def __init__(
@@ -93,14 +98,12 @@ class SharedExtractor(Extractor):
             )
             for scale in scales
         }
-        return np.asarray(_pooled(model, variables, maps, self.each))
+        return np.asarray(_pool_maps(model, variables, maps, self.each))
 
 
 @partial(jax.jit, static_argnums=(0, 3))
-def _pooled(model, variables, maps, each):
-    """Maps by scale -> descriptors `(b, settings, d)`; what two settings have in common is computed
-    once.
-    """
+def _pool_maps(model, variables, maps, each):
+    """Maps by scale -> descriptors `(b, settings, d)`; shared steps are computed once."""
     made: dict[tuple, Any] = {}
     descriptors = []
     for settings in each:
@@ -120,7 +123,11 @@ def _pooled(model, variables, maps, each):
 
 
 def make_extractor(settings: DescriptorSettings | Sequence[DescriptorSettings]) -> Extractor:
-    """An extractor of one or several settings; what is missing or does not fit is `Refused`."""
+    """Returns an extractor of one or several settings.
+
+    Raises:
+        Refused: the settings do not fit, or the weights are missing.
+    """
     try:
         return (
             Extractor(settings)
@@ -131,21 +138,31 @@ def make_extractor(settings: DescriptorSettings | Sequence[DescriptorSettings]) 
         raise Refused(str(error)) from None
 
 
-def describe(
+def describe_images(
     extractor: Extractor, images: Iterable[RGB], names: Sequence[str], what: str
 ) -> np.ndarray:
-    """The descriptors of all images, with a progress bar where there is a terminal; an image
-    that cannot have one is `Refused` by name.
+    """Returns the descriptors of images, `(n, d)` or `(n, settings, d)`.
+
+    Args:
+        extractor: as `make_extractor` returns it.
+        images: `(h, w, 3)` uint8 each; they are read one after the other.
+        names: what errors call them.
+        what: the description of the progress bar.
+
+    Raises:
+        Refused: an image cannot be read or described.
     """
     vectors = []
-    for name, vector in zip(names, track(_told(extractor(images)), len(names), what), strict=True):
+    for name, vector in zip(
+        names, track(_refuse_unreadable(extractor(images)), len(names), what), strict=True
+    ):
         if isinstance(vector, UnreadableImage):
             raise Refused(f"{name} cannot be described: {vector}")
         vectors.append(vector)
     return np.stack(vectors)
 
 
-def _told(vectors: Iterator) -> Iterator:
+def _refuse_unreadable(vectors: Iterator) -> Iterator:
     try:
         yield from vectors
     except UnreadableImage as error:  # while an image was read
@@ -153,7 +170,15 @@ def _told(vectors: Iterator) -> Iterator:
 
 
 def read_crop(path: Path, box: Sequence[float] | None) -> RGB:
-    """An image, or the part of it in the box; what cannot be read or lies outside is `Refused`."""
+    """Returns an image, or the part of it inside a box.
+
+    Args:
+        path: the image.
+        box: (x1, y1, x2, y2) in pixels; `None` takes the whole image.
+
+    Raises:
+        Refused: it cannot be read, or nothing of it is inside the box.
+    """
     try:
         image = read_image(path)
         return image if box is None else crop(image, box)

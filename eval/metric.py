@@ -1,10 +1,10 @@
-"""How good trained descriptors are: python -m eval.metric RUN [OTHER].
+"""Evaluates trained descriptors: python -m eval.metric RUN [OTHER].
 
-Prints recall@k, R-precision and mAP@R of the newest checkpoint of a run of `train.metric` on
-classes it was not trained on, every image a query for all others, with 95 % bootstrap intervals
-over queries; with a second run also the differences on the same images. The intervals are those
-of these trained networks and these classes: queries are taken for independent. `--json` prints one
-JSON object instead, `--export FILE.npz` keeps the descriptors.
+Prints recall@k, R-precision and mAP@R of the newest checkpoint of a run of `train.metric`, on
+classes that it was not trained on. Every image is a query for all others. The 95 % intervals are
+bootstrap intervals over queries, for these trained networks and these classes; they treat queries
+as independent. With a second run it also prints the differences on the same images. `--json` prints
+one JSON object instead, `--export FILE.npz` keeps the descriptors.
 """
 
 import dataclasses
@@ -15,10 +15,17 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 
-from eval.runs import RunOptions, open_checkpoints, replace_data
+from eval.runs import (
+    RunOptions,
+    RunResult,
+    make_console,
+    open_checkpoints,
+    replace_data,
+    require_same_images,
+    say_exponents,
+)
 from eval.statistics import Interval, bootstrap
 from ggem_jax.files.atomic import replacing
 from ggem_jax.retrieval.metrics import LabelScores
@@ -30,30 +37,27 @@ from train.run import read_run
 
 
 @dataclass(frozen=True)
-class Evaluate(RunOptions):
+class MetricOptions(RunOptions):
     """How good trained descriptors are, and which of two runs has the better ones."""
 
-    export: Path | None = (
-        None  # .npz file for descriptor (n, dim), label and index of the first run's images
-    )
+    # .npz file for descriptor (n, dim), label and index of the first run's images
+    export: Path | None = None
 
 
 @dataclass(frozen=True)
-class Evaluated:
+class MetricResult(RunResult):
     """One run on its evaluation images."""
 
-    run: Path
-    step: int
     classes: tuple[str, ...]
-    retrieved: LabelledDescriptors
-    p: dict[str, list[float]]  # learned exponents
+    images: LabelledDescriptors
 
     @cached_property
     def scores(self) -> LabelScores:
-        return self.retrieved.scores()
+        """The measures of retrieval."""
+        return self.images.scores()
 
     def by_measure(self) -> dict[str, np.ndarray]:
-        """Of each query, by the name of the measure."""
+        """Returns the name of each measure -> its value for each query, `(n,)`."""
         recalls = {
             f"recall@{kappa}": self.scores.recall_at[:, i]
             for i, kappa in enumerate(self.scores.kappas)
@@ -62,24 +66,29 @@ class Evaluated:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs the script."""
     with one_sentence("eval.metric"):
-        config = parse(Evaluate, argv, "eval.metric")
-        if config.export is not None and config.export.suffix != ".npz":
-            raise Refused(f"--export must end in .npz, not {config.export}")
-        runs = [load(run, config) for run in (config.run, config.other) if run is not None]
-        differences = compare(*runs) if len(runs) == 2 else None
-        if config.export is not None:
-            export(runs[0].retrieved, config.export)
-        if config.json:
-            print(json.dumps(as_json(runs, differences)))
+        options = parse(MetricOptions, argv, "eval.metric")
+        if options.export is not None and options.export.suffix != ".npz":
+            raise Refused(f"--export must end in .npz, not {options.export}")
+        results = [evaluate_run(run, options) for run in options.runs]
+        differences = compare(*results) if len(results) == 2 else None
+        if options.export is not None:
+            export(results[0].images, options.export)
+        if options.json:
+            print(json.dumps(as_json(results, differences)))
         else:
-            show(runs, differences)
+            show(results, differences)
 
 
-def load(run: Path, how: Evaluate) -> Evaluated:
-    """Evaluates the newest checkpoint of a run."""
+def evaluate_run(run: Path, options: MetricOptions) -> MetricResult:
+    """Evaluates the newest checkpoint of a run.
+
+    Raises:
+        Refused: it is not such a run, or it was trained on one of the classes.
+    """
     config, facts = read_run(run, MetricConfig)
-    config = replace_data(config, how.data_of(config.data))
+    config = replace_data(config, options.data_of(config.data))
     _, images = open_disjoint(config.data, config.metric.train_classes)
     if seen := sorted(set(images.classes) & set(facts["classes"])):
         raise Refused(
@@ -87,89 +96,87 @@ def load(run: Path, how: Evaluate) -> Evaluated:
             " classes to evaluate on"
         )
     checkpoints = open_checkpoints(run)
-    steps = make_metric_steps(
-        config, len(facts["classes"]), total_steps=2
-    )  # any number: the schedule does not matter here
+    steps = make_metric_steps(config, len(facts["classes"]), total_steps=2)  # nothing is trained
     state = checkpoints.restore(steps)
-    return Evaluated(
-        run,
-        int(state.step),
-        images.classes,
-        retrieve(steps, state.evaluated, images, config),
-        read_exponents(state.evaluated),
+    return MetricResult(
+        run=run,
+        step=int(state.step),
+        p=read_exponents(state.evaluated),
+        classes=images.classes,
+        images=retrieve(steps, state.evaluated, images, config),
     )
 
 
-def compare(first: Evaluated, second: Evaluated) -> dict[str, Interval]:
-    """Each measure of the first less that of the second, query by query."""
-    a, b = first.retrieved, second.retrieved
-    if first.classes != second.classes or not all(
-        np.array_equal(*pair)
-        for pair in ((a.index, b.index), (a.label, b.label), (a.digest, b.digest))
-    ):
-        raise Refused(
-            f"{first.run} and {second.run} were not evaluated on the same images, so they cannot"
-            " be compared in pairs"
-        )
+def compare(first: MetricResult, second: MetricResult) -> dict[str, Interval]:
+    """Returns each measure of the first less that of the second, query by query.
+
+    Raises:
+        Refused: the runs were not evaluated on the same images.
+    """
+    a, b = first.images, second.images
+    require_same_images(
+        first.run,
+        second.run,
+        [
+            (first.classes, second.classes),
+            (a.index, b.index),
+            (a.label, b.label),
+            (a.digest, b.digest),
+        ],
+    )
     other = second.by_measure()
     return {name: bootstrap(values - other[name]) for name, values in first.by_measure().items()}
 
 
-def export(retrieved: LabelledDescriptors, path: Path) -> None:
-    """Writes the descriptors."""
+def export(images: LabelledDescriptors, path: Path) -> None:
+    """Writes the descriptors as an .npz file; raises `Refused` where it cannot be written."""
     try:
         with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(
-                file, descriptor=retrieved.descriptor, label=retrieved.label, index=retrieved.index
-            )
+            np.savez(file, descriptor=images.descriptor, label=images.label, index=images.index)
     except OSError as error:
         raise Refused(f"{path} cannot be written: {error.strerror}") from None
 
 
-def as_json(runs: list[Evaluated], differences: dict[str, Interval] | None) -> dict[str, Any]:
-    """What `--json` prints."""
+def as_json(results: list[MetricResult], differences: dict[str, Interval] | None) -> dict[str, Any]:
+    """Returns what `--json` prints."""
     entries = [
         {
-            "run": str(run.run),
-            "step": run.step,
-            "images": len(run.retrieved.label),
-            "classes": len(run.classes),
+            "run": str(result.run),
+            "step": result.step,
+            "images": len(result.images.label),
+            "classes": len(result.classes),
             **{
                 name: dataclasses.asdict(bootstrap(values))
-                for name, values in run.by_measure().items()
+                for name, values in result.by_measure().items()
             },
-            "p": run.p,
+            "p": result.p,
         }
-        for run in runs
+        for result in results
     ]
-    paired = (
-        None
-        if differences is None
-        else {name: dataclasses.asdict(interval) for name, interval in differences.items()}
-    )
+    paired = None
+    if differences is not None:
+        paired = {name: dataclasses.asdict(interval) for name, interval in differences.items()}
     return {"runs": entries, "paired": paired}
 
 
-def show(runs: list[Evaluated], differences: dict[str, Interval] | None) -> None:
+def show(results: list[MetricResult], differences: dict[str, Interval] | None) -> None:
     """Prints the tables for people."""
-    console = Console(soft_wrap=True, highlight=False, markup=False, emoji=False)
-    for run in runs:
+    console = make_console()
+    for result in results:
         title = (
-            f"{run.run}, step {run.step}, {len(run.retrieved.label):,} images of"
-            f" {len(run.classes)} classes not trained on"
+            f"{result.run}, step {result.step}, {len(result.images.label):,} images of"
+            f" {len(result.classes)} classes not trained on"
         )
         table = Table("measure", title=title, title_justify="left")
         table.add_column("mean over queries [95 % interval]", justify="right")
-        for name, values in run.by_measure().items():
+        for name, values in result.by_measure().items():
             table.add_row(name, str(bootstrap(values)))
         console.print(table)
-        for name, exponents in run.p.items():
-            console.print(f"learned {name}: {' '.join(f'{p:.2f}' for p in exponents)}")
+        for line in say_exponents(result.p):
+            console.print(line)
     if differences is not None:
-        console.print(
-            "first less second: "
-            + "; ".join(f"{name} {interval}" for name, interval in differences.items())
-        )
+        listed = "; ".join(f"{name} {interval}" for name, interval in differences.items())
+        console.print(f"first less second: {listed}")
 
 
 if __name__ == "__main__":

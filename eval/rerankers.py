@@ -42,7 +42,8 @@ class Rerank:
         ):
             value = getattr(self, name)
             if not least <= value < np.inf:
-                raise ValueError(f"--{name} must be at least {least}, it is {value}")
+                flag = name.replace("_", "-")
+                raise ValueError(f"--{flag} must be at least {least}, it is {value}")
 
 
 def ranked(

@@ -1,11 +1,12 @@
-"""How well one's own images are found: python -m eval.retrieval TRUTH
+"""Evaluates retrieval on your own images: python -m eval.retrieval TRUTH
 
-TRUTH is a CSV file with the columns query and relevant, and if need be ignored, x1, y1, x2, y2 (see
-`ggem_jax.retrieval.truth`), or a folder with a sub-folder for each class, where every other
-image of its folder is relevant for an image. The database is every image under the root; a
-query's own image is left out of its results unless it is listed as relevant. Prints mean average
-precision, mean precision and recall at k (whether one relevant image at least is among the first
-k) with 95 % bootstrap intervals over queries. `--table` compares all poolings with all rerankers.
+TRUTH is a CSV file with the columns query and relevant, and optionally ignored, x1, y1, x2, y2 (see
+`ggem_jax.retrieval.truth`), or a folder with a sub-folder for each class, in which the other
+images of a folder are relevant for each of its images. The database is every image under the root;
+a query's own image is left out of its results unless it is listed as relevant. Prints mean average
+precision, mean precision at k, and recall at k (whether at least one relevant image is among the
+first k), with 95 % bootstrap intervals over queries. `--table` compares all poolings with all
+rerankers.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg
 
-from eval.descriptors import describe, make_extractor, read_crop, vary_pooling
+from eval.descriptors import describe_images, make_extractor, read_crop, vary_pooling
 from eval.rerankers import Name, Rerank, ranked, reranked
 from eval.statistics import Interval, bootstrap
 from ggem_jax.descriptors.settings import DescriptorSettings
@@ -35,14 +36,12 @@ from train.cli import Refused, one_sentence, parse
 
 @dataclass(frozen=True)
 class Retrieval:
-    """How well one's own images are found, with ground truth from a CSV file or from class
-    folders.
-    """
+    """Retrieval on your own images, with ground truth from a CSV file or from class folders."""
 
     truth: Positional[Path]  # CSV file of queries, or folder with a sub-folder for each class
     root: Path | None = None  # what the paths in the CSV file are relative to; None: its folder
     database: Path | None = None  # folder of the images that are searched; None: the root
-    rerank: tuple[Name, ...] = ("none",)  # one line of the table each
+    rerank: tuple[Name, ...] = ("none",)  # rerankers, one line of the table each
     # all poolings with all rerankers, whatever --rerank, --pooling, --regional, --scales and
     # --scale-gem say
     table: bool = False
@@ -64,7 +63,7 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class RetrievalTask:
-    """What is searched and what for."""
+    """The images that are searched, the queries, and what they should find."""
 
     database: list[Path]
     queries: list[tuple[Path, tuple[float, ...] | None]]  # image and box
@@ -72,7 +71,7 @@ class RetrievalTask:
 
     @property
     def own(self) -> np.ndarray:
-        """The row of each query's own image where that is to be left out, or -1."""
+        """The row of each query's own image where that is to be left out, otherwise -1."""
         row = {path: i for i, path in enumerate(self.database)}
         return np.array(
             [
@@ -84,7 +83,7 @@ class RetrievalTask:
 
 @dataclass(frozen=True)
 class Result:
-    """One pooling with one reranker."""
+    """The measures of one pooling with one reranker."""
 
     pooling: str
     rerank: Name
@@ -92,24 +91,29 @@ class Result:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs the script."""
     with one_sentence("eval.retrieval"):
         config = parse(Retrieval, argv, "eval.retrieval")
-        task = of_classes(config.truth) if config.truth.is_dir() else of_csv(config)
+        task = read_class_folders(config.truth) if config.truth.is_dir() else read_csv(config)
         if not any(len(each.positive) for each in task.relevance):
             raise Refused(f"no query of {config.truth} has a relevant image")
-        results = evaluated(config, task)
+        results = evaluate(config, task)
         if config.json:
             print(json.dumps(as_json(config, task, results)))
         else:
             show(config, task, results)
 
 
-def of_csv(config: Retrieval) -> RetrievalTask:
-    """The queries of a CSV file, in all images under a folder."""
+def read_csv(config: Retrieval) -> RetrievalTask:
+    """Returns the queries of a CSV file over all images under a folder.
+
+    Raises:
+        Refused: the file or the folder cannot be read.
+    """
     root = Path(os.path.abspath(config.truth.parent if config.root is None else config.root))
     try:
         queries: list[Query] = read_truth(config.truth, root=root)
-        database = listed(
+        database = list_images(
             root if config.database is None else Path(os.path.abspath(config.database))
         )
         return RetrievalTask(
@@ -121,9 +125,9 @@ def of_csv(config: Retrieval) -> RetrievalTask:
         raise Refused(str(error)) from None
 
 
-def of_classes(folder: Path) -> RetrievalTask:
-    """Every image is a query for the others in its own folder."""
-    database = listed(folder)
+def read_class_folders(folder: Path) -> RetrievalTask:
+    """Returns the task in which every image is a query for the others in its folder."""
+    database = list_images(folder)
     members: dict[Path, list[int]] = {}
     for i, path in enumerate(database):
         members.setdefault(path.parent, []).append(i)
@@ -134,8 +138,8 @@ def of_classes(folder: Path) -> RetrievalTask:
     return RetrievalTask(database, [(path, None) for path in database], relevance)
 
 
-def listed(folder: Path) -> list[Path]:
-    """All images under a folder."""
+def list_images(folder: Path) -> list[Path]:
+    """Returns all images under a folder; raises `Refused` where there is none."""
     listing = walk(folder, apart=folder / ".none")
     if listing.skipped:
         raise Refused(listing.skipped[0].why)
@@ -144,26 +148,26 @@ def listed(folder: Path) -> list[Path]:
     return [folder / file.path for file in listing.files]
 
 
-def evaluated(config: Retrieval, task: RetrievalTask) -> list[Result]:
-    """Every reranker that is asked for on the descriptors that are asked for."""
+def evaluate(config: Retrieval, task: RetrievalTask) -> list[Result]:
+    """Returns the measures of every pooling with every reranker that was asked for."""
     settings = (
         vary_pooling(config.descriptor)
         if config.table
-        else {pooling_name(config.descriptor): config.descriptor}
+        else {name_pooling(config.descriptor): config.descriptor}
     )
-    queries, database = described(list(settings.values()), task)
+    queries, database = describe_task(list(settings.values()), task)
     results = []
     for i, pooling in enumerate(settings):
         vectors = jax.device_put(np.ascontiguousarray(database[:, i]))
         initial = ranked(queries[:, i], vectors, own=task.own)
         for name in get_args(Name) if config.table else config.rerank:
             ids = reranked(name, queries[:, i], vectors, initial, config.how, own=task.own)
-            results.append(Result(pooling, name, measured(ids, task.relevance, config.k)))
+            results.append(Result(pooling, name, measure(ids, task.relevance, config.k)))
     return results
 
 
-def pooling_name(settings: DescriptorSettings) -> str:
-    """`gem+, regional, 3 scales`"""
+def name_pooling(settings: DescriptorSettings) -> str:
+    """Returns the pooling in words, such as `gem+, regional, 3 scales`."""
     parts = [
         settings.pooling,
         "regional" if settings.regional else "",
@@ -172,15 +176,16 @@ def pooling_name(settings: DescriptorSettings) -> str:
     return ", ".join(filter(None, parts))
 
 
-def described(
+def describe_task(
     settings: Sequence[DescriptorSettings], task: RetrievalTask
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Descriptors `(n, settings, d)` of queries and database; a query without a box that is in the
-    database is described once.
+    """Returns the descriptors of queries and database, `(n, settings, d)` each.
+
+    A query without a box that is in the database is described once.
     """
     extractor = make_extractor(settings if len(settings) > 1 else settings[0])
     names = [shown(str(path)) for path in task.database]
-    database = describe(
+    database = describe_images(
         extractor, (read_crop(path, None) for path in task.database), names, "database"
     )
     row = {path: i for i, path in enumerate(task.database)}
@@ -190,16 +195,22 @@ def described(
         queries[i] = database[row.get(path, 0)]
     if apart:
         crops = (read_crop(*task.queries[i]) for i in apart)
-        queries[apart] = describe(
+        queries[apart] = describe_images(
             extractor, crops, [shown(str(task.queries[i][0])) for i in apart], "queries"
         )
     return (queries, database) if len(settings) > 1 else (queries[:, None], database[:, None])
 
 
-def measured(
+def measure(
     ids: np.ndarray, relevance: Sequence[Relevance], kappas: Sequence[int]
 ) -> dict[str, Interval]:
-    """Means over the queries with relevant task."""
+    """Returns the means over the queries that have relevant images, by the name of the measure.
+
+    Args:
+        ids: `(queries, n)` rankings, as rows of the database.
+        relevance: of each query.
+        kappas: numbers of results for precision and recall.
+    """
     found, recall = scores(ids, relevance, kappas=kappas), recall_at(ids, relevance, kappas=kappas)
     measures = {"mAP": bootstrap(found.average_precision)}
     measures |= {
@@ -211,12 +222,12 @@ def measured(
 
 
 def as_json(config: Retrieval, task: RetrievalTask, results: list[Result]) -> dict[str, Any]:
-    """What `--json` prints."""
+    """Returns what `--json` prints."""
     return {
         "truth": str(config.truth),
         "database": len(task.database),
         "queries": len(task.queries),
-        "queries_without_relevant": _without(task),
+        "queries_without_relevant": _count_without_relevant(task),
         "descriptor": config.descriptor.record(),
         "rerank": dataclasses.asdict(config.how),
         "results": [
@@ -242,11 +253,11 @@ def show(config: Retrieval, task: RetrievalTask, results: list[Result]) -> None:
     for own in results:
         table.add_row(own.pooling, own.rerank, *map(str, own.measures.values()))
     Console(width=None if sys.stdout.isatty() else 240).print(table)
-    if without := _without(task):
+    if without := _count_without_relevant(task):
         print(f"{without} queries have no relevant image and are left out of the means.")
 
 
-def _without(task: RetrievalTask) -> int:
+def _count_without_relevant(task: RetrievalTask) -> int:
     return sum(not len(each.positive) for each in task.relevance)
 
 

@@ -1,15 +1,16 @@
-"""Revisited Oxford and Paris, with or without distractors: python -m eval.revisited
-gnd_roxford5k.json --images jpg/
+"""Evaluates on Revisited Oxford and Paris, with or without distractors.
 
-Mean average precision and mean precision at 1, 5 and 10 of the set-ups easy, medium and hard, as
-the public protocol counts them. The ground truth is the original pickle or the same as JSON.
-Descriptors are made of the images, queries cropped to their boxes, by default as SuperGlobal's
-paper does, or come from files (`--queries`, `--database`), in the order of the ground truth;
-`--distractors` stand behind the database. `--ablation` switches every part of SuperGlobal on, one
-after the other.
+    python -m eval.revisited gnd_roxford5k.json --images jpg/
+
+Prints mean average precision and mean precision at 1, 5 and 10 of the set-ups easy, medium and
+hard, as the public protocol counts them. The ground truth is the original pickle, or the same as
+JSON. Descriptors are computed from the images, queries cropped to their boxes, by default as in
+SuperGlobal's paper; or they come from files (`--queries`, `--database`), in the order of the ground
+truth. `--distractors` stand behind the database. `--ablation` switches on the parts of SuperGlobal
+one after the other.
 
 Reference: Radenović et al., "Revisiting Oxford and Paris: Large-Scale Image Retrieval
-    Benchmarking", CVPR 2018, arXiv:1803.11285.
+Benchmarking", CVPR 2018, arXiv:1803.11285.
 """
 
 import dataclasses
@@ -28,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 from tyro.conf import Positional, arg
 
-from eval.descriptors import describe, make_extractor, read_crop
+from eval.descriptors import describe_images, make_extractor, read_crop
 from eval.rerankers import Name, Rerank, ranked, reranked
 from ggem_jax import __version__
 from ggem_jax.descriptors.settings import DescriptorSettings
@@ -40,7 +41,7 @@ from train.cli import Refused, one_sentence, parse
 
 AS_IN_THE_PAPER = DescriptorSettings(sizes="exact", longest_side=0)
 
-# Each with those before it. `relup` makes a difference in a ResNet only.
+# Each step includes those before it. `relup` makes a difference in a ResNet only.
 ABLATION: dict[str, dict[str, Any]] = {
     "plain": {"pooling": "gem", "regional": False, "scale_gem": False, "relup": False},
     "+ GeM+": {"pooling": "gem+"},
@@ -49,36 +50,26 @@ ABLATION: dict[str, dict[str, Any]] = {
     "+ ReLU-P": {"relup": True},
 }
 
-_ON_DEVICE = 2**30  # bytes of a database that is held in memory as float32
-_NO_ARRAYS = (
-    ValueError,
-    EOFError,
-    KeyError,
-    AttributeError,
-    zipfile.BadZipFile,
-)  # what NumPy raises over files that are no arrays
-_LOOKED_AT = 4096  # rows of a file of descriptors whose lengths are looked at
+_ON_DEVICE = 2**30  # bytes up to which a database is held in memory as float32
+# what NumPy raises over files that are no arrays
+_NO_ARRAYS = (ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile)
+_SAMPLE = 4096  # rows of a file of descriptors whose lengths are checked
 
 
 @dataclass(frozen=True)
 class Revisited:
-    """Revisited Oxford and Paris, with or without distractors: mAP and mP@1, 5, 10 of the set-ups
-    easy, medium and hard.
-    """
+    """Revisited Oxford and Paris: mAP and mP@1, 5, 10 of the set-ups easy, medium and hard."""
 
     truth: Positional[Path]  # gnd_roxford5k or gnd_rparis6k, .json or .pkl
-    images: Path | None = None  # folder with the images, named as in the ground truth, .jpg
-    queries: Path | None = (
-        # or descriptors, .npy or .npz with one array, float32 or float16, a unit vector for each of
-        # qimlist
-        None
-    )
-    database: Path | None = None  # likewise, for each of imlist
-    distractors: Path | None = None  # likewise, any number; an .npy is read as it is needed
-    rerank: tuple[Name, ...] = ("none",)  # one line of the table each
-    ablation: bool = (
-        False  # every part of SuperGlobal switched on after the other, the reranking last
-    )
+    images: Path | None = None  # folder with the images: NAME.jpg for the names of the ground truth
+    # descriptors instead of images: .npy or .npz with one array, float32 or float16, a unit vector
+    # for each of qimlist
+    queries: Path | None = None
+    database: Path | None = None  # the same for each of imlist
+    distractors: Path | None = None  # the same, any number; an .npy is read as it is needed
+    rerank: tuple[Name, ...] = ("none",)  # rerankers, one line of the table each
+    # switch on the parts of SuperGlobal one after the other, reranking last
+    ablation: bool = False
     cache: Path | None = None  # folder that keeps the descriptors of the images for each setting
     json: bool = False  # print one JSON object
     how: Annotated[Rerank, arg(name="")] = Rerank()  # noqa: RUF009
@@ -118,9 +109,11 @@ class Joined:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Rows and channels."""
         return sum(map(len, self.parts)), self.parts[0].shape[1]
 
     def take(self, ids: np.ndarray) -> np.ndarray:
+        """Returns the rows with these ids, in this order."""
         taken, first = np.empty((len(ids), self.shape[1]), np.result_type(*self.parts)), 0
         for part in self.parts:
             here = (ids >= first) & (ids < first + len(part))
@@ -129,6 +122,7 @@ class Joined:
         return taken
 
     def blocks(self, rows: int) -> Iterator[tuple[int, np.ndarray]]:
+        """Yields the first row and the rows of each block."""
         for start in range(0, self.shape[0], rows):
             pieces, first = [], 0
             for part in self.parts:
@@ -138,14 +132,17 @@ class Joined:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs the script."""
     with one_sentence("eval.revisited"):
         config = parse(Revisited, argv, "eval.revisited")
         truth = read_ground_truth(config.truth)
         distractors = (
-            None if config.distractors is None else vectors_of(config.distractors, "distractors")
+            None
+            if config.distractors is None
+            else read_unit_vectors(config.distractors, "distractors")
         )
         results = (
-            ablation(config, truth) if config.ablation else evaluated(config, truth, distractors)
+            run_ablation(config, truth) if config.ablation else evaluate(config, truth, distractors)
         )
         count = 0 if distractors is None else len(distractors)
         if config.json:
@@ -155,7 +152,11 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read_ground_truth(path: Path) -> Truth:
-    """The original pickle (`.pkl`), or the same as JSON. `Refused` for anything else."""
+    """Returns the ground truth of a pickle (`.pkl`) or a JSON file.
+
+    Raises:
+        Refused: the file is anything else.
+    """
     try:
         values = (
             read_pickle(path)
@@ -165,19 +166,23 @@ def read_ground_truth(path: Path) -> Truth:
     except OSError as error:
         raise Refused(f"{path} cannot be read: {error.strerror or error}") from None
     except ValueError as error:
-        raise Refused(f"{path} is no ground truth: {error}") from None
+        raise Refused(f"{path} is not a ground truth: {error}") from None
     try:
-        database, queries = (tuple(map(_text, values[name])) for name in ("imlist", "qimlist"))
+        database, queries = (
+            tuple(map(_require_text, values[name])) for name in ("imlist", "qimlist")
+        )
         entries = list(values["gnd"])
         boxes = tuple(tuple(map(float, entry["bbx"])) for entry in entries)
         lists = tuple(
-            Difficulty(*(_ids(entry[kind], len(database)) for kind in ("easy", "hard", "junk")))
+            Difficulty(
+                *(_require_ids(entry[kind], len(database)) for kind in ("easy", "hard", "junk"))
+            )
             for entry in entries
         )
     except (KeyError, TypeError, ValueError) as error:
         raise Refused(
-            f"{path} is no ground truth of imlist, qimlist and gnd with bbx, easy, hard and junk:"
-            f" {error!r}"
+            f"{path} is not a ground truth of imlist, qimlist and gnd with bbx, easy, hard and"
+            f" junk: {error!r}"
         ) from None
     if not queries or len(entries) != len(queries) or any(len(box) != 4 for box in boxes):
         raise Refused(
@@ -187,13 +192,13 @@ def read_ground_truth(path: Path) -> Truth:
     return Truth(database, queries, boxes, lists)
 
 
-def _text(name: Any) -> str:
+def _require_text(name: Any) -> str:
     if not isinstance(name, str):
         raise TypeError(f"a name must be text, not {name!r}")
     return name
 
 
-def _ids(values: Sequence[int], count: int) -> np.ndarray:
+def _require_ids(values: Sequence[int], count: int) -> np.ndarray:
     ids = np.array(values)
     if (
         ids.ndim != 1
@@ -204,17 +209,21 @@ def _ids(values: Sequence[int], count: int) -> np.ndarray:
     return ids.astype(int)
 
 
-def evaluated(
+def evaluate(
     config: Revisited, truth: Truth, distractors: np.ndarray | None
 ) -> dict[str, dict[str, Scores]]:
-    """By reranker: the scores of each set-up."""
+    """Returns reranker -> set-up -> scores.
+
+    Raises:
+        Refused: the descriptors do not fit the ground truth.
+    """
     if config.images is not None:
-        queries, database = described(config, truth, config.descriptor, {})
+        queries, database = describe_sets(config, truth, config.descriptor, {})
     else:
         assert config.queries is not None
         assert config.database is not None
         queries, database = (
-            vectors_of(path, flag)
+            read_unit_vectors(path, flag)
             for path, flag in ((config.queries, "queries"), (config.database, "database"))
         )
         for flag, vectors, names in (
@@ -237,7 +246,7 @@ def evaluated(
             "the descriptors of queries, database and distractors must have one length, not"
             f" {' and '.join(map(str, sorted(dims)))}"
         )
-    searched = _searched(parts)
+    searched = _as_store(parts)
     queries = np.asarray(queries, np.float32)
     initial = ranked(queries, searched)
     return {
@@ -246,8 +255,8 @@ def evaluated(
     }
 
 
-def ablation(config: Revisited, truth: Truth) -> dict[str, dict[str, Scores]]:
-    """By step: the scores of each set-up."""
+def run_ablation(config: Revisited, truth: Truth) -> dict[str, dict[str, Scores]]:
+    """Returns step -> set-up -> scores, each step with one more part of SuperGlobal."""
     memory: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     results, settings = {}, config.descriptor
     for step, changes in ABLATION.items():
@@ -257,8 +266,8 @@ def ablation(config: Revisited, truth: Truth) -> dict[str, dict[str, Scores]]:
             if str(settings.resolve().backbone).startswith("resnet")
             else dataclasses.replace(settings, relup=True)
         )
-        queries, vectors = described(config, truth, own, memory)
-        database = _searched([vectors])
+        queries, vectors = describe_sets(config, truth, own, memory)
+        database = _as_store([vectors])
         initial = ranked(queries, database)
         results[step] = revisited(np.asarray(initial.ids), truth.lists)
     results["+ reranking"] = revisited(
@@ -267,7 +276,7 @@ def ablation(config: Revisited, truth: Truth) -> dict[str, dict[str, Scores]]:
     return results
 
 
-def _searched(parts: list[np.ndarray]) -> jax.Array | np.ndarray | Joined:
+def _as_store(parts: list[np.ndarray]) -> jax.Array | np.ndarray | Joined:
     if len(parts) > 1:
         return Joined(tuple(parts))
     return (
@@ -277,9 +286,15 @@ def _searched(parts: list[np.ndarray]) -> jax.Array | np.ndarray | Joined:
     )
 
 
-def vectors_of(path: Path, flag: str) -> np.ndarray:
-    """Unit vectors `(n, d)` of a file, mapped where it is an `.npy`. `Refused` where they are none,
-    as far as some rows tell.
+def read_unit_vectors(path: Path, flag: str) -> np.ndarray:
+    """Returns the unit vectors `(n, d)` of a file, memory-mapped where it is an `.npy`.
+
+    Args:
+        path: the file.
+        flag: the flag that named it, for errors; an `.npz` may hold an array of this name.
+
+    Raises:
+        Refused: it holds no unit vectors, as far as a sample of rows shows.
     """
     try:
         if path.suffix == ".npz":
@@ -297,14 +312,14 @@ def vectors_of(path: Path, flag: str) -> np.ndarray:
         raise Refused(f"--{flag} {path} cannot be read: {error.strerror or error}") from None
     except _NO_ARRAYS as error:
         raise Refused(
-            f"--{flag} {path} is no file of descriptors: {str(error).partition(chr(10))[0]}"
+            f"--{flag} {path} is not a file of descriptors: {str(error).partition(chr(10))[0]}"
         ) from None
     if found.ndim != 2 or 0 in found.shape or found.dtype not in (np.float32, np.float16):
         raise Refused(
             f"--{flag} must be float32 or float16 of shape (n, d), and {path} is {found.dtype} of"
             f" shape {found.shape}"
         )
-    some = np.asarray(found[:: -(-len(found) // _LOOKED_AT)], np.float32)
+    some = np.asarray(found[:: -(-len(found) // _SAMPLE)], np.float32)
     if not np.all(np.abs(np.linalg.norm(some, axis=1) - 1) < 1e-2):
         raise Refused(
             f"--{flag} must be unit vectors, and some rows of {path} are not: divide each by its"
@@ -313,14 +328,24 @@ def vectors_of(path: Path, flag: str) -> np.ndarray:
     return found
 
 
-def described(
+def describe_sets(
     config: Revisited,
     truth: Truth,
     settings: DescriptorSettings,
     memory: dict[str, tuple[np.ndarray, np.ndarray]],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Descriptors of the queries' boxes and of the database, from the memory or the cache where
-    they are there.
+    """Returns the descriptors of the queries' boxes and of the database.
+
+    They come from the memory or from the cache where they are there.
+
+    Args:
+        config: the images and the cache.
+        truth: names and boxes.
+        settings: of the descriptors.
+        memory: descriptors by settings; new ones are added.
+
+    Raises:
+        Refused: an image is missing or cannot be read, or the cache is damaged.
     """
     assert config.images is not None
     files = {name: config.images / f"{name}.jpg" for name in (*truth.queries, *truth.database)}
@@ -345,7 +370,7 @@ def described(
         if config.cache is None
         else config.cache / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.npz"
     )
-    found = None if path is None else _cached(path)
+    found = None if path is None else _read_cache(path)
     if found is None:
         if missing := [file for file in files.values() if not file.is_file()]:
             raise Refused(
@@ -359,8 +384,8 @@ def described(
         )
         wholes: Iterator[RGB] = (read_image(files[name]) for name in truth.database)
         found = (
-            describe(extractor, crops, truth.queries, "queries"),
-            describe(extractor, wholes, truth.database, "database"),
+            describe_images(extractor, crops, truth.queries, "queries"),
+            describe_images(extractor, wholes, truth.database, "database"),
         )
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -370,7 +395,7 @@ def described(
     return found
 
 
-def _cached(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
+def _read_cache(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
     if not path.exists():
         return None
     try:
@@ -385,7 +410,7 @@ def _cached(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
 def as_json(
     config: Revisited, truth: Truth, distractors: int, results: dict[str, dict[str, Scores]]
 ) -> dict[str, Any]:
-    """What `--json` prints."""
+    """Returns what `--json` prints."""
     return {
         "truth": str(config.truth),
         "queries": len(truth.queries),

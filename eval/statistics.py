@@ -1,6 +1,4 @@
-"""Intervals and paired tests for accuracies and for means over queries. All intervals are at 95
-%.
-"""
+"""Intervals and paired tests for accuracies and for means over queries, all at 95 %."""
 
 from dataclasses import dataclass
 
@@ -21,7 +19,10 @@ class Interval:
 
 
 def proportion(correct: np.ndarray) -> Interval:
-    """Share of true entries `(n,)` with Wilson's score interval: E. B. Wilson, JASA 22, 1927."""
+    """Returns the share of true entries of `(n,)` with Wilson's score interval.
+
+    Reference: E. B. Wilson, Journal of the American Statistical Association 22, 1927.
+    """
     correct = _answers(correct)
     successes, n = int(correct.sum()), len(correct)
     interval = stats.binomtest(successes, n).proportion_ci(0.95, method="wilson")
@@ -29,8 +30,12 @@ def proportion(correct: np.ndarray) -> Interval:
 
 
 def mean(values: np.ndarray) -> Interval:
-    """Mean of independent values `(n,)`, such as seeds, with Student's t interval; one value has no
-    interval.
+    """Returns the mean of independent values `(n,)`, such as seeds, with Student's t interval.
+
+    One value has no interval: its ends are NaN.
+
+    Raises:
+        ValueError: there is no value, or there is more than one axis.
     """
     values = np.asarray(values, float)
     if values.ndim != 1 or not len(values):
@@ -43,11 +48,18 @@ def mean(values: np.ndarray) -> Interval:
 
 
 def bootstrap(values: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> Interval:
-    """Mean of values `(n,)`, such as average precisions of queries, with the percentile interval of
-    means of n values drawn with replacement.
+    """Returns the mean of values with the percentile interval of resampled means.
 
-    Values that are not a number are left out. The interval takes the values for independent, and is
-    too narrow where they are few.
+    The interval treats the values as independent, and is too narrow where there are few.
+
+    Args:
+        values: `(n,)`, such as average precisions of queries; those that are NaN are left out.
+        draws: number of resamples of n values, drawn with replacement.
+        seed: decides the resamples.
+
+    Raises:
+        ValueError: there is no number, or there is more than one axis.
+
     Reference: B. Efron, The Annals of Statistics 7, 1979.
     """
     values = np.asarray(values, float)
@@ -56,29 +68,36 @@ def bootstrap(values: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> Inte
         raise ValueError(
             f"values must be (n,) with at least one number, not of shape {values.shape}"
         )
-    rng, together = np.random.default_rng(seed), max(1, 1_000_000 // len(values))
-    starts = range(0, draws, together)
-    means = np.concatenate(
-        [
-            values[
-                rng.integers(len(values), size=(min(together, draws - start), len(values)))
-            ].mean(axis=1)
-            for start in starts
-        ]
-    )
-    low, high = np.quantile(means, (0.025, 0.975))
-    return Interval(float(values.mean()), float(low), float(high))
+    if len(values) == 1:
+        return Interval(float(values[0]), float(values[0]), float(values[0]))
+    found = stats.bootstrap(
+        (values,),
+        np.mean,
+        n_resamples=draws,
+        batch=max(1, 1_000_000 // len(values)),
+        method="percentile",
+        rng=np.random.default_rng(seed),
+    ).confidence_interval
+    return Interval(float(values.mean()), float(found.low), float(found.high))
 
 
 def pigeonhole_bootstrap(values: np.ndarray, *, draws: int = 2000, seed: int = 0) -> Interval:
-    """Mean of `(seeds, images)` values, such as differences of right answers, with an interval
-    for other seeds and other images.
+    """Returns the mean of values with an interval for other seeds and other images.
 
-    Seeds and images are drawn again with replacement, independently, and the percentile interval
-    is widened to Student's t interval over seeds where that reaches further: of few seeds a
-    bootstrap alone is too narrow.
+    Seeds and images are resampled independently. The percentile interval is widened to Student's t
+    interval over seeds where that reaches further, because a bootstrap of few seeds alone is too
+    narrow.
+
+    Args:
+        values: `(seeds, images)` finite values, such as differences of right answers.
+        draws: number of resamples.
+        seed: decides the resamples.
+
+    Raises:
+        ValueError: the values are not finite or have other axes.
+
     Reference: A. B. Owen, "The pigeonhole bootstrap", The Annals of Applied Statistics 1, 2007,
-        arXiv:0712.1111.
+    arXiv:0712.1111.
     """
     values = np.asarray(values, float)
     if values.ndim != 2 or not values.size or not np.isfinite(values).all():
@@ -102,7 +121,7 @@ def pigeonhole_bootstrap(values: np.ndarray, *, draws: int = 2000, seed: int = 0
 
 
 @dataclass(frozen=True)
-class Paired:
+class PairedTest:
     """Two classifiers on the same images."""
 
     difference: Interval  # accuracy of the first less that of the second
@@ -111,12 +130,17 @@ class Paired:
     p_value: float  # McNemar's exact test that both are equally likely
 
 
-def paired(first: np.ndarray, second: np.ndarray) -> Paired:
-    """Compares two `(n,)` arrays of right and wrong answers: Q. McNemar, Psychometrika 12, 1947, in
-    its exact form.
+def compare_paired(first: np.ndarray, second: np.ndarray) -> PairedTest:
+    """Compares two arrays `(n,)` of right and wrong answers to the same images.
 
-    The interval is A. Agresti and Y. Min's, Statistics in Medicine 24, 2005: half an image more in
-    each cell of the two-by-two table, so that it holds its 95 % where the two hardly differ.
+    The p-value is McNemar's exact test. The interval of the difference adds half an image to each
+    cell of the two-by-two table, so that it keeps its 95 % where the two hardly differ.
+
+    Raises:
+        ValueError: the arrays have different lengths or hold something else.
+
+    Reference: Q. McNemar, Psychometrika 12, 1947; A. Agresti and Y. Min, Statistics in Medicine 24,
+    2005.
     """
     first, second = _answers(first), _answers(second)
     if first.shape != second.shape:
@@ -131,7 +155,7 @@ def paired(first: np.ndarray, second: np.ndarray) -> Paired:
         max((a - b) / n - half, -1.0),
         min((a - b) / n + half, 1.0),
     )
-    return Paired(difference, only_first, only_second, float(p_value))
+    return PairedTest(difference, only_first, only_second, float(p_value))
 
 
 def _answers(values: np.ndarray) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""Intervals in rows of CSV files and in tables of Markdown."""
+"""Intervals in rows of CSV files, and tables in Markdown."""
 
 import csv
 from collections.abc import Iterable, Mapping, Sequence
@@ -13,8 +13,8 @@ from ggem_jax.files.atomic import replacing
 ENDS = {"": "value", "_low": "low", "_high": "high"}
 
 
-def columns(name: str, interval: Interval | None) -> dict[str, str]:
-    """Three columns of a row: `name`, `name_low` and `name_high`, empty where there is nothing."""
+def interval_columns(name: str, interval: Interval | None) -> dict[str, str]:
+    """Returns the columns `name`, `name_low` and `name_high`; empty where there is no interval."""
     return {
         f"{name}{end}": "" if interval is None else f"{getattr(interval, field):.4f}"
         for end, field in ENDS.items()
@@ -22,16 +22,28 @@ def columns(name: str, interval: Interval | None) -> dict[str, str]:
 
 
 def format_cell(row: Mapping[str, Any], name: str) -> str:
-    """What `columns` wrote, in percent; with its sign where it is a difference, `..._less_...`."""
+    """Returns what `interval_columns` wrote, in percent.
+
+    Differences, whose names hold `_less_`, get their sign.
+    """
     if row[name] == "":
         return ""
-    return shown(
+    return format_interval(
         Interval(*(float(row[f"{name}{end}"]) for end in ENDS)), digits=1, sign="_less_" in name
     )
 
 
-def shown(interval: Interval, *, percent: bool = True, digits: int = 2, sign: bool = False) -> str:
-    """Value and ends; the value alone where it has no interval."""
+def format_interval(
+    interval: Interval, *, percent: bool = True, digits: int = 2, sign: bool = False
+) -> str:
+    """Returns value and ends; the value alone where it has no interval.
+
+    Args:
+        interval: the estimate.
+        percent: whether it is multiplied by 100.
+        digits: after the point.
+        sign: whether a positive value gets a plus.
+    """
     factor = 100 if percent else 1
     value = f"{factor * interval.value:{'+' if sign else ''}.{digits}f}"
     if not np.isfinite([interval.low, interval.high]).all():
@@ -39,8 +51,8 @@ def shown(interval: Interval, *, percent: bool = True, digits: int = 2, sign: bo
     return f"{value} [{factor * interval.low:.{digits}f}, {factor * interval.high:.{digits}f}]"
 
 
-def markdown(heads: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
-    """A table with its last line ended."""
+def make_table(heads: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
+    """Returns a table in Markdown that ends with a line break."""
     lines = [
         f"| {' | '.join(heads)} |",
         f"|{' --- |' * len(heads)}",

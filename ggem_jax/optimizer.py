@@ -1,13 +1,16 @@
 """AdamW for models with learned exponents.
 
-Exponents are the parameters called `p`. Weight decay would pull them towards 0, and since Adam
-moves a number by at most about one learning rate a step, the rate of the weights hardly moves them
-in a short run: they get no decay and a rate of their own. The public GeM code does the same, with a
-rate of 10 for one shared exponent and 100 for one per channel
+Exponents are the parameters called `p`. They get no weight decay, which would pull them towards 0,
+and a learning rate of their own: Adam moves a number by at most about one learning rate a step, so
+that the rate of the weights hardly moves exponents in a short run. The public GeM code does the
+same, with a factor of 10 for one shared exponent and 100 for one per channel
 (filipradenovic/cnnimageretrieval-pytorch).
+
+Parameters are trees of arrays: those of Flax linen, of Flax NNX or of Equinox.
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,11 +30,27 @@ def adamw(
     exponent_lr: float = 10.0,
     layer_decay: float = 1.0,
 ) -> optax.GradientTransformation:
-    """AdamW with decay of the kernels only, `exponent_lr` times the rate for exponents, and
-    `layer_decay` (see `learning_rate_scales`).
+    """Returns AdamW with a learning rate of its own for exponents, and decay for matrices only.
+
+    Args:
+        learning_rate: The learning rate of the weights, a number or a schedule of optax.
+        weight_decay: Decay of matrices, see `weight_decay_mask`.
+        beta1: Decay of the mean of the gradients.
+        beta2: Decay of the mean of their squares.
+        exponent_lr: Learning rate of the exponents over that of the weights.
+        layer_decay: Learning rate of each block over that of the next, see `learning_rate_scales`.
+
+    Returns:
+        A transformation of optax; its `update` needs the parameters.
 
     Reference: Loshchilov and Hutter, "Decoupled Weight Decay Regularization", 2019,
         arXiv:1711.05101.
+
+    Example:
+        >>> params = {"head": {"kernel": jnp.ones((2, 2))}, "pool": {"p": jnp.full(4, 3.0)}}
+        >>> updates, state = adamw(1e-3).update(params, adamw(1e-3).init(params), params)
+        >>> print(f"{updates['pool']['p'][0]:.3f} {updates['head']['kernel'][0, 0]:.5f}")
+        -0.010 -0.00105
     """
     return optax.chain(
         optax.scale_by_adam(b1=beta1, b2=beta2),
@@ -46,10 +65,15 @@ def adamw(
 
 
 def weight_decay_mask(params: Parameters) -> Parameters:
-    """True for matrices called `kernel` (Flax) or `weight` (Equinox); false for biases, norms,
-    positions, prefix tokens and exponents.
+    """Returns which parameters decay: matrices called `kernel` (Flax) or `weight` (Equinox).
 
-    Neither do the embeddings of ids decay. A mask for `optax.add_decayed_weights`.
+    Biases, norms, positions, prefix tokens, embeddings of ids and exponents do not decay.
+
+    Args:
+        params: The parameters.
+
+    Returns:
+        A tree of bools, a mask for `optax.add_decayed_weights`.
     """
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: _names(path)[-1:] in (("kernel",), ("weight",)) and jnp.ndim(leaf) >= 2,
@@ -60,11 +84,20 @@ def weight_decay_mask(params: Parameters) -> Parameters:
 def learning_rate_scales(
     params: Parameters, *, exponent_lr: float = 10.0, layer_decay: float = 1.0
 ) -> Parameters:
-    """What multiplies the learning rate of each parameter of a `ViT` or a `TextTransformer`,
-    wherever it stands in a larger tree.
+    """Returns the factor of the learning rate of each parameter.
 
     Block i of n has `layer_decay^(n - i)`, the embeddings `layer_decay^(n + 1)`, what follows the
-    blocks 1; exponents `exponent_lr`. The tree may be a part of the model that has its last block.
+    blocks 1, and exponents `exponent_lr`.
+
+    Args:
+        params: Parameters with a `ViT` or a `TextTransformer` anywhere in the tree, or a part of
+            one that has its last block.
+        exponent_lr: Factor of the exponents.
+        layer_decay: Factor of each block over that of the next.
+
+    Returns:
+        A tree of numbers.
+
     Reference: Bao et al., "BEiT", 2022, arXiv:2106.08254, section 3.1 (layer-wise decay as in its
         code).
     """
@@ -85,9 +118,17 @@ def learning_rate_scales(
     return jax.tree_util.tree_map_with_path(scale, params)
 
 
-def scale_by_parameter(scales) -> optax.GradientTransformation:
-    """Multiplies the update of each parameter by a constant; `scales(params)` gives the tree of
-    constants.
+def scale_by_parameter(scales: Callable[[Parameters], Parameters]) -> optax.GradientTransformation:
+    """Returns a transformation that multiplies the update of each parameter by a constant.
+
+    Args:
+        scales: A function from the parameters to the tree of their constants.
+
+    Returns:
+        A transformation of optax.
+
+    Raises:
+        ValueError: In `update`, which needs the parameters.
     """
 
     def update(updates, state, params=None):
@@ -101,12 +142,19 @@ def scale_by_parameter(scales) -> optax.GradientTransformation:
 
 
 def is_exponent(path: KeyPath) -> bool:
-    """Whether the parameter at this path of the tree is the exponents of a power mean."""
+    """Returns whether the parameter at a path of the tree holds the exponents of a power mean."""
     return _names(path)[-1:] == ("p",)
 
 
 def exponents(params: Parameters) -> dict[str, jax.Array]:
-    """The exponents of a model by path, such as `{"pool/p": (groups,)}`."""
+    """Returns the exponents of a model by their paths, such as `{"pool/p": (groups,)}`.
+
+    Args:
+        params: The parameters, with or without the collection `params` around them.
+
+    Returns:
+        The learned exponents; what a `GGeM` pools with are `used_exponents` of them.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {
         "/".join(_names(path)).removeprefix("params/"): leaf
@@ -116,16 +164,14 @@ def exponents(params: Parameters) -> dict[str, jax.Array]:
 
 
 def _names(path: KeyPath) -> tuple[str, ...]:
-    """The keys and attributes on the way to a leaf, without the `.value` at which variables of Flax
-    NNX end.
-    """
+    """The keys and attributes on the way to a leaf, without the `.value` of variables of NNX."""
     names = tuple(str(getattr(key, "key", getattr(key, "name", key))) for key in path)
     return names[:-1] if names[-1:] == ("value",) and isinstance(path[-1], GetAttrKey) else names
 
 
 def _place(path: KeyPath) -> tuple[tuple[str, ...], int | None]:
-    """The path of the tower that a parameter is in, and its block: -1 for the embeddings, None for
-    what follows the blocks.
+    """The path of the tower that a parameter is in, and its block: -1 for the embeddings, None
+    after the blocks.
     """
     names = _names(path)
     for i, name in enumerate(names):

@@ -44,6 +44,12 @@ def progress_bar(console: "Console | None" = None, *columns: Any) -> "Progress":
 
 
 def track(items: Iterable[T], total: int, what: str) -> Iterator[T]:
-    """Yields the items while a bar shows how many of `total` are done."""
+    """Yields the items while a bar shows how many are done.
+
+    Args:
+        items: what is yielded.
+        total: how many there are.
+        what: the description of the bar.
+    """
     with progress_bar() as bar:
         yield from bar.track(items, total=total, description=what)

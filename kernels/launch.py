@@ -22,6 +22,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from . import ptxas
+
 _capability: contextvars.ContextVar[int | None] = contextvars.ContextVar(
     "compute_capability", default=None
 )
@@ -39,16 +41,21 @@ def call(
         run = functools.partial(_interpret, kernel, outputs, programs, FAST=False, **constants)
         return list(jax.pure_callback(run, tuple(outputs), *inputs, vmap_method="sequential"))
     triton_call = load_jax_triton().triton_call
-    name = (
-        "out_type" if "out_type" in inspect.signature(triton_call).parameters else "out_shape"
-    )  # jax-triton 0.4 and 0.3
-    options = {
-        name: list(outputs),
-        "grid": (programs,),
-        "num_warps": warps,
-        "compute_capability": _capability.get(),
-    }
-    return list(triton_call(*inputs, kernel=kernel, FAST=True, **options, **constants))
+    accepted = inspect.signature(triton_call).parameters
+    options: dict[str, Any] = {"num_warps": warps, "compute_capability": _capability.get()}
+    options["out_type" if "out_type" in accepted else "out_shape"] = list(outputs)  # 0.4 and 0.3
+    # Products and sums are fused, as they were counted; Triton 3.10 would not do so by itself.
+    if "backend_options" in accepted:  # jax-triton 0.4
+        options["backend_options"] = {"enable_fp_fusion": True}
+    elif "enable_fp_fusion" in accepted:  # jax-triton 0.3
+        options["enable_fp_fusion"] = True
+    grid = (programs,)
+    return list(triton_call(*inputs, kernel=kernel, grid=grid, FAST=True, **options, **constants))
+
+
+def capability() -> int | None:
+    """Returns the compute capability of `compiled_for`, or None outside: that of this machine."""
+    return _capability.get()
 
 
 @contextlib.contextmanager
@@ -63,18 +70,27 @@ def compiled_for(capability: int) -> Iterator[None]:
         _capability.reset(token)
 
 
-@functools.cache
 def available() -> bool:
-    """Whether kernels can be compiled here: jax-triton is installed and finds a JAX with CUDA.
-    Starts no device.
+    """Returns whether kernels can be compiled here: jax-triton is installed, finds a JAX with CUDA,
+    and writes what that JAX can assemble. Where only the last fails, a warning says once what to
+    install. Starts no device.
     """
+    return _available(_capability.get())
+
+
+@functools.cache
+def _available(capability: int | None) -> bool:
     if importlib.util.find_spec("jax_triton") is None:
         return False
     try:
         load_jax_triton()
     except NotImplementedError:
         return False
-    return True
+    misfit = ptxas.fit_triton_to_jax(capability)
+    if misfit is not None:
+        message = f"plain JAX is used instead of the Triton kernels: {misfit}"
+        warnings.warn(message, RuntimeWarning, stacklevel=3)
+    return misfit is None
 
 
 def runs_here() -> bool:
@@ -98,6 +114,11 @@ def load_jax_triton() -> ModuleType:
         os.environ.get("TRITON_CACHE_DIR") == ""
     ):  # set so by jax-triton 0.3; a later triton.compile in this process would find no folder
         del os.environ["TRITON_CACHE_DIR"]
+    if ptxas.cuda_plugin() is None:  # jax-triton 0.4 is content without
+        raise NotImplementedError(
+            "Triton kernels need a JAX with CUDA, which this one is not: pip install 'jax[cuda12]'"
+            " on a machine with an NVIDIA GPU, or pass implementation=None"
+        )
     return jax_triton
 
 
@@ -125,6 +146,9 @@ def check(implementation: str) -> None:
                 f" {jax.default_backend()} here: pass implementation=None; to lower for a GPU that"
                 " is elsewhere, do so inside ggem_jax.kernels.launch.compiled_for(90)"
             )
+        misfit = ptxas.fit_triton_to_jax(_capability.get())
+        if misfit is not None:
+            raise NotImplementedError(f"no Triton kernels: {misfit}, or pass implementation=None")
 
 
 def _interpret(

@@ -1,8 +1,8 @@
-"""The tool: `python -m neupims COMMAND`, or `neupims COMMAND` after installation.
+"""The command-line tool: `python -m neupims COMMAND`, or `neupims COMMAND` after installation.
 
-What goes wrong is one sentence on standard error and an exit code: 2 for wrong flags, 130 after
-Ctrl-C, 141 where nobody reads the output, 1 for the rest. JAX is loaded when a command needs it,
-not before.
+An error is one sentence on standard error and an exit code: 2 for wrong flags, 130 after Ctrl-C,
+141 where nobody reads the output, 1 for the rest. JAX is loaded when a command needs it, not
+before.
 """
 
 import argparse
@@ -26,11 +26,15 @@ COMMANDS = {
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns the exit code."""
+    """Runs one command and returns the exit code.
+
+    Args:
+        argv: The words of the command line (default: those of the process).
+    """
     words = sys.argv[1:] if argv is None else argv
     try:
-        arguments = _parser(words).parse_args(words)
-    except SystemExit as stop:  # argparse has said what is wrong
+        arguments = _make_parser(words).parse_args(words)
+    except SystemExit as stop:  # argparse has printed the error
         return int(stop.code or 0)
     try:
         code = importlib.import_module(f"neupims.commands.{arguments.command}").run(arguments)
@@ -38,27 +42,25 @@ def main(argv: list[str] | None = None) -> int:
             sys.stdout.flush()
         return code
     except KeyboardInterrupt:
-        return _said("interrupted", 128 + signal.SIGINT)
+        return _report("interrupted", 128 + signal.SIGINT)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         return 128 + signal.SIGPIPE
     except MemoryError:
-        return _said("out of memory: try a smaller --chunk, --budget or batch", 1)
+        return _report("out of memory: try a smaller --chunk, --budget or batch", 1)
     except ImportError as error:
         mend = "" if "pip install" in str(error) else ": pip install 'ggem-jax[neupims]'"
-        return _said(f"{error}{mend}", 1)
+        return _report(f"{error}{mend}", 1)
     except OSError as error:
-        return _said(
+        return _report(
             f"{error.strerror or error}{f': {error.filename}' if error.filename else ''}", 1
         )
     except ValueError as error:
-        return _said(str(error), 1)
+        return _report(str(error), 1)
 
 
-def _parser(words: list[str]) -> argparse.ArgumentParser:
-    """The flags of the command that is named; of the others only their name, so that their modules
-    are not loaded.
-    """
+def _make_parser(words: list[str]) -> argparse.ArgumentParser:
+    """Returns the parser with the flags of the named command; other modules are not loaded."""
     parser = argparse.ArgumentParser(
         prog="neupims" if os.path.basename(sys.argv[0]) == "neupims" else "python -m neupims",
         description=__doc__.split("\n")[0],
@@ -74,7 +76,7 @@ def _parser(words: list[str]) -> argparse.ArgumentParser:
     return parser
 
 
-def _said(sentence: str, code: int) -> int:
+def _report(sentence: str, code: int) -> int:
     sys.stderr.write(f"neupims: {' '.join(sentence.split())}\n")
     return code
 

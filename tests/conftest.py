@@ -23,6 +23,8 @@ LEAST_CASES = {
     "interpreter": ("test_kernels_interpreted.py", 203),
     "compiled": ("test_kernels_compiled.py", 56),
     "lowering": ("test_kernels_lowered.py", 43),
+    "assembled": ("test_kernels_assembled.py", 25),
+    "aot": ("test_kernels_partitioned.py", 22),
 }
 
 # The smallest training that uses everything: a second or two to compile.

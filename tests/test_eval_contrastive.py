@@ -11,7 +11,7 @@ from conftest import TINY_PAIR
 from test_train_contrastive import one_line
 
 from eval import contrastive as eval_contrastive
-from eval.contrastive import Evaluated, compare
+from eval.contrastive import ContrastiveResult, compare
 from train.cli import Refused
 from train.contrastive import PairDescriptors
 from train.log import read_metrics
@@ -178,7 +178,7 @@ def test_several_images_with_one_caption_are_all_right():
 
 
 def test_mistakes_end_in_one_line(trained, tmp_path, capsys, captioned_folder, class_folders):
-    assert "is no run of train.contrastive" in one_line(capsys, eval_contrastive.main, tmp_path)
+    assert "is not a run of train.contrastive" in one_line(capsys, eval_contrastive.main, tmp_path)
     (tmp_path / "config.json").write_text((trained / "true" / "config.json").read_text())
     assert "has no checkpoint yet" in one_line(capsys, eval_contrastive.main, tmp_path)
     run = trained / "true"
@@ -213,7 +213,7 @@ def test_runs_on_other_images_are_not_compared_in_pairs():
         described = PairDescriptors(
             unit, np.arange(2), np.array(digests), unit, captions, np.array([[0, 0], [1, 1]])
         )
-        return Evaluated(Path("run"), 1, described, None, 10.0, {})
+        return ContrastiveResult(Path("run"), 1, {}, described, None, 10.0)
 
     one = run([1, 2], ("a", "b"))
     assert compare(one, one)["image_to_text@1"].p_value == 1

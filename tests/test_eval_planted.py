@@ -14,7 +14,7 @@ from eval.studies.planted import Planted
 def arms():
     """A third of the default length: enough to see."""
     config = Planted(seeds=5, steps=200, test=1024)
-    return planted.summary(planted.run(config))
+    return planted.summarise(planted.run(config))
 
 
 @pytest.mark.slow
@@ -47,7 +47,7 @@ def test_the_evidence_stands_where_the_experiment_says():
 
 
 def test_the_tool_prints_a_table_or_json(capsys, monkeypatch):
-    every = planted.arms
+    every = planted.make_arms
     monkeypatch.setattr(
         planted, "arms", lambda config: {name: every(config)[name] for name in ("GeM", "GGeM")}
     )

@@ -14,7 +14,7 @@ import pytest
 from eval.statistics import Interval, pigeonhole_bootstrap
 from eval.studies import cifar, diagnostics, frozen
 from eval.studies import pooling as pooling_study
-from eval.studies.pooling_report import Claim, claims_of, write_report
+from eval.studies.pooling_report import Claim, make_claims, write_report
 from ggem_jax import pooling
 from train.data import Images
 
@@ -118,7 +118,7 @@ def test_a_part_on_tokens_reports_everything_the_report_needs(tokens, tmp_path, 
         pooling_study, "arms_of", lambda tokens: {name: every[name] for name in few}
     )
     study = pooling_study.PoolingStudy(seeds=2, probe_epochs=2, runs=tmp_path / "runs")
-    found = json.loads(json.dumps(pooling_study.frozen_part(tokens, study))) | {
+    found = json.loads(json.dumps(pooling_study.run_frozen(tokens, study))) | {
         "seconds": 1,
         "machine": {"date": "2026-01-01"},
     }
@@ -142,7 +142,7 @@ def test_a_part_on_tokens_reports_everything_the_report_needs(tokens, tmp_path, 
     said = write_report(
         tmp_path / "report.md",
         {"cifar10-frozen": found},
-        pooling_study.settings(study),
+        pooling_study.study_settings(study),
         machine,
         retrieval,
     )
@@ -171,21 +171,21 @@ def test_networks_are_trained_once_and_their_heads_and_tokens_are_those_of_the_m
     labels = np.arange(32, dtype=np.int32) % 4
     members = Images(32, tuple("abcd"), lambda i: (images[i], int(labels[i])), lambda: labels)
     monkeypatch.setattr(cifar, "FLAGS", TINY_CIFAR)
-    network = cifar.trained("GGeM", 0, (members, members), tmp_path, 1.0)
+    network = cifar.train_network("GGeM", 0, (members, members), tmp_path, 1.0)
     assert network.p.shape == (2,)
-    again = cifar.trained("GGeM", 0, (members, members), tmp_path, 1.0)
+    again = cifar.train_network("GGeM", 0, (members, members), tmp_path, 1.0)
     np.testing.assert_array_equal(network.predictions.probability, again.predictions.probability)
-    heads, descriptor = cifar.attention_and_descriptor(network, members.take(np.arange(20)))
-    tokens = cifar.tokens_of(network, members.take(np.arange(20)))
+    heads, descriptor = cifar.describe_heads(network, members.take(np.arange(20)))
+    tokens = cifar.compute_tokens(network, members.take(np.arange(20)))
     assert (heads.shape, descriptor.shape, tokens.shape) == ((20, 16), (20, 16), (20, 5, 16))
     np.testing.assert_allclose(
         descriptor, pooling.ggem_pool(jnp.float32(tokens[:, 1:]), network.p), rtol=2e-3, atol=2e-3
     )
-    found = pooling_study.dependence_of_heads(
+    found = pooling_study.measure_head_dependence(
         network, (members, members.take(np.arange(20).repeat(50)))
     )
     assert set(found) == {"heads", "random channels of heads", "blocks", "random"}
-    assert cifar.trained("average", 0, (members, members), tmp_path, 1.0).p.shape == (0,)
+    assert cifar.train_network("average", 0, (members, members), tmp_path, 1.0).p.shape == (0,)
 
 
 def test_both_ways_covers_seeds_and_images():
@@ -253,7 +253,7 @@ def test_dependence_that_falls_supports_the_claim():
     found = {"cifar10": {"differences": {}, "dependence": dependence}}
     verdicts = {
         claim.claim.partition(" with ")[2]: claim.verdict
-        for claim in claims_of(found, retrieval=Path("nowhere"))
+        for claim in make_claims(found, retrieval=Path("nowhere"))
     }
     assert verdicts == {
         "average": "supported",
@@ -265,11 +265,12 @@ def test_dependence_that_falls_supports_the_claim():
 def test_results_are_kept_while_the_settings_are_the_same(tmp_path, monkeypatch):
     calls = []
     monkeypatch.setattr(
-        pooling_study, "planted_part", lambda study: calls.append(study.seeds) or {"arms": {}}
+        pooling_study, "run_planted", lambda study: calls.append(study.seeds) or {"arms": {}}
     )
     study = pooling_study.PoolingStudy(runs=tmp_path)
-    assert pooling_study.kept("planted", study) == pooling_study.kept("planted", study)
-    pooling_study.kept("planted", dataclasses.replace(study, seeds=4))
+    first, again = (pooling_study.load_or_run("planted", study) for _ in range(2))
+    assert first == again
+    pooling_study.load_or_run("planted", dataclasses.replace(study, seeds=4))
     assert calls == [10, 4]
 
 

@@ -191,7 +191,8 @@ MISTAKES = {
     ["t.csv"], "relevant for .* not in the"),
     "no query": (lambda f: (f / "t.csv").write_text("query,relevant\nx.png,ants/0.png\n"),
     ["t.csv"], r"x\.png is not a readable image"),
-    "box": (lambda f: (f / "t.csv").write_text("query,relevant,x1,y1,x2,y2\nants/0.png,ants/1.png,90,90,99,99\n"), ["t.csv"], "nothing of"),
+    "box": (lambda f: (f / "t.csv").write_text("query,relevant,x1,y1,x2,y2\n"
+    "ants/0.png,ants/1.png,90,90,99,99\n"), ["t.csv"], "nothing of"),
     "nothing relevant": (lambda f: (f / "t.csv").write_text("query,relevant\nants/0.png,\n"),
     ["t.csv"], "no query of t.csv has a relevant image"),
     "no images": (lambda f: (f / "empty").mkdir(), ["empty"], "there are no images in empty"),
@@ -233,7 +234,7 @@ def test_the_study_on_a_small_set(tmp_path, monkeypatch, capsys):
     ]
     small = retrieval_study.Set(
         list(images), images.__getitem__, every, every[:6], relevance, 160,
-        lambda image: retrieval_study._grey(image, 8),
+        lambda image: retrieval_study._shrink_to_grey(image, 8),
         retrieval_study.Rerank(qe_neighbors=2),
     )  # fmt: skip
     monkeypatch.setattr(retrieval_study, "SETS", {"small": lambda data, study: small})
@@ -275,7 +276,6 @@ def test_the_page_of_the_study_has_the_numbers_of_its_file():
     names = list(dict.fromkeys(row["set"] for row in rows))
     assert names == ["corridor", "omniglot", "omniglot, queries apart", "landmark"]
     for name in names:
-        tables = retrieval_study.markdown([row for row in rows if row["set"] == name]).partition(
-            "\n"
-        )[2]
+        own = [row for row in rows if row["set"] == name]
+        tables = retrieval_study.make_set_tables(own).partition("\n")[2]
         assert tables.strip() in page

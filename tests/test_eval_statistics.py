@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from eval.statistics import Interval, bootstrap, mean, paired, proportion
+from eval.statistics import Interval, bootstrap, compare_paired, mean, proportion
 
 
 def test_wilson_interval_of_a_published_example():
@@ -44,16 +44,16 @@ def test_mcnemar_by_hand():
     """
     first = np.array([True] * 10 + [False] * 2 + [True] * 30 + [False] * 5)
     second = np.array([False] * 10 + [True] * 2 + [True] * 30 + [False] * 5)
-    result = paired(first, second)
+    result = compare_paired(first, second)
     assert (result.only_first, result.only_second) == (10, 2)
     assert result.p_value == pytest.approx(2 * (1 + 12 + 66) / 2**12)
     assert result.difference.value == pytest.approx(8 / 47)
-    assert paired(first, first).p_value == 1
+    assert compare_paired(first, first).p_value == 1
 
 
 def test_different_images_cannot_be_paired():
     with pytest.raises(ValueError, match="same images"):
-        paired(np.ones(3, bool), np.ones(4, bool))
+        compare_paired(np.ones(3, bool), np.ones(4, bool))
 
 
 def test_intervals_are_printed_in_percent():
@@ -62,17 +62,17 @@ def test_intervals_are_printed_in_percent():
 
 def test_the_interval_of_a_difference_holds_its_level_where_two_hardly_differ():
     same = np.ones(360, bool)
-    assert paired(same, same).difference.low < -0.004
+    assert compare_paired(same, same).difference.low < -0.004
     few = np.zeros(10_000, bool)
     few[:4] = True
-    found = paired(few, np.zeros(10_000, bool))  # McNemar's p is 0.125
+    found = compare_paired(few, np.zeros(10_000, bool))  # McNemar's p is 0.125
     assert found.difference.low < 0 < found.difference.high
     assert found.difference.value == pytest.approx(4e-4)
     rng = np.random.default_rng(0)
     covered = 0
     for _ in range(500):
         cell = rng.choice(3, 400, p=(0.98, 0.015, 0.005))  # a true difference of one in a hundred
-        interval = paired(cell == 1, cell == 2).difference
+        interval = compare_paired(cell == 1, cell == 2).difference
         covered += interval.low <= 0.01 <= interval.high
     assert covered / 500 >= 0.93
 

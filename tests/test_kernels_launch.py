@@ -3,10 +3,11 @@
 import os
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
-from ggem_jax.kernels import launch
+from ggem_jax.kernels import launch, ptxas
 
 
 def test_missing_jax_triton_says_what_to_install(monkeypatch):
@@ -20,5 +21,37 @@ def test_the_empty_cache_folder_that_jax_triton_sets_is_taken_back(monkeypatch, 
     module = types.ModuleType("jax_triton")
     monkeypatch.setitem(sys.modules, "jax_triton", module)
     monkeypatch.setenv("TRITON_CACHE_DIR", before)
+    monkeypatch.setattr(ptxas, "cuda_plugin", lambda: Path("jax_cuda12_plugin"))
     assert launch.load_jax_triton() is module
     assert os.environ.get("TRITON_CACHE_DIR") == after
+
+
+def test_a_jax_without_cuda_is_named(monkeypatch):
+    """jax-triton 0.4 imports all the same."""
+    monkeypatch.setitem(sys.modules, "jax_triton", types.ModuleType("jax_triton"))
+    monkeypatch.setattr(launch.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(ptxas, "cuda_plugin", lambda: None)
+    launch._available.cache_clear()
+    assert not launch.available()
+    launch._available.cache_clear()
+    with pytest.raises(NotImplementedError, match="need a JAX with CUDA, which this one is not"):
+        launch.load_jax_triton()
+
+
+@pytest.mark.parametrize("version", ["0.3", "0.4"])
+def test_fusion_of_products_and_sums_is_asked_for(monkeypatch, version):
+    calls = []
+
+    def triton_call_03(*inputs, kernel, grid, out_shape, enable_fp_fusion=False, **options):
+        calls.append(enable_fp_fusion)
+        return ()
+
+    def triton_call_04(*inputs, kernel, grid, out_type, backend_options=None, **options):
+        calls.append(backend_options["enable_fp_fusion"])
+        return ()
+
+    triton_call = triton_call_03 if version == "0.3" else triton_call_04
+    module = types.SimpleNamespace(triton_call=triton_call)
+    monkeypatch.setattr(launch, "load_jax_triton", lambda: module)
+    launch.call("triton", None, (), (), programs=1, warps=4)
+    assert calls == [True]

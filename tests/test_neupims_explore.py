@@ -1,7 +1,10 @@
-"""neupims/exploration/explore.py: chunks, devices, kills, evolution and sensitivities, on functions
-whose answers are known; and the usual evaluation.
+"""Exploration of a space on functions whose answers are known (chunks, devices, kills, evolution,
+sensitivities), the evaluation of accelerator designs, and `explore` with its command.
 """
 
+import dataclasses
+import doctest
+import importlib
 import json
 import os
 import re
@@ -17,21 +20,20 @@ import pytest
 
 from neupims.__main__ import main
 from neupims.exploration import evolution
-from neupims.exploration.evaluation import Workload, deal, evaluation, possible
-from neupims.exploration.explore import (
-    Evaluator,
-    Objective,
-    explore,
-    judged,
-    overall,
-    parse_objectives,
-)
+from neupims.exploration.evaluation import is_possible, make_evaluate
+from neupims.exploration.evaluator import Evaluator
+from neupims.exploration.explore import Exploration, explore
+from neupims.exploration.explore_space import explore_space
+from neupims.exploration.points import Objective, costs, overall, parse_objectives
+from neupims.exploration.sampling import sample
 from neupims.exploration.sensitivity import first_order, neighbours, rank_correlation
-from neupims.exploration.space import make_space, sample
+from neupims.exploration.space import make_space
+from neupims.exploration.workloads import Workload, deal, make_workloads
 from neupims.machine.config import load_model, load_parallel
 from neupims.machine.hardware import Hardware
+from neupims.machine.record import replace
 from neupims.machine.workload import Parallel, make_batch
-from neupims.timing.schedule import simulate
+from neupims.timing.iteration import simulate
 
 ROOT = Path(__file__).resolve().parent.parent
 SPEED_AND_COST = parse_objectives("speed:max,cost:min")
@@ -61,7 +63,7 @@ SPACE = make_space(
 
 
 def run(**options):
-    return explore(SPACE, speed_and_cost, SPEED_AND_COST, sensitivity_of="speed", **options)
+    return explore_space(SPACE, speed_and_cost, SPEED_AND_COST, sensitivity_of="speed", **options)
 
 
 def arrays_of(result):
@@ -92,7 +94,7 @@ def test_of_workloads_the_geometric_mean_counts():
     assert overall(metrics["speed"]) == pytest.approx(
         2 * values[:, 0] * values[:, 1] / values[:, 2], rel=1e-5
     )
-    assert judged(result.front, SPEED_AND_COST)[:, 0] == pytest.approx(-overall(metrics["speed"]))
+    assert costs(result.front, SPEED_AND_COST)[:, 0] == pytest.approx(-overall(metrics["speed"]))
 
 
 def test_chunks_do_not_change_what_is_found(tmp_path):
@@ -110,7 +112,7 @@ def test_one_compilation_for_all_chunks():
         traced.append(1)
         return speed_and_cost(columns)
 
-    explore(
+    explore_space(
         SPACE, counted, SPEED_AND_COST, method="sobol", points=100, chunk=30, sensitivity_of="speed"
     )
     assert len(traced) == 1
@@ -142,7 +144,7 @@ def test_another_exploration_in_the_folder_is_refused(tmp_path):
         {"npu.num_arrays": [2, 4], "hbm.num_channels": [1], "hbm.trcd_read_cycles": [10]}
     )
     with pytest.raises(ValueError, match=r"another space \(knobs\)"):
-        explore(
+        explore_space(
             other, speed_and_cost, SPEED_AND_COST, points=8, folder=tmp_path, sensitivity_of="speed"
         )
     with pytest.raises(ValueError, match=r"another run \(seed\)"):
@@ -167,7 +169,10 @@ SLOW = """
 import sys, time
 sys.path.insert(0, {tests!r})
 import test_neupims_explore as case
-case.run(method={method!r}, points=128, chunk=16, folder={folder!r}, report=lambda done, total: (print(done, flush=True), time.sleep(0.2)))
+def report(done, total):
+    print(done, flush=True)
+    time.sleep(0.2)
+case.run(method={method!r}, points=128, chunk=16, folder={folder!r}, report=report)
 """
 
 
@@ -242,7 +247,9 @@ def test_constraints_of_knobs_and_metrics():
     space = make_space(
         {name: _choice(name) for name in SPACE.names}, constraints, metrics=["cost", "speed"]
     )
-    result = explore(space, speed_and_cost, SPEED_AND_COST, method="grid", sensitivity_of="speed")
+    result = explore_space(
+        space, speed_and_cost, SPEED_AND_COST, method="grid", sensitivity_of="speed"
+    )
     arrays, channels = result.front.values[:, 0], result.front.values[:, 1]
     assert (arrays * channels <= 16).all()
     assert (arrays + channels < 11).all()
@@ -252,7 +259,7 @@ def test_constraints_of_knobs_and_metrics():
 
 
 def _choice(name):
-    return SPACE.described()["knobs"][name]
+    return SPACE.describe()["knobs"][name]
 
 
 def test_evolution_nears_a_known_front_and_beats_chance():
@@ -278,7 +285,7 @@ def test_evolution_nears_a_known_front_and_beats_chance():
     reference = {"one": 2.0, "two": 3.0}
     options = {"points": 3200, "chunk": 64, "reference": reference, "sensitivity_of": "two"}
     evolved, drawn = (
-        explore(space, zdt1, objectives, method=method, seed=1, **options)
+        explore_space(space, zdt1, objectives, method=method, seed=1, **options)
         for method in ("evolution", "random")
     )
     base = [float(overall(evolved.base.metrics[name])[0]) for name in ("one", "two")]
@@ -294,25 +301,25 @@ def test_children_stay_in_the_cube_and_lists_keep_their_values():
         .set(jnp.arange(64) % 4 / 4)
     )
     drawn = jnp.asarray(np.random.default_rng(1).random((evolution.DRAWS, 64, 3)), jnp.float32)
-    children = evolution.offspring(
+    children = evolution.breed(
         drawn, units, jnp.zeros(64, int), jnp.ones(64), jnp.array([False, True, False])
     )
     assert children.shape == (64, 3)
     assert float(children.min()) >= 0
     assert float(children.max()) <= 1
     kept = np.isin(np.asarray(children[:, 1]), np.arange(4) / 4)
-    drawn_anew = np.asarray(drawn[6, :, 1]) < 1 / 3  # one knob of three, on average
-    assert kept[~drawn_anew].all()
-    assert not kept[drawn_anew].any()
+    redrawn = np.asarray(drawn[6, :, 1]) < 1 / 3  # one knob of three, on average
+    assert kept[~redrawn].all()
+    assert not kept[redrawn].any()
     assert not np.isin(np.asarray(children[:, 0]), np.asarray(units[:, 0])).all()
 
 
-def test_fitness_puts_broken_designs_behind_and_copies_behind_these():
-    values = jnp.array([[1.0], [2], [3], [1], [4], [5]])
-    objectives = jnp.array([[2.0, 2], [1, 3], [3, 3], [2, 2], [0, 0], [jnp.nan, 0]])
-    rank, _ = evolution.fitness(values, objectives, jnp.array([0, 0, 0, 0, 0.5, jnp.inf]))
+def test_fitness_puts_violations_behind_and_repeats_behind_these():
+    values = np.array([[1.0], [2], [3], [1], [4], [5]])
+    objectives = np.array([[2.0, 2], [1, 3], [3, 3], [2, 2], [0, 0], [np.nan, 0]])
+    rank, _ = evolution.fitness(values, objectives, np.array([0, 0, 0, 0, 0.5, np.inf]))
     assert rank.tolist() == [0, 0, 1, 12, 6, 12]
-    assert evolution.survivors(rank, jnp.zeros(6)).tolist() == [0, 1, 2]
+    assert evolution.select_survivors(rank, np.zeros(6)).tolist() == [0, 1, 2]
 
 
 def test_sensitivities_by_hand():
@@ -352,12 +359,13 @@ def test_first_order_index_of_a_sum_and_of_chance():
     assert np.mean(few) == pytest.approx(0, abs=0.03)
 
 
-def test_rank_correlation_is_that_of_scipy():
-    stats = pytest.importorskip("scipy.stats")
-    rng = np.random.default_rng(0)
-    a, b = rng.integers(0, 5, 200), rng.normal(size=200)
-    assert rank_correlation(a, b + a) == pytest.approx(stats.spearmanr(a, b + a).statistic)
-    assert np.isnan(rank_correlation(np.ones(5), b[:5]))
+def test_rank_correlation_by_hand():
+    """Ranks 1 2.5 2.5 4 and 1 3 2 4: covariance 4.5 / 4, variances 4.5 / 4 and 5 / 4."""
+    found = rank_correlation(np.array([1.0, 5, 5, 9]), np.array([1.0, 30, 20, 4000]))
+    assert found == pytest.approx(4.5 / np.sqrt(4.5 * 5))
+    assert np.isnan(rank_correlation(np.ones(5), np.arange(5.0)))
+    assert np.isnan(rank_correlation(np.arange(5.0), np.ones(5)))
+    assert np.isnan(rank_correlation(np.arange(2.0), np.arange(2.0)))
 
 
 def test_neighbours_are_the_next_values():
@@ -396,7 +404,7 @@ def test_objectives_of_a_command_line():
         with pytest.raises(ValueError, match="objective"):
             parse_objectives(text)
     with pytest.raises(ValueError, match="'tokens'; there are cost, speed"):
-        explore(SPACE, speed_and_cost, (Objective("tokens", True),), points=4)
+        explore_space(SPACE, speed_and_cost, (Objective("tokens", True),), points=4)
 
 
 LENGTHS = np.random.default_rng(0).integers(1, 512, 64)
@@ -414,12 +422,12 @@ MACHINES = make_space(
 
 
 def test_the_usual_evaluation_is_a_loop_over_simulate():
-    """The last three are none: 3 devices for 32 heads, a tFAW that is no number, and pages longer
+    """The last three are impossible: 3 devices for 32 heads, a tFAW of NaN, and pages longer
     than rows.
     """
     pages, faw = np.array([512, 1024, 1024, 1024, 2048]), np.array([12.5, 30, 30, np.nan, 30])
     columns = {"pim.page_bytes": pages, "hbm.tfaw_cycles": faw, "parallel.tp": [4, 4, 3, 4, 4]}
-    found = jax.jit(evaluation(WORKLOADS, schedule="trace", most_channels=32))(
+    found = jax.jit(make_evaluate(WORKLOADS, schedule="trace", most_channels=32))(
         {name: jnp.asarray(each) for name, each in columns.items()}
     )
     assert found["flagged"].tolist() == [[False] * 2] * 2 + [[True] * 2] * 3
@@ -453,9 +461,9 @@ def test_dealt_requests_are_balanced(channels):
 def test_what_the_memory_cannot_hold_is_no_machine():
     """64 requests of 100,000 tokens need 64 x 128 KiB x 100,000 of 32 GiB."""
     long, hardware = make_batch(np.full(64, 100_000), np.arange(64) % 32), Hardware()
-    assert bool(possible(hardware, load_model("gpt3-7b"), BATCH, load_parallel("gpt3-7b")))
-    assert not bool(possible(hardware, load_model("gpt3-7b"), long, load_parallel("gpt3-7b")))
-    assert not bool(possible(hardware, load_model("gpt3-175b"), BATCH, Parallel(1, 1)))
+    assert bool(is_possible(hardware, load_model("gpt3-7b"), BATCH, load_parallel("gpt3-7b")))
+    assert not bool(is_possible(hardware, load_model("gpt3-7b"), long, load_parallel("gpt3-7b")))
+    assert not bool(is_possible(hardware, load_model("gpt3-175b"), BATCH, Parallel(1, 1)))
 
 
 def test_the_command_prints_one_object_and_writes_its_files(tool, tmp_path):
@@ -516,6 +524,104 @@ def test_the_command_prints_one_object_and_writes_its_files(tool, tmp_path):
     assert {*re.findall(r'<td class="words">(\d+)</td>', chart)} <= {
         str(design["index"]) for design in found["front"]
     }
+
+
+@pytest.fixture
+def trace(tmp_path):
+    path = tmp_path / "trace.csv"
+    rows = (f"{length},{place % 32}\n" for place, length in enumerate(LENGTHS))
+    path.write_text("seq_len,ch_idx\n" + "".join(rows))
+    return path
+
+
+def test_the_command_prints_the_record_of_the_library(capsys, tmp_path, trace):
+    """All flags of the command and the arguments of one call say the same."""
+    flags = [
+        *("--knob", "npu.num_arrays=2:16", "--knob", "pim.row_buffers=1,2"),
+        *("--knob", "npu.clock_hz=0.7e9:1.5e9:log", "--constraint", "npu.num_arrays <= 12"),
+        *("--models", "gpt3-7b,GPT3-13B", "--set", "hbm.num_channels=64", "--points", "24"),
+        *("--objectives", "tokens_per_second:max,area_mm2:min", "--reference", "area_mm2=9e4"),
+        *("--schedule", "trace", "--sub-batches", "1", "--fidelity", "intended", "--seed", "3"),
+        *("--method", "random", "--chunk", "16", "--trace", str(trace), "--json"),
+    ]
+    assert main(["explore", *flags]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    found = explore(
+        replace(Hardware(), "hbm.num_channels", 64),
+        ["gpt3-7b", "gpt3-13b"],
+        trace,
+        {
+            "npu.num_arrays": (2, 16),
+            "pim.row_buffers": [1, 2],
+            "npu.clock_hz": (0.7e9, 1.5e9, "log"),
+        },
+        constraints=["npu.num_arrays <= 12"],
+        objectives="tokens_per_second:max,area_mm2:min",
+        reference={"area_mm2": 9e4},
+        method="random",
+        points=24,
+        seed=3,
+        sub_batches=1,
+        fidelity="intended",
+        schedule="trace",
+        chunk=16,
+        folder=tmp_path / "out",
+    )
+    record = found.to_dict()
+    assert printed.pop("seconds") > 0 < record.pop("seconds")
+    assert printed == json.loads(json.dumps(record))
+    assert (found.reference["area_mm2"], found.points, found.sub_batches) == (9e4, 24, 1)
+    assert all(each.knobs["npu.num_arrays"] <= 12 for each in found.front)
+    assert (tmp_path / "out" / "front.csv").read_text() == found.front_csv()
+    assert [each.index for each in found.front] != sorted(each.index for each in found.front)
+
+
+def test_records_and_names_are_the_same_exploration():
+    """A machine, a model and a batch as records, and two objectives as records."""
+    knobs, batch = {"npu.num_arrays": [4, 8]}, make_batch([300, 40], [0, 1])
+    objectives = (Objective("tokens_per_second", True), Objective("area_mm2", False))
+    options = {"method": "grid", "parallel": Parallel(2, 1), "objectives": objectives}
+    model = load_model("gpt3-7b")
+    one = explore(Hardware(), model, batch, knobs, **options)
+    two = explore("neupims", "gpt3-7b", [batch], knobs, **options)
+    assert (one.workloads, two.workloads) == (("model/batch",), ("gpt3-7b/batch",))
+    assert (one.front, one.hypervolume) == (two.front, two.hypervolume)
+    assert isinstance(one, Exploration)
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        one.seed = 1
+
+
+def test_workloads_are_named_and_checked(trace):
+    batch = make_batch([5], [0])
+    found = make_workloads(["gpt3-7b", load_model("gpt3-7b")], [trace, batch])
+    names = ["gpt3-7b/trace", "gpt3-7b/batch 2", "model 2/trace", "model 2/batch 2"]
+    assert [each.name for each in found] == names
+    assert (found[0].parallel.tp, found[2].parallel.tp) == (4, 1)
+    for models, batches in (([], batch), ("gpt3-7b", []), ("gpt3-8b", batch)):
+        with pytest.raises(ValueError, match=r"at least one|gpt3-8b"):
+            make_workloads(models, batches)
+    with pytest.raises(ValueError, match="tp must divide"):
+        make_workloads("gpt3-7b", batch, parallel=Parallel(3, 1))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"seed": -1}, "seed must be at least 0, not -1"),
+        ({"system": "npu-pim", "sub_batches": 2}, "need the system neupims, not npu-pim"),
+        ({"schedule": "sorted"}, "dealt, trace, not 'sorted'"),
+        ({"system": "tpu"}, "tpu"),
+        ({"objectives": "speed:max"}, "no metric 'speed'"),
+    ],
+)
+def test_impossible_calls_are_refused(options, words):
+    with pytest.raises(ValueError, match=words):
+        explore("neupims", "gpt3-7b", make_batch([5], [0]), {"npu.num_arrays": [4]}, **options)
+
+
+def test_the_example_of_the_documentation_runs():
+    found = doctest.testmod(importlib.import_module("neupims.exploration.explore"))
+    assert (found.attempted, found.failed) == (6, 0)
 
 
 def test_the_expected_error_is_that_of_the_row_buffers(capsys, tmp_path):

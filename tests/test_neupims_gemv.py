@@ -12,6 +12,7 @@ from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace
 from neupims.machine.workload import Parallel
 from neupims.timing import gemv
+from neupims.timing.gemv_exact import channel_cycles_exact
 
 MODEL, PARALLEL = load_model("gpt3-7b"), Parallel(4, 1)
 SINGLE = replace(Hardware(), "pim.row_buffers", 1)
@@ -23,7 +24,7 @@ request_work = jax.jit(gemv.request_work, static_argnames="steps")
 def exact(hardware, lengths, operation, phase=0.0, ready=None, model=MODEL):
     ready = jnp.zeros(len(lengths)) if ready is None else jnp.asarray(ready)
     return float(
-        gemv.channel_cycles_exact(
+        channel_cycles_exact(
             hardware,
             model,
             jnp.asarray(lengths),

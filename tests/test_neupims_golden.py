@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from neupims.machine.workload import read_trace
-from neupims.validation import KNOBS_END, case_of, measured, predict, read_runs, validate
+from neupims.simulator_runs import KNOBS_END, case_of, read_measured, read_runs
+from neupims.validation import predict, validate
 
 GOLDEN = Path(os.environ.get("GGEM_SHARED", "../shared")) / "golden" / "neupims"
 pytestmark = [
@@ -28,9 +29,8 @@ def errors(result, level, kind, system="all", name=None):
     return next(
         (
             group
-            for group in result["groups"]
-            if (group["level"], group["system"], group["kind"], group["name"])
-            == (level, system, kind, name)
+            for group in result.groups
+            if (group.level, group.system, group.kind, group.name) == (level, system, kind, name)
         ),
         None,
     )
@@ -38,11 +38,11 @@ def errors(result, level, kind, system="all", name=None):
 
 def test_every_run_is_covered_or_named(result):
     runs, _ = read_runs(GOLDEN)
-    covered = {row["run_id"] for row in result["rows"]}
-    left_out = {each["run_id"] for each in result["not_covered"]}
+    covered = {row.run_id for row in result.rows}
+    left_out = {each.run_id for each in result.not_covered}
     assert covered | left_out == {run["run_id"] for run in runs}
     assert not covered & left_out
-    assert all(each["reason"] for each in result["not_covered"])
+    assert all(each.reason for each in result.not_covered)
     assert len(covered) > len(left_out)
 
 
@@ -60,15 +60,15 @@ def test_layers(result, system):
     group = errors(result, "layer", "layer", system)
     if group is None:
         pytest.skip(f"no run of {system}")
-    assert group["mean"] <= 3
-    assert group["max"] <= 10
+    assert group.mean <= 3
+    assert group.max <= 10
 
 
 def test_npu_only_layers(result):
     group = errors(result, "layer", "layer", "npu-only")
     if group is None:
         pytest.skip("no run of npu-only")
-    assert group["mean"] <= 5
+    assert group.mean <= 5
 
 
 def test_predictions_read_knobs_only():
@@ -86,7 +86,7 @@ def test_stages_and_operations_are_those_measured():
     runs, listed = read_runs(GOLDEN)
     first = {run["system"]: run for run in runs}
     for run in first.values():
-        assert set(measured(run, listed[run["run_id"]])) == set(predict(case_of(run, GOLDEN)))
+        assert set(read_measured(run, listed[run["run_id"]])) == set(predict(case_of(run, GOLDEN)))
 
 
 def test_all_traces_are_read():

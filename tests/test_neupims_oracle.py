@@ -11,10 +11,11 @@ from neupims.machine.config import load_model, load_parallel
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace
 from neupims.machine.workload import Decoder, Parallel
-from neupims.scheduling.decision import Space, decide
+from neupims.scheduling.baselines import baselines
+from neupims.scheduling.decision import Choices, decide
 from neupims.scheduling.objective import Layer, make_problem
 from neupims.scheduling.oracle import IntegerLayer, cp_sat, exhaustive, gap, lower_bound
-from neupims.scheduling.search import baselines, search
+from neupims.scheduling.search import search
 
 TINY = Decoder(layers=1, width=1024, heads=8, kv_heads=8, mlp_width=4096)
 
@@ -38,26 +39,29 @@ def test_exhaustive_search_by_hand():
     """
     problem = case(0, 2, 4)._replace(work=jnp.array([[5.0, 0], [3, 0], [3, 0], [1, 0]]))
     problem = problem._replace(layer_npu=jnp.zeros_like(problem.layer_npu))
-    space = Space(2, sub_batches=(2,))
-    proof = exhaustive(IntegerLayer(space), space, problem)
+    choices = Choices(2, sub_batches=(2,))
+    proof = exhaustive(IntegerLayer(choices), choices, problem)
     assert (proof.cost, proof.points) == (7.0, 256)
 
 
 def test_exhaustive_search_of_too_many_points_is_refused():
     with pytest.raises(ValueError, match="too many"):
-        exhaustive(IntegerLayer(Space(32)), Space(32), case(0, 32, 8))
+        exhaustive(IntegerLayer(Choices(32)), Choices(32), case(0, 32, 8))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("realisable", "sub_batches"), [(False, (2,)), (True, (1, 2))])
 def test_the_solver_proves_what_enumeration_finds(realisable, sub_batches):
     pytest.importorskip("ortools")
-    space = Space(2, realisable, sub_batches)
+    choices = Choices(2, realisable, sub_batches)
     for seed in range(3):
         problem = case(seed, 2, 5)
-        proof, enumerated = cp_sat(space, problem), exhaustive(IntegerLayer(space), space, problem)
+        proof, enumerated = (
+            cp_sat(choices, problem),
+            exhaustive(IntegerLayer(choices), choices, problem),
+        )
         assert proof.cost == proof.bound == enumerated.cost
-        again = IntegerLayer(space)(problem, decide(space, proof.genome))
+        again = IntegerLayer(choices)(problem, decide(choices, proof.genome))
         assert float(again.objective) == proof.cost
 
 
@@ -66,12 +70,12 @@ def test_no_schedule_of_the_full_model_beats_the_bounds():
     proves.
     """
     pytest.importorskip("ortools")
-    space = Space(2, realisable=True)
+    choices = Choices(2, realisable=True)
     for seed in range(4):
         problem = case(seed, 2, 5)
-        best = exhaustive(Layer(space), space, problem).cost
-        assert 0 <= gap(best, float(lower_bound(space, problem))) < 0.25
-        assert 0 <= gap(best, cp_sat(space, problem).bound) < 0.25
+        best = exhaustive(Layer(choices), choices, problem).cost
+        assert 0 <= gap(best, float(lower_bound(choices, problem))) < 0.25
+        assert 0 <= gap(best, cp_sat(choices, problem).bound) < 0.25
 
 
 @pytest.mark.parametrize("realisable", [False, True])
@@ -80,10 +84,12 @@ def test_the_bound_holds_where_one_request_is_longer_than_all_others(realisable)
     problem = make_problem(
         replace(Hardware(), "hbm.num_channels", 2), TINY, Parallel(1, 1), lengths
     )
-    space = Space(2, realisable, sub_batches=(2,))
+    choices = Choices(2, realisable, sub_batches=(2,))
     assert (
         0
-        <= gap(exhaustive(Layer(space), space, problem).cost, float(lower_bound(space, problem)))
+        <= gap(
+            exhaustive(Layer(choices), choices, problem).cost, float(lower_bound(choices, problem))
+        )
         < 0.05
     )
 
@@ -91,13 +97,13 @@ def test_the_bound_holds_where_one_request_is_longer_than_all_others(realisable)
 @pytest.mark.slow
 def test_the_bound_of_a_large_batch_is_near_the_best():
     lengths = np.clip(np.random.default_rng(0).lognormal(5.5, 0.9, 256), 1, 2048).astype(int)
-    space = Space(32, realisable=True, sub_batches=(2,))
+    choices = Choices(32, realisable=True, sub_batches=(2,))
     problem = make_problem(Hardware(), load_model("gpt3-7b"), load_parallel("gpt3-7b"), lengths)
-    starts = jax.tree.map(lambda *parts: jnp.stack(parts), *baselines(space, problem).values())
+    starts = jax.tree.map(lambda *parts: jnp.stack(parts), *baselines(choices, problem).values())
     costs = jax.jit(
-        jax.vmap(lambda genome: Layer(space)(problem, decide(space, genome)).objective)
+        jax.vmap(lambda genome: Layer(choices)(problem, decide(choices, genome)).objective)
     )(starts)
-    assert 0 < gap(float(costs.min()), float(lower_bound(space, problem))) < 0.05
+    assert 0 < gap(float(costs.min()), float(lower_bound(choices, problem))) < 0.05
 
 
 @pytest.mark.slow
@@ -105,16 +111,18 @@ def test_evolution_reaches_the_optimum_of_small_cases():
     """6 requests, 3 channels, 2 sub-batches: 46,656 points, of which a search may evaluate a tenth;
     12 cases, 2 seeds of each.
     """
-    space = Space(3, sub_batches=(2,))
+    choices = Choices(3, sub_batches=(2,))
     hits = []
     for seed in range(12):
         problem = case(seed, 3, 6)
-        proof = exhaustive(Layer(space), space, problem)
-        starts = jax.tree.map(lambda *parts: jnp.stack(parts), *baselines(space, problem).values())
+        proof = exhaustive(Layer(choices), choices, problem)
+        starts = jax.tree.map(
+            lambda *parts: jnp.stack(parts), *baselines(choices, problem).values()
+        )
         done = search(
             "evolution",
-            Layer(space),
-            space,
+            Layer(choices),
+            choices,
             problem,
             jax.random.key(seed),
             budget=proof.points // 10,

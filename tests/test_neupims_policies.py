@@ -13,7 +13,7 @@ from neupims.machine.config import load_model, load_parallel
 from neupims.machine.hardware import Hardware
 from neupims.machine.workload import halves
 from neupims.scheduling.policies import (
-    estimated_cycles,
+    estimate_cycles,
     first_halves,
     halving_split,
     pack_longest_first,
@@ -33,7 +33,7 @@ def test_the_estimate_of_the_paper_by_hand():
     2 x (100 + 10 x 184) + 1 x 8 x (100 + 4 x 184) = 3,880 + 6,688; 513 tokens: 2 x (100 + 17 x 184)
     + 2 x 8 x 836.
     """
-    found = estimated_cycles(
+    found = estimate_cycles(
         Hardware(), load_model("gpt3-7b"), jnp.array([300, 513, 0]), load_parallel("gpt3-7b")
     )
     assert found.tolist() == [10568.0, 2 * (100 + 17 * 184) + 16 * 836, 0.0]

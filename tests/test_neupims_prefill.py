@@ -15,8 +15,9 @@ from neupims.machine.config import load_model, load_parallel
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace
 from neupims.machine.workload import Parallel, make_batch
+from neupims.timing.iteration import simulate
 from neupims.timing.prefill import prefill, prefill_attention
-from neupims.timing.schedule import NPU_ATTENTION, operations, simulate
+from neupims.timing.stages import NPU_ATTENTION, operations
 
 MODEL, SPREAD = load_model("gpt3-7b"), load_parallel("gpt3-7b")
 NAMES = [each.name for each in operations("npu-only", 1)]
@@ -103,7 +104,7 @@ def test_prompts_of_one_token_are_a_decode_step_without_attention():
             )
         ),
     )
-    for name in set(NAMES) - {NPU_ATTENTION}:
+    for name in set(NAMES) - {NPU_ATTENTION.name}:
         assert one[name] == pytest.approx(other[name], rel=1e-6)
 
 
@@ -126,7 +127,7 @@ def test_attention_grows_with_the_square_and_products_with_the_tokens():
     short, long = (
         cycles_of(prefill(Hardware(), MODEL, prompts(length), SPREAD)) for length in (8192, 16384)
     )
-    assert long[NPU_ATTENTION] / short[NPU_ATTENTION] == pytest.approx(4, rel=0.02)
+    assert long[NPU_ATTENTION.name] / short[NPU_ATTENTION.name] == pytest.approx(4, rel=0.02)
     assert long["ffn.fc1"] / short["ffn.fc1"] == pytest.approx(2, rel=0.02)
 
 

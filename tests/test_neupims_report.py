@@ -11,13 +11,13 @@ from itertools import pairwise
 
 import pytest
 
-from neupims.pages import plots
+from neupims.pages import plots, step_plots, svg
 from neupims.pages.perfetto import (
     FIRST_CHANNEL_LANE,
     NPU_LANE,
     PIM_LANE,
     STAGE_LANE,
-    events,
+    make_events,
     write_perfetto,
 )
 from neupims.pages.report import page, write_report
@@ -228,6 +228,20 @@ def test_a_front_is_counted_and_listed():
     assert re.findall(r"<td>(.*?)</td>", text) == ["1", "1", "2", "3"]
 
 
+def test_notes_stand_below_their_charts():
+    """Of 4001 dominated designs every second one is drawn."""
+    points = [{"x": 1.0 + each, "y": 1.0, "front": not each} for each in range(4002)]
+    pareto = {"kind": "pareto", "title": "mine", "x_name": "x", "y_name": "y", "points": points}
+    validation = {"kind": "validation", "title": "errors", **SECTIONS["validation"]}
+    text = page([pareto, validation], title="A page", facts={})
+    notes = ["One in 2 of the 4001 dominated designs is drawn.", "Absolute error, % of the"]
+    places = [text.index(note) for note in notes]
+    assert text.index("</details>") < places[0] < text.index("<h2>errors") < places[1]
+    assert (
+        charts(text)[0].get("aria-label", "").endswith("1 of 2002 designs are on the Pareto front")
+    )
+
+
 @pytest.mark.parametrize("kind", list(SECTIONS))
 def test_a_section_that_lacks_something_says_what(kind):
     whole = {"kind": kind, "title": "mine", **SECTIONS[kind]}
@@ -326,7 +340,7 @@ def test_the_bars_of_a_gantt_chart_are_as_long_as_their_operations():
     """300 cycles are drawn in 690 pixels: 2.3 a cycle; NPU operations of C begin with the stage, at
     cycle 220.
     """
-    (chart,) = charts(plots.gantt(OPS, STAGES))
+    (chart,) = charts(step_plots.gantt(OPS, STAGES))
     found = {each[0].text: each for each in chart.iter("rect") if len(each)}
     fc1, attend = found["C ffn.fc1: 80 core cycles"], found["B attn.NeuPIMSAttend: 90 core cycles"]
     assert float(fc1.get("x")) == pytest.approx(52 + 2.3 * 220, abs=0.06)
@@ -336,7 +350,7 @@ def test_the_bars_of_a_gantt_chart_are_as_long_as_their_operations():
 
 
 def test_channel_bars_are_as_high_as_their_load():
-    (chart,) = charts(plots.channel_loads([{"name": "a", "cycles": [2.0, 4.0]}]))
+    (chart,) = charts(step_plots.channel_loads([{"name": "a", "cycles": [2.0, 4.0]}]))
     low, high = (float(each.get("height")) for each in chart.iter("rect") if len(each))
     assert high == pytest.approx(2 * low, abs=0.11)
 
@@ -344,7 +358,7 @@ def test_channel_bars_are_as_high_as_their_load():
 def test_a_point_at_its_roof_touches_it():
     """1 FLOP/B at 16 TFLOP/s is the corner of PIM's roof."""
     (chart,) = charts(
-        plots.roofline(
+        step_plots.roofline(
             [{"name": "x", "roof": "PIM", "flops": 16e12, "bytes": 16e12, "seconds": 1.0}], ROOFS
         )
     )
@@ -383,7 +397,7 @@ def test_what_is_perfect_stands_on_the_diagonal():
     ],
 )
 def test_short_numbers(value, shown):
-    assert plots.short(value) == shown
+    assert svg.short(value) == shown
 
 
 @pytest.mark.parametrize(
@@ -395,10 +409,12 @@ def test_short_numbers(value, shown):
         (0.3, 0.31, False),
         (3, 5e6, True),
         (200, 900, True),
+        (0.011, 0.019, True),
+        (17e3, 52e3, True),
     ],
 )
 def test_ticks_are_round_and_few(low, high, log):
-    ticks = plots.Scale(low, high, 0, 100, log).ticks()
+    ticks = svg.Scale(low, high, 0, 100, log).ticks()
     assert 2 <= len(ticks) <= 10
     assert all(low <= tick <= high for tick in ticks)
     assert all(float(f"{tick:.3g}") == pytest.approx(tick, abs=1e-12) for tick in ticks)
@@ -415,7 +431,7 @@ def test_names_in_a_chart_do_not_cover_each_other():
         }
         for i in range(8)
     ]
-    (chart,) = charts(plots.roofline(points, ROOFS))
+    (chart,) = charts(step_plots.roofline(points, ROOFS))
     boxes = [
         (float(each.get("x")), float(each.get("y")), len(each.text))
         for each in chart.iter("text")
@@ -427,8 +443,8 @@ def test_names_in_a_chart_do_not_cover_each_other():
         for other_x, other_y, other in names[i + 1 :]:
             assert (
                 abs(y - other_y) >= 12
-                or x + plots.LETTER * length <= other_x
-                or other_x + plots.LETTER * other <= x
+                or x + svg.LETTER * length <= other_x
+                or other_x + svg.LETTER * other <= x
             )
 
 
@@ -475,7 +491,7 @@ def test_a_trace_keeps_times():
     """
     found = {
         (each["name"], each["tid"]): each
-        for each in events(RESULT, clock_hz=1e9, channel_cycles=[[70.0, 120.0], [60.0, 500.0]])
+        for each in make_events(RESULT, clock_hz=1e9, channel_cycles=[[70.0, 120.0], [60.0, 500.0]])
         if each["ph"] == "X"
     }
     assert found["fc1", NPU_LANE]["ts"] == pytest.approx(0.22)
@@ -493,7 +509,7 @@ def test_operations_that_overlap_are_set_apart():
     }
     first, second = (
         each
-        for each in events(result, clock_hz=1e9)
+        for each in make_events(result, clock_hz=1e9)
         if each["ph"] == "X" and each["tid"] == NPU_LANE
     )
     assert second["ts"] >= first["ts"] + first["dur"]

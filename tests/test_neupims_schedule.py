@@ -1,4 +1,4 @@
-"""neupims/timing/schedule.py: properties of the paper's machine ("intended", closed form), and the
+"""neupims/timing/iteration.py: properties of the paper's machine ("intended", closed form), and the
 algebra of stages in both fidelities.
 
 All designs of a system run through one compiled function of ROWS designs, REQUESTS requests and 64
@@ -17,9 +17,11 @@ from neupims.machine.config import load_model, load_parallel
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace
 from neupims.machine.workload import Batch, Decoder, Parallel, make_batch
-from neupims.timing import gemv
 from neupims.timing.gemm import Work
-from neupims.timing.schedule import operations, side_by_side, simulate, stages
+from neupims.timing.gemv_exact import channel_cycles_exact
+from neupims.timing.iteration import simulate
+from neupims.timing.overlap import side_by_side
+from neupims.timing.stages import operations, stages
 
 ROWS, REQUESTS, CHANNELS = 16, 24, 64
 SYSTEMS = [("neupims", 2), ("neupims", 1), ("npu-pim", 1), ("npu-only", 1)]
@@ -326,7 +328,7 @@ def test_order_matters_in_the_recurrence_by_one_refresh_interval_at_most():
         cycles = []
         for _ in range(6):
             lengths = rng.permutation(np.array([700, 33, 1, 1500, 512, 513, 90, 2048]))
-            followed = gemv.channel_cycles_exact(
+            followed = channel_cycles_exact(
                 Hardware(),
                 MODEL,
                 jnp.asarray(lengths),

@@ -1,5 +1,5 @@
-"""neupims/scheduling/decision.py, objective.py and search.py: what a genome means, traces that come
-back, and what every strategy promises.
+"""neupims/scheduling/: decisions of genomes, exported traces that are read back, and properties
+that every strategy has.
 """
 
 import json
@@ -10,26 +10,30 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from neupims import make_case, search_schedule
 from neupims.__main__ import main
-from neupims.commands.search import gain_error
 from neupims.machine.config import load_model, load_parallel
 from neupims.machine.hardware import Hardware
 from neupims.machine.workload import Batch, halves, make_batch, read_trace
+from neupims.scheduling.baselines import PACKINGS, _baselines, baselines
 from neupims.scheduling.decision import (
     CHANNELS_KNOB,
-    Knob,
-    Space,
+    Choices,
+    HardwareKnob,
     decide,
     decision_batch,
     export_trace,
     make_genome,
     repair,
 )
+from neupims.scheduling.moves import mutate, random_genome
 from neupims.scheduling.objective import Cost, Layer, make_problem
 from neupims.scheduling.oracle import IntegerLayer
-from neupims.scheduling.search import STRATEGIES, interval_of_mean, mutate, random_genome, search
+from neupims.scheduling.schedule_search import gain_error
+from neupims.scheduling.search import interval_of_mean, search
+from neupims.scheduling.strategies import STRATEGIES
 from neupims.timing.capacity import channel_tiles
-from neupims.timing.schedule import simulate
+from neupims.timing.iteration import simulate
 
 HARDWARE, MODEL, PARALLEL_7B = Hardware(), load_model("gpt3-7b"), load_parallel("gpt3-7b")
 LENGTHS = np.clip(np.random.default_rng(0).lognormal(5, 1, 48), 1, 2048).astype(int)
@@ -40,19 +44,19 @@ def problem():
     return make_problem(HARDWARE, MODEL, PARALLEL_7B, LENGTHS)
 
 
-def genomes(space, problem, count=16, seed=0):
-    return jax.jit(jax.vmap(partial(random_genome, space, problem)))(
+def genomes(choices, problem, count=16, seed=0):
+    return jax.jit(jax.vmap(partial(random_genome, choices, problem)))(
         jax.random.split(jax.random.key(seed), count)
     )
 
 
 def test_a_realisable_genome_obeys_the_rule_whatever_is_done_to_it(problem):
-    space = Space(7, realisable=True, sub_batches=(2,), priorities=3)
-    made = genomes(space, problem)
-    change = jax.jit(jax.vmap(partial(mutate, space, problem)))
+    choices = Choices(7, realisable=True, sub_batches=(2,), priorities=3)
+    made = genomes(choices, problem)
+    change = jax.jit(jax.vmap(partial(mutate, choices, problem)))
     for seed in range(5):
         made = change(jax.random.split(jax.random.key(seed), 16), made)
-        decisions = jax.vmap(partial(decide, space))(made)
+        decisions = jax.vmap(partial(decide, choices))(made)
         for index in range(16):
             rows = decision_batch(
                 LENGTHS, jax.tree.map(lambda leaf, index=index: leaf[index], decisions)
@@ -61,8 +65,8 @@ def test_a_realisable_genome_obeys_the_rule_whatever_is_done_to_it(problem):
 
 
 def test_an_exported_trace_comes_back_the_same(problem, tmp_path):
-    space = Space(32, realisable=True, sub_batches=(2,), priorities=4)
-    decisions = jax.vmap(partial(decide, space))(genomes(space, problem, 8))
+    choices = Choices(32, realisable=True, sub_batches=(2,), priorities=4)
+    decisions = jax.vmap(partial(decide, choices))(genomes(choices, problem, 8))
     for index in range(8):
         batch = decision_batch(
             LENGTHS, jax.tree.map(lambda leaf, index=index: leaf[index], decisions)
@@ -103,8 +107,8 @@ def test_requests_of_sub_batch_0_come_first_in_the_trace(tmp_path):
 def test_residents_stay(problem):
     resident = np.where(np.arange(48) % 3 == 0, np.arange(48) % 5, -1)
     pinned = problem._replace(resident=jnp.asarray(resident))
-    made = jax.vmap(partial(mutate, Space(5), pinned))(
-        jax.random.split(jax.random.key(3), 16), genomes(Space(5), pinned)
+    made = jax.vmap(partial(mutate, Choices(5), pinned))(
+        jax.random.split(jax.random.key(3), 16), genomes(Choices(5), pinned)
     )
     for places in np.asarray(made.places):
         assert (places[resident >= 0] // 2).tolist() == resident[resident >= 0].tolist()
@@ -117,14 +121,14 @@ def test_the_objective_is_the_model(fidelity):
     """The work of the requests, computed once, against `simulate`, which computes it for each
     schedule.
     """
-    space = Space(32, sub_batches=(1, 2) if fidelity == "simulator" else (2,))
+    choices = Choices(32, sub_batches=(1, 2) if fidelity == "simulator" else (2,))
     problem = make_problem(HARDWARE, MODEL, PARALLEL_7B, LENGTHS, fidelity=fidelity)
-    made = genomes(space, problem, 4)
-    cost = jax.jit(jax.vmap(lambda genome: Layer(space, fidelity)(problem, decide(space, genome))))(
-        made
-    )
+    made = genomes(choices, problem, 4)
+    cost = jax.jit(
+        jax.vmap(lambda genome: Layer(choices, fidelity)(problem, decide(choices, genome)))
+    )(made)
     for index in range(4):
-        decision = decide(space, jax.tree.map(lambda leaf, index=index: leaf[index], made))
+        decision = decide(choices, jax.tree.map(lambda leaf, index=index: leaf[index], made))
         batch = Batch(LENGTHS, decision.channels, decision.sub_batches)
         expected = simulate(
             HARDWARE,
@@ -138,7 +142,7 @@ def test_the_objective_is_the_model(fidelity):
 
 
 def test_full_channels_and_empty_sub_batches_cost_infinity():
-    space = Space(32, sub_batches=(2,))
+    choices = Choices(32, sub_batches=(2,))
     problem = make_problem(
         HARDWARE,
         MODEL,
@@ -149,15 +153,18 @@ def test_full_channels_and_empty_sub_batches_cost_infinity():
     spread, piled = np.arange(40) % 32, np.zeros(40, int)
     split = np.arange(40) % 2
     made = [
-        make_genome(space, *pair) for pair in ((spread, split), (piled, split), (spread, 0 * split))
+        make_genome(choices, *pair)
+        for pair in ((spread, split), (piled, split), (spread, 0 * split))
     ]
-    objectives = [float(Layer(space)(problem, decide(space, genome)).objective) for genome in made]
+    objectives = [
+        float(Layer(choices)(problem, decide(choices, genome)).objective) for genome in made
+    ]
     assert np.isfinite(objectives).tolist() == [True, False, False]
     with pytest.raises(ValueError, match="tiles"):
         make_problem(HARDWARE, MODEL, PARALLEL_7B, [2048] * 40, room=10)
 
 
-INTEGER = Space(4, sub_batches=(2,))
+INTEGER = Choices(4, sub_batches=(2,))
 
 
 def found(strategy, problem, seed=0, **options):
@@ -223,17 +230,20 @@ def test_order_and_knobs_are_found_with_the_channels_and_whole_knobs_stay_whole(
     """On channel 0 alone, 2 3 5 7 end after 2 + 5 + 10 + 17 = 34; the whole knob nearest to 7.2 is
     7.
     """
-    space = Space(
+    choices = Choices(
         16,
         sub_batches=(2,),
         priorities=4,
-        knobs=(Knob("hbm.tfaw_cycles", 10, 40), Knob(CHANNELS_KNOB, 4, 16, whole=True)),
+        knobs=(
+            HardwareKnob("hbm.tfaw_cycles", 10, 40),
+            HardwareKnob(CHANNELS_KNOB, 4, 16, whole=True),
+        ),
     )
     problem = make_problem(HARDWARE, MODEL, PARALLEL_7B, [5, 3, 7, 2])
     done = search(
         "evolution",
         order_and_knob_cost,
-        space,
+        choices,
         problem,
         jax.random.key(0),
         budget=8192,
@@ -245,8 +255,10 @@ def test_order_and_knobs_are_found_with_the_channels_and_whole_knobs_stay_whole(
 
 
 def test_a_genome_on_more_channels_than_a_knob_gives_is_folded():
-    space = Space(16, knobs=(Knob(CHANNELS_KNOB, 4, 16, whole=True),))
-    genome = repair(space, jnp.full(3, -1), make_genome(space, [5, 3, 15], [0, 1, 1], knobs=[4.0]))
+    choices = Choices(16, knobs=(HardwareKnob(CHANNELS_KNOB, 4, 16, whole=True),))
+    genome = repair(
+        choices, jnp.full(3, -1), make_genome(choices, [5, 3, 15], [0, 1, 1], knobs=[4.0])
+    )
     assert genome.places.tolist() == [2, 7, 7]
 
 
@@ -309,6 +321,58 @@ def test_the_command_exports_what_it_claims(trace, tmp_path, capsys):
         "greedy (paper), halves",
         "longest first, snake",
     } <= set(said["baselines"])
+
+
+def test_json_is_the_record_of_the_library(trace, capsys):
+    flags = ["--new-only", "9", "--exact", "--strategy", "random"]
+    assert main([*COMMAND, "--trace", trace, *flags, "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    found = search_schedule(
+        make_case("gpt3-7b", trace),
+        strategy="random",
+        budget=64,
+        population=16,
+        seeds=2,
+        sub_batches=(2,),
+        new_only=9,
+        exact=True,
+    )
+    assert json.loads(json.dumps(found.to_dict())) == said
+    layer = simulate(HARDWARE, MODEL, found.best_batch, PARALLEL_7B).layer_cycles
+    assert found.best.cost == pytest.approx(float(layer), rel=2e-6)
+
+
+def test_a_policy_is_a_line_in_a_table(problem, monkeypatch):
+    """A new packing appears in all baselines, and keeps its name."""
+    monkeypatch.setitem(PACKINGS, "all on one", lambda problem, _: 0 * problem.seq_lens)
+    choices = Choices(5)
+    _baselines.clear_cache()
+    found = baselines(choices, problem)
+    _baselines.clear_cache()
+    assert list(found) == [
+        f"{packing}, {split}" for packing in PACKINGS for split in ("halves", "snake", "one batch")
+    ]
+    for name, genome in found.items():
+        packed = PACKINGS[name.partition(", ")[0]](problem, 5)
+        assert (genome.places // 2).tolist() == packed.tolist()
+        assert bool(genome.interleaved) == (not name.endswith("one batch"))
+    halved = found["round robin, halves"].places % 2
+    assert halved.tolist() == halves(jnp.arange(48) % 5, 5).tolist()
+
+
+@pytest.mark.parametrize(
+    ("case", "options", "words"),
+    [
+        ({"system": "npu-only"}, {}, "neupims"),
+        ({}, {"new_only": 49}, "from 0 to the 48 requests"),
+        ({}, {"seeds": 0}, "seeds must be at least 1"),
+        ({}, {"budget": 10}, "budget"),
+        ({}, {"exact": True, "hardware_knobs": [HardwareKnob("hbm.tfaw_cycles", 9, 9)]}, "knobs"),
+    ],
+)
+def test_the_library_refuses_what_cannot_work(trace, case, options, words):
+    with pytest.raises(ValueError, match=words):
+        search_schedule(make_case("gpt3-7b", trace, **case), **options)
 
 
 def test_the_margin_of_a_gain_by_hand():

@@ -1,24 +1,17 @@
-"""`show` and the pictures of `simulate`: complete, one JSON object, true to the records."""
+"""`show`: complete, one JSON object, true to the records."""
 
 import argparse
 import json
 
-import numpy as np
 import pytest
 
-from neupims.commands import pictures, show
-from neupims.commands.common import Case
-from neupims.commands.simulate import as_dictionary
+from neupims import catalogue
+from neupims.commands import show
 from neupims.costs.energy import EnergyCosts
+from neupims.files import finite
 from neupims.machine import config
-from neupims.machine.config import load_model
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import describe
-from neupims.machine.workload import Parallel, make_batch
-from neupims.pages.report import page
-from neupims.timing.schedule import simulate
-
-LENGTHS = np.array([300, 40, 900, 512, 77, 1500, 30, 260])
 
 
 def shown(capsys, *words):
@@ -28,44 +21,26 @@ def shown(capsys, *words):
     return capsys.readouterr().out
 
 
-def case(system, sub_batches):
-    batch = make_batch(LENGTHS, np.arange(8) % 4, num_channels=4)
-    hardware = config.load_hardware("npu-pim" if system == "npu-pim" else "neupims")
-    return Case(
-        hardware,
-        "gpt3-7b",
-        load_model("gpt3-7b"),
-        Parallel(4, 1),
-        batch,
-        system,
-        sub_batches,
-        "simulator",
-    )
-
-
-@pytest.fixture
-def simulated(monkeypatch):
-    """Simulates a small batch; the expected error, which is a file of its own, is made up."""
-    monkeypatch.setattr(
-        "neupims.validation.expected_error",
-        lambda *_, **__: {"layer_mean_percent": 1.2, "layer_max_percent": 4.5},
-    )
-    return _simulated
-
-
-def _simulated(system, sub_batches):
-    made = case(system, sub_batches)
-    iteration = simulate(
-        made.hardware, made.model, made.batch, made.parallel, system=system, sub_batches=sub_batches
-    )
-    return made, iteration, as_dictionary(made, iteration, path="closed")
-
-
 @pytest.mark.parametrize("what", list(show.SUBJECTS))
 def test_both_forms(capsys, what):
     assert isinstance(json.loads(shown(capsys, what, "--json")), dict)
     text = shown(capsys, what)
     assert max(len(line) for line in text.splitlines()) <= 80
+
+
+@pytest.mark.parametrize(
+    ("words", "record"),
+    [
+        (["hardware", "--hardware", "npu-pim"], lambda: catalogue.list_hardware("npu-pim")),
+        (["models"], catalogue.list_models),
+        (["systems"], catalogue.list_systems),
+        (["constants"], catalogue.list_constants),
+        (["knobs"], catalogue.list_knobs),
+    ],
+)
+def test_json_is_the_record_of_the_library(capsys, words, record):
+    found = finite(record().to_dict())
+    assert json.loads(json.dumps(found)) == json.loads(shown(capsys, *words, "--json"))
 
 
 def test_hardware_lists_every_field(capsys):
@@ -130,54 +105,3 @@ def test_knobs_name_fields_that_exist(capsys):
     found = json.loads(shown(capsys, "knobs", "--json"))
     assert {each["name"] for each in found["knobs"]} <= {each.name for each in describe(Hardware())}
     assert not {each["simulator"] for each in found["knobs"]} & set(found["without_effect"])
-
-
-@pytest.mark.parametrize(
-    ("system", "sub_batches"), [("neupims", 2), ("npu-pim", 1), ("npu-only", 1), ("gpu", 1)]
-)
-def test_every_system_has_a_report_and_a_trace(tmp_path, simulated, system, sub_batches):
-    made, iteration, result = simulated(system, sub_batches)
-    pictures.write_pictures(
-        made, iteration, result, tmp_path / "page.html", tmp_path / "trace.json"
-    )
-    text = (tmp_path / "page.html").read_text()
-    assert "1.2 % in the mean, 4.5 % at most" in text
-    titles = (
-        ["Stages", "Utilisation", "Roofline"]
-        + (["Channels"] if system in ("neupims", "npu-pim") else [])
-        + (["Energy"] if system != "gpu" else [])
-    )
-    for title in ("Stages", "Utilisation", "Roofline", "Channels", "Energy"):
-        assert (f"<h2>{title}" in text) == (title in titles), title
-    slices = [
-        each
-        for each in json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
-        if each["ph"] == "X"
-    ]
-    assert {each["pid"] for each in slices} == {0, 1, 2, 3}
-    end = max(each["ts"] + each["dur"] for each in slices)
-    assert end == pytest.approx(sum(result["stage_cycles"].values()) / 1e3, rel=1e-5)
-    assert page(pictures.sections(made, iteration, result), title="x", facts={}) == page(
-        pictures.sections(made, iteration, result), title="x", facts={}
-    )
-
-
-def test_operations_of_the_roofline(simulated):
-    """A product of 4 requests with 4096 x 3072 weights is 2 x 4 x 4096 x 3072 FLOP; attention does
-    one FLOP for each byte of keys.
-    """
-    made, iteration, _ = simulated("neupims", 2)
-    found = {point["name"]: point for point in pictures.points(made, iteration)}
-    assert found["qkv"]["flops"] == pytest.approx(2 * 8 * 4096 * 3072)
-    assert found["logit"]["flops"] == pytest.approx(2 * LENGTHS.sum() * 4096 / 4)
-    assert found["logit"]["flops"] == pytest.approx(found["logit"]["bytes"])
-    assert {"attn.ln", "ffn.ln", "attn.res", "ffn.res"} <= set(found)
-
-
-def test_roofs_are_the_machines_peaks():
-    """NPU: 8 x 128 x 128 x 2 at 1 GHz; PIM: 32 channels x 32 banks x 16 x 2 every 2 ns."""
-    npu, pim, gpu = pictures.roofs(Hardware())
-    assert npu["flops_per_second"] == 262.144e12
-    assert npu["bytes_per_second"] == 1.024e12
-    assert pim["flops_per_second"] == pim["bytes_per_second"] == 16.384e12
-    assert gpu["flops_per_second"] == 312e12

@@ -1,5 +1,5 @@
-"""neupims/exploration/space.py and constraint.py: what a space may be, and samplers whose parts
-make the whole.
+"""neupims/exploration/space.py, sampling.py and constraint.py: which spaces are possible, and
+samplers whose parts make the whole.
 """
 
 import json
@@ -8,15 +8,8 @@ import numpy as np
 import pytest
 
 from neupims.exploration.constraint import parse_constraint
-from neupims.exploration.space import (
-    Knob,
-    grid_size,
-    make_space,
-    parse_knob,
-    read_space,
-    sample,
-    unit_sample,
-)
+from neupims.exploration.sampling import grid_size, sample, unit_sample
+from neupims.exploration.space import Knob, make_space, parse_knob, read_space
 from neupims.machine.hardware import Hardware
 
 KNOBS = {
@@ -88,6 +81,15 @@ def test_sobol_points_are_more_even_than_chance():
     )
 
 
+def test_tuples_are_ranges_and_lists_are_values():
+    short = make_space(
+        {"npu.num_arrays": (2, 5), "npu.clock_hz": (0.5e9, 2e9, "log"), "hbm.ranks": [1, 2]}
+    )
+    names = ("npu.num_arrays", "npu.clock_hz")
+    long = make_space({name: KNOBS[name] for name in names} | {"hbm.ranks": [1, 2]})
+    assert short.knobs == long.knobs
+
+
 @pytest.mark.parametrize(
     ("knobs", "words"),
     [
@@ -114,6 +116,8 @@ def test_sobol_points_are_more_even_than_chance():
             r"hbm\.tfaw_cycles.*at most 1e\+30, not inf",
         ),
         ({"sub_batches": [1, 2, 3]}, "sub_batches.*1 or 2"),
+        ({"npu.num_arrays": (2, 4, 8)}, r"npu\.num_arrays.*\(low, high\)"),
+        ({"npu.num_arrays": (4, 2)}, r"npu\.num_arrays.*below"),
     ],
 )
 def test_impossible_knobs_are_refused_by_name(knobs, words):
@@ -131,7 +135,7 @@ def test_files_in_both_forms_say_the_same(tmp_path):
         json.dumps({"knobs": KNOBS, "constraints": ["npu.num_arrays <= 4"]})
     )
     one, two = (make_space(*read_space(tmp_path / f"space.{form}")) for form in ("toml", "json"))
-    assert sorted(one.described()["knobs"].items()) == sorted(two.described()["knobs"].items())
+    assert sorted(one.describe()["knobs"].items()) == sorted(two.describe()["knobs"].items())
     assert one.violation({"npu.num_arrays": np.array([4.0, 5.0])}).tolist() == [
         0,
         pytest.approx(1 / 9),
@@ -141,10 +145,11 @@ def test_files_in_both_forms_say_the_same(tmp_path):
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [
-        ("s.toml", "knobs = [", "cannot be read as TOML"),
-        ("s.json", "{", "cannot be read as JSON"),
-        ("s.json", "[" * 100_000, "cannot be read as JSON"),
-        ("s.json", "[]", "table knobs"),
+        ("s.toml", "knobs = [", "is not TOML"),
+        ("s.json", "{", "is not JSON"),
+        ("s.json", "[" * 100_000, "is not JSON"),
+        ("s.json", "[]", "must hold fields by name"),
+        ("s.json", '{"knobs": [1]}', "table knobs"),
         ("s.json", '{"knobs": {}, "extra": 1}', "extra"),
         ("s.json", '{"knobs": {}, "constraints": "a"}', "list of strings"),
         ("s.yaml", "", r"\.toml or \.json"),

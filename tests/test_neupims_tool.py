@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from neupims import make_case, simulate_case
 from neupims.__main__ import main
 
 KEYS = {
@@ -333,7 +334,7 @@ def test_a_trace_must_be_a_file(capsys, tmp_path):
         (["--pp", "33"], "layers"),
         (["--model", "llama3-8b", "--tp", "32", "--pp", "40"], "layers"),
         (["--system", "npu-only", "--sub-batches", "2"], "neupims"),
-        (["--system", "neupims_sbi", "--sub-batches", "1"], "--sub-batches 2"),
+        (["--system", "neupims_sbi", "--sub-batches", "1"], "sub-batches 2"),
     ],
 )
 def test_wrong_flags_are_refused(capsys, trace, flags, words):
@@ -378,3 +379,32 @@ def test_a_full_channel_is_warned_of_and_timed(capsys, trace):
     said = capsys.readouterr()
     assert json.loads(said.out)["batch"] == 4
     assert "the requests of channel 0 need" in said.err
+
+
+@pytest.mark.parametrize(
+    ("flags", "case", "options"),
+    [
+        ([], {}, {}),
+        (["--system", "NPU+PIM", "--tp", 8], {"system": "npu+pim", "tp": 8}, {}),
+        (["--sub-batches", "auto"], {}, {"fastest": True}),
+        (
+            ["--set", "hbm.num_channels=16", "--row-buffers", "single", "--sub-batches", 1],
+            {"changes": {"hbm.num_channels": 16}, "row_buffers": 1, "sub_batches": 1},
+            {},
+        ),
+        (["--fidelity", "intended", "--pp", 2], {"fidelity": "intended", "pp": 2}, {}),
+    ],
+)
+def test_json_is_the_record_of_the_library(capsys, trace, flags, case, options):
+    result = printed(capsys, "--model", "gpt3-7b", "--trace", trace, *flags)
+    found = simulate_case(make_case("gpt3-7b", trace, **case), path="closed", **options)
+    assert json.loads(json.dumps(found.to_dict())) == result
+
+
+def test_json_of_a_prefill_is_the_record_of_the_library(capsys, trace):
+    flags = ["--model", "gpt3-7b", "--trace", str(trace), "--system", "gpu", "--prefill", "--json"]
+    assert main(["simulate", *flags]) == 0
+    result = json.loads(capsys.readouterr().out)
+    found = simulate_case(make_case("gpt3-7b", trace, system="gpu"), prefill=True)
+    assert json.loads(json.dumps(found.to_dict())) == result
+    assert result["first_token_seconds"] > 0

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from neupims.timing.schedule import simulate
-from neupims.validation import PRODUCTS, case_of, padded, read_runs
+from neupims.simulator_runs import case_of, pad_case, read_runs
+from neupims.timing.iteration import simulate
+from neupims.validation import KINDS
 
 GOLDEN = Path(os.environ.get("GGEM_SHARED", "../shared")) / "golden" / "neupims"
 TRACES = {
@@ -44,10 +45,10 @@ def test_utilization_within_four_points(runs, system):
         busy = sum(
             float(each["compute_cycles"])
             for each in listed[row["run_id"]]
-            if each["op"].endswith((*PRODUCTS, "FusedMHA"))
+            if KINDS[each["op"]] in ("gemm", "attention")
             and (each["stage"] in stages or system == "npu-only")
         )
-        case = padded(case_of(row, GOLDEN))
+        case = pad_case(case_of(row, GOLDEN))
         result = simulate(
             case.hardware,
             case.model,

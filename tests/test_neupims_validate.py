@@ -7,18 +7,16 @@ import re
 import pytest
 
 from neupims.__main__ import main
-from neupims.validation import (
+from neupims.simulator_runs import (
     CORE_FIELDS,
     MEMORY_FIELDS,
     WITHOUT_EFFECT,
     WITHOUT_MODELLED_EFFECT,
     NotCovered,
     case_of,
-    group_errors,
-    predict,
     read_runs,
-    validate,
 )
+from neupims.validation import Pair, group_errors, predict, validate
 
 KNOBS = {
     "run_id": "a", "kind": "gemv", "system": "neupims_nosbi", "model": "custom", "n_layer": "1",
@@ -120,41 +118,32 @@ def test_json_is_one_object_of_the_form_asked_for(tmp_path, capsys):
     assert counted["op", "all", "gemm", "all"] == 4
     assert counted["op", "all", "gemm > 20000 cycles", "all"] == 2
     assert counted["stage", "all", "stage", "all"] == 6
+    record = validate(tmp_path, path="closed").to_dict()
+    assert json.loads(json.dumps(record)) == result
 
 
 def test_errors_are_percentages_of_what_was_measured(tmp_path):
     result = validate(folder_of(tmp_path, {}), path="closed")
-    layer = next(row for row in result["rows"] if row["level"] == "layer")
+    layer = next(row for row in result.rows if row.level == "layer")
     group = next(
-        group
-        for group in result["groups"]
-        if group["level"] == "layer" and group["system"] == "all"
+        group for group in result.groups if group.level == "layer" and group.system == "all"
     )
-    assert group["mean"] == pytest.approx(100 * abs(layer["predicted"] - 30000) / 30000)
+    assert group.mean == pytest.approx(100 * abs(layer.predicted - 30000) / 30000)
 
 
 def test_groups_of_errors_by_hand():
     """Errors of 0 to 20 %, one of each: their mean and median are 10, the 95th percentile 19."""
     rows = [
-        {
-            "system": "npu-only",
-            "level": "op",
-            "name": "ffn.fc1",
-            "measured": 1000.0,
-            "predicted": 1000.0 - 10 * i,
-        }
-        for i in range(21)
+        Pair("r", "npu-only", "op", "all", "ffn.fc1", 1000.0, 1000.0 - 10 * i) for i in range(21)
     ]
-    groups = {
-        (group["system"], group["kind"], group["name"]): group for group in group_errors(rows)
-    }
+    groups = {(group.system, group.kind, group.name): group for group in group_errors(rows)}
     assert set(groups) == {
         (system, "gemm", name) for system in ("npu-only", "all") for name in ("all", "ffn.fc1")
     }
     for group in groups.values():
-        assert [group[key] for key in ("n", "mean", "median", "p95", "max")] == pytest.approx(
-            [21, 10, 10, 19, 20]
-        )
+        assert [
+            getattr(group, key) for key in ("n", "mean", "median", "p95", "max")
+        ] == pytest.approx([21, 10, 10, 19, 20])
 
 
 def test_the_tool_prints_a_table_and_draws(tmp_path, capsys):
@@ -259,9 +248,9 @@ def test_every_field_of_the_simulator_is_accepted_or_refused_by_name(tmp_path):
 )
 def test_what_cannot_be_modelled_is_listed_with_its_reason(tmp_path, change, reason):
     result = validate(folder_of(tmp_path, change), path="closed")
-    assert result["rows"] == []
-    assert [each["run_id"] for each in result["not_covered"]] == ["r0"]
-    assert re.search(reason, result["not_covered"][0]["reason"])
+    assert result.rows == ()
+    assert [each.run_id for each in result.not_covered] == ["r0"]
+    assert re.search(reason, result.not_covered[0].reason)
 
 
 def test_measured_columns_do_not_reach_predictions(tmp_path):
@@ -297,8 +286,8 @@ def test_a_folder_without_its_files_or_columns_is_one_sentence(tmp_path, capsys)
 )
 def test_what_cannot_be_compared_is_listed_with_its_reason(tmp_path, ops, change, reason):
     result = validate(folder_of(tmp_path, change, ops=ops), path="closed")
-    assert result["rows"] == []
-    assert reason in result["not_covered"][0]["reason"]
+    assert result.rows == ()
+    assert reason in result.not_covered[0].reason
 
 
 def test_not_covered_is_raised_for_a_single_case(tmp_path):

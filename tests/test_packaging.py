@@ -7,6 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tarfile
 import zipfile
 from pathlib import Path
@@ -51,9 +52,14 @@ def test_wheel_carries_the_packages_and_nothing_else(built):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert {f"ggem_jax/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")} <= names
     assert {
+        "ggem_jax/files/templates/search.html",
         "ggem_jax/pooling/tokens.py",
         "ggem_jax/models/vit.py",
         "neupims/machine/workload.py",
+        "ggem_jax/py.typed",
+        "neupims/py.typed",
+        "neupims/pages/templates/chart.css",
+        "neupims/pages/templates/page.html",
     } <= names
     assert {name.partition("/")[0] for name in names if ".dist-info/" not in name} == {
         "ggem_jax",
@@ -87,6 +93,71 @@ def test_installed_wheel_finds_its_kernels(built, tmp_path):
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path, timeout=60
     )
     assert run.stdout.strip() == str(tmp_path / "ggem_jax" / "kernels" / "launch.py"), run.stderr
+
+
+OUTSIDE = """
+import jax
+import jax.numpy as jnp
+import neupims
+from neupims.machine.config import load_hardware
+from flax import linen as nn
+
+import ggem_jax
+from ggem_jax import GGeM, Index, ViT, load_vit, superglobal_rerank, vit_config
+
+
+class Classifier(nn.Module):
+    @nn.compact
+    def __call__(self, tokens: jax.Array) -> jax.Array:
+        return nn.Dense(10)(GGeM(groups=4)(tokens))
+
+
+tokens: jax.Array = jnp.ones((2, 9, 8))
+pooled: jax.Array = ggem_jax.ggem_pool(tokens, jnp.full(4, 3.0), layout="interleaved")
+model: ViT = ViT(vit_config("S/16", image=64), GGeM(), num_classes=10)
+loaded = load_vit("vit.safetensors", pooling=GGeM())
+side: int = loaded.image
+loss: jax.Array = ggem_jax.arcface_loss(pooled, jnp.array([0, 1]), jnp.ones((2, 8)), margin=0.3)
+ranking: ggem_jax.Ranking = ggem_jax.search(pooled, pooled, k=2)
+paths: list[str] = Index.open("index").paths
+
+ggem_jax.ggem_pol(tokens, 3.0)  # wrong: attr-defined
+ggem_jax.ggem_pool(tokens, 3.0, layout="sideways")  # wrong: arg-type
+ggem_jax.gem_pool(tokens, exponent=3.0)  # wrong: call-arg
+wrong: str = ggem_jax.avg_pool(tokens)  # wrong: assignment
+vit_config(16)  # wrong: arg-type
+loaded.varables  # wrong: attr-defined
+from ggem_jax import softmax_los  # wrong: attr-defined
+neupims.simulte  # wrong: attr-defined
+load_hardware(3.5)  # wrong: arg-type
+"""
+
+
+def test_an_outside_project_is_type_checked_against_the_wheel(built, tmp_path):
+    """mypy finds the types of both packages where they are installed, and every mistake in their
+    use.
+    """
+    (wheel,) = built.glob("*.whl")
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "env"], check=True)
+    (site,) = (tmp_path / "env").glob("lib/python*/site-packages")
+    zipfile.ZipFile(wheel).extractall(site)
+    (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")  # jax, flax, ...
+    (tmp_path / "project").mkdir()
+    (tmp_path / "project" / "outside.py").write_text(OUTSIDE)
+    command = [sys.executable, "-m", "mypy", "--python-executable", tmp_path / "env/bin/python"]
+    options = ["--no-error-summary", "--hide-error-context", "--config-file=", "outside.py"]
+    done = subprocess.run(
+        [*command, *options],
+        cwd=tmp_path / "project",
+        capture_output=True,
+        text=True,
+        timeout=900,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
+    )
+    found = dict(re.findall(r"(?m)^outside\.py:(\d+): error: .*\[([a-z-]+)\]$", done.stdout))
+    lines = enumerate(OUTSIDE.splitlines(), start=1)
+    wanted = {str(i): line.split("# wrong: ")[1] for i, line in lines if "# wrong: " in line}
+    assert found == wanted, done.stdout + done.stderr
 
 
 @pytest.mark.slow
@@ -156,13 +227,14 @@ DISTRIBUTIONS = {
     "ml_dtypes": "jax",
     "orbax": "orbax-checkpoint",
 }
-# folder -> the extras that its imports may need, beside the six requirements of all
+# folder -> the extras that its imports may need, beside the five requirements of all
 EXTRAS_OF = {
     "ggem_jax": {"gpu", "retrieval"},
     "train": {"train"},
     "eval": {"train", "retrieval"},
     "neupims": {"neupims", "oracle"},
 }
+ALSO = {"ggem_jax": {"orbax-checkpoint"}}  # to load a training run, which comes of the extra train
 
 
 def requirements() -> dict[str, set[str]]:
@@ -184,7 +256,7 @@ def requirements() -> dict[str, set[str]]:
 def test_what_is_imported_is_asked_for(folder):
     """Not brought along by something else that may stop to need it."""
     asked = requirements()
-    known = asked[""].union(*(asked[extra] for extra in EXTRAS_OF[folder]))
+    known = asked[""].union(ALSO.get(folder, ()), *(asked[extra] for extra in EXTRAS_OF[folder]))
     for path in sorted((ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text())):
             names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []

@@ -4,6 +4,7 @@ invariances of power means.
 
 import functools
 import itertools
+import typing
 
 import chex
 import jax
@@ -712,3 +713,36 @@ def test_a_signed_mean_that_only_rounding_is_left_of_is_zero_with_zero_gradients
     )
     assert value == 0
     chex.assert_trees_all_equal(slopes, jax.tree.map(jnp.zeros_like, slopes))
+
+
+def test_a_new_sign_rule_is_one_entry(monkeypatch):
+    """With m the maximum, (mean (m - x)^p)^(1/p): values and gradients follow from the record, and
+    the kernels say that they do not have it.
+    """
+
+    def below(x, mask, eps):
+        highest = jnp.max(x, axis=-2)
+        return highest[..., None, :] - x + eps, jnp.zeros_like(highest)
+
+    monkeypatch.setitem(pooling.sign_rules.RULES, "below", pooling.sign_rules.SignRule(below))
+    tokens, p = jnp.asarray(draw(np.random.default_rng(17), 1, 5, 4)), jnp.array([2.0, 3.0])
+
+    def plain(tokens, p):
+        gaps = jnp.max(tokens, -2, keepdims=True) - tokens + 1e-6
+        return jnp.mean(gaps ** jnp.repeat(p, 2), -2) ** (1 / jnp.repeat(p, 2))
+
+    pool = functools.partial(ggem_pool, negatives="below")
+    for order, tolerance in ((lambda f: f, 1e-5), (lambda f: jax.jacrev(f, (0, 1)), 1e-4)):
+        chex.assert_trees_all_close(
+            order(pool)(tokens, p), order(plain)(tokens, p), rtol=tolerance, atol=1e-6
+        )
+    for call in (
+        pool,
+        lambda *a, **k: pooling.norm_ggem_pool(a[0], 1, 0, a[1], negatives="below", **k),
+    ):
+        with pytest.raises(NotImplementedError, match="do not have the sign rule below"):
+            call(tokens, p, implementation="interpret")
+
+
+def test_every_sign_rule_has_a_type_and_a_record():
+    assert tuple(pooling.sign_rules.RULES) == typing.get_args(pooling.Negatives) == NEGATIVES

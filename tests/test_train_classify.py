@@ -268,7 +268,7 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path, capsys):
 
 
 def test_mistakes_of_the_evaluation_tool_end_in_one_line(trained, tmp_path, capsys, class_folders):
-    assert "is no run of train.classify" in one_line(capsys, eval_classify.main, tmp_path)
+    assert "is not a run of train.classify" in one_line(capsys, eval_classify.main, tmp_path)
     (tmp_path / "config.json").write_text((trained / "ggem" / "config.json").read_text())
     assert "has no checkpoint yet" in one_line(capsys, eval_classify.main, tmp_path)
     said = one_line(

@@ -24,7 +24,7 @@ from ggem_jax.weights import write_safetensors
 from ggem_jax.weights.vit import read_vit
 from train import contrastive
 from train.batches import train_batches
-from train.captions import Text, open_captions, read_csv, read_names, read_shards, shards_of
+from train.captions import Text, read_names
 from train.checkpoints import Checkpoints
 from train.cli import Refused, configs_of, from_dict, known_configs, load_config, to_dict
 from train.config import Data
@@ -38,6 +38,7 @@ from train.contrastive import (
 )
 from train.log import read_metrics
 from train.loop import make_first_state
+from train.pairs import open_captions, read_csv, read_shards, shards_of
 from train.step import normalise
 from train.tokenizer import Tokenizer, read_tokenizer, train_tokenizer
 
@@ -363,8 +364,8 @@ def test_other_tokenizers_keep_their_own_tokens():
 
 def test_what_is_no_tokenizer_is_refused(tmp_path):
     for text, sentence in (
-        ("{", r"t.json is no tokenizer that the package tokenizers reads"),
-        ("{}", "is no tokenizer"),
+        ("{", r"t.json is not a tokenizer that the package tokenizers reads"),
+        ("{}", "is not a tokenizer"),
         (
             hugging_face(["<unk>", "cat"]),
             r"t.json has no token that ends a text: one of <\|endoftext\|>, </s>",

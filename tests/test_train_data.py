@@ -352,7 +352,7 @@ def test_preparing_never_replaces_what_others_made(packed, tmp_path):
         (tmp_path / place).mkdir(parents=True)
         (tmp_path / place / "thesis.txt").write_text("precious")
         with pytest.raises(
-            SystemExit, match="holds what this tool did not make: choose another OUT"
+            SystemExit, match="holds files that this script did not make: choose another OUT"
         ):
             prepare.main([str(packed), str(tmp_path / place.split("/")[0])])
         assert (tmp_path / place / "thesis.txt").read_text() == "precious"

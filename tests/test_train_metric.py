@@ -265,7 +265,7 @@ def test_mistakes_are_told_in_one_line(flags, sentence, capsys, tmp_path):
 
 
 def test_mistakes_of_an_evaluation_are_told_in_one_line(trained, capsys, tmp_path):
-    assert "is no run of train.metric: it has no config.json" in one_line(
+    assert "is not a run of train.metric: it has no config.json" in one_line(
         capsys, eval_metric.main, tmp_path
     )
     assert "must end in .npz" in one_line(
@@ -402,7 +402,7 @@ def test_a_study_of_unknown_sets_or_one_seed_is_refused(capsys, monkeypatch):
     assert "--seeds at least 2" in one_line(capsys, metric_study.main, "--seeds", 1)
     monkeypatch.delenv("GGEM_SHARED", raising=False)
     with pytest.raises(Refused, match="GGEM_SHARED"):
-        metric_study.data_folder(None)
+        metric_study.find_data(None)
 
 
 def test_mistakes_that_would_show_late_are_told_at_once(class_folders, tmp_path, capsys):

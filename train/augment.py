@@ -1,5 +1,7 @@
-"""Random changes of a training image, `(height, width, 3)` uint8 to `(side, side, 3)` uint8;
-every random number comes from the generator given.
+"""Random changes of training images.
+
+An image is `(height, width, 3)` uint8 in RGB. Every random number comes from the generator that is
+passed in; the functions are otherwise deterministic.
 """
 
 import math
@@ -12,7 +14,17 @@ from train.config import Augment
 
 
 def augment(image: RGB, side: int, how: Augment, rng: np.random.Generator) -> RGB:
-    """Crop, flip, RandAugment, erase: those that are switched on, in this order."""
+    """Returns the augmented image: crop, flip, RandAugment and erase, where switched on.
+
+    Args:
+        image: `(height, width, 3)` uint8.
+        side: pixels of a side of the result.
+        how: which changes are made, and how strong they are.
+        rng: source of all random numbers.
+
+    Returns:
+        `(side, side, 3)` uint8.
+    """
     match how.crop:
         case "none":
             image = centre_crop(image, side)
@@ -30,7 +42,14 @@ def augment(image: RGB, side: int, how: Augment, rng: np.random.Generator) -> RG
 
 
 def pad_crop(image: RGB, side: int, pad: int, rng: np.random.Generator) -> RGB:
-    """Reflects `pad` pixels around the image and cuts a square at random."""
+    """Returns a random square of the image after its border is extended by reflection.
+
+    Args:
+        image: `(height, width, 3)`, of which the centre square is taken first.
+        side: pixels of a side of the square.
+        pad: pixels that are added on each side.
+        rng: source of the place of the square.
+    """
     image = np.pad(
         centre_crop(image, side),
         ((pad, pad), (pad, pad), (0, 0)),
@@ -41,8 +60,16 @@ def pad_crop(image: RGB, side: int, pad: int, rng: np.random.Generator) -> RGB:
 
 
 def resized_crop(image: RGB, side: int, min_area: float, rng: np.random.Generator) -> RGB:
-    """Cuts a rectangle of random area (`min_area` to 1) and shape (3:4 to 4:3) and resizes it:
-    Szegedy et al. 2015, arXiv:1409.4842, section 6.
+    """Returns a random rectangle of the image, resized to a square.
+
+    Args:
+        image: `(height, width, 3)`.
+        side: pixels of a side of the square.
+        min_area: smallest share of the image; the share is uniform from here to 1, and the ratio of
+            the sides log-uniform from 3:4 to 4:3.
+        rng: source of area, ratio and place.
+
+    Reference: Szegedy et al., "Going Deeper with Convolutions", 2015, arXiv:1409.4842, section 6.
     """
     height, width = image.shape[:2]
     for _ in range(10):
@@ -56,8 +83,9 @@ def resized_crop(image: RGB, side: int, min_area: float, rng: np.random.Generato
 
 
 def erase(image: RGB, rng: np.random.Generator) -> RGB:
-    """Replaces a rectangle of 2 % to 33 % of the image by noise: Zhong et al. 2020,
-    arXiv:1708.04896.
+    """Returns the image with a rectangle of 2 % to 33 % of its area replaced by noise.
+
+    Reference: Zhong et al., "Random Erasing Data Augmentation", 2020, arXiv:1708.04896.
     """
     height, width = image.shape[:2]
     area = height * width * rng.uniform(0.02, 1 / 3)
@@ -70,11 +98,18 @@ def erase(image: RGB, rng: np.random.Generator) -> RGB:
 
 
 def randaugment(image: RGB, ops: int, magnitude: float, rng: np.random.Generator) -> RGB:
-    """Applies random operations, each with probability 1/2 and a strength around `magnitude` of 10:
-    Cubuk et al. 2020, arXiv:1909.13719.
+    """Returns the image after random operations, each applied with probability 1/2.
 
-    Strength, probability and the list are those that ViT recipes write as `rand-m9-mstd0.5-inc1`:
-    stronger is further from the image for every operation.
+    The list of operations, their strengths and the probability are those that ViT recipes write as
+    `rand-m9-mstd0.5-inc1`: a larger strength takes every operation further from the image.
+
+    Args:
+        image: `(height, width, 3)` uint8.
+        ops: operations that are drawn, with replacement.
+        magnitude: mean strength, of 10; the standard deviation is 0.5.
+        rng: source of operations, strengths and signs.
+
+    Reference: Cubuk et al., "RandAugment", 2020, arXiv:1909.13719.
     """
     pil = Image.fromarray(np.ascontiguousarray(image))
     for operation in rng.integers(0, len(_OPERATIONS), ops):

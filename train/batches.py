@@ -1,5 +1,7 @@
-"""Images -> batches, the same ones in the same order for a seed, whatever the number of processes
-and wherever a run is taken up again.
+"""Images -> batches.
+
+For a seed the batches are the same, in the same order, for any number of processes and wherever a
+run is resumed.
 """
 
 import functools
@@ -22,11 +24,11 @@ from train.data import Images
 Batch = dict[str, np.ndarray]
 
 
-ENDLESS = 2**62  # places of a stream
+ENDLESS = 2**62  # length of a stream that no run reaches the end of
 
 
 def label_only(label: int, rng: np.random.Generator) -> dict[str, Any]:
-    """What a classifier learns of an image beside it."""
+    """Returns what a classifier needs beside an image: its label."""
     return {"label": np.int32(label)}
 
 
@@ -40,12 +42,21 @@ def train_batches(
     draw: Callable[[int], np.ndarray] | None = None,
     beside: Callable[[int, np.random.Generator], dict[str, Any]] = label_only,
 ) -> Iterator[Batch]:
-    """Endless shuffled and augmented batches from step `start` on: this process's rows of each.
+    """Yields endless shuffled and augmented batches, this process's rows of each.
 
-    Batch k holds the images k * batch ... (k + 1) * batch - 1 of the shuffled stream, or those
-    that `draw(k)` numbers, and each draws its random numbers from its own place in the stream, so
-    nothing depends on where the stream was entered. `beside` gives what stands beside an image,
-    from its label and these random numbers.
+    Batch k holds the images k * batch ... (k + 1) * batch - 1 of the shuffled stream. Each image
+    draws its random numbers from its own place in the stream, so nothing depends on where the
+    stream was entered.
+
+    Args:
+        images: the training images.
+        config: batch size, seed, augmentation and threads.
+        start: step of the first batch.
+        process: number of this process.
+        processes: number of all processes.
+        draw: step -> `(batch,)` numbers of the images of that batch, instead of the shuffled
+            stream.
+        beside: (label, random numbers) -> what a batch holds beside an image, by name.
     """
     local = config.batch // processes
     reader = _Reader(images, config.data.corrupt)
@@ -85,8 +96,14 @@ def train_batches(
 def draw_balanced(
     labels: np.ndarray, batch: int, per_class: int, seed: int
 ) -> Callable[[int], np.ndarray]:
-    """The images of each step, `(batch,)`: `per_class` of each of batch / per_class classes,
-    drawn without repeating where there are enough.
+    """Returns the function step -> `(batch,)` numbers of images, with equally many of each class.
+
+    Args:
+        labels: `(n,)` labels of all images.
+        batch: images of a step, a multiple of `per_class`.
+        per_class: images of each of batch / per_class classes; they repeat only where a class has
+            fewer.
+        seed: together with the step it decides the draw.
     """
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
 
@@ -107,8 +124,16 @@ def draw_balanced(
 def eval_batches(
     images: Images, config: Config, *, process: int = 0, processes: int = 1
 ) -> Iterator[Batch]:
-    """All images once, in order. The last batch is filled up with weight 0, which is also what a
-    skipped corrupt image gets.
+    """Yields all images once, in order, this process's rows of each batch.
+
+    The last batch is filled up with images of weight 0; an image that is skipped because it cannot
+    be read has weight 0 as well.
+
+    Args:
+        images: the split.
+        config: batch size, crop and threads.
+        process: number of this process.
+        processes: number of all processes.
     """
     local = config.batch // processes
     reader = _Reader(images, config.data.corrupt)
@@ -144,9 +169,7 @@ def eval_batches(
 
 
 class _Reader:
-    """Loads images; one that cannot be decoded is refused, or named once and replaced by the next
-    that can.
-    """
+    """Loads images; an unreadable one is refused, or reported once and replaced by the next."""
 
     def __init__(self, images: Images, corrupt: str):
         self.images, self.corrupt = images, corrupt
@@ -165,8 +188,8 @@ class _Reader:
         except UnreadableImage as error:
             if self.corrupt == "refuse":
                 raise Refused(
-                    f"{error} (--data.corrupt skip, or --corrupt skip of the evaluation, goes on"
-                    " without it)"
+                    f"{error} (--data.corrupt skip, or --corrupt skip of the evaluation, leaves it"
+                    " out)"
                 ) from None
             if index not in self.named:
                 self.named.add(index)

@@ -1,43 +1,18 @@
-"""Where images with captions come from: `csv:FILE`, `wds:PATTERN`, or images by class
-(`train.data`) whose class names become captions.
+"""Images with captions as records, and captions that are made of class names."""
 
-- `csv:FILE`: a header and the columns image (a path from the file's folder) and caption, between
-  commas or tabs. Rows with the same path are one image with several captions.
-- `wds:PATTERN`: tar files as of WebDataset, `shard-{000..012}.tar` or a glob: the members of a pair
-  are called alike but for their endings, .jpg, .png or .webp, and .txt (the caption) or .json with
-  "caption". They are read where they lie, by an index made when the run starts.
-
-Without `--data.eval-split`, which names another file or pattern, `--data.holdout` of the images
-are kept for evaluation. Nothing is unpickled.
-"""
-
-import csv
-import io
 import itertools
-import json
-import math
-import os
-import re
-import sys
-import tarfile
 import zlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from glob import glob
 from pathlib import Path
 
 import numpy as np
 
-from ggem_jax.files.images import RGB, UnreadableImage, read_image
 from train.cli import Refused, require
 from train.config import Data
-from train.data import KNOWN as KNOWN_CLASSES
-from train.data import Images, draw_held_out, open_data
+from train.data import Images
 from train.tokenizer import LARGEST_VOCABULARY, SMALLEST_VOCABULARY
 
-KNOWN = f"{KNOWN_CLASSES}, csv:FILE, wds:PATTERN"
-MOST_SHARDS = 1_000_000
-IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 
 Captions = tuple[str, ...]
@@ -47,26 +22,22 @@ Captions = tuple[str, ...]
 class Text:
     """The text tower of train.contrastive and where its captions come from."""
 
-    # channels of a token; the base size of CLIP's text tower, arXiv:2103.00020, section 2.4, and so
-    # are the next four
-    width: int = 512
+    # the sizes are those of CLIP's base text tower, arXiv:2103.00020, section 2.4
+
+    width: int = 512  # channels of a token
     depth: int = 12  # blocks
-    heads: int = 8
-    mlp_width: int = 2048
-    context: int = 77  # ids of a text, start and end included; longer ones lose their last pieces
+    heads: int = 8  # attention heads
+    mlp_width: int = 2048  # channels inside the MLP of a block
+    context: int = 77  # ids of a text, start and end included; longer texts lose their last pieces
     vocabulary: int = 8192  # most pieces of a tokenizer that is trained on the captions
     tokenizer: Path | None = None  # a tokenizer.json to use instead
-    templates: tuple[str, ...] | None = (
-        # captions made of class names; None: "a photo of a {}.", of digits "the handwritten digit
-        # {}"
-        None
-    )
-    names: Path | None = (
-        None  # file that calls the classes otherwise: a line for each, its folder, a tab, its words
-    )
-    shuffle_captions: bool = (
-        False  # a control: each training image gets the captions of another one, once and for all
-    )
+    # captions made of class names; None: "a photo of a {}.", and for digits "the handwritten digit
+    # {}"
+    templates: tuple[str, ...] | None = None
+    # file with other words for the classes: for each a line of its folder, a tab and its words
+    names: Path | None = None
+    # a control: give each training image the captions of another one, drawn once and for all
+    shuffle_captions: bool = False
 
     def __post_init__(self):
         for name in ("width", "depth", "heads", "mlp_width"):
@@ -99,9 +70,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Captioned:
-    """One split: images whose labels are their own numbers, and of each image its captions, at
-    least one.
-    """
+    """One split: images whose labels are their own numbers, with at least one caption each."""
 
     images: Images
     captions: Sequence[Captions]
@@ -112,15 +81,20 @@ class Captioned:
         return len(self.images)
 
     def take(self, indices: np.ndarray) -> "Captioned":
-        """The images with these numbers, in this order."""
+        """Returns the images with these numbers, in this order."""
         names = [self.names[i] for i in indices] if self.names else ()
         return make_captioned(
             self.images.take(indices), [self.captions[i] for i in indices], self.classes, names
         )
 
     def shuffled(self, seed: int) -> "Captioned":
-        """Each image with the captions of another one, drawn at random once and for all; of one
-        image there is no other.
+        """Returns the images with each other's captions: each image gets those of another one.
+
+        Args:
+            seed: decides who gets whose captions.
+
+        Raises:
+            Refused: there is only one image.
         """
         if len(self) < 2:
             raise Refused("--text.shuffle-captions needs at least 2 images to train on")
@@ -131,9 +105,7 @@ class Captioned:
         return make_captioned(self.images, captions, self.classes, self.names)
 
     def texts(self) -> tuple[tuple[str, ...], np.ndarray]:
-        """The distinct captions, and which belong to which image: pairs (image, text), `(m,
-        2)`.
-        """
+        """Returns the distinct captions, and the pairs (image, text), `(m, 2)`."""
         numbers: dict[str, int] = {}
         pairs = [
             (image, numbers.setdefault(caption, len(numbers)))
@@ -143,7 +115,7 @@ class Captioned:
         return tuple(numbers), np.array(pairs, np.int64)
 
     def digest(self) -> int:
-        """Of all captions in their order, and of the names of their images."""
+        """Returns a checksum of all captions in their order, and of the names of their images."""
         total = 0
         for name, each in itertools.zip_longest(self.names, self.captions):
             total = zlib.crc32(repr((name, each)).encode(), total)
@@ -156,7 +128,14 @@ def make_captioned(
     classes: tuple[str, ...] = (),
     names: Sequence[str] = (),
 ) -> Captioned:
-    """Images numbered anew, with their captions."""
+    """Returns images with their captions; the images are numbered anew from 0.
+
+    Args:
+        images: the images; their labels are dropped.
+        captions: of each image, at least one.
+        classes: the words of the classes, where captions are made of them.
+        names: of the images, where the source has names.
+    """
     numbered = Images(
         len(images),
         ("image",),
@@ -166,39 +145,19 @@ def make_captioned(
     return Captioned(numbered, captions, classes, names)
 
 
-def open_captions(data: Data, text: Text) -> tuple[Captioned, Captioned]:
-    """The training and the evaluation images of a source, with their captions."""
-    kind, _, name = data.source.partition(":")
-    if kind not in ("csv", "wds"):
-        try:
-            splits = open_data(data)
-        except Refused as error:
-            raise Refused(
-                str(error).replace(f"known are {KNOWN_CLASSES}", f"known are {KNOWN}")
-            ) from None
-        words = choose_class_words(splits[0].classes, data, text)
-        train, evaluation = (
-            of_classes(images, words, choose_templates(data, text)) for images in splits
-        )
-        return train, evaluation
-    if not name:
-        raise Refused(f"unknown data source {data.source!r}; known are {KNOWN}")
-    if text.templates is not None or text.names is not None:
-        raise Refused(
-            f"--text.templates and --text.names make captions of class names, but {data.source} has"
-            " captions of its own"
-        )
-    reader = read_csv if kind == "csv" else read_shards
-    pairs = reader(name, data.corrupt)
-    if data.eval_split is not None:
-        return pairs, reader(data.eval_split, data.corrupt)
-    held = draw_held_out(np.zeros(len(pairs), np.int32), data.holdout)
-    return pairs.take(np.flatnonzero(~held)), pairs.take(np.flatnonzero(held))
-
-
 def choose_class_words(classes: tuple[str, ...], data: Data, text: Text) -> tuple[str, ...]:
-    """What the classes are called in captions: what the file of names says, or their own names with
-    spaces for _.
+    """Returns the words for the classes in captions.
+
+    They come from the file `text.names`; without one they are the class names with spaces for
+    underscores, and for `digits` the words zero to nine.
+
+    Args:
+        classes: names of the classes.
+        data: their source.
+        text: how captions are made.
+
+    Raises:
+        Refused: the file lacks a class, or a class name is not in UTF-8.
     """
     if text.names is not None:
         names = read_names(text.names)
@@ -222,14 +181,20 @@ def choose_class_words(classes: tuple[str, ...], data: Data, text: Text) -> tupl
 
 
 def choose_templates(data: Data, text: Text) -> tuple[str, ...]:
-    """The templates that are asked for, or the source's own."""
+    """Returns the templates that were asked for, or those of the source."""
     return text.templates or (
         ("the handwritten digit {}",) if data.source == "digits" else ("a photo of a {}.",)
     )
 
 
 def of_classes(images: Images, words: tuple[str, ...], templates: tuple[str, ...]) -> Captioned:
-    """Images by class, each with the name of its class in every template."""
+    """Returns images whose captions are the words of their class in every template.
+
+    Args:
+        images: with a label each.
+        words: of each class.
+        templates: texts with {} for the words.
+    """
     captions = [
         tuple(dict.fromkeys(template.replace("{}", each) for template in templates))
         for each in words
@@ -238,9 +203,11 @@ def of_classes(images: Images, words: tuple[str, ...], templates: tuple[str, ...
 
 
 def read_names(path: Path) -> dict[str, str]:
-    """Folder name -> words."""
+    """Returns folder name -> words, from a file with a line for each class: name, tab, words."""
     names: dict[str, str] = {}
-    for number, line in enumerate(_text_of(path.expanduser(), "--text.names").splitlines(), 1):
+    for number, line in enumerate(
+        read_caption_file(path.expanduser(), "--text.names").splitlines(), 1
+    ):
         folder, tab, words = line.partition("\t")
         if line.strip() and not (tab and folder.strip() and words.strip()):
             raise Refused(
@@ -253,227 +220,8 @@ def read_names(path: Path) -> dict[str, str]:
     return names
 
 
-def read_csv(name: str, corrupt: str) -> Captioned:
-    """The images of a CSV file, in the order in which it names them first."""
-    path = Path(name).expanduser()
-    text = _text_of(path, "the captions")
-    try:
-        rows = csv.DictReader(
-            io.StringIO(text),
-            delimiter="\t" if "\t" in text.partition("\n")[0] else ",",
-            strict=True,
-        )
-        columns = rows.fieldnames or []
-        if not {"image", "caption"} <= set(columns):
-            raise Refused(
-                f"{path} must have the columns image and caption in its first line, not"
-                f" {', '.join(columns) or 'nothing'}"
-            )
-        if len(set(columns)) < len(columns):
-            raise Refused(f"{path} names a column twice in its first line: {', '.join(columns)}")
-        found = []
-        for row in rows:
-            if None in row:
-                raise Refused(
-                    f"line {rows.line_num} of {path} has more columns than the first: a caption"
-                    " with a comma needs quotes"
-                )
-            image = (row["image"] or "").strip()
-            found.append((os.path.normpath(image) if image else "", (row["caption"] or "").strip()))
-    except csv.Error as error:
-        raise Refused(f"{path} cannot be read as CSV after line {rows.line_num}: {error}") from None
-    images = {image: path.parent / image for image, _ in found}
-    there = {image: bool(image) and images[image].is_file() for image in images}
-    lacking = {(image or f"row {number}"): "caption" if there[image] else "image" for number,
-    (image, caption) in enumerate(found, 1)
-               if not caption or not there[image]}  # fmt: skip
-    _check_complete(lacking, f"{path}", corrupt)
-    captions: dict[str, list[str]] = {}
-    for image, caption in found:
-        if caption and there[image]:
-            captions.setdefault(image, []).append(caption)
-    paths = [images[image] for image in captions]
-    return _of_files(lambda i: read_image(paths[i]), captions.values(), f"{path}", list(captions))
-
-
-@dataclass(frozen=True)
-class Member:
-    """Where an image lies in a shard."""
-
-    shard: Path
-    name: str
-    offset: int  # bytes
-    size: int  # bytes
-
-    def read(self) -> RGB:
-        name = f"{self.name} in {self.shard}"
-        try:
-            with self.shard.open("rb") as file:
-                file.seek(self.offset)
-                return read_image(file.read(self.size), name=name)
-        except OSError as error:
-            raise UnreadableImage(f"{name} cannot be read: {error.strerror}") from None
-
-
-def read_shards(pattern: str, corrupt: str) -> Captioned:
-    """The images of tar shards, shard by shard in the order of their members."""
-    members: list[Member] = []
-    captions: list[list[str]] = []
-    lacking: dict[str, str] = {}
-    for shard in shards_of(pattern):
-        for key, (member, found) in read_shard(shard).items():
-            if member is None or not found:
-                lacking[f"{key} in {shard}"] = "caption in UTF-8" if member else "image"
-            else:
-                members.append(member)
-                captions.append(found)
-    _check_complete(lacking, pattern, corrupt)
-    return _of_files(
-        lambda i: members[i].read(),
-        captions,
-        pattern,
-        [f"{member.shard.name}/{member.name} {member.size}" for member in members],
-    )
-
-
-def read_shard(shard: Path) -> dict[str, tuple[Member | None, list[str]]]:
-    """What a shard has by key: where the image lies, and its captions."""
-    images: dict[str, Member] = {}
-    captions: dict[str, list[str]] = {}
-    seen: set[tuple[str, str]] = set()
-    try:
-        with tarfile.open(shard, "r:") as archive:
-            for member in archive:
-                key, dot, ending = _key(member.name)
-                if member.isreg() and member.offset_data + member.size > shard.stat().st_size:
-                    raise tarfile.ReadError(f"{member.name} reaches beyond its end")
-                of_a_pair = ending.rpartition(".")[2] in (*IMAGE_ENDINGS, "txt", "json")
-                if of_a_pair and (member.islnk() or member.issym() or "." in ending):
-                    reason = (
-                        "a link"
-                        if member.islnk() or member.issym()
-                        else "a name with more dots than the one before its ending"
-                    )
-                    raise Refused(
-                        f"{member.name} in {shard} is {reason}: pairs are KEY.jpg and KEY.txt,"
-                        " files by themselves"
-                    )
-                if not member.isreg() or not dot:
-                    continue
-                if ending in IMAGE_ENDINGS:
-                    if key in images:
-                        raise Refused(f"{shard} has two images for {key}")
-                    images[key] = Member(shard, member.name, member.offset_data, member.size)
-                elif ending in ("txt", "json"):
-                    file = archive.extractfile(member)
-                    found = _caption(file.read() if file else b"", ending)
-                    if (key, ending) in seen:
-                        raise Refused(f"{shard} has two files {key}.{ending}")
-                    seen.add((key, ending))
-                    captions[key] = (
-                        found if ending == "txt" or key not in captions else captions[key]
-                    )  # the text where both are there
-            with shard.open("rb") as whole:
-                whole.seek(archive.offset)
-                if whole.read(512) != bytes(512):
-                    raise tarfile.ReadError("its end is missing")
-                while rest := whole.read(1 << 20):
-                    if rest.strip(b"\0"):
-                        raise tarfile.ReadError(
-                            "something follows its end, as after files that were joined"
-                        )
-    except (tarfile.TarError, OSError, EOFError, ValueError, OverflowError, MemoryError) as error:
-        raise Refused(
-            f"the shard {shard} cannot be read as tar: {getattr(error, 'strerror', None) or error}"
-        ) from None
-    return {
-        key: (images.get(key), captions.get(key, [])) for key in dict.fromkeys([*images, *captions])
-    }
-
-
-def shards_of(pattern: str) -> list[Path]:
-    """The files of a pattern: `{000..012}` counts, otherwise a glob."""
-    paths = [Path(each).expanduser() for each in _counted(pattern)]
-    if len(paths) == 1 and not paths[0].is_file():
-        paths = sorted(map(Path, glob(str(paths[0]))))
-    if not paths:
-        raise Refused(f"there are no shards {pattern}")
-    missing = [path for path in paths if not path.is_file()]
-    if missing:
-        raise Refused(
-            f"there is no shard {missing[0]} ({len(missing)} of {len(paths)} that {pattern} names"
-            " are missing)"
-        )
-    return paths
-
-
-def _counted(pattern: str) -> Iterator[str]:
-    parts = re.split(r"\{(\d+)\.\.(\d+)\}", pattern)
-    ranges = [
-        range(int(low), int(high) + 1) for low, high in zip(parts[1::3], parts[2::3], strict=True)
-    ]
-    if math.prod(map(len, ranges)) > MOST_SHARDS:
-        raise Refused(
-            f"{pattern} names {math.prod(map(len, ranges)):,} shards, where at most {MOST_SHARDS:,}"
-            " are taken"
-        )
-    for numbers in itertools.product(*ranges):
-        filled = [
-            f"{number:0{len(low)}d}" for number, low in zip(numbers, parts[1::3], strict=True)
-        ]
-        yield "".join(itertools.chain(*itertools.zip_longest(parts[::3], filled, fillvalue="")))
-
-
-def _key(name: str) -> tuple[str, str, str]:
-    """What members of one pair share, up to the first dot of the file name, and the ending."""
-    folder, slash, file = name.rpartition("/")
-    stem, dot, ending = file.partition(".")
-    return f"{folder}{slash}{stem}", dot, ending.lower()
-
-
-def _caption(content: bytes, ending: str) -> list[str]:
-    """The captions of a .txt or .json member; none where it has none."""
-    try:
-        text = content.decode("utf-8-sig")
-        value = text if ending == "txt" else json.loads(text)["caption"]
-        values = value if isinstance(value, list) else [value]
-        found = [each.strip() for each in values if isinstance(each, str) and each.strip()]
-        for each in found:
-            each.encode()  # half of a pair of surrogates is no text
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return []
-    return found
-
-
-def _of_files(load, captions: Iterable[list[str]], name: str, names: Sequence[str]) -> Captioned:
-    kept = [tuple(dict.fromkeys(each)) for each in captions]
-    if not kept:
-        raise Refused(f"{name} holds no image with a caption")
-    return make_captioned(
-        Images(len(kept), ("image",), lambda i: (load(i), i), lambda: np.arange(len(kept))),
-        kept,
-        (),
-        names,
-    )
-
-
-def _check_complete(lacking: dict[str, str], source: str, corrupt: str) -> None:
-    """Names entries without an image or a caption in one line; refuses them unless they may be
-    skipped.
-    """
-    if not lacking:
-        return
-    first = ", ".join(f"{name} (no {what})" for name, what in itertools.islice(lacking.items(), 3))
-    said = (
-        f"{len(lacking)} of the pairs of {source} are not complete:"
-        f" {first}{', ...' if len(lacking) > 3 else ''}"
-    )
-    if corrupt == "refuse":
-        raise Refused(f"{said} (--data.corrupt skip goes on without them)")
-    print(f"skipped: {said}", file=sys.stderr, flush=True)
-
-
-def _text_of(path: Path, what: str) -> str:
+def read_caption_file(path: Path, what: str) -> str:
+    """Returns the text of a file in UTF-8; raises `Refused`, which calls the file `what`."""
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:

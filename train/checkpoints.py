@@ -1,4 +1,4 @@
-"""Checkpoints of a run: written while the training goes on, two kept, never half there."""
+"""Checkpoints of a run: written while training goes on, the newest two kept, never half written."""
 
 import contextlib
 import inspect
@@ -12,14 +12,12 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from train.cli import Refused
+from train.cli import Refused, first_line
 from train.step import State, Steps
 
 
 class Checkpoints:
-    """The folder `RUN/checkpoints` with one sub-folder per step, put in place by a rename once it
-    is complete.
-    """
+    """The folder `RUN/checkpoints`: a sub-folder per step, renamed into place when complete."""
 
     def __init__(self, run: Path, *, read_only: bool = False):
         self.folder = (run / "checkpoints").absolute()
@@ -32,7 +30,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest(self) -> int | None:
-        """The newest complete step."""
+        """Returns the newest complete step, or `None`."""
         return max(
             (
                 int(path.name)
@@ -43,7 +41,11 @@ class Checkpoints:
         )
 
     def save(self, state: State) -> None:
-        """Starts to write this state; returns when it has been copied and training may go on."""
+        """Starts to write a state and returns once it is copied, so that training may go on.
+
+        Raises:
+            Refused: an earlier write failed, or this one cannot start.
+        """
         step = int(state.step)
         with self._failing_in_one_sentence():
             if self._manager.latest_step() != step:
@@ -52,13 +54,21 @@ class Checkpoints:
                 self._manager.save(step, args=ocp.args.StandardSave(jax.tree.map(jnp.copy, state)))
 
     def wait(self) -> None:
-        """Returns when what was saved is on disk."""
+        """Returns when everything that was saved is on disk.
+
+        Raises:
+            Refused: a write failed.
+        """
         with self._failing_in_one_sentence():
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
 
     def restore(self, steps: Steps) -> State:
-        """The newest state, laid out on the devices as `steps` wants it."""
+        """Returns the newest state, laid out on the devices as `steps` expects it.
+
+        Raises:
+            Refused: the checkpoint cannot be read.
+        """
         shapes = jax.eval_shape(steps.init, 0)
         layout = jax.tree.map(
             lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
@@ -68,12 +78,10 @@ class Checkpoints:
         step = self.latest()
         try:
             return self._manager.restore(step, args=ocp.args.StandardRestore(layout))
-        except (
-            Exception
-        ) as error:  # of many kinds again: files that are missing, cut off or altered
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        except Exception as error:  # of many kinds: files that are missing, cut off or altered
+            reason = first_line(error)
             advice = (
-                f"without the folder {self.folder / str(step)} the run goes on from the checkpoint"
+                f"without the folder {self.folder / str(step)} the run resumes from the checkpoint"
                 " before it, or from its start"
             )
             raise Refused(
@@ -84,18 +92,11 @@ class Checkpoints:
     def _failing_in_one_sentence(self):
         try:
             yield
-        except (
-            Exception
-        ) as error:  # of many kinds, from the operating system's up to the storage library's
-            warnings.filterwarnings(
-                "ignore", "coroutine .* was never awaited", RuntimeWarning
-            )  # the writes that were given up
+        except Exception as error:  # of the operating system up to those of the storage library
+            # of the writes that were given up
+            warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
             system = re.search(r"([^:]+) \[os_error_code", str(error))
-            reason = (
-                system[1].strip()
-                if system
-                else (str(error).strip().splitlines() or [type(error).__name__])[0]
-            )
+            reason = system[1].strip() if system else first_line(error)
             last = self.latest()
             good = "there is none yet" if last is None else f"the last good one is of step {last}"
             raise Refused(
@@ -104,8 +105,9 @@ class Checkpoints:
 
 
 def _without_echoes(unraisable) -> None:
-    """After a failure the storage library's other reads and writes still report, each with a
-    traceback, to the event loop that it has closed.
+    """Silences reads and writes that the storage library still reports after a failure.
+
+    Each would print a traceback about the event loop that the library has closed.
     """
     if str(unraisable.exc_value) != "Event loop is closed" and not inspect.iscoroutine(
         unraisable.object

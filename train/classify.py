@@ -1,7 +1,7 @@
 """Trains a Vision Transformer classifier: python -m train.classify --config NAME [flags].
 
-`--init FILE` starts from a published ViT (`ggem_jax.weights.vit`). The run's folder, stopping and
-going on: `train.loop`.
+`--init FILE` starts from a published ViT (`ggem_jax.weights.vit`). `train.loop` describes the run's
+folder, and how a run stops and resumes.
 """
 
 from typing import Any
@@ -22,16 +22,25 @@ TOOL = "train.classify"
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs the script."""
     run_tool(TOOL, lambda flags: train(load_config(Config, flags)), argv)
 
 
 def train(
     config: Config, *, data: tuple[Images, Images] | None = None, quiet: bool = False
 ) -> TrainedRun:
-    """Runs the training that the config describes, or goes on with it; the result is the
-    `Predictions` of the last evaluation.
+    """Trains the classifier that a config describes, or resumes its run.
 
-    `data` are training and evaluation images to take instead of the config's source.
+    Args:
+        config: the settings of the run.
+        data: training and evaluation images to use instead of the config's source.
+        quiet: whether nothing is printed.
+
+    Returns:
+        The run; its result is the `Predictions` of the last evaluation.
+
+    Raises:
+        Refused: the settings, the data or the run's folder do not fit.
     """
     join_processes()
     train_set, eval_set = open_data(config.data) if data is None else data

@@ -21,9 +21,8 @@ from typing import Any, ClassVar, Protocol, TypeVar, cast
 import jax
 import tyro
 
-from ggem_jax.descriptors.backbones import read_any_vit
 from ggem_jax.models.vit import vit_config
-from ggem_jax.weights.vit import PublishedViT
+from ggem_jax.weights.vit import PublishedViT, read_vit
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -253,10 +252,10 @@ def published_vit(path: Path) -> PublishedViT:
     """Returns the published network that `--init` names.
 
     Raises:
-        Refused: the file cannot be read, or is no Vision Transformer.
+        Refused: the file cannot be read, or is not a Vision Transformer.
     """
     try:
-        return read_any_vit(path.expanduser())
+        return read_vit(path.expanduser())
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise Refused(f"--init: {error}") from None
 

@@ -1,9 +1,11 @@
-"""Trains an image tower and a text tower on images with captions: python -m train.contrastive
---config NAME [flags].
+"""Trains an image tower and a text tower on images with captions.
 
-The losses are CLIP's and SigLIP's (`ggem_jax.losses.contrastive`), over all devices without the
-whole matrix of similarities on any. Sources of data: `train.captions`. `--init FILE` starts the
-image tower from a published ViT. The run's folder, stopping and going on: `train.loop`.
+    python -m train.contrastive --config NAME [flags]
+
+The losses are CLIP's and SigLIP's (`ggem_jax.losses.contrastive`), computed over all devices
+without the whole matrix of similarities on any of them. `train.pairs` describes the sources of
+data. `--init FILE` starts the image tower from a published ViT. `train.loop` describes the run's
+folder, and how a run stops and resumes.
 """
 
 import functools
@@ -28,11 +30,12 @@ from ggem_jax.pooling import l2_normalize
 from ggem_jax.retrieval import metrics
 from train.batches import train_batches
 from train.build import build_model
-from train.captions import Captioned, Text, open_captions
+from train.captions import Captioned, Text
 from train.cli import load_config, require
 from train.config import Config, Data, Optimizer
 from train.evaluate import compute_outputs, put_on_devices
 from train.loop import Evaluation, Task, TrainedRun, check_devices, run, run_tool
+from train.pairs import open_captions
 from train.run import has_checkpoint, join_processes
 from train.step import Problem, Steps, compile_steps, make_mesh
 from train.throughput import forward_flops, text_forward_flops
@@ -55,26 +58,20 @@ class ContrastiveConfig(Config):
     tool: ClassVar[str] = "train.contrastive"
 
     out: Path = Path("runs/contrastive")
-    loss: Literal["softmax", "sigmoid"] = (
-        "softmax"  # of CLIP (arXiv:2103.00020) or of SigLIP (arXiv:2303.15343)
-    )
+    # the loss of CLIP (softmax, arXiv:2103.00020) or of SigLIP (sigmoid, arXiv:2303.15343)
+    loss: Literal["softmax", "sigmoid"] = "softmax"
     embed: int = 512  # channels of the space that images and texts share
-    init_scale: float | None = (
-        # first factor of the similarities; None: 1/0.07 of CLIP with softmax, 10 of SigLIP with
-        # sigmoid
-        None
-    )
-    init_bias: float = -10.0  # first bias of the sigmoid, SigLIP's; a softmax has none
-    max_scale: float = 100.0  # CLIP, section 2.5
+    # first factor of the similarities; None: 1/0.07 with softmax (CLIP), 10 with sigmoid (SigLIP)
+    init_scale: float | None = None
+    init_bias: float = -10.0  # first bias of the sigmoid (SigLIP); a softmax has none
+    max_scale: float = 100.0  # largest factor of the similarities (CLIP, section 2.5)
     text: Text = field(default_factory=Text)
 
     @property
     def first_scale(self) -> float:
-        return (
-            self.init_scale
-            if self.init_scale is not None
-            else {"softmax": 1 / 0.07, "sigmoid": 10.0}[self.loss]
-        )
+        """The first factor of the similarities."""
+        published = {"softmax": 1 / 0.07, "sigmoid": 10.0}[self.loss]
+        return published if self.init_scale is None else self.init_scale
 
     def __post_init__(self):
         super().__post_init__()
@@ -98,6 +95,7 @@ class ContrastiveConfig(Config):
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs the script."""
     run_tool(
         ContrastiveConfig.tool,
         lambda flags: train(load_config(ContrastiveConfig, flags)),
@@ -106,8 +104,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def train(config: ContrastiveConfig, *, quiet: bool = False) -> TrainedRun:
-    """Runs the training that the config describes, or goes on with it; the result is the
-    `PairDescriptors` of the last evaluation.
+    """Trains the towers that a config describes, or resumes their run.
+
+    Returns:
+        The run; its result is the `PairDescriptors` of the last evaluation.
+
+    Raises:
+        Refused: the settings, the data or the run's folder do not fit.
     """
     join_processes()
     train_set, eval_set = open_pairs(config)
@@ -169,7 +172,7 @@ def train(config: ContrastiveConfig, *, quiet: bool = False) -> TrainedRun:
 
 
 def open_pairs(config: ContrastiveConfig) -> tuple[Captioned, Captioned]:
-    """The training and the evaluation images of a run."""
+    """Returns the training and the evaluation images of a run, with their captions."""
     train_set, eval_set = open_captions(config.data, config.text)
     return (
         train_set.shuffled(config.seed) if config.text.shuffle_captions else train_set
@@ -179,8 +182,18 @@ def open_pairs(config: ContrastiveConfig) -> tuple[Captioned, Captioned]:
 def open_tokenizer(
     config: ContrastiveConfig, given: Tokenizer | None, train_set: Captioned
 ) -> Tokenizer:
-    """The tokenizer in the run's folder; a run that begins puts it there, the one that was given or
-    one trained on its captions.
+    """Returns the tokenizer of a run.
+
+    A run that resumes reads it from its folder. A run that starts stores the given tokenizer there,
+    or one trained on its captions.
+
+    Args:
+        config: the settings of the run.
+        given: the tokenizer that the settings name, if any.
+        train_set: the captions to train a tokenizer on.
+
+    Raises:
+        Refused: the tokenizer in the folder is not the one that the run started with.
     """
     if has_checkpoint(config.out):
         return load_run_tokenizer(config.out)
@@ -194,7 +207,13 @@ def open_tokenizer(
 def caption_sampler(
     train_set: Captioned, tokenizer: Tokenizer, context: int
 ) -> Callable[[int, np.random.Generator], dict[str, Any]]:
-    """The function that gives the ids of one of an image's captions, drawn at random."""
+    """Returns the function (image, random numbers) -> ids of one of the image's captions.
+
+    Args:
+        train_set: the captions.
+        tokenizer: of the run.
+        context: ids of a text.
+    """
 
     def drawn(image: int, rng: np.random.Generator) -> dict[str, Any]:
         captions = train_set.captions[image]
@@ -205,8 +224,9 @@ def caption_sampler(
 
 @dataclass(frozen=True)
 class Towers:
-    """The two towers and what joins them; parameters are {"image", "image_head", "text",
-    "log_scale"} and with the sigmoid "bias".
+    """The two towers and what joins them.
+
+    Parameters are {"image", "image_head", "text", "log_scale"}, and "bias" with the sigmoid loss.
     """
 
     image: ViT
@@ -216,6 +236,7 @@ class Towers:
     max_scale: float
 
     def init(self, key: PRNGKeyArray) -> dict[str, Any]:
+        """Returns fresh parameters."""
         image_key, head_key, text_key = jax.random.split(key, 3)
         side, width = self.image.config.image, self.image.config.width
         head = jax.nn.initializers.normal(width**-0.5)(head_key, (width, self.text.outputs))
@@ -234,6 +255,7 @@ class Towers:
     def describe_images(
         self, params, images: Float[Array, "b h w 3"], **options: Any
     ) -> Float[Array, "b embed"]:
+        """Returns the unit vectors of images in the shared space."""
         output: Any = self.image.apply({"params": params["image"]}, images, **options)
         kernel = params["image_head"]["kernel"].astype(output.descriptor.dtype)
         return l2_normalize((output.descriptor @ kernel).astype(jnp.float32))
@@ -241,18 +263,20 @@ class Towers:
     def describe_texts(
         self, params, ids: Int[Array, "b n"], **options: Any
     ) -> Float[Array, "b embed"]:
+        """Returns the unit vectors of texts, given as ids, in the shared space."""
         output: Any = self.text.apply({"params": params["text"]}, ids, **options)
         return l2_normalize(output.projected.astype(jnp.float32))
 
     def scale(self, params) -> Float[Array, ""]:
-        """What similarities are multiplied by, never more than the largest."""
+        """Returns the factor of the similarities, at most `max_scale`."""
         return jnp.exp(clip_from_above(params["log_scale"], math.log(self.max_scale)))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def clip_from_above(x: Float[Array, ""], high: float) -> Float[Array, ""]:
-    """min(x, high), where an x above `high` gets the gradients that lead back only: as if it were
-    cut after each step.
+    """Returns min(x, high) with the gradient of a value that is cut after each step.
+
+    Above `high` only gradients that lead back below it pass.
     """
     return jnp.minimum(x, high)
 
@@ -264,8 +288,9 @@ clip_from_above.defvjp(
 
 
 def make_towers(config: ContrastiveConfig, tokenizer: Tokenizer) -> Towers:
-    """The towers that a config describes; the text tower computes, drops out and recomputes as the
-    image tower does.
+    """Returns the towers that a config describes.
+
+    The text tower uses the dtype, dropout, activation and rematerialisation of the image tower.
     """
     own, image = config.text, config.model
     text = TextConfig(
@@ -285,8 +310,14 @@ def make_towers(config: ContrastiveConfig, tokenizer: Tokenizer) -> Towers:
 
 
 def make_steps(config: ContrastiveConfig, towers: Towers, total_steps: int) -> Steps:
-    """The steps of a run; configs that differ only in seed, folder or logging share one
-    compilation.
+    """Returns the compiled steps of a run.
+
+    Configs that differ only in seed, folder or logging share one compilation.
+
+    Args:
+        config: the settings of the run.
+        towers: as `make_towers` returns them.
+        total_steps: steps of the run.
     """
     return _steps(towers, config.data, config.optimizer, config.fsdp, total_steps)
 
@@ -320,8 +351,9 @@ def _steps(towers: Towers, data: Data, optimizer: Optimizer, fsdp: int, total_st
 
 @functools.cache
 def _text_step(towers: Towers, fsdp: int):
-    """The compiled text tower: (parameters, {"ids", "index"}) -> {"descriptor", "index"}, whole on
-    every device.
+    """The compiled text tower: (parameters, {"ids", "index"}) -> {"descriptor", "index"}.
+
+    The outputs are whole on every device.
     """
     mesh = make_mesh(fsdp)
 
@@ -333,9 +365,7 @@ def _text_step(towers: Towers, fsdp: int):
 
 @dataclass(frozen=True)
 class PairDescriptors:
-    """The evaluation images that could be read, and all distinct captions of the split, in the
-    shared space.
-    """
+    """The readable evaluation images and all distinct captions of a split, in the shared space."""
 
     images: np.ndarray  # (n, embed), of length 1
     index: np.ndarray  # (n,) number of the image in its split
@@ -345,8 +375,15 @@ class PairDescriptors:
     pairs: np.ndarray  # (m, 2): (image, text), by their places here
 
     def found(self, kappas: tuple[int, ...] = KAPPAS) -> dict[str, np.ndarray]:
-        """Whether a right one is among the kappa most similar, `(n, kappas)` and `(t, kappas)`;
-        texts whose images cannot be read are left out.
+        """Returns whether a right answer is among the kappa most similar ones.
+
+        Texts whose images cannot be read are left out.
+
+        Args:
+            kappas: numbers of answers that are looked at.
+
+        Returns:
+            "image_to_text" `(n, kappas)` and "text_to_image" `(t, kappas)`, bool.
         """
         back = self.pairs[:, ::-1]
         to_image = metrics.found_at(self.texts, self.images, back, kappas=kappas)
@@ -356,7 +393,7 @@ class PairDescriptors:
         }
 
     def chance(self, kappas: tuple[int, ...] = KAPPAS) -> dict[str, np.ndarray]:
-        """What `found` is on average with descriptors at random."""
+        """Returns the average of `found` for random descriptors, in the same form."""
         asked, text = np.unique(self.pairs[:, 1], return_inverse=True)
         back = np.stack([text, self.pairs[:, 0]], axis=1)
         return {
@@ -375,8 +412,17 @@ def describe(
     tokenizer: Tokenizer,
     config: ContrastiveConfig,
 ) -> PairDescriptors:
-    """Describes every image and every distinct caption of a split once; all processes get all of
-    it.
+    """Describes every image and every distinct caption of a split once.
+
+    All processes get all of it.
+
+    Args:
+        steps: the compiled steps of the run.
+        towers: its towers.
+        params: their parameters.
+        eval_set: the split.
+        tokenizer: of the run.
+        config: the settings of the run.
     """
     whole = compute_outputs(steps, params, eval_set.images, config)
     captions, pairs = eval_set.texts()
@@ -402,20 +448,26 @@ def describe_texts(
     tokenizer: Tokenizer,
     config: ContrastiveConfig,
 ) -> Float[np.ndarray, "t embed"]:
-    """The descriptors of texts, in their order."""
-    step, described = (
-        _text_step(towers, config.fsdp),
-        np.zeros((len(texts), config.embed), np.float32),
-    )
+    """Returns the descriptors of texts in the shared space, `(t, embed)`, in their order.
+
+    Args:
+        steps: the compiled steps of the run.
+        towers: its towers.
+        params: their parameters.
+        texts: the texts.
+        tokenizer: of the run.
+        config: batch size, context and mesh.
+    """
+    step = _text_step(towers, config.fsdp)
+    descriptors = np.zeros((len(texts), config.embed), np.float32)
     for start in range(0, len(texts), config.batch):
-        index = np.minimum(
-            np.arange(start, start + config.batch, dtype=np.int32), len(texts) - 1
-        )  # the last one again and again at the end
+        places = np.arange(start, start + config.batch, dtype=np.int32)
+        index = np.minimum(places, len(texts) - 1)  # the last text fills up the last batch
         mine = index[jax.process_index() :: jax.process_count()]
         ids = tokenizer.encode([texts[i] for i in mine], config.text.context)
         found = jax.device_get(step(params, put_on_devices({"ids": ids, "index": mine}, steps)))
-        described[found["index"]] = found["descriptor"]
-    return described
+        descriptors[found["index"]] = found["descriptor"]
+    return descriptors
 
 
 if __name__ == "__main__":

@@ -8,8 +8,11 @@ from train.log import read_metrics
 
 
 def draw_curves(run: Path, measures: Sequence[str]) -> Path:
-    """Draws loss, the measures of evaluations and the learned exponents over the steps into
-    `RUN/curves.png`.
+    """Draws loss, measures and learned exponents over the steps, and returns `RUN/curves.png`.
+
+    Args:
+        run: folder of the run.
+        measures: values of its evaluations that are drawn, each in [0, 1].
     """
     import matplotlib
 

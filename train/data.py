@@ -1,6 +1,4 @@
-"""Where images come from: `digits`, `folder:DIR` or `tfds:NAME`, each as random-access splits of
-labelled images.
-"""
+"""Labelled images from `digits`, `folder:DIR` or `tfds:NAME`, as splits with random access."""
 
 import functools
 import re
@@ -11,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ggem_jax.files.images import EXTENSIONS, RGB, UnreadableImage, read_image
-from train.cli import Refused
+from train.cli import Refused, first_line
 from train.config import Data
 
 KNOWN = "digits, folder:DIR, tfds:NAME"
@@ -21,20 +19,19 @@ EVAL_SPLITS = ("val", "validation", "test")
 
 @dataclass(frozen=True)
 class Images:
-    """One split: `load(i)` gives image i, `(h, w, 3)` uint8, and its label; an image that cannot
-    be decoded raises `UnreadableImage`.
-    """
+    """One split of labelled images."""
 
     size: int
     classes: tuple[str, ...]
+    # i -> image i and its label; raises UnreadableImage where it cannot be decoded
     load: Callable[[int], tuple[RGB, int]]
-    labels: Callable[[], np.ndarray]  # of all images: reads what it must
+    labels: Callable[[], np.ndarray]  # () -> labels of all images; it reads only what it must
 
     def __len__(self) -> int:
         return self.size
 
     def take(self, indices: np.ndarray) -> "Images":
-        """The images with these numbers, in this order."""
+        """Returns the images with these numbers, in this order."""
         return Images(
             len(indices),
             self.classes,
@@ -43,8 +40,11 @@ class Images:
         )
 
     def of_classes(self, kept: np.ndarray, labels: np.ndarray) -> "Images":
-        """The images of the classes with these numbers, which then count from 0; `labels` are
-        those of all images.
+        """Returns the images of some classes, whose labels then count from 0.
+
+        Args:
+            kept: labels of the classes, ascending.
+            labels: `(n,)` labels of all images.
         """
         places = np.flatnonzero(np.isin(labels, kept))
         taken, own = self.take(places), np.searchsorted(kept, labels[places]).astype(np.int32)
@@ -57,7 +57,13 @@ class Images:
 
 
 def open_data(data: Data) -> tuple[Images, Images]:
-    """The training and the evaluation images of a source."""
+    """Returns the training and the evaluation images of a source.
+
+    A source with one split is divided by `hold_out`.
+
+    Raises:
+        Refused: there is no such source, or its splits have different classes.
+    """
     splits = open_splits(data)
     if len(splits) == 2:
         check_classes(splits, data.source)
@@ -66,10 +72,17 @@ def open_data(data: Data) -> tuple[Images, Images]:
 
 
 def open_disjoint(data: Data, share: float) -> tuple[Images, Images]:
-    """Training and evaluation images that have no class in common.
+    """Returns training and evaluation images that have no class in common.
 
-    Splits of a source that have none are taken as they are. Otherwise all images of all splits
-    together are divided by class: `share` of the classes, drawn once and for all, are trained on.
+    Splits of a source that share no class are taken as they are. Otherwise the images of all splits
+    together are divided by class: a share of the classes, drawn once and for all, is trained on.
+
+    Args:
+        data: the source.
+        share: of the classes that are trained on.
+
+    Raises:
+        Refused: fewer than 2 classes would be left on either side.
     """
     splits = open_splits(data)
     if len(splits) == 2:
@@ -99,14 +112,14 @@ def open_disjoint(data: Data, share: float) -> tuple[Images, Images]:
 
 
 def drop_empty_classes(images: Images) -> Images:
-    """The same images, with the classes left out that have none."""
+    """Returns the same images without the classes that have none."""
     labels = images.labels()
     kept = np.unique(labels)
     return images if len(kept) == len(images.classes) else images.of_classes(kept, labels)
 
 
 def join_splits(parts: list[Images]) -> Images:
-    """The images of several splits with the same classes, one after the other."""
+    """Returns the images of several splits with the same classes, one split after the other."""
     ends = np.cumsum([len(part) for part in parts])
 
     def load(i: int) -> tuple[RGB, int]:
@@ -122,7 +135,11 @@ def join_splits(parts: list[Images]) -> Images:
 
 
 def open_splits(data: Data) -> dict[str, Images]:
-    """`train`, and where the source has one to evaluate on, `eval`."""
+    """Returns the splits of a source: "train", and "eval" where there is one to evaluate on.
+
+    Raises:
+        Refused: there is no such source.
+    """
     kind, _, name = data.source.partition(":")
     if kind == "digits" and not name:
         if data.eval_split is not None:
@@ -141,9 +158,7 @@ def open_splits(data: Data) -> dict[str, Images]:
 
 
 def check_classes(splits: dict[str, Images], source: str, otherwise: str = "") -> None:
-    """Refuses splits that do not have the same classes; `otherwise` says what else they might
-    have.
-    """
+    """Refuses splits with different classes; `otherwise` completes the sentence."""
     if splits["train"].classes != splits["eval"].classes:
         difference = sorted(set(splits["train"].classes) ^ set(splits["eval"].classes))
         raise Refused(
@@ -153,8 +168,10 @@ def check_classes(splits: dict[str, Images], source: str, otherwise: str = "") -
 
 
 def digits() -> Images:
-    """1,797 handwritten digits of 8 x 8 pixels that scikit-learn carries: Alpaydin and Kaynak, UCI
-    machine learning repository, 1998.
+    """Returns scikit-learn's 1,797 handwritten digits of 8 x 8 pixels.
+
+    Reference: Alpaydin and Kaynak, "Optical Recognition of Handwritten Digits", UCI machine
+    learning repository, 1998.
     """
     from sklearn.datasets import load_digits
 
@@ -167,16 +184,29 @@ def digits() -> Images:
 def hold_in_memory(
     images: Sequence[RGB] | np.ndarray, labels: np.ndarray, classes: tuple[str, ...]
 ) -> Images:
-    """Images that are there already."""
+    """Returns a split of images that are already in memory.
+
+    Args:
+        images: `(h, w, 3)` uint8 each.
+        labels: `(n,)` int32.
+        classes: names of the classes.
+    """
     return Images(len(images), classes, lambda i: (images[i], int(labels[i])), lambda: labels)
 
 
 def folder(root: Path, eval_split: str | None = None) -> dict[str, Images]:
-    """`root/train/CLASS/*.png` with `root/val` (or validation, test, or `eval_split`) beside it, or
-    `root/CLASS/*.png` as one split.
+    """Returns the splits of a folder of class sub-folders.
 
-    Images whose names are all numbers stand in the order of these numbers, otherwise in the order
-    of their paths.
+    Two forms are read: `root/train/CLASS/*.png` with `root/val` (or validation, test, or
+    `eval_split`) beside it, and `root/CLASS/*.png` as one split. Images whose names are all numbers
+    are ordered by these numbers, others by their paths.
+
+    Args:
+        root: the folder.
+        eval_split: its sub-folder to evaluate on; `None` takes the first of the usual names.
+
+    Raises:
+        Refused: the folder, a split, a class or an image is missing.
     """
     if not root.is_dir():
         raise Refused(f"there is no folder {root}")
@@ -228,8 +258,18 @@ def _class_folders(root: Path) -> Images:
 def tfds(
     name: str, data_dir: Path, eval_split: str | None = None, *, download: bool = False
 ) -> dict[str, Images]:
-    """A prepared TensorFlow Datasets data set, `name[/config][:version]`, read through its
-    random-access data source: no TensorFlow needed.
+    """Returns the splits of a prepared TensorFlow Datasets data set.
+
+    It is read through its random-access data source, which needs no TensorFlow.
+
+    Args:
+        name: `name[/config][:version]`; without a version the newest one is taken.
+        data_dir: folder of the prepared data sets.
+        eval_split: its split to evaluate on; `None` takes the first of the usual names.
+        download: whether a data set that is missing may be downloaded and prepared.
+
+    Raises:
+        Refused: it is missing, cannot be read, or has no images with labels.
     """
     folder_ = _prepared(name, data_dir)
     if folder_ is None and download:
@@ -239,15 +279,16 @@ def tfds(
         raise Refused(
             f"{name} is not prepared in {data_dir} (there:"
             f" {', '.join(_all_prepared(data_dir)) or 'nothing'}): add --download to let TensorFlow"
-            " Datasets fetch it, or make it from files at hand with python -m train.prepare"
+            " Datasets fetch it, or convert packed files with python -m train.prepare"
         )
     import tensorflow_datasets
 
     try:
         builder = tensorflow_datasets.builder_from_directory(folder_)
     except Exception as error:  # of many kinds: files that are missing, cut off or altered
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise Refused(f"{folder_} is no readable TensorFlow Datasets data set: {reason}") from None
+        raise Refused(
+            f"{folder_} is not a readable TensorFlow Datasets data set: {first_line(error)}"
+        ) from None
     features = builder.info.features
     if not {"image", "label"} <= set(features):
         raise Refused(
@@ -271,9 +312,7 @@ def tfds(
 
 
 def _eval_name(asked: str | None, there: set[str], where: str) -> str | None:
-    """The split to evaluate on: the one asked for, or the first there is of those that are
-    usual.
-    """
+    """The split to evaluate on: the one asked for, or the first that exists of the usual names."""
     if asked is not None and asked not in there:
         raise Refused(
             f"--data.eval-split {asked} is not in {where}, which has {', '.join(sorted(there))}"
@@ -285,18 +324,15 @@ def _tfds_split(builder, split: str) -> Images:
     from tensorflow_datasets import decode
 
     classes = tuple(builder.info.features["label"].names)
-    records = builder.as_data_source(
-        split, decoders={"image": decode.SkipDecoding()}
-    )  # as files: our own decoder serves every source
+    # as files: our own decoder serves every source
+    records = builder.as_data_source(split, decoders={"image": decode.SkipDecoding()})
 
     def load(i: int) -> tuple[RGB, int]:
         name = f"image {i} of {builder.name}, split {split},"
         try:
             record = records[i]
         except Exception as error:  # of many kinds, from the record reader's up to the parser's
-            raise UnreadableImage(
-                f"{name} cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}"
-            ) from None
+            raise UnreadableImage(f"{name} cannot be read: {first_line(error)}") from None
         if not 0 <= record["label"] < len(classes):
             raise Refused(
                 f"{name} has the label {record['label']}, where one of 0 to {len(classes) - 1} is"
@@ -343,25 +379,28 @@ def _prepare(name: str, data_dir: Path) -> None:
         tensorflow_datasets.builder(
             name, data_dir=data_dir, file_format="array_record"
         ).download_and_prepare()
-    except (
-        Exception
-    ) as error:  # of many kinds: no such data set, no network, no TensorFlow for its generator
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # no such data set, no network, no TensorFlow for its generator
         raise Refused(
-            f"TensorFlow Datasets could not prepare {name} in {data_dir}: {reason}"
+            f"TensorFlow Datasets could not prepare {name} in {data_dir}: {first_line(error)}"
         ) from None
 
 
 def hold_out(images: Images, share: float) -> tuple[Images, Images]:
-    """Keeps `share` of each class, drawn once and for all, for evaluation; both parts stay in the
-    order of the source.
+    """Returns the training and the evaluation part of one split, each in the order of the source.
+
+    Args:
+        images: the split.
+        share: of each class that is kept for evaluation, drawn once and for all.
+
+    Raises:
+        Refused: one of the two parts would be empty.
     """
     held = draw_held_out(images.labels(), share)
     return images.take(np.flatnonzero(~held)), images.take(np.flatnonzero(held))
 
 
 def draw_held_out(labels: np.ndarray, share: float) -> np.ndarray:
-    """Which images `hold_out` keeps, `(n,)` bool."""
+    """Returns which images `hold_out` keeps for evaluation, `(n,)` bool."""
     if not 0 < share < 1:
         raise Refused(f"data.holdout must lie between 0 and 1, not at {share}")
     rng = np.random.default_rng(0)

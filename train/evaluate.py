@@ -1,4 +1,4 @@
-"""A model on all the evaluation images."""
+"""A model on all evaluation images."""
 
 from dataclasses import dataclass
 
@@ -14,9 +14,7 @@ from train.step import Steps
 
 @dataclass(frozen=True)
 class Predictions:
-    """Class probabilities of the evaluation images that could be read, in the order of their
-    split.
-    """
+    """Class probabilities of the readable evaluation images, in the order of their split."""
 
     index: np.ndarray  # (n,) number of the image in its split
     label: np.ndarray  # (n,)
@@ -24,8 +22,9 @@ class Predictions:
     probability: np.ndarray  # (n, classes) float32
 
     def top(self, k: int) -> np.ndarray:
-        """Whether the label is among the k most probable classes, `(n,)` bool; ties and NaN count
-        against the model.
+        """Returns whether the label is among the k most probable classes, `(n,)` bool.
+
+        Ties and NaN count against the model.
         """
         own = np.take_along_axis(self.probability, self.label[:, None], axis=1)
         return ((self.probability >= own).sum(axis=1) <= k) & np.isfinite(self.probability).all(
@@ -33,20 +32,41 @@ class Predictions:
         )
 
     def nll(self) -> float:
-        """Mean negative log-likelihood of the labels."""
+        """Returns the mean negative log-likelihood of the labels."""
         own = np.take_along_axis(self.probability, self.label[:, None], axis=1)
         return float(-np.log(np.maximum(own, 1e-30)).mean())
 
 
 def evaluate(steps: Steps, params, images: Images, config: Config) -> Predictions:
-    """Predicts every image once; all processes get all predictions."""
+    """Predicts every image once; all processes get all predictions.
+
+    Args:
+        steps: the compiled steps of the run.
+        params: the parameters to evaluate.
+        images: the split.
+        config: the settings of the run.
+
+    Raises:
+        Refused: no image can be read.
+    """
     whole = compute_outputs(steps, params, images, config)
     return Predictions(*(whole[name] for name in ("index", "label", "digest", "probability")))
 
 
 def compute_outputs(steps: Steps, params, images: Images, config: Config) -> dict[str, np.ndarray]:
-    """What `steps.evaluate` gives of every image that can be read, in the order of the split; all
-    processes get all of it.
+    """Returns the outputs of `steps.evaluate` for every readable image, in the order of the split.
+
+    Args:
+        steps: the compiled steps of the run.
+        params: the parameters to evaluate.
+        images: the split.
+        config: the settings of the run.
+
+    Returns:
+        Arrays with a row for each image, by name; all processes get all of them.
+
+    Raises:
+        Refused: no image can be read.
     """
     parts = []
     for batch in eval_batches(

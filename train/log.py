@@ -1,6 +1,4 @@
-"""What a run says: a banner, a progress bar or plain lines, `metrics.jsonl`, TensorBoard where its
-writer is installed.
-"""
+"""What a run reports: a banner, a bar or plain lines, `metrics.jsonl`, and TensorBoard files."""
 
 import json
 import time
@@ -15,8 +13,14 @@ from ggem_jax.progress import progress_bar
 
 
 class Log:
-    """Writes and speaks for one run; `run=None`, for the processes after the first, does neither,
-    `quiet` only writes.
+    """Writes and prints for one run.
+
+    Args:
+        run: folder of the run; `None`, for the processes after the first, neither writes nor
+            prints.
+        total_steps: steps of the run.
+        start: step that it resumes after.
+        quiet: whether it only writes.
     """
 
     def __init__(self, run: Path | None, *, total_steps: int, start: int, quiet: bool = False):
@@ -33,6 +37,7 @@ class Log:
         self.board = TensorBoard(run / "tensorboard")
 
     def banner(self, facts: dict[str, str]) -> None:
+        """Prints facts by name and starts the bar."""
         if self.run is not None:
             width = max(map(len, facts))
             for name, fact in facts.items():
@@ -43,11 +48,19 @@ class Log:
                 self.bar.start()
 
     def advance(self, step: int) -> None:
+        """Moves the bar to a step."""
         if self.run is not None and self.bar:
             self.bar.update(self.bar.task_ids[0], completed=step)
 
     def metrics(self, kind: str, step: int, values: dict[str, Any], said: str) -> None:
-        """Writes one JSON line, the scalars to TensorBoard, and `said` for people."""
+        """Writes a line of JSON and TensorBoard scalars, and prints `said` for people.
+
+        Args:
+            kind: "train" or "eval".
+            step: the step that the values belong to.
+            values: numbers and lists by name.
+            said: the same in words.
+        """
         if self.run is None:
             return
         self.file.write(json.dumps({"kind": kind, "step": step, **values}) + "\n")
@@ -59,10 +72,12 @@ class Log:
             self.console.print(said, highlight=False, markup=False, soft_wrap=True)
 
     def say(self, sentence: str) -> None:
+        """Prints a sentence."""
         if self.run is not None:
             self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
     def close(self) -> None:
+        """Stops the bar and closes the files."""
         if self.run is not None:
             if self.bar:
                 self.bar.stop()
@@ -71,7 +86,7 @@ class Log:
 
 
 def drop_lines_after(path: Path, step: int) -> None:
-    """Drops the lines after `step`: a run that is taken up at a checkpoint writes them again."""
+    """Drops the lines after `step`; a run that resumes from a checkpoint writes them again."""
     if not path.exists():
         return
     kept = []
@@ -85,14 +100,15 @@ def drop_lines_after(path: Path, step: int) -> None:
 
 
 def read_metrics(run: Path, kind: str) -> list[dict[str, Any]]:
-    """The lines of one kind of `metrics.jsonl`, oldest first."""
+    """Returns the lines of one kind of `metrics.jsonl`, oldest first."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == kind]
 
 
 class TensorBoard:
-    """Writes scalars for TensorBoard where tensorboardX is installed; at once, without a thread, so
-    that a full disk is an error like any other.
+    """Writes scalars for TensorBoard where tensorboardX is installed.
+
+    It writes at once, without a thread, so that a full disk is an error like any other.
     """
 
     def __init__(self, folder: Path):
@@ -105,6 +121,7 @@ class TensorBoard:
         self.writer = EventsWriter(str(folder / "events"))
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
+        """Writes the values that are numbers."""
         if self.writer is None:
             return
         from tensorboardX.proto.event_pb2 import Event
@@ -118,5 +135,6 @@ class TensorBoard:
         self.writer.flush()
 
     def close(self) -> None:
+        """Closes the file."""
         if self.writer is not None:
             self.writer.close()

@@ -1,8 +1,8 @@
-"""The loop that every training runs: steps, evaluations, checkpoints and what is said about them.
+"""The loop of every training: steps, evaluations, checkpoints, and what is printed about them.
 
 A run lives in one folder (`--out`): `config.json`, `metrics.jsonl`, `checkpoints/`, `curves.png`.
-SIGTERM or Ctrl-C stops it after the step in hand. Started again with the same settings it goes on
-from there and ends, on the same machine, with the same bits as if it had never stopped.
+SIGTERM or Ctrl-C stops it after the current step. Started again with the same settings it resumes
+there and ends, on the same machine, with the same bits as an uninterrupted run.
 """
 
 import contextlib
@@ -31,7 +31,7 @@ from train.throughput import Meter
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What an evaluation found: for the caller, for `metrics.jsonl`, for people."""
+    """The outcome of one evaluation: for the caller, for `metrics.jsonl`, and for people."""
 
     result: Any
     values: dict[str, Any]
@@ -53,7 +53,7 @@ class Task:
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """How a run ended."""
+    """The end of a run."""
 
     state: State
     steps: Steps
@@ -63,7 +63,13 @@ class TrainedRun:
 
 
 def run_tool(tool: str, train: Callable[[list[str]], TrainedRun], argv: list[str] | None) -> None:
-    """Runs a training script; a signal that stopped it is its exit code."""
+    """Runs a training script; a signal that stopped the run becomes the exit code.
+
+    Args:
+        tool: name of the script.
+        train: flags -> the run.
+        argv: the flags; `None` takes those of the process.
+    """
     with one_sentence(tool):
         trained = train(sys.argv[1:] if argv is None else argv)
     if trained.signal is not None and not trained.finished:
@@ -73,8 +79,16 @@ def run_tool(tool: str, train: Callable[[list[str]], TrainedRun], argv: list[str
 def run(
     config: Config, task_of: Callable[[], Task], facts: dict[str, Any], *, quiet: bool = False
 ) -> TrainedRun:
-    """Runs a training, or goes on with it; `task_of` is called when the folder is its own. With
-    other `facts` of the data a run is not continued.
+    """Runs a training or resumes it.
+
+    Args:
+        config: the settings of the run.
+        task_of: makes the task, once the folder belongs to this run.
+        facts: what describes the data; a run with other facts is not resumed.
+        quiet: whether nothing is printed.
+
+    Raises:
+        Refused: the folder belongs to another run, or the weights are no longer finite.
     """
     process = jax.process_index()
     with run_folder(config, facts), StopRequest() as stop:
@@ -127,7 +141,7 @@ def run(
             checkpoints.wait()
             if step < total:
                 log.say(
-                    f"stopped after step {step} of {total}; the same command goes on from there"
+                    f"stopped after step {step} of {total}; run the same command again to resume"
                 )
             elif process == 0:
                 draw_curves(config.out, task.curves)
@@ -139,14 +153,18 @@ def run(
 
 
 def make_first_state(steps: Steps, config: Config) -> State:
-    """Fresh weights, with those of a published file where the config names one."""
+    """Returns the state before the first step, with the published weights if there are any."""
     state = steps.init(config.seed)
     return state if config.init is None else started_from(config.init, state, steps)
 
 
 def is_due(step: int, total: int, times: int) -> bool:
-    """Whether something that happens so many times in a run, evenly and for the last time at its
-    end, happens after this step.
+    """Returns whether an event follows this step.
+
+    Args:
+        step: from 1.
+        total: steps of the run.
+        times: how often the event happens in the run, evenly spaced, the last time at its end.
     """
     return step * times // total > (step - 1) * times // total
 
@@ -162,7 +180,7 @@ def check_devices(config: Config) -> None:
 
 
 def check_finite(step: int, metrics: dict[str, jax.Array]) -> None:
-    """Refuses to go on from, and to save, weights that are no longer numbers."""
+    """Refuses to continue with, or to save, weights that are not finite."""
     for name, value in metrics.items():
         if not np.isfinite(value):
             advice = "try a lower --optimizer.lr, a longer --optimizer.warmup or --optimizer.clip 1"
@@ -174,7 +192,7 @@ def check_finite(step: int, metrics: dict[str, jax.Array]) -> None:
 def describe_run(
     config: Config, task: Task, state: State, start: int, meter: Meter
 ) -> dict[str, str]:
-    """What is about to be trained, on what."""
+    """Returns what is about to be trained and on what, as facts by name."""
     model, parameters = config.model, sum(leaf.size for leaf in jax.tree.leaves(state.params))
     return {
         "devices": (
@@ -191,7 +209,7 @@ def describe_run(
         "data": f"{config.data.source}: {task.about}",
         "steps": (
             f"{task.total:,} of {config.batch} images ({config.epochs:g} epochs)"
-            + (f", going on after step {start:,}" if start else "")
+            + (f", resuming after step {start:,}" if start else "")
         ),
         "folder": str(config.out),
     }
@@ -200,7 +218,7 @@ def describe_run(
 def log_training(
     log: Log, step: int, total: int, metrics: dict[str, jax.Array], meter: Meter
 ) -> None:
-    """Loss, gradient norm and speed."""
+    """Reports loss, gradient norm and speed."""
     values = {name: float(value) for name, value in metrics.items()} | meter.read()
     said = f"step {step}/{total}  loss {values['loss']:.4f}"
     if "steps_per_second" in values:
@@ -213,7 +231,7 @@ def log_training(
 
 
 def log_evaluation(log: Log, step: int, evaluation: Evaluation, state: State) -> None:
-    """What was measured, and the learned exponents."""
+    """Reports the measures and the learned exponents."""
     p = read_exponents(state.evaluated)
     learned = "".join(f"  p {' '.join(f'{x:.2f}' for x in value)}" for value in p.values())
     log.metrics(
@@ -222,7 +240,7 @@ def log_evaluation(log: Log, step: int, evaluation: Evaluation, state: State) ->
 
 
 def read_exponents(params: Any) -> dict[str, list[float]]:
-    """The exponents that the model pools with, by the path of their parameter."""
+    """Returns the exponents that the model pools with, by the path of their parameter."""
     return {
         name: np.asarray(used_exponents(value)).tolist()
         for name, value in exponents(params).items()

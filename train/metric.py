@@ -1,9 +1,13 @@
 """Trains descriptors for retrieval: python -m train.metric --config NAME [flags].
 
-A Vision Transformer with any pooling, a projection and L2 normalisation under ArcFace, normalised
-softmax or Proxy-Anchor. The classes trained on and those evaluated on have nothing in common;
-evaluations rank every image of the unseen classes by all others. `--init FILE` starts from a
-published ViT (`ggem_jax.weights.vit`). The run's folder, stopping and going on: `train.loop`.
+A Vision Transformer with any pooling, a projection and L2 normalisation, trained with ArcFace, the
+normalised softmax or Proxy-Anchor. The classes that are evaluated on are not trained on; an
+evaluation uses every image of these classes as a query for all others. `--init FILE` starts from a
+published ViT (`ggem_jax.weights.vit`). `train.loop` describes the run's folder, and how a run stops
+and resumes.
+
+A new loss is a function in `ggem_jax.losses.metric_learning`, an entry of its table `LOSSES`, and a
+name in `Metric.loss` below.
 """
 
 import functools
@@ -38,21 +42,17 @@ KAPPAS = (1, 5, 10)
 
 @dataclass(frozen=True)
 class Metric:
-    """What is learned, and from which images."""
+    """The loss, and how its batches are drawn."""
 
     loss: metric.LossName = "normalised-softmax"
-    dim: int = (
-        128  # channels of the descriptor after a projection; 0: the pooled tokens as they are
-    )
+    # channels of the descriptor after a projection; 0: no projection of the pooled tokens
+    dim: int = 128
     temperature: float = 0.05  # of normalised-softmax
     scale: float | None = None  # of arcface and proxy-anchor; None: 64 and 32, as published
-    margin: float | None = None  # likewise; None: 0.5 radians, and 0.1
+    margin: float | None = None  # of the same; None: 0.5 radians and 0.1, as published
     proxy_lr: float = 10.0  # learning rate of the proxies over lr; Proxy-Anchor's authors take 100
-    per_class: int | None = (
-        4  # images of each class in a batch; None: batches without regard to classes
-    )
-    # share of the classes that are trained on; a source whose splits have no class in common keeps
-    # them
+    per_class: int | None = 4  # images of each class in a batch; None: batches ignore classes
+    # share of the classes that are trained on; splits that share no class are kept as they are
     train_classes: float = 0.5
 
     def __post_init__(self):
@@ -100,7 +100,7 @@ class Metric:
         )
 
     def options(self) -> dict[str, float]:
-        """Keyword arguments of the loss; what is not given stays as published."""
+        """Returns the keyword arguments of the loss; it keeps its published values otherwise."""
         if self.loss == "normalised-softmax":
             return {"temperature": self.temperature}
         return {
@@ -132,6 +132,7 @@ class MetricConfig(Config):
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs the script."""
     run_tool(
         MetricConfig.tool,
         lambda flags: train(load_config(MetricConfig, flags)),
@@ -142,10 +143,18 @@ def main(argv: list[str] | None = None) -> None:
 def train(
     config: MetricConfig, *, data: tuple[Images, Images] | None = None, quiet: bool = False
 ) -> TrainedRun:
-    """Runs the training that the config describes, or goes on with it; the result is the
-    `LabelledDescriptors` of the last evaluation.
+    """Trains the descriptors that a config describes, or resumes their run.
 
-    `data` are training and evaluation images to take instead of the config's source.
+    Args:
+        config: the settings of the run.
+        data: training and evaluation images to use instead of the config's source.
+        quiet: whether nothing is printed.
+
+    Returns:
+        The run; its result is the `LabelledDescriptors` of the last evaluation.
+
+    Raises:
+        Refused: the settings, the data or the run's folder do not fit.
     """
     join_processes()
     train_set, eval_set = (
@@ -201,7 +210,11 @@ def train(
 
 
 def check_balance(config: MetricConfig, labels: np.ndarray) -> int:
-    """Images of each class in a batch, where the batch can be made so."""
+    """Returns the number of images of each class in a batch.
+
+    Raises:
+        Refused: a batch cannot be divided so.
+    """
     each, classes = config.metric.per_class or 1, len(np.unique(labels))
     if config.batch % each or config.batch // each > classes:
         raise Refused(
@@ -213,8 +226,14 @@ def check_balance(config: MetricConfig, labels: np.ndarray) -> int:
 
 
 def make_metric_steps(config: MetricConfig, classes: int, total_steps: int) -> Steps:
-    """The steps of a config; configs that differ only in seed, folder or logging share one
-    compilation.
+    """Returns the compiled steps of a config.
+
+    Configs that differ only in seed, folder or logging share one compilation.
+
+    Args:
+        config: the settings of the run.
+        classes: classes that are trained on, each with a proxy.
+        total_steps: steps of the run.
     """
     vit = build_model(config, 0)
     return _metric_steps(
@@ -270,7 +289,7 @@ def _metric_steps(
 
 @dataclass(frozen=True)
 class LabelledDescriptors:
-    """Descriptors of the evaluation images that could be read, in the order of their split."""
+    """Descriptors of the readable evaluation images, in the order of their split."""
 
     index: np.ndarray  # (n,) number of the image in its split
     label: np.ndarray  # (n,)
@@ -278,12 +297,22 @@ class LabelledDescriptors:
     descriptor: np.ndarray  # (n, dim) float32, unit vectors
 
     def scores(self) -> LabelScores:
-        """Every image ranked by all others."""
+        """Returns the measures of retrieval, every image a query for all others."""
         return score_descriptors(self.descriptor, self.label)
 
 
 def retrieve(steps: Steps, params, images: Images, config: MetricConfig) -> LabelledDescriptors:
-    """Describes every image once."""
+    """Describes every image of a split once.
+
+    Args:
+        steps: the compiled steps of the run.
+        params: the parameters to evaluate.
+        images: the split.
+        config: the settings of the run.
+
+    Raises:
+        Refused: no image can be read.
+    """
     whole = compute_outputs(steps, params, images, config)
     return LabelledDescriptors(
         *(whole[name] for name in ("index", "label", "digest", "descriptor"))
@@ -291,14 +320,20 @@ def retrieve(steps: Steps, params, images: Images, config: MetricConfig) -> Labe
 
 
 def check_findable(labels: np.ndarray) -> None:
-    """Refuses images to search of which no two have the same label."""
+    """Refuses images of which no two have the same label."""
     if np.bincount(labels).max(initial=0) < 2:
         raise Refused("no class to evaluate on has two images: nothing can be found")
 
 
 def score_descriptors(descriptors: Any, labels: np.ndarray) -> LabelScores:
-    """Each descriptor, a unit vector, as the query for all others; at least one label must be there
-    twice.
+    """Returns the measures of retrieval, each descriptor a query for all others.
+
+    Args:
+        descriptors: `(n, d)` unit vectors.
+        labels: `(n,)` labels; at least one must occur twice.
+
+    Raises:
+        Refused: no label occurs twice.
     """
     check_findable(labels)
     reach = min(max(int(np.bincount(labels).max()), max(KAPPAS) + 1), len(labels))

@@ -1,17 +1,19 @@
-"""Turns packed images into class sub-folders and into a TensorFlow Datasets data set: python -m
-train.prepare PACKED OUT.
+"""Converts packed images to class sub-folders and to a TensorFlow Datasets data set.
+
+    python -m train.prepare PACKED OUT
 
 PACKED is a folder with one of
+
 - `*train*.npz` and `*test*.npz` with `jpeg_bytes`, `offsets`, `labels` and `class_names` (joined
   JPEG files, as for CIFAR-10);
 - one `.npz` with `train_images`, `train_labels`, `test_images`, `test_labels` (as for
   Fashion-MNIST);
-- one `.zip` with `SPLIT/CLASS/*` image files, SPLIT being train and val or test (as for
+- one `.zip` with image files `SPLIT/CLASS/*`, SPLIT being train and val or test (as for
   Imagenette).
 
-Written are `OUT/folder/SPLIT/CLASS/INDEX.png` and `OUT/tfds/NAME/1.0.0/`, both lossless and in the
-order of the index of an image in its split, so that `--data folder:OUT/folder` and `--data
-tfds:NAME --data-dir OUT/tfds` train on the same batches.
+It writes `OUT/folder/SPLIT/CLASS/INDEX.png` and `OUT/tfds/NAME/1.0.0/`. Both are lossless and keep
+the order of the images in their split, so that `--data folder:OUT/folder` and `--data tfds:NAME
+--data-dir OUT/tfds` train on the same batches.
 """
 
 import contextlib
@@ -32,7 +34,7 @@ from PIL import Image
 from tyro.conf import Positional, arg
 
 from ggem_jax.files.images import EXTENSIONS, RGB, UnreadableImage, read_image
-from train.cli import Refused, one_sentence, parse
+from train.cli import Refused, first_line, one_sentence, parse
 
 # Xiao, Rasul and Vollgraf, "Fashion-MNIST", 2017, arXiv:1708.07747, table 2; the packed file holds
 # the numbers only.
@@ -56,23 +58,30 @@ Split = list[tuple[Callable[[], RGB], int]]  # how to get each image, and its la
 
 @dataclass(frozen=True)
 class Prepare:
-    """Turns packed images into class sub-folders and into a TensorFlow Datasets data set."""
+    """Converts packed images to class sub-folders and to a TensorFlow Datasets data set."""
 
     packed: Positional[Path]  # folder with the packed files
     out: Positional[Path]  # folder to write to
-    name: str | None = None  # of the TFDS data set; None: the packed folder's, with _ for -
+    # name of the TFDS data set; None: that of the packed folder, with _ for -
+    name: str | None = None
+    # what to write
     formats: Annotated[Literal["both", "folder", "tfds"], arg(aliases=["--format"])] = "both"
-    limit: int | None = None  # take only so many images of each split, evenly spaced
+    limit: int | None = None  # most images of each split, evenly spaced; None: all
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs the script."""
     with one_sentence("train.prepare"):
         for line in prepare(parse(Prepare, argv, "train.prepare")):
             print(line)
 
 
 def prepare(config: Prepare) -> list[str]:
-    """Writes what the config asks for and says how to train on it."""
+    """Writes what the config asks for and returns the lines that say how to train on it.
+
+    Raises:
+        Refused: the packed files cannot be read, or the data set cannot be written.
+    """
     classes, splits = read_packed(config.packed.expanduser())
     if config.limit is not None:
         splits = {split: evenly_spaced(images, config.limit) for split, images in splits.items()}
@@ -96,8 +105,7 @@ def prepare(config: Prepare) -> list[str]:
         raise Refused(str(error)) from None
     except RuntimeError as error:  # of the record writer, on a full disk
         raise Refused(
-            f"the data set could not be written to {out}:"
-            f" {(str(error).splitlines() or ['no reason given'])[0]}"
+            f"the data set could not be written to {out}: {first_line(error, 'no reason given')}"
         ) from None
     counts = ", ".join(f"{split} {len(images):,}" for split, images in splits.items())
     return [
@@ -107,7 +115,7 @@ def prepare(config: Prepare) -> list[str]:
 
 
 def check(classes: tuple[str, ...], splits: dict[str, Split]) -> None:
-    """Refuses labels that name no class, and classes without images to train on."""
+    """Refuses labels without a class, and classes without images to train on."""
     for split, images in splits.items():
         wrong = next(
             ((i, label) for i, (_, label) in enumerate(images) if not 0 <= label < len(classes)),
@@ -133,7 +141,10 @@ def check(classes: tuple[str, ...], splits: dict[str, Split]) -> None:
 
 
 def evenly_spaced(images: Split, limit: int) -> Split:
-    """At most `limit` of the images: some of every class where they are sorted by class."""
+    """Returns at most `limit` evenly spaced images.
+
+    Of images that are sorted by class it takes some of every class.
+    """
     if limit < 1:
         raise Refused(f"--limit must be at least 1, it is {limit}")
     return [
@@ -145,7 +156,11 @@ def evenly_spaced(images: Split, limit: int) -> Split:
 
 
 def read_packed(packed: Path) -> tuple[tuple[str, ...], dict[str, Split]]:
-    """Finds out which kind of packed data set a folder holds; gives its classes and splits."""
+    """Returns the classes and the splits of a folder with packed images, whatever its form.
+
+    Raises:
+        Refused: the folder has none of the forms, or its files are damaged.
+    """
     if not packed.is_dir():
         raise Refused(f"there is no folder {packed}")
     archives, zips = sorted(packed.glob("*.npz")), sorted(packed.glob("*.zip"))
@@ -286,8 +301,9 @@ def _load(path: Path, *keys: str) -> dict[str, np.ndarray]:
 
 
 def folder_names(classes: tuple[str, ...]) -> tuple[str, ...]:
-    """Names that a file system takes and that sort in the order of the labels: numbered where their
-    own names do not.
+    """Returns class names that a file system takes and that sort in the order of the labels.
+
+    They are numbered where the names themselves do not sort so.
     """
     safe = tuple(re.sub(r"[^\w.-]+", "-", name).strip("-.") for name in classes)
     if sorted(safe) == list(safe) and len(set(safe)) == len(safe):
@@ -296,8 +312,15 @@ def folder_names(classes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def write_folder(root: Path, classes: tuple[str, ...], splits: dict[str, Split]) -> None:
-    """Writes `root/SPLIT/CLASS/INDEX.png`, beside what an earlier call wrote and then in its
-    place.
+    """Writes `root/SPLIT/CLASS/INDEX.png`; what an earlier call wrote is replaced at the end.
+
+    Args:
+        root: the folder; one that exists must be empty or made by this script.
+        classes: names of the sub-folders.
+        splits: the images by split.
+
+    Raises:
+        Refused: the folder holds other files.
     """
     with _in_place_of(root, made_if=MARK) as new:
         for split, images in splits.items():
@@ -311,8 +334,18 @@ def write_folder(root: Path, classes: tuple[str, ...], splits: dict[str, Split])
 def write_tfds(
     data_dir: Path, name: str, classes: tuple[str, ...], splits: dict[str, Split]
 ) -> None:
-    """Writes `data_dir/name/1.0.0` with the features image, label and index, in the order of the
-    index; replaces what is there.
+    """Writes `data_dir/name/1.0.0` with the features image, label and index.
+
+    A data set that this script made before is replaced.
+
+    Args:
+        data_dir: folder of TFDS data sets.
+        name: of the data set.
+        classes: names of the classes.
+        splits: the images by split.
+
+    Raises:
+        Refused: the folder holds other files.
     """
     import tensorflow_datasets as tfds
 
@@ -349,15 +382,17 @@ def write_tfds(
 
 @contextlib.contextmanager
 def _in_place_of(folder: Path, *, made_if: str) -> Iterator[Path]:
-    """A new folder that takes the place of `folder` at the end; one that is there must be empty or
-    show by a file that this tool made it.
+    """Gives a new folder that takes the place of `folder` when the block ends.
+
+    A folder that exists must be empty or hold the file `made_if`, which shows that this script made
+    it.
     """
     if (
         folder.exists()
         and not (folder / made_if).exists()
         and (not folder.is_dir() or any(folder.iterdir()))
     ):
-        raise Refused(f"{folder} holds what this tool did not make: choose another OUT")
+        raise Refused(f"{folder} holds files that this script did not make: choose another OUT")
     new, old = (folder.with_name(f".{folder.name}.{state}") for state in ("new", "old"))
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir(parents=True)
@@ -373,7 +408,7 @@ def _in_place_of(folder: Path, *, made_if: str) -> Iterator[Path]:
 
 
 def png(image: RGB) -> bytes:
-    """An image as a PNG file."""
+    """Returns an image as a PNG file."""
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG", compress_level=1)
     return file.getvalue()

@@ -1,6 +1,4 @@
-"""Around a run: its folder, its other processes, its end by a signal, and what a failure looks
-like.
-"""
+"""Around a run: its folder, its other processes, and its end by a signal."""
 
 import contextlib
 import json
@@ -22,8 +20,8 @@ from ggem_jax.files.atomic import write_text
 from train.cli import Refused, from_dict, to_dict
 from train.config import C, Config
 
-# May change when a run is taken up again: the weights do not depend on them (on `fsdp` in the last
-# bits, as on the number of devices).
+# Settings that may change when a run resumes: the weights do not depend on them (on `fsdp` in the
+# last bits only, as on the number of devices).
 FREE = (
     "out", "stop_after", "log_every", "checkpoint_every", "eval_every", "fsdp",
     "data.data_dir", "data.download", "data.workers", "data.eval_split", "data.corrupt",
@@ -34,8 +32,11 @@ FREE = (
 def join_processes() -> None:
     """Joins the other processes of the run where `JAX_COORDINATOR_ADDRESS` is set.
 
-    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say which one this is, where no cluster that JAX knows
-    (Slurm, Open MPI, Kubernetes, Cloud TPU) does.
+    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID` say which process this is, where no cluster that JAX
+    knows (Slurm, Open MPI, Kubernetes, Cloud TPU) does.
+
+    Raises:
+        Refused: the others cannot be joined.
     """
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     if address and not jax.distributed.is_initialized():
@@ -53,8 +54,13 @@ def join_processes() -> None:
 
 @contextlib.contextmanager
 def run_folder(config: Config, facts: dict[str, Any]) -> Iterator[None]:
-    """Keeps other runs out of the folder, and other settings and other data, told by its `facts`,
-    out of its checkpoints.
+    """Holds the run's folder for this run while the block runs.
+
+    Other runs are kept out of the folder; other settings and other data, known by their `facts`,
+    are kept away from its checkpoints.
+
+    Raises:
+        Refused: another process trains there, or the folder holds a run with other settings.
     """
     with contextlib.ExitStack() as stack:
         refused: Exception | None = None
@@ -116,12 +122,20 @@ def _keep_settings(config: Config, facts: dict[str, Any]) -> None:
 
 
 def has_checkpoint(run: Path) -> bool:
-    """Whether there is something in a folder to go on from."""
+    """Returns whether a folder holds something to resume from."""
     return any(re.fullmatch("[0-9]+", path.name) for path in (run / "checkpoints").glob("[0-9]*"))
 
 
 def read_run(run: Path, record: type[C] = Config) -> tuple[C, dict[str, Any]]:  # type: ignore[assignment]
-    """The settings of a run, and what its data were: classes and numbers of images."""
+    """Returns the settings of a run, and the facts of its data: classes and numbers of images.
+
+    Args:
+        run: folder of the run.
+        record: the settings of the script that made it.
+
+    Raises:
+        Refused: it is not a run of that script.
+    """
     try:
         values = json.loads((run / "config.json").read_text())
         tool, facts = values.pop("tool", record.tool), values.pop("data_found")
@@ -134,7 +148,7 @@ def read_run(run: Path, record: type[C] = Config) -> tuple[C, dict[str, Any]]:  
         }
         return from_dict(record, values), facts | checked
     except FileNotFoundError:
-        raise Refused(f"{run} is no run of {record.tool}: it has no config.json") from None
+        raise Refused(f"{run} is not a run of {record.tool}: it has no config.json") from None
     except (KeyError, ValueError, TypeError, AttributeError, Refused) as error:
         raise Refused(f"{run}/config.json is not that of a run of {record.tool}: {error}") from None
 
@@ -150,8 +164,9 @@ def _flat(values: dict, prefix: str = "") -> dict:
 
 
 class StopRequest:
-    """Remembers SIGTERM and Ctrl-C so that the step in hand can be finished and saved; a second
-    Ctrl-C interrupts at once.
+    """Remembers SIGTERM and Ctrl-C, so that the current step is finished and saved.
+
+    A second Ctrl-C interrupts at once.
     """
 
     def __init__(self):
@@ -173,6 +188,7 @@ class StopRequest:
             signal.signal(number, handler)
 
     def asked(self, step: int) -> bool:
+        """Returns whether the run was asked to stop, for all processes after the same step."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.signal = signal.SIGTERM
         return self.signal is not None

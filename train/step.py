@@ -1,6 +1,6 @@
-"""One training step and one evaluation step, jitted over a mesh of devices.
+"""One training step and one evaluation step, compiled for a mesh of devices.
 
-The mesh has the axes `data` and `fsdp`. A batch is split over both; weights, optimiser state and
+The mesh has the axes `data` and `fsdp`. A batch is split over both; weights, optimizer state and
 moving average are split over `fsdp` and repeated over `data`. With one device both axes have length
 1 and nothing is split.
 """
@@ -29,7 +29,7 @@ Batch = dict[str, Array]
 
 @struct.dataclass
 class State:
-    """All that a checkpoint holds."""
+    """Everything that a checkpoint holds."""
 
     step: Int[Array, ""]
     params: Any
@@ -44,7 +44,7 @@ class State:
 
 @dataclass(frozen=True)
 class Steps:
-    """The compiled functions of a run and how their arguments lie on the devices."""
+    """The compiled functions of a run, and the layout of their arguments on the devices."""
 
     mesh: Mesh
     batch_sharding: NamedSharding
@@ -57,7 +57,11 @@ class Steps:
 
 
 def make_mesh(fsdp: int) -> Mesh:
-    """All devices as `(data, fsdp)`."""
+    """Returns all devices as a mesh `(data, fsdp)`.
+
+    Raises:
+        Refused: `fsdp` does not divide the number of devices.
+    """
     devices = jax.device_count()
     if fsdp < 1 or devices % fsdp:
         raise Refused(f"--fsdp must divide the number of devices, {devices}; it is {fsdp}")
@@ -68,29 +72,28 @@ def make_mesh(fsdp: int) -> Mesh:
 
 @dataclass(frozen=True)
 class Problem:
-    """What differs between trainings: parameters, loss and what evaluations keep. Images come
-    normalised.
-    """
+    """What differs between trainings: parameters, loss and outputs. Images come normalised."""
 
     init: Callable[[PRNGKeyArray], Any]  # key -> parameters
-    prepare: Callable[
-        [Batch, PRNGKeyArray], Batch
-    ]  # a batch as it is trained on: images mixed, labels smoothed
-    loss: Callable[
-        [Any, Batch, PRNGKeyArray], Array
-    ]  # parameters, (a part of) a prepared batch, key -> mean loss
-    outputs: Callable[
-        [Any, Array], dict[str, Array]
-    ]  # parameters, images -> arrays with a row for each image
-    scales: Callable[[Any], Any] | None = (
-        # parameters -> what multiplies the learning rate of each, besides ggem_jax.optimizer's
-        None
-    )
+    # batch, key -> the batch as it is trained on: images mixed, labels smoothed
+    prepare: Callable[[Batch, PRNGKeyArray], Batch]
+    # parameters, (a part of) a prepared batch, key -> mean loss
+    loss: Callable[[Any, Batch, PRNGKeyArray], Array]
+    # parameters, images -> arrays with a row for each image
+    outputs: Callable[[Any, Array], dict[str, Array]]
+    # parameters -> factor of the learning rate of each, besides those of ggem_jax.optimizer
+    scales: Callable[[Any], Any] | None = None
 
 
 def make_steps(config: Config, num_classes: int, total_steps: int) -> Steps:
-    """The steps of a classifier; configs that differ only in seed, folder or logging share one
-    compilation.
+    """Returns the compiled steps of a classifier.
+
+    Configs that differ only in seed, folder or logging share one compilation.
+
+    Args:
+        config: the settings of the run.
+        num_classes: outputs of the head.
+        total_steps: steps of the run.
     """
     return _classifier_steps(
         build_model(config, num_classes),
@@ -136,7 +139,18 @@ def _classifier_steps(
 def compile_steps(
     problem: Problem, data: Data, optimizer: Optimizer, fsdp: int, total_steps: int
 ) -> Steps:
-    """The steps of a problem, laid out over all devices."""
+    """Returns the compiled steps of a problem, laid out over all devices.
+
+    Args:
+        problem: parameters, loss and outputs.
+        data: mean and deviation of the images.
+        optimizer: settings of AdamW.
+        fsdp: devices that the weights are split over.
+        total_steps: steps of the run.
+
+    Raises:
+        Refused: the settings of the model and of its pooling do not go together.
+    """
     mesh = make_mesh(fsdp)
     transform = make_optimizer(optimizer, total_steps)
     if problem.scales is not None:
@@ -157,11 +171,9 @@ def compile_steps(
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
         ema = None
-        if (
-            optimizer.ema is not None
+        if optimizer.ema is not None:
             # the initial weights are forgotten quickly, as in TensorFlow's ExponentialMovingAverage
             # with num_updates
-        ):
             decay = jnp.minimum(optimizer.ema, (1 + state.step) / (10 + state.step))
             ema = optax.incremental_update(params, state.ema, 1 - decay)
         return State(state.step + 1, params, opt_state, ema), {"loss": loss, "grad_norm": norm}
@@ -199,16 +211,18 @@ def compile_steps(
 
 
 def keys(seed: Int[Array, ""]) -> tuple[PRNGKeyArray, PRNGKeyArray]:
-    """For the initial weights, and for what is random in the steps; the input pipeline draws its
-    own numbers from the seed.
+    """Returns a key for the initial weights and one for the steps.
+
+    The input pipeline draws its own numbers from the seed.
     """
     initial, steps = jax.random.split(jax.random.key(seed))
     return initial, steps
 
 
 def split_over_fsdp(shape: tuple[int, ...], fsdp: int) -> P:
-    """Splits the longest axis that `fsdp` divides; vectors, and what has no such axis, are repeated
-    on every device.
+    """Returns the layout of a parameter: its longest axis that `fsdp` divides is split.
+
+    Vectors, and parameters without such an axis, are repeated on every device.
     """
     axes = [axis for axis, length in enumerate(shape) if length % fsdp == 0]
     if fsdp == 1 or not axes or len(shape) < 2:
@@ -218,7 +232,7 @@ def split_over_fsdp(shape: tuple[int, ...], fsdp: int) -> P:
 
 
 def make_optimizer(optimizer: Optimizer, total_steps: int) -> optax.GradientTransformation:
-    """AdamW under a warm-up and a cosine, after clipping."""
+    """Returns gradient clipping, then AdamW with a warm-up and a cosine decay."""
     warmup = min(optimizer.warmup, total_steps - 1)
     schedule = optax.warmup_cosine_decay_schedule(0.0, optimizer.lr, warmup, total_steps)
     transform = adamw(
@@ -237,13 +251,32 @@ def make_optimizer(optimizer: Optimizer, total_steps: int) -> optax.GradientTran
 
 
 def normalise(images: UInt8[Array, "b h w 3"], data: Data) -> Float[Array, "b h w 3"]:
-    """Pixels as the model takes them: less the mean of their channel, in standard deviations."""
+    """Returns (pixel / 255 - mean) / std of each channel, as the model takes images.
+
+    Args:
+        images: `(b, h, w, 3)` uint8.
+        data: mean and deviation of the channels.
+
+    Returns:
+        `(b, h, w, 3)` float32.
+    """
     return (images.astype(jnp.float32) / 255 - jnp.array(data.mean)) / jnp.array(data.std)
 
 
 def mix(images, targets, augment: Augment, key: PRNGKeyArray):
-    """Mixes each image with its opposite in the batch: mixup (Zhang et al. 2018,
-    arXiv:1710.09412), CutMix (Yun et al. 2019, arXiv:1905.04899).
+    """Mixes each image with its opposite in the batch, by mixup or CutMix.
+
+    Args:
+        images: `(b, h, w, 3)` floats.
+        targets: `(b, classes)` probabilities.
+        augment: the strengths of both; with both on, each batch takes one of them at random.
+        key: source of the random numbers.
+
+    Returns:
+        Mixed images and targets, of the same shapes.
+
+    Reference: Zhang et al., "mixup", 2018, arXiv:1710.09412; Yun et al., "CutMix", 2019,
+    arXiv:1905.04899.
     """
     if not augment.mixup and not augment.cutmix:
         return images, targets
@@ -268,8 +301,14 @@ def mix(images, targets, augment: Augment, key: PRNGKeyArray):
 
 
 def accumulate_gradient(loss_of, params, batch: Batch, key: PRNGKeyArray, parts: int):
-    """Loss and gradient of the batch, taken in `parts` equal parts one after the other to save
-    memory.
+    """Returns loss and gradient of a batch, processed in `parts` equal parts to save memory.
+
+    Args:
+        loss_of: (parameters, batch, key) -> mean loss.
+        params: the parameters.
+        batch: arrays with a row for each image.
+        key: source of the random numbers.
+        parts: number of parts; it divides the rows of each device.
     """
     if parts == 1:
         return jax.value_and_grad(loss_of)(params, batch, key)

@@ -1,5 +1,4 @@
-"""How fast a training is against what the machine could do: images a second and model FLOP
-utilisation.
+"""How fast a training runs beside what the machine could do: images/s and FLOP utilisation.
 
 Model FLOPs count the matrix products of the forward pass, two per multiply-add, and twice as much
 for the backward pass; recomputation does not count (Chowdhery et al., "PaLM", 2022,
@@ -36,7 +35,12 @@ PEAK_FLOPS = {
 
 
 def forward_flops(config: ViTConfig, outputs: int) -> float:
-    """FLOPs of the forward pass of one image to so many outputs of its descriptor."""
+    """Returns the FLOPs of the forward pass of one image.
+
+    Args:
+        config: the Vision Transformer.
+        outputs: outputs that the head computes from the descriptor.
+    """
     patches = (config.image // config.patch) ** 2
     embedding = patches * 3 * config.patch**2 * config.width
     return 2.0 * (embedding + config.width * outputs) + blocks_flops(
@@ -45,12 +49,12 @@ def forward_flops(config: ViTConfig, outputs: int) -> float:
 
 
 def text_forward_flops(config: TextConfig, outputs: int) -> float:
-    """FLOPs of the forward pass of one text of full length."""
+    """Returns the FLOPs of the forward pass of one text of full length."""
     return 2.0 * config.width * outputs + blocks_flops(config, config.context)
 
 
 def blocks_flops(config: ViTConfig | TextConfig, tokens: int) -> float:
-    """FLOPs of the blocks of a tower: projections, attention and MLP."""
+    """Returns the FLOPs of the blocks of a tower: projections, attention and MLP."""
     width = config.width
     projections = 4 * tokens * width**2
     attention = 2 * tokens**2 * width
@@ -59,21 +63,21 @@ def blocks_flops(config: ViTConfig | TextConfig, tokens: int) -> float:
 
 
 def training_flops(config: ViTConfig, num_classes: int) -> float:
-    """FLOPs of one training step per image."""
+    """Returns the FLOPs of one training step, per image."""
     return 3 * forward_flops(config, num_classes)
 
 
 @functools.cache
 def peak_flops() -> tuple[float, str]:
-    """FLOP/s of all devices together and where the number comes from: the data sheet, or a matrix
-    product measured now.
+    """Returns the FLOP/s of all devices together, and where the number comes from.
+
+    It comes from the data sheet, or from a matrix product measured now.
     """
     kind = jax.devices()[0].device_kind
     if kind in PEAK_FLOPS:
         return PEAK_FLOPS[kind] * jax.device_count(), "bfloat16 peak of the data sheet"
-    devices = (
-        1 if jax.default_backend() == "cpu" else jax.device_count()
-    )  # virtual CPU devices share the same cores
+    # virtual CPU devices share the same cores
+    devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
     return _measured_matmul_flops() * devices, "float32 matrix product measured at the start"
 
 
@@ -91,34 +95,32 @@ def _measured_matmul_flops(side: int = 2048, repeats: int = 3) -> float:
 
 
 class Meter:
-    """Speed since the last reading: steps and images a second, model FLOP utilisation, share of the
-    time that the devices waited for input.
+    """Speed since the last reading: steps and images per second, FLOP utilisation, input wait.
 
     The first step, which compiles, is not measured; a reading right after it is empty.
     """
 
     def __init__(self, batch: int, flops: float):
-        """`flops` are those of training on one example."""
+        """Starts to measure; `flops` are those of training on one example."""
         self.batch, self.flops = batch, flops
         self.peak, self.peak_source = peak_flops()
         self.last: Any = None  # result of the last step
         self.restart()
 
     def restart(self) -> None:
-        """Forgets what was done in between that is no training: evaluations, checkpoints,
-        compilation.
-        """
+        """Forgets the time since the last reading, which was spent on something else."""
         self.began, self.steps, self.waited = time.perf_counter(), 0, 0.0
 
     @contextlib.contextmanager
     def waiting_for_input(self) -> Iterator[None]:
-        """Counts the time inside, unless the devices were busy with the last step all the while."""
+        """Counts the time inside the block, unless the devices were busy all the while."""
         began = time.perf_counter()
         yield
         if self.last is None or self.last.is_ready():
             self.waited += time.perf_counter() - began
 
     def count(self, metrics: dict[str, jax.Array]) -> None:
+        """Counts a step."""
         first, self.last = self.last is None, metrics["loss"]
         self.steps += 1
         if first:
@@ -126,6 +128,7 @@ class Meter:
             self.restart()
 
     def read(self) -> dict[str, float]:
+        """Returns the speeds by name, and starts again; empty where no step was counted."""
         if not self.steps:
             return {}
         jax.block_until_ready(self.last)

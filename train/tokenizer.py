@@ -1,7 +1,7 @@
-"""Captions -> ids: a byte-pair tokenizer of Hugging Face's `tokenizers`, from a tokenizer.json or
-trained on the captions of the run.
+"""Captions -> ids: a byte-pair tokenizer of Hugging Face's `tokenizers`.
 
-A text is its start token, its pieces, its end token, and the padding after it.
+It comes from a tokenizer.json or is trained on the captions of the run. A text becomes its start
+token, its pieces, its end token, and padding.
 
 References: Sennrich et al., "Neural Machine Translation of Rare Words with Subword Units", 2016,
 arXiv:1508.07909; over bytes as in Radford et al., "Language Models are Unsupervised Multitask
@@ -19,7 +19,7 @@ import tokenizers
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from ggem_jax.files.atomic import write_text
-from train.cli import Refused
+from train.cli import Refused, first_line
 
 LARGEST_VOCABULARY = 2**24  # far beyond those in use
 SMALLEST_VOCABULARY = 258  # of a tokenizer over bytes: all of them, start and end
@@ -36,15 +36,21 @@ class Tokenizer:
     """Turns captions into ids; `text` is the tokenizer.json that it came from."""
 
     def __init__(self, text: str, name: str):
-        """Raises `Refused` for a text that is no tokenizer, and for one without an end token;
-        `name` is what the sentence calls it.
+        """Reads a tokenizer.json.
+
+        Args:
+            text: its contents.
+            name: what errors call it.
+
+        Raises:
+            Refused: it is not a tokenizer, has no end token, or has too many ids.
         """
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_str(text)
         except Exception as error:  # its own kind for everything is Exception
             raise Refused(
-                f"{name} is no tokenizer that the package tokenizers reads:"
-                f" {(str(error).splitlines() or ['no reason given'])[0]}"
+                f"{name} is not a tokenizer that the package tokenizers reads:"
+                f" {first_line(error, 'no reason given')}"
             ) from None
         end = self._first(ENDS)
         if end is None:
@@ -61,9 +67,8 @@ class Tokenizer:
         self.pad = self.end if pad is None else pad
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
-        self._tokenizer.encode_special_tokens = (
-            True  # a caption that spells out the end token does not end there
-        )
+        # a caption that spells out the end token does not end there
+        self._tokenizer.encode_special_tokens = True
         self.row = functools.lru_cache(maxsize=1 << 16)(self._row)
 
     @property
@@ -73,12 +78,13 @@ class Tokenizer:
 
     @property
     def size(self) -> int:
-        """Ids are below it."""
+        """The smallest number above all ids."""
         return max(self.vocabulary.values()) + 1
 
     def encode(self, texts: Sequence[str], context: int) -> np.ndarray:
-        """Ids `(len(texts), context)` int32; what is too long loses its last pieces, not its end
-        token.
+        """Returns the ids of texts, `(len(texts), context)` int32.
+
+        A text that is too long loses its last pieces, but not its end token.
         """
         return (
             np.stack([self.row(text, context) for text in texts])
@@ -97,7 +103,7 @@ class Tokenizer:
             # token for
             raise Refused(
                 f"{self.name} cannot encode the text {text[:80]!r}:"
-                f" {(str(error).splitlines() or ['no reason given'])[0]}"
+                f" {first_line(error, 'no reason given')}"
             ) from None
         ids = [*before, *pieces, self.end]
         row = np.array(ids + [self.pad] * (context - len(ids)), np.int32)
@@ -112,26 +118,28 @@ class Tokenizer:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """The tokenizer of a tokenizer.json; `Refused` where there is none."""
+    """Returns the tokenizer of a tokenizer.json; raises `Refused` where there is none."""
     try:
         text = path.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise Refused(
             f"the tokenizer {path} cannot be read:"
-            f" {getattr(error, 'strerror', None) or 'it is no text'}"
+            f" {getattr(error, 'strerror', None) or 'it is not text'}"
         ) from None
     return Tokenizer(text, f"{path}")
 
 
 def save_run_tokenizer(run: Path, tokenizer: Tokenizer) -> None:
-    """Puts the tokenizer of a run into its folder, with a checksum beside it."""
+    """Writes the tokenizer of a run into its folder, with a checksum beside it."""
     write_text(run / "tokenizer.crc32", f"{zlib.crc32(tokenizer.text.encode())}\n")
     write_text(run / "tokenizer.json", tokenizer.text)
 
 
 def load_run_tokenizer(run: Path) -> Tokenizer:
-    """The tokenizer in the folder of a run; `Refused` where it is not the one that the run began
-    with.
+    """Returns the tokenizer in the folder of a run.
+
+    Raises:
+        Refused: it is missing, or is not the one that the run started with.
     """
     tokenizer = read_tokenizer(run / "tokenizer.json")
     try:
@@ -146,8 +154,14 @@ def load_run_tokenizer(run: Path) -> Tokenizer:
 
 
 def train_tokenizer(captions: Iterable[str], vocabulary: int) -> Tokenizer:
-    """A byte-level BPE of at most `vocabulary` pieces; the same for the same captions in the same
-    order.
+    """Returns a byte-level BPE; the same captions in the same order give the same one.
+
+    Args:
+        captions: the texts.
+        vocabulary: the most pieces it may have, at least `SMALLEST_VOCABULARY`.
+
+    Raises:
+        ValueError: `vocabulary` is smaller than that.
     """
     if vocabulary < SMALLEST_VOCABULARY:
         raise ValueError(

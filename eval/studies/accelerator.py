@@ -2,16 +2,12 @@
 
 Draws a batch of 256 requests with lengths like ShareGPT's, runs one decode step of GPT-3 7B on
 three systems, searches a better schedule, explores a small space of machines, and writes
-`accelerator.html`, one page that needs no other file. The batch is drawn and packed here, all else
-is done by the commands that it prints.
+`accelerator.html`, one page that needs no other file. It calls the library, and prints the command
+that does the same.
 """
 
 import argparse
-import contextlib
-import io
-import json
 import shlex
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -19,32 +15,33 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from neupims.__main__ import main as neupims
+from neupims import (
+    Batch,
+    Hardware,
+    Parallel,
+    explore,
+    export_trace,
+    load_model,
+    make_batch,
+    make_case,
+    search_schedule,
+    simulate_case,
+)
 from neupims.exploration.pareto import in_plane
-from neupims.machine.config import load_model
-from neupims.machine.hardware import Hardware
-from neupims.machine.workload import Parallel, make_batch
+from neupims.exploration.space import parse_knob
 from neupims.pages.report import write_report
-from neupims.scheduling.decision import export_trace
-from neupims.scheduling.policies import estimated_cycles, pack_longest_first
+from neupims.scheduling.policies import estimate_cycles, pack_longest_first
 
+MODEL = "gpt3-7b"
 REQUESTS, CHANNELS, LONGEST = 256, 32, 2048
 # Medians of ShareGPT's prompts and answers in the public simulator's
 # trace-generator/share-gpt2/stats.tsv, with a spread that gives means like its.
 PROMPT_MEDIAN, PROMPT_SIGMA, ANSWER_MEDIAN, ANSWER_SIGMA = 17, 1.75, 261, 0.5
-SYSTEMS = {
-    "NeuPIMs": ["--system", "neupims"],
-    "NPU and PIM in turns": ["--system", "npu-pim"],
-    "NPU only": ["--system", "npu-only"],
-}
+SYSTEMS = {"NeuPIMs": "neupims", "NPU and PIM in turns": "npu-pim", "NPU only": "npu-only"}
 KNOBS = [
-    "--knob",
     "hbm.num_channels=16,32,48,64",
-    "--knob",
     "npu.num_arrays=2:16",
-    "--knob",
     "hbm.tfaw_cycles=12:40",
-    "--knob",
     "pim.macs_per_bank=8,16,32",
 ]
 
@@ -61,20 +58,25 @@ def main(argv: list[str] | None = None) -> None:
     options = parser.parse_args(argv)
     began = time.perf_counter()
     options.out.mkdir(parents=True, exist_ok=True)
-    trace = options.out / "sharegpt-like.csv"
+    trace, searched = options.out / "sharegpt-like.csv", options.out / "searched.csv"
     export_trace(trace, draw(), num_channels=CHANNELS)
-    workload = ["--model", "gpt3-7b", "--trace", str(trace)]
-    steps = {name: run("simulate", *workload, *flags) for name, flags in SYSTEMS.items()}
-    found = run(
-        "search",
-        *workload,
-        "--realisable",
-        "--budget",
-        str(options.budget),
-        "--export-trace",
-        str(options.out / "searched.csv"),
+    workload = ("--model", MODEL, "--trace", str(trace))
+    steps = {}
+    for name, system in SYSTEMS.items():
+        announce("simulate", *workload, "--system", system)
+        steps[name] = simulate_case(make_case(MODEL, trace, system=system)).to_dict()
+    announce(
+        *("search", *workload, "--realisable", "--budget", str(options.budget)),
+        *("--export-trace", str(searched)),
     )
-    front = run("explore", "--trace", str(trace), *KNOBS, "--points", str(options.points))
+    found = search_schedule(
+        make_case(MODEL, trace), realisable=True, budget=options.budget, export=searched
+    ).to_dict()
+    knobs = [word for knob in KNOBS for word in ("--knob", knob)]
+    announce("explore", "--trace", str(trace), *knobs, "--points", str(options.points))
+    front = explore(
+        Hardware(), MODEL, trace, dict(map(parse_knob, KNOBS)), points=options.points
+    ).to_dict()
     write_report(
         options.out / "accelerator.html",
         sections(steps, found, front),
@@ -87,40 +89,32 @@ def main(argv: list[str] | None = None) -> None:
     print(f"{time.perf_counter() - began:.0f} s. Report: {options.out / 'accelerator.html'}")
 
 
-def draw():
-    """A batch with lengths like ShareGPT's, on the channels that the paper's greedy packing gives
-    it.
-    """
+def draw() -> Batch:
+    """Returns a batch with lengths like ShareGPT's, on the channels of the paper's packing."""
     rng = np.random.default_rng(0)
     prompts = rng.lognormal(np.log(PROMPT_MEDIAN), PROMPT_SIGMA, REQUESTS)
     answered = rng.lognormal(np.log(ANSWER_MEDIAN), ANSWER_SIGMA, REQUESTS) * rng.random(REQUESTS)
     lengths = np.clip(np.ceil(prompts + answered), 1, LONGEST).astype(np.int32)
-    work = estimated_cycles(Hardware(), load_model("gpt3-7b"), jnp.asarray(lengths), Parallel(4, 1))
+    work = estimate_cycles(Hardware(), load_model(MODEL), jnp.asarray(lengths), Parallel(4, 1))
     return make_batch(
         lengths, np.asarray(pack_longest_first(work, CHANNELS)), num_channels=CHANNELS
     )
 
 
-def run(*words: str) -> dict[str, Any]:
-    """What one command of the tool prints as JSON.
-
-    Raises:
-        SystemExit: the command failed; it has said why.
-    """
+def announce(*words: str) -> None:
+    """Prints the command that does what the next call of the library does."""
     print(f"neupims {shlex.join(words)}")
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        code = neupims([*words, "--json"])
-    if code:
-        sys.exit(code)
-    return json.loads(printed.getvalue())
 
 
 def sections(
     steps: dict[str, dict[str, Any]], found: dict[str, Any], front: dict[str, Any]
 ) -> list[dict[str, Any]]:
-    """The sections of the page: the systems, the stages of the first one, the search and the
-    exploration.
+    """Returns the sections of the page: systems, stages of the first one, search, exploration.
+
+    Args:
+        steps: The simulated step of each system by name, as JSON has it.
+        found: The schedule search, as JSON has it.
+        front: The exploration, as JSON has it.
     """
     first = next(iter(steps.values()))
     columns = (

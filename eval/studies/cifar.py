@@ -1,5 +1,6 @@
-"""Small Vision Transformers trained from scratch on CIFAR-10 with different poolings: the
-end-to-end part of `eval.studies.pooling`.
+"""Small Vision Transformers trained from scratch on CIFAR-10 with different poolings.
+
+They are the end-to-end part of `eval.studies.pooling`.
 """
 
 from collections.abc import Iterator
@@ -42,37 +43,39 @@ FLAGS = [
 ]  # fmt: skip
 
 
-def images_of(packed: Path, count: int) -> tuple[Images, Images]:
-    """`count` training images of the packed CIFAR-10, evenly spaced, and all its test images,
-    in memory.
+def read_cifar10(packed: Path, count: int) -> tuple[Images, Images]:
+    """Returns `count` evenly spaced training images of CIFAR-10 and all its test images.
+
+    Args:
+        packed: folder with the packed data set, as `train.prepare` reads it.
+        count: number of training images.
     """
     classes, splits = read_packed(packed)
 
-    def held(split) -> Images:
+    def load_split(split) -> Images:
         return hold_in_memory(
             [load() for load, _ in split],
             np.array([label for _, label in split], np.int32),
             tuple(classes),
         )
 
-    return held(evenly_spaced(splits["train"], count)), held(splits["test"])
+    return load_split(evenly_spaced(splits["train"], count)), load_split(splits["test"])
 
 
-def config_of(arm: str, seed: int, runs: Path, epochs: float) -> Config:
-    """The config of one training."""
+def make_config(arm: str, seed: int, runs: Path, epochs: float) -> Config:
+    """Returns the settings of one training.
+
+    Args:
+        arm: its pooling, a name in `ARMS`.
+        seed: of the training.
+        runs: folder of the runs.
+        epochs: of the training.
+    """
     folder = runs / f"{arm.replace(' ', '-').lower()}-{seed}"
     flags = [
-        *FLAGS,
-        *ARMS[arm],
-        "--data",
-        "cifar10",
-        "--seed",
-        str(seed),
-        "--epochs",
-        str(epochs),
-        "--out",
-        str(folder),
-    ]
+        *FLAGS, *ARMS[arm], "--data", "cifar10", "--seed", str(seed), "--epochs", str(epochs),
+        "--out", str(folder),
+    ]  # fmt: skip
     return load_config(Config, flags, "eval.studies.pooling")
 
 
@@ -86,9 +89,19 @@ class Network:
     config: Config
 
 
-def trained(arm: str, seed: int, data: tuple[Images, Images], runs: Path, epochs: float) -> Network:
-    """Trains a network, or goes on with it."""
-    config = config_of(arm, seed, runs, epochs)
+def train_network(
+    arm: str, seed: int, data: tuple[Images, Images], runs: Path, epochs: float
+) -> Network:
+    """Trains a network, or resumes its run.
+
+    Args:
+        arm: its pooling, a name in `ARMS`.
+        seed: of the training.
+        data: training and test images.
+        runs: folder of the runs.
+        epochs: of the training.
+    """
+    config = make_config(arm, seed, runs, epochs)
     run = train_in_study(train, config, data=data)
     params = jax.tree.map(np.asarray, run.state.evaluated)
     p = (
@@ -99,9 +112,10 @@ def trained(arm: str, seed: int, data: tuple[Images, Images], runs: Path, epochs
     return Network(run.result, p, params, config)
 
 
-def attention_and_descriptor(network: Network, images: Images) -> tuple[np.ndarray, np.ndarray]:
-    """Of each image the output of the last attention's heads, `(n, d)` head by head, meaned over
-    the patches, and the descriptor `(n, d)`.
+def describe_heads(network: Network, images: Images) -> tuple[np.ndarray, np.ndarray]:
+    """Returns the outputs of the last attention's heads and the descriptors, `(n, d)` each.
+
+    The outputs stand head by head, each the mean over the patches.
     """
     config = network.config.model
     model = build_model(network.config, len(images.classes))
@@ -113,15 +127,15 @@ def attention_and_descriptor(network: Network, images: Images) -> tuple[np.ndarr
         patches = heads[:, config.prefix_tokens :].mean(axis=1)
         return patches.reshape(len(images), -1), output.descriptor
 
-    parts = [both(batch) for batch in normalised(network, images)]
+    parts = [both(batch) for batch in make_batches(network, images)]
     heads, descriptor = (
         np.concatenate([np.asarray(part[i]) for part in parts])[: len(images)] for i in (0, 1)
     )
     return heads, descriptor
 
 
-def tokens_of(network: Network, images: Images) -> np.ndarray:
-    """Tokens after the final norm, the class token first, `(n, tokens, d)` in float16."""
+def compute_tokens(network: Network, images: Images) -> np.ndarray:
+    """Returns the tokens after the final norm, `(n, tokens, d)` float16, the class token first."""
     model = build_model(network.config, len(images.classes))
 
     @jax.jit
@@ -130,11 +144,11 @@ def tokens_of(network: Network, images: Images) -> np.ndarray:
         return output.tokens
 
     return np.concatenate(
-        [np.asarray(tokens(batch), np.float16) for batch in normalised(network, images)]
+        [np.asarray(tokens(batch), np.float16) for batch in make_batches(network, images)]
     )[: len(images)]
 
 
-def normalised(network: Network, images: Images) -> Iterator[Float[Array, "b h w 3"]]:
-    """Batches of the images as the network takes them; the last one is filled up."""
+def make_batches(network: Network, images: Images) -> Iterator[Float[Array, "b h w 3"]]:
+    """Yields the images in batches as the network takes them; the last batch is filled up."""
     for batch in eval_batches(images, network.config):
         yield normalise(jnp.asarray(batch["image"]), network.config.data)

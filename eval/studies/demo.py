@@ -1,9 +1,10 @@
-"""Trains one small ViT per pooling and seed on handwritten digits and compares them: python -m
-eval.studies.demo [--out DIR]
+"""Trains one small ViT per pooling and seed on handwritten digits and compares them.
+
+    python -m eval.studies.demo [--out DIR]
 
 The trainings are those of `python -m train.classify --config digits`, each in its own folder under
-`--out`; an interrupted demo goes on where it was. Prints a table and writes `report.html`, one page
-that needs no other file.
+`--out`; an interrupted demo resumes. It prints a table and writes `report.html`, one page that
+needs no other file.
 """
 
 import platform
@@ -26,8 +27,7 @@ from train.config import Config
 from train.data import open_data
 from train.log import read_metrics
 
-# relu-avg is the control: what GeM and GGeM owe to leaving out what is negative, not to their
-# exponents.
+# relu-avg is the control: what GeM and GGeM owe to clamping negative values, not to their exponents
 POOLINGS = {
     "cls": "class token",
     "avg": "average",
@@ -41,12 +41,13 @@ POOLINGS = {
 class Demo:
     """Trains one small ViT per pooling and seed on handwritten digits and compares them."""
 
-    out: Path = Path("runs/demo")
-    seeds: int = 5
+    out: Path = Path("runs/demo")  # folder of the trainings and the report
+    seeds: int = 5  # trainings of each pooling
     epochs: float | None = None  # of each training; None: those of the config
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs the demo."""
     with one_sentence("eval.studies.demo"):
         demo = parse(Demo, argv, "eval.studies.demo", default=Demo())
         if demo.seeds < 2:
@@ -55,7 +56,7 @@ def main(argv: list[str] | None = None) -> None:
         arms = compare(demo)
         seconds = time.perf_counter() - started
         show(arms)
-        config = configuration(demo, "ggem", 0)
+        config = make_config(demo, "ggem", 0)
         facts = {
             "trained": (
                 f"{len(arms)} poolings x {demo.seeds} seeds, {config.epochs:g} epochs each, in"
@@ -80,30 +81,20 @@ def main(argv: list[str] | None = None) -> None:
             f"\n{seconds:.0f} s. Report with curves, learned exponents and sample predictions:"
             f" {report}"
         )
-        print(next_steps(demo))
+        print(say_next_steps(demo))
 
 
-def configuration(demo: Demo, pool: str, seed: int) -> Config:
-    """The config of one training."""
-    flags = [
-        "--config",
-        "digits",
-        "--pool.kind",
-        pool,
-        "--seed",
-        str(seed),
-        "--out",
-        str(demo.out / f"{pool}-{seed}"),
-    ]
-    return load_config(
-        Config,
-        flags + ([] if demo.epochs is None else ["--epochs", str(demo.epochs)]),
-        "eval.studies.demo",
-    )
+def make_config(demo: Demo, pool: str, seed: int) -> Config:
+    """Returns the settings of one training."""
+    folder = demo.out / f"{pool}-{seed}"
+    flags = ["--config", "digits", "--pool.kind", pool, "--seed", str(seed), "--out", str(folder)]
+    if demo.epochs is not None:
+        flags += ["--epochs", str(demo.epochs)]
+    return load_config(Config, flags, "eval.studies.demo")
 
 
 def compare(demo: Demo) -> list[Arm]:
-    """Trains, or goes on with, every pooling and seed."""
+    """Trains every pooling and seed, or resumes their runs."""
     console = Console(stderr=True)
     arms = []
     with progress_bar(console) as bar:
@@ -112,7 +103,7 @@ def compare(demo: Demo) -> list[Arm]:
             correct, histories, predictions = [], [], None
             for seed in range(demo.seeds):
                 bar.update(task, description=f"training {name}, seed {seed}")
-                config = configuration(demo, pool, seed)
+                config = make_config(demo, pool, seed)
                 trained = train(config, quiet=True)
                 if trained.signal is not None:
                     raise KeyboardInterrupt
@@ -147,14 +138,24 @@ def show(arms: list[Arm]) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
-def next_steps(demo: Demo) -> str:
-    """Commands that go on from here."""
-    return f"""
-What to try next:
-  python -m eval.classify {demo.out}/ggem-0 {demo.out}/avg-0            accuracy by class, and a paired test on the same images
-  python -m eval.studies.planted                                     where one exponent per group has to win, and by how much
-  python -m train.classify --config digits --pool.kind lse   another pooling; --help lists all settings
-  python -m train.classify --data folder:DIR --variant Ti/16  your own images, in one sub-folder per class"""
+def say_next_steps(demo: Demo) -> str:
+    """Returns commands to try next."""
+    steps = {
+        f"python -m eval.classify {demo.out}/ggem-0 {demo.out}/avg-0": (
+            "accuracy by class, and a paired test on the same images"
+        ),
+        "python -m eval.studies.planted": "where one exponent per group has to win, by how much",
+        "python -m train.classify --config digits --pool.kind lse": (
+            "another pooling; --help lists all settings"
+        ),
+        "python -m train.classify --data folder:DIR --variant Ti/16": (
+            "your own images, in one sub-folder per class"
+        ),
+    }
+    width = max(map(len, steps))
+    return "\nWhat to try next:\n" + "\n".join(
+        f"  {command:<{width}}  {what}" for command, what in steps.items()
+    )
 
 
 if __name__ == "__main__":

@@ -1,17 +1,18 @@
-"""Descriptors learned with different poolings and losses on classes apart from those searched:
-python -m eval.studies.metric --data DIR
+"""Compares descriptors that are learned with different poolings and losses.
 
-Two real sets, in their zip files. Omniglot: 136 characters by 20 drawers, half of the characters
-trained on, every drawing of the other half a query for the rest. Corridor: two runs along one
-corridor; places of the first half trained on, frames of the second half searched, those of one run
-by those of the other, right within about two frames.
+    python -m eval.studies.metric --data DIR
+
+The classes that are searched are not trained on. Two real sets, in their zip files: Omniglot has
+136 characters by 20 drawers; half of the characters are trained on, and every drawing of the other
+half is a query for the rest. Corridor has two runs along one corridor; places of the first half are
+trained on, and frames of the second half are searched, those of one run by those of the other,
+right within about two frames.
 
 Small ViTs are trained from scratch by `train.metric`, several seeds each, and compared with raw
 pixels and with the same networks untrained: recall@1 and mean average precision (mAP@R, and by the
 trapezoid rule on the corridor) with 95 % intervals over seeds, and differences seed by seed.
 
-Prints the tables and writes `benchmarks/results/metric_study.csv`. An interrupted study goes on
-where it was.
+Prints the tables and writes `benchmarks/results/metric_study.csv`. An interrupted study resumes.
 """
 
 import sys
@@ -24,8 +25,8 @@ import numpy as np
 
 from eval.runs import train_in_study
 from eval.statistics import mean
-from eval.studies.retrieval import SETS, Set, Study, data_folder, machine, unit_pixels
-from eval.tables import columns, format_cell, markdown, write_rows
+from eval.studies.retrieval import SETS, Set, Study, describe_machine, find_data, make_unit_pixels
+from eval.tables import format_cell, interval_columns, make_table, write_rows
 from ggem_jax.retrieval import search
 from ggem_jax.retrieval.metrics import Relevance, recall_at, scores
 from train.cli import Refused, load_config, one_sentence, parse
@@ -35,8 +36,7 @@ from train.metric import MetricConfig, make_metric_steps, retrieve, score_descri
 
 RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "metric_study.csv"
 
-# name -> pooling, loss; relu-avg is the control: what GeM and GGeM owe to leaving out what is
-# negative
+# name -> pooling, loss; relu-avg is the control: what GeM and GGeM owe to clamping negative values
 ARMS = {
     "average": ("avg", "normalised-softmax"),
     "positive average": ("relu-avg", "normalised-softmax"),
@@ -46,27 +46,13 @@ ARMS = {
     "GGeM, Proxy-Anchor": ("ggem", "proxy-anchor"),
 }
 SMALL = [
-    "--model.width",
-    "64",
-    "--model.depth",
-    "3",
-    "--model.heads",
-    "4",
-    "--model.mlp-width",
-    "256",
-    "--metric.dim",
-    "64",
-]
-OFTEN = [
-    "--eval-every",
-    "1000000",
-    "--checkpoint-every",
-    "1000000",
-    "--optimizer.lr",
-    "2e-3",
-    "--optimizer.warmup",
-    "100",
-]
+    "--model.width", "64", "--model.depth", "3", "--model.heads", "4", "--model.mlp-width", "256",
+    "--metric.dim", "64",
+]  # fmt: skip
+RHYTHM = [
+    "--eval-every", "1000000", "--checkpoint-every", "1000000", "--optimizer.lr", "2e-3",
+    "--optimizer.warmup", "100",
+]  # fmt: skip
 FLAGS = {
     "omniglot": [
         "--model.image", "28", "--model.patch", "7", "--data.eval-crop", "squash", "--batch", "128",
@@ -79,54 +65,46 @@ FLAGS = {
         "--augment.crop", "resized", "--augment.min-area", "0.5",
     ],
 }  # fmt: skip
-PLACE, GAP = (
-    5,
-    2,
-    # successive frames of the corridor that are one place in training, and how many of them are
-    # left out before the next
-)
+PLACE = 5  # successive frames of the corridor that count as one place
+GAP = 2  # of them, frames that training leaves out before the next place
 
 
 @dataclass(frozen=True)
 class MetricStudy:
-    """Descriptors learned with different poolings and losses on classes apart from those
-    searched.
-    """
+    """Descriptors learned with different poolings and losses, on classes that are not searched."""
 
     data: Path | None = None  # folder with omniglot-small and corridor-vpr; None: $GGEM_SHARED/data
-    sets: tuple[str, ...] = ("omniglot", "corridor")
-    seeds: int = 4
+    sets: tuple[str, ...] = ("omniglot", "corridor")  # which of the two to run
+    seeds: int = 4  # trainings of each arm
     runs: Path = Path("runs/metric_study")  # folder of the trainings
-    out: Path = RESULTS
+    out: Path = RESULTS  # CSV file of the results
     epochs: float | None = None  # of each training; None: 50 and 120
 
 
 @dataclass(frozen=True)
 class Apart:
-    """Images to train on and others to search, and how well descriptors of these find each
-    other.
-    """
+    """Images to train on and others to search, and how well descriptors find the latter."""
 
     train: Images
     test: Images
-    score: Callable[
-        [np.ndarray], tuple[np.ndarray, np.ndarray]
-    ]  # unit vectors (n, d) of the test images -> recall@1 and precision of each query
+    # unit vectors (n, d) of the test images -> recall@1 and precision of each query
+    score: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
     pixels: np.ndarray  # (n, d) of the test images, unit vectors
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs the study."""
     with one_sentence("eval.studies.metric"):
         study = parse(MetricStudy, argv, "eval.studies.metric", default=MetricStudy())
-        check(study)
-        rows = [row for name in study.sets for row in rows_of(name, study)]
+        check_study(study)
+        rows = [row for name in study.sets for row in measure_set(name, study)]
         write_rows(study.out, rows)
         for name in study.sets:
-            print(table([row for row in rows if row["set"] == name]))
+            print(make_set_table([row for row in rows if row["set"] == name]))
 
 
-def check(study: MetricStudy) -> None:
-    """Refuses what no study can be made of."""
+def check_study(study: MetricStudy) -> None:
+    """Refuses settings that no study can be made of."""
     unknown = [name for name in study.sets if name not in APART]
     if unknown or not study.sets or study.seeds < 2:
         raise Refused(
@@ -135,21 +113,21 @@ def check(study: MetricStudy) -> None:
         )
 
 
-def rows_of(name: str, study: MetricStudy) -> list[dict[str, Any]]:
-    """Trains and measures every arm of a set."""
-    data = data_folder(study.data)
+def measure_set(name: str, study: MetricStudy) -> list[dict[str, Any]]:
+    """Trains and measures every arm on a set, and returns a row for each."""
+    data = find_data(study.data)
     apart = APART[name](SETS[name](data, Study()))
-    values = {"raw pixels": [means(apart.score(apart.pixels))]}
+    values = {"raw pixels": [average(apart.score(apart.pixels))]}
     for arm in ARMS:
-        configs = [config_of(name, arm, seed, study) for seed in range(study.seeds)]
+        configs = [make_config(name, arm, seed, study) for seed in range(study.seeds)]
         if ARMS[arm][1] == "normalised-softmax":
             values[f"{arm}, untrained"] = [
-                means(apart.score(untrained(config, apart))) for config in configs
+                average(apart.score(describe_untrained(config, apart))) for config in configs
             ]
         values[arm] = []
         for config in configs:
             trained = train_in_study(train, config, data=(apart.train, apart.test))
-            values[arm].append(means(apart.score(trained.result.descriptor)))
+            values[arm].append(average(apart.score(trained.result.descriptor)))
             print(
                 f"{name}, {arm}, seed {config.seed}: recall@1 {values[arm][-1][0]:.2%}",
                 file=sys.stderr,
@@ -166,39 +144,29 @@ def rows_of(name: str, study: MetricStudy) -> list[dict[str, Any]]:
             **counts,
             "arm": arm,
             "seeds": len(found),
-            **measures(arm, np.array(found), values),
-            **machine(),
+            **make_columns(arm, np.array(found), values),
+            **describe_machine(),
         }
         for arm, found in values.items()
     ]
 
 
-def config_of(name: str, arm: str, seed: int, study: MetricStudy) -> MetricConfig:
-    """The config of one training."""
+def make_config(name: str, arm: str, seed: int, study: MetricStudy) -> MetricConfig:
+    """Returns the settings of one training."""
     pool, loss = ARMS[arm]
     # margins for images, not faces: ArcFace's 0.5 at scale 64 is for millions of them
     own = ["--metric.scale", "20", "--metric.margin", "0.2"] if loss == "arcface" else []
     flags = [
-        *SMALL,
-        *OFTEN,
-        *FLAGS[name],
-        "--pool.kind",
-        pool,
-        "--metric.loss",
-        loss,
-        *own,
-        "--data",
-        name,
-        "--seed",
-        str(seed),
-    ]
+        *SMALL, *RHYTHM, *FLAGS[name], "--pool.kind", pool, "--metric.loss", loss, *own,
+        "--data", name, "--seed", str(seed),
+    ]  # fmt: skip
     folder = study.runs / name / f"{pool}-{loss}-{seed}"
     epochs = [] if study.epochs is None else ["--epochs", str(study.epochs)]
     return load_config(MetricConfig, [*flags, *epochs, "--out", str(folder)], "eval.studies.metric")
 
 
-def untrained(config: MetricConfig, apart: Apart) -> np.ndarray:
-    """Descriptors of the network as it starts."""
+def describe_untrained(config: MetricConfig, apart: Apart) -> np.ndarray:
+    """Returns the descriptors of the test images by the network before its training, `(n, d)`."""
     steps = make_metric_steps(
         config,
         len(apart.train.classes),
@@ -207,17 +175,17 @@ def untrained(config: MetricConfig, apart: Apart) -> np.ndarray:
     return retrieve(steps, make_first_state(steps, config).params, apart.test, config).descriptor
 
 
-def means(scored: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
-    """Over queries; those without a right answer do not count."""
+def average(scored: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
+    """Returns the means of both measures over the queries that have a right answer."""
     recall, precision = (float(np.nanmean(values)) for values in scored)
     return recall, precision
 
 
 def omniglot(whole: Set) -> Apart:
-    """Half of the characters, drawn once and for all, to train on."""
+    """Divides the characters, once and for all: one half to train on, the other to search."""
     names = np.array([name.rpartition("/")[0] for name in whole.names])
     classes, labels = np.unique(names, return_inverse=True)
-    images = images_of(
+    images = hold_images(
         whole, np.arange(len(labels)), tuple(str(name) for name in classes), labels.astype(np.int32)
     )
     order = np.random.default_rng(0).permutation(len(classes))
@@ -234,13 +202,14 @@ def omniglot(whole: Set) -> Apart:
         images.of_classes(np.flatnonzero(half), labels),
         test,
         score,
-        unit_pixels(whole, [whole.names[place] for place in places]),
+        make_unit_pixels(whole, [whole.names[place] for place in places]),
     )
 
 
 def corridor(whole: Set) -> Apart:
-    """Places of the first half of the corridor to train on; frames of the second half, of one run,
-    to search those of the other with.
+    """Divides the corridor: places of its first half to train on, frames of the second to search.
+
+    The frames of one run are the queries, those of the other the database.
     """
     count = len(whole.queries)
     half = count // 2
@@ -250,7 +219,7 @@ def corridor(whole: Set) -> Apart:
     places = frame // PLACE
     kept = np.unique(places[shown])
     labels = np.searchsorted(kept, places[shown]).astype(np.int32)
-    train_set = images_of(whole, shown, tuple(f"place {place}" for place in kept), labels)
+    train_set = hold_images(whole, shown, tuple(f"place {place}" for place in kept), labels)
     first = half + 2 * GAP  # neither these nor what is right of them has been trained on
     queries, database = whole.queries[first:], whole.database[first:]
     relevance = [
@@ -258,7 +227,7 @@ def corridor(whole: Set) -> Apart:
         for own in whole.relevance[first:]
     ]
     tested = np.concatenate([queries, database])
-    test = images_of(whole, tested, ("unseen",), np.zeros(len(tested), np.int32))
+    test = hold_images(whole, tested, ("unseen",), np.zeros(len(tested), np.int32))
 
     def score(descriptors: Any) -> tuple[np.ndarray, np.ndarray]:
         ids = np.asarray(
@@ -270,29 +239,33 @@ def corridor(whole: Set) -> Apart:
         )
 
     return Apart(
-        train_set, test, score, unit_pixels(whole, [whole.names[place] for place in tested])
+        train_set, test, score, make_unit_pixels(whole, [whole.names[place] for place in tested])
     )
 
 
 APART: dict[str, Callable[[Set], Apart]] = {"omniglot": omniglot, "corridor": corridor}
 
 
-def images_of(
+def hold_images(
     whole: Set, places: np.ndarray, classes: tuple[str, ...], labels: np.ndarray
 ) -> Images:
-    """Some of the images of a set, read once."""
+    """Returns some of the images of a set, read once."""
     return hold_in_memory([whole.read(whole.names[place]) for place in places], labels, classes)
 
 
-def measures(
+def make_columns(
     arm: str, found: np.ndarray, values: dict[str, list[tuple[float, float]]]
 ) -> dict[str, Any]:
-    """Both measures with their intervals over seeds, and recall@1 less that of others, seed by
-    seed.
+    """Returns both measures with intervals over seeds, and differences of recall@1 seed by seed.
+
+    Args:
+        arm: name of the arm.
+        found: `(seeds, 2)` recall@1 and precision of the arm.
+        values: the same of all arms, by name.
     """
     row: dict[str, Any] = {}
     for i, name in enumerate(("recall_at_1", "average_precision")):
-        row |= columns(name, mean(found[:, i]))
+        row |= interval_columns(name, mean(found[:, i]))
     for other in ("raw pixels", f"{arm}, untrained", "average", "positive average", "GeM"):
         against = (
             np.array(values[other])[:, 0]
@@ -300,14 +273,14 @@ def measures(
             else None
         )
         label = "untrained" if other.endswith("untrained") else other.replace(" ", "_")
-        row |= columns(
+        row |= interval_columns(
             f"recall_at_1_less_{label}", None if against is None else mean(found[:, 0] - against)
         )
     return row
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """One set in Markdown, in percent."""
+def make_set_table(rows: list[dict[str, Any]]) -> str:
+    """Returns the table of one set in Markdown, in percent."""
     first = rows[0]
     title = (
         f"## {first['set']}: {first['train']} images of {first['train_classes']} classes trained"
@@ -326,7 +299,7 @@ def table(rows: list[dict[str, Any]]) -> str:
         "average_precision",
         *(f"recall_at_1_less_{other}" for other in ("raw_pixels", "untrained", "average")),
     )
-    return title + markdown(
+    return title + make_table(
         heads, [(row["arm"], *(format_cell(row, name) for name in names)) for row in rows]
     )
 

@@ -1,19 +1,21 @@
-"""Does one exponent per group find what its channels need? An experiment with a known answer:
-python -m eval.studies.planted
+"""Does one exponent per group find what its channels need? An experiment with a known answer.
 
-Tokens are noise with evidence planted in them, in two halves of the channels that tell two
-independent things about the label:
-- sparse half: one token of the image carries a strong bump in the channels of its class, all
-  others nothing: wants a large p, close to the maximum;
-- dense half: every token carries a weak bump in the channels of its class: wants a p near 1, the
-  average.
+    python -m eval.studies.planted
 
-No backbone is trained, only the pooling and a linear head, on fresh draws at every step. All seeds
-of an arm train in one `vmap`; all arms see the same draws, in training and in test. GGeM with one
-group per half can give each half its own p; GeM has to compromise. Three controls: the average of
-what is positive (what the clamp of GeM alone is worth), GGeM with the channels assigned to its two
-groups at random (two exponents without the right groups), and GeM with one p per channel, which can
-do all that GGeM can and has to find it channel by channel.
+Tokens are noise with planted evidence, in two halves of the channels that say two independent
+things about the label:
+
+- sparse half: one token of the image carries a strong bump in the channels of its class, and the
+  others carry nothing. This needs a large p, close to the maximum.
+- dense half: every token carries a weak bump in the channels of its class. This needs a p near 1,
+  the average.
+
+There is no backbone. The pooling and a linear head are trained on fresh draws at every step. All
+seeds of an arm train in one `vmap`, and all arms see the same draws, in training and in test. GGeM
+with one group per half can give each half its own p; GeM has to compromise. There are three
+controls: the average of positive values (what the clamp of GeM alone is worth), GGeM whose two
+groups are drawn at random (two exponents without the right groups), and GeM with one p per channel,
+which can do everything that GGeM can and has to find it channel by channel.
 """
 
 import dataclasses
@@ -40,17 +42,15 @@ from train.cli import Refused, one_sentence, parse
 
 @dataclass(frozen=True)
 class Planted:
-    """Does one exponent per group find what its channels need? An experiment with a known
-    answer.
-    """
+    """Does one exponent per group find what its channels need? The answer is known."""
 
-    seeds: int = 8
-    steps: int = 600
-    batch: int = 128
-    test: int = 4096  # images
-    tokens: int = 49  # of an image
+    seeds: int = 8  # trainings of each arm
+    steps: int = 600  # of each training
+    batch: int = 128  # images in a step
+    test: int = 4096  # test images
+    tokens: int = 49  # tokens of an image
     channels: int = 32  # half of them sparse, half dense
-    classes: int = 8  # that each half tells apart; a label is a pair of them
+    classes: int = 8  # classes that each half separates; a label is a pair of them
     bump: float = 4.0  # of the sparse evidence, in standard deviations of the noise
     shift: float = 0.35  # of the dense evidence
     lr: float = 5e-2  # of the head and of p alike
@@ -58,9 +58,10 @@ class Planted:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs the experiment."""
     with one_sentence("eval.studies.planted"):
         config = parse(Planted, argv, "eval.studies.planted", default=Planted())
-        check(config)
+        check_config(config)
         started = time.perf_counter()
         results = run(config)
         if config.json:
@@ -69,7 +70,7 @@ def main(argv: list[str] | None = None) -> None:
                     {
                         "seconds": time.perf_counter() - started,
                         "config": dataclasses.asdict(config),
-                        "arms": summary(results),
+                        "arms": summarise(results),
                     }
                 )
             )
@@ -77,8 +78,8 @@ def main(argv: list[str] | None = None) -> None:
             show(results, config, time.perf_counter() - started)
 
 
-def check(config: Planted) -> None:
-    """Refuses what no experiment can be made of."""
+def check_config(config: Planted) -> None:
+    """Refuses settings that no experiment can be made of."""
     if config.seeds < 2 or config.channels < 4 or config.channels % 4:
         raise Refused(
             f"--seeds must be at least 2 and --channels a multiple of 4, not {config.seeds} and"
@@ -101,6 +102,7 @@ class Result:
 
     @property
     def accuracy(self) -> np.ndarray:
+        """Accuracy of each seed, `(seeds,)`."""
         return self.correct.mean(axis=1)
 
 
@@ -108,7 +110,7 @@ def run(config: Planted) -> dict[str, Result]:
     """Trains and tests every arm."""
     seeds = jnp.arange(config.seeds)
     results = {}
-    for name, (start, pool) in arms(config).items():
+    for name, (start, pool) in make_arms(config).items():
         correct, p = jax.jit(
             jax.vmap(functools.partial(train_and_test, config=config, start=start, pool=pool))
         )(seeds)
@@ -116,9 +118,10 @@ def run(config: Planted) -> dict[str, Result]:
     return results
 
 
-def arms(config: Planted) -> dict[str, tuple[list[float], Callable[..., Array]]]:
-    """First exponents and pooling function of (tokens, p, key of the seed) of each arm; exponents
-    in the order of the channels, sparse half first.
+def make_arms(config: Planted) -> dict[str, tuple[list[float], Callable[..., Array]]]:
+    """Returns each arm's first exponents and its pooling (tokens, p, key of the seed).
+
+    The exponents are in the order of the channels, sparse half first.
     """
 
     def in_random_groups(tokens, p, key):
@@ -142,7 +145,17 @@ def arms(config: Planted) -> dict[str, tuple[list[float], Callable[..., Array]]]
 def train_and_test(
     seed: Int[Array, ""], *, config: Planted, start: list[float], pool
 ) -> tuple[Array, Array]:
-    """Right or wrong on each test image, and the learned exponents, of one seed."""
+    """Returns right or wrong for each test image, and the learned exponents, of one seed.
+
+    Args:
+        seed: of codes, draws and groups.
+        config: the experiment.
+        start: first exponents.
+        pool: (tokens, p, key of the seed) -> descriptors.
+
+    Returns:
+        `(test,)` bool and `(exponents,)`.
+    """
     key = jax.random.key(seed)
     code_key, test_key, train_key = jax.random.split(key, 3)
     codes = draw_codes(code_key, config)
@@ -176,7 +189,10 @@ def train_and_test(
 
 
 def draw_codes(key: PRNGKeyArray, config: Planted) -> Float[Array, "2 classes channels"]:
-    """For each half and class the channels, a quarter of the half, that its evidence shows in."""
+    """Returns the channels that show the evidence of each half and class, as 0 and 1.
+
+    They are a quarter of the half.
+    """
     half = config.channels // 2
 
     def code(key):
@@ -188,7 +204,17 @@ def draw_codes(key: PRNGKeyArray, config: Planted) -> Float[Array, "2 classes ch
 def draw(
     key: PRNGKeyArray, count: int, codes: Array, config: Planted
 ) -> tuple[Float[Array, "b n d"], Int[Array, " b"]]:
-    """Images, as tokens with the sparse half of the channels first, and their labels."""
+    """Returns images and their labels.
+
+    Args:
+        key: source of the random numbers.
+        count: number of images.
+        codes: channels of the evidence, as `draw_codes` returns them.
+        config: the experiment.
+
+    Returns:
+        `(count, tokens, channels)`, the sparse half of the channels first, and `(count,)`.
+    """
     noise_key, class_key, place_key = jax.random.split(key, 3)
     sparse, dense = jax.random.randint(class_key, (2, count), 0, config.classes)
     here = jax.nn.one_hot(jax.random.randint(place_key, (count,), 0, config.tokens), config.tokens)
@@ -205,8 +231,8 @@ def draw(
     return evidence + jax.random.normal(noise_key, evidence.shape), sparse * config.classes + dense
 
 
-def summary(results: dict[str, Result]) -> dict[str, Any]:
-    """What `--json` prints of each arm."""
+def summarise(results: dict[str, Result]) -> dict[str, Any]:
+    """Returns what `--json` prints of each arm."""
     ggem = results["GGeM"]
     return {
         name: {
@@ -221,7 +247,7 @@ def summary(results: dict[str, Result]) -> dict[str, Any]:
 
 
 def show(results: dict[str, Result], config: Planted, seconds: float) -> None:
-    """Prints the table for people; of exponents per channel the mean of each half."""
+    """Prints the table for people; for exponents per channel it prints the mean of each half."""
     print(
         f"{config.seeds} seeds, {config.steps} steps of {config.batch} images, {config.test} test"
         " images; mean over seeds [95 % interval]"
@@ -229,7 +255,7 @@ def show(results: dict[str, Result], config: Planted, seconds: float) -> None:
     for name, result in results.items():
         p = "   ".join(
             f"p {i.value:.2f} [{i.low:.2f}, {i.high:.2f}]"
-            for i in map(statistics.mean, halves(result.p))
+            for i in map(statistics.mean, average_halves(result.p))
         )
         print(f"{name:20}  accuracy {statistics.mean(result.accuracy)}   {p}")
     print("groups of GGeM: sparse half, dense half. Same draws for all arms:")
@@ -242,10 +268,8 @@ def show(results: dict[str, Result], config: Planted, seconds: float) -> None:
     print(f"{seconds:.0f} s")
 
 
-def halves(p: np.ndarray) -> np.ndarray:
-    """Exponents `(seeds, groups)`, as they are up to two groups, otherwise the mean of each half of
-    the channels; transposed, `(groups, seeds)`.
-    """
+def average_halves(p: np.ndarray) -> np.ndarray:
+    """Returns the exponents as `(groups, seeds)`; of more than two groups the mean of each half."""
     return p.T if p.shape[1] <= 2 else p.reshape(len(p), 2, -1).mean(axis=2).T
 
 

@@ -1,27 +1,29 @@
-"""Which pooling is better, and is it for the reasons given? The comparison of poolings: python -m
-eval.studies.pooling --data DIR
+"""Compares poolings: which is better, and is it for the reasons given?
+
+    python -m eval.studies.pooling --data DIR
 
 Four parts, each a design of its own:
-- planted: tokens with evidence of known kind (`eval.studies.planted`): does one exponent per group
-  find what its channels need?
-- imagenette: frozen tokens of EfficientNet-Lite0 on 2,000 photographs, 10 classes; a pooling and a
-  linear head are trained (`eval.studies.frozen`). These tokens are not negative, and the network
+
+- planted: tokens with evidence of a known kind (`eval.studies.planted`): does one exponent per
+  group find what its channels need?
+- imagenette: frozen tokens of EfficientNet-Lite0 on 2,000 photographs of 10 classes; a pooling and
+  a linear head are trained (`eval.studies.frozen`). These tokens are not negative, and the network
   has no heads.
-- cifar10-frozen: the same on the tokens of a ViT trained from scratch with its class token, so for
-  no pooling of patches.
+- cifar10-frozen: the same on the tokens of a ViT that was trained from scratch with its class
+  token, and so for no pooling of patches.
 - cifar10: small ViTs trained from scratch with each pooling, end to end (`eval.studies.cifar`).
 
-Differences are taken on the same test images and the same seeds, their intervals over both at
-once: seeds and images are drawn again with replacement (Owen, "The pigeonhole bootstrap", 2007,
-arXiv:0712.1111), and never less than Student's t over seeds. A claim is "supported" where the whole
-95 % interval lies on its side of 0, "not supported" where it lies on the other side, otherwise
-"undecided". Were there no difference anywhere, about one claim in twenty would still be decided.
-Dependence is judged where seeds are trainings of their own, and as what blocks of neighbours have
-more than random ones; what the frozen tokens show of dependence and amplification is told without a
-verdict: a few exponents decide it, on one network.
+Differences are taken on the same test images and the same seeds. Their intervals cover both: seeds
+and images are resampled with replacement (Owen, "The pigeonhole bootstrap", 2007, arXiv:0712.1111),
+and never less than Student's t over seeds. A claim is "supported" where the whole 95 % interval
+lies on its side of 0, "not supported" where it lies on the other side, and "undecided" otherwise.
+Were there no difference anywhere, about one claim in twenty would still be decided. Dependence is
+judged where seeds are trainings of their own, and as the excess of neighbouring blocks over random
+ones. What frozen tokens show of dependence and amplification is reported without a verdict, because
+a few exponents on one network decide it.
 
-Writes `docs/pooling_study.md`, its images, and `benchmarks/results/pooling_study.json`. Networks
-and finished parts are kept: an interrupted study goes on with them.
+Writes `docs/pooling_study.md`, its charts, and `benchmarks/results/pooling_study.json`. Networks
+and finished parts are kept, so that an interrupted study resumes.
 """
 
 import dataclasses
@@ -41,7 +43,7 @@ from eval.statistics import mean, pigeonhole_bootstrap
 from eval.studies import cifar, diagnostics, planted
 from eval.studies.frozen import Arm, Pool, Probe, Probed, Tokens, arms_of, described, freeze, probe
 from eval.studies.pooling_report import write_report
-from eval.studies.retrieval import data_folder, machine
+from eval.studies.retrieval import describe_machine, find_data
 from ggem_jax import pooling
 from ggem_jax.descriptors.backbones import load_network
 from ggem_jax.descriptors.settings import digest
@@ -64,10 +66,9 @@ EVIDENCE = 1000  # test images that dependence is measured on
 class PoolingStudy:
     """Which pooling is better, and is it for the reasons given?"""
 
-    data: Path | None = (
-        None  # folder with imagenette-224-mini and cifar10-jpeg; None: $GGEM_SHARED/data
-    )
-    parts: tuple[str, ...] = PARTS
+    # folder with imagenette-224-mini and cifar10-jpeg; None: $GGEM_SHARED/data
+    data: Path | None = None
+    parts: tuple[str, ...] = PARTS  # which of the four to run
     seeds: int = 10  # of the designs on frozen tokens, and of planted
     trainings: int = 3  # seeds of the networks trained end to end
     pictures: int = 10_000  # of CIFAR-10 that these are trained on
@@ -76,28 +77,36 @@ class PoolingStudy:
     # file of the network that the part imagenette uses; None: EfficientNet-Lite0
     weights: Path | None = None
     runs: Path = Path("runs/pooling_study")  # networks and intermediate results
-    out: Path = ROOT / "docs" / "pooling_study.md"
+    out: Path = ROOT / "docs" / "pooling_study.md"  # the page
+    # all numbers
     results: Path = ROOT / "benchmarks" / "results" / "pooling_study.json"
-    retrieval: Path = (
-        ROOT / "benchmarks" / "results" / "metric_study.csv"
-    )  # of eval.studies.metric, for the claim on retrieval
+    # results of eval.studies.metric, for the claims on retrieval
+    retrieval: Path = ROOT / "benchmarks" / "results" / "metric_study.csv"
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs the study."""
     with one_sentence("eval.studies.pooling"):
         study = parse(PoolingStudy, argv, "eval.studies.pooling", default=PoolingStudy())
-        check(study)
-        found = {part: kept(part, study) for part in study.parts}
+        check_study(study)
+        found = {part: load_or_run(part, study) for part in study.parts}
         write_text(
             study.results,
-            json.dumps({"machine": machine(), "study": settings(study), "parts": found}, indent=1)
+            json.dumps(
+                {"machine": describe_machine(), "study": study_settings(study), "parts": found},
+                indent=1,
+            )
             + "\n",
         )
-        print(write_report(study.out, found, settings(study), machine(), study.retrieval))
+        print(
+            write_report(
+                study.out, found, study_settings(study), describe_machine(), study.retrieval
+            )
+        )
 
 
-def check(study: PoolingStudy) -> None:
-    """Refuses what no study can be made of."""
+def check_study(study: PoolingStudy) -> None:
+    """Refuses settings that no study can be made of."""
     unknown = [part for part in study.parts if part not in PARTS]
     if unknown or not study.parts:
         raise Refused(
@@ -105,7 +114,8 @@ def check(study: PoolingStudy) -> None:
         )
     for name, least in (("seeds", 2), ("trainings", 2), ("pictures", 100), ("probe_epochs", 1)):
         if getattr(study, name) < least:
-            raise Refused(f"--{name} must be at least {least}, it is {getattr(study, name)}")
+            flag = name.replace("_", "-")
+            raise Refused(f"--{flag} must be at least {least}, it is {getattr(study, name)}")
     if not study.epochs > 0:
         raise Refused(f"--epochs must be positive, it is {study.epochs}")
     for path in (study.out, study.results):
@@ -118,19 +128,19 @@ def check(study: PoolingStudy) -> None:
             )
 
 
-def settings(study: PoolingStudy) -> dict[str, Any]:
-    """What the results depend on."""
+def study_settings(study: PoolingStudy) -> dict[str, Any]:
+    """Returns the settings that the results depend on."""
     return {
         name: getattr(study, name)
         for name in ("seeds", "trainings", "pictures", "epochs", "probe_epochs")
     }
 
 
-def kept(part: str, study: PoolingStudy) -> dict[str, Any]:
-    """The results of a part: those kept from before with the same settings, or new ones."""
+def load_or_run(part: str, study: PoolingStudy) -> dict[str, Any]:
+    """Returns the results of a part: kept ones with the same settings, otherwise new ones."""
     path = study.runs / f"{part}.json"
     made_by = {
-        **settings(study),
+        **study_settings(study),
         "data": str(study.data),
         "flags": cifar.FLAGS,
         "channels": CHANNELS,
@@ -145,36 +155,36 @@ def kept(part: str, study: PoolingStudy) -> dict[str, Any]:
         pass  # not there, or not whole: made again
     match part:
         case "planted":
-            found = planted_part(study)
+            found = run_planted(study)
         case "imagenette":
-            found = frozen_part(imagenette(data_folder(study.data), study.weights), study)
+            found = run_frozen(compute_imagenette(find_data(study.data), study.weights), study)
         case "cifar10-frozen":
-            found = frozen_part(own_tokens(study), study)
+            found = run_frozen(compute_own_tokens(study), study)
         case _:
-            found = trained_part(study)
-    found |= {"machine": machine()}
+            found = run_trained(study)
+    found |= {"machine": describe_machine()}
     path.parent.mkdir(parents=True, exist_ok=True)
     write_text(path, json.dumps({"made_by": made_by, "found": found}))
     return found
 
 
-def planted_part(study: PoolingStudy) -> dict[str, Any]:
-    """Accuracies and exponents where the answer is known."""
+def run_planted(study: PoolingStudy) -> dict[str, Any]:
+    """Returns accuracies and exponents where the answer is known."""
     results = planted.run(planted.Planted(seeds=study.seeds))
     ggem = results["GGeM"].accuracy  # each seed has its own images: over seeds alone
     less = {
         name: mean(ggem - result.accuracy) for name, result in results.items() if name != "GGeM"
     }
     return {
-        "arms": {name: arm_of(result.correct, result.p) for name, result in results.items()},
+        "arms": {name: summarise_arm(result.correct, result.p) for name, result in results.items()},
         "differences": {
             f"GGeM less {name}": dataclasses.asdict(interval) for name, interval in less.items()
         },
     }
 
 
-def frozen_part(tokens: Tokens, study: PoolingStudy) -> dict[str, Any]:
-    """Every arm on the same tokens."""
+def run_frozen(tokens: Tokens, study: PoolingStudy) -> dict[str, Any]:
+    """Returns the results of every arm on the same tokens."""
     how = Probe(seeds=study.seeds, epochs=study.probe_epochs)
     arms, results = arms_of(tokens), {}
     for name, arm in arms.items():
@@ -187,33 +197,34 @@ def frozen_part(tokens: Tokens, study: PoolingStudy) -> dict[str, Any]:
         print(said, file=sys.stderr, flush=True)
     ggem = results["GGeM"].correct
     differences = {
-        f"GGeM less {name}": difference(ggem, result.correct)
+        f"GGeM less {name}": compare(ggem, result.correct)
         for name, result in results.items()
         if name != "GGeM"
     }
     random = [
         result.correct for name, result in results.items() if name.startswith("GGeM, random groups")
     ]
-    differences["GGeM less GGeM, random groups"] = difference(
+    differences["GGeM less GGeM, random groups"] = compare(
         ggem, np.mean(random, axis=0)
     )  # all three draws
     return {
         "tokens": list(tokens.test.shape[1:]),
         "pictures": [len(tokens.train), len(tokens.test)],
         "heads": tokens.heads,
-        "arms": {name: arm_of(result.correct, result.p) for name, result in results.items()},
+        "arms": {name: summarise_arm(result.correct, result.p) for name, result in results.items()},
         "differences": differences,
-        "dependence": dependence_of_pooled(tokens, arms, results),
-        "amplification": amplification_of(tokens, arms, results),
-        "retrieval": retrieval_sweep(tokens),
+        "dependence": measure_pooled_dependence(tokens, arms, results),
+        "amplification": measure_amplification(tokens, arms, results),
+        "retrieval": sweep_retrieval(tokens),
     }
 
 
-def dependence_of_pooled(
+def measure_pooled_dependence(
     tokens: Tokens, arms: dict[str, Arm], results: dict[str, Probed]
 ) -> dict[str, Any]:
-    """Scores between the blocks of the pooled vector, as many as heads: contiguous blocks, and
-    random ones as the null.
+    """Returns scores of dependence between the blocks of the pooled vector.
+
+    The blocks are neighbours, as many as heads; random blocks are the null.
     """
     names = ("average", "positive average", "GeM", "GGeM")
     blocks = {
@@ -226,17 +237,16 @@ def dependence_of_pooled(
     values = {}
     for name in names:
         params = results[name].params if arms[name].start else results[name].params[:1]
-        pooled = [
-            described(few, arms[name], own) for own in params[:3]
-        ]  # as good as the same for all seeds
-        values[name] = dependence(pooled, blocks)
+        # three seeds are enough: the scores hardly differ
+        pooled = [described(few, arms[name], own) for own in params[:3]]
+        values[name] = measure_dependence(pooled, blocks)
     return values
 
 
-def dependence(
+def measure_dependence(
     descriptors: list[np.ndarray], blocks: dict[str, np.ndarray]
 ) -> dict[str, dict[str, list[float]]]:
-    """Mean over pairs of blocks of each score, for each descriptor, by the kind of blocks."""
+    """Returns kind of blocks -> score -> its mean over pairs of blocks, for each descriptor."""
     return {
         kind: {
             score: [
@@ -248,14 +258,13 @@ def dependence(
     }
 
 
-def amplification_of(
+def measure_amplification(
     tokens: Tokens, arms: dict[str, Arm], results: dict[str, Probed]
 ) -> dict[str, Any]:
-    """Are the channels that tell classes apart made larger than others? Rank correlation of both,
-    for each seed.
+    """Returns whether channels that separate the classes are made larger than others.
 
-    That every channel is made larger than under the average of what is positive follows from the
-    inequality of power means, so it is no evidence.
+    It is the rank correlation of both, for each seed. That every channel is made larger than under
+    the average of positive values follows from the inequality of power means, so it is no evidence.
     """
     reference = described(tokens, arms["positive average"], {})
     usefulness = diagnostics.fisher_scores(reference, tokens.test_labels)
@@ -273,10 +282,8 @@ def amplification_of(
     return found
 
 
-def retrieval_sweep(tokens: Tokens) -> dict[str, Any]:
-    """Recall@1 and mAP@R of the test images by each other with nothing trained, for the fixed
-    poolings and a sweep of p.
-    """
+def sweep_retrieval(tokens: Tokens) -> dict[str, Any]:
+    """Returns recall@1 and mAP@R among the test images for fixed poolings, nothing trained."""
     pools: dict[str, Any] = {"average": pooling.avg_pool, "max": pooling.max_pool}
     pools |= {f"GeM, p = {p:g}": lambda x, p=p: pooling.gem_pool(x, p) for p in (1, 2, 3, 4, 6, 10)}
     found = {}
@@ -298,18 +305,18 @@ def _without_parameters(pool: Callable[[Array], Array]) -> Pool:
     return lambda _, tokens: pool(tokens)
 
 
-def trained_part(study: PoolingStudy) -> dict[str, Any]:
-    """Networks trained end to end, and how much their heads depend on each other."""
-    data = cifar.images_of(data_folder(study.data) / "cifar10-jpeg", study.pictures)
+def run_trained(study: PoolingStudy) -> dict[str, Any]:
+    """Returns the results of networks trained end to end, and how much their heads depend."""
+    data = cifar.read_cifar10(find_data(study.data) / "cifar10-jpeg", study.pictures)
     correct: dict[str, list[np.ndarray]] = {arm: [] for arm in cifar.ARMS}
     exponents: dict[str, list[np.ndarray]] = {arm: [] for arm in cifar.ARMS}
     scores: dict[str, list[dict[str, Any]]] = {arm: [] for arm in cifar.ARMS}
     for seed in range(study.trainings):
         for arm in cifar.ARMS:
-            network = cifar.trained(arm, seed, data, study.runs / "cifar10", study.epochs)
+            network = cifar.train_network(arm, seed, data, study.runs / "cifar10", study.epochs)
             correct[arm].append(network.predictions.top(1))
             exponents[arm].append(network.p)
-            scores[arm].append(dependence_of_heads(network, data))
+            scores[arm].append(measure_head_dependence(network, data))
             print(
                 f"cifar10, {arm}, seed {seed}: top-1 {correct[arm][-1].mean():.2%}",
                 file=sys.stderr,
@@ -317,41 +324,46 @@ def trained_part(study: PoolingStudy) -> dict[str, Any]:
             )
     arrays = {arm: np.array(values) for arm, values in correct.items()}
     differences = {
-        f"GGeM less {arm}": difference(arrays["GGeM"], values)
+        f"GGeM less {arm}": compare(arrays["GGeM"], values)
         for arm, values in arrays.items()
         if arm != "GGeM"
     }
     return {
-        "arms": {arm: arm_of(values, np.array(exponents[arm])) for arm, values in arrays.items()},
+        "arms": {
+            arm: summarise_arm(values, np.array(exponents[arm])) for arm, values in arrays.items()
+        },
         "differences": differences,
-        "dependence": {arm: merged(values) for arm, values in scores.items()},
+        "dependence": {arm: merge_seeds(values) for arm, values in scores.items()},
     }
 
 
-def dependence_of_heads(network: cifar.Network, data: Any) -> dict[str, Any]:
-    """Scores between the heads of the last attention, before they are mixed, and between the blocks
-    of the descriptor; random blocks as the null.
+def measure_head_dependence(network: cifar.Network, data: Any) -> dict[str, Any]:
+    """Returns scores between the heads of the last attention, before they are mixed, and of blocks.
+
+    The blocks are those of the descriptor; random blocks are the null.
     """
-    heads, descriptor = cifar.attention_and_descriptor(network, data[1].take(np.arange(EVIDENCE)))
+    heads, descriptor = cifar.describe_heads(network, data[1].take(np.arange(EVIDENCE)))
     d, count = descriptor.shape[1], network.config.model.heads
     named, drawn = diagnostics.contiguous(d, count), diagnostics.random_blocks(d, count, 0)
-    of_heads = dependence([heads], {"heads": named, "random channels of heads": drawn})
-    return of_heads | dependence([descriptor], {"blocks": named, "random": drawn})
+    of_heads = measure_dependence([heads], {"heads": named, "random channels of heads": drawn})
+    return of_heads | measure_dependence([descriptor], {"blocks": named, "random": drawn})
 
 
-def merged(values: list[dict[str, Any]]) -> dict[str, Any]:
-    """One list over seeds for each kind of blocks and score."""
+def merge_seeds(values: list[dict[str, Any]]) -> dict[str, Any]:
+    """Returns kind of blocks -> score -> one list over seeds."""
     return {
         kind: {score: [own[kind][score][0] for own in values] for score in values[0][kind]}
         for kind in values[0]
     }
 
 
-def imagenette(data: Path, weights: Path | None = None) -> Tokens:
-    """Returns the frozen tokens of a network on Imagenette.
+def compute_imagenette(data: Path, weights: Path | None = None) -> Tokens:
+    """Returns the tokens of a frozen network on Imagenette.
 
-    Of EfficientNet-Lite0, the default: its last map of 7 x 7 places, of which `CHANNELS` channels
-    are kept. Of a ViT: its patch tokens and its class token, with as many groups as heads.
+    Args:
+        data: The folder of the packed sets.
+        weights: A file of a network with tokens or a feature map; None is EfficientNet-Lite0, whose
+            last map has 7 x 7 places, of which `CHANNELS` channels are kept.
     """
     _, splits = read_packed(data / "imagenette-224-mini")
     try:
@@ -373,16 +385,14 @@ def imagenette(data: Path, weights: Path | None = None) -> Tokens:
     return Tokens("imagenette", heads=network.heads or ASSUMED_HEADS, **found)
 
 
-def own_tokens(study: PoolingStudy) -> Tokens:
-    """Patch tokens, after the final norm, of the ViT that was trained with its class token and seed
-    0.
-    """
-    data = cifar.images_of(data_folder(study.data) / "cifar10-jpeg", study.pictures)
-    network = cifar.trained("class token", 0, data, study.runs / "cifar10", study.epochs)
+def compute_own_tokens(study: PoolingStudy) -> Tokens:
+    """Returns the patch tokens of the ViT that was trained with its class token and seed 0."""
+    data = cifar.read_cifar10(find_data(study.data) / "cifar10-jpeg", study.pictures)
+    network = cifar.train_network("class token", 0, data, study.runs / "cifar10", study.epochs)
     arrays: dict[str, np.ndarray] = {}
     for split, images in zip(("train", "test"), data, strict=True):
         few = images.take(np.arange(min(len(images), 4000)))  # their order mixes the classes
-        tokens = cifar.tokens_of(network, few)
+        tokens = cifar.compute_tokens(network, few)
         arrays |= {
             split: tokens[:, 1:],
             f"{split}_cls": tokens[:, 0],
@@ -391,8 +401,8 @@ def own_tokens(study: PoolingStudy) -> Tokens:
     return Tokens("cifar10-frozen", heads=network.config.model.heads, **arrays)
 
 
-def arm_of(correct: np.ndarray, p: np.ndarray) -> dict[str, Any]:
-    """Accuracy with its interval over seeds, every seed, and the learned exponents."""
+def summarise_arm(correct: np.ndarray, p: np.ndarray) -> dict[str, Any]:
+    """Returns accuracy with its interval over seeds, every seed, and the learned exponents."""
     accuracy = correct.mean(axis=1)
     return {
         "accuracy": dataclasses.asdict(mean(accuracy)),
@@ -401,8 +411,8 @@ def arm_of(correct: np.ndarray, p: np.ndarray) -> dict[str, Any]:
     }
 
 
-def difference(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
-    """Accuracy of the first less that of the second, `(seeds, images)` each."""
+def compare(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
+    """Returns the accuracy of the first less that of the second, `(seeds, images)` each."""
     return dataclasses.asdict(pigeonhole_bootstrap(first.astype(float) - second))
 
 

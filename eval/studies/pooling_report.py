@@ -1,4 +1,4 @@
-"""The report of `eval.studies.pooling`: claims, tables and images, from its results alone."""
+"""The report of `eval.studies.pooling`: claims, tables and charts, from its results alone."""
 
 import csv
 from collections.abc import Iterator
@@ -9,8 +9,11 @@ from typing import Any
 import numpy as np
 
 from eval.statistics import Interval, mean
-from eval.tables import markdown, shown
+from eval.tables import format_interval, make_table
 from ggem_jax.files.atomic import replacing, write_text
+from ggem_jax.files.pages import render_page
+
+TEMPLATE = Path(__file__).parent / "templates" / "pooling_study.md"
 
 TITLES = {
     "planted": "Planted evidence",
@@ -50,7 +53,7 @@ ABOUT = {
         " drawn out of 1,280, mean nothing. It was trained on ImageNet with average pooling, and"
         " these photographs are nearly all from ImageNet's training images, so the average is"
         " favoured and accuracies are close to their ceiling. No token is negative: the average is"
-        " that of what is positive."
+        " that of positive values."
     ),
     "cifar10-frozen": (
         "The network is the one trained with its class token, seed 0, of the end-to-end part."
@@ -64,9 +67,7 @@ ABOUT = {
 
 @dataclass(frozen=True)
 class Claim:
-    """One sentence of the paper on one set of data: an interval that lies above 0 where it
-    holds.
-    """
+    """One claim of the paper on one data set; its interval lies above 0 where the claim holds."""
 
     claim: str
     data: str
@@ -76,6 +77,7 @@ class Claim:
 
     @property
     def verdict(self) -> str:
+        """Whether the interval supports the claim."""
         if not np.isfinite([self.interval.low, self.interval.high]).all():
             return "undecided"
         return (
@@ -87,7 +89,8 @@ class Claim:
         )
 
     def cells(self) -> tuple[str, ...]:
-        difference = shown(
+        """Returns the row of the table."""
+        difference = format_interval(
             self.interval, percent=self.percent, digits=2 if self.percent else 4, sign=True
         )
         return self.claim, self.data, self.measured, difference, f"**{self.verdict}**"
@@ -100,46 +103,43 @@ def write_report(
     machine: dict[str, str],
     retrieval: Path,
 ) -> str:
-    """Writes the page and its images; gives the claims as a table."""
-    claims = list(claims_of(found, retrieval))
+    """Writes the page and its charts, and returns the claims as a table.
+
+    Args:
+        path: the page; its charts go to a folder of the same name without the ending.
+        found: the results by part.
+        settings: what they depend on.
+        machine: where they were measured.
+        retrieval: results of `eval.studies.metric`, if there are any.
+    """
+    claims = list(make_claims(found, retrieval))
     folder = path.with_suffix("")
     folder.mkdir(exist_ok=True)
-    table = markdown(
+    table = make_table(
         ("claim", "on", "measured", "difference [95 %]", "verdict"),
         [claim.cells() for claim in claims],
     )
-    text = f"""# Poolings compared
-
-What GGeM's abstract (arXiv:2212.04114) says of it, checked on data that two CPU cores can train on: none of it is the paper's own experiment. Made by
-
-    python -m eval.studies.pooling --data DIR
-
-on {machine["date"]}: {machine["device"]}, Python {machine["python"]}, jax {machine["jax"]}, flax {machine["flax"]}; {settings["seeds"]} seeds of the
-designs on frozen tokens and of planted evidence, {settings["trainings"]} of the end-to-end trainings ({settings["pictures"]:,} images,
-{settings["epochs"]:g} epochs). All numbers: [benchmarks/results/pooling_study.json](../benchmarks/results/pooling_study.json).
-
-A claim is *supported* where the whole 95 % interval of the difference lies above 0, *not supported* where it lies below, otherwise *undecided*.
-Differences are in points of accuracy on the same test images and the same seeds, their intervals over both (pigeonhole bootstrap, and not less
-than Student's t over seeds); those of other scores are over seeds alone. Of {len(claims)} claims, were there no difference anywhere, about
-{len(claims) / 20:.0f} would still be decided. What frozen tokens show of dependence and amplification is told below without a verdict: a few
-exponents decide it, on one network. Seeds on frozen tokens are draws of four fifths of the same training images.
-
-{table}
-"""
-    for part, own in found.items():
-        text += section(part, own, folder)
-    write_text(path, text)
+    sections = "".join(make_section(part, own, folder) for part, own in found.items())
+    page = render_page(
+        TEMPLATE,
+        machine=machine,
+        settings=settings,
+        claims=len(claims),
+        table=table,
+        sections=sections,
+    )
+    write_text(path, "".join(page))
     return table
 
 
-def claims_of(found: dict[str, Any], retrieval: Path) -> Iterator[Claim]:
-    """Every claim with what was measured of it."""
+def make_claims(found: dict[str, Any], retrieval: Path) -> Iterator[Claim]:
+    """Yields every claim with what was measured."""
     for part, own in found.items():
         rivals = PLANTED_RIVALS if part == "planted" else RIVALS
         for rival in rivals:
             interval = own["differences"].get(f"GGeM less {rival}")
             if interval is not None and not (
-                rival == "positive average" and same(own, "average", rival)
+                rival == "positive average" and are_same(own, "average", rival)
             ):
                 yield Claim(
                     f"GGeM is better than {rival}", SHORT[part], "top-1", Interval(**interval)
@@ -166,13 +166,14 @@ def claims_of(found: dict[str, Any], retrieval: Path) -> Iterator[Claim]:
                     Interval(**interval),
                 )
     if "cifar10" in found:
-        yield from dependence_claims(found["cifar10"]["dependence"])
-    yield from retrieval_claims(retrieval)
+        yield from make_dependence_claims(found["cifar10"]["dependence"])
+    yield from make_retrieval_claims(retrieval)
 
 
-def dependence_claims(dependence: dict[str, Any]) -> Iterator[Claim]:
-    """What named blocks depend on each other more than random ones do: that of a rival less that of
-    GGeM, training by training.
+def make_dependence_claims(dependence: dict[str, Any]) -> Iterator[Claim]:
+    """Yields the claims on dependence, training by training.
+
+    Each compares the excess of named blocks over random ones, that of a rival less that of GGeM.
     """
     for kind, null, what in (
         ("heads", "random channels of heads", "heads of the last attention"),
@@ -194,13 +195,13 @@ def dependence_claims(dependence: dict[str, Any]) -> Iterator[Claim]:
                 )
 
 
-def same(own: dict[str, Any], one: str, other: str) -> bool:
-    """Whether two arms gave the same everywhere, as on tokens that are not negative."""
+def are_same(own: dict[str, Any], one: str, other: str) -> bool:
+    """Returns whether two arms gave the same everywhere, as on tokens that are not negative."""
     return own["arms"][one]["by_seed"] == own["arms"][other]["by_seed"]
 
 
-def retrieval_claims(path: Path) -> Iterator[Claim]:
-    """From the rows of `eval.studies.metric`, where they are there."""
+def make_retrieval_claims(path: Path) -> Iterator[Claim]:
+    """Yields the claims on retrieval from the rows of `eval.studies.metric`, if there are any."""
     if not path.is_file():
         return
     with path.open(newline="") as file:
@@ -219,10 +220,8 @@ def retrieval_claims(path: Path) -> Iterator[Claim]:
                 )
 
 
-def section(part: str, own: dict[str, Any], folder: Path) -> str:
-    """One part: accuracies, differences, group counts, exponents, dependence, amplification,
-    retrieval.
-    """
+def make_section(part: str, own: dict[str, Any], folder: Path) -> str:
+    """Returns one part of the page, and draws its charts."""
     text = f"\n## {TITLES[part]}\n\n"
     if "tokens" in own:
         tokens, channels = own["tokens"]
@@ -236,16 +235,16 @@ def section(part: str, own: dict[str, Any], folder: Path) -> str:
     rows = []
     for name, arm in own["arms"].items():
         difference = own["differences"].get(f"GGeM less {name}")
-        accuracy = shown(Interval(**arm["accuracy"]))
+        accuracy = format_interval(Interval(**arm["accuracy"]))
         rows.append(
             (
                 name,
                 accuracy,
-                "" if difference is None else shown(Interval(**difference), sign=True),
-                exponents(arm["p"]),
+                "" if difference is None else format_interval(Interval(**difference), sign=True),
+                format_exponents(arm["p"]),
             )
         )
-    text += markdown(
+    text += make_table(
         (
             "pooling",
             "top-1, % [95 % over seeds]",
@@ -260,21 +259,22 @@ def section(part: str, own: dict[str, Any], folder: Path) -> str:
     if "dependence" in own:
         text += (
             "\nMean dependence of pairs of blocks: 0 none, 1 complete; random blocks of the same"
-            " size are the null.\n\n" + dependence_table(own)
+            " size are the null.\n\n" + make_dependence_table(own)
         )
     if "amplification" in own:
-        text += "\n" + amplification_table(own["amplification"])
+        text += "\n" + make_amplification_table(own["amplification"])
     if "retrieval" in own:
         text += "\nRetrieval among the test images by class, nothing trained:\n\n"
         found = [
             (name, *(f"{100 * value:.1f}" for value in values.values()))
             for name, values in own["retrieval"].items()
         ]
-        text += markdown(("pooling", "recall@1, %", "mAP@R, %"), found)
+        text += make_table(("pooling", "recall@1, %", "mAP@R, %"), found)
     return text
 
 
-def dependence_table(own: dict[str, Any]) -> str:
+def make_dependence_table(own: dict[str, Any]) -> str:
+    """Returns the scores of dependence as a table."""
     rows = []
     for name, kinds in own["dependence"].items():
         for kind, scores in kinds.items():
@@ -283,34 +283,35 @@ def dependence_table(own: dict[str, Any]) -> str:
                     name,
                     kind,
                     *(
-                        shown(mean(np.array(values)), percent=False, digits=4)
+                        format_interval(mean(np.array(values)), percent=False, digits=4)
                         for values in scores.values()
                     ),
                 )
             )
     first = next(iter(next(iter(own["dependence"].values())).values()))
-    return markdown(("pooling", "between", *first), rows)
+    return make_table(("pooling", "between", *first), rows)
 
 
-def amplification_table(found: dict[str, Any]) -> str:
+def make_amplification_table(found: dict[str, Any]) -> str:
+    """Returns rank correlations and Gini coefficients as a table."""
     rows = []
     for name in ("GeM", "GGeM"):
         values = [mean(np.array(found[name][score])) for score in ("rank_correlation", "gini")]
-        rows.append((name, *(shown(value, percent=False, digits=4) for value in values)))
+        rows.append((name, *(format_interval(value, percent=False, digits=4) for value in values)))
     text = (
         "Amplification: rank correlation of how much larger a channel is than under the average of"
-        " what is positive with its Fisher score, and\n"
+        " positive values with its Fisher score, and\n"
     )
     text += (
         f"how unequally energy is spread over channels (Gini; {found['gini_of_reference']:.3f}"
         " under that average).\n\n"
     )
-    return text + markdown(("pooling", "rank correlation", "Gini"), rows)
+    return text + make_table(("pooling", "rank correlation", "Gini"), rows)
 
 
 def accuracy_chart(part: str, own: dict[str, Any], folder: Path) -> Path:
-    """Accuracy of every arm with its interval and every seed."""
-    figure, axis = canvas(6.4, 0.26 * len(own["arms"]) + 1.1)
+    """Draws the accuracy of every arm with its interval and every seed."""
+    figure, axis = make_figure(6.4, 0.26 * len(own["arms"]) + 1.1)
     names = list(own["arms"])[::-1]
     for place, name in enumerate(names):
         arm = own["arms"][name]
@@ -322,15 +323,15 @@ def accuracy_chart(part: str, own: dict[str, Any], folder: Path) -> Path:
             color=colour,
             alpha=0.35,
         )
-        axis.errorbar(*interval_of(arm["accuracy"], place), fmt="o", color=colour, capsize=3)
+        axis.errorbar(*error_bar(arm["accuracy"], place), fmt="o", color=colour, capsize=3)
     axis.set(
         yticks=range(len(names)), yticklabels=names, xlabel="top-1 accuracy, %", title=SHORT[part]
     )
-    return saved(figure, folder / f"{part}-accuracy.png")
+    return save(figure, folder / f"{part}-accuracy.png")
 
 
 def group_chart(part: str, own: dict[str, Any], folder: Path) -> Path | None:
-    """Accuracy over the number of groups, neighbouring channels and random ones."""
+    """Draws the accuracy over the number of groups, of neighbouring channels and of random ones."""
     if "heads" not in own:
         return None
     heads, channels = own["heads"], own["tokens"][1]
@@ -343,7 +344,7 @@ def group_chart(part: str, own: dict[str, Any], folder: Path) -> Path | None:
     random = {"GGeM, random groups 1": heads} | {
         name: int(name.split()[1]) for name in own["arms"] if name.endswith(" random groups")
     }
-    figure, axis = canvas(5.2, 3.4)
+    figure, axis = make_figure(5.2, 3.4)
     for label, which in (("neighbouring channels", counts), ("random channels", random)):
         points = sorted((count, own["arms"][name]["accuracy"]) for name, count in which.items())
         x = [count for count, _ in points]
@@ -360,16 +361,16 @@ def group_chart(part: str, own: dict[str, Any], folder: Path) -> Path | None:
         title=f"{SHORT[part]}: number of groups",
     )
     axis.legend()
-    return saved(figure, folder / f"{part}-groups.png")
+    return save(figure, folder / f"{part}-groups.png")
 
 
 def dependence_chart(part: str, own: dict[str, Any], folder: Path) -> Path | None:
-    """Every score of dependence by pooling, blocks beside their null."""
+    """Draws every score of dependence by pooling, blocks beside their null."""
     if "dependence" not in own:
         return None
     kinds = list(next(iter(own["dependence"].values())))
     scores = list(own["dependence"]["GGeM"][kinds[0]])
-    figure, axes = canvas(3.2 * len(scores), 3.2, columns=len(scores))
+    figure, axes = make_figure(3.2 * len(scores), 3.2, columns=len(scores))
     for axis, score in zip(axes, scores, strict=True):
         for shift, kind in enumerate(kinds):
             values = [np.mean(own["dependence"][name][kind][score]) for name in own["dependence"]]
@@ -382,29 +383,32 @@ def dependence_chart(part: str, own: dict[str, Any], folder: Path) -> Path | Non
         axis.set(title=score, xticks=np.arange(len(own["dependence"])) + 0.3)
         axis.set_xticklabels(list(own["dependence"]), rotation=40, ha="right")
     axes[0].legend(fontsize=7)
-    return saved(figure, folder / f"{part}-dependence.png")
+    return save(figure, folder / f"{part}-dependence.png")
 
 
-def canvas(width: float, height: float, *, columns: int = 1) -> Any:
+def make_figure(width: float, height: float, *, columns: int = 1) -> Any:
+    """Returns a figure and its axes, without a display."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
     return figure, figure.subplots(1, columns)
 
 
-def saved(figure: Any, path: Path) -> Path:
+def save(figure: Any, path: Path) -> Path:
+    """Writes a chart and returns its path."""
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=90, metadata={"Software": None})
     return path
 
 
-def interval_of(accuracy: dict[str, float], place: int) -> tuple[Any, ...]:
+def error_bar(accuracy: dict[str, float], place: int) -> tuple[Any, ...]:
+    """Returns value, place and ends, as matplotlib takes them."""
     value, low, high = (100 * accuracy[end] for end in ("value", "low", "high"))
     return value, place, None, [[value - low], [high - value]]
 
 
-def exponents(p: list[list[float]]) -> str:
-    """Learned exponents, mean over seeds; of many of them their range."""
+def format_exponents(p: list[list[float]]) -> str:
+    """Returns the learned exponents, each the mean over seeds; of more than 8 their range."""
     values = np.array(p)
     if not values.size:
         return ""

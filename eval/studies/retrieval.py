@@ -1,14 +1,15 @@
-"""Poolings and rerankers on real images with real ground truth: python -m eval.studies.retrieval
---data DIR
+"""Compares poolings and rerankers on real images with real ground truth.
+
+    python -m eval.studies.retrieval --data DIR
 
 EfficientNet-Lite0 with its ImageNet weights on three sets, in their zip files: places along a
 corridor, handwritten characters (Omniglot), and ten photos of one landmark among 2,000 photographs
 (an easy test). Every pooling with every reranker: recall@1 and mean average precision with 95 %
-bootstrap intervals over queries, and pairwise against the average and against no reranking. Also
-pixels as descriptors, for reference.
+bootstrap intervals over queries, and paired differences to the average and to no reranking. Pixels
+as descriptors are the reference point.
 
-Prints the tables and writes `benchmarks/results/retrieval_study.csv`, of which
-`docs/retrieval_study.md` tells. Minutes on two CPU cores.
+Prints the tables and writes `benchmarks/results/retrieval_study.csv`, which
+`docs/retrieval_study.md` reports. Takes minutes on two CPU cores.
 """
 
 import dataclasses
@@ -29,10 +30,10 @@ import numpy as np
 from PIL import Image
 from tyro.conf import arg
 
-from eval.descriptors import POOLINGS, describe, make_extractor, vary_pooling
+from eval.descriptors import POOLINGS, describe_images, make_extractor, vary_pooling
 from eval.rerankers import Name, Rerank, ranked, reranked
 from eval.statistics import bootstrap
-from eval.tables import columns, format_cell, write_rows
+from eval.tables import format_cell, interval_columns, write_rows
 from ggem_jax.descriptors.settings import DescriptorSettings
 from ggem_jax.files.images import RGB, read_image
 from ggem_jax.retrieval.expansion import augment_database
@@ -47,16 +48,13 @@ RESULTS = Path(__file__).parent.parent.parent / "benchmarks" / "results" / "retr
 class Study:
     """Poolings and rerankers on real images with real ground truth."""
 
-    data: Path | None = (
-        # folder with corridor-vpr, omniglot-small, landmark-photos, imagenette-224-mini; None:
-        # $GGEM_SHARED/data
-        None
-    )
-    sets: tuple[str, ...] = ("corridor", "omniglot", "landmark")
-    out: Path = RESULTS
-    drawers: int = (
-        5  # of Omniglot's 20 for each character whose images are queries; all are in the database
-    )
+    # folder with corridor-vpr, omniglot-small, landmark-photos and imagenette-224-mini; None:
+    # $GGEM_SHARED/data
+    data: Path | None = None
+    sets: tuple[str, ...] = ("corridor", "omniglot", "landmark")  # which of the three to run
+    out: Path = RESULTS  # CSV file of the results
+    # drawers whose drawings are queries, of Omniglot's 20; all drawings are in the database
+    drawers: int = 5
     rerank: Annotated[Rerank, arg(name="")] = Rerank()  # noqa: RUF009
 
     def __post_init__(self):
@@ -64,8 +62,12 @@ class Study:
             raise ValueError(f"--drawers must be from 1 to {DRAWERS}, it is {self.drawers}")
 
 
-def data_folder(data: Path | None) -> Path:
-    """The folder of the sets: the one given, or that in the folder that GGEM_SHARED names."""
+def find_data(data: Path | None) -> Path:
+    """Returns the folder of the sets: the given one, or that in the folder that GGEM_SHARED names.
+
+    Raises:
+        Refused: neither is given.
+    """
     found = data or (
         Path(os.environ["GGEM_SHARED"]) / "data" if "GGEM_SHARED" in os.environ else None
     )
@@ -79,7 +81,7 @@ def data_folder(data: Path | None) -> Path:
 
 @dataclass(frozen=True)
 class Set:
-    """Images, of which some are queries, and what these should find."""
+    """Images, some of which are queries, and what these should find."""
 
     names: list[str]
     read: Callable[[str], RGB]
@@ -88,25 +90,24 @@ class Set:
     relevance: list[Relevance]  # places in `database`
     longest_side: int  # pixels that the network sees
     pixels: Callable[[RGB], np.ndarray]  # a descriptor without a network, not yet normalised
-    pixels_expansion: Rerank | None = (
-        None  # of the reference point with expansion of queries and database
-    )
-    views: "dict[str, Set]" = field(
-        default_factory=dict
-    )  # other queries, databases and relevance over the same images
+    # expansion of queries and database for the reference point; None: without one
+    pixels_expansion: Rerank | None = None
+    # other queries, databases and relevance over the same images
+    views: "dict[str, Set]" = field(default_factory=dict)
 
     @property
     def own(self) -> np.ndarray:
-        """The row of a query in the database, or -1."""
+        """The row of each query in the database, or -1."""
         row = {place: i for i, place in enumerate(self.database.tolist())}
         return np.array([row.get(place, -1) for place in self.queries.tolist()])
 
 
 def corridor(data: Path, study: Study) -> Set:
-    """Two runs along one corridor: the frames of the first are queries, those of the second the
-    database; about five frames are right.
+    """Returns two runs along one corridor: frames of the first are queries, the second is searched.
+
+    About five frames are right for each query.
     """
-    archive, names = _opened(data / "corridor-vpr" / "corridor.zip")
+    archive, names = _open_zip(data / "corridor-vpr" / "corridor.zip")
     (truth_name,) = [name for name in archive.namelist() if name.endswith("ground_truth.json")]
     truth = json.loads(archive.read(truth_name))
     queries, references = (
@@ -116,23 +117,22 @@ def corridor(data: Path, study: Study) -> Set:
     relevance = [Relevance(np.array(right, int), np.array([], int)) for right in truth]
     return Set(
         names,
-        _reader(archive),
+        _make_reader(archive),
         np.array(references),
         np.array(queries),
         relevance,
         320,
-        lambda image: _grey(image, 32),
+        lambda image: _shrink_to_grey(image, 32),
     )
 
 
 def omniglot(data: Path, study: Study) -> Set:
-    """136 characters by 20 drawers; right are the other drawers of the query's character, and the
-    query's own image is left out.
+    """Returns 136 characters by 20 drawers: right are the other drawings of the query's character.
 
-    Once more with the drawers of the queries apart from the database: database augmentation must
-    not see a query among the neighbours.
+    The query's own image is left out. A second view keeps the drawers of the queries apart from the
+    database, because database augmentation must not see a query among the neighbours.
     """
-    archive, names = _opened(data / "omniglot-small" / "images_background_small1.zip")
+    archive, names = _open_zip(data / "omniglot-small" / "images_background_small1.zip")
     character = np.unique([name.rpartition("/")[0] for name in names], return_inverse=True)[1]
     drawer = np.array([int(name.rpartition("_")[2].removesuffix(".png")) for name in names])
     queries = np.flatnonzero(drawer <= study.drawers)
@@ -143,12 +143,12 @@ def omniglot(data: Path, study: Study) -> Set:
     expansion = Rerank(qe_neighbors=5, alpha=3.0)
     every = Set(
         names,
-        _reader(archive),
+        _make_reader(archive),
         np.arange(len(names)),
         queries,
         relevance,
         160,
-        lambda image: 255 - _grey(image, 28),
+        lambda image: 255 - _shrink_to_grey(image, 28),
         expansion,
     )
     others = np.flatnonzero(drawer > study.drawers)
@@ -165,14 +165,12 @@ def omniglot(data: Path, study: Study) -> Set:
 
 
 def landmark(data: Path, study: Study) -> Set:
-    """Ten photos of one church, each a query for the other nine, among 2,000 photographs of ten
-    other things.
-    """
-    archive, distractors = _opened(data / "imagenette-224-mini" / "imagenette224_mini.zip")
+    """Returns ten photos of one church, each a query for the others, among 2,000 photographs."""
+    archive, distractors = _open_zip(data / "imagenette-224-mini" / "imagenette224_mini.zip")
     photos = sorted(str(path) for path in (data / "landmark-photos" / "sacre_coeur").glob("*.jpg"))
     if not photos:
         raise Refused(f"{data / 'landmark-photos' / 'sacre_coeur'} has no photos")
-    own, inside = set(photos), _reader(archive)
+    own, inside = set(photos), _make_reader(archive)
     every = np.arange(len(photos))
     relevance = [Relevance(np.setdiff1d(every, [i]), np.array([i])) for i in every]
     names = photos + distractors
@@ -181,7 +179,13 @@ def landmark(data: Path, study: Study) -> Set:
         return read_image(Path(name)) if name in own else inside(name)
 
     return Set(
-        names, read, np.arange(len(names)), every, relevance, 224, lambda image: _grey(image, 32)
+        names,
+        read,
+        np.arange(len(names)),
+        every,
+        relevance,
+        224,
+        lambda image: _shrink_to_grey(image, 32),
     )
 
 
@@ -192,7 +196,7 @@ SETS: dict[str, Callable[[Path, Study], Set]] = {
 }
 
 
-def _opened(path: Path) -> tuple[zipfile.ZipFile, list[str]]:
+def _open_zip(path: Path) -> tuple[zipfile.ZipFile, list[str]]:
     try:
         archive = zipfile.ZipFile(path)
     except (OSError, zipfile.BadZipFile) as error:
@@ -207,11 +211,11 @@ def _opened(path: Path) -> tuple[zipfile.ZipFile, list[str]]:
     return archive, sorted(names)
 
 
-def _reader(archive: zipfile.ZipFile) -> Callable[[str], RGB]:
+def _make_reader(archive: zipfile.ZipFile) -> Callable[[str], RGB]:
     return lambda name: read_image(archive.read(name), name=name)
 
 
-def _grey(image: RGB, side: int) -> np.ndarray:
+def _shrink_to_grey(image: RGB, side: int) -> np.ndarray:
     return np.asarray(
         Image.fromarray(image).convert("L").resize((side, side), Image.Resampling.BOX), np.float32
     )
@@ -226,24 +230,27 @@ class Cell:
     # mean average precision as others count it: the mean of the precisions at all positives
     mean_of_precisions: float
 
-    def columns(self, average: "Cell | None", none: "Cell | None") -> dict[str, Any]:
-        """Both measures with their intervals, and their differences to two other cells where there
-        are such.
+    def make_columns(self, average: "Cell | None", none: "Cell | None") -> dict[str, Any]:
+        """Returns both measures with their intervals, and their differences to two other cells.
+
+        Args:
+            average: the cell of average pooling with the same reranker, if there is one.
+            none: the cell of the same pooling without reranking, if there is one.
         """
         row: dict[str, Any] = {}
         for name in ("recall_at_1", "average_precision"):
             values = getattr(self, name)
-            row |= columns(name, bootstrap(values))
+            row |= interval_columns(name, bootstrap(values))
             for against, other in (("average", average), ("none", none)):
                 difference = None if other is None else bootstrap(values - getattr(other, name))
-                row |= columns(f"{name}_less_{against}", difference)
+                row |= interval_columns(f"{name}_less_{against}", difference)
         return {**row, "mean_of_precisions": f"{self.mean_of_precisions:.4f}"}
 
 
-def measured(ids: np.ndarray, relevance: list[Relevance]) -> Cell:
-    found = [
-        positive_ranks(row, own) for row, own in zip(ids, relevance, strict=True)
-    ]  # all of them: rankings are whole
+def measure(ids: np.ndarray, relevance: list[Relevance]) -> Cell:
+    """Returns the measures of whole rankings `(queries, n)`."""
+    # the ranks of all positives: rankings are whole
+    found = [positive_ranks(row, own) for row, own in zip(ids, relevance, strict=True)]
     precisions = np.mean([np.mean((np.arange(len(ranks)) + 1) / (ranks + 1)) for ranks in found])
     return Cell(
         scores(ids, relevance).average_precision,
@@ -252,46 +259,56 @@ def measured(ids: np.ndarray, relevance: list[Relevance]) -> Cell:
     )
 
 
-def cells_of(vectors: np.ndarray, own: Set, rerank: Rerank) -> dict[Name, Cell]:
-    """Every reranker on one pooling's descriptors."""
+def measure_rerankers(vectors: np.ndarray, own: Set, rerank: Rerank) -> dict[Name, Cell]:
+    """Returns the measures of every reranker on the descriptors of one pooling.
+
+    Args:
+        vectors: `(n, d)` unit vectors of all images of the set.
+        own: the set.
+        rerank: settings of the rerankers.
+    """
     queries, database = vectors[own.queries], jax.device_put(vectors[own.database])
     initial = ranked(queries, database, own=own.own)
     return {
-        name: measured(
+        name: measure(
             reranked(name, queries, database, initial, rerank, own=own.own), own.relevance
         )
         for name in get_args(Name)
     }
 
 
-def unit_pixels(own: Set, names: Sequence[str]) -> np.ndarray:
-    """The reference point without a network, `(n, d)`: small grey images less their mean, as unit
-    vectors.
-    """
+def make_unit_pixels(own: Set, names: Sequence[str]) -> np.ndarray:
+    """Returns small grey images less their mean, as unit vectors `(n, d)`."""
     pixels = np.stack([own.pixels(own.read(name)).ravel() for name in names])
     pixels -= pixels.mean(axis=1, keepdims=True)
     pixels /= np.linalg.norm(pixels, axis=1, keepdims=True)
     return pixels
 
 
-def rows_of_pixels(name: str, own: Set) -> Iterator[dict[str, Any]]:
-    """The reference points that need no network."""
-    pixels = unit_pixels(own, own.names)
+def measure_pixels(name: str, own: Set) -> Iterator[dict[str, Any]]:
+    """Yields the rows of the reference points that need no network."""
+    pixels = make_unit_pixels(own, own.names)
     initial = ranked(pixels[own.queries], pixels[own.database], own=own.own)
-    cells = {"none": measured(np.asarray(initial.ids), own.relevance)}
+    cells = {"none": measure(np.asarray(initial.ids), own.relevance)}
     if own.pixels_expansion is not None:
-        cells["queries and database expanded, 5 neighbours"] = measured(
-            _expanded_both(pixels, own), own.relevance
+        cells["queries and database expanded, 5 neighbours"] = measure(
+            _expand_both(pixels, own), own.relevance
         )
     for reranker, cell in cells.items():
         none = None if reranker == "none" else cells["none"]
-        yield {"set": name, "queries": len(own.queries), "database": len(own.database),
-        "longest_side": "", "pooling": "pixels",
-               "reranker": reranker, **cell.columns(None, none)}  # fmt: skip
+        yield {
+            "set": name,
+            "queries": len(own.queries),
+            "database": len(own.database),
+            "longest_side": "",
+            "pooling": "pixels",
+            "reranker": reranker,
+            **cell.make_columns(None, none),
+        }
 
 
-def _expanded_both(vectors: np.ndarray, own: Set) -> np.ndarray:
-    """Queries and database by the means of themselves and their nearest."""
+def _expand_both(vectors: np.ndarray, own: Set) -> np.ndarray:
+    """Rankings after queries and database are replaced by means of themselves and their nearest."""
     how = own.pixels_expansion
     assert how is not None
     augmented = np.asarray(
@@ -302,12 +319,12 @@ def _expanded_both(vectors: np.ndarray, own: Set) -> np.ndarray:
     return np.asarray(ranked(augmented[own.own], augmented, own=own.own).ids)
 
 
-def rows_of(name: str, own: Set, rerank: Rerank) -> Iterator[dict[str, Any]]:
-    """A row for each pooling and reranker, of the set and its other views."""
+def measure_set(name: str, own: Set, rerank: Rerank) -> Iterator[dict[str, Any]]:
+    """Yields a row for each pooling and reranker, of the set and its other views."""
     settings = vary_pooling(DescriptorSettings(longest_side=own.longest_side))
     began = time.perf_counter()
     extractor = make_extractor(list(settings.values()))
-    vectors = describe(extractor, map(own.read, own.names), own.names, name)
+    vectors = describe_images(extractor, map(own.read, own.names), own.names, name)
     print(
         f"{name}: {len(own.names)} images described in {time.perf_counter() - began:.0f} s",
         file=sys.stderr,
@@ -315,7 +332,7 @@ def rows_of(name: str, own: Set, rerank: Rerank) -> Iterator[dict[str, Any]]:
     )
     for view, one in {name: own, **own.views}.items():
         cells = {
-            pooling: cells_of(np.ascontiguousarray(vectors[:, i]), one, rerank)
+            pooling: measure_rerankers(np.ascontiguousarray(vectors[:, i]), one, rerank)
             for i, pooling in enumerate(POOLINGS)
         }
         print(
@@ -327,13 +344,19 @@ def rows_of(name: str, own: Set, rerank: Rerank) -> Iterator[dict[str, Any]]:
             for reranker, cell in by_reranker.items():
                 average = None if pooling == "average" else cells["average"][reranker]
                 none = None if reranker == "none" else by_reranker["none"]
-                yield {"set": view, "queries": len(one.queries), "database": len(one.database),
-                "longest_side": one.longest_side,
-                       "pooling": pooling, "reranker": reranker, **cell.columns(average,
-                       none)}  # fmt: skip
+                yield {
+                    "set": view,
+                    "queries": len(one.queries),
+                    "database": len(one.database),
+                    "longest_side": one.longest_side,
+                    "pooling": pooling,
+                    "reranker": reranker,
+                    **cell.make_columns(average, none),
+                }
 
 
-def machine() -> dict[str, str]:
+def describe_machine() -> dict[str, str]:
+    """Returns date, device and versions, as columns of a row."""
     device = jax.devices()[0]
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -348,9 +371,10 @@ def machine() -> dict[str, str]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Runs the study."""
     with one_sentence("eval.studies.retrieval"):
         study = parse(Study, argv, "eval.studies.retrieval", default=Study())
-        data = data_folder(study.data)
+        data = find_data(study.data)
         if unknown := set(study.sets) - set(SETS):
             raise Refused(
                 f"--sets must be among {', '.join(SETS)}, not {', '.join(sorted(unknown))}"
@@ -361,18 +385,19 @@ def main(argv: list[str] | None = None) -> None:
                 data, dataclasses.replace(study, drawers=DRAWERS)
             )  # pixels are cheap: all queries
             own = [
-                *rows_of_pixels(name, every),
-                *rows_of(name, SETS[name](data, study), study.rerank),
+                *measure_pixels(name, every),
+                *measure_set(name, SETS[name](data, study), study.rerank),
             ]
-            rows += [{**machine(), **row} for row in own]
+            rows += [{**describe_machine(), **row} for row in own]
             for view in dict.fromkeys(row["set"] for row in own):
-                print(markdown([row for row in own if row["set"] == view]), flush=True)
+                print(make_set_tables([row for row in own if row["set"] == view]), flush=True)
         write_rows(study.out, rows)
 
 
-def markdown(rows: list[dict[str, Any]]) -> str:
-    """The tables of one set: a line for each pooling, a column for each reranker; both measures, in
-    percent.
+def make_set_tables(rows: list[dict[str, Any]]) -> str:
+    """Returns the tables of one set in Markdown: rows are poolings, columns are rerankers.
+
+    Both measures are in percent.
     """
     networks = [row for row in rows if row["pooling"] != "pixels"]
     first = networks[0]

@@ -1,4 +1,4 @@
-"""Any file of named arrays, by its ending."""
+"""Files of named arrays, read by their ending."""
 
 import lzma
 import zipfile
@@ -14,25 +14,18 @@ from ggem_jax.files.errors import MismatchedWeights, UnreadableWeights
 from ggem_jax.files.safetensors_files import read_safetensors
 from ggem_jax.files.torch_files import read_torch
 
-TORCH = (".pth", ".pt", ".bin", ".ckpt", ".pyth")  # the last one is that of pycls and CVNet
-_DAMAGED = (
-    zlib.error,
-    lzma.LZMAError,
-    RuntimeError,
-    MemoryError,
-    OverflowError,
-)  # what zip files and headers that were altered lead to
-WRAPPERS = (
-    "model",
-    "state_dict",
-    "teacher",
-    "model_state",
-    "params",
-)  # folders that training scripts put around the parameters
+TORCH = (".pth", ".pt", ".bin", ".ckpt")
+# what altered zip files and headers raise
+_DAMAGED = (zlib.error, lzma.LZMAError, RuntimeError, MemoryError, OverflowError)
+# dictionaries that training scripts put around the parameters
+WRAPPERS = ("model", "state_dict", "teacher", "model_state", "params")
 
 
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of a `.safetensors`, `.npz` or PyTorch file (its endings: `TORCH`) by name.
+    """Returns the arrays of a weights file by their names.
+
+    Args:
+        path: a `.safetensors`, `.npz`, `.pth`, `.pt`, `.bin` or `.ckpt` file.
 
     Raises:
         UnreadableWeights: the file cannot be read, or its ending is none of these.
@@ -58,11 +51,12 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def read_npz(path: str | Path) -> dict[str, np.ndarray]:
-    """The arrays of a NumPy file; two-byte ones without a type, as JAX writes bfloat16, become
-    bfloat16. Nothing is unpickled.
+    """Returns the arrays of a NumPy file by their names.
+
+    Two-byte arrays without a type, as JAX writes bfloat16, become bfloat16. Nothing is unpickled.
 
     Raises:
-        UnreadableWeights: the file cannot be read, or an array is no plain one.
+        UnreadableWeights: the file cannot be read, or holds something else than plain arrays.
     """
     try:
         with open(path, "rb") as opened:
@@ -71,7 +65,7 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
                 raise ValueError("it holds one array without a name")
             arrays = {name: file[name] for name in file.files}
             if odd := [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]:
-                raise ValueError(f"its member {odd[0]} is no array")
+                raise ValueError(f"its member {odd[0]} is not an array")
     except (
         OSError,
         ValueError,

@@ -1,4 +1,4 @@
-"""What goes wrong with files of weights, each in one sentence that names the file."""
+"""What can go wrong with files of weights, each in one sentence that names the file."""
 
 
 class UnreadableWeights(ValueError):
@@ -6,12 +6,14 @@ class UnreadableWeights(ValueError):
 
 
 class UnsafePickle(UnreadableWeights):
-    """A pickle that asks for more than plain data; the message names what it asks for. Nothing of
-    it was run.
+    """A pickle that asks for more than plain data.
+
+    The message names what it asks for. No part of it is run.
     """
 
 
 class MismatchedWeights(ValueError):
-    """Weights that are not those of the network; the message lists every missing, surplus and
-    wrongly shaped parameter.
+    """Weights that do not fit the network.
+
+    The message lists every missing, surplus and wrongly shaped parameter.
     """

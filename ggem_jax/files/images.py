@@ -1,4 +1,7 @@
-"""Pictures: files -> `(height, width, 3)` uint8 arrays in RGB. Needs Pillow (the extra `train`)."""
+"""Images: files -> `(height, width, 3)` uint8 arrays in RGB.
+
+Needs Pillow, of the extras `retrieval` and `train`.
+"""
 
 import io
 import math
@@ -24,32 +27,36 @@ RGB = UInt8[np.ndarray, "h w 3"]
 
 
 class UnreadableImage(ValueError):
-    """A file that should be a picture and cannot be decoded; the message names it and the
-    reason.
-    """
+    """A file that should be an image and cannot be decoded; the message names it and the reason."""
 
 
 def read_image(source: Path | bytes, *, name: str | None = None) -> RGB:
-    """Decodes a picture the right way up: EXIF rotation applied, grey, palette, CMYK and 16-bit
-    pictures turned into 8-bit RGB, alpha dropped.
+    """Returns a decoded image the right way up.
 
-    `name` is what an error calls the picture; a path names itself. Raises `UnreadableImage`, also
-    for 32 bits a channel, whose range no file tells.
+    The EXIF rotation is applied; grey, palette, CMYK and 16-bit images become 8-bit RGB; alpha is
+    dropped.
+
+    Args:
+        source: a path, or the bytes of a file.
+        name: what an error calls the image; a path names itself.
+
+    Returns:
+        `(height, width, 3)` uint8.
+
+    Raises:
+        UnreadableImage: it cannot be decoded, or has 32 bits a channel, whose range no file tells.
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
-            picture = ImageOps.exif_transpose(file)
-            if picture.mode in ("I", "F"):
+            image = ImageOps.exif_transpose(file)
+            if image.mode in ("I", "F"):
                 raise ValueError(
-                    f"it has 32 bits a channel (mode {picture.mode}) where 8 or 16 are needed"
+                    f"it has 32 bits a channel (mode {image.mode}) where 8 or 16 are needed"
                 )
-            if picture.mode.startswith(
-                "I;16"
-            ):  # 16 bits a pixel: Pillow's own conversion would clip at 255
-                return np.repeat(
-                    (np.asarray(picture, np.uint32) // 257).astype(np.uint8)[..., None], 3, axis=-1
-                )
-            return np.asarray(picture.convert("RGB"))
+            if image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
+                grey = (np.asarray(image, np.uint32) // 257).astype(np.uint8)
+                return np.repeat(grey[..., None], 3, axis=-1)
+            return np.asarray(image.convert("RGB"))
     except _UNREADABLE as error:
         raise UnreadableImage(
             f"{name or (source if isinstance(source, Path) else 'the image')} is not a readable"
@@ -58,8 +65,14 @@ def read_image(source: Path | bytes, *, name: str | None = None) -> RGB:
 
 
 def crop(image: RGB, box: Sequence[float]) -> RGB:
-    """Cuts out the box (x1, y1, x2, y2), in pixels, each coordinate cut to a whole number and what
-    lies outside the picture left out.
+    """Returns the part of an image inside a box.
+
+    Args:
+        image: `(height, width, 3)`.
+        box: (x1, y1, x2, y2) in pixels; coordinates are cut to whole numbers and to the image.
+
+    Raises:
+        ValueError: the box is not four numbers, or nothing of the image is inside it.
     """
     if len(box) != 4 or not all(math.isfinite(coordinate) for coordinate in box):
         raise ValueError(f"a box must be four numbers, x1, y1, x2, y2, not {box!r}")
@@ -79,7 +92,19 @@ def crop(image: RGB, box: Sequence[float]) -> RGB:
 def normalise(
     image: RGB, *, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
 ) -> Float32[np.ndarray, "h w 3"]:
-    """(pixel / 255 - mean) / std of each channel, in float32: what networks take."""
+    """Returns (pixel / 255 - mean) / std of each channel, as networks take images.
+
+    Args:
+        image: `(..., h, w, 3)` uint8.
+        mean: of the channels in [0, 1]; the default is ImageNet's.
+        std: standard deviation of the channels; the default is ImageNet's.
+
+    Returns:
+        `(..., h, w, 3)` float32.
+
+    Raises:
+        ValueError: the image has another dtype or shape.
+    """
     if image.dtype != np.uint8 or image.shape[-1:] != (3,):
         raise ValueError(
             f"image must be uint8 (..., h, w, 3), not {image.dtype} of shape {image.shape}"
@@ -90,8 +115,12 @@ def normalise(
 
 
 def resize(image: RGB, height: int, width: int) -> RGB:
-    """Resizes with Pillow's bicubic filter, which averages over the source pixels when it
-    shrinks.
+    """Returns the image resized with Pillow's bicubic filter, which averages when it shrinks.
+
+    Args:
+        image: `(h, w, 3)` uint8.
+        height: of the result.
+        width: of the result.
     """
     if image.shape[:2] == (height, width):
         return image
@@ -99,8 +128,14 @@ def resize(image: RGB, height: int, width: int) -> RGB:
 
 
 def centre_crop(image: RGB, side: int, *, zoom: float = 1.0) -> RGB:
-    """Resizes the shorter side to `zoom * side` and cuts the square in the middle."""
-    reach = 8 * min(image.shape[:2])  # of a thin picture only the middle is resized
+    """Returns the centre square after the shorter side is resized to `zoom * side`.
+
+    Args:
+        image: `(h, w, 3)` uint8.
+        side: pixels of a side of the square.
+        zoom: at least 1; 1.143 resizes the shorter side to 256 pixels for a square of 224.
+    """
+    reach = 8 * min(image.shape[:2])  # of a thin image only the middle is resized
     top, left = (max(length - reach, 0) // 2 for length in image.shape[:2])
     image = image[top : top + reach, left : left + reach]
     height, width = image.shape[:2]

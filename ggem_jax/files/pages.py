@@ -1,7 +1,7 @@
 """HTML pages that hold everything they show, from Jinja templates that share `base.html`.
 
-Values are escaped; only `markupsafe.Markup` stands in a page as it is. Needs the package jinja2, of
-the extras `retrieval` and `train`.
+Values are escaped, but for those that a template marks as `safe`. Needs the package jinja2, of the
+extras `retrieval` and `train`.
 """
 
 from collections.abc import Iterator
@@ -16,7 +16,7 @@ def render_page(template: Path, **values: Any) -> Iterator[str]:
 
     Args:
         template: file of the template, which may extend `base.html`; a template whose name does not
-            end in `.html` is no HTML, and its values are not escaped.
+            end in `.html` is not HTML, and its values are not escaped.
         values: what the template names.
 
     Raises:

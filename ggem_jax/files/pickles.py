@@ -1,14 +1,14 @@
 """Pickles of plain data, read without running them.
 
 A pickle is a program for a small stack machine that may call anything that can be imported. Here
-its operations are taken one by one from the standard library's `pickletools`, and carried out by a
-machine of our own that imports nothing and calls nothing but the few functions of the table it is
-given: a pickle that asks for anything else is refused by the name of what it asks for. What the
-functions copy is charged to a budget, and text is made of nothing but plain values, so that a small
-file takes neither much memory nor much time.
+the standard library's `pickletools` yields its operations one by one, and a machine of our own
+carries them out. It imports nothing and calls only the few functions of the table it is given; a
+pickle that asks for anything else is refused by the name of what it asks for. Copies that functions
+make are charged to a budget, and text is made of plain values only, so that a small file takes
+neither much memory nor much time.
 
 Reference: Python's documentation of `pickle` and `pickletools`, and PEP 574 for the buffers of
-    protocol 5.
+protocol 5.
 """
 
 import io
@@ -35,17 +35,20 @@ DAMAGED = (
 
 @dataclass
 class Budget:
-    """Bytes that copies of what a file holds may still take: a pickle can ask again and again for a
-    copy of the same.
+    """Bytes that copies of a file's contents may still take.
+
+    A pickle can ask for a copy of the same object again and again.
     """
 
     left: int
 
     @classmethod
     def of_file(cls, data: bytes) -> "Budget":
+        """Returns the budget of a file: 8 times its size, and 1 MiB."""
         return cls(8 * len(data) + 2**20)
 
     def spend(self, count: int) -> None:
+        """Charges a copy of `count` bytes; raises `ValueError` where the budget is exceeded."""
         self.left -= count
         if self.left < 0:
             raise ValueError("its values would take many times the size of the file")
@@ -53,16 +56,14 @@ class Budget:
 
 @dataclass(frozen=True)
 class Function:
-    """A function that a pickle may ask for, by its name in the pickle, and what stands in for
-    it.
-    """
+    """A function that a pickle may ask for, and our stand-in for it."""
 
     name: str
     call: Callable[..., Any]
 
 
 class Record:
-    """Something in a pickle that is no plain value yet."""
+    """Something in a pickle that is not a plain value yet."""
 
     def build(self, state: Any) -> None:
         """Takes the state that a pickle gives it."""
@@ -70,25 +71,27 @@ class Record:
             f"it sets the state of a {type(self).__name__.strip('_')}, which has none in plain data"
         )
 
-    def finished(self) -> Any:
-        """The plain value that it stands for."""
+    def finish(self) -> Any:
+        """Returns the plain value that it stands for."""
         raise NotImplementedError
 
 
 @dataclass
 class DTypeRecord(Record):
-    """A NumPy dtype while it is being read: numbers and fixed-length text only."""
+    """A NumPy dtype that is being read: numbers and fixed-length text only."""
 
     text: str
     order: Literal["<", ">", "|", "="] = "="
 
     def build(self, state: tuple) -> None:
+        """Takes the byte order."""
         order, inner, names = state[1:4]
         if order not in ("<", ">", "|", "=") or inner is not None or names is not None:
             raise UnsafePickle("it holds a NumPy array of records")
         self.order = order
 
-    def finished(self) -> np.dtype:
+    def finish(self) -> np.dtype:
+        """Returns the dtype; raises `UnsafePickle` for any other kind."""
         if re.fullmatch("b1|[iufc](1|2|4|8|16)|[SU][0-9]{1,6}", self.text) is None:
             raise UnsafePickle(f"it holds a NumPy array of dtype {self.text[:20]!r}")
         return np.dtype(self.text).newbyteorder(self.order)
@@ -96,15 +99,17 @@ class DTypeRecord(Record):
 
 @dataclass
 class ArrayRecord(Record):
-    """A NumPy array while it is being read."""
+    """A NumPy array that is being read."""
 
     array: np.ndarray | None = None
 
     def build(self, state: tuple) -> None:
+        """Takes shape, dtype, order and numbers."""
         _, shape, dtype, fortran, data = state
         self.array = _array(data, dtype, shape, "F" if fortran else "C")
 
-    def finished(self) -> np.ndarray:
+    def finish(self) -> np.ndarray:
+        """Returns the array."""
         if self.array is None:
             raise ValueError("an array without its numbers")
         return self.array
@@ -123,19 +128,23 @@ def _reconstruct(kind, *_):
 def _array(data, dtype, shape, order):
     if not isinstance(dtype, DTypeRecord) or order not in ("C", "F"):
         raise ValueError("an array without a dtype")
-    dtype, shape, data = dtype.finished(), checked_shape(shape), _bytes(data)
+    dtype, shape, data = dtype.finish(), require_shape(shape), _bytes(data)
     if len(data) != dtype.itemsize * math.prod(shape):
         raise ValueError("an array with more or less bytes than its shape asks for")
     array = np.frombuffer(data, dtype).reshape(shape, order=order)
     return array.astype(dtype.newbyteorder("=")) if not dtype.isnative else array
 
 
-def checked_shape(lengths: Any) -> tuple[int, ...]:
-    """Lengths of axes, or strides, that NumPy can take; larger ones can be made that take for ever
-    to multiply.
+def require_shape(lengths: Any) -> tuple[int, ...]:
+    """Returns lengths of axes, or strides, as a tuple that NumPy can take.
+
+    Larger ones can be made whose product takes for ever to compute.
+
+    Raises:
+        ValueError: they are no list of at most 64 whole numbers from 0 to 2^63 - 1.
     """
     if not isinstance(lengths, list | tuple) or len(lengths) > 64:
-        raise ValueError("a shape that is no list of at most 64 lengths")
+        raise ValueError("a shape that is not a list of at most 64 lengths")
     if not all(isinstance(length, int) and 0 <= length < 2**63 for length in lengths):
         raise ValueError(
             "a shape of a negative size, of more than 64 bits, or of something else than whole"
@@ -202,14 +211,21 @@ PLAIN["numpy.ndarray"] = _NDARRAY
 
 
 def read_pickle(source: Path | str | bytes) -> Any:
-    """Reads a pickle of plain data: numbers, text, bytes, lists, tuples, dictionaries, sets, and
-    NumPy arrays and scalars of numbers and text.
+    """Returns the value of a pickle of plain data.
 
-    An `OrderedDict` becomes a `dict`. Text of Python 2 is read as Latin-1. Raises `UnsafePickle`
-    where anything else is asked for, and `UnreadableWeights` for a file that cannot be read.
+    Plain data are numbers, text, bytes, lists, tuples, dictionaries, sets, and NumPy arrays and
+    scalars of numbers and text. An `OrderedDict` becomes a `dict`. Text of Python 2 is read as
+    Latin-1.
+
+    Args:
+        source: a path, or the bytes of a pickle.
+
+    Raises:
+        UnsafePickle: it asks for anything else.
+        UnreadableWeights: it cannot be read.
     """
     name = "the pickle" if isinstance(source, bytes) else str(source)
-    data = source if isinstance(source, bytes) else file_bytes(source)
+    data = source if isinstance(source, bytes) else read_bytes(source)
     file = io.BytesIO(data)
     value = run_pickle(file, PLAIN, name=name, budget=Budget.of_file(data))
     if file.read(1):
@@ -217,7 +233,8 @@ def read_pickle(source: Path | str | bytes) -> Any:
     return value
 
 
-def file_bytes(path: Path | str) -> bytes:
+def read_bytes(path: Path | str) -> bytes:
+    """Returns the contents of a file; raises `UnreadableWeights`."""
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -233,29 +250,37 @@ def run_pickle(
     persistent: Callable[[Any], Any] | None = None,
     finish: bool = True,
 ) -> Any:
-    """Reads one pickle from `file`, which is left behind its end.
+    """Returns the value of one pickle; `file` is left behind its end.
 
-    `known` are the globals that it may name: a `Function` may be called, anything else is a value.
-    `persistent` makes objects of persistent ids. `budget` is charged for what the functions copy.
-    Without `finish` the value still holds records, for `finished`.
+    Args:
+        file: the bytes, at the start of the pickle.
+        known: globals that the pickle may name; a `Function` may be called, anything else is a
+            value.
+        name: what errors call the file.
+        budget: is charged for the copies that functions make.
+        persistent: persistent id -> object; `None` refuses persistent ids.
+        finish: whether records become plain values; without it, call `finish_records` later.
+
+    Raises:
+        UnsafePickle: it asks for anything that is not known.
+        UnreadableWeights: its bytes are damaged.
     """
     try:
         machine = _Machine(known, persistent, budget)
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore", DeprecationWarning
-            )  # of the standard library over wrong escapes in text
+            # of the standard library over wrong escapes in text
+            warnings.simplefilter("ignore", DeprecationWarning)
             for operation, argument, _ in pickletools.genops(file):
                 machine.step(operation.name, argument)
-        return finished(machine.result) if finish else machine.result
+        return finish_records(machine.result) if finish else machine.result
     except UnsafePickle as error:
         raise UnsafePickle(f"{name} is refused: {error}") from None
     except DAMAGED as error:
-        raise UnreadableWeights(f"{name} is not a readable pickle: {reason(error)}") from None
+        raise UnreadableWeights(f"{name} is not a readable pickle: {explain(error)}") from None
 
 
-def reason(error: BaseException) -> str:
-    """What to say of an error that damaged bytes have raised."""
+def explain(error: BaseException) -> str:
+    """Returns what to say of an error that damaged bytes have raised."""
     text = str(error).partition("\n")[0][:200]
     return (
         text
@@ -282,7 +307,7 @@ _FIXED_TUPLES = {"TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
 @dataclass
 class _Machine:
-    """The stack machine of the format; `step` carries out one operation."""
+    """The stack machine of the format."""
 
     known: Mapping[str, Any]
     persistent: Callable[[Any], Any] | None
@@ -292,6 +317,7 @@ class _Machine:
     result: Any = None
 
     def step(self, operation: str, argument: Any) -> None:
+        """Carries out one operation."""
         if operation in _VALUES:
             self.stack.append(argument)
         elif operation in _CONSTANTS:
@@ -354,10 +380,10 @@ class _Machine:
                 arguments, function = self.pop(), self.pop()
                 if not isinstance(function, Function) or not isinstance(arguments, tuple):
                     raise UnsafePickle(
-                        f"it calls {type(function).__name__}, which is no function that plain data"
-                        " needs"
+                        f"it calls {type(function).__name__}, which is not a function that plain"
+                        " data needs"
                     )
-                self.budget.spend(_copied(arguments))
+                self.budget.spend(_copied_bytes(arguments))
                 self.stack.append(function.call(*arguments))
             case "BUILD":
                 state = self.pop()
@@ -380,21 +406,23 @@ class _Machine:
                 )
 
     def named(self, module: Any, name: Any) -> Any:
+        """Returns the global of this name; raises `UnsafePickle` for an unknown one."""
         if not isinstance(module, str) or not isinstance(name, str):
             raise ValueError(
                 f"a name of the types {type(module).__name__} and {type(name).__name__}"
             )
         full = f"{module}.{name}"
         if full not in self.known:
-            raise UnsafePickle(f"it asks for {full[:200]!r}, which is no plain data")
+            raise UnsafePickle(f"it asks for {full[:200]!r}, which is not plain data")
         return self.known[full]
 
     def build(self, target: Any, state: Any) -> None:
-        """Gives an object its state. Attributes of an `OrderedDict`, such as PyTorch's `_metadata`,
-        are left out.
+        """Gives an object its state.
+
+        Attributes of an `OrderedDict`, such as PyTorch's `_metadata`, are dropped.
         """
         if isinstance(target, Record):
-            self.budget.spend(_copied(state))
+            self.budget.spend(_copied_bytes(state))
             target.build(state)
         elif not isinstance(target, dict):
             raise UnsafePickle(
@@ -402,10 +430,12 @@ class _Machine:
             )
 
     def pop(self) -> Any:
+        """Removes and returns the top of the stack."""
         self.top()
         return self.stack.pop()
 
     def top(self, kind: type | None = None) -> Any:
+        """Returns the top of the stack, which must be of the type `kind`, if that is given."""
         if not self.stack or self.stack[-1] is _MARK:
             raise ValueError("a value is missing")
         if kind is not None and type(self.stack[-1]) is not kind:
@@ -413,6 +443,7 @@ class _Machine:
         return self.stack[-1]
 
     def pop_to_mark(self) -> list:
+        """Removes the mark and returns what stands above it."""
         for start in range(len(self.stack) - 1, -1, -1):
             if self.stack[start] is _MARK:
                 items = self.stack[start + 1 :]
@@ -427,20 +458,10 @@ def _pairs(items: list) -> Iterator[tuple[Hashable, Any]]:
     return zip(_keys(items[::2]), items[1::2], strict=True)
 
 
-def _copied(arguments: Any) -> int:
-    """Bytes that a function which copies its arguments takes: 16 for each item, whose reference in
-    the file takes 2 or more.
-    """
-    sizes: dict[type, int] = {
-        str: 1,
-        bytes: 1,
-        bytearray: 1,
-        list: 16,
-        tuple: 16,
-        dict: 16,
-        set: 16,
-        frozenset: 16,
-    }
+def _copied_bytes(arguments: Any) -> int:
+    """Bytes of a copy of the arguments: 16 for each item, whose reference takes at least 2."""
+    sizes: dict[type, int] = dict.fromkeys((str, bytes, bytearray), 1)
+    sizes |= dict.fromkeys((list, tuple, dict, set, frozenset), 16)
     return sum(len(value) * sizes[type(value)] for value in arguments if type(value) in sizes)
 
 
@@ -453,25 +474,26 @@ def _is_key(value: Any) -> bool:
 
 
 def _keys(items: Iterable) -> list:
-    """Keys and items of sets: plain values and tuples of at most 16 of them. Larger ones can be
-    made that take for ever to hash or to compare.
+    """Keys and items of sets: plain values, and tuples of at most 16 of them.
+
+    Larger ones can be made that take for ever to hash or to compare.
     """
     items = list(items)
     if not all(
         len(item) <= 16 and all(map(_is_key, item)) if type(item) is tuple else _is_key(item)
         for item in items
     ):
-        raise ValueError("a key, or an item of a set, that is no plain value")
+        raise ValueError("a key, or an item of a set, that is not a plain value")
     return items
 
 
-def finished(value: Any) -> Any:
-    """The value with its records made into plain values; what stands in many places is gone through
-    once.
+def finish_records(value: Any) -> Any:
+    """Returns the value with its records made into plain values.
+
+    What stands in several places is visited once.
     """
-    done: dict[
-        int, tuple[Any, Any]
-    ] = {}  # by id: what was there, which must live on for its id, and what it has become
+    # by id: the value, which must live on to keep its id, and what it has become
+    done: dict[int, tuple[Any, Any]] = {}
 
     def visit(value: Any) -> Any:
         if id(value) in done:
@@ -484,7 +506,7 @@ def finished(value: Any) -> Any:
                 value[place] = visit(item)
         elif isinstance(value, Record | tuple):
             result = (
-                value.finished()
+                value.finish()
                 if isinstance(value, Record)
                 else tuple(visit(item) for item in value)
             )

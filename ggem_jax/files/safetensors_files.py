@@ -1,6 +1,4 @@
-"""Files of safetensors, through its package (the extra `retrieval`): a header of names, dtypes and
-shapes, then the numbers.
-"""
+"""Files of safetensors, through its package (of the extra `retrieval`)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,8 +13,11 @@ from ggem_jax.files.errors import UnreadableWeights
 
 
 def read_safetensors(path: Path | str) -> dict[str, np.ndarray]:
-    """Reads all arrays by their names; bfloat16 is that of `ml_dtypes`. Raises `UnreadableWeights`
-    for a file that cannot be read.
+    """Returns all arrays by their names; bfloat16 is that of `ml_dtypes`.
+
+    Raises:
+        UnreadableWeights: the file cannot be read.
+        ModuleNotFoundError: the package safetensors is not installed.
     """
     package = _package()
     try:
@@ -37,7 +38,11 @@ def read_safetensors(path: Path | str) -> dict[str, np.ndarray]:
 
 
 def write_safetensors(path: Path | str, arrays: Mapping[str, ArrayLike]) -> None:
-    """Writes arrays by their names. The file appears under its name when it is complete."""
+    """Writes arrays by their names; the file appears when it is complete.
+
+    Raises:
+        ValueError: the package cannot write an array.
+    """
     package = _package()
     contents = {str(name): np.array(value, order="C", copy=None) for name, value in arrays.items()}
     try:

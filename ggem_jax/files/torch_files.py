@@ -1,12 +1,13 @@
-"""PyTorch's `.pth` files without PyTorch: the zip form of 1.6 and later, read and written, and the
-sequence of pickles of earlier versions, read.
+"""PyTorch's `.pth` files without PyTorch.
 
-A checkpoint is a pickle in which tensors are a storage (a run of numbers of one type), an offset
-into it, sizes and strides. The pickle is read by `ggem_jax.files.pickles`, which runs nothing of
-it. Arrays share the memory of their storage, as the tensors did, and cannot be written to.
+The zip form of PyTorch 1.6 and later is read and written; the sequence of pickles of earlier
+versions is read. A checkpoint is a pickle in which a tensor is a storage (a run of numbers of one
+type), an offset into it, sizes and strides. `ggem_jax.files.pickles` reads the pickle and runs
+nothing of it. Arrays share the memory of their storage, as the tensors did, and cannot be written
+to.
 
 Reference: the documentation of `torch.save` and "Serialization semantics" on pytorch.org, and the
-    files that PyTorch 2.13 writes.
+files that PyTorch 2.13 writes.
 """
 
 import io
@@ -33,10 +34,10 @@ from ggem_jax.files.pickles import (
     Budget,
     Function,
     Record,
-    checked_shape,
-    file_bytes,
-    finished,
-    reason,
+    explain,
+    finish_records,
+    read_bytes,
+    require_shape,
     run_pickle,
 )
 
@@ -93,7 +94,7 @@ class _StorageType(Record):
 
     dtype: np.dtype | None
 
-    def finished(self) -> np.dtype | None:
+    def finish(self) -> np.dtype | None:
         return self.dtype
 
 
@@ -110,13 +111,13 @@ class _Storage(Record):
     def bytes(self) -> int:
         return self.numbers * (1 if self.dtype is None else self.dtype.itemsize)
 
-    def finished(self) -> Any:
+    def finish(self) -> Any:
         raise UnsafePickle("it holds a storage without a tensor")
 
 
 @dataclass
 class _Tensor(Record):
-    """A tensor while its storage may still be to come; `finished` makes the array."""
+    """A tensor whose storage may still be to come; `finish` makes the array."""
 
     storage: _Storage
     offset: int
@@ -125,7 +126,7 @@ class _Tensor(Record):
     dtype: np.dtype
     budget: Budget
 
-    def finished(self) -> np.ndarray:
+    def finish(self) -> np.ndarray:
         if self.storage.data is None:
             raise ValueError("a storage is missing")
         if len(self.storage.data) % self.dtype.itemsize:
@@ -157,15 +158,21 @@ class _Tensor(Record):
 
 
 def read_torch(path: Path | str) -> Any:
-    """Reads a `.pth` file: nested dictionaries, lists and plain values, with arrays for tensors.
+    """Returns the contents of a `.pth` file, with arrays for tensors.
 
-    The arrays are contiguous and cannot be written to; those of tensors that shared a storage share
-    memory. bfloat16 and float8 are those of `ml_dtypes`. Parameters are arrays too; a `torch.dtype`
-    becomes a NumPy dtype, a `torch.Size` a tuple, a device its name, an `OrderedDict` a `dict`.
-    Raises `UnsafePickle` where the checkpoint asks for anything else, and `UnreadableWeights` for a
-    file that cannot be read.
+    The contents are nested dictionaries, lists and plain values. The arrays are contiguous and
+    cannot be written to; tensors that shared a storage share memory. bfloat16 and float8 are those
+    of `ml_dtypes`. Parameters become arrays, a `torch.dtype` a NumPy dtype, a `torch.Size` a tuple,
+    a device its name, and an `OrderedDict` a `dict`.
+
+    Args:
+        path: the file.
+
+    Raises:
+        UnsafePickle: the checkpoint asks for anything else.
+        UnreadableWeights: the file cannot be read.
     """
-    data = file_bytes(path)
+    data = read_bytes(path)
     budget = Budget.of_file(data)
     return (
         _read_zip(data, str(path), budget)
@@ -175,10 +182,16 @@ def read_torch(path: Path | str) -> Any:
 
 
 def write_torch(path: Path | str, arrays: Mapping[str, ArrayLike]) -> None:
-    """Writes arrays by their names as a state dictionary that `torch.load` reads, also with
-    `weights_only=True`.
+    """Writes arrays as a state dictionary that `torch.load` reads, also with `weights_only=True`.
 
-    The file appears under its name when it is complete.
+    The file appears when it is complete.
+
+    Args:
+        path: the file.
+        arrays: by their names.
+
+    Raises:
+        ValueError: an array has a dtype that such files do not hold.
     """
     contents = {}
     for name, value in arrays.items():
@@ -205,8 +218,9 @@ def write_torch(path: Path | str, arrays: Mapping[str, ArrayLike]) -> None:
 
 
 def _state_dictionary(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """The pickle, protocol 2: an `OrderedDict` of calls of `torch._utils._rebuild_tensor_v2` on the
-    storages 0, 1, ...
+    """The pickle, protocol 2: an `OrderedDict` of calls of `torch._utils._rebuild_tensor_v2`.
+
+    The tensors are on the storages 0, 1, ...
     """
     storages = {_DTYPES[dtype]: storage for storage, dtype in _STORAGES.items()}
     ordered = b"ccollections\nOrderedDict\n)R"
@@ -231,8 +245,9 @@ def _state_dictionary(arrays: Mapping[str, np.ndarray]) -> bytes:
 
 
 def _plain(value: Any) -> bytes:
-    """The operations of a pickle that put a plain value on the stack; without memo entries, so that
-    they can stand anywhere.
+    """The operations of a pickle that put a plain value on the stack.
+
+    They have no memo entries, so that they can stand anywhere.
     """
     if isinstance(value, tuple):
         return b"(" + b"".join(map(_plain, value)) + b"t"
@@ -261,7 +276,7 @@ def _read_zip(data: bytes, name: str, budget: Budget) -> Any:
             storages: dict[str, _Storage] = {}
 
             def storage(identity: Any) -> _Storage:
-                kind, key, numbers, _ = _checked_identity(identity)
+                kind, key, numbers, _ = _require_identity(identity)
                 if key not in storages:
                     storages[key] = _Storage(
                         kind.dtype,
@@ -282,7 +297,7 @@ def _read_zip(data: bytes, name: str, budget: Budget) -> Any:
     except UnreadableWeights:
         raise
     except _DAMAGED_ZIP as error:
-        raise UnreadableWeights(f"{name} is not a readable checkpoint: {reason(error)}") from None
+        raise UnreadableWeights(f"{name} is not a readable checkpoint: {explain(error)}") from None
 
 
 def _entries(archive: zipfile.ZipFile, total: int) -> dict[str, zipfile.ZipInfo]:
@@ -302,8 +317,10 @@ def _entries(archive: zipfile.ZipFile, total: int) -> dict[str, zipfile.ZipInfo]
 
 
 def _read_old(data: bytes, name: str, budget: Budget) -> Any:
-    """Pickles of a magic number, a version, facts of the machine, the object and the storages'
-    names, then each storage: length and numbers.
+    """The object of a file from before PyTorch 1.6.
+
+    Such a file is pickles of a magic number, a version, facts of the machine, the object and the
+    names of the storages, then each storage: length and numbers.
     """
     file = io.BytesIO(data)
     if run_pickle(file, {}, name=name, budget=budget) != _MAGIC:
@@ -312,7 +329,7 @@ def _read_old(data: bytes, name: str, budget: Budget) -> Any:
     storages: dict[str, _Storage] = {}
 
     def storage(identity: Any) -> _Storage:
-        kind, key, numbers, view = _checked_identity(identity)
+        kind, key, numbers, view = _require_identity(identity)
         if view is not None:
             raise ValueError("its storages are views of others, as in PyTorch before 0.4")
         return storages.setdefault(
@@ -343,7 +360,7 @@ def _read_old(data: bytes, name: str, budget: Budget) -> Any:
                 each.data = data[start:end]
             file.seek(end)
             _check_bytes(each)
-        return finished(value)
+        return finish_records(value)
     except UnsafePickle as error:
         raise UnsafePickle(
             str(error) if str(error).startswith(name) else f"{name} is refused: {error}"
@@ -351,17 +368,18 @@ def _read_old(data: bytes, name: str, budget: Budget) -> Any:
     except UnreadableWeights:
         raise
     except DAMAGED as error:
-        raise UnreadableWeights(f"{name} is not a readable checkpoint: {reason(error)}") from None
+        raise UnreadableWeights(f"{name} is not a readable checkpoint: {explain(error)}") from None
 
 
-def _checked_identity(identity: Any) -> tuple[_StorageType, str, int, Any]:
-    """A persistent id: the word storage, its class, its name, the device, how many numbers it has,
-    in old files also of what it is a view.
+def _require_identity(identity: Any) -> tuple[_StorageType, str, int, Any]:
+    """A persistent id: the word storage, its class, name, device and how many numbers it has.
+
+    In old files also what it is a view of.
     """
     if not isinstance(identity, tuple) or len(identity) not in (5, 6) or identity[0] != "storage":
         kind = identity[0] if isinstance(identity, tuple) and identity else identity
         found = repr(kind[:50]) if isinstance(kind, str) else f"of the type {type(kind).__name__}"
-        raise UnsafePickle(f"it holds the persistent object {found}, which is no storage")
+        raise UnsafePickle(f"it holds the persistent object {found}, which is not a storage")
     _, kind, key, _, numbers, *view = identity
     if (
         not isinstance(kind, _StorageType)
@@ -380,7 +398,7 @@ def _check_bytes(storage: _Storage) -> None:
 
 
 def _known(budget: Budget) -> dict[str, Any]:
-    """The globals of PyTorch's that plain checkpoints name."""
+    """PyTorch's globals that plain checkpoints name."""
 
     def tensor(storage, offset, size, stride, *_):
         if not isinstance(storage, _Storage) or storage.dtype is None:
@@ -390,8 +408,8 @@ def _known(budget: Budget) -> dict[str, Any]:
     def tensor_of_dtype(storage, offset, size, stride, requires_grad, hooks, dtype, *_):
         if not isinstance(storage, _Storage) or not isinstance(dtype, np.dtype):
             raise ValueError("a tensor without a storage or a dtype")
-        (first,) = checked_shape((offset,))
-        return _Tensor(storage, first, checked_shape(size), checked_shape(stride), dtype, budget)
+        (first,) = require_shape((offset,))
+        return _Tensor(storage, first, require_shape(size), require_shape(stride), dtype, budget)
 
     dtypes = _DTYPES | _ONLY_UNTYPED | {alias: _DTYPES[name] for alias, name in _ALIASES.items()}
     known: dict[str, Any] = PLAIN | {f"torch.{name}": dtype for name, dtype in dtypes.items()}
@@ -425,7 +443,5 @@ def _device(kind, *index):
 
 
 def _first_of(tensor, *_):
-    """The tensor of a parameter; whether it is trained, and its hooks, are no part of the
-    weights.
-    """
+    """The tensor of a parameter, without whether it is trained and without its hooks."""
     return tensor

@@ -1,4 +1,4 @@
-"""Vectors and rankings in files of anybody's: `.npy`, `.npz`, JSON."""
+"""Vectors and rankings in files: `.npy`, `.npz` and JSON."""
 
 import json
 from collections.abc import Iterator
@@ -14,10 +14,10 @@ from ggem_jax.files.atomic import replacing
 
 @dataclass(frozen=True)
 class VectorFile:
-    """Vectors `(n, d)` as a store: read block by block, in float16 or float32, of length 1 where
-    that is asked for.
+    """Vectors `(n, d)` of a file as a store that is read block by block.
 
-    What is not finite raises `ValueError` when it is read.
+    A block is float32, or float16 where the file is; with `normalize` it is divided by its lengths.
+    Reading a vector that is not finite raises `ValueError`.
     """
 
     name: str
@@ -26,26 +26,24 @@ class VectorFile:
 
     @property
     def shape(self) -> tuple[int, int]:
+        """Rows and channels."""
         n, d = self.array.shape
         return n, d
 
     def take(self, ids: Int[np.ndarray, " m"]) -> Float[np.ndarray, "m d"]:
+        """Returns the vectors with these ids, `(m, d)`."""
         return self._read(self.array[ids])
 
     def blocks(self, rows: int) -> Iterator[tuple[int, Float[np.ndarray, "m d"]]]:
+        """Yields the first row and the vectors of each block of at most `rows` rows."""
         return (
             (start, self._read(self.array[start : start + rows]))
             for start in range(0, len(self.array), rows)
         )
 
     def _read(self, block: np.ndarray) -> np.ndarray:
-        kind = (
-            np.float64
-            if self.normalize
-            else np.float16
-            if block.dtype.itemsize == 2
-            else np.float32
-        )
+        stored = np.float16 if block.dtype.itemsize == 2 else np.float32
+        kind = np.float64 if self.normalize else stored
         with np.errstate(over="ignore"):
             block = np.asarray(block, kind)
         if not np.isfinite(block).all():
@@ -54,8 +52,9 @@ class VectorFile:
 
 
 def _unit(block: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "m d"]:
-    """From float64, first by the largest number of each so that no square is too large or too
-    small; zeros stay.
+    """Unit vectors from float64; zeros stay.
+
+    They are first divided by their largest number, so that no square is too large or too small.
     """
     largest = np.maximum(block.max(axis=1, keepdims=True), -block.min(axis=1, keepdims=True))
     block = block / np.where(largest > 0, largest, 1)
@@ -64,14 +63,19 @@ def _unit(block: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "m d"]:
 
 
 def file_of(name: str) -> str:
-    """`FILE.npz` of `FILE.npz:NAME`; other names as they are."""
+    """Returns `FILE.npz` of `FILE.npz:NAME`, and other names as they are."""
     before, ending, key = name.rpartition(".npz:")
     return f"{before}.npz" if ending and key else name
 
 
 def read_array(name: str) -> np.ndarray:
-    """The array of a `.npy` file, mapped, or of a `.npz` file: the only one there, or the one of
-    `FILE.npz:NAME`. Raises `ValueError`.
+    """Returns the array of a `.npy` file, memory-mapped, or of a `.npz` file.
+
+    Args:
+        name: the file; `FILE.npz:NAME` chooses one of several arrays.
+
+    Raises:
+        ValueError: the file cannot be read, or it holds several arrays and none is chosen.
     """
     file = file_of(name)
     key = name[len(file) + 1 :]
@@ -89,16 +93,22 @@ def read_array(name: str) -> np.ndarray:
                 )
             array = loaded[key or names[0]]
         if not isinstance(array, np.ndarray):
-            raise ValueError(f"{key or names[0]} in it is no array")
+            raise ValueError(f"{key or names[0]} in it is not an array")
         return array
-    except (
-        Exception
-    ) as error:  # a damaged file fails in NumPy, zipfile or zlib with errors of a dozen kinds
+    except Exception as error:  # NumPy, zipfile and zlib raise a dozen kinds over damaged files
         raise ValueError(f"{file} cannot be read as an array: {_reason(error)}") from None
 
 
 def read_vectors(name: str, *, normalize: bool = False) -> VectorFile:
-    """Vectors `(n, d)` of floating point. Raises `ValueError`."""
+    """Returns the vectors `(n, d)` of a file.
+
+    Args:
+        name: the file, as `read_array` takes it.
+        normalize: whether vectors are divided by their lengths.
+
+    Raises:
+        ValueError: the file holds something else.
+    """
     array = read_array(name)
     if array.ndim != 2 or 0 in array.shape or not np.issubdtype(array.dtype, np.floating):
         raise ValueError(
@@ -109,7 +119,14 @@ def read_vectors(name: str, *, normalize: bool = False) -> VectorFile:
 
 
 def read_ranking(file: str) -> tuple[Float[np.ndarray, "q k"] | None, Int[np.ndarray, "q k"]]:
-    """Scores, where the file has them, and ids."""
+    """Returns the scores `(q, k)` of a file, `None` where it has none, and the ids `(q, k)`.
+
+    Args:
+        file: `.npy` of ids, or `.npz` or `.json` of ids and scores.
+
+    Raises:
+        ValueError: the file cannot be read, or holds something else.
+    """
     ending = Path(file).suffix.lower()
     if ending == ".npy":
         return None, _ids(file, read_array(file))
@@ -133,7 +150,13 @@ def read_ranking(file: str) -> tuple[Float[np.ndarray, "q k"] | None, Int[np.nda
 def write_ranking(
     file: Path, scores: Float[np.ndarray, "q k"], ids: Int[np.ndarray, "q k"]
 ) -> None:
-    """As `.json` or `.npz`, by the name; it appears when it is complete."""
+    """Writes a ranking as `.json` or `.npz`, by the ending; the file appears when it is complete.
+
+    Args:
+        file: the path.
+        scores: `(q, k)`.
+        ids: `(q, k)`.
+    """
     with replacing(file) as temporary, temporary.open("wb") as handle:
         if file.suffix.lower() == ".json":
             handle.write(json.dumps({"ids": ids.tolist(), "scores": scores.tolist()}).encode())
@@ -152,4 +175,4 @@ def _ids(file: str, ids: np.ndarray) -> np.ndarray:
 def _reason(error: Exception) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return "it is no such file" if "pickle" in str(error) else str(error) or type(error).__name__
+    return "it is not such a file" if "pickle" in str(error) else str(error) or type(error).__name__

@@ -87,7 +87,7 @@ def arcface_loss(
     Example:
         >>> descriptors, proxies = jnp.eye(3), jnp.eye(3)
         >>> print(f"{arcface_loss(descriptors, jnp.array([0, 1, 1]), proxies, scale=8.0):.4f}")
-        3.9462
+        3.9464
     """
     _check("scale", scale, scale > 0)
     _check("margin", margin, 0 <= margin <= np.pi / 2)

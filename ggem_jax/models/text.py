@@ -1,7 +1,7 @@
-"""Text transformer in Flax (linen): ids -> tokens -> one descriptor, the other tower of image-text
-learning.
+"""Text transformer in Flax (linen), the second tower of image-text learning: ids -> tokens -> one
+descriptor.
 
-Ids are `(b, n)` whole numbers, n up to the context; tokens are `(b, n, width)`.
+Ids are whole numbers `(b, n)`, n up to the context; tokens are `(b, n, width)`.
 
 References: Radford et al., "Learning Transferable Visual Models From Natural Language Supervision"
 (CLIP), 2021, arXiv:2103.00020, section 2.4, and its code; Zhai et al., "Sigmoid Loss for Language
@@ -21,8 +21,10 @@ from ggem_jax.models.transformer import GELU, Block, Gate, check_config, dtypes
 
 @dataclass(frozen=True)
 class TextConfig:
-    """What a text transformer is made of. Wrong combinations raise `ValueError` when the record is
-    made.
+    """The sizes and options of a `TextTransformer`.
+
+    Raises:
+        ValueError: A field is out of its range. The record is checked when it is made.
     """
 
     vocabulary: int  # ids are 0 ... vocabulary - 1
@@ -31,14 +33,10 @@ class TextConfig:
     heads: int = 8  # attention heads; width / heads channels each
     mlp_width: int = 2048  # hidden channels of the MLP in a block
     context: int = 77  # positions: the most ids of a text
-    causal: bool = True  # a token sees those before it only, as in CLIP; in SigLIP all see all
-    pooled: Literal["end", "last"] = (
-        # the descriptor: the token of the first `end_id` (CLIP), or that at the last place (SigLIP)
-        "end"
-    )
-    end_id: int | None = (
-        None  # id that ends a text; None: the largest of the vocabulary, as in CLIP
-    )
+    causal: bool = True  # a token attends to those before it only, as in CLIP, unlike in SigLIP
+    # the descriptor: the token of the first `end_id` (CLIP), or that at the last place (SigLIP)
+    pooled: Literal["end", "last"] = "end"
+    end_id: int | None = None  # id that ends a text; None: the largest of the vocabulary, as CLIP's
     dropout: float = 0.0  # in every residual branch
     gelu: GELU = "exact"
     mlp: Gate = "gelu"
@@ -47,7 +45,7 @@ class TextConfig:
     norm_eps: float = 1e-5
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the computation
     param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    remat: bool = False  # recompute the blocks in the backward pass: memory for time
+    remat: bool = False  # recompute the blocks in the backward pass: less memory, more time
 
     def __post_init__(self):
         check_config(
@@ -61,7 +59,7 @@ class TextConfig:
 
 @struct.dataclass
 class TextOutput:
-    """What a text transformer computes on the way from ids to the shared space."""
+    """What a `TextTransformer` computes on the way from ids to the shared space."""
 
     tokens: Float[Array, "b n d"]  # after the final norm
     descriptor: Float[Array, "b d"]
@@ -69,10 +67,15 @@ class TextOutput:
 
 
 class TextTransformer(nn.Module):
-    """Ids -> tokens -> descriptor -> its projection into the space shared with images, which
-    `outputs=0` leaves out.
+    """Ids -> tokens -> descriptor -> its projection into the space shared with images.
 
-    Training with dropout needs `rngs={"dropout": key}`.
+    `model.apply(variables, ids)` returns a `TextOutput`. Training with dropout needs `train=True`
+    and `rngs={"dropout": key}`.
+
+    Args:
+        config: The sizes.
+        outputs: Channels of the projection; 0 leaves it out.
+        project_bias: Whether the projection has a bias, as in SigLIP.
     """
 
     config: TextConfig
@@ -81,6 +84,9 @@ class TextTransformer(nn.Module):
 
     @nn.compact
     def __call__(self, ids: Int[Array, "b n"], *, train: bool = False) -> TextOutput:
+        """Returns tokens, descriptor and projection of ids `(b, n)`; raises `ValueError` for ids of
+        another shape or dtype.
+        """
         c = self.config
         if (
             ids.ndim != 2
@@ -122,6 +128,14 @@ class TextTransformer(nn.Module):
 
 
 def end_of(ids: Int[Array, "b n"], config: TextConfig) -> Int[Array, " b"]:
-    """Place of the first id that ends a text; the last place where none does."""
+    """Returns the place of the first id that ends each text, the last place where none does.
+
+    Args:
+        ids: The ids, `(b, n)`.
+        config: The config, with the id that ends a text.
+
+    Returns:
+        The places, `(b,)`, from 0.
+    """
     ends = ids == (config.vocabulary - 1 if config.end_id is None else config.end_id)
     return jnp.where(ends.any(axis=1), ends.argmax(axis=1), ids.shape[1] - 1)

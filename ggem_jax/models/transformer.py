@@ -1,5 +1,6 @@
-"""The pre-norm transformer block that the image tower and the text tower are stacks of. Tokens are
-`(b, n, width)`.
+"""The pre-norm transformer block, of which the image tower and the text tower are stacks.
+
+Tokens are `(b, n, width)`.
 """
 
 from collections.abc import Callable
@@ -13,15 +14,14 @@ from flax import linen as nn
 from jaxtyping import Array, Float
 
 GELU = Literal["exact", "tanh", "quick"]  # quick: x sigmoid(1.702 x), of OpenAI's CLIP
-Gate = Literal[
-    "gelu", "swiglu"
-]  # of an MLP: a GELU of its hidden channels, or silu(a) b of two halves of them
+# of an MLP: a GELU of its hidden channels, or silu(a) b of two halves of them
+Gate = Literal["gelu", "swiglu"]
 
 xavier = nn.initializers.xavier_uniform()
 
 
 class BlockConfig(Protocol):
-    """What a block needs to know of its tower."""
+    """The fields of a tower's config that its blocks read."""
 
     @property
     def width(self) -> int: ...  # channels of a token
@@ -32,10 +32,8 @@ class BlockConfig(Protocol):
     @property
     def mlp_width(self) -> int: ...  # hidden channels of the MLP
 
-    @property
-    def layer_scale(
-        self,
-    ) -> float | None: ...  # initial LayerScale of the residual branches; None: no LayerScale
+    @property  # initial LayerScale of the residual branches; None: no LayerScale
+    def layer_scale(self) -> float | None: ...
 
     @property
     def dropout(self) -> float: ...
@@ -60,13 +58,17 @@ class BlockConfig(Protocol):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: tokens + attention(norm(tokens)), then tokens +
-    mlp(norm(tokens)).
+    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
+
+    Args:
+        config: The tower's config.
+        drop_path: Probability to skip a residual branch of a sample in training.
+        causal: Whether a token attends only to itself and to tokens before it.
     """
 
     config: BlockConfig
     drop_path: float = 0.0
-    causal: bool = False  # a token attends to those before it only
+    causal: bool = False
 
     @nn.compact
     def __call__(self, tokens: Float[Array, "b n d"], train: bool) -> Float[Array, "b n d"]:
@@ -89,14 +91,19 @@ class Block(nn.Module):
             )
             branch = branch * scale.astype(branch.dtype)
         branch = nn.Dropout(c.dropout)(branch, deterministic=not train)
-        return nn.Dropout(self.drop_path, broadcast_dims=(1, 2))(
-            branch, deterministic=not train
-        )  # of whole samples
+        skip = nn.Dropout(self.drop_path, broadcast_dims=(1, 2))  # of whole samples
+        return skip(branch, deterministic=not train)
 
 
 class Attention(nn.Module):
-    """Multi-head attention, queries `(b, q, d)` over tokens `(b, n, d)`; head h owns the channels h
-    d/heads ... (h+1) d/heads before `out`.
+    """Multi-head attention of queries `(b, q, d)` over tokens `(b, n, d)`.
+
+    Head h owns the channels h d/heads ... (h+1) d/heads before the projection `out`. What the heads
+    found, `(b, q, heads, channels)`, is sown as `heads` for callers that pass
+    `mutable=["intermediates"]`.
+
+    Args:
+        config: The tower's config.
     """
 
     config: BlockConfig
@@ -119,17 +126,16 @@ class Attention(nn.Module):
             project("value")(tokens),
             is_causal=causal,
         )
-        self.sow(
-            "intermediates", "heads", mixed
-        )  # (b, q, heads, channels), for whoever asks with mutable=["intermediates"]
-        return nn.DenseGeneral(c.width, axis=(-2, -1), kernel_init=xavier, name="out", **dtypes(c))(
-            mixed
-        )
+        self.sow("intermediates", "heads", mixed)
+        out = nn.DenseGeneral(c.width, axis=(-2, -1), kernel_init=xavier, name="out", **dtypes(c))
+        return out(mixed)
 
 
 def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
-    """Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, arXiv:1606.08415, section 2: the
-    approximation by a sigmoid.
+    """Returns x sigmoid(1.702 x), an approximation of the GELU.
+
+    Reference: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, arXiv:1606.08415,
+        section 2.
     """
     return x * jax.nn.sigmoid(1.702 * x)
 
@@ -142,11 +148,15 @@ _GELUS: dict[str, Callable] = {
 
 
 class MLP(nn.Module):
-    """Two dense layers with a GELU between, or with a gate: out(silu(a) b) with a and b the first
-    and the second half of the channels of `in`.
+    """Two dense layers with a GELU, or with a gate (SwiGLU), between them.
 
-    Reference for the gate, SwiGLU: Shazeer, "GLU Variants Improve Transformer", 2020,
-    arXiv:2002.05202, eq. 6; fused and with biases as in DINOv2-g.
+    With the gate it is out(silu(a) b), where a and b are the halves of the channels of `in`.
+
+    Args:
+        config: The tower's config.
+
+    Reference: Shazeer, "GLU Variants Improve Transformer", 2020, arXiv:2002.05202, eq. 6 (SwiGLU);
+        fused and with biases as in DINOv2-g.
     """
 
     config: BlockConfig
@@ -168,8 +178,15 @@ class MLP(nn.Module):
 
 
 def check_config(config: Any, counts: tuple[str, ...], probabilities: tuple[str, ...]) -> None:
-    """Raises `ValueError` for fields of a tower's config that are out of their range; `counts` are
-    those that must be at least 1.
+    """Checks the fields of a tower's config.
+
+    Args:
+        config: The config, a dataclass. Its bools and literals are checked by their types.
+        counts: Fields that must be whole numbers of at least 1.
+        probabilities: Fields that must be from 0 to 1.
+
+    Raises:
+        ValueError: A field is out of its range; the message names it.
     """
     for name in counts:
         if not isinstance(getattr(config, name), int | np.integer) or getattr(config, name) < 1:
@@ -177,21 +194,13 @@ def check_config(config: Any, counts: tuple[str, ...], probabilities: tuple[str,
                 f"{name} must be a whole number of at least 1, not {getattr(config, name)!r}"
             )
     for name, hint in get_type_hints(type(config)).items():
-        choices = (
-            (False, True)
-            if hint is bool
-            else get_args(hint)
-            if get_origin(hint) is Literal
-            else None
-        )
-        if choices and (
-            getattr(config, name) not in choices
-            or (hint is bool and not isinstance(getattr(config, name), bool))
-        ):
-            raise ValueError(
-                f"{name} must be one of {', '.join(map(str, choices))}, not"
-                f" {getattr(config, name)!r}"
-            )
+        value = getattr(config, name)
+        choices = get_args(hint) if get_origin(hint) is Literal else ()
+        if hint is bool:
+            choices = (False, True)
+        if choices and (value not in choices or (hint is bool and not isinstance(value, bool))):
+            known = ", ".join(map(str, choices))
+            raise ValueError(f"{name} must be one of {known}, not {value!r}")
     for name in probabilities:
         if not 0 <= getattr(config, name) <= 1:
             raise ValueError(f"{name} must be a probability, not {getattr(config, name)}")
@@ -204,5 +213,5 @@ def check_config(config: Any, counts: tuple[str, ...], probabilities: tuple[str,
 
 
 def dtypes(config: BlockConfig) -> dict[str, Any]:
-    """Keyword arguments of Flax modules."""
+    """Returns the dtypes of a config as keyword arguments of Flax modules."""
     return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}

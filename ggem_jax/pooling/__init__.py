@@ -2,7 +2,7 @@
 
 from ggem_jax.pooling.dispatch import Implementation
 from ggem_jax.pooling.maps import l2_normalize, regional_gem, relup, scale_gem, superglobal_pool
-from ggem_jax.pooling.power_mean import Negatives
+from ggem_jax.pooling.sign_rules import Negatives
 from ggem_jax.pooling.tokens import (
     Layout,
     avg_pool,

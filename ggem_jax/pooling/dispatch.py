@@ -7,6 +7,7 @@ rows can be spread over devices, each of which runs the kernel on its own.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Literal, get_args
 
@@ -85,6 +86,37 @@ def dispatched(
     """
     if implementation == "xla":
         return plain(*arrays)
+    bodies = (_Options.of(body) for body in (kernel, plain))
+    return _dispatched(implementation, launch.capability(), *bodies, *arrays)
+
+
+@dataclass(frozen=True)
+class _Options:
+    """A function with keyword arguments, as `functools.partial`, but equal to its like."""
+
+    function: Callable
+    options: tuple[tuple[str, Any], ...] = ()
+
+    @staticmethod
+    def of(function: Callable) -> "_Options":
+        if isinstance(function, partial) and not function.args:
+            return _Options(function.func, tuple(function.keywords.items()))
+        return _Options(function)
+
+    def __call__(self, *arguments):
+        return self.function(*arguments, **dict(self.options))
+
+
+# Outside of jit, JAX would choose for its default device, wherever the arrays are. The capability
+# is an argument so that no kernel compiled for another GPU is found in the cache.
+@partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
+def _dispatched(
+    implementation: Implementation | None,
+    capability: int | None,
+    kernel: Body,
+    plain: Body,
+    *arrays: Array | None,
+) -> tuple[Array, ...]:
     by_kernel = with_missing(partial(kernel, implementation or "triton"), arrays)
     by_plain = with_missing(plain, arrays)
 
@@ -186,26 +218,27 @@ def partitioned(body: Body, sets: Sequence[int] = ()) -> Body:
             out = tuple(NamedSharding(mesh, s) for s in specs(rows, outputs))
             return mesh, body, out, tuple(NamedSharding(mesh, s) for s in specs(rows, arrays, sets))
 
-        factors = iter(f"w{i}" for i in range(1000))
+        whole: list[str] = []  # JAX wants them in the order of the rule, which is that of making
+
+        def factor():
+            whole.append(f"w{len(whole)}")
+            return whole[-1]
 
         def names(like, own_sets=()):
             return ", ".join(
                 " ".join(
                     [
-                        next(factors) if i in own_sets or several else "rows",
-                        *(next(factors) for _ in a.shape[1:]),
+                        factor() if i in own_sets or several else "rows",
+                        *(factor() for _ in a.shape[1:]),
                     ]
                 )
                 for i, a in enumerate(like)
             )
 
         rule = f"{names(arrays, sets)} -> {names(outputs)}"
-        whole = tuple(
-            sorted({name for name in rule.replace(",", " ").split() if name.startswith("w")})
-        )
         spread = custom_partitioning(body)
         spread.def_partition(
-            partition=partition, sharding_rule=rule, need_replication_factors=whole
+            partition=partition, sharding_rule=rule, need_replication_factors=tuple(whole)
         )
         return spread(*arrays)
 

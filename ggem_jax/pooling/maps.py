@@ -2,8 +2,11 @@
 and Scale GeM.
 
 The result has the dtype of the map; the mathematics is done in float32 (float64 for float64 maps).
-`TypeError` for maps that are not floating point, `ValueError` for every other mistake of the
-caller. Reference: Shao et al., 2023, arXiv:2308.06954, and its code.
+Every function raises `TypeError` for maps that are not floating point, and `ValueError` for wrong
+shapes and settings out of range.
+
+Reference: Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", 2023,
+arXiv:2308.06954, and its code: github.com/ShihaoShao-GH/SuperGlobal.
 """
 
 from functools import partial, reduce
@@ -17,16 +20,24 @@ from jaxtyping import Array, Float
 
 from ggem_jax.pooling import fused
 from ggem_jax.pooling.dispatch import Implementation, chosen, dispatched
-from ggem_jax.pooling.power_mean import LEAST_EPS, TINY, check_rule, power_pool, widened
+from ggem_jax.pooling.masks import widen
+from ggem_jax.pooling.power_mean import TINY, power_pool
+from ggem_jax.pooling.sign_rules import LEAST_EPS, check_rule
 
 _NOTHING = -1e30  # the logarithm of a power of zero: whatever p, it adds nothing to a sum
 
 
 def relup(x: ArrayLike, *, alpha: float = 0.014) -> Array:
-    """ReLU-P: max(x, alpha), neither shifted nor zeroed; alpha = 0 is ReLU. Any shape.
+    """Returns ReLU-P, max(x, alpha), which is neither shifted nor zeroed; alpha = 0 is ReLU.
 
-    Reference: Shao et al., "Global Features are All You Need for Image Retrieval and Reranking",
-        2023, arXiv:2308.06954, and its code.
+    Args:
+        x: Numbers of any shape.
+        alpha: The lower end; the default is that of the official code.
+
+    Returns:
+        An array of the shape of x.
+
+    Reference: Shao et al., 2023, arXiv:2308.06954, and its code.
     """
     return jnp.maximum(jnp.asarray(x), float(alpha))
 
@@ -34,18 +45,35 @@ def relup(x: ArrayLike, *, alpha: float = 0.014) -> Array:
 def regional_gem(
     feature_map: Float[Array, "*b h w d"], *, p: float = 2.5, window: int = 5
 ) -> Float[Array, "*b h w d"]:
-    """Regional GeM: half the map plus half its power mean over a sliding window, x / 2 +
-    (mean_window x^p)^(1/p) / 2, with reflected borders.
+    """Returns Regional GeM: half the map plus half its power mean over a sliding window.
 
-    `window` is odd, and h and w are at least `(window + 1) / 2`. Negative entries count as zero, as
-    after a ReLU; the official code gives NaN there. The powers are summed in log space, so that `p`
-    may be large. A window of zeros gives zero, with a zero gradient.
+    The equation is x / 2 + (mean_window x^p)^(1/p) / 2. Borders are reflected. Negative entries
+    count as zero, as after a ReLU; the official code gives NaN there. The powers are summed in log
+    space, so that p may be large. A window of zeros gives zero, with a zero gradient.
+
+    Args:
+        feature_map: The map, `(..., h, w, d)`, with h and w of at least (window + 1) / 2.
+        p: The exponent, positive.
+        window: Side of the window, odd.
+
+    Returns:
+        The map, `(..., h, w, d)`, in its dtype.
+
+    Raises:
+        TypeError: The map is not floating point.
+        ValueError: The map is too small, or a setting is out of range.
+
     Reference: Shao et al., 2023, arXiv:2308.06954, and its code:
         github.com/ShihaoShao-GH/SuperGlobal.
+
+    Example:
+        >>> feature_map = jnp.zeros((5, 5, 1)).at[2, 2].set(1.0)
+        >>> print(f"{regional_gem(feature_map, p=2.0, window=3)[1, 1, 0]:.4f}")
+        0.1667
     """
-    feature_map = _checked_map(feature_map, window)
+    feature_map = _check_map(feature_map, window)
     _check_exponent(p, "p")
-    return _regional(widened(feature_map), p, window).astype(feature_map.dtype)
+    return _regional(widen(feature_map), p, window).astype(feature_map.dtype)
 
 
 def superglobal_pool(
@@ -57,51 +85,81 @@ def superglobal_pool(
     eps: float = 1e-8,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*b d"]:
-    """SuperGlobal's pooling of a feature map: `regional_gem`, then GeM+, which is `gem_pool` over
-    all places with a fixed large exponent.
+    """Returns SuperGlobal's descriptor of a feature map: `regional_gem`, then GeM+.
 
-    In between everything stays in float32. On a GPU one kernel reads the map once; the gradient is
-    that of plain JAX.
+    GeM+ is `gem_pool` over all places of the map with a large fixed exponent. In between everything
+    stays in float32. On a GPU one kernel reads the map once; the gradient is that of plain JAX.
+
+    Args:
+        feature_map: The map, `(..., h, w, d)`, with h and w of at least (window + 1) / 2.
+        regional_p: Exponent of Regional GeM.
+        window: Side of its window, odd.
+        p: Exponent of GeM+.
+        eps: Smallest number that GeM+ raises to p.
+        implementation: "xla" for plain JAX, "triton" for the GPU kernel, "interpret" for the kernel
+            in Triton's interpreter; None takes the kernel where it can run.
+
+    Returns:
+        The descriptors, `(..., d)`, not normalised, in the dtype of the map.
+
+    Raises:
+        TypeError: The map is not floating point.
+        ValueError: The map is too small, or a setting is out of range.
+        NotImplementedError: The implementation that was asked for cannot do this.
+
     Reference: Shao et al., 2023, arXiv:2308.06954, and its code:
         github.com/ShihaoShao-GH/SuperGlobal.
+
+    Example:
+        >>> feature_map = jnp.ones((2, 7, 7, 64))
+        >>> superglobal_pool(feature_map).shape
+        (2, 64)
     """
-    feature_map = _checked_map(feature_map, window)
+    feature_map = _check_map(feature_map, window)
     _check_exponent(regional_p, "regional_p")
     _check_exponent(p, "p")
     check_rule(eps, "clamp")
-    implementation = chosen(
-        implementation,
-        feature_map,
-        partial(fused.superglobal_refusal, feature_map, regional_p, window, p),
-    )
+    refused = partial(fused.superglobal_refusal, feature_map, regional_p, window, p)
+    implementation = chosen(implementation, feature_map, refused)
     options: Any = {
         "regional_p": float(regional_p),
         "window": int(window),
         "p": float(p),
         "eps": float(eps),
     }
-    (pooled,) = dispatched(
-        implementation,
-        partial(fused.superglobal, **options),
-        partial(_superglobal, **options),
-        feature_map,
-    )
+    kernel, plain = (partial(body, **options) for body in (fused.superglobal, _superglobal))
+    (pooled,) = dispatched(implementation, kernel, plain, feature_map)
     return pooled.astype(feature_map.dtype)
 
 
 def scale_gem(
     descriptors: Float[Array, "scales *b d"], *, p: float = np.inf
 ) -> Float[Array, "*b d"]:
-    """Scale GeM: joins the descriptors of one image at several scales, the scales along the first
-    axis.
+    """Returns Scale GeM: one descriptor from those of an image at several scales.
 
     With p = infinity each descriptor is L2-normalised and the largest of each channel taken, signs
     included. With a finite p nothing is normalised: (mean_s (x_s - m)^p)^(1/p) + m with m the
-    minimum over the whole array, which makes a result depend on the other images in it. Both as in
-    the official code. The result is not normalised.
+    minimum over the whole array, which makes a result depend on the other images in it. Both follow
+    the official code.
+
+    Args:
+        descriptors: The descriptors, `(scales, ..., d)`.
+        p: The exponent, positive; infinity is SuperGlobal's choice.
+
+    Returns:
+        The descriptors, `(..., d)`, not normalised, in their dtype.
+
+    Raises:
+        TypeError: The descriptors are not floating point.
+        ValueError: The shape is wrong, or p is not a positive number.
 
     Reference: Shao et al., 2023, arXiv:2308.06954, and its code:
         github.com/ShihaoShao-GH/SuperGlobal.
+
+    Example:
+        >>> descriptors = jnp.array([[3.0, 4.0], [5.0, 0.0]])
+        >>> [round(x, 2) for x in scale_gem(descriptors).tolist()]
+        [1.0, 0.8]
     """
     descriptors = jnp.asarray(descriptors)
     if not jnp.issubdtype(descriptors.dtype, jnp.floating):
@@ -111,24 +169,36 @@ def scale_gem(
             "descriptors must be (scales, ..., d) with at least one scale and one channel, not of"
             f" shape {descriptors.shape}"
         )
-    x = widened(descriptors)
+    x = widen(descriptors)
     if isinstance(p, int | float | np.number) and p == np.inf:
         return jnp.max(l2_normalize(x), axis=0).astype(descriptors.dtype)
     _check_exponent(p, "p")
     lowest = jnp.min(x, initial=jnp.inf)
     above = jnp.moveaxis(x - lowest, 0, -2)
-    powers = jnp.full(x.shape[-1], p, x.dtype)
-    return (power_pool(above, powers, None, LEAST_EPS, "clamp", "xla") + lowest).astype(
-        descriptors.dtype
-    )
+    exponents = jnp.full(x.shape[-1], p, x.dtype)
+    pooled = power_pool(above, exponents, None, LEAST_EPS, "clamp", "xla")
+    return (pooled + lowest).astype(descriptors.dtype)
 
 
 def l2_normalize(descriptors: Float[Array, "*b d"], *, eps: float = 1e-12) -> Float[Array, "*b d"]:
-    """x / max(|x|, eps), in float32; no length overflows or underflows on the way, and the gradient
-    of a zero vector is finite.
+    """Returns descriptors of length 1: x / max(|x|, eps), in float32.
+
+    No length overflows or underflows on the way, and the gradient of a zero vector is finite.
+
+    Args:
+        descriptors: The descriptors, `(..., d)`.
+        eps: The smallest length that is divided by; a zero vector stays zero.
+
+    Returns:
+        The descriptors, `(..., d)`, in their dtype.
+
+    Example:
+        >>> descriptors = jnp.array([[3.0, 4.0], [0.0, 0.0]])
+        >>> [[round(x, 2) for x in row] for row in l2_normalize(descriptors).tolist()]
+        [[0.6, 0.8], [0.0, 0.0]]
     """
     descriptors = jnp.asarray(descriptors)
-    x = widened(descriptors)
+    x = widen(descriptors)
     largest = lax.stop_gradient(jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), TINY))
     squares = jnp.sum(jnp.square(x / largest), axis=-1, keepdims=True)
     length = largest * jnp.sqrt(jnp.maximum(squares, TINY))
@@ -136,15 +206,15 @@ def l2_normalize(descriptors: Float[Array, "*b d"], *, eps: float = 1e-12) -> Fl
 
 
 def _superglobal(feature_map, *, regional_p, window, p, eps):
-    mixed = _regional(widened(feature_map), regional_p, window)
+    mixed = _regional(widen(feature_map), regional_p, window)
     places = mixed.reshape(*mixed.shape[:-3], mixed.shape[-3] * mixed.shape[-2], mixed.shape[-1])
-    return (
-        power_pool(places, jnp.full(places.shape[-1], p, places.dtype), None, eps, "clamp", "xla"),
-    )
+    exponents = jnp.full(places.shape[-1], p, places.dtype)
+    return (power_pool(places, exponents, None, eps, "clamp", "xla"),)
 
 
 def _regional(x, p, window):
-    x = jnp.where(x < 0, 0, x)  # and not maximum, which shares the gradient at 0
+    """x / 2 + (mean_window x^p)^(1/p) / 2, in log space."""
+    x = jnp.where(x < 0, 0, x)  # not maximum, which shares the gradient at 0
     logs = jnp.where(x >= TINY, p * jnp.log(jnp.maximum(x, TINY)), _NOTHING)
     for axis in (-3, -2):
         logs = _windowed_log_sum_exp(logs, axis, window)
@@ -153,8 +223,8 @@ def _regional(x, p, window):
 
 
 def _windowed_log_sum_exp(logs, axis, window):
-    """log sum exp over a sliding window along one axis, the borders reflected without repeating the
-    edge.
+    """log sum exp over a sliding window along one axis; the borders are reflected and the edge is
+    not repeated.
     """
     half, length = window // 2, logs.shape[axis]
     widths = [(half, half) if i == logs.ndim + axis else (0, 0) for i in range(logs.ndim)]
@@ -164,7 +234,7 @@ def _windowed_log_sum_exp(logs, axis, window):
     return largest + jnp.log(sum(jnp.exp(each - largest) for each in shifted))
 
 
-def _checked_map(feature_map, window):
+def _check_map(feature_map, window):
     feature_map = jnp.asarray(feature_map)
     if not jnp.issubdtype(feature_map.dtype, jnp.floating):
         raise TypeError(f"feature_map must be floating point, not {feature_map.dtype}")

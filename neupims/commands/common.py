@@ -1,40 +1,23 @@
-"""What the commands share: the flags that say what runs on what, and the records they stand for."""
+"""Flags that several commands have, the records that they stand for, and printing."""
 
 import argparse
 import json
-import os
 import sys
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from neupims.files import check_place
-from neupims.machine.config import SUFFIXES, load_hardware, load_model, load_parallel
+from neupims.files import check_place, finite
+from neupims.machine.case import Case, make_case, select_system
 from neupims.machine.hardware import Hardware
-from neupims.machine.record import replace
-from neupims.machine.systems import FIDELITIES, PIM_SYSTEMS, SPELLINGS, SYSTEMS, Fidelity, System
-from neupims.machine.workload import Batch, Decoder, Parallel, check_parallel, read_trace
+from neupims.machine.systems import FIDELITIES, SYSTEMS, System
 
 AUTO = "auto"
 WIDTH = 200  # characters of a line where the output is no terminal
 
 
-class Case(NamedTuple):
-    """One thing to simulate."""
-
-    hardware: Hardware
-    model_name: str
-    model: Decoder
-    parallel: Parallel
-    batch: Batch
-    system: System
-    sub_batches: int
-    fidelity: Fidelity
-    prefill: bool = False
-
-
 def add_system_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the machine."""
+    """Adds the flags of the machine."""
     parser.add_argument(
         "--system",
         default="neupims",
@@ -69,12 +52,12 @@ def add_system_arguments(parser: argparse.ArgumentParser) -> None:
         "--fidelity",
         choices=FIDELITIES,
         default="simulator",
-        help="as the public simulator is coded, or as the paper means it",
+        help="follow the public simulator as it is coded, or the machine that the paper intends",
     )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of what is run."""
+    """Adds the flags of the model and the trace."""
     parser.add_argument(
         "--model",
         required=True,
@@ -103,7 +86,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of the machine and of what it runs, and `--json`."""
+    """Adds the flags of the model, the trace and the machine, and `--json`."""
     add_model_arguments(parser)
     add_system_arguments(parser)
     parser.add_argument(
@@ -112,108 +95,51 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def system(arguments: argparse.Namespace) -> tuple[System, int, Hardware]:
-    """The system's name, its sub-batches, and the hardware with what the flags change.
+    """Returns the system, its sub-batches, and the hardware, from the flags of the machine.
 
     Raises:
-        ValueError: an unknown system, or flags that contradict each other or name an impossible
-            hardware.
+        ValueError: A flag is impossible, or flags contradict each other.
     """
-    name = arguments.system.lower()
     if arguments.sub_batches == AUTO:
         raise ValueError("--sub-batches auto is for simulate: say 1 or 2")
-    wanted = int(arguments.sub_batches) if arguments.sub_batches else None
-    if name in SYSTEMS:
-        chosen, sub_batches, row_buffers = (
-            name,
-            wanted or (2 if name == "neupims" else 1),
-            1 if name == "npu-pim" else 2,
-        )
-        if name != "neupims" and sub_batches == 2:
-            raise ValueError(f"--sub-batches 2 needs --system neupims, not {name}")
-    elif name in SPELLINGS:
-        chosen, sub_batches, row_buffers = SPELLINGS[name]
-        if wanted not in (None, sub_batches):
-            raise ValueError(
-                f"--system {arguments.system} means --sub-batches {sub_batches}, not {wanted}"
-            )
-    else:
-        raise ValueError(
-            f"--system must be one of {', '.join(dict.fromkeys((*SYSTEMS, *SPELLINGS)))}, not"
-            f" {arguments.system!r}"
-        )
-    hardware = load_hardware(arguments.hardware)
-    if row_buffers == 1:
-        hardware = replace(hardware, "pim.row_buffers", 1)
-    if arguments.row_buffers:
-        hardware = replace(
-            hardware, "pim.row_buffers", {"single": 1, "dual": 2}[arguments.row_buffers]
-        )
-    for change in arguments.set:
-        hardware = replace(hardware, *_change(change))
-    return chosen, sub_batches, hardware
+    return select_system(arguments.system, **system_options(arguments))
 
 
-def model(arguments: argparse.Namespace) -> tuple[str, Decoder, Parallel]:
-    """The model's name and numbers, and how it is spread over devices.
+def system_options(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns the options of `select_system` that the flags of the machine stand for."""
+    count = arguments.sub_batches
+    return {
+        "hardware": arguments.hardware,
+        "sub_batches": int(count) if count not in (None, AUTO) else None,
+        "row_buffers": {"single": 1, "dual": 2}.get(arguments.row_buffers),
+        "changes": dict(map(parse_change, arguments.set)),
+    }
+
+
+def read_case(arguments: argparse.Namespace) -> Case:
+    """Returns the case that the flags of `add_workload_arguments` stand for.
 
     Raises:
-        ValueError: there is no such model, or it cannot be spread so.
+        ValueError: A flag is impossible, or flags contradict each other.
+        OSError: A file cannot be read.
     """
-    is_file = os.path.exists(arguments.model) or arguments.model.lower().endswith(SUFFIXES)
-    name = arguments.model if is_file else arguments.model.lower()
-    decoder = load_model(name)
-    published = load_parallel(name)
-    spread = Parallel(
-        arguments.tp if arguments.tp is not None else published.tp,
-        arguments.pp if arguments.pp is not None else published.pp,
-    )
-    check_parallel(decoder, spread)
-    return name, decoder, spread
-
-
-def workload(arguments: argparse.Namespace) -> Case:
-    """The records that the flags of `add_workload_arguments` stand for.
-
-    Raises:
-        ValueError: as `system`, `model` and `read_trace`.
-    """
-    name, sub_batches, hardware = system(arguments)
-    model_name, decoder, parallel = model(arguments)
-    batch = read_trace(arguments.trace, num_channels=int(hardware.hbm.num_channels))
-    return Case(
-        hardware, model_name, decoder, parallel, batch, name, sub_batches, arguments.fidelity
+    return make_case(
+        arguments.model,
+        arguments.trace,
+        system=arguments.system,
+        tp=arguments.tp,
+        pp=arguments.pp,
+        fidelity=arguments.fidelity,
+        **system_options(arguments),
     )
 
 
-def check_run(*places: Path | None, seed: int = 0) -> None:
-    """Before a run, not after it: raises OSError where a file has no folder to stand in, ValueError
-    for a seed below 0.
+def parse_change(text: str) -> tuple[str, int | float]:
+    """Returns the field and the value of a --set FIELD=VALUE.
+
+    Raises:
+        ValueError: The text is no field with a number.
     """
-    for place in filter(None, places):
-        check_place(place)
-    if seed < 0:
-        raise ValueError(f"--seed must be at least 0, not {seed}")
-
-
-def print_json(value: dict[str, Any]) -> None:
-    """One JSON object on standard output; what is not finite becomes null, which JSON has and
-    infinity it has not.
-    """
-    print(json.dumps(finite(value), indent=2, allow_nan=False))
-
-
-def finite(value: Any) -> Any:
-    """The same value with null for what is not a finite number."""
-    if isinstance(value, dict):
-        return {key: finite(part) for key, part in value.items()}
-    if isinstance(value, list | tuple):
-        return [finite(part) for part in value]
-    if isinstance(value, float) and not abs(value) < float("inf"):
-        return None
-    return value
-
-
-def _change(text: str) -> tuple[str, int | float]:
     field, _, value = (part.strip() for part in text.partition("="))
     for kind in (int, float):
         with suppress(ValueError):
@@ -222,45 +148,26 @@ def _change(text: str) -> tuple[str, int | float]:
     raise ValueError(f"--set needs FIELD=NUMBER, such as hbm.num_channels=16, not {text!r}")
 
 
-def error_sentence(error: dict[str, Any]) -> str:
-    """The mean and the greatest error of a layer, of an `expected_error`."""
-    return (
-        f"{error['layer_mean_percent']:.1f} % in the mean, {error['layer_max_percent']:.1f} % at"
-        " most"
-    )
-
-
-def simulated(case: Case, path: str):
-    """The iteration of one case.
+def check_run(*places: Path | None, seed: int = 0) -> None:
+    """Raises before a run for what would only fail after it.
 
     Raises:
-        ValueError: the hardware cannot run it.
+        OSError: A file has no folder to be written to.
+        ValueError: The seed is negative.
     """
-    from neupims.timing.prefill import prefill
-    from neupims.timing.schedule import simulate
+    for place in filter(None, places):
+        check_place(place)
+    if seed < 0:
+        raise ValueError(f"--seed must be at least 0, not {seed}")
 
-    records = (case.hardware, case.model, case.batch, case.parallel)
-    options: dict[str, Any] = {"system": case.system}
-    if case.prefill:
-        iteration = prefill(*records, **options)
-    else:
-        options |= {"path": path, "sub_batches": case.sub_batches, "fidelity": case.fidelity}
-        iteration = simulate(*records, **options)
-    if iteration.flagged:
-        hbm = case.hardware.hbm
-        pim = (
-            "; PIM tiles, for one, must fit between the refreshes of ranks, "
-            f"hbm.trefi_cycles / hbm.ranks = {hbm.trefi_cycles / hbm.ranks:g} memory cycles apart"
-        )
-        raise ValueError(
-            "this hardware cannot run the batch: a time or an energy is not"
-            f" finite{pim if case.system in PIM_SYSTEMS else ''}"
-        )
-    return iteration
+
+def print_json(value: dict[str, Any]) -> None:
+    """Prints one JSON object; numbers that are not finite become null, as JSON has no infinity."""
+    print(json.dumps(finite(value), indent=2, allow_nan=False))
 
 
 def console():
-    """A terminal for tables; where the output is none, lines are long enough for them."""
+    """Returns a console for tables; where the output is no terminal, its lines are long."""
     from rich.console import Console
 
     return Console(

@@ -5,16 +5,18 @@ from pathlib import Path
 from typing import Any
 
 from neupims.commands.common import (
-    Case,
+    AUTO,
     add_workload_arguments,
     check_run,
     console,
     print_json,
-    simulated,
-    workload,
+    read_case,
 )
-from neupims.machine.record import describe
+from neupims.exploration.space import SETTINGS, make_space, parse_knob
+from neupims.machine.case import Case
 from neupims.machine.systems import SYSTEMS
+from neupims.scheduling.decision import HardwareKnob
+from neupims.scheduling.schedule_search import search_schedule
 
 DEFAULT_BUDGET = 20000
 
@@ -59,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--realisable",
         action="store_true",
-        help="only what the public simulator can execute: a trace that its own rule halves",
+        help="only schedules that the public simulator can execute: traces that its rule halves",
     )
     parser.add_argument(
         "--export-trace",
@@ -99,14 +101,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--html",
         type=Path,
         metavar="FILE",
-        help="also write one page with curves and channel loads",
+        help="also write a page with curves and channel loads",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    case = workload(arguments)
+    """Searches, prints what was found, and returns the exit code."""
+    case = read_case(arguments)
     _check(arguments, case)
-    result = searched(case, arguments)
+    is_fixed = arguments.sub_batches is not None or arguments.system.lower() not in SYSTEMS
+    result = search_schedule(
+        case,
+        strategy=arguments.strategy,
+        budget=arguments.budget,
+        population=arguments.population,
+        seeds=arguments.seeds,
+        seed=arguments.seed,
+        from_scratch=arguments.from_scratch,
+        realisable=arguments.realisable,
+        sub_batches=(case.sub_batches,) if is_fixed else (1, 2),
+        new_only=arguments.new_only,
+        order_levels=arguments.order_levels,
+        hardware_knobs=parse_hardware_knobs(arguments.hardware_knob, case),
+        measure=arguments.measure,
+        exact=arguments.exact,
+        export=arguments.export_trace,
+    ).to_dict()
     if arguments.html:
         _write_page(arguments.html, result)
     if arguments.json:
@@ -117,8 +137,9 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _check(arguments: argparse.Namespace, case: Case) -> None:
-    if case.system != "neupims":
-        raise ValueError(f"schedules are searched for --system neupims, not {case.system}")
+    """Raises for flags that exclude each other or are out of range."""
+    if arguments.sub_batches == AUTO:
+        raise ValueError("--sub-batches auto is for simulate: say 1 or 2")
     if arguments.export_trace and not arguments.realisable:
         raise ValueError(
             "--export-trace needs --realisable: other schedules have no trace that the simulator"
@@ -140,8 +161,6 @@ def _check(arguments: argparse.Namespace, case: Case) -> None:
                 f"--{name.replace('_', '-')} must be at least 1, not {getattr(arguments, name)}"
             )
     requests = len(case.batch.seq_lens)
-    if requests < 2:
-        raise ValueError("a schedule needs at least 2 requests")
     if arguments.new_only is not None and not 0 <= arguments.new_only <= requests:
         raise ValueError(
             f"--new-only must be from 0 to the {requests} requests of the trace, not"
@@ -149,239 +168,22 @@ def _check(arguments: argparse.Namespace, case: Case) -> None:
         )
 
 
-def searched(case: Case, arguments: argparse.Namespace) -> dict[str, Any]:
-    """What `--json` prints. Costs are core cycles of a layer (or what `--measure` says); gains are
-    shares of the published cost.
+def parse_hardware_knobs(texts: list[str], case: Case) -> list[HardwareKnob]:
+    """Returns the knobs of --hardware-knob NAME=LOW:HIGH.
+
+    Raises:
+        ValueError: A text is no range of a field of the hardware.
     """
-    import jax
-    import jax.numpy as jnp
-    import numpy as np
-
-    from neupims.scheduling.decision import (
-        decide,
-        decision_batch,
-        export_trace,
-        make_genome,
-        repair,
-    )
-    from neupims.scheduling.objective import Layer, make_problem
-    from neupims.scheduling.oracle import gap, lower_bound
-    from neupims.scheduling.search import STRATEGIES, baselines, interval_of_mean, search
-    from neupims.timing.capacity import channel_tiles, check_capacity
-    from neupims.validation import expected_error
-
-    names = list(STRATEGIES) if arguments.strategy == "all" else [arguments.strategy]
-    space = _space(case, arguments)
-    channels = int(case.hardware.hbm.num_channels)
-    resident = None
-    if arguments.new_only is not None:
-        resident = np.where(
-            np.arange(len(case.batch.seq_lens)) < len(case.batch.seq_lens) - arguments.new_only,
-            case.batch.channels,
-            -1,
-        )
-    warning = check_capacity(case.hardware, case.model, case.batch, case.parallel)
-    room = (
-        float("inf") if warning else float(channel_tiles(case.hardware, case.model, case.parallel))
-    )
-    problem = make_problem(
-        case.hardware,
-        case.model,
-        case.parallel,
-        case.batch.seq_lens,
-        resident=resident,
-        room=room,
-        fidelity=case.fidelity,
-    )
-    objective = Layer(space, case.fidelity, arguments.measure)
-    evaluate = jax.jit(jax.vmap(lambda genome: objective(problem, decide(space, genome))))
-    published = make_genome(
-        space,
-        case.batch.channels,
-        case.batch.sub_batches,
-        interleaved=case.sub_batches == 2,
-        knobs=_given(case, space),
-    )
-    known = {"as published": published} | baselines(space, problem, np.asarray(published.knobs))
-    starts = jax.tree.map(lambda *parts: jnp.stack(parts), *known.values())
-    at_start = evaluate(starts)
-    costs = dict(zip(known, np.asarray(at_start.objective, np.float64).tolist(), strict=True))
-    before = costs["as published"]
-    bound = (
-        float(lower_bound(space, problem))
-        if arguments.measure == "time" and not space.knobs
-        else None
-    )
-
-    def line(cost: float, **more) -> dict[str, Any]:
-        return {
-            "cost": cost,
-            "gain": 1 - cost / before,
-            "gap_to_bound": gap(cost, bound) if bound else None,
-        } | more
-
-    rows = {name: line(cost) for name, cost in costs.items()}
-    best_name = min(costs, key=lambda name: costs[name])
-    best = costs[best_name], known[best_name], best_name
-    found = {}
-    for name in names:
-        done = search(
-            name,
-            objective,
-            space,
-            problem,
-            jax.random.key(arguments.seed),
-            budget=arguments.budget,
-            population=arguments.population,
-            seeds=arguments.seeds,
-            starts=None if arguments.from_scratch else starts,
-        )
-        ends = np.asarray(done.cost.objective, np.float64)
-        mean, half = interval_of_mean(done.curve)
-        first = int(ends.argmin())
-        found[name] = line(
-            float(ends[first]),
-            mean_cost=float(ends.mean()),
-            evaluations=done.evaluations,
-            seeds=arguments.seeds,
-            curve={
-                "evaluations": [arguments.population * (index + 1) for index in range(len(mean))],
-                "best": mean.tolist(),
-                "low": (mean - half).tolist(),
-                "high": (mean + half).tolist(),
-            },
-        )
-        if ends[first] < best[0]:
-            best = (
-                float(ends[first]),
-                jax.tree.map(lambda leaf, first=first: leaf[first], done.genome),
-                name,
+    if not texts:
+        return []
+    knobs = make_space(dict(map(parse_knob, texts)), hardware=case.hardware).knobs
+    for each in knobs:
+        if each.values or each.log or each.name in SETTINGS:
+            raise ValueError(
+                f"--hardware-knob needs a field of the hardware as NAME=LOW:HIGH; {each.name}"
+                " is searched otherwise or by `explore`"
             )
-    genome = repair(space, problem.resident, best[1])
-    decision = decide(space, genome)
-    if arguments.export_trace:
-        export_trace(
-            arguments.export_trace,
-            decision_batch(problem.seq_lens, decision),
-            num_channels=channels,
-        )
-    interleaved = (
-        bool(genome.interleaved) if len(space.sub_batches) == 2 else space.sub_batches == (2,)
-    )
-    error = expected_error(
-        "neupims",
-        2 if interleaved else 1,
-        case.fidelity,
-        row_buffers=int(case.hardware.pim.row_buffers),
-        path="closed",
-    )
-    gain = 1 - best[0] / before
-    exact = None
-    if arguments.exact:
-        scored = {
-            "published": (case.batch, case.sub_batches),
-            "best": (decision_batch(problem.seq_lens, decision), 2 if interleaved else 1),
-        }
-        scores = {
-            when: float(
-                simulated(case._replace(batch=batch, sub_batches=count), "exact").layer_cycles
-            )
-            for when, (batch, count) in scored.items()
-        }
-        exact = scores | {"gain": 1 - scores["best"] / scores["published"]}
-    return {
-        "model": case.model_name,
-        "batch": len(case.batch.seq_lens),
-        "fidelity": case.fidelity,
-        "realisable": space.realisable,
-        "measure": arguments.measure,
-        "warning": warning or None,
-        "published": before,
-        "lower_bound": bound,
-        "baselines": rows,
-        "strategies": found,
-        "best": (
-            line(best[0], found_by=best[2], sub_batches=2 if interleaved else 1)
-            | {"gain_plus_minus": gain_error(error, gain) if arguments.measure == "time" else None}
-            | {
-                "knobs": dict(
-                    zip(
-                        (knob.name for knob in space.knobs),
-                        np.asarray(genome.knobs).tolist(),
-                        strict=True,
-                    )
-                )
-            }
-        ),
-        "exact": exact,
-        "expected_error": error,
-        "channel_cycles": {
-            "before": _loads(problem, decide(space, published), channels, case.sub_batches == 2),
-            "after": _loads(problem, decision, channels, interleaved),
-        },
-        "trace": str(arguments.export_trace) if arguments.export_trace else None,
-    }
-
-
-def gain_error(error: dict[str, Any] | None, gain: float) -> float | None:
-    """How much the gain may be off where each of the two times has the model's mean error,
-    independently of the other; None if that is unknown.
-
-    The two times are of one batch on one machine, so part of their errors is common and cancels:
-    this is the careful figure.
-    """
-    if error is None:
-        return None
-    return 2**0.5 * error["layer_mean_percent"] / 100 * (1 - gain)
-
-
-def _space(case: Case, arguments: argparse.Namespace):
-    from neupims.exploration.space import SETTINGS, make_space, parse_knob
-    from neupims.scheduling.decision import CHANNELS_KNOB, Knob, Space
-
-    knobs: list[Knob] = []
-    if arguments.hardware_knob:
-        for each in make_space(
-            dict(map(parse_knob, arguments.hardware_knob)), hardware=case.hardware
-        ).knobs:
-            if each.values or each.log or each.name in SETTINGS:
-                raise ValueError(
-                    f"--hardware-knob needs a field of the hardware as NAME=LOW:HIGH; {each.name}"
-                    " is searched otherwise or by `explore`"
-                )
-            knobs.append(Knob(each.name, each.low, each.high, each.whole))
-    channels = max(
-        [
-            int(case.hardware.hbm.num_channels),
-            *(int(knob.high) for knob in knobs if knob.name == CHANNELS_KNOB),
-        ]
-    )
-    if any(knob.name == CHANNELS_KNOB for knob in knobs) and arguments.new_only is not None:
-        raise ValueError(
-            "--new-only keeps requests on their channels, so their number cannot be searched"
-        )
-    fixed = arguments.sub_batches is not None or arguments.system.lower() not in SYSTEMS
-    chosen = (case.sub_batches,) if fixed else (1, 2)
-    return Space(channels, arguments.realisable, chosen, arguments.order_levels, tuple(knobs))
-
-
-def _given(case: Case, space) -> list[float]:
-    """The knobs as the given hardware has them."""
-    numbers = {each.name: float(each.value) for each in describe(case.hardware)}
-    return [numbers[knob.name] for knob in space.knobs]
-
-
-def _loads(problem, decision, channels: int, interleaved: bool) -> list[list[float]]:
-    """Attention cycles of each sub-batch on each channel; one batch is sub-batch 0."""
-    import numpy as np
-
-    loads = np.zeros((2, max(channels, int(np.asarray(decision.channels).max()) + 1)))
-    np.add.at(
-        loads,
-        (np.asarray(decision.sub_batches) * interleaved, np.asarray(decision.channels)),
-        np.asarray(problem.work).sum(axis=1),
-    )
-    return loads.tolist()
+    return [HardwareKnob(each.name, each.low, each.high, each.whole) for each in knobs]
 
 
 def _print_tables(result: dict[str, Any]) -> None:
@@ -402,11 +204,11 @@ def _print_tables(result: dict[str, Any]) -> None:
     for name in ("schedule", unit, "mean of seeds", "gain", "above bound", "evaluations"):
         table.add_column(name, justify="left" if name == "schedule" else "right")
     for name, row in (result["baselines"] | result["strategies"]).items():
-        mean = _number(row["mean_cost"]) if "mean_cost" in row else ""
+        mean = _format(row["mean_cost"]) if "mean_cost" in row else ""
         above = "" if row["gap_to_bound"] is None else f"{row['gap_to_bound']:.2%}"
         table.add_row(
             name,
-            _number(row["cost"]),
+            _format(row["cost"]),
             mean,
             f"{row['gain']:.2%}",
             above,
@@ -415,7 +217,7 @@ def _print_tables(result: dict[str, Any]) -> None:
     if result["lower_bound"]:
         table.add_row(
             "lower bound",
-            _number(result["lower_bound"]),
+            _format(result["lower_bound"]),
             "",
             f"{1 - result['lower_bound'] / result['published']:.2%}",
             "",
@@ -454,7 +256,7 @@ def _print_tables(result: dict[str, Any]) -> None:
             lines.print(sentence)
 
 
-def _number(value: float) -> str:
+def _format(value: float) -> str:
     return f"{value:,.0f}" if value >= 1000 or value != value else f"{value:.4g}"
 
 
@@ -504,7 +306,7 @@ def _write_page(path: Path, result: dict[str, Any]) -> None:
         "model": result["model"],
         "batch": f"{result['batch']} requests",
         "best": (
-            f"{_number(best['cost'])}, by {best['found_by']}, {best['sub_batches']} sub-batches"
+            f"{_format(best['cost'])}, by {best['found_by']}, {best['sub_batches']} sub-batches"
         ),
         "gain": f"{best['gain']:.2%} over the trace as published",
     }

@@ -1,30 +1,15 @@
-"""`show`: what there is to choose from, with units and sources."""
+"""`show`: everything that a user can choose from or change, with units and sources."""
 
 import argparse
-import dataclasses
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
+from neupims import catalogue
 from neupims.commands.common import print_json
-from neupims.machine import config
-from neupims.machine.record import describe
-from neupims.machine.systems import SPELLINGS, System
-
-ABOUT: dict[System, str] = {
-    "neupims": (
-        "PIM computes attention while the NPU computes the rest of the other sub-batch (two), or"
-        " after it (one); two row buffers"
-    ),
-    "npu-pim": (
-        "NPU and PIM take turns; one row buffer, so PIM and the NPU's memory traffic exclude each"
-        " other"
-    ),
-    "npu-only": "the NPU computes attention too, keys and values come over the buses",
-    "gpu": "a roofline: the longer of arithmetic and memory traffic of each operation",
-}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `show`."""
     parser.add_argument(
         "what",
         choices=tuple(SUBJECTS),
@@ -45,8 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    gather, draw = SUBJECTS[arguments.what]
-    found = gather(arguments)
+    """Prints the table that is asked for, and returns the exit code."""
+    list_, draw = SUBJECTS[arguments.what]
+    found = list_(arguments).to_dict()
     if arguments.json:
         print_json(found)
     else:
@@ -54,144 +40,9 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def hardware(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Every field of the machine by dotted name, and the named machines."""
-    machine = config.load_hardware(arguments.hardware)
-    defaults = {each.name: each.value for each in describe(config.load_hardware("neupims"))}
-    shown = [
-        {
-            "name": each.name,
-            "value": each.value,
-            "default": defaults[each.name],
-            "unit": each.unit,
-            "source": each.source,
-            "least": each.least,
-            "whole": each.whole,
-        }
-        for each in describe(machine)
-    ]
-    named = [
-        {"name": name, "about": config.about("hardware", name), "changes": config.changes(name)}
-        for name in config.names("hardware")
-    ]
-    return {"hardware": arguments.hardware, "fields": shown, "configurations": named}
-
-
-def models(_: argparse.Namespace) -> dict[str, Any]:
-    """The named models by their numbers."""
-    from neupims.machine.workload import weight_bytes
-
-    found = []
-    for name in config.names("models"):
-        model, parallel = config.load_model(name), config.load_parallel(name)
-        spread = {"tp": parallel.tp, "pp": parallel.pp, "weight_bytes": float(weight_bytes(model))}
-        found.append(
-            {
-                "name": name,
-                "about": config.about("models", name),
-                **dataclasses.asdict(model),
-                **spread,
-            }
-        )
-    return {"models": found}
-
-
-def systems(_: argparse.Namespace) -> dict[str, Any]:
-    """The systems, and how the validation files spell them."""
-    from neupims.timing.schedule import stages
-
-    found = []
-    for name, about in ABOUT.items():
-        counts = (2, 1) if name == "neupims" else (1,)
-        planned = {
-            str(count): "".join(stage.name for stage in stages(name, count)) for count in counts
-        }
-        found.append({"name": name, "about": about, "stages_by_sub_batches": planned})
-    golden = [{"name": name} | setting._asdict() for name, setting in SPELLINGS.items()]
-    return {"systems": found, "validation_spellings": golden}
-
-
-def constants(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Fitted constants of timing, costs of energy and area, each with how far it can be trusted,
-    and what follows from them for the machine.
-    """
-    from neupims.costs.area import AreaCosts, area, peak_power
-    from neupims.costs.energy import EnergyCosts, command_energies
-    from neupims.machine.calibration import Calibration
-
-    machine = config.load_hardware(arguments.hardware)
-    found = []
-    for group, record in (
-        ("calibration", Calibration()),
-        ("energy", EnergyCosts()),
-        ("area", AreaCosts()),
-    ):
-        for each in describe(record):
-            label, separator, source = each.source.partition(": ")
-            label, source = (
-                (label, source) if separator and group != "calibration" else ("fitted", each.source)
-            )
-            found.append(
-                {
-                    "name": f"{group}.{each.name}",
-                    "value": each.value,
-                    "unit": each.unit,
-                    "confidence": label,
-                    "source": source,
-                }
-            )
-    millimetres, watts = area(machine), peak_power(machine)
-    return {
-        "hardware": arguments.hardware,
-        "constants": found,
-        "command_picojoules": {
-            name: float(value)
-            for name, value in command_energies(machine, EnergyCosts())._asdict().items()
-        },
-        "area_mm2": (
-            _numbers(millimetres)
-            | {
-                "npu": float(millimetres.npu),
-                "pim": float(millimetres.pim),
-                "total": float(millimetres.total),
-            }
-        ),
-        "peak_watts": _numbers(watts) | {"npu": float(watts.npu), "total": float(watts.total)},
-    }
-
-
-def knobs(_: argparse.Namespace) -> dict[str, Any]:
-    """Fields of the public simulator's configuration files and the fields of ours that they set."""
-    from neupims.validation import (
-        CORE_FIELDS,
-        MEMORY_FIELDS,
-        WITHOUT_EFFECT,
-        WITHOUT_MODELLED_EFFECT,
-    )
-
-    units = {each.name: each.unit for each in describe(config.load_hardware("neupims"))}
-    fields = [
-        {
-            "simulator": name,
-            "file": file,
-            "name": ours,
-            "factor": factor,
-            "unit": units[ours],
-            "modelled": name not in WITHOUT_MODELLED_EFFECT,
-        }
-        for file, table in (("memory", MEMORY_FIELDS), ("core", CORE_FIELDS))
-        for name, (ours, factor) in table.items()
-    ]
-    return {"knobs": fields, "without_effect": sorted(WITHOUT_EFFECT)}
-
-
-def _numbers(record: Any) -> dict[str, float]:
-    return {each.name: float(getattr(record, each.name)) for each in dataclasses.fields(record)}
-
-
 def _draw_hardware(found: dict[str, Any]) -> None:
     rows = [
-        (each["name"], _shown(each["value"]), f"{each['unit']}. {each['source']}")
+        (each["name"], _format(each["value"]), f"{each['unit']}. {each['source']}")
         for each in found["fields"]
     ]
     _table(
@@ -200,7 +51,7 @@ def _draw_hardware(found: dict[str, Any]) -> None:
         rows,
     )
     changes = [
-        ", ".join(f"{name}={_shown(value)}" for name, value in each["changes"].items())
+        ", ".join(f"{name}={_format(value)}" for name, value in each["changes"].items())
         for each in found["configurations"]
     ]
     named = [
@@ -251,7 +102,7 @@ def _draw_constants(found: dict[str, Any]) -> None:
     rows = [
         (
             each["name"],
-            _shown(each["value"]),
+            _format(each["value"]),
             f"{each['unit']}. {each['confidence']}: {each['source']}",
         )
         for each in found["constants"]
@@ -292,9 +143,7 @@ def _draw_knobs(found: dict[str, Any]) -> None:
 def _table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False
 ) -> None:
-    """Draws a table; of `numbers` all columns but the first stand to the right, else the last one
-    wraps.
-    """
+    """Draws a table: columns of numbers are aligned to the right, or else the last one wraps."""
     from rich import box
     from rich.console import Console
     from rich.markup import escape
@@ -317,16 +166,16 @@ def _table(
     Console(highlight=False).print(drawn)
 
 
-def _shown(value: Any) -> str:
+def _format(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and abs(value) < 1e7 else f"{value:g}"
 
 
 SUBJECTS: dict[
-    str, tuple[Callable[[argparse.Namespace], dict[str, Any]], Callable[[dict[str, Any]], None]]
+    str, tuple[Callable[[argparse.Namespace], Any], Callable[[dict[str, Any]], None]]
 ] = {
-    "hardware": (hardware, _draw_hardware),
-    "models": (models, _draw_models),
-    "systems": (systems, _draw_systems),
-    "constants": (constants, _draw_constants),
-    "knobs": (knobs, _draw_knobs),
+    "hardware": (lambda flags: catalogue.list_hardware(flags.hardware), _draw_hardware),
+    "models": (lambda flags: catalogue.list_models(), _draw_models),
+    "systems": (lambda flags: catalogue.list_systems(), _draw_systems),
+    "constants": (lambda flags: catalogue.list_constants(flags.hardware), _draw_constants),
+    "knobs": (lambda flags: catalogue.list_knobs(), _draw_knobs),
 }

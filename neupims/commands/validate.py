@@ -7,6 +7,7 @@ from neupims.commands.common import check_run, console, print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `validate`."""
     parser.add_argument(
         "folder", type=Path, metavar="DIR", help="holds runs.csv, ops.csv and traces/"
     )
@@ -14,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--path",
         choices=("exact", "closed"),
         default="exact",
-        help="follow every channel's commands, or add up closed forms (default: exact)",
+        help="follow the commands of each channel, or add up closed forms (default: exact)",
     )
     parser.add_argument(
         "--plot",
@@ -29,7 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--html",
         type=Path,
         metavar="FILE",
-        help="also write one page with both charts and all errors",
+        help="also write a page with both charts and all errors",
     )
     parser.add_argument(
         "--json", action="store_true", help="one JSON object and nothing else on standard output"
@@ -37,6 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
+    """Validates, prints the errors, and returns the exit code."""
     from neupims.pages.plots import check_svg
     from neupims.validation import validate
 
@@ -44,9 +46,12 @@ def run(arguments: argparse.Namespace) -> int:
     if plot:
         check_svg(plot)
     check_run(plot, arguments.html)
-    result = validate(
-        arguments.folder, path=arguments.path, progress=iter if arguments.json else _progress
+    found = validate(
+        arguments.folder,
+        path=arguments.path,
+        progress=iter if arguments.json else _show_progress,
     )
+    result = found.to_dict()
     if plot:
         from neupims.pages.plots import draw_validation
 
@@ -62,7 +67,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _progress(runs):
+def _show_progress(runs):
     from rich.progress import track
 
     return track(runs, description="runs", transient=True)

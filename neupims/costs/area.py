@@ -1,9 +1,9 @@
 """Silicon area of one device and the power it can draw.
 
-Logic is scaled from the floorplan of Google's TPU v4i, whose parts are of the same kind (128 x 128
-arrays of 16-bit floats, vector units, a large scratchpad, HBM2), in 7 nm; what PIM adds to the
-memory is taken from AttAcc's units and the NeuPIMs paper's row buffer. Every cost begins its source
-with how far it can be trusted, as in `neupims.costs.energy`.
+Logic is scaled from the floorplan of Google's TPU v4i in 7 nm, whose parts are of the same kind:
+128 x 128 arrays of 16-bit floats, vector units, a large scratchpad, HBM2. The area that PIM adds to
+the memory comes from AttAcc's units and the NeuPIMs paper's row buffer. The source of every cost
+begins with its confidence, as in `neupims.costs.energy`.
 """
 
 from jaxtyping import Array, Float
@@ -28,7 +28,7 @@ ATTACC = "published: Park et al., AttAcc, ASPLOS 2024, section 7.7: units in a 1
 
 @record
 class AreaCosts:
-    """Square millimetres of the parts."""
+    """Square millimetres of the parts of a device."""
 
     mac: float = quantity(
         0.11 * 400 / (4 * 128 * 128),
@@ -72,8 +72,9 @@ class AreaCosts:
 
 @record
 class Area:
-    """Square millimetres; arrays in a batch. The memory's are of all dies of all stacks, without
-    their base dies.
+    """Square millimetres of one device; arrays in a batch.
+
+    Those of the memory are of all dies of all stacks, without their base dies.
     """
 
     arrays: float
@@ -92,18 +93,20 @@ class Area:
 
     @property
     def pim(self) -> float:
-        """What PIM adds to the memory."""
+        """The area that PIM adds to the memory."""
         return self.pim_units + self.row_buffers
 
     @property
     def total(self) -> float:
+        """The NPU's die and the memory's dies."""
         return self.npu + self.dram + self.pim
 
 
 @record
 class Power:
-    """Watts of every part at full speed, all at once: more than any workload draws. Arrays in a
-    batch.
+    """Watts of every part at full speed; arrays in a batch.
+
+    No workload draws them all at once.
     """
 
     arrays: float
@@ -114,17 +117,25 @@ class Power:
 
     @property
     def npu(self) -> float:
-        """What the NPU's die draws."""
+        """The power of the NPU's die."""
         return self.arrays + self.vector + self.scratchpad
 
     @property
     def total(self) -> float:
+        """The power of the NPU's die and the memory."""
         return self.npu + self.memory + self.pim
 
 
 def area(hardware: Hardware, costs: AreaCosts | None = None, *, pim: bool = True) -> Area:
-    """Area of one device. Without `pim` the memory has neither units nor a second row buffer
-    (systems npu-only).
+    """Returns the area of one device.
+
+    Args:
+        hardware: The machine; fields may be arrays of a batch of designs.
+        costs: The area of each part (default: `AreaCosts()`).
+        pim: Whether the memory has multipliers and further row buffers; False for "npu-only".
+
+    Returns:
+        Square millimetres by part.
     """
     costs = AreaCosts() if costs is None else costs
     npu, hbm = hardware.npu, hardware.hbm
@@ -152,15 +163,22 @@ def area(hardware: Hardware, costs: AreaCosts | None = None, *, pim: bool = True
 
 
 def peak_power(hardware: Hardware, costs: EnergyCosts | None = None) -> Power:
-    """Watts when everything works at its peak. Leakage and clocks of the NPU are left out, as in
-    `neupims.costs.energy`.
+    """Returns the power of one device whose parts all work at their peak.
+
+    Leakage and clocks of the NPU are left out, as in `neupims.costs.energy`.
+
+    Args:
+        hardware: The machine; fields may be arrays of a batch of designs.
+        costs: The energy of each action (default: `EnergyCosts()`).
+
+    Returns:
+        Watts by part.
     """
     costs = EnergyCosts() if costs is None else costs
     npu, hbm = hardware.npu, hardware.hbm
     each = command_energies(hardware, costs)
-    streamed = (
-        npu.num_arrays * FLOAT16_BYTES * (npu.array_width + npu.array_height)
-    )  # bytes into and out of the arrays in one cycle
+    # Bytes into and out of the arrays in one cycle.
+    streamed = npu.num_arrays * FLOAT16_BYTES * (npu.array_width + npu.array_height)
     read = (
         each.read / (hbm.bus_bits / 8 * hbm.burst_length)
         + 8 * costs.interface_bit
@@ -184,5 +202,10 @@ def peak_power(hardware: Hardware, costs: EnergyCosts | None = None) -> Power:
 
 
 def average_power_watts(energy: Energy, seconds) -> Float[Array, "..."]:
-    """Mean power while `energy` was spent."""
+    """Returns the mean power of one device.
+
+    Args:
+        energy: The energy that it spends.
+        seconds: The time in which it spends it.
+    """
     return energy.total / seconds

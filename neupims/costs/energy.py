@@ -1,10 +1,10 @@
-"""Energy of one device from what it did.
+"""Energy of one device from the commands and operations that it runs.
 
-DRAM commands cost what the supply currents of the simulator's memory say, by the arithmetic of the
-simulator; what it leaves out (arithmetic, scratchpad, interface, link) comes from published tables
-of 7 nm logic. Every cost begins its source with how far it can be trusted: "data sheet",
-"published" (a table of a paper) or "estimate". Leakage and clocks of the NPU are in none of these
-tables and are left out: energies of an idle NPU are too low.
+The energy of DRAM commands follows from the supply currents of the simulator's memory, by the
+arithmetic of the simulator. The rest (arithmetic, scratchpad, interface, link) comes from published
+tables of 7 nm logic. The source of every cost begins with its confidence: "data sheet", "published"
+(a table of a paper) or "estimate". Leakage and clocks of the NPU are in none of these tables and
+are left out, so energies of an idle NPU are too low.
 """
 
 from typing import NamedTuple
@@ -20,7 +20,7 @@ PICO = 1e-12
 NANO = 1e9  # nanoseconds of a second
 IDD_BUS_BITS = 128  # of the channel whose currents these are
 IDD_ROW_BYTES = 1024
-# operand bytes of the command that takes four reads' energy: 32 banks, 16 float16 numbers each
+# Operand bytes of the command that takes four reads' energy: 32 banks, 16 float16 numbers each.
 PIM_REFERENCE_BYTES = 1024
 INI = "data sheet: HBM2_8Gb_x128_dualpim.ini of the simulator"
 NEWTON = (
@@ -33,11 +33,9 @@ FINE_GRAINED = "published: O'Connor et al., Fine-Grained DRAM, MICRO 2017, table
 
 @record
 class Counts:
-    """What one device did. Every field is a float array; a batch has a leading axis."""
+    """Commands and operations of one device. Every field is a float array; a batch adds an axis."""
 
-    npu_macs: Float[
-        Array, "..."
-    ]  # products that were wanted; what the arrays do to padding is not among them
+    npu_macs: Float[Array, "..."]  # products of the model; those with padding do not count
     vector_operations: Float[Array, "..."]  # on one element
     scratchpad_bytes: Float[Array, "..."]  # written to it and read from it
     read_bytes: Float[Array, "..."]  # over the interface of the memory
@@ -54,7 +52,7 @@ class Counts:
 
 @record
 class EnergyCosts:
-    """Currents of the memory and picojoules of everything else."""
+    """Supply currents of the memory, and the energy of everything else in picojoules."""
 
     supply_volts: float = quantity(1.2, "V, VDD of the memory", INI)
     activate_milliamperes: float = quantity(
@@ -94,13 +92,13 @@ class EnergyCosts:
 
 @record
 class Energy:
-    """Joules by where they go."""
+    """Joules by the part that spends them."""
 
     npu: Float[Array, "..."]  # products in the arrays
     vector: Float[Array, "..."]
     scratchpad: Float[Array, "..."]
     dram_array: Float[Array, "..."]  # rows opened, read and written for the NPU
-    dram_interface: Float[Array, "..."]  # what crosses it: reads, writes and PIM's results
+    dram_interface: Float[Array, "..."]  # reads, writes and PIM's results that cross it
     pim: Float[Array, "..."]
     refresh: Float[Array, "..."]
     background: Float[Array, "..."]  # of the memory
@@ -108,6 +106,7 @@ class Energy:
 
     @property
     def total(self) -> Float[Array, "..."]:
+        """The sum of all parts."""
         parts = (
             self.npu,
             self.vector,
@@ -123,9 +122,7 @@ class Energy:
 
 
 class CommandEnergies(NamedTuple):
-    """Picojoules of each command of the memory, and of a rank that waits one memory cycle with rows
-    open; of a batch of designs, arrays.
-    """
+    """Picojoules of each command of the memory; arrays for a batch of designs."""
 
     activation: float
     read: float
@@ -135,18 +132,24 @@ class CommandEnergies(NamedTuple):
     comp: float
     result_read: float
     refresh: float
-    active_cycle: float
+    active_cycle: float  # of a rank that waits one memory cycle with rows open
 
 
 def command_energies(hardware: Hardware, costs: EnergyCosts) -> CommandEnergies:
-    """Energy of the memory's commands: volts times the current above standby times how long it
-    flows (V mA ns = pJ).
+    """Returns the energy of the memory's commands.
 
-    For the default memory the numbers are the simulator's. For others, currents are taken to grow
-    with what they serve: an activation's with the row, a burst's with the bus, a product's with the
+        picojoules = volts * milliamperes above standby * nanoseconds
+
+    For the default memory the numbers are the simulator's. For others, currents grow with what they
+    serve: those of an activation with the row, of a burst with the bus, of a product with the
     operands of all banks.
 
-    Source: InitPowerParams in extern/NewtonSim/src/configuration.cc of the public simulator.
+    Args:
+        hardware: The machine; fields may be arrays of a batch of designs.
+        costs: The supply voltage and currents.
+
+    Reference:
+        InitPowerParams in extern/NewtonSim/src/configuration.cc of the public simulator.
     """
     hbm, pim = hardware.hbm, hardware.pim
     volts = costs.supply_volts
@@ -176,10 +179,18 @@ def command_energies(hardware: Hardware, costs: EnergyCosts) -> CommandEnergies:
 
 
 def energy(counts: Counts, hardware: Hardware, costs: EnergyCosts | None = None) -> Energy:
-    """Joules of what one device did.
+    """Returns the energy that one device spends.
 
-    Rows are taken to be open all the time. A second row buffer, where PIM uses it, takes the
-    standby current again, as in the simulator.
+    Rows count as open all the time. A second row buffer, where PIM uses it, takes the standby
+    current again, as in the simulator.
+
+    Args:
+        counts: The commands and operations of the device.
+        hardware: The machine.
+        costs: The energy of each action (default: `EnergyCosts()`).
+
+    Returns:
+        Joules by part.
     """
     costs = EnergyCosts() if costs is None else costs
     each, hbm = command_energies(hardware, costs), hardware.hbm
@@ -212,5 +223,5 @@ def energy(counts: Counts, hardware: Hardware, costs: EnergyCosts | None = None)
 
 
 def _nanoseconds(hbm: HBM) -> float:
-    """Of one memory cycle."""
+    """Returns the nanoseconds of one memory cycle."""
     return NANO / hbm.clock_hz

@@ -1,0 +1,1 @@
+"""Exploration of accelerator designs: spaces, fronts and sensitivities."""

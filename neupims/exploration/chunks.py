@@ -1,15 +1,12 @@
-"""A folder of results in numbered files, each whole or not there, so that a run that is killed goes
-on from its last file.
+"""A folder of results in numbered files, so that an interrupted run resumes after its last file.
 
-`manifest.json` says of what the results are. A run that would compute something else is refused, as
-is a second process beside the first.
+`manifest.json` records what the results belong to. A run that would compute something else is
+refused, and so is a second process in the same folder.
 """
 
-import fcntl
 import hashlib
 import io
 import json
-import os
 import zipfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,18 +15,22 @@ from typing import Any
 
 import numpy as np
 
-PARTIAL = ".part"
+from neupims.files import PARTIAL, write_bytes
 
 
 class Chunks:
-    """Named arrays by number, in `folder`/points; kept nowhere where `folder` is None."""
+    """Named arrays by number, in `folder`/points; stores nothing if `folder` is None."""
 
     def __init__(self, folder: Path | None):
         self.folder = folder
 
     def load(self, number: int, rows: int) -> dict[str, np.ndarray] | None:
-        """The arrays of a number, or None where they must be computed: there is no file, it is
-        damaged, or it holds another number of rows.
+        """Returns the arrays of a number, or None if they must be computed.
+
+        Args:
+            number: which arrays.
+            rows: length that every array must have. A missing or damaged file, or one with another
+                number of rows, gives None.
         """
         if self.folder is None or not (path := self._path(number)).exists():
             return None
@@ -41,10 +42,11 @@ class Chunks:
         return arrays if arrays and all(len(array) == rows for array in arrays.values()) else None
 
     def save(self, number: int, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes the arrays of a number; the file appears when it is complete."""
         if self.folder is not None:
             buffer = io.BytesIO()
             np.savez(buffer, **arrays)  # type: ignore[arg-type]
-            write_whole(self._path(number), buffer.getvalue())
+            write_bytes(self._path(number), buffer.getvalue())
 
     def _path(self, number: int) -> Path:
         assert self.folder is not None
@@ -52,44 +54,57 @@ class Chunks:
 
 
 @contextmanager
-def chunks(folder: Path | None, identity: Mapping[str, Any]) -> Iterator[Chunks]:
-    """The results in a folder, which is made where it is not there. `identity` is what they are
-    results of, part by part.
+def open_chunks(folder: Path | None, identity: Mapping[str, Any]) -> Iterator[Chunks]:
+    """Opens the results in a folder, which is created if it does not exist.
+
+    Args:
+        folder: where the results are kept; None keeps nothing.
+        identity: what the results belong to, part by part, as values that JSON can hold.
 
     Raises:
-        ValueError: the folder holds something else, results of something else, or another process
-            is at work in it.
-        OSError: it cannot be written to.
+        ValueError: the folder holds something else or results of something else, or another process
+            uses it.
+        OSError: the folder cannot be written to.
+        ImportError: filelock is not installed.
     """
     if folder is None:
         yield Chunks(None)
         return
-    manifest = folder / "manifest.json"
-    if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is not a folder")
-    if (
-        not manifest.exists()
-        and folder.exists()
-        and any(each.name != "lock" for each in folder.iterdir())
-    ):
-        raise ValueError(f"{folder} is not empty and holds no exploration")
+    try:
+        from filelock import FileLock, Timeout
+    except ImportError:
+        raise ImportError(
+            "a folder of results needs filelock: pip install 'ggem-jax[neupims]'"
+        ) from None
+    _check_folder(folder)
     (folder / "points").mkdir(parents=True, exist_ok=True)
-    with (folder / "lock").open("a") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise ValueError(f"another process is at work in {folder}") from None
+    try:
+        lock = FileLock(folder / "lock").acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another process is at work in {folder}") from None
+    with lock:
         for left in (*folder.glob(f"*{PARTIAL}"), *(folder / "points").glob(f"*{PARTIAL}")):
             left.unlink()
-        wanted = json.loads(json.dumps(identity))  # as it reads from a file
-        if manifest.exists():
-            _compare(folder, manifest, wanted)
-        else:
-            write_whole(manifest, json.dumps(wanted, indent=1).encode())
+        _check_manifest(folder, json.loads(json.dumps(identity)))  # as it reads from a file
         yield Chunks(folder)
 
 
-def _compare(folder: Path, manifest: Path, wanted: Mapping[str, Any]) -> None:
+def _check_folder(folder: Path) -> None:
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is not a folder")
+    manifest = folder / "manifest.json"
+    if manifest.exists() or not folder.exists():
+        return
+    if any(each.name != "lock" for each in folder.iterdir()):
+        raise ValueError(f"{folder} is not empty and holds no exploration")
+
+
+def _check_manifest(folder: Path, wanted: Mapping[str, Any]) -> None:
+    """Writes the manifest if there is none; raises ValueError if it differs from `wanted`."""
+    manifest = folder / "manifest.json"
+    if not manifest.exists():
+        write_bytes(manifest, json.dumps(wanted, indent=1).encode())
+        return
     try:
         found = json.loads(manifest.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
@@ -109,25 +124,11 @@ def _compare(folder: Path, manifest: Path, wanted: Mapping[str, Any]) -> None:
             )
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Writes a file under a temporary name and renames it, so that it is never half there.
+def digest_code() -> str:
+    """Returns a digest of all source and data files of this package.
 
-    Raises:
-        OSError: it cannot be written; nothing is left.
+    It is part of the identity of results, so results of two versions do not mix.
     """
-    temporary = path.with_name(f"{path.name}{PARTIAL}")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def code_digest() -> str:
-    """Of all source and data files of this package: results of two versions do not mix."""
     root = Path(__file__).parent.parent
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*")):

@@ -1,8 +1,8 @@
-"""Constraints of a design space: comparisons of arithmetic on names, such as `npu.num_arrays *
-npu.array_width <= 1024`.
+"""Constraints of a design space: comparisons of arithmetic on names, such as
+`npu.num_arrays * npu.array_width <= 1024`.
 
-They come from files and command lines, so they are read into a syntax tree of which only arithmetic
-is accepted; nothing is evaluated as Python.
+Constraints come from files and command lines. They are parsed into a syntax tree in which only
+arithmetic is accepted; nothing is evaluated as Python.
 """
 
 import ast
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-LONGEST = 500  # characters: the tree is as deep at most, and walked by recursion
+LONGEST = 500  # characters; bounds the depth of the tree, which is walked by recursion
 ARITHMETIC = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -25,20 +25,20 @@ ARITHMETIC = {
 }
 
 
-def _above(left, right):
-    """By how much the left is above the right, relative to both."""
+def _excess(left, right):
+    """How far the left side is above the right one, relative to both; 0 where it is not above."""
     return np.where(left <= right, 0.0, (left - right) / (np.abs(left) + np.abs(right)))
 
 
-# By how much `left OPERATOR right` fails: 0 where it holds. A strict comparison of equals fails by
-# the least that can be told from 0.
-LEAST = 1e-9
+LEAST = 1e-9  # violation of a strict comparison of equal sides
+
+# The violation of `left OPERATOR right`: 0 where it holds.
 FAILURE = {
-    ast.LtE: _above,
-    ast.GtE: lambda left, right: _above(right, left),
-    ast.Lt: lambda left, right: np.where(left < right, 0.0, _above(left, right) + LEAST),
-    ast.Gt: lambda left, right: np.where(left > right, 0.0, _above(right, left) + LEAST),
-    ast.Eq: lambda left, right: _above(left, right) + _above(right, left),
+    ast.LtE: _excess,
+    ast.GtE: lambda left, right: _excess(right, left),
+    ast.Lt: lambda left, right: np.where(left < right, 0.0, _excess(left, right) + LEAST),
+    ast.Gt: lambda left, right: np.where(left > right, 0.0, _excess(right, left) + LEAST),
+    ast.Eq: lambda left, right: _excess(left, right) + _excess(right, left),
     ast.NotEq: lambda left, right: np.where(left != right, 0.0, 1.0),
 }
 
@@ -51,8 +51,13 @@ class Constraint:
     tree: ast.Compare
 
     def violation(self, columns: Mapping[str, np.ndarray | float]) -> np.ndarray:
-        """By how much each design breaks it, relative to its sides; 0 where it is kept, infinite
-        where it has no value.
+        """Returns how far each design is from meeting the constraint, relative to its sides.
+
+        Args:
+            columns: each name's `(n,)` values, or one number for all designs.
+
+        Returns:
+            `(n,)` violations: 0 where the constraint holds, infinite where it cannot be computed.
         """
         with np.errstate(all="ignore"):
             sides = [_value(side, columns) for side in (self.tree.left, *self.tree.comparators)]
@@ -65,17 +70,21 @@ class Constraint:
 
 
 def parse_constraint(text: str, names: Collection[str]) -> Constraint:
-    """The constraint that a text says about `names`.
+    """Returns the constraint that a text states.
+
+    Args:
+        text: a comparison of arithmetic, or a chain of them.
+        names: names that the text may use.
 
     Raises:
-        ValueError: it is no comparison of arithmetic, or uses another name.
+        ValueError: the text is not a comparison of arithmetic, or uses another name.
     """
     if len(text) > LONGEST:
-        raise ValueError(f"a constraint may have {LONGEST} characters, not {len(text)}")
+        raise ValueError(f"a constraint can have at most {LONGEST} characters, not {len(text)}")
     try:
         tree = ast.parse(text.strip(), mode="eval").body
     except (SyntaxError, ValueError, RecursionError, MemoryError):
-        raise ValueError(f"constraint {text!r} is no expression") from None
+        raise ValueError(f"constraint {text!r} is not an expression") from None
     if not isinstance(tree, ast.Compare) or not all(type(each) in FAILURE for each in tree.ops):
         raise ValueError(f"constraint {text!r} must compare two sides by <=, <, >=, >, == or !=")
     for side in (tree.left, *tree.comparators):
@@ -92,22 +101,24 @@ def _check(node: ast.expr, text: str, names: Collection[str]) -> None:
     elif name := _dotted(node):
         if name not in names:
             raise ValueError(
-                f"constraint {text!r} uses {name}, which is neither a field of the hardware nor a"
-                " knob or metric"
+                f"constraint {text!r} uses {name}, which is not a field of the hardware, a knob or"
+                " a metric"
             )
     elif not isinstance(node, ast.Constant) or not _finite(node.value):
         raise ValueError(
-            f"constraint {text!r} may have names, numbers and + - * / // % **, not"
+            f"constraint {text!r} can use names, numbers and + - * / // % **, but not"
             f" {ast.unparse(node)!r}"
         )
 
 
 def _finite(value: object) -> bool:
-    return type(value) in (int, float) and abs(value) <= sys.float_info.max  # type: ignore[arg-type]
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return False
+    return abs(value) <= sys.float_info.max
 
 
 def _dotted(node: ast.expr) -> str:
-    """The name that `a.b.c` stands for; "" where it is none."""
+    """The dotted name of a node such as `a.b.c`; "" for other nodes."""
     if isinstance(node, ast.Name):
         return node.id
     if isinstance(node, ast.Attribute):

@@ -1,39 +1,28 @@
-"""What a design is worth: the usual function for `neupims.exploration.explore`, from columns of
-knobs to metrics over workloads.
-"""
+"""Metrics of designs over workloads: the evaluation that `neupims.exploration.explore` uses."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Int
+from jaxtyping import Array
 
 from neupims.costs.area import area
 from neupims.exploration.space import SETTINGS
+from neupims.exploration.workloads import Workload, deal, stack_workloads
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace
 from neupims.machine.systems import PIM_SYSTEMS, Fidelity, System
 from neupims.machine.workload import Batch, Decoder, Parallel
 from neupims.timing.capacity import channel_tiles, request_tiles
-from neupims.timing.schedule import Iteration, simulate
+from neupims.timing.iteration import Iteration, simulate
 
 Schedule = Literal["dealt", "trace"]
 SCHEDULES: tuple[Schedule, ...] = ("dealt", "trace")
-BLOCK = 256  # designs side by side on a CPU: what they need fits its cache
+BLOCK = 256  # designs computed together on a CPU, so that their arrays fit its cache
 
 
-class Workload(NamedTuple):
-    """A model, how it is spread over devices, and a batch of requests."""
-
-    name: str
-    model: Decoder
-    parallel: Parallel
-    batch: Batch
-
-
-def evaluation(
+def make_evaluate(
     workloads: Sequence[Workload],
     *,
     hardware: Hardware | None = None,
@@ -44,23 +33,32 @@ def evaluation(
     most_channels: int = 64,
     block: int | None = None,
 ) -> Callable[[dict[str, Array]], dict[str, Array]]:
-    """A function from {knob: (n,)} to {metric: (n, workloads)}, with `flagged`. What is no knob is
-    as in `hardware` and the workloads.
+    """Returns a function from `{knob: (n,)}` to `{metric: (n, workloads)}`.
 
-    `schedule` "dealt" deals the requests of a batch anew to the channels of each design (`deal`);
-    "trace" keeps the channel and sub-batch of the batch. `block` designs are computed side by side:
-    `BLOCK` on a CPU, all on a GPU, if not given. Metrics: tokens_per_second and iteration_seconds;
-    energy_joules_per_token and area_mm2 of all devices of the model; and the utilisations.
+    The metrics are tokens_per_second, iteration_seconds, energy_joules_per_token and area_mm2 (of
+    all devices of the model), and the utilisations. `flagged`, `(n, workloads)`, is true where the
+    design cannot exist or cannot run the workload.
+
+    Args:
+        workloads: what each design runs.
+        hardware: values of everything that is not a knob; `Hardware()` if not given.
+        system: one of `neupims.machine.systems.SYSTEMS`.
+        sub_batches: halves of the batch that NPU and PIM interleave, unless a knob.
+        fidelity: "simulator", as the public simulator is coded, or "intended", as in the paper.
+        schedule: "dealt" assigns the requests to the channels of each design again (`deal`);
+            "trace" keeps the channel and sub-batch of the batch.
+        most_channels: upper bound of `hbm.num_channels` over all designs.
+        block: designs computed together; if not given, `BLOCK` on a CPU and all on a GPU.
 
     Raises:
-        ValueError: there is no workload, or an unknown schedule.
+        ValueError: there is no workload, or the schedule is unknown.
     """
     if not workloads:
         raise ValueError("at least one workload is needed")
     if schedule not in SCHEDULES:
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, not {schedule!r}")
     base = Hardware() if hardware is None else hardware
-    models, parallels, batches = _stacked(workloads, ordered=schedule == "dealt")
+    models, parallels, batches = stack_workloads(workloads, ordered=schedule == "dealt")
 
     def one(
         design: dict[str, Array], workload: tuple[Decoder, Parallel, Batch]
@@ -90,11 +88,11 @@ def evaluation(
         if "sub_batches" in design:
             found = jax.tree.map(
                 lambda a, b: jnp.where(design["sub_batches"] < 2, a, b),
-                *(_lean(run(halves)) for halves in (1, 2)),
+                *(_select_metrics(run(halves)) for halves in (1, 2)),
             )
         else:
-            found = _lean(run(sub_batches))
-        wrong = found.pop("flagged") | ~possible(machine, model, batch, parallel)
+            found = _select_metrics(run(sub_batches))
+        wrong = found.pop("flagged") | ~is_possible(machine, model, batch, parallel)
         devices = 1.0 * parallel.tp * parallel.pp
         tokens = (batch.seq_lens > 0).sum()
         joules = found.pop("energy_joules")
@@ -108,14 +106,21 @@ def evaluation(
         def of_design(design):
             return jax.lax.map(lambda workload: one(design, workload), (models, parallels, batches))
 
-        return in_blocks(of_design, columns, block)
+        return map_blocks(of_design, columns, block)
 
     return evaluate
 
 
-def in_blocks(one: Callable[[Any], Any], columns: Any, block: int | None = None) -> Any:
-    """`one` of every row, `block` rows side by side (see `evaluation`), or a little fewer, so that
-    all blocks are of one size and compiled once.
+def map_blocks(one: Callable[[Any], Any], columns: Any, block: int | None = None) -> Any:
+    """Returns `one` of every row of a pytree, computed in blocks of equal size.
+
+    Args:
+        one: a function of one row.
+        columns: pytree of arrays `(n, ...)`.
+        block: most rows computed together; if not given, `BLOCK` on a CPU and all on a GPU.
+
+    Returns:
+        Pytree of arrays `(n, ...)`.
     """
     rows = len(jax.tree.leaves(columns)[0])
     if block is None:
@@ -130,8 +135,8 @@ def in_blocks(one: Callable[[Any], Any], columns: Any, block: int | None = None)
     return jax.tree.map(lambda part: part.reshape(count * size, *part.shape[2:])[:rows], found)
 
 
-def _lean(iteration: Iteration) -> dict[str, Array]:
-    """What is kept of an iteration; the rest is not computed."""
+def _select_metrics(iteration: Iteration) -> dict[str, Array]:
+    """The values of an iteration that are kept; the compiler removes the rest."""
     names = (
         "tokens_per_second",
         "iteration_seconds",
@@ -144,32 +149,17 @@ def _lean(iteration: Iteration) -> dict[str, Array]:
     return {name: getattr(iteration, name) for name in names}
 
 
-def deal(seq_lens: Int[Array, " r"], num_channels) -> Batch:
-    """A batch of requests in falling order of length, dealt to the channels to and fro, and each
-    channel's to the sub-batches 0 1 1 0 0 1 1 0 ...
+def is_possible(hardware: Hardware, model: Decoder, batch: Batch, parallel: Parallel) -> Array:
+    """Returns whether the machine can exist and holds the model and the batch.
 
-    Neighbouring channels begin with different sub-batches. The number of channels may be traced;
-    for lengths spread like those of chats the fullest channel holds little more than the mean.
+    Pages must fit in rows, heads and layers must divide over the devices, every request needs an
+    existing channel, and the memory must hold weights, keys and values.
+
+    Returns:
+        A boolean scalar.
     """
-    place = (
-        jnp.arange(seq_lens.shape[0]) + 0.5
-    )  # between whole numbers, so that division cannot round across one
-    lap = jnp.floor(place / num_channels)
-    forth = place - 0.5 - lap * num_channels
-    channel = jnp.where(lap % 2 == 0, forth, num_channels - 1 - forth)
-    half = (jnp.floor((lap + 1) / 2) + channel) % 2
-    return Batch(seq_lens, channel.astype(jnp.int32), half.astype(jnp.int32))
-
-
-def possible(hardware: Hardware, model: Decoder, batch: Batch, parallel: Parallel) -> Array:
-    """Whether the machine can exist and holds the model and the batch: rows as long as what is used
-    of them, heads and layers that divide over the devices, a channel for each request, and memory
-    for weights, keys and values.
-    """
-    tiles, room = (
-        request_tiles(hardware, model, batch.seq_lens, parallel),
-        channel_tiles(hardware, model, parallel),
-    )
+    tiles = request_tiles(hardware, model, batch.seq_lens, parallel)
+    room = channel_tiles(hardware, model, parallel)
     there = batch.seq_lens > 0
     return (
         (jnp.asarray(hardware.pim.page_bytes) <= hardware.hbm.row_bytes)
@@ -183,27 +173,3 @@ def possible(hardware: Hardware, model: Decoder, batch: Batch, parallel: Paralle
         & (tiles.max() <= room)
         & (tiles.sum() <= room * hardware.hbm.num_channels)
     )
-
-
-def _stacked(workloads: Sequence[Workload], *, ordered: bool) -> tuple[Any, Any, Any]:
-    """Models, parallels and batches with a leading axis; batches filled up with requests of length
-    0, in falling order of length where `ordered`.
-    """
-    most = max(len(each.batch.seq_lens) for each in workloads)
-
-    def filled(batch: Batch) -> Batch:
-        order = (
-            np.argsort(-np.asarray(batch.seq_lens), kind="stable")
-            if ordered
-            else np.arange(len(batch.seq_lens))
-        )
-        return jax.tree.map(
-            lambda part: np.pad(np.asarray(part)[order], (0, most - len(order))), batch
-        )
-
-    def stack(*parts):
-        return jnp.stack([jnp.asarray(part) for part in parts])
-
-    models = jax.tree.map(stack, *(each.model for each in workloads))
-    parallels = jax.tree.map(stack, *(each.parallel for each in workloads))
-    return models, parallels, jax.tree.map(stack, *(filled(each.batch) for each in workloads))

@@ -1,51 +1,62 @@
 """Evolution of designs for several objectives: NSGA-II on the coordinates of a space.
 
-A population is (n, knobs) coordinates from 0 to 1; `Space.values` makes whole numbers and list
-values of them. Knobs with a list have no order: they are exchanged and drawn anew; all others are
-crossed and mutated as numbers.
+A population is `(n, knobs)` coordinates from 0 to 1; `Space.values` turns them into whole numbers
+and list values. Knobs with a list have no order: crossover exchanges their values and mutation
+draws them again. All other knobs are crossed and mutated as numbers.
 
-Deb et al., "A fast and elitist multiobjective genetic algorithm: NSGA-II", 2002; Deb and Agrawal,
-"Simulated binary crossover for continuous search space", 1995. Settings are those of the first
-paper, section IV.
+References: Deb et al., "A fast and elitist multiobjective genetic algorithm: NSGA-II", 2002 (the
+settings are those of section IV); Deb and Agrawal, "Simulated binary crossover for continuous
+search space", 1995.
 """
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from neupims.exploration.pareto import crowding, ranks
 
-CROSSED = 0.9  # chance that two parents are crossed at all
+CROSSED = 0.9  # probability that two parents are crossed at all
 NEAR_PARENTS = 20.0  # distribution index of crossover: larger is nearer
 NEAR_SELF = 20.0  # distribution index of mutation
-
-
-DRAWS = 8  # numbers that one knob of one child takes
+DRAWS = 8  # random numbers for each knob of each child
 
 
 @jax.jit
-def offspring(
+def breed(
     drawn: Float[Array, "8 n k"],
     units: Float[Array, "n k"],
     rank: Int[Array, " n"],
     distance: Float[Array, " n"],
     listed: Bool[Array, " k"],
 ) -> Float[Array, "n k"]:
-    """As many children as parents, an even number: pairs of winners of tournaments of two are
-    crossed, then each child is mutated in one knob on average. `drawn` are independent uniform
-    numbers, all the chance there is.
+    """Returns as many children as there are parents.
+
+    Winners of tournaments of two are crossed in pairs; then each child is mutated in one knob on
+    average.
+
+    Args:
+        drawn: `(DRAWS, n, k)` independent uniform numbers; the function is otherwise
+            deterministic.
+        units: `(n, k)` coordinates of the parents; n is even.
+        rank: `(n,)` rank of each parent, lower is better.
+        distance: `(n,)` crowding distance of each parent, larger is better.
+        listed: `(k,)` true for knobs with a list of values.
+
+    Returns:
+        `(n, k)` coordinates of the children.
     """
     n, k = units.shape
     a, b = jnp.floor(drawn[:2, :, 0] * n).astype(int)
     wins = (rank[a] < rank[b]) | ((rank[a] == rank[b]) & (distance[a] >= distance[b]))
     first, second = units[jnp.where(wins, a, b)].reshape(2, n // 2, k)
-    children = jnp.concatenate(_crossed(drawn[2:6, : n // 2], first, second, listed))
-    return _mutated(drawn[6:], children, listed, 1 / k)
+    children = jnp.concatenate(_cross(drawn[2:6, : n // 2], first, second, listed))
+    return _mutate(drawn[6:], children, listed, 1 / k)
 
 
-def _crossed(drawn, first, second, listed):
-    """Simulated binary crossover within 0 and 1, each knob with even chances; where a knob is a
-    list the parents' values change places.
+def _cross(drawn, first, second, listed):
+    """Simulated binary crossover within 0 and 1; each knob is crossed with probability 1/2, and a
+    knob with a list exchanges the values of the parents.
     """
     all_knobs, one_knob, draw, swap = drawn
     now = (all_knobs[:, :1] < CROSSED) & (one_knob < 0.5)
@@ -67,41 +78,47 @@ def _crossed(drawn, first, second, listed):
     return jnp.where(now, one, first), jnp.where(now, two, second)
 
 
-def _mutated(drawn, units, listed, chance):
-    """Polynomial mutation within 0 and 1 of each knob with this chance; where a knob is a list,
-    another draw.
-    """
+def _mutate(drawn, units, listed, probability):
+    """Polynomial mutation within 0 and 1; a knob with a list takes a new draw."""
     now, draw = drawn
     power = NEAR_SELF + 1
     down = (2 * draw + (1 - 2 * draw) * (1 - units) ** power) ** (1 / power) - 1
     up = 1 - (2 * (1 - draw) + (2 * draw - 1) * units**power) ** (1 / power)
     moved = jnp.clip(units + jnp.where(draw < 0.5, down, up), 0, 1)
-    return jnp.where(now < chance, jnp.where(listed, draw, moved), units)
+    return jnp.where(now < probability, jnp.where(listed, draw, moved), units)
 
 
-@jax.jit
 def fitness(
-    values: Float[Array, "n k"], objectives: Float[Array, "n m"], violation: Float[Array, " n"]
-) -> tuple[Int[Array, " n"], Float[Array, " n"]]:
-    """Rank, the lower the better, and distance from neighbours, the larger the better.
+    values: Float[np.ndarray, "n k"],
+    objectives: Float[np.ndarray, "n m"],
+    violation: Float[np.ndarray, " n"],
+) -> tuple[Int[np.ndarray, " n"], Float[np.ndarray, " n"]]:
+    """Returns the rank and the crowding distance of each design.
 
-    Designs that keep the constraints come first, by front; then the others by what they break; then
-    second copies of a design, which a space of few values makes in plenty; then designs that are
-    none.
+    Designs that meet the constraints come first, by front; then the others by their violation; then
+    repeated designs, of which a space of few values has many; then flagged designs.
+
+    Args:
+        values: `(n, k)` knob values.
+        objectives: `(n, m)` values to be minimised.
+        violation: `(n,)` 0 where all constraints hold, infinite where the design is flagged.
+
+    Returns:
+        `(n,)` ranks, lower is better, and `(n,)` crowding distances, larger is better.
     """
-    n = values.shape[0]
-    same = (values[:, None, :] == values[None, :, :]).all(axis=-1)
-    copy = (same & (jnp.arange(n)[None, :] < jnp.arange(n)[:, None])).any(axis=1)
-    sound = (violation <= 0) & jnp.isfinite(objectives).all(axis=1) & ~copy
-    judged = jnp.where(sound[:, None], objectives, jnp.nan)
-    front = ranks(judged)
-    breaking = jnp.argsort(jnp.argsort(jnp.where(sound | copy, jnp.inf, violation)))
-    behind = jnp.where(copy | ~jnp.isfinite(violation), 2 * n, n + breaking)
-    rank = jnp.where(sound, front, behind).astype(jnp.int32)
-    return rank, crowding(judged, jnp.where(sound, front, n))
+    n = len(values)
+    repeated = ~np.isin(np.arange(n), np.unique(values, axis=0, return_index=True)[1])
+    sound = (violation <= 0) & np.isfinite(objectives).all(axis=1) & ~repeated
+    costs = np.where(sound[:, None], objectives, np.nan)
+    order = np.argsort(np.where(sound | repeated, np.inf, violation), kind="stable")
+    place = np.argsort(order, kind="stable")
+    behind = np.where(repeated | ~np.isfinite(violation), 2 * n, n + place)
+    rank = np.where(sound, ranks(costs), behind)
+    return rank, crowding(costs, rank)
 
 
-@jax.jit
-def survivors(rank: Int[Array, " n"], distance: Float[Array, " n"]) -> Int[Array, " half"]:
-    """The better half of parents and children together, best first."""
-    return jnp.lexsort((-distance, rank))[: rank.shape[0] // 2]
+def select_survivors(
+    rank: Int[np.ndarray, " n"], distance: Float[np.ndarray, " n"]
+) -> Int[np.ndarray, " half"]:
+    """Returns the better half of parents and children together, `(n // 2,)` rows, best first."""
+    return np.lexsort((-distance, rank))[: len(rank) // 2]

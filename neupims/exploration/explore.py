@@ -1,412 +1,284 @@
-"""Design points of a space and their Pareto front: sampled or evolved, evaluated chunk by chunk on
-all devices, kept in a folder to go on from.
+"""Design-space exploration of the accelerator: Pareto front, hypervolume and sensitivities."""
 
-What a design is worth is a function that is passed in (`neupims.exploration.evaluation` makes the
-usual one): from the columns of the knobs, {name: (n,)}, to metrics, {name: (n, workloads)}, and
-`flagged`, (n, workloads), true where a design is none. Of a metric over workloads the geometric
-mean counts. A flagged design, or one with a metric that is not finite, is in no front and spoils no
-other.
-"""
-
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial, reduce
+import csv
+import io
+import json
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
-from jaxtyping import Array, Float
 
-from neupims.exploration import evolution, pareto
-from neupims.exploration.chunks import Chunks, chunks, code_digest
-from neupims.exploration.sensitivity import Sensitivity, neighbours, sensitivities
-from neupims.exploration.space import METHODS, Space, grid_size, sample, unit_sample
+from neupims.exploration.evaluation import Schedule, make_evaluate
+from neupims.exploration.explore_space import Report, SpaceResult, explore_space
+from neupims.exploration.points import Objective, Points, overall, parse_objectives
+from neupims.exploration.sensitivity import Sensitivity
+from neupims.exploration.space import Space, make_space
+from neupims.exploration.workloads import Model, Trace, Workload, make_workloads
+from neupims.files import finite, write_text
+from neupims.machine.config import load_hardware
+from neupims.machine.hardware import Hardware
+from neupims.machine.systems import Fidelity, System
+from neupims.machine.workload import Parallel
+from neupims.validation import expected_error
 
-Evaluate = Callable[[dict[str, Array]], dict[str, Array]]
-Report = Callable[[int, int], None]
-
-CHUNK = 16384  # designs of a file of samples
-POPULATION = 256  # designs of a generation
-SAMPLED = 65536  # designs, about, from which sensitivities are computed
-PICTURED = 4096  # designs, about, that a picture shows beside the front
-WORSE = 4.0  # times than the base design, in each objective: where the hypervolume ends
-
-
-class Objective(NamedTuple):
-    """A metric, and whether more of it is better."""
-
-    name: str
-    largest: bool
-
-    def __str__(self) -> str:
-        return f"{self.name}:{'max' if self.largest else 'min'}"
+METRICS = (
+    "tokens_per_second",
+    "iteration_seconds",
+    "energy_joules_per_token",
+    "area_mm2",
+    "npu_utilization",
+    "pim_utilization",
+    "bandwidth_utilization",
+)
+OBJECTIVES = "tokens_per_second:max,energy_joules_per_token:min,area_mm2:min"
 
 
-class Points(NamedTuple):
-    """Designs with what they are worth. `violation` is 0 where all constraints are kept, infinite
-    where the design is flagged (or a constraint has no value).
-    """
+@dataclass(frozen=True)
+class Design:
+    """One design; metrics are geometric means over the workloads."""
 
-    place: np.ndarray  # (n,) in the run
-    values: np.ndarray  # (n, knobs)
-    metrics: dict[str, np.ndarray]  # (n, workloads)
-    violation: np.ndarray  # (n,)
-
-    def take(self, rows: np.ndarray) -> "Points":
-        return Points(
-            self.place[rows],
-            self.values[rows],
-            {name: each[rows] for name, each in self.metrics.items()},
-            self.violation[rows],
-        )
+    index: int  # number in the run
+    knobs: dict[str, float]
+    metrics: dict[str, float]
 
 
 @dataclass(frozen=True)
 class Exploration:
-    """What was found."""
+    """What `explore` found."""
 
+    method: str
+    seed: int
+    system: System
+    sub_batches: int
+    fidelity: Fidelity
+    workloads: tuple[str, ...]
     objectives: tuple[Objective, ...]
-    points: int
-    kept: int  # of them, designs that keep all constraints
-    flagged: int  # of them, impossible or not finite
-    front: Points
-    others: Points  # some of the other designs that keep all constraints, drawn by chance
-    base: Points  # one design: the base values, moved into the space
-    reference: dict[str, float]  # where the hypervolume ends
-    hypervolume: (
-        float | None
-    )  # of the front, objectives in units of the base design; None for more than three
-    sensitivities: dict[str, Sensitivity]
+    points: int  # designs that were evaluated
+    kept: int  # designs that meet all constraints
+    flagged: int  # designs that are impossible or not finite
+    front: tuple[Design, ...]  # best of the first objective first
+    base: Design  # the given hardware, moved into the space
+    reference: dict[str, float]  # where the hypervolume ends, by objective
+    hypervolume: float  # of the front, objectives in units of the base design
     sensitivity_of: str
+    sensitivities: dict[str, Sensitivity]  # by knob
+    expected_error: dict[str, Any] | None  # of a layer, near the base design
+    seconds: float
+    devices: str
+    result: SpaceResult  # arrays of the front and of other designs
 
+    def to_dict(self) -> dict[str, Any]:
+        """Returns everything but `result` as plain values, as `neupims explore --json` prints it.
 
-def parse_objectives(text: str) -> tuple[Objective, ...]:
-    """Objectives of a command line: NAME:max or NAME:min, with commas between them.
+        Numbers that are not finite are None.
+        """
+        found = {each.name: getattr(self, each.name) for each in fields(self)}
+        del found["result"]
+        found |= {
+            "objectives": [str(each) for each in self.objectives],
+            "front": [asdict(each) for each in self.front],
+            "base": asdict(self.base),
+            "sensitivities": {name: each._asdict() for name, each in self.sensitivities.items()},
+        }
+        return finite(found)
 
-    Raises:
-        ValueError: one is not of that form, or is there twice.
-    """
-    found = []
-    for part in text.split(","):
-        name, _, sense = part.strip().partition(":")
-        if not name or sense not in ("max", "min"):
-            raise ValueError(f"an objective is NAME:max or NAME:min, not {part.strip()!r}")
-        found.append(Objective(name, sense == "max"))
-    if len({each.name for each in found}) < len(found):
-        raise ValueError(f"an objective is there twice in {text!r}")
-    return tuple(found)
-
-
-def overall(metric: Float[np.ndarray, "n w"]) -> Float[np.ndarray, " n"]:
-    """The geometric mean over workloads."""
-    with np.errstate(all="ignore"):
-        return np.exp(np.log(np.asarray(metric, np.float64)).mean(axis=1))
-
-
-def judged(points: Points, objectives: Sequence[Objective]) -> Float[np.ndarray, "n m"]:
-    """The objectives, to be minimised; NaN for designs that break a constraint or are flagged."""
-    columns = [
-        overall(points.metrics[each.name]) * (-1 if each.largest else 1) for each in objectives
-    ]
-    return np.where(points.violation[:, None] <= 0, np.stack(columns, axis=1), np.nan)
-
-
-class Evaluator:
-    """`evaluate` on `rows` designs at a time, spread over all devices; fewer are filled up, so that
-    there is one compilation.
-    """
-
-    def __init__(
-        self,
-        space: Space,
-        evaluate: Evaluate,
-        rows: int,
-        devices: Sequence[jax.Device] | None = None,
-    ):
-        devices = jax.devices() if devices is None else devices
-        self.space, self.rows = space, -(-rows // len(devices)) * len(devices)
-        spread = PartitionSpec("designs")
-        mesh = Mesh(np.array(devices), ("designs",))
-        self.placed = NamedSharding(mesh, spread)
-        self.run = jax.jit(
-            jax.shard_map(evaluate, mesh=mesh, in_specs=spread, out_specs=spread, check_vma=False)
-        )
-
-    def metrics(self) -> tuple[str, ...]:
-        """Names of the metrics."""
-        found = jax.eval_shape(self.run, self._columns(np.ones((1, len(self.space.knobs)))))
-        return tuple(name for name in found if name != "flagged")
-
-    def __call__(self, values: Float[np.ndarray, "n k"], first: int = 0) -> Points:
-        """Evaluates designs, numbered from `first`."""
-        parts = []
-        for start in range(0, len(values), self.rows):
-            part = values[start : start + self.rows]
-            found = jax.device_get(self.run(self._columns(part)))
-            parts.append({name: np.asarray(each)[: len(part)] for name, each in found.items()})
-        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        flagged = arrays.pop("flagged", np.zeros((len(values), 1), bool)).any(axis=1)
-        for each in arrays.values():
-            flagged |= ~np.isfinite(each).all(axis=1)
-        known = self.space.columns(values) | {name: overall(each) for name, each in arrays.items()}
-        violation = np.where(flagged, np.inf, self.space.violation(known))
-        return Points(np.arange(first, first + len(values)), values, arrays, violation)
-
-    def _columns(self, values: np.ndarray) -> dict[str, Array]:
-        filled = np.concatenate(
-            [values, np.broadcast_to(values[-1:], (self.rows - len(values), values.shape[1]))]
-        )
-        columns = {}
-        for knob, column in zip(self.space.knobs, filled.T, strict=True):
-            whole = knob.whole and np.abs(column).max() < 2**31
-            columns[knob.name] = jax.device_put(
-                column.astype(np.int32 if whole else np.float32), self.placed
+    def front_csv(self) -> str:
+        """Returns the front as CSV: knobs, metrics, and the throughput of each workload."""
+        points, text = self.result.front, io.StringIO()
+        writer = csv.writer(text, lineterminator="\n")
+        throughputs = (f"tokens_per_second of {name}" for name in self.workloads)
+        writer.writerow(["index", *self.base.knobs, *points.metrics, *throughputs])
+        columns = [overall(each) for each in points.metrics.values()]
+        columns += list(points.metrics["tokens_per_second"].T)
+        for row, index in enumerate(points.place):
+            knobs = (f"{value:.9g}" for value in points.values[row])
+            writer.writerow(
+                [int(index), *knobs, *(f"{float(column[row]):.7g}" for column in columns)]
             )
-        return columns
+        return text.getvalue()
 
 
 def explore(
-    space: Space,
-    evaluate: Evaluate,
-    objectives: Sequence[Objective],
+    hardware: Hardware | str | Path,
+    models: Model | Sequence[Model],
+    batches: Trace | Sequence[Trace],
+    knobs: Mapping[str, Any],
     *,
+    constraints: Sequence[str] = (),
+    objectives: str | Sequence[Objective] = OBJECTIVES,
     method: str = "sobol",
     points: int | None = None,
     seed: int = 0,
-    chunk: int | None = None,
-    folder: str | Path | None = None,
-    settings: Mapping[str, Any] | None = None,
+    system: System = "neupims",
+    sub_batches: int | None = None,
+    fidelity: Fidelity = "simulator",
+    schedule: Schedule = "dealt",
+    parallel: Parallel | None = None,
     reference: Mapping[str, float] | None = None,
     sensitivity_of: str = "tokens_per_second",
+    chunk: int | None = None,
+    folder: str | Path | None = None,
     report: Report = lambda done, total: None,
 ) -> Exploration:
-    """Evaluates `points` designs of a space ("grid": all of the grid) and keeps the best.
+    """Returns the Pareto front of accelerator designs, with hypervolume and sensitivities.
 
-    With a `folder` every chunk is kept as it is done and read again by the next run of the same
-    space, `settings` (what `evaluate` depends on) and code. `reference` gives, by objective, where
-    the hypervolume ends; else it ends where designs are `WORSE` times worse than the base, which
-    must be a machine. `report` is called with the designs done and in all. For evolution `chunk` is
-    the population.
+    Every design runs one decode step of each model with each batch.
+
+    Args:
+        hardware: the base design: a name (`neupims`, ...), a TOML or JSON file, or a record.
+        models: one or several, each a name (`gpt3-7b`, ...), a file or a `Decoder`.
+        batches: one or several, each a trace file or a `Batch`.
+        knobs: for each name a list of values or a range `(low, high)`, see `make_space`. Names are
+            fields of the hardware, `sub_batches`, `parallel.tp` and `parallel.pp`.
+        constraints: comparisons of knobs and metrics, such as "area_mm2 < 20000".
+        objectives: of `METRICS`, as text (NAME:max or NAME:min, separated by commas) or records.
+        method: "grid", "random", "sobol" or "evolution".
+        points: designs to evaluate; 4096 if not given, and the whole grid for "grid".
+        seed: of all random numbers.
+        system: one of `neupims.machine.systems.SYSTEMS`.
+        sub_batches: halves of the batch that NPU and PIM interleave; if not given, 2 for
+            "neupims" and 1 for other systems.
+        fidelity: "simulator", as the public simulator is coded, or "intended", as in the paper.
+        schedule: "dealt" assigns the requests to the channels of each design again; "trace" keeps
+            the channels of the batch.
+        parallel: of all models; if not given, as published for the model.
+        reference: where the hypervolume ends, by objective; if not given, where designs are four
+            times worse than the base design.
+        sensitivity_of: the metric whose sensitivities are computed.
+        chunk: designs of a file, or of a generation of evolution; 16384 and 256 if not given.
+        folder: keeps evaluated designs, `front.csv` and `summary.json`; the same call resumes from
+            it. None keeps nothing.
+        report: called with the number of designs that are done, and of all.
 
     Raises:
-        ValueError: an unknown method, objective or number of points; the folder holds another
-            exploration; the base design is impossible.
-        OSError: the folder cannot be written to.
+        ValueError: an argument is unknown or impossible; the folder holds another exploration.
+        OSError: a file cannot be read or written.
+        ImportError: the extra `neupims` is not installed.
+
+    Example:
+        >>> from neupims.exploration.explore import explore
+        >>> from neupims.machine.workload import make_batch
+        >>> batch = make_batch([300, 40, 900, 512], [0, 1, 2, 3])
+        >>> knobs = {"hbm.num_channels": [16, 32], "npu.num_arrays": (4, 8)}
+        >>> found = explore("neupims", "gpt3-7b", batch, knobs, method="grid")
+        >>> found.points, found.front[0].knobs["hbm.num_channels"]
+        (10, 32.0)
     """
-    total, chunk = _sizes(space, method, points, chunk)
-    objectives = tuple(objectives)
-    evaluator = Evaluator(space, evaluate, min(chunk, total))
-    metrics = evaluator.metrics()
-    _check_names(metrics, objectives, reference or {}, sensitivity_of)
-    run = {"method": method, "seed": seed, "chunk": chunk} | (
-        {"objectives": list(map(str, objectives))} if method == "evolution" else {}
+    began = time.perf_counter()
+    if seed < 0:
+        raise ValueError(f"the seed must be at least 0, not {seed}")
+    if system != "neupims" and (sub_batches == 2 or "sub_batches" in knobs):
+        raise ValueError(f"two sub_batches need the system neupims, not {system}")
+    halves = sub_batches or (2 if system == "neupims" else 1)
+    machine = hardware if isinstance(hardware, Hardware) else load_hardware(hardware)
+    workloads = make_workloads(
+        models, batches, num_channels=int(machine.hbm.num_channels), parallel=parallel
     )
-    identity = {
-        "space": space.described() | {"base": space.base},
-        "settings": dict(settings or {}),
-        "run": run,
-        "code": code_digest(),
+    space = make_space(
+        knobs,
+        constraints,
+        hardware=machine,
+        settings={
+            "sub_batches": halves,
+            "parallel.tp": workloads[0].parallel.tp,
+            "parallel.pp": workloads[0].parallel.pp,
+        },
+        metrics=METRICS,
+    )
+    options: dict[str, Any] = {
+        "system": system,
+        "sub_batches": halves,
+        "fidelity": fidelity,
+        "schedule": schedule,
     }
-    with chunks(Path(folder) if folder is not None else None, identity) as store:
-        near = evaluator(neighbours(space))
-        ends = _reference(near.take(np.array([0])), objectives, reference or {})
-        if method == "evolution":
-            parts = _evolved(evaluator, objectives, total, chunk, seed, store)
-        else:
-            parts = _sampled(evaluator, method, total, chunk, seed, store)
-        done = kept = flagged = 0
-        front: Points | None = None
-        drawn: list[tuple[np.ndarray, np.ndarray]] = []
-        others: list[Points] = []
-        for number, part in enumerate(parts):
-            front = _better(front, part, objectives)
-            done += len(part.place)
-            kept += int(np.sum(part.violation <= 0))
-            flagged += int(np.sum(np.isinf(part.violation)))
-            chance = np.random.default_rng((seed, number)).random(len(part.place))
-            others.append(part.take((part.violation <= 0) & (chance < PICTURED / total)))
-            if method != "evolution" or number == 0:  # what evolves is no sample of the space
-                chosen = chance < SAMPLED / total
-                drawn.append((part.values[chosen], _result(part, sensitivity_of)[chosen]))
-            report(done, total)
-    assert front is not None
-    sampled = tuple(np.concatenate(each) for each in zip(*drawn, strict=True))
-    return Exploration(
-        objectives=objectives,
-        points=total,
-        kept=kept,
-        flagged=flagged,
-        front=front,
-        others=_apart(reduce(_joined, others), front),
-        base=near.take(np.array([0])),
-        reference=ends,
-        hypervolume=_volume(front, near, objectives, ends),
-        sensitivities=sensitivities(space, (near.values, _result(near, sensitivity_of)), sampled),  # type: ignore[arg-type]
+    channels = [knob.most for knob in space.knobs if knob.name == "hbm.num_channels"]
+    most_channels = int(max([machine.hbm.num_channels, *channels]))
+    result = explore_space(
+        space,
+        make_evaluate(workloads, hardware=machine, most_channels=most_channels, **options),
+        parse_objectives(objectives) if isinstance(objectives, str) else objectives,
+        method=method,
+        points=points,
+        seed=seed,
+        chunk=chunk,
+        folder=folder,
+        settings=options | {"workloads": [_describe(each) for each in workloads]},
+        reference=reference,
         sensitivity_of=sensitivity_of,
+        report=report,
+    )
+    found = Exploration(
+        method=method,
+        seed=seed,
+        system=system,
+        sub_batches=halves,
+        fidelity=fidelity,
+        workloads=tuple(each.name for each in workloads),
+        objectives=result.objectives,
+        points=result.points,
+        kept=result.kept,
+        flagged=result.flagged,
+        front=_designs(result.front.take(_best_first(result)), space),
+        base=_designs(result.base, space)[0],
+        reference=result.reference,
+        hypervolume=result.hypervolume,
+        sensitivity_of=result.sensitivity_of,
+        sensitivities=result.sensitivities,
+        expected_error=_expected_error(space, machine, options),
+        seconds=time.perf_counter() - began,
+        devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
+        result=result,
+    )
+    if folder is not None:
+        summary = json.dumps(found.to_dict(), indent=2, allow_nan=False)
+        write_text(Path(folder) / "front.csv", found.front_csv())
+        write_text(Path(folder) / "summary.json", summary)
+    return found
+
+
+def _describe(workload: Workload) -> dict[str, Any]:
+    """A workload as values that JSON can hold."""
+    return {
+        "name": workload.name,
+        "model": {name: int(value) for name, value in vars(workload.model).items()},
+        "parallel": {name: int(value) for name, value in vars(workload.parallel).items()},
+        "batch": [np.asarray(part).tolist() for part in vars(workload.batch).values()],
+    }
+
+
+def _designs(points: Points, space: Space) -> tuple[Design, ...]:
+    metrics = {name: overall(each) for name, each in points.metrics.items()}
+    return tuple(
+        Design(
+            int(points.place[row]),
+            dict(zip(space.names, points.values[row].tolist(), strict=True)),
+            {name: float(each[row]) for name, each in metrics.items()},
+        )
+        for row in range(len(points.place))
     )
 
 
-def _result(points: Points, name: str) -> np.ndarray:
-    """A metric over all workloads, NaN for designs that are none. Constraints do not matter."""
-    return np.where(np.isinf(points.violation), np.nan, overall(points.metrics[name]))
+def _best_first(result: SpaceResult) -> np.ndarray:
+    """Rows of the front by the first objective."""
+    first = result.objectives[0]
+    metric = overall(result.front.metrics[first.name])
+    return np.argsort(-metric if first.largest else metric, kind="stable")
 
 
-def _sizes(space: Space, method: str, points: int | None, chunk: int | None) -> tuple[int, int]:
-    if method not in (*METHODS, "evolution"):
-        raise ValueError(
-            f"the method must be one of {', '.join((*METHODS, 'evolution'))}, not {method!r}"
-        )
-    if chunk is not None and chunk < 1:
-        raise ValueError(f"a chunk must have at least one design, not {chunk}")
-    chunk = chunk or (POPULATION if method == "evolution" else CHUNK)
-    if points is not None and points < 1:
-        raise ValueError(f"at least one point must be evaluated, not {points}")
-    if method == "grid":
-        size = grid_size(space)
-        if points is not None and size > points:
-            raise ValueError(f"the grid has {size} points, more than the {points} allowed")
-        return size, chunk
-    total = points or 4096
-    if method == "evolution":
-        if chunk < 4 or chunk % 2:
-            raise ValueError(
-                f"a population must have an even number of designs, at least 4, not {chunk}"
-            )
-        total = -(-total // chunk) * chunk
-    return total, chunk
-
-
-def _check_names(
-    metrics: Sequence[str],
-    objectives: Sequence[Objective],
-    reference: Mapping[str, float],
-    sensitivity_of: str,
-) -> None:
-    for name in (*(each.name for each in objectives), sensitivity_of):
-        if name not in metrics:
-            raise ValueError(f"there is no metric {name!r}; there are {', '.join(metrics)}")
-    if unknown := set(reference) - {each.name for each in objectives}:
-        raise ValueError(f"the reference names {', '.join(sorted(unknown))}, which is no objective")
-
-
-def _sampled(
-    evaluator: Evaluator, method: str, total: int, chunk: int, seed: int, store: Chunks
-) -> Iterator[Points]:
-    for number, start in enumerate(range(0, total, chunk)):
-        stop = min(start + chunk, total)
-        yield _computed(
-            store, number, stop - start, partial(_drawn, evaluator, method, start, stop, seed)
-        )
-
-
-def _drawn(evaluator: Evaluator, method: str, start: int, stop: int, seed: int) -> Points:
-    return evaluator(sample(evaluator.space, method, start, stop, seed=seed), start)
-
-
-def _computed(store: Chunks, number: int, rows: int, compute: Callable[[], Points]) -> Points:
-    """The designs of a file, or else computed and kept there."""
-    found = store.load(number, rows)
-    if found is not None:
-        named = {
-            name.removeprefix("metric "): found[name]
-            for name in found
-            if name.startswith("metric ")
-        }
-        return Points(found["place"], found["values"], named, found["violation"])
-    points = compute()
-    named = {f"metric {name}": each for name, each in points.metrics.items()}
-    store.save(
-        number,
-        {"place": points.place, "values": points.values, "violation": points.violation} | named,
-    )
-    return points
-
-
-def _evolved(
-    evaluator: Evaluator, objectives, total: int, population: int, seed: int, store: Chunks
-) -> Iterator[Points]:
-    """Generation by generation, the first a Sobol sample. All is drawn from the seed, so a run that
-    goes on breeds the same again.
-    """
-    space = evaluator.space
-    listed = jnp.array([bool(knob.values) for knob in space.knobs])
-    units = jnp.asarray(
-        unit_sample(len(space.knobs), "sobol", 0, population, seed=seed), jnp.float32
-    )
-    parents: tuple[Array, Points] | None = None
-    for number in range(total // population):
-        if parents is not None:
-            fit = _fitness(parents[1], objectives)
-            drawn = np.random.default_rng((seed, number)).random(
-                (evolution.DRAWS, *units.shape), np.float32
-            )
-            units = evolution.offspring(jnp.asarray(drawn), parents[0], *fit, listed)
-        values = space.values(np.asarray(units))
-        children = _computed(
-            store, number, population, partial(evaluator, values, number * population)
-        )
-        yield children
-        if parents is None:
-            parents = units, children
-            continue
-        both = _joined(parents[1], children)
-        best = evolution.survivors(*_fitness(both, objectives))
-        parents = jnp.concatenate([parents[0], units])[best], both.take(np.asarray(best))
-
-
-def _fitness(points: Points, objectives: Sequence[Objective]):
-    found = judged(points._replace(violation=np.zeros_like(points.violation)), objectives)
-    return evolution.fitness(
-        *(jnp.asarray(each, jnp.float32) for each in (points.values, found, points.violation))
-    )
-
-
-def _joined(first: Points, second: Points) -> Points:
-    return jax.tree.map(lambda a, b: np.concatenate([a, b]), first, second)
-
-
-def _better(front: Points | None, part: Points, objectives: Sequence[Objective]) -> Points:
-    both = part if front is None else _joined(front, part)
-    return _distinct(both.take(pareto.front(judged(both, objectives))))
-
-
-def _distinct(points: Points) -> Points:
-    """The first of each design: one that is drawn again is the same."""
-    return points.take(np.sort(np.unique(points.values, axis=0, return_index=True)[1]))
-
-
-def _apart(points: Points, known: Points) -> Points:
-    """The designs, each once, that are not among those known already."""
-    both = _distinct(_joined(known, points))
-    return both.take(~np.isin(both.place, known.place))
-
-
-def _reference(
-    base: Points, objectives: Sequence[Objective], given: Mapping[str, float]
-) -> dict[str, float]:
-    ends = {}
-    for each in objectives:
-        value = float(overall(base.metrics[each.name])[0])
-        if not np.isfinite(value) or value <= 0:
-            raise ValueError(
-                f"{each.name} of the base design is {value:g}, so nothing can be compared with it:"
-                " choose a base that is a machine"
-            )
-        ends[each.name] = float(
-            given.get(each.name, value / WORSE if each.largest else value * WORSE)
-        )
-    return ends
-
-
-def _volume(
-    front: Points, near: Points, objectives: Sequence[Objective], ends: Mapping[str, float]
-) -> float | None:
-    if len(objectives) > 3:
+def _expected_error(
+    space: Space, hardware: Hardware, options: Mapping[str, Any]
+) -> dict[str, Any] | None:
+    """None where the designs are of several systems, each with its own error."""
+    if {"sub_batches", "pim.row_buffers"} & set(space.names):
         return None
-    unit = np.array([float(overall(near.metrics[each.name])[0]) for each in objectives])
-    sense = np.array([-1.0 if each.largest else 1.0 for each in objectives])
-    reference = np.array([ends[each.name] for each in objectives])
-    return pareto.hypervolume(judged(front, objectives) / unit, sense * reference / unit)
+    return expected_error(
+        options["system"],
+        options["sub_batches"],
+        options["fidelity"],
+        row_buffers=int(hardware.pim.row_buffers),
+        path="closed",
+    )

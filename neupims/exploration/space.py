@@ -1,23 +1,19 @@
-"""A space of designs: knobs, what each may be, and constraints; points of it by grid, by chance or
-by a Sobol sequence.
+"""A space of designs: knobs with their choices, and constraints.
 
 A knob is a field of the hardware record by its dotted name, or one of `SETTINGS`. A point is a row
-of the unit cube, one coordinate a knob, and its `values` are a row of numbers. Every sampler gives
-any range of its points by itself, so that a run can stop and go on anywhere.
+of the unit cube with one coordinate for each knob; its values are a row of numbers.
 
-A space is read from TOML or JSON:
+A space can be read from TOML or JSON:
 
     constraints = ["npu.num_arrays * npu.array_width * npu.array_height <= 262144"]
     [knobs]
     hbm.num_channels = [8, 16, 32, 64]                      # one of these
     npu.num_arrays = {low = 2, high = 16}                   # every whole number from 2 to 16
-    npu.clock_hz = {low = 0.7e9, high = 1.5e9, log = true}  # any number, even chances of each factor
+    npu.clock_hz = {low = 0.7e9, high = 1.5e9, log = true}  # any number, uniform in its logarithm
 """
 
-import json
 import math
 import numbers
-import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,28 +22,23 @@ from typing import Any
 import numpy as np
 
 from neupims.exploration.constraint import Constraint, parse_constraint
+from neupims.files import read_table
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import COUNT_MOST, REAL_MOST, describe, instead, real
 
-METHODS = ("grid", "random", "sobol")
 LARGEST_RANGE = 10**9  # whole numbers of one knob
-STEPS = 5  # of a continuous knob in a grid, ends included
+STEPS = 5  # values of a continuous knob in a grid, ends included
 
-
-# Knobs that are no field of the hardware: how many halves of the batch are interleaved, and how
-# many devices share layers and the list of layers. All are whole numbers of at least 1.
+# Knobs that are not fields of the hardware: the number of interleaved halves of the batch, and the
+# degrees of tensor and pipeline parallelism. All are whole numbers of at least 1.
 SETTINGS = ("sub_batches", "parallel.tp", "parallel.pp")
 
-Bounds = tuple[
-    float, float, bool
-]  # the least and the most that a knob may be, and whether it is whole
+Bounds = tuple[float, float, bool]  # least and greatest value of a knob; whole numbers only?
 
 
 @dataclass(frozen=True)
 class Knob:
-    """One number to choose: from the list `values` where there is one, else from `low` to
-    `high`.
-    """
+    """One number to choose: from `values` if there are any, else between `low` and `high`."""
 
     name: str
     values: tuple[float, ...] = ()
@@ -58,18 +49,20 @@ class Knob:
 
     @property
     def count(self) -> int:
-        """How many values there are; 0 where they are not counted."""
+        """Number of values; 0 for a continuous range."""
         if self.values:
             return len(self.values)
         return int(self.high - self.low) + 1 if self.whole else 0
 
     @property
     def most(self) -> float:
+        """Greatest value."""
         return max(self.values, default=self.high)
 
     def at(self, unit: np.ndarray) -> np.ndarray:
-        """The values at coordinates from 0 to 1, float64. Values of a list and whole numbers have
-        cells of equal width, or factor with `log`.
+        """Returns the values at coordinates from 0 to 1, float64 and of the same shape.
+
+        Values of a list and whole numbers have cells of equal width; with `log`, of equal ratio.
         """
         unit = np.clip(np.asarray(unit, np.float64), 0, 1)
         if self.values:
@@ -81,7 +74,7 @@ class Knob:
         return np.clip(np.floor(value) if self.whole else value, self.low, self.high)
 
     def levels(self) -> np.ndarray:
-        """The values of a grid: all, or `STEPS` of a continuous range."""
+        """Returns the values in a grid: all of them, or `STEPS` values of a continuous range."""
         if self.values:
             return np.asarray(self.values, np.float64)
         return (
@@ -91,33 +84,35 @@ class Knob:
 
 @dataclass(frozen=True)
 class Space:
-    """Knobs and constraints, and the numbers of everything that is not turned (by the names that
-    constraints may use).
-    """
+    """Knobs, constraints and the base design."""
 
     knobs: tuple[Knob, ...]
     constraints: tuple[Constraint, ...]
-    base: dict[str, float]
+    base: dict[str, float]  # value of every name that constraints may use, before knobs are set
 
     @property
     def names(self) -> tuple[str, ...]:
+        """Names of the knobs."""
         return tuple(knob.name for knob in self.knobs)
 
     def values(self, units: np.ndarray) -> np.ndarray:
-        """(n, knobs) values at (n, knobs) coordinates."""
+        """Returns the `(n, knobs)` values at `(n, knobs)` coordinates from 0 to 1."""
         return np.stack(
             [knob.at(units[:, column]) for column, knob in enumerate(self.knobs)], axis=1
         )
 
     def columns(self, values: np.ndarray) -> dict[str, np.ndarray]:
-        """The values of each knob by its name."""
+        """Returns the `(n,)` values of each knob by its name."""
         return {name: values[:, column] for column, name in enumerate(self.names)}
 
     def violation(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
-        """By how much designs break the constraints, (n,): 0 where they keep all, infinite where
-        one cannot be computed.
+        """Returns how far designs are from meeting the constraints.
 
-        `columns` are the knobs by name, and further names that constraints may use: the metrics.
+        Args:
+            columns: `(n,)` values of the knobs by name, and of the metrics that constraints use.
+
+        Returns:
+            `(n,)` violations: 0 where all constraints hold, infinite where one cannot be computed.
         """
         size = len(next(iter(columns.values())))
         known = self.base | dict(columns)
@@ -125,8 +120,8 @@ class Space:
             (constraint.violation(known) for constraint in self.constraints), start=np.zeros(size)
         )
 
-    def described(self) -> dict[str, Any]:
-        """The space as it would stand in a file."""
+    def describe(self) -> dict[str, Any]:
+        """Returns the content of a file for `read_space`."""
         knobs: dict[str, Any] = {}
         for knob in self.knobs:
             knobs[knob.name] = (
@@ -145,13 +140,18 @@ def make_space(
     settings: Mapping[str, float] | None = None,
     metrics: Sequence[str] = (),
 ) -> Space:
-    """A checked space. A knob is a list of values, or a mapping of low, high and log.
+    """Returns a validated space.
 
-    `hardware` and `settings` give the numbers of what is not turned; `metrics` are further names
-    for constraints.
+    Args:
+        knobs: for each name a list of values, or a range: `(low, high)`, `(low, high, "log")`
+            (uniform in the logarithm), or a mapping with `low`, `high` and `log`.
+        constraints: comparisons that designs must meet, see `neupims.exploration.constraint`.
+        hardware: gives the base values; `Hardware()` if not given.
+        settings: base values of `SETTINGS`, where constraints or the base design need them.
+        metrics: further names that constraints may use.
 
     Raises:
-        ValueError: a knob or constraint is impossible; the sentence names it.
+        ValueError: a knob or a constraint is impossible; the message names it.
     """
     listed = list(describe(Hardware() if hardware is None else hardware))
     settable = dict.fromkeys(SETTINGS, (1.0, float(COUNT_MOST), True))
@@ -167,43 +167,34 @@ def make_space(
 
 
 def read_space(path: str | Path) -> tuple[dict[str, Any], list[str]]:
-    """Knobs and constraints of a file, for `make_space`.
+    """Returns the knobs and the constraints of a TOML or JSON file, for `make_space`.
 
     Raises:
-        ValueError: it is neither TOML nor JSON, or holds something else; the sentence names the
-            file.
-        OSError: it cannot be read.
+        ValueError: the file is neither TOML nor JSON, or does not hold a space; the message names
+            the file.
+        OSError: the file cannot be read.
     """
-    path = Path(path)
-    if path.suffix.lower() not in (".toml", ".json"):
-        raise ValueError(f"{path} must end in .toml or .json")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-        content = json.loads(text) if path.suffix.lower() == ".json" else tomllib.loads(text)
-    except (
-        UnicodeDecodeError,
-        json.JSONDecodeError,
-        tomllib.TOMLDecodeError,
-        RecursionError,
-    ) as error:
-        raise ValueError(f"{path} cannot be read as {path.suffix[1:].upper()}: {error}") from None
-    if not isinstance(content, dict) or not isinstance(content.get("knobs"), dict):
+    content = read_table(path)
+    if not isinstance(content.get("knobs"), dict):
         raise ValueError(f"{path} must have a table knobs")
     if unknown := set(content) - {"knobs", "constraints", "about"}:
         raise ValueError(
-            f"{path} has {', '.join(sorted(unknown))}; there are about, constraints and knobs"
+            f"{path} has {', '.join(sorted(unknown))}; only about, constraints and knobs are known"
         )
     constraints = content.get("constraints", [])
     if not isinstance(constraints, list) or not all(isinstance(each, str) for each in constraints):
         raise ValueError(f"{path}: constraints must be a list of strings, not {constraints!r}")
-    return dict(_flat(content["knobs"], "")), constraints
+    return dict(_flatten(content["knobs"], "")), constraints
 
 
 def parse_knob(text: str) -> tuple[str, Any]:
-    """A knob of a command line, NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=a,b,c, for `make_space`.
+    """Returns the name and the choice of a knob, for `make_space`.
+
+    Args:
+        text: NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=a,b,c, as on the command line.
 
     Raises:
-        ValueError: it is none of these.
+        ValueError: the text has another form.
     """
     name, equals, right = (part.strip() for part in text.partition("="))
     try:
@@ -221,11 +212,11 @@ def parse_knob(text: str) -> tuple[str, Any]:
         ) from None
 
 
-def _flat(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
-    """Dotted keys, which TOML reads as tables in tables, by their whole names."""
+def _flatten(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
+    """Full names of dotted keys, which TOML reads as nested tables."""
     for key, value in table.items():
         if isinstance(value, dict) and not {"low", "high"} & set(value):
-            yield from _flat(value, f"{prefix}{key}.")
+            yield from _flatten(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 
@@ -235,6 +226,8 @@ def _knob(name: str, choice: Any, known: Mapping[str, Bounds]) -> Knob:
         raise ValueError(f"there is no knob {name!r}; there are {', '.join(known)}")
     limits = known[name]
     whole = limits[2]
+    if isinstance(choice, tuple):
+        choice = _range(name, choice)
     if isinstance(choice, Mapping):
         if unknown := set(choice) - {"low", "high", "log"}:
             raise ValueError(
@@ -253,7 +246,7 @@ def _knob(name: str, choice: Any, known: Mapping[str, Bounds]) -> Knob:
         if whole and high - low >= LARGEST_RANGE:
             raise ValueError(f"{name} has more than {LARGEST_RANGE} values")
         return Knob(name, low=low, high=high, log=log, whole=whole)
-    if not isinstance(choice, list | tuple) or not choice:
+    if not isinstance(choice, list) or not choice:
         raise ValueError(
             f"{name} must be a list of values or a range with low and high, not {choice!r}"
         )
@@ -263,6 +256,16 @@ def _knob(name: str, choice: Any, known: Mapping[str, Bounds]) -> Knob:
     if name == "sub_batches" and max(values) > 2:
         raise ValueError(f"sub_batches must be 1 or 2, not {max(values):g}")
     return Knob(name, values=values, whole=whole)
+
+
+def _range(name: str, ends: tuple[Any, ...]) -> dict[str, Any]:
+    """The range that `(low, high)` or `(low, high, "log")` stands for."""
+    if len(ends) not in (2, 3) or (len(ends) == 3 and ends[2] != "log"):
+        raise ValueError(
+            f'{name} must be a range (low, high) or (low, high, "log"), not {ends!r}; values to'
+            " choose from are a list"
+        )
+    return {"low": ends[0], "high": ends[1], "log": len(ends) == 3}
 
 
 def _number(name: str, value: Any, limits: Bounds) -> float:
@@ -275,59 +278,3 @@ def _number(name: str, value: Any, limits: Bounds) -> float:
     if not right or (whole and value != int(value)):
         raise ValueError(f"{name} must be {instead(value, *limits)}")
     return float(value)
-
-
-def grid_size(space: Space) -> int:
-    """Points of the grid."""
-    return math.prod(knob.count or STEPS for knob in space.knobs)
-
-
-def sample(space: Space, method: str, start: int, stop: int, *, seed: int = 0) -> np.ndarray:
-    """Values of the points `start` up to `stop` of a sampler, (stop - start, knobs) float64. The
-    last knob of a grid turns fastest.
-
-    Raises:
-        ValueError: an unknown method, or a range beyond the grid.
-        ImportError: "sobol" without SciPy.
-    """
-    if method == "grid":
-        if stop > (size := grid_size(space)):
-            raise ValueError(f"the grid has {size} points, so there is no point {stop - 1}")
-        rest, columns = np.arange(start, stop), []
-        for knob in reversed(space.knobs):
-            levels = knob.levels()
-            columns.append(levels[rest % len(levels)])
-            rest = rest // len(levels)
-        return np.stack(columns[::-1], axis=1)
-    return space.values(unit_sample(len(space.knobs), method, start, stop, seed=seed))
-
-
-def unit_sample(
-    dimensions: int, method: str, start: int, stop: int, *, seed: int = 0
-) -> np.ndarray:
-    """Coordinates of the points `start` up to `stop` of "random" or "sobol", (stop - start,
-    dimensions) from 0 up to 1.
-
-    Sobol points are scrambled (Owen, "Randomly permuted (t,m,s)-nets and (t,s)-sequences", 1995);
-    the first 2^k of them are balanced.
-    """
-    if method == "random":
-        stream = np.random.PCG64(seed).advance(start * dimensions)  # one draw a number
-        return np.random.Generator(stream).random((stop - start, dimensions))
-    if method != "sobol":
-        raise ValueError(f"the method must be one of {', '.join(METHODS)}, not {method!r}")
-    try:
-        from scipy.stats import qmc
-    except ImportError:
-        raise ImportError(
-            "the Sobol sequence needs SciPy: pip install 'ggem-jax[neupims]'"
-        ) from None
-    sequence = qmc.Sobol(dimensions, rng=seed)
-    if start:
-        return sequence.fast_forward(start).random(stop - start)
-    first = sequence.random(
-        1
-        # alone, so that SciPy does not ask for a power of 2: points are counted by index, over all
-        # chunks
-    )
-    return np.concatenate([first, sequence.random(stop - 1)]) if stop > 1 else first

@@ -1,5 +1,6 @@
-"""The constants that the timing formulas cannot derive. `python -m benchmarks.fit_neupims` finds
-them from runs of the public simulator.
+"""The constants that the timing formulas cannot derive.
+
+`python -m benchmarks.fit_neupims` fits them to runs of the public simulator.
 """
 
 from neupims.machine.record import quantity, record
@@ -12,7 +13,7 @@ FIT = (
 
 @record
 class Calibration:
-    """Few, and of all systems together."""
+    """The fitted constants: eight numbers for all systems."""
 
     queued_efficiency: float = quantity(
         0.954, "of the peak bandwidth, reads that the bank queues hold at once", FIT

@@ -1,15 +1,12 @@
-"""Named machines and models, shipped as TOML files in `configs/`, and the user's own in TOML or
-JSON.
+"""Named machines and models, shipped as TOML files in `configs/`, and the user's own files.
 
 A machine's file has `about` and, in tables named as the groups of `Hardware`, the fields that
-differ from their defaults. A model's file has `about`, the fields of `Decoder`, and `tp` and `pp`,
-how many devices share a layer and the layers.
+differ from their defaults. A model's file has `about`, the fields of `Decoder`, and `tp` and `pp`:
+how many devices share a layer, and into how many groups the layers are cut. Files are TOML or JSON.
 """
 
-import json
 import os
 import re
-import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
@@ -17,61 +14,77 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
+from neupims.files import SUFFIXES, parse_table, read_table
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace
 from neupims.machine.workload import Decoder, Parallel
 
 KINDS = {"hardware": "machine", "models": "model"}
-SUFFIXES = (".toml", ".json")
 PARALLEL_FIELDS = ("tp", "pp")
 NOT_NEEDED = ("mlp_matrices",)
 
 
 def names(kind: str) -> tuple[str, ...]:
-    """The named configurations of a kind, "hardware" or "models"; numbers in names by size."""
-    found = (
-        each.name.removesuffix(".toml")
-        for each in _folder(kind).iterdir()
-        if each.name.endswith(".toml")
-    )
-    return tuple(
-        sorted(
-            found,
-            key=lambda name: [
-                (not part.isdigit(), int(part) if part.isdigit() else 0, part)
-                for part in re.split(r"(\d+)", name)
-            ],
-        )
-    )
+    """Returns the names of the configurations of a kind, sorted with numbers by size.
+
+    Args:
+        kind: "hardware" or "models".
+    """
+    files = (each.name for each in _folder(kind).iterdir())
+    found = (name.removesuffix(".toml") for name in files if name.endswith(".toml"))
+
+    def order(name: str) -> list[tuple[bool, int, str]]:
+        parts = re.split(r"(\d+)", name)
+        return [(not part.isdigit(), int(part) if part.isdigit() else 0, part) for part in parts]
+
+    return tuple(sorted(found, key=order))
 
 
 def load_hardware(name_or_path: str | Path) -> Hardware:
-    """The machine of this name, or of this TOML or JSON file.
+    """Returns the machine of this name, or of this TOML or JSON file.
+
+    Args:
+        name_or_path: A name, such as "neupims" (`python -m neupims show hardware` lists them), or a
+            file that ends in .toml or .json.
 
     Raises:
-        ValueError: there is no such name, or the file is none or says something impossible; the
+        ValueError: The name is unknown, or the file is malformed or holds an impossible value; the
             sentence names file and field.
-        OSError: the file cannot be read.
+        OSError: The file cannot be read.
+
+    Example:
+        >>> from neupims import load_hardware
+        >>> load_hardware("npu-pim").pim.row_buffers
+        1
     """
     values, file = _read("hardware", name_or_path)
     hardware = Hardware()
-    with _naming(file):
-        for name, value in _dotted(values).items():
-            hardware = replace(hardware, name, _number(name, value))
+    with _name_file(file):
+        for name, value in _flatten(values).items():
+            hardware = replace(hardware, name, _check_number(name, value))
     return hardware
 
 
 def load_model(name_or_path: str | Path) -> Decoder:
-    """The model of this name, or of this TOML or JSON file.
+    """Returns the model of this name, or of this TOML or JSON file.
+
+    Args:
+        name_or_path: A name, such as "gpt3-7b" (`python -m neupims show models` lists them), or a
+            file that ends in .toml or .json.
 
     Raises:
-        ValueError: there is no such name, or the file is none or says something impossible; the
+        ValueError: The name is unknown, or the file is malformed or holds an impossible value; the
             sentence names file and field.
-        OSError: the file cannot be read.
+        OSError: The file cannot be read.
+
+    Example:
+        >>> from neupims import load_model
+        >>> load_model("llama3-8b").kv_heads
+        8
     """
     values, file = _read("models", name_or_path)
     known = [each.name for each in fields(Decoder)]
-    with _naming(file):
+    with _name_file(file):
         for name in values:
             if name not in (*known, *PARALLEL_FIELDS, "about"):
                 raise ValueError(
@@ -81,33 +94,40 @@ def load_model(name_or_path: str | Path) -> Decoder:
         missing = [name for name in known if name not in values and name not in NOT_NEEDED]
         if missing:
             raise ValueError(f"{', '.join(missing)} must be given")
-        return Decoder(**{name: _number(name, values[name]) for name in known if name in values})
+        return Decoder(
+            **{name: _check_number(name, values[name]) for name in known if name in values}
+        )
 
 
 def load_parallel(name_or_path: str | Path) -> Parallel:
-    """How the model of this name or file is spread over devices: as its file says, else on one.
+    """Returns how the model of this name or file is spread over devices; one device by default.
+
+    Args:
+        name_or_path: As for `load_model`.
 
     Raises:
-        ValueError: as `load_model`, or tp or pp is not a whole number of at least 1.
-        OSError: the file cannot be read.
+        ValueError: As for `load_model`; or tp or pp is not a whole number of at least 1.
+        OSError: The file cannot be read.
     """
     values, file = _read("models", name_or_path)
-    with _naming(file):
-        return Parallel(**{name: _number(name, values.get(name, 1)) for name in PARALLEL_FIELDS})
+    with _name_file(file):
+        return Parallel(
+            **{name: _check_number(name, values.get(name, 1)) for name in PARALLEL_FIELDS}
+        )
 
 
 def about(kind: str, name: str) -> str:
-    """What a named configuration is, in a line."""
+    """Returns what a named configuration is, in one line."""
     return str(_read(kind, name)[0].get("about", ""))
 
 
 def changes(name: str) -> dict[str, Any]:
-    """The fields, by dotted name, in which a named machine differs from the default one."""
-    return _dotted(_read("hardware", name)[0])
+    """Returns the fields, by dotted name, in which a named machine differs from the default."""
+    return _flatten(_read("hardware", name)[0])
 
 
-def _dotted(tables: Mapping[str, Any]) -> dict[str, Any]:
-    """Fields by dotted name from tables of them."""
+def _flatten(tables: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields by dotted name from tables of fields."""
     found = {}
     for group, table in tables.items():
         if group == "about":
@@ -122,24 +142,10 @@ def _dotted(tables: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _read(kind: str, name_or_path: str | Path) -> tuple[dict[str, Any], str]:
-    """The values of a configuration, and what to call its file in an error."""
-    text, file = _text(kind, os.fspath(name_or_path))
-    json_file = file.lower().endswith(".json")
-    try:
-        values = json.loads(text) if json_file else tomllib.loads(text)
-    except (tomllib.TOMLDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{file} is not {'JSON' if json_file else 'TOML'}: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"{file} must hold fields by name, not {values!r}")
-    return values, file
-
-
-def _text(kind: str, name: str) -> tuple[str, str]:
+    """Returns the values of a configuration, and what to call its file in an error."""
+    name = os.fspath(name_or_path)
     if name.lower().endswith(SUFFIXES):
-        try:
-            return Path(name).read_text(encoding="utf-8-sig"), name
-        except UnicodeDecodeError:
-            raise ValueError(f"{name} is not a text file") from None
+        return read_table(name), name
     known = names(kind)
     if name.lower() not in known:
         raise ValueError(
@@ -147,7 +153,8 @@ def _text(kind: str, name: str) -> tuple[str, str]:
             " ends in .toml or .json"
         )
     file = f"{name.lower()}.toml"
-    return _folder(kind).joinpath(file).read_text(encoding="utf-8"), f"configs/{kind}/{file}"
+    text = _folder(kind).joinpath(file).read_text(encoding="utf-8")
+    return parse_table(text, f"configs/{kind}/{file}"), f"configs/{kind}/{file}"
 
 
 def _folder(kind: str):
@@ -155,15 +162,15 @@ def _folder(kind: str):
 
 
 @contextmanager
-def _naming(file: str) -> Iterator[None]:
-    """Puts the file's name before what is wrong in it."""
+def _name_file(file: str) -> Iterator[None]:
+    """Puts the name of the file before an error in it."""
     try:
         yield
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
 
 
-def _number(name: str, value: Any) -> Any:
+def _check_number(name: str, value: Any) -> Any:
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise ValueError(f"{name} must be a number, not {value!r}")
     return value

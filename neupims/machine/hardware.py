@@ -1,9 +1,10 @@
-"""What a model runs on: an NPU of systolic arrays, and HBM whose banks compute.
+"""The machine: an NPU of systolic arrays, and HBM whose banks compute.
 
 The defaults are the machine of the NeuPIMs paper as its public simulator configures it (Heo et al.,
 ASPLOS 2024, arXiv:2403.00579; github.com/casys-kaist/NeuPIMs, commit f299af3). Timings
 `t..._cycles` are cycles of the memory clock. A batch of designs is the same record with a leading
-axis on the fields that vary.
+axis on the fields that vary. A DRAM timing is a field of `HBM` with its name in the simulator's
+files; `timing.gemv.pim_timing` turns timings into those of commands.
 """
 
 from dataclasses import field
@@ -13,7 +14,7 @@ from neupims.machine.record import check_quantities, quantity, record
 CORE = "configs/systolic_ws_128x128_dev.json"
 MEMORY = "configs/memory_configs/neupims.json"
 INI = "HBM2_8Gb_x128_dualpim.ini"
-MOST_CHANNELS = 2**16  # a work list of each is held in memory here
+MOST_CHANNELS = 2**16  # of any machine: the model keeps a list of work for each channel
 PARSER = "default of the simulator's ini parser"
 
 
@@ -53,24 +54,29 @@ class HBM:
     bus_bits: int = quantity(128, "bits", INI, least=1, whole=True)
     burst_length: int = quantity(4, "transfers", INI, least=1, whole=True)
     clock_hz: float = quantity(1e9, "Hz, two transfers a cycle", MEMORY, least=1)
-    trcd_read_cycles: float = quantity(14, "memory cycles", INI)
-    trcd_write_cycles: float = quantity(14, "memory cycles", INI)
-    trp_cycles: float = quantity(14, "memory cycles", INI)
-    tras_cycles: float = quantity(34, "memory cycles", INI)
-    trrd_s_cycles: float = quantity(4, "memory cycles", INI)
-    trrd_l_cycles: float = quantity(6, "memory cycles", INI)
-    tfaw_cycles: float = quantity(30, "memory cycles", INI)
-    tccd_s_cycles: float = quantity(1, "memory cycles", INI)
-    tccd_l_cycles: float = quantity(2, "memory cycles", INI)
+    trcd_read_cycles: float = quantity(14, "memory cycles", INI, simulator="tRCDRD")
+    trcd_write_cycles: float = quantity(14, "memory cycles", INI, simulator="tRCDWR")
+    trp_cycles: float = quantity(14, "memory cycles", INI, simulator="tRP")
+    tras_cycles: float = quantity(34, "memory cycles", INI, simulator="tRAS")
+    trrd_s_cycles: float = quantity(4, "memory cycles", INI, simulator="tRRD_S")
+    trrd_l_cycles: float = quantity(6, "memory cycles", INI, simulator="tRRD_L")
+    tfaw_cycles: float = quantity(30, "memory cycles", INI, simulator="tFAW")
+    tccd_s_cycles: float = quantity(1, "memory cycles", INI, simulator="tCCD_S")
+    tccd_l_cycles: float = quantity(2, "memory cycles", INI, simulator="tCCD_L")
     trtp_cycles: float = quantity(
-        5, "memory cycles", f"{PARSER}: the ini's tRTP_S and tRTP_L are not read"
+        5,
+        "memory cycles",
+        f"{PARSER}: the ini's tRTP_S and tRTP_L are not read",
+        simulator="tRTP",
     )
-    trtrs_cycles: float = quantity(2, "memory cycles", PARSER)
-    twr_cycles: float = quantity(16, "memory cycles", INI)
-    read_latency_cycles: float = quantity(14, "memory cycles", f"{INI}, CL")
-    write_latency_cycles: float = quantity(4, "memory cycles", f"{INI}, CWL")
-    trefi_cycles: float = quantity(3900, "memory cycles, of one rank", INI, least=1)
-    trfc_cycles: float = quantity(260, "memory cycles", INI)
+    trtrs_cycles: float = quantity(2, "memory cycles", PARSER, simulator="tRTRS")
+    twr_cycles: float = quantity(16, "memory cycles", INI, simulator="tWR")
+    read_latency_cycles: float = quantity(14, "memory cycles", f"{INI}, CL", simulator="CL")
+    write_latency_cycles: float = quantity(4, "memory cycles", f"{INI}, CWL", simulator="CWL")
+    trefi_cycles: float = quantity(
+        3900, "memory cycles, of one rank", INI, least=1, simulator="tREFI"
+    )
+    trfc_cycles: float = quantity(260, "memory cycles", INI, simulator="tRFC")
 
 
 @record
@@ -122,7 +128,7 @@ class PIM:
 
 @record
 class Link:
-    """Between devices. The default is no cost, as in the simulator, which has no communication."""
+    """The link between devices; free by default, as the simulator has no communication."""
 
     bandwidth_bytes_per_second: float = quantity(
         float("inf"),
@@ -136,9 +142,7 @@ class Link:
 
 @record
 class GPU:
-    """A GPU at its roofline, for comparison. The default is NVIDIA's A100 with 40 GB, the paper's
-    GPU.
-    """
+    """A GPU at its roofline, for comparison: by default the paper's, NVIDIA's A100 with 40 GB."""
 
     flops_per_second: float = quantity(
         312e12,
@@ -157,8 +161,20 @@ class GPU:
 class Hardware:
     """One device and its link, and a GPU to compare with.
 
+    Args:
+        npu: The NPU (default: as the public simulator configures it; so are the others).
+        hbm: The memory.
+        pim: The multipliers in the memory's banks.
+        link: The link between devices (default: free).
+        gpu: The GPU of the system "gpu" (default: NVIDIA A100 with 40 GB).
+
     Raises:
-        ValueError: a field is impossible; the sentence names it.
+        ValueError: A field has an impossible value; the sentence names the field.
+
+    Example:
+        >>> from neupims import Hardware
+        >>> Hardware().hbm.num_channels
+        32
     """
 
     npu: NPU = field(default_factory=NPU)
@@ -173,24 +189,25 @@ class Hardware:
 
 
 def banks(hbm: HBM) -> float:
-    """Banks of a channel."""
+    """Returns the banks of a channel."""
     return 1.0 * hbm.ranks * hbm.bank_groups * hbm.banks_per_group
 
 
 def burst_bytes(hbm: HBM) -> float:
+    """Returns the bytes of one burst of a channel."""
     return hbm.bus_bits / 8 * hbm.burst_length
 
 
 def burst_cycles(hbm: HBM) -> float:
-    """Memory cycles that one burst takes on the bus of a channel."""
+    """Returns the memory cycles that one burst takes on the bus of a channel."""
     return hbm.burst_length / 2
 
 
 def peak_bytes_per_cycle(hbm: HBM) -> float:
-    """Bytes that all channels together move in one memory cycle."""
+    """Returns the bytes that all channels together move in one memory cycle."""
     return hbm.num_channels * burst_bytes(hbm) / burst_cycles(hbm)
 
 
 def memory_bytes(hbm: HBM) -> float:
-    """Capacity of the device."""
+    """Returns the bytes of the whole memory."""
     return 1.0 * hbm.num_channels * banks(hbm) * hbm.rows * hbm.row_bytes

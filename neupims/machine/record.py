@@ -12,19 +12,19 @@ import jax
 T = TypeVar("T")
 SHOWN = 40  # characters of a wrong value
 INT32_MOST = 2**31 - 1
-COUNT_MOST = 2**24  # that float32 holds exactly, as it does all below
-REAL_MOST = 1e30  # whose products with other quantities are finite
-# a number, or an array with one for each design, request or channel: what arithmetic makes of
-# records
+COUNT_MOST = 2**24  # float32 holds this and all smaller whole numbers exactly
+REAL_MOST = 1e30  # its products with other quantities are finite
+# A number, or an array with one for each design, request or channel: the result of arithmetic on
+# records.
 Number = Any
 
 
 @dataclass_transform(frozen_default=True, field_specifiers=(field,))
 def record(cls: type[T]) -> type[T]:
-    """A frozen dataclass that is a pytree of its fields.
+    """Returns the class as a frozen dataclass that is a pytree of its fields.
 
-    Its `__post_init__` checks what a person makes; what JAX makes of one (arrays, tracers, the axes
-    of a `vmap`) is not checked.
+    Its `__post_init__` checks records that are made by a call. Those that JAX makes (of arrays,
+    tracers, or the axes of a `vmap`) are not checked.
     """
     made = dataclass(frozen=True)(cls)
     names = tuple(field.name for field in fields(made))  # type: ignore[arg-type]
@@ -45,12 +45,12 @@ def record(cls: type[T]) -> type[T]:
 
 
 def _leaf(number: Number) -> Number:
-    """The same number as JAX can take it: whole ones in 32 bits."""
+    """Returns the number as JAX can take it: whole numbers in 32 bits, larger ones as floats."""
     return real(number) if isinstance(number, int) and abs(number) > INT32_MOST else number
 
 
 def real(number: Any) -> float:
-    """A number as a floating-point one; infinite where it is too large."""
+    """Returns a number as a float, infinite where it is too large for one."""
     try:
         return float(number)
     except OverflowError:
@@ -65,15 +65,23 @@ def quantity(
     least: float = 0,
     most: float | None = None,
     whole: bool = False,
+    simulator: str | None = None,
 ) -> Any:
-    """A field of a record that is one number: its default, its unit, where the default comes from,
-    and the least and the most that it may be (COUNT_MOST or REAL_MOST, if not given).
+    """Returns a dataclass field that is one number.
+
+    Args:
+        default: Its default.
+        unit: Its unit, in words.
+        source: Where the default comes from.
+        least: The least value that is allowed.
+        most: The greatest one (default: COUNT_MOST for whole numbers, else REAL_MOST).
+        whole: Whether it must be a whole number.
+        simulator: Its name in the memory files of the public simulator, if it has one there with
+            the same unit.
     """
     most = most if most is not None else COUNT_MOST if whole else REAL_MOST
-    return field(
-        default=default,
-        metadata={"unit": unit, "source": source, "least": least, "most": most, "whole": whole},
-    )
+    metadata = {"unit": unit, "source": source, "least": least, "most": most, "whole": whole}
+    return field(default=default, metadata=metadata | {"simulator": simulator})
 
 
 class Field(NamedTuple):
@@ -89,7 +97,12 @@ class Field(NamedTuple):
 
 
 def describe(value: Any, prefix: str = "") -> Iterator[Field]:
-    """Every number of a record and of the records in it."""
+    """Yields every number of a record and of the records in it.
+
+    Args:
+        value: A record whose fields are made by `quantity` or are such records.
+        prefix: What stands before each dotted name.
+    """
     for each in fields(value):
         number, data = getattr(value, each.name), each.metadata
         if is_dataclass(number):
@@ -107,11 +120,16 @@ def describe(value: Any, prefix: str = "") -> Iterator[Field]:
 
 
 def check_quantities(value: Any, group: str) -> None:
-    """Raises ValueError, naming the field, unless every plain number of the record is one, and
-    between its least and its most.
+    """Raises unless every plain number of the record is a number within its limits.
 
-    Arrays pass: in a batch of designs a wrong row is flagged by its result, not refused with all
-    others.
+    Arrays pass: in a batch of designs the result flags a wrong row, and the others stay valid.
+
+    Args:
+        value: A record whose fields are made by `quantity`.
+        group: What stands before the names of its fields in an error.
+
+    Raises:
+        ValueError: A field is no number, too small, too large, or not whole; the sentence names it.
     """
     for each in fields(value):
         number = getattr(value, each.name)
@@ -129,8 +147,9 @@ def check_quantities(value: Any, group: str) -> None:
 
 
 def instead(number: Any, least: float, most: float, whole: bool) -> str:
-    """What a quantity must be instead of what it is, in words; the most where it is not the usual
-    one, or is exceeded.
+    """Returns in words what a quantity must be instead of what it is.
+
+    The greatest value is named where it is unusual or exceeded.
     """
     text, kind = repr(number), "a whole number" if whole else "a number"
     said = most < math.inf and (
@@ -142,10 +161,15 @@ def instead(number: Any, least: float, most: float, whole: bool) -> str:
 
 
 def replace(value: T, name: str, new: Any) -> T:
-    """The record with the field of this dotted name changed, checked again.
+    """Returns the record with one field changed, checked again.
+
+    Args:
+        value: The record, such as `Hardware()`.
+        name: The dotted name of the field, such as "hbm.num_channels".
+        new: Its value.
 
     Raises:
-        ValueError: there is no such field (the sentence lists those there are), or the value is
+        ValueError: The field does not exist (the sentence lists those that do), or the value is
             impossible.
     """
     head, _, rest = name.partition(".")
@@ -163,3 +187,21 @@ def replace(value: T, name: str, new: Any) -> T:
             f" {', '.join(f'{head}.{each.name}' for each in fields(inner))}"
         )
     return dataclasses.replace(value, **{head: new})  # type: ignore[type-var]
+
+
+def to_values(value: Any) -> Any:
+    """Returns a record as values that JSON can hold: records become dictionaries of their fields.
+
+    Args:
+        value: A dataclass, a named tuple, a dictionary, list or tuple of them, or any other value,
+            which stays as it is.
+    """
+    if is_dataclass(value) and not isinstance(value, type):
+        return {each.name: to_values(getattr(value, each.name)) for each in fields(value)}
+    if isinstance(value, tuple) and hasattr(value, "_asdict"):
+        return to_values(value._asdict())
+    if isinstance(value, dict):
+        return {key: to_values(part) for key, part in value.items()}
+    if isinstance(value, list | tuple):
+        return [to_values(part) for part in value]
+    return value

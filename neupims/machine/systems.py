@@ -1,5 +1,6 @@
-"""The systems there are, how exactly the public simulator is followed, and how the validation files
-spell systems. Needs no JAX.
+"""Names of the systems and fidelities, and how the validation files spell systems.
+
+The module needs no JAX.
 """
 
 from typing import Literal, NamedTuple

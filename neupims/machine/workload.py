@@ -1,5 +1,6 @@
-"""What is run: decoder-only language models by their numbers, and a batch of requests. Weights and
-caches are float16, 2 bytes a number.
+"""The workload: decoder-only language models by their numbers, and batches of requests.
+
+Weights and caches are float16, 2 bytes a number.
 """
 
 import csv
@@ -15,13 +16,18 @@ from neupims.machine.record import COUNT_MOST, instead, record
 
 FLOAT16_BYTES = 2
 SHOWN = 80  # characters of a wrong line that an error repeats
-LONGEST = 10**6  # tokens of a request that a trace may hold; a longer one is a slip of the pen
+LONGEST = 10**6  # tokens of a request; a longer one is taken for a typing error
 
 
 @record
 class Decoder:
-    """A decoder-only transformer. A batch of models is the same record with a leading axis on every
-    field.
+    """A decoder-only transformer.
+
+    A batch of models is the same record with a leading axis on every field.
+
+    Raises:
+        ValueError: A number is not whole or out of range, or heads do not divide; the sentence
+            names the field.
     """
 
     layers: int
@@ -44,18 +50,20 @@ class Decoder:
 
     @property
     def kv_width(self) -> int:
-        """Channels of a key, and of a value, over all heads."""
+        """The channels of a key, and of a value, over all heads."""
         return self.width // self.heads * self.kv_heads
 
 
 @record
 class Parallel:
-    """How many devices share each layer (tensor parallel), and into how many groups the layers are
-    cut (pipeline parallel).
+    """How a model is spread over devices.
+
+    Raises:
+        ValueError: A number is not a whole number of at least 1.
     """
 
-    tp: int
-    pp: int
+    tp: int  # devices that share each layer (tensor parallel)
+    pp: int  # groups into which the layers are cut (pipeline parallel)
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -64,8 +72,14 @@ class Parallel:
 
 
 def check_parallel(decoder: Decoder, parallel: Parallel) -> None:
-    """Raises ValueError unless the heads divide over the devices and each group of devices has a
-    layer.
+    """Raises unless the heads divide over the devices and each group of devices has a layer.
+
+    Args:
+        decoder: The model.
+        parallel: How it is spread over devices.
+
+    Raises:
+        ValueError: They do not fit together; the sentence names tp or pp.
     """
     if decoder.heads % parallel.tp:
         raise ValueError(f"tp must divide the {decoder.heads} heads, but is {parallel.tp}")
@@ -80,11 +94,10 @@ def check_parallel(decoder: Decoder, parallel: Parallel) -> None:
 
 @record
 class Batch:
-    """Requests that each get one token in this iteration, in the order in which their channel
-    serves them.
+    """Requests that each get one token, in the order in which their channels serve them.
 
-    A request of length 0 is none, so that batches of different size can share an axis. A batch of
-    schedules is the same record with a leading axis.
+    A request of length 0 does not count, so that batches of different size can share an axis. A
+    batch of schedules is the same record with a leading axis.
     """
 
     seq_lens: Int[Array, " r"]  # tokens whose keys and values are read
@@ -93,11 +106,23 @@ class Batch:
 
 
 def make_batch(seq_lens, channels, sub_batches=None, *, num_channels: int = 32) -> Batch:
-    """A checked batch; sub-batches by the simulator's rule (`halves`) unless given.
+    """Returns a checked batch.
+
+    Args:
+        seq_lens: The tokens of each request, (r,).
+        channels: The channel that holds each request, (r,).
+        sub_batches: The sub-batch of each request, 0 or 1, (r,) (default: by the simulator's rule,
+            `halves`).
+        num_channels: The channels of the machine.
 
     Raises:
-        ValueError: there is no request; a length is not a whole number of at least 1; a channel is
+        ValueError: There is no request; a length is not a whole number from 1 to 10^6; a channel is
             not below `num_channels`.
+
+    Example:
+        >>> from neupims import make_batch
+        >>> make_batch([300, 512, 40, 77], channels=[0, 1, 0, 1]).sub_batches.tolist()
+        [0, 0, 1, 1]
     """
     seq_lens, channels = np.asarray(seq_lens), np.asarray(channels)
     if seq_lens.ndim != 1 or seq_lens.shape != channels.shape:
@@ -126,13 +151,18 @@ def make_batch(seq_lens, channels, sub_batches=None, *, num_channels: int = 32) 
 
 
 def halves(channels: Int[Array, " r"], num_channels: int) -> Int[Array, " r"]:
-    """Sub-batch of each request by the simulator's rule: the first half of each channel's list is
-    sub-batch 0.
+    """Returns the sub-batch of each request by the simulator's rule.
 
-    Channels with an odd number of requests give the larger half to sub-batch 0 and to sub-batch 1
-    in turn, sub-batch 0 first.
-    Source: `_partition_alg_simple` in src/scheduler/Scheduler.cc of the public simulator; algorithm
-        3 of the paper.
+    The first half of each channel's list is sub-batch 0. Channels with an odd number of requests
+    give the larger half to sub-batch 0 and to sub-batch 1 in turn, sub-batch 0 first.
+
+    Args:
+        channels: The channel of each request, (r,).
+        num_channels: The channels of the machine.
+
+    Reference:
+        `_partition_alg_simple` in src/scheduler/Scheduler.cc of the public simulator; algorithm 3
+        of the paper.
     """
     sub_batches = np.zeros(len(channels), np.int32)
     larger_first = True
@@ -147,11 +177,20 @@ def halves(channels: Int[Array, " r"], num_channels: int) -> Int[Array, " r"]:
 
 
 def read_trace(path: str | Path, *, num_channels: int = 32) -> Batch:
-    """The batch of a trace of the simulator: a CSV file with columns seq_len and ch_idx, one
-    request a row.
+    """Returns the batch of a trace of the public simulator; its rule halves it into sub-batches.
+
+    Args:
+        path: A CSV file with columns seq_len and ch_idx, and one request a row.
+        num_channels: The channels of the machine.
 
     Raises:
-        ValueError: the file is none, or a row is impossible; the sentence names the line.
+        ValueError: The file is no trace, or a row is impossible; the sentence names the line.
+        OSError: The file cannot be read.
+
+    Example:
+        >>> from neupims import read_trace
+        >>> read_trace("trace.csv").seq_lens.tolist()  # 300 tokens on channel 0, 40 on channel 1
+        [300, 40]
     """
     with open(path, newline="", encoding="utf-8-sig") as file:
         try:
@@ -191,8 +230,12 @@ def read_trace(path: str | Path, *, num_channels: int = 32) -> Batch:
 
 
 def weight_bytes(model: Decoder) -> float:
-    """Bytes of the matrices of all blocks: query, key, value, output and the MLP; no biases, no
-    embeddings.
+    """Returns the bytes of the matrices of all layers: attention and MLP.
+
+    Biases and embeddings are left out.
+
+    Args:
+        model: The model.
     """
     model = _real(model)
     attention = 2 * model.width * model.width + 2 * model.width * model.kv_width
@@ -201,11 +244,16 @@ def weight_bytes(model: Decoder) -> float:
 
 
 def kv_cache_bytes(model: Decoder, tokens: int) -> float:
-    """Bytes of the keys and values of a sequence of `tokens`."""
+    """Returns the bytes of the keys and values of one sequence in all layers.
+
+    Args:
+        model: The model.
+        tokens: The length of the sequence.
+    """
     model = _real(model)
     return FLOAT16_BYTES * model.layers * 2 * model.kv_width * tokens
 
 
 def _real(model: Decoder) -> Decoder:
-    """The same numbers as real ones: whole ones in 32 bits, which arrays hold, end at 2 GiB."""
+    """Returns the numbers as floats, because 32-bit whole numbers in arrays end at 2 GiB."""
     return jax.tree.map(lambda number: number * 1.0, model)

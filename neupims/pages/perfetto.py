@@ -1,7 +1,7 @@
-"""Stages as a trace for Perfetto (ui.perfetto.dev) or chrome://tracing: one process a device, lanes
-for NPU and PIM and one for each channel.
+"""Stages as a trace for Perfetto (ui.perfetto.dev) or chrome://tracing.
 
-Format: "Trace Event Format", complete events ("ph": "X") with times in microseconds.
+Each device is a process, with lanes for stages, NPU and PIM and one for each channel. The format is
+"Trace Event Format": complete events ("ph": "X") with times in microseconds.
 """
 
 import json
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from neupims.files import write_text
-from neupims.pages.plots import operation_name
+from neupims.pages.step_plots import operation_name
 
 STAGE_LANE, NPU_LANE, PIM_LANE, FIRST_CHANNEL_LANE = 0, 1, 2, 10
 LANES = {"SA": (NPU_LANE, "NPU"), "PIM": (PIM_LANE, "PIM")}
@@ -24,31 +24,31 @@ def write_perfetto(
     channel_cycles: Sequence[Sequence[float]] = (),
     devices: int = 1,
 ) -> None:
-    """Writes the trace of what `simulate --json` prints; each stage appears once, in order.
+    """Writes the trace of a step, with each stage once and in order.
 
-    `channel_cycles` are core cycles of attention, by sub-batch and channel. Devices of a
-    tensor-parallel group do the same at the same time.
+    Args:
+        path: the JSON file.
+        result: what `simulate --json` prints.
+        clock_hz: clock of the core cycles.
+        channel_cycles: core cycles of attention, by sub-batch and channel.
+        devices: devices of a tensor-parallel group, which all do the same at the same time.
 
     Raises:
         OSError: the file cannot be written.
     """
-    trace = {
-        "displayTimeUnit": "ns",
-        "traceEvents": events(
-            result, clock_hz=clock_hz, channel_cycles=channel_cycles, devices=devices
-        ),
-    }
+    found = make_events(result, clock_hz=clock_hz, channel_cycles=channel_cycles, devices=devices)
+    trace = {"displayTimeUnit": "ns", "traceEvents": found}
     write_text(path, json.dumps(trace, allow_nan=False))
 
 
-def events(
+def make_events(
     result: Mapping[str, Any],
     *,
     clock_hz: float,
     channel_cycles: Sequence[Sequence[float]] = (),
     devices: int = 1,
 ) -> list[dict[str, Any]]:
-    """The trace's events."""
+    """Returns the events of `write_perfetto`."""
     listed: list[dict[str, Any]] = []
     microseconds = 1e6 / clock_hz
     for device in range(devices):
@@ -72,7 +72,7 @@ def events(
             listed += _slice(f"stage {stage}", device, STAGE_LANE, begin, end, microseconds)
             mine = [each for each in result["ops"] if each["stage"] == stage]
             for platform, (lane, _) in LANES.items():
-                for each in _without_overlap(
+                for each in _separate(
                     [each for each in mine if each["platform"] == platform], cycles
                 ):
                     listed += _slice(
@@ -98,11 +98,9 @@ def events(
     return listed
 
 
-def _without_overlap(
-    operations: Sequence[Mapping[str, Any]], stage_cycles: float
-) -> list[dict[str, Any]]:
-    """Starts and ends within the stage, one after another: a viewer nests slices that overlap by a
-    rounding error.
+def _separate(operations: Sequence[Mapping[str, Any]], stage_cycles: float) -> list[dict[str, Any]]:
+    """Starts and ends within the stage without overlap; a viewer would nest slices that overlap by
+    a rounding error.
     """
     placed, free = [], 0.0
     for each in sorted(operations, key=lambda each: each["start_cycle"]):
@@ -115,8 +113,8 @@ def _without_overlap(
 def _loads(
     stage: str, result: Mapping[str, Any], channel_cycles: Sequence[Sequence[float]]
 ) -> Sequence[float]:
-    """Of the sub-batch whose attention the stage runs: the second in C and E where two alternate,
-    else the first.
+    """Loads of the sub-batch whose attention the stage runs: with two sub-batches the second one in
+    C and E, else the first.
     """
     if not channel_cycles:
         return ()
@@ -133,7 +131,7 @@ def _slice(
     microseconds: float,
     **arguments: Any,
 ) -> list[dict[str, Any]]:
-    """A slice, or nothing if it has no length in the nanoseconds that viewers keep."""
+    """A slice, or nothing if it is shorter than the nanosecond that viewers resolve."""
     first, last = (round(at * microseconds, 3) for at in (begin, end))
     if not last > first:
         return []
@@ -151,4 +149,5 @@ def _slice(
 
 
 def _name(kind: str, device: int, lane: int, name: str) -> dict[str, Any]:
+    """The name of a process or a lane."""
     return {"name": kind, "ph": "M", "pid": device, "tid": lane, "args": {"name": name}}

@@ -1,51 +1,50 @@
-"""Results as one HTML page that holds everything it shows: nothing is loaded, nothing runs, light
-and dark, wide and narrow.
+"""Results as one self-contained HTML page, without scripts and without anything to load.
 
-A page is a list of sections, each a plain dictionary with `kind`, `title`, where wanted `text`, and
-what its kind needs:
+The page follows light and dark and fits narrow windows. It is a list of sections, each a mapping
+with `kind`, `title`, optionally `text`, and what its kind needs:
 
     text        nothing more
     table       columns, rows
-    roofline    points (name, roof, flops, bytes, seconds), roofs (name, flops_per_second, bytes_per_second)
+    roofline    points (name, roof, flops, bytes, seconds),
+                roofs (name, flops_per_second, bytes_per_second)
     gantt       ops (stage, platform, op, cycles, start_cycle), stage_cycles
     bars        shares (name, share)
-    channels    loads (name, cycles: one number a channel)
+    channels    loads (name, cycles: one number for each channel)
     curves      series (name, x, y, low, high), x_name, y_name, log_x, lines (name, value)
     pareto      points (x, y, front, name), x_name, y_name, log_x, log_y
     validation  rows and groups as `validate --json` prints them
 
-Below each chart stands the table of its numbers, folded.
+Below each chart is the table of its numbers, folded. `templates/page.html` is the page.
 """
 
-import html
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from neupims.files import write_text
-from neupims.pages import plots
+from neupims.pages import plots, step_plots
 
 MOST_DOTS = 4000  # dominated designs in one chart: more cover each other and make the page heavy
-STYLE = (
-    """
-:root { color-scheme: light dark; --soft: #8881; --rule: #8884 }
-* { box-sizing: border-box }
-body { font: 16px/1.5 system-ui, sans-serif; max-width: 64rem; margin: 1.5rem auto; padding: 0 1rem }
-h1 { font-size: 1.5rem; margin: 0 0 .4rem } h2 { font-size: 1.15rem; margin: 2.2rem 0 .4rem }
-dl { display: grid; grid-template-columns: max-content 1fr; gap: .1rem 1rem; font-size: .9rem }
-dt { opacity: .7 } dd { margin: 0; overflow-wrap: anywhere }
-figure { margin: .6rem 0; padding: .6rem; background: var(--soft); border-radius: 10px; overflow-x: auto }
-figure svg { display: block; width: 100%; min-width: 36rem; height: auto }
-.wide { overflow-x: auto } table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums }
-th, td { padding: .25rem .7rem; text-align: right; border-bottom: 1px solid var(--rule); white-space: nowrap }
-th:first-child, td:first-child { text-align: left } td.words, th.words { text-align: left }
-details { margin: .3rem 0 } summary { cursor: pointer; font-size: .9rem; opacity: .8 }
-nav { font-size: .9rem } nav a { margin-right: .9rem; white-space: nowrap }
-@media print { details { display: none } figure { break-inside: avoid } }
-"""
-    + plots.STYLE
-)
+
+
+class Content(NamedTuple):
+    """What a section shows below its text: charts, a note, and a table."""
+
+    charts: tuple[str, ...] = ()  # SVG
+    columns: Sequence[str] = ()
+    rows: Sequence[Sequence[Any]] = ()
+    folded: bool = False  # the table is folded, and the note is below it
+    note: str = ""
+
+    @property
+    def words(self) -> list[bool]:
+        """Which columns hold words, which are aligned to the left."""
+        return [
+            all(isinstance(row[column], str) for row in self.rows)
+            for column in range(len(self.columns))
+        ]
 
 
 def write_report(
@@ -55,84 +54,85 @@ def write_report(
     title: str,
     facts: Mapping[str, Any] | None = None,
 ) -> None:
-    """Writes the page; it appears when it is complete. `facts` stand at its head.
+    """Writes a page; the file appears when it is complete.
+
+    Args:
+        path: the HTML file.
+        sections: what the page shows, see the module's description.
+        title: heading of the page.
+        facts: names and values at the head of the page.
 
     Raises:
-        ValueError: a section's kind is none of those there are, or lacks what it needs.
+        ValueError: the kind of a section is unknown, or a section lacks what its kind needs.
         OSError: the page cannot be written.
+        ImportError: Jinja is not installed.
     """
     write_text(path, page(sections, title=title, facts=facts or {}))
 
 
 def page(sections: Sequence[Mapping[str, Any]], *, title: str, facts: Mapping[str, Any]) -> str:
-    """The page as text."""
-    parts = [_section(i, each) for i, each in enumerate(sections)]
-    links = "".join(
-        f'<a href="#s{i}">{html.escape(str(each["title"]))}</a> ' for i, each in enumerate(sections)
-    )
-    listed = "".join(
-        f"<dt>{html.escape(str(name))}</dt><dd>{html.escape(_cell(fact))}</dd>"
-        for name, fact in facts.items()
-    )
-    head = (
-        f'<meta charset="utf-8"><title>{html.escape(title)}</title><meta name="viewport"'
-        ' content="width=device-width, initial-scale=1">'
-    )
-    body = f"<h1>{html.escape(title)}</h1>\n<dl>{listed}</dl>\n<nav>{links}</nav>\n{''.join(parts)}"
-    return (
-        "<!DOCTYPE html>\n<html"
-        f' lang="en">\n<head>{head}<style>{STYLE}</style></head>\n<body>\n{body}</body>\n</html>\n'
-    )
+    """Returns the page of `write_report` as text."""
+    filled = [
+        {
+            "title": str(each["title"]),
+            "text": str(each.get("text") or ""),
+            "content": fill_section(each),
+        }
+        for each in sections
+    ]
+    template = _environment().get_template("page.html")
+    return template.render(sections=filled, title=title, facts=facts)
 
 
-def _section(index: int, section: Mapping[str, Any]) -> str:
+@cache
+def _environment():
+    """The templates; values are escaped unless a template marks them as safe."""
+    try:
+        from jinja2 import Environment, PackageLoader, StrictUndefined
+    except ImportError:
+        raise ImportError("HTML pages need Jinja: pip install 'ggem-jax[neupims]'") from None
+    environment = Environment(
+        loader=PackageLoader("neupims.pages"),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters["cell"] = format_cell
+    return environment
+
+
+def fill_section(section: Mapping[str, Any]) -> Content:
+    """Returns what a section shows.
+
+    Raises:
+        ValueError: the kind is unknown, or the section lacks what its kind needs.
+    """
     kind = section.get("kind")
     if kind not in KINDS:
         raise ValueError(f"a section's kind must be one of {', '.join(KINDS)}, not {kind!r}")
     try:
-        content = KINDS[kind](section)
+        return KINDS[kind](section)
     except KeyError as missing:
         raise ValueError(
             f"the section {section.get('title', kind)!r} of kind {kind} needs {missing}"
         ) from None
-    text = f"<p>{html.escape(str(section['text']))}</p>" if section.get("text") else ""
-    return (
-        "<section"
-        f' id="s{index}">\n<h2>{html.escape(str(section["title"]))}</h2>\n{text}{content}\n</section>\n'
-    )
 
 
-def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    """A table; numbers to the right, words to the left."""
-    listed = [list(row) for row in rows]
-    words = [all(isinstance(row[i], str) for row in listed) for i in range(len(columns))]
-    style = ["" if not word else ' class="words"' for word in words]
-    head = "".join(
-        f"<th{style[i]}>{html.escape(str(column))}</th>" for i, column in enumerate(columns)
-    )
-    body = "".join(
-        f"<tr>{''.join(f'<td{style[i]}>{html.escape(_cell(cell))}</td>' for i, cell in enumerate(row))}</tr>"
-        for row in listed
-    )
-    return (
-        "<div"
-        f' class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    )
+def _figure(chart: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Content:
+    return Content((chart,), columns, rows, folded=True)
 
 
-def _figure(chart: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
-    return f"<figure>{chart}</figure>\n<details><summary>Numbers</summary>{table(columns, rows)}</details>"
+def _text(section: Mapping[str, Any]) -> Content:
+    return Content()
 
 
-def _text(section: Mapping[str, Any]) -> str:
-    return ""
+def _table(section: Mapping[str, Any]) -> Content:
+    return Content((), section["columns"], section["rows"])
 
 
-def _table(section: Mapping[str, Any]) -> str:
-    return table(section["columns"], section["rows"])
-
-
-def _roofline(section: Mapping[str, Any]) -> str:
+def _roofline(section: Mapping[str, Any]) -> Content:
     rows = [
         (
             point["name"],
@@ -144,31 +144,25 @@ def _roofline(section: Mapping[str, Any]) -> str:
         )
         for point in section["points"]
     ]
-    chart = plots.roofline(section["points"], section["roofs"])
+    chart = step_plots.roofline(section["points"], section["roofs"])
     return _figure(chart, ("operation", "on", "FLOP", "bytes", "FLOP/B", "FLOP/s"), rows)
 
 
-def _gantt(section: Mapping[str, Any]) -> str:
+def _gantt(section: Mapping[str, Any]) -> Content:
     rows = [
         (each["stage"], each["platform"], each["op"], each["start_cycle"], each["cycles"])
         for each in section["ops"]
     ]
-    return _figure(
-        plots.gantt(section["ops"], section["stage_cycles"]),
-        ("stage", "unit", "operation", "start", "core cycles"),
-        rows,
-    )
+    chart = step_plots.gantt(section["ops"], section["stage_cycles"])
+    return _figure(chart, ("stage", "unit", "operation", "start", "core cycles"), rows)
 
 
-def _bars(section: Mapping[str, Any]) -> str:
-    return _figure(
-        plots.bars(section["shares"]),
-        ("unit", "share, %"),
-        [(each["name"], 100 * each["share"]) for each in section["shares"]],
-    )
+def _bars(section: Mapping[str, Any]) -> Content:
+    rows = [(each["name"], 100 * each["share"]) for each in section["shares"]]
+    return _figure(step_plots.bars(section["shares"]), ("unit", "share, %"), rows)
 
 
-def _channels(section: Mapping[str, Any]) -> str:
+def _channels(section: Mapping[str, Any]) -> Content:
     loads = section["loads"]
     channels = max((len(each["cycles"]) for each in loads), default=0)
     rows = [
@@ -178,12 +172,11 @@ def _channels(section: Mapping[str, Any]) -> str:
         )
         for channel in range(channels)
     ]
-    return _figure(
-        plots.channel_loads(loads), ("channel", *(str(each["name"]) for each in loads)), rows
-    )
+    columns = ("channel", *(str(each["name"]) for each in loads))
+    return _figure(step_plots.channel_loads(loads), columns, rows)
 
 
-def _curves(section: Mapping[str, Any]) -> str:
+def _curves(section: Mapping[str, Any]) -> Content:
     names = {"x_name": section["x_name"], "y_name": section["y_name"]}
     chart = plots.curves(
         section["series"], **names, log_x=bool(section.get("log_x")), lines=section.get("lines", ())
@@ -196,42 +189,46 @@ def _curves(section: Mapping[str, Any]) -> str:
         )
         for each in section["series"]
     ]
-    return _figure(
-        chart, ("curve", f"last {names['x_name']}", names["y_name"], "low", "high"), last
-    )
+    columns = ("curve", f"last {names['x_name']}", names["y_name"], "low", "high")
+    return _figure(chart, columns, last)
 
 
-def _pareto(section: Mapping[str, Any]) -> str:
+def _pareto(section: Mapping[str, Any]) -> Content:
     points = section["points"]
     dominated = [point for point in points if not point["front"]]
     stride = max(1, math.ceil(len(dominated) / MOST_DOTS))
     front = [point for point in points if point["front"]]
-    options = {key: section[key] for key in ("x_name", "y_name")} | {
-        key: bool(section.get(key)) for key in ("log_x", "log_y")
-    }
-    chart = plots.pareto([*dominated[::stride], *front], **options)
-    left_out = (
-        f"<p>One in {stride} of the {len(dominated)} dominated designs is drawn.</p>"
-        if stride > 1
-        else ""
+    x_name, y_name = section["x_name"], section["y_name"]
+    chart = plots.pareto(
+        [*dominated[::stride], *front],
+        x_name=x_name,
+        y_name=y_name,
+        log_x=bool(section.get("log_x")),
+        log_y=bool(section.get("log_y")),
     )
     rows = [
         (str(point.get("name", "")), point["x"], point["y"])
         for point in sorted(front, key=lambda point: point["x"])
     ]
-    return _figure(chart, ("design", options["x_name"], options["y_name"]), rows) + left_out
-
-
-def _validation(section: Mapping[str, Any]) -> str:
-    columns = ("level", "system", "kind", "name", "n", "mean", "median", "p95", "max")
-    errors = table(columns, [[group[column] for column in columns] for group in section["groups"]])
-    charts = "".join(
-        f"<figure>{chart(section['rows'])}</figure>\n" for chart in (plots.validation, plots.errors)
+    found = _figure(chart, ("design", x_name, y_name), rows)
+    if stride == 1:
+        return found
+    return found._replace(
+        note=f"One in {stride} of the {len(dominated)} dominated designs is drawn."
     )
-    return f"{charts}<p>Absolute error, % of the measured cycles.</p>{errors}"
 
 
-KINDS: dict[Any, Callable[[Mapping[str, Any]], str]] = {
+def _validation(section: Mapping[str, Any]) -> Content:
+    columns = ("level", "system", "kind", "name", "n", "mean", "median", "p95", "max")
+    return Content(
+        (plots.validation(section["rows"]), plots.errors(section["rows"])),
+        columns,
+        [[group[column] for column in columns] for group in section["groups"]],
+        note="Absolute error, % of the measured cycles.",
+    )
+
+
+KINDS: dict[Any, Callable[[Mapping[str, Any]], Content]] = {
     "text": _text,
     "table": _table,
     "roofline": _roofline,
@@ -248,7 +245,16 @@ def _ratio(top: float, bottom: float) -> float:
     return top / bottom if bottom else math.nan
 
 
-def _cell(value: Any) -> str:
+def describe_error(error: Mapping[str, Any]) -> str:
+    """Returns the mean and the greatest error of a layer, from an `expected_error`."""
+    return (
+        f"{error['layer_mean_percent']:.1f} % in the mean, {error['layer_max_percent']:.1f} % at"
+        " most"
+    )
+
+
+def format_cell(value: Any) -> str:
+    """Returns a value as a table shows it: four digits, or whole thousands with commas."""
     if isinstance(value, bool | str) or value is None:
         return "" if value is None else str(value)
     if isinstance(value, int):

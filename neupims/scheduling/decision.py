@@ -1,11 +1,12 @@
-"""What a schedule search decides, as arrays: the channel of each request, its sub-batch, its place
-in the channel's list, one or two sub-batches, and hardware knobs.
+"""What a schedule search decides, as arrays.
 
-`Genome` is what searches change, `Decision` what it means. A genome holds a place for each request:
-twice its channel, plus its sub-batch. In a realisable space (what the public simulator can execute:
-a trace of lengths and channels, halved by its own rule) `repair` makes the sub-batches obey that
-rule: within a channel's list, requests that want sub-batch 0 come first, and the list is cut where
-the simulator cuts it.
+A decision gives the channel of each request, its sub-batch, its place in the channel's list, one or
+two sub-batches, and values of hardware knobs. Searches change a `Genome`; `decide` turns it into a
+`Decision`. A genome holds a place for each request: twice its channel, plus its sub-batch. A
+realisable schedule is one that the public simulator can execute: a trace of lengths and channels,
+halved by its own rule. `repair` makes the sub-batches of a genome obey that rule: within a
+channel's list, requests that want sub-batch 0 come first, and the list is cut where the simulator
+cuts it.
 """
 
 from dataclasses import dataclass
@@ -27,28 +28,25 @@ class Genome(NamedTuple):
     """One point of a search; populations have leading axes."""
 
     places: Int[Array, " r"]  # 2 x channel + sub-batch
-    priorities: Int[
-        Array, " r"
-    ]  # within the sub-batch of a channel: the least first, equals in the order of the requests
+    # Within the sub-batch of a channel: the least first, equals in the order of the requests.
+    priorities: Int[Array, " r"]
     interleaved: Bool[Array, ""]  # two sub-batches, or all requests at once
     knobs: Float[Array, " k"]
 
 
 class Decision(NamedTuple):
-    """What a genome means. Arrays are in the order of the requests; `order` lists them as the rows
-    of a trace would.
-    """
+    """A schedule. Arrays are in the order of the requests."""
 
     channels: Int[Array, " r"]
     sub_batches: Int[Array, " r"]
-    order: Int[Array, " r"]
+    order: Int[Array, " r"]  # the requests as the rows of a trace
     interleaved: Bool[Array, ""]
     knobs: Float[Array, " k"]
 
 
 @dataclass(frozen=True)
-class Knob:
-    """A quantity of the hardware that is searched with the schedule."""
+class HardwareKnob:
+    """A field of the hardware that is searched with the schedule."""
 
     name: str  # dotted, as in the hardware record
     low: float
@@ -57,70 +55,95 @@ class Knob:
 
 
 @dataclass(frozen=True)
-class Space:
-    """Where to search. Static: two equal spaces share their compiled searches."""
+class Choices:
+    """What a search may choose. Equal choices share their compiled searches."""
 
     channels: int
     realisable: bool = False
     sub_batches: tuple[int, ...] = (1, 2)  # the numbers of sub-batches that may be chosen
     priorities: int = 1  # levels; 1 leaves the order within a sub-batch as it is
-    knobs: tuple[Knob, ...] = ()
+    knobs: tuple[HardwareKnob, ...] = ()
 
 
-def repair(space: Space, resident: Int[Array, " r"], genome: Genome) -> Genome:
-    """The genome made valid: channels below the number there are, sub-batches by the simulator's
-    rule if realisable.
+def repair(choices: Choices, resident: Int[Array, " r"], genome: Genome) -> Genome:
+    """Returns the genome made valid: its channels exist, and it is realisable where it must be.
 
-    `resident` is the channel of a request that must stay there, -1 where it is free.
+    Args:
+        choices: What may be chosen.
+        resident: The channel of a request that must stay there, -1 where it is free, (r,).
+        genome: The genome.
     """
     channels = genome.places // 2
-    for index, knob in enumerate(space.knobs):
+    for index, knob in enumerate(choices.knobs):
         if knob.name == CHANNELS_KNOB:
             channels = channels % genome.knobs[index].astype(channels.dtype)
     channels = jnp.where(resident >= 0, resident, channels)
     genome = genome._replace(places=2 * channels + genome.places % 2)
-    if not space.realisable:
+    if not choices.realisable:
         return genome
-    order = serving_order(space, genome)
+    order = serving_order(choices, genome)
     grouped = channels[order]
-    rank, counts = rank_of_grouped(grouped, space.channels)
+    rank, counts = rank_of_grouped(grouped, choices.channels)
     second = rank >= first_halves(counts)[grouped]
     return genome._replace(places=jnp.zeros_like(channels).at[order].set(2 * grouped + second))
 
 
-def serving_order(space: Space, genome: Genome) -> Int[Array, " r"]:
-    """The requests by channel, sub-batch, priority and number. One sort of whole numbers, which is
-    faster than a stable one by keys.
+def serving_order(choices: Choices, genome: Genome) -> Int[Array, " r"]:
+    """Returns the requests by channel, sub-batch, priority and number, (r,).
+
+    This is one sort of whole numbers, which is faster than a stable one by keys.
+
+    Args:
+        choices: What may be chosen.
+        genome: A repaired genome.
     """
     requests = genome.places.shape[-1]
-    keys = (genome.places * space.priorities + genome.priorities) * requests + jnp.arange(requests)
-    return jnp.sort(keys) % requests
+    groups = genome.places * choices.priorities + genome.priorities
+    return jnp.sort(groups * requests + jnp.arange(requests)) % requests
 
 
-def decide(space: Space, genome: Genome) -> Decision:
-    """The decision of a repaired genome."""
+def decide(choices: Choices, genome: Genome) -> Decision:
+    """Returns the decision of a repaired genome.
+
+    Args:
+        choices: What may be chosen.
+        genome: The genome.
+    """
     return Decision(
         genome.places // 2,
         genome.places % 2,
-        serving_order(space, genome),
+        serving_order(choices, genome),
         genome.interleaved,
         genome.knobs,
     )
 
 
 def make_genome(
-    space: Space, channels, sub_batches, *, interleaved: bool = True, knobs=None
+    choices: Choices, channels, sub_batches, *, interleaved: bool = True, knobs=None
 ) -> Genome:
-    """The genome of a schedule given by arrays in the order of the requests."""
+    """Returns the genome of a schedule.
+
+    Args:
+        choices: What may be chosen.
+        channels: The channel of each request, (r,).
+        sub_batches: The sub-batch of each request, 0 or 1, (r,).
+        interleaved: Whether two sub-batches are interleaved.
+        knobs: The values of the hardware knobs, (k,) (default: the least ones).
+    """
     places = 2 * jnp.asarray(channels, jnp.int32) + jnp.asarray(sub_batches, jnp.int32)
-    values = jnp.array([knob.low for knob in space.knobs]) if knobs is None else jnp.asarray(knobs)
+    values = jnp.asarray([knob.low for knob in choices.knobs] if knobs is None else knobs)
     return Genome(
         places, jnp.zeros_like(places), jnp.asarray(interleaved), jnp.asarray(values, jnp.float32)
     )
 
 
 def decision_batch(seq_lens: Int[Array, " r"], decision: Decision) -> Batch:
-    """The batch of a decision, its requests in the order in which their channels serve them."""
+    """Returns the batch of a decision, with requests in the order in which channels serve them.
+
+    Args:
+        seq_lens: The tokens of each request, (r,).
+        decision: The schedule.
+    """
     order = np.asarray(decision.order)
     rows = [
         np.asarray(part, np.int32)[order]
@@ -130,15 +153,19 @@ def decision_batch(seq_lens: Int[Array, " r"], decision: Decision) -> Batch:
 
 
 def export_trace(path: str | Path, batch: Batch, *, num_channels: int = 32) -> None:
-    """Writes a batch as a trace of the public simulator, so that reading it gives the same channels
-    and sub-batches.
+    """Writes a batch as a trace of the public simulator, which reads the same schedule from it.
 
-    Rows go by channel, those of sub-batch 0 first, else in the batch's order. The file appears
-    whole or not at all.
+    Rows are sorted by channel, those of sub-batch 0 first. The file appears whole or not at all.
+
+    Args:
+        path: The CSV file.
+        batch: The batch.
+        num_channels: The channels of the machine.
 
     Raises:
-        ValueError: the simulator's halving rule gives other sub-batches than the batch has,
-            whatever the order of rows.
+        ValueError: The simulator's rule halves the batch into other sub-batches, whatever the order
+            of rows.
+        OSError: The file cannot be written.
     """
     batch = make_batch(batch.seq_lens, batch.channels, batch.sub_batches, num_channels=num_channels)
     rows = np.lexsort((np.asarray(batch.sub_batches), np.asarray(batch.channels)))

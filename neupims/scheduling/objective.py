@@ -1,9 +1,8 @@
-"""What a schedule costs: the closed form of the model for one decoder layer, arranged so that
-populations of schedules of one batch are cheap.
+"""The cost of a schedule: the closed form of the model for one decoder layer.
 
 The schedule of a batch decides how much work each channel has, and how many tokens the NPU has at a
-time. What does not depend on it is worked out once in a `Problem`: the work of each request, and
-the NPU's operations for every number of tokens.
+time. A `Problem` holds everything else, computed once, so that populations of schedules of one
+batch are cheap: the work of each request, and the NPU's operations for every number of tokens.
 """
 
 from collections.abc import Callable
@@ -21,27 +20,21 @@ from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace
 from neupims.machine.systems import Fidelity
 from neupims.machine.workload import Batch, Decoder, Parallel
-from neupims.scheduling.decision import Decision, Space
+from neupims.scheduling.decision import Choices, Decision
 from neupims.timing import gemv
+from neupims.timing.attention import Attention, attention_cycles
 from neupims.timing.capacity import request_tiles
 from neupims.timing.gemm import Work
-from neupims.timing.schedule import (
-    DRAINED,
-    Attention,
-    attention_cycles,
-    npu_operation,
-    side_by_side,
-    simulate,
-    stages,
-)
+from neupims.timing.iteration import simulate
+from neupims.timing.npu import Context
+from neupims.timing.overlap import DRAINED, side_by_side
+from neupims.timing.stages import npu_operation, stages
 
 MEASURES = ("time", "energy", "energy-delay")
 
 
 class Problem(NamedTuple):
-    """What is to be scheduled. All leaves may be traced; a batch of problems is the same tuple with
-    a leading axis.
-    """
+    """A batch to schedule. All leaves may be traced; a batch of problems adds a leading axis."""
 
     hardware: Hardware
     model: Decoder
@@ -52,12 +45,10 @@ class Problem(NamedTuple):
     beside: Float[Array, "r 2"]  # the same while the NPU uses the memory too
     tiles: Float[Array, " r"]  # of the memory
     room: Float[Array, ""]  # tiles of a channel
-    second_npu: Float[
-        Array, "tokens operations 2"
-    ]  # stage B with 0, 1, ... r tokens, the others in stage A: cycles and memory cycles
-    layer_npu: Float[
-        Array, "2 tokens operations 2"
-    ]  # stage C (or D), after a stage that ended with PIM (0) or with the NPU (1)
+    # Cycles and memory cycles of stage B with 0, 1, ... r tokens, the others in stage A.
+    second_npu: Float[Array, "tokens operations 2"]
+    # The same of stage C (or D), after a stage that ended with PIM (0) or with the NPU (1).
+    layer_npu: Float[Array, "2 tokens operations 2"]
     serial_npu: Float[Array, ""]  # cycles of stages A and E together, for all tokens
 
 
@@ -65,9 +56,8 @@ class Cost(NamedTuple):
     """Compared in this order: the second decides only between equals of the first."""
 
     objective: Float[Array, ""]
-    busy: Float[
-        Array, ""
-    ]  # cycles of the fullest channels: PIM at work slows the NPU and costs energy
+    # Cycles of the fullest channels: PIM that works slows the NPU and costs energy.
+    busy: Float[Array, ""]
 
 
 Objective = Callable[[Problem, Decision], Cost]
@@ -83,16 +73,25 @@ def make_problem(
     room: float = np.inf,
     fidelity: Fidelity = "simulator",
 ) -> Problem:
-    """The problem of a batch. `room` is how many tiles a channel holds (`capacity.channel_tiles`);
-    no limit by default, as in the public simulator.
+    """Returns the problem of a batch.
+
+    Args:
+        hardware: The machine.
+        model: The model.
+        parallel: How the model is spread over devices.
+        seq_lens: The tokens of each request, (r,).
+        resident: The channel of a request that must stay there, -1 where it is free, (r,)
+            (default: all are free).
+        room: The tiles that a channel holds, `capacity.channel_tiles` (default: no limit, as in the
+            public simulator).
+        fidelity: "simulator" or "intended".
 
     Raises:
-        ValueError: some requests alone, or residents together, are more than a channel holds.
+        ValueError: A request alone, or residents together, need more than a channel holds.
     """
     lengths = np.asarray(seq_lens, np.int32)
-    stays = (
-        np.full(lengths.shape, -1, np.int32) if resident is None else np.asarray(resident, np.int32)
-    )
+    free = np.full(lengths.shape, -1, np.int32)
+    stays = free if resident is None else np.asarray(resident, np.int32)
     records = jax.tree.map(jnp.float32, (hardware, model, parallel))
     work, beside, tiles, *npu = _tables(*records, jnp.asarray(lengths), fidelity=fidelity)
     held = np.zeros(int(hardware.hbm.num_channels))
@@ -119,29 +118,26 @@ def make_problem(
 
 @partial(jax.jit, static_argnames="fidelity")
 def _tables(hardware, model, parallel, lengths, *, fidelity):
-    of = partial(
-        gemv.request_work, hardware, model, lengths, parallel, steps=fidelity == "simulator"
-    )
-    work, beside = of(), of(wait=DEFAULT.reopen_cycles)
+    """Returns the work of requests, and the NPU's operations for every number of tokens."""
+    given, steps = (hardware, model, lengths, parallel), fidelity == "simulator"
+    work = gemv.request_work(*given, steps=steps)
+    beside = gemv.request_work(*given, steps=steps, wait=DEFAULT.reopen_cycles)
     tiles = request_tiles(hardware, model, lengths, parallel)
     batch = Batch(lengths, jnp.zeros_like(lengths), jnp.zeros_like(lengths))
-    options = {"calibration": DEFAULT, "system": "neupims", "fidelity": fidelity}
+    context = Context(hardware, model, batch, parallel, fidelity=fidelity)
     tokens = jnp.sum(lengths > 0) * 1.0
     counts = jnp.arange(lengths.shape[0] + 1) * 1.0
 
     def run(stage, count, left) -> list[Work]:
         done: list[Work] = []
-        for name in stage.npu:
+        for operation in stage.npu:
             before = done[-1].write_bytes if done else left
-            done.append(
-                npu_operation(hardware, model, batch, parallel, name, count, before, **options)
-            )
+            done.append(npu_operation(operation, context, count, before))
         return done
 
     def cycles(stage, count, after_npu):
-        left = (
-            run(_stage(2, "A"), tokens - count, 0.0)[-1].write_bytes * after_npu
-        )  # all stages before end with these operations
+        # All stages before end with the operations of stage A.
+        left = run(_stage(2, "A"), tokens - count, 0.0)[-1].write_bytes * after_npu
         return jnp.array([[each.cycles, each.memory_cycles] for each in run(stage, count, left)])
 
     second = jax.vmap(partial(cycles, _stage(2, "B"), after_npu=1.0))(counts)
@@ -164,13 +160,15 @@ class Layer:
     """The objective of most searches: the time of one decoder layer, its energy, or their product.
 
     Time is in cycles of the given hardware's core, whatever clock a knob chooses. A schedule that
-    overflows a channel's memory, or leaves a sub-batch empty, costs infinity. The fidelity must be
-    that of the problem.
+    overflows a channel's memory, or leaves a sub-batch empty, costs infinity.
+
+    Raises:
+        ValueError: The measure is none of `MEASURES`.
     """
 
-    space: Space
-    fidelity: Fidelity = "simulator"
-    measure: str = "time"
+    choices: Choices
+    fidelity: Fidelity = "simulator"  # that of the problem
+    measure: str = "time"  # or "energy" or "energy-delay"
 
     def __post_init__(self):
         if self.measure not in MEASURES:
@@ -179,12 +177,13 @@ class Layer:
             )
 
     def __call__(self, problem: Problem, decision: Decision) -> Cost:
+        """Returns the cost of a schedule."""
         of = (
             self.from_tables
-            if self.measure == "time" and not self.space.knobs
+            if self.measure == "time" and not self.choices.knobs
             else self.from_simulation
         )
-        costs = {count: of(problem, decision, count) for count in self.space.sub_batches}
+        costs = {count: of(problem, decision, count) for count in self.choices.sub_batches}
         if len(costs) == 2:
             cost = jax.tree.map(
                 lambda two, one: jnp.where(decision.interleaved, two, one), costs[2], costs[1]
@@ -192,17 +191,15 @@ class Layer:
         else:
             (cost,) = costs.values()
         full = (
-            jax.ops.segment_sum(problem.tiles, decision.channels, self.space.channels).max()
+            jax.ops.segment_sum(problem.tiles, decision.channels, self.choices.channels).max()
             > problem.room
         )
         return cost._replace(objective=jnp.where(full, jnp.inf, cost.objective))
 
     def from_tables(self, problem: Problem, decision: Decision, sub_batches: int) -> Cost:
-        """The cost from the tables of the problem: what `simulate` gives, to rounding, at a
-        fraction of the work.
-        """
+        """Returns the cost that `simulate` gives, to rounding, from the tables of the problem."""
         batch = Batch(problem.seq_lens, decision.channels, decision.sub_batches)
-        work = channel_work(problem, batch, sub_batches, self.space.channels)
+        work = channel_work(problem, batch, sub_batches, self.choices.channels)
         of = partial(
             attention_cycles,
             problem.hardware,
@@ -226,8 +223,8 @@ class Layer:
         )
 
     def from_simulation(self, problem: Problem, decision: Decision, sub_batches: int) -> Cost:
-        """The cost by the whole model, which energies and hardware knobs need."""
-        hardware = with_knobs(problem.hardware, self.space, decision.knobs)
+        """Returns the cost by the whole model, which energies and hardware knobs need."""
+        hardware = with_knobs(problem.hardware, self.choices, decision.knobs)
         batch = Batch(problem.seq_lens, decision.channels, decision.sub_batches)
         done = simulate(
             hardware,
@@ -236,11 +233,11 @@ class Layer:
             problem.parallel,
             sub_batches=sub_batches,
             fidelity=self.fidelity,
-            most_channels=self.space.channels,
+            most_channels=self.choices.channels,
             attention=(
                 None
-                if self.space.knobs
-                else channel_work(problem, batch, sub_batches, self.space.channels)
+                if self.choices.knobs
+                else channel_work(problem, batch, sub_batches, self.choices.channels)
             ),
         )
         cycles = done.layer_cycles * (problem.hardware.npu.clock_hz / hardware.npu.clock_hz)
@@ -260,8 +257,13 @@ class Layer:
 def stage_end(
     problem: Problem, operations, alone, beside
 ) -> tuple[Float[Array, ""], Int[Array, ""]]:
-    """Cycles of a stage whose NPU runs `operations` (cycles and memory cycles of each), and whether
-    it ends with them (1) or with attention (0).
+    """Returns the cycles of a stage, and whether it ends with the NPU (1) or with attention (0).
+
+    Args:
+        problem: The problem.
+        operations: Cycles and memory cycles of each operation of the NPU, (operations, 2).
+        alone: Core cycles of logit and attend without the NPU, (2,).
+        beside: Core cycles of logit and attend beside the NPU, (2,).
     """
     zero = jnp.float32(0)
     npu = [Work(cycles, memory, zero, zero, zero, zero) for cycles, memory in operations]
@@ -271,8 +273,13 @@ def stage_end(
 
 
 def channel_work(problem: Problem, batch: Batch, sub_batches: int, channels: int) -> Attention:
-    """The work of each channel, from that of the requests, which no schedule changes:
-    `schedule.closed_attention` without computing it again.
+    """Returns the work of each channel: `closed_attention` from the known work of the requests.
+
+    Args:
+        problem: The problem.
+        batch: The schedule.
+        sub_batches: 1 or 2.
+        channels: The number of channels.
     """
     which = batch.sub_batches if sub_batches == 2 else jnp.zeros_like(batch.sub_batches)
     there = problem.seq_lens > 0
@@ -291,8 +298,8 @@ def channel_work(problem: Problem, batch: Batch, sub_batches: int, channels: int
     )
 
 
-def with_knobs(hardware: Hardware, space: Space, knobs: Float[Array, " k"]) -> Hardware:
-    """The hardware with the values of a genome's knobs."""
-    for index, knob in enumerate(space.knobs):
+def with_knobs(hardware: Hardware, choices: Choices, knobs: Float[Array, " k"]) -> Hardware:
+    """Returns the hardware with the values of a genome's knobs, (k,)."""
+    for index, knob in enumerate(choices.knobs):
         hardware = replace(hardware, knob.name, knobs[index])
     return hardware

@@ -1,10 +1,9 @@
-"""How good a schedule can be at all: exhaustive search and a proven optimum on small cases, lower
-bounds on large ones.
+"""The best possible schedules: optima of small cases, and lower bounds of large ones.
 
 Exhaustive search takes any objective, the full model too. OR-Tools CP-SAT takes the integer closed
 form: whole cycles, no slow-down between NPU and PIM, no tail of softmax instructions
-(`IntegerLayer`). Each of these only makes a schedule slower, so what CP-SAT proves bounds the full
-model as well. The bounds of `lower_bound` need no solver.
+(`IntegerLayer`). Each of these only makes a schedule slower, so a bound that CP-SAT proves holds
+for the full model as well. The bounds of `lower_bound` need no solver.
 """
 
 from dataclasses import dataclass
@@ -17,16 +16,16 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from neupims.machine.calibration import DEFAULT
-from neupims.scheduling.decision import Decision, Genome, Space, decide, repair
+from neupims.scheduling.decision import Choices, Decision, Genome, decide, repair
 from neupims.scheduling.objective import Cost, Objective, Problem
 from neupims.scheduling.search import better_of, pick_best
 
 MOST_POINTS = 10**8
-SHARES = 512  # parts into which the bound cuts the PIM work's division between sub-batches
+SHARES = 512  # parts into which the bound cuts the division of PIM work between sub-batches
 
 
 class Proof(NamedTuple):
-    """An optimum, or the best known and what no schedule can beat."""
+    """An optimum, or the best known schedule and a bound that no schedule can beat."""
 
     genome: Genome
     cost: float
@@ -35,46 +34,54 @@ class Proof(NamedTuple):
 
 
 def gap(cost, bound):
-    """How far a cost may be from the best there is, as a share of it."""
+    """Returns how far a cost is above a bound, as a share of the bound."""
     return cost / bound - 1
 
 
-def exhaustive(objective: Objective, space: Space, problem: Problem, *, chunk: int = 4096) -> Proof:
-    """Evaluates every assignment of requests to channels and sub-batches, and each number of
-    sub-batches of the space. Equals compare by `busy`.
+def exhaustive(
+    objective: Objective, choices: Choices, problem: Problem, *, chunk: int = 4096
+) -> Proof:
+    """Returns the best of all assignments of requests to channels and sub-batches.
+
+    Every number of sub-batches of the choices is tried. Equals compare by `busy`.
+
+    Args:
+        objective: The cost of a decision.
+        choices: What may be chosen; neither knobs nor orders.
+        problem: The problem.
+        chunk: Schedules that are evaluated side by side.
 
     Raises:
-        ValueError: there are more than MOST_POINTS points, or the space has knobs or orders, which
-            are not enumerated.
+        ValueError: There are more than MOST_POINTS schedules, or the choices have knobs or orders.
     """
-    requests, numbers = problem.seq_lens.shape[0], 2 * space.channels
+    requests, numbers = problem.seq_lens.shape[0], 2 * choices.channels
     points = numbers**requests
-    if space.knobs or space.priorities > 1:
+    if choices.knobs or choices.priorities > 1:
         raise ValueError(
             "exhaustive search enumerates assignments and sub-batches, not knobs or orders"
         )
-    if points * len(space.sub_batches) > MOST_POINTS:
+    if points * len(choices.sub_batches) > MOST_POINTS:
         raise ValueError(f"{numbers}^{requests} points are too many: {MOST_POINTS} at most")
-    genome, cost = _exhaustive(objective, space, chunk, points, problem)
+    genome, cost = _exhaustive(objective, choices, chunk, points, problem)
     return Proof(
-        genome, float(cost.objective), float(cost.objective), points * len(space.sub_batches)
+        genome, float(cost.objective), float(cost.objective), points * len(choices.sub_batches)
     )
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _exhaustive(objective, space, chunk, points, problem):
-    requests, numbers = problem.seq_lens.shape[0], 2 * space.channels
+def _exhaustive(objective, choices, chunk, points, problem):
+    requests, numbers = problem.seq_lens.shape[0], 2 * choices.channels
     weights = numbers ** np.arange(requests)
 
     def evaluate(code, interleaved):
         places = (code // weights % numbers).astype(jnp.int32)
         genome = Genome(places, jnp.zeros_like(places), interleaved, jnp.zeros(0))
-        genome = repair(space, problem.resident, genome)
-        return genome, objective(problem, decide(space, genome))
+        genome = repair(choices, problem.resident, genome)
+        return genome, objective(problem, decide(choices, genome))
 
     def step(best, first):
         codes = jnp.minimum(first + jnp.arange(chunk), points - 1)
-        for count in space.sub_batches:
+        for count in choices.sub_batches:
             best = better_of(
                 best,
                 pick_best(*jax.vmap(partial(evaluate, interleaved=jnp.array(count == 2)))(codes)),
@@ -97,8 +104,8 @@ class Whole(NamedTuple):
     serial_npu: int  # stages A and E with all tokens
 
 
-def whole(problem: Problem) -> Whole:
-    """The integer closed form."""
+def round_down(problem: Problem) -> Whole:
+    """Returns the integer closed form of a problem."""
     npu = np.asarray(problem.layer_npu[0, ..., 0].sum(axis=-1))
     work, npu = (np.floor(np.asarray(part)).astype(np.int64) for part in (problem.work, npu))
     return Whole(work, npu, int(problem.serial_npu))
@@ -106,18 +113,19 @@ def whole(problem: Problem) -> Whole:
 
 @dataclass(frozen=True)
 class IntegerLayer:
-    """The integer closed form as an objective: C + D with stage C = max(NPU of sub-batch 0, logit +
-    attend of sub-batch 1), D the converse.
+    """The integer closed form as an objective.
+
+    cost = C + D,  C = max(NPU of sub-batch 0, logit + attend of sub-batch 1),  D the converse
     """
 
-    space: Space
+    choices: Choices
 
     def __call__(self, problem: Problem, decision: Decision) -> Cost:
         work = jnp.floor(problem.work)
         npu = jnp.floor(problem.layer_npu[0, ..., 0].sum(axis=-1))
-        place = decision.sub_batches * self.space.channels + decision.channels
-        loads = jax.ops.segment_sum(work, place, 2 * self.space.channels).reshape(
-            2, self.space.channels, 2
+        place = decision.sub_batches * self.choices.channels + decision.channels
+        loads = jax.ops.segment_sum(work, place, 2 * self.choices.channels).reshape(
+            2, self.choices.channels, 2
         )
         pim = loads.max(axis=1).sum(axis=-1)
         second = decision.sub_batches.sum()
@@ -128,21 +136,24 @@ class IntegerLayer:
         one = jnp.floor(problem.serial_npu) + together
         interleaved = (
             decision.interleaved
-            if len(self.space.sub_batches) == 2
-            else 2 in self.space.sub_batches
+            if len(self.choices.sub_batches) == 2
+            else 2 in self.choices.sub_batches
         )
         return Cost(jnp.where(interleaved, two, one), jnp.where(interleaved, pim.sum(), together))
 
 
-def cp_sat(space: Space, problem: Problem, *, seconds: float = 30.0, workers: int = 1) -> Proof:
-    """The optimum of `IntegerLayer` by OR-Tools CP-SAT, or the best it finds in the time and the
-    bound it proves.
+def cp_sat(choices: Choices, problem: Problem, *, seconds: float = 30.0, workers: int = 1) -> Proof:
+    """Returns the optimum of `IntegerLayer` by OR-Tools CP-SAT, or the best found and its bound.
 
-    Realisable spaces, residents, and one or two sub-batches are covered; knobs and orders are not.
+    Args:
+        choices: What may be chosen; knobs and orders are ignored.
+        problem: The problem.
+        seconds: The time limit.
+        workers: The threads of the solver.
 
     Raises:
         ModuleNotFoundError: OR-Tools is not installed.
-        RuntimeError: no schedule was found in the time.
+        RuntimeError: No schedule was found in the time.
     """
     try:
         from ortools.sat.python import cp_model
@@ -151,18 +162,18 @@ def cp_sat(space: Space, problem: Problem, *, seconds: float = 30.0, workers: in
             "the solver needs OR-Tools: pip install 'ggem-jax[oracle]'"
         ) from None
     proofs = [
-        _solve(cp_model, space, problem, count, seconds / len(space.sub_batches), workers)
-        for count in space.sub_batches
+        _solve(cp_model, choices, problem, count, seconds / len(choices.sub_batches), workers)
+        for count in choices.sub_batches
     ]
     best = min(proofs, key=lambda proof: proof.cost)
     return best._replace(bound=min(proof.bound for proof in proofs))
 
 
 def _solve(
-    cp_model, space: Space, problem: Problem, sub_batches: int, seconds: float, workers: int
+    cp_model, choices: Choices, problem: Problem, sub_batches: int, seconds: float, workers: int
 ) -> Proof:
-    form, resident = whole(problem), np.asarray(problem.resident)
-    requests, channels = len(form.work), space.channels
+    form, resident = round_down(problem), np.asarray(problem.resident)
+    requests, channels = len(form.work), choices.channels
     model = cp_model.CpModel()
     chosen = np.array(
         [
@@ -175,9 +186,8 @@ def _solve(
         if resident[request] >= 0:
             model.add(sum(chosen[request, resident[request]]) == 1)
     longest = np.argsort(-form.work.sum(axis=1), kind="stable")
-    if (resident < 0).all() and not (
-        space.realisable and sub_batches == 2
-    ):  # channels are alike: the k-th longest request needs only the first k
+    if (resident < 0).all() and not (choices.realisable and sub_batches == 2):
+        # Channels are alike: the k-th longest request needs only the first k.
         for rank, request in enumerate(longest[:channels]):
             for channel in range(rank + 1, channels):
                 for variable in chosen[request, channel]:
@@ -200,7 +210,7 @@ def _solve(
     if sub_batches == 1:
         total = form.serial_npu + sum(pim[0])
     else:
-        total = _two_stages(model, space, form, chosen, pim)
+        total = _two_stages(model, choices, form, chosen, pim)
     model.minimize(total)
     solver = cp_model.CpSolver()
     solver.parameters.max_time_in_seconds = seconds
@@ -215,15 +225,15 @@ def _solve(
     places = jnp.asarray(2 * channel + which, jnp.int32)
     genome = Genome(places, jnp.zeros_like(places), jnp.array(sub_batches == 2), jnp.zeros(0))
     return Proof(
-        repair(space, problem.resident, genome),
+        repair(choices, problem.resident, genome),
         solver.objective_value,
         solver.best_objective_bound,
         0,
     )
 
 
-def _two_stages(model, space: Space, form: Whole, chosen, pim):
-    """The sum of stages C and D, its constraints added to the model."""
+def _two_stages(model, choices: Choices, form: Whole, chosen, pim):
+    """Returns the sum of stages C and D, and adds its constraints to the model."""
     requests = len(form.work)
     npu = []
     for which in range(2):
@@ -232,7 +242,7 @@ def _two_stages(model, space: Space, form: Whole, chosen, pim):
         cycles = model.new_int_var(0, int(form.npu.max()), "")
         model.add_element(tokens, form.npu.tolist(), cycles)
         npu.append(cycles)
-    if space.realisable:
+    if choices.realisable:
         _halve(model, chosen)
     stages = []
     for which in range(2):
@@ -244,9 +254,7 @@ def _two_stages(model, space: Space, form: Whole, chosen, pim):
 
 
 def _halve(model, chosen) -> None:
-    """The simulator's rule: channels' halves are equal, but for odd lists, whose larger half goes
-    to sub-batch 0 and 1 in turn.
-    """
+    """Adds the simulator's rule: equal halves; of odd lists the larger one to 0 and 1 in turn."""
     channels = chosen.shape[1]
     odd_before = 0  # whether an odd number of the channels so far is odd
     for channel in range(channels):
@@ -261,39 +269,42 @@ def _halve(model, chosen) -> None:
         odd_before = after
 
 
-def lower_bound(space: Space, problem: Problem) -> Float[Array, ""]:
-    """Layer cycles that no schedule of the space can beat, by the closed form with its slow-downs.
-    For the measure "time" without knobs.
+def lower_bound(choices: Choices, problem: Problem) -> Float[Array, ""]:
+    """Returns the layer cycles that no schedule can beat, by the closed form with its slow-downs.
 
-    The fullest channel of a sub-batch has at least the mean load of all, the two sub-batches' loads
-    add up to that of the batch, and one of them holds the largest request. Over every division of
-    the load between sub-batches and every number of tokens (halves, if realisable) the least sum of
-    stages is a bound; divisions are cut into parts, each taken at its cheapest end.
+    The bound is for the measure "time" without knobs. The fullest channel of a sub-batch has at
+    least the mean load of all channels, the loads of the two sub-batches add up to that of the
+    batch, and one of them holds the largest request. Over every division of the load between
+    sub-batches and every number of tokens (halves, if realisable) the least sum of stages is a
+    bound; divisions are cut into parts, each taken at its cheapest end.
+
+    Args:
+        choices: What may be chosen.
+        problem: The problem.
     """
     bounds = []
     alone = problem.work
-    if 1 in space.sub_batches:
-        together = jnp.maximum(alone.sum() / space.channels, alone.sum(axis=1).max())
+    if 1 in choices.sub_batches:
+        together = jnp.maximum(alone.sum() / choices.channels, alone.sum(axis=1).max())
         bounds.append(problem.serial_npu + together)
-    if 2 in space.sub_batches:
-        bounds.append(_two_stage_bound(space, problem))
+    if 2 in choices.sub_batches:
+        bounds.append(_two_stage_bound(choices, problem))
     return jnp.stack(bounds).min()
 
 
 @partial(jax.jit, static_argnums=0)
-def _two_stage_bound(space, problem):
+def _two_stage_bound(choices, problem):
     requests = problem.seq_lens.shape[0]
     beside = problem.beside
-    slower = jnp.maximum(
-        jnp.max(jnp.where(problem.work > 0, beside / problem.work, 1)), 1
-    )  # at most, beside the NPU
-    total, largest = beside.sum() / space.channels, beside.sum(axis=1).max()
+    ratios = jnp.where(problem.work > 0, beside / problem.work, 1)
+    slower = jnp.maximum(jnp.max(ratios), 1)  # at most, beside the NPU
+    total, largest = beside.sum() / choices.channels, beside.sum(axis=1).max()
     low = jnp.arange(SHARES) / SHARES * total
     rest = (1 - (jnp.arange(SHARES) + 1) / SHARES) * total
-    counts = jnp.array([(requests + 1) // 2]) if space.realisable else jnp.arange(1, requests)
+    counts = jnp.array([(requests + 1) // 2]) if choices.realisable else jnp.arange(1, requests)
 
     def stage(tokens, load):
-        """The least time of the NPU on these tokens beside at least this much PIM work."""
+        """Returns the least time of the NPU on these tokens beside at least this PIM work."""
         cycles, memory = problem.layer_npu[0, tokens].T
         slow = jnp.cumsum(cycles + memory * DEFAULT.pim_slowdown)
         both = jnp.minimum(slow[-1], load)

@@ -1,8 +1,9 @@
-"""Published and simple ways to give requests a channel and a sub-batch. All are pure functions that
-jit and vmap; the number of channels is static.
+"""Published and simple policies that give requests a channel and a sub-batch.
 
-A policy packs first (which channel holds a request) and splits then (which half of the channel's
-list computes it). Work and loads are cycles.
+A policy first packs (which channel holds a request) and then splits (which half of the channel's
+list computes it). All functions are pure, jit and vmap; the number of channels is static. Work and
+loads are cycles. `scheduling.baselines` has the table of policies by name: a new policy is a
+function here and a line there.
 """
 
 import jax
@@ -13,40 +14,43 @@ from neupims.machine.hardware import Hardware, banks
 from neupims.machine.workload import Decoder, Parallel
 from neupims.timing.gemv import heads_of_device, page_elements
 
-GWRITE_ESTIMATE, TILE_ESTIMATE = (
-    100.0,
-    184.0,
-)  # cycles; the paper's L_gwrite and L_tile, src/scheduler/Scheduler.cc
+# Cycles: the paper's L_gwrite and L_tile, src/scheduler/Scheduler.cc of the simulator.
+GWRITE_ESTIMATE, TILE_ESTIMATE = 100.0, 184.0
 
 
 def round_robin(num_requests: int, num_channels: int) -> Int[Array, " r"]:
-    """Requests to channels in turn: the baseline without load balancing."""
+    """Returns the channels in turn, (r,): the baseline without load balancing.
+
+    Args:
+        num_requests: The number of requests.
+        num_channels: The number of channels.
+    """
     return jnp.arange(num_requests, dtype=jnp.int32) % num_channels
 
 
-def estimated_cycles(
+def estimate_cycles(
     hardware: Hardware, model: Decoder, seq_lens: Int[Array, " r"], parallel: Parallel
 ) -> Float[Array, " r"]:
-    """What the public scheduler believes that a request's attention takes of its channel.
+    """Returns the public scheduler's estimate of each request's attention, in cycles, (r,).
 
-    Source: algorithm 1 of the paper; `estimate_mha_latency` in src/scheduler/Scheduler.cc, with the
+    Args:
+        hardware: The machine.
+        model: The model.
+        seq_lens: The tokens of each request, (r,).
+        parallel: How many devices share a layer.
+
+    Reference:
+        Algorithm 1 of the paper; `estimate_mha_latency` in src/scheduler/Scheduler.cc, with the
         heads and width of one device.
     """
     heads, kv_heads = heads_of_device(model, parallel)
-    width, page, lanes = (
-        model.width / model.heads,
-        page_elements(hardware),
-        1.0 * banks(hardware.hbm),
-    )
+    width, page = model.width / model.heads, page_elements(hardware)
+    lanes = 1.0 * banks(hardware.hbm)
     lengths = jnp.asarray(seq_lens) * 1.0
-    logit = jnp.ceil(kv_heads * width / page) * (
-        GWRITE_ESTIMATE + jnp.ceil(lengths / lanes) * TILE_ESTIMATE
-    )
-    attend = (
-        jnp.ceil(lengths / page)
-        * heads
-        * (GWRITE_ESTIMATE + jnp.ceil(width / lanes) * TILE_ESTIMATE)
-    )
+    row = GWRITE_ESTIMATE + jnp.ceil(lengths / lanes) * TILE_ESTIMATE
+    head = GWRITE_ESTIMATE + jnp.ceil(width / lanes) * TILE_ESTIMATE
+    logit = jnp.ceil(kv_heads * width / page) * row
+    attend = jnp.ceil(lengths / page) * heads * head
     return jnp.where(lengths > 0, logit + attend, 0.0)
 
 
@@ -57,13 +61,20 @@ def pack_longest_first(
     loads: Float[Array, " channels"] | None = None,
     resident: Int[Array, " r"] | None = None,
 ) -> Int[Array, " r"]:
-    """The largest request first, each onto the channel with the least load, the lowest of equals.
+    """Returns a channel for each request, (r,): the largest first, onto the least loaded channel.
 
-    `loads` is what channels hold already. A request whose `resident` is not negative stays on that
-    channel, and loads it from the start. With all requests free the fullest channel holds at most
-    4/3 - 1/(3m) of the least possible for m channels (Graham, "Bounds on Multiprocessing Timing
-    Anomalies", 1969). On `estimated_cycles` it is algorithm 2 of the paper, on `gemv.request_work`
-    longest-first packing on our own work.
+    With all requests free the fullest channel of m holds at most 4/3 - 1/(3m) of the least possible
+    load. On `estimate_cycles` this is algorithm 2 of the paper.
+
+    Args:
+        work: The cycles of each request, (r,).
+        num_channels: The number of channels; of equal loads the lowest channel is taken.
+        loads: The cycles that each channel already has, (channels,) (default: none).
+        resident: The channel of a request that stays there and loads it from the start, -1 where it
+            is free, (r,) (default: all are free).
+
+    Reference:
+        Graham, "Bounds on Multiprocessing Timing Anomalies", 1969.
     """
     work = jnp.asarray(work) * 1.0
     stays = jnp.full(work.shape, -1) if resident is None else jnp.asarray(resident)
@@ -83,10 +94,15 @@ def pack_longest_first(
 
 
 def first_halves(counts: Int[Array, " channels"]) -> Int[Array, " channels"]:
-    """How many requests of each channel the simulator puts into sub-batch 0: half, and of odd
-    numbers the larger and the smaller half in turn.
+    """Returns the number of requests of each channel that the simulator puts into sub-batch 0.
 
-    Source: `group_sub_batches` in src/scheduler/Scheduler.cc; algorithm 3 of the paper.
+    It is half of them; channels with an odd number give the larger and the smaller half in turn.
+
+    Args:
+        counts: The requests of each channel, (channels,).
+
+    Reference:
+        `group_sub_batches` in src/scheduler/Scheduler.cc; algorithm 3 of the paper.
     """
     odd = counts % 2
     before = jnp.cumsum(odd) - odd
@@ -96,10 +112,12 @@ def first_halves(counts: Int[Array, " channels"]) -> Int[Array, " channels"]:
 def rank_in_channel(
     channels: Int[Array, " r"], order: Int[Array, " r"], num_channels: int
 ) -> tuple[Int[Array, " r"], Int[Array, " channels"]]:
-    """The place of each request in its channel's list, and the length of each list. `order` are the
-    requests in the order of the lists' rows.
+    """Returns the place of each request in its channel's list, and the length of each list.
 
-    Channels may follow each other in any way in `order`.
+    Args:
+        channels: The channel of each request, (r,).
+        order: The requests in the order in which lists take them, (r,).
+        num_channels: The number of channels.
     """
     grouped = order[jnp.argsort(channels[order], stable=True)]
     rank, counts = rank_of_grouped(channels[grouped], num_channels)
@@ -109,14 +127,22 @@ def rank_in_channel(
 def rank_of_grouped(
     channels: Int[Array, " r"], num_channels: int
 ) -> tuple[Int[Array, " r"], Int[Array, " channels"]]:
-    """The same where the requests of a channel follow each other, channel 0 first."""
+    """Returns `rank_in_channel` for requests that are sorted by channel.
+
+    Args:
+        channels: The channel of each request, in rising order, (r,).
+        num_channels: The number of channels.
+    """
     counts = jax.ops.segment_sum(jnp.ones_like(channels), channels, num_channels)
     return jnp.arange(channels.shape[0]) - (jnp.cumsum(counts) - counts)[channels], counts
 
 
 def halving_split(channels: Int[Array, " r"], num_channels: int) -> Int[Array, " r"]:
-    """Sub-batch of each request by the simulator's rule, requests in the order of the trace:
-    `workload.halves` as a function that jits.
+    """Returns the sub-batch of each request by the simulator's rule, (r,): `halves`, but it jits.
+
+    Args:
+        channels: The channel of each request in the order of the trace, (r,).
+        num_channels: The number of channels.
     """
     channels = jnp.asarray(channels, jnp.int32)
     rank, counts = rank_in_channel(channels, jnp.arange(channels.shape[0]), num_channels)
@@ -126,11 +152,15 @@ def halving_split(channels: Int[Array, " r"], num_channels: int) -> Int[Array, "
 def snake_split(
     work: Float[Array, " r"], channels: Int[Array, " r"], num_channels: int
 ) -> Int[Array, " r"]:
-    """Sub-batches 0 1 1 0 0 1 1 0 ... down each channel's list from the largest request, so that
-    both hold a like share of its load.
+    """Returns sub-batches 0 1 1 0 0 1 1 0 ... down each channel's list from the largest request.
 
-    The halves have the sizes that the simulator's rule gives them: the split is one it can execute,
-    from a list that names sub-batch 0 first.
+    Both sub-batches then hold a similar share of the channel's load. The halves have the sizes that
+    the simulator's rule gives them, so the simulator can execute the split.
+
+    Args:
+        work: The cycles of each request, (r,).
+        channels: The channel of each request, (r,).
+        num_channels: The number of channels.
     """
     channels = jnp.asarray(channels, jnp.int32)
     rank, counts = rank_in_channel(

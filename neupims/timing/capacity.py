@@ -1,5 +1,6 @@
-"""How many tokens' keys and values the memory holds. A tile is the same row of all banks of a
-channel.
+"""How many tokens' keys and values the memory holds.
+
+A tile is the same row of all banks of a channel.
 
 Source: src/scheduler/Scheduler.cc of the public simulator, and the paper, section 6: keys are kept
 in tiles of as many tokens as banks, values in tiles of as many tokens as a row has numbers.
@@ -17,7 +18,14 @@ from neupims.timing.gemv import heads_of_device, page_elements
 def request_tiles(
     hardware: Hardware, model: Decoder, seq_lens, parallel: Parallel
 ) -> Float[Array, " r"]:
-    """Tiles of the keys and values of each request, over all layers of one device."""
+    """Returns the tiles of the keys and values of each request, over all layers of one device.
+
+    Args:
+        hardware: The machine.
+        model: The model.
+        seq_lens: The tokens of each request, (r,).
+        parallel: How the model is spread over devices.
+    """
     _, kv_heads = heads_of_device(model, parallel)
     width = kv_heads * model.width / model.heads
     page, lengths = page_elements(hardware), jnp.asarray(seq_lens) * 1.0
@@ -27,7 +35,13 @@ def request_tiles(
 
 
 def channel_tiles(hardware: Hardware, model: Decoder, parallel: Parallel) -> Float[Array, ""]:
-    """Tiles of one channel that the weights leave free; below 0 where they alone do not fit."""
+    """Returns the tiles of one channel that the weights leave free; negative if they do not fit.
+
+    Args:
+        hardware: The machine.
+        model: The model.
+        parallel: How the model is spread over devices.
+    """
     free = memory_bytes(hardware.hbm) - weight_bytes(model) / (parallel.tp * parallel.pp)
     return jnp.floor(
         free / hardware.hbm.num_channels / (banks(hardware.hbm) * hardware.hbm.row_bytes)
@@ -35,11 +49,19 @@ def channel_tiles(hardware: Hardware, model: Decoder, parallel: Parallel) -> Flo
 
 
 def check_capacity(hardware: Hardware, model: Decoder, batch: Batch, parallel: Parallel) -> str:
-    """Raises ValueError if one request alone is more than its channel holds; returns a warning if a
-    channel's requests together are, else "".
+    """Returns a warning if the requests of a channel do not fit together, else an empty string.
 
     The timing of a batch that does not fit is still defined, and the public simulator gives one: it
     simulates one layer.
+
+    Args:
+        hardware: The machine.
+        model: The model.
+        batch: The requests.
+        parallel: How the model is spread over devices.
+
+    Raises:
+        ValueError: One request alone needs more than its channel holds.
     """
     needed = np.asarray(request_tiles(hardware, model, batch.seq_lens, parallel))
     available = float(channel_tiles(hardware, model, parallel))

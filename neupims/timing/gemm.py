@@ -28,27 +28,23 @@ from neupims.machine.workload import FLOAT16_BYTES
 
 HALVINGS = 24  # of a tile until it fits the scratchpad; 2^24 is more than any side
 LEAST_STREAM = 4  # core cycles from one instruction to the next
-QUEUED_READS = (
-    128  # commands that the queue of one bank holds: cmd_queue_size of the simulator's ini
-)
-# rows of a bank that arrive before a full queue frees a stuck write: 8 queued, 2 in front of the
-# queues
+# Commands that the queue of one bank holds: cmd_queue_size of the simulator's ini.
+QUEUED_READS = 128
+# Rows of a bank that arrive before a full queue frees a stuck write: 8 queued, 2 in front of the
+# queues.
 STUCK_ROWS = 10
-MANY_WRITES = (
-    96  # bursts of a channel after which one is always left: of the operation before; observed
-)
-# bursts of a channel below which one is left after some operations and not after others; observed
+# Bursts that the operation before wrote to a channel. From the first number on one is always left;
+# below the second one is left after some operations and not after others. Both are observed.
+MANY_WRITES = 96
 FEW_WRITES = 6
 FINISH_CYCLES = 45  # from the last product to the operation's end
 
 
 class Work(NamedTuple):
-    """One operation on one device. Core cycles and bytes; `memory_cycles` is the part of its cycles
-    that waits for the memory.
-    """
+    """One operation on one device: core cycles, bytes and products."""
 
     cycles: Number
-    memory_cycles: Number
+    memory_cycles: Number  # the part of `cycles` that waits for the memory
     busy_cycles: Number  # with products in the pipeline of the arrays, as the simulator counts
     read_bytes: Number
     write_bytes: Number
@@ -56,9 +52,7 @@ class Work(NamedTuple):
 
 
 class Tiling(NamedTuple):
-    """Sides of a tile that fits half of the scratchpad, and the number of tiles along tokens, inner
-    channels and features.
-    """
+    """Sides of a tile that fits half of the scratchpad, and the number of tiles along each."""
 
     tokens: Number
     inner: Number
@@ -69,22 +63,30 @@ class Tiling(NamedTuple):
 
 
 def bytes_per_cycle(hardware: Hardware) -> Number:
-    """Peak bytes of the memory in one core cycle."""
+    """Returns the peak bytes of the memory in one core cycle."""
     return peak_bytes_per_cycle(hardware.hbm) * (hardware.hbm.clock_hz / hardware.npu.clock_hz)
 
 
 def tiling(hardware: Hardware, tokens, inner, features) -> Tiling:
-    """Halves the longest side (the first of equals, in the order tokens, inner, features) until
-    operands and result fit half of the scratchpad.
+    """Returns the tile whose operands and result fit half of the scratchpad.
+
+    The longest side is halved until they fit; the first of equals in the order tokens, inner,
+    features.
+
+    Args:
+        hardware: The machine; its scratchpad and the width of its arrays matter.
+        tokens: The rows of the first matrix.
+        inner: Its columns, and the rows of the second matrix.
+        features: The columns of the second matrix. All three may be arrays that broadcast.
     """
     width = 1.0 * hardware.npu.array_width
     limit = hardware.npu.scratchpad_bytes / 2
 
-    def padded(side):
+    def pad(side):
         return jnp.ceil(side / width) * width
 
     def over(sides):
-        n, k, m = (padded(side) for side in sides)
+        n, k, m = (pad(side) for side in sides)
         return FLOAT16_BYTES * (n * k + k * m + m * n) > limit
 
     def halve(state):
@@ -123,12 +125,22 @@ def gemm(
     stuck: Number = 0.0,
     tile: Tiling | None = None,
 ) -> Work:
-    """The product of (tokens, inner) and (inner, features), on one device.
+    """Returns the work of the product of (tokens, inner) and (inner, features) on one device.
 
-    In "simulator" fidelity the written result is cut to the first block of features, as there,
-    `stuck` is the chance that a left-over write holds up the first tile (`stuck_chance`), and with
-    `npu_only` the rules of that branch hold: no block of tokens is loaded while products run, and
-    few reads are in flight. "intended" writes all of the result and has none of that.
+    In "simulator" fidelity the written result is cut to the first block of features, as the
+    simulator does. "intended" writes all of the result, and neither `stuck` nor `npu_only` matters.
+
+    Args:
+        hardware: The machine.
+        tokens: The rows of the first matrix.
+        inner: Its columns, and the rows of the second matrix.
+        features: The columns of the second matrix.
+        calibration: The fitted constants.
+        fidelity: "simulator" or "intended".
+        npu_only: Whether the rules of the simulator's NPU-only branch hold: no block of tokens is
+            loaded while products run, and few reads are in flight.
+        stuck: The chance that a left-over write holds up the first tile (`stuck_chance`).
+        tile: The tiling (default: computed by `tiling`).
     """
     npu, simulated = hardware.npu, fidelity == "simulator"
     serial = simulated and npu_only
@@ -203,8 +215,14 @@ def gemm(
 
 
 def stuck_chance(hardware: Hardware, previous_write_bytes, few) -> Number:
-    """The chance that a write of the operation just before holds up a product: 1 after many writes,
-    `few` after almost none, 0 between (seen in traces).
+    """Returns the chance that a write of the operation just before holds up a product.
+
+    It is 1 after many writes, `few` after almost none, and 0 between, as seen in traces.
+
+    Args:
+        hardware: The machine.
+        previous_write_bytes: The bytes that the operation just before wrote.
+        few: The chance after almost no writes.
     """
     bursts = previous_write_bytes / burst_bytes(hardware.hbm) / hardware.hbm.num_channels
     return jnp.where(bursts >= MANY_WRITES, 1.0, jnp.where(bursts < FEW_WRITES, few, 0.0))

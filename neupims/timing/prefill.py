@@ -1,39 +1,34 @@
 """Prefill: the prompts of a batch through a decoder, all their tokens at once, on the NPU.
 
 The paper sends prompts to NPUs beside the memory that computes, and the public simulator refuses
-them, so nobody has measured this: it is the machine as intended. Products are those of decoding
-with more tokens. Attention of a head keeps its scores on chip and computes only the blocks that a
-causal mask leaves.
+them. No measurement exists, so this is the machine as intended. Products are those of decoding with
+more tokens. Attention of a head keeps its scores on chip and computes only the blocks that a causal
+mask leaves.
 """
 
 from functools import partial
-from typing import Any, Literal
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 
 from neupims.machine.calibration import DEFAULT, Calibration
 from neupims.machine.hardware import Hardware
 from neupims.machine.workload import FLOAT16_BYTES, Batch, Decoder, Parallel
+from neupims.timing.attention import no_attention
 from neupims.timing.gemm import LEAST_STREAM, Work, bytes_per_cycle
 from neupims.timing.gemv import heads_of_device
-from neupims.timing.schedule import (
-    NPU_ATTENTION,
-    Iteration,
-    link_seconds,
-    measured,
-    messages,
-    no_attention,
-    npu_operation,
-    on_gpu,
-    side_by_side,
-    stages,
-)
+from neupims.timing.iteration import Iteration, summarize
+from neupims.timing.links import link_seconds, messages
+from neupims.timing.npu import Context
+from neupims.timing.overlap import side_by_side
+from neupims.timing.stages import Operation, npu_operation, stages
 from neupims.timing.vector import softmax_cycles
 
 PREFILL_SYSTEMS = ("npu-only", "gpu")
-# of a prompt's softmax, evenly spaced, whose mean time stands for all: rows grow from one key to
-# all
+# Rows of a prompt's softmax, evenly spaced, whose mean time stands for all: rows grow from one key
+# to all.
 ROWS = 16
 
 
@@ -47,66 +42,104 @@ def prefill(
     system: Literal["npu-only", "gpu"] = "npu-only",
     calibration: Calibration = DEFAULT,
 ) -> Iteration:
-    """The keys and values of every prompt, and with them the first token: `batch.seq_lens` are the
-    lengths of the prompts, channels do not matter.
+    """Returns the iteration that computes the keys and values of every prompt.
 
-    The result is that of a step of the "npu-only" system, with one stage; `tokens_per_second`
-    counts the prompts' tokens. The first token of a pipeline comes later: `first_token_seconds`.
+    It gives the first token of each request. The first token of a pipeline of devices comes later:
+    see `first_token_seconds`.
+
+    Args:
+        hardware: The machine.
+        model: The model.
+        batch: The requests; `batch.seq_lens` are the lengths of the prompts, and channels do not
+            matter.
+        parallel: How the model is spread over devices.
+        system: "npu-only" or "gpu".
+        calibration: The fitted constants.
+
+    Returns:
+        An iteration of the "npu-only" system, with one stage; `tokens_per_second` counts the tokens
+        of the prompts.
 
     Raises:
         ValueError: `system` is neither "npu-only" nor "gpu".
     """
     if system not in PREFILL_SYSTEMS:
         raise ValueError(f"prefill runs on {' or '.join(PREFILL_SYSTEMS)}, not {system!r}")
+    context = Context(hardware, model, batch, parallel, calibration, system, "intended")
     tokens = jnp.stack([jnp.sum(batch.seq_lens * 1.0), jnp.float32(0)])
-    (stage,) = stages("npu-only", 1)
-    options: dict[str, Any] = {"calibration": calibration, "system": system, "fidelity": "intended"}
-    works = []
-    for name in stage.npu:
-        if name == NPU_ATTENTION:
-            work = prefill_attention(
-                hardware, model, batch.seq_lens, parallel, calibration=calibration
-            )
-            works.append(on_gpu(hardware, work) if system == "gpu" else work)
-        else:
-            works.append(
-                npu_operation(hardware, model, batch, parallel, name, tokens[0], 0.0, **options)
-            )
+    works = [npu_operation(each, context, tokens[0]) for each in prefill_operations()]
     side, _ = side_by_side(hardware, calibration, works, jnp.zeros(0), jnp.zeros(0))
-    cycles = side.ends - side.starts
-    records = (hardware, model, batch, parallel, no_attention())
-    return measured(
-        *records,
+    return summarize(
+        context,
+        no_attention(),
         [works],
         side.ends[-1:],
         side.starts,
-        cycles,
-        system=system,
+        side.ends - side.starts,
         sub_batches=1,
         tokens=tokens,
+    )
+
+
+def prefill_operations() -> tuple[Operation, ...]:
+    """Returns the operations of a prefill: those of "npu-only" with causal attention."""
+    (stage,) = stages("npu-only", 1)
+    return tuple(
+        each._replace(work=_attend_causally) if each.kind == "attention" else each
+        for each in stage.operations
+    )
+
+
+def _attend_causally(context: Context, tokens, written_before, tile=None) -> Work:
+    return prefill_attention(
+        context.hardware,
+        context.model,
+        context.batch.seq_lens,
+        context.parallel,
+        calibration=context.calibration,
     )
 
 
 def first_token_seconds(
     hardware: Hardware, model: Decoder, batch: Batch, parallel: Parallel, iteration: Iteration
 ) -> float:
-    """The time until the prompts have passed all pp groups of devices: pp iterations, the last of
-    which sends its activations to nobody.
+    """Returns the seconds until the prompts have passed all groups of devices.
+
+    These are `parallel.pp` iterations, the last of which sends its activations to nobody.
+
+    Args:
+        hardware: The machine.
+        model: The model.
+        batch: The prompts.
+        parallel: How the model is spread over devices.
+        iteration: The result of `prefill`.
     """
     _, forward = messages(model, parallel, 1.0, jnp.sum(batch.seq_lens * 1.0), 1.0)
     return float(parallel.pp * iteration.iteration_seconds - link_seconds(hardware, forward))
 
 
 def prefill_attention(
-    hardware: Hardware, model: Decoder, seq_lens, parallel: Parallel, *, calibration: Calibration
+    hardware: Hardware,
+    model: Decoder,
+    seq_lens: Int[Array, " r"],
+    parallel: Parallel,
+    *,
+    calibration: Calibration,
 ) -> Work:
-    """Causal attention of whole prompts: of its three resources (arrays, vector units, memory) the
-    one that takes longest.
+    """Returns the work of causal attention of whole prompts.
 
-    A block of as many queries as the arrays are wide stays in them while the keys up to it stream
-    past, and then its weights while the values do: block i meets i blocks of keys and of values.
-    Softmax of a query takes a pass over the keys before it. Keys and values of a head are read once
-    where they fit half of the scratchpad, else again for each block of queries.
+    Of its three resources (arrays, vector units, memory) the slowest one counts. A block of as many
+    queries as the arrays are wide stays in them while the keys up to it stream past, and then its
+    weights while the values do: block i meets i blocks of keys and of values. Softmax of a query
+    takes a pass over the keys before it. Keys and values of a head are read once where they fit
+    half of the scratchpad, else again for each block of queries.
+
+    Args:
+        hardware: The machine.
+        model: The model.
+        seq_lens: The tokens of each prompt, (r,).
+        parallel: How the model is spread over devices.
+        calibration: The fitted constants; only `queued_efficiency` is used.
     """
     npu = hardware.npu
     heads, kv_heads = heads_of_device(model, parallel)

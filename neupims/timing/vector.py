@@ -13,8 +13,8 @@ from neupims.machine.record import Number
 from neupims.machine.workload import FLOAT16_BYTES
 from neupims.timing.gemm import Work, bytes_per_cycle
 
-# of a written byte's bus time passes before the next operation: buffers take bursts at twice the
-# bus's pace
+# The share of a written byte's bus time that passes before the next operation: buffers take bursts
+# at twice the pace of the bus.
 ACCEPTED = 0.5
 LATENCY_CYCLES = 35  # of a read, and of the write's acknowledgement
 TREE_LEVELS = 4  # of the adder tree: 128^4 elements are more than any row
@@ -29,7 +29,16 @@ def layer_norm(
     fidelity: str,
     inherited_bytes=0.0,
 ) -> Work:
-    """Normalises `tokens` rows of `width`: reads them and two rows of parameters, writes them."""
+    """Returns the work of normalizing rows: they are read with two rows of parameters, and written.
+
+    Args:
+        hardware: The machine.
+        tokens: The number of rows.
+        width: The channels of a row.
+        calibration: The fitted constants.
+        fidelity: "simulator" or "intended".
+        inherited_bytes: The bytes that the operation just before wrote.
+    """
     passes, tree = _passes(hardware, width)
     compute = 2 * tree + 3 + 5 * passes
     return _element_wise(
@@ -54,7 +63,16 @@ def residual_sum(
     fidelity: str,
     inherited_bytes=0.0,
 ) -> Work:
-    """Adds two arrays of `tokens` rows of `width`."""
+    """Returns the work of adding two arrays of rows.
+
+    Args:
+        hardware: The machine.
+        tokens: The number of rows.
+        width: The channels of a row.
+        calibration: The fitted constants.
+        fidelity: "simulator" or "intended".
+        inherited_bytes: The bytes that the operation just before wrote.
+    """
     passes, _ = _passes(hardware, width)
     return _element_wise(
         hardware,
@@ -79,8 +97,16 @@ def activation(
     fidelity: str,
     inherited_bytes=0.0,
 ) -> Work:
-    """GELU of `tokens` rows of `width`; with a gate (Llama) it reads `inputs` rows of that width
-    for each token.
+    """Returns the work of GELU; with a gate (Llama) it reads several rows for each token.
+
+    Args:
+        hardware: The machine.
+        tokens: The number of rows that are written.
+        width: The channels of a row.
+        inputs: The rows that are read for each of them: 1, or 2 with a gate.
+        calibration: The fitted constants.
+        fidelity: "simulator" or "intended".
+        inherited_bytes: The bytes that the operation just before wrote.
     """
     passes, _ = _passes(hardware, width)
     return _element_wise(
@@ -97,13 +123,13 @@ def activation(
 
 
 def softmax_cycles(hardware: Hardware, length) -> Number:
-    """Core cycles of one vector unit for the softmax of one row."""
+    """Returns the core cycles of one vector unit for the softmax of one row of `length` numbers."""
     passes, tree = _passes(hardware, length)
     return 2 * tree + 3 * passes
 
 
 def _passes(hardware: Hardware, length) -> tuple[Number, Number]:
-    """Passes of one vector unit over a row, and steps of its adder tree."""
+    """Returns the passes of one vector unit over a row, and the steps of its adder tree."""
     lanes = hardware.npu.vector_lanes
     passes = jnp.ceil(length / lanes)
     tree, left = 1.0 * (passes > 0), passes
@@ -124,23 +150,21 @@ def _element_wise(
     fidelity: str,
     inherited_bytes,
 ) -> Work:
-    """Time of the traffic: reads at the bus's pace, half of the writes, and what the operation just
-    before left to write (`inherited_bytes`, the other half).
+    """Returns the work of an element-wise operation, which takes the time of its traffic.
 
-    "simulator" issues one row a cycle, and its rows take no longer: their length is read after it
-    was moved away. "intended" takes `compute` for a row on one of the vector units, and waits for
-    all its writes.
+    The traffic is the reads at the pace of the bus, half of the writes, and the other half of what
+    the operation just before wrote (`inherited_bytes`). "simulator" issues one row a cycle, and its
+    rows take no longer: their length is read after it was moved away. "intended" takes `compute`
+    for a row on one of the vector units, and waits for all its writes.
     """
     read_bytes, write_bytes = FLOAT16_BYTES * read * 1.0, FLOAT16_BYTES * written * 1.0
     if fidelity == "simulator":
-        memory = (read_bytes + ACCEPTED * (write_bytes + inherited_bytes)) / bytes_per_cycle(
-            hardware
-        )
+        traffic = read_bytes + ACCEPTED * (write_bytes + inherited_bytes)
+        memory = traffic / bytes_per_cycle(hardware)
         units = 1.0 * tokens
     else:
-        memory = (
-            (read_bytes + write_bytes) / calibration.queued_efficiency / bytes_per_cycle(hardware)
-        )
+        traffic = (read_bytes + write_bytes) / calibration.queued_efficiency
+        memory = traffic / bytes_per_cycle(hardware)
         units = tokens * compute / hardware.npu.vector_units
     zero = 0.0 * memory
     cycles = jnp.maximum(memory, units) + LATENCY_CYCLES

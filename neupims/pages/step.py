@@ -1,43 +1,46 @@
-"""The report and the trace of one simulated decode step."""
+"""The page and the trace of one simulated step: a decode step, or the prefill of a batch."""
 
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from neupims.commands.common import Case, error_sentence
-from neupims.machine.calibration import DEFAULT
+from neupims.machine.case import Case
 from neupims.machine.hardware import Hardware, banks, burst_cycles, peak_bytes_per_cycle
 from neupims.machine.systems import PIM_SYSTEMS
 from neupims.machine.workload import FLOAT16_BYTES
 from neupims.pages.perfetto import write_perfetto
-from neupims.pages.plots import operation_name
-from neupims.pages.report import write_report
-from neupims.timing.prefill import prefill_attention
-from neupims.timing.schedule import NPU_ATTENTION, npu_operation, operations, stages
+from neupims.pages.report import describe_error, write_report
+from neupims.pages.step_plots import operation_name
+from neupims.simulation import Simulation
+from neupims.timing.npu import Context
+from neupims.timing.prefill import prefill_operations
+from neupims.timing.stages import Operation, npu_operation, operations, stages
 
-ELEMENT_OPERATIONS = {"ln": 5, "res": 1, "gelu": 1}  # of one element, as the energy counts them
 
+def write_step(step: Simulation, *, page: Path | None = None, trace: Path | None = None) -> None:
+    """Writes the page and the Chrome trace of a step.
 
-def write_pictures(
-    case: Case, iteration, result: Mapping[str, Any], page: Path | None, trace: Path | None
-) -> None:
-    """Writes the page and the Chrome trace of what `simulate` found, each where a path is given."""
+    Args:
+        step: what `simulate_case` returned.
+        page: HTML file; None writes no page.
+        trace: JSON file for ui.perfetto.dev; None writes no trace.
+
+    Raises:
+        OSError: a file cannot be written.
+    """
+    result, case = step.to_dict(), step.case
     if page:
+        phase = "the prefill" if case.prefill else "one decode step"
         write_report(
             page,
-            sections(case, iteration, result),
-            title=(
-                f"{result['system']}: {'the prefill' if case.prefill else 'one decode step'} of"
-                f" {result['model']}"
-            ),
-            facts=facts(case, result),
+            make_sections(step),
+            title=f"{result['system']}: {phase} of {result['model']}",
+            facts=make_facts(step),
         )
     if trace:
-        loads = (
-            np.asarray(iteration.channel_cycles).tolist() if result["system"] in PIM_SYSTEMS else ()
-        )
+        with_pim = case.system in PIM_SYSTEMS
+        loads = np.asarray(step.iteration.channel_cycles).tolist() if with_pim else ()
         write_perfetto(
             trace,
             result,
@@ -47,14 +50,15 @@ def write_pictures(
         )
 
 
-def facts(case: Case, result: Mapping[str, Any]) -> dict[str, Any]:
-    """What stands at the head of the page."""
+def make_facts(step: Simulation) -> dict[str, Any]:
+    """Returns names and values for the head of the page."""
+    result, case = step.to_dict(), step.case
     halves, buffers = result["sub_batches"], result["row_buffers"]
     pim = [
         f"{halves} sub-batch{'es' if halves > 1 else ''}",
         f"{buffers} row buffer{'s' if buffers > 1 else ''}",
     ]
-    pim = pim if result["system"] in PIM_SYSTEMS else []
+    pim = pim if case.system in PIM_SYSTEMS else []
     listed = {
         "model": (
             f"{result['model']}, tensor parallel over {case.parallel.tp}, pipeline over"
@@ -69,23 +73,24 @@ def facts(case: Case, result: Mapping[str, Any]) -> dict[str, Any]:
         "layer": f"{result['layer_cycles']:,.0f} core cycles",
         "energy": (
             f"{result['energy_joules']:.3g} J of one device,"
-            f" {result['energy_joules'] / result['iteration_seconds']:.0f} W in the mean"
+            f" {result['energy_joules'] / result['iteration_seconds']:.0f} W on average"
         ),
     }
     if error := result.get("expected_error"):
-        listed["expected error of the layer"] = error_sentence(error)
+        listed["expected error of the layer"] = describe_error(error)
     return listed
 
 
-def sections(case: Case, iteration, result: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """The sections of the page."""
-    with_pim = result["system"] in PIM_SYSTEMS
+def make_sections(step: Simulation) -> list[dict[str, Any]]:
+    """Returns the sections of the page, for `write_report`."""
+    result, case = step.to_dict(), step.case
+    with_pim = case.system in PIM_SYSTEMS
     shares = [
         ("NPU busy", "npu_utilization"),
         ("PIM busy", "pim_utilization"),
         ("memory bus", "bandwidth_utilization"),
     ]
-    told = (
+    explanation = (
         "Stages follow each other; a stage ends when both units have ended. Operations on NPU and"
         " PIM that share a stage run at the same time."
     )
@@ -93,7 +98,7 @@ def sections(case: Case, iteration, result: Mapping[str, Any]) -> list[dict[str,
         {
             "kind": "gantt",
             "title": "Stages",
-            "text": told if with_pim else "",
+            "text": explanation if with_pim else "",
             "ops": result["ops"],
             "stage_cycles": result["stage_cycles"],
         },
@@ -120,12 +125,12 @@ def sections(case: Case, iteration, result: Mapping[str, Any]) -> list[dict[str,
                 " name are added up. A short one may stand above its roof: it ends when the"
                 " memory's queues have taken its results, before they are written."
             ),
-            "points": points(case, iteration),
-            "roofs": roofs(case.hardware),
+            "points": roofline_points(step),
+            "roofs": roofline_roofs(case.hardware),
         },
     ]
     if with_pim:
-        loads = np.asarray(iteration.channel_cycles)
+        loads = np.asarray(step.iteration.channel_cycles)
         halves = [(f"sub-batch {i + 1}", loads[i]) for i in range(2) if loads[i].any()]
         found.append(
             {
@@ -158,17 +163,12 @@ def sections(case: Case, iteration, result: Mapping[str, Any]) -> list[dict[str,
     return found
 
 
-def roofs(hardware: Hardware) -> list[dict[str, Any]]:
-    """Peak arithmetic and bandwidth of NPU, PIM and GPU."""
+def roofline_roofs(hardware: Hardware) -> list[dict[str, Any]]:
+    """Returns name, flops_per_second and bytes_per_second (the peaks) of NPU, PIM and GPU."""
     npu, hbm = hardware.npu, hardware.hbm
     macs = npu.num_arrays * npu.array_width * npu.array_height
-    operands = (
-        hbm.num_channels
-        * banks(hbm)
-        * hardware.pim.macs_per_bank
-        * hbm.clock_hz
-        / burst_cycles(hbm)
-    )  # a second
+    products_per_cycle = hbm.num_channels * banks(hbm) * hardware.pim.macs_per_bank
+    operands = products_per_cycle * hbm.clock_hz / burst_cycles(hbm)  # per second
     return [
         {
             "name": "NPU",
@@ -188,25 +188,20 @@ def roofs(hardware: Hardware) -> list[dict[str, Any]]:
     ]
 
 
-def points(case: Case, iteration) -> list[dict[str, Any]]:
-    """Operations of a layer with their arithmetic, memory traffic and time; those of the same name
-    added up.
+def roofline_points(step: Simulation) -> list[dict[str, Any]]:
+    """Returns name, roof, flops, bytes and seconds of the operations of a layer on one device.
+
+    Operations of the same name are added up.
     """
+    case = step.case
     planned = {stage.name: stage for stage in stages(case.system, case.sub_batches)}
     in_layer = ("C", "D") if "C" in planned else tuple(planned)
     clock_hz = float(case.hardware.npu.clock_hz)
-    lengths, sub_batch = (
-        np.asarray(case.batch.seq_lens),
-        (
-            np.asarray(case.batch.sub_batches)
-            if "C" in planned
-            else 0 * np.asarray(case.batch.seq_lens)
-        ),
-    )
+    lengths = np.asarray(case.batch.seq_lens)
+    sub_batch = np.asarray(case.batch.sub_batches) if "C" in planned else 0 * lengths
     found: dict[str, dict[str, Any]] = {}
-    for each, cycles in zip(
-        operations(case.system, case.sub_batches), iteration.op_cycles.tolist(), strict=True
-    ):
+    listed = prefill_operations() if case.prefill else operations(case.system, case.sub_batches)
+    for each, cycles in zip(listed, step.iteration.op_cycles.tolist(), strict=True):
         if each.stage not in in_layer:
             continue
         stage = planned[each.stage]
@@ -216,7 +211,7 @@ def points(case: Case, iteration) -> list[dict[str, Any]]:
         ]
         tokens = int(mine.sum()) if case.prefill else len(mine)
         flops, moved = (
-            _attention(case, mine) if each.platform == "PIM" else _npu(case, each.name, tokens)
+            _attention(case, mine) if each.platform == "PIM" else _npu(case, each, tokens)
         )
         roof = "GPU" if case.system == "gpu" else {"SA": "NPU", "PIM": "PIM"}[each.platform]
         point = found.setdefault(
@@ -229,36 +224,22 @@ def points(case: Case, iteration) -> list[dict[str, Any]]:
 
 
 def _label(name: str) -> str:
-    """The short name of an operation; of those that a layer has twice, the long one."""
+    """The short name of an operation, or the full name if a layer has it twice."""
     return name if name.endswith((".ln", ".res")) else operation_name(name)
 
 
-def _attention(case: Case, lengths) -> tuple[float, float]:
-    """Of logit, and of attend, of these requests: a product and a sum for each number of keys
-    (values) and query head, and the bytes of those.
+def _attention(case: Case, lengths: np.ndarray) -> tuple[float, float]:
+    """FLOP and bytes of logit, and equally of attend: 2 FLOP for each key (value) element and query
+    head of its group.
     """
-    tokens, model = float(lengths.sum()), case.model
-    return (
-        2 * tokens * model.width / case.parallel.tp,
-        FLOAT16_BYTES * tokens * model.kv_width / case.parallel.tp,
-    )
+    tokens, model, tp = float(lengths.sum()), case.model, case.parallel.tp
+    return 2 * tokens * model.width / tp, FLOAT16_BYTES * tokens * model.kv_width / tp
 
 
-def _npu(case: Case, name: str, tokens: int) -> tuple[float, float]:
-    options: dict[str, Any] = {
-        "calibration": DEFAULT,
-        "system": case.system,
-        "fidelity": case.fidelity,
-    }
-    if case.prefill and name == NPU_ATTENTION:
-        work = prefill_attention(
-            case.hardware, case.model, case.batch.seq_lens, case.parallel, calibration=DEFAULT
-        )
-        return 2 * float(work.macs), float(work.read_bytes + work.write_bytes)
-    work = npu_operation(
-        case.hardware, case.model, case.batch, case.parallel, name, 1.0 * tokens, 0.0, **options
-    )
-    elements = (
-        ELEMENT_OPERATIONS.get(name.rpartition(".")[2], 0) * float(work.write_bytes) / FLOAT16_BYTES
-    )
+def _npu(case: Case, operation: Operation, tokens: int) -> tuple[float, float]:
+    """FLOP and bytes of an operation of the NPU."""
+    records = (case.hardware, case.model, case.batch, case.parallel)
+    context = Context(*records, system=case.system, fidelity=case.fidelity)
+    work = npu_operation(operation, context, 1.0 * tokens)
+    elements = operation.element_operations * float(work.write_bytes) / FLOAT16_BYTES
     return 2 * float(work.macs) + elements, float(work.read_bytes + work.write_bytes)

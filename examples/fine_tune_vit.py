@@ -1,0 +1,60 @@
+"""Fine-tune a published ViT with GGeM pooling: python examples/fine_tune_vit.py [FILE]
+
+FILE is a checkpoint as it was published, such as timm's deit_small_patch16_224.safetensors; without
+it, a tiny random one in timm's names is written. The data are scikit-learn's digits: replace them
+by images `(b, h, w, 3)` in [0, 1] and labels `(b,)` of your own.
+"""
+
+import sys
+import tempfile
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sklearn.datasets import load_digits
+
+from ggem_jax import GGeM, ViT, ViTConfig, adamw, cls_pool, load_vit
+from ggem_jax.weights import write_safetensors
+from ggem_jax.weights.vit import PublishedViT, Style, to_timm
+
+
+def write_tiny_vit(path: Path) -> Path:
+    config = ViTConfig(patch=2, width=64, depth=2, heads=1, mlp_width=128, image=8)
+    variables = ViT(config, cls_pool).init(jax.random.key(0), jnp.ones((1, 8, 8, 3)))
+    tiny = PublishedViT("vit", "timm", config, "cls", 0, None, Style(positions=1), variables)
+    write_safetensors(path, to_timm(tiny))
+    return path
+
+
+def main(file: Path) -> None:
+    loaded = load_vit(file, pooling=GGeM(), num_classes=10)
+    mean, std = (np.array(x or [0.5] * 3, np.float32) for x in (loaded.mean, loaded.std))
+    digits, labels = load_digits(return_X_y=True)
+    images = (np.repeat(digits.reshape(-1, 8, 8, 1), 3, axis=-1) / 16 - mean) / std
+    images = jax.image.resize(images, (len(images), loaded.image, loaded.image, 3), "bilinear")
+    optimizer = adamw(4e-3)
+
+    def loss_of(variables, images, labels):
+        logits = loaded.model.apply(variables, images).logits
+        return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+    @jax.jit
+    def step(variables, state, images, labels):
+        gradient = jax.grad(loss_of)(variables, images, labels)
+        updates, state = optimizer.update(gradient, state, variables)
+        return optax.apply_updates(variables, updates), state
+
+    variables, state = loaded.variables, optimizer.init(loaded.variables)
+    for start in [*range(0, 1536, 64)] * 4:
+        rows = slice(start, start + 64)
+        variables, state = step(variables, state, images[rows], labels[rows])
+    right = loaded.model.apply(variables, images[1536:]).logits.argmax(-1) == labels[1536:]
+    print(f"accuracy on {len(right)} other images: {right.mean():.0%}")
+    print("exponents:", variables["params"]["pool"]["p"])
+
+
+if __name__ == "__main__":
+    with tempfile.TemporaryDirectory() as folder:
+        main(Path(sys.argv[1]) if sys.argv[1:] else write_tiny_vit(Path(folder, "vit.safetensors")))

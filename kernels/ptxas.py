@@ -1,0 +1,137 @@
+"""One ptxas for Triton and JAX.
+
+Triton writes PTX, NVIDIA's portable assembly, in the newest version that its own ptxas knows, the
+one in its wheel. JAX assembles it when the kernel is first launched, with a ptxas that it looks for
+itself; an older one refuses what Triton wrote ("Unsupported .version 9.4; current version is
+'8.8'"). Where Triton's ptxas is the newer of the two, Triton is therefore told to use JAX's.
+"""
+
+import functools
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from jaxlib import gpu_triton
+
+INSTALL = "pip install nvidia-cuda-nvcc-cu12, or nvidia-cuda-nvcc for CUDA 13"
+
+# jaxlib passes over these: xla/stream_executor/cuda/subprocess_compilation.cc, FindPtxAsExecutable.
+_OLDEST = (11, 8, 0)
+_FAULTY = (12, 3, 103)
+# Blackwell: B200, B300, RTX 50, DGX Spark. For a ptxas that knows these the GPU need not be asked.
+_NEWEST_TARGETS = {"sm_100a", "sm_103a", "sm_120a", "sm_121a"}
+# By the package of JAX's CUDA plugin: the folder under nvidia/ where its ptxas is installed.
+_WHEELS = {"jax_cuda12_plugin": "cuda_nvcc", "jax_cuda13_plugin": "cu13"}
+
+
+@dataclass(frozen=True)
+class Ptxas:
+    """A ptxas: `targets` are the GPUs it assembles for, such as `sm_90a`."""
+
+    path: Path
+    version: tuple[int, int, int]
+    targets: frozenset[str]
+
+    def __str__(self) -> str:
+        return f"ptxas {'.'.join(map(str, self.version))} ({self.path})"
+
+
+@functools.cache
+def fit_triton_to_jax(capability: int | None) -> str | None:
+    """Returns why JAX cannot assemble what Triton writes, and what to install, or None if it can.
+
+    Where Triton's ptxas is newer than that of JAX, sets `TRITON_PTXAS_PATH` and
+    `TRITON_PTXAS_BLACKWELL_PATH`, unless they are set, to that of JAX.
+
+    Args:
+        capability: compute capability of the GPU, such as 90, or None for the one of this machine.
+    """
+    found = of_jax()
+    if found is None:
+        return f"JAX finds no ptxas to assemble them with: {INSTALL}"
+    if capability is None and not found.targets >= _NEWEST_TARGETS:
+        capability = _capability_here()
+    target = None if capability is None else f"sm_{capability}{'a' if capability >= 90 else ''}"
+    if target is not None and target not in found.targets:
+        return (
+            f"JAX assembles them with {found}, which does not know the GPU ({target}): {INSTALL},"
+            " and put its folder first on PATH"
+        )
+    for variable, version in _versions_of_triton().items():
+        if version <= found.version[:2]:
+            continue
+        if os.environ.get(variable):
+            return (
+                f"JAX assembles them with {found}, and {variable} makes Triton write for"
+                f" {'.'.join(map(str, version))}: unset it"
+            )
+        os.environ[variable] = str(found.path)
+    return None
+
+
+def of_jax() -> Ptxas | None:
+    """Returns the ptxas that JAX assembles Triton kernels with, or None if it finds none."""
+    tools = (read((folder / "ptxas").absolute()) for folder in _folders())
+    return next((t for t in tools if t and t.version >= _OLDEST and t.version != _FAULTY), None)
+
+
+def _folders() -> Iterator[Path]:
+    """Where jaxlib looks for ptxas, in its order: `FindCudaExecutable` in the file named above, and
+    `CandidateCudaRoots` in xla/tsl/platform/default/cuda_root_path.cc.
+    """
+    yield Path("bin")
+    yield from map(Path, os.environ.get("PATH", "").split(os.pathsep))
+    yield from (Path("/usr/local/cuda/bin"), Path("/opt/cuda/bin"))
+    plugin = cuda_plugin()
+    if plugin is not None:
+        wheel = Path("nvidia", _WHEELS.get(plugin.name, "cuda_nvcc"), "bin")
+        yield from (plugin.parent / wheel, plugin.parent.parent / wheel, plugin / "cuda" / "bin")
+
+
+def cuda_plugin() -> Path | None:
+    """Returns the folder of the CUDA plugin whose kernel launcher JAX uses, or None without one."""
+    launcher = getattr(gpu_triton, "TritonKernel", None)
+    if launcher is None or "cuda" not in launcher.__module__:
+        return None
+    return Path(sys.modules[launcher.__module__].__file__ or "").parent
+
+
+@functools.cache
+def read(path: Path) -> Ptxas | None:
+    """Returns what a ptxas says of itself, or None if none is there or it does not run."""
+    try:
+        version, targets = (
+            subprocess.run([path, flag], capture_output=True, text=True, check=True)
+            for flag in ("--version", "--help")
+        )
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    number = re.search(r"\bV(\d+)\.(\d+)\.(\d+)\b", version.stdout)
+    if number is None:
+        return None
+    major, minor, patch = map(int, number.groups())
+    names = frozenset(re.findall(r"'(sm_\d+[a-z]?)'", targets.stdout))
+    return Ptxas(path, (major, minor, patch), names)
+
+
+def _versions_of_triton() -> dict[str, tuple[int, ...]]:
+    """By the variable that names another one: the version of each ptxas that Triton asks."""
+    from triton import knobs
+
+    tools = {
+        "TRITON_PTXAS_PATH": knobs.nvidia.ptxas,
+        "TRITON_PTXAS_BLACKWELL_PATH": knobs.nvidia.ptxas_blackwell,
+    }
+    return {name: tuple(map(int, tool.version.split("."))) for name, tool in tools.items()}
+
+
+def _capability_here() -> int | None:
+    """The compute capability of the first GPU, which is the one that jax-triton compiles for."""
+    try:
+        return gpu_triton.get_compute_capability(0)
+    except RuntimeError:  # no GPU, or no driver
+        return None

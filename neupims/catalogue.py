@@ -1,0 +1,205 @@
+"""Everything that a user can choose from or change, with units and sources, as `show` prints it.
+
+Each function returns a frozen record whose fields are the keys of the printed JSON.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from neupims.costs.area import AreaCosts, area, peak_power
+from neupims.costs.energy import EnergyCosts, command_energies
+from neupims.machine import config
+from neupims.machine.calibration import Calibration
+from neupims.machine.record import describe, to_values
+from neupims.machine.systems import SPELLINGS, System
+from neupims.machine.workload import weight_bytes
+from neupims.simulator_runs import (
+    CORE_FIELDS,
+    MEMORY_FIELDS,
+    WITHOUT_EFFECT,
+    WITHOUT_MODELLED_EFFECT,
+)
+from neupims.timing.stages import stages
+
+ABOUT: dict[System, str] = {
+    "neupims": (
+        "PIM computes attention while the NPU computes the rest of the other sub-batch (two), or"
+        " after it (one); two row buffers"
+    ),
+    "npu-pim": (
+        "NPU and PIM take turns; one row buffer, so PIM and the NPU's memory traffic exclude each"
+        " other"
+    ),
+    "npu-only": "the NPU computes attention too, keys and values come over the buses",
+    "gpu": "a roofline: the longer of arithmetic and memory traffic of each operation",
+}
+
+
+Row = dict[str, Any]
+
+
+class _Table:
+    """A record of values that JSON can hold."""
+
+    def to_dict(self) -> Row:
+        """Returns the values of JSON, as `show --json` prints them."""
+        return to_values(self)
+
+
+@dataclass(frozen=True)
+class HardwareTable(_Table):
+    """The fields of a machine, and the named machines."""
+
+    hardware: str
+    fields: list[Row]
+    configurations: list[Row]
+
+
+@dataclass(frozen=True)
+class ModelTable(_Table):
+    """The named models by their numbers."""
+
+    models: list[Row]
+
+
+@dataclass(frozen=True)
+class SystemTable(_Table):
+    """The systems, and how the validation files spell them."""
+
+    systems: list[Row]
+    validation_spellings: list[Row]
+
+
+@dataclass(frozen=True)
+class ConstantTable(_Table):
+    """Fitted constants and costs, and what follows from them for a machine."""
+
+    hardware: str
+    constants: list[Row]
+    command_picojoules: dict[str, float]
+    area_mm2: dict[str, float]
+    peak_watts: dict[str, float]
+
+
+@dataclass(frozen=True)
+class KnobTable(_Table):
+    """Fields of the public simulator's configuration files, and our fields that they set."""
+
+    knobs: list[Row]
+    without_effect: list[str]
+
+
+def list_hardware(hardware: str | Path = "neupims") -> HardwareTable:
+    """Returns every field of a machine by dotted name, and the named machines.
+
+    Args:
+        hardware: A named machine, or a TOML or JSON file.
+
+    Raises:
+        ValueError: The machine is unknown, or its file is malformed.
+    """
+    defaults = {each.name: each.value for each in describe(config.load_hardware("neupims"))}
+    shown = [
+        {
+            "name": each.name,
+            "value": each.value,
+            "default": defaults[each.name],
+            "unit": each.unit,
+            "source": each.source,
+            "least": each.least,
+            "whole": each.whole,
+        }
+        for each in describe(config.load_hardware(hardware))
+    ]
+    named = [
+        {"name": name, "about": config.about("hardware", name), "changes": config.changes(name)}
+        for name in config.names("hardware")
+    ]
+    return HardwareTable(str(hardware), shown, named)
+
+
+def list_models() -> ModelTable:
+    """Returns the named models by their numbers, and how they are spread over devices."""
+    found = []
+    for name in config.names("models"):
+        model, parallel = config.load_model(name), config.load_parallel(name)
+        numbers = dataclasses.asdict(model) | {"tp": parallel.tp, "pp": parallel.pp}
+        size = {"weight_bytes": float(weight_bytes(model))}
+        found.append({"name": name, "about": config.about("models", name)} | numbers | size)
+    return ModelTable(found)
+
+
+def list_systems() -> SystemTable:
+    """Returns the systems with their stages, and how the validation files spell them."""
+    found = []
+    for name, about in ABOUT.items():
+        counts = (2, 1) if name == "neupims" else (1,)
+        planned = {
+            str(count): "".join(stage.name for stage in stages(name, count)) for count in counts
+        }
+        found.append({"name": name, "about": about, "stages_by_sub_batches": planned})
+    spelt = [{"name": name} | setting._asdict() for name, setting in SPELLINGS.items()]
+    return SystemTable(found, spelt)
+
+
+def list_constants(hardware: str | Path = "neupims") -> ConstantTable:
+    """Returns fitted constants and costs with their confidence, and what they give for a machine.
+
+    Args:
+        hardware: A named machine, or a TOML or JSON file.
+
+    Raises:
+        ValueError: The machine is unknown, or its file is malformed.
+    """
+    machine = config.load_hardware(hardware)
+    groups = {"calibration": Calibration(), "energy": EnergyCosts(), "area": AreaCosts()}
+    found = []
+    for group, record in groups.items():
+        for each in describe(record):
+            confidence, separator, source = each.source.partition(": ")
+            if not separator or group == "calibration":
+                confidence, source = "fitted", each.source
+            found.append(
+                {
+                    "name": f"{group}.{each.name}",
+                    "value": each.value,
+                    "unit": each.unit,
+                    "confidence": confidence,
+                    "source": source,
+                }
+            )
+    energies = command_energies(machine, EnergyCosts())._asdict()
+    millimetres, watts = area(machine), peak_power(machine)
+    return ConstantTable(
+        str(hardware),
+        found,
+        {name: float(value) for name, value in energies.items()},
+        _numbers(millimetres, "npu", "pim", "total"),
+        _numbers(watts, "npu", "total"),
+    )
+
+
+def list_knobs() -> KnobTable:
+    """Returns the fields of the public simulator's files and the fields of ours that they set."""
+    units = {each.name: each.unit for each in describe(config.load_hardware("neupims"))}
+    found = [
+        {
+            "simulator": name,
+            "file": file,
+            "name": ours,
+            "factor": factor,
+            "unit": units[ours],
+            "modelled": name not in WITHOUT_MODELLED_EFFECT,
+        }
+        for file, table in (("memory", MEMORY_FIELDS), ("core", CORE_FIELDS))
+        for name, (ours, factor) in table.items()
+    ]
+    return KnobTable(found, sorted(WITHOUT_EFFECT))
+
+
+def _numbers(record: Any, *sums: str) -> dict[str, float]:
+    """Returns the numbers of a record, and its sums."""
+    names = (*(each.name for each in dataclasses.fields(record)), *sums)
+    return {name: float(getattr(record, name)) for name in names}

@@ -1,0 +1,73 @@
+"""Evaluation of designs in batches of fixed size on all devices."""
+
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float
+
+from neupims.exploration.points import Points, overall
+from neupims.exploration.space import Space
+
+Evaluate = Callable[[dict[str, Array]], dict[str, Array]]
+
+
+class Evaluator:
+    """Evaluates designs `rows` at a time, distributed over all devices.
+
+    The last designs of a call are padded to `rows`, so that `evaluate` is compiled once.
+
+    Args:
+        space: the space whose knobs `evaluate` takes.
+        evaluate: from `{knob: (n,)}` to `{metric: (n, workloads)}`, with `flagged`,
+            `(n, workloads)`, true where the design is impossible.
+        rows: designs of one call; rounded up to a multiple of the devices.
+        devices: `jax.devices()` if not given.
+    """
+
+    def __init__(
+        self,
+        space: Space,
+        evaluate: Evaluate,
+        rows: int,
+        devices: Sequence[jax.Device] | None = None,
+    ):
+        devices = jax.devices() if devices is None else devices
+        self.space, self.rows = space, -(-rows // len(devices)) * len(devices)
+        spread = PartitionSpec("designs")
+        mesh = Mesh(np.array(devices), ("designs",))
+        self.placed = NamedSharding(mesh, spread)
+        self.run = jax.jit(
+            jax.shard_map(evaluate, mesh=mesh, in_specs=spread, out_specs=spread, check_vma=False)
+        )
+
+    def metrics(self) -> tuple[str, ...]:
+        """Returns the names of the metrics."""
+        found = jax.eval_shape(self.run, self._columns(np.ones((1, len(self.space.knobs)))))
+        return tuple(name for name in found if name != "flagged")
+
+    def __call__(self, values: Float[np.ndarray, "n k"], first: int = 0) -> Points:
+        """Returns the designs of `(n, k)` values with their metrics, numbered from `first`."""
+        parts = []
+        for start in range(0, len(values), self.rows):
+            part = values[start : start + self.rows]
+            found = jax.device_get(self.run(self._columns(part)))
+            parts.append({name: np.asarray(each)[: len(part)] for name, each in found.items()})
+        arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        flagged = arrays.pop("flagged", np.zeros((len(values), 1), bool)).any(axis=1)
+        for each in arrays.values():
+            flagged |= ~np.isfinite(each).all(axis=1)
+        known = self.space.columns(values) | {name: overall(each) for name, each in arrays.items()}
+        violation = np.where(flagged, np.inf, self.space.violation(known))
+        return Points(np.arange(first, first + len(values)), values, arrays, violation)
+
+    def _columns(self, values: np.ndarray) -> dict[str, Array]:
+        padding = np.broadcast_to(values[-1:], (self.rows - len(values), values.shape[1]))
+        columns = {}
+        for knob, column in zip(self.space.knobs, np.concatenate([values, padding]).T, strict=True):
+            whole = knob.whole and np.abs(column).max() < 2**31
+            columns[knob.name] = jax.device_put(
+                column.astype(np.int32 if whole else np.float32), self.placed
+            )
+        return columns

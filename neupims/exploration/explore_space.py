@@ -1,0 +1,278 @@
+"""Exploration of a space with any evaluation: sample or evolve designs, evaluate them in chunks on
+all devices, and keep the Pareto front.
+
+`neupims.exploration.explore` calls it with the accelerator model.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial, reduce
+from pathlib import Path
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from neupims.exploration import evolution
+from neupims.exploration.chunks import Chunks, digest_code, open_chunks
+from neupims.exploration.evaluator import Evaluate, Evaluator
+from neupims.exploration.points import (
+    Objective,
+    Points,
+    costs,
+    hypervolume,
+    overall,
+    result,
+    update_front,
+)
+from neupims.exploration.sampling import METHODS, grid_size, sample, unit_sample
+from neupims.exploration.sensitivity import Sensitivity, neighbours, sensitivities
+from neupims.exploration.space import Space
+
+Report = Callable[[int, int], None]
+
+CHUNK = 16384  # designs in a file of samples
+POPULATION = 256  # designs in a generation
+SAMPLED = 65536  # designs, approximately, from which sensitivities are computed
+PLOTTED = 4096  # designs, approximately, that a plot shows beside the front
+WORSE = 4.0  # times worse than the base design in each objective: where the hypervolume ends
+
+
+@dataclass(frozen=True)
+class SpaceResult:
+    """What an exploration of a space found."""
+
+    objectives: tuple[Objective, ...]
+    points: int
+    kept: int  # designs that meet all constraints
+    flagged: int  # designs that are impossible or not finite
+    front: Points
+    others: Points  # a random part of the other designs that meet all constraints
+    base: Points  # one design: the base values, moved into the space
+    reference: dict[str, float]  # where the hypervolume ends
+    hypervolume: float  # of the front, objectives in units of the base design
+    sensitivities: dict[str, Sensitivity]
+    sensitivity_of: str
+
+
+def explore_space(
+    space: Space,
+    evaluate: Evaluate,
+    objectives: Sequence[Objective],
+    *,
+    method: str = "sobol",
+    points: int | None = None,
+    seed: int = 0,
+    chunk: int | None = None,
+    folder: str | Path | None = None,
+    settings: Mapping[str, Any] | None = None,
+    reference: Mapping[str, float] | None = None,
+    sensitivity_of: str = "tokens_per_second",
+    report: Report = lambda done, total: None,
+) -> SpaceResult:
+    """Returns the Pareto front of designs of a space, with hypervolume and sensitivities.
+
+    Args:
+        space: knobs and constraints.
+        evaluate: from `{knob: (n,)}` to `{metric: (n, workloads)}`, see `Evaluator`.
+        objectives: metrics to be minimised or maximised.
+        method: "grid", "random", "sobol" or "evolution".
+        points: designs to evaluate; 4096 if not given, and the whole grid for "grid". Evolution
+            rounds up to whole generations.
+        seed: of all random numbers.
+        chunk: designs of a file, or of a generation of evolution; 16384 and 256 if not given.
+        folder: keeps each chunk when it is done; a later run with the same space, settings and
+            code reads it. None keeps nothing.
+        settings: what `evaluate` depends on, as values that JSON can hold.
+        reference: where the hypervolume ends, by objective; if not given, where designs are
+            `WORSE` times worse than the base design.
+        sensitivity_of: the metric whose sensitivities are computed.
+        report: called with the number of designs that are done, and of all.
+
+    Raises:
+        ValueError: the method, an objective or the number of points is unknown or impossible; the
+            folder holds another exploration; the base design is impossible.
+        OSError: the folder cannot be written to.
+    """
+    total, chunk = _sizes(space, method, points, chunk)
+    objectives = tuple(objectives)
+    evaluator = Evaluator(space, evaluate, min(chunk, total))
+    _check_names(evaluator.metrics(), objectives, reference or {}, sensitivity_of)
+    run: dict[str, Any] = {"method": method, "seed": seed, "chunk": chunk}
+    if method == "evolution":
+        run["objectives"] = list(map(str, objectives))
+    identity = {
+        "space": space.describe() | {"base": space.base},
+        "settings": dict(settings or {}),
+        "run": run,
+        "code": digest_code(),
+    }
+    with open_chunks(Path(folder) if folder is not None else None, identity) as store:
+        near = evaluator(neighbours(space))
+        base = near.take(np.array([0]))
+        ends = _reference(base, objectives, reference or {})
+        if method == "evolution":
+            parts = _evolve(evaluator, objectives, total, chunk, seed, store)
+        else:
+            parts = _sample_chunks(evaluator, method, total, chunk, seed, store)
+        done = kept = flagged = 0
+        front: Points | None = None
+        drawn: list[tuple[np.ndarray, np.ndarray]] = []
+        others: list[Points] = []
+        for number, part in enumerate(parts):
+            front = update_front(front, part, objectives)
+            done += len(part.place)
+            kept += int(np.sum(part.violation <= 0))
+            flagged += int(np.sum(np.isinf(part.violation)))
+            chance = np.random.default_rng((seed, number)).random(len(part.place))
+            others.append(part.take((part.violation <= 0) & (chance < PLOTTED / total)))
+            if method != "evolution" or number == 0:  # later generations do not sample the space
+                chosen = chance < SAMPLED / total
+                drawn.append((part.values[chosen], result(part, sensitivity_of)[chosen]))
+            report(done, total)
+    assert front is not None
+    values, results = (np.concatenate(each) for each in zip(*drawn, strict=True))
+    near_results = result(near, sensitivity_of)
+    return SpaceResult(
+        objectives=objectives,
+        points=total,
+        kept=kept,
+        flagged=flagged,
+        front=front,
+        others=reduce(Points.join, others).exclude(front),
+        base=base,
+        reference=ends,
+        hypervolume=hypervolume(front, base, objectives, ends),
+        sensitivities=sensitivities(space, (near.values, near_results), (values, results)),
+        sensitivity_of=sensitivity_of,
+    )
+
+
+def _sizes(space: Space, method: str, points: int | None, chunk: int | None) -> tuple[int, int]:
+    """Designs of the run and of a chunk."""
+    if method not in (*METHODS, "evolution"):
+        raise ValueError(
+            f"the method must be one of {', '.join((*METHODS, 'evolution'))}, not {method!r}"
+        )
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"a chunk must have at least one design, not {chunk}")
+    chunk = chunk or (POPULATION if method == "evolution" else CHUNK)
+    if points is not None and points < 1:
+        raise ValueError(f"at least one point must be evaluated, not {points}")
+    if method == "grid":
+        size = grid_size(space)
+        if points is not None and size > points:
+            raise ValueError(f"the grid has {size} points, more than the {points} allowed")
+        return size, chunk
+    total = points or 4096
+    if method == "evolution":
+        if chunk < 4 or chunk % 2:
+            raise ValueError(
+                f"a population must have an even number of designs, at least 4, not {chunk}"
+            )
+        total = -(-total // chunk) * chunk
+    return total, chunk
+
+
+def _check_names(
+    metrics: Sequence[str],
+    objectives: Sequence[Objective],
+    reference: Mapping[str, float],
+    sensitivity_of: str,
+) -> None:
+    for name in (*(each.name for each in objectives), sensitivity_of):
+        if name not in metrics:
+            raise ValueError(f"there is no metric {name!r}; there are {', '.join(metrics)}")
+    if unknown := set(reference) - {each.name for each in objectives}:
+        raise ValueError(
+            f"the reference names {', '.join(sorted(unknown))}, which is not an objective"
+        )
+
+
+def _reference(
+    base: Points, objectives: Sequence[Objective], given: Mapping[str, float]
+) -> dict[str, float]:
+    """Where the hypervolume ends, by objective."""
+    ends = {}
+    for each in objectives:
+        value = float(overall(base.metrics[each.name])[0])
+        if not np.isfinite(value) or value <= 0:
+            raise ValueError(
+                f"{each.name} of the base design is {value:g}, so nothing can be compared with it:"
+                " choose a base design that is possible"
+            )
+        worst = value / WORSE if each.largest else value * WORSE
+        ends[each.name] = float(given.get(each.name, worst))
+    return ends
+
+
+def _sample_chunks(
+    evaluator: Evaluator, method: str, total: int, chunk: int, seed: int, store: Chunks
+) -> Iterator[Points]:
+    def evaluate(start: int, stop: int) -> Points:
+        return evaluator(sample(evaluator.space, method, start, stop, seed=seed), start)
+
+    for number, start in enumerate(range(0, total, chunk)):
+        stop = min(start + chunk, total)
+        yield _load_or_compute(store, number, stop - start, partial(evaluate, start, stop))
+
+
+def _load_or_compute(
+    store: Chunks, number: int, rows: int, compute: Callable[[], Points]
+) -> Points:
+    """The designs of a file; if there is none, they are computed and kept."""
+    found = store.load(number, rows)
+    if found is not None:
+        metrics = {
+            name.removeprefix("metric "): each
+            for name, each in found.items()
+            if name.startswith("metric ")
+        }
+        return Points(found["place"], found["values"], metrics, found["violation"])
+    points = compute()
+    named = {f"metric {name}": each for name, each in points.metrics.items()}
+    arrays = {"place": points.place, "values": points.values, "violation": points.violation}
+    store.save(number, arrays | named)
+    return points
+
+
+def _evolve(
+    evaluator: Evaluator,
+    objectives: Sequence[Objective],
+    total: int,
+    population: int,
+    seed: int,
+    store: Chunks,
+) -> Iterator[Points]:
+    """Generations in order, the first a Sobol sample. All random numbers depend on the seed and the
+    generation, so a run that resumes breeds the same designs.
+    """
+    space = evaluator.space
+    listed = jnp.array([bool(knob.values) for knob in space.knobs])
+    units = np.asarray(unit_sample(len(space.knobs), "sobol", 0, population, seed=seed), np.float32)
+    parents: tuple[np.ndarray, Points] | None = None
+    for number in range(total // population):
+        if parents is not None:
+            drawn = np.random.default_rng((seed, number)).random(
+                (evolution.DRAWS, *units.shape), np.float32
+            )
+            fitness = _fitness(parents[1], objectives)
+            units = np.asarray(evolution.breed(drawn, parents[0], *fitness, listed))
+        values = space.values(units)
+        children = _load_or_compute(
+            store, number, population, partial(evaluator, values, number * population)
+        )
+        yield children
+        if parents is None:
+            parents = units, children
+            continue
+        both = parents[1].join(children)
+        best = evolution.select_survivors(*_fitness(both, objectives))
+        parents = np.concatenate([parents[0], units])[best], both.take(best)
+
+
+def _fitness(points: Points, objectives: Sequence[Objective]):
+    """Rank and crowding distance, with the objectives of designs that violate constraints too."""
+    found = costs(points._replace(violation=np.zeros_like(points.violation)), objectives)
+    columns = (points.values, found, points.violation)
+    return evolution.fitness(*(np.asarray(each, np.float32) for each in columns))

@@ -1,0 +1,114 @@
+"""Designs with their metrics, and the objectives that compare them.
+
+A metric is `(n, workloads)`; its value over workloads is the geometric mean. A design is flagged if
+it cannot exist, cannot run a workload, or has a metric that is not finite. Flagged designs are in
+no front.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Float
+
+from neupims.exploration import pareto
+
+
+class Objective(NamedTuple):
+    """A metric, and whether more of it is better."""
+
+    name: str
+    largest: bool
+
+    def __str__(self) -> str:
+        return f"{self.name}:{'max' if self.largest else 'min'}"
+
+
+class Points(NamedTuple):
+    """Designs with their metrics."""
+
+    place: np.ndarray  # (n,) number in the run
+    values: np.ndarray  # (n, knobs)
+    metrics: dict[str, np.ndarray]  # (n, workloads)
+    violation: np.ndarray  # (n,) 0 where all constraints hold, infinite where flagged
+
+    def take(self, rows: np.ndarray) -> "Points":
+        """Returns the designs of these rows."""
+        metrics = {name: each[rows] for name, each in self.metrics.items()}
+        return Points(self.place[rows], self.values[rows], metrics, self.violation[rows])
+
+    def join(self, other: "Points") -> "Points":
+        """Returns these designs followed by the others."""
+        return Points(
+            np.concatenate([self.place, other.place]),
+            np.concatenate([self.values, other.values]),
+            {
+                name: np.concatenate([each, other.metrics[name]])
+                for name, each in self.metrics.items()
+            },
+            np.concatenate([self.violation, other.violation]),
+        )
+
+    def drop_repeats(self) -> "Points":
+        """Returns the first of each design; a design that is drawn again has the same metrics."""
+        return self.take(np.sort(np.unique(self.values, axis=0, return_index=True)[1]))
+
+    def exclude(self, known: "Points") -> "Points":
+        """Returns the designs, each once, that are not among the known ones."""
+        both = known.join(self).drop_repeats()
+        return both.take(~np.isin(both.place, known.place))
+
+
+def parse_objectives(text: str) -> tuple[Objective, ...]:
+    """Returns the objectives of a text such as "tokens_per_second:max,area_mm2:min".
+
+    Raises:
+        ValueError: an objective has another form or is repeated.
+    """
+    found = []
+    for part in text.split(","):
+        name, _, sense = part.strip().partition(":")
+        if not name or sense not in ("max", "min"):
+            raise ValueError(f"an objective is NAME:max or NAME:min, not {part.strip()!r}")
+        found.append(Objective(name, sense == "max"))
+    if len({each.name for each in found}) < len(found):
+        raise ValueError(f"an objective is repeated in {text!r}")
+    return tuple(found)
+
+
+def overall(metric: Float[np.ndarray, "n w"]) -> Float[np.ndarray, " n"]:
+    """Returns the `(n,)` geometric mean over the workloads of an `(n, workloads)` metric."""
+    with np.errstate(all="ignore"):
+        return np.exp(np.log(np.asarray(metric, np.float64)).mean(axis=1))
+
+
+def result(points: Points, name: str) -> Float[np.ndarray, " n"]:
+    """Returns a metric over all workloads; NaN for flagged designs, whatever the constraints."""
+    return np.where(np.isinf(points.violation), np.nan, overall(points.metrics[name]))
+
+
+def costs(points: Points, objectives: Sequence[Objective]) -> Float[np.ndarray, "n m"]:
+    """Returns the `(n, m)` objectives to be minimised; NaN for designs that violate a constraint.
+
+    An objective whose largest value is best is negated.
+    """
+    columns = [
+        overall(points.metrics[each.name]) * (-1 if each.largest else 1) for each in objectives
+    ]
+    return np.where(points.violation[:, None] <= 0, np.stack(columns, axis=1), np.nan)
+
+
+def update_front(front: Points | None, part: Points, objectives: Sequence[Objective]) -> Points:
+    """Returns the front of the designs of a front and of a further part, each design once."""
+    both = part if front is None else front.join(part)
+    return both.take(pareto.front(costs(both, objectives))).drop_repeats()
+
+
+def hypervolume(
+    front: Points, base: Points, objectives: Sequence[Objective], reference: Mapping[str, float]
+) -> float:
+    """Returns the hypervolume of a front up to a reference, objectives in units of the base."""
+    unit = np.array([float(overall(base.metrics[each.name])[0]) for each in objectives])
+    sense = np.array([-1.0 if each.largest else 1.0 for each in objectives])
+    ends = np.array([reference[each.name] for each in objectives])
+    return pareto.hypervolume(costs(front, objectives) / unit, sense * ends / unit)

@@ -1,0 +1,82 @@
+"""Points of a space: a grid, independent draws, or a Sobol sequence.
+
+Every sampler computes any range of its points independently, so a run can resume at any point.
+"""
+
+import math
+
+import numpy as np
+
+from neupims.exploration.space import STEPS, Space
+
+METHODS = ("grid", "random", "sobol")
+
+
+def grid_size(space: Space) -> int:
+    """Returns the number of points of the grid."""
+    return math.prod(knob.count or STEPS for knob in space.knobs)
+
+
+def sample(space: Space, method: str, start: int, stop: int, *, seed: int = 0) -> np.ndarray:
+    """Returns the values of the points `start` up to `stop` of a sampler.
+
+    Args:
+        space: the space with its knobs.
+        method: one of `METHODS`. In a grid the last knob varies fastest.
+        start: number of the first point.
+        stop: number after the last point.
+        seed: of "random" and "sobol".
+
+    Returns:
+        `(stop - start, knobs)` float64 values.
+
+    Raises:
+        ValueError: the method is unknown, or the range exceeds the grid.
+        ImportError: the method is "sobol" and SciPy is not installed.
+    """
+    if method == "grid":
+        if stop > (size := grid_size(space)):
+            raise ValueError(f"the grid has {size} points, so there is no point {stop - 1}")
+        rest, columns = np.arange(start, stop), []
+        for knob in reversed(space.knobs):
+            levels = knob.levels()
+            columns.append(levels[rest % len(levels)])
+            rest = rest // len(levels)
+        return np.stack(columns[::-1], axis=1)
+    return space.values(unit_sample(len(space.knobs), method, start, stop, seed=seed))
+
+
+def unit_sample(
+    dimensions: int, method: str, start: int, stop: int, *, seed: int = 0
+) -> np.ndarray:
+    """Returns the coordinates of the points `start` up to `stop` of "random" or "sobol".
+
+    Sobol points are scrambled, and the first 2^k of them are balanced.
+
+    Returns:
+        `(stop - start, dimensions)` coordinates from 0 up to 1.
+
+    Raises:
+        ValueError: the method is unknown.
+        ImportError: the method is "sobol" and SciPy is not installed.
+
+    Reference: Owen, "Randomly permuted (t,m,s)-nets and (t,s)-sequences", 1995.
+    """
+    if method == "random":
+        stream = np.random.PCG64(seed).advance(start * dimensions)  # one draw for each number
+        return np.random.Generator(stream).random((stop - start, dimensions))
+    if method != "sobol":
+        raise ValueError(f"the method must be one of {', '.join(METHODS)}, not {method!r}")
+    try:
+        from scipy.stats import qmc
+    except ImportError:
+        raise ImportError(
+            "the Sobol sequence needs SciPy: pip install 'ggem-jax[neupims]'"
+        ) from None
+    sequence = qmc.Sobol(dimensions, rng=seed)
+    if start:
+        return sequence.fast_forward(start).random(stop - start)
+    # Drawn alone: SciPy warns if the first draw is not a power of 2, but points are counted over
+    # all chunks.
+    first = sequence.random(1)
+    return np.concatenate([first, sequence.random(stop - 1)]) if stop > 1 else first

@@ -1,0 +1,127 @@
+"""What designs run: models with their parallelism, and batches of requests."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int
+
+from neupims.machine.case import select_model
+from neupims.machine.workload import Batch, Decoder, Parallel, check_parallel, read_trace
+
+Model = str | Path | Decoder
+Trace = str | Path | Batch
+
+
+class Workload(NamedTuple):
+    """A model, its parallelism and a batch of requests."""
+
+    name: str
+    model: Decoder
+    parallel: Parallel
+    batch: Batch
+
+
+def make_workloads(
+    models: Model | Sequence[Model],
+    batches: Trace | Sequence[Trace],
+    *,
+    num_channels: int = 32,
+    parallel: Parallel | None = None,
+) -> list[Workload]:
+    """Returns a workload for each model with each batch.
+
+    Args:
+        models: one or several, each a name (`gpt3-7b`, ...), a TOML or JSON file or a record.
+        batches: one or several, each a trace file (CSV of seq_len,ch_idx) or a record.
+        num_channels: channels that the requests of a trace file may name.
+        parallel: of all models; if not given, as published for the model, else one device.
+
+    Raises:
+        ValueError: there is no model or no batch, a name is unknown, a file is damaged, or a model
+            cannot be divided over the devices.
+        OSError: a file cannot be read.
+    """
+    models = [models] if isinstance(models, Model) else list(models)
+    batches = [batches] if isinstance(batches, Trace) else list(batches)
+    if not models or not batches:
+        raise ValueError("at least one model and one batch are needed")
+    found = []
+    for number, model in enumerate(models):
+        title, decoder, spread = _read_model(model, number, len(models), parallel)
+        for place, batch in enumerate(batches):
+            name, requests = _read_batch(batch, place, len(batches), num_channels)
+            found.append(Workload(f"{title}/{name}", decoder, spread, requests))
+    return found
+
+
+def _read_model(
+    model: Model, number: int, count: int, parallel: Parallel | None
+) -> tuple[str, Decoder, Parallel]:
+    """Title, record and parallelism of a model."""
+    if isinstance(model, Decoder):
+        spread = parallel or Parallel(1, 1)
+        check_parallel(model, spread)
+        return _numbered("model", number, count), model, spread
+    tp, pp = (parallel.tp, parallel.pp) if parallel else (None, None)
+    name, decoder, spread = select_model(model, tp=tp, pp=pp)
+    return Path(name).stem, decoder, spread
+
+
+def _read_batch(batch: Trace, place: int, count: int, num_channels: int) -> tuple[str, Batch]:
+    """Title and record of a batch."""
+    if isinstance(batch, Batch):
+        return _numbered("batch", place, count), batch
+    return Path(batch).stem, read_trace(batch, num_channels=num_channels)
+
+
+def _numbered(kind: str, place: int, count: int) -> str:
+    return kind if count == 1 else f"{kind} {place + 1}"
+
+
+def stack_workloads(workloads: Sequence[Workload], *, ordered: bool) -> tuple[Any, Any, Any]:
+    """Returns models, parallels and batches with a leading axis for the workloads.
+
+    Batches are padded with requests of length 0, and sorted by falling length if `ordered`.
+    """
+    most = max(len(each.batch.seq_lens) for each in workloads)
+
+    def pad(batch: Batch) -> Batch:
+        order = (
+            np.argsort(-np.asarray(batch.seq_lens), kind="stable")
+            if ordered
+            else np.arange(len(batch.seq_lens))
+        )
+        return jax.tree.map(
+            lambda part: np.pad(np.asarray(part)[order], (0, most - len(order))), batch
+        )
+
+    def stack(*parts):
+        return jnp.stack([jnp.asarray(part) for part in parts])
+
+    models = jax.tree.map(stack, *(each.model for each in workloads))
+    parallels = jax.tree.map(stack, *(each.parallel for each in workloads))
+    return models, parallels, jax.tree.map(stack, *(pad(each.batch) for each in workloads))
+
+
+def deal(seq_lens: Int[Array, " r"], num_channels) -> Batch:
+    """Returns a batch that deals requests to the channels in alternating direction.
+
+    The requests of a channel go to the sub-batches 0 1 1 0 0 1 1 0 ..., and neighbouring channels
+    begin with different sub-batches. For lengths distributed like those of chats, the fullest
+    channel holds little more than the mean.
+
+    Args:
+        seq_lens: `(r,)` lengths in tokens, in falling order.
+        num_channels: number of channels; may be traced.
+    """
+    # Between whole numbers, so that division cannot round across one.
+    place = jnp.arange(seq_lens.shape[0]) + 0.5
+    lap = jnp.floor(place / num_channels)
+    forth = place - 0.5 - lap * num_channels
+    channel = jnp.where(lap % 2 == 0, forth, num_channels - 1 - forth)
+    half = (jnp.floor((lap + 1) / 2) + channel) % 2
+    return Batch(seq_lens, channel.astype(jnp.int32), half.astype(jnp.int32))

@@ -1,0 +1,148 @@
+"""A case: one batch of one model on one system, ready to be simulated or scheduled."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+from neupims.files import SUFFIXES
+from neupims.machine.config import load_hardware, load_model, load_parallel
+from neupims.machine.hardware import Hardware
+from neupims.machine.record import replace
+from neupims.machine.systems import SPELLINGS, SYSTEMS, Fidelity, Setting, System
+from neupims.machine.workload import Batch, Decoder, Parallel, check_parallel, read_trace
+
+
+class Case(NamedTuple):
+    """What to simulate."""
+
+    hardware: Hardware
+    model: Decoder
+    batch: Batch
+    parallel: Parallel
+    system: System = "neupims"
+    sub_batches: int = 2
+    fidelity: Fidelity = "simulator"
+    model_name: str = ""
+    prefill: bool = False  # the prompts of the batch, instead of one decode step
+
+
+def make_case(
+    model: str | Path,
+    trace: str | Path | Batch,
+    *,
+    system: str = "neupims",
+    hardware: str | Path = "neupims",
+    sub_batches: int | None = None,
+    row_buffers: int | None = None,
+    changes: Mapping[str, float] | None = None,
+    tp: int | None = None,
+    pp: int | None = None,
+    fidelity: Fidelity = "simulator",
+) -> Case:
+    """Returns the case of names and files, with the checks that the command-line tool makes.
+
+    Args:
+        model: A named model, or a TOML or JSON file.
+        trace: A batch, or a CSV file of seq_len,ch_idx with one request a row.
+        system: "neupims", "npu-pim", "npu-only", "gpu", or a spelling of the validation files.
+        hardware: A named machine, or a TOML or JSON file.
+        sub_batches: 1 or 2 (default: 2 for "neupims", else 1).
+        row_buffers: Of a bank, 1 or 2 (default: those of the system).
+        changes: Fields of the hardware by dotted name, such as {"hbm.num_channels": 16}.
+        tp: Devices that share a layer (default: as published for the model, else 1).
+        pp: Groups into which the layers are cut (default: as published, else 1).
+        fidelity: "simulator" or "intended".
+
+    Raises:
+        ValueError: A name is unknown, a value is impossible, or values contradict each other.
+        OSError: A file cannot be read.
+    """
+    name, count, machine = select_system(
+        system,
+        hardware=hardware,
+        sub_batches=sub_batches,
+        row_buffers=row_buffers,
+        changes=changes,
+    )
+    model_name, decoder, parallel = select_model(model, tp=tp, pp=pp)
+    if not isinstance(trace, Batch):
+        trace = read_trace(trace, num_channels=int(machine.hbm.num_channels))
+    return Case(machine, decoder, trace, parallel, name, count, fidelity, model_name)
+
+
+def select_system(
+    system: str = "neupims",
+    *,
+    hardware: str | Path = "neupims",
+    sub_batches: int | None = None,
+    row_buffers: int | None = None,
+    changes: Mapping[str, float] | None = None,
+) -> tuple[System, int, Hardware]:
+    """Returns the system, its number of sub-batches, and its hardware.
+
+    Args:
+        system: As for `make_case`, like the other arguments.
+        hardware: A named machine, or a TOML or JSON file.
+        sub_batches: 1 or 2 (default: those of the system).
+        row_buffers: Of a bank (default: those of the system).
+        changes: Fields of the hardware by dotted name.
+
+    Raises:
+        ValueError: The system is unknown, a value is impossible, or values contradict each other.
+        OSError: A file cannot be read.
+    """
+    setting = _find_setting(system, sub_batches)
+    machine = load_hardware(hardware)
+    if setting.row_buffers == 1:
+        machine = replace(machine, "pim.row_buffers", 1)
+    if row_buffers is not None:
+        machine = replace(machine, "pim.row_buffers", row_buffers)
+    for field, value in (changes or {}).items():
+        machine = replace(machine, field, value)
+    return setting.system, setting.sub_batches, machine
+
+
+def _find_setting(system: str, sub_batches: int | None) -> Setting:
+    name = system.lower()
+    for known in SYSTEMS:
+        if name == known:
+            count = sub_batches or (2 if name == "neupims" else 1)
+            if name != "neupims" and count == 2:
+                raise ValueError(f"sub-batches 2 needs the system neupims, not {name}")
+            return Setting(known, count, 1 if name == "npu-pim" else 2)
+    if name not in SPELLINGS:
+        listed = ", ".join(dict.fromkeys((*SYSTEMS, *SPELLINGS)))
+        raise ValueError(f"the system must be one of {listed}, not {system!r}")
+    setting = SPELLINGS[name]
+    if sub_batches not in (None, setting.sub_batches):
+        raise ValueError(
+            f"the system {system} means sub-batches {setting.sub_batches}, not {sub_batches}"
+        )
+    return setting
+
+
+def select_model(
+    model: str | Path, *, tp: int | None = None, pp: int | None = None
+) -> tuple[str, Decoder, Parallel]:
+    """Returns the name of a model, its numbers, and how it is spread over devices.
+
+    Args:
+        model: A named model, or a TOML or JSON file.
+        tp: Devices that share a layer (default: as published for the model, else 1).
+        pp: Groups into which the layers are cut (default: as published, else 1).
+
+    Raises:
+        ValueError: The model is unknown or malformed, or it cannot be spread so.
+        OSError: The file cannot be read.
+    """
+    name = os.fspath(model)
+    if not os.path.exists(name) and not name.lower().endswith(SUFFIXES):
+        name = name.lower()
+    decoder, published = load_model(name), load_parallel(name)
+    spread = Parallel(
+        published.tp if tp is None else tp,
+        published.pp if pp is None else pp,
+    )
+    check_parallel(decoder, spread)
+    return name, decoder, spread

@@ -1,0 +1,99 @@
+"""The page of a design-space exploration."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from neupims.exploration.explore import Exploration
+from neupims.exploration.pareto import in_plane
+from neupims.exploration.points import Objective, overall
+from neupims.pages.report import describe_error, write_report
+
+MOST_ROWS = 500  # designs of the front in the table
+
+
+def write_exploration(path: str | Path, found: Exploration) -> None:
+    """Writes a page with the front, some other designs, and the sensitivities.
+
+    Args:
+        path: the HTML file.
+        found: what `explore` returned.
+
+    Raises:
+        OSError: the page cannot be written.
+        ImportError: Jinja is not installed.
+    """
+    first, *others = found.objectives
+    sections = [_plane(found, first, other) for other in others]
+    sections += [_front_table(found), _sensitivity_table(found)]
+    write_report(path, sections, title="Design space", facts=_facts(found))
+
+
+def _plane(found: Exploration, first: Objective, other: Objective) -> dict[str, Any]:
+    """The first objective against another one."""
+    parts = (found.result.front, found.result.others)
+    x, y = (
+        np.concatenate([overall(part.metrics[each.name]) for part in parts])
+        for each in (other, first)
+    )
+    best = in_plane(x, y, most_x=other.largest, most_y=first.largest)
+    names = [str(place) for part in parts for place in part.place.tolist()]
+    designs = zip(x.tolist(), y.tolist(), best.tolist(), names, strict=True)
+    return {
+        "kind": "pareto",
+        "title": f"{first.name} against {other.name}",
+        "text": (
+            "The front of these two objectives, and some of the other designs that meet the"
+            " constraints."
+        ),
+        "points": [dict(zip(("x", "y", "front", "name"), each, strict=True)) for each in designs],
+        "x_name": other.name,
+        "y_name": first.name,
+        "log_x": True,
+        "log_y": True,
+    }
+
+
+def _front_table(found: Exploration) -> dict[str, Any]:
+    rows = [
+        [name, *design.knobs.values(), *design.metrics.values()]
+        for name, design in (
+            *((str(each.index), each) for each in found.front[:MOST_ROWS]),
+            ("base", found.base),
+        )
+    ]
+    return {
+        "kind": "table",
+        "title": "Pareto front",
+        "text": (
+            f"{len(found.front)} designs, sorted by {found.objectives[0].name}; geometric means"
+            f" over {', '.join(found.workloads)}. The last row is the base design."
+        ),
+        "columns": ["design", *found.base.knobs, *found.base.metrics],
+        "rows": rows,
+    }
+
+
+def _sensitivity_table(found: Exploration) -> dict[str, Any]:
+    return {
+        "kind": "table",
+        "title": f"Sensitivity of {found.sensitivity_of}",
+        "columns": ["knob", "elasticity at the base", "rank correlation", "share of variance"],
+        "rows": [[name, *each] for name, each in found.sensitivities.items()],
+    }
+
+
+def _facts(found: Exploration) -> dict[str, Any]:
+    facts = {
+        "designs": (
+            f"{found.points:,} by {found.method}, {found.kept:,} meet the constraints,"
+            f" {found.flagged:,} are impossible"
+        ),
+        "machine": f"{found.system}, {found.fidelity} fidelity",
+        "workloads": ", ".join(found.workloads),
+        "hypervolume": f"{found.hypervolume:.6g}, in units of the base design",
+    }
+    if error := found.expected_error:
+        facts["expected error of a layer near the base design"] = describe_error(error)
+    return facts

@@ -1,0 +1,41 @@
+"""Costs compared: the objective first, and `busy` between equals."""
+
+import jax
+import jax.numpy as jnp
+
+from neupims.scheduling.decision import Genome
+from neupims.scheduling.objective import Cost
+
+
+def better(one: Cost, other: Cost):
+    """Returns whether `one` is the lower cost."""
+    return (one.objective < other.objective) | (
+        (one.objective == other.objective) & (one.busy < other.busy)
+    )
+
+
+def by_cost(costs: Cost):
+    """Returns the indices of costs from the best to the worst."""
+    return jnp.lexsort((costs.busy, costs.objective))
+
+
+def pick_best(genomes: Genome, costs: Cost) -> tuple[Genome, Cost]:
+    """Returns the best genome of a population, and its cost."""
+    index = jnp.argmin(jnp.where(costs.objective == costs.objective.min(), costs.busy, jnp.inf))
+    return jax.tree.map(lambda leaf: leaf[index], (genomes, costs))
+
+
+def better_of(one: tuple[Genome, Cost], other: tuple[Genome, Cost]) -> tuple[Genome, Cost]:
+    """Returns the pair of genome and cost with the lower cost, `one` of equals."""
+    return choose(better(other[1], one[1]), other, one)
+
+
+def choose(condition, yes, no):
+    """Returns one of two pytrees; a condition with an axis chooses row by row."""
+    return jax.tree.map(
+        lambda a, b: jnp.where(
+            condition.reshape(condition.shape + (1,) * (a.ndim - condition.ndim)), a, b
+        ),
+        yes,
+        no,
+    )

@@ -1,0 +1,170 @@
+"""How a search makes genomes: at random, by mutation, and from two parents.
+
+The functions make one genome each; searches map them over populations.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from neupims.scheduling.comparison import choose
+from neupims.scheduling.decision import Choices, Genome, repair
+from neupims.scheduling.objective import Problem
+
+CROSSED = 0.3  # share of an evolution's children that have two parents
+INHERITED = 0.25  # share of the second parent's places in such a child
+MUTATIONS = 2  # at most, of one child
+# Share of mutations that touch the order, the number of sub-batches or a knob, where those are
+# searched.
+RELOCATIONS = 0.1
+KNOB_STEP = 0.2  # standard deviation of a knob's mutation, as a share of its range
+
+
+def random_genome(choices: Choices, problem: Problem, key) -> Genome:
+    """Returns a genome drawn evenly from the choices."""
+    requests = problem.seq_lens.shape[0]
+    place_key, priority_key, mode_key, knob_key = jax.random.split(key, 4)
+    genome = Genome(
+        jax.random.randint(place_key, (requests,), 0, 2 * choices.channels),
+        jax.random.randint(priority_key, (requests,), 0, choices.priorities),
+        (
+            jax.random.bernoulli(mode_key)
+            if len(choices.sub_batches) == 2
+            else jnp.array(2 in choices.sub_batches)
+        ),
+        set_knobs(choices, jax.random.uniform(knob_key, (len(choices.knobs),))),
+    )
+    return repair(choices, problem.resident, genome)
+
+
+def mutate(choices: Choices, problem: Problem, key, genome: Genome) -> Genome:
+    """Returns the genome with 1 to MUTATIONS changes, few of them more often than many.
+
+    A change is a move, a swap or a flip. Where they are searched, the order of requests, the number
+    of sub-batches and the knobs change too.
+    """
+    count_key, other_key, key = jax.random.split(key, 3)
+    count = jnp.minimum(1 + jnp.floor(jax.random.exponential(count_key)), MUTATIONS)
+    keys = jax.random.split(key, MUTATIONS)
+    genome = jax.lax.fori_loop(
+        0,
+        MUTATIONS,
+        lambda index, genome: choose(
+            index < count, relocate(choices, problem, keys[index], genome), genome
+        ),
+        genome,
+    )
+    changeable = (choices.priorities > 1, len(choices.sub_batches) == 2, len(choices.knobs) > 0)
+    if any(changeable):
+        genome = _change_others(choices, other_key, genome)
+    return repair(choices, problem.resident, genome)
+
+
+def relocate(choices: Choices, problem: Problem, key, genome: Genome) -> Genome:
+    """Returns the genome with one request moved, exchanged, or put into the other sub-batch.
+
+    Seldom two whole channels are exchanged, or the two sub-batches. Half of the times the request
+    comes from the fullest channel of a sub-batch (by logit, attend or both), and half of the times
+    the place is the emptiest: only such changes make the slowest channel faster.
+    """
+    places = genome.places
+    numbers = 2 * choices.channels
+    draws = jax.random.bits(key, (8,), jnp.uint32)
+    half = (draws[0] % 2).astype(jnp.int32)
+    loads = jax.ops.segment_sum(problem.work, places, numbers)
+    load = loads @ jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])[draws[1] % 3]
+    parity = jnp.arange(numbers) % 2
+    fullest = jnp.argmax(jnp.where(parity == half, load, -1.0))
+    request = jnp.where(
+        draws[2] % 2 == 0, _somewhere(places == fullest, draws[3]), draws[3] % places.shape[0]
+    ).astype(jnp.int32)
+    here = places[request]
+    emptiest = jnp.argmin(jnp.where(parity == draws[4] % 2, load, jnp.inf))
+    elsewhere = (here + 1 + (draws[5] % (numbers - 1)).astype(jnp.int32)) % numbers
+    there = jnp.where((draws[4] % 4 < 2) & (emptiest != here), emptiest, elsewhere)
+    kind = draws[6] % 8
+    there = jnp.where(kind == 0, here ^ 1, there).astype(places.dtype)  # flip
+    moved = places.at[request].set(there)
+    partner = _somewhere(places == there, draws[7])
+    swapped = moved.at[partner].set(jnp.where(places[partner] == there, here, moved[partner]))
+    one, other = here // 2, elsewhere // 2
+    channel = places // 2
+    exchanged = (
+        2 * jnp.where(channel == one, other, jnp.where(channel == other, one, channel)) + places % 2
+    )
+    exchanged = jnp.where(one == other, places ^ 1, exchanged)
+    wholesale = draws[7] // 65536 % 8 == 0
+    return genome._replace(
+        places=jnp.where(
+            wholesale, exchanged, jnp.where((kind < 3) | (partner == request), moved, swapped)
+        )
+    )
+
+
+def _somewhere(mask, draw):
+    """Returns the index of one of the true elements, 0 if there is none."""
+    size = mask.shape[0]
+    turned = (jnp.arange(size) + (draw % size).astype(jnp.int32)) % size
+    return jnp.argmax(jnp.where(mask, turned + 1, 0))
+
+
+def _change_others(choices: Choices, key, genome: Genome) -> Genome:
+    keys = jax.random.split(key, 6)
+    if choices.priorities > 1:
+        changes = jax.random.bernoulli(keys[0], RELOCATIONS, genome.priorities.shape)
+        genome = genome._replace(
+            priorities=jnp.where(
+                changes,
+                jax.random.randint(keys[1], genome.priorities.shape, 0, choices.priorities),
+                genome.priorities,
+            )
+        )
+    if len(choices.sub_batches) == 2:
+        genome = genome._replace(
+            interleaved=genome.interleaved ^ jax.random.bernoulli(keys[2], RELOCATIONS)
+        )
+    if choices.knobs:
+        low, high, _ = knob_ranges(choices)
+        step = KNOB_STEP * (high - low) * jax.random.normal(keys[3], genome.knobs.shape)
+        wants = jax.random.bernoulli(keys[4], 0.5, genome.knobs.shape)
+        moved = jnp.clip((genome.knobs + step - low) / jnp.maximum(high - low, 1e-30), 0, 1)
+        genome = genome._replace(knobs=jnp.where(wants, set_knobs(choices, moved), genome.knobs))
+    return genome
+
+
+def knob_ranges(choices: Choices):
+    """Returns the least and the greatest value of each knob, and whether it is whole, (3, k)."""
+    columns = [[knob.low, knob.high, knob.whole] for knob in choices.knobs]
+    return jnp.asarray(np.array(columns, np.float32).reshape(-1, 3)).T
+
+
+def set_knobs(choices: Choices, shares):
+    """Returns knobs at these shares of their ranges, whole ones rounded."""
+    low, high, whole = knob_ranges(choices)
+    values = low + shares * (high - low)
+    return jnp.where(whole > 0, jnp.clip(jnp.round(values), jnp.ceil(low), jnp.floor(high)), values)
+
+
+def genome_hash(genome: Genome):
+    """Returns 32 bits that depend on all of a genome."""
+    parts = [
+        genome.places,
+        genome.priorities,
+        genome.interleaved[None],
+        jax.lax.bitcast_convert_type(genome.knobs, jnp.int32),
+    ]
+    numbers = jnp.concatenate([part.astype(jnp.uint32) for part in parts])
+    odd = np.random.default_rng(0).integers(0, 2**31, numbers.shape[0], np.uint32) * 2 + 1
+    mixed = (numbers + 1) * odd
+    return jnp.sum(mixed ^ (mixed >> 15), dtype=jnp.uint32) * jnp.uint32(2654435769)
+
+
+def cross(key, mother: Genome, father: Genome) -> Genome:
+    """Returns the mother's genome, in some children with some of the father's places."""
+    whether_key, which_key = jax.random.split(key)
+    share = jnp.where(jax.random.bernoulli(whether_key, CROSSED), INHERITED, 0.0)
+    theirs = jax.random.bernoulli(which_key, share, mother.places.shape)
+    return mother._replace(
+        places=jnp.where(theirs, father.places, mother.places),
+        priorities=jnp.where(theirs, father.priorities, mother.priorities),
+    )

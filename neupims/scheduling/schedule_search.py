@@ -1,0 +1,379 @@
+"""Searches better schedules for a case and says how good they are, as `neupims search` prints it.
+
+Costs are core cycles of a layer, or what the measure says; gains are shares of the cost of the
+schedule that the case has ("as published").
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from neupims.machine.case import Case
+from neupims.machine.record import describe, to_values
+from neupims.machine.workload import Batch
+from neupims.scheduling.baselines import baselines
+from neupims.scheduling.decision import (
+    CHANNELS_KNOB,
+    Choices,
+    Decision,
+    Genome,
+    HardwareKnob,
+    decide,
+    decision_batch,
+    export_trace,
+    make_genome,
+    repair,
+)
+from neupims.scheduling.objective import Layer, Problem, make_problem
+from neupims.scheduling.oracle import gap, lower_bound
+from neupims.scheduling.search import Found, interval_of_mean, search
+from neupims.scheduling.strategies import STRATEGIES
+from neupims.simulation import run_case
+from neupims.timing.capacity import channel_tiles, check_capacity
+from neupims.validation import expected_error
+
+PUBLISHED = "as published"
+
+
+class Score(NamedTuple):
+    """A schedule's cost."""
+
+    cost: float
+    gain: float  # over the published schedule, as a share
+    gap_to_bound: float | None  # above the lower bound, as a share
+
+
+class Curve(NamedTuple):
+    """The best cost so far, mean over seeds, with its 95 % interval."""
+
+    evaluations: list[int]
+    best: list[float]
+    low: list[float]
+    high: list[float]
+
+
+class StrategyResult(NamedTuple):
+    """The best schedule of a strategy."""
+
+    cost: float
+    gain: float
+    gap_to_bound: float | None
+    mean_cost: float  # over seeds
+    evaluations: int  # of one seed
+    seeds: int
+    curve: Curve
+
+
+class Best(NamedTuple):
+    """The best schedule of all."""
+
+    cost: float
+    gain: float
+    gap_to_bound: float | None
+    found_by: str
+    sub_batches: int
+    gain_plus_minus: float | None  # the expected error of the gain
+    knobs: dict[str, float]
+
+
+class ExactScores(NamedTuple):
+    """Layer cycles by the exact path."""
+
+    published: float
+    best: float
+    gain: float
+
+
+@dataclass(frozen=True)
+class ScheduleSearch:
+    """The result of a search for schedules."""
+
+    case: Case
+    realisable: bool
+    measure: str
+    warning: str  # that the requests of a channel do not fit its memory, else empty
+    published: float
+    lower_bound: float | None  # of the measure "time" without knobs
+    baselines: dict[str, Score]
+    strategies: dict[str, StrategyResult]
+    best: Best
+    best_batch: Batch  # the best schedule
+    exact: ExactScores | None
+    expected_error: dict[str, Any] | None  # of the best schedule's layer
+    # Attention cycles of each sub-batch on each channel, "before" and "after" the search.
+    channel_cycles: dict[str, list[list[float]]]
+    trace: Path | None  # where the best schedule was written
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the values of JSON, as `search --json` prints them."""
+        return {
+            "model": self.case.model_name,
+            "batch": len(self.case.batch.seq_lens),
+            "fidelity": self.case.fidelity,
+            "realisable": self.realisable,
+            "measure": self.measure,
+            "warning": self.warning or None,
+            "published": self.published,
+            "lower_bound": self.lower_bound,
+            "baselines": to_values(self.baselines),
+            "strategies": to_values(self.strategies),
+            "best": to_values(self.best),
+            "exact": to_values(self.exact),
+            "expected_error": self.expected_error,
+            "channel_cycles": self.channel_cycles,
+            "trace": str(self.trace) if self.trace else None,
+        }
+
+
+def search_schedule(
+    case: Case,
+    *,
+    strategy: str = "evolution",
+    budget: int = 20_000,
+    population: int = 64,
+    seeds: int = 4,
+    seed: int = 0,
+    from_scratch: bool = False,
+    realisable: bool = False,
+    sub_batches: tuple[int, ...] = (1, 2),
+    new_only: int | None = None,
+    order_levels: int = 1,
+    hardware_knobs: Sequence[HardwareKnob] = (),
+    measure: str = "time",
+    exact: bool = False,
+    export: str | Path | None = None,
+) -> ScheduleSearch:
+    """Returns better schedules of a case, and a bound that no schedule can beat.
+
+    Args:
+        case: The case (`make_case`); its batch is the published schedule.
+        strategy: "evolution", "random", "annealing", "evosax" or "all".
+        budget: The schedules that each strategy evaluates for each seed.
+        population: The schedules of one round.
+        seeds: The independent searches of each strategy.
+        seed: The first of them.
+        from_scratch: Whether to start from random schedules instead of the simple ones.
+        realisable: Whether only schedules count that the public simulator can execute.
+        sub_batches: The numbers of sub-batches that may be chosen.
+        new_only: How many of the last requests may choose their channel; the others stay on theirs
+            (default: all).
+        order_levels: Priorities that order a channel's list; 1 keeps the order of the requests.
+        hardware_knobs: Fields of the hardware that are searched with the schedule.
+        measure: "time", "energy" or "energy-delay" of a layer.
+        exact: Whether to score the published and the best schedule by the exact path too.
+        export: A file to write the best schedule to, as a trace of the simulator.
+
+    Returns:
+        The published schedule, the simple ones, those of each strategy, and the best.
+
+    Raises:
+        ValueError: The case is of another system or has a single request, an option is impossible,
+            or options exclude each other.
+        OSError: The trace cannot be written.
+
+    Example:
+        >>> from neupims import make_batch, make_case, search_schedule
+        >>> case = make_case("gpt3-7b", make_batch([300, 512, 40, 77], channels=[0, 0, 0, 1]))
+        >>> search_schedule(case, budget=64, population=16, seeds=1).best.gain > 0
+        True
+    """
+    _check(case, seeds, order_levels, new_only)
+    if hardware_knobs and (exact or export):
+        raise ValueError("exact scores and traces are for the given hardware: leave out its knobs")
+    names = list(STRATEGIES) if strategy == "all" else [strategy]
+    channels = int(case.hardware.hbm.num_channels)
+    choices = _choose(channels, realisable, sub_batches, order_levels, hardware_knobs, new_only)
+    problem, warning = _pose_problem(case, new_only)
+    objective = Layer(choices, case.fidelity, measure)
+    evaluate = jax.jit(jax.vmap(lambda genome: objective(problem, decide(choices, genome))))
+    published = make_genome(
+        choices,
+        case.batch.channels,
+        case.batch.sub_batches,
+        interleaved=case.sub_batches == 2,
+        knobs=_given_knobs(case, choices),
+    )
+    known = {PUBLISHED: published} | baselines(choices, problem, np.asarray(published.knobs))
+    starts = jax.tree.map(lambda *parts: jnp.stack(parts), *known.values())
+    at_start = evaluate(starts)
+    costs = dict(zip(known, np.asarray(at_start.objective, np.float64).tolist(), strict=True))
+    bounded = measure == "time" and not choices.knobs
+    bound = float(lower_bound(choices, problem)) if bounded else None
+
+    def score(cost: float) -> Score:
+        return Score(cost, 1 - cost / costs[PUBLISHED], gap(cost, bound) if bound else None)
+
+    best_name = min(costs, key=lambda name: costs[name])
+    best = costs[best_name], known[best_name], best_name
+    strategies = {}
+    for name in names:
+        found = search(
+            name,
+            objective,
+            choices,
+            problem,
+            jax.random.key(seed),
+            budget=budget,
+            population=population,
+            seeds=seeds,
+            starts=None if from_scratch else starts,
+        )
+        ends = np.asarray(found.cost.objective, np.float64)
+        first = int(ends.argmin())
+        strategies[name] = StrategyResult(
+            *score(float(ends[first])),
+            mean_cost=float(ends.mean()),
+            evaluations=found.evaluations,
+            seeds=seeds,
+            curve=_draw_curve(found, population),
+        )
+        if ends[first] < best[0]:
+            genome = jax.tree.map(lambda leaf, first=first: leaf[first], found.genome)
+            best = float(ends[first]), genome, name
+    genome = repair(choices, problem.resident, best[1])
+    decision = decide(choices, genome)
+    batch = decision_batch(problem.seq_lens, decision)
+    if export:
+        export_trace(export, batch, num_channels=channels)
+    interleaved = _is_interleaved(choices, genome)
+    error = expected_error(
+        "neupims",
+        2 if interleaved else 1,
+        case.fidelity,
+        row_buffers=int(case.hardware.pim.row_buffers),
+        path="closed",
+    )
+    top = score(best[0])
+    knobs = zip(choices.knobs, np.asarray(genome.knobs).tolist(), strict=True)
+    return ScheduleSearch(
+        case=case,
+        realisable=realisable,
+        measure=measure,
+        warning=warning,
+        published=costs[PUBLISHED],
+        lower_bound=bound,
+        baselines={name: score(cost) for name, cost in costs.items()},
+        strategies=strategies,
+        best=Best(
+            *top,
+            found_by=best[2],
+            sub_batches=2 if interleaved else 1,
+            gain_plus_minus=gain_error(error, top.gain) if measure == "time" else None,
+            knobs={knob.name: value for knob, value in knobs},
+        ),
+        best_batch=batch,
+        exact=_score_exactly(case, batch, interleaved) if exact else None,
+        expected_error=error,
+        channel_cycles={
+            "before": _sum_loads(
+                problem, decide(choices, published), channels, case.sub_batches == 2
+            ),
+            "after": _sum_loads(problem, decision, channels, interleaved),
+        },
+        trace=Path(export) if export else None,
+    )
+
+
+def _check(case: Case, seeds: int, order_levels: int, new_only: int | None) -> None:
+    if case.system != "neupims":
+        raise ValueError(f"schedules are searched for --system neupims, not {case.system}")
+    requests = len(case.batch.seq_lens)
+    if requests < 2:
+        raise ValueError("a schedule needs at least 2 requests")
+    for name, value in (("seeds", seeds), ("order_levels", order_levels)):
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    if new_only is not None and not 0 <= new_only <= requests:
+        raise ValueError(f"new_only must be from 0 to the {requests} requests, not {new_only}")
+
+
+def _choose(channels, realisable, sub_batches, order_levels, knobs, new_only) -> Choices:
+    """Returns what the search may choose."""
+    most = [int(knob.high) for knob in knobs if knob.name == CHANNELS_KNOB]
+    if most and new_only is not None:
+        raise ValueError(
+            "--new-only keeps requests on their channels, so their number cannot be searched"
+        )
+    return Choices(max([channels, *most]), realisable, sub_batches, order_levels, tuple(knobs))
+
+
+def _pose_problem(case: Case, new_only: int | None) -> tuple[Problem, str]:
+    """Returns the problem, and a warning if the requests of a channel do not fit its memory."""
+    resident, lengths = None, case.batch.seq_lens
+    if new_only is not None:
+        is_old = np.arange(len(lengths)) < len(lengths) - new_only
+        resident = np.where(is_old, case.batch.channels, -1)
+    warning = check_capacity(case.hardware, case.model, case.batch, case.parallel)
+    tiles = channel_tiles(case.hardware, case.model, case.parallel)
+    problem = make_problem(
+        case.hardware,
+        case.model,
+        case.parallel,
+        lengths,
+        resident=resident,
+        room=float("inf") if warning else float(tiles),
+        fidelity=case.fidelity,
+    )
+    return problem, warning
+
+
+def _given_knobs(case: Case, choices: Choices) -> list[float]:
+    """Returns the values of the knobs in the given hardware."""
+    numbers = {each.name: float(each.value) for each in describe(case.hardware)}
+    return [numbers[knob.name] for knob in choices.knobs]
+
+
+def _draw_curve(found: Found, population: int) -> Curve:
+    mean, half = interval_of_mean(found.curve)
+    evaluations = [population * (index + 1) for index in range(len(mean))]
+    return Curve(evaluations, mean.tolist(), (mean - half).tolist(), (mean + half).tolist())
+
+
+def _is_interleaved(choices: Choices, genome: Genome) -> bool:
+    if len(choices.sub_batches) == 2:
+        return bool(genome.interleaved)
+    return choices.sub_batches == (2,)
+
+
+def _score_exactly(case: Case, best: Batch, interleaved: bool) -> ExactScores:
+    after_case = case._replace(batch=best, sub_batches=2 if interleaved else 1)
+    before, after = (float(run_case(each).layer_cycles) for each in (case, after_case))
+    return ExactScores(before, after, 1 - after / before)
+
+
+def _sum_loads(
+    problem: Problem, decision: Decision, channels: int, interleaved: bool
+) -> list[list[float]]:
+    """Returns the attention cycles of each sub-batch on each channel; one batch is sub-batch 0."""
+    loads = np.zeros((2, max(channels, int(np.asarray(decision.channels).max()) + 1)))
+    np.add.at(
+        loads,
+        (np.asarray(decision.sub_batches) * interleaved, np.asarray(decision.channels)),
+        np.asarray(problem.work).sum(axis=1),
+    )
+    return loads.tolist()
+
+
+def gain_error(error: dict[str, Any] | None, gain: float) -> float | None:
+    """Returns how much a gain may be off, from the mean error of the model's times.
+
+        error of the gain = sqrt(2) * error of a time * (1 - gain)
+
+    The two times of a gain are of one batch on one machine, so part of their errors is common and
+    cancels. The figure takes them as independent, and is careful.
+
+    Args:
+        error: The expected error of a layer, `expected_error`.
+        gain: The gain.
+
+    Returns:
+        The error of the gain, or None where that of the times is unknown.
+    """
+    if error is None:
+        return None
+    return 2**0.5 * error["layer_mean_percent"] / 100 * (1 - gain)

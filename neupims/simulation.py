@@ -1,0 +1,172 @@
+"""Simulates a case and says how far the result can be trusted, as `neupims simulate` prints it."""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from neupims.machine.case import Case
+from neupims.machine.systems import PIM_SYSTEMS
+from neupims.timing.capacity import check_capacity
+from neupims.timing.iteration import Iteration, simulate
+from neupims.timing.prefill import first_token_seconds, prefill
+from neupims.timing.stages import STAGES, operations, stages
+from neupims.validation import expected_error
+
+Path = Literal["exact", "closed"]
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """A simulated case."""
+
+    case: Case
+    path: Path
+    iteration: Iteration
+    expected_error: dict[str, Any] | None  # percentages by name, None where nothing was measured
+    first_token_seconds: float | None  # of a prefill
+    warning: str  # that the requests of a channel do not fit its memory, else empty
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the values of JSON, as `simulate --json` prints them.
+
+        Cycles are core cycles; energy and the iteration are of one device.
+        """
+        case, iteration = self.case, self.iteration
+        cycles = dict(zip(STAGES, iteration.stage_cycles.tolist(), strict=True))
+        listed = zip(
+            operations(case.system, case.sub_batches),
+            iteration.op_cycles.tolist(),
+            iteration.op_starts.tolist(),
+            strict=True,
+        )
+        energies = {
+            part.name: float(getattr(iteration.energy, part.name))
+            for part in dataclasses.fields(iteration.energy)
+        }
+        result = {
+            "phase": "prefill" if case.prefill else "decode",
+            "system": case.system,
+            "sub_batches": case.sub_batches,
+            "row_buffers": int(case.hardware.pim.row_buffers),
+            "model": case.model_name,
+            "batch": int((case.batch.seq_lens > 0).sum()),
+            "fidelity": case.fidelity,
+            "stage_cycles": {
+                stage.name: cycles.get(stage.name, cycles["A"])
+                for stage in stages(case.system, case.sub_batches)
+            },
+            "ops": [
+                {
+                    "stage": each.stage,
+                    "platform": each.platform,
+                    "op": each.name,
+                    "cycles": took,
+                    "start_cycle": start,
+                }
+                for each, took, start in listed
+            ],
+            "layer_cycles": float(iteration.layer_cycles),
+            "iteration_cycles": float(iteration.iteration_cycles),
+            "iteration_seconds": float(iteration.iteration_seconds),
+            "tokens_per_second": float(iteration.tokens_per_second),
+            "npu_utilization": float(iteration.npu_utilization),
+            "pim_utilization": float(iteration.pim_utilization),
+            "bandwidth_utilization": float(iteration.bandwidth_utilization),
+            "energy_joules": float(iteration.energy_joules),
+            # The power of a GPU's board is known, but not its parts.
+            "energy_parts_joules": None if case.system == "gpu" else energies,
+            "expected_error": self.expected_error,
+        }
+        if self.first_token_seconds is not None:
+            result["first_token_seconds"] = self.first_token_seconds
+        return result
+
+
+def simulate_case(
+    case: Case, *, path: Path = "exact", prefill: bool = False, fastest: bool = False
+) -> Simulation:
+    """Returns one decode step of a case, or its prefill, with the expected error.
+
+    Args:
+        case: The case (`make_case`).
+        path: "exact" follows the list of commands of each channel, "closed" adds up closed forms.
+        prefill: Whether to run the prompts (the lengths of the batch) instead of a decode step, on
+            the NPU or the GPU of the system, as intended.
+        fastest: Whether to try one and two sub-batches, where the system is "neupims", and return
+            the faster; a number that the hardware cannot run is left out.
+
+    Returns:
+        The simulated case; its `case` has the sub-batches that were used.
+
+    Raises:
+        ValueError: The hardware cannot run the batch, or a request is too long for its channel.
+    """
+    fits = case.system not in PIM_SYSTEMS
+    records = (case.hardware, case.model, case.batch, case.parallel)
+    warning = "" if fits else check_capacity(*records)
+    if prefill:
+        return _run(_prefill_case(case), path, warning)
+    counts = (1, 2) if fastest and case.system == "neupims" else (case.sub_batches,)
+    done, reasons = [], []
+    for count in counts:
+        try:
+            done.append(_run(case._replace(sub_batches=count), path, warning))
+        except ValueError as reason:
+            reasons.append(reason)
+    if not done:
+        raise reasons[0]
+    return min(done, key=lambda run: float(run.iteration.iteration_seconds))
+
+
+def _prefill_case(case: Case) -> Case:
+    """Returns the same machine with its prompts still to be read; PIM does not compute."""
+    system: Literal["gpu", "npu-only"] = "gpu" if case.system == "gpu" else "npu-only"
+    return case._replace(system=system, sub_batches=1, fidelity="intended", prefill=True)
+
+
+def _run(case: Case, path: Path, warning: str) -> Simulation:
+    records = (case.hardware, case.model, case.batch, case.parallel)
+    iteration = run_case(case, path=path)
+    error = expected_error(
+        case.system,
+        case.sub_batches,
+        case.fidelity,
+        row_buffers=int(case.hardware.pim.row_buffers),
+        path=path,
+    )
+    first_token = first_token_seconds(*records, iteration) if case.prefill else None
+    return Simulation(case, path, iteration, error, first_token, warning)
+
+
+def run_case(case: Case, *, path: Path = "exact") -> Iteration:
+    """Returns the iteration of a case.
+
+    Args:
+        case: The case; a prefill where `case.prefill` says so.
+        path: "exact" or "closed"; a prefill has only one path.
+
+    Raises:
+        ValueError: The hardware cannot run the batch.
+    """
+    records = (case.hardware, case.model, case.batch, case.parallel)
+    if case.prefill:
+        iteration = prefill(*records, system="gpu" if case.system == "gpu" else "npu-only")
+    else:
+        iteration = simulate(
+            *records,
+            system=case.system,
+            path=path,
+            sub_batches=case.sub_batches,
+            fidelity=case.fidelity,
+        )
+    if iteration.flagged:
+        hbm = case.hardware.hbm
+        pim = (
+            "; PIM tiles, for one, must fit between the refreshes of ranks, "
+            f"hbm.trefi_cycles / hbm.ranks = {hbm.trefi_cycles / hbm.ranks:g} memory cycles apart"
+        )
+        raise ValueError(
+            "this hardware cannot run the batch: a time or an energy is not"
+            f" finite{pim if case.system in PIM_SYSTEMS else ''}"
+        )
+    return iteration

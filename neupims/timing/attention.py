@@ -1,0 +1,328 @@
+"""Attention in the memory: the work of each channel, and what it takes a stage.
+
+The work is computed in two ways: `closed_attention` adds up closed forms and can be jitted and
+mapped; `exact_attention` follows each channel's list of PIM commands, for one design at a time.
+Cycles are core cycles.
+
+Source: src/scheduler/Scheduler.cc, src/operations/NeuPIMSLogitSoftmax.cc and NeuPIMSAttend.cc of
+    the public simulator.
+"""
+
+from functools import partial
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from neupims.machine.calibration import DEFAULT, Calibration
+from neupims.machine.hardware import Hardware
+from neupims.machine.record import Number
+from neupims.machine.systems import Fidelity, System
+from neupims.machine.workload import FLOAT16_BYTES, Batch, Decoder, Parallel
+from neupims.timing import gemv
+from neupims.timing.gemv_exact import channel_cycles_exact
+from neupims.timing.vector import softmax_cycles
+
+# Starts within a round of refreshes over which the exact path takes the mean.
+PHASES = 8
+
+
+class Attention(NamedTuple):
+    """PIM work of each sub-batch on each channel.
+
+    Pieces follow each other where the scratchpad cannot hold all results. The last axis is logit,
+    attend.
+    """
+
+    alone: Float[Array, "2 pieces channels 2"]  # core cycles
+    beside: Float[Array, "2 pieces channels 2"]  # the same while the NPU uses the memory too
+    instructions: Float[Array, "2 pieces channels 2"]  # where each product is a command of its own
+    requests: Float[Array, "2 pieces channels"]
+    longest: Float[Array, "2"]  # tokens
+
+
+def no_attention() -> Attention:
+    """Returns the work of a step in which the memory only reads and writes: none."""
+    zero = jnp.zeros((2, 1, 1, 2))
+    return Attention(zero, zero, zero, zero[..., 0], zero[:, 0, 0, 0])
+
+
+def closed_attention(
+    hardware: Hardware,
+    model: Decoder,
+    batch: Batch,
+    parallel: Parallel,
+    *,
+    system: System,
+    interleaved: bool,
+    channels: int,
+    steps: bool,
+    calibration: Calibration,
+) -> Attention:
+    """Returns the work of each channel as the sum over its requests (`gemv.request_works`).
+
+    Args:
+        hardware: The machine.
+        model: The model.
+        batch: The requests, their channels and sub-batches.
+        parallel: How many devices share a layer.
+        system: "neupims" or "npu-pim".
+        interleaved: Whether there are two sub-batches; else all requests are in the first one.
+        channels: The number of channels, or a bound on it where it is traced.
+        steps: Whether whole tiles are packed into refresh intervals, as the controller does.
+        calibration: The fitted constants; only `reopen_cycles` is used.
+
+    Returns:
+        The work, in one piece.
+    """
+    sub_batch = batch.sub_batches if interleaved else jnp.zeros_like(batch.sub_batches)
+    there = batch.seq_lens > 0
+
+    def sum_by_channel(values):
+        return jax.ops.segment_sum(
+            values, sub_batch * channels + batch.channels, 2 * channels
+        ).reshape(2, 1, channels, *values.shape[1:])
+
+    waits = (None, calibration.reopen_cycles) if interleaved else (None,)
+    works = gemv.request_works(hardware, model, batch.seq_lens, parallel, steps=steps, waits=waits)
+    alone, beside = sum_by_channel(works[0]), sum_by_channel(works[-1])
+    instructions = (
+        sum_by_channel(_count_instructions(hardware, model, batch.seq_lens, parallel))
+        if system == "npu-pim"
+        else jnp.zeros_like(alone)
+    )
+    longest = jax.ops.segment_max(jnp.where(there, batch.seq_lens, 0) * 1.0, sub_batch, 2)
+    return Attention(
+        alone, beside, instructions, sum_by_channel(1.0 * there), jnp.maximum(longest, 0)
+    )
+
+
+def exact_attention(
+    hardware: Hardware,
+    model: Decoder,
+    batch: Batch,
+    parallel: Parallel,
+    *,
+    system: System,
+    sub_batches: int,
+    fidelity: Fidelity,
+    channels: int,
+    calibration: Calibration = DEFAULT,
+) -> Attention:
+    """Returns the work of each channel by the controller's rule, for one concrete design.
+
+    The work is the mean over `PHASES` starts within a round of refreshes. In "simulator" fidelity
+    requests are cut into pieces where their results exceed the scratchpad, by the simulator's
+    count, which takes the last request of a piece into the next one too; and with one row buffer
+    of "npu-pim" commands leave the core one a cycle for all channels.
+
+    Args:
+        hardware: The machine.
+        model: The model.
+        batch: The requests, their channels and sub-batches.
+        parallel: How many devices share a layer.
+        system: "neupims" or "npu-pim".
+        sub_batches: 1, or 2 interleaved ones.
+        fidelity: "simulator" or "intended".
+        channels: The number of channels of the result.
+        calibration: The fitted constants; only `reopen_cycles` is used.
+
+    Returns:
+        The work, piece after piece.
+    """
+    interleaved = system == "neupims" and sub_batches == 2
+    lengths, channel = np.asarray(batch.seq_lens), np.asarray(batch.channels)
+    sub_batch = np.asarray(batch.sub_batches) if interleaved else np.zeros_like(channel)
+    instructions = np.asarray(_count_instructions(hardware, model, jnp.asarray(lengths), parallel))
+    late = system == "npu-pim" and fidelity == "simulator"  # commands come one a cycle
+
+    def pieces_of(mine, operation) -> list:
+        if fidelity != "simulator":
+            return [mine]
+        return _cut_pieces(hardware, model, parallel, lengths[mine], mine, operation)
+
+    lists = _list_requests(lengths, channel, sub_batch, pieces_of)
+    shape = (2, 1 + max((one.place[1] for one in lists), default=0), channels, 2)
+    alone, beside, commands, requests = (np.zeros(shape, np.float32) for _ in range(4))
+    for operation, name in enumerate(("logit", "attend")):
+        chosen = [one for one in lists if one.place[3] == operation]
+        if not chosen:
+            continue
+        longest_list = max(len(one.requests) for one in chosen)
+        # Rounded up to powers of two: few shapes, few compilations.
+        rounded = [1 << (size - 1).bit_length() for size in (len(chosen), longest_list)]
+        padded, ready = np.zeros(rounded, np.int32), np.zeros(rounded, np.float32)
+        for row, (place, own) in enumerate(chosen):
+            padded[row, : len(own)] = lengths[own]
+            issued = instructions[own, operation]
+            ready[row, : len(own)] = (np.cumsum(issued) - issued) if late else 0
+            commands[place], requests[place] = issued.sum(), len(own)
+        follow = partial(_follow_lists, hardware, model, parallel, padded, ready, operation=name)
+        undisturbed = np.asarray(follow(wait=None))
+        disturbed = (
+            np.asarray(follow(wait=calibration.reopen_cycles)) if interleaved else undisturbed
+        )
+        for row, one in enumerate(chosen):
+            alone[one.place], beside[one.place] = undisturbed[row], disturbed[row]
+    longest = np.array([lengths[sub_batch == which].max(initial=0) for which in (0, 1)])
+    parts = (alone, beside, commands, requests[..., 0], longest)
+    return Attention(*(jnp.asarray(part, jnp.float32) for part in parts))
+
+
+class _List(NamedTuple):
+    """Requests that one channel serves one after another, and their place in the result."""
+
+    place: tuple[int, int, int, int]  # sub-batch, piece, channel, operation
+    requests: np.ndarray
+
+
+def _list_requests(lengths, channel, sub_batch, pieces_of) -> list[_List]:
+    """Returns the lists of all channels, for logit (0) and attend (1)."""
+    lists = []
+    for operation in (0, 1):
+        for which in (0, 1):
+            mine = np.flatnonzero((sub_batch == which) & (lengths > 0))
+            mine = mine[np.argsort(channel[mine], kind="stable")]
+            lists += [
+                _List((which, piece, each, operation), own[channel[own] == each])
+                for piece, own in enumerate(pieces_of(mine, operation))
+                for each in np.unique(channel[own])
+            ]
+    return lists
+
+
+@partial(jax.jit, static_argnames="operation")
+def _follow_lists(hardware, model, parallel, lengths, ready, wait, *, operation):
+    """Returns the core cycles of each list, the mean over phases; `ready` is in core cycles."""
+    to_core = hardware.npu.clock_hz / hardware.hbm.clock_hz
+    phases = (jnp.arange(PHASES) + 0.5) / PHASES
+
+    def one(length, first):
+        return jax.vmap(
+            lambda phase: channel_cycles_exact(
+                hardware, model, length, parallel, phase, first / to_core, wait, operation=operation
+            )
+        )(phases)
+
+    return jax.vmap(lambda length, first: one(length, first).mean())(lengths, ready) * to_core
+
+
+def _cut_pieces(hardware, model, parallel, lengths, mine, operation) -> list:
+    """Returns the requests of each piece of logit (0) or attend (1).
+
+    A piece ends where the simulator's count of scratchpad bytes exceeds its limit.
+    """
+    heads, width = float(model.heads / parallel.tp), float(model.width / model.heads)
+    page = float(gemv.page_elements(hardware))
+    chunks = np.ceil(heads * width / (np.floor(page / width) * width)) if page >= width else np.inf
+    attended = np.full(len(lengths), width + chunks * width)
+    numbers = 2 * lengths + width if operation == 0 else attended
+    needed = numbers * heads * FLOAT16_BYTES
+    limit = float(hardware.npu.scratchpad_bytes) / FLOAT16_BYTES
+    ends, total = [], 0.0
+    for request, bytes_ in enumerate(needed):
+        total += bytes_
+        if total > limit and request > 0:
+            ends.append(request - 1)
+            total = bytes_
+    ends.append(len(mine) - 1)
+    begins = [0, *ends[:-1]]
+    if not len(mine):
+        return [mine]
+    return [mine[begin : end + 1] for begin, end in zip(begins, ends, strict=True)]
+
+
+def _count_instructions(hardware, model, seq_lens, parallel):
+    """Returns the commands of each request, (r, 2), where every product is a command of its own.
+
+    A group has one GWRITE and, for each tile, a header, its products and its results.
+    """
+    counts = []
+    for groups_of in (gemv.logit_groups, gemv.attend_groups):
+        counts.append(
+            sum(
+                group.groups * (1 + group.tiles * (1 + group.results * (group.products + 1)))
+                for group in groups_of(hardware, model, seq_lens * 1.0, parallel)
+            )
+        )
+    return jnp.stack(counts, axis=-1)
+
+
+def attention_cycles(
+    hardware: Hardware,
+    model: Decoder,
+    parallel: Parallel,
+    part: Attention,
+    load: Float[Array, "pieces channels 2"],
+    *,
+    system: System,
+    fidelity: Fidelity,
+) -> Float[Array, "2"]:
+    """Returns the core cycles of logit with softmax, and of attend, for one sub-batch.
+
+    Both are the slowest channel's, piece after piece. In "simulator" fidelity softmax instructions
+    leave one a cycle in the order of the channels, so those of later channels wait for the slowest
+    channel before them; in "npu-pim" PIM commands wait in the same way.
+
+    Args:
+        hardware: The machine.
+        model: The model.
+        parallel: How many devices share a layer.
+        part: The work of this sub-batch, `Attention` without its first axis.
+        load: The core cycles of each channel, `part.alone` or `part.beside`.
+        system: "neupims" or "npu-pim".
+        fidelity: "simulator" or "intended".
+
+    Returns:
+        Core cycles of the two PIM operations, (2,).
+    """
+    heads, _ = gemv.heads_of_device(model, parallel)
+    there = load > 0
+    if fidelity == "simulator":
+        later = jnp.cumsum(part.requests[..., ::-1], axis=-1)[..., ::-1] - part.requests
+        tail = jnp.stack([heads * later, jnp.zeros_like(later)], axis=-1)
+        before = (
+            jnp.cumsum(part.instructions, axis=-2) - part.instructions
+            if system == "npu-pim"
+            else 0.0
+        )
+        ends = jnp.where(there, load + tail + before, 0)
+        return ends.max(axis=-2).sum(axis=0)
+    softmax = heads * softmax_cycles(hardware, part.longest) / hardware.npu.vector_units
+    return jnp.where(there, load, 0).max(axis=-2).sum(axis=0) + jnp.stack([softmax, 0.0 * softmax])
+
+
+class PIMCounts(NamedTuple):
+    """PIM commands of one layer on all channels."""
+
+    gwrites: Number
+    tiles: Number
+    results: Number
+    products: Number
+
+
+PIM_NONE = PIMCounts(0.0, 0.0, 0.0, 0.0)
+
+
+def attention_counts(
+    hardware: Hardware, model: Decoder, batch: Batch, parallel: Parallel
+) -> PIMCounts:
+    """Returns the PIM commands of a layer, which do not depend on the schedule.
+
+    Args:
+        hardware: The machine.
+        model: The model.
+        batch: The requests; only their lengths matter.
+        parallel: How many devices share a layer.
+    """
+    gwrites = tiles = results = products = jnp.float32(0)
+    for groups_of in (gemv.logit_groups, gemv.attend_groups):
+        for group in groups_of(hardware, model, batch.seq_lens * 1.0, parallel):
+            gwrites = gwrites + group.groups.sum()
+            each = group.groups * group.tiles
+            tiles = tiles + each.sum()
+            results = results + (each * group.results).sum()
+            products = products + (each * group.results * group.products).sum()
+    return PIMCounts(gwrites, tiles, results, products)

@@ -1,0 +1,351 @@
+"""One decode step of a batch on a system: how long it takes, what it moves, what it costs.
+
+Operations make stages, stages make a layer, layers make the iteration. Everything is a pure
+function of records, so any leading axis of hardware, model, batch or parallel can be mapped over.
+Cycles are core cycles.
+
+Source: src/StageProgram.cc and src/scheduler/Scheduler.h of the public simulator; section 6 of the
+    paper.
+"""
+
+from functools import partial
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
+
+from neupims.costs.energy import Counts, Energy, energy
+from neupims.machine.calibration import DEFAULT, Calibration
+from neupims.machine.hardware import Hardware, banks, burst_bytes
+from neupims.machine.record import Number, record
+from neupims.machine.systems import FIDELITIES, PIM_SYSTEMS, SYSTEMS, Fidelity, System
+from neupims.machine.workload import Batch, Decoder, Parallel
+from neupims.timing.attention import (
+    PIM_NONE,
+    Attention,
+    attention_counts,
+    attention_cycles,
+    closed_attention,
+    exact_attention,
+)
+from neupims.timing.gemm import Tiling, Work, bytes_per_cycle, tiling
+from neupims.timing.links import link_seconds, messages
+from neupims.timing.npu import Context
+from neupims.timing.overlap import DRAINED, side_by_side
+from neupims.timing.stages import INTERLEAVED, PRODUCTS, STAGES, npu_operation, stages
+
+TRACED_CHANNELS = 64  # the bound on the channels where their number is traced
+
+
+@record
+class Iteration:
+    """One decode step of a batch. A batch of results is the same record with a leading axis.
+
+    Cycles are core cycles. Energy, counts and times are of one of the model's devices.
+    """
+
+    # A to F, 0 where there is no such stage; the only stage of npu-only comes first.
+    stage_cycles: Float[Array, "6"]
+    op_cycles: Float[Array, " operations"]  # in the order of `operations`
+    op_starts: Float[Array, " operations"]  # from the start of their stage
+    layer_cycles: Float[Array, ""]
+    iteration_cycles: Float[Array, ""]
+    iteration_seconds: Float[Array, ""]
+    tokens_per_second: Float[Array, ""]
+    # Shares of a layer's cycles: with products in the arrays; with PIM commands waiting or
+    # running, in the mean of the channels; in which the buses move reads, writes and PIM results.
+    npu_utilization: Float[Array, ""]
+    pim_utilization: Float[Array, ""]
+    bandwidth_utilization: Float[Array, ""]
+    channel_cycles: Float[Array, "2 channels"]  # attention of each sub-batch on each channel
+    counts: Counts
+    energy: Energy
+    energy_joules: Float[Array, ""]
+    # Not a machine: a quantity is not a number, a channel does not exist, or a result is infinite.
+    flagged: Bool[Array, ""]
+
+
+def simulate(
+    hardware: Hardware,
+    model: Decoder,
+    batch: Batch,
+    parallel: Parallel,
+    *,
+    system: System = "neupims",
+    sub_batches: int = 2,
+    fidelity: Fidelity = "simulator",
+    path: Literal["closed", "exact"] = "closed",
+    most_channels: int | None = None,
+    calibration: Calibration = DEFAULT,
+    attention: Attention | None = None,
+) -> Iteration:
+    """Returns one decode step of a batch: each request gets one token.
+
+    Any leading axis of the four records can be mapped over with `jax.vmap` on the closed path.
+
+    Args:
+        hardware: The machine; times are in cycles of its core.
+        model: The decoder-only model.
+        batch: The requests: their lengths in tokens, their channels and sub-batches.
+        parallel: How many devices share a layer, and into how many groups the layers are cut.
+        system: "neupims", "npu-pim", "npu-only" or "gpu".
+        sub_batches: 2 interleaved sub-batches, or 1; "npu-pim" has always 1.
+        fidelity: "simulator" follows the public simulator as it is coded, "intended" the machine
+            of the paper (docs/neupims.md lists the differences).
+        path: "closed" adds up closed forms and can be jitted and mapped; "exact" follows the list
+            of PIM commands of each channel, for one concrete design.
+        most_channels: A bound on `hbm.num_channels` where that is traced (default: the number
+            itself, or 64 where it is traced).
+        calibration: The fitted constants.
+        attention: The work of the channels where it is already known (default: computed).
+
+    Returns:
+        Cycles of every operation and stage, throughput, utilization, and energy of one device.
+
+    Raises:
+        ValueError: `system`, `sub_batches`, `fidelity` or `path` is unknown.
+
+    Example:
+        >>> from neupims import Hardware, load_model, load_parallel, make_batch, simulate
+        >>> batch = make_batch([300, 512, 40, 77], channels=[0, 1, 0, 1])
+        >>> model, parallel = load_model("gpt3-7b"), load_parallel("gpt3-7b")
+        >>> simulate(Hardware(), model, batch, parallel).stage_cycles.shape
+        (6,)
+
+    Reference:
+        Heo et al., "NeuPIMs", ASPLOS 2024, arXiv:2403.00579, section 6.
+    """
+    _check_known("system", system, SYSTEMS)
+    _check_known("sub_batches", sub_batches, (1, 2))
+    _check_known("fidelity", fidelity, FIDELITIES)
+    _check_known("path", path, ("closed", "exact"))
+    if system == "npu-pim":
+        sub_batches = 1
+    given = (hardware, model, batch, parallel)
+    options: dict[str, Any] = {
+        "system": system,
+        "sub_batches": sub_batches,
+        "fidelity": fidelity,
+        "channels": _count_channels(hardware, most_channels),
+    }
+    if attention is None and path == "exact" and system in PIM_SYSTEMS:
+        attention = exact_attention(*given, calibration=calibration, **options)
+    return _simulate(*given, calibration, attention, **options)
+
+
+@partial(jax.jit, static_argnames=("system", "sub_batches", "fidelity", "channels"))
+def _simulate(
+    hardware,
+    model,
+    batch,
+    parallel,
+    calibration,
+    attention,
+    *,
+    system,
+    sub_batches,
+    fidelity,
+    channels,
+) -> Iteration:
+    context = Context(hardware, model, batch, parallel, calibration, system, fidelity)
+    interleaved = system == "neupims" and sub_batches == 2
+    if attention is None:
+        attention = closed_attention(
+            hardware,
+            model,
+            batch,
+            parallel,
+            system=system,
+            interleaved=interleaved,
+            channels=channels,
+            steps=fidelity == "simulator",
+            calibration=calibration,
+        )
+    tokens = jnp.stack([attention.requests[which].sum() for which in (0, 1)])
+    if attention.requests.shape[1] > 1:  # the simulator's pieces share a request; each counts once
+        which = batch.sub_batches if interleaved else jnp.zeros_like(batch.sub_batches)
+        tokens = jax.ops.segment_sum((batch.seq_lens > 0) * 1.0, which, 2)
+    tiles = _tile_products(context, tokens)
+    stage_cycles, starts, cycles, works = [], [], [], []
+    left: Number = 0.0  # bytes that the stage before wrote last, if its NPU side ended with it
+    for stage in stages(system, sub_batches):
+        npu: list[Work] = []
+        for operation in stage.npu:
+            tile = tiles.get((operation.name, stage.npu_sub_batch))
+            before = npu[-1].write_bytes if npu else left
+            count = tokens[stage.npu_sub_batch]
+            npu.append(npu_operation(operation, context, count, before, tile))
+        alone = beside = jnp.zeros(0)
+        if stage.pim_sub_batch >= 0:
+            part = jax.tree.map(lambda value, which=stage.pim_sub_batch: value[which], attention)
+            alone, beside = (
+                attention_cycles(
+                    hardware, model, parallel, part, load, system=system, fidelity=fidelity
+                )
+                for load in (part.alone, part.beside)
+            )
+        sides = side_by_side(hardware, calibration, npu, alone, beside)
+        stage_cycles.append(jnp.concatenate([side.ends for side in sides]).max())
+        left = (
+            jnp.where(stage_cycles[-1] - sides[0].ends[-1] < DRAINED, npu[-1].write_bytes, 0.0)
+            if npu
+            else 0.0
+        )
+        starts += [side.starts for side in sides]
+        cycles += [side.ends - side.starts for side in sides]
+        works.append(npu)
+    return summarize(
+        context,
+        attention,
+        works,
+        jnp.stack(stage_cycles),
+        jnp.concatenate(starts),
+        jnp.concatenate(cycles),
+        sub_batches=sub_batches,
+        tokens=tokens,
+    )
+
+
+def _tile_products(context: Context, tokens) -> dict[tuple[str, int], Tiling]:
+    """Returns the tiling of each product for each sub-batch; one loop finds all of them."""
+    sides = [
+        product.sides(context.model, context.parallel) for product in PRODUCTS if product.sides
+    ]
+    inner, features = (jnp.stack([jnp.asarray(side[which]) for side in sides]) for which in (0, 1))
+    tiles = tiling(context.hardware, tokens[:, None], inner, features)
+    return {
+        (product.name, sub_batch): jax.tree.map(
+            lambda value, at=(sub_batch, place): value[at], tiles
+        )
+        for place, product in enumerate(PRODUCTS)
+        for sub_batch in (0, 1)
+    }
+
+
+def summarize(
+    context: Context,
+    attention: Attention,
+    works: list[list[Work]],
+    stage_cycles: Float[Array, " stages"],
+    starts: Float[Array, " operations"],
+    cycles: Float[Array, " operations"],
+    *,
+    sub_batches: int,
+    tokens: Float[Array, "2"],
+) -> Iteration:
+    """Returns the iteration whose operations do this work in this time.
+
+    Args:
+        context: What runs on what.
+        attention: The work of the channels.
+        works: The NPU's operations of each stage.
+        stage_cycles: The core cycles of each stage.
+        starts: The start of each operation from the start of its stage, core cycles.
+        cycles: The core cycles of each operation.
+        sub_batches: The number of sub-batches.
+        tokens: The tokens of each sub-batch.
+    """
+    hardware, model, batch, parallel = context[:4]
+    system = context.system
+    planned = stages(system, sub_batches)
+    names = [stage.name for stage in planned]
+    of = dict(zip(names, stage_cycles, strict=True))
+    layers = jnp.ceil(model.layers / parallel.pp)
+    if len(planned) == len(INTERLEAVED):
+        in_layer = ["C", "D"]
+        iteration = of["A"] + of["B"] + (layers - 1) * (of["C"] + of["D"]) + of["E"] + of["F"]
+    else:
+        in_layer = names
+        iteration = layers * stage_cycles.sum()
+    layer = sum((of[name] for name in in_layer), start=jnp.float32(0))
+
+    in_use = [
+        work
+        for stage, npu in zip(planned, works, strict=True)
+        if stage.name in in_layer
+        for work in npu
+    ]
+    total = jax.tree.map(lambda *values: sum(values, start=jnp.float32(0)), *in_use)
+    with_pim = system in PIM_SYSTEMS
+    pim = attention_counts(hardware, model, batch, parallel) if with_pim else PIM_NONE
+    sent = messages(model, parallel, layers, tokens.sum(), jnp.maximum((tokens > 0).sum(), 1))
+    communication = link_seconds(hardware, sent[0]) + link_seconds(hardware, sent[1])
+    seconds = iteration / hardware.npu.clock_hz + communication
+    elapsed = seconds * hardware.npu.clock_hz
+    counts = _count_commands(context, total, pim, layers, elapsed, sent, tokens.sum())
+    spent = energy(counts, hardware)
+    joules = spent.total if system != "gpu" else seconds * hardware.gpu.board_watts
+    moved = total.read_bytes + total.write_bytes + pim.results * burst_bytes(hardware.hbm)
+    bandwidth = (
+        hardware.gpu.bytes_per_second / hardware.npu.clock_hz
+        if system == "gpu"
+        else bytes_per_cycle(hardware)
+    )
+    channel_cycles = attention.alone.sum(axis=(1, 3))
+    places = jnp.array([STAGES.index(name) if name in STAGES else 0 for name in names])
+    lost = jnp.max(jnp.where(batch.seq_lens > 0, batch.channels, 0)) >= jnp.minimum(
+        hardware.hbm.num_channels, attention.alone.shape[2]
+    )
+    leaves = jax.tree.leaves((hardware, model, parallel))
+    wrong = sum(jnp.isnan(jnp.asarray(leaf, jnp.float32)) for leaf in leaves) > 0
+    return Iteration(
+        stage_cycles=jnp.zeros(len(STAGES)).at[places].set(stage_cycles),
+        op_cycles=cycles,
+        op_starts=starts,
+        layer_cycles=layer,
+        iteration_cycles=elapsed,
+        iteration_seconds=seconds,
+        tokens_per_second=tokens.sum() / seconds,
+        npu_utilization=total.busy_cycles / layer,
+        pim_utilization=(
+            channel_cycles.sum() / hardware.hbm.num_channels / layer if with_pim else 0.0 * layer
+        ),
+        bandwidth_utilization=moved / bandwidth / layer,
+        channel_cycles=channel_cycles,
+        counts=counts,
+        energy=spent,
+        energy_joules=joules,
+        flagged=wrong
+        | (lost if with_pim else False)
+        | ~jnp.isfinite(seconds)
+        | ~(seconds > 0)
+        | ~jnp.isfinite(joules),
+    )
+
+
+def _count_commands(context: Context, total: Work, pim, layers, elapsed, sent, tokens) -> Counts:
+    """Returns what one device does in an iteration, from the work of one layer."""
+    hardware, hbm = context.hardware, context.hardware.hbm
+    to_core = hardware.npu.clock_hz / hbm.clock_hz
+    # Outside attention: two layer norms of 5 operations, two sums and one activation.
+    elements = tokens * (12.0 * context.model.width + context.model.mlp_width / context.parallel.tp)
+    return Counts(
+        npu_macs=layers * total.macs,
+        vector_operations=layers * elements,
+        scratchpad_bytes=layers * 2 * (total.read_bytes + total.write_bytes),
+        read_bytes=layers * total.read_bytes,
+        write_bytes=layers * total.write_bytes,
+        activations=layers * (total.read_bytes + total.write_bytes) / hbm.row_bytes,
+        group_activations=layers * pim.tiles * banks(hbm) / hardware.pim.banks_per_activation,
+        gwrites=layers * pim.gwrites,
+        comps=layers * pim.products,
+        result_reads=layers * pim.results,
+        refreshes=elapsed / to_core / hbm.trefi_cycles * hbm.ranks * hbm.num_channels,
+        elapsed_cycles=elapsed,
+        link_bytes=sum((each.count * each.each_bytes for each in sent), start=jnp.float32(0)),
+    )
+
+
+def _count_channels(hardware: Hardware, most_channels: int | None) -> int:
+    if most_channels is not None:
+        return most_channels
+    try:
+        return int(hardware.hbm.num_channels)
+    except (TypeError, jax.errors.ConcretizationTypeError):
+        return TRACED_CHANNELS
+
+
+def _check_known(name: str, value, known) -> None:
+    if value not in known:
+        raise ValueError(f"{name} must be one of {', '.join(map(str, known))}, not {value!r}")

@@ -1,0 +1,220 @@
+"""Work of the operations that run on the NPU, and the same work on a GPU.
+
+Each function computes one operation of a decoder layer, on one of the devices that share the
+layer. It takes a `Context` (what runs on what), the tokens of the sub-batch, the bytes that the
+operation just before wrote (some of them still have to reach the memory), and for a matrix product
+its tiling; it returns the `Work`. Cycles are core cycles. `timing.stages` lists which operation
+uses which function.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from neupims.machine.calibration import DEFAULT, Calibration
+from neupims.machine.hardware import Hardware
+from neupims.machine.record import Number
+from neupims.machine.systems import Fidelity, System
+from neupims.machine.workload import FLOAT16_BYTES, Batch, Decoder, Parallel
+from neupims.timing import vector
+from neupims.timing.gemm import Tiling, Work, bytes_per_cycle, gemm, stuck_chance
+from neupims.timing.gemv import heads_of_device
+from neupims.timing.vector import softmax_cycles
+
+TO_SOFTMAX = 9  # core cycles from the last product of a head's logit to its softmax, as measured
+
+
+class Context(NamedTuple):
+    """What an operation is computed from, apart from its tokens."""
+
+    hardware: Hardware
+    model: Decoder
+    batch: Batch
+    parallel: Parallel
+    calibration: Calibration = DEFAULT
+    system: System = "neupims"
+    fidelity: Fidelity = "simulator"
+
+
+# (context, tokens, written_before, tile) -> Work
+WorkFunction = Callable[[Context, Number, Number, Tiling | None], Work]
+# The inner channels and the output features of a product, on one device.
+SidesFunction = Callable[[Decoder, Parallel], tuple[Number, Number]]
+
+
+def qkv_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
+    """Returns inner channels and output features of queries, keys and values together."""
+    width = 1.0 * model.width
+    _, kv_heads = heads_of_device(model, parallel)
+    queries, keys = width / parallel.tp, kv_heads * width / model.heads
+    return width, queries + 2 * keys
+
+
+def projection_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
+    """Returns inner channels and output features of the projection after attention."""
+    width = 1.0 * model.width
+    return width / parallel.tp, width
+
+
+def fc1_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
+    """Returns inner channels and output features of the MLP's first matrix, with its gate."""
+    mlp = 1.0 * model.mlp_width / parallel.tp
+    return 1.0 * model.width, (model.mlp_matrices - 1.0) * mlp
+
+
+def fc2_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
+    """Returns inner channels and output features of the MLP's last matrix."""
+    return 1.0 * model.mlp_width / parallel.tp, 1.0 * model.width
+
+
+def matrix_product(sides: SidesFunction, stuck_after: str | None = None) -> WorkFunction:
+    """Returns the function that computes one matrix product of a layer.
+
+    Args:
+        sides: Gives the inner channels and the output features.
+        stuck_after: The field of `Calibration` with the chance that a product of few tokens finds
+            a write stuck; None for products after which none was seen.
+
+    Returns:
+        A `WorkFunction`. Its result is 0 everywhere where there are no tokens.
+    """
+
+    def work(context: Context, tokens, written_before, tile=None) -> Work:
+        few = getattr(context.calibration, stuck_after) if stuck_after else 0.0
+        found = gemm(
+            context.hardware,
+            tokens,
+            *sides(context.model, context.parallel),
+            npu_only=context.system == "npu-only",
+            stuck=stuck_chance(context.hardware, written_before, few),
+            tile=tile,
+            calibration=context.calibration,
+            fidelity=context.fidelity,
+        )
+        return jax.tree.map(lambda value: jnp.where(tokens > 0, value, 0.0), found)
+
+    return work
+
+
+def normalize(context: Context, tokens, written_before, tile=None) -> Work:
+    """Returns the work of a layer norm."""
+    width = 1.0 * context.model.width
+    options = _vector_options(context, written_before)
+    return vector.layer_norm(context.hardware, tokens, width, **options)
+
+
+def add_residual(context: Context, tokens, written_before, tile=None) -> Work:
+    """Returns the work of a residual sum."""
+    width = 1.0 * context.model.width
+    options = _vector_options(context, written_before)
+    return vector.residual_sum(context.hardware, tokens, width, **options)
+
+
+def activate(context: Context, tokens, written_before, tile=None) -> Work:
+    """Returns the work of the MLP's activation, with its gate where the model has one."""
+    mlp = 1.0 * context.model.mlp_width / context.parallel.tp
+    inputs = context.model.mlp_matrices - 1.0
+    options = _vector_options(context, written_before)
+    return vector.activation(context.hardware, tokens, mlp, inputs, **options)
+
+
+def _vector_options(context: Context, written_before) -> dict[str, Any]:
+    return {
+        "calibration": context.calibration,
+        "fidelity": context.fidelity,
+        "inherited_bytes": written_before,
+    }
+
+
+def attend(context: Context, tokens, written_before, tile=None) -> Work:
+    """Returns the work of the attention of the whole batch on the NPU (`npu_attention`)."""
+    return npu_attention(
+        context.hardware,
+        context.model,
+        context.batch,
+        context.parallel,
+        calibration=context.calibration,
+        fidelity=context.fidelity,
+    )
+
+
+def npu_attention(
+    hardware: Hardware,
+    model: Decoder,
+    batch: Batch,
+    parallel: Parallel,
+    *,
+    calibration: Calibration,
+    fidelity: Fidelity,
+) -> Work:
+    """Returns the work of attention on the arrays, with keys and values read from the memory.
+
+    In "simulator" fidelity the heads of all requests follow each other through one pipeline as
+    products of one row, and each product fills and drains the arrays. "intended" spreads heads
+    over the arrays, so that the memory is the bound.
+
+    Args:
+        hardware: The machine.
+        model: The model.
+        batch: The requests; only their lengths matter.
+        parallel: How many devices share a layer.
+        calibration: The fitted constants; only the efficiencies of the memory are used.
+        fidelity: "simulator" or "intended".
+
+    Returns:
+        The work on one device.
+
+    Reference:
+        src/operations/FusedMHA.cc in the NPU-only branch of the public simulator.
+    """
+    npu = hardware.npu
+    heads, kv_heads = heads_of_device(model, parallel)
+    width = 1.0 * model.width / model.heads
+    lengths = batch.seq_lens * 1.0
+    there = lengths > 0
+    fill = 2.0 * npu.array_height - 1
+    columns = npu.array_width
+    logit = fill + lengths / npu.num_arrays + TO_SOFTMAX
+    blocks = jnp.ceil((lengths + columns - 1) / columns)
+    weighted = blocks * (fill + width / npu.num_arrays)
+    softmax = softmax_cycles(hardware, lengths)
+    one = jnp.where(there, logit + weighted + softmax, 0)
+    read = jnp.where(there, 2 * FLOAT16_BYTES * lengths * width * kv_heads, 0).sum()
+    written = FLOAT16_BYTES * width * heads * there.sum()
+    rate = bytes_per_cycle(hardware)
+    simulated = fidelity == "simulator"
+    efficiency = calibration.shallow_efficiency if simulated else calibration.queued_efficiency
+    memory = read / rate / efficiency
+    first = (jnp.where(there, 2 * FLOAT16_BYTES * lengths * width, 0) / rate)[0]
+    busy = heads * one.sum()
+    if simulated:
+        cycles = jnp.maximum(memory, busy + first)
+    else:
+        busy = busy / npu.num_arrays
+        cycles = jnp.maximum(memory, busy) + fill
+    macs = 2 * heads * width * jnp.where(there, lengths, 0).sum()
+    return Work(
+        cycles, jnp.maximum(memory - busy, 0), jnp.minimum(busy, cycles), read, written, macs
+    )
+
+
+def on_gpu(hardware: Hardware, work: Work) -> Work:
+    """Returns the same work at the roofline of a GPU: its arithmetic or its traffic takes longer.
+
+        seconds = max(2 macs / flops_per_second, bytes / bytes_per_second)
+
+    Args:
+        hardware: The machine; `hardware.gpu` holds the roofline.
+        work: The work on the NPU. Only its products and its bytes are used.
+
+    Returns:
+        The work on the GPU, in core cycles of the NPU's clock, so that systems compare.
+    """
+    arithmetic = 2 * work.macs / hardware.gpu.flops_per_second
+    traffic = (work.read_bytes + work.write_bytes) / hardware.gpu.bytes_per_second
+    cycles = jnp.maximum(arithmetic, traffic) * hardware.npu.clock_hz
+    return work._replace(
+        cycles=cycles, memory_cycles=cycles, busy_cycles=arithmetic * hardware.npu.clock_hz
+    )

@@ -1,0 +1,54 @@
+"""The scripts in examples/: each is short, says what it shows, runs by itself, and prints what is
+checked here.
+"""
+
+import ast
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
+
+# name -> what is printed, with numbers as groups, and what must hold for them
+CHECKS = {
+    "fine_tune_vit": (
+        r"accuracy on 261 other images: (\d+)%\nexponents: \[([\d.]+)\]",
+        lambda accuracy, p: accuracy >= 50 and p != 3,
+    ),
+    "pool_in_your_module": (
+        r"loss ([\d.]+) -> ([\d.]+)\nexponents 3\.0 -> ([\d.]+) [\d. ]+",
+        lambda before, after, p: after < before / 10 and p > 6,
+    ),
+    "rerank_vectors": (
+        r"search +mAP ([\d.]+)\nalpha.* mAP ([\d.]+)\nSuperGlobal.* mAP ([\d.]+)",
+        lambda search, expanded, reranked: min(expanded, reranked) > search + 5,
+    ),
+}
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_example(path, tmp_path):
+    assert path.stem in CHECKS, f"add to CHECKS what {path.name} prints"
+    text = path.read_text()
+    assert len(text.splitlines()) < 60
+    assert len(ast.get_docstring(ast.parse(text)) or "") > 100
+    own = {name: value for name, value in os.environ.items() if not name.startswith("XLA_")}
+    paths = [str(ROOT), *filter(None, [own.get("PYTHONPATH")])]
+    run = subprocess.run(
+        [sys.executable, path],
+        cwd=tmp_path,
+        env=own | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": os.pathsep.join(paths)},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert run.returncode == 0, run.stderr
+    printed, holds = CHECKS[path.stem]
+    found = re.fullmatch(printed, run.stdout.strip())
+    assert found, run.stdout
+    assert holds(*map(float, found.groups())), run.stdout
