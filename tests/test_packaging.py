@@ -99,8 +99,8 @@ OUTSIDE = """
 import jax
 import jax.numpy as jnp
 import neupims
-from neupims.machine.config import load_hardware
 from flax import linen as nn
+from neupims import load_hardware
 
 import ggem_jax
 from ggem_jax import GGeM, Index, ViT, load_vit, superglobal_rerank, vit_config
@@ -120,6 +120,7 @@ side: int = loaded.image
 loss: jax.Array = ggem_jax.arcface_loss(pooled, jnp.array([0, 1]), jnp.ones((2, 8)), margin=0.3)
 ranking: ggem_jax.Ranking = ggem_jax.search(pooled, pooled, k=2)
 paths: list[str] = Index.open("index").paths
+hardware: neupims.Hardware = load_hardware("neupims")
 
 ggem_jax.ggem_pol(tokens, 3.0)  # wrong: attr-defined
 ggem_jax.ggem_pool(tokens, 3.0, layout="sideways")  # wrong: arg-type
