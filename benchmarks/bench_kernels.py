@@ -336,7 +336,7 @@ class Bench:
                 self.measure(about, makers, size + 4 * shape[0] * shape[-1])
 
     def training(self) -> None:
-        """Times a step of ViT-B/16 and of S/16 with a learned GGeM, AdamW and a thousand classes."""
+        """Times a step of ViT-B/16 and S/16 with a learned GGeM, AdamW and a thousand classes."""
         for variant in ("B/16", "S/16") if self.time_left("training") else ():
             self.training_of(variant)
             _freed()
