@@ -14,7 +14,7 @@ itself is fast and starts no device:
   `sharded_siglip_loss`.
 - Retrieval: `search`, `superglobal_rerank`, `alpha_query_expansion`, `average_query_expansion`,
   `augment_database`, `database_augmentation`, `Ranking`; `Extractor` and `DescriptorSettings`, for
-  descriptors of images; `Index`, a folder of described images.
+  descriptors of images; `build_index` and `Index`, a searchable folder of images.
 
 The subpackages `pooling`, `models`, `losses`, `weights`, `descriptors` and `retrieval`, and the
 module `optimizer`, have the rest.
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
         search,
         superglobal_rerank,
     )
-    from ggem_jax.retrieval.index import Index
+    from ggem_jax.retrieval.index import Index, build_index
     from ggem_jax.weights.load import load_vit
 
 __version__ = "0.1.0"
@@ -88,6 +88,7 @@ __all__ = [
     "augment_database",
     "average_query_expansion",
     "avg_pool",
+    "build_index",
     "clip_loss",
     "cls_pool",
     "database_augmentation",
@@ -137,7 +138,7 @@ _MODULES = {
         "Ranking", "alpha_query_expansion", "augment_database", "average_query_expansion",
         "database_augmentation", "search", "superglobal_rerank",
     ),
-    "retrieval.index": ("Index",),
+    "retrieval.index": ("Index", "build_index"),
     "weights.load": ("load_vit",),
 }  # fmt: skip
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}

@@ -16,6 +16,10 @@ EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 
 # name -> what is printed, with numbers as groups, and what must hold for them
 CHECKS = {
+    "explore_designs": (
+        r"(\d+) of 512 designs.*\n(?:.*hbm\.num_channels 32.*\n){5}hbm.* decides .*: (\d+) % .*",
+        lambda front, share: front > 3 and share > 50,
+    ),
     "fine_tune_vit": (
         r"accuracy on 261 other images: (\d+)%\nexponents: \[([\d.]+)\]",
         lambda accuracy, p: accuracy >= 50 and p != 3,
@@ -27,6 +31,15 @@ CHECKS = {
     "rerank_vectors": (
         r"search +mAP ([\d.]+)\nalpha.* mAP ([\d.]+)\nSuperGlobal.* mAP ([\d.]+)",
         lambda search, expanded, reranked: min(expanded, reranked) > search + 5,
+    ),
+    "search_photos": (
+        r"(\d+) images indexed.*\n(?:00-\d\.jpg  score .*\n){5}.*rank before reranking (\d+)",
+        lambda indexed, before: indexed == 72 and before >= 1,
+    ),
+    "simulate_accelerator": (
+        r"published npu-only +([\d.]+) ms.*\npublished neupims +([\d.]+) ms.*\n"
+        r"mine +neupims +([\d.]+) ms.*",
+        lambda npu, published, mine: npu > published > mine,
     ),
 }
 
