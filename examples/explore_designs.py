@@ -29,10 +29,9 @@ def main() -> None:
     for design in found.front[:5]:
         knobs = ", ".join(f"{name} {value:.4g}" for name, value in design.knobs.items())
         print(f"{design.metrics['tokens_per_second']:8,.0f} tokens/s  {knobs}")
-    name, strongest = max(found.sensitivities.items(), key=lambda each: each[1].first_order)
-    print(
-        f"{name} decides most of the throughput: {100 * strongest.first_order:.0f} % of its variance"
-    )
+    name, found_of = max(found.sensitivities.items(), key=lambda each: each[1].first_order)
+    share = 100 * found_of.first_order
+    print(f"{name} decides most of the throughput: {share:.0f} % of its variance")
 
 
 if __name__ == "__main__":
