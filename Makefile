@@ -47,3 +47,18 @@ test: .venv/dev .venv/cuda .venv/pjrt
 
 clean:
 	rm -rf .venv runs
+
+# make docs: the documentation site in site/, built strictly: a broken link or an unknown name is an
+# error (but not with --quiet, which lets warnings pass). Part of make test.
+.PHONY: docs clean-docs
+test: docs
+docs: .venv/docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
+
+.venv/docs: setup.cfg | .venv/bin/python
+	$(BIN)/python -m pip install $(PIP_FLAGS) --editable '.[docs]'
+	@touch $@
+
+clean: clean-docs
+clean-docs:
+	rm -rf site

@@ -1,23 +1,24 @@
-"""Checks and times the kernels on an NVIDIA GPU in one call: python -m benchmarks.bench_kernels
+"""Checks and times the kernels on an NVIDIA GPU in one call.
 
-In each group, taking turns on the same inputs: our function as users call it; XLA from the formula
-as papers print it, under autodiff; XLA from our closed-form gradient; PyTorch, eager and compiled,
-where it is installed; and a copy of as many bytes, which is the ceiling. Who cannot run is left out
-by name; who does not agree with ours is left out, too, and the exit code is 1.
+    python -m benchmarks.bench_kernels
 
-A contestant works through buffers that together are four times the L2 cache and more, so that each
-call finds its tokens in memory. All of them are one program, and a timing is that of at least 100
-calls, handed to the device in a row, from the first to the last. `host_share` is the part of that
-time after which the host had handed over everything: where it is small the device was timed, near 1
-perhaps the host. PyTorch's own queue makes the host wait for the device when it is full, so that
-there a large share says nothing.
+The contestants of a group take turns on the same inputs: our function as users call it; XLA from
+the formula as papers print it, under autodiff; XLA from our closed-form gradient; PyTorch, eager
+and compiled, where it is installed; and a copy of as many bytes, which is the ceiling. Contestants
+that cannot run, or that disagree with ours, are left out and named; the exit code is then 1.
 
-Sections run in order of value, and what would start after --budget seconds is left out and named:
---sections takes it in another call. Rows go to benchmarks/results/, each as soon as it is there;
-`benchmarks.plot_kernels` draws them.
+A contestant works through buffers that together are at least four times the L2 cache, so that each
+call finds its tokens in memory. They form one program. A timing covers at least 100 calls in a row,
+from the first to the last. `host_share` is the share of that time after which the host had
+submitted everything: where it is small, the device was timed; near 1, perhaps the host. PyTorch's
+queue makes the host wait for the device when it is full, so a large share says nothing there.
 
-Without a GPU: --dry goes through all of it on the CPU with small shapes, --check runs the numerics
-in Triton's interpreter (TRITON_INTERPRET=1).
+Sections run in order of importance. A section that would start after --budget seconds is left out
+and named; --sections runs it in another call. Rows go to benchmarks/results/ as soon as they are
+measured; `benchmarks.plot_kernels` draws them.
+
+Without a GPU, --dry goes through all of it on the CPU with small shapes, and --check runs the
+numerics in Triton's interpreter (TRITON_INTERPRET=1).
 """
 
 import argparse
@@ -97,7 +98,7 @@ DRY = Case("dry", 4, 9, 12, 3)
 
 
 def formula(tokens, p, eps=1e-6):
-    """GGeM as papers print it, with the powers in float32 as under mixed precision."""
+    """Returns GGeM as papers print it, with the powers in float32 as under mixed precision."""
     b, n, d = tokens.shape
     x = jnp.maximum(tokens.astype(jnp.float32), eps).reshape(b, n, len(p), -1)
     return (
@@ -106,7 +107,7 @@ def formula(tokens, p, eps=1e-6):
 
 
 def normed(tokens, scale, bias):
-    """Flax's LayerNorm, as ViTs end with it."""
+    """Returns Flax's LayerNorm of the tokens, as ViTs end with it."""
     return nn.LayerNorm(epsilon=1e-6, dtype=tokens.dtype).apply(
         {"params": {"scale": scale, "bias": bias}}, tokens
     )
@@ -132,7 +133,7 @@ JAX_CONTESTANTS: dict[str, dict[str, Callable]] = {
 
 
 def torch_pool(torch) -> Callable:
-    """The formula in PyTorch, after the norm where there are a scale and a bias."""
+    """Returns the formula in PyTorch, after the norm where there are a scale and a bias."""
 
     def pool(x, *parameters):
         *norm, p = parameters
@@ -244,9 +245,7 @@ class Bench:
         )
 
     def run(self, sections: list[str]) -> int:
-        """Exit code: 1 if a check failed, contestants disagreed or something of ours did not
-        run.
-        """
+        """Runs sections. Returns 1 if a check failed, contestants disagreed or ours did not run."""
         for name in sections:
             self.section = name
             began = time.monotonic()
@@ -261,8 +260,9 @@ class Bench:
         return False
 
     def attempted(self, what: str, function: Callable[[], Any], *, fails: bool = True) -> Any:
-        """What `function` returns, or None where it raises: the cause is then said in one line, and
-        the run has failed if `fails`.
+        """Returns what `function` returns, or None where it raises, and then prints the cause.
+
+        With `fails`, the run has failed.
         """
         try:
             return function()
@@ -310,7 +310,7 @@ class Bench:
                     )
 
     def maps(self) -> None:
-        """Several images: 16 buffers of one alone would stay in the cache."""
+        """Times maps of several images: 16 buffers of a single image would stay in the cache."""
         for shape in [(2, 6, 7, 8)] if self.dry else [(8, 32, 22, 2048), (64, 14, 14, 768)]:
             about = {
                 "operation": "superglobal",
@@ -336,13 +336,13 @@ class Bench:
                 self.measure(about, makers, size + 4 * shape[0] * shape[-1])
 
     def training(self) -> None:
-        """One step of ViT-B/16 and of S/16 with a learned GGeM, AdamW and a thousand classes."""
+        """Times a step of ViT-B/16 and S/16 with a learned GGeM, AdamW and a thousand classes."""
         for variant in ("B/16", "S/16") if self.time_left("training") else ():
             self.training_of(variant)
             _freed()
 
     def training_of(self, variant: str) -> None:
-        """Steps with and without the kernels, in turns."""
+        """Times steps with and without the kernels, in turns."""
         small = (
             {"image": 32, "width": 24, "depth": 1, "heads": 3, "mlp_width": 32}
             if self.dry
@@ -407,7 +407,7 @@ class Bench:
     def ready(
         self, what: str, makers: dict[str, Callable[[], "_Call"]], tolerance: float
     ) -> dict[str, "_Call"]:
-        """Contestants that have run once and agree with the first, which is ours."""
+        """Returns the contestants that have run once and agree with the first, which is ours."""
         calls: dict[str, _Call] = {}
         expected: list[np.ndarray] = []
         for name, make in makers.items():
@@ -433,8 +433,9 @@ class Bench:
     def timed(
         self, what: str, calls: dict[str, "_Call"], least_calls: int = 1, rounds: int | None = None
     ) -> dict[str, list[tuple[float, float]]]:
-        """Seconds per buffer and the host's share in them, round by round; contestants take turns,
-        and the first round is thrown away.
+        """Returns seconds per buffer and the host's share of them, for each round but the first.
+
+        The contestants take turns.
         """
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
         for _ in range((rounds or self.rounds) + 1):
@@ -496,8 +497,10 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
 
 
 def moved_bytes(operation: str, stage: str, shape: tuple[int, ...], dtype: str) -> int:
-    """What the algorithm must read and write: the tokens once forward; tokens and their slopes once
-    backward; roots, and statistics of the norm.
+    """Returns the bytes that the algorithm must read and write.
+
+    These are the tokens once in the forward pass, the tokens and their gradients once in the
+    backward pass, the roots, and the statistics of the norm.
     """
     b, n, d = shape
     tokens, per_channel, per_token = (
@@ -511,8 +514,9 @@ def moved_bytes(operation: str, stage: str, shape: tuple[int, ...], dtype: str) 
 
 
 def _buffers(size: int, dry: bool = False) -> int:
-    """How many buffers of so many bytes a contestant works through: as many as may be, and
-    `_COLD_BYTES` together from 17 MB each.
+    """Returns the number of buffers of a size that a contestant works through.
+
+    From 17 MB each, the buffers have `_COLD_BYTES` together.
     """
     return 2 if dry else int(min(max(_MOST_BYTES // size, 1), _MOST_BUFFERS))
 
@@ -523,9 +527,7 @@ def _named(about: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What all contestants of a group get: buffers of tokens, parameters, and a cotangent for each
-    buffer alike.
-    """
+    """What all contestants of a group get: buffers of tokens, parameters, and one cotangent."""
 
     buffers: list[jax.Array]
     parameters: list[jax.Array]
@@ -549,7 +551,7 @@ class Inputs:
 def contestants(
     operation: str, compiled_torch: bool, dry: bool
 ) -> dict[str, Callable[[Inputs, str], "_Call"]]:
-    """By name, ours first: what makes a call of inputs and a stage."""
+    """Returns by name, ours first, the functions that make a call of inputs and a stage."""
     makers: dict[str, Callable[[Inputs, str], _Call]] = {
         name: partial(_in_jax, pool) for name, pool in JAX_CONTESTANTS[operation].items()
     }
@@ -563,9 +565,7 @@ def contestants(
 
 @dataclass(frozen=True)
 class _Call:
-    """`run` starts the work on `count` buffers and returns at once, with results that will be there
-    after `wait`.
-    """
+    """A call: `run` starts the work on `count` buffers, and `wait` waits for its results."""
 
     run: Callable
     count: int
@@ -576,7 +576,7 @@ class _Call:
 
 
 def _over_buffers(buffers, function, *rest) -> _Call:
-    """One compiled program that takes each buffer once."""
+    """Returns one compiled program that takes each buffer once."""
     one = jax.jit(function)  # traced once for all of them
     program = jax.jit(lambda buffers, *rest: [one(buffer, *rest) for buffer in buffers])
     return _Call(partial(program, buffers, *rest), len(buffers))
@@ -639,7 +639,7 @@ def _compiled_torch_pool(torch) -> Callable:
 
 
 def _first_result(make: Callable[[], _Call]) -> tuple[_Call, list[np.ndarray]]:
-    """A call and what it computes of the first buffer."""
+    """Returns a call, and what it computes of the first buffer."""
     call = make()
     result = call()
     call.wait(result)
@@ -650,9 +650,7 @@ def _first_result(make: Callable[[], _Call]) -> tuple[_Call, list[np.ndarray]]:
 
 
 def _difference(result: list[np.ndarray], expected: list[np.ndarray], tolerance: float) -> str:
-    """Where the arrays differ by more than `tolerance` of the largest entry; empty where they do
-    not.
-    """
+    """Returns where arrays differ by more than `tolerance` of the largest entry, if they do."""
     if [a.shape for a in result] != [a.shape for a in expected]:
         return f"shapes {[a.shape for a in result]} and not {[a.shape for a in expected]}"
     pairs = [
@@ -666,9 +664,7 @@ def _difference(result: list[np.ndarray], expected: list[np.ndarray], tolerance:
 
 
 def _copies(moved: int, count: int) -> dict[str, _Call]:
-    """Copies that read and write `moved` bytes together: as the driver does them, and by a kernel
-    of XLA.
-    """
+    """Returns copies that read and write `moved` bytes: by the driver, and by a kernel of XLA."""
     buffers = [jnp.full(max(moved // 4, 1), i, jnp.bfloat16) for i in range(count)]
     return {
         "copy": _over_buffers(buffers, jnp.copy),
@@ -677,7 +673,7 @@ def _copies(moved: int, count: int) -> dict[str, _Call]:
 
 
 def _timing(call: _Call, least_calls: int) -> tuple[float, float]:
-    """Seconds per buffer, and the part of them after which the host had handed over everything."""
+    """Returns seconds per buffer, and the share after which the host had submitted everything."""
     repeats = -(-least_calls // call.count)
     call.wait(call())
     began = time.perf_counter()
@@ -690,7 +686,7 @@ def _timing(call: _Call, least_calls: int) -> tuple[float, float]:
 
 
 def _freed() -> None:
-    """Gives the memory of a group back, so that JAX and PyTorch can share a device."""
+    """Frees the memory of a group, so that JAX and PyTorch can share a device."""
     gc.collect()
     if "torch" in sys.modules and sys.modules["torch"].cuda.is_available():
         sys.modules["torch"].cuda.empty_cache()
@@ -705,7 +701,7 @@ def _parameters(config):
 def _training(
     config, params, batch: int, steps: int, *, fused_norm: bool, kernels: bool
 ) -> Callable:
-    """A call that takes so many steps, after the first, which compiles."""
+    """Returns a call that takes a number of steps, after a first step, which compiles."""
     model, transform = ViT(config, GGeM(), 1000, fused_norm=fused_norm), optax.adamw(1e-3)
     images = jax.random.normal(
         jax.random.key(1), (batch, config.image, config.image, 3), config.dtype
@@ -741,7 +737,7 @@ def _training(
 
 @cache
 def _torch(dry: bool):
-    """PyTorch, or None where it is missing or cannot work here, which is said once."""
+    """Returns PyTorch, or None where it is missing or cannot work here, which is printed once."""
     try:
         import torch
         import torch._functorch.config

@@ -1,15 +1,18 @@
-"""How many accelerator designs a second: python -m benchmarks.bench_neupims
+"""Measures how many accelerator designs are evaluated in a second.
 
-GPT-3 7B, 256 requests with lengths like those of chats, one decode iteration in closed form with
-all metrics (cycles of the stages, throughput, utilisations, energy by parts, area). Designs differ
-in every knob that enters the number of tiles or their latency: ranks, bank groups, banks, row and
-page bytes, products of a command, tFAW, tRCD, arrays and clock. They go through `explore`'s
-evaluator in chunks, on all devices (each core of a CPU is one), results copied back. Figures: one
-schedule for all designs, and another one for each; both fidelities; 10^2 to 10^6 designs, with the
-largest memory of this process in the meantime. The comparison calls the same function, compiled for
-one design, in a Python loop, and copies each result back. Seconds are the least of the rounds, as
-other work on the machine only adds; designs per second of work of one core are given too, which
-other work disturbs less. Rows go to benchmarks/results/neupims_speed.csv.
+    python -m benchmarks.bench_neupims
+
+One decode iteration of GPT-3 7B in closed form, with 256 requests of chat-like lengths and all
+metrics (cycles of the stages, throughput, utilisations, energy by parts, area). Designs differ in
+every knob that affects the number of tiles or their latency: ranks, bank groups, banks, row and
+page bytes, products of a command, tFAW, tRCD, arrays and clock. The evaluator of `explore` takes
+them in chunks, on all devices (each core of a CPU is one), and copies the results back.
+
+The rows have one schedule for all designs, or another one for each; both fidelities; 10^2 to 10^6
+designs, with the largest memory of this process. The comparison calls the same function, compiled
+for one design, in a Python loop, and copies each result back. Seconds are the least of the rounds,
+because other work on the machine only adds to them. Designs per second of CPU time are given too,
+which other work affects less. Rows go to benchmarks/results/neupims_speed.csv.
 """
 
 import argparse
@@ -107,8 +110,9 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def chat_batch(requests: int) -> Batch:
-    """Lengths spread like those of chats (log-normal, mean near 300, at most 2048), longest first
-    to the channels to and fro.
+    """Returns a batch of chat-like lengths: log-normal, mean near 300, at most 2048.
+
+    The longest come first and are dealt to the channels back and forth.
     """
     lengths = np.random.default_rng(0).lognormal(5.3, 0.9, requests).clip(1, 2048).astype(int)
     lap, place = np.divmod(np.arange(requests), CHANNELS)
@@ -117,10 +121,10 @@ def chat_batch(requests: int) -> Batch:
 
 
 def metrics_of(batch: Batch, schedule: str, fidelity: str):
-    """A function from the knobs of one design, and its number, to its metrics.
+    """Returns a function from the knobs of one design, and its number, to its metrics.
 
-    Where the schedule is another for "each" design the requests take the channels' slots in an
-    order that its number sets.
+    With the schedule "each", the number of a design sets the order in which its requests take the
+    slots of the channels.
     """
     parts, model, parallel = (
         jax.tree.map(jnp.asarray, batch),
@@ -174,7 +178,7 @@ class Measured(NamedTuple):
 
 
 def evaluation_seconds(design, count: int, chunk: int, block: int, rounds: int) -> Measured:
-    """`count` designs through the evaluator."""
+    """Times the evaluation of `count` designs."""
     evaluator = Evaluator(SPACE, lambda columns: map_blocks(design, columns, block), chunk)
     seconds, worked, peak = [], [], 0
     for _ in range(rounds + 1):
@@ -201,7 +205,7 @@ def evaluation_seconds(design, count: int, chunk: int, block: int, rounds: int) 
 
 
 def loop_seconds(design, count: int, rounds: int) -> float:
-    """The same for one design after the other."""
+    """Times one design after the other."""
     single = jax.jit(design)
     columns = columns_of(count)
     rows = [{name: each[i] for name, each in columns.items()} for i in range(count)]

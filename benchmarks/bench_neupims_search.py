@@ -1,6 +1,8 @@
-"""Schedules found by search against the published ones: python -m benchmarks.bench_neupims_search
+"""Compares schedules found by search with the published ones.
 
-Two studies, each a row a case in benchmarks/results.
+    python -m benchmarks.bench_neupims_search
+
+There are two studies. Each writes a row for each case into benchmarks/results.
 
 neupims_search.csv: the twenty traces published with the simulator (512 requests), and fresh draws
 of ShareGPT, Alpaca, Azure-conversation and Azure-code lengths (256 requests, clipped to 2,048, put
@@ -8,14 +10,14 @@ on channels by the simulator's greedy packing, listed as drawn), for every GPT-3
 is the trace as it is, halved by the simulator's rule, two sub-batches. "best" is the best
 realisable schedule of an evolution that starts from the baselines. Gains are predicted; their error
 is that of the model (`python -m neupims validate`). The gap is to the lower bound. The whole batch
-may also be served at once, on the best of the baselines: where that is better, its gain stands
-apart (`one_batch_gain`).
+may also be served at once, on the best of the baselines: `one_batch_gain` is the gain of the better
+of the two.
 
-neupims_search_small.csv: small cases whose optimum is enumerated: how often evolution, and each
-heuristic, reach it, with a tenth of the points.
+neupims_search_small.csv: small cases whose optimum is enumerated. It counts how often each search
+and each heuristic reaches the optimum with a tenth of the points.
 
-Requests are drawn alike, each at a uniform point of its output: its length is its input and a share
-of its output.
+All requests are equally likely, and each is at a uniform point of its output: its length is its
+input and a share of its output.
 """
 
 import argparse
@@ -84,11 +86,11 @@ def main() -> None:
 
 
 def large_cases(options: argparse.Namespace) -> None:
-    """One row for each trace and model, and a summary of each group of traces."""
+    """Appends a row for each trace and model, and prints a summary of each group of traces."""
     gains: dict[tuple[str, str], list[tuple[float, float]]] = {}
     for group, name, lengths, channels in traces(options.published, options.draws):
         for model_name in options.models.split(","):
-            row = improved(model_name, lengths, channels, options, name)
+            row = improve(model_name, lengths, channels, options, name)
             gains.setdefault((group, model_name), []).append((row["gain"], row["gap"]))
             shown = {
                 key: f"{value:.5g}" if isinstance(value, float) else value
@@ -109,8 +111,9 @@ def large_cases(options: argparse.Namespace) -> None:
 
 
 def traces(published: int, draws: int):
-    """Group, name, lengths and channels of each trace; None for channels that a model's greedy
-    packing gives.
+    """Yields group, name, lengths and channels of each trace.
+
+    The channels are None where the greedy packing of the model gives them.
     """
     files = sorted((SHARED / "golden" / "neupims" / "traces").glob("share-gpt2-bs512-*.csv"))[
         :published
@@ -131,11 +134,11 @@ def traces(published: int, draws: int):
     for name in LENGTHS:
         rng = np.random.default_rng(0)
         for draw in range(draws):
-            yield name, f"{name}-{draw}", drawn(name, rng), None
+            yield name, f"{name}-{draw}", draw_lengths(name, rng), None
 
 
-def drawn(name: str, rng: np.random.Generator) -> np.ndarray:
-    """Lengths of a serving batch."""
+def draw_lengths(name: str, rng: np.random.Generator) -> np.ndarray:
+    """Draws the lengths of a serving batch."""
     pairs = pairs_of(name)
     chosen = pairs[rng.integers(0, len(pairs), REQUESTS)]
     return np.clip(chosen[:, 0] + np.floor(rng.random(REQUESTS) * chosen[:, 1]), 1, LONGEST).astype(
@@ -145,7 +148,7 @@ def drawn(name: str, rng: np.random.Generator) -> np.ndarray:
 
 @cache
 def pairs_of(name: str) -> np.ndarray:
-    """Input and output tokens of each request of a data set that has any output."""
+    """Returns input and output tokens of each request of a data set that has any output."""
     with open(SHARED / "data" / "llm-traces" / LENGTHS[name], newline="") as file:
         rows = [
             (int(row["input_tokens"]), int(row["output_tokens"])) for row in csv.DictReader(file)
@@ -153,8 +156,8 @@ def pairs_of(name: str) -> np.ndarray:
     return np.array([row for row in rows if row[1] > 0])
 
 
-def improved(model_name: str, lengths, channels, options: argparse.Namespace, name: str) -> dict:
-    """The published schedule of a batch, the best one found, and the bound."""
+def improve(model_name: str, lengths, channels, options: argparse.Namespace, name: str) -> dict:
+    """Returns the row of a batch: its published schedule, the best one found, and the bound."""
     hardware, model, parallel = Hardware(), load_model(model_name), load_parallel(model_name)
     if channels is None:
         channels = np.asarray(
@@ -166,7 +169,7 @@ def improved(model_name: str, lengths, channels, options: argparse.Namespace, na
     choices = Choices(CHANNELS, realisable=True, sub_batches=(2,))
     published = make_genome(choices, channels, halves(channels, CHANNELS))
     known = {"published": published} | baselines(choices, problem)
-    starts = stacked(known)
+    starts = stack(known)
     costs = dict(zip(known, costs_of(choices, problem, starts).tolist(), strict=True))
     done = found(choices, problem, starts, options)
     first = int(np.argmin(done.cost.objective))
@@ -209,7 +212,7 @@ def found(choices: Choices, problem: Problem, starts, options: argparse.Namespac
     )
 
 
-def stacked(genomes: dict):
+def stack(genomes: dict):
     return jax.tree.map(lambda *parts: jnp.stack(parts), *genomes.values())
 
 
@@ -221,7 +224,7 @@ def costs_of(choices: Choices, problem: Problem, genomes):
 
 
 def small_cases(options: argparse.Namespace) -> None:
-    """One row for each size: how many of its cases each strategy and heuristic solves."""
+    """Appends a row for each size: how many of its cases each strategy and heuristic solves."""
     for index, (points, (channels, requests)) in enumerate(POINTS.items()):
         choices = Choices(channels, sub_batches=(2,))
         cases = options.small // len(POINTS) + (index < options.small % len(POINTS))
@@ -231,7 +234,7 @@ def small_cases(options: argparse.Namespace) -> None:
             problem = small_case(np.random.default_rng([points, case]), channels, requests)
             proof = exhaustive(Layer(choices), choices, problem)
             known = baselines(choices, problem)
-            starts = stacked(known)
+            starts = stack(known)
             costs = dict(zip(known, costs_of(choices, problem, starts).tolist(), strict=True))
             for strategy in STRATEGIES:
                 budget = {"budget": points // 10, "population": SMALL_POPULATION}
@@ -270,8 +273,9 @@ def small_cases(options: argparse.Namespace) -> None:
 
 
 def small_case(rng: np.random.Generator, channels: int, requests: int) -> Problem:
-    """A few requests on a machine of a few channels, with a model so narrow and requests so long
-    that PIM and the NPU take about as long.
+    """Draws a few requests on a machine of a few channels.
+
+    The model is so narrow and the requests are so long that PIM and the NPU take about as long.
     """
     width = int(rng.choice([512, 1024, 2048]))
     model = Decoder(

@@ -1,9 +1,10 @@
-"""Time of `ggem_pool`, value and gradient for tokens and p, against the plain formula: python -m
-benchmarks.bench_pooling
+"""Times value and gradient of `ggem_pool` beside the plain formula.
 
-In one run, taking turns: ours; the plain formula under jit and autodiff; the same formula in
-PyTorch where it is installed. Rows go to benchmarks/results/pooling.csv. A ratio above 1 means that
-ours is faster.
+    python -m benchmarks.bench_pooling
+
+Three contestants take turns in one run: ours, the plain formula under jit and autodiff, and the
+same formula in PyTorch where it is installed. Rows go to benchmarks/results/pooling.csv. A ratio
+above 1 means that ours is faster.
 """
 
 import argparse
@@ -15,21 +16,19 @@ import numpy as np
 from benchmarks.record import append, interleaved, machine, median_and_spread
 from ggem_jax.pooling import ggem_pool
 
-SHAPES = (
-    (64, 196, 384, 6),
-    (16, 1369, 768, 12),
-)  # batch, tokens, channels, groups: S/16 at 224 px, B/14 at 518 px
+# batch, tokens, channels, groups: S/16 at 224 px, B/14 at 518 px
+SHAPES = ((64, 196, 384, 6), (16, 1369, 768, 12))
 
 
 def plain(tokens, p, eps=1e-6):
-    """The formula as papers print it."""
+    """Returns the formula as papers print it: (mean_n max(x_n, eps)^p)^(1/p) by group."""
     b, n, d = tokens.shape
     x = jnp.maximum(tokens, eps).reshape(b, n, len(p), -1)
     return (jnp.mean(x ** p[:, None], axis=1) ** (1 / p[:, None])).reshape(b, d)
 
 
 def in_jax(pool, tokens, p, cotangent):
-    """A call of value and gradient that returns when they are there."""
+    """Returns a call that computes value and gradient and waits for them."""
     step = jax.jit(
         jax.value_and_grad(lambda tokens, p: jnp.sum(pool(tokens, p) * cotangent), (0, 1))
     )
@@ -37,6 +36,7 @@ def in_jax(pool, tokens, p, cotangent):
 
 
 def in_torch(torch, tokens, p, cotangent):
+    """Returns a call that computes the gradients of the formula in PyTorch."""
     x, q, g = (torch.tensor(np.array(array)) for array in (tokens, p, cotangent))
     x.requires_grad_()
     q.requires_grad_()
@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def check(calls) -> None:
-    """All must compute the same before they are timed."""
+    """Compares the gradients of all contestants before they are timed."""
     _, (by_tokens, by_p) = calls["ours"]()
     others = {"plain": calls["plain"]()[1]} | (
         {"torch": calls["torch"]()} if "torch" in calls else {}

@@ -1,18 +1,19 @@
-"""SuperGlobal's reranking against its formulas in NumPy and against its own matrix products: python
--m benchmarks.bench_rerank
+"""Times SuperGlobal's reranking beside its formulas in NumPy.
 
-70 queries, 4,993 vectors of 2,048, 400 candidates: the size of ROxford5k. Four contestants, in one
-run, taking turns:
+    python -m benchmarks.bench_rerank
+
+The size is that of ROxford5k: 70 queries, 4,993 vectors of 2,048, 400 candidates. Four contestants
+take turns in one run:
 
 - ours: `superglobal_rerank`
-- its matrix products alone: the dot products of each query's candidates with each other and with
-  two vectors, jitted
-- NumPy, all at once: the neighbours of all candidates of all queries gathered, as the published
-  code does
+- its matrix products alone: the dot products of the candidates of each query with each other and
+  with two vectors, jitted
+- NumPy, all at once: gathers the neighbours of all candidates of all queries, as the published code
+  does
 - NumPy, one query at a time
 
-Peak memory is that of a process of its own for each, above what it had before the call. A row goes
-to benchmarks/results/rerank.csv.
+Peak memory is measured in a process of its own for each contestant: what the call adds to the
+memory before it. Rows go to benchmarks/results/rerank.csv.
 """
 
 import argparse
@@ -56,7 +57,7 @@ def main() -> None:
     if largest > 2e-6:
         sys.exit(f"ours and NumPy differ by {largest}")
     times = interleaved(calls, options.rounds)
-    peaks = {name: measured_apart(name) for name in calls}
+    peaks = {name: peak_in_own_process(name) for name in calls}
     middle, peak = {name: median_and_spread(own)[0] for name, own in times.items()}, peaks["ours"]
     for name in calls:
         milliseconds, spread = median_and_spread(times[name])
@@ -77,7 +78,7 @@ def main() -> None:
 
 
 def example() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Unit vectors around 300 places, and each query's database ids by similarity."""
+    """Returns unit vectors of queries and database around 300 centres, and ids by similarity."""
     rng = np.random.default_rng(0)
     places = rng.normal(size=(300, DIM)).astype(np.float32)
 
@@ -92,6 +93,7 @@ def example() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def contestants(queries: np.ndarray, database: np.ndarray, ids: np.ndarray) -> dict[str, Callable]:
+    """Returns a call for each contestant, by name; each waits for its result."""
     ranking = Ranking(np.zeros(ids.shape, np.float32), ids.astype(np.int32))
     on_device, queries_on_device, candidates = (
         jnp.asarray(database),
@@ -123,8 +125,9 @@ def contestants(queries: np.ndarray, database: np.ndarray, ids: np.ndarray) -> d
 
 
 def all_at_once(queries: np.ndarray, database: np.ndarray, ids: np.ndarray) -> np.ndarray:
-    """The formulas for all queries together: `(q, m, k, d)` neighbours. Scores `(q, n)`; the
-    untouched have 0 here.
+    """Returns scores `(q, n)` by the formulas for all queries together.
+
+    It gathers neighbours `(q, m, k, d)`. Images that are not candidates have a score of 0.
     """
     candidates = ids[:, :CANDIDATES]
     x = database[candidates]  # (q, m, d)
@@ -143,13 +146,14 @@ def all_at_once(queries: np.ndarray, database: np.ndarray, ids: np.ndarray) -> n
 
 
 def query_by_query(queries: np.ndarray, database: np.ndarray, ids: np.ndarray) -> np.ndarray:
+    """Returns the scores of `all_at_once`, computed for one query after the other."""
     return np.concatenate(
         [all_at_once(queries[i : i + 1], database, ids[i : i + 1]) for i in range(len(queries))]
     )
 
 
 def peak_bytes(call: Callable) -> int:
-    """What a first call adds to the memory of this process at most, that of compiling included."""
+    """Returns the peak memory that a first call adds to this process, compiling included."""
     before = _resident()
     _reset_peak()
     call()
@@ -171,7 +175,8 @@ def _peak() -> int:
         return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
 
 
-def measured_apart(name: str) -> int:
+def peak_in_own_process(name: str) -> int:
+    """Returns the peak memory of one call of a contestant in a new process, in bytes."""
     command = [sys.executable, "-m", "benchmarks.bench_rerank", "--memory", name]
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
 

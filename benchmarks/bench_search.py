@@ -1,11 +1,15 @@
-"""Exact search in more vectors than should be in memory: python -m benchmarks.bench_search
+"""Times exact search in more vectors than should be in memory.
 
-70 queries, 1,000,000 vectors of 2,048 in float16 in one file of 4.1 GB, memory-mapped. In one run:
-our search; reading the file once, block by block; and the matrix product of the queries with as
-many blocks as the file has, widened to float32 and in memory. The ratio is ours over the sum of the
-two. Peak memory is what is this process's own (RssAnon), pages of mapped files apart, watched by a
-thread. On the first 50,000 vectors the ids are compared with a brute force over the same vectors in
-float64. A row goes to benchmarks/results/search.csv.
+    python -m benchmarks.bench_search
+
+70 queries search 1,000,000 vectors of 2,048 in float16, in one memory-mapped file of 4.1 GB. Three
+calls take turns in one run: our search; reading the file once, block by block; and the matrix
+product of the queries with as many blocks as the file has, in float32 and in memory. The ratio is
+ours over the sum of the other two.
+
+Peak memory is the anonymous memory of this process (RssAnon), without pages of mapped files; a
+thread watches it. On the first 50,000 vectors, the ids are compared with a brute-force search over
+the same vectors in float64. A row goes to benchmarks/results/search.csv.
 """
 
 import argparse
@@ -38,7 +42,7 @@ def main() -> None:
         "--folder",
         type=Path,
         default=None,
-        help="where the file is put for the time of the run; it must have room",
+        help="folder of the temporary file of 4.1 GB (default: that of the system)",
     )
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.folder) as folder:
@@ -83,7 +87,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def write_vectors(path: Path, rows: int, dim: int) -> None:
-    """Unit vectors in float16, block by block."""
+    """Writes random unit vectors in float16, block by block."""
     file = np.lib.format.open_memmap(path, mode="w+", dtype=np.float16, shape=(rows, dim))
     draw = jax.jit(
         lambda i: jax.random.normal(jax.random.key(i, impl="rbg"), (_ROWS, dim)) / dim**0.5
@@ -94,8 +98,10 @@ def write_vectors(path: Path, rows: int, dim: int) -> None:
 
 
 def check_ids(path: Path, queries: np.ndarray, k: int, rows: int) -> dict[str, str]:
-    """Against all scores in float64, rounded to float32; equals by id. And what bfloat16 loses: the
-    share of the k best that it keeps, its error.
+    """Compares ids with a brute-force search, and returns what bfloat16 loses.
+
+    The reference is all scores in float64, rounded to float32, equal ones in the order of their
+    ids. Of bfloat16, the row has the share of the k best that it keeps, and its largest error.
     """
     part = np.load(path, mmap_mode="r")[:rows]
     exact = [
@@ -124,7 +130,7 @@ def check_ids(path: Path, queries: np.ndarray, k: int, rows: int) -> dict[str, s
 
 
 def read(path: Path) -> None:
-    """The file once, through a buffer of one block."""
+    """Reads the file once, through a buffer of one block."""
     buffer = bytearray(_ROWS * 4096)
     with path.open("rb", buffering=0) as file:
         while file.readinto(buffer):
@@ -132,6 +138,7 @@ def read(path: Path) -> None:
 
 
 def multiply(queries: jax.Array, rows: int, dim: int) -> None:
+    """Multiplies the queries with as many blocks of ones as the file has."""
     block = jnp.ones((_ROWS, dim))
     for _ in range(-(-rows // _ROWS)):
         jax.block_until_ready(_product(queries, block))
@@ -143,7 +150,7 @@ def _product(queries, block):
 
 
 class Watched:
-    """The largest RssAnon of this process inside a `with`, looked at every 10 ms."""
+    """Records the largest RssAnon of this process inside a `with`, sampled every 10 ms."""
 
     def __enter__(self) -> "Watched":
         self.peak, self._end = 0, threading.Event()

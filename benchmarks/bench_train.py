@@ -1,10 +1,11 @@
-"""Speed of `train.classify` against a minimal hand-written step of the same model: python -m
-benchmarks.bench_train
+"""Compares the speed of `train.classify` with a minimal hand-written step of the same model.
 
-ViT-Ti/16 at 224 px. The script trains from PNG files with its log, its meters and its input
-pipeline; the minimal loop is one jitted AdamW step on one batch that is already on the device. Both
-take turns in one run. Rows go to benchmarks/results/train.csv; the target is a ratio of at least
-0.95.
+    python -m benchmarks.bench_train
+
+The model is a ViT-Ti/16 at 224 px. The script trains from PNG files with its log, its meters and
+its input pipeline; the minimal loop is one jitted AdamW step on one batch that is already on the
+device. The two take turns in one run. Rows go to benchmarks/results/train.csv; the target is a
+ratio of at least 0.95.
 """
 
 import argparse
@@ -26,8 +27,8 @@ from train.log import read_metrics
 from train.throughput import peak_flops, training_flops
 
 
-def write_pictures(folder: Path, count: int) -> None:
-    """Noise in two classes; PNG files of noise are as slow to read as pictures get."""
+def write_images(folder: Path, count: int) -> None:
+    """Writes PNG files of noise in two classes; noise is the slowest to decode."""
     rng = np.random.default_rng(0)
     for i in range(count):
         path = folder / ("train" if i < count - 4 else "test") / f"class{i % 2}" / f"{i:05d}.png"
@@ -36,7 +37,7 @@ def write_pictures(folder: Path, count: int) -> None:
 
 
 def minimal_loop(config: Config, steps: int):
-    """A call that takes so many steps of the least code that trains this model."""
+    """Returns a call that takes a number of steps of a minimal training loop."""
     model, transform = build_model(config, 2), optax.adamw(1e-3)
     images = jax.random.normal(jax.random.key(1), (config.batch, 224, 224, 3))
     labels = jnp.arange(config.batch) % 2
@@ -66,18 +67,20 @@ def minimal_loop(config: Config, steps: int):
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--steps", type=int, default=8, help="of each loop in a round")
+    parser.add_argument(
+        "--steps", type=int, default=8, help="steps of each loop in a round (%(default)s)"
+    )
     parser.add_argument("--batch", type=int, default=32)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_pictures(folder / "pictures", 68)
+        write_images(folder / "images", 68)
         speeds: list[float] = []
 
         def config_of(run: int) -> Config:
             flags = [
                 "--data",
-                f"folder:{folder}/pictures",
+                f"folder:{folder}/images",
                 "--variant",
                 "Ti/16",
                 "--batch",
@@ -102,7 +105,7 @@ def main() -> None:
             )
 
         def script():
-            """The first step is not counted by the script itself, so one more is taken."""
+            """Trains one step more than is counted: the script does not count the first."""
             config = config_of(len(speeds))
             train(config, quiet=True)
             speeds.append(read_metrics(config.out, "train")[-1]["images_per_second"])

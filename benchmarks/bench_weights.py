@@ -1,17 +1,18 @@
-"""Published weights of full size, read, brought back and written: python -m
-benchmarks.bench_weights
+"""Times reading and writing published weights of full size.
+
+    python -m benchmarks.bench_weights
 
 Random weights of the published sizes are written under the published names. A process of its own
-reads the file (`read_vit`, `read_text`: names, axes, variables), brings the variables back
+reads the file (`read_vit`, `read_text`: names, axes, variables), converts the variables back
 (`to_timm`; text towers: `to_published_names`) and writes them. Seconds are medians over the rounds;
-files are read from the memory of the system. `load` is the number of processes that wanted a core
-in the minute before; where it is above the number of cores, the seconds are too many. `peak_mb` is
-what the process grew by in the first round.
+the files are in the page cache of the system. `load` is the number of processes that wanted a core
+in the minute before; where it is above the number of cores, the times are too long. `peak_mb` is
+the growth of the process in the first round.
 
-`differs` names what does not come back to the bit: compared with the file where the names are the
-same, else the variables of the written file with those of the first. It should be empty but for the
-distilled DeiT, whose file has a distillation token and a position for it: our model has their sum,
-which comes back as the token, with a position of zero.
+`differs` lists what does not return to the bit. It compares with the file where the names are the
+same, otherwise the variables of the written file with those of the first. It should be empty except
+for the distilled DeiT, whose file has a distillation token and a position for it: our model has
+their sum, which returns as the token, with a position of zero.
 
 Rows go to benchmarks/results/weights.csv.
 """
@@ -45,7 +46,7 @@ SMALLER = {"width": 24, "depth": 2, "heads": 3, "mlp_width": 40}  # of --small
 
 
 class Case(NamedTuple):
-    """A published file: the names and shapes in it, and which towers."""
+    """A published file: its names and shapes, and its towers."""
 
     shapes: Shapes
     ending: str = ".safetensors"
@@ -53,7 +54,7 @@ class Case(NamedTuple):
 
 
 def cases(small: bool = False) -> dict[str, Case]:
-    """The files by the families' names; `small`: of networks of the same make that take no time."""
+    """Returns the files by family; `small` gives tiny networks of the same architectures."""
 
     def sized(variant: str, **changes: Any) -> ViTConfig:
         return vit_config(
@@ -106,14 +107,13 @@ def cases(small: bool = False) -> dict[str, Case]:
 
 
 def timm_shapes(config: ViTConfig, pooling: Trained, classes: int, style: Style) -> Shapes:
-    """timm's names; positions are those of the file, which our table has folded."""
+    """Returns timm's names; positions as in the file, before our table folds them."""
     shapes = {
         name: parameter.shape
         for name, parameter in vit_table(config, style, pooling, classes).items()
     }
-    joined = join_qkv(
-        {name: np.empty(shape, np.float32) for name, shape in shapes.items()}
-    )  # memory that nothing touches
+    # np.empty: memory that nothing touches
+    joined = join_qkv({name: np.empty(shape, np.float32) for name, shape in shapes.items()})
     shapes = {name: array.shape for name, array in joined.items()}
     shapes["pos_embed"] = (1, style.positions + (config.image // config.patch) ** 2, config.width)
     if style.distilled:
@@ -131,7 +131,7 @@ def text_shapes(
 
 
 def clip_shapes(c: ViTConfig) -> Shapes:
-    """The image tower of openai/CLIP, model.py."""
+    """Returns the shapes of the image tower of openai/CLIP, model.py."""
     block = {
         "ln_1.weight": (c.width,),
         "ln_1.bias": (c.width,),
@@ -153,11 +153,11 @@ def clip_shapes(c: ViTConfig) -> Shapes:
         for norm in ("ln_pre", "ln_post")
         for leaf in ("weight", "bias")
     }
-    return inside("visual.", shapes | repeated("transformer.resblocks.{}.", block, c.depth))
+    return inside("visual.", shapes | repeat("transformer.resblocks.{}.", block, c.depth))
 
 
 def augreg_shapes(c: ViTConfig) -> Shapes:
-    """A file of google-research/vision_transformer."""
+    """Returns the shapes of a file of google-research/vision_transformer."""
     block = flax_block(
         c, ("LayerNorm_0/", "LayerNorm_2/"), "MultiHeadDotProductAttention_1/", "MlpBlock_3/"
     )
@@ -169,7 +169,7 @@ def augreg_shapes(c: ViTConfig) -> Shapes:
 
 
 def siglip_shapes(c: ViTConfig) -> Shapes:
-    """The image tower of big_vision, with attention pooling."""
+    """Returns the shapes of the image tower of big_vision, with attention pooling."""
     attention, mlp = "MultiHeadDotProductAttention_0/", "MlpBlock_0/"
     pooling = flax_block(c, ("LayerNorm_0/",), attention, mlp) | {"probe": (1, 1, c.width)}
     block = flax_block(c, ("LayerNorm_0/", "LayerNorm_1/"), attention, mlp)
@@ -185,7 +185,7 @@ def flax_tower(c: ViTConfig, block: Shapes) -> Shapes:
         "Transformer/encoder_norm/scale": (c.width,),
         "Transformer/encoder_norm/bias": (c.width,),
     }
-    return shapes | repeated("Transformer/encoderblock_{}/", block, c.depth)
+    return shapes | repeat("Transformer/encoderblock_{}/", block, c.depth)
 
 
 def flax_block(c: ViTConfig, norms: Sequence[str], attention: str, mlp: str) -> Shapes:
@@ -205,7 +205,7 @@ def inside(folder: str, shapes: Shapes) -> Shapes:
     return {folder + name: shape for name, shape in shapes.items()}
 
 
-def repeated(folder: str, block: Shapes, depth: int) -> Shapes:
+def repeat(folder: str, block: Shapes, depth: int) -> Shapes:
     return {
         name: shape for i in range(depth) for name, shape in inside(folder.format(i), block).items()
     }
@@ -223,8 +223,8 @@ def write_random(case: Case, path: Path) -> None:
         write_safetensors(path, arrays)
 
 
-def measured(path: Path, tower: str, heads: int | None, rounds: int) -> dict[str, Any]:
-    """Seconds and memory of one tower of a file, and what does not come back to the bit."""
+def measure(path: Path, tower: str, heads: int | None, rounds: int) -> dict[str, Any]:
+    """Returns seconds and memory of one tower of a file, and what does not return to the bit."""
     read: Callable = read_vit if tower == "image" else read_text
     back: Callable[[Any], Arrays] = to_timm if tower == "image" else to_published_names
     written = path.with_name("written.safetensors")
@@ -286,7 +286,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument(
         "--small",
         action="store_true",
-        help="networks of the same make that take no time: a check of the benchmark",
+        help="tiny networks of the same architectures, to test the benchmark",
     )
     parser.add_argument(
         "--results",
@@ -299,7 +299,7 @@ def main(argv: list[str] | None = None) -> None:
     heads = SMALLER["heads"] if arguments.small else None
     if arguments.one:
         print(
-            json.dumps(measured(Path(arguments.one[0]), arguments.one[1], heads, arguments.rounds))
+            json.dumps(measure(Path(arguments.one[0]), arguments.one[1], heads, arguments.rounds))
         )
         return
     versions = machine()

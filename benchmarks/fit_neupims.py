@@ -1,13 +1,12 @@
-"""Fits the constants of neupims/machine/calibration.py to runs of the public simulator, and reports
-the error on the runs it did not see.
+"""Fits the constants of the accelerator model to the public simulator, and reports held-out errors.
 
-    python -m benchmarks.fit_neupims            # the error of the constants as they are, on both parts; writes the tables
-    python -m benchmarks.fit_neupims --fit      # finds new ones on the fitting part and prints them; they are then written into the module by hand
+    python -m benchmarks.fit_neupims          # errors of the present constants; writes the tables
+    python -m benchmarks.fit_neupims --fit    # finds new constants and prints them
 
-The fitting part are the runs whose identifier ends in an even hexadecimal digit. Reads
-GGEM_SHARED/golden/neupims (by default ../shared). The tables are
-benchmarks/results/neupims_validation.csv (errors of the part not used for fitting, and of all runs)
-and neupims/expected_error.json, which the tools print.
+New constants go into neupims/machine/calibration.py by hand. The fitting part is the runs whose
+identifier ends in an even hexadecimal digit. The runs are read from GGEM_SHARED/golden/neupims (by
+default ../shared). The tables are benchmarks/results/neupims_validation.csv (errors of the held-out
+runs, and of all runs) and neupims/expected_error.json, which the tools print.
 """
 
 import argparse
@@ -27,7 +26,7 @@ from neupims.timing.attention import exact_attention
 from neupims.validation import Pair, group_errors, predict
 
 ROOT = Path(__file__).parent.parent
-STEP = 0.1  # of each constant, of the first simplex
+STEP = 0.1  # relative step of each constant in the first simplex
 
 
 def main() -> None:
@@ -37,8 +36,8 @@ def main() -> None:
         "--reopen",
         type=float,
         help=(
-            "another value of reopen_cycles, which changes the followed work and is found by trying"
-            " a few"
+            "another value of reopen_cycles, which changes the recurrence and is found by trying a"
+            " few values"
         ),
     )
     parser.add_argument("--evaluations", type=int, default=160)
@@ -50,7 +49,7 @@ def main() -> None:
         if options.reopen is None
         else dataclasses.replace(DEFAULT, reopen_cycles=options.reopen)
     )
-    cases = [(run, listed[run["run_id"]], *followed(run, folder, calibration)) for run in runs]
+    cases = [(run, listed[run["run_id"]], *follow(run, folder, calibration)) for run in runs]
     fitting = [case for case in cases if int(case[0]["run_id"][-1], 16) % 2 == 0]
     held_out = [case for case in cases if int(case[0]["run_id"][-1], 16) % 2]
     if options.fit:
@@ -73,8 +72,8 @@ def main() -> None:
         write(tables)
 
 
-def followed(run, folder, calibration: Calibration):
-    """A run's records, and its channels' PIM work, which only `reopen_cycles` touches."""
+def follow(run, folder, calibration: Calibration):
+    """Returns the records of a run, and the PIM work of its channels by the recurrence."""
     case = case_of(run, folder)
     if case.system == "npu-only":
         return case, None
@@ -91,6 +90,7 @@ def followed(run, folder, calibration: Calibration):
 
 
 def rows_of(cases, calibration: Calibration, path: str = "exact") -> list[Pair]:
+    """Returns measured and predicted cycles of every operation, stage and layer of the cases."""
     rows = []
     for run, listed, case, attention in cases:
         predicted = predict(
@@ -105,8 +105,9 @@ def rows_of(cases, calibration: Calibration, path: str = "exact") -> list[Pair]:
 
 
 def fit(cases, start_from: Calibration, evaluations: int) -> Calibration:
-    """The constants with the least sum of the mean errors of PIM operations, products, stages and
-    layers, of every system alike.
+    """Returns the constants with the least mean error, by the method of Nelder and Mead.
+
+    The error is the mean over PIM operations, products, stages and layers, each system alike.
     """
     from scipy.optimize import minimize
 
@@ -153,7 +154,7 @@ KINDS = ("pim", "gemm", "stage", "layer")
 
 
 def write(tables) -> None:
-    """The committed table, and the one that the tools print from."""
+    """Writes the committed table, and the one that the tools print."""
     with open(ROOT / "benchmarks" / "results" / "neupims_validation.csv", "w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(

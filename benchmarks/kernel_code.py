@@ -1,8 +1,9 @@
-"""Registers, spills and instructions per element of every kernel, compiled ahead of time: python -m
-benchmarks.kernel_code
+"""Counts registers, spills and instructions per element of every kernel, compiled ahead of time.
 
-Needs triton and no GPU. Instructions are those of the busiest loop, all of them, divided by the
-elements of tokens that a thread takes in one turn; lanes beyond the channels are not elements. Rows
+    python -m benchmarks.kernel_code
+
+It needs triton and no GPU. Instructions are all those of the busiest loop, divided by the elements
+of the tokens that a thread takes in one iteration; lanes beyond the channels are not elements. Rows
 go to benchmarks/results/kernel_code.csv.
 """
 
@@ -61,9 +62,7 @@ class Code:
         return [m[2] for m in _INSTRUCTION.finditer(self.sass)]
 
     def busiest_loop(self) -> list[str]:
-        """Opcodes between the backward branch and its target that enclose the most special-function
-        instructions.
-        """
+        """Returns the opcodes of the loop with the most special-function instructions."""
         lines = [(int(m[1], 16), m[2], m[3]) for m in _INSTRUCTION.finditer(self.sass)]
         loops = [
             [op for where, op, _ in lines if target <= where <= address]
@@ -76,8 +75,9 @@ class Code:
 
 
 def _differentiated(pool: Callable, per_channel: int) -> Callable:
-    """Value and gradient of a pooling of tokens `(b, n, d)`, which takes `per_channel` arrays
-    `(d,)` and exponents.
+    """Returns a function that computes value and gradient of a pooling of tokens `(b, n, d)`.
+
+    The pooling takes `per_channel` arrays `(d,)` and exponents.
     """
 
     def launch_all(tokens):
@@ -116,7 +116,7 @@ _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0
 
 @contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Kernel calls that are traced inside are written down instead of lowered."""
+    """Records the kernel calls that are traced inside, instead of lowering them."""
     launches: list[Launch] = []
 
     def triton_call(*inputs, kernel, grid, num_warps, compute_capability, out_shape, **constants):
@@ -137,8 +137,9 @@ def recorded() -> Iterator[list[Launch]]:
 
 
 def launches_of(function: Callable, *shapes: jax.ShapeDtypeStruct) -> list[Launch]:
-    """What `function` would launch for arguments of these shapes; it asks for
-    `implementation="triton"` itself.
+    """Returns what `function` would launch for arguments of these shapes.
+
+    The function itself sets `implementation="triton"`.
     """
     with recorded() as launches:
         jax.eval_shape(
@@ -150,8 +151,9 @@ def launches_of(function: Callable, *shapes: jax.ShapeDtypeStruct) -> list[Launc
 
 
 def compiled(launch_: Launch, capability: int) -> Code:
-    """Compiles to machine code and reads what ptxas made of it: that of JAX, or, where JAX has no
-    CUDA plugin, Triton's own.
+    """Compiles to machine code and reads the output of ptxas.
+
+    The ptxas is that of JAX, or Triton's own where JAX has no CUDA plugin.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -226,13 +228,14 @@ def main() -> None:
             }
             append(
                 "kernel_code",
-                about | {"shape": name, "dtype": dtype} | described(one, shape, capability),
+                about | {"shape": name, "dtype": dtype} | describe(one, shape, capability),
             )
 
 
-def described(one: Launch, shape: tuple[int, ...], capability: int) -> dict[str, Any]:
-    """A row: what ptxas says, and the instructions of the busiest loop per token element, idle
-    lanes included.
+def describe(one: Launch, shape: tuple[int, ...], capability: int) -> dict[str, Any]:
+    """Returns a row: the output of ptxas, and instructions of the busiest loop per token element.
+
+    Idle lanes are included.
     """
     code, constants = compiled(one, capability), one.constants
     loop = code.busiest_loop()
@@ -246,12 +249,13 @@ def described(one: Launch, shape: tuple[int, ...], capability: int) -> dict[str,
         * min(constants["CHANNELS"] * constants.get("PIECES", 1), shape[-1])
         / (32 * one.warps)
     )
+    special = sum(op.startswith("MUFU") for op in loop)
     return {
         "kernel": one.name, "programs": one.programs, "threads": 32 * one.warps,
         "registers": code.registers, "spilled_bytes": code.spilled_bytes,
         "shared_bytes": code.shared_bytes,
         "instructions_per_element": f"{len(loop) / per_thread:.1f}",
-        "special_functions_per_element": f"{sum(op.startswith('MUFU') for op in loop) / per_thread:.2f}",
+        "special_functions_per_element": f"{special / per_thread:.2f}",
     }  # fmt: skip
 
 

@@ -1,9 +1,8 @@
-"""What the kernels compute against the same functions in float64, which take plain JAX; and against
-themselves, again and in parts.
+"""Compares the kernels with the same functions in float64, and with themselves, again and in parts.
 
-Errors are relative to the largest entry of a row. Allowed are 5e-6 for values and 2e-5 + 5e-7 p for
-gradients in float32, and what the dtype of the tokens rounds to besides. The error of plain JAX in
-float32 stands beside that of the kernel.
+The functions in float64 run as plain JAX. Errors are relative to the largest entry of a row.
+Allowed are 5e-6 for values and 2e-5 + 5e-7 p for gradients in float32, and in addition the rounding
+of the tokens' dtype. Each row also has the error of plain JAX in float32.
 """
 
 from collections.abc import Callable, Iterator
@@ -27,7 +26,7 @@ OPERATIONS = ("ggem", "norm_ggem")
 
 
 def checks(implementation: str, small: bool) -> Iterator[dict[str, Any]]:
-    """A row for everything that is checked; `small` for the interpreter, which is slow."""
+    """Yields a row for each check; `small` is for the interpreter, which is slow."""
     for check in (
         basic_checks(implementation, small) | further_checks(implementation, small)
     ).values():
@@ -37,7 +36,7 @@ def checks(implementation: str, small: bool) -> Iterator[dict[str, Any]]:
 def basic_checks(
     implementation: str, small: bool
 ) -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
-    """What must hold before anything is timed, by name; each gives its rows."""
+    """Returns by name the checks that must hold before anything is timed."""
     shape = (SMALL if small else SHAPES)[0]
     cases = [
         (operation, shape, dtype, p)
@@ -60,9 +59,7 @@ def basic_checks(
 def further_checks(
     implementation: str, small: bool
 ) -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
-    """The others: very many elements, masks, sign rules, sizes, and all shapes, dtypes and
-    exponents.
-    """
+    """Returns the other checks by name: many elements, masks, sign rules, sizes, dtypes, p."""
     shape = (SMALL if small else SHAPES)[0]
     found: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {}
     few, copies = (shape, 3) if small else ((30, 1024, 768, 12), 100)
@@ -120,7 +117,7 @@ def _pool_of(operation: str, **options) -> Callable:
 def _arguments(
     operation: str, shape: tuple[int, ...], dtype: str, p: float, size: float = 1.0
 ) -> tuple[list[np.ndarray], np.ndarray]:
-    """Tokens and parameters as the kernel sees them, and a cotangent."""
+    """Draws tokens and parameters as the kernel sees them, and a cotangent."""
     b, n, d, groups = shape
     rng = np.random.default_rng(b * n * d)
     tokens = np.array(jnp.asarray(size * np.clip(rng.normal(0.5, 1, (b, n, d)), -3, 3), dtype))
@@ -183,7 +180,7 @@ def _against_float64(
 
 @cache
 def _value_and_slopes(operation: str, **options) -> Callable:
-    """A program that is compiled once for each shape, whatever p."""
+    """Returns a program that is compiled once for each shape, for every p."""
 
     @jax.jit
     def program(arguments, mask, cotangent):
@@ -198,9 +195,7 @@ def _numbers(arrays) -> list[np.ndarray]:
 
 
 def _error(ours: np.ndarray, exact: np.ndarray) -> float:
-    """Largest difference, relative to the largest entry of its row; not a number counts as
-    infinite.
-    """
+    """Returns the largest difference, relative to the largest entry of its row; NaN is infinite."""
     ours, exact = (
         array.reshape(len(array), -1) if array.ndim > 1 else array[None] for array in (ours, exact)
     )
@@ -234,7 +229,7 @@ def _the_same_every_time(
 
 
 def _maps(shape: tuple[int, ...], dtype: str, implementation: str) -> Iterator[dict[str, Any]]:
-    """SuperGlobal's pooling of maps as they come from a ReLU."""
+    """Checks SuperGlobal's pooling of maps after a ReLU."""
     maps = np.array(jnp.asarray(np.maximum(np.random.default_rng(0).normal(size=shape), 0), dtype))
     with jax.enable_x64(True):
         exact = np.asarray(superglobal_pool(np.asarray(maps, np.float64), implementation="xla"))
@@ -255,10 +250,10 @@ def _maps(shape: tuple[int, ...], dtype: str, implementation: str) -> Iterator[d
 def _many_copies(
     operation: str, shape: tuple[int, ...], copies: int, implementation: str
 ) -> Iterator[dict[str, Any]]:
-    """More than 2^31 elements: the same images over and over must give the same bits over and over,
-    and what they give alone but for rounding:
+    """Checks more than 2^31 elements.
 
-    the fused norm adds up the tokens of few images in another order, shared by several programs.
+    Repeated images must give the same bits each time, and up to rounding what they give alone: the
+    fused norm adds up the tokens of few images in another order, shared by several programs.
     """
     arguments, cotangent = _arguments(operation, shape, "bfloat16", 3.0)
     pool = _pool_of(operation, implementation=implementation)

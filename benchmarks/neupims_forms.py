@@ -1,9 +1,10 @@
-"""The closed form of PIM time against the exact recurrence, on random lists of requests: python -m
-benchmarks.neupims_forms
+"""Compares the closed form of PIM time with the exact recurrence, on random lists of requests.
+
+    python -m benchmarks.neupims_forms
 
 Draws lists of 1 to 24 requests of one channel with ShareGPT's lengths (GGEM_SHARED, by default
-../shared), and compares the sum of the requests' closed forms with the mean of the recurrence over
-the phases of the refresh round. Rows go to benchmarks/results/neupims_forms.csv.
+../shared), and compares the sum of the closed forms of the requests with the mean of the recurrence
+over the phases of the refresh round. Rows go to benchmarks/results/neupims_forms.csv.
 """
 
 import argparse
@@ -60,7 +61,7 @@ def main() -> None:
 
 
 def draw(lists: int) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths (lists, LONGEST), 0 beyond a list's end, and the number of requests of each list."""
+    """Draws lengths `(lists, LONGEST)`, 0 beyond the end of a list, and the sizes of the lists."""
     path = (
         Path(os.environ.get("GGEM_SHARED", "../shared"))
         / "data"
@@ -83,8 +84,9 @@ def draw(lists: int) -> tuple[np.ndarray, np.ndarray]:
 def compare(
     hardware: Hardware, model: str, lengths: np.ndarray, operation: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Cycles of each list: the recurrence's mean over phases, the closed form with steps, and
-    without.
+    """Returns cycles of each list: by the recurrence, by the closed form with steps and without.
+
+    The recurrence is averaged over the phases of the refresh round.
     """
     decoder, parallel = load_model(model), load_parallel(model)
     phases = (jnp.arange(PHASES) + 0.5) / PHASES

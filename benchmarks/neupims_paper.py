@@ -1,11 +1,12 @@
-"""The published figures of NeuPIMs beside the model's, with the simulator's quirks and without
-them: python -m benchmarks.neupims_paper
+"""Compares the published figures of NeuPIMs with the model's, with and without simulator quirks.
+
+    python -m benchmarks.neupims_paper
 
 Published: Heo et al., "NeuPIMs", ASPLOS 2024, arXiv:2403.00579, abstract and section 8. Batches are
 drawn as the public trace generator draws them (trace-generator/get_distributions.py of the
 simulator), from its lengths of ShareGPT and Alpaca (GGEM_SHARED, by default ../shared), with a
-fixed seed, and one batch serves all models. A speed-up is a ratio of tokens per second; where
-`neupims` has no number it takes the better of one and two sub-batches for each batch. Rows go to
+fixed seed; one batch serves all models. A speed-up is a ratio of tokens per second. `neupims`
+without a number is the better of one and two sub-batches for each batch. Rows go to
 benchmarks/results/neupims_paper.csv: mean, least and greatest over the points (model, dataset,
 batch size) of the row, each point the mean of its draws.
 """
@@ -35,9 +36,8 @@ DATASETS = {"sharegpt": "sharegpt_lengths.csv", "alpaca": "alpaca_lengths.csv"}
 MODELS = ("gpt3-7b", "gpt3-13b", "gpt3-30b", "gpt3-175b")
 BATCHES = (64, 128, 256, 384, 512)
 CHANNELS, LONGEST = 32, 2048
-STEP_TOKENS = (
-    10  # tokens that all requests generate before finished ones are replaced, as in the generator
-)
+# tokens that all requests generate before finished ones are replaced, as in the generator
+STEP_TOKENS = 10
 SETTLING_STEPS = 200
 # Systems of the model -> system, sub-batches, row buffers, channels of the requests.
 SYSTEMS = {
@@ -49,8 +49,8 @@ SYSTEMS = {
     "npu-only": ("npu-only", 1, 2, "greedy"),
     "gpu": ("gpu", 1, 2, "greedy"),
 }
-# Published averages, abstract and section 8.2; of the GPU and the NPU only that they differ
-# marginally.
+# Published averages, abstract and section 8.2. Of the GPU and the NPU, the paper only says that
+# they differ marginally.
 SPEED_UPS = {
     ("neupims", "npu-pim"): "1.6 (1.13 to 3)",
     ("neupims", "npu-only"): "2.4",
@@ -69,8 +69,9 @@ STEPS = {  # of the ablation, figure 13
 
 
 class Draws(NamedTuple):
-    """Batches of all datasets, sizes and draws, padded with requests of length 0: (datasets, sizes,
-    draws, requests).
+    """Batches of all datasets, sizes and draws, `(datasets, sizes, draws, requests)`.
+
+    Smaller batches are padded with requests of length 0.
     """
 
     greedy: Batch
@@ -114,7 +115,7 @@ def main() -> None:
         )
 
     if drawn is None:
-        for figure, ratios in measured_speed_ups().items():
+        for figure, ratios in compare_speed_ups().items():
             for variant, values in zip(
                 ("measured by the simulator", "simulator, the same traces"),
                 np.transpose(ratios),
@@ -137,7 +138,7 @@ def main() -> None:
                 "all",
                 np.array([100 * abs(p / m - 1) for m, p in ratios]),
             )
-        for system, pair in measured_schedules().items():
+        for system, pair in compare_schedules().items():
             for variant, gain in zip(
                 ("measured by the simulator", "simulator, the same traces"), pair, strict=True
             ):
@@ -149,7 +150,7 @@ def main() -> None:
                     256,
                     np.array([100 * gain]),
                 )
-        for system, differences in measured_utilizations().items():
+        for system, differences in compare_utilizations().items():
             for unit, values in differences.items():
                 write(
                     f"{unit} utilisation, model less simulator, points",
@@ -297,12 +298,12 @@ def main() -> None:
                     )
 
 
-def measured_speed_ups() -> dict[str, list[tuple[float, float]]]:
-    """Measured and predicted speed-ups of each model, data set and size that the runs of
-    GGEM_SHARED/golden/neupims have both sides of.
+def compare_speed_ups() -> dict[str, list[tuple[float, float]]]:
+    """Returns measured and predicted speed-ups of each model, data set and batch size.
 
-    NeuPIMs, the better of one and two sub-batches, on the trace of greedy packing; NPU + PIM on
-    that of round robin with the same requests.
+    The runs of GGEM_SHARED/golden/neupims must have both sides: NeuPIMs, the better of one and two
+    sub-batches, on the trace of greedy packing; NPU + PIM on that of round robin with the same
+    requests.
     """
     folder = Path(os.environ.get("GGEM_SHARED", "../shared")) / "golden" / "neupims"
     layers: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
@@ -332,9 +333,10 @@ def measured_speed_ups() -> dict[str, list[tuple[float, float]]]:
     return ratios
 
 
-def measured_schedules() -> dict[str, tuple[float, float]]:
-    """Measured and predicted gain of a layer by greedy packing over round robin, by system, where
-    both were run with the same requests.
+def compare_schedules() -> dict[str, tuple[float, float]]:
+    """Returns measured and predicted gains of greedy packing over round robin, by system.
+
+    Both must have been run with the same requests.
     """
     folder = Path(os.environ.get("GGEM_SHARED", "../shared")) / "golden" / "neupims"
     layers: dict[tuple[str, str], dict[str, tuple[float, float]]] = {}
@@ -361,9 +363,10 @@ def measured_schedules() -> dict[str, tuple[float, float]]:
     return gains
 
 
-def measured_utilizations() -> dict[str, dict[str, list[float]]]:
-    """Predicted less measured utilisation of the layer, in percentage points, of all runs of whole
-    models, by system and unit.
+def compare_utilizations() -> dict[str, dict[str, list[float]]]:
+    """Returns predicted less measured utilisation of the layer, in percentage points.
+
+    The result has all runs of whole models, by system and unit.
     """
     folder = Path(os.environ.get("GGEM_SHARED", "../shared")) / "golden" / "neupims"
     runs, listed = read_runs(folder)
@@ -403,11 +406,11 @@ def measured_utilizations() -> dict[str, dict[str, list[float]]]:
 
 
 def draw(draws: int) -> Draws:
-    """Batches as the public generator draws them, each from a stream of requests of its own.
+    """Draws batches as the public generator does, each from its own stream of requests.
 
-    A stream starts as it would be after very long: a request is met in proportion to its output,
-    anywhere in its generation. Then it runs for SETTLING_STEPS, so that the lists of the channels
-    are those of the policy: a request stays on its channel until it ends.
+    A stream starts in its stationary state: a request is drawn in proportion to its output, at a
+    uniform point of its generation. Then it runs for SETTLING_STEPS, so that the lists of the
+    channels are those of the policy: a request stays on its channel until it ends.
     """
     folder = Path(os.environ.get("GGEM_SHARED", "../shared")) / "data" / "llm-traces"
     lists: dict[str, list[tuple]] = {"greedy": [], "round robin": []}
@@ -427,7 +430,7 @@ def draw(draws: int) -> Draws:
                     )
     shape = (len(DATASETS), len(BATCHES), draws, max(BATCHES))
 
-    def stacked(each):
+    def stack(each):
         return Batch(
             *(
                 jnp.asarray(np.stack(part).reshape(shape), jnp.int32)
@@ -435,14 +438,19 @@ def draw(draws: int) -> Draws:
             )
         )
 
-    return Draws(stacked(lists["greedy"]), stacked(lists["round robin"]))
+    return Draws(stack(lists["greedy"]), stack(lists["round robin"]))
 
 
 def stream(table: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths (size,) of the requests that are alive, the oldest first, and their channels (size,
-    2), greedy and round robin.
+    """Draws the requests that are alive at one time.
 
-    `table` holds the input and output tokens of a data set.
+    Args:
+        table: input and output tokens of a data set, `(n, 2)`.
+        size: requests that are alive.
+        rng: source of the random numbers.
+
+    Returns:
+        Lengths `(size,)`, the oldest first, and channels `(size, 2)`, greedy and round robin.
     """
     first = table[rng.choice(len(table), size, p=table[:, 1] / table[:, 1].sum())]
     done = rng.integers(0, first[:, 1])
@@ -466,8 +474,9 @@ def stream(table: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.n
 
 
 def place(lengths: np.ndarray, loads: np.ndarray, turn: int) -> tuple[np.ndarray, int]:
-    """Channels of new requests, (r, 2): where the load is least by the paper's algorithm 2, and in
-    turn; and whose turn is next.
+    """Returns channels of new requests, `(r, 2)`, and the channel whose turn is next.
+
+    The first column has the least loaded channel (algorithm 2 of the paper), the second the next.
     """
     least = []
     for cost in estimate(lengths):
@@ -479,8 +488,9 @@ def place(lengths: np.ndarray, loads: np.ndarray, turn: int) -> tuple[np.ndarray
 
 
 def estimate(lengths: np.ndarray) -> np.ndarray:
-    """The generator's estimate of a request's time in its channel, in memory cycles, for GPT3-7B on
-    4 devices (algorithm 1; it counts all heads).
+    """Returns the generator's estimate of the time of each request in its channel, memory cycles.
+
+    It is that of GPT3-7B on 4 devices (algorithm 1; it counts all heads).
     """
     lengths = np.clip(lengths, 1, LONGEST)
     logit = GWRITE_ESTIMATE + TILE_ESTIMATE * np.ceil(lengths / 32)
@@ -488,7 +498,7 @@ def estimate(lengths: np.ndarray) -> np.ndarray:
 
 
 def run(drawn: Draws, fidelity: str) -> dict[str, Iteration]:
-    """Every system on every batch, leading axes (models, datasets, sizes, draws)."""
+    """Simulates every system on every batch; leading axes (models, datasets, sizes, draws)."""
     models = jax.tree.map(
         lambda *values: jnp.array(values, jnp.float32), *(load_model(name) for name in MODELS)
     )
@@ -521,8 +531,9 @@ def run(drawn: Draws, fidelity: str) -> dict[str, Iteration]:
 
 
 def variants(speeds: dict, results: dict) -> dict[str, dict[str, np.ndarray]]:
-    """Tokens per second of each system: as coded, with one quirk taken away, and as intended.
-    Changes `speeds` only by adding the better NeuPIMs.
+    """Returns tokens per second of each system: as coded, without single quirks, and as intended.
+
+    It adds the better NeuPIMs to `speeds`.
     """
     for of in speeds.values():
         of["neupims"] = np.maximum(of["neupims-1"], of["neupims-2"])
@@ -547,8 +558,9 @@ def variants(speeds: dict, results: dict) -> dict[str, dict[str, np.ndarray]]:
 
 
 def npu_only_speed(results: dict, arrays: int) -> np.ndarray:
-    """Tokens per second of the coded NPU-only system if its attention ran on so many arrays at
-    once, but not faster than as intended.
+    """Returns tokens per second of the coded NPU-only system with attention on several arrays.
+
+    Attention is not faster than in `intended` fidelity.
     """
     npu_only, other = results["simulator"]["npu-only"], results["intended"]["npu-only"]
     coded = npu_only.op_cycles[..., ATTENTION]
@@ -561,7 +573,7 @@ def npu_only_speed(results: dict, arrays: int) -> np.ndarray:
 
 
 def memory_joules(one: Iteration) -> np.ndarray:
-    """Energy of the memory as the simulator counts it: without the interface."""
+    """Returns the energy of the memory as the simulator counts it, without the interface."""
     return np.asarray(
         one.energy.dram_array + one.energy.pim + one.energy.refresh + one.energy.background
     )

@@ -1,7 +1,8 @@
-"""Draws benchmarks/results/kernels.csv: the share of the copy bandwidth that each contestant
-reaches, by shape: python -m benchmarks.plot_kernels
+"""Draws the share of the copy bandwidth that each contestant of bench_kernels reaches, by shape.
 
-Rows of the last day and device in the file count. The picture goes to
+    python -m benchmarks.plot_kernels
+
+It reads the rows of the last day and device in benchmarks/results/kernels.csv, and writes
 benchmarks/results/kernels.png.
 """
 
@@ -32,7 +33,7 @@ COLUMNS = {
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """Rows of the last day and device in the file; `ValueError` where it has none."""
+    """Returns the rows of the last day and device; raises `ValueError` where there are none."""
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows:
@@ -50,9 +51,7 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def draw(rows: list[dict[str, str]], target: Path) -> None:
-    """A panel for each operation and stage, a group of bars for each shape, a bar for each
-    contestant.
-    """
+    """Draws a panel for each operation and stage, with a bar for each shape and contestant."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -1,4 +1,4 @@
-"""What every benchmark says of itself, and where its rows go."""
+"""The columns that every benchmark writes, and the files of its rows."""
 
 import csv
 import importlib.metadata
@@ -16,7 +16,7 @@ RESULTS = Path(__file__).parent / "results"
 
 
 def machine() -> dict[str, str]:
-    """Device, versions and date, the same for all rows of a run."""
+    """Returns device, versions and date, which are the same for all rows of a run."""
     device = jax.devices()[0]
     return {
         "date": time.strftime("%Y-%m-%d"),
@@ -30,7 +30,7 @@ def machine() -> dict[str, str]:
 
 
 def _cpu() -> str:
-    """The name of the processor and the number of its cores, as far as the system tells."""
+    """Returns the name of the processor and the number of its cores, if the system gives them."""
     try:
         text = Path("/proc/cpuinfo").read_text()
     except OSError:
@@ -53,8 +53,9 @@ def append(name: str, row: dict[str, Any], folder: Path = RESULTS) -> None:
 
 
 def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds of each call in each round. The calls take turns, so that a slow moment of the
-    machine meets all; the first round is thrown away.
+    """Returns the seconds of each call in each round, without the first round.
+
+    The calls take turns, so that a slow moment of the machine affects all of them.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
@@ -66,6 +67,6 @@ def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, l
 
 
 def median_and_spread(times: list[float]) -> tuple[float, float]:
-    """Median in milliseconds, and the distance between the quartiles as a share of it."""
+    """Returns the median in milliseconds, and the interquartile range as a share of it."""
     low, middle, high = statistics.quantiles(times, n=4)
     return 1e3 * middle, (high - low) / middle

@@ -47,9 +47,8 @@ def main(file: Path) -> None:
         return optax.apply_updates(variables, updates), state
 
     variables, state = loaded.variables, optimizer.init(loaded.variables)
-    for start in [*range(0, 1536, 64)] * 4:
-        rows = slice(start, start + 64)
-        variables, state = step(variables, state, images[rows], labels[rows])
+    for i in [*range(0, 1536, 64)] * 4:
+        variables, state = step(variables, state, images[i : i + 64], labels[i : i + 64])
     right = loaded.model.apply(variables, images[1536:]).logits.argmax(-1) == labels[1536:]
     print(f"accuracy on {len(right)} other images: {right.mean():.0%}")
     print("exponents:", variables["params"]["pool"]["p"])

@@ -6,7 +6,7 @@ import math
 
 import pytest
 
-from benchmarks.bench_weights import cases, measured, write_random
+from benchmarks.bench_weights import cases, measure, write_random
 
 # Of the published networks: those before CLIP as timm counts them, CLIP as open_clip does, SigLIP
 # as its model card.
@@ -30,6 +30,6 @@ def test_small_files_come_back_to_the_bit(tmp_path, name):
     path = tmp_path / f"weights{case.ending}"
     write_random(case, path)
     for tower in case.towers:
-        row = measured(path, tower, 3, rounds=1)
+        row = measure(path, tower, 3, rounds=1)
         assert row["differs"] == ("dist_token pos_embed" if "distilled" in name else "")
         assert name.replace("-III", "3").lower().startswith(row["family_found"])

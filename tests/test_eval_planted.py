@@ -49,7 +49,7 @@ def test_the_evidence_stands_where_the_experiment_says():
 def test_the_tool_prints_a_table_or_json(capsys, monkeypatch):
     every = planted.make_arms
     monkeypatch.setattr(
-        planted, "arms", lambda config: {name: every(config)[name] for name in ("GeM", "GGeM")}
+        planted, "make_arms", lambda config: {name: every(config)[name] for name in ("GeM", "GGeM")}
     )
     flags = ["--seeds", "2", "--steps", "3", "--test", "16"]
     planted.main(flags)

@@ -15,7 +15,8 @@ from jax.sharding import PartitionSpec as P
 from benchmarks import ahead_of_time
 from ggem_jax.pooling import ggem_pool, norm_ggem_pool, superglobal_pool
 from train import step
-from train.config import load_config
+from train.cli import load_config
+from train.config import Config
 
 pytestmark = [
     pytest.mark.aot,
@@ -107,7 +108,7 @@ def test_superglobal_keeps_its_maps():
 def test_a_training_step_moves_weights_but_no_tokens(monkeypatch):
     monkeypatch.setattr(step, "make_mesh", lambda fsdp: mesh((8 // fsdp, fsdp)))
     step._classifier_steps.cache_clear()
-    config = load_config([*TINY, "--pool.kind", "ggem", "--fsdp", "2"], "test")
+    config = load_config(Config, [*TINY, "--pool.kind", "ggem", "--fsdp", "2"])
     steps = step.make_steps(config, 10, 100)
     step._classifier_steps.cache_clear()
     side, batch = config.model.image, config.batch

@@ -36,7 +36,7 @@ def test_a_stream_meets_requests_in_proportion_to_their_output():
 
 
 def test_the_page_shows_the_committed_speed_ups():
-    page = (ROOT / "docs" / "neupims.md").read_text(encoding="utf-8")
+    page = (ROOT / "docs" / "accelerator" / "published.md").read_text(encoding="utf-8")
     with open(ROOT / "benchmarks" / "results" / "neupims_paper.csv", newline="") as file:
         rows = [
             row

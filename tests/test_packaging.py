@@ -99,8 +99,8 @@ OUTSIDE = """
 import jax
 import jax.numpy as jnp
 import neupims
-from neupims.machine.config import load_hardware
 from flax import linen as nn
+from neupims import load_hardware
 
 import ggem_jax
 from ggem_jax import GGeM, Index, ViT, load_vit, superglobal_rerank, vit_config
@@ -120,6 +120,7 @@ side: int = loaded.image
 loss: jax.Array = ggem_jax.arcface_loss(pooled, jnp.array([0, 1]), jnp.ones((2, 8)), margin=0.3)
 ranking: ggem_jax.Ranking = ggem_jax.search(pooled, pooled, k=2)
 paths: list[str] = Index.open("index").paths
+hardware: neupims.Hardware = load_hardware("neupims")
 
 ggem_jax.ggem_pol(tokens, 3.0)  # wrong: attr-defined
 ggem_jax.ggem_pool(tokens, 3.0, layout="sideways")  # wrong: arg-type
@@ -174,7 +175,8 @@ import importlib.util, jax, jax.numpy as jnp
 from ggem_jax import pooling
 assert not any(importlib.util.find_spec(name) for name in ("triton", "jax_triton"))
 tokens, p = jnp.ones((2, 5, 8)), jnp.full(4, 3.0)
-print(float(jax.jit(jax.grad(lambda p: pooling.ggem_pool(tokens, p).sum()))(p).sum()), pooling.superglobal_pool(jnp.ones((4, 4, 3))).tolist())
+slope = jax.jit(jax.grad(lambda p: pooling.ggem_pool(tokens, p).sum()))(p)
+print(float(slope.sum()), pooling.superglobal_pool(jnp.ones((4, 4, 3))).tolist())
 for implementation in ("triton", "interpret"):
     try:
         pooling.ggem_pool(tokens, p, implementation=implementation)
@@ -223,6 +225,7 @@ print(model.apply(variables, np.zeros((1, 65, 40, 3), np.float32)).shape)
 # what is imported -> what is installed, where the names differ
 DISTRIBUTIONS = {
     "PIL": "pillow",
+    "markupsafe": "jinja2",  # the strings of jinja2
     "sklearn": "scikit-learn",
     "ml_dtypes": "jax",
     "orbax": "orbax-checkpoint",

@@ -416,7 +416,7 @@ def test_exponents_far_out_of_range_are_used_at_its_end_and_keep_their_gradient(
     assert gradient == 1
 
 
-def test_a_class_token_pooling_is_recognised_inside_partial_and_jit_and_all_tokens_can_be_asked_for():
+def test_cls_pool_is_recognised_inside_partial_and_jit_and_all_tokens_can_be_pooled():
     plain, params, images = build(pooling.cls_pool)
     want = plain.apply({"params": params}, images)
     for other in (functools.partial(pooling.cls_pool), jax.jit(pooling.cls_pool)):

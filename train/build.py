@@ -1,11 +1,10 @@
 """Models and poolings from a config."""
 
 import functools
-from collections.abc import Callable
 
-from ggem_jax import pooling
 from ggem_jax.kernels import launch
-from ggem_jax.models.vit import MAP, GGeM, Pooling, ViT
+from ggem_jax.models.token_pooling import named_pooling
+from ggem_jax.models.vit import GGeM, Pooling, ViT
 from train.config import Config, Pool
 
 
@@ -15,19 +14,14 @@ def build_pooling(pool: Pool) -> Pooling:
 
     Equal configs give the same object, because compiled steps are found by it.
     """
-    known: dict[str, Callable[[], Pooling]] = {
-        "cls": lambda: pooling.cls_pool,
-        "avg": lambda: pooling.avg_pool,
-        "relu-avg": lambda: lambda tokens: pooling.gem_pool(tokens, 1.0, negatives=pool.negatives),
-        "max": lambda: pooling.max_pool,
-        "lse": lambda: lambda tokens: pooling.lse_pool(tokens, pool.r),
-        "gem": lambda: GGeM(groups=1, p_init=pool.p, negatives=pool.negatives),
-        "ggem": lambda: GGeM(
-            groups=pool.groups, p_init=pool.p, layout=pool.layout, negatives=pool.negatives
-        ),
-        "map": lambda: MAP(),
-    }
-    return known[pool.kind]()
+    return named_pooling(
+        pool.kind,
+        groups=pool.groups,
+        p=pool.p,
+        r=pool.r,
+        layout=pool.layout,
+        negatives=pool.negatives,
+    )
 
 
 def build_model(config: Config, num_classes: int) -> ViT:

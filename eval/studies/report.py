@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from markupsafe import Markup
 from PIL import Image
 
 from eval import statistics
@@ -92,7 +91,7 @@ def write_report(path: Path, arms: list[Arm], images: Images, facts: dict[str, s
     return path
 
 
-def _draw_accuracy(arms: list[Arm]) -> Markup:
+def _draw_accuracy(arms: list[Arm]) -> str:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
@@ -110,7 +109,7 @@ def _draw_accuracy(arms: list[Arm]) -> Markup:
     return _svg(figure)
 
 
-def _draw_exponents(arms: list[Arm]) -> Markup:
+def _draw_exponents(arms: list[Arm]) -> str:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(5.6, 3.6), layout="constrained")
@@ -133,10 +132,10 @@ def _draw_exponents(arms: list[Arm]) -> Markup:
     return _svg(figure)
 
 
-def _svg(figure) -> Markup:
+def _svg(figure) -> str:
     file = io.StringIO()
     figure.savefig(file, format="svg")
-    return Markup(file.getvalue()[file.getvalue().index("<svg") :])
+    return file.getvalue()[file.getvalue().index("<svg") :]
 
 
 def _find_hardest(arms: list[Arm], images: Images, count: int = 12) -> list[Digit]:

@@ -1,7 +1,7 @@
 """HTML pages that hold everything they show, from Jinja templates that share `base.html`.
 
-Values are escaped; only `markupsafe.Markup` stands in a page as it is. Needs the package jinja2, of
-the extras `retrieval` and `train`.
+Values are escaped, but for those that a template marks as `safe`. Needs the package jinja2, of the
+extras `retrieval` and `train`.
 """
 
 from collections.abc import Iterator

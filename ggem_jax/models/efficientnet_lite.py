@@ -1,10 +1,10 @@
-"""EfficientNet-Lite in Flax (linen), as it is after training: images `(b, h, w, 3)`, already
-normalised -> feature map `(b, h / 32, w / 32, 1280)`.
+"""EfficientNet-Lite in Flax (linen) for inference: images `(b, h, w, 3)`, already normalised ->
+feature map `(b, h / 32, w / 32, 1280)`.
 
-Inverted residual blocks without squeeze-and-excite, ReLU6 throughout, a stem and a last convolution
-that do not grow with the model. Every convolution pads as TensorFlow's "SAME": n pixels become
-ceil(n / stride), and of an odd number of padded rows the larger half comes after the image. The
-batch norms use their stored statistics (collection `batch_stats`); there is no training mode.
+It has inverted residual blocks without squeeze-and-excite, ReLU6 throughout, and a stem and a last
+convolution that do not grow with the model. Every convolution pads as TensorFlow's "SAME": n pixels
+become ceil(n / stride), and of an odd number of padded rows the larger half comes after the image.
+The batch norms use their stored statistics (collection `batch_stats`); there is no training mode.
 
 References: Tan and Le, "EfficientNet: Rethinking Model Scaling for Convolutional Neural Networks",
 2019, arXiv:1905.11946 (stages, table 1; scaling); EfficientNet-Lite, 2020,
@@ -34,8 +34,10 @@ _WIDTH_DIVISOR = 8  # the same file: depth_divisor
 
 @dataclass(frozen=True)
 class EfficientNetLiteConfig:
-    """How much wider and deeper than Lite0 a model is. Wrong numbers raise `ValueError` when the
-    record is made.
+    """How much wider and deeper than Lite0 a model is.
+
+    Raises:
+        ValueError: A field is out of its range. The record is checked when it is made.
     """
 
     width: float  # multiplies the channels of the stages
@@ -65,7 +67,19 @@ _VARIANTS = {
 
 
 def efficientnet_lite_config(variant: str) -> EfficientNetLiteConfig:
-    """The published sizes by name, "lite0" to "lite4"."""
+    """Returns the config of a published size.
+
+    Args:
+        variant: "lite0", "lite1", "lite2", "lite3" or "lite4".
+
+    Returns:
+        The config.
+
+    Raises:
+        ValueError: The variant is unknown.
+
+    Reference: EfficientNet-Lite, 2020, github.com/tensorflow/tpu, efficientnet_lite_builder.py.
+    """
     if variant not in _VARIANTS:
         raise ValueError(f"variant must be one of {', '.join(_VARIANTS)}, not {variant!r}")
     return _VARIANTS[variant]
@@ -73,7 +87,7 @@ def efficientnet_lite_config(variant: str) -> EfficientNetLiteConfig:
 
 @dataclass(frozen=True)
 class BlockConfig:
-    """One inverted residual block."""
+    """The sizes of one inverted residual block."""
 
     channels_in: int
     channels_out: int
@@ -96,7 +110,16 @@ _STAGES = (
 
 
 def block_configs(config: EfficientNetLiteConfig) -> list[BlockConfig]:
-    """The blocks of a model in order; the first of a stage strides and changes the channels."""
+    """Returns the sizes of the blocks of a model, in order.
+
+    The first block of a stage strides and changes the number of channels.
+
+    Args:
+        config: How wide and deep the model is.
+
+    Returns:
+        One record for each block.
+    """
     blocks, channels_in = [], STEM_WIDTH
     for stage, (count, kernel, stride, expansion, channels) in enumerate(_STAGES):
         channels_out = _scaled_width(channels, config.width)
@@ -111,12 +134,15 @@ def block_configs(config: EfficientNetLiteConfig) -> list[BlockConfig]:
 
 
 class EfficientNetLite(nn.Module):
-    """Images -> feature map; `logits` goes on to the classes: the mean over the map, then one dense
-    layer.
+    """Images -> feature map; the method `logits` goes on to the classes.
 
-    Sides of the images are free from 32 pixels up. `num_classes=0` leaves out the classification
-    head. `precision` is that of the convolutions: `"highest"` keeps float32 where a device would
-    round its factors (GPUs to TensorFloat-32, TPUs to bfloat16), `"default"` lets it.
+    Images may have any sides of at least 32 pixels.
+
+    Args:
+        config: The size, see `efficientnet_lite_config`.
+        num_classes: Channels of the classification head; 0 leaves it out.
+        precision: Of the convolutions. "highest" keeps float32 where a device would round factors
+            (GPUs to TensorFloat-32, TPUs to bfloat16); "default" lets it.
     """
 
     config: EfficientNetLiteConfig
@@ -131,6 +157,9 @@ class EfficientNetLite(nn.Module):
             self.head = nn.Dense(self.num_classes, precision=self.precision)
 
     def __call__(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b rows columns 1280"]:
+        """Returns the feature map of images `(b, h, w, 3)`; raises `ValueError` for another shape
+        and `TypeError` for images that are not floating point.
+        """
         if images.ndim != 4 or images.shape[-1] != 3 or min(images.shape[1:3]) < LEAST_SIDE:
             raise ValueError(
                 f"images must be (b, h, w, 3) with h and w of at least {LEAST_SIDE}, not of shape"
@@ -147,7 +176,11 @@ class EfficientNetLite(nn.Module):
         return features
 
     def logits(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b classes"]:
-        """The classes' logits: `model.apply(variables, images, method="logits")`."""
+        """Returns the logits `(b, classes)`: the mean over the map, then a dense layer.
+
+        Called as `model.apply(variables, images, method="logits")`; raises `ValueError` for a model
+        without a head.
+        """
         if not self.num_classes:
             raise ValueError(
                 "logits needs a model with a classification head, not one of num_classes=0"
@@ -156,8 +189,13 @@ class EfficientNetLite(nn.Module):
 
 
 class Block(nn.Module):
-    """Inverted residual block: a wider map, filtered channel by channel, a narrow one again; added
-    to the input where the shapes agree.
+    """Inverted residual block: expand, filter channel by channel, project; then add the input.
+
+    The input is added where the shapes agree.
+
+    Args:
+        config: The sizes.
+        precision: Of the convolutions.
     """
 
     config: BlockConfig
@@ -183,12 +221,20 @@ class Block(nn.Module):
 
 
 class ConvNorm(nn.Module):
-    """A convolution without bias and its batch norm."""
+    """A convolution without bias and its batch norm.
+
+    Args:
+        channels: Channels after it.
+        kernel: Side of the kernel, pixels.
+        stride: Step of the kernel, pixels.
+        depthwise: Whether each channel has a filter of its own; channels then stay as many.
+        precision: Of the convolution.
+    """
 
     channels: int
-    kernel: int  # side, pixels
+    kernel: int
     stride: int = 1
-    depthwise: bool = False  # one filter for each channel; they are as many before as after
+    depthwise: bool = False
     precision: Precision = "highest"
 
     @nn.compact
@@ -215,10 +261,18 @@ class ConvNorm(nn.Module):
 def depthwise_conv(
     features: Float[Array, "b h w c"], kernel: Float[Array, "k k 1 c"], *, stride: int = 1
 ) -> Float[Array, "b rows columns c"]:
-    """Convolves every channel with its own filter, as a sum of shifted maps.
+    """Returns a map with every channel convolved with its own filter, as a sum of shifted maps.
 
     XLA's convolution with as many groups as channels is 10 to 100 times as slow on a CPU; this sum
     becomes one loop there, on GPUs and on TPUs.
+
+    Args:
+        features: The map, `(b, h, w, c)`.
+        kernel: The filters, `(k, k, 1, c)`.
+        stride: Step of the filters, pixels.
+
+    Returns:
+        The map, `(b, ceil(h / stride), ceil(w / stride), c)`, padded as TensorFlow's "SAME".
     """
     reach, sides = kernel.shape[:2], features.shape[1:3]
     features = jnp.pad(
@@ -238,7 +292,7 @@ def depthwise_conv(
 
 
 def _scaled_width(channels: int, width: float) -> int:
-    """The nearest multiple of 8, or the next one where that would take away more than a tenth."""
+    """The nearest multiple of 8, or the next one up where that would lose more than a tenth."""
     exact = channels * width
     rounded = max(
         _WIDTH_DIVISOR, int(exact + _WIDTH_DIVISOR / 2) // _WIDTH_DIVISOR * _WIDTH_DIVISOR

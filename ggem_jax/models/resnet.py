@@ -1,11 +1,11 @@
-"""ResNet in Flax (linen) as SuperGlobal needs it: image -> feature map, and the head that makes
-descriptors of what is pooled from it.
+"""ResNet in Flax (linen) as SuperGlobal needs it: image -> feature map, and a head that turns
+pooled maps into descriptors.
 
-Images are `(b, height, width, 3)`, RGB and already normalised; feature maps are `(b, h, w,
+Images are `(b, height, width, 3)`, RGB and already normalised. Feature maps are `(b, h, w,
 channels)` with h and w a thirty-second of the image's, rounded up. The layout is that of pycls:
-bottlenecks with the stride on the 3 x 3 convolution, convolutions without bias, and batch norm with
-stored statistics only: there is no training mode. The norms' scale and bias are in `params`, their
-mean and variance in `batch_stats`.
+bottlenecks with the stride on the 3 x 3 convolution, convolutions without bias, and batch norms
+that use their stored statistics; there is no training mode. Scale and bias of the norms are in
+`params`, mean and variance in `batch_stats`.
 
 References: He et al., "Deep Residual Learning for Image Recognition", 2016, arXiv:1512.03385, table
 1 (depths and widths); Lee et al., "Correlation Verification for Image Retrieval", 2022,
@@ -32,30 +32,25 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 
 @dataclass(frozen=True)
 class ResNetConfig:
-    """What a ResNet is made of. Wrong combinations raise `ValueError` when the record is made."""
+    """The sizes and options of a `ResNet`.
+
+    Raises:
+        ValueError: A field is out of its range. The record is checked when it is made.
+    """
 
     depths: tuple[int, int, int, int]  # blocks of the four stages
-    widths: tuple[int, int, int, int] = (
-        256,
-        512,
-        1024,
-        2048,
-    )  # channels of the stages' maps; a quarter of them inside a block
+    # channels of the stages' maps; a quarter of them inside a block
+    widths: tuple[int, int, int, int] = (256, 512, 1024, 2048)
     stem: int = 64  # channels of the first convolution
     descriptor: int = 2048  # channels after the head
-    relup: float | None = (
-        # max(x, relup) for ReLU at the blocks' ends in stages 1 to 3, and inside the blocks of
-        # stage 1; None: off
-        RELUP_ALPHA
-    )
-    relup_off: Literal["code", "everywhere"] = (
-        # without relup, "code" keeps 0.014 inside stage 1, as the official code does by mistake
-        "code"
-    )
+    # max(x, relup) in place of ReLU at the blocks' ends in stages 1 to 3, and inside the blocks of
+    # stage 1; None: off
+    relup: float | None = RELUP_ALPHA
+    # without relup, "code" keeps 0.014 inside stage 1, as the official code does by mistake
+    relup_off: Literal["code", "everywhere"] = "code"
     norm_eps: float = 1e-5  # of pycls
-    gem_init: float = (
-        3.0  # the head's exponent before training, as in GeM (arXiv:1711.02512, section 5.1)
-    )
+    # the head's exponent before training, as in GeM (arXiv:1711.02512, section 5.1)
+    gem_init: float = 3.0
     dtype: Dtype = "float32"  # of the computation
     param_dtype: Dtype = "float32"
 
@@ -90,14 +85,18 @@ class ResNetConfig:
                 )
 
     def floors(self, stage: int) -> tuple[float, float]:
-        """The lower ends of the activations of a stage, 1 to 4: inside its blocks, and at their
-        ends. 0 is ReLU.
+        """Returns the lower ends of the activations inside the blocks of a stage and at their ends.
+
+        Args:
+            stage: The number of the stage, 1 to 4.
+
+        Returns:
+            Two numbers of at least 0; 0 is ReLU.
         """
         by_mistake = RELUP_ALPHA if self.relup_off == "code" else 0.0
         inside = by_mistake if self.relup is None else self.relup
-        return (inside if stage == 1 else 0.0), (
-            0.0 if stage == 4 or self.relup is None else self.relup
-        )
+        end = 0.0 if stage == 4 or self.relup is None else self.relup
+        return (inside if stage == 1 else 0.0), end
 
 
 # He et al., table 1. CVNet was published with 50 and 101 layers.
@@ -105,8 +104,20 @@ _DEPTHS = {"50": (3, 4, 6, 3), "101": (3, 4, 23, 3)}
 
 
 def resnet_config(variant: str, **changes: Any) -> ResNetConfig:
-    """The published depths by their number of layers, "50" or "101"; `changes` are fields of
-    `ResNetConfig`.
+    """Returns the config of a published depth.
+
+    Args:
+        variant: The number of layers, "50" or "101".
+        **changes: Fields of `ResNetConfig` that differ from the published network.
+
+    Returns:
+        The config.
+
+    Raises:
+        ValueError: The variant is unknown, or a change is out of its range.
+
+    Reference: He et al., "Deep Residual Learning for Image Recognition", 2016, arXiv:1512.03385,
+        table 1; CVNet was published with these two depths.
     """
     if str(variant) not in _DEPTHS:
         raise ValueError(f"variant must be one of {', '.join(_DEPTHS)}, not {variant!r}")
@@ -114,11 +125,14 @@ def resnet_config(variant: str, **changes: Any) -> ResNetConfig:
 
 
 class ResNet(nn.Module):
-    """Image -> feature map; `head` makes descriptors of pooled maps. `init` makes the parameters of
-    both.
+    """Image -> feature map; the methods `pool` and `describe` make descriptors from maps.
 
-    Convolutions and the head's product are done in full float32 also where a device's default is
-    less (TF32, bfloat16); `dtype` chooses a lower one.
+    `init` makes the parameters of both parts. Convolutions and the head's product are computed in
+    full float32, also where the default of a device is less (TF32, bfloat16); `config.dtype`
+    chooses a lower precision.
+
+    Args:
+        config: The sizes, see `resnet_config`.
     """
 
     config: ResNetConfig
@@ -130,11 +144,13 @@ class ResNet(nn.Module):
         self.head = Head(c)
 
     def __call__(self, images: Float[Array, "b height width 3"]) -> Float[Array, "b h w d"]:
-        """The map of the last stage, which is not negative."""
+        """Returns the map of the last stage, `(b, h, w, d)`, which is not negative."""
         return self.maps(images)[-1]
 
     def maps(self, images: Float[Array, "b height width 3"]) -> list[Float[Array, "b h w d"]]:
-        """The maps of the stem and of the four stages."""
+        """Returns the maps of the stem and of the four stages; raises `ValueError` for images of
+        another shape or dtype.
+        """
         if (
             images.ndim != 4
             or images.shape[-1] != 3
@@ -153,11 +169,11 @@ class ResNet(nn.Module):
         return maps
 
     def describe(self, pooled: Float[Array, "*b d"]) -> Float[Array, "*b out"]:
-        """The head: a pooled map, L2-normalised, through a dense layer; not normalised after it."""
+        """Returns descriptors of pooled maps `(..., d)`: normalised, then through the head."""
         return self.head(pooled)
 
     def pool(self, feature_map: Float[Array, "*b h w d"]) -> Float[Array, "*b d"]:
-        """The network's own pooling: GeM with the learned exponent."""
+        """Returns maps pooled by the network's own GeM, with its learned exponent, `(..., d)`."""
         return self.head.pool(feature_map)
 
 
@@ -227,11 +243,8 @@ class Head(nn.Module):
         return self.fc(l2_normalize(pooled))
 
     def pool(self, feature_map: Float[Array, "*b h w d"]) -> Float[Array, "*b d"]:
-        return gem_pool(
-            feature_map.reshape(*feature_map.shape[:-3], -1, feature_map.shape[-1]),
-            self.p[0],
-            eps=1e-6,
-        )
+        *batch, _, _, channels = feature_map.shape
+        return gem_pool(feature_map.reshape(*batch, -1, channels), self.p[0], eps=1e-6)
 
 
 def _conv(c: ResNetConfig, channels: int, side: int, stride: int, name: str) -> nn.Conv:

@@ -9,7 +9,7 @@ al., "Vision Transformers Need Registers", 2024, arXiv:2309.16588.
 """
 
 import inspect
-from typing import Literal
+from typing import Any, Literal, cast
 
 import jax.numpy as jnp
 from flax import linen as nn
@@ -139,9 +139,13 @@ class ViT(nn.Module):
             tokens = block(tokens, train)
         normed = self.norm(tokens)
         if self.fused_norm:
-            parameters = (self.norm.get_variable("params", name) for name in ("scale", "bias"))
-            norm = (*parameters, self.config.norm_eps)
-            descriptor = self.pool(tokens, mask=self._pooled_mask(tokens), norm=norm)
+            pool, norm_of = cast(Any, self.pool), self.norm.get_variable
+            norm: Any = (
+                norm_of("params", "scale"),
+                norm_of("params", "bias"),
+                self.config.norm_eps,
+            )
+            descriptor = pool(tokens, mask=self._pooled_mask(tokens), norm=norm)
         elif self.config.pool_order == "norm-pool":
             descriptor = self.pool(self._pooled_tokens(normed))
         else:

@@ -79,7 +79,7 @@ def own_config(arrays: Arrays, variant: str | None = None, *, source: str) -> Vi
     config = _sizes_of(arrays, source) if variant is None else vit_config(variant)
     position, registers = (arrays.get(f"params/{name}") for name in ("position", "registers"))
     class_token = "params/class_token" in arrays
-    found = {
+    found: dict[str, Any] = {
         "class_token": class_token,
         "registers": 0 if registers is None else len(registers),
         "position": "sincos" if position is None else "learned",
