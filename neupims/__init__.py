@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from neupims.machine.workload import make_batch as make_batch
     from neupims.machine.workload import read_trace as read_trace
     from neupims.scheduling.decision import export_trace as export_trace
-    from neupims.scheduling.schedule_search import ScheduleSearch as ScheduleSearch
+    from neupims.scheduling.findings import ScheduleSearch as ScheduleSearch
     from neupims.scheduling.schedule_search import search_schedule as search_schedule
     from neupims.simulation import Simulation as Simulation
     from neupims.simulation import simulate_case as simulate_case
@@ -39,7 +39,7 @@ _HOMES = {
     "Hardware": "machine.hardware",
     "Iteration": "timing.iteration",
     "Parallel": "machine.workload",
-    "ScheduleSearch": "scheduling.schedule_search",
+    "ScheduleSearch": "scheduling.findings",
     "Simulation": "simulation",
     "Validation": "validation",
     "explore": "exploration.explore",

@@ -48,11 +48,11 @@ def test_every_run_is_covered_or_named(result):
 
 @pytest.mark.parametrize(("kind", "most"), [("pim", 3), ("gemm > 20000 cycles", 4), ("gemm", 8)])
 def test_operations(result, kind, most):
-    assert errors(result, "op", kind)["mean"] <= most
+    assert errors(result, "op", kind).mean <= most
 
 
 def test_stages(result):
-    assert errors(result, "stage", "stage")["mean"] <= 5
+    assert errors(result, "stage", "stage").mean <= 5
 
 
 @pytest.mark.parametrize("system", ["neupims_sbi", "neupims_nosbi", "npu+pim"])

@@ -5,16 +5,15 @@ schedule that the case has ("as published").
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from neupims.machine.case import Case
-from neupims.machine.record import describe, to_values
+from neupims.machine.record import describe
 from neupims.machine.workload import Batch
 from neupims.scheduling.baselines import baselines
 from neupims.scheduling.decision import (
@@ -29,6 +28,14 @@ from neupims.scheduling.decision import (
     make_genome,
     repair,
 )
+from neupims.scheduling.findings import (
+    Best,
+    Curve,
+    ExactScores,
+    ScheduleSearch,
+    Score,
+    StrategyResult,
+)
 from neupims.scheduling.objective import Layer, Problem, make_problem
 from neupims.scheduling.oracle import gap, lower_bound
 from neupims.scheduling.search import Found, interval_of_mean, search
@@ -38,96 +45,6 @@ from neupims.timing.capacity import channel_tiles, check_capacity
 from neupims.validation import expected_error
 
 PUBLISHED = "as published"
-
-
-class Score(NamedTuple):
-    """A schedule's cost."""
-
-    cost: float
-    gain: float  # over the published schedule, as a share
-    gap_to_bound: float | None  # above the lower bound, as a share
-
-
-class Curve(NamedTuple):
-    """The best cost so far, mean over seeds, with its 95 % interval."""
-
-    evaluations: list[int]
-    best: list[float]
-    low: list[float]
-    high: list[float]
-
-
-class StrategyResult(NamedTuple):
-    """The best schedule of a strategy."""
-
-    cost: float
-    gain: float
-    gap_to_bound: float | None
-    mean_cost: float  # over seeds
-    evaluations: int  # of one seed
-    seeds: int
-    curve: Curve
-
-
-class Best(NamedTuple):
-    """The best schedule of all."""
-
-    cost: float
-    gain: float
-    gap_to_bound: float | None
-    found_by: str
-    sub_batches: int
-    gain_plus_minus: float | None  # the expected error of the gain
-    knobs: dict[str, float]
-
-
-class ExactScores(NamedTuple):
-    """Layer cycles by the exact path."""
-
-    published: float
-    best: float
-    gain: float
-
-
-@dataclass(frozen=True)
-class ScheduleSearch:
-    """The result of a search for schedules."""
-
-    case: Case
-    realisable: bool
-    measure: str
-    warning: str  # that the requests of a channel do not fit its memory, else empty
-    published: float
-    lower_bound: float | None  # of the measure "time" without knobs
-    baselines: dict[str, Score]
-    strategies: dict[str, StrategyResult]
-    best: Best
-    best_batch: Batch  # the best schedule
-    exact: ExactScores | None
-    expected_error: dict[str, Any] | None  # of the best schedule's layer
-    # Attention cycles of each sub-batch on each channel, "before" and "after" the search.
-    channel_cycles: dict[str, list[list[float]]]
-    trace: Path | None  # where the best schedule was written
-
-    def to_dict(self) -> dict[str, Any]:
-        """Returns the values of JSON, as `search --json` prints them."""
-        return {
-            "model": self.case.model_name,
-            "batch": len(self.case.batch.seq_lens),
-            "fidelity": self.case.fidelity,
-            "realisable": self.realisable,
-            "measure": self.measure,
-            "warning": self.warning or None,
-            "published": self.published,
-            "lower_bound": self.lower_bound,
-            "baselines": to_values(self.baselines),
-            "strategies": to_values(self.strategies),
-            "best": to_values(self.best),
-            "exact": to_values(self.exact),
-            "expected_error": self.expected_error,
-            "channel_cycles": self.channel_cycles,
-            "trace": str(self.trace) if self.trace else None,
-        }
 
 
 def search_schedule(
@@ -208,11 +125,8 @@ def search_schedule(
     def score(cost: float) -> Score:
         return Score(cost, 1 - cost / costs[PUBLISHED], gap(cost, bound) if bound else None)
 
-    best_name = min(costs, key=lambda name: costs[name])
-    best = costs[best_name], known[best_name], best_name
-    strategies = {}
-    for name in names:
-        found = search(
+    found = {
+        name: search(
             name,
             objective,
             choices,
@@ -223,19 +137,12 @@ def search_schedule(
             seeds=seeds,
             starts=None if from_scratch else starts,
         )
-        ends = np.asarray(found.cost.objective, np.float64)
-        first = int(ends.argmin())
-        strategies[name] = StrategyResult(
-            *score(float(ends[first])),
-            mean_cost=float(ends.mean()),
-            evaluations=found.evaluations,
-            seeds=seeds,
-            curve=_draw_curve(found, population),
-        )
-        if ends[first] < best[0]:
-            genome = jax.tree.map(lambda leaf, first=first: leaf[first], found.genome)
-            best = float(ends[first]), genome, name
-    genome = repair(choices, problem.resident, best[1])
+        for name in names
+    }
+    candidates = [(costs[name], genome, name) for name, genome in known.items()]
+    candidates += [(*_best_of_seeds(each), name) for name, each in found.items()]
+    cost, genome, found_by = min(candidates, key=lambda candidate: candidate[0])
+    genome = repair(choices, problem.resident, genome)
     decision = decide(choices, genome)
     batch = decision_batch(problem.seq_lens, decision)
     if export:
@@ -248,8 +155,8 @@ def search_schedule(
         row_buffers=int(case.hardware.pim.row_buffers),
         path="closed",
     )
-    top = score(best[0])
     knobs = zip(choices.knobs, np.asarray(genome.knobs).tolist(), strict=True)
+    before = decide(choices, published)
     return ScheduleSearch(
         case=case,
         realisable=realisable,
@@ -258,21 +165,28 @@ def search_schedule(
         published=costs[PUBLISHED],
         lower_bound=bound,
         baselines={name: score(cost) for name, cost in costs.items()},
-        strategies=strategies,
+        strategies={
+            name: StrategyResult(
+                *score(_best_of_seeds(each)[0]),
+                mean_cost=float(np.asarray(each.cost.objective, np.float64).mean()),
+                evaluations=each.evaluations,
+                seeds=seeds,
+                curve=_draw_curve(each, population),
+            )
+            for name, each in found.items()
+        },
         best=Best(
-            *top,
-            found_by=best[2],
+            *score(cost),
+            found_by=found_by,
             sub_batches=2 if interleaved else 1,
-            gain_plus_minus=gain_error(error, top.gain) if measure == "time" else None,
+            gain_plus_minus=gain_error(error, score(cost).gain) if measure == "time" else None,
             knobs={knob.name: value for knob, value in knobs},
         ),
         best_batch=batch,
         exact=_score_exactly(case, batch, interleaved) if exact else None,
         expected_error=error,
         channel_cycles={
-            "before": _sum_loads(
-                problem, decide(choices, published), channels, case.sub_batches == 2
-            ),
+            "before": _sum_loads(problem, before, channels, case.sub_batches == 2),
             "after": _sum_loads(problem, decision, channels, interleaved),
         },
         trace=Path(export) if export else None,
@@ -326,6 +240,12 @@ def _given_knobs(case: Case, choices: Choices) -> list[float]:
     """Returns the values of the knobs in the given hardware."""
     numbers = {each.name: float(each.value) for each in describe(case.hardware)}
     return [numbers[knob.name] for knob in choices.knobs]
+
+
+def _best_of_seeds(found: Found) -> tuple[float, Genome]:
+    ends = np.asarray(found.cost.objective, np.float64)
+    first = int(ends.argmin())
+    return float(ends[first]), jax.tree.map(lambda leaf: leaf[first], found.genome)
 
 
 def _draw_curve(found: Found, population: int) -> Curve:
