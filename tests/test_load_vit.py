@@ -20,7 +20,8 @@ from ggem_jax.weights.own import read_own_vit
 from ggem_jax.weights.vit import read_vit
 from tests.conftest import TINY
 from train import classify
-from train.config import load_config
+from train.cli import load_config
+from train.config import Config
 
 RECORDED = Path(__file__).parent / "data" / "vit"
 RNG = np.random.default_rng(0)
@@ -150,8 +151,8 @@ def trained(tmp_path_factory):
     """A run with a moving average, and its last state."""
     folder = tmp_path_factory.mktemp("load") / "run"
     flags = ["--epochs", "0.1", "--optimizer.ema", "0.5", "--pool.layout", "interleaved"]
-    config = load_config([*TINY, *flags, "--data.mean", "0.1", "0.2", "0.3", "--out", str(folder)],
-                         "test")  # fmt: skip
+    flags += ["--data.mean", "0.1", "0.2", "0.3", "--out", str(folder)]
+    config = load_config(Config, [*TINY, *flags], "test")
     return folder, classify.train(config, quiet=True).state
 
 
