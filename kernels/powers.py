@@ -111,7 +111,7 @@ def slopes(
     weight = slope * ratio * logarithm
     by_x = factor * slope
     if NEGATIVES == "signed":
-        weight = tl.where(x < 0, -weight, weight)
+        weight = slope * (x * inverse) * logarithm
     elif NEGATIVES == "abs":
         by_x = tl.where(tl.abs(x) <= EPS, 0.0, tl.where(x < 0, -by_x, by_x))
     elif NEGATIVES == "clamp":
