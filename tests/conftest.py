@@ -1,4 +1,6 @@
-"""Shared by all tests: eight virtual CPU devices, a cache of compiled programs, the folder of the golden data, tools as processes of their own, and small data sets."""
+"""Shared by all tests: eight virtual CPU devices, a cache of compiled programs, shape checks, the
+folder of the golden data, tools as processes of their own, and small data sets.
+"""
 
 import collections
 import os
@@ -25,7 +27,9 @@ COMPILATION_CACHE |= {name: os.environ[name] for name in COMPILATION_CACHE if na
 os.environ |= COMPILATION_CACHE
 
 import chex  # noqa: E402
+import shape_checks  # noqa: E402
 
+CHECKED_MODULES = shape_checks.install(ROOT, ("ggem_jax", "neupims", "train", "eval"))
 chex.set_n_cpu_devices(8)
 
 # By mark: the file of the cases that need a run of their own, and how many pass at least, those
