@@ -37,10 +37,10 @@ def check_arrays(function):
     hook.
 
     The hook passes two signatures of a function: the arguments, whose result is `Any`, and the
-    arguments with the result.
+    arguments with the result. Records may hold other things than arrays, such as shardings.
     """
     annotations = function.__annotations__
-    if annotations.get("return", Any) is Any:
+    if annotations.get("return", Any) is Any or function.__name__ == "__init__":
         return function
     arrays = {name: of_any_library(hint) for name, hint in annotations.items() if has_array(hint)}
     function.__annotations__ = dict.fromkeys(annotations, Any) | arrays
