@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
-from ggem_jax.files.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from ggem_jax.files.normalisation import IMAGENET_MEAN, IMAGENET_STD
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
