@@ -150,7 +150,13 @@ if not TYPE_CHECKING:  # type checkers would take it to give every name
         if name not in __all__:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         if name in _MODULE_OF:
-            value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+            try:
+                value = getattr(importlib.import_module(f"{__name__}.{_MODULE_OF[name]}"), name)
+            except ModuleNotFoundError as error:  # the rest of the library does without
+                raise ModuleNotFoundError(
+                    f"{__name__}.{name} needs {error.name}: pip install 'ggem-jax[retrieval]'",
+                    name=error.name,
+                ) from error
         else:
             value = importlib.import_module(f"{__name__}.{name}")
         globals()[name] = value

@@ -2,8 +2,10 @@
 
 import contextlib
 import importlib
+import inspect
 import pkgutil
 import re
+import shlex
 from importlib.metadata import version
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import ggem_jax
+import neupims
 from benchmarks import plot_exponents
 from ggem_jax.weights import write_safetensors
 
@@ -33,7 +37,7 @@ TOOLS = {  # what a command begins with -> the module of its tool, which has sub
     "python -m neupims": "neupims.__main__",
     "python -m ggem_jax.weights": "ggem_jax.weights.__main__",
 }
-BLOCK = re.compile(r"^ *```\n(.*?)^ *```", flags=re.DOTALL | re.MULTILINE)
+BLOCK = re.compile(r"^ *```(\w*)\n(.*?)^ *```$", flags=re.DOTALL | re.MULTILINE)
 COMMAND = re.compile(
     rf"^(?:\$ )?({'|'.join(TOOLS)}|python -m (?:train|eval)[\w.]+)(?: ([a-z]+))?( .*--.*)"
 )
@@ -113,10 +117,47 @@ def test_what_the_pages_name_exists(name):
     pkgutil.resolve_name(name)
 
 
+def test_every_public_name_is_in_the_reference():
+    """A block `::: MODULE` of docs/api shows all of a module, or the members that it lists."""
+    pages = [text for name, text in PAGES.items() if name.startswith("docs/api/")]
+    blocks = [
+        (found[1], re.search(r"members:\s*([^:]+?)(?:\n\n|\n +\w+:|\Z)", found[2] + "\n\n"))
+        for text in pages
+        for found in re.finditer(r"^::: (\S+)\n((?:[ ]+.*\n?)*)", text, flags=re.MULTILINE)
+    ]
+    shown = set()
+    for module, members in blocks:
+        own = importlib.import_module(module)
+        if members:
+            listed = re.findall(r"\w+", members[1])
+        else:  # what a module imports is not shown
+            defined = [name for name in vars(own) if _module_of(own, name) == module]
+            listed = [*defined, *getattr(own, "__all__", ())]
+        shown |= {id(getattr(own, name)) for name in listed}
+    for package in (ggem_jax, neupims):
+        public = {name: getattr(package, name) for name in package.__all__}
+        missing = [
+            name
+            for name, value in public.items()
+            if not inspect.ismodule(value) and id(value) not in shown
+        ]
+        assert missing == [], package.__name__
+
+
+def _module_of(module, name: str) -> str:
+    return getattr(getattr(module, name), "__module__", "")
+
+
+def plain_lines(page: str) -> list[str]:
+    """The lines of the blocks that name no language; a line that goes on is one."""
+    blocks = [text for language, text in BLOCK.findall(page) if not language]
+    return "".join(blocks).replace("\\\n", " ").splitlines()
+
+
 def commands_of(page: str) -> list[tuple[str, str, list[str]]]:
-    """The tool, subcommand and flags of each command in the blocks that name no language."""
-    lines = "".join(BLOCK.findall(page)).replace("\\\n", " ").splitlines()
-    matches = filter(None, (COMMAND.match(line.partition(" # ")[0]) for line in lines))
+    """The tool, subcommand and flags of each command."""
+    lines = (line.partition(" # ")[0] for line in plain_lines(page))
+    matches = filter(None, map(COMMAND.match, lines))
     return [(m[1], m[2] or "", re.findall(r"(?<= )--[\w.-]+", m[3])) for m in matches]
 
 
@@ -133,6 +174,51 @@ def test_the_flags_of_a_command_exist(page, tool, subcommand, flags, capsys):
     assert flags
     for flag in flags:
         assert re.search(rf"(?<![\w-]){re.escape(flag)}(?![\w-])", text), flag
+
+
+def words_of(page: str) -> list[list[str]]:
+    """The words of each command of `neupims` in a page."""
+    commands = [
+        shlex.split(line, comments=True) for line in plain_lines(page) if "neupims " in line
+    ]
+    starts = (["neupims"], ["python", "-m", "neupims"])
+    return [
+        words[len(start) :]
+        for words in commands
+        for start in starts
+        if words[: len(start)] == start
+    ]
+
+
+class Reached(Exception):
+    pass
+
+
+@pytest.mark.parametrize(
+    "words",
+    [words for text in PAGES.values() for words in words_of(text)],
+    ids=" ".join,
+)
+def test_a_command_of_neupims_is_one_that_the_tool_accepts(words, folder, monkeypatch):
+    """Its flags fit together: the tool reads the files and calls the library."""
+
+    def stop(*_, **__):
+        raise Reached
+
+    for place in (
+        "neupims.simulation.simulate_case",
+        "neupims.commands.search.search_schedule",
+        "neupims.exploration.explore.explore",
+        "neupims.validation.validate",
+        "neupims.commands.show.print_json",
+    ):
+        monkeypatch.setattr(place, stop)
+    for name in ("trace.csv", "FILE"):
+        Path(name).write_text("seq_len,ch_idx\n300,0\n40,1\n77,2\n")
+    from neupims.__main__ import main
+
+    with pytest.raises(Reached):
+        main([*words, "--json"])
 
 
 def test_every_command_of_the_readme_is_in_the_makefile():

@@ -2,17 +2,43 @@
 page.
 """
 
+import configparser
 import csv
 import re
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+import neupims
 from eval.studies import accelerator
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture
+def only_train(monkeypatch):
+    """Only the extra `train` is installed, as for `make demo`."""
+    extras = configparser.ConfigParser()
+    extras.read(ROOT / "setup.cfg")
+    packages = {
+        extra: set(re.findall(r"^([\w-]+)", text, flags=re.MULTILINE))
+        for extra, text in extras["options.extras_require"].items()
+    }
+    for package in packages["neupims"] | packages["oracle"]:
+        if package not in packages["train"]:
+            monkeypatch.setitem(sys.modules, package, None)
+
+
+def test_the_extra_train_is_enough_to_explore(only_train):
+    batch = neupims.make_batch([300, 40], channels=[0, 1])
+    found = neupims.explore("neupims", "gpt3-7b", batch, {"npu.num_arrays": [4, 8]}, method="grid")
+    assert found.points == 2
 
 
 @pytest.mark.slow
-def test_the_demo_simulates_searches_and_reports(tmp_path, capsys):
+def test_the_demo_simulates_searches_and_reports(only_train, tmp_path, capsys):
     accelerator.main(["--out", str(tmp_path), "--budget", "128", "--points", "16"])
     said = capsys.readouterr().out
     assert [said.count(f"neupims {command}") for command in ("simulate", "search", "explore")] == [

@@ -228,6 +228,20 @@ def test_the_front_door_tells_type_checkers_the_same_names():
         _ = ggem_jax.gem_pol
 
 
+def test_a_name_that_needs_an_extra_says_which():
+    code = """import sys
+sys.modules["PIL"] = None
+import ggem_jax
+try:
+    ggem_jax.Index
+except ModuleNotFoundError as error:
+    print(error)"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, timeout=120
+    )
+    assert run.stdout == "ggem_jax.Index needs PIL: pip install 'ggem-jax[retrieval]'\n", run.stderr
+
+
 def test_the_index_loads_no_jax():
     code = (
         "import sys, ggem_jax.retrieval.index.index; print([name for name in ('jax', 'flax') if"

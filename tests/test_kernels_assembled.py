@@ -41,6 +41,7 @@ def kernels_of(name, capability):
     return kernel_versions.kernels_of(function, *arguments, capability=capability)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 103, 120])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_jax_assembles_what_triton_writes(name, capability):

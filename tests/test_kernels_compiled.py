@@ -41,6 +41,7 @@ def check(launch, capability):
             assert any(op.startswith("STG.E") and ".128" in op for op in code.opcodes)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 @pytest.mark.parametrize("function", ["ggem", "norm_ggem"])
@@ -51,6 +52,7 @@ def test_machine_code_for_vision_transformers(function, shape, capability):
         check(launch, capability)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("function", ["ggem", "norm_ggem"])
 def test_machine_code_for_other_dtypes(function, dtype):
@@ -67,6 +69,7 @@ def test_machine_code_for_the_end_of_a_vision_transformer(d):
         check(launch, 90)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("shape", [(1, 32, 22, 2048), (8, 45, 64, 2048)], ids=str)

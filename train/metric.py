@@ -6,8 +6,8 @@ evaluation uses every image of these classes as a query for all others. `--init 
 published ViT (`ggem_jax.weights.vit`). `train.loop` describes the run's folder, and how a run stops
 and resumes.
 
-A new loss is a function in `ggem_jax.losses.metric_learning`, an entry of its table `LOSSES`, and a
-name in `Metric.loss` below.
+A new loss is a function of `ggem_jax.losses.metric_learning`, with its name in `LossName` and
+`LOSSES` there.
 """
 
 import functools

@@ -61,15 +61,19 @@ class DescriptorSettings:
         Mean and deviation are set too where a file beside the weights says others than the
         backbone's. Raises `ValueError` where the file cannot be read or holds no known network.
         """
-        if self.backbone is not None:
-            return self
-        if self.weights is None:
-            return dataclasses.replace(self, backbone=DEFAULT_BACKBONE)
+        if self.weights is None or not self.leaves_row_to_weights:
+            return dataclasses.replace(self, backbone=self.backbone or DEFAULT_BACKBONE)
         from ggem_jax.descriptors.backbones import identify
 
         found = identify(self.weights)
+        backbone = self.backbone or found.backbone
         mean, std = (self.mean, self.std) if self.mean else (found.normalisation or (None, None))
-        return dataclasses.replace(self, backbone=found.backbone, mean=mean, std=std)
+        return dataclasses.replace(self, backbone=backbone, mean=mean, std=std)
+
+    @property
+    def leaves_row_to_weights(self) -> bool:
+        """Whether the backbone is unnamed, or named by its sizes alone, such as vit-S/16."""
+        return self.backbone is None or "/" in self.backbone
 
     def record(self) -> dict[str, Any]:
         """Returns JSON values that are equal where descriptors are.

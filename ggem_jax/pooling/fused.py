@@ -48,17 +48,12 @@ def norm_refusal(tokens: Array, negatives: Negatives) -> str | None:
 
 
 def superglobal_refusal(feature_map: Array, regional_p: float, window: int, p: float) -> str | None:
-    if (
-        p > 90
-        # the kernel scales by the largest entry of the map, of which the mixed map has half or
-        # more: (1/2)^90 / 2^31 is still a normal number
-    ):
+    # The kernel scales by the largest entry of the map, of which the mixed map has half or more:
+    # (1/2)^90 / 2^31 is still a normal number.
+    if p > 90:
         return f"the fused regional GeM takes p up to 90, not {p}"
-    if (
-        regional_p > 4
-        # the kernel scales by the largest entry of the map: (1e-9)^4 is still above what is
-        # rounded to zero
-    ):
+    # By the largest entry of the map: (1e-9)^4 is still above what is rounded to zero.
+    if regional_p > 4:
         return f"the fused regional GeM takes regional_p up to 4, not {regional_p}"
     if window > 7:
         return f"the fused regional GeM takes windows up to 7, not {window}"

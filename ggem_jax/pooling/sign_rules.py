@@ -32,7 +32,8 @@ class SignRule:
     """What is raised to p, and how the root becomes the pooled value."""
 
     # (tokens, mask, eps) -> the numbers of at least 0 that are raised to p, `(..., n, d)`, and what
-    # is added after the root, `(..., d)`
+    # is added after the root, `(..., d)`. Tokens and eps come as eighths and the result is
+    # multiplied by 8, so both must be proportional to (tokens, eps).
     positive: Callable[[Array, Mask, float], tuple[Array, Array]]
     adds_offset: bool = False  # whether anything is added after the root
     signed: bool = False  # whether powers have the sign of their token

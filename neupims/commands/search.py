@@ -22,7 +22,7 @@ DEFAULT_BUDGET = 20000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `search`."""
+    """Adds the flags of `search`."""
     add_workload_arguments(parser)
     parser.add_argument(
         "--strategy",

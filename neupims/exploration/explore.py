@@ -160,8 +160,7 @@ def explore(
         ImportError: the extra `neupims` is not installed.
 
     Example:
-        >>> from neupims.exploration.explore import explore
-        >>> from neupims.machine.workload import make_batch
+        >>> from neupims import explore, make_batch
         >>> batch = make_batch([300, 40, 900, 512], [0, 1, 2, 3])
         >>> knobs = {"hbm.num_channels": [16, 32], "npu.num_arrays": (4, 8)}
         >>> found = explore("neupims", "gpt3-7b", batch, knobs, method="grid")

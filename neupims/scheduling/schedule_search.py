@@ -195,7 +195,7 @@ def search_schedule(
 
 def _check(case: Case, seeds: int, order_levels: int, new_only: int | None) -> None:
     if case.system != "neupims":
-        raise ValueError(f"schedules are searched for --system neupims, not {case.system}")
+        raise ValueError(f"schedules are searched for the system neupims, not {case.system}")
     requests = len(case.batch.seq_lens)
     if requests < 2:
         raise ValueError("a schedule needs at least 2 requests")
@@ -211,7 +211,7 @@ def _choose(channels, realisable, sub_batches, order_levels, knobs, new_only) ->
     most = [int(knob.high) for knob in knobs if knob.name == CHANNELS_KNOB]
     if most and new_only is not None:
         raise ValueError(
-            "--new-only keeps requests on their channels, so their number cannot be searched"
+            f"new_only keeps requests on their channels, so {CHANNELS_KNOB} cannot be searched"
         )
     return Choices(max([channels, *most]), realisable, sub_batches, order_levels, tuple(knobs))
 

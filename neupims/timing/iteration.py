@@ -99,7 +99,7 @@ def simulate(
         system: "neupims", "npu-pim", "npu-only" or "gpu".
         sub_batches: 2 interleaved sub-batches, or 1; "npu-pim" has always 1.
         fidelity: "simulator" follows the public simulator as it is coded, "intended" the machine
-            of the paper (docs/neupims.md lists the differences).
+            of the paper (docs/accelerator/model.md lists the differences).
         path: "closed" adds up closed forms and can be jitted and mapped; "exact" follows the list
             of PIM commands of each channel, for one concrete design.
         most_channels: A bound on `hbm.num_channels` where that is traced (default: the number
