@@ -1,12 +1,11 @@
-"""The power mean over tokens, one exponent per channel, and its gradient: each reads the tokens
-once.
+"""The power mean over tokens, with one exponent per channel, and its gradient.
 
-A row is one `(n, d)`: tokens `(rows, n, d)`, mask `(rows, n)`, root and its cotangent `(rows, d)`.
-Exponents are `(sets, d)`; row i uses set i // (rows / sets). One program takes one row and one
-block of channels. All arithmetic is in float32.
+Both kernels read the tokens once. A row is one image: tokens `(rows, n, d)`, mask `(rows, n)`, root
+and its cotangent `(rows, d)`. Exponents are `(sets, d)`; row i uses set i // (rows / sets). One
+program takes one row and one block of channels. All arithmetic is in float32.
 
-With `offset` `(rows, d)` the numbers that are raised to p are tokens / 8 - offset + eps: the sign
-rule "shift", with an eighth of the lowest token.
+With `offset` `(rows, d)`, the numbers raised to p are tokens / 8 - offset + eps. The sign rule
+"shift" passes an eighth of the lowest token.
 """
 
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from jax import Array
 from jax import ShapeDtypeStruct as Shape
 
 from .launch import call
-from .powers import LEAST, MOST, absorb, clip_slopes, root_of_mean, rounded_off, slopes
+from .powers import LEAST, MOST, absorb, clip_slopes, root_of_mean, rounding_factor, slopes
 from .tiles import gradient_tile, pool_tile
 
 
@@ -30,48 +29,82 @@ def pool(
     negatives: str,
     implementation: str,
 ) -> Array:
-    """root[i, c] = (mean_n x_n^p)^(1/p) over the kept tokens x, `(rows, d)` in float32; 0 where
-    none is kept.
+    """Returns the power mean of the kept tokens, root = (mean_n x_n^p)^(1/p).
+
+    Args:
+        tokens: Tokens x, `(rows, n, d)`, in float32, bfloat16 or float16.
+        p: Exponents, `(sets, d)` in float32.
+        mask: Which tokens to keep, `(rows, n)`; None keeps all.
+        offset: Subtracted from an eighth of the tokens, `(rows, d)` in float32; None for the sign
+            rules that have no offset.
+        eps: Smallest number that is raised to p.
+        negatives: The sign rule.
+        implementation: "triton" or "interpret".
+
+    Returns:
+        The root, `(rows, d)` in float32; 0 where no token is kept.
     """
     rows, n, d = tokens.shape
     tile = pool_tile(n, d, tokens.dtype.itemsize)
     (root,) = call(
-        implementation, pool_kernel, [tokens, *_optional(p, mask, offset)], [Shape((rows, d),
-        jnp.float32)],
+        implementation, pool_kernel, [tokens, *_optional(p, mask, offset)],
+        [Shape((rows, d), jnp.float32)],
         programs=rows * triton.cdiv(d, tile.channels), warps=tile.warps,
-        N=n, D=d, SET=rows // len(p), EPS=eps, NEGATIVES=negatives, HAS_MASK=mask is not None,
-        HAS_OFFSET=offset is not None,
+        N=n, D=d, SET=rows // len(p), EPS=eps, NEGATIVES=negatives,
+        HAS_MASK=mask is not None, HAS_OFFSET=offset is not None,
         UNROLL=tile.unroll, ROWS=tile.rows, CHANNELS=tile.channels,
     )  # fmt: skip
     return root
 
 
 def gradient(
-    tokens: Array, p: Array, mask: Array | None, offset: Array | None, root: Array,
+    tokens: Array,
+    p: Array,
+    mask: Array | None,
+    offset: Array | None,
+    root: Array,
     cotangent: Array,
-    *, eps: float, negatives: str, implementation: str,
-) -> tuple[Array, Array]:  # fmt: skip
-    """Cotangent of the tokens `(rows, n, d)`, in their dtype, and, row by row, that of p and of the
-    offset if there is one, `(rows, 1 or 2, d)`.
+    *,
+    eps: float,
+    negatives: str,
+    implementation: str,
+) -> tuple[Array, Array]:
+    """Returns the cotangents of the tokens and, row by row, of p and the offset.
+
+    Args:
+        tokens: As in `pool`, like p, mask, offset and the keywords.
+        p: Exponents, `(sets, d)`.
+        mask: Which tokens to keep, `(rows, n)`, or None.
+        offset: The offset, `(rows, d)`, or None.
+        root: What `pool` returned, `(rows, d)`.
+        cotangent: Cotangent of the root, `(rows, d)` in float32.
+        eps: Smallest number that is raised to p.
+        negatives: The sign rule.
+        implementation: "triton" or "interpret".
+
+    Returns:
+        The cotangent of the tokens, `(rows, n, d)` in their dtype, and those of p and, if there is
+        one, of the offset, `(rows, 1 or 2, d)` in float32.
     """
     rows, n, d = tokens.shape
     tile = gradient_tile(n, d, tokens.dtype.itemsize)
     by_tokens, by_rest = call(
         implementation, gradient_kernel, [tokens, *_optional(p, mask, offset), root, cotangent],
-        [Shape(tokens.shape, tokens.dtype), Shape((rows, 1 + (offset is not None), d),
-        jnp.float32)],
+        [Shape(tokens.shape, tokens.dtype),
+         Shape((rows, 1 + (offset is not None), d), jnp.float32)],
         programs=rows * triton.cdiv(d, tile.channels), warps=tile.warps,
         N=n, D=d, SET=rows // len(p), EPS=eps, LIMIT=float(jnp.finfo(tokens.dtype).max),
-        NEGATIVES=negatives, HAS_MASK=mask is not None,
-        HAS_OFFSET=offset is not None, SERIES=tokens.dtype == jnp.float32, UNROLL=tile.unroll,
-        ROWS=tile.rows, CHANNELS=tile.channels,
+        NEGATIVES=negatives, HAS_MASK=mask is not None, HAS_OFFSET=offset is not None,
+        SERIES=tokens.dtype == jnp.float32,
+        UNROLL=tile.unroll, ROWS=tile.rows, CHANNELS=tile.channels,
     )  # fmt: skip
     return by_tokens, by_rest
 
 
 def _optional(p, mask, offset):
-    """The arrays that may be missing, and how many tokens each row keeps; p stands in for one that
-    is, and its kernel does not look at it.
+    """Inputs of both kernels: p `(sets, d)`, mask `(rows, n)`, count `(rows,)`, offset `(rows, d)`.
+
+    p takes the place of an array that is missing; the kernels do not read it there.
     """
     count = p if mask is None else jnp.maximum(jnp.sum(mask, axis=1), 1).astype(jnp.float32)
     return p, p if mask is None else mask.astype(jnp.int8), count, p if offset is None else offset
@@ -83,9 +116,7 @@ def _load(
     N: tl.constexpr, D: tl.constexpr, MASKED: tl.constexpr, HAS_MASK: tl.constexpr,
     HAS_OFFSET: tl.constexpr, EPS: tl.constexpr,
 ):  # fmt: skip
-    """Tokens `(rows, channels)` in float32 and which of them are kept; with an offset as the module
-    says.
-    """
+    """Tokens `(rows, channels)` in float32, less the offset, and which of them to keep."""
     keep = (n < N) & (c < D)
     if HAS_MASK:
         keep = keep & (tl.load(mask + n, mask=n < N, other=0) != 0)
@@ -101,13 +132,15 @@ def _load(
 @triton.jit
 def pool_kernel(
     tokens, p, mask, count, offset, root,
-    N: tl.constexpr, D: tl.constexpr, SET: tl.constexpr, EPS: tl.constexpr, NEGATIVES: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    HAS_OFFSET: tl.constexpr, UNROLL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
-    FAST: tl.constexpr,
+    N: tl.constexpr, D: tl.constexpr, SET: tl.constexpr, EPS: tl.constexpr,
+    NEGATIVES: tl.constexpr, HAS_MASK: tl.constexpr, HAS_OFFSET: tl.constexpr,
+    UNROLL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Each thread sums (x / largest)^p over its own tokens, UNROLL of them at a time, with a
-    `largest` of its own: threads meet at the end.
+    """Writes root = (mean_n x_n^p)^(1/p) for one row and one block of channels.
+
+    Pointers: tokens `(rows, N, D)`, p `(sets, D)`, mask `(rows, N)`, count `(rows,)` and offset
+    `(rows, D)` in; root `(rows, D)` out. Each thread sums (x / largest)^p over tokens of its own,
+    UNROLL at a time, with a `largest` of its own. The threads meet at the end.
     """
     block = tl.program_id(0)
     row = (block // tl.cdiv(D, CHANNELS)).to(tl.int64)
@@ -125,18 +158,9 @@ def pool_kernel(
         xs, keeps = (), ()
         for k in tl.static_range(UNROLL):
             x, keep = _load(
-                tokens,
-                start + k * ROWS + step,
-                mask,
-                c[None, :],
-                lowest,
-                N,
-                D,
-                not WIDE,
-                HAS_MASK,
-                HAS_OFFSET,
-                EPS,
-            )
+                tokens, start + k * ROWS + step, mask, c[None, :], lowest,
+                N, D, not WIDE, HAS_MASK, HAS_OFFSET, EPS,
+            )  # fmt: skip
             xs, keeps = xs + (x,), keeps + (keep,)
         largest, total = absorb(
             largest, total, xs, keeps, exponent, EPS, NEGATIVES, HAS_MASK or not WIDE, False, FAST
@@ -153,14 +177,15 @@ def pool_kernel(
 
 
 @triton.jit
-def _slopes(
+def _absorb_slopes(
     sums, drift, x, keep, factor, inverse, less,
     EPS: tl.constexpr, LIMIT: tl.constexpr, NEGATIVES: tl.constexpr, MASKED: tl.constexpr,
-    HAS_OFFSET: tl.constexpr, SERIES: tl.constexpr,
-    FAST: tl.constexpr,
+    HAS_OFFSET: tl.constexpr, SERIES: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Cotangent of x `(rows, channels)`: factor (x / root)^(p - 1), added to `drift`; adds (x /
-    root)^p log2(x / root) to `sums`.
+    """Adds a tile to the sums of the gradient and returns the cotangent of its tokens.
+
+    All are `(rows, channels)`: `sums` of (x / root)^p log2(x / root), for p, and `drift` of the
+    cotangents of x, for the offset.
     """
     weight, by_x = slopes(x, inverse, less, factor, EPS, LIMIT, NEGATIVES, SERIES, FAST)
     if MASKED:
@@ -176,13 +201,18 @@ def _slopes(
 def gradient_kernel(
     tokens, p, mask, count, offset, root, cotangent, by_tokens, by_parameters,
     N: tl.constexpr, D: tl.constexpr, SET: tl.constexpr, EPS: tl.constexpr, LIMIT: tl.constexpr,
-    NEGATIVES: tl.constexpr,
-    HAS_MASK: tl.constexpr, HAS_OFFSET: tl.constexpr, SERIES: tl.constexpr, UNROLL: tl.constexpr,
-    ROWS: tl.constexpr, CHANNELS: tl.constexpr,
+    NEGATIVES: tl.constexpr, HAS_MASK: tl.constexpr, HAS_OFFSET: tl.constexpr,
+    SERIES: tl.constexpr, UNROLL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
-    """d root / d x_n = (x_n / root)^(p - 1) / count and d root / d p = (root / p) mean_n (x_n /
-    root)^p log(x_n / root).
+    """Writes the cotangents of one row and one block of channels.
+
+    d root / d x_n = (x_n / root)^(p - 1) / count,
+    d root / d p = (root / p) mean_n (x_n / root)^p log(x_n / root).
+
+    Pointers: tokens `(rows, N, D)`, p `(sets, D)`, mask `(rows, N)`, count `(rows,)`, offset, root
+    and cotangent `(rows, D)` in; by_tokens `(rows, N, D)` and by_parameters `(rows, 1 or 2, D)`
+    out, the latter of p and, with HAS_OFFSET, of the offset.
     """
     block = tl.program_id(0)
     row = (block // tl.cdiv(D, CHANNELS)).to(tl.int64)
@@ -196,11 +226,10 @@ def gradient_kernel(
     mask += row * N
     kept = tl.load(count + row) if HAS_MASK else float(N)
     size = tl.abs(y)
-    inverse = tl.where(y == 0, 0.0, 1.0 / size)[
-        None, :
-    ]  # of a zero root: all ratios the least, so that nothing overflows
+    # of a root of zero: all ratios are LEAST, so that nothing overflows
+    inverse = tl.where(y == 0, 0.0, 1.0 / size)[None, :]
     less = exponent[None, :] - 1.0
-    whole = rounded_off(less, inverse, size[None, :])
+    whole = rounding_factor(less, inverse, size[None, :])
     factor = (by_y / kept)[None, :] * whole
     sums = tl.zeros((ROWS, CHANNELS), tl.float32)
     drift = tl.zeros((ROWS, CHANNELS), tl.float32)
@@ -212,37 +241,16 @@ def gradient_kernel(
         xs, keeps = (), ()  # all loads before the first store, which could change what they read
         for k in tl.static_range(UNROLL):
             x, keep = _load(
-                tokens,
-                start + k * ROWS + step,
-                mask,
-                channel,
-                lowest,
-                N,
-                D,
-                not WIDE,
-                HAS_MASK,
-                HAS_OFFSET,
-                EPS,
-            )
+                tokens, start + k * ROWS + step, mask, channel, lowest,
+                N, D, not WIDE, HAS_MASK, HAS_OFFSET, EPS,
+            )  # fmt: skip
             xs, keeps = xs + (x,), keeps + (keep,)
         for k in tl.static_range(UNROLL):
             n = start + k * ROWS + step
-            sums, drift, by_x = _slopes(
-                sums,
-                drift,
-                xs[k],
-                keeps[k],
-                factor,
-                inverse,
-                less,
-                EPS,
-                LIMIT,
-                NEGATIVES,
-                HAS_MASK,
-                HAS_OFFSET,
-                SERIES,
-                FAST,
-            )
+            sums, drift, by_x = _absorb_slopes(
+                sums, drift, xs[k], keeps[k], factor, inverse, less,
+                EPS, LIMIT, NEGATIVES, HAS_MASK, HAS_OFFSET, SERIES, FAST,
+            )  # fmt: skip
             if WIDE:
                 tl.store(by_tokens + n * D + channel, by_x)
             else:
@@ -250,22 +258,10 @@ def gradient_kernel(
     for start in range(WHOLE, N, ROWS):
         n = start + step
         x, keep = _load(tokens, n, mask, channel, lowest, N, D, True, HAS_MASK, HAS_OFFSET, EPS)
-        sums, drift, by_x = _slopes(
-            sums,
-            drift,
-            x,
-            keep,
-            factor,
-            inverse,
-            less,
-            EPS,
-            LIMIT,
-            NEGATIVES,
-            True,
-            HAS_OFFSET,
-            SERIES,
-            FAST,
-        )
+        sums, drift, by_x = _absorb_slopes(
+            sums, drift, x, keep, factor, inverse, less,
+            EPS, LIMIT, NEGATIVES, True, HAS_OFFSET, SERIES, FAST,
+        )  # fmt: skip
         tl.store(by_tokens + n * D + channel, by_x, mask=(n < N) & (channel < D))
     SUMS: tl.constexpr = 2 if HAS_OFFSET else 1
     by_p = by_y * (size / exponent) * (tl.sum(sums * whole, 0) * (0.6931471805599453 / kept))

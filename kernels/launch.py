@@ -1,9 +1,9 @@
-"""The one place that touches jax-triton, which is imported when a kernel is asked for and not
-before.
+"""Calls of the kernels: through jax-triton on the GPU, or in Triton's interpreter on the CPU.
 
-Kernels take their inputs first and their outputs last; shapes, strides and options are compile-time
-constants, because jax-triton does not tell Triton which integers divide by 16, and loads of 16
-bytes need to know. No scalar arguments, aliases or zeroed outputs: so the same call works with
+No other module touches jax-triton, and this one imports it only when a kernel is asked for. Kernels
+take their inputs first and their outputs last. Shapes, strides and options are compile-time
+constants: jax-triton does not tell Triton which integers divide by 16, and loads of 16 bytes need
+to know. There are no scalar arguments, aliases or zeroed outputs, so the same call works with
 jax-triton 0.3 and 0.4.
 """
 
@@ -23,18 +23,33 @@ import numpy as np
 
 from . import ptxas
 
-# A context that `jax.jit` looks traced functions up by: none that was traced for one GPU is found
-# for another.
+# `jax.jit` includes it in its cache keys: what was traced for one GPU is not found for another.
 _capability = jax.make_user_context(default_value=None)
 
 
 def call(
-    implementation: str, kernel: Any, inputs: Sequence[jax.Array],
+    implementation: str,
+    kernel: Any,
+    inputs: Sequence[jax.Array],
     outputs: Sequence[jax.ShapeDtypeStruct],
-    *, programs: int, warps: int, **constants: Any,
-) -> list[jax.Array]:  # fmt: skip
-    """Runs `programs` programs of a kernel: `implementation` is "triton", on the GPU, or
-    "interpret", in Triton's interpreter on the CPU.
+    *,
+    programs: int,
+    warps: int,
+    **constants: Any,
+) -> list[jax.Array]:
+    """Returns the outputs of a kernel.
+
+    Args:
+        implementation: "triton" runs it on the GPU, "interpret" in Triton's interpreter on the CPU.
+        kernel: The kernel; its pointers are those of inputs and outputs, in this order.
+        inputs: Its input arrays.
+        outputs: Shapes and dtypes of its outputs.
+        programs: How many programs to run.
+        warps: Warps of 32 threads in each program.
+        **constants: Its compile-time constants, without FAST.
+
+    Returns:
+        The output arrays.
     """
     if implementation == "interpret":
         run = functools.partial(_interpret, kernel, outputs, programs, FAST=False, **constants)
@@ -59,17 +74,23 @@ def capability() -> int | None:
 
 @contextlib.contextmanager
 def compiled_for(capability: int | None) -> Iterator[None]:
-    """Kernels that are lowered inside are compiled for this compute capability, such as 90, whether
-    a GPU is there or not.
+    """Compiles the kernels that are traced inside for another GPU, which need not be there.
+
+    The capability is part of what `jax.jit` looks functions up by: one jitted function can be
+    lowered for several GPUs in turn.
+
+    Args:
+        capability: Compute capability, such as 90 for an H100; None for that of this machine.
     """
     with _capability(capability):
         yield
 
 
 def available() -> bool:
-    """Returns whether kernels can be compiled here: jax-triton is installed, finds a JAX with CUDA,
-    and writes what that JAX can assemble. Where only the last fails, a warning says once what to
-    install. Starts no device.
+    """Returns whether kernels can be compiled here, without starting a device.
+
+    They can if jax-triton is installed, finds a JAX with CUDA, and writes what that JAX can
+    assemble. Where only the last fails, one warning says what to install.
     """
     return _available(_capability.value)
 
@@ -90,13 +111,15 @@ def _available(capability: int | None) -> bool:
 
 
 def runs_here() -> bool:
-    """Whether kernels run on the devices of this process. Starts the devices."""
+    """Returns whether kernels run on the devices of this process, which it starts."""
     return available() and jax.default_backend() == "gpu"
 
 
 def load_jax_triton() -> ModuleType:
-    """Imports jax-triton; `NotImplementedError` says what is missing and what to do where it cannot
-    be had.
+    """Returns the module jax_triton.
+
+    Raises:
+        NotImplementedError: jax-triton, or a JAX with CUDA, is not installed.
     """
     try:
         import jax_triton
@@ -106,11 +129,10 @@ def load_jax_triton() -> ModuleType:
             f"Triton kernels need jax-triton and a JAX with CUDA ({reason}): pip install '.[gpu]'"
             " in a checkout on a machine with an NVIDIA GPU, or pass implementation=None"
         ) from error
-    if (
-        os.environ.get("TRITON_CACHE_DIR") == ""
-    ):  # set so by jax-triton 0.3; a later triton.compile in this process would find no folder
+    # jax-triton 0.3 sets it so, and a later triton.compile in this process would find no folder
+    if os.environ.get("TRITON_CACHE_DIR") == "":
         del os.environ["TRITON_CACHE_DIR"]
-    if ptxas.cuda_plugin() is None:  # jax-triton 0.4 is content without
+    if ptxas.cuda_plugin() is None:  # jax-triton 0.4 imports without one
         raise NotImplementedError(
             "Triton kernels need a JAX with CUDA, which this one is not: pip install 'jax[cuda12]'"
             " on a machine with an NVIDIA GPU, or pass implementation=None"
@@ -119,8 +141,13 @@ def load_jax_triton() -> ModuleType:
 
 
 def check(implementation: str) -> None:
-    """`NotImplementedError` where kernels cannot run as `implementation` says, with the reason and
-    what to do.
+    """Checks that kernels can run as `implementation` says.
+
+    Args:
+        implementation: "triton", "interpret" or "xla"; the last needs no kernels.
+
+    Raises:
+        NotImplementedError: They cannot; the message gives the reason and what to do.
     """
     if implementation == "interpret":
         try:
@@ -154,33 +181,31 @@ def _interpret(
     *inputs: jax.Array,
     **constants: Any,
 ) -> tuple[np.ndarray, ...]:
-    """Outputs start as 0xCD bytes, so that an element that is never written shows."""
-    results = [
-        np.frombuffer(
-            bytearray(b"\xcd" * (int(np.prod(o.shape)) * o.dtype.itemsize)), o.dtype
-        ).reshape(o.shape)
-        for o in outputs
-    ]
+    """Runs a kernel in the interpreter.
+
+    Outputs start as 0xCD bytes, so that an element that is never written shows.
+    """
+    results = []
+    for output in outputs:
+        filled = bytearray(b"\xcd" * (int(np.prod(output.shape)) * output.dtype.itemsize))
+        results.append(np.frombuffer(filled, output.dtype).reshape(output.shape))
     arrays = [np.array(array, order="C", copy=True) for array in inputs]
-    with (
-        _one_at_a_time,
-        np.errstate(all="ignore"),
-        warnings.catch_warnings(),
-    ):  # lanes outside the arrays compute too
+    # lanes outside of the arrays compute too, whatever is there
+    with _one_at_a_time, np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         kernel[(programs,)](*map(_HostTensor, arrays), *map(_HostTensor, results), **constants)
     return tuple(results)
 
 
-# the interpreter patches the language while it runs a kernel; devices call from threads of their
-# own
+# The interpreter patches triton.language while it runs a kernel, and devices call from threads
+# of its own.
 _one_at_a_time = threading.Lock()
 
 _TRITON_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int8": "i8"}
 
 
 class _HostTensor:
-    """A NumPy array with what Triton's interpreter asks of a tensor."""
+    """A NumPy array with the methods that Triton's interpreter calls on a tensor."""
 
     def __init__(self, array: np.ndarray):
         self.array, self.dtype = array, _TRITON_NAMES[array.dtype.name]

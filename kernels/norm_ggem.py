@@ -1,9 +1,9 @@
-"""LayerNorm and the power mean over tokens in one pass, and their gradient in one: the tokens are
-read once, the normalised ones never written.
+"""LayerNorm and the power mean over tokens in one pass, and their gradient in another.
 
-A row is one `(n, d)`: tokens `(rows, n, d)`, mask `(rows, n)`, root and its cotangent `(rows, d)`;
-scale, bias and exponents are `(sets, d)`, and row i uses set i // (rows / sets). A program takes
-all channels of one of `SPLITS` runs of the tokens of a row. All arithmetic is in float32.
+Each pass reads the tokens once, and the normalised tokens are never written. A row is one image:
+tokens `(rows, n, d)`, mask `(rows, n)`, root and its cotangent `(rows, d)`. Scale, bias and
+exponents are `(sets, d)`; row i uses set i // (rows / sets). The tokens of a row are divided into
+`SPLITS` runs, and a program takes all channels of one run. All arithmetic is in float32.
 """
 
 import jax.numpy as jnp
@@ -19,51 +19,100 @@ from .powers import (
     absorb,
     clip_slopes,
     exp2,
-    joined,
+    join_splits,
     log2,
     root_of_mean,
-    rounded_off,
+    rounding_factor,
     slopes,
 )
 from .tiles import NormTile, norm_gradient_tile, norm_pool_tile
 
 
 def pool(
-    tokens: Array, scale: Array, bias: Array, p: Array, mask: Array | None, *, norm_eps: float,
-    eps: float, negatives: str, implementation: str
-) -> tuple[Array, Array]:  # fmt: skip
-    """root[i, c] = (mean_n z_n^p)^(1/p) of the normalised z, `(rows, d)`, and mean and 1 /
-    deviation of each token, `(rows, 2, n)`; both float32.
+    tokens: Array,
+    scale: Array,
+    bias: Array,
+    p: Array,
+    mask: Array | None,
+    *,
+    norm_eps: float,
+    eps: float,
+    negatives: str,
+    implementation: str,
+) -> tuple[Array, Array]:
+    """Returns the power mean of normalised tokens, and the statistics of the norm.
+
+    z = (x - mean) / sqrt(variance + norm_eps) scale + bias and root = (mean_n z_n^p)^(1/p).
+
+    Args:
+        tokens: Tokens x, `(rows, n, d)`, in float32, bfloat16 or float16.
+        scale: Factor of the normalised tokens, `(sets, d)` in float32.
+        bias: Added to them, `(sets, d)` in float32.
+        p: Exponents, `(sets, d)` in float32.
+        mask: Which tokens to keep, `(rows, n)`; None keeps all.
+        norm_eps: Added to the variance.
+        eps: Smallest number that is raised to p.
+        negatives: The sign rule: "clamp", "abs" or "signed".
+        implementation: "triton" or "interpret".
+
+    Returns:
+        The root, `(rows, d)`, 0 where no token is kept; and mean and 1 / deviation of each token,
+        `(rows, 2, n)`; both in float32.
     """
     rows, n, d = tokens.shape
     tile = norm_pool_tile(rows, n, d, tokens.dtype.itemsize)
     count = _count(mask, p)
     pooled, statistics = call(
-        implementation, norm_pool_kernel, [tokens, scale, bias, p, *_mask(mask, p), count],
+        implementation, norm_pool_kernel, [tokens, scale, bias, p, _mask(mask, p), count],
         [Shape((rows, d) if tile.splits == 1 else (rows, tile.splits, 2, d), jnp.float32),
-        Shape((rows, 2, n), jnp.float32)],
-        programs=rows * tile.splits, NORM_EPS=norm_eps, **_constants(tokens, p, mask, tile, eps,
-        negatives),
+         Shape((rows, 2, n), jnp.float32)],
+        programs=rows * tile.splits, NORM_EPS=norm_eps,
+        **_constants(tokens, p, mask, tile, eps, negatives),
     )  # fmt: skip
     if tile.splits > 1:
         kept = jnp.full((rows,), n, jnp.float32) if mask is None else count
-        pooled = joined(pooled, jnp.repeat(p, rows // len(p), axis=0), kept[:, None])
+        pooled = join_splits(pooled, jnp.repeat(p, rows // len(p), axis=0), kept[:, None])
     return pooled, statistics
 
 
 def gradient(
-    tokens: Array, scale: Array, bias: Array, p: Array, mask: Array | None, root: Array,
-    statistics: Array, cotangent: Array,
-    *, eps: float, negatives: str, implementation: str,
-) -> tuple[Array, Array]:  # fmt: skip
-    """Cotangent of the tokens `(rows, n, d)`, in their dtype, and, row by row, those of p, scale
-    and bias, `(rows, 3, d)`.
+    tokens: Array,
+    scale: Array,
+    bias: Array,
+    p: Array,
+    mask: Array | None,
+    root: Array,
+    statistics: Array,
+    cotangent: Array,
+    *,
+    eps: float,
+    negatives: str,
+    implementation: str,
+) -> tuple[Array, Array]:
+    """Returns the cotangents of the tokens and, row by row, of p, scale and bias.
+
+    Args:
+        tokens: As in `pool`, like scale, bias, p, mask and the keywords.
+        scale: Factor of the normalised tokens, `(sets, d)`.
+        bias: Added to them, `(sets, d)`.
+        p: Exponents, `(sets, d)`.
+        mask: Which tokens to keep, `(rows, n)`, or None.
+        root: What `pool` returned, `(rows, d)`.
+        statistics: What `pool` returned, `(rows, 2, n)`.
+        cotangent: Cotangent of the root, `(rows, d)` in float32.
+        eps: Smallest number that is raised to p.
+        negatives: The sign rule.
+        implementation: "triton" or "interpret".
+
+    Returns:
+        The cotangent of the tokens, `(rows, n, d)` in their dtype, and those of p, scale and bias,
+        `(rows, 3, d)` in float32.
     """
     rows, n, d = tokens.shape
     tile = norm_gradient_tile(rows, n, d, tokens.dtype.itemsize)
     by_tokens, by_parameters = call(
-        implementation, norm_gradient_kernel, [tokens, scale, bias, p, *_mask(mask, p), _count(mask,
-        p), root, statistics, cotangent],
+        implementation, norm_gradient_kernel,
+        [tokens, scale, bias, p, _mask(mask, p), _count(mask, p), root, statistics, cotangent],
         [Shape(tokens.shape, tokens.dtype), Shape((rows, tile.splits, 3, d), jnp.float32)],
         programs=rows * tile.splits, LIMIT=float(jnp.finfo(tokens.dtype).max),
         SERIES=tokens.dtype == jnp.float32,
@@ -73,11 +122,12 @@ def gradient(
 
 
 def _mask(mask, p):
-    """A mask that is missing is stood in for by p, which its kernel does not look at."""
-    return [p if mask is None else mask.astype(jnp.int8)]
+    """The mask `(rows, n)` for a kernel; if there is none, p, which the kernel does not read."""
+    return p if mask is None else mask.astype(jnp.int8)
 
 
 def _count(mask, p):
+    """How many tokens each row keeps, `(rows,)`; without a mask p, which is not read."""
     return p if mask is None else jnp.maximum(jnp.sum(mask, axis=1), 1).astype(jnp.float32)
 
 
@@ -95,7 +145,7 @@ def _constants(tokens, p, mask, tile: NormTile, eps, negatives):
 def _per_channel(
     values, c, D: tl.constexpr, CHANNELS: tl.constexpr, PIECES: tl.constexpr, OTHER: tl.constexpr
 ):
-    """A tuple of PIECES times `(1, channels)` from `(d,)`."""
+    """The PIECES pieces `(1, channels)` of a vector `(D,)`, as a tuple."""
     pieces = ()
     for q in tl.static_range(PIECES):
         pieces = pieces + (
@@ -105,8 +155,8 @@ def _per_channel(
 
 
 @triton.jit
-def _filled(VALUE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, PIECES: tl.constexpr):
-    """A tuple of PIECES times `(rows, channels)`."""
+def _fill(VALUE: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, PIECES: tl.constexpr):
+    """PIECES tiles `(rows, channels)` of one value, as a tuple."""
     pieces = ()
     for _ in tl.static_range(PIECES):
         pieces = pieces + (tl.full((ROWS, CHANNELS), VALUE, tl.float32),)
@@ -124,7 +174,7 @@ def _inside(
     EXACT: tl.constexpr,
     TAIL: tl.constexpr,
 ):
-    """Where piece q of tokens n lies in the array."""
+    """Which elements of piece q of the tokens n are inside the array."""
     here = (n < N) if TAIL else (n >= 0)
     return here if EXACT else here & (q * CHANNELS + c < D)
 
@@ -137,7 +187,11 @@ def _pool_step(
     UNROLL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, PIECES: tl.constexpr,
     TAIL: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Takes UNROLL x ROWS tokens into the running sums. TAIL: there may be fewer."""
+    """Normalises UNROLL x ROWS tokens and adds them to the running sums, tuples of PIECES tiles.
+
+    With TAIL there may be fewer tokens. Writes mean and 1 / deviation of each token to `statistics`
+    `(2, N)`.
+    """
     EXACT: tl.constexpr = D == CHANNELS * PIECES
     step = tl.arange(0, ROWS)
     xs, sums = (), ()
@@ -178,17 +232,9 @@ def _pool_step(
             zs = zs + (fars[q] * deviation[:, None] * gains[q] + shifts[q],)
     for q in tl.static_range(PIECES):
         grown, more = absorb(
-            largest[q],
-            total[q],
-            zs[q::PIECES],
-            keeps,
-            exponents[q],
-            EPS,
-            NEGATIVES,
-            TAIL or HAS_MASK,
-            True,
-            FAST,
-        )
+            largest[q], total[q], zs[q::PIECES], keeps, exponents[q],
+            EPS, NEGATIVES, TAIL or HAS_MASK, True, FAST,
+        )  # fmt: skip
         largest = largest[:q] + (grown,) + largest[q + 1 :]
         total = total[:q] + (more,) + total[q + 1 :]
     return largest, total
@@ -202,8 +248,12 @@ def norm_pool_kernel(
     HAS_MASK: tl.constexpr, UNROLL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
     PIECES: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """z = (x - mean) / sqrt(variance + eps) * scale + bias, then running sums of (z / largest)^p as
-    in `ggem.pool_kernel`.
+    """Writes the power mean of z = (x - mean) / sqrt(variance + NORM_EPS) scale + bias.
+
+    A program takes one run of the tokens of a row and sums (z / largest)^p as in
+    `ggem.pool_kernel`. Pointers: tokens `(rows, N, D)`, scale, bias and p `(sets, D)`, mask
+    `(rows, N)`, count `(rows,)` in; statistics `(rows, 2, N)` out, and pooled: `(rows, D)`, or
+    with several SPLITS their largest numbers and sums, `(rows, SPLITS, 2, D)`.
     """
     STEP: tl.constexpr = UNROLL * ROWS
     RUN: tl.constexpr = tl.cdiv(tl.cdiv(N, SPLITS), STEP) * STEP
@@ -217,8 +267,8 @@ def norm_pool_kernel(
     tokens += row * N * D
     mask += row * N
     statistics += row * 2 * N
-    largest = _filled(LEAST, ROWS, CHANNELS, PIECES)
-    total = _filled(0.0, ROWS, CHANNELS, PIECES)
+    largest = _fill(LEAST, ROWS, CHANNELS, PIECES)
+    total = _fill(0.0, ROWS, CHANNELS, PIECES)
     for start in range(split * RUN, tl.minimum((split + 1) * RUN, WHOLE), STEP):
         largest, total = _pool_step(
             largest, total, start, tokens, mask, statistics, gains, shifts, exponents, c,
@@ -258,8 +308,10 @@ def _gradient_step(
     UNROLL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, PIECES: tl.constexpr,
     TAIL: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Writes the cotangent of UNROLL x ROWS tokens and adds to the sums. A token that is not kept
-    is read as zero and has no deviation.
+    """Writes the cotangents of UNROLL x ROWS tokens and adds to the sums for p, scale and bias.
+
+    The sums are tuples of PIECES tiles `(rows, channels)`. A token that is not kept is read as
+    zero, with a 1 / deviation of zero.
     """
     EXACT: tl.constexpr = D == CHANNELS * PIECES
     MASKED: tl.constexpr = TAIL or HAS_MASK
@@ -325,16 +377,21 @@ def _gradient_step(
 def norm_gradient_kernel(
     tokens, scale, bias, p, mask, count, root, statistics, cotangent, by_tokens, by_parameters,
     N: tl.constexpr, D: tl.constexpr, SET: tl.constexpr, SPLITS: tl.constexpr, EPS: tl.constexpr,
-    LIMIT: tl.constexpr, NEGATIVES: tl.constexpr,
-    HAS_MASK: tl.constexpr, SERIES: tl.constexpr, UNROLL: tl.constexpr, ROWS: tl.constexpr,
-    CHANNELS: tl.constexpr, PIECES: tl.constexpr,
+    LIMIT: tl.constexpr, NEGATIVES: tl.constexpr, HAS_MASK: tl.constexpr, SERIES: tl.constexpr,
+    UNROLL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, PIECES: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
-    """With u normalised, z = u scale + bias and the cotangent of z, s = by_root (z / root)^(p - 1)
-    / count:
+    """Writes the cotangents of one run of the tokens of a row.
 
-    by_x = (s scale - mean_d(s scale) - u mean_d(s scale u)) / deviation, by_scale = sum_n s u,
-    by_bias = sum_n s, and that of p as in `ggem`.
+    With u = (x - mean) / deviation, z = u scale + bias and the cotangent of z,
+    s = cotangent (z / root)^(p - 1) / count:
+
+    by_x = (s scale - mean_d(s scale) - u mean_d(s scale u)) / deviation,
+    by_scale = sum_n s u, by_bias = sum_n s, and that of p as in `ggem.gradient_kernel`.
+
+    Pointers: tokens `(rows, N, D)`, scale, bias and p `(sets, D)`, mask `(rows, N)`, count
+    `(rows,)`, root `(rows, D)`, statistics `(rows, 2, N)`, cotangent `(rows, D)` in; by_tokens
+    `(rows, N, D)` and by_parameters `(rows, SPLITS, 3, D)` out, the latter of p, scale and bias.
     """
     STEP: tl.constexpr = UNROLL * ROWS
     RUN: tl.constexpr = tl.cdiv(tl.cdiv(N, SPLITS), STEP) * STEP
@@ -349,20 +406,19 @@ def norm_gradient_kernel(
     roots = _per_channel(root + row * D, c, D, CHANNELS, PIECES, 1.0)
     cotangents = _per_channel(cotangent + row * D, c, D, CHANNELS, PIECES, 0.0)
     lesses, inverses, factors = (), (), ()
-    for q in tl.static_range(
-        PIECES
-    ):  # of a zero root: no cotangent, and ratios the least, so that nothing overflows
+    # of a root of zero: no cotangent, and all ratios are LEAST, so that nothing overflows
+    for q in tl.static_range(PIECES):
         lesses = lesses + (exponents[q] - 1.0,)
         inverses = inverses + (tl.where(roots[q] == 0, 0.0, 1.0 / tl.abs(roots[q])),)
-        whole = rounded_off(lesses[q], inverses[q], tl.abs(roots[q]))
+        whole = rounding_factor(lesses[q], inverses[q], tl.abs(roots[q]))
         factors = factors + (tl.where(roots[q] == 0, 0.0, cotangents[q] / kept * whole),)
     tokens += row * N * D
     by_tokens += row * N * D
     mask += row * N
     statistics += row * 2 * N
-    sums = _filled(0.0, ROWS, CHANNELS, PIECES)
-    by_scale = _filled(0.0, ROWS, CHANNELS, PIECES)
-    by_bias = _filled(0.0, ROWS, CHANNELS, PIECES)
+    sums = _fill(0.0, ROWS, CHANNELS, PIECES)
+    by_scale = _fill(0.0, ROWS, CHANNELS, PIECES)
+    by_bias = _fill(0.0, ROWS, CHANNELS, PIECES)
     for start in range(split * RUN, tl.minimum((split + 1) * RUN, WHOLE), STEP):
         sums, by_scale, by_bias = _gradient_step(
             sums, by_scale, by_bias, start, tokens, mask, statistics, by_tokens, gains, shifts,
@@ -381,10 +437,8 @@ def norm_gradient_kernel(
     by_parameters += (row * SPLITS + split) * 3 * D
     for q in tl.static_range(PIECES):
         channel = q * CHANNELS + tl.arange(0, CHANNELS)
-        by_p = (
-            tl.sum(sums[q] * (factors[q] * (tl.abs(roots[q]) / exponents[q])), 0)
-            * 0.6931471805599453
-        )
+        by_p = tl.sum(sums[q] * (factors[q] * (tl.abs(roots[q]) / exponents[q])), 0)
+        by_p *= 0.6931471805599453  # log(2)
         by_p = clip_slopes(by_p, MOST, NEGATIVES)
         tl.store(by_parameters + channel, by_p, mask=channel < D)
         tl.store(by_parameters + D + channel, tl.sum(by_scale[q], 0), mask=channel < D)

@@ -1,10 +1,12 @@
-"""What the kernels share: the fast logarithm, what is raised to p, and a power mean that grows as
-tokens arrive.
+"""Shared code of the kernels: fast logarithms, the sign rules, and a running power mean.
 
-`FAST` takes the logarithm of the GPU's special function unit, whose error is 2^-22 near 1 and 2^-22
-of the result elsewhere (PTX manual, lg2.approx). It is only used on x / largest or x / pooled,
-numbers near 1 where it matters, so that the error of x^p is p 2^-22. The interpreter has no such
-unit.
+With `FAST` the logarithm comes from the GPU's special function unit. Its error is 2^-22 near 1 and
+2^-22 of the result elsewhere (PTX manual, lg2.approx). It is only used on x / largest and x / root,
+where numbers near 1 matter most, so the error of x^p is p 2^-22. Triton's interpreter has no such
+unit and runs with `FAST=False`.
+
+Every comparison with the name of a sign rule (`NEGATIVES`) in a kernel is in this file. Tiles of
+tokens are `(rows, channels)` in float32.
 """
 
 import jax.numpy as jnp
@@ -12,16 +14,14 @@ import triton
 import triton.language as tl
 from jax import Array
 
-LEAST = tl.constexpr(
-    2.0**-125
-    # twice the smallest normal number: what is below is rounded to zero, whose logarithm is no
-    # number
-)
+# Twice the smallest normal number. Devices round what is below to zero, which has no logarithm.
+LEAST = tl.constexpr(2.0**-125)
 MOST = tl.constexpr(3.4028234663852886e38)  # the largest float32
 
 
 @triton.jit
 def log2(x, FAST: tl.constexpr):
+    """log2(x); with FAST, from the special function unit."""
     if FAST:
         return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -32,12 +32,13 @@ def log2(x, FAST: tl.constexpr):
 
 @triton.jit
 def ratio_and_log2(x, inverse, SERIES: tl.constexpr, FAST: tl.constexpr):
-    """x / root and its logarithm, `inverse` being 1 / root. A gradient raises it to p - 1: at p =
-    1000 an error of 2^-22 would be one of 2e-4.
+    """x / root, at least LEAST, and its log2; `inverse` is 1 / root.
 
-    SERIES, for float32: near 1, where alone large powers count, the logarithm is the series of x
-    inverse - 1, a fused multiply-add that does not round the product. What is written in bfloat16
-    or float16 is rounded more than that.
+    Gradients raise the ratio to p - 1. At p = 1000, an error of 2^-22 in the logarithm becomes an
+    error of 2e-4. With SERIES, used for float32 tokens, the logarithm of a ratio near 1 is
+    therefore a series of x inverse - 1, computed by a fused multiply-add that does not round the
+    product. Only ratios near 1 have large powers. Gradients in bfloat16 and float16 are rounded
+    more than that anyway.
     """
     ratio = at_least(x * inverse, LEAST)
     if not SERIES:
@@ -46,22 +47,23 @@ def ratio_and_log2(x, inverse, SERIES: tl.constexpr, FAST: tl.constexpr):
     high = 0.4808983469629878 + far * (
         -0.36067376022224085 + far * (0.28853900817779268 - far * 0.24044917348149390)
     )
-    series = far * (
-        1.4426950408889634 + far * (-0.7213475204444817 + far * high)
-    )  # log2(1 + far), 2^-26 of itself off at most
+    # log2(1 + far), with a relative error of at most 2^-26
+    series = far * (1.4426950408889634 + far * (-0.7213475204444817 + far * high))
     return ratio, tl.where(tl.abs(far) < 1 / 16, series, log2(ratio, FAST))
 
 
 @triton.jit
-def rounded_off(less, inverse, size):
-    """What (x inverse)^less lacks because `inverse` is 1 / size rounded: 1 + less (1 - size
-    inverse).
+def rounding_factor(less, inverse, size):
+    """The factor 1 + less (1 - size inverse) that (x inverse)^less lacks.
+
+    It corrects for the rounding of `inverse`, which is 1 / size.
     """
     return 1.0 + less * tl.fma(-inverse, size, tl.full(inverse.shape, 1.0, tl.float32))
 
 
 @triton.jit
 def exp2(x, FAST: tl.constexpr):
+    """2^x; with FAST, from the special function unit."""
     if FAST:
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -72,6 +74,7 @@ def exp2(x, FAST: tl.constexpr):
 
 @triton.jit
 def reciprocal(x, FAST: tl.constexpr):
+    """1 / x; with FAST, from the special function unit."""
     if FAST:
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -82,13 +85,13 @@ def reciprocal(x, FAST: tl.constexpr):
 
 @triton.jit
 def at_least(x, least):
-    """max(x, least) that keeps a NaN."""
+    """max(x, least); a NaN stays a NaN."""
     return tl.maximum(x, least, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def magnitude(x, eps, NEGATIVES: tl.constexpr):
-    """The number that is raised to p; under "shift" the offset is in x already."""
+    """The number of at least 0 that is raised to p; for "shift", x contains the offset already."""
     if NEGATIVES == "abs":
         return at_least(tl.abs(x), eps)
     elif NEGATIVES == "signed":
@@ -103,15 +106,17 @@ def slopes(
     x, inverse, less, factor, EPS: tl.constexpr, LIMIT: tl.constexpr, NEGATIVES: tl.constexpr,
     SERIES: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """The signed (x / root)^p log2(x / root), and the cotangent of x, factor (x / root)^(p - 1),
-    within LIMIT.
+    """Each token's part of the cotangent of p, and the cotangent of x, both `(rows, channels)`.
+
+    The former is +-(x / root)^p log2(x / root), with the sign of the power; the latter is
+    factor (x / root)^(p - 1), within +-LIMIT. `inverse` is 1 / root and `less` is p - 1.
     """
     ratio, logarithm = ratio_and_log2(magnitude(x, EPS, NEGATIVES), inverse, SERIES, FAST)
     slope = exp2(less * logarithm, FAST)
     weight = slope * ratio * logarithm
     by_x = factor * slope
     if NEGATIVES == "signed":
-        weight = slope * (x * inverse) * logarithm
+        weight = slope * (x * inverse) * logarithm  # the ratio with the sign of x
     elif NEGATIVES == "abs":
         by_x = tl.where(tl.abs(x) <= EPS, 0.0, tl.where(x < 0, -by_x, by_x))
     elif NEGATIVES == "clamp":
@@ -121,7 +126,7 @@ def slopes(
 
 @triton.jit
 def clip_slopes(slope, LIMIT: tl.constexpr, NEGATIVES: tl.constexpr):
-    """Where signed powers nearly cancel, the true slope can exceed every dtype."""
+    """A slope within +-LIMIT: where signed powers nearly cancel, true slopes exceed any dtype."""
     if NEGATIVES == "signed":
         slope = tl.clamp(slope, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
     return slope
@@ -140,10 +145,11 @@ def absorb(
     BOUNDED: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """Adds a tuple of x `(rows, channels)` to total = sum (x / largest)^p, of the same shape, and
-    rescales it where `largest` grows.
+    """Adds a tuple of tiles x to total = sum (x / largest)^p; rescales it where `largest` grows.
 
-    BOUNDED promises |x| < 2^126, whose reciprocal is one instruction.
+    Arguments are tiles `(rows, channels)`: `largest`, `total`, and each of the tuples `xs` and
+    `kept`; p is `(1, channels)`. Returns the new `largest` and `total`. BOUNDED promises |x| <
+    2^126, for which a reciprocal is one instruction.
     """
     grown = largest
     sizes = ()
@@ -154,9 +160,8 @@ def absorb(
         sizes = sizes + (size,)
         grown = at_least(size, grown)
     inverse = reciprocal(grown, FAST and BOUNDED)
-    total *= tl.where(
-        grown > largest, exp2(p * log2(largest * inverse, FAST), FAST), 1.0
-    )  # or errors of 2^-22 would add up step by step
+    # exactly 1 where nothing grew: otherwise errors of 2^-22 would add up step by step
+    total *= tl.where(grown > largest, exp2(p * log2(largest * inverse, FAST), FAST), 1.0)
     for k in tl.static_range(len(xs)):
         power = exp2(p * log2(sizes[k] * inverse, FAST), FAST)
         if NEGATIVES == "signed":
@@ -167,8 +172,9 @@ def absorb(
 
 @triton.jit
 def root_of_mean(largest, total, count, p, FAST: tl.constexpr):
-    """Joins `(rows, channels)` partial sums to the power mean `(channels,)`; zero where nothing was
-    kept or signed powers cancel.
+    """The power mean `(channels,)` from partial sums `(rows, channels)`.
+
+    It is zero where no token was kept or where signed powers cancel.
     """
     top = tl.max(largest, 0)
     mean = tl.sum(total * exp2(p * log2(largest / top, FAST), FAST), 0) / count
@@ -177,9 +183,16 @@ def root_of_mean(largest, total, count, p, FAST: tl.constexpr):
     return tl.where(size < 1e-30, 0.0, tl.where(mean < 0, -root, root))
 
 
-def joined(partial: Array, p: Array, count: Array) -> Array:
-    """`root_of_mean` outside a kernel: from largest and sum of each split, `(rows, splits, 2, d)`,
-    to `(rows, d)`.
+def join_splits(partial: Array, p: Array, count: Array) -> Array:
+    """Returns the power mean from the partial sums of several programs, in plain JAX.
+
+    Args:
+        partial: Largest number and sum of powers of each split, `(rows, splits, 2, d)`.
+        p: Exponents, `(rows, d)`.
+        count: Number of kept tokens of each row, `(rows, 1)`.
+
+    Returns:
+        The power means, `(rows, d)`; zero where no token was kept or signed powers cancel.
     """
     largest, total = partial[:, :, 0], partial[:, :, 1]
     top = jnp.max(largest, axis=1)

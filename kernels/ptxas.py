@@ -1,9 +1,9 @@
 """One ptxas for Triton and JAX.
 
-Triton writes PTX, NVIDIA's portable assembly, in the newest version that its own ptxas knows, the
-one in its wheel. JAX assembles it when the kernel is first launched, with a ptxas that it looks for
-itself; an older one refuses what Triton wrote ("Unsupported .version 9.4; current version is
-'8.8'"). Where Triton's ptxas is the newer of the two, Triton is therefore told to use JAX's.
+Triton writes PTX, NVIDIA's portable assembly, in the newest version that the ptxas in its wheel
+knows. JAX assembles it when the kernel is first launched, with a ptxas that it looks for itself. An
+older ptxas refuses what Triton wrote ("Unsupported .version 9.4; current version is '8.8'").
+Where Triton's ptxas is the newer of the two, this module tells Triton to use JAX's.
 """
 
 import functools
@@ -30,11 +30,11 @@ _WHEELS = {"jax_cuda12_plugin": "cuda_nvcc", "jax_cuda13_plugin": "cu13"}
 
 @dataclass(frozen=True)
 class Ptxas:
-    """A ptxas: `targets` are the GPUs it assembles for, such as `sm_90a`."""
+    """A ptxas that runs here."""
 
     path: Path
     version: tuple[int, int, int]
-    targets: frozenset[str]
+    targets: frozenset[str]  # the GPUs that it assembles for, such as "sm_90a"
 
     def __str__(self) -> str:
         return f"ptxas {'.'.join(map(str, self.version))} ({self.path})"
@@ -48,7 +48,10 @@ def fit_triton_to_jax(capability: int | None) -> str | None:
     `TRITON_PTXAS_BLACKWELL_PATH`, unless they are set, to that of JAX.
 
     Args:
-        capability: compute capability of the GPU, such as 90, or None for the one of this machine.
+        capability: Compute capability of the GPU, such as 90, or None for the one of this machine.
+
+    Returns:
+        One clause that names the cause and the remedy, or None.
     """
     found = of_jax()
     if found is None:
@@ -80,8 +83,10 @@ def of_jax() -> Ptxas | None:
 
 
 def _folders() -> Iterator[Path]:
-    """Where jaxlib looks for ptxas, in its order: `FindCudaExecutable` in the file named above, and
-    `CandidateCudaRoots` in xla/tsl/platform/default/cuda_root_path.cc.
+    """The folders where jaxlib looks for ptxas, in its order.
+
+    Reference: `FindCudaExecutable` in the file named above, and `CandidateCudaRoots` in
+    xla/tsl/platform/default/cuda_root_path.cc.
     """
     yield Path("bin")
     yield from map(Path, os.environ.get("PATH", "").split(os.pathsep))
@@ -102,7 +107,7 @@ def cuda_plugin() -> Path | None:
 
 @functools.cache
 def read(path: Path) -> Ptxas | None:
-    """Returns what a ptxas says of itself, or None if none is there or it does not run."""
+    """Returns version and targets of the ptxas at a path, or None if none is there or it fails."""
     try:
         version, targets = (
             subprocess.run([path, flag], capture_output=True, text=True, check=True)
@@ -119,7 +124,7 @@ def read(path: Path) -> Ptxas | None:
 
 
 def _versions_of_triton() -> dict[str, tuple[int, ...]]:
-    """By the variable that names another one: the version of each ptxas that Triton asks."""
+    """The version of each ptxas that Triton uses, by the variable that replaces it."""
     from triton import knobs
 
     tools = {
@@ -130,7 +135,7 @@ def _versions_of_triton() -> dict[str, tuple[int, ...]]:
 
 
 def _capability_here() -> int | None:
-    """The compute capability of the first GPU, which is the one that jax-triton compiles for."""
+    """The compute capability of the first GPU, the one that jax-triton compiles for, or None."""
     try:
         return gpu_triton.get_compute_capability(0)
     except RuntimeError:  # no GPU, or no driver

@@ -1,10 +1,10 @@
-"""Regional GeM followed by GeM+ on a feature map: windowed power mean, mixed half and half with the
-map, then the power mean over all places.
+"""Regional GeM followed by GeM+ on a feature map, in one kernel.
 
-Maps are `(images, h, w, d)` with channels last; negative entries count as zero. One program takes
-one image and one block of channels: it looks up the largest entry of each channel, then walks down
-the rows with the horizontal window sums of the last `window` rows in registers. The second walk
-reads what the first has left in the cache, so that the map crosses the memory bus once. All
+Regional GeM is a power mean over a window around each position, mixed half and half with the map;
+GeM+ is the power mean over all positions. Maps are `(images, h, w, d)`; negative entries count as
+zero. One program takes one image and one block of channels. It finds the largest entry of each
+channel, then goes down the rows with the horizontal window sums of the last `window` rows in
+registers. The second pass finds the map in the cache, so the map is read from memory once. All
 arithmetic is in float32.
 """
 
@@ -22,7 +22,19 @@ from .tiles import regional_tile
 def pool(
     feature_map: Array, *, regional_p: float, window: int, p: float, eps: float, implementation: str
 ) -> Array:
-    """Descriptors `(images, d)` in float32."""
+    """Returns the descriptors of feature maps.
+
+    Args:
+        feature_map: Maps, `(images, h, w, d)`, in float32, bfloat16 or float16.
+        regional_p: Exponent over the window, up to 4.
+        window: Odd side of the window, up to 7 positions.
+        p: Exponent over all positions, up to 90.
+        eps: Smallest number that is raised to p.
+        implementation: "triton" or "interpret".
+
+    Returns:
+        The descriptors, `(images, d)` in float32.
+    """
     images, h, w, d = feature_map.shape
     tile = regional_tile(images, w, d, feature_map.dtype.itemsize)
     (pooled,) = call(
@@ -35,14 +47,15 @@ def pool(
 
 
 @triton.jit
-def _reflected(i, LENGTH: tl.constexpr):
-    """Reflection at both ends that does not repeat the edge: -1 -> 1, LENGTH -> LENGTH - 2."""
+def _reflect(i, LENGTH: tl.constexpr):
+    """Index i reflected at both ends without repeating the edge: -1 -> 1, LENGTH -> LENGTH - 2."""
     i = tl.abs(i)
     return (LENGTH - 1) - tl.abs((LENGTH - 1) - i)
 
 
 @triton.jit
 def _power(x, P: tl.constexpr, FAST: tl.constexpr):
+    """x^P."""
     if P == 2.5:  # the published exponent: one special function instead of two
         return x * x * tl.sqrt(x)
     else:
@@ -55,15 +68,15 @@ def _row_sum(
     H: tl.constexpr, W: tl.constexpr, D: tl.constexpr, REGIONAL_P: tl.constexpr, HALF: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
-    """Sums of (x / largest)^p over the horizontal window around each column of row i, `(columns,
-    channels)`.
+    """Sums of (x / largest)^REGIONAL_P over the horizontal window around each position of row i.
+
+    They are `(columns, channels)`; `inverse` is 1 / largest, `(1, channels)`.
     """
-    row = (
-        image + _reflected(tl.minimum(i, 2 * H - 2), H) * W * D + c
-    )  # rows and columns beyond the map compute, too
+    # rows and columns beyond the map are computed too, from an index that is inside
+    row = image + _reflect(tl.minimum(i, 2 * H - 2), H) * W * D + c
     total = tl.zeros((j.shape[0], c.shape[1]), tl.float32)
     for k in tl.static_range(-HALF, HALF + 1):
-        column = _reflected(tl.minimum(j + k, 2 * W - 2), W)
+        column = _reflect(tl.minimum(j + k, 2 * W - 2), W)
         x = tl.load(row + column * D, mask=in_d & (column >= 0), other=0.0).to(tl.float32)
         total += _power(at_least(x, 0.0) * inverse, REGIONAL_P, FAST)
     return total
@@ -76,8 +89,10 @@ def regional_kernel(
     P: tl.constexpr, EPS: tl.constexpr,
     COLUMNS: tl.constexpr, CHANNELS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """pooled[image, c] = (mean max(x', eps)^p)^(1/p) with x' = x / 2 + (mean over the window of
-    x^regional_p)^(1/regional_p) / 2.
+    """Writes (mean_x max(y, EPS)^P)^(1/P) over all positions, for one image and block of channels.
+
+    y = x / 2 + (mean over the window of x^REGIONAL_P)^(1/REGIONAL_P) / 2. Pointers: feature_map
+    `(images, H, W, D)` in, pooled `(images, D)` out.
     """
     block = tl.program_id(0)
     image = (block // tl.cdiv(D, CHANNELS)).to(tl.int64)
@@ -88,17 +103,14 @@ def regional_kernel(
     feature_map += image * H * W * D
     largest = tl.full((COLUMNS, CHANNELS), EPS, tl.float32)
     for i in range(0, H):
-        largest = at_least(
-            tl.load(feature_map + (i * W + j) * D + c, mask=inside, other=0.0).to(tl.float32),
-            largest,
-        )
+        x = tl.load(feature_map + (i * W + j) * D + c, mask=inside, other=0.0)
+        largest = at_least(x.to(tl.float32), largest)
     top = tl.max(largest, 0)[None, :]
     inverse = 1.0 / top
     WINDOW: tl.constexpr = 2 * HALF + 1
     sums = ()
-    for k in tl.static_range(
-        WINDOW - 1
-    ):  # row k - HALF stands in slot k, and every later row in the slot of the one that it replaces
+    # row k - HALF is in slot k, and every later row takes the slot of the row that it replaces
+    for k in tl.static_range(WINDOW - 1):
         sums = sums + (
             _row_sum(feature_map, k - HALF, j, c, in_d, inverse, H, W, D, REGIONAL_P, HALF, FAST),
         )
@@ -109,25 +121,15 @@ def regional_kernel(
             newest = _row_sum(
                 feature_map, start + k + HALF, j, c, in_d, inverse, H, W, D, REGIONAL_P, HALF, FAST
             )
-            sums = (
-                sums[: (k + WINDOW - 1) % WINDOW]
-                + (newest,)
-                + sums[(k + WINDOW - 1) % WINDOW + 1 :]
-            )
+            before = sums[: (k + WINDOW - 1) % WINDOW]
+            sums = before + (newest,) + sums[(k + WINDOW - 1) % WINDOW + 1 :]
             window = sums[0]
             for other in tl.static_range(1, WINDOW):
                 window += sums[other]
             local = exp2(log2(window * (1.0 / (WINDOW * WINDOW)), FAST) * (1.0 / REGIONAL_P), FAST)
             here = inside & (start + k < H)
-            x = (
-                at_least(
-                    tl.load(feature_map + ((start + k) * W + j) * D + c, mask=here, other=0.0).to(
-                        tl.float32
-                    ),
-                    0.0,
-                )
-                * inverse
-            )
+            x = tl.load(feature_map + ((start + k) * W + j) * D + c, mask=here, other=0.0)
+            x = at_least(x.to(tl.float32), 0.0) * inverse
             mixed = at_least(0.5 * local + 0.5 * x, EPS * inverse)
             total += tl.where(here, exp2(P * log2(mixed, FAST), FAST), 0.0)
     mean = tl.sum(total, 0) * (1.0 / (H * W))

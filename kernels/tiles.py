@@ -1,13 +1,15 @@
-"""How large a piece of the tokens one program holds: by shape and dtype, each bound with its
-reason. Nothing is tuned at import.
+"""Tile sizes of the kernels by shape and dtype: each bound has its reason, nothing is tuned.
+
+`itemsize` is the number of bytes of a token element.
 """
 
 from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """One step of a program reads `unroll` x `rows` tokens of `channels` channels; `warps` x 32
-    threads share it.
+    """What one step of a program reads: `unroll` x `rows` tokens of `channels` channels.
+
+    `warps` x 32 threads share it.
     """
 
     unroll: int
@@ -25,15 +27,19 @@ _CHANNELS = 128
 
 
 def pool_tile(n: int, d: int, itemsize: int) -> Tile:
-    """Unrolled 8 times: the rescaling by the largest, three special functions, then costs each
-    token 3 / 8; 16 would need over 128 registers.
+    """Returns the tile of `ggem.pool` for rows of n tokens with d channels.
+
+    It is unrolled 8 times: then the three special functions of a rescaling cost each token 3 / 8.
+    16 times would need more than 128 registers.
     """
     return _tile(n, d, itemsize, unroll=8)
 
 
 def gradient_tile(n: int, d: int, itemsize: int) -> Tile:
-    """Unrolled twice: two loads in flight per thread; the tokens, their slopes and the sums fit 128
-    registers.
+    """Returns the tile of `ggem.gradient` for rows of n tokens with d channels.
+
+    It is unrolled twice, for two loads in flight per thread: the tokens, their slopes and the sums
+    fit 128 registers.
     """
     return _tile(n, d, itemsize, unroll=2)
 
@@ -47,13 +53,14 @@ def _tile(n, d, itemsize, unroll):
 
 
 def power_of_two(x: int) -> int:
-    """The smallest power of two that is at least x."""
+    """Returns the smallest power of two that is at least x."""
     return 1 << (x - 1).bit_length()
 
 
 class NormTile(NamedTuple):
-    """As `Tile`, with all channels, in `pieces` of `channels` each, and the tokens of a row shared
-    by `splits` programs.
+    """As `Tile`, but with all channels, in `pieces` of `channels` each.
+
+    `splits` programs share the tokens of a row.
     """
 
     unroll: int
@@ -64,8 +71,7 @@ class NormTile(NamedTuple):
     splits: int
 
 
-# 8 channels for each of 512 threads: with more, the sums and what belongs to a channel would not
-# fit the registers
+# 8 channels for each of 512 threads: the sums and parameters of more would not fit the registers
 MOST_NORM_CHANNELS = 4096
 _MULTIPROCESSORS = 132  # of an H100 or H200
 _NORM_WARPS = 8  # two programs on a multiprocessor give each thread 128 registers
@@ -73,13 +79,14 @@ _LEAST_RUN = 64  # tokens: a shorter run would not pay for its partial sums
 
 
 def norm_pool_tile(rows: int, n: int, d: int, itemsize: int) -> NormTile:
-    """Unrolled 4 times, as far as 128 registers go."""
+    """Returns the tile of `norm_ggem.pool`: unrolled 4 times, as many as fit 128 registers."""
     return _norm_tile(rows, n, d, itemsize, unroll=4)
 
 
 def norm_gradient_tile(rows: int, n: int, d: int, itemsize: int) -> NormTile:
-    """8 to 12 elements per thread at a time: with 16 and a mask, two programs would not fit on a
-    multiprocessor.
+    """Returns the tile of `norm_ggem.gradient`, with 8 to 12 elements per thread at a time.
+
+    With 16 and a mask, two programs would not fit on a multiprocessor.
     """
     tile = _norm_tile(rows, n, d, itemsize, unroll=2)
     held_by_thread = tile.rows * tile.channels * tile.pieces // (32 * tile.warps)
@@ -87,8 +94,9 @@ def norm_gradient_tile(rows: int, n: int, d: int, itemsize: int) -> NormTile:
 
 
 def _norm_tile(rows, n, d, itemsize, unroll):
-    """In pieces each thread takes two channels of each: what belongs to a channel stays in
-    registers, so that whole vectors would be too many.
+    """Of several pieces, each thread takes two channels of each.
+
+    The parameters of its channels stay in registers, so whole vectors would be too many.
     """
     pieces = min((1, 3, 5), key=lambda pieces: pieces * power_of_two(-(-d // pieces)))
     channels = power_of_two(-(-d // pieces))
@@ -99,13 +107,16 @@ def _norm_tile(rows, n, d, itemsize, unroll):
     return NormTile(min(unroll, power_of_two(-(-n // held))), held, channels, pieces, warps, splits)
 
 
-# of a map that `regional_gem` takes: 6 tiles of columns x channels are in registers at a time
+# Columns of the widest map that `regional_gem` takes: it keeps 6 tiles of columns x channels in
+# registers.
 MOST_COLUMNS = 256
 
 
 def regional_tile(images: int, w: int, d: int, itemsize: int) -> Tile:
-    """8 elements per thread: the window keeps 5 tiles and more in registers. Fewer channels where
-    every multiprocessor would not get two programs.
+    """Returns the tile of `regional_gem.pool` for maps that are w columns wide.
+
+    It has 8 elements per thread, because the window keeps 5 tiles and more in registers, and fewer
+    channels where not every multiprocessor would get two programs.
     """
     columns = power_of_two(w)
     channels = min(64, max(_WARPS * 32 * 8 // columns, 1), power_of_two(d))
@@ -114,7 +125,6 @@ def regional_tile(images: int, w: int, d: int, itemsize: int) -> Tile:
         and images * -(-d // channels) < 2 * _MULTIPROCESSORS
     ):
         channels //= 2
-    warps = min(
-        max(columns * channels * itemsize // (32 * _VECTOR_BYTES), 1), _WARPS
-    )  # a whole vector for each thread
+    vectors = columns * channels * itemsize // _VECTOR_BYTES
+    warps = min(max(vectors // 32, 1), _WARPS)  # a whole vector for each thread
     return Tile(1, columns, channels, warps)

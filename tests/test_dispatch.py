@@ -110,8 +110,8 @@ def test_without_kernels_the_plain_body_is_all_there_is(monkeypatch):
     for there, cases in ((False, 0), (True, 1)):
         monkeypatch.setattr(launch, "available", lambda there=there: there)
         body = jax.make_jaxpr(
-            lambda x, p: dispatch.dispatched(
-                dispatch.chosen(None, x, fit), lambda _, *a: value(*a), value, x, p
+            lambda x, p: dispatch.run_implementation(
+                dispatch.choose_implementation(None, x, fit), lambda _, *a: value(*a), value, x, p
             )
         )(TOKENS, P3)
         assert str(body).count("platform_index") == cases
@@ -131,8 +131,8 @@ def test_the_body_of_the_platform_runs_and_its_derivative_is_that_of_the_formula
     def plain(x):
         return (x**3,)
 
-    assert dispatch.chosen(None, TOKENS, fit) is None
-    f = functools.partial(dispatch.dispatched, None, kernel, plain)
+    assert dispatch.choose_implementation(None, TOKENS, fit) is None
+    f = functools.partial(dispatch.run_implementation, None, kernel, plain)
     assert float(jax.jit(f)(2.0)[0]) == 8
     assert calls == ["triton"]
     assert float(jax.grad(lambda x: f(x)[0])(2.0)) == 12
@@ -148,7 +148,7 @@ def test_eager_calls_choose_for_the_device_of_their_arrays(monkeypatch):
     def kernel(implementation, x):
         return (x * 0,)
 
-    f = functools.partial(dispatch.dispatched, None, kernel, lambda x: (x**3,))
+    f = functools.partial(dispatch.run_implementation, None, kernel, lambda x: (x**3,))
     assert float(f(on_cpu)[0].sum()) == 3
     assert float(jax.grad(lambda x: f(x)[0].sum())(on_cpu).sum()) == 9
     assert float(jax.vmap(f)(on_cpu)[0].sum()) == 3
@@ -163,7 +163,7 @@ def test_eager_calls_with_the_same_options_are_compiled_once():
 
     for power in (2, 2, 3):
         bodies = [functools.partial(body, power=power)] * 2
-        assert float(dispatch.dispatched(None, *bodies, jnp.float32(2))[0]) == 2**power
+        assert float(dispatch.run_implementation(None, *bodies, jnp.float32(2))[0]) == 2**power
     assert sorted(set(traced)) == [2, 3]
     assert len(traced) == 4  # kernel and plain body, each once for 2 and for 3
 
@@ -174,7 +174,7 @@ def test_one_jitted_function_is_traced_for_each_gpu():
     def kernel(implementation, x):
         return (x * (launch.capability() or 0),)
 
-    body = functools.partial(dispatch.dispatched, "triton", kernel, lambda x: (x,))
+    body = functools.partial(dispatch.run_implementation, "triton", kernel, lambda x: (x,))
     pools = body, jax.jit(body), jax.jit(jax.vmap(body)), jax.jit(lambda x: jax.jvp(body, [x], [x]))
     for pool in pools:
         for capability in (80, 90, None, 80):
@@ -201,11 +201,15 @@ def test_the_partitioner_compiles_for_the_gpu_that_was_lowered_for():
 
 def test_who_asks_for_a_kernel_gets_it_or_the_reason(monkeypatch):
     with pytest.raises(NotImplementedError, match="cast the tokens, or pass implementation=None"):
-        dispatch.chosen("triton", TOKENS, lambda: "the kernels take float32: cast the tokens")
-    assert dispatch.chosen(None, TOKENS, lambda: "the kernels take float32") == "xla"
-    assert dispatch.chosen("xla", TOKENS, lambda: "the kernels take float32") == "xla"
+        dispatch.choose_implementation(
+            "triton", TOKENS, lambda: "the kernels take float32: cast the tokens"
+        )
+    assert dispatch.choose_implementation(None, TOKENS, lambda: "the kernels take float32") == "xla"
+    assert (
+        dispatch.choose_implementation("xla", TOKENS, lambda: "the kernels take float32") == "xla"
+    )
     with pytest.raises(ValueError, match="one of xla, triton, interpret, not 'cuda'"):
-        dispatch.chosen("cuda", TOKENS, fit)
+        dispatch.choose_implementation("cuda", TOKENS, fit)
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     with pytest.raises(NotImplementedError, match="TRITON_INTERPRET=1"):
         norm_ggem_pool(TOKENS, jnp.ones(12), jnp.ones(12), jnp.ones(3), implementation="interpret")
@@ -216,9 +220,9 @@ def test_a_mesh_with_explicit_axis_types_takes_the_plain_body(monkeypatch):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
     with jax.set_mesh(mesh):
         tokens = jax.device_put(TOKENS, NamedSharding(mesh, P("data")))
-        assert dispatch.chosen(None, tokens, fit) == "xla"
+        assert dispatch.choose_implementation(None, tokens, fit) == "xla"
         with pytest.raises(NotImplementedError, match=r"jax.shard_map or jax.sharding.auto_axes"):
-            dispatch.chosen("triton", tokens, fit)
+            dispatch.choose_implementation("triton", tokens, fit)
         assert jax.jit(ggem_pool)(tokens, jnp.ones(3)).shape == (16, 12)
 
 
@@ -229,9 +233,9 @@ def test_shard_map_over_some_axes_takes_the_plain_body(monkeypatch):
     seen = []
 
     def pool(tokens, p):
-        seen.append(dispatch.chosen(None, tokens, fit))
+        seen.append(dispatch.choose_implementation(None, tokens, fit))
         with pytest.raises(NotImplementedError, match="give it all of them"):
-            dispatch.chosen("triton", tokens, fit)
+            dispatch.choose_implementation("triton", tokens, fit)
         return ggem_pool(tokens, p)
 
     spread = jax.jit(

@@ -102,13 +102,13 @@ def test_one_warning_then_plain_jax(found, monkeypatch):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         for _ in range(3):
-            assert dispatch.chosen(None, tokens, lambda: None) == "xla"
+            assert dispatch.choose_implementation(None, tokens, lambda: None) == "xla"
         assert ggem_pool(tokens, p).shape == (2, 4)
     (warning,) = caught
     assert "plain JAX is used" in str(warning.message)
     assert "pip install nvidia-cuda-nvcc-cu12" in str(warning.message)
     with launch.compiled_for(90), pytest.raises(NotImplementedError, match="pip install nvidia"):
-        dispatch.chosen("triton", tokens, lambda: None)
+        dispatch.choose_implementation("triton", tokens, lambda: None)
 
 
 def test_jax_passes_over_what_is_old_faulty_or_no_program(monkeypatch, tmp_path):

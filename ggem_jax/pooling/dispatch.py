@@ -1,9 +1,9 @@
 """One operation, two bodies: a fused kernel on an NVIDIA GPU, plain JAX elsewhere.
 
-A kernel takes arrays that begin with a rows axis and returns such arrays; some of its arguments
-begin with a sets axis instead, whose length divides the rows: row i uses set i // (rows / sets).
-That is all that `vmap` and the partitioner need to know: a mapped axis is folded into the rows, and
-rows can be spread over devices, each of which runs the kernel on its own.
+A kernel takes arrays that begin with a rows axis and returns such arrays. Some of its arguments
+begin with a sets axis instead, whose length divides that of the rows: row i uses set
+i // (rows / sets). `vmap` and the partitioner need to know no more: a mapped axis is folded into
+the rows, and rows can be spread over devices, each of which runs the kernel on its own rows.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,14 +26,24 @@ Implementation = Literal["xla", "triton", "interpret"]
 Body = Callable[..., tuple[Array, ...]]
 
 
-def chosen(
+def choose_implementation(
     implementation: Implementation | None, tokens: Array, refused: Callable[[], str | None]
 ) -> Implementation | None:
-    """`"xla"` where plain JAX it must be, a kernel by its name, or None: the kernel on an NVIDIA
-    GPU, found out when the computation is lowered.
+    """Returns which implementation to run; None defers the choice to lowering.
 
-    `refused` says why the kernel cannot do what was asked, or None. Who asked for a kernel by name
-    gets it or `NotImplementedError`.
+    Args:
+        implementation: "xla" for plain JAX, "triton" or "interpret" for a kernel, or None to choose
+            the kernel where it can be used.
+        tokens: The tokens `(..., n, d)`, or a feature map.
+        refused: Returns why the kernel cannot do what was asked, or None if it can.
+
+    Returns:
+        "xla", "triton" or "interpret"; or None: the kernel if the computation is lowered for an
+        NVIDIA GPU, plain JAX otherwise.
+
+    Raises:
+        ValueError: The implementation is unknown.
+        NotImplementedError: The kernel that was asked for by name cannot be used.
     """
     if not (
         implementation is None
@@ -55,6 +65,7 @@ def chosen(
 
 
 def _unknown_size(tokens: Array) -> str | None:
+    """Why symbolic shapes cannot be used, or None."""
     if all(isinstance(length, int) for length in tokens.shape):
         return None
     return (
@@ -64,6 +75,7 @@ def _unknown_size(tokens: Array) -> str | None:
 
 
 def _unfit_mesh(tokens: Array) -> str | None:
+    """Why the mesh of the tokens cannot be used, or None."""
     kinds = set(jax.typeof(tokens).sharding.mesh.axis_types)
     if AxisType.Explicit in kinds:
         return (
@@ -78,21 +90,31 @@ def _unfit_mesh(tokens: Array) -> str | None:
     return None
 
 
-def dispatched(
+def run_implementation(
     implementation: Implementation | None, kernel: Body, plain: Body, *arrays: Array | None
 ) -> tuple[Array, ...]:
-    """`kernel(implementation, *arrays)` or `plain(*arrays)`, as `chosen` said; the derivative of
-    either is that of `plain`. Arrays may be None.
+    """Returns `kernel(implementation, *arrays)` or `plain(*arrays)`.
+
+    The derivative of either is that of `plain`.
+
+    Args:
+        implementation: What `choose_implementation` returned.
+        kernel: The body that calls a kernel.
+        plain: The body in plain JAX.
+        *arrays: Arguments of both bodies; they may be None.
+
+    Returns:
+        The results of the body.
     """
     if implementation == "xla":
         return plain(*arrays)
     bodies = (_Options.of(body) for body in (kernel, plain))
-    return _dispatched(implementation, *bodies, *arrays)
+    return _run_implementation(implementation, *bodies, *arrays)
 
 
 @dataclass(frozen=True)
 class _Options:
-    """A function with keyword arguments, as `functools.partial`, but equal to its like."""
+    """A function with keyword arguments, as `functools.partial`, but compared by value."""
 
     function: Callable
     options: tuple[tuple[str, Any], ...] = ()
@@ -107,9 +129,9 @@ class _Options:
         return self.function(*arguments, **dict(self.options))
 
 
-# Outside of jit, JAX would choose for its default device, wherever the arrays are.
+# Outside of jit, JAX would choose for its default device, not for the device of the arrays.
 @partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
-def _dispatched(
+def _run_implementation(
     implementation: Implementation | None,
     kernel: Body,
     plain: Body,
@@ -135,7 +157,12 @@ def _dispatched(
 
 
 def with_missing(body: Body, arrays: Sequence[Array | None]) -> Body:
-    """`body` as a function of those of its arguments that are not None."""
+    """Returns `body` as a function of those of its arguments that are not None.
+
+    Args:
+        body: Function of as many arrays as `arrays`.
+        arrays: Its arguments; those that are None stay None.
+    """
     present = [i for i, array in enumerate(arrays) if array is not None]
 
     def call(*given):
@@ -148,15 +175,21 @@ def with_missing(body: Body, arrays: Sequence[Array | None]) -> Body:
 def over_rows(
     body: Body, arrays: Sequence[Array | None], sets: Sequence[int] = (), spread: bool = True
 ) -> tuple[Array, ...]:
-    """`body(*arrays)` with rules for `vmap` and for arrays that are sharded along the rows; `sets`
-    are the positions of those that begin with sets.
+    """Returns `body(*arrays)`, with rules for `vmap` and for arrays sharded along the rows.
 
-    `spread=False` leaves out the latter: JAX does not keep host callbacks alive in a body that the
-    partitioner lowers.
+    Args:
+        body: The kernel: a function of arrays `(rows, ...)` and `(sets, ...)`.
+        arrays: Its arguments; they may be None.
+        sets: Positions of the arguments that begin with a sets axis.
+        spread: Whether to add the rule for sharded arrays. Host callbacks need False: JAX does not
+            keep them alive in a body that the partitioner lowers.
+
+    Returns:
+        The outputs, `(rows, ...)` each.
     """
     present = [i for i, array in enumerate(arrays) if array is not None]
     body, sets = with_missing(body, arrays), [k for k, i in enumerate(present) if i in sets]
-    operation = custom_vmap(partitioned(body, sets) if spread else body)
+    operation = custom_vmap(partition_rows(body, sets) if spread else body)
 
     @operation.def_vmap
     def fold(size: int, batched: Sequence[bool], *arrays: Array) -> tuple[Any, Any]:
@@ -169,7 +202,7 @@ def over_rows(
                 lambda o: jnp.zeros((0, *o.shape), o.dtype), jax.eval_shape(operation, *each)
             )
             return outputs, jax.tree.map(lambda _: True, outputs)
-        if not batched[0]:  # copies of the large array would be needed: one after the other instead
+        if not batched[0]:  # one after the other, so that the large array is not copied
             mapped = [a for a, b in zip(arrays, batched, strict=True) if b]
 
             def one(mapped):
@@ -196,13 +229,19 @@ def over_rows(
     return operation(*(arrays[i] for i in present))
 
 
-def partitioned(body: Body, sets: Sequence[int] = ()) -> Body:
-    """`body` for the partitioner of `jit`: rows stay where they are, everything else is whole on
-    every device, and each device runs `body`.
+def partition_rows(body: Body, sets: Sequence[int] = ()) -> Body:
+    """Returns `body` with a rule for the partitioner of `jit`.
+
+    Rows stay on their devices, all other axes are whole on every device, and each device runs
+    `body` on its own rows.
+
+    Args:
+        body: Function of arrays `(rows, ...)` and `(sets, ...)`.
+        sets: Positions of the arguments that begin with a sets axis.
     """
 
     def call(*arrays):
-        several = any(len(arrays[i]) != 1 for i in sets)  # then rows and sets must not be separated
+        several = any(len(arrays[i]) != 1 for i in sets)  # rows then stay with their sets
         outputs = jax.eval_shape(body, *arrays)
         capability = launch.capability()
 
@@ -222,7 +261,7 @@ def partitioned(body: Body, sets: Sequence[int] = ()) -> Body:
             into = tuple(NamedSharding(mesh, s) for s in specs(rows, arrays, sets))
             return mesh, local_body, out, into
 
-        whole: list[str] = []  # JAX wants them in the order of the rule, which is that of making
+        whole: list[str] = []  # in the order of the rule, as JAX requires
 
         def factor():
             whole.append(f"w{len(whole)}")
@@ -249,9 +288,13 @@ def partitioned(body: Body, sets: Sequence[int] = ()) -> Body:
     return call
 
 
-def varying_alike(*arrays: Array | None) -> list[Array | None]:
-    """Under `shard_map`: all arrays vary over the same mesh axes, so that the gradient of what did
-    not is summed over them.
+def vary_alike(*arrays: Array | None) -> list[Array | None]:
+    """Returns the arrays, all varying over the same mesh axes, for use under `shard_map`.
+
+    The gradient of an array that did not vary over an axis is then summed over it.
+
+    Args:
+        *arrays: The arguments of an operation; they may be None.
     """
     axes = frozenset().union(*(_varying(a) for a in arrays if a is not None))
     return [a if a is None else _varying_over(a, axes) for a in arrays]

@@ -1,7 +1,8 @@
-"""The kernels as bodies of the operations in `ggem_jax.pooling`: the same arguments and results.
+"""The kernels as bodies of the operations in `ggem_jax.pooling`, with the arguments of plain JAX.
 
-Every body takes `implementation`, "triton" or "interpret", first. Kernels are imported when they
-are called: they need triton.
+Every body takes `implementation`, "triton" or "interpret", first. All results are float32, except
+the cotangents of tokens, which have their dtype. Kernels are imported when they are called, because
+they need triton.
 """
 
 from functools import partial
@@ -14,12 +15,12 @@ from ggem_jax.kernels.tiles import MOST_COLUMNS, MOST_NORM_CHANNELS, MOST_TOKENS
 from ggem_jax.pooling.dispatch import over_rows
 from ggem_jax.pooling.sign_rules import RULES, Negatives
 
-EIGHTH = 0.125  # of the root is what the gradient keeps: see `ggem_jax.pooling`
+EIGHTH = 0.125  # all numbers are computed as eighths: see `ggem_jax.pooling.power_mean`
 _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def refusal(tokens: Array | jax.ShapeDtypeStruct) -> str | None:
-    """Why the power-mean kernel cannot take these tokens, or None."""
+    """Returns why the power-mean kernel cannot take tokens `(..., n, d)`, or None if it can."""
     if tokens.dtype.name not in _DTYPES:
         return f"the kernels take {', '.join(_DTYPES)}, not {tokens.dtype}: cast the tokens"
     if tokens.shape[-2] > MOST_TOKENS:
@@ -33,6 +34,7 @@ def refusal(tokens: Array | jax.ShapeDtypeStruct) -> str | None:
 
 
 def norm_refusal(tokens: Array, negatives: Negatives) -> str | None:
+    """Returns why the fused norm cannot take tokens `(..., n, d)`, or None if it can."""
     if RULES[negatives].adds_offset:
         fit = ", ".join(name for name, rule in RULES.items() if not rule.adds_offset)
         return (
@@ -48,12 +50,12 @@ def norm_refusal(tokens: Array, negatives: Negatives) -> str | None:
 
 
 def superglobal_refusal(feature_map: Array, regional_p: float, window: int, p: float) -> str | None:
-    # The kernel scales by the largest entry of the map, of which the mixed map has half or more:
-    # (1/2)^90 / 2^31 is still a normal number.
+    """Returns why the fused regional GeM cannot take a map `(..., h, w, d)`, or None if it can."""
+    # The kernel scales by the largest entry of the map. The largest of the mixed map is half of it
+    # or more: (1/2)^90 / 2^31 is still a normal number.
     if p > 90:
         return f"the fused regional GeM takes p up to 90, not {p}"
-    # By the largest entry of the map: (1e-9)^4 is still above what is rounded to zero.
-    if regional_p > 4:
+    if regional_p > 4:  # (1e-9)^4 is still above the numbers that are rounded to zero
         return f"the fused regional GeM takes regional_p up to 4, not {regional_p}"
     if window > 7:
         return f"the fused regional GeM takes windows up to 7, not {window}"
@@ -75,7 +77,19 @@ def power_mean(
     eps: float,
     negatives: str,
 ) -> tuple[Float[Array, "*b d"], Float[Array, "*b d"]]:
-    """Pooled value, and an eighth of the root for the gradient."""
+    """Returns the power mean over n, and an eighth of the root for the gradient.
+
+    Args:
+        implementation: "triton" or "interpret".
+        tokens: The tokens, `(..., n, d)`.
+        p: Exponents, `(d,)`.
+        mask: Which tokens to keep, `(..., n)`; None keeps all.
+        eps: Smallest number that is raised to p.
+        negatives: The sign rule.
+
+    Returns:
+        Both `(..., d)`.
+    """
     from ggem_jax.kernels import ggem
 
     scale, low = _scale(negatives), _lowest(tokens, mask, negatives)
@@ -89,12 +103,30 @@ def power_mean(
 
 
 def power_mean_gradient(
-    implementation: str, tokens: Float[Array, "*b n d"], p: Float[Array, " d"], mask: Bool[Array,
-    "*b n"] | None, root: Float[Array, "*b d"],
-    cotangent: Float[Array, "*b d"], *, eps: float, negatives: str,
-) -> tuple[Float[Array, "*b n d"], Float[Array, "*b d"]]:  # fmt: skip
-    """Cotangents of the tokens and, row by row, of p; `root` is an eighth of it, `cotangent` that
-    of the pooled value.
+    implementation: str,
+    tokens: Float[Array, "*b n d"],
+    p: Float[Array, " d"],
+    mask: Bool[Array, "*b n"] | None,
+    root: Float[Array, "*b d"],
+    cotangent: Float[Array, "*b d"],
+    *,
+    eps: float,
+    negatives: str,
+) -> tuple[Float[Array, "*b n d"], Float[Array, "*b d"]]:
+    """Returns the cotangents of the tokens and, for each row, of p.
+
+    Args:
+        implementation: "triton" or "interpret".
+        tokens: The tokens, `(..., n, d)`.
+        p: Exponents, `(d,)`.
+        mask: Which tokens to keep, `(..., n)`; None keeps all.
+        root: An eighth of the root, from `power_mean`, `(..., d)`.
+        cotangent: Cotangent of the pooled value, `(..., d)`.
+        eps: Smallest number that is raised to p.
+        negatives: The sign rule.
+
+    Returns:
+        The cotangents of the tokens, `(..., n, d)`, and of p, `(..., d)`.
     """
     from ggem_jax.kernels import ggem
 
@@ -104,27 +136,41 @@ def power_mean_gradient(
         ggem.gradient, eps=scale * eps, negatives=negatives, implementation=implementation
     )
     cotangent = _where_any(mask, cotangent)
-    by_tokens, by_rest = _on_rows(
-        implementation,
-        body,
-        (tokens, 2),
-        p[None],
-        (mask, 1),
-        (low, 1),
-        (root / EIGHTH * scale, 1),
-        (cotangent / scale, 1),
-    )
+    per_row = (mask, 1), (low, 1), (root / EIGHTH * scale, 1), (cotangent / scale, 1)
+    by_tokens, by_rest = _on_rows(implementation, body, (tokens, 2), p[None], *per_row)
     if low is not None:
         by_tokens += by_low(by_rest[..., 1, :] + cotangent / scale)[0]
     return by_tokens, by_rest[..., 0, :]
 
 
 def norm_power_mean(
-    implementation: str, tokens: Float[Array, "*b n d"], scale: Float[Array, " d"],
-    bias: Float[Array, " d"], p: Float[Array, " d"],
-    mask: Bool[Array, "*b n"] | None, *, norm_eps: float, eps: float, negatives: str,
-) -> tuple[Float[Array, "*b d"], Float[Array, "*b 2 n"]]:  # fmt: skip
-    """Pooled value, and mean and 1 / deviation of every token."""
+    implementation: str,
+    tokens: Float[Array, "*b n d"],
+    scale: Float[Array, " d"],
+    bias: Float[Array, " d"],
+    p: Float[Array, " d"],
+    mask: Bool[Array, "*b n"] | None,
+    *,
+    norm_eps: float,
+    eps: float,
+    negatives: str,
+) -> tuple[Float[Array, "*b d"], Float[Array, "*b 2 n"]]:
+    """Returns the power mean of layer-normalised tokens, and the statistics of the norm.
+
+    Args:
+        implementation: "triton" or "interpret".
+        tokens: The tokens, `(..., n, d)`.
+        scale: Factor of the normalised tokens, `(d,)`.
+        bias: Added to them, `(d,)`.
+        p: Exponents, `(d,)`.
+        mask: Which tokens to keep, `(..., n)`; None keeps all.
+        norm_eps: Added to the variance.
+        eps: Smallest number that is raised to p.
+        negatives: The sign rule.
+
+    Returns:
+        The pooled value, `(..., d)`, and mean and 1 / deviation of each token, `(..., 2, n)`.
+    """
     from ggem_jax.kernels import norm_ggem
 
     body = partial(
@@ -138,13 +184,37 @@ def norm_power_mean(
 
 
 def norm_power_mean_gradient(
-    implementation: str, tokens: Float[Array, "*b n d"], scale: Float[Array, " d"],
-    bias: Float[Array, " d"], p: Float[Array, " d"],
-    mask: Bool[Array, "*b n"] | None, root: Float[Array, "*b d"], statistics: Float[Array,
-    "*b 2 n"], cotangent: Float[Array, "*b d"],
-    *, eps: float, negatives: str,
-) -> tuple[Float[Array, "*b n d"], Float[Array, "*b 3 d"]]:  # fmt: skip
-    """Cotangents of the tokens and, row by row, of p, scale and bias."""
+    implementation: str,
+    tokens: Float[Array, "*b n d"],
+    scale: Float[Array, " d"],
+    bias: Float[Array, " d"],
+    p: Float[Array, " d"],
+    mask: Bool[Array, "*b n"] | None,
+    root: Float[Array, "*b d"],
+    statistics: Float[Array, "*b 2 n"],
+    cotangent: Float[Array, "*b d"],
+    *,
+    eps: float,
+    negatives: str,
+) -> tuple[Float[Array, "*b n d"], Float[Array, "*b 3 d"]]:
+    """Returns the cotangents of the tokens and, for each row, of p, scale and bias.
+
+    Args:
+        implementation: "triton" or "interpret".
+        tokens: The tokens, `(..., n, d)`.
+        scale: Factor of the normalised tokens, `(d,)`.
+        bias: Added to them, `(d,)`.
+        p: Exponents, `(d,)`.
+        mask: Which tokens to keep, `(..., n)`; None keeps all.
+        root: The pooled value, from `norm_power_mean`, `(..., d)`.
+        statistics: Mean and 1 / deviation, from `norm_power_mean`, `(..., 2, n)`.
+        cotangent: Cotangent of the pooled value, `(..., d)`.
+        eps: Smallest number that is raised to p.
+        negatives: The sign rule.
+
+    Returns:
+        The cotangents of the tokens, `(..., n, d)`, and of p, scale and bias, `(..., 3, d)`.
+    """
     from ggem_jax.kernels import norm_ggem
 
     body = partial(norm_ggem.gradient, eps=eps, negatives=negatives, implementation=implementation)
@@ -161,7 +231,19 @@ def superglobal(
     p: float,
     eps: float,
 ) -> tuple[Float[Array, "*b d"]]:
-    """Regional GeM, then GeM+."""
+    """Returns the descriptor of a feature map: regional GeM, then GeM+, as a tuple of one.
+
+    Args:
+        implementation: "triton" or "interpret".
+        feature_map: The map, `(..., h, w, d)`.
+        regional_p: Exponent over the window.
+        window: Odd side of the window.
+        p: Exponent over all positions.
+        eps: Smallest number that is raised to p.
+
+    Returns:
+        The descriptor, `(..., d)`.
+    """
     from ggem_jax.kernels import regional_gem
 
     body = partial(
@@ -176,8 +258,10 @@ def superglobal(
 
 
 def _on_rows(implementation, body, *arguments):
-    """Calls a kernel on flat rows. An argument is `(array, its own axes)`, or parameters as one
-    set; arrays may be None.
+    """Calls a kernel on flat rows and gives its outputs the leading axes of the first argument.
+
+    An argument is `(array or None, how many axes it has beside the leading ones)`, or an array of
+    parameters as one set.
     """
     leading = arguments[0][0].shape[: -arguments[0][1]]
     flat = [_flat(*argument) if isinstance(argument, tuple) else argument for argument in arguments]
@@ -187,25 +271,27 @@ def _on_rows(implementation, body, *arguments):
 
 
 def _flat(array, own_axes):
+    """The array with its leading axes joined to one."""
     return None if array is None else array.reshape(-1, *array.shape[array.ndim - own_axes :])
 
 
 def _scale(negatives):
-    """The kernel of the sign rule "shift" works on eighths."""
+    """The factor of the numbers in the kernel, which takes eighths for the sign rule "shift"."""
     return EIGHTH if negatives == "shift" else 1.0
 
 
 def _lowest(tokens, mask, negatives):
-    """What the sign rule "shift" subtracts from an eighth of the tokens, `(..., d)`; None for the
-    other rules.
+    """The lowest kept eighth of the tokens, `(..., d)`, which the sign rule "shift" subtracts.
+
+    It is None for the other rules.
     """
     if negatives != "shift":
         return None
     x = EIGHTH * tokens.astype(jnp.float32)
-    return _where_any(
-        mask, jnp.min(x if mask is None else jnp.where(mask[..., None], x, jnp.inf), axis=-2)
-    )
+    kept = x if mask is None else jnp.where(mask[..., None], x, jnp.inf)
+    return _where_any(mask, jnp.min(kept, axis=-2))
 
 
 def _where_any(mask, values):
+    """`values` `(..., d)`, but zeros where no token is kept."""
     return values if mask is None else jnp.where(jnp.any(mask, axis=-1)[..., None], values, 0)

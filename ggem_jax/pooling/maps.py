@@ -19,7 +19,7 @@ from jax.typing import ArrayLike
 from jaxtyping import Array, Float
 
 from ggem_jax.pooling import fused
-from ggem_jax.pooling.dispatch import Implementation, chosen, dispatched
+from ggem_jax.pooling.dispatch import Implementation, choose_implementation, run_implementation
 from ggem_jax.pooling.masks import widen
 from ggem_jax.pooling.power_mean import TINY, power_pool
 from ggem_jax.pooling.sign_rules import LEAST_EPS, check_rule
@@ -120,7 +120,7 @@ def superglobal_pool(
     _check_exponent(p, "p")
     check_rule(eps, "clamp")
     refused = partial(fused.superglobal_refusal, feature_map, regional_p, window, p)
-    implementation = chosen(implementation, feature_map, refused)
+    implementation = choose_implementation(implementation, feature_map, refused)
     options: Any = {
         "regional_p": float(regional_p),
         "window": int(window),
@@ -128,7 +128,7 @@ def superglobal_pool(
         "eps": float(eps),
     }
     kernel, plain = (partial(body, **options) for body in (fused.superglobal, _superglobal))
-    (pooled,) = dispatched(implementation, kernel, plain, feature_map)
+    (pooled,) = run_implementation(implementation, kernel, plain, feature_map)
     return pooled.astype(feature_map.dtype)
 
 

@@ -16,7 +16,12 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from ggem_jax.pooling import fused
-from ggem_jax.pooling.dispatch import Implementation, chosen, dispatched, varying_alike
+from ggem_jax.pooling.dispatch import (
+    Implementation,
+    choose_implementation,
+    run_implementation,
+    vary_alike,
+)
 from ggem_jax.pooling.fused import EIGHTH
 from ggem_jax.pooling.masks import Mask, count, keep, lift, mean_of_kept, where_any, widen
 from ggem_jax.pooling.sign_rules import RULES, Negatives, check_rule
@@ -53,8 +58,10 @@ def power_pool(
     """
     check_rule(eps, negatives)
     refused = RULES[negatives].refusal(negatives)
-    implementation = chosen(implementation, tokens, lambda: refused or fused.refusal(tokens))
-    arrays = varying_alike(tokens, p, mask)
+    implementation = choose_implementation(
+        implementation, tokens, lambda: refused or fused.refusal(tokens)
+    )
+    arrays = vary_alike(tokens, p, mask)
     return _power_mean(*arrays, float(eps), negatives, implementation).astype(tokens.dtype)
 
 
@@ -69,7 +76,7 @@ def _power_mean(tokens, p, mask, eps, negatives, implementation):
 def _power_mean_forward(tokens, p, mask, eps, negatives, implementation):
     options = {"eps": eps, "negatives": negatives}
     kernel, plain = (partial(body, **options) for body in (fused.power_mean, pooled_and_root))
-    pooled, root = dispatched(implementation, kernel, plain, tokens, p, mask)
+    pooled, root = run_implementation(implementation, kernel, plain, tokens, p, mask)
     return pooled, (tokens, p, mask, root)
 
 
@@ -77,7 +84,9 @@ def _power_mean_backward(eps, negatives, implementation, residuals, cotangent):
     tokens, p, mask, root = residuals
     options = {"eps": eps, "negatives": negatives}
     kernel, plain = (partial(body, **options) for body in (fused.power_mean_gradient, cotangents))
-    by_tokens, by_p = dispatched(implementation, kernel, plain, tokens, p, mask, root, cotangent)
+    by_tokens, by_p = run_implementation(
+        implementation, kernel, plain, tokens, p, mask, root, cotangent
+    )
     return by_tokens, _sum_rows(by_p, p), None
 
 
@@ -117,10 +126,10 @@ def norm_power_pool(
     """
     check_rule(eps, negatives)
     refused = RULES[negatives].refusal(negatives)
-    implementation = chosen(
+    implementation = choose_implementation(
         implementation, tokens, lambda: refused or fused.norm_refusal(tokens, negatives)
     )
-    arrays = varying_alike(tokens, scale, bias, p, mask)
+    arrays = vary_alike(tokens, scale, bias, p, mask)
     options = (float(norm_eps), float(eps), negatives, implementation)
     return _norm_power_mean(*arrays, *options).astype(tokens.dtype)
 
@@ -141,7 +150,9 @@ def _norm_power_mean_forward(
     options = {"norm_eps": norm_eps, "eps": eps, "negatives": negatives}
     bodies = (fused.norm_power_mean, _normalise_and_pool)
     kernel, plain = (partial(body, **options) for body in bodies)
-    pooled, statistics = dispatched(implementation, kernel, plain, tokens, scale, bias, p, mask)
+    pooled, statistics = run_implementation(
+        implementation, kernel, plain, tokens, scale, bias, p, mask
+    )
     return pooled, (tokens, scale, bias, p, mask, pooled, statistics)
 
 
@@ -149,7 +160,7 @@ def _norm_power_mean_backward(norm_eps, eps, negatives, implementation, residual
     tokens, scale, bias, p, mask, pooled, statistics = residuals
     kernel = partial(fused.norm_power_mean_gradient, eps=eps, negatives=negatives)
     plain = partial(_norm_cotangents, norm_eps=norm_eps, eps=eps, negatives=negatives)
-    by_tokens, by_rows = dispatched(
+    by_tokens, by_rows = run_implementation(
         implementation, kernel, plain, tokens, scale, bias, p, mask, pooled, statistics, cotangent
     )
     by_p, by_scale, by_bias = (_sum_rows(by_rows[..., i, :], p) for i in range(3))

@@ -12,7 +12,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from ggem_jax.pooling.dispatch import varying_alike
+from ggem_jax.pooling.dispatch import vary_alike
 from ggem_jax.retrieval.vectors import (
     Database,
     Ranking,
@@ -296,7 +296,7 @@ def _best(queries, database, k, precision, first=0, end=None):
         top, position = lax.top_k(scores, min(k, rows))
         return _merge(best, (top, (first + start + position).astype(jnp.int32)), k), None
 
-    scores, ids, *_ = varying_alike(
+    scores, ids, *_ = vary_alike(
         jnp.full((q, k), -jnp.inf), jnp.zeros((q, k), jnp.int32), queries, database
     )
     empty: Any = Ranking(scores, ids)  # type: ignore[arg-type]
