@@ -184,7 +184,7 @@ def test_one_jitted_function_is_traced_for_each_gpu():
 
 
 def test_the_partitioner_compiles_for_the_gpu_that_was_lowered_for():
-    """It traces the body once more, after `compiled_for`; JAX then restores the context."""
+    """It traces the body once more, after the context of the lowering has ended."""
     seen = []
 
     def body(tokens):

@@ -204,6 +204,11 @@ def partitioned(body: Body, sets: Sequence[int] = ()) -> Body:
     def call(*arrays):
         several = any(len(arrays[i]) != 1 for i in sets)  # then rows and sets must not be separated
         outputs = jax.eval_shape(body, *arrays)
+        capability = launch.capability()
+
+        def local_body(*arrays):  # traced by the partitioner, when the program is compiled
+            with launch.compiled_for(capability):
+                return body(*arrays)
 
         def specs(rows, like, own_sets=()):
             return [
@@ -214,12 +219,8 @@ def partitioned(body: Body, sets: Sequence[int] = ()) -> Body:
         def partition(mesh, arguments, _):
             rows = (*arguments[0].sharding.spec, None)[0]
             out = tuple(NamedSharding(mesh, s) for s in specs(rows, outputs))
-            return (
-                mesh,
-                local,
-                out,
-                tuple(NamedSharding(mesh, s) for s in specs(rows, arrays, sets)),
-            )
+            into = tuple(NamedSharding(mesh, s) for s in specs(rows, arrays, sets))
+            return mesh, local_body, out, into
 
         whole: list[str] = []  # JAX wants them in the order of the rule, which is that of making
 
