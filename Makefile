@@ -1,25 +1,32 @@
 # make demo: train small ViTs with different poolings on handwritten digits and compare them; then the accelerator model.
-# make test: lint, types and tests, those of the GPU kernels among them, which need no GPU. Both make the environment .venv first.
+# make check: lint, formatting, types and the fast tests.
+# make test: lint, formatting, types and all tests that are not marked slow, those of the GPU kernels among them, which need no GPU.
+# Each makes the environment .venv first. Compiled programs are kept in .jax_cache.
 PYTHON ?= python3
-PIP_FLAGS ?= --quiet
+PIP_FLAGS ?= --quiet --no-compile --prefer-binary
 BIN := .venv/bin
 # The ptxas that comes with JAX, before any that is on this machine.
 JAX_PTXAS = PATH="$$(echo $(CURDIR)/.venv/cuda/nvidia/*/bin):$$PATH"
 
-.PHONY: demo test clean
+.PHONY: demo check test lint clean
 
 demo: .venv/train
 	$(BIN)/python -m eval.studies.demo
 	$(BIN)/python -m eval.studies.accelerator
 
-test: .venv/dev .venv/cuda .venv/pjrt
+check: lint
+	$(BIN)/python -m pytest -n 2 --dist loadfile --fast
+
+test: lint .venv/cuda .venv/pjrt
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "interpreter and not slow" tests/test_kernels_interpreted.py
+	$(JAX_PTXAS) PYTHONPATH=.venv/cuda $(BIN)/python -m pytest -n 2 -m "(compiled or lowering or assembled) and not slow" tests/test_kernels_compiled.py tests/test_kernels_lowered.py tests/test_kernels_assembled.py
+	$(JAX_PTXAS) JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 PYTHONPATH=.venv/cuda:.venv/pjrt $(BIN)/python -m pytest -m "aot and not slow" tests/test_kernels_partitioned.py
+	$(BIN)/python -m pytest -n 2 --dist loadfile
+
+lint: .venv/dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m interpreter tests/test_kernels_interpreted.py
-	$(JAX_PTXAS) PYTHONPATH=.venv/cuda $(BIN)/python -m pytest -n 2 -m "compiled or lowering or assembled" tests/test_kernels_compiled.py tests/test_kernels_lowered.py tests/test_kernels_assembled.py
-	$(JAX_PTXAS) JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 PYTHONPATH=.venv/cuda:.venv/pjrt $(BIN)/python -m pytest -m aot tests/test_kernels_partitioned.py
-	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 .venv/bin/python:
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2])'
@@ -46,7 +53,7 @@ test: .venv/dev .venv/cuda .venv/pjrt
 	@test -d $@ && touch $@
 
 clean:
-	rm -rf .venv runs
+	rm -rf .venv .jax_cache runs
 
 # make docs: the documentation site in site/, built strictly: a broken link or an unknown name is an
 # error (but not with --quiet, which lets warnings pass). Part of make test.

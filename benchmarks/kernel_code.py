@@ -3,8 +3,8 @@
     python -m benchmarks.kernel_code
 
 It needs triton and no GPU. Instructions are all those of the busiest loop, divided by the elements
-of the tokens that a thread takes in one iteration; lanes beyond the channels are not elements. Rows
-go to benchmarks/results/kernel_code.csv.
+of the tokens that a thread takes in one iteration; lanes beyond the channels do not count as
+elements. Rows are appended to benchmarks/results/kernel_code.csv.
 """
 
 import argparse
@@ -13,8 +13,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -37,13 +36,14 @@ class Launch:
     """One call of a kernel, as jax-triton would get it."""
 
     kernel: Any
-    dtypes: list[str]
+    dtypes: list[str]  # of its pointers, as Triton writes them: inputs, then outputs
     programs: int
     warps: int
     constants: dict[str, Any]
 
     @property
     def name(self) -> str:
+        """The name of the kernel function."""
         return self.kernel.fn.__name__
 
 
@@ -59,6 +59,7 @@ class Code:
 
     @property
     def opcodes(self) -> list[str]:
+        """All instructions in order, without their operands."""
         return [m[2] for m in _INSTRUCTION.finditer(self.sass)]
 
     def busiest_loop(self) -> list[str]:
@@ -74,10 +75,10 @@ class Code:
         return max(loops, key=lambda ops: sum(op.startswith("MUFU") for op in ops), default=[])
 
 
-def _differentiated(pool: Callable, per_channel: int) -> Callable:
-    """Returns a function that computes value and gradient of a pooling of tokens `(b, n, d)`.
+def _value_and_gradient(pool: Callable, per_channel: int) -> Callable:
+    """Returns a function of tokens `(b, n, d)` that computes the value and gradient of a pooling.
 
-    The pooling takes `per_channel` arrays `(d,)` and exponents.
+    The pooling takes `per_channel` arrays `(d,)` between tokens and exponents.
     """
 
     def launch_all(tokens):
@@ -89,7 +90,7 @@ def _differentiated(pool: Callable, per_channel: int) -> Callable:
     return launch_all
 
 
-def _masked(pool: Callable) -> Callable:
+def _with_mask(pool: Callable) -> Callable:
     return lambda tokens, *parameters: pool(
         tokens, *parameters, mask=jnp.ones(tokens.shape[:2], bool)
     )
@@ -101,59 +102,61 @@ _ggem, _norm_ggem, _superglobal = (
 
 # What to compile, by name: functions of one array that launch the kernels.
 KERNELS: dict[str, Callable] = {
-    "ggem": _differentiated(_ggem, 0),
-    "ggem masked": _differentiated(_masked(_ggem), 0),
-    "ggem shift": _differentiated(partial(_ggem, negatives="shift"), 0),
-    "ggem signed": _differentiated(partial(_ggem, negatives="signed"), 0),
-    "norm_ggem": _differentiated(_norm_ggem, 2),
-    "norm_ggem masked": _differentiated(_masked(_norm_ggem), 2),
-    "norm_ggem signed": _differentiated(partial(_norm_ggem, negatives="signed"), 2),
+    "ggem": _value_and_gradient(_ggem, 0),
+    "ggem masked": _value_and_gradient(_with_mask(_ggem), 0),
+    "ggem shift": _value_and_gradient(partial(_ggem, negatives="shift"), 0),
+    "ggem signed": _value_and_gradient(partial(_ggem, negatives="signed"), 0),
+    "norm_ggem": _value_and_gradient(_norm_ggem, 2),
+    "norm_ggem masked": _value_and_gradient(_with_mask(_norm_ggem), 2),
+    "norm_ggem signed": _value_and_gradient(partial(_norm_ggem, negatives="signed"), 2),
     "superglobal": _superglobal,
 }
 
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
 
 
-@contextmanager
-def recorded() -> Iterator[list[Launch]]:
-    """Records the kernel calls that are traced inside, instead of lowering them."""
+def record_launches(function: Callable, *shapes: jax.ShapeDtypeStruct) -> list[Launch]:
+    """Returns the kernel calls that a function traces, without compiling or running them.
+
+    Args:
+        function: Function of arrays, one that passes `implementation="triton"` itself.
+        *shapes: Shapes and dtypes of its arguments.
+
+    Returns:
+        Each different call once, in order: the forward kernel first.
+    """
     launches: list[Launch] = []
 
     def triton_call(*inputs, kernel, grid, num_warps, compute_capability, out_shape, **constants):
         dtypes = [_POINTERS[a.dtype.name] for a in (*inputs, *out_shape)]
-        launches.append(Launch(kernel, dtypes, grid[0], num_warps, constants))
+        launch_ = Launch(kernel, dtypes, grid[0], num_warps, constants)
+        if launch_ not in launches:  # JAX may trace a shape more than once
+            launches.append(launch_)
         return [jnp.zeros(o.shape, o.dtype) for o in out_shape]
 
-    jax.clear_caches()  # what is traced here is not to be found again outside, nor the reverse
+    jax_triton = SimpleNamespace(triton_call=triton_call)
+    jax.clear_caches()  # so that nothing traced outside is found here, nor the reverse
     with (
-        mock.patch.object(
-            launch, "load_jax_triton", return_value=SimpleNamespace(triton_call=triton_call)
-        ),
+        mock.patch.object(launch, "load_jax_triton", return_value=jax_triton),
         mock.patch.object(launch, "check"),
         launch.compiled_for(90),
     ):
-        yield launches
+        jax.eval_shape(lambda *arguments: function(*arguments), *shapes)
     jax.clear_caches()
+    return launches
 
 
-def launches_of(function: Callable, *shapes: jax.ShapeDtypeStruct) -> list[Launch]:
-    """Returns what `function` would launch for arguments of these shapes.
+def compile_kernel(launch_: Launch, capability: int) -> Code:
+    """Returns the machine code of a kernel call.
 
-    The function itself sets `implementation="triton"`.
-    """
-    with recorded() as launches:
-        jax.eval_shape(
-            lambda *arguments: function(*arguments), *shapes
-        )  # a new function, which no cache knows
-    return [
-        one for i, one in enumerate(launches) if one not in launches[:i]
-    ]  # shapes may be traced more than once
+    It is assembled by the older one of Triton's ptxas and that of JAX.
 
+    Args:
+        launch_: The call of the kernel.
+        capability: Compute capability, such as 90.
 
-def compiled(launch_: Launch, capability: int) -> Code:
-    """Compiles to machine code and reads the output of ptxas.
-
-    The ptxas is that of JAX, or Triton's own where JAX has no CUDA plugin.
+    Returns:
+        The code, with what ptxas reports about it.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -161,21 +164,21 @@ def compiled(launch_: Launch, capability: int) -> Code:
 
     launch.available()  # gives Triton the ptxas of JAX
     names = [parameter.name for parameter in launch_.kernel.params]
-    signature = dict(zip(names, launch_.dtypes, strict=False)) | dict.fromkeys(
-        launch_.constants, "constexpr"
-    )
-    attributes = {(i,): [["tt.divisibility", 16]] for i in range(len(launch_.dtypes))}
+    pointers = dict(zip(names, launch_.dtypes, strict=False))
     source = ASTSource(
-        fn=launch_.kernel, signature=signature, constexprs=launch_.constants, attrs=attributes
+        fn=launch_.kernel,
+        signature=pointers | dict.fromkeys(launch_.constants, "constexpr"),
+        constexprs=launch_.constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i in range(len(pointers))},
     )
-    done = triton.compile(
+    asm = triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": launch_.warps, "enable_fp_fusion": True},
-    )
+    ).asm
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(done.asm["cubin"])
+        file.write(asm["cubin"])
         file.flush()
         usage, sass = (
             subprocess.run(
@@ -186,7 +189,7 @@ def compiled(launch_: Launch, capability: int) -> Code:
     registers, stack, shared, local = (
         int(re.search(rf"{name}:(\d+)", usage)[1]) for name in ("REG", "STACK", "SHARED", "LOCAL")
     )
-    return Code(registers, stack + local, shared, sass, done.asm["ttir"])
+    return Code(registers, stack + local, shared, sass, asm["ttir"])
 
 
 SHAPES = {
@@ -197,66 +200,68 @@ SHAPES = {
 }
 
 
+_B16 = "B/16 at 224 px"
+CASES = [  # (function, name of the shape, shape, dtype)
+    *((f, name, SHAPES[name], "bfloat16") for name in SHAPES for f in ("ggem", "norm_ggem")),
+    *((f, _B16, SHAPES[_B16], "float32") for f in ("ggem", "norm_ggem")),
+    *((f"ggem {rule}", _B16, SHAPES[_B16], "bfloat16") for rule in ("shift", "signed")),
+    ("norm_ggem signed", _B16, SHAPES[_B16], "bfloat16"),
+    ("norm_ggem masked", f"{_B16} with a class token", (256, 197, 768), "bfloat16"),
+    *(("superglobal", "map 32 x 22", (1, 32, 22, 2048), t) for t in ("bfloat16", "float32")),
+]
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
         "--capability", type=int, default=90, choices=(80, 90, 100), help="compute capability"
     )
     capability = parser.parse_args().capability
-    rows = [
-        ("bfloat16", name, shape, function)
-        for name, shape in SHAPES.items()
-        for function in ("ggem", "norm_ggem")
-    ]
-    rows += [
-        ("float32", "B/16 at 224 px", SHAPES["B/16 at 224 px"], function)
-        for function in ("ggem", "norm_ggem")
-    ]
-    rows += [
-        ("bfloat16", "B/16 at 224 px, class token masked", (256, 197, 768), "norm_ggem masked")
-    ]
-    rows += [
-        (dtype, "map 32 x 22", (1, 32, 22, 2048), "superglobal")
-        for dtype in ("bfloat16", "float32")
-    ]
-    for dtype, name, shape, function in rows:
-        for one in launches_of(KERNELS[function], jax.ShapeDtypeStruct(shape, dtype)):
-            about = {
-                "date": time.strftime("%Y-%m-%d"),
-                "triton": importlib.metadata.version("triton"),
-                "capability": capability,
-            }
-            append(
-                "kernel_code",
-                about | {"shape": name, "dtype": dtype} | describe(one, shape, capability),
-            )
+    from triton.backends.nvidia.compiler import get_ptxas
+
+    launch.available()  # gives Triton the ptxas of JAX where its own is newer
+    about = {
+        "date": time.strftime("%Y-%m-%d"),
+        "triton": importlib.metadata.version("triton"),
+        "ptxas": get_ptxas(capability).version,
+        "capability": capability,
+    }
+    for function, name, shape, dtype in CASES:
+        about |= {"function": function, "shape": name, "dtype": dtype}
+        for one in record_launches(KERNELS[function], jax.ShapeDtypeStruct(shape, dtype)):
+            append("kernel_code", about | describe(one, shape, capability))
 
 
-def describe(one: Launch, shape: tuple[int, ...], capability: int) -> dict[str, Any]:
-    """Returns a row: the output of ptxas, and instructions of the busiest loop per token element.
+def describe(launch_: Launch, shape: tuple[int, ...], capability: int) -> dict[str, Any]:
+    """Returns a row of the results: what ptxas reports, and instructions per element.
 
-    Idle lanes are included.
+    Args:
+        launch_: The call of the kernel.
+        shape: Shape of the tokens `(b, n, d)` or of the map `(b, h, w, d)`.
+        capability: Compute capability, such as 90.
+
+    Returns:
+        The cells of the row by column. Instructions are those of the busiest loop.
     """
-    code, constants = compiled(one, capability), one.constants
+    code, constants = compile_kernel(launch_, capability), launch_.constants
     loop = code.busiest_loop()
-    places = (
-        shape[-2] * (2 * constants["HALF"] + 1)
-        if one.name == "regional_kernel"
-        else constants["UNROLL"] * constants["ROWS"]
-    )
-    per_thread = (
-        places
-        * min(constants["CHANNELS"] * constants.get("PIECES", 1), shape[-1])
-        / (32 * one.warps)
-    )
+    if launch_.name == "regional_kernel":  # the loop takes 2 HALF + 1 rows of the map
+        places = shape[-2] * (2 * constants["HALF"] + 1)
+    else:
+        places = constants["UNROLL"] * constants["ROWS"]
+    channels = min(constants["CHANNELS"] * constants.get("PIECES", 1), shape[-1])
+    per_thread = places * channels / (32 * launch_.warps)
     special = sum(op.startswith("MUFU") for op in loop)
     return {
-        "kernel": one.name, "programs": one.programs, "threads": 32 * one.warps,
-        "registers": code.registers, "spilled_bytes": code.spilled_bytes,
+        "kernel": launch_.name,
+        "programs": launch_.programs,
+        "threads": 32 * launch_.warps,
+        "registers": code.registers,
+        "spilled_bytes": code.spilled_bytes,
         "shared_bytes": code.shared_bytes,
         "instructions_per_element": f"{len(loop) / per_thread:.1f}",
         "special_functions_per_element": f"{special / per_thread:.2f}",
-    }  # fmt: skip
+    }
 
 
 if __name__ == "__main__":

@@ -36,9 +36,13 @@ def kernels_of(
 ) -> list[bytes]:
     """Returns the kernels of a function lowered for a GPU, each as its launcher gets it."""
     with launch.compiled_for(capability):
-        anew = jax.jit(lambda *arrays: function(*arrays))  # not as traced for another GPU
-        lowered = anew.trace(*arguments).lower(lowering_platforms=("cuda",))
-    calls = [line for line in lowered.as_text().splitlines() if "@triton_kernel_call" in line]
+        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+    return kernels_in(lowered.as_text())
+
+
+def kernels_in(lowered: str) -> list[bytes]:
+    """Returns the kernels in the text of a lowered function, each as its launcher gets it."""
+    calls = [line for line in lowered.splitlines() if "@triton_kernel_call" in line]
     texts = [max(re.findall(r'"((?:[^"\\]|\\.)*)"', call), key=len) for call in calls]
     unescaped = r"\\([0-9A-F]{2}|.)"
     return [re.sub(unescaped, _byte, text).encode("latin-1") for text in texts]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ggem_jax.descriptors.backbones import Network
-from ggem_jax.descriptors.extract import Extractor
+from ggem_jax.descriptors.extract import Extractor, plain_pooling
 from ggem_jax.descriptors.scales import SCALES
 from ggem_jax.descriptors.settings import DescriptorSettings
 from ggem_jax.descriptors.superglobal import (
@@ -20,7 +20,7 @@ from ggem_jax.descriptors.superglobal import (
     join_scales,
     rescale_compiled,
 )
-from ggem_jax.files.images import RGB, UnreadableImage, crop, normalise, read_image
+from ggem_jax.files.images import RGB, UnreadableImage, crop, read_image
 from ggem_jax.progress import track
 from train.cli import Refused
 
@@ -64,18 +64,13 @@ class SharedExtractor(Extractor):
         network: Network | None = None,
     ):
         self.each = tuple(settings)
-        regional, scales = (
-            any(each.regional for each in self.each),
-            max(each.scales for each in self.each),
-        )
+        regional = any(each.regional for each in self.each)
+        scales = max(each.scales for each in self.each)
         largest = dataclasses.replace(self.each[0], regional=regional, scales=scales)
-        free = {
-            "pooling": largest.pooling,
-            "regional": regional,
-            "scales": scales,
-            "scale_gem": largest.scale_gem,
+        free: dict[str, Any] = {
+            name: getattr(largest, name) for name in ("pooling", "regional", "scales", "scale_gem")
         }
-        if any(dataclasses.replace(each, **free) != largest for each in self.each):  # type: ignore[arg-type]
+        if any(dataclasses.replace(each, **free) != largest for each in self.each):
             raise ValueError(
                 "settings that share a network may differ in pooling, regional, scales and"
                 " scale_gem only"
@@ -86,9 +81,7 @@ class SharedExtractor(Extractor):
 
     def _batch(self, images):
         model, variables = self.network.model, self.network.variables
-        inputs = jnp.asarray(
-            normalise(np.stack(images), mean=self.network.mean, std=self.network.std)
-        )
+        inputs = self.network.normalise(images)
         if not self.settings.relup and hasattr(model, "config") and hasattr(model.config, "relup"):
             model = model.clone(config=dataclasses.replace(model.config, relup=None))
         scales = sorted({scale for each in self.each for scale in SCALES[each.scales]})
@@ -107,11 +100,10 @@ def _pool_maps(model, variables, maps, each):
     made: dict[tuple, Any] = {}
     descriptors = []
     for settings in each:
-        pooling = settings.pooling if settings.pooling in ("average", "max") else None
-        options = {
+        options: dict[str, Any] = {
             "gemp": settings.pooling == "gem+",
             "rgem": settings.regional,
-            "pooling": pooling,
+            "pooling": plain_pooling(settings),
         }
         for scale in SCALES[settings.scales]:
             key = (scale, *options.values())

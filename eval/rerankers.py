@@ -28,9 +28,7 @@ class Rerank:
     num_neighbors: int = 9  # of superglobal: neighbours that refine a candidate
     beta: float = 0.15  # of superglobal: weight of a neighbour
     qe_neighbors: int = 10  # of aqe, alpha-qe and dba: neighbours that a vector is averaged with
-    alpha: float = (
-        3.0  # of alpha-qe and dba: power of the similarity that a neighbour is weighted with
-    )
+    alpha: float = 3.0  # of alpha-qe and dba: power of the similarity that weights a neighbour
 
     def __post_init__(self):
         for name, least in (
@@ -46,14 +44,22 @@ class Rerank:
                 raise ValueError(f"--{flag} must be at least {least}, it is {value}")
 
 
-def ranked(
+def rank_all(
     queries: np.ndarray, database: np.ndarray | jax.Array | Store, *, own: np.ndarray | None = None
 ) -> Ranking:
-    """All ids of the database for each query, best first, as `search` with k = n gives them, with
-    one sort.
+    """Returns all ids of the database for each query, best first.
 
-    `own` `(q,)`: the row that is a query's own picture, which comes last, or -1. Takes 12 bytes for
-    each query and row.
+    The result is that of `search` with k = n, found with one sort. It takes 12 bytes for each query
+    and row.
+
+    Args:
+        queries: `(q, d)` unit vectors.
+        database: `(n, d)` unit vectors, or a store of them.
+        own: `(q,)` the row that is a query's own image, which comes last, or -1; None: no query is
+            in the database.
+
+    Returns:
+        Scores and ids `(q, n)`.
     """
     parts = ((0, database),) if isinstance(database, jax.Array) else blocks_of(database, _ROWS)
     scores = np.concatenate(
@@ -83,7 +89,7 @@ def method_of(name: Name, how: Rerank, *, most: int) -> Method:
     return choose_method(name, **{option: given[option] for option in METHODS[name]})
 
 
-def reranked(
+def rerank_all(
     name: Name,
     queries: np.ndarray,
     database: np.ndarray | jax.Array | Store,
@@ -92,8 +98,15 @@ def reranked(
     *,
     own: np.ndarray | None = None,
 ) -> np.ndarray:
-    """The ids of a ranking of all rows in their new order. A query's own picture (see `ranked`)
-    takes part in nothing but dba.
+    """Returns the ids `(q, n)` of a ranking of all rows in their new order.
+
+    Args:
+        name: of the reranker.
+        queries: `(q, d)` unit vectors.
+        database: `(n, d)` unit vectors, or a store of them.
+        ranking: as `rank_all` returns it.
+        how: options of the rerankers.
+        own: `(q,)` as in `rank_all`; a query's own image takes part in dba only.
     """
     n = ranking.ids.shape[1]
     others = n if own is None or not np.any(own >= 0) else max(n - 1, 1)

@@ -25,7 +25,7 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 
 from eval.descriptors import describe_images, make_extractor, read_crop, vary_pooling
-from eval.rerankers import Name, Rerank, ranked, reranked
+from eval.rerankers import Name, Rerank, rank_all, rerank_all
 from eval.statistics import Interval, bootstrap
 from ggem_jax.descriptors.settings import DescriptorSettings
 from ggem_jax.retrieval.index.folder import shown, walk
@@ -159,9 +159,9 @@ def evaluate(config: Retrieval, task: RetrievalTask) -> list[Result]:
     results = []
     for i, pooling in enumerate(settings):
         vectors = jax.device_put(np.ascontiguousarray(database[:, i]))
-        initial = ranked(queries[:, i], vectors, own=task.own)
+        initial = rank_all(queries[:, i], vectors, own=task.own)
         for name in get_args(Name) if config.table else config.rerank:
-            ids = reranked(name, queries[:, i], vectors, initial, config.how, own=task.own)
+            ids = rerank_all(name, queries[:, i], vectors, initial, config.how, own=task.own)
             results.append(Result(pooling, name, measure(ids, task.relevance, config.k)))
     return results
 

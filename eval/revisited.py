@@ -30,7 +30,7 @@ from rich.table import Table
 from tyro.conf import Positional, arg
 
 from eval.descriptors import describe_images, make_extractor, read_crop
-from eval.rerankers import Name, Rerank, ranked, reranked
+from eval.rerankers import Name, Rerank, rank_all, rerank_all
 from ggem_jax import __version__
 from ggem_jax.descriptors.settings import DescriptorSettings
 from ggem_jax.files.atomic import replacing
@@ -248,9 +248,9 @@ def evaluate(
         )
     searched = _as_store(parts)
     queries = np.asarray(queries, np.float32)
-    initial = ranked(queries, searched)
+    initial = rank_all(queries, searched)
     return {
-        name: revisited(reranked(name, queries, searched, initial, config.how), truth.lists)
+        name: revisited(rerank_all(name, queries, searched, initial, config.how), truth.lists)
         for name in config.rerank
     }
 
@@ -258,20 +258,21 @@ def evaluate(
 def run_ablation(config: Revisited, truth: Truth) -> dict[str, dict[str, Scores]]:
     """Returns step -> set-up -> scores, each step with one more part of SuperGlobal."""
     memory: dict[str, tuple[np.ndarray, np.ndarray]] = {}
-    results, settings = {}, config.descriptor
+    results = {}
+    try:
+        settings = config.descriptor.resolve()
+    except ValueError as error:
+        raise Refused(str(error)) from None
+    is_resnet = str(settings.backbone).startswith("resnet")
     for step, changes in ABLATION.items():
         settings = dataclasses.replace(settings, **changes)
-        own = (
-            settings
-            if str(settings.resolve().backbone).startswith("resnet")
-            else dataclasses.replace(settings, relup=True)
-        )
+        own = settings if is_resnet else dataclasses.replace(settings, relup=True)
         queries, vectors = describe_sets(config, truth, own, memory)
         database = _as_store([vectors])
-        initial = ranked(queries, database)
+        initial = rank_all(queries, database)
         results[step] = revisited(np.asarray(initial.ids), truth.lists)
     results["+ reranking"] = revisited(
-        reranked("superglobal", queries, database, initial, config.how), truth.lists
+        rerank_all("superglobal", queries, database, initial, config.how), truth.lists
     )
     return results
 

@@ -79,7 +79,10 @@ def require_same_images(
     Raises:
         Refused: some pair is not equal.
     """
-    if not all(np.array_equal(one, other) for one, other in pairs):
+    if not all(
+        np.array_equal(one, other) if isinstance(one, np.ndarray) else one == other
+        for one, other in pairs
+    ):
         raise Refused(
             f"{first} and {second} were not evaluated on the same {what}, so they cannot be"
             " compared in pairs"

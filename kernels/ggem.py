@@ -16,7 +16,7 @@ from jax import Array
 from jax import ShapeDtypeStruct as Shape
 
 from .launch import call
-from .powers import LEAST, MOST, absorb, exp2, magnitude, ratio_and_log2, root_of_mean, rounded_off
+from .powers import LEAST, MOST, absorb, clip_slopes, root_of_mean, rounded_off, slopes
 from .tiles import gradient_tile, pool_tile
 
 
@@ -162,17 +162,7 @@ def _slopes(
     """Cotangent of x `(rows, channels)`: factor (x / root)^(p - 1), added to `drift`; adds (x /
     root)^p log2(x / root) to `sums`.
     """
-    ratio, logarithm = ratio_and_log2(magnitude(x, EPS, NEGATIVES), inverse, SERIES, FAST)
-    slope = exp2(less * logarithm, FAST)
-    weight = slope * ratio * logarithm
-    by_x = factor * slope
-    if NEGATIVES == "signed":
-        weight = tl.where(x < 0, -weight, weight)
-        by_x = tl.clamp(by_x, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
-    elif NEGATIVES == "abs":
-        by_x = tl.where(tl.abs(x) <= EPS, 0.0, tl.where(x < 0, -by_x, by_x))
-    elif not HAS_OFFSET:
-        by_x = tl.where(x <= EPS, 0.0, by_x)
+    weight, by_x = slopes(x, inverse, less, factor, EPS, LIMIT, NEGATIVES, SERIES, FAST)
     if MASKED:
         weight = tl.where(keep, weight, 0.0)
         by_x = tl.where(keep, by_x, 0.0)
@@ -279,8 +269,6 @@ def gradient_kernel(
         tl.store(by_tokens + n * D + channel, by_x, mask=(n < N) & (channel < D))
     SUMS: tl.constexpr = 2 if HAS_OFFSET else 1
     by_p = by_y * (size / exponent) * (tl.sum(sums * whole, 0) * (0.6931471805599453 / kept))
-    if NEGATIVES == "signed":
-        by_p = tl.clamp(by_p, -MOST, MOST, propagate_nan=tl.PropagateNan.ALL)
-    tl.store(by_parameters + row * SUMS * D + c, by_p, mask=c < D)
+    tl.store(by_parameters + row * SUMS * D + c, clip_slopes(by_p, MOST, NEGATIVES), mask=c < D)
     if HAS_OFFSET:
         tl.store(by_parameters + (row * SUMS + 1) * D + c, -tl.sum(drift, 0), mask=c < D)

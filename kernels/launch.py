@@ -8,7 +8,6 @@ jax-triton 0.3 and 0.4.
 """
 
 import contextlib
-import contextvars
 import functools
 import importlib.util
 import inspect
@@ -24,9 +23,9 @@ import numpy as np
 
 from . import ptxas
 
-_capability: contextvars.ContextVar[int | None] = contextvars.ContextVar(
-    "compute_capability", default=None
-)
+# A context that `jax.jit` looks traced functions up by: none that was traced for one GPU is found
+# for another.
+_capability = jax.make_user_context(default_value=None)
 
 
 def call(
@@ -42,7 +41,7 @@ def call(
         return list(jax.pure_callback(run, tuple(outputs), *inputs, vmap_method="sequential"))
     triton_call = load_jax_triton().triton_call
     accepted = inspect.signature(triton_call).parameters
-    options: dict[str, Any] = {"num_warps": warps, "compute_capability": _capability.get()}
+    options: dict[str, Any] = {"num_warps": warps, "compute_capability": _capability.value}
     options["out_type" if "out_type" in accepted else "out_shape"] = list(outputs)  # 0.4 and 0.3
     # Products and sums are fused, as they were counted; Triton 3.10 would not do so by itself.
     if "backend_options" in accepted:  # jax-triton 0.4
@@ -55,19 +54,16 @@ def call(
 
 def capability() -> int | None:
     """Returns the compute capability of `compiled_for`, or None outside: that of this machine."""
-    return _capability.get()
+    return _capability.value
 
 
 @contextlib.contextmanager
-def compiled_for(capability: int) -> Iterator[None]:
+def compiled_for(capability: int | None) -> Iterator[None]:
     """Kernels that are lowered inside are compiled for this compute capability, such as 90, whether
     a GPU is there or not.
     """
-    token = _capability.set(capability)
-    try:
+    with _capability(capability):
         yield
-    finally:
-        _capability.reset(token)
 
 
 def available() -> bool:
@@ -75,7 +71,7 @@ def available() -> bool:
     and writes what that JAX can assemble. Where only the last fails, a warning says once what to
     install. Starts no device.
     """
-    return _available(_capability.get())
+    return _available(_capability.value)
 
 
 @functools.cache
@@ -140,13 +136,13 @@ def check(implementation: str) -> None:
             )
     elif implementation == "triton":
         load_jax_triton()
-        if jax.default_backend() != "gpu" and _capability.get() is None:
+        if jax.default_backend() != "gpu" and _capability.value is None:
             raise NotImplementedError(
                 "implementation='triton' needs an NVIDIA GPU, and JAX runs on"
                 f" {jax.default_backend()} here: pass implementation=None; to lower for a GPU that"
                 " is elsewhere, do so inside ggem_jax.kernels.launch.compiled_for(90)"
             )
-        misfit = ptxas.fit_triton_to_jax(_capability.get())
+        misfit = ptxas.fit_triton_to_jax(_capability.value)
         if misfit is not None:
             raise NotImplementedError(f"no Triton kernels: {misfit}, or pass implementation=None")
 

@@ -17,13 +17,13 @@ from .powers import (
     LEAST,
     MOST,
     absorb,
+    clip_slopes,
     exp2,
     joined,
     log2,
-    magnitude,
-    ratio_and_log2,
     root_of_mean,
     rounded_off,
+    slopes,
 )
 from .tiles import NormTile, norm_gradient_tile, norm_pool_tile
 
@@ -292,19 +292,9 @@ def _gradient_step(
         for q in tl.static_range(PIECES):
             u = (xs[k * PIECES + q] - mean) * deviation
             z = u * gains[q] + shifts[q]
-            ratio, logarithm = ratio_and_log2(
-                magnitude(z, EPS, NEGATIVES), inverses[q], SERIES, FAST
+            weight, s = slopes(
+                z, inverses[q], lesses[q], factors[q], EPS, MOST, NEGATIVES, SERIES, FAST
             )
-            slope = exp2(lesses[q] * logarithm, FAST)
-            weight = slope * ratio * logarithm
-            s = factors[q] * slope
-            if NEGATIVES == "signed":
-                weight = tl.where(z < 0, -weight, weight)
-                s = tl.clamp(s, -MOST, MOST, propagate_nan=tl.PropagateNan.ALL)
-            elif NEGATIVES == "abs":
-                s = tl.where(tl.abs(z) <= EPS, 0.0, tl.where(z < 0, -s, s))
-            else:
-                s = tl.where(z <= EPS, 0.0, s)
             if MASKED:
                 weight = tl.where(keep, weight, 0.0)
                 s = tl.where(keep, s, 0.0)
@@ -319,8 +309,7 @@ def _gradient_step(
         mean_gu = (tl.sum(along_u, 1) * (1.0 / D))[:, None]
         for q in tl.static_range(PIECES):
             by_x = (gs[q] - mean_g - us[q] * mean_gu) * deviation
-            if NEGATIVES == "signed":
-                by_x = tl.clamp(by_x, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+            by_x = clip_slopes(by_x, LIMIT, NEGATIVES)
             if EXACT and not TAIL:
                 tl.store(by_tokens + n * D + (q * CHANNELS + c), by_x)
             else:
@@ -396,8 +385,7 @@ def norm_gradient_kernel(
             tl.sum(sums[q] * (factors[q] * (tl.abs(roots[q]) / exponents[q])), 0)
             * 0.6931471805599453
         )
-        if NEGATIVES == "signed":
-            by_p = tl.clamp(by_p, -MOST, MOST, propagate_nan=tl.PropagateNan.ALL)
+        by_p = clip_slopes(by_p, MOST, NEGATIVES)
         tl.store(by_parameters + channel, by_p, mask=channel < D)
         tl.store(by_parameters + D + channel, tl.sum(by_scale[q], 0), mask=channel < D)
         tl.store(by_parameters + 2 * D + channel, tl.sum(by_bias[q], 0), mask=channel < D)

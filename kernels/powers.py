@@ -88,15 +88,43 @@ def at_least(x, least):
 
 @triton.jit
 def magnitude(x, eps, NEGATIVES: tl.constexpr):
-    """The number that is raised to p. "shift" comes here as "clamp", with the offset already
-    added.
-    """
+    """The number that is raised to p; under "shift" the offset is in x already."""
     if NEGATIVES == "abs":
         return at_least(tl.abs(x), eps)
     elif NEGATIVES == "signed":
         return tl.abs(x)
     else:
+        tl.static_assert(NEGATIVES == "clamp" or NEGATIVES == "shift", "no such sign rule")
         return at_least(x, eps)
+
+
+@triton.jit
+def slopes(
+    x, inverse, less, factor, EPS: tl.constexpr, LIMIT: tl.constexpr, NEGATIVES: tl.constexpr,
+    SERIES: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """The signed (x / root)^p log2(x / root), and the cotangent of x, factor (x / root)^(p - 1),
+    within LIMIT.
+    """
+    ratio, logarithm = ratio_and_log2(magnitude(x, EPS, NEGATIVES), inverse, SERIES, FAST)
+    slope = exp2(less * logarithm, FAST)
+    weight = slope * ratio * logarithm
+    by_x = factor * slope
+    if NEGATIVES == "signed":
+        weight = slope * (x * inverse) * logarithm
+    elif NEGATIVES == "abs":
+        by_x = tl.where(tl.abs(x) <= EPS, 0.0, tl.where(x < 0, -by_x, by_x))
+    elif NEGATIVES == "clamp":
+        by_x = tl.where(x <= EPS, 0.0, by_x)
+    return weight, clip_slopes(by_x, LIMIT, NEGATIVES)
+
+
+@triton.jit
+def clip_slopes(slope, LIMIT: tl.constexpr, NEGATIVES: tl.constexpr):
+    """Where signed powers nearly cancel, the true slope can exceed every dtype."""
+    if NEGATIVES == "signed":
+        slope = tl.clamp(slope, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
+    return slope
 
 
 @triton.jit

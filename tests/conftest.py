@@ -1,14 +1,14 @@
-"""Shared by all tests: eight virtual CPU devices, the folder of the golden data, tools as processes
-of their own, and small data sets.
+"""Shared by all tests: eight virtual CPU devices, a cache of compiled programs, shape checks, the
+folder of the golden data, tools as processes of their own, and small data sets.
 """
 
 import collections
 import os
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
-import chex
 import numpy as np
 import pytest
 from PIL import Image
@@ -16,15 +16,59 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parent.parent
 SHARED = Path(os.environ.get("GGEM_SHARED", ROOT / ".." / "shared")).resolve()
 
+# Compiled programs stay on disk for the other workers, for the tools that tests start, and for the
+# next run. JAX reads these variables when it is imported.
+COMPILATION_CACHE = {
+    "JAX_COMPILATION_CACHE_DIR": str(ROOT / ".jax_cache" / version("jaxlib")),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+}
+COMPILATION_CACHE |= {name: os.environ[name] for name in COMPILATION_CACHE if name in os.environ}
+os.environ |= COMPILATION_CACHE
+
+import chex  # noqa: E402
+import shape_checks  # noqa: E402
+
+CHECKED_MODULES = shape_checks.install(ROOT, ("ggem_jax", "neupims", "train", "eval"))
 chex.set_n_cpu_devices(8)
 
-# By mark: the file of the cases that need a run of their own, and how many of them pass at least.
+# By mark: the file of the cases that need a run of their own, and how many pass at least, those
+# marked `slow` left out.
 LEAST_CASES = {
-    "interpreter": ("test_kernels_interpreted.py", 203),
-    "compiled": ("test_kernels_compiled.py", 56),
-    "lowering": ("test_kernels_lowered.py", 43),
-    "assembled": ("test_kernels_assembled.py", 25),
-    "aot": ("test_kernels_partitioned.py", 22),
+    "interpreter": ("test_kernels_interpreted.py", 75),
+    "compiled": ("test_kernels_compiled.py", 25),
+    "lowering": ("test_kernels_lowered.py", 29),
+    "assembled": ("test_kernels_assembled.py", 11),
+    "aot": ("test_kernels_partitioned.py", 7),
+}
+
+# Files that `--fast` leaves out: their tests train, start processes, or compile whole networks.
+COSTLY_FILES = {
+    "test_efficientnet_lite.py",
+    "test_eval_contrastive.py",
+    "test_eval_demo.py",
+    "test_eval_planted.py",
+    "test_eval_pooling_study.py",
+    "test_eval_retrieval.py",
+    "test_eval_revisited.py",
+    "test_neupims_explore.py",
+    "test_neupims_gemv.py",
+    "test_neupims_oracle.py",
+    "test_neupims_schedule.py",
+    "test_neupims_search.py",
+    "test_neupims_tool.py",
+    "test_packaging.py",
+    "test_resnet.py",
+    "test_retrieval_descriptors.py",
+    "test_retrieval_index.py",
+    "test_retrieval_tool.py",
+    "test_train_classify.py",
+    "test_train_contrastive.py",
+    "test_train_metric.py",
+    "test_train_published.py",
+    "test_train_resume.py",
+    "test_weights_efficientnet_lite.py",
+    "test_weights_vit.py",
 }
 
 # The smallest training that uses everything: a second or two to compile.
@@ -65,6 +109,8 @@ def tool():
             for name, value in os.environ.items()
             if not name.startswith(("JAX_", "XLA_", "PYTEST_"))
         }
+        if "XDG_CACHE_HOME" not in (environment or {}):  # a test of the tool's own cache
+            own |= COMPILATION_CACHE
         own |= {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "JAX_PLATFORMS": "cpu",
@@ -125,6 +171,43 @@ def one_line(capsys, main, *flags) -> str:
 def passed_cases(config: pytest.Config, mark: str) -> int:
     reports = config.pluginmanager.get_plugin("terminalreporter").stats.get("passed", [])
     return sum(report.when == "call" and mark in report.keywords for report in reports)
+
+
+def pytest_addoption(parser):
+    parser.addoption("--fast", action="store_true", help="leave out the files of COSTLY_FILES")
+
+
+def pytest_ignore_collect(collection_path, config):
+    return True if config.option.fast and collection_path.name in COSTLY_FILES else None
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test marked `sampled`, the combinations beyond a few that show every value of every
+    parameter are slow.
+    """
+    by_test = collections.defaultdict(list)
+    for item in items:
+        if item.get_closest_marker("sampled"):
+            by_test[item.path, item.originalname].append(item)
+    for combinations in by_test.values():
+        kept = few_with_every_value(combinations)
+        for item in combinations:
+            if item not in kept:
+                item.add_marker(pytest.mark.slow)
+
+
+def few_with_every_value(items: list) -> list:
+    """Returns a few items that together show every value of every parameter."""
+
+    def shown(item):
+        return {(name, id(value)) for name, value in item.callspec.params.items()}
+
+    kept, unseen = [], set().union(*map(shown, items))
+    while unseen:
+        kept.append(max(items, key=lambda item: len(unseen & shown(item))))
+        unseen -= shown(kept[-1])
+    return kept
 
 
 @pytest.hookimpl(trylast=True)

@@ -72,6 +72,7 @@ def oracle(kind, images, texts, scale, bias):
     return -log_expit(labels * (logits + bias)).sum() / len(images)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize(("b", "d"), [(1, 4), (3, 5), (16, 8)], ids=str)
 def test_losses_are_the_papers(kind, b, d):
@@ -94,6 +95,7 @@ def test_two_pairs_by_hand():
     assert float(siglip_loss(unit, unit, 1.0, 0.0)) == pytest.approx(0.313262 + 0.693147, abs=1e-6)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 def test_sharded_value_and_gradients_are_the_plain_ones(kind, shape):
@@ -144,6 +146,7 @@ def test_no_device_holds_the_matrix_of_all_similarities(kind):
     )  # the texts of the whole batch, which the backward pass keeps
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 @pytest.mark.parametrize("case", ["all equal", "one pair", "opposite"])
 def test_extremes_stay_finite(kind, case):

@@ -168,6 +168,37 @@ def test_eager_calls_with_the_same_options_are_compiled_once():
     assert len(traced) == 4  # kernel and plain body, each once for 2 and for 3
 
 
+def test_one_jitted_function_is_traced_for_each_gpu():
+    """What was traced for one GPU, or for that of this machine, is not found for another."""
+
+    def kernel(implementation, x):
+        return (x * (launch.capability() or 0),)
+
+    body = functools.partial(dispatch.dispatched, "triton", kernel, lambda x: (x,))
+    pools = body, jax.jit(body), jax.jit(jax.vmap(body)), jax.jit(lambda x: jax.jvp(body, [x], [x]))
+    for pool in pools:
+        for capability in (80, 90, None, 80):
+            with launch.compiled_for(capability):
+                (got, *_) = jax.tree.leaves(pool(jnp.ones(3)))
+            np.testing.assert_array_equal(got, capability or 0)
+
+
+def test_the_partitioner_compiles_for_the_gpu_that_was_lowered_for():
+    """It traces the body once more, after the context of the lowering has ended."""
+    seen = []
+
+    def body(tokens):
+        seen.append((len(tokens), launch.capability()))
+        return (2 * tokens,)
+
+    tokens = jax.device_put(TOKENS, NamedSharding(MESH, P("data")))
+    with launch.compiled_for(90):
+        step = jax.jit(lambda x: dispatch.over_rows(body, (x,))[0]).lower(tokens)
+    step.compile()
+    assert (2, 90) in seen  # the rows of one device
+    assert {capability for _, capability in seen} == {90}
+
+
 def test_who_asks_for_a_kernel_gets_it_or_the_reason(monkeypatch):
     with pytest.raises(NotImplementedError, match="cast the tokens, or pass implementation=None"):
         dispatch.chosen("triton", TOKENS, lambda: "the kernels take float32: cast the tokens")

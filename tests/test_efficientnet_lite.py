@@ -82,6 +82,7 @@ def test_a_model_without_a_head():
         )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kernel", [3, 5])
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("sides", [(8, 8), (9, 8), (7, 11), (1, 2)])

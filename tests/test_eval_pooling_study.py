@@ -93,7 +93,7 @@ def test_probes_of_a_large_p_find_sparse_evidence_and_the_same_seed_gives_the_sa
     assert not np.array_equal(ggem.correct[0], ggem.correct[1])  # another four fifths of the images
     token = frozen.probe(tokens, arms["class token"], how)
     assert 0.2 < token.accuracy.mean() < average.accuracy.mean() + 0.1
-    pooled = frozen.described(tokens, arms["GGeM"], ggem.params[0])
+    pooled = frozen.pool_test_images(tokens, arms["GGeM"], ggem.params[0])
     np.testing.assert_allclose(
         pooled, pooling.ggem_pool(jnp.float32(tokens.test), ggem.p[0]), rtol=1e-5
     )

@@ -11,7 +11,7 @@ from flax import linen as nn
 from PIL import Image
 
 from eval import descriptors, rerankers, revisited
-from eval.rerankers import Rerank, ranked, reranked
+from eval.rerankers import Rerank, rank_all, rerank_all
 from ggem_jax.descriptors.backbones import Network
 from ggem_jax.descriptors.extract import Extractor
 from ggem_jax.descriptors.settings import DescriptorSettings
@@ -206,14 +206,14 @@ def test_rerankers_order_all_rows_and_ask_any_database(name, world, monkeypatch)
     how = Rerank(num_candidates=20, num_neighbors=3, qe_neighbors=4)
     joined = revisited.Joined((arrays["database"], arrays["distractors"]))
     whole = np.concatenate(joined.parts)
-    initial = ranked(arrays["queries"], joined)
+    initial = rank_all(arrays["queries"], joined)
     expected = search(arrays["queries"], whole, k=len(whole))
     np.testing.assert_array_equal(initial.ids, expected.ids)
-    found = reranked(name, arrays["queries"], joined, initial, how)
-    np.testing.assert_array_equal(found, reranked(name, arrays["queries"], whole, initial, how))
+    found = rerank_all(name, arrays["queries"], joined, initial, how)
+    np.testing.assert_array_equal(found, rerank_all(name, arrays["queries"], whole, initial, how))
     assert np.array_equal(np.sort(found, axis=1), np.tile(np.arange(len(whole)), (QUERIES, 1)))
     monkeypatch.setattr(rerankers, "DEPTH", 30)
-    shallow = reranked(name, arrays["queries"], joined, initial, how)
+    shallow = rerank_all(name, arrays["queries"], joined, initial, how)
     assert np.array_equal(np.sort(shallow, axis=1), np.tile(np.arange(len(whole)), (QUERIES, 1)))
     np.testing.assert_array_equal(shallow[:, :30], found[:, :30])
 
@@ -225,12 +225,12 @@ def test_a_query_that_is_in_the_database_is_left_out(name, world):
     database, how = arrays["database"], Rerank(num_candidates=60, num_neighbors=3, qe_neighbors=4)
     own = np.array([5, 0, 39])
     queries = database[own]
-    found = reranked(name, queries, database, ranked(queries, database, own=own), how, own=own)
+    found = rerank_all(name, queries, database, rank_all(queries, database, own=own), how, own=own)
     for i, row in enumerate(own):
         without = np.delete(database, row, axis=0)
-        one = reranked(name, queries[i : i + 1], without, ranked(queries[i : i + 1], without), how)[
-            0
-        ]
+        one = rerank_all(
+            name, queries[i : i + 1], without, rank_all(queries[i : i + 1], without), how
+        )[0]
         np.testing.assert_array_equal(found[i][found[i] != row], one + (one >= row))
 
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 
 from benchmarks import kernel_versions
-from ggem_jax.kernels import ptxas
+from ggem_jax.kernels import launch, ptxas
 from ggem_jax.pooling import ggem_pool, norm_ggem_pool, superglobal_pool
 
 pytestmark = pytest.mark.assembled
@@ -41,6 +41,7 @@ def kernels_of(name, capability):
     return kernel_versions.kernels_of(function, *arguments, capability=capability)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("capability", [80, 86, 89, 90, 100, 103, 120])
 @pytest.mark.parametrize("name", FUNCTIONS)
 def test_jax_assembles_what_triton_writes(name, capability):
@@ -49,6 +50,15 @@ def test_jax_assembles_what_triton_writes(name, capability):
     assert [kernel_versions.assemble(kernel) for kernel in kernels] == [None] * len(kernels)
     target = f".target sm_{capability}".encode()
     assert all(target in zlib.decompress(kernel) for kernel in kernels)
+
+
+def test_one_jitted_function_is_compiled_for_each_gpu():
+    pool = jax.jit(functools.partial(ggem_pool, implementation="triton"))
+    for capability in (80, 90, 80):
+        with launch.compiled_for(capability):
+            lowered = pool.trace(TOKENS, EXPONENTS).lower(lowering_platforms=("cuda",))
+        (kernel,) = kernel_versions.kernels_in(lowered.as_text())
+        assert f".target sm_{capability}".encode() in zlib.decompress(kernel)
 
 
 def test_jax_refuses_a_newer_version():

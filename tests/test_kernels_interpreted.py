@@ -153,12 +153,14 @@ def ggem_case(shape, exponent, dtype="float32", rule="clamp", layout="contiguous
     )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("exponent", EXPONENTS)
 def test_ggem(shape, exponent):
     ggem_case(shape, exponent)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("shape", SHAPES[1:6], ids=str)
 def test_ggem_in_half_precision(shape, dtype):
@@ -166,6 +168,7 @@ def test_ggem_in_half_precision(shape, dtype):
     ggem_case(shape, 20.0, dtype)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("shape", SHAPES[1:5], ids=str)
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
@@ -173,6 +176,7 @@ def test_ggem_under_each_sign_rule(shape, rule, masked):
     ggem_case(shape, 2.5, rule=rule, masked=masked, layout="interleaved")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 @pytest.mark.parametrize("exponent", [1.0, 7.0, 100.0])
 def test_ggem_with_more_tokens_than_a_program_holds(exponent, masked):
@@ -206,12 +210,14 @@ def norm_case(shape, exponent, dtype="float32", rule="clamp", masked=False):
 NORM_SHAPES = [(2, 7, 12, 3), (1, 50, 33, 11), (3, 1, 6, 2), (1, 197, 130, 13), (2, 150, 64, 4)]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("shape", NORM_SHAPES, ids=str)
 @pytest.mark.parametrize("exponent", EXPONENTS)
 def test_norm_ggem(shape, exponent):
     norm_case(shape, exponent)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("rule", ["clamp", "abs", "signed"])
 @pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
 @pytest.mark.parametrize("shape", NORM_SHAPES[:4], ids=str)
@@ -219,6 +225,7 @@ def test_norm_ggem_under_each_sign_rule(shape, rule, masked):
     norm_case(shape, 2.5, rule=rule, masked=masked)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("shape", NORM_SHAPES[:2], ids=str)
 def test_norm_ggem_in_half_precision(shape, dtype):
@@ -234,6 +241,7 @@ def superglobal_oracle(x, regional_p, window, p, eps):
     return np.mean(np.maximum(mixed, eps) ** p, axis=(1, 2)) ** (1 / p)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize(
     ("shape", "window", "regional_p", "p"),
@@ -269,6 +277,7 @@ def test_superglobal_at_any_scale(scale):
     )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("scale", [1e-30, 1e30, 4e37])
 def test_ggem_at_any_scale(scale, rule):
@@ -474,6 +483,7 @@ def log2_too_small(x, FAST: tl.constexpr):
     )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("wrong", [log2_too_large, log2_too_small], ids=["too large", "too small"])
 @pytest.mark.parametrize("exponent", [1.0, 3.0, 100.0, 1000.0])
 def test_tolerances_hold_with_the_worst_error_of_the_fast_logarithm(monkeypatch, exponent, wrong):

@@ -1,5 +1,6 @@
-"""kernels/launch.py: jax-triton on demand."""
+"""kernels/launch.py: jax-triton on demand; and where the code of a sign rule is."""
 
+import ast
 import os
 import sys
 import types
@@ -8,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from ggem_jax.kernels import launch, ptxas
+from ggem_jax.pooling import sign_rules
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 def test_missing_jax_triton_says_what_to_install(monkeypatch):
@@ -55,3 +59,19 @@ def test_fusion_of_products_and_sums_is_asked_for(monkeypatch, version):
     monkeypatch.setattr(launch, "load_jax_triton", lambda: module)
     launch.call("triton", None, (), (), programs=1, warps=4)
     assert calls == [True]
+
+
+def test_a_sign_rule_is_in_two_modules_and_its_offset_in_a_third():
+    """The modules that compare with the name of a rule: what a new rule has to change."""
+    found = {"ggem_jax/pooling/sign_rules.py"}
+    for path in [*(ROOT / "kernels").glob("*.py"), *(ROOT / "ggem_jax" / "pooling").glob("*.py")]:
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        compared = [node for node in ast.walk(tree) if isinstance(node, ast.Compare)]
+        constants = [n for node in compared for n in ast.walk(node) if isinstance(n, ast.Constant)]
+        if {constant.value for constant in constants} & set(sign_rules.RULES):
+            found.add(path.relative_to(ROOT).as_posix())
+    assert found == {
+        "ggem_jax/pooling/sign_rules.py",
+        "ggem_jax/pooling/fused.py",
+        "kernels/powers.py",
+    }

@@ -65,6 +65,7 @@ POOLS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", POOLS)
 @pytest.mark.parametrize("implementation", [None, "triton"])
 def test_value_and_gradient_are_one_kernel_each(name, implementation):
@@ -128,6 +129,7 @@ def test_a_hessian_takes_the_formula_for_its_second_derivative():
     assert kernels(text) == 1  # of the value
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("name", ["ggem", "norm"])
 def test_shard_map_runs_the_kernel_on_the_local_rows(name, check_vma):

@@ -62,6 +62,7 @@ def moved(text):
     return [(name, re.findall(r"\w+\[[\d,]*\]", shapes)) for shapes, name in found]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("name", POOLS)
 def test_images_stay_on_their_devices_in_value_and_gradient(name, layout):

@@ -84,7 +84,7 @@ def test_the_closed_form_sums_to_the_recurrence():
                     [exact(hardware, lengths, operation, phase) for phase in (0.1, 0.35, 0.6, 0.85)]
                 )
                 errors.append(
-                    float(gemv.request_work(hardware, MODEL, lengths, PARALLEL)[:, column].sum())
+                    float(request_work(hardware, MODEL, lengths, PARALLEL)[:, column].sum())
                     / followed
                     - 1
                 )

@@ -1,5 +1,5 @@
-"""The accelerator model against measured runs of the public simulator (GGEM_SHARED/golden/neupims,
-by default ../shared).
+"""The accelerator model against measured runs of the public simulator (GGEM_SHARED/golden/neupims
+and neupims_2, by default ../shared).
 """
 
 import csv
@@ -12,32 +12,51 @@ from neupims.machine.workload import read_trace
 from neupims.simulator_runs import KNOBS_END, case_of, read_measured, read_runs
 from neupims.validation import predict, validate
 
-GOLDEN = Path(os.environ.get("GGEM_SHARED", "../shared")) / "golden" / "neupims"
-pytestmark = [
-    pytest.mark.golden,
-    pytest.mark.skipif(not GOLDEN.is_dir(), reason="no folder golden/neupims"),
-]
+ROOT = Path(os.environ.get("GGEM_SHARED", "../shared")) / "golden"
+pytestmark = pytest.mark.golden
+
+# Mean absolute errors in percent, by level, kind and system, and the largest of a layer. None of
+# the constants was fitted to the second set: its bounds are what was found, rounded up. Its worst
+# layer, -25 %, has a scratchpad of 256 KiB.
+BOUNDS = {
+    "neupims": {
+        ("op", "pim", "all"): 3,
+        ("op", "gemm > 20000 cycles", "all"): 4,
+        ("op", "gemm", "all"): 8,
+        ("stage", "stage", "all"): 5,
+        ("layer", "layer", "neupims_sbi"): 3,
+        ("layer", "layer", "neupims_nosbi"): 3,
+        ("layer", "layer", "npu+pim"): 3,
+        ("layer", "layer", "npu-only"): 5,
+    },
+    "neupims_2": {
+        ("op", "pim", "all"): 3,
+        ("op", "gemm > 20000 cycles", "all"): 6,
+        ("op", "gemm", "all"): 6,
+        ("stage", "stage", "all"): 4,
+        ("layer", "layer", "neupims_sbi"): 4.5,
+        ("layer", "layer", "neupims_nosbi"): 4.5,
+        ("layer", "layer", "npu+pim"): 1,
+    },
+}
+MOST_OF_A_LAYER = {"neupims": 10, "neupims_2": 25}
+
+
+@pytest.fixture(scope="module", params=BOUNDS)
+def folder(request):
+    path = ROOT / request.param
+    if not path.is_dir():
+        pytest.skip(f"{path} is absent")
+    return path
 
 
 @pytest.fixture(scope="module")
-def result():
-    return validate(GOLDEN)
+def result(folder):
+    return validate(folder)
 
 
-def errors(result, level, kind, system="all", name=None):
-    name = name or {"layer": "layer"}.get(kind, "all")
-    return next(
-        (
-            group
-            for group in result.groups
-            if (group.level, group.system, group.kind, group.name) == (level, system, kind, name)
-        ),
-        None,
-    )
-
-
-def test_every_run_is_covered_or_named(result):
-    runs, _ = read_runs(GOLDEN)
+def test_every_run_is_covered_or_named(folder, result):
+    runs, _ = read_runs(folder)
     covered = {row.run_id for row in result.rows}
     left_out = {each.run_id for each in result.not_covered}
     assert covered | left_out == {run["run_id"] for run in runs}
@@ -46,51 +65,44 @@ def test_every_run_is_covered_or_named(result):
     assert len(covered) > len(left_out)
 
 
-@pytest.mark.parametrize(("kind", "most"), [("pim", 3), ("gemm > 20000 cycles", 4), ("gemm", 8)])
-def test_operations(result, kind, most):
-    assert errors(result, "op", kind).mean <= most
+def test_errors_are_within_their_bounds(folder, result):
+    """Those of every system that the folder has runs of."""
+    found = {
+        (group.level, group.kind, group.system): group
+        for group in result.groups
+        if group.name in ("all", "layer")
+    }
+    bounds = {key: most for key, most in BOUNDS[folder.name].items() if key in found}
+    assert {key for key in found if key[0] == "layer"} <= {*bounds, ("layer", "layer", "all")}
+    assert ("op", "gemm", "all") in bounds
+    errors = {key: round(found[key].mean, 2) for key in bounds}
+    assert {key: error for key, error in errors.items() if error > bounds[key]} == {}
+    layers = [group for key, group in found.items() if key[0] == "layer" and key[2] != "npu-only"]
+    assert (
+        max(group.max for group in layers if group.system != "all") <= MOST_OF_A_LAYER[folder.name]
+    )
 
 
-def test_stages(result):
-    assert errors(result, "stage", "stage").mean <= 5
-
-
-@pytest.mark.parametrize("system", ["neupims_sbi", "neupims_nosbi", "npu+pim"])
-def test_layers(result, system):
-    group = errors(result, "layer", "layer", system)
-    if group is None:
-        pytest.skip(f"no run of {system}")
-    assert group.mean <= 3
-    assert group.max <= 10
-
-
-def test_npu_only_layers(result):
-    group = errors(result, "layer", "layer", "npu-only")
-    if group is None:
-        pytest.skip("no run of npu-only")
-    assert group.mean <= 5
-
-
-def test_predictions_read_knobs_only():
-    runs, _ = read_runs(GOLDEN)
+def test_predictions_read_knobs_only(folder):
+    runs, _ = read_runs(folder)
     for run in runs[:3]:
         names = list(run)
         blank = {
             name: value if place <= names.index(KNOBS_END) else ""
             for place, (name, value) in enumerate(run.items())
         }
-        assert predict(case_of(blank, GOLDEN)) == predict(case_of(run, GOLDEN))
+        assert predict(case_of(blank, folder)) == predict(case_of(run, folder))
 
 
-def test_stages_and_operations_are_those_measured():
-    runs, listed = read_runs(GOLDEN)
-    first = {run["system"]: run for run in runs}
+def test_stages_and_operations_are_those_measured(folder):
+    runs, listed = read_runs(folder)
+    first = {run["system"]: run for run in runs if run["run_id"] in listed}
     for run in first.values():
-        assert set(read_measured(run, listed[run["run_id"]])) == set(predict(case_of(run, GOLDEN)))
+        assert set(read_measured(run, listed[run["run_id"]])) == set(predict(case_of(run, folder)))
 
 
-def test_all_traces_are_read():
-    for path in sorted((GOLDEN / "traces").glob("*.csv")):
+def test_all_traces_are_read(folder):
+    for path in sorted((folder / "traces").glob("*.csv")):
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
         batch = read_trace(path, num_channels=64)

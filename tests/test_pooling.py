@@ -80,6 +80,7 @@ def jitted(**options):
     return jax.jit(functools.partial(ggem_pool, **options))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("layout", ["contiguous", "interleaved"])
 def test_ggem_equals_the_float64_formula(shape, layout):
@@ -144,6 +145,7 @@ def test_gradient_equals_the_closed_form(exponent):
     assert row_error(by_p, want_p) <= 2e-5 + 5e-7 * exponent
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("negatives", NEGATIVES)
 @pytest.mark.parametrize("exponent", [1, 1.5, 3, 7, 20])
 def test_gradient_equals_finite_differences_of_the_oracle(negatives, exponent):
@@ -211,6 +213,7 @@ POOLS = {
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("pool", POOLS.values(), ids=POOLS)
 @pytest.mark.parametrize("filling", [0.0, 1e30, -1e30, np.nan, np.inf, -np.inf])
 def test_padding_changes_neither_value_nor_gradient(pool, filling):
@@ -476,6 +479,7 @@ def test_sharded_batch_stays_sharded_under_jit():
     assert "all-reduce" in text
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("check_vma", [True, False])
 @pytest.mark.parametrize("masked", [True, False])
 def test_shard_map_with_and_without_checks(check_vma, masked):
@@ -575,6 +579,7 @@ def test_padding_that_is_no_number_does_not_trip_the_nan_checks_of_jax():
             np.testing.assert_allclose(call(tokens), [1.0, 2.0], rtol=1e-6)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("negatives", NEGATIVES)
 @pytest.mark.parametrize(
     "axes", [("data", None, None), (None, None, "model"), ("data", None, "model")]

@@ -41,6 +41,7 @@ def windowed(x, p, window):
     return 0.5 * local + 0.5 * np.maximum(x, 0)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("shape", [(1, 3, 3, 1), (2, 7, 5, 4), (1, 12, 3, 2)])
 @pytest.mark.parametrize(("p", "window"), [(2.5, 5), (1.0, 3), (40.0, 5), (1000.0, 3), (0.5, 1)])
 def test_regional_gem_equals_the_float64_definition(shape, p, window):
@@ -146,6 +147,7 @@ def test_scale_gem_by_hand():
     np.testing.assert_allclose(scale_gem(scales, p=2.0), [1.0, 8**0.5 - 4], rtol=1e-6)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("p", [1.0, 3.0, 10.0, 300.0])
 @pytest.mark.parametrize("scale", [1e-20, 1.0, 1e20])
 def test_scale_gem_equals_the_float64_definition(p, scale):

@@ -13,6 +13,7 @@ import pytest
 from flax import traverse_util
 from test_weights_vit import CASES, file_of
 
+from ggem_jax.descriptors import backbones
 from ggem_jax.descriptors.backbones import (
     BACKBONES,
     PatchMap,
@@ -144,6 +145,19 @@ def test_a_name_insists_where_the_file_does_not_tell(tmp_path):
         match=r"is not a ViT-S/16: patch 4 where 16 is needed, width 16 where 384",
     ):
         load_network("vit-S/16", path)
+
+
+def test_sizes_alone_leave_the_normalisation_to_the_file(tmp_path, monkeypatch):
+    path, _ = file_of("timm-vit", tmp_path)
+    monkeypatch.setattr(backbones, "vit_config", lambda variant: read_vit(path).config)
+    settings = DescriptorSettings("vit-S/16", str(path))
+    assert (load_network("vit-S/16", path).mean, "mean" in settings.record()) == (HALF[0], False)
+    beside = {"pretrained_cfg": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.3]}}
+    (tmp_path / "config.json").write_text(json.dumps(beside))
+    network = load_network("vit-S/16", path)
+    assert (network.mean, network.std) == ((0.4, 0.5, 0.6), (0.2, 0.2, 0.3))
+    record = settings.record()
+    assert (record["backbone"], record["mean"]) == ("vit-S/16", [0.4, 0.5, 0.6])
 
 
 def own_file(path, config):

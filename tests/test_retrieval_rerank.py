@@ -50,6 +50,7 @@ def example():
     return queries, database, search(queries, jnp.asarray(database), k=300)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("variant", ["code", "paper"])
 @pytest.mark.parametrize(
     ("m", "neighbors", "beta"),

@@ -94,7 +94,7 @@ def test_a_finished_run_started_again_changes_nothing(trained, capsys):
     before = (trained / "ggem" / "metrics.jsonl").read_bytes()
     classify.main([*TINY, "--epochs", "2", "--out", str(trained / "ggem")])
     assert (trained / "ggem" / "metrics.jsonl").read_bytes() == before
-    assert "going on after step 90" in capsys.readouterr().err
+    assert "resuming after step 90" in capsys.readouterr().err
 
 
 def test_the_evaluation_tool_repeats_the_last_evaluation_of_the_run(trained, capsys):

@@ -8,8 +8,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 
-from ggem_jax.models.vit import ViT, resample_position
+from ggem_jax.models.vit import ViT, ViTConfig, resample_position
 from ggem_jax.pooling import cls_pool
 from ggem_jax.weights import MismatchedWeights, write_safetensors
 from ggem_jax.weights.vit import read_vit
@@ -117,6 +118,17 @@ def test_pooling_and_head_of_the_file_are_never_taken_and_what_it_has_more_is_re
     smaller = ViT(dataclasses.replace(published.config, depth=1, registers=0), cls_pool)
     with pytest.raises(MismatchedWeights, match=r"blocks_1.*which the network has not.*registers"):
         published.fill(smaller.init(jax.random.key(0), images))
+
+
+def test_a_run_starts_from_a_file_of_our_own_names(tmp_path):
+    own = ViTConfig(patch=4, width=24, depth=2, heads=3, mlp_width=40, image=16)
+    params = ViT(own, cls_pool, 5).init(jax.random.key(0), np.zeros((1, 16, 16, 3)))["params"]
+    path = tmp_path / "own.safetensors"
+    write_safetensors(path, traverse_util.flatten_dict({"params": params}, sep="/"))
+    config, state = first(["--data", "digits", "--init", str(path), "--pool.kind", "ggem"])
+    assert config.model == own
+    for name in ("patch_embedding", "position", "blocks_1", "norm"):
+        jax.tree.map(np.testing.assert_array_equal, state.params[name], params[name])
 
 
 def test_a_run_from_a_file_trains_and_goes_on(weights, tmp_path):

@@ -114,7 +114,7 @@ def test_a_full_disk_leaves_the_last_checkpoint_intact(tool, tmp_path):
     assert "the last good one is of step 5" in err.splitlines()[-1]
     assert final_state(tmp_path)[0] == 5
     _, err = finish(tool("train.classify", *flags))
-    assert "going on after step 5" in err
+    assert "resuming after step 5" in err
 
 
 @pytest.fixture(scope="module")

@@ -158,6 +158,7 @@ def test_tokens_equal_a_numpy_transcription(changes):
     )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "pool",
     [pooling.avg_pool, pooling.max_pool, GGeM(), GGeM(groups=1)],

@@ -21,8 +21,9 @@ from typing import Any, ClassVar, Protocol, TypeVar, cast
 import jax
 import tyro
 
+from ggem_jax.descriptors.backbones import read_any_vit
 from ggem_jax.models.vit import vit_config
-from ggem_jax.weights.vit import PublishedViT, read_vit
+from ggem_jax.weights.vit import PublishedViT
 
 CONFIGS = Path(__file__).parent / "configs"
 
@@ -249,13 +250,13 @@ def from_dict(record: type[S], values: dict[str, Any]) -> S:
 
 @functools.lru_cache(maxsize=1)  # it is read for the settings, then for the weights
 def published_vit(path: Path) -> PublishedViT:
-    """Returns the published network that `--init` names.
+    """Returns the network of the file that `--init` names, published or our own.
 
     Raises:
         Refused: the file cannot be read, or is not a Vision Transformer.
     """
     try:
-        return read_vit(path.expanduser())
+        return read_any_vit(path.expanduser())
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise Refused(f"--init: {error}") from None
 

@@ -7,7 +7,7 @@ from typing import Annotated, ClassVar, Literal, TypeVar
 
 from tyro.conf import arg
 
-from ggem_jax.files.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from ggem_jax.files.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from ggem_jax.models.vit import GGeM, ViTConfig, vit_config
 from ggem_jax.pooling import Layout, Negatives
 from train.cli import require

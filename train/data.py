@@ -271,15 +271,15 @@ def tfds(
     Raises:
         Refused: it is missing, cannot be read, or has no images with labels.
     """
-    folder_ = _prepared(name, data_dir)
+    folder_ = _find_prepared(name, data_dir)
     if folder_ is None and download:
         _prepare(name, data_dir)
-        folder_ = _prepared(name, data_dir)
+        folder_ = _find_prepared(name, data_dir)
     if folder_ is None:
         raise Refused(
             f"{name} is not prepared in {data_dir} (there:"
-            f" {', '.join(_all_prepared(data_dir)) or 'nothing'}): add --download to let TensorFlow"
-            " Datasets fetch it, or convert packed files with python -m train.prepare"
+            f" {', '.join(_list_prepared(data_dir)) or 'nothing'}): add --download to let"
+            " TensorFlow Datasets fetch it, or convert packed files with python -m train.prepare"
         )
     import tensorflow_datasets
 
@@ -351,7 +351,7 @@ def _tfds_split(builder, split: str) -> Images:
     return images
 
 
-def _prepared(name: str, data_dir: Path) -> Path | None:
+def _find_prepared(name: str, data_dir: Path) -> Path | None:
     """The folder of the newest prepared version of `name[/config][:version]`."""
     path, _, version = name.partition(":")
     try:
@@ -367,7 +367,7 @@ def _prepared(name: str, data_dir: Path) -> Path | None:
     )
 
 
-def _all_prepared(data_dir: Path) -> list[str]:
+def _list_prepared(data_dir: Path) -> list[str]:
     infos = [*data_dir.glob("*/*/dataset_info.json"), *data_dir.glob("*/*/*/dataset_info.json")]
     return sorted({str(info.parent.parent.relative_to(data_dir)) for info in infos})
 

@@ -23,7 +23,7 @@ from train.config import Config
 from train.curves import draw_curves
 from train.evaluate import put_on_devices
 from train.log import Log
-from train.published import started_from
+from train.published import start_from
 from train.run import StopRequest, run_folder
 from train.step import State, Steps
 from train.throughput import Meter
@@ -119,7 +119,7 @@ def run(
                 meter.count(metrics)
                 step += 1
                 log.advance(step)
-                stopping = stop.asked(step) or step == config.stop_after
+                stopping = stop.is_asked(step) or step == config.stop_after
                 logs, evaluates, saving = (
                     step % config.log_every == 0 or step == total,
                     is_due(step, total, evaluations),
@@ -155,7 +155,7 @@ def run(
 def make_first_state(steps: Steps, config: Config) -> State:
     """Returns the state before the first step, with the published weights if there are any."""
     state = steps.init(config.seed)
-    return state if config.init is None else started_from(config.init, state, steps)
+    return state if config.init is None else start_from(config.init, state, steps)
 
 
 def is_due(step: int, total: int, times: int) -> bool:

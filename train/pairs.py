@@ -243,7 +243,7 @@ def read_shard(shard: Path) -> dict[str, tuple[Member | None, list[str]]]:
 
 def shards_of(pattern: str) -> list[Path]:
     """Returns the files of a pattern: `{000..012}` counts, anything else is a glob."""
-    paths = [Path(each).expanduser() for each in _counted(pattern)]
+    paths = [Path(each).expanduser() for each in _expand_ranges(pattern)]
     if len(paths) == 1 and not paths[0].is_file():
         paths = sorted(map(Path, glob(str(paths[0]))))
     if not paths:
@@ -257,7 +257,7 @@ def shards_of(pattern: str) -> list[Path]:
     return paths
 
 
-def _counted(pattern: str) -> Iterator[str]:
+def _expand_ranges(pattern: str) -> Iterator[str]:
     parts = re.split(r"\{(\d+)\.\.(\d+)\}", pattern)
     ranges = [
         range(int(low), int(high) + 1) for low, high in zip(parts[1::3], parts[2::3], strict=True)

@@ -12,21 +12,30 @@ from train.cli import Refused, published_vit
 from train.step import State, Steps
 
 
-def started_from(path: Path, state: State, steps: Steps) -> State:
-    """The state with the file's weights in every ViT among its parameters, but for pooling and
-    head, and in the moving average likewise.
+def start_from(path: Path, state: State, steps: Steps) -> State:
+    """Returns the state with the weights of a file in every ViT among its parameters.
+
+    Pooling and head keep their own values. The moving average is filled in the same way.
+
+    Args:
+        path: file of a ViT, as `--init` names it.
+        state: a fresh state, on the devices.
+        steps: of the training, whose shardings the state follows.
+
+    Raises:
+        Refused: the file cannot be read or does not fit.
     """
     published = published_vit(path)
 
-    def filled(params: Any) -> Any:
+    def fill(params: Any) -> Any:
         if "patch_embedding" in params:
             return published.fill({"params": params})["params"]
         return {
-            name: filled(inner) if isinstance(inner, dict) else inner
+            name: fill(inner) if isinstance(inner, dict) else inner
             for name, inner in params.items()
         }
 
-    def placed(leaf, sharding):
+    def place(leaf, sharding):
         """On the devices; what the file does not have is there already."""
         return (
             jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
@@ -36,7 +45,7 @@ def started_from(path: Path, state: State, steps: Steps) -> State:
 
     try:
         own = {
-            name: filled(getattr(state, name))
+            name: fill(getattr(state, name))
             for name in ("params", "ema")
             if getattr(state, name) is not None
         }
@@ -45,7 +54,7 @@ def started_from(path: Path, state: State, steps: Steps) -> State:
     return dataclasses.replace(
         state,
         **{
-            name: jax.tree.map(placed, params, getattr(steps.state_sharding, name))
+            name: jax.tree.map(place, params, getattr(steps.state_sharding, name))
             for name, params in own.items()
         },
     )

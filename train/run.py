@@ -88,8 +88,11 @@ def run_folder(config: Config, facts: dict[str, Any]) -> Iterator[None]:
 
 
 def _lock(run: Path) -> FileLock:
-    """A lock on the folder that the operating system releases however the process ends."""
-    lock = FileLock(run / ".lock", blocking=False)
+    """A lock on the folder that the operating system releases however the process ends.
+
+    A soft lock, which a killed process would leave behind, is never used in its place.
+    """
+    lock = FileLock(run / ".lock", blocking=False, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
@@ -187,7 +190,7 @@ class StopRequest:
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
-    def asked(self, step: int) -> bool:
+    def is_asked(self, step: int) -> bool:
         """Returns whether the run was asked to stop, for all processes after the same step."""
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.signal = signal.SIGTERM

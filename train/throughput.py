@@ -78,10 +78,10 @@ def peak_flops() -> tuple[float, str]:
         return PEAK_FLOPS[kind] * jax.device_count(), "bfloat16 peak of the data sheet"
     # virtual CPU devices share the same cores
     devices = 1 if jax.default_backend() == "cpu" else jax.device_count()
-    return _measured_matmul_flops() * devices, "float32 matrix product measured at the start"
+    return _measure_matmul_flops() * devices, "float32 matrix product measured at the start"
 
 
-def _measured_matmul_flops(side: int = 2048, repeats: int = 3) -> float:
+def _measure_matmul_flops(side: int = 2048, repeats: int = 3) -> float:
     """FLOP/s of the fastest of a few products on the first device."""
     a = jnp.ones((side, side))
     product = jax.jit(jnp.dot)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from itertools import combinations
 
 import numpy as np
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Real
 from scipy import stats
 
 Blocks = Int[np.ndarray, "groups size"]
@@ -155,7 +155,7 @@ def fisher_scores(
     return between / np.where(within > 0, within, np.inf)
 
 
-def rank_correlation(a: Float[np.ndarray, " d"], b: Float[np.ndarray, " d"]) -> float:
+def rank_correlation(a: Real[np.ndarray, " d"], b: Real[np.ndarray, " d"]) -> float:
     """Returns Spearman's rank correlation of two scores `(d,)`; 0 where one of them is constant."""
     a, b = np.asarray(a, float), np.asarray(b, float)
     if np.ptp(a) == 0 or np.ptp(b) == 0:
@@ -163,7 +163,7 @@ def rank_correlation(a: Float[np.ndarray, " d"], b: Float[np.ndarray, " d"]) -> 
     return float(stats.spearmanr(a, b).statistic)
 
 
-def gini(values: Float[np.ndarray, " d"]) -> float:
+def gini(values: Real[np.ndarray, " d"]) -> float:
     """Returns the Gini coefficient of a positive quantity over the channels `(d,)`.
 
     It is 0 where all channels have the same, and close to 1 where one channel has everything.

@@ -1,11 +1,10 @@
-"""Poolings on frozen tokens: the pooling and a linear head are trained, nothing else, many times
-over.
+"""Poolings on frozen tokens: only the pooling and a linear head are trained, for many seeds.
 
-All arms of a seed see the same pictures in the same order: a seed draws four fifths of the training
-pictures and the order of the batches, so that intervals over seeds hold for these training pictures
-and this network. The pooled vector is standardised, channel by channel, before the head, so that no
-arm is served by its scale: by the batch in training, by the training pictures in the test. Tokens
-are `(n, tokens, d)` of patches; `cls` are the class tokens `(n, d)` of a network that has them.
+All arms of a seed see the same images in the same order: a seed draws four fifths of the training
+images and the order of the batches, so that intervals over seeds hold for these training images and
+this network. The pooled vector is standardised, channel by channel, before the head, so that no arm
+profits from its scale: by the batch in training, by the training images in the test. Tokens are
+`(n, tokens, d)` of patches; `cls` are the class tokens `(n, d)` of a network that has them.
 """
 
 from collections.abc import Callable, Sequence
@@ -114,10 +113,10 @@ def gem(
     return pooling.ggem_pool(tokens[..., order], p)[..., np.argsort(order)]
 
 
-def learned(
+def make_ggem_arm(
     groups: int, order: np.ndarray | None = None, *, p: float = 3.0, exponent_lr: float = 10.0
 ) -> Arm:
-    """GGeM with learned exponents; one group is GeM."""
+    """Returns GGeM with learned exponents; one group is GeM."""
     return Arm(
         lambda params, tokens: gem(tokens, used_exponents(params["p"]), order),
         {"p": np.full(groups, p, np.float32)},
@@ -126,7 +125,7 @@ def learned(
 
 
 def arms_of(tokens: Tokens) -> dict[str, Arm]:
-    """What is compared. The first ones learn nothing but the head."""
+    """Returns the poolings to compare, by name; the first ones learn only the head."""
     d, heads = tokens.channels, tokens.heads
     fixed: dict[str, Pool] = {
         "average": lambda _, x: pooling.avg_pool(x),
@@ -139,28 +138,26 @@ def arms_of(tokens: Tokens) -> dict[str, Arm]:
     arms = {name: Arm(pool) for name, pool in fixed.items()}
     if tokens.train_cls is not None:
         arms = {"class token": Arm(lambda _, x: x[:, 0], takes_cls=True), **arms}
-    arms["GeM"] = learned(1)
-    arms["GGeM"] = learned(heads)
-    arms["GGeM, interleaved"] = learned(heads, diagnostics.interleaved(d, heads).ravel())
+    arms["GeM"] = make_ggem_arm(1)
+    arms["GGeM"] = make_ggem_arm(heads)
+    arms["GGeM, interleaved"] = make_ggem_arm(heads, diagnostics.interleaved(d, heads).ravel())
     for draw in range(3):
-        arms[f"GGeM, random groups {draw + 1}"] = learned(
+        arms[f"GGeM, random groups {draw + 1}"] = make_ggem_arm(
             heads, diagnostics.random_blocks(d, heads, draw).ravel()
         )
-    arms["GGeM, p learned slowly"] = learned(heads, exponent_lr=1.0)
+    arms["GGeM, p learned slowly"] = make_ggem_arm(heads, exponent_lr=1.0)
     for groups in group_counts(d, heads):
-        arms[f"GGeM, {groups} groups"] = learned(groups)
-        arms[f"GGeM, {groups} random groups"] = learned(
+        arms[f"GGeM, {groups} groups"] = make_ggem_arm(groups)
+        arms[f"GGeM, {groups} random groups"] = make_ggem_arm(
             groups, diagnostics.random_blocks(d, groups, 0).ravel()
         )
-    arms["GGeM, one p per channel"] = learned(d)
+    arms["GGeM, one p per channel"] = make_ggem_arm(d)
     arms["MAP"] = attention_pooling(d, heads)
     return arms
 
 
 def group_counts(d: int, heads: int) -> list[int]:
-    """Counts of groups between one and the channels, beside the number of heads: half and twice and
-    four times it.
-    """
+    """Returns half, twice and four times the heads, as far as they divide the channels."""
     return [
         count for count in (heads // 2, 2 * heads, 4 * heads) if 1 < count < d and d % count == 0
     ]
@@ -196,17 +193,17 @@ def probe(tokens: Tokens, arm: Arm, how: Probe) -> Probed:
     """Trains and tests one arm, seed by seed."""
     splits = [_tokens(tokens, arm, split) for split in ("train", "test")]
     if not arm.start:  # nothing to learn: pooled once
-        splits = [_in_parts(partial(_compiled(arm), {}), split) for split in splits]
+        splits = [_in_parts(partial(_compile(arm), {}), split) for split in splits]
         arm = Arm(lambda _, x: x)
     train, test = (jnp.asarray(split) for split in splits)
     labels = jnp.asarray(tokens.train_labels)
     run = jax.jit(
-        partial(_trained, arm=arm, how=how, channels=tokens.channels, classes=tokens.classes)
+        partial(_train, arm=arm, how=how, channels=tokens.channels, classes=tokens.classes)
     )
     found = [
         run(train, labels, jnp.asarray(_plan(len(labels), how, seed))) for seed in range(how.seeds)
     ]
-    describe = _compiled(arm)
+    describe = _compile(arm)
     correct, kept = [], []
     for params in found:
         mine, others = (
@@ -222,17 +219,17 @@ def probe(tokens: Tokens, arm: Arm, how: Probe) -> Probed:
     return Probed(np.array(correct), np.array(p), kept)
 
 
-def described(tokens: Tokens, arm: Arm, params: Any) -> np.ndarray:
-    """The pooled test pictures, `(n, d)`, before they are standardised."""
-    return _in_parts(partial(_compiled(arm), params), _tokens(tokens, arm, "test"))
+def pool_test_images(tokens: Tokens, arm: Arm, params: Any) -> np.ndarray:
+    """Returns the pooled test images, `(n, d)`, before they are standardised."""
+    return _in_parts(partial(_compile(arm), params), _tokens(tokens, arm, "test"))
 
 
-def _compiled(arm: Arm) -> Pool:
+def _compile(arm: Arm) -> Pool:
     return jax.jit(lambda params, tokens: arm.pool(params, tokens.astype(jnp.float32)))
 
 
 def _plan(n: int, how: Probe, seed: int) -> np.ndarray:
-    """Numbers of the pictures of each step, `(steps, batch)`, out of four fifths of all."""
+    """Numbers of the images of each step, `(steps, batch)`, out of four fifths of all."""
     rng = np.random.default_rng((7, seed))
     mine = rng.permutation(n)[: max(4 * n // 5, 1)]
     batch = min(how.batch, len(mine))
@@ -244,7 +241,7 @@ def _plan(n: int, how: Probe, seed: int) -> np.ndarray:
     )
 
 
-def _trained(
+def _train(
     train: Array, labels: Array, plan: Array, *, arm: Arm, how: Probe, channels: int, classes: int
 ) -> Any:
     params = {

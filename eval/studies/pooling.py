@@ -41,7 +41,17 @@ from jaxtyping import Array
 
 from eval.statistics import mean, pigeonhole_bootstrap
 from eval.studies import cifar, diagnostics, planted
-from eval.studies.frozen import Arm, Pool, Probe, Probed, Tokens, arms_of, described, freeze, probe
+from eval.studies.frozen import (
+    Arm,
+    Pool,
+    Probe,
+    Probed,
+    Tokens,
+    arms_of,
+    freeze,
+    pool_test_images,
+    probe,
+)
 from eval.studies.pooling_report import write_report
 from eval.studies.retrieval import describe_machine, find_data
 from ggem_jax import pooling
@@ -238,7 +248,7 @@ def measure_pooled_dependence(
     for name in names:
         params = results[name].params if arms[name].start else results[name].params[:1]
         # three seeds are enough: the scores hardly differ
-        pooled = [described(few, arms[name], own) for own in params[:3]]
+        pooled = [pool_test_images(few, arms[name], own) for own in params[:3]]
         values[name] = measure_dependence(pooled, blocks)
     return values
 
@@ -266,11 +276,11 @@ def measure_amplification(
     It is the rank correlation of both, for each seed. That every channel is made larger than under
     the average of positive values follows from the inequality of power means, so it is no evidence.
     """
-    reference = described(tokens, arms["positive average"], {})
+    reference = pool_test_images(tokens, arms["positive average"], {})
     usefulness = diagnostics.fisher_scores(reference, tokens.test_labels)
     found: dict[str, Any] = {}
     for name in ("GeM", "GGeM"):
-        pooled = [described(tokens, arms[name], params) for params in results[name].params]
+        pooled = [pool_test_images(tokens, arms[name], params) for params in results[name].params]
         ratios = [diagnostics.amplification(x, reference) for x in pooled]
         found[name] = {
             "rank_correlation": [
@@ -289,7 +299,7 @@ def sweep_retrieval(tokens: Tokens) -> dict[str, Any]:
     found = {}
     count = min(len(tokens.test), 2000)
     for name, pool in pools.items():
-        x = described(
+        x = pool_test_images(
             dataclasses.replace(tokens, test=tokens.test[:count]),
             Arm(_without_parameters(pool)),
             {},

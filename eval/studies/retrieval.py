@@ -31,7 +31,7 @@ from PIL import Image
 from tyro.conf import arg
 
 from eval.descriptors import POOLINGS, describe_images, make_extractor, vary_pooling
-from eval.rerankers import Name, Rerank, ranked, reranked
+from eval.rerankers import Name, Rerank, rank_all, rerank_all
 from eval.statistics import bootstrap
 from eval.tables import format_cell, interval_columns, write_rows
 from ggem_jax.descriptors.settings import DescriptorSettings
@@ -268,10 +268,10 @@ def measure_rerankers(vectors: np.ndarray, own: Set, rerank: Rerank) -> dict[Nam
         rerank: settings of the rerankers.
     """
     queries, database = vectors[own.queries], jax.device_put(vectors[own.database])
-    initial = ranked(queries, database, own=own.own)
+    initial = rank_all(queries, database, own=own.own)
     return {
         name: measure(
-            reranked(name, queries, database, initial, rerank, own=own.own), own.relevance
+            rerank_all(name, queries, database, initial, rerank, own=own.own), own.relevance
         )
         for name in get_args(Name)
     }
@@ -288,7 +288,7 @@ def make_unit_pixels(own: Set, names: Sequence[str]) -> np.ndarray:
 def measure_pixels(name: str, own: Set) -> Iterator[dict[str, Any]]:
     """Yields the rows of the reference points that need no network."""
     pixels = make_unit_pixels(own, own.names)
-    initial = ranked(pixels[own.queries], pixels[own.database], own=own.own)
+    initial = rank_all(pixels[own.queries], pixels[own.database], own=own.own)
     cells = {"none": measure(np.asarray(initial.ids), own.relevance)}
     if own.pixels_expansion is not None:
         cells["queries and database expanded, 5 neighbours"] = measure(
@@ -316,7 +316,7 @@ def _expand_both(vectors: np.ndarray, own: Set) -> np.ndarray:
             jax.device_put(vectors[own.database]), num_neighbors=how.qe_neighbors, alpha=how.alpha
         )
     )
-    return np.asarray(ranked(augmented[own.own], augmented, own=own.own).ids)
+    return np.asarray(rank_all(augmented[own.own], augmented, own=own.own).ids)
 
 
 def measure_set(name: str, own: Set, rerank: Rerank) -> Iterator[dict[str, Any]]:

@@ -138,17 +138,17 @@ def _load_efficientnet_lite0(path: str | Path | None) -> Loaded:
 
 
 def _load_cvnet(layers: str, path: str | Path | None) -> Loaded:
-    depths, variables = read_cvnet(_required(path), depths=resnet_config(layers).depths)
+    depths, variables = read_cvnet(_require_file(path), depths=resnet_config(layers).depths)
     return Loaded(ResNet(ResNetConfig(depths)), variables)
 
 
 def _load_own_vit(path: str | Path | None, *, variant: str | None = None) -> Loaded:
-    vit, variables = read_own_vit(_required(path), variant)
+    vit, variables = read_own_vit(_require_file(path), variant)
     return Loaded(PatchMap(vit), variables)
 
 
 def _load_published_vit(family: str, path: str | Path | None) -> Loaded:
-    published = read_vit(_required(path))
+    published = read_vit(_require_file(path))
     if family != published.family and published.family != _PLAIN:
         raise MismatchedWeights(
             f"{path} is {FAMILIES[published.family].about}, not {family}: leave out the name of the"
@@ -256,7 +256,8 @@ def load_network(
         backbone: a name in `BACKBONES`, or sizes such as "vit-S/16". None: the network that
             `identify` finds in the file; without a file EfficientNet-Lite0.
         weights: file of the parameters. None: those installed with EfficientNet-Lite0.
-        normalisation: mean and deviation of the channels in [0, 1]. None: those of the backbone.
+        normalisation: mean and deviation of the channels in [0, 1]. None: those of the row named;
+            where a row is found from the file, what `identify` finds beside it comes first.
 
     Raises:
         UnreadableWeights: the file cannot be read.
@@ -264,18 +265,16 @@ def load_network(
         ValueError: there is no such backbone, or it needs a file.
         ModuleNotFoundError: the weights of EfficientNet-Lite0 are not installed.
     """
-    if backbone is None and weights is not None:
-        backbone, found, _ = identify(weights)
-        normalisation = normalisation or found
     name = backbone or DEFAULT
     check_backbone(name)
     if weights is None and name != DEFAULT:
         raise ValueError(f"{name} needs a file of weights")
-    if sizes := _SIZES.fullmatch(name):
-        row, loaded = _load_vit_of_sizes(str(weights), sizes[1])
-    else:
-        row = BACKBONES[name]
-        loaded = row.load(weights)
+    sizes = _SIZES.fullmatch(name)
+    if weights is not None and (backbone is None or sizes):
+        name, found, _ = identify(weights)
+        normalisation = normalisation or found
+    row = BACKBONES[name]
+    loaded = _load_vit_of_sizes(name, weights, sizes[1]) if sizes else row.load(weights)
     stride = row.stride or loaded.model.vit.config.patch
     mean, std = normalisation or row.normalisation
     variables = jax.device_put(loaded.variables)
@@ -298,15 +297,13 @@ def read_any_vit(path: str | Path) -> PublishedViT:
     return from_arrays(arrays, path)
 
 
-def _load_vit_of_sizes(weights: str, variant: str) -> tuple[Backbone, Loaded]:
-    """The ViT of any family, whose sizes must be those of the variant."""
-    name = identify(weights).backbone
-    row = BACKBONES[name]
+def _load_vit_of_sizes(name: str, weights: str | Path | None, variant: str) -> Loaded:
+    """The ViT of a row of the table, whose sizes must be those of the variant."""
     if name == OWN:
-        return row, _load_own_vit(weights, variant=variant)
-    loaded, wanted = row.load(weights), vit_config(variant)
+        return _load_own_vit(weights, variant=variant)
+    loaded, wanted = BACKBONES[name].load(weights), vit_config(variant)
     if not isinstance(loaded.model, PatchMap):
-        raise MismatchedWeights(f"{weights} holds {row.about}, not a ViT-{variant}")
+        raise MismatchedWeights(f"{weights} holds {BACKBONES[name].about}, not a ViT-{variant}")
     found = loaded.model.vit.config
     if wrong := [
         f"{size} {getattr(found, size)} where {getattr(wanted, size)} is needed"
@@ -314,10 +311,10 @@ def _load_vit_of_sizes(weights: str, variant: str) -> tuple[Backbone, Loaded]:
         if getattr(found, size) != getattr(wanted, size)
     ]:
         raise MismatchedWeights(f"{weights} is not a ViT-{variant}: {', '.join(wrong)}")
-    return row, loaded
+    return loaded
 
 
-def _required(path: str | Path | None) -> str | Path:
+def _require_file(path: str | Path | None) -> str | Path:
     if path is None:
         raise ValueError("this network needs a file of weights")
     return path

@@ -14,7 +14,7 @@ from ggem_jax.files.errors import MismatchedWeights, UnreadableWeights
 from ggem_jax.files.safetensors_files import read_safetensors
 from ggem_jax.files.torch_files import read_torch
 
-TORCH = (".pth", ".pt", ".bin", ".ckpt")
+TORCH = (".pth", ".pt", ".pyth", ".bin", ".ckpt")
 # what altered zip files and headers raise
 _DAMAGED = (zlib.error, lzma.LZMAError, RuntimeError, MemoryError, OverflowError)
 # dictionaries that training scripts put around the parameters
@@ -25,7 +25,7 @@ def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     """Returns the arrays of a weights file by their names.
 
     Args:
-        path: a `.safetensors`, `.npz`, `.pth`, `.pt`, `.bin` or `.ckpt` file.
+        path: a `.safetensors`, `.npz`, `.pth`, `.pt`, `.pyth`, `.bin` or `.ckpt` file.
 
     Raises:
         UnreadableWeights: the file cannot be read, or its ending is none of these.

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8
 from PIL import Image, ImageOps
 
-from ggem_jax.files.imagenet import IMAGENET_MEAN, IMAGENET_STD
+from ggem_jax.files.normalisation import IMAGENET_MEAN, IMAGENET_STD
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
@@ -23,7 +23,7 @@ _UNREADABLE = (
     struct.error, TypeError, KeyError, IndexError, ArithmeticError,
 )  # fmt: skip
 
-RGB = UInt8[np.ndarray, "h w 3"]
+RGB = UInt8[np.ndarray, "_ _ 3"]
 
 
 class UnreadableImage(ValueError):
@@ -90,8 +90,11 @@ def crop(image: RGB, box: Sequence[float]) -> RGB:
 
 
 def normalise(
-    image: RGB, *, mean: Sequence[float] = IMAGENET_MEAN, std: Sequence[float] = IMAGENET_STD
-) -> Float32[np.ndarray, "h w 3"]:
+    image: UInt8[np.ndarray, "*b h w 3"],
+    *,
+    mean: Sequence[float] = IMAGENET_MEAN,
+    std: Sequence[float] = IMAGENET_STD,
+) -> Float32[np.ndarray, "*b h w 3"]:
     """Returns (pixel / 255 - mean) / std of each channel, as networks take images.
 
     Args:

@@ -3,11 +3,11 @@
 The numbers stand in [0, 1], red first. No image library is needed to read them.
 """
 
-from ggem_jax.files.imagenet import IMAGENET_MEAN, IMAGENET_STD
-
 Channels = tuple[float, float, float]
 Normalisation = tuple[Channels, Channels]  # mean, which is subtracted; deviation, which divides
 
+IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)  # as torchvision and timm normalise ImageNet
+IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
 IMAGENET: Normalisation = (IMAGENET_MEAN, IMAGENET_STD)
 HALF: Normalisation = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # Inception's; Google's ViTs and SigLIP
 OPENAI: Normalisation = (  # github.com/openai/CLIP, clip.py

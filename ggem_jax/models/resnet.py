@@ -196,7 +196,7 @@ class Stage(nn.Module):
     number: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+    def __call__(self, x: Float[Array, "b height width c"]) -> Float[Array, "b h w d"]:
         for i in range(self.config.depths[self.number - 1]):
             x = Bottleneck(
                 self.config,
@@ -217,7 +217,7 @@ class Bottleneck(nn.Module):
     stride: int
 
     @nn.compact
-    def __call__(self, x: Float[Array, "b h w c"]) -> Float[Array, "b h w d"]:
+    def __call__(self, x: Float[Array, "b height width c"]) -> Float[Array, "b h w d"]:
         c = self.config
         width = c.widths[self.stage - 1]
         inside, end = (partial(relup, alpha=floor) for floor in c.floors(self.stage))

@@ -87,7 +87,7 @@ def dispatched(
     if implementation == "xla":
         return plain(*arrays)
     bodies = (_Options.of(body) for body in (kernel, plain))
-    return _dispatched(implementation, launch.capability(), *bodies, *arrays)
+    return _dispatched(implementation, *bodies, *arrays)
 
 
 @dataclass(frozen=True)
@@ -107,12 +107,10 @@ class _Options:
         return self.function(*arguments, **dict(self.options))
 
 
-# Outside of jit, JAX would choose for its default device, wherever the arrays are. The capability
-# is an argument so that no kernel compiled for another GPU is found in the cache.
-@partial(jax.jit, static_argnums=(0, 1, 2, 3), inline=True)
+# Outside of jit, JAX would choose for its default device, wherever the arrays are.
+@partial(jax.jit, static_argnums=(0, 1, 2), inline=True)
 def _dispatched(
     implementation: Implementation | None,
-    capability: int | None,
     kernel: Body,
     plain: Body,
     *arrays: Array | None,
@@ -206,6 +204,11 @@ def partitioned(body: Body, sets: Sequence[int] = ()) -> Body:
     def call(*arrays):
         several = any(len(arrays[i]) != 1 for i in sets)  # then rows and sets must not be separated
         outputs = jax.eval_shape(body, *arrays)
+        capability = launch.capability()
+
+        def local_body(*arrays):  # traced by the partitioner, when the program is compiled
+            with launch.compiled_for(capability):
+                return body(*arrays)
 
         def specs(rows, like, own_sets=()):
             return [
@@ -216,7 +219,8 @@ def partitioned(body: Body, sets: Sequence[int] = ()) -> Body:
         def partition(mesh, arguments, _):
             rows = (*arguments[0].sharding.spec, None)[0]
             out = tuple(NamedSharding(mesh, s) for s in specs(rows, outputs))
-            return mesh, body, out, tuple(NamedSharding(mesh, s) for s in specs(rows, arrays, sets))
+            into = tuple(NamedSharding(mesh, s) for s in specs(rows, arrays, sets))
+            return mesh, local_body, out, into
 
         whole: list[str] = []  # JAX wants them in the order of the rule, which is that of making
 

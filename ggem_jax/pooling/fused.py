@@ -12,6 +12,7 @@ from jaxtyping import Array, Bool, Float
 
 from ggem_jax.kernels.tiles import MOST_COLUMNS, MOST_NORM_CHANNELS, MOST_TOKENS
 from ggem_jax.pooling.dispatch import over_rows
+from ggem_jax.pooling.sign_rules import RULES, Negatives
 
 EIGHTH = 0.125  # of the root is what the gradient keeps: see `ggem_jax.pooling`
 _DTYPES = ("float32", "bfloat16", "float16")
@@ -31,11 +32,12 @@ def refusal(tokens: Array | jax.ShapeDtypeStruct) -> str | None:
     return "the kernels take at least one row" if tokens.size == 0 else None
 
 
-def norm_refusal(tokens: Array, negatives: str) -> str | None:
-    if negatives == "shift":
+def norm_refusal(tokens: Array, negatives: Negatives) -> str | None:
+    if RULES[negatives].adds_offset:
+        fit = ", ".join(name for name, rule in RULES.items() if not rule.adds_offset)
         return (
-            "the fused norm has the sign rules clamp, abs and signed, not shift: normalise first"
-            " and use ggem_pool"
+            f"the fused norm has the sign rules {fit}, not {negatives}: normalise first and use"
+            " ggem_pool"
         )
     if tokens.shape[-1] > MOST_NORM_CHANNELS:
         return (

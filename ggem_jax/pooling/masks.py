@@ -14,7 +14,7 @@ def widen(tokens: Float[Array, "*b n d"]) -> Float[Array, "*b n d"]:
     return tokens.astype(jnp.float64 if tokens.dtype == jnp.float64 else jnp.float32)
 
 
-def lift(per_channel: Float[Array, " d"], values: Float[Array, "*b d"]) -> Float[Array, "*b d"]:
+def lift(per_channel: Float[Array, " d"], values: Float[Array, "*b d"]) -> Float[Array, "... d"]:
     """Returns `(d,)` with leading axes of length 1, to go with `values` `(..., d)`."""
     return jnp.expand_dims(per_channel, range(values.ndim - 1))
 

@@ -138,11 +138,11 @@ def _find_function(name: str, database: Any) -> Callable[..., "Ranking"]:
 
     if name == "superglobal":
         return superglobal_rerank
-    return _compiled(name) if on_device(database) else _expansions()[name]
+    return _compile(name) if on_device(database) else _expansions()[name]
 
 
 @functools.cache
-def _compiled(name: str) -> Callable[..., "Ranking"]:
+def _compile(name: str) -> Callable[..., "Ranking"]:
     import jax
 
     names = {"num_neighbors", "alpha"} if "alpha" in METHODS[name] else {"num_neighbors"}

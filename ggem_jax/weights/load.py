@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ggem_jax.files.arrays import read_arrays
-from ggem_jax.files.images import IMAGENET_MEAN, IMAGENET_STD
+from ggem_jax.files.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from ggem_jax.models.token_pooling import Pooling
 from ggem_jax.models.vit import ViT
 from ggem_jax.weights.own import fit_variables, holds_own_vit, own_config, own_pooling

@@ -338,7 +338,7 @@ def text_table(
         )
     table |= _norm(p + layout.norm, ("norm",), c.width, layout.flax)
     if style.projection is not None:
-        kernel = _transposed(style.projection)
+        kernel = _is_transposed(style.projection)
         shape = (outputs, c.width) if kernel else (c.width, outputs)
         table[style.projection] = Parameter(
             ("params", "head", "kernel"), shape, "dense" if kernel else "same"
@@ -376,7 +376,7 @@ def _dense(
     }
 
 
-def _transposed(projection: str) -> bool:
+def _is_transposed(projection: str) -> bool:
     """Whether a projection is `(out, in)`, a dense layer of PyTorch's; the plain array of OpenAI's
     and Flax's kernel are `(in, out)`.
     """
@@ -448,7 +448,7 @@ def _shapes(found: Arrays, layout: TextLayout, style: TextStyle, source: str) ->
         "outputs": (
             0
             if style.projection is None
-            else found[style.projection].shape[0 if _transposed(style.projection) else 1]
+            else found[style.projection].shape[0 if _is_transposed(style.projection) else 1]
         ),
     }
 

@@ -439,7 +439,7 @@ def _family(layout: str, arrays: Arrays, unused: tuple[str, ...]) -> str:
         ].shape[-1:] == (14,)
         return (
             "dinov2"
-            if with_registers or layout == "hf-dinov2" or of_patch_14 or _gated(arrays)
+            if with_registers or layout == "hf-dinov2" or of_patch_14 or _is_gated(arrays)
             else "deit3"
         )
     if "dist_token" in arrays:
@@ -489,12 +489,12 @@ def _architecture(arrays: Arrays, heads: int | None, source: str) -> tuple[Style
             width=width,
             depth=1 + max(blocks),
             heads=heads or HEADS.get(width, max(width // 64, 1)),
-            mlp_width=len(first) // (2 if _gated(arrays) else 1),
+            mlp_width=len(first) // (2 if _is_gated(arrays) else 1),
             image=side * patch,
             class_token=class_token,
             registers=registers,
             layer_scale=1e-5 if "blocks.0.ls1.gamma" in arrays else None,
-            mlp="swiglu" if _gated(arrays) else "gelu",
+            mlp="swiglu" if _is_gated(arrays) else "gelu",
             patch_bias="patch_embed.proj.bias" in arrays,
             pre_norm="norm_pre.weight" in arrays,
             qkv_bias="blocks.0.attn.q.bias" in arrays,
@@ -505,7 +505,7 @@ def _architecture(arrays: Arrays, heads: int | None, source: str) -> tuple[Style
     return Style(positions, distilled, "fc_norm.weight" in arrays), config
 
 
-def _gated(arrays: Arrays) -> bool:
+def _is_gated(arrays: Arrays) -> bool:
     """Whether the MLPs are gated: the first layer makes two channels for each of the second's."""
     first, second = (
         np.shape(arrays.get(f"blocks.0.mlp.{layer}.weight", 0)) for layer in ("fc1", "fc2")

@@ -27,7 +27,7 @@ class Sensitivity(NamedTuple):
     first_order: float  # share of the sample's variance that this knob alone explains
 
 
-def neighbours(space: Space) -> Float[np.ndarray, "1+2k k"]:
+def neighbours(space: Space) -> Float[np.ndarray, "m k"]:
     """Returns the base design and, for each knob, the designs with its next lower and higher value.
 
     The next value is `STEP` away, at least 1 for a whole number, or the next one of a list; at an
@@ -68,7 +68,7 @@ def _next_values(knob: Knob, value: float) -> tuple[float, float]:
 
 
 def elasticities(
-    space: Space, values: Float[np.ndarray, "1+2k k"], results: Float[np.ndarray, " 1+2k"]
+    space: Space, values: Float[np.ndarray, "m k"], results: Float[np.ndarray, " m"]
 ) -> Float[np.ndarray, " k"]:
     """Returns d ln(result) / d ln(knob) between the two neighbours of the base design.
 

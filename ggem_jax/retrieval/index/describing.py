@@ -251,7 +251,7 @@ def _lazy_extract(settings: DescriptorSettings, batch: int | None) -> Extract:
 
 def _notes_of(given: DescriptorSettings) -> tuple[str, ...]:
     """What a network that was found from its file alone should be told about."""
-    if given.backbone is not None or given.weights is None or given.mean is not None:
+    if given.weights is None or given.mean is not None or not given.leaves_row_to_weights:
         return ()
     from ggem_jax.descriptors.backbones import identify
 
