@@ -171,7 +171,7 @@ def improve(model_name: str, lengths, channels, options: argparse.Namespace, nam
     known = {"published": published} | baselines(choices, problem)
     starts = stack(known)
     costs = dict(zip(known, costs_of(choices, problem, starts).tolist(), strict=True))
-    done = found(choices, problem, starts, options)
+    done = search_best(choices, problem, starts, options)
     first = int(np.argmin(done.cost.objective))
     best = float(done.cost.objective[first])
     bound = float(lower_bound(choices, problem))
@@ -205,7 +205,7 @@ def improve(model_name: str, lengths, channels, options: argparse.Namespace, nam
     }
 
 
-def found(choices: Choices, problem: Problem, starts, options: argparse.Namespace) -> Found:
+def search_best(choices: Choices, problem: Problem, starts, options: argparse.Namespace) -> Found:
     budget = {"budget": options.budget, "population": options.population, "seeds": options.seeds}
     return search(
         "evolution", Layer(choices), choices, problem, jax.random.key(0), starts=starts, **budget

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.record import append, interleaved, machine, median_and_spread
+from benchmarks.record import append, machine, median_and_spread, time_in_turns
 from ggem_jax.pooling import ggem_pool
 
 # batch, tokens, channels, groups: S/16 at 224 px, B/14 at 518 px
@@ -72,7 +72,8 @@ def main() -> None:
             calls["torch"] = in_torch(torch, tokens, p, cotangent)
         check(calls)
         times = {
-            name: median_and_spread(seconds) for name, seconds in interleaved(calls, rounds).items()
+            name: median_and_spread(seconds)
+            for name, seconds in time_in_turns(calls, rounds).items()
         }
         row = versions | {
             "batch": b,

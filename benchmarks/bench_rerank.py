@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from benchmarks.record import append, interleaved, machine, median_and_spread
+from benchmarks.record import append, machine, median_and_spread, time_in_turns
 from ggem_jax.retrieval import Ranking, superglobal_rerank
 from ggem_jax.retrieval.exact_search import similarity
 
@@ -56,7 +56,7 @@ def main() -> None:
     )
     if largest > 2e-6:
         sys.exit(f"ours and NumPy differ by {largest}")
-    times = interleaved(calls, options.rounds)
+    times = time_in_turns(calls, options.rounds)
     peaks = {name: peak_in_own_process(name) for name in calls}
     middle, peak = {name: median_and_spread(own)[0] for name, own in times.items()}, peaks["ours"]
     for name in calls:

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from PIL import Image
 
-from benchmarks.record import append, interleaved, machine, median_and_spread
+from benchmarks.record import append, machine, median_and_spread, time_in_turns
 from train.build import build_model
 from train.classify import train
 from train.cli import load_config
@@ -111,7 +111,7 @@ def main() -> None:
             speeds.append(read_metrics(config.out, "train")[-1]["images_per_second"])
 
         config = config_of(0)
-        times = interleaved(
+        times = time_in_turns(
             {"minimal": minimal_loop(config, options.steps), "script": script}, options.rounds
         )
     minimal, minimal_spread = median_and_spread(times["minimal"])

@@ -52,7 +52,7 @@ def append(name: str, row: dict[str, Any], folder: Path = RESULTS) -> None:
         writer.writerow(row)
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
+def time_in_turns(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
     """Returns the seconds of each call in each round, without the first round.
 
     The calls take turns, so that a slow moment of the machine affects all of them.

@@ -19,7 +19,15 @@ import pytest
 from PIL import Image
 
 from ggem_jax.files.images import UnreadableImage, read_image
-from ggem_jax.retrieval.index import folder, index, store, verification, writing
+from ggem_jax.retrieval.index import (
+    folder,
+    index,
+    locking,
+    publishing,
+    store,
+    verification,
+    writing,
+)
 from ggem_jax.retrieval.index.index import Index, add, build, info, remove
 from ggem_jax.retrieval.index.store import IndexRefused
 from ggem_jax.retrieval.index.verification import verify
@@ -70,8 +78,8 @@ def built(photos, tmp_path):
 def small(monkeypatch):
     """Batches and shards so small that twelve images make several."""
     monkeypatch.setattr(writing, "COMMIT_ROWS", 2)
-    monkeypatch.setattr(writing, "SHARD_BYTES", 4 * 6)
-    monkeypatch.setattr(writing, "SMALL_SHARDS", 2)
+    monkeypatch.setattr(publishing, "SHARD_BYTES", 4 * 6)
+    monkeypatch.setattr(publishing, "SMALL_SHARDS", 2)
 
 
 def contents(path):
@@ -480,10 +488,10 @@ def test_unused_rows_are_dropped_when_they_are_the_majority(built):
 
 
 def test_many_small_shards_are_put_together(built, photos):
-    for number in range(writing.SMALL_SHARDS + 3):
+    for number in range(publishing.SMALL_SHARDS + 3):
         save(photos / f"new{number}.png", 200 + number)
         add(built, extract, SETTINGS)
-        assert info(built)["shards"] <= writing.SMALL_SHARDS
+        assert info(built)["shards"] <= publishing.SMALL_SHARDS
     assert_right(built, photos)
 
 
@@ -828,7 +836,7 @@ def child(code, *, file_blocks=None, **options):
 EXTRACT = """
 import random, signal, time, shutil, json
 import numpy as np
-from ggem_jax.retrieval.index import index, store, writing
+from ggem_jax.retrieval.index import index, publishing, store, writing
 from ggem_jax.retrieval.index.index import *
 from ggem_jax.retrieval.index.verification import verify
 SETTINGS = {"model": "mean colour", "pooling": {"name": "avg", "p": 1.0}}
@@ -914,8 +922,7 @@ def test_a_second_writer_is_refused_and_readers_go_on(built, photos):
     assert refused == [12, 12, 12]
     assert (len(opened), len(Index.open(built))) == (12, 13)
     held = child(
-        EXTRACT
-        + f"with writing.locking(index.Path({str(built)!r})):\n    print('held', flush=True);"
+        EXTRACT + f"with index.locking(index.Path({str(built)!r})):\n    print('held', flush=True);"
         " sys.stdin.read()"
     )
     assert held.stdout.readline() == "held\n"
@@ -957,7 +964,7 @@ def test_a_full_disk_does_not_cost_what_was_extracted(small, photos, tmp_path, m
         raise full
 
     with monkeypatch.context() as patched:
-        patched.setattr(writing, "_usable_shards", failing)
+        patched.setattr(locking, "_usable_shards", failing)
         with pytest.raises(IndexRefused, match="could not be written: database or disk is full"):
             build(photos, tmp_path / "index", extract, SETTINGS)
     seen = []
@@ -1110,7 +1117,7 @@ def test_a_damaged_pending_file_costs_its_work_only(small, built, photos):
 KILLS = (
     EXTRACT
     + """
-writing.COMMIT_ROWS, writing.SHARD_BYTES, writing.SMALL_SHARDS = 10, 48, 2
+writing.COMMIT_ROWS, publishing.SHARD_BYTES, publishing.SMALL_SHARDS = 10, 48, 2
 photos, before, out = sys.argv[1:4]
 def slow(images):
     for vector in extract(images):

@@ -42,11 +42,12 @@ class DescriptorSettings:
     scales: Literal[1, 3, 5] = 3  # 1; 0.7, 1 and 1.4; or 0.5, 0.7, 1, 1.4 and 2 times the image
     scale_gem: bool = True  # the largest over the scales of each channel; off: the mean
     antialias: bool = False  # when a scale shrinks the image: off as when the paper was written
-    sizes: Literal["buckets", "exact"] = "buckets"
-    longest_side: int = 320  # pixels
+    sizes: Literal["buckets", "exact"] = "buckets"  # a few sizes for all images, or each its own
+    longest_side: int = 320  # pixels after resizing; 0 with exact sizes: never shrunk
     whitening: str | None = None  # file of `ggem_jax.descriptors.whitening`, applied at the end
-    # of red, green and blue in [0, 1], subtracted and divided by; None: those of the backbone
+    # of red, green and blue in [0, 1], subtracted from them; None: those of the backbone
     mean: tuple[float, float, float] | None = None
+    # likewise, what the difference is divided by
     std: tuple[float, float, float] | None = None
 
     def __post_init__(self):

@@ -28,9 +28,9 @@ class ViTConfig:
     mlp_width: int  # hidden channels of the MLP in a block
     # side of the square training images, pixels; other sizes resample the position embedding
     image: int = 224
-    class_token: bool = True
+    class_token: bool = True  # a learned class token before the patches and the registers
     registers: int = 0  # learned prefix tokens without a position, after the class token
-    position: Literal["learned", "sincos"] = "learned"
+    position: Literal["learned", "sincos"] = "learned"  # how places are told apart
     # how positions are resampled: bicubic as PyTorch's interpolate, or antialiased as in timm
     position_filter: Literal["cubic", "antialias"] = "cubic"
     layer_scale: float | None = None  # initial LayerScale of residual branches; None: no LayerScale

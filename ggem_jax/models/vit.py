@@ -83,8 +83,9 @@ class ViT(nn.Module):
 
     def setup(self):
         c = self.config
-        # cls_pool may come inside a functools.partial or a jax.jit
-        takes_class = inspect.unwrap(getattr(self.pooling, "func", self.pooling)) is cls_pool
+        # cls_pool may come inside a functools.partial, a jax.jit or a checker of shapes
+        pooling = inspect.unwrap(getattr(self.pooling, "func", self.pooling))
+        takes_class = pooling is inspect.unwrap(cls_pool)
         if takes_class and (not c.class_token or self.pooled == "patches"):
             raise ValueError(
                 "cls_pool needs a model with class_token=True, and pooled='all' or None"

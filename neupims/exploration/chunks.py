@@ -79,7 +79,7 @@ def open_chunks(folder: Path | None, identity: Mapping[str, Any]) -> Iterator[Ch
     _check_folder(folder)
     (folder / "points").mkdir(parents=True, exist_ok=True)
     try:
-        lock = FileLock(folder / "lock").acquire(timeout=0)
+        lock = FileLock(folder / "lock", fallback_to_soft=False).acquire(timeout=0)
     except Timeout:
         raise ValueError(f"another process is at work in {folder}") from None
     with lock:

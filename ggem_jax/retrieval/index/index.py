@@ -25,6 +25,8 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ggem_jax.retrieval.index.folder import shown
+from ggem_jax.retrieval.index.locking import locking, reporting_failures
+from ggem_jax.retrieval.index.publishing import publish
 from ggem_jax.retrieval.index.store import (
     DTYPES,
     INDEX,
@@ -40,15 +42,7 @@ from ggem_jax.retrieval.index.store import (
     refuse_other_build,
     refuse_other_settings,
 )
-from ggem_jax.retrieval.index.writing import (
-    Extract,
-    OnProgress,
-    Report,
-    locking,
-    publish,
-    reporting_failures,
-    update,
-)
+from ggem_jax.retrieval.index.writing import Extract, OnProgress, Report, update
 
 if TYPE_CHECKING:
     from ggem_jax.retrieval.index.evaluation import Evaluation

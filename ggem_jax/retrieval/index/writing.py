@@ -1,24 +1,21 @@
 """Writes an index: vectors gather in new shards and in `pending.sqlite`, batch by batch.
 
-`publish` then makes all of them visible at once.
+`ggem_jax.retrieval.index.publishing` then makes all of them visible at once.
 """
 
 import contextlib
 import os
 import secrets
-import shutil
 import sqlite3
 import time
 import zlib
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-from filelock import FileLock, Timeout
 
 from ggem_jax.files.images import EXTENSIONS, RGB, UnreadableImage
 from ggem_jax.retrieval.index.folder import (
@@ -30,11 +27,11 @@ from ggem_jax.retrieval.index.folder import (
     shown,
     walk,
 )
+from ggem_jax.retrieval.index.locking import drop_pending, reporting_failures
+from ggem_jax.retrieval.index.publishing import publish
 from ggem_jax.retrieval.index.store import (
     COLUMNS,
     INDEX,
-    LOCK,
-    NEXT,
     PENDING,
     PUT,
     Damaged,
@@ -44,12 +41,7 @@ from ggem_jax.retrieval.index.store import (
     connect,
     facts_of,
     flaws,
-    holds_shards,
-    index_is_missing,
-    is_shard,
-    is_unfinished,
     map_or_refuse,
-    map_shard,
     mend,
     read_facts,
     refuse_other_build,
@@ -64,9 +56,6 @@ Extract = Callable[[Iterator[RGB]], Iterable[np.ndarray | UnreadableImage]]
 OnProgress = Callable[[int, int], None]  # images done, images in all
 
 COMMIT_ROWS, COMMIT_SECONDS = 1024, 30.0  # what a killed writer has to extract again, at most
-SHARD_BYTES = 1 << 28  # of a shard, at most: a reader of 16 GiB of vectors maps 64 files
-SMALL_SHARDS = 8  # when more than these are less than half full, they are put together
-_ROWS_COPIED = 4096
 
 
 @dataclass(frozen=True)
@@ -91,121 +80,6 @@ class Report:
 
 
 COUNTS = ("added", "updated", "unchanged", "reused", "removed")
-
-
-@contextlib.contextmanager
-def reporting_failures(folder: Path) -> Iterator[None]:
-    """Turns a failure to write into one sentence."""
-    try:
-        yield
-    except (OSError, sqlite3.Error) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise IndexRefused(
-            f"{folder} could not be written: {reason}; the index is unchanged, and the same call"
-            " resumes"
-        ) from error
-
-
-@contextlib.contextmanager
-def locking(folder: Path, *, new: bool = False) -> Iterator[None]:
-    """Keeps other writers out, and removes files that no index uses, before and after.
-
-    Args:
-        folder: of the index.
-        new: whether the folder may be made.
-    """
-    made = new and not folder.exists()
-    if not new or (folder / INDEX).exists():
-        facts_of(folder)
-    elif not made and not is_unfinished(folder):
-        raise IndexRefused(
-            f"{folder} exists and is not an index: choose another path, nothing is overwritten"
-        )
-    with contextlib.ExitStack() as stack:
-        with reporting_failures(folder):
-            if new:
-                folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_lock(folder))
-            _tidy(folder)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(
-                OSError, sqlite3.Error, IndexRefused
-            ):  # otherwise the next writer does it
-                _tidy(folder)
-                if set(os.listdir(folder)) == {LOCK}:  # nothing was begun
-                    (folder / LOCK).unlink()
-                    if made:
-                        folder.rmdir()
-
-
-@contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Held with flock: the operating system releases it however the process ends.
-
-    The short timeout is for a lock file that its owner removes between our opening and locking it.
-    A soft lock, which a killed process would leave behind, is never used in its place.
-    """
-    lock = FileLock(folder / LOCK, timeout=0.2, poll_interval=0.02, fallback_to_soft=False)
-    try:
-        lock.acquire()
-    except Timeout:
-        raise IndexRefused(
-            f"another process is writing to {folder}: wait until it has finished (searches may go"
-            " on)"
-        ) from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def _tidy(folder: Path) -> None:
-    """Removes shards that neither SQLite file names, and a pending file that cannot be used.
-
-    Without an index, shards belong to an unfinished build if its pending file counts no image of an
-    index. Other shards belong to an index whose SQLite file has been lost, and are refused.
-    """
-    ours, unusable = (folder / INDEX).exists(), False
-    kept = set(facts_of(folder).shards) if ours else set()
-    if (folder / PENDING).exists():
-        try:
-            with contextlib.closing(writable(folder / PENDING)) as database:
-                ours = ours or read_facts(database, folder / PENDING).count == 0
-                if ours:
-                    kept |= _usable_shards(database, folder)
-        except (Damaged, sqlite3.DatabaseError) as error:
-            if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF not in (
-                sqlite3.SQLITE_CORRUPT,
-                sqlite3.SQLITE_NOTADB,
-            ):
-                raise  # a full disk, say: nothing is wrong with the file
-            unusable = True
-    if not ours and holds_shards(folder):
-        raise index_is_missing(folder)
-    names = {shard_file(folder, shard).name for shard in kept}
-    for name in os.listdir(folder):
-        if name.startswith(NEXT) or (is_shard(name) and name not in names):
-            (folder / name).unlink()
-    if unusable:
-        _drop_pending(folder)
-
-
-def _usable_shards(pending: sqlite3.Connection, folder: Path) -> set[int]:
-    if pending.execute("PRAGMA integrity_check(1)").fetchone()[0] != "ok":
-        raise Damaged("its structure is broken")
-    if not pending.execute("SELECT 1 FROM images").fetchone():
-        raise Damaged("there is nothing in it")
-    facts = read_facts(pending, folder / PENDING)
-    lost = [(flaw.id,) for flaw in flaws(pending, folder, facts, PENDING)]
-    pending.executemany("DELETE FROM images WHERE id = ?", lost)
-    return {shard for (shard,) in pending.execute("SELECT DISTINCT shard FROM images")}
-
-
-def _drop_pending(folder: Path) -> None:
-    for name in (f"{PENDING}-journal", PENDING):
-        (folder / name).unlink(missing_ok=True)
 
 
 def update(
@@ -259,7 +133,7 @@ def update(
     with reporting_failures(folder):
         if changes:
             publish(folder, work.facts, [path for _, path in sorted(work.chosen)], gone, lost)
-        _drop_pending(folder)
+        drop_pending(folder)
     return report
 
 
@@ -306,7 +180,7 @@ def _refuse_other_pending(folder: Path, wanted: Facts, *, new: bool) -> None:
                 raise IndexRefused(
                     f"an interrupted build is in the way: {error}, or delete the folder"
                 ) from None
-            _drop_pending(folder)
+            drop_pending(folder)
 
 
 class _Place(NamedTuple):
@@ -616,90 +490,3 @@ def _upwards(name: bytes) -> Iterator[bytes]:
     while name:
         yield name
         name = name.rpartition(b"/")[0]
-
-
-def publish(
-    folder: Path, facts: Facts, chosen: list[bytes], gone: list[bytes], lost: set[int]
-) -> None:
-    """Replaces `index.sqlite` by its next version.
-
-    Args:
-        folder: of the index.
-        facts: of the next version; its shards and count are found here.
-        chosen: paths of the entries of `pending.sqlite` that are taken over.
-        gone: paths of the entries that are dropped.
-        lost: ids of the damaged entries, which are dropped.
-    """
-    following = folder / NEXT
-    if (folder / INDEX).exists():
-        shutil.copyfile(folder / INDEX, following)
-    with contextlib.closing(writable(following)) as database:
-        database.execute("PRAGMA journal_mode=OFF")  # a private file until it is complete
-        database.execute("PRAGMA synchronous=OFF")
-        database.execute("BEGIN")
-        database.executemany("DELETE FROM images WHERE id = ?", [(number,) for number in lost])
-        database.executemany("DELETE FROM images WHERE path = ?", [(name,) for name in gone])
-        if chosen:
-            with contextlib.closing(writable(folder / PENDING)) as pending:
-                query = f"SELECT {COLUMNS}, entry_crc32 FROM images WHERE path = ?"
-                database.executemany(
-                    PUT, (pending.execute(query, (name,)).fetchone() for name in chosen)
-                )
-        shards = _compact(database, folder, facts)
-        count = database.execute("SELECT COUNT(*) FROM images").fetchone()[0]
-        write_facts(database, replace(facts, shards=shards, count=count))
-        database.execute("COMMIT")
-    sync(following)
-    sync(folder)
-    os.replace(following, folder / INDEX)
-    sync(folder)
-
-
-def _compact(database: sqlite3.Connection, folder: Path, facts: Facts) -> dict[int, int]:
-    """The shards without those that no entry uses.
-
-    They are written anew where more than half of all rows are unused, or small shards are many.
-    """
-    used = dict(database.execute("SELECT shard, COUNT(DISTINCT row) FROM images GROUP BY shard"))
-    shards = {shard: rows for shard, rows in facts.shards.items() if shard in used}
-    capacity = max(1, SHARD_BYTES // max(1, facts.row_bytes()))
-    moving = {shard for shard in shards if 2 * shards[shard] < capacity}
-    if len(moving) <= SMALL_SHARDS:
-        moving = set()
-    if 2 * sum(used.values()) < sum(shards.values()):
-        moving |= {shard for shard in shards if used[shard] < shards[shard]}
-    moving = {shard for shard in moving if _is_sound(folder, shard, facts)}
-    if not moving:
-        return shards
-    entries = [
-        entry
-        for entry in database.execute("SELECT id, shard, row FROM images ORDER BY id")
-        if entry[1] in moving
-    ]
-    rows = list(dict.fromkeys(entry[1:] for entry in entries))
-    new: dict[tuple[int, int], tuple[int, int]] = {}
-    shards = {shard: shards[shard] for shard in shards if shard not in moving}
-    for start in range(0, len(rows), capacity):
-        part, shard = rows[start : start + capacity], secrets.randbits(47)
-        write_shard(shard_file(folder, shard), _gather(folder, part, facts), len(part), facts)
-        new |= {old: (shard, row) for row, old in enumerate(part)}
-        shards[shard] = len(part)
-    database.executemany(
-        "UPDATE images SET shard = ?, row = ? WHERE id = ?",
-        ((*new[entry[1:]], entry[0]) for entry in entries),
-    )
-    return shards
-
-
-def _is_sound(folder: Path, shard: int, facts: Facts) -> bool:
-    try:
-        return len(map_shard(folder, shard, facts)) > 0
-    except (Damaged, FileNotFoundError):
-        return False
-
-
-def _gather(folder: Path, rows: list[tuple[int, int]], facts: Facts) -> Iterator[np.ndarray]:
-    """The vectors of `(shard, row)` pairs, in blocks, with few files open at a time."""
-    opened = lru_cache(4)(lambda shard: map_shard(folder, shard, facts))
-    for start in range(0, len(rows), _ROWS_COPIED):
-        yield np.stack([opened(shard)[row] for shard, row in rows[start : start + _ROWS_COPIED]])
