@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from neupims.machine.case import Case
 from neupims.machine.systems import PIM_SYSTEMS, TimingPath
+from neupims.machine.workload import check_batch
 from neupims.timing.capacity import check_capacity
 from neupims.timing.iteration import Iteration, simulate
 from neupims.timing.prefill import first_token_seconds, prefill
@@ -99,6 +100,7 @@ def simulate_case(
     Raises:
         ValueError: The hardware cannot run the batch, or a request is too long for its channel.
     """
+    check_batch(case.batch, int(case.hardware.hbm.num_channels))
     fits = case.system not in PIM_SYSTEMS
     records = (case.hardware, case.model, case.batch, case.parallel)
     warning = "" if fits else check_capacity(*records)

@@ -9,7 +9,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ggem_jax.files.images import UnreadableImage, centre_crop, read_image, resize
+from ggem_jax.files.images import (
+    UnreadableImage,
+    centre_crop,
+    convert_image,
+    read_image,
+    resize,
+)
 
 GRADIENT = np.arange(6 * 4, dtype=np.uint8).reshape(6, 4) * 10
 NOISE = np.random.default_rng(0).integers(0, 256, (64, 64), dtype=np.uint8)
@@ -109,3 +115,13 @@ def test_a_thin_image_is_cut_before_it_is_resized():
     image = np.zeros((1, 60000, 3), np.uint8)
     image[:, 29990:30010] = 255
     assert (centre_crop(image, 32) == 255).all()
+
+
+def test_images_of_pillow_are_converted_as_files_are():
+    for mode in ("1", "L", "P", "RGBA", "CMYK", "La", "PA", "RGBa", "I;16"):
+        found = convert_image(Image.new(mode, (3, 2)))
+        assert (found.shape, found.dtype) == ((2, 3, 3), np.uint8)
+    closed = Image.new("RGB", (1, 1))
+    closed.close()
+    with pytest.raises(UnreadableImage, match="the query is not a readable image"):
+        convert_image(closed, name="the query")

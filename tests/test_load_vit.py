@@ -219,3 +219,55 @@ def test_a_damaged_checkpoint_is_one_sentence(trained, tmp_path):
     with pytest.raises(UnreadableWeights, match=re.escape(f"the checkpoint {run}")) as caught:
         load_vit(run)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"num_classes": -1}, "num_classes must be a whole number of at least 0, not -1"),
+        ({"num_classes": 1.5}, "num_classes must be a whole number of at least 0, not 1.5"),
+        ({"num_classes": True}, "num_classes must be a whole number of at least 0, not True"),
+        ({"pooling": "ggem"}, "pooling must be a function or a module .*, not 'ggem'"),
+        ({"pooling": GGeM}, "pooling must be a function or a module"),  # the class, not a module
+    ],
+)
+def test_what_replaces_must_be_a_pooling_and_a_number_of_classes(tmp_path, options, sentence):
+    path = write_own(tmp_path / "own.safetensors", randomized(ViT(SMALL, avg_pool, 5)))
+    with pytest.raises(ValueError, match=sentence):
+        load_vit(path, **options)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("params/head/kernel", np.float32(1)),
+        ("params/pool/p", np.float32(1)),
+        ("params/pool/p", np.ones(3, np.float32)),  # does not divide the width
+        ("params/registers", np.float32(1)),
+        ("params/position", np.float32(1)),
+    ],
+)
+def test_our_own_file_with_an_odd_shape_is_refused_by_its_name(tmp_path, name, value):
+    arrays = flatten_dict(randomized(ViT(SMALL, GGeM(groups=2), 5)), sep="/")
+    write_safetensors(tmp_path / "odd.safetensors", {**arrays, name: value})
+    with pytest.raises(MismatchedWeights, match=re.escape(str(tmp_path / "odd.safetensors"))):
+        load_vit(tmp_path / "odd.safetensors")
+
+
+def test_the_home_of_an_unknown_user_is_refused():
+    with pytest.raises(UnreadableWeights, match=r"~nobody-here/vit\.npz begins with the home"):
+        load_vit("~nobody-here/vit.npz")
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        {"mean": [0.5], "std": [1, 1, 1]},
+        {"mean": [0, 0, 0], "std": [0, 1, 1]},
+        {"mean": [float("nan")] * 3, "std": [1, 1, 1]},
+    ],
+)
+def test_a_run_with_an_impossible_normalisation_is_refused(trained, tmp_path, data):
+    vit = jax.tree.map(np.asarray, dict(trained[1].params))
+    with pytest.raises(UnreadableWeights, match="must be three numbers each, std above 0"):
+        load_vit(other_run(trained, tmp_path / "run", vit, data=data))

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import ml_dtypes
 import numpy as np
 import pytest
 from PIL import Image
@@ -196,3 +197,69 @@ print([name for name in ("jax", "flax") if name in sys.modules])"""
         env={**os.environ, "PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert done.stdout.splitlines() == ["[]", "(1, 2)", "['jax']"], done.stderr
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, 1e300])
+def test_vectors_that_are_not_finite_are_refused(opened, value):
+    with pytest.raises(ValueError, match="must be finite in float32"):
+        opened.search(np.full((1, 12), value))
+
+
+@pytest.mark.parametrize("k", [0, 1.5, "3", None, True])
+def test_k_must_be_a_whole_number(opened, k):
+    sentence = f"k must be a whole number of at least 1, not {k!r}"
+    with pytest.raises(ValueError, match=sentence):
+        opened.search(describe(pattern(3)), k)
+    with pytest.raises(ValueError, match=sentence):
+        opened.evaluate("truth.csv", k=k)
+
+
+@pytest.mark.parametrize("at", ["5", 5, (), (0,), (1.5,)])
+def test_ranks_of_an_evaluation_must_be_whole_numbers(opened, at):
+    with pytest.raises(ValueError, match=r"at must be (a )?whole number"):
+        opened.evaluate("truth.csv", at=at)
+
+
+def test_a_batch_of_images_in_a_list_is_refused_and_not_cut_to_its_first(opened):
+    with pytest.raises(ValueError, match=r"an image must be \(h, w, 3\) uint8, not uint8 of shape"):
+        opened.search([np.stack([pattern(3), pattern(4)])])
+
+
+def test_vectors_of_other_kinds_are_taken(opened):
+    vector = describe(pattern(3))
+    for kind in (vector.tolist(), vector.astype(ml_dtypes.bfloat16)):
+        assert opened.search(kind, k=1).paths.tolist() == [["3.png"]]
+    with pytest.raises(ValueError, match=r"of one length .* of 5 and 12 numbers"):
+        opened.search([vector, vector[:5]])
+
+
+def test_a_pillow_image_of_16_bits_is_read_as_its_file_is(opened):
+    grey = np.linspace(0, 2**16 - 1, 24 * 32).astype(np.uint16).reshape(24, 32)
+    Image.fromarray(grey).save("grey.png")
+    of_file, of_image = opened.search(["grey.png", Image.open("grey.png")]).scores
+    np.testing.assert_array_equal(of_file, of_image)
+    with pytest.raises(UnreadableImage, match=r"a query .* it has 32 bits a channel"):
+        opened.search(Image.fromarray(grey.astype(np.float32)))
+
+
+@pytest.mark.parametrize("rerank", ["", ["aqe"], 3, Method("sum", 400, {})])
+def test_a_reranker_that_is_none_is_refused(opened, rerank):
+    with pytest.raises(ValueError, match="rerank must be one of superglobal, aqe"):
+        opened.search(describe(pattern(3)), rerank=rerank)
+
+
+def test_no_candidates_are_refused_and_not_taken_for_the_default():
+    with pytest.raises(ValueError, match="candidates must be a whole number of at least 1, not 0"):
+        choose_method("aqe", candidates=0)
+
+
+def test_reranking_vectors_of_another_length_warns(opened):
+    with pytest.warns(UserWarning, match="reranking needs vectors of length 1") as warned:
+        opened.search(7 * describe(pattern(3)), rerank="aqe")
+    assert warned[0].filename == __file__
+
+
+def test_settings_of_another_kind_are_refused(opened):
+    with pytest.raises(ValueError, match="settings must be a DescriptorSettings, not dict"):
+        build_index("photos", "other.index", {"scales": 1})
+    assert not Path("other.index").exists()

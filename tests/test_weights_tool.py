@@ -192,3 +192,22 @@ def test_zip_files_that_are_no_npz_are_refused(kind, tmp_path, capsys):
         path.write_bytes(content)
     assert main(["inspect", str(path)]) == 1
     assert "is not a readable npz file" in capsys.readouterr().err
+
+
+def test_a_file_is_not_converted_onto_itself(tmp_path, capsys):
+    path, _ = file_of("mae", tmp_path)
+    before = path.read_bytes()
+    (tmp_path / "link.safetensors").symlink_to(path)
+    for out in (path, tmp_path / "link.safetensors"):
+        assert main(["convert", str(path), str(out), "--heads", "2"]) == 1
+        assert "is the file that is converted: give another name" in capsys.readouterr().err
+    assert path.read_bytes() == before
+
+
+def test_a_file_of_another_kind_named_npz_gets_no_advice_to_unpickle(tmp_path, capsys):
+    path = tmp_path / "vit.npz"
+    path.write_bytes(b"no zip file")
+    assert main(["inspect", str(path)]) == 1
+    said = capsys.readouterr().err
+    assert "is not a readable npz file: it holds pickled objects, or is a file of another" in said
+    assert "allow_pickle" not in said

@@ -1,0 +1,1 @@
+"""Descriptors of images: networks, poolings, scales and whitening."""

@@ -75,9 +75,10 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
         NotImplementedError,
         *_DAMAGED,
     ) as error:
-        raise UnreadableWeights(
-            f"{path} is not a readable npz file: {str(error).partition(chr(10))[0][:200]}"
-        ) from None
+        reason = str(error).partition("\n")[0][:200]
+        if "pickle" in reason:  # NumPy says so of every file that is neither zip nor npy
+            reason = "it holds pickled objects, or is a file of another kind"
+        raise UnreadableWeights(f"{path} is not a readable npz file: {reason}") from None
     return {
         name: array.view(ml_dtypes.bfloat16) if array.dtype == np.dtype("V2") else array
         for name, array in arrays.items()

@@ -48,20 +48,40 @@ def read_image(source: Path | bytes, *, name: str | None = None) -> RGB:
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
-            image = ImageOps.exif_transpose(file)
-            if image.mode in ("I", "F"):
-                raise ValueError(
-                    f"it has 32 bits a channel (mode {image.mode}) where 8 or 16 are needed"
-                )
-            if image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
-                grey = (np.asarray(image, np.uint32) // 257).astype(np.uint8)
-                return np.repeat(grey[..., None], 3, axis=-1)
-            return np.asarray(image.convert("RGB"))
+            return _to_rgb(file)
     except _UNREADABLE as error:
         raise UnreadableImage(
             f"{name or (source if isinstance(source, Path) else 'the image')} is not a readable"
             f" image: {error}"
         ) from None
+
+
+def convert_image(image: Image.Image, *, name: str = "the image") -> RGB:
+    """Returns an image of Pillow as `read_image` returns that of a file.
+
+    Args:
+        image: in any mode of 8 or 16 bits a channel.
+        name: what an error calls it.
+
+    Raises:
+        UnreadableImage: it cannot be decoded, is closed, or has 32 bits a channel.
+    """
+    try:
+        return _to_rgb(image)
+    except _UNREADABLE as error:
+        raise UnreadableImage(f"{name} is not a readable image: {error}") from None
+
+
+def _to_rgb(image: Image.Image) -> RGB:
+    image = ImageOps.exif_transpose(image)
+    if image.mode in ("I", "F"):
+        raise ValueError(f"it has 32 bits a channel (mode {image.mode}) where 8 or 16 are needed")
+    if image.mode.startswith("I;16"):  # Pillow's own conversion would clip at 255
+        grey = (np.asarray(image, np.uint32) // 257).astype(np.uint8)
+        return np.repeat(grey[..., None], 3, axis=-1)
+    if image.mode in ("La", "PA"):  # Pillow converts them by way of other modes only
+        image = image.convert("LA" if image.mode == "La" else "RGBA")
+    return np.asarray(image.convert("RGB"))
 
 
 def crop(image: RGB, box: Sequence[float]) -> RGB:

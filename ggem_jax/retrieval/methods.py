@@ -102,8 +102,10 @@ def choose_method(name: str, *, candidates: int | None = None, **given: Any) -> 
     Raises:
         ValueError: there is no such method, or it does not have an option.
     """
-    if name not in METHODS:
+    if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"rerank must be one of {', '.join(METHODS)}, not {name!r}")
+    if candidates is not None and candidates < 1:
+        raise ValueError(f"candidates must be a whole number of at least 1, not {candidates!r}")
     options = METHODS[name]
     unknown = [
         option for option, value in given.items() if value is not None and option not in options
@@ -115,12 +117,15 @@ def choose_method(name: str, *, candidates: int | None = None, **given: Any) -> 
         has = f"it takes {takes}" if options else "nothing is reranked"
         raise ValueError(f"--{unknown[0]} is no option of {name}: {has}")
     values = {option: value for option, value in given.items() if value is not None}
-    return Method(name, candidates or CANDIDATES, options | values)
+    return Method(name, CANDIDATES if candidates is None else candidates, options | values)
 
 
 def as_method(rerank: "Method | str | None") -> Method:
     """Returns the method of a name with its default options; None is "none"."""
-    return rerank if isinstance(rerank, Method) else choose_method(rerank or "none")
+    if isinstance(rerank, Method):
+        choose_method(rerank.name)  # raises for a name that is none
+        return rerank
+    return choose_method("none" if rerank is None else rerank)
 
 
 def _to_arrays(ranking: Any) -> "Arrays":

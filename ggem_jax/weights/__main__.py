@@ -77,6 +77,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if arguments.command == "convert":
             _check_names(arguments.tower, arguments.to, arguments.out)
+            if arguments.out.exists() and arguments.out.samefile(arguments.file):
+                raise ValueError(
+                    f"{arguments.out} is the file that is converted: give another name"
+                )
         published = read(arguments.file, heads=arguments.heads, gelu=arguments.gelu)
         if arguments.command == "convert":
             _convert(published, arguments.out, arguments.to)

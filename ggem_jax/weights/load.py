@@ -1,5 +1,6 @@
 """One function for every ViT that there is a file of: published, of our own, or a training run."""
 
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,8 +8,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from ggem_jax.files.arrays import read_arrays
+from ggem_jax.files.errors import UnreadableWeights
 from ggem_jax.files.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from ggem_jax.models.token_pooling import Pooling
 from ggem_jax.models.vit import ViT
@@ -59,6 +62,7 @@ def load_vit(
     Raises:
         UnreadableWeights: The file or folder cannot be read.
         MismatchedWeights: It does not hold a ViT that `ViT` can be; the message lists the names.
+        ValueError: `pooling` is no pooling, or `num_classes` no number of classes.
         ModuleNotFoundError: A package that reads this kind of file is not installed.
 
     Example:
@@ -67,11 +71,29 @@ def load_vit(
         >>> loaded.model.apply(loaded.variables, images).logits.shape
         (1, 10)
     """
-    path = Path(path).expanduser()
+    _check_replacements(pooling, num_classes)
+    try:
+        path = Path(path).expanduser()
+    except RuntimeError:
+        raise UnreadableWeights(f"{path} begins with the home folder of an unknown user") from None
     loaded = _load_run(path, ema) if path.is_dir() else _load_file(path)
     if pooling is None and num_classes is None:
         return loaded
     return _replace(loaded, pooling, num_classes, jax.random.key(0) if key is None else key)
+
+
+def _check_replacements(pooling: Any, num_classes: Any) -> None:
+    if pooling is not None and (isinstance(pooling, type) or not callable(pooling)):
+        raise ValueError(
+            "pooling must be a function or a module such as ggem_jax.avg_pool or ggem_jax.GGeM(),"
+            f" not {pooling!r}"
+        )
+    if num_classes is not None and (
+        isinstance(num_classes, bool)
+        or not isinstance(num_classes, numbers.Integral)
+        or int(num_classes) < 0
+    ):
+        raise ValueError(f"num_classes must be a whole number of at least 0, not {num_classes!r}")
 
 
 def _load_run(folder: Path, ema: bool) -> LoadedViT:
@@ -83,7 +105,7 @@ def _load_file(path: Path) -> LoadedViT:
     arrays = read_arrays(path)
     if holds_own_vit(arrays):
         source = f"{path}, Flax variables"
-        classes = arrays["params/head/kernel"].shape[-1] if "params/head/kernel" in arrays else 0
+        classes = next(reversed(np.shape(arrays.get("params/head/kernel", 0))), 0)
         model = ViT(own_config(arrays, source=str(path)), own_pooling(arrays), classes)
         variables = fit_variables(model, arrays, source=str(path))
         return LoadedViT(model, variables, IMAGENET_MEAN, IMAGENET_STD, source)

@@ -81,7 +81,7 @@ def own_config(arrays: Arrays, variant: str | None = None, *, source: str) -> Vi
     class_token = "params/class_token" in arrays
     found: dict[str, Any] = {
         "class_token": class_token,
-        "registers": 0 if registers is None else len(registers),
+        "registers": 0 if registers is None else next(iter(registers.shape), 0),
         "position": "sincos" if position is None else "learned",
         "layer_scale": 1e-5 if "params/blocks_0/layer_scale_1" in arrays else None,
         "patch_bias": "params/patch_embedding/bias" in arrays,
@@ -89,10 +89,11 @@ def own_config(arrays: Arrays, variant: str | None = None, *, source: str) -> Vi
         "qkv_bias": "params/blocks_0/attention/query/bias" in arrays,
     }
     if position is not None:
-        side = math.isqrt(max(len(position) - class_token, 0))
-        if not side or side * side != len(position) - class_token:
+        places = next(iter(np.shape(position)), 0)
+        side = math.isqrt(max(places - class_token, 0))
+        if not side or side * side != places - class_token:
             raise MismatchedWeights(
-                f"{source} has {len(position)} positions, which are no square of patches"
+                f"{source} has {places} positions, which are no square of patches"
             )
         found["image"] = side * config.patch
     try:
@@ -107,7 +108,7 @@ def own_pooling(arrays: Arrays) -> Pooling:
     Exponents are those of a contiguous `GGeM`, which is not to be told from another layout.
     """
     if (p := arrays.get("params/pool/p")) is not None:
-        return GGeM(groups=len(p))
+        return GGeM(groups=next(iter(p.shape), 1))
     return MAP() if "params/pool/query" in arrays else avg_pool
 
 
@@ -127,7 +128,10 @@ def fit_variables(model: ViT, arrays: Arrays, *, source: str) -> dict[str, Any]:
     """
     side = model.config.image
     images = jax.ShapeDtypeStruct((1, side, side, 3), jnp.float32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    try:
+        shapes = jax.eval_shape(model.init, jax.random.key(0), images)
+    except (TypeError, ValueError) as error:  # of a pooling that does not fit the channels
+        raise MismatchedWeights(f"{source} holds a ViT that cannot be: {error}") from None
     table = {
         "/".join(path): Parameter(path, leaf.shape)
         for path, leaf in traverse_util.flatten_dict(shapes).items()

@@ -51,12 +51,14 @@ def read_run(
         pooling = named_pooling(pool.pop("kind"), **pool)
         model = ViT(ViTConfig(**settings["model"]), pooling, len(head))
         mean, std = (tuple(map(float, settings["data"][name])) for name in ("mean", "std"))
+        if len(mean) != 3 or len(std) != 3 or not np.isfinite([*mean, *std]).all() or min(std) <= 0:
+            raise ValueError("data.mean and data.std must be three numbers each, std above 0")
     except (KeyError, TypeError, ValueError) as error:
         raise UnreadableWeights(
             f"{folder}/config.json does not hold the settings of a training run: {error!r}"
         ) from None
     arrays = traverse_util.flatten_dict({"params": params}, sep="/")
-    return model, fit_variables(model, arrays, source=str(checkpoint)), (mean, std)  # type: ignore[return-value]
+    return model, fit_variables(model, arrays, source=str(checkpoint)), (mean, std)
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:

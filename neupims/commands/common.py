@@ -153,12 +153,14 @@ def check_run(*places: Path | None, seed: int = 0) -> None:
 
     Raises:
         OSError: A file has no folder to be written to.
-        ValueError: The seed is negative.
+        ValueError: The seed is negative or too large.
     """
     for place in filter(None, places):
         check_place(place)
     if seed < 0:
         raise ValueError(f"--seed must be at least 0, not {seed}")
+    if seed >= 2**63:
+        raise ValueError(f"--seed must be below 2^63, not {seed}")
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -170,6 +172,5 @@ def console():
     """Returns a console for tables; where the output is no terminal, its lines are long."""
     from rich.console import Console
 
-    return Console(
-        highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else WIDTH
-    )
+    terminal = sys.stdout is not None and sys.stdout.isatty()  # None where it was closed
+    return Console(highlight=False, markup=False, emoji=False, width=None if terminal else WIDTH)

@@ -21,6 +21,7 @@ from neupims.exploration.workloads import Model, Trace, Workload, make_workloads
 from neupims.files import finite, write_text
 from neupims.machine.config import load_hardware
 from neupims.machine.hardware import Hardware
+from neupims.machine.record import check_seed
 from neupims.machine.systems import Fidelity, System
 from neupims.machine.workload import Parallel
 from neupims.validation import expected_error
@@ -108,7 +109,7 @@ def explore(
     batches: Trace | Sequence[Trace],
     knobs: Mapping[str, Any],
     *,
-    constraints: Sequence[str] = (),
+    constraints: str | Sequence[str] = (),
     objectives: str | Sequence[Objective] = OBJECTIVES,
     method: str = "sobol",
     points: int | None = None,
@@ -134,7 +135,7 @@ def explore(
         batches: one or several, each a trace file or a `Batch`.
         knobs: for each name a list of values or a range `(low, high)`, see `make_space`. Names are
             fields of the hardware, `sub_batches`, `parallel.tp` and `parallel.pp`.
-        constraints: comparisons of knobs and metrics, such as "area_mm2 < 20000".
+        constraints: one comparison or several, such as "area_mm2 < 20000", of knobs and metrics.
         objectives: of `METRICS`, as text (NAME:max or NAME:min, separated by commas) or records.
         method: "grid", "random", "sobol" or "evolution".
         points: designs to evaluate; 4096 if not given, and the whole grid for "grid".
@@ -168,11 +169,11 @@ def explore(
         (10, 32.0)
     """
     began = time.perf_counter()
-    if seed < 0:
-        raise ValueError(f"the seed must be at least 0, not {seed}")
+    check_seed(seed)
+    constraints = [constraints] if isinstance(constraints, str) else constraints
     if system != "neupims" and (sub_batches == 2 or "sub_batches" in knobs):
         raise ValueError(f"two sub_batches need the system neupims, not {system}")
-    halves = sub_batches or (2 if system == "neupims" else 1)
+    halves = (2 if system == "neupims" else 1) if sub_batches is None else sub_batches
     machine = hardware if isinstance(hardware, Hardware) else load_hardware(hardware)
     workloads = make_workloads(
         models, batches, num_channels=int(machine.hbm.num_channels), parallel=parallel

@@ -4,6 +4,7 @@ all devices, and keep the Pareto front.
 `neupims.exploration.explore` calls it with the accelerator model.
 """
 
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -96,6 +97,11 @@ def explore_space(
     """
     total, chunk = _sizes(space, method, points, chunk)
     objectives = tuple(objectives)
+    if not objectives or not all(isinstance(each, Objective) for each in objectives):
+        raise ValueError(
+            "objectives must be text such as area_mm2:min,tokens_per_second:max, or at least one"
+            f" Objective, not {objectives!r}"
+        )
     evaluator = Evaluator(space, evaluate, min(chunk, total))
     _check_names(evaluator.metrics(), objectives, reference or {}, sensitivity_of)
     run: dict[str, Any] = {"method": method, "seed": seed, "chunk": chunk}
@@ -154,6 +160,9 @@ def _sizes(space: Space, method: str, points: int | None, chunk: int | None) -> 
         raise ValueError(
             f"the method must be one of {', '.join((*METHODS, 'evolution'))}, not {method!r}"
         )
+    for name, count in (("points", points), ("chunk", chunk)):
+        if count is not None and not isinstance(count, numbers.Integral):
+            raise ValueError(f"{name} must be a whole number, not {count!r}")
     if chunk is not None and chunk < 1:
         raise ValueError(f"a chunk must have at least one design, not {chunk}")
     chunk = chunk or (POPULATION if method == "evolution" else CHUNK)

@@ -243,6 +243,8 @@ def _knob(name: str, choice: Any, known: Mapping[str, Bounds]) -> Knob:
             raise ValueError(f"low of {name} must be below high, but {low:g} is not below {high:g}")
         if log and low <= 0:
             raise ValueError(f"low of {name} must be above 0 for log, but is {low:g}")
+        if name == "sub_batches":
+            _check_sub_batches(high)
         if whole and high - low >= LARGEST_RANGE:
             raise ValueError(f"{name} has more than {LARGEST_RANGE} values")
         return Knob(name, low=low, high=high, log=log, whole=whole)
@@ -253,9 +255,14 @@ def _knob(name: str, choice: Any, known: Mapping[str, Bounds]) -> Knob:
     values = tuple(_number(name, value, limits) for value in choice)
     if len(set(values)) < len(values):
         raise ValueError(f"{name} has a value twice: {', '.join(f'{value:g}' for value in values)}")
-    if name == "sub_batches" and max(values) > 2:
-        raise ValueError(f"sub_batches must be 1 or 2, not {max(values):g}")
+    if name == "sub_batches":
+        _check_sub_batches(max(values))
     return Knob(name, values=values, whole=whole)
+
+
+def _check_sub_batches(most: float) -> None:
+    if most > 2:
+        raise ValueError(f"sub_batches must be 1 or 2, not {most:g}")
 
 
 def _range(name: str, ends: tuple[Any, ...]) -> dict[str, Any]:

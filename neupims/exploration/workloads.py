@@ -10,7 +10,14 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from neupims.machine.case import select_model
-from neupims.machine.workload import Batch, Decoder, Parallel, check_parallel, read_trace
+from neupims.machine.workload import (
+    Batch,
+    Decoder,
+    Parallel,
+    check_batch,
+    check_parallel,
+    read_trace,
+)
 
 Model = str | Path | Decoder
 Trace = str | Path | Batch
@@ -37,7 +44,7 @@ def make_workloads(
     Args:
         models: one or several, each a name (`gpt3-7b`, ...), a TOML or JSON file or a record.
         batches: one or several, each a trace file (CSV of seq_len,ch_idx) or a record.
-        num_channels: channels that the requests of a trace file may name.
+        num_channels: channels that requests may name.
         parallel: of all models; if not given, as published for the model, else one device.
 
     Raises:
@@ -74,6 +81,7 @@ def _read_model(
 def _read_batch(batch: Trace, place: int, count: int, num_channels: int) -> tuple[str, Batch]:
     """Title and record of a batch."""
     if isinstance(batch, Batch):
+        check_batch(batch, num_channels)
         return _numbered("batch", place, count), batch
     return Path(batch).stem, read_trace(batch, num_channels=num_channels)
 

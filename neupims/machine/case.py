@@ -9,8 +9,15 @@ from neupims.files import SUFFIXES
 from neupims.machine.config import load_hardware, load_model, load_parallel
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace
-from neupims.machine.systems import SPELLINGS, SYSTEMS, Fidelity, Setting, System
-from neupims.machine.workload import Batch, Decoder, Parallel, check_parallel, read_trace
+from neupims.machine.systems import FIDELITIES, SPELLINGS, SYSTEMS, Fidelity, Setting, System
+from neupims.machine.workload import (
+    Batch,
+    Decoder,
+    Parallel,
+    check_batch,
+    check_parallel,
+    read_trace,
+)
 
 
 class Case(NamedTuple):
@@ -58,6 +65,8 @@ def make_case(
         ValueError: A name is unknown, a value is impossible, or values contradict each other.
         OSError: A file cannot be read.
     """
+    if fidelity not in FIDELITIES:
+        raise ValueError(f"fidelity must be one of {', '.join(FIDELITIES)}, not {fidelity!r}")
     name, count, machine = select_system(
         system,
         hardware=hardware,
@@ -66,8 +75,11 @@ def make_case(
         changes=changes,
     )
     model_name, decoder, parallel = select_model(model, tp=tp, pp=pp)
-    if not isinstance(trace, Batch):
-        trace = read_trace(trace, num_channels=int(machine.hbm.num_channels))
+    channels = int(machine.hbm.num_channels)
+    if isinstance(trace, Batch):
+        check_batch(trace, channels)
+    else:
+        trace = read_trace(trace, num_channels=channels)
     return Case(machine, decoder, trace, parallel, name, count, fidelity, model_name)
 
 
@@ -104,7 +116,9 @@ def select_system(
 
 
 def _find_setting(system: str, sub_batches: int | None) -> Setting:
-    name = system.lower()
+    if sub_batches not in (None, 1, 2):
+        raise ValueError(f"sub-batches must be 1 or 2, not {sub_batches!r}")
+    name = str(system).lower()
     for known in SYSTEMS:
         if name == known:
             count = sub_batches or (2 if name == "neupims" else 1)

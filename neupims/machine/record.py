@@ -160,6 +160,14 @@ def instead(number: Any, least: float, most: float, whole: bool) -> str:
     return f"{kind} of at least {least:g}{f' and at most {most:.9g}' if said else ''}, not {short}"
 
 
+def check_seed(seed: Any) -> None:
+    """Raises `ValueError` unless a seed of random numbers is a whole number that JAX can take."""
+    if not isinstance(seed, numbers.Integral) or int(seed) >= 2**63:
+        raise ValueError(f"the seed must be a whole number below 2^63, not {seed!r}")
+    if int(seed) < 0:
+        raise ValueError(f"the seed must be at least 0, not {seed}")
+
+
 def replace(value: T, name: str, new: Any) -> T:
     """Returns the record with one field changed, checked again.
 

@@ -117,14 +117,15 @@ def make_batch(seq_lens, channels, sub_batches=None, *, num_channels: int = 32) 
 
     Raises:
         ValueError: There is no request; a length is not a whole number from 1 to 10^6; a channel is
-            not below `num_channels`.
+            not below `num_channels`; a sub-batch is not 0 or 1.
 
     Example:
         >>> from neupims import make_batch
         >>> make_batch([300, 512, 40, 77], channels=[0, 1, 0, 1]).sub_batches.tolist()
         [0, 0, 1, 1]
     """
-    seq_lens, channels = np.asarray(seq_lens), np.asarray(channels)
+    seq_lens = _as_numbers("the lengths", seq_lens)
+    channels = _as_numbers("the channels", channels)
     if seq_lens.ndim != 1 or seq_lens.shape != channels.shape:
         raise ValueError(
             f"one length and one channel for each request, not {seq_lens.shape} lengths and"
@@ -135,19 +136,71 @@ def make_batch(seq_lens, channels, sub_batches=None, *, num_channels: int = 32) 
     for request, (length, channel) in enumerate(
         zip(seq_lens.tolist(), channels.tolist(), strict=True)
     ):
-        if length != int(length) or not 1 <= length <= LONGEST:
+        if not 1 <= length <= LONGEST or length != int(length):
             raise ValueError(
                 f"the length of request {request} must be a whole number from 1 to {LONGEST}, not"
                 f" {length}"
             )
-        if channel != int(channel) or not 0 <= channel < num_channels:
+        if not 0 <= channel < num_channels or channel != int(channel):
             raise ValueError(
                 f"the channel of request {request} must be from 0 to {num_channels - 1}, not"
                 f" {channel}"
             )
     if sub_batches is None:
         sub_batches = halves(channels, num_channels)
+    else:
+        sub_batches = _as_numbers("the sub-batches", sub_batches)
+        _check_sub_batches(sub_batches, seq_lens.shape)
     return Batch(*(jnp.asarray(part, jnp.int32) for part in (seq_lens, channels, sub_batches)))
+
+
+def check_batch(batch: Batch, num_channels: int) -> None:
+    """Raises unless a machine can hold the batch. Requests of length 0 do not count.
+
+    Args:
+        batch: The batch, (r,).
+        num_channels: The channels of the machine.
+
+    Raises:
+        ValueError: No request counts; the parts do not fit together; a channel is not below
+            `num_channels`.
+    """
+    if not isinstance(batch, Batch):
+        raise ValueError(f"a batch must be a Batch (make_batch), not {type(batch).__name__}")
+    names = ("the lengths", "the channels", "the sub-batches")
+    lengths, channels, sub_batches = (
+        _as_numbers(name, part)
+        for name, part in zip(
+            names, (batch.seq_lens, batch.channels, batch.sub_batches), strict=True
+        )
+    )
+    counts = lengths > 0
+    if not counts.any():
+        raise ValueError("a batch needs at least one request")
+    length = np.where(counts, lengths, 1)
+    make_batch(length, np.where(counts, channels, 0), sub_batches, num_channels=num_channels)
+
+
+def _as_numbers(name: str, values) -> np.ndarray:
+    """Returns values as an array of numbers."""
+    try:
+        found = np.asarray(values)
+    except ValueError:  # rows of different lengths
+        found = np.array(None)
+    if found.dtype.kind not in "iuf":
+        raise ValueError(f"{name} of a batch must be whole numbers, not {str(values)[:SHOWN]!r}")
+    return found
+
+
+def _check_sub_batches(sub_batches: np.ndarray, shape: tuple[int, ...]) -> None:
+    if sub_batches.shape != shape:
+        raise ValueError(
+            f"one sub-batch for each request, not {sub_batches.shape} sub-batches and {shape}"
+            " lengths"
+        )
+    if not np.isin(sub_batches, (0, 1)).all():
+        wrong = sub_batches[~np.isin(sub_batches, (0, 1))][0]
+        raise ValueError(f"the sub-batch of a request must be 0 or 1, not {wrong:g}")
 
 
 def halves(channels: Int[Array, " r"], num_channels: int) -> Int[Array, " r"]:

@@ -4,6 +4,7 @@ Costs are core cycles of a layer, or what the measure says; gains are shares of 
 schedule that the case has ("as published").
 """
 
+import numbers
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from neupims.machine.case import Case
-from neupims.machine.record import describe
-from neupims.machine.workload import Batch
+from neupims.machine.record import check_seed, describe, instead
+from neupims.machine.workload import Batch, check_batch
 from neupims.scheduling.baselines import baselines
 from neupims.scheduling.decision import (
     CHANNELS_KNOB,
@@ -99,9 +100,18 @@ def search_schedule(
         >>> search_schedule(case, budget=64, population=16, seeds=1).best.gain > 0
         True
     """
-    _check(case, seeds, order_levels, new_only)
+    _check(case, new_only)
+    counts = {
+        "budget": budget,
+        "population": population,
+        "seeds": seeds,
+        "order_levels": order_levels,
+    }
+    _check_counts(counts, seed)
+    sub_batches = _check_sub_batches(sub_batches)
     if hardware_knobs and (exact or export):
         raise ValueError("exact scores and traces are for the given hardware: leave out its knobs")
+    _check_knobs(case, hardware_knobs)
     names = list(STRATEGIES) if strategy == "all" else [strategy]
     channels = int(case.hardware.hbm.num_channels)
     choices = _choose(channels, realisable, sub_batches, order_levels, hardware_knobs, new_only)
@@ -193,17 +203,57 @@ def search_schedule(
     )
 
 
-def _check(case: Case, seeds: int, order_levels: int, new_only: int | None) -> None:
+def _check(case: Case, new_only: int | None) -> None:
     if case.system != "neupims":
         raise ValueError(f"schedules are searched for the system neupims, not {case.system}")
+    if case.prefill:
+        raise ValueError("schedules are searched for a decode step, not for a prefill")
+    check_batch(case.batch, int(case.hardware.hbm.num_channels))
     requests = len(case.batch.seq_lens)
     if requests < 2:
         raise ValueError("a schedule needs at least 2 requests")
-    for name, value in (("seeds", seeds), ("order_levels", order_levels)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
     if new_only is not None and not 0 <= new_only <= requests:
         raise ValueError(f"new_only must be from 0 to the {requests} requests, not {new_only}")
+
+
+def _check_counts(counts: dict[str, int], seed: int) -> None:
+    for name, value in counts.items():
+        if not isinstance(value, numbers.Integral):
+            raise ValueError(f"{name} must be a whole number, not {value!r}")
+        if int(value) < 1:
+            raise ValueError(f"{name} must be at least 1, not {value}")
+    check_seed(seed)
+
+
+def _check_sub_batches(sub_batches: Sequence[int]) -> tuple[int, ...]:
+    """Returns the numbers of sub-batches in order, each once."""
+    given = sub_batches if isinstance(sub_batches, list | tuple) else ()
+    if not given or not all(count in (1, 2) for count in given):
+        raise ValueError(f"sub_batches must be (1,), (2,) or (1, 2), not {sub_batches!r}")
+    return tuple(sorted(set(given)))
+
+
+def _check_knobs(case: Case, knobs: Sequence[HardwareKnob]) -> None:
+    known = {each.name: each for each in describe(case.hardware)}
+    for knob in knobs:
+        if not isinstance(knob, HardwareKnob) or knob.name not in known:
+            raise ValueError(
+                "hardware_knobs must be HardwareKnob records of fields of the hardware, such as"
+                f" hbm.num_channels, not {knob!r}"
+            )
+        field = known[knob.name]
+        for end in (knob.low, knob.high):
+            if not field.least <= end <= field.most or (field.whole and end % 1):
+                wanted = instead(end, field.least, field.most, field.whole)
+                raise ValueError(f"{knob.name} must be {wanted}")
+        if knob.low > knob.high:
+            raise ValueError(
+                f"low of {knob.name} must be at most high, but {knob.low:g} is above {knob.high:g}"
+            )
+        if field.whole and not knob.whole:
+            raise ValueError(f"{knob.name} must be searched with whole=True: it is a whole number")
+    if len({knob.name for knob in knobs}) < len(knobs):
+        raise ValueError(f"a knob is repeated in {', '.join(knob.name for knob in knobs)}")
 
 
 def _choose(channels, realisable, sub_batches, order_levels, knobs, new_only) -> Choices:

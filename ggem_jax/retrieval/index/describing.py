@@ -80,7 +80,9 @@ def build_index(
         IndexRefused: the folder or the path is not what it should be; nothing is changed.
         ValueError: the settings' files cannot be read or hold no known network.
     """
-    given = settings or DescriptorSettings()
+    given = DescriptorSettings() if settings is None else settings
+    if not isinstance(given, DescriptorSettings):
+        raise ValueError(f"settings must be a DescriptorSettings, not {type(given).__name__}")
     settings = given.resolve()
     record = settings.record()  # reads the files, so that a missing one is told at once
     extract = _lazy_extract(settings, batch)

@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Int
 
 from ggem_jax.retrieval.index.index import Index
-from ggem_jax.retrieval.index.search import query_vectors
+from ggem_jax.retrieval.index.search import check_count, query_vectors
 from ggem_jax.retrieval.index.store import IndexRefused
 from ggem_jax.retrieval.methods import Method, as_method
 from ggem_jax.retrieval.metrics import Relevance, recall_at, scores
@@ -60,7 +60,10 @@ def evaluate_index(
     """Returns what `Index.evaluate` documents."""
     if not len(index):
         raise IndexRefused(f"{index.folder} holds no images: add some first")
-    method, at = as_method(rerank), tuple(at)
+    method, k = as_method(rerank), check_count("k", k)
+    if isinstance(at, str) or not isinstance(at, Sequence) or not at:
+        raise ValueError(f"at must be whole numbers such as (1, 5, 10), not {at!r}")
+    at = tuple(check_count("each of at", each) for each in at)
     queries = read_truth(truth, root=os.path.abspath(root or Path(truth).parent))
     relevance = to_relevance(queries, [index.root / path for path in index.paths])
     images, boxes = [query.path for query in queries], [query.box for query in queries]

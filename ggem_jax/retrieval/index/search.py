@@ -1,16 +1,19 @@
 """Searches in an index: queries of every kind -> vectors -> ranking -> reranked ranking."""
 
+import numbers
 import os
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ml_dtypes
 import numpy as np
 from jaxtyping import Float, Int
-from PIL import Image, ImageOps
+from PIL import Image
 
-from ggem_jax.files.images import RGB, UnreadableImage, crop, read_image
+from ggem_jax.files.images import RGB, UnreadableImage, convert_image, crop, read_image
 from ggem_jax.retrieval.index.describing import describe_images, find_settings
 from ggem_jax.retrieval.index.index import Index
 from ggem_jax.retrieval.index.store import IndexRefused
@@ -89,17 +92,18 @@ def search_index(
     use_stored: bool = True,
 ) -> Results:
     """Returns what `Index.search` documents."""
-    method, k = as_method(rerank), min(k, len(index))
+    method = as_method(rerank)
     if not len(index):
         raise IndexRefused(f"{index.folder} holds no images: add some first")
-    if k < 1:
-        raise ValueError(f"k must be a whole number of at least 1, not {k!r}")
+    k = min(check_count("k", k), len(index))
     each = as_queries(queries)
     if boxes is not None and len(boxes) != len(each):
         raise ValueError(f"boxes must be one for each of the {len(each)} queries, not {len(boxes)}")
     boxes = list(boxes) if boxes is not None else [None] * len(each)
     if isinstance(each, np.ndarray):
         vectors = _check_vectors(each, index.dim, boxes)
+        if method.name != "none":
+            _warn_of_lengths(vectors)
     else:
         vectors = query_vectors(
             index, each, boxes, weights=weights, whitening=whitening, use_stored=use_stored
@@ -132,7 +136,7 @@ def as_queries(queries: Any) -> list[Any] | Float[np.ndarray, "q d"]:
         array = np.asarray(queries)
         if array.dtype == np.uint8 and array.shape[-1:] == (3,) and array.ndim in (3, 4):
             return [array] if array.ndim == 3 else list(array)
-        if array.ndim in (1, 2) and array.size and np.issubdtype(array.dtype, np.floating):
+        if array.ndim in (1, 2) and array.size and _is_floating(array):
             return np.atleast_2d(array)
         raise ValueError(
             "queries must be images (paths, (h, w, 3) uint8 arrays, PIL images) or vectors (q, d)"
@@ -141,11 +145,35 @@ def as_queries(queries: Any) -> list[Any] | Float[np.ndarray, "q d"]:
     if not queries:
         raise ValueError("queries must be at least one image or vector")
     if all(not isinstance(query, str | os.PathLike | Image.Image) for query in queries):
-        arrays = [np.asarray(query) for query in queries]
-        if all(array.ndim == 1 and array.shape == arrays[0].shape for array in arrays):
-            return as_queries(np.stack(arrays))
-        queries = [as_queries(array)[0] for array in arrays]
+        arrays = [_as_array(query) for query in queries]
+        if all(array.ndim < 2 and array.shape == arrays[0].shape for array in arrays):
+            return as_queries(np.stack(arrays))  # vectors, or the numbers of one vector
+        if any(array.ndim == 1 for array in arrays):
+            lengths = sorted({len(array) if array.ndim == 1 else 0 for array in arrays} - {0})
+            raise ValueError(
+                "vectors must all be of one length and not among images, not"
+                f" {len(arrays)} queries with vectors of {' and '.join(map(str, lengths))} numbers"
+            )
+        queries = arrays
     return list(queries)
+
+
+def check_count(name: str, value: Any) -> int:
+    """Returns a whole number of at least 1. Raises `ValueError`, which names it, for others."""
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+    return int(value)
+
+
+def _as_array(query: Any) -> np.ndarray:
+    try:
+        return np.asarray(query)
+    except ValueError:  # rows of different lengths
+        raise ValueError("each query must be an image or a vector, not rows of lengths") from None
+
+
+def _is_floating(array: np.ndarray) -> bool:
+    return np.issubdtype(array.dtype, np.floating) or array.dtype == ml_dtypes.bfloat16
 
 
 def query_vectors(
@@ -192,7 +220,7 @@ def read_query(query: Query, box: Box | None = None) -> RGB:
         ValueError: the array is no image, or nothing of the image is inside the box.
     """
     if isinstance(query, Image.Image):
-        image = np.asarray((ImageOps.exif_transpose(query) or query).convert("RGB"))
+        image = convert_image(query, name="a query")
     elif isinstance(query, str | os.PathLike):
         if not os.path.isfile(query):
             state = "no file" if os.path.exists(query) else "not there"
@@ -230,7 +258,21 @@ def _check_vectors(
         raise ValueError(f"vectors must be (q, {dim}) as in the index, not {vectors.shape}")
     if any(box is not None for box in boxes):
         raise ValueError("boxes belong to images: leave them out for vectors")
-    return vectors.astype(np.float32)
+    with np.errstate(over="ignore"):
+        found = vectors.astype(np.float32)
+    if not np.isfinite(found).all():
+        raise ValueError("vectors must be finite in float32: some numbers are NaN or too large")
+    return found
+
+
+def _warn_of_lengths(vectors: Float[np.ndarray, "q d"]) -> None:
+    lengths = np.linalg.norm(vectors.astype(np.float64), axis=1)
+    if np.abs(lengths - 1).max() > 0.01:
+        warnings.warn(
+            "reranking needs vectors of length 1, and some queries have another length: divide each"
+            " by its length",
+            stacklevel=4,
+        )
 
 
 def _name(query: Any) -> str | None:
