@@ -84,7 +84,8 @@ class ViT(nn.Module):
     def setup(self):
         c = self.config
         # cls_pool may come inside a functools.partial or a jax.jit
-        takes_class = inspect.unwrap(getattr(self.pooling, "func", self.pooling)) is cls_pool
+        function = inspect.unwrap(getattr(self.pooling, "func", self.pooling))
+        takes_class = function is inspect.unwrap(cls_pool)
         if takes_class and (not c.class_token or self.pooled == "patches"):
             raise ValueError(
                 "cls_pool needs a model with class_token=True, and pooled='all' or None"
