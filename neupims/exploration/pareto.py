@@ -8,12 +8,12 @@ rows do not dominate each other, so all of them are in the front.
 from types import ModuleType
 
 import numpy as np
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Real
 
 MOST_EXACT = 5  # objectives; with 6 the exact hypervolume of 2000 designs takes 17 s
 
 
-def front(objectives: Float[np.ndarray, "n m"]) -> Int[np.ndarray, " f"]:
+def front(objectives: Real[np.ndarray, "n m"]) -> Int[np.ndarray, " f"]:
     """Returns the rows that no other row dominates, in rising order.
 
     Args:
@@ -30,7 +30,7 @@ def front(objectives: Float[np.ndarray, "n m"]) -> Int[np.ndarray, " f"]:
 
 
 def in_plane(
-    x: Float[np.ndarray, " n"], y: Float[np.ndarray, " n"], *, most_x: bool, most_y: bool
+    x: Real[np.ndarray, " n"], y: Real[np.ndarray, " n"], *, most_x: bool, most_y: bool
 ) -> Bool[np.ndarray, " n"]:
     """Returns which designs are in the front of two objectives alone.
 
@@ -47,7 +47,7 @@ def in_plane(
     return np.isin(np.arange(len(x)), chosen)
 
 
-def ranks(objectives: Float[np.ndarray, "n m"]) -> Int[np.ndarray, " n"]:
+def ranks(objectives: Real[np.ndarray, "n m"]) -> Int[np.ndarray, " n"]:
     """Returns the number of the front of each row.
 
     Rows of front 0 are not dominated, rows of front 1 only by rows of front 0, and so on.
@@ -68,7 +68,7 @@ def ranks(objectives: Float[np.ndarray, "n m"]) -> Int[np.ndarray, " n"]:
 
 
 def crowding(
-    objectives: Float[np.ndarray, "n m"], rank: Int[np.ndarray, " n"]
+    objectives: Real[np.ndarray, "n m"], rank: Int[np.ndarray, " n"]
 ) -> Float[np.ndarray, " n"]:
     """Returns how far apart the neighbours of each row in its front are.
 
@@ -98,7 +98,7 @@ def crowding(
     return distance
 
 
-def hypervolume(objectives: Float[np.ndarray, "n m"], reference: Float[np.ndarray, " m"]) -> float:
+def hypervolume(objectives: Real[np.ndarray, "n m"], reference: Real[np.ndarray, " m"]) -> float:
     """Returns the volume that the rows dominate below the reference point.
 
     The volume is exact for up to `MOST_EXACT` objectives; for more it is approximated from 262144
