@@ -23,8 +23,12 @@ COMPILATION_CACHE = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
-COMPILATION_CACHE |= {name: os.environ[name] for name in COMPILATION_CACHE if name in os.environ}
-os.environ |= COMPILATION_CACHE
+COMPILATION = COMPILATION_CACHE | {
+    name: os.environ[name]
+    for name in (*COMPILATION_CACHE, "JAX_DISABLE_MOST_OPTIMIZATIONS")
+    if name in os.environ
+}
+os.environ |= COMPILATION
 
 import chex  # noqa: E402
 import shape_checks  # noqa: E402
@@ -44,6 +48,8 @@ LEAST_CASES = {
 
 # Files that `--fast` leaves out: their tests train, start processes, or compile whole networks.
 COSTLY_FILES = {
+    "test_docs.py",
+    "test_docstring_examples.py",
     "test_efficientnet_lite.py",
     "test_eval_contrastive.py",
     "test_eval_demo.py",
@@ -51,14 +57,22 @@ COSTLY_FILES = {
     "test_eval_pooling_study.py",
     "test_eval_retrieval.py",
     "test_eval_revisited.py",
+    "test_examples.py",
+    "test_load_vit.py",
+    "test_neupims_examples.py",
     "test_neupims_explore.py",
     "test_neupims_gemv.py",
+    "test_neupims_mistakes.py",
     "test_neupims_oracle.py",
+    "test_neupims_prefill.py",
     "test_neupims_schedule.py",
     "test_neupims_search.py",
     "test_neupims_tool.py",
+    "test_neupims_step.py",
     "test_packaging.py",
+    "test_pooling_maps.py",
     "test_resnet.py",
+    "test_retrieval_backbones.py",
     "test_retrieval_descriptors.py",
     "test_retrieval_index.py",
     "test_retrieval_tool.py",
@@ -110,7 +124,7 @@ def tool():
             if not name.startswith(("JAX_", "XLA_", "PYTEST_"))
         }
         if "XDG_CACHE_HOME" not in (environment or {}):  # a test of the tool's own cache
-            own |= COMPILATION_CACHE
+            own |= COMPILATION
         own |= {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "JAX_PLATFORMS": "cpu",

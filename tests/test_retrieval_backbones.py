@@ -71,7 +71,13 @@ def test_every_published_vit_is_identified_by_its_family(name, tmp_path):
     assert bool(found.note) == (CASES[name][1] == "vit")
 
 
-@pytest.mark.parametrize("name", NORMALISED)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=() if i in (0, 3, 6) else pytest.mark.slow)  # each normalisation
+        for i, name in enumerate(NORMALISED)
+    ],
+)
 def test_the_descriptor_is_the_mean_of_the_models_own_tokens(name, tmp_path):
     """In the normalisation of its own family: another one is a clearly different vector."""
     path, _ = file_of(name, tmp_path)
@@ -215,7 +221,9 @@ def random_variables(model, size):
     return jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)))
 
 
-@pytest.mark.parametrize("ending", ["pth", "pyth", "safetensors"])
+@pytest.mark.parametrize(
+    "ending", ["pth", pytest.param("pyth", marks=pytest.mark.slow), "safetensors"]
+)
 def test_cvnets_files_are_found(tmp_path, ending):
     depths = (3, 4, 6, 3)
     variables = random_variables(ResNet(ResNetConfig(depths)), 64)
