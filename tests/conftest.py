@@ -31,6 +31,7 @@ COMPILATION = COMPILATION_CACHE | {
 os.environ |= COMPILATION
 
 import chex  # noqa: E402
+import jax  # noqa: E402
 import shape_checks  # noqa: E402
 
 CHECKED_MODULES = shape_checks.install(ROOT, ("ggem_jax", "neupims", "train", "eval"))
@@ -97,6 +98,13 @@ TINY_PAIR = [
     "--model.mlp-width", "32", "--batch", "32",
     "--embed", "16", "--text.width", "16", "--text.heads", "2", "--text.mlp-width", "32",
 ]  # fmt: skip
+
+
+@pytest.fixture(scope="module", autouse=True)
+def forget_programs():
+    """Frees the compiled programs of a file: a worker would keep 8 GB of them."""
+    yield
+    jax.clear_caches()
 
 
 @pytest.fixture(scope="session")
