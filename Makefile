@@ -14,18 +14,14 @@ demo: .venv/train
 	$(BIN)/python -m eval.studies.demo
 	$(BIN)/python -m eval.studies.accelerator
 
-# The tests compile programs that run for microseconds: JAX leaves out most optimizations, a quarter
-# of the processor time. Tests that are run in another way optimize as users do.
-SWIFT := JAX_DISABLE_MOST_OPTIMIZATIONS=1
-
 check: lint
-	$(SWIFT) $(BIN)/python -m pytest -n 2 --dist loadfile --fast
+	$(BIN)/python -m pytest -n 2 --dist loadfile --fast
 
 test: lint .venv/cuda .venv/pjrt
-	$(SWIFT) TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "interpreter and not slow" tests/test_kernels_interpreted.py
+	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "interpreter and not slow" tests/test_kernels_interpreted.py
 	$(JAX_PTXAS) PYTHONPATH=.venv/cuda $(BIN)/python -m pytest -n 2 -m "(compiled or lowering or assembled) and not slow" tests/test_kernels_compiled.py tests/test_kernels_lowered.py tests/test_kernels_assembled.py
 	$(JAX_PTXAS) JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 PYTHONPATH=.venv/cuda:.venv/pjrt $(BIN)/python -m pytest -m "aot and not slow" tests/test_kernels_partitioned.py
-	$(SWIFT) $(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 lint: .venv/dev
 	$(BIN)/ruff check .

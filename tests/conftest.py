@@ -23,12 +23,8 @@ COMPILATION_CACHE = {
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
 }
-COMPILATION = COMPILATION_CACHE | {
-    name: os.environ[name]
-    for name in (*COMPILATION_CACHE, "JAX_DISABLE_MOST_OPTIMIZATIONS")
-    if name in os.environ
-}
-os.environ |= COMPILATION
+COMPILATION_CACHE |= {name: os.environ[name] for name in COMPILATION_CACHE if name in os.environ}
+os.environ |= COMPILATION_CACHE
 
 import chex  # noqa: E402
 import jax  # noqa: E402
@@ -132,7 +128,7 @@ def tool():
             if not name.startswith(("JAX_", "XLA_", "PYTEST_"))
         }
         if "XDG_CACHE_HOME" not in (environment or {}):  # a test of the tool's own cache
-            own |= COMPILATION
+            own |= COMPILATION_CACHE
         own |= {
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
             "JAX_PLATFORMS": "cpu",
