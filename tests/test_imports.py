@@ -157,6 +157,17 @@ HEAVY = [
 ]
 
 
+def run_python(code: str) -> subprocess.CompletedProcess:
+    """Runs code in a Python of its own, from the root, with warnings as errors."""
+    return subprocess.run(
+        [sys.executable, "-W", "error", "-c", code],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        timeout=120,
+    )
+
+
 LIGHT = [
     "ggem_jax",
     "ggem_jax.pooling",
@@ -175,13 +186,7 @@ def test_import_starts_no_device_and_loads_nothing_heavy(package):
     code = f"""import sys, {package}
 from jax._src import xla_bridge
 print(xla_bridge.backends_are_initialized(), [name for name in {HEAVY} if name in sys.modules])"""
-    run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=120,
-    )
+    run = run_python(code)
     assert (run.stdout.strip(), run.stderr) == ("False []", "")
 
 
@@ -193,13 +198,7 @@ assert set(ggem_jax.__all__) <= set(dir(ggem_jax))
 print(all(getattr(ggem_jax, name) is not None for name in ggem_jax.__all__), end=" ")
 from jax._src import xla_bridge
 print(xla_bridge.backends_are_initialized(), [name for name in {HEAVY} if name in sys.modules])"""
-    run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=120,
-    )
+    run = run_python(code)
     assert (run.stdout.strip(), run.stderr) == ("[] True False []", "")
 
 
@@ -247,13 +246,7 @@ def test_the_index_loads_no_jax():
         "import sys, ggem_jax.retrieval.index.index; print([name for name in ('jax', 'flax') if"
         " name in sys.modules])"
     )
-    run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=120,
-    )
+    run = run_python(code)
     assert (run.stdout.strip(), run.stderr) == ("[]", "")
 
 
@@ -262,13 +255,7 @@ def test_the_readers_of_weights_load_no_model():
         "import sys, ggem_jax.weights; print([name for name in ('flax', 'ggem_jax.models.vit') if"
         " name in sys.modules])"
     )
-    run = subprocess.run(
-        [sys.executable, "-W", "error", "-c", code],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        timeout=120,
-    )
+    run = run_python(code)
     assert (run.stdout.strip(), run.stderr) == ("[]", "")
 
 
