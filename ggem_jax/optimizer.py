@@ -142,7 +142,12 @@ def scale_by_parameter(scales: Callable[[Parameters], Parameters]) -> optax.Grad
 
 
 def is_exponent(path: KeyPath) -> bool:
-    """Returns whether the parameter at a path of the tree holds the exponents of a power mean."""
+    """Returns whether the parameter at a path of the tree holds the exponents of a power mean.
+
+    Args:
+        path: Keys on the way from the root to the parameter, as `jax.tree_util` gives them; the
+            last is `p` for exponents.
+    """
     return _names(path)[-1:] == ("p",)
 
 

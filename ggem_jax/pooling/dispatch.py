@@ -65,7 +65,7 @@ def choose_implementation(
 
 
 def _unknown_size(tokens: Array) -> str | None:
-    """Why symbolic shapes cannot be used, or None."""
+    """Returns why symbolic shapes cannot be used, or None."""
     if all(isinstance(length, int) for length in tokens.shape):
         return None
     return (
@@ -75,7 +75,7 @@ def _unknown_size(tokens: Array) -> str | None:
 
 
 def _unfit_mesh(tokens: Array) -> str | None:
-    """Why the mesh of the tokens cannot be used, or None."""
+    """Returns why the mesh of the tokens cannot be used, or None."""
     kinds = set(jax.typeof(tokens).sharding.mesh.axis_types)
     if AxisType.Explicit in kinds:
         return (
