@@ -166,11 +166,11 @@ def read_torch(path: Path | str) -> Any:
     a device its name, and an `OrderedDict` a `dict`.
 
     Args:
-        path: the file.
+        path: A checkpoint that `torch.save` wrote, of any ending.
 
     Raises:
-        UnsafePickle: the checkpoint asks for anything else.
-        UnreadableWeights: the file cannot be read.
+        UnsafePickle: The checkpoint asks for anything else.
+        UnreadableWeights: The file cannot be read.
     """
     data = read_bytes(path)
     budget = Budget.of_file(data)
@@ -187,11 +187,11 @@ def write_torch(path: Path | str, arrays: Mapping[str, ArrayLike]) -> None:
     The file appears when it is complete.
 
     Args:
-        path: the file.
-        arrays: by their names.
+        path: The file to write; a file of this name is replaced.
+        arrays: The arrays by the names of their parameters.
 
     Raises:
-        ValueError: an array has a dtype that such files do not hold.
+        ValueError: An array has a dtype that such files do not hold.
     """
     contents = {}
     for name, value in arrays.items():
