@@ -86,8 +86,8 @@ def learning_rate_scales(
 ) -> Parameters:
     """Returns the factor of the learning rate of each parameter.
 
-    Block i of n has `layer_decay^(n - i)`, the embeddings `layer_decay^(n + 1)`, what follows the
-    blocks 1, and exponents `exponent_lr`.
+    Block i of n has `layer_decay^(n - i)`, the embeddings `layer_decay^(n + 1)`, the layers after
+    the blocks 1, and exponents `exponent_lr`.
 
     Args:
         params: Parameters with a `ViT` or a `TextTransformer` anywhere in the tree, or a part of
@@ -158,7 +158,7 @@ def exponents(params: Parameters) -> dict[str, jax.Array]:
         params: The parameters, with or without the collection `params` around them.
 
     Returns:
-        The learned exponents; what a `GGeM` pools with are `used_exponents` of them.
+        The learned exponents; a `GGeM` pools with `used_exponents` of them.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {

@@ -39,7 +39,7 @@ from ggem_jax.weights.vit import FAMILIES, PublishedViT, Style, from_arrays, rea
 
 DEFAULT = "efficientnet-lite0"  # the only network whose weights can be installed
 OWN = "vit-flax"
-_PLAIN = "vit"  # a ViT of a family that its names do not tell
+_PLAIN = "vit"  # a ViT whose names do not tell its family
 
 
 class Loaded(NamedTuple):

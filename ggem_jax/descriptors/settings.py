@@ -47,7 +47,7 @@ class DescriptorSettings:
     whitening: str | None = None  # file of `ggem_jax.descriptors.whitening`, applied at the end
     # of red, green and blue in [0, 1], subtracted from them; None: those of the backbone
     mean: tuple[float, float, float] | None = None
-    # likewise, what the difference is divided by
+    # standard deviation of the same, by which the difference is divided; None: that of the backbone
     std: tuple[float, float, float] | None = None
 
     def __post_init__(self):

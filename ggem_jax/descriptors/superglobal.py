@@ -48,7 +48,7 @@ class SuperGlobalOutput:
 
     by_scale: Float[Array, "scales b d"]  # after the head, not normalised
     raw: Float[Array, "b d"]  # scales joined, not normalised
-    descriptor: Float[Array, "b d"]  # L2-normalised: what is indexed
+    descriptor: Float[Array, "b d"]  # L2-normalised, as an index stores it
 
 
 def superglobal_descriptors(

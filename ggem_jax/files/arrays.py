@@ -15,7 +15,7 @@ from ggem_jax.files.safetensors_files import read_safetensors
 from ggem_jax.files.torch_files import read_torch
 
 TORCH = (".pth", ".pt", ".pyth", ".bin", ".ckpt")
-# what altered zip files and headers raise
+# errors over altered zip files and headers
 _DAMAGED = (zlib.error, lzma.LZMAError, RuntimeError, MemoryError, OverflowError)
 # dictionaries that training scripts put around the parameters
 WRAPPERS = ("model", "state_dict", "teacher", "model_state", "params")

@@ -17,7 +17,7 @@ from ggem_jax.files.normalisation import IMAGENET_MEAN, IMAGENET_STD
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
-# What Pillow raises over damaged files, the last five over damaged EXIF records.
+# Errors of Pillow over damaged files, the last five over damaged EXIF records.
 _UNREADABLE = (
     OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError,
     struct.error, TypeError, KeyError, IndexError, ArithmeticError,

@@ -3,7 +3,7 @@
 A pickle is a program for a small stack machine that may call anything that can be imported. Here
 the standard library's `pickletools` yields its operations one by one, and a machine of our own
 carries them out. It imports nothing and calls only the few functions of the table it is given; a
-pickle that asks for anything else is refused by the name of what it asks for. Copies that functions
+pickle that asks for anything else is refused, and the error names it. Copies that functions
 make are charged to a budget, and text is made of plain values only, so that a small file takes
 neither much memory nor much time.
 
@@ -26,7 +26,7 @@ import numpy as np
 
 from ggem_jax.files.errors import UnreadableWeights, UnsafePickle
 
-# What our machine and `pickletools` raise over damaged bytes.
+# Errors of our machine and of `pickletools` over damaged bytes.
 DAMAGED = (
     ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, struct.error,
     ArithmeticError, MemoryError, RecursionError, SyntaxError,
@@ -494,7 +494,7 @@ class _Machine:
         return self.stack[-1]
 
     def pop_to_mark(self) -> list:
-        """Removes the mark and returns what stands above it."""
+        """Removes the topmost mark and the values above it, and returns these values."""
         for start in range(len(self.stack) - 1, -1, -1):
             if self.stack[start] is _MARK:
                 items = self.stack[start + 1 :]
@@ -551,7 +551,7 @@ def finish_records(value: Any) -> Any:
         UnsafePickle: The value holds a function, or a record that stands for no plain data.
         ValueError: A record is incomplete.
     """
-    # by id: the value, which must live on to keep its id, and what it has become
+    # by id: the value, which must live on to keep its id, and its plain form
     done: dict[int, tuple[Any, Any]] = {}
 
     def visit(value: Any) -> Any:

@@ -33,7 +33,7 @@ class TextConfig:
     heads: int = 8  # attention heads; width / heads channels each
     mlp_width: int = 2048  # hidden channels of the MLP in a block
     context: int = 77  # positions: the most ids of a text
-    causal: bool = True  # a token attends to those before it only, as in CLIP, unlike in SigLIP
+    causal: bool = True  # a token attends to itself and those before it (CLIP), or all (SigLIP)
     # the descriptor: the token of the first `end_id` (CLIP), or that at the last place (SigLIP)
     pooled: Literal["end", "last"] = "end"
     end_id: int | None = None  # id that ends a text; None: the largest of the vocabulary, as CLIP's

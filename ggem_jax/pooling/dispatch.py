@@ -35,7 +35,7 @@ def choose_implementation(
         implementation: "xla" for plain JAX, "triton" or "interpret" for a kernel, or None to choose
             the kernel where it can be used.
         tokens: The tokens `(..., n, d)`, or a feature map.
-        refused: Returns why the kernel cannot do what was asked, or None if it can.
+        refused: Function that returns why the kernel cannot run this call, or None if it can.
 
     Returns:
         "xla", "triton" or "interpret"; or None: the kernel if the computation is lowered for an
@@ -98,7 +98,7 @@ def run_implementation(
     The derivative of either is that of `plain`.
 
     Args:
-        implementation: What `choose_implementation` returned.
+        implementation: The result of `choose_implementation`.
         kernel: The body that calls a kernel.
         plain: The body in plain JAX.
         *arrays: Arguments of both bodies; they may be None.

@@ -31,8 +31,8 @@ LEAST_EPS = 1e-36  # the smallest eps that `check_rule` accepts
 class SignRule:
     """A sign rule: the numbers that are raised to p, and the offset that is added to the root."""
 
-    # (tokens, mask, eps) -> the numbers of at least 0 that are raised to p, `(..., n, d)`, and what
-    # is added after the root, `(..., d)`. Tokens and eps come as eighths and the result is
+    # (tokens, mask, eps) -> the numbers of at least 0 that are raised to p, `(..., n, d)`, and the
+    # offset that is added to the root, `(..., d)`. Tokens and eps come as eighths and the result is
     # multiplied by 8, so both must be proportional to (tokens, eps).
     positive: Callable[[Array, Mask, float], tuple[Array, Array]]
     adds_offset: bool = False  # whether anything is added after the root
