@@ -1,4 +1,4 @@
-"""Trainings that start from a published ViT: its weights in a fresh state."""
+"""Starts a training from a published ViT: puts its weights into a fresh state."""
 
 import dataclasses
 from pathlib import Path
@@ -18,12 +18,12 @@ def start_from(path: Path, state: State, steps: Steps) -> State:
     Pooling and head keep their own values. The moving average is filled in the same way.
 
     Args:
-        path: file of a ViT, as `--init` names it.
-        state: a fresh state, on the devices.
-        steps: of the training, whose shardings the state follows.
+        path: File of a ViT, as `--init` names it.
+        state: A fresh state, on the devices.
+        steps: The compiled steps of the training, whose shardings the state follows.
 
     Raises:
-        Refused: the file cannot be read or does not fit.
+        Refused: The file cannot be read or does not fit.
     """
     published = published_vit(path)
 
@@ -36,7 +36,7 @@ def start_from(path: Path, state: State, steps: Steps) -> State:
         }
 
     def place(leaf, sharding):
-        """On the devices; what the file does not have is there already."""
+        """Puts an array of the file on the devices; the other arrays are there already."""
         return (
             jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
             if isinstance(leaf, np.ndarray)

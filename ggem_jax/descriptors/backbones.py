@@ -1,4 +1,4 @@
-"""Every network that descriptors are made with: one table, by name.
+"""The networks that descriptors are made with: one table, by name.
 
 A row says how the parameters are read, how images are normalised, and how many pixels a place of
 the feature map covers. `identify` finds the row of a file, `load_network` loads it. A new backbone
@@ -39,38 +39,39 @@ from ggem_jax.weights.vit import FAMILIES, PublishedViT, Style, from_arrays, rea
 
 DEFAULT = "efficientnet-lite0"  # the only network whose weights can be installed
 OWN = "vit-flax"
-_PLAIN = "vit"  # a ViT of a family that its names do not tell
+_PLAIN = "vit"  # a ViT whose names do not tell its family
 
 
 class Loaded(NamedTuple):
     """A model and its variables, as a row of the table reads them."""
 
-    model: Any
-    variables: Any
+    model: Any  # from images to maps, see `Network`
+    variables: Any  # of the model, as NumPy or JAX arrays
 
 
 class Backbone(NamedTuple):
-    """A row of the table."""
+    """A row of the table of networks."""
 
-    about: str
-    load: Callable[[str | Path | None], Loaded]
-    normalisation: Normalisation
+    about: str  # the network in a few words
+    load: Callable[[str | Path | None], Loaded]  # file of weights, or None -> the model
+    normalisation: Normalisation  # mean and deviation of the channels in [0, 1]
     stride: int | None = None  # pixels along one side of a place of the map; None: a ViT's patch
     mark: str | None = None  # pattern of a parameter's name that only files of this network have
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network with its parameters."""
+    """A network with its parameters, and how it takes images."""
 
     # images (b, h, w, 3) -> map (b, rows, columns, channels), with the methods that
     # `ggem_jax.descriptors.superglobal` describes
     model: Any
-    variables: Any
-    mean: Channels  # of red, green and blue in [0, 1]: subtracted,
-    std: Channels  # and divided by
+    variables: Any  # of the model, on a device
+    mean: Channels  # of red, green and blue in [0, 1], subtracted from images
+    std: Channels  # standard deviation of the same, by which the difference is divided
     stride: int  # pixels along one side of a place of the map
-    pads: bool = True  # whether less than a stride at the border makes a place; else it is cut off
+    # whether a rest of less than a stride at the border makes a place; if not, it is cut off
+    pads: bool = True
 
     @property
     def heads(self) -> int | None:
@@ -78,7 +79,14 @@ class Network:
         return self.model.vit.config.heads if isinstance(self.model, PatchMap) else None
 
     def normalise(self, images: Sequence[RGB]) -> Float[Array, "b h w 3"]:
-        """Returns images of one size as the network takes them."""
+        """Returns images of one size as the network takes them.
+
+        Args:
+            images: Images, `(h, w, 3)` uint8 in RGB each.
+
+        Returns:
+            The normalised images, `(b, h, w, 3)` float32.
+        """
         return jnp.asarray(normalise(np.stack(images), mean=self.mean, std=self.std))
 
     def describe_tokens(
@@ -87,7 +95,11 @@ class Network:
         """Returns the tokens of normalised images: places of the map, and the class token or None.
 
         Args:
-            images: `(b, h, w, 3)`, normalised.
+            images: Normalised images, `(b, h, w, 3)`.
+
+        Returns:
+            The places of the map row by row, `(b, n, d)`, and the class tokens, `(b, d)`; None for
+            networks without one.
         """
         if isinstance(self.model, PatchMap):
             vit = self.model.vit
@@ -106,12 +118,20 @@ class PatchMap:
     Pixels beyond the last whole patch, at the right and at the bottom, are cut off.
     """
 
-    vit: ViT
+    vit: ViT  # its pooling and head are not used
 
     def apply(
         self, variables: Any, images: Float[Array, "b h w 3"]
     ) -> Float[Array, "b rows columns d"]:
-        """Returns the map of normalised images."""
+        """Returns the feature map of normalised images, in the way of a Flax module.
+
+        Args:
+            variables: The variables of the ViT.
+            images: Normalised images, `(b, h, w, 3)`, of at least one patch.
+
+        Returns:
+            The map, `(b, rows, columns, d)`, one place for each whole patch.
+        """
         config, images = self.vit.config, self.crop(images)
         rows, columns = (length // config.patch for length in images.shape[1:3])
         output: Any = self.vit.apply(variables, images)
@@ -119,7 +139,14 @@ class PatchMap:
         return tokens.reshape(len(images), rows, columns, config.width)
 
     def crop(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 3"]:
-        """Returns the images without the pixels beyond the last whole patch."""
+        """Returns the images without the pixels beyond the last whole patch.
+
+        Args:
+            images: Images, `(b, h, w, 3)`.
+
+        Returns:
+            The images, `(b, h2, w2, 3)`, whose sides are multiples of the patch.
+        """
         patch = self.vit.config.patch
         height, width = (length // patch * patch for length in images.shape[1:3])
         return images[:, :height, :width]
@@ -199,15 +226,23 @@ _SIZES = re.compile(r"vit-((?:Ti|S|B|L|H)/[1-9][0-9]?)")
 
 
 class Identity(NamedTuple):
-    """What a file of weights is."""
+    """The network that a file of weights holds."""
 
     backbone: str  # name in `BACKBONES`
-    normalisation: Normalisation | None  # by a file of settings beside it; None: that of the row
+    # from a file of settings beside the weights; None: that of the row
+    normalisation: Normalisation | None
     note: str = ""  # what the user should know about the choice, in one sentence
 
 
 def check_backbone(name: str) -> None:
-    """Raises `ValueError`, which lists the known names, for a name that no network has."""
+    """Raises `ValueError`, which lists the known names, for a name that no network has.
+
+    Args:
+        name: A name in `BACKBONES`, or the sizes of a ViT such as "vit-S/16".
+
+    Raises:
+        ValueError: No network has the name.
+    """
     if name not in BACKBONES and not _SIZES.fullmatch(name):
         raise ValueError(
             f"backbone must be one of {', '.join(BACKBONES)}, or the sizes of a ViT such as"
@@ -219,14 +254,17 @@ def identify(weights: str | Path) -> Identity:
     """Returns the name of the network whose weights a file holds, found from its parameters.
 
     Args:
-        weights: any file that `ggem_jax.weights` reads: a ViT under every published naming,
-            CVNet's ResNets, EfficientNet-Lite0, or a ViT in the names of our own variables. A
-            `config.json` of timm or a `preprocessor_config.json` of Hugging Face beside a ViT is
-            read too.
+        weights: Any file that `ggem_jax.weights` reads: a ViT under every published naming, CVNet's
+            ResNets, EfficientNet-Lite0, or a ViT in the names of our own variables. A `config.json`
+            of timm or a `preprocessor_config.json` of Hugging Face beside a ViT is read too.
+
+    Returns:
+        The name, the normalisation that a file beside the weights states where it differs from that
+        of the network, and a note for the user.
 
     Raises:
-        UnreadableWeights: the file cannot be read.
-        MismatchedWeights: it holds none of these networks.
+        UnreadableWeights: The file cannot be read.
+        MismatchedWeights: The file holds none of these networks.
     """
     arrays = read_arrays(weights)
     for name, row in BACKBONES.items():
@@ -253,17 +291,17 @@ def load_network(
     """Returns a network with its parameters on the default device.
 
     Args:
-        backbone: a name in `BACKBONES`, or sizes such as "vit-S/16". None: the network that
-            `identify` finds in the file; without a file EfficientNet-Lite0.
-        weights: file of the parameters. None: those installed with EfficientNet-Lite0.
-        normalisation: mean and deviation of the channels in [0, 1]. None: those of the row named;
-            where a row is found from the file, what `identify` finds beside it comes first.
+        backbone: A name in `BACKBONES`, or sizes such as "vit-S/16". None takes the network that
+            `identify` finds in the file, or EfficientNet-Lite0 without a file.
+        weights: File of the parameters. None takes those installed with EfficientNet-Lite0.
+        normalisation: Mean and deviation of the channels in [0, 1]. None takes those of the row;
+            where `identify` finds the row, others that it finds beside the file come first.
 
     Raises:
-        UnreadableWeights: the file cannot be read.
-        MismatchedWeights: it holds another network.
-        ValueError: there is no such backbone, or it needs a file.
-        ModuleNotFoundError: the weights of EfficientNet-Lite0 are not installed.
+        UnreadableWeights: The file cannot be read.
+        MismatchedWeights: The file holds another network.
+        ValueError: There is no such backbone, or it needs a file.
+        ModuleNotFoundError: The weights of EfficientNet-Lite0 are not installed.
     """
     name = backbone or DEFAULT
     check_backbone(name)
@@ -284,7 +322,12 @@ def load_network(
 def read_any_vit(path: str | Path) -> PublishedViT:
     """Returns the ViT of a file as `ggem_jax.weights.vit.read_vit` does, for our own files too.
 
-    Raises `MismatchedWeights` for a file of another network.
+    Args:
+        path: A file of weights in any published naming, or in the names of our own variables.
+
+    Raises:
+        UnreadableWeights: The file cannot be read.
+        MismatchedWeights: The file holds another network.
     """
     arrays = read_arrays(path)
     if holds_own_vit(arrays):

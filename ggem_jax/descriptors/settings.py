@@ -47,7 +47,7 @@ class DescriptorSettings:
     whitening: str | None = None  # file of `ggem_jax.descriptors.whitening`, applied at the end
     # of red, green and blue in [0, 1], subtracted from them; None: those of the backbone
     mean: tuple[float, float, float] | None = None
-    # likewise, what the difference is divided by
+    # standard deviation of the same, by which the difference is divided; None: that of the backbone
     std: tuple[float, float, float] | None = None
 
     def __post_init__(self):
@@ -59,8 +59,12 @@ class DescriptorSettings:
     def resolve(self) -> "DescriptorSettings":
         """Returns the settings with the name of the network, which is found in the file of weights.
 
-        Mean and deviation are set too where a file beside the weights says others than the
-        backbone's. Raises `ValueError` where the file cannot be read or holds no known network.
+        Mean and deviation are set too where a file beside the weights states others than the
+        backbone's.
+
+        Raises:
+            UnreadableWeights: The file of weights cannot be read.
+            MismatchedWeights: The file holds no known network.
         """
         if self.weights is None or not self.leaves_row_to_weights:
             return dataclasses.replace(self, backbone=self.backbone or DEFAULT_BACKBONE)
@@ -77,10 +81,13 @@ class DescriptorSettings:
         return self.backbone is None or "/" in self.backbone
 
     def record(self) -> dict[str, Any]:
-        """Returns JSON values that are equal where descriptors are.
+        """Returns the settings as JSON values, which are equal where descriptors are.
 
-        Files stand there by a digest of their contents. Mean and deviation are left out where they
-        are the backbone's.
+        A digest of its contents takes the place of each file. Mean and deviation are left out where
+        they are the backbone's.
+
+        Raises:
+            ValueError: A file cannot be read, or holds no known network.
         """
         record = dataclasses.asdict(self.resolve())
         for name in ("weights", "whitening"):
@@ -136,7 +143,14 @@ class DescriptorSettings:
 
 
 def digest(path: str | Path) -> str:
-    """Returns the start of a file's SHA-256. Raises `ValueError` where it cannot be read."""
+    """Returns the first 16 hexadecimal digits of a file's SHA-256.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: The file cannot be read.
+    """
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]

@@ -1,4 +1,4 @@
-"""What can go wrong with files of weights, each in one sentence that names the file."""
+"""Errors of reading weights; each message is one sentence that names the file."""
 
 
 class UnreadableWeights(ValueError):

@@ -36,25 +36,25 @@ class BlockConfig(Protocol):
     def layer_scale(self) -> float | None: ...
 
     @property
-    def dropout(self) -> float: ...
+    def dropout(self) -> float: ...  # probability in every residual branch
 
     @property
-    def gelu(self) -> GELU: ...
+    def gelu(self) -> GELU: ...  # activation of the MLP
 
     @property
-    def mlp(self) -> Gate: ...
+    def mlp(self) -> Gate: ...  # whether the MLP is gated
 
     @property
-    def qkv_bias(self) -> bool: ...
+    def qkv_bias(self) -> bool: ...  # of the projections to queries, keys and values
 
     @property
-    def norm_eps(self) -> float: ...
+    def norm_eps(self) -> float: ...  # added to the variance in every norm
 
     @property
     def dtype(self) -> str: ...  # of the computation
 
     @property
-    def param_dtype(self) -> str: ...
+    def param_dtype(self) -> str: ...  # of the parameters
 
 
 class Block(nn.Module):
@@ -98,8 +98,8 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention of queries `(b, q, d)` over tokens `(b, n, d)`.
 
-    Head h owns the channels h d/heads ... (h+1) d/heads before the projection `out`. What the heads
-    found, `(b, q, heads, channels)`, is sown as `heads` for callers that pass
+    Head h owns the channels h d/heads ... (h+1) d/heads before the projection `out`. The outputs of
+    the heads, `(b, q, heads, channels)`, are sown as `heads` for callers that pass
     `mutable=["intermediates"]`.
 
     Args:
@@ -134,8 +134,14 @@ class Attention(nn.Module):
 def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Returns x sigmoid(1.702 x), an approximation of the GELU.
 
-    Reference: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, arXiv:1606.08415,
-        section 2.
+    Args:
+        x: Numbers of any shape.
+
+    Returns:
+        An array of the shape of x.
+
+    Reference: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, arXiv:1606.08415, section
+        2.
     """
     return x * jax.nn.sigmoid(1.702 * x)
 
@@ -213,5 +219,12 @@ def check_config(config: Any, counts: tuple[str, ...], probabilities: tuple[str,
 
 
 def dtypes(config: BlockConfig) -> dict[str, Any]:
-    """Returns the dtypes of a config as keyword arguments of Flax modules."""
+    """Returns the dtypes of a config as keyword arguments of Flax modules.
+
+    Args:
+        config: The config of a tower; its `dtype` and `param_dtype` are names of dtypes.
+
+    Returns:
+        "dtype" and "param_dtype" as JAX dtypes.
+    """
     return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}

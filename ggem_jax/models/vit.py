@@ -38,11 +38,11 @@ __all__ = [
 
 @struct.dataclass
 class ViTOutput:
-    """What a `ViT` computes on the way from an image to its logits."""
+    """The outputs of a `ViT`, from its tokens to its logits."""
 
     tokens_before_norm: Float[Array, "b n d"]  # prefix tokens first
     tokens: Float[Array, "b n d"]  # after the final norm
-    descriptor: Float[Array, "b d"]
+    descriptor: Float[Array, "b d"]  # the pooled tokens
     logits: Float[Array, "b classes"] | None  # None without a classification head
 
 
