@@ -43,7 +43,7 @@ class Demo:
 
     out: Path = Path("runs/demo")  # folder of the trainings and the report
     seeds: int = 5  # trainings of each pooling
-    epochs: float | None = None  # of each training; None: those of the config
+    epochs: float | None = None  # epochs of each training; None: those of the config
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -79,7 +79,7 @@ class MetricStudy:
     seeds: int = 4  # trainings of each arm
     runs: Path = Path("runs/metric_study")  # folder of the trainings
     out: Path = RESULTS  # CSV file of the results
-    epochs: float | None = None  # of each training; None: 50 and 120
+    epochs: float | None = None  # epochs of each training; None: 50 (Omniglot), 120 (corridor)
 
 
 @dataclass(frozen=True)

@@ -51,9 +51,9 @@ class Planted:
     tokens: int = 49  # tokens of an image
     channels: int = 32  # half of them sparse, half dense
     classes: int = 8  # classes that each half separates; a label is a pair of them
-    bump: float = 4.0  # of the sparse evidence, in standard deviations of the noise
-    shift: float = 0.35  # of the dense evidence
-    lr: float = 5e-2  # of the head and of p alike
+    bump: float = 4.0  # height of the sparse evidence, in standard deviations of the noise
+    shift: float = 0.35  # height of the dense evidence, in the same unit
+    lr: float = 5e-2  # learning rate of the head and of p
     json: bool = False  # print one JSON object
 
 

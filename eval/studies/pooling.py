@@ -79,11 +79,11 @@ class PoolingStudy:
     # folder with imagenette-224-mini and cifar10-jpeg; None: $GGEM_SHARED/data
     data: Path | None = None
     parts: tuple[str, ...] = PARTS  # which of the four to run
-    seeds: int = 10  # of the designs on frozen tokens, and of planted
+    seeds: int = 10  # number of seeds on frozen tokens and of planted
     trainings: int = 3  # seeds of the networks trained end to end
-    pictures: int = 10_000  # of CIFAR-10 that these are trained on
-    epochs: float = 5.0  # of each
-    probe_epochs: int = 10  # of each head on frozen tokens
+    pictures: int = 10_000  # images of CIFAR-10 that these networks are trained on
+    epochs: float = 5.0  # epochs of each of these trainings
+    probe_epochs: int = 10  # epochs of each head on frozen tokens
     # file of the network that the part imagenette uses; None: EfficientNet-Lite0
     weights: Path | None = None
     runs: Path = Path("runs/pooling_study")  # networks and intermediate results
