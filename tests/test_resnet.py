@@ -27,7 +27,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def variables(images):
-    """Random, the norms' too: an untrained norm hides what is before it."""
+    """Random variables, also of the norms, because an untrained norm hides the layers before it."""
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(ResNet(TINY).init, jax.random.key(0), images)
 
@@ -82,7 +82,9 @@ def test_maps_are_a_thirty_second_rounded_up(variables, height, width):
     ids=["on", "another alpha", "off as the code", "off everywhere"],
 )
 def test_the_places_of_relup(variables, images, changes, floors):
-    """The ends are seen in the maps; the insides of stage 1 in that it equals one made by hand."""
+    """The floors at the ends of stages are visible in the maps; those inside stage 1 in that it
+    equals a stage computed by hand.
+    """
     config = dataclasses.replace(TINY, **changes)
     assert [config.floors(stage) for stage in (1, 2, 3, 4)] == floors
     maps = jax.jit(lambda v, x: ResNet(config).apply(v, x, method="maps"))(variables, images)

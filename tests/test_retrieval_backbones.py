@@ -79,7 +79,7 @@ def test_every_published_vit_is_identified_by_its_family(name, tmp_path):
     ],
 )
 def test_the_descriptor_is_the_mean_of_the_models_own_tokens(name, tmp_path):
-    """In the normalisation of its own family: another one is a clearly different vector."""
+    """The normalisation is that of its own family: another one gives a clearly different vector."""
     path, _ = file_of(name, tmp_path)
     settings = DescriptorSettings(weights=str(path), longest_side=160, **PLAIN)
     found = Extractor(settings).describe(image_of())
@@ -120,7 +120,7 @@ def test_every_family_has_a_row_and_its_own_normalisation():
     ],
 )
 def test_a_file_of_settings_beside_the_weights_is_kept_in_the_record(tmp_path, file, settings):
-    """An index is still searched alike where that file has been lost."""
+    """The record of an index is enough to search it if that file is lost."""
     path, _ = file_of("timm-clip", tmp_path)
     plain = DescriptorSettings(weights=str(path)).record()
     assert not {"mean", "std"} & set(plain)
@@ -281,7 +281,7 @@ def test_a_file_of_no_known_network_is_refused(tmp_path):
 
 
 def test_the_records_of_indexes_made_before_keep_their_meaning(tmp_path):
-    """The names and keys that they hold, and the networks they stood for."""
+    """The names and keys of old records, and the networks that they name."""
     before = {
         "backbone": "efficientnet-lite0", "weights": None, "pooling": "gem+", "regional": True,
         "relup": True, "scales": 3, "scale_gem": True, "antialias": False, "sizes": "buckets",

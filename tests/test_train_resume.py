@@ -1,5 +1,5 @@
-"""A run that is killed ends with the same bits; several devices and processes end with the same
-weights.
+"""A killed run ends with the same bits once resumed; several devices and processes end with the
+same weights.
 """
 
 import json
@@ -105,7 +105,7 @@ def test_a_second_process_on_the_same_folder_is_refused(tool, tmp_path):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_intact(tool, tmp_path):
-    """Files may grow to 40 KiB only, as on a disk that fills up while the checkpoint is written."""
+    """Files may grow to 40 KiB only, as if the disk filled up while the checkpoint is written."""
     flags = [*SHORT, "--model.width", "64", "--model.mlp-width", "512", "--out", tmp_path]
     finish(tool("train.classify", *flags, "--stop-after", 5))
     no_cache = {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # its files would not fit either

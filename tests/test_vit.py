@@ -29,7 +29,7 @@ SMALL = {"patch": 4, "width": 24, "depth": 2, "heads": 3, "mlp_width": 40, "imag
 
 
 def build(pool=pooling.avg_pool, num_classes=5, **changes):
-    """A small model, its parameters moved away from their initial zeros, and two pictures."""
+    """A small model, its parameters moved away from their initial zeros, and two images."""
     model = ViT(ViTConfig(**SMALL | changes), pool, num_classes)
     images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
     params = model.init(jax.random.key(0), images)["params"]

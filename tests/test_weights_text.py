@@ -1,5 +1,5 @@
 """ggem_jax/weights/text.py: tokens and projections equal PyTorch's for every published naming, and
-go back to it; what is wrong is listed by name.
+convert back to it; errors list faults by name.
 """
 
 import dataclasses
@@ -65,7 +65,7 @@ def test_texts_are_those_of_pytorch(name, tmp_path):
     path, found = file_of(name, tmp_path)
     published = (
         read_text(path) if name == "text-big_vision" else read_text(path, heads=2)
-    )  # which says the number
+    )  # whose file has the number of heads
     assert (published.layout, published.family) == CASES[name]
     assert_tower_like_pytorch(published, found)
     weights, _ = recorded(name)

@@ -1,5 +1,5 @@
 """ggem_jax/weights/vit.py and vit_layouts.py: features equal PyTorch's for every published naming;
-what is wrong with a file is listed by name.
+errors list the faults of a file by name.
 """
 
 import dataclasses
@@ -59,7 +59,7 @@ def recorded(name):
 
 
 def file_of(name, path):
-    """The recorded weights as their publisher's kind of file."""
+    """The recorded weights, in the file format of their publisher."""
     weights, found = recorded(name)
     if "augreg" in name or "big_vision" in name:
         np.savez(path / "weights.npz", **weights)
@@ -74,8 +74,8 @@ def compiled(config, trained, num_classes):
 
 
 def assert_like_pytorch(published, found, tolerance=1e-4):
-    """Tokens, descriptors and projections of the recorded pictures, of both sizes where the
-    recorded network takes both.
+    """Tokens, descriptors and projections of the recorded images, of both sizes where the recorded
+    network takes both.
     """
     apply = compiled(published.config, published.pooling, published.num_classes)
     compared = 0
@@ -99,7 +99,7 @@ def test_features_are_those_of_pytorch(name, tmp_path):
     path, found = file_of(name, tmp_path)
     published = (
         read_vit(path) if path.suffix == ".npz" else read_vit(path, heads=2)
-    )  # of which Flax's files say the number
+    )  # Flax's files have the number of heads
     assert (published.layout, published.family) == CASES[name]
     assert_like_pytorch(published, found)
 
@@ -132,7 +132,7 @@ def test_the_way_to_timm_and_back_changes_no_feature(name, tmp_path):
             if "distilled" not in name or key not in (
                 "dist_token",
                 "pos_embed",
-            ):  # of which only the sum is known
+            ):  # only their sum is known
                 np.testing.assert_array_equal(arrays[key], value, err_msg=key)
 
 
@@ -336,8 +336,8 @@ def test_what_does_not_fit_is_named(tmp_path, change, words):
 
 
 def test_dinov3_is_refused_in_one_sentence():
-    """Its names in the original files, in those of Hugging Face, and in timm's, where nothing but
-    the absent positions tells.
+    """Its names in the original files, in those of Hugging Face, and in timm's, where only the
+    missing positions give it away.
     """
     weights, _ = recorded("timm-dinov2-registers")
     timm = {name: value for name, value in weights.items() if name != "pos_embed"}
