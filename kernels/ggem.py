@@ -230,8 +230,8 @@ def gradient_kernel(
         root: Pointer to the result of `pool_kernel`, `(rows, D)` in float32.
         cotangent: Pointer to the cotangent of the root, `(rows, D)` in float32.
         by_tokens: Pointer to the output for the tokens, `(rows, N, D)` in their dtype.
-        by_parameters: Pointer to the output for p and, with HAS_OFFSET, for the offset, `(rows, 1
-            or 2, D)` in float32.
+        by_parameters: Pointer to the output for p and, with HAS_OFFSET, for the offset,
+            `(rows, 1 or 2, D)` in float32.
         N, D, SET, EPS, NEGATIVES, HAS_MASK, HAS_OFFSET: As in `pool_kernel`.
         LIMIT: Largest finite number of the tokens' dtype; "signed" clips the tokens' cotangents to
             +-LIMIT.

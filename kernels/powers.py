@@ -40,9 +40,9 @@ def ratio_and_log2(x, inverse, SERIES: tl.constexpr, FAST: tl.constexpr):
     """Returns x / root, at least LEAST, and its base-2 logarithm.
 
     Gradients raise the ratio to p - 1. At p = 1000, an error of 2^-22 in the logarithm becomes an
-    error of 2e-4. With SERIES, the logarithm of a ratio near 1 therefore comes from a series in x *
-    inverse - 1, computed by a fused multiply-add that does not round the product. Only ratios near
-    1 have large powers. Gradients in bfloat16 and float16 are rounded more coarsely than that
+    error of 2e-4. With SERIES, the logarithm of a ratio near 1 therefore comes from a series in
+    x * inverse - 1, computed by a fused multiply-add that does not round the product. Only ratios
+    near 1 have large powers. Gradients in bfloat16 and float16 are rounded more coarsely than that
     anyway.
 
     Args:
