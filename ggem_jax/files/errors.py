@@ -17,3 +17,10 @@ class MismatchedWeights(ValueError):
 
     The message lists every missing, surplus and wrongly shaped parameter.
     """
+
+
+class AmbiguousWeights(MismatchedWeights):
+    """Weights that fit several networks, which compute different things.
+
+    The message says what is not known and what settles it.
+    """

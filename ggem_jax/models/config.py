@@ -42,6 +42,7 @@ class ViTConfig:
     mlp: Gate = "gelu"
     patch_bias: bool = True  # of the patch embedding
     pre_norm: bool = False  # a norm of the embedded tokens before the first block, as in CLIP
+    post_norm: bool = False  # the norms of a block come after its branches, not before
     qkv_bias: bool = True  # of the projections to queries, keys and values
     norm_eps: float = 1e-6  # added to the variance in every norm
     # the final norm before the pooling (of every token), or after it (of the descriptor)

@@ -1,4 +1,4 @@
-"""The pre-norm transformer block, of which the image tower and the text tower are stacks.
+"""The transformer block, of which the image tower and the text tower are stacks.
 
 Tokens are `(b, n, width)`.
 """
@@ -58,27 +58,36 @@ class BlockConfig(Protocol):
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
+    """Transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
 
     Args:
         config: The tower's config.
         drop_path: Probability to skip a residual branch of a sample in training.
         causal: Whether a token attends only to itself and to tokens before it.
+        post_norm: Whether the norms come after the branches: x + norm(attention(x)), then
+            x + norm(mlp(x)).
+
+    Reference: post_norm is the residual post-norm of Liu et al., "Swin Transformer V2", 2022,
+        arXiv:2111.09883, section 3.2.
     """
 
     config: BlockConfig
     drop_path: float = 0.0
     causal: bool = False
+    post_norm: bool = False
 
     @nn.compact
     def __call__(self, tokens: Float[Array, "b n d"], train: bool) -> Float[Array, "b n d"]:
         c = self.config
-        normed = nn.LayerNorm(c.norm_eps, name="norm_1", **dtypes(c))(tokens)
-        tokens = tokens + self._branch(
-            Attention(c, name="attention")(normed, normed, causal=self.causal), "1", train
-        )
-        normed = nn.LayerNorm(c.norm_eps, name="norm_2", **dtypes(c))(tokens)
-        return tokens + self._branch(MLP(c, name="mlp")(normed, train), "2", train)
+        norm_1, norm_2 = (nn.LayerNorm(c.norm_eps, name=f"norm_{n}", **dtypes(c)) for n in (1, 2))
+        attention = partial(Attention(c, name="attention"), causal=self.causal)
+        mlp = MLP(c, name="mlp")
+        if self.post_norm:
+            tokens = tokens + self._branch(norm_1(attention(tokens, tokens)), "1", train)
+            return tokens + self._branch(norm_2(mlp(tokens, train)), "2", train)
+        normed = norm_1(tokens)
+        tokens = tokens + self._branch(attention(normed, normed), "1", train)
+        return tokens + self._branch(mlp(norm_2(tokens), train), "2", train)
 
     def _branch(self, branch, number, train):
         c = self.config

@@ -115,7 +115,10 @@ class ViT(nn.Module):
         if c.pre_norm:
             self.norm_pre = nn.LayerNorm(c.norm_eps, **dtypes(c))
         block = nn.remat(Block, static_argnums=(2,)) if c.remat else Block
-        self.blocks = [block(c, c.drop_path * i / max(c.depth - 1, 1)) for i in range(c.depth)]
+        self.blocks = [
+            block(c, c.drop_path * i / max(c.depth - 1, 1), post_norm=c.post_norm)
+            for i in range(c.depth)
+        ]
         self.norm = nn.LayerNorm(c.norm_eps, **dtypes(c))
         own = isinstance(self.pooling, (GGeM, MAP))
         self.pool = self.pooling.for_model(c) if own else self.pooling  # type: ignore[attr-defined]
