@@ -36,6 +36,7 @@ from ggem_jax.weights import (
     write_safetensors,
     write_torch,
 )
+from ggem_jax.weights.architecture import Given
 from ggem_jax.weights.efficientnet_lite import variables_to_efficientnet_lite
 from ggem_jax.weights.vit import FAMILIES, read_vit
 
@@ -115,7 +116,13 @@ def test_every_family_has_a_row_and_its_own_normalisation():
 @pytest.mark.parametrize(
     ("file", "settings"),
     [
-        ("config.json", {"pretrained_cfg": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.3]}}),
+        (
+            "config.json",
+            {
+                "model_args": {"num_heads": 2, "act_layer": "quick_gelu"},
+                "pretrained_cfg": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.3]},
+            },
+        ),
         ("preprocessor_config.json", {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.2, 0.3]}),
     ],
 )
@@ -158,7 +165,10 @@ def test_sizes_alone_leave_the_normalisation_to_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(backbones, "vit_config", lambda variant: read_vit(path).config)
     settings = DescriptorSettings("vit-S/16", str(path))
     assert (load_network("vit-S/16", path).mean, "mean" in settings.record()) == (HALF[0], False)
-    beside = {"pretrained_cfg": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.3]}}
+    beside = {
+        "model_args": {"num_heads": 2},
+        "pretrained_cfg": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.3]},
+    }
     (tmp_path / "config.json").write_text(json.dumps(beside))
     network = load_network("vit-S/16", path)
     assert (network.mean, network.std) == ((0.4, 0.5, 0.6), (0.2, 0.2, 0.3))
@@ -187,7 +197,7 @@ def own_file(path, config):
 def test_our_own_files_are_found_with_all_their_sizes(tmp_path, changes):
     config = ViTConfig(patch=8, width=24, depth=2, heads=3, mlp_width=40, image=16, **changes)
     _, params = own_file(tmp_path / "own.safetensors", config)
-    assert identify(tmp_path / "own.safetensors") == ("vit-flax", None, "")
+    assert identify(tmp_path / "own.safetensors") == ("vit-flax", None, "", Given())
     network = load_network(weights=tmp_path / "own.safetensors")
     expected = config if changes.get("position") is None else dataclasses.replace(config, image=224)
     assert network.model.vit.config == expected
@@ -229,7 +239,7 @@ def test_cvnets_files_are_found(tmp_path, ending):
     variables = random_variables(ResNet(ResNetConfig(depths)), 64)
     path, arrays = tmp_path / f"cvnet.{ending}", variables_to_cvnet(variables, depths=depths)
     write_safetensors(path, arrays) if ending == "safetensors" else write_torch(path, arrays)
-    assert identify(path) == ("resnet50", None, "")
+    assert identify(path) == ("resnet50", None, "", Given())
     network = load_network(weights=path)
     assert (network.model.config.depths, network.mean, network.stride, network.pads) == (
         depths,

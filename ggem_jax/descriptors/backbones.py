@@ -29,6 +29,7 @@ from ggem_jax.models.resnet import ResNet, ResNetConfig, resnet_config
 from ggem_jax.models.vit import ViT, vit_config
 from ggem_jax.pooling import avg_pool
 from ggem_jax.weights import read_cvnet
+from ggem_jax.weights.architecture import Given
 from ggem_jax.weights.efficientnet_lite import (
     LITE0_PREPROCESSING,
     efficientnet_lite_to_variables,
@@ -53,7 +54,8 @@ class Backbone(NamedTuple):
     """A row of the table of networks."""
 
     about: str  # the network in a few words
-    load: Callable[[str | Path | None], Loaded]  # file of weights, or None -> the model
+    # file of weights, or None, and choices of the user -> the model
+    load: Callable[[str | Path | None, Given], Loaded]
     normalisation: Normalisation  # mean and deviation of the channels in [0, 1]
     stride: int | None = None  # pixels along one side of a place of the map; None: a ViT's patch
     mark: str | None = None  # pattern of a parameter's name that only files of this network have
@@ -152,8 +154,9 @@ class PatchMap:
         return images[:, :height, :width]
 
 
-def _load_efficientnet_lite0(path: str | Path | None) -> Loaded:
+def _load_efficientnet_lite0(path: str | Path | None, given: Given) -> Loaded:
     """The installed ImageNet weights, or those of a file, without the classification head."""
+    _require_nothing_given(given, path)
     config = efficientnet_lite_config("lite0")
     if path is None:
         variables = _without(load_pretrained()[1], "head")
@@ -164,18 +167,20 @@ def _load_efficientnet_lite0(path: str | Path | None) -> Loaded:
     return Loaded(EfficientNetLite(config, num_classes=0), variables)
 
 
-def _load_cvnet(layers: str, path: str | Path | None) -> Loaded:
+def _load_cvnet(layers: str, path: str | Path | None, given: Given) -> Loaded:
+    _require_nothing_given(given, path)
     depths, variables = read_cvnet(_require_file(path), depths=resnet_config(layers).depths)
     return Loaded(ResNet(ResNetConfig(depths)), variables)
 
 
-def _load_own_vit(path: str | Path | None, *, variant: str | None = None) -> Loaded:
+def _load_own_vit(path: str | Path | None, given: Given, *, variant: str | None = None) -> Loaded:
+    _require_nothing_given(given, path)
     vit, variables = read_own_vit(_require_file(path), variant)
     return Loaded(PatchMap(vit), variables)
 
 
-def _load_published_vit(family: str, path: str | Path | None) -> Loaded:
-    published = read_vit(_require_file(path))
+def _load_published_vit(family: str, path: str | Path | None, given: Given) -> Loaded:
+    published = read_vit(_require_file(path), **given._asdict())
     if family != published.family and published.family != _PLAIN:
         raise MismatchedWeights(
             f"{path} is {FAMILIES[published.family].about}, not {family}: leave out the name of the"
@@ -183,6 +188,15 @@ def _load_published_vit(family: str, path: str | Path | None) -> Loaded:
         )
     vit = ViT(published.config, pooling=avg_pool)
     return Loaded(PatchMap(vit), _without(published.variables, "head", "pool"))
+
+
+def _require_nothing_given(given: Given, path: str | Path | None) -> None:
+    """Refuses choices that only published ViTs leave open."""
+    if any(value is not None for value in given):
+        chosen = ", ".join(name for name, value in given._asdict().items() if value is not None)
+        raise ValueError(
+            f"{path or DEFAULT} says {chosen} itself: leave that out, it is for published ViTs"
+        )
 
 
 _CVNET = r"(encoder_q\.|globalmodel\.)?"
@@ -232,6 +246,7 @@ class Identity(NamedTuple):
     # from a file of settings beside the weights; None: that of the row
     normalisation: Normalisation | None
     note: str = ""  # what the user should know about the choice, in one sentence
+    declared: Given = Given()  # of a published ViT: given, or by a file of settings beside it
 
 
 def check_backbone(name: str) -> None:
@@ -250,7 +265,7 @@ def check_backbone(name: str) -> None:
         )
 
 
-def identify(weights: str | Path) -> Identity:
+def identify(weights: str | Path, given: Given = Given()) -> Identity:  # noqa: B008  # immutable
     """Returns the name of the network whose weights a file holds, found from its parameters.
 
     Args:
@@ -269,17 +284,18 @@ def identify(weights: str | Path) -> Identity:
     arrays = read_arrays(weights)
     for name, row in BACKBONES.items():
         if row.mark and any(re.fullmatch(row.mark, each) for each in arrays):
+            _require_nothing_given(given, weights)
             return Identity(name, None)
-    published = from_arrays(arrays, weights)
-    row = BACKBONES[published.family]
+    published = from_arrays(arrays, weights, given=given)
+    row, declared = BACKBONES[published.family], published.declared
     if published.normalised is None:
         note = (
             f"{weights} does not say how its images are normalised: mean and deviation are 0.5, the"
             " default of timm and Hugging Face; --backbone deit takes those of ImageNet"
         )
-        return Identity(published.family, None, note)
+        return Identity(published.family, None, note, declared)
     other = published.normalised != row.normalisation
-    return Identity(published.family, published.normalised if other else None)
+    return Identity(published.family, published.normalised if other else None, "", declared)
 
 
 def load_network(
@@ -287,6 +303,7 @@ def load_network(
     weights: str | Path | None = None,
     *,
     normalisation: Normalisation | None = None,
+    given: Given = Given(),  # noqa: B008  # immutable
 ) -> Network:
     """Returns a network with its parameters on the default device.
 
@@ -309,10 +326,13 @@ def load_network(
         raise ValueError(f"{name} needs a file of weights")
     sizes = _SIZES.fullmatch(name)
     if weights is not None and (backbone is None or sizes):
-        name, found, _ = identify(weights)
+        name, found, *_ = identify(weights, given)
         normalisation = normalisation or found
     row = BACKBONES[name]
-    loaded = _load_vit_of_sizes(name, weights, sizes[1]) if sizes else row.load(weights)
+    if sizes:
+        loaded = _load_vit_of_sizes(name, weights, sizes[1], given)
+    else:
+        loaded = row.load(weights, given)
     stride = row.stride or loaded.model.vit.config.patch
     mean, std = normalisation or row.normalisation
     variables = jax.device_put(loaded.variables)
@@ -340,11 +360,11 @@ def read_any_vit(path: str | Path) -> PublishedViT:
     return from_arrays(arrays, path)
 
 
-def _load_vit_of_sizes(name: str, weights: str | Path | None, variant: str) -> Loaded:
+def _load_vit_of_sizes(name: str, weights: str | Path | None, variant: str, given: Given) -> Loaded:
     """The ViT of a row of the table, whose sizes must be those of the variant."""
     if name == OWN:
-        return _load_own_vit(weights, variant=variant)
-    loaded, wanted = BACKBONES[name].load(weights), vit_config(variant)
+        return _load_own_vit(weights, given, variant=variant)
+    loaded, wanted = BACKBONES[name].load(weights, given), vit_config(variant)
     if not isinstance(loaded.model, PatchMap):
         raise MismatchedWeights(f"{weights} holds {BACKBONES[name].about}, not a ViT-{variant}")
     found = loaded.model.vit.config

@@ -59,7 +59,9 @@ class Extractor:
         if batch is not None and batch < 1:
             raise ValueError(f"batch must be at least 1, not {batch}")
         normalisation = (s.mean, s.std) if s.mean and s.std else None
-        self.network = network or load_network(s.backbone, s.weights, normalisation=normalisation)
+        self.network = network or load_network(
+            s.backbone, s.weights, normalisation=normalisation, given=s.given()
+        )
         self.whitening = None if s.whitening is None else load_whitening(s.whitening)
         self.batch = batch or (1 if jax.default_backend() == "cpu" else 16)
 

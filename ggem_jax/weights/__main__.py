@@ -195,7 +195,7 @@ def _choices(published: PublishedViT | PublishedText) -> list[tuple[str, str]]:
         "heads": config.heads,
         "gelu": config.gelu,
         "norm_eps": f"{config.norm_eps:g}",
-        "norms": "post" if getattr(config, "post_norm", False) else "pre",
+        "norm": "post" if getattr(config, "post_norm", False) else "pre",
         "pooling": getattr(published, "pooling", ""),
         "normalisation": "",
     }

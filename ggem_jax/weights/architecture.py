@@ -69,14 +69,13 @@ class Settings(NamedTuple):
     architecture: str | Path | None = None  # a file that the user names instead
 
 
-@dataclass(frozen=True)
-class Given:
+class Given(NamedTuple):
     """Choices of the user; None leaves a choice to the evidence."""
 
     heads: int | None = None
     gelu: GELU | None = None
     norm_eps: float | None = None
-    norms: Norms | None = None
+    norm: Norms | None = None
 
 
 @dataclass(frozen=True)
@@ -263,7 +262,10 @@ def decide_norms(evidence: Evidence, facts: Facts) -> Norms:
     else:
         row = ("pre", f"only vit_base_patch16_rpn_224 of {TIMM} has norms after the branches")
     return evidence.settle(
-        "norms", row, "whether its norms come before or after", _ANSWERS["norms"]
+        "norm",
+        row,
+        "whether its norms come before or after the branches of a block",
+        _ANSWERS["norm"],
     )
 
 
@@ -286,7 +288,7 @@ def decide_norm_eps(evidence: Evidence, facts: Facts, usual: float) -> float:
 
 _ANSWERS: Mapping[str, str] = {
     "heads": '--heads N (heads=N; "num_attention_heads" in config.json)',
-    "norms": '--norm pre or --norm post (norm="post"; "architecture" in timm\'s config.json)',
+    "norm": '--norm pre or --norm post (norm="post"; "architecture" in timm\'s config.json)',
     "gelu": '--gelu exact, tanh or quick (gelu="exact"; "hidden_act" in config.json)',
 }
 _GELU_QUESTION = (

@@ -74,7 +74,7 @@ class Declared:
     heads: int | None = None
     activation: str | None = None  # of the MLP, by a key of `GELUS`, or another one's own name
     norm_eps: float | None = None
-    norms: Norms | None = None
+    norm: Norms | None = None
     normalisation: Normalisation | None = None
     architecture: str | None = None  # the name of a model of timm
     sources: dict[str, str] = field(default_factory=dict)  # field -> file and key
@@ -150,7 +150,7 @@ def _of_hugging_face(
     if isinstance(settings.get(key), dict):
         own = settings[key]
         kind = own.get("model_type") or (f"{kind}_{_TOWERS[tower]}_model" if kind else None)
-    defaults = HUGGING_FACE.get(kind, {}) if isinstance(kind, str) else {}
+    defaults = HUGGING_FACE.get(kind, _Defaults()) if isinstance(kind, str) else _Defaults()
     if other := _other_sizes(own, sizes):
         return Declared(ignored=(f"{name} says {other}",))
     found = Declared()
@@ -190,8 +190,8 @@ def _of_timm(settings: dict[str, Any], name: str, sizes: Mapping[str, int]) -> D
         activation = _activation(arguments["act_layer"], name, "act_layer")
         found = _with(found, "activation", activation, f"{name}: act_layer")
     if "block_fn" in arguments:
-        norms: Norms = "post" if "ResPost" in str(arguments["block_fn"]) else "pre"
-        found = _with(found, "norms", norms, f"{name}: block_fn")
+        norm: Norms = "post" if "ResPost" in str(arguments["block_fn"]) else "pre"
+        found = _with(found, "norm", norm, f"{name}: block_fn")
     return _with_normalisation(found, pretrained, name, ("mean", "std"))
 
 

@@ -262,7 +262,7 @@ def from_published_names(
     outputs = shapes.pop("outputs")
     unused = tuple(key for key in arrays if re.fullmatch(layout.unused, key))
     evidence = _evidence(given, settings, shapes | {"width": width}, source)
-    facts = Facts(family, name, width, of_openai=OPENAI_BUFFERS <= set(unused))
+    facts = Facts(family, name, width, of_openai=set(unused) >= OPENAI_BUFFERS)
     heads = decide_text_heads(evidence, width, heads_of(found, "Encoder_0"))
     try:
         config = TextConfig(

@@ -103,6 +103,16 @@ class PublishedViT:
     # choice, such as heads or gelu -> where it came from
     evidence: dict[str, str] = field(default_factory=dict, repr=False)
 
+    @property
+    def declared(self) -> Given:
+        """What was given, or declared by a file of settings, and not told by the weights."""
+        c, told = (
+            self.config,
+            {name for name, where in self.evidence.items() if _is_declared(where)},
+        )
+        chosen = Given(c.heads, c.gelu, c.norm_eps, "post" if c.post_norm else "pre")
+        return Given(**{name: value for name, value in chosen._asdict().items() if name in told})
+
     def model(self) -> ViT:
         """Returns the network as it was trained."""
         return ViT(self.config, POOLINGS[self.pooling], self.num_classes)  # type: ignore[arg-type]
@@ -318,6 +328,10 @@ def from_timm(
     )
 
 
+def _is_declared(source: str) -> bool:
+    return source == "given" or source.partition(":")[0].endswith(".json")
+
+
 def _pooling(
     arrays: Arrays, style: Style, usual: Family, config: ViTConfig, family: str
 ) -> tuple[Trained, str]:
@@ -345,7 +359,7 @@ def _facts(
         final_norm="fc_norm" if shapes.style.fc_norm else "norm",
         qkv_bias=sizes["qkv_bias"],
         gated=sizes["mlp"] == "swiglu",
-        of_openai=OPENAI_BUFFERS <= set(unused),
+        of_openai=set(unused) >= OPENAI_BUFFERS,
     )
 
 

@@ -292,7 +292,7 @@ def _notes_of(given: DescriptorSettings) -> tuple[str, ...]:
         return ()
     from ggem_jax.descriptors.backbones import identify
 
-    note = identify(given.weights).note
+    note = identify(given.weights, given.given()).note
     return (note,) if note else ()
 
 

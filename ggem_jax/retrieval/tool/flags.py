@@ -226,6 +226,14 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         metavar="PIXELS",
         help="longer side after resizing (%(default)s); 0 with exact sizes: never shrink",
     )
+    for flag, choices in (("--gelu", ("exact", "tanh", "quick")), ("--norm", ("pre", "post"))):
+        add(flag, choices=choices, help="of a published ViT whose file does not say it")
+    add(
+        "--heads",
+        type=_count,
+        metavar="N",
+        help="attention heads of a published ViT whose file does not say them",
+    )
     add("--whitening", metavar="FILE", help="whitening of the command whiten, applied at the end")
 
 
