@@ -64,13 +64,7 @@ def assert_same_arrays(got, want):
 @pytest.mark.parametrize("name", CASES)
 def test_texts_are_those_of_pytorch(name, tmp_path):
     path, found = file_of(name, tmp_path)
-<<<<<<< HEAD
-    published = (
-        read_text(path) if name == "text-big_vision" else read_text(path, heads=2)
-    )  # whose file has the number of heads
-=======
     published = read_text(path)
->>>>>>> cd76b0b (weights: choices that files declare are kept in the settings of an index; tests give what files do not say)
     assert (published.layout, published.family) == CASES[name]
     assert_tower_like_pytorch(published, found)
     weights, _ = recorded(name)

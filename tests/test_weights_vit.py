@@ -82,11 +82,7 @@ def given_of(name):
 
 
 def file_of(name, path):
-<<<<<<< HEAD
-    """The recorded weights, in the file format of their publisher."""
-=======
     """The recorded weights as their publisher's kind of file, with a config.json beside it."""
->>>>>>> cd76b0b (weights: choices that files declare are kept in the settings of an index; tests give what files do not say)
     weights, found = recorded(name)
     if "augreg" not in name and "big_vision" not in name:
         (path / "config.json").write_text(json.dumps(settings_of(name)))
@@ -126,13 +122,7 @@ def assert_like_pytorch(published, found, tolerance=1e-4):
 @pytest.mark.parametrize("name", CASES)
 def test_features_are_those_of_pytorch(name, tmp_path):
     path, found = file_of(name, tmp_path)
-<<<<<<< HEAD
-    published = (
-        read_vit(path) if path.suffix == ".npz" else read_vit(path, heads=2)
-    )  # Flax's files have the number of heads
-=======
     published = read_vit(path)
->>>>>>> cd76b0b (weights: choices that files declare are kept in the settings of an index; tests give what files do not say)
     assert (published.layout, published.family) == CASES[name]
     assert_like_pytorch(published, found)
 
