@@ -5,6 +5,7 @@ the tables here, each with its source. What none of them decides is not guessed:
 asks for it, and names the flag and the key of `config.json` that answer.
 """
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -56,6 +57,8 @@ SIGLIP_OF_TIMM: dict[tuple[int, int], tuple[GELU, str]] = {
     (1152, 16): ("tanh", TIMM),
     (1536, 16): ("tanh", TIMM),
 }
+# the same by timm's names
+_TANH_IN_TIMM = "giantopt_|so400m_patch16_|base_patch32_|large_patch16_siglip_(gap_)?512"
 
 
 # Buffers that OpenAI's own files of CLIP hold, and the files of others do not.
@@ -308,6 +311,9 @@ def _known_gelu(facts: Facts, declared: Declared) -> tuple[GELU, str] | None:
         return "tanh", "default of Flax, in which it was trained"
     if facts.family == "siglip" and facts.layout != "timm":
         return "tanh", "SigLIP (arXiv:2303.15343), as trained in Flax"
+    if name is not None and "_siglip_" in name:
+        tanh = re.search(_TANH_IN_TIMM, name) is not None
+        return ("tanh" if tanh else "exact"), declared.sources["architecture"]
     of_timm = facts.family == "siglip" or _may_be_siglip(facts)
     if of_timm and (facts.width, facts.patch) in {*SIGLIP_OF_TIMM, (1024, 16)}:
         if (facts.width, facts.patch) == (1024, 16):
