@@ -244,7 +244,7 @@ def measure(path: Path, tower: str, heads: int | None, rounds: int) -> dict[str,
     before, seconds = _kilobytes("VmRSS"), []
     for each in range(rounds):
         times = [time.perf_counter()]
-        published = read(path, heads=heads)
+        published = read(path, heads=heads, gelu="quick")  # of CLIP it must be given
         times.append(time.perf_counter())
         arrays = back(published)
         times.append(time.perf_counter())
@@ -267,7 +267,7 @@ def measure(path: Path, tower: str, heads: int | None, rounds: int) -> dict[str,
     again = (
         read_arrays(written)
         if same_names
-        else _named(read_vit(written, heads=published.config.heads))
+        else _named(read_vit(written, heads=published.config.heads, gelu="quick"))
     )
     differs = sorted(
         name

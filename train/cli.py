@@ -16,13 +16,16 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Protocol, TypeVar, cast, get_args
 
 import jax
 import tyro
 
 from ggem_jax.descriptors.backbones import read_any_vit
+from ggem_jax.files.errors import AmbiguousWeights
+from ggem_jax.models.transformer import GELU
 from ggem_jax.models.vit import vit_config
+from ggem_jax.weights.architecture import NOTHING_GIVEN, Given
 from ggem_jax.weights.vit import PublishedViT
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -186,7 +189,7 @@ def load_config(record: type[S], argv: list[str], prog: str | None = None) -> S:
     if file is not None:
         settings = _put_over(settings, read_settings(Path(file)))
     if start is not None:
-        settings = _put_over(settings, _settings_of_published(Path(start)))
+        settings = _put_over(settings, _settings_of_published(Path(start), _choices_of(argv)))
     if variant is not None:
         settings = _put_over(settings, {"variant": variant})
     try:  # all layers together: a value may fit only what a later layer sets
@@ -292,24 +295,45 @@ def from_dict(record: type[S], values: dict[str, Any]) -> S:
 
 
 @functools.lru_cache(maxsize=1)  # it is read for the settings, then for the weights
-def published_vit(path: Path) -> PublishedViT:
+def published_vit(path: Path, given: Given = NOTHING_GIVEN) -> PublishedViT:
     """Returns the network of the file that `--init` names, published or our own.
 
     Args:
         path: File of weights; `~` is the home directory.
+        given: Choices of the flags `--model.*` that a published file may leave open.
 
     Raises:
         Refused: The file cannot be read, or is not a Vision Transformer.
     """
     try:
-        return read_any_vit(path.expanduser())
+        return read_any_vit(path.expanduser(), given)
+    except AmbiguousWeights as error:
+        names = "--model.heads, --model.gelu and --model.post-norm"
+        raise Refused(f"--init: {error} (the flags are {names} here)") from None
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise Refused(f"--init: {error}") from None
 
 
-def _settings_of_published(path: Path) -> dict[str, Any]:
+def _choices_of(argv: list[str]) -> Given:
+    """The choices among the flags that a published file may leave open, wrong values left out."""
+
+    def value(flag: str) -> str:
+        found = re.findall(rf"(?m)^--model\.{flag}(?:=|\n)(.*)$", "\n".join(argv))
+        return found[-1] if found else ""
+
+    heads, gelu = value("heads"), value("gelu")
+    norms = re.findall(r"(?m)^--model\.(no-)?post-norm$", "\n".join(argv))
+    return Given(
+        int(heads) if heads.isascii() and heads.isdecimal() else None,
+        cast(GELU, gelu) if gelu in get_args(GELU) else None,
+        None,
+        None if not norms else "pre" if norms[-1] else "post",
+    )
+
+
+def _settings_of_published(path: Path, given: Given) -> dict[str, Any]:
     """The sizes of the network, and mean and deviation of its images where they are known."""
-    published = published_vit(path)
+    published = published_vit(path, given)
     settings: dict[str, Any] = {"init": str(path), "model": dataclasses.asdict(published.config)}
     if published.normalised is not None:
         settings["data"] = dict(zip(("mean", "std"), map(list, published.normalised), strict=True))

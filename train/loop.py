@@ -170,7 +170,7 @@ def make_first_state(steps: Steps, config: Config) -> State:
         Refused: The file cannot be read or does not fit the model.
     """
     state = steps.init(config.seed)
-    return state if config.init is None else start_from(config.init, state, steps)
+    return state if config.init is None else start_from(config.init, config.model, state, steps)
 
 
 def is_due(step: int, total: int, times: int) -> bool:

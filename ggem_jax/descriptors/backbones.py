@@ -29,7 +29,7 @@ from ggem_jax.models.resnet import ResNet, ResNetConfig, resnet_config
 from ggem_jax.models.vit import ViT, vit_config
 from ggem_jax.pooling import avg_pool
 from ggem_jax.weights import read_cvnet
-from ggem_jax.weights.architecture import Given
+from ggem_jax.weights.architecture import NOTHING_GIVEN, Given
 from ggem_jax.weights.efficientnet_lite import (
     LITE0_PREPROCESSING,
     efficientnet_lite_to_variables,
@@ -246,7 +246,7 @@ class Identity(NamedTuple):
     # from a file of settings beside the weights; None: that of the row
     normalisation: Normalisation | None
     note: str = ""  # what the user should know about the choice, in one sentence
-    declared: Given = Given()  # of a published ViT: given, or by a file of settings beside it
+    declared: Given = NOTHING_GIVEN  # of a published ViT: given, or by a file of settings beside it
 
 
 def check_backbone(name: str) -> None:
@@ -265,17 +265,18 @@ def check_backbone(name: str) -> None:
         )
 
 
-def identify(weights: str | Path, given: Given = Given()) -> Identity:  # noqa: B008  # immutable
+def identify(weights: str | Path, given: Given = NOTHING_GIVEN) -> Identity:
     """Returns the name of the network whose weights a file holds, found from its parameters.
 
     Args:
         weights: Any file that `ggem_jax.weights` reads: a ViT under every published naming, CVNet's
-            ResNets, EfficientNet-Lite0, or a ViT in the names of our own variables. A `config.json`
-            of timm or a `preprocessor_config.json` of Hugging Face beside a ViT is read too.
+            ResNets, EfficientNet-Lite0, or a ViT in the names of our own variables. Files of
+            settings beside a published ViT are read too (`ggem_jax.weights.declared`).
+        given: Choices of the user that a published ViT may leave open.
 
     Returns:
         The name, the normalisation that a file beside the weights states where it differs from that
-        of the network, and a note for the user.
+        of the network, a note for the user, and the choices that were given or stated.
 
     Raises:
         UnreadableWeights: The file cannot be read.
@@ -303,7 +304,7 @@ def load_network(
     weights: str | Path | None = None,
     *,
     normalisation: Normalisation | None = None,
-    given: Given = Given(),  # noqa: B008  # immutable
+    given: Given = NOTHING_GIVEN,
 ) -> Network:
     """Returns a network with its parameters on the default device.
 
@@ -313,6 +314,7 @@ def load_network(
         weights: File of the parameters. None takes those installed with EfficientNet-Lite0.
         normalisation: Mean and deviation of the channels in [0, 1]. None takes those of the row;
             where `identify` finds the row, others that it finds beside the file come first.
+        given: Choices of the user that a published ViT may leave open.
 
     Raises:
         UnreadableWeights: The file cannot be read.
@@ -339,14 +341,16 @@ def load_network(
     return Network(loaded.model, variables, mean, std, stride, pads=row.stride is not None)
 
 
-def read_any_vit(path: str | Path) -> PublishedViT:
+def read_any_vit(path: str | Path, given: Given = NOTHING_GIVEN) -> PublishedViT:
     """Returns the ViT of a file as `ggem_jax.weights.vit.read_vit` does, for our own files too.
 
     Args:
         path: A file of weights in any published naming, or in the names of our own variables.
+        given: Choices of the user that a published file may leave open.
 
     Raises:
         UnreadableWeights: The file cannot be read.
+        AmbiguousWeights: The file fits networks that compute different things.
         MismatchedWeights: The file holds another network.
     """
     arrays = read_arrays(path)
@@ -357,7 +361,7 @@ def read_any_vit(path: str | Path) -> PublishedViT:
     for row in BACKBONES.values():
         if row.mark and any(re.fullmatch(row.mark, name) for name in arrays):
             raise MismatchedWeights(f"{path} holds {row.about}, where a ViT is needed")
-    return from_arrays(arrays, path)
+    return from_arrays(arrays, path, given=given)
 
 
 def _load_vit_of_sizes(name: str, weights: str | Path | None, variant: str, given: Given) -> Loaded:

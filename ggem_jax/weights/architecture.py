@@ -81,6 +81,9 @@ class Given(NamedTuple):
     norm: Norms | None = None
 
 
+NOTHING_GIVEN = Given()
+
+
 @dataclass(frozen=True)
 class Facts:
     """What the tables are asked with: facts that names and shapes of a file do say."""

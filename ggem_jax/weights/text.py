@@ -27,6 +27,7 @@ from ggem_jax.files.errors import AmbiguousWeights, MismatchedWeights
 from ggem_jax.models.text import TextConfig, TextTransformer
 from ggem_jax.models.transformer import GELU
 from ggem_jax.weights.architecture import (
+    NOTHING_GIVEN,
     OPENAI_BUFFERS,
     Evidence,
     Facts,
@@ -220,7 +221,7 @@ def read_text(
 def from_published_names(
     arrays: Mapping[str, np.ndarray],
     *,
-    given: Given = Given(),  # noqa: B008  # immutable
+    given: Given = NOTHING_GIVEN,
     end_id: int | None = None,
     settings: Settings | None = None,
     source: str = "the checkpoint",

@@ -27,6 +27,7 @@ from ggem_jax.models.transformer import GELU
 from ggem_jax.models.vit import MAP, ViT, ViTConfig, resample_position
 from ggem_jax.pooling import avg_pool, cls_pool
 from ggem_jax.weights.architecture import (
+    NOTHING_GIVEN,
     OPENAI_BUFFERS,
     Evidence,
     Facts,
@@ -216,7 +217,7 @@ def from_arrays(
     found: Arrays,
     path: str | Path,
     *,
-    given: Given = Given(),  # noqa: B008  # immutable
+    given: Given = NOTHING_GIVEN,
     architecture: str | Path | None = None,
 ) -> PublishedViT:
     """Returns the network of arrays that were read from a file; otherwise as `read_vit`.
@@ -251,7 +252,7 @@ def from_timm(
     *,
     layout: str = "timm",
     unused: tuple[str, ...] = (),
-    given: Given = Given(),  # noqa: B008  # immutable
+    given: Given = NOTHING_GIVEN,
     heads_by_shape: int | None = None,
     settings: Settings | None = None,
     source: str = "the checkpoint",
