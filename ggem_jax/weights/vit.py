@@ -546,7 +546,9 @@ def _family(layout: str, arrays: Arrays, unused: tuple[str, ...]) -> str:
         )
     if "dist_token" in arrays:
         return "deit"
-    return "mae" if "decoder" in dropped or "fc_norm.weight" in arrays else "vit"
+    # MAE fine-tunes with a class token and pools by average; timm's other averages have no token
+    fine_tuned = "fc_norm.weight" in arrays and "cls_token" in arrays
+    return "mae" if "decoder" in dropped or fine_tuned else "vit"
 
 
 class _Shapes(NamedTuple):
