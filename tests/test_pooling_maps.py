@@ -311,6 +311,16 @@ REFUSED = {
         "descriptors must be floating point",
         lambda: scale_gem(np.ones((3, 2), int)),
     ),
+    "integers to normalise": (
+        TypeError,
+        "descriptors must be floating point, not int32",
+        lambda: l2_normalize(np.array([[3, 4]], np.int32)),
+    ),
+    "no channels to normalise": (
+        ValueError,
+        r"descriptors must be \(\.\.\., d\) with at least one channel",
+        lambda: l2_normalize(np.float32(3)),
+    ),
     "exponent of scales": (
         ValueError,
         "p must be a positive Python number, not 0",

@@ -2,8 +2,8 @@
 and Scale GeM.
 
 The result has the dtype of the map; the mathematics is done in float32 (float64 for float64 maps).
-`regional_gem`, `superglobal_pool` and `scale_gem` raise `TypeError` for arrays that are not
-floating point, and `ValueError` for wrong shapes and settings out of range.
+All but `relup` raise `TypeError` for arrays that are not floating point, and `ValueError` for wrong
+shapes and settings out of range. `relup` of whole numbers is float32.
 
 Reference: Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", 2023,
 arXiv:2308.06954, and its code: github.com/ShihaoShao-GH/SuperGlobal.
@@ -161,9 +161,7 @@ def scale_gem(
         >>> [round(x, 2) for x in scale_gem(descriptors).tolist()]
         [1.0, 0.8]
     """
-    descriptors = jnp.asarray(descriptors)
-    if not jnp.issubdtype(descriptors.dtype, jnp.floating):
-        raise TypeError(f"descriptors must be floating point, not {descriptors.dtype}")
+    descriptors = _check_floating(descriptors, "descriptors")
     if descriptors.ndim < 2 or 0 in (descriptors.shape[0], descriptors.shape[-1]):
         raise ValueError(
             "descriptors must be (scales, ..., d) with at least one scale and one channel, not of"
@@ -192,12 +190,21 @@ def l2_normalize(descriptors: Float[Array, "*b d"], *, eps: float = 1e-12) -> Fl
     Returns:
         The descriptors, `(..., d)`, in their dtype.
 
+    Raises:
+        TypeError: The descriptors are not floating point.
+        ValueError: They have no axis of at least one channel.
+
     Example:
         >>> descriptors = jnp.array([[3.0, 4.0], [0.0, 0.0]])
         >>> [[round(x, 2) for x in row] for row in l2_normalize(descriptors).tolist()]
         [[0.6, 0.8], [0.0, 0.0]]
     """
-    descriptors = jnp.asarray(descriptors)
+    descriptors = _check_floating(descriptors, "descriptors")
+    if descriptors.ndim < 1 or descriptors.shape[-1] == 0:
+        raise ValueError(
+            "descriptors must be (..., d) with at least one channel, not of shape"
+            f" {descriptors.shape}"
+        )
     x = widen(descriptors)
     largest = lax.stop_gradient(jnp.maximum(jnp.max(jnp.abs(x), axis=-1, keepdims=True), TINY))
     squares = jnp.sum(jnp.square(x / largest), axis=-1, keepdims=True)
@@ -234,10 +241,15 @@ def _windowed_log_sum_exp(logs, axis, window):
     return largest + jnp.log(sum(jnp.exp(each - largest) for each in shifted))
 
 
+def _check_floating(array, name):
+    array = jnp.asarray(array)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name} must be floating point, not {array.dtype}")
+    return array
+
+
 def _check_map(feature_map, window):
-    feature_map = jnp.asarray(feature_map)
-    if not jnp.issubdtype(feature_map.dtype, jnp.floating):
-        raise TypeError(f"feature_map must be floating point, not {feature_map.dtype}")
+    feature_map = _check_floating(feature_map, "feature_map")
     if (
         not isinstance(window, int | np.integer)
         or isinstance(window, bool)
