@@ -64,6 +64,20 @@ def test_a_callback_has_its_candidates_ordered_anew(example):
         database_augmentation(queries, lambda ids: database[ids], ranking)
 
 
+@pytest.mark.parametrize(
+    ("database", "error", "sentence"),
+    [
+        ([[1.0, 0.0]], TypeError, "database must be an array .* not <class 'list'>"),
+        (np.ones(3, np.float32), ValueError, r"must be \(n, d\) .* not of shape \(3,\)"),
+        (np.ones((3, 0), np.float32), ValueError, r"n and d at least 1, not of shape \(3, 0\)"),
+        (np.ones((3, 2), int), ValueError, "database must be floating point, not int"),
+    ],
+)
+def test_what_is_no_database_is_not_augmented(database, error, sentence):
+    with pytest.raises(error, match=sentence):
+        augment_database(database)
+
+
 @pytest.mark.parametrize("kind", [jnp.asarray, np.asarray])
 def test_vectors_are_averaged_with_their_neighbours(example, kind):
     queries, database, ranking = example

@@ -25,7 +25,6 @@ from ggem_jax.retrieval.vectors import (
     is_callback,
     make_sortable,
     on_device,
-    shape_of,
     take_vectors,
 )
 
@@ -183,7 +182,7 @@ def augment_database(
 
     Raises:
         ValueError: Shapes, dtypes or values do not fit.
-        TypeError: The database is a callback.
+        TypeError: The database is a callback, or no array or store.
 
     Reference: Turcot and Lowe, "Better Matching with Fewer Features", 2009; weights as in
         `alpha_query_expansion`.
@@ -196,9 +195,7 @@ def augment_database(
     """
     if is_callback(database):
         raise TypeError("a callback cannot be augmented: that takes an array or a store")
-    augmented = _augment(
-        check_database(database, shape_of(database)[1]), num_neighbors, alpha, precision
-    )
+    augmented = _augment(check_database(database, None), num_neighbors, alpha, precision)
     return (
         augmented
         if on_device(augmented)

@@ -99,13 +99,13 @@ def check_queries(queries: Float[Array, "q d"]) -> Float[Array, "q d"]:
     return queries.astype(jnp.float32)
 
 
-def check_database(database: Database, dim: int) -> Database:
+def check_database(database: Database, dim: int | None) -> Database:
     """Returns the database unchanged, and raises unless it can be used with the queries.
 
     Args:
         database: An array or store `(n, dim)` with 1 <= n < 2^31, or a callback, which is not
             checked.
-        dim: Dimension d of the queries.
+        dim: Dimension d of the queries; None without queries, for any d of at least 1.
 
     Raises:
         TypeError: The database is no array, store or function.
@@ -120,11 +120,9 @@ def check_database(database: Database, dim: int) -> Database:
             f" of ids, not {type(database)}"
         )
     shape = tuple(database.shape)
-    if len(shape) != 2 or shape[0] == 0 or shape[1] != dim:
-        raise ValueError(
-            f"database must be (n, {dim}) as the queries are, with n at least 1, not of shape"
-            f" {shape}"
-        )
+    if len(shape) != 2 or 0 in shape or shape[1] != (shape[1] if dim is None else dim):
+        wanted = "(n, d) with n and d" if dim is None else f"(n, {dim}) as the queries are, with n"
+        raise ValueError(f"database must be {wanted} at least 1, not of shape {shape}")
     if shape[0] >= 2**31:
         raise ValueError(f"database must have fewer than 2^31 rows, not {shape[0]}")
     if isinstance(database, np.ndarray | jax.Array) and not jnp.issubdtype(
