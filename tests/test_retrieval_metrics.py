@@ -204,12 +204,23 @@ def test_label_scores_leave_the_query_itself_out_wherever_it_stands():
             np.testing.assert_allclose(
                 getattr(found, name), np.concatenate([getattr(each, name) for each in without])
             )
-    short = label_scores(
-        np.array(rows)[:, :4], labels, labels, own=np.arange(8), kappas=(1,)
-    )  # the own id is not among them, so the last id is dropped
+    short = label_scores(np.array(rows)[:, :4], labels, labels, own=np.arange(8), kappas=(1,))
     np.testing.assert_allclose(
         short.recall_at[:, 0], [labels[row[0]] == labels[i] for i, row in enumerate(rows)]
     )
+
+
+def test_label_scores_keep_the_last_result_of_a_ranking_without_the_query_itself():
+    """Query 0 has itself second, query 1 not at all: its only right answer is last."""
+    labels = np.array([7, 7, 8])
+    ids = np.array([[2, 0, 1], [2, 0, 1]])[:, :2]
+    own = np.array([0, 1])
+    with pytest.raises(ValueError, match="have 1 places where a query has 2 right"):
+        label_scores(ids, np.array([7, 7]), np.array([7, 7, 7]), own=own, kappas=(2,))
+    found = label_scores(ids, labels[:2], labels, own=own, kappas=(1, 2))
+    np.testing.assert_array_equal(found.recall_at, [[0, 0], [0, 1]])
+    near = label_scores(np.array([[0], [0]]), labels[:2], labels, own=np.array([2, 1]))
+    np.testing.assert_array_equal(near.r_precision, [1, 1])
 
 
 def test_the_query_itself_is_no_right_answer_of_its_own():
@@ -243,6 +254,8 @@ def test_label_scores_refuse_short_rankings_and_shapes_that_do_not_fit():
             label_scores(np.array(wrong), np.array([7]), np.array([7, 7]))
     with pytest.raises(ValueError, match="kappas"):
         label_scores(np.array([[0, 1]]), np.array([7]), np.array([7, 7]), kappas=(1, 0))
+    with pytest.raises(ValueError, match="kappas"):
+        label_scores(np.array([[0, 1]]), np.array([7]), np.array([7, 7]), kappas=(1.5,))
     with pytest.raises(ValueError, match="query labels"):
         label_scores(np.array([[0, 1]]), np.array([7, 8]), np.array([7, 7]))
 
@@ -290,6 +303,20 @@ def test_chance_is_what_random_descriptors_find():
         axis=(0, 1),
     )
     np.testing.assert_allclose(found, by_hand[:2], atol=0.02)
+
+
+@pytest.mark.parametrize("kappas", [(0,), (1, -1), (1.5,), (True,), ()])
+def test_every_measure_refuses_kappas_that_are_no_ranks(kappas):
+    ids, pairs, relevance = np.array([[0]]), np.array([[0, 0]]), Relevance([0], [])
+    for call in (
+        lambda: scores(ids, [relevance], kappas=kappas),
+        lambda: recall_at(ids, [relevance], kappas=kappas),
+        lambda: label_scores(ids, np.array([7]), np.array([7]), kappas=kappas),
+        lambda: found_at(np.ones((1, 2)), np.ones((1, 2)), pairs, kappas=kappas),
+        lambda: chance_at(pairs, 1, 1, kappas=kappas),
+    ):
+        with pytest.raises(ValueError, match="kappas must be whole numbers of at least 1"):
+            call()
 
 
 def test_pairs_out_of_range_are_refused():

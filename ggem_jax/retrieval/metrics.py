@@ -109,9 +109,7 @@ def scores(
             f"ids must be whole numbers ({len(relevance)}, k), a row for each query, not"
             f" {ids.dtype} of shape {ids.shape}"
         )
-    kappas = tuple(int(kappa) for kappa in kappas)
-    if not kappas or min(kappas) < 1:
-        raise ValueError(f"kappas must be whole numbers of at least 1, not {kappas}")
+    kappas = _check_kappas(kappas)
     ranks = [positive_ranks(row, query) for row, query in zip(ids, relevance, strict=True)]
     counts = [len(np.unique(query.positive)) for query in relevance]
     return Scores(
@@ -197,14 +195,16 @@ def recall_at(
     Args:
         ids: Rankings `(q, k)`, best first.
         relevance: The lists of each query.
-        kappas: How many of the first results count.
+        kappas: How many of the first results count, at least 1.
 
     Returns:
         1 or 0 for each query and kappa, `(q, kappas)`; NaN for a query without positives.
 
     Raises:
-        ValueError: As in `positive_ranks`, or there is not one ranking for each query.
+        ValueError: As in `positive_ranks`, there is not one ranking for each query, or a kappa is
+            below 1.
     """
+    kappas = _check_kappas(kappas)
     found = [
         positive_ranks(row, query) for row, query in zip(np.asarray(ids), relevance, strict=True)
     ]
@@ -253,8 +253,8 @@ def label_scores(
             frequent label of a query; kappas beyond k count as misses.
         query_labels: Label of each query, `(q,)`.
         labels: Label of each image of the database, `(n,)`.
-        own: Ids of the queries in the database, `(q,)`, which are left out of the rankings; None
-            if the queries are not in the database.
+        own: Ids of the queries in the database, `(q,)`, which are left out of the rankings where
+            they occur; None if the queries are not in the database.
         kappas: How many of the first results count for recall, at least 1.
 
     Raises:
@@ -277,23 +277,24 @@ def label_scores(
             "ids (q, k), query labels (q,), labels (n,) and own (q,) are needed, not shapes"
             f" {shapes}"
         )
-    kappas = tuple(int(kappa) for kappa in kappas)
-    if not kappas or min(kappas) < 1:
-        raise ValueError(f"kappas must be whole numbers of at least 1, not {kappas}")
+    kappas = _check_kappas(kappas)
     if any(_any_twice(row) for row in ids) or ids.max(initial=-1) >= len(labels):
         raise ValueError(f"a ranking must have each id once, from 0 up to the {len(labels)} labels")
-    if own is not None:  # own ids are moved to the end and cut off
-        is_own = ids == np.asarray(own)[:, None]
-        ids = np.take_along_axis(ids, np.argsort(is_own, axis=1, kind="stable"), axis=1)[:, :-1]
+    is_own = np.zeros(ids.shape, bool) if own is None else ids == np.asarray(own)[:, None]
+    # own ids are moved to the end, where they count as wrong and no positive is due
+    last = np.argsort(is_own, axis=1, kind="stable")
+    ids, is_own = (np.take_along_axis(array, last, axis=1) for array in (ids, is_own))
     values, there = np.unique(labels, return_counts=True)
     place = np.searchsorted(values, query_labels).clip(max=len(values) - 1)
     count = np.where(values[place] == query_labels, there[place], 0) - (own is not None)
-    if count.max(initial=0) > ids.shape[1]:
+    places = (~is_own).sum(axis=1)
+    if (short := count > places).any():
+        at = int(np.argmax(short))
         raise ValueError(
-            f"the rankings have {ids.shape[1]} places where a query has {count.max()} right"
+            f"the rankings have {places[at]} places where a query has {count[at]} right"
             " answers: rank further"
         )
-    right = labels[ids] == query_labels[:, None]
+    right = (labels[ids] == query_labels[:, None]) & ~is_own
     within = np.arange(ids.shape[1]) < count[:, None]
     precision_there = np.cumsum(right, axis=1) / (np.arange(ids.shape[1]) + 1)
     divisor = np.where(count > 0, count, np.nan)
@@ -326,15 +327,17 @@ def found_at(
         items: Descriptors of the items, `(n, d)`; the similarity is the inner product.
         pairs: (query, right item) in each row, `(m, 2)`. A query may have several right items, and
             an item several queries.
-        kappas: How many of the most similar items count.
+        kappas: How many of the most similar items count, at least 1.
         block: Queries that are compared at a time.
 
     Returns:
         Whether each query succeeds at each kappa, `(q, kappas)`.
 
     Raises:
-        ValueError: The pairs are not whole numbers, or name queries or items that do not exist.
+        ValueError: The pairs are not whole numbers, or name queries or items that do not exist, or
+            a kappa is below 1.
     """
+    kappas = _check_kappas(kappas)
     _check_pairs(pairs, len(queries), len(items))
     pairs = pairs[np.argsort(pairs[:, 0], kind="stable")]
     found = np.zeros((len(queries), len(kappas)), bool)
@@ -361,14 +364,16 @@ def chance_at(
         pairs: (query, right item) in each row, `(m, 2)`.
         queries: The number of queries.
         items: The number of items.
-        kappas: How many of the first items count.
+        kappas: How many of the first items count, at least 1.
 
     Returns:
         The share of queries that succeed by chance, `(kappas,)`.
 
     Raises:
-        ValueError: The pairs are not whole numbers, or name queries or items that do not exist.
+        ValueError: The pairs are not whole numbers, or name queries or items that do not exist, or
+            a kappa is below 1.
     """
+    kappas = _check_kappas(kappas)
     _check_pairs(pairs, queries, items)
     right = np.bincount(np.unique(pairs, axis=0)[:, 0], minlength=queries)
     missed = [
@@ -416,6 +421,14 @@ def _right(shape, pairs, start: int) -> Bool[np.ndarray, "block n"]:
     right = np.zeros(shape, bool)
     right[pairs[first:last, 0] - start, pairs[first:last, 1]] = True
     return right
+
+
+def _check_kappas(kappas: Sequence[int]) -> tuple[int, ...]:
+    given = tuple(kappas)
+    whole = all(isinstance(k, int | np.integer) and not isinstance(k, bool) for k in given)
+    if not given or not whole or min(given) < 1:
+        raise ValueError(f"kappas must be whole numbers of at least 1, not {given}")
+    return tuple(int(kappa) for kappa in given)
 
 
 def _check_pairs(pairs, queries: int, items: int) -> None:
