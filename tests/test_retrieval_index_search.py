@@ -11,10 +11,12 @@ import pytest
 from PIL import Image
 
 from ggem_jax.files.images import UnreadableImage, crop, read_image
+from ggem_jax.retrieval import search
 from ggem_jax.retrieval.index import Index, IndexRefused, build_index, describing
 from ggem_jax.retrieval.index.index import build
 from ggem_jax.retrieval.methods import METHODS, Method, choose_method
 from ggem_jax.retrieval.rerank import superglobal_rerank
+from ggem_jax.retrieval.rerank_files import rerank_files
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -244,15 +246,64 @@ def test_a_pillow_image_of_16_bits_is_read_as_its_file_is(opened):
         opened.search(Image.fromarray(grey.astype(np.float32)))
 
 
-@pytest.mark.parametrize("rerank", ["", ["aqe"], 3, Method("sum", 400, {})])
+@pytest.mark.parametrize("rerank", ["", ["aqe"], 3])
 def test_a_reranker_that_is_none_is_refused(opened, rerank):
     with pytest.raises(ValueError, match="rerank must be one of superglobal, aqe"):
         opened.search(describe(pattern(3)), rerank=rerank)
+    with pytest.raises(ValueError, match="rerank must be one of superglobal, aqe"):
+        Method("sum", 400, {})
 
 
-def test_no_candidates_are_refused_and_not_taken_for_the_default():
-    with pytest.raises(ValueError, match="candidates must be a whole number of at least 1, not 0"):
-        choose_method("aqe", candidates=0)
+@pytest.mark.parametrize("candidates", [0, "5", 2.5, True])
+def test_candidates_are_a_whole_number_and_0_is_not_taken_for_the_default(candidates):
+    sentence = f"candidates must be a whole number of at least 1, not {candidates!r}"
+    for name in ("aqe", "none"):
+        with pytest.raises(ValueError, match=sentence):
+            choose_method(name, candidates=candidates)
+        with pytest.raises(ValueError, match=sentence):
+            Method(name, candidates, {})
+
+
+def test_an_option_of_another_method_is_refused_when_the_method_is_made():
+    sentence = "--beta is no option of aqe: it takes --candidates, --neighbors"
+    with pytest.raises(ValueError, match=sentence):
+        Method("aqe", 5, {"beta": 1})
+    with pytest.raises(ValueError, match=sentence):
+        choose_method("aqe", beta=1)
+    with pytest.raises(ValueError, match="options must be a dictionary"):
+        Method("aqe", 5, None)
+
+
+def test_k_does_not_bound_the_candidates_of_search_evaluation_and_files(opened):
+    """All three rerank the same candidates, whatever k is, and return the first k."""
+    method = choose_method("superglobal", candidates=7, neighbors=3, beta=2.0)
+    stored = opened.vectors().take(np.arange(9)).astype(np.float32)
+    query = describe(pattern(10))[None]
+    first = search(query, stored, k=7)
+    expected = np.asarray(method.rerank(query, stored, first).ids)[:, :2]
+    assert not set(expected[0]) <= set(np.asarray(first.ids)[0, :2])  # k=2 alone would not do
+    np.testing.assert_array_equal(opened.search(query, k=2, rerank=method).ids, expected)
+
+    np.save("queries.npy", query)
+    np.save("database.npy", stored)
+    found = rerank_files("queries.npy", "database.npy", "out.npz", k=2, rerank=method)
+    np.testing.assert_array_equal(found.ids, expected)
+    everything = rerank_files("queries.npy", "database.npy", "out.npz", rerank=method)
+    assert everything.ids.shape == (1, 7)
+
+    Image.fromarray(pattern(10)).save("query.png")
+    (raised,) = set(expected[0]) - set(np.asarray(first.ids)[0, :2])
+    Path("truth.csv").write_text(f"query,relevant\nquery.png,photos/{opened.paths[raised]}\n")
+    evaluation = opened.evaluate("truth.csv", k=2, at=(2,), rerank=method)
+    assert evaluation.depth == 2
+    assert (evaluation.before["recall@2"], evaluation.after["recall@2"]) == (0, 1)
+
+
+@pytest.mark.parametrize("k", [0, 2.5, "3", True])
+def test_k_of_files_must_be_a_whole_number(opened, k):
+    np.save("queries.npy", np.eye(3, dtype=np.float32))
+    with pytest.raises(ValueError, match=f"k must be a whole number of at least 1, not {k!r}"):
+        rerank_files("queries.npy", "queries.npy", "out.npz", k=k)
 
 
 def test_reranking_vectors_of_another_length_warns(opened):

@@ -1,6 +1,7 @@
 """Rerankers by name, as flags, files and `Index.search` use them. JAX is loaded when one runs."""
 
 import functools
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -27,11 +28,24 @@ CANDIDATES = 400  # results of the first search that are reranked, as in SuperGl
 
 @dataclass(frozen=True)
 class Method:
-    """A reranker and its options. `choose_method` fills in the defaults."""
+    """A reranker and its options. `choose_method` fills in the defaults.
+
+    Raises:
+        ValueError: There is no such method, it does not have an option, or candidates are no whole
+            number of at least 1.
+    """
 
     name: str  # one of `METHODS`
     candidates: int  # results of the first search that are reranked
-    options: dict[str, Any]  # values of the options in `METHODS[name]`
+    options: dict[str, Any]  # values of options in `METHODS[name]`; those left out: the defaults
+
+    def __post_init__(self) -> None:
+        _check_name(self.name)
+        candidates = check_count("candidates", self.candidates)
+        object.__setattr__(self, "candidates", candidates)
+        if not isinstance(self.options, dict):
+            raise ValueError(f"options must be a dictionary of values, not {self.options!r}")
+        _check_options(self.name, self.options)
 
     def record(self) -> dict[str, Any]:
         """Returns the method and its options as JSON values."""
@@ -74,23 +88,26 @@ class Method:
             options["num_candidates"] = self.candidates
         return _find_function(self.name, database)(queries, database, ranking, **options)
 
-    def search(
-        self, queries: Any, database: "Database", *, depth: int
-    ) -> tuple["Arrays", "Arrays"]:
-        """Returns scores and ids `(q, depth)` of a search, and those after reranking.
+    def search(self, queries: Any, database: "Database", *, k: int) -> tuple["Arrays", "Arrays"]:
+        """Returns scores and ids of a search, `(q, depth(k))`, and the first k after reranking.
+
+        The candidates are reranked together, however small k is.
 
         Args:
             queries: Unit vectors `(q, d)`.
             database: `(n, d)`, as `ggem_jax.retrieval.search` takes it.
-            depth: Results of each query; n if it is larger.
+            k: Results of each query after reranking; n if it is larger. n bounds the depth too.
 
         Raises:
-            ValueError: As in `rerank`, or some scores are not finite.
+            ValueError: As in `rerank`, k is no whole number of at least 1, or some scores are not
+                finite.
         """
         from ggem_jax.retrieval.exact_search import search
 
-        before = search(queries, database, k=min(depth, database.shape[0]))  # type: ignore[union-attr]
-        return self.reorder(queries, database, before)
+        depth = self.depth(check_count("k", k))
+        first = search(queries, database, k=min(depth, database.shape[0]))  # type: ignore[union-attr]
+        before, (scores, ids) = self.reorder(queries, database, first)
+        return before, (scores[:, :k], ids[:, :k])
 
     def reorder(
         self, queries: Any, database: "Database", before: "Ranking"
@@ -116,24 +133,16 @@ def choose_method(name: str, *, candidates: int | None = None, **given: Any) -> 
         **given: Options of this method, of `METHODS[name]`; None takes the default of each.
 
     Raises:
-        ValueError: There is no such method, it does not have an option, or candidates are below 1.
+        ValueError: There is no such method, it does not have an option, or candidates are no whole
+            number of at least 1.
     """
-    if not isinstance(name, str) or name not in METHODS:
-        raise ValueError(f"rerank must be one of {', '.join(METHODS)}, not {name!r}")
-    if candidates is not None and candidates < 1:
-        raise ValueError(f"candidates must be a whole number of at least 1, not {candidates!r}")
-    options = METHODS[name]
-    unknown = [
-        option for option, value in given.items() if value is not None and option not in options
-    ]
-    if name == "none" and candidates is not None:
-        unknown = ["candidates", *unknown]
-    if unknown:
-        takes = ", ".join(f"--{option}" for option in ("candidates", *options))
-        has = f"it takes {takes}" if options else "nothing is reranked"
-        raise ValueError(f"--{unknown[0]} is no option of {name}: {has}")
+    _check_name(name)
     values = {option: value for option, value in given.items() if value is not None}
-    return Method(name, CANDIDATES if candidates is None else candidates, options | values)
+    if name == "none" and candidates is not None:
+        check_count("candidates", candidates)
+        _check_options(name, {"candidates": candidates})
+    count = CANDIDATES if candidates is None else candidates
+    return Method(name, count, METHODS[name] | values)
 
 
 def as_method(rerank: "Method | str | None") -> Method:
@@ -146,9 +155,36 @@ def as_method(rerank: "Method | str | None") -> Method:
         ValueError: There is no such method.
     """
     if isinstance(rerank, Method):
-        choose_method(rerank.name)  # raises for an unknown name
         return rerank
     return choose_method("none" if rerank is None else rerank)
+
+
+def check_count(name: str, value: Any) -> int:
+    """Returns a whole number of at least 1, and raises for anything else.
+
+    Args:
+        name: Name of the value for the error message.
+        value: The number, of Python or NumPy.
+
+    Raises:
+        ValueError: The value is no whole number, or below 1.
+    """
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
+    return int(value)
+
+
+def _check_name(name: Any) -> None:
+    if not isinstance(name, str) or name not in METHODS:
+        raise ValueError(f"rerank must be one of {', '.join(METHODS)}, not {name!r}")
+
+
+def _check_options(name: str, given: dict[str, Any]) -> None:
+    unknown = [option for option in given if option not in METHODS[name]]
+    if unknown:
+        takes = ", ".join(f"--{option}" for option in ("candidates", *METHODS[name]))
+        has = f"it takes {takes}" if METHODS[name] else "nothing is reranked"
+        raise ValueError(f"--{unknown[0]} is no option of {name}: {has}")
 
 
 def _to_arrays(ranking: Any) -> "Arrays":

@@ -8,7 +8,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ggem_jax.files.vectors import read_ranking, read_vectors, write_ranking
-from ggem_jax.retrieval.methods import Method, as_method
+from ggem_jax.retrieval.methods import Method, as_method, check_count
 
 if TYPE_CHECKING:
     from ggem_jax.retrieval.vectors import Ranking
@@ -55,8 +55,8 @@ def rerank_files(
         output: `.npz` or `.json` file of ids and scores `(q, k)`, which appears when it is
             complete.
         ranking: `.npy` file of ids `(q, k)`, or `.npz` or `.json` of ids and scores; None searches.
-        k: Results of the search, all n if it is larger; None takes as many as the method's
-            candidates. Has no effect on a given ranking.
+        k: Results of each query after reranking, all n if it is larger; None takes as many as the
+            method's candidates. Has no effect on a given ranking.
         rerank: The method, or the name of one with its defaults; None reranks nothing.
         normalize: Whether all vectors are divided by their lengths first.
 
@@ -64,10 +64,11 @@ def rerank_files(
         The ranking that was written, and how it was made.
 
     Raises:
-        ValueError: A file cannot be read or does not fit.
+        ValueError: A file cannot be read or does not fit, or k is no whole number of at least 1.
         OSError: The output cannot be written.
     """
     method = as_method(rerank)
+    k = method.candidates if k is None else check_count("k", k)
     asked, store = (read_vectors(name, normalize=normalize) for name in (queries, database))
     if asked.shape[1] != store.shape[1]:
         raise ValueError(
@@ -75,7 +76,7 @@ def rerank_files(
         )
     vectors = np.concatenate([block for _, block in asked.blocks(len(asked.array))])
     if ranking is None:
-        _, (scores, ids) = method.search(vectors, store, depth=k or method.candidates)
+        _, (scores, ids) = method.search(vectors, store, k=k)
     else:
         _, (scores, ids) = method.reorder(vectors, store, _read_first(ranking, vectors, store))
     write_ranking(Path(output), scores, ids)

@@ -11,9 +11,9 @@ import numpy as np
 from jaxtyping import Int
 
 from ggem_jax.retrieval.index.index import Index
-from ggem_jax.retrieval.index.search import check_count, query_vectors
+from ggem_jax.retrieval.index.search import query_vectors
 from ggem_jax.retrieval.index.store import IndexRefused
-from ggem_jax.retrieval.methods import Method, as_method
+from ggem_jax.retrieval.methods import Method, as_method, check_count
 from ggem_jax.retrieval.metrics import Relevance, recall_at, scores
 from ggem_jax.retrieval.truth import read_truth, to_relevance
 
@@ -78,14 +78,14 @@ def evaluate_index(
     relevance = to_relevance(queries, [index.root / path for path in index.paths])
     images, boxes = [query.path for query in queries], [query.box for query in queries]
     vectors = query_vectors(index, images, boxes, weights=weights, whitening=whitening)
-    before, after = method.search(vectors, index.vectors(), depth=k)
+    (_, before), (_, after) = method.search(vectors, index.vectors(), k=k)
     reranks = method.name != "none"
     return Evaluation(
-        before=measure(before[1], relevance, at),
-        after=measure(after[1], relevance, at) if reranks else None,
+        before=measure(before[:, :k], relevance, at),
+        after=measure(after, relevance, at) if reranks else None,
         queries=len(queries),
         without_relevant=sum(not len(each.positive) for each in relevance),
-        depth=before[1].shape[1],
+        depth=after.shape[1],
         method=method,
         folder=index.folder,
         truth=str(truth),

@@ -1,6 +1,5 @@
 """Searches in an index: queries of every kind -> vectors -> ranking -> reranked ranking."""
 
-import numbers
 import os
 import warnings
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ from ggem_jax.files.images import RGB, UnreadableImage, convert_image, crop, rea
 from ggem_jax.retrieval.index.describing import describe_images, find_settings
 from ggem_jax.retrieval.index.index import Index
 from ggem_jax.retrieval.index.store import IndexRefused
-from ggem_jax.retrieval.methods import Method, as_method
+from ggem_jax.retrieval.methods import Method, as_method, check_count
 
 Box = Sequence[float]  # x1, y1, x2, y2 in pixels
 Query = str | os.PathLike | np.ndarray | Image.Image
@@ -118,8 +117,8 @@ def search_index(
         vectors = query_vectors(
             index, each, boxes, weights=weights, whitening=whitening, use_stored=use_stored
         )
-    before, after = method.search(vectors, index.vectors(), depth=method.depth(k))
-    ids, scores = after[1][:, :k], after[0][:, :k]
+    before, after = method.search(vectors, index.vectors(), k=k)
+    scores, ids = after
     ranks_before, scores_before = _find_before(ids, before)
     return Results(
         ids=ids,
@@ -174,21 +173,6 @@ def as_queries(queries: Any) -> list[Any] | Float[np.ndarray, "q d"]:
             )
         queries = arrays
     return list(queries)
-
-
-def check_count(name: str, value: Any) -> int:
-    """Returns a whole number of at least 1, and raises for anything else.
-
-    Args:
-        name: Name of the value for the error message.
-        value: The number, of Python or NumPy.
-
-    Raises:
-        ValueError: The value is no whole number, or below 1.
-    """
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < 1:
-        raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
-    return int(value)
 
 
 def _as_array(query: Any) -> np.ndarray:

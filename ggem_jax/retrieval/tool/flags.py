@@ -321,7 +321,7 @@ def _rerank(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help=".npz or .json of ids and scores (q, k)",
     )
-    add("-k", type=_count, help="results of the search (as many as candidates)")
+    add("-k", type=_count, help="results of each query (as many as candidates)")
     add("--normalize", action="store_true", help="make all vectors of length 1 first")
     _add_method(parser, "--method", "superglobal")
     _add_json(parser)
