@@ -4,6 +4,7 @@ files that are not images.
 
 import contextlib
 import io
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -52,6 +53,18 @@ def test_cmyk_jpeg():
     image = read_image(encoded(red, "JPEG", mode="CMYK", quality=95))
     assert image.shape == (16, 16, 3)
     assert np.abs(image.astype(int) - red).max() < 20
+
+
+@pytest.mark.parametrize("kind", [str, Path])
+def test_an_error_names_the_path_of_any_kind(tmp_path, kind):
+    path = tmp_path / "no image.png"
+    path.write_bytes(b"no")
+    with pytest.raises(UnreadableImage, match=f"^{path} is not a readable image"):
+        read_image(kind(path))
+    with pytest.raises(UnreadableImage, match="photo 3 is not a readable image"):
+        read_image(kind(path), name="photo 3")
+    with pytest.raises(UnreadableImage, match="the image is not a readable image"):
+        read_image(b"no")
 
 
 def test_exif_rotation_is_applied():

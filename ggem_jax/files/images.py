@@ -5,9 +5,9 @@ Needs Pillow, of the extras `retrieval` and `train`.
 
 import io
 import math
+import os
 import struct
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Float32, UInt8
@@ -30,7 +30,7 @@ class UnreadableImage(ValueError):
     """A file that should be an image and cannot be decoded; the message names it and the reason."""
 
 
-def read_image(source: Path | bytes, *, name: str | None = None) -> RGB:
+def read_image(source: str | os.PathLike | bytes, *, name: str | None = None) -> RGB:
     """Returns a decoded image the right way up.
 
     The EXIF rotation is applied; grey, palette, CMYK and 16-bit images become 8-bit RGB; alpha is
@@ -47,14 +47,13 @@ def read_image(source: Path | bytes, *, name: str | None = None) -> RGB:
         UnreadableImage: The image cannot be decoded, or has 32 bits a channel, whose range no file
             states.
     """
+    in_memory = isinstance(source, bytes)
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
+        with Image.open(io.BytesIO(source) if in_memory else source) as file:
             return _to_rgb(file)
     except _UNREADABLE as error:
-        raise UnreadableImage(
-            f"{name or (source if isinstance(source, Path) else 'the image')} is not a readable"
-            f" image: {error}"
-        ) from None
+        called = name or ("the image" if in_memory else os.fspath(source))
+        raise UnreadableImage(f"{called} is not a readable image: {error}") from None
 
 
 def convert_image(image: Image.Image, *, name: str = "the image") -> RGB:
