@@ -694,6 +694,19 @@ def test_the_log_writes_json_lines_and_speaks(tmp_path, capsys):
     assert capsys.readouterr().err == "model  small\nstep 1\n"
 
 
+def test_a_cut_last_line_is_left_out_and_other_damage_is_one_sentence(tmp_path):
+    path, whole = tmp_path / "metrics.jsonl", '{"kind": "train", "step": 1}\n'
+    for cut in ('{"kind": "tra', '{"kind": "train", "step": 2', "3", "\udce2"):
+        path.write_bytes((whole + cut).encode(errors="surrogateescape"))
+        assert read_metrics(tmp_path, "train") == [{"kind": "train", "step": 1}]
+    path.write_text(whole + whole.strip())  # complete, without its end
+    assert len(read_metrics(tmp_path, "train")) == 2
+    for damaged, number in (('{"kind"\n' + whole, 1), (whole + "3\n", 2), (whole + "{}\n", 2)):
+        path.write_text(damaged)
+        with pytest.raises(Refused, match=rf"line {number} of .*metrics.jsonl is damaged: delete"):
+            read_metrics(tmp_path, "train")
+
+
 def test_pixels_are_normalised_as_published_models_expect():
     data = Data()
     image = np.zeros((1, 1, 1, 3), np.uint8) + np.array([255, 0, 128], np.uint8)

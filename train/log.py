@@ -10,6 +10,7 @@ from rich.progress import TextColumn
 
 from ggem_jax.files.atomic import write_text
 from ggem_jax.progress import progress_bar
+from train.cli import Refused
 
 
 class Log:
@@ -125,10 +126,27 @@ def read_metrics(run: Path, kind: str) -> list[dict[str, Any]]:
         kind: "train" or "eval".
 
     Returns:
-        Dictionaries with "kind", "step" and the values that were logged.
+        Dictionaries with "kind", "step" and the values that were logged. The last line is left out
+        where it is cut off, as that of a killed run.
+
+    Raises:
+        Refused: Another line is damaged.
     """
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line for line in lines if line["kind"] == kind]
+    path = run / "metrics.jsonl"
+    lines = path.read_text(errors="replace").splitlines(keepends=True)
+    found = []
+    for number, line in enumerate(lines, 1):
+        try:
+            values = json.loads(line)
+            if values["kind"] == kind:
+                found.append(values)
+        except (ValueError, TypeError, KeyError):
+            if number < len(lines) or line.endswith("\n"):
+                raise Refused(
+                    f"line {number} of {path} is damaged: delete it, and what was logged there is"
+                    " left out"
+                ) from None
+    return found
 
 
 class TensorBoard:
