@@ -3,6 +3,7 @@ resuming, comparison, every mistake in one line.
 """
 
 import dataclasses
+import itertools
 import json
 import shutil
 
@@ -14,6 +15,7 @@ from PIL import Image
 
 from eval import metric as eval_metric
 from eval.studies import metric as metric_study
+from ggem_jax.files.images import UnreadableImage
 from train import metric
 from train.batches import draw_balanced, train_batches
 from train.cli import Refused, configs_of, known_configs, load_config
@@ -169,6 +171,42 @@ def test_balanced_streams_can_be_entered_anywhere_and_shared_by_processes():
     np.testing.assert_array_equal(
         np.concatenate([share["label"] for share in shares]), batches[2]["label"]
     )
+
+
+def numbered_images(labels, unreadable):
+    """Images of 8 x 8 pixels that all have their number as colour."""
+
+    def load(i):
+        if i in unreadable:
+            raise UnreadableImage(f"image {i} is not a readable image")
+        return np.full((8, 8, 3), i, np.uint8), int(labels[i])
+
+    return Images(len(labels), tuple("abcde"), load, lambda: labels)
+
+
+def test_a_skipped_image_is_replaced_by_another_of_its_class_that_the_batch_lacks(capsys):
+    labels = np.repeat(np.arange(5, dtype=np.int32), 4)
+    images = numbered_images(labels, unreadable=(3, 4, 19))
+    config = dataclasses.replace(config_of("--data.corrupt", "skip"), batch=8)
+    draw = draw_balanced(labels, 8, 2, seed=0)
+    batches = train_batches(images, config, start=0, draw=draw)
+    replaced = 0
+    for step in range(12):
+        batch, drawn = next(batches), draw(step)
+        np.testing.assert_array_equal(batch["label"], labels[drawn])
+        found = batch["image"][:, 0, 0, 0]
+        assert len(set(found)) == 8
+        replaced += np.sum(found != drawn)
+        np.testing.assert_array_equal(
+            found[~np.isin(drawn, (3, 4, 19))], drawn[~np.isin(drawn, (3, 4, 19))]
+        )
+    assert replaced > 5
+    assert capsys.readouterr().err.count("skipped: image 3 is not") == 1
+
+    nothing_of_a = numbered_images(labels, unreadable=range(4))
+    stream = train_batches(nothing_of_a, config, start=0, draw=draw)
+    with pytest.raises(Refused, match="no image of a of the training split can be read"):
+        list(itertools.islice(stream, 12))
 
 
 def test_disjoint_classes_are_those_of_the_source_or_drawn_once(class_folders):

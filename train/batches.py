@@ -63,18 +63,22 @@ def train_batches(
         process: Number of this process, from 0.
         processes: Number of all processes; it divides the batch.
         draw: Function from a step to the numbers of the images of its batch, `(batch,)`; None takes
-            the shuffled stream.
+            the shuffled stream. With one, an unreadable image is replaced by another of its class,
+            so that every class keeps its count.
         beside: Function from a label and random numbers to the other entries of a batch for this
             image, by name.
 
     Raises:
-        Refused: An image cannot be read and `config.data.corrupt` is "refuse", or none can be read.
+        Refused: An image cannot be read and `config.data.corrupt` is "refuse", or none can be read
+            that could replace it.
     """
     local = config.batch // processes
     reader = _Reader(images, config.data.corrupt)
 
-    def example(index: int, rng: np.random.Generator) -> dict[str, Any]:
-        image, label = reader(index)
+    def example(
+        index: int, rng: np.random.Generator, batch: np.ndarray | None = None
+    ) -> dict[str, Any]:
+        image, label = reader(index, batch)
         return {
             "image": augment(image, config.model.image, config.augment, rng),
             **beside(label, rng),
@@ -82,7 +86,8 @@ def train_batches(
 
     def drawn(place: int, rng: np.random.Generator) -> dict[str, Any]:
         assert draw is not None
-        return example(int(draw(place // config.batch)[place % config.batch]), rng)
+        batch = draw(place // config.batch)
+        return example(int(batch[place % config.batch]), rng, batch)
 
     if draw is None:
         stream = (
@@ -187,18 +192,33 @@ def eval_batches(
 
 
 class _Reader:
-    """Loads images; an unreadable one is refused, or reported once and replaced by the next."""
+    """Loads images; an unreadable one is refused, or reported once and replaced."""
 
     def __init__(self, images: Images, corrupt: str):
         self.images, self.corrupt = images, corrupt
         self.named: set[int] = set()
 
-    def __call__(self, index: int):
-        for offset in range(len(self.images)):
-            found = self.or_none((index + offset) % len(self.images))
-            if found is not None:
+    def __call__(self, index: int, batch: np.ndarray | None = None):
+        """The image or, where it cannot be read, the next one; in a batch the next of its class."""
+        if (found := self.or_none(index)) is not None:
+            return found
+        for other in self._others(index, batch):
+            if (found := self.or_none(int(other))) is not None:
                 return found
-        raise Refused("no image of the training split can be read")
+        of_class = "" if batch is None else f" of {self.images.classes[self.labels[index]]}"
+        raise Refused(f"no image{of_class} of the training split can be read")
+
+    def _others(self, index: int, batch: np.ndarray | None) -> np.ndarray:
+        """The images that may replace one, those that the batch has already last."""
+        others = np.roll(np.arange(len(self.images)), -index)[1:]
+        if batch is None:
+            return others
+        others = others[self.labels[others] == self.labels[index]]
+        return others[np.argsort(np.isin(others, batch), kind="stable")]
+
+    @functools.cached_property
+    def labels(self) -> np.ndarray:
+        return self.images.labels()
 
     def or_none(self, index: int):
         try:
