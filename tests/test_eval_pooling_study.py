@@ -14,7 +14,7 @@ import pytest
 from eval.statistics import Interval, pigeonhole_bootstrap
 from eval.studies import cifar, diagnostics, frozen
 from eval.studies import pooling as pooling_study
-from eval.studies.pooling_report import Claim, make_claims, write_report
+from eval.studies.pooling_report import Claim, make_claims, make_section, write_report
 from ggem_jax import pooling
 from train.data import Images
 
@@ -270,6 +270,20 @@ def test_results_are_kept_while_the_settings_are_the_same(tmp_path, monkeypatch)
     assert first == again
     pooling_study.load_or_run("planted", dataclasses.replace(study, seeds=4))
     assert calls == [10, 4]
+    stored = tmp_path / "planted.json"  # as version 0.1.0 wrote it
+    stored.write_text(stored.read_text().replace('"images"', '"pictures"'))
+    assert '"pictures": 10000' in stored.read_text()
+    pooling_study.load_or_run("planted", dataclasses.replace(study, seeds=4))
+    assert calls == [10, 4]
+
+
+@pytest.mark.parametrize("part", ["imagenette", "cifar10-frozen"])
+def test_the_committed_results_are_read(part, tmp_path):
+    found = json.loads(pooling_study.PoolingStudy().results.read_text())
+    text = make_section(part, found["parts"][part], tmp_path)
+    train, test = found["parts"][part]["images"]
+    assert f"{train:,} images to train on (four fifths of them for each seed), {test:,} to" in text
+    assert found["study"] == pooling_study.study_settings(pooling_study.PoolingStudy())
 
 
 @pytest.mark.parametrize(
@@ -277,11 +291,12 @@ def test_results_are_kept_while_the_settings_are_the_same(tmp_path, monkeypatch)
     [
         (["--parts", "imagenet"], "--parts must be among planted, imagenette"),
         (["--seeds", "1"], "--seeds must be at least 2"),
+        (["--images", "9"], "--images must be at least 100, it is 9"),
         (["--epochs", "0"], "--epochs must be positive"),
         (["--out", "no/where/report.md"], "there is no folder no/where"),
         (["--out", "report"], "report needs an ending"),
     ],
-    ids=["part", "seeds", "epochs", "folder", "ending"],
+    ids=["part", "seeds", "images", "epochs", "folder", "ending"],
 )
 def test_mistakes_are_told_in_one_line(flags, sentence):
     with pytest.raises(SystemExit) as stop:

@@ -121,7 +121,7 @@ def test_build_and_open(built, photos):
     assert sorted(os.listdir(built)) == ["index.sqlite", "lock", sorted(os.listdir(built))[-1]]
     assert_right(built, photos)
     told = info(built)
-    assert (told["pictures"], told["vectors"], told["unused_vectors"], told["vector_bytes"]) == (
+    assert (told["images"], told["vectors"], told["unused_vectors"], told["vector_bytes"]) == (
         12,
         12,
         0,

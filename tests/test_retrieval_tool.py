@@ -464,7 +464,7 @@ def test_add_and_remove(indexed, run):
 def test_info(indexed, run):
     code, said, _ = run("info", "my.index", "--json")
     facts = json.loads(said)
-    assert (code, facts["pictures"], facts["dim"], facts["dtype"], facts["root"]) == (
+    assert (code, facts["images"], facts["dim"], facts["dtype"], facts["root"]) == (
         0,
         12,
         12,
@@ -473,7 +473,7 @@ def test_info(indexed, run):
     )
     assert facts["settings"] == DescriptorSettings().record()
     code, said, _ = run("info", "my.index")
-    assert "pictures               12\n" in said
+    assert "images                 12\n" in said
     assert "settings.backbone      efficientnet-lite0\n" in said
 
 

@@ -81,7 +81,7 @@ class PoolingStudy:
     parts: tuple[str, ...] = PARTS  # which of the four to run
     seeds: int = 10  # number of seeds on frozen tokens and of planted
     trainings: int = 3  # seeds of the networks trained end to end
-    pictures: int = 10_000  # images of CIFAR-10 that these networks are trained on
+    images: int = 10_000  # images of CIFAR-10 that these networks are trained on
     epochs: float = 5.0  # epochs of each of these trainings
     probe_epochs: int = 10  # epochs of each head on frozen tokens
     # file of the network that the part imagenette uses; None: EfficientNet-Lite0
@@ -130,7 +130,7 @@ def check_study(study: PoolingStudy) -> None:
         raise Refused(
             f"--parts must be among {', '.join(PARTS)}, not {', '.join(unknown) or 'none'}"
         )
-    for name, least in (("seeds", 2), ("trainings", 2), ("pictures", 100), ("probe_epochs", 1)):
+    for name, least in (("seeds", 2), ("trainings", 2), ("images", 100), ("probe_epochs", 1)):
         if getattr(study, name) < least:
             flag = name.replace("_", "-")
             raise Refused(f"--{flag} must be at least {least}, it is {getattr(study, name)}")
@@ -154,7 +154,7 @@ def study_settings(study: PoolingStudy) -> dict[str, Any]:
     """
     return {
         name: getattr(study, name)
-        for name in ("seeds", "trainings", "pictures", "epochs", "probe_epochs")
+        for name in ("seeds", "trainings", "images", "epochs", "probe_epochs")
     }
 
 
@@ -181,7 +181,8 @@ def load_or_run(part: str, study: PoolingStudy) -> dict[str, Any]:
         **({} if study.weights is None else {"weights": digest(study.weights)}),
     }
     try:
-        before = json.loads(path.read_text())
+        # version 0.1.0 counted "pictures"
+        before = json.loads(path.read_text().replace('"pictures":', '"images":'))
         if before["made_by"] == made_by:
             return before["found"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -258,7 +259,7 @@ def run_frozen(tokens: Tokens, study: PoolingStudy) -> dict[str, Any]:
     )  # all three draws
     return {
         "tokens": list(tokens.test.shape[1:]),
-        "pictures": [len(tokens.train), len(tokens.test)],
+        "images": [len(tokens.train), len(tokens.test)],
         "heads": tokens.heads,
         "arms": {name: summarise_arm(result.correct, result.p) for name, result in results.items()},
         "differences": differences,
@@ -396,7 +397,7 @@ def run_trained(study: PoolingStudy) -> dict[str, Any]:
     Raises:
         Refused: The data are missing, or a training is refused.
     """
-    data = cifar.read_cifar10(find_data(study.data) / "cifar10-jpeg", study.pictures)
+    data = cifar.read_cifar10(find_data(study.data) / "cifar10-jpeg", study.images)
     correct: dict[str, list[np.ndarray]] = {arm: [] for arm in cifar.ARMS}
     exponents: dict[str, list[np.ndarray]] = {arm: [] for arm in cifar.ARMS}
     scores: dict[str, list[dict[str, Any]]] = {arm: [] for arm in cifar.ARMS}
@@ -502,7 +503,7 @@ def compute_own_tokens(study: PoolingStudy) -> Tokens:
     Raises:
         Refused: The data are missing, or the training is refused.
     """
-    data = cifar.read_cifar10(find_data(study.data) / "cifar10-jpeg", study.pictures)
+    data = cifar.read_cifar10(find_data(study.data) / "cifar10-jpeg", study.images)
     network = cifar.train_network("class token", 0, data, study.runs / "cifar10", study.epochs)
     arrays: dict[str, np.ndarray] = {}
     for split, images in zip(("train", "test"), data, strict=True):

@@ -256,7 +256,7 @@ def make_section(part: str, own: dict[str, Any], folder: Path) -> str:
     text = f"\n## {TITLES[part]}\n\n"
     if "tokens" in own:
         tokens, channels = own["tokens"]
-        train, test = own["pictures"]
+        train, test = own["images"]
         text += (
             f"{train:,} images to train on (four fifths of them for each seed), {test:,} to test,"
             f" {tokens} tokens of {channels} channels, "

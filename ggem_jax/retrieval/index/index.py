@@ -449,7 +449,7 @@ def info(path: Path | str) -> dict[str, Any]:
         path: Folder of an index, as `build` or `build_index` writes it.
 
     Returns:
-        By name: `path` of the index and `root` of its images, the numbers of images (`pictures`),
+        By name: `path` of the index and `root` of its images, the numbers of images (`images`),
         of stored `vectors` and of those without an image (`unused_vectors`), `dim`, `dtype`, the
         number of `shards`, `vector_bytes` on disk, `settings`, and `versions` of the libraries.
 
@@ -466,7 +466,7 @@ def info(path: Path | str) -> dict[str, Any]:
     return {
         "path": str(folder.absolute()),
         "root": facts.root,
-        "pictures": facts.count,
+        "images": facts.count,
         "dim": facts.dim,
         "dtype": facts.dtype,
         "shards": len(facts.shards),
