@@ -71,6 +71,13 @@ def test_another_machine_shows_its_values(capsys):
     )
 
 
+@pytest.mark.parametrize("what", ["models", "systems", "knobs"])
+def test_a_machine_is_refused_where_it_changes_nothing(what):
+    for name in ("npu-pim", "neupims"):
+        with pytest.raises(ValueError, match=f"--hardware is for hardware and constants: {what}"):
+            shown(None, what, "--hardware", name)
+
+
 def test_constants_have_a_confidence(capsys):
     found = json.loads(shown(capsys, "constants", "--json"))
     assert {each["confidence"] for each in found["constants"]} == {

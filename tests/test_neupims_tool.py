@@ -175,6 +175,13 @@ def test_sub_batches_auto_takes_the_faster(capsys, trace):
     )
 
 
+@pytest.mark.parametrize("spelling", ["neupims_sbi", "NeuPIMs_noSBI", "main_newton_nosbi"])
+def test_sub_batches_auto_contradicts_a_spelling_that_fixes_their_number(capsys, trace, spelling):
+    flags = ["--model", "gpt3-7b", "--trace", trace, "--system", spelling, "--sub-batches", "auto"]
+    count = 2 if spelling == "neupims_sbi" else 1
+    assert f"the system {spelling} means sub-batches {count}, not auto" in refused(capsys, *flags)
+
+
 def test_what_only_one_number_of_sub_batches_can_do_is_found(capsys, trace):
     """A GWRITE so long that it fits between refreshes only if its row is open; beside the NPU the
     row is closed.
@@ -182,6 +189,12 @@ def test_what_only_one_number_of_sub_batches_can_do_is_found(capsys, trace):
     flags = ["--model", "gpt3-7b", "--trace", trace, "--set", "pim.gwrite_bursts=630"]
     assert printed(capsys, *flags, "--sub-batches", "auto", path="exact")["sub_batches"] == 1
     assert "between the refreshes" in refused(capsys, *flags, "--sub-batches", 2)
+
+
+def test_the_help_of_a_search_says_what_its_seed_is(capsys):
+    assert main(["search", "--help"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--seed N seed of the random numbers of all searches together (default: 0)" in said
 
 
 def test_a_pipe_and_a_link_stay_what_they_are(capsys, trace, tmp_path):

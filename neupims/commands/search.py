@@ -55,7 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="independent searches of each strategy (default: 4)",
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="the first of them (default: 0)"
+        "--seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of the random numbers of all searches together (default: 0)",
     )
     parser.add_argument(
         "--from-scratch",

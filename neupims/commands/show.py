@@ -24,9 +24,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--hardware",
-        default="neupims",
         metavar="NAME|FILE",
-        help="show this machine's values (default: neupims)",
+        help="show the hardware or the constants of this machine (default: neupims)",
     )
     parser.add_argument(
         "--json", action="store_true", help="one JSON object and nothing else on standard output"
@@ -40,11 +39,20 @@ def run(arguments: argparse.Namespace) -> int:
         arguments: Parsed flags of `add_arguments`.
 
     Raises:
-        ValueError: The hardware is unknown, or its file is malformed.
+        ValueError: The hardware is unknown, its file is malformed, or the table has no hardware.
         OSError: The file of the hardware cannot be read.
     """
     list_, draw = SUBJECTS[arguments.what]
-    found = list_(arguments).to_dict()
+    if arguments.what in OF_A_MACHINE:
+        record = list_(arguments.hardware or "neupims")
+    elif arguments.hardware is None:
+        record = list_()
+    else:
+        raise ValueError(
+            f"--hardware is for {' and '.join(OF_A_MACHINE)}: {arguments.what} are the same on all"
+            " machines, leave it out"
+        )
+    found = record.to_dict()
     if arguments.json:
         print_json(found)
     else:
@@ -182,12 +190,11 @@ def _format(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) and abs(value) < 1e7 else f"{value:g}"
 
 
-SUBJECTS: dict[
-    str, tuple[Callable[[argparse.Namespace], Any], Callable[[dict[str, Any]], None]]
-] = {
-    "hardware": (lambda flags: catalogue.list_hardware(flags.hardware), _draw_hardware),
-    "models": (lambda flags: catalogue.list_models(), _draw_models),
-    "systems": (lambda flags: catalogue.list_systems(), _draw_systems),
-    "constants": (lambda flags: catalogue.list_constants(flags.hardware), _draw_constants),
-    "knobs": (lambda flags: catalogue.list_knobs(), _draw_knobs),
+SUBJECTS: dict[str, tuple[Callable[..., Any], Callable[[dict[str, Any]], None]]] = {
+    "hardware": (catalogue.list_hardware, _draw_hardware),
+    "models": (catalogue.list_models, _draw_models),
+    "systems": (catalogue.list_systems, _draw_systems),
+    "constants": (catalogue.list_constants, _draw_constants),
+    "knobs": (catalogue.list_knobs, _draw_knobs),
 }
+OF_A_MACHINE = ("hardware", "constants")  # the subjects that --hardware changes

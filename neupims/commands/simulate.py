@@ -68,11 +68,17 @@ def run(arguments: argparse.Namespace) -> int:
                 f"--prefill runs on the NPU or the GPU alone: leave out --{flag.replace('_', '-')}"
             )
     check_run(arguments.html, arguments.perfetto)
+    case, auto = read_case(arguments), arguments.sub_batches == AUTO
+    if auto and case.system == "neupims" != arguments.system.lower():
+        raise ValueError(
+            f"the system {arguments.system} means sub-batches {case.sub_batches}, not auto, which"
+            " is for --system neupims"
+        )
     found = simulate_case(
-        read_case(arguments),
+        case,
         path=arguments.path or "exact",
         prefill=arguments.prefill,
-        fastest=arguments.sub_batches == AUTO and arguments.system.lower() == "neupims",
+        fastest=auto,
     )
     if found.warning:
         sys.stderr.write(f"neupims: warning: {found.warning}\n")
