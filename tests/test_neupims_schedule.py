@@ -351,6 +351,16 @@ def test_an_empty_half_adds_nothing_to_the_other():
 
 
 @pytest.mark.parametrize(("system", "sub_batches"), SYSTEMS)
+def test_requests_of_length_0_change_nothing_at_the_front_either(system, sub_batches):
+    lengths = BATCH.seq_lens
+    last = Batch(lengths.at[5:].set(0), BATCH.channels, BATCH.sub_batches)
+    first = Batch(*(jnp.roll(part, 3) for part in vars(last).values()))
+    assert (int(last.seq_lens[0]) > 0, int(first.seq_lens[0])) == (True, 0)
+    result = run(system, sub_batches, batch=[last, first], fidelity="simulator")
+    assert result.layer_cycles[0] == pytest.approx(result.layer_cycles[1], rel=1e-6)
+
+
+@pytest.mark.parametrize(("system", "sub_batches"), SYSTEMS)
 def test_energy_parts_add_up(system, sub_batches):
     result = run(system, sub_batches)
     parts = [float(part[0]) for part in vars(result.energy).values()]

@@ -235,7 +235,8 @@ def npu_attention(
     simulated = fidelity == "simulator"
     efficiency = calibration.shallow_efficiency if simulated else calibration.queued_efficiency
     memory = read / rate / efficiency
-    first = (jnp.where(there, 2 * FLOAT16_BYTES * lengths * width, 0) / rate)[0]
+    # nothing hides the read of the first request, which is the first that is there
+    first = (2 * FLOAT16_BYTES * lengths * width / rate)[jnp.argmax(there)]
     busy = heads * one.sum()
     if simulated:
         cycles = jnp.maximum(memory, busy + first)
