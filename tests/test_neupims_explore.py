@@ -20,7 +20,7 @@ import pytest
 
 from neupims.__main__ import main
 from neupims.exploration import evolution
-from neupims.exploration.evaluation import is_possible, make_evaluate
+from neupims.exploration.evaluation import is_possible, make_evaluate, map_blocks
 from neupims.exploration.evaluator import Evaluator
 from neupims.exploration.explore import Exploration, explore
 from neupims.exploration.explore_space import explore_space
@@ -440,6 +440,14 @@ def test_the_usual_evaluation_is_a_loop_over_simulate():
             float(alone.energy_joules) * each.parallel.tp / 64, rel=1e-4
         )
     assert np.isfinite(found["tokens_per_second"][:3]).all()
+
+
+@pytest.mark.parametrize("block", [None, 2])
+def test_no_designs_have_no_metrics(block):
+    for rows, found in ((0, (0, 3)), (5, (5, 3))):
+        columns = {"a": jnp.arange(rows), "b": jnp.ones(rows)}
+        result = map_blocks(lambda row: {"c": row["a"] * jnp.ones(3)}, columns, block)
+        assert result["c"].shape == found
 
 
 @pytest.mark.parametrize("channels", [1, 5, 32, 64])

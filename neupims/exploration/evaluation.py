@@ -123,6 +123,9 @@ def map_blocks(one: Callable[[Any], Any], columns: Any, block: int | None = None
         Pytree of arrays `(n, ...)`.
     """
     rows = len(jax.tree.leaves(columns)[0])
+    if not rows:
+        shapes = jax.eval_shape(jax.vmap(one), columns)
+        return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
     if block is None:
         block = BLOCK if jax.default_backend() == "cpu" else rows
     count = -(-rows // block)
