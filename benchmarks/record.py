@@ -46,10 +46,21 @@ def append(name: str, row: dict[str, Any], folder: Path = RESULTS) -> None:
         name: Name of the file without its ending.
         row: Cells by column. An existing file must have the same columns in the same order.
         folder: Folder of the file.
+
+    Raises:
+        ValueError: The file has other columns.
     """
     print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     path = folder / f"{name}.csv"
     new = not path.exists()
+    if not new:
+        with path.open(newline="") as file:
+            header = next(csv.reader(file), [])
+        if header != list(row):
+            raise ValueError(
+                f"{path} has the columns {', '.join(header)}, and the new row has {', '.join(row)}:"
+                " move the file away, or give it the same columns"
+            )
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, row.keys())
