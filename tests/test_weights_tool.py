@@ -1,13 +1,18 @@
 """python -m ggem_jax.weights: identifies a file, and writes the same weights under other names."""
 
+import dataclasses
 import json
 import zipfile
 
 import jax
 import numpy as np
 import pytest
+from flax import traverse_util
 from test_weights_vit import file_of, recorded
 
+from ggem_jax.models.config import ViTConfig
+from ggem_jax.models.vit import ViT
+from ggem_jax.pooling import avg_pool
 from ggem_jax.weights import read_safetensors, write_safetensors
 from ggem_jax.weights.__main__ import main
 from ggem_jax.weights.text import read_text
@@ -150,6 +155,22 @@ def test_what_goes_wrong_is_one_sentence(tmp_path, capsys, monkeypatch, case):
     assert said.err.count("\n") == 1
     assert cause in said.err
     assert sorted(each.name for each in tmp_path.iterdir()) == ["weights.safetensors"]
+
+
+def test_inspect_says_that_a_file_is_our_own(tmp_path, capsys):
+    config = ViTConfig(patch=4, width=16, depth=2, heads=2, mlp_width=24, image=8)
+    variables = ViT(config, avg_pool, 5).init(jax.random.key(0), np.zeros((1, 8, 8, 3)))
+    path = tmp_path / "own.safetensors"
+    write_safetensors(path, traverse_util.flatten_dict(variables, sep="/"))
+    assert main(["inspect", str(path)]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("a ViT in our own Flax names, which load_vit and --init read")
+    assert "width 16, 2 blocks, 2 heads, patches of 4 in images of 8" in said
+    assert main(["inspect", str(path), "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    variables["params"].pop("head")
+    assert found["config"] == dataclasses.asdict(config)
+    assert found["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(variables))
 
 
 def written(path, kind):

@@ -22,6 +22,7 @@ from typing import Any
 import jax
 
 from ggem_jax.files.safetensors_files import write_safetensors
+from ggem_jax.weights.own import read_own_vit
 from ggem_jax.weights.text import (
     TEXT_FAMILIES,
     PublishedText,
@@ -106,6 +107,9 @@ def main(argv: list[str] | None = None) -> int:
         else:
             print("\n".join(_lines(published)))
     except (ValueError, OSError, ModuleNotFoundError) as error:
+        if arguments.command == "inspect" and (own := _describe_own(arguments.file)):
+            print(json.dumps(own, indent=2) if arguments.json else own["about"])
+            return 0
         sys.stderr.write(f"ggem_jax.weights: {' '.join(str(error).split())}\n")
         return 1
     return 0
@@ -139,6 +143,22 @@ def describe(published: PublishedViT | PublishedText) -> dict[str, Any]:
         "std": std,
         "text_tower": holds_text(published.unused),
     }
+
+
+def _describe_own(file: Path) -> dict[str, Any] | None:
+    """What `inspect` prints of a file in the names of our own, None for any other file."""
+    try:
+        model, variables = read_own_vit(file)
+    except (ValueError, OSError, ModuleNotFoundError):
+        return None
+    count, config = sum(leaf.size for leaf in jax.tree.leaves(variables)), model.config
+    about = (
+        f"a ViT in our own Flax names, which load_vit and --init read; {count:,} parameters without"
+        f" pooling and head, width {config.width}, {config.depth} blocks, {config.heads} heads,"
+        f" patches of {config.patch} in images of {config.image}"
+    )
+    config_values = dataclasses.asdict(config)
+    return {"family": "own", "about": about, "parameters": count, "config": config_values}
 
 
 def _lines(published: PublishedViT | PublishedText) -> list[str]:
