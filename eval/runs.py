@@ -128,7 +128,9 @@ def open_checkpoints(run: Path) -> Checkpoints:
         Refused: The run has no checkpoint.
     """
     if not has_checkpoint(run):
-        raise Refused(f"{run} has no checkpoint yet")
+        raise Refused(
+            f"{run} has no checkpoint yet: its training must reach one first (--checkpoint-every)"
+        )
     return Checkpoints(run, read_only=True)
 
 

@@ -271,6 +271,16 @@ def test_mistakes_of_the_evaluation_tool_end_in_one_line(trained, tmp_path, caps
     assert "is not a run of train.classify" in one_line(capsys, eval_classify.main, tmp_path)
     (tmp_path / "config.json").write_text((trained / "ggem" / "config.json").read_text())
     assert "has no checkpoint yet" in one_line(capsys, eval_classify.main, tmp_path)
+    settings = json.loads((tmp_path / "config.json").read_text())
+    for values, lacking in (
+        ({**settings, "data_found": {"train": 3, "eval": 3}}, "classes"),
+        ({name: settings[name] for name in settings if name != "data_found"}, "data_found"),
+    ):
+        (tmp_path / "config.json").write_text(json.dumps(values))
+        assert one_line(capsys, eval_classify.main, tmp_path).endswith(
+            f"config.json is not that of a run of train.classify: it has no {lacking}, which the"
+            " training writes when it starts: name the folder of a run, or train it again"
+        )
     said = one_line(
         capsys, eval_classify.main, trained / "ggem", "--data", f"folder:{class_folders}"
     )

@@ -165,7 +165,12 @@ def read_run(run: Path, record: type[C] = Config) -> tuple[C, dict[str, Any]]:  
         return from_dict(record, values), facts | checked
     except FileNotFoundError:
         raise Refused(f"{run} is not a run of {record.tool}: it has no config.json") from None
-    except (KeyError, ValueError, TypeError, AttributeError, Refused) as error:
+    except KeyError as error:
+        raise Refused(
+            f"{run}/config.json is not that of a run of {record.tool}: it has no {error.args[0]},"
+            " which the training writes when it starts: name the folder of a run, or train it again"
+        ) from None
+    except (ValueError, TypeError, AttributeError, Refused) as error:
         raise Refused(f"{run}/config.json is not that of a run of {record.tool}: {error}") from None
 
 
