@@ -60,7 +60,7 @@ _SAMPLE = 4096  # rows of a file of descriptors whose lengths are checked
 class Revisited:
     """Revisited Oxford and Paris: mAP and mP@1, 5, 10 of the set-ups easy, medium and hard."""
 
-    truth: Positional[Path]  # gnd_roxford5k or gnd_rparis6k, .json or .pkl
+    truth: Positional[Path]  # gnd_roxford5k or gnd_rparis6k, .json, .pkl or .pickle
     images: Path | None = None  # folder with the images: NAME.jpg for the names of the ground truth
     # descriptors of the queries instead of images: .npy or .npz with one array, float32 or
     # float16, a unit vector for each entry of qimlist
@@ -164,19 +164,18 @@ def read_ground_truth(path: Path) -> Truth:
 
     Args:
         path: File with imlist, qimlist and gnd as the authors publish them: a pickle where its name
-            ends in `.pkl` or `.pickle`, otherwise JSON.
+            ends in `.pkl` or `.pickle`, JSON where it ends in `.json`.
 
     Raises:
-        Refused: The file cannot be read, or holds something else.
+        Refused: The file has another ending, cannot be read, or holds something else.
 
     Reference: https://github.com/filipradenovic/revisitop.
     """
+    ending = path.suffix.lower()
+    if ending not in (".json", ".pkl", ".pickle"):
+        raise Refused(f"{path} must end in .json, .pkl or .pickle, whichever it holds: rename it")
     try:
-        values = (
-            read_pickle(path)
-            if path.suffix in (".pkl", ".pickle")
-            else json.loads(path.read_text())
-        )
+        values = json.loads(path.read_text()) if ending == ".json" else read_pickle(path)
     except OSError as error:
         raise Refused(f"{path} cannot be read: {error.strerror or error}") from None
     except ValueError as error:

@@ -221,6 +221,16 @@ def test_mistakes_end_in_one_sentence(mistake, folder, monkeypatch):
     assert "\n" not in str(stop.value)
 
 
+def test_a_query_without_positives_is_left_out_of_all_means():
+    """Query 0 has its positives first and third: precisions 1 and 2/3."""
+    ids, none = np.array([[4, 1, 2], [0, 1, 2]]), np.array([], int)
+    asked = [Relevance(np.array([4, 2]), none), Relevance(none, np.array([0]))]
+    cell = retrieval_study.measure(ids, asked)
+    assert cell.mean_of_precisions == pytest.approx((1 + 2 / 3) / 2)
+    alone = retrieval_study.measure(ids[:1], asked[:1])
+    assert cell.make_columns(None, None) == alone.make_columns(None, None)
+
+
 def test_the_study_on_a_small_set(tmp_path, monkeypatch, capsys):
     """Images of two colours: all poolings with all rerankers, differences, pixels, and the file."""
     rng = np.random.default_rng(0)

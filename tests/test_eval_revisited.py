@@ -416,6 +416,21 @@ def test_mistakes_end_in_one_sentence(mistake, world, monkeypatch):
     assert "\n" not in str(stop.value)
 
 
+@pytest.mark.parametrize("name", ["gnd", "gnd.txt", "gnd.json.gz"])
+def test_a_ground_truth_of_another_ending_is_refused(world, name):
+    folder, _, _ = world
+    (folder / "gnd.json").rename(folder / name)
+    with pytest.raises(SystemExit, match=rf"{name} must end in \.json, \.pkl or \.pickle"):
+        revisited.main([str(folder / name), *files(folder)[1:]])
+
+
+@pytest.mark.parametrize(("old", "new"), [("json", "JSON"), ("pkl", "pickle")])
+def test_every_spelling_of_an_ending_is_read(world, old, new):
+    folder, _, _ = world
+    (folder / f"gnd.{old}").rename(folder / f"gnd.{new}")
+    assert len(revisited.read_ground_truth(folder / f"gnd.{new}").queries) == QUERIES
+
+
 def test_a_pickle_that_asks_for_more_than_data_is_refused(world):
     folder, _, _ = world
     (folder / "gnd.pkl").write_bytes(b"cbuiltins\nprint\n(S'run'\ntR.")

@@ -114,11 +114,12 @@ def check_study(study: MetricStudy) -> None:
         Refused: A set is unknown, there is none, or there are fewer than 2 seeds.
     """
     unknown = [name for name in study.sets if name not in APART]
-    if unknown or not study.sets or study.seeds < 2:
+    if unknown or not study.sets:
         raise Refused(
-            f"--sets must be among {', '.join(APART)} and --seeds at least 2, not"
-            f" {', '.join(unknown) or study.sets} and {study.seeds}"
+            f"--sets must be among {', '.join(APART)}, not {', '.join(unknown) or 'none'}"
         )
+    if study.seeds < 2:
+        raise Refused(f"--seeds must be at least 2, it is {study.seeds}")
 
 
 def measure_set(name: str, study: MetricStudy) -> list[dict[str, Any]]:

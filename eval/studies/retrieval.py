@@ -255,7 +255,8 @@ class Cell:
 
     average_precision: np.ndarray  # (queries,) by the trapezoid rule of the revisited protocol
     recall_at_1: np.ndarray  # (queries,) 0 or 1
-    # mean average precision as others count it: the mean of the precisions at all positives
+    # mean average precision as others count it: the mean of the precisions at all positives, over
+    # the queries that have one
     mean_of_precisions: float
 
     def make_columns(self, average: "Cell | None", none: "Cell | None") -> dict[str, Any]:
@@ -284,10 +285,15 @@ def measure(ids: np.ndarray, relevance: list[Relevance]) -> Cell:
 
     Args:
         ids: Rankings `(queries, n)` of all rows of the database, best first.
-        relevance: The relevant and ignored rows of each query.
+        relevance: The relevant and ignored rows of each query. Queries without a relevant row are
+            left out of all means.
     """
     # the ranks of all positives: rankings are whole
-    found = [positive_ranks(row, own) for row, own in zip(ids, relevance, strict=True)]
+    found = [
+        positive_ranks(row, own)
+        for row, own in zip(ids, relevance, strict=True)
+        if len(own.positive)
+    ]
     precisions = np.mean([np.mean((np.arange(len(ranks)) + 1) / (ranks + 1)) for ranks in found])
     return Cell(
         scores(ids, relevance).average_precision,
