@@ -47,13 +47,12 @@ def read_image(source: str | os.PathLike | bytes, *, name: str | None = None) ->
         UnreadableImage: The image cannot be decoded, or has 32 bits a channel, whose range no file
             states.
     """
-    in_memory = isinstance(source, bytes)
     try:
-        with Image.open(io.BytesIO(source) if in_memory else source) as file:
+        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
             return _to_rgb(file)
     except _UNREADABLE as error:
-        called = name or ("the image" if in_memory else os.fspath(source))
-        raise UnreadableImage(f"{called} is not a readable image: {error}") from None
+        path = "the image" if isinstance(source, bytes) else os.fspath(source)
+        raise UnreadableImage(f"{name or path} is not a readable image: {error}") from None
 
 
 def convert_image(image: Image.Image, *, name: str = "the image") -> RGB:
