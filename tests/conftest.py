@@ -3,6 +3,7 @@ folder of the golden data, tools as processes of their own, and small data sets.
 """
 
 import collections
+import functools
 import os
 import subprocess
 import sys
@@ -174,6 +175,22 @@ def captioned_folder(tmp_path):
         rows.append(f'{i}.png,"grey number {i}, plain"')
     (folder / "pairs.csv").write_text("\n".join([*rows, "0.png,black"]) + "\n")
     return folder
+
+
+def draw_variables(model, *inputs, seed=0, **options):
+    """Returns random variables of a Flax model, drawn by NumPy, so that its `init` is not compiled:
+    kernels as large as their inputs ask for, scales and variances near 1, exponents near 3.
+    """
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(functools.partial(model.init, **options), jax.random.key(0), *inputs)
+
+    def draw(path, leaf):
+        middle = {"scale": 1.0, "var": 1.0, "p": 3.0}.get(path[-1].key, 0.0)
+        inputs = np.prod(leaf.shape[:-1]) if path[-1].key == "kernel" else 100
+        drawn = np.clip(rng.standard_normal(leaf.shape, np.float32), -3, 3) / np.sqrt(inputs)
+        return (middle + drawn).astype(leaf.dtype)
+
+    return jax.tree.map_with_path(draw, shapes)
 
 
 def one_line(capsys, main, *flags) -> str:

@@ -3,6 +3,7 @@ and gradients.
 """
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -71,6 +72,11 @@ def test_maps_are_a_thirty_second_rounded_up(variables, height, width):
     assert shape == (2, -(-height // 32), -(-width // 32), 32)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def maps_of(config, variables, images):
+    return ResNet(config).apply(variables, images, method="maps")
+
+
 @pytest.mark.parametrize(
     ("changes", "floors"),
     [
@@ -85,7 +91,7 @@ def test_the_places_of_relup(variables, images, changes, floors):
     """The ends are seen in the maps; the insides of stage 1 in that it equals one made by hand."""
     config = dataclasses.replace(TINY, **changes)
     assert [config.floors(stage) for stage in (1, 2, 3, 4)] == floors
-    maps = jax.jit(lambda v, x: ResNet(config).apply(v, x, method="maps"))(variables, images)
+    maps = maps_of(config, variables, images)
     assert [pytest.approx(float(x.min()), abs=1e-7) for x in maps] == [
         0,
         *(end for _, end in floors),
@@ -115,7 +121,7 @@ def bottleneck_by_hand(params, stats, x, inside, end):
 
 def test_relup_off_in_the_code_is_not_off_everywhere(variables, images):
     maps = [
-        ResNet(dataclasses.replace(TINY, relup=None, relup_off=off)).apply(variables, images)
+        maps_of(dataclasses.replace(TINY, relup=None, relup_off=off), variables, images)[-1]
         for off in ("code", "everywhere")
     ]
     assert np.abs(maps[0] - maps[1]).max() > 1e-5
@@ -160,13 +166,15 @@ def test_bfloat16_is_near_and_gradients_are_finite(variables, images):
 )
 def test_superglobal_is_its_parts(variables, images, off):
     scales = (1.0, 1.4142)
-    result = superglobal_descriptors(
-        ResNet(TINY), variables, images, scales=scales, **dict.fromkeys(off, False)
-    )
+    result = jax.jit(
+        functools.partial(
+            superglobal_descriptors, ResNet(TINY), scales=scales, **dict.fromkeys(off, False)
+        )
+    )(variables, images)
     model = ResNet(dataclasses.replace(TINY, relup=None if "relup" in off else RELUP_ALPHA))
     by_scale = []
     for scale in scales:
-        x = model.apply(variables, rescale(images, scale))
+        x = jax.jit(model.apply)(variables, rescale(images, scale))
         x = x if "rgem" in off else regional_gem(x)
         places = x.reshape(2, -1, 32)
         pooled = (

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import draw_variables
 from flax import nnx
 from scipy.special import erf
 
@@ -31,15 +32,8 @@ SMALL = {"patch": 4, "width": 24, "depth": 2, "heads": 3, "mlp_width": 40, "imag
 def build(pool=pooling.avg_pool, num_classes=5, **changes):
     """A small model, parameters of random numbers, none of them 0, and two pictures."""
     model = ViT(ViTConfig(**SMALL | changes), pool, num_classes)
-    rng = np.random.default_rng(0)
-    images = rng.normal(size=(2, 16, 16, 3)).astype(np.float32)
-    shapes = jax.eval_shape(model.init, jax.random.key(0), images)["params"]
-
-    def draw(path, leaf):
-        middle = {"scale": 1.0, "p": 3.0}.get(path[-1].key, 0.0)
-        return np.asarray(middle + 0.2 * rng.normal(size=leaf.shape), leaf.dtype)
-
-    return model, jax.tree.map_with_path(draw, shapes), images
+    images = np.random.default_rng(1).normal(size=(2, 16, 16, 3)).astype(np.float32)
+    return model, draw_variables(model, images)["params"], images
 
 
 def apply(model, params, images, **options):
