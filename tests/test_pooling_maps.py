@@ -23,7 +23,6 @@ from ggem_jax.pooling import (
     superglobal_pool,
 )
 
-
 # Compiled once for each shape, instead of operation by operation.
 regional = jax.jit(regional_gem, static_argnames=("p", "window"))
 of_scales = jax.jit(scale_gem, static_argnames="p")
