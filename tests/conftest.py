@@ -219,8 +219,9 @@ def pytest_ignore_collect(collection_path, config):
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
     """Of a test marked `sampled`, the combinations beyond a few that show every value of every
-    parameter are slow.
+    parameter are slow. Costly files come first, so that no worker ends with a long one.
     """
+    items.sort(key=lambda item: item.path.name not in COSTLY_FILES)
     by_test = collections.defaultdict(list)
     for item in items:
         if item.get_closest_marker("sampled"):
