@@ -44,8 +44,10 @@ LEAST_CASES = {
     "aot": ("test_kernels_partitioned.py", 7),
 }
 
-# Files that `--fast` leaves out: their tests train, start processes, or compile whole networks.
+# Files that `--fast` leaves out, and that come first otherwise: their tests train, start processes,
+# or compile whole networks.
 COSTLY_FILES = {
+    "test_bench_kernels.py",
     "test_docs.py",
     "test_docstring_examples.py",
     "test_efficientnet_lite.py",
@@ -74,11 +76,13 @@ COSTLY_FILES = {
     "test_retrieval_descriptors.py",
     "test_retrieval_index.py",
     "test_retrieval_tool.py",
+    "test_text.py",
     "test_train_classify.py",
     "test_train_contrastive.py",
     "test_train_metric.py",
     "test_train_published.py",
     "test_train_resume.py",
+    "test_vit.py",
     "test_weights_efficientnet_lite.py",
     "test_weights_vit.py",
 }
