@@ -166,15 +166,13 @@ def test_bfloat16_is_near_and_gradients_are_finite(variables, images):
 )
 def test_superglobal_is_its_parts(variables, images, off):
     scales = (1.0, 1.4142)
-    result = jax.jit(
-        functools.partial(
-            superglobal_descriptors, ResNet(TINY), scales=scales, **dict.fromkeys(off, False)
-        )
-    )(variables, images)
+    result = superglobal_descriptors(
+        ResNet(TINY), variables, images, scales=scales, **dict.fromkeys(off, False)
+    )
     model = ResNet(dataclasses.replace(TINY, relup=None if "relup" in off else RELUP_ALPHA))
     by_scale = []
     for scale in scales:
-        x = jax.jit(model.apply)(variables, rescale(images, scale))
+        x = model.apply(variables, rescale(images, scale))
         x = x if "rgem" in off else regional_gem(x)
         places = x.reshape(2, -1, 32)
         pooled = (
