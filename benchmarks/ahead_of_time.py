@@ -58,7 +58,11 @@ def _found(name: str) -> bool:
 
 
 def devices(count: int) -> np.ndarray:
-    """Returns `count` H200s of one machine, for meshes and shardings of what is compiled."""
+    """Returns H200s of one machine, for meshes and shardings of functions that are compiled.
+
+    Args:
+        count: Number of devices.
+    """
     topology = topologies.get_topology_desc(
         "h200", platform="cuda", target_config=H200, topology=f"1x1x{count}"
     )
@@ -69,8 +73,8 @@ def compiled(function, *arguments) -> str:
     """Returns the program that XLA makes of a jitted function, as text.
 
     Args:
-        function: what is compiled; `implementation=None` takes the kernels.
-        *arguments: shapes with shardings over `devices`.
+        function: The jitted function; `implementation=None` takes the kernels.
+        *arguments: Shapes with shardings over `devices`.
     """
     with launch.compiled_for(CAPABILITY):
         lowered = function.trace(*arguments).lower(lowering_platforms=("cuda",))

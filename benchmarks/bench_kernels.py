@@ -72,15 +72,16 @@ _STAGES = ("forward", "backward", "both")
 class Case:
     """Tokens of a published model at a batch size."""
 
-    name: str
+    name: str  # of the model and its image size
     batch: int
-    tokens: int
-    channels: int
-    groups: int
+    tokens: int  # of an image
+    channels: int  # of a token
+    groups: int  # exponents
     dtype: str = "bfloat16"
 
     @property
     def token_bytes(self) -> int:
+        """Bytes of all tokens of a batch."""
         return self.batch * self.tokens * self.channels * jnp.dtype(self.dtype).itemsize
 
 
@@ -113,7 +114,7 @@ def normed(tokens, scale, bias):
     )
 
 
-# By operation and contestant: functions of tokens and parameters. The first is ours as users call
+# Operation -> contestant -> function of tokens and parameters. The first one is ours as users call
 # it.
 JAX_CONTESTANTS: dict[str, dict[str, Callable]] = {
     "ggem": {
@@ -220,7 +221,15 @@ def main() -> None:
 
 
 class Bench:
-    """One run: where its rows go and how much time is left."""
+    """One run of the benchmark, which knows where its rows go and how much time is left.
+
+    Args:
+        folder: Folder of the CSV files.
+        budget: Seconds after which nothing new starts.
+        rounds: Timings of each contestant that are kept.
+        dry: Whether everything runs on the CPU with small shapes.
+        implementation: Implementation that the numerics check, "triton", "interpret" or "xla".
+    """
 
     def __init__(
         self,
@@ -245,7 +254,14 @@ class Bench:
         )
 
     def run(self, sections: list[str]) -> int:
-        """Runs sections. Returns 1 if a check failed, contestants disagreed or ours did not run."""
+        """Runs sections in order.
+
+        Args:
+            sections: Names of `SECTIONS`.
+
+        Returns:
+            1 if a check failed, contestants disagreed or ours did not run, otherwise 0.
+        """
         for name in sections:
             self.section = name
             began = time.monotonic()
@@ -254,15 +270,19 @@ class Bench:
         return int(self.failed)
 
     def time_left(self, what: str) -> bool:
+        """Returns whether there is time for more; otherwise prints what is left out."""
         if time.monotonic() < self.ends:
             return True
         print(f"no time left for {what}", flush=True)
         return False
 
     def attempted(self, what: str, function: Callable[[], Any], *, fails: bool = True) -> Any:
-        """Returns what `function` returns, or None where it raises, and then prints the cause.
+        """Returns what `function` returns, or prints the error that it raises and returns None.
 
-        With `fails`, the run has failed.
+        Args:
+            what: Description of the attempt, for the message.
+            function: The attempt.
+            fails: Whether an error makes the whole run fail.
         """
         try:
             return function()
@@ -275,11 +295,13 @@ class Bench:
             return None
 
     def add(self, table: str, row: dict[str, Any]) -> None:
+        """Appends a row to a CSV file, with the columns that all rows share."""
         append(table, self.about | row, self.folder)
 
     # Sections
 
     def numerics(self, checks: Callable[..., dict[str, Callable]]) -> None:
+        """Runs checks of `benchmarks.kernel_numerics` and appends their rows."""
         for name, check in checks(self.implementation, small=self.dry).items():
             if self.time_left(name):
                 for row in self.attempted(name, lambda check=check: list(check())) or []:
@@ -287,6 +309,7 @@ class Bench:
                     self.add("kernel_numerics", row)
 
     def poolings(self, operation: str, cases: list[Case], compiled_torch: bool) -> None:
+        """Times the contestants of an operation on each case: forward, backward and both."""
         for case in [DRY] if self.dry else cases:
             inputs = None
             for stage in _STAGES:
@@ -342,7 +365,7 @@ class Bench:
             _freed()
 
     def training_of(self, variant: str) -> None:
-        """Times steps with and without the kernels, in turns."""
+        """Times training steps of a ViT with and without the kernels, in turns."""
         small = (
             {"image": 32, "width": 24, "depth": 1, "heads": 3, "mlp_width": 32}
             if self.dry
@@ -391,7 +414,13 @@ class Bench:
     def measure(
         self, about: dict[str, Any], makers: dict[str, Callable[[], "_Call"]], moved: int
     ) -> None:
-        """Times ours, the other contestants, and a copy of as many bytes."""
+        """Times ours, the other contestants, and a copy of as many bytes.
+
+        Args:
+            about: Operation, name, shape, dtype and stage, which are columns of the rows.
+            makers: Functions that make the call of each contestant, by name; ours is the first.
+            moved: Bytes that the algorithm must read and write for one buffer.
+        """
         what = _named(about)
         calls = self.ready(what, makers, 1e-3 if about["dtype"] == "float32" else 0.05)
         copies = calls and self.attempted(
@@ -407,7 +436,13 @@ class Bench:
     def ready(
         self, what: str, makers: dict[str, Callable[[], "_Call"]], tolerance: float
     ) -> dict[str, "_Call"]:
-        """Returns the contestants that have run once and agree with the first, which is ours."""
+        """Returns the contestants that have run once and agree with the first, which is ours.
+
+        Args:
+            what: Description of the group, for messages.
+            makers: As in `measure`.
+            tolerance: Largest difference, relative to the largest entry of an array.
+        """
         calls: dict[str, _Call] = {}
         expected: list[np.ndarray] = []
         for name, make in makers.items():
@@ -436,6 +471,12 @@ class Bench:
         """Returns seconds per buffer and the host's share of them, for each round but the first.
 
         The contestants take turns.
+
+        Args:
+            what: Description of the group, for messages.
+            calls: Calls by contestant.
+            least_calls: Buffers in one timing, at least.
+            rounds: Rounds that are kept; None takes those of the run.
         """
         times: dict[str, list[tuple[float, float]]] = {name: [] for name in calls}
         for _ in range((rounds or self.rounds) + 1):
@@ -458,6 +499,14 @@ class Bench:
         moved: int,
         count: int,
     ) -> None:
+        """Appends a row for each contestant of a group.
+
+        Args:
+            about: As in `measure`.
+            times: Seconds per buffer and host's shares by contestant, as `timed` returns them.
+            moved: As in `measure`.
+            count: Buffers that a contestant works through.
+        """
         of = {
             contestant: statistics.median(s for s, _ in seconds)
             for contestant, seconds in times.items()
@@ -501,6 +550,12 @@ def moved_bytes(operation: str, stage: str, shape: tuple[int, ...], dtype: str) 
 
     These are the tokens once in the forward pass, the tokens and their gradients once in the
     backward pass, the roots, and the statistics of the norm.
+
+    Args:
+        operation: "ggem" or "norm_ggem".
+        stage: "forward", "backward" or "both".
+        shape: Batch, tokens and channels.
+        dtype: Of the tokens and their gradients.
     """
     b, n, d = shape
     tokens, per_channel, per_token = (
@@ -527,14 +582,15 @@ def _named(about: dict[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What all contestants of a group get: buffers of tokens, parameters, and one cotangent."""
+    """The inputs that all contestants of a group share."""
 
-    buffers: list[jax.Array]
-    parameters: list[jax.Array]
-    cotangent: jax.Array
+    buffers: list[jax.Array]  # tokens (batch, tokens, channels) each
+    parameters: list[jax.Array]  # scale and bias of the norm, if there is one, and exponents
+    cotangent: jax.Array  # (batch, channels)
 
     @classmethod
     def drawn(cls, operation: str, case: Case, count: int) -> "Inputs":
+        """Draws `count` buffers of tokens, with the parameters of the operation and a cotangent."""
         shape = (case.batch, case.tokens, case.channels)
         draw = jax.jit(lambda i: 0.5 + jax.random.normal(jax.random.key(i), shape, case.dtype))
         norm = (
@@ -551,7 +607,13 @@ class Inputs:
 def contestants(
     operation: str, compiled_torch: bool, dry: bool
 ) -> dict[str, Callable[[Inputs, str], "_Call"]]:
-    """Returns by name, ours first, the functions that make a call of inputs and a stage."""
+    """Returns functions that make a call of inputs and a stage, by contestant; ours is the first.
+
+    Args:
+        operation: "ggem" or "norm_ggem".
+        compiled_torch: Whether PyTorch also takes part compiled.
+        dry: Whether PyTorch may run on the CPU.
+    """
     makers: dict[str, Callable[[Inputs, str], _Call]] = {
         name: partial(_in_jax, pool) for name, pool in JAX_CONTESTANTS[operation].items()
     }

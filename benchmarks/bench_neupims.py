@@ -110,7 +110,7 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def chat_batch(requests: int) -> Batch:
-    """Returns a batch of chat-like lengths: log-normal, mean near 300, at most 2048.
+    """Returns a batch of chat-like lengths: log-normal, mean near 300 tokens, at most 2048.
 
     The longest come first and are dealt to the channels back and forth.
     """
@@ -123,8 +123,11 @@ def chat_batch(requests: int) -> Batch:
 def metrics_of(batch: Batch, schedule: str, fidelity: str):
     """Returns a function from the knobs of one design, and its number, to its metrics.
 
-    With the schedule "each", the number of a design sets the order in which its requests take the
-    slots of the channels.
+    Args:
+        batch: Requests of the decode iteration.
+        schedule: "one" for all designs. With "each", the number of a design sets the order in which
+            its requests take the slots of the channels.
+        fidelity: Fidelity of the simulation, "simulator" or "intended".
     """
     parts, model, parallel = (
         jax.tree.map(jnp.asarray, batch),
@@ -162,6 +165,7 @@ def metrics_of(batch: Batch, schedule: str, fidelity: str):
 
 
 def columns_of(count: int, start: int = 0) -> dict[str, np.ndarray]:
+    """Returns the knobs of designs `start` to `start + count`, and their numbers, as columns."""
     values = sample(SPACE, "random", start, start + count)
     columns = {
         knob.name: column.astype(np.int32 if knob.whole else np.float32)
@@ -171,14 +175,24 @@ def columns_of(count: int, start: int = 0) -> dict[str, np.ndarray]:
 
 
 class Measured(NamedTuple):
+    """Time and memory of the evaluation of many designs."""
+
     seconds: float  # the least of the rounds
-    cpu_seconds: float  # that this process worked, on all cores; the least of the rounds
-    peak: int  # bytes, in any round
+    cpu_seconds: float  # CPU time of this process on all cores; the least of the rounds
+    peak: int  # largest anonymous memory in any round, in bytes
     distinct: int  # designs that differ in the knobs that set the number of tiles
 
 
 def evaluation_seconds(design, count: int, chunk: int, block: int, rounds: int) -> Measured:
-    """Times the evaluation of `count` designs."""
+    """Returns time and memory of the evaluation of `count` designs.
+
+    Args:
+        design: Function of one design, as `metrics_of` returns it.
+        count: Number of designs.
+        chunk: Designs in one call, at most.
+        block: Designs side by side on one device.
+        rounds: Rounds that are kept; the first one, which compiles, comes on top.
+    """
     evaluator = Evaluator(SPACE, lambda columns: map_blocks(design, columns, block), chunk)
     seconds, worked, peak = [], [], 0
     for _ in range(rounds + 1):
@@ -205,7 +219,7 @@ def evaluation_seconds(design, count: int, chunk: int, block: int, rounds: int) 
 
 
 def loop_seconds(design, count: int, rounds: int) -> float:
-    """Times one design after the other."""
+    """Returns the seconds of a Python loop over designs, the least of the rounds."""
     single = jax.jit(design)
     columns = columns_of(count)
     rows = [{name: each[i] for name, each in columns.items()} for i in range(count)]

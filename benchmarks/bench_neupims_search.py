@@ -114,6 +114,9 @@ def traces(published: int, draws: int):
     """Yields group, name, lengths and channels of each trace.
 
     The channels are None where the greedy packing of the model gives them.
+
+    Raises:
+        SystemExit: There are fewer published traces than asked for.
     """
     files = sorted((SHARED / "golden" / "neupims" / "traces").glob("share-gpt2-bs512-*.csv"))[
         :published
@@ -138,7 +141,7 @@ def traces(published: int, draws: int):
 
 
 def draw_lengths(name: str, rng: np.random.Generator) -> np.ndarray:
-    """Draws the lengths of a serving batch."""
+    """Returns the lengths of `REQUESTS` requests of a serving batch, in tokens, int32."""
     pairs = pairs_of(name)
     chosen = pairs[rng.integers(0, len(pairs), REQUESTS)]
     return np.clip(chosen[:, 0] + np.floor(rng.random(REQUESTS) * chosen[:, 1]), 1, LONGEST).astype(
@@ -148,7 +151,7 @@ def draw_lengths(name: str, rng: np.random.Generator) -> np.ndarray:
 
 @cache
 def pairs_of(name: str) -> np.ndarray:
-    """Returns input and output tokens of each request of a data set that has any output."""
+    """Returns input and output tokens `(n, 2)` of the requests that have any output."""
     with open(SHARED / "data" / "llm-traces" / LENGTHS[name], newline="") as file:
         rows = [
             (int(row["input_tokens"]), int(row["output_tokens"])) for row in csv.DictReader(file)
@@ -157,7 +160,15 @@ def pairs_of(name: str) -> np.ndarray:
 
 
 def improve(model_name: str, lengths, channels, options: argparse.Namespace, name: str) -> dict:
-    """Returns the row of a batch: its published schedule, the best one found, and the bound."""
+    """Returns the row of a batch: its published schedule, the best one found, and the bound.
+
+    Args:
+        model_name: Name of the model.
+        lengths: Length of each request, in tokens.
+        channels: Channel of each request in the published schedule. None takes the greedy packing.
+        options: Flags of the search, and the folder of the traces.
+        name: Name of the batch, for its traces.
+    """
     hardware, model, parallel = Hardware(), load_model(model_name), load_parallel(model_name)
     if channels is None:
         channels = np.asarray(
@@ -206,6 +217,7 @@ def improve(model_name: str, lengths, channels, options: argparse.Namespace, nam
 
 
 def search_best(choices: Choices, problem: Problem, starts, options: argparse.Namespace) -> Found:
+    """Returns the outcome of an evolution for each seed, from the given starts."""
     budget = {"budget": options.budget, "population": options.population, "seeds": options.seeds}
     return search(
         "evolution", Layer(choices), choices, problem, jax.random.key(0), starts=starts, **budget
@@ -213,11 +225,13 @@ def search_best(choices: Choices, problem: Problem, starts, options: argparse.Na
 
 
 def stack(genomes: dict):
+    """Returns genomes as one tree of arrays with a leading axis."""
     return jax.tree.map(lambda *parts: jnp.stack(parts), *genomes.values())
 
 
 @partial(jax.jit, static_argnums=0)
 def costs_of(choices: Choices, problem: Problem, genomes):
+    """Returns the predicted cycles of a layer for each of the stacked genomes, `(n,)`."""
     return jax.vmap(lambda genome: Layer(choices)(problem, decide(choices, genome)).objective)(
         genomes
     )
@@ -273,7 +287,7 @@ def small_cases(options: argparse.Namespace) -> None:
 
 
 def small_case(rng: np.random.Generator, channels: int, requests: int) -> Problem:
-    """Draws a few requests on a machine of a few channels.
+    """Returns a random problem of a few requests on a machine of a few channels.
 
     The model is so narrow and the requests are so long that PIM and the NPU take about as long.
     """

@@ -21,14 +21,14 @@ SHAPES = ((64, 196, 384, 6), (16, 1369, 768, 12))
 
 
 def plain(tokens, p, eps=1e-6):
-    """Returns the formula as papers print it: (mean_n max(x_n, eps)^p)^(1/p) by group."""
+    """Returns the formula as papers print it: (mean_n max(x_n, eps)^p)^(1/p) by group, `(b, d)`."""
     b, n, d = tokens.shape
     x = jnp.maximum(tokens, eps).reshape(b, n, len(p), -1)
     return (jnp.mean(x ** p[:, None], axis=1) ** (1 / p[:, None])).reshape(b, d)
 
 
 def in_jax(pool, tokens, p, cotangent):
-    """Returns a call that computes value and gradient and waits for them."""
+    """Returns a call that computes the value and the gradients and waits for them."""
     step = jax.jit(
         jax.value_and_grad(lambda tokens, p: jnp.sum(pool(tokens, p) * cotangent), (0, 1))
     )
@@ -94,7 +94,7 @@ def main() -> None:
 
 
 def check(calls) -> None:
-    """Compares the gradients of all contestants before they are timed."""
+    """Raises `AssertionError` unless the gradients of all contestants agree."""
     _, (by_tokens, by_p) = calls["ours"]()
     others = {"plain": calls["plain"]()[1]} | (
         {"torch": calls["torch"]()} if "torch" in calls else {}

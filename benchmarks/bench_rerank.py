@@ -78,7 +78,10 @@ def main() -> None:
 
 
 def example() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns unit vectors of queries and database around 300 centres, and ids by similarity."""
+    """Returns unit vectors of queries and database around 300 centres, and ids by similarity.
+
+    The ids are `(q, n)`, best first.
+    """
     rng = np.random.default_rng(0)
     places = rng.normal(size=(300, DIM)).astype(np.float32)
 
@@ -128,6 +131,11 @@ def all_at_once(queries: np.ndarray, database: np.ndarray, ids: np.ndarray) -> n
     """Returns scores `(q, n)` by the formulas for all queries together.
 
     It gathers neighbours `(q, m, k, d)`. Images that are not candidates have a score of 0.
+
+    Args:
+        queries: Unit vectors `(q, d)`.
+        database: Unit vectors `(n, d)`.
+        ids: Ids `(q, n)` by similarity; the first `CANDIDATES` of each row are the candidates.
     """
     candidates = ids[:, :CANDIDATES]
     x = database[candidates]  # (q, m, d)

@@ -28,7 +28,7 @@ from jax import lax
 from benchmarks.record import append, machine
 from ggem_jax.retrieval import search
 
-_ROWS = 16384  # of a block of the two parts that are timed apart
+_ROWS = 16384  # rows of a block where reading and product are timed separately
 
 
 def main() -> None:
@@ -83,6 +83,7 @@ def main() -> None:
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
+    """Returns vectors divided by their length along the last axis."""
     return vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)
 
 
@@ -98,10 +99,13 @@ def write_vectors(path: Path, rows: int, dim: int) -> None:
 
 
 def check_ids(path: Path, queries: np.ndarray, k: int, rows: int) -> dict[str, str]:
-    """Compares ids with a brute-force search, and returns what bfloat16 loses.
+    """Compares ids with a brute-force search, and returns the columns on what bfloat16 loses.
 
-    The reference is all scores in float64, rounded to float32, equal ones in the order of their
-    ids. Of bfloat16, the row has the share of the k best that it keeps, and its largest error.
+    The reference is all scores in float64, rounded to float32, with equal ones in the order of
+    their ids. The columns have the share of the k best that bfloat16 keeps, and its largest error.
+
+    Raises:
+        SystemExit: Some ids differ.
     """
     part = np.load(path, mmap_mode="r")[:rows]
     exact = [

@@ -37,7 +37,7 @@ def write_images(folder: Path, count: int) -> None:
 
 
 def minimal_loop(config: Config, steps: int):
-    """Returns a call that takes a number of steps of a minimal training loop."""
+    """Returns a call that takes `steps` steps of a minimal training loop and waits for them."""
     model, transform = build_model(config, 2), optax.adamw(1e-3)
     images = jax.random.normal(jax.random.key(1), (config.batch, 224, 224, 3))
     labels = jnp.arange(config.batch) % 2

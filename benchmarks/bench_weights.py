@@ -48,9 +48,9 @@ SMALLER = {"width": 24, "depth": 2, "heads": 3, "mlp_width": 40}  # of --small
 class Case(NamedTuple):
     """A published file: its names and shapes, and its towers."""
 
-    shapes: Shapes
-    ending: str = ".safetensors"
-    towers: tuple[str, ...] = ("image",)
+    shapes: Shapes  # of the arrays by their published names
+    ending: str = ".safetensors"  # or ".npz"
+    towers: tuple[str, ...] = ("image",)  # towers that are read and timed
 
 
 def cases(small: bool = False) -> dict[str, Case]:
@@ -124,6 +124,7 @@ def timm_shapes(config: ViTConfig, pooling: Trained, classes: int, style: Style)
 def text_shapes(
     layout: str, style: TextStyle, config: TextConfig, outputs: int, project_bias: bool
 ) -> Shapes:
+    """Returns the shapes of a text tower under the names of a published layout."""
     return {
         name: parameter.shape
         for name, parameter in text_table(layout, style, config, outputs, project_bias).items()
@@ -180,6 +181,7 @@ def siglip_shapes(c: ViTConfig) -> Shapes:
 
 
 def flax_tower(c: ViTConfig, block: Shapes) -> Shapes:
+    """Returns the shapes of the patch embedding, the blocks and the last norm of a Flax ViT."""
     shapes = {"embedding/kernel": (c.patch, c.patch, 3, c.width), "embedding/bias": (c.width,)}
     shapes |= {
         "Transformer/encoder_norm/scale": (c.width,),
@@ -189,6 +191,7 @@ def flax_tower(c: ViTConfig, block: Shapes) -> Shapes:
 
 
 def flax_block(c: ViTConfig, norms: Sequence[str], attention: str, mlp: str) -> Shapes:
+    """Returns the shapes of one block of a Flax ViT, with its norms, attention and MLP as named."""
     heads = (c.heads, c.width // c.heads)
     shapes = {f"{norm}{leaf}": (c.width,) for norm in norms for leaf in ("scale", "bias")}
     for part in ("query", "key", "value"):
@@ -202,16 +205,19 @@ def flax_block(c: ViTConfig, norms: Sequence[str], attention: str, mlp: str) -> 
 
 
 def inside(folder: str, shapes: Shapes) -> Shapes:
+    """Returns the shapes with a prefix before each name."""
     return {folder + name: shape for name, shape in shapes.items()}
 
 
 def repeat(folder: str, block: Shapes, depth: int) -> Shapes:
+    """Returns the shapes of `depth` blocks; `folder` is their prefix with {} for the number."""
     return {
         name: shape for i in range(depth) for name, shape in inside(folder.format(i), block).items()
     }
 
 
 def write_random(case: Case, path: Path) -> None:
+    """Writes a file of a case with random weights."""
     rng = np.random.default_rng(0)
     arrays = {
         name: np.float32(0.02) * rng.standard_normal(shape, np.float32)
@@ -224,14 +230,21 @@ def write_random(case: Case, path: Path) -> None:
 
 
 def measure(path: Path, tower: str, heads: int | None, rounds: int) -> dict[str, Any]:
-    """Returns seconds and memory of one tower of a file, and what does not return to the bit."""
+    """Returns seconds and memory of one tower of a file, and what does not return to the bit.
+
+    Args:
+        path: The file; a written copy is placed beside it.
+        tower: "image" or "text".
+        heads: Attention heads. None leaves them to `read_vit` or `read_text`.
+        rounds: Rounds whose medians are given.
+    """
     read: Callable = read_vit if tower == "image" else read_text
     back: Callable[[Any], Arrays] = to_timm if tower == "image" else to_published_names
     written = path.with_name("written.safetensors")
     before, seconds = _kilobytes("VmRSS"), []
     for each in range(rounds):
         times = [time.perf_counter()]
-        published = read(path, heads=heads)
+        published = read(path, heads=heads, gelu="quick")  # of CLIP it must be given
         times.append(time.perf_counter())
         arrays = back(published)
         times.append(time.perf_counter())
@@ -254,7 +267,7 @@ def measure(path: Path, tower: str, heads: int | None, rounds: int) -> dict[str,
     again = (
         read_arrays(written)
         if same_names
-        else _named(read_vit(written, heads=published.config.heads))
+        else _named(read_vit(written, heads=published.config.heads, gelu="quick"))
     )
     differs = sorted(
         name

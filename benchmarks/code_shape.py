@@ -21,7 +21,12 @@ Function = ast.FunctionDef | ast.AsyncFunctionDef
 
 
 def measure(root: Path, folders: Sequence[str] = FOLDERS) -> dict[str, float]:
-    """Returns the figures of the Python files in `folders` of the checkout `root`, by name."""
+    """Returns figures of the Python files in some folders of a checkout, by name.
+
+    Args:
+        root: Folder of the checkout.
+        folders: Folders below it.
+    """
     files = [path for folder in folders for path in _python_files(root / folder)]
     texts = [path.read_text() for path in files]
     lines = [line for text in texts for line in text.splitlines()]

@@ -73,7 +73,10 @@ def main() -> None:
 
 
 def follow(run, folder, calibration: Calibration):
-    """Returns the records of a run, and the PIM work of its channels by the recurrence."""
+    """Returns the records of a run, and the PIM work of its channels by the recurrence.
+
+    The work is None for a system without PIM.
+    """
     case = case_of(run, folder)
     if case.system == "npu-only":
         return case, None
@@ -90,7 +93,14 @@ def follow(run, folder, calibration: Calibration):
 
 
 def rows_of(cases, calibration: Calibration, path: str = "exact") -> list[Pair]:
-    """Returns measured and predicted cycles of every operation, stage and layer of the cases."""
+    """Returns measured and predicted cycles of every operation, stage and layer of the cases.
+
+    Args:
+        cases: Runs with their operations, records and PIM work, the last two as `follow` returns
+            them.
+        calibration: Constants of the model.
+        path: "exact" takes the PIM work of the recurrence, "closed" the closed form.
+    """
     rows = []
     for run, listed, case, attention in cases:
         predicted = predict(
@@ -108,6 +118,11 @@ def fit(cases, start_from: Calibration, evaluations: int) -> Calibration:
     """Returns the constants with the least mean error, by the method of Nelder and Mead.
 
     The error is the mean over PIM operations, products, stages and layers, each system alike.
+
+    Args:
+        cases: The runs to fit, as in `rows_of`.
+        start_from: Constants to start from; its `reopen_cycles` is kept.
+        evaluations: Evaluations of the error, at most.
     """
     from scipy.optimize import minimize
 
@@ -154,7 +169,7 @@ KINDS = ("pim", "gemm", "stage", "layer")
 
 
 def write(tables) -> None:
-    """Writes the committed table, and the one that the tools print."""
+    """Writes the committed table of errors, and the one that the tools print."""
     with open(ROOT / "benchmarks" / "results" / "neupims_validation.csv", "w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(

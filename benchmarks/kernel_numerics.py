@@ -1,7 +1,7 @@
-"""Compares the kernels with the same functions in float64, and with themselves, again and in parts.
+"""Compares the kernels with the same functions in float64, and with their own repeated results.
 
-The functions in float64 run as plain JAX. Errors are relative to the largest entry of a row.
-Allowed are 5e-6 for values and 2e-5 + 5e-7 p for gradients in float32, and in addition the rounding
+The functions in float64 run as plain JAX. Errors are relative to the largest entry of a row. The
+limits are 5e-6 for values and 2e-5 + 5e-7 p for gradients in float32, and in addition the rounding
 of the tokens' dtype. Each row also has the error of plain JAX in float32.
 """
 
@@ -26,7 +26,12 @@ OPERATIONS = ("ggem", "norm_ggem")
 
 
 def checks(implementation: str, small: bool) -> Iterator[dict[str, Any]]:
-    """Yields a row for each check; `small` is for the interpreter, which is slow."""
+    """Yields a row for each check.
+
+    Args:
+        implementation: Implementation to check, "triton", "interpret" or "xla".
+        small: Whether shapes are small, for the interpreter, which is slow.
+    """
     for check in (
         basic_checks(implementation, small) | further_checks(implementation, small)
     ).values():
@@ -36,7 +41,10 @@ def checks(implementation: str, small: bool) -> Iterator[dict[str, Any]]:
 def basic_checks(
     implementation: str, small: bool
 ) -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
-    """Returns by name the checks that must hold before anything is timed."""
+    """Returns the checks that must hold before anything is timed, by name.
+
+    Each yields its rows. The arguments are those of `checks`.
+    """
     shape = (SMALL if small else SHAPES)[0]
     cases = [
         (operation, shape, dtype, p)
@@ -59,7 +67,10 @@ def basic_checks(
 def further_checks(
     implementation: str, small: bool
 ) -> dict[str, Callable[[], Iterator[dict[str, Any]]]]:
-    """Returns the other checks by name: many elements, masks, sign rules, sizes, dtypes, p."""
+    """Returns the other checks by name: many elements, masks, sign rules, sizes, dtypes, p.
+
+    Each yields its rows. The arguments are those of `checks`.
+    """
     shape = (SMALL if small else SHAPES)[0]
     found: dict[str, Callable[[], Iterator[dict[str, Any]]]] = {}
     few, copies = (shape, 3) if small else ((30, 1024, 768, 12), 100)

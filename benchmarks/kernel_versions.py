@@ -34,7 +34,13 @@ CHANNELS, EXPONENTS = (jax.ShapeDtypeStruct((length,), "float32") for length in 
 def kernels_of(
     function: Callable, *arguments: jax.ShapeDtypeStruct, capability: int
 ) -> list[bytes]:
-    """Returns the kernels of a function lowered for a GPU, each as its launcher gets it."""
+    """Returns the kernels of a function lowered for a GPU, each as its launcher gets it.
+
+    Args:
+        function: Function that launches kernels.
+        *arguments: Shapes and dtypes of its arguments.
+        capability: Compute capability of the GPU, such as 90.
+    """
     with launch.compiled_for(capability):
         lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
     return kernels_in(lowered.as_text())
@@ -65,8 +71,16 @@ def in_version(kernel: bytes, version: str) -> bytes:
 
 
 def assemble(kernel: bytes) -> str | None:
-    """Assembles a kernel as JAX does when it first launches it. Returns what ptxas, or JAX looking
-    for it, had to say against it, or None.
+    """Assembles a kernel as JAX does when it first launches it, and returns the error or None.
+
+    The error is that of ptxas, or of JAX where it finds no ptxas.
+
+    Args:
+        kernel: The kernel, as `kernels_of` returns it.
+
+    Raises:
+        NotImplementedError: The machine has a GPU, where the kernel would run.
+        RuntimeError: The launcher reports nothing.
     """
     with contextlib.suppress(RuntimeError):
         gpu_triton.get_compute_capability(0)
@@ -98,7 +112,15 @@ def _text(status: ctypes.Array) -> str:
 
 
 def one(capability: int, alone: bool) -> str:
-    """Returns `8.8`, or `9.4 refused` with the version that Triton writes for a GPU."""
+    """Returns the PTX version that Triton writes for a GPU, with " refused" if ptxas refuses it.
+
+    Args:
+        capability: Compute capability of the GPU, such as 90.
+        alone: Whether Triton is left as it is, without the settings of `ggem_jax`.
+
+    Returns:
+        Text such as "8.8" or "9.4 refused", or "plain JAX" where no kernel is launched.
+    """
     function, arguments = norm_ggem_pool, (TOKENS, CHANNELS, CHANNELS, EXPONENTS)
     untouched = mock.patch.object(ptxas, "fit_triton_to_jax", return_value=None)
     with untouched if alone else contextlib.nullcontext():
@@ -109,8 +131,13 @@ def one(capability: int, alone: bool) -> str:
 
 
 def results(capabilities: list[int], *extra: str) -> list[str]:
-    """Returns `one` for each GPU, from a process of its own: compiled kernels are kept, and LLVM
-    ends the process where it knows no such GPU.
+    """Returns `one` for each GPU, from a process of its own; "crashes" where that process ends.
+
+    Compiled kernels are kept in a process, and LLVM ends it where it does not know the GPU.
+
+    Args:
+        capabilities: Compute capabilities of the GPUs.
+        *extra: Further flags of the process.
     """
     found: list[str] = []
     while len(found) < len(capabilities):

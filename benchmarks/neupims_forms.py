@@ -61,7 +61,10 @@ def main() -> None:
 
 
 def draw(lists: int) -> tuple[np.ndarray, np.ndarray]:
-    """Draws lengths `(lists, LONGEST)`, 0 beyond the end of a list, and the sizes of the lists."""
+    """Returns random lengths `(lists, LONGEST)` in tokens, and the sizes `(lists,)` of the lists.
+
+    Lengths beyond the end of a list are 0.
+    """
     path = (
         Path(os.environ.get("GGEM_SHARED", "../shared"))
         / "data"
@@ -84,9 +87,15 @@ def draw(lists: int) -> tuple[np.ndarray, np.ndarray]:
 def compare(
     hardware: Hardware, model: str, lengths: np.ndarray, operation: str
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Returns cycles of each list: by the recurrence, by the closed form with steps and without.
+    """Returns cycles of each list by the recurrence, and by the closed form with and without steps.
 
-    The recurrence is averaged over the phases of the refresh round.
+    The recurrence is averaged over the phases of the refresh round. All three are `(lists,)`.
+
+    Args:
+        hardware: The machine.
+        model: Name of the model.
+        lengths: Lengths `(lists, LONGEST)` of the requests of one channel, as `draw` returns them.
+        operation: "logit" or "attend".
     """
     decoder, parallel = load_model(model), load_parallel(model)
     phases = (jnp.arange(PHASES) + 0.5) / PHASES

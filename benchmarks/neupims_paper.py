@@ -406,11 +406,14 @@ def compare_utilizations() -> dict[str, dict[str, list[float]]]:
 
 
 def draw(draws: int) -> Draws:
-    """Draws batches as the public generator does, each from its own stream of requests.
+    """Returns batches as the public generator draws them, each from its own stream of requests.
 
     A stream starts in its stationary state: a request is drawn in proportion to its output, at a
     uniform point of its generation. Then it runs for SETTLING_STEPS, so that the lists of the
     channels are those of the policy: a request stays on its channel until it ends.
+
+    Args:
+        draws: Batches of each data set and size.
     """
     folder = Path(os.environ.get("GGEM_SHARED", "../shared")) / "data" / "llm-traces"
     lists: dict[str, list[tuple]] = {"greedy": [], "round robin": []}
@@ -445,9 +448,9 @@ def stream(table: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.n
     """Draws the requests that are alive at one time.
 
     Args:
-        table: input and output tokens of a data set, `(n, 2)`.
-        size: requests that are alive.
-        rng: source of the random numbers.
+        table: Input and output tokens `(n, 2)` of the requests of a data set.
+        size: Number of requests that are alive.
+        rng: Source of the random numbers.
 
     Returns:
         Lengths `(size,)`, the oldest first, and channels `(size, 2)`, greedy and round robin.
@@ -474,9 +477,15 @@ def stream(table: np.ndarray, size: int, rng: np.random.Generator) -> tuple[np.n
 
 
 def place(lengths: np.ndarray, loads: np.ndarray, turn: int) -> tuple[np.ndarray, int]:
-    """Returns channels of new requests, `(r, 2)`, and the channel whose turn is next.
+    """Returns channels `(r, 2)` of new requests, and the channel whose turn is next.
 
-    The first column has the least loaded channel (algorithm 2 of the paper), the second the next.
+    The first column has the least loaded channel (algorithm 2 of the paper), the second the next in
+    turn.
+
+    Args:
+        lengths: Lengths `(r,)` of the requests, in tokens.
+        loads: Estimated load of each channel, in memory cycles; it is changed in place.
+        turn: Count of the requests that round robin has placed.
     """
     least = []
     for cost in estimate(lengths):
@@ -488,9 +497,12 @@ def place(lengths: np.ndarray, loads: np.ndarray, turn: int) -> tuple[np.ndarray
 
 
 def estimate(lengths: np.ndarray) -> np.ndarray:
-    """Returns the generator's estimate of the time of each request in its channel, memory cycles.
+    """Returns the generator's estimate of each request's time in its channel, in memory cycles.
 
     It is that of GPT3-7B on 4 devices (algorithm 1; it counts all heads).
+
+    Args:
+        lengths: Lengths of the requests, in tokens.
     """
     lengths = np.clip(lengths, 1, LONGEST)
     logit = GWRITE_ESTIMATE + TILE_ESTIMATE * np.ceil(lengths / 32)
@@ -498,7 +510,10 @@ def estimate(lengths: np.ndarray) -> np.ndarray:
 
 
 def run(drawn: Draws, fidelity: str) -> dict[str, Iteration]:
-    """Simulates every system on every batch; leading axes (models, datasets, sizes, draws)."""
+    """Returns the simulation of every system on every batch, by system.
+
+    The leading axes of the results are models, datasets, sizes and draws.
+    """
     models = jax.tree.map(
         lambda *values: jnp.array(values, jnp.float32), *(load_model(name) for name in MODELS)
     )
@@ -534,6 +549,10 @@ def variants(speeds: dict, results: dict) -> dict[str, dict[str, np.ndarray]]:
     """Returns tokens per second of each system: as coded, without single quirks, and as intended.
 
     It adds the better NeuPIMs to `speeds`.
+
+    Args:
+        speeds: Fidelity -> system -> tokens per second `(models, datasets, sizes, draws)`.
+        results: Fidelity -> system -> simulation, as `run` returns it.
     """
     for of in speeds.values():
         of["neupims"] = np.maximum(of["neupims-1"], of["neupims-2"])
@@ -561,6 +580,10 @@ def npu_only_speed(results: dict, arrays: int) -> np.ndarray:
     """Returns tokens per second of the coded NPU-only system with attention on several arrays.
 
     Attention is not faster than in `intended` fidelity.
+
+    Args:
+        results: As in `variants`.
+        arrays: Number of systolic arrays that share attention.
     """
     npu_only, other = results["simulator"]["npu-only"], results["intended"]["npu-only"]
     coded = npu_only.op_cycles[..., ATTENTION]
@@ -573,7 +596,7 @@ def npu_only_speed(results: dict, arrays: int) -> np.ndarray:
 
 
 def memory_joules(one: Iteration) -> np.ndarray:
-    """Returns the energy of the memory as the simulator counts it, without the interface."""
+    """Returns the energy of the memory as the simulator counts it, in J, without the interface."""
     return np.asarray(
         one.energy.dram_array + one.energy.pim + one.energy.refresh + one.energy.background
     )

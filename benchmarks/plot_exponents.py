@@ -33,9 +33,10 @@ def draw(part: dict[str, Any], theme: str, target: Path) -> None:
     """Draws learned exponents (left, a dot for each seed) and accuracies (right) as an SVG file.
 
     Args:
-        part: the part `planted` of the study; `arms` has accuracies and exponents by seed.
-        theme: a key of `THEMES`.
-        target: the file to write.
+        part: Results of the part `planted` of the study; `arms` has accuracies and exponents by
+            seed.
+        theme: Name of the colours, a key of `THEMES`.
+        target: The file to write.
     """
     import matplotlib
 

@@ -33,7 +33,14 @@ COLUMNS = {
 
 
 def read(path: Path) -> list[dict[str, str]]:
-    """Returns the rows of the last day and device; raises `ValueError` where there are none."""
+    """Returns the rows of the last day and device.
+
+    Args:
+        path: The CSV file of `benchmarks.bench_kernels`.
+
+    Raises:
+        ValueError: The file has no rows, or lacks columns.
+    """
     with path.open(newline="") as file:
         rows = list(csv.DictReader(file))
     if not rows:
@@ -51,7 +58,12 @@ def read(path: Path) -> list[dict[str, str]]:
 
 
 def draw(rows: list[dict[str, str]], target: Path) -> None:
-    """Draws a panel for each operation and stage, with a bar for each shape and contestant."""
+    """Draws a panel for each operation and stage, with a bar for each shape and contestant.
+
+    Args:
+        rows: Rows of one device, as `read` returns them.
+        target: The PNG file; it is replaced.
+    """
     import matplotlib
 
     matplotlib.use("agg")

@@ -40,7 +40,13 @@ def _cpu() -> str:
 
 
 def append(name: str, row: dict[str, Any], folder: Path = RESULTS) -> None:
-    """Prints a row and appends it to `NAME.csv` in the folder, which must have the same columns."""
+    """Prints a row and appends it to `NAME.csv`, a new file with a header where there is none.
+
+    Args:
+        name: Name of the file without its ending.
+        row: Cells by column. An existing file must have the same columns in the same order.
+        folder: Folder of the file.
+    """
     print("  ".join(f"{key} {value}" for key, value in row.items()), flush=True)
     path = folder / f"{name}.csv"
     new = not path.exists()
@@ -56,6 +62,10 @@ def time_in_turns(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str,
     """Returns the seconds of each call in each round, without the first round.
 
     The calls take turns, so that a slow moment of the machine affects all of them.
+
+    Args:
+        calls: Calls by name; each returns when its work is done.
+        rounds: Rounds that are kept; the first one, which compiles, comes on top.
     """
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds + 1):
@@ -67,6 +77,10 @@ def time_in_turns(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str,
 
 
 def median_and_spread(times: list[float]) -> tuple[float, float]:
-    """Returns the median in milliseconds, and the interquartile range as a share of it."""
+    """Returns the median in milliseconds, and the interquartile range as a share of it.
+
+    Args:
+        times: At least two times, in seconds.
+    """
     low, middle, high = statistics.quantiles(times, n=4)
     return 1e3 * middle, (high - low) / middle

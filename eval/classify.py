@@ -44,17 +44,17 @@ class ClassifyOptions(RunOptions):
 class ClassifyResult(RunResult):
     """One run on its evaluation images."""
 
-    classes: tuple[str, ...]
-    predictions: Predictions
+    classes: tuple[str, ...]  # names, in the order of the labels
+    predictions: Predictions  # of the readable images, in the order of the split
 
     @property
     def top1(self) -> Interval:
-        """Share of images whose most probable class is right."""
+        """Share of images whose most probable class is the label."""
         return proportion(self.predictions.top(1))
 
     @property
     def top5(self) -> Interval:
-        """Share of images whose class is among the five most probable ones."""
+        """Share of images whose label is among the five most probable classes."""
         return proportion(self.predictions.top(5))
 
     def by_class(self) -> list[tuple[str, int, Interval]]:
@@ -80,10 +80,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def evaluate_run(run: Path, options: ClassifyOptions) -> ClassifyResult:
-    """Evaluates the newest checkpoint of a run.
+    """Returns the predictions of a run's newest checkpoint on its evaluation images.
+
+    Args:
+        run: Folder of a run of `train.classify`.
+        options: Source and split of the images, and what to do about unreadable ones. Its `run` and
+            `other` are not used.
 
     Raises:
-        Refused: it is not such a run, or its classes are not those of the images.
+        Refused: The folder is not such a run or has no checkpoint, the images have other classes
+            than the run, or they cannot be read.
     """
     config, facts = read_run(run, Config)
     classes = tuple(facts["classes"])
@@ -109,7 +115,18 @@ def evaluate_run(run: Path, options: ClassifyOptions) -> ClassifyResult:
 
 
 def compare(first: ClassifyResult, second: ClassifyResult) -> PairedTest:
-    """Compares two runs on the same images; raises `Refused` where these are not the same."""
+    """Compares the top-1 answers of two runs on the same images.
+
+    Args:
+        first: Result of one run.
+        second: Result of the other run.
+
+    Returns:
+        Accuracy of the first less that of the second with its interval, and McNemar's test.
+
+    Raises:
+        Refused: The runs were not evaluated on the same images, labels and classes.
+    """
     a, b = first.predictions, second.predictions
     require_same_images(
         first.run,
@@ -125,7 +142,16 @@ def compare(first: ClassifyResult, second: ClassifyResult) -> PairedTest:
 
 
 def as_json(results: list[ClassifyResult], comparison: PairedTest | None) -> dict[str, Any]:
-    """Returns what `--json` prints."""
+    """Returns the object that `--json` prints.
+
+    Args:
+        results: One or two evaluated runs.
+        comparison: Paired test of the two; None where there is one run.
+
+    Returns:
+        "runs", a list with an entry for each run, and "paired", the test or None. Accuracies are
+        from 0 to 1.
+    """
     entries = [
         {
             "run": str(result.run),
@@ -149,7 +175,12 @@ def as_json(results: list[ClassifyResult], comparison: PairedTest | None) -> dic
 
 
 def show(results: list[ClassifyResult], comparison: PairedTest | None) -> None:
-    """Prints the tables for people."""
+    """Prints a table by class for each run, its accuracies, and the paired test.
+
+    Args:
+        results: One or two evaluated runs.
+        comparison: Paired test of the two; None prints no test.
+    """
     console = make_console()
     for result in results:
         count = len(result.predictions.label)

@@ -70,20 +70,20 @@ class ZeroShot:
 
     index: np.ndarray  # (n,) number of the image in its split
     digest: np.ndarray  # (n,) of the images as they were read
-    top1: np.ndarray  # (n,) whether the class is the nearest
-    top5: np.ndarray
-    source: str
-    words: tuple[str, ...]
-    templates: tuple[str, ...]
+    top1: np.ndarray  # (n,) bool: whether the label's class is the nearest
+    top5: np.ndarray  # (n,) bool: whether it is among the five nearest
+    source: str  # of the images, in the form of --data
+    words: tuple[str, ...]  # of the classes, in the order of the labels
+    templates: tuple[str, ...]  # of the prompts, with {} for the class
 
 
 @dataclass(frozen=True)
 class ContrastiveResult(RunResult):
-    """One run on its evaluation images."""
+    """One run on its evaluation images and captions."""
 
-    descriptors: PairDescriptors
-    zero_shot: ZeroShot | None
-    scale: float  # factor of the similarities
+    descriptors: PairDescriptors  # of the readable images and all captions
+    zero_shot: ZeroShot | None  # None: it was not asked for
+    scale: float  # learned factor of the similarities
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -99,10 +99,18 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def evaluate_run(run: Path, how: ContrastiveOptions) -> ContrastiveResult:
-    """Evaluates the newest checkpoint of a run.
+    """Returns the descriptors of a run's newest checkpoint, and its zero-shot classification.
+
+    Args:
+        run: Folder of a run of `train.contrastive`.
+        how: Source and split of the images, templates and words of the captions, and the source of
+            the zero-shot classification. Its `run` and `other` are not used.
+
+    Returns:
+        The result; its `zero_shot` is None where `how.zero_shot` is None.
 
     Raises:
-        Refused: it is not such a run, or the images cannot be read.
+        Refused: The folder is not such a run or has no checkpoint, or the images cannot be read.
     """
     trained, _ = read_run(run, ContrastiveConfig)
     data = how.data_of(trained.data)
@@ -132,7 +140,16 @@ def evaluate_run(run: Path, how: ContrastiveOptions) -> ContrastiveResult:
 
 
 class Model:
-    """The towers of a checkpoint."""
+    """The two towers of a run's newest checkpoint.
+
+    Args:
+        config: Settings of the run, with the data to evaluate on.
+        tokenizer: The tokenizer of the run.
+        checkpoints: The checkpoints of the run; the newest one is restored.
+
+    Raises:
+        Refused: The checkpoint cannot be read.
+    """
 
     def __init__(self, config: ContrastiveConfig, tokenizer: Tokenizer, checkpoints: Checkpoints):
         self.config, self.tokenizer, self.towers = config, tokenizer, make_towers(config, tokenizer)
@@ -141,33 +158,57 @@ class Model:
         self.params, self.step = state.evaluated, int(state.step)
 
     def describe(self, eval_set: Captioned) -> PairDescriptors:
-        """Returns the descriptors of the images and captions of a split."""
+        """Returns the descriptors of the images and captions of a split.
+
+        Args:
+            eval_set: Images with their captions.
+
+        Raises:
+            Refused: No image can be read.
+        """
         return describe(self.steps, self.towers, self.params, eval_set, self.tokenizer, self.config)
 
     def texts(self, texts: tuple[str, ...]) -> np.ndarray:
-        """Returns the descriptors of texts, `(t, embed)`."""
+        """Returns the descriptors of texts, unit vectors `(t, embed)` in float32.
+
+        Args:
+            texts: Texts as they are; each is encoded, and cut off at the run's context.
+        """
         return describe_texts(
             self.steps, self.towers, self.params, texts, self.tokenizer, self.config
         )
 
     def images(self, images: Images) -> dict[str, np.ndarray]:
-        """Returns descriptors, labels, numbers and digests of the readable images of a split."""
+        """Returns the descriptors of the readable images of a split, with their labels.
+
+        Args:
+            images: A split of labelled images.
+
+        Returns:
+            "descriptor" `(n, embed)`, unit vectors, and "label", "index" (numbers in the split) and
+            "digest" of the images, `(n,)` each.
+
+        Raises:
+            Refused: No image can be read.
+        """
         return compute_outputs(self.steps, self.params, images, self.config)
 
 
 def text_of(
     source: str, trained: ContrastiveConfig, templates: tuple[str, ...] | None, names: Path | None
 ) -> Text:
-    """Returns how the captions of a source are made.
+    """Returns the settings that decide how the captions of a source are made.
 
     Args:
-        source: as `--data` names it.
-        trained: the settings of the run.
-        templates: those that were asked for; `None` takes the run's.
-        names: the file that was asked for; `None` takes the run's, if the source is the run's own.
+        source: Source of the images, in the form of `--data`.
+        trained: Settings of the run.
+        templates: Templates with {} for the class, as `--templates` gives them. None takes the
+            run's, unless the source has captions of its own.
+        names: File with words for the classes, as `--names` gives it. None takes the run's file if
+            the source is the run's own.
 
     Raises:
-        Refused: the settings do not fit.
+        Refused: The settings do not fit each other.
     """
     has_captions = source.startswith(("csv:", "wds:"))
     if templates is None and not has_captions:
@@ -181,12 +222,21 @@ def text_of(
 
 
 def classify(model: Model, text: Text, source: str) -> ZeroShot:
-    """Returns each image's class: the one whose prompts, averaged over the templates, are nearest.
+    """Classifies each image as the class whose prompts are nearest: zero-shot classification.
+
+    The descriptor of a class is the mean of its prompts over the templates.
 
     Args:
-        model: the towers.
-        text: how prompts are made of class names.
-        source: of the images, as `--data` names it.
+        model: The towers.
+        text: Words and templates that make prompts of class names.
+        source: Source of the images, in the form of `--data`. Another source than the run's uses
+            its own default split.
+
+    Returns:
+        Whether the label's class is the nearest, or among the five nearest, for each image.
+
+    Raises:
+        Refused: The images cannot be read, or the file of names lacks a class.
 
     Reference: Radford et al., "Learning Transferable Visual Models From Natural Language
     Supervision", 2021, arXiv:2103.00020, section 3.1.
@@ -211,10 +261,18 @@ def classify(model: Model, text: Text, source: str) -> ZeroShot:
 
 
 def compare(first: ContrastiveResult, second: ContrastiveResult) -> dict[str, PairedTest]:
-    """Compares two runs on the same images and texts, by the name of the measure.
+    """Returns paired tests of two runs on the same images and texts, by the name of the measure.
+
+    Args:
+        first: Result of one run.
+        second: Result of the other run.
+
+    Returns:
+        Tests of "image_to_text@1" and "text_to_image@1", and of "zero_shot_top1" where both runs
+        have one.
 
     Raises:
-        Refused: the images, captions or classes are not the same.
+        Refused: The runs were not evaluated on the same images, captions and classes.
     """
     a, b = first.descriptors, second.descriptors
     same: list[tuple[Any, Any]] = [
@@ -239,7 +297,16 @@ def compare(first: ContrastiveResult, second: ContrastiveResult) -> dict[str, Pa
 def as_json(
     results: list[ContrastiveResult], tests: dict[str, PairedTest] | None
 ) -> dict[str, Any]:
-    """Returns what `--json` prints."""
+    """Returns the object that `--json` prints; `show` prints the same for people.
+
+    Args:
+        results: One or two evaluated runs.
+        tests: Paired tests as `compare` returns them; None where there is one run.
+
+    Returns:
+        "runs", a list with an entry for each run, and "paired", the tests or None. Recalls and
+        accuracies are from 0 to 1.
+    """
     paired_tests = (
         None if tests is None else {name: dataclasses.asdict(test) for name, test in tests.items()}
     )
@@ -282,7 +349,11 @@ def _entry(run: ContrastiveResult) -> dict[str, Any]:
 
 
 def show(report: dict[str, Any]) -> None:
-    """Prints the tables for people."""
+    """Prints a table of recalls for each run, its zero-shot accuracies, and the paired tests.
+
+    Args:
+        report: The evaluation as `as_json` returns it.
+    """
     console = make_console()
     for run in report["runs"]:
         title = (

@@ -24,7 +24,7 @@ from ggem_jax.files.images import RGB, UnreadableImage, crop, read_image
 from ggem_jax.progress import track
 from train.cli import Refused
 
-# What is compared with each other; scales and Regional GeM go with GeM+, as in SuperGlobal.
+# Poolings that evaluations compare; scales and Regional GeM go with GeM+, as in SuperGlobal.
 POOLINGS: dict[str, dict[str, Any]] = {
     "average": {"pooling": "average", "regional": False, "scales": 1, "scale_gem": False},
     "max": {"pooling": "max", "regional": False, "scales": 1, "scale_gem": False},
@@ -37,7 +37,12 @@ POOLINGS: dict[str, dict[str, Any]] = {
 
 
 def vary_pooling(settings: DescriptorSettings) -> dict[str, DescriptorSettings]:
-    """Returns the settings with each of `POOLINGS`, by name."""
+    """Returns the settings under each pooling of `POOLINGS`, by name.
+
+    Args:
+        settings: Settings that the poolings share. Their own pooling, regional, scales and
+            scale_gem are replaced.
+    """
     return {name: dataclasses.replace(settings, **changes) for name, changes in POOLINGS.items()}
 
 
@@ -48,12 +53,13 @@ class SharedExtractor(Extractor):
     scale_gem. All of them see an image of the size that the most demanding one needs.
 
     Args:
-        settings: of the descriptors.
-        batch: images that the network takes at a time.
-        network: the backbone; `None` loads that of the settings.
+        settings: Settings of the descriptors, at least one.
+        batch: Images of equal size that go through the network together. None: as in `Extractor`.
+        network: The backbone. None loads that of the settings.
 
     Raises:
-        ValueError: the settings differ in something else, or have a whitening.
+        ValueError: The settings differ in something else, or have a whitening.
+        ModuleNotFoundError: The weights of EfficientNet-Lite0 are not installed.
     """
 
     def __init__(
@@ -117,8 +123,12 @@ def _pool_maps(model, variables, maps, each):
 def make_extractor(settings: DescriptorSettings | Sequence[DescriptorSettings]) -> Extractor:
     """Returns an extractor of one or several settings.
 
+    Args:
+        settings: One record for vectors `(d,)`, or several for `(settings, d)` as `SharedExtractor`
+            takes them.
+
     Raises:
-        Refused: the settings do not fit, or the weights are missing.
+        Refused: The settings do not fit, or the weights are missing.
     """
     try:
         return (
@@ -136,13 +146,13 @@ def describe_images(
     """Returns the descriptors of images, `(n, d)` or `(n, settings, d)`.
 
     Args:
-        extractor: as `make_extractor` returns it.
-        images: `(h, w, 3)` uint8 each; they are read one after the other.
-        names: what errors call them.
-        what: the description of the progress bar.
+        extractor: An extractor, as `make_extractor` returns it.
+        images: Images `(h, w, 3)` uint8, one for each name; they are read one after the other.
+        names: Names of the images, for errors.
+        what: Description of the progress bar.
 
     Raises:
-        Refused: an image cannot be read or described.
+        Refused: An image cannot be read or described.
     """
     vectors = []
     for name, vector in zip(
@@ -162,14 +172,14 @@ def _refuse_unreadable(vectors: Iterator) -> Iterator:
 
 
 def read_crop(path: Path, box: Sequence[float] | None) -> RGB:
-    """Returns an image, or the part of it inside a box.
+    """Returns an image, or the part of it inside a box, `(h, w, 3)` uint8.
 
     Args:
-        path: the image.
-        box: (x1, y1, x2, y2) in pixels; `None` takes the whole image.
+        path: File of the image.
+        box: Corners (x1, y1, x2, y2) in pixels. None takes the whole image.
 
     Raises:
-        Refused: it cannot be read, or nothing of it is inside the box.
+        Refused: The image cannot be read, or no part of it is inside the box.
     """
     try:
         image = read_image(path)

@@ -48,16 +48,16 @@ class MetricOptions(RunOptions):
 class MetricResult(RunResult):
     """One run on its evaluation images."""
 
-    classes: tuple[str, ...]
-    images: LabelledDescriptors
+    classes: tuple[str, ...]  # names, in the order of the labels
+    images: LabelledDescriptors  # of the readable images, in the order of the split
 
     @cached_property
     def scores(self) -> LabelScores:
-        """The measures of retrieval."""
+        """Recall@k, R-precision and mAP@R of every image as a query for all others."""
         return self.images.scores()
 
     def by_measure(self) -> dict[str, np.ndarray]:
-        """Returns the name of each measure -> its value for each query, `(n,)`."""
+        """Returns the values of each measure for every query, `(n,)`, by its name."""
         recalls = {
             f"recall@{kappa}": self.scores.recall_at[:, i]
             for i, kappa in enumerate(self.scores.kappas)
@@ -82,10 +82,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def evaluate_run(run: Path, options: MetricOptions) -> MetricResult:
-    """Evaluates the newest checkpoint of a run.
+    """Returns the descriptors of a run's newest checkpoint on classes that it was not trained on.
+
+    Args:
+        run: Folder of a run of `train.metric`.
+        options: Source of the images, and what to do about unreadable ones. Its `run`, `other` and
+            `export` are not used.
 
     Raises:
-        Refused: it is not such a run, or it was trained on one of the classes.
+        Refused: The folder is not such a run or has no checkpoint, it was trained on one of the
+            classes, or the images cannot be read.
     """
     config, facts = read_run(run, MetricConfig)
     config = replace_data(config, options.data_of(config.data))
@@ -108,10 +114,17 @@ def evaluate_run(run: Path, options: MetricOptions) -> MetricResult:
 
 
 def compare(first: MetricResult, second: MetricResult) -> dict[str, Interval]:
-    """Returns each measure of the first less that of the second, query by query.
+    """Returns each measure of the first run less that of the second, averaged over queries.
+
+    Args:
+        first: Result of one run.
+        second: Result of the other run.
+
+    Returns:
+        Mean difference by the name of the measure, with its bootstrap interval over queries.
 
     Raises:
-        Refused: the runs were not evaluated on the same images.
+        Refused: The runs were not evaluated on the same images.
     """
     a, b = first.images, second.images
     require_same_images(
@@ -129,7 +142,17 @@ def compare(first: MetricResult, second: MetricResult) -> dict[str, Interval]:
 
 
 def export(images: LabelledDescriptors, path: Path) -> None:
-    """Writes the descriptors as an .npz file; raises `Refused` where it cannot be written."""
+    """Writes descriptors as an .npz file, which is never half written.
+
+    The file has `descriptor (n, dim)` in float32, and `label` and `index`, `(n,)` each.
+
+    Args:
+        images: Descriptors of the evaluation images.
+        path: The file; it is replaced.
+
+    Raises:
+        Refused: The file cannot be written.
+    """
     try:
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, descriptor=images.descriptor, label=images.label, index=images.index)
@@ -138,7 +161,17 @@ def export(images: LabelledDescriptors, path: Path) -> None:
 
 
 def as_json(results: list[MetricResult], differences: dict[str, Interval] | None) -> dict[str, Any]:
-    """Returns what `--json` prints."""
+    """Returns the object that `--json` prints.
+
+    Args:
+        results: One or two evaluated runs.
+        differences: Differences of the measures as `compare` returns them; None where there is one
+            run.
+
+    Returns:
+        "runs", a list with an entry for each run, and "paired", the differences or None. Measures
+        are from 0 to 1.
+    """
     entries = [
         {
             "run": str(result.run),
@@ -160,7 +193,12 @@ def as_json(results: list[MetricResult], differences: dict[str, Interval] | None
 
 
 def show(results: list[MetricResult], differences: dict[str, Interval] | None) -> None:
-    """Prints the tables for people."""
+    """Prints a table of measures for each run, and the differences.
+
+    Args:
+        results: One or two evaluated runs.
+        differences: Differences as `compare` returns them; None prints none.
+    """
     console = make_console()
     for result in results:
         title = (

@@ -1,4 +1,4 @@
-"""Rankings of a whole database, and everything that orders one anew, by name."""
+"""Rankings of a whole database, and the rerankers by their names in evaluations."""
 
 from dataclasses import dataclass
 from functools import partial
@@ -14,21 +14,21 @@ from ggem_jax.retrieval.vectors import Ranking, Store, blocks_of
 
 Name = Literal["none", "superglobal", "superglobal-paper", "aqe", "alpha-qe", "dba"]
 
-# results that a search with expanded vectors orders anew; of a larger database the others stand
-# behind them as they stood
+# Results that a search with expanded vectors reranks. The others of a larger database follow in
+# their old order.
 DEPTH = 10_000
-_ROWS = 8192  # of a database that are searched at a time
+_ROWS = 8192  # rows of a database that are searched at a time
 
 
 @dataclass(frozen=True)
 class Rerank:
-    """How rankings are ordered anew."""
+    """Options of the rerankers."""
 
-    num_candidates: int = 400  # of superglobal; these and the next two are those of its paper
-    num_neighbors: int = 9  # of superglobal: neighbours that refine a candidate
-    beta: float = 0.15  # of superglobal: weight of a neighbour
-    qe_neighbors: int = 10  # of aqe, alpha-qe and dba: neighbours that a vector is averaged with
-    alpha: float = 3.0  # of alpha-qe and dba: power of the similarity that weights a neighbour
+    num_candidates: int = 400  # results that superglobal reranks, as in its paper
+    num_neighbors: int = 9  # neighbours that refine a candidate in superglobal
+    beta: float = 0.15  # weight of such a neighbour in superglobal
+    qe_neighbors: int = 10  # neighbours that aqe, alpha-qe and dba average a vector with
+    alpha: float = 3.0  # alpha-qe and dba weight a neighbour by this power of its similarity
 
     def __post_init__(self):
         for name, least in (
@@ -49,14 +49,14 @@ def rank_all(
 ) -> Ranking:
     """Returns all ids of the database for each query, best first.
 
-    The result is that of `search` with k = n, found with one sort. It takes 12 bytes for each query
-    and row.
+    The result is that of `search` with k = n, found with one sort. It takes 12 bytes for each pair
+    of query and row.
 
     Args:
-        queries: `(q, d)` unit vectors.
-        database: `(n, d)` unit vectors, or a store of them.
-        own: `(q,)` the row that is a query's own image, which comes last, or -1; None: no query is
-            in the database.
+        queries: Unit vectors `(q, d)`.
+        database: Unit vectors `(n, d)`, or a store of them.
+        own: Row `(q,)` of each query's own image, which comes last, or -1. None: no query is in the
+            database.
 
     Returns:
         Scores and ids `(q, n)`.
@@ -76,7 +76,14 @@ _scores = jax.jit(partial(similarity, precision="float32"))
 
 
 def method_of(name: Name, how: Rerank, *, most: int) -> Method:
-    """Returns the library's method of that name; no more than `most` rows take part."""
+    """Returns the library's method for the name of a reranker.
+
+    Args:
+        name: Name of the reranker. `superglobal-paper` is SuperGlobal as its paper describes it,
+            `superglobal` as its code computes it.
+        how: Options of the rerankers.
+        most: Rows that may take part at most; it bounds candidates and neighbours.
+    """
     if name.startswith("superglobal"):
         return choose_method(
             "superglobal",
@@ -101,12 +108,12 @@ def rerank_all(
     """Returns the ids `(q, n)` of a ranking of all rows in their new order.
 
     Args:
-        name: of the reranker.
-        queries: `(q, d)` unit vectors.
-        database: `(n, d)` unit vectors, or a store of them.
-        ranking: as `rank_all` returns it.
-        how: options of the rerankers.
-        own: `(q,)` as in `rank_all`; a query's own image takes part in dba only.
+        name: Name of the reranker.
+        queries: Unit vectors `(q, d)`.
+        database: Unit vectors `(n, d)`, or a store of them.
+        ranking: Scores and ids `(q, n)`, as `rank_all` returns them.
+        how: Options of the rerankers.
+        own: As in `rank_all`, `(q,)`. A query's own image takes part in dba only.
     """
     n = ranking.ids.shape[1]
     others = n if own is None or not np.any(own >= 0) else max(n - 1, 1)

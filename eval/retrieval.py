@@ -45,7 +45,7 @@ class Retrieval:
     # all poolings with all rerankers, whatever --rerank, --pooling, --regional, --scales and
     # --scale-gem say
     table: bool = False
-    k: tuple[int, ...] = (1, 5, 10)  # of precision and recall
+    k: tuple[int, ...] = (1, 5, 10)  # numbers of results for precision and recall
     json: bool = False  # print one JSON object
     how: Annotated[Rerank, arg(name="")] = Rerank()  # noqa: RUF009
     descriptor: Annotated[DescriptorSettings, arg(name="")] = DescriptorSettings()  # noqa: RUF009
@@ -63,15 +63,16 @@ class Retrieval:
 
 @dataclass(frozen=True)
 class RetrievalTask:
-    """The images that are searched, the queries, and what they should find."""
+    """The images of the database, the queries, and the images that each query should find."""
 
     database: list[Path]
-    queries: list[tuple[Path, tuple[float, ...] | None]]  # image and box
-    relevance: list[Relevance]  # places in `database`
+    # image, and the box (x1, y1, x2, y2) in pixels that it is cropped to; None: the whole image
+    queries: list[tuple[Path, tuple[float, ...] | None]]
+    relevance: list[Relevance]  # of each query, as places in `database`
 
     @property
     def own(self) -> np.ndarray:
-        """The row of each query's own image where that is to be left out, otherwise -1."""
+        """The row `(queries,)` of each query's own image where that is ignored, otherwise -1."""
         row = {path: i for i, path in enumerate(self.database)}
         return np.array(
             [
@@ -85,9 +86,9 @@ class RetrievalTask:
 class Result:
     """The measures of one pooling with one reranker."""
 
-    pooling: str
-    rerank: Name
-    measures: dict[str, Interval]
+    pooling: str  # in words
+    rerank: Name  # of the reranker
+    measures: dict[str, Interval]  # by name, from 0 to 1
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -107,8 +108,13 @@ def main(argv: list[str] | None = None) -> None:
 def read_csv(config: Retrieval) -> RetrievalTask:
     """Returns the queries of a CSV file over all images under a folder.
 
+    Args:
+        config: The CSV file (`truth`), the folder of its paths (`root`, None: that of the file),
+            and the folder of the database (`database`, None: the root).
+
     Raises:
-        Refused: the file or the folder cannot be read.
+        Refused: The file or the folder cannot be read, the folder has no image, or an image that
+            the file lists is not in it.
     """
     root = Path(os.path.abspath(config.truth.parent if config.root is None else config.root))
     try:
@@ -126,7 +132,15 @@ def read_csv(config: Retrieval) -> RetrievalTask:
 
 
 def read_class_folders(folder: Path) -> RetrievalTask:
-    """Returns the task in which every image is a query for the others in its folder."""
+    """Returns the task in which every image is a query for the others in its folder.
+
+    Args:
+        folder: Folder with a sub-folder of images for each class. All images under it are the
+            database.
+
+    Raises:
+        Refused: There are no images, or one of the folders cannot be read.
+    """
     database = list_images(folder)
     members: dict[Path, list[int]] = {}
     for i, path in enumerate(database):
@@ -139,7 +153,14 @@ def read_class_folders(folder: Path) -> RetrievalTask:
 
 
 def list_images(folder: Path) -> list[Path]:
-    """Returns all images under a folder; raises `Refused` where there is none."""
+    """Returns the paths of all images under a folder, in the order of their names.
+
+    Args:
+        folder: The folder; hidden files and folders are left out.
+
+    Raises:
+        Refused: There are no images, or something under the folder cannot be read.
+    """
     listing = walk(folder, apart=folder / ".none")
     if listing.skipped:
         raise Refused(listing.skipped[0].why)
@@ -149,7 +170,17 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def evaluate(config: Retrieval, task: RetrievalTask) -> list[Result]:
-    """Returns the measures of every pooling with every reranker that was asked for."""
+    """Returns the measures of each pooling with each reranker.
+
+    Args:
+        config: Settings of the descriptors and rerankers. With `table` they are all of `POOLINGS`
+            and all rerankers.
+        task: Database, queries and relevance.
+
+    Raises:
+        Refused: An image cannot be read or described, or the settings of the descriptors do not
+            fit.
+    """
     settings = (
         vary_pooling(config.descriptor)
         if config.table
@@ -167,7 +198,11 @@ def evaluate(config: Retrieval, task: RetrievalTask) -> list[Result]:
 
 
 def name_pooling(settings: DescriptorSettings) -> str:
-    """Returns the pooling in words, such as `gem+, regional, 3 scales`."""
+    """Returns the pooling in words, such as `gem+, regional, 3 scales`.
+
+    Args:
+        settings: Settings of the descriptors.
+    """
     parts = [
         settings.pooling,
         "regional" if settings.regional else "",
@@ -181,7 +216,14 @@ def describe_task(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Returns the descriptors of queries and database, `(n, settings, d)` each.
 
-    A query without a box that is in the database is described once.
+    A query that has no box and is in the database is described once.
+
+    Args:
+        settings: Settings of the descriptors, which share a network as in `SharedExtractor`.
+        task: Database and queries.
+
+    Raises:
+        Refused: An image cannot be read or described, or the settings do not fit.
     """
     extractor = make_extractor(settings if len(settings) > 1 else settings[0])
     names = [shown(str(path)) for path in task.database]
@@ -207,9 +249,13 @@ def measure(
     """Returns the means over the queries that have relevant images, by the name of the measure.
 
     Args:
-        ids: `(queries, n)` rankings, as rows of the database.
-        relevance: of each query.
-        kappas: numbers of results for precision and recall.
+        ids: Rankings `(queries, n)`, as rows of the database, best first.
+        relevance: The relevant and ignored rows of each query.
+        kappas: Numbers of results for precision and recall.
+
+    Returns:
+        "mAP", and "mP@k" and "recall@k" for each number, from 0 to 1, with bootstrap intervals over
+        queries.
     """
     found, recall = scores(ids, relevance, kappas=kappas), recall_at(ids, relevance, kappas=kappas)
     measures = {"mAP": bootstrap(found.average_precision)}
@@ -222,7 +268,17 @@ def measure(
 
 
 def as_json(config: Retrieval, task: RetrievalTask, results: list[Result]) -> dict[str, Any]:
-    """Returns what `--json` prints."""
+    """Returns the object that `--json` prints.
+
+    Args:
+        config: Settings of the evaluation.
+        task: Database, queries and relevance.
+        results: The measures, as `evaluate` returns them.
+
+    Returns:
+        Counts, settings, and "results", a list with an entry for each pooling and reranker.
+        Measures are from 0 to 1.
+    """
     return {
         "truth": str(config.truth),
         "database": len(task.database),
@@ -242,7 +298,13 @@ def as_json(config: Retrieval, task: RetrievalTask, results: list[Result]) -> di
 
 
 def show(config: Retrieval, task: RetrievalTask, results: list[Result]) -> None:
-    """Prints the table for people."""
+    """Prints the measures as a table, a line for each pooling and reranker.
+
+    Args:
+        config: Settings of the evaluation.
+        task: Database, queries and relevance.
+        results: The measures, as `evaluate` returns them.
+    """
     title = (
         f"{config.truth}: {len(task.queries):,} queries, {len(task.database):,} images in"
         " the database; mean [95 % interval]"

@@ -5,9 +5,9 @@
 Prints mean average precision and mean precision at 1, 5 and 10 of the set-ups easy, medium and
 hard, as the public protocol counts them. The ground truth is the original pickle, or the same as
 JSON. Descriptors are computed from the images, queries cropped to their boxes, by default as in
-SuperGlobal's paper; or they come from files (`--queries`, `--database`), in the order of the ground
-truth. `--distractors` stand behind the database. `--ablation` switches on the parts of SuperGlobal
-one after the other.
+SuperGlobal's paper. They can also be read from files (`--queries`, `--database`), in the order of
+the ground truth. `--distractors` adds images that are right for no query. `--ablation` switches on
+the parts of SuperGlobal one after the other.
 
 Reference: Radenović et al., "Revisiting Oxford and Paris: Large-Scale Image Retrieval
 Benchmarking", CVPR 2018, arXiv:1803.11285.
@@ -41,7 +41,7 @@ from train.cli import Refused, one_sentence, parse
 
 AS_IN_THE_PAPER = DescriptorSettings(sizes="exact", longest_side=0)
 
-# Each step includes those before it. `relup` makes a difference in a ResNet only.
+# Each step includes those before it. `relup` has an effect in a ResNet only.
 ABLATION: dict[str, dict[str, Any]] = {
     "plain": {"pooling": "gem", "regional": False, "scale_gem": False, "relup": False},
     "+ GeM+": {"pooling": "gem+"},
@@ -51,7 +51,7 @@ ABLATION: dict[str, dict[str, Any]] = {
 }
 
 _ON_DEVICE = 2**30  # bytes up to which a database is held in memory as float32
-# what NumPy raises over files that are no arrays
+# what NumPy raises for files that are not arrays
 _NO_ARRAYS = (ValueError, EOFError, KeyError, AttributeError, zipfile.BadZipFile)
 _SAMPLE = 4096  # rows of a file of descriptors whose lengths are checked
 
@@ -62,11 +62,11 @@ class Revisited:
 
     truth: Positional[Path]  # gnd_roxford5k or gnd_rparis6k, .json or .pkl
     images: Path | None = None  # folder with the images: NAME.jpg for the names of the ground truth
-    # descriptors instead of images: .npy or .npz with one array, float32 or float16, a unit vector
-    # for each of qimlist
+    # descriptors of the queries instead of images: .npy or .npz with one array, float32 or
+    # float16, a unit vector for each entry of qimlist
     queries: Path | None = None
-    database: Path | None = None  # the same for each of imlist
-    distractors: Path | None = None  # the same, any number; an .npy is read as it is needed
+    database: Path | None = None  # the same for each entry of imlist
+    distractors: Path | None = None  # any number of them; an .npy is read in blocks
     rerank: tuple[Name, ...] = ("none",)  # rerankers, one line of the table each
     # switch on the parts of SuperGlobal one after the other, reranking last
     ablation: bool = False
@@ -93,27 +93,31 @@ class Revisited:
 
 @dataclass(frozen=True)
 class Truth:
-    """The ground truth; ids are places in `database`."""
+    """The ground truth of Revisited Oxford or Paris."""
 
-    database: tuple[str, ...]
-    queries: tuple[str, ...]
-    boxes: tuple[tuple[float, ...], ...]
-    lists: tuple[Difficulty, ...]
+    database: tuple[str, ...]  # names of the images
+    queries: tuple[str, ...]  # names of the images
+    boxes: tuple[tuple[float, ...], ...]  # (x1, y1, x2, y2) of each query, in pixels
+    lists: tuple[Difficulty, ...]  # of each query, as places in `database`
 
 
 @dataclass(frozen=True)
 class Joined:
     """Arrays of descriptors one behind the other, as one store."""
 
-    parts: tuple[np.ndarray, ...]
+    parts: tuple[np.ndarray, ...]  # (rows, d) each
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and channels."""
+        """Number of rows of all parts, and of channels."""
         return sum(map(len, self.parts)), self.parts[0].shape[1]
 
     def take(self, ids: np.ndarray) -> np.ndarray:
-        """Returns the rows with these ids, in this order."""
+        """Returns the rows with these ids, `(m, d)`, in this order.
+
+        Args:
+            ids: Ids `(m,)` of rows, counted from 0 over all parts.
+        """
         taken, first = np.empty((len(ids), self.shape[1]), np.result_type(*self.parts)), 0
         for part in self.parts:
             here = (ids >= first) & (ids < first + len(part))
@@ -122,7 +126,11 @@ class Joined:
         return taken
 
     def blocks(self, rows: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields the first row and the rows of each block."""
+        """Yields all rows in blocks: the number of a block's first row, and the block.
+
+        Args:
+            rows: Rows of a block; the last one may have fewer.
+        """
         for start in range(0, self.shape[0], rows):
             pieces, first = [], 0
             for part in self.parts:
@@ -152,10 +160,16 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def read_ground_truth(path: Path) -> Truth:
-    """Returns the ground truth of a pickle (`.pkl`) or a JSON file.
+    """Returns the ground truth of a pickle or a JSON file.
+
+    Args:
+        path: File with imlist, qimlist and gnd as the authors publish them: a pickle where its name
+            ends in `.pkl` or `.pickle`, otherwise JSON.
 
     Raises:
-        Refused: the file is anything else.
+        Refused: The file cannot be read, or holds something else.
+
+    Reference: https://github.com/filipradenovic/revisitop.
     """
     try:
         values = (
@@ -212,10 +226,17 @@ def _require_ids(values: Sequence[int], count: int) -> np.ndarray:
 def evaluate(
     config: Revisited, truth: Truth, distractors: np.ndarray | None
 ) -> dict[str, dict[str, Scores]]:
-    """Returns reranker -> set-up -> scores.
+    """Returns the scores of each reranker: its name -> set-up -> scores.
+
+    Args:
+        config: The images or files of descriptors, the settings of the descriptors, and the
+            rerankers.
+        truth: The ground truth.
+        distractors: Unit vectors `(n, d)` that are added to the database; None adds none.
 
     Raises:
-        Refused: the descriptors do not fit the ground truth.
+        Refused: The descriptors do not fit the ground truth or each other, or an image cannot be
+            read.
     """
     if config.images is not None:
         queries, database = describe_sets(config, truth, config.descriptor, {})
@@ -256,7 +277,18 @@ def evaluate(
 
 
 def run_ablation(config: Revisited, truth: Truth) -> dict[str, dict[str, Scores]]:
-    """Returns step -> set-up -> scores, each step with one more part of SuperGlobal."""
+    """Returns the scores of each step of `ABLATION` and of reranking: its name -> set-up -> scores.
+
+    Every step adds a part of SuperGlobal to the steps before it.
+
+    Args:
+        config: The images, the settings of the descriptors that the steps change, and the options
+            of reranking.
+        truth: The ground truth.
+
+    Raises:
+        Refused: The settings do not fit, or an image cannot be read.
+    """
     memory: dict[str, tuple[np.ndarray, np.ndarray]] = {}
     results = {}
     try:
@@ -288,14 +320,17 @@ def _as_store(parts: list[np.ndarray]) -> jax.Array | np.ndarray | Joined:
 
 
 def read_unit_vectors(path: Path, flag: str) -> np.ndarray:
-    """Returns the unit vectors `(n, d)` of a file, memory-mapped where it is an `.npy`.
+    """Returns the unit vectors `(n, d)` of a file, memory-mapped if it is an `.npy`.
+
+    Only a sample of the rows is checked for its length.
 
     Args:
-        path: the file.
-        flag: the flag that named it, for errors; an `.npz` may hold an array of this name.
+        path: An `.npy` or `.npz` file, in float32 or float16.
+        flag: Flag that named the file, for errors. An `.npz` of several arrays must hold one of
+            this name.
 
     Raises:
-        Refused: it holds no unit vectors, as far as a sample of rows shows.
+        Refused: The file cannot be read, or does not hold unit vectors.
     """
     try:
         if path.suffix == ".npz":
@@ -335,18 +370,18 @@ def describe_sets(
     settings: DescriptorSettings,
     memory: dict[str, tuple[np.ndarray, np.ndarray]],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Returns the descriptors of the queries' boxes and of the database.
+    """Returns the descriptors of the queries' boxes and of the database, `(n, d)` each.
 
-    They come from the memory or from the cache where they are there.
+    They are read from the memory or from the cache where they are there.
 
     Args:
-        config: the images and the cache.
-        truth: names and boxes.
-        settings: of the descriptors.
-        memory: descriptors by settings; new ones are added.
+        config: Folders of the images and of the cache.
+        truth: Names of the images, and boxes of the queries.
+        settings: Settings of the descriptors.
+        memory: Descriptors of earlier calls by settings; new ones are added.
 
     Raises:
-        Refused: an image is missing or cannot be read, or the cache is damaged.
+        Refused: An image is missing or cannot be read, or the cache is damaged.
     """
     assert config.images is not None
     files = {name: config.images / f"{name}.jpg" for name in (*truth.queries, *truth.database)}
@@ -411,7 +446,18 @@ def _read_cache(path: Path) -> tuple[np.ndarray, np.ndarray] | None:
 def as_json(
     config: Revisited, truth: Truth, distractors: int, results: dict[str, dict[str, Scores]]
 ) -> dict[str, Any]:
-    """Returns what `--json` prints."""
+    """Returns the object that `--json` prints.
+
+    Args:
+        config: Settings of the evaluation.
+        truth: The ground truth.
+        distractors: Number of distractors.
+        results: Scores by reranker or step, and by set-up.
+
+    Returns:
+        Counts, settings, and "results": reranker or step -> set-up -> "mAP" and "mP@k", from 0 to
+        1.
+    """
     return {
         "truth": str(config.truth),
         "queries": len(truth.queries),
@@ -435,7 +481,14 @@ def as_json(
 def show(
     config: Revisited, truth: Truth, distractors: int, results: dict[str, dict[str, Scores]]
 ) -> None:
-    """Prints the table for people, in percent."""
+    """Prints the scores as a table, in percent.
+
+    Args:
+        config: Settings of the evaluation.
+        truth: The ground truth.
+        distractors: Number of distractors.
+        results: Scores by reranker or step, and by set-up.
+    """
     title = (
         f"{config.truth.name}: {len(truth.queries)} queries, {len(truth.database):,} images and"
         f" {distractors:,} distractors"

@@ -1,7 +1,7 @@
-"""Trained runs as evaluations and studies use them.
+"""Trained runs in evaluations and studies.
 
-One or two runs on the same images, their newest checkpoint, what is printed of both, and the
-trainings of a study.
+An evaluation takes one or two runs on the same images and restores their newest checkpoints. This
+module has what all of them share, and runs the trainings of a study.
 """
 
 import dataclasses
@@ -41,7 +41,12 @@ class RunOptions:
         return [run for run in (self.run, self.other) if run is not None]
 
     def data_of(self, trained: Data) -> Data:
-        """Returns where the images come from, for a run that was trained with these settings."""
+        """Returns the data settings of an evaluation: those of the training, changed by the flags.
+
+        Args:
+            trained: Data settings of the training. `data`, `data_dir` and `corrupt` replace its
+                source, its folder and its handling of unreadable images where they are given.
+        """
         data = dataclasses.replace(
             trained, source=self.data or trained.source, data_dir=self.data_dir or trained.data_dir
         )
@@ -50,15 +55,19 @@ class RunOptions:
 
 @dataclass(frozen=True)
 class RunResult:
-    """What every evaluation of a run knows."""
+    """The fields that the result of every evaluation has."""
 
-    run: Path
+    run: Path  # its folder
     step: int  # of the checkpoint
     p: dict[str, list[float]]  # learned exponents, by the path of their parameter
 
 
 def say_exponents(p: dict[str, list[float]]) -> list[str]:
-    """Returns a line for each parameter of learned exponents."""
+    """Returns a line of text for each parameter of learned exponents.
+
+    Args:
+        p: Exponents by the path of their parameter, as `train.loop.read_exponents` returns them.
+    """
     return [
         f"learned {name}: {' '.join(f'{value:.2f}' for value in values)}"
         for name, values in p.items()
@@ -68,16 +77,16 @@ def say_exponents(p: dict[str, list[float]]) -> list[str]:
 def require_same_images(
     first: Path, second: Path, pairs: Sequence[tuple[Any, Any]], what: str = "images"
 ) -> None:
-    """Checks that two runs were evaluated on the same images.
+    """Raises `Refused` unless two runs were evaluated on the same images.
 
     Args:
-        first: folder of the one run.
-        second: folder of the other.
-        pairs: arrays or values that must be equal, one of each run.
-        what: what the sentence says they differ in.
+        first: Folder of one run, for the error.
+        second: Folder of the other run.
+        pairs: Pairs of arrays or values, one of each run, that must be equal.
+        what: What the runs differ in, for the error.
 
     Raises:
-        Refused: some pair is not equal.
+        Refused: The members of a pair are not equal.
     """
     if not all(
         np.array_equal(one, other) if isinstance(one, np.ndarray) else one == other
@@ -95,7 +104,14 @@ def make_console() -> Console:
 
 
 def replace_data(config: C, data: Data) -> C:
-    """Returns the settings of a run with other data, for the devices that are here."""
+    """Returns the settings of a run with other data, fitted to the devices of this machine.
+
+    The batch is rounded up to a multiple of the devices, and the weights are not split over them.
+
+    Args:
+        config: Settings of the run.
+        data: The data to evaluate on.
+    """
     devices = jax.device_count()
     return dataclasses.replace(
         config, data=data, fsdp=1, batch=-(-config.batch // devices) * devices
@@ -103,7 +119,14 @@ def replace_data(config: C, data: Data) -> C:
 
 
 def open_checkpoints(run: Path) -> Checkpoints:
-    """Returns the checkpoints of a run; raises `Refused` where there is none."""
+    """Returns the checkpoints of a run, opened for reading.
+
+    Args:
+        run: Folder of the run.
+
+    Raises:
+        Refused: The run has no checkpoint.
+    """
     if not has_checkpoint(run):
         raise Refused(f"{run} has no checkpoint yet")
     return Checkpoints(run, read_only=True)
@@ -112,9 +135,18 @@ def open_checkpoints(run: Path) -> Checkpoints:
 def train_in_study(train: Callable[..., TrainedRun], config: Any, **options: Any) -> TrainedRun:
     """Runs a training of a study, or resumes it, without printing.
 
+    Args:
+        train: The function `train` of a training script, such as `train.classify.train`.
+        config: Settings of the training.
+        **options: Further arguments of `train`, such as `data`.
+
+    Returns:
+        The run with its last evaluation.
+
     Raises:
-        Refused: the training is refused; the sentence names the study's flag --runs for its folder.
-        KeyboardInterrupt: a signal stopped the training.
+        Refused: The training is refused. The sentence advises another --runs, which is the study's
+            flag for the folder.
+        KeyboardInterrupt: A signal stopped the training.
     """
     try:
         trained = train(config, quiet=True, **options)

@@ -8,11 +8,11 @@ from scipy import stats
 
 @dataclass(frozen=True)
 class Interval:
-    """An estimate with its interval."""
+    """An estimate with its 95 % interval; printed in percent."""
 
-    value: float
-    low: float
-    high: float
+    value: float  # shares and accuracies are from 0 to 1
+    low: float  # lower end; NaN where there is no interval
+    high: float  # upper end; NaN where there is no interval
 
     def __str__(self) -> str:
         return f"{100 * self.value:.2f} % [{100 * self.low:.2f}, {100 * self.high:.2f}]"
@@ -20,6 +20,12 @@ class Interval:
 
 def proportion(correct: np.ndarray) -> Interval:
     """Returns the share of true entries of `(n,)` with Wilson's score interval.
+
+    Args:
+        correct: Right and wrong answers `(n,)`, as booleans or as 0 and 1.
+
+    Raises:
+        ValueError: There is no answer, or there are other values or axes.
 
     Reference: E. B. Wilson, Journal of the American Statistical Association 22, 1927.
     """
@@ -32,10 +38,11 @@ def proportion(correct: np.ndarray) -> Interval:
 def mean(values: np.ndarray) -> Interval:
     """Returns the mean of independent values `(n,)`, such as seeds, with Student's t interval.
 
-    One value has no interval: its ends are NaN.
+    Args:
+        values: The values `(n,)`. The interval of a single value has NaN at both ends.
 
     Raises:
-        ValueError: there is no value, or there is more than one axis.
+        ValueError: There is no value, or there is more than one axis.
     """
     values = np.asarray(values, float)
     if values.ndim != 1 or not len(values):
@@ -50,15 +57,16 @@ def mean(values: np.ndarray) -> Interval:
 def bootstrap(values: np.ndarray, *, draws: int = 10_000, seed: int = 0) -> Interval:
     """Returns the mean of values with the percentile interval of resampled means.
 
-    The interval treats the values as independent, and is too narrow where there are few.
+    The interval treats the values as independent, and is too narrow where there are few. That of a
+    single value is the value itself.
 
     Args:
-        values: `(n,)`, such as average precisions of queries; those that are NaN are left out.
-        draws: number of resamples of n values, drawn with replacement.
-        seed: decides the resamples.
+        values: Values `(n,)`, such as average precisions of queries. NaN is left out.
+        draws: Number of resamples of n values, drawn with replacement.
+        seed: Seed of the resamples.
 
     Raises:
-        ValueError: there is no number, or there is more than one axis.
+        ValueError: There is no number, or there is more than one axis.
 
     Reference: B. Efron, The Annals of Statistics 7, 1979.
     """
@@ -89,12 +97,12 @@ def pigeonhole_bootstrap(values: np.ndarray, *, draws: int = 2000, seed: int = 0
     narrow.
 
     Args:
-        values: `(seeds, images)` finite values, such as differences of right answers.
-        draws: number of resamples.
-        seed: decides the resamples.
+        values: Finite values `(seeds, images)`, such as differences of right answers.
+        draws: Number of resamples.
+        seed: Seed of the resamples.
 
     Raises:
-        ValueError: the values are not finite or have other axes.
+        ValueError: The values are not finite, or do not have two axes.
 
     Reference: A. B. Owen, "The pigeonhole bootstrap", The Annals of Applied Statistics 1, 2007,
     arXiv:0712.1111.
@@ -112,7 +120,7 @@ def pigeonhole_bootstrap(values: np.ndarray, *, draws: int = 2000, seed: int = 0
     )
     means = np.einsum("kr,kr->k", rows, columns @ values.T)
     low, high = np.quantile(means, (0.025, 0.975))
-    over_seeds = mean(values.mean(axis=1))  # no numbers for one seed
+    over_seeds = mean(values.mean(axis=1))  # its ends are NaN for one seed
     return Interval(
         float(values.mean()),
         float(np.fmin(low, over_seeds.low)),
@@ -122,22 +130,30 @@ def pigeonhole_bootstrap(values: np.ndarray, *, draws: int = 2000, seed: int = 0
 
 @dataclass(frozen=True)
 class PairedTest:
-    """Two classifiers on the same images."""
+    """Two classifiers compared on the same images."""
 
     difference: Interval  # accuracy of the first less that of the second
     only_first: int  # images that only the first has right
-    only_second: int
-    p_value: float  # McNemar's exact test that both are equally likely
+    only_second: int  # images that only the second has right
+    p_value: float  # of McNemar's exact test, under which both counts are equally likely
 
 
 def compare_paired(first: np.ndarray, second: np.ndarray) -> PairedTest:
-    """Compares two arrays `(n,)` of right and wrong answers to the same images.
+    """Compares two classifiers by their right and wrong answers to the same images.
 
     The p-value is McNemar's exact test. The interval of the difference adds half an image to each
-    cell of the two-by-two table, so that it keeps its 95 % where the two hardly differ.
+    cell of the two-by-two table, which keeps its coverage near 95 % where the two hardly differ.
+
+    Args:
+        first: Answers `(n,)` of the first, as booleans or as 0 and 1.
+        second: Answers `(n,)` of the second, in the same order.
+
+    Returns:
+        Accuracy of the first less that of the second, the numbers of images that only one has
+        right, and the p-value.
 
     Raises:
-        ValueError: the arrays have different lengths or hold something else.
+        ValueError: The arrays have different lengths, or hold something else.
 
     Reference: Q. McNemar, Psychometrika 12, 1947; A. Agresti and Y. Min, Statistics in Medicine 24,
     2005.

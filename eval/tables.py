@@ -14,7 +14,12 @@ ENDS = {"": "value", "_low": "low", "_high": "high"}
 
 
 def interval_columns(name: str, interval: Interval | None) -> dict[str, str]:
-    """Returns the columns `name`, `name_low` and `name_high`; empty where there is no interval."""
+    """Returns the columns `name`, `name_low` and `name_high` of a row, with four decimals.
+
+    Args:
+        name: Name of the measure.
+        interval: The estimate. None leaves the columns empty.
+    """
     return {
         f"{name}{end}": "" if interval is None else f"{getattr(interval, field):.4f}"
         for end, field in ENDS.items()
@@ -22,9 +27,13 @@ def interval_columns(name: str, interval: Interval | None) -> dict[str, str]:
 
 
 def format_cell(row: Mapping[str, Any], name: str) -> str:
-    """Returns what `interval_columns` wrote, in percent.
+    """Returns a measure of a row with its interval, in percent; empty columns give "".
 
-    Differences, whose names hold `_less_`, get their sign.
+    A difference, whose name contains `_less_`, gets its sign.
+
+    Args:
+        row: A row with the columns of `interval_columns`, as numbers or as text.
+        name: Name of the measure.
     """
     if row[name] == "":
         return ""
@@ -36,13 +45,13 @@ def format_cell(row: Mapping[str, Any], name: str) -> str:
 def format_interval(
     interval: Interval, *, percent: bool = True, digits: int = 2, sign: bool = False
 ) -> str:
-    """Returns value and ends; the value alone where it has no interval.
+    """Returns the value and the ends of an interval as text, or the value alone if an end is NaN.
 
     Args:
-        interval: the estimate.
-        percent: whether it is multiplied by 100.
-        digits: after the point.
-        sign: whether a positive value gets a plus.
+        interval: The estimate.
+        percent: Whether the numbers are multiplied by 100.
+        digits: Digits after the decimal point.
+        sign: Whether a positive value gets a plus.
     """
     factor = 100 if percent else 1
     value = f"{factor * interval.value:{'+' if sign else ''}.{digits}f}"
@@ -52,7 +61,12 @@ def format_interval(
 
 
 def make_table(heads: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
-    """Returns a table in Markdown that ends with a line break."""
+    """Returns a table in Markdown that ends with a line break.
+
+    Args:
+        heads: Titles of the columns.
+        rows: Cells of each row; they are converted with `str`.
+    """
     lines = [
         f"| {' | '.join(heads)} |",
         f"|{' --- |' * len(heads)}",
@@ -62,7 +76,15 @@ def make_table(heads: Sequence[str], rows: Iterable[Iterable[object]]) -> str:
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
-    """Writes rows with the same columns as a CSV file."""
+    """Writes rows with the same columns as a CSV file, which is never half written.
+
+    Args:
+        path: The file; it is replaced.
+        rows: Rows by column, at least one.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     with replacing(path) as temporary, temporary.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys())
         writer.writeheader()

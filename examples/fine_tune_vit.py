@@ -1,8 +1,7 @@
 """Fine-tune a published ViT with GGeM pooling: python examples/fine_tune_vit.py [FILE]
 
-FILE is a checkpoint as it was published, such as timm's deit_small_patch16_224.safetensors; without
-it, a tiny random one in timm's names is written. The data are scikit-learn's digits: replace them
-by images `(b, h, w, 3)` in [0, 1] and labels `(b,)` of your own.
+FILE is a published checkpoint; without it, a tiny random one in timm's names is written. Replace
+scikit-learn's digits by images `(b, h, w, 3)` in [0, 1] and labels `(b,)` of your own.
 """
 
 import sys
@@ -25,6 +24,7 @@ def write_tiny_vit(path: Path) -> Path:
     variables = ViT(config, cls_pool).init(jax.random.key(0), jnp.ones((1, 8, 8, 3)))
     tiny = PublishedViT("vit", "timm", config, "cls", 0, None, Style(positions=1), variables)
     write_safetensors(path, to_timm(tiny))
+    path.with_name("config.json").write_text('{"num_attention_heads": 1}')  # no published size
     return path
 
 

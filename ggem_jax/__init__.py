@@ -120,7 +120,7 @@ __all__ = [
     "weights",
 ]
 
-# module -> the public names that it defines; what no module defines is a module itself
+# module -> the public names that it defines; the other names are modules
 _MODULES = {
     "descriptors.extract": ("Extractor",),
     "descriptors.settings": ("DescriptorSettings",),
@@ -168,7 +168,7 @@ def __dir__() -> list[str]:
 
 
 class _BrokenLink(MetaPathFinder):
-    """Says what is wrong where the link to the kernels is a text file: in a checkout from a zip
+    """Explains the error where the link to the kernels is a text file: in a checkout from a zip
     file, or from git on Windows.
     """
 

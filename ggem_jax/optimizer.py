@@ -86,8 +86,8 @@ def learning_rate_scales(
 ) -> Parameters:
     """Returns the factor of the learning rate of each parameter.
 
-    Block i of n has `layer_decay^(n - i)`, the embeddings `layer_decay^(n + 1)`, what follows the
-    blocks 1, and exponents `exponent_lr`.
+    Block i of n has `layer_decay^(n - i)`, the embeddings `layer_decay^(n + 1)`, the layers after
+    the blocks 1, and exponents `exponent_lr`.
 
     Args:
         params: Parameters with a `ViT` or a `TextTransformer` anywhere in the tree, or a part of
@@ -142,7 +142,12 @@ def scale_by_parameter(scales: Callable[[Parameters], Parameters]) -> optax.Grad
 
 
 def is_exponent(path: KeyPath) -> bool:
-    """Returns whether the parameter at a path of the tree holds the exponents of a power mean."""
+    """Returns whether the parameter at a path of the tree holds the exponents of a power mean.
+
+    Args:
+        path: Keys on the way from the root to the parameter, as `jax.tree_util` gives them; the
+            last is `p` for exponents.
+    """
     return _names(path)[-1:] == ("p",)
 
 
@@ -153,7 +158,7 @@ def exponents(params: Parameters) -> dict[str, jax.Array]:
         params: The parameters, with or without the collection `params` around them.
 
     Returns:
-        The learned exponents; what a `GGeM` pools with are `used_exponents` of them.
+        The learned exponents; a `GGeM` pools with `used_exponents` of them.
     """
     leaves = jax.tree_util.tree_leaves_with_path(params)
     return {

@@ -11,13 +11,16 @@ T = TypeVar("T")
 
 
 def progress_bar(console: "Console | None" = None, *columns: Any) -> "Progress":
-    """Returns a bar with its description, steps done, and the times passed and left.
+    """Returns a bar with its description, the steps done, and the times passed and left.
 
     The bar disappears when it stops, and shows nothing where there is no terminal.
 
     Args:
-        console: where the bar is drawn; `None` takes standard error.
-        columns: more of rich's columns, at its right end.
+        console: Where the bar is drawn; None takes standard error.
+        *columns: More columns of rich, at the right end of the bar.
+
+    Returns:
+        A bar that is not started and has no tasks.
     """
     from rich.console import Console
     from rich.progress import (
@@ -47,9 +50,9 @@ def track(items: Iterable[T], total: int, what: str) -> Iterator[T]:
     """Yields the items while a bar shows how many are done.
 
     Args:
-        items: what is yielded.
-        total: how many there are.
-        what: the description of the bar.
+        items: The items, each of which is one step of the bar.
+        total: How many items there are.
+        what: The description of the bar.
     """
     with progress_bar() as bar:
         yield from bar.track(items, total=total, description=what)

@@ -37,9 +37,9 @@ def pool(
         mask: Which tokens to keep, `(rows, n)`; None keeps all.
         offset: Subtracted from an eighth of the tokens, `(rows, d)` in float32; None for the sign
             rules that have no offset.
-        eps: Smallest number that is raised to p.
-        negatives: The sign rule.
-        implementation: "triton" or "interpret".
+        eps: Smallest number that is raised to p; "signed" does not use it.
+        negatives: The sign rule: "clamp", "abs", "signed" or "shift".
+        implementation: "triton" (GPU) or "interpret" (CPU).
 
     Returns:
         The root, `(rows, d)` in float32; 0 where no token is kept.
@@ -72,15 +72,15 @@ def gradient(
     """Returns the cotangents of the tokens and, row by row, of p and the offset.
 
     Args:
-        tokens: As in `pool`, like p, mask, offset and the keywords.
-        p: Exponents, `(sets, d)`.
-        mask: Which tokens to keep, `(rows, n)`, or None.
-        offset: The offset, `(rows, d)`, or None.
-        root: What `pool` returned, `(rows, d)`.
+        tokens: As in `pool`.
+        p: As in `pool`.
+        mask: As in `pool`.
+        offset: As in `pool`.
+        root: Result of `pool`, `(rows, d)` in float32.
         cotangent: Cotangent of the root, `(rows, d)` in float32.
-        eps: Smallest number that is raised to p.
-        negatives: The sign rule.
-        implementation: "triton" or "interpret".
+        eps: As in `pool`.
+        negatives: As in `pool`.
+        implementation: As in `pool`.
 
     Returns:
         The cotangent of the tokens, `(rows, n, d)` in their dtype, and those of p and, if there is
@@ -138,9 +138,24 @@ def pool_kernel(
 ):  # fmt: skip
     """Writes root = (mean_n x_n^p)^(1/p) for one row and one block of channels.
 
-    Pointers: tokens `(rows, N, D)`, p `(sets, D)`, mask `(rows, N)`, count `(rows,)` and offset
-    `(rows, D)` in; root `(rows, D)` out. Each thread sums (x / largest)^p over tokens of its own,
-    UNROLL at a time, with a `largest` of its own. The threads meet at the end.
+    Each thread sums (x / largest)^p over its own tokens, UNROLL at a time, with its own `largest`.
+    The threads combine their sums at the end.
+
+    Args:
+        tokens: Pointer to the tokens, `(rows, N, D)`.
+        p: Pointer to the exponents, `(sets, D)` in float32.
+        mask: Pointer to the mask, `(rows, N)` in int8; read only with HAS_MASK.
+        count: Pointer to the number of kept tokens, at least 1, `(rows,)` in float32; read only
+            with HAS_MASK.
+        offset: Pointer to the offsets, `(rows, D)` in float32; read only with HAS_OFFSET.
+        root: Pointer to the output, `(rows, D)` in float32.
+        N, D: Tokens of a row, and channels of a token.
+        SET: Number of rows that share one set of exponents.
+        EPS: Smallest number that is raised to p; "signed" does not use it.
+        NEGATIVES: The sign rule.
+        HAS_MASK, HAS_OFFSET: Whether there is a mask, and whether there is an offset.
+        UNROLL, ROWS, CHANNELS: A step reads UNROLL x ROWS tokens of CHANNELS channels.
+        FAST: Whether to use the special function unit of the GPU; False in the interpreter.
     """
     block = tl.program_id(0)
     row = (block // tl.cdiv(D, CHANNELS)).to(tl.int64)
@@ -207,12 +222,21 @@ def gradient_kernel(
 ):  # fmt: skip
     """Writes the cotangents of one row and one block of channels.
 
-    d root / d x_n = (x_n / root)^(p - 1) / count,
-    d root / d p = (root / p) mean_n (x_n / root)^p log(x_n / root).
+        d root / d x_n = (x_n / root)^(p - 1) / count,
+        d root / d p = (root / p) mean_n (x_n / root)^p log(x_n / root).
 
-    Pointers: tokens `(rows, N, D)`, p `(sets, D)`, mask `(rows, N)`, count `(rows,)`, offset, root
-    and cotangent `(rows, D)` in; by_tokens `(rows, N, D)` and by_parameters `(rows, 1 or 2, D)`
-    out, the latter of p and, with HAS_OFFSET, of the offset.
+    Args:
+        tokens, p, mask, count, offset: As in `pool_kernel`.
+        root: Pointer to the result of `pool_kernel`, `(rows, D)` in float32.
+        cotangent: Pointer to the cotangent of the root, `(rows, D)` in float32.
+        by_tokens: Pointer to the output for the tokens, `(rows, N, D)` in their dtype.
+        by_parameters: Pointer to the output for p and, with HAS_OFFSET, for the offset,
+            `(rows, 1 or 2, D)` in float32.
+        N, D, SET, EPS, NEGATIVES, HAS_MASK, HAS_OFFSET: As in `pool_kernel`.
+        LIMIT: Largest finite number of the tokens' dtype; "signed" clips the tokens' cotangents to
+            +-LIMIT.
+        SERIES: Whether logarithms of ratios near 1 come from a series, as for float32 tokens.
+        UNROLL, ROWS, CHANNELS, FAST: As in `pool_kernel`.
     """
     block = tl.program_id(0)
     row = (block // tl.cdiv(D, CHANNELS)).to(tl.int64)
@@ -226,7 +250,7 @@ def gradient_kernel(
     mask += row * N
     kept = tl.load(count + row) if HAS_MASK else float(N)
     size = tl.abs(y)
-    # of a root of zero: all ratios are LEAST, so that nothing overflows
+    # Where the root is zero, all ratios become LEAST, so nothing overflows.
     inverse = tl.where(y == 0, 0.0, 1.0 / size)[None, :]
     less = exponent[None, :] - 1.0
     whole = rounding_factor(less, inverse, size[None, :])
@@ -238,7 +262,7 @@ def gradient_kernel(
     WHOLE: tl.constexpr = N // (UNROLL * ROWS) * (UNROLL * ROWS)
     WIDE: tl.constexpr = D % CHANNELS == 0
     for start in range(0, WHOLE, UNROLL * ROWS):
-        xs, keeps = (), ()  # all loads before the first store, which could change what they read
+        xs, keeps = (), ()  # all loads come before the first store, which could overwrite tokens
         for k in tl.static_range(UNROLL):
             x, keep = _load(
                 tokens, start + k * ROWS + step, mask, channel, lowest,

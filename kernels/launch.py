@@ -1,9 +1,9 @@
 """Calls of the kernels: through jax-triton on the GPU, or in Triton's interpreter on the CPU.
 
-No other module touches jax-triton, and this one imports it only when a kernel is asked for. Kernels
-take their inputs first and their outputs last. Shapes, strides and options are compile-time
-constants: jax-triton does not tell Triton which integers divide by 16, and loads of 16 bytes need
-to know. There are no scalar arguments, aliases or zeroed outputs, so the same call works with
+No other module touches jax-triton, and this one imports it only when a kernel is used. Kernels take
+their inputs first and their outputs last. Shapes, strides and options are compile-time constants,
+because jax-triton does not tell Triton which integers divide by 16, and 16-byte loads depend on
+that. There are no scalar arguments, aliases or zeroed outputs, so the same call works with
 jax-triton 0.3 and 0.4.
 """
 
@@ -23,7 +23,7 @@ import numpy as np
 
 from . import ptxas
 
-# `jax.jit` includes it in its cache keys: what was traced for one GPU is not found for another.
+# `jax.jit` includes it in its cache keys, so a trace for one GPU is not reused for another.
 _capability = jax.make_user_context(default_value=None)
 
 
@@ -44,12 +44,16 @@ def call(
         kernel: The kernel; its pointers are those of inputs and outputs, in this order.
         inputs: Its input arrays.
         outputs: Shapes and dtypes of its outputs.
-        programs: How many programs to run.
-        warps: Warps of 32 threads in each program.
-        **constants: Its compile-time constants, without FAST.
+        programs: Number of programs, a grid of one dimension.
+        warps: Warps of 32 threads in each program; the interpreter does not use it.
+        **constants: Its compile-time constants by name, without FAST.
 
     Returns:
-        The output arrays.
+        The output arrays, in the order of `outputs`.
+
+    Raises:
+        NotImplementedError: `implementation` is "triton", and jax-triton or a JAX with CUDA is not
+            installed.
     """
     if implementation == "interpret":
         run = functools.partial(_interpret, kernel, outputs, programs, FAST=False, **constants)
@@ -58,7 +62,7 @@ def call(
     accepted = inspect.signature(triton_call).parameters
     options: dict[str, Any] = {"num_warps": warps, "compute_capability": _capability.value}
     options["out_type" if "out_type" in accepted else "out_shape"] = list(outputs)  # 0.4 and 0.3
-    # Products and sums are fused, as they were counted; Triton 3.10 would not do so by itself.
+    # Fuse products and sums: instruction counts assume it, and Triton 3.10 has it off by default.
     if "backend_options" in accepted:  # jax-triton 0.4
         options["backend_options"] = {"enable_fp_fusion": True}
     elif "enable_fp_fusion" in accepted:  # jax-triton 0.3
@@ -68,19 +72,20 @@ def call(
 
 
 def capability() -> int | None:
-    """Returns the compute capability of `compiled_for`, or None outside: that of this machine."""
+    """Returns the compute capability that `compiled_for` sets, or None for this machine's GPU."""
     return _capability.value
 
 
 @contextlib.contextmanager
 def compiled_for(capability: int | None) -> Iterator[None]:
-    """Compiles the kernels that are traced inside for another GPU, which need not be there.
+    """Returns a context in which kernels are compiled for another GPU, which need not be present.
 
-    The capability is part of what `jax.jit` looks functions up by: one jitted function can be
-    lowered for several GPUs in turn.
+    The cache of `jax.jit` distinguishes capabilities, so one jitted function can be lowered for
+    several GPUs in turn.
 
     Args:
-        capability: Compute capability, such as 90 for an H100; None for that of this machine.
+        capability: Compute capability of the GPU, such as 90 for an H100; None for this machine's
+            GPU.
     """
     with _capability(capability):
         yield
@@ -89,8 +94,8 @@ def compiled_for(capability: int | None) -> Iterator[None]:
 def available() -> bool:
     """Returns whether kernels can be compiled here, without starting a device.
 
-    They can if jax-triton is installed, finds a JAX with CUDA, and writes what that JAX can
-    assemble. Where only the last fails, one warning says what to install.
+    They can if jax-triton is installed, finds a JAX with CUDA, and writes PTX that this JAX can
+    assemble. If only the last condition fails, one warning says what to install.
     """
     return _available(_capability.value)
 
@@ -111,7 +116,7 @@ def _available(capability: int | None) -> bool:
 
 
 def runs_here() -> bool:
-    """Returns whether kernels run on the devices of this process, which it starts."""
+    """Returns whether kernels run on the devices of this process; starts the devices if it must."""
     return available() and jax.default_backend() == "gpu"
 
 
@@ -129,7 +134,7 @@ def load_jax_triton() -> ModuleType:
             f"Triton kernels need jax-triton and a JAX with CUDA ({reason}): pip install '.[gpu]'"
             " in a checkout on a machine with an NVIDIA GPU, or pass implementation=None"
         ) from error
-    # jax-triton 0.3 sets it so, and a later triton.compile in this process would find no folder
+    # jax-triton 0.3 sets it to "", with which a later triton.compile here finds no cache folder
     if os.environ.get("TRITON_CACHE_DIR") == "":
         del os.environ["TRITON_CACHE_DIR"]
     if ptxas.cuda_plugin() is None:  # jax-triton 0.4 imports without one
@@ -141,7 +146,7 @@ def load_jax_triton() -> ModuleType:
 
 
 def check(implementation: str) -> None:
-    """Checks that kernels can run as `implementation` says.
+    """Raises unless kernels can run as `implementation` says.
 
     Args:
         implementation: "triton", "interpret" or "xla"; the last needs no kernels.
@@ -190,15 +195,15 @@ def _interpret(
         filled = bytearray(b"\xcd" * (int(np.prod(output.shape)) * output.dtype.itemsize))
         results.append(np.frombuffer(filled, output.dtype).reshape(output.shape))
     arrays = [np.array(array, order="C", copy=True) for array in inputs]
-    # lanes outside of the arrays compute too, whatever is there
+    # Lanes outside the arrays compute too, on arbitrary numbers.
     with _one_at_a_time, np.errstate(all="ignore"), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         kernel[(programs,)](*map(_HostTensor, arrays), *map(_HostTensor, results), **constants)
     return tuple(results)
 
 
-# The interpreter patches triton.language while it runs a kernel, and devices call from threads
-# of its own.
+# The interpreter patches triton.language while it runs a kernel, and each device calls from its
+# own thread.
 _one_at_a_time = threading.Lock()
 
 _TRITON_NAMES = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "int8": "i8"}

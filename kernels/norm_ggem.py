@@ -42,18 +42,18 @@ def pool(
 ) -> tuple[Array, Array]:
     """Returns the power mean of normalised tokens, and the statistics of the norm.
 
-    z = (x - mean) / sqrt(variance + norm_eps) scale + bias and root = (mean_n z_n^p)^(1/p).
+    z = (x - mean) / sqrt(variance + norm_eps) * scale + bias and root = (mean_n z_n^p)^(1/p).
 
     Args:
         tokens: Tokens x, `(rows, n, d)`, in float32, bfloat16 or float16.
         scale: Factor of the normalised tokens, `(sets, d)` in float32.
-        bias: Added to them, `(sets, d)` in float32.
+        bias: Added to the scaled tokens, `(sets, d)` in float32.
         p: Exponents, `(sets, d)` in float32.
         mask: Which tokens to keep, `(rows, n)`; None keeps all.
         norm_eps: Added to the variance.
-        eps: Smallest number that is raised to p.
+        eps: Smallest number that is raised to p; "signed" does not use it.
         negatives: The sign rule: "clamp", "abs" or "signed".
-        implementation: "triton" or "interpret".
+        implementation: "triton" (GPU) or "interpret" (CPU).
 
     Returns:
         The root, `(rows, d)`, 0 where no token is kept; and mean and 1 / deviation of each token,
@@ -92,17 +92,17 @@ def gradient(
     """Returns the cotangents of the tokens and, row by row, of p, scale and bias.
 
     Args:
-        tokens: As in `pool`, like scale, bias, p, mask and the keywords.
-        scale: Factor of the normalised tokens, `(sets, d)`.
-        bias: Added to them, `(sets, d)`.
-        p: Exponents, `(sets, d)`.
-        mask: Which tokens to keep, `(rows, n)`, or None.
-        root: What `pool` returned, `(rows, d)`.
-        statistics: What `pool` returned, `(rows, 2, n)`.
+        tokens: As in `pool`.
+        scale: As in `pool`.
+        bias: As in `pool`.
+        p: As in `pool`.
+        mask: As in `pool`.
+        root: First result of `pool`, `(rows, d)` in float32.
+        statistics: Second result of `pool`, `(rows, 2, n)` in float32.
         cotangent: Cotangent of the root, `(rows, d)` in float32.
-        eps: Smallest number that is raised to p.
-        negatives: The sign rule.
-        implementation: "triton" or "interpret".
+        eps: As in `pool`.
+        negatives: As in `pool`.
+        implementation: As in `pool`.
 
     Returns:
         The cotangent of the tokens, `(rows, n, d)` in their dtype, and those of p, scale and bias,
@@ -248,12 +248,24 @@ def norm_pool_kernel(
     HAS_MASK: tl.constexpr, UNROLL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
     PIECES: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Writes the power mean of z = (x - mean) / sqrt(variance + NORM_EPS) scale + bias.
+    """Writes the power mean of z = (x - mean) / sqrt(variance + NORM_EPS) * scale + bias.
 
     A program takes one run of the tokens of a row and sums (z / largest)^p as in
-    `ggem.pool_kernel`. Pointers: tokens `(rows, N, D)`, scale, bias and p `(sets, D)`, mask
-    `(rows, N)`, count `(rows,)` in; statistics `(rows, 2, N)` out, and pooled: `(rows, D)`, or
-    with several SPLITS their largest numbers and sums, `(rows, SPLITS, 2, D)`.
+    `ggem.pool_kernel`.
+
+    Args:
+        tokens: Pointer to the tokens, `(rows, N, D)`.
+        scale, bias, p: Pointers to the parameters, `(sets, D)` in float32.
+        mask, count: As in `ggem.pool_kernel`.
+        pooled: Pointer to the output in float32: the root `(rows, D)`, or with several SPLITS the
+            largest number and the sum of powers of each run, `(rows, SPLITS, 2, D)`.
+        statistics: Pointer to the output for mean and 1 / deviation of each token, `(rows, 2, N)`
+            in float32.
+        N, D, SET, EPS, NEGATIVES, HAS_MASK, FAST: As in `ggem.pool_kernel`.
+        SPLITS: Number of runs into which the tokens of a row are divided, one for each program.
+        NORM_EPS: Added to the variance.
+        UNROLL, ROWS: A step reads UNROLL x ROWS tokens.
+        CHANNELS, PIECES: All channels of a token are read in PIECES pieces of CHANNELS channels.
     """
     STEP: tl.constexpr = UNROLL * ROWS
     RUN: tl.constexpr = tl.cdiv(tl.cdiv(N, SPLITS), STEP) * STEP
@@ -316,7 +328,7 @@ def _gradient_step(
     EXACT: tl.constexpr = D == CHANNELS * PIECES
     MASKED: tl.constexpr = TAIL or HAS_MASK
     step = tl.arange(0, ROWS)[:, None]
-    xs, keeps = (), ()  # all loads before the first store, which could change what they read
+    xs, keeps = (), ()  # all loads come before the first store, which could overwrite tokens
     for k in tl.static_range(UNROLL):
         n = start + k * ROWS + step
         keep = n < N
@@ -383,15 +395,25 @@ def norm_gradient_kernel(
 ):  # fmt: skip
     """Writes the cotangents of one run of the tokens of a row.
 
-    With u = (x - mean) / deviation, z = u scale + bias and the cotangent of z,
-    s = cotangent (z / root)^(p - 1) / count:
+    With u = (x - mean) / deviation, z = u * scale + bias and the cotangent s of z:
 
-    by_x = (s scale - mean_d(s scale) - u mean_d(s scale u)) / deviation,
-    by_scale = sum_n s u, by_bias = sum_n s, and that of p as in `ggem.gradient_kernel`.
+        s = cotangent (z / root)^(p - 1) / count,
+        by_x = (s scale - mean_d(s scale) - u mean_d(s scale u)) / deviation,
+        by_scale = sum_n s u,  by_bias = sum_n s.
 
-    Pointers: tokens `(rows, N, D)`, scale, bias and p `(sets, D)`, mask `(rows, N)`, count
-    `(rows,)`, root `(rows, D)`, statistics `(rows, 2, N)`, cotangent `(rows, D)` in; by_tokens
-    `(rows, N, D)` and by_parameters `(rows, SPLITS, 3, D)` out, the latter of p, scale and bias.
+    The cotangent of p is that of `ggem.gradient_kernel`.
+
+    Args:
+        tokens, scale, bias, p, mask, count: As in `norm_pool_kernel`.
+        root: Pointer to the power means, `(rows, D)` in float32.
+        statistics: Pointer to the statistics that `norm_pool_kernel` writes, `(rows, 2, N)`.
+        cotangent: Pointer to the cotangent of the root, `(rows, D)` in float32.
+        by_tokens: Pointer to the output for the tokens, `(rows, N, D)` in their dtype.
+        by_parameters: Pointer to the output for p, scale and bias, summed over the tokens of each
+            run, `(rows, SPLITS, 3, D)` in float32.
+        N, D, SET, SPLITS, EPS, NEGATIVES, HAS_MASK: As in `norm_pool_kernel`.
+        LIMIT, SERIES: As in `ggem.gradient_kernel`.
+        UNROLL, ROWS, CHANNELS, PIECES, FAST: As in `norm_pool_kernel`.
     """
     STEP: tl.constexpr = UNROLL * ROWS
     RUN: tl.constexpr = tl.cdiv(tl.cdiv(N, SPLITS), STEP) * STEP
@@ -406,7 +428,7 @@ def norm_gradient_kernel(
     roots = _per_channel(root + row * D, c, D, CHANNELS, PIECES, 1.0)
     cotangents = _per_channel(cotangent + row * D, c, D, CHANNELS, PIECES, 0.0)
     lesses, inverses, factors = (), (), ()
-    # of a root of zero: no cotangent, and all ratios are LEAST, so that nothing overflows
+    # Where the root is zero, there is no cotangent, and all ratios become LEAST: nothing overflows.
     for q in tl.static_range(PIECES):
         lesses = lesses + (exponents[q] - 1.0,)
         inverses = inverses + (tl.where(roots[q] == 0, 0.0, 1.0 / tl.abs(roots[q])),)

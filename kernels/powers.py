@@ -1,12 +1,12 @@
 """Shared code of the kernels: fast logarithms, the sign rules, and a running power mean.
 
-With `FAST` the logarithm comes from the GPU's special function unit. Its error is 2^-22 near 1 and
-2^-22 of the result elsewhere (PTX manual, lg2.approx). It is only used on x / largest and x / root,
-where numbers near 1 matter most, so the error of x^p is p 2^-22. Triton's interpreter has no such
-unit and runs with `FAST=False`.
+With `FAST` the logarithm comes from the special function unit of the GPU. Its error is 2^-22 near
+1, and 2^-22 of the result elsewhere (PTX manual, lg2.approx). It is used only on x / largest
+and x / root, where numbers near 1 matter most, so the error of x^p is p 2^-22. Triton's interpreter
+has no such unit and runs with `FAST=False`.
 
-Every comparison with the name of a sign rule (`NEGATIVES`) in a kernel is in this file. Tiles of
-tokens are `(rows, channels)` in float32.
+Only this file compares the name of a sign rule (`NEGATIVES`) in a kernel. Tiles of tokens are
+`(rows, channels)` in float32. Values of a channel, such as p, are `(1, channels)`.
 """
 
 import jax.numpy as jnp
@@ -14,14 +14,19 @@ import triton
 import triton.language as tl
 from jax import Array
 
-# Twice the smallest normal number. Devices round what is below to zero, which has no logarithm.
+# Twice the smallest normal number. Devices round smaller numbers to zero, which has no logarithm.
 LEAST = tl.constexpr(2.0**-125)
 MOST = tl.constexpr(3.4028234663852886e38)  # the largest float32
 
 
 @triton.jit
 def log2(x, FAST: tl.constexpr):
-    """log2(x); with FAST, from the special function unit."""
+    """Returns log2(x).
+
+    Args:
+        x: Tile of non-negative numbers in float32.
+        FAST: Whether to use the special function unit (lg2.approx).
+    """
     if FAST:
         return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -32,13 +37,19 @@ def log2(x, FAST: tl.constexpr):
 
 @triton.jit
 def ratio_and_log2(x, inverse, SERIES: tl.constexpr, FAST: tl.constexpr):
-    """x / root, at least LEAST, and its log2; `inverse` is 1 / root.
+    """Returns x / root, at least LEAST, and its base-2 logarithm.
 
     Gradients raise the ratio to p - 1. At p = 1000, an error of 2^-22 in the logarithm becomes an
-    error of 2e-4. With SERIES, used for float32 tokens, the logarithm of a ratio near 1 is
-    therefore a series of x inverse - 1, computed by a fused multiply-add that does not round the
-    product. Only ratios near 1 have large powers. Gradients in bfloat16 and float16 are rounded
-    more than that anyway.
+    error of 2e-4. With SERIES, the logarithm of a ratio near 1 therefore comes from a series in
+    x * inverse - 1, computed by a fused multiply-add that does not round the product. Only ratios
+    near 1 have large powers. Gradients in bfloat16 and float16 are rounded more coarsely than that
+    anyway.
+
+    Args:
+        x: Magnitudes of the tokens, `(rows, channels)`.
+        inverse: 1 / |root|, `(1, channels)`; 0 where the root is 0.
+        SERIES: Whether to use the series near 1, as for float32 tokens.
+        FAST: Whether to use the special function unit.
     """
     ratio = at_least(x * inverse, LEAST)
     if not SERIES:
@@ -54,16 +65,24 @@ def ratio_and_log2(x, inverse, SERIES: tl.constexpr, FAST: tl.constexpr):
 
 @triton.jit
 def rounding_factor(less, inverse, size):
-    """The factor 1 + less (1 - size inverse) that (x inverse)^less lacks.
+    """Returns 1 + less (1 - size inverse), which corrects (x inverse)^less for rounding of inverse.
 
-    It corrects for the rounding of `inverse`, which is 1 / size.
+    Args:
+        less: Exponents p - 1, `(channels,)` or `(1, channels)`, as the others.
+        inverse: 1 / size, rounded to float32; 0 where the root is 0.
+        size: Absolute value of the root.
     """
     return 1.0 + less * tl.fma(-inverse, size, tl.full(inverse.shape, 1.0, tl.float32))
 
 
 @triton.jit
 def exp2(x, FAST: tl.constexpr):
-    """2^x; with FAST, from the special function unit."""
+    """Returns 2^x.
+
+    Args:
+        x: Tile of numbers in float32.
+        FAST: Whether to use the special function unit (ex2.approx).
+    """
     if FAST:
         return tl.inline_asm_elementwise(
             "ex2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -74,7 +93,12 @@ def exp2(x, FAST: tl.constexpr):
 
 @triton.jit
 def reciprocal(x, FAST: tl.constexpr):
-    """1 / x; with FAST, from the special function unit."""
+    """Returns 1 / x.
+
+    Args:
+        x: Tile of numbers in float32; with FAST, below 2^126 in absolute value.
+        FAST: Whether to use the special function unit (rcp.approx).
+    """
     if FAST:
         return tl.inline_asm_elementwise(
             "rcp.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -85,13 +109,24 @@ def reciprocal(x, FAST: tl.constexpr):
 
 @triton.jit
 def at_least(x, least):
-    """max(x, least); a NaN stays a NaN."""
+    """Returns max(x, least); a NaN stays a NaN.
+
+    Args:
+        x: Tile of numbers in float32.
+        least: Lower bound, a number or a tile that broadcasts.
+    """
     return tl.maximum(x, least, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
 def magnitude(x, eps, NEGATIVES: tl.constexpr):
-    """The number of at least 0 that is raised to p; for "shift", x contains the offset already."""
+    """Returns the non-negative number that the sign rule raises to p.
+
+    Args:
+        x: Tile of tokens in float32; for "shift", after the offset.
+        eps: Smallest result; "signed" does not use it.
+        NEGATIVES: The sign rule.
+    """
     if NEGATIVES == "abs":
         return at_least(tl.abs(x), eps)
     elif NEGATIVES == "signed":
@@ -106,10 +141,20 @@ def slopes(
     x, inverse, less, factor, EPS: tl.constexpr, LIMIT: tl.constexpr, NEGATIVES: tl.constexpr,
     SERIES: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
-    """Each token's part of the cotangent of p, and the cotangent of x, both `(rows, channels)`.
+    """Returns the summands of the cotangent of p, and the cotangent of x, both `(rows, channels)`.
 
-    The former is +-(x / root)^p log2(x / root), with the sign of the power; the latter is
-    factor (x / root)^(p - 1), within +-LIMIT. `inverse` is 1 / root and `less` is p - 1.
+    A summand is +-(x / root)^p log2(x / root), with the sign of the power. The cotangent of x is
+    factor (x / root)^(p - 1), clipped to +-LIMIT for "signed".
+
+    Args:
+        x: Tile of tokens, `(rows, channels)`; for "shift", after the offset.
+        inverse: 1 / |root|, `(1, channels)`; 0 where the root is 0.
+        less: Exponents p - 1, `(1, channels)`.
+        factor: Cotangent of the root / count, times `rounding_factor`, `(1, channels)`.
+        EPS: Smallest number that is raised to p.
+        LIMIT: Largest absolute cotangent of x.
+        NEGATIVES: The sign rule.
+        SERIES, FAST: As in `ratio_and_log2`.
     """
     ratio, logarithm = ratio_and_log2(magnitude(x, EPS, NEGATIVES), inverse, SERIES, FAST)
     slope = exp2(less * logarithm, FAST)
@@ -126,7 +171,15 @@ def slopes(
 
 @triton.jit
 def clip_slopes(slope, LIMIT: tl.constexpr, NEGATIVES: tl.constexpr):
-    """A slope within +-LIMIT: where signed powers nearly cancel, true slopes exceed any dtype."""
+    """Returns slopes, clipped to +-LIMIT for the sign rule "signed".
+
+    Where signed powers nearly cancel, the true slopes exceed the range of every dtype.
+
+    Args:
+        slope: Tile of slopes in float32.
+        LIMIT: Largest absolute value, such as that of the tokens' dtype.
+        NEGATIVES: The sign rule; other rules return the slopes unchanged.
+    """
     if NEGATIVES == "signed":
         slope = tl.clamp(slope, -LIMIT, LIMIT, propagate_nan=tl.PropagateNan.ALL)
     return slope
@@ -145,11 +198,24 @@ def absorb(
     BOUNDED: tl.constexpr,
     FAST: tl.constexpr,
 ):
-    """Adds a tuple of tiles x to total = sum (x / largest)^p; rescales it where `largest` grows.
+    """Returns running sums of powers with further tiles added, total = sum (x / largest)^p.
 
-    Arguments are tiles `(rows, channels)`: `largest`, `total`, and each of the tuples `xs` and
-    `kept`; p is `(1, channels)`. Returns the new `largest` and `total`. BOUNDED promises |x| <
-    2^126, for which a reciprocal is one instruction.
+    The old sum is rescaled where `largest` grows.
+
+    Args:
+        largest: Largest magnitude so far, `(rows, channels)`.
+        total: Sum so far, `(rows, channels)`.
+        xs: Tuple of tiles of tokens, each `(rows, channels)`.
+        kept: Tuple of masks of these tiles; read only with MASKED.
+        p: Exponents, `(1, channels)`.
+        eps: Smallest number that is raised to p.
+        NEGATIVES: The sign rule.
+        MASKED: Whether some tokens may not be kept.
+        BOUNDED: Whether all |x| are below 2^126, for which a reciprocal is one instruction.
+        FAST: Whether to use the special function unit.
+
+    Returns:
+        The new `largest` and `total`.
     """
     grown = largest
     sizes = ()
@@ -160,7 +226,7 @@ def absorb(
         sizes = sizes + (size,)
         grown = at_least(size, grown)
     inverse = reciprocal(grown, FAST and BOUNDED)
-    # exactly 1 where nothing grew: otherwise errors of 2^-22 would add up step by step
+    # exactly 1 where `largest` stays: otherwise errors of 2^-22 would add up step by step
     total *= tl.where(grown > largest, exp2(p * log2(largest * inverse, FAST), FAST), 1.0)
     for k in tl.static_range(len(xs)):
         power = exp2(p * log2(sizes[k] * inverse, FAST), FAST)
@@ -172,9 +238,16 @@ def absorb(
 
 @triton.jit
 def root_of_mean(largest, total, count, p, FAST: tl.constexpr):
-    """The power mean `(channels,)` from partial sums `(rows, channels)`.
+    """Returns the power mean `(channels,)` from partial sums `(rows, channels)`.
 
-    It is zero where no token was kept or where signed powers cancel.
+    It is zero where no token is kept or where signed powers cancel.
+
+    Args:
+        largest: Largest magnitude of each partial sum, `(rows, channels)`.
+        total: Partial sums of (x / largest)^p, `(rows, channels)`.
+        count: Number of kept tokens, a scalar.
+        p: Exponents, `(1, channels)`.
+        FAST: Whether to use the special function unit.
     """
     top = tl.max(largest, 0)
     mean = tl.sum(total * exp2(p * log2(largest / top, FAST), FAST), 0) / count

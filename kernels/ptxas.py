@@ -1,9 +1,9 @@
 """One ptxas for Triton and JAX.
 
 Triton writes PTX, NVIDIA's portable assembly, in the newest version that the ptxas in its wheel
-knows. JAX assembles it when the kernel is first launched, with a ptxas that it looks for itself. An
-older ptxas refuses what Triton wrote ("Unsupported .version 9.4; current version is '8.8'").
-Where Triton's ptxas is the newer of the two, this module tells Triton to use JAX's.
+knows. JAX assembles it when the kernel is first launched, with a ptxas that it finds by itself. An
+older ptxas rejects the PTX ("Unsupported .version 9.4; current version is '8.8'"). Where Triton's
+ptxas is the newer of the two, this module tells Triton to use JAX's.
 """
 
 import functools
@@ -19,22 +19,24 @@ from jaxlib import gpu_triton
 
 INSTALL = "pip install nvidia-cuda-nvcc-cu12, or nvidia-cuda-nvcc for CUDA 13"
 
-# jaxlib passes over these: xla/stream_executor/cuda/subprocess_compilation.cc, FindPtxAsExecutable.
+# jaxlib skips these versions: FindPtxAsExecutable in
+# xla/stream_executor/cuda/subprocess_compilation.cc.
 _OLDEST = (11, 8, 0)
 _FAULTY = (12, 3, 103)
-# Blackwell: B200, B300, RTX 50, DGX Spark. For a ptxas that knows these the GPU need not be asked.
+# Blackwell: B200, B300, RTX 50, DGX Spark. A ptxas that knows these knows every GPU, so the GPU is
+# not queried.
 _NEWEST_TARGETS = {"sm_100a", "sm_103a", "sm_120a", "sm_121a"}
-# By the package of JAX's CUDA plugin: the folder under nvidia/ where its ptxas is installed.
+# Package of JAX's CUDA plugin -> folder under nvidia/ where its ptxas is installed.
 _WHEELS = {"jax_cuda12_plugin": "cuda_nvcc", "jax_cuda13_plugin": "cu13"}
 
 
 @dataclass(frozen=True)
 class Ptxas:
-    """A ptxas that runs here."""
+    """A ptxas that runs on this machine."""
 
-    path: Path
-    version: tuple[int, int, int]
-    targets: frozenset[str]  # the GPUs that it assembles for, such as "sm_90a"
+    path: Path  # of the program
+    version: tuple[int, int, int]  # major, minor, patch
+    targets: frozenset[str]  # GPUs that it assembles for, such as "sm_90a"
 
     def __str__(self) -> str:
         return f"ptxas {'.'.join(map(str, self.version))} ({self.path})"
@@ -42,13 +44,15 @@ class Ptxas:
 
 @functools.cache
 def fit_triton_to_jax(capability: int | None) -> str | None:
-    """Returns why JAX cannot assemble what Triton writes, and what to install, or None if it can.
+    """Returns why JAX cannot assemble Triton's PTX and what to install, or None if it can.
 
-    Where Triton's ptxas is newer than that of JAX, sets `TRITON_PTXAS_PATH` and
-    `TRITON_PTXAS_BLACKWELL_PATH`, unless they are set, to that of JAX.
+    Where Triton's ptxas is newer than JAX's, sets `TRITON_PTXAS_PATH` or
+    `TRITON_PTXAS_BLACKWELL_PATH` to JAX's. A variable that is already set stays, and the returned
+    clause says to unset it.
 
     Args:
-        capability: Compute capability of the GPU, such as 90, or None for the one of this machine.
+        capability: Compute capability of the GPU, such as 90; None for the first GPU of this
+            machine.
 
     Returns:
         One clause that names the cause and the remedy, or None.
@@ -77,7 +81,7 @@ def fit_triton_to_jax(capability: int | None) -> str | None:
 
 
 def of_jax() -> Ptxas | None:
-    """Returns the ptxas that JAX assembles Triton kernels with, or None if it finds none."""
+    """Returns the ptxas with which JAX assembles Triton kernels, or None if it finds none."""
     tools = (read((folder / "ptxas").absolute()) for folder in _folders())
     return next((t for t in tools if t and t.version >= _OLDEST and t.version != _FAULTY), None)
 
@@ -85,8 +89,9 @@ def of_jax() -> Ptxas | None:
 def _folders() -> Iterator[Path]:
     """The folders where jaxlib looks for ptxas, in its order.
 
-    Reference: `FindCudaExecutable` in the file named above, and `CandidateCudaRoots` in
-    xla/tsl/platform/default/cuda_root_path.cc.
+    Reference:
+        `FindCudaExecutable` in the file named above, and `CandidateCudaRoots` in
+        xla/tsl/platform/default/cuda_root_path.cc.
     """
     yield Path("bin")
     yield from map(Path, os.environ.get("PATH", "").split(os.pathsep))
@@ -107,7 +112,11 @@ def cuda_plugin() -> Path | None:
 
 @functools.cache
 def read(path: Path) -> Ptxas | None:
-    """Returns version and targets of the ptxas at a path, or None if none is there or it fails."""
+    """Returns version and targets of the ptxas at a path, or None if there is none or it fails.
+
+    Args:
+        path: Absolute path of the program; results are cached by path.
+    """
     try:
         version, targets = (
             subprocess.run([path, flag], capture_output=True, text=True, check=True)

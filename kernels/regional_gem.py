@@ -22,7 +22,7 @@ from .tiles import regional_tile
 def pool(
     feature_map: Array, *, regional_p: float, window: int, p: float, eps: float, implementation: str
 ) -> Array:
-    """Returns the descriptors of feature maps.
+    """Returns the descriptors of feature maps: regional GeM, then GeM+ over all positions.
 
     Args:
         feature_map: Maps, `(images, h, w, d)`, in float32, bfloat16 or float16.
@@ -30,7 +30,7 @@ def pool(
         window: Odd side of the window, up to 7 positions.
         p: Exponent over all positions, up to 90.
         eps: Smallest number that is raised to p.
-        implementation: "triton" or "interpret".
+        implementation: "triton" (GPU) or "interpret" (CPU).
 
     Returns:
         The descriptors, `(images, d)` in float32.
@@ -72,7 +72,7 @@ def _row_sum(
 
     They are `(columns, channels)`; `inverse` is 1 / largest, `(1, channels)`.
     """
-    # rows and columns beyond the map are computed too, from an index that is inside
+    # Rows and columns beyond the map are computed too, from indices inside it.
     row = image + _reflect(tl.minimum(i, 2 * H - 2), H) * W * D + c
     total = tl.zeros((j.shape[0], c.shape[1]), tl.float32)
     for k in tl.static_range(-HALF, HALF + 1):
@@ -91,8 +91,19 @@ def regional_kernel(
 ):  # fmt: skip
     """Writes (mean_x max(y, EPS)^P)^(1/P) over all positions, for one image and block of channels.
 
-    y = x / 2 + (mean over the window of x^REGIONAL_P)^(1/REGIONAL_P) / 2. Pointers: feature_map
-    `(images, H, W, D)` in, pooled `(images, D)` out.
+    y = x / 2 + (mean over the window of x^REGIONAL_P)^(1/REGIONAL_P) / 2, with negative x set to 0.
+
+    Args:
+        feature_map: Pointer to the maps, `(images, H, W, D)`.
+        pooled: Pointer to the output, `(images, D)` in float32.
+        H, W, D: Rows, columns and channels of a map.
+        REGIONAL_P: Exponent over the window.
+        HALF: Half of the window: its side is 2 HALF + 1.
+        P: Exponent over all positions.
+        EPS: Smallest number that is raised to P.
+        COLUMNS: Columns of a tile, a power of two that is at least W.
+        CHANNELS: Channels of a program.
+        FAST: Whether to use the special function unit of the GPU; False in the interpreter.
     """
     block = tl.program_id(0)
     image = (block // tl.cdiv(D, CHANNELS)).to(tl.int64)

@@ -7,15 +7,12 @@ from typing import NamedTuple
 
 
 class Tile(NamedTuple):
-    """What one step of a program reads: `unroll` x `rows` tokens of `channels` channels.
+    """The tokens that a program reads in one step, and the threads that share them."""
 
-    `warps` x 32 threads share it.
-    """
-
-    unroll: int
-    rows: int
-    channels: int
-    warps: int
+    unroll: int  # tiles of tokens in a step
+    rows: int  # tokens of a tile
+    channels: int  # of a tile
+    warps: int  # of 32 threads
 
 
 MOST_TOKENS = 16384
@@ -27,19 +24,29 @@ _CHANNELS = 128
 
 
 def pool_tile(n: int, d: int, itemsize: int) -> Tile:
-    """Returns the tile of `ggem.pool` for rows of n tokens with d channels.
+    """Returns the tile of `ggem.pool`.
 
-    It is unrolled 8 times: then the three special functions of a rescaling cost each token 3 / 8.
-    16 times would need more than 128 registers.
+    It is unrolled 8 times, so that 8 tokens share the three special functions of a rescaling.
+    Unrolling 16 times would need more than 128 registers.
+
+    Args:
+        n: Tokens of a row.
+        d: Channels of a token.
+        itemsize: Bytes of a token element.
     """
     return _tile(n, d, itemsize, unroll=8)
 
 
 def gradient_tile(n: int, d: int, itemsize: int) -> Tile:
-    """Returns the tile of `ggem.gradient` for rows of n tokens with d channels.
+    """Returns the tile of `ggem.gradient`.
 
-    It is unrolled twice, for two loads in flight per thread: the tokens, their slopes and the sums
-    fit 128 registers.
+    It is unrolled twice, for two loads in flight per thread. The tokens, their slopes and the sums
+    then fit 128 registers.
+
+    Args:
+        n: Tokens of a row.
+        d: Channels of a token.
+        itemsize: Bytes of a token element.
     """
     return _tile(n, d, itemsize, unroll=2)
 
@@ -53,22 +60,23 @@ def _tile(n, d, itemsize, unroll):
 
 
 def power_of_two(x: int) -> int:
-    """Returns the smallest power of two that is at least x."""
+    """Returns the smallest power of two that is at least x.
+
+    Args:
+        x: Whole number of at least 1.
+    """
     return 1 << (x - 1).bit_length()
 
 
 class NormTile(NamedTuple):
-    """As `Tile`, but with all channels, in `pieces` of `channels` each.
+    """A step of a program that takes all channels of its tokens."""
 
-    `splits` programs share the tokens of a row.
-    """
-
-    unroll: int
-    rows: int
-    channels: int
-    pieces: int
-    warps: int
-    splits: int
+    unroll: int  # tiles of tokens in a step
+    rows: int  # tokens of a tile
+    channels: int  # of a piece
+    pieces: int  # that hold the channels of a token
+    warps: int  # of 32 threads
+    splits: int  # programs that share the tokens of a row
 
 
 # 8 channels for each of 512 threads: the sums and parameters of more would not fit the registers
@@ -79,14 +87,27 @@ _LEAST_RUN = 64  # tokens: a shorter run would not pay for its partial sums
 
 
 def norm_pool_tile(rows: int, n: int, d: int, itemsize: int) -> NormTile:
-    """Returns the tile of `norm_ggem.pool`: unrolled 4 times, as many as fit 128 registers."""
+    """Returns the tile of `norm_ggem.pool`, unrolled 4 times, the most that fits 128 registers.
+
+    Args:
+        rows: Rows of tokens, one for each image.
+        n: Tokens of a row.
+        d: Channels of a token.
+        itemsize: Bytes of a token element.
+    """
     return _norm_tile(rows, n, d, itemsize, unroll=4)
 
 
 def norm_gradient_tile(rows: int, n: int, d: int, itemsize: int) -> NormTile:
     """Returns the tile of `norm_ggem.gradient`, with 8 to 12 elements per thread at a time.
 
-    With 16 and a mask, two programs would not fit on a multiprocessor.
+    With 16 elements and a mask, two programs would not fit on a multiprocessor.
+
+    Args:
+        rows: Rows of tokens, one for each image.
+        n: Tokens of a row.
+        d: Channels of a token.
+        itemsize: Bytes of a token element.
     """
     tile = _norm_tile(rows, n, d, itemsize, unroll=2)
     held_by_thread = tile.rows * tile.channels * tile.pieces // (32 * tile.warps)
@@ -94,9 +115,10 @@ def norm_gradient_tile(rows: int, n: int, d: int, itemsize: int) -> NormTile:
 
 
 def _norm_tile(rows, n, d, itemsize, unroll):
-    """Of several pieces, each thread takes two channels of each.
+    """Returns the tile for a number of unrolled tiles.
 
-    The parameters of its channels stay in registers, so whole vectors would be too many.
+    With several pieces, each thread takes two channels of each piece. The parameters of its
+    channels stay in registers, so whole vectors would be too many.
     """
     pieces = min((1, 3, 5), key=lambda pieces: pieces * power_of_two(-(-d // pieces)))
     channels = power_of_two(-(-d // pieces))
@@ -113,10 +135,16 @@ MOST_COLUMNS = 256
 
 
 def regional_tile(images: int, w: int, d: int, itemsize: int) -> Tile:
-    """Returns the tile of `regional_gem.pool` for maps that are w columns wide.
+    """Returns the tile of `regional_gem.pool`: a row of a map, with a block of its channels.
 
-    It has 8 elements per thread, because the window keeps 5 tiles and more in registers, and fewer
-    channels where not every multiprocessor would get two programs.
+    It has 8 elements per thread, because the window keeps 5 or more tiles in registers. It has
+    fewer channels where the multiprocessors would otherwise not get two programs each.
+
+    Args:
+        images: Number of maps.
+        w: Columns of a map.
+        d: Channels of a map.
+        itemsize: Bytes of an element.
     """
     columns = power_of_two(w)
     channels = min(64, max(_WARPS * 32 * 8 // columns, 1), power_of_two(d))

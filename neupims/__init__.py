@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from neupims.validation import Validation as Validation
     from neupims.validation import validate as validate
 
-# Public name -> the module that has it.
+# Public name -> the module that defines it.
 _HOMES = {
     "Batch": "machine.workload",
     "Case": "machine.case",
@@ -60,13 +60,13 @@ _HOMES = {
 __all__ = list(_HOMES)
 
 
-if not TYPE_CHECKING:  # type checkers would take it to give every name
+if not TYPE_CHECKING:  # with it, type checkers would accept every name
 
     def __getattr__(name: str) -> Any:
         if name not in _HOMES:
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
         value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-        globals()[name] = value  # found once
+        globals()[name] = value  # so that it is looked up only once
         return value
 
 

@@ -1,8 +1,8 @@
 """The command-line tool: `python -m neupims COMMAND`, or `neupims COMMAND` after installation.
 
 An error is one sentence on standard error and an exit code: 2 for wrong flags, 130 after Ctrl-C,
-141 where nobody reads the output, 1 for the rest. JAX is loaded when a command needs it, not
-before.
+141 if the reader of the output has gone, 1 for other errors. JAX is loaded only when a command
+needs it.
 """
 
 import argparse
@@ -29,7 +29,7 @@ def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns the exit code.
 
     Args:
-        argv: The words of the command line (default: those of the process).
+        argv: The words of the command line after the program (default: those of the process).
     """
     words = sys.argv[1:] if argv is None else argv
     try:
@@ -38,7 +38,7 @@ def main(argv: list[str] | None = None) -> int:
         return int(stop.code or 0)
     try:
         code = importlib.import_module(f"neupims.commands.{arguments.command}").run(arguments)
-        if sys.stdout:  # none where it was closed
+        if sys.stdout:  # None if it was closed
             sys.stdout.flush()
         return code
     except KeyboardInterrupt:

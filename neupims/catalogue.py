@@ -1,4 +1,4 @@
-"""Everything that a user can choose from or change, with units and sources, as `show` prints it.
+"""All that a user can choose or change, with units and sources, as `show` prints it.
 
 Each function returns a frozen record whose fields are the keys of the printed JSON.
 """
@@ -52,43 +52,43 @@ class _Table:
 class HardwareTable(_Table):
     """The fields of a machine, and the named machines."""
 
-    hardware: str
-    fields: list[Row]
-    configurations: list[Row]
+    hardware: str  # name or file of the machine
+    fields: list[Row]  # name, value, default, unit, source, least and whole of each field
+    configurations: list[Row]  # name, about and changed fields of each named machine
 
 
 @dataclass(frozen=True)
 class ModelTable(_Table):
-    """The named models by their numbers."""
+    """The named models with their dimensions."""
 
-    models: list[Row]
+    models: list[Row]  # name, about, dimensions, tp, pp and weight_bytes of each model
 
 
 @dataclass(frozen=True)
 class SystemTable(_Table):
     """The systems, and how the validation files spell them."""
 
-    systems: list[Row]
-    validation_spellings: list[Row]
+    systems: list[Row]  # name, about and stages_by_sub_batches of each system
+    validation_spellings: list[Row]  # name, system, sub_batches and row_buffers of each spelling
 
 
 @dataclass(frozen=True)
 class ConstantTable(_Table):
     """Fitted constants and costs, and what follows from them for a machine."""
 
-    hardware: str
-    constants: list[Row]
-    command_picojoules: dict[str, float]
-    area_mm2: dict[str, float]
-    peak_watts: dict[str, float]
+    hardware: str  # name or file of the machine
+    constants: list[Row]  # name, value, unit, confidence and source of each constant
+    command_picojoules: dict[str, float]  # pJ of a command of the memory, by command
+    area_mm2: dict[str, float]  # mm2 of one device, by part
+    peak_watts: dict[str, float]  # W of one device, by part
 
 
 @dataclass(frozen=True)
 class KnobTable(_Table):
     """Fields of the public simulator's configuration files, and our fields that they set."""
 
-    knobs: list[Row]
-    without_effect: list[str]
+    knobs: list[Row]  # simulator, file, name, factor, unit and modelled of each field
+    without_effect: list[str]  # fields that do not change the simulator's cycles
 
 
 def list_hardware(hardware: str | Path = "neupims") -> HardwareTable:
@@ -99,6 +99,7 @@ def list_hardware(hardware: str | Path = "neupims") -> HardwareTable:
 
     Raises:
         ValueError: The machine is unknown, or its file is malformed.
+        OSError: The file cannot be read.
     """
     defaults = {each.name: each.value for each in describe(config.load_hardware("neupims"))}
     shown = [
@@ -121,7 +122,7 @@ def list_hardware(hardware: str | Path = "neupims") -> HardwareTable:
 
 
 def list_models() -> ModelTable:
-    """Returns the named models by their numbers, and how they are spread over devices."""
+    """Returns the named models with their dimensions, and how they are spread over devices."""
     found = []
     for name in config.names("models"):
         model, parallel = config.load_model(name), config.load_parallel(name)
@@ -152,6 +153,7 @@ def list_constants(hardware: str | Path = "neupims") -> ConstantTable:
 
     Raises:
         ValueError: The machine is unknown, or its file is malformed.
+        OSError: The file cannot be read.
     """
     machine = config.load_hardware(hardware)
     groups = {"calibration": Calibration(), "energy": EnergyCosts(), "area": AreaCosts()}

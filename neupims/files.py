@@ -19,8 +19,8 @@ def read_table(path: str | Path) -> dict[str, Any]:
         path: The file; its name ends in .toml or .json.
 
     Raises:
-        ValueError: The name has another ending, or the file is no such table; the sentence names
-            the file.
+        ValueError: The name has another ending, or the file does not hold such a table; the
+            sentence names the file.
         OSError: The file cannot be read.
     """
     path = os.fspath(path)
@@ -41,7 +41,7 @@ def parse_table(text: str, file: str) -> dict[str, Any]:
         file: The name of its file: one that ends in .json is read as JSON, others as TOML.
 
     Raises:
-        ValueError: The text is no such table; the sentence names the file.
+        ValueError: The text is not such a table; the sentence names the file.
     """
     json_file = file.lower().endswith(".json")
     try:
@@ -83,8 +83,12 @@ def write_text(path: str | Path, text: str) -> None:
 def write_bytes(path: str | Path, content: bytes) -> None:
     """Writes a file under a temporary name and renames it, so that it is complete or absent.
 
+    Args:
+        path: The file; a pipe or a device is written to directly.
+        content: Its bytes.
+
     Raises:
-        OSError: the folder is missing or cannot be written to; the error names `path`, and nothing
+        OSError: The folder is missing or cannot be written to; the error names `path`, and nothing
             is left behind.
     """
     path = Path(path)
@@ -111,7 +115,12 @@ def write_bytes(path: str | Path, content: bytes) -> None:
 
 
 def finite(value: Any) -> Any:
-    """Returns the same value with None for numbers that are not finite, which JSON cannot hold."""
+    """Returns the same value with None for numbers that are not finite, which JSON cannot hold.
+
+    Args:
+        value: A value for JSON; dictionaries, lists and tuples are searched, and tuples become
+            lists.
+    """
     if isinstance(value, dict):
         return {key: finite(part) for key, part in value.items()}
     if isinstance(value, list | tuple):

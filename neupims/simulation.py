@@ -18,11 +18,11 @@ from neupims.validation import expected_error
 class Simulation:
     """A simulated case."""
 
-    case: Case
-    path: TimingPath
-    iteration: Iteration
+    case: Case  # with the number of sub-batches that was used
+    path: TimingPath  # "exact" or "closed"
+    iteration: Iteration  # cycles, times and energy
     expected_error: dict[str, Any] | None  # percentages by name, None where nothing was measured
-    first_token_seconds: float | None  # of a prefill
+    first_token_seconds: float | None  # of a prefill, else None
     warning: str  # that the requests of a channel do not fit its memory, else empty
 
     def to_dict(self) -> dict[str, Any]:

@@ -200,7 +200,7 @@ def _read_number(name: str, value: Any) -> Any:
 
 
 def pad_case(case: Case) -> Case:
-    """Returns the case filled up with requests of length 0 to one of a few numbers of requests.
+    """Returns the case with its requests padded to one of a few numbers, by requests of length 0.
 
     Its numbers are floats, which compiled functions take as arguments, so that many cases share a
     compilation.

@@ -1,4 +1,4 @@
-"""The model against measured runs of the public simulator.
+"""Comparison of the model with measured runs of the public simulator.
 
 Predictions come from the knobs of a run alone (`simulator_runs`); errors are absolute percentages
 of the measured cycles, by operation, stage and layer.
@@ -36,43 +36,43 @@ LONG_CYCLES = 20_000
 class Pair(NamedTuple):
     """A measured and a predicted time in core cycles."""
 
-    run_id: str
+    run_id: str  # of runs.csv
     system: str  # as the validation files spell it
     level: str  # "op", "stage" or "layer"
-    stage: str
-    name: str
-    measured: float
-    predicted: float
+    stage: str  # name of the stage; empty for the layer
+    name: str  # of the operation or the stage, or "layer"
+    measured: float  # core cycles
+    predicted: float  # core cycles
 
 
 class ErrorGroup(NamedTuple):
     """Absolute percentage errors of the pairs of one level, system, kind and name."""
 
-    level: str
+    level: str  # "op", "stage" or "layer"
     system: str  # "all" for all of them
-    kind: str
-    name: str
-    n: int
-    mean: float
-    median: float
-    p95: float
-    max: float
+    kind: str  # of the operations; else the level
+    name: str  # of the operation or the stage; "all" for all of the kind
+    n: int  # number of pairs
+    mean: float  # per cent
+    median: float  # per cent
+    p95: float  # 95th percentile, per cent
+    max: float  # per cent
 
 
 class LeftOut(NamedTuple):
     """A run that was not compared, and why."""
 
-    run_id: str
-    reason: str
+    run_id: str  # of runs.csv
+    reason: str  # a sentence
 
 
 @dataclass(frozen=True)
 class Validation:
     """Errors of the model on a folder of runs."""
 
-    groups: tuple[ErrorGroup, ...]
-    rows: tuple[Pair, ...]
-    not_covered: tuple[LeftOut, ...]
+    groups: tuple[ErrorGroup, ...]  # errors by level, system, kind and name
+    rows: tuple[Pair, ...]  # every measured and predicted time
+    not_covered: tuple[LeftOut, ...]  # runs that were not compared
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the values of JSON, as `validate --json` prints them."""
@@ -89,10 +89,10 @@ def validate(
     """Returns the errors of the model on all runs of a folder.
 
     Args:
-        folder: Holds `runs.csv`, `ops.csv` and `traces/` of runs of the public simulator.
+        folder: Folder with `runs.csv`, `ops.csv` and `traces/` of runs of the public simulator.
         fidelity: "simulator" or "intended".
         path: "exact" follows the list of commands of each channel, "closed" adds up closed forms.
-        progress: Wraps the list of runs, to show how far they are (default: shows nothing).
+        progress: Wraps the list of runs, to show the progress (default: shows nothing).
 
     Returns:
         Errors by level, system and kind; every pair of times; and the runs left out, with reasons.
@@ -188,7 +188,7 @@ def group_errors(rows: Iterable[Pair]) -> list[ErrorGroup]:
     """Returns the errors by system ("all" too) and level; those of operations by kind and by name.
 
     Args:
-        rows: Measured and predicted times.
+        rows: Measured and predicted times in core cycles.
     """
     groups: dict[tuple[str, str, str, str], list[float]] = {}
     for row in rows:
@@ -244,7 +244,7 @@ def expected_error(
     Returns:
         Percentages by name, or None where no such system was measured.
     """
-    # Of other systems the row buffers change no cycle.
+    # In other systems the row buffers do not change any cycle.
     row_buffers = row_buffers if system == "neupims" else {"npu-pim": 1}.get(system, 2)
     wanted = (system, sub_batches, row_buffers)
     spelling = next((name for name, setting in SPELLINGS.items() if setting == wanted), "")

@@ -34,8 +34,8 @@ import shape_checks  # noqa: E402
 CHECKED_MODULES = shape_checks.install(ROOT, ("ggem_jax", "neupims", "train", "eval"))
 chex.set_n_cpu_devices(8)
 
-# By mark: the file of the cases that need a run of their own, and how many pass at least, those
-# marked `slow` left out.
+# Mark -> the file of its cases, which need a run of their own, and how many of them must pass,
+# without those marked `slow`.
 LEAST_CASES = {
     "interpreter": ("test_kernels_interpreted.py", 75),
     "compiled": ("test_kernels_compiled.py", 25),
@@ -150,8 +150,8 @@ def tool():
 
 @pytest.fixture
 def class_folders(tmp_path):
-    """Three classes of 12 x 12 pixel pictures, 10 in train and 4 in test each: noise around a grey
-    of its own.
+    """Three classes of images of 12 x 12 pixels, 10 of each in train and 4 in test: noise around a
+    grey level of the class.
     """
     rng = np.random.default_rng(0)
     for split, count in (("train", 10), ("test", 4)):
@@ -168,7 +168,7 @@ def class_folders(tmp_path):
 
 @pytest.fixture
 def captioned_folder(tmp_path):
-    """`pairs.csv` beside 12 pictures of 9 x 9 pixels, each of a grey of its own, picture 0 with two
+    """`pairs.csv` beside 12 images of 9 x 9 pixels, each of one grey level; image 0 has two
     captions.
     """
     folder = tmp_path / "captioned"
@@ -222,8 +222,8 @@ def pytest_ignore_collect(collection_path, config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Of a test marked `sampled`, the combinations beyond a few that show every value of every
-    parameter are slow. Costly files come first, so that no worker ends with a long one.
+    """Puts costly files first, so that no worker ends with a long one, and marks the combinations
+    of a test marked `sampled` as slow, except a few that cover every value of every parameter.
     """
     items.sort(key=lambda item: item.path.name not in COSTLY_FILES)
     by_test = collections.defaultdict(list)
@@ -238,7 +238,7 @@ def pytest_collection_modifyitems(items):
 
 
 def few_with_every_value(items: list) -> list:
-    """Returns a few items that together show every value of every parameter."""
+    """Returns a few items that together cover every value of every parameter."""
 
     def shown(item):
         return {(name, id(value)) for name, value in item.callspec.params.items()}
@@ -252,8 +252,8 @@ def few_with_every_value(items: list) -> list:
 
 @pytest.hookimpl(trylast=True)
 def pytest_sessionfinish(session):
-    """A file of `LEAST_CASES` that is asked for as a whole fails the session where fewer pass: a
-    case is skipped, deselected or gone.
+    """Fails the session if a file of `LEAST_CASES` ran as a whole and fewer cases passed than it
+    lists: some were skipped, deselected or removed.
     """
     config = session.config
     if (
@@ -272,7 +272,7 @@ def pytest_sessionfinish(session):
 
 
 def pytest_terminal_summary(terminalreporter):
-    """How many cases of the kernels ran, of those that need a run of their own."""
+    """Reports how many cases of the kernels passed, of those that need a run of their own."""
     for mark, (name, least) in LEAST_CASES.items():
         if count := passed_cases(terminalreporter.config, mark):
             terminalreporter.write_line(
@@ -281,8 +281,8 @@ def pytest_terminal_summary(terminalreporter):
 
 
 def assert_same(got, want):
-    """Nested values with their types, the order of keys, and arrays with their dtypes in native
-    order.
+    """Compares nested values with their types, the order of keys, and arrays with their dtypes in
+    native byte order.
     """
     assert isinstance(got, type(want)) or isinstance(want, collections.OrderedDict), (
         type(got),

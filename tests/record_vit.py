@@ -4,10 +4,11 @@ PyTorch computes with them: tests/data/vit/*.npz.
     pip install torch torchvision timm transformers open_clip_torch    # in an environment of its own; each file names the versions
     python tests/record_vit.py [timm_ones] [hugging_face] [google] [swiglu] [text]    # all, or these
 
-Each file holds the weights under their published names (`weights/...`), pictures of the size of the
-positions and of a larger one, and the tokens after the final norm, prefix tokens first; those of
-text towers ids as long as the context and shorter ones. Networks are those of timm, transformers
-and open_clip; Google's files are made here and read by timm's and open_clip's own loaders.
+Each file holds the weights under their published names (`weights/...`), images of the size of the
+positions and of a larger one, and the tokens after the final norm, prefix tokens first. Files of
+text towers hold ids as long as the context, and shorter ones. The networks are those of timm,
+transformers and open_clip; Google's files are made here and read by the loaders of timm and
+open_clip.
 """
 
 import sys
@@ -60,8 +61,8 @@ def main(parts: list[str]) -> None:
 
 
 def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
-    """Weights that make every parameter count: norms, biases and LayerScale as random as the
-    rest.
+    """Gives a model weights that make every parameter count: norms, biases and LayerScale are as
+    random as the rest.
     """
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
@@ -70,13 +71,13 @@ def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
             drawn = torch.randn(parameter.shape, generator=generator) * scale + (
                 1.0 if "norm" in name and name.endswith("weight") else 0.0
             )
-            parameter.copy_(drawn.half())  # as they are kept
+            parameter.copy_(drawn.half())  # as the file stores them
     return model.eval()
 
 
 def save(name: str, weights: dict, **outputs) -> None:
-    """`outputs` are functions from pictures to what is kept of them: tokens after the final norm,
-    or a descriptor.
+    """Writes a file; `outputs` are functions from images to the tokens after the final norm, or to
+    a descriptor.
     """
     generator = torch.Generator().manual_seed(1)
     found = {
@@ -212,7 +213,7 @@ def hugging_face() -> None:
 
 
 def published(model: transformers.PreTrainedModel) -> dict:
-    """The weights under the names of its file, which are not those in memory."""
+    """Returns the weights under the names of the file, which differ from those in memory."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return load_file(Path(folder) / "model.safetensors")
@@ -220,7 +221,7 @@ def published(model: transformers.PreTrainedModel) -> dict:
 
 def openai_names(weights: dict) -> dict:
     """The names of openai/CLIP's model.py, which fuses the three projections and does not transpose
-    the last one.
+    the last projection.
     """
     found, parts = {}, {}
     names = {
@@ -357,8 +358,8 @@ def google() -> None:
 
 
 def text() -> None:
-    """Towers that see the text before them only and take the token of its end (CLIP), and those
-    that see all and take the last one (SigLIP).
+    """Towers that see only the text before a token and take the token of its end (CLIP), and towers
+    that see all and take the last token (SigLIP).
     """
     sizes = {
         "hidden_size": WIDTH,
@@ -528,8 +529,8 @@ def inside(folder: str, shapes: dict) -> dict:
 
 
 def save_text(name: str, weights: dict, output, short: bool = True, **of_pictures) -> None:
-    """`output` is a function from ids to tokens after the final norm and the projected descriptor;
-    `of_pictures` are as those of `save`.
+    """Writes a file; `output` is a function from ids to the tokens after the final norm and the
+    projected descriptor, `of_pictures` are like the outputs of `save`.
     """
     found = {
         f"weights/{key}": (

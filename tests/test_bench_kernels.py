@@ -1,5 +1,5 @@
-"""The GPU benchmark as far as it goes without a GPU: its sections on small shapes, who is left out,
-its count of bytes, its picture.
+"""The GPU benchmark as far as it goes without a GPU: its sections on small shapes, the contestants
+that it leaves out, its count of bytes, its plot.
 """
 
 import csv

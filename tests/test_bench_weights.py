@@ -1,6 +1,4 @@
-"""benchmarks/bench_weights.py: its files have the published sizes, and what it measures is what it
-says.
-"""
+"""benchmarks/bench_weights.py: its files have the published sizes, and its columns are right."""
 
 import math
 
@@ -8,8 +6,8 @@ import pytest
 
 from benchmarks.bench_weights import cases, measure, write_random
 
-# Of the published networks: those before CLIP as timm counts them, CLIP as open_clip does, SigLIP
-# as its model card.
+# Parameters of the published networks, as timm counts them (those before CLIP), as open_clip does
+# (CLIP), and as the model card says (SigLIP).
 PUBLISHED = {
     "DeiT-S/16 distilled": 22_436_432, "DeiT-III-B/16": 86_585_320,
     "DINOv2-B/14 registers": 86_582_016, "AugReg-B/16": 86_567_656,

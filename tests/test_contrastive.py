@@ -31,7 +31,7 @@ def mesh_of(shape):
 
 
 def descriptors(b, d, seed=0, dtype=np.float32):
-    """Two lots of unit vectors that are not unlike each other."""
+    """Two lots of unit vectors, each similar to its partner."""
     rng = np.random.default_rng(seed)
     images = rng.normal(size=(b, d))
     texts = images + rng.normal(size=(b, d))
@@ -127,8 +127,8 @@ def test_one_axis_of_the_mesh_leaves_the_other_alone():
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_no_device_holds_the_matrix_of_all_similarities(kind):
-    """In the compiled forward and backward pass there is a block of 16 x 16 and nothing of 128 x
-    128, nor of 16 x 128.
+    """The compiled forward and backward pass has a block of 16 x 16, and nothing of 128 x 128 or of
+    16 x 128.
     """
     arguments = (*map(jnp.asarray, descriptors(128, 6)), jnp.float32(20.0), jnp.float32(-8.0))
 
@@ -193,8 +193,8 @@ def test_what_are_no_pairs_is_refused():
 
 @pytest.mark.parametrize("kind", ["softmax", "sigmoid"])
 def test_gradients_of_bfloat16_descriptors_are_as_good_around_a_mesh(kind):
-    """Against float32 of the same numbers the ring loses no more than the plain loss does, which
-    rounds once.
+    """Compared with float32 on the same numbers, the ring loses no more than the plain loss does,
+    which rounds once.
     """
     images, texts = (jnp.asarray(x, jnp.bfloat16) for x in descriptors(32, 8))
     exact = jax.grad(lambda x: plain(kind, x, texts.astype(jnp.float32), 20.0, -5.0))(

@@ -1,4 +1,6 @@
-"""Which body runs, and how the partitioner spreads it: without kernels, which need triton."""
+"""Which implementation runs, and how the partitioner spreads it: without kernels, which need
+triton.
+"""
 
 import functools
 
@@ -20,7 +22,7 @@ P3 = jnp.full((1, 12), 3.0)
 
 
 def fit():
-    """What a kernel that refuses nothing says."""
+    """The check of a kernel that refuses nothing."""
     return
 
 
@@ -33,9 +35,7 @@ def cotangents(tokens, p, root, cotangent):
 
 
 def test_rows_stay_on_their_devices_in_value_and_gradient():
-    """The rule that the kernels are given, around the plain bodies: compiled for 8 devices nothing
-    is gathered.
-    """
+    """The rule of the kernels, around the plain bodies: a program for 8 devices gathers nothing."""
     rows = NamedSharding(MESH, P("data"))
     tokens = jax.device_put(TOKENS, rows)
 
@@ -140,7 +140,7 @@ def test_the_body_of_the_platform_runs_and_its_derivative_is_that_of_the_formula
 
 
 def test_eager_calls_choose_for_the_device_of_their_arrays(monkeypatch):
-    """Where the default device is a GPU, JAX answers "cuda" outside of jit, wherever arrays are."""
+    """If the default device is a GPU, JAX answers "cuda" outside of jit, wherever arrays are."""
     monkeypatch.setattr(conditionals.platform_index_p, "impl", lambda *, platforms: np.int32(0))
     on_cpu = jax.device_put(jnp.ones(3), jax.devices("cpu")[0])
     assert float(jax.lax.platform_dependent(on_cpu, cuda=jnp.min, default=lambda x: 0 * x[0])) == 1
@@ -169,7 +169,9 @@ def test_eager_calls_with_the_same_options_are_compiled_once():
 
 
 def test_one_jitted_function_is_traced_for_each_gpu():
-    """What was traced for one GPU, or for that of this machine, is not found for another."""
+    """The cache does not return what was traced for one GPU, or for that of this machine, for
+    another.
+    """
 
     def kernel(implementation, x):
         return (x * (launch.capability() or 0),)
@@ -184,7 +186,7 @@ def test_one_jitted_function_is_traced_for_each_gpu():
 
 
 def test_the_partitioner_compiles_for_the_gpu_that_was_lowered_for():
-    """It traces the body once more, after the context of the lowering has ended."""
+    """The partitioner traces the body once more, after the context of the lowering has ended."""
     seen = []
 
     def body(tokens):
@@ -227,7 +229,7 @@ def test_a_mesh_with_explicit_axis_types_takes_the_plain_body(monkeypatch):
 
 
 def test_shard_map_over_some_axes_takes_the_plain_body(monkeypatch):
-    """The partitioner would be asked to spread a kernel over the other axes."""
+    """Otherwise the partitioner would be asked to spread a kernel over the other axes."""
     monkeypatch.setattr(launch, "available", lambda: True)
     mesh = jax.make_mesh((4, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     seen = []

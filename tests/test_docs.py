@@ -149,7 +149,7 @@ def _module_of(module, name: str) -> str:
 
 
 def plain_lines(page: str) -> list[str]:
-    """The lines of the blocks that name no language; a line that goes on is one."""
+    """The lines of the blocks that name no language; continued lines are joined."""
     blocks = [text for language, text in BLOCK.findall(page) if not language]
     return "".join(blocks).replace("\\\n", " ").splitlines()
 
@@ -200,7 +200,7 @@ class Reached(Exception):
     ids=" ".join,
 )
 def test_a_command_of_neupims_is_one_that_the_tool_accepts(words, folder, monkeypatch):
-    """Its flags fit together: the tool reads the files and calls the library."""
+    """The flags fit together: the tool reads the files and calls the library."""
 
     def stop(*_, **__):
         raise Reached

@@ -1,5 +1,6 @@
-"""The examples in the docstrings of ggem_jax: each gives what it shows, by the names of the front
-door."""
+"""The examples in the docstrings of ggem_jax: each prints what it shows, with the names of the
+front door.
+"""
 
 import doctest
 import importlib

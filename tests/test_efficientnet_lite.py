@@ -1,5 +1,5 @@
 """ggem_jax/models/efficientnet_lite.py: published sizes, convolutions against XLA's and
-TensorFlow's rule, any size of picture.
+TensorFlow's rule, images of any size.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""EfficientNet-Lite0 with its ImageNet weights names what is on real photographs."""
+"""EfficientNet-Lite0 with its ImageNet weights classifies real photographs."""
 
 import io
 import zipfile
@@ -29,12 +29,12 @@ EACH = 20
 
 
 def test_labels_of_photographs(shared):
-    """200 photographs, the first 20 of val/ of each class. Found: right 76.0 %, among the first
-    five 94.5 %, of 1,000 classes (jax 0.10.2, CPU).
+    """200 photographs, the first 20 of val/ of each class. Measured: 76.0 % right, and 94.5 % among
+    the first five, of 1,000 classes (jax 0.10.2, CPU).
 
-    Of the ten classes alone 99.5 % are right. With the usual mean and deviation of ImageNet it is
-    63 % and 86 %. The photographs are from ImageNet's training set, so these are no figures of
-    merit; published is 75.1 % on ImageNet's validation set.
+    Among the ten classes alone 99.5 % are right. With the usual mean and deviation of ImageNet it
+    is 63 % and 86 %. The photographs are from ImageNet's training set, so these figures say nothing
+    about quality; published is 75.1 % on ImageNet's validation set.
     """
     folder = shared / "data" / "imagenette-224-mini"
     if not folder.is_dir():

@@ -1,4 +1,4 @@
-"""eval/studies/accelerator.py: simulates, searches and explores, a little of each, and writes one
+"""eval/studies/accelerator.py: simulates, searches and explores with small budgets, and writes one
 page.
 """
 
@@ -65,7 +65,7 @@ def test_the_demo_simulates_searches_and_reports(only_train, tmp_path, capsys):
 
 
 def test_lengths_are_like_sharegpts():
-    """Mean input and output are 80 and 296 tokens; a request is met somewhere in its output.
+    """Mean input and output are 80 and 296 tokens; a request is at a uniform point of its output.
     Channels are balanced by the paper's estimate.
     """
     batch = accelerator.draw()

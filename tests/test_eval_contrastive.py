@@ -1,5 +1,5 @@
-"""eval/contrastive.py: it repeats what the run measured, classifies by words, compares in pairs,
-and says what is wrong in one line.
+"""eval/contrastive.py: it repeats the measures of the run, classifies by words, compares in pairs,
+and reports mistakes in one line.
 """
 
 import json
@@ -105,8 +105,8 @@ def test_the_tool_prints_tables(trained, capsys):
 def test_other_images_captions_and_classes(
     trained, captioned_folder, class_folders, tmp_path, capsys
 ):
-    """A CSV with captions of its own, and a folder whose classes a file calls by other names, both
-    of other sizes than the digits.
+    """A CSV with captions of its own, and a folder whose classes get other names from a file; both
+    have images of other sizes than the digits.
     """
     (tmp_path / "names.txt").write_text("ants\tan ant\nbees\ta bee\ncows\ta cow\n")
     flags = [

@@ -1,5 +1,5 @@
-"""eval/studies/pooling.py, frozen.py, cifar.py and pooling_report.py: arms that are what they are
-called, verdicts, a report of what was found.
+"""eval/studies/pooling.py, frozen.py, cifar.py and pooling_report.py: arms that do what their names
+say, verdicts, and the report of the results.
 """
 
 import csv
@@ -100,9 +100,7 @@ def test_probes_of_a_large_p_find_sparse_evidence_and_the_same_seed_gives_the_sa
 
 
 def test_a_part_on_tokens_reports_everything_the_report_needs(tokens, tmp_path, monkeypatch):
-    """A few arms only; the report is written of what comes out, and its numbers are those of the
-    part.
-    """
+    """A few arms only; the report is made from the results, and has the same numbers."""
     few = (
         "average",
         "positive average",
@@ -189,8 +187,8 @@ def test_networks_are_trained_once_and_their_heads_and_tokens_are_those_of_the_m
 
 
 def test_both_ways_covers_seeds_and_images():
-    """Of values that differ by seed alone, or by image alone, the interval is that of the one
-    that varies; of constants it is a point.
+    """If values differ by seed alone, or by image alone, the interval is that of the one that
+    varies; for constants it is a point.
     """
     rng = np.random.default_rng(0)
     by_seed, by_image = rng.normal(size=(200, 1)), rng.normal(size=(1, 300))
@@ -233,8 +231,8 @@ def test_a_claim_is_decided_where_its_whole_interval_lies_on_one_side(low, high,
 
 
 def test_dependence_that_falls_supports_the_claim():
-    """Against the average the heads lose what random channels keep; all of what GeM has less,
-    random channels have less too.
+    """Against the average, dependence falls between heads and not between random channels. Against
+    GeM, it falls between random channels as well.
     """
     scores = {
         "GGeM": ([0.3, 0.31, 0.32], 0.2),

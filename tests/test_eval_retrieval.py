@@ -19,7 +19,9 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class FakeExtractor:
-    """Mean colour and its spread; with several settings each has its own weighting."""
+    """Describes an image by the mean and the spread of its colours; each of several settings has
+    its own weighting.
+    """
 
     seen = 0
 
@@ -42,8 +44,8 @@ class FakeExtractor:
 
 @pytest.fixture
 def folder(tmp_path, monkeypatch):
-    """Three classes of five images of like colours, one class of one image, and one file that
-    is no image by its name.
+    """Three classes of five images of similar colours, one class of one image, and one file whose
+    name is not that of an image.
     """
     rng = np.random.default_rng(0)
     for name, count in (("ants", 5), ("bees", 5), ("deep/cows", 5), ("lone", 1)):
@@ -66,7 +68,7 @@ def run(capsys, *flags):
 
 
 def slowly(folder):
-    """mAP, precision and recall at 1 and 3 of the classes of a folder, by walking down sorted
+    """mAP, and precision and recall at 1 and 3, of the classes of a folder, by walking down sorted
     lists.
     """
     paths = sorted(folder.rglob("*.png"))
@@ -134,8 +136,8 @@ def test_a_csv_says_the_same_as_the_folders(folder, capsys):
 
 
 def test_boxes_ignored_images_and_queries_from_elsewhere(folder, capsys):
-    """Half of the query's image is like the bees; without its box it is not. What would come
-    first is ignored.
+    """Half of the query's image is like the bees; without its box the query is not. The image that
+    would come first is ignored.
     """
     bees = [np.asarray(Image.open(path)) for path in sorted((folder / "bees").glob("*.png"))]
     Image.fromarray(np.concatenate([bees[0], np.full((24, 24, 3), 255, np.uint8)], axis=1)).save(
@@ -220,9 +222,7 @@ def test_mistakes_end_in_one_sentence(mistake, folder, monkeypatch):
 
 
 def test_the_study_on_a_small_set(tmp_path, monkeypatch, capsys):
-    """Two colours of images; every pooling with every reranker, differences, pixels, and the
-    file.
-    """
+    """Images of two colours: all poolings with all rerankers, differences, pixels, and the file."""
     rng = np.random.default_rng(0)
     images = {
         f"{i}": np.clip(rng.normal(80 + 80 * (i % 2), 60, (12, 12, 3)), 0, 255).astype(np.uint8)
@@ -269,7 +269,7 @@ def test_the_study_refuses_what_is_not_there(tmp_path, monkeypatch):
 
 
 def test_the_page_of_the_study_has_the_numbers_of_its_file():
-    """Every table of the page is what the file makes."""
+    """Every table of the page agrees with the file."""
     with retrieval_study.RESULTS.open(newline="") as file:
         rows = list(csv.DictReader(file))
     page = (ROOT / "docs" / "retrieval_study.md").read_text()

@@ -220,7 +220,7 @@ def test_rerankers_order_all_rows_and_ask_any_database(name, world, monkeypatch)
 
 @pytest.mark.parametrize("name", ["none", "superglobal", "superglobal-paper", "aqe", "alpha-qe"])
 def test_a_query_that_is_in_the_database_is_left_out(name, world):
-    """As if its row were not there."""
+    """The ranking is the same as without the query's row in the database."""
     _, _, arrays = world
     database, how = arrays["database"], Rerank(num_candidates=60, num_neighbors=3, qe_neighbors=4)
     own = np.array([5, 0, 39])
@@ -235,7 +235,7 @@ def test_a_query_that_is_in_the_database_is_left_out(name, world):
 
 
 class FakeExtractor:
-    """Mean colour of an image, rotated by the settings; counts what it is shown."""
+    """Describes an image by its mean colour, rotated by the settings; counts the images."""
 
     seen = 0
 
@@ -255,8 +255,8 @@ class FakeExtractor:
 
 @pytest.fixture
 def images(world, monkeypatch):
-    """One colour for each image of the database; queries have the colour of their first easy
-    image inside the box only.
+    """One colour for each image of the database; queries have the colour of their first easy image,
+    but only inside the box.
     """
     folder, truth, _ = world
     rng = np.random.default_rng(3)
@@ -318,7 +318,7 @@ def test_the_ablation_is_one_command(images, capsys):
 
 
 class Tiny(nn.Module):
-    """A map with a place for each 32 pixels."""
+    """A network whose map has a place for each 32 pixels."""
 
     @nn.compact
     def __call__(self, images):

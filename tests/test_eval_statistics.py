@@ -86,9 +86,7 @@ def test_what_are_no_answers_is_refused(answers):
 
 
 def test_bootstrap_of_many_values_is_that_of_the_normal_distribution():
-    """1,000 values of deviation s: half width 1.96 s / sqrt(1,000), and values that are not a
-    number count for nothing.
-    """
+    """1,000 values of deviation s: half width 1.96 s / sqrt(1,000). NaN is ignored."""
     values = np.random.default_rng(0).exponential(size=1000)
     interval = bootstrap(np.concatenate([values, [np.nan] * 50]))
     half = 1.96 * values.std() / np.sqrt(1000)

@@ -1,5 +1,5 @@
-"""ggem_jax/files/images.py: every kind of image file becomes RGB, the right way up; what is none
-is named.
+"""ggem_jax/files/images.py: every kind of image file becomes RGB, the right way up; errors name
+files that are not images.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The picture of the imports: who may import whom, and what an import must not start or load."""
+"""The rules of the imports: who may import whom, and what an import must not start or load."""
 
 import ast
 import subprocess
@@ -158,7 +158,7 @@ HEAVY = [
 
 
 def run_python(code: str) -> subprocess.CompletedProcess:
-    """Runs code in a Python of its own, from the root, with warnings as errors."""
+    """Runs code in a new Python process, from the root, with warnings as errors."""
     return subprocess.run(
         [sys.executable, "-W", "error", "-c", code],
         capture_output=True,
@@ -203,8 +203,9 @@ print(xla_bridge.backends_are_initialized(), [name for name in {HEAVY} if name i
 
 
 def test_the_front_door_tells_type_checkers_the_same_names():
-    """The imports under TYPE_CHECKING, `__all__` and the table of modules agree, and no name of a
-    function is that of a module."""
+    """The imports under TYPE_CHECKING, `__all__` and the table of modules agree, and no function
+    has the name of a module.
+    """
     import ggem_jax
 
     tree = ast.parse((ROOT / "ggem_jax" / "__init__.py").read_text())

@@ -62,7 +62,9 @@ def test_one_jitted_function_is_compiled_for_each_gpu():
 
 
 def test_jax_refuses_a_newer_version():
-    """So what is above can fail, and no kernel is written in a version beyond JAX's."""
+    """This shows that the tests above can fail, and that no kernel is written in a version beyond
+    JAX's.
+    """
     (kernel,) = kernels_of("superglobal", 90)
     message = kernel_versions.assemble(kernel_versions.in_version(kernel, "9.9"))
     assert "Unsupported .version 9.9" in message
@@ -72,7 +74,7 @@ def test_jax_refuses_a_newer_version():
 
 @pytest.mark.parametrize("first", ["11.7.99", "12.3.103", "12.9.86"])
 def test_jax_takes_the_ptxas_that_we_think_it_takes(monkeypatch, tmp_path, first):
-    """Two on PATH, which write down that they are used; jaxlib passes over some versions."""
+    """Two ptxas on PATH record that they are used; jaxlib skips some versions."""
     real = ptxas.of_jax().path
     for name, version in (("first", first), ("second", "12.9.87")):
         script = tmp_path / name / "ptxas"

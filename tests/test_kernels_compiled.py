@@ -1,5 +1,5 @@
-"""The kernels compiled ahead of time for GPUs that are not here: registers, spills, wide loads, the
-fast logarithm.
+"""The kernels compiled ahead of time for GPUs that this machine lacks: registers, spills, wide
+loads, the fast logarithm.
 """
 
 import os
@@ -99,7 +99,7 @@ def test_odd_and_large_shapes_compile(shape):
 
 @pytest.mark.parametrize("function", ["ggem", "norm_ggem", "superglobal"])
 def test_rows_are_reached_by_64_bit_offsets(function):
-    """More than 2^31 elements can stand before a row: its number is multiplied by the row's length,
+    """More than 2^31 elements can lie before a row: its number is multiplied by the row's length,
     196 x 768 or 7 x 28 x 768, in 64 bits.
     """
     shape = (2**15, 7, 28, 768) if function == "superglobal" else (2**15, 196, 768)

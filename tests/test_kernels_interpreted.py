@@ -116,8 +116,8 @@ def interpreted(function, arrays, cotangent):
 
 
 def check(got, want, dtype, exponent, cotangent):
-    """The gradient of p is compared on the scale of its parts, cotangent * value / p: of a single
-    token it is nothing.
+    """The gradient of p is compared on the scale of its parts, cotangent * value / p, because it is
+    zero for a single token.
     """
     (value, *gradients), (true_value, *true_gradients) = (
         [np.asarray(a, np.float64) for a in side] for side in (got, want)
@@ -333,7 +333,7 @@ def test_second_derivatives_do_not_see_the_padding():
 
 def test_one_large_entry_and_a_large_exponent():
     """The mixed map reaches little more than half of the largest entry, whose 90th power the mean
-    has to carry.
+    has to represent.
     """
     spike = jnp.zeros((8, 8, 2)).at[3, 4].set(jnp.array([1.0, 1e-3]))
     for settings in (
@@ -489,8 +489,8 @@ def log2_too_small(x, FAST: tl.constexpr):
 @pytest.mark.parametrize("wrong", [log2_too_large, log2_too_small], ids=["too large", "too small"])
 @pytest.mark.parametrize("exponent", [1.0, 3.0, 100.0, 1000.0])
 def test_tolerances_hold_with_the_worst_error_of_the_fast_logarithm(monkeypatch, exponent, wrong):
-    """The interpreter's logarithm is made as wrong as the GPU's may be: 2^-22 where it is below 1,
-    2^-22 of itself elsewhere, all one way.
+    """The interpreter's logarithm gets the largest error that the GPU's may have: 2^-22 where its
+    value is below 1, 2^-22 of the value elsewhere, always in one direction.
     """
     from ggem_jax.kernels import norm_ggem, powers
 
@@ -499,7 +499,7 @@ def test_tolerances_hold_with_the_worst_error_of_the_fast_logarithm(monkeypatch,
         monkeypatch.setattr(module, "log2", wrong)
     assert not np.array_equal(
         pooled(TOKENS, EXPONENT, "interpret"), right
-    )  # the wrong one is in use
+    )  # the wrong logarithm is in use
     for shape in [(2, 50, 12, 3)] + [(1, 196, 160, 4)] * (
         exponent > 10
     ):  # the more entries, the larger their largest error

@@ -62,7 +62,7 @@ def test_fusion_of_products_and_sums_is_asked_for(monkeypatch, version):
 
 
 def test_a_sign_rule_is_in_two_modules_and_its_offset_in_a_third():
-    """The modules that compare with the name of a rule: what a new rule has to change."""
+    """The modules that compare with the name of a rule are those that a new rule has to change."""
     found = {"ggem_jax/pooling/sign_rules.py"}
     for path in [*(ROOT / "kernels").glob("*.py"), *(ROOT / "ggem_jax" / "pooling").glob("*.py")]:
         tree = ast.parse(path.read_text(encoding="utf-8"))

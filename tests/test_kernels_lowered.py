@@ -153,8 +153,8 @@ def test_shard_map_runs_the_kernel_on_the_local_rows(name, check_vma):
 
 
 def test_jit_with_sharded_tokens_keeps_the_rows_where_they_are():
-    """Under plain jit the partitioner lowers the kernel itself, when it compiles; until then the
-    call carries the rule that says how.
+    """Under plain jit the partitioner lowers the kernel itself, when it compiles. Until then the
+    call carries the rule for sharding it.
     """
     tokens = TOKENS.update(sharding=NamedSharding(MESH, P("data")))
     text = lowered(jax.grad(total(ggem_pool), (0, 1)), tokens, EXPONENTS)

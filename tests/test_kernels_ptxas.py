@@ -31,7 +31,7 @@ def write_ptxas(folder: Path, version: str, targets=BLACKWELL) -> Path:
 
 @pytest.fixture
 def found(monkeypatch, tmp_path):
-    """Puts a ptxas where JAX looks, or none; those of Triton are 12.9 and 13.4."""
+    """Puts a ptxas where JAX looks, or none; the two of Triton are 12.9 and 13.4."""
 
     def versions():
         own = zip(VARIABLES, ((12, 9), (13, 4)), strict=True)
@@ -39,7 +39,7 @@ def found(monkeypatch, tmp_path):
         return {n: ptxas.read(Path(named[n])).version[:2] if named[n] else v for n, v in own}
 
     for name in VARIABLES:
-        monkeypatch.setenv(name, "")  # so that it is taken back
+        monkeypatch.setenv(name, "")  # so that it is restored
     monkeypatch.setattr(ptxas, "_versions_of_triton", versions)
     monkeypatch.setattr(ptxas, "_capability_here", lambda: None)
     ptxas.fit_triton_to_jax.cache_clear()
@@ -74,7 +74,7 @@ def test_without_a_ptxas_the_package_is_named(found):
 
 
 def test_a_ptxas_that_does_not_know_the_gpu_is_named_with_it(found, monkeypatch):
-    """Triton 3.9 would end the whole process: LLVM knows no sm_100a in that version of PTX."""
+    """Triton 3.9 would end the whole process: LLVM does not know sm_100a in that version of PTX."""
     path = found("12.6.85", HOPPER)
     assert ptxas.fit_triton_to_jax(90) is None
     reason = ptxas.fit_triton_to_jax(100)

@@ -1,4 +1,6 @@
-"""ggem_jax/weights/load.py, own.py and runs.py: every source gives the network that was written."""
+"""ggem_jax/weights/load.py, own.py and runs.py: every source gives back the network that was
+written.
+"""
 
 import json
 import re
@@ -33,7 +35,7 @@ def logits(loaded, images):
 
 
 def randomized(model):
-    """Variables without the zeros of fresh ones, which would hide what is lost."""
+    """Variables without the zeros of fresh ones, which would hide losses."""
     side = model.config.image
     shapes = jax.eval_shape(model.init, jax.random.key(0), jnp.ones((1, side, side, 3)))
     return jax.tree.map(lambda x: 1 + RNG.normal(size=x.shape).astype(np.float32) / 4, shapes)
@@ -52,6 +54,7 @@ def timm_file(folder):
             if key.startswith("weights/")
         }
     write_safetensors(folder / "deit.safetensors", arrays)
+    (folder / "config.json").write_text(json.dumps({"num_attention_heads": 2}))
     return folder / "deit.safetensors"
 
 
@@ -168,7 +171,9 @@ def test_a_run_gives_its_network_and_weights(trained, ema):
 
 
 def other_run(trained, folder, params, **settings):
-    """A run with the settings of `trained`, but these, and a checkpoint of other parameters."""
+    """A run with the settings of `trained` except for the given ones, and a checkpoint of other
+    parameters.
+    """
     folder.mkdir()
     values = json.loads((trained[0] / "config.json").read_text()) | settings
     (folder / "config.json").write_text(json.dumps(values))

@@ -123,7 +123,7 @@ def test_arcface_without_a_margin_is_the_normalised_softmax_of_its_scale():
 
 @pytest.mark.parametrize("margin", [0.5, 1.5])
 def test_the_loss_of_arcface_rises_with_the_angle_all_the_way(margin):
-    """One descriptor on the half circle around its proxy, the other class at right angles to
+    """The descriptor moves along the half circle from its proxy; the other class is orthogonal to
     both.
     """
     angles = np.linspace(0.01, np.pi - 0.01, 200)

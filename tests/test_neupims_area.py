@@ -1,5 +1,5 @@
-"""Area and power: against a published chip of the same size, worked by hand, and monotone in what
-is built.
+"""Area and power: against a published chip of the same size, worked by hand, and growing with every
+part.
 """
 
 import dataclasses
@@ -19,8 +19,8 @@ def test_the_default_npu_is_as_large_as_a_tpu_v4():
     """Google's TPU v4 (Jouppi et al., ISCA 2023, table 4): the same parts in 7 nm, 8 arrays of 128
     x 128, 128 + 32 MiB, four stacks of HBM2.
 
-    Its die is below 600 mm2 (593 by its photograph), with links and a sparse unit that our NPU has
-    not; it draws 192 W at most.
+    Its die is below 600 mm2 (593 by its photograph), with links and a sparse unit that our NPU
+    lacks; it draws 192 W at most.
     """
     default = area(Hardware())
     assert 400 < float(default.npu) < 600

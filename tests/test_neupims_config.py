@@ -1,5 +1,5 @@
-"""Named configurations and the user's own files: they load, they say what is wrong, and every value
-of ours has its source.
+"""Named configurations and the user's own files: they load, errors say what is wrong, and every
+value of ours has its source.
 """
 
 import json

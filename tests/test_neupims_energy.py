@@ -1,6 +1,4 @@
-"""Energy of a device: the simulator's arithmetic, parts that add up, and scaling with what was
-done.
-"""
+"""Energy of a device: the simulator's arithmetic, parts that add up, and scaling with the work."""
 
 import dataclasses
 

@@ -40,8 +40,8 @@ SPEED_AND_COST = parse_objectives("speed:max,cost:min")
 
 
 def speed_and_cost(columns):
-    """Speed is the knobs' product over tRCD, cost their sum; 3 arrays are no machine, and of 5 the
-    speed is not a number.
+    """Speed is the product of two knobs over tRCD, cost their sum. 3 arrays are flagged as
+    impossible, and 5 have a speed of NaN.
     """
     arrays, channels = columns["npu.num_arrays"] * 1.0, columns["hbm.num_channels"] * 1.0
     speed = jnp.where(arrays == 5, jnp.nan, arrays * channels / columns["hbm.trcd_read_cycles"])
@@ -71,8 +71,8 @@ def arrays_of(result):
 
 
 def test_a_grid_finds_the_front_by_hand():
-    """At tRCD 10: over 2 to 9 arrays and 1 to 8 channels the product is best for its sum where
-    channels are as many as arrays, or nearly.
+    """At tRCD 10, over 2 to 9 arrays and 1 to 8 channels, the product is best for its sum if there
+    are as many channels as arrays, or nearly.
     """
     result = run(method="grid", chunk=37)
     found = {(int(a), int(c), t) for a, c, t in result.front.values}
@@ -119,7 +119,7 @@ def test_one_compilation_for_all_chunks():
 
 
 def test_a_second_run_reads_what_the_first_has_done(tmp_path):
-    """Also where a file is damaged, and where more points are wanted."""
+    """This also holds if a file is damaged, and if more points are asked for."""
     first = run(method="random", points=100, chunk=16, folder=tmp_path)
     stamps = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "points").iterdir()}
     (tmp_path / "points" / "000002.npz").write_bytes(b"PK half a file")
@@ -223,8 +223,8 @@ def test_nothing_half_written_stays_where_the_disk_refuses(tmp_path, monkeypatch
 
 
 def test_designs_are_spread_over_all_devices():
-    """The tests run on eight devices; one, three and eight find the same, whatever the number of
-    designs.
+    """The tests run on eight devices. One, three and eight give the same results, whatever the
+    number of designs.
     """
     assert jax.device_count() == 8
     values = sample(SPACE, "random", 0, 21)
@@ -444,8 +444,8 @@ def test_the_usual_evaluation_is_a_loop_over_simulate():
 
 @pytest.mark.parametrize("channels", [1, 5, 32, 64])
 def test_dealt_requests_are_balanced(channels):
-    """Each channel gets one of every lap, so counts differ by one at most, and so do the halves;
-    long and short ones go together.
+    """Each channel gets one request of every lap, so counts differ by one at most, and so do the
+    halves; long and short requests are paired.
     """
     lengths = jnp.sort(jnp.asarray(np.random.default_rng(1).integers(1, 2048, 256)))[::-1]
     batch = deal(lengths, channels)
@@ -535,7 +535,7 @@ def trace(tmp_path):
 
 
 def test_the_command_prints_the_record_of_the_library(capsys, tmp_path, trace):
-    """All flags of the command and the arguments of one call say the same."""
+    """The flags of the command and the arguments of the call give the same result."""
     flags = [
         *("--knob", "npu.num_arrays=2:16", "--knob", "pim.row_buffers=1,2"),
         *("--knob", "npu.clock_hz=0.7e9:1.5e9:log", "--constraint", "npu.num_arrays <= 12"),

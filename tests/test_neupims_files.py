@@ -1,4 +1,4 @@
-"""neupims/files.py: a file is whole, or as it was."""
+"""neupims/files.py: a file is complete, or unchanged."""
 
 import os
 

@@ -88,8 +88,8 @@ def test_preload_of_the_npu_only_branch_is_not_hidden():
 
 
 def test_bytes_and_products_by_hand():
-    """Weights once, tokens once; the result in full as meant, as coded only the features of the
-    first blocks: 128 for up to 128 tokens.
+    """Weights once, tokens once. In `intended` fidelity the whole result is written, in `simulator`
+    fidelity only the features of the first blocks: 128 for up to 128 tokens.
     """
     meant, coded = (
         cycles_of(Hardware(), 100, 512, 1024, fidelity) for fidelity in ("intended", "simulator")

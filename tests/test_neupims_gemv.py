@@ -92,8 +92,8 @@ def test_the_closed_form_sums_to_the_recurrence():
 
 
 def whole_numbers(hardware, lengths):
-    """Attend with two row buffers in Python's integers, from the rule as the reference of the
-    simulator states it; 8 heads of 128 channels.
+    """Attend with two row buffers in Python's integers, by the rule in the simulator's reference; 8
+    heads of 128 channels.
     """
     interval, boundary, rank, last, now = 1950, 1950, 0, None, 0
     row_open = opened = False
@@ -164,8 +164,8 @@ def test_tiles_that_never_fit_between_refreshes_take_for_ever(row_buffers, chang
 
 
 def test_short_refresh_intervals_and_other_numbers_of_ranks():
-    """An interval as short as a tile with its GWRITE, and one rank or four, which close the row of
-    GWRITE always or every fourth time.
+    """An interval as short as a tile with its GWRITE; and one rank or four, whose refresh closes
+    the row of GWRITE always or every fourth time.
     """
     for change in (
         ("hbm.trefi_cycles", 900),
@@ -200,7 +200,7 @@ def test_a_request_waits_until_its_commands_arrive():
 
 def test_grouped_queries_read_keys_again_for_every_query():
     """Llama-3 8B on 4 devices: 2 key heads a device serve 8 query heads, so a row of 2 heads is
-    passed over 4 times: the same products as 8 heads in 4.
+    read 4 times: the same products as 8 heads in 4 rows.
     """
     grouped, last = gemv.logit_groups(
         Hardware(), load_model("llama3-8b"), jnp.array([320.0]), PARALLEL

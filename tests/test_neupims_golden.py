@@ -15,9 +15,9 @@ from neupims.validation import predict, validate
 ROOT = Path(os.environ.get("GGEM_SHARED", "../shared")) / "golden"
 pytestmark = pytest.mark.golden
 
-# Mean absolute errors in percent, by level, kind and system, and the largest of a layer. None of
-# the constants was fitted to the second set: its bounds are what was found, rounded up. Its worst
-# layer, -25 %, has a scratchpad of 256 KiB.
+# Bounds of the mean absolute errors in percent, by level, kind and system, and of the largest error
+# of a layer. None of the constants was fitted to the second set: its bounds are the measured
+# errors, rounded up. Its worst layer, -25 %, has a scratchpad of 256 KiB.
 BOUNDS = {
     "neupims": {
         ("op", "pim", "all"): 3,
@@ -66,7 +66,7 @@ def test_every_run_is_covered_or_named(folder, result):
 
 
 def test_errors_are_within_their_bounds(folder, result):
-    """Those of every system that the folder has runs of."""
+    """The bounds are checked for every system that the folder has runs of."""
     found = {
         (group.level, group.kind, group.system): group
         for group in result.groups

@@ -1,4 +1,4 @@
-"""neupims from Python: what cannot be is refused in a sentence, and nothing is guessed."""
+"""neupims from Python: impossible input is refused in a sentence, and nothing is guessed."""
 
 import subprocess
 import sys

@@ -1,5 +1,5 @@
-"""neupims/scheduling/oracle.py: what is proven, by enumeration, by a solver and by bounds, agrees;
-and evolution reaches it.
+"""neupims/scheduling/oracle.py: enumeration, a solver and bounds agree, and evolution reaches the
+optimum.
 """
 
 import jax

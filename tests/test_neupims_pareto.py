@@ -26,8 +26,8 @@ def brute_ranks(rows: np.ndarray) -> list[int]:
 
 
 def rows(seed: int, n: int, m: int, values: int | None) -> np.ndarray:
-    """Random rows, some of them not finite; of few values so that there are equals, where `values`
-    is given.
+    """Random rows, some of them not finite. With `values`, entries take few values, so that some
+    rows are equal.
     """
     rng = np.random.default_rng(seed)
     made = rng.random((n, m)) if values is None else rng.integers(0, values, (n, m)).astype(float)

@@ -144,7 +144,9 @@ PAGE = [{"kind": kind, "title": f"{kind} {NASTY}", **rest} for kind, rest in SEC
 
 
 class Checker(html.parser.HTMLParser):
-    """Fails unless every element that is opened is closed, in order; collects what is in it."""
+    """Fails unless every element that is opened is closed, in order; collects names, links and
+    text.
+    """
 
     VOID = ("meta",)
 
@@ -176,7 +178,7 @@ def checked(text):
 
 
 def charts(text):
-    """Every chart as an element: it is well-formed XML."""
+    """Every chart as an XML element, which fails if it is not well-formed."""
     return [ElementTree.fromstring(each) for each in re.findall(r"<svg.*?</svg>", text, re.DOTALL)]
 
 

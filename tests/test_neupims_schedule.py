@@ -233,7 +233,7 @@ def test_never_below_the_roofline(system, sub_batches):
 
 
 def never_slower(system, sub_batches, machines, **options):
-    """Of machines that each are at least as good as the one before."""
+    """Checks that each of the machines is at least as fast as the one before."""
     result = run(system, sub_batches, hardware=machines, **options)
     assert np.isfinite(result.iteration_seconds).all()
     assert (np.diff(result.iteration_seconds) <= 1e-6 * result.iteration_seconds[:-1]).all()
@@ -343,7 +343,7 @@ def test_order_matters_in_the_recurrence_by_one_refresh_interval_at_most():
 
 
 def test_an_empty_half_adds_nothing_to_the_other():
-    """Requests that are none (length 0) change nothing, wherever they are."""
+    """Requests of length 0 stand for no request and change nothing, wherever they are."""
     none = Batch(BATCH.seq_lens.at[5:].set(0), BATCH.channels, BATCH.sub_batches)
     elsewhere = Batch(none.seq_lens, BATCH.channels.at[5:].set(3), BATCH.sub_batches.at[5:].set(1))
     result = run("neupims", 1, batch=[none, elsewhere])
@@ -491,8 +491,8 @@ def test_a_faster_core_counts_more_of_its_cycles_for_the_same_memory():
 
 
 def test_the_front_end_of_npu_pim_serves_one_channel_after_another():
-    """As coded commands leave one a cycle for all channels; as meant, spreading requests over
-    channels helps.
+    """In `simulator` fidelity commands leave one a cycle for all channels; in `intended` fidelity,
+    spreading requests over channels helps.
     """
     spread = make_batch(np.full(REQUESTS, 512), np.arange(REQUESTS))
     heaped = make_batch(np.full(REQUESTS, 512), np.zeros(REQUESTS, int))

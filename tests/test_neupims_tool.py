@@ -1,4 +1,4 @@
-"""neupims/__main__.py: what the tool prints, and what it says to bad input."""
+"""neupims/__main__.py: what the tool prints, and how it refuses bad input."""
 
 import json
 from importlib import resources
@@ -52,7 +52,7 @@ def printed(capsys, *flags, **options):
 
 
 def refused(capsys, *flags, code=1):
-    """What the tool says on standard error, one sentence, with nothing on standard output."""
+    """The sentence of the tool on standard error, with nothing on standard output."""
     assert simulate(*flags, "--json") == code
     said = capsys.readouterr()
     assert said.out == ""
@@ -147,7 +147,7 @@ def test_the_expected_error_is_that_of_the_path(capsys, trace):
 
 
 def test_sub_batches_auto_takes_the_faster(capsys, trace):
-    """Four requests are not worth interleaving; long ones that share their channels are."""
+    """Four requests are not worth interleaving; long requests that share channels are."""
     flags = ["--model", "gpt3-7b", "--system", "neupims"]
     for lines, best in ((TRACE, 1), ("seq_len,ch_idx\n" + "3500,0\n3500,0\n3500,1\n3500,1\n", 2)):
         trace.write_text(lines)
@@ -176,8 +176,8 @@ def test_sub_batches_auto_takes_the_faster(capsys, trace):
 
 
 def test_what_only_one_number_of_sub_batches_can_do_is_found(capsys, trace):
-    """A GWRITE so long that it fits between refreshes only with its row open: beside the NPU it
-    finds it closed.
+    """A GWRITE so long that it fits between refreshes only if its row is open; beside the NPU the
+    row is closed.
     """
     flags = ["--model", "gpt3-7b", "--trace", trace, "--set", "pim.gwrite_bursts=630"]
     assert printed(capsys, *flags, "--sub-batches", "auto", path="exact")["sub_batches"] == 1
@@ -228,7 +228,7 @@ def test_set_reaches_the_hardware(capsys, trace):
     ["neupims", *(pytest.param(name, marks=pytest.mark.slow) for name in ("npu-only", "gpu"))],
 )
 def test_whole_numbers_beyond_32_bits(capsys, trace, system):
-    """3 GHz, and 3 GB of scratchpad, are as good as the same numbers with a point."""
+    """3 GHz and 3 GB of scratchpad give the same result as whole numbers and as decimal numbers."""
     flags = ["--model", "gpt3-7b", "--trace", trace, "--system", system]
     whole, real = (
         printed(

@@ -54,7 +54,7 @@ def write_table(path, rows):
 
 
 def folder_of(path, *changes, ops=OPS):
-    """A folder with one run for each of `changes` of the knobs or what was measured."""
+    """A folder with one run for each of `changes` of the knobs or of the measured values."""
     (path / "traces").mkdir()
     (path / "traces" / "t.csv").write_text("seq_len,ch_idx\n300,0\n40,1\n513,0\n7,2\n")
     runs = [

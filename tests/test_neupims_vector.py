@@ -36,7 +36,7 @@ def test_softmax_by_hand(length, cycles):
 
 
 def test_traffic_by_hand():
-    """64 tokens of 4096 channels: 512 KiB; the norm reads two rows of parameters more."""
+    """64 tokens of 4096 channels are 512 KiB; the norm also reads two rows of parameters."""
     array = 2 * 64 * 4096
     norm, total, gelu, gated = (
         layer_norm(Hardware(), 64, 4096, **CODED),
@@ -55,8 +55,8 @@ def test_traffic_by_hand():
 
 
 def test_rows_take_no_time_as_coded_and_their_own_as_meant():
-    """With memory that is never waited for: a row a cycle as coded; as meant GELU takes 32 passes
-    over 4096 channels on one of 8 units.
+    """With memory that never delays: a row a cycle in `simulator` fidelity; in `intended` fidelity
+    GELU takes 32 passes over 4096 channels on one of 8 units.
     """
     fast = replace(Hardware(), "hbm.clock_hz", 1e15)
     assert float(activation(fast, 64, 4096, 1, **CODED).cycles) == 64 + LATENCY_CYCLES

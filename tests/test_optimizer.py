@@ -118,7 +118,7 @@ def test_first_step_by_hand():
 
 
 def test_without_its_own_rate_an_exponent_hardly_moves():
-    """200 steps towards p = 8 with the rate of weights, and with ten times that rate."""
+    """200 steps towards p = 8 with the rate of the weights, and with ten times that rate."""
     tokens = jnp.abs(jax.random.normal(jax.random.key(0), (4, 30, 6)))
     pool = GGeM(groups=2)
     target = pool.apply({"params": {"p": jnp.full(2, 8.0)}}, tokens)

@@ -237,11 +237,11 @@ EXTRAS_OF = {
     "eval": {"train", "retrieval"},
     "neupims": {"neupims", "oracle"},
 }
-ALSO = {"ggem_jax": {"orbax-checkpoint"}}  # to load a training run, which comes of the extra train
+ALSO = {"ggem_jax": {"orbax-checkpoint"}}  # to load a training run, which the extra train makes
 
 
 def requirements() -> dict[str, set[str]]:
-    """Distributions by extra, "" for those of all."""
+    """Required distributions by extra; "" has those that are always installed."""
     config = configparser.ConfigParser()
     config.read(ROOT / "setup.cfg")
     listed = {"": config["options"]["install_requires"]} | dict(config["options.extras_require"])
@@ -257,7 +257,7 @@ def requirements() -> dict[str, set[str]]:
 
 @pytest.mark.parametrize("folder", EXTRAS_OF)
 def test_what_is_imported_is_asked_for(folder):
-    """Not brought along by something else that may stop to need it."""
+    """Each import is required by us, not only by another package that may drop it."""
     asked = requirements()
     known = asked[""].union(ALSO.get(folder, ()), *(asked[extra] for extra in EXTRAS_OF[folder]))
     for path in sorted((ROOT / folder).rglob("*.py")):

@@ -1,4 +1,4 @@
-"""ggem_jax/files/pages.py: what stands in a page is escaped, and nothing is left out in silence."""
+"""ggem_jax/files/pages.py: values in a page are escaped, and a missing value is an error."""
 
 import sys
 

@@ -71,7 +71,9 @@ def relative_error(got, want):
 
 
 def row_error(got, want):
-    """Error against the largest entry: for rules whose entries may cancel to almost nothing."""
+    """Compares with an error relative to the largest entry: for rules whose entries may cancel to
+    almost nothing.
+    """
     return np.max(np.abs(np.asarray(got, np.float64) - want)) / np.max(np.abs(want))
 
 
@@ -731,7 +733,7 @@ def test_a_signed_mean_that_only_rounding_is_left_of_is_zero_with_zero_gradients
 
 def test_a_new_sign_rule_is_one_entry(monkeypatch):
     """With m the maximum, (mean (m - x)^p)^(1/p): values and gradients follow from the record, and
-    the kernels say that they do not have it.
+    the kernels refuse the rule.
     """
 
     def below(x, mask, eps):

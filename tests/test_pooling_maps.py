@@ -118,8 +118,8 @@ def test_nan_is_kept_and_negative_entries_count_as_zero():
 
 @pytest.mark.parametrize("p", [0.02, 0.1, 1.0, 50.0])
 def test_regional_gem_against_float64(p):
-    """Zeros count as zeros also for small exponents, for which the smallest number to the power p
-    is not small.
+    """Zeros count as zeros also for small exponents, at which even the smallest number to the power
+    p is not small.
     """
     x = np.maximum(np.random.default_rng(0).normal(size=(7, 6, 3)), 0)
     x[..., 2] = np.eye(7, 6) / 8

@@ -28,7 +28,7 @@ def images():
 
 @pytest.fixture(scope="module")
 def variables(images):
-    """Random, the norms' too: an untrained norm hides what is before it."""
+    """Random variables, also of the norms, because an untrained norm hides the layers before it."""
     rng = np.random.default_rng(1)
     shapes = jax.eval_shape(ResNet(TINY).init, jax.random.key(0), images)
 
@@ -88,7 +88,9 @@ def maps_of(config, variables, images):
     ids=["on", "another alpha", "off as the code", "off everywhere"],
 )
 def test_the_places_of_relup(variables, images, changes, floors):
-    """The ends are seen in the maps; the insides of stage 1 in that it equals one made by hand."""
+    """The floors at the ends of stages are visible in the maps; those inside stage 1 in that it
+    equals a stage computed by hand.
+    """
     config = dataclasses.replace(TINY, **changes)
     assert [config.floors(stage) for stage in (1, 2, 3, 4)] == floors
     maps = maps_of(config, variables, images)

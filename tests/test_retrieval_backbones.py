@@ -37,6 +37,7 @@ from ggem_jax.weights import (
     write_safetensors,
     write_torch,
 )
+from ggem_jax.weights.architecture import Given
 from ggem_jax.weights.efficientnet_lite import variables_to_efficientnet_lite
 from ggem_jax.weights.vit import FAMILIES, read_vit
 
@@ -80,7 +81,7 @@ def test_every_published_vit_is_identified_by_its_family(name, tmp_path):
     ],
 )
 def test_the_descriptor_is_the_mean_of_the_models_own_tokens(name, tmp_path):
-    """In the normalisation of its own family: another one is a clearly different vector."""
+    """The normalisation is that of its own family: another one gives a clearly different vector."""
     path, _ = file_of(name, tmp_path)
     settings = DescriptorSettings(weights=str(path), longest_side=160, **PLAIN)
     found = Extractor(settings).describe(image_of())
@@ -116,12 +117,18 @@ def test_every_family_has_a_row_and_its_own_normalisation():
 @pytest.mark.parametrize(
     ("file", "settings"),
     [
-        ("config.json", {"pretrained_cfg": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.3]}}),
+        (
+            "config.json",
+            {
+                "model_args": {"num_heads": 2, "act_layer": "quick_gelu"},
+                "pretrained_cfg": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.3]},
+            },
+        ),
         ("preprocessor_config.json", {"image_mean": [0.4, 0.5, 0.6], "image_std": [0.2, 0.2, 0.3]}),
     ],
 )
 def test_a_file_of_settings_beside_the_weights_is_kept_in_the_record(tmp_path, file, settings):
-    """An index is still searched alike where that file has been lost."""
+    """The record of an index is enough to search it if that file is lost."""
     path, _ = file_of("timm-clip", tmp_path)
     plain = DescriptorSettings(weights=str(path)).record()
     assert not {"mean", "std"} & set(plain)
@@ -159,7 +166,10 @@ def test_sizes_alone_leave_the_normalisation_to_the_file(tmp_path, monkeypatch):
     monkeypatch.setattr(backbones, "vit_config", lambda variant: read_vit(path).config)
     settings = DescriptorSettings("vit-S/16", str(path))
     assert (load_network("vit-S/16", path).mean, "mean" in settings.record()) == (HALF[0], False)
-    beside = {"pretrained_cfg": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.3]}}
+    beside = {
+        "model_args": {"num_heads": 2},
+        "pretrained_cfg": {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.2, 0.3]},
+    }
     (tmp_path / "config.json").write_text(json.dumps(beside))
     network = load_network("vit-S/16", path)
     assert (network.mean, network.std) == ((0.4, 0.5, 0.6), (0.2, 0.2, 0.3))
@@ -188,7 +198,7 @@ def own_file(path, config):
 def test_our_own_files_are_found_with_all_their_sizes(tmp_path, changes):
     config = ViTConfig(patch=8, width=24, depth=2, heads=3, mlp_width=40, image=16, **changes)
     _, params = own_file(tmp_path / "own.safetensors", config)
-    assert identify(tmp_path / "own.safetensors") == ("vit-flax", None, "")
+    assert identify(tmp_path / "own.safetensors") == ("vit-flax", None, "", Given())
     network = load_network(weights=tmp_path / "own.safetensors")
     expected = config if changes.get("position") is None else dataclasses.replace(config, image=224)
     assert network.model.vit.config == expected
@@ -226,7 +236,7 @@ def test_cvnets_files_are_found(tmp_path, ending):
     variables = draw_variables(ResNet(ResNetConfig(depths)), jnp.zeros((1, 64, 64, 3)))
     path, arrays = tmp_path / f"cvnet.{ending}", variables_to_cvnet(variables, depths=depths)
     write_safetensors(path, arrays) if ending == "safetensors" else write_torch(path, arrays)
-    assert identify(path) == ("resnet50", None, "")
+    assert identify(path) == ("resnet50", None, "", Given())
     network = load_network(weights=path)
     assert (network.model.config.depths, network.mean, network.stride, network.pads) == (
         depths,
@@ -276,7 +286,7 @@ def test_a_file_of_no_known_network_is_refused(tmp_path):
 
 
 def test_the_records_of_indexes_made_before_keep_their_meaning(tmp_path):
-    """The names and keys that they hold, and the networks they stood for."""
+    """The names and keys of old records, and the networks that they name."""
     before = {
         "backbone": "efficientnet-lite0", "weights": None, "pooling": "gem+", "regional": True,
         "relup": True, "scales": 3, "scale_gem": True, "antialias": False, "sizes": "buckets",

@@ -1,4 +1,4 @@
-"""ggem_jax/retrieval/index/index.py: what an index holds, and that it holds it whatever happens."""
+"""ggem_jax/retrieval/index/index.py: the contents of an index, and that they survive failures."""
 
 import contextlib
 import errno
@@ -83,7 +83,7 @@ def small(monkeypatch):
 
 
 def contents(path):
-    """What an index says: path -> vector."""
+    """Returns the vectors of an index by path."""
     opened = Index.open(path)
     return dict(zip(opened.paths, opened.vectors().take(np.arange(len(opened))), strict=True))
 
@@ -281,7 +281,7 @@ def test_links_hidden_files_and_the_index_itself(photos):
     (outside / "loop").symlink_to(outside)
     (outside / "back").symlink_to(photos)
     (photos / "b" / "up").symlink_to(photos)
-    (photos / "Again").symlink_to("a")  # sorted before it, and yet the real name counts
+    (photos / "Again").symlink_to("a")  # sorts before the real name, which counts all the same
     (photos / "link").symlink_to(outside)
     (photos / "same.png").symlink_to("00.png")
     save(photos / ".hidden.png", 51)
@@ -934,8 +934,8 @@ def test_a_second_writer_is_refused_and_readers_go_on(built, photos):
 
 
 def test_a_lock_file_that_was_removed_meanwhile_is_no_lock(built, monkeypatch):
-    """The writer before, whose build came to nothing, takes its lock file away between our opening
-    and our locking it.
+    """The writer before fails to build, and removes its lock file after we opened it and before we
+    lock it.
     """
     flock, calls = fcntl.flock, []
 
@@ -990,8 +990,8 @@ def test_a_reader_keeps_what_it_opened(built, photos):
 
 
 def test_a_reader_that_comes_between_opens_the_new_index(built, monkeypatch):
-    """The writer drops the old shard when the reader has read the old SQLite file and not yet
-    opened the shards.
+    """The writer drops the old shard after the reader has read the old SQLite file and before it
+    opens the shards.
     """
     really, calls = index.map_or_refuse, []
 
@@ -1030,8 +1030,8 @@ def test_verify_beside_a_writer_that_drops_a_shard_finds_no_damage(built, monkey
 def test_a_build_killed_before_its_first_commit_is_tidied_in_any_number_of_calls(
     photos, tmp_path, monkeypatch, at
 ):
-    """It leaves a pending file without images and a shard that nobody names; taking them away
-    fails at the `at`-th file.
+    """A killed build leaves a pending file without images and a shard that nothing names; removing
+    them fails at the `at`-th file.
     """
     path, unlink, left = tmp_path / "killed", os.unlink, [at]
 
@@ -1190,8 +1190,8 @@ print(json.dumps(killed))
 
 
 def test_kills(photos, built, tmp_path):
-    """Fifteen kills at random moments, and one before every call that changes the folder: as before
-    or as after, and the same call completes.
+    """Fifteen kills at random moments, and one before every call that changes the folder: the index
+    is as before or as after, and the same call completes.
     """
     (tmp_path / "out").mkdir()
     before = contents(built)

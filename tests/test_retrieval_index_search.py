@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 def describe(image):
-    """The mean colour of each quarter: a network that needs no time."""
+    """Describes an image by the mean colour of each quarter, without a network."""
     rows, columns = image.shape[0] // 2, image.shape[1] // 2
     quarters = [
         image[i * rows :][:rows, j * columns :][:, :columns] for i in (0, 1) for j in (0, 1)
@@ -116,7 +116,9 @@ def test_what_the_first_search_did_not_reach_has_no_rank_before(opened):
 
 
 def test_whole_images_of_the_index_use_the_stored_vector(opened):
-    """Even where the file has changed or gone; what is not stored loads the network once."""
+    """Stored vectors are used even if the file has changed or is gone; other queries load the
+    network once.
+    """
     os.unlink("photos/4.png")
     assert opened.search("photos/4.png", k=1).paths.tolist() == [["4.png"]]
     assert opened.search(str(opened.root / "4.png"), k=1).paths.tolist() == [["4.png"]]
@@ -177,7 +179,7 @@ def test_an_empty_index_is_refused(opened):
 
 
 def test_vectors_of_an_index_of_another_program_are_searched(opened):
-    """Without its extractor: only images would have to be described."""
+    """The index has no extractor, which only images would need."""
     build("photos", "own.index", lambda images: map(describe, images), {"model": "quarters"})
     own = Index.open("own.index")
     assert own.search(describe(pattern(2)), k=1).paths.tolist() == [["2.png"]]

@@ -22,8 +22,8 @@ from ggem_jax.retrieval.metrics import (
 
 
 def slowly(ids, positive, ignored, kappas):
-    """The protocol as it is told: walk down the list, skip what is ignored, note precision before
-    and after each hit.
+    """The protocol step by step: walk down the list, skip ignored images, note precision before and
+    after each hit.
     """
     hits, seen, area, last = 0, 0, 0.0, None
     precision_at, flags = [], []
@@ -104,7 +104,7 @@ def test_agrees_with_the_slow_walk(seed):
 @pytest.mark.golden
 @pytest.mark.parametrize("name", ["roxford5k", "rparis6k"])
 def test_agrees_with_the_slow_walk_on_the_real_ground_truth(name, shared):
-    """Rankings that are simulated: positives are drawn towards the front."""
+    """The rankings are simulated: positives are drawn towards the front."""
     folder = shared / "data" / "revisitop"
     if not folder.is_dir():
         pytest.skip(f"{folder} is absent")
@@ -187,8 +187,8 @@ def test_label_scores_by_hand():
 
 
 def test_label_scores_leave_the_query_itself_out_wherever_it_stands():
-    """All images query each other: own ids first, in the middle and out of reach give what
-    rankings without them give.
+    """All images query each other. Own ids at the front, in the middle and out of reach give the
+    scores of rankings without them.
     """
     rng = np.random.default_rng(0)
     labels = np.array([0, 0, 0, 1, 1, 2, 2, 2])
@@ -206,7 +206,7 @@ def test_label_scores_leave_the_query_itself_out_wherever_it_stands():
             )
     short = label_scores(
         np.array(rows)[:, :4], labels, labels, own=np.arange(8), kappas=(1,)
-    )  # the own id is not among them: the last goes
+    )  # the own id is not among them, so the last id is dropped
     np.testing.assert_allclose(
         short.recall_at[:, 0], [labels[row[0]] == labels[i] for i, row in enumerate(rows)]
     )

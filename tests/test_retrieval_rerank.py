@@ -1,6 +1,4 @@
-"""SuperGlobal's reranking against its formulas written out in float64, and what it asks of a
-database.
-"""
+"""SuperGlobal's reranking against its formulas in float64, and its requests to a database."""
 
 import threading
 
@@ -19,8 +17,8 @@ def unit(rng, *shape):
 
 
 def formulas(query, vectors, ids, num_neighbors, beta, variant="code"):
-    """Scores and ids of one query, as the equations stand in the module: every refined vector is
-    written out.
+    """Scores and ids of one query by the equations of the module, with every refined vector
+    computed.
     """
     x, q = vectors[ids].astype(np.float64), query.astype(np.float64)
     k = min(num_neighbors + 1, len(ids))
@@ -85,7 +83,7 @@ def test_the_database_may_be_an_array_a_file_a_store_or_a_callback(example, tmp_
         found = superglobal_rerank(queries, given, ranking, num_candidates=50)
         np.testing.assert_array_equal(found.ids, expected.ids)
         np.testing.assert_array_equal(found.scores, expected.scores)
-    assert [len(ids) for ids in asked] == [50] * 5  # and nobody asked for anything else
+    assert [len(ids) for ids in asked] == [50] * 5  # and nothing else is requested
     assert [set(ids) for ids in asked] == [
         set(row) for row in np.asarray(ranking.ids[:, :50]).tolist()
     ]

@@ -46,8 +46,8 @@ def brute(queries, database, k):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of a few rows, so that small arrays have many; programs compiled for others are
-    forgotten.
+    """Blocks of a few rows, so that small arrays have many. Compiled programs of other block sizes
+    are dropped.
     """
     monkeypatch.setattr(module, "_BLOCK_BYTES", 4096)
     monkeypatch.setattr(module, "_READ_BYTES", 16 * 37)
@@ -111,7 +111,7 @@ def test_several_devices_find_the_same(n, kind, small_blocks):
     given = {"jax": jnp.asarray, "numpy": np.asarray}.get(
         kind, lambda a: jax.device_put(a, NamedSharding(mesh, P(("data", "model"))))
     )
-    k = min(n, 20)  # more than the share of one device
+    k = min(n, 20)  # more than one device holds
     found, expected = search(queries, given(database), k=k, mesh=mesh), brute(queries, database, k)
     np.testing.assert_array_equal(found.ids, expected.ids)
     np.testing.assert_allclose(found.scores, expected.scores, atol=3e-7)
@@ -129,7 +129,7 @@ def test_sharded_vectors_are_not_gathered():
     gathered = [
         line for line in text.splitlines() if " all-gather(" in line or " all-reduce(" in line
     ]
-    assert gathered  # of what each device found
+    assert gathered  # the results of each device
     assert not any("4096" in line or "512,16" in line for line in gathered)
 
 
@@ -189,7 +189,7 @@ def test_an_error_of_the_reader_is_the_error_of_the_search():
 
 
 def test_more_vectors_than_the_margin_may_be_too_close_for_float32():
-    """The true best ten of 300 vectors within 2e-7 of each other, and of some that are nearer."""
+    """The true best ten, where 300 vectors have nearly equal scores and some others higher ones."""
     rng = np.random.default_rng(4)
     query = unit(rng, 1, 512)
     database = np.concatenate([np.repeat(unit(rng, 1, 512), 300, axis=0), unit(rng, 300, 512)])[

@@ -1,4 +1,4 @@
-"""`python -m ggem_jax.retrieval`: every command, what it says about mistakes, and its files."""
+"""`python -m ggem_jax.retrieval`: every command, its messages about mistakes, and its files."""
 
 import base64
 import csv
@@ -45,7 +45,7 @@ SMALL = [
 
 
 class Colours:
-    """Describes an image by its mean colour in a grid of 2 x 2: a network that needs no time."""
+    """Describes an image by its mean colour in a grid of 2 x 2, without a network."""
 
     def __init__(self, settings, batch=None):
         assert settings == DescriptorSettings(
@@ -287,7 +287,7 @@ MISTAKES = [
 
 @pytest.fixture
 def around(indexed, tmp_path):
-    """What the mistakes are made with."""
+    """The files and folders that the mistakes use."""
     (tmp_path / "empty").mkdir()
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "a.png").write_bytes(b"no image")
@@ -309,7 +309,7 @@ def around(indexed, tmp_path):
 
 
 def damaged_npz(path, kind, member="ids"):
-    """One array, in a way that it cannot be read."""
+    """Writes an .npz file in which one array cannot be read."""
     array = io.BytesIO()
     np.save(array, np.arange(300))
     content = array.getvalue()

@@ -1,4 +1,4 @@
-"""tests/shape_checks.py: a wrong shape fails a test, and a function's own refusal is left alone."""
+"""tests/shape_checks.py: a wrong shape fails a test, and a function's own error is unchanged."""
 
 import jax.numpy as jnp
 import numpy as np

@@ -59,7 +59,7 @@ def channels_last(x):
 
 
 def assert_near_of_largest(got, want, tolerance, name=""):
-    """The largest error against the largest entry."""
+    """Checks the largest error, relative to the largest entry."""
     assert got.shape == want.shape, name
     error = np.abs(np.asarray(got, np.float64) - want).max() / np.abs(want).max()
     assert error <= tolerance, f"{name}: {error:.2e} of the largest entry"
@@ -98,8 +98,9 @@ def test_superglobal_pool_is_both_in_a_row(golden):
 
 
 def test_scale_gem(golden):
-    """Each entry; with a finite p, where the minimum is taken away and added again, against the
-    largest entry: there the authors' float32 itself is up to 2e-5 of an entry from float64.
+    """With an infinite p every entry is compared. With a finite p, where the minimum is subtracted
+    and added again, errors are relative to the largest entry: there the authors' float32 itself is
+    up to 2e-5 of an entry from float64.
     """
     for case in golden("sgem"):
         if int(case["infinity"]):
@@ -118,7 +119,7 @@ def test_rescale(golden, antialias):
 
 
 def test_preprocessing(golden):
-    """Ours are RGB, theirs BGR."""
+    """Our images are RGB, theirs BGR."""
     for case in golden("preprocess"):
         rgb = case["bgr_u8"][..., ::-1]
         np.testing.assert_allclose(
@@ -130,7 +131,7 @@ def test_preprocessing(golden):
             rtol=0,
             atol=1e-6,
         )
-        decoded = read_image(case["jpeg"].tobytes()).astype(int)  # by another decoder
+        decoded = read_image(case["jpeg"].tobytes()).astype(int)  # with another decoder
         assert decoded.shape == rgb.shape
         assert np.abs(decoded - rgb).max() <= 2
 
@@ -182,8 +183,8 @@ def pytest_generate_tests(metafunc):
 
 @pytest.fixture(scope="module")
 def network(folder, network_name):
-    """The file of a network, the network of the file's depths with the weights of its formula, its
-    images in RGB, and the published parameters.
+    """The file of a network, a network of the same depths with weights by formula, the images in
+    RGB, and the published parameters.
     """
     data = np.load(folder / f"{network_name}.npz")
     model, variables, weights = network_by_formula(data)
@@ -251,7 +252,7 @@ def test_descriptors_of_a_network(network):
 
 
 def test_maps_of_a_network(network):
-    """What the file holds of the maps on the way, each against its largest entry."""
+    """Compares the intermediate maps in the file, each relative to its largest entry."""
     data, model, variables, images, _ = network
     compared = set()
     for i, scale in enumerate(SCALES[3]):
@@ -298,8 +299,8 @@ def files(folder):
 
 
 def agreeing(ids, scores, expected_ids, expected_scores, min_gap):
-    """Scores agree to 1e-6. So do the orders, but for entries whose expected scores are closer than
-    that where the file has such.
+    """Scores agree to 1e-6. So do the orders, except where the file has entries whose expected
+    scores are closer than that.
     """
     np.testing.assert_allclose(scores, expected_scores, atol=1e-6, rtol=0)
     if min_gap > 1e-6:
@@ -413,8 +414,8 @@ def settings_of(data):
 
 
 def assert_stored_scores(data, stage, ids):
-    """Mean average precision and mean precision of the three set-ups, as the file has them for the
-    ranking before or after the reranking.
+    """Compares mean average precision and mean precision of the three set-ups with the file's, for
+    the ranking before or after reranking.
     """
     for name, own in revisited(np.asarray(ids), difficulties(data)).items():
         key = f"{stage}_{name[0].upper()}_64"
@@ -437,7 +438,7 @@ def test_the_mini_benchmark_from_its_vectors(files):
 
 
 def test_the_mini_benchmark_from_its_images(files):
-    """Crop, network, search, reranking and evaluation, each from what the one before it gave."""
+    """Crop, network, search, reranking and evaluation, each on the output of the one before."""
     for data in files("mini_benchmark*.npz"):
         model, variables, _ = network_by_formula(data)
         settings = DescriptorSettings(

@@ -1,5 +1,5 @@
-"""The text transformer: what a token sees, which token is the descriptor, what is refused. Parity
-with published towers: test_weights_text.py.
+"""The text transformer: which tokens a token sees, which token is the descriptor, and refusals.
+Parity with published towers: test_weights_text.py.
 """
 
 import jax

@@ -1,4 +1,4 @@
-"""train/classify.py and what it stands on: configs, the step, the log, and every mistake in one
+"""train/classify.py and the modules below it: configs, the step, the log, and every mistake in one
 line.
 """
 
@@ -448,8 +448,8 @@ def at(tree, path):
 
 
 def test_the_moving_average_starts_fast_and_ends_at_its_decay():
-    """At step t the decay is (1 + t) / (10 + t) until that exceeds the one asked for: here from t =
-    2 on.
+    """At step t the decay is (1 + t) / (10 + t) until that exceeds the given decay: here from t = 2
+    on.
     """
     config = small_config(optimizer=PLAIN)
     steps, batch = make_steps(config, 10, STEPS), batch_of(config)

@@ -1,5 +1,5 @@
-"""train/contrastive.py and what it stands on: captions, tokenizer, towers and step; exact resuming;
-every mistake in one line.
+"""train/contrastive.py and the modules below it: captions, tokenizer, towers and step; exact
+resuming; every mistake in one line.
 """
 
 import dataclasses
@@ -269,7 +269,7 @@ def test_shuffled_captions_are_those_of_other_images(captioned_folder):
     )
     plain, control = (open_pairs(config_of(*flags)) for flags in ([], ["--text.shuffle-captions"]))
     assert plain[0].captions != control[0].captions
-    assert plain[1].captions == control[1].captions  # what is measured stays
+    assert plain[1].captions == control[1].captions  # evaluation captions are unchanged
 
 
 CAPTIONS = [
@@ -298,7 +298,7 @@ def test_ids_are_start_pieces_end_and_padding():
 
 
 def test_a_tokenizer_is_the_same_from_its_file_and_trained_again(tmp_path):
-    """In a process of its own too: there the order of hashes is another."""
+    """Also in another process, where hashes have another order."""
     captions = [
         f"{a}{b} {b}{a}" for a in "abcdefgh" for b in "stuvwxyz"
     ]  # many pairs that are equally frequent
@@ -421,18 +421,18 @@ def test_the_scale_is_cut_but_can_come_back():
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    """That of the digits, so that the steps of one test serve another."""
+    """The tokenizer of the digits, so that tests share their compiled steps."""
     captions = (caption for each in open_pairs(config_of())[0].captions for caption in each)
     return train_tokenizer(captions, config_of().text.vocabulary)
 
 
 LEARN = [*TINY_PAIR, "--epochs", "3", "--log-every", "1"]
-STEPS = 135  # of it
+STEPS = 135  # of this run
 
 
 @pytest.fixture(scope="module")
 def learned(tool, tmp_path_factory):
-    """A finished run on one device, and what it said."""
+    """A finished run on one device, and its output."""
     run = tmp_path_factory.mktemp("learned")
     process = tool("train.contrastive", *LEARN, "--out", run, devices=1)
     _, said = process.communicate(timeout=300)
@@ -475,7 +475,7 @@ def test_eight_devices_with_split_weights_train_as_one(learned, tmp_path):
 
 @pytest.mark.parametrize("loss", ["softmax", pytest.param("sigmoid", marks=pytest.mark.slow)])
 def test_the_loss_of_a_step_is_that_of_the_whole_batch(tokenizer, loss):
-    """On eight devices, with the weights split over them: the loss of descriptors that were
+    """On eight devices, with the weights split over them, the loss equals that of descriptors
     computed without a mesh.
     """
     config = config_of("--loss", loss, "--fsdp", "8")
@@ -518,7 +518,7 @@ def states(config):
 def test_a_stopped_run_ends_with_the_same_bits_and_takes_no_other_data(
     captioned_folder, tmp_path, tokenizer
 ):
-    """With several captions of an image, a tokenizer that was given, augmentation, dropout and a
+    """The run has several captions of an image, a given tokenizer, augmentation, dropout and a
     moving average.
     """
     given, table = tmp_path / "given.json", captioned_folder / "pairs.csv"

@@ -1,5 +1,5 @@
-"""train/data.py, batches.py, augment.py and prepare.py: the same images in the same order,
-whichever way they come.
+"""train/data.py, batches.py, augment.py and prepare.py: every source gives the same images in the
+same order.
 """
 
 import io

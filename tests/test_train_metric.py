@@ -35,7 +35,7 @@ def config_of(*flags):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A finished run of each of two poolings."""
+    """One finished run with each of two poolings."""
     root = tmp_path_factory.mktemp("runs")
     for pool, epochs in (("ggem", "5"), ("avg", "1")):
         metric.main([*TINY, "--epochs", epochs, "--pool.kind", pool, "--out", str(root / pool)])
@@ -172,8 +172,8 @@ def test_balanced_streams_can_be_entered_anywhere_and_shared_by_processes():
 
 
 def test_disjoint_classes_are_those_of_the_source_or_drawn_once(class_folders):
-    """Same classes in train and test: all images divided by class. Other classes in test: as they
-    are.
+    """If train and test have the same classes, all images are divided by class. If the classes
+    differ, they are taken as they are.
     """
     for name in ("dogs", "eels"):  # two more, so that two can be kept
         for split in ("train", "test"):
@@ -296,8 +296,8 @@ def test_margins_and_scales_that_are_not_given_stay_as_published():
 
 @pytest.fixture
 def packed_sets(tmp_path):
-    """Omniglot and the corridor in small: four characters by three drawers, and 30 frames in two
-    runs, as their zip files lie.
+    """Omniglot and the corridor in small, in the layout of their zip files: four characters by
+    three drawers, and 30 frames in two runs.
     """
     import zipfile
 

@@ -3,6 +3,7 @@ first state.
 """
 
 import dataclasses
+import json
 from pathlib import Path
 
 import jax
@@ -34,6 +35,7 @@ def weights(tmp_path):
             if key.startswith("weights/")
         }
     write_safetensors(tmp_path / "deit.safetensors", arrays)
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2}))
     return tmp_path / "deit.safetensors"
 
 

@@ -1,5 +1,5 @@
-"""A run that is killed ends with the same bits; several devices and processes end with the same
-weights.
+"""A killed run ends with the same bits once resumed; several devices and processes end with the
+same weights.
 """
 
 import json
@@ -104,7 +104,7 @@ def test_a_second_process_on_the_same_folder_is_refused(tool, tmp_path):
 
 
 def test_a_full_disk_leaves_the_last_checkpoint_intact(tool, tmp_path):
-    """Files may grow to 40 KiB only, as on a disk that fills up while the checkpoint is written."""
+    """Files may grow to 40 KiB only, as if the disk filled up while the checkpoint is written."""
     flags = [*SHORT, "--out", tmp_path]
     finish(tool("train.classify", *flags, "--stop-after", 5))
     # compiled programs are read from the cache and none is written, which would not fit either

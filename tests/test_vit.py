@@ -30,14 +30,14 @@ SMALL = {"patch": 4, "width": 24, "depth": 2, "heads": 3, "mlp_width": 40, "imag
 
 
 def build(pool=pooling.avg_pool, num_classes=5, **changes):
-    """A small model, parameters of random numbers, none of them 0, and two pictures."""
+    """Returns a small model, random parameters of which none is 0, and two images."""
     model = ViT(ViTConfig(**SMALL | changes), pool, num_classes)
     images = np.random.default_rng(1).normal(size=(2, 16, 16, 3)).astype(np.float32)
     return model, draw_variables(model, images)["params"], images
 
 
 def apply(model, params, images, **options):
-    """The output of the jitted model."""
+    """Returns the output of the jitted model."""
     return jax.jit(functools.partial(model.apply, **options))({"params": params}, images)
 
 

@@ -1,5 +1,5 @@
-"""ggem_jax/weights, conversion: parameters change names and layouts in both directions; what does
-not fit is listed.
+"""ggem_jax/weights, conversion: parameters change names and layouts in both directions; errors list
+what does not fit.
 """
 
 import re

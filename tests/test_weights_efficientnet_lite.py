@@ -48,7 +48,7 @@ def network_input(image):
 
 
 def difference(pretrained, images, logits):
-    """The largest difference of any logit, in parts of the logits' range."""
+    """The largest difference of any logit, relative to the range of the logits."""
     model, variables = pretrained
     apply = jax.jit(lambda variables, x: model.apply(variables, x, method="logits"))
     return {
@@ -75,8 +75,8 @@ def test_input_is_the_original_normalisation():
 
 
 def test_logits_are_those_of_pytorch(pretrained):
-    """Stored logits of PyTorch 2.13 (tests/record_efficientnet_lite.py): found 8.2e-7 of the range
-    or less on one CPU.
+    """Stored logits of PyTorch 2.13 (tests/record_efficientnet_lite.py): the measured difference is
+    at most 8.2e-7 of the range on one CPU.
     """
     with np.load(HERE / "data" / "efficientnet_lite0_logits.npz") as logits:
         assert sorted(logits) == sorted(f"{height}x{width}" for height, width in SIDES)
@@ -194,8 +194,8 @@ print(json.dumps([name for name in names if name in sys.modules]))"""
 
 @pytest.mark.slow
 def test_logits_of_a_pytorch_run(pretrained, shared, tmp_path):
-    """PyTorch in an environment of its own, on images by formula, noise and, where they are there,
-    photographs: found 1.3e-6 of the range or less.
+    """PyTorch in an environment of its own, on images by formula, noise and, if available,
+    photographs: the measured difference is at most 1.3e-6 of the range.
     """
     rng = np.random.default_rng(0)
     images = {f"formula {height}x{width}": formula_image(height, width) for height, width in SIDES}

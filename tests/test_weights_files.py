@@ -1,5 +1,5 @@
-"""ggem_jax/weights, files: they are read without running them, and written; what is damaged or
-unsafe is named.
+"""ggem_jax/weights, files: they are read without being run, and written; errors name damaged and
+unsafe files.
 """
 
 import collections
@@ -93,7 +93,7 @@ def test_a_pickle_of_python_2_with_numpy_1():
 
 
 class Payload:
-    """Writes a file where it is unpickled."""
+    """Runs a shell command that writes a file if it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -490,7 +490,7 @@ def test_damaged_files_give_nothing_but_the_documented_error(tmp_path, form):
     assert all(str(path) in sentence and "\n" not in sentence for sentence in sentences)
 
 
-# Small files that would take long, or much
+# Small files that would take much time or memory
 
 
 TOWER = Raw(
@@ -549,7 +549,7 @@ def test_shapes_are_checked_before_they_are_multiplied():
 
 
 def test_keys_are_small():
-    """A key is hashed again wherever it stands."""
+    """Keys must be small, because a key is hashed again wherever it occurs."""
     small = {(1,) * 16: 1, 2**64 - 1: 2, -(2**63): 3, "x" * 2**16: 4, None: 5, 1.5: 6}
     assert read_pickle(pickle.dumps(small)) == small
     for key in ((1,) * 17, 2**64, (2**64,), "x" * (2**16 + 1), b"x" * (2**16 + 1), ((1,),), 1j):
@@ -582,7 +582,7 @@ COPIES = {
 
 @pytest.mark.parametrize(("memoised", "module", "name"), COPIES.values(), ids=COPIES)
 def test_copies_of_one_value_are_charged(tmp_path, memoised, module, name):
-    """60 copies of 64 KiB and more, of a file of about that, are not made."""
+    """A file of little more than 64 KiB must not make 60 copies of as much."""
     more = b""
     if name == "_frombuffer":
         dtype = (
@@ -723,8 +723,8 @@ print(sorted({str(value.dtype) for value in ours.values()}))
 
 
 def _laughs(levels: int) -> bytes:
-    """A tuple of twice a tuple of twice ...: two bytes a level, 2^levels items when it is written
-    out.
+    """A tuple of twice a tuple of twice ...: two bytes a level, and 2^levels items if it is
+    expanded.
     """
     return b")" + b"2\x86" * levels
 

@@ -1,5 +1,5 @@
 """ggem_jax/weights/text.py: tokens and projections equal PyTorch's for every published naming, and
-go back to it; what is wrong is listed by name.
+convert back to it; errors list faults by name.
 """
 
 import dataclasses
@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_weights_vit import assert_like_pytorch, file_of, recorded
+from test_weights_vit import assert_like_pytorch, file_of, given_of, recorded
 
 from ggem_jax.models.text import TextTransformer
 from ggem_jax.weights import MismatchedWeights, UnreadableWeights, write_safetensors, write_torch
+from ggem_jax.weights.architecture import Given
 from ggem_jax.weights.text import from_published_names, holds_text, read_text, to_published_names
 from ggem_jax.weights.vit import read_vit
 
@@ -63,9 +64,7 @@ def assert_same_arrays(got, want):
 @pytest.mark.parametrize("name", CASES)
 def test_texts_are_those_of_pytorch(name, tmp_path):
     path, found = file_of(name, tmp_path)
-    published = (
-        read_text(path) if name == "text-big_vision" else read_text(path, heads=2)
-    )  # which says the number
+    published = read_text(path)
     assert (published.layout, published.family) == CASES[name]
     assert_tower_like_pytorch(published, found)
     weights, _ = recorded(name)
@@ -75,13 +74,13 @@ def test_texts_are_those_of_pytorch(name, tmp_path):
 @pytest.mark.parametrize("name", CASES)
 def test_the_way_back_is_the_same_to_the_bit(name):
     weights, _ = recorded(name)
-    published = from_published_names(weights, heads=2)
+    published = from_published_names(weights, given=given_of(name))
     assert_same_arrays(to_published_names(published), tower_of(weights))
 
 
 def test_the_way_back_takes_weights_that_were_trained_further():
     weights, _ = recorded("text-open_clip")
-    published = from_published_names(weights, heads=2)
+    published = from_published_names(weights, given=Given(2, "quick"))
     doubled = jax.tree.map(lambda leaf: 2 * jnp.asarray(leaf), published.variables)
     arrays = to_published_names(published, doubled)
     assert_same_arrays(
@@ -107,7 +106,7 @@ def test_the_way_back_takes_weights_that_were_trained_further():
 @pytest.mark.parametrize("name", CASES)
 def test_the_image_tower_of_the_same_file_is_read_too(name, tmp_path):
     path, found = file_of(name, tmp_path)
-    published = read_vit(path, heads=2)
+    published = read_vit(path, gelu="exact" if name == "text-open_clip-siglip" else None)
     assert published.family == CASES[name][1]
     assert holds_text(published.unused)
     if "images" in found:
@@ -127,16 +126,17 @@ def test_scale_and_bias_of_the_logits():
         "text-big_vision": ("params/t", "params/b"),
     }.items():
         weights, _ = recorded(name)
-        published = from_published_names(weights, heads=2)
+        published = from_published_names(weights, given=given_of(name))
         assert (published.logit_scale, published.logit_bias) == (
             float(weights[scale].item()),
             float(weights[bias].item()),
         )
     weights, _ = recorded("text-hf-clip")
-    published = from_published_names(weights, heads=2)
+    given = Given(2, "quick")
+    published = from_published_names(weights, given=given)
     assert (published.logit_scale, published.logit_bias) == (float(weights["logit_scale"]), None)
     del weights["logit_scale"]
-    assert from_published_names(weights, heads=2).logit_scale is None
+    assert from_published_names(weights, given=given).logit_scale is None
 
 
 def test_folders_before_the_names_and_towers_alone(tmp_path):
@@ -148,7 +148,7 @@ def test_folders_before_the_names_and_towers_alone(tmp_path):
         name if name == "logit_scale" else f"text.{name}": value
         for name, value in tower_of(weights).items()
     }
-    published = from_published_names(prefixed, heads=2)
+    published = from_published_names(prefixed, given=Given(2, "quick"))
     assert_tower_like_pytorch(published, found)
     assert_same_arrays(to_published_names(published), prefixed)
     weights, found = recorded("text-hf-clip")
@@ -157,7 +157,7 @@ def test_folders_before_the_names_and_towers_alone(tmp_path):
         for name, value in weights.items()
         if name.startswith("text_model.")
     }
-    published = from_published_names(alone, heads=2)
+    published = from_published_names(alone, given=Given(2, "quick"))
     assert (published.outputs, published.family, published.model().outputs) == (0, "clip", 0)
     assert_tower_like_pytorch(published, found)
     assert_same_arrays(to_published_names(published), alone)
@@ -212,7 +212,7 @@ def test_what_a_file_does_not_say_may_be_given(tmp_path):
     path, _ = file_of("text-hf-clip", tmp_path)
     usual = read_text(path).config
     assert (usual.heads, usual.gelu, usual.norm_eps, usual.end_id, usual.causal, usual.pooled) == (
-        1,
+        2,
         "quick",
         1e-5,
         None,
@@ -221,7 +221,7 @@ def test_what_a_file_does_not_say_may_be_given(tmp_path):
     )
     given = read_text(path, heads=4, gelu="exact", norm_eps=1e-3, end_id=7).config
     assert given == dataclasses.replace(usual, heads=4, gelu="exact", norm_eps=1e-3, end_id=7)
-    of_siglip = from_published_names(recorded("text-hf-siglip")[0]).config
+    of_siglip = from_published_names(recorded("text-hf-siglip")[0], given=Given(2)).config
     assert (of_siglip.gelu, of_siglip.norm_eps, of_siglip.causal, of_siglip.pooled) == (
         "tanh",
         1e-6,
@@ -243,7 +243,7 @@ def test_files_of_half_precision_and_of_pytorch(tmp_path):
     )
     write_torch(tmp_path / "checkpoint.pt", weights)
     for name in ("half.safetensors", "checkpoint.pt"):
-        assert_tower_like_pytorch(read_text(tmp_path / name, heads=2), found)
+        assert_tower_like_pytorch(read_text(tmp_path / name, heads=2, gelu="quick"), found)
 
 
 def without(name):
@@ -326,7 +326,7 @@ REFUSED = {
 def test_what_does_not_fit_is_named(case):
     name, change, words = REFUSED[case]
     with pytest.raises(MismatchedWeights) as caught:
-        from_published_names(change(recorded(name)[0]), heads=2, source="this file")
+        from_published_names(change(recorded(name)[0]), given=given_of(name), source="this file")
     assert words in str(caught.value)
     assert "this file" in str(caught.value)
 

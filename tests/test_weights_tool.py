@@ -1,4 +1,4 @@
-"""python -m ggem_jax.weights: what a file is, and the same weights under other names."""
+"""python -m ggem_jax.weights: identifies a file, and writes the same weights under other names."""
 
 import json
 import zipfile

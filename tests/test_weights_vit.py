@@ -1,5 +1,5 @@
 """ggem_jax/weights/vit.py and vit_layouts.py: features equal PyTorch's for every published naming;
-what is wrong with a file is listed by name.
+errors list the faults of a file by name.
 """
 
 import dataclasses
@@ -17,6 +17,7 @@ import pytest
 from ggem_jax.models.vit import GGeM, ViT, ViTConfig
 from ggem_jax.pooling import avg_pool
 from ggem_jax.weights import MismatchedWeights, UnreadableWeights, write_safetensors, write_torch
+from ggem_jax.weights.architecture import Given
 from ggem_jax.weights.vit import POOLINGS, Style, from_timm, read_vit, to_timm, vit_table
 from ggem_jax.weights.vit_layouts import join_qkv, to_names_of_timm
 
@@ -58,9 +59,33 @@ def recorded(name):
     return weights, found
 
 
+# GELU of the recorded networks that names and shapes leave open, as Hugging Face writes it
+OPEN_GELU = {
+    "timm-clip": "quick_gelu",
+    "hf-clip": "quick_gelu",
+    "openai-clip": "quick_gelu",
+    "timm-siglip": "gelu",
+    "text-hf-clip": "quick_gelu",
+    "text-open_clip": "quick_gelu",
+}
+
+
+def settings_of(name):
+    """What a config.json must say of a recorded network: no publisher has one so small."""
+    gelu = {"hidden_act": OPEN_GELU[name]} if name in OPEN_GELU else {}
+    return {"num_attention_heads": 2} | gelu
+
+
+def given_of(name):
+    """The same as arguments."""
+    return Given(2, {"quick_gelu": "quick", "gelu": "exact"}.get(OPEN_GELU.get(name)))
+
+
 def file_of(name, path):
-    """The recorded weights as their publisher's kind of file."""
+    """The recorded weights as their publisher's kind of file, with a config.json beside it."""
     weights, found = recorded(name)
+    if "augreg" not in name and "big_vision" not in name:
+        (path / "config.json").write_text(json.dumps(settings_of(name)))
     if "augreg" in name or "big_vision" in name:
         np.savez(path / "weights.npz", **weights)
         return path / "weights.npz", found
@@ -74,8 +99,8 @@ def compiled(config, trained, num_classes):
 
 
 def assert_like_pytorch(published, found, tolerance=1e-4):
-    """Tokens, descriptors and projections of the recorded pictures, of both sizes where the
-    recorded network takes both.
+    """Tokens, descriptors and projections of the recorded images, of both sizes where the recorded
+    network takes both.
     """
     apply = compiled(published.config, published.pooling, published.num_classes)
     compared = 0
@@ -97,9 +122,7 @@ def assert_like_pytorch(published, found, tolerance=1e-4):
 @pytest.mark.parametrize("name", CASES)
 def test_features_are_those_of_pytorch(name, tmp_path):
     path, found = file_of(name, tmp_path)
-    published = (
-        read_vit(path) if path.suffix == ".npz" else read_vit(path, heads=2)
-    )  # of which Flax's files say the number
+    published = read_vit(path)
     assert (published.layout, published.family) == CASES[name]
     assert_like_pytorch(published, found)
 
@@ -109,9 +132,7 @@ def test_the_way_to_timm_and_back_changes_no_feature(name, tmp_path):
     path, found = file_of(name, tmp_path)
     published = read_vit(path, heads=2)
     arrays = to_timm(published)
-    again = from_timm(
-        arrays, heads=2, gelu=published.config.gelu, norm_eps=published.config.norm_eps
-    )
+    again = from_timm(arrays, given=Given(2, published.config.gelu, published.config.norm_eps))
     kept = dataclasses.replace(
         again,
         config=dataclasses.replace(again.config, position_filter=published.config.position_filter),
@@ -132,7 +153,7 @@ def test_the_way_to_timm_and_back_changes_no_feature(name, tmp_path):
             if "distilled" not in name or key not in (
                 "dist_token",
                 "pos_embed",
-            ):  # of which only the sum is known
+            ):  # only their sum is known
                 np.testing.assert_array_equal(arrays[key], value, err_msg=key)
 
 
@@ -226,7 +247,7 @@ def test_a_gated_mlp_is_told_by_its_shapes(tmp_path):
             r"1 wrongly shaped: blocks\.1\.mlp\.fc1\.weight \(24, 16\) where \(48, 16\) is needed"
         ),
     ):
-        from_timm(weights, heads=2)
+        from_timm(weights, given=Given(2))
 
 
 def empty_network(width=16, patch=4, **changes):
@@ -241,17 +262,20 @@ def empty_network(width=16, patch=4, **changes):
 
 
 @pytest.mark.parametrize(
-    ("width", "heads"), [(192, 3), (768, 12), (1152, 16), (1280, 16), (1536, 24)]
+    ("width", "heads"),
+    [(192, 3), (768, 12), (1152, 16), (1280, 16), (1408, 16), (1664, 16), (1792, 16)],
 )
 def test_heads_are_those_of_the_published_sizes(width, heads):
     assert from_timm(empty_network(width)).config.heads == heads
 
 
 def test_layer_scale_is_of_dinov2_where_patches_are_of_14_and_else_of_deit3():
-    assert from_timm(empty_network(patch=14, layer_scale=1e-5), heads=2).family == "dinov2"
-    assert from_timm(empty_network(patch=16, layer_scale=1e-5), heads=2).family == "deit3"
+    assert from_timm(empty_network(patch=14, layer_scale=1e-5), given=Given(2)).family == "dinov2"
+    assert from_timm(empty_network(patch=16, layer_scale=1e-5), given=Given(2)).family == "deit3"
     assert (
-        from_timm(empty_network(patch=16, layer_scale=1e-5), heads=2, unused=("mask_token",)).family
+        from_timm(
+            empty_network(patch=16, layer_scale=1e-5), given=Given(2), unused=("mask_token",)
+        ).family
         == "dinov2"
     )
 
@@ -261,13 +285,13 @@ def test_a_file_without_its_first_layer_is_refused_by_name():
         weights, _ = recorded(name)
         del weights["patch_embed.proj.weight"]
         with pytest.raises(MismatchedWeights, match=r"has no patch_embed\.proj\.weight"):
-            from_timm(weights, heads=2)
+            from_timm(weights, given=Given(2))
 
 
 def test_norms_of_a_layout_and_of_a_family(tmp_path):
     for name, norm_eps in (("hf-vit", 1e-12), ("hf-clip", 1e-5), ("timm-vit", 1e-6)):
         path = file_of(name, tmp_path)[0]
-        assert read_vit(path, heads=2).config.norm_eps == norm_eps
+        assert read_vit(path).config.norm_eps == norm_eps
         assert read_vit(path, heads=2, norm_eps=1e-3).config.norm_eps == 1e-3
 
 
@@ -275,7 +299,12 @@ def test_the_pictures_of_timms_config(tmp_path):
     path, _ = file_of("timm-vit", tmp_path)
     assert read_vit(path, heads=2).normalised is None
     (tmp_path / "config.json").write_text(
-        json.dumps({"pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.25]}})
+        json.dumps(
+            {
+                "model_args": {"num_heads": 2},
+                "pretrained_cfg": {"mean": [0.5, 0.5, 0.5], "std": [0.5, 0.5, 0.25]},
+            }
+        )
     )
     assert read_vit(path, heads=2).normalised == ((0.5, 0.5, 0.5), (0.5, 0.5, 0.25))
 
@@ -336,8 +365,8 @@ def test_what_does_not_fit_is_named(tmp_path, change, words):
 
 
 def test_dinov3_is_refused_in_one_sentence():
-    """Its names in the original files, in those of Hugging Face, and in timm's, where nothing but
-    the absent positions tells.
+    """Its names in the original files, in those of Hugging Face, and in timm's, where only the
+    missing positions give it away.
     """
     weights, _ = recorded("timm-dinov2-registers")
     timm = {name: value for name, value in weights.items() if name != "pos_embed"}
@@ -372,7 +401,7 @@ def test_dinov3_is_refused_in_one_sentence():
             r"has no pos_embed; networks without learned positions, such as DINOv3 .* are not read"
         ),
     ):
-        from_timm(timm, heads=2)
+        from_timm(timm, given=Given(2))
 
 
 def test_damaged_files_are_refused(tmp_path):

@@ -17,13 +17,13 @@ def augment(image: RGB, side: int, how: Augment, rng: np.random.Generator) -> RG
     """Returns the augmented image: crop, flip, RandAugment and erase, where switched on.
 
     Args:
-        image: `(height, width, 3)` uint8.
-        side: pixels of a side of the result.
-        how: which changes are made, and how strong they are.
-        rng: source of all random numbers.
+        image: The image, `(height, width, 3)` uint8.
+        side: Side of the result, pixels.
+        how: Which changes are made, and how strong they are.
+        rng: Source of all random numbers.
 
     Returns:
-        `(side, side, 3)` uint8.
+        The image, `(side, side, 3)` uint8.
     """
     match how.crop:
         case "none":
@@ -45,10 +45,14 @@ def pad_crop(image: RGB, side: int, pad: int, rng: np.random.Generator) -> RGB:
     """Returns a random square of the image after its border is extended by reflection.
 
     Args:
-        image: `(height, width, 3)`, of which the centre square is taken first.
-        side: pixels of a side of the square.
-        pad: pixels that are added on each side.
-        rng: source of the place of the square.
+        image: The image, `(height, width, 3)`, of which the centre square is taken first.
+        side: Side of the square, pixels.
+        pad: Pixels that are added on each side; from `side` on, the border is repeated instead of
+            reflected.
+        rng: Source of the place of the square.
+
+    Returns:
+        The square, `(side, side, 3)`.
     """
     image = np.pad(
         centre_crop(image, side),
@@ -62,12 +66,17 @@ def pad_crop(image: RGB, side: int, pad: int, rng: np.random.Generator) -> RGB:
 def resized_crop(image: RGB, side: int, min_area: float, rng: np.random.Generator) -> RGB:
     """Returns a random rectangle of the image, resized to a square.
 
+    After ten rectangles that do not fit into the image it takes the centre square.
+
     Args:
-        image: `(height, width, 3)`.
-        side: pixels of a side of the square.
-        min_area: smallest share of the image; the share is uniform from here to 1, and the ratio of
+        image: The image, `(height, width, 3)`.
+        side: Side of the square, pixels.
+        min_area: Smallest share of the image. The share is uniform from here to 1, and the ratio of
             the sides log-uniform from 3:4 to 4:3.
-        rng: source of area, ratio and place.
+        rng: Source of area, ratio and place.
+
+    Returns:
+        The square, `(side, side, 3)`.
 
     Reference: Szegedy et al., "Going Deeper with Convolutions", 2015, arXiv:1409.4842, section 6.
     """
@@ -84,6 +93,12 @@ def resized_crop(image: RGB, side: int, min_area: float, rng: np.random.Generato
 
 def erase(image: RGB, rng: np.random.Generator) -> RGB:
     """Returns the image with a rectangle of 2 % to 33 % of its area replaced by noise.
+
+    The ratio of its sides is log-uniform from 0.3 to 1 / 0.3; it is cut to the image.
+
+    Args:
+        image: The image, `(height, width, 3)` uint8.
+        rng: Source of area, ratio, place and noise.
 
     Reference: Zhong et al., "Random Erasing Data Augmentation", 2020, arXiv:1708.04896.
     """
@@ -104,10 +119,10 @@ def randaugment(image: RGB, ops: int, magnitude: float, rng: np.random.Generator
     `rand-m9-mstd0.5-inc1`: a larger strength takes every operation further from the image.
 
     Args:
-        image: `(height, width, 3)` uint8.
-        ops: operations that are drawn, with replacement.
-        magnitude: mean strength, of 10; the standard deviation is 0.5.
-        rng: source of operations, strengths and signs.
+        image: The image, `(height, width, 3)` uint8.
+        ops: Number of operations that are drawn, with replacement.
+        magnitude: Mean strength, from 0 to 10; the standard deviation is 0.5.
+        rng: Source of operations, strengths and signs.
 
     Reference: Cubuk et al., "RandAugment", 2020, arXiv:1909.13719.
     """

@@ -1,4 +1,4 @@
-"""Images -> batches.
+"""Batches of images for training and evaluation.
 
 For a seed the batches are the same, in the same order, for any number of processes and wherever a
 run is resumed.
@@ -28,7 +28,15 @@ ENDLESS = 2**62  # length of a stream that no run reaches the end of
 
 
 def label_only(label: int, rng: np.random.Generator) -> dict[str, Any]:
-    """Returns what a classifier needs beside an image: its label."""
+    """Returns the entry of a batch that a classifier needs beside an image: its label.
+
+    Args:
+        label: The label of the image, from 0.
+        rng: Random numbers of the image, which are not used.
+
+    Returns:
+        "label" as int32.
+    """
     return {"label": np.int32(label)}
 
 
@@ -49,14 +57,18 @@ def train_batches(
     stream was entered.
 
     Args:
-        images: the training images.
-        config: batch size, seed, augmentation and threads.
-        start: step of the first batch.
-        process: number of this process.
-        processes: number of all processes.
-        draw: step -> `(batch,)` numbers of the images of that batch, instead of the shuffled
-            stream.
-        beside: (label, random numbers) -> what a batch holds beside an image, by name.
+        images: The training images.
+        config: The settings of the run: batch size, seed, augmentation and threads.
+        start: Step of the first batch, from 0.
+        process: Number of this process, from 0.
+        processes: Number of all processes; it divides the batch.
+        draw: Function from a step to the numbers of the images of its batch, `(batch,)`; None takes
+            the shuffled stream.
+        beside: Function from a label and random numbers to the other entries of a batch for this
+            image, by name.
+
+    Raises:
+        Refused: An image cannot be read and `config.data.corrupt` is "refuse", or none can be read.
     """
     local = config.batch // processes
     reader = _Reader(images, config.data.corrupt)
@@ -96,14 +108,17 @@ def train_batches(
 def draw_balanced(
     labels: np.ndarray, batch: int, per_class: int, seed: int
 ) -> Callable[[int], np.ndarray]:
-    """Returns the function step -> `(batch,)` numbers of images, with equally many of each class.
+    """Returns a function that draws the images of a step, equally many of each class.
 
     Args:
-        labels: `(n,)` labels of all images.
-        batch: images of a step, a multiple of `per_class`.
-        per_class: images of each of batch / per_class classes; they repeat only where a class has
+        labels: Labels of all images, `(n,)`.
+        batch: Images of a step, a multiple of `per_class`.
+        per_class: Images of each of batch / per_class classes; they repeat only where a class has
             fewer.
-        seed: together with the step it decides the draw.
+        seed: Seed of the run; together with the step it decides the draw.
+
+    Returns:
+        A function from a step to numbers of images, `(batch,)`.
     """
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
 
@@ -130,10 +145,13 @@ def eval_batches(
     be read has weight 0 as well.
 
     Args:
-        images: the split.
-        config: batch size, crop and threads.
-        process: number of this process.
-        processes: number of all processes.
+        images: The evaluation images.
+        config: The settings of the run: batch size, crop and threads.
+        process: Number of this process, from 0.
+        processes: Number of all processes; it divides the batch.
+
+    Raises:
+        Refused: An image cannot be read and `config.data.corrupt` is "refuse".
     """
     local = config.batch // processes
     reader = _Reader(images, config.data.corrupt)

@@ -1,4 +1,4 @@
-"""Models and poolings from a config."""
+"""Builds models and poolings from the settings of a run."""
 
 import functools
 
@@ -12,7 +12,10 @@ from train.config import Config, Pool
 def build_pooling(pool: Pool) -> Pooling:
     """Returns the pooling function or module that a config names.
 
-    Equal configs give the same object, because compiled steps are found by it.
+    Equal configs give the same object, because compiled steps are cached by it.
+
+    Args:
+        pool: The settings of the pooling.
     """
     return named_pooling(
         pool.kind,
@@ -30,8 +33,8 @@ def build_model(config: Config, num_classes: int) -> ViT:
     The final norm and the pooling share one kernel where a kernel runs here and can do that.
 
     Args:
-        config: the settings of a run.
-        num_classes: outputs of the head; 0 leaves the head out.
+        config: The settings of a run.
+        num_classes: Outputs of the head; 0 leaves the head out.
     """
     pool = build_pooling(config.pool)
     fused_norm = (

@@ -73,15 +73,19 @@ class Captioned:
     """One split: images whose labels are their own numbers, with at least one caption each."""
 
     images: Images
-    captions: Sequence[Captions]
+    captions: Sequence[Captions]  # of each image
     classes: tuple[str, ...] = ()  # in words, where captions are made of them
-    names: Sequence[str] = ()  # of the images, where the source has such
+    names: Sequence[str] = ()  # of the images, where the source has names
 
     def __len__(self) -> int:
         return len(self.images)
 
     def take(self, indices: np.ndarray) -> "Captioned":
-        """Returns the images with these numbers, in this order."""
+        """Returns some of the images with their captions.
+
+        Args:
+            indices: Numbers of the images, `(m,)`; the result has their order.
+        """
         names = [self.names[i] for i in indices] if self.names else ()
         return make_captioned(
             self.images.take(indices), [self.captions[i] for i in indices], self.classes, names
@@ -91,10 +95,10 @@ class Captioned:
         """Returns the images with each other's captions: each image gets those of another one.
 
         Args:
-            seed: decides who gets whose captions.
+            seed: Seed of the draw, which is one cycle through all images.
 
         Raises:
-            Refused: there is only one image.
+            Refused: There is only one image.
         """
         if len(self) < 2:
             raise Refused("--text.shuffle-captions needs at least 2 images to train on")
@@ -131,10 +135,10 @@ def make_captioned(
     """Returns images with their captions; the images are numbered anew from 0.
 
     Args:
-        images: the images; their labels are dropped.
-        captions: of each image, at least one.
-        classes: the words of the classes, where captions are made of them.
-        names: of the images, where the source has names.
+        images: The images; their labels are dropped.
+        captions: Captions of each image, at least one.
+        classes: Words of the classes, where captions are made of them.
+        names: Names of the images, where the source has names.
     """
     numbered = Images(
         len(images),
@@ -152,12 +156,15 @@ def choose_class_words(classes: tuple[str, ...], data: Data, text: Text) -> tupl
     underscores, and for `digits` the words zero to nine.
 
     Args:
-        classes: names of the classes.
-        data: their source.
-        text: how captions are made.
+        classes: Names of the classes.
+        data: The source of the classes.
+        text: The settings of captions.
+
+    Returns:
+        The words of each class, in the order of `classes`.
 
     Raises:
-        Refused: the file lacks a class, or a class name is not in UTF-8.
+        Refused: The file cannot be read or lacks a class, or a class name is not in UTF-8.
     """
     if text.names is not None:
         names = read_names(text.names)
@@ -181,7 +188,15 @@ def choose_class_words(classes: tuple[str, ...], data: Data, text: Text) -> tupl
 
 
 def choose_templates(data: Data, text: Text) -> tuple[str, ...]:
-    """Returns the templates that were asked for, or those of the source."""
+    """Returns the templates of captions: those of the settings, or else those of the source.
+
+    Args:
+        data: The source; `digits` has a template of its own.
+        text: The settings of captions.
+
+    Returns:
+        Texts with {} where the words of the class go.
+    """
     return text.templates or (
         ("the handwritten digit {}",) if data.source == "digits" else ("a photo of a {}.",)
     )
@@ -191,9 +206,9 @@ def of_classes(images: Images, words: tuple[str, ...], templates: tuple[str, ...
     """Returns images whose captions are the words of their class in every template.
 
     Args:
-        images: with a label each.
-        words: of each class.
-        templates: texts with {} for the words.
+        images: Images with a label each.
+        words: Words of each class, by label.
+        templates: Texts with {} for the words.
     """
     captions = [
         tuple(dict.fromkeys(template.replace("{}", each) for template in templates))
@@ -203,7 +218,15 @@ def of_classes(images: Images, words: tuple[str, ...], templates: tuple[str, ...
 
 
 def read_names(path: Path) -> dict[str, str]:
-    """Returns folder name -> words, from a file with a line for each class: name, tab, words."""
+    """Returns the words of each class folder, from a file with one line for each class.
+
+    Args:
+        path: The file; a line is the name of the folder, a tab and the words. Empty lines are
+            skipped.
+
+    Raises:
+        Refused: The file cannot be read, a line has another form, or a folder has two lines.
+    """
     names: dict[str, str] = {}
     for number, line in enumerate(
         read_caption_file(path.expanduser(), "--text.names").splitlines(), 1
@@ -221,7 +244,15 @@ def read_names(path: Path) -> dict[str, str]:
 
 
 def read_caption_file(path: Path, what: str) -> str:
-    """Returns the text of a file in UTF-8; raises `Refused`, which calls the file `what`."""
+    """Returns the text of a file in UTF-8.
+
+    Args:
+        path: The file; a byte order mark at its start is dropped.
+        what: How an error names the file, such as its flag.
+
+    Raises:
+        Refused: The file cannot be read or is not in UTF-8.
+    """
     try:
         return path.read_text(encoding="utf-8-sig")
     except OSError as error:

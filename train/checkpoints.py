@@ -17,11 +17,18 @@ from train.step import State, Steps
 
 
 class Checkpoints:
-    """The folder `RUN/checkpoints`: a sub-folder per step, renamed into place when complete."""
+    """The checkpoints of a run, in `RUN/checkpoints`, one sub-folder for each step.
+
+    A sub-folder is renamed into place when it is complete. The newest two are kept.
+
+    Args:
+        run: Folder of the run.
+        read_only: Whether nothing is written or deleted, for evaluations.
+    """
 
     def __init__(self, run: Path, *, read_only: bool = False):
         self.folder = (run / "checkpoints").absolute()
-        for logger in ("absl", "asyncio"):  # a failed write is raised as well, and said once
+        for logger in ("absl", "asyncio"):  # a failed write is raised, too; one message is enough
             logging.getLogger(logger).setLevel(logging.CRITICAL)
         sys.unraisablehook = _without_echoes
         options = ocp.CheckpointManagerOptions(
@@ -30,7 +37,7 @@ class Checkpoints:
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
     def latest(self) -> int | None:
-        """Returns the newest complete step, or `None`."""
+        """Returns the newest complete step, or None."""
         return max(
             (
                 int(path.name)
@@ -43,8 +50,13 @@ class Checkpoints:
     def save(self, state: State) -> None:
         """Starts to write a state and returns once it is copied, so that training may go on.
 
+        A state whose step was the last to be saved is not written again.
+
+        Args:
+            state: The state after a step, on the devices.
+
         Raises:
-            Refused: an earlier write failed, or this one cannot start.
+            Refused: An earlier write failed, or this one cannot start.
         """
         step = int(state.step)
         with self._failing_in_one_sentence():
@@ -57,7 +69,7 @@ class Checkpoints:
         """Returns when everything that was saved is on disk.
 
         Raises:
-            Refused: a write failed.
+            Refused: A write failed.
         """
         with self._failing_in_one_sentence():
             self._manager.wait_until_finished()
@@ -66,8 +78,11 @@ class Checkpoints:
     def restore(self, steps: Steps) -> State:
         """Returns the newest state, laid out on the devices as `steps` expects it.
 
+        Args:
+            steps: The compiled steps of the run.
+
         Raises:
-            Refused: the checkpoint cannot be read.
+            Refused: The checkpoint cannot be read.
         """
         shapes = jax.eval_shape(steps.init, 0)
         layout = jax.tree.map(

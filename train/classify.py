@@ -32,15 +32,16 @@ def train(
     """Trains the classifier that a config describes, or resumes its run.
 
     Args:
-        config: the settings of the run.
-        data: training and evaluation images to use instead of the config's source.
-        quiet: whether nothing is printed.
+        config: The settings of the run.
+        data: Training and evaluation images to use instead of the config's source; None reads the
+            source.
+        quiet: Whether nothing is printed.
 
     Returns:
         The run; its result is the `Predictions` of the last evaluation.
 
     Raises:
-        Refused: the settings, the data or the run's folder do not fit.
+        Refused: The settings, the data or the run's folder do not fit.
     """
     join_processes()
     train_set, eval_set = open_data(config.data) if data is None else data

@@ -16,13 +16,16 @@ import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, TypeVar, cast
+from typing import Any, ClassVar, Protocol, TypeVar, cast, get_args
 
 import jax
 import tyro
 
 from ggem_jax.descriptors.backbones import read_any_vit
+from ggem_jax.files.errors import AmbiguousWeights
+from ggem_jax.models.transformer import GELU
 from ggem_jax.models.vit import vit_config
+from ggem_jax.weights.architecture import NOTHING_GIVEN, Given
 from ggem_jax.weights.vit import PublishedViT
 
 CONFIGS = Path(__file__).parent / "configs"
@@ -46,16 +49,16 @@ class Refused(Exception):
 
 
 def require(name: str, value: Any, what: str, fulfilled: bool) -> None:
-    """Checks one setting.
+    """Raises `ValueError` if a setting is wrong.
 
     Args:
-        name: the setting as its flag spells it, without the leading hyphens.
-        value: what it is.
-        what: what it must be.
-        fulfilled: whether it is that.
+        name: The setting as its flag spells it, without the leading hyphens.
+        value: The value of the setting.
+        what: The condition in words, such as "at least 1".
+        fulfilled: Whether the value fulfils it.
 
     Raises:
-        ValueError: it is not; the message names the flag, what it must be and what it is.
+        ValueError: It does not; the message names the flag, the condition and the value.
     """
     if not fulfilled:
         raise ValueError(f"--{name.replace('_', '-')} must be {what}, it is {value}")
@@ -67,6 +70,16 @@ def one_sentence(tool: str) -> Iterator[None]:
 
     The exit code is 1 where the user or the machine is at fault, and 130 after Ctrl-C. Errors in
     our own code keep their traceback.
+
+    Args:
+        tool: Name of the script, which begins the line.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        SystemExit: In place of `Refused`, `KeyboardInterrupt`, `OSError`, lack of memory on a
+            device, and a home directory that cannot be found.
     """
     try:
         yield
@@ -92,7 +105,12 @@ def one_sentence(tool: str) -> Iterator[None]:
 
 
 def first_line(error: BaseException, otherwise: str | None = None) -> str:
-    """Returns the first line of an error's message; without one `otherwise`, or its type's name."""
+    """Returns the first line of an error's message, or `otherwise` where the message is empty.
+
+    Args:
+        error: The error.
+        otherwise: The result for an empty message; None takes the name of the error's type.
+    """
     lines = str(error).strip().splitlines()
     return lines[0] if lines else otherwise or type(error).__name__
 
@@ -105,17 +123,19 @@ def parse(
     default: T | None = None,
     description: str | None = None,
 ) -> T:
-    """Reads flags into a record.
+    """Returns the record that flags describe.
 
     Args:
-        record: the dataclass of the settings; the comments beside its fields are the help texts.
-        argv: the flags; `None` takes those of the process.
-        prog: the module that is run, such as `eval.metric`.
-        default: a record whose values hold where no flag is given.
-        description: what `--help` says before the flags; `None` takes the record's docstring.
+        record: The dataclass of the settings; the comments beside its fields are the help texts.
+        argv: The flags; None takes those of the process.
+        prog: The module that is run, such as `eval.metric`.
+        default: A record whose values hold where no flag is given; None takes the defaults of the
+            dataclass.
+        description: The text of `--help` before the flags; None takes the record's docstring.
 
     Raises:
-        Refused: a flag is wrong; the sentence says which and what it must be.
+        Refused: A flag is wrong; the sentence says which and what it must be.
+        SystemExit: After `--help`, with code 0.
     """
     said = io.StringIO()
     try:
@@ -139,19 +159,19 @@ def parse(
 
 
 def load_config(record: type[S], argv: list[str], prog: str | None = None) -> S:
-    """Reads the settings of a run from its config files and flags.
+    """Returns the settings of a run from its config files and flags.
 
     Each layer goes over those before it: the defaults, `--config NAME`, `--config-file FILE`,
     `--init FILE` (the sizes of a published network), `--variant NAME` (such as S/16), and the other
     flags. Without a config, a file and a source of data the config is `digits`.
 
     Args:
-        record: the dataclass of the settings.
-        argv: the flags.
-        prog: the module that is run; `None` takes `record.tool`.
+        record: The dataclass of the settings.
+        argv: The flags.
+        prog: The module that is run; None takes `record.tool`.
 
     Raises:
-        Refused: a flag or a file is wrong.
+        Refused: A flag or a file is wrong.
     """
     prog = prog or record.tool
     argv = list(argv)
@@ -169,7 +189,7 @@ def load_config(record: type[S], argv: list[str], prog: str | None = None) -> S:
     if file is not None:
         settings = _put_over(settings, read_settings(Path(file)))
     if start is not None:
-        settings = _put_over(settings, _settings_of_published(Path(start)))
+        settings = _put_over(settings, _settings_of_published(Path(start), _choices_of(argv)))
     if variant is not None:
         settings = _put_over(settings, {"variant": variant})
     try:  # all layers together: a value may fit only what a later layer sets
@@ -190,20 +210,32 @@ def load_config(record: type[S], argv: list[str], prog: str | None = None) -> S:
 
 
 def configs_of(record: type[Settings]) -> Path:
-    """Returns the folder of a script's configs."""
+    """Returns the folder of a script's configs.
+
+    Args:
+        record: The dataclass of the script's settings.
+    """
     return CONFIGS / record.tool.rpartition(".")[2]
 
 
 def known_configs(record: type[Settings]) -> list[str]:
-    """Returns the names that `--config` takes: the files in the script's folder of configs."""
+    """Returns the names that `--config` takes: the files in the script's folder of configs.
+
+    Args:
+        record: The dataclass of the script's settings.
+    """
     return sorted(path.stem for path in configs_of(record).glob("*.toml"))
 
 
 def read_settings(path: Path) -> dict[str, Any]:
-    """Returns the settings in a TOML or JSON file; also those in the `config.json` of a run.
+    """Returns the nested settings in a file, by name.
+
+    Args:
+        path: A TOML file, or a `.json` file such as the `config.json` of a run, whose facts about
+            tool and data are left out.
 
     Raises:
-        Refused: the file cannot be read, or does not hold settings by name.
+        Refused: The file cannot be read, or does not hold settings by name.
     """
     kind = "JSON" if path.suffix == ".json" else "TOML"
     try:
@@ -215,13 +247,19 @@ def read_settings(path: Path) -> dict[str, Any]:
         raise Refused(f"the config file {path} cannot be read: {error.strerror}") from None
     except (ValueError, RecursionError) as error:
         raise Refused(f"the config file {path} is not {kind}: {error}") from None
-    for name in ("data_found", "tool"):  # what the config.json of a run has beside its settings
+    for name in ("data_found", "tool"):  # the config.json of a run has them beside its settings
         values.pop(name, None)
     return values
 
 
 def flags(values: dict[str, Any], prefix: str = "") -> list[str]:
-    """Returns nested settings as flags: {"a": {"b_c": False}} -> ["--a.no-b-c"]."""
+    """Returns nested settings as flags: {"a": {"b_c": False}} -> ["--a.no-b-c"].
+
+    Args:
+        values: Settings by name; a dictionary is a group, a list becomes several values of one
+            flag.
+        prefix: Text between the hyphens and the names, such as "a.".
+    """
     found = []
     for key, value in values.items():
         name = key.replace("_", "-")
@@ -235,35 +273,67 @@ def flags(values: dict[str, Any], prefix: str = "") -> list[str]:
 
 
 def to_dict(record: Any) -> dict[str, Any]:
-    """Returns a record as JSON can hold it; `from_dict` is the way back."""
+    """Returns a record as JSON can hold it; `from_dict` is the way back.
+
+    Args:
+        record: A dataclass of settings; paths in it become text.
+    """
     return json.loads(json.dumps(dataclasses.asdict(record), default=str))
 
 
 def from_dict(record: type[S], values: dict[str, Any]) -> S:
     """Returns the record that `to_dict` gave these values for.
 
+    Args:
+        record: The dataclass of the settings.
+        values: The settings by name.
+
     Raises:
-        Refused: the values do not fit the record.
+        Refused: The values do not fit the record.
     """
     return parse(record, flags(values), record.tool, default=record())
 
 
 @functools.lru_cache(maxsize=1)  # it is read for the settings, then for the weights
-def published_vit(path: Path) -> PublishedViT:
+def published_vit(path: Path, given: Given = NOTHING_GIVEN) -> PublishedViT:
     """Returns the network of the file that `--init` names, published or our own.
 
+    Args:
+        path: File of weights; `~` is the home directory.
+        given: Choices of the flags `--model.*` that a published file may leave open.
+
     Raises:
-        Refused: the file cannot be read, or is not a Vision Transformer.
+        Refused: The file cannot be read, or is not a Vision Transformer.
     """
     try:
-        return read_any_vit(path.expanduser())
+        return read_any_vit(path.expanduser(), given)
+    except AmbiguousWeights as error:
+        names = "--model.heads, --model.gelu and --model.post-norm"
+        raise Refused(f"--init: {error} (the flags are {names} here)") from None
     except (ValueError, OSError, ModuleNotFoundError) as error:
         raise Refused(f"--init: {error}") from None
 
 
-def _settings_of_published(path: Path) -> dict[str, Any]:
+def _choices_of(argv: list[str]) -> Given:
+    """The choices among the flags that a published file may leave open, wrong values left out."""
+
+    def value(flag: str) -> str:
+        found = re.findall(rf"(?m)^--model\.{flag}(?:=|\n)(.*)$", "\n".join(argv))
+        return found[-1] if found else ""
+
+    heads, gelu = value("heads"), value("gelu")
+    norms = re.findall(r"(?m)^--model\.(no-)?post-norm$", "\n".join(argv))
+    return Given(
+        int(heads) if heads.isascii() and heads.isdecimal() else None,
+        cast(GELU, gelu) if gelu in get_args(GELU) else None,
+        None,
+        None if not norms else "pre" if norms[-1] else "post",
+    )
+
+
+def _settings_of_published(path: Path, given: Given) -> dict[str, Any]:
     """The sizes of the network, and mean and deviation of its images where they are known."""
-    published = published_vit(path)
+    published = published_vit(path, given)
     settings: dict[str, Any] = {"init": str(path), "model": dataclasses.asdict(published.config)}
     if published.normalised is not None:
         settings["data"] = dict(zip(("mean", "std"), map(list, published.normalised), strict=True))

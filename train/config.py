@@ -104,7 +104,14 @@ class Augment:
         require("augment.label_smoothing", smoothing, "at least 0 and below 1", 0 <= smoothing < 1)
 
     def require_no_mixing(self, why: str) -> None:
-        """Raises `ValueError` for settings that mix labels; `why` ends its sentence."""
+        """Raises `ValueError` for settings that mix or smooth labels.
+
+        Args:
+            why: The reason, which ends the sentence.
+
+        Raises:
+            ValueError: `mixup`, `cutmix` or `label_smoothing` is not 0.
+        """
         for name in ("mixup", "cutmix", "label_smoothing"):
             require(f"augment.{name}", getattr(self, name), f"0: {why}", getattr(self, name) == 0)
 

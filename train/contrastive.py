@@ -69,7 +69,7 @@ class ContrastiveConfig(Config):
 
     @property
     def first_scale(self) -> float:
-        """The first factor of the similarities."""
+        """The first factor of the similarities: `init_scale`, or the published one of the loss."""
         published = {"softmax": 1 / 0.07, "sigmoid": 10.0}[self.loss]
         return published if self.init_scale is None else self.init_scale
 
@@ -106,11 +106,15 @@ def main(argv: list[str] | None = None) -> None:
 def train(config: ContrastiveConfig, *, quiet: bool = False) -> TrainedRun:
     """Trains the towers that a config describes, or resumes their run.
 
+    Args:
+        config: The settings of the run.
+        quiet: Whether nothing is printed.
+
     Returns:
         The run; its result is the `PairDescriptors` of the last evaluation.
 
     Raises:
-        Refused: the settings, the data or the run's folder do not fit.
+        Refused: The settings, the data or the run's folder do not fit.
     """
     join_processes()
     train_set, eval_set = open_pairs(config)
@@ -172,7 +176,15 @@ def train(config: ContrastiveConfig, *, quiet: bool = False) -> TrainedRun:
 
 
 def open_pairs(config: ContrastiveConfig) -> tuple[Captioned, Captioned]:
-    """Returns the training and the evaluation images of a run, with their captions."""
+    """Returns the training and the evaluation images of a run, with their captions.
+
+    Args:
+        config: The settings of the run; with `text.shuffle_captions` training images have each
+            other's captions.
+
+    Raises:
+        Refused: The source cannot be read, or its settings do not fit it.
+    """
     train_set, eval_set = open_captions(config.data, config.text)
     return (
         train_set.shuffled(config.seed) if config.text.shuffle_captions else train_set
@@ -188,12 +200,12 @@ def open_tokenizer(
     or one trained on its captions.
 
     Args:
-        config: the settings of the run.
-        given: the tokenizer that the settings name, if any.
-        train_set: the captions to train a tokenizer on.
+        config: The settings of the run.
+        given: The tokenizer that the settings name; None trains one.
+        train_set: The training images, with the captions to train a tokenizer on.
 
     Raises:
-        Refused: the tokenizer in the folder is not the one that the run started with.
+        Refused: The tokenizer in the folder is not the one that the run started with.
     """
     if has_checkpoint(config.out):
         return load_run_tokenizer(config.out)
@@ -207,12 +219,15 @@ def open_tokenizer(
 def caption_sampler(
     train_set: Captioned, tokenizer: Tokenizer, context: int
 ) -> Callable[[int, np.random.Generator], dict[str, Any]]:
-    """Returns the function (image, random numbers) -> ids of one of the image's captions.
+    """Returns a function that draws one of an image's captions, as ids.
 
     Args:
-        train_set: the captions.
-        tokenizer: of the run.
-        context: ids of a text.
+        train_set: The training images with their captions.
+        tokenizer: The tokenizer of the run.
+        context: Ids of a text, start, end and padding included.
+
+    Returns:
+        A function from the number of an image and random numbers to {"ids": `(context,)` int32}.
     """
 
     def drawn(image: int, rng: np.random.Generator) -> dict[str, Any]:
@@ -224,19 +239,23 @@ def caption_sampler(
 
 @dataclass(frozen=True)
 class Towers:
-    """The two towers and what joins them.
+    """The two towers, and the scale and bias that join them.
 
     Parameters are {"image", "image_head", "text", "log_scale"}, and "bias" with the sigmoid loss.
     """
 
-    image: ViT
+    image: ViT  # without a head
     text: TextTransformer  # with its projection
-    first_scale: float
-    first_bias: float | None  # None: a softmax has none
-    max_scale: float
+    first_scale: float  # first factor of the similarities
+    first_bias: float | None  # first bias of the sigmoid loss; None: a softmax has none
+    max_scale: float  # largest factor of the similarities
 
     def init(self, key: PRNGKeyArray) -> dict[str, Any]:
-        """Returns fresh parameters."""
+        """Returns fresh parameters.
+
+        Args:
+            key: Source of the random numbers.
+        """
         image_key, head_key, text_key = jax.random.split(key, 3)
         side, width = self.image.config.image, self.image.config.width
         head = jax.nn.initializers.normal(width**-0.5)(head_key, (width, self.text.outputs))
@@ -255,7 +274,16 @@ class Towers:
     def describe_images(
         self, params, images: Float[Array, "b h w 3"], **options: Any
     ) -> Float[Array, "b embed"]:
-        """Returns the unit vectors of images in the shared space."""
+        """Returns the unit vectors of images in the shared space.
+
+        Args:
+            params: The parameters of both towers.
+            images: Normalised images, `(b, h, w, 3)`.
+            **options: Options of the call of the image tower, such as `train=True` with `rngs`.
+
+        Returns:
+            The vectors, `(b, embed)` float32.
+        """
         output: Any = self.image.apply({"params": params["image"]}, images, **options)
         kernel = params["image_head"]["kernel"].astype(output.descriptor.dtype)
         return l2_normalize((output.descriptor @ kernel).astype(jnp.float32))
@@ -263,12 +291,25 @@ class Towers:
     def describe_texts(
         self, params, ids: Int[Array, "b n"], **options: Any
     ) -> Float[Array, "b embed"]:
-        """Returns the unit vectors of texts, given as ids, in the shared space."""
+        """Returns the unit vectors of texts in the shared space.
+
+        Args:
+            params: The parameters of both towers.
+            ids: Ids of the texts, `(b, n)`, n up to the context.
+            **options: Options of the call of the text tower, such as `train=True` with `rngs`.
+
+        Returns:
+            The vectors, `(b, embed)` float32.
+        """
         output: Any = self.text.apply({"params": params["text"]}, ids, **options)
         return l2_normalize(output.projected.astype(jnp.float32))
 
     def scale(self, params) -> Float[Array, ""]:
-        """Returns the factor of the similarities, at most `max_scale`."""
+        """Returns the factor of the similarities, at most `max_scale`.
+
+        Args:
+            params: The parameters of both towers, which hold its logarithm.
+        """
         return jnp.exp(clip_from_above(params["log_scale"], math.log(self.max_scale)))
 
 
@@ -277,6 +318,10 @@ def clip_from_above(x: Float[Array, ""], high: float) -> Float[Array, ""]:
     """Returns min(x, high) with the gradient of a value that is cut after each step.
 
     Above `high` only gradients that lead back below it pass.
+
+    Args:
+        x: A scalar.
+        high: The largest value that is returned.
     """
     return jnp.minimum(x, high)
 
@@ -291,6 +336,10 @@ def make_towers(config: ContrastiveConfig, tokenizer: Tokenizer) -> Towers:
     """Returns the towers that a config describes.
 
     The text tower uses the dtype, dropout, activation and rematerialisation of the image tower.
+
+    Args:
+        config: The settings of the run.
+        tokenizer: The tokenizer of the run, which sets the vocabulary and the id that ends a text.
     """
     own, image = config.text, config.model
     text = TextConfig(
@@ -315,9 +364,9 @@ def make_steps(config: ContrastiveConfig, towers: Towers, total_steps: int) -> S
     Configs that differ only in seed, folder or logging share one compilation.
 
     Args:
-        config: the settings of the run.
-        towers: as `make_towers` returns them.
-        total_steps: steps of the run.
+        config: The settings of the run.
+        towers: The towers, as `make_towers` returns them.
+        total_steps: Steps of the run.
     """
     return _steps(towers, config.data, config.optimizer, config.fsdp, total_steps)
 
@@ -369,10 +418,10 @@ class PairDescriptors:
 
     images: np.ndarray  # (n, embed), of length 1
     index: np.ndarray  # (n,) number of the image in its split
-    digest: np.ndarray  # (n,) of the images as they were read: the same ones have the same
-    texts: np.ndarray  # (t, embed)
-    captions: tuple[str, ...]  # (t,)
-    pairs: np.ndarray  # (m, 2): (image, text), by their places here
+    digest: np.ndarray  # (n,) CRC-32 of the image as it was read
+    texts: np.ndarray  # (t, embed), of length 1
+    captions: tuple[str, ...]  # (t,) the texts themselves
+    pairs: np.ndarray  # (m, 2): (image, text), by their rows here
 
     def found(self, kappas: tuple[int, ...] = KAPPAS) -> dict[str, np.ndarray]:
         """Returns whether a right answer is among the kappa most similar ones.
@@ -380,10 +429,11 @@ class PairDescriptors:
         Texts whose images cannot be read are left out.
 
         Args:
-            kappas: numbers of answers that are looked at.
+            kappas: Numbers of answers that are looked at.
 
         Returns:
-            "image_to_text" `(n, kappas)` and "text_to_image" `(t, kappas)`, bool.
+            "image_to_text" `(n, kappas)` and "text_to_image" `(t, kappas)`, bool; t counts the
+            texts that have an image.
         """
         back = self.pairs[:, ::-1]
         to_image = metrics.found_at(self.texts, self.images, back, kappas=kappas)
@@ -393,7 +443,14 @@ class PairDescriptors:
         }
 
     def chance(self, kappas: tuple[int, ...] = KAPPAS) -> dict[str, np.ndarray]:
-        """Returns the average of `found` for random descriptors, in the same form."""
+        """Returns the average of `found` for random descriptors.
+
+        Args:
+            kappas: Numbers of answers that are looked at.
+
+        Returns:
+            "image_to_text" and "text_to_image", `(kappas,)` each.
+        """
         asked, text = np.unique(self.pairs[:, 1], return_inverse=True)
         back = np.stack([text, self.pairs[:, 0]], axis=1)
         return {
@@ -412,17 +469,20 @@ def describe(
     tokenizer: Tokenizer,
     config: ContrastiveConfig,
 ) -> PairDescriptors:
-    """Describes every image and every distinct caption of a split once.
+    """Returns the descriptors of every readable image and every distinct caption of a split.
 
-    All processes get all of it.
+    All processes get all of them.
 
     Args:
-        steps: the compiled steps of the run.
-        towers: its towers.
-        params: their parameters.
-        eval_set: the split.
-        tokenizer: of the run.
-        config: the settings of the run.
+        steps: The compiled steps of the run.
+        towers: The towers of the run.
+        params: The parameters of both towers.
+        eval_set: The evaluation images with their captions.
+        tokenizer: The tokenizer of the run.
+        config: The settings of the run.
+
+    Raises:
+        Refused: No image can be read.
     """
     whole = compute_outputs(steps, params, eval_set.images, config)
     captions, pairs = eval_set.texts()
@@ -448,15 +508,18 @@ def describe_texts(
     tokenizer: Tokenizer,
     config: ContrastiveConfig,
 ) -> Float[np.ndarray, "t embed"]:
-    """Returns the descriptors of texts in the shared space, `(t, embed)`, in their order.
+    """Returns the descriptors of texts in the shared space, in their order.
 
     Args:
-        steps: the compiled steps of the run.
-        towers: its towers.
-        params: their parameters.
-        texts: the texts.
-        tokenizer: of the run.
-        config: batch size, context and mesh.
+        steps: The compiled steps of the run.
+        towers: The towers of the run.
+        params: The parameters of both towers.
+        texts: The texts, t of them.
+        tokenizer: The tokenizer of the run.
+        config: The settings of the run: batch size, context and mesh.
+
+    Returns:
+        The vectors, `(t, embed)` float32, of length 1; all processes get all of them.
     """
     step = _text_step(towers, config.fsdp)
     descriptors = np.zeros((len(texts), config.embed), np.float32)

@@ -1,4 +1,4 @@
-"""The curves of a run as an image."""
+"""Draws the curves of a run."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -8,11 +8,14 @@ from train.log import read_metrics
 
 
 def draw_curves(run: Path, measures: Sequence[str]) -> Path:
-    """Draws loss, measures and learned exponents over the steps, and returns `RUN/curves.png`.
+    """Draws loss, measures and learned exponents over the steps into `RUN/curves.png`.
 
     Args:
-        run: folder of the run.
-        measures: values of its evaluations that are drawn, each in [0, 1].
+        run: Folder of the run, with its `metrics.jsonl`.
+        measures: Names of the values of its evaluations that are drawn, each in [0, 1].
+
+    Returns:
+        The path of the image.
     """
     import matplotlib
 

@@ -21,17 +21,21 @@ EVAL_SPLITS = ("val", "validation", "test")
 class Images:
     """One split of labelled images."""
 
-    size: int
-    classes: tuple[str, ...]
+    size: int  # number of images
+    classes: tuple[str, ...]  # names of the classes, by label
     # i -> image i and its label; raises UnreadableImage where it cannot be decoded
     load: Callable[[int], tuple[RGB, int]]
-    labels: Callable[[], np.ndarray]  # () -> labels of all images; it reads only what it must
+    labels: Callable[[], np.ndarray]  # () -> labels of all images, without decoding them
 
     def __len__(self) -> int:
         return self.size
 
     def take(self, indices: np.ndarray) -> "Images":
-        """Returns the images with these numbers, in this order."""
+        """Returns some of the images.
+
+        Args:
+            indices: Numbers of the images, `(m,)`; the result has their order.
+        """
         return Images(
             len(indices),
             self.classes,
@@ -43,8 +47,8 @@ class Images:
         """Returns the images of some classes, whose labels then count from 0.
 
         Args:
-            kept: labels of the classes, ascending.
-            labels: `(n,)` labels of all images.
+            kept: Labels of the classes, ascending.
+            labels: Labels of all images, `(n,)`.
         """
         places = np.flatnonzero(np.isin(labels, kept))
         taken, own = self.take(places), np.searchsorted(kept, labels[places]).astype(np.int32)
@@ -61,8 +65,11 @@ def open_data(data: Data) -> tuple[Images, Images]:
 
     A source with one split is divided by `hold_out`.
 
+    Args:
+        data: The settings of the source.
+
     Raises:
-        Refused: there is no such source, or its splits have different classes.
+        Refused: There is no such source, it cannot be read, or its splits have different classes.
     """
     splits = open_splits(data)
     if len(splits) == 2:
@@ -78,11 +85,11 @@ def open_disjoint(data: Data, share: float) -> tuple[Images, Images]:
     together are divided by class: a share of the classes, drawn once and for all, is trained on.
 
     Args:
-        data: the source.
-        share: of the classes that are trained on.
+        data: The settings of the source.
+        share: Share of the classes that are trained on, between 0 and 1.
 
     Raises:
-        Refused: fewer than 2 classes would be left on either side.
+        Refused: The source cannot be read, or fewer than 2 classes would be left on either side.
     """
     splits = open_splits(data)
     if len(splits) == 2:
@@ -112,14 +119,22 @@ def open_disjoint(data: Data, share: float) -> tuple[Images, Images]:
 
 
 def drop_empty_classes(images: Images) -> Images:
-    """Returns the same images without the classes that have none."""
+    """Returns the same images without the classes that have none.
+
+    Args:
+        images: A split; its labels then count the classes that remain.
+    """
     labels = images.labels()
     kept = np.unique(labels)
     return images if len(kept) == len(images.classes) else images.of_classes(kept, labels)
 
 
 def join_splits(parts: list[Images]) -> Images:
-    """Returns the images of several splits with the same classes, one split after the other."""
+    """Returns the images of several splits, one split after the other.
+
+    Args:
+        parts: Splits with the same classes.
+    """
     ends = np.cumsum([len(part) for part in parts])
 
     def load(i: int) -> tuple[RGB, int]:
@@ -137,8 +152,11 @@ def join_splits(parts: list[Images]) -> Images:
 def open_splits(data: Data) -> dict[str, Images]:
     """Returns the splits of a source: "train", and "eval" where there is one to evaluate on.
 
+    Args:
+        data: The settings of the source.
+
     Raises:
-        Refused: there is no such source.
+        Refused: There is no such source, or it cannot be read.
     """
     kind, _, name = data.source.partition(":")
     if kind == "digits" and not name:
@@ -158,7 +176,16 @@ def open_splits(data: Data) -> dict[str, Images]:
 
 
 def check_classes(splits: dict[str, Images], source: str, otherwise: str = "") -> None:
-    """Refuses splits with different classes; `otherwise` completes the sentence."""
+    """Raises `Refused` if the two splits have different classes.
+
+    Args:
+        splits: The splits "train" and "eval".
+        source: The name of their source, for the sentence.
+        otherwise: Words after "must have the same classes", such as ", or none in common".
+
+    Raises:
+        Refused: The classes differ; the sentence lists those that only one split has.
+    """
     if splits["train"].classes != splits["eval"].classes:
         difference = sorted(set(splits["train"].classes) ^ set(splits["eval"].classes))
         raise Refused(
@@ -187,9 +214,9 @@ def hold_in_memory(
     """Returns a split of images that are already in memory.
 
     Args:
-        images: `(h, w, 3)` uint8 each.
-        labels: `(n,)` int32.
-        classes: names of the classes.
+        images: Images, `(h, w, 3)` uint8 each.
+        labels: Labels of the images, `(n,)` int32.
+        classes: Names of the classes.
     """
     return Images(len(images), classes, lambda i: (images[i], int(labels[i])), lambda: labels)
 
@@ -202,11 +229,11 @@ def folder(root: Path, eval_split: str | None = None) -> dict[str, Images]:
     are ordered by these numbers, others by their paths.
 
     Args:
-        root: the folder.
-        eval_split: its sub-folder to evaluate on; `None` takes the first of the usual names.
+        root: The folder.
+        eval_split: The sub-folder to evaluate on; None takes the first of the usual names.
 
     Raises:
-        Refused: the folder, a split, a class or an image is missing.
+        Refused: The folder, a split or a class is missing, or a class has no images.
     """
     if not root.is_dir():
         raise Refused(f"there is no folder {root}")
@@ -263,13 +290,13 @@ def tfds(
     It is read through its random-access data source, which needs no TensorFlow.
 
     Args:
-        name: `name[/config][:version]`; without a version the newest one is taken.
-        data_dir: folder of the prepared data sets.
-        eval_split: its split to evaluate on; `None` takes the first of the usual names.
-        download: whether a data set that is missing may be downloaded and prepared.
+        name: The data set as `name[/config][:version]`; without a version the newest one is taken.
+        data_dir: Folder of the prepared data sets.
+        eval_split: The split to evaluate on; None takes the first of the usual names.
+        download: Whether a data set that is missing may be downloaded and prepared.
 
     Raises:
-        Refused: it is missing, cannot be read, or has no images with labels.
+        Refused: The data set is missing, cannot be read, or has no images with labels.
     """
     folder_ = _find_prepared(name, data_dir)
     if folder_ is None and download:
@@ -358,7 +385,7 @@ def _find_prepared(name: str, data_dir: Path) -> Path | None:
         found = [
             info.parent for info in (data_dir / path).glob(f"{version or '*'}/dataset_info.json")
         ]
-    except (NotImplementedError, ValueError):  # no pattern that could be a version
+    except (NotImplementedError, ValueError):  # the name cannot be a pattern of a path
         return None
     return max(
         found,
@@ -389,18 +416,26 @@ def hold_out(images: Images, share: float) -> tuple[Images, Images]:
     """Returns the training and the evaluation part of one split, each in the order of the source.
 
     Args:
-        images: the split.
-        share: of each class that is kept for evaluation, drawn once and for all.
+        images: The split.
+        share: Share of each class that is kept for evaluation, drawn once and for all.
 
     Raises:
-        Refused: one of the two parts would be empty.
+        Refused: One of the two parts would be empty.
     """
     held = draw_held_out(images.labels(), share)
     return images.take(np.flatnonzero(~held)), images.take(np.flatnonzero(held))
 
 
 def draw_held_out(labels: np.ndarray, share: float) -> np.ndarray:
-    """Returns which images `hold_out` keeps for evaluation, `(n,)` bool."""
+    """Returns which images `hold_out` keeps for evaluation, `(n,)` bool.
+
+    Args:
+        labels: Labels of the images, `(n,)`.
+        share: Share of each class that is kept, between 0 and 1.
+
+    Raises:
+        Refused: The share is out of range, or one of the two parts would be empty.
+    """
     if not 0 < share < 1:
         raise Refused(f"data.holdout must lie between 0 and 1, not at {share}")
     rng = np.random.default_rng(0)

@@ -1,4 +1,4 @@
-"""A model on all evaluation images."""
+"""Evaluates a model on all evaluation images."""
 
 from dataclasses import dataclass
 
@@ -17,14 +17,17 @@ class Predictions:
     """Class probabilities of the readable evaluation images, in the order of their split."""
 
     index: np.ndarray  # (n,) number of the image in its split
-    label: np.ndarray  # (n,)
-    digest: np.ndarray  # (n,) of the images as they were read: the same ones have the same
+    label: np.ndarray  # (n,) class of the image, from 0
+    digest: np.ndarray  # (n,) CRC-32 of the image as it was read
     probability: np.ndarray  # (n, classes) float32
 
     def top(self, k: int) -> np.ndarray:
         """Returns whether the label is among the k most probable classes, `(n,)` bool.
 
         Ties and NaN count against the model.
+
+        Args:
+            k: Number of classes that are looked at.
         """
         own = np.take_along_axis(self.probability, self.label[:, None], axis=1)
         return ((self.probability >= own).sum(axis=1) <= k) & np.isfinite(self.probability).all(
@@ -38,16 +41,16 @@ class Predictions:
 
 
 def evaluate(steps: Steps, params, images: Images, config: Config) -> Predictions:
-    """Predicts every image once; all processes get all predictions.
+    """Returns the predictions for every readable image; all processes get all of them.
 
     Args:
-        steps: the compiled steps of the run.
-        params: the parameters to evaluate.
-        images: the split.
-        config: the settings of the run.
+        steps: The compiled steps of the run.
+        params: The parameters to evaluate.
+        images: The evaluation images.
+        config: The settings of the run.
 
     Raises:
-        Refused: no image can be read.
+        Refused: No image can be read.
     """
     whole = compute_outputs(steps, params, images, config)
     return Predictions(*(whole[name] for name in ("index", "label", "digest", "probability")))
@@ -57,16 +60,16 @@ def compute_outputs(steps: Steps, params, images: Images, config: Config) -> dic
     """Returns the outputs of `steps.evaluate` for every readable image, in the order of the split.
 
     Args:
-        steps: the compiled steps of the run.
-        params: the parameters to evaluate.
-        images: the split.
-        config: the settings of the run.
+        steps: The compiled steps of the run.
+        params: The parameters to evaluate.
+        images: The evaluation images.
+        config: The settings of the run.
 
     Returns:
         Arrays with a row for each image, by name; all processes get all of them.
 
     Raises:
-        Refused: no image can be read.
+        Refused: No image can be read.
     """
     parts = []
     for batch in eval_batches(
@@ -81,7 +84,12 @@ def compute_outputs(steps: Steps, params, images: Images, config: Config) -> dic
 
 
 def put_on_devices(batch: Batch, steps: Steps) -> dict[str, jax.Array]:
-    """Puts this process's rows on its devices, as part of the batch of all processes."""
+    """Returns a batch on the devices, made of the rows of all processes.
+
+    Args:
+        batch: This process's rows, as NumPy arrays by name.
+        steps: The compiled steps, whose layout of a batch is used.
+    """
     return {
         name: jax.make_array_from_process_local_data(steps.batch_sharding, array)
         for name, array in batch.items()

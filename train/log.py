@@ -1,4 +1,4 @@
-"""What a run reports: a banner, a bar or plain lines, `metrics.jsonl`, and TensorBoard files."""
+"""Reports of a run: a banner, a bar or plain lines, `metrics.jsonl`, and TensorBoard files."""
 
 import json
 import time
@@ -16,11 +16,10 @@ class Log:
     """Writes and prints for one run.
 
     Args:
-        run: folder of the run; `None`, for the processes after the first, neither writes nor
-            prints.
-        total_steps: steps of the run.
-        start: step that it resumes after.
-        quiet: whether it only writes.
+        run: Folder of the run. None, for the processes after the first, neither writes nor prints.
+        total_steps: Steps of the run.
+        start: The step after which it resumes; later lines of `metrics.jsonl` are dropped.
+        quiet: Whether it writes and does not print.
     """
 
     def __init__(self, run: Path | None, *, total_steps: int, start: int, quiet: bool = False):
@@ -37,7 +36,11 @@ class Log:
         self.board = TensorBoard(run / "tensorboard")
 
     def banner(self, facts: dict[str, str]) -> None:
-        """Prints facts by name and starts the bar."""
+        """Prints facts by name and starts the bar.
+
+        Args:
+            facts: One line of text for each name, such as "devices"; at least one.
+        """
         if self.run is not None:
             width = max(map(len, facts))
             for name, fact in facts.items():
@@ -48,7 +51,11 @@ class Log:
                 self.bar.start()
 
     def advance(self, step: int) -> None:
-        """Moves the bar to a step."""
+        """Moves the bar to a step.
+
+        Args:
+            step: Steps that are done.
+        """
         if self.run is not None and self.bar:
             self.bar.update(self.bar.task_ids[0], completed=step)
 
@@ -57,9 +64,10 @@ class Log:
 
         Args:
             kind: "train" or "eval".
-            step: the step that the values belong to.
-            values: numbers and lists by name.
-            said: the same in words.
+            step: The step that the values belong to.
+            values: Numbers, lists and dictionaries by name.
+            said: The same in words; its parts stand two spaces apart, and a bar leaves out the
+                first.
         """
         if self.run is None:
             return
@@ -72,7 +80,11 @@ class Log:
             self.console.print(said, highlight=False, markup=False, soft_wrap=True)
 
     def say(self, sentence: str) -> None:
-        """Prints a sentence."""
+        """Prints a sentence.
+
+        Args:
+            sentence: One line of text.
+        """
         if self.run is not None:
             self.console.print(sentence, highlight=False, markup=False, soft_wrap=True)
 
@@ -86,7 +98,13 @@ class Log:
 
 
 def drop_lines_after(path: Path, step: int) -> None:
-    """Drops the lines after `step`; a run that resumes from a checkpoint writes them again."""
+    """Drops the lines after a step; a run that resumes from a checkpoint writes them again.
+
+    Args:
+        path: A `metrics.jsonl`; nothing happens where it does not exist. Damaged lines are dropped
+            too.
+        step: The last step whose lines are kept.
+    """
     if not path.exists():
         return
     kept = []
@@ -100,7 +118,15 @@ def drop_lines_after(path: Path, step: int) -> None:
 
 
 def read_metrics(run: Path, kind: str) -> list[dict[str, Any]]:
-    """Returns the lines of one kind of `metrics.jsonl`, oldest first."""
+    """Returns the lines of one kind of `metrics.jsonl`, oldest first.
+
+    Args:
+        run: Folder of the run.
+        kind: "train" or "eval".
+
+    Returns:
+        Dictionaries with "kind", "step" and the values that were logged.
+    """
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == kind]
 
@@ -121,7 +147,13 @@ class TensorBoard:
         self.writer = EventsWriter(str(folder / "events"))
 
     def write(self, kind: str, step: int, values: dict[str, Any]) -> None:
-        """Writes the values that are numbers."""
+        """Writes the values that are numbers, as `kind/name`.
+
+        Args:
+            kind: "train" or "eval".
+            step: The step that the values belong to.
+            values: Values by name; those that are not numbers are left out.
+        """
         if self.writer is None:
             return
         from tensorboardX.proto.event_pb2 import Event

@@ -1,4 +1,4 @@
-"""The loop of every training: steps, evaluations, checkpoints, and what is printed about them.
+"""The loop of every training: steps, evaluations, checkpoints, and the lines that are printed.
 
 A run lives in one folder (`--out`): `config.json`, `metrics.jsonl`, `checkpoints/`, `curves.png`.
 SIGTERM or Ctrl-C stops it after the current step. Started again with the same settings it resumes
@@ -31,44 +31,47 @@ from train.throughput import Meter
 
 @dataclass(frozen=True)
 class Evaluation:
-    """The outcome of one evaluation: for the caller, for `metrics.jsonl`, and for people."""
+    """The outcome of one evaluation."""
 
-    result: Any
-    values: dict[str, Any]
-    said: str
+    result: Any  # for the caller, such as `Predictions`
+    values: dict[str, Any]  # for `metrics.jsonl`
+    said: str  # the same for people, in words
 
 
 @dataclass(frozen=True)
 class Task:
-    """What differs between trainings."""
+    """One training as the loop sees it: its steps, batches and evaluation."""
 
     about: str  # the data in a few words
-    total: int  # steps
-    steps: Steps
+    total: int  # steps of the run
+    steps: Steps  # the compiled steps
     flops: float  # of training on one example
-    batches: Callable[[int], Iterator[Batch]]  # from a step on: this process's rows of each batch
-    evaluate: Callable[[State], Evaluation]
+    batches: Callable[[int], Iterator[Batch]]  # first step -> this process's rows of each batch
+    evaluate: Callable[[State], Evaluation]  # state -> its evaluation
     curves: tuple[str, ...]  # values of evaluations that are drawn, in [0, 1]
 
 
 @dataclass(frozen=True)
 class TrainedRun:
-    """The end of a run."""
+    """A run that has ended or was stopped."""
 
-    state: State
-    steps: Steps
-    result: Any  # of the last evaluation
-    finished: bool
-    signal: int | None  # that stopped it
+    state: State  # after the last step
+    steps: Steps  # the compiled steps
+    result: Any  # of the last evaluation; None: the run was stopped before one
+    finished: bool  # whether all steps are done
+    signal: int | None  # number of the signal that asked it to stop; None: there was none
 
 
 def run_tool(tool: str, train: Callable[[list[str]], TrainedRun], argv: list[str] | None) -> None:
     """Runs a training script; a signal that stopped the run becomes the exit code.
 
     Args:
-        tool: name of the script.
-        train: flags -> the run.
-        argv: the flags; `None` takes those of the process.
+        tool: Name of the script.
+        train: Function from flags to the run.
+        argv: The flags; None takes those of the process.
+
+    Raises:
+        SystemExit: The run was stopped by a signal, or something went wrong (`one_sentence`).
     """
     with one_sentence(tool):
         trained = train(sys.argv[1:] if argv is None else argv)
@@ -82,13 +85,17 @@ def run(
     """Runs a training or resumes it.
 
     Args:
-        config: the settings of the run.
-        task_of: makes the task, once the folder belongs to this run.
-        facts: what describes the data; a run with other facts is not resumed.
-        quiet: whether nothing is printed.
+        config: The settings of the run.
+        task_of: Makes the task, once the folder belongs to this run.
+        facts: A description of the data; a run with other facts is not resumed.
+        quiet: Whether nothing is printed.
+
+    Returns:
+        The end of the run. Its result is that of the last evaluation, or None if the run was
+        stopped before one.
 
     Raises:
-        Refused: the folder belongs to another run, or the weights are no longer finite.
+        Refused: The folder belongs to another run, or the weights are no longer finite.
     """
     process = jax.process_index()
     with run_folder(config, facts), StopRequest() as stop:
@@ -153,24 +160,40 @@ def run(
 
 
 def make_first_state(steps: Steps, config: Config) -> State:
-    """Returns the state before the first step, with the published weights if there are any."""
+    """Returns the state before the first step, with published weights where the config names some.
+
+    Args:
+        steps: The compiled steps of the run.
+        config: The settings of the run: seed, and the file to start from.
+
+    Raises:
+        Refused: The file cannot be read or does not fit the model.
+    """
     state = steps.init(config.seed)
-    return state if config.init is None else start_from(config.init, state, steps)
+    return state if config.init is None else start_from(config.init, config.model, state, steps)
 
 
 def is_due(step: int, total: int, times: int) -> bool:
     """Returns whether an event follows this step.
 
     Args:
-        step: from 1.
-        total: steps of the run.
-        times: how often the event happens in the run, evenly spaced, the last time at its end.
+        step: The step, from 1.
+        total: Steps of the run.
+        times: How often the event happens in the run, evenly spaced, the last time at its end.
     """
     return step * times // total > (step - 1) * times // total
 
 
 def check_devices(config: Config) -> None:
-    """Refuses a batch that cannot be divided among the devices."""
+    """Raises `Refused` if the batch cannot be divided among the devices.
+
+    Args:
+        config: The settings of the run.
+
+    Raises:
+        Refused: The batch is no multiple of devices times the parts that gradients are accumulated
+            over.
+    """
     devices, parts = jax.device_count(), config.optimizer.accumulate
     if config.batch % (parts * devices):
         raise Refused(
@@ -180,7 +203,15 @@ def check_devices(config: Config) -> None:
 
 
 def check_finite(step: int, metrics: dict[str, jax.Array]) -> None:
-    """Refuses to continue with, or to save, weights that are not finite."""
+    """Raises `Refused` if a metric of a step is not finite, so that bad weights are not saved.
+
+    Args:
+        step: The step, for the sentence.
+        metrics: Loss and norm of the gradient, scalars by name.
+
+    Raises:
+        Refused: A metric is NaN or infinite.
+    """
     for name, value in metrics.items():
         if not np.isfinite(value):
             advice = "try a lower --optimizer.lr, a longer --optimizer.warmup or --optimizer.clip 1"
@@ -192,7 +223,15 @@ def check_finite(step: int, metrics: dict[str, jax.Array]) -> None:
 def describe_run(
     config: Config, task: Task, state: State, start: int, meter: Meter
 ) -> dict[str, str]:
-    """Returns what is about to be trained and on what, as facts by name."""
+    """Returns the model, the data and the machine of a run, as lines of a banner by name.
+
+    Args:
+        config: The settings of the run.
+        task: The training.
+        state: The state it starts from, whose parameters are counted.
+        start: The step after which it resumes; 0 for a new run.
+        meter: The meter, which knows the peak of the devices.
+    """
     model, parameters = config.model, sum(leaf.size for leaf in jax.tree.leaves(state.params))
     return {
         "devices": (
@@ -218,7 +257,15 @@ def describe_run(
 def log_training(
     log: Log, step: int, total: int, metrics: dict[str, jax.Array], meter: Meter
 ) -> None:
-    """Reports loss, gradient norm and speed."""
+    """Reports loss, gradient norm and speed.
+
+    Args:
+        log: The log of the run.
+        step: The step, from 1.
+        total: Steps of the run.
+        metrics: Loss and norm of the gradient, scalars by name.
+        meter: The meter, which starts a new reading.
+    """
     values = {name: float(value) for name, value in metrics.items()} | meter.read()
     said = f"step {step}/{total}  loss {values['loss']:.4f}"
     if "steps_per_second" in values:
@@ -231,7 +278,14 @@ def log_training(
 
 
 def log_evaluation(log: Log, step: int, evaluation: Evaluation, state: State) -> None:
-    """Reports the measures and the learned exponents."""
+    """Reports the measures of an evaluation and the learned exponents.
+
+    Args:
+        log: The log of the run.
+        step: The step, from 1.
+        evaluation: The outcome of the evaluation.
+        state: The state that was evaluated.
+    """
     p = read_exponents(state.evaluated)
     learned = "".join(f"  p {' '.join(f'{x:.2f}' for x in value)}" for value in p.values())
     log.metrics(
@@ -240,7 +294,11 @@ def log_evaluation(log: Log, step: int, evaluation: Evaluation, state: State) ->
 
 
 def read_exponents(params: Any) -> dict[str, list[float]]:
-    """Returns the exponents that the model pools with, by the path of their parameter."""
+    """Returns the exponents that the model pools with, by the path of their parameter.
+
+    Args:
+        params: The parameters of the model, with or without other networks beside it.
+    """
     return {
         name: np.asarray(used_exponents(value)).tolist()
         for name, value in exponents(params).items()

@@ -100,7 +100,7 @@ class Metric:
         )
 
     def options(self) -> dict[str, float]:
-        """Returns the keyword arguments of the loss; it keeps its published values otherwise."""
+        """Returns the keyword arguments of the loss; those left out keep their published values."""
         if self.loss == "normalised-softmax":
             return {"temperature": self.temperature}
         return {
@@ -146,15 +146,16 @@ def train(
     """Trains the descriptors that a config describes, or resumes their run.
 
     Args:
-        config: the settings of the run.
-        data: training and evaluation images to use instead of the config's source.
-        quiet: whether nothing is printed.
+        config: The settings of the run.
+        data: Training and evaluation images to use instead of the config's source; None reads the
+            source.
+        quiet: Whether nothing is printed.
 
     Returns:
         The run; its result is the `LabelledDescriptors` of the last evaluation.
 
     Raises:
-        Refused: the settings, the data or the run's folder do not fit.
+        Refused: The settings, the data or the run's folder do not fit.
     """
     join_processes()
     train_set, eval_set = (
@@ -212,8 +213,12 @@ def train(
 def check_balance(config: MetricConfig, labels: np.ndarray) -> int:
     """Returns the number of images of each class in a batch.
 
+    Args:
+        config: The settings of the run; a `per_class` of None counts as 1.
+        labels: Labels of the training images, `(n,)`.
+
     Raises:
-        Refused: a batch cannot be divided so.
+        Refused: The batch is no multiple of this number, or needs more classes than there are.
     """
     each, classes = config.metric.per_class or 1, len(np.unique(labels))
     if config.batch % each or config.batch // each > classes:
@@ -231,9 +236,9 @@ def make_metric_steps(config: MetricConfig, classes: int, total_steps: int) -> S
     Configs that differ only in seed, folder or logging share one compilation.
 
     Args:
-        config: the settings of the run.
-        classes: classes that are trained on, each with a proxy.
-        total_steps: steps of the run.
+        config: The settings of the run.
+        classes: Number of classes that are trained on, each with a proxy.
+        total_steps: Steps of the run.
     """
     vit = build_model(config, 0)
     return _metric_steps(
@@ -292,8 +297,8 @@ class LabelledDescriptors:
     """Descriptors of the readable evaluation images, in the order of their split."""
 
     index: np.ndarray  # (n,) number of the image in its split
-    label: np.ndarray  # (n,)
-    digest: np.ndarray  # (n,) of the images as they were read
+    label: np.ndarray  # (n,) class of the image, from 0
+    digest: np.ndarray  # (n,) CRC-32 of the image as it was read
     descriptor: np.ndarray  # (n, dim) float32, unit vectors
 
     def scores(self) -> LabelScores:
@@ -302,16 +307,16 @@ class LabelledDescriptors:
 
 
 def retrieve(steps: Steps, params, images: Images, config: MetricConfig) -> LabelledDescriptors:
-    """Describes every image of a split once.
+    """Returns the descriptors of every readable image of a split.
 
     Args:
-        steps: the compiled steps of the run.
-        params: the parameters to evaluate.
-        images: the split.
-        config: the settings of the run.
+        steps: The compiled steps of the run.
+        params: The parameters to evaluate.
+        images: The evaluation images.
+        config: The settings of the run.
 
     Raises:
-        Refused: no image can be read.
+        Refused: No image can be read.
     """
     whole = compute_outputs(steps, params, images, config)
     return LabelledDescriptors(
@@ -320,7 +325,14 @@ def retrieve(steps: Steps, params, images: Images, config: MetricConfig) -> Labe
 
 
 def check_findable(labels: np.ndarray) -> None:
-    """Refuses images of which no two have the same label."""
+    """Raises `Refused` if no two images have the same label.
+
+    Args:
+        labels: Labels of the images, `(n,)`, from 0.
+
+    Raises:
+        Refused: Every label occurs at most once.
+    """
     if np.bincount(labels).max(initial=0) < 2:
         raise Refused("no class to evaluate on has two images: nothing can be found")
 
@@ -329,11 +341,11 @@ def score_descriptors(descriptors: Any, labels: np.ndarray) -> LabelScores:
     """Returns the measures of retrieval, each descriptor a query for all others.
 
     Args:
-        descriptors: `(n, d)` unit vectors.
-        labels: `(n,)` labels; at least one must occur twice.
+        descriptors: Unit vectors, `(n, d)`.
+        labels: Labels of the vectors, `(n,)`; at least one must occur twice.
 
     Raises:
-        Refused: no label occurs twice.
+        Refused: No label occurs twice.
     """
     check_findable(labels)
     reach = min(max(int(np.bincount(labels).max()), max(KAPPAS) + 1), len(labels))

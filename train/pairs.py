@@ -51,11 +51,11 @@ def open_captions(data: Data, text: Text) -> tuple[Captioned, Captioned]:
     """Returns the training and the evaluation images of a source, with their captions.
 
     Args:
-        data: the source and its splits.
-        text: how captions are made of class names.
+        data: The settings of the source and its splits.
+        text: The settings of captions that are made of class names.
 
     Raises:
-        Refused: the source cannot be read, or its settings do not fit it.
+        Refused: The source cannot be read, or its settings do not fit it.
     """
     kind, _, name = data.source.partition(":")
     if kind not in ("csv", "wds"):
@@ -89,11 +89,12 @@ def read_csv(name: str, corrupt: str) -> Captioned:
     """Returns the images of a CSV file, in the order in which it first names them.
 
     Args:
-        name: path of the file.
-        corrupt: "refuse" or "skip" rows without an image or a caption.
+        name: Path of the file.
+        corrupt: What to do about rows without an image or a caption: "refuse", or "skip" them with
+            a line on standard error.
 
     Raises:
-        Refused: the file cannot be read or has other columns.
+        Refused: The file cannot be read, has other columns, or holds no image with a caption.
     """
     path = Path(name).expanduser()
     text = read_caption_file(path, "the captions")
@@ -142,13 +143,17 @@ def read_csv(name: str, corrupt: str) -> Captioned:
 class Member:
     """The place of an image in a shard."""
 
-    shard: Path
-    name: str
-    offset: int  # bytes
+    shard: Path  # the tar file
+    name: str  # in the tar file
+    offset: int  # of its first byte in the shard, bytes
     size: int  # bytes
 
     def read(self) -> RGB:
-        """Returns the decoded image; raises `UnreadableImage`."""
+        """Returns the decoded image, `(height, width, 3)` uint8.
+
+        Raises:
+            UnreadableImage: The image cannot be read or decoded.
+        """
         name = f"{self.name} in {self.shard}"
         try:
             with self.shard.open("rb") as file:
@@ -162,11 +167,12 @@ def read_shards(pattern: str, corrupt: str) -> Captioned:
     """Returns the images of tar shards, shard by shard in the order of their members.
 
     Args:
-        pattern: the shards, as `shards_of` reads it.
-        corrupt: "refuse" or "skip" pairs without an image or a caption.
+        pattern: The shards, as `shards_of` reads it.
+        corrupt: What to do about pairs without an image or a caption: "refuse", or "skip" them with
+            a line on standard error.
 
     Raises:
-        Refused: a shard cannot be read, or a name stands twice.
+        Refused: A shard cannot be read, a name stands twice, or no image has a caption.
     """
     members: list[Member] = []
     captions: list[list[str]] = []
@@ -188,7 +194,19 @@ def read_shards(pattern: str, corrupt: str) -> Captioned:
 
 
 def read_shard(shard: Path) -> dict[str, tuple[Member | None, list[str]]]:
-    """Returns key -> (place of the image, captions) of one tar file."""
+    """Returns the pairs of one tar file: key -> (place of the image, captions).
+
+    Args:
+        shard: The tar file, not compressed.
+
+    Returns:
+        The pairs in the order of the images, then of keys that have only captions. The place is
+        None without an image, the list empty without a caption.
+
+    Raises:
+        Refused: The file cannot be read as tar, is cut off, holds links or names that are no pairs,
+            or has two images or captions for a key.
+    """
     images: dict[str, Member] = {}
     captions: dict[str, list[str]] = {}
     seen: set[tuple[str, str]] = set()
@@ -242,7 +260,17 @@ def read_shard(shard: Path) -> dict[str, tuple[Member | None, list[str]]]:
 
 
 def shards_of(pattern: str) -> list[Path]:
-    """Returns the files of a pattern: `{000..012}` counts, anything else is a glob."""
+    """Returns the files of a pattern, whose ranges such as `{000..012}` are filled in.
+
+    A pattern that is no file and has no range is a glob.
+
+    Args:
+        pattern: Path of the shards. `~` is the home directory; the numbers of a range get as many
+            digits as its first.
+
+    Raises:
+        Refused: No file fits, a file of a range is missing, or there are more than `MOST_SHARDS`.
+    """
     paths = [Path(each).expanduser() for each in _expand_ranges(pattern)]
     if len(paths) == 1 and not paths[0].is_file():
         paths = sorted(map(Path, glob(str(paths[0]))))

@@ -77,10 +77,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def prepare(config: Prepare) -> list[str]:
-    """Writes what the config asks for and returns the lines that say how to train on it.
+    """Writes the data set and returns the lines that say how to train on it.
+
+    Args:
+        config: The packed folder, the folder to write to, and the formats.
 
     Raises:
-        Refused: the packed files cannot be read, or the data set cannot be written.
+        Refused: The packed files cannot be read, or the data set cannot be written.
     """
     classes, splits = read_packed(config.packed.expanduser())
     if config.limit is not None:
@@ -115,7 +118,15 @@ def prepare(config: Prepare) -> list[str]:
 
 
 def check(classes: tuple[str, ...], splits: dict[str, Split]) -> None:
-    """Refuses labels without a class, and classes without images to train on."""
+    """Raises `Refused` for labels without a class, and classes without images.
+
+    Args:
+        classes: Names of the classes, by label.
+        splits: The images of each split with their labels.
+
+    Raises:
+        Refused: A split is empty, has an unknown label, or lacks a class.
+    """
     for split, images in splits.items():
         wrong = next(
             ((i, label) for i, (_, label) in enumerate(images) if not 0 <= label < len(classes)),
@@ -144,6 +155,13 @@ def evenly_spaced(images: Split, limit: int) -> Split:
     """Returns at most `limit` evenly spaced images.
 
     Of images that are sorted by class it takes some of every class.
+
+    Args:
+        images: A split.
+        limit: The most images that are taken, at least 1.
+
+    Raises:
+        Refused: The limit is below 1.
     """
     if limit < 1:
         raise Refused(f"--limit must be at least 1, it is {limit}")
@@ -158,8 +176,14 @@ def evenly_spaced(images: Split, limit: int) -> Split:
 def read_packed(packed: Path) -> tuple[tuple[str, ...], dict[str, Split]]:
     """Returns the classes and the splits of a folder with packed images, whatever its form.
 
+    Args:
+        packed: The folder, in one of the forms of the module's docstring.
+
+    Returns:
+        Names of the classes by label, and images with their labels by the name of the split.
+
     Raises:
-        Refused: the folder has none of the forms, or its files are damaged.
+        Refused: The folder has none of the forms, or its files are damaged.
     """
     if not packed.is_dir():
         raise Refused(f"there is no folder {packed}")
@@ -304,6 +328,9 @@ def folder_names(classes: tuple[str, ...]) -> tuple[str, ...]:
     """Returns class names that a file system takes and that sort in the order of the labels.
 
     They are numbered where the names themselves do not sort so.
+
+    Args:
+        classes: Names of the classes, by label.
     """
     safe = tuple(re.sub(r"[^\w.-]+", "-", name).strip("-.") for name in classes)
     if sorted(safe) == list(safe) and len(set(safe)) == len(safe):
@@ -312,15 +339,16 @@ def folder_names(classes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def write_folder(root: Path, classes: tuple[str, ...], splits: dict[str, Split]) -> None:
-    """Writes `root/SPLIT/CLASS/INDEX.png`; what an earlier call wrote is replaced at the end.
+    """Writes `root/SPLIT/CLASS/INDEX.png`; files of an earlier call are replaced at the end.
 
     Args:
-        root: the folder; one that exists must be empty or made by this script.
-        classes: names of the sub-folders.
-        splits: the images by split.
+        root: The folder; one that exists must be empty or made by this script.
+        classes: Names of the sub-folders, by label.
+        splits: The images with their labels, by the name of the split.
 
     Raises:
-        Refused: the folder holds other files.
+        Refused: The folder holds other files.
+        UnreadableImage: A packed image cannot be decoded.
     """
     with _in_place_of(root, made_if=MARK) as new:
         for split, images in splits.items():
@@ -339,13 +367,14 @@ def write_tfds(
     A data set that this script made before is replaced.
 
     Args:
-        data_dir: folder of TFDS data sets.
-        name: of the data set.
-        classes: names of the classes.
-        splits: the images by split.
+        data_dir: Folder of TFDS data sets.
+        name: Name of the data set.
+        classes: Names of the classes, by label.
+        splits: The images with their labels, by the name of the split.
 
     Raises:
-        Refused: the folder holds other files.
+        Refused: The folder holds other files.
+        UnreadableImage: A packed image cannot be decoded.
     """
     import tensorflow_datasets as tfds
 
@@ -372,7 +401,7 @@ def write_tfds(
     PackedImages.name = name
     tfds.disable_progress_bar()
     with _in_place_of(data_dir / name, made_if="1.0.0/dataset_info.json") as new:
-        with contextlib.redirect_stdout(io.StringIO()):  # it reports a download that is none
+        with contextlib.redirect_stdout(io.StringIO()):  # it reports a download, and there is none
             PackedImages(
                 data_dir=str(new / "there"), file_format="array_record"
             ).download_and_prepare()
@@ -408,7 +437,11 @@ def _in_place_of(folder: Path, *, made_if: str) -> Iterator[Path]:
 
 
 def png(image: RGB) -> bytes:
-    """Returns an image as a PNG file."""
+    """Returns an image as a PNG file.
+
+    Args:
+        image: The image, `(height, width, 3)` uint8.
+    """
     file = io.BytesIO()
     Image.fromarray(image).save(file, "PNG", compress_level=1)
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""Trainings that start from a published ViT: its weights in a fresh state."""
+"""Starts a training from a published ViT: puts its weights into a fresh state."""
 
 import dataclasses
 from pathlib import Path
@@ -7,25 +7,30 @@ from typing import Any
 import jax
 import numpy as np
 
+from ggem_jax.models.config import ViTConfig
 from ggem_jax.weights import MismatchedWeights
+from ggem_jax.weights.architecture import Given
+from ggem_jax.weights.declared import Norms
 from train.cli import Refused, published_vit
 from train.step import State, Steps
 
 
-def start_from(path: Path, state: State, steps: Steps) -> State:
+def start_from(path: Path, model: ViTConfig, state: State, steps: Steps) -> State:
     """Returns the state with the weights of a file in every ViT among its parameters.
 
     Pooling and head keep their own values. The moving average is filled in the same way.
 
     Args:
-        path: file of a ViT, as `--init` names it.
-        state: a fresh state, on the devices.
-        steps: of the training, whose shardings the state follows.
+        path: File of a ViT, as `--init` names it.
+        model: Settings of the ViT, which decide what the file leaves open.
+        state: A fresh state, on the devices.
+        steps: The compiled steps of the training, whose shardings the state follows.
 
     Raises:
-        Refused: the file cannot be read or does not fit.
+        Refused: The file cannot be read or does not fit.
     """
-    published = published_vit(path)
+    norm: Norms = "post" if model.post_norm else "pre"
+    published = published_vit(path, Given(model.heads, model.gelu, model.norm_eps, norm))
 
     def fill(params: Any) -> Any:
         if "patch_embedding" in params:
@@ -36,7 +41,7 @@ def start_from(path: Path, state: State, steps: Steps) -> State:
         }
 
     def place(leaf, sharding):
-        """On the devices; what the file does not have is there already."""
+        """Puts an array of the file on the devices; the other arrays are there already."""
         return (
             jax.make_array_from_callback(leaf.shape, sharding, lambda index: leaf[index])
             if isinstance(leaf, np.ndarray)

@@ -1,4 +1,4 @@
-"""Around a run: its folder, its other processes, and its end by a signal."""
+"""A run's folder, its other processes, and its end by a signal."""
 
 import contextlib
 import json
@@ -36,7 +36,7 @@ def join_processes() -> None:
     knows (Slurm, Open MPI, Kubernetes, Cloud TPU) does.
 
     Raises:
-        Refused: the others cannot be joined.
+        Refused: The others cannot be joined.
     """
     address = os.environ.get("JAX_COORDINATOR_ADDRESS")
     if address and not jax.distributed.is_initialized():
@@ -57,10 +57,19 @@ def run_folder(config: Config, facts: dict[str, Any]) -> Iterator[None]:
     """Holds the run's folder for this run while the block runs.
 
     Other runs are kept out of the folder; other settings and other data, known by their `facts`,
-    are kept away from its checkpoints.
+    are kept away from its checkpoints. All processes of a run enter together.
+
+    Args:
+        config: The settings of the run, which `config.json` stores.
+        facts: A description of the data, as JSON can hold it.
+
+    Yields:
+        Nothing.
 
     Raises:
-        Refused: another process trains there, or the folder holds a run with other settings.
+        Refused: Another process trains there, the folder holds a run with other settings, or the
+            processes of the run differ in settings or data.
+        OSError: The folder cannot be made or written to.
     """
     with contextlib.ExitStack() as stack:
         refused: Exception | None = None
@@ -125,7 +134,11 @@ def _keep_settings(config: Config, facts: dict[str, Any]) -> None:
 
 
 def has_checkpoint(run: Path) -> bool:
-    """Returns whether a folder holds something to resume from."""
+    """Returns whether a folder holds a checkpoint to resume from.
+
+    Args:
+        run: Folder of a run; it need not exist.
+    """
     return any(re.fullmatch("[0-9]+", path.name) for path in (run / "checkpoints").glob("[0-9]*"))
 
 
@@ -133,11 +146,11 @@ def read_run(run: Path, record: type[C] = Config) -> tuple[C, dict[str, Any]]:  
     """Returns the settings of a run, and the facts of its data: classes and numbers of images.
 
     Args:
-        run: folder of the run.
-        record: the settings of the script that made it.
+        run: Folder of the run.
+        record: The dataclass of the settings of the script that made it.
 
     Raises:
-        Refused: it is not a run of that script.
+        Refused: The folder is not a run of that script.
     """
     try:
         values = json.loads((run / "config.json").read_text())
@@ -191,7 +204,11 @@ class StopRequest:
             signal.signal(number, handler)
 
     def is_asked(self, step: int) -> bool:
-        """Returns whether the run was asked to stop, for all processes after the same step."""
+        """Returns whether the run was asked to stop, for all processes after the same step.
+
+        Args:
+            step: The step that has just ended.
+        """
         if jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step):
             self.signal = signal.SIGTERM
         return self.signal is not None

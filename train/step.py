@@ -31,9 +31,9 @@ Batch = dict[str, Array]
 class State:
     """Everything that a checkpoint holds."""
 
-    step: Int[Array, ""]
+    step: Int[Array, ""]  # steps that are done
     params: Any
-    opt_state: Any
+    opt_state: Any  # of the optimizer
     ema: Any  # moving average of the parameters, or None
 
     @property
@@ -46,18 +46,21 @@ class State:
 class Steps:
     """The compiled functions of a run, and the layout of their arguments on the devices."""
 
-    mesh: Mesh
-    batch_sharding: NamedSharding
-    state_sharding: State
+    mesh: Mesh  # of all devices, `(data, fsdp)`
+    batch_sharding: NamedSharding  # of every array of a batch
+    state_sharding: State  # a `NamedSharding` for each array of a state
     init: Any  # (seed) -> State
     train: Any  # (State, batch, seed) -> (State, {"loss", "grad_norm"})
-    # (parameters, batch) -> the batch with outputs of the problem instead of its image, whole on
-    # every device
+    # (parameters, batch) -> the batch with the outputs of the problem in place of its images, whole
+    # on every device
     evaluate: Any
 
 
 def make_mesh(fsdp: int) -> Mesh:
     """Returns all devices as a mesh `(data, fsdp)`.
+
+    Args:
+        fsdp: Devices that the weights are split over.
 
     Raises:
         Refused: `fsdp` does not divide the number of devices.
@@ -72,7 +75,10 @@ def make_mesh(fsdp: int) -> Mesh:
 
 @dataclass(frozen=True)
 class Problem:
-    """What differs between trainings: parameters, loss and outputs. Images come normalised."""
+    """The part of a training that its task decides: parameters, loss and outputs.
+
+    Images come normalised.
+    """
 
     init: Callable[[PRNGKeyArray], Any]  # key -> parameters
     # batch, key -> the batch as it is trained on: images mixed, labels smoothed
@@ -91,9 +97,9 @@ def make_steps(config: Config, num_classes: int, total_steps: int) -> Steps:
     Configs that differ only in seed, folder or logging share one compilation.
 
     Args:
-        config: the settings of the run.
-        num_classes: outputs of the head.
-        total_steps: steps of the run.
+        config: The settings of the run.
+        num_classes: Outputs of the head.
+        total_steps: Steps of the run.
     """
     return _classifier_steps(
         build_model(config, num_classes),
@@ -142,14 +148,15 @@ def compile_steps(
     """Returns the compiled steps of a problem, laid out over all devices.
 
     Args:
-        problem: parameters, loss and outputs.
-        data: mean and deviation of the images.
-        optimizer: settings of AdamW.
-        fsdp: devices that the weights are split over.
-        total_steps: steps of the run.
+        problem: Parameters, loss and outputs.
+        data: Settings of the data, of which mean and deviation of the images are used.
+        optimizer: Settings of AdamW.
+        fsdp: Devices that the weights are split over.
+        total_steps: Steps of the run.
 
     Raises:
-        Refused: the settings of the model and of its pooling do not go together.
+        Refused: The settings of the model and of its pooling do not go together, or `fsdp` does not
+            divide the number of devices.
     """
     mesh = make_mesh(fsdp)
     transform = make_optimizer(optimizer, total_steps)
@@ -214,6 +221,9 @@ def keys(seed: Int[Array, ""]) -> tuple[PRNGKeyArray, PRNGKeyArray]:
     """Returns a key for the initial weights and one for the steps.
 
     The input pipeline draws its own numbers from the seed.
+
+    Args:
+        seed: The seed of the run, a whole number.
     """
     initial, steps = jax.random.split(jax.random.key(seed))
     return initial, steps
@@ -223,6 +233,10 @@ def split_over_fsdp(shape: tuple[int, ...], fsdp: int) -> P:
     """Returns the layout of a parameter: its longest axis that `fsdp` divides is split.
 
     Vectors, and parameters without such an axis, are repeated on every device.
+
+    Args:
+        shape: Shape of the parameter.
+        fsdp: Devices along the axis `fsdp` of the mesh.
     """
     axes = [axis for axis, length in enumerate(shape) if length % fsdp == 0]
     if fsdp == 1 or not axes or len(shape) < 2:
@@ -232,7 +246,12 @@ def split_over_fsdp(shape: tuple[int, ...], fsdp: int) -> P:
 
 
 def make_optimizer(optimizer: Optimizer, total_steps: int) -> optax.GradientTransformation:
-    """Returns gradient clipping, then AdamW with a warm-up and a cosine decay."""
+    """Returns gradient clipping, then AdamW with a warm-up and a cosine decay.
+
+    Args:
+        optimizer: Settings of AdamW; a `clip` of None leaves out the clipping.
+        total_steps: Steps of the run, at the end of which the learning rate is 0.
+    """
     warmup = min(optimizer.warmup, total_steps - 1)
     schedule = optax.warmup_cosine_decay_schedule(0.0, optimizer.lr, warmup, total_steps)
     transform = adamw(
@@ -254,11 +273,11 @@ def normalise(images: UInt8[Array, "b h w 3"], data: Data) -> Float[Array, "b h 
     """Returns (pixel / 255 - mean) / std of each channel, as the model takes images.
 
     Args:
-        images: `(b, h, w, 3)` uint8.
-        data: mean and deviation of the channels.
+        images: Images, `(b, h, w, 3)` uint8.
+        data: Settings of the data, with mean and deviation of the channels.
 
     Returns:
-        `(b, h, w, 3)` float32.
+        The images, `(b, h, w, 3)` float32.
     """
     return (images.astype(jnp.float32) / 255 - jnp.array(data.mean)) / jnp.array(data.std)
 
@@ -267,16 +286,16 @@ def mix(images, targets, augment: Augment, key: PRNGKeyArray):
     """Mixes each image with its opposite in the batch, by mixup or CutMix.
 
     Args:
-        images: `(b, h, w, 3)` floats.
-        targets: `(b, classes)` probabilities.
-        augment: the strengths of both; with both on, each batch takes one of them at random.
-        key: source of the random numbers.
+        images: Images, `(b, h, w, 3)` floats.
+        targets: Probabilities of the classes, `(b, classes)`.
+        augment: The strengths of both; with both on, each batch takes one of them at random.
+        key: Source of the random numbers.
 
     Returns:
         Mixed images and targets, of the same shapes.
 
     Reference: Zhang et al., "mixup", 2018, arXiv:1710.09412; Yun et al., "CutMix", 2019,
-    arXiv:1905.04899.
+        arXiv:1905.04899.
     """
     if not augment.mixup and not augment.cutmix:
         return images, targets
@@ -301,14 +320,17 @@ def mix(images, targets, augment: Augment, key: PRNGKeyArray):
 
 
 def accumulate_gradient(loss_of, params, batch: Batch, key: PRNGKeyArray, parts: int):
-    """Returns loss and gradient of a batch, processed in `parts` equal parts to save memory.
+    """Returns loss and gradient of a batch, processed in equal parts to save memory.
 
     Args:
-        loss_of: (parameters, batch, key) -> mean loss.
-        params: the parameters.
-        batch: arrays with a row for each image.
-        key: source of the random numbers.
-        parts: number of parts; it divides the rows of each device.
+        loss_of: Function from parameters, a batch and a key to the mean loss.
+        params: The parameters.
+        batch: Arrays with a row for each image, by name.
+        key: Source of the random numbers.
+        parts: Number of parts; it divides the rows of each device.
+
+    Returns:
+        The loss, a scalar, and the gradient, both averaged over the parts.
     """
     if parts == 1:
         return jax.value_and_grad(loss_of)(params, batch, key)

@@ -1,4 +1,4 @@
-"""How fast a training runs beside what the machine could do: images/s and FLOP utilisation.
+"""Speed of a training beside the peak of the machine: images per second and FLOP utilisation.
 
 Model FLOPs count the matrix products of the forward pass, two per multiply-add, and twice as much
 for the backward pass; recomputation does not count (Chowdhery et al., "PaLM", 2022,
@@ -38,8 +38,8 @@ def forward_flops(config: ViTConfig, outputs: int) -> float:
     """Returns the FLOPs of the forward pass of one image.
 
     Args:
-        config: the Vision Transformer.
-        outputs: outputs that the head computes from the descriptor.
+        config: The Vision Transformer.
+        outputs: Outputs that the head computes from the descriptor.
     """
     patches = (config.image // config.patch) ** 2
     embedding = patches * 3 * config.patch**2 * config.width
@@ -49,12 +49,22 @@ def forward_flops(config: ViTConfig, outputs: int) -> float:
 
 
 def text_forward_flops(config: TextConfig, outputs: int) -> float:
-    """Returns the FLOPs of the forward pass of one text of full length."""
+    """Returns the FLOPs of the forward pass of one text of full length.
+
+    Args:
+        config: The text tower.
+        outputs: Channels of its projection.
+    """
     return 2.0 * config.width * outputs + blocks_flops(config, config.context)
 
 
 def blocks_flops(config: ViTConfig | TextConfig, tokens: int) -> float:
-    """Returns the FLOPs of the blocks of a tower: projections, attention and MLP."""
+    """Returns the FLOPs of the blocks of a tower: projections, attention and MLP.
+
+    Args:
+        config: The tower.
+        tokens: Number of tokens of one image or text.
+    """
     width = config.width
     projections = 4 * tokens * width**2
     attention = 2 * tokens**2 * width
@@ -63,7 +73,12 @@ def blocks_flops(config: ViTConfig | TextConfig, tokens: int) -> float:
 
 
 def training_flops(config: ViTConfig, num_classes: int) -> float:
-    """Returns the FLOPs of one training step, per image."""
+    """Returns the FLOPs of one training step, per image.
+
+    Args:
+        config: The Vision Transformer.
+        num_classes: Outputs of the head.
+    """
     return 3 * forward_flops(config, num_classes)
 
 
@@ -98,10 +113,14 @@ class Meter:
     """Speed since the last reading: steps and images per second, FLOP utilisation, input wait.
 
     The first step, which compiles, is not measured; a reading right after it is empty.
+
+    Args:
+        batch: Images of a step, over all devices.
+        flops: FLOPs of training on one example.
     """
 
     def __init__(self, batch: int, flops: float):
-        """Starts to measure; `flops` are those of training on one example."""
+        """Starts to measure."""
         self.batch, self.flops = batch, flops
         self.peak, self.peak_source = peak_flops()
         self.last: Any = None  # result of the last step
@@ -120,7 +139,11 @@ class Meter:
             self.waited += time.perf_counter() - began
 
     def count(self, metrics: dict[str, jax.Array]) -> None:
-        """Counts a step."""
+        """Counts a step.
+
+        Args:
+            metrics: The result of the step; its "loss" tells when the devices have finished it.
+        """
         first, self.last = self.last is None, metrics["loss"]
         self.steps += 1
         if first:
@@ -128,7 +151,12 @@ class Meter:
             self.restart()
 
     def read(self) -> dict[str, float]:
-        """Returns the speeds by name, and starts again; empty where no step was counted."""
+        """Returns the speeds by name, and starts again; empty where no step was counted.
+
+        Returns:
+            "steps_per_second", "images_per_second", "mfu" (share of the peak) and "input_wait"
+            (share of the time).
+        """
         if not self.steps:
             return {}
         jax.block_until_ready(self.last)

@@ -33,21 +33,21 @@ PADS = ("<pad>", "[PAD]", "<|pad|>")
 
 
 class Tokenizer:
-    """Turns captions into ids; `text` is the tokenizer.json that it came from."""
+    """Turns captions into ids; `text` is the tokenizer.json that it came from.
+
+    Args:
+        text: The contents of a tokenizer.json.
+        name: How errors name the tokenizer.
+
+    Raises:
+        Refused: The text is not a tokenizer, has no end token, or has too many ids.
+    """
 
     def __init__(self, text: str, name: str):
-        """Reads a tokenizer.json.
-
-        Args:
-            text: its contents.
-            name: what errors call it.
-
-        Raises:
-            Refused: it is not a tokenizer, has no end token, or has too many ids.
-        """
+        """Reads a tokenizer.json."""
         try:
             self._tokenizer: Any = tokenizers.Tokenizer.from_str(text)
-        except Exception as error:  # its own kind for everything is Exception
+        except Exception as error:  # all its errors are plain Exceptions
             raise Refused(
                 f"{name} is not a tokenizer that the package tokenizers reads:"
                 f" {first_line(error, 'no reason given')}"
@@ -82,9 +82,19 @@ class Tokenizer:
         return max(self.vocabulary.values()) + 1
 
     def encode(self, texts: Sequence[str], context: int) -> np.ndarray:
-        """Returns the ids of texts, `(len(texts), context)` int32.
+        """Returns the ids of texts: start, pieces, end and padding.
 
         A text that is too long loses its last pieces, but not its end token.
+
+        Args:
+            texts: The texts.
+            context: Ids of each text.
+
+        Returns:
+            The ids, `(len(texts), context)` int32.
+
+        Raises:
+            Refused: The tokenizer has no pieces for a text.
         """
         return (
             np.stack([self.row(text, context) for text in texts])
@@ -99,8 +109,7 @@ class Tokenizer:
                 : context - 1 - len(before)
             ]
         except Exception as error:
-            # its own kind for everything is Exception: a piece that it does not know and has no
-            # token for
+            # its errors are plain Exceptions, such as over a piece that it has no token for
             raise Refused(
                 f"{self.name} cannot encode the text {text[:80]!r}:"
                 f" {first_line(error, 'no reason given')}"
@@ -118,7 +127,14 @@ class Tokenizer:
 
 
 def read_tokenizer(path: Path) -> Tokenizer:
-    """Returns the tokenizer of a tokenizer.json; raises `Refused` where there is none."""
+    """Returns the tokenizer of a file.
+
+    Args:
+        path: A `tokenizer.json`; `~` is the home directory.
+
+    Raises:
+        Refused: The file cannot be read, or holds no tokenizer.
+    """
     try:
         text = path.expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
@@ -130,7 +146,12 @@ def read_tokenizer(path: Path) -> Tokenizer:
 
 
 def save_run_tokenizer(run: Path, tokenizer: Tokenizer) -> None:
-    """Writes the tokenizer of a run into its folder, with a checksum beside it."""
+    """Writes the tokenizer of a run into its folder, with a checksum beside it.
+
+    Args:
+        run: Folder of the run.
+        tokenizer: The tokenizer, written as `tokenizer.json`.
+    """
     write_text(run / "tokenizer.crc32", f"{zlib.crc32(tokenizer.text.encode())}\n")
     write_text(run / "tokenizer.json", tokenizer.text)
 
@@ -138,8 +159,11 @@ def save_run_tokenizer(run: Path, tokenizer: Tokenizer) -> None:
 def load_run_tokenizer(run: Path) -> Tokenizer:
     """Returns the tokenizer in the folder of a run.
 
+    Args:
+        run: Folder of the run.
+
     Raises:
-        Refused: it is missing, or is not the one that the run started with.
+        Refused: The tokenizer is missing, or is not the one that the run started with.
     """
     tokenizer = read_tokenizer(run / "tokenizer.json")
     try:
@@ -157,11 +181,13 @@ def train_tokenizer(captions: Iterable[str], vocabulary: int) -> Tokenizer:
     """Returns a byte-level BPE; the same captions in the same order give the same one.
 
     Args:
-        captions: the texts.
-        vocabulary: the most pieces it may have, at least `SMALLEST_VOCABULARY`.
+        captions: The texts.
+        vocabulary: The most pieces it may have, at least `SMALLEST_VOCABULARY`.
 
     Raises:
-        ValueError: `vocabulary` is smaller than that.
+        ValueError: `vocabulary` is below `SMALLEST_VOCABULARY`.
+
+    Reference: Sennrich et al., 2016, arXiv:1508.07909.
     """
     if vocabulary < SMALLEST_VOCABULARY:
         raise ValueError(

@@ -3,7 +3,7 @@
 Draws a batch of 256 requests with lengths like ShareGPT's, runs one decode step of GPT-3 7B on
 three systems, searches a better schedule, explores a small space of machines, and writes
 `accelerator.html`, one page that needs no other file. It calls the library, and prints the command
-that does the same.
+line of each call.
 """
 
 import argparse
@@ -35,7 +35,7 @@ from neupims.scheduling.policies import estimate_cycles, pack_longest_first
 MODEL = "gpt3-7b"
 REQUESTS, CHANNELS, LONGEST = 256, 32, 2048
 # Medians of ShareGPT's prompts and answers in the public simulator's
-# trace-generator/share-gpt2/stats.tsv, with a spread that gives means like its.
+# trace-generator/share-gpt2/stats.tsv, with a spread that gives similar means.
 PROMPT_MEDIAN, PROMPT_SIGMA, ANSWER_MEDIAN, ANSWER_SIGMA = 17, 1.75, 261, 0.5
 SYSTEMS = {"NeuPIMs": "neupims", "NPU and PIM in turns": "npu-pim", "NPU only": "npu-only"}
 KNOBS = [
@@ -102,7 +102,11 @@ def draw() -> Batch:
 
 
 def announce(*words: str) -> None:
-    """Prints the command that does what the next call of the library does."""
+    """Prints the command line that does the same as the next call of the library.
+
+    Args:
+        *words: Words of the command after `neupims`.
+    """
     print(f"neupims {shlex.join(words)}")
 
 
@@ -112,9 +116,9 @@ def sections(
     """Returns the sections of the page: systems, stages of the first one, search, exploration.
 
     Args:
-        steps: The simulated step of each system by name, as JSON has it.
-        found: The schedule search, as JSON has it.
-        front: The exploration, as JSON has it.
+        steps: The simulated step of each system by name, as its `to_dict` returns it.
+        found: The schedule search, as its `to_dict` returns it.
+        front: The exploration, as its `to_dict` returns it.
     """
     first = next(iter(steps.values()))
     columns = (

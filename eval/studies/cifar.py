@@ -47,8 +47,11 @@ def read_cifar10(packed: Path, count: int) -> tuple[Images, Images]:
     """Returns `count` evenly spaced training images of CIFAR-10 and all its test images.
 
     Args:
-        packed: folder with the packed data set, as `train.prepare` reads it.
-        count: number of training images.
+        packed: Folder with the packed data set, as `train.prepare` reads it.
+        count: Number of training images.
+
+    Raises:
+        Refused: The folder is missing, or its files are damaged.
     """
     classes, splits = read_packed(packed)
 
@@ -66,10 +69,10 @@ def make_config(arm: str, seed: int, runs: Path, epochs: float) -> Config:
     """Returns the settings of one training.
 
     Args:
-        arm: its pooling, a name in `ARMS`.
-        seed: of the training.
-        runs: folder of the runs.
-        epochs: of the training.
+        arm: Name of the pooling, a key of `ARMS`.
+        seed: Seed of the training.
+        runs: Folder of the runs.
+        epochs: Epochs of the training.
     """
     folder = runs / f"{arm.replace(' ', '-').lower()}-{seed}"
     flags = [
@@ -83,10 +86,10 @@ def make_config(arm: str, seed: int, runs: Path, epochs: float) -> Config:
 class Network:
     """One trained network on the test images."""
 
-    predictions: Predictions
-    p: np.ndarray  # learned exponents; none where nothing is learned
-    params: Any
-    config: Config
+    predictions: Predictions  # on the test images
+    p: np.ndarray  # (exponents,) learned; (0,) where nothing is learned
+    params: Any  # trained parameters
+    config: Config  # settings of the training
 
 
 def train_network(
@@ -95,11 +98,18 @@ def train_network(
     """Trains a network, or resumes its run.
 
     Args:
-        arm: its pooling, a name in `ARMS`.
-        seed: of the training.
-        data: training and test images.
-        runs: folder of the runs.
-        epochs: of the training.
+        arm: Name of the pooling, a key of `ARMS`.
+        seed: Seed of the training.
+        data: Training and test images.
+        runs: Folder of the runs.
+        epochs: Epochs of the training.
+
+    Returns:
+        The trained network with its predictions on the test images.
+
+    Raises:
+        Refused: The training is refused.
+        KeyboardInterrupt: A signal stopped the training.
     """
     config = make_config(arm, seed, runs, epochs)
     run = train_in_study(train, config, data=data)
@@ -115,7 +125,11 @@ def train_network(
 def describe_heads(network: Network, images: Images) -> tuple[np.ndarray, np.ndarray]:
     """Returns the outputs of the last attention's heads and the descriptors, `(n, d)` each.
 
-    The outputs stand head by head, each the mean over the patches.
+    The outputs are concatenated head by head, each the mean over the patches.
+
+    Args:
+        network: A trained network.
+        images: The images to describe.
     """
     config = network.config.model
     model = build_model(network.config, len(images.classes))
@@ -135,7 +149,12 @@ def describe_heads(network: Network, images: Images) -> tuple[np.ndarray, np.nda
 
 
 def compute_tokens(network: Network, images: Images) -> np.ndarray:
-    """Returns the tokens after the final norm, `(n, tokens, d)` float16, the class token first."""
+    """Returns the tokens after the final norm, `(n, tokens, d)` float16, the class token first.
+
+    Args:
+        network: A trained network with a class token.
+        images: The images to describe.
+    """
     model = build_model(network.config, len(images.classes))
 
     @jax.jit
@@ -149,6 +168,13 @@ def compute_tokens(network: Network, images: Images) -> np.ndarray:
 
 
 def make_batches(network: Network, images: Images) -> Iterator[Float[Array, "b h w 3"]]:
-    """Yields the images in batches as the network takes them; the last batch is filled up."""
+    """Yields the images in batches, normalised as the network takes them.
+
+    The last batch is filled up with black images.
+
+    Args:
+        network: A trained network, whose settings have the batch size.
+        images: The images, in order.
+    """
     for batch in eval_batches(images, network.config):
         yield normalise(jnp.asarray(batch["image"]), network.config.data)

@@ -43,7 +43,7 @@ class Demo:
 
     out: Path = Path("runs/demo")  # folder of the trainings and the report
     seeds: int = 5  # trainings of each pooling
-    epochs: float | None = None  # of each training; None: those of the config
+    epochs: float | None = None  # epochs of each training; None: those of the config
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -85,7 +85,13 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def make_config(demo: Demo, pool: str, seed: int) -> Config:
-    """Returns the settings of one training."""
+    """Returns the settings of one training.
+
+    Args:
+        demo: Settings of the demo.
+        pool: Flag of the pooling, a key of `POOLINGS`.
+        seed: Seed of the training.
+    """
     folder = demo.out / f"{pool}-{seed}"
     flags = ["--config", "digits", "--pool.kind", pool, "--seed", str(seed), "--out", str(folder)]
     if demo.epochs is not None:
@@ -94,7 +100,18 @@ def make_config(demo: Demo, pool: str, seed: int) -> Config:
 
 
 def compare(demo: Demo) -> list[Arm]:
-    """Trains every pooling and seed, or resumes their runs."""
+    """Trains every pooling and seed, or resumes their runs.
+
+    Args:
+        demo: Settings of the demo.
+
+    Returns:
+        The poolings in the order of `POOLINGS`, with the answers of all seeds.
+
+    Raises:
+        Refused: A training is refused.
+        KeyboardInterrupt: A signal stopped a training.
+    """
     console = Console(stderr=True)
     arms = []
     with progress_bar(console) as bar:
@@ -122,7 +139,11 @@ def compare(demo: Demo) -> list[Arm]:
 
 
 def show(arms: list[Arm]) -> None:
-    """Prints the table."""
+    """Prints accuracies, differences to the last arm, and learned exponents as a table.
+
+    Args:
+        arms: The poolings; the last one is GGeM.
+    """
     table = Table(
         "pooling",
         title=f"Top-1 accuracy, mean over {len(arms[0].correct)} seeds [95 % interval]",
@@ -139,7 +160,11 @@ def show(arms: list[Arm]) -> None:
 
 
 def say_next_steps(demo: Demo) -> str:
-    """Returns commands to try next."""
+    """Returns commands to try next, a line for each.
+
+    Args:
+        demo: Settings of the demo, whose folder the commands name.
+    """
     steps = {
         f"python -m eval.classify {demo.out}/ggem-0 {demo.out}/avg-0": (
             "accuracy by class, and a paired test on the same images"

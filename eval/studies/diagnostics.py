@@ -1,10 +1,10 @@
-"""What a pooling did to the channels: how much blocks of them depend on each other, and more.
+"""Measures what a pooling did to the channels: dependence of blocks, amplification, and more.
 
 Descriptors are `(n, d)`, one row for each image. A block is a group of channels of equal size;
 `blocks` are `(groups, d / groups)` numbers of channels, as `contiguous`, `interleaved` and
 `random_blocks` return them. Everything is computed in float64 with NumPy; the memory of `hsic`
 grows with n^2. Scores of dependence are those of the sample: for independent blocks they lie above
-0 by an amount that falls with n and grows with the channels, so compare them at equal n, and with
+0 by an amount that falls with n and grows with the channels. Compare them at equal n, and with
 random blocks. Shapes that do not fit raise `ValueError`.
 """
 
@@ -22,6 +22,13 @@ def contiguous(d: int, groups: int) -> Blocks:
     """Returns blocks of neighbouring channels, `(groups, d / groups)`.
 
     Block g has the channels g d/groups ... (g + 1) d/groups - 1.
+
+    Args:
+        d: Number of channels.
+        groups: Number of blocks, a divisor of `d`.
+
+    Raises:
+        ValueError: The blocks would not have equal sizes.
     """
     _require_groups(d, groups)
     return np.arange(d).reshape(groups, -1)
@@ -31,6 +38,13 @@ def interleaved(d: int, groups: int) -> Blocks:
     """Returns interleaved blocks of channels, `(groups, d / groups)`.
 
     Block g has the channels g, g + groups, g + 2 groups, ...
+
+    Args:
+        d: Number of channels.
+        groups: Number of blocks, a divisor of `d`.
+
+    Raises:
+        ValueError: The blocks would not have equal sizes.
     """
     _require_groups(d, groups)
     return np.arange(d).reshape(-1, groups).T
@@ -42,9 +56,12 @@ def random_blocks(d: int, groups: int, seed: int) -> Blocks:
     They are the null that meaningful blocks are compared with.
 
     Args:
-        d: channels.
-        groups: blocks; they divide `d`.
-        seed: decides the draw.
+        d: Number of channels.
+        groups: Number of blocks, a divisor of `d`.
+        seed: Seed of the draw.
+
+    Raises:
+        ValueError: The blocks would not have equal sizes.
     """
     _require_groups(d, groups)
     return np.random.default_rng(seed).permutation(d).reshape(groups, -1)
@@ -55,12 +72,12 @@ def block_dependence(
     blocks: Blocks,
     score: Callable[[np.ndarray, np.ndarray], float],
 ) -> Float[np.ndarray, " pairs"]:
-    """Returns a score of dependence of every pair of blocks, `(pairs,)`.
+    """Returns a score of dependence for every pair of blocks, `(pairs,)`.
 
     Args:
-        descriptors: `(n, d)`.
-        blocks: `(groups, d / groups)` numbers of channels.
-        score: a function of two blocks `(n, size)`, such as `linear_cka`.
+        descriptors: Descriptors `(n, d)`.
+        blocks: Numbers of the channels of each block, `(groups, d / groups)`.
+        score: Function of two blocks `(n, size)`, such as `linear_cka`.
     """
     x = _as_matrix(descriptors)
     return np.array([score(x[:, one], x[:, other]) for one, other in combinations(blocks, 2)])
@@ -70,6 +87,10 @@ def mean_correlation(x: Float[np.ndarray, "n a"], y: Float[np.ndarray, "n b"]) -
     """Returns the mean absolute Pearson correlation between the channels of two blocks.
 
     Constant channels count as uncorrelated.
+
+    Args:
+        x: Channels of one block, `(n, a)`.
+        y: Channels of the other block for the same images, `(n, b)`.
     """
     x, y = _centre(x), _centre(y)
     lengths = np.outer(np.linalg.norm(x, axis=0), np.linalg.norm(y, axis=0))
@@ -82,6 +103,10 @@ def linear_cka(x: Float[np.ndarray, "n a"], y: Float[np.ndarray, "n b"]) -> floa
     ||X^T Y||^2 / (||X^T X|| ||Y^T Y||) of centred columns: 0 for uncorrelated blocks, 1 for blocks
     that are equal up to a rotation.
 
+    Args:
+        x: Channels of one block, `(n, a)`.
+        y: Channels of the other block for the same images, `(n, b)`.
+
     Reference: Kornblith et al., "Similarity of Neural Network Representations Revisited", 2019,
     arXiv:1905.00414, section 3.
     """
@@ -93,6 +118,10 @@ def hsic(x: Float[np.ndarray, "n a"], y: Float[np.ndarray, "n b"]) -> float:
     """Returns the normalised Hilbert-Schmidt independence criterion of two blocks, from 0 to 1.
 
     The kernels are exp(-distance^2 / its median): 0 for independent blocks, 1 for equal ones.
+
+    Args:
+        x: Channels of one block, `(n, a)`.
+        y: Channels of the other block for the same images, `(n, b)`.
 
     Reference: Gretton et al., "Measuring Statistical Dependence with Hilbert-Schmidt Norms", 2005;
     normalised as in arXiv:1905.00414.
@@ -120,8 +149,12 @@ def amplification(
     It is the ratio of the means over images; 0 where the reference is not positive.
 
     Args:
-        pooled: `(n, d)` descriptors.
-        reference: `(n, d)` descriptors under the reference, such as the average of positive values.
+        pooled: Descriptors `(n, d)`.
+        reference: Descriptors `(n, d)` of the same images under the reference pooling, such as the
+            average of positive values.
+
+    Raises:
+        ValueError: The shapes differ.
     """
     pooled, reference = _as_matrix(pooled), _as_matrix(reference)
     if pooled.shape != reference.shape:
@@ -137,12 +170,15 @@ def fisher_scores(
 ) -> Float[np.ndarray, " d"]:
     """Returns how well each channel separates the classes, `(d,)`.
 
-    It is the variance of the class means over the mean variance inside classes, weighted by their
-    images.
+    It is the variance of the class means over the mean variance inside classes, weighted by the
+    number of images of each class; 0 where no class varies.
 
     Args:
-        descriptors: `(n, d)`.
-        labels: `(n,)`.
+        descriptors: Descriptors `(n, d)`.
+        labels: Label of each image, `(n,)`.
+
+    Raises:
+        ValueError: There is not one label for each image.
     """
     x, labels = _as_matrix(descriptors), np.asarray(labels)
     if labels.shape != x.shape[:1]:
@@ -156,7 +192,12 @@ def fisher_scores(
 
 
 def rank_correlation(a: Real[np.ndarray, " d"], b: Real[np.ndarray, " d"]) -> float:
-    """Returns Spearman's rank correlation of two scores `(d,)`; 0 where one of them is constant."""
+    """Returns Spearman's rank correlation of two scores; 0 where one of them is constant.
+
+    Args:
+        a: A score of each channel, `(d,)`.
+        b: Another score of each channel, `(d,)`.
+    """
     a, b = np.asarray(a, float), np.asarray(b, float)
     if np.ptp(a) == 0 or np.ptp(b) == 0:
         return 0.0
@@ -164,9 +205,12 @@ def rank_correlation(a: Real[np.ndarray, " d"], b: Real[np.ndarray, " d"]) -> fl
 
 
 def gini(values: Real[np.ndarray, " d"]) -> float:
-    """Returns the Gini coefficient of a positive quantity over the channels `(d,)`.
+    """Returns the Gini coefficient of a positive quantity over the channels.
 
     It is 0 where all channels have the same, and close to 1 where one channel has everything.
+
+    Args:
+        values: The quantity of each channel, `(d,)`; 0 is returned where the sum is not positive.
     """
     ascending = np.sort(np.asarray(values, float))
     n = len(ascending)

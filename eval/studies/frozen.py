@@ -1,9 +1,9 @@
-"""Poolings on frozen tokens: only the pooling and a linear head are trained, for many seeds.
+"""Compares poolings on frozen tokens, where only the pooling and a linear head are trained.
 
 All arms of a seed see the same images in the same order: a seed draws four fifths of the training
-images and the order of the batches, so that intervals over seeds hold for these training images and
-this network. The pooled vector is standardised, channel by channel, before the head, so that no arm
-profits from its scale: by the batch in training, by the training images in the test. Tokens are
+images and the order of the batches. Intervals over seeds therefore hold for these training images
+and this network. The pooled vector is standardised, channel by channel, before the head, so that no
+arm profits from its scale: by the batch in training, by the training images in the test. Tokens are
 `(n, tokens, d)` of patches; `cls` are the class tokens `(n, d)` of a network that has them.
 """
 
@@ -30,21 +30,23 @@ from ggem_jax.optimizer import adamw
 class Tokens:
     """A data set as a frozen network sees it."""
 
-    name: str
-    train: np.ndarray  # (n, tokens, d)
-    train_labels: np.ndarray
-    test: np.ndarray
-    test_labels: np.ndarray
+    name: str  # of the data set, for messages
+    train: np.ndarray  # (n, tokens, d), as `freeze` returns them
+    train_labels: np.ndarray  # (n,)
+    test: np.ndarray  # (m, tokens, d)
+    test_labels: np.ndarray  # (m,)
     heads: int  # groups that the network's attention suggests; where it has none, an assumption
-    train_cls: np.ndarray | None = None  # (n, d)
-    test_cls: np.ndarray | None = None
+    train_cls: np.ndarray | None = None  # (n, d); None: the network has no class token
+    test_cls: np.ndarray | None = None  # (m, d)
 
     @property
     def channels(self) -> int:
+        """Number of channels of a token."""
         return self.train.shape[-1]
 
     @property
     def classes(self) -> int:
+        """Number of classes."""
         return int(self.train_labels.max()) + 1
 
 
@@ -54,10 +56,11 @@ def freeze(
     """Returns the tokens of images as a frozen network sees them, in float16.
 
     Args:
-        network: any backbone, as `load_network` returns it.
-        images: `(h, w, 3)` uint8, all of one size.
-        channels: `(d,)` numbers of the channels to keep; None keeps all.
-        batch: images that go through the network together.
+        network: Any backbone, as `load_network` returns it.
+        images: Images `(h, w, 3)` uint8, all of one size.
+        channels: Numbers `(d,)` of the channels to keep; class tokens are then left out. None keeps
+            all.
+        batch: Images that go through the network together.
 
     Returns:
         Tokens `(images, places, d)`, and class tokens `(images, d)` or None.
@@ -83,12 +86,12 @@ Pool = Callable[[Any, Float[Array, "b n d"]], Float[Array, "b d"]]
 
 @dataclass(frozen=True)
 class Arm:
-    """A pooling: first parameters and function of (parameters, tokens)."""
+    """A pooling with its first parameters."""
 
-    pool: Pool
-    start: Any = field(default_factory=dict)
+    pool: Pool  # (parameters, tokens (b, n, d)) -> pooled vectors (b, d)
+    start: Any = field(default_factory=dict)  # first parameters; empty: nothing is learned
     exponent_lr: float = 10.0  # learning rate of p over that of the head
-    takes_cls: bool = False  # of the class token instead of the patches
+    takes_cls: bool = False  # whether it gets the class token (b, 1, d) instead of the patches
 
 
 @dataclass(frozen=True)
@@ -101,13 +104,23 @@ class Probed:
 
     @property
     def accuracy(self) -> np.ndarray:
+        """Accuracy of each seed, `(seeds,)`."""
         return self.correct.mean(axis=1)
 
 
 def gem(
     tokens: Float[Array, "b n d"], p: Array, order: np.ndarray | None = None
 ) -> Float[Array, "b d"]:
-    """GGeM whose groups are those of the channels in this order."""
+    """Pools tokens by GGeM whose groups are contiguous in a given order of the channels.
+
+    Args:
+        tokens: Tokens `(b, n, d)`.
+        p: Exponents `(groups,)`; one exponent is GeM.
+        order: Permutation `(d,)` of the channels. None takes them as they are.
+
+    Returns:
+        Pooled vectors `(b, d)`, in the original order of the channels.
+    """
     if order is None:
         return pooling.ggem_pool(tokens, p)
     return pooling.ggem_pool(tokens[..., order], p)[..., np.argsort(order)]
@@ -116,7 +129,15 @@ def gem(
 def make_ggem_arm(
     groups: int, order: np.ndarray | None = None, *, p: float = 3.0, exponent_lr: float = 10.0
 ) -> Arm:
-    """Returns GGeM with learned exponents; one group is GeM."""
+    """Returns an arm that pools by GGeM with learned exponents; one group is GeM.
+
+    Args:
+        groups: Number of exponents, a divisor of the channels.
+        order: Permutation `(d,)` of the channels whose contiguous groups share an exponent. None:
+            neighbouring channels share one.
+        p: First value of all exponents.
+        exponent_lr: Learning rate of the exponents over that of the head.
+    """
     return Arm(
         lambda params, tokens: gem(tokens, used_exponents(params["p"]), order),
         {"p": np.full(groups, p, np.float32)},
@@ -125,7 +146,13 @@ def make_ggem_arm(
 
 
 def arms_of(tokens: Tokens) -> dict[str, Arm]:
-    """Returns the poolings to compare, by name; the first ones learn only the head."""
+    """Returns the poolings to compare, by name.
+
+    The poolings before "GeM" learn nothing but the head.
+
+    Args:
+        tokens: The data set, whose channels, heads and class tokens decide which arms there are.
+    """
     d, heads = tokens.channels, tokens.heads
     fixed: dict[str, Pool] = {
         "average": lambda _, x: pooling.avg_pool(x),
@@ -157,14 +184,24 @@ def arms_of(tokens: Tokens) -> dict[str, Arm]:
 
 
 def group_counts(d: int, heads: int) -> list[int]:
-    """Returns half, twice and four times the heads, as far as they divide the channels."""
+    """Returns half, twice and four times the heads, those that are numbers of equal groups.
+
+    Args:
+        d: Number of channels.
+        heads: Number of heads.
+    """
     return [
         count for count in (heads // 2, 2 * heads, 4 * heads) if 1 < count < d and d % count == 0
     ]
 
 
 def attention_pooling(d: int, heads: int) -> Arm:
-    """MAP with its query, projections and MLP, as wide as the tokens."""
+    """Returns the arm of attention pooling (MAP) with its query, projections and MLP.
+
+    Args:
+        d: Channels of a token, which the pooling keeps.
+        heads: Attention heads, a divisor of `d`.
+    """
     config = ViTConfig(patch=1, image=1, width=d, depth=1, heads=heads, mlp_width=2 * d)
     module = MAP(config)
     start = jax.tree.map(
@@ -180,17 +217,26 @@ def attention_pooling(d: int, heads: int) -> Arm:
 
 @dataclass(frozen=True)
 class Probe:
-    """How the heads are trained."""
+    """Settings of the training of the heads."""
 
-    seeds: int = 10
-    epochs: int = 10
-    batch: int = 256
-    lr: float = 1e-2
-    weight_decay: float = 1e-2
+    seeds: int = 10  # number of trainings
+    epochs: int = 10  # of each training
+    batch: int = 256  # images in a step
+    lr: float = 1e-2  # first learning rate of the head; a cosine takes it to 0
+    weight_decay: float = 1e-2  # of AdamW, for matrices only
 
 
 def probe(tokens: Tokens, arm: Arm, how: Probe) -> Probed:
-    """Trains and tests one arm, seed by seed."""
+    """Trains and tests one arm, seed by seed.
+
+    Args:
+        tokens: Training and test tokens of a frozen network.
+        arm: The pooling.
+        how: Number of seeds, and settings of the training.
+
+    Returns:
+        Right and wrong answers, learned exponents, and parameters of the pooling for each seed.
+    """
     splits = [_tokens(tokens, arm, split) for split in ("train", "test")]
     if not arm.start:  # nothing to learn: pooled once
         splits = [_in_parts(partial(_compile(arm), {}), split) for split in splits]
@@ -220,7 +266,14 @@ def probe(tokens: Tokens, arm: Arm, how: Probe) -> Probed:
 
 
 def pool_test_images(tokens: Tokens, arm: Arm, params: Any) -> np.ndarray:
-    """Returns the pooled test images, `(n, d)`, before they are standardised."""
+    """Returns the pooled test images, `(n, d)` in float32, before they are standardised.
+
+    Args:
+        tokens: The data set.
+        arm: The pooling.
+        params: Parameters of the pooling, such as one entry of `Probed.params`. Empty where it has
+            none.
+    """
     return _in_parts(partial(_compile(arm), params), _tokens(tokens, arm, "test"))
 
 

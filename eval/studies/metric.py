@@ -2,15 +2,16 @@
 
     python -m eval.studies.metric --data DIR
 
-The classes that are searched are not trained on. Two real sets, in their zip files: Omniglot has
-136 characters by 20 drawers; half of the characters are trained on, and every drawing of the other
-half is a query for the rest. Corridor has two runs along one corridor; places of the first half are
-trained on, and frames of the second half are searched, those of one run by those of the other,
-right within about two frames.
+The classes that are searched are not trained on. There are two real sets, in their zip files.
+Omniglot has 136 characters by 20 drawers; half of the characters are trained on, and every drawing
+of the other half is a query for the rest. Corridor has two runs along one corridor; places of the
+first half are trained on. Frames of the second half are searched, those of one run by those of the
+other; a frame is right within about two frames of the query.
 
 Small ViTs are trained from scratch by `train.metric`, several seeds each, and compared with raw
-pixels and with the same networks untrained: recall@1 and mean average precision (mAP@R, and by the
-trapezoid rule on the corridor) with 95 % intervals over seeds, and differences seed by seed.
+pixels and with the same networks untrained. The measures are recall@1 and mean average precision
+(mAP@R, and by the trapezoid rule on the corridor), with 95 % intervals over seeds and differences
+seed by seed.
 
 Prints the tables and writes `benchmarks/results/metric_study.csv`. An interrupted study resumes.
 """
@@ -66,7 +67,7 @@ FLAGS = {
     ],
 }  # fmt: skip
 PLACE = 5  # successive frames of the corridor that count as one place
-GAP = 2  # of them, frames that training leaves out before the next place
+GAP = 2  # frames at the end of each place that training leaves out
 
 
 @dataclass(frozen=True)
@@ -78,15 +79,15 @@ class MetricStudy:
     seeds: int = 4  # trainings of each arm
     runs: Path = Path("runs/metric_study")  # folder of the trainings
     out: Path = RESULTS  # CSV file of the results
-    epochs: float | None = None  # of each training; None: 50 and 120
+    epochs: float | None = None  # epochs of each training; None: 50 (Omniglot), 120 (corridor)
 
 
 @dataclass(frozen=True)
 class Apart:
     """Images to train on and others to search, and how well descriptors find the latter."""
 
-    train: Images
-    test: Images
+    train: Images  # with the labels of the classes to train on
+    test: Images  # of other classes or places
     # unit vectors (n, d) of the test images -> recall@1 and precision of each query
     score: Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
     pixels: np.ndarray  # (n, d) of the test images, unit vectors
@@ -104,7 +105,14 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_study(study: MetricStudy) -> None:
-    """Refuses settings that no study can be made of."""
+    """Raises `Refused` for settings that no study can be made of.
+
+    Args:
+        study: Settings of the study.
+
+    Raises:
+        Refused: A set is unknown, there is none, or there are fewer than 2 seeds.
+    """
     unknown = [name for name in study.sets if name not in APART]
     if unknown or not study.sets or study.seeds < 2:
         raise Refused(
@@ -114,7 +122,18 @@ def check_study(study: MetricStudy) -> None:
 
 
 def measure_set(name: str, study: MetricStudy) -> list[dict[str, Any]]:
-    """Trains and measures every arm on a set, and returns a row for each."""
+    """Trains and measures every arm on a set, and returns a row for each.
+
+    Args:
+        name: Name of the set, a key of `APART`.
+        study: Settings of the study.
+
+    Returns:
+        Rows for raw pixels, untrained networks and trained ones, by column.
+
+    Raises:
+        Refused: The set cannot be read, or a training is refused.
+    """
     data = find_data(study.data)
     apart = APART[name](SETS[name](data, Study()))
     values = {"raw pixels": [average(apart.score(apart.pixels))]}
@@ -152,7 +171,14 @@ def measure_set(name: str, study: MetricStudy) -> list[dict[str, Any]]:
 
 
 def make_config(name: str, arm: str, seed: int, study: MetricStudy) -> MetricConfig:
-    """Returns the settings of one training."""
+    """Returns the settings of one training.
+
+    Args:
+        name: Name of the set.
+        arm: Name of the arm, a key of `ARMS`.
+        seed: Seed of the training.
+        study: Settings of the study.
+    """
     pool, loss = ARMS[arm]
     # margins for images, not faces: ArcFace's 0.5 at scale 64 is for millions of them
     own = ["--metric.scale", "20", "--metric.margin", "0.2"] if loss == "arcface" else []
@@ -166,7 +192,12 @@ def make_config(name: str, arm: str, seed: int, study: MetricStudy) -> MetricCon
 
 
 def describe_untrained(config: MetricConfig, apart: Apart) -> np.ndarray:
-    """Returns the descriptors of the test images by the network before its training, `(n, d)`."""
+    """Returns the descriptors `(n, dim)` of the test images by a network before its training.
+
+    Args:
+        config: Settings of the training, with its seed.
+        apart: Images of the set.
+    """
     steps = make_metric_steps(
         config,
         len(apart.train.classes),
@@ -176,13 +207,24 @@ def describe_untrained(config: MetricConfig, apart: Apart) -> np.ndarray:
 
 
 def average(scored: tuple[np.ndarray, np.ndarray]) -> tuple[float, float]:
-    """Returns the means of both measures over the queries that have a right answer."""
+    """Returns the means of both measures over the queries that have a right answer.
+
+    Args:
+        scored: Recall@1 and precision of each query, `(q,)` each; NaN is left out.
+    """
     recall, precision = (float(np.nanmean(values)) for values in scored)
     return recall, precision
 
 
 def omniglot(whole: Set) -> Apart:
-    """Divides the characters, once and for all: one half to train on, the other to search."""
+    """Divides the characters with a fixed seed: one half to train on, the other to search.
+
+    Args:
+        whole: The set, as `eval.studies.retrieval.omniglot` returns it.
+
+    Returns:
+        The images, scored by recall@1 and mAP@R with every test image as a query.
+    """
     names = np.array([name.rpartition("/")[0] for name in whole.names])
     classes, labels = np.unique(names, return_inverse=True)
     images = hold_images(
@@ -210,6 +252,13 @@ def corridor(whole: Set) -> Apart:
     """Divides the corridor: places of its first half to train on, frames of the second to search.
 
     The frames of one run are the queries, those of the other the database.
+
+    Args:
+        whole: The set, as `eval.studies.retrieval.corridor` returns it.
+
+    Returns:
+        The images, scored by recall@1 and average precision; the test images are first the queries,
+        then the database.
     """
     count = len(whole.queries)
     half = count // 2
@@ -220,7 +269,8 @@ def corridor(whole: Set) -> Apart:
     kept = np.unique(places[shown])
     labels = np.searchsorted(kept, places[shown]).astype(np.int32)
     train_set = hold_images(whole, shown, tuple(f"place {place}" for place in kept), labels)
-    first = half + 2 * GAP  # neither these nor what is right of them has been trained on
+    # neither these frames nor the right answers to them have been trained on
+    first = half + 2 * GAP
     queries, database = whole.queries[first:], whole.database[first:]
     relevance = [
         Relevance(own.positive[own.positive >= first] - first, np.array([], int))
@@ -249,7 +299,14 @@ APART: dict[str, Callable[[Set], Apart]] = {"omniglot": omniglot, "corridor": co
 def hold_images(
     whole: Set, places: np.ndarray, classes: tuple[str, ...], labels: np.ndarray
 ) -> Images:
-    """Returns some of the images of a set, read once."""
+    """Returns some of the images of a set, read once into memory.
+
+    Args:
+        whole: The set.
+        places: Places `(n,)` of the images in `whole.names`.
+        classes: Names of the classes.
+        labels: Labels `(n,)` of the images, int32.
+    """
     return hold_in_memory([whole.read(whole.names[place]) for place in places], labels, classes)
 
 
@@ -259,9 +316,12 @@ def make_columns(
     """Returns both measures with intervals over seeds, and differences of recall@1 seed by seed.
 
     Args:
-        arm: name of the arm.
-        found: `(seeds, 2)` recall@1 and precision of the arm.
-        values: the same of all arms, by name.
+        arm: Name of the arm.
+        found: Recall@1 and precision of the arm, `(seeds, 2)`.
+        values: The same of all arms, by name.
+
+    Returns:
+        Text by column; a difference that does not apply is empty.
     """
     row: dict[str, Any] = {}
     for i, name in enumerate(("recall_at_1", "average_precision")):
@@ -280,7 +340,11 @@ def make_columns(
 
 
 def make_set_table(rows: list[dict[str, Any]]) -> str:
-    """Returns the table of one set in Markdown, in percent."""
+    """Returns the table of one set in Markdown, in percent.
+
+    Args:
+        rows: Rows of the set, as `measure_set` returns them.
+    """
     first = rows[0]
     title = (
         f"## {first['set']}: {first['train']} images of {first['train_classes']} classes trained"

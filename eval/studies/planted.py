@@ -2,7 +2,7 @@
 
     python -m eval.studies.planted
 
-Tokens are noise with planted evidence, in two halves of the channels that say two independent
+Tokens are noise with planted evidence. The channels have two halves, which say two independent
 things about the label:
 
 - sparse half: one token of the image carries a strong bump in the channels of its class, and the
@@ -51,9 +51,9 @@ class Planted:
     tokens: int = 49  # tokens of an image
     channels: int = 32  # half of them sparse, half dense
     classes: int = 8  # classes that each half separates; a label is a pair of them
-    bump: float = 4.0  # of the sparse evidence, in standard deviations of the noise
-    shift: float = 0.35  # of the dense evidence
-    lr: float = 5e-2  # of the head and of p alike
+    bump: float = 4.0  # height of the sparse evidence, in standard deviations of the noise
+    shift: float = 0.35  # height of the dense evidence, in the same unit
+    lr: float = 5e-2  # learning rate of the head and of p
     json: bool = False  # print one JSON object
 
 
@@ -79,7 +79,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_config(config: Planted) -> None:
-    """Refuses settings that no experiment can be made of."""
+    """Raises `Refused` for settings that no experiment can be made of.
+
+    Args:
+        config: Settings of the experiment.
+
+    Raises:
+        Refused: There are fewer than 2 seeds, the channels are not a multiple of 4, a count is
+            below 1, or a number is not finite.
+    """
     if config.seeds < 2 or config.channels < 4 or config.channels % 4:
         raise Refused(
             f"--seeds must be at least 2 and --channels a multiple of 4, not {config.seeds} and"
@@ -97,7 +105,7 @@ def check_config(config: Planted) -> None:
 class Result:
     """One arm over all seeds."""
 
-    correct: np.ndarray  # (seeds, test) bool
+    correct: np.ndarray  # (seeds, test) bool: whether the answer is right
     p: np.ndarray  # (seeds, groups); no groups where nothing is learned
 
     @property
@@ -107,7 +115,11 @@ class Result:
 
 
 def run(config: Planted) -> dict[str, Result]:
-    """Trains and tests every arm."""
+    """Trains and tests every arm, and returns its results by name.
+
+    Args:
+        config: Settings of the experiment, as `check_config` accepts them.
+    """
     seeds = jnp.arange(config.seeds)
     results = {}
     for name, (start, pool) in make_arms(config).items():
@@ -119,9 +131,12 @@ def run(config: Planted) -> dict[str, Result]:
 
 
 def make_arms(config: Planted) -> dict[str, tuple[list[float], Callable[..., Array]]]:
-    """Returns each arm's first exponents and its pooling (tokens, p, key of the seed).
+    """Returns each arm's first exponents and its pooling (tokens, p, key of the seed), by name.
 
     The exponents are in the order of the channels, sparse half first.
+
+    Args:
+        config: Settings of the experiment.
     """
 
     def in_random_groups(tokens, p, key):
@@ -148,13 +163,13 @@ def train_and_test(
     """Returns right or wrong for each test image, and the learned exponents, of one seed.
 
     Args:
-        seed: of codes, draws and groups.
-        config: the experiment.
-        start: first exponents.
-        pool: (tokens, p, key of the seed) -> descriptors.
+        seed: Seed of codes, draws and random groups.
+        config: Settings of the experiment.
+        start: First exponents; an empty list learns none.
+        pool: Function (tokens `(b, n, d)`, p, key of the seed) -> descriptors `(b, d)`.
 
     Returns:
-        `(test,)` bool and `(exponents,)`.
+        Answers `(test,)` bool, and exponents `(exponents,)`.
     """
     key = jax.random.key(seed)
     code_key, test_key, train_key = jax.random.split(key, 3)
@@ -191,7 +206,14 @@ def train_and_test(
 def draw_codes(key: PRNGKeyArray, config: Planted) -> Float[Array, "2 classes channels"]:
     """Returns the channels that show the evidence of each half and class, as 0 and 1.
 
-    They are a quarter of the half.
+    Each code has a quarter of the half's channels, which are half of all.
+
+    Args:
+        key: Source of the random numbers.
+        config: Settings of the experiment.
+
+    Returns:
+        Codes `(2, classes, channels / 2)`, the sparse half first.
     """
     half = config.channels // 2
 
@@ -207,13 +229,14 @@ def draw(
     """Returns images and their labels.
 
     Args:
-        key: source of the random numbers.
-        count: number of images.
-        codes: channels of the evidence, as `draw_codes` returns them.
-        config: the experiment.
+        key: Source of the random numbers.
+        count: Number of images.
+        codes: Channels of the evidence, as `draw_codes` returns them.
+        config: Settings of the experiment.
 
     Returns:
-        `(count, tokens, channels)`, the sparse half of the channels first, and `(count,)`.
+        Tokens `(count, tokens, channels)`, the sparse half of the channels first, and labels
+        `(count,)`.
     """
     noise_key, class_key, place_key = jax.random.split(key, 3)
     sparse, dense = jax.random.randint(class_key, (2, count), 0, config.classes)
@@ -232,7 +255,11 @@ def draw(
 
 
 def summarise(results: dict[str, Result]) -> dict[str, Any]:
-    """Returns what `--json` prints of each arm."""
+    """Returns the entry of each arm in the object that `--json` prints.
+
+    Args:
+        results: Results by arm, as `run` returns them.
+    """
     ggem = results["GGeM"]
     return {
         name: {
@@ -247,7 +274,13 @@ def summarise(results: dict[str, Result]) -> dict[str, Any]:
 
 
 def show(results: dict[str, Result], config: Planted, seconds: float) -> None:
-    """Prints the table for people; for exponents per channel it prints the mean of each half."""
+    """Prints the results as a table; for exponents per channel it prints the mean of each half.
+
+    Args:
+        results: Results by arm, as `run` returns them.
+        config: Settings of the experiment.
+        seconds: Duration of the experiment.
+    """
     print(
         f"{config.seeds} seeds, {config.steps} steps of {config.batch} images, {config.test} test"
         " images; mean over seeds [95 % interval]"
@@ -269,7 +302,11 @@ def show(results: dict[str, Result], config: Planted, seconds: float) -> None:
 
 
 def average_halves(p: np.ndarray) -> np.ndarray:
-    """Returns the exponents as `(groups, seeds)`; of more than two groups the mean of each half."""
+    """Returns the exponents as `(groups, seeds)`; of more than two groups the mean of each half.
+
+    Args:
+        p: Exponents `(seeds, groups)`, in the order of the channels.
+    """
     return p.T if p.shape[1] <= 2 else p.reshape(len(p), 2, -1).mean(axis=2).T
 
 

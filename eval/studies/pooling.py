@@ -65,8 +65,8 @@ from train.prepare import read_packed
 
 ROOT = Path(__file__).parent.parent.parent
 PARTS = ("planted", "imagenette", "cifar10-frozen", "cifar10")
-# of the 1,280 of EfficientNet-Lite0's last map, drawn once and for all: what two cores train in
-# minutes
+# Channels that are kept of the 1,280 of EfficientNet-Lite0's last map, drawn with a fixed seed. Two
+# cores train so many in minutes.
 CHANNELS = 192
 ASSUMED_HEADS = 8  # groups of a network without heads
 EVIDENCE = 1000  # test images that dependence is measured on
@@ -79,11 +79,11 @@ class PoolingStudy:
     # folder with imagenette-224-mini and cifar10-jpeg; None: $GGEM_SHARED/data
     data: Path | None = None
     parts: tuple[str, ...] = PARTS  # which of the four to run
-    seeds: int = 10  # of the designs on frozen tokens, and of planted
+    seeds: int = 10  # number of seeds on frozen tokens and of planted
     trainings: int = 3  # seeds of the networks trained end to end
-    pictures: int = 10_000  # of CIFAR-10 that these are trained on
-    epochs: float = 5.0  # of each
-    probe_epochs: int = 10  # of each head on frozen tokens
+    pictures: int = 10_000  # images of CIFAR-10 that these networks are trained on
+    epochs: float = 5.0  # epochs of each of these trainings
+    probe_epochs: int = 10  # epochs of each head on frozen tokens
     # file of the network that the part imagenette uses; None: EfficientNet-Lite0
     weights: Path | None = None
     runs: Path = Path("runs/pooling_study")  # networks and intermediate results
@@ -116,7 +116,15 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def check_study(study: PoolingStudy) -> None:
-    """Refuses settings that no study can be made of."""
+    """Raises `Refused` for settings that no study can be made of.
+
+    Args:
+        study: Settings of the study.
+
+    Raises:
+        Refused: A part is unknown, a number is too small, or a result cannot be written where it
+            should go.
+    """
     unknown = [part for part in study.parts if part not in PARTS]
     if unknown or not study.parts:
         raise Refused(
@@ -139,7 +147,11 @@ def check_study(study: PoolingStudy) -> None:
 
 
 def study_settings(study: PoolingStudy) -> dict[str, Any]:
-    """Returns the settings that the results depend on."""
+    """Returns the settings that the results depend on, by name.
+
+    Args:
+        study: Settings of the study.
+    """
     return {
         name: getattr(study, name)
         for name in ("seeds", "trainings", "pictures", "epochs", "probe_epochs")
@@ -147,7 +159,18 @@ def study_settings(study: PoolingStudy) -> dict[str, Any]:
 
 
 def load_or_run(part: str, study: PoolingStudy) -> dict[str, Any]:
-    """Returns the results of a part: kept ones with the same settings, otherwise new ones."""
+    """Returns the results of a part: stored ones with the same settings, otherwise new ones.
+
+    Args:
+        part: Name of the part, one of `PARTS`.
+        study: Settings of the study; new results are stored in its folder `runs`.
+
+    Returns:
+        "arms", "differences" and "machine", and what else the part measures, as JSON values.
+
+    Raises:
+        Refused: The data or the weights are missing, or a training is refused.
+    """
     path = study.runs / f"{part}.json"
     made_by = {
         **study_settings(study),
@@ -162,7 +185,7 @@ def load_or_run(part: str, study: PoolingStudy) -> dict[str, Any]:
         if before["made_by"] == made_by:
             return before["found"]
     except (OSError, ValueError, KeyError, TypeError):
-        pass  # not there, or not whole: made again
+        pass  # missing or incomplete: the part runs again
     match part:
         case "planted":
             found = run_planted(study)
@@ -179,7 +202,14 @@ def load_or_run(part: str, study: PoolingStudy) -> dict[str, Any]:
 
 
 def run_planted(study: PoolingStudy) -> dict[str, Any]:
-    """Returns accuracies and exponents where the answer is known."""
+    """Returns the results of the part planted, where the answer is known.
+
+    Args:
+        study: Settings of the study.
+
+    Returns:
+        "arms" with accuracies and exponents, and "differences" with intervals over seeds.
+    """
     results = planted.run(planted.Planted(seeds=study.seeds))
     ggem = results["GGeM"].accuracy  # each seed has its own images: over seeds alone
     less = {
@@ -194,7 +224,16 @@ def run_planted(study: PoolingStudy) -> dict[str, Any]:
 
 
 def run_frozen(tokens: Tokens, study: PoolingStudy) -> dict[str, Any]:
-    """Returns the results of every arm on the same tokens."""
+    """Returns the results of every arm of `arms_of` on the same frozen tokens.
+
+    Args:
+        tokens: The data set.
+        study: Settings of the study.
+
+    Returns:
+        "arms", "differences", "dependence", "amplification" and "retrieval", and the sizes of the
+        data, as JSON values.
+    """
     how = Probe(seeds=study.seeds, epochs=study.probe_epochs)
     arms, results = arms_of(tokens), {}
     for name, arm in arms.items():
@@ -234,7 +273,15 @@ def measure_pooled_dependence(
 ) -> dict[str, Any]:
     """Returns scores of dependence between the blocks of the pooled vector.
 
-    The blocks are neighbours, as many as heads; random blocks are the null.
+    The blocks are of neighbouring channels, as many as heads; random blocks are the null.
+
+    Args:
+        tokens: The data set; its first `EVIDENCE` test images are used.
+        arms: The poolings, by name.
+        results: Their results, by name.
+
+    Returns:
+        Arm -> "blocks" or "random" -> score -> a value for each seed, at most three.
     """
     names = ("average", "positive average", "GeM", "GGeM")
     blocks = {
@@ -256,7 +303,12 @@ def measure_pooled_dependence(
 def measure_dependence(
     descriptors: list[np.ndarray], blocks: dict[str, np.ndarray]
 ) -> dict[str, dict[str, list[float]]]:
-    """Returns kind of blocks -> score -> its mean over pairs of blocks, for each descriptor."""
+    """Returns kind of blocks -> score -> its mean over pairs of blocks, for each array.
+
+    Args:
+        descriptors: Arrays `(n, d)`, such as one for each seed.
+        blocks: Blocks `(groups, d / groups)` by kind.
+    """
     return {
         kind: {
             score: [
@@ -271,10 +323,20 @@ def measure_dependence(
 def measure_amplification(
     tokens: Tokens, arms: dict[str, Arm], results: dict[str, Probed]
 ) -> dict[str, Any]:
-    """Returns whether channels that separate the classes are made larger than others.
+    """Returns whether channels that separate the classes are amplified more than others.
 
-    It is the rank correlation of both, for each seed. That every channel is made larger than under
-    the average of positive values follows from the inequality of power means, so it is no evidence.
+    It is the rank correlation of amplification and Fisher score over the channels. That every
+    channel is larger than under the average of positive values follows from the inequality of power
+    means, so that alone is no evidence.
+
+    Args:
+        tokens: The data set, of which the test images are used.
+        arms: The poolings, by name.
+        results: Their results, by name.
+
+    Returns:
+        "rank_correlation" and "gini" of "GeM" and of "GGeM", a list over seeds each, and
+        "gini_of_reference".
     """
     reference = pool_test_images(tokens, arms["positive average"], {})
     usefulness = diagnostics.fisher_scores(reference, tokens.test_labels)
@@ -293,7 +355,14 @@ def measure_amplification(
 
 
 def sweep_retrieval(tokens: Tokens) -> dict[str, Any]:
-    """Returns recall@1 and mAP@R among the test images for fixed poolings, nothing trained."""
+    """Returns recall@1 and mAP@R among the test images for fixed poolings, without any training.
+
+    Args:
+        tokens: The data set, of which the first 2,000 test images are used.
+
+    Returns:
+        Pooling -> "recall@1" and "map@r", from 0 to 1.
+    """
     pools: dict[str, Any] = {"average": pooling.avg_pool, "max": pooling.max_pool}
     pools |= {f"GeM, p = {p:g}": lambda x, p=p: pooling.gem_pool(x, p) for p in (1, 2, 3, 4, 6, 10)}
     found = {}
@@ -316,7 +385,17 @@ def _without_parameters(pool: Callable[[Array], Array]) -> Pool:
 
 
 def run_trained(study: PoolingStudy) -> dict[str, Any]:
-    """Returns the results of networks trained end to end, and how much their heads depend."""
+    """Returns the results of networks trained end to end on CIFAR-10.
+
+    Args:
+        study: Settings of the study.
+
+    Returns:
+        "arms", "differences" and "dependence", as JSON values.
+
+    Raises:
+        Refused: The data are missing, or a training is refused.
+    """
     data = cifar.read_cifar10(find_data(study.data) / "cifar10-jpeg", study.pictures)
     correct: dict[str, list[np.ndarray]] = {arm: [] for arm in cifar.ARMS}
     exponents: dict[str, list[np.ndarray]] = {arm: [] for arm in cifar.ARMS}
@@ -348,9 +427,18 @@ def run_trained(study: PoolingStudy) -> dict[str, Any]:
 
 
 def measure_head_dependence(network: cifar.Network, data: Any) -> dict[str, Any]:
-    """Returns scores between the heads of the last attention, before they are mixed, and of blocks.
+    """Returns scores of dependence between heads, and between blocks of the descriptor.
 
-    The blocks are those of the descriptor; random blocks are the null.
+    The heads are those of the last attention, before its output projection mixes them. The blocks
+    of the descriptor are neighbouring channels, as many as heads. Random blocks are the null of
+    both.
+
+    Args:
+        network: A trained network.
+        data: Training and test images; the first `EVIDENCE` test images are used.
+
+    Returns:
+        Kind of blocks -> score -> a list of one value.
     """
     heads, descriptor = cifar.describe_heads(network, data[1].take(np.arange(EVIDENCE)))
     d, count = descriptor.shape[1], network.config.model.heads
@@ -360,7 +448,11 @@ def measure_head_dependence(network: cifar.Network, data: Any) -> dict[str, Any]
 
 
 def merge_seeds(values: list[dict[str, Any]]) -> dict[str, Any]:
-    """Returns kind of blocks -> score -> one list over seeds."""
+    """Returns kind of blocks -> score -> one list over seeds.
+
+    Args:
+        values: Results of `measure_head_dependence`, one for each seed.
+    """
     return {
         kind: {score: [own[kind][score][0] for own in values] for score in values[0][kind]}
         for kind in values[0]
@@ -371,9 +463,13 @@ def compute_imagenette(data: Path, weights: Path | None = None) -> Tokens:
     """Returns the tokens of a frozen network on Imagenette.
 
     Args:
-        data: The folder of the packed sets.
-        weights: A file of a network with tokens or a feature map; None is EfficientNet-Lite0, whose
-            last map has 7 x 7 places, of which `CHANNELS` channels are kept.
+        data: Folder of the packed sets.
+        weights: File of a network with tokens or a feature map. None takes EfficientNet-Lite0,
+            whose last map has 7 x 7 places. Of a network without heads, `CHANNELS` channels are
+            kept.
+
+    Raises:
+        Refused: The data or the weights cannot be read.
     """
     _, splits = read_packed(data / "imagenette-224-mini")
     try:
@@ -396,7 +492,16 @@ def compute_imagenette(data: Path, weights: Path | None = None) -> Tokens:
 
 
 def compute_own_tokens(study: PoolingStudy) -> Tokens:
-    """Returns the patch tokens of the ViT that was trained with its class token and seed 0."""
+    """Returns the patch tokens of the ViT of CIFAR-10 with a class token and seed 0.
+
+    The network is trained first, unless its run is complete.
+
+    Args:
+        study: Settings of the study.
+
+    Raises:
+        Refused: The data are missing, or the training is refused.
+    """
     data = cifar.read_cifar10(find_data(study.data) / "cifar10-jpeg", study.pictures)
     network = cifar.train_network("class token", 0, data, study.runs / "cifar10", study.epochs)
     arrays: dict[str, np.ndarray] = {}
@@ -412,7 +517,12 @@ def compute_own_tokens(study: PoolingStudy) -> Tokens:
 
 
 def summarise_arm(correct: np.ndarray, p: np.ndarray) -> dict[str, Any]:
-    """Returns accuracy with its interval over seeds, every seed, and the learned exponents."""
+    """Returns the accuracy with its interval over seeds, that of every seed, and the exponents.
+
+    Args:
+        correct: Right and wrong answers `(seeds, images)`.
+        p: Learned exponents `(seeds, exponents)`.
+    """
     accuracy = correct.mean(axis=1)
     return {
         "accuracy": dataclasses.asdict(mean(accuracy)),
@@ -422,7 +532,12 @@ def summarise_arm(correct: np.ndarray, p: np.ndarray) -> dict[str, Any]:
 
 
 def compare(first: np.ndarray, second: np.ndarray) -> dict[str, float]:
-    """Returns the accuracy of the first less that of the second, `(seeds, images)` each."""
+    """Returns the accuracy of one arm less that of another, with its interval.
+
+    Args:
+        first: Answers `(seeds, images)` of one arm, as 0 and 1, or means of several.
+        second: Answers `(seeds, images)` of the other arm, with the same seeds and images.
+    """
     return dataclasses.asdict(pigeonhole_bootstrap(first.astype(float) - second))
 
 

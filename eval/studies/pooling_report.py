@@ -1,4 +1,4 @@
-"""The report of `eval.studies.pooling`: claims, tables and charts, from its results alone."""
+"""Writes the report of `eval.studies.pooling` from its results: claims, tables and charts."""
 
 import csv
 from collections.abc import Iterator
@@ -33,7 +33,7 @@ RIVALS = (
     "max",
     "GeM",
     "positive average",
-)  # that the abstract of the paper names, and the control
+)  # the poolings that the abstract of the paper names, and the control
 PLANTED_RIVALS = (
     "average",
     "positive average",
@@ -69,15 +69,15 @@ ABOUT = {
 class Claim:
     """One claim of the paper on one data set; its interval lies above 0 where the claim holds."""
 
-    claim: str
-    data: str
-    measured: str
-    interval: Interval
-    percent: bool = True
+    claim: str  # in words
+    data: str  # short name of the data set
+    measured: str  # name of the measure
+    interval: Interval  # of the difference
+    percent: bool = True  # whether the difference is shown in points, with two decimals
 
     @property
     def verdict(self) -> str:
-        """Whether the interval supports the claim."""
+        """The word "supported", "not supported" or "undecided", according to the interval."""
         if not np.isfinite([self.interval.low, self.interval.high]).all():
             return "undecided"
         return (
@@ -89,7 +89,7 @@ class Claim:
         )
 
     def cells(self) -> tuple[str, ...]:
-        """Returns the row of the table."""
+        """Returns the cells of the claim's row in the table of claims."""
         difference = format_interval(
             self.interval, percent=self.percent, digits=2 if self.percent else 4, sign=True
         )
@@ -103,14 +103,18 @@ def write_report(
     machine: dict[str, str],
     retrieval: Path,
 ) -> str:
-    """Writes the page and its charts, and returns the claims as a table.
+    """Writes the page and its charts, and returns the claims as a table in Markdown.
 
     Args:
-        path: the page; its charts go to a folder of the same name without the ending.
-        found: the results by part.
-        settings: what they depend on.
-        machine: where they were measured.
-        retrieval: results of `eval.studies.metric`, if there are any.
+        path: File of the page. Its charts go to a folder of the same name without the ending.
+        found: Results by part, as `eval.studies.pooling.load_or_run` returns them.
+        settings: Settings that the results depend on, for the head of the page.
+        machine: Date, device and versions, as `describe_machine` returns them.
+        retrieval: CSV file of `eval.studies.metric`. If it does not exist, there are no claims on
+            retrieval.
+
+    Raises:
+        OSError: The page or a chart cannot be written.
     """
     claims = list(make_claims(found, retrieval))
     folder = path.with_suffix("")
@@ -133,7 +137,12 @@ def write_report(
 
 
 def make_claims(found: dict[str, Any], retrieval: Path) -> Iterator[Claim]:
-    """Yields every claim with what was measured."""
+    """Yields every claim with its measured interval.
+
+    Args:
+        found: Results by part, as in `write_report`.
+        retrieval: CSV file of `eval.studies.metric`, which may be missing.
+    """
     for part, own in found.items():
         rivals = PLANTED_RIVALS if part == "planted" else RIVALS
         for rival in rivals:
@@ -171,9 +180,13 @@ def make_claims(found: dict[str, Any], retrieval: Path) -> Iterator[Claim]:
 
 
 def make_dependence_claims(dependence: dict[str, Any]) -> Iterator[Claim]:
-    """Yields the claims on dependence, training by training.
+    """Yields the claims on dependence.
 
-    Each compares the excess of named blocks over random ones, that of a rival less that of GGeM.
+    Each compares the excess of named blocks over random ones: that of a rival less that of GGeM,
+    training by training.
+
+    Args:
+        dependence: Pooling -> kind of blocks -> score -> a value for each training.
     """
     for kind, null, what in (
         ("heads", "random channels of heads", "heads of the last attention"),
@@ -196,12 +209,24 @@ def make_dependence_claims(dependence: dict[str, Any]) -> Iterator[Claim]:
 
 
 def are_same(own: dict[str, Any], one: str, other: str) -> bool:
-    """Returns whether two arms gave the same everywhere, as on tokens that are not negative."""
+    """Returns whether two arms have the same accuracies in all seeds.
+
+    Averages of all values and of positive values are the same where no token is negative.
+
+    Args:
+        own: Results of a part.
+        one: Name of an arm.
+        other: Name of another arm.
+    """
     return own["arms"][one]["by_seed"] == own["arms"][other]["by_seed"]
 
 
 def make_retrieval_claims(path: Path) -> Iterator[Claim]:
-    """Yields the claims on retrieval from the rows of `eval.studies.metric`, if there are any."""
+    """Yields the claims on retrieval from the rows of `eval.studies.metric`.
+
+    Args:
+        path: The CSV file; a missing one gives no claims.
+    """
     if not path.is_file():
         return
     with path.open(newline="") as file:
@@ -221,7 +246,13 @@ def make_retrieval_claims(path: Path) -> Iterator[Claim]:
 
 
 def make_section(part: str, own: dict[str, Any], folder: Path) -> str:
-    """Returns one part of the page, and draws its charts."""
+    """Draws the charts of a part, and returns its section of the page in Markdown.
+
+    Args:
+        part: Name of the part, a key of `TITLES`.
+        own: Results of the part.
+        folder: Existing folder of the charts.
+    """
     text = f"\n## {TITLES[part]}\n\n"
     if "tokens" in own:
         tokens, channels = own["tokens"]
@@ -274,7 +305,11 @@ def make_section(part: str, own: dict[str, Any], folder: Path) -> str:
 
 
 def make_dependence_table(own: dict[str, Any]) -> str:
-    """Returns the scores of dependence as a table."""
+    """Returns the scores of dependence as a table in Markdown.
+
+    Args:
+        own: Results of a part that has `dependence`.
+    """
     rows = []
     for name, kinds in own["dependence"].items():
         for kind, scores in kinds.items():
@@ -293,7 +328,11 @@ def make_dependence_table(own: dict[str, Any]) -> str:
 
 
 def make_amplification_table(found: dict[str, Any]) -> str:
-    """Returns rank correlations and Gini coefficients as a table."""
+    """Returns rank correlations and Gini coefficients as a table in Markdown, with an introduction.
+
+    Args:
+        found: Results of `eval.studies.pooling.measure_amplification`.
+    """
     rows = []
     for name in ("GeM", "GGeM"):
         values = [mean(np.array(found[name][score])) for score in ("rank_correlation", "gini")]
@@ -310,7 +349,16 @@ def make_amplification_table(found: dict[str, Any]) -> str:
 
 
 def accuracy_chart(part: str, own: dict[str, Any], folder: Path) -> Path:
-    """Draws the accuracy of every arm with its interval and every seed."""
+    """Draws the accuracy of every arm with its interval and every seed.
+
+    Args:
+        part: Name of the part, a key of `SHORT`.
+        own: Results of the part.
+        folder: Existing folder of the charts.
+
+    Returns:
+        Path of the PNG file.
+    """
     figure, axis = make_figure(6.4, 0.26 * len(own["arms"]) + 1.1)
     names = list(own["arms"])[::-1]
     for place, name in enumerate(names):
@@ -331,7 +379,16 @@ def accuracy_chart(part: str, own: dict[str, Any], folder: Path) -> Path:
 
 
 def group_chart(part: str, own: dict[str, Any], folder: Path) -> Path | None:
-    """Draws the accuracy over the number of groups, of neighbouring channels and of random ones."""
+    """Draws the accuracy over the number of groups, for neighbouring channels and for random ones.
+
+    Args:
+        part: Name of the part, a key of `SHORT`.
+        own: Results of the part.
+        folder: Existing folder of the charts.
+
+    Returns:
+        Path of the PNG file, or None where the part does not vary the number of groups.
+    """
     if "heads" not in own:
         return None
     heads, channels = own["heads"], own["tokens"][1]
@@ -365,7 +422,16 @@ def group_chart(part: str, own: dict[str, Any], folder: Path) -> Path | None:
 
 
 def dependence_chart(part: str, own: dict[str, Any], folder: Path) -> Path | None:
-    """Draws every score of dependence by pooling, blocks beside their null."""
+    """Draws every score of dependence by pooling, blocks beside their null.
+
+    Args:
+        part: Name of the part, a key of `SHORT`.
+        own: Results of the part.
+        folder: Existing folder of the charts.
+
+    Returns:
+        Path of the PNG file, or None where the part has no scores of dependence.
+    """
     if "dependence" not in own:
         return None
     kinds = list(next(iter(own["dependence"].values())))
@@ -387,7 +453,13 @@ def dependence_chart(part: str, own: dict[str, Any], folder: Path) -> Path | Non
 
 
 def make_figure(width: float, height: float, *, columns: int = 1) -> Any:
-    """Returns a figure and its axes, without a display."""
+    """Returns a matplotlib figure and its axes, without a display.
+
+    Args:
+        width: Width in inches.
+        height: Height in inches.
+        columns: Number of axes side by side. One gives the axes themselves, more give an array.
+    """
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained")
@@ -395,20 +467,34 @@ def make_figure(width: float, height: float, *, columns: int = 1) -> Any:
 
 
 def save(figure: Any, path: Path) -> Path:
-    """Writes a chart and returns its path."""
+    """Writes a chart as a PNG file and returns its path.
+
+    Args:
+        figure: The matplotlib figure.
+        path: The file; it is replaced.
+    """
     with replacing(path) as temporary:
         figure.savefig(temporary, format="png", dpi=90, metadata={"Software": None})
     return path
 
 
 def error_bar(accuracy: dict[str, float], place: int) -> tuple[Any, ...]:
-    """Returns value, place and ends, as matplotlib takes them."""
+    """Returns x, y, y error and x error of an accuracy in percent, as `Axes.errorbar` takes them.
+
+    Args:
+        accuracy: "value", "low" and "high", from 0 to 1.
+        place: The y coordinate.
+    """
     value, low, high = (100 * accuracy[end] for end in ("value", "low", "high"))
     return value, place, None, [[value - low], [high - value]]
 
 
 def format_exponents(p: list[list[float]]) -> str:
-    """Returns the learned exponents, each the mean over seeds; of more than 8 their range."""
+    """Returns the learned exponents as text, each the mean over seeds; of more than 8 the range.
+
+    Args:
+        p: Exponents `(seeds, exponents)`. Where nothing is learned, the text is empty.
+    """
     values = np.array(p)
     if not values.size:
         return ""

@@ -23,8 +23,8 @@ TEMPLATE = Path(__file__).parent / "templates" / "demo.html"
 class Arm:
     """One pooling over all seeds."""
 
-    name: str
-    correct: np.ndarray  # (seeds, images) bool
+    name: str  # of the pooling
+    correct: np.ndarray  # (seeds, images) bool: whether the first answer is right
     histories: list[list[dict[str, Any]]]  # evaluations of each seed, as in metrics.jsonl
     predictions: Predictions  # of the first seed
 
@@ -48,7 +48,7 @@ class Arm:
         return steps, np.array(p)
 
     def exponents(self) -> str:
-        """Returns the learned exponents, each the mean over seeds."""
+        """Returns the learned exponents after training, each the mean over seeds, as text."""
         return " ".join(f"{p:.2f}" for p in self.p_over_steps()[1][:, -1].mean(axis=0))
 
 
@@ -57,21 +57,23 @@ class Digit:
     """An image of the page with the answers of all poolings."""
 
     source: str  # data URI
-    label: str
-    answers: list[tuple[str, str, bool, str]]  # pooling, its answer, whether that is right, percent
+    label: str  # name of its class
+    # pooling, the class that it answers, whether that is right, its probability in percent
+    answers: list[tuple[str, str, bool, str]]
 
 
 def write_report(path: Path, arms: list[Arm], images: Images, facts: dict[str, str]) -> Path:
     """Writes the page and returns its path.
 
     Args:
-        path: the page.
-        arms: the poolings; the last one is compared with the others.
-        images: the evaluation images.
-        facts: what stands at the head of the page, by name.
+        path: File of the page; it is replaced.
+        arms: The poolings, all with the same images and seeds. The last one is compared with the
+            others.
+        images: The evaluation images.
+        facts: Facts at the head of the page, by name.
 
     Raises:
-        OSError: the page cannot be written.
+        OSError: The page cannot be written.
     """
     one_model = statistics.proportion(arms[-1].correct[0])  # over the draw of the images
     pieces = render_page(

@@ -2,11 +2,11 @@
 
     python -m eval.studies.retrieval --data DIR
 
-EfficientNet-Lite0 with its ImageNet weights on three sets, in their zip files: places along a
-corridor, handwritten characters (Omniglot), and ten photos of one landmark among 2,000 photographs
-(an easy test). Every pooling with every reranker: recall@1 and mean average precision with 95 %
-bootstrap intervals over queries, and paired differences to the average and to no reranking. Pixels
-as descriptors are the reference point.
+EfficientNet-Lite0 with its ImageNet weights describes three sets, in their zip files: places along
+a corridor, handwritten characters (Omniglot), and ten photos of one landmark among 2,000
+photographs (an easy test). The study evaluates every pooling with every reranker: recall@1 and mean
+average precision with 95 % bootstrap intervals over queries, and paired differences to the average
+and to no reranking. Pixels as descriptors are the reference point.
 
 Prints the tables and writes `benchmarks/results/retrieval_study.csv`, which
 `docs/retrieval_study.md` reports. Takes minutes on two CPU cores.
@@ -63,10 +63,14 @@ class Study:
 
 
 def find_data(data: Path | None) -> Path:
-    """Returns the folder of the sets: the given one, or that in the folder that GGEM_SHARED names.
+    """Returns the folder of the sets.
+
+    Args:
+        data: The folder. None takes the folder `data` in the one that the variable GGEM_SHARED
+            names.
 
     Raises:
-        Refused: neither is given.
+        Refused: `data` is None and GGEM_SHARED is not set.
     """
     found = data or (
         Path(os.environ["GGEM_SHARED"]) / "data" if "GGEM_SHARED" in os.environ else None
@@ -81,23 +85,23 @@ def find_data(data: Path | None) -> Path:
 
 @dataclass(frozen=True)
 class Set:
-    """Images, some of which are queries, and what these should find."""
+    """Images, the queries among them, and the images that each query should find."""
 
-    names: list[str]
-    read: Callable[[str], RGB]
+    names: list[str]  # of all images
+    read: Callable[[str], RGB]  # name -> image
     database: np.ndarray  # places in `names`
-    queries: np.ndarray  # likewise
-    relevance: list[Relevance]  # places in `database`
-    longest_side: int  # pixels that the network sees
+    queries: np.ndarray  # places in `names`
+    relevance: list[Relevance]  # of each query, as places in `database`
+    longest_side: int  # of the images that the network sees, in pixels
     pixels: Callable[[RGB], np.ndarray]  # a descriptor without a network, not yet normalised
-    # expansion of queries and database for the reference point; None: without one
+    # expansion of queries and database for the reference point; None: no expansion
     pixels_expansion: Rerank | None = None
-    # other queries, databases and relevance over the same images
+    # the same images with other queries, databases and relevance, by name
     views: "dict[str, Set]" = field(default_factory=dict)
 
     @property
     def own(self) -> np.ndarray:
-        """The row of each query in the database, or -1."""
+        """The row `(queries,)` of each query in the database, or -1."""
         row = {place: i for i, place in enumerate(self.database.tolist())}
         return np.array([row.get(place, -1) for place in self.queries.tolist()])
 
@@ -106,6 +110,13 @@ def corridor(data: Path, study: Study) -> Set:
     """Returns two runs along one corridor: frames of the first are queries, the second is searched.
 
     About five frames are right for each query.
+
+    Args:
+        data: Folder of the sets.
+        study: Settings of the study; this set does not depend on them.
+
+    Raises:
+        Refused: The zip file cannot be read.
     """
     archive, names = _open_zip(data / "corridor-vpr" / "corridor.zip")
     (truth_name,) = [name for name in archive.namelist() if name.endswith("ground_truth.json")]
@@ -127,10 +138,18 @@ def corridor(data: Path, study: Study) -> Set:
 
 
 def omniglot(data: Path, study: Study) -> Set:
-    """Returns 136 characters by 20 drawers: right are the other drawings of the query's character.
+    """Returns 136 characters by 20 drawers: the other drawings of the query's character are right.
 
-    The query's own image is left out. A second view keeps the drawers of the queries apart from the
-    database, because database augmentation must not see a query among the neighbours.
+    The query's own image is left out. A second view has a database without the drawers of the
+    queries, because database augmentation must not see a query among the neighbours.
+
+    Args:
+        data: Folder of the sets.
+        study: Its `drawers` are those whose drawings are queries; with all of them there is no
+            second view.
+
+    Raises:
+        Refused: The zip file cannot be read.
     """
     archive, names = _open_zip(data / "omniglot-small" / "images_background_small1.zip")
     character = np.unique([name.rpartition("/")[0] for name in names], return_inverse=True)[1]
@@ -165,7 +184,16 @@ def omniglot(data: Path, study: Study) -> Set:
 
 
 def landmark(data: Path, study: Study) -> Set:
-    """Returns ten photos of one church, each a query for the others, among 2,000 photographs."""
+    """Returns ten photos of one church, each a query for the others, among 2,000 photographs.
+
+    Args:
+        data: Folder of the sets.
+        study: Settings of the study; this set does not depend on them.
+
+    Raises:
+        Refused: The zip file of the photographs cannot be read, or there are no photos of the
+            church.
+    """
     archive, distractors = _open_zip(data / "imagenette-224-mini" / "imagenette224_mini.zip")
     photos = sorted(str(path) for path in (data / "landmark-photos" / "sacre_coeur").glob("*.jpg"))
     if not photos:
@@ -223,10 +251,10 @@ def _shrink_to_grey(image: RGB, side: int) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Cell:
-    """One pooling with one reranker: a value for each query."""
+    """The measures of one pooling with one reranker."""
 
-    average_precision: np.ndarray  # by the trapezoid rule of the revisited protocol
-    recall_at_1: np.ndarray
+    average_precision: np.ndarray  # (queries,) by the trapezoid rule of the revisited protocol
+    recall_at_1: np.ndarray  # (queries,) 0 or 1
     # mean average precision as others count it: the mean of the precisions at all positives
     mean_of_precisions: float
 
@@ -234,8 +262,12 @@ class Cell:
         """Returns both measures with their intervals, and their differences to two other cells.
 
         Args:
-            average: the cell of average pooling with the same reranker, if there is one.
-            none: the cell of the same pooling without reranking, if there is one.
+            average: The cell of average pooling with the same reranker; None leaves the difference
+                empty.
+            none: The cell of the same pooling without reranking; None leaves the difference empty.
+
+        Returns:
+            Text by column, with four decimals.
         """
         row: dict[str, Any] = {}
         for name in ("recall_at_1", "average_precision"):
@@ -248,7 +280,12 @@ class Cell:
 
 
 def measure(ids: np.ndarray, relevance: list[Relevance]) -> Cell:
-    """Returns the measures of whole rankings `(queries, n)`."""
+    """Returns the measures of whole rankings.
+
+    Args:
+        ids: Rankings `(queries, n)` of all rows of the database, best first.
+        relevance: The relevant and ignored rows of each query.
+    """
     # the ranks of all positives: rankings are whole
     found = [positive_ranks(row, own) for row, own in zip(ids, relevance, strict=True)]
     precisions = np.mean([np.mean((np.arange(len(ranks)) + 1) / (ranks + 1)) for ranks in found])
@@ -260,12 +297,12 @@ def measure(ids: np.ndarray, relevance: list[Relevance]) -> Cell:
 
 
 def measure_rerankers(vectors: np.ndarray, own: Set, rerank: Rerank) -> dict[Name, Cell]:
-    """Returns the measures of every reranker on the descriptors of one pooling.
+    """Returns the measures of every reranker on the descriptors of one pooling, by name.
 
     Args:
-        vectors: `(n, d)` unit vectors of all images of the set.
-        own: the set.
-        rerank: settings of the rerankers.
+        vectors: Unit vectors `(n, d)` of all images of the set.
+        own: The set.
+        rerank: Settings of the rerankers.
     """
     queries, database = vectors[own.queries], jax.device_put(vectors[own.database])
     initial = rank_all(queries, database, own=own.own)
@@ -278,7 +315,12 @@ def measure_rerankers(vectors: np.ndarray, own: Set, rerank: Rerank) -> dict[Nam
 
 
 def make_unit_pixels(own: Set, names: Sequence[str]) -> np.ndarray:
-    """Returns small grey images less their mean, as unit vectors `(n, d)`."""
+    """Returns small grey images less their mean, as unit vectors `(n, d)`.
+
+    Args:
+        own: The set, which reads the images and shrinks them.
+        names: Names of the images.
+    """
     pixels = np.stack([own.pixels(own.read(name)).ravel() for name in names])
     pixels -= pixels.mean(axis=1, keepdims=True)
     pixels /= np.linalg.norm(pixels, axis=1, keepdims=True)
@@ -286,7 +328,12 @@ def make_unit_pixels(own: Set, names: Sequence[str]) -> np.ndarray:
 
 
 def measure_pixels(name: str, own: Set) -> Iterator[dict[str, Any]]:
-    """Yields the rows of the reference points that need no network."""
+    """Yields the rows of the reference points that need no network.
+
+    Args:
+        name: Name of the set in the rows.
+        own: The set.
+    """
     pixels = make_unit_pixels(own, own.names)
     initial = rank_all(pixels[own.queries], pixels[own.database], own=own.own)
     cells = {"none": measure(np.asarray(initial.ids), own.relevance)}
@@ -320,7 +367,16 @@ def _expand_both(vectors: np.ndarray, own: Set) -> np.ndarray:
 
 
 def measure_set(name: str, own: Set, rerank: Rerank) -> Iterator[dict[str, Any]]:
-    """Yields a row for each pooling and reranker, of the set and its other views."""
+    """Yields a row for each pooling and reranker, of the set and its other views.
+
+    Args:
+        name: Name of the set in the rows.
+        own: The set.
+        rerank: Settings of the rerankers.
+
+    Raises:
+        Refused: An image cannot be read or described, or the weights are missing.
+    """
     settings = vary_pooling(DescriptorSettings(longest_side=own.longest_side))
     began = time.perf_counter()
     extractor = make_extractor(list(settings.values()))
@@ -398,6 +454,9 @@ def make_set_tables(rows: list[dict[str, Any]]) -> str:
     """Returns the tables of one set in Markdown: rows are poolings, columns are rerankers.
 
     Both measures are in percent.
+
+    Args:
+        rows: Rows of the set from `measure_set` and `measure_pixels`.
     """
     networks = [row for row in rows if row["pooling"] != "pixels"]
     first = networks[0]

@@ -1,4 +1,4 @@
-"""Every network that descriptors are made with: one table, by name.
+"""The networks that descriptors are made with: one table, by name.
 
 A row says how the parameters are read, how images are normalised, and how many pixels a place of
 the feature map covers. `identify` finds the row of a file, `load_network` loads it. A new backbone
@@ -29,6 +29,7 @@ from ggem_jax.models.resnet import ResNet, ResNetConfig, resnet_config
 from ggem_jax.models.vit import ViT, vit_config
 from ggem_jax.pooling import avg_pool
 from ggem_jax.weights import read_cvnet
+from ggem_jax.weights.architecture import NOTHING_GIVEN, Given
 from ggem_jax.weights.efficientnet_lite import (
     LITE0_PREPROCESSING,
     efficientnet_lite_to_variables,
@@ -39,38 +40,40 @@ from ggem_jax.weights.vit import FAMILIES, PublishedViT, Style, from_arrays, rea
 
 DEFAULT = "efficientnet-lite0"  # the only network whose weights can be installed
 OWN = "vit-flax"
-_PLAIN = "vit"  # a ViT of a family that its names do not tell
+_PLAIN = "vit"  # a ViT whose names do not tell its family
 
 
 class Loaded(NamedTuple):
     """A model and its variables, as a row of the table reads them."""
 
-    model: Any
-    variables: Any
+    model: Any  # from images to maps, see `Network`
+    variables: Any  # of the model, as NumPy or JAX arrays
 
 
 class Backbone(NamedTuple):
-    """A row of the table."""
+    """A row of the table of networks."""
 
-    about: str
-    load: Callable[[str | Path | None], Loaded]
-    normalisation: Normalisation
+    about: str  # the network in a few words
+    # file of weights, or None, and choices of the user -> the model
+    load: Callable[[str | Path | None, Given], Loaded]
+    normalisation: Normalisation  # mean and deviation of the channels in [0, 1]
     stride: int | None = None  # pixels along one side of a place of the map; None: a ViT's patch
     mark: str | None = None  # pattern of a parameter's name that only files of this network have
 
 
 @dataclass(frozen=True)
 class Network:
-    """A network with its parameters."""
+    """A network with its parameters, and how it takes images."""
 
     # images (b, h, w, 3) -> map (b, rows, columns, channels), with the methods that
     # `ggem_jax.descriptors.superglobal` describes
     model: Any
-    variables: Any
-    mean: Channels  # of red, green and blue in [0, 1]: subtracted,
-    std: Channels  # and divided by
+    variables: Any  # of the model, on a device
+    mean: Channels  # of red, green and blue in [0, 1], subtracted from images
+    std: Channels  # standard deviation of the same, by which the difference is divided
     stride: int  # pixels along one side of a place of the map
-    pads: bool = True  # whether less than a stride at the border makes a place; else it is cut off
+    # whether a rest of less than a stride at the border makes a place; if not, it is cut off
+    pads: bool = True
 
     @property
     def heads(self) -> int | None:
@@ -78,7 +81,14 @@ class Network:
         return self.model.vit.config.heads if isinstance(self.model, PatchMap) else None
 
     def normalise(self, images: Sequence[RGB]) -> Float[Array, "b h w 3"]:
-        """Returns images of one size as the network takes them."""
+        """Returns images of one size as the network takes them.
+
+        Args:
+            images: Images, `(h, w, 3)` uint8 in RGB each.
+
+        Returns:
+            The normalised images, `(b, h, w, 3)` float32.
+        """
         return jnp.asarray(normalise(np.stack(images), mean=self.mean, std=self.std))
 
     def describe_tokens(
@@ -87,7 +97,11 @@ class Network:
         """Returns the tokens of normalised images: places of the map, and the class token or None.
 
         Args:
-            images: `(b, h, w, 3)`, normalised.
+            images: Normalised images, `(b, h, w, 3)`.
+
+        Returns:
+            The places of the map row by row, `(b, n, d)`, and the class tokens, `(b, d)`; None for
+            networks without one.
         """
         if isinstance(self.model, PatchMap):
             vit = self.model.vit
@@ -106,12 +120,20 @@ class PatchMap:
     Pixels beyond the last whole patch, at the right and at the bottom, are cut off.
     """
 
-    vit: ViT
+    vit: ViT  # its pooling and head are not used
 
     def apply(
         self, variables: Any, images: Float[Array, "b h w 3"]
     ) -> Float[Array, "b rows columns d"]:
-        """Returns the map of normalised images."""
+        """Returns the feature map of normalised images, in the way of a Flax module.
+
+        Args:
+            variables: The variables of the ViT.
+            images: Normalised images, `(b, h, w, 3)`, of at least one patch.
+
+        Returns:
+            The map, `(b, rows, columns, d)`, one place for each whole patch.
+        """
         config, images = self.vit.config, self.crop(images)
         rows, columns = (length // config.patch for length in images.shape[1:3])
         output: Any = self.vit.apply(variables, images)
@@ -119,14 +141,22 @@ class PatchMap:
         return tokens.reshape(len(images), rows, columns, config.width)
 
     def crop(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b h2 w2 3"]:
-        """Returns the images without the pixels beyond the last whole patch."""
+        """Returns the images without the pixels beyond the last whole patch.
+
+        Args:
+            images: Images, `(b, h, w, 3)`.
+
+        Returns:
+            The images, `(b, h2, w2, 3)`, whose sides are multiples of the patch.
+        """
         patch = self.vit.config.patch
         height, width = (length // patch * patch for length in images.shape[1:3])
         return images[:, :height, :width]
 
 
-def _load_efficientnet_lite0(path: str | Path | None) -> Loaded:
+def _load_efficientnet_lite0(path: str | Path | None, given: Given) -> Loaded:
     """The installed ImageNet weights, or those of a file, without the classification head."""
+    _require_nothing_given(given, path)
     config = efficientnet_lite_config("lite0")
     if path is None:
         variables = _without(load_pretrained()[1], "head")
@@ -137,18 +167,20 @@ def _load_efficientnet_lite0(path: str | Path | None) -> Loaded:
     return Loaded(EfficientNetLite(config, num_classes=0), variables)
 
 
-def _load_cvnet(layers: str, path: str | Path | None) -> Loaded:
+def _load_cvnet(layers: str, path: str | Path | None, given: Given) -> Loaded:
+    _require_nothing_given(given, path)
     depths, variables = read_cvnet(_require_file(path), depths=resnet_config(layers).depths)
     return Loaded(ResNet(ResNetConfig(depths)), variables)
 
 
-def _load_own_vit(path: str | Path | None, *, variant: str | None = None) -> Loaded:
+def _load_own_vit(path: str | Path | None, given: Given, *, variant: str | None = None) -> Loaded:
+    _require_nothing_given(given, path)
     vit, variables = read_own_vit(_require_file(path), variant)
     return Loaded(PatchMap(vit), variables)
 
 
-def _load_published_vit(family: str, path: str | Path | None) -> Loaded:
-    published = read_vit(_require_file(path))
+def _load_published_vit(family: str, path: str | Path | None, given: Given) -> Loaded:
+    published = read_vit(_require_file(path), **given._asdict())
     if family != published.family and published.family != _PLAIN:
         raise MismatchedWeights(
             f"{path} is {FAMILIES[published.family].about}, not {family}: leave out the name of the"
@@ -156,6 +188,15 @@ def _load_published_vit(family: str, path: str | Path | None) -> Loaded:
         )
     vit = ViT(published.config, pooling=avg_pool)
     return Loaded(PatchMap(vit), _without(published.variables, "head", "pool"))
+
+
+def _require_nothing_given(given: Given, path: str | Path | None) -> None:
+    """Refuses choices that only published ViTs leave open."""
+    if any(value is not None for value in given):
+        chosen = ", ".join(name for name, value in given._asdict().items() if value is not None)
+        raise ValueError(
+            f"{path or DEFAULT} says {chosen} itself: leave that out, it is for published ViTs"
+        )
 
 
 _CVNET = r"(encoder_q\.|globalmodel\.)?"
@@ -199,15 +240,24 @@ _SIZES = re.compile(r"vit-((?:Ti|S|B|L|H)/[1-9][0-9]?)")
 
 
 class Identity(NamedTuple):
-    """What a file of weights is."""
+    """The network that a file of weights holds."""
 
     backbone: str  # name in `BACKBONES`
-    normalisation: Normalisation | None  # by a file of settings beside it; None: that of the row
+    # from a file of settings beside the weights; None: that of the row
+    normalisation: Normalisation | None
     note: str = ""  # what the user should know about the choice, in one sentence
+    declared: Given = NOTHING_GIVEN  # of a published ViT: given, or by a file of settings beside it
 
 
 def check_backbone(name: str) -> None:
-    """Raises `ValueError`, which lists the known names, for a name that no network has."""
+    """Raises `ValueError`, which lists the known names, for a name that no network has.
+
+    Args:
+        name: A name in `BACKBONES`, or the sizes of a ViT such as "vit-S/16".
+
+    Raises:
+        ValueError: No network has the name.
+    """
     if name not in BACKBONES and not _SIZES.fullmatch(name):
         raise ValueError(
             f"backbone must be one of {', '.join(BACKBONES)}, or the sizes of a ViT such as"
@@ -215,33 +265,38 @@ def check_backbone(name: str) -> None:
         )
 
 
-def identify(weights: str | Path) -> Identity:
+def identify(weights: str | Path, given: Given = NOTHING_GIVEN) -> Identity:
     """Returns the name of the network whose weights a file holds, found from its parameters.
 
     Args:
-        weights: any file that `ggem_jax.weights` reads: a ViT under every published naming,
-            CVNet's ResNets, EfficientNet-Lite0, or a ViT in the names of our own variables. A
-            `config.json` of timm or a `preprocessor_config.json` of Hugging Face beside a ViT is
-            read too.
+        weights: Any file that `ggem_jax.weights` reads: a ViT under every published naming, CVNet's
+            ResNets, EfficientNet-Lite0, or a ViT in the names of our own variables. Files of
+            settings beside a published ViT are read too (`ggem_jax.weights.declared`).
+        given: Choices of the user that a published ViT may leave open.
+
+    Returns:
+        The name, the normalisation that a file beside the weights states where it differs from that
+        of the network, a note for the user, and the choices that were given or stated.
 
     Raises:
-        UnreadableWeights: the file cannot be read.
-        MismatchedWeights: it holds none of these networks.
+        UnreadableWeights: The file cannot be read.
+        MismatchedWeights: The file holds none of these networks.
     """
     arrays = read_arrays(weights)
     for name, row in BACKBONES.items():
         if row.mark and any(re.fullmatch(row.mark, each) for each in arrays):
+            _require_nothing_given(given, weights)
             return Identity(name, None)
-    published = from_arrays(arrays, weights)
-    row = BACKBONES[published.family]
+    published = from_arrays(arrays, weights, given=given)
+    row, declared = BACKBONES[published.family], published.declared
     if published.normalised is None:
         note = (
             f"{weights} does not say how its images are normalised: mean and deviation are 0.5, the"
             " default of timm and Hugging Face; --backbone deit takes those of ImageNet"
         )
-        return Identity(published.family, None, note)
+        return Identity(published.family, None, note, declared)
     other = published.normalised != row.normalisation
-    return Identity(published.family, published.normalised if other else None)
+    return Identity(published.family, published.normalised if other else None, "", declared)
 
 
 def load_network(
@@ -249,21 +304,23 @@ def load_network(
     weights: str | Path | None = None,
     *,
     normalisation: Normalisation | None = None,
+    given: Given = NOTHING_GIVEN,
 ) -> Network:
     """Returns a network with its parameters on the default device.
 
     Args:
-        backbone: a name in `BACKBONES`, or sizes such as "vit-S/16". None: the network that
-            `identify` finds in the file; without a file EfficientNet-Lite0.
-        weights: file of the parameters. None: those installed with EfficientNet-Lite0.
-        normalisation: mean and deviation of the channels in [0, 1]. None: those of the row named;
-            where a row is found from the file, what `identify` finds beside it comes first.
+        backbone: A name in `BACKBONES`, or sizes such as "vit-S/16". None takes the network that
+            `identify` finds in the file, or EfficientNet-Lite0 without a file.
+        weights: File of the parameters. None takes those installed with EfficientNet-Lite0.
+        normalisation: Mean and deviation of the channels in [0, 1]. None takes those of the row;
+            where `identify` finds the row, others that it finds beside the file come first.
+        given: Choices of the user that a published ViT may leave open.
 
     Raises:
-        UnreadableWeights: the file cannot be read.
-        MismatchedWeights: it holds another network.
-        ValueError: there is no such backbone, or it needs a file.
-        ModuleNotFoundError: the weights of EfficientNet-Lite0 are not installed.
+        UnreadableWeights: The file cannot be read.
+        MismatchedWeights: The file holds another network.
+        ValueError: There is no such backbone, or it needs a file.
+        ModuleNotFoundError: The weights of EfficientNet-Lite0 are not installed.
     """
     name = backbone or DEFAULT
     check_backbone(name)
@@ -271,20 +328,30 @@ def load_network(
         raise ValueError(f"{name} needs a file of weights")
     sizes = _SIZES.fullmatch(name)
     if weights is not None and (backbone is None or sizes):
-        name, found, _ = identify(weights)
+        name, found, *_ = identify(weights, given)
         normalisation = normalisation or found
     row = BACKBONES[name]
-    loaded = _load_vit_of_sizes(name, weights, sizes[1]) if sizes else row.load(weights)
+    if sizes:
+        loaded = _load_vit_of_sizes(name, weights, sizes[1], given)
+    else:
+        loaded = row.load(weights, given)
     stride = row.stride or loaded.model.vit.config.patch
     mean, std = normalisation or row.normalisation
     variables = jax.device_put(loaded.variables)
     return Network(loaded.model, variables, mean, std, stride, pads=row.stride is not None)
 
 
-def read_any_vit(path: str | Path) -> PublishedViT:
+def read_any_vit(path: str | Path, given: Given = NOTHING_GIVEN) -> PublishedViT:
     """Returns the ViT of a file as `ggem_jax.weights.vit.read_vit` does, for our own files too.
 
-    Raises `MismatchedWeights` for a file of another network.
+    Args:
+        path: A file of weights in any published naming, or in the names of our own variables.
+        given: Choices of the user that a published file may leave open.
+
+    Raises:
+        UnreadableWeights: The file cannot be read.
+        AmbiguousWeights: The file fits networks that compute different things.
+        MismatchedWeights: The file holds another network.
     """
     arrays = read_arrays(path)
     if holds_own_vit(arrays):
@@ -294,14 +361,14 @@ def read_any_vit(path: str | Path) -> PublishedViT:
     for row in BACKBONES.values():
         if row.mark and any(re.fullmatch(row.mark, name) for name in arrays):
             raise MismatchedWeights(f"{path} holds {row.about}, where a ViT is needed")
-    return from_arrays(arrays, path)
+    return from_arrays(arrays, path, given=given)
 
 
-def _load_vit_of_sizes(name: str, weights: str | Path | None, variant: str) -> Loaded:
+def _load_vit_of_sizes(name: str, weights: str | Path | None, variant: str, given: Given) -> Loaded:
     """The ViT of a row of the table, whose sizes must be those of the variant."""
     if name == OWN:
-        return _load_own_vit(weights, variant=variant)
-    loaded, wanted = BACKBONES[name].load(weights), vit_config(variant)
+        return _load_own_vit(weights, given, variant=variant)
+    loaded, wanted = BACKBONES[name].load(weights, given), vit_config(variant)
     if not isinstance(loaded.model, PatchMap):
         raise MismatchedWeights(f"{weights} holds {BACKBONES[name].about}, not a ViT-{variant}")
     found = loaded.model.vit.config

@@ -27,14 +27,14 @@ class Extractor:
     each scale).
 
     Args:
-        settings: how an image becomes a descriptor; None takes the defaults.
-        batch: images of equal size that go through the network together. None: one on a CPU, where
-            more are slower, and 16 elsewhere.
-        network: used instead of the one that the settings name.
+        settings: How an image becomes a descriptor; None takes the defaults.
+        batch: Number of images of equal size that go through the network together. None takes one
+            on a CPU, where more are slower, and 16 elsewhere.
+        network: A network to use instead of the one that the settings name; None loads that one.
 
     Raises:
-        ValueError: the weights cannot be read or do not fit.
-        ModuleNotFoundError: the weights of EfficientNet-Lite0 are not installed.
+        ValueError: The weights cannot be read or do not fit, or `batch` is below 1.
+        ModuleNotFoundError: The weights of EfficientNet-Lite0 are not installed.
 
     Example:
         >>> import flax.linen as nn, jax, numpy as np
@@ -59,7 +59,9 @@ class Extractor:
         if batch is not None and batch < 1:
             raise ValueError(f"batch must be at least 1, not {batch}")
         normalisation = (s.mean, s.std) if s.mean and s.std else None
-        self.network = network or load_network(s.backbone, s.weights, normalisation=normalisation)
+        self.network = network or load_network(
+            s.backbone, s.weights, normalisation=normalisation, given=s.given()
+        )
         self.whitening = None if s.whitening is None else load_whitening(s.whitening)
         self.batch = batch or (1 if jax.default_backend() == "cpu" else 16)
 
@@ -69,7 +71,7 @@ class Extractor:
         """Yields a vector `(d,)` for each image, or `UnreadableImage` where it cannot have one.
 
         Args:
-            images: `(height, width, 3)` uint8 arrays of any sizes.
+            images: Images of any sizes, `(height, width, 3)` uint8 each.
         """
         images = iter(images)
         ahead = 1 if self.batch == 1 else _WINDOW_BATCHES * self.batch
@@ -80,11 +82,15 @@ class Extractor:
         """Returns the descriptor `(d,)` of an image, or of a part of it.
 
         Args:
-            image: `(height, width, 3)` uint8.
-            box: x1, y1, x2, y2 in pixels; None takes the whole image.
+            image: The image, `(height, width, 3)` uint8.
+            box: The part as x1, y1, x2, y2 in pixels; None takes the whole image.
+
+        Returns:
+            A vector of length 1, `(d,)`.
 
         Raises:
-            UnreadableImage: the image cannot have a descriptor.
+            UnreadableImage: The image or its part is too thin for a descriptor.
+            ValueError: The box is not four numbers, or no pixel of the image is inside it.
         """
         (vector,) = self([image if box is None else crop(image, box)])
         if isinstance(vector, UnreadableImage):
@@ -131,7 +137,11 @@ class Extractor:
 
 
 def plain_pooling(settings: DescriptorSettings) -> Literal["average", "max"] | None:
-    """Returns the pooling that takes the place of GeM and GeM+, or None."""
+    """Returns the pooling in place of GeM and GeM+, or None where one of these is chosen.
+
+    Args:
+        settings: The settings of a descriptor, of which `pooling` is read.
+    """
     return settings.pooling if settings.pooling in ("average", "max") else None
 
 
@@ -141,12 +151,15 @@ def fitted_size(
     """Returns the size (height, width) in pixels that an image is resized to.
 
     Args:
-        height, width: of the image, pixels.
-        settings: `sizes` and `longest_side` are described in `DescriptorSettings`.
-        stride, pads: as in `Network`; networks that pad take smaller images as they are.
+        height, width: Sides of the image, pixels.
+        settings: The settings of a descriptor; `sizes` and `longest_side` are described in
+            `DescriptorSettings`.
+        stride: Pixels along one side of a place of the map, as in `Network`.
+        pads: Whether the network pads at the border, as in `Network`; such networks take smaller
+            images as they are.
 
     Raises:
-        UnreadableImage: the aspect ratio is too large for a descriptor.
+        UnreadableImage: The aspect ratio is too large for a descriptor.
     """
     if max(height, width) > MOST_THIN * min(height, width):
         raise UnreadableImage(

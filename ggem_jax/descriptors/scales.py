@@ -24,7 +24,12 @@ SCALES: dict[int, tuple[float, ...]] = {
 def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:
     """Returns the sides after `rescale`, in pixels: those of the image times the scale, truncated.
 
-    Raises `ValueError` for a scale that is not a positive number.
+    Args:
+        height, width: Sides of the image, pixels.
+        scale: Factor of both sides.
+
+    Raises:
+        ValueError: The scale is not a positive number.
     """
     if not 0 < scale < math.inf:
         raise ValueError(f"scale must be a positive number, not {scale!r}")
@@ -39,12 +44,16 @@ def rescale(
     The step between the samples is the ratio of the sizes, not the scale.
 
     Args:
-        images: `(..., h, w, c)`, floating point.
-        scale: factor of both sides; 1 changes nothing.
-        antialias: filter that is used where the images shrink, as the module says.
+        images: Images, `(..., h, w, c)`, floating point.
+        scale: Factor of both sides; 1 changes nothing.
+        antialias: Whether to use the filter with antialiasing where the images shrink, as the
+            module says.
+
+    Returns:
+        The images, `(..., h2, w2, c)`, in their dtype.
 
     Raises:
-        ValueError: the images are not floating point, or no pixel is left of them.
+        ValueError: The images are not floating point, or no pixel is left of them.
     """
     images = jnp.asarray(images)
     if images.ndim < 3 or not jnp.issubdtype(images.dtype, jnp.floating):

@@ -5,7 +5,10 @@ import hashlib
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
+
+if TYPE_CHECKING:
+    from ggem_jax.weights.architecture import Given
 
 DEFAULT_BACKBONE = "efficientnet-lite0"
 MOST_THIN = 16  # largest aspect ratio of an image that has a descriptor
@@ -47,8 +50,14 @@ class DescriptorSettings:
     whitening: str | None = None  # file of `ggem_jax.descriptors.whitening`, applied at the end
     # of red, green and blue in [0, 1], subtracted from them; None: those of the backbone
     mean: tuple[float, float, float] | None = None
-    # likewise, what the difference is divided by
+    # standard deviation of the same, by which the difference is divided; None: that of the backbone
     std: tuple[float, float, float] | None = None
+    # of a published ViT whose file does not say them (see `ggem_jax.weights.vit.read_vit`); None:
+    # by a file of settings beside the weights, or a table of published sizes
+    heads: int | None = None  # attention heads
+    gelu: Literal["exact", "tanh", "quick"] | None = None  # of the MLPs
+    norm: Literal["pre", "post"] | None = None  # before or after the branches of a block
+    norm_eps: float | None = None  # epsilon of the norms
 
     def __post_init__(self):
         self._check_backbone()
@@ -59,17 +68,30 @@ class DescriptorSettings:
     def resolve(self) -> "DescriptorSettings":
         """Returns the settings with the name of the network, which is found in the file of weights.
 
-        Mean and deviation are set too where a file beside the weights says others than the
-        backbone's. Raises `ValueError` where the file cannot be read or holds no known network.
+        Mean, deviation, heads, GELU and norms are set too where a file beside the weights states
+        them.
+
+        Raises:
+            UnreadableWeights: The file of weights cannot be read.
+            AmbiguousWeights: The weights fit networks that compute different things.
+            MismatchedWeights: The file holds no known network.
         """
         if self.weights is None or not self.leaves_row_to_weights:
             return dataclasses.replace(self, backbone=self.backbone or DEFAULT_BACKBONE)
         from ggem_jax.descriptors.backbones import identify
 
-        found = identify(self.weights)
+        found = identify(self.weights, self.given())
         backbone = self.backbone or found.backbone
         mean, std = (self.mean, self.std) if self.mean else (found.normalisation or (None, None))
-        return dataclasses.replace(self, backbone=backbone, mean=mean, std=std)
+        return dataclasses.replace(
+            self, backbone=backbone, mean=mean, std=std, **found.declared._asdict()
+        )
+
+    def given(self) -> "Given":
+        """Returns what the settings say of a published ViT."""
+        from ggem_jax.weights.architecture import Given
+
+        return Given(self.heads, self.gelu, self.norm_eps, self.norm)
 
     @property
     def leaves_row_to_weights(self) -> bool:
@@ -77,10 +99,14 @@ class DescriptorSettings:
         return self.backbone is None or "/" in self.backbone
 
     def record(self) -> dict[str, Any]:
-        """Returns JSON values that are equal where descriptors are.
+        """Returns the settings as JSON values, which are equal where descriptors are.
 
-        Files stand there by a digest of their contents. Mean and deviation are left out where they
-        are the backbone's.
+        A digest of its contents takes the place of each file. Mean and deviation are left out where
+        they are the backbone's; heads, GELU and norms where the weights or a table of published
+        sizes state them.
+
+        Raises:
+            ValueError: A file cannot be read, or holds no known network.
         """
         record = dataclasses.asdict(self.resolve())
         for name in ("weights", "whitening"):
@@ -89,6 +115,9 @@ class DescriptorSettings:
             value = record.pop(name)
             if value is not None:
                 record[name] = list(value)
+        for name in ("heads", "gelu", "norm", "norm_eps"):
+            if record[name] is None:
+                del record[name]
         return record
 
     def _check_backbone(self):
@@ -106,6 +135,8 @@ class DescriptorSettings:
     def _check_choices(self):
         for name, hint in get_type_hints(type(self)).items():
             literal = name in ("pooling", "scales", "sizes")
+            if name in ("gelu", "norm") and getattr(self, name) is not None:
+                literal, (hint, _) = True, get_args(hint)
             choices = get_args(hint) if literal else (False, True) if hint is bool else ()
             value = getattr(self, name)
             if choices and (value not in choices or isinstance(value, bool) != (hint is bool)):
@@ -136,7 +167,14 @@ class DescriptorSettings:
 
 
 def digest(path: str | Path) -> str:
-    """Returns the start of a file's SHA-256. Raises `ValueError` where it cannot be read."""
+    """Returns the first 16 hexadecimal digits of a file's SHA-256.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: The file cannot be read.
+    """
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]

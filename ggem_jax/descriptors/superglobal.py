@@ -48,7 +48,7 @@ class SuperGlobalOutput:
 
     by_scale: Float[Array, "scales b d"]  # after the head, not normalised
     raw: Float[Array, "b d"]  # scales joined, not normalised
-    descriptor: Float[Array, "b d"]  # L2-normalised: what is indexed
+    descriptor: Float[Array, "b d"]  # L2-normalised, as an index stores it
 
 
 def superglobal_descriptors(
@@ -66,28 +66,26 @@ def superglobal_descriptors(
 ) -> SuperGlobalOutput:
     """Returns the descriptors of normalised images.
 
-    Each flag that is off takes the plain alternative:
-
-    - `gemp`: GeM with the network's own exponent in place of GeM+ (p = 4.6)
-    - `rgem`: no Regional GeM
-    - `sgem`: the mean of the scales' descriptors in place of Scale GeM (p = infinity)
-    - `relup`: ReLU in place of ReLU-P, as far as the model's `relup_off` says; only a `ResNet` has
-      it
-
     Args:
-        model: a Flax module from images to maps, as in the module's docstring.
-        variables: its variables.
-        images: `(b, h, w, 3)`, normalised as the network requires.
-        scales: factors of the images' sides, at least one.
-        antialias: off as when the paper was written, on as today's torchvision does by default;
-            see `ggem_jax.descriptors.scales`.
+        model: A Flax module from images to maps, as in the module's docstring.
+        variables: The variables of the module.
+        images: Images, `(b, h, w, 3)`, normalised as the network requires.
+        scales: Factors of the images' sides, at least one.
+        gemp: Whether to pool by GeM+ (p = 4.6); if not, by GeM with the network's own exponent.
+        rgem: Whether to apply Regional GeM before the pooling.
+        sgem: Whether to join the scales by Scale GeM (p = infinity); if not, by their mean.
+        relup: Whether to use ReLU-P; if not, ReLU, as far as the model's `relup_off` says. Only a
+            `ResNet` has it.
+        antialias: Whether to use antialiasing where a scale shrinks the images, as today's
+            torchvision does by default; off as when the paper was written. See
+            `ggem_jax.descriptors.scales`.
         pooling: "average" or "max" in place of GeM and GeM+; None keeps these.
 
     Returns:
         A record whose `descriptor` is `(b, d)`, of length 1.
 
     Raises:
-        ValueError: the images are too small for the smallest scale.
+        ValueError: The images are too small for the smallest scale, or there is no scale.
 
     Reference: Shao et al., 2023, arXiv:2308.06954, section 3.
     """
@@ -110,9 +108,12 @@ def check_size(height: int, width: int, scales: Sequence[float], *, rgem: bool =
     Regional GeM reflects 2 places at the map's borders, so it requires 3.
 
     Args:
-        height, width: of the images, pixels.
-        scales: factors of both, at least one.
-        rgem: whether Regional GeM is used.
+        height, width: Sides of the images, pixels.
+        scales: Factors of both sides, at least one.
+        rgem: Whether Regional GeM is used.
+
+    Raises:
+        ValueError: The images are too small, or there is no scale.
     """
     if not scales:
         raise ValueError("scales must be at least one number")
@@ -134,7 +135,16 @@ def check_size(height: int, width: int, scales: Sequence[float], *, rgem: bool =
 def compute_map(
     model: Any, variables: Any, images: Float[Array, "b h w 3"]
 ) -> Float[Array, "b h2 w2 d"]:
-    """Returns the network's last feature map; compiled once for each model and shape."""
+    """Returns the network's last feature map; compiled once for each model and shape.
+
+    Args:
+        model: A Flax module from images to maps; it must be hashable.
+        variables: The variables of the module.
+        images: Normalised images, `(b, h, w, 3)`.
+
+    Returns:
+        The map, `(b, h2, w2, d)`.
+    """
     return model.apply(variables, images)
 
 
@@ -148,9 +158,21 @@ def describe_map(
     rgem: bool = True,
     pooling: Pooling | None = None,
 ) -> Float[Array, "b out"]:
-    """Returns the vectors of one scale: map -> Regional GeM -> GeM+ -> L2 -> dense layer.
+    """Returns the vectors of one scale: map -> Regional GeM -> GeM+ -> the head of the model.
 
-    The vectors are not normalised. Flags as in `superglobal_descriptors`.
+    The head, a method `describe`, is left out where the model has none. The vectors are not
+    normalised.
+
+    Args:
+        model: As in `superglobal_descriptors`.
+        variables: As in `superglobal_descriptors`.
+        feature_map: The map of one scale, `(b, h, w, d)`.
+        gemp: As in `superglobal_descriptors`.
+        rgem: As in `superglobal_descriptors`.
+        pooling: As in `superglobal_descriptors`.
+
+    Returns:
+        The vectors, `(b, out)`.
     """
     pooled = pool_map(model, variables, feature_map, gemp=gemp, rgem=rgem, pooling=pooling)
     return (
@@ -167,7 +189,19 @@ def pool_map(
     rgem: bool = True,
     pooling: Pooling | None = None,
 ) -> Float[Array, "b d"]:
-    """Returns what `describe_map` gives to the head. Flags as in `superglobal_descriptors`."""
+    """Returns the pooled map that `describe_map` gives to the head.
+
+    Args:
+        model: As in `superglobal_descriptors`.
+        variables: As in `superglobal_descriptors`.
+        feature_map: The map of one scale, `(b, h, w, d)`.
+        gemp: As in `superglobal_descriptors`.
+        rgem: As in `superglobal_descriptors`.
+        pooling: As in `superglobal_descriptors`.
+
+    Returns:
+        The pooled map, `(b, d)`.
+    """
     if gemp and rgem and pooling is None:
         return superglobal_pool(feature_map, window=WINDOW, p=GEM_PLUS_P, eps=GEM_PLUS_EPS)
     if rgem:
@@ -192,7 +226,16 @@ def pool_map(
 def rescale_compiled(
     images: Float[Array, "b h w 3"], scale: float, antialias: bool
 ) -> Float[Array, "b h2 w2 3"]:
-    """Returns what `rescale` does; compiled once for each shape, scale and filter."""
+    """Returns the result of `rescale`; compiled once for each shape, scale and filter.
+
+    Args:
+        images: Images, `(b, h, w, 3)`, floating point.
+        scale: Factor of both sides.
+        antialias: Whether to use the filter with antialiasing.
+
+    Returns:
+        The images, `(b, h2, w2, 3)`.
+    """
     return rescale(images, scale, antialias=antialias)
 
 
@@ -200,6 +243,14 @@ def rescale_compiled(
 def join_scales(
     by_scale: Float[Array, "scales b d"], *, sgem: bool = True
 ) -> tuple[Float[Array, "b d"], Float[Array, "b d"]]:
-    """Returns the scales' descriptors joined by Scale GeM or their mean: raw, and L2-normalised."""
+    """Returns one descriptor from those of all scales: raw, and L2-normalised.
+
+    Args:
+        by_scale: Descriptors of the scales, `(scales, b, d)`, not normalised.
+        sgem: Whether to join them by Scale GeM; if not, by their mean.
+
+    Returns:
+        The joined descriptors before and after the normalisation, `(b, d)` each.
+    """
     raw = scale_gem(by_scale) if sgem else jnp.mean(by_scale, axis=0)
     return raw, l2_normalize(raw)

@@ -17,8 +17,8 @@ from ggem_jax.files.atomic import replacing
 class Whitening(NamedTuple):
     """The parameters of y = (x - mean) projection, which is then L2-normalised."""
 
-    mean: Float[np.ndarray, " d"]
-    projection: Float[np.ndarray, "d dim"]
+    mean: Float[np.ndarray, " d"]  # of the descriptors it was learned on
+    projection: Float[np.ndarray, "d dim"]  # scaled eigenvectors, largest variance first
 
 
 def learn_whitening(descriptors: Float[np.ndarray, "n d"], *, dim: int | None = None) -> Whitening:
@@ -28,11 +28,15 @@ def learn_whitening(descriptors: Float[np.ndarray, "n d"], *, dim: int | None = 
     divided by the root of its eigenvalue.
 
     Args:
-        descriptors: `(n, d)`, finite.
-        dim: components to keep; None keeps all d.
+        descriptors: Descriptors, `(n, d)`, finite.
+        dim: Number of components to keep; None keeps all d.
+
+    Returns:
+        The mean, `(d,)`, and the projection, `(d, dim)`, in float32.
 
     Raises:
-        ValueError: the descriptors span fewer than `dim` dimensions.
+        ValueError: The descriptors are not finite `(n, d)`, `dim` is not from 1 to d, or they span
+            fewer than `dim` dimensions.
 
     Reference: Jégou and Chum, 2012, as the module says.
     """
@@ -60,9 +64,17 @@ def learn_whitening(descriptors: Float[np.ndarray, "n d"], *, dim: int | None = 
 def whiten(
     descriptors: Float[np.ndarray, "*b d"], whitening: Whitening
 ) -> Float[np.ndarray, "*b dim"]:
-    """Returns whitened unit vectors `(..., dim)` in float32: (x - mean) projection, then L2.
+    """Returns whitened unit vectors: (x - mean) projection, then L2, in float32.
 
-    Raises `ValueError` for descriptors of another width than the whitening's.
+    Args:
+        descriptors: Descriptors, `(..., d)`.
+        whitening: A whitening of descriptors of the same width d.
+
+    Returns:
+        The vectors, `(..., dim)` float32.
+
+    Raises:
+        ValueError: The descriptors have another width than those of the whitening.
     """
     if np.shape(descriptors)[-1] != len(whitening.mean):
         raise ValueError(
@@ -74,13 +86,28 @@ def whiten(
 
 
 def save_whitening(path: str | Path, whitening: Whitening) -> None:
-    """Writes both arrays to a `.npz` file, which appears when it is complete."""
+    """Writes a whitening to a `.npz` file, which appears when it is complete.
+
+    Args:
+        path: The file to write; a file of this name is replaced.
+        whitening: The arrays, stored as `mean` and `projection`.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
     with replacing(path) as temporary, temporary.open("wb") as file:
         np.savez(file, **whitening._asdict())
 
 
 def load_whitening(path: str | Path) -> Whitening:
-    """Returns the whitening of a file. Raises `ValueError` for a file that holds none."""
+    """Returns the whitening of a file.
+
+    Args:
+        path: A file that `save_whitening` wrote.
+
+    Raises:
+        ValueError: The file cannot be read, or holds no whitening.
+    """
     try:
         with np.load(path, allow_pickle=False) as file:
             whitening = Whitening(

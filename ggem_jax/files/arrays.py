@@ -1,4 +1,4 @@
-"""Files of named arrays, read by their ending."""
+"""Files of named arrays, whose ending says how they are read."""
 
 import lzma
 import zipfile
@@ -15,7 +15,7 @@ from ggem_jax.files.safetensors_files import read_safetensors
 from ggem_jax.files.torch_files import read_torch
 
 TORCH = (".pth", ".pt", ".pyth", ".bin", ".ckpt")
-# what altered zip files and headers raise
+# errors over altered zip files and headers
 _DAMAGED = (zlib.error, lzma.LZMAError, RuntimeError, MemoryError, OverflowError)
 # dictionaries that training scripts put around the parameters
 WRAPPERS = ("model", "state_dict", "teacher", "model_state", "params")
@@ -24,12 +24,18 @@ WRAPPERS = ("model", "state_dict", "teacher", "model_state", "params")
 def read_arrays(path: str | Path) -> dict[str, np.ndarray]:
     """Returns the arrays of a weights file by their names.
 
+    Dictionaries that training scripts put around the parameters (`WRAPPERS`) are opened. Values
+    that are not arrays are left out.
+
     Args:
-        path: a `.safetensors`, `.npz`, `.pth`, `.pt`, `.pyth`, `.bin` or `.ckpt` file.
+        path: A `.safetensors`, `.npz`, `.pth`, `.pt`, `.pyth`, `.bin` or `.ckpt` file.
+
+    Returns:
+        The arrays in the shapes and dtypes of the file.
 
     Raises:
-        UnreadableWeights: the file cannot be read, or its ending is none of these.
-        MismatchedWeights: it holds something else than arrays by name.
+        UnreadableWeights: The file cannot be read, or its ending is none of these.
+        MismatchedWeights: The file holds something other than arrays by name.
     """
     suffix = Path(path).suffix.lower()
     if suffix == ".safetensors":
@@ -55,8 +61,11 @@ def read_npz(path: str | Path) -> dict[str, np.ndarray]:
 
     Two-byte arrays without a type, as JAX writes bfloat16, become bfloat16. Nothing is unpickled.
 
+    Args:
+        path: A `.npz` file.
+
     Raises:
-        UnreadableWeights: the file cannot be read, or holds something else than plain arrays.
+        UnreadableWeights: The file cannot be read, or holds something other than plain arrays.
     """
     try:
         with open(path, "rb") as opened:

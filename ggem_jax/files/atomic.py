@@ -9,12 +9,18 @@ from pathlib import Path
 
 @contextlib.contextmanager
 def replacing(path: Path | str) -> Iterator[Path]:
-    """Gives a temporary file beside `path` that takes its name when the block ends.
+    """Yields a temporary file beside `path` that takes its name when the block ends.
 
     The file is flushed to the disk first. After an error it is deleted and `path` is unchanged.
 
+    Args:
+        path: The file to write; its folder must exist, and a file of this name is replaced.
+
+    Yields:
+        The path of the temporary file, which is empty.
+
     Raises:
-        OSError: there is no such folder, or the file cannot be written.
+        OSError: There is no such folder, or the file cannot be written.
     """
     path = Path(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
@@ -31,10 +37,14 @@ def replacing(path: Path | str) -> Iterator[Path]:
 
 
 def write_text(path: Path | str, text: str) -> None:
-    """Writes a text file in UTF-8 so that it is never half written.
+    """Writes a text file in UTF-8 that appears under its name only when it is complete.
+
+    Args:
+        path: The file to write; a file of this name is replaced.
+        text: The contents.
 
     Raises:
-        OSError: it cannot be written; the error names `path`, not the temporary file.
+        OSError: The file cannot be written; the error names `path`, not the temporary file.
     """
     try:
         with replacing(path) as temporary:

@@ -1,4 +1,4 @@
-"""What can go wrong with files of weights, each in one sentence that names the file."""
+"""Errors of reading weights; each message is one sentence that names the file."""
 
 
 class UnreadableWeights(ValueError):
@@ -16,4 +16,11 @@ class MismatchedWeights(ValueError):
     """Weights that do not fit the network.
 
     The message lists every missing, surplus and wrongly shaped parameter.
+    """
+
+
+class AmbiguousWeights(MismatchedWeights):
+    """Weights that fit several networks, which compute different things.
+
+    The message says what is not known and what settles it.
     """

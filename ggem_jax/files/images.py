@@ -17,7 +17,7 @@ from ggem_jax.files.normalisation import IMAGENET_MEAN, IMAGENET_STD
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 
-# What Pillow raises over damaged files, the last five over damaged EXIF records.
+# Errors of Pillow over damaged files, the last five over damaged EXIF records.
 _UNREADABLE = (
     OSError, SyntaxError, ValueError, MemoryError, Image.DecompressionBombError,
     struct.error, TypeError, KeyError, IndexError, ArithmeticError,
@@ -37,14 +37,15 @@ def read_image(source: Path | bytes, *, name: str | None = None) -> RGB:
     dropped.
 
     Args:
-        source: a path, or the bytes of a file.
-        name: what an error calls the image; a path names itself.
+        source: Path of an image file, or the contents of one.
+        name: How an error names the image; None takes the path, or "the image" for bytes.
 
     Returns:
-        `(height, width, 3)` uint8.
+        The image, `(height, width, 3)` uint8.
 
     Raises:
-        UnreadableImage: it cannot be decoded, or has 32 bits a channel, whose range no file tells.
+        UnreadableImage: The image cannot be decoded, or has 32 bits a channel, whose range no file
+            states.
     """
     try:
         with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as file:
@@ -60,11 +61,14 @@ def convert_image(image: Image.Image, *, name: str = "the image") -> RGB:
     """Returns an image of Pillow as `read_image` returns that of a file.
 
     Args:
-        image: in any mode of 8 or 16 bits a channel.
-        name: what an error calls it.
+        image: An image in any mode of 8 or 16 bits a channel.
+        name: How an error names the image.
+
+    Returns:
+        The image, `(height, width, 3)` uint8.
 
     Raises:
-        UnreadableImage: it cannot be decoded, is closed, or has 32 bits a channel.
+        UnreadableImage: The image cannot be decoded, is closed, or has 32 bits a channel.
     """
     try:
         return _to_rgb(image)
@@ -88,11 +92,14 @@ def crop(image: RGB, box: Sequence[float]) -> RGB:
     """Returns the part of an image inside a box.
 
     Args:
-        image: `(height, width, 3)`.
+        image: The image, `(height, width, 3)` uint8.
         box: (x1, y1, x2, y2) in pixels; coordinates are cut to whole numbers and to the image.
 
+    Returns:
+        The part, `(y2 - y1, x2 - x1, 3)`, a view of the image.
+
     Raises:
-        ValueError: the box is not four numbers, or nothing of the image is inside it.
+        ValueError: The box is not four finite numbers, or no pixel of the image is inside it.
     """
     if len(box) != 4 or not all(math.isfinite(coordinate) for coordinate in box):
         raise ValueError(f"a box must be four numbers, x1, y1, x2, y2, not {box!r}")
@@ -118,15 +125,15 @@ def normalise(
     """Returns (pixel / 255 - mean) / std of each channel, as networks take images.
 
     Args:
-        image: `(..., h, w, 3)` uint8.
-        mean: of the channels in [0, 1]; the default is ImageNet's.
-        std: standard deviation of the channels; the default is ImageNet's.
+        image: One image or several, `(..., h, w, 3)` uint8.
+        mean: Mean of red, green and blue in [0, 1]; the default is ImageNet's.
+        std: Standard deviation of red, green and blue; the default is ImageNet's.
 
     Returns:
-        `(..., h, w, 3)` float32.
+        The images, `(..., h, w, 3)` float32.
 
     Raises:
-        ValueError: the image has another dtype or shape.
+        ValueError: The image has another dtype or shape.
     """
     if image.dtype != np.uint8 or image.shape[-1:] != (3,):
         raise ValueError(
@@ -141,9 +148,12 @@ def resize(image: RGB, height: int, width: int) -> RGB:
     """Returns the image resized with Pillow's bicubic filter, which averages when it shrinks.
 
     Args:
-        image: `(h, w, 3)` uint8.
-        height: of the result.
-        width: of the result.
+        image: The image, `(h, w, 3)` uint8.
+        height: Height of the result, pixels.
+        width: Width of the result, pixels.
+
+    Returns:
+        The image, `(height, width, 3)` uint8; the same array where the size is the same.
     """
     if image.shape[:2] == (height, width):
         return image
@@ -154,9 +164,13 @@ def centre_crop(image: RGB, side: int, *, zoom: float = 1.0) -> RGB:
     """Returns the centre square after the shorter side is resized to `zoom * side`.
 
     Args:
-        image: `(h, w, 3)` uint8.
-        side: pixels of a side of the square.
-        zoom: at least 1; 1.143 resizes the shorter side to 256 pixels for a square of 224.
+        image: The image, `(h, w, 3)` uint8.
+        side: Side of the square, pixels.
+        zoom: A number of at least 1; 1.143 resizes the shorter side to 256 pixels for a square of
+            224.
+
+    Returns:
+        The square, `(side, side, 3)` uint8.
     """
     reach = 8 * min(image.shape[:2])  # of a thin image only the middle is resized
     top, left = (max(length - reach, 0) // 2 for length in image.shape[:2])

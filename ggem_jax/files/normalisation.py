@@ -1,6 +1,7 @@
-"""How the images of published networks are normalised: mean and deviation of the channels.
+"""The mean and deviation of the channels that published networks normalise images with.
 
-The numbers stand in [0, 1], red first. No image library is needed to read them.
+The numbers are for channels in [0, 1], in the order red, green, blue. Reading them needs no image
+library.
 """
 
 Channels = tuple[float, float, float]

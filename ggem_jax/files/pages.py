@@ -1,6 +1,6 @@
-"""HTML pages that hold everything they show, from Jinja templates that share `base.html`.
+"""HTML pages in one file each, from Jinja templates that share `base.html`.
 
-Values are escaped, but for those that a template marks as `safe`. Needs the package jinja2, of the
+Values are escaped, except those that a template marks as `safe`. Needs the package jinja2, of the
 extras `retrieval` and `train`.
 """
 
@@ -12,15 +12,18 @@ TEMPLATES = Path(__file__).parent / "templates"
 
 
 def render_page(template: Path, **values: Any) -> Iterator[str]:
-    """Yields the pieces of a page, so that a page of many images never stands in memory as a whole.
+    """Yields the pieces of a page, so that a page of many images is never whole in memory.
 
     Args:
-        template: file of the template, which may extend `base.html`; a template whose name does not
+        template: File of the template, which may extend `base.html`. A template whose name does not
             end in `.html` is not HTML, and its values are not escaped.
-        values: what the template names.
+        **values: The variables of the template, by name.
+
+    Yields:
+        Parts of the text, in order.
 
     Raises:
-        ModuleNotFoundError: jinja2 is not installed.
+        ModuleNotFoundError: The package jinja2 is not installed.
     """
     try:
         import jinja2

@@ -3,7 +3,7 @@
 A pickle is a program for a small stack machine that may call anything that can be imported. Here
 the standard library's `pickletools` yields its operations one by one, and a machine of our own
 carries them out. It imports nothing and calls only the few functions of the table it is given; a
-pickle that asks for anything else is refused by the name of what it asks for. Copies that functions
+pickle that asks for anything else is refused, and the error names it. Copies that functions
 make are charged to a budget, and text is made of plain values only, so that a small file takes
 neither much memory nor much time.
 
@@ -26,7 +26,7 @@ import numpy as np
 
 from ggem_jax.files.errors import UnreadableWeights, UnsafePickle
 
-# What our machine and `pickletools` raise over damaged bytes.
+# Errors of our machine and of `pickletools` over damaged bytes.
 DAMAGED = (
     ValueError, TypeError, KeyError, IndexError, AttributeError, EOFError, struct.error,
     ArithmeticError, MemoryError, RecursionError, SyntaxError,
@@ -40,15 +40,26 @@ class Budget:
     A pickle can ask for a copy of the same object again and again.
     """
 
-    left: int
+    left: int  # bytes
 
     @classmethod
     def of_file(cls, data: bytes) -> "Budget":
-        """Returns the budget of a file: 8 times its size, and 1 MiB."""
+        """Returns the budget of a file: 8 times its size, and 1 MiB.
+
+        Args:
+            data: The contents of the file.
+        """
         return cls(8 * len(data) + 2**20)
 
     def spend(self, count: int) -> None:
-        """Charges a copy of `count` bytes; raises `ValueError` where the budget is exceeded."""
+        """Charges the budget for a copy.
+
+        Args:
+            count: Size of the copy, bytes.
+
+        Raises:
+            ValueError: The budget is exceeded.
+        """
         self.left -= count
         if self.left < 0:
             raise ValueError("its values would take many times the size of the file")
@@ -56,23 +67,30 @@ class Budget:
 
 @dataclass(frozen=True)
 class Function:
-    """A function that a pickle may ask for, and our stand-in for it."""
+    """A function that a pickle may call, and the replacement that is called for it."""
 
-    name: str
-    call: Callable[..., Any]
+    name: str  # in the pickle, as `module.name`
+    call: Callable[..., Any]  # our replacement
 
 
 class Record:
-    """Something in a pickle that is not a plain value yet."""
+    """A value of a pickle that is still being read and is no plain value yet."""
 
     def build(self, state: Any) -> None:
-        """Takes the state that a pickle gives it."""
+        """Takes the state that a pickle gives to the value; a plain record refuses it.
+
+        Args:
+            state: The argument of the operation BUILD, of any type.
+
+        Raises:
+            UnsafePickle: The value has no state in plain data.
+        """
         raise UnsafePickle(
             f"it sets the state of a {type(self).__name__.strip('_')}, which has none in plain data"
         )
 
     def finish(self) -> Any:
-        """Returns the plain value that it stands for."""
+        """Returns the plain value that the record stands for."""
         raise NotImplementedError
 
 
@@ -80,11 +98,19 @@ class Record:
 class DTypeRecord(Record):
     """A NumPy dtype that is being read: numbers and fixed-length text only."""
 
-    text: str
-    order: Literal["<", ">", "|", "="] = "="
+    text: str  # kind and bytes, such as f4
+    order: Literal["<", ">", "|", "="] = "="  # of the bytes, as NumPy writes it
 
     def build(self, state: tuple) -> None:
-        """Takes the byte order."""
+        """Takes the byte order of the dtype.
+
+        Args:
+            state: The state that NumPy writes: version, byte order, base of a sub-array, names of
+                fields, and more.
+
+        Raises:
+            UnsafePickle: The dtype has fields or sub-arrays, or an unknown byte order.
+        """
         order, inner, names = state[1:4]
         if order not in ("<", ">", "|", "=") or inner is not None or names is not None:
             raise UnsafePickle("it holds a NumPy array of records")
@@ -101,10 +127,19 @@ class DTypeRecord(Record):
 class ArrayRecord(Record):
     """A NumPy array that is being read."""
 
-    array: np.ndarray | None = None
+    array: np.ndarray | None = None  # None until its state is read
 
     def build(self, state: tuple) -> None:
-        """Takes shape, dtype, order and numbers."""
+        """Takes the contents of the array.
+
+        Args:
+            state: The state that NumPy writes: version, shape, dtype, whether the order is
+                Fortran's, and the bytes of the numbers.
+
+        Raises:
+            UnsafePickle: The array holds Python objects or records.
+            ValueError: Shape, dtype and bytes do not fit together.
+        """
         _, shape, dtype, fortran, data = state
         self.array = _array(data, dtype, shape, "F" if fortran else "C")
 
@@ -138,10 +173,13 @@ def _array(data, dtype, shape, order):
 def require_shape(lengths: Any) -> tuple[int, ...]:
     """Returns lengths of axes, or strides, as a tuple that NumPy can take.
 
-    Larger ones can be made whose product takes for ever to compute.
+    Without the limits, a small file could name numbers whose product takes forever to compute.
+
+    Args:
+        lengths: A value of a pickle that should be a list or tuple of whole numbers.
 
     Raises:
-        ValueError: they are no list of at most 64 whole numbers from 0 to 2^63 - 1.
+        ValueError: The value is not a list of at most 64 whole numbers from 0 to 2^63 - 1.
     """
     if not isinstance(lengths, list | tuple) or len(lengths) > 64:
         raise ValueError("a shape that is not a list of at most 64 lengths")
@@ -218,11 +256,12 @@ def read_pickle(source: Path | str | bytes) -> Any:
     Latin-1.
 
     Args:
-        source: a path, or the bytes of a pickle.
+        source: Path of a pickle, or its bytes.
 
     Raises:
-        UnsafePickle: it asks for anything else.
-        UnreadableWeights: it cannot be read.
+        UnsafePickle: The pickle asks for anything other than plain data.
+        UnreadableWeights: The file cannot be read, its bytes are damaged, or something follows the
+            end of the pickle.
     """
     name = "the pickle" if isinstance(source, bytes) else str(source)
     data = source if isinstance(source, bytes) else read_bytes(source)
@@ -234,7 +273,14 @@ def read_pickle(source: Path | str | bytes) -> Any:
 
 
 def read_bytes(path: Path | str) -> bytes:
-    """Returns the contents of a file; raises `UnreadableWeights`."""
+    """Returns the contents of a file.
+
+    Args:
+        path: The file.
+
+    Raises:
+        UnreadableWeights: The file cannot be read.
+    """
     try:
         return Path(path).read_bytes()
     except OSError as error:
@@ -253,17 +299,17 @@ def run_pickle(
     """Returns the value of one pickle; `file` is left behind its end.
 
     Args:
-        file: the bytes, at the start of the pickle.
-        known: globals that the pickle may name; a `Function` may be called, anything else is a
-            value.
-        name: what errors call the file.
-        budget: is charged for the copies that functions make.
-        persistent: persistent id -> object; `None` refuses persistent ids.
-        finish: whether records become plain values; without it, call `finish_records` later.
+        file: The bytes, at the start of the pickle.
+        known: Globals that the pickle may name, by `module.name`. A `Function` may be called;
+            anything else is a value.
+        name: How errors name the file.
+        budget: Charged for the copies that functions make.
+        persistent: Function from a persistent id to its object; None refuses persistent ids.
+        finish: Whether records become plain values; if not, call `finish_records` later.
 
     Raises:
-        UnsafePickle: it asks for anything that is not known.
-        UnreadableWeights: its bytes are damaged.
+        UnsafePickle: The pickle asks for anything that is not known.
+        UnreadableWeights: The bytes are damaged.
     """
     try:
         machine = _Machine(known, persistent, budget)
@@ -280,7 +326,12 @@ def run_pickle(
 
 
 def explain(error: BaseException) -> str:
-    """Returns what to say of an error that damaged bytes have raised."""
+    """Returns the reason that a message gives for an error over damaged bytes.
+
+    Args:
+        error: The error. The first line of a `ValueError` is the reason; other kinds give only
+            their type.
+    """
     text = str(error).partition("\n")[0][:200]
     return (
         text
@@ -443,7 +494,7 @@ class _Machine:
         return self.stack[-1]
 
     def pop_to_mark(self) -> list:
-        """Removes the mark and returns what stands above it."""
+        """Removes the topmost mark and the values above it, and returns these values."""
         for start in range(len(self.stack) - 1, -1, -1):
             if self.stack[start] is _MARK:
                 items = self.stack[start + 1 :]
@@ -476,7 +527,7 @@ def _is_key(value: Any) -> bool:
 def _keys(items: Iterable) -> list:
     """Keys and items of sets: plain values, and tuples of at most 16 of them.
 
-    Larger ones can be made that take for ever to hash or to compare.
+    A small file could hold larger ones, which take forever to hash or to compare.
     """
     items = list(items)
     if not all(
@@ -490,9 +541,17 @@ def _keys(items: Iterable) -> list:
 def finish_records(value: Any) -> Any:
     """Returns the value with its records made into plain values.
 
-    What stands in several places is visited once.
+    Lists and dictionaries are changed in place. A value that occurs in several places is visited
+    once.
+
+    Args:
+        value: The result of `run_pickle` with `finish=False`.
+
+    Raises:
+        UnsafePickle: The value holds a function, or a record that stands for no plain data.
+        ValueError: A record is incomplete.
     """
-    # by id: the value, which must live on to keep its id, and what it has become
+    # by id: the value, which must live on to keep its id, and its plain form
     done: dict[int, tuple[Any, Any]] = {}
 
     def visit(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""Files of safetensors, through its package (of the extra `retrieval`)."""
+"""Files of the format safetensors, through its package (of the extra `retrieval`)."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,11 +13,14 @@ from ggem_jax.files.errors import UnreadableWeights
 
 
 def read_safetensors(path: Path | str) -> dict[str, np.ndarray]:
-    """Returns all arrays by their names; bfloat16 is that of `ml_dtypes`.
+    """Returns all arrays of a file by their names; bfloat16 is that of `ml_dtypes`.
+
+    Args:
+        path: A `.safetensors` file.
 
     Raises:
-        UnreadableWeights: the file cannot be read.
-        ModuleNotFoundError: the package safetensors is not installed.
+        UnreadableWeights: The file cannot be read.
+        ModuleNotFoundError: The package safetensors is not installed.
     """
     package = _package()
     try:
@@ -40,8 +43,13 @@ def read_safetensors(path: Path | str) -> dict[str, np.ndarray]:
 def write_safetensors(path: Path | str, arrays: Mapping[str, ArrayLike]) -> None:
     """Writes arrays by their names; the file appears when it is complete.
 
+    Args:
+        path: The file to write; a file of this name is replaced.
+        arrays: The arrays by name, of any dtype that the format knows.
+
     Raises:
-        ValueError: the package cannot write an array.
+        ValueError: The package cannot write an array.
+        ModuleNotFoundError: The package safetensors is not installed.
     """
     package = _package()
     contents = {str(name): np.array(value, order="C", copy=None) for name, value in arrays.items()}

@@ -47,7 +47,7 @@ _MAGIC = 0x1950A86A20F9469CFC6C
 _OLD_VERSION = 1001
 _ALIGNMENT = 64  # of a storage in the zip file, bytes, as PyTorch's own
 
-# What the zip reader raises over damaged files, beside what pickles do.
+# Errors of the zip reader over damaged files, and those of pickles.
 _DAMAGED_ZIP = (
     *DAMAGED,
     zipfile.BadZipFile,
@@ -166,11 +166,11 @@ def read_torch(path: Path | str) -> Any:
     a device its name, and an `OrderedDict` a `dict`.
 
     Args:
-        path: the file.
+        path: A checkpoint that `torch.save` wrote, of any ending.
 
     Raises:
-        UnsafePickle: the checkpoint asks for anything else.
-        UnreadableWeights: the file cannot be read.
+        UnsafePickle: The checkpoint asks for anything else.
+        UnreadableWeights: The file cannot be read.
     """
     data = read_bytes(path)
     budget = Budget.of_file(data)
@@ -187,11 +187,11 @@ def write_torch(path: Path | str, arrays: Mapping[str, ArrayLike]) -> None:
     The file appears when it is complete.
 
     Args:
-        path: the file.
-        arrays: by their names.
+        path: The file to write; a file of this name is replaced.
+        arrays: The arrays by the names of their parameters.
 
     Raises:
-        ValueError: an array has a dtype that such files do not hold.
+        ValueError: An array has a dtype that such files do not hold.
     """
     contents = {}
     for name, value in arrays.items():
@@ -374,7 +374,7 @@ def _read_old(data: bytes, name: str, budget: Budget) -> Any:
 def _require_identity(identity: Any) -> tuple[_StorageType, str, int, Any]:
     """A persistent id: the word storage, its class, name, device and how many numbers it has.
 
-    In old files also what it is a view of.
+    In old files a sixth part says of which storage it is a view.
     """
     if not isinstance(identity, tuple) or len(identity) not in (5, 6) or identity[0] != "storage":
         kind = identity[0] if isinstance(identity, tuple) and identity else identity

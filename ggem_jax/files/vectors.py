@@ -14,15 +14,15 @@ from ggem_jax.files.atomic import replacing
 
 @dataclass(frozen=True)
 class VectorFile:
-    """Vectors `(n, d)` of a file as a store that is read block by block.
+    """Vectors `(n, d)` of a file that are read block by block.
 
-    A block is float32, or float16 where the file is; with `normalize` it is divided by its lengths.
-    Reading a vector that is not finite raises `ValueError`.
+    A block is float32, or float16 where the file is; with `normalize` each vector is divided by its
+    length. Reading a vector that is not finite raises `ValueError`.
     """
 
-    name: str
-    array: np.ndarray
-    normalize: bool = False
+    name: str  # of the file, for errors
+    array: np.ndarray  # (n, d) as stored, perhaps memory-mapped
+    normalize: bool = False  # whether vectors are divided by their lengths
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -31,11 +31,22 @@ class VectorFile:
         return n, d
 
     def take(self, ids: Int[np.ndarray, " m"]) -> Float[np.ndarray, "m d"]:
-        """Returns the vectors with these ids, `(m, d)`."""
+        """Returns the vectors with some ids.
+
+        Args:
+            ids: Rows of the file, `(m,)`.
+
+        Returns:
+            The vectors, `(m, d)`.
+        """
         return self._read(self.array[ids])
 
     def blocks(self, rows: int) -> Iterator[tuple[int, Float[np.ndarray, "m d"]]]:
-        """Yields the first row and the vectors of each block of at most `rows` rows."""
+        """Yields the first row and the vectors of each block, in order.
+
+        Args:
+            rows: The most rows of a block.
+        """
         return (
             (start, self._read(self.array[start : start + rows]))
             for start in range(0, len(self.array), rows)
@@ -63,7 +74,11 @@ def _unit(block: Float[np.ndarray, "m d"]) -> Float[np.ndarray, "m d"]:
 
 
 def file_of(name: str) -> str:
-    """Returns `FILE.npz` of `FILE.npz:NAME`, and other names as they are."""
+    """Returns `FILE.npz` of `FILE.npz:NAME`, and other names as they are.
+
+    Args:
+        name: Name of a file of vectors, as `read_array` takes it.
+    """
     before, ending, key = name.rpartition(".npz:")
     return f"{before}.npz" if ending and key else name
 
@@ -72,10 +87,10 @@ def read_array(name: str) -> np.ndarray:
     """Returns the array of a `.npy` file, memory-mapped, or of a `.npz` file.
 
     Args:
-        name: the file; `FILE.npz:NAME` chooses one of several arrays.
+        name: Path of the file; `FILE.npz:NAME` chooses one of several arrays.
 
     Raises:
-        ValueError: the file cannot be read, or it holds several arrays and none is chosen.
+        ValueError: The file cannot be read, or it holds several arrays and none is chosen.
     """
     file = file_of(name)
     key = name[len(file) + 1 :]
@@ -100,14 +115,14 @@ def read_array(name: str) -> np.ndarray:
 
 
 def read_vectors(name: str, *, normalize: bool = False) -> VectorFile:
-    """Returns the vectors `(n, d)` of a file.
+    """Returns the vectors `(n, d)` of a file, which are read as they are used.
 
     Args:
-        name: the file, as `read_array` takes it.
-        normalize: whether vectors are divided by their lengths.
+        name: Path of the file, as `read_array` takes it.
+        normalize: Whether each vector is divided by its length when it is read.
 
     Raises:
-        ValueError: the file holds something else.
+        ValueError: The file cannot be read, or does not hold floating-point vectors `(n, d)`.
     """
     array = read_array(name)
     if array.ndim != 2 or 0 in array.shape or not np.issubdtype(array.dtype, np.floating):
@@ -122,10 +137,10 @@ def read_ranking(file: str) -> tuple[Float[np.ndarray, "q k"] | None, Int[np.nda
     """Returns the scores `(q, k)` of a file, `None` where it has none, and the ids `(q, k)`.
 
     Args:
-        file: `.npy` of ids, or `.npz` or `.json` of ids and scores.
+        file: A `.npy` file of ids, or a `.npz` or `.json` file of ids and scores by these names.
 
     Raises:
-        ValueError: the file cannot be read, or holds something else.
+        ValueError: The file cannot be read, or holds something else.
     """
     ending = Path(file).suffix.lower()
     if ending == ".npy":
@@ -153,9 +168,12 @@ def write_ranking(
     """Writes a ranking as `.json` or `.npz`, by the ending; the file appears when it is complete.
 
     Args:
-        file: the path.
-        scores: `(q, k)`.
-        ids: `(q, k)`.
+        file: The file to write; an ending other than `.json` gives the form of `.npz`.
+        scores: Scores of the candidates of each query, `(q, k)`, best first.
+        ids: Their rows in the database, `(q, k)`.
+
+    Raises:
+        OSError: The file cannot be written.
     """
     with replacing(file) as temporary, temporary.open("wb") as handle:
         if file.suffix.lower() == ".json":

@@ -1,4 +1,4 @@
-"""What a Vision Transformer is made of: one frozen record, and the published sizes by name."""
+"""The config of a Vision Transformer: one frozen record, and the published sizes by name."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,7 +14,7 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 class ViTConfig:
     """The sizes and options of a `ViT`; the first five fields have no default.
 
-    Two configs with the same fields are equal, so that a compiled function is found again.
+    Two configs with the same fields are equal, so that they share compiled functions.
 
     Raises:
         ValueError: A field is out of its range, or two fields do not fit together. The record is
@@ -30,24 +30,25 @@ class ViTConfig:
     image: int = 224
     class_token: bool = True  # a learned class token before the patches and the registers
     registers: int = 0  # learned prefix tokens without a position, after the class token
-    position: Literal["learned", "sincos"] = "learned"  # how places are told apart
+    position: Literal["learned", "sincos"] = "learned"  # sincos: fixed sines and cosines
     # how positions are resampled: bicubic as PyTorch's interpolate, or antialiased as in timm
     position_filter: Literal["cubic", "antialias"] = "cubic"
     layer_scale: float | None = None  # initial LayerScale of residual branches; None: no LayerScale
     # probability to skip a residual branch in the last block; grows linearly from 0 in the first
     drop_path: float = 0.0
     dropout: float = 0.0  # after the embedding and in every residual branch
-    gelu: GELU = "exact"
+    gelu: GELU = "exact"  # activation of the MLP; quick: x sigmoid(1.702 x), as in OpenAI's CLIP
     # swiglu: the gated MLP of DINOv2-g, without a GELU; mlp_width counts channels after the gate
     mlp: Gate = "gelu"
     patch_bias: bool = True  # of the patch embedding
     pre_norm: bool = False  # a norm of the embedded tokens before the first block, as in CLIP
-    qkv_bias: bool = True
-    norm_eps: float = 1e-6
+    post_norm: bool = False  # the norms of a block come after its branches, not before
+    qkv_bias: bool = True  # of the projections to queries, keys and values
+    norm_eps: float = 1e-6  # added to the variance in every norm
     # the final norm before the pooling (of every token), or after it (of the descriptor)
     pool_order: Literal["norm-pool", "pool-norm"] = "norm-pool"
     dtype: Dtype = "float32"  # of the computation
-    param_dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"  # of the parameters
     remat: bool = False  # recompute the blocks in the backward pass: less memory, more time
 
     def __post_init__(self):

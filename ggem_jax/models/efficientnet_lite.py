@@ -89,11 +89,11 @@ def efficientnet_lite_config(variant: str) -> EfficientNetLiteConfig:
 class BlockConfig:
     """The sizes of one inverted residual block."""
 
-    channels_in: int
-    channels_out: int
+    channels_in: int  # channels before the block
+    channels_out: int  # channels after it
     expansion: int  # channels inside / channels_in
     kernel: int  # side of the depthwise kernel, pixels
-    stride: int
+    stride: int  # of the depthwise convolution, pixels
 
 
 # Blocks, kernel, stride, expansion, channels. EfficientNet, table 1 (arXiv:1905.11946), the strides
@@ -176,10 +176,19 @@ class EfficientNetLite(nn.Module):
         return features
 
     def logits(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b classes"]:
-        """Returns the logits `(b, classes)`: the mean over the map, then a dense layer.
+        """Returns the class logits of images: the mean over the feature map, then a dense layer.
 
-        Called as `model.apply(variables, images, method="logits")`; raises `ValueError` for a model
-        without a head.
+        It is called as `model.apply(variables, images, method="logits")`.
+
+        Args:
+            images: Normalised images, `(b, h, w, 3)`, with h and w of at least 32 pixels.
+
+        Returns:
+            The logits, `(b, classes)`.
+
+        Raises:
+            ValueError: The model has no classification head, or the images have another shape.
+            TypeError: The images are not floating point.
         """
         if not self.num_classes:
             raise ValueError(

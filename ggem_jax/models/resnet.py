@@ -52,7 +52,7 @@ class ResNetConfig:
     # the head's exponent before training, as in GeM (arXiv:1711.02512, section 5.1)
     gem_init: float = 3.0
     dtype: Dtype = "float32"  # of the computation
-    param_dtype: Dtype = "float32"
+    param_dtype: Dtype = "float32"  # of the parameters
 
     def __post_init__(self):
         for name in ("depths", "widths"):
@@ -148,8 +148,17 @@ class ResNet(nn.Module):
         return self.maps(images)[-1]
 
     def maps(self, images: Float[Array, "b height width 3"]) -> list[Float[Array, "b h w d"]]:
-        """Returns the maps of the stem and of the four stages; raises `ValueError` for images of
-        another shape or dtype.
+        """Returns the feature maps of the stem and of the four stages.
+
+        Args:
+            images: Normalised images, `(b, height, width, 3)`, floating point.
+
+        Returns:
+            Five maps `(b, h, w, channels)`; h and w are those of the images over 4, 4, 8, 16 and
+            32, rounded up.
+
+        Raises:
+            ValueError: The images have another shape or are not floating point.
         """
         if (
             images.ndim != 4
@@ -169,11 +178,25 @@ class ResNet(nn.Module):
         return maps
 
     def describe(self, pooled: Float[Array, "*b d"]) -> Float[Array, "*b out"]:
-        """Returns descriptors of pooled maps `(..., d)`: normalised, then through the head."""
+        """Returns the descriptors of pooled maps: L2-normalised, then through the dense layer.
+
+        Args:
+            pooled: Pooled feature maps, `(..., d)`.
+
+        Returns:
+            The descriptors, `(..., config.descriptor)`, not normalised.
+        """
         return self.head(pooled)
 
     def pool(self, feature_map: Float[Array, "*b h w d"]) -> Float[Array, "*b d"]:
-        """Returns maps pooled by the network's own GeM, with its learned exponent, `(..., d)`."""
+        """Returns feature maps pooled by the network's own GeM, with its learned exponent.
+
+        Args:
+            feature_map: The maps, `(..., h, w, d)`.
+
+        Returns:
+            The pooled maps, `(..., d)`.
+        """
         return self.head.pool(feature_map)
 
 
@@ -243,6 +266,14 @@ class Head(nn.Module):
         return self.fc(l2_normalize(pooled))
 
     def pool(self, feature_map: Float[Array, "*b h w d"]) -> Float[Array, "*b d"]:
+        """Returns feature maps pooled by GeM over all places, with the learned exponent `p`.
+
+        Args:
+            feature_map: The maps, `(..., h, w, d)`.
+
+        Returns:
+            The pooled maps, `(..., d)`.
+        """
         *batch, _, _, channels = feature_map.shape
         return gem_pool(feature_map.reshape(*batch, -1, channels), self.p[0], eps=1e-6)
 

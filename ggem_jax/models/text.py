@@ -33,18 +33,18 @@ class TextConfig:
     heads: int = 8  # attention heads; width / heads channels each
     mlp_width: int = 2048  # hidden channels of the MLP in a block
     context: int = 77  # positions: the most ids of a text
-    causal: bool = True  # a token attends to those before it only, as in CLIP, unlike in SigLIP
+    causal: bool = True  # a token attends to itself and those before it (CLIP), or all (SigLIP)
     # the descriptor: the token of the first `end_id` (CLIP), or that at the last place (SigLIP)
     pooled: Literal["end", "last"] = "end"
     end_id: int | None = None  # id that ends a text; None: the largest of the vocabulary, as CLIP's
     dropout: float = 0.0  # in every residual branch
-    gelu: GELU = "exact"
-    mlp: Gate = "gelu"
-    layer_scale: float | None = None
-    qkv_bias: bool = True
-    norm_eps: float = 1e-5
+    gelu: GELU = "exact"  # activation of the MLP; quick: x sigmoid(1.702 x), as in OpenAI's CLIP
+    mlp: Gate = "gelu"  # swiglu: a gated MLP without a GELU
+    layer_scale: float | None = None  # initial LayerScale of residual branches; None: no LayerScale
+    qkv_bias: bool = True  # of the projections to queries, keys and values
+    norm_eps: float = 1e-5  # added to the variance in every norm
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the computation
-    param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the parameters
     remat: bool = False  # recompute the blocks in the backward pass: less memory, more time
 
     def __post_init__(self):
@@ -59,11 +59,12 @@ class TextConfig:
 
 @struct.dataclass
 class TextOutput:
-    """What a `TextTransformer` computes on the way from ids to the shared space."""
+    """The outputs of a `TextTransformer`, from its tokens to the shared space."""
 
     tokens: Float[Array, "b n d"]  # after the final norm
-    descriptor: Float[Array, "b d"]
-    projected: Float[Array, "b outputs"] | None  # None without a projection
+    descriptor: Float[Array, "b d"]  # the token at the end of each text, see `TextConfig.pooled`
+    # the descriptor in the space shared with images; None without a projection
+    projected: Float[Array, "b outputs"] | None
 
 
 class TextTransformer(nn.Module):

@@ -1,7 +1,7 @@
 """Poolings with parameters of their own, as Flax modules, and all poolings by name.
 
-A pooling takes tokens `(b, n, d)` to descriptors `(b, d)`. What a module leaves open, it takes from
-the model that it is given to (`for_model`).
+A pooling takes tokens `(b, n, d)` to descriptors `(b, d)`. A module takes the settings that it
+leaves open from the model that it is given to (`for_model`).
 """
 
 from collections.abc import Callable
@@ -65,7 +65,11 @@ class GGeM(nn.Module):
     eps: float = 1e-6
 
     def for_model(self, config: ViTConfig) -> "GGeM":
-        """Returns the module with its open number of groups filled in: one for each head."""
+        """Returns the module with as many groups as attention heads, where the number is open.
+
+        Args:
+            config: The config of the model that the module is given to.
+        """
         return self.clone(parent=None, groups=config.heads if self.groups is None else self.groups)
 
     @nn.compact
@@ -144,7 +148,11 @@ class MAP(nn.Module):
     config: ViTConfig | None = None
 
     def for_model(self, config: ViTConfig) -> "MAP":
-        """Returns the module with its open config filled in."""
+        """Returns the module with the config of a model, where its own is None.
+
+        Args:
+            config: The config of the model that the module is given to.
+        """
         return self.clone(parent=None, config=self.config or config)
 
     @nn.compact

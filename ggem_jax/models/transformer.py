@@ -1,4 +1,4 @@
-"""The pre-norm transformer block, of which the image tower and the text tower are stacks.
+"""The transformer block, of which the image tower and the text tower are stacks.
 
 Tokens are `(b, n, width)`.
 """
@@ -36,49 +36,58 @@ class BlockConfig(Protocol):
     def layer_scale(self) -> float | None: ...
 
     @property
-    def dropout(self) -> float: ...
+    def dropout(self) -> float: ...  # probability in every residual branch
 
     @property
-    def gelu(self) -> GELU: ...
+    def gelu(self) -> GELU: ...  # activation of the MLP
 
     @property
-    def mlp(self) -> Gate: ...
+    def mlp(self) -> Gate: ...  # whether the MLP is gated
 
     @property
-    def qkv_bias(self) -> bool: ...
+    def qkv_bias(self) -> bool: ...  # of the projections to queries, keys and values
 
     @property
-    def norm_eps(self) -> float: ...
+    def norm_eps(self) -> float: ...  # added to the variance in every norm
 
     @property
     def dtype(self) -> str: ...  # of the computation
 
     @property
-    def param_dtype(self) -> str: ...
+    def param_dtype(self) -> str: ...  # of the parameters
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
+    """Transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
 
     Args:
         config: The tower's config.
         drop_path: Probability to skip a residual branch of a sample in training.
         causal: Whether a token attends only to itself and to tokens before it.
+        post_norm: Whether the norms come after the branches: x + norm(attention(x)), then
+            x + norm(mlp(x)).
+
+    Reference: post_norm is the residual post-norm of Liu et al., "Swin Transformer V2", 2022,
+        arXiv:2111.09883, section 3.2.
     """
 
     config: BlockConfig
     drop_path: float = 0.0
     causal: bool = False
+    post_norm: bool = False
 
     @nn.compact
     def __call__(self, tokens: Float[Array, "b n d"], train: bool) -> Float[Array, "b n d"]:
         c = self.config
-        normed = nn.LayerNorm(c.norm_eps, name="norm_1", **dtypes(c))(tokens)
-        tokens = tokens + self._branch(
-            Attention(c, name="attention")(normed, normed, causal=self.causal), "1", train
-        )
-        normed = nn.LayerNorm(c.norm_eps, name="norm_2", **dtypes(c))(tokens)
-        return tokens + self._branch(MLP(c, name="mlp")(normed, train), "2", train)
+        norm_1, norm_2 = (nn.LayerNorm(c.norm_eps, name=f"norm_{n}", **dtypes(c)) for n in (1, 2))
+        attention = partial(Attention(c, name="attention"), causal=self.causal)
+        mlp = MLP(c, name="mlp")
+        if self.post_norm:
+            tokens = tokens + self._branch(norm_1(attention(tokens, tokens)), "1", train)
+            return tokens + self._branch(norm_2(mlp(tokens, train)), "2", train)
+        normed = norm_1(tokens)
+        tokens = tokens + self._branch(attention(normed, normed), "1", train)
+        return tokens + self._branch(mlp(norm_2(tokens), train), "2", train)
 
     def _branch(self, branch, number, train):
         c = self.config
@@ -98,8 +107,8 @@ class Block(nn.Module):
 class Attention(nn.Module):
     """Multi-head attention of queries `(b, q, d)` over tokens `(b, n, d)`.
 
-    Head h owns the channels h d/heads ... (h+1) d/heads before the projection `out`. What the heads
-    found, `(b, q, heads, channels)`, is sown as `heads` for callers that pass
+    Head h owns the channels h d/heads ... (h+1) d/heads before the projection `out`. The outputs of
+    the heads, `(b, q, heads, channels)`, are sown as `heads` for callers that pass
     `mutable=["intermediates"]`.
 
     Args:
@@ -134,8 +143,14 @@ class Attention(nn.Module):
 def quick_gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
     """Returns x sigmoid(1.702 x), an approximation of the GELU.
 
-    Reference: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, arXiv:1606.08415,
-        section 2.
+    Args:
+        x: Numbers of any shape.
+
+    Returns:
+        An array of the shape of x.
+
+    Reference: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, arXiv:1606.08415, section
+        2.
     """
     return x * jax.nn.sigmoid(1.702 * x)
 
@@ -213,5 +228,12 @@ def check_config(config: Any, counts: tuple[str, ...], probabilities: tuple[str,
 
 
 def dtypes(config: BlockConfig) -> dict[str, Any]:
-    """Returns the dtypes of a config as keyword arguments of Flax modules."""
+    """Returns the dtypes of a config as keyword arguments of Flax modules.
+
+    Args:
+        config: The config of a tower; its `dtype` and `param_dtype` are names of dtypes.
+
+    Returns:
+        "dtype" and "param_dtype" as JAX dtypes.
+    """
     return {"dtype": jnp.dtype(config.dtype), "param_dtype": jnp.dtype(config.param_dtype)}

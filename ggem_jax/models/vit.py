@@ -38,11 +38,11 @@ __all__ = [
 
 @struct.dataclass
 class ViTOutput:
-    """What a `ViT` computes on the way from an image to its logits."""
+    """The outputs of a `ViT`, from its tokens to its logits."""
 
     tokens_before_norm: Float[Array, "b n d"]  # prefix tokens first
     tokens: Float[Array, "b n d"]  # after the final norm
-    descriptor: Float[Array, "b d"]
+    descriptor: Float[Array, "b d"]  # the pooled tokens
     logits: Float[Array, "b classes"] | None  # None without a classification head
 
 
@@ -115,7 +115,10 @@ class ViT(nn.Module):
         if c.pre_norm:
             self.norm_pre = nn.LayerNorm(c.norm_eps, **dtypes(c))
         block = nn.remat(Block, static_argnums=(2,)) if c.remat else Block
-        self.blocks = [block(c, c.drop_path * i / max(c.depth - 1, 1)) for i in range(c.depth)]
+        self.blocks = [
+            block(c, c.drop_path * i / max(c.depth - 1, 1), post_norm=c.post_norm)
+            for i in range(c.depth)
+        ]
         self.norm = nn.LayerNorm(c.norm_eps, **dtypes(c))
         own = isinstance(self.pooling, (GGeM, MAP))
         self.pool = self.pooling.for_model(c) if own else self.pooling  # type: ignore[attr-defined]

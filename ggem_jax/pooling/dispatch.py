@@ -35,7 +35,7 @@ def choose_implementation(
         implementation: "xla" for plain JAX, "triton" or "interpret" for a kernel, or None to choose
             the kernel where it can be used.
         tokens: The tokens `(..., n, d)`, or a feature map.
-        refused: Returns why the kernel cannot do what was asked, or None if it can.
+        refused: Function that returns why the kernel cannot run this call, or None if it can.
 
     Returns:
         "xla", "triton" or "interpret"; or None: the kernel if the computation is lowered for an
@@ -65,7 +65,7 @@ def choose_implementation(
 
 
 def _unknown_size(tokens: Array) -> str | None:
-    """Why symbolic shapes cannot be used, or None."""
+    """Returns why symbolic shapes cannot be used, or None."""
     if all(isinstance(length, int) for length in tokens.shape):
         return None
     return (
@@ -75,7 +75,7 @@ def _unknown_size(tokens: Array) -> str | None:
 
 
 def _unfit_mesh(tokens: Array) -> str | None:
-    """Why the mesh of the tokens cannot be used, or None."""
+    """Returns why the mesh of the tokens cannot be used, or None."""
     kinds = set(jax.typeof(tokens).sharding.mesh.axis_types)
     if AxisType.Explicit in kinds:
         return (
@@ -98,7 +98,7 @@ def run_implementation(
     The derivative of either is that of `plain`.
 
     Args:
-        implementation: What `choose_implementation` returned.
+        implementation: The result of `choose_implementation`.
         kernel: The body that calls a kernel.
         plain: The body in plain JAX.
         *arrays: Arguments of both bodies; they may be None.

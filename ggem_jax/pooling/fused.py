@@ -20,7 +20,14 @@ _DTYPES = ("float32", "bfloat16", "float16")
 
 
 def refusal(tokens: Array | jax.ShapeDtypeStruct) -> str | None:
-    """Returns why the power-mean kernel cannot take tokens `(..., n, d)`, or None if it can."""
+    """Returns why the power-mean kernel cannot take the tokens, or None if it can.
+
+    Args:
+        tokens: The tokens, `(..., n, d)`, or a record of their shape and dtype.
+
+    Returns:
+        One sentence that an error can say, or None.
+    """
     if tokens.dtype.name not in _DTYPES:
         return f"the kernels take {', '.join(_DTYPES)}, not {tokens.dtype}: cast the tokens"
     if tokens.shape[-2] > MOST_TOKENS:
@@ -34,7 +41,15 @@ def refusal(tokens: Array | jax.ShapeDtypeStruct) -> str | None:
 
 
 def norm_refusal(tokens: Array, negatives: Negatives) -> str | None:
-    """Returns why the fused norm cannot take tokens `(..., n, d)`, or None if it can."""
+    """Returns why the kernel of norm and power mean cannot take the tokens, or None if it can.
+
+    Args:
+        tokens: The tokens before the norm, `(..., n, d)`.
+        negatives: The sign rule by name; the kernel has every rule that adds no offset.
+
+    Returns:
+        One sentence that an error can say, or None.
+    """
     if RULES[negatives].adds_offset:
         fit = ", ".join(name for name, rule in RULES.items() if not rule.adds_offset)
         return (
@@ -50,7 +65,17 @@ def norm_refusal(tokens: Array, negatives: Negatives) -> str | None:
 
 
 def superglobal_refusal(feature_map: Array, regional_p: float, window: int, p: float) -> str | None:
-    """Returns why the fused regional GeM cannot take a map `(..., h, w, d)`, or None if it can."""
+    """Returns why the fused regional GeM cannot take a feature map, or None if it can.
+
+    Args:
+        feature_map: The map, `(..., h, w, d)`.
+        regional_p: Exponent over the window.
+        window: Odd side of the window, in places of the map.
+        p: Exponent of GeM+ over all places.
+
+    Returns:
+        One sentence that an error can say, or None.
+    """
     # The kernel scales by the largest entry of the map. The largest of the mixed map is half of it
     # or more: (1/2)^90 / 2^31 is still a normal number.
     if p > 90:

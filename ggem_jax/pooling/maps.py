@@ -2,8 +2,8 @@
 and Scale GeM.
 
 The result has the dtype of the map; the mathematics is done in float32 (float64 for float64 maps).
-Every function raises `TypeError` for maps that are not floating point, and `ValueError` for wrong
-shapes and settings out of range.
+`regional_gem`, `superglobal_pool` and `scale_gem` raise `TypeError` for arrays that are not
+floating point, and `ValueError` for wrong shapes and settings out of range.
 
 Reference: Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", 2023,
 arXiv:2308.06954, and its code: github.com/ShihaoShao-GH/SuperGlobal.

@@ -210,8 +210,21 @@ def _sum_rows(by_rows, p):
 
 
 def pooled_and_root(tokens, p, mask, *, eps, negatives):
-    """(mean x^p)^(1/p) = m (mean (x/m)^p)^(1/p), with m the largest x: no power overflows and the
-    largest is 1, whatever p. Returns the pooled value, and an eighth of the root.
+    """Returns the power mean over the tokens and an eighth of its root, in plain JAX.
+
+    (mean x^p)^(1/p) = m (mean (x/m)^p)^(1/p), with m the largest x. No power overflows, and the
+    largest is 1 for every p.
+
+    Args:
+        tokens: The tokens, `(..., n, d)`.
+        p: One exponent for each channel, `(d,)`.
+        mask: Which tokens to keep, `(..., n)`; None keeps all.
+        eps: Smallest number that is raised to p.
+        negatives: The sign rule by name.
+
+    Returns:
+        The pooled value, `(..., d)`, and an eighth of the root, `(..., d)`, which lacks the offset
+        of the rule "shift". Both have the dtype of the mathematics.
     """
     rule, eighths = RULES[negatives], EIGHTH * widen(keep(tokens, mask, 0))
     x, offset = rule.positive(eighths, mask, EIGHTH * eps)
@@ -225,8 +238,22 @@ def pooled_and_root(tokens, p, mask, *, eps, negatives):
 
 
 def cotangents(tokens, p, mask, root, cotangent, *, eps, negatives):
-    """With y = (mean x^p)^(1/p): dy/dx_n = (x_n/y)^(p-1) / count and dy/dp = (y/p) mean_n (x_n/y)^p
-    log(x_n/y), the latter for each row. `root` is an eighth of y.
+    """Returns the cotangents of the tokens and, for each row, of p, in plain JAX.
+
+    With y = (mean x^p)^(1/p): dy/dx_n = (x_n/y)^(p-1) / count and dy/dp = (y/p) mean_n (x_n/y)^p
+    log(x_n/y).
+
+    Args:
+        tokens: The tokens, `(..., n, d)`.
+        p: One exponent for each channel, `(d,)`.
+        mask: Which tokens to keep, `(..., n)`; None keeps all.
+        root: An eighth of y, from `pooled_and_root`, `(..., d)`.
+        cotangent: Cotangent of the pooled value, `(..., d)`.
+        eps: Smallest number that is raised to p.
+        negatives: The sign rule by name.
+
+    Returns:
+        The cotangents of the tokens, `(..., n, d)`, in their dtype, and of p, `(..., d)`.
     """
     rule, eighths = RULES[negatives], EIGHTH * widen(keep(tokens, mask, 0))
     cotangent = where_any(mask, cotangent / EIGHTH)

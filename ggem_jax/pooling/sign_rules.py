@@ -29,10 +29,10 @@ LEAST_EPS = 1e-36  # the smallest eps that `check_rule` accepts
 
 @dataclass(frozen=True)
 class SignRule:
-    """What is raised to p, and how the root becomes the pooled value."""
+    """A sign rule: the numbers that are raised to p, and the offset that is added to the root."""
 
-    # (tokens, mask, eps) -> the numbers of at least 0 that are raised to p, `(..., n, d)`, and what
-    # is added after the root, `(..., d)`. Tokens and eps come as eighths and the result is
+    # (tokens, mask, eps) -> the numbers of at least 0 that are raised to p, `(..., n, d)`, and the
+    # offset that is added to the root, `(..., d)`. Tokens and eps come as eighths and the result is
     # multiplied by 8, so both must be proportional to (tokens, eps).
     positive: Callable[[Array, Mask, float], tuple[Array, Array]]
     adds_offset: bool = False  # whether anything is added after the root
@@ -40,11 +40,22 @@ class SignRule:
     in_kernel: bool = False  # whether the kernel of the power mean has the rule
 
     def sign(self, tokens: Array) -> Array | float:
-        """Returns the factor of each power, `(..., n, d)`, or 1."""
+        """Returns the factor of each power: the sign of its token with a signed rule, else 1.
+
+        Args:
+            tokens: The tokens, `(..., n, d)`, of any scale.
+
+        Returns:
+            An array `(..., n, d)` of -1 and 1, where zero counts as positive; or the number 1.
+        """
         return jnp.where(tokens < 0, -1.0, 1.0) if self.signed else 1.0
 
     def refusal(self, name: str) -> str | None:
-        """Returns why the kernel cannot be used, or None."""
+        """Returns why the kernels cannot be used with this rule, or None if they can.
+
+        Args:
+            name: The name of the rule, for the sentence.
+        """
         return None if self.in_kernel else f"the kernels do not have the sign rule {name}"
 
 
@@ -76,7 +87,15 @@ RULES: dict[Negatives, SignRule] = {
 
 
 def check_rule(eps: float, negatives: str) -> None:
-    """Raises `ValueError` for a rule that is unknown and an eps that is out of range."""
+    """Raises `ValueError` if the rule is unknown or eps is out of range.
+
+    Args:
+        eps: Smallest number that is raised to p, from 1e-36 to 1e36.
+        negatives: The name of a sign rule, a key of `RULES`.
+
+    Raises:
+        ValueError: The rule is not in `RULES`, or eps is not a Python number in the range.
+    """
     if negatives not in RULES:
         raise ValueError(
             f"negatives must be one of {', '.join(get_args(Negatives))}, not {negatives!r}"

@@ -15,8 +15,8 @@ The gradients of the power means are closed-form: reverse mode, also twice (`gra
 must be whole on every device.
 
 Every function raises `TypeError` for tokens that are not floating point, `ValueError` for wrong
-shapes and settings out of range, and `NotImplementedError` for an `implementation` that cannot do
-what was asked.
+shapes and settings out of range, and `NotImplementedError` for an `implementation` that cannot run
+the call.
 """
 
 from typing import Literal, get_args

@@ -40,7 +40,7 @@ _MODULES = {
 }
 
 
-if not TYPE_CHECKING:  # type checkers would take it to give every name
+if not TYPE_CHECKING:  # for a type checker, every name would exist
 
     def __getattr__(name: str) -> Any:
         if name not in _MODULES:

@@ -1,8 +1,8 @@
 """The tool: `python -m ggem_jax.retrieval COMMAND`, or `ggem-retrieval COMMAND` after installation.
 
 A failure is one sentence on standard error, and an exit code: 2 for wrong flags, 130 after Ctrl-C,
-141 where nobody reads the output, 1 for the rest. JAX is loaded when there is an image to describe
-or a vector to search, not before.
+141 if the output is closed by its reader, 1 for all others. JAX is loaded when there is an image to
+describe or a vector to search, not before.
 """
 
 import os
@@ -15,7 +15,11 @@ _OUT_OF_MEMORY = "out of memory: try a smaller --batch, --longest-side or --cand
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs one command and returns the exit code. `argv` None takes those of the process."""
+    """Runs one command and returns the exit code.
+
+    Args:
+        argv: Arguments after the name of the program; None takes those of the process.
+    """
     _open_closed_streams()
     prog = (
         "ggem-retrieval"
@@ -27,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
         options = vars(parse(sys.argv[1:] if argv is None else argv, prog))
         command = options.pop("command")
         resume = ": run the same command again to resume" if command in ("index", "add") else ""
-        from ggem_jax.retrieval.tool.commands import run  # NumPy, Pillow and SQLite
+        from ggem_jax.retrieval.tool.commands import run  # loads NumPy, Pillow and SQLite
 
         code = run(command, **options)
         sys.stdout.flush()
@@ -50,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
         return _print_error(f"{error.strerror or error}{file}", 1)
     except ValueError as error:
         return _print_error(str(error), 1)
-    except RuntimeError as error:  # JAX's own, told by their text so that JAX need not be loaded
+    except RuntimeError as error:  # errors of JAX are recognised by their text, without JAX
         if "RESOURCE_EXHAUSTED" in str(error):
             return _print_error(_OUT_OF_MEMORY, 1)
         if "nable to initialize backend" in str(error):
@@ -64,7 +68,7 @@ def _print_error(sentence: str, code: int) -> int:
 
 
 def _open_closed_streams() -> None:
-    """Sends closed streams nowhere, and escapes names that a terminal cannot show."""
+    """Replaces closed streams by the null device, and escapes names that a terminal cannot show."""
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
     sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
     for stream in (sys.stdout, sys.stderr):

@@ -30,18 +30,18 @@ from ggem_jax.retrieval.vectors import (
 
 Precision = Literal["float32", "bfloat16"]
 
-# of widened vectors and their scores: vectors that stay in a cache are multiplied as fast as if
-# they had been float32 all along
+# bytes of widened vectors and their scores in a block: vectors that fit in a cache are multiplied
+# as fast as float32 vectors
 _BLOCK_BYTES = 16 * 2**20
-# products in one sum: 2048 at once differ from float64 by 2e-6, in pieces of 512 by 5e-7 (unit
-# vectors)
+# products in one sum: for unit vectors, sums of 2048 differ from float64 by 2e-6, and sums in
+# pieces of 512 by 5e-7
 _SUMMED = 512
-# results beyond k that are scored again in float64: at first, and, where so many are too close to
-# tell apart, at most
+# results beyond k that are scored again in float64: at first, and at most, if float32 cannot order
+# the results around rank k
 _MARGIN, _WIDEST = 16, 4096
-_CLOSE = 1e-6  # of the lengths of both vectors: the largest error of a score in float32
+_CLOSE = 1e-6  # largest error of a float32 score, relative to the lengths of both vectors
 _SCORED = 4096  # vectors that are widened to float64 at a time
-# of vectors read at a time: one block is searched, one waits, one is being read
+# bytes of vectors in a block that is read: one is searched, one waits, and one is being read
 _READ_BYTES = 128 * 2**20
 
 
@@ -55,32 +55,33 @@ def search(
 ) -> Ranking:
     """Returns the k vectors with the largest dot product with each query, best first.
 
-    The search is exact, and its memory is bounded whatever n: vectors are widened block by block.
-    Time grows with k, as each block is sorted together with the k best so far. Equal scores are
-    ordered by smaller id; scores that are not numbers come last.
+    The search is exact, and its memory is bounded for any n: vectors are widened block by block.
+    Time grows with k, because each block is sorted together with the k best so far. Equal scores
+    are ordered by smaller id; scores that are NaN come last.
 
-    - With an array of JAX this is a pure function, for use inside `jit`. Scores of equal vectors
-      may differ in the last bit, by their place.
-    - Other databases are read block by block, and the best are ordered by their scores in float64,
-      rounded to float32. The order is the same on every device, unless more than 4,096 vectors are
-      too close to the k-th for float32.
+    - With an array of JAX this is a pure function, for use inside `jit`. The scores of equal
+      vectors may differ in the last bit, depending on their rows.
+    - Other databases are read block by block. In "float32" the best are ordered by their scores in
+      float64, rounded to float32, so that the order is the same on every device, unless more than
+      4,096 vectors are too close to the k-th for float32.
 
     Args:
-        queries: `(q, d)`.
-        database: an array `(n, d)` of JAX or NumPy (memory-mapped too) or a `Store`, in float32,
+        queries: Vectors `(q, d)` of floating point.
+        database: An array `(n, d)` of JAX or NumPy (memory-mapped too) or a `Store`, in float32,
             float16 or bfloat16.
-        k: results of each query, from 1 to n.
+        k: Results of each query, from 1 to n.
         precision: "float32" multiplies in full precision on every device. "bfloat16" rounds both
-            sides to bfloat16 and adds in float32: of the 100 best of 50,000 random unit vectors of
-            2,048 numbers 99.5 % stay, and scores are at most 2e-4 off (`benchmarks.bench_search`).
-        mesh: devices that share the rows; None: one.
+            sides to bfloat16 and adds in float32. It keeps 99.5 % of the 100 best of 50,000 random
+            unit vectors with d = 2,048, with errors of at most 2e-4 in the scores
+            (`benchmarks.bench_search`).
+        mesh: Devices that share the rows; None uses one device.
 
     Returns:
-        Scores and ids, each `(q, k)`.
+        Scores in float32 and ids in int32, each `(q, k)`.
 
     Raises:
-        ValueError: shapes or values do not fit.
-        TypeError: the database is a callback, which cannot be searched.
+        ValueError: Shapes, dtypes or values do not fit.
+        TypeError: The database is a callback, which cannot be searched, or none of the above.
 
     Example:
         >>> import jax.numpy as jnp
@@ -109,7 +110,11 @@ def search(
 
 
 def check_precision(precision: str) -> None:
-    """Raises `ValueError` for a precision that does not exist."""
+    """Raises `ValueError` unless the precision is "float32" or "bfloat16".
+
+    Args:
+        precision: The precision of dot products, as `search` takes it.
+    """
     if precision not in get_args(Precision):
         raise ValueError(
             f"precision must be one of {', '.join(get_args(Precision))}, not {precision!r}"
@@ -119,9 +124,18 @@ def check_precision(precision: str) -> None:
 def similarity(
     a: Float[Array, "*b m d"], b: Float[Array, "*b n d"], precision: Precision
 ) -> Float[Array, "*b m n"]:
-    """Returns all dot products `(..., m, n)` in float32.
+    """Returns all dot products of two sets of vectors in float32.
 
-    Long ones are summed in pieces, as the rounding of float32 grows with the length of a sum.
+    In "float32" long vectors are summed in pieces of 512 products, as the rounding error grows with
+    the length of a sum.
+
+    Args:
+        a: Vectors `(..., m, d)`.
+        b: Vectors `(..., n, d)`.
+        precision: As in `search`.
+
+    Returns:
+        The dot products, `(..., m, n)`.
     """
     if precision == "bfloat16":
         return jnp.einsum(
@@ -145,7 +159,7 @@ def similarity(
 
 @partial(jax.jit, static_argnames=("k", "precision", "mesh"))
 def _search_on_device(queries, database, *, k, precision, mesh):
-    """Search in an array of JAX."""
+    """Searches an array of JAX."""
     if mesh is None or mesh.size == 1:
         scores, ids = _best(queries, database, k, precision, first=0)
     else:
@@ -156,7 +170,7 @@ def _search_on_device(queries, database, *, k, precision, mesh):
 
 
 def _search_blocks(queries, database, *, k, precision, mesh):
-    """Search in vectors that are read block by block; float64 decides between the best."""
+    """Searches vectors that are read block by block; float64 decides between the best."""
     options = {"precision": precision, "mesh": mesh}
     if precision != "float32":
         return _read_through(queries, database, k=k, **options)
@@ -170,7 +184,7 @@ def _search_blocks(queries, database, *, k, precision, mesh):
 
 
 def _read_through(queries, database, *, k, precision, mesh):
-    """The k best by float32; the next block is read while the last one is searched."""
+    """The k best by the scores of the devices; the next block is read while one is searched."""
     n, d = database.shape
     devices = 1 if mesh is None else mesh.size
     rows = (
@@ -203,14 +217,14 @@ def _read_through(queries, database, *, k, precision, mesh):
 
 
 def _at_hand(block, rows):
-    """The block with rows of zeros at its end, up to `rows`.
+    """The block, with rows of zeros at its end up to `rows`.
 
     Its address is a multiple of 64, so that JAX on a CPU takes it without a copy.
     """
     if len(block) == rows and block.flags.c_contiguous and block.ctypes.data % 64 == 0:
         block.reshape(-1).view(np.uint8)[
             :: mmap.PAGESIZE
-        ].max()  # of a mapped file each page is read now, in this thread
+        ].max()  # reads every page of a mapped file now, in this thread
         return block
     size = rows * block.shape[1] * block.dtype.itemsize
     memory = np.zeros(size + 64, np.uint8)
@@ -221,7 +235,7 @@ def _at_hand(block, rows):
 
 
 def _settle(queries, database, found, k):
-    """The k best by scores in float64, and whether none can be missing.
+    """The k best by scores in float64, and whether no better vector can have been missed.
 
     The rounding of float32 depends on the sizes of blocks and on the device.
     """
@@ -262,7 +276,7 @@ def _absorb(best, queries, block, first, end, *, k, precision, mesh):
 
 
 def _over_devices(queries, database, k, precision, mesh, first, end):
-    """Each device searches its rows, then all share their results."""
+    """Each device searches its own rows, then all share their results."""
     axes = mesh.axis_names
     share = len(database) // mesh.size
 
@@ -272,19 +286,17 @@ def _over_devices(queries, database, k, precision, mesh, first, end):
         return _best(queries, rows, min(k, share), precision, begin, end)
 
     scores, ids = own(queries, database, jnp.int32(first), jnp.int32(end))
-    top, at = lax.top_k(scores, k)  # stable, and devices stand in the order of their ids
+    top, at = lax.top_k(scores, k)  # stable, and devices are in the order of their ids
     return top, jnp.take_along_axis(ids, at, axis=1)
 
 
 def _best(queries, database, k, precision, first=0, end=None):
-    """The k best rows of an array, whose ids begin at `first`; ids from `end` on do not exist."""
+    """The k best rows of an array whose ids begin at `first`; ids from `end` on do not exist."""
     (q, d), n = queries.shape, len(database)
     rows = max(min(_BLOCK_BYTES // (4 * (d + 3 * q)), n), 1)
 
     def block(best, i):
-        start = jnp.minimum(
-            i * rows, n - rows
-        )  # the last block reaches back, over rows that were searched
+        start = jnp.minimum(i * rows, n - rows)  # the last block starts earlier and repeats rows
         scores = make_sortable(
             similarity(queries, lax.dynamic_slice_in_dim(database, start, rows), precision)
         )

@@ -1,7 +1,7 @@
 """Query expansion and database augmentation: average vectors with their neighbours, search again.
 
-Queries are `(q, d)` and the database is `(n, d)`, unit vectors; averages are made unit vectors
-again.
+Queries are `(q, d)` and the database is `(n, d)`, both unit vectors. Averages are normalised to
+unit length.
 """
 
 from collections.abc import Iterator
@@ -29,8 +29,8 @@ from ggem_jax.retrieval.vectors import (
     take_vectors,
 )
 
-_TOGETHER = 64  # queries, or rows of a database, whose neighbours are in memory at a time
-_ROWS = 1024  # of a database that are augmented at a time
+_TOGETHER = 64  # queries, or rows of the database, whose neighbours are in memory at a time
+_ROWS = 1024  # rows of the database that are augmented at a time
 
 
 def average_query_expansion(
@@ -43,20 +43,21 @@ def average_query_expansion(
 ) -> Ranking:
     """Returns the ranking of a search with the mean of each query and its first results.
 
-    A callback cannot be searched; with it, the ids of the given ranking are reordered.
+    A callback cannot be searched; with one, the ids of the given ranking are reordered.
 
     Args:
-        queries: `(q, d)`, unit vectors.
-        database: an array `(n, d)`, a `Store`, or a function of ids.
-        ranking: scores and ids of the first search, each `(q, k)`.
-        num_neighbors: results that are averaged with the query.
-        precision: of the dot products, as in `search`.
+        queries: Unit vectors `(q, d)`.
+        database: An array `(n, d)`, a `Store`, or a function from ids to vectors.
+        ranking: Scores and ids of the first search, each `(q, k)`, best first.
+        num_neighbors: Results that are averaged with the query, at least 1; all k if k is smaller.
+        precision: Precision of the dot products, as in `search`.
 
     Returns:
         Scores and ids, each `(q, k)`.
 
     Raises:
-        ValueError: shapes or values do not fit.
+        ValueError: Shapes, dtypes or values do not fit.
+        TypeError: The database is none of the above.
 
     Reference: Chum et al., "Total Recall: Automatic Query Expansion with a Generative Feature Model
         for Object Retrieval", ICCV 2007.
@@ -83,17 +84,18 @@ def alpha_query_expansion(
 ) -> Ranking:
     """Returns `average_query_expansion` with results weighted by their similarity.
 
-    The expanded query is q + sum_j max(q . x_j, 0)^alpha x_j, as a unit vector.
+    The expanded query is q + sum_j max(q . x_j, 0)^alpha x_j, normalised to unit length.
 
     Args:
-        queries, database, ranking, num_neighbors, precision: as in `average_query_expansion`.
-        alpha: power of the similarity.
+        queries, database, ranking, num_neighbors, precision: As in `average_query_expansion`.
+        alpha: Power of the similarity, at least 0.
 
     Returns:
         Scores and ids, each `(q, k)`.
 
     Raises:
-        ValueError: shapes or values do not fit.
+        ValueError: Shapes, dtypes or values do not fit.
+        TypeError: The database is of another kind.
 
     Reference: Radenović et al., "Fine-tuning CNN Image Retrieval with No Human Annotation", 2018,
         arXiv:1711.02512.
@@ -120,21 +122,22 @@ def database_augmentation(
 ) -> Ranking:
     """Returns the ranking of a search in the augmented database.
 
-    Every vector meets all others: n^2 d operations. To search more than once, keep the result of
-    `augment_database`. Of a store, only a few blocks are in memory.
+    Every vector is compared with all others, which takes n^2 d operations. To search more than
+    once, keep the result of `augment_database`. A store or NumPy array is augmented block by block,
+    so that only a few blocks are in memory.
 
     Args:
-        queries: `(q, d)`, unit vectors.
-        database: an array `(n, d)` or a `Store`.
-        ranking: scores and ids, each `(q, k)`, of which only k matters.
-        num_neighbors, alpha, precision: as in `augment_database`.
+        queries: Unit vectors `(q, d)`.
+        database: An array `(n, d)` or a `Store`, unit vectors.
+        ranking: Scores and ids, each `(q, k)`. Only k is used, as the number of results.
+        num_neighbors, alpha, precision: As in `augment_database`.
 
     Returns:
         Scores and ids, each `(q, k)`.
 
     Raises:
-        ValueError: shapes or values do not fit.
-        TypeError: the database is a callback.
+        ValueError: Shapes, dtypes or values do not fit.
+        TypeError: The database is a callback, or none of the above.
 
     Reference: Turcot and Lowe, "Better Matching with Fewer Features", 2009.
 
@@ -167,20 +170,20 @@ def augment_database(
     """Returns the database with each vector replaced by a mean of its neighbourhood.
 
     The mean is sum_j max(x . x_j, 0)^alpha x_j over the `num_neighbors` + 1 nearest vectors, x
-    itself among them, as a unit vector.
+    itself among them, normalised to unit length.
 
     Args:
-        database: an array `(n, d)` or a `Store`.
-        num_neighbors: neighbours beside the vector itself.
-        alpha: power of the similarity.
-        precision: of the dot products, as in `search`.
+        database: An array `(n, d)` or a `Store`, unit vectors.
+        num_neighbors: Neighbours besides the vector itself, at least 0; all if there are fewer.
+        alpha: Power of the similarity, at least 0.
+        precision: Precision of the dot products, as in `search`.
 
     Returns:
         `(n, d)` in float32: JAX for an array of JAX, NumPy for another array or a store.
 
     Raises:
-        ValueError: shapes or values do not fit.
-        TypeError: the database is a callback.
+        ValueError: Shapes, dtypes or values do not fit.
+        TypeError: The database is a callback.
 
     Reference: Turcot and Lowe, "Better Matching with Fewer Features", 2009; weights as in
         `alpha_query_expansion`.

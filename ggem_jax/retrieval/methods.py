@@ -1,4 +1,4 @@
-"""Rerankers by name, as flags, files and `Index.search` name them. Loads no JAX before one runs."""
+"""Rerankers by name, as flags, files and `Index.search` use them. JAX is loaded when one runs."""
 
 import functools
 from collections.abc import Callable
@@ -31,7 +31,7 @@ class Method:
 
     name: str  # one of `METHODS`
     candidates: int  # results of the first search that are reranked
-    options: dict[str, Any]  # those of `METHODS[name]`
+    options: dict[str, Any]  # values of the options in `METHODS[name]`
 
     def record(self) -> dict[str, Any]:
         """Returns the method and its options as JSON values."""
@@ -44,17 +44,25 @@ class Method:
         return f"{self.name} ({', '.join(given)})" if given else self.name
 
     def depth(self, k: int) -> int:
-        """Returns how many results of the first search `k` results after reranking require."""
+        """Returns how many results of the first search are needed for k results after reranking.
+
+        Args:
+            k: Results after reranking.
+        """
         return k if self.name == "none" else max(k, self.candidates)
 
     def rerank(self, queries: Any, database: "Database", ranking: "Ranking") -> "Ranking":
         """Returns the ranking in its new order, `(q, k)` as it was; "none" returns it unchanged.
 
         Args:
-            queries: `(q, d)`.
-            database: as `ggem_jax.retrieval.superglobal_rerank` takes it. The search is compiled as
-                a whole where it is an array of JAX.
-            ranking: scores and ids of the first search, each `(q, k)`, best first.
+            queries: Unit vectors `(q, d)`.
+            database: As `ggem_jax.retrieval.superglobal_rerank` takes it. If it is an array of JAX,
+                the reranking is compiled as a whole.
+            ranking: Scores and ids of the first search, each `(q, k)`, best first.
+
+        Raises:
+            ValueError: Shapes, dtypes or values do not fit.
+            TypeError: "dba" was given a callback, or the database is of an unknown kind.
         """
         if self.name == "none":
             return ranking
@@ -72,9 +80,12 @@ class Method:
         """Returns scores and ids `(q, depth)` of a search, and those after reranking.
 
         Args:
-            queries: `(q, d)`.
+            queries: Unit vectors `(q, d)`.
             database: `(n, d)`, as `ggem_jax.retrieval.search` takes it.
-            depth: results of each query, at most n.
+            depth: Results of each query; n if it is larger.
+
+        Raises:
+            ValueError: As in `rerank`, or some scores are not finite.
         """
         from ggem_jax.retrieval.exact_search import search
 
@@ -84,9 +95,14 @@ class Method:
     def reorder(
         self, queries: Any, database: "Database", before: "Ranking"
     ) -> tuple["Arrays", "Arrays"]:
-        """Returns scores and ids of a ranking, and those after reranking, in memory.
+        """Returns scores and ids of a ranking, and those after reranking, as NumPy arrays `(q, k)`.
 
-        Raises `ValueError` where some scores are not finite.
+        Args:
+            queries, database: As in `rerank`.
+            before: Scores and ids of the first search, each `(q, k)`, best first.
+
+        Raises:
+            ValueError: As in `rerank`, or some scores are not finite.
         """
         return _to_arrays(before), _to_arrays(self.rerank(queries, database, before))
 
@@ -95,12 +111,12 @@ def choose_method(name: str, *, candidates: int | None = None, **given: Any) -> 
     """Returns a method with the given options over its defaults.
 
     Args:
-        name: one of `METHODS`.
-        candidates: results of the first search that are reranked; None: 400.
-        **given: options of this method; None takes the default of each.
+        name: One of `METHODS`.
+        candidates: Results of the first search that are reranked; None takes 400.
+        **given: Options of this method, of `METHODS[name]`; None takes the default of each.
 
     Raises:
-        ValueError: there is no such method, or it does not have an option.
+        ValueError: There is no such method, it does not have an option, or candidates are below 1.
     """
     if not isinstance(name, str) or name not in METHODS:
         raise ValueError(f"rerank must be one of {', '.join(METHODS)}, not {name!r}")
@@ -121,9 +137,16 @@ def choose_method(name: str, *, candidates: int | None = None, **given: Any) -> 
 
 
 def as_method(rerank: "Method | str | None") -> Method:
-    """Returns the method of a name with its default options; None is "none"."""
+    """Returns the method of a name with its default options.
+
+    Args:
+        rerank: One of `METHODS`, or a `Method`, which is returned unchanged; None is "none".
+
+    Raises:
+        ValueError: There is no such method.
+    """
     if isinstance(rerank, Method):
-        choose_method(rerank.name)  # raises for a name that is none
+        choose_method(rerank.name)  # raises for an unknown name
         return rerank
     return choose_method("none" if rerank is None else rerank)
 

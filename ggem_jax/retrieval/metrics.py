@@ -1,7 +1,8 @@
 """Quality of a ranking: average precision with ignored images, precision and recall at k.
 
-Computed by NumPy in float64. Rankings are `(q, k)`, best first, ids from 0; each query has its own
-lists of ids. A ranking may be shorter than the database: what it does not reach counts as a miss.
+Scores are computed by NumPy in float64. Rankings are `(q, k)`, best first, and ids count from 0;
+each query has its own lists of ids. A ranking may be shorter than the database: positives that it
+does not reach count as misses.
 """
 
 from collections.abc import Sequence
@@ -15,24 +16,26 @@ from jaxtyping import Bool, Float, Int
 class Relevance:
     """The ids that a query should find, and those that count neither way."""
 
-    positive: Int[np.ndarray, " p"]
-    ignored: Int[np.ndarray, " i"]
+    positive: Int[np.ndarray, " p"]  # ids that the query should find
+    ignored: Int[np.ndarray, " i"]  # ids that are removed from a ranking before it is scored
 
 
 @dataclass(frozen=True)
 class Scores:
     """Scores of all queries. A query without positives has NaN and is left out of the means."""
 
-    average_precision: Float[np.ndarray, " q"]
-    precision_at: Float[np.ndarray, "q kappas"]
-    kappas: tuple[int, ...]
+    average_precision: Float[np.ndarray, " q"]  # from 0 to 1
+    precision_at: Float[np.ndarray, "q kappas"]  # from 0 to 1
+    kappas: tuple[int, ...]  # ranks from 1 at which the precision is measured
 
     @property
     def mean_average_precision(self) -> float:
+        """Mean of the average precision over the queries with positives, NaN if there are none."""
         return _mean(self.average_precision)
 
     @property
     def mean_precision_at(self) -> dict[int, float]:
+        """Mean precision at each kappa over the queries with positives, NaN if there are none."""
         return {kappa: _mean(self.precision_at[:, i]) for i, kappa in enumerate(self.kappas)}
 
 
@@ -40,11 +43,12 @@ class Scores:
 class Difficulty:
     """The three lists of a query in the revisited Oxford and Paris ground truth."""
 
-    easy: Int[np.ndarray, " e"]
-    hard: Int[np.ndarray, " h"]
-    junk: Int[np.ndarray, " j"]
+    easy: Int[np.ndarray, " e"]  # ids of positives that are easy to find
+    hard: Int[np.ndarray, " h"]  # ids of positives that are hard to find
+    junk: Int[np.ndarray, " j"]  # ids that are ignored in all set-ups
 
 
+# set-up -> a function that returns the relevance of a query under it
 SETUPS = {
     "easy": lambda query: Relevance(query.easy, np.concatenate([query.junk, query.hard])),
     "medium": lambda query: Relevance(np.concatenate([query.easy, query.hard]), query.junk),
@@ -61,9 +65,12 @@ def revisited(
     """Returns the scores of the set-ups easy, medium and hard, by name.
 
     Args:
-        ids: rankings, `(q, k)`, best first.
-        queries: the lists of each query.
-        kappas: ranks of the precision.
+        ids: Rankings `(q, k)`, best first.
+        queries: The lists of each query.
+        kappas: Ranks at which the precision is measured.
+
+    Raises:
+        ValueError: As in `scores`.
 
     Reference: Radenović et al., "Revisiting Oxford and Paris: Large-Scale Image Retrieval
         Benchmarking", CVPR 2018, arXiv:1803.11285.
@@ -80,18 +87,19 @@ def scores(
     *,
     kappas: Sequence[int] = (1, 5, 10),
 ) -> Scores:
-    """Returns average precision and precision at k, after ignored images have been removed.
+    """Returns average precision and precision at kappa, after ignored images have been removed.
 
     Average precision follows the trapezoid rule. Precision at kappa divides by min(kappa, rank of
     the last positive that was found), as the revisited protocol does.
 
     Args:
-        ids: rankings, `(q, k)`, best first.
-        relevance: the lists of each query.
-        kappas: ranks of the precision.
+        ids: Rankings `(q, k)`, best first.
+        relevance: The lists of each query.
+        kappas: Ranks at which the precision is measured, at least 1.
 
     Raises:
-        ValueError: an id stands twice in a ranking, or is both positive and ignored.
+        ValueError: The ids are not whole numbers with a row for each query, a kappa is below 1, an
+            id is negative or occurs twice in a ranking, or an id is both positive and ignored.
 
     Reference: Radenović et al., CVPR 2018, arXiv:1803.11285, and its code.
     """
@@ -121,7 +129,18 @@ def scores(
 
 
 def positive_ranks(ids: Int[np.ndarray, " k"], query: Relevance) -> Int[np.ndarray, " found"]:
-    """Returns the ranks, from 0, of the positives in a ranking without its ignored images."""
+    """Returns the ranks of the positives in a ranking without its ignored images.
+
+    Args:
+        ids: Ranking of one query, `(k,)`, best first.
+        query: The lists of the query.
+
+    Returns:
+        Ranks from 0, ascending, `(found,)`.
+
+    Raises:
+        ValueError: An id is negative, occurs twice, or is both positive and ignored.
+    """
     if _any_twice(ids):
         raise ValueError("a ranking must have each id once, from 0 up")
     if len(both := np.intersect1d(query.positive, query.ignored)):
@@ -131,13 +150,16 @@ def positive_ranks(ids: Int[np.ndarray, " k"], query: Relevance) -> Int[np.ndarr
 
 
 def average_precision(ranks: Int[np.ndarray, " found"], positives: int) -> float:
-    """Returns the area under precision over recall by the trapezoid rule.
+    """Returns the area under precision over recall by the trapezoid rule, NaN without positives.
 
-    It is the mean of (j / r + (j + 1) / (r + 1)) / 2, r the rank of positive j, both from 0.
+    It is the sum of (j / r + (j + 1) / (r + 1)) / 2 over the positives that were found, divided by
+    `positives`. r is the rank of positive j, both count from 0, and j / r is 1 at r = 0.
 
     Args:
-        ranks: of the positives that were found, ascending.
-        positives: how many there are.
+        ranks: Ranks from 0 of the positives that were found, ascending, `(found,)`.
+        positives: Number of positives in the ground truth.
+
+    Reference: The code of Radenović et al., CVPR 2018, arXiv:1803.11285.
     """
     if positives == 0:
         return float("nan")
@@ -147,9 +169,14 @@ def average_precision(ranks: Int[np.ndarray, " found"], positives: int) -> float
 
 
 def precision(ranks: Int[np.ndarray, " found"], kappa: int) -> float:
-    """Returns the share of positives among the first min(kappa, rank of the last one found).
+    """Returns the share of positives among the first min(kappa, rank of the last positive) results.
 
-    Ranks are from 0 in `ranks`; the result is 0 where no positive was found.
+    Args:
+        ranks: Ranks from 0 of the positives that were found, ascending, `(found,)`.
+        kappa: Rank at which the precision is measured, at least 1.
+
+    Returns:
+        A number from 0 to 1; 0 if no positive was found.
     """
     if not len(ranks):
         return 0.0
@@ -163,14 +190,20 @@ def recall_at(
     *,
     kappas: Sequence[int] = (1, 5, 10),
 ) -> Float[np.ndarray, "q kappas"]:
-    """Returns whether a positive is among the first kappa results, `(q, kappas)`, NaN without any.
+    """Returns whether a positive is among the first kappa results of each query.
 
     Place recognition and metric learning count in this way.
 
     Args:
-        ids: rankings, `(q, k)`, best first.
-        relevance: the lists of each query.
-        kappas: how many results count.
+        ids: Rankings `(q, k)`, best first.
+        relevance: The lists of each query.
+        kappas: How many of the first results count.
+
+    Returns:
+        1 or 0 for each query and kappa, `(q, kappas)`; NaN for a query without positives.
+
+    Raises:
+        ValueError: As in `positive_ranks`, or there is not one ranking for each query.
     """
     found = [
         positive_ranks(row, query) for row, query in zip(np.asarray(ids), relevance, strict=True)
@@ -185,17 +218,17 @@ def recall_at(
 
 @dataclass(frozen=True)
 class LabelScores:
-    """Scores of all queries; results with the query's label are right.
+    """Scores of all queries; a result is right if it has the label of the query.
 
-    A query that is alone with its label has NaN.
+    A query without any right image has NaN. R is the number of right images of a query.
     """
 
-    recall_at: Float[np.ndarray, "q kappas"]  # whether one of the first kappa is right
-    # share of right ones among the first R, R as many as are right at all
+    recall_at: Float[np.ndarray, "q kappas"]  # 1 if one of the first kappa is right, else 0
+    # share of right results among the first R
     r_precision: Float[np.ndarray, " q"]
-    # mean over the first R of precision where it is right, 0 where it is not
+    # mean over the first R ranks of the precision at the rank, or 0 if the result there is wrong
     map_at_r: Float[np.ndarray, " q"]
-    kappas: tuple[int, ...]
+    kappas: tuple[int, ...]  # how many of the first results count for recall
 
     def means(self) -> dict[str, float]:
         """Returns means over queries by name: `recall@1`, ..., `r_precision`, `map@r`."""
@@ -216,15 +249,16 @@ def label_scores(
     """Returns scores of rankings by labels, as metric learning counts them.
 
     Args:
-        ids: rankings, `(q, k)`, best first. k must reach the count of the most frequent label, and
-            one more with `own`; kappas beyond k count as misses.
-        query_labels: `(q,)`.
-        labels: of the database, `(n,)`.
-        own: ids of the queries in the database, which are left out; None: they are not in it.
-        kappas: how many results count for recall.
+        ids: Rankings `(q, k)`, best first. k must be at least the number of images with the most
+            frequent label of a query; kappas beyond k count as misses.
+        query_labels: Label of each query, `(q,)`.
+        labels: Label of each image of the database, `(n,)`.
+        own: Ids of the queries in the database, `(q,)`, which are left out of the rankings; None
+            if the queries are not in the database.
+        kappas: How many of the first results count for recall, at least 1.
 
     Raises:
-        ValueError: shapes or ids do not fit, or the rankings are too short.
+        ValueError: Shapes or ids do not fit, or the rankings are too short.
 
     Reference: Musgrave et al., "A Metric Learning Reality Check", 2020, arXiv:2003.08505, section
         3.2.
@@ -248,7 +282,7 @@ def label_scores(
         raise ValueError(f"kappas must be whole numbers of at least 1, not {kappas}")
     if any(_any_twice(row) for row in ids) or ids.max(initial=-1) >= len(labels):
         raise ValueError(f"a ranking must have each id once, from 0 up to the {len(labels)} labels")
-    if own is not None:  # own ids to the end, and off
+    if own is not None:  # own ids are moved to the end and cut off
         is_own = ids == np.asarray(own)[:, None]
         ids = np.take_along_axis(ids, np.argsort(is_own, axis=1, kind="stable"), axis=1)[:, :-1]
     values, there = np.unique(labels, return_counts=True)
@@ -318,7 +352,7 @@ def found_at(
 def chance_at(
     pairs: Int[np.ndarray, "m 2"], queries: int, items: int, *, kappas: Sequence[int] = (1, 5, 10)
 ) -> Float[np.ndarray, " kappas"]:
-    """Returns the mean of `found_at` where every query sees the items in a random order.
+    """Returns the mean of `found_at` if every query sees the items in a random order.
 
     A query with r right items of n misses them all with probability (n - r choose kappa) / (n
     choose kappa).
@@ -377,9 +411,7 @@ def class_descriptors(
 
 
 def _right(shape, pairs, start: int) -> Bool[np.ndarray, "block n"]:
-    """Which items are right for the queries of a block; `pairs` stand in the order of their
-    queries.
-    """
+    """Which items are right for the queries of a block; `pairs` are sorted by query."""
     first, last = np.searchsorted(pairs[:, 0], (start, start + shape[0]))
     right = np.zeros(shape, bool)
     right[pairs[first:last, 0] - start, pairs[first:last, 1]] = True
@@ -397,8 +429,9 @@ def _check_pairs(pairs, queries: int, items: int) -> None:
 
 
 def _any_twice(ids):
-    """Whether an id occurs twice, or is below 0; a table is faster than sorting a million of them,
-    where ids are not far above their number.
+    """Whether an id occurs twice or is negative.
+
+    Where ids are not far above their number, a table is faster than sorting a million of them.
     """
     if not len(ids) or ids.min() < 0:
         return bool(len(ids))

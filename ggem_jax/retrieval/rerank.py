@@ -5,10 +5,10 @@ The query and the expanded query then score the candidates.
 Reference: Shao et al., "Global Features are All You Need for Image Retrieval and Reranking", 2023,
 arXiv:2308.06954, and its code: github.com/ShihaoShao-GH/SuperGlobal.
 
-With candidates x_d, neighbours n_0 .. n_K of each (itself among them) and weights w, a refined
+With candidates x_d, the neighbours n_0 .. n_K of each (itself among them) and weights w, a refined
 candidate is sum_i w_i x_{n_i} / sum_i w_i. Its dot product with any vector is the same mean of dot
-products, so that no refined vector is written but the few that expand the query: the work is the
-matrix of all dot products between the candidates of a query, and little else.
+products. Therefore only the few refined vectors that expand the query are computed, and nearly all
+of the work is the matrix of dot products between the candidates of a query.
 """
 
 from functools import partial
@@ -34,7 +34,7 @@ from ggem_jax.retrieval.vectors import (
 
 Variant = Literal["code", "paper"]
 
-_GRAM_ROWS = 1024  # of the dot products between candidates, at a time
+_GRAM_ROWS = 1024  # rows of the matrix of dot products that are computed at a time
 
 
 def superglobal_rerank(
@@ -50,30 +50,32 @@ def superglobal_rerank(
 ) -> Ranking:
     """Returns the ranking with the first `num_candidates` results of each query reordered.
 
-    For each candidate d, its `num_neighbors` + 1 nearest candidates give the refined x_d: the
-    nearest (itself) with weight 1, others with `beta` times their similarity. S1(d) = q . x_d. The
-    expanded query e is the maximum, channel by channel, of the refined `num_neighbors` + 1 best by
-    S1, and S(d) = (S1(d) + e . x_d) / 2. The defaults were found for landmarks and vectors of
-    CVNet. Memory is bounded by the candidates of one query, so there may be thousands of them.
+    The refined x_d of a candidate d is a weighted mean of its `num_neighbors` + 1 nearest
+    candidates: the nearest (itself) has weight 1, the others have `beta` times their similarity.
+    The first score is S1(d) = q . x_d. The expanded query e is the maximum, channel by channel, of
+    the refined `num_neighbors` + 1 best by S1, and the final score is
+    S(d) = (S1(d) + e . x_d) / 2. The defaults were found for landmarks and vectors of CVNet. Memory
+    is bounded by the candidates of one query, so there may be thousands of them.
 
     Args:
-        queries: `(q, d)`, unit vectors.
-        database: an array `(n, d)`, a `Store`, or a function from ids to vectors, which is asked
+        queries: Unit vectors `(q, d)`.
+        database: An array `(n, d)`, a `Store`, or a function from ids to vectors, which is asked
             for the candidates alone.
-        ranking: scores and ids of a search, each `(q, k)`, best first.
-        num_candidates: results that are reordered; all k where k is smaller.
-        num_neighbors: neighbours that refine a candidate; all where there are fewer.
-        beta: weight of a neighbour, from 0 to 1e6.
+        ranking: Scores and ids of a search, each `(q, k)`, best first.
+        num_candidates: Results that are reordered, at least 1; all k if k is smaller.
+        num_neighbors: Neighbours that refine a candidate, at least 0; all if there are fewer.
+        beta: Factor of the similarity in the weight of a neighbour, from 0 to 1e6.
         variant: "code" is the published code. "paper" follows the description of the paper where
             the two differ: the query takes part in the maximum, and e is compared with the
             unrefined candidates.
-        precision: of the dot products, as in `search`.
+        precision: Precision of the dot products, as in `search`.
 
     Returns:
         Scores and ids, each `(q, k)`; those after the candidates keep their place and score.
 
     Raises:
-        ValueError: shapes or values do not fit.
+        ValueError: Shapes, dtypes or values do not fit.
+        TypeError: The database is none of the above.
 
     Reference: Shao et al., 2023, arXiv:2308.06954, section 4, and the published code.
 
@@ -185,11 +187,14 @@ def neighbourhood(
 ) -> tuple[Int[Array, "m k"], Float[Array, "m k"]]:
     """Returns the nearest candidates of each candidate, itself first, and their weights.
 
+    The weight is 1 for the candidate itself and `beta` times the similarity for the others, divided
+    by the sum of the weights.
+
     Args:
-        candidates: `(m, d)` of one query.
-        num_neighbors: neighbours beside the candidate itself.
-        beta: factor of their similarity; the candidate itself has weight 1.
-        precision: of the dot products, as in `search`.
+        candidates: Candidates of one query, unit vectors `(m, d)`.
+        num_neighbors: Neighbours besides the candidate itself, from 0 to m - 1.
+        beta: Factor of the similarity in the weight of a neighbour.
+        precision: Precision of the dot products, as in `search`.
 
     Returns:
         Rows of the candidates, and weights that sum to 1, each `(m, num_neighbors + 1)`.

@@ -16,13 +16,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FileRanking:
-    """What `rerank_files` wrote."""
+    """The ranking that `rerank_files` wrote."""
 
-    output: str
-    scores: Float[np.ndarray, "q k"]
-    ids: Int[np.ndarray, "q k"]  # best first
+    output: str  # path of the file
+    scores: Float[np.ndarray, "q k"]  # after reranking
+    ids: Int[np.ndarray, "q k"]  # rows of the database, best first
     method: Method
-    unit_length: bool  # whether the queries are of length 1, or were made so
+    unit_length: bool  # whether the queries have length 1 (within 0.01), or were normalised
 
     def record(self) -> dict[str, Any]:
         """Returns JSON values, without the ranking itself, which is in the file."""
@@ -49,18 +49,23 @@ def rerank_files(
     """Searches vectors in files or takes a ranking of them, reranks it, and writes the result.
 
     Args:
-        queries: `.npy` of vectors `(q, d)`, or `.npz` (`FILE.npz:NAME` where it holds several).
-        database: likewise `(n, d)`; a `.npy` file is not read into memory.
+        queries: `.npy` file of vectors `(q, d)`, or `.npz` (`FILE.npz:NAME` if it holds several
+            arrays).
+        database: Likewise `(n, d)`; a `.npy` file is not read into memory.
         output: `.npz` or `.json` file of ids and scores `(q, k)`, which appears when it is
             complete.
-        ranking: `.npy` of ids `(q, k)`, or `.npz` or `.json` of ids and scores, in place of a
-            search.
-        k: results of the search; None: as many as the method's candidates.
-        rerank: the method, or the name of one with its defaults.
-        normalize: makes all vectors of length 1 first.
+        ranking: `.npy` file of ids `(q, k)`, or `.npz` or `.json` of ids and scores; None searches.
+        k: Results of the search, all n if it is larger; None takes as many as the method's
+            candidates. Has no effect on a given ranking.
+        rerank: The method, or the name of one with its defaults; None reranks nothing.
+        normalize: Whether all vectors are divided by their lengths first.
+
+    Returns:
+        The ranking that was written, and how it was made.
 
     Raises:
-        ValueError: a file cannot be read or does not fit.
+        ValueError: A file cannot be read or does not fit.
+        OSError: The output cannot be written.
     """
     method = as_method(rerank)
     asked, store = (read_vectors(name, normalize=normalize) for name in (queries, database))

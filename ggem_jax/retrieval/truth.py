@@ -2,7 +2,7 @@
 
 The columns are `query` and `relevant`, and optionally `ignored` (images that are neither right nor
 wrong) and `x1`, `y1`, `x2`, `y2` (the box that a query is cropped to, in pixels). A row holds one
-pair, or several images separated by `;`; the rows of one query and box are put together. Paths are
+pair, or several images separated by `;`. The rows with the same query and box are merged. Paths are
 relative to the CSV file, or to a given root.
 """
 
@@ -24,23 +24,23 @@ Box = tuple[float, float, float, float]
 
 
 class Query(NamedTuple):
-    """A query and its lists of paths."""
+    """A query and the images that it should find, and those that count neither way."""
 
-    path: Path
-    box: Box | None
-    relevant: list[Path]
-    ignored: list[Path]
+    path: Path  # image of the query; relative paths are joined to the root
+    box: Box | None  # x1, y1, x2, y2 in pixels that the query is cropped to; None for all of it
+    relevant: list[Path]  # images that the query should find
+    ignored: list[Path]  # images that are neither right nor wrong
 
 
 def read_truth(path: str | Path, *, root: str | Path | None = None) -> list[Query]:
     """Returns the queries in the order of their first rows. No image is read.
 
     Args:
-        path: the CSV file, in UTF-8.
-        root: folder that paths are relative to; None: that of the file.
+        path: CSV file in UTF-8 with the columns of this module.
+        root: Folder that the paths are relative to; None takes the folder of the file.
 
     Raises:
-        ValueError: the file cannot be read, or a line is wrong; the message names it.
+        ValueError: The file cannot be read, or a line is wrong; the message names it.
     """
     path = Path(path)
     root = path.parent if root is None else Path(root)
@@ -69,14 +69,14 @@ def read_truth(path: str | Path, *, root: str | Path | None = None) -> list[Quer
 def to_relevance(queries: Sequence[Query], database: Iterable[Path]) -> list[Relevance]:
     """Returns the relevant and ignored rows of the database for each query.
 
-    The query's own image is ignored where it is not listed as relevant.
+    The query's own image is ignored unless it is listed as relevant.
 
     Args:
-        queries: as `read_truth` returns them.
-        database: path of each row.
+        queries: Queries as `read_truth` returns them.
+        database: Path of each row, relative or absolute as those of the queries are.
 
     Raises:
-        ValueError: a listed image is not in the database.
+        ValueError: A listed image is not in the database.
     """
     place = {_plain(path): i for i, path in enumerate(database)}
 

@@ -21,8 +21,8 @@ T = TypeVar("T")
 class Ranking(NamedTuple):
     """The results of each query, best first; equal scores are ordered by smaller id."""
 
-    scores: Float[Array, "q k"]
-    ids: Int[Array, "q k"]
+    scores: Float[Array, "q k"]  # float32: dot products, or the scores of a reranker
+    ids: Int[Array, "q k"]  # int32: rows of the database
 
 
 @runtime_checkable
@@ -31,15 +31,22 @@ class Store(Protocol):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(n, d)."""
+        """Number of vectors and their dimension, (n, d)."""
 
     def take(self, ids: np.ndarray) -> np.ndarray:
-        """Returns the vectors `(m, d)` of ids `(m,)`."""
+        """Returns the vectors `(m, d)` of ids.
+
+        Args:
+            ids: Rows of the store, whole numbers `(m,)`.
+        """
 
     def blocks(self, rows: int) -> Iterator[tuple[int, np.ndarray]]:
-        """Yields all vectors by id in blocks of `rows`: the id of the first, and the vectors.
+        """Yields all vectors by id in blocks: the id of the first vector, and the vectors `(m, d)`.
 
-        The last block may be shorter. The search calls this in a thread of its own.
+        The search calls this in a thread of its own.
+
+        Args:
+            rows: Vectors in a block; the last block may have fewer.
         """
 
 
@@ -48,22 +55,41 @@ Database = Float[Array, "n d"] | np.ndarray | Store | Callback
 
 
 def is_callback(database: Any) -> TypeGuard[Callback]:
-    """Returns whether the database is a function of ids, which cannot be searched."""
+    """Returns whether the database is a function of ids, which cannot be searched.
+
+    Args:
+        database: Any of the kinds of `Database`.
+    """
     return callable(database) and not isinstance(database, Store)
 
 
 def on_device(database: Any) -> TypeGuard[jax.Array]:
-    """Returns whether the database is an array of JAX, whose search can be traced."""
+    """Returns whether the database is an array of JAX, whose search can be traced.
+
+    Args:
+        database: Any of the kinds of `Database`.
+    """
     return isinstance(database, jax.Array)
 
 
 def shape_of(database: Any) -> tuple[int, int]:
-    """Returns (n, d) of an array or store."""
+    """Returns (n, d) of an array or store.
+
+    Args:
+        database: A database that is not a callback.
+    """
     return database.shape
 
 
 def check_queries(queries: Float[Array, "q d"]) -> Float[Array, "q d"]:
-    """Returns queries in float32. Raises `ValueError` unless they are `(q, d)`, floating point."""
+    """Returns queries `(q, d)` in float32, and raises for anything else.
+
+    Args:
+        queries: Vectors `(q, d)` of floating point, q and d at least 1.
+
+    Raises:
+        ValueError: The queries have another shape or dtype.
+    """
     queries = jnp.asarray(queries)
     if queries.ndim != 2 or 0 in queries.shape or not jnp.issubdtype(queries.dtype, jnp.floating):
         raise ValueError(
@@ -74,7 +100,18 @@ def check_queries(queries: Float[Array, "q d"]) -> Float[Array, "q d"]:
 
 
 def check_database(database: Database, dim: int) -> Database:
-    """Returns the database; raises unless it is a callback, or `(n, dim)` with n at least 1."""
+    """Returns the database unchanged, and raises unless it can be used with the queries.
+
+    Args:
+        database: An array or store `(n, dim)` with 1 <= n < 2^31, or a callback, which is not
+            checked.
+        dim: Dimension d of the queries.
+
+    Raises:
+        TypeError: The database is no array, store or function.
+        ValueError: It has another shape, is an array of whole numbers, or lies on a mesh with
+            explicit axis types.
+    """
     if is_callback(database):
         return database
     if not isinstance(database, Store | np.ndarray | jax.Array):
@@ -100,7 +137,18 @@ def check_database(database: Database, dim: int) -> Database:
 
 
 def check_ranking(ranking: Ranking, queries: Float[Array, "q d"], database: Database) -> Ranking:
-    """Returns scores and ids `(q, k)`; raises unless each id exists, and once for each query."""
+    """Returns the ranking in float32 and int32, and raises unless it fits queries and database.
+
+    Each id must exist, and may occur once for each query. Of traced ids only the shape is checked.
+
+    Args:
+        ranking: Scores and ids, each `(q, k)`, k at least 1.
+        queries: Vectors `(q, d)`.
+        database: The database that the ids are rows of; ids of a callback may be up to 2^31 - 1.
+
+    Raises:
+        ValueError: The shapes differ, or an id is not whole, does not exist or occurs twice.
+    """
     scores, ids = ranking
     if (
         np.ndim(ids) != 2
@@ -134,7 +182,11 @@ def check_ranking(ranking: Ranking, queries: Float[Array, "q d"], database: Data
 
 
 def check_mesh(mesh: Any) -> None:
-    """Raises `ValueError` for a mesh with explicit axis types."""
+    """Raises `ValueError` if a mesh has explicit axis types.
+
+    Args:
+        mesh: A `jax.sharding.Mesh`, or the abstract mesh of an array.
+    """
     if AxisType.Explicit in mesh.axis_types:
         raise ValueError(
             "meshes with explicit axis types are not supported: make the mesh with AxisType.Auto,"
@@ -143,8 +195,20 @@ def check_mesh(mesh: Any) -> None:
 
 
 def take_vectors(database: Database, ids: Int[np.ndarray | Array, "..."], dim: int) -> np.ndarray:
-    """Returns the vectors `(..., dim)` of ids of any shape, in memory."""
-    # copies, both: a store may change the ids it is given, and reuse the vectors it returns
+    """Returns the vectors of ids of any shape, in memory.
+
+    Args:
+        database: An array `(n, dim)`, a store or a callback.
+        ids: Rows of the database, `(...)`.
+        dim: Dimension of the vectors.
+
+    Returns:
+        The vectors, `(..., dim)`, in a dtype that JAX supports.
+
+    Raises:
+        ValueError: The store or callback gives another shape, or no floating point.
+    """
+    # both are copies: a store may change the ids it is given, and reuse the vectors it returns
     flat = np.array(ids).reshape(-1)
     if isinstance(database, np.ndarray | jax.Array):
         vectors = np.asarray(database[flat])
@@ -160,10 +224,15 @@ def take_vectors(database: Database, ids: Int[np.ndarray | Array, "..."], dim: i
 
 
 def native(vectors: np.ndarray) -> np.ndarray:
-    """Returns vectors in a dtype that JAX knows, float32 in place of others.
+    """Returns vectors in a dtype that JAX supports.
 
-    Others are foreign byte orders and longer floats. Raises `ValueError` for vectors that are not
-    floating point.
+    Foreign byte orders and floats longer than 64 bits become float32.
+
+    Args:
+        vectors: Floating-point numbers of any shape.
+
+    Raises:
+        ValueError: The vectors are not floating point.
     """
     if not jnp.issubdtype(vectors.dtype, jnp.floating):
         raise ValueError(f"the database must give floating-point numbers, not {vectors.dtype}")
@@ -175,7 +244,15 @@ def native(vectors: np.ndarray) -> np.ndarray:
 
 
 def blocks_of(database: np.ndarray | Store, rows: int) -> Iterator[tuple[int, np.ndarray]]:
-    """Yields all vectors in blocks, as a store does."""
+    """Yields all vectors of a database in blocks, as `Store.blocks` does, in a dtype of JAX.
+
+    Args:
+        database: A NumPy array `(n, d)` or a store.
+        rows: Vectors in a block; the last block may have fewer.
+
+    Raises:
+        ValueError: The store's blocks do not follow each other, or have another shape or dtype.
+    """
     if not isinstance(database, Store):
         yield from (
             (start, native(np.asarray(database[start : start + rows])))
@@ -191,20 +268,34 @@ def blocks_of(database: np.ndarray | Store, rows: int) -> Iterator[tuple[int, np
                 f" {block.shape} from {start}"
             )
         expected += len(block)
-        # a writeable block may be written to again while it is searched
+        # the store may overwrite a writeable block while it is searched
         yield start, native(block.copy() if block.flags.writeable else block)
     if expected != n:
         raise ValueError(f"the store's blocks must hold all {n} vectors, not {expected}")
 
 
 def make_sortable(scores: Float[Array, "... m"]) -> Float[Array, "... m"]:
-    """Returns scores that sort as numbers do: one zero, and NaN below everything else."""
+    """Returns scores that sort as numbers do.
+
+    -0 becomes 0, and NaN and -inf become the lowest finite number.
+
+    Args:
+        scores: Floating-point scores of any shape.
+    """
     scores = jnp.where(scores == 0, 0, scores)
     return jnp.maximum(jnp.where(jnp.isnan(scores), -jnp.inf, scores), jnp.finfo(scores.dtype).min)
 
 
 def ahead(items: Iterable[T], size: int = 1) -> Iterator[T]:
-    """Yields the items, made by another thread while the last ones are in use."""
+    """Yields the items, which another thread makes while the previous ones are in use.
+
+    Args:
+        items: Iterable that the other thread runs through. What it raises is raised here.
+        size: Finished items that wait at most.
+
+    Raises:
+        BaseException: Whatever the iterable raises.
+    """
     made: queue.Queue = queue.Queue(size)
     stop, end = threading.Event(), object()
 

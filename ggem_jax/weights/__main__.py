@@ -52,11 +52,23 @@ def main(argv: list[str] | None = None) -> int:
             default="image",
             help="of a file with two (default: image)",
         )
+        command.add_argument("--heads", type=int, help="attention heads (default: by the evidence)")
         command.add_argument(
-            "--heads", type=int, help="attention heads (default: those of the published sizes)"
+            "--gelu",
+            choices=("exact", "tanh", "quick"),
+            help="GELU of the MLPs (default: by the evidence)",
         )
         command.add_argument(
-            "--gelu", choices=("exact", "tanh", "quick"), help="(default: that of the family)"
+            "--norm",
+            choices=("pre", "post"),
+            help="norms before or after the branches of a block, of an image tower (default: by the"
+            " evidence)",
+        )
+        command.add_argument(
+            "--architecture",
+            type=Path,
+            metavar="CONFIG",
+            help="the publisher's config.json, or its folder (default: the one beside FILE)",
         )
         if name == "convert":
             command.add_argument("out", type=Path, metavar="OUT.safetensors")
@@ -81,7 +93,12 @@ def main(argv: list[str] | None = None) -> int:
                 raise ValueError(
                     f"{arguments.out} is the file that is converted: give another name"
                 )
-        published = read(arguments.file, heads=arguments.heads, gelu=arguments.gelu)
+        if arguments.tower == "text" and arguments.norm is not None:
+            raise ValueError("--norm is of image towers: the norms of text towers come before")
+        choices = {name: getattr(arguments, name) for name in ("heads", "gelu", "architecture")}
+        if arguments.tower == "image":
+            choices["norm"] = arguments.norm
+        published = read(arguments.file, **choices)
         if arguments.command == "convert":
             _convert(published, arguments.out, arguments.to)
         elif arguments.json:
@@ -101,6 +118,7 @@ def describe(published: PublishedViT | PublishedText) -> dict[str, Any]:
         "layout": published.layout,
         "parameters": sum(leaf.size for leaf in jax.tree.leaves(published.variables)),
         "config": dataclasses.asdict(published.config),
+        "evidence": published.evidence,
         "unused": list(published.unused),
     }
     if isinstance(published, PublishedText):
@@ -166,7 +184,25 @@ def _lines(published: PublishedViT | PublishedText) -> list[str]:
     unused = dict.fromkeys(
         re.sub(r"(?<=\.)\d+(?=\.)|(?<=encoderblock_)\d+", "*", name) for name in found["unused"]
     )  # of all blocks at once
+    lines += [f"{choice}: {where}" for choice, where in _choices(published)]
     return [*lines, f"not used: {', '.join(unused) or 'nothing'}"]
+
+
+def _choices(published: PublishedViT | PublishedText) -> list[tuple[str, str]]:
+    """Each choice that shapes do not say with its value, and where it came from."""
+    config: Any = published.config
+    values = {
+        "heads": config.heads,
+        "gelu": config.gelu,
+        "norm_eps": f"{config.norm_eps:g}",
+        "norm": "post" if getattr(config, "post_norm", False) else "pre",
+        "pooling": getattr(published, "pooling", ""),
+        "normalisation": "",
+    }
+    return [
+        (f"{choice} {values[choice]}".rstrip(), where)
+        for choice, where in published.evidence.items()
+    ]
 
 
 def _check_names(tower: str, names: str, out: Path) -> None:

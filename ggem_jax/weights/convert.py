@@ -40,12 +40,12 @@ def to_variables(
     """Returns Flax variables of published parameters, in float32.
 
     Args:
-        published: arrays by their published names.
-        table: where each of them goes.
-        source: the file, for messages.
+        published: Arrays by their published names.
+        table: Where each of them goes.
+        source: The file, for messages.
 
     Raises:
-        MismatchedWeights: names or shapes are not exactly those of the table.
+        MismatchedWeights: Names or shapes are not exactly those of the table.
     """
     check_parameters(published, table, source=source)
     variables: dict[str, Any] = {}
@@ -69,12 +69,12 @@ def to_published(
     """Returns published parameters of Flax variables, in the dtypes of the variables.
 
     Args:
-        variables: nested dictionaries, the collection first.
-        table: as in `to_variables`.
-        source: of the variables, for messages.
+        variables: Nested dictionaries, the collection first.
+        table: As in `to_variables`.
+        source: Of the variables, for messages.
 
     Raises:
-        MismatchedWeights: the variables are not exactly those of the table.
+        MismatchedWeights: The variables are not exactly those of the table.
     """
     found = _leaves(variables)
     named = {parameter.path: name for name, parameter in table.items()}
@@ -104,6 +104,14 @@ def check_parameters(
 
     That is every missing, surplus and wrongly shaped parameter, and those that are not arrays of
     real numbers.
+
+    Args:
+        found: Arrays by their published names.
+        table: The names and shapes that are needed.
+        source: The file, for messages.
+
+    Raises:
+        MismatchedWeights: Something does not fit.
     """
     arrays = {name: value for name, value in found.items() if _is_array(value)}
     shapes = {name: np.shape(value) for name, value in arrays.items()}

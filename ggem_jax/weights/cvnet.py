@@ -45,12 +45,12 @@ def read_cvnet(path: Path | str, *, depths: Depths | None = None) -> tuple[Depth
     """Returns the depths of the network of a published checkpoint, and its variables.
 
     Args:
-        path: a `.safetensors` file, or one of PyTorch (`.pth`, `.pyth`).
-        depths: those that it must have; None finds out which published network it is.
+        path: A `.safetensors` file, or one of PyTorch (`.pth`, `.pyth`).
+        depths: Those that it must have; None finds out which published network it is.
 
     Raises:
-        UnreadableWeights: the file cannot be read.
-        MismatchedWeights: it holds another network.
+        UnreadableWeights: The file cannot be read.
+        MismatchedWeights: It holds another network.
     """
     checkpoint = read_safetensors(path) if Path(path).suffix == ".safetensors" else read_torch(path)
     if not isinstance(checkpoint, dict):
@@ -68,12 +68,12 @@ def cvnet_to_variables(
     """Returns Flax variables, `params` and `batch_stats`, in float32.
 
     Args:
-        checkpoint: the parameters by their published names, as they were read.
-        depths: blocks of the four stages.
-        source: the file, for messages.
+        checkpoint: The parameters by their published names, as they were read.
+        depths: Blocks of the four stages.
+        source: The file, for messages.
 
     Raises:
-        MismatchedWeights: parameters are missing, surplus (beside those that `cvnet_parameters`
+        MismatchedWeights: Parameters are missing, surplus (beside those that `cvnet_parameters`
             leaves out) or wrongly shaped; the message lists all.
     """
     return to_variables(cvnet_parameters(checkpoint), cvnet_table(depths), source=source)
@@ -82,8 +82,18 @@ def cvnet_to_variables(
 def variables_to_cvnet(
     variables: Mapping[str, Any], *, depths: Depths, prefix: str = PREFIXES[0]
 ) -> dict[str, np.ndarray]:
-    """Returns parameters by their published names, as `write_torch` and `write_safetensors` take
-    them.
+    """Returns parameters by their published names, for `write_torch` and `write_safetensors`.
+
+    Args:
+        variables: `params` and `batch_stats` of a `ResNet`.
+        depths: Blocks of the four stages.
+        prefix: The folder before the names; that of the published checkpoints by default.
+
+    Returns:
+        Arrays in the layout of PyTorch.
+
+    Raises:
+        MismatchedWeights: They are not the variables of this network.
     """
     return {
         prefix + name: array for name, array in to_published(variables, cvnet_table(depths)).items()
@@ -96,6 +106,15 @@ def cvnet_parameters(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
     Parameters that the global descriptor does not use are left out: the counters
     `num_batches_tracked`, and the parts seb1, seb2, sefc, pool, conv2ds, cv_learner, encoder_k,
     queue, queue_l and queue_ptr, with or without the prefix.
+
+    Args:
+        checkpoint: A state dictionary, alone or inside one of the usual wrappers.
+
+    Returns:
+        The parameters by their names without a prefix.
+
+    Raises:
+        MismatchedWeights: Two parameters have the same name once the prefix is gone.
     """
     for wrapper in _WRAPPERS:
         if isinstance(checkpoint.get(wrapper), Mapping):
@@ -121,7 +140,11 @@ def cvnet_parameters(checkpoint: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def cvnet_table(depths: Depths) -> dict[str, Parameter]:
-    """Returns published names, without a prefix, and where their parameters go."""
+    """Returns published names, without a prefix, and where their parameters go.
+
+    Args:
+        depths: Blocks of the four stages, such as (3, 4, 6, 3) of the ResNet-50.
+    """
     table = _conv("stem.conv", "stem/conv", (64, 3, 7, 7), reverse_inputs=True) | _norm(
         "stem.bn", "stem/norm", 64
     )

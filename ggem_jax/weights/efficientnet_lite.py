@@ -70,8 +70,8 @@ def load_pretrained() -> tuple[EfficientNetLite, dict[str, Any]]:
     Its input is that of `LITE0_PREPROCESSING`.
 
     Raises:
-        ModuleNotFoundError: the weights are not installed.
-        UnreadableWeights: the file is not the published one.
+        ModuleNotFoundError: The weights are not installed.
+        UnreadableWeights: The file is not the published one.
     """
     path = find_pretrained()
     try:
@@ -114,13 +114,13 @@ def efficientnet_lite_to_variables(
     """Returns Flax variables, `params` and `batch_stats`, in float32.
 
     Args:
-        checkpoint: a state dictionary; its counters `num_batches_tracked` are left out.
-        config: the sizes of the network.
-        num_classes: of its head; 0 leaves the head out.
-        source: the file, for messages.
+        checkpoint: A state dictionary; its counters `num_batches_tracked` are left out.
+        config: The sizes of the network.
+        num_classes: Channels of its head; 0 leaves the head out.
+        source: The file, for messages.
 
     Raises:
-        MismatchedWeights: parameters are missing, surplus or wrongly shaped; the message lists all.
+        MismatchedWeights: Parameters are missing, surplus or wrongly shaped; the message lists all.
     """
     if not isinstance(checkpoint, Mapping):
         raise MismatchedWeights(
@@ -141,14 +141,31 @@ def efficientnet_lite_to_variables(
 def variables_to_efficientnet_lite(
     variables: Mapping[str, Any], *, config: EfficientNetLiteConfig, num_classes: int = 1000
 ) -> dict[str, np.ndarray]:
-    """Returns the state dictionary, as `write_torch` and `write_safetensors` take it."""
+    """Returns the state dictionary, for `write_torch` and `write_safetensors`.
+
+    Args:
+        variables: `params` and `batch_stats` of an `EfficientNetLite`.
+        config: The sizes of the network.
+        num_classes: Channels of its head; 0 for a network without a head.
+
+    Returns:
+        Arrays in the layout of PyTorch, by their published names.
+
+    Raises:
+        MismatchedWeights: They are not the variables of this network.
+    """
     return to_published(variables, efficientnet_lite_table(config, num_classes=num_classes))
 
 
 def efficientnet_lite_table(
     config: EfficientNetLiteConfig, *, num_classes: int = 1000
 ) -> dict[str, Parameter]:
-    """Returns the names of the state dictionary and where their parameters go."""
+    """Returns the names of the state dictionary and where their parameters go.
+
+    Args:
+        config: The sizes of the network.
+        num_classes: Channels of its head; 0 leaves the head out.
+    """
     table = _conv_norm("_conv_stem", "_bn0", ("stem",), (STEM_WIDTH, 3, 3, 3))
     for i, block in enumerate(block_configs(config)):
         theirs, ours, inner = f"_blocks.{i}", f"blocks_{i}", block.channels_in * block.expansion

@@ -14,7 +14,10 @@ from ggem_jax.files.arrays import read_arrays
 from ggem_jax.files.errors import UnreadableWeights
 from ggem_jax.files.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from ggem_jax.models.token_pooling import Pooling
+from ggem_jax.models.transformer import GELU
 from ggem_jax.models.vit import ViT
+from ggem_jax.weights.architecture import Given
+from ggem_jax.weights.declared import Norms
 from ggem_jax.weights.own import fit_variables, holds_own_vit, own_config, own_pooling
 from ggem_jax.weights.runs import Means, read_run
 from ggem_jax.weights.vit import FAMILIES, from_arrays
@@ -43,6 +46,10 @@ def load_vit(
     num_classes: int | None = None,
     ema: bool = True,
     key: jax.Array | None = None,
+    heads: int | None = None,
+    gelu: GELU | None = None,
+    norm: Norms | None = None,
+    architecture: str | Path | None = None,
 ) -> LoadedViT:
     """Returns a ViT from a published file, a file of our own, or the folder of a training run.
 
@@ -55,12 +62,21 @@ def load_vit(
         num_classes: Channels of a fresh classification head; 0 removes the head, None keeps it.
         ema: Whether to take the moving average of the weights of a run that has one.
         key: Random key of the fresh parameters; None is `jax.random.key(0)`.
+        heads: Attention heads of a published file that does not say them; None: by the evidence
+            (see `ggem_jax.weights.vit.read_vit`).
+        gelu: Its GELU; None: by the evidence.
+        norm: Whether its norms come before ("pre") or after ("post") the branches of a block; None:
+            by the evidence.
+        architecture: The publisher's file of settings of a published file, or the folder of one;
+            None: those beside it.
 
     Returns:
         The model, its variables in float32, and the mean and deviation of its images.
 
     Raises:
         UnreadableWeights: The file or folder cannot be read.
+        AmbiguousWeights: A published file fits ViTs that compute different things; the message
+            names the argument that decides.
         MismatchedWeights: It does not hold a ViT that `ViT` can be; the message lists the names.
         ValueError: `pooling` is no pooling, or `num_classes` no number of classes.
         ModuleNotFoundError: A package that reads this kind of file is not installed.
@@ -76,7 +92,11 @@ def load_vit(
         path = Path(path).expanduser()
     except RuntimeError:
         raise UnreadableWeights(f"{path} begins with the home folder of an unknown user") from None
-    loaded = _load_run(path, ema) if path.is_dir() else _load_file(path)
+    given = Given(heads, gelu, None, norm)
+    if path.is_dir():
+        loaded = _load_run(path, ema)
+    else:
+        loaded = _load_file(path, given, architecture)
     if pooling is None and num_classes is None:
         return loaded
     return _replace(loaded, pooling, num_classes, jax.random.key(0) if key is None else key)
@@ -101,7 +121,7 @@ def _load_run(folder: Path, ema: bool) -> LoadedViT:
     return LoadedViT(model, variables, mean, std, f"{folder}, a training run")
 
 
-def _load_file(path: Path) -> LoadedViT:
+def _load_file(path: Path, given: Given, architecture: str | Path | None) -> LoadedViT:
     arrays = read_arrays(path)
     if holds_own_vit(arrays):
         source = f"{path}, Flax variables"
@@ -109,7 +129,7 @@ def _load_file(path: Path) -> LoadedViT:
         model = ViT(own_config(arrays, source=str(path)), own_pooling(arrays), classes)
         variables = fit_variables(model, arrays, source=str(path))
         return LoadedViT(model, variables, IMAGENET_MEAN, IMAGENET_STD, source)
-    published = from_arrays(arrays, path)
+    published = from_arrays(arrays, path, given=given, architecture=architecture)
     mean, std = published.normalised or (None, None)
     source = f"{path}, {FAMILIES[published.family].about}"
     return LoadedViT(published.model(), published.variables, mean, std, source)

@@ -58,7 +58,11 @@ def read_own_vit(path: str | Path, variant: str | None = None) -> tuple[ViT, dic
 
 
 def holds_own_vit(arrays: Arrays) -> bool:
-    """Returns whether parameters are named as in a file of our own."""
+    """Returns whether parameters are named as in a file of our own.
+
+    Args:
+        arrays: The arrays of a file by their names.
+    """
     return any(re.fullmatch(OWN_NAME, name) for name in arrays)
 
 
@@ -105,7 +109,10 @@ def own_config(arrays: Arrays, variant: str | None = None, *, source: str) -> Vi
 def own_pooling(arrays: Arrays) -> Pooling:
     """Returns the pooling whose parameters are among the variables, `avg_pool` if there are none.
 
-    Exponents are those of a contiguous `GGeM`, which is not to be told from another layout.
+    Exponents are taken for those of a contiguous `GGeM`: their shape does not say the layout.
+
+    Args:
+        arrays: The variables by their paths, such as `params/pool/p`.
     """
     if (p := arrays.get("params/pool/p")) is not None:
         return GGeM(groups=next(iter(p.shape), 1))

@@ -23,13 +23,23 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from ggem_jax.files.arrays import read_arrays
-from ggem_jax.files.errors import MismatchedWeights
+from ggem_jax.files.errors import AmbiguousWeights, MismatchedWeights
 from ggem_jax.models.text import TextConfig, TextTransformer
 from ggem_jax.models.transformer import GELU
+from ggem_jax.weights.architecture import (
+    NOTHING_GIVEN,
+    OPENAI_BUFFERS,
+    Evidence,
+    Facts,
+    Given,
+    Settings,
+    decide_gelu,
+    decide_norm_eps,
+    decide_text_heads,
+)
 from ggem_jax.weights.convert import Parameter, to_published, to_variables
+from ggem_jax.weights.declared import Declared, read_declared
 from ggem_jax.weights.vit_layouts import Arrays, heads_of, stack_blocks, unstack_blocks
-
-HEADS = {1152: 16}  # where a head has not 64 channels: SigLIP's So400m
 
 
 class TextFamily(NamedTuple):
@@ -153,6 +163,8 @@ class PublishedText:
     unused: tuple[str, ...] = field(default=(), repr=False)
     # scale and bias of the logits, which go back as they came
     rest: Arrays = field(default_factory=dict, repr=False)
+    # choice, such as heads or gelu -> where it came from
+    evidence: dict[str, str] = field(default_factory=dict, repr=False)
 
     def model(self) -> TextTransformer:
         """Returns the tower as it was trained."""
@@ -166,31 +178,42 @@ def read_text(
     gelu: GELU | None = None,
     norm_eps: float | None = None,
     end_id: int | None = None,
+    architecture: str | Path | None = None,
 ) -> PublishedText:
     """Returns the text tower of a published checkpoint.
 
     A tower counts as SigLIP's, which sees the whole text and takes its last token, where the
     projection has a bias or the names are big_vision's.
 
+    What shapes do not say is decided by the arguments, by the publisher's file of settings, or by a
+    table of published sizes (`ggem_jax.weights.architecture`); `PublishedText.evidence` tells
+    which.
+
     Args:
-        path: a `.safetensors` or `.npz` file, or one of PyTorch, which the restricted reader reads.
-        heads: attention heads; None: one for each 64 channels (16 for So400m).
-        gelu: None: "quick" for CLIP, as OpenAI's (most others of open_clip have "exact"), and
-            "tanh" for SigLIP, as trained (open_clip runs the first ones with "exact").
-        norm_eps: epsilon of the norms; None: 1e-5 for CLIP and 1e-6 for SigLIP.
-        end_id: id of the token that ends a text; None: the largest id of the vocabulary.
+        path: A `.safetensors` or `.npz` file, or one of PyTorch, which the restricted reader reads.
+            A `config.json` or `open_clip_config.json` beside it is evidence where its sizes are
+            those of the weights.
+        heads: Attention heads; None: by the evidence.
+        gelu: GELU of the MLPs; None: by the evidence.
+        norm_eps: Epsilon of the norms; None: by the evidence.
+        end_id: Id of the token that ends a text; None: the largest id of the vocabulary.
+        architecture: A file of settings of the publisher, or the folder of one, instead of those
+            beside the weights.
+
+    Returns:
+        The tower, its variables in float32.
 
     Raises:
-        UnreadableWeights: the file cannot be read.
-        MismatchedWeights: it holds no text tower of a known layout, or one that ours cannot be; the
+        UnreadableWeights: The file cannot be read.
+        AmbiguousWeights: It fits towers that compute different things, and nothing decides.
+        MismatchedWeights: It holds no text tower of a known layout, or one that ours cannot be; the
             message lists the offending names.
     """
     return from_published_names(
         read_arrays(path),
-        heads=heads,
-        gelu=gelu,
-        norm_eps=norm_eps,
+        given=Given(heads, gelu, norm_eps),
         end_id=end_id,
+        settings=Settings(Path(path), architecture),
         source=str(path),
     )
 
@@ -198,13 +221,27 @@ def read_text(
 def from_published_names(
     arrays: Mapping[str, np.ndarray],
     *,
-    heads: int | None = None,
-    gelu: GELU | None = None,
-    norm_eps: float | None = None,
+    given: Given = NOTHING_GIVEN,
     end_id: int | None = None,
+    settings: Settings | None = None,
     source: str = "the checkpoint",
 ) -> PublishedText:
-    """Returns the tower of arrays by their published names; otherwise as `read_text`."""
+    """Returns the tower of arrays by their published names; otherwise as `read_text`.
+
+    Args:
+        arrays: The arrays of a file by their names.
+        given: Choices of the user.
+        end_id: As in `read_text`.
+        settings: Where files of settings are looked for; None: nowhere.
+        source: The file, for messages.
+
+    Returns:
+        The tower, its variables in float32.
+
+    Raises:
+        AmbiguousWeights: As in `read_text`.
+        MismatchedWeights: As in `read_text`.
+    """
     name, prefix = _find_layout(arrays, source)
     layout = LAYOUTS[name]
     taken_apart = unstack_blocks(arrays, "Encoder_0")
@@ -224,24 +261,29 @@ def from_published_names(
     shapes = _shapes(found, layout, style, source)
     width = shapes.pop("width")
     outputs = shapes.pop("outputs")
+    unused = tuple(key for key in arrays if re.fullmatch(layout.unused, key))
+    evidence = _evidence(given, settings, shapes | {"width": width}, source)
+    facts = Facts(family, name, width, of_openai=set(unused) >= OPENAI_BUFFERS)
+    heads = decide_text_heads(evidence, width, heads_of(found, "Encoder_0"))
     try:
         config = TextConfig(
             width=width,
-            heads=heads or heads_of(found, "Encoder_0") or HEADS.get(width, max(width // 64, 1)),
+            heads=heads,
             causal=usual.causal,
             pooled=usual.pooled,
             end_id=end_id,
-            gelu=gelu or usual.gelu,
-            norm_eps=norm_eps or usual.norm_eps,
+            gelu=decide_gelu(evidence, facts),
+            norm_eps=decide_norm_eps(evidence, facts, usual.norm_eps),
             **shapes,
         )
+    except AmbiguousWeights:
+        raise
     except ValueError as error:
         raise MismatchedWeights(f"{source}: {error}") from None
     variables = to_variables(
         found, text_table(name, style, config, outputs, project_bias), source=source
     )
     numbers = {key: _number(key, array, source) for key, array in rest.items()}
-    unused = tuple(key for key in arrays if re.fullmatch(layout.unused, key))
     return PublishedText(
         family,
         name,
@@ -254,7 +296,19 @@ def from_published_names(
         _apart(variables),
         unused,
         rest,
+        evidence.found,
     )
+
+
+def _evidence(
+    given: Given, settings: Settings | None, shapes: Mapping[str, int], source: str
+) -> Evidence:
+    """What is given and declared of a tower of these sizes."""
+    if settings is None:
+        return Evidence(given, Declared(), source)
+    sizes = {"hidden_size": shapes["width"], "num_hidden_layers": shapes["depth"]}
+    declared = read_declared(settings.path, sizes, given=settings.architecture, tower="text")
+    return Evidence(given, declared, source)
 
 
 def to_published_names(

@@ -11,8 +11,6 @@ say, are those of the family, or arguments. `to_timm` is the way back.
     variables = published.fill(model.init(jax.random.key(0), images))
 """
 
-import dataclasses
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -23,22 +21,30 @@ import jax
 import numpy as np
 
 from ggem_jax.files.arrays import read_arrays
-from ggem_jax.files.errors import MismatchedWeights
+from ggem_jax.files.errors import AmbiguousWeights, MismatchedWeights
 from ggem_jax.files.normalisation import HALF, IMAGENET, OPENAI, Normalisation
 from ggem_jax.models.transformer import GELU
 from ggem_jax.models.vit import MAP, ViT, ViTConfig, resample_position
 from ggem_jax.pooling import avg_pool, cls_pool
+from ggem_jax.weights.architecture import (
+    NOTHING_GIVEN,
+    OPENAI_BUFFERS,
+    Evidence,
+    Facts,
+    Given,
+    Settings,
+    decide_gelu,
+    decide_heads,
+    decide_norm_eps,
+    decide_norms,
+)
 from ggem_jax.weights.convert import Parameter, to_published, to_variables
+from ggem_jax.weights.declared import Declared, Norms, read_declared
 from ggem_jax.weights.vit_layouts import Arrays, heads_of, join_qkv, split_qkv, to_names_of_timm
 
 Trained = Literal["cls", "avg", "map"]
 
 POOLINGS = {"cls": cls_pool, "avg": avg_pool, "map": MAP()}
-HEADS = {
-    192: 3,
-    1152: 16,
-    1280: 16,
-}  # where a head has not 64 channels (DeiT-Ti has): So400m and H of the published sizes
 
 
 class Family(NamedTuple):
@@ -95,6 +101,18 @@ class PublishedViT:
     unused: tuple[str, ...] = field(default=(), repr=False)
     # the second head of a distilled network, which goes back as it came
     rest: Arrays = field(default_factory=dict, repr=False)
+    # choice, such as heads or gelu -> where it came from
+    evidence: dict[str, str] = field(default_factory=dict, repr=False)
+
+    @property
+    def declared(self) -> Given:
+        """What was given, or declared by a file of settings, and not told by the weights."""
+        c, told = (
+            self.config,
+            {name for name, where in self.evidence.items() if _is_declared(where)},
+        )
+        chosen = Given(c.heads, c.gelu, c.norm_eps, "post" if c.post_norm else "pre")
+        return Given(**{name: value for name, value in chosen._asdict().items() if name in told})
 
     def model(self) -> ViT:
         """Returns the network as it was trained."""
@@ -161,45 +179,72 @@ def read_vit(
     heads: int | None = None,
     gelu: GELU | None = None,
     norm_eps: float | None = None,
+    norm: Norms | None = None,
+    architecture: str | Path | None = None,
 ) -> PublishedViT:
     """Returns the network of a published checkpoint.
 
+    What shapes do not say is decided by the arguments, by the publisher's file of settings, or by a
+    table of published sizes (`ggem_jax.weights.architecture`); `PublishedViT.evidence` tells which.
+
     Args:
-        path: a `.safetensors` or `.npz` file, or one of PyTorch, which the restricted reader reads.
-            A `config.json` of timm or a `preprocessor_config.json` of Hugging Face beside it says
-            the mean and deviation of the images.
-        heads: attention heads; None: those of the published size.
-        gelu, norm_eps: kind of GELU and epsilon of the norms; None: those of the family.
+        path: A `.safetensors` or `.npz` file, or one of PyTorch, which the restricted reader reads.
+            A `config.json` of Hugging Face or timm, an `open_clip_config.json` and a
+            `preprocessor_config.json` beside it are evidence where their sizes are those of the
+            weights.
+        heads: Attention heads; None: by the evidence.
+        gelu: GELU of the MLPs; None: by the evidence.
+        norm_eps: Epsilon of the norms; None: by the evidence.
+        norm: Whether the norms of a block come before ("pre") or after its branches ("post"); None:
+            by the evidence.
+        architecture: A file of settings of the publisher, or the folder of one, instead of those
+            beside the weights.
+
+    Returns:
+        The network, its variables in float32.
 
     Raises:
-        UnreadableWeights: the file cannot be read.
-        MismatchedWeights: it is no ViT of a known layout, or one that our ViT cannot be; the
+        UnreadableWeights: The file cannot be read.
+        AmbiguousWeights: It fits networks that compute different things, and nothing decides.
+        MismatchedWeights: It is no ViT of a known layout, or one that our ViT cannot be; the
             message lists the offending names.
     """
-    return from_arrays(read_arrays(path), path, heads=heads, gelu=gelu, norm_eps=norm_eps)
+    given = Given(heads, gelu, norm_eps, norm)
+    return from_arrays(read_arrays(path), path, given=given, architecture=architecture)
 
 
 def from_arrays(
     found: Arrays,
     path: str | Path,
     *,
-    heads: int | None = None,
-    gelu: GELU | None = None,
-    norm_eps: float | None = None,
+    given: Given = NOTHING_GIVEN,
+    architecture: str | Path | None = None,
 ) -> PublishedViT:
-    """Returns the network of arrays that were read from a file; otherwise as `read_vit`."""
+    """Returns the network of arrays that were read from a file; otherwise as `read_vit`.
+
+    Args:
+        found: The arrays by their names in the file.
+        path: The file, beside which files of settings are looked for.
+        given: Choices of the user.
+        architecture: As in `read_vit`.
+
+    Returns:
+        The network, its variables in float32.
+
+    Raises:
+        AmbiguousWeights: As in `read_vit`.
+        MismatchedWeights: As in `read_vit`.
+    """
     layout, arrays, unused = to_names_of_timm(found, source=str(path))
-    published = from_timm(
+    return from_timm(
         arrays,
         layout=layout,
         unused=unused,
-        heads=heads or heads_of(found),
-        gelu=gelu,
-        norm_eps=norm_eps,
+        given=given,
+        heads_by_shape=heads_of(found),
+        settings=Settings(Path(path), architecture),
         source=str(path),
     )
-    normalised = _normalisation_beside(Path(path))
-    return dataclasses.replace(published, normalised=normalised) if normalised else published
 
 
 def from_timm(
@@ -207,58 +252,115 @@ def from_timm(
     *,
     layout: str = "timm",
     unused: tuple[str, ...] = (),
-    heads: int | None = None,
-    gelu: GELU | None = None,
-    norm_eps: float | None = None,
+    given: Given = NOTHING_GIVEN,
+    heads_by_shape: int | None = None,
+    settings: Settings | None = None,
     source: str = "the checkpoint",
 ) -> PublishedViT:
-    """Returns the network of parameters by timm's names. Raises as `read_vit`."""
+    """Returns the network of parameters by timm's names.
+
+    Args:
+        arrays: The parameters.
+        layout: The layout of the file they came in (`vit_layouts.LAYOUTS`).
+        unused: Names in the file that no ViT uses.
+        given: Choices of the user.
+        heads_by_shape: Heads, where the kernels of the file tell them, as Flax's do.
+        settings: Where files of settings are looked for; None: nowhere.
+        source: The file, for messages.
+
+    Returns:
+        The network, its variables in float32.
+
+    Raises:
+        AmbiguousWeights: As in `read_vit`.
+        MismatchedWeights: As in `read_vit`.
+    """
     arrays = split_qkv(dict(arrays), source=source)
     family = _family(layout, arrays, unused)
     usual = FAMILIES[family]
-    style, config = _architecture(arrays, heads, source)
-    if layout == "timm" and family == "siglip":
-        usual = usual._replace(gelu="exact")  # as timm runs them
-    if layout == "hf-vit" and norm_eps is None:
-        norm_eps = 1e-12
-    config = dataclasses.replace(
-        config,
-        gelu=gelu or usual.gelu,
-        norm_eps=norm_eps or usual.norm_eps,
-        position_filter=(
-            "antialias"
-            if layout == "timm" or (family == "dinov2" and config.registers)
-            else "cubic"
-        ),
+    shapes = _shapes(arrays, source)
+    style, facts = shapes.style, _facts(family, layout, arrays, unused, shapes)
+    sizes = {name: shapes.sizes[ours] for name, ours in _SIZES.items()}
+    declared = (
+        read_declared(settings.path, sizes, given=settings.architecture) if settings else Declared()
     )
+    evidence = Evidence(given, declared, source)
+    heads = decide_heads(evidence, facts, heads_by_shape)
+    try:
+        config = ViTConfig(
+            **shapes.sizes,
+            heads=heads,
+            post_norm=decide_norms(evidence, facts) == "post",
+            gelu=decide_gelu(evidence, facts),
+            norm_eps=decide_norm_eps(evidence, facts, usual.norm_eps),
+            position_filter=(
+                "antialias"
+                if layout == "timm" or (family == "dinov2" and shapes.sizes["registers"])
+                else "cubic"
+            ),
+        )
+    except AmbiguousWeights:
+        raise
+    except ValueError as error:
+        raise MismatchedWeights(f"{source}: {error}") from None
     folded = fold_positions(arrays, config, style)
     if "head.weight" in folded and "head.bias" not in folded:  # the projection of CLIP
         folded["head.bias"] = np.zeros(len(folded["head.weight"]), folded["head.weight"].dtype)
     num_classes = len(folded["head.weight"]) if "head.weight" in folded else 0
     rest = {name: folded.pop(name) for name in list(folded) if name.startswith("head_dist.")}
-    pooling: Trained = (
-        "map"
-        if "attn_pool.latent" in folded
-        else "avg"
-        if style.fc_norm
-        else usual.pooling
-        if usual.pooling != "map"
-        else "avg"
-    )
-    if pooling == "cls" and not config.class_token:
-        pooling = "avg"
+    pooling, evidence.found["pooling"] = _pooling(folded, style, usual, config, family)
     variables = to_variables(folded, vit_table(config, style, pooling, num_classes), source=source)
+    if declared.normalisation is not None:
+        evidence.found["normalisation"] = declared.sources["normalisation"]
+    elif usual.normalised is not None:
+        evidence.found["normalisation"] = f"family {family}"
     return PublishedViT(
         family,
         layout,
         config,
         pooling,
         num_classes,
-        usual.normalised,
+        declared.normalisation or usual.normalised,
         style,
         variables,
         unused,
         rest,
+        evidence.found,
+    )
+
+
+def _is_declared(source: str) -> bool:
+    return source == "given" or source.partition(":")[0].endswith(".json")
+
+
+def _pooling(
+    arrays: Arrays, style: Style, usual: Family, config: ViTConfig, family: str
+) -> tuple[Trained, str]:
+    """The pooling that the network was trained with, and what says so."""
+    if "attn_pool.latent" in arrays:
+        return "map", "the parameters of attention pooling"
+    if style.fc_norm:
+        return "avg", "the norm after the pooling, fc_norm"
+    if not config.class_token:
+        return "avg", "no class token"
+    return ("avg" if usual.pooling == "map" else usual.pooling), f"family {family}"
+
+
+def _facts(
+    family: str, layout: str, arrays: Arrays, unused: tuple[str, ...], shapes: "_Shapes"
+) -> Facts:
+    sizes = shapes.sizes
+    return Facts(
+        family,
+        layout,
+        width=sizes["width"],
+        patch=sizes["patch"],
+        image=sizes["image"],
+        class_token=sizes["class_token"],
+        final_norm="fc_norm" if shapes.style.fc_norm else "norm",
+        qkv_bias=sizes["qkv_bias"],
+        gated=sizes["mlp"] == "swiglu",
+        of_openai=set(unused) >= OPENAI_BUFFERS,
     )
 
 
@@ -444,11 +546,28 @@ def _family(layout: str, arrays: Arrays, unused: tuple[str, ...]) -> str:
         )
     if "dist_token" in arrays:
         return "deit"
-    return "mae" if "decoder" in dropped or "fc_norm.weight" in arrays else "vit"
+    # MAE fine-tunes with a class token and pools by average; timm's other averages have no token
+    fine_tuned = "fc_norm.weight" in arrays and "cls_token" in arrays
+    return "mae" if "decoder" in dropped or fine_tuned else "vit"
 
 
-def _architecture(arrays: Arrays, heads: int | None, source: str) -> tuple[Style, ViTConfig]:
-    """The style of the file and the config, from the shapes."""
+class _Shapes(NamedTuple):
+    """What the shapes of a file say."""
+
+    style: Style
+    sizes: dict[str, Any]  # fields of `ViTConfig`
+
+
+# keys of Hugging Face's config.json -> fields of `ViTConfig`
+_SIZES = {
+    "hidden_size": "width",
+    "num_hidden_layers": "depth",
+    "patch_size": "patch",
+}
+
+
+def _shapes(arrays: Arrays, source: str) -> _Shapes:
+    """The style of the file, and the sizes."""
     needed = (
         "patch_embed.proj.weight",
         "pos_embed",
@@ -483,26 +602,22 @@ def _architecture(arrays: Arrays, heads: int | None, source: str) -> tuple[Style
     registers = (arrays["reg_token"].shape[1] if "reg_token" in arrays else 0) + distilled
     count = arrays["pos_embed"].shape[1]
     side, positions = _grid(count, int(class_token), int(distilled), source)
-    try:
-        config = ViTConfig(
-            patch=patch,
-            width=width,
-            depth=1 + max(blocks),
-            heads=heads or HEADS.get(width, max(width // 64, 1)),
-            mlp_width=len(first) // (2 if _is_gated(arrays) else 1),
-            image=side * patch,
-            class_token=class_token,
-            registers=registers,
-            layer_scale=1e-5 if "blocks.0.ls1.gamma" in arrays else None,
-            mlp="swiglu" if _is_gated(arrays) else "gelu",
-            patch_bias="patch_embed.proj.bias" in arrays,
-            pre_norm="norm_pre.weight" in arrays,
-            qkv_bias="blocks.0.attn.q.bias" in arrays,
-            pool_order="pool-norm" if "fc_norm.weight" in arrays else "norm-pool",
-        )
-    except ValueError as error:
-        raise MismatchedWeights(f"{source}: {error}") from None
-    return Style(positions, distilled, "fc_norm.weight" in arrays), config
+    sizes = {
+        "patch": patch,
+        "width": width,
+        "depth": 1 + max(blocks),
+        "mlp_width": len(first) // (2 if _is_gated(arrays) else 1),
+        "image": side * patch,
+        "class_token": class_token,
+        "registers": registers,
+        "layer_scale": 1e-5 if "blocks.0.ls1.gamma" in arrays else None,
+        "mlp": "swiglu" if _is_gated(arrays) else "gelu",
+        "patch_bias": "patch_embed.proj.bias" in arrays,
+        "pre_norm": "norm_pre.weight" in arrays,
+        "qkv_bias": "blocks.0.attn.q.bias" in arrays,
+        "pool_order": "pool-norm" if "fc_norm.weight" in arrays else "norm-pool",
+    }
+    return _Shapes(Style(positions, distilled, "fc_norm.weight" in arrays), sizes)
 
 
 def _is_gated(arrays: Arrays) -> bool:
@@ -523,20 +638,3 @@ def _grid(count: int, class_token: int, distilled: int, source: str) -> tuple[in
         f"{source}: {count} positions are no square of patches, with {class_token + distilled}"
         " prefix tokens or without"
     )
-
-
-def _normalisation_beside(path: Path) -> Normalisation | None:
-    """Mean and deviation by timm's `config.json` or Hugging Face's `preprocessor_config.json`."""
-    for file, folder, names in (
-        ("config.json", "pretrained_cfg", ("mean", "std")),
-        ("preprocessor_config.json", None, ("image_mean", "image_std")),
-    ):
-        try:
-            found = json.loads(path.with_name(file).read_text())
-            found = found if folder is None else found[folder]
-            mean, std = (tuple(float(value) for value in found[name]) for name in names)
-        except (OSError, ValueError, KeyError, TypeError, RecursionError, OverflowError):
-            continue
-        if len(mean) == len(std) == 3:
-            return mean, std
-    return None

@@ -1,4 +1,4 @@
-"""Flags that several commands have, the records that they stand for, and printing."""
+"""Flags that several commands share, the records that they describe, and printing."""
 
 import argparse
 import json
@@ -17,7 +17,11 @@ WIDTH = 200  # characters of a line where the output is no terminal
 
 
 def add_system_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of the machine."""
+    """Adds the flags of the machine.
+
+    Args:
+        parser: The parser, or a group of it; changed in place.
+    """
     parser.add_argument(
         "--system",
         default="neupims",
@@ -57,7 +61,11 @@ def add_system_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of the model and the trace."""
+    """Adds the flags of the model and the trace.
+
+    Args:
+        parser: The parser, or a group of it; changed in place.
+    """
     parser.add_argument(
         "--model",
         required=True,
@@ -86,7 +94,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of the model, the trace and the machine, and `--json`."""
+    """Adds the flags of the model, the trace and the machine, and `--json`.
+
+    Args:
+        parser: The parser; changed in place.
+    """
     add_model_arguments(parser)
     add_system_arguments(parser)
     parser.add_argument(
@@ -95,10 +107,14 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def system(arguments: argparse.Namespace) -> tuple[System, int, Hardware]:
-    """Returns the system, its sub-batches, and the hardware, from the flags of the machine.
+    """Returns system, number of sub-batches and hardware from the flags of the machine.
+
+    Args:
+        arguments: Parsed flags of `add_system_arguments`.
 
     Raises:
         ValueError: A flag is impossible, or flags contradict each other.
+        OSError: The file of the hardware cannot be read.
     """
     if arguments.sub_batches == AUTO:
         raise ValueError("--sub-batches auto is for simulate: say 1 or 2")
@@ -106,7 +122,14 @@ def system(arguments: argparse.Namespace) -> tuple[System, int, Hardware]:
 
 
 def system_options(arguments: argparse.Namespace) -> dict[str, Any]:
-    """Returns the options of `select_system` that the flags of the machine stand for."""
+    """Returns the keyword arguments of `select_system` that the flags of the machine give.
+
+    Args:
+        arguments: Parsed flags of `add_system_arguments`.
+
+    Raises:
+        ValueError: A --set is not FIELD=NUMBER.
+    """
     count = arguments.sub_batches
     return {
         "hardware": arguments.hardware,
@@ -117,7 +140,10 @@ def system_options(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def read_case(arguments: argparse.Namespace) -> Case:
-    """Returns the case that the flags of `add_workload_arguments` stand for.
+    """Returns the case that the flags of the model, the trace and the machine describe.
+
+    Args:
+        arguments: Parsed flags of `add_workload_arguments`.
 
     Raises:
         ValueError: A flag is impossible, or flags contradict each other.
@@ -137,8 +163,11 @@ def read_case(arguments: argparse.Namespace) -> Case:
 def parse_change(text: str) -> tuple[str, int | float]:
     """Returns the field and the value of a --set FIELD=VALUE.
 
+    Args:
+        text: Text after --set: a dotted name of the hardware, and its number.
+
     Raises:
-        ValueError: The text is no field with a number.
+        ValueError: The text is not FIELD=NUMBER.
     """
     field, _, value = (part.strip() for part in text.partition("="))
     for kind in (int, float):
@@ -149,11 +178,15 @@ def parse_change(text: str) -> tuple[str, int | float]:
 
 
 def check_run(*places: Path | None, seed: int = 0) -> None:
-    """Raises before a run for what would only fail after it.
+    """Raises before a long run if its flags would make it fail at the end.
+
+    Args:
+        *places: Files that will be written; None is skipped.
+        seed: The seed of random numbers.
 
     Raises:
-        OSError: A file has no folder to be written to.
-        ValueError: The seed is negative or too large.
+        OSError: The folder of a file does not exist.
+        ValueError: The seed is negative, or at least 2^63.
     """
     for place in filter(None, places):
         check_place(place)
@@ -164,12 +197,16 @@ def check_run(*places: Path | None, seed: int = 0) -> None:
 
 
 def print_json(value: dict[str, Any]) -> None:
-    """Prints one JSON object; numbers that are not finite become null, as JSON has no infinity."""
+    """Prints one JSON object; numbers that are not finite become null, as JSON has no infinity.
+
+    Args:
+        value: The object, with values that JSON can hold.
+    """
     print(json.dumps(finite(value), indent=2, allow_nan=False))
 
 
 def console():
-    """Returns a console for tables; where the output is no terminal, its lines are long."""
+    """Returns a console for tables, with lines of WIDTH characters if there is no terminal."""
     from rich.console import Console
 
     terminal = sys.stdout is not None and sys.stdout.isatty()  # None where it was closed

@@ -17,7 +17,11 @@ SHOWN = 20  # designs of the front on the terminal
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `explore`."""
+    """Adds the flags of `explore`.
+
+    Args:
+        parser: The parser of the command; changed in place.
+    """
     space = parser.add_argument_group("the space")
     space.add_argument(
         "--space",
@@ -116,7 +120,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Explores and prints the result."""
+    """Explores, prints the result, and returns the exit code 0.
+
+    Args:
+        arguments: Parsed flags of `add_arguments`.
+
+    Raises:
+        ValueError: There are no knobs, a flag is impossible, or flags contradict each other.
+        OSError: A file cannot be read or written.
+        ImportError: The extra `neupims` is not installed.
+    """
     import jax
 
     from neupims.exploration.explore import OBJECTIVES, explore

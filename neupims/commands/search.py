@@ -1,4 +1,4 @@
-"""`search`: better schedules of one batch, and how far from the best possible they are."""
+"""`search`: better schedules of one batch, and a bound on the best possible one."""
 
 import argparse
 from pathlib import Path
@@ -22,7 +22,11 @@ DEFAULT_BUDGET = 20000
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `search`."""
+    """Adds the flags of `search`.
+
+    Args:
+        parser: The parser of the command; changed in place.
+    """
     add_workload_arguments(parser)
     parser.add_argument(
         "--strategy",
@@ -106,7 +110,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Searches, prints what was found, and returns the exit code."""
+    """Searches, prints the result, and returns the exit code 0.
+
+    Args:
+        arguments: Parsed flags of `add_arguments`.
+
+    Raises:
+        ValueError: A flag is impossible, or flags contradict each other.
+        OSError: A file cannot be read or written.
+    """
     case = read_case(arguments)
     _check(arguments, case)
     is_fixed = arguments.sub_batches is not None or arguments.system.lower() not in SYSTEMS
@@ -171,8 +183,12 @@ def _check(arguments: argparse.Namespace, case: Case) -> None:
 def parse_hardware_knobs(texts: list[str], case: Case) -> list[HardwareKnob]:
     """Returns the knobs of --hardware-knob NAME=LOW:HIGH.
 
+    Args:
+        texts: Values of --hardware-knob, each NAME=LOW:HIGH.
+        case: The case; its hardware has the fields.
+
     Raises:
-        ValueError: A text is no range of a field of the hardware.
+        ValueError: A text is not a range of a field of the hardware.
     """
     if not texts:
         return []

@@ -1,4 +1,4 @@
-"""`show`: everything that a user can choose from or change, with units and sources."""
+"""`show`: all that a user can choose or change, with units and sources."""
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
@@ -9,7 +9,11 @@ from neupims.commands.common import print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `show`."""
+    """Adds the flags of `show`.
+
+    Args:
+        parser: The parser of the command; changed in place.
+    """
     parser.add_argument(
         "what",
         choices=tuple(SUBJECTS),
@@ -30,7 +34,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Prints the table that is asked for, and returns the exit code."""
+    """Prints the requested table, and returns the exit code 0.
+
+    Args:
+        arguments: Parsed flags of `add_arguments`.
+
+    Raises:
+        ValueError: The hardware is unknown, or its file is malformed.
+        OSError: The file of the hardware cannot be read.
+    """
     list_, draw = SUBJECTS[arguments.what]
     found = list_(arguments).to_dict()
     if arguments.json:

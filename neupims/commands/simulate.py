@@ -16,7 +16,11 @@ from neupims.commands.common import (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `simulate`."""
+    """Adds the flags of `simulate`.
+
+    Args:
+        parser: The parser of the command; changed in place.
+    """
     add_workload_arguments(parser)
     parser.add_argument(
         "--path",
@@ -46,7 +50,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Simulates, prints what was found, and returns the exit code."""
+    """Simulates, prints the result, and returns the exit code 0.
+
+    Args:
+        arguments: Parsed flags of `add_arguments`.
+
+    Raises:
+        ValueError: A flag is impossible, flags contradict each other, or the hardware cannot run
+            the batch.
+        OSError: A file cannot be read or written.
+    """
     from neupims.simulation import simulate_case
 
     for flag in ("sub_batches", "path"):

@@ -7,7 +7,11 @@ from neupims.commands.common import check_run, console, print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Adds the flags of `validate`."""
+    """Adds the flags of `validate`.
+
+    Args:
+        parser: The parser of the command; changed in place.
+    """
     parser.add_argument(
         "folder", type=Path, metavar="DIR", help="holds runs.csv, ops.csv and traces/"
     )
@@ -38,7 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Validates, prints the errors, and returns the exit code."""
+    """Validates, prints the errors, and returns the exit code 0.
+
+    Args:
+        arguments: Parsed flags of `add_arguments`.
+
+    Raises:
+        ValueError: A file of the runs is malformed, or the plot's name does not end in .svg.
+        OSError: A file cannot be read or written.
+    """
     from neupims.pages.plots import check_svg
     from neupims.validation import validate
 

@@ -74,17 +74,17 @@ class AreaCosts:
 class Area:
     """Square millimetres of one device; arrays in a batch.
 
-    Those of the memory are of all dies of all stacks, without their base dies.
+    The areas of the memory are those of all dies of all stacks, without the base dies.
     """
 
-    arrays: float
-    vector: float
-    scratchpad: float
-    memory_interface: float
-    uncore: float
-    dram: float
-    pim_units: float
-    row_buffers: float
+    arrays: float  # the systolic arrays
+    vector: float  # the vector units
+    scratchpad: float  # of the NPU
+    memory_interface: float  # controllers and interfaces of the channels
+    uncore: float  # on-chip network, links and control
+    dram: float  # the memory without PIM
+    pim_units: float  # multipliers and adders in the memory; 0 without PIM
+    row_buffers: float  # row buffers beyond the first of a bank; 0 without PIM
 
     @property
     def npu(self) -> float:
@@ -109,11 +109,11 @@ class Power:
     No workload draws them all at once.
     """
 
-    arrays: float
-    vector: float
-    scratchpad: float
+    arrays: float  # the systolic arrays
+    vector: float  # the vector units
+    scratchpad: float  # operands that stream into and out of the arrays
     memory: float  # reads at the peak of the buses, with interface and standby
-    pim: float
+    pim: float  # products in all banks of all channels
 
     @property
     def npu(self) -> float:
@@ -205,7 +205,7 @@ def average_power_watts(energy: Energy, seconds) -> Float[Array, "..."]:
     """Returns the mean power of one device.
 
     Args:
-        energy: The energy that it spends.
+        energy: The energy that the device spends, in joules.
         seconds: The time in which it spends it.
     """
     return energy.total / seconds

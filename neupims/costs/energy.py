@@ -39,7 +39,7 @@ class Counts:
     vector_operations: Float[Array, "..."]  # on one element
     scratchpad_bytes: Float[Array, "..."]  # written to it and read from it
     read_bytes: Float[Array, "..."]  # over the interface of the memory
-    write_bytes: Float[Array, "..."]
+    write_bytes: Float[Array, "..."]  # over the interface of the memory
     activations: Float[Array, "..."]  # of one row, for reads and writes
     group_activations: Float[Array, "..."]  # of as many rows as one PIM command opens
     gwrites: Float[Array, "..."]  # of one page into the buffer of the vector
@@ -95,14 +95,14 @@ class Energy:
     """Joules by the part that spends them."""
 
     npu: Float[Array, "..."]  # products in the arrays
-    vector: Float[Array, "..."]
-    scratchpad: Float[Array, "..."]
+    vector: Float[Array, "..."]  # operations of the vector units
+    scratchpad: Float[Array, "..."]  # bytes in and out
     dram_array: Float[Array, "..."]  # rows opened, read and written for the NPU
     dram_interface: Float[Array, "..."]  # reads, writes and PIM's results that cross it
-    pim: Float[Array, "..."]
-    refresh: Float[Array, "..."]
-    background: Float[Array, "..."]  # of the memory
-    link: Float[Array, "..."]
+    pim: Float[Array, "..."]  # activations, products, GWRITEs and results
+    refresh: Float[Array, "..."]  # of all ranks
+    background: Float[Array, "..."]  # standby of the memory
+    link: Float[Array, "..."]  # bytes to other devices
 
     @property
     def total(self) -> Float[Array, "..."]:
@@ -124,24 +124,24 @@ class Energy:
 class CommandEnergies(NamedTuple):
     """Picojoules of each command of the memory; arrays for a batch of designs."""
 
-    activation: float
-    read: float
-    write: float
-    group_activation: float
-    gwrite: float
-    comp: float
-    result_read: float
-    refresh: float
+    activation: float  # of one row
+    read: float  # of one burst
+    write: float  # of one burst
+    group_activation: float  # of the rows that one PIM command opens
+    gwrite: float  # of one page into the buffer of the vector
+    comp: float  # products in all banks of a channel
+    result_read: float  # of one number of each bank of a channel
+    refresh: float  # of one rank
     active_cycle: float  # of a rank that waits one memory cycle with rows open
 
 
 def command_energies(hardware: Hardware, costs: EnergyCosts) -> CommandEnergies:
-    """Returns the energy of the memory's commands.
+    """Returns the energy of the memory's commands, in picojoules.
 
         picojoules = volts * milliamperes above standby * nanoseconds
 
-    For the default memory the numbers are the simulator's. For others, currents grow with what they
-    serve: those of an activation with the row, of a burst with the bus, of a product with the
+    For the default memory the numbers are the simulator's. For other memories the energy of an
+    activation grows with the row, that of a burst with the bus, and that of a product with the
     operands of all banks.
 
     Args:

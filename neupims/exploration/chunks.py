@@ -1,7 +1,7 @@
 """A folder of results in numbered files, so that an interrupted run resumes after its last file.
 
-`manifest.json` records what the results belong to. A run that would compute something else is
-refused, and so is a second process in the same folder.
+`manifest.json` records the inputs of the results. A run with other inputs is refused, and so is a
+second process in the same folder.
 """
 
 import hashlib
@@ -19,18 +19,19 @@ from neupims.files import PARTIAL, write_bytes
 
 
 class Chunks:
-    """Named arrays by number, in `folder`/points; stores nothing if `folder` is None."""
+    """Named arrays in numbered files of `folder`/points; stores nothing if `folder` is None."""
 
     def __init__(self, folder: Path | None):
         self.folder = folder
 
     def load(self, number: int, rows: int) -> dict[str, np.ndarray] | None:
-        """Returns the arrays of a number, or None if they must be computed.
+        """Returns the arrays of a file, or None if they must be computed.
+
+        They must be computed if the file is missing or damaged, or has another number of rows.
 
         Args:
-            number: which arrays.
-            rows: length that every array must have. A missing or damaged file, or one with another
-                number of rows, gives None.
+            number: Number of the file.
+            rows: Length that every array must have.
         """
         if self.folder is None or not (path := self._path(number)).exists():
             return None
@@ -42,7 +43,15 @@ class Chunks:
         return arrays if arrays and all(len(array) == rows for array in arrays.values()) else None
 
     def save(self, number: int, arrays: Mapping[str, np.ndarray]) -> None:
-        """Writes the arrays of a number; the file appears when it is complete."""
+        """Writes the arrays of a file; the file appears when it is complete.
+
+        Args:
+            number: Number of the file.
+            arrays: Arrays by name, all with the same number of rows.
+
+        Raises:
+            OSError: The file cannot be written.
+        """
         if self.folder is not None:
             buffer = io.BytesIO()
             np.savez(buffer, **arrays)  # type: ignore[arg-type]
@@ -55,16 +64,16 @@ class Chunks:
 
 @contextmanager
 def open_chunks(folder: Path | None, identity: Mapping[str, Any]) -> Iterator[Chunks]:
-    """Opens the results in a folder, which is created if it does not exist.
+    """Yields the results in a folder, which is created if it does not exist, and locks it.
 
     Args:
-        folder: where the results are kept; None keeps nothing.
-        identity: what the results belong to, part by part, as values that JSON can hold.
+        folder: Where the results are kept; None keeps nothing.
+        identity: What the results depend on, part by part, as values that JSON can hold.
 
     Raises:
-        ValueError: the folder holds something else or results of something else, or another process
-            uses it.
-        OSError: the folder cannot be written to.
+        ValueError: The folder holds other files or an exploration with another identity, or another
+            process uses it.
+        OSError: The folder cannot be written to.
         ImportError: filelock is not installed.
     """
     if folder is None:

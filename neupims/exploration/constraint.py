@@ -1,5 +1,6 @@
-"""Constraints of a design space: comparisons of arithmetic on names, such as
-`npu.num_arrays * npu.array_width <= 1024`.
+"""Constraints of a design space: comparisons of arithmetic on names.
+
+An example is `npu.num_arrays * npu.array_width <= 1024`.
 
 Constraints come from files and command lines. They are parsed into a syntax tree in which only
 arithmetic is accepted; nothing is evaluated as Python.
@@ -47,14 +48,14 @@ FAILURE = {
 class Constraint:
     """A comparison, or a chain of them."""
 
-    text: str
-    tree: ast.Compare
+    text: str  # as it was given
+    tree: ast.Compare  # of arithmetic on names and numbers
 
     def violation(self, columns: Mapping[str, np.ndarray | float]) -> np.ndarray:
         """Returns how far each design is from meeting the constraint, relative to its sides.
 
         Args:
-            columns: each name's `(n,)` values, or one number for all designs.
+            columns: Values by name: `(n,)`, or one number for all designs.
 
         Returns:
             `(n,)` violations: 0 where the constraint holds, infinite where it cannot be computed.
@@ -73,11 +74,11 @@ def parse_constraint(text: str, names: Collection[str]) -> Constraint:
     """Returns the constraint that a text states.
 
     Args:
-        text: a comparison of arithmetic, or a chain of them.
-        names: names that the text may use.
+        text: A comparison of arithmetic expressions, or a chain of comparisons.
+        names: Names that the text may use.
 
     Raises:
-        ValueError: the text is not a comparison of arithmetic, or uses another name.
+        ValueError: The text is too long, is not such a comparison, or uses another name.
     """
     if len(text) > LONGEST:
         raise ValueError(f"a constraint can have at most {LONGEST} characters, not {len(text)}")

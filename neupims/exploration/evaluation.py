@@ -40,18 +40,18 @@ def make_evaluate(
     design cannot exist or cannot run the workload.
 
     Args:
-        workloads: what each design runs.
-        hardware: values of everything that is not a knob; `Hardware()` if not given.
-        system: one of `neupims.machine.systems.SYSTEMS`.
-        sub_batches: halves of the batch that NPU and PIM interleave, unless a knob.
+        workloads: Models and batches that each design runs.
+        hardware: Values of all fields that are not knobs; `Hardware()` if not given.
+        system: One of `neupims.machine.systems.SYSTEMS`.
+        sub_batches: Halves of the batch that NPU and PIM interleave, unless a knob.
         fidelity: "simulator", as the public simulator is coded, or "intended", as in the paper.
         schedule: "dealt" assigns the requests to the channels of each design again (`deal`);
             "trace" keeps the channel and sub-batch of the batch.
-        most_channels: upper bound of `hbm.num_channels` over all designs.
-        block: designs computed together; if not given, `BLOCK` on a CPU and all on a GPU.
+        most_channels: Upper bound of `hbm.num_channels` over all designs.
+        block: Designs computed together; if not given, `BLOCK` on a CPU and all on a GPU.
 
     Raises:
-        ValueError: there is no workload, or the schedule is unknown.
+        ValueError: There is no workload, or the schedule is unknown.
     """
     if not workloads:
         raise ValueError("at least one workload is needed")
@@ -115,9 +115,9 @@ def map_blocks(one: Callable[[Any], Any], columns: Any, block: int | None = None
     """Returns `one` of every row of a pytree, computed in blocks of equal size.
 
     Args:
-        one: a function of one row.
-        columns: pytree of arrays `(n, ...)`.
-        block: most rows computed together; if not given, `BLOCK` on a CPU and all on a GPU.
+        one: Function of one row, which is a pytree of scalars.
+        columns: Pytree of arrays `(n,)`.
+        block: Most rows computed together; if not given, `BLOCK` on a CPU and all on a GPU.
 
     Returns:
         Pytree of arrays `(n, ...)`.
@@ -154,6 +154,12 @@ def is_possible(hardware: Hardware, model: Decoder, batch: Batch, parallel: Para
 
     Pages must fit in rows, heads and layers must divide over the devices, every request needs an
     existing channel, and the memory must hold weights, keys and values.
+
+    Args:
+        hardware: The machine; numbers may be traced.
+        model: The model.
+        batch: The requests; those of length 0 do not count.
+        parallel: How the model is spread over devices.
 
     Returns:
         A boolean scalar.

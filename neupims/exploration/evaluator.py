@@ -19,11 +19,11 @@ class Evaluator:
     The last designs of a call are padded to `rows`, so that `evaluate` is compiled once.
 
     Args:
-        space: the space whose knobs `evaluate` takes.
-        evaluate: from `{knob: (n,)}` to `{metric: (n, workloads)}`, with `flagged`,
+        space: The space whose knobs `evaluate` takes.
+        evaluate: Function from `{knob: (n,)}` to `{metric: (n, workloads)}`, with `flagged`,
             `(n, workloads)`, true where the design is impossible.
-        rows: designs of one call; rounded up to a multiple of the devices.
-        devices: `jax.devices()` if not given.
+        rows: Designs of one call; rounded up to a multiple of the devices.
+        devices: The devices to use; `jax.devices()` if not given.
     """
 
     def __init__(
@@ -48,7 +48,14 @@ class Evaluator:
         return tuple(name for name in found if name != "flagged")
 
     def __call__(self, values: Float[np.ndarray, "n k"], first: int = 0) -> Points:
-        """Returns the designs of `(n, k)` values with their metrics, numbered from `first`."""
+        """Returns designs with their metrics.
+
+        A design is flagged if `evaluate` flags it or one of its metrics is not finite.
+
+        Args:
+            values: Knob values of the designs, `(n, k)`.
+            first: Number of the first design in the run.
+        """
         parts = []
         for start in range(0, len(values), self.rows):
             part = values[start : start + self.rows]

@@ -120,5 +120,10 @@ def fitness(
 def select_survivors(
     rank: Int[np.ndarray, " n"], distance: Float[np.ndarray, " n"]
 ) -> Int[np.ndarray, " half"]:
-    """Returns the better half of parents and children together, `(n // 2,)` rows, best first."""
+    """Returns the better half of parents and children together, `(n // 2,)` rows, best first.
+
+    Args:
+        rank: `(n,)` ranks, lower is better, as `fitness` returns them.
+        distance: `(n,)` crowding distances; of equal ranks, larger is better.
+    """
     return np.lexsort((-distance, rank))[: len(rank) // 2]

@@ -43,21 +43,21 @@ class Design:
     """One design; metrics are geometric means over the workloads."""
 
     index: int  # number in the run
-    knobs: dict[str, float]
-    metrics: dict[str, float]
+    knobs: dict[str, float]  # value by name
+    metrics: dict[str, float]  # of `METRICS`, by name
 
 
 @dataclass(frozen=True)
 class Exploration:
-    """What `explore` found."""
+    """The result of `explore`."""
 
-    method: str
-    seed: int
-    system: System
-    sub_batches: int
-    fidelity: Fidelity
-    workloads: tuple[str, ...]
-    objectives: tuple[Objective, ...]
+    method: str  # "grid", "random", "sobol" or "evolution"
+    seed: int  # of all random numbers
+    system: System  # that all designs run
+    sub_batches: int  # halves of the batch, unless a knob
+    fidelity: Fidelity  # "simulator" or "intended"
+    workloads: tuple[str, ...]  # names, MODEL/BATCH
+    objectives: tuple[Objective, ...]  # metrics to be minimised or maximised
     points: int  # designs that were evaluated
     kept: int  # designs that meet all constraints
     flagged: int  # designs that are impossible or not finite
@@ -65,11 +65,11 @@ class Exploration:
     base: Design  # the given hardware, moved into the space
     reference: dict[str, float]  # where the hypervolume ends, by objective
     hypervolume: float  # of the front, objectives in units of the base design
-    sensitivity_of: str
+    sensitivity_of: str  # name of the metric
     sensitivities: dict[str, Sensitivity]  # by knob
-    expected_error: dict[str, Any] | None  # of a layer, near the base design
-    seconds: float
-    devices: str
+    expected_error: dict[str, Any] | None  # of a layer, near the base design, in per cent
+    seconds: float  # wall time of the exploration
+    devices: str  # number and kind of the devices that evaluated
     result: SpaceResult  # arrays of the front and of other designs
 
     def to_dict(self) -> dict[str, Any]:
@@ -130,35 +130,36 @@ def explore(
     Every design runs one decode step of each model with each batch.
 
     Args:
-        hardware: the base design: a name (`neupims`, ...), a TOML or JSON file, or a record.
-        models: one or several, each a name (`gpt3-7b`, ...), a file or a `Decoder`.
-        batches: one or several, each a trace file or a `Batch`.
-        knobs: for each name a list of values or a range `(low, high)`, see `make_space`. Names are
+        hardware: The base design: a name (`neupims`, ...), a TOML or JSON file, or a record.
+        models: One or several, each a name (`gpt3-7b`, ...), a file or a `Decoder`.
+        batches: One or several, each a trace file or a `Batch`.
+        knobs: For each name a list of values or a range `(low, high)`, see `make_space`. Names are
             fields of the hardware, `sub_batches`, `parallel.tp` and `parallel.pp`.
-        constraints: one comparison or several, such as "area_mm2 < 20000", of knobs and metrics.
-        objectives: of `METRICS`, as text (NAME:max or NAME:min, separated by commas) or records.
+        constraints: One comparison or several, such as "area_mm2 < 20000", of knobs and metrics.
+        objectives: Some of `METRICS`, as text (NAME:max or NAME:min, separated by commas) or
+            records.
         method: "grid", "random", "sobol" or "evolution".
-        points: designs to evaluate; 4096 if not given, and the whole grid for "grid".
-        seed: of all random numbers.
-        system: one of `neupims.machine.systems.SYSTEMS`.
-        sub_batches: halves of the batch that NPU and PIM interleave; if not given, 2 for
-            "neupims" and 1 for other systems.
+        points: Designs to evaluate; 4096 if not given, and the whole grid for "grid".
+        seed: Seed of all random numbers.
+        system: One of `neupims.machine.systems.SYSTEMS`.
+        sub_batches: Halves of the batch that NPU and PIM interleave; if not given, 2 for "neupims"
+            and 1 for other systems.
         fidelity: "simulator", as the public simulator is coded, or "intended", as in the paper.
         schedule: "dealt" assigns the requests to the channels of each design again; "trace" keeps
             the channels of the batch.
-        parallel: of all models; if not given, as published for the model.
-        reference: where the hypervolume ends, by objective; if not given, where designs are four
+        parallel: How all models are spread over devices; if not given, as published for the model.
+        reference: Where the hypervolume ends, by objective; if not given, where designs are four
             times worse than the base design.
-        sensitivity_of: the metric whose sensitivities are computed.
-        chunk: designs of a file, or of a generation of evolution; 16384 and 256 if not given.
-        folder: keeps evaluated designs, `front.csv` and `summary.json`; the same call resumes from
+        sensitivity_of: The metric whose sensitivities are computed.
+        chunk: Designs of a file, or of a generation of evolution; 16384 and 256 if not given.
+        folder: Keeps evaluated designs, `front.csv` and `summary.json`; the same call resumes from
             it. None keeps nothing.
-        report: called with the number of designs that are done, and of all.
+        report: Called with the number of finished designs, and of all designs.
 
     Raises:
-        ValueError: an argument is unknown or impossible; the folder holds another exploration.
-        OSError: a file cannot be read or written.
-        ImportError: the extra `neupims` is not installed.
+        ValueError: An argument is unknown or impossible; the folder holds another exploration.
+        OSError: A file cannot be read or written.
+        ImportError: The extra `neupims` is not installed.
 
     Example:
         >>> from neupims import explore, make_batch

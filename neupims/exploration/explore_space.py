@@ -1,6 +1,6 @@
-"""Exploration of a space with any evaluation: sample or evolve designs, evaluate them in chunks on
-all devices, and keep the Pareto front.
+"""Exploration of a space with any evaluation.
 
+It samples or evolves designs, evaluates them in chunks on all devices, and keeps the Pareto front.
 `neupims.exploration.explore` calls it with the accelerator model.
 """
 
@@ -41,19 +41,19 @@ WORSE = 4.0  # times worse than the base design in each objective: where the hyp
 
 @dataclass(frozen=True)
 class SpaceResult:
-    """What an exploration of a space found."""
+    """The result of an exploration of a space."""
 
-    objectives: tuple[Objective, ...]
-    points: int
+    objectives: tuple[Objective, ...]  # metrics to be minimised or maximised
+    points: int  # designs that were evaluated
     kept: int  # designs that meet all constraints
     flagged: int  # designs that are impossible or not finite
-    front: Points
+    front: Points  # designs that no other one dominates, each once
     others: Points  # a random part of the other designs that meet all constraints
     base: Points  # one design: the base values, moved into the space
-    reference: dict[str, float]  # where the hypervolume ends
+    reference: dict[str, float]  # where the hypervolume ends, by objective
     hypervolume: float  # of the front, objectives in units of the base design
-    sensitivities: dict[str, Sensitivity]
-    sensitivity_of: str
+    sensitivities: dict[str, Sensitivity]  # by knob
+    sensitivity_of: str  # name of the metric
 
 
 def explore_space(
@@ -74,26 +74,26 @@ def explore_space(
     """Returns the Pareto front of designs of a space, with hypervolume and sensitivities.
 
     Args:
-        space: knobs and constraints.
-        evaluate: from `{knob: (n,)}` to `{metric: (n, workloads)}`, see `Evaluator`.
-        objectives: metrics to be minimised or maximised.
+        space: Knobs and constraints.
+        evaluate: Function from `{knob: (n,)}` to `{metric: (n, workloads)}`, see `Evaluator`.
+        objectives: Metrics to be minimised or maximised.
         method: "grid", "random", "sobol" or "evolution".
-        points: designs to evaluate; 4096 if not given, and the whole grid for "grid". Evolution
+        points: Designs to evaluate; 4096 if not given, and the whole grid for "grid". Evolution
             rounds up to whole generations.
-        seed: of all random numbers.
-        chunk: designs of a file, or of a generation of evolution; 16384 and 256 if not given.
-        folder: keeps each chunk when it is done; a later run with the same space, settings and
-            code reads it. None keeps nothing.
-        settings: what `evaluate` depends on, as values that JSON can hold.
-        reference: where the hypervolume ends, by objective; if not given, where designs are
-            `WORSE` times worse than the base design.
-        sensitivity_of: the metric whose sensitivities are computed.
-        report: called with the number of designs that are done, and of all.
+        seed: Seed of all random numbers.
+        chunk: Designs of a file, or of a generation of evolution; 16384 and 256 if not given.
+        folder: Keeps each finished chunk; a later run with the same space, settings and code reads
+            it. None keeps nothing.
+        settings: Values on which `evaluate` depends, as values that JSON can hold.
+        reference: Where the hypervolume ends, by objective; if not given, where designs are `WORSE`
+            times worse than the base design.
+        sensitivity_of: The metric whose sensitivities are computed.
+        report: Called with the number of finished designs, and of all designs.
 
     Raises:
-        ValueError: the method, an objective or the number of points is unknown or impossible; the
+        ValueError: The method, an objective or the number of points is unknown or impossible; the
             folder holds another exploration; the base design is impossible.
-        OSError: the folder cannot be written to.
+        OSError: The folder cannot be written to.
     """
     total, chunk = _sizes(space, method, points, chunk)
     objectives = tuple(objectives)

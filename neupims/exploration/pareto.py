@@ -37,8 +37,8 @@ def in_plane(
     Args:
         x: `(n,)` values of the first objective.
         y: `(n,)` values of the second objective.
-        most_x: whether more of the first objective is better.
-        most_y: whether more of the second objective is better.
+        most_x: Whether more of the first objective is better.
+        most_y: Whether more of the second objective is better.
 
     Returns:
         `(n,)` true in the front.
@@ -58,8 +58,9 @@ def ranks(objectives: Real[np.ndarray, "n m"]) -> Int[np.ndarray, " n"]:
     Returns:
         `(n,)` front numbers; n for a row that is not finite.
 
-    Reference: Deb et al., "A fast and elitist multiobjective genetic algorithm: NSGA-II", 2002,
-    section III.A.
+    Reference:
+        Deb et al., "A fast and elitist multiobjective genetic algorithm: NSGA-II", 2002,
+        section III.A.
     """
     objectives, rows = _finite_rows(objectives)
     found = np.full(len(objectives), len(objectives))
@@ -82,7 +83,8 @@ def crowding(
     Returns:
         `(n,)` distances; infinite at the ends of a front, 0 for a row that is not finite.
 
-    Reference: Deb et al., 2002, section III.B.
+    Reference:
+        Deb et al., 2002, section III.B.
     """
     objectives = np.asarray(objectives)
     finite = np.isfinite(objectives).all(axis=1)
@@ -110,11 +112,12 @@ def hypervolume(objectives: Real[np.ndarray, "n m"], reference: Real[np.ndarray,
         reference: `(m,)` upper end of the volume.
 
     Raises:
-        ValueError: the reference is not finite, or has another length than a row.
+        ValueError: The reference is not finite, or has another length than a row.
         ImportError: moocore is not installed.
 
-    Reference: Zitzler and Thiele, "Multiobjective Optimization Using Evolutionary Algorithms",
-    1998.
+    Reference:
+        Zitzler and Thiele, "Multiobjective Optimization Using Evolutionary Algorithms",
+        1998.
     """
     reference = np.asarray(reference, np.float64)
     if np.ndim(objectives) != 2 or reference.shape != np.shape(objectives)[1:]:

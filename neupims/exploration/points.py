@@ -17,8 +17,8 @@ from neupims.exploration import pareto
 class Objective(NamedTuple):
     """A metric, and whether more of it is better."""
 
-    name: str
-    largest: bool
+    name: str  # of the metric
+    largest: bool  # whether the largest value is best
 
     def __str__(self) -> str:
         return f"{self.name}:{'max' if self.largest else 'min'}"
@@ -28,17 +28,25 @@ class Points(NamedTuple):
     """Designs with their metrics."""
 
     place: np.ndarray  # (n,) number in the run
-    values: np.ndarray  # (n, knobs)
-    metrics: dict[str, np.ndarray]  # (n, workloads)
+    values: np.ndarray  # (n, knobs) values of the knobs
+    metrics: dict[str, np.ndarray]  # (n, workloads) by name
     violation: np.ndarray  # (n,) 0 where all constraints hold, infinite where flagged
 
     def take(self, rows: np.ndarray) -> "Points":
-        """Returns the designs of these rows."""
+        """Returns some of the designs.
+
+        Args:
+            rows: Row numbers, or a boolean for each design.
+        """
         metrics = {name: each[rows] for name, each in self.metrics.items()}
         return Points(self.place[rows], self.values[rows], metrics, self.violation[rows])
 
     def join(self, other: "Points") -> "Points":
-        """Returns these designs followed by the others."""
+        """Returns these designs followed by the others.
+
+        Args:
+            other: Designs with the same metrics, which follow.
+        """
         return Points(
             np.concatenate([self.place, other.place]),
             np.concatenate([self.values, other.values]),
@@ -54,7 +62,11 @@ class Points(NamedTuple):
         return self.take(np.sort(np.unique(self.values, axis=0, return_index=True)[1]))
 
     def exclude(self, known: "Points") -> "Points":
-        """Returns the designs, each once, that are not among the known ones."""
+        """Returns the designs, each once, that are not among the known ones.
+
+        Args:
+            known: Designs to leave out; designs with equal knob values count as the same.
+        """
         both = known.join(self).drop_repeats()
         return both.take(~np.isin(both.place, known.place))
 
@@ -62,8 +74,11 @@ class Points(NamedTuple):
 def parse_objectives(text: str) -> tuple[Objective, ...]:
     """Returns the objectives of a text such as "tokens_per_second:max,area_mm2:min".
 
+    Args:
+        text: NAME:max or NAME:min, separated by commas.
+
     Raises:
-        ValueError: an objective has another form or is repeated.
+        ValueError: An objective has another form or is repeated.
     """
     found = []
     for part in text.split(","):
@@ -77,13 +92,22 @@ def parse_objectives(text: str) -> tuple[Objective, ...]:
 
 
 def overall(metric: Float[np.ndarray, "n w"]) -> Float[np.ndarray, " n"]:
-    """Returns the `(n,)` geometric mean over the workloads of an `(n, workloads)` metric."""
+    """Returns the geometric mean of a metric over the workloads, `(n,)`; NaN for negative values.
+
+    Args:
+        metric: `(n, workloads)` values.
+    """
     with np.errstate(all="ignore"):
         return np.exp(np.log(np.asarray(metric, np.float64)).mean(axis=1))
 
 
 def result(points: Points, name: str) -> Float[np.ndarray, " n"]:
-    """Returns a metric over all workloads; NaN for flagged designs, whatever the constraints."""
+    """Returns a metric over all workloads; NaN for flagged designs, whatever the constraints.
+
+    Args:
+        points: The designs, n of them.
+        name: Name of the metric.
+    """
     return np.where(np.isinf(points.violation), np.nan, overall(points.metrics[name]))
 
 
@@ -91,6 +115,10 @@ def costs(points: Points, objectives: Sequence[Objective]) -> Float[np.ndarray, 
     """Returns the `(n, m)` objectives to be minimised; NaN for designs that violate a constraint.
 
     An objective whose largest value is best is negated.
+
+    Args:
+        points: The designs, n of them.
+        objectives: The m metrics to be minimised or maximised.
     """
     columns = [
         overall(points.metrics[each.name]) * (-1 if each.largest else 1) for each in objectives
@@ -99,7 +127,16 @@ def costs(points: Points, objectives: Sequence[Objective]) -> Float[np.ndarray, 
 
 
 def update_front(front: Points | None, part: Points, objectives: Sequence[Objective]) -> Points:
-    """Returns the front of the designs of a front and of a further part, each design once."""
+    """Returns the front of an earlier front and further designs together, each design once.
+
+    Args:
+        front: The earlier front; None for none.
+        part: Further designs.
+        objectives: The metrics to be minimised or maximised.
+
+    Raises:
+        ImportError: moocore is not installed.
+    """
     both = part if front is None else front.join(part)
     return both.take(pareto.front(costs(both, objectives))).drop_repeats()
 
@@ -107,7 +144,18 @@ def update_front(front: Points | None, part: Points, objectives: Sequence[Object
 def hypervolume(
     front: Points, base: Points, objectives: Sequence[Objective], reference: Mapping[str, float]
 ) -> float:
-    """Returns the hypervolume of a front up to a reference, objectives in units of the base."""
+    """Returns the hypervolume of a front up to a reference, with objectives in units of the base.
+
+    Args:
+        front: The designs of the front.
+        base: The base design, one row.
+        objectives: The metrics to be minimised or maximised.
+        reference: Where the hypervolume ends, by objective, in the units of the metrics.
+
+    Raises:
+        ValueError: The reference is not finite.
+        ImportError: moocore is not installed.
+    """
     unit = np.array([float(overall(base.metrics[each.name])[0]) for each in objectives])
     sense = np.array([-1.0 if each.largest else 1.0 for each in objectives])
     ends = np.array([reference[each.name] for each in objectives])

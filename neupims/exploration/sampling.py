@@ -13,7 +13,11 @@ METHODS = ("grid", "random", "sobol")
 
 
 def grid_size(space: Space) -> int:
-    """Returns the number of points of the grid."""
+    """Returns the number of points of the grid, with `STEPS` values for each continuous knob.
+
+    Args:
+        space: The space with its knobs.
+    """
     return math.prod(knob.count or STEPS for knob in space.knobs)
 
 
@@ -21,18 +25,18 @@ def sample(space: Space, method: str, start: int, stop: int, *, seed: int = 0) -
     """Returns the values of the points `start` up to `stop` of a sampler.
 
     Args:
-        space: the space with its knobs.
-        method: one of `METHODS`. In a grid the last knob varies fastest.
-        start: number of the first point.
-        stop: number after the last point.
-        seed: of "random" and "sobol".
+        space: The space with its knobs.
+        method: One of `METHODS`. In a grid the last knob varies fastest.
+        start: Number of the first point.
+        stop: Number after the last point.
+        seed: Seed of "random" and "sobol".
 
     Returns:
         `(stop - start, knobs)` float64 values.
 
     Raises:
-        ValueError: the method is unknown, or the range exceeds the grid.
-        ImportError: the method is "sobol" and SciPy is not installed.
+        ValueError: The method is unknown, or the range exceeds the grid.
+        ImportError: The method is "sobol" and SciPy is not installed.
     """
     if method == "grid":
         if stop > (size := grid_size(space)):
@@ -53,14 +57,22 @@ def unit_sample(
 
     Sobol points are scrambled, and the first 2^k of them are balanced.
 
+    Args:
+        dimensions: Coordinates of a point.
+        method: "random" or "sobol".
+        start: Number of the first point.
+        stop: Number after the last point.
+        seed: Seed of the random numbers.
+
     Returns:
         `(stop - start, dimensions)` coordinates from 0 up to 1.
 
     Raises:
-        ValueError: the method is unknown.
-        ImportError: the method is "sobol" and SciPy is not installed.
+        ValueError: The method is unknown.
+        ImportError: The method is "sobol" and SciPy is not installed.
 
-    Reference: Owen, "Randomly permuted (t,m,s)-nets and (t,s)-sequences", 1995.
+    Reference:
+        Owen, "Randomly permuted (t,m,s)-nets and (t,s)-sequences", 1995.
     """
     if method == "random":
         stream = np.random.PCG64(seed).advance(start * dimensions)  # one draw for each number

@@ -35,7 +35,7 @@ def neighbours(space: Space) -> Float[np.ndarray, "m k"]:
     range of each knob.
 
     Args:
-        space: the space with k knobs.
+        space: The space with k knobs.
 
     Returns:
         `(1 + 2k, k)` values: the base, then two rows for each knob.
@@ -73,7 +73,7 @@ def elasticities(
     """Returns d ln(result) / d ln(knob) between the two neighbours of the base design.
 
     Args:
-        space: the space with k knobs.
+        space: The space with k knobs.
         values: `(1 + 2k, k)` designs, as `neighbours` returns them.
         results: `(1 + 2k,)` result of each design. The base replaces a neighbour whose result is
             not finite.
@@ -94,6 +94,10 @@ def elasticities(
 
 def rank_correlation(column: Float[np.ndarray, " n"], results: Float[np.ndarray, " n"]) -> float:
     """Returns Spearman's rank correlation; NaN where either does not vary, or n is below 3.
+
+    Args:
+        column: `(n,)` values of a knob.
+        results: `(n,)` results of the designs.
 
     Raises:
         ImportError: SciPy is not installed.
@@ -120,8 +124,9 @@ def first_order(column: Float[np.ndarray, " n"], results: Float[np.ndarray, " n"
     Returns:
         The index; NaN where the knob or the result does not vary.
 
-    Reference: Li and Mahadevan, "An efficient modularized sample-based method to estimate the
-    first-order Sobol' index", 2016.
+    Reference:
+        Li and Mahadevan, "An efficient modularized sample-based method to estimate the
+        first-order Sobol' index", 2016.
     """
     distinct = np.unique(column)
     variance = float(np.var(results)) if len(results) else 0.0
@@ -148,10 +153,13 @@ def sensitivities(
     """Returns the sensitivity of one result to each knob, by the name of the knob.
 
     Args:
-        space: the space with k knobs.
+        space: The space with k knobs.
         near: `(1 + 2k, k)` values of `neighbours`, and their `(1 + 2k,)` results.
         sample: `(n, k)` values of independent draws, and their `(n,)` results. Results that are
             not finite are left out.
+
+    Raises:
+        ImportError: SciPy is not installed.
     """
     local = elasticities(space, *near)
     values, results = sample

@@ -40,12 +40,12 @@ Bounds = tuple[float, float, bool]  # least and greatest value of a knob; whole 
 class Knob:
     """One number to choose: from `values` if there are any, else between `low` and `high`."""
 
-    name: str
-    values: tuple[float, ...] = ()
-    low: float = math.nan
-    high: float = math.nan
-    log: bool = False
-    whole: bool = False
+    name: str  # dotted name of a field of the hardware, or one of `SETTINGS`
+    values: tuple[float, ...] = ()  # a list to choose from; empty for a range
+    low: float = math.nan  # the least value of a range
+    high: float = math.nan  # the greatest value of a range
+    log: bool = False  # whether a range is uniform in the logarithm
+    whole: bool = False  # whether values are whole numbers
 
     @property
     def count(self) -> int:
@@ -63,6 +63,9 @@ class Knob:
         """Returns the values at coordinates from 0 to 1, float64 and of the same shape.
 
         Values of a list and whole numbers have cells of equal width; with `log`, of equal ratio.
+
+        Args:
+            unit: Coordinates of any shape; values outside of 0 to 1 are clipped.
         """
         unit = np.clip(np.asarray(unit, np.float64), 0, 1)
         if self.values:
@@ -86,8 +89,8 @@ class Knob:
 class Space:
     """Knobs, constraints and the base design."""
 
-    knobs: tuple[Knob, ...]
-    constraints: tuple[Constraint, ...]
+    knobs: tuple[Knob, ...]  # in the order of coordinates and values
+    constraints: tuple[Constraint, ...]  # that designs must meet
     base: dict[str, float]  # value of every name that constraints may use, before knobs are set
 
     @property
@@ -96,13 +99,21 @@ class Space:
         return tuple(knob.name for knob in self.knobs)
 
     def values(self, units: np.ndarray) -> np.ndarray:
-        """Returns the `(n, knobs)` values at `(n, knobs)` coordinates from 0 to 1."""
+        """Returns the values of points, `(n, knobs)` in float64.
+
+        Args:
+            units: `(n, knobs)` coordinates from 0 to 1.
+        """
         return np.stack(
             [knob.at(units[:, column]) for column, knob in enumerate(self.knobs)], axis=1
         )
 
     def columns(self, values: np.ndarray) -> dict[str, np.ndarray]:
-        """Returns the `(n,)` values of each knob by its name."""
+        """Returns the `(n,)` values of each knob by its name.
+
+        Args:
+            values: `(n, knobs)` values.
+        """
         return {name: values[:, column] for column, name in enumerate(self.names)}
 
     def violation(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
@@ -143,15 +154,15 @@ def make_space(
     """Returns a validated space.
 
     Args:
-        knobs: for each name a list of values, or a range: `(low, high)`, `(low, high, "log")`
+        knobs: For each name a list of values, or a range: `(low, high)`, `(low, high, "log")`
             (uniform in the logarithm), or a mapping with `low`, `high` and `log`.
-        constraints: comparisons that designs must meet, see `neupims.exploration.constraint`.
-        hardware: gives the base values; `Hardware()` if not given.
-        settings: base values of `SETTINGS`, where constraints or the base design need them.
-        metrics: further names that constraints may use.
+        constraints: Comparisons that designs must meet, see `neupims.exploration.constraint`.
+        hardware: Gives the base values; `Hardware()` if not given.
+        settings: Base values of `SETTINGS`, where constraints or the base design need them.
+        metrics: Further names that constraints may use.
 
     Raises:
-        ValueError: a knob or a constraint is impossible; the message names it.
+        ValueError: A knob or a constraint is impossible; the message names it.
     """
     listed = list(describe(Hardware() if hardware is None else hardware))
     settable = dict.fromkeys(SETTINGS, (1.0, float(COUNT_MOST), True))
@@ -169,10 +180,13 @@ def make_space(
 def read_space(path: str | Path) -> tuple[dict[str, Any], list[str]]:
     """Returns the knobs and the constraints of a TOML or JSON file, for `make_space`.
 
+    Args:
+        path: The file; its name ends in .toml or .json.
+
     Raises:
-        ValueError: the file is neither TOML nor JSON, or does not hold a space; the message names
+        ValueError: The file is neither TOML nor JSON, or does not hold a space; the message names
             the file.
-        OSError: the file cannot be read.
+        OSError: The file cannot be read.
     """
     content = read_table(path)
     if not isinstance(content.get("knobs"), dict):
@@ -194,7 +208,7 @@ def parse_knob(text: str) -> tuple[str, Any]:
         text: NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=a,b,c, as on the command line.
 
     Raises:
-        ValueError: the text has another form.
+        ValueError: The text has another form.
     """
     name, equals, right = (part.strip() for part in text.partition("="))
     try:

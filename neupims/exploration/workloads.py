@@ -1,4 +1,4 @@
-"""What designs run: models with their parallelism, and batches of requests."""
+"""Workloads of designs: models with their parallelism, and batches of requests."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,10 +26,10 @@ Trace = str | Path | Batch
 class Workload(NamedTuple):
     """A model, its parallelism and a batch of requests."""
 
-    name: str
-    model: Decoder
-    parallel: Parallel
-    batch: Batch
+    name: str  # MODEL/BATCH
+    model: Decoder  # its dimensions
+    parallel: Parallel  # how the model is spread over devices
+    batch: Batch  # the requests, (r,)
 
 
 def make_workloads(
@@ -42,15 +42,16 @@ def make_workloads(
     """Returns a workload for each model with each batch.
 
     Args:
-        models: one or several, each a name (`gpt3-7b`, ...), a TOML or JSON file or a record.
-        batches: one or several, each a trace file (CSV of seq_len,ch_idx) or a record.
-        num_channels: channels that requests may name.
-        parallel: of all models; if not given, as published for the model, else one device.
+        models: One or several, each a name (`gpt3-7b`, ...), a TOML or JSON file or a record.
+        batches: One or several, each a trace file (CSV of seq_len,ch_idx) or a record.
+        num_channels: Number of channels; those of requests are below it.
+        parallel: How all models are spread over devices; if not given, as published for the model,
+            else one device.
 
     Raises:
-        ValueError: there is no model or no batch, a name is unknown, a file is damaged, or a model
+        ValueError: There is no model or no batch, a name is unknown, a file is damaged, or a model
             cannot be divided over the devices.
-        OSError: a file cannot be read.
+        OSError: A file cannot be read.
     """
     models = [models] if isinstance(models, Model) else list(models)
     batches = [batches] if isinstance(batches, Trace) else list(batches)
@@ -93,7 +94,9 @@ def _numbered(kind: str, place: int, count: int) -> str:
 def stack_workloads(workloads: Sequence[Workload], *, ordered: bool) -> tuple[Any, Any, Any]:
     """Returns models, parallels and batches with a leading axis for the workloads.
 
-    Batches are padded with requests of length 0, and sorted by falling length if `ordered`.
+    Args:
+        workloads: At least one; shorter batches are padded with requests of length 0.
+        ordered: Whether to sort the requests of a batch by falling length.
     """
     most = max(len(each.batch.seq_lens) for each in workloads)
 
@@ -124,9 +127,9 @@ def deal(seq_lens: Int[Array, " r"], num_channels) -> Batch:
 
     Args:
         seq_lens: `(r,)` lengths in tokens, in falling order.
-        num_channels: number of channels; may be traced.
+        num_channels: Number of channels; may be traced.
     """
-    # Between whole numbers, so that division cannot round across one.
+    # Halfway between whole numbers, so that a division cannot round across one.
     place = jnp.arange(seq_lens.shape[0]) + 0.5
     lap = jnp.floor(place / num_channels)
     forth = place - 0.5 - lap * num_channels

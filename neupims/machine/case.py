@@ -21,17 +21,17 @@ from neupims.machine.workload import (
 
 
 class Case(NamedTuple):
-    """What to simulate."""
+    """One batch of one model on one system: all that a simulation needs."""
 
-    hardware: Hardware
-    model: Decoder
-    batch: Batch
-    parallel: Parallel
-    system: System = "neupims"
-    sub_batches: int = 2
-    fidelity: Fidelity = "simulator"
-    model_name: str = ""
-    prefill: bool = False  # the prompts of the batch, instead of one decode step
+    hardware: Hardware  # one device and its link
+    model: Decoder  # its dimensions
+    batch: Batch  # requests with their channels and sub-batches, (r,)
+    parallel: Parallel  # how the model is spread over devices
+    system: System = "neupims"  # one of SYSTEMS
+    sub_batches: int = 2  # 1, or 2 interleaved ones ("neupims" only)
+    fidelity: Fidelity = "simulator"  # or "intended"
+    model_name: str = ""  # name or file, as results show it
+    prefill: bool = False  # whether to run the prompts of the batch instead of one decode step
 
 
 def make_case(
@@ -47,7 +47,7 @@ def make_case(
     pp: int | None = None,
     fidelity: Fidelity = "simulator",
 ) -> Case:
-    """Returns the case of names and files, with the checks that the command-line tool makes.
+    """Returns the case that names and files describe, checked as the command-line tool checks it.
 
     Args:
         model: A named model, or a TOML or JSON file.
@@ -55,7 +55,7 @@ def make_case(
         system: "neupims", "npu-pim", "npu-only", "gpu", or a spelling of the validation files.
         hardware: A named machine, or a TOML or JSON file.
         sub_batches: 1 or 2 (default: 2 for "neupims", else 1).
-        row_buffers: Of a bank, 1 or 2 (default: those of the system).
+        row_buffers: Row buffers of a bank, 1 or 2 (default: those of the system).
         changes: Fields of the hardware by dotted name, such as {"hbm.num_channels": 16}.
         tp: Devices that share a layer (default: as published for the model, else 1).
         pp: Groups into which the layers are cut (default: as published, else 1).
@@ -97,7 +97,7 @@ def select_system(
         system: As for `make_case`, like the other arguments.
         hardware: A named machine, or a TOML or JSON file.
         sub_batches: 1 or 2 (default: those of the system).
-        row_buffers: Of a bank (default: those of the system).
+        row_buffers: Row buffers of a bank, 1 or 2 (default: those of the system).
         changes: Fields of the hardware by dotted name.
 
     Raises:
@@ -139,7 +139,7 @@ def _find_setting(system: str, sub_batches: int | None) -> Setting:
 def select_model(
     model: str | Path, *, tp: int | None = None, pp: int | None = None
 ) -> tuple[str, Decoder, Parallel]:
-    """Returns the name of a model, its numbers, and how it is spread over devices.
+    """Returns the name of a model, its dimensions, and how it is spread over devices.
 
     Args:
         model: A named model, or a TOML or JSON file.
@@ -147,7 +147,7 @@ def select_model(
         pp: Groups into which the layers are cut (default: as published, else 1).
 
     Raises:
-        ValueError: The model is unknown or malformed, or it cannot be spread so.
+        ValueError: The model is unknown or malformed, or does not divide over the devices.
         OSError: The file cannot be read.
     """
     name = os.fspath(model)

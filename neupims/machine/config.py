@@ -117,12 +117,27 @@ def load_parallel(name_or_path: str | Path) -> Parallel:
 
 
 def about(kind: str, name: str) -> str:
-    """Returns what a named configuration is, in one line."""
+    """Returns the one-line description of a named configuration, or "" if it has none.
+
+    Args:
+        kind: "hardware" or "models".
+        name: Its name, as `names` lists it.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
     return str(_read(kind, name)[0].get("about", ""))
 
 
 def changes(name: str) -> dict[str, Any]:
-    """Returns the fields, by dotted name, in which a named machine differs from the default."""
+    """Returns the fields, by dotted name, in which a named machine differs from the default.
+
+    Args:
+        name: Name of the machine, as `names("hardware")` lists it.
+
+    Raises:
+        ValueError: The name is unknown.
+    """
     return _flatten(_read("hardware", name)[0])
 
 

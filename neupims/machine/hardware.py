@@ -189,25 +189,45 @@ class Hardware:
 
 
 def banks(hbm: HBM) -> float:
-    """Returns the banks of a channel."""
+    """Returns the banks of a channel, over all ranks, as a float.
+
+    Args:
+        hbm: The memory; fields may be arrays of a batch of designs.
+    """
     return 1.0 * hbm.ranks * hbm.bank_groups * hbm.banks_per_group
 
 
 def burst_bytes(hbm: HBM) -> float:
-    """Returns the bytes of one burst of a channel."""
+    """Returns the bytes of one burst of a channel.
+
+    Args:
+        hbm: The memory; fields may be arrays of a batch of designs.
+    """
     return hbm.bus_bits / 8 * hbm.burst_length
 
 
 def burst_cycles(hbm: HBM) -> float:
-    """Returns the memory cycles that one burst takes on the bus of a channel."""
+    """Returns the memory cycles of one burst on the bus of a channel, at two transfers a cycle.
+
+    Args:
+        hbm: The memory; fields may be arrays of a batch of designs.
+    """
     return hbm.burst_length / 2
 
 
 def peak_bytes_per_cycle(hbm: HBM) -> float:
-    """Returns the bytes that all channels together move in one memory cycle."""
+    """Returns the bytes that all channels together move in one memory cycle.
+
+    Args:
+        hbm: The memory; fields may be arrays of a batch of designs.
+    """
     return hbm.num_channels * burst_bytes(hbm) / burst_cycles(hbm)
 
 
 def memory_bytes(hbm: HBM) -> float:
-    """Returns the bytes of the whole memory."""
+    """Returns the bytes of the whole memory of a device, as a float.
+
+    Args:
+        hbm: The memory; fields may be arrays of a batch of designs.
+    """
     return 1.0 * hbm.num_channels * banks(hbm) * hbm.rows * hbm.row_bytes

@@ -50,7 +50,11 @@ def _leaf(number: Number) -> Number:
 
 
 def real(number: Any) -> float:
-    """Returns a number as a float, infinite where it is too large for one."""
+    """Returns a number as a float, infinite where it is too large for one.
+
+    Args:
+        number: A real number, such as an `int` of any size.
+    """
     try:
         return float(number)
     except OverflowError:
@@ -72,9 +76,10 @@ def quantity(
     Args:
         default: Its default.
         unit: Its unit, in words.
-        source: Where the default comes from.
-        least: The least value that is allowed.
-        most: The greatest one (default: COUNT_MOST for whole numbers, else REAL_MOST).
+        source: Where the default comes from: a file, paper or data sheet.
+        least: The smallest value that is allowed.
+        most: The largest value that is allowed (default: COUNT_MOST for whole numbers, else
+            REAL_MOST).
         whole: Whether it must be a whole number.
         simulator: Its name in the memory files of the public simulator, if it has one there with
             the same unit.
@@ -85,15 +90,15 @@ def quantity(
 
 
 class Field(NamedTuple):
-    """One number of a record: its dotted name, its value, and what `quantity` says of it."""
+    """One number of a record, as `describe` lists it."""
 
-    name: str
-    value: Any
-    unit: str
-    source: str
-    least: float
-    most: float
-    whole: bool
+    name: str  # dotted
+    value: Any  # a number, or an array in a batch
+    unit: str  # in words
+    source: str  # of the default
+    least: float  # the smallest value that is allowed
+    most: float  # the largest value that is allowed
+    whole: bool  # whether it must be a whole number
 
 
 def describe(value: Any, prefix: str = "") -> Iterator[Field]:
@@ -101,7 +106,7 @@ def describe(value: Any, prefix: str = "") -> Iterator[Field]:
 
     Args:
         value: A record whose fields are made by `quantity` or are such records.
-        prefix: What stands before each dotted name.
+        prefix: Text before each dotted name.
     """
     for each in fields(value):
         number, data = getattr(value, each.name), each.metadata
@@ -126,10 +131,11 @@ def check_quantities(value: Any, group: str) -> None:
 
     Args:
         value: A record whose fields are made by `quantity`.
-        group: What stands before the names of its fields in an error.
+        group: Name before that of the field in an error, such as "hbm".
 
     Raises:
-        ValueError: A field is no number, too small, too large, or not whole; the sentence names it.
+        ValueError: A field is not a number, or is too small, too large or not whole; the sentence
+            names it.
     """
     for each in fields(value):
         number = getattr(value, each.name)
@@ -147,9 +153,16 @@ def check_quantities(value: Any, group: str) -> None:
 
 
 def instead(number: Any, least: float, most: float, whole: bool) -> str:
-    """Returns in words what a quantity must be instead of what it is.
+    """Returns the end of an error sentence: what a quantity must be, and what it is.
 
-    The greatest value is named where it is unusual or exceeded.
+    An example is "a whole number of at least 1, not 0". The largest value is named where it is
+    unusual or exceeded.
+
+    Args:
+        number: The wrong value; its text is cut to SHOWN characters.
+        least: The smallest value that is allowed.
+        most: The largest value that is allowed.
+        whole: Whether it must be a whole number.
     """
     text, kind = repr(number), "a whole number" if whole else "a number"
     said = most < math.inf and (
@@ -161,7 +174,14 @@ def instead(number: Any, least: float, most: float, whole: bool) -> str:
 
 
 def check_seed(seed: Any) -> None:
-    """Raises `ValueError` unless a seed of random numbers is a whole number that JAX can take."""
+    """Raises unless a seed of random numbers is a whole number that JAX can take.
+
+    Args:
+        seed: The value to check.
+
+    Raises:
+        ValueError: It is not a whole number, negative, or at least 2^63.
+    """
     if not isinstance(seed, numbers.Integral) or int(seed) >= 2**63:
         raise ValueError(f"the seed must be a whole number below 2^63, not {seed!r}")
     if int(seed) < 0:

@@ -16,9 +16,9 @@ FIDELITIES: tuple[Fidelity, ...] = ("simulator", "intended")
 class Setting(NamedTuple):
     """A system with its number of sub-batches and row buffers."""
 
-    system: System
-    sub_batches: int
-    row_buffers: int
+    system: System  # one of SYSTEMS
+    sub_batches: int  # 1, or 2 interleaved ones
+    row_buffers: int  # of a bank, 1 or 2
 
 
 SPELLINGS = {

@@ -1,4 +1,4 @@
-"""The workload: decoder-only language models by their numbers, and batches of requests.
+"""The workload: dimensions of decoder-only language models, and batches of requests.
 
 Weights and caches are float16, 2 bytes a number.
 """
@@ -30,7 +30,7 @@ class Decoder:
             names the field.
     """
 
-    layers: int
+    layers: int  # decoder layers
     width: int  # channels of a token
     heads: int  # query heads
     kv_heads: int  # key and value heads; fewer than `heads` is grouped-query attention
@@ -237,7 +237,7 @@ def read_trace(path: str | Path, *, num_channels: int = 32) -> Batch:
         num_channels: The channels of the machine.
 
     Raises:
-        ValueError: The file is no trace, or a row is impossible; the sentence names the line.
+        ValueError: The file is not a trace, or a row is impossible; the sentence names the line.
         OSError: The file cannot be read.
 
     Example:

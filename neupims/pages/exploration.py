@@ -17,11 +17,11 @@ def write_exploration(path: str | Path, found: Exploration) -> None:
     """Writes a page with the front, some other designs, and the sensitivities.
 
     Args:
-        path: the HTML file.
-        found: what `explore` returned.
+        path: The HTML file.
+        found: The result of `explore`.
 
     Raises:
-        OSError: the page cannot be written.
+        OSError: The page cannot be written.
         ImportError: Jinja is not installed.
     """
     first, *others = found.objectives

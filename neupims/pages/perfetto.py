@@ -27,14 +27,14 @@ def write_perfetto(
     """Writes the trace of a step, with each stage once and in order.
 
     Args:
-        path: the JSON file.
-        result: what `simulate --json` prints.
-        clock_hz: clock of the core cycles.
-        channel_cycles: core cycles of attention, by sub-batch and channel.
-        devices: devices of a tensor-parallel group, which all do the same at the same time.
+        path: The JSON file.
+        result: The object that `simulate --json` prints, `Simulation.to_dict`.
+        clock_hz: Clock of the core, to turn cycles into microseconds.
+        channel_cycles: Core cycles of attention, by sub-batch and channel; () draws no channels.
+        devices: Devices of a tensor-parallel group, which all do the same at the same time.
 
     Raises:
-        OSError: the file cannot be written.
+        OSError: The file cannot be written.
     """
     found = make_events(result, clock_hz=clock_hz, channel_cycles=channel_cycles, devices=devices)
     trace = {"displayTimeUnit": "ns", "traceEvents": found}
@@ -48,7 +48,14 @@ def make_events(
     channel_cycles: Sequence[Sequence[float]] = (),
     devices: int = 1,
 ) -> list[dict[str, Any]]:
-    """Returns the events of `write_perfetto`."""
+    """Returns the events of `write_perfetto`, in the Trace Event Format.
+
+    Args:
+        result: As in `write_perfetto`.
+        clock_hz: As in `write_perfetto`.
+        channel_cycles: As in `write_perfetto`.
+        devices: As in `write_perfetto`.
+    """
     listed: list[dict[str, Any]] = []
     microseconds = 1e6 / clock_hz
     for device in range(devices):

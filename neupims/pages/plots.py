@@ -46,11 +46,11 @@ def curves(
     """Returns curves with intervals.
 
     Args:
-        series: name, x and y of each curve, and low and high if it has an interval.
-        x_name: name of the horizontal axis.
-        y_name: name of the vertical axis.
-        log_x: whether the horizontal axis is logarithmic.
-        lines: name and value of horizontal lines.
+        series: Mappings of name, x and y of each curve, and low and high if it has an interval.
+        x_name: Name of the horizontal axis.
+        y_name: Name of the vertical axis.
+        log_x: Whether the horizontal axis is logarithmic.
+        lines: Mappings of name and value of horizontal lines.
     """
     kept = [
         (
@@ -119,11 +119,11 @@ def pareto(
     """Returns designs as dots; those of the front are joined.
 
     Args:
-        points: x, y and front (bool) of each design, and optionally its name.
-        x_name: name of the horizontal axis.
-        y_name: name of the vertical axis.
-        log_x: whether the horizontal axis is logarithmic.
-        log_y: whether the vertical axis is logarithmic.
+        points: Mappings of x, y and front (bool) of each design, and optionally its name.
+        x_name: Name of the horizontal axis.
+        y_name: Name of the vertical axis.
+        log_x: Whether the horizontal axis is logarithmic.
+        log_y: Whether the vertical axis is logarithmic.
     """
     shown = [
         point
@@ -171,7 +171,7 @@ def validation(rows: Sequence[Mapping[str, Any]]) -> str:
     """Returns predicted against measured core cycles, both logarithmic, by kind.
 
     Args:
-        rows: level, name, measured and predicted of each pair.
+        rows: Mappings of level, name, measured and predicted of each pair, in core cycles.
     """
     shown = [
         row
@@ -209,7 +209,7 @@ def errors(rows: Sequence[Mapping[str, Any]]) -> str:
     Errors above the 99th percentile are drawn at the edge.
 
     Args:
-        rows: level, name, measured and predicted of each pair.
+        rows: Mappings of level, name, measured and predicted of each pair, in core cycles.
     """
     shown = [
         row
@@ -245,7 +245,11 @@ ROW_KINDS = ("matrix product", "vector work", "PIM", "NPU attention", "stage", "
 
 
 def row_kind(row: Mapping[str, Any]) -> str:
-    """Returns the level of a validation row, and for an operation its kind."""
+    """Returns the level of a validation row, or the kind of its operation: one of ROW_KINDS.
+
+    Args:
+        row: Mapping of level and name.
+    """
     if row["level"] != "op":
         return row["level"]
     kind = operation_kind(row["name"])
@@ -253,7 +257,14 @@ def row_kind(row: Mapping[str, Any]) -> str:
 
 
 def check_svg(path: str | Path) -> None:
-    """Raises ValueError if the name of the file does not end in .svg."""
+    """Raises if the name of the file does not end in .svg.
+
+    Args:
+        path: The file.
+
+    Raises:
+        ValueError: The name ends otherwise.
+    """
     if Path(path).suffix.lower() != ".svg":
         raise ValueError(f"the plot is an SVG file: give a name that ends in .svg, not {path}")
 
@@ -262,12 +273,12 @@ def draw_validation(path: str | Path, rows: Sequence[Mapping[str, Any]]) -> None
     """Writes the scatter plot of a validation to an SVG file.
 
     Args:
-        path: the file.
-        rows: level, name, measured and predicted of each pair.
+        path: The SVG file.
+        rows: Mappings of level, name, measured and predicted of each pair, in core cycles.
 
     Raises:
-        ValueError: the name of the file does not end in .svg.
-        OSError: the file cannot be written.
+        ValueError: The name of the file does not end in .svg.
+        OSError: The file cannot be written.
     """
     check_svg(path)
     chart = validation(rows)

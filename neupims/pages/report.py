@@ -1,7 +1,7 @@
-"""Results as one self-contained HTML page, without scripts and without anything to load.
+"""Results as one self-contained HTML page, which has no scripts and loads no other files.
 
 The page follows light and dark and fits narrow windows. It is a list of sections, each a mapping
-with `kind`, `title`, optionally `text`, and what its kind needs:
+with `kind`, `title`, optionally `text`, and the keys of its kind:
 
     text        nothing more
     table       columns, rows
@@ -30,13 +30,13 @@ MOST_DOTS = 4000  # dominated designs in one chart: more cover each other and ma
 
 
 class Content(NamedTuple):
-    """What a section shows below its text: charts, a note, and a table."""
+    """The content of a section below its text: charts, a note, and a table."""
 
     charts: tuple[str, ...] = ()  # SVG
-    columns: Sequence[str] = ()
-    rows: Sequence[Sequence[Any]] = ()
-    folded: bool = False  # the table is folded, and the note is below it
-    note: str = ""
+    columns: Sequence[str] = ()  # names of the table's columns; empty for no table
+    rows: Sequence[Sequence[Any]] = ()  # cells of the table
+    folded: bool = False  # whether the table is folded, with the note below it
+    note: str = ""  # a sentence about the charts or the table
 
     @property
     def words(self) -> list[bool]:
@@ -57,21 +57,31 @@ def write_report(
     """Writes a page; the file appears when it is complete.
 
     Args:
-        path: the HTML file.
-        sections: what the page shows, see the module's description.
-        title: heading of the page.
-        facts: names and values at the head of the page.
+        path: The HTML file.
+        sections: Mappings, each with the keys that its kind needs; see the module's description.
+        title: Heading of the page.
+        facts: Names and values at the head of the page.
 
     Raises:
-        ValueError: the kind of a section is unknown, or a section lacks what its kind needs.
-        OSError: the page cannot be written.
+        ValueError: The kind of a section is unknown, or a section lacks a key that its kind needs.
+        OSError: The page cannot be written.
         ImportError: Jinja is not installed.
     """
     write_text(path, page(sections, title=title, facts=facts or {}))
 
 
 def page(sections: Sequence[Mapping[str, Any]], *, title: str, facts: Mapping[str, Any]) -> str:
-    """Returns the page of `write_report` as text."""
+    """Returns the page of `write_report` as text.
+
+    Args:
+        sections: As in `write_report`.
+        title: As in `write_report`.
+        facts: As in `write_report`.
+
+    Raises:
+        ValueError: As in `write_report`.
+        ImportError: Jinja is not installed.
+    """
     filled = [
         {
             "title": str(each["title"]),
@@ -104,10 +114,13 @@ def _environment():
 
 
 def fill_section(section: Mapping[str, Any]) -> Content:
-    """Returns what a section shows.
+    """Returns the charts, the note and the table of a section.
+
+    Args:
+        section: Mapping with `kind` and the keys that this kind needs.
 
     Raises:
-        ValueError: the kind is unknown, or the section lacks what its kind needs.
+        ValueError: The kind is unknown, or the section lacks a key that its kind needs.
     """
     kind = section.get("kind")
     if kind not in KINDS:
@@ -246,7 +259,11 @@ def _ratio(top: float, bottom: float) -> float:
 
 
 def describe_error(error: Mapping[str, Any]) -> str:
-    """Returns the mean and the greatest error of a layer, from an `expected_error`."""
+    """Returns the mean and the largest error of a layer in words.
+
+    Args:
+        error: Result of `validation.expected_error`, with percentages.
+    """
     return (
         f"{error['layer_mean_percent']:.1f} % in the mean, {error['layer_max_percent']:.1f} % at"
         " most"
@@ -254,7 +271,11 @@ def describe_error(error: Mapping[str, Any]) -> str:
 
 
 def format_cell(value: Any) -> str:
-    """Returns a value as a table shows it: four digits, or whole thousands with commas."""
+    """Returns a value as a table shows it: four digits, or whole thousands with commas.
+
+    Args:
+        value: A number, a text, a bool, or None, which is an empty cell.
+    """
     if isinstance(value, bool | str) or value is None:
         return "" if value is None else str(value)
     if isinstance(value, int):

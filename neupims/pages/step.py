@@ -22,12 +22,13 @@ def write_step(step: Simulation, *, page: Path | None = None, trace: Path | None
     """Writes the page and the Chrome trace of a step.
 
     Args:
-        step: what `simulate_case` returned.
+        step: The result of `simulate_case`.
         page: HTML file; None writes no page.
         trace: JSON file for ui.perfetto.dev; None writes no trace.
 
     Raises:
-        OSError: a file cannot be written.
+        OSError: A file cannot be written.
+        ImportError: A page is asked for, and Jinja is not installed.
     """
     result, case = step.to_dict(), step.case
     if page:
@@ -51,7 +52,11 @@ def write_step(step: Simulation, *, page: Path | None = None, trace: Path | None
 
 
 def make_facts(step: Simulation) -> dict[str, Any]:
-    """Returns names and values for the head of the page."""
+    """Returns names and values for the head of the page.
+
+    Args:
+        step: The result of `simulate_case`.
+    """
     result, case = step.to_dict(), step.case
     halves, buffers = result["sub_batches"], result["row_buffers"]
     pim = [
@@ -82,7 +87,11 @@ def make_facts(step: Simulation) -> dict[str, Any]:
 
 
 def make_sections(step: Simulation) -> list[dict[str, Any]]:
-    """Returns the sections of the page, for `write_report`."""
+    """Returns the sections of the page, for `write_report`.
+
+    Args:
+        step: The result of `simulate_case`.
+    """
     result, case = step.to_dict(), step.case
     with_pim = case.system in PIM_SYSTEMS
     shares = [
@@ -164,7 +173,13 @@ def make_sections(step: Simulation) -> list[dict[str, Any]]:
 
 
 def roofline_roofs(hardware: Hardware) -> list[dict[str, Any]]:
-    """Returns name, flops_per_second and bytes_per_second (the peaks) of NPU, PIM and GPU."""
+    """Returns the roofs of NPU, PIM and GPU for `step_plots.roofline`.
+
+    Each is a dictionary of name, flops_per_second and bytes_per_second (peaks of one device).
+
+    Args:
+        hardware: The machine.
+    """
     npu, hbm = hardware.npu, hardware.hbm
     macs = npu.num_arrays * npu.array_width * npu.array_height
     products_per_cycle = hbm.num_channels * banks(hbm) * hardware.pim.macs_per_bank
@@ -189,9 +204,13 @@ def roofline_roofs(hardware: Hardware) -> list[dict[str, Any]]:
 
 
 def roofline_points(step: Simulation) -> list[dict[str, Any]]:
-    """Returns name, roof, flops, bytes and seconds of the operations of a layer on one device.
+    """Returns the operations of a layer on one device for `step_plots.roofline`.
 
-    Operations of the same name are added up.
+    Each is a dictionary of name, roof, flops, bytes and seconds. Operations of the same name are
+    added up.
+
+    Args:
+        step: The result of `simulate_case`.
     """
     case = step.case
     planned = {stage.name: stage for stage in stages(case.system, case.sub_batches)}

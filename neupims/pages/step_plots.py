@@ -35,8 +35,9 @@ def roofline(points: Sequence[Mapping[str, Any]], roofs: Sequence[Mapping[str, A
     """Returns a roofline chart: operations under the roofs of the machines.
 
     Args:
-        points: name, roof (name of the machine), flops, bytes and seconds of each operation.
-        roofs: name, flops_per_second and bytes_per_second of each machine.
+        points: Mappings of name, roof (name of the machine), flops, bytes and seconds of each
+            operation.
+        roofs: Mappings of name, flops_per_second and bytes_per_second of each machine.
     """
     spots = [
         (point["flops"] / point["bytes"], point["flops"] / point["seconds"], point)
@@ -104,9 +105,10 @@ def gantt(
     """Returns a Gantt chart: stages in order, operations on the lanes of NPU and PIM.
 
     Args:
-        operations: stage, platform ("SA" or "PIM"), op, cycles and start_cycle (in the stage).
-        stage_cycles: length of each stage, in order.
-        unit: of all times.
+        operations: Mappings of stage, platform ("SA" or "PIM"), op, cycles and start_cycle (in the
+            stage).
+        stage_cycles: Length of each stage by name, in order.
+        unit: Unit of all times.
     """
     total = sum(stage_cycles.values())
     x = Scale(0, total or 1, 52, WIDTH - RIGHT)
@@ -178,7 +180,11 @@ OPERATION_KINDS = ("matrix product", "vector work", "logit", "attend", "NPU atte
 
 
 def operation_kind(name: str) -> str:
-    """Returns which of `OPERATION_KINDS` an operation is, by its name in the simulator."""
+    """Returns which of `OPERATION_KINDS` an operation is.
+
+    Args:
+        name: Its name in the simulator, such as "ffn.fc1".
+    """
     if "Logit" in name:
         return "logit"
     if "Attend" in name:
@@ -193,7 +199,11 @@ def operation_kind(name: str) -> str:
 
 
 def operation_name(name: str) -> str:
-    """Returns the short name of an operation, for a label."""
+    """Returns the short name of an operation, for a label.
+
+    Args:
+        name: Its name in the simulator; a name without a short form loses only its prefix.
+    """
     return {
         "NeuPIMSLogitSoftmax": "logit",
         "NeuPIMSAttend": "attend",
@@ -206,7 +216,7 @@ def bars(shares: Sequence[Mapping[str, Any]]) -> str:
     """Returns horizontal bars.
 
     Args:
-        shares: name and share, from 0 to 1, of each bar.
+        shares: Mappings of name and share, from 0 to 1, of each bar.
     """
     left = 20 + LETTER * max((len(str(each["name"])) for each in shares), default=0)
     x = Scale(
@@ -242,8 +252,8 @@ def channel_loads(loads: Sequence[Mapping[str, Any]], *, unit: str = "core cycle
     """Returns bars for each channel, side by side for each load.
 
     Args:
-        loads: name and cycles (one number for each channel) of each load.
-        unit: of the cycles.
+        loads: Mappings of name and cycles (one number for each channel) of each load.
+        unit: Unit of the loads.
     """
     channels = max((len(each["cycles"]) for each in loads), default=0)
     x = Scale(-0.5, max(channels, 1) - 0.5, LEFT, WIDTH - RIGHT)

@@ -18,11 +18,11 @@ COLOURS = 6  # classes f0 to f5 (fill) and s0 to s5 (stroke)
 class Scale(NamedTuple):
     """Maps values to pixels, on a linear or a logarithmic axis."""
 
-    low: float
-    high: float
-    start: float
-    end: float
-    log: bool = False
+    low: float  # value at the start
+    high: float  # value at the end
+    start: float  # pixel
+    end: float  # pixel
+    log: bool = False  # whether the axis is logarithmic
 
     def __call__(self, value: float) -> float:
         low, high, value = (
@@ -33,7 +33,7 @@ class Scale(NamedTuple):
     def ticks(self) -> list[float]:
         """Returns about six round values."""
         found = self._inside(self._log_steps()) if self.log else []
-        # Less than a decade can hold no round step: then the linear ones serve.
+        # An axis of less than a decade may hold no round power: it takes linear steps.
         return found if len(found) > 1 else self._inside(self._linear_steps())
 
     def _log_steps(self) -> list[float]:
@@ -65,12 +65,12 @@ def scale(
     """Returns an axis that shows all values with a margin.
 
     Args:
-        values: what the axis shows; values that cannot be drawn are ignored.
-        start: pixel of the low end.
-        end: pixel of the high end.
-        log: whether the axis is logarithmic.
-        zero: whether a linear axis includes 0.
-        margin: share of the range, on each side.
+        values: Numbers that the axis shows; those that cannot be drawn are ignored.
+        start: Pixel of the low end.
+        end: Pixel of the high end.
+        log: Whether the axis is logarithmic.
+        zero: Whether a linear axis includes 0.
+        margin: Share of the range that is added on each side; with `zero` only above.
     """
     shown = [value for value in values if is_drawable(value, log)] or [1.0]
     low, high = min(shown), max(shown)
@@ -89,7 +89,11 @@ def scale(
 
 
 def short(value: float) -> str:
-    """Returns a number with at most three digits and a letter for thousands, millions and so on."""
+    """Returns a number with at most three digits and a letter for thousands, millions and so on.
+
+    Args:
+        value: The number; numbers that are not finite are written as `inf` or `nan`.
+    """
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
     for power, letter in ((15, "P"), (12, "T"), (9, "G"), (6, "M"), (3, "k")):
@@ -99,7 +103,12 @@ def short(value: float) -> str:
 
 
 def with_unit(value: float, unit: str) -> str:
-    """Returns a number with its unit and the prefix of the unit, such as 262 TFLOP/s."""
+    """Returns a number with its unit and the prefix of the unit, such as 262 TFLOP/s.
+
+    Args:
+        value: The number, in the plain unit.
+        unit: The unit, such as "FLOP/s".
+    """
     text = short(value)
     return f"{text[:-1]} {text[-1]}{unit}" if text[-1] in "PTGMk" else f"{text} {unit}"
 
@@ -114,11 +123,23 @@ class Labels:
         self._taken: list[tuple[float, float, float, float]] = []
 
     def block(self, x: float, y: float, radius: float = 5) -> None:
-        """Keeps names off a point at pixel (x, y)."""
+        """Keeps names off a point.
+
+        Args:
+            x: Horizontal pixel of the point.
+            y: Vertical pixel of the point.
+            radius: Half the side of the square that is kept free, in pixels.
+        """
         self._taken.append((x - radius, y - radius, x + radius, y + radius))
 
     def place(self, name: str, x: float, y: float) -> str:
-        """Returns the text of a point at pixel (x, y), or "" if it does not fit."""
+        """Returns the SVG text of a name beside a point, or "" if it does not fit.
+
+        Args:
+            name: The name.
+            x: Horizontal pixel of the point.
+            y: Vertical pixel of the point.
+        """
         width = LETTER * len(name)
         for left, base in (
             (x + 8, y + 4),
@@ -144,7 +165,13 @@ class Labels:
 
 
 def draw_chart(sentence: str, body: Iterable[str], height: float = HEIGHT) -> str:
-    """Returns a chart; the sentence describes it to readers who cannot see it."""
+    """Returns a chart as one `<svg>` element.
+
+    Args:
+        sentence: Describes the chart to readers who cannot see it.
+        body: SVG elements.
+        height: Height in pixels; the width is `WIDTH`.
+    """
     label = html.escape(sentence, quote=True)
     return (
         f'<svg class="chart" viewBox="0 0 {WIDTH} {height:g}" role="img"'
@@ -164,12 +191,12 @@ def draw_axes(
     """Returns grid lines, tick labels and the names of both axes.
 
     Args:
-        x: horizontal scale.
-        y: vertical scale.
-        x_name: name of the horizontal axis.
-        y_name: name of the vertical axis.
-        x_ticks: labels of the horizontal axis, without grid lines; `x.ticks()` if not given.
-        height: of the chart in pixels.
+        x: Horizontal scale.
+        y: Vertical scale.
+        x_name: Name of the horizontal axis.
+        y_name: Name of the vertical axis.
+        x_ticks: Labels of the horizontal axis, without grid lines; `x.ticks()` if not given.
+        height: Height of the chart in pixels.
     """
     bottom = height - BOTTOM
     parts = []
@@ -201,7 +228,11 @@ def draw_axes(
 
 
 def draw_legend(entries: Sequence[tuple[int, str]]) -> str:
-    """Returns a legend of colour numbers and names in one line."""
+    """Returns a legend in one line, at the top of the chart.
+
+    Args:
+        entries: Number of the colour and name of each entry.
+    """
     parts, left = [], float(LEFT)
     for colour, name in entries:
         parts.append(
@@ -214,7 +245,12 @@ def draw_legend(entries: Sequence[tuple[int, str]]) -> str:
 
 
 def draw_dots(places: Sequence[tuple[float, float]], colour: int) -> str:
-    """Returns many dots as one path: lines without length, with round ends."""
+    """Returns many dots as one path: lines without length, with round ends.
+
+    Args:
+        places: Pixels (x, y) of the dots.
+        colour: Number of the colour.
+    """
     return (
         f'<path class="dots s{colour % COLOURS}"'
         f' d="{"".join(f"M{x:.1f} {y:.1f}h0" for x, y in places)}"/>'
@@ -222,12 +258,21 @@ def draw_dots(places: Sequence[tuple[float, float]], colour: int) -> str:
 
 
 def join_points(places: Iterable[tuple[float, float]]) -> str:
-    """Returns pixels as the `points` of a polyline."""
+    """Returns pixels as the `points` of a polyline.
+
+    Args:
+        places: Pixels (x, y) of the corners.
+    """
     return " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
 
 
 def is_drawable(value: float, log: bool) -> bool:
-    """Returns whether an axis can show a value."""
+    """Returns whether an axis can show a value.
+
+    Args:
+        value: The number.
+        log: Whether the axis is logarithmic.
+    """
     return math.isfinite(value) and (value > 0 or not log)
 
 

@@ -27,7 +27,7 @@ Channels = Int[Array, " r"]
 class Split(NamedTuple):
     """A way to divide each channel's list, for one or two sub-batches."""
 
-    sub_batches: int
+    sub_batches: int  # 1 or 2
     # (problem, channel of each request, number of channels) -> sub-batch of each request
     divide: Callable[[Problem, Channels, int], Channels]
 
@@ -73,7 +73,7 @@ def baselines(choices: Choices, problem: Problem, knobs=None) -> dict[str, Genom
     Args:
         choices: What may be chosen; splits for other numbers of sub-batches are left out.
         problem: The problem.
-        knobs: The values of the hardware knobs, (k,) (default: the least ones).
+        knobs: Values of the hardware knobs, (k,) (default: the lowest ones).
     """
     least = [knob.low for knob in choices.knobs]
     values = jnp.asarray(least if knobs is None else knobs, jnp.float32)

@@ -1,4 +1,4 @@
-"""What a schedule search decides, as arrays.
+"""The choices of a schedule search, as arrays.
 
 A decision gives the channel of each request, its sub-batch, its place in the channel's list, one or
 two sub-batches, and values of hardware knobs. Searches change a `Genome`; `decide` turns it into a
@@ -31,17 +31,17 @@ class Genome(NamedTuple):
     # Within the sub-batch of a channel: the least first, equals in the order of the requests.
     priorities: Int[Array, " r"]
     interleaved: Bool[Array, ""]  # two sub-batches, or all requests at once
-    knobs: Float[Array, " k"]
+    knobs: Float[Array, " k"]  # values of the hardware knobs
 
 
 class Decision(NamedTuple):
     """A schedule. Arrays are in the order of the requests."""
 
-    channels: Int[Array, " r"]
-    sub_batches: Int[Array, " r"]
-    order: Int[Array, " r"]  # the requests as the rows of a trace
-    interleaved: Bool[Array, ""]
-    knobs: Float[Array, " k"]
+    channels: Int[Array, " r"]  # the channel of each request
+    sub_batches: Int[Array, " r"]  # the sub-batch of each request, 0 or 1
+    order: Int[Array, " r"]  # the requests in the order of a trace's rows
+    interleaved: Bool[Array, ""]  # two sub-batches, or all requests at once
+    knobs: Float[Array, " k"]  # values of the hardware knobs
 
 
 @dataclass(frozen=True)
@@ -49,29 +49,29 @@ class HardwareKnob:
     """A field of the hardware that is searched with the schedule."""
 
     name: str  # dotted, as in the hardware record
-    low: float
-    high: float
-    whole: bool = False
+    low: float  # the least value
+    high: float  # the greatest value
+    whole: bool = False  # whether values are whole numbers
 
 
 @dataclass(frozen=True)
 class Choices:
-    """What a search may choose. Equal choices share their compiled searches."""
+    """The choices that a search has. Equal choices share their compiled searches."""
 
-    channels: int
-    realisable: bool = False
+    channels: int  # number of channels
+    realisable: bool = False  # whether the public simulator must be able to execute the schedule
     sub_batches: tuple[int, ...] = (1, 2)  # the numbers of sub-batches that may be chosen
     priorities: int = 1  # levels; 1 leaves the order within a sub-batch as it is
-    knobs: tuple[HardwareKnob, ...] = ()
+    knobs: tuple[HardwareKnob, ...] = ()  # fields of the hardware that are searched too
 
 
 def repair(choices: Choices, resident: Int[Array, " r"], genome: Genome) -> Genome:
-    """Returns the genome made valid: its channels exist, and it is realisable where it must be.
+    """Returns a valid genome: its channels exist, and it is realisable if the choices require it.
 
     Args:
         choices: What may be chosen.
         resident: The channel of a request that must stay there, -1 where it is free, (r,).
-        genome: The genome.
+        genome: Any genome.
     """
     channels = genome.places // 2
     for index, knob in enumerate(choices.knobs):
@@ -128,7 +128,7 @@ def make_genome(
         channels: The channel of each request, (r,).
         sub_batches: The sub-batch of each request, 0 or 1, (r,).
         interleaved: Whether two sub-batches are interleaved.
-        knobs: The values of the hardware knobs, (k,) (default: the least ones).
+        knobs: Values of the hardware knobs, (k,) (default: the lowest ones).
     """
     places = 2 * jnp.asarray(channels, jnp.int32) + jnp.asarray(sub_batches, jnp.int32)
     values = jnp.asarray([knob.low for knob in choices.knobs] if knobs is None else knobs)

@@ -1,7 +1,7 @@
-"""Records of what a search for schedules found.
+"""Records of the results of a schedule search.
 
-Costs are core cycles of a layer, or what the measure says; gains are shares of the cost of the
-published schedule.
+Costs are in the unit of the measure: core cycles of a layer for "time", joules for "energy", joules
+times cycles for "energy-delay". Gains are shares of the cost of the published schedule.
 """
 
 from dataclasses import dataclass
@@ -16,71 +16,71 @@ from neupims.machine.workload import Batch
 class Score(NamedTuple):
     """A schedule's cost."""
 
-    cost: float
-    gain: float  # over the published schedule, as a share
-    gap_to_bound: float | None  # above the lower bound, as a share
+    cost: float  # in the unit of the measure
+    gain: float  # over the published schedule, as a share of its cost
+    gap_to_bound: float | None  # above the lower bound, as a share of it; None without a bound
 
 
 class Curve(NamedTuple):
     """The best cost so far, mean over seeds, with its 95 % interval."""
 
-    evaluations: list[int]
-    best: list[float]
-    low: list[float]
-    high: list[float]
+    evaluations: list[int]  # so far, of one seed
+    best: list[float]  # mean of the best cost so far
+    low: list[float]  # lower end of the interval
+    high: list[float]  # upper end of the interval
 
 
 class StrategyResult(NamedTuple):
     """The best schedule of a strategy."""
 
-    cost: float
-    gain: float
-    gap_to_bound: float | None
+    cost: float  # in the unit of the measure; the best of all seeds
+    gain: float  # as in `Score`
+    gap_to_bound: float | None  # as in `Score`
     mean_cost: float  # over seeds
     evaluations: int  # of one seed
-    seeds: int
-    curve: Curve
+    seeds: int  # number of independent searches
+    curve: Curve  # over the rounds
 
 
 class Best(NamedTuple):
     """The best schedule of all."""
 
-    cost: float
-    gain: float
-    gap_to_bound: float | None
-    found_by: str
-    sub_batches: int
-    gain_plus_minus: float | None  # the expected error of the gain
-    knobs: dict[str, float]
+    cost: float  # in the unit of the measure
+    gain: float  # as in `Score`
+    gap_to_bound: float | None  # as in `Score`
+    found_by: str  # the strategy, or the simple schedule
+    sub_batches: int  # 1 or 2
+    gain_plus_minus: float | None  # the expected error of the gain; None where it is unknown
+    knobs: dict[str, float]  # values of the hardware knobs by name
 
 
 class ExactScores(NamedTuple):
     """Layer cycles by the exact path."""
 
-    published: float
-    best: float
-    gain: float
+    published: float  # core cycles
+    best: float  # core cycles
+    gain: float  # as a share of the published cycles
 
 
 @dataclass(frozen=True)
 class ScheduleSearch:
     """The result of a search for schedules."""
 
-    case: Case
-    realisable: bool
-    measure: str
+    case: Case  # its batch is the published schedule
+    realisable: bool  # whether the public simulator can execute all schedules that were searched
+    measure: str  # "time", "energy" or "energy-delay"
     warning: str  # that the requests of a channel do not fit its memory, else empty
-    published: float
-    lower_bound: float | None  # of the measure "time" without knobs
-    baselines: dict[str, Score]
-    strategies: dict[str, StrategyResult]
-    best: Best
+    published: float  # cost of the published schedule
+    lower_bound: float | None  # core cycles; None unless the measure is "time" without knobs
+    baselines: dict[str, Score]  # the published schedule and the simple ones, by name
+    strategies: dict[str, StrategyResult]  # by name
+    best: Best  # of the simple schedules and all strategies
     best_batch: Batch  # the best schedule
-    exact: ExactScores | None
-    expected_error: dict[str, Any] | None  # of the best schedule's layer
-    # Attention cycles of each sub-batch on each channel, "before" and "after" the search.
+    exact: ExactScores | None  # None unless it was asked for
+    expected_error: dict[str, Any] | None  # of the best schedule's layer, in per cent
+    # Core cycles of attention of each sub-batch on each channel, "before" and "after" the search.
     channel_cycles: dict[str, list[list[float]]]
-    trace: Path | None  # where the best schedule was written
+    trace: Path | None  # the file to which the best schedule was written
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the values of JSON, as `search --json` prints them."""

@@ -1,6 +1,6 @@
 """How a search makes genomes: at random, by mutation, and from two parents.
 
-The functions make one genome each; searches map them over populations.
+Each function makes one genome; searches map them over populations.
 """
 
 import jax
@@ -21,7 +21,13 @@ KNOB_STEP = 0.2  # standard deviation of a knob's mutation, as a share of its ra
 
 
 def random_genome(choices: Choices, problem: Problem, key) -> Genome:
-    """Returns a genome drawn evenly from the choices."""
+    """Returns a genome drawn uniformly from the choices, and repaired.
+
+    Args:
+        choices: What may be chosen.
+        problem: The problem; its requests and residents matter.
+        key: The source of randomness.
+    """
     requests = problem.seq_lens.shape[0]
     place_key, priority_key, mode_key, knob_key = jax.random.split(key, 4)
     genome = Genome(
@@ -38,10 +44,16 @@ def random_genome(choices: Choices, problem: Problem, key) -> Genome:
 
 
 def mutate(choices: Choices, problem: Problem, key, genome: Genome) -> Genome:
-    """Returns the genome with 1 to MUTATIONS changes, few of them more often than many.
+    """Returns the genome with 1 to MUTATIONS changes of places; fewer changes are more likely.
 
-    A change is a move, a swap or a flip. Where they are searched, the order of requests, the number
-    of sub-batches and the knobs change too.
+    A change moves a request, swaps two, or flips the sub-batch of one (`relocate`). The order of
+    requests, the number of sub-batches and the knobs change too, where they are searched.
+
+    Args:
+        choices: What may be chosen.
+        problem: The problem.
+        key: The source of randomness.
+        genome: The genome to change.
     """
     count_key, other_key, key = jax.random.split(key, 3)
     count = jnp.minimum(1 + jnp.floor(jax.random.exponential(count_key)), MUTATIONS)
@@ -61,11 +73,18 @@ def mutate(choices: Choices, problem: Problem, key, genome: Genome) -> Genome:
 
 
 def relocate(choices: Choices, problem: Problem, key, genome: Genome) -> Genome:
-    """Returns the genome with one request moved, exchanged, or put into the other sub-batch.
+    """Returns the genome with one request moved, swapped with another, or in the other sub-batch.
 
-    Seldom two whole channels are exchanged, or the two sub-batches. Half of the times the request
-    comes from the fullest channel of a sub-batch (by logit, attend or both), and half of the times
-    the place is the emptiest: only such changes make the slowest channel faster.
+    With probability 1/8 it exchanges two whole channels, or the two sub-batches, instead. Half of
+    the time the request comes from the fullest channel of a sub-batch (by logit, attend or both),
+    and half of the time it goes to the emptiest channel of a sub-batch: only such changes make the
+    slowest channel faster.
+
+    Args:
+        choices: What may be chosen.
+        problem: The problem; its work gives the loads of the channels.
+        key: The source of randomness.
+        genome: The genome to change. The result is not repaired.
     """
     places = genome.places
     numbers = 2 * choices.channels
@@ -133,20 +152,33 @@ def _change_others(choices: Choices, key, genome: Genome) -> Genome:
 
 
 def knob_ranges(choices: Choices):
-    """Returns the least and the greatest value of each knob, and whether it is whole, (3, k)."""
+    """Returns the lowest and the highest value of each knob, and whether it is whole, (3, k).
+
+    Args:
+        choices: What may be chosen; it has k knobs.
+    """
     columns = [[knob.low, knob.high, knob.whole] for knob in choices.knobs]
     return jnp.asarray(np.array(columns, np.float32).reshape(-1, 3)).T
 
 
 def set_knobs(choices: Choices, shares):
-    """Returns knobs at these shares of their ranges, whole ones rounded."""
+    """Returns the values of knobs at shares of their ranges, (k,); whole knobs are rounded.
+
+    Args:
+        choices: What may be chosen; it has k knobs.
+        shares: Share of each range, from 0 to 1, (k,).
+    """
     low, high, whole = knob_ranges(choices)
     values = low + shares * (high - low)
     return jnp.where(whole > 0, jnp.clip(jnp.round(values), jnp.ceil(low), jnp.floor(high)), values)
 
 
 def genome_hash(genome: Genome):
-    """Returns 32 bits that depend on all of a genome."""
+    """Returns a hash of all parts of a genome, an unsigned number of 32 bits.
+
+    Args:
+        genome: One genome.
+    """
     parts = [
         genome.places,
         genome.priorities,
@@ -160,7 +192,16 @@ def genome_hash(genome: Genome):
 
 
 def cross(key, mother: Genome, father: Genome) -> Genome:
-    """Returns the mother's genome, in some children with some of the father's places."""
+    """Returns a child of two genomes: the mother's, with some of the father's places.
+
+    A child has two parents with probability CROSSED. It then inherits each place and priority from
+    the father with probability INHERITED.
+
+    Args:
+        key: The source of randomness.
+        mother: The first genome.
+        father: The second genome.
+    """
     whether_key, which_key = jax.random.split(key)
     share = jnp.where(jax.random.bernoulli(whether_key, CROSSED), INHERITED, 0.0)
     theirs = jax.random.bernoulli(which_key, share, mother.places.shape)

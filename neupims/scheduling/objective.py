@@ -2,7 +2,8 @@
 
 The schedule of a batch decides how much work each channel has, and how many tokens the NPU has at a
 time. A `Problem` holds everything else, computed once, so that populations of schedules of one
-batch are cheap: the work of each request, and the NPU's operations for every number of tokens.
+batch are cheap to evaluate: the work of each request, and the NPU's operations for every number of
+tokens.
 """
 
 from collections.abc import Callable
@@ -36,27 +37,28 @@ MEASURES = ("time", "energy", "energy-delay")
 class Problem(NamedTuple):
     """A batch to schedule. All leaves may be traced; a batch of problems adds a leading axis."""
 
-    hardware: Hardware
-    model: Decoder
-    parallel: Parallel
-    seq_lens: Int[Array, " r"]
+    hardware: Hardware  # fields as float32, like those of model and parallel
+    model: Decoder  # its dimensions
+    parallel: Parallel  # how the model is spread over devices
+    seq_lens: Int[Array, " r"]  # tokens of each request
     resident: Int[Array, " r"]  # the channel of a request that must stay there, -1 where it is free
     work: Float[Array, "r 2"]  # core cycles of logit and of attend on its channel
     beside: Float[Array, "r 2"]  # the same while the NPU uses the memory too
-    tiles: Float[Array, " r"]  # of the memory
+    tiles: Float[Array, " r"]  # of the memory, that the keys and values of each request take
     room: Float[Array, ""]  # tiles of a channel
-    # Cycles and memory cycles of stage B with 0, 1, ... r tokens, the others in stage A.
+    # Core cycles, and those that wait for the memory, of each operation of stage B with 0, 1, ... r
+    # tokens; the other tokens are in stage A.
     second_npu: Float[Array, "tokens operations 2"]
     # The same of stage C (or D), after a stage that ended with PIM (0) or with the NPU (1).
     layer_npu: Float[Array, "2 tokens operations 2"]
-    serial_npu: Float[Array, ""]  # cycles of stages A and E together, for all tokens
+    serial_npu: Float[Array, ""]  # core cycles of stages A and E together, for all tokens
 
 
 class Cost(NamedTuple):
-    """Compared in this order: the second decides only between equals of the first."""
+    """The cost of a schedule. `busy` decides only between equal objectives."""
 
-    objective: Float[Array, ""]
-    # Cycles of the fullest channels: PIM that works slows the NPU and costs energy.
+    objective: Float[Array, ""]  # in the unit of the measure
+    # Core cycles of the fullest channels: working PIM slows the NPU and costs energy.
     busy: Float[Array, ""]
 
 
@@ -159,14 +161,14 @@ def _stage(sub_batches: int, name: str):
 class Layer:
     """The objective of most searches: the time of one decoder layer, its energy, or their product.
 
-    Time is in cycles of the given hardware's core, whatever clock a knob chooses. A schedule that
+    Time is in core cycles of the given hardware, even if a knob changes the clock. A schedule that
     overflows a channel's memory, or leaves a sub-batch empty, costs infinity.
 
     Raises:
         ValueError: The measure is none of `MEASURES`.
     """
 
-    choices: Choices
+    choices: Choices  # what may be chosen
     fidelity: Fidelity = "simulator"  # that of the problem
     measure: str = "time"  # or "energy" or "energy-delay"
 
@@ -177,7 +179,12 @@ class Layer:
             )
 
     def __call__(self, problem: Problem, decision: Decision) -> Cost:
-        """Returns the cost of a schedule."""
+        """Returns the cost of a schedule.
+
+        Args:
+            problem: The problem.
+            decision: The schedule.
+        """
         of = (
             self.from_tables
             if self.measure == "time" and not self.choices.knobs
@@ -197,7 +204,16 @@ class Layer:
         return cost._replace(objective=jnp.where(full, jnp.inf, cost.objective))
 
     def from_tables(self, problem: Problem, decision: Decision, sub_batches: int) -> Cost:
-        """Returns the cost that `simulate` gives, to rounding, from the tables of the problem."""
+        """Returns the cost that `simulate` gives, to rounding, from the tables of the problem.
+
+        Args:
+            problem: The problem.
+            decision: The schedule.
+            sub_batches: 1 or 2; `decision.interleaved` is not used.
+
+        Returns:
+            The layer time in core cycles, infinite if one of two sub-batches is empty.
+        """
         batch = Batch(problem.seq_lens, decision.channels, decision.sub_batches)
         work = channel_work(problem, batch, sub_batches, self.choices.channels)
         of = partial(
@@ -223,7 +239,17 @@ class Layer:
         )
 
     def from_simulation(self, problem: Problem, decision: Decision, sub_batches: int) -> Cost:
-        """Returns the cost by the whole model, which energies and hardware knobs need."""
+        """Returns the cost by the whole model, which energies and hardware knobs need.
+
+        Args:
+            problem: The problem.
+            decision: The schedule; its knobs change the hardware.
+            sub_batches: 1 or 2; `decision.interleaved` is not used.
+
+        Returns:
+            The cost in the unit of the measure, infinite if one of two sub-batches is empty or the
+            hardware cannot run the batch.
+        """
         hardware = with_knobs(problem.hardware, self.choices, decision.knobs)
         batch = Batch(problem.seq_lens, decision.channels, decision.sub_batches)
         done = simulate(
@@ -261,7 +287,7 @@ def stage_end(
 
     Args:
         problem: The problem.
-        operations: Cycles and memory cycles of each operation of the NPU, (operations, 2).
+        operations: Core cycles and memory cycles of each operation of the NPU, (operations, 2).
         alone: Core cycles of logit and attend without the NPU, (2,).
         beside: Core cycles of logit and attend beside the NPU, (2,).
     """
@@ -299,7 +325,13 @@ def channel_work(problem: Problem, batch: Batch, sub_batches: int, channels: int
 
 
 def with_knobs(hardware: Hardware, choices: Choices, knobs: Float[Array, " k"]) -> Hardware:
-    """Returns the hardware with the values of a genome's knobs, (k,)."""
+    """Returns the hardware with the values of a genome's knobs.
+
+    Args:
+        hardware: The given machine.
+        choices: What may be chosen; it names the k knobs.
+        knobs: Their values, (k,).
+    """
     for index, knob in enumerate(choices.knobs):
         hardware = replace(hardware, knob.name, knobs[index])
     return hardware

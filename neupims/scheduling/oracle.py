@@ -27,14 +27,19 @@ SHARES = 512  # parts into which the bound cuts the division of PIM work between
 class Proof(NamedTuple):
     """An optimum, or the best known schedule and a bound that no schedule can beat."""
 
-    genome: Genome
-    cost: float
-    bound: float
-    points: int  # evaluated; 0 for a solver
+    genome: Genome  # the schedule
+    cost: float  # its objective, such as core cycles
+    bound: float  # equal to the cost at an optimum
+    points: int  # schedules that were evaluated; 0 for a solver
 
 
 def gap(cost, bound):
-    """Returns how far a cost is above a bound, as a share of the bound."""
+    """Returns how far a cost is above a bound, as a share of the bound.
+
+    Args:
+        cost: A number or an array.
+        bound: The lower bound of the cost, in the same unit.
+    """
     return cost / bound - 1
 
 
@@ -49,7 +54,7 @@ def exhaustive(
         objective: The cost of a decision.
         choices: What may be chosen; neither knobs nor orders.
         problem: The problem.
-        chunk: Schedules that are evaluated side by side.
+        chunk: Schedules that are evaluated at a time.
 
     Raises:
         ValueError: There are more than MOST_POINTS schedules, or the choices have knobs or orders.
@@ -99,13 +104,17 @@ def _exhaustive(objective, choices, chunk, points, problem):
 class Whole(NamedTuple):
     """The integer closed form of a problem, all in cycles rounded down."""
 
-    work: Int[np.ndarray, "r 2"]
+    work: Int[np.ndarray, "r 2"]  # logit and attend of each request
     npu: Int[np.ndarray, " tokens"]  # stage C or D, the NPU alone
     serial_npu: int  # stages A and E with all tokens
 
 
 def round_down(problem: Problem) -> Whole:
-    """Returns the integer closed form of a problem."""
+    """Returns the integer closed form of a problem, with all cycles rounded down.
+
+    Args:
+        problem: The problem.
+    """
     npu = np.asarray(problem.layer_npu[0, ..., 0].sum(axis=-1))
     work, npu = (np.floor(np.asarray(part)).astype(np.int64) for part in (problem.work, npu))
     return Whole(work, npu, int(problem.serial_npu))
@@ -118,7 +127,7 @@ class IntegerLayer:
     cost = C + D,  C = max(NPU of sub-batch 0, logit + attend of sub-batch 1),  D the converse
     """
 
-    choices: Choices
+    choices: Choices  # what may be chosen
 
     def __call__(self, problem: Problem, decision: Decision) -> Cost:
         work = jnp.floor(problem.work)
@@ -143,17 +152,21 @@ class IntegerLayer:
 
 
 def cp_sat(choices: Choices, problem: Problem, *, seconds: float = 30.0, workers: int = 1) -> Proof:
-    """Returns the optimum of `IntegerLayer` by OR-Tools CP-SAT, or the best found and its bound.
+    """Returns the optimum of `IntegerLayer` by OR-Tools CP-SAT, or the best schedule and a bound.
 
     Args:
         choices: What may be chosen; knobs and orders are ignored.
         problem: The problem.
-        seconds: The time limit.
+        seconds: The time limit, shared by the numbers of sub-batches.
         workers: The threads of the solver.
+
+    Returns:
+        The best schedule, its cost and the proven bound in core cycles; they are equal at an
+        optimum.
 
     Raises:
         ModuleNotFoundError: OR-Tools is not installed.
-        RuntimeError: No schedule was found in the time.
+        RuntimeError: The solver found no schedule in the time.
     """
     try:
         from ortools.sat.python import cp_model
@@ -187,7 +200,7 @@ def _solve(
             model.add(sum(chosen[request, resident[request]]) == 1)
     longest = np.argsort(-form.work.sum(axis=1), kind="stable")
     if (resident < 0).all() and not (choices.realisable and sub_batches == 2):
-        # Channels are alike: the k-th longest request needs only the first k.
+        # Channels are interchangeable: the k-th longest request needs only the first k.
         for rank, request in enumerate(longest[:channels]):
             for channel in range(rank + 1, channels):
                 for variable in chosen[request, channel]:

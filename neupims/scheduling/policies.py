@@ -19,7 +19,7 @@ GWRITE_ESTIMATE, TILE_ESTIMATE = 100.0, 184.0
 
 
 def round_robin(num_requests: int, num_channels: int) -> Int[Array, " r"]:
-    """Returns the channels in turn, (r,): the baseline without load balancing.
+    """Returns a channel for each request in turn, (r,): the baseline without load balancing.
 
     Args:
         num_requests: The number of requests.

@@ -1,6 +1,6 @@
 """Searches better schedules for a case and says how good they are, as `neupims search` prints it.
 
-Costs are core cycles of a layer, or what the measure says; gains are shares of the cost of the
+Costs are core cycles of a layer, or in the unit of the measure. Gains are shares of the cost of the
 schedule that the case has ("as published").
 """
 
@@ -73,18 +73,19 @@ def search_schedule(
         strategy: "evolution", "random", "annealing", "evosax" or "all".
         budget: The schedules that each strategy evaluates for each seed.
         population: The schedules of one round.
-        seeds: The independent searches of each strategy.
-        seed: The first of them.
+        seeds: The number of independent searches of each strategy.
+        seed: The seed of the random numbers of all searches.
         from_scratch: Whether to start from random schedules instead of the simple ones.
-        realisable: Whether only schedules count that the public simulator can execute.
+        realisable: Whether to search only schedules that the public simulator can execute.
         sub_batches: The numbers of sub-batches that may be chosen.
-        new_only: How many of the last requests may choose their channel; the others stay on theirs
-            (default: all).
+        new_only: Number of the last requests that may choose their channel; the others stay on
+            theirs (default: all may choose).
         order_levels: Priorities that order a channel's list; 1 keeps the order of the requests.
         hardware_knobs: Fields of the hardware that are searched with the schedule.
         measure: "time", "energy" or "energy-delay" of a layer.
         exact: Whether to score the published and the best schedule by the exact path too.
-        export: A file to write the best schedule to, as a trace of the simulator.
+        export: File to which the best schedule is written, as a trace of the simulator (default:
+            none).
 
     Returns:
         The published schedule, the simple ones, those of each strategy, and the best.
@@ -330,19 +331,19 @@ def _sum_loads(
 
 
 def gain_error(error: dict[str, Any] | None, gain: float) -> float | None:
-    """Returns how much a gain may be off, from the mean error of the model's times.
+    """Returns the expected error of a gain, from the mean error of the model's times.
 
         error of the gain = sqrt(2) * error of a time * (1 - gain)
 
     The two times of a gain are of one batch on one machine, so part of their errors is common and
-    cancels. The figure takes them as independent, and is careful.
+    cancels. The formula takes the errors as independent, which is conservative.
 
     Args:
-        error: The expected error of a layer, `expected_error`.
-        gain: The gain.
+        error: The expected error of a layer, `expected_error`; None where it is unknown.
+        gain: The gain, as a share.
 
     Returns:
-        The error of the gain, or None where that of the times is unknown.
+        The error of the gain as a share, or None where that of the times is unknown.
     """
     if error is None:
         return None

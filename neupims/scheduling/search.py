@@ -23,8 +23,8 @@ from neupims.scheduling.strategies import STRATEGIES, Moves, Strategy
 class Found(NamedTuple):
     """The best schedule of each seed."""
 
-    genome: Genome
-    cost: Cost
+    genome: Genome  # with a leading axis for the seeds
+    cost: Cost  # (seeds,)
     curve: Float[Array, "seeds rounds"]  # the best objective after each round
     evaluations: int  # of one seed
 
@@ -49,14 +49,16 @@ def search(
         choices: What may be chosen.
         problem: The problem.
         key: The source of randomness.
-        budget: The schedules that each seed evaluates.
-        population: The schedules of one round.
+        budget: The schedules that each seed evaluates, rounded down to whole populations.
+        population: The schedules of one round, at least 2.
         seeds: The number of independent searches.
         starts: Genomes with a leading axis that the first population holds, with mutants of them
-            (default: it is random).
+            (default: the first population is random).
 
     Raises:
-        ValueError: The strategy is unknown, or the budget is below one population.
+        ValueError: The strategy is unknown, the population is below 2, or the budget is below one
+            population.
+        ModuleNotFoundError: The strategy is "evosax", which is not installed.
     """
     if strategy not in STRATEGIES:
         raise ValueError(f"the strategy must be one of {', '.join(STRATEGIES)}, not {strategy!r}")
@@ -125,7 +127,14 @@ def _search(make_strategy, objective, choices, population, rounds, problem, star
 
 
 def first_population(moves: Moves, starts: Genome | None, key) -> Genome:
-    """Returns random genomes; or the given ones, as many as fit, then mutants of them."""
+    """Returns the first genomes of a search: random ones, or the given ones and mutants of them.
+
+    Args:
+        moves: The ways to make genomes, and the size of the population.
+        starts: Genomes with a leading axis, of which as many are taken as fit; None for random
+            ones.
+        key: The source of randomness.
+    """
     if starts is None:
         return moves.random(key)
     given = starts.places.shape[0]
@@ -141,7 +150,7 @@ def interval_of_mean(values, *, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:
     The interval is the normal approximation, and 0 for one seed.
 
     Args:
-        values: The values of the seeds.
+        values: The values of the seeds, of any shape.
         axis: The axis of the seeds.
     """
     values = np.asarray(values, np.float64)

@@ -1,6 +1,6 @@
-"""Search strategies without gradients, by asking and telling. All work on populations.
+"""Search strategies without gradients. All work on populations.
 
-A strategy is a function of `Moves`; `STRATEGIES` has them by name.
+A strategy is a function of `Moves` that returns a `Strategy`; `STRATEGIES` has them by name.
 """
 
 from collections.abc import Callable
@@ -30,25 +30,29 @@ class Strategy(NamedTuple):
     evaluate next.
     """
 
-    start: Callable[[Genome], Any]
-    tell: Callable[[Key[Array, ""], Any, Genome, Cost], Any]
-    ask: Callable[[Key[Array, ""], Any], tuple[Any, Genome]]
+    start: Callable[[Genome], Any]  # first population -> state
+    tell: Callable[[Key[Array, ""], Any, Genome, Cost], Any]  # key, state, genomes, costs -> state
+    ask: Callable[[Key[Array, ""], Any], tuple[Any, Genome]]  # key, state -> state, genomes
 
 
 class Moves(NamedTuple):
     """The ways to make genomes of one problem; all work on populations."""
 
-    choices: Choices
-    random: Callable[[Key[Array, ""]], Genome]
-    mutate: Callable[[Key[Array, ""], Genome], Genome]
-    repair: Callable[[Genome], Genome]
-    requests: int
-    population: int
-    rounds: int
+    choices: Choices  # what may be chosen
+    random: Callable[[Key[Array, ""]], Genome]  # a random population
+    mutate: Callable[[Key[Array, ""], Genome], Genome]  # a mutant of each genome
+    repair: Callable[[Genome], Genome]  # the valid form of each genome
+    requests: int  # of the problem
+    population: int  # genomes of a round
+    rounds: int  # of a search
 
 
 def random_search(moves: Moves) -> Strategy:
-    """Returns the strategy that draws new random genomes each round."""
+    """Returns the strategy that draws new random genomes each round.
+
+    Args:
+        moves: The ways to make genomes.
+    """
     return Strategy(
         lambda genomes: (),
         lambda key, state, genomes, costs: state,
@@ -57,12 +61,16 @@ def random_search(moves: Moves) -> Strategy:
 
 
 def evolution(moves: Moves) -> Strategy:
-    """Returns the strategy that makes as many children as there are parents, and keeps the best.
+    """Returns the strategy that breeds as many children as there are parents, and keeps the best.
 
-    Parents win a tournament of two. Of genomes with the same cost a young one is kept; the others
-    only where there are not enough, because a population of twins no longer searches. A child that
-    was evaluated before is mutated further, so that small spaces are not searched twice. A table
-    marks evaluated genomes by a hash; two genomes that share a mark cost one further mutation.
+    Parents win a tournament of two. Of genomes with the same cost, a young one is kept, and the
+    others only if there are not enough genomes, because a population of twins no longer searches. A
+    child that was evaluated before is mutated further, so that small spaces are not searched twice.
+    A table marks evaluated genomes by a hash; two genomes that share a mark cost one further
+    mutation.
+
+    Args:
+        moves: The ways to make genomes, and the numbers of genomes and rounds.
     """
     size = moves.population
     bits = 3 + (moves.population * moves.rounds).bit_length()
@@ -120,7 +128,11 @@ def evolution(moves: Moves) -> Strategy:
 def annealing(moves: Moves) -> Strategy:
     """Returns simulated annealing, with each genome as a chain of its own.
 
-    A mutant is taken if it is not worse, or by chance while the chain is hot (Metropolis).
+    A mutant is accepted if it is not worse, or with a probability that falls with the temperature
+    (Metropolis).
+
+    Args:
+        moves: The ways to make genomes, and the number of rounds.
     """
 
     def start(genomes):
@@ -143,8 +155,11 @@ def annealing(moves: Moves) -> Strategy:
 def evosax_search(moves: Moves) -> Strategy:
     """Returns separable CMA-ES of evosax on random keys.
 
-    A request's key is a number; its share of the way round the unit circle is the request's place.
-    The search starts around the best genome of the first population.
+    The key of a request is a number. Its fractional part, as a share of a circle, selects the place
+    of the request. The search starts around the best genome of the first population.
+
+    Args:
+        moves: The ways to make genomes, and their number.
 
     Raises:
         ModuleNotFoundError: evosax is not installed.

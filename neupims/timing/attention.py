@@ -1,4 +1,4 @@
-"""Attention in the memory: the work of each channel, and what it takes a stage.
+"""Attention in the memory: the work of each channel, and the time it takes in a stage.
 
 The work is computed in two ways: `closed_attention` adds up closed forms and can be jitted and
 mapped; `exact_attention` follows each channel's list of PIM commands, for one design at a time.
@@ -25,22 +25,22 @@ from neupims.timing import gemv
 from neupims.timing.gemv_exact import channel_cycles_exact
 from neupims.timing.vector import softmax_cycles
 
-# Starts within a round of refreshes over which the exact path takes the mean.
+# The exact path takes the mean over this number of starts within a round of refreshes.
 PHASES = 8
 
 
 class Attention(NamedTuple):
     """PIM work of each sub-batch on each channel.
 
-    Pieces follow each other where the scratchpad cannot hold all results. The last axis is logit,
-    attend.
+    Pieces run one after another, where the scratchpad cannot hold all results at once. The last
+    axis is logit, attend.
     """
 
     alone: Float[Array, "2 pieces channels 2"]  # core cycles
     beside: Float[Array, "2 pieces channels 2"]  # the same while the NPU uses the memory too
     instructions: Float[Array, "2 pieces channels 2"]  # where each product is a command of its own
-    requests: Float[Array, "2 pieces channels"]
-    longest: Float[Array, "2"]  # tokens
+    requests: Float[Array, "2 pieces channels"]  # number of requests
+    longest: Float[Array, "2"]  # tokens of the longest request
 
 
 def no_attention() -> Attention:
@@ -297,10 +297,10 @@ def attention_cycles(
 class PIMCounts(NamedTuple):
     """PIM commands of one layer on all channels."""
 
-    gwrites: Number
-    tiles: Number
-    results: Number
-    products: Number
+    gwrites: Number  # of one page into the buffer of the vector
+    tiles: Number  # rows of all banks that are opened and multiplied
+    results: Number  # reads of one number of each bank
+    products: Number  # in all banks of a channel
 
 
 PIM_NONE = PIMCounts(0.0, 0.0, 0.0, 0.0)

@@ -5,12 +5,12 @@ transposed), so the loops run over blocks of tokens, then of inner channels, the
 features. The first block of tokens runs at the pace of the arriving weights, the others find them
 on chip. Cycles are core cycles.
 
-What sets the pace of arrival in the public simulator, found by following its commands burst by
-burst: all reads of a tile are queued at once, in a queue of each bank; blocks come out of order,
+In the public simulator, three effects set the pace of arrival (seen in its commands, burst by
+burst): all reads of a tile are queued at once, in a queue of each bank; blocks come out of order,
 products are started in order, so some weights still wait for their products when the last one
 comes; and a WRITE left over from the operation before may sit at the head of one bank's queue,
-unable to turn the bus round while reads follow each other, so that the next row of that bank comes
-last of all and nearly all products wait for it ("stuck").
+unable to turn the bus around while reads follow each other, so that the next row of that bank
+comes last of all and nearly all products wait for it ("stuck").
 
 Source: src/operations/MatMul.cc, src/NeuPIMSystolicWS.cc, src/NeuPIMSCore.cc and
 extern/NewtonSim/src/neupims_command_queue.cc of the public simulator.
@@ -43,32 +43,36 @@ FINISH_CYCLES = 45  # from the last product to the operation's end
 class Work(NamedTuple):
     """One operation on one device: core cycles, bytes and products."""
 
-    cycles: Number
+    cycles: Number  # from start to end
     memory_cycles: Number  # the part of `cycles` that waits for the memory
     busy_cycles: Number  # with products in the pipeline of the arrays, as the simulator counts
-    read_bytes: Number
-    write_bytes: Number
-    macs: Number
+    read_bytes: Number  # from the memory
+    write_bytes: Number  # to the memory
+    macs: Number  # products, without those of padding
 
 
 class Tiling(NamedTuple):
     """Sides of a tile that fits half of the scratchpad, and the number of tiles along each."""
 
-    tokens: Number
-    inner: Number
-    features: Number
-    token_tiles: Number
-    inner_tiles: Number
-    feature_tiles: Number
+    tokens: Number  # rows of the first matrix in a tile
+    inner: Number  # inner channels of a tile
+    features: Number  # columns of the second matrix in a tile
+    token_tiles: Number  # number of tiles along the tokens
+    inner_tiles: Number  # along the inner channels
+    feature_tiles: Number  # along the features
 
 
 def bytes_per_cycle(hardware: Hardware) -> Number:
-    """Returns the peak bytes of the memory in one core cycle."""
+    """Returns the peak bytes that the memory moves in one core cycle.
+
+    Args:
+        hardware: The machine; its memory and both clocks matter.
+    """
     return peak_bytes_per_cycle(hardware.hbm) * (hardware.hbm.clock_hz / hardware.npu.clock_hz)
 
 
 def tiling(hardware: Hardware, tokens, inner, features) -> Tiling:
-    """Returns the tile whose operands and result fit half of the scratchpad.
+    """Returns the tiling of a matrix product, whose tiles fit half of the scratchpad.
 
     The longest side is halved until they fit; the first of equals in the order tokens, inner,
     features.
@@ -141,6 +145,9 @@ def gemm(
             loaded while products run, and few reads are in flight.
         stuck: The chance that a left-over write holds up the first tile (`stuck_chance`).
         tile: The tiling (default: computed by `tiling`).
+
+    Returns:
+        The work, with cycles in core cycles.
     """
     npu, simulated = hardware.npu, fidelity == "simulator"
     serial = simulated and npu_only

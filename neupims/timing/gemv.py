@@ -1,4 +1,4 @@
-"""Attention in the memory: command timing, and the closed form of what requests take.
+"""Attention in the memory: command timing, and the closed form of the time of requests.
 
 The products are logit (keys times query) and attend (values times weights). A request's keys and
 values lie in one channel. Its work is a list of groups: one GWRITE (a row of the vector into the
@@ -7,8 +7,8 @@ A rank of the channel is refreshed every interval. A tile or GWRITE starts only 
 estimate of it fits before the next refresh, so an interval holds a whole number of tiles and a
 quarter of the time is lost.
 
-`request_work` is a closed form that adds over requests: the cost of a group is what it takes when
-repeated for ever, from counting the tiles of each interval. `gemv_exact.channel_cycles_exact`
+`request_work` is a closed form that adds over requests: the cost of a group is its mean time in an
+endless repetition, from counting the tiles of each interval. `gemv_exact.channel_cycles_exact`
 follows the same rule command by command. Where the controller's estimate is longer than an
 interval without its refresh, no tile ever starts, and both forms return infinity. Times are memory
 cycles in float32.
@@ -51,30 +51,30 @@ class Groups(NamedTuple):
 class Timing(NamedTuple):
     """Memory cycles of a channel's PIM commands that do not depend on the work."""
 
-    ranks: Number
+    ranks: Number  # of a channel, a count
     dual: Number  # 1 with two row buffers, 0 with one
-    interval: Number  # from one rank's refresh to the next one's
+    interval: Number  # from the refresh of one rank to that of the next
     # From the boundary until PIM commands go on: the rank's banks are closed first.
     refresh_start: Number
     refresh_end: Number  # from the boundary until the refreshed rank opens rows again
     opening: Number  # from the first activation to the first product, all banks closed
     closing: Number  # from the last product to the first activation of the next tile
     spread: Number  # from a rank's first activation to its last, and to the product
-    read_to_close: Number
+    read_to_close: Number  # from the last product to the closing of its row
     beat: Number  # between two products
     gwrite: Number  # with its row open
     reopen: Number  # more, where the row is closed
     conflict: Number  # more, where another row is open (one row buffer, after a tile)
-    gwrite_estimate: Number
-    conflict_estimate: Number
-    tile_estimate: Number  # without its products
+    gwrite_estimate: Number  # the controller's estimate of a GWRITE
+    conflict_estimate: Number  # the same where another row is open
+    tile_estimate: Number  # the controller's estimate of a tile, without its products
     closing_estimate: Number  # of that, for closing the rows of the tile before
-    least_products: Number
-    result_latency: Number
+    least_products: Number  # that one result takes at least, a count
+    result_latency: Number  # from the last product to its result
 
 
 def pim_timing(hardware: Hardware, wait: Number | None = None) -> Timing:
-    """Returns the command timing of the hardware. A new DRAM timing enters the model here.
+    """Returns the command timing of the hardware. Any new DRAM timing enters the model here.
 
     Args:
         hardware: The machine.
@@ -136,7 +136,11 @@ def heads_of_device(model: Decoder, parallel: Parallel) -> tuple[Number, Number]
 
 
 def page_elements(hardware: Hardware) -> Number:
-    """Returns the float16 numbers of a row that a tile uses."""
+    """Returns the number of float16 numbers of a row that a tile uses.
+
+    Args:
+        hardware: The machine; its `pim.page_bytes` matters.
+    """
     return jnp.floor(hardware.pim.page_bytes / FLOAT16_BYTES)
 
 
@@ -224,7 +228,12 @@ def tile_cycles(times: Timing, results, products) -> tuple[Number, Number, Numbe
 
 
 def is_starved(times: Timing, estimate: Number) -> Number:
-    """Returns whether the next refresh is always too near to start a tile or a GWRITE."""
+    """Returns whether a tile or a GWRITE never fits between two refreshes and so never starts.
+
+    Args:
+        times: The command timing.
+        estimate: The controller's estimate of a tile in memory cycles, as `tile_cycles` returns it.
+    """
     # The row of GWRITE is closed after its rank's refresh.
     closed = times.gwrite_estimate + jnp.maximum(times.conflict - 1, 0)
     gwrite = jnp.where(times.dual > 0, closed, jnp.maximum(closed, times.conflict_estimate))
@@ -232,20 +241,23 @@ def is_starved(times: Timing, estimate: Number) -> Number:
 
 
 def group_cycles(times: Timing, groups: Groups, weight: Number = 1.0) -> Number:
-    """Returns the memory cycles of one group when groups like it follow each other for ever.
+    """Returns the mean memory cycles of one group in an endless repetition of the group.
 
     Refreshes are included. The function follows INTERVALS refresh intervals in closed form: how
-    many tiles start in each, given the tiles left from the one before. The state is one complex
-    number: its real part is the tiles so far, with a half more where the GWRITE of the next group
-    is done; its imaginary part is the end of the last tile within the interval. From a state of
-    several arrays the compiler makes a loop for each, and each computes the whole step. The last
-    step makes the result, because what reads it would otherwise compute that part again, element
-    by element.
+    many tiles start in each, given the tiles left over from the one before. The state is one
+    complex number: its real part counts the tiles so far, plus a half if the GWRITE of the next
+    group is done; its imaginary part is the end of the last tile within the interval. If the state
+    were several arrays, the compiler would make a loop for each of them, and each would compute the
+    whole step. The last step also computes the result, because the reader of the result would
+    otherwise compute that step again, element by element.
 
     Args:
         times: The command timing.
         groups: Tiles, results and products of a group; its number of groups is not used.
         weight: A factor of the result, which is 0 where the factor is 0.
+
+    Returns:
+        Memory cycles, infinite where no tile ever starts.
     """
     period, multiply, estimate = tile_cycles(times, groups.results, groups.products)
     tiles, single = groups.tiles, times.dual <= 0
@@ -309,13 +321,16 @@ def group_cycles(times: Timing, groups: Groups, weight: Number = 1.0) -> Number:
 
 
 def smooth_group_cycles(times: Timing, groups: Groups) -> Number:
-    """Returns `group_cycles` without its steps: an interval loses its mean share of a tile.
+    """Returns `group_cycles` without its steps: each interval loses the mean share of a tile.
 
-    Slower timings never give less.
+    Longer timings never give a smaller result.
 
     Args:
         times: The command timing.
         groups: Tiles, results and products of a group; its number of groups is not used.
+
+    Returns:
+        Memory cycles, infinite where no tile ever starts.
     """
     period, _, estimate = tile_cycles(times, groups.results, groups.products)
     gwrite = times.gwrite + jnp.where(times.dual > 0, 0.0, times.conflict)
@@ -365,7 +380,16 @@ def request_works(
     steps: bool = True,
     waits: tuple[Number | None, ...],
 ) -> Float[Array, "waits r 2"]:
-    """Returns `request_work` for each of the `waits`, (waits, r, 2). One loop computes all."""
+    """Returns `request_work` for several waits, (waits, r, 2). One loop computes all of them.
+
+    Args:
+        hardware: As in `request_work`.
+        model: As in `request_work`.
+        seq_lens: As in `request_work`.
+        parallel: As in `request_work`.
+        steps: As in `request_work`.
+        waits: Values of `wait` as in `pim_timing`, each memory cycles or None.
+    """
     lengths = jnp.asarray(seq_lens) * 1.0
     to_core = hardware.npu.clock_hz / hardware.hbm.clock_hz
     kinds = [
@@ -396,8 +420,8 @@ def _look_up(
 
     One loop makes the tables.
 
-    Groups of logit differ in their number of tiles: the tables have the first few, and beyond them
-    each takes the same, as a group of many tiles hides its GWRITE in what is left of an interval.
+    Groups of logit differ in their number of tiles: the tables have the first few, and each further
+    tile takes the same time, as a group of many tiles hides its GWRITE in the rest of an interval.
     The last groups of attend differ in their products: the table has as many numbers as a row has
     commands, evenly spaced, rounded up.
     """

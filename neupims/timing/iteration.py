@@ -1,4 +1,4 @@
-"""One decode step of a batch on a system: how long it takes, what it moves, what it costs.
+"""One decode step of a batch on a system: its time, its traffic and its energy.
 
 Operations make stages, stages make a layer, layers make the iteration. Everything is a pure
 function of records, so any leading axis of hardware, model, batch or parallel can be mapped over.
@@ -56,20 +56,21 @@ class Iteration:
     stage_cycles: Float[Array, "6"]
     op_cycles: Float[Array, " operations"]  # in the order of `operations`
     op_starts: Float[Array, " operations"]  # from the start of their stage
-    layer_cycles: Float[Array, ""]
-    iteration_cycles: Float[Array, ""]
-    iteration_seconds: Float[Array, ""]
-    tokens_per_second: Float[Array, ""]
-    # Shares of a layer's cycles: with products in the arrays; with PIM commands waiting or
-    # running, in the mean of the channels; in which the buses move reads, writes and PIM results.
-    npu_utilization: Float[Array, ""]
+    layer_cycles: Float[Array, ""]  # stages C and D if interleaved, else all stages
+    iteration_cycles: Float[Array, ""]  # of all layers of a device and their communication
+    iteration_seconds: Float[Array, ""]  # the same in seconds
+    tokens_per_second: Float[Array, ""]  # tokens of the batch in an iteration's time
+    npu_utilization: Float[Array, ""]  # share of a layer's cycles with products in the arrays
+    # Share of a layer's cycles with PIM commands waiting or running, in the mean of the channels.
     pim_utilization: Float[Array, ""]
+    # Share of a layer's cycles in which the buses move reads, writes and PIM results.
     bandwidth_utilization: Float[Array, ""]
     channel_cycles: Float[Array, "2 channels"]  # attention of each sub-batch on each channel
-    counts: Counts
-    energy: Energy
-    energy_joules: Float[Array, ""]
-    # Not a machine: a quantity is not a number, a channel does not exist, or a result is infinite.
+    counts: Counts  # commands and operations of an iteration
+    energy: Energy  # joules of an iteration by part; without meaning for the GPU
+    energy_joules: Float[Array, ""]  # of an iteration
+    # Whether the result is invalid: a quantity is NaN, a channel does not exist, or a result is not
+    # finite.
     flagged: Bool[Array, ""]
 
 
@@ -97,9 +98,9 @@ def simulate(
         batch: The requests: their lengths in tokens, their channels and sub-batches.
         parallel: How many devices share a layer, and into how many groups the layers are cut.
         system: "neupims", "npu-pim", "npu-only" or "gpu".
-        sub_batches: 2 interleaved sub-batches, or 1; "npu-pim" has always 1.
-        fidelity: "simulator" follows the public simulator as it is coded, "intended" the machine
-            of the paper (docs/accelerator/model.md lists the differences).
+        sub_batches: 2 interleaved sub-batches, or 1; only "neupims" interleaves.
+        fidelity: "simulator" follows the public simulator as it is coded, "intended" the machine of
+            the paper (docs/accelerator/model.md lists the differences).
         path: "closed" adds up closed forms and can be jitted and mapped; "exact" follows the list
             of PIM commands of each channel, for one concrete design.
         most_channels: A bound on `hbm.num_channels` where that is traced (default: the number
@@ -241,10 +242,10 @@ def summarize(
     sub_batches: int,
     tokens: Float[Array, "2"],
 ) -> Iteration:
-    """Returns the iteration whose operations do this work in this time.
+    """Returns the iteration whose operations do the given work in the given time.
 
     Args:
-        context: What runs on what.
+        context: The hardware, the model, the batch, and the system that runs it.
         attention: The work of the channels.
         works: The NPU's operations of each stage.
         stage_cycles: The core cycles of each stage.

@@ -12,14 +12,14 @@ from neupims.machine.workload import FLOAT16_BYTES, Decoder, Parallel
 class Messages(NamedTuple):
     """Messages of one size that one device sends one after another."""
 
-    count: Number
-    each_bytes: Number
+    count: Number  # messages
+    each_bytes: Number  # of one message
 
 
 def messages(
     model: Decoder, parallel: Parallel, layers: Number, tokens: Number, sub_batches: Number
 ) -> tuple[Messages, Messages]:
-    """Returns what a device sends in one iteration.
+    """Returns the messages that a device sends in one iteration.
 
     In each layer two ring all-reduces of the activations of each sub-batch go among the devices
     that share it. After its last layer a device sends the activations to the next group.

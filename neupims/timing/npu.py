@@ -1,10 +1,10 @@
 """Work of the operations that run on the NPU, and the same work on a GPU.
 
 Each function computes one operation of a decoder layer, on one of the devices that share the
-layer. It takes a `Context` (what runs on what), the tokens of the sub-batch, the bytes that the
-operation just before wrote (some of them still have to reach the memory), and for a matrix product
-its tiling; it returns the `Work`. Cycles are core cycles. `timing.stages` lists which operation
-uses which function.
+layer. It takes a `Context` (hardware, model, batch and system), the tokens of the sub-batch, the
+bytes that the operation just before wrote (some of them still have to reach the memory), and for a
+matrix product its tiling; it returns the `Work`. Cycles are core cycles. `timing.stages` lists
+which operation uses which function.
 """
 
 from collections.abc import Callable
@@ -27,15 +27,15 @@ TO_SOFTMAX = 9  # core cycles from the last product of a head's logit to its sof
 
 
 class Context(NamedTuple):
-    """What an operation is computed from, apart from its tokens."""
+    """The inputs of an operation apart from its tokens: hardware, model, batch and system."""
 
-    hardware: Hardware
-    model: Decoder
-    batch: Batch
-    parallel: Parallel
-    calibration: Calibration = DEFAULT
-    system: System = "neupims"
-    fidelity: Fidelity = "simulator"
+    hardware: Hardware  # one device
+    model: Decoder  # its dimensions
+    batch: Batch  # the requests, (r,)
+    parallel: Parallel  # how many devices share a layer
+    calibration: Calibration = DEFAULT  # the fitted constants
+    system: System = "neupims"  # one of SYSTEMS
+    fidelity: Fidelity = "simulator"  # or "intended"
 
 
 # (context, tokens, written_before, tile) -> Work
@@ -45,7 +45,12 @@ SidesFunction = Callable[[Decoder, Parallel], tuple[Number, Number]]
 
 
 def qkv_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
-    """Returns inner channels and output features of queries, keys and values together."""
+    """Returns inner channels and output features of queries, keys and values together.
+
+    Args:
+        model: The model.
+        parallel: How many devices share a layer.
+    """
     width = 1.0 * model.width
     _, kv_heads = heads_of_device(model, parallel)
     queries, keys = width / parallel.tp, kv_heads * width / model.heads
@@ -53,19 +58,34 @@ def qkv_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
 
 
 def projection_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
-    """Returns inner channels and output features of the projection after attention."""
+    """Returns inner channels and output features of the projection after attention.
+
+    Args:
+        model: The model.
+        parallel: How many devices share a layer.
+    """
     width = 1.0 * model.width
     return width / parallel.tp, width
 
 
 def fc1_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
-    """Returns inner channels and output features of the MLP's first matrix, with its gate."""
+    """Returns inner channels and output features of the MLP's first matrix, with its gate.
+
+    Args:
+        model: The model.
+        parallel: How many devices share a layer.
+    """
     mlp = 1.0 * model.mlp_width / parallel.tp
     return 1.0 * model.width, (model.mlp_matrices - 1.0) * mlp
 
 
 def fc2_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
-    """Returns inner channels and output features of the MLP's last matrix."""
+    """Returns inner channels and output features of the MLP's last matrix.
+
+    Args:
+        model: The model.
+        parallel: How many devices share a layer.
+    """
     return 1.0 * model.mlp_width / parallel.tp, 1.0 * model.width
 
 
@@ -73,9 +93,9 @@ def matrix_product(sides: SidesFunction, stuck_after: str | None = None) -> Work
     """Returns the function that computes one matrix product of a layer.
 
     Args:
-        sides: Gives the inner channels and the output features.
-        stuck_after: The field of `Calibration` with the chance that a product of few tokens finds
-            a write stuck; None for products after which none was seen.
+        sides: Function that gives the inner channels and the output features.
+        stuck_after: The field of `Calibration` with the chance that a product of few tokens finds a
+            write stuck; None for products in which none was seen.
 
     Returns:
         A `WorkFunction`. Its result is 0 everywhere where there are no tokens.
@@ -99,21 +119,42 @@ def matrix_product(sides: SidesFunction, stuck_after: str | None = None) -> Work
 
 
 def normalize(context: Context, tokens, written_before, tile=None) -> Work:
-    """Returns the work of a layer norm."""
+    """Returns the work of a layer norm.
+
+    Args:
+        context: The hardware, the model and the system.
+        tokens: The tokens of the sub-batch.
+        written_before: The bytes that the operation just before wrote.
+        tile: Not used.
+    """
     width = 1.0 * context.model.width
     options = _vector_options(context, written_before)
     return vector.layer_norm(context.hardware, tokens, width, **options)
 
 
 def add_residual(context: Context, tokens, written_before, tile=None) -> Work:
-    """Returns the work of a residual sum."""
+    """Returns the work of a residual sum.
+
+    Args:
+        context: As in `normalize`.
+        tokens: As in `normalize`.
+        written_before: As in `normalize`.
+        tile: Not used.
+    """
     width = 1.0 * context.model.width
     options = _vector_options(context, written_before)
     return vector.residual_sum(context.hardware, tokens, width, **options)
 
 
 def activate(context: Context, tokens, written_before, tile=None) -> Work:
-    """Returns the work of the MLP's activation, with its gate where the model has one."""
+    """Returns the work of the MLP's activation, with its gate where the model has one.
+
+    Args:
+        context: As in `normalize`.
+        tokens: As in `normalize`.
+        written_before: As in `normalize`.
+        tile: Not used.
+    """
     mlp = 1.0 * context.model.mlp_width / context.parallel.tp
     inputs = context.model.mlp_matrices - 1.0
     options = _vector_options(context, written_before)
@@ -129,7 +170,14 @@ def _vector_options(context: Context, written_before) -> dict[str, Any]:
 
 
 def attend(context: Context, tokens, written_before, tile=None) -> Work:
-    """Returns the work of the attention of the whole batch on the NPU (`npu_attention`)."""
+    """Returns the work of the attention of the whole batch on the NPU (`npu_attention`).
+
+    Args:
+        context: The hardware, the model, the batch and the system.
+        tokens: Not used.
+        written_before: Not used.
+        tile: Not used.
+    """
     return npu_attention(
         context.hardware,
         context.model,

@@ -13,15 +13,15 @@ from neupims.machine.calibration import Calibration
 from neupims.machine.hardware import Hardware
 from neupims.timing.gemm import Work
 
-BLOCKED = 1e4  # times slower: the NPU beside PIM that owns the only row buffer
+BLOCKED = 1e4  # slow-down of the NPU's memory traffic while PIM owns the only row buffer
 DRAINED = 100  # core cycles after which the bank queues hold no write of the operation before
 
 
 class Side(NamedTuple):
     """When the operations of one side of a stage start and end, from the start of the stage."""
 
-    starts: Float[Array, " operations"]
-    ends: Float[Array, " operations"]
+    starts: Float[Array, " operations"]  # core cycles
+    ends: Float[Array, " operations"]  # core cycles
 
 
 def side_by_side(
@@ -31,7 +31,7 @@ def side_by_side(
     alone: Float[Array, " p"],
     beside: Float[Array, " p"],
 ) -> tuple[Side, Side]:
-    """Returns when operations of NPU and PIM end that start together.
+    """Returns the start and end times of NPU and PIM operations that begin together.
 
     While PIM works, the NPU gets a share of its memory bandwidth (none with one row buffer). While
     the NPU works, PIM operations take `beside` instead of `alone`.

@@ -1,9 +1,8 @@
 """Prefill: the prompts of a batch through a decoder, all their tokens at once, on the NPU.
 
-The paper sends prompts to NPUs beside the memory that computes, and the public simulator refuses
-them. No measurement exists, so this is the machine as intended. Products are those of decoding with
-more tokens. Attention of a head keeps its scores on chip and computes only the blocks that a causal
-mask leaves.
+The paper runs prompts on separate NPUs, and the public simulator does not run them. No measurement
+exists, so this is the machine as intended. Products are those of decoding with more tokens.
+Attention of a head keeps its scores on chip and computes only the blocks that a causal mask leaves.
 """
 
 from functools import partial
@@ -27,8 +26,8 @@ from neupims.timing.stages import Operation, npu_operation, stages
 from neupims.timing.vector import softmax_cycles
 
 PREFILL_SYSTEMS = ("npu-only", "gpu")
-# Rows of a prompt's softmax, evenly spaced, whose mean time stands for all: rows grow from one key
-# to all.
+# The mean softmax time of a prompt comes from this number of evenly spaced rows: rows grow from one
+# key to all keys.
 ROWS = 16
 
 
@@ -42,10 +41,9 @@ def prefill(
     system: Literal["npu-only", "gpu"] = "npu-only",
     calibration: Calibration = DEFAULT,
 ) -> Iteration:
-    """Returns the iteration that computes the keys and values of every prompt.
+    """Returns the iteration that computes keys, values and the first token of every prompt.
 
-    It gives the first token of each request. The first token of a pipeline of devices comes later:
-    see `first_token_seconds`.
+    In a pipeline of devices the first token comes later: see `first_token_seconds`.
 
     Args:
         hardware: The machine.
@@ -128,11 +126,11 @@ def prefill_attention(
 ) -> Work:
     """Returns the work of causal attention of whole prompts.
 
-    Of its three resources (arrays, vector units, memory) the slowest one counts. A block of as many
-    queries as the arrays are wide stays in them while the keys up to it stream past, and then its
-    weights while the values do: block i meets i blocks of keys and of values. Softmax of a query
-    takes a pass over the keys before it. Keys and values of a head are read once where they fit
-    half of the scratchpad, else again for each block of queries.
+    The slowest of three resources (arrays, vector units, memory) sets the time. A block of as many
+    queries as the arrays are wide stays in them while the keys up to it stream past. Then its
+    weights stay while the values stream past: block i meets i blocks of keys and of values. Softmax
+    of a query takes a pass over the keys before it. Keys and values of a head are read once if they
+    fit half of the scratchpad, else again for each block of queries.
 
     Args:
         hardware: The machine.
@@ -140,6 +138,9 @@ def prefill_attention(
         seq_lens: The tokens of each prompt, (r,).
         parallel: How the model is spread over devices.
         calibration: The fitted constants; only `queued_efficiency` is used.
+
+    Returns:
+        The work on one device, with cycles in core cycles.
     """
     npu = hardware.npu
     heads, kv_heads = heads_of_device(model, parallel)

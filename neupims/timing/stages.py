@@ -48,12 +48,12 @@ class Operation(NamedTuple):
 
 
 class Stage(NamedTuple):
-    """What a stage runs: operations of one sub-batch on the NPU beside attention of another."""
+    """A stage: operations of one sub-batch on the NPU beside attention of another on PIM."""
 
-    name: str
-    npu: tuple[Operation, ...]
-    npu_sub_batch: int  # -1 where the NPU has no work
-    pim_sub_batch: int  # -1 where PIM has none
+    name: str  # a letter of STAGES, or "all"
+    npu: tuple[Operation, ...]  # operations of the NPU in their order
+    npu_sub_batch: int  # 0 or 1; -1 if the NPU has no work
+    pim_sub_batch: int  # 0 or 1; -1 if PIM has no work
 
     @property
     def operations(self) -> tuple[Operation, ...]:
@@ -105,7 +105,7 @@ def stages(system: System, sub_batches: int) -> tuple[Stage, ...]:
     """Returns the stages of a system in the order in which they run.
 
     Args:
-        system: The system.
+        system: "neupims", "npu-pim", "npu-only" or "gpu".
         sub_batches: 1, or 2 interleaved ones; only "neupims" interleaves.
     """
     if system in ("npu-only", "gpu"):
@@ -117,7 +117,7 @@ def operations(system: System, sub_batches: int) -> tuple[Operation, ...]:
     """Returns the operations of a system, stage by stage, those of the NPU first.
 
     Args:
-        system: The system.
+        system: "neupims", "npu-pim", "npu-only" or "gpu".
         sub_batches: 1, or 2 interleaved ones; only "neupims" interleaves.
     """
     return tuple(each for stage in stages(system, sub_batches) for each in stage.operations)
@@ -134,7 +134,7 @@ def npu_operation(
 
     Args:
         operation: The operation; not one of PIM.
-        context: What runs on what.
+        context: The hardware, the model, the batch, and the system that runs it.
         tokens: The tokens of the sub-batch.
         written_before: The bytes that the operation just before wrote.
         tile: The tiling of a matrix product; computed if not given.

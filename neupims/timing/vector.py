@@ -1,5 +1,6 @@
-"""Element-wise work of the vector units: layer norm, residual sum, GELU and softmax. Core cycles
-and bytes.
+"""Element-wise work of the vector units: layer norm, residual sum, GELU and softmax.
+
+Results are in core cycles and bytes.
 
 Source: src/operations/{LayerNorm,Add,Gelu}.cc and get_vector_compute_cycles in
     src/NeuPIMSystolicWS.cc of the public simulator.
@@ -29,7 +30,7 @@ def layer_norm(
     fidelity: str,
     inherited_bytes=0.0,
 ) -> Work:
-    """Returns the work of normalizing rows: they are read with two rows of parameters, and written.
+    """Returns the work of a layer norm: it reads rows and two rows of parameters, and writes rows.
 
     Args:
         hardware: The machine.
@@ -123,7 +124,12 @@ def activation(
 
 
 def softmax_cycles(hardware: Hardware, length) -> Number:
-    """Returns the core cycles of one vector unit for the softmax of one row of `length` numbers."""
+    """Returns the core cycles of one vector unit for the softmax of one row.
+
+    Args:
+        hardware: The machine.
+        length: The numbers of the row; may be an array of lengths.
+    """
     passes, tree = _passes(hardware, length)
     return 2 * tree + 3 * passes
 

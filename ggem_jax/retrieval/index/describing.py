@@ -25,10 +25,10 @@ from ggem_jax.retrieval.index.writing import Extract, OnProgress, Report
 if TYPE_CHECKING:
     from ggem_jax.descriptors.extract import Extractor
 
-SOURCES = "sources.json"  # in an index: where its files of weights and of a whitening were
+SOURCES = "sources.json"  # file in an index: where its files of weights and of a whitening were
 FILES = ("weights", "whitening")
 
-_LEARNED_BYTES = 2**30  # of vectors, in float64, that a whitening is learned from at most
+_LEARNED_BYTES = 2**30  # most bytes of vectors, in float64, that a whitening is learned from
 
 
 class SurplusFile(IndexRefused):
@@ -37,13 +37,13 @@ class SurplusFile(IndexRefused):
 
 @dataclass(frozen=True)
 class LearnedWhitening:
-    """What `whiten_index` wrote."""
+    """The whitening that `whiten_index` wrote."""
 
-    file: str
-    dim_before: int  # numbers in a vector of the index
-    dim: int  # numbers that are left of them
-    learned_from: int  # vectors
-    images: int  # in the index
+    file: str  # path of the `.npz` file
+    dim_before: int  # dimension of the vectors of the index
+    dim: int  # dimension after whitening
+    learned_from: int  # number of vectors used
+    images: int  # number of images in the index
 
     def record(self) -> dict[str, Any]:
         """Returns JSON values."""
@@ -65,26 +65,28 @@ def build_index(
     The index appears when the build is complete. After an interruption the same call resumes.
 
     Args:
-        folder: with the images; hidden files and folders are left out.
-        path: folder of the index. Anything else that stands there is refused, never overwritten.
-        settings: how an image becomes a vector; None takes the defaults.
-        dtype: of the vectors on disk, "float16" or "float32".
-        batch: images that go through the network together; None: 1 on a CPU, else 16.
-        workers: threads that read images; None: one a core, at most 4.
-        on_progress: is called with the images done and the images in all.
+        folder: Folder of the images; hidden files and folders are left out.
+        path: Folder of the index. Anything else at this path is refused, never overwritten.
+        settings: How an image becomes a vector; None takes the defaults.
+        dtype: Dtype of the vectors on disk, "float16" or "float32".
+        batch: Images that go through the network together; None takes 1 on a CPU, else 16.
+        workers: Threads that read images; None takes one for each core, at most 4.
+        on_progress: Function that is called with the numbers of images done and of all images.
 
     Returns:
-        Numbers of images that were added, updated, left alone and skipped.
+        Numbers of images that were added, updated, removed, left unchanged and reused; the skipped
+        files, and notes on the settings.
 
     Raises:
-        IndexRefused: the folder or the path is not what it should be; nothing is changed.
-        ValueError: the settings' files cannot be read or hold no known network.
+        IndexRefused: The folder holds no images, or `path` is something else or an index of other
+            settings; nothing is changed.
+        ValueError: The settings' files cannot be read or hold no known network.
     """
     given = DescriptorSettings() if settings is None else settings
     if not isinstance(given, DescriptorSettings):
         raise ValueError(f"settings must be a DescriptorSettings, not {type(given).__name__}")
     settings = given.resolve()
-    record = settings.record()  # reads the files, so that a missing one is told at once
+    record = settings.record()  # reads the files, so that a missing one raises at once
     extract = _lazy_extract(settings, batch)
     report = indexes.build(
         folder, path, extract, record, dtype=dtype, workers=workers, on_progress=on_progress
@@ -109,19 +111,20 @@ def add_images(
     """Adds images that are new or have changed, with the settings that the index was made with.
 
     Args:
-        path: folder of the index.
-        folder: a folder inside its root; None is the root itself.
-        root: where the images of the index have been moved to.
-        prune: drops the entries whose files are gone.
-        repair: describes again what `verify` finds damaged.
-        weights, whitening: where the files of the build are now; None: where they were.
-        batch, workers, on_progress: as in `build_index`.
+        path: Folder of the index.
+        folder: A folder inside the root of the index; None takes the root itself.
+        root: Folder that the images have been moved to; None takes the one in the index.
+        prune: Whether entries whose files are gone are dropped.
+        repair: Whether images whose entries or vectors are damaged are described again.
+        weights, whitening: Where the files of the build are now; None takes their old places.
+        batch, workers, on_progress: As in `build_index`.
 
     Returns:
-        Numbers of images that were added, updated, removed, left alone and skipped.
+        Numbers of images and skipped files, as in `build_index`, without notes.
 
     Raises:
-        IndexRefused: there is no index, or it was made with other files; nothing is changed.
+        IndexRefused: There is no index, or it was made with other files; nothing is changed.
+        ValueError: A file of the build cannot be read.
     """
     record = indexes.info(path)["settings"]
     settings = find_settings(path, record, weights=weights, whitening=whitening)
@@ -145,14 +148,20 @@ def whiten_index(
 ) -> LearnedWhitening:
     """Learns PCA whitening from the vectors of an index and writes it to a file.
 
+    From more than 1 GiB of vectors (in float64), evenly spaced ones are taken.
+
     Args:
-        path: folder of the index. Of vectors beyond 1 GiB in float64, an even part is taken.
+        path: Folder of the index.
         output: `.npz` file, which `DescriptorSettings(whitening=...)` takes.
-        dim: components to keep; None keeps all.
+        dim: Components to keep; None keeps all.
+
+    Returns:
+        The file, the numbers of components before and after, and of vectors used.
 
     Raises:
-        IndexRefused: the index is empty, or its vectors are whitened already.
-        ValueError: the vectors span fewer than `dim` dimensions.
+        IndexRefused: There is no index, it is empty, or its vectors are whitened already.
+        ValueError: `dim` is out of range, or the vectors span fewer dimensions.
+        OSError: The output cannot be written.
     """
     opened = open_filled(path)
     if opened.settings.get("whitening") is not None:
@@ -169,7 +178,14 @@ def whiten_index(
 
 
 def open_filled(path: Path | str) -> indexes.Index:
-    """Returns the opened index. Raises `IndexRefused` where it holds no images."""
+    """Returns the opened index, and raises if it holds no images.
+
+    Args:
+        path: Folder of the index.
+
+    Raises:
+        IndexRefused: There is no index, or it is empty.
+    """
     opened = indexes.Index.open(path)
     if not len(opened):
         raise IndexRefused(f"{path} holds no images: add some first")
@@ -186,14 +202,16 @@ def find_settings(
     """Returns the settings that an index was made with, from its record of them.
 
     Args:
-        path: folder of the index.
-        record: its settings, as `info` tells them.
-        weights, whitening: where the files of the build are now; None: where they were. Their
+        path: Folder of the index.
+        record: Settings of the index, as `info` returns them.
+        weights, whitening: Where the files of the build are now; None takes their old places. Their
             contents are compared with those of the build.
 
     Raises:
-        SurplusFile: a file was given that the index was made without.
-        IndexRefused: a file is missing or another one, or the index is of another program.
+        SurplusFile: A file was given that the index was made without.
+        IndexRefused: A file is missing or has other contents, or the settings are unknown because
+            another program made the index.
+        ValueError: A file cannot be read.
     """
     given, remembered = {"weights": weights, "whitening": whitening}, _remembered_files(Path(path))
     values = dict(record)
@@ -223,7 +241,12 @@ def find_settings(
 
 
 def make_extractor(settings: DescriptorSettings, batch: int | None = None) -> "Extractor":
-    """Returns an extractor. The only place here where a network is loaded."""
+    """Returns an extractor. Only this function loads a network here.
+
+    Args:
+        settings: How an image becomes a vector.
+        batch: Images that go through the network together; None takes 1 on a CPU, else 16.
+    """
     from ggem_jax.descriptors.extract import Extractor
 
     return Extractor(settings, batch=batch)
@@ -232,7 +255,19 @@ def make_extractor(settings: DescriptorSettings, batch: int | None = None) -> "E
 def describe_images(
     settings: DescriptorSettings, images: list[RGB], names: list[str]
 ) -> Float[np.ndarray, "m d"]:
-    """Returns the descriptors `(m, d)` of images; one that cannot have one raises by its name."""
+    """Returns the descriptors of images that each must have one.
+
+    Args:
+        settings: How an image becomes a vector.
+        images: Images, m arrays `(h, w, 3)` uint8 of any sizes.
+        names: Name of each image for an error message.
+
+    Returns:
+        The descriptors, `(m, d)` in float32.
+
+    Raises:
+        UnreadableImage: An image cannot be described; the message names it.
+    """
     vectors = []
     for name, vector in zip(names, make_extractor(settings)(images), strict=True):
         if isinstance(vector, UnreadableImage):
@@ -242,7 +277,7 @@ def describe_images(
 
 
 def _lazy_extract(settings: DescriptorSettings, batch: int | None) -> Extract:
-    """Loads the network when the first image comes: a folder without news costs nothing."""
+    """Loads the network when the first image comes: without new images there is no need for it."""
 
     def extract(images: Iterator[RGB]) -> Iterable[np.ndarray | UnreadableImage]:
         for first in images:
@@ -252,12 +287,12 @@ def _lazy_extract(settings: DescriptorSettings, batch: int | None) -> Extract:
 
 
 def _notes_of(given: DescriptorSettings) -> tuple[str, ...]:
-    """What a network that was found from its file alone should be told about."""
+    """Notes for the user on a network that was found from its file alone."""
     if given.weights is None or given.mean is not None or not given.leaves_row_to_weights:
         return ()
     from ggem_jax.descriptors.backbones import identify
 
-    note = identify(given.weights).note
+    note = identify(given.weights, given.given()).note
     return (note,) if note else ()
 
 
@@ -266,7 +301,7 @@ def _remembered_files(path: Path) -> dict[str, str]:
         values = json.loads((path / SOURCES).read_text())
         return {name: values[name] for name in FILES if isinstance(values[name], str)}
     except (OSError, ValueError, KeyError, TypeError):
-        return {}  # a convenience: without it the caller names the files
+        return {}  # without it the caller has to name the files
 
 
 def _remember_files(path: Path, settings: DescriptorSettings) -> None:

@@ -20,17 +20,17 @@ from ggem_jax.retrieval.truth import read_truth, to_relevance
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Metrics of all queries, by name; None where no query has a relevant image."""
+    """Metrics over all queries by name, from 0 to 1; None if no query has a relevant image."""
 
     before: dict[str, float | None]  # mAP, mP@k and recall@k of the search
-    after: dict[str, float | None] | None  # after reranking; None where nothing is reranked
-    queries: int
-    without_relevant: int  # queries that are left out of the means
+    after: dict[str, float | None] | None  # after reranking; None if nothing is reranked
+    queries: int  # number of queries
+    without_relevant: int  # number of queries that are left out of the means
     depth: int  # results of each query that count
     method: Method
-    folder: Path  # of the index
+    folder: Path  # folder of the index
     truth: str  # file of the ground truth
-    size: int  # images in the index
+    size: int  # number of images in the index
 
     def record(self) -> dict[str, Any]:
         """Returns JSON values."""
@@ -57,7 +57,17 @@ def evaluate_index(
     weights: str | None = None,
     whitening: str | None = None,
 ) -> Evaluation:
-    """Returns what `Index.evaluate` documents."""
+    """Returns the quality of an index against ground truth, as `Index.evaluate` documents.
+
+    Args:
+        index: The opened index.
+        truth, root, k, at, rerank, weights, whitening: As in `Index.evaluate`.
+
+    Raises:
+        IndexRefused: The index is empty, or the files that it was made with are not there.
+        UnreadableImage: A query holds no image, or one that cannot be described.
+        ValueError: The ground truth or an argument does not fit.
+    """
     if not len(index):
         raise IndexRefused(f"{index.folder} holds no images: add some first")
     method, k = as_method(rerank), check_count("k", k)
@@ -86,7 +96,20 @@ def evaluate_index(
 def measure(
     ids: Int[np.ndarray, "q k"], relevance: Sequence[Relevance], at: Sequence[int]
 ) -> dict[str, float | None]:
-    """Returns mAP, and mP and recall at each of `at`, of a ranking; None for no number."""
+    """Returns mAP, and mP and recall at each of `at`, of a ranking.
+
+    Args:
+        ids: Rankings `(q, k)`, best first.
+        relevance: The lists of each query.
+        at: Ranks at which precision and recall are measured.
+
+    Returns:
+        Values from 0 to 1 by the names `mAP`, `mP@1`, `recall@1`, ...; None if no query has a
+        relevant image.
+
+    Raises:
+        ValueError: As in `ggem_jax.retrieval.metrics.scores`.
+    """
     found = scores(ids, relevance, kappas=at)
     recall = recall_at(ids, relevance, kappas=at)[[len(each.positive) > 0 for each in relevance]]
     values = {"mAP": found.mean_average_precision}

@@ -1,4 +1,4 @@
-"""Images in a folder tree: which there are, and their pixels, decoded in threads.
+"""Images in a folder tree: a list of them, and their pixels, decoded in threads.
 
 Paths are relative to the root, with `/`. Names that are not UTF-8 keep their bytes as surrogate
 escapes.
@@ -19,31 +19,31 @@ from ggem_jax.files.images import EXTENSIONS, RGB, UnreadableImage, read_image
 
 
 class File(NamedTuple):
-    """A file whose name is that of an image, as the folder lists it."""
+    """A file with the extension of an image, as the folder lists it."""
 
-    path: str
-    size: int
-    mtime_ns: int
+    path: str  # relative to the root
+    size: int  # bytes
+    mtime_ns: int  # time of the last change, nanoseconds since 1970
 
 
 class Skipped(NamedTuple):
     """A file or folder that could not be used, and why: a sentence that names it."""
 
-    path: str
+    path: str  # relative to the root
     why: str
 
 
 class DecodedImage(NamedTuple):
     """A file that was read: the hash of its bytes, its pixels and their size.
 
-    Where the hash was known already, the pixels are None and the size is 0 x 0.
+    If the hash was known already, the pixels are None and the size is 0 x 0.
     """
 
     file: File
-    content: bytes
-    pixels: RGB | None
-    width: int = 0
-    height: int = 0
+    content: bytes  # hash of the file, 16 bytes
+    pixels: RGB | None  # (height, width, 3) uint8
+    width: int = 0  # pixels
+    height: int = 0  # pixels
 
 
 @dataclass(frozen=True)
@@ -57,13 +57,16 @@ class Listing:
 def walk(root: Path, start: str = "", *, apart: Path) -> Listing:
     """Returns the images under `root / start`, found by their extensions.
 
-    Hidden files and folders are left out. A linked folder is followed where it lies outside the
-    root. Every folder is read once, so that loops of links end.
+    Hidden files and folders are left out. A linked folder is followed if it lies outside the root.
+    Every folder is read once, so that loops of links end.
 
     Args:
-        root: folder that paths are relative to.
-        start: folder below it where the walk begins.
-        apart: folder that is left out: the index.
+        root: Folder that paths are relative to.
+        start: Folder below it where the walk begins, relative to it; empty for the root itself.
+        apart: Folder that is left out: the index.
+
+    Returns:
+        The files in the order of their names, and those that could not be used.
     """
     inside, apart = os.path.realpath(root), Path(os.path.realpath(apart))
     listing, seen, stack = Listing([], []), set[tuple[int, int]](), [start]
@@ -102,13 +105,15 @@ def walk(root: Path, start: str = "", *, apart: Path) -> Listing:
 def decode(
     root: Path, files: Iterable[File], known: Container[bytes], *, workers: int
 ) -> Iterator[DecodedImage | Skipped]:
-    """Yields the images of files, in their order, read a few ahead.
+    """Yields the images of files, in their order; a few files are read ahead.
+
+    A file that cannot be read or decoded yields `Skipped`.
 
     Args:
-        root: folder of the files.
-        files: their paths.
-        known: hashes of contents that are not decoded.
-        workers: threads that read and decode.
+        root: Folder of the files.
+        files: Files to read, as `walk` lists them.
+        known: Hashes of contents that are not decoded again.
+        workers: Threads that read and decode.
     """
     with ThreadPoolExecutor(workers, thread_name_prefix="decode") as pool:
         ahead: deque[Future[DecodedImage | Skipped]] = deque()
@@ -125,12 +130,20 @@ def decode(
 
 
 def hash_content(data: bytes) -> bytes:
-    """Returns the blake2b hash of a file's contents, 16 bytes."""
+    """Returns the blake2b hash of a file's contents, 16 bytes.
+
+    Args:
+        data: All bytes of the file.
+    """
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
 def shown(path: str) -> str:
-    """Returns a path for a sentence; odd names are quoted and escaped to stay on one line."""
+    """Returns a path as text on one line; names with unprintable characters are quoted and escaped.
+
+    Args:
+        path: Path of a file, in which surrogate escapes may stand for bytes that are not UTF-8.
+    """
     return path if path.isprintable() else repr(path)
 
 
@@ -145,7 +158,7 @@ def _read(root: Path, file: File, known: Container[bytes]) -> DecodedImage | Ski
         return Skipped(file.path, _one_line(error))
     except OSError as error:
         return Skipped(file.path, f"{shown(file.path)} cannot be read: {error.strerror}")
-    except Exception as error:  # of a decoder over a damaged file: it must not end hours of work
+    except Exception as error:  # a decoder may raise anything, and hours of work must go on
         return Skipped(
             file.path,
             f"{shown(file.path)} is not a readable image: {type(error).__name__}:"

@@ -1,14 +1,14 @@
 """An index of images on disk: the path and the vector `(dim,)` of each image under a root folder.
 
-`build`, `add` and `remove` write. Whatever interrupts them, the index then opens as it was before
+`build`, `add` and `remove` write. If one of them is interrupted, the index opens as it was before
 or as it is after. A second writer is refused; readers keep what they opened. `Index.open` reads.
 
 The extractor is an argument: `extract(images)` takes an iterable of images, `(height, width, 3)`
-uint8 arrays of any sizes, and gives an iterable of vectors `(dim,)` in the same order. It may take
-several images before it gives the first vector; images are decoded in threads meanwhile. An
+uint8 arrays of any sizes, and returns an iterable of vectors `(dim,)` in the same order. It may
+take several images before it gives the first vector; images are decoded in threads meanwhile. An
 `UnreadableImage` in place of a vector skips that image. `settings` is a dictionary of JSON values
-that says how vectors are made: the model, a digest of its weights, the pooling. An index holds
-vectors of one kind of settings only. `ggem_jax.retrieval.index.describing` has the same calls with
+that describes how vectors are made: the model, a digest of its weights, the pooling. All vectors of
+an index have the same settings. `ggem_jax.retrieval.index.describing` has the same functions with
 our own extractor.
 
 Errors are `IndexRefused`, a `ValueError`, with one sentence.
@@ -68,7 +68,17 @@ class Vectors:
         return self.shape[0]
 
     def take(self, ids: Int[np.ndarray, " m"]) -> Float[np.ndarray, "m d"]:
-        """Returns the vectors `(m, dim)` of ids `(m,)` in memory, in the dtype of the index."""
+        """Returns the vectors of ids in memory, in the dtype of the index.
+
+        Args:
+            ids: Rows of the index, whole numbers `(m,)` from 0 to n - 1.
+
+        Returns:
+            The vectors, `(m, dim)`.
+
+        Raises:
+            IndexRefused: The ids are not whole numbers `(m,)`, or do not exist.
+        """
         ids = np.asarray(ids)
         if ids.ndim != 1 or not (np.issubdtype(ids.dtype, np.integer) or ids.size == 0):
             raise IndexRefused(
@@ -88,7 +98,13 @@ class Vectors:
     def blocks(self, rows: int) -> Iterator[tuple[int, Float[np.ndarray, "m d"]]]:
         """Yields all vectors in blocks: the id of the first, and the vectors `(rows, dim)`.
 
-        The last block may be shorter. Vectors that lie together on disk are mapped.
+        Vectors that are adjacent on disk are mapped, others copied.
+
+        Args:
+            rows: Vectors in a block, at least 1; the last block may have fewer.
+
+        Raises:
+            IndexRefused: `rows` is below 1.
         """
         if rows < 1:
             raise IndexRefused(f"a block must have at least one row, not {rows}")
@@ -113,12 +129,12 @@ class Index:
     the order of the ids; removing images closes the gaps.
     """
 
-    folder: Path  # of the index
-    root: Path  # of the images
-    paths: list[str]  # relative to the root
-    settings: dict[str, Any]  # how vectors are made
-    dim: int  # numbers in a vector
-    dtype: str  # of the vectors on disk
+    folder: Path  # folder of the index
+    root: Path  # folder of the images
+    paths: list[str]  # paths of the n images, relative to the root
+    settings: dict[str, Any]  # JSON values that describe how vectors are made
+    dim: int  # dimension of a vector
+    dtype: str  # dtype of the vectors on disk, float16 or float32
     _vectors: Vectors = field(repr=False)
 
     def __len__(self) -> int:
@@ -142,24 +158,25 @@ class Index:
         """Returns the k images that are most like each query, best first.
 
         Args:
-            queries: one image or several (paths, `(h, w, 3)` uint8 arrays, PIL images), or vectors
+            queries: One image or several (paths, `(h, w, 3)` uint8 arrays, PIL images), or vectors
                 `(q, d)` of floating point.
-            k: results of each query, at most the size of the index.
-            rerank: the name of a reranker of `ggem_jax.retrieval.methods` with its defaults, such
-                as "superglobal", or a `Method` with options of its own; None reranks nothing.
-            boxes: for each image the part that is searched for, x1, y1, x2, y2 in pixels, or None.
-            weights, whitening: where the files that the index was made with are now; None: where
-                they were.
-            use_stored: takes the stored vector of a whole image whose path is in the index; off
-                describes it again, as the file may have changed.
+            k: Results of each query; the size of the index if it is larger.
+            rerank: Name of a reranker of `ggem_jax.retrieval.methods` with its defaults, such as
+                "superglobal", or a `Method` with options of its own; None reranks nothing.
+            boxes: For each image the part that is searched for, x1, y1, x2, y2 in pixels, or None;
+                None takes all images whole.
+            weights, whitening: Where the files that the index was made with are now; None takes
+                their old places.
+            use_stored: Whether a whole image whose path is in the index takes its stored vector.
+                If not, it is described again, as the file may have changed.
 
         Returns:
             Paths, scores and ranks `(q, k)`, and scores and ranks before reranking.
 
         Raises:
-            IndexRefused: the index is empty, or its files of weights are not there.
-            UnreadableImage: a query holds no image, or one that cannot be described.
-            ValueError: the queries, k or the options do not fit.
+            IndexRefused: The index is empty, or its files of weights are not there.
+            UnreadableImage: A query holds no image, or one that cannot be described.
+            ValueError: The queries, k or the options do not fit.
 
         Example:
             >>> import numpy as np, tempfile
@@ -203,15 +220,18 @@ class Index:
         """Returns mAP, mP@k and recall@k against ground truth, before and after reranking.
 
         Args:
-            truth: a CSV file as `ggem_jax.retrieval.truth` reads it. Queries that are whole images
-                of the index use the stored vector.
-            root: folder that its paths are relative to; None: its own.
-            k: results of each query that count, at most the size of the index.
-            at: ranks of precision and recall.
-            rerank, weights, whitening: as in `search`.
+            truth: CSV file as `ggem_jax.retrieval.truth` reads it. Queries that are whole images
+                of the index take the stored vector.
+            root: Folder that its paths are relative to; None takes the folder of the file.
+            k: Results of each query that count; the size of the index if it is larger.
+            at: Ranks at which precision and recall are measured, at least 1.
+            rerank, weights, whitening: As in `search`.
 
         Raises:
-            ValueError: the file cannot be read, or names an image that is not in the index.
+            IndexRefused: The index is empty, or its files of weights are not there.
+            UnreadableImage: A query holds no image, or one that cannot be described.
+            ValueError: The file cannot be read or names an image that is not in the index, or an
+                argument does not fit.
         """
         from ggem_jax.retrieval.index.evaluation import evaluate_index
 
@@ -231,11 +251,12 @@ class Index:
         """Returns an index opened for reading, without a lock.
 
         Args:
-            path: folder of the index.
-            settings: those that it must have been made with; None takes any.
+            path: Folder of an index, as `build` or `build_index` writes it.
+            settings: JSON values that the index must have been made with; None accepts any.
 
         Raises:
-            IndexRefused: it is no index, damaged, of a newer version, or of other settings.
+            IndexRefused: The folder holds no index, a damaged one, or one of a newer version or of
+                other settings.
         """
         folder, before = Path(path), None
         while True:
@@ -288,19 +309,21 @@ def build(
     extracts at most the last `COMMIT_ROWS` images or `COMMIT_SECONDS` again.
 
     Args:
-        folder: of the images; hidden files and folders are left out.
-        path: folder of the index. Anything else that stands there is refused, never overwritten.
-        extract: as in the module's docstring.
-        settings: JSON values that say how vectors are made.
-        dtype: of the vectors on disk, "float16" or "float32".
-        workers: threads that read images; None: one a core, at most 4.
-        on_progress: is called with the images done and the images in all.
+        folder: Folder of the images; hidden files and folders are left out.
+        path: Folder of the index. Anything else at this path is refused, never overwritten.
+        extract: Function from images to vectors, as in the module's docstring.
+        settings: JSON values that describe how vectors are made.
+        dtype: Dtype of the vectors on disk, "float16" or "float32".
+        workers: Threads that read images; None takes one for each core, at most 4.
+        on_progress: Function that is called with the numbers of images done and of all images.
 
     Returns:
-        Numbers of images that were added, updated, left alone and skipped.
+        Numbers of images that were added, updated, removed, left unchanged and reused, and the
+        skipped files.
 
     Raises:
-        IndexRefused: the folder, the path or the settings are not what they should be.
+        IndexRefused: The folder holds no images, `path` is something else or an index of other
+            settings, another process writes to it, or the vectors do not fit.
     """
     if dtype not in DTYPES:
         raise IndexRefused(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
@@ -334,25 +357,26 @@ def add(
 ) -> Report:
     """Adds images that are new or have changed.
 
-    A file of the same size and time counts as unchanged. The content of others is compared: known
-    contents, moved or copied, are not extracted again. An image that has become unreadable keeps
-    its entry. After an interruption the next call resumes, as in `build`.
+    A file with unchanged size and time counts as unchanged. The content of other files is compared:
+    known contents, moved or copied, are not extracted again. An image that has become unreadable
+    keeps its entry. After an interruption the next call resumes, as in `build`.
 
     Args:
-        path: folder of the index.
-        extract: as in the module's docstring.
-        settings: those that the index was made with.
-        folder: a folder inside the root; None is the root itself.
-        root: where the images have been moved to; None: where they were.
-        prune: drops the entries whose files are gone.
-        repair: extracts again what is damaged.
-        workers, on_progress: as in `build`.
+        path: Folder of the index.
+        extract: Function from images to vectors, as in the module's docstring.
+        settings: JSON values that the index was made with.
+        folder: A folder inside the root; None takes the root itself.
+        root: Folder that the images have been moved to; None takes the one in the index.
+        prune: Whether entries whose files are gone are dropped.
+        repair: Whether images whose entries or vectors are damaged are extracted again.
+        workers, on_progress: As in `build`.
 
     Returns:
-        Numbers of images that were added, updated, removed, left alone and skipped.
+        Numbers of images that were added, updated, removed, left unchanged and reused, and the
+        skipped files.
 
     Raises:
-        IndexRefused: there is no index, it is damaged, or it was made with other settings.
+        IndexRefused: There is no index, it is damaged, or it was made with other settings.
     """
     path = Path(path)
     with locking(path):
@@ -378,14 +402,14 @@ def remove(path: Path | str, patterns: Iterable[str]) -> Report:
     """Removes entries; the images stay, and `add` finds them again.
 
     Args:
-        path: folder of the index.
-        patterns: paths, folders or globs (`*` crosses folders), relative to the root or absolute.
+        path: Folder of the index.
+        patterns: Paths, folders or globs (`*` crosses folders), relative to the root or absolute.
 
     Returns:
-        Numbers of entries that were removed and left alone.
+        Numbers of entries that were removed and left unchanged.
 
     Raises:
-        IndexRefused: a pattern matches nothing; then nothing is removed.
+        IndexRefused: A pattern matches nothing, or there is no index; nothing is removed.
     """
     path, removed = Path(path), dict[str, None]()
     with locking(path):
@@ -419,7 +443,19 @@ def remove(path: Path | str, patterns: Iterable[str]) -> Report:
 
 
 def info(path: Path | str) -> dict[str, Any]:
-    """Returns what an index holds and how it was made, as JSON values."""
+    """Returns what an index holds and how it was made, as JSON values.
+
+    Args:
+        path: Folder of an index, as `build` or `build_index` writes it.
+
+    Returns:
+        By name: `path` of the index and `root` of its images, the numbers of images (`pictures`),
+        of stored `vectors` and of those without an image (`unused_vectors`), `dim`, `dtype`, the
+        number of `shards`, `vector_bytes` on disk, `settings`, and `versions` of the libraries.
+
+    Raises:
+        IndexRefused: There is no index, it is damaged, or of a newer version.
+    """
     folder = Path(path)
     with reading(folder) as database:
         facts = read_facts(database, folder / INDEX)

@@ -29,7 +29,17 @@ from ggem_jax.retrieval.index.store import (
 
 @contextlib.contextmanager
 def reporting_failures(folder: Path) -> Iterator[None]:
-    """Turns a failure to write into one sentence."""
+    """Raises `IndexRefused` with one sentence if writing fails in a `with` block.
+
+    Args:
+        folder: Folder of the index, which the sentence names.
+
+    Yields:
+        None.
+
+    Raises:
+        IndexRefused: The block raised `OSError` or an error of SQLite.
+    """
     try:
         yield
     except (OSError, sqlite3.Error) as error:
@@ -42,11 +52,18 @@ def reporting_failures(folder: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def locking(folder: Path, *, new: bool = False) -> Iterator[None]:
-    """Keeps other writers out, and removes files that no index uses, before and after.
+    """Keeps other writers out of an index, and removes files that no index uses, before and after.
 
     Args:
-        folder: of the index.
-        new: whether the folder may be made.
+        folder: Folder of the index.
+        new: Whether the index may be missing, so that the folder is made.
+
+    Yields:
+        None.
+
+    Raises:
+        IndexRefused: There is no usable index, the folder holds something else, another process
+            holds the lock, or the folder cannot be written.
     """
     made = new and not folder.exists()
     if not new or (folder / INDEX).exists():
@@ -68,7 +85,7 @@ def locking(folder: Path, *, new: bool = False) -> Iterator[None]:
                 OSError, sqlite3.Error, IndexRefused
             ):  # otherwise the next writer does it
                 _tidy(folder)
-                if set(os.listdir(folder)) == {LOCK}:  # nothing was begun
+                if set(os.listdir(folder)) == {LOCK}:  # nothing was written
                     (folder / LOCK).unlink()
                     if made:
                         folder.rmdir()
@@ -114,7 +131,7 @@ def _tidy(folder: Path) -> None:
                 sqlite3.SQLITE_CORRUPT,
                 sqlite3.SQLITE_NOTADB,
             ):
-                raise  # a full disk, say: nothing is wrong with the file
+                raise  # for example a full disk: the file itself is sound
             unusable = True
     if not ours and holds_shards(folder):
         raise index_is_missing(folder)
@@ -138,6 +155,10 @@ def _usable_shards(pending: sqlite3.Connection, folder: Path) -> set[int]:
 
 
 def drop_pending(folder: Path) -> None:
-    """Removes the file of a writer that was interrupted."""
+    """Removes `pending.sqlite` and its journal, which an interrupted writer leaves behind.
+
+    Args:
+        folder: Folder of the index.
+    """
     for name in (f"{PENDING}-journal", PENDING):
         (folder / name).unlink(missing_ok=True)

@@ -28,8 +28,8 @@ from ggem_jax.retrieval.index.store import (
     write_shard,
 )
 
-SHARD_BYTES = 1 << 28  # of a shard, at most: a reader of 16 GiB of vectors maps 64 files
-SMALL_SHARDS = 8  # when more than these are less than half full, they are put together
+SHARD_BYTES = 1 << 28  # largest merged shard: a reader of 16 GiB of vectors maps 64 files
+SMALL_SHARDS = 8  # if more shards than this are less than half full, they are merged
 _ROWS_COPIED = 4096
 
 
@@ -39,11 +39,15 @@ def publish(
     """Replaces `index.sqlite` by its next version.
 
     Args:
-        folder: of the index.
-        facts: of the next version; its shards and count are found here.
-        chosen: paths of the entries of `pending.sqlite` that are taken over.
-        gone: paths of the entries that are dropped.
-        lost: ids of the damaged entries, which are dropped.
+        folder: Folder of the index.
+        facts: Facts of the next version with all shards that may be used; the shards that are kept
+            and the number of images are found here.
+        chosen: Paths of the entries of `pending.sqlite` that are taken over.
+        gone: Paths of the entries that are dropped.
+        lost: Ids of the damaged entries, which are dropped.
+
+    Raises:
+        OSError, sqlite3.Error: A file cannot be read or written.
     """
     following = folder / NEXT
     if (folder / INDEX).exists():
@@ -71,9 +75,9 @@ def publish(
 
 
 def _compact(database: sqlite3.Connection, folder: Path, facts: Facts) -> dict[int, int]:
-    """The shards without those that no entry uses.
+    """The shards in use, with their rows.
 
-    They are written anew where more than half of all rows are unused, or small shards are many.
+    Shards are written anew if more than half of all rows are unused, or if many are small.
     """
     used = dict(database.execute("SELECT shard, COUNT(DISTINCT row) FROM images GROUP BY shard"))
     shards = {shard: rows for shard, rows in facts.shards.items() if shard in used}

@@ -34,15 +34,15 @@ class Results:
     paths: np.ndarray  # (q, k) str, relative to `root`
     scores: Float[np.ndarray, "q k"]  # after reranking
     ranks: Int[np.ndarray, "q k"]  # after reranking, from 1
-    scores_before: Float[np.ndarray, "q k"]  # of the first search; NaN where it did not reach
-    ranks_before: Int[np.ndarray, "q k"]  # of the first search, from 1; 0 where it did not reach
+    scores_before: Float[np.ndarray, "q k"]  # of the first search; NaN for results beyond it
+    ranks_before: Int[np.ndarray, "q k"]  # of the first search, from 1; 0 for results beyond it
     queries: tuple[str | None, ...]  # path of each query; None for arrays, images and vectors
-    boxes: tuple[tuple[float, ...] | None, ...]  # part of each query; None: all of it
+    boxes: tuple[tuple[float, ...] | None, ...]  # part of each query, pixels; None for all of it
     method: Method
-    folder: Path  # of the index
-    root: Path  # of its images
-    size: int  # images in the index
-    settings: dict[str, Any]  # of the index
+    folder: Path  # folder of the index
+    root: Path  # folder of its images
+    size: int  # number of images in the index
+    settings: dict[str, Any]  # settings of the index
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -91,7 +91,17 @@ def search_index(
     whitening: str | None = None,
     use_stored: bool = True,
 ) -> Results:
-    """Returns what `Index.search` documents."""
+    """Returns the results of a search in an index, as `Index.search` documents.
+
+    Args:
+        index: The opened index.
+        queries, k, rerank, boxes, weights, whitening, use_stored: As in `Index.search`.
+
+    Raises:
+        IndexRefused: The index is empty, or the files that it was made with are not there.
+        UnreadableImage: A query holds no image, or one that cannot be described.
+        ValueError: The queries, k or the options do not fit.
+    """
     method = as_method(rerank)
     if not len(index):
         raise IndexRefused(f"{index.folder} holds no images: add some first")
@@ -129,7 +139,15 @@ def search_index(
 
 
 def as_queries(queries: Any) -> list[Any] | Float[np.ndarray, "q d"]:
-    """Returns queries of every kind as a list of images, or as vectors `(q, d)`."""
+    """Returns queries of every kind as a list of images, or as vectors `(q, d)`.
+
+    Args:
+        queries: One image or several (paths, `(h, w, 3)` uint8 arrays, PIL images), one array of
+            images `(q, h, w, 3)`, or vectors `(d,)` or `(q, d)` of floating point, also in a list.
+
+    Raises:
+        ValueError: The queries are empty, of another kind, or vectors among images.
+    """
     if isinstance(queries, str | os.PathLike | Image.Image):
         return [queries]
     if not isinstance(queries, list | tuple):
@@ -159,7 +177,15 @@ def as_queries(queries: Any) -> list[Any] | Float[np.ndarray, "q d"]:
 
 
 def check_count(name: str, value: Any) -> int:
-    """Returns a whole number of at least 1. Raises `ValueError`, which names it, for others."""
+    """Returns a whole number of at least 1, and raises for anything else.
+
+    Args:
+        name: Name of the value for the error message.
+        value: The number, of Python or NumPy.
+
+    Raises:
+        ValueError: The value is no whole number, or below 1.
+    """
     if isinstance(value, bool) or not isinstance(value, numbers.Integral) or int(value) < 1:
         raise ValueError(f"{name} must be a whole number of at least 1, not {value!r}")
     return int(value)
@@ -185,14 +211,22 @@ def query_vectors(
     whitening: str | None = None,
     use_stored: bool = True,
 ) -> Float[np.ndarray, "q d"]:
-    """Returns the vectors `(q, d)` of images: stored ones where they are there, else described.
+    """Returns the vectors of images: stored ones if they are in the index, else described.
 
     Args:
-        index: that the images are compared with.
-        queries: paths, `(h, w, 3)` uint8 arrays or PIL images.
-        boxes: the part of each, or None.
-        weights, whitening: as in `find_settings`.
-        use_stored: takes the stored vector of a whole image whose path is in the index.
+        index: The index that the images are compared with.
+        queries: Images, q paths, `(h, w, 3)` uint8 arrays or PIL images.
+        boxes: The part of each, x1, y1, x2, y2 in pixels, or None for the whole image.
+        weights, whitening: As in `find_settings`.
+        use_stored: Whether a whole image whose path is in the index takes its stored vector.
+
+    Returns:
+        The vectors, `(q, dim)` in float32.
+
+    Raises:
+        IndexRefused: The files that the index was made with are not there.
+        UnreadableImage: A query holds no image, or one that cannot be described.
+        ValueError: An array is no image, or nothing of an image is inside its box.
     """
     ids = {index.root / path: i for i, path in enumerate(index.paths)} if use_stored else {}
     stored = {
@@ -215,9 +249,13 @@ def query_vectors(
 def read_query(query: Query, box: Box | None = None) -> RGB:
     """Returns an image, or the part of it in the box, as `(h, w, 3)` uint8.
 
+    Args:
+        query: Path, `(h, w, 3)` uint8 array or PIL image.
+        box: The corners x1, y1, x2, y2 in pixels, cut to the image; None takes the whole image.
+
     Raises:
-        UnreadableImage: the file is missing or holds no image.
-        ValueError: the array is no image, or nothing of the image is inside the box.
+        UnreadableImage: The file is missing or holds no image.
+        ValueError: The array is no image, or nothing of the image is inside the box.
     """
     if isinstance(query, Image.Image):
         image = convert_image(query, name="a query")
@@ -241,7 +279,7 @@ def read_query(query: Query, box: Box | None = None) -> RGB:
 def _find_before(
     ids: np.ndarray, before: tuple[np.ndarray, np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ranks from 1 and scores of ids in the first search; 0 and NaN where it did not reach."""
+    """Ranks from 1 and scores of ids in the first search; 0 and NaN for those beyond it."""
     ranks, scores = np.zeros(ids.shape, int), np.full(ids.shape, np.nan, np.float32)
     for row, own in enumerate(ids):
         place = {number: i for i, number in enumerate(before[1][row].tolist())}

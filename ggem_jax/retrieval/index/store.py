@@ -1,9 +1,9 @@
-"""The files of an index: vectors in `vectors-*.npy`, and SQLite files that say whose they are.
+"""The files of an index: vectors in `vectors-*.npy`, and SQLite files that list the image of each.
 
-A file of vectors never changes once it is written. `index.sqlite` is replaced as a whole by a
-rename, so that an index is what one version of this file says. Readers open it as immutable, take
-no lock and require no right to write. `pending.sqlite` has the same tables and holds what a writer
-has extracted but not yet published. The writer holds `lock` with flock; the operating system
+A file of vectors, a shard, never changes once it is written. `index.sqlite` is replaced as a whole
+by a rename, so that an index is what one version of this file says. Readers open it as immutable,
+take no lock and require no right to write. `pending.sqlite` has the same tables and holds what a
+writer has extracted but not yet published. The writer holds `lock` with flock; the operating system
 releases it however the process ends.
 
 Every vector and every entry has a CRC-32. Paths are stored as bytes.
@@ -60,32 +60,32 @@ class Damaged(IndexRefused):
 class Entry(NamedTuple):
     """An image of the index. Images with the same content share a vector, `row` of `shard`."""
 
-    path: bytes
-    size: int
-    mtime_ns: int
-    content: bytes  # hash of the file
-    width: int
-    height: int
-    vector_crc32: int
-    shard: int
-    row: int
+    path: bytes  # relative to the root
+    size: int  # bytes of the file
+    mtime_ns: int  # time of the file's last change, nanoseconds since 1970
+    content: bytes  # hash of the file, 16 bytes
+    width: int  # pixels
+    height: int  # pixels
+    vector_crc32: int  # checksum of the vector as it is stored
+    shard: int  # number of the file of vectors
+    row: int  # row of the vector in it
 
     def crc32(self) -> int:
-        """Returns the checksum of all fields but the vector's place, which compaction changes."""
+        """Returns the CRC-32 of all fields except the vector's place, which compaction changes."""
         return zlib.crc32(repr(self[:7]).encode())
 
 
 @dataclass(frozen=True)
 class Facts:
-    """What holds for the whole index."""
+    """The properties of a whole index."""
 
-    settings: dict[str, Any]  # how vectors are made
-    dtype: str
-    root: str
-    dim: int = 0  # 0 before the first vector
-    count: int = 0  # images
-    shards: dict[int, int] = field(default_factory=dict)  # shard -> its rows
-    versions: dict[str, str] = field(default_factory=dict)  # of the libraries that wrote it
+    settings: dict[str, Any]  # JSON values that describe how vectors are made
+    dtype: str  # dtype of the vectors on disk, one of `DTYPES`
+    root: str  # absolute path of the folder of the images
+    dim: int = 0  # dimension of a vector; 0 before the first one
+    count: int = 0  # number of images
+    shards: dict[int, int] = field(default_factory=dict)  # shard -> number of rows
+    versions: dict[str, str] = field(default_factory=dict)  # library -> version that wrote it
 
     def stored(self) -> np.dtype:
         """Returns the dtype on disk, little-endian."""
@@ -98,7 +98,18 @@ class Facts:
 
 @contextlib.contextmanager
 def reading(folder: Path) -> Iterator[sqlite3.Connection]:
-    """Opens the index's SQLite file as it is now, whatever writers do meanwhile."""
+    """Opens the SQLite file of an index as it is now; writers do not change what it shows.
+
+    Args:
+        folder: Folder of the index.
+
+    Yields:
+        A read-only connection to `index.sqlite`.
+
+    Raises:
+        IndexRefused: There is no index, or the folder cannot be read.
+        Damaged: The block found the file to be damaged.
+    """
     file = folder / INDEX
     try:
         if not file.is_file():
@@ -118,9 +129,13 @@ def reading(folder: Path) -> Iterator[sqlite3.Connection]:
 
 
 def writable(file: Path) -> sqlite3.Connection:
-    """Returns a writer's SQLite file with its tables, opened.
+    """Returns a connection to a SQLite file of a writer.
 
-    Transactions are explicit, and on disk when they are committed.
+    A missing file is created with its tables. Transactions are explicit, and on disk when they are
+    committed.
+
+    Args:
+        file: `pending.sqlite` or `next.sqlite` of an index.
     """
     database = connect(file, "mode=rwc")
     database.execute("PRAGMA synchronous=FULL")
@@ -133,7 +148,12 @@ def writable(file: Path) -> sqlite3.Connection:
 
 
 def connect(file: Path, mode: str) -> sqlite3.Connection:
-    """Returns a connection without implicit transactions; `mode` is part of a SQLite URI."""
+    """Returns a connection to a SQLite file without implicit transactions.
+
+    Args:
+        file: The SQLite file.
+        mode: Parameters of a SQLite URI, such as "mode=ro&immutable=1".
+    """
     return sqlite3.connect(
         f"file:{quote(os.fsencode(file.absolute()))}?{mode}", uri=True, isolation_level=None
     )
@@ -145,7 +165,7 @@ def _damage_in_one_sentence(file: Path) -> Iterator[None]:
         yield
     except IndexRefused:
         raise
-    # SQLite's own errors, and those of altered values
+    # SQLite's own errors, and those that altered values cause
     except (sqlite3.Error, ValueError, TypeError, KeyError, OverflowError, AttributeError) as error:
         raise Damaged(
             f"{file} is damaged ({error}): put a copy in its place, or build the index again in"
@@ -156,7 +176,13 @@ def _damage_in_one_sentence(file: Path) -> Iterator[None]:
 def read_facts(database: sqlite3.Connection, file: Path) -> Facts:
     """Returns the facts of an index, or of a pending one.
 
-    Raises `IndexRefused` where the file is damaged, of another program, or of a newer version.
+    Args:
+        database: An open connection to the SQLite file.
+        file: The SQLite file, which errors name.
+
+    Raises:
+        Damaged: The file is damaged, or of another program.
+        IndexRefused: The file has the format of another version.
     """
     application, version = (
         database.execute(f"PRAGMA {name}").fetchone()[0]
@@ -182,7 +208,12 @@ def read_facts(database: sqlite3.Connection, file: Path) -> Facts:
 
 
 def write_facts(database: sqlite3.Connection, facts: Facts) -> None:
-    """Writes the facts with the versions of today."""
+    """Writes the facts with the present versions of the libraries.
+
+    Args:
+        database: An open connection to the SQLite file.
+        facts: The facts, whose `versions` are replaced.
+    """
     from_now = {
         "ggem_jax": ggem_jax.__version__,
         "numpy": np.__version__,
@@ -196,7 +227,11 @@ def write_facts(database: sqlite3.Connection, facts: Facts) -> None:
 
 
 def is_unfinished(folder: Path) -> bool:
-    """Returns whether a folder holds at most what an interrupted build leaves."""
+    """Returns whether a folder holds at most what an interrupted build leaves.
+
+    Args:
+        folder: Folder of an index, which may be missing.
+    """
     return (
         all(
             name == LOCK or name.startswith((PENDING, NEXT)) or is_shard(name)
@@ -208,12 +243,20 @@ def is_unfinished(folder: Path) -> bool:
 
 
 def holds_shards(folder: Path) -> bool:
-    """Returns whether a folder holds files of vectors."""
+    """Returns whether a folder holds files of vectors.
+
+    Args:
+        folder: Folder of an index, which must exist.
+    """
     return any(map(is_shard, os.listdir(folder)))
 
 
 def index_is_missing(folder: Path) -> IndexRefused:
-    """Returns the error for vectors without an index."""
+    """Returns the error for vectors without an index.
+
+    Args:
+        folder: Folder of the index, which the error names.
+    """
     return IndexRefused(
         f"{INDEX} is missing in {folder}: put a copy in its place, or delete the folder to build it"
         " anew"
@@ -221,17 +264,36 @@ def index_is_missing(folder: Path) -> IndexRefused:
 
 
 def is_shard(name: str) -> bool:
-    """Returns whether a file's name is that of a file of vectors."""
+    """Returns whether a file's name is that of a file of vectors.
+
+    Args:
+        name: Name of the file without its folder.
+    """
     return name.startswith("vectors-") and name.endswith(".npy")
 
 
 def shard_file(folder: Path, shard: int) -> Path:
-    """Returns the file of a shard."""
+    """Returns the file of a shard.
+
+    Args:
+        folder: Folder of the index.
+        shard: Number of the shard, a random one of 47 bits.
+    """
     return folder / f"vectors-{shard:012x}.npy"
 
 
 def write_shard(file: Path, blocks: Iterable[np.ndarray], rows: int, facts: Facts) -> None:
-    """Writes blocks `(n, dim)` of `rows` rows in all as one `.npy` file, through to the disk."""
+    """Writes vectors as one new `.npy` file, through to the disk.
+
+    Args:
+        file: The file, which must not exist.
+        blocks: Blocks `(n, dim)` of vectors in the dtype of the index.
+        rows: Number of vectors in all blocks.
+        facts: Facts of the index, with `dim` and `dtype`.
+
+    Raises:
+        OSError: The file exists or cannot be written.
+    """
     with file.open("xb") as handle:
         handle.write(_npy_header(rows, facts))
         for block in blocks:
@@ -241,7 +303,11 @@ def write_shard(file: Path, blocks: Iterable[np.ndarray], rows: int, facts: Fact
 
 
 def sync(path: Path) -> None:
-    """Flushes a file, or the list of names in a folder, to the disk."""
+    """Flushes a file, or the list of names in a folder, to the disk.
+
+    Args:
+        path: The file or folder.
+    """
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
@@ -250,9 +316,16 @@ def sync(path: Path) -> None:
 
 
 def map_shard(folder: Path, shard: int, facts: Facts) -> np.ndarray:
-    """Returns the vectors of a shard, `(rows, dim)`, mapped.
+    """Returns the vectors of a shard, `(rows, dim)`, memory-mapped.
 
-    Raises `FileNotFoundError`, or `Damaged`, whose text follows the file's name in a sentence.
+    Args:
+        folder: Folder of the index.
+        shard: Number of the shard, a key of `facts.shards`.
+        facts: Facts of the index.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        Damaged: The file has another size or header; the text follows its name in a sentence.
     """
     rows = facts.shards[shard]
     header, file = _npy_header(rows, facts), shard_file(folder, shard)
@@ -283,16 +356,23 @@ def _npy_header(rows: int, facts: Facts) -> bytes:
 class Flaw(NamedTuple):
     """An entry that cannot be used."""
 
-    id: int
-    path: str
-    file: str  # the damaged one
-    what: str  # follows the file's name in a sentence
+    id: int  # row of the entry in its SQLite file
+    path: str  # path of the image, relative to the root
+    file: str  # name of the damaged file
+    what: str  # what is wrong, as it follows the file's name in a sentence
 
 
 def flaws(
     database: sqlite3.Connection, folder: Path, facts: Facts, name: str = INDEX
 ) -> Iterator[Flaw]:
-    """Yields the entries that cannot be used: all checksums of entries and vectors are compared."""
+    """Yields the entries that cannot be used: all checksums of entries and vectors are compared.
+
+    Args:
+        database: An open connection to the SQLite file.
+        folder: Folder of the index.
+        facts: Facts of the SQLite file.
+        name: Name of the SQLite file, by which a flaw calls it.
+    """
     current, vectors, trouble = -1, np.empty((0, 0)), ""
     for number, entry_crc32, *values in database.execute(
         f"SELECT id, entry_crc32, {COLUMNS} FROM images ORDER BY shard, row"
@@ -328,7 +408,11 @@ def flaws(
 
 
 def some(paths: list[str]) -> str:
-    """Returns `3 images (a.jpg, b.jpg, c.jpg)`, with at most five names."""
+    """Returns `3 images (a.jpg, b.jpg, c.jpg)`, with at most five names.
+
+    Args:
+        paths: Paths of images, in any order.
+    """
     names = ", ".join(map(shown, sorted(paths)[:5])) + (
         f" and {len(paths) - 5} more" if len(paths) > 5 else ""
     )
@@ -336,7 +420,14 @@ def some(paths: list[str]) -> str:
 
 
 def mend(folder: Path, file: str, what: str, paths: list[str] | None = None) -> str:
-    """Returns the sentence for a damaged file, with the images that it concerns."""
+    """Returns the sentence for a damaged file, with the images that it concerns.
+
+    Args:
+        folder: Folder of the index.
+        file: Name of the damaged file.
+        what: What is wrong, as it follows the name in a sentence, such as "is missing".
+        paths: Paths of the images that it concerns; None if they are not known.
+    """
     concerned = f": {some(paths)} cannot be found by it" if paths else ""
     return (
         f"{folder / file} {what}{concerned}; put a copy of the file in its place, or add with"
@@ -345,7 +436,18 @@ def mend(folder: Path, file: str, what: str, paths: list[str] | None = None) -> 
 
 
 def map_or_refuse(folder: Path, shard: int, facts: Facts) -> np.ndarray:
-    """Returns the vectors of a shard, mapped; damage is told in one sentence."""
+    """Returns the vectors of a shard, `(rows, dim)`, memory-mapped.
+
+    Unlike in `map_shard`, the error for damage is a whole sentence with a remedy.
+
+    Args:
+        folder, shard, facts: As in `map_shard`.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        Damaged: The file has another size or header.
+        IndexRefused: The file cannot be read.
+    """
     try:
         return map_shard(folder, shard, facts)
     except Damaged as error:
@@ -359,13 +461,27 @@ def map_or_refuse(folder: Path, shard: int, facts: Facts) -> np.ndarray:
 
 
 def facts_of(folder: Path) -> Facts:
-    """Returns the facts of an index as it is now."""
+    """Returns the facts of an index as it is now.
+
+    Args:
+        folder: Folder of the index.
+
+    Raises:
+        IndexRefused: There is no index, it is damaged, or of another version.
+    """
     with reading(folder) as database:
         return read_facts(database, folder / INDEX)
 
 
 def as_json(settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns settings as JSON brings them back."""
+    """Returns settings as they come back from JSON: tuples become lists, keys text.
+
+    Args:
+        settings: A dictionary of JSON values.
+
+    Raises:
+        IndexRefused: The settings are not such a dictionary.
+    """
     try:
         return dict(json.loads(json.dumps(settings)))
     except (TypeError, ValueError) as error:
@@ -373,7 +489,13 @@ def as_json(settings: dict[str, Any]) -> dict[str, Any]:
 
 
 def refuse_other_settings(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    """Raises `IndexRefused`, which lists all differences, unless the settings are equal."""
+    """Raises `IndexRefused`, which lists all differences, unless the settings are equal.
+
+    Args:
+        folder: Folder of the index, which the error names.
+        there: Settings of the index.
+        here: Settings of the caller, a dictionary of JSON values.
+    """
     flat_there, flat_here = _flat(there), _flat(as_json(here))
     names = [
         name
@@ -393,7 +515,13 @@ def refuse_other_settings(folder: Path, there: dict[str, Any], here: dict[str, A
 
 
 def refuse_other_build(folder: Path, there: Facts, here: Facts) -> None:
-    """Raises `IndexRefused` unless settings, dtype and folder of images are equal."""
+    """Raises `IndexRefused` unless settings, dtype and folder of the images are equal.
+
+    Args:
+        folder: Folder of the index, which the error names.
+        there: Facts of the index, or of an interrupted build.
+        here: Facts of the caller.
+    """
     facts_there, facts_here = (
         {**facts.settings, "dtype": facts.dtype, "folder": facts.root} for facts in (there, here)
     )

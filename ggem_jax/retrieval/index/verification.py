@@ -25,9 +25,9 @@ from ggem_jax.retrieval.index.store import (
 
 
 class Verdict(NamedTuple):
-    """What `verify` found, in sentences."""
+    """The findings of `verify`, in sentences."""
 
-    damage: list[str]  # to be repaired
+    damage: list[str]  # needs repair
     notes: list[str]  # harmless
 
     def record(self) -> dict[str, Any]:
@@ -38,21 +38,21 @@ class Verdict(NamedTuple):
 def verify(path: Path | str, *, deep: bool = False) -> Verdict:
     """Returns the damage of an index: SQLite's structure, entries and vectors are checked.
 
-    Readers and writers may go on meanwhile.
+    Other processes may read and write the index meanwhile.
 
     Args:
-        path: folder of the index.
-        deep: also reads every image and compares its content.
+        path: Folder of an index, as `build` or `build_index` writes it.
+        deep: Whether every image is read too and its content compared; changes are notes.
 
     Raises:
-        IndexRefused: there is no index, or it is of a newer version.
+        IndexRefused: There is no index, or it is of a newer version.
     """
     folder = Path(path)
     try:
         while True:
             before = facts_of(folder)
             damage, facts, found = _damage(folder)
-            # where the facts differ, a writer may have dropped what was missed
+            # if the facts differ, a writer may have removed the files that seem damaged
             if not damage or facts_of(folder) == before:
                 break
     except Damaged as error:

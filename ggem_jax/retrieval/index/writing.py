@@ -52,22 +52,24 @@ from ggem_jax.retrieval.index.store import (
     write_shard,
 )
 
+# images -> a vector `(dim,)` of each in the same order, or why it has none
 Extract = Callable[[Iterator[RGB]], Iterable[np.ndarray | UnreadableImage]]
 OnProgress = Callable[[int, int], None]  # images done, images in all
 
-COMMIT_ROWS, COMMIT_SECONDS = 1024, 30.0  # what a killed writer has to extract again, at most
+# images and seconds after which vectors are written: a killed writer loses no more than that
+COMMIT_ROWS, COMMIT_SECONDS = 1024, 30.0
 
 
 @dataclass(frozen=True)
 class Report:
-    """What a writer did, in images."""
+    """The numbers of images that a writer handled, and notes for the user."""
 
-    added: int = 0
-    updated: int = 0
-    unchanged: int = 0
-    removed: int = 0
-    reused: int = 0  # of the added and updated ones: moved or copied, their vector was there
-    skipped: list[Skipped] = field(default_factory=list)
+    added: int = 0  # new entries
+    updated: int = 0  # entries whose image has another content now
+    unchanged: int = 0  # entries that stay as they were
+    removed: int = 0  # entries that were dropped
+    reused: int = 0  # added and updated ones that were moved or copied: their vector was known
+    skipped: list[Skipped] = field(default_factory=list)  # files that could not be used
     notes: tuple[str, ...] = ()  # what the user should know about the settings
 
     def record(self) -> dict[str, Any]:
@@ -93,7 +95,26 @@ def update(
     workers: int | None,
     on_progress: OnProgress | None,
 ) -> Report:
-    """Brings the index in line with the images under `wanted.root / start`, under the lock."""
+    """Brings the index in line with the images under `wanted.root / start`; requires the lock.
+
+    Args:
+        folder: Folder of the index.
+        wanted: Settings, dtype and root. If there is an index, only the root is used.
+        extract: Function from images to vectors, as in `ggem_jax.retrieval.index.index`.
+        start: Folder below the root, relative to it; empty for the root itself.
+        prune: Whether entries whose files are gone are dropped.
+        repair: Whether damaged entries are replaced; if not, a missing shard raises.
+        workers: Threads that read images; None takes one for each core, at most 4.
+        on_progress: Function that is called with the numbers of images done and of all images.
+
+    Returns:
+        Numbers of images, and the files that were skipped.
+
+    Raises:
+        IndexRefused: There is no usable image, the extractor's vectors do not fit, an interrupted
+            build has other settings, or the folder cannot be written.
+        Damaged: A file of the index is damaged or missing.
+    """
     listing, new = walk(Path(wanted.root), start, apart=folder), not (folder / INDEX).exists()
     if not listing.files:
         first = f" ({listing.skipped[0].why})" if listing.skipped else ""
@@ -116,7 +137,7 @@ def update(
             _refuse_other_pending(folder, wanted, new=new)
             pending = stack.enter_context(contextlib.closing(writable(folder / PENDING)))
             if not pending.execute("SELECT 1 FROM facts").fetchone():
-                # before the first shard: these facts say whether it belongs to a build or an index
+                # before the first shard: these facts tell whether a build or an index owns it
                 write_facts(pending, wanted)
         work = _Work(folder, wanted, committed, pending, lost)
         report = work.run(listing, extract, workers or min(4, os.cpu_count() or 1), on_progress)
@@ -139,7 +160,7 @@ def update(
 
 @contextlib.contextmanager
 def _reporting_damage(folder: Path) -> Iterator[None]:
-    """Turns damage of SQLite's file into one sentence; errors of the extractor pass."""
+    """Turns errors of SQLite into one sentence; errors of the extractor pass."""
     try:
         yield
     except sqlite3.Error as error:
@@ -150,7 +171,7 @@ def _reporting_damage(folder: Path) -> Iterator[None]:
 
 
 def _lost(committed: sqlite3.Connection, folder: Path, facts: Facts) -> set[int]:
-    """The ids of entries that cannot be used. Raises where SQLite's own structure is broken."""
+    """The ids of entries that cannot be used. Raises if SQLite's own structure is broken."""
     problem = committed.execute("PRAGMA integrity_check(1)").fetchone()[0]
     if problem != "ok":
         raise Damaged(
@@ -169,7 +190,7 @@ def _refuse_lost_shards(folder: Path, facts: Facts) -> None:
 
 
 def _refuse_other_pending(folder: Path, wanted: Facts, *, new: bool) -> None:
-    """Refuses an interrupted build of other settings; drops an `add` of another root."""
+    """Refuses an interrupted build with other settings; drops an interrupted `add` with others."""
     if (folder / PENDING).exists():
         with contextlib.closing(writable(folder / PENDING)) as database:
             facts = read_facts(database, folder / PENDING)
@@ -191,7 +212,7 @@ class _Place(NamedTuple):
 
 
 class _Work:
-    """What one update has done so far.
+    """The state of one update.
 
     `chosen` are the entries that `pending` holds for the index, by place in the listing and path.
     """
@@ -223,8 +244,8 @@ class _Work:
             for _, content in self._usable(database, "SELECT id, content FROM images")
         }
         self.chosen: list[tuple[int, bytes]] = []
-        self.waiting: deque[_Place] = deque()  # at the extractor
-        self.copies: list[_Place] = []  # of images that are known, or at the extractor
+        self.waiting: deque[_Place] = deque()  # images that the extractor has
+        self.copies: list[_Place] = []  # copies of images that are known or being extracted
         self.batch: list[tuple[_Place, np.ndarray]] = []
         self.skipped: list[Skipped] = []
         self.exhausted, self.reused, self.last_commit = False, 0, time.monotonic()
@@ -316,7 +337,7 @@ class _Work:
     def _images(
         self, root: Path, unread: list[tuple[int, File]], workers: int
     ) -> Generator[RGB, None, None]:
-        """What the extractor reads. SQLite is left to the thread of its connections."""
+        """The images that the extractor reads. No other thread uses the connections to SQLite."""
         numbers = iter(unread)
         for found in decode(root, (file for _, file in unread), self.known, workers=workers):
             number = next(numbers)[0]

@@ -1,7 +1,6 @@
-"""What each command does: one library call, whose record is printed or written to files.
+"""The commands: each makes one library call, whose record is printed or written to files.
 
-The keyword arguments are those of `ggem_jax.retrieval.tool.flags`; the return value is the exit
-code.
+The keyword arguments come from `ggem_jax.retrieval.tool.flags`; the return value is the exit code.
 """
 
 import json
@@ -26,7 +25,15 @@ from ggem_jax.retrieval.tool.sheet import Answer, Hit, write_sheet
 
 
 def run(command: str, **options: Any) -> int:
-    """Runs a command by its name and returns the exit code."""
+    """Runs a command by its name and returns the exit code.
+
+    Args:
+        command: One of `COMMANDS`.
+        **options: Keyword arguments of the command.
+
+    Raises:
+        Usage: A file was given that the index was made without.
+    """
     try:
         return COMMANDS[command](**options)
     except SurplusFile as error:
@@ -34,6 +41,17 @@ def run(command: str, **options: Any) -> int:
 
 
 def index(*, photos: str, output: str, as_json: bool, **options: Any) -> int:
+    """Builds an index or brings one up to date, and prints the report.
+
+    Args:
+        photos: Folder of the images.
+        output: Folder of the index.
+        as_json: Whether the report is printed as JSON.
+        **options: The `settings`, and keyword arguments of `build_index`.
+
+    Returns:
+        The exit code 0.
+    """
     settings: DescriptorSettings = options.pop("settings")
     keep_compiled_programs()
     with progress() as on_progress:
@@ -42,6 +60,17 @@ def index(*, photos: str, output: str, as_json: bool, **options: Any) -> int:
 
 
 def add(*, index: str, photos: str | None, as_json: bool, **options: Any) -> int:
+    """Adds images that are new or have changed, and prints the report.
+
+    Args:
+        index: Folder of the index.
+        photos: A folder inside its root; None takes the root itself.
+        as_json: Whether the report is printed as JSON.
+        **options: Keyword arguments of `add_images`.
+
+    Returns:
+        The exit code 0.
+    """
     keep_compiled_programs()
     with progress() as on_progress:
         report = indexes.add_images(index, photos, on_progress=on_progress, **options)
@@ -49,10 +78,29 @@ def add(*, index: str, photos: str | None, as_json: bool, **options: Any) -> int
 
 
 def remove(*, index: str, patterns: Sequence[str], as_json: bool) -> int:
+    """Removes entries from an index, and prints the report.
+
+    Args:
+        index: Folder of the index.
+        patterns: Paths, folders or globs, as `ggem_jax.retrieval.index.remove` takes them.
+        as_json: Whether the report is printed as JSON.
+
+    Returns:
+        The exit code 0.
+    """
     return _print_report(index, indexes.remove(index, patterns), as_json)
 
 
 def info(*, index: str, as_json: bool) -> int:
+    """Prints what an index holds and how it was made.
+
+    Args:
+        index: Folder of the index.
+        as_json: Whether the facts are printed as JSON, else one on each line.
+
+    Returns:
+        The exit code 0.
+    """
     facts = indexes.info(index)
     if as_json:
         return _print_json(facts)
@@ -65,6 +113,16 @@ def info(*, index: str, as_json: bool) -> int:
 
 
 def verify(*, index: str, deep: bool, as_json: bool) -> int:
+    """Prints the damage of an index.
+
+    Args:
+        index: Folder of the index.
+        deep: Whether every image is read too.
+        as_json: Whether the verdict is printed as JSON.
+
+    Returns:
+        The exit code: 1 if the index is damaged, else 0.
+    """
     verdict = indexes.verify(index, deep=deep)
     if as_json:
         _print_json(verdict.record())
@@ -85,6 +143,19 @@ def search(
     html: str | None,
     **options: Any,
 ) -> int:
+    """Searches an index by image, prints the results and writes them as a page.
+
+    Args:
+        index: Folder of the index.
+        queries: Paths of the images.
+        box: The box of each query, x1, y1, x2, y2 in pixels; empty for whole images.
+        as_json: Whether the results are printed as JSON, else as tables.
+        html: File of the page; None writes none.
+        **options: The reranking `method`, and keyword arguments of `Index.search`.
+
+    Returns:
+        The exit code 0.
+    """
     keep_compiled_programs()
     results = Index.open(index).search(
         list(queries),
@@ -103,6 +174,20 @@ def search(
 
 
 def rerank(*, queries: str, database: str, output: str, as_json: bool, **options: Any) -> int:
+    """Reranks vectors in files, writes the ranking and prints its size.
+
+    A note on standard error says if the queries are not of length 1.
+
+    Args:
+        queries: File of the queries, as `rerank_files` takes it.
+        database: File of the database, likewise.
+        output: File of the ranking.
+        as_json: Whether the record is printed as JSON.
+        **options: The `method`, and keyword arguments of `rerank_files`.
+
+    Returns:
+        The exit code 0.
+    """
     keep_compiled_programs()
     found = rerank_files(queries, database, output, rerank=options.pop("method"), **options)
     if not found.unit_length:
@@ -117,6 +202,17 @@ def rerank(*, queries: str, database: str, output: str, as_json: bool, **options
 
 
 def evaluate(*, index: str, truth: str, as_json: bool, **options: Any) -> int:
+    """Prints the quality of an index against ground truth, before and after reranking.
+
+    Args:
+        index: Folder of the index.
+        truth: CSV file of the ground truth.
+        as_json: Whether the values are printed as JSON, else as a table.
+        **options: The reranking `method`, and keyword arguments of `Index.evaluate`.
+
+    Returns:
+        The exit code 0.
+    """
     keep_compiled_programs()
     found = Index.open(index).evaluate(truth, rerank=options.pop("method"), **options)
     if as_json:
@@ -126,6 +222,17 @@ def evaluate(*, index: str, truth: str, as_json: bool, **options: Any) -> int:
 
 
 def whiten(*, index: str, output: str, dim: int | None, as_json: bool) -> int:
+    """Learns whitening from the vectors of an index, writes it and prints its size.
+
+    Args:
+        index: Folder of the index.
+        output: `.npz` file of the whitening.
+        dim: Components to keep; None keeps all.
+        as_json: Whether the record is printed as JSON.
+
+    Returns:
+        The exit code 0.
+    """
     found = indexes.whiten_index(index, output, dim=dim)
     if as_json:
         return _print_json(found.record())

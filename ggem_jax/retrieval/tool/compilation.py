@@ -9,15 +9,15 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-MOST_BYTES = 256 * 2**20  # of compiled programs that are kept; one image size takes about 0.5 MB
+MOST_BYTES = 256 * 2**20  # size of the programs that are kept; an image size takes 0.5 MB
 
 
 def keep_compiled_programs() -> None:
     """Makes JAX keep its compiled programs in the user's cache folder, without loading JAX.
 
     The folder is `ggem-jax` in `XDG_CACHE_HOME`, unless `JAX_COMPILATION_CACHE_DIR` names another.
-    `JAX_ENABLE_COMPILATION_CACHE=false` turns the cache off. A folder that cannot be written is no
-    error: everything is compiled again.
+    `JAX_ENABLE_COMPILATION_CACHE=false` turns the cache off. If the folder cannot be written,
+    nothing is kept and no error is raised.
     """
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     warnings.filterwarnings("ignore", message=".*persistent compilation cache")
@@ -45,8 +45,8 @@ def keep_compiled_programs() -> None:
 def cache_folder() -> Path:
     """Returns the folder of the cache.
 
-    Each kind of processor has its own: programs for one may not run on another, and a home may be
-    shared by many machines.
+    Each kind of processor has its own: programs for one may not run on another, and several
+    machines may share a home folder.
     """
     base = os.environ.get("XDG_CACHE_HOME", "")
     root = Path(base) if os.path.isabs(base) else Path.home() / ".cache"
@@ -59,7 +59,12 @@ def cache_folder() -> Path:
 
 
 def drop_oldest(folder: Path, most_bytes: int) -> None:
-    """Deletes the oldest files of a folder until the others are at most `most_bytes`."""
+    """Deletes the oldest files of a folder until the others are at most `most_bytes`.
+
+    Args:
+        folder: Folder of the cache. Folders inside it stay.
+        most_bytes: Size of the newest files that are kept, bytes.
+    """
     files = sorted(
         ((entry.stat(), entry.path) for entry in os.scandir(folder) if entry.is_file()),
         key=lambda each: -each[0].st_mtime_ns,

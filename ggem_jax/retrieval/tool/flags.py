@@ -1,4 +1,4 @@
-"""The command line: commands, their flags, and what is wrong with them.
+"""The command line: commands, their flags, and the errors for wrong ones.
 
 Loads neither JAX nor NumPy, unless `--backbone` names a network.
 """
@@ -17,8 +17,8 @@ from ggem_jax.retrieval.methods import CANDIDATES, METHODS, OPTIONS, choose_meth
 
 DEFAULTS = DescriptorSettings()
 
-MOST_TOGETHER = 4096  # images in a batch: a batch is filled up to its size
-LARGEST = 1e6  # of strengths and powers, as in `superglobal_rerank`
+MOST_TOGETHER = 4096  # largest --batch: a batch with fewer images is padded to its full size
+LARGEST = 1e6  # largest --beta and --alpha, as for beta in `superglobal_rerank`
 
 
 class Usage(Exception):
@@ -39,10 +39,21 @@ class _Formatter(argparse.HelpFormatter):
 
 
 def parse(argv: list[str], prog: str) -> argparse.Namespace:
-    """Returns the command and its keyword arguments, as `ggem_jax.retrieval.tool.commands` takes
-    them. Raises `Usage`; `--help` prints and exits.
+    """Returns the command and its keyword arguments for `ggem_jax.retrieval.tool.commands`.
+
+    `--help` and `--version` print and exit.
+
+    Args:
+        argv: Arguments after the name of the program.
+        prog: Name of the program in messages.
+
+    Returns:
+        The attribute `command`, and a further attribute for each keyword argument.
+
+    Raises:
+        Usage: The arguments are wrong.
     """
-    # an index without a name would be the current folder, a pattern without one everything
+    # an empty name of an index would mean the current folder, an empty pattern all images
     if empty := [each for each in argv if re.fullmatch(r"(--[a-z-]+=)?", each)]:
         raise Usage(
             f"an argument is empty{f', {empty[0]}' if empty[0] else ''}: a variable of the shell"
@@ -65,7 +76,7 @@ def parse(argv: list[str], prog: str) -> argparse.Namespace:
 
 
 def _check(arguments: argparse.Namespace) -> None:
-    """Refuses before hours of work are done."""
+    """Raises `Usage` for arguments that do not fit, before hours of work are done."""
     if arguments.command == "search":
         if len(arguments.box) not in (0, len(arguments.queries)):
             raise Usage(
@@ -104,7 +115,7 @@ def _file_of(name: str) -> str:
 
 
 def _join_boxes(argv: list[str]) -> list[str]:
-    """`--box -1,0,9,9` as `--box=-1,0,9,9`: argparse takes what begins with a minus for a flag."""
+    """`--box -1,0,9,9` as `--box=-1,0,9,9`: argparse takes a leading minus for a flag."""
     joined: list[str] = []
     for each in argv:
         if joined and joined[-1] == "--box" and re.match(r"-[0-9.]", each):
@@ -214,6 +225,14 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         default=DEFAULTS.longest_side,
         metavar="PIXELS",
         help="longer side after resizing (%(default)s); 0 with exact sizes: never shrink",
+    )
+    for flag, choices in (("--gelu", ("exact", "tanh", "quick")), ("--norm", ("pre", "post"))):
+        add(flag, choices=choices, help="of a published ViT whose file does not say it")
+    add(
+        "--heads",
+        type=_count,
+        metavar="N",
+        help="attention heads of a published ViT whose file does not say them",
     )
     add("--whitening", metavar="FILE", help="whitening of the command whiten, applied at the end")
 

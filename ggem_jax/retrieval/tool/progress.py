@@ -1,4 +1,4 @@
-"""How far a build is, on standard error: a bar on a terminal, elsewhere a line now and then."""
+"""Progress of a build on standard error: a bar on a terminal, elsewhere a line every 30 seconds."""
 
 import contextlib
 import sys
@@ -8,19 +8,19 @@ from collections.abc import Iterator
 from ggem_jax.progress import progress_bar
 from ggem_jax.retrieval.index.writing import OnProgress
 
-SECONDS = 30.0  # between lines
+SECONDS = 30.0  # time between two lines
 
 
 @contextlib.contextmanager
 def progress() -> Iterator[OnProgress]:
-    """Gives a function to call with the numbers of images that are done and of all images."""
+    """Yields a function to call with the numbers of images done and of all images."""
     if not sys.stderr.isatty():
         yield Lines()
         return
     with progress_bar() as bar:
 
         def on_progress(done: int, total: int) -> None:
-            if not bar.task_ids:  # what was done before says nothing about the speed
+            if not bar.task_ids:  # images of an earlier run do not count for the speed
                 bar.add_task("images", total=total, completed=done)
             bar.update(bar.task_ids[0], completed=done)
 
@@ -50,7 +50,11 @@ class Lines:
 
 
 def format_seconds(seconds: float) -> str:
-    """Returns a duration as people write it: `45 s`, `12 min`, `3 h 20 min`."""
+    """Returns a duration as people write it: `45 s`, `12 min`, `3 h 20 min`.
+
+    Args:
+        seconds: The duration.
+    """
     minutes = round(seconds / 60)
     if seconds < 90:
         return f"{round(seconds)} s"

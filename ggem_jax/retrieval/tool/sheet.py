@@ -1,6 +1,6 @@
-"""The results of a search as one HTML page that holds everything it shows.
+"""The results of a search as one HTML page without other files.
 
-Images are data URIs; the page loads nothing and runs nothing. Its template is
+Images are data URIs; the page loads nothing and has no scripts. Its template is
 `ggem_jax/files/templates/search.html`.
 """
 
@@ -17,8 +17,8 @@ from ggem_jax.files.images import UnreadableImage, read_image
 from ggem_jax.files.pages import TEMPLATES, render_page
 from ggem_jax.retrieval.index.folder import shown
 
-THUMBNAIL = 320  # pixels of the longer side
-QUALITY = 80  # of JPEG
+THUMBNAIL = 320  # longer side of a thumbnail, pixels
+QUALITY = 80  # JPEG quality, 0 to 100
 
 Box = tuple[float, float, float, float]
 
@@ -27,19 +27,19 @@ Box = tuple[float, float, float, float]
 class Hit:
     """One result of a query."""
 
-    path: str  # of the image, under the root of the index
+    path: str  # path of the image, relative to the root of the index
     rank: int  # from 1
-    score: float
-    rank_before: int | None  # rank before reranking; None where the first search did not reach it
-    score_before: float | None
+    score: float  # score after reranking
+    rank_before: int | None  # rank before reranking; None if it was beyond the first search
+    score_before: float | None  # score of the first search; None likewise
 
 
 @dataclass(frozen=True)
 class Answer:
     """A query with its results, best first."""
 
-    query: str
-    box: Box | None
+    query: str  # path of the image
+    box: Box | None  # part of the image that was searched for, pixels; None for all of it
     hits: list[Hit]
 
 
@@ -47,9 +47,9 @@ class Answer:
 class Thumbnail:
     """A small image as the page shows it."""
 
-    name: str
-    source: str = ""  # data URI
-    missing: str = ""  # without a source: what is wrong with the image
+    name: str  # name of the file
+    source: str = ""  # data URI of a JPEG file
+    missing: str = ""  # if there is no source: what is wrong with the image
 
 
 def write_sheet(
@@ -58,14 +58,14 @@ def write_sheet(
     """Writes the page, which appears when it is complete.
 
     Args:
-        file: the page.
-        answers: the queries with their results.
-        root: the folder of the images.
-        reranked: whether the page shows the ranks before reranking.
-        facts: what stands at the head of the page, by name.
+        file: File of the page.
+        answers: The queries with their results.
+        root: Folder of the images, which the paths of the results are relative to.
+        reranked: Whether the page shows the ranks before reranking.
+        facts: Name and text of each line at the head of the page.
 
     Raises:
-        OSError: the page cannot be written.
+        OSError: The page cannot be written.
     """
     pieces = render_page(
         TEMPLATES / "search.html",
@@ -98,12 +98,17 @@ def _thumbnail_of(path: str | Path, box: Box | None) -> Thumbnail:
 def make_thumbnail(path: Path, box: Box | None = None) -> bytes:
     """Returns a small JPEG file of an image, the right way up.
 
+    Its longer side has at most `THUMBNAIL` pixels.
+
     Args:
-        path: the image.
-        box: (x1, y1, x2, y2) in pixels of the image, drawn as a frame; `None` draws none.
+        path: File of the image.
+        box: The corners x1, y1, x2, y2 in pixels of the image, drawn as a frame; None draws none.
+
+    Returns:
+        The bytes of the file.
 
     Raises:
-        UnreadableImage: the image cannot be read.
+        UnreadableImage: The image cannot be read.
     """
     image = Image.fromarray(read_image(path))
     zoom = min(THUMBNAIL / max(image.size), 1.0)

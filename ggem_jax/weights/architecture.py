@@ -1,0 +1,346 @@
+"""Choices of a network that the shapes of its weights do not say, and what each rests on.
+
+The order of evidence: what the user gives; a publisher's file of settings (`declared`); a row of
+the tables here, each with its source. What none of them decides is not guessed: `AmbiguousWeights`
+asks for it, and names the flag and the key of `config.json` that answer.
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from ggem_jax.files.errors import AmbiguousWeights, MismatchedWeights
+from ggem_jax.models.transformer import GELU
+from ggem_jax.weights.declared import GELUS, Declared, Norms
+
+TIMM = "timm 1.0.22, vision_transformer.py and deit.py"
+
+# Heads by the channels of a token. In the networks of these publishers a width has one number.
+HEADS: dict[int, tuple[int, str]] = {
+    192: (3, "DeiT-Ti (arXiv:2012.12877, table 1)"),
+    256: (4, TIMM),
+    320: (5, TIMM),
+    384: (6, "ViT-S of DeiT and DINO (arXiv:2012.12877, table 1)"),
+    512: (8, TIMM),
+    640: (10, TIMM),
+    768: (12, "ViT-B (arXiv:2010.11929, table 1)"),
+    832: (13, TIMM),
+    896: (14, TIMM),
+    1024: (16, "ViT-L (arXiv:2010.11929, table 1)"),
+    1152: (16, "So400m (arXiv:2305.13035)"),
+    1280: (16, "ViT-H (arXiv:2010.11929, table 1)"),
+    1408: (16, "ViT-g (arXiv:2106.04560, table 2)"),
+    1664: (16, "ViT-G (arXiv:2106.04560, table 2)"),
+    1792: (16, "ViT-e (arXiv:2209.06794)"),
+}
+# Where a family has other heads than the table, or the width stands for several networks.
+HEADS_OF_FAMILY: dict[tuple[str, int], tuple[int, str]] = {
+    ("dinov2", 1536): (24, "DINOv2-g (facebookresearch/dinov2, vision_transformer.py)"),
+    ("siglip", 1536): (16, "SigLIP 2 giant-opt (arXiv:2502.14786)"),
+    ("dinov3", 1280): (20, "DINOv3 H+ (facebookresearch/dinov3, hub/backbones.py)"),
+    ("dinov3", 4096): (32, "DINOv3 7B (facebookresearch/dinov3, hub/backbones.py)"),
+}
+# Heads of text towers, of which open_clip's configs and CLIP's have one for 64 channels.
+OPEN_CLIP = "open_clip, model_configs"
+TEXT_HEADS: dict[int, tuple[int, str]] = {
+    **{width: (width // 64, OPEN_CLIP) for width in (256, 384, 512, 640, 768, 1024, 1280)},
+    1152: (16, "So400m (arXiv:2305.13035)"),
+}
+# GELU of timm's SigLIP: (width, patch, side of the images from, below) -> GELU. Google trained all
+# of them with tanh; timm runs some with the exact one.
+SIGLIP_OF_TIMM: dict[tuple[int, int], tuple[GELU, str]] = {
+    (768, 16): ("exact", TIMM),
+    (768, 32): ("tanh", TIMM),
+    (1152, 14): ("exact", TIMM),
+    (1152, 16): ("tanh", TIMM),
+    (1536, 16): ("tanh", TIMM),
+}
+# the same by timm's names
+_TANH_IN_TIMM = "giantopt_|so400m_patch16_|base_patch32_|large_patch16_siglip_(gap_)?512"
+
+
+# Buffers that OpenAI's own files of CLIP hold, and the files of others do not.
+OPENAI_BUFFERS = frozenset({"input_resolution", "context_length", "vocab_size"})
+
+
+class Settings(NamedTuple):
+    """Where files of settings are looked for."""
+
+    path: Path  # of the weights, beside which they are
+    architecture: str | Path | None = None  # a file that the user names instead
+
+
+class Given(NamedTuple):
+    """Choices of the user; None leaves a choice to the evidence."""
+
+    heads: int | None = None
+    gelu: GELU | None = None
+    norm_eps: float | None = None
+    norm: Norms | None = None
+
+
+NOTHING_GIVEN = Given()
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the tables are asked with: facts that names and shapes of a file do say."""
+
+    family: str
+    layout: str
+    width: int
+    patch: int = 0
+    image: int = 0
+    class_token: bool = True
+    final_norm: Literal["norm", "fc_norm"] = "norm"
+    qkv_bias: bool = True
+    gated: bool = False
+    of_openai: bool = False  # buffers that only OpenAI's own files of CLIP hold
+    of_moco: bool = False  # MoCo v3's folder of names
+
+
+@dataclass
+class Evidence:
+    """The choices made so far, and where each came from."""
+
+    given: Given
+    declared: Declared
+    source: str  # the file, for messages
+    found: dict[str, str] = field(default_factory=dict)
+
+    def settle(self, name: str, known: tuple[Any, str] | None, question: str, answer: str) -> Any:
+        """Returns the value of a choice and writes down where it came from.
+
+        Args:
+            name: The choice, a field of `Given` and of `Declared`.
+            known: The value of a table and the row's source; None: no row decides.
+            question: What is not known, for the message.
+            answer: The flag, the argument and the key of `config.json` that settle it.
+
+        Returns:
+            The value.
+
+        Raises:
+            AmbiguousWeights: Nothing decides.
+        """
+        if (value := getattr(self.given, name)) is not None:
+            self.found[name] = "given"
+        elif (value := getattr(self.declared, name, None)) is not None:
+            self.found[name] = self.declared.sources[name]
+        elif known is not None:
+            value, self.found[name] = known
+        else:
+            ignored = "".join(f"; {each}" for each in self.declared.ignored)
+            raise AmbiguousWeights(
+                f"{self.source} does not say {question}: give {answer}, or put the publisher's"
+                f" config.json beside the file{ignored}"
+            )
+        return value
+
+
+def decide_heads(evidence: Evidence, facts: Facts, by_shape: int | None = None) -> int:
+    """Returns the attention heads of an image tower.
+
+    Args:
+        evidence: What was given and declared; the source of the choice is written into it.
+        facts: What names and shapes say.
+        by_shape: Heads of kernels that have an axis for them, as Flax's do; None: no such kernels.
+
+    Returns:
+        The number of heads.
+
+    Raises:
+        AmbiguousWeights: No published network has this width, or several with different heads have.
+        MismatchedWeights: Other heads are given than the kernels have.
+    """
+    if by_shape is not None:
+        return _heads_by_shape(evidence, by_shape)
+    family = HEADS_OF_FAMILY.get((facts.family, facts.width))
+    row = family or HEADS.get(facts.width)
+    about = f"and no published network of width {facts.width} is known"
+    name = evidence.declared.architecture or ""
+    if facts.of_moco and facts.width == 384 and not name:
+        row, about = None, "and ViT-S has 12 in MoCo v3, 6 elsewhere"
+    elif _is_gap(name, facts):
+        row, about = (16, evidence.declared.sources["architecture"]), ""
+    elif _may_be_gap(facts) and not name:
+        row, about = None, "and ViT-B without a class token has 12 or 16 in timm"
+    elif "_dinov2" in name and facts.width == 1536:
+        row = HEADS_OF_FAMILY["dinov2", 1536]
+    elif facts.width == 1536 and family is None:
+        about = "and a network of width 1536 has 12, 16 or 24"
+    return evidence.settle(
+        "heads", row, f"how many attention heads it has, {about}", _ANSWERS["heads"]
+    )
+
+
+def decide_text_heads(evidence: Evidence, width: int, by_shape: int | None = None) -> int:
+    """Returns the attention heads of a text tower.
+
+    Args:
+        evidence: What was given and declared; the source of the choice is written into it.
+        width: Channels of a token.
+        by_shape: Heads of kernels that have an axis for them, as Flax's do; None: no such kernels.
+
+    Returns:
+        The number of heads.
+
+    Raises:
+        AmbiguousWeights: No published text tower has this width.
+        MismatchedWeights: Other heads are given than the kernels have.
+    """
+    if by_shape is not None:
+        return _heads_by_shape(evidence, by_shape)
+    question = (
+        "how many attention heads its text tower has, and no published one of width"
+        f" {width} is known"
+    )
+    return evidence.settle("heads", TEXT_HEADS.get(width), question, _ANSWERS["heads"])
+
+
+def _heads_by_shape(evidence: Evidence, heads: int) -> int:
+    if evidence.given.heads not in (None, heads):
+        raise MismatchedWeights(
+            f"{evidence.source} has kernels of {heads} heads, not {evidence.given.heads}"
+        )
+    evidence.found["heads"] = "shape of the attention's kernels"
+    return heads
+
+
+def decide_gelu(evidence: Evidence, facts: Facts) -> GELU:
+    """Returns the GELU of the MLPs; "exact" for gated ones, which have none.
+
+    Args:
+        evidence: What was given and declared; the source of the choice is written into it.
+        facts: What names and shapes say.
+
+    Returns:
+        The GELU.
+
+    Raises:
+        AmbiguousWeights: Published networks of this kind differ: CLIP's is "quick" in the files of
+            OpenAI, MetaCLIP and DFN, and "exact" in most others.
+        MismatchedWeights: A file of settings declares an activation that is no GELU.
+    """
+    if facts.gated:
+        evidence.found["gelu"] = "not used: the MLPs are gated (SwiGLU)"
+        return "exact"
+    declared = evidence.declared
+    if evidence.given.gelu is None and declared.activation is not None:
+        evidence.found["gelu"] = declared.sources["activation"]
+        if declared.activation not in GELUS:
+            raise MismatchedWeights(
+                f"{evidence.source} has the activation {declared.activation!r}"
+                f" ({declared.sources['activation']}), which is no GELU of ours: {', '.join(GELUS)}"
+            )
+        return GELUS[declared.activation]
+    return evidence.settle("gelu", _known_gelu(facts, declared), *_GELU_QUESTION)
+
+
+def decide_norms(evidence: Evidence, facts: Facts) -> Norms:
+    """Returns whether the norms of a block stand before its branches or after them.
+
+    Args:
+        evidence: What was given and declared; the source of the choice is written into it.
+        facts: What names and shapes say.
+
+    Returns:
+        "pre" or "post".
+
+    Raises:
+        AmbiguousWeights: The file has the parameters of timm's residual post-norm networks, which
+            have the same names as pre-norm ones.
+    """
+    name = evidence.declared.architecture
+    signature = (
+        facts.layout == "timm"
+        and facts.final_norm == "fc_norm"
+        and not facts.class_token
+        and not facts.qkv_bias
+    )
+    row: tuple[Norms, str] | None
+    if name is not None:
+        row = ("post" if "_rpn_" in name else "pre", evidence.declared.sources["architecture"])
+    elif signature:
+        row = None
+    else:
+        row = ("pre", f"only vit_base_patch16_rpn_224 of {TIMM} has norms after the branches")
+    return evidence.settle(
+        "norm",
+        row,
+        "whether its norms come before or after the branches of a block",
+        _ANSWERS["norm"],
+    )
+
+
+def decide_norm_eps(evidence: Evidence, facts: Facts, usual: float) -> float:
+    """Returns the epsilon of the norms.
+
+    Args:
+        evidence: What was given and declared; the source of the choice is written into it.
+        facts: What names and shapes say.
+        usual: That of the family.
+
+    Returns:
+        The epsilon.
+    """
+    row = (1e-12, "default of Hugging Face's vit, deit and vit_mae")
+    if facts.layout != "hf-vit":
+        row = (usual, f"family {facts.family}")
+    return evidence.settle("norm_eps", row, "the epsilon of its norms", "norm_eps=1e-6")
+
+
+_ANSWERS: Mapping[str, str] = {
+    "heads": '--heads N (heads=N; "num_attention_heads" in config.json)',
+    "norm": '--norm pre or --norm post (norm="post"; "architecture" in timm\'s config.json)',
+    "gelu": '--gelu exact, tanh or quick (gelu="exact"; "hidden_act" in config.json)',
+}
+_GELU_QUESTION = (
+    "which GELU it was trained with, and published networks of its kind differ",
+    _ANSWERS["gelu"],
+)
+
+
+def _known_gelu(facts: Facts, declared: Declared) -> tuple[GELU, str] | None:
+    name = declared.architecture
+    if facts.family == "clip":
+        if name is not None:
+            quick = "quickgelu" in name
+            return ("quick" if quick else "exact"), declared.sources["architecture"]
+        return ("quick", "buffers that only OpenAI's own files hold") if facts.of_openai else None
+    if facts.layout in ("augreg", "big_vision"):
+        return "tanh", "default of Flax, in which it was trained"
+    if facts.family == "siglip" and facts.layout != "timm":
+        return "tanh", "SigLIP (arXiv:2303.15343), as trained in Flax"
+    if name is not None and "_siglip_" in name:
+        tanh = re.search(_TANH_IN_TIMM, name) is not None
+        return ("tanh" if tanh else "exact"), declared.sources["architecture"]
+    of_timm = facts.family == "siglip" or _may_be_siglip(facts)
+    if of_timm and (facts.width, facts.patch) in {*SIGLIP_OF_TIMM, (1024, 16)}:
+        if (facts.width, facts.patch) == (1024, 16):
+            return ("tanh" if facts.image >= 512 else "exact"), TIMM
+        return SIGLIP_OF_TIMM[facts.width, facts.patch]
+    if facts.family == "siglip":
+        return None
+    return "exact", f"family {facts.family}"
+
+
+def _may_be_siglip(facts: Facts) -> bool:
+    """Whether it has the names of timm's SigLIP without its pooling (`..._siglip_gap_...`)."""
+    return (
+        facts.layout == "timm"
+        and facts.family == "vit"
+        and not facts.class_token
+        and facts.final_norm == "norm"
+    )
+
+
+def _may_be_gap(facts: Facts) -> bool:
+    """Whether it has the names of timm's `vit_base_patch16_gap_224`, as its SigLIP has."""
+    return facts.width == 768 and _may_be_siglip(facts)
+
+
+def _is_gap(name: str, facts: Facts) -> bool:
+    return name.startswith("vit_base_patch16_gap_") and facts.width == 768

@@ -1,0 +1,274 @@
+"""ggem_jax/weights/architecture.py and declared.py: what shapes do not say comes from evidence, or
+is asked for.
+"""
+
+import json
+import re
+
+import numpy as np
+import pytest
+from test_weights_vit import assert_like_pytorch, empty_network, recorded
+
+from ggem_jax.files.errors import AmbiguousWeights
+from ggem_jax.weights import MismatchedWeights, UnreadableWeights, write_safetensors
+from ggem_jax.weights.architecture import HEADS, Given
+from ggem_jax.weights.load import load_vit
+from ggem_jax.weights.text import read_text
+from ggem_jax.weights.vit import from_timm, read_vit
+
+# recorded network -> the publisher's file, and what it settles
+DECLARED = {
+    "timm-clip-16-heads": ("config.json", {"heads": 16, "gelu": "exact"}),
+    "timm-siglip-16-heads": ("config.json", {"heads": 16, "gelu": "tanh"}),
+    "hf-siglip-16-heads": ("config.json", {"heads": 16, "gelu": "tanh"}),
+    "hf-clip-exact": ("config.json", {"heads": 2, "gelu": "exact"}),
+    "open_clip-exact": ("open_clip_config.json", {"heads": 2, "gelu": "exact"}),
+    "timm-post-norm": ("config.json", {"heads": 2, "post_norm": True}),
+    "timm-post-norm-token": ("config.json", {"heads": 2, "post_norm": True}),
+}
+
+
+def publish(folder, name):
+    """The recorded weights with the publisher's file of settings beside them."""
+    weights, found = recorded(name)
+    folder.mkdir(exist_ok=True)
+    write_safetensors(folder / "model.safetensors", weights)
+    file, _ = DECLARED[name]
+    (folder / file).write_text(str(found["config"]))
+    return folder / "model.safetensors", folder / file, found
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_the_publishers_file_decides_and_features_are_those_of_pytorch(name, tmp_path):
+    path, settings, found = publish(tmp_path, name)
+    published = read_vit(path)
+    for choice, value in DECLARED[name][1].items():
+        assert getattr(published.config, choice) == value
+    for choice in ("heads", "norm" if "post" in name else "gelu"):
+        assert published.evidence[choice].startswith(f"{settings.name}: "), published.evidence
+    assert_like_pytorch(published, found)
+    elsewhere = settings.rename(tmp_path / "settings.json")
+    with pytest.raises(AmbiguousWeights, match=r"how many attention heads .* --heads N"):
+        read_vit(path)
+    assert_like_pytorch(read_vit(path, architecture=elsewhere), found)
+    assert load_vit(path, architecture=elsewhere).model.config == published.config
+
+
+@pytest.mark.parametrize("name", DECLARED)
+def test_another_choice_is_another_network(name, tmp_path):
+    """The recordings can tell: each choice that a file declares changes the features."""
+    path, _, found = publish(tmp_path, name)
+    other = {"heads": 4} if "16" in name else {"norm": "pre"} if "post" in name else {}
+    other = other or {"gelu": "quick"}
+    with pytest.raises(AssertionError):
+        assert_like_pytorch(read_vit(path, **other), found)
+
+
+def clip(width=768, patch=4):
+    return empty_network(width, patch, pre_norm=True, patch_bias=False)
+
+
+def siglip(width, patch, side=1):
+    """timm's names of an image tower of SigLIP, with zeros."""
+    arrays = empty_network(width, patch, class_token=False)
+    arrays["pos_embed"] = np.zeros((1, side * side, width), np.float32)
+    shapes = {"latent": (1, 1, width), "norm.weight": (width,), "norm.bias": (width,)}
+    for layer, inner, outer in (
+        ("q", width, width), ("kv", width, 2 * width), ("proj", width, width),
+        ("mlp.fc1", width, 8), ("mlp.fc2", 8, width),
+    ):  # fmt: skip
+        shapes |= {f"{layer}.weight": (outer, inner), f"{layer}.bias": (outer,)}
+    return arrays | {f"attn_pool.{n}": np.zeros(shape, np.float32) for n, shape in shapes.items()}
+
+
+def choices(arrays, **how):
+    config = from_timm(arrays, **how).config
+    return config.heads, config.gelu
+
+
+def test_published_sizes_have_their_heads():
+    for width, heads in {192: 3, 1152: 16, 1280: 16, 1408: 16, 1664: 16, 1792: 16}.items():
+        assert HEADS[width][0] == heads
+        assert choices(empty_network(width)) == (heads, "exact")
+    assert choices(empty_network(1536, 14, layer_scale=1.0)) == (24, "exact")  # DINOv2-g
+    assert choices(siglip(1536, 16)) == (16, "tanh")  # SigLIP 2 giant-opt
+    for patch, side, gelu in ((16, 1, "exact"), (16, 32, "tanh")):  # images of 16 and 512 pixels
+        assert choices(siglip(1024, patch, side)) == (16, gelu)
+    assert choices(siglip(1152, 14)) == (16, "exact")
+    assert choices(siglip(1152, 16)) == (16, "tanh")
+
+
+AMBIGUOUS = {
+    "an unknown width": (empty_network(64), {}, "heads", "width 64 is known"),
+    "12, 16 or 24 heads": (empty_network(1536), {}, "heads", "12, 16 or 24"),
+    "a GELU of CLIP": (clip(), {}, "gelu", "which GELU"),
+    "a GELU of SigLIP": (siglip(768, 14), {}, "gelu", "which GELU"),
+    "an order of norms": (
+        {
+            name.replace("norm.", "fc_norm.") if name.startswith("norm.") else name: value
+            for name, value in empty_network(768, class_token=False, qkv_bias=False).items()
+        },
+        {},
+        "norm",
+        "before or after",
+    ),
+    "timm's gap": (empty_network(768, class_token=False), {}, "heads", "12 or 16 in timm"),
+}
+SETTLED = {"heads": 16, "gelu": "tanh", "norm": "post"}
+
+
+@pytest.mark.parametrize("case", AMBIGUOUS)
+def test_what_several_networks_fit_is_asked_for_with_the_flag_that_settles_it(case):
+    arrays, how, choice, words = AMBIGUOUS[case]
+    with pytest.raises(AmbiguousWeights, match=re.escape(words)) as caught:
+        from_timm(arrays, **how)
+    assert f"--{choice} " in str(caught.value)
+    assert f"{choice}=" in str(caught.value)
+    given = Given(16, "tanh", None, "post")._replace(
+        **{name: None for name in ("heads", "gelu", "norm") if name != choice}
+    )
+    published = from_timm(arrays, given=given)
+    assert published.evidence[choice] == "given"
+    found = vars(published.config) | {"norm": "post" if published.config.post_norm else "pre"}
+    assert found[choice] == SETTLED[choice]
+
+
+def test_files_of_openai_are_known_by_their_buffers(tmp_path):
+    weights, found = recorded("openai-clip")
+    buffers = {name: np.array(7) for name in ("input_resolution", "context_length", "vocab_size")}
+    write_safetensors(tmp_path / "w.safetensors", weights | buffers)
+    published = read_vit(tmp_path / "w.safetensors", heads=2)
+    assert published.config.gelu == "quick"
+    assert "OpenAI" in published.evidence["gelu"]
+    assert_like_pytorch(published, found)
+
+
+HUGGING = {"model_type": "clip", "vision_config": {"num_attention_heads": 4, "hidden_size": 16}}
+BESIDE = {
+    "Hugging Face": ({"config.json": HUGGING}, (4, "quick")),  # the default of its class
+    "an act of its own": (
+        {"config.json": {"num_attention_heads": 4, "hidden_act": "gelu_pytorch_tanh"}},
+        (4, "tanh"),
+    ),
+    "open_clip": (
+        {
+            "open_clip_config.json": {
+                "model_cfg": {
+                    "quick_gelu": True,
+                    "vision_cfg": {"width": 16, "layers": 2, "head_width": 8},
+                }
+            }
+        },
+        (2, "quick"),
+    ),
+    "timm's name": (
+        {
+            "config.json": {
+                "architecture": "vit_base_patch32_clip_quickgelu_224",
+                "model_args": {"num_heads": 8},
+            }
+        },
+        (8, "quick"),
+    ),
+    "another name of timm": (
+        {
+            "config.json": {
+                "architecture": "vit_base_patch32_clip_224",
+                "model_args": {"num_heads": 8},
+            }
+        },
+        (8, "exact"),
+    ),
+    "two that agree": (
+        {
+            "config.json": {"num_attention_heads": 2, "hidden_act": "gelu"},
+            "open_clip_config.json": {"model_cfg": {"vision_cfg": {"width": 16, "head_width": 8}}},
+        },
+        (2, "exact"),
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BESIDE)
+def test_files_beside_the_weights_of_a_clip(case, tmp_path):
+    files, expected = BESIDE[case]
+    write_safetensors(tmp_path / "w.safetensors", recorded("timm-clip")[0])
+    for name, settings in files.items():
+        (tmp_path / name).write_text(json.dumps(settings))
+    config = read_vit(tmp_path / "w.safetensors").config
+    assert (config.heads, config.gelu) == expected
+
+
+def test_a_file_of_another_network_is_no_evidence(tmp_path):
+    weights, _ = recorded("timm-clip")
+    write_safetensors(tmp_path / "w.safetensors", weights)
+    other = {"num_attention_heads": 12, "hidden_act": "gelu", "hidden_size": 768}
+    (tmp_path / "config.json").write_text(json.dumps(other))
+    with pytest.raises(AmbiguousWeights, match="hidden_size 768 where the weights have 16"):
+        read_vit(tmp_path / "w.safetensors")
+    with pytest.raises(MismatchedWeights, match=r"is not the network that .*config.json describes"):
+        read_vit(tmp_path / "w.safetensors", architecture=tmp_path)
+    for broken in ("[1]", "{", "[" * 9999):
+        (tmp_path / "config.json").write_text(broken)
+        with pytest.raises(AmbiguousWeights):
+            read_vit(tmp_path / "w.safetensors")
+    with pytest.raises(UnreadableWeights, match="not readable JSON"):
+        read_vit(tmp_path / "w.safetensors", architecture=tmp_path / "config.json")
+    with pytest.raises(UnreadableWeights, match="is not a file of settings"):
+        read_vit(tmp_path / "w.safetensors", architecture=tmp_path / "absent.json")
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"num_attention_heads": 0}, "num_attention_heads must be a whole number of at least 1"),
+        ({"num_attention_heads": "2"}, "num_attention_heads must be a whole number"),
+        ({"num_attention_heads": 2, "hidden_act": "silu"}, "the activation 'silu'"),
+        ({"num_attention_heads": 2, "hidden_act": 3}, "hidden_act must be the name of a GELU"),
+        ({"num_attention_heads": 2, "layer_norm_eps": 2}, "layer_norm_eps must be a number above"),
+        ({"num_attention_heads": 3}, "width must be a multiple of heads"),
+    ],
+)
+def test_a_file_that_says_what_cannot_be_is_refused(settings, words, tmp_path):
+    write_safetensors(tmp_path / "w.safetensors", recorded("timm-vit")[0])
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(MismatchedWeights, match=words):
+        read_vit(tmp_path / "w.safetensors")
+
+
+def test_two_files_that_contradict_each_other_are_refused(tmp_path):
+    write_safetensors(tmp_path / "w.safetensors", recorded("timm-clip")[0])
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 4}))
+    (tmp_path / "open_clip_config.json").write_text(
+        json.dumps({"model_cfg": {"vision_cfg": {"width": 16, "head_width": 8}}})
+    )
+    with pytest.raises(MismatchedWeights, match=r"contradict each other \(4 and 2\)"):
+        read_vit(tmp_path / "w.safetensors")
+    assert read_vit(tmp_path / "w.safetensors", architecture=tmp_path / "config.json", gelu="quick")
+
+
+def test_the_text_tower_is_declared_apart_from_the_image_tower(tmp_path):
+    write_safetensors(tmp_path / "w.safetensors", recorded("text-hf-clip")[0])
+    settings = {
+        "vision_config": {"num_attention_heads": 4, "hidden_act": "gelu"},
+        "text_config": {"num_attention_heads": 2, "hidden_act": "quick_gelu"},
+    }
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    path = tmp_path / "w.safetensors"
+    text, image = read_text(path), read_vit(path)
+    assert (text.config.heads, text.config.gelu) == (2, "quick")
+    assert (image.config.heads, image.config.gelu) == (4, "exact")
+    assert text.evidence["heads"] == "config.json: num_attention_heads"
+    (tmp_path / "config.json").unlink()
+    for tower in (read_text, read_vit):
+        with pytest.raises(AmbiguousWeights, match="heads"):
+            tower(path)
+        with pytest.raises(AmbiguousWeights, match="GELU"):
+            tower(path, heads=2)
+
+
+def test_heads_that_the_kernels_tell_are_not_overruled(tmp_path):
+    np.savez(tmp_path / "w.npz", **recorded("augreg")[0])
+    assert read_vit(tmp_path / "w.npz").evidence["heads"] == "shape of the attention's kernels"
+    with pytest.raises(MismatchedWeights, match="has kernels of 2 heads, not 4"):
+        read_vit(tmp_path / "w.npz", heads=4)
