@@ -5,6 +5,8 @@
 PYTHON ?= python3
 PIP_FLAGS ?= --quiet --no-compile --prefer-binary
 BIN := .venv/bin
+# A file stays on one worker, which has compiled its programs; the costly files come first.
+TESTS = $(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 # The ptxas that comes with JAX, before any that is on this machine.
 JAX_PTXAS = PATH="$$(echo $(CURDIR)/.venv/cuda/nvidia/*/bin):$$PATH"
 
@@ -15,13 +17,14 @@ demo: .venv/train
 	$(BIN)/python -m eval.studies.accelerator
 
 check: lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile --fast
+	$(TESTS) --fast
 
-test: lint .venv/cuda .venv/pjrt
+# Wheels are downloaded while mypy computes.
+test: .venv/dev
+	$(MAKE) -j4 lint docs .venv/cuda .venv/pjrt
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "interpreter and not slow" tests/test_kernels_interpreted.py
-	$(JAX_PTXAS) PYTHONPATH=.venv/cuda $(BIN)/python -m pytest -n 2 -m "(compiled or lowering or assembled) and not slow" tests/test_kernels_compiled.py tests/test_kernels_lowered.py tests/test_kernels_assembled.py
-	$(JAX_PTXAS) JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 PYTHONPATH=.venv/cuda:.venv/pjrt $(BIN)/python -m pytest -m "aot and not slow" tests/test_kernels_partitioned.py
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(JAX_PTXAS) JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 PYTHONPATH=.venv/cuda:.venv/pjrt $(BIN)/python -m pytest -n 2 -m "(compiled or lowering or assembled or aot) and not slow" tests/test_kernels_compiled.py tests/test_kernels_lowered.py tests/test_kernels_assembled.py tests/test_kernels_partitioned.py
+	$(TESTS)
 
 lint: .venv/dev
 	$(BIN)/ruff check .
@@ -32,9 +35,10 @@ lint: .venv/dev
 	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("Python 3.11 or newer is needed, $(PYTHON) is %d.%d: make PYTHON=python3.12 ..." % sys.version_info[:2])'
 	$(PYTHON) -m venv .venv
 
-.venv/train .venv/dev: .venv/%: setup.cfg pyproject.toml | .venv/bin/python
+# The extra dev has train and docs in it.
+.venv/train .venv/dev .venv/docs: .venv/%: setup.cfg pyproject.toml | .venv/bin/python
 	$(BIN)/python -m pip install $(PIP_FLAGS) --editable '.[$*]'
-	@touch $@
+	@touch $@ $(if $(filter dev,$*),.venv/train .venv/docs)
 
 # Parts of the CUDA packages of the same JAX, without CUDA itself, for tests where there is no GPU; each in a folder of its own, which only those tests see.
 # .venv/cuda lowers kernels and assembles them: the plugin, and the ptxas that comes with it. .venv/pjrt (460 MB) is XLA's compiler.
@@ -58,13 +62,8 @@ clean:
 # make docs: the documentation site in site/, built strictly: a broken link or an unknown name is an
 # error (but not with --quiet, which lets warnings pass). Part of make test.
 .PHONY: docs clean-docs
-test: docs
 docs: .venv/docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict
-
-.venv/docs: setup.cfg | .venv/bin/python
-	$(BIN)/python -m pip install $(PIP_FLAGS) --editable '.[docs]'
-	@touch $@
 
 clean: clean-docs
 clean-docs:

@@ -3,6 +3,7 @@ folder of the golden data, tools as processes of their own, and small data sets.
 """
 
 import collections
+import functools
 import os
 import subprocess
 import sys
@@ -43,8 +44,10 @@ LEAST_CASES = {
     "aot": ("test_kernels_partitioned.py", 7),
 }
 
-# Files that `--fast` leaves out: their tests train, start processes, or compile whole networks.
+# Files that `--fast` leaves out, and that come first otherwise: their tests train, start processes,
+# or compile whole networks.
 COSTLY_FILES = {
+    "test_bench_kernels.py",
     "test_docs.py",
     "test_docstring_examples.py",
     "test_efficientnet_lite.py",
@@ -73,11 +76,13 @@ COSTLY_FILES = {
     "test_retrieval_descriptors.py",
     "test_retrieval_index.py",
     "test_retrieval_tool.py",
+    "test_text.py",
     "test_train_classify.py",
     "test_train_contrastive.py",
     "test_train_metric.py",
     "test_train_published.py",
     "test_train_resume.py",
+    "test_vit.py",
     "test_weights_efficientnet_lite.py",
     "test_weights_vit.py",
 }
@@ -176,6 +181,22 @@ def captioned_folder(tmp_path):
     return folder
 
 
+def draw_variables(model, *inputs, seed=0, **options):
+    """Returns random variables of a Flax model, drawn by NumPy, so that its `init` is not compiled:
+    kernels as large as their inputs ask for, scales and variances near 1, exponents near 3.
+    """
+    rng = np.random.default_rng(seed)
+    shapes = jax.eval_shape(functools.partial(model.init, **options), jax.random.key(0), *inputs)
+
+    def draw(path, leaf):
+        middle = {"scale": 1.0, "var": 1.0, "p": 3.0}.get(path[-1].key, 0.0)
+        inputs = np.prod(leaf.shape[:-1]) if path[-1].key == "kernel" else 100
+        drawn = np.clip(rng.standard_normal(leaf.shape, np.float32), -3, 3) / np.sqrt(inputs)
+        return (middle + drawn).astype(leaf.dtype)
+
+    return jax.tree.map_with_path(draw, shapes)
+
+
 def one_line(capsys, main, *flags) -> str:
     """The sentence that a tool ends with."""
     with pytest.raises(SystemExit) as caught:
@@ -201,9 +222,10 @@ def pytest_ignore_collect(collection_path, config):
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(items):
-    """Marks the combinations of a test marked `sampled` as slow, except a few that cover every
-    value of every parameter.
+    """Puts costly files first, so that no worker ends with a long one, and marks the combinations
+    of a test marked `sampled` as slow, except a few that cover every value of every parameter.
     """
+    items.sort(key=lambda item: item.path.name not in COSTLY_FILES)
     by_test = collections.defaultdict(list)
     for item in items:
         if item.get_closest_marker("sampled"):

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import draw_variables
 from jax import lax
 
 from ggem_jax.models.efficientnet_lite import (
@@ -59,7 +60,7 @@ def test_a_side_of_the_map_is_a_32nd_rounded_up(height, width):
 def test_logits_are_the_head_of_the_mean_of_the_map():
     model = EfficientNetLite(EfficientNetLiteConfig(width=0.5, depth=0.3, image=32), num_classes=7)
     images = jax.random.normal(jax.random.key(1), (2, 40, 33, 3))
-    variables = jax.jit(model.init)(jax.random.key(0), images)
+    variables = draw_variables(model, images, method="logits")
     features, logits = jax.jit(
         lambda v, x: (model.apply(v, x), model.apply(v, x, method="logits"))
     )(variables, images)

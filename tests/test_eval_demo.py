@@ -5,10 +5,15 @@ import re
 import pytest
 
 from eval.studies import demo
+from train.cli import load_config
 
 
 def test_the_demo_trains_compares_and_reports(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "POOLINGS", {"gem": "GeM", "ggem": "GGeM"})
+    small = ["--model.width", "16", "--model.depth", "1", "--model.mlp-width", "32"]
+    monkeypatch.setattr(
+        demo, "load_config", lambda kind, flags, tool: load_config(kind, [*flags, *small], tool)
+    )
     demo.main(["--out", str(tmp_path / "demo"), "--seeds", "2", "--epochs", "1"])
     said = capsys.readouterr().out
     assert re.search(r"GeM .* \d+\.\d\d % \[", said)

@@ -51,7 +51,7 @@ def test_the_tool_prints_a_table_or_json(capsys, monkeypatch):
     monkeypatch.setattr(
         planted, "make_arms", lambda config: {name: every(config)[name] for name in ("GeM", "GGeM")}
     )
-    flags = ["--seeds", "2", "--steps", "3", "--test", "16"]
+    flags = ["--seeds", "2", "--steps", "3", "--test", "16", "--batch", "8"]
     planted.main(flags)
     assert "GGeM less GeM" in capsys.readouterr().out
     planted.main([*flags, "--json"])

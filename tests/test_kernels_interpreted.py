@@ -325,7 +325,7 @@ def test_second_derivatives_do_not_see_the_padding():
         )
 
     got, want = (
-        jax.hessian(functools.partial(total, implementation=i))(jnp.linspace(0.5, 1.5, 8))
+        jax.jit(jax.hessian(functools.partial(total, implementation=i)))(jnp.linspace(0.5, 1.5, 8))
         for i in ("interpret", "xla")
     )
     np.testing.assert_allclose(got, want, rtol=2e-4, atol=2e-5)
@@ -418,20 +418,22 @@ def test_norm_and_superglobal_under_vmap_and_grad():
         return jnp.sum(norm_ggem_pool(tokens, scale, bias, p, implementation=implementation) ** 2)
 
     got, want = (
-        jax.vmap(
-            jax.grad(functools.partial(norm_total, implementation=i), (0, 1, 2)), (0, None, 0)
+        jax.jit(
+            jax.vmap(
+                jax.grad(functools.partial(norm_total, implementation=i), (0, 1, 2)), (0, None, 0)
+            )
         )(TOKENS.reshape(2, 4, 7, 12), scale, jnp.stack([EXPONENT, EXPONENT + 1]))
         for i in ("interpret", "xla")
     )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-5), got, want)
     maps = jnp.abs(jax.random.normal(jax.random.key(1), (2, 2, 5, 4, 6)))
     got, want = (
-        jax.vmap(functools.partial(superglobal_pool, implementation=i))(maps)
+        jax.jit(jax.vmap(functools.partial(superglobal_pool, implementation=i)))(maps)
         for i in ("interpret", "xla")
     )
     np.testing.assert_allclose(got, want, rtol=5e-6)
     got, want = (
-        jax.grad(lambda x, i=i: superglobal_pool(x, implementation=i).sum())(maps[0])
+        jax.jit(jax.grad(lambda x, i=i: superglobal_pool(x, implementation=i).sum()))(maps[0])
         for i in ("interpret", "xla")
     )
     np.testing.assert_allclose(got, want, rtol=5e-6)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import draw_variables
 
 from ggem_jax.losses import metric_learning as metric
 from ggem_jax.models.embedder import Embedder
@@ -170,9 +171,9 @@ def test_what_does_not_fit_is_refused(name, shapes, options, sentence):
 def test_an_embedder_gives_unit_vectors_of_the_pooled_tokens(dim):
     vit = ViT(ViTConfig(patch=4, width=8, depth=1, heads=2, mlp_width=16, image=8), GGeM())
     model, images = Embedder(vit, dim), jax.random.normal(jax.random.key(0), (3, 8, 8, 3))
-    variables = model.init(jax.random.key(1), images)
-    descriptors = model.apply(variables, images)
-    pooled = vit.apply({"params": variables["params"]["vit"]}, images).descriptor
+    variables = draw_variables(model, images)
+    descriptors = jax.jit(model.apply)(variables, images)
+    pooled = jax.jit(vit.apply)({"params": variables["params"]["vit"]}, images).descriptor
     if dim:
         pooled = (
             pooled @ variables["params"]["projection"]["kernel"]

@@ -113,6 +113,7 @@ def test_two_sides_slow_each_other_down_until_one_ends():
     assert blocked == pytest.approx([80 + 40, 80], rel=1e-2)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("system", "sub_batches", "fidelity"),
     [(*each, "intended") for each in SYSTEMS]

@@ -236,7 +236,10 @@ def test_set_reaches_the_hardware(capsys, trace):
     assert faster["iteration_seconds"] == pytest.approx(usual["iteration_seconds"] / 2)
 
 
-@pytest.mark.parametrize("system", ["neupims", "npu-only", "gpu"])
+@pytest.mark.parametrize(
+    "system",
+    ["neupims", *(pytest.param(name, marks=pytest.mark.slow) for name in ("npu-only", "gpu"))],
+)
 def test_whole_numbers_beyond_32_bits(capsys, trace, system):
     """3 GHz and 3 GB of scratchpad give the same result as whole numbers and as decimal numbers."""
     flags = ["--model", "gpt3-7b", "--trace", trace, "--system", system]

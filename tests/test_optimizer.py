@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import draw_variables
 from flax import nnx
 
 from ggem_jax.models.text import TextConfig, TextTransformer
@@ -27,7 +28,7 @@ def params():
         GGeM(),
         5,
     )
-    return model.init(jax.random.key(0), jnp.zeros((1, 8, 8, 3)))["params"]
+    return draw_variables(model, jnp.zeros((1, 8, 8, 3)))["params"]
 
 
 def by_path(tree):
@@ -70,7 +71,7 @@ def test_the_two_towers_of_a_tree_have_depths_of_their_own(params):
     )
     both = {
         "image": params,
-        "text": text.init(jax.random.key(0), jnp.zeros((1, 5), jnp.int32))["params"],
+        "text": draw_variables(text, jnp.zeros((1, 5), jnp.int32))["params"],
         "log_scale": jnp.zeros(()),
     }
     scales, mask = (

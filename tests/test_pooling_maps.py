@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import draw_variables
 from flax import linen as nn
 
 from ggem_jax.models.vit import GGeM, ViT, ViTConfig
@@ -21,6 +22,15 @@ from ggem_jax.pooling import (
     scale_gem,
     superglobal_pool,
 )
+
+# Compiled once for each shape, instead of operation by operation.
+regional = jax.jit(regional_gem, static_argnames=("p", "window"))
+of_scales = jax.jit(scale_gem, static_argnames="p")
+superglobal = jax.jit(superglobal_pool, static_argnames=("p", "regional_p", "window"))
+
+
+def normal(seed, shape):
+    return jnp.asarray(np.random.default_rng(seed).normal(size=shape), jnp.float32)
 
 
 def windowed(x, p, window):
@@ -47,7 +57,7 @@ def windowed(x, p, window):
 def test_regional_gem_equals_the_float64_definition(shape, p, window):
     x = np.random.default_rng(0).normal(size=shape).astype(np.float32)
     np.testing.assert_allclose(
-        regional_gem(x, p=p, window=window), windowed(x, p, window), rtol=2e-6, atol=1e-30
+        regional(x, p=p, window=window), windowed(x, p, window), rtol=2e-6, atol=1e-30
     )
 
 
@@ -56,19 +66,19 @@ def test_regional_gem_by_hand():
     = 1 the mean of each axis is 13 / 5.
     """
     line = jnp.array([1.0, 2.0, 4.0, 8.0])
-    got = regional_gem(jnp.broadcast_to(line[None, :, None], (4, 4, 1)), p=1.0)
+    got = regional(jnp.broadcast_to(line[None, :, None], (4, 4, 1)), p=1.0)
     assert float(got[0, 0, 0]) == pytest.approx(0.5 * 13 / 5 + 0.5 * 1, rel=1e-6)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_regional_gem_is_homogeneous(scale):
-    x = jnp.abs(jax.random.normal(jax.random.key(0), (6, 5, 3)))
-    np.testing.assert_allclose(regional_gem(x * scale), regional_gem(x) * scale, rtol=1e-5)
+    x = jnp.abs(normal(0, (6, 5, 3)))
+    np.testing.assert_allclose(regional(x * scale), regional(x) * scale, rtol=1e-5)
 
 
 def test_constant_maps_are_unchanged_and_empty_ones_stay_empty():
-    np.testing.assert_allclose(regional_gem(jnp.full((4, 4, 2), 3.0)), 3.0, rtol=1e-6)
-    assert not np.asarray(regional_gem(jnp.zeros((4, 4, 2)))).any()
+    np.testing.assert_allclose(regional(jnp.full((4, 4, 2), 3.0)), 3.0, rtol=1e-6)
+    assert not np.asarray(regional(jnp.zeros((4, 4, 2)))).any()
 
 
 @pytest.mark.parametrize("pool", [regional_gem, superglobal_pool])
@@ -77,34 +87,33 @@ def test_gradients_are_finite_and_equal_differences(pool):
     x = np.maximum(rng.normal(size=(1, 5, 6, 3)), 0).astype(np.float32)
     x[..., 2] = 0
     weights = rng.normal(size=pool(x).shape).astype(np.float32)
-    gradient = jax.grad(lambda x: jnp.sum(pool(x) * weights))(jnp.asarray(x))
-    chex.assert_tree_all_finite(gradient)
+    total = jax.jit(lambda x: jnp.sum(pool(x) * weights))
+    slope = jax.jit(jax.grad(total))
+    chex.assert_tree_all_finite(slope(jnp.asarray(x)))
     with jax.enable_x64(True):
         for index in [(0, 0, 0, 0), (0, 2, 3, 1), (0, 4, 5, 0)]:
             step = np.zeros(x.shape)
             step[index] = 1e-5
             at = x.astype(np.float64) + 0.1 * (x == 0)
-            difference = np.sum((pool(at + step) - pool(at - step)) * weights) / 2e-5
-            exact = jax.grad(lambda x: jnp.sum(pool(x) * weights))(at)
-            assert float(exact[index]) == pytest.approx(float(difference), rel=1e-5, abs=1e-8)
+            difference = (total(at + step) - total(at - step)) / 2e-5
+            assert float(slope(at)[index]) == pytest.approx(float(difference), rel=1e-5, abs=1e-8)
 
 
 def test_superglobal_is_regional_gem_then_gem():
-    x = jnp.abs(jax.random.normal(jax.random.key(1), (2, 3, 7, 6, 5)))
-    want = gem_pool(regional_gem(x, p=2.0, window=3).reshape(2, 3, 42, 5), 3.0, eps=1e-8)
-    np.testing.assert_allclose(
-        superglobal_pool(x, regional_p=2.0, window=3, p=3.0), want, rtol=1e-6
-    )
-    half = superglobal_pool(x.astype(jnp.bfloat16))
+    x = jnp.abs(normal(1, (2, 3, 7, 6, 5)))
+    pooled = regional(x, p=2.0, window=3).reshape(2, 3, 42, 5)
+    want = jax.jit(lambda x: gem_pool(x, 3.0, eps=1e-8))(pooled)
+    np.testing.assert_allclose(superglobal(x, regional_p=2.0, window=3, p=3.0), want, rtol=1e-6)
+    half = superglobal(x.astype(jnp.bfloat16))
     assert half.dtype == jnp.bfloat16
-    np.testing.assert_allclose(half.astype(jnp.float32), superglobal_pool(x), rtol=1e-2)
+    np.testing.assert_allclose(half.astype(jnp.float32), superglobal(x), rtol=1e-2)
 
 
 def test_nan_is_kept_and_negative_entries_count_as_zero():
     x = jnp.ones((5, 5, 2)).at[2, 2, 0].set(jnp.nan)
-    assert np.isnan(superglobal_pool(x)).tolist() == [True, False]
-    x = jax.random.normal(jax.random.key(0), (5, 5, 2))
-    np.testing.assert_array_equal(regional_gem(x), regional_gem(jnp.maximum(x, 0)))
+    assert np.isnan(superglobal(x)).tolist() == [True, False]
+    x = normal(0, (5, 5, 2))
+    np.testing.assert_array_equal(regional(x), regional(jnp.maximum(x, 0)))
 
 
 @pytest.mark.parametrize("p", [0.02, 0.1, 1.0, 50.0])
@@ -119,7 +128,7 @@ def test_regional_gem_against_float64(p):
     top = np.maximum(windows.max((-2, -1), keepdims=True), 1e-300)
     local = top[..., 0, 0] * np.mean((windows / top) ** p, axis=(-2, -1)) ** (1 / p)
     np.testing.assert_allclose(
-        regional_gem(jnp.asarray(x, jnp.float32), p=p),
+        regional(jnp.asarray(x, jnp.float32), p=p),
         (x + local) / 2,
         rtol=3e-5 if p < 0.1 else 3e-6,
         atol=1e-30,
@@ -127,7 +136,7 @@ def test_regional_gem_against_float64(p):
 
 
 def test_no_maps_give_no_descriptors():
-    assert superglobal_pool(jnp.zeros((0, 5, 5, 2))).shape == (0, 2)
+    assert superglobal(jnp.zeros((0, 5, 5, 2))).shape == (0, 2)
 
 
 def test_relup():
@@ -143,8 +152,8 @@ def test_scale_gem_by_hand():
     sqrt((7^2 + 1^2) / 2) - 4, sqrt((0 + 4^2) / 2) - 4.
     """
     scales = jnp.array([[3.0, -4.0], [-3.0, 0.0]])
-    np.testing.assert_allclose(scale_gem(scales), [0.6, 0.0], rtol=1e-6)
-    np.testing.assert_allclose(scale_gem(scales, p=2.0), [1.0, 8**0.5 - 4], rtol=1e-6)
+    np.testing.assert_allclose(of_scales(scales), [0.6, 0.0], rtol=1e-6)
+    np.testing.assert_allclose(of_scales(scales, p=2.0), [1.0, 8**0.5 - 4], rtol=1e-6)
 
 
 @pytest.mark.sampled
@@ -155,34 +164,34 @@ def test_scale_gem_equals_the_float64_definition(p, scale):
     lowest = x.astype(np.float64).min()
     want = np.mean((x.astype(np.float64) - lowest) ** p, axis=0) ** (1 / p) + lowest
     np.testing.assert_allclose(
-        scale_gem(x * np.float32(scale), p=p) / scale, want, rtol=0, atol=2e-6 * np.abs(want).max()
+        of_scales(x * np.float32(scale), p=p) / scale, want, rtol=0, atol=2e-6 * np.abs(want).max()
     )
 
 
 @pytest.mark.parametrize("p", [np.inf, 1.0, 10.0, 1000.0])
 def test_scale_gem_has_finite_gradients_and_takes_any_leading_axes(p):
-    x = jax.random.normal(jax.random.key(0), (3, 2, 4, 6)).at[1, 0, 0].set(0.0)
-    gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(scale_gem(x, p=p)))))(x)
+    x = normal(0, (3, 2, 4, 6)).at[1, 0, 0].set(0.0)
+    gradient = jax.jit(jax.grad(lambda x: jnp.sum(jnp.sin(of_scales(x, p=p)))))(x)
     chex.assert_tree_all_finite(gradient)
     assert np.abs(gradient).max() > 0
     np.testing.assert_allclose(
-        scale_gem(x, p=p), scale_gem(x.reshape(3, 8, 6), p=p).reshape(2, 4, 6), rtol=1e-6
+        of_scales(x, p=p), of_scales(x.reshape(3, 8, 6), p=p).reshape(2, 4, 6), rtol=1e-6
     )
-    order = scale_gem(x[jnp.array([2, 0, 1])], p=p)
-    np.testing.assert_allclose(order, scale_gem(x, p=p), rtol=2e-6, atol=2e-6)
-    assert scale_gem(x.astype(jnp.bfloat16), p=p).dtype == jnp.bfloat16
+    order = of_scales(x[jnp.array([2, 0, 1])], p=p)
+    np.testing.assert_allclose(order, of_scales(x, p=p), rtol=2e-6, atol=2e-6)
+    assert of_scales(x.astype(jnp.bfloat16), p=p).dtype == jnp.bfloat16
 
 
 def test_scale_gem_of_one_scale():
-    x = jax.random.normal(jax.random.key(0), (1, 4, 6))
-    np.testing.assert_allclose(scale_gem(x), l2_normalize(x[0]), rtol=1e-6)
-    np.testing.assert_allclose(scale_gem(x, p=7.0), x[0], atol=1e-6)
-    assert scale_gem(jnp.zeros((3, 0, 6)), p=3.0).shape == (0, 6)
+    x = normal(0, (1, 4, 6))
+    np.testing.assert_allclose(of_scales(x), l2_normalize(x[0]), rtol=1e-6)
+    np.testing.assert_allclose(of_scales(x, p=7.0), x[0], atol=1e-6)
+    assert of_scales(jnp.zeros((3, 0, 6)), p=3.0).shape == (0, 6)
 
 
 @pytest.mark.parametrize("scale", [1e-30, 1.0, 1e30])
 def test_unit_vectors_of_any_length(scale):
-    x = jax.random.normal(jax.random.key(0), (5, 7)) * scale
+    x = normal(0, (5, 7)) * scale
     got = l2_normalize(x, eps=1e-36)
     np.testing.assert_allclose(jnp.linalg.norm(got, axis=-1), 1, rtol=1e-6)
     assert not np.asarray(l2_normalize(jnp.zeros((2, 3)))).any()
@@ -226,30 +235,32 @@ def test_norm_ggem_is_flax_layer_norm_then_ggem(negatives, masked):
 
 
 def test_norm_ggem_pads_and_differentiates_twice():
-    tokens = jax.random.normal(jax.random.key(0), (2, 4, 6))
+    tokens = normal(0, (2, 4, 6))
     padded = jnp.concatenate([tokens, jnp.full((2, 3, 6), jnp.nan)], axis=1)
     mask = jnp.arange(7) < 4
-    call = functools.partial(norm_ggem_pool, scale=jnp.ones(6), bias=jnp.zeros(6))
+    call = jax.jit(functools.partial(norm_ggem_pool, scale=jnp.ones(6), bias=jnp.zeros(6)))
     p = jnp.array([3.0, 2.0])
     np.testing.assert_allclose(
         call(padded, p=p, mask=jnp.broadcast_to(mask, (2, 7))), call(tokens, p=p), rtol=2e-6
     )
-    gradient = jax.grad(lambda x: call(x, p=p, mask=jnp.broadcast_to(mask, (2, 7))).sum())(padded)
+    gradient = jax.jit(jax.grad(lambda x: call(x, p=p, mask=jnp.broadcast_to(mask, (2, 7))).sum()))(
+        padded
+    )
     chex.assert_tree_all_finite(gradient)
     assert not np.asarray(gradient[:, 4:]).any()
-    chex.assert_tree_all_finite(jax.hessian(lambda p: call(tokens, p=p).sum())(p))
+    chex.assert_tree_all_finite(jax.jit(jax.hessian(lambda p: call(tokens, p=p).sum()))(p))
     half = call(tokens.astype(jnp.bfloat16), p=p)
     assert half.dtype == jnp.bfloat16
 
 
 def test_a_vit_with_the_fused_norm_has_the_same_parameters_and_descriptors():
     config = ViTConfig(patch=8, width=24, depth=1, heads=3, mlp_width=32, image=32, registers=1)
-    images = jax.random.normal(jax.random.key(0), (2, 32, 32, 3))
+    images = normal(0, (2, 32, 32, 3))
     models = [
         ViT(config, pooling=GGeM(), num_classes=4, fused_norm=fused) for fused in (False, True)
     ]
-    variables = models[0].init(jax.random.key(1), images)
-    chex.assert_trees_all_equal_shapes(variables, models[1].init(jax.random.key(1), images))
+    variables = draw_variables(models[0], images)
+    chex.assert_trees_all_equal_shapes(variables, draw_variables(models[1], images))
     apart, joined = (jax.jit(model.apply)(variables, images) for model in models)
     chex.assert_trees_all_close(apart, joined, rtol=1e-5, atol=1e-6)
     gradients = [

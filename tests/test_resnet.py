@@ -3,6 +3,7 @@ and gradients.
 """
 
 import dataclasses
+import functools
 
 import chex
 import jax
@@ -71,6 +72,11 @@ def test_maps_are_a_thirty_second_rounded_up(variables, height, width):
     assert shape == (2, -(-height // 32), -(-width // 32), 32)
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def maps_of(config, variables, images):
+    return ResNet(config).apply(variables, images, method="maps")
+
+
 @pytest.mark.parametrize(
     ("changes", "floors"),
     [
@@ -87,7 +93,7 @@ def test_the_places_of_relup(variables, images, changes, floors):
     """
     config = dataclasses.replace(TINY, **changes)
     assert [config.floors(stage) for stage in (1, 2, 3, 4)] == floors
-    maps = jax.jit(lambda v, x: ResNet(config).apply(v, x, method="maps"))(variables, images)
+    maps = maps_of(config, variables, images)
     assert [pytest.approx(float(x.min()), abs=1e-7) for x in maps] == [
         0,
         *(end for _, end in floors),
@@ -117,7 +123,7 @@ def bottleneck_by_hand(params, stats, x, inside, end):
 
 def test_relup_off_in_the_code_is_not_off_everywhere(variables, images):
     maps = [
-        ResNet(dataclasses.replace(TINY, relup=None, relup_off=off)).apply(variables, images)
+        maps_of(dataclasses.replace(TINY, relup=None, relup_off=off), variables, images)[-1]
         for off in ("code", "everywhere")
     ]
     assert np.abs(maps[0] - maps[1]).max() > 1e-5

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import draw_variables
 from flax import traverse_util
 from test_weights_vit import CASES, file_of
 
@@ -179,7 +180,7 @@ def test_sizes_alone_leave_the_normalisation_to_the_file(tmp_path, monkeypatch):
 def own_file(path, config):
     vit = ViT(config, avg_pool, num_classes=3)
     size = (1, config.image, config.image, 3)
-    params = jax.jit(vit.init)(jax.random.key(0), jnp.zeros(size))["params"]
+    params = draw_variables(vit, jnp.zeros(size))["params"]
     write_safetensors(path, traverse_util.flatten_dict({"params": params}, sep="/"))
     return vit, params
 
@@ -209,7 +210,7 @@ def test_our_own_files_are_found_with_all_their_sizes(tmp_path, changes):
     assert (cls is not None) == config.class_token
     published = read_any_vit(tmp_path / "own.safetensors")
     assert (published.family, published.normalised) == ("own", None)
-    filled = published.fill(ViT(expected, avg_pool, 3).init(jax.random.key(2), images))
+    filled = published.fill(draw_variables(ViT(expected, avg_pool, 3), images, seed=2))
     np.testing.assert_array_equal(
         filled["params"]["blocks_1"]["mlp"]["in"]["kernel"],
         params["blocks_1"]["mlp"]["in"]["kernel"],
@@ -227,16 +228,12 @@ def test_a_published_vit_of_the_wanted_sizes_is_a_patch_map(tmp_path):
     assert cls.shape == (len(found["images"]), tokens.shape[2])
 
 
-def random_variables(model, size):
-    return jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, size, size, 3)))
-
-
 @pytest.mark.parametrize(
     "ending", ["pth", pytest.param("pyth", marks=pytest.mark.slow), "safetensors"]
 )
 def test_cvnets_files_are_found(tmp_path, ending):
     depths = (3, 4, 6, 3)
-    variables = random_variables(ResNet(ResNetConfig(depths)), 64)
+    variables = draw_variables(ResNet(ResNetConfig(depths)), jnp.zeros((1, 64, 64, 3)))
     path, arrays = tmp_path / f"cvnet.{ending}", variables_to_cvnet(variables, depths=depths)
     write_safetensors(path, arrays) if ending == "safetensors" else write_torch(path, arrays)
     assert identify(path) == ("resnet50", None, "", Given())
@@ -263,9 +260,7 @@ def test_the_names_of_a_resnet101_are_told_from_those_of_a_resnet50(tmp_path):
 def test_efficientnet_lite0_is_read_from_a_file_too(tmp_path):
     config = efficientnet_lite_config("lite0")
     model = EfficientNetLite(config)
-    variables = jax.jit(lambda key: model.init(key, jnp.zeros((1, 64, 64, 3)), method="logits"))(
-        jax.random.key(0)
-    )
+    variables = draw_variables(model, jnp.zeros((1, 64, 64, 3)), method="logits")
     arrays = variables_to_efficientnet_lite(variables, config=config)
     write_torch(tmp_path / "lite0.pth", arrays)
     network = load_network(weights=tmp_path / "lite0.pth")

@@ -217,7 +217,7 @@ def test_other_settings_on_the_same_folder_are_refused(trained, capsys):
 
 def test_a_refused_start_leaves_the_folder_free(tmp_path, capsys):
     one_line(capsys, classify.main, *TINY, "--pool.groups", "5", "--out", tmp_path / "run")
-    classify.main([*TINY, "--epochs", "0.3", "--out", str(tmp_path / "run")])
+    classify.main([*TINY, "--epochs", "2", "--stop-after", "9", "--out", str(tmp_path / "run")])
 
 
 def test_other_data_under_the_same_name_are_refused(tmp_path, capsys, class_folders):
@@ -249,7 +249,9 @@ def test_runs_on_other_images_are_not_compared_in_pairs(tmp_path, capsys, class_
                 "--batch",
                 "8",
                 "--epochs",
-                "0.5",
+                "4",
+                "--stop-after",
+                "1",
                 "--out",
                 str(tmp_path / source.name),
             ]
@@ -388,6 +390,10 @@ def test_every_config_loads_and_says_its_command_and_what_to_expect(name):
     assert "Expect" in header
 
 
+STEPS = 90  # as in the runs of `trained`, whose compiled programs these tests use again
+PLAIN = Optimizer(lr=1e-2, warmup=0, weight_decay=0.1, clip=None, exponent_lr=1.0, ema=0.25)
+
+
 def small_config(**changes):
     config = load_config(Config, [*TINY], "test")
     return config if not changes else Config(**{**vars(config), **changes})
@@ -404,23 +410,21 @@ def batch_of(config, count=16):
 
 def test_one_step_is_adamw_on_the_mean_cross_entropy():
     """The jitted, sharded step against the same step written out with optax."""
-    config = small_config(
-        optimizer=Optimizer(
-            lr=1e-2, warmup=0, weight_decay=0.1, clip=None, exponent_lr=1.0, ema=0.75
-        )
-    )
-    steps, batch = make_steps(config, 10, 100), batch_of(config)
+    config = small_config(optimizer=PLAIN)
+    steps, batch = make_steps(config, 10, STEPS), batch_of(config)
     state = steps.init(0)
     params = jax.tree.map(np.asarray, state.params)
     model = build_model(config, 10)
 
+    @jax.jit
+    @jax.value_and_grad
     def loss(params):
         logits = model.apply(
             {"params": params}, normalise(jnp.array(batch["image"]), config.data)
         ).logits
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["label"]).mean()
 
-    value, slope = jax.value_and_grad(loss)(params)
+    value, slope = loss(params)
     state, metrics = steps.train(
         state, {name: jnp.array(array) for name, array in batch.items()}, 0
     )
@@ -457,10 +461,8 @@ def test_the_moving_average_starts_fast_and_ends_at_its_decay():
     """At step t the decay is (1 + t) / (10 + t) until that exceeds the given decay: here from t = 2
     on.
     """
-    steps, batch = (
-        make_steps(small_config(optimizer=Optimizer(ema=0.25)), 10, 100),
-        batch_of(small_config()),
-    )
+    config = small_config(optimizer=PLAIN)
+    steps, batch = make_steps(config, 10, STEPS), batch_of(config)
     state = steps.init(0)
     ema = jax.device_get(state.params)
     for decay in (0.1, 2 / 11, 0.25, 0.25):
@@ -472,8 +474,8 @@ def test_the_moving_average_starts_fast_and_ends_at_its_decay():
         )
         chex.assert_trees_all_close(state.ema, ema, rtol=1e-5, atol=1e-7)
     chex.assert_trees_all_equal(
-        make_steps(small_config(), 10, 100).init(0).evaluated,
-        make_steps(small_config(), 10, 100).init(0).params,
+        make_steps(small_config(), 10, STEPS).init(0).evaluated,
+        make_steps(small_config(), 10, STEPS).init(0).params,
     )
 
 
@@ -537,7 +539,8 @@ def test_labels_are_smoothed():
     loss, log 10; the gradient tells them apart.
     """
     plain, smooth = (
-        make_steps(small_config(augment=Augment(label_smoothing=s)), 10, 100) for s in (0.0, 0.5)
+        make_steps(small_config(optimizer=PLAIN, augment=Augment(label_smoothing=s)), 10, STEPS)
+        for s in (0.0, 0.5)
     )
     batch, bias = batch_of(small_config()), []
     for steps in (plain, smooth):
@@ -554,7 +557,7 @@ def test_blocks_are_recomputed_when_asked_to():
     batch = batch_of(small_config())
     for remat in (False, True):
         config = load_config(Config, [*TINY, *(["--model.remat"] if remat else [])], "test")
-        steps = make_steps(config, 10, 100)
+        steps = make_steps(config, 10, STEPS)
         assert (
             "remat" in str(steps.train.trace(jax.eval_shape(steps.init, 0), batch, 0).jaxpr)
         ) == remat
@@ -563,8 +566,8 @@ def test_blocks_are_recomputed_when_asked_to():
 def test_configs_of_every_pooling_find_their_compiled_steps_again():
     for kind in ("cls", "relu-avg", "lse", "ggem"):
         config = load_config(Config, [*TINY, "--pool.kind", kind], "test")
-        assert make_steps(config, 10, 100) is make_steps(
-            load_config(Config, [*TINY, "--pool.kind", kind, "--seed", "3"], "test"), 10, 100
+        assert make_steps(config, 10, STEPS) is make_steps(
+            load_config(Config, [*TINY, "--pool.kind", kind, "--seed", "3"], "test"), 10, STEPS
         )
 
 
@@ -593,7 +596,7 @@ def test_without_any_choice_of_data_the_config_is_digits():
 
 
 def test_a_damaged_checkpoint_is_one_line(tmp_path, capsys):
-    flags = [*TINY, "--epochs", "0.5", "--out", str(tmp_path / "run")]
+    flags = [*TINY, "--epochs", "2", "--stop-after", "9", "--out", str(tmp_path / "run")]
     classify.main(flags)
     (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
     for path in (path for path in folder.rglob("*") if path.is_file()):
@@ -644,7 +647,7 @@ def test_weights_are_split_along_their_longest_axis():
 
 
 def test_fsdp_state_takes_the_share_of_a_device():
-    steps = make_steps(small_config(fsdp=8), 10, 100)
+    steps = make_steps(small_config(fsdp=8), 10, STEPS)
     state = steps.init(0)
     kernel = state.params["blocks_0"]["mlp"]["in"]["kernel"]
     assert kernel.shape == (16, 32)
@@ -657,7 +660,7 @@ def test_fsdp_state_takes_the_share_of_a_device():
 @pytest.mark.parametrize("pool", ["cls", "avg", "max", "lse", "gem", "ggem", "map"])
 def test_the_training_step_lowers_for_tpu_without_a_custom_call_of_ours(pool):
     config = load_config(Config, [*TINY, "--pool.kind", pool, "--augment.mixup", "0.2"], "test")
-    steps, batch = make_steps(config, 10, 100), batch_of(config)
+    steps, batch = make_steps(config, 10, STEPS), batch_of(config)
     text = (
         steps.train.trace(jax.eval_shape(steps.init, 0), batch, 0)
         .lower(lowering_platforms=("tpu",))

@@ -744,7 +744,7 @@ def test_a_tokenizer_without_a_piece_for_what_it_does_not_know_says_so(tmp_path)
     known = Published(models.WordLevel({"</s>": 0, "cat": 1}, unk_token="[UNK]"))
     with pytest.raises(Refused, match="cannot encode the text 'dog'"):
         Tokenizer(known.to_str(), "the file").encode(["dog"], 5)
-    far = Published(models.WordLevel({"</s>": 0, "cat": 2**30}, unk_token="</s>"))
+    far = Published(models.WordLevel({"</s>": 0, "cat": 2**24}, unk_token="</s>"))
     with pytest.raises(Refused, match="at most 16,777,216 pieces"):
         Tokenizer(far.to_str(), "the file")
 

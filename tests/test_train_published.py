@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from conftest import draw_variables
 from flax import traverse_util
 
 from ggem_jax.models.vit import ViT, ViTConfig, resample_position
@@ -44,7 +45,7 @@ def first(flags):
 
 
 @pytest.mark.parametrize(
-    "extra", [[], ["--fsdp", "8"], ["--optimizer.ema", "0.9"]], ids=["plain", "fsdp", "ema"]
+    "extra", [[], ["--fsdp", "8", "--optimizer.ema", "0.9"]], ids=["plain", "fsdp and ema"]
 )
 def test_a_run_starts_from_the_file_with_another_pooling_and_a_new_head(weights, extra):
     config, state = first(
@@ -114,17 +115,17 @@ def test_pooling_and_head_of_the_file_are_never_taken_and_what_it_has_more_is_re
     theirs = published.variables["params"]["head"]
     same = ViT(published.config, cls_pool, published.num_classes)
     images = np.zeros((1, 16, 16, 3), np.float32)
-    head = published.fill(same.init(jax.random.key(0), images))["params"]["head"]
+    head = published.fill(jax.jit(same.init)(jax.random.key(0), images))["params"]["head"]
     assert head["kernel"].shape == theirs["kernel"].shape
     assert not np.asarray(head["kernel"]).any()
     smaller = ViT(dataclasses.replace(published.config, depth=1, registers=0), cls_pool)
     with pytest.raises(MismatchedWeights, match=r"blocks_1.*which the network has not.*registers"):
-        published.fill(smaller.init(jax.random.key(0), images))
+        published.fill(draw_variables(smaller, images))
 
 
 def test_a_run_starts_from_a_file_of_our_own_names(tmp_path):
     own = ViTConfig(patch=4, width=24, depth=2, heads=3, mlp_width=40, image=16)
-    params = ViT(own, cls_pool, 5).init(jax.random.key(0), np.zeros((1, 16, 16, 3)))["params"]
+    params = draw_variables(ViT(own, cls_pool, 5), np.zeros((1, 16, 16, 3)))["params"]
     path = tmp_path / "own.safetensors"
     write_safetensors(path, traverse_util.flatten_dict({"params": params}, sep="/"))
     config, state = first(["--data", "digits", "--init", str(path), "--pool.kind", "ggem"])

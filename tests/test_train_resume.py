@@ -17,8 +17,8 @@ EVERYTHING = [*TINY, "--optimizer.ema", "0.9", "--augment.mixup", "0.2", "--augm
 "--augment.crop", "pad", "--augment.pad", "1",
               "--augment.randaugment-ops", "1", "--augment.erase", "0.2", "--model.dropout", "0.1",
               "--model.drop-path", "0.1",
-              "--log-every", "1", "--epochs", "5", "--eval-every", "1", "--checkpoint-every",
-              "2"]  # fmt: skip
+              "--log-every", "1", "--epochs", "3", "--eval-every", "1", "--checkpoint-every",
+              "1"]  # fmt: skip
 SHORT = [*TINY, "--epochs", "0.7", "--log-every", "1"]
 
 
@@ -89,12 +89,11 @@ def test_kills_at_random_steps_change_no_bit(tool, tmp_path, uninterrupted, numb
 
 
 def test_a_second_process_on_the_same_folder_is_refused(tool, tmp_path):
-    first = tool("train.classify", *EVERYTHING, "--epochs", "500", "--out", tmp_path)
+    flags = [*TINY, "--log-every", "1", "--epochs", "500", "--out", tmp_path]
+    first = tool("train.classify", *flags)
     while not lines(tmp_path) and first.poll() is None:
         time.sleep(0.01)
-    _, err = finish(
-        tool("train.classify", *EVERYTHING, "--epochs", "500", "--out", tmp_path), code=1
-    )
+    _, err = finish(tool("train.classify", *flags), code=1)
     first.send_signal(signal.SIGTERM)
     finish(first, code=143)
     assert (
@@ -106,10 +105,11 @@ def test_a_second_process_on_the_same_folder_is_refused(tool, tmp_path):
 
 def test_a_full_disk_leaves_the_last_checkpoint_intact(tool, tmp_path):
     """Files may grow to 40 KiB only, as if the disk filled up while the checkpoint is written."""
-    flags = [*SHORT, "--model.width", "64", "--model.mlp-width", "512", "--out", tmp_path]
+    flags = [*SHORT, "--out", tmp_path]
     finish(tool("train.classify", *flags, "--stop-after", 5))
-    no_cache = {"JAX_ENABLE_COMPILATION_CACHE": "false"}  # its files would not fit either
-    _, err = finish(tool("train.classify", *flags, file_blocks=80, environment=no_cache), code=1)
+    # compiled programs are read from the cache and none is written, which would not fit either
+    read_only = {"JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "1000"}
+    _, err = finish(tool("train.classify", *flags, file_blocks=80, environment=read_only), code=1)
     assert "Traceback" not in err
     assert "a checkpoint could not be written" in err.splitlines()[-1]
     assert "the last good one is of step 5" in err.splitlines()[-1]

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import draw_variables
 from flax import nnx
 from scipy.special import erf
 
@@ -29,17 +30,15 @@ SMALL = {"patch": 4, "width": 24, "depth": 2, "heads": 3, "mlp_width": 40, "imag
 
 
 def build(pool=pooling.avg_pool, num_classes=5, **changes):
-    """A small model, its parameters moved away from their initial zeros, and two images."""
+    """Returns a small model, random parameters of which none is 0, and two images."""
     model = ViT(ViTConfig(**SMALL | changes), pool, num_classes)
-    images = jax.random.normal(jax.random.key(1), (2, 16, 16, 3))
-    params = model.init(jax.random.key(0), images)["params"]
-    leaves, tree = jax.tree.flatten(params)
-    keys = jax.random.split(jax.random.key(2), len(leaves))
-    leaves = [
-        leaf + 0.1 * jax.random.normal(key, leaf.shape, leaf.dtype)
-        for leaf, key in zip(leaves, keys, strict=True)
-    ]
-    return model, jax.tree.unflatten(tree, leaves), images
+    images = np.random.default_rng(1).normal(size=(2, 16, 16, 3)).astype(np.float32)
+    return model, draw_variables(model, images)["params"], images
+
+
+def apply(model, params, images, **options):
+    """Returns the output of the jitted model."""
+    return jax.jit(functools.partial(model.apply, **options))({"params": params}, images)
 
 
 # Parameters with a head for 1,000 classes, at 224 px and with the class token. Ti, S: timm's
@@ -145,7 +144,7 @@ def numpy_vit(images, p, config):
 )
 def test_tokens_equal_a_numpy_transcription(changes):
     model, params, images = build(**changes)
-    output = model.apply({"params": params}, images)
+    output = apply(model, params, images)
     before, after = numpy_vit(images, params, model.config)
     np.testing.assert_allclose(output.tokens_before_norm, before, rtol=2e-4, atol=2e-5)
     np.testing.assert_allclose(output.tokens, after, rtol=2e-4, atol=2e-5)
@@ -167,7 +166,7 @@ def test_tokens_equal_a_numpy_transcription(changes):
 @pytest.mark.parametrize(("class_token", "registers"), [(True, 0), (False, 0), (True, 3)])
 def test_prefix_tokens_never_enter_a_pooling_of_patches(pool, class_token, registers):
     model, params, images = build(pool, class_token=class_token, registers=registers)
-    output = model.apply({"params": params}, images)
+    output = apply(model, params, images)
     patches = output.tokens[:, model.config.prefix_tokens :]
     assert patches.shape[1] == 16
     if isinstance(pool, GGeM):
@@ -179,7 +178,7 @@ def test_prefix_tokens_never_enter_a_pooling_of_patches(pool, class_token, regis
 
 def test_class_token_pooling_takes_the_class_token_in_front_of_the_registers():
     model, params, images = build(pooling.cls_pool, registers=2)
-    output = model.apply({"params": params}, images)
+    output = apply(model, params, images)
     np.testing.assert_array_equal(output.descriptor, output.tokens[:, 0])
     with pytest.raises(ValueError, match="class_token=True"):
         build(pooling.cls_pool, class_token=False)
@@ -187,7 +186,7 @@ def test_class_token_pooling_takes_the_class_token_in_front_of_the_registers():
 
 def test_pooling_before_the_norm_norms_the_pooled_token():
     model, params, images = build(pooling.avg_pool, pool_order="pool-norm")
-    output = model.apply({"params": params}, images)
+    output = apply(model, params, images)
     pooled = np.asarray(output.tokens_before_norm, np.float64)[:, 1:].mean(1)
     np.testing.assert_allclose(
         output.descriptor,
@@ -199,7 +198,7 @@ def test_pooling_before_the_norm_norms_the_pooled_token():
 
 def test_ggem_has_one_exponent_for_each_head_and_starts_at_three():
     model = ViT(ViTConfig(**SMALL), GGeM())
-    params = model.init(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
+    params = jax.jit(model.init)(jax.random.key(0), jnp.zeros((1, 16, 16, 3)))["params"]
     assert params["pool"]["p"].tolist() == [3.0, 3.0, 3.0]
     alone = GGeM(groups=2, p_init=5.0).init(jax.random.key(0), jnp.ones((1, 4, 6)))["params"]
     assert alone["p"].tolist() == [5.0, 5.0]
@@ -233,7 +232,7 @@ def test_ggem_takes_a_mask():
 
 def test_attention_pooling_equals_a_numpy_transcription():
     model, params, images = build(MAP())
-    output = model.apply({"params": params}, images)
+    output = apply(model, params, images)
     tokens, p = (
         np.asarray(output.tokens, np.float64)[:, 1:],
         jax.tree.map(np.asarray, params["pool"]),
@@ -247,7 +246,7 @@ def test_attention_pooling_equals_a_numpy_transcription():
 
 def test_no_head_gives_no_logits():
     model, params, images = build(num_classes=0)
-    output = model.apply({"params": params}, images)
+    output = apply(model, params, images)
     assert output.logits is None
     assert "head" not in params
 
@@ -257,8 +256,8 @@ def test_recomputing_the_blocks_changes_no_number():
     remat = ViT(ViTConfig(**SMALL, remat=True), pooling.avg_pool, 5)
 
     def gradient(model):
-        return jax.grad(
-            lambda params: jnp.sum(model.apply({"params": params}, images).logits ** 2)
+        return jax.jit(
+            jax.grad(lambda params: jnp.sum(model.apply({"params": params}, images).logits ** 2))
         )(params)
 
     chex.assert_trees_all_close(gradient(remat), gradient(plain), rtol=1e-4, atol=1e-5)
@@ -266,14 +265,12 @@ def test_recomputing_the_blocks_changes_no_number():
 
 def test_dropout_and_drop_path_act_in_training_only():
     model, params, images = build(dropout=0.3, drop_path=0.5)
-    quiet = model.apply({"params": params}, images).descriptor
-    np.testing.assert_array_equal(quiet, model.apply({"params": params}, images).descriptor)
-    noisy = [
-        model.apply(
-            {"params": params}, images, train=True, rngs={"dropout": jax.random.key(key)}
-        ).descriptor
-        for key in (0, 0, 1)
-    ]
+    quiet = apply(model, params, images).descriptor
+    np.testing.assert_array_equal(quiet, apply(model, params, images).descriptor)
+    train = jax.jit(
+        lambda key: model.apply({"params": params}, images, train=True, rngs={"dropout": key})
+    )
+    noisy = [train(jax.random.key(key)).descriptor for key in (0, 0, 1)]
     np.testing.assert_array_equal(noisy[0], noisy[1])
     assert not np.allclose(noisy[0], noisy[2])
     assert not np.allclose(noisy[0], quiet)
@@ -284,19 +281,17 @@ def test_drop_path_skips_whole_branches_of_the_last_block_most():
     skipped.
     """
     model, params, images = build(drop_path=1.0, depth=2)
-    output = model.apply(
-        {"params": params}, images, train=True, rngs={"dropout": jax.random.key(0)}
-    )
+    output = apply(model, params, images, train=True, rngs={"dropout": jax.random.key(0)})
     one_block, _ = numpy_vit(images, params, ViTConfig(**SMALL | {"depth": 1}))
     np.testing.assert_allclose(output.tokens_before_norm, one_block, rtol=2e-4, atol=2e-5)
 
 
 def test_bfloat16_computes_in_bfloat16_on_float32_parameters():
     model, params, images = build(GGeM(), dtype="bfloat16")
-    output = model.apply({"params": params}, images)
+    output = apply(model, params, images)
     chex.assert_type([output.tokens, output.descriptor, output.logits], jnp.bfloat16)
     chex.assert_type(jax.tree.leaves(params), jnp.float32)
-    exact = ViT(ViTConfig(**SMALL), GGeM(), 5).apply({"params": params}, images)
+    exact = apply(ViT(ViTConfig(**SMALL), GGeM(), 5), params, images)
     np.testing.assert_allclose(
         output.descriptor.astype(jnp.float32), exact.descriptor, rtol=0.1, atol=0.05
     )
@@ -305,7 +300,7 @@ def test_bfloat16_computes_in_bfloat16_on_float32_parameters():
 @pytest.mark.parametrize("position", ["learned", "sincos"])
 def test_pictures_of_another_size_resample_the_positions(position):
     model, params, _ = build(position=position)
-    output = model.apply({"params": params}, jnp.ones((1, 24, 12, 3)))
+    output = apply(model, params, jnp.ones((1, 24, 12, 3)))
     chex.assert_shape(output.tokens, (1, 1 + 6 * 3, 24))
 
 
@@ -419,17 +414,18 @@ def test_exponents_far_out_of_range_are_used_at_its_end_and_keep_their_gradient(
 
 def test_cls_pool_is_recognised_inside_partial_and_jit_and_all_tokens_can_be_pooled():
     plain, params, images = build(pooling.cls_pool)
-    want = plain.apply({"params": params}, images)
+    want = apply(plain, params, images)
     for other in (functools.partial(pooling.cls_pool), jax.jit(pooling.cls_pool)):
         chex.assert_trees_all_close(
-            ViT(plain.config, other, plain.num_classes).apply({"params": params}, images),
+            apply(ViT(plain.config, other, plain.num_classes), params, images),
             want,
             rtol=1e-5,
             atol=1e-6,
         )
-    whole = ViT(
+    both = ViT(
         plain.config, lambda tokens: tokens[:, 0] + tokens.mean(1), plain.num_classes, pooled="all"
-    ).apply({"params": params}, images)
+    )
+    whole = apply(both, params, images)
     chex.assert_trees_all_close(
         whole.descriptor, want.tokens[:, 0] + want.tokens.mean(1), rtol=1e-5, atol=1e-6
     )
