@@ -2,15 +2,19 @@
 PyTorch computes with them: tests/data/vit/*.npz.
 
     pip install torch torchvision timm transformers open_clip_torch    # in an environment of its own; each file names the versions
-    python tests/record_vit.py [timm_ones] [hugging_face] [google] [swiglu] [text]    # all, or these
+    python tests/record_vit.py [timm_ones] [hugging_face] [google] [swiglu] [sixteen_heads]
+        [exact_gelu] [post_norm] [dinov3] [text]    # all, or these
 
 Each file holds the weights under their published names (`weights/...`), images of the size of the
 positions and of a larger one, and the tokens after the final norm, prefix tokens first. Files of
-text towers hold ids as long as the context, and shorter ones. The networks are those of timm,
-transformers and open_clip; Google's files are made here and read by the loaders of timm and
-open_clip.
+text towers hold ids as long as the context, and shorter ones. `config` is the text of the
+`config.json` that the publisher writes beside such a file (open_clip: `open_clip_config.json`). The
+networks are those of timm, transformers and open_clip; Google's files are made here and read by the
+loaders of timm and open_clip.
 """
 
+import json
+import re
 import sys
 import tempfile
 from functools import partial
@@ -24,6 +28,7 @@ import torch
 import transformers
 from open_clip.convert import load_big_vision_weights
 from safetensors.torch import load_file
+from timm.models._hub import save_config_for_hf
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import VisionTransformer, _load_weights
 
@@ -55,7 +60,10 @@ IDS = torch.tensor(
 
 def main(parts: list[str]) -> None:
     OUT.mkdir(parents=True, exist_ok=True)
-    for part in (timm_ones, hugging_face, google, swiglu, text):
+    parts_of_all = (
+        timm_ones, hugging_face, google, swiglu, sixteen_heads, exact_gelu, post_norm, dinov3, text,
+    )  # fmt: skip
+    for part in parts_of_all:
         if not parts or part.__name__ in parts:
             part()
 
@@ -75,17 +83,20 @@ def randomised(model: torch.nn.Module, seed: int = 0) -> torch.nn.Module:
     return model.eval()
 
 
-def save(name: str, weights: dict, **outputs) -> None:
+def save(name: str, weights: dict, config: str | None = None, **outputs) -> None:
     """Writes a file; `outputs` are functions from images to the tokens after the final norm, or to
     a descriptor.
     """
     generator = torch.Generator().manual_seed(1)
     found = {
-        f"weights/{key}": (
-            (value.detach().numpy() if hasattr(value, "detach") else value).astype(np.float16)
+        f"weights/{key}": np.asarray(
+            value.detach().float().numpy() if hasattr(value, "detach") else value,
+            np.float32 if key.startswith("rope") else np.float16,  # periods are not drawn
         )
         for key, value in weights.items()
     }
+    if config is not None:
+        found["config"] = np.array(config)
     for size, shape in (("", (IMAGE, IMAGE)), ("large_", LARGE)):
         images = torch.randn((2, 3, *shape), generator=generator)
         with torch.no_grad():
@@ -93,8 +104,10 @@ def save(name: str, weights: dict, **outputs) -> None:
             for key, output in outputs.items():
                 try:
                     found[f"{size}{key}"] = output(images).numpy()
-                except (TypeError, AssertionError):  # this network takes one size
-                    found.pop(f"{size}images", None)
+                except (TypeError, AssertionError, RuntimeError):
+                    if not size:
+                        raise
+                    found.pop(f"{size}images", None)  # this network takes one size
     np.savez_compressed(OUT / f"{name}.npz", about=VERSIONS, **found)
     print(
         name, {key: value.shape for key, value in found.items() if not key.startswith("weights/")}
@@ -355,6 +368,190 @@ def google() -> None:
             tokens=network.forward_features,
             **({} if name == "augreg" else {"descriptor": network}),
         )
+
+
+def timm_config(network: torch.nn.Module) -> str:
+    """The text of the `config.json` that timm writes beside the weights of a network."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_config_for_hf(network, str(Path(folder) / "config.json"))
+        return (Path(folder) / "config.json").read_text()
+
+
+def hf_config(model: transformers.PreTrainedModel) -> str:
+    return model.config.to_json_string(use_diff=True)
+
+
+def timm_named(name: str, **changes) -> torch.nn.Module:
+    """The network that timm makes of a published name, at a small size."""
+    sizes = {
+        "img_size": IMAGE,
+        "patch_size": PATCH,
+        "embed_dim": 32,
+        "depth": DEPTH,
+        "num_heads": 2,
+        "mlp_ratio": 1.25,
+    }
+    return randomised(timm.create_model(name, **sizes | changes).eval())
+
+
+def sixteen_heads() -> None:
+    """Networks with 16 heads, as many giants have, at a width that does not tell it."""
+    sizes = {"embed_dim": 64, "num_heads": 16, "mlp_ratio": 0.5, "dynamic_img_size": True}
+    clip = timm_named("vit_giant_patch14_clip_224", num_classes=5, **sizes)
+    save("timm-clip-16-heads", clip.state_dict(), timm_config(clip), tokens=clip.forward_features)
+    siglip = timm_named("vit_giantopt_patch16_siglip_256", **sizes)
+    save(
+        "timm-siglip-16-heads",
+        siglip.state_dict(),
+        timm_config(siglip),
+        tokens=siglip.forward_features,
+        descriptor=siglip,
+    )
+    sizes = {"hidden_size": 64, "num_attention_heads": 16, "intermediate_size": 32}
+    hugging = randomised(
+        transformers.SiglipVisionModel(transformers.SiglipVisionConfig(**HF | sizes))
+    )
+    outputs = {"tokens": "last_hidden_state", "descriptor": "pooler_output"}
+    save(
+        "hf-siglip-16-heads",
+        published(hugging),
+        hf_config(hugging),
+        **{
+            key: lambda x, name=name: getattr(hugging(x, interpolate_pos_encoding=True), name)
+            for key, name in outputs.items()
+        },
+    )
+
+
+def exact_gelu() -> None:
+    """CLIPs whose GELU is the exact one, as LAION's and most of open_clip's."""
+    clip = randomised(
+        transformers.CLIPVisionModelWithProjection(
+            transformers.CLIPVisionConfig(**HF, projection_dim=5, hidden_act="gelu")
+        )
+    )
+
+    def normed(x, model=clip.vision_model):
+        return model.post_layernorm(model(x, interpolate_pos_encoding=True).last_hidden_state)
+
+    save(
+        "hf-clip-exact",
+        published(clip),
+        hf_config(clip),
+        tokens=normed,
+        logits=lambda x: clip(x, interpolate_pos_encoding=True).image_embeds,
+    )
+    sizes = {
+        "embed_dim": SHARED,
+        "quick_gelu": False,
+        "vision_cfg": {
+            "image_size": IMAGE, "patch_size": PATCH, "width": WIDTH, "layers": DEPTH,
+            "head_width": WIDTH // HEADS, "mlp_ratio": MLP / WIDTH,
+        },
+        "text_cfg": {
+            "context_length": CONTEXT, "vocab_size": VOCABULARY, "width": WIDTH, "heads": HEADS,
+            "layers": 1, "mlp_ratio": MLP / WIDTH,
+        },
+    }  # fmt: skip
+    preprocess = {"mean": [0.48145466, 0.4578275, 0.40821073]}
+    preprocess["std"] = [0.26862954, 0.26130258, 0.27577711]
+    network = randomised(open_clip.CLIP(**sizes))
+    visual = network.visual
+
+    def tokens(x):
+        return visual.ln_post(visual.transformer(visual._embeds(x)))
+
+    save(
+        "open_clip-exact",
+        network.state_dict(),
+        json.dumps({"model_cfg": sizes, "preprocess_cfg": preprocess}),
+        tokens=tokens,
+        logits=network.encode_image,
+    )
+
+
+def post_norm() -> None:
+    """timm's residual post-norm blocks, under the names of its pre-norm ones."""
+    sizes = {"dynamic_img_size": True, "num_classes": 3}
+    mean = timm_named("vit_base_patch16_rpn_224", **sizes)
+    save(
+        "timm-post-norm",
+        mean.state_dict(),
+        timm_config(mean),
+        descriptor=lambda x: mean.forward_head(mean.forward_features(x), pre_logits=True),
+    )
+    token = timm_named(
+        "vit_base_patch16_rpn_224", class_token=True, global_pool="token", qkv_bias=True, **sizes
+    )
+    save(
+        "timm-post-norm-token",
+        token.state_dict(),
+        timm_config(token),
+        tokens=token.forward_features,
+        logits=token,
+    )
+
+
+def dinov3() -> None:
+    """Rotary positions: timm's names, Hugging Face's, and those of the original files, which timm's
+    loader reads. Heads have 16 channels, so 4 periods, of which bfloat16 rounds two.
+    """
+    names = {"timm-dinov3": "vit_small_patch16_dinov3"}
+    names["timm-dinov3-swiglu"] = "vit_small_plus_patch16_dinov3_qkvb"
+    for name, architecture in names.items():
+        network = timm_named(architecture)
+        save(name, network.state_dict(), timm_config(network), tokens=network.forward_features)
+    sizes = {"hidden_size": 32, "intermediate_size": 40, "num_register_tokens": 4}
+    no_bias = {"use_gated_mlp": True, "query_bias": False, "value_bias": False}
+    for name, changes in {"hf-dinov3": {}, "hf-dinov3-swiglu": no_bias}.items():
+        model = randomised(
+            transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**HF | sizes | changes))
+        )
+        save(
+            name,
+            published(model),
+            hf_config(model),
+            tokens=lambda x, model=model: model(x).last_hidden_state,
+            descriptor=lambda x, model=model: model(x).pooler_output,
+        )
+    for name, architecture, rounded in (
+        ("dinov3", "vit_small_patch16_dinov3_qkvb", torch.float32),
+        ("dinov3-swiglu", "vit_7b_patch16_dinov3", torch.bfloat16),
+    ):
+        network = timm_named(architecture, swiglu_align_to=8)
+        periods = (100.0 ** (torch.arange(4) / 4)).to(rounded).float()
+        network.rope.periods.copy_(periods)
+        weights = original_names(network.state_dict()) | {
+            "rope_embed.periods": periods,
+            "mask_token": torch.zeros(1, 32),
+        }
+        if rounded == torch.bfloat16:
+            weights |= {f"local_cls_norm.{leaf}": torch.ones(32) for leaf in ("weight", "bias")}
+        timm_names = timm.models.eva.checkpoint_filter_fn(dict(weights), network)
+        network.load_state_dict(timm_names)
+        save(name, weights, tokens=network.forward_features)
+
+
+def original_names(weights: dict) -> dict:
+    """The names of facebookresearch/dinov3, where the bias of the keys is there but masked."""
+    names = (
+        (r"reg_token", "storage_tokens"), (r"\.gamma_(\d)", r".ls\1.gamma"),
+        (r"mlp\.fc1_g", "mlp.w1"), (r"mlp\.fc1_x", "mlp.w2"),
+    )  # fmt: skip
+    gated = any("fc1_g" in name for name in weights)
+    found = {}
+    for name, value in weights.items():
+        for theirs, ours in (*names, *([(r"mlp\.fc2", "mlp.w3")] if gated else [])):
+            name = re.sub(theirs, ours, name)
+        found[name] = value
+    for name in [name for name in found if name.endswith("q_bias")]:
+        query, value = found.pop(name), found.pop(name.replace("q_bias", "v_bias"))
+        together = name.replace("q_bias", "qkv.bias")
+        found[together] = torch.cat([query, torch.full_like(query, 0.5), value])
+        found[f"{together}_mask"] = torch.ones(3, len(query))
+        found[f"{together}_mask"][1] = 0
+        found[f"{together}_mask"] = found[f"{together}_mask"].reshape(-1)
+    return found
 
 
 def text() -> None:
