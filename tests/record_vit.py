@@ -502,8 +502,10 @@ def dinov3() -> None:
         network = timm_named(architecture)
         save(name, network.state_dict(), timm_config(network), tokens=network.forward_features)
     sizes = {"hidden_size": 32, "intermediate_size": 40, "num_register_tokens": 4}
-    no_bias = {"use_gated_mlp": True, "query_bias": False, "value_bias": False}
-    for name, changes in {"hf-dinov3": {}, "hf-dinov3-swiglu": no_bias}.items():
+    gated = {
+        "use_gated_mlp": True, "hidden_act": "silu", "query_bias": False, "value_bias": False,
+    }  # fmt: skip
+    for name, changes in {"hf-dinov3": {}, "hf-dinov3-swiglu": gated}.items():
         model = randomised(
             transformers.DINOv3ViTModel(transformers.DINOv3ViTConfig(**HF | sizes | changes))
         )

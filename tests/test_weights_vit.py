@@ -19,7 +19,7 @@ from ggem_jax.pooling import avg_pool
 from ggem_jax.weights import MismatchedWeights, UnreadableWeights, write_safetensors, write_torch
 from ggem_jax.weights.architecture import Given
 from ggem_jax.weights.vit import POOLINGS, Style, from_timm, read_vit, to_timm, vit_table
-from ggem_jax.weights.vit_layouts import join_qkv, to_names_of_timm
+from ggem_jax.weights.vit_layouts import join_qkv
 
 DATA = Path(__file__).parent / "data" / "vit"
 # name -> layout, family
@@ -362,46 +362,6 @@ def test_what_does_not_fit_is_named(tmp_path, change, words):
         read_vit(tmp_path / "w.safetensors", heads=2)
     assert words in str(caught.value)
     assert str(tmp_path / "w.safetensors") in str(caught.value)
-
-
-def test_dinov3_is_refused_in_one_sentence():
-    """Its names in the original files, in those of Hugging Face, and in timm's, where only the
-    missing positions give it away.
-    """
-    weights, _ = recorded("timm-dinov2-registers")
-    timm = {name: value for name, value in weights.items() if name != "pos_embed"}
-    original = {name.replace("reg_token", "storage_tokens"): value for name, value in timm.items()}
-    original |= {"rope_embed.periods": np.ones(2), "blocks.0.attn.qkv.bias_mask": np.ones(48)}
-    hugging = {f"layer.0.attention.{part}_proj.weight": np.ones((16, 16)) for part in "qkvo"} | {
-        "embeddings.register_tokens": np.ones((1, 3, 16))
-    }
-    for arrays, words in (
-        (
-            original,
-            (
-                "rotary positions, such as DINOv3, which is not read: blocks.0.attn.qkv.bias_mask,"
-                " rope_embed.periods, storage_tokens"
-            ),
-        ),
-        (
-            hugging,
-            (
-                "rotary positions, such as DINOv3, which is not read:"
-                " layer.0.attention.k_proj.weight, layer.0.attention.q_proj.weight"
-            ),
-        ),
-    ):
-        with pytest.raises(MismatchedWeights) as caught:
-            to_names_of_timm(arrays, source="this file")
-        assert words in str(caught.value)
-        assert str(caught.value).startswith("this file")
-    with pytest.raises(
-        MismatchedWeights,
-        match=(
-            r"has no pos_embed; networks without learned positions, such as DINOv3 .* are not read"
-        ),
-    ):
-        from_timm(timm, given=Given(2))
 
 
 def test_damaged_files_are_refused(tmp_path):

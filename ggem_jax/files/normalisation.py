@@ -11,6 +11,7 @@ IMAGENET_MEAN: Channels = (0.485, 0.456, 0.406)  # as torchvision and timm norma
 IMAGENET_STD: Channels = (0.229, 0.224, 0.225)
 IMAGENET: Normalisation = (IMAGENET_MEAN, IMAGENET_STD)
 HALF: Normalisation = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))  # Inception's; Google's ViTs and SigLIP
+SAT493M: Normalisation = ((0.430, 0.411, 0.296), (0.213, 0.156, 0.143))  # DINOv3's README
 OPENAI: Normalisation = (  # github.com/openai/CLIP, clip.py
     (0.48145466, 0.4578275, 0.40821073),
     (0.26862954, 0.26130258, 0.27577711),

@@ -1,5 +1,6 @@
 """The config of a Vision Transformer: one frozen record, and the published sizes by name."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -30,9 +31,13 @@ class ViTConfig:
     image: int = 224
     class_token: bool = True  # a learned class token before the patches and the registers
     registers: int = 0  # learned prefix tokens without a position, after the class token
-    position: Literal["learned", "sincos"] = "learned"  # sincos: fixed sines and cosines
+    # how places are told apart: a learned table, fixed sines and cosines, or queries and keys of
+    # patches that are rotated, as in DINOv3
+    position: Literal["learned", "sincos", "rope"] = "learned"
     # how positions are resampled: bicubic as PyTorch's interpolate, or antialiased as in timm
     position_filter: Literal["cubic", "antialias"] = "cubic"
+    rope_base: float = 100.0  # of the periods of a rope, see `rope_periods`
+    rope_dtype: Dtype = "float32"  # those periods are rounded to it
     layer_scale: float | None = None  # initial LayerScale of residual branches; None: no LayerScale
     # probability to skip a residual branch in the last block; grows linearly from 0 in the first
     drop_path: float = 0.0
@@ -43,7 +48,8 @@ class ViTConfig:
     patch_bias: bool = True  # of the patch embedding
     pre_norm: bool = False  # a norm of the embedded tokens before the first block, as in CLIP
     post_norm: bool = False  # the norms of a block come after its branches, not before
-    qkv_bias: bool = True  # of the projections to queries, keys and values
+    # of the projections to queries, keys and values; with a rope, keys have none
+    qkv_bias: bool = True
     norm_eps: float = 1e-6  # added to the variance in every norm
     # the final norm before the pooling (of every token), or after it (of the descriptor)
     pool_order: Literal["norm-pool", "pool-norm"] = "norm-pool"
@@ -67,6 +73,18 @@ class ViTConfig:
             )
         if self.position == "sincos" and self.width % 4:
             raise ValueError(f"a sincos position needs a width divisible by 4, not {self.width}")
+        if self.position == "rope" and self.width // self.heads % 4:
+            raise ValueError(
+                "a rope needs heads of a multiple of 4 channels, not width"
+                f" {self.width} with {self.heads} heads"
+            )
+        if not (math.isfinite(self.rope_base) and self.rope_base > 0):
+            raise ValueError(f"rope_base must be a positive number, not {self.rope_base}")
+
+    @property
+    def key_bias(self) -> bool:
+        """Whether keys have a bias: with a rope they have none, as in DINOv3."""
+        return self.qkv_bias and self.position != "rope"
 
     @property
     def prefix_tokens(self) -> int:

@@ -1,4 +1,4 @@
-"""Position embeddings of a grid of patches: fixed sines and cosines, and resampling to a new grid.
+"""Positions of a grid of patches: fixed sines and cosines, resampling to a new grid, and rotations.
 
 A table is `(n, d)`, one row for each patch, the patches row by row.
 """
@@ -30,6 +30,74 @@ def sincos_position(side: int, width: int) -> Float[np.ndarray, "n d"]:
     angles = [np.outer(column, frequency), np.outer(row, frequency)]
     table = np.concatenate([f(angle) for angle in angles for f in (np.sin, np.cos)], axis=1)
     return table.astype(np.float32)
+
+
+def rope_periods(channels: int, base: float, dtype: str = "float32") -> Float[np.ndarray, " k"]:
+    """Returns the periods of rotary positions, base^(4 i / channels), in halves of an image side.
+
+    Args:
+        channels: Channels of an attention head, a multiple of 4.
+        base: The period that the next one after the last would have.
+        dtype: The periods are rounded to it. The original files of DINOv3 hold bfloat16.
+
+    Returns:
+        The periods, `(channels / 4,)`, float32: the shortest, which is 1, first.
+
+    Reference: Siméoni et al., "DINOv3", 2025, arXiv:2508.10104; github.com/facebookresearch/dinov3,
+        rope_position_encoding.py.
+    """
+    periods = base ** (np.arange(channels // 4) / (channels // 4))
+    return periods.astype(np.float32).astype(jnp.dtype(dtype)).astype(np.float32)
+
+
+def rope_angles(
+    rows: int, columns: int, periods: Float[np.ndarray, " k"], *, prefix: int = 0
+) -> Float[np.ndarray, "n c"]:
+    """Returns the angles by which `rotate` turns the pairs of channels of every token.
+
+    The centre of a patch lies in [-1, 1] along each axis, whatever the size of the grid: patch i of
+    n at (2 i + 1) / n - 1. Its angles are 2 pi y / period and 2 pi x / period for every period.
+
+    Args:
+        rows: Rows of the grid.
+        columns: Columns of the grid.
+        periods: The periods, `(k,)`, see `rope_periods`.
+        prefix: Tokens before the patches, which have no place: their angles are 0.
+
+    Returns:
+        The angles, `(prefix + rows * columns, 2 k)`, radians, float32: those of the row, then those
+        of the column.
+
+    Reference: As `rope_periods`, with `normalize_coords="separate"`, and without the random shifts
+        and scales of the training there.
+    """
+    y, x = ((2 * np.arange(length) + 1) / length - 1 for length in (rows, columns))
+    places = np.stack(np.meshgrid(y, x, indexing="ij"), axis=-1).reshape(-1, 2)
+    angles = (2 * np.pi * places[:, :, None] / periods).reshape(len(places), -1)
+    return np.pad(angles, ((prefix, 0), (0, 0))).astype(np.float32)
+
+
+def rotate(
+    heads: Float[Array, "*b n heads c"], angles: Float[ArrayLike, "n half"]
+) -> Float[Array, "*b n heads c"]:
+    """Returns queries or keys with pairs of channels turned by the angles of their tokens.
+
+    Channel i and channel i + c / 2 are a pair (u, v), which becomes
+    (u cos - v sin, v cos + u sin), in float32. The product of a turned query and a turned key
+    depends on the difference of their angles only.
+
+    Args:
+        heads: Queries or keys, `(..., n, heads, c)`.
+        angles: Radians, `(n, c / 2)`, see `rope_angles`.
+
+    Returns:
+        The turned ones, of the shape and dtype of `heads`.
+
+    Reference: Su et al., "RoFormer", 2021, arXiv:2104.09864, eq. 34; the pairs are those of DINOv3.
+    """
+    cos, sin = (f(jnp.asarray(angles, jnp.float32))[:, None] for f in (jnp.cos, jnp.sin))
+    u, v = jnp.split(heads.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([u * cos - v * sin, v * cos + u * sin], axis=-1).astype(heads.dtype)
 
 
 def resample_position(

@@ -47,6 +47,11 @@ class TextConfig:
     param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the parameters
     remat: bool = False  # recompute the blocks in the backward pass: less memory, more time
 
+    @property
+    def key_bias(self) -> bool:
+        """Whether keys have a bias: wherever queries and values have one."""
+        return self.qkv_bias
+
     def __post_init__(self):
         check_config(
             self, ("vocabulary", "width", "depth", "heads", "mlp_width", "context"), ("dropout",)

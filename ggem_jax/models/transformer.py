@@ -13,6 +13,8 @@ import numpy as np
 from flax import linen as nn
 from jaxtyping import Array, Float
 
+from ggem_jax.models.position import rotate
+
 GELU = Literal["exact", "tanh", "quick"]  # quick: x sigmoid(1.702 x), of OpenAI's CLIP
 # of an MLP: a GELU of its hidden channels, or silu(a) b of two halves of them
 Gate = Literal["gelu", "swiglu"]
@@ -48,6 +50,9 @@ class BlockConfig(Protocol):
     def qkv_bias(self) -> bool: ...  # of the projections to queries, keys and values
 
     @property
+    def key_bias(self) -> bool: ...  # of the keys alone; never without `qkv_bias`
+
+    @property
     def norm_eps(self) -> float: ...  # added to the variance in every norm
 
     @property
@@ -77,10 +82,15 @@ class Block(nn.Module):
     post_norm: bool = False
 
     @nn.compact
-    def __call__(self, tokens: Float[Array, "b n d"], train: bool) -> Float[Array, "b n d"]:
+    def __call__(
+        self,
+        tokens: Float[Array, "b n d"],
+        train: bool,
+        angles: Float[Array, "n half"] | None = None,  # of rotary positions, see `rotate`
+    ) -> Float[Array, "b n d"]:
         c = self.config
         norm_1, norm_2 = (nn.LayerNorm(c.norm_eps, name=f"norm_{n}", **dtypes(c)) for n in (1, 2))
-        attention = partial(Attention(c, name="attention"), causal=self.causal)
+        attention = partial(Attention(c, name="attention"), causal=self.causal, angles=angles)
         mlp = MLP(c, name="mlp")
         if self.post_norm:
             tokens = tokens + self._branch(norm_1(attention(tokens, tokens)), "1", train)
@@ -119,22 +129,25 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, queries: Float[Array, "b q d"], tokens: Float[Array, "b n d"], *, causal: bool = False
+        self,
+        queries: Float[Array, "b q d"],
+        tokens: Float[Array, "b n d"],
+        *,
+        causal: bool = False,
+        angles: Float[Array, "n half"] | None = None,  # of queries that are the tokens
     ) -> Float[Array, "b q d"]:
         c = self.config
         heads = (c.heads, c.width // c.heads)
 
-        def project(name):
+        def project(name, use_bias=c.qkv_bias):
             return nn.DenseGeneral(
-                heads, use_bias=c.qkv_bias, kernel_init=xavier, name=name, **dtypes(c)
+                heads, use_bias=use_bias, kernel_init=xavier, name=name, **dtypes(c)
             )
 
-        mixed = jax.nn.dot_product_attention(
-            project("query")(queries),
-            project("key")(tokens),
-            project("value")(tokens),
-            is_causal=causal,
-        )
+        query, key = project("query")(queries), project("key", c.key_bias)(tokens)
+        if angles is not None:
+            query, key = rotate(query, angles), rotate(key, angles)
+        mixed = jax.nn.dot_product_attention(query, key, project("value")(tokens), is_causal=causal)
         self.sow("intermediates", "heads", mixed)
         out = nn.DenseGeneral(c.width, axis=(-2, -1), kernel_init=xavier, name="out", **dtypes(c))
         return out(mixed)

@@ -5,7 +5,8 @@ width)`: the class token first, then the registers, then the patches row by row.
 patches does not see the prefix tokens.
 
 References: Dosovitskiy et al., "An Image is Worth 16x16 Words", 2021, arXiv:2010.11929; Darcet et
-al., "Vision Transformers Need Registers", 2024, arXiv:2309.16588.
+al., "Vision Transformers Need Registers", 2024, arXiv:2309.16588; Siméoni et al., "DINOv3", 2025,
+arXiv:2508.10104 (the rotary positions, without the random shifts and scales of its training).
 """
 
 import inspect
@@ -17,7 +18,12 @@ from flax import struct
 from jaxtyping import Array, Bool, Float
 
 from ggem_jax.models.config import ViTConfig, vit_config
-from ggem_jax.models.position import resample_position, sincos_position
+from ggem_jax.models.position import (
+    resample_position,
+    rope_angles,
+    rope_periods,
+    sincos_position,
+)
 from ggem_jax.models.token_pooling import MAP, GGeM, Pooling, used_exponents
 from ggem_jax.models.transformer import Block, dtypes
 from ggem_jax.pooling import cls_pool
@@ -139,8 +145,9 @@ class ViT(nn.Module):
         tokens = self.dropout(self.embed(images), deterministic=not train)
         if self.config.pre_norm:
             tokens = self.norm_pre(tokens)
+        angles = self._angles(images) if self.config.position == "rope" else None
         for block in self.blocks:
-            tokens = block(tokens, train)
+            tokens = block(tokens, train, angles)
         normed = self.norm(tokens)
         if self.fused_norm:
             pool, norm_of = cast(Any, self.pool), self.norm.get_variable
@@ -184,13 +191,16 @@ class ViT(nn.Module):
             )
         patches = self.patch_embedding(images)
         b, rows, columns, width = patches.shape
-        side = c.image // c.patch
-        table = self.position if c.position == "learned" else sincos_position(side, width)
-        own, grid = table[: len(table) - side * side], table[len(table) - side * side :]
-        position = resample_position(
-            grid, (side, side), (rows, columns), antialias=c.position_filter == "antialias"
-        )
-        tokens = patches.reshape(b, rows * columns, width) + position.astype(patches.dtype)
+        tokens = patches.reshape(b, rows * columns, width)
+        own: Any = ()  # the position of the class token
+        if c.position != "rope":  # whose places are told in the attention
+            side = c.image // c.patch
+            table = self.position if c.position == "learned" else sincos_position(side, width)
+            own, grid = table[: len(table) - side * side], table[len(table) - side * side :]
+            position = resample_position(
+                grid, (side, side), (rows, columns), antialias=c.position_filter == "antialias"
+            )
+            tokens = tokens + position.astype(tokens.dtype)
         prefix = []
         if c.class_token:
             prefix.append(self.class_token + own.sum(0) if len(own) else self.class_token)
@@ -198,6 +208,13 @@ class ViT(nn.Module):
             prefix.append(self.registers)
         repeated = [jnp.broadcast_to(x.astype(tokens.dtype), (b, *x.shape)) for x in prefix]
         return jnp.concatenate([*repeated, tokens], axis=1)
+
+    def _angles(self, images: Float[Array, "b h w 3"]) -> Float[Array, "n half"]:
+        """The angles of rotary positions of all tokens; those of prefix tokens are 0."""
+        c = self.config
+        rows, columns = (length // c.patch for length in images.shape[1:3])
+        periods = rope_periods(c.width // c.heads, c.rope_base, c.rope_dtype)
+        return jnp.asarray(rope_angles(rows, columns, periods, prefix=c.prefix_tokens))
 
     def _pooled_tokens(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b m d"]:
         return tokens if self.pool_prefix else tokens[:, self.config.prefix_tokens :]

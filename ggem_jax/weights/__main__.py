@@ -190,6 +190,8 @@ def _lines(published: PublishedViT | PublishedText) -> list[str]:
         prefix = (
             "a class token" if config["class_token"] else "no class token"
         ) + f", {config['registers']} registers"
+        if config["position"] == "rope":
+            prefix += ", rotary positions"
         lines.append(
             f"{prefix}; pooled by {found['pooling']}, {found['classes'] or 'no'} outputs of the"
             " head"
@@ -219,6 +221,8 @@ def _choices(published: PublishedViT | PublishedText) -> list[tuple[str, str]]:
         "pooling": getattr(published, "pooling", ""),
         "normalisation": "",
     }
+    if isinstance(published, PublishedViT):
+        values["rope"] = f"base {config.rope_base:g} in {config.rope_dtype}"
     return [
         (f"{choice} {values[choice]}".rstrip(), where)
         for choice, where in published.evidence.items()

@@ -39,7 +39,9 @@ HEADS: dict[int, tuple[int, str]] = {
 HEADS_OF_FAMILY: dict[tuple[str, int], tuple[int, str]] = {
     ("dinov2", 1536): (24, "DINOv2-g (facebookresearch/dinov2, vision_transformer.py)"),
     ("siglip", 1536): (16, "SigLIP 2 giant-opt (arXiv:2502.14786)"),
+    ("dinov3", 1152): (18, "So400m of DINOv3 (facebookresearch/dinov3, vision_transformer.py)"),
     ("dinov3", 1280): (20, "DINOv3 H+ (facebookresearch/dinov3, hub/backbones.py)"),
+    ("dinov3", 1536): (24, "g of DINOv3 (facebookresearch/dinov3, vision_transformer.py)"),
     ("dinov3", 4096): (32, "DINOv3 7B (facebookresearch/dinov3, hub/backbones.py)"),
 }
 # Heads of text towers, of which open_clip's configs and CLIP's have one for 64 channels.
@@ -140,13 +142,17 @@ class Evidence:
         return value
 
 
-def decide_heads(evidence: Evidence, facts: Facts, by_shape: int | None = None) -> int:
+def decide_heads(
+    evidence: Evidence, facts: Facts, by_shape: int | None = None, told_by: str = "kernels"
+) -> int:
     """Returns the attention heads of an image tower.
 
     Args:
         evidence: What was given and declared; the source of the choice is written into it.
         facts: What names and shapes say.
-        by_shape: Heads of kernels that have an axis for them, as Flax's do; None: no such kernels.
+        by_shape: Heads of kernels that have an axis for them, as Flax's do, or of the periods of
+            rotary positions; None: neither tells them.
+        told_by: Which of the two it is, "kernels" or "periods".
 
     Returns:
         The number of heads.
@@ -156,7 +162,7 @@ def decide_heads(evidence: Evidence, facts: Facts, by_shape: int | None = None) 
         MismatchedWeights: Other heads are given than the kernels have.
     """
     if by_shape is not None:
-        return _heads_by_shape(evidence, by_shape)
+        return _heads_by_shape(evidence, by_shape, told_by)
     family = HEADS_OF_FAMILY.get((facts.family, facts.width))
     row = family or HEADS.get(facts.width)
     about = f"and no published network of width {facts.width} is known"
@@ -200,12 +206,12 @@ def decide_text_heads(evidence: Evidence, width: int, by_shape: int | None = Non
     return evidence.settle("heads", TEXT_HEADS.get(width), question, _ANSWERS["heads"])
 
 
-def _heads_by_shape(evidence: Evidence, heads: int) -> int:
+def _heads_by_shape(evidence: Evidence, heads: int, told_by: str = "kernels") -> int:
     if evidence.given.heads not in (None, heads):
         raise MismatchedWeights(
-            f"{evidence.source} has kernels of {heads} heads, not {evidence.given.heads}"
+            f"{evidence.source} has {told_by} of {heads} heads, not {evidence.given.heads}"
         )
-    evidence.found["heads"] = "shape of the attention's kernels"
+    evidence.found["heads"] = f"shape of the attention's {told_by}"
     return heads
 
 
@@ -222,12 +228,20 @@ def decide_gelu(evidence: Evidence, facts: Facts) -> GELU:
     Raises:
         AmbiguousWeights: Published networks of this kind differ: CLIP's is "quick" in the files of
             OpenAI, MetaCLIP and DFN, and "exact" in most others.
-        MismatchedWeights: A file of settings declares an activation that is no GELU.
+        MismatchedWeights: A file of settings declares an activation that is no GELU, or a gated MLP
+            with another one than SiLU.
     """
+    declared = evidence.declared
     if facts.gated:
+        # of DINOv3 by Hugging Face, whose DINOv2 has SiLU whatever its file says
+        gate = declared.activation if facts.family == "dinov3" else None
+        if gate not in (None, "silu", "swish"):
+            raise MismatchedWeights(
+                f"{evidence.source} has gated MLPs with the activation {gate!r}"
+                f" ({declared.sources['activation']}), where ours have silu"
+            )
         evidence.found["gelu"] = "not used: the MLPs are gated (SwiGLU)"
         return "exact"
-    declared = evidence.declared
     if evidence.given.gelu is None and declared.activation is not None:
         evidence.found["gelu"] = declared.sources["activation"]
         if declared.activation not in GELUS:

@@ -74,6 +74,7 @@ class Declared:
     heads: int | None = None
     activation: str | None = None  # of the MLP, by a key of `GELUS`, or another one's own name
     norm_eps: float | None = None
+    rope_base: float | None = None  # of the periods of rotary positions
     norm: Norms | None = None
     normalisation: Normalisation | None = None
     architecture: str | None = None  # the name of a model of timm
@@ -164,6 +165,9 @@ def _of_hugging_face(
         elif defaults:
             value = convert(defaults[theirs], name, theirs)
             found = _with(found, setting, value, f"{name}: model_type {kind}")
+    if kind == "dinov3_vit" and "rope_theta" in own:
+        base = _base(own["rope_theta"], name, "rope_theta")
+        found = _with(found, "rope_base", base, f"{name}: rope_theta")
     return found
 
 
@@ -186,6 +190,9 @@ def _of_timm(settings: dict[str, Any], name: str, sizes: Mapping[str, int]) -> D
     if "num_heads" in arguments:
         heads = _whole(arguments["num_heads"], name, "num_heads")
         found = _with(found, "heads", heads, f"{name}: num_heads")
+    if "rope_temperature" in arguments:
+        base = _base(arguments["rope_temperature"], name, "rope_temperature")
+        found = _with(found, "rope_base", base, f"{name}: rope_temperature")
     if "act_layer" in arguments:
         activation = _activation(arguments["act_layer"], name, "act_layer")
         found = _with(found, "activation", activation, f"{name}: act_layer")
@@ -296,6 +303,12 @@ def _positive(value: Any, name: str, key: str) -> float:
         raise MismatchedWeights(
             f"{name}: {key} must be a number above 0 and below 1, not {value!r}"
         )
+    return float(value)
+
+
+def _base(value: Any, name: str, key: str) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value < 1e9:
+        raise MismatchedWeights(f"{name}: {key} must be a number above 0, not {value!r}")
     return float(value)
 
 

@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,12 @@ Arrays = Mapping[str, np.ndarray]
 OWN_NAME = r"params/(patch_embedding|blocks_\d+|norm)/.*"  # a name that only such files have
 
 
-def read_own_vit(path: str | Path, variant: str | None = None) -> tuple[ViT, dict[str, Any]]:
+def read_own_vit(
+    path: str | Path,
+    variant: str | None = None,
+    *,
+    position: Literal["sincos", "rope"] | None = None,
+) -> tuple[ViT, dict[str, Any]]:
     """Returns the ViT and the variables of a file of Flax variables, without pooling and head.
 
     Args:
@@ -37,23 +42,25 @@ def read_own_vit(path: str | Path, variant: str | None = None) -> tuple[ViT, dic
         variant: The size that the file must have, such as "S/16" (see `vit_config`); None reads the
             sizes from the shapes. Everything else, such as the class token, the registers and the
             size of the training images, is always read from the shapes.
+        position: How places are told apart where the file has no table of positions. None: "rope"
+            where queries have a bias and keys have none, "sincos" where both have one.
 
     Returns:
         The model, with `avg_pool` and no head, and its variables, NumPy arrays in float32. What
-        shapes do not tell (the GELU, the epsilon of the norms, their order with the pooling) are
-        the defaults of `ViTConfig`.
+        shapes do not tell (the GELU, the epsilon of the norms, their order with the pooling, the
+        base of a rope) are the defaults of `ViTConfig`.
 
     Raises:
         UnreadableWeights: The file cannot be read.
         MismatchedWeights: It does not hold a ViT of ours, or one of another size; the message lists
-            every parameter that does not fit.
+            every parameter that does not fit. Or nothing tells how places are told apart.
     """
     arrays = {
         name: value
         for name, value in read_arrays(path).items()
         if name.split("/")[1:2] not in (["head"], ["pool"], ["pooling"])
     }
-    model = ViT(own_config(arrays, variant, source=str(path)), avg_pool)
+    model = ViT(own_config(arrays, variant, position=position, source=str(path)), avg_pool)
     return model, fit_variables(model, arrays, source=str(path))
 
 
@@ -66,34 +73,42 @@ def holds_own_vit(arrays: Arrays) -> bool:
     return any(re.fullmatch(OWN_NAME, name) for name in arrays)
 
 
-def own_config(arrays: Arrays, variant: str | None = None, *, source: str) -> ViTConfig:
+def own_config(
+    arrays: Arrays,
+    variant: str | None = None,
+    *,
+    position: Literal["sincos", "rope"] | None = None,
+    source: str,
+) -> ViTConfig:
     """Returns the config of the ViT whose variables these are, by their names and shapes.
 
     Args:
         arrays: The variables by their paths.
         variant: The size, such as "S/16"; None reads it from the shapes.
+        position: As in `read_own_vit`.
         source: The file, for messages.
 
     Returns:
         The config, with the defaults of `ViTConfig` for what shapes do not tell.
 
     Raises:
-        MismatchedWeights: The names or shapes are not those of a ViT of ours.
+        MismatchedWeights: The names or shapes are not those of a ViT of ours, or nothing tells how
+            places are told apart.
     """
     config = _sizes_of(arrays, source) if variant is None else vit_config(variant)
-    position, registers = (arrays.get(f"params/{name}") for name in ("position", "registers"))
+    table, registers = (arrays.get(f"params/{name}") for name in ("position", "registers"))
     class_token = "params/class_token" in arrays
     found: dict[str, Any] = {
         "class_token": class_token,
         "registers": 0 if registers is None else next(iter(registers.shape), 0),
-        "position": "sincos" if position is None else "learned",
+        "position": "learned" if table is not None else position or _position_of(arrays, source),
         "layer_scale": 1e-5 if "params/blocks_0/layer_scale_1" in arrays else None,
         "patch_bias": "params/patch_embedding/bias" in arrays,
         "pre_norm": "params/norm_pre/scale" in arrays,
         "qkv_bias": "params/blocks_0/attention/query/bias" in arrays,
     }
-    if position is not None:
-        places = next(iter(np.shape(position)), 0)
+    if table is not None:
+        places = next(iter(np.shape(table)), 0)
         side = math.isqrt(max(places - class_token, 0))
         if not side or side * side != places - class_token:
             raise MismatchedWeights(
@@ -146,6 +161,18 @@ def fit_variables(model: ViT, arrays: Arrays, *, source: str) -> dict[str, Any]:
     return to_variables(arrays, table, source=source)
 
 
+def _position_of(arrays: Arrays, source: str) -> str:
+    """How places are told apart without a table: keys have a bias, but not with a rope."""
+    query, key = (f"params/blocks_0/attention/{part}/bias" in arrays for part in ("query", "key"))
+    if not query:
+        raise MismatchedWeights(
+            f"{source} has neither a table of positions nor biases of queries and keys, so that"
+            " sincos and rope positions cannot be told apart: read it with"
+            " read_own_vit(path, position='sincos') or position='rope'"
+        )
+    return "sincos" if key else "rope"
+
+
 def _sizes_of(arrays: Arrays, source: str) -> ViTConfig:
     """The sizes that the shapes of the patch embedding and of the first block tell."""
     axes = {
@@ -167,7 +194,7 @@ def _sizes_of(arrays: Arrays, source: str) -> ViTConfig:
             depth=len(blocks),
             heads=query[1],
             mlp_width=out[0],
-            # for a sincos position, which images of every size can have: the usual size
+            # without a table, where images of every size can be read: the usual size
             image=max(224 // max(embedding[0], 1), 1) * embedding[0],
             mlp="swiglu" if hidden[1] == 2 * out[0] else "gelu",
         )

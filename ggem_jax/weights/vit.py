@@ -1,5 +1,5 @@
-"""Published Vision Transformers <-> `ggem_jax.models.vit.ViT`: MAE, DeiT, DINOv2, AugReg, and the
-image towers of CLIP and SigLIP.
+"""Published Vision Transformers <-> `ggem_jax.models.vit.ViT`: MAE, DeiT, DINOv2, DINOv3, AugReg,
+and the image towers of CLIP and SigLIP.
 
 `read_vit` takes a file in the names of timm, Hugging Face, OpenAI or Google (`vit_layouts`) and
 finds the architecture in the shapes. Heads, GELU and the epsilon of the norms, which files do not
@@ -40,6 +40,14 @@ from ggem_jax.weights.architecture import (
 )
 from ggem_jax.weights.convert import Parameter, to_published, to_variables
 from ggem_jax.weights.declared import Declared, Norms, read_declared
+from ggem_jax.weights.dinov3 import (
+    heads_of_periods,
+    is_rotary,
+    normalisation_of,
+    rope_of,
+    split_periods,
+    to_names_of_eva,
+)
 from ggem_jax.weights.vit_layouts import Arrays, heads_of, join_qkv, split_qkv, to_names_of_timm
 
 Trained = Literal["cls", "avg", "map"]
@@ -63,6 +71,9 @@ FAMILIES = {
     "deit": Family("DeiT with a distillation token (Touvron et al., 2021)", IMAGENET, "cls"),
     "deit3": Family("DeiT III (Touvron et al., 2022)", IMAGENET, "cls"),
     "dinov2": Family("DINOv2 (Oquab et al., 2023), with or without registers", IMAGENET, "cls"),
+    "dinov3": Family(  # its images: `normalisation_of`
+        "DINOv3 (Siméoni et al., 2025)", None, "cls", norm_eps=1e-5
+    ),
     "clip": Family(
         "the image tower of CLIP (Radford et al., 2021)", OPENAI, "cls", gelu="quick", norm_eps=1e-5
     ),
@@ -275,27 +286,40 @@ def from_timm(
         AmbiguousWeights: As in `read_vit`.
         MismatchedWeights: As in `read_vit`.
     """
+    if "blocks.0.gamma_1" in arrays:  # of Eva, as `to_timm` returns a DINOv3
+        arrays = to_names_of_timm(arrays, source=source)[1]
     arrays = split_qkv(dict(arrays), source=source)
-    family = _family(layout, arrays, unused)
+    rotary = is_rotary(arrays, layout)
+    family = "dinov3" if rotary else _family(layout, arrays, unused)
     usual = FAMILIES[family]
-    shapes = _shapes(arrays, source)
+    arrays, periods = split_periods(arrays, source=source) if rotary else (arrays, None)
+    shapes = _shapes(arrays, source, rotary)
     style, facts = shapes.style, _facts(family, layout, arrays, unused, shapes)
     sizes = {name: shapes.sizes[ours] for name, ours in _SIZES.items()}
     declared = (
         read_declared(settings.path, sizes, given=settings.architecture) if settings else Declared()
     )
     evidence = Evidence(given, declared, source)
-    heads = decide_heads(evidence, facts, heads_by_shape)
+    rope: dict[str, Any] = {}
+    if rotary:
+        rope, evidence.found["rope"] = rope_of(periods, declared, source=source)
+    if periods is not None:
+        by_periods = heads_of_periods(facts.width, periods, source=source)
+        heads = decide_heads(evidence, facts, by_periods, told_by="periods")
+    else:
+        heads = decide_heads(evidence, facts, heads_by_shape)
     try:
         config = ViTConfig(
             **shapes.sizes,
+            **rope,
             heads=heads,
             post_norm=decide_norms(evidence, facts) == "post",
             gelu=decide_gelu(evidence, facts),
             norm_eps=decide_norm_eps(evidence, facts, usual.norm_eps),
             position_filter=(
                 "antialias"
-                if layout == "timm" or (family == "dinov2" and shapes.sizes["registers"])
+                if (layout == "timm" and not rotary)
+                or (family == "dinov2" and shapes.sizes["registers"])
                 else "cubic"
             ),
         )
@@ -310,9 +334,10 @@ def from_timm(
     rest = {name: folded.pop(name) for name in list(folded) if name.startswith("head_dist.")}
     pooling, evidence.found["pooling"] = _pooling(folded, style, usual, config, family)
     variables = to_variables(folded, vit_table(config, style, pooling, num_classes), source=source)
+    normalised = normalisation_of(config, layout, unused) if rotary else usual.normalised
     if declared.normalisation is not None:
         evidence.found["normalisation"] = declared.sources["normalisation"]
-    elif usual.normalised is not None:
+    elif normalised is not None:
         evidence.found["normalisation"] = f"family {family}"
     return PublishedViT(
         family,
@@ -320,7 +345,7 @@ def from_timm(
         config,
         pooling,
         num_classes,
-        declared.normalisation or usual.normalised,
+        declared.normalisation or normalised,
         style,
         variables,
         unused,
@@ -367,6 +392,9 @@ def _facts(
 def to_timm(published: PublishedViT, variables: Mapping[str, Any] | None = None) -> Arrays:
     """Returns parameters by timm's names, as `write_safetensors` takes them.
 
+    Those of a DINOv3 are the names of timm's Eva, which has no place for periods in bfloat16: it
+    computes them in float32.
+
     Args:
         published: the network.
         variables: its variables, trained further; None: those that were read.
@@ -377,6 +405,8 @@ def to_timm(published: PublishedViT, variables: Mapping[str, Any] | None = None)
     """
     table = vit_table(published.config, published.style, published.pooling, published.num_classes)
     arrays = to_published(published.variables if variables is None else variables, table)
+    if published.config.position == "rope":
+        return to_names_of_eva(arrays)
     return join_qkv(unfold_positions(arrays, published.config, published.style)) | published.rest
 
 
@@ -396,7 +426,8 @@ def vit_table(
     if c.patch_bias:
         table["patch_embed.proj.bias"] = Parameter(("params", "patch_embedding", "bias"), (width,))
     side = c.image // c.patch
-    table["pos_embed"] = _token("position", int(c.class_token) + side * side, width)
+    if c.position == "learned":
+        table["pos_embed"] = _token("position", int(c.class_token) + side * side, width)
     if c.class_token:
         table["cls_token"] = _token("class_token", 1, width)
     if c.registers:
@@ -463,7 +494,7 @@ def _attention(theirs: str, ours: tuple[str, ...], c: ViTConfig) -> dict[str, Pa
         table[f"{theirs}.{part}.weight"] = Parameter(
             ("params", *ours, name, "kernel"), (width, width), "dense", ours=(width, *heads)
         )
-        if c.qkv_bias:
+        if c.key_bias if part == "k" else c.qkv_bias:
             table[f"{theirs}.{part}.bias"] = Parameter(
                 ("params", *ours, name, "bias"), (width,), ours=heads
             )
@@ -482,6 +513,8 @@ def fold_positions(arrays: Arrays, config: ViTConfig, style: Style) -> Arrays:
     folded = {
         name: array for name, array in arrays.items() if name not in ("dist_token", "reg_token")
     }
+    if config.position == "rope":
+        return arrays
     table = np.asarray(arrays["pos_embed"])[0].astype(np.float32)
     grid = table[style.positions :]
     if config.class_token:
@@ -566,18 +599,18 @@ _SIZES = {
 }
 
 
-def _shapes(arrays: Arrays, source: str) -> _Shapes:
+def _shapes(arrays: Arrays, source: str, rotary: bool) -> _Shapes:
     """The style of the file, and the sizes."""
     needed = (
         "patch_embed.proj.weight",
-        "pos_embed",
+        *(() if rotary else ("pos_embed",)),
         "blocks.0.mlp.fc1.weight",
         "blocks.0.mlp.fc2.weight",
     )
     if missing := [name for name in needed if name not in arrays]:
         learned = (
-            "; networks without learned positions, such as DINOv3 with its rotary ones, are not"
-            " read"
+            "; of networks without learned positions only DINOv3 is read, which has a class token,"
+            " registers, LayerScale and no biases of keys"
             if "pos_embed" in missing
             else ""
         )
@@ -600,8 +633,11 @@ def _shapes(arrays: Arrays, source: str) -> _Shapes:
         )
     class_token, distilled = "cls_token" in arrays, "dist_token" in arrays
     registers = (arrays["reg_token"].shape[1] if "reg_token" in arrays else 0) + distilled
-    count = arrays["pos_embed"].shape[1]
-    side, positions = _grid(count, int(class_token), int(distilled), source)
+    if rotary:
+        side, positions = max(224 // max(patch, 1), 1), 0  # images of any size: the usual one
+    else:
+        count = arrays["pos_embed"].shape[1]
+        side, positions = _grid(count, int(class_token), int(distilled), source)
     sizes = {
         "patch": patch,
         "width": width,

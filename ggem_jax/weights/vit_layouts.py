@@ -5,11 +5,13 @@ Queries, keys and values stand in one array in some files, `blocks.3.attn.qkv.we
 others, `blocks.3.attn.q.weight`, as in our model: `split_qkv`, and `join_qkv` on the way back.
 
 References for the names: github.com/huggingface/pytorch-image-models, vision_transformer.py and
-deit.py; huggingface/transformers, models vit, deit, dinov2, dinov2_with_registers, clip and siglip;
-openai/CLIP and mlfoundations/open_clip, model.py; google-research/vision_transformer and
-big_vision, vit.py; facebookresearch/{mae,deit,dinov2}.
+deit.py and eva.py; huggingface/transformers, models vit, deit, dinov2, dinov2_with_registers,
+dinov3_vit, clip and siglip; openai/CLIP and mlfoundations/open_clip, model.py;
+google-research/vision_transformer and big_vision, vit.py; facebookresearch/{mae,deit,dinov2} and
+dinov3.
 """
 
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
@@ -17,6 +19,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ggem_jax.files.errors import MismatchedWeights
+from ggem_jax.weights.dinov3 import join_parts
+from ggem_jax.weights.refused import refuse_others
 
 Arrays = dict[str, np.ndarray]
 Rule = tuple[str, str, Callable[[np.ndarray], np.ndarray] | None]
@@ -33,7 +37,7 @@ class Layout(NamedTuple):
 
 def _row(array: np.ndarray) -> np.ndarray:
     """A token or a table of tokens as timm keeps it, (1, n, width)."""
-    return array.reshape(1, -1, array.shape[-1])
+    return array.reshape(1, math.prod(array.shape[:-1]), array.shape[-1])
 
 
 def _dense(array: np.ndarray) -> np.ndarray:
@@ -97,11 +101,57 @@ _TIMM = Layout(
         _leaf(r"blocks\.(?P<i>\d+)\.mlp\.w3", r"blocks.\g<i>.mlp.fc2"),
         (r"blocks\.(?P<i>\d+)\.ls(?P<n>[12])\.gamma", r"blocks.\g<i>.ls\g<n>.gamma", None),
         (r"blocks\.(?P<i>\d+)\.gamma_(?P<n>[12])", r"blocks.\g<i>.ls\g<n>.gamma", None),
+        # of Eva, timm's class of DINOv3
+        (r"blocks\.(?P<i>\d+)\.attn\.(?P<m>q|v)_bias", r"blocks.\g<i>.attn.\g<m>.bias", None),
+        _leaf(r"blocks\.(?P<i>\d+)\.mlp\.fc1_g", r"blocks.\g<i>.mlp.gate"),
+        _leaf(r"blocks\.(?P<i>\d+)\.mlp\.fc1_x", r"blocks.\g<i>.mlp.value"),
         (r"attn_pool\.latent", "attn_pool.latent", _row),
         _leaf(r"attn_pool\.(?P<m>q|kv|proj|norm|mlp\.fc1|mlp\.fc2)", r"attn_pool.\g<m>"),
     ),
-    unused=r"mask_token|decoder_.*|mask_embed.*|dino_head\..*|ibot_head\..*"
-    r"|blocks\.\d+\.attn\.relative_position.*|text\..*|logit_scale|logit_bias",
+    unused=r"mask_token|decoder_.*|mask_embed.*|dino_head\..*|ibot_head\..*|text\..*|logit_scale"
+    r"|logit_bias",
+)
+
+# The original files: timm's names but for these. `local_cls_norm` is of small crops in training.
+_DINOV3 = Layout(
+    mark=r"(?:storage_tokens|rope_embed\.periods)",
+    prefixes=_TIMM.prefixes,
+    rules=(
+        (r"storage_tokens", "reg_token", _row),
+        (r"rope_embed\.periods", "rope_embed.periods", None),
+        (r"blocks\.(?P<i>\d+)\.attn\.qkv\.bias_mask", r"blocks.\g<i>.attn.qkv.bias_mask", None),
+        _leaf(r"blocks\.(?P<i>\d+)\.mlp\.w1", r"blocks.\g<i>.mlp.gate"),
+        _leaf(r"blocks\.(?P<i>\d+)\.mlp\.w2", r"blocks.\g<i>.mlp.value"),
+        *_TIMM.rules,
+    ),
+    unused=_TIMM.unused + r"|local_cls_norm\.(weight|bias)|projectors\..*",
+)
+
+_HF_DINOV3_BLOCK = r"(?:model\.)?layer\.(?P<i>\d+)\."
+_HF_DINOV3 = Layout(
+    mark=r"(?:model\.)?layer\.0\.attention\.o_proj\.weight",
+    prefixes=("",),
+    rules=(
+        (r"embeddings\.cls_token", "cls_token", _row),
+        (r"embeddings\.register_tokens", "reg_token", _row),
+        _leaf(r"embeddings\.patch_embeddings", "patch_embed.proj"),
+        _leaf(_HF_DINOV3_BLOCK + r"(?P<m>norm1|norm2)", r"blocks.\g<i>.\g<m>"),
+        _leaf(
+            _HF_DINOV3_BLOCK + r"attention\.(?P<m>q|k|v)_proj",
+            r"blocks.\g<i>.attn.\g<m>",
+        ),
+        _leaf(_HF_DINOV3_BLOCK + r"attention\.o_proj", r"blocks.\g<i>.attn.proj"),
+        _leaf(_HF_DINOV3_BLOCK + r"mlp\.gate_proj", r"blocks.\g<i>.mlp.gate"),
+        _leaf(_HF_DINOV3_BLOCK + r"mlp\.up_proj", r"blocks.\g<i>.mlp.value"),
+        _leaf(_HF_DINOV3_BLOCK + r"mlp\.down_proj", r"blocks.\g<i>.mlp.fc2"),
+        (
+            _HF_DINOV3_BLOCK + r"layer_scale(?P<n>[12])\.lambda1",
+            r"blocks.\g<i>.ls\g<n>.gamma",
+            None,
+        ),
+        _leaf("norm", "norm"),
+    ),
+    unused=r"embeddings\.mask_token|rope_embeddings\.inv_freq",
 )
 
 _HF_BLOCK = r"encoder\.layer\.(?P<i>\d+)\."
@@ -269,6 +319,8 @@ _BIG_VISION = Layout(
 )
 
 LAYOUTS: dict[str, Layout] = {
+    "dinov3": _DINOV3,  # before timm's, whose mark it has too
+    "hf-dinov3": _HF_DINOV3,
     "timm": _TIMM,
     "hf-vit": _HF_VIT,
     "hf-dinov2": _HF_DINOV2,
@@ -277,13 +329,6 @@ LAYOUTS: dict[str, Layout] = {
     "augreg": _AUGREG,
     "big_vision": _BIG_VISION,
 }
-
-
-# Names that only networks with rotary positions have: those of DINOv3, and Hugging Face's for it.
-_ROTARY = (
-    r"(.*\.)?(rope_embed\..*|storage_tokens|blocks\.\d+\.attn\.qkv\.bias_mask"
-    r"|(?<!encoder\.)layer\.\d+\.attention\.[qkv]_proj\.weight)"
-)
 
 
 def find_layout(arrays: Mapping[str, np.ndarray]) -> tuple[str, str]:
@@ -314,15 +359,11 @@ def to_names_of_timm(
         source: the file, for messages.
 
     Raises:
-        MismatchedWeights: no known layout, rotary positions, or names that the layout has no place
-            for; the message lists them.
+        MismatchedWeights: no known layout, a network that our ViT cannot be (`refuse_others`), or
+            names that the layout has no place for; the message lists them.
     """
     arrays = unstack_blocks(arrays)
-    if rotary := [name for name in arrays if re.fullmatch(_ROTARY, name)]:
-        raise MismatchedWeights(
-            f"{source} is of a network with rotary positions, such as DINOv3, which is not read:"
-            f" {', '.join(sorted(rotary)[:8])}"
-        )
+    refuse_others(arrays, source=source)
     try:
         name, prefix = find_layout(arrays)
     except MismatchedWeights as error:
@@ -350,7 +391,9 @@ def to_names_of_timm(
     if odd := [
         f"{name} {array.dtype} {array.shape}"
         for name, array in found.items()
-        if not array.ndim or array.dtype.kind in "biuScUOM"
+        if not array.ndim
+        or array.dtype.kind in "biuScUOM"
+        or not np.can_cast(array.dtype, np.float64, "same_kind")
     ]:
         raise MismatchedWeights(
             f"{source} has parameters that are no arrays of real numbers: {', '.join(odd)}"
@@ -360,7 +403,7 @@ def to_names_of_timm(
             f"{source} has {len(unknown)} names that a ViT of layout {name} has no place for:"
             f" {', '.join(sorted(unknown))}"
         )
-    return name, found, tuple(unused)
+    return name, join_parts(found, source=source), tuple(unused)
 
 
 def _change(
