@@ -360,6 +360,17 @@ def test_networks_that_compute_something_else_are_refused_with_the_reason(arrays
     assert "it is not read, as its features would be wrong" in message
 
 
+def test_a_rope_vit_with_the_names_of_deit3_is_told_by_its_settings(tmp_path):
+    weights, _ = recorded("deit3")
+    write_safetensors(tmp_path / "model.safetensors", weights)
+    settings = {"architecture": "vit_small_patch16_rope_ape_224", "model_args": {"num_heads": 2}}
+    (tmp_path / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(
+        MismatchedWeights, match=r"is vit_small_patch16_rope_ape_224 \(config\.json.*a RoPE-ViT, "
+    ):
+        read_vit(tmp_path / "model.safetensors")
+
+
 def test_inspect_tells_the_positions(tmp_path, capsys):
     path, _ = file_of("dinov3-swiglu", tmp_path)
     assert main(["inspect", str(path)]) == 0

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ggem_jax.files.errors import MismatchedWeights
+from ggem_jax.weights.declared import Declared
 
 
 class Other(NamedTuple):
@@ -99,3 +100,20 @@ def refuse_others(arrays: Mapping[str, np.ndarray], *, source: str) -> None:
                 f"{source} is of {about}; it is not read, as its features would be wrong:"
                 f" {', '.join(name for names in found for name in names)}"
             )
+
+
+def refuse_architecture(declared: Declared, *, source: str) -> None:
+    """Raises `MismatchedWeights` for a network that only its name in timm tells from a ViT of ours.
+
+    These are the RoPE-ViTs with learned positions, whose parameters have the names of DeiT III.
+
+    Args:
+        declared: What files of settings say.
+        source: The file, for messages.
+    """
+    if "_rope_" in (declared.architecture or ""):
+        raise MismatchedWeights(
+            f"{source} is {declared.architecture} ({declared.sources['architecture']}), a RoPE-ViT,"
+            " whose rotary positions are others than those of DINOv3; it is not read, as its"
+            " features would be wrong"
+        )

@@ -48,6 +48,7 @@ from ggem_jax.weights.dinov3 import (
     split_periods,
     to_names_of_eva,
 )
+from ggem_jax.weights.refused import refuse_architecture
 from ggem_jax.weights.vit_layouts import Arrays, heads_of, join_qkv, split_qkv, to_names_of_timm
 
 Trained = Literal["cls", "avg", "map"]
@@ -299,6 +300,7 @@ def from_timm(
     declared = (
         read_declared(settings.path, sizes, given=settings.architecture) if settings else Declared()
     )
+    refuse_architecture(declared, source=source)
     evidence = Evidence(given, declared, source)
     rope: dict[str, Any] = {}
     if rotary:
