@@ -68,6 +68,13 @@ def is_rotary(arrays: Mapping[str, Any], layout: str) -> bool:
 
     In timm's own names nothing but what they lack tells: no positions, and no bias of the keys, in
     a network with a class token, registers and LayerScale. None of timm's other networks is so.
+
+    Args:
+        arrays: By timm's names, with queries, keys and values apart.
+        layout: Whose names the file has (`vit_layouts.LAYOUTS`).
+
+    Returns:
+        Whether they are; never with learned positions.
     """
     if "pos_embed" in arrays:
         return False
