@@ -66,6 +66,7 @@ def folder(tmp_path, monkeypatch):
             if name.startswith("weights/")
         }
     write_safetensors(tmp_path / "deit_small_patch16_224.safetensors", weights)
+    (tmp_path / "config.json").write_text('{"num_attention_heads": 2}')  # no published size
     monkeypatch.chdir(tmp_path)
 
 
