@@ -405,7 +405,11 @@ BROKEN = {
         {},
         "persistent object 'module'",
     ),
-    "a namespace": ({"args": called("argparse", "Namespace")}, {}, "asks for 'argparse.Namespace'"),
+    "a parser": (
+        {"x": called("argparse", "ArgumentParser")},
+        {},
+        "asks for 'argparse.ArgumentParser'",
+    ),
     "a whole module": (
         {"net": called("torch.nn.modules.linear", "Linear")},
         {},

@@ -315,7 +315,7 @@ REFUSED = {
     ),
     "other names": (
         "text-open_clip",
-        lambda weights: {f"other.{key}": 1 for key in weights},
+        lambda weights: {f"other_{key}": 1 for key in weights},
         "no text tower of a known layout",
     ),
     "nothing": ("text-open_clip", lambda weights: {}, "nowhere, there are none"),

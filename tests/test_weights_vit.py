@@ -349,7 +349,7 @@ def test_the_pictures_of_timms_config(tmp_path):
             "no arrays of real numbers: blocks.0.mlp.fc2.weight float32 ()",
         ),
         (
-            lambda w: {f"other.{k}": v for k, v in w.items()},
+            lambda w: {f"other_{k}": v for k, v in w.items()},
             "no Vision Transformer of a known layout",
         ),
         (lambda w: {}, "nowhere, there are none"),

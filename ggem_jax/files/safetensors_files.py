@@ -11,6 +11,11 @@ from numpy.typing import ArrayLike
 from ggem_jax.files.atomic import replacing
 from ggem_jax.files.errors import UnreadableWeights
 
+# dtypes in such files that are read
+_READ = {
+    "BOOL", "U8", "I8", "U16", "I16", "U32", "I32", "U64", "I64", "F16", "BF16", "F32", "F64", "C64"
+}  # fmt: skip
+
 
 def read_safetensors(path: Path | str) -> dict[str, np.ndarray]:
     """Returns all arrays of a file by their names; bfloat16 is that of `ml_dtypes`.
@@ -18,14 +23,24 @@ def read_safetensors(path: Path | str) -> dict[str, np.ndarray]:
     Args:
         path: A `.safetensors` file.
 
+    Returns:
+        The arrays in the dtypes of the file.
+
     Raises:
-        UnreadableWeights: The file cannot be read.
+        UnreadableWeights: The file cannot be read, or holds arrays of fewer than 16 bits a number.
         ModuleNotFoundError: The package safetensors is not installed.
     """
     package = _package()
+    if Path(path).is_dir():
+        raise UnreadableWeights(f"{path} is a folder: give a file in it")
     try:
         with package.safe_open(path, framework="numpy") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no mapping
+            dtypes = {name: file.get_slice(name).get_dtype() for name in file.keys()}  # noqa: SIM118  # no mapping
+            if short := [name for name, dtype in dtypes.items() if dtype not in _READ]:
+                raise UnreadableWeights(explain_float8(path, short[0], dtypes[short[0]]))
+            return {name: file.get_tensor(name) for name in dtypes}
+    except UnreadableWeights:
+        raise
     except (
         package.SafetensorError,
         OSError,
@@ -38,6 +53,23 @@ def read_safetensors(path: Path | str) -> dict[str, np.ndarray]:
         raise UnreadableWeights(
             f"{path} is not a readable safetensors file: {str(error).partition(chr(10))[0][:200]}"
         ) from None
+
+
+def explain_float8(path: Path | str, name: str, dtype: str) -> str:
+    """Returns the sentence that refuses an array of less than 16 bits a number.
+
+    Args:
+        path: The file.
+        name: Of the array.
+        dtype: As the file calls it.
+
+    Returns:
+        The sentence.
+    """
+    return (
+        f"{path} holds {name} in {dtype}, whose scale lies elsewhere: bring the weights in"
+        " float32, float16 or bfloat16"
+    )
 
 
 def write_safetensors(path: Path | str, arrays: Mapping[str, ArrayLike]) -> None:

@@ -1,10 +1,10 @@
 """PyTorch's `.pth` files without PyTorch.
 
-The zip form of PyTorch 1.6 and later is read and written; the sequence of pickles of earlier
-versions is read. A checkpoint is a pickle in which a tensor is a storage (a run of numbers of one
-type), an offset into it, sizes and strides. `ggem_jax.files.pickles` reads the pickle and runs
-nothing of it. Arrays share the memory of their storage, as the tensors did, and cannot be written
-to.
+The zip form of PyTorch 1.6 and later is read and written. The sequence of pickles of earlier
+versions, and the tensors of a TorchScript archive, are read. A checkpoint is a pickle in which a
+tensor is a storage (a run of numbers of one type), an offset into it, sizes and strides.
+`ggem_jax.files.pickles` reads the pickle and runs nothing of it. Arrays share the memory of their
+storage, as the tensors did, and cannot be written to.
 
 Reference: the documentation of `torch.save` and "Serialization semantics" on pytorch.org, and the
 files that PyTorch 2.13 writes.
@@ -28,20 +28,14 @@ from numpy.typing import ArrayLike
 
 from ggem_jax.files.atomic import replacing
 from ggem_jax.files.errors import UnreadableWeights, UnsafePickle
-from ggem_jax.files.pickles import (
-    DAMAGED,
-    PLAIN,
-    Budget,
-    Function,
-    Record,
-    explain,
-    finish_records,
-    read_bytes,
-    require_shape,
-    run_pickle,
-)
+from ggem_jax.files.pickles import DAMAGED, explain, finish_records, read_bytes, run_pickle
+from ggem_jax.files.plain_values import PLAIN, Budget, Function, Record, require_shape
+from ggem_jax.files.torchscript import PROGRAM, ProgramNames, named_arrays
 
-_ZIP = b"PK\x03\x04"
+ZIP = b"PK\x03\x04"
+_REMEDY = (
+    "save nothing but the weights, torch.save(model.state_dict(), FILE), where the file is trusted"
+)
 # the first pickle of a file from before PyTorch 1.6; the second is the version of the form
 _MAGIC = 0x1950A86A20F9469CFC6C
 _OLD_VERSION = 1001
@@ -163,10 +157,15 @@ def read_torch(path: Path | str) -> Any:
     The contents are nested dictionaries, lists and plain values. The arrays are contiguous and
     cannot be written to; tensors that shared a storage share memory. bfloat16 and float8 are those
     of `ml_dtypes`. Parameters become arrays, a `torch.dtype` a NumPy dtype, a `torch.Size` a tuple,
-    a device its name, and an `OrderedDict` a `dict`.
+    a device its name, and an `OrderedDict` a `dict`; other plain data become what `read_pickle`
+    makes of them. Of a TorchScript archive the contents are the arrays by the names of its
+    `state_dict`; its program is not read.
 
     Args:
-        path: A checkpoint that `torch.save` wrote, of any ending.
+        path: A checkpoint of `torch.save` or an archive of `torch.jit.save`, of any ending.
+
+    Returns:
+        The contents.
 
     Raises:
         UnsafePickle: The checkpoint asks for anything else.
@@ -174,11 +173,24 @@ def read_torch(path: Path | str) -> Any:
     """
     data = read_bytes(path)
     budget = Budget.of_file(data)
-    return (
-        _read_zip(data, str(path), budget)
-        if data[:4] == _ZIP
-        else _read_old(data, str(path), budget)
-    )
+    try:
+        read = _read_zip if data[:4] == ZIP else _read_old
+        return read(data, str(path), budget)
+    except UnsafePickle as error:
+        raise UnsafePickle(f"{error}; {_REMEDY}") from None
+
+
+def is_torchscript(path: Path | str) -> bool:
+    """Returns whether a file that `read_torch` reads is a TorchScript archive.
+
+    Args:
+        path: The file.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.endswith("/constants.pkl") for name in archive.namelist())
+    except (OSError, *_DAMAGED_ZIP):
+        return False
 
 
 def write_torch(path: Path | str, arrays: Mapping[str, ArrayLike]) -> None:
@@ -261,11 +273,6 @@ def _read_zip(data: bytes, name: str, budget: Budget) -> Any:
     try:
         with zipfile.ZipFile(io.BytesIO(data)) as archive:
             entries = _entries(archive, len(data))
-            if "constants.pkl" in entries:
-                raise UnreadableWeights(
-                    f"{name} is a TorchScript program, not a checkpoint; save its state_dict"
-                    " instead"
-                )
             order = (
                 archive.read(entries["byteorder"]).decode("ascii")
                 if "byteorder" in entries
@@ -287,13 +294,24 @@ def _read_zip(data: bytes, name: str, budget: Budget) -> Any:
                     _check_bytes(storages[key])
                 return storages[key]
 
-            return run_pickle(
-                io.BytesIO(archive.read(entries["data.pkl"])),
-                _known(budget),
+            pickled, known = archive.read(entries["data.pkl"]), _known(budget)
+            is_program = "constants.pkl" in entries
+            contents = run_pickle(
+                io.BytesIO(pickled),
+                ProgramNames(known | PROGRAM) if is_program else known,
                 name=name,
                 budget=budget,
                 persistent=storage,
             )
+            if not is_program:
+                return contents
+            arrays = named_arrays(contents, Budget.of_file(pickled))
+            if not arrays:
+                raise UnreadableWeights(
+                    f"{name} is a TorchScript program without parameters by name, as"
+                    " torch.jit.freeze leaves it; save its state_dict before that"
+                )
+            return arrays
     except UnreadableWeights:
         raise
     except _DAMAGED_ZIP as error:
@@ -301,18 +319,22 @@ def _read_zip(data: bytes, name: str, budget: Budget) -> Any:
 
 
 def _entries(archive: zipfile.ZipFile, total: int) -> dict[str, zipfile.ZipInfo]:
-    """The files of the archive by their names below its one folder, whatever that is called."""
+    """The files of the archive by their names below its one folder, whatever that is called.
+
+    Programs, which TorchScript compresses, are left out.
+    """
     infos = archive.infolist()
-    if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
-        raise ValueError("it is compressed, as PyTorch never does")
-    if sum(info.file_size for info in infos) > total:
-        raise ValueError("its parts are larger than the file")
     (pickled,) = [
         info.filename
         for info in infos
         if info.filename.endswith("/data.pkl") and info.filename.count("/") == 1
     ]
     folder = pickled.removesuffix("data.pkl")
+    infos = [info for info in infos if not info.filename.startswith(f"{folder}code/")]
+    if any(info.compress_type != zipfile.ZIP_STORED for info in infos):
+        raise ValueError("it is compressed, as PyTorch never does")
+    if sum(info.file_size for info in infos) > total:
+        raise ValueError("its parts are larger than the file")
     return {info.filename.removeprefix(folder): info for info in infos}
 
 

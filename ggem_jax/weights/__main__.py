@@ -1,14 +1,15 @@
 """Inspects a file of weights, or writes the weights under other names.
 
-    python -m ggem_jax.weights inspect FILE [--tower image|text] [--json]
-    python -m ggem_jax.weights convert FILE OUT.safetensors [--tower image|text]
+    python -m ggem_jax.weights inspect FILE [--tower image|text] [--which NAME] [--json]
+    python -m ggem_jax.weights convert FILE OUT.safetensors [--tower image|text] [--which NAME]
         [--to flax|timm|published]
 
-FILE is a published Vision Transformer (`read_vit`), or with `--tower text` a text tower of CLIP or
-SigLIP (`read_text`); many files hold both. `flax` names are those of the variables of `ViT` and
-`TextTransformer`, joined by slashes; `timm` names are those of timm's models, for image towers;
-`published` names are those of the file, for text towers. A failure is one sentence on standard
-error and exit code 1; no file is left half written.
+FILE is a published Vision Transformer, or with `--tower text` a text tower of CLIP or SigLIP; many
+files hold both. `--which` takes one of several networks in a training checkpoint, such as `ema`,
+`student` or `base_encoder`. `flax` names are those of the variables of `ViT` and `TextTransformer`,
+joined by slashes; `timm` names are those of timm's models, for image towers; `published` names are
+those of the file, for text towers. A failure is one sentence on standard error and exit code 1; no
+file is left half written.
 """
 
 import argparse
@@ -21,16 +22,18 @@ from typing import Any
 
 import jax
 
+from ggem_jax.files.arrays import Checkpoint, read_checkpoint
 from ggem_jax.files.safetensors_files import write_safetensors
+from ggem_jax.weights.architecture import Given, Settings
 from ggem_jax.weights.own import read_own_vit
 from ggem_jax.weights.text import (
     TEXT_FAMILIES,
     PublishedText,
+    from_published_names,
     holds_text,
-    read_text,
     to_published_names,
 )
-from ggem_jax.weights.vit import FAMILIES, PublishedViT, read_vit, to_timm
+from ggem_jax.weights.vit import FAMILIES, PublishedViT, from_arrays, to_timm
 
 NAMES = {"image": ("flax", "timm"), "text": ("flax", "published")}  # of a tower
 
@@ -71,6 +74,12 @@ def main(argv: list[str] | None = None) -> int:
             metavar="CONFIG",
             help="the publisher's config.json, or its folder (default: the one beside FILE)",
         )
+        command.add_argument(
+            "--which",
+            metavar="NAME",
+            help="the network of a file with several, such as ema, model, teacher or student"
+            " (default: model, or teacher)",
+        )
         if name == "convert":
             command.add_argument("out", type=Path, metavar="OUT.safetensors")
             command.add_argument(
@@ -86,7 +95,6 @@ def main(argv: list[str] | None = None) -> int:
                 help="one JSON object and nothing else on standard output",
             )
     arguments = parser.parse_args(argv)
-    read = read_text if arguments.tower == "text" else read_vit
     try:
         if arguments.command == "convert":
             _check_names(arguments.tower, arguments.to, arguments.out)
@@ -96,16 +104,14 @@ def main(argv: list[str] | None = None) -> int:
                 )
         if arguments.tower == "text" and arguments.norm is not None:
             raise ValueError("--norm is of image towers: the norms of text towers come before")
-        choices = {name: getattr(arguments, name) for name in ("heads", "gelu", "architecture")}
-        if arguments.tower == "image":
-            choices["norm"] = arguments.norm
-        published = read(arguments.file, **choices)
+        checkpoint = read_checkpoint(arguments.file, arguments.which)
+        published = _read(checkpoint, arguments)
         if arguments.command == "convert":
             _convert(published, arguments.out, arguments.to)
         elif arguments.json:
-            print(json.dumps(describe(published), indent=2))
+            print(json.dumps(describe(published) | describe_file(checkpoint), indent=2))
         else:
-            print("\n".join(_lines(published)))
+            print("\n".join([*_lines(published), *_lines_of_file(checkpoint)]))
     except (ValueError, OSError, ModuleNotFoundError) as error:
         if arguments.command == "inspect" and (own := _describe_own(arguments.file)):
             print(json.dumps(own, indent=2) if arguments.json else own["about"])
@@ -159,6 +165,37 @@ def _describe_own(file: Path) -> dict[str, Any] | None:
     )
     config_values = dataclasses.asdict(config)
     return {"family": "own", "about": about, "parameters": count, "config": config_values}
+
+
+def _read(checkpoint: Checkpoint, arguments: argparse.Namespace) -> PublishedViT | PublishedText:
+    given = Given(arguments.heads, arguments.gelu, norm=arguments.norm)
+    file, architecture = arguments.file, arguments.architecture
+    if arguments.tower == "image":
+        return from_arrays(checkpoint.arrays, file, given=given, architecture=architecture)
+    settings = Settings(file, architecture)
+    return from_published_names(checkpoint.arrays, given=given, settings=settings, source=str(file))
+
+
+def describe_file(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Returns what `inspect --json` prints of the file, beside its network.
+
+    Args:
+        checkpoint: The file as it was read.
+    """
+    return {
+        "file": list(checkpoint.about),
+        "which": checkpoint.chosen,
+        "others": list(checkpoint.others),
+    }
+
+
+def _lines_of_file(checkpoint: Checkpoint) -> list[str]:
+    lines = [f"the file: {', '.join(checkpoint.about)}"] if checkpoint.about else []
+    if checkpoint.chosen:
+        lines.append(f"read from: {checkpoint.chosen}")
+    if checkpoint.others:
+        lines.append(f"also in the file: {', '.join(checkpoint.others)} (--which)")
+    return lines
 
 
 def _lines(published: PublishedViT | PublishedText) -> list[str]:

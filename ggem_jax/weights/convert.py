@@ -45,12 +45,17 @@ def to_variables(
         source: The file, for messages.
 
     Raises:
-        MismatchedWeights: Names or shapes are not exactly those of the table.
+        MismatchedWeights: Names or shapes are not exactly those of the table, or numbers are not
+            finite.
     """
     check_parameters(published, table, source=source)
+    odd: list[str] = []
     variables: dict[str, Any] = {}
     for name, parameter in table.items():
-        array = np.asarray(published[name]).astype(np.float32)
+        with np.errstate(over="ignore"):
+            array = np.asarray(published[name]).astype(np.float32)
+        if not np.isfinite(array).all():
+            odd.append(name)
         array = np.transpose(array, _AXES[parameter.layout]) if parameter.layout in _AXES else array
         array = array[..., ::-1, :] if parameter.reverse_inputs else array
         *folders, last = parameter.path
@@ -59,6 +64,11 @@ def to_variables(
             place = place.setdefault(folder, {})
         place[last] = np.array(
             array if parameter.ours is None else array.reshape(parameter.ours), order="C"
+        )
+    if odd:
+        raise MismatchedWeights(
+            f"{source} has NaN or infinite numbers in float32 in {len(odd)} parameters, as of a"
+            f" training that diverged: {', '.join(odd)}"
         )
     return variables
 

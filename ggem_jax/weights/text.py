@@ -39,7 +39,14 @@ from ggem_jax.weights.architecture import (
 )
 from ggem_jax.weights.convert import Parameter, to_published, to_variables
 from ggem_jax.weights.declared import Declared, read_declared
-from ggem_jax.weights.vit_layouts import Arrays, heads_of, stack_blocks, unstack_blocks
+from ggem_jax.weights.vit_layouts import (
+    Arrays,
+    explain_several,
+    heads_of,
+    stack_blocks,
+    unstack_blocks,
+    unwrap_name,
+)
 
 
 class TextFamily(NamedTuple):
@@ -144,6 +151,7 @@ class TextStyle(NamedTuple):
     prefix: str = ""
     projection: str | None = None  # the full name of the kernel
     stacked: bool = False  # the blocks of a scan in one array
+    folders: str = ""  # before all names, such as "module."
 
 
 @dataclass(frozen=True)
@@ -179,6 +187,7 @@ def read_text(
     norm_eps: float | None = None,
     end_id: int | None = None,
     architecture: str | Path | None = None,
+    which: str | None = None,
 ) -> PublishedText:
     """Returns the text tower of a published checkpoint.
 
@@ -190,15 +199,15 @@ def read_text(
     which.
 
     Args:
-        path: A `.safetensors` or `.npz` file, or one of PyTorch, which the restricted reader reads.
-            A `config.json` or `open_clip_config.json` beside it is evidence where its sizes are
-            those of the weights.
+        path: A safetensors, npz or PyTorch file (`read_checkpoint`). A `config.json` or
+            `open_clip_config.json` beside it is evidence where its sizes are those of the weights.
         heads: Attention heads; None: by the evidence.
         gelu: GELU of the MLPs; None: by the evidence.
         norm_eps: Epsilon of the norms; None: by the evidence.
         end_id: Id of the token that ends a text; None: the largest id of the vocabulary.
         architecture: A file of settings of the publisher, or the folder of one, instead of those
             beside the weights.
+        which: The network of a file with several, such as "ema"; see `read_checkpoint`.
 
     Returns:
         The tower, its variables in float32.
@@ -210,7 +219,7 @@ def read_text(
             message lists the offending names.
     """
     return from_published_names(
-        read_arrays(path),
+        read_arrays(path, which),
         given=Given(heads, gelu, norm_eps),
         end_id=end_id,
         settings=Settings(Path(path), architecture),
@@ -242,7 +251,12 @@ def from_published_names(
         AmbiguousWeights: As in `read_text`.
         MismatchedWeights: As in `read_text`.
     """
-    name, prefix = _find_layout(arrays, source)
+    name, prefix, folders = _find_layout(arrays, source)
+    names = {unwrap_name(key).removeprefix(folders): key for key in arrays}
+    if len(names) < len(arrays):
+        twice = next(key for key in arrays if key not in names.values())
+        raise MismatchedWeights(f"{source} has two names of one parameter, one of them {twice}")
+    arrays = {short: arrays[key] for short, key in names.items()}
     layout = LAYOUTS[name]
     taken_apart = unstack_blocks(arrays, "Encoder_0")
     found = {
@@ -254,6 +268,7 @@ def from_published_names(
         prefix,
         projection=next((each for each in _projections(layout, prefix) if each in found), None),
         stacked=set(taken_apart) != set(arrays),
+        folders=folders,
     )
     project_bias = style.projection == _projections(layout, prefix)[0]
     family = "siglip" if project_bias or layout.flax else "clip"
@@ -261,7 +276,7 @@ def from_published_names(
     shapes = _shapes(found, layout, style, source)
     width = shapes.pop("width")
     outputs = shapes.pop("outputs")
-    unused = tuple(key for key in arrays if re.fullmatch(layout.unused, key))
+    unused = tuple(key for short, key in names.items() if re.fullmatch(layout.unused, short))
     evidence = _evidence(given, settings, shapes | {"width": width}, source)
     facts = Facts(family, name, width, of_openai=set(unused) >= OPENAI_BUFFERS)
     heads = decide_text_heads(evidence, width, heads_of(found, "Encoder_0"))
@@ -336,15 +351,15 @@ def to_published_names(
         published.project_bias,
     )
     arrays = to_published(together, table)
-    return (
-        stack_blocks(arrays, "Encoder_0") if published.style.stacked else arrays
-    ) | published.rest
+    stacked = stack_blocks(arrays, "Encoder_0") if published.style.stacked else arrays
+    folders = published.style.folders
+    return {folders + name: array for name, array in (stacked | published.rest).items()}
 
 
 def holds_text(names: Iterable[str]) -> bool:
     """Returns whether a text tower of a known layout is among the names of a file."""
-    tokens = {prefix + layout.token for layout in LAYOUTS.values() for prefix in layout.prefixes}
-    return not tokens.isdisjoint(names)
+    names = [unwrap_name(name) for name in names]
+    return any(_folders_before(names, layout.token) for layout in LAYOUTS.values())
 
 
 def text_table(
@@ -441,16 +456,30 @@ def _projections(layout: TextLayout, prefix: str) -> list[str]:
     return [each.format(p=prefix) for each in layout.projections if each]
 
 
-def _find_layout(arrays: Mapping[str, np.ndarray], source: str) -> tuple[str, str]:
+def _find_layout(arrays: Mapping[str, np.ndarray], source: str) -> tuple[str, str, str]:
+    """The layout, the folder of the tower, and the folders before all names, such as "module."."""
+    names = [unwrap_name(name) for name in arrays]
     for name, layout in LAYOUTS.items():
+        own = [each for each in names if not re.fullmatch(layout.unused, each)]
         for prefix in layout.prefixes:
-            if prefix + layout.token in arrays:
-                return name, prefix
+            found = _folders_before(own, prefix + layout.token)
+            if len(found) > 1:
+                raise MismatchedWeights(f"{source}: {explain_several(found)}")
+            if found:
+                return name, prefix, found.pop()
     shown = ", ".join(sorted(arrays)[:8])
     raise MismatchedWeights(
         f"{source}: no text tower of a known layout ({', '.join(LAYOUTS)}): its names begin"
         f" {shown or 'nowhere, there are none'}"
     )
+
+
+def _folders_before(names: Iterable[str], end: str) -> set[str]:
+    return {
+        name.removesuffix(end)
+        for name in names
+        if name.endswith(end) and name.removesuffix(end)[-1:] in ("", ".", "/")
+    }
 
 
 def _logits(layout: TextLayout, prefix: str) -> tuple[str, str]:

@@ -49,7 +49,15 @@ from ggem_jax.weights.dinov3 import (
     to_names_of_eva,
 )
 from ggem_jax.weights.refused import refuse_architecture
-from ggem_jax.weights.vit_layouts import Arrays, heads_of, join_qkv, split_qkv, to_names_of_timm
+from ggem_jax.weights.vit_layouts import (
+    Arrays,
+    find_layout,
+    heads_of,
+    join_qkv,
+    split_qkv,
+    to_names_of_timm,
+    unstack_blocks,
+)
 
 Trained = Literal["cls", "avg", "map"]
 
@@ -193,6 +201,7 @@ def read_vit(
     norm_eps: float | None = None,
     norm: Norms | None = None,
     architecture: str | Path | None = None,
+    which: str | None = None,
 ) -> PublishedViT:
     """Returns the network of a published checkpoint.
 
@@ -200,10 +209,9 @@ def read_vit(
     table of published sizes (`ggem_jax.weights.architecture`); `PublishedViT.evidence` tells which.
 
     Args:
-        path: A `.safetensors` or `.npz` file, or one of PyTorch, which the restricted reader reads.
-            A `config.json` of Hugging Face or timm, an `open_clip_config.json` and a
-            `preprocessor_config.json` beside it are evidence where their sizes are those of the
-            weights.
+        path: A safetensors, npz or PyTorch file (`read_checkpoint`). A `config.json` of Hugging
+            Face or timm, an `open_clip_config.json` and a `preprocessor_config.json` beside it are
+            evidence where their sizes are those of the weights.
         heads: Attention heads; None: by the evidence.
         gelu: GELU of the MLPs; None: by the evidence.
         norm_eps: Epsilon of the norms; None: by the evidence.
@@ -211,6 +219,7 @@ def read_vit(
             by the evidence.
         architecture: A file of settings of the publisher, or the folder of one, instead of those
             beside the weights.
+        which: The network of a file with several, such as "ema"; see `read_checkpoint`.
 
     Returns:
         The network, its variables in float32.
@@ -222,7 +231,7 @@ def read_vit(
             message lists the offending names.
     """
     given = Given(heads, gelu, norm_eps, norm)
-    return from_arrays(read_arrays(path), path, given=given, architecture=architecture)
+    return from_arrays(read_arrays(path, which), path, given=given, architecture=architecture)
 
 
 def from_arrays(
@@ -252,6 +261,7 @@ def from_arrays(
         arrays,
         layout=layout,
         unused=unused,
+        folders=find_layout(unstack_blocks(found))[1],
         given=given,
         heads_by_shape=heads_of(found),
         settings=Settings(Path(path), architecture),
@@ -264,6 +274,7 @@ def from_timm(
     *,
     layout: str = "timm",
     unused: tuple[str, ...] = (),
+    folders: str = "",
     given: Given = NOTHING_GIVEN,
     heads_by_shape: int | None = None,
     settings: Settings | None = None,
@@ -275,6 +286,7 @@ def from_timm(
         arrays: The parameters.
         layout: The layout of the file they came in (`vit_layouts.LAYOUTS`).
         unused: Names in the file that no ViT uses.
+        folders: What stood before the names in the file, such as "module.base_encoder.".
         given: Choices of the user.
         heads_by_shape: Heads, where the kernels of the file tell them, as Flax's do.
         settings: Where files of settings are looked for; None: nowhere.
@@ -295,7 +307,7 @@ def from_timm(
     usual = FAMILIES[family]
     arrays, periods = split_periods(arrays, source=source) if rotary else (arrays, None)
     shapes = _shapes(arrays, source, rotary)
-    style, facts = shapes.style, _facts(family, layout, arrays, unused, shapes)
+    style, facts = shapes.style, _facts(family, layout, arrays, unused, folders, shapes)
     sizes = {name: shapes.sizes[ours] for name, ours in _SIZES.items()}
     declared = (
         read_declared(settings.path, sizes, given=settings.architecture) if settings else Declared()
@@ -374,7 +386,12 @@ def _pooling(
 
 
 def _facts(
-    family: str, layout: str, arrays: Arrays, unused: tuple[str, ...], shapes: "_Shapes"
+    family: str,
+    layout: str,
+    arrays: Arrays,
+    unused: tuple[str, ...],
+    folders: str,
+    shapes: "_Shapes",
 ) -> Facts:
     sizes = shapes.sizes
     return Facts(
@@ -388,6 +405,7 @@ def _facts(
         qkv_bias=sizes["qkv_bias"],
         gated=sizes["mlp"] == "swiglu",
         of_openai=set(unused) >= OPENAI_BUFFERS,
+        of_moco=not {"base_encoder", "momentum_encoder"}.isdisjoint(folders.split(".")),
     )
 
 

@@ -13,7 +13,7 @@ dinov3.
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -29,8 +29,8 @@ Rule = tuple[str, str, Callable[[np.ndarray], np.ndarray] | None]
 class Layout(NamedTuple):
     """How one publisher names the parameters of a ViT."""
 
-    mark: str  # pattern of a name that only such files have
-    prefixes: tuple[str, ...]  # folders before the names
+    # pattern of a name that only such files have; what stands before it stands before all names
+    mark: str
     rules: tuple[Rule, ...]
     unused: str = r"(?!)"  # pattern of the whole names that a ViT does not use
 
@@ -79,15 +79,6 @@ def _flax_norm(theirs: str, ours: str) -> tuple[Rule, ...]:
 
 _TIMM = Layout(
     mark=r"blocks\.0\.norm1\.weight",
-    prefixes=(
-        "",
-        "module.",
-        "backbone.",
-        "teacher.backbone.",
-        "student.backbone.",
-        "encoder.",
-        "visual.trunk.",  # open_clip's
-    ),
     rules=(
         (r"(cls_token|dist_token|pos_embed)", r"\g<1>", _row),
         (r"(reg_token|register_tokens)", "reg_token", _row),
@@ -108,14 +99,15 @@ _TIMM = Layout(
         (r"attn_pool\.latent", "attn_pool.latent", _row),
         _leaf(r"attn_pool\.(?P<m>q|kv|proj|norm|mlp\.fc1|mlp\.fc2)", r"attn_pool.\g<m>"),
     ),
+    # the last: losses and projection heads of DINO, DINOv2, iBOT and MoCo v3, whose class token has
+    # the place of a classifier
     unused=r"mask_token|decoder_.*|mask_embed.*|dino_head\..*|ibot_head\..*|text\..*|logit_scale"
-    r"|logit_bias",
+    r"|logit_bias|\w+_loss\..*|head\.(mlp|last_layer2?|\d+)\..*|predictor\..*",
 )
 
 # The original files: timm's names but for these. `local_cls_norm` is of small crops in training.
 _DINOV3 = Layout(
     mark=r"(?:storage_tokens|rope_embed\.periods)",
-    prefixes=_TIMM.prefixes,
     rules=(
         (r"storage_tokens", "reg_token", _row),
         (r"rope_embed\.periods", "rope_embed.periods", None),
@@ -130,7 +122,6 @@ _DINOV3 = Layout(
 _HF_DINOV3_BLOCK = r"(?:model\.)?layer\.(?P<i>\d+)\."
 _HF_DINOV3 = Layout(
     mark=r"(?:model\.)?layer\.0\.attention\.o_proj\.weight",
-    prefixes=("",),
     rules=(
         (r"embeddings\.cls_token", "cls_token", _row),
         (r"embeddings\.register_tokens", "reg_token", _row),
@@ -168,7 +159,6 @@ _HF_SHARED: tuple[Rule, ...] = (
 )
 _HF_VIT = Layout(
     mark=r"encoder\.layer\.0\.layernorm_before\.weight",
-    prefixes=("", "vit.", "deit."),
     rules=(
         *_HF_SHARED,
         (r"embeddings\.distillation_token", "dist_token", _row),
@@ -179,12 +169,11 @@ _HF_VIT = Layout(
         _leaf("(?:cls_)?classifier", "head"),
         _leaf("distillation_classifier", "head_dist"),
     ),
-    unused=r"pooler\.dense\.(weight|bias)|embeddings\.mask_token",
+    unused=r"pooler\.dense\.(weight|bias)|embeddings\.mask_token|decoder\..*",  # of MAE
 )
 
 _HF_DINOV2 = Layout(
     mark=r"encoder\.layer\.0\.layer_scale1\.lambda1",
-    prefixes=("", "dinov2.", "dinov2_with_registers."),
     rules=(
         *_HF_SHARED,
         (r"embeddings\.register_tokens", "reg_token", _row),
@@ -215,20 +204,18 @@ _HF_TOWER = (
     _leaf(r"head\.mlp\.(?P<m>fc1|fc2)", r"attn_pool.mlp.\g<m>"),
 )
 _HF_CLIP = Layout(
-    mark=r"(?:vision_model\.)?encoder\.layers\.0\.layer_norm1\.weight",
-    prefixes=("",),
+    mark=r"(?<!text_model\.)encoder\.layers\.0\.layer_norm1\.weight",
     rules=(
         *((rf"(?:vision_model\.)?{theirs}", ours, change) for theirs, ours, change in _HF_TOWER),
         (r"visual_projection\.weight", "head.weight", None),
     ),
     unused=r"text_model\..*|text_projection\.weight|logit_scale|logit_bias"
-    r"|vision_model\.embeddings\.position_ids",
+    r"|(vision_model\.)?embeddings\.position_ids",
 )
 
 _CLIP_BLOCK = r"transformer\.resblocks\.(?P<i>\d+)\."
 _CLIP = Layout(
     mark=r"visual\.transformer\.resblocks\.0\.ln_1\.weight",
-    prefixes=("",),
     rules=tuple(
         (rf"visual\.{theirs}", ours, change)
         for theirs, ours, change in (
@@ -275,7 +262,6 @@ def _npz(
 
 _AUGREG = Layout(
     mark=r"Transformer/encoderblock_0/MlpBlock_3/Dense_0/kernel",
-    prefixes=("", "opt/target/", "params/"),
     rules=_npz(
         r"encoderblock_(?P<i>\d+)",
         "MultiHeadDotProductAttention_1",
@@ -307,7 +293,6 @@ _MAP_RULES: tuple[Rule, ...] = (
 )
 _BIG_VISION = Layout(
     mark=r"Transformer/encoderblock_0/MlpBlock_0/Dense_0/kernel",
-    prefixes=("", "params/", "params/img/", "img/"),
     rules=_npz(
         r"encoderblock_(?P<i>\d+)",
         "(?:MultiHeadDotProductAttention_0|MHDPA_0)",
@@ -331,15 +316,51 @@ LAYOUTS: dict[str, Layout] = {
 }
 
 
-def find_layout(arrays: Mapping[str, np.ndarray]) -> tuple[str, str]:
-    """Returns the layout whose mark is among the names, and the folder before them.
+# Folders that wrap a module and say nothing of it: of torch.compile, FSDP, checkpointed
+# activations and Lightning.
+_WRAPPERS = (
+    r"(?<![^.])(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|_forward_module)\."
+)
+# Blocks in chunks, as DINOv2 trains them: the second number counts the blocks.
+_CHUNK = r"(?<![^.])blocks\.\d+\.(?=\d+\.)"
 
-    Raises `MismatchedWeights` where none is.
+
+def unwrap_name(name: str) -> str:
+    """Returns the name of a parameter without what wraps modules, and of a block without its chunk.
+
+    Args:
+        name: Such as `_orig_mod.blocks.0.3.norm1.weight`.
+
+    Returns:
+        The name, such as `blocks.3.norm1.weight`.
     """
+    return re.sub(_CHUNK, "blocks.", re.sub(_WRAPPERS, "", name))
+
+
+def find_layout(arrays: Iterable[str]) -> tuple[str, str]:
+    """Returns the layout whose mark is among the names, and the folders before them.
+
+    Args:
+        arrays: The names, or arrays by their names.
+
+    Returns:
+        The layout's name, and folders such as "module.base_encoder.", in any order and nesting.
+
+    Raises:
+        MismatchedWeights: No mark is among the names, or one stands in several folders.
+    """
+    names = [unwrap_name(name) for name in arrays]
     for name, layout in LAYOUTS.items():
-        for prefix in layout.prefixes:
-            if any(re.fullmatch(re.escape(prefix) + layout.mark, each) for each in arrays):
-                return name, prefix
+        mark = re.compile(rf"((?:[^./]*[./]){{0,16}})(?:{layout.mark})")
+        found = {
+            match[1]
+            for each in names
+            if (match := mark.fullmatch(each)) and not re.fullmatch(layout.unused, each)
+        }
+        if len(found) > 1:
+            raise MismatchedWeights(explain_several(found))
+        if found:
+            return name, found.pop()
     shown = ", ".join(sorted(arrays)[:8])
     raise MismatchedWeights(
         f"no Vision Transformer of a known layout ({', '.join(LAYOUTS)}): its names begin"
@@ -347,25 +368,51 @@ def find_layout(arrays: Mapping[str, np.ndarray]) -> tuple[str, str]:
     )
 
 
+def explain_several(folders: Iterable[str]) -> str:
+    """Returns the sentence that asks which of several networks of a file is meant.
+
+    Args:
+        folders: That the names of the networks begin with, such as "student.backbone.".
+
+    Returns:
+        The sentence.
+    """
+    parts = [re.split("[./]", folder) for folder in sorted(folders)]
+    places = enumerate(zip(*parts, strict=False))
+    first = next((i for i, each in places if len(set(each)) > 1), 0)
+    choices = " or ".join(f"--which {part[first]}" for part in parts if part[first])
+    return f"several networks, under {', '.join(sorted(folders))}: choose with {choices} (which=)"
+
+
+def _shorten(name: str, folders: str) -> list[str]:
+    """A name without as many of the first folders as it has, then without fewer of them."""
+    ends = [match.end() for match in re.finditer("[./]", folders)]
+    return [name[end:] for end in [*reversed(ends), 0] if name.startswith(folders[:end])]
+
+
 def to_names_of_timm(
     arrays: Mapping[str, np.ndarray], *, source: str
 ) -> tuple[str, Arrays, tuple[str, ...]]:
     """Returns the layout, the parameters by timm's names, and the names that no ViT uses.
 
-    Queries, keys and values stay together or apart, as they came.
+    Queries, keys and values stay together or apart, as they came. Folders before the names, in any
+    order and nesting, are left out: `find_layout` returns them.
 
     Args:
-        arrays: by the names of any publisher.
-        source: the file, for messages.
+        arrays: By the names of any publisher.
+        source: The file, for messages.
+
+    Returns:
+        The name of the layout; the parameters; the names in the file that no ViT uses.
 
     Raises:
-        MismatchedWeights: no known layout, a network that our ViT cannot be (`refuse_others`), or
-            names that the layout has no place for; the message lists them.
+        MismatchedWeights: No known layout, several networks, a network that our ViT cannot be
+            (`refuse_others`), or names that the layout has no place for; the message lists them.
     """
     arrays = unstack_blocks(arrays)
-    refuse_others(arrays, source=source)
+    refuse_others({unwrap_name(name): array for name, array in arrays.items()}, source=source)
     try:
-        name, prefix = find_layout(arrays)
+        name, folders = find_layout(arrays)
     except MismatchedWeights as error:
         raise MismatchedWeights(f"{source}: {error}") from None
     layout = LAYOUTS[name]
@@ -373,12 +420,14 @@ def to_names_of_timm(
     unused: list[str] = []
     unknown: list[str] = []
     for full, array in arrays.items():
-        short = full.removeprefix(prefix)
-        if re.fullmatch(layout.unused, short) or re.fullmatch(layout.unused, full):
+        shorter = _shorten(unwrap_name(full), folders)
+        if any(re.fullmatch(layout.unused, short) for short in shorter):
             unused.append(full)
             continue
-        for pattern, ours, change in layout.rules:
-            match = re.fullmatch(pattern.replace("(weight|bias)", "(?P<leaf>weight|bias)"), short)
+        many = re.search(r"\d{10}", full)  # blocks, more than anyone has
+        for pattern, ours, change in () if many else layout.rules:
+            pattern = pattern.replace("(weight|bias)", "(?P<leaf>weight|bias)")
+            match = re.fullmatch(pattern, shorter[0])
             if (
                 match and match.expand(ours) not in found
             ):  # two names of one parameter: no place for the second
@@ -421,6 +470,10 @@ def heads_of(arrays: Mapping[str, np.ndarray], encoder: str = "Transformer") -> 
     """Returns the attention heads of a tower whose arrays have an axis for them, else None.
 
     Flax's own files have such an axis.
+
+    Args:
+        arrays: The arrays by their published names.
+        encoder: The tower's name in them.
     """
     pattern = rf"(.*/)?{encoder}/encoderblock.*/query/kernel"
     return next(
@@ -436,7 +489,9 @@ def heads_of(arrays: Mapping[str, np.ndarray], encoder: str = "Transformer") -> 
 def unstack_blocks(arrays: Mapping[str, np.ndarray], encoder: str = "Transformer") -> Arrays:
     """Returns the arrays with the blocks of a scan, which are kept in one array, as single arrays.
 
-    `encoder` is the name of the tower whose blocks they are.
+    Args:
+        arrays: The arrays by their published names.
+        encoder: The name of the tower whose blocks they are.
     """
     found: Arrays = {}
     for name, array in arrays.items():
@@ -449,7 +504,12 @@ def unstack_blocks(arrays: Mapping[str, np.ndarray], encoder: str = "Transformer
 
 
 def stack_blocks(arrays: Arrays, encoder: str = "Transformer") -> Arrays:
-    """Returns the arrays with all blocks of a tower in one array, as a scan keeps them."""
+    """Returns the arrays with all blocks of a tower in one array, as a scan keeps them.
+
+    Args:
+        arrays: The arrays by their published names.
+        encoder: The name of the tower whose blocks they are.
+    """
     found: dict[str, list[np.ndarray]] = {}
     for name, array in arrays.items():
         match = re.fullmatch(rf"((?:.*/)?{encoder}/encoderblock)_\d+(/.*)", name)
@@ -458,7 +518,15 @@ def stack_blocks(arrays: Arrays, encoder: str = "Transformer") -> Arrays:
 
 
 def split_qkv(arrays: Arrays, *, source: str = "the checkpoint") -> Arrays:
-    """Returns the arrays with the joined projections `qkv` and `kv` as single arrays."""
+    """Returns the arrays with the joined projections `qkv` and `kv` as single arrays.
+
+    Args:
+        arrays: The arrays by timm's names.
+        source: The file, for messages.
+
+    Raises:
+        MismatchedWeights: A joined projection does not divide into its parts.
+    """
     found: Arrays = {}
     for name, array in arrays.items():
         match = re.fullmatch(r"(.*)\.(qkv|kv)\.(weight|bias)", name)
@@ -481,6 +549,9 @@ def join_qkv(arrays: Arrays) -> Arrays:
     """Returns the arrays with projections joined as timm does.
 
     They are `qkv` in blocks, `q` and `kv` in the attention pooling.
+
+    Args:
+        arrays: The arrays by timm's names, with single projections.
     """
     found: Arrays = {}
     for name, array in arrays.items():
