@@ -334,11 +334,11 @@ def to_published_names(
     The image tower is no part of them.
 
     Args:
-        published: the tower.
-        variables: its variables, trained further; None: those that were read, in float32.
+        published: The tower.
+        variables: Its variables, trained further; None: those that were read, in float32.
 
     Raises:
-        MismatchedWeights: they are not the variables of this tower.
+        MismatchedWeights: They are not the variables of this tower.
     """
     layout = LAYOUTS[published.layout]
     variables = published.variables if variables is None else variables
@@ -357,7 +357,11 @@ def to_published_names(
 
 
 def holds_text(names: Iterable[str]) -> bool:
-    """Returns whether a text tower of a known layout is among the names of a file."""
+    """Returns whether a text tower of a known layout is among the names of a file.
+
+    Args:
+        names: The names.
+    """
     names = [unwrap_name(name) for name in names]
     return any(_folders_before(names, layout.token) for layout in LAYOUTS.values())
 
@@ -368,6 +372,13 @@ def text_table(
     """Returns the published names of a layout and where their parameters go.
 
     Projections that are kept together go to one module, `qkv`, with an axis of 3.
+
+    Args:
+        name: The layout.
+        style: Choices of the file.
+        config: Of the tower.
+        outputs: Channels of the shared space; 0: no projection.
+        project_bias: Whether the projection has a bias.
     """
     c, layout, p = config, LAYOUTS[name], style.prefix
     width, heads = (c.width,), (c.heads, c.width // c.heads)
