@@ -272,3 +272,16 @@ def test_heads_that_the_kernels_tell_are_not_overruled(tmp_path):
     assert read_vit(tmp_path / "w.npz").evidence["heads"] == "shape of the attention's kernels"
     with pytest.raises(MismatchedWeights, match="has kernels of 2 heads, not 4"):
         read_vit(tmp_path / "w.npz", heads=4)
+
+
+def test_deit_iii_and_rope_vit_are_told_apart_by_a_name(tmp_path):
+    weights, found = recorded("deit3")
+    path = tmp_path / "w.safetensors"
+    write_safetensors(path, weights)
+    with pytest.raises(AmbiguousWeights, match="may be DeiT III or a RoPE-ViT"):
+        read_vit(path, heads=2)
+    published = read_vit(path, heads=2, architecture="deit3_small_patch16_224")
+    assert (published.family, published.declared.architecture) == ("deit3", published.architecture)
+    assert_like_pytorch(published, found)
+    with pytest.raises(MismatchedWeights, match="vit_small_patch16_rope_ape_224"):
+        read_vit(path, heads=2, architecture="vit_small_patch16_rope_ape_224")

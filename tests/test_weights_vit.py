@@ -72,6 +72,8 @@ OPEN_GELU = {
 
 def settings_of(name):
     """What a config.json must say of a recorded network: no publisher has one so small."""
+    if name == "deit3":  # as a RoPE-ViT may be, by its names
+        return {"architecture": "deit3_small_patch16_224", "model_args": {"num_heads": 2}}
     gelu = {"hidden_act": OPEN_GELU[name]} if name in OPEN_GELU else {}
     return {"num_attention_heads": 2} | gelu
 
@@ -269,15 +271,35 @@ def test_heads_are_those_of_the_published_sizes(width, heads):
     assert from_timm(empty_network(width)).config.heads == heads
 
 
-def test_layer_scale_is_of_dinov2_where_patches_are_of_14_and_else_of_deit3():
-    assert from_timm(empty_network(patch=14, layer_scale=1e-5), given=Given(2)).family == "dinov2"
-    assert from_timm(empty_network(patch=16, layer_scale=1e-5), given=Given(2)).family == "deit3"
-    assert (
-        from_timm(
-            empty_network(patch=16, layer_scale=1e-5), given=Given(2), unused=("mask_token",)
-        ).family
-        == "dinov2"
-    )
+def test_families_with_layer_scale_are_told_apart():
+    """By positions of the class token, patches and registers; what timm has beside is no family."""
+
+    def family(positions=1, unused=(), **changes):
+        arrays = empty_network(layer_scale=1e-5, **changes)
+        if not positions:
+            arrays["pos_embed"] = arrays["pos_embed"][:, 1:]
+        return from_timm(arrays, given=Given(2), unused=unused).family
+
+    assert family(patch=14) == "dinov2"
+    assert family(patch=16, registers=4) == "dinov2"
+    assert family(patch=16, unused=("mask_token",)) == "dinov2"
+    assert family(patch=16, positions=0) == "deit3"
+    assert family(patch=14, positions=0) == "deit3"  # deit3_huge_patch14
+    assert family(patch=16) == "vit"  # vit_base_patch16_plus
+    assert family(patch=14, registers=1) == "vit"  # TIPS v2
+    assert family(patch=16, registers=4, class_token=False) == "vit"  # vit_betwixt_patch16_reg4_gap
+
+
+def test_an_average_is_of_mae_only_with_a_class_token():
+    def family(width, patch, **changes):
+        arrays = empty_network(width, patch, **changes)
+        for leaf in ("weight", "bias"):
+            arrays[f"fc_norm.{leaf}"] = arrays.pop(f"norm.{leaf}")
+        return from_timm(arrays).family
+
+    assert family(768, 16) == "mae"
+    assert family(1408, 14, class_token=False) == "vit"  # I-JEPA
+    assert family(1024, 14) == "vit"  # eva_large_patch14
 
 
 def test_a_file_without_its_first_layer_is_refused_by_name():

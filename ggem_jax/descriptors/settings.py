@@ -58,6 +58,7 @@ class DescriptorSettings:
     gelu: Literal["exact", "tanh", "quick"] | None = None  # of the MLPs
     norm: Literal["pre", "post"] | None = None  # before or after the branches of a block
     norm_eps: float | None = None  # epsilon of the norms
+    architecture: str | None = None  # the name of the model in timm
 
     def __post_init__(self):
         self._check_backbone()
@@ -91,7 +92,7 @@ class DescriptorSettings:
         """Returns what the settings say of a published ViT."""
         from ggem_jax.weights.architecture import Given
 
-        return Given(self.heads, self.gelu, self.norm_eps, self.norm)
+        return Given(self.heads, self.gelu, self.norm_eps, self.norm, self.architecture)
 
     @property
     def leaves_row_to_weights(self) -> bool:
@@ -115,7 +116,7 @@ class DescriptorSettings:
             value = record.pop(name)
             if value is not None:
                 record[name] = list(value)
-        for name in ("heads", "gelu", "norm", "norm_eps"):
+        for name in ("heads", "gelu", "norm", "norm_eps", "architecture"):
             if record[name] is None:
                 del record[name]
         return record

@@ -72,7 +72,8 @@ def main(argv: list[str] | None = None) -> int:
             "--architecture",
             type=Path,
             metavar="CONFIG",
-            help="the publisher's config.json, or its folder (default: the one beside FILE)",
+            help="the publisher's config.json, its folder, or the name of the model in timm"
+            " (default: the config.json beside FILE)",
         )
         command.add_argument(
             "--which",
@@ -122,7 +123,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def describe(published: PublishedViT | PublishedText) -> dict[str, Any]:
-    """Returns what `inspect --json` prints."""
+    """Returns what `inspect --json` prints.
+
+    Args:
+        published: The tower, as it was read.
+    """
     found = {
         "family": published.family,
         "layout": published.layout,

@@ -7,7 +7,7 @@ asks for it, and names the flag and the key of `config.json` that answer.
 
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -81,9 +81,41 @@ class Given(NamedTuple):
     gelu: GELU | None = None
     norm_eps: float | None = None
     norm: Norms | None = None
+    architecture: str | None = None  # the name of a model of timm
 
 
 NOTHING_GIVEN = Given()
+
+
+def take_name(given: Given, architecture: str | Path | None) -> tuple[Given, str | Path | None]:
+    """Returns an architecture as the name of a model of timm, or as a file of settings.
+
+    Args:
+        given: Choices of the user.
+        architecture: Such a name, a file of settings or its folder, or None.
+
+    Returns:
+        The choices with the name, and the file, which is None if it was a name.
+    """
+    name = str(architecture or "")
+    if not re.fullmatch(r"[A-Za-z]\w*_\w+(\.\w+)?", name) or name.endswith(".json"):
+        return given, architecture
+    if Path(name).exists():
+        return given, architecture
+    return given._replace(architecture=name), None
+
+
+def add_name(declared: Declared, given: Given) -> Declared:
+    """Returns what is declared, with the name of the model that the user gives, if any.
+
+    Args:
+        declared: What files of settings say.
+        given: Choices of the user.
+    """
+    if given.architecture is None:
+        return declared
+    sources = declared.sources | {"architecture": "given"}
+    return replace(declared, architecture=given.architecture, sources=sources)
 
 
 @dataclass(frozen=True)
@@ -287,6 +319,27 @@ def decide_norms(evidence: Evidence, facts: Facts) -> Norms:
         "whether its norms come before or after the branches of a block",
         _ANSWERS["norm"],
     )
+
+
+def decide_positions(declared: Declared, *, source: str) -> None:
+    """Raises if nothing tells DeiT III from a RoPE-ViT, whose parameters have the same names.
+
+    Args:
+        declared: What files of settings say.
+        source: The file, for messages.
+
+    Raises:
+        AmbiguousWeights: No file of settings names the network.
+
+    Reference: Heo et al., "Rotary Position Embedding for Vision Transformer", 2024,
+        arXiv:2403.13298: its networks are those of DeiT III, with rotary positions beside them.
+    """
+    if declared.architecture is None:
+        raise AmbiguousWeights(
+            f"{source} may be DeiT III or a RoPE-ViT, whose parameters have the same names: give"
+            " its name in timm, such as --architecture deit3_small_patch16_224"
+            ' (architecture="..."), or put timm\'s config.json beside the file'
+        )
 
 
 def decide_norm_eps(evidence: Evidence, facts: Facts, usual: float) -> float:

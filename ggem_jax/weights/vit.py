@@ -33,10 +33,13 @@ from ggem_jax.weights.architecture import (
     Facts,
     Given,
     Settings,
+    add_name,
     decide_gelu,
     decide_heads,
     decide_norm_eps,
     decide_norms,
+    decide_positions,
+    take_name,
 )
 from ggem_jax.weights.convert import Parameter, to_published, to_variables
 from ggem_jax.weights.declared import Declared, Norms, read_declared
@@ -123,6 +126,7 @@ class PublishedViT:
     rest: Arrays = field(default_factory=dict, repr=False)
     # choice, such as heads or gelu -> where it came from
     evidence: dict[str, str] = field(default_factory=dict, repr=False)
+    architecture: str | None = None  # the name of the model in timm, where it was given or declared
 
     @property
     def declared(self) -> Given:
@@ -132,7 +136,8 @@ class PublishedViT:
             {name for name, where in self.evidence.items() if _is_declared(where)},
         )
         chosen = Given(c.heads, c.gelu, c.norm_eps, "post" if c.post_norm else "pre")
-        return Given(**{name: value for name, value in chosen._asdict().items() if name in told})
+        named = {name: value for name, value in chosen._asdict().items() if name in told}
+        return Given(**named)._replace(architecture=self.architecture)
 
     def model(self) -> ViT:
         """Returns the network as it was trained."""
@@ -142,11 +147,11 @@ class PublishedViT:
         """Returns fresh variables with the file's weights everywhere but in pooling and head.
 
         Args:
-            variables: of a `ViT` of this config with any pooling and head. Positions are resampled
-                for images of another size; the number of heads, which files do not say, may differ.
+            variables: Those of a `ViT` of this config with any pooling and head. Positions are
+                resampled for images of another size; the number of heads may differ.
 
         Raises:
-            MismatchedWeights: a parameter outside `pool` and `head` is not in the file, of another
+            MismatchedWeights: A parameter outside `pool` and `head` is not in the file, of another
                 shape, or in the file alone.
         """
         leaves = [
@@ -218,7 +223,7 @@ def read_vit(
         norm: Whether the norms of a block come before ("pre") or after its branches ("post"); None:
             by the evidence.
         architecture: A file of settings of the publisher, or the folder of one, instead of those
-            beside the weights.
+            beside the weights; or the name of the model in timm.
         which: The network of a file with several, such as "ema"; see `read_checkpoint`.
 
     Returns:
@@ -257,8 +262,10 @@ def from_arrays(
         MismatchedWeights: As in `read_vit`.
     """
     layout, arrays, unused = to_names_of_timm(found, source=str(path))
+    given, architecture = take_name(given, architecture)
     return from_timm(
         arrays,
+        gammas=any(name.endswith("blocks.0.gamma_1") for name in found),
         layout=layout,
         unused=unused,
         folders=find_layout(unstack_blocks(found))[1],
@@ -275,6 +282,7 @@ def from_timm(
     layout: str = "timm",
     unused: tuple[str, ...] = (),
     folders: str = "",
+    gammas: bool = False,
     given: Given = NOTHING_GIVEN,
     heads_by_shape: int | None = None,
     settings: Settings | None = None,
@@ -287,6 +295,7 @@ def from_timm(
         layout: The layout of the file they came in (`vit_layouts.LAYOUTS`).
         unused: Names in the file that no ViT uses.
         folders: What stood before the names in the file, such as "module.base_encoder.".
+        gammas: Whether LayerScales were called `gamma_1`, as in the code of DeiT and of EVA.
         given: Choices of the user.
         heads_by_shape: Heads, where the kernels of the file tell them, as Flax's do.
         settings: Where files of settings are looked for; None: nowhere.
@@ -312,7 +321,10 @@ def from_timm(
     declared = (
         read_declared(settings.path, sizes, given=settings.architecture) if settings else Declared()
     )
+    declared = add_name(declared, given)
     refuse_architecture(declared, source=source)
+    if gammas and family == "deit3":
+        decide_positions(declared, source=source)
     evidence = Evidence(given, declared, source)
     rope: dict[str, Any] = {}
     if rotary:
@@ -322,25 +334,7 @@ def from_timm(
         heads = decide_heads(evidence, facts, by_periods, told_by="periods")
     else:
         heads = decide_heads(evidence, facts, heads_by_shape)
-    try:
-        config = ViTConfig(
-            **shapes.sizes,
-            **rope,
-            heads=heads,
-            post_norm=decide_norms(evidence, facts) == "post",
-            gelu=decide_gelu(evidence, facts),
-            norm_eps=decide_norm_eps(evidence, facts, usual.norm_eps),
-            position_filter=(
-                "antialias"
-                if (layout == "timm" and not rotary)
-                or (family == "dinov2" and shapes.sizes["registers"])
-                else "cubic"
-            ),
-        )
-    except AmbiguousWeights:
-        raise
-    except ValueError as error:
-        raise MismatchedWeights(f"{source}: {error}") from None
+    config = _config(evidence, facts, shapes.sizes | rope | {"heads": heads}, usual)
     folded = fold_positions(arrays, config, style)
     if "head.weight" in folded and "head.bias" not in folded:  # the projection of CLIP
         folded["head.bias"] = np.zeros(len(folded["head.weight"]), folded["head.weight"].dtype)
@@ -365,7 +359,28 @@ def from_timm(
         unused,
         rest,
         evidence.found,
+        declared.architecture,
     )
+
+
+def _config(evidence: Evidence, facts: Facts, sizes: dict[str, Any], usual: Family) -> ViTConfig:
+    """The config, with the choices that the evidence decides."""
+    rotary = facts.family == "dinov3"
+    antialias = (facts.layout == "timm" and not rotary) or (
+        facts.family == "dinov2" and sizes["registers"] > 0
+    )
+    try:
+        return ViTConfig(
+            **sizes,
+            post_norm=decide_norms(evidence, facts) == "post",
+            gelu=decide_gelu(evidence, facts),
+            norm_eps=decide_norm_eps(evidence, facts, usual.norm_eps),
+            position_filter="antialias" if antialias else "cubic",
+        )
+    except AmbiguousWeights:
+        raise
+    except ValueError as error:
+        raise MismatchedWeights(f"{evidence.source}: {error}") from None
 
 
 def _is_declared(source: str) -> bool:
@@ -416,11 +431,11 @@ def to_timm(published: PublishedViT, variables: Mapping[str, Any] | None = None)
     computes them in float32.
 
     Args:
-        published: the network.
-        variables: its variables, trained further; None: those that were read.
+        published: The network.
+        variables: Its variables, trained further; None: those that were read.
 
     Raises:
-        MismatchedWeights: they are not the variables of this network; another pooling has no name
+        MismatchedWeights: They are not the variables of this network; another pooling has no name
             there.
     """
     table = vit_table(published.config, published.style, published.pooling, published.num_classes)
@@ -436,6 +451,12 @@ def vit_table(
     """Returns timm's names and where their parameters go.
 
     Queries, keys and values are apart, and positions are folded.
+
+    Args:
+        config: The network.
+        style: Choices of the file.
+        pooling: The pooling, whose parameters are in the file if it is attention pooling.
+        num_classes: Channels of the head; 0: no head.
     """
     c, width = config, config.width
     table = {
@@ -529,6 +550,11 @@ def fold_positions(arrays: Arrays, config: ViTConfig, style: Style) -> Arrays:
     """Returns the arrays with prefix tokens and positions as our model keeps them.
 
     The class token has one position. Registers have none: theirs are added to them.
+
+    Args:
+        arrays: Parameters by timm's names.
+        config: The network.
+        style: Choices of the file.
     """
     folded = {
         name: array for name, array in arrays.items() if name not in ("dist_token", "reg_token")
@@ -557,6 +583,11 @@ def unfold_positions(arrays: Arrays, config: ViTConfig, style: Style) -> Arrays:
     """Returns the arrays with prefix tokens and positions as the file keeps them.
 
     Where a file has no positions for prefix tokens, that of the class token is added to the token.
+
+    Args:
+        arrays: Parameters by timm's names, as `fold_positions` returns them.
+        config: The network.
+        style: Choices of the file.
     """
     unfolded = dict(arrays)
     table = arrays["pos_embed"][0]
@@ -588,20 +619,35 @@ def _family(layout: str, arrays: Arrays, unused: tuple[str, ...]) -> str:
     if layout == "big_vision":
         return "big_vision"
     if "blocks.0.ls1.gamma" in arrays:
-        with_registers = "reg_token" in arrays or "mask_token" in dropped
-        of_patch_14 = "patch_embed.proj.weight" in arrays and arrays[
-            "patch_embed.proj.weight"
-        ].shape[-1:] == (14,)
-        return (
-            "dinov2"
-            if with_registers or layout == "hf-dinov2" or of_patch_14 or _is_gated(arrays)
-            else "deit3"
-        )
+        return _family_with_layer_scale(layout, arrays, dropped)
     if "dist_token" in arrays:
         return "deit"
-    # MAE fine-tunes with a class token and pools by average; timm's other averages have no token
-    fine_tuned = "fc_norm.weight" in arrays and "cls_token" in arrays
-    return "mae" if "decoder" in dropped or fine_tuned else "vit"
+    return "mae" if "decoder" in dropped or _is_fine_tuned_mae(arrays) else "vit"
+
+
+def _family_with_layer_scale(layout: str, arrays: Arrays, dropped: str) -> str:
+    """DINOv2, or DeiT III, or one of the others that timm has under the same names."""
+    if layout == "hf-dinov2" or "mask_token" in dropped or _is_gated(arrays):
+        return "dinov2"
+    if "cls_token" not in arrays or "pos_embed" not in arrays:
+        return "vit"
+    if "reg_token" in arrays:  # DINOv2 has 4; TIPS v2 has 1
+        return "dinov2" if arrays["reg_token"].shape[1] > 1 else "vit"
+    side = math.isqrt(max(arrays["pos_embed"].shape[1] - 1, 0))
+    if not side or side * side != arrays["pos_embed"].shape[1] - 1:
+        return "deit3"  # whose class token has no position
+    kernel = arrays.get("patch_embed.proj.weight")
+    return "dinov2" if kernel is not None and kernel.shape[-1:] == (14,) else "vit"
+
+
+def _is_fine_tuned_mae(arrays: Arrays) -> bool:
+    """Whether it has a class token and pools by average, as fine-tuned MAEs do.
+
+    timm's other averages have no class token, but for EVA's ViT-L/14.
+    """
+    kernel = arrays.get("patch_embed.proj.weight")
+    of_eva = kernel is not None and (*kernel.shape[:1], *kernel.shape[-1:]) == (1024, 14)
+    return "fc_norm.weight" in arrays and "cls_token" in arrays and not of_eva
 
 
 class _Shapes(NamedTuple):

@@ -234,6 +234,12 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="attention heads of a published ViT whose file does not say them",
     )
+    add(
+        "--architecture",
+        metavar="NAME",
+        help="name in timm of a published ViT, such as deit3_small_patch16_224, where its file does"
+        " not tell what it is",
+    )
     add("--whitening", metavar="FILE", help="whitening of the command whiten, applied at the end")
 
 
