@@ -58,15 +58,15 @@ def test_inspect_says_what_a_file_is_and_what_is_not_used(tmp_path, capsys):
 def test_convert_writes_both_namings(tmp_path, capsys):
     path, _ = file_of("augreg", tmp_path)
     for names in ("flax", "timm"):
-        assert (
-            main(["convert", str(path), str(tmp_path / f"{names}.safetensors"), "--to", names]) == 0
-        )
+        (tmp_path / names).mkdir()
+        out = str(tmp_path / names / "weights.safetensors")
+        assert main(["convert", str(path), out, "--to", names]) == 0
     assert "arrays written" in capsys.readouterr().out
     published = read_vit(path)
-    flax = read_safetensors(tmp_path / "flax.safetensors")
+    flax = read_safetensors(tmp_path / "flax" / "weights.safetensors")
     for where, leaf in jax.tree_util.tree_leaves_with_path(published.variables):
         np.testing.assert_array_equal(flax["/".join(part.key for part in where)], leaf)
-    again = read_vit(tmp_path / "timm.safetensors", heads=2)
+    again = read_vit(tmp_path / "timm" / "weights.safetensors", heads=2)
     for one, other in zip(
         jax.tree.leaves(again.variables), jax.tree.leaves(published.variables), strict=True
     ):
@@ -135,9 +135,13 @@ WRONG = {
         ["convert", "GOOD", "out.safetensors", "--tower", "text", "--to", "timm"],
         "may be flax or published, not timm",
     ),
+    "head of a text tower": (
+        ["convert", "GOOD", "out.safetensors", "--tower", "text", "--no-head"],
+        "--no-head and --overwrite are of image towers",
+    ),
     "image to its own": (
         ["convert", "GOOD", "out.safetensors", "--to", "published"],
-        "may be flax or timm, not published",
+        "may be flax or timm or hf, not published",
     ),
 }
 

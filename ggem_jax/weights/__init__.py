@@ -3,8 +3,9 @@
 Neither PyTorch nor a device is required. Readers are `read_torch` (.pth), `read_safetensors` and
 `read_pickle` (plain data), writers `write_torch` and `write_safetensors`. CVNet's checkpoints, for
 `ggem_jax.models.resnet`, have `read_cvnet`, `cvnet_to_variables` and `variables_to_cvnet`. The
-modules `vit` and `text`, for published ViTs and text towers, are not imported here, as they import
-the models.
+modules `vit` and `text`, for published ViTs and text towers, `export`, for files that other
+libraries load, and `hub`, for weights by name, are not imported here, as they import the models or
+need a package of their own.
 
 Errors are a `ValueError` with one sentence: `UnreadableWeights` for a file that cannot be read,
 among them `UnsafePickle` for one that asks for more than plain data, and `MismatchedWeights` for

@@ -1,15 +1,19 @@
-"""Inspects a file of weights, or writes the weights under other names.
+"""Inspects a file of weights, writes the weights under other names, or fetches them by name.
 
     python -m ggem_jax.weights inspect FILE [--tower image|text] [--which NAME] [--json]
-    python -m ggem_jax.weights convert FILE OUT.safetensors [--tower image|text] [--which NAME]
-        [--to flax|timm|published]
+    python -m ggem_jax.weights convert FILE OUT [--to flax|timm|hf] [--which NAME] [--no-head]
+        [--overwrite]
+    python -m ggem_jax.weights convert FILE OUT.safetensors --tower text [--to flax|published]
+    python -m ggem_jax.weights get [NAME] [--revision R] [--json]
 
 FILE is a published Vision Transformer, or with `--tower text` a text tower of CLIP or SigLIP; many
 files hold both. `--which` takes one of several networks in a training checkpoint, such as `ema`,
-`student` or `base_encoder`. `flax` names are those of the variables of `ViT` and `TextTransformer`,
-joined by slashes; `timm` names are those of timm's models, for image towers; `published` names are
-those of the file, for text towers. A failure is one sentence on standard error and exit code 1; no
-file is left half written.
+`student` or `base_encoder`. `convert` also takes our own files and the folders of training runs.
+`flax` names are those of the variables of `ViT` and `TextTransformer`, joined by slashes; `timm`
+and `hf` are those of timm and of Hugging Face, which load the folder OUT; `published` names are
+those of the file, for text towers. `get` downloads into the cache of huggingface_hub and prints the
+path; without NAME it lists the names. A failure is one sentence on standard error and exit code 1;
+no file is left half written.
 """
 
 import argparse
@@ -21,11 +25,15 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from flax import traverse_util
 
 from ggem_jax.files.arrays import Checkpoint, read_checkpoint
 from ggem_jax.files.safetensors_files import write_safetensors
 from ggem_jax.weights.architecture import Given, Settings
-from ggem_jax.weights.own import read_own_vit
+from ggem_jax.weights.export import FOLDERS_FILE, export_vit, weights_path
+from ggem_jax.weights.hub import NAMES, SITE, fetch
+from ggem_jax.weights.load import LoadedViT, load_vit
+from ggem_jax.weights.own import holds_own_vit, read_own_vit
 from ggem_jax.weights.text import (
     TEXT_FAMILIES,
     PublishedText,
@@ -33,9 +41,9 @@ from ggem_jax.weights.text import (
     holds_text,
     to_published_names,
 )
-from ggem_jax.weights.vit import FAMILIES, PublishedViT, from_arrays, to_timm
+from ggem_jax.weights.vit import FAMILIES, PublishedViT, from_arrays
 
-NAMES = {"image": ("flax", "timm"), "text": ("flax", "published")}  # of a tower
+NAMINGS = {"image": ("flax", "timm", "hf"), "text": ("flax", "published")}  # of a tower
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -46,7 +54,7 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     for name, purpose in (
         ("inspect", "tell what a file holds, and which names in it are not used"),
-        ("convert", "write the weights under other names"),
+        ("convert", "write the weights under other names, as a file or a folder"),
     ):
         command = commands.add_parser(name, help=purpose)
         command.add_argument("file", type=Path, metavar="FILE")
@@ -82,12 +90,22 @@ def main(argv: list[str] | None = None) -> int:
             " (default: model, or teacher)",
         )
         if name == "convert":
-            command.add_argument("out", type=Path, metavar="OUT.safetensors")
+            command.add_argument(
+                "out", type=Path, metavar="OUT", help="a folder, or a file ending in .safetensors"
+            )
             command.add_argument(
                 "--to",
-                choices=("flax", "timm", "published"),
+                choices=("flax", "timm", "hf", "published"),
                 default="flax",
                 help="names of the parameters (default: flax)",
+            )
+            command.add_argument(
+                "--no-head", action="store_true", help="leave the classification head out"
+            )
+            command.add_argument(
+                "--overwrite",
+                action="store_true",
+                help="replace a config.json that says something else",
             )
         else:
             command.add_argument(
@@ -95,20 +113,38 @@ def main(argv: list[str] | None = None) -> int:
                 action="store_true",
                 help="one JSON object and nothing else on standard output",
             )
+    get = commands.add_parser("get", help="download published weights by name")
+    get.add_argument("name", nargs="?", metavar="NAME", help="(default: list the names)")
+    get.add_argument("--revision", metavar="R", help="commit, branch or tag (default: the newest)")
+    get.add_argument("--json", action="store_true", help="one JSON object on standard output")
     arguments = parser.parse_args(argv)
     try:
+        if arguments.command == "get":
+            _get(arguments.name, arguments.revision, arguments.json)
+            return 0
+        if (arguments.file / FOLDERS_FILE).is_file():
+            arguments.file /= FOLDERS_FILE
         if arguments.command == "convert":
-            _check_names(arguments.tower, arguments.to, arguments.out)
-            if arguments.out.exists() and arguments.out.samefile(arguments.file):
-                raise ValueError(
-                    f"{arguments.out} is the file that is converted: give another name"
-                )
+            _check_names(arguments)
+            target = weights_path(arguments.out)
+            if target.exists() and target.samefile(arguments.file):
+                raise ValueError(f"{target} is the file that is converted: give another name")
         if arguments.tower == "text" and arguments.norm is not None:
             raise ValueError("--norm is of image towers: the norms of text towers come before")
+        of_image = arguments.command == "convert" and arguments.tower == "image"
+        if of_image and arguments.file.is_dir():
+            _export(_load_own(arguments), arguments)
+            return 0
         checkpoint = read_checkpoint(arguments.file, arguments.which)
+        if of_image and holds_own_vit(checkpoint.arrays):
+            _export(_load_own(arguments), arguments)
+            return 0
         published = _read(checkpoint, arguments)
         if arguments.command == "convert":
-            _convert(published, arguments.out, arguments.to)
+            if isinstance(published, PublishedText):
+                _convert_text(published, arguments.out, arguments.to)
+            else:
+                _export(published, arguments)
         elif arguments.json:
             print(json.dumps(describe(published) | describe_file(checkpoint), indent=2))
         else:
@@ -271,29 +307,77 @@ def _choices(published: PublishedViT | PublishedText) -> list[tuple[str, str]]:
     ]
 
 
-def _check_names(tower: str, names: str, out: Path) -> None:
+def _check_names(arguments: argparse.Namespace) -> None:
     """Refuses what can be refused before the file is read."""
-    if out.suffix != ".safetensors":
+    tower, names, out = arguments.tower, arguments.to, arguments.out
+    if names not in NAMINGS[tower]:
+        raise ValueError(
+            f"the names of {'an image' if tower == 'image' else 'a text'} tower may be"
+            f" {' or '.join(NAMINGS[tower])}, not {names}"
+        )
+    if tower == "text" and out.suffix != ".safetensors":
         raise ValueError(
             f"the output is a safetensors file: give a name that ends in .safetensors, not {out}"
         )
-    if names not in NAMES[tower]:
+    if tower == "text" and (arguments.no_head or arguments.overwrite):
+        raise ValueError("--no-head and --overwrite are of image towers: leave them out")
+
+
+def _load_own(arguments: argparse.Namespace) -> LoadedViT:
+    """The network of a training run, or of a file by the names of our variables."""
+    names = ("heads", "gelu", "norm", "architecture", "which")
+    if given := [name for name in names if getattr(arguments, name) is not None]:
         raise ValueError(
-            f"the names of {'an image' if tower == 'image' else 'a text'} tower may be"
-            f" {' or '.join(NAMES[tower])}, not {names}"
+            f"{arguments.file} is of our own, and says its settings itself: leave out"
+            f" {' and '.join(f'--{name}' for name in given)}"
         )
+    return load_vit(arguments.file)
 
 
-def _convert(published: PublishedViT | PublishedText, out: Path, names: str) -> None:
+def _export(vit: PublishedViT | LoadedViT, arguments: argparse.Namespace) -> None:
+    done = export_vit(
+        vit,
+        arguments.out,
+        to=arguments.to,
+        head=not arguments.no_head,
+        overwrite=arguments.overwrite,
+    )
+    beside = " and ".join(path.name for path in done.files[1:])
+    print(f"{done.arrays} arrays written to {done.files[0]}, with {beside} beside it")
+    for note in done.notes:
+        print(f"note: {note}")
+
+
+def _convert_text(published: PublishedText, out: Path, names: str) -> None:
     if names == "flax":
-        leaves = jax.tree_util.tree_leaves_with_path(published.variables)
-        arrays = {"/".join(part.key for part in path): leaf for path, leaf in leaves}
-    elif isinstance(published, PublishedText):
-        arrays = to_published_names(published)
+        arrays = traverse_util.flatten_dict(published.variables, sep="/")
     else:
-        arrays = to_timm(published)
+        arrays = to_published_names(published)
     write_safetensors(out, arrays)
     print(f"{len(arrays)} arrays written to {out}")
+
+
+def _get(name: str | None, revision: str | None, as_json: bool) -> None:
+    if name is None:
+        rows = {
+            each: {**entry._asdict(), "page": f"{SITE}/{entry.repo}"}
+            for each, entry in NAMES.items()
+        }
+        if as_json:
+            print(json.dumps(rows, indent=2))
+        for each, row in ({} if as_json else rows).items():
+            gated = " (accept the licence there first)" if row["gated"] else ""
+            print(f"{each:15} {row['about']}: {row['page']}{gated}")
+        return
+    found = fetch(name, revision)
+    if as_json:
+        print(json.dumps(dataclasses.asdict(found), default=str, indent=2))
+        return
+    print(found.path)
+    print(f"revision {found.revision}")
+    print(f"sha256 {found.sha256}")
+    if found.offline:
+        print(f"note: from the cache, a newer revision may exist ({found.offline})")
 
 
 if __name__ == "__main__":

@@ -63,6 +63,9 @@ HUGGING_FACE: dict[str, _Defaults] = {
     "siglip_vision_model": _defaults("gelu_pytorch_tanh", 1e-6),
     "siglip_text_model": _defaults("gelu_pytorch_tanh", 1e-6),
 }
+# `global_pool` of timm. Only among `model_args` does it belong to the weights: for all else it is a
+# default, that of MAE's files too.
+_POOLINGS_OF_TIMM = {"token": "cls", "avg": "avg", "map": "map"}
 # the tower's config where a file has one for each tower: its key, and what its type is called
 _TOWERS: dict[Tower, str] = {"image": "vision", "text": "text"}
 
@@ -78,6 +81,7 @@ class Declared:
     norm: Norms | None = None
     normalisation: Normalisation | None = None
     architecture: str | None = None  # the name of a model of timm
+    pooling: Literal["cls", "avg", "map"] | None = None
     sources: dict[str, str] = field(default_factory=dict)  # field -> file and key
     ignored: tuple[str, ...] = ()  # files beside the weights that are of another network, and why
 
@@ -168,6 +172,8 @@ def _of_hugging_face(
     if kind == "dinov3_vit" and "rope_theta" in own:
         base = _base(own["rope_theta"], name, "rope_theta")
         found = _with(found, "rope_base", base, f"{name}: rope_theta")
+    if kind == "vit_mae":
+        found = _with(found, "pooling", "avg", f"{name}: model_type {kind}")
     return found
 
 
@@ -199,6 +205,10 @@ def _of_timm(settings: dict[str, Any], name: str, sizes: Mapping[str, int]) -> D
     if "block_fn" in arguments:
         norm: Norms = "post" if "ResPost" in str(arguments["block_fn"]) else "pre"
         found = _with(found, "norm", norm, f"{name}: block_fn")
+    pooling = arguments.get("global_pool")
+    if isinstance(pooling, str) and pooling in _POOLINGS_OF_TIMM:
+        pooling = _POOLINGS_OF_TIMM[pooling]
+        found = _with(found, "pooling", pooling, f"{name}: global_pool")
     return _with_normalisation(found, pretrained, name, ("mean", "std"))
 
 

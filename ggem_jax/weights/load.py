@@ -12,13 +12,12 @@ import numpy as np
 
 from ggem_jax.files.arrays import read_arrays
 from ggem_jax.files.errors import UnreadableWeights
-from ggem_jax.files.normalisation import IMAGENET_MEAN, IMAGENET_STD
 from ggem_jax.models.token_pooling import Pooling
 from ggem_jax.models.transformer import GELU
 from ggem_jax.models.vit import ViT
 from ggem_jax.weights.architecture import Given
 from ggem_jax.weights.declared import Norms
-from ggem_jax.weights.own import fit_variables, holds_own_vit, own_config, own_pooling
+from ggem_jax.weights.own import fit_variables, holds_own_vit, own_settings
 from ggem_jax.weights.runs import Means, read_run
 from ggem_jax.weights.vit import FAMILIES, from_arrays
 
@@ -55,8 +54,9 @@ def load_vit(
 
     Args:
         path: A checkpoint in the names of timm, Hugging Face, OpenAI or Google (see
-            `ggem_jax.weights.vit`), a file of Flax variables (see `ggem_jax.weights.own`), or the
-            folder of a run of `python -m train.*`, of which the newest checkpoint is read.
+            `ggem_jax.weights.vit`), a file of Flax variables (see `ggem_jax.weights.own`), the
+            folder of a `model.safetensors` of either kind, or the folder of a run of
+            `python -m train.*`, of which the newest checkpoint is read.
         pooling: A pooling that replaces the one the ViT was trained with; its parameters are fresh.
             None keeps it.
         num_classes: Channels of a fresh classification head; 0 removes the head, None keeps it.
@@ -93,6 +93,8 @@ def load_vit(
     except RuntimeError:
         raise UnreadableWeights(f"{path} begins with the home folder of an unknown user") from None
     given = Given(heads, gelu, None, norm)
+    if path.is_dir() and (path / "model.safetensors").is_file():
+        path = path / "model.safetensors"  # of a folder that `export_vit` or another library wrote
     if path.is_dir():
         loaded = _load_run(path, ema)
     else:
@@ -126,9 +128,11 @@ def _load_file(path: Path, given: Given, architecture: str | Path | None) -> Loa
     if holds_own_vit(arrays):
         source = f"{path}, Flax variables"
         classes = next(reversed(np.shape(arrays.get("params/head/kernel", 0))), 0)
-        model = ViT(own_config(arrays, source=str(path)), own_pooling(arrays), classes)
+        settings = own_settings(arrays, path)
+        model = ViT(settings.config, settings.pooling, classes)
         variables = fit_variables(model, arrays, source=str(path))
-        return LoadedViT(model, variables, IMAGENET_MEAN, IMAGENET_STD, source)
+        mean, std = settings.normalised or (None, None)
+        return LoadedViT(model, variables, mean, std, source)
     published = from_arrays(arrays, path, given=given, architecture=architecture)
     mean, std = published.normalised or (None, None)
     source = f"{path}, {FAMILIES[published.family].about}"

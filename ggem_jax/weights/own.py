@@ -1,7 +1,8 @@
 """Files of our own: the Flax variables of a `ViT`, named by their paths, such as
 `params/blocks_0/mlp/in/kernel`.
 
-`write_safetensors(path, flax.traverse_util.flatten_dict(variables, sep="/"))` makes such a file.
+`export_vit` makes such a file, with a `config.json` beside it; without that,
+`write_safetensors(path, flax.traverse_util.flatten_dict(variables, sep="/"))` does.
 """
 
 import dataclasses
@@ -18,11 +19,13 @@ from flax import traverse_util
 
 from ggem_jax.files.arrays import read_arrays
 from ggem_jax.files.errors import MismatchedWeights
+from ggem_jax.files.normalisation import IMAGENET
 from ggem_jax.models.config import ViTConfig, vit_config
 from ggem_jax.models.token_pooling import MAP, GGeM, Pooling
 from ggem_jax.models.vit import ViT
 from ggem_jax.pooling import avg_pool
 from ggem_jax.weights.convert import Parameter, to_variables
+from ggem_jax.weights.own_settings import OwnSettings, fits, read_settings
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -48,7 +51,8 @@ def read_own_vit(
     Returns:
         The model, with `avg_pool` and no head, and its variables, NumPy arrays in float32. What
         shapes do not tell (the GELU, the epsilon of the norms, their order with the pooling, the
-        base of a rope) are the defaults of `ViTConfig`.
+        base of a rope) comes from the `config.json` beside the file (`own_settings`); without one,
+        these are the defaults of `ViTConfig`.
 
     Raises:
         UnreadableWeights: The file cannot be read.
@@ -60,7 +64,8 @@ def read_own_vit(
         for name, value in read_arrays(path).items()
         if name.split("/")[1:2] not in (["head"], ["pool"], ["pooling"])
     }
-    model = ViT(own_config(arrays, variant, position=position, source=str(path)), avg_pool)
+    settings = own_settings(arrays, path, variant, position=position)
+    model = ViT(settings.config, avg_pool)
     return model, fit_variables(model, arrays, source=str(path))
 
 
@@ -132,6 +137,42 @@ def own_pooling(arrays: Arrays) -> Pooling:
     if (p := arrays.get("params/pool/p")) is not None:
         return GGeM(groups=next(iter(p.shape), 1))
     return MAP() if "params/pool/query" in arrays else avg_pool
+
+
+def own_settings(
+    arrays: Arrays,
+    path: str | Path,
+    variant: str | None = None,
+    *,
+    position: Literal["sincos", "rope"] | None = None,
+) -> OwnSettings:
+    """Returns the network of a file of our own, except for its weights.
+
+    Args:
+        arrays: The variables by their paths.
+        path: The file. A `config.json` beside it decides what names and shapes leave open, where
+            its sizes are theirs.
+        variant: The size, such as "S/16"; None reads it from the shapes.
+        position: As in `read_own_vit`; None: by the `config.json`, too.
+
+    Returns:
+        The config, the pooling, and the mean and deviation of the images. Without a `config.json`,
+        these are the defaults of `ViTConfig`, the pooling of `own_pooling`, and ImageNet's.
+
+    Raises:
+        MismatchedWeights: As `own_config`.
+        UnreadableWeights: The `config.json` has our form, and values that no network can have.
+    """
+    declared = read_settings(path)
+    if declared is not None:
+        hint = position or declared.config.position
+        shaped = own_config(
+            arrays, variant, position=None if hint == "learned" else hint, source=str(path)
+        )
+        if fits(declared.config, shaped):
+            return declared
+    config = own_config(arrays, variant, position=position, source=str(path))
+    return OwnSettings(config, own_pooling(arrays), IMAGENET)
 
 
 def fit_variables(model: ViT, arrays: Arrays, *, source: str) -> dict[str, Any]:

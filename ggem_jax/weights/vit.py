@@ -340,7 +340,7 @@ def from_timm(
         folded["head.bias"] = np.zeros(len(folded["head.weight"]), folded["head.weight"].dtype)
     num_classes = len(folded["head.weight"]) if "head.weight" in folded else 0
     rest = {name: folded.pop(name) for name in list(folded) if name.startswith("head_dist.")}
-    pooling, evidence.found["pooling"] = _pooling(folded, style, usual, config, family)
+    pooling, evidence.found["pooling"] = _pooling(folded, style, usual, config, family, declared)
     variables = to_variables(folded, vit_table(config, style, pooling, num_classes), source=source)
     normalised = normalisation_of(config, layout, unused) if rotary else usual.normalised
     if declared.normalisation is not None:
@@ -388,11 +388,18 @@ def _is_declared(source: str) -> bool:
 
 
 def _pooling(
-    arrays: Arrays, style: Style, usual: Family, config: ViTConfig, family: str
+    arrays: Arrays,
+    style: Style,
+    usual: Family,
+    config: ViTConfig,
+    family: str,
+    declared: Declared,
 ) -> tuple[Trained, str]:
     """The pooling that the network was trained with, and what says so."""
     if "attn_pool.latent" in arrays:
         return "map", "the parameters of attention pooling"
+    if declared.pooling == "avg" or (declared.pooling == "cls" and config.class_token):
+        return declared.pooling, declared.sources["pooling"]
     if style.fc_norm:
         return "avg", "the norm after the pooling, fc_norm"
     if not config.class_token:

@@ -1,0 +1,259 @@
+"""A ViT as files that other libraries load: weights in safetensors, with a `config.json` beside.
+
+    loaded = load_vit("run/")  # or read_vit(file), which also keeps the second head of a DeiT
+    export_vit(loaded, "out", to="hf")  # transformers.AutoModel.from_pretrained("out")
+    export_vit(loaded, "out2", to="timm")  # timm.create_model("local-dir:out2", pretrained=True)
+
+A network that the other library cannot compute is refused, so that a file that was written gives
+the same tokens there. At other image sizes than its own, each library resamples the positions in
+its own way.
+"""
+
+import contextlib
+import dataclasses
+import inspect
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from flax import traverse_util
+
+from ggem_jax.files.atomic import replacing
+from ggem_jax.files.errors import MismatchedWeights
+from ggem_jax.files.normalisation import Normalisation
+from ggem_jax.files.safetensors_files import write_safetensors
+from ggem_jax.models.position import sincos_position
+from ggem_jax.models.vit import MAP, ViT
+from ggem_jax.pooling import avg_pool, cls_pool
+from ggem_jax.weights.hugging_face import preprocessor, to_hugging_face
+from ggem_jax.weights.load import LoadedViT
+from ggem_jax.weights.own_settings import describe_settings
+from ggem_jax.weights.timm_model import to_timm_model
+from ggem_jax.weights.vit import PublishedViT, Style, Trained
+from ggem_jax.weights.vit_layouts import Arrays
+
+Target = Literal["flax", "timm", "hf"]
+
+FOLDERS_FILE = "model.safetensors"  # what timm and Hugging Face look for in a folder
+
+# fields of a config that the targets express or refuse, and those of training and of precision
+_EXPRESSED = {
+    *("patch", "width", "depth", "heads", "mlp_width", "image", "class_token", "registers"),
+    *("position", "layer_scale", "gelu", "mlp", "patch_bias", "pre_norm", "post_norm", "qkv_bias"),
+    *("norm_eps", "pool_order", "position_filter", "rope_base", "rope_dtype"),
+    *("drop_path", "dropout", "dtype", "param_dtype", "remat"),
+}
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What `export_vit` wrote."""
+
+    files: tuple[Path, ...]  # the weights first
+    arrays: int
+    notes: tuple[str, ...]  # what the other library does not know, or does otherwise
+
+
+def export_vit(
+    vit: PublishedViT | LoadedViT,
+    out: str | Path,
+    *,
+    to: Target = "flax",
+    head: bool = True,
+    overwrite: bool = False,
+) -> Exported:
+    """Writes a ViT under the names of a library, and returns what was written.
+
+    Args:
+        vit: The network, of `read_vit` or `load_vit`.
+        out: A file that ends in .safetensors, or a folder, in which the file is called
+            `model.safetensors`. `config.json` stands beside the file; for "hf" in a folder,
+            `preprocessor_config.json` as well.
+        to: "timm", "hf" (Hugging Face's transformers), or "flax", the names of our variables, which
+            `load_vit` reads with every setting of the network.
+        head: Whether to write the classification head, or CLIP's projection.
+        overwrite: Whether to replace JSON files that are there and say something else. A file of
+            weights is always replaced.
+
+    Returns:
+        The files, which appear together when they are complete.
+
+    Raises:
+        MismatchedWeights: The library has no model that computes the same; the message says why.
+        ValueError: `out` or `to` is none of the above, or a JSON file is in the way.
+        OSError: The files cannot be written.
+
+    Example:
+        >>> from ggem_jax.weights.export import export_vit
+        >>> written = export_vit(load_vit(vit_file), vit_file.parent / "timm", to="timm")
+        >>> [path.name for path in written.files]
+        ['model.safetensors', 'config.json']
+    """
+    path = weights_path(out)
+    if to not in ("flax", "timm", "hf"):
+        raise ValueError(f"to must be flax, timm or hf, not {to!r}")
+    if not head:
+        vit = _without_head(vit)
+    files: dict[str, Mapping[str, Any] | None] = {}
+    if to == "flax":
+        model, normalised = _model_of(vit)
+        arrays = traverse_util.flatten_dict(dict(vit.variables), sep="/")
+        files["config.json"] = describe_settings(model, normalised)
+        notes = []
+        if isinstance(vit, PublishedViT) and vit.rest:
+            notes.append("the second head, on the distillation token, is left out")
+    else:
+        plain = _plain(vit)
+        convert = to_timm_model if to == "timm" else to_hugging_face
+        arrays, files["config.json"] = convert(plain)
+        if to == "hf" and path.name == FOLDERS_FILE:
+            files["preprocessor_config.json"] = preprocessor(plain)
+        notes = _notes(plain, to)
+    return Exported(_write(path, arrays, files, overwrite), len(arrays), tuple(notes))
+
+
+def weights_path(out: str | Path) -> Path:
+    """Returns the file that weights are written to.
+
+    Args:
+        out: That file, which ends in .safetensors, or a folder.
+
+    Returns:
+        The file; `model.safetensors` in a folder.
+
+    Raises:
+        ValueError: The name has another ending, and is no folder.
+    """
+    path = Path(out).expanduser()
+    if path.suffix == ".safetensors" and not path.is_dir():
+        return path
+    if path.suffix and not path.is_dir():
+        raise ValueError(
+            "the output is a safetensors file: give a name that ends in .safetensors, or that of a"
+            f" folder, not {out}"
+        )
+    return path / FOLDERS_FILE
+
+
+def _model_of(vit: PublishedViT | LoadedViT) -> tuple[ViT, Normalisation | None]:
+    if isinstance(vit, PublishedViT):
+        return vit.model(), vit.normalised
+    return vit.model, None if vit.mean is None or vit.std is None else (vit.mean, vit.std)
+
+
+def _without_head(vit: PublishedViT | LoadedViT) -> PublishedViT | LoadedViT:
+    params = {name: leaf for name, leaf in vit.variables["params"].items() if name != "head"}
+    changes: dict[str, Any] = {"variables": {**vit.variables, "params": params}}
+    if isinstance(vit, PublishedViT):
+        return dataclasses.replace(vit, num_classes=0, rest={}, **changes)
+    return dataclasses.replace(vit, model=vit.model.clone(num_classes=0), **changes)
+
+
+def _plain(vit: PublishedViT | LoadedViT) -> PublishedViT:
+    """The network as other libraries have them: a pooling of theirs, and no sincos positions."""
+    if isinstance(vit, LoadedViT):
+        model, normalised = _model_of(vit)
+        style = Style(int(model.config.class_token))
+        vit = PublishedViT(
+            *("own", "flax", model.config, _pooling(model), model.num_classes, normalised, style),
+            dict(vit.variables),
+        )
+    c = vit.config
+    known = {field.name: field.default for field in dataclasses.fields(c)}
+    if odd := [x for x in known if x not in _EXPRESSED and getattr(c, x) != known[x]]:
+        named = ", ".join(f"{name}={getattr(c, name)!r}" for name in odd)
+        raise MismatchedWeights(f"other libraries have no model for this network: it has {named}")
+    if c.position != "sincos":
+        return vit
+    table = sincos_position(c.image // c.patch, c.width)
+    own = np.zeros((int(c.class_token), c.width), np.float32)
+    params = {**vit.variables["params"], "position": np.concatenate([own, table])}
+    return dataclasses.replace(
+        vit,
+        config=dataclasses.replace(c, position="learned"),
+        variables={**vit.variables, "params": params},
+    )
+
+
+def _pooling(model: ViT) -> Trained:
+    """The name of a pooling that other libraries have."""
+    function = inspect.unwrap(getattr(model.pooling, "func", model.pooling))
+    if isinstance(model.pooling, MAP) and model.pooling.config is None and model.pooled != "all":
+        return "map"
+    if function is inspect.unwrap(cls_pool):
+        return "cls"
+    if function is inspect.unwrap(avg_pool) and model.pooled != "all":
+        return "avg"
+    tokens = " of all tokens" if model.pooled == "all" else ""
+    raise MismatchedWeights(
+        f"other libraries have no pooling {model.pooling!r}{tokens}: the class token, the mean of"
+        ' the patches and attention pooling can be written, and to="flax" writes every pooling of'
+        " named_pooling"
+    )
+
+
+def _notes(vit: PublishedViT, to: Target) -> list[str]:
+    notes = []
+    if vit.normalised is None:
+        notes.append("mean and deviation of the images are not known, and not written")
+    if to == "timm" and vit.config.norm_eps < 1e-6:
+        notes.append(f"the norms of timm have an epsilon of 1e-06, not {vit.config.norm_eps:g}")
+    if vit.config.position == "rope" and vit.config.rope_dtype != "float32":
+        notes.append(
+            f"the periods of the rotations are rounded to {vit.config.rope_dtype} here, and float32"
+            " there: features differ a little"
+        )
+    if to == "hf" and vit.family == "mae":
+        notes.append(
+            "ViTMAEModel shuffles the patches: ViTModel.from_pretrained reads the same files and"
+            " keeps their order"
+        )
+    if to == "hf" and vit.pooling == "avg":
+        notes.append("Hugging Face's model returns the tokens: average the patches yourself")
+    return notes
+
+
+def _write(
+    path: Path, arrays: Arrays, files: Mapping[str, Mapping[str, Any] | None], overwrite: bool
+) -> tuple[Path, ...]:
+    """Writes all files, or none."""
+    texts = {
+        path.with_name(name): json.dumps(contents, indent=2, default=_plain_number) + "\n"
+        for name, contents in files.items()
+        if contents is not None
+    }
+    for file, text in texts.items():
+        if not overwrite and file.exists() and not _says(file, text):
+            raise ValueError(
+                f"{file} is there and says something else: write into another folder, or replace it"
+                " (--overwrite, overwrite=True)"
+            )
+    new = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with contextlib.ExitStack() as stack:
+            write_safetensors(stack.enter_context(replacing(path)), arrays)
+            for file, text in texts.items():
+                stack.enter_context(replacing(file)).write_text(text, encoding="utf-8")
+    except BaseException as error:
+        for folder in new:
+            with contextlib.suppress(OSError):
+                folder.rmdir()
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from None
+        raise
+    return (path, *texts)
+
+
+def _plain_number(value: Any) -> Any:
+    return value.item()  # of NumPy, which a config may hold
+
+
+def _says(file: Path, text: str) -> bool:
+    try:
+        return json.loads(file.read_text(encoding="utf-8")) == json.loads(text)
+    except (OSError, ValueError, RecursionError):
+        return False
