@@ -38,8 +38,9 @@ from ggem_jax.files.safetensors_files import write_safetensors
 from ggem_jax.models.text import TextConfig
 from ggem_jax.models.vit import ViTConfig, vit_config
 from ggem_jax.weights.text import TextStyle, read_text, text_table, to_published_names
-from ggem_jax.weights.vit import Style, Trained, read_vit, to_timm, vit_table
+from ggem_jax.weights.vit import read_vit, to_timm
 from ggem_jax.weights.vit_layouts import Arrays, join_qkv
+from ggem_jax.weights.vit_table import Style, Trained, vit_table
 
 Shapes = dict[str, tuple[int, ...]]
 SMALLER = {"width": 24, "depth": 2, "heads": 3, "mlp_width": 40}  # of --small

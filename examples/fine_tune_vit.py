@@ -6,7 +6,6 @@ scikit-learn's digits by images `(b, h, w, 3)` in [0, 1] and labels `(b,)` of yo
 
 import sys
 import tempfile
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -15,20 +14,19 @@ import optax
 from sklearn.datasets import load_digits
 
 from ggem_jax import GGeM, ViT, ViTConfig, adamw, cls_pool, load_vit
-from ggem_jax.weights import write_safetensors
-from ggem_jax.weights.vit import PublishedViT, Style, to_timm
+from ggem_jax.weights.export import export_vit
+from ggem_jax.weights.load import LoadedViT
 
 
-def write_tiny_vit(path: Path) -> Path:
+def write_tiny_vit(folder: str) -> str:
     config = ViTConfig(patch=2, width=64, depth=2, heads=1, mlp_width=128, image=8)
-    variables = ViT(config, cls_pool).init(jax.random.key(0), jnp.ones((1, 8, 8, 3)))
-    tiny = PublishedViT("vit", "timm", config, "cls", 0, None, Style(positions=1), variables)
-    write_safetensors(path, to_timm(tiny))
-    path.with_name("config.json").write_text('{"num_attention_heads": 1}')  # no published size
-    return path
+    model = ViT(config, cls_pool)
+    variables = model.init(jax.random.key(0), jnp.ones((1, 8, 8, 3)))
+    export_vit(LoadedViT(model, variables, None, None, "a tiny ViT"), folder, to="timm")
+    return folder
 
 
-def main(file: Path) -> None:
+def main(file: str) -> None:
     loaded = load_vit(file, pooling=GGeM(), num_classes=10)
     mean, std = (np.array(x or [0.5] * 3, np.float32) for x in (loaded.mean, loaded.std))
     digits, labels = load_digits(return_X_y=True)
@@ -56,4 +54,4 @@ def main(file: Path) -> None:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as folder:
-        main(Path(sys.argv[1]) if sys.argv[1:] else write_tiny_vit(Path(folder, "vit.safetensors")))
+        main(sys.argv[1] if sys.argv[1:] else write_tiny_vit(folder))

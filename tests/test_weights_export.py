@@ -14,7 +14,12 @@ from test_weights_vit import file_of
 from ggem_jax.files import atomic
 from ggem_jax.models.vit import MAP, GGeM, ViT, ViTConfig
 from ggem_jax.pooling import avg_pool, cls_pool, gem_pool, lse_pool, max_pool
-from ggem_jax.weights import MismatchedWeights, UnreadableWeights, read_safetensors
+from ggem_jax.weights import (
+    MismatchedWeights,
+    UnreadableWeights,
+    read_safetensors,
+    write_safetensors,
+)
 from ggem_jax.weights.__main__ import main
 from ggem_jax.weights.export import export_vit
 from ggem_jax.weights.load import LoadedViT, load_vit
@@ -217,9 +222,13 @@ def test_our_own_files_keep_every_setting(name, tmp_path):
 
 
 def test_settings_of_another_network_do_not_count(tmp_path):
+    """Of files whose header has none, as those of `write_safetensors`."""
     export_vit(random_vit(gelu="tanh"), tmp_path / "one.safetensors")
     export_vit(random_vit(width=32), tmp_path / "out" / "two.safetensors")
     (tmp_path / "out" / "two.safetensors").rename(tmp_path / "two.safetensors")
+    for name in ("one", "two"):
+        file = tmp_path / f"{name}.safetensors"
+        write_safetensors(file, read_safetensors(file))
     assert load_vit(tmp_path / "one.safetensors").model.config.gelu == "tanh"
     assert load_vit(tmp_path / "two.safetensors").model.config.gelu == "exact"
     settings = json.loads((tmp_path / "config.json").read_text())
@@ -502,3 +511,16 @@ def test_networks_of_our_own_are_computed_the_same(kind, tmp_path, libraries):
 
 def close(theirs, ours):
     np.testing.assert_allclose(np.asarray(theirs), np.asarray(ours), rtol=1e-4, atol=1e-4)
+
+
+def test_a_file_of_our_own_keeps_its_settings_without_the_config_beside_it(tmp_path):
+    """Its header has them: a file that is moved alone is not another network."""
+    config = ViTConfig(
+        patch=4, width=16, depth=1, heads=2, mlp_width=24, image=8, gelu="quick", norm_eps=1e-3
+    )
+    model = ViT(config, GGeM(groups=2), 3)
+    variables = model.init(jax.random.key(0), np.ones((1, 8, 8, 3)))
+    export_vit(LoadedViT(model, variables, None, None, ""), tmp_path / "a", to="flax")
+    moved = (tmp_path / "a" / "model.safetensors").rename(tmp_path / "moved.safetensors")
+    assert load_vit(moved).model == model
+    assert read_own_vit(moved)[0].config == config

@@ -18,8 +18,9 @@ from ggem_jax.models.vit import GGeM, ViT, ViTConfig
 from ggem_jax.pooling import avg_pool
 from ggem_jax.weights import MismatchedWeights, UnreadableWeights, write_safetensors, write_torch
 from ggem_jax.weights.architecture import Given
-from ggem_jax.weights.vit import POOLINGS, Style, from_timm, read_vit, to_timm, vit_table
+from ggem_jax.weights.vit import POOLINGS, from_timm, read_vit, to_timm
 from ggem_jax.weights.vit_layouts import join_qkv
+from ggem_jax.weights.vit_table import Style, vit_table
 
 DATA = Path(__file__).parent / "data" / "vit"
 # name -> layout, family

@@ -36,7 +36,8 @@ from ggem_jax.weights.efficientnet_lite import (
     load_pretrained,
 )
 from ggem_jax.weights.own import OWN_NAME, holds_own_vit, read_own_vit
-from ggem_jax.weights.vit import FAMILIES, PublishedViT, Style, from_arrays, read_vit
+from ggem_jax.weights.vit import FAMILIES, PublishedViT, from_arrays, read_vit
+from ggem_jax.weights.vit_table import Style
 
 DEFAULT = "efficientnet-lite0"  # the only network whose weights can be installed
 OWN = "vit-flax"

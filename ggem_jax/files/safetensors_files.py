@@ -72,12 +72,38 @@ def explain_float8(path: Path | str, name: str, dtype: str) -> str:
     )
 
 
-def write_safetensors(path: Path | str, arrays: Mapping[str, ArrayLike]) -> None:
+def read_metadata(path: Path | str) -> dict[str, str]:
+    """Returns the text by names in the header of a file, empty where there is none.
+
+    Args:
+        path: A `.safetensors` file.
+
+    Raises:
+        UnreadableWeights: The file cannot be read.
+        ModuleNotFoundError: The package safetensors is not installed.
+    """
+    package = _package()
+    try:
+        with package.safe_open(path, framework="numpy") as file:
+            return dict(file.metadata() or {})
+    except (package.SafetensorError, OSError, ValueError, TypeError, MemoryError) as error:
+        raise UnreadableWeights(
+            f"{path} is not a readable safetensors file: {str(error).partition(chr(10))[0][:200]}"
+        ) from None
+
+
+def write_safetensors(
+    path: Path | str,
+    arrays: Mapping[str, ArrayLike],
+    *,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
     """Writes arrays by their names; the file appears when it is complete.
 
     Args:
         path: The file to write; a file of this name is replaced.
         arrays: The arrays by name, of any dtype that the format knows.
+        metadata: Text by names for the header; None writes none.
 
     Raises:
         ValueError: The package cannot write an array.
@@ -87,7 +113,7 @@ def write_safetensors(path: Path | str, arrays: Mapping[str, ArrayLike]) -> None
     contents = {str(name): np.array(value, order="C", copy=None) for name, value in arrays.items()}
     try:
         with replacing(path) as temporary:
-            package.numpy.save_file(contents, temporary)
+            package.numpy.save_file(contents, temporary, metadata and dict(metadata))
     except package.SafetensorError as error:
         raise ValueError(f"{path} cannot be written: {error}") from None
 

@@ -30,10 +30,11 @@ from ggem_jax.models.vit import MAP, ViT
 from ggem_jax.pooling import avg_pool, cls_pool
 from ggem_jax.weights.hugging_face import preprocessor, to_hugging_face
 from ggem_jax.weights.load import LoadedViT
-from ggem_jax.weights.own_settings import describe_settings
+from ggem_jax.weights.own_settings import HEADER, describe_settings
 from ggem_jax.weights.timm_model import to_timm_model
-from ggem_jax.weights.vit import PublishedViT, Style, Trained
+from ggem_jax.weights.vit import PublishedViT
 from ggem_jax.weights.vit_layouts import Arrays
+from ggem_jax.weights.vit_table import Style, Trained
 
 Target = Literal["flax", "timm", "hf"]
 
@@ -98,10 +99,12 @@ def export_vit(
     if not head:
         vit = _without_head(vit)
     files: dict[str, Mapping[str, Any] | None] = {}
+    metadata = None
     if to == "flax":
         model, normalised = _model_of(vit)
         arrays = traverse_util.flatten_dict(dict(vit.variables), sep="/")
         files["config.json"] = describe_settings(model, normalised)
+        metadata = {HEADER: json.dumps(files["config.json"], default=_plain_number)}
         notes = []
         if isinstance(vit, PublishedViT) and vit.rest:
             notes.append("the second head, on the distillation token, is left out")
@@ -112,7 +115,8 @@ def export_vit(
         if to == "hf" and path.name == FOLDERS_FILE:
             files["preprocessor_config.json"] = preprocessor(plain)
         notes = _notes(plain, to)
-    return Exported(_write(path, arrays, files, overwrite), len(arrays), tuple(notes))
+    written = _write(path, arrays, files, overwrite, metadata)
+    return Exported(written, len(arrays), tuple(notes))
 
 
 def weights_path(out: str | Path) -> Path:
@@ -217,7 +221,11 @@ def _notes(vit: PublishedViT, to: Target) -> list[str]:
 
 
 def _write(
-    path: Path, arrays: Arrays, files: Mapping[str, Mapping[str, Any] | None], overwrite: bool
+    path: Path,
+    arrays: Arrays,
+    files: Mapping[str, Mapping[str, Any] | None],
+    overwrite: bool,
+    metadata: Mapping[str, str] | None,
 ) -> tuple[Path, ...]:
     """Writes all files, or none."""
     texts = {
@@ -235,7 +243,8 @@ def _write(
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
-            write_safetensors(stack.enter_context(replacing(path)), arrays)
+            file = stack.enter_context(replacing(path))
+            write_safetensors(file, arrays, metadata=metadata)
             for file, text in texts.items():
                 stack.enter_context(replacing(file)).write_text(text, encoding="utf-8")
     except BaseException as error:

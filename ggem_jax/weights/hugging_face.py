@@ -26,8 +26,9 @@ from ggem_jax.models.config import ViTConfig
 from ggem_jax.weights.convert import to_published
 from ggem_jax.weights.hugging_face_names import rename
 from ggem_jax.weights.timm_model import add_unit_scales, add_zero_biases
-from ggem_jax.weights.vit import PublishedViT, Style, to_timm, vit_table
+from ggem_jax.weights.vit import PublishedViT, to_timm
 from ggem_jax.weights.vit_layouts import Arrays, split_qkv
+from ggem_jax.weights.vit_table import Style, vit_table
 
 ACTIVATIONS = {"exact": "gelu", "tanh": "gelu_pytorch_tanh", "quick": "quick_gelu"}
 

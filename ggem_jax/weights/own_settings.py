@@ -1,7 +1,9 @@
-"""The `config.json` beside a file of our own: what names and shapes of Flax variables leave out.
+"""The settings of a file of our own: what names and shapes of Flax variables leave out.
 
-It has the form of a training run's settings: `model` holds the fields of `ViTConfig`, `pool` the
-arguments of `named_pooling`, and `data` the mean and deviation of the images.
+They stand in the header of the safetensors file, so that they are never parted from the weights,
+and in a `config.json` beside it, for readers. Both have the form of a training run's settings:
+`model` holds the fields of `ViTConfig`, `pool` the arguments of `named_pooling`, and `data` the
+mean and deviation of the images.
 """
 
 import dataclasses
@@ -15,11 +17,13 @@ import numpy as np
 
 from ggem_jax.files.errors import MismatchedWeights, UnreadableWeights
 from ggem_jax.files.normalisation import Normalisation
+from ggem_jax.files.safetensors_files import read_metadata
 from ggem_jax.models.config import ViTConfig
 from ggem_jax.models.token_pooling import MAP, GGeM, Pooling, named_pooling
 from ggem_jax.models.vit import ViT
 from ggem_jax.pooling import avg_pool, cls_pool, gem_pool, lse_pool, max_pool
 
+HEADER = "ggem_jax"  # name of the settings in the header of a safetensors file
 # fields that names and shapes tell
 _SHAPED = (
     *("patch", "width", "depth", "heads", "mlp_width", "class_token", "registers", "position"),
@@ -36,20 +40,23 @@ class OwnSettings(NamedTuple):
 
 
 def read_settings(path: str | Path) -> OwnSettings | None:
-    """Returns what the `config.json` beside a file of Flax variables says, or None without one.
+    """Returns the settings of a file of Flax variables, or None where it has none.
 
     Args:
-        path: The file. A `config.json` of another form, such as a publisher's, counts for none.
+        path: The file. Its own header comes first, then the `config.json` beside it. A
+            `config.json` of another form, such as a publisher's, counts for none.
 
     Returns:
         The config, the pooling, and the mean and deviation of the images.
 
     Raises:
-        UnreadableWeights: The `config.json` has our form, and values that no network can have.
+        UnreadableWeights: The settings have our form, and values that no network can have.
     """
-    file = Path(path).with_name("config.json")
+    path = Path(path)
+    own = read_metadata(path).get(HEADER) if path.suffix == ".safetensors" else None
+    file = path if own is not None else path.with_name("config.json")
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        found = json.loads(file.read_text(encoding="utf-8") if own is None else own)
     except (OSError, ValueError, RecursionError):
         return None
     if not isinstance(found, dict) or not (

@@ -15,8 +15,9 @@ import numpy as np
 
 from ggem_jax.files.errors import MismatchedWeights
 from ggem_jax.models.config import ViTConfig
-from ggem_jax.weights.vit import PublishedViT, Style, to_timm
+from ggem_jax.weights.vit import PublishedViT, to_timm
 from ggem_jax.weights.vit_layouts import Arrays, join_qkv, split_qkv
+from ggem_jax.weights.vit_table import Style
 
 ACTIVATIONS = {"exact": "gelu", "tanh": "gelu_tanh", "quick": "quick_gelu"}
 POOLINGS = {"cls": "token", "avg": "avg", "map": "map"}

@@ -2,8 +2,8 @@
 and the image towers of CLIP and SigLIP.
 
 `read_vit` takes a file in the names of timm, Hugging Face, OpenAI or Google (`vit_layouts`) and
-finds the architecture in the shapes. Heads, GELU and the epsilon of the norms, which files do not
-say, are those of the family, or arguments. `to_timm` is the way back.
+finds the sizes in the shapes (`vit_shapes`). Heads, GELU and the order of the norms, which shapes
+do not say, come from evidence or are asked for (`architecture`). `to_timm` is the way back.
 
     published = read_vit("deit_small_patch16_224.safetensors")
     model = ViT(published.config, GGeM(), num_classes=102)
@@ -15,7 +15,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -41,7 +41,7 @@ from ggem_jax.weights.architecture import (
     decide_positions,
     take_name,
 )
-from ggem_jax.weights.convert import Parameter, to_published, to_variables
+from ggem_jax.weights.convert import to_published, to_variables
 from ggem_jax.weights.declared import Declared, Norms, read_declared
 from ggem_jax.weights.dinov3 import (
     heads_of_periods,
@@ -61,8 +61,8 @@ from ggem_jax.weights.vit_layouts import (
     to_names_of_timm,
     unstack_blocks,
 )
-
-Trained = Literal["cls", "avg", "map"]
+from ggem_jax.weights.vit_shapes import HUGGING_FACE_SIZES, Shapes, family_of, shapes_of
+from ggem_jax.weights.vit_table import Style, Trained, fold_positions, unfold_positions, vit_table
 
 POOLINGS = {"cls": cls_pool, "avg": avg_pool, "map": MAP()}
 
@@ -98,14 +98,6 @@ FAMILIES = {
         "a plain ViT: AugReg, DeiT or another, which their names do not tell apart", None, "cls"
     ),
 }
-
-
-class Style(NamedTuple):
-    """Choices of a file that our model makes in one way."""
-
-    positions: int  # of prefix tokens, before those of the patches
-    distilled: bool = False  # a second prefix token, which becomes the first register
-    fc_norm: bool = False  # the final norm is called so, and comes after the pooling
 
 
 @dataclass(frozen=True)
@@ -312,12 +304,12 @@ def from_timm(
         arrays = to_names_of_timm(arrays, source=source)[1]
     arrays = split_qkv(dict(arrays), source=source)
     rotary = is_rotary(arrays, layout)
-    family = "dinov3" if rotary else _family(layout, arrays, unused)
+    family = "dinov3" if rotary else family_of(layout, arrays, unused)
     usual = FAMILIES[family]
     arrays, periods = split_periods(arrays, source=source) if rotary else (arrays, None)
-    shapes = _shapes(arrays, source, rotary)
+    shapes = shapes_of(arrays, source, rotary)
     style, facts = shapes.style, _facts(family, layout, arrays, unused, folders, shapes)
-    sizes = {name: shapes.sizes[ours] for name, ours in _SIZES.items()}
+    sizes = {name: shapes.sizes[ours] for name, ours in HUGGING_FACE_SIZES.items()}
     declared = (
         read_declared(settings.path, sizes, given=settings.architecture) if settings else Declared()
     )
@@ -413,7 +405,7 @@ def _facts(
     arrays: Arrays,
     unused: tuple[str, ...],
     folders: str,
-    shapes: "_Shapes",
+    shapes: Shapes,
 ) -> Facts:
     sizes = shapes.sizes
     return Facts(
@@ -450,300 +442,3 @@ def to_timm(published: PublishedViT, variables: Mapping[str, Any] | None = None)
     if published.config.position == "rope":
         return to_names_of_eva(arrays)
     return join_qkv(unfold_positions(arrays, published.config, published.style)) | published.rest
-
-
-def vit_table(
-    config: ViTConfig, style: Style, pooling: Trained, num_classes: int
-) -> dict[str, Parameter]:
-    """Returns timm's names and where their parameters go.
-
-    Queries, keys and values are apart, and positions are folded.
-
-    Args:
-        config: The network.
-        style: Choices of the file.
-        pooling: The pooling, whose parameters are in the file if it is attention pooling.
-        num_classes: Channels of the head; 0: no head.
-    """
-    c, width = config, config.width
-    table = {
-        "patch_embed.proj.weight": Parameter(
-            ("params", "patch_embedding", "kernel"), (width, 3, c.patch, c.patch), "conv"
-        )
-    }
-    if c.patch_bias:
-        table["patch_embed.proj.bias"] = Parameter(("params", "patch_embedding", "bias"), (width,))
-    side = c.image // c.patch
-    if c.position == "learned":
-        table["pos_embed"] = _token("position", int(c.class_token) + side * side, width)
-    if c.class_token:
-        table["cls_token"] = _token("class_token", 1, width)
-    if c.registers:
-        table["reg_token"] = _token("registers", c.registers, width)
-    if c.pre_norm:
-        table |= _norm("norm_pre", ("norm_pre",), width)
-    for i in range(c.depth):
-        theirs, ours = f"blocks.{i}", f"blocks_{i}"
-        table |= _norm(f"{theirs}.norm1", (ours, "norm_1"), width) | _norm(
-            f"{theirs}.norm2", (ours, "norm_2"), width
-        )
-        table |= _attention(f"{theirs}.attn", (ours, "attention"), c) | _mlp(
-            f"{theirs}.mlp", (ours, "mlp"), c
-        )
-        if c.layer_scale is not None:
-            for n in (1, 2):
-                table[f"{theirs}.ls{n}.gamma"] = Parameter(
-                    ("params", ours, f"layer_scale_{n}"), (width,)
-                )
-    table |= _norm("fc_norm" if style.fc_norm else "norm", ("norm",), width)
-    if pooling == "map":
-        table["attn_pool.latent"] = Parameter(
-            ("params", "pool", "query"), (1, 1, width), ours=(1, width)
-        )
-        table |= _attention("attn_pool", ("pool", "attention"), c) | _norm(
-            "attn_pool.norm", ("pool", "norm"), width
-        )
-        table |= _mlp("attn_pool.mlp", ("pool", "mlp"), c)
-    if num_classes:
-        table |= _dense("head", ("head",), width, num_classes)
-    return table
-
-
-def _token(ours: str, count: int, width: int) -> Parameter:
-    return Parameter(("params", ours), (1, count, width), ours=(count, width))
-
-
-def _norm(theirs: str, ours: tuple[str, ...], width: int) -> dict[str, Parameter]:
-    return {
-        f"{theirs}.weight": Parameter(("params", *ours, "scale"), (width,)),
-        f"{theirs}.bias": Parameter(("params", *ours, "bias"), (width,)),
-    }
-
-
-def _dense(theirs: str, ours: tuple[str, ...], inner: int, outer: int) -> dict[str, Parameter]:
-    return {
-        f"{theirs}.weight": Parameter(("params", *ours, "kernel"), (outer, inner), "dense"),
-        f"{theirs}.bias": Parameter(("params", *ours, "bias"), (outer,)),
-    }
-
-
-def _mlp(theirs: str, ours: tuple[str, ...], c: ViTConfig) -> dict[str, Parameter]:
-    hidden = c.mlp_width * (2 if c.mlp == "swiglu" else 1)
-    return _dense(f"{theirs}.fc1", (*ours, "in"), c.width, hidden) | _dense(
-        f"{theirs}.fc2", (*ours, "out"), c.mlp_width, c.width
-    )
-
-
-def _attention(theirs: str, ours: tuple[str, ...], c: ViTConfig) -> dict[str, Parameter]:
-    """Head h owns the rows h d/heads ... (h+1) d/heads of each projection."""
-    heads, width = (c.heads, c.width // c.heads), c.width
-    table = {}
-    for part, name in (("q", "query"), ("k", "key"), ("v", "value")):
-        table[f"{theirs}.{part}.weight"] = Parameter(
-            ("params", *ours, name, "kernel"), (width, width), "dense", ours=(width, *heads)
-        )
-        if c.key_bias if part == "k" else c.qkv_bias:
-            table[f"{theirs}.{part}.bias"] = Parameter(
-                ("params", *ours, name, "bias"), (width,), ours=heads
-            )
-    table[f"{theirs}.proj.weight"] = Parameter(
-        ("params", *ours, "out", "kernel"), (width, width), "dense", ours=(*heads, width)
-    )
-    table[f"{theirs}.proj.bias"] = Parameter(("params", *ours, "out", "bias"), (width,))
-    return table
-
-
-def fold_positions(arrays: Arrays, config: ViTConfig, style: Style) -> Arrays:
-    """Returns the arrays with prefix tokens and positions as our model keeps them.
-
-    The class token has one position. Registers have none: theirs are added to them.
-
-    Args:
-        arrays: Parameters by timm's names.
-        config: The network.
-        style: Choices of the file.
-    """
-    folded = {
-        name: array for name, array in arrays.items() if name not in ("dist_token", "reg_token")
-    }
-    if config.position == "rope":
-        return arrays
-    table = np.asarray(arrays["pos_embed"])[0].astype(np.float32)
-    grid = table[style.positions :]
-    if config.class_token:
-        own = table[:1] if style.positions else np.zeros_like(grid[:1])
-        folded["pos_embed"] = np.concatenate([own, grid])[None]
-    registers = []
-    if style.distilled:
-        registers.append(
-            np.asarray(arrays["dist_token"])[0].astype(np.float32)
-            + (table[1:2] if style.positions > 1 else 0)
-        )
-    if "reg_token" in arrays:
-        registers.append(np.asarray(arrays["reg_token"])[0])
-    if registers:
-        folded["reg_token"] = np.concatenate(registers)[None]
-    return folded
-
-
-def unfold_positions(arrays: Arrays, config: ViTConfig, style: Style) -> Arrays:
-    """Returns the arrays with prefix tokens and positions as the file keeps them.
-
-    Where a file has no positions for prefix tokens, that of the class token is added to the token.
-
-    Args:
-        arrays: Parameters by timm's names, as `fold_positions` returns them.
-        config: The network.
-        style: Choices of the file.
-    """
-    unfolded = dict(arrays)
-    table = arrays["pos_embed"][0]
-    if config.class_token:
-        own, grid = table[:1], table[1:]
-        if style.positions == 0:
-            unfolded["cls_token"] = arrays["cls_token"] + own
-            unfolded["pos_embed"] = grid[None]
-        else:
-            unfolded["pos_embed"] = np.concatenate(
-                [own, *[np.zeros_like(own)] * (style.positions - 1), grid]
-            )[None]
-    if style.distilled:
-        registers = unfolded.pop("reg_token")
-        unfolded["dist_token"] = registers[:, :1]
-        if registers.shape[1] > 1:
-            unfolded["reg_token"] = registers[:, 1:]
-    return unfolded
-
-
-def _family(layout: str, arrays: Arrays, unused: tuple[str, ...]) -> str:
-    dropped = " ".join(unused)
-    if layout == "augreg":
-        return "augreg"
-    if "norm_pre.weight" in arrays:
-        return "clip"
-    if "attn_pool.latent" in arrays or layout == "hf-clip":
-        return "siglip"
-    if layout == "big_vision":
-        return "big_vision"
-    if "blocks.0.ls1.gamma" in arrays:
-        return _family_with_layer_scale(layout, arrays, dropped)
-    if "dist_token" in arrays:
-        return "deit"
-    return "mae" if "decoder" in dropped or _is_fine_tuned_mae(arrays) else "vit"
-
-
-def _family_with_layer_scale(layout: str, arrays: Arrays, dropped: str) -> str:
-    """DINOv2, or DeiT III, or one of the others that timm has under the same names."""
-    if layout == "hf-dinov2" or "mask_token" in dropped or _is_gated(arrays):
-        return "dinov2"
-    if "cls_token" not in arrays or "pos_embed" not in arrays:
-        return "vit"
-    if "reg_token" in arrays:  # DINOv2 has 4; TIPS v2 has 1
-        return "dinov2" if arrays["reg_token"].shape[1] > 1 else "vit"
-    side = math.isqrt(max(arrays["pos_embed"].shape[1] - 1, 0))
-    if not side or side * side != arrays["pos_embed"].shape[1] - 1:
-        return "deit3"  # whose class token has no position
-    kernel = arrays.get("patch_embed.proj.weight")
-    return "dinov2" if kernel is not None and kernel.shape[-1:] == (14,) else "vit"
-
-
-def _is_fine_tuned_mae(arrays: Arrays) -> bool:
-    """Whether it has a class token and pools by average, as fine-tuned MAEs do.
-
-    timm's other averages have no class token, but for EVA's ViT-L/14.
-    """
-    kernel = arrays.get("patch_embed.proj.weight")
-    of_eva = kernel is not None and (*kernel.shape[:1], *kernel.shape[-1:]) == (1024, 14)
-    return "fc_norm.weight" in arrays and "cls_token" in arrays and not of_eva
-
-
-class _Shapes(NamedTuple):
-    """What the shapes of a file say."""
-
-    style: Style
-    sizes: dict[str, Any]  # fields of `ViTConfig`
-
-
-# keys of Hugging Face's config.json -> fields of `ViTConfig`
-_SIZES = {
-    "hidden_size": "width",
-    "num_hidden_layers": "depth",
-    "patch_size": "patch",
-}
-
-
-def _shapes(arrays: Arrays, source: str, rotary: bool) -> _Shapes:
-    """The style of the file, and the sizes."""
-    needed = (
-        "patch_embed.proj.weight",
-        *(() if rotary else ("pos_embed",)),
-        "blocks.0.mlp.fc1.weight",
-        "blocks.0.mlp.fc2.weight",
-    )
-    if missing := [name for name in needed if name not in arrays]:
-        learned = (
-            "; of networks without learned positions only DINOv3 is read, which has a class token,"
-            " registers, LayerScale and no biases of keys"
-            if "pos_embed" in missing
-            else ""
-        )
-        raise MismatchedWeights(f"{source} has no {', '.join(missing)}{learned}")
-    kernel = arrays["patch_embed.proj.weight"]
-    if kernel.ndim != 4 or kernel.shape[1] != 3 or kernel.shape[2] != kernel.shape[3]:
-        raise MismatchedWeights(
-            f"{source}: patch_embed.proj.weight must be (width, 3, patch, patch), not"
-            f" {kernel.shape}"
-        )
-    blocks = {int(name.split(".")[1]) for name in arrays if name.startswith("blocks.")}
-    if far := sorted(block for block in blocks if block >= len(arrays)):
-        raise MismatchedWeights(
-            f"{source} has parameters of block {far[0]}, and of blocks before it not all"
-        )
-    width, patch, first = kernel.shape[0], kernel.shape[2], arrays["blocks.0.mlp.fc1.weight"]
-    if first.ndim != 2:
-        raise MismatchedWeights(
-            f"{source}: blocks.0.mlp.fc1.weight must be (hidden, width), not {first.shape}"
-        )
-    class_token, distilled = "cls_token" in arrays, "dist_token" in arrays
-    registers = (arrays["reg_token"].shape[1] if "reg_token" in arrays else 0) + distilled
-    if rotary:
-        side, positions = max(224 // max(patch, 1), 1), 0  # images of any size: the usual one
-    else:
-        count = arrays["pos_embed"].shape[1]
-        side, positions = _grid(count, int(class_token), int(distilled), source)
-    sizes = {
-        "patch": patch,
-        "width": width,
-        "depth": 1 + max(blocks),
-        "mlp_width": len(first) // (2 if _is_gated(arrays) else 1),
-        "image": side * patch,
-        "class_token": class_token,
-        "registers": registers,
-        "layer_scale": 1e-5 if "blocks.0.ls1.gamma" in arrays else None,
-        "mlp": "swiglu" if _is_gated(arrays) else "gelu",
-        "patch_bias": "patch_embed.proj.bias" in arrays,
-        "pre_norm": "norm_pre.weight" in arrays,
-        "qkv_bias": "blocks.0.attn.q.bias" in arrays,
-        "pool_order": "pool-norm" if "fc_norm.weight" in arrays else "norm-pool",
-    }
-    return _Shapes(Style(positions, distilled, "fc_norm.weight" in arrays), sizes)
-
-
-def _is_gated(arrays: Arrays) -> bool:
-    """Whether the MLPs are gated: the first layer makes two channels for each of the second's."""
-    first, second = (
-        np.shape(arrays.get(f"blocks.0.mlp.{layer}.weight", 0)) for layer in ("fc1", "fc2")
-    )
-    return len(first) == len(second) == 2 and first[0] == 2 * second[1]
-
-
-def _grid(count: int, class_token: int, distilled: int, source: str) -> tuple[int, int]:
-    """Side of the grid of patches, and the positions before it: of the prefix tokens, or none."""
-    for positions in dict.fromkeys((class_token + distilled, 0)):
-        side = math.isqrt(max(count - positions, 0))
-        if side and side * side == count - positions:
-            return side, positions
-    raise MismatchedWeights(
-        f"{source}: {count} positions are no square of patches, with {class_token + distilled}"
-        " prefix tokens or without"
-    )
