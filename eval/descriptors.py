@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ggem_jax.descriptors.backbones import Network
-from ggem_jax.descriptors.extract import Extractor, plain_pooling
+from ggem_jax.descriptors.compiled import plain_pooling
+from ggem_jax.descriptors.extract import Extractor
 from ggem_jax.descriptors.scales import SCALES
 from ggem_jax.descriptors.settings import DescriptorSettings
 from ggem_jax.descriptors.superglobal import (

@@ -75,6 +75,7 @@ COSTLY_FILES = {
     "test_retrieval_backbones.py",
     "test_retrieval_descriptors.py",
     "test_retrieval_index.py",
+    "test_retrieval_instant.py",
     "test_retrieval_tool.py",
     "test_text.py",
     "test_train_classify.py",

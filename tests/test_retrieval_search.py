@@ -46,9 +46,10 @@ def brute(queries, database, k):
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    """Blocks of a few rows, so that small arrays have many. Compiled programs of other block sizes
-    are dropped.
+    """Blocks of a few rows, so that small arrays have many, and no search by NumPy. Compiled
+    programs of other block sizes are dropped.
     """
+    monkeypatch.setattr(module, "_NUMPY_NUMBERS", 0)
     monkeypatch.setattr(module, "_BLOCK_BYTES", 4096)
     monkeypatch.setattr(module, "_READ_BYTES", 16 * 37)
     jax.clear_caches()

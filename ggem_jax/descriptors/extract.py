@@ -3,18 +3,20 @@
 import itertools
 import math
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Literal
+from typing import TYPE_CHECKING
 
 import jax
 import numpy as np
 from jaxtyping import Float
 
-from ggem_jax.descriptors.backbones import Network, load_network
-from ggem_jax.descriptors.scales import SCALES
+from ggem_jax.descriptors.compiled import CompiledDescriptor
+from ggem_jax.descriptors.scales import SCALES, WINDOW
 from ggem_jax.descriptors.settings import MOST_THIN, DescriptorSettings
-from ggem_jax.descriptors.superglobal import WINDOW, superglobal_descriptors
 from ggem_jax.descriptors.whitening import load_whitening, whiten
-from ggem_jax.files.images import RGB, UnreadableImage, crop, resize
+from ggem_jax.files.images import RGB, UnreadableImage, crop, normalise, resize
+
+if TYPE_CHECKING:
+    from ggem_jax.descriptors.backbones import Network
 
 _WINDOW_BATCHES = 4  # batches of images that are searched for equal sizes
 
@@ -24,7 +26,8 @@ class Extractor:
 
     `extractor(images)` gives one vector `(d,)` for each image, in the order of the images, and
     `extractor.describe(image)` that of one. The first image of a new size compiles (seconds for
-    each scale).
+    each scale). Where JAX's compilation cache is on, later processes load what this one compiled,
+    unless `network` is given.
 
     Args:
         settings: How an image becomes a descriptor; None takes the defaults.
@@ -53,17 +56,19 @@ class Extractor:
         settings: DescriptorSettings | None = None,
         *,
         batch: int | None = None,
-        network: Network | None = None,
+        network: "Network | None" = None,
     ):
         self.settings = s = settings or DescriptorSettings()
         if batch is not None and batch < 1:
             raise ValueError(f"batch must be at least 1, not {batch}")
-        normalisation = (s.mean, s.std) if s.mean and s.std else None
-        self.network = network or load_network(
-            s.backbone, s.weights, normalisation=normalisation, given=s.given()
-        )
+        self._descriptor = CompiledDescriptor(s, network)
         self.whitening = None if s.whitening is None else load_whitening(s.whitening)
         self.batch = batch or (1 if jax.default_backend() == "cpu" else 16)
+
+    @property
+    def network(self) -> "Network":
+        """The network, which is loaded when it is first needed."""
+        return self._descriptor.network
 
     def __call__(
         self, images: Iterable[RGB]
@@ -103,8 +108,8 @@ class Extractor:
         for i, image in enumerate(images):
             try:
                 height, width, _ = image.shape
-                stride, pads = self.network.stride, self.network.pads
-                size = fitted_size(height, width, self.settings, stride, pads=pads)
+                takes = self._descriptor.takes
+                size = fitted_size(height, width, self.settings, takes.stride, pads=takes.pads)
                 groups.setdefault(size, []).append(i)
             except UnreadableImage as error:
                 results[i] = error
@@ -119,30 +124,9 @@ class Extractor:
         return results
 
     def _batch(self, images):
-        s, network = self.settings, self.network
-        output = superglobal_descriptors(
-            network.model,
-            network.variables,
-            network.normalise(images),
-            scales=SCALES[s.scales],
-            gemp=s.pooling == "gem+",
-            rgem=s.regional,
-            sgem=s.scale_gem,
-            relup=s.relup,
-            antialias=s.antialias,
-            pooling=plain_pooling(s),
-        )
-        descriptors = np.asarray(output.descriptor)
+        takes = self._descriptor.takes
+        descriptors = self._descriptor(normalise(np.stack(images), mean=takes.mean, std=takes.std))
         return descriptors if self.whitening is None else whiten(descriptors, self.whitening)
-
-
-def plain_pooling(settings: DescriptorSettings) -> Literal["average", "max"] | None:
-    """Returns the pooling in place of GeM and GeM+, or None where one of these is chosen.
-
-    Args:
-        settings: The settings of a descriptor, of which `pooling` is read.
-    """
-    return settings.pooling if settings.pooling in ("average", "max") else None
 
 
 def fitted_size(

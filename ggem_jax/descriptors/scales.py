@@ -19,6 +19,7 @@ SCALES: dict[int, tuple[float, ...]] = {
     3: (0.7071, 1.0, 1.4142),
     5: (0.5, 0.7071, 1.0, 1.4142, 2.0),
 }
+WINDOW = 5  # places along one side of Regional GeM's window, of SuperGlobal's official code
 
 
 def scaled_size(height: int, width: int, scale: float) -> tuple[int, int]:

@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from flax import struct
 from jaxtyping import Array, Float
 
-from ggem_jax.descriptors.scales import SCALES, rescale, scaled_size
+from ggem_jax.descriptors.scales import SCALES, WINDOW, rescale, scaled_size
 from ggem_jax.pooling import (
     avg_pool,
     gem_pool,
@@ -36,7 +36,6 @@ from ggem_jax.pooling import (
 GEM_PLUS_P, GEM_PLUS_EPS = 4.6, 1e-8  # of the official code
 # of a network without a GeM of its own: where GeM starts (Radenović et al., 2018, arXiv:1711.02512)
 GEM_P, GEM_EPS = 3.0, 1e-6
-WINDOW = 5  # places along one side of Regional GeM's window, of the official code
 REDUCTION = 32  # pixels along one side of a place of the map: five strides of 2
 
 Pooling = Literal["average", "max"]

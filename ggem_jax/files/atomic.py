@@ -8,13 +8,14 @@ from pathlib import Path
 
 
 @contextlib.contextmanager
-def replacing(path: Path | str) -> Iterator[Path]:
+def replacing(path: Path | str, *, private: bool = False) -> Iterator[Path]:
     """Yields a temporary file beside `path` that takes its name when the block ends.
 
     The file is flushed to the disk first. After an error it is deleted and `path` is unchanged.
 
     Args:
         path: The file to write; its folder must exist, and a file of this name is replaced.
+        private: Whether only this user can read the file; if not, its mode follows the umask.
 
     Yields:
         The path of the temporary file, which is empty.
@@ -28,7 +29,8 @@ def replacing(path: Path | str) -> Iterator[Path]:
     temporary = Path(name)
     try:
         yield temporary
-        temporary.chmod(0o666 & ~_umask())
+        if not private:
+            temporary.chmod(0o666 & ~_umask())
         with temporary.open("rb") as file:
             os.fsync(file.fileno())
         temporary.replace(path)

@@ -12,7 +12,6 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float
 
-from ggem_jax.pooling.dispatch import vary_alike
 from ggem_jax.retrieval.vectors import (
     Database,
     Ranking,
@@ -43,6 +42,10 @@ _CLOSE = 1e-6  # largest error of a float32 score, relative to the lengths of bo
 _SCORED = 4096  # vectors that are widened to float64 at a time
 # bytes of vectors in a block that is read: one is searched, one waits, and one is being read
 _READ_BYTES = 128 * 2**20
+# NumPy searches at most so many numbers of a database, and makes at most so many scores: up to
+# there it takes less time than the loading of one compiled program
+_NUMPY_NUMBERS, _NUMPY_SCORES = 2**25, 2**19
+_NUMPY_BYTES = 2**20  # bytes of widened vectors that stay in a cache of the processor
 
 
 def search(
@@ -63,7 +66,8 @@ def search(
       vectors may differ in the last bit, depending on their rows.
     - Other databases are read block by block. In "float32" the best are ordered by their scores in
       float64, rounded to float32, so that the order is the same on every device, unless more than
-      4,096 vectors are too close to the k-th for float32.
+      4,096 vectors are too close to the k-th for float32. NumPy reads databases of up to 33 million
+      numbers (26,000 vectors of 1,280), unless there are many queries: nothing is compiled then.
 
     Args:
         queries: Vectors `(q, d)` of floating point.
@@ -106,6 +110,9 @@ def search(
     options: dict[str, Any] = {"k": int(k), "precision": precision, "mesh": mesh}
     if on_device(database):
         return _search_on_device(queries, database, **options)
+    small = n * queries.shape[1] <= _NUMPY_NUMBERS and n * len(queries) <= _NUMPY_SCORES
+    if small and precision == "float32" and mesh is None:
+        return _search_in_numpy(queries, database, int(k))
     return _search_blocks(queries, database, **options)
 
 
@@ -167,6 +174,33 @@ def _search_on_device(queries, database, *, k, precision, mesh):
         padded = jnp.pad(database, ((0, share * mesh.size - n), (0, 0)))
         scores, ids = _over_devices(queries, padded, k, precision, mesh, first=0, end=n)
     return Ranking(scores, ids)
+
+
+def _search_in_numpy(queries, database, k):
+    """Searches a small database by scores in float64, rounded to float32."""
+    (n, d), queries = database.shape, np.asarray(queries, np.float64)
+    rows = max(_NUMPY_BYTES // (8 * d), 1)
+    scores, widened = np.empty((len(queries), n), np.float32), np.empty((rows, d))
+    with np.errstate(invalid="ignore", over="ignore"):
+        for first, block in blocks_of(database, max(_READ_BYTES // (8 * d), 1)):
+            for start in range(0, len(block), rows):
+                part = block[start : start + rows]
+                widened[: len(part)] = part
+                at = first + start
+                for own, query in zip(scores, queries, strict=True):
+                    own[at : at + len(part)] = widened[: len(part)] @ query
+    scores = np.maximum(np.where(np.isnan(scores), -np.inf, scores), np.finfo(np.float32).min)
+    ids = np.stack([_best_ids(own, k) for own in scores])
+    best = np.take_along_axis(scores, ids, axis=1)
+    return Ranking(*jax.device_put((best, ids.astype(np.int32))))
+
+
+def _best_ids(scores, k):
+    """The ids of the k largest of scores `(n,)`; equal scores are ordered by smaller id."""
+    last = np.partition(scores, len(scores) - k)[len(scores) - k]
+    above, equal = np.flatnonzero(scores > last), np.flatnonzero(scores == last)
+    ids = np.sort(np.concatenate([above, equal[: k - len(above)]]))
+    return ids[np.argsort(-scores[ids], kind="stable")]
 
 
 def _search_blocks(queries, database, *, k, precision, mesh):
@@ -307,6 +341,8 @@ def _best(queries, database, k, precision, first=0, end=None):
         scores = jnp.where(fresh, scores, -jnp.inf)
         top, position = lax.top_k(scores, min(k, rows))
         return _merge(best, (top, (first + start + position).astype(jnp.int32)), k), None
+
+    from ggem_jax.pooling.dispatch import vary_alike  # NumPy's search needs no poolings
 
     scores, ids, *_ = vary_alike(
         jnp.full((q, k), -jnp.inf), jnp.zeros((q, k), jnp.int32), queries, database

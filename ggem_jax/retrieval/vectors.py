@@ -90,13 +90,16 @@ def check_queries(queries: Float[Array, "q d"]) -> Float[Array, "q d"]:
     Raises:
         ValueError: The queries have another shape or dtype.
     """
-    queries = jnp.asarray(queries)
+    queries = queries if isinstance(queries, jax.Array) else np.asarray(queries)
     if queries.ndim != 2 or 0 in queries.shape or not jnp.issubdtype(queries.dtype, jnp.floating):
         raise ValueError(
             "queries must be (q, d) of floating point with at least one of each, not"
             f" {queries.dtype} of shape {queries.shape}"
         )
-    return queries.astype(jnp.float32)
+    if isinstance(queries, jax.Array):
+        return queries.astype(jnp.float32)
+    with np.errstate(over="ignore"):
+        return jax.device_put(queries.astype(np.float32))  # jnp.asarray would compile a program
 
 
 def check_database(database: Database, dim: int | None) -> Database:

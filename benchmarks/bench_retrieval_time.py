@@ -1,0 +1,216 @@
+"""Times what a user of `ggem-retrieval` waits for: a warm search, and the steps of indexing.
+
+    python -m benchmarks.bench_retrieval_time [--before CHECKOUT] [--vectors 5000 1000000]
+
+Search: `ggem-retrieval search my.index query.jpg -k 5`, a process of its own from start to end, of
+an index of random unit vectors of 1,280 in float16. The first process compiles and is not counted.
+With `--before`, the code of another checkout takes turns with ours in the same run. Rows go to
+benchmarks/results/retrieval_time.csv.
+
+Steps: the CPU time of each step from file to vector, one image after another in one process, for
+photos of 12 megapixels and of 0.3. The photos are noise of all scales, as JPEG of quality 90. Rows
+go to benchmarks/results/retrieval_steps.csv.
+
+CPU seconds are those of all threads, of the user and of the system.
+"""
+
+import argparse
+import contextlib
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from benchmarks.record import append, machine
+from ggem_jax.descriptors.compiled import CompiledDescriptor
+from ggem_jax.descriptors.extract import fitted_size
+from ggem_jax.descriptors.settings import DescriptorSettings
+from ggem_jax.files.images import normalise, read_image, resize
+from ggem_jax.retrieval.index.folder import hash_content
+from ggem_jax.retrieval.index.store import (
+    INDEX,
+    PUT,
+    Entry,
+    Facts,
+    shard_file,
+    writable,
+    write_facts,
+    write_shard,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+DIM = 1280  # of EfficientNet-Lite0
+_SHARD_ROWS, _BLOCK_ROWS = 100_000, 10_000
+SIZES = {"12 megapixels": (3000, 4000), "0.3 megapixels": (480, 640)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--before", type=Path, help="root of a checkout to compare with")
+    parser.add_argument("--vectors", type=int, nargs="*", default=[5000])
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--images", type=int, default=8, help="photos of each size")
+    options = parser.parse_args()
+    codes = {"now": ROOT} if options.before is None else {"before": options.before, "now": ROOT}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        write_photos(folder / "query", (768, 1024), 1)
+        for size in options.vectors:
+            write_index(folder / f"{size}.index", size)
+            for row in time_searches(folder, size, codes, options.rounds):
+                append("retrieval_time", machine() | row)
+        for label, size in SIZES.items():
+            write_photos(folder / label, size, options.images)
+            row = {"photos": label, "images": options.images}
+            append("retrieval_steps", machine() | row | time_steps(folder / label))
+
+
+def write_photos(folder: Path, size: tuple[int, int], count: int) -> None:
+    """Writes JPEG files of noise of all scales, which decode as photos do.
+
+    Args:
+        folder: A new folder.
+        size: Height and width, pixels.
+        count: Number of files.
+    """
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number in range(count):
+        image = np.zeros((*size, 3), np.float32)
+        for side in (4, 16, 64, 256):
+            noise = Image.fromarray(rng.integers(0, 256, (side, side, 3), np.uint8))
+            image += np.asarray(noise.resize(size[::-1], Image.Resampling.BICUBIC)) / 4
+        image += rng.normal(0, 4, size)[..., None]
+        photo = Image.fromarray(image.clip(0, 255).astype(np.uint8))
+        photo.save(folder / f"{number}.jpg", quality=90)
+
+
+def write_index(folder: Path, count: int) -> None:
+    """Writes an index of random unit vectors in float16, whose images do not exist.
+
+    Args:
+        folder: A new folder.
+        count: Number of vectors.
+    """
+    folder.mkdir()
+    record = DescriptorSettings().resolve().record()
+    shards = {
+        1 + number: min(_SHARD_ROWS, count - start)
+        for number, start in enumerate(range(0, count, _SHARD_ROWS))
+    }
+    facts = Facts(record, "float16", str(folder), dim=DIM, count=count, shards=shards)
+    for shard, rows in shards.items():
+        write_shard(shard_file(folder, shard), _random_blocks(shard, rows), rows, facts)
+    with contextlib.closing(writable(folder / INDEX)) as database:
+        database.execute("BEGIN")
+        database.executemany(PUT, ((*entry, entry.crc32()) for entry in _entries(count)))
+        write_facts(database, facts)
+        database.execute("COMMIT")
+
+
+def _random_blocks(seed: int, rows: int) -> Iterator[np.ndarray]:
+    rng = np.random.default_rng(seed)
+    for start in range(0, rows, _BLOCK_ROWS):
+        block = np.abs(rng.standard_normal((min(_BLOCK_ROWS, rows - start), DIM), np.float32))
+        yield (block / np.linalg.norm(block, axis=1, keepdims=True)).astype(np.float16)
+
+
+def _entries(count: int) -> Iterator[Entry]:
+    for number in range(count):
+        shard, row = divmod(number, _SHARD_ROWS)
+        path, content = f"{number // 1000}/{number}.jpg".encode(), number.to_bytes(16, "big")
+        yield Entry(path, 1, 1, content, 640, 480, 0, 1 + shard, row)
+
+
+def time_searches(
+    folder: Path, size: int, codes: dict[str, Path], rounds: int
+) -> list[dict[str, Any]]:
+    """Returns a row for each code: the medians of a warm search.
+
+    Args:
+        folder: Folder of the index `SIZE.index` and the query.
+        size: Number of vectors in the index.
+        codes: Roots of checkouts by label; they take turns.
+        rounds: Rounds that count, after the one that compiles.
+
+    Raises:
+        SystemExit: A search fails, or the codes rank differently.
+    """
+    seconds: dict[str, list[tuple[float, float]]] = {label: [] for label in codes}
+    ranked: dict[str, list[str]] = {}
+    for _ in range(rounds + 1):
+        for label, root in codes.items():
+            said, *times = _search(root, folder, size, folder / f"cache {label}")
+            ranked[label] = [line.split()[-1] for line in said.splitlines()[2:]]
+            seconds[label].append((times[0], times[1]))
+    if len({tuple(paths) for paths in ranked.values()}) > 1:
+        sys.exit(f"the codes rank differently: {ranked}")
+    rows = []
+    for label, times in seconds.items():
+        cpu, wall = (statistics.median(own) for own in zip(*times[1:], strict=True))
+        first, rest = times[0][0], {"code": label, "vectors": size, "dim": DIM, "rounds": rounds}
+        rows.append(
+            rest | {"cpu_s": f"{cpu:.2f}", "wall_s": f"{wall:.2f}", "first_cpu_s": f"{first:.2f}"}
+        )
+    return rows
+
+
+def _search(root: Path, folder: Path, size: int, cache: Path) -> tuple[str, float, float]:
+    """The output of one search, its CPU seconds and its seconds."""
+    own = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
+    own |= {"PYTHONPATH": str(root), "XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-m", "ggem_jax.retrieval", "search", folder / f"{size}.index"]
+    command += [folder / "query" / "0.jpg", "-k", "5"]
+    began = time.perf_counter()
+    process = subprocess.Popen(command, cwd=root, env=own, stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    said = process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        sys.exit(f"the search of {root} failed")
+    return said, usage.ru_utime + usage.ru_stime, time.perf_counter() - began
+
+
+def time_steps(folder: Path) -> dict[str, str]:
+    """Returns the CPU milliseconds of each step for one image, the median of all images.
+
+    Args:
+        folder: Folder of the images; the first one compiles and is not counted.
+    """
+    settings = DescriptorSettings()
+    descriptor = CompiledDescriptor(settings)
+    takes = descriptor.takes
+    steps: dict[str, list[float]] = {}
+
+    def step(name: str, call: Callable[[], Any]) -> Any:
+        began = time.process_time()
+        result = call()
+        steps.setdefault(name, []).append(time.process_time() - began)
+        return result
+
+    for path in [sorted(folder.iterdir())[0], *sorted(folder.iterdir())]:
+        data = step("read", path.read_bytes)
+        step("hash", lambda data=data: hash_content(data))
+        image = step("decode", lambda data=data: read_image(data))
+        fitted = fitted_size(*image.shape[:2], settings, takes.stride, pads=takes.pads)
+        small = step("resize", lambda image=image, fitted=fitted: resize(image, *fitted))
+        step(
+            "network",
+            lambda small=small: descriptor(normalise(small[None], mean=takes.mean, std=takes.std)),
+        )
+    middle = {name: 1e3 * statistics.median(times[1:]) for name, times in steps.items()}
+    row = {f"{name}_ms": f"{value:.1f}" for name, value in middle.items()}
+    return row | {"images_per_cpu_s": f"{1e3 / sum(middle.values()):.1f}"}
+
+
+if __name__ == "__main__":
+    main()
