@@ -412,7 +412,7 @@ def test_an_index_of_format_1_is_read_and_then_brought_up_to_date(photos, built)
     make_format_1(built)
     np.testing.assert_equal(contents(built), before)
     assert verify(built, deep=True) == ([], [])
-    assert info(built)["pictures"] == 6
+    assert info(built)["images"] == 6
     stat = (built / "index.sqlite").read_bytes()[60:64]
     assert int.from_bytes(stat, "big") == 1
     assert add(built, never, SETTINGS) == Report(unchanged=6)  # all contents are compared
