@@ -8,6 +8,7 @@ import socket
 import sqlite3
 import subprocess
 import sys
+import tempfile
 import textwrap
 import zlib
 from pathlib import Path
@@ -174,7 +175,13 @@ def test_a_part_that_is_not_mounted_keeps_its_entries(photos, built, tmp_path, h
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs the right to become another user")
-def test_folders_and_files_without_rights_are_skipped_and_named(photos, tmp_path):
+def test_folders_and_files_without_rights_are_skipped_and_named(photos):
+    with tempfile.TemporaryDirectory() as open_to_all:
+        os.chmod(open_to_all, 0o755)
+        _test_rights(Path(shutil.copytree(photos, Path(open_to_all) / "photos")))
+
+
+def _test_rights(photos):
     save(photos / "listed" / "x.bmp", 20)
     save(photos / "closed" / "x.bmp", 21)
     (photos / "secret.txt").write_text("secret")
@@ -182,9 +189,6 @@ def test_folders_and_files_without_rights_are_skipped_and_named(photos, tmp_path
     os.chmod(photos / "closed", 0o700)
     os.chmod(photos / "0.bmp", 0o600)
     os.chmod(photos / "secret.txt", 0o600)
-    for path in (tmp_path, *tmp_path.parents):
-        if path != Path("/") and path.stat().st_mode & 0o001 == 0:
-            os.chmod(path, path.stat().st_mode | 0o011)
     code = f"""
         import os, sys, numpy as np
         from PIL import Image

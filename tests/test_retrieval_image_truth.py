@@ -23,6 +23,7 @@ from ggem_jax.files.images import (
 from ggem_jax.retrieval.__main__ import main
 from ggem_jax.retrieval.index import describing, folder
 from ggem_jax.retrieval.index.index import add, build, info
+from ggem_jax.retrieval.index.search import query_vectors
 from ggem_jax.retrieval.index.store import IndexRefused
 from ggem_jax.retrieval.tool import commands
 
@@ -368,8 +369,9 @@ def test_a_query_is_decoded_as_its_index(photos, tmp_path):
         build_index(photos, path, settings, dtype="float32")
         opened = Index.open(path)
         vectors[decoding] = opened.vectors().take(np.arange(3))
-        found = opened.search([photos / f"{n}.jpg" for n in range(3)], 1, use_stored=False)
-        np.testing.assert_allclose(found.scores[:, 0], 1, atol=1e-6)
+        queries = [photos / f"{number}.jpg" for number in range(3)]
+        found = query_vectors(opened, queries, [None] * 3, use_stored=False)
+        np.testing.assert_array_equal(found, vectors[decoding])
     assert not np.array_equal(vectors["draft"], vectors["full"])
     assert (vectors["draft"] * vectors["full"]).sum(1).min() > 0.999
 
