@@ -233,7 +233,9 @@ def _list_images(
 def _notes_on(left_out: list[bytes]) -> tuple[str, ...]:
     if not left_out:
         return ()
-    return (f"{some(list(map(os.fsdecode, left_out)))} are excluded now and were dropped",)
+    return (
+        f"entries that are excluded now were dropped: {some(list(map(os.fsdecode, left_out)))}",
+    )
 
 
 @contextlib.contextmanager
