@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ggem_jax.files.images import UnreadableImage, read_image
+from ggem_jax.files.images import UnreadableImage, decode_image, read_image
 from ggem_jax.retrieval.index import (
     folder,
     index,
@@ -235,12 +235,12 @@ def test_every_kind_of_image(photos, tmp_path):
 
 
 def test_a_decoder_that_fails_otherwise_costs_one_image(photos, tmp_path, monkeypatch):
-    def reader(data, *, name):
+    def decoder(file, *, name, **options):
         if name == "a/04.png":
             raise EOFError("no more\nbytes")
-        return read_image(data, name=name)
+        return decode_image(file, name=name, **options)
 
-    monkeypatch.setattr(folder, "read_image", reader)
+    monkeypatch.setattr(folder, "decode_image", decoder)
     report = build(photos, tmp_path / "index", extract, SETTINGS)
     assert (report.added, report.skipped) == (
         11,
@@ -270,9 +270,11 @@ def test_odd_names(photos, tmp_path):
     assert [why.isprintable() for _, why in report.skipped] == [True]
     (photos / os.fsdecode(b"no\npicture\xff.png")).unlink()
     assert_right(odd, photos)
-    assert remove(odd, map(os.fsdecode, ODD_NAMES)).removed == len(ODD_NAMES)
-    assert not set(map(os.fsdecode, ODD_NAMES)) & set(Index.open(odd).paths)
-    assert add(odd, extract, SETTINGS).added == len(ODD_NAMES)
+    names = list(map(os.fsdecode, ODD_NAMES))
+    assert remove(odd, names).removed == len(names)
+    assert not set(names) & set(Index.open(odd).paths)
+    assert add(odd, never, SETTINGS) == Report(unchanged=12)
+    assert add(odd, extract, SETTINGS, include=names).added == len(names)
 
 
 def test_links_hidden_files_and_the_index_itself(photos):
@@ -467,7 +469,11 @@ def test_remove(built, photos):
     )
     assert list(Index.open(built).vectors().blocks(5)) == []
     assert not list(built.glob("*.npy"))
-    assert add(built, extract, SETTINGS).added == 12
+    assert add(built, extract, SETTINGS).added == 6
+    assert add(built, extract, SETTINGS, include=["00.png", "b/*1*", "a"]).added == 6
+    assert_right(built, photos)
+    remove(built, ["a", "00.png"], exclude=False)
+    assert add(built, extract, SETTINGS).added == 5
     assert_right(built, photos)
 
 
@@ -532,7 +538,7 @@ def test_other_settings_are_refused(built, photos):
 
 def test_a_newer_format_is_refused(built, photos):
     with contextlib.closing(sqlite3.connect(built / "index.sqlite")) as database:
-        database.execute("PRAGMA user_version = 2")
+        database.execute("PRAGMA user_version = 3")
     for call in (
         Index.open,
         verify,
@@ -541,7 +547,7 @@ def test_a_newer_format_is_refused(built, photos):
         lambda path: build(photos, path, never, SETTINGS),
     ):
         with pytest.raises(
-            IndexRefused, match="has format 2 where this version of ggem_jax reads format 1: update"
+            IndexRefused, match="has format 3 where this version of ggem_jax reads format 2: update"
         ):
             call(built)
 
@@ -1095,7 +1101,7 @@ def test_an_interrupted_add_survives_a_remove(small, built, photos):
         add(built, broken, SETTINGS)
     assert len(Index.open(built)) == 12
     assert "interrupted" in verify(built).notes[0]
-    remove(built, ["*0*"])
+    remove(built, ["*0*"], exclude=False)
     assert not any(name.startswith("new") for name in Index.open(built).paths)
     seen = []
     add(

@@ -52,6 +52,9 @@ class Colours:
             **{name: getattr(settings, name) for name in settings.record()}
         )
 
+    def fit(self, height, width):
+        return None
+
     def __call__(self, images):
         for image in images:
             if min(image.shape[:2]) < 2:
@@ -440,7 +443,8 @@ def test_add_and_remove(indexed, run):
     (indexed / "00.png").unlink()
     assert run("add", "my.index")[:2] == (
         0,
-        "my.index: 1 added, 0 updated, 11 unchanged, 0 reused, 0 removed, 0 skipped\n",
+        "my.index: 1 added, 0 updated, 11 unchanged, 0 reused, 0 removed, 0 skipped\n"
+        "not reachable now: 1 image (00.png); kept until --prune\n",
     )
     assert (
         run("add", "my.index", "--prune")[1]
@@ -450,8 +454,11 @@ def test_add_and_remove(indexed, run):
         run("remove", "my.index", 'quote"s', "<b>*/*")[1]
         == "my.index: 0 added, 0 updated, 4 unchanged, 0 reused, 8 removed, 0 skipped\n"
     )
+    code, said, told = run("add", "my.index", 'photos/quote"s')
+    assert (code, said) == (1, "")
+    assert re.search(r"quote\"s is excluded by /quote\"s: include that pattern first", told)
     assert (
-        run("add", "my.index", 'photos/quote"s')[1]
+        run("add", "my.index", 'photos/quote"s', "--include", 'quote"s')[1]
         == "my.index: 4 added, 0 updated, 0 unchanged, 0 reused, 0 removed, 0 skipped\n"
     )
     assert run("remove", "my.index", ".")[0] == 0
@@ -471,7 +478,7 @@ def test_info(indexed, run):
         "float16",
         str(indexed),
     )
-    assert facts["settings"] == DescriptorSettings().record()
+    assert facts["settings"] == DescriptorSettings(decoding="draft").record()
     code, said, _ = run("info", "my.index")
     assert "images                 12\n" in said
     assert "settings.backbone      efficientnet-lite0\n" in said

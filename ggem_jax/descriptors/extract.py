@@ -83,6 +83,25 @@ class Extractor:
         while window := list(itertools.islice(images, ahead)):
             yield from self._describe_window(window)
 
+    def fit(self, height: int, width: int) -> tuple[int, int] | None:
+        """Returns the height and width that an image is resized to, pixels.
+
+        Args:
+            height, width: Sides of the image, pixels.
+
+        Returns:
+            The sides, or None where an image of these sides would be resized once more.
+
+        Raises:
+            UnreadableImage: The image is too thin for a descriptor.
+        """
+        stride, pads = self.network.stride, self.network.pads
+        size = fitted_size(height, width, self.settings, stride, pads=pads)
+        try:
+            return size if fitted_size(*size, self.settings, stride, pads=pads) == size else None
+        except UnreadableImage:  # by rounding
+            return None
+
     def describe(self, image: RGB, box: Sequence[float] | None = None) -> Float[np.ndarray, " d"]:
         """Returns the descriptor `(d,)` of an image, or of a part of it.
 

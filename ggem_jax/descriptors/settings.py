@@ -47,6 +47,10 @@ class DescriptorSettings:
     antialias: bool = False  # when a scale shrinks the image: off as when the paper was written
     sizes: Literal["buckets", "exact"] = "buckets"  # a few sizes for all images, or each its own
     longest_side: int = 320  # pixels after resizing; 0 with exact sizes: never shrunk
+    # of large JPEG files: draft decodes them at 1/2, 1/4 or 1/8 of their size if this is at least
+    # twice what the image is resized to, full never (how they differ: docs/retrieval.md); None:
+    # draft for a new index, and as it was for an existing one
+    decoding: Literal["draft", "full"] | None = None
     whitening: str | None = None  # file of `ggem_jax.descriptors.whitening`, applied at the end
     # of red, green and blue in [0, 1], subtracted from them; None: those of the backbone
     mean: tuple[float, float, float] | None = None
@@ -104,7 +108,7 @@ class DescriptorSettings:
 
         A digest of its contents takes the place of each file. Mean and deviation are left out where
         they are the backbone's; heads, GELU and norms where the weights or a table of published
-        sizes state them.
+        sizes state them; the decoding unless it is draft, as records of earlier versions mean full.
 
         Raises:
             ValueError: A file cannot be read, or holds no known network.
@@ -119,6 +123,8 @@ class DescriptorSettings:
         for name in ("heads", "gelu", "norm", "norm_eps", "architecture"):
             if record[name] is None:
                 del record[name]
+        if record["decoding"] != "draft":
+            del record["decoding"]
         return record
 
     def _check_backbone(self):
@@ -136,7 +142,7 @@ class DescriptorSettings:
     def _check_choices(self):
         for name, hint in get_type_hints(type(self)).items():
             literal = name in ("pooling", "scales", "sizes")
-            if name in ("gelu", "norm") and getattr(self, name) is not None:
+            if name in ("gelu", "norm", "decoding") and getattr(self, name) is not None:
                 literal, (hint, _) = True, get_args(hint)
             choices = get_args(hint) if literal else (False, True) if hint is bool else ()
             value = getattr(self, name)

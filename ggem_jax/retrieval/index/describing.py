@@ -6,10 +6,11 @@ The network is loaded when the first image has to be described, not before.
 import itertools
 import json
 import os
+import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from jaxtyping import Float
@@ -17,10 +18,10 @@ from jaxtyping import Float
 from ggem_jax.descriptors.settings import DescriptorSettings, digest
 from ggem_jax.descriptors.whitening import learn_whitening, save_whitening
 from ggem_jax.files.atomic import replacing
-from ggem_jax.files.images import RGB, UnreadableImage
+from ggem_jax.files.images import MAX_MEGAPIXELS, RGB, UnreadableImage
 from ggem_jax.retrieval.index import index as indexes
-from ggem_jax.retrieval.index.store import IndexRefused
-from ggem_jax.retrieval.index.writing import Extract, OnProgress, Report
+from ggem_jax.retrieval.index.store import INDEX, IndexRefused, facts_of
+from ggem_jax.retrieval.index.writing import OnProgress, Report
 
 if TYPE_CHECKING:
     from ggem_jax.descriptors.extract import Extractor
@@ -56,6 +57,11 @@ def build_index(
     settings: DescriptorSettings | None = None,
     *,
     dtype: str = "float16",
+    prune: bool = False,
+    deep: bool = False,
+    exclude: Iterable[str] = (),
+    include: Iterable[str] = (),
+    max_megapixels: float = MAX_MEGAPIXELS,
     batch: int | None = None,
     workers: int | None = None,
     on_progress: OnProgress | None = None,
@@ -65,10 +71,18 @@ def build_index(
     The index appears when the build is complete. After an interruption the same call resumes.
 
     Args:
-        folder: Folder of the images; hidden files and folders are left out.
+        folder: Folder of the images.
         path: Folder of the index. Anything else at this path is refused, never overwritten.
         settings: How an image becomes a vector; None takes the defaults.
         dtype: Dtype of the vectors on disk, "float16" or "float32".
+        prune: Whether entries whose files are gone are dropped. If not, they are reported as
+            unreachable.
+        deep: Whether the content of every file is compared, also where size, times and inode are as
+            before.
+        exclude: Patterns of files and folders that are left out, besides those that the index has
+            and the defaults of `ggem_jax.retrieval.index.exclusions`. The index keeps them.
+        include: Patterns that are no longer left out. The index keeps these too.
+        max_megapixels: Larger images are skipped.
         batch: Images that go through the network together; None takes 1 on a CPU, else 16.
         workers: Threads that read images; None takes one for each core, at most 4.
         on_progress: Function that is called with the numbers of images done and of all images.
@@ -85,14 +99,24 @@ def build_index(
     given = DescriptorSettings() if settings is None else settings
     if not isinstance(given, DescriptorSettings):
         raise ValueError(f"settings must be a DescriptorSettings, not {type(given).__name__}")
-    settings = given.resolve()
+    settings = replace(given.resolve(), decoding=given.decoding or _decoding_of(Path(path)))
     record = settings.record()  # reads the files, so that a missing one raises at once
-    extract = _lazy_extract(settings, batch)
     report = indexes.build(
-        folder, path, extract, record, dtype=dtype, workers=workers, on_progress=on_progress
+        folder,
+        path,
+        LazyExtract(settings, batch),
+        record,
+        dtype=dtype,
+        prune=prune,
+        deep=deep,
+        exclude=exclude,
+        include=include,
+        max_megapixels=max_megapixels,
+        workers=workers,
+        on_progress=on_progress,
     )
     _remember_files(Path(path), settings)
-    return replace(report, notes=_notes_of(given))
+    return replace(report, notes=_notes_of(given) + report.notes)
 
 
 def add_images(
@@ -102,6 +126,10 @@ def add_images(
     root: Path | str | None = None,
     prune: bool = False,
     repair: bool = False,
+    deep: bool = False,
+    exclude: Iterable[str] = (),
+    include: Iterable[str] = (),
+    max_megapixels: float = MAX_MEGAPIXELS,
     weights: str | None = None,
     whitening: str | None = None,
     batch: int | None = None,
@@ -116,11 +144,12 @@ def add_images(
         root: Folder that the images have been moved to; None takes the one in the index.
         prune: Whether entries whose files are gone are dropped.
         repair: Whether images whose entries or vectors are damaged are described again.
+        deep, exclude, include, max_megapixels: As in `build_index`.
         weights, whitening: Where the files of the build are now; None takes their old places.
         batch, workers, on_progress: As in `build_index`.
 
     Returns:
-        Numbers of images and skipped files, as in `build_index`, without notes.
+        Numbers of images and skipped files, as in `build_index`, without notes on the settings.
 
     Raises:
         IndexRefused: There is no index, or it was made with other files; nothing is changed.
@@ -130,12 +159,16 @@ def add_images(
     settings = find_settings(path, record, weights=weights, whitening=whitening)
     report = indexes.add(
         path,
-        _lazy_extract(settings, batch),
+        LazyExtract(settings, batch),
         record,
         folder=folder,
         root=root,
         prune=prune,
         repair=repair,
+        deep=deep,
+        exclude=exclude,
+        include=include,
+        max_megapixels=max_megapixels,
         workers=workers,
         on_progress=on_progress,
     )
@@ -232,7 +265,7 @@ def find_settings(
                 f" {record[name]}): name that with --{name} FILE"
             )
     try:
-        return DescriptorSettings(**values)
+        return DescriptorSettings(**{"decoding": "full", **values})
     except (TypeError, ValueError) as error:
         raise IndexRefused(
             f"{path} was made with unknown settings ({error}): only the program that made it can"
@@ -252,13 +285,53 @@ def make_extractor(settings: DescriptorSettings, batch: int | None = None) -> "E
     return Extractor(settings, batch=batch)
 
 
+class LazyExtract:
+    """An extractor that loads its network when there is an image to resize or to describe.
+
+    Args:
+        settings: How an image becomes a vector.
+        batch: Images that go through the network together; None takes 1 on a CPU, else 16.
+    """
+
+    def __init__(self, settings: DescriptorSettings, batch: int | None = None):
+        self.settings, self.batch, self.lock = settings, batch, threading.Lock()
+        self.draft = settings.decoding == "draft"
+        self.extractor: Extractor | None = None
+
+    def load(self) -> "Extractor":
+        """Returns the extractor; only one thread loads it."""
+        with self.lock:
+            self.extractor = self.extractor or make_extractor(self.settings, self.batch)
+            return self.extractor
+
+    def fit(self, height: int, width: int) -> tuple[int, int] | None:
+        """Returns the height and width that an image is resized to, as `Extractor.fit`.
+
+        Args:
+            height, width: Sides of the image, pixels.
+
+        Raises:
+            UnreadableImage: The image is too thin for a descriptor.
+        """
+        return self.load().fit(height, width)
+
+    def __call__(self, images: Iterator[RGB]) -> Iterable[np.ndarray | UnreadableImage]:
+        """Yields a vector `(d,)` for each image, or `UnreadableImage` where it cannot have one.
+
+        Args:
+            images: Images of any sizes, `(height, width, 3)` uint8 each.
+        """
+        for first in images:
+            yield from self.load()(itertools.chain([first], images))
+
+
 def describe_images(
-    settings: DescriptorSettings, images: list[RGB], names: list[str]
+    extract: LazyExtract, images: list[RGB], names: list[str]
 ) -> Float[np.ndarray, "m d"]:
     """Returns the descriptors of images that each must have one.
 
     Args:
-        settings: How an image becomes a vector.
+        extract: The extractor.
         images: Images, m arrays `(h, w, 3)` uint8 of any sizes.
         names: Name of each image for an error message.
 
@@ -269,21 +342,18 @@ def describe_images(
         UnreadableImage: An image cannot be described; the message names it.
     """
     vectors = []
-    for name, vector in zip(names, make_extractor(settings)(images), strict=True):
+    for name, vector in zip(names, extract(iter(images)), strict=True):
         if isinstance(vector, UnreadableImage):
             raise UnreadableImage(f"{name}: {vector}")
         vectors.append(vector)
     return np.stack(vectors)
 
 
-def _lazy_extract(settings: DescriptorSettings, batch: int | None) -> Extract:
-    """Loads the network when the first image comes: without new images there is no need for it."""
-
-    def extract(images: Iterator[RGB]) -> Iterable[np.ndarray | UnreadableImage]:
-        for first in images:
-            yield from make_extractor(settings, batch)(itertools.chain([first], images))
-
-    return extract
+def _decoding_of(path: Path) -> Literal["draft", "full"]:
+    """How an existing index decodes large JPEGs; draft for a new one."""
+    if not (path / INDEX).exists():
+        return "draft"
+    return "draft" if facts_of(path).settings.get("decoding") == "draft" else "full"
 
 
 def _notes_of(given: DescriptorSettings) -> tuple[str, ...]:

@@ -6,7 +6,10 @@ or as it is after. A second writer is refused; readers keep what they opened. `I
 The extractor is an argument: `extract(images)` takes an iterable of images, `(height, width, 3)`
 uint8 arrays of any sizes, and returns an iterable of vectors `(dim,)` in the same order. It may
 take several images before it gives the first vector; images are decoded in threads meanwhile. An
-`UnreadableImage` in place of a vector skips that image. `settings` is a dictionary of JSON values
+`UnreadableImage` in place of a vector skips that image. If the extractor has the attribute `fit`, a
+function from height and width in pixels to those that it resizes an image to, images are resized
+where they are decoded, so that large ones take little memory; with a true attribute `draft`, large
+JPEGs are decoded at a fraction of their size first. `settings` is a dictionary of JSON values
 that describes how vectors are made: the model, a digest of its weights, the pooling. All vectors of
 an index have the same settings. `ggem_jax.retrieval.index.describing` has the same functions with
 our own extractor.
@@ -24,6 +27,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from jaxtyping import Float, Int
 
+from ggem_jax.files.images import MAX_MEGAPIXELS
+from ggem_jax.retrieval.index.exclusions import as_pattern
 from ggem_jax.retrieval.index.folder import shown
 from ggem_jax.retrieval.index.locking import locking, reporting_failures
 from ggem_jax.retrieval.index.publishing import publish
@@ -42,7 +47,7 @@ from ggem_jax.retrieval.index.store import (
     refuse_other_build,
     refuse_other_settings,
 )
-from ggem_jax.retrieval.index.writing import Extract, OnProgress, Report, update
+from ggem_jax.retrieval.index.writing import Extract, OnProgress, Report, Task, update
 
 if TYPE_CHECKING:
     from ggem_jax.retrieval.index.evaluation import Evaluation
@@ -300,20 +305,31 @@ def build(
     settings: dict[str, Any],
     *,
     dtype: str = "float16",
+    prune: bool = False,
+    deep: bool = False,
+    exclude: Iterable[str] = (),
+    include: Iterable[str] = (),
+    max_megapixels: float = MAX_MEGAPIXELS,
     workers: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Report:
     """Builds an index of all images in a folder tree, or brings an existing one up to date.
 
     The index appears once the build is complete. After an interruption the same call resumes, and
-    extracts at most the last `COMMIT_ROWS` images or `COMMIT_SECONDS` again.
+    extracts at most the last `COMMIT_ROWS` images or `COMMIT_SECONDS` again. An existing index is
+    brought up to date as by `add`.
 
     Args:
-        folder: Folder of the images; hidden files and folders are left out.
+        folder: Folder of the images.
         path: Folder of the index. Anything else at this path is refused, never overwritten.
         extract: Function from images to vectors, as in the module's docstring.
         settings: JSON values that describe how vectors are made.
         dtype: Dtype of the vectors on disk, "float16" or "float32".
+        prune, deep: As in `add`.
+        exclude: Patterns of files and folders that are left out, besides those that the index has
+            and the defaults of `ggem_jax.retrieval.index.exclusions`. The index keeps them.
+        include: Patterns that are no longer left out. The index keeps these too.
+        max_megapixels: Larger images are skipped.
         workers: Threads that read images; None takes one for each core, at most 4.
         on_progress: Function that is called with the numbers of images done and of all images.
 
@@ -330,17 +346,12 @@ def build(
     wanted = Facts(as_json(settings), dtype, str(_existing(folder)))
     with locking(Path(path), new=True):
         if (Path(path) / INDEX).exists():
-            refuse_other_build(Path(path), facts_of(Path(path)), wanted)
-        return update(
-            Path(path),
-            wanted,
-            extract,
-            start="",
-            prune=True,
-            repair=False,
-            workers=workers,
-            on_progress=on_progress,
-        )
+            there = facts_of(Path(path))
+            refuse_other_build(Path(path), there, wanted)
+            wanted = replace(wanted, exclusions=there.exclusions)
+        wanted = _excluding(wanted, exclude, include)
+        task = Task(prune=prune, deep=deep, max_megapixels=max_megapixels, workers=workers)
+        return update(Path(path), wanted, extract, task, on_progress)
 
 
 def add(
@@ -352,14 +363,20 @@ def add(
     root: Path | str | None = None,
     prune: bool = False,
     repair: bool = False,
+    deep: bool = False,
+    exclude: Iterable[str] = (),
+    include: Iterable[str] = (),
+    max_megapixels: float = MAX_MEGAPIXELS,
     workers: int | None = None,
     on_progress: OnProgress | None = None,
 ) -> Report:
     """Adds images that are new or have changed.
 
-    A file with unchanged size and time counts as unchanged. The content of other files is compared:
-    known contents, moved or copied, are not extracted again. An image that has become unreadable
-    keeps its entry. After an interruption the next call resumes, as in `build`.
+    A file whose size, mtime, ctime and inode are as before counts as unchanged. The content of
+    other files is compared: known contents, moved or copied, are not extracted again. An image that
+    has become unreadable keeps its entry, and so does one that is not there, as its disk may not
+    be. Entries of files that are excluded are dropped. After an interruption the next call resumes,
+    as in `build`.
 
     Args:
         path: Folder of the index.
@@ -369,7 +386,8 @@ def add(
         root: Folder that the images have been moved to; None takes the one in the index.
         prune: Whether entries whose files are gone are dropped.
         repair: Whether images whose entries or vectors are damaged are extracted again.
-        workers, on_progress: As in `build`.
+        deep: Whether the content of every file is compared.
+        exclude, include, max_megapixels, workers, on_progress: As in `build`.
 
     Returns:
         Numbers of images that were added, updated, removed, left unchanged and reused, and the
@@ -383,27 +401,23 @@ def add(
         facts = facts_of(path)
         refuse_other_settings(path, facts.settings, settings)
         wanted = replace(facts, root=str(_existing(facts.root if root is None else root)))
+        wanted = _excluding(wanted, exclude, include)
         if repair and folder is not None:
             raise IndexRefused("repair concerns the whole index: leave out the sub-folder")
         start = "" if folder is None else _below(wanted.root, _existing(folder))
-        return update(
-            path,
-            wanted,
-            extract,
-            start=start,
-            prune=prune,
-            repair=repair,
-            workers=workers,
-            on_progress=on_progress,
-        )
+        task = Task(start, prune, repair, deep, max_megapixels, workers)
+        return update(path, wanted, extract, task, on_progress)
 
 
-def remove(path: Path | str, patterns: Iterable[str]) -> Report:
-    """Removes entries; the images stay, and `add` finds them again.
+def remove(path: Path | str, patterns: Iterable[str], *, exclude: bool = True) -> Report:
+    """Removes entries; the images stay.
 
     Args:
         path: Folder of the index.
         patterns: Paths, folders or globs (`*` crosses folders), relative to the root or absolute.
+        exclude: Whether the index keeps the patterns, so that later calls leave these images out
+            until one includes the same pattern; if not, `add` finds them again. Patterns of the
+            whole index are not kept.
 
     Returns:
         Numbers of entries that were removed and left unchanged.
@@ -411,7 +425,7 @@ def remove(path: Path | str, patterns: Iterable[str]) -> Report:
     Raises:
         IndexRefused: A pattern matches nothing, or there is no index; nothing is removed.
     """
-    path, removed = Path(path), dict[str, None]()
+    path, removed, kept = Path(path), dict[str, None](), list[str]()
     with locking(path):
         with reading(path) as database:
             facts = read_facts(database, path / INDEX)
@@ -437,6 +451,9 @@ def remove(path: Path | str, patterns: Iterable[str]) -> Report:
                     f" {facts.root}): nothing was removed"
                 )
             removed |= dict.fromkeys(matching)
+            if exclude and own not in (".", "", "*"):
+                kept.append(as_pattern(own) if whole else f"/{own}")
+        facts = replace(facts, exclusions=facts.exclusions.change(exclude=kept))
         with reporting_failures(path):
             publish(path, facts, [], [os.fsencode(name) for name in removed], set())
     return Report(removed=len(removed), unchanged=len(paths) - len(removed))
@@ -451,7 +468,8 @@ def info(path: Path | str) -> dict[str, Any]:
     Returns:
         By name: `path` of the index and `root` of its images, the numbers of images (`images`),
         of stored `vectors` and of those without an image (`unused_vectors`), `dim`, `dtype`, the
-        number of `shards`, `vector_bytes` on disk, `settings`, and `versions` of the libraries.
+        number of `shards`, `vector_bytes` on disk, the patterns of `exclude` and `include`,
+        `settings`, and `versions` of the libraries.
 
     Raises:
         IndexRefused: There is no index, it is damaged, or of a newer version.
@@ -473,9 +491,26 @@ def info(path: Path | str) -> dict[str, Any]:
         "vectors": rows,
         "unused_vectors": rows - live,
         "vector_bytes": rows * facts.row_bytes(),
+        "exclude": list(facts.exclusions.exclude),
+        "include": list(facts.exclusions.include),
         "settings": facts.settings,
         "versions": facts.versions,
     }
+
+
+def _excluding(facts: Facts, exclude: Iterable[str], include: Iterable[str]) -> Facts:
+    """The facts with further exclusions; patterns that are absolute paths become relative."""
+    lists = [list[str](), list[str]()]
+    for patterns, own in zip((exclude, include), lists, strict=True):
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            inside = f"{pattern}/".startswith(f"{facts.root.rstrip('/')}/")
+            relative = f"/{os.path.relpath(pattern, facts.root)}" if inside else pattern
+            if not relative.strip("/") or relative == "/.":
+                raise IndexRefused(
+                    f"the pattern {pattern!r} would be the whole folder: name a part of it"
+                )
+            own.append(relative)
+    return replace(facts, exclusions=facts.exclusions.change(*lists))
 
 
 def _existing(folder: Path | str) -> Path:

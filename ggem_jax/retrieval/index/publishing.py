@@ -5,13 +5,14 @@ import os
 import secrets
 import shutil
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
 
+from ggem_jax.retrieval.index.folder import File
 from ggem_jax.retrieval.index.store import (
     COLUMNS,
     INDEX,
@@ -34,7 +35,12 @@ _ROWS_COPIED = 4096
 
 
 def publish(
-    folder: Path, facts: Facts, chosen: list[bytes], gone: list[bytes], lost: set[int]
+    folder: Path,
+    facts: Facts,
+    chosen: list[bytes],
+    gone: list[bytes],
+    lost: set[int],
+    others: Iterable[File] = (),
 ) -> None:
     """Replaces `index.sqlite` by its next version.
 
@@ -45,6 +51,7 @@ def publish(
         chosen: Paths of the entries of `pending.sqlite` that are taken over.
         gone: Paths of the entries that are dropped.
         lost: Ids of the damaged entries, which are dropped.
+        others: Files that were opened and are no images.
 
     Raises:
         OSError, sqlite3.Error: A file cannot be read or written.
@@ -64,6 +71,10 @@ def publish(
                 database.executemany(
                     PUT, (pending.execute(query, (name,)).fetchone() for name in chosen)
                 )
+        database.executemany(
+            "INSERT OR REPLACE INTO others VALUES (?, ?, ?, ?, ?)",
+            ((os.fsencode(file.path), *file.stamp) for file in others),
+        )
         shards = _compact(database, folder, facts)
         count = database.execute("SELECT COUNT(*) FROM images").fetchone()[0]
         write_facts(database, replace(facts, shards=shards, count=count))

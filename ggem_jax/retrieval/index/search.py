@@ -12,8 +12,16 @@ import numpy as np
 from jaxtyping import Float, Int
 from PIL import Image
 
-from ggem_jax.files.images import RGB, UnreadableImage, convert_image, crop, read_image
-from ggem_jax.retrieval.index.describing import describe_images, find_settings
+from ggem_jax.files.images import (
+    RGB,
+    UnfitImage,
+    UnreadableImage,
+    convert_image,
+    crop,
+    decode_image,
+    read_image,
+)
+from ggem_jax.retrieval.index.describing import LazyExtract, describe_images, find_settings
 from ggem_jax.retrieval.index.index import Index
 from ggem_jax.retrieval.index.store import IndexRefused
 from ggem_jax.retrieval.methods import Method, as_method, check_count
@@ -224,18 +232,21 @@ def query_vectors(
     if others or weights or whitening:
         settings = find_settings(index.folder, index.settings, weights=weights, whitening=whitening)
     if others:
-        images = [read_query(queries[number], boxes[number]) for number in others]
+        extract = LazyExtract(settings)
+        images = [read_query(queries[number], boxes[number], extract) for number in others]
         names = [_name(queries[number]) or f"query {number + 1}" for number in others]
-        vectors[others] = describe_images(settings, images, names)
+        vectors[others] = describe_images(extract, images, names)
     return vectors
 
 
-def read_query(query: Query, box: Box | None = None) -> RGB:
+def read_query(query: Query, box: Box | None = None, extract: LazyExtract | None = None) -> RGB:
     """Returns an image, or the part of it in the box, as `(h, w, 3)` uint8.
 
     Args:
         query: Path, `(h, w, 3)` uint8 array or PIL image.
         box: The corners x1, y1, x2, y2 in pixels, cut to the image; None takes the whole image.
+        extract: The extractor that the image is read for: a whole file is decoded as those of its
+            index are, at the size that is described. None keeps the size.
 
     Raises:
         UnreadableImage: The file is missing or holds no image.
@@ -247,6 +258,11 @@ def read_query(query: Query, box: Box | None = None) -> RGB:
         if not os.path.isfile(query):
             state = "no file" if os.path.exists(query) else "not there"
             raise UnreadableImage(f"{os.fspath(query)} is {state}: name an image")
+        if box is None and extract is not None:
+            try:
+                return decode_image(Path(query), fit=extract.fit, draft=extract.draft).pixels
+            except UnfitImage as error:
+                raise UnreadableImage(f"{os.fspath(query)}: {error}") from None
         image = read_image(Path(query))
     else:
         image = np.asarray(query)

@@ -6,7 +6,11 @@ take no lock and require no right to write. `pending.sqlite` has the same tables
 writer has extracted but not yet published. The writer holds `lock` with flock; the operating system
 releases it however the process ends.
 
-Every vector and every entry has a CRC-32. Paths are stored as bytes.
+Every vector and every entry has a CRC-32. Paths are stored as bytes. The table `others` lists files
+that were opened and are no images, so that they need not be opened again.
+
+Format 2 added this table, and the ctime and inode of each image. An index of format 1 is read as it
+is, and becomes one of format 2 when it is written.
 """
 
 import contextlib
@@ -24,9 +28,11 @@ from urllib.parse import quote
 import numpy as np
 
 import ggem_jax
+from ggem_jax.retrieval.index.exclusions import Exclusions
 from ggem_jax.retrieval.index.folder import shown
 
-FORMAT = 1
+FORMAT = 2
+UNKNOWN = -1  # ctime and inode of an entry that was written in format 1
 DTYPES = ("float16", "float32")
 INDEX, PENDING, NEXT, LOCK = "index.sqlite", "pending.sqlite", "next.sqlite", "lock"
 
@@ -41,10 +47,24 @@ _TABLES = """
         shard INTEGER NOT NULL, row INTEGER NOT NULL);
     CREATE INDEX contents ON images (content);
 """
+# what format 2 adds
+_ADDED = f"""
+    ALTER TABLE images ADD COLUMN ctime_ns INTEGER NOT NULL DEFAULT {UNKNOWN};
+    ALTER TABLE images ADD COLUMN inode INTEGER NOT NULL DEFAULT {UNKNOWN};
+    CREATE TABLE others (
+        path BLOB PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
+        ctime_ns INTEGER NOT NULL, inode INTEGER NOT NULL);
+"""
+# format 1 as if it were format 2: a temporary view hides the table of the same name
+_VIEWS = f"""
+    CREATE TEMP VIEW images AS
+        SELECT *, {UNKNOWN} AS ctime_ns, {UNKNOWN} AS inode FROM main.images;
+    CREATE TEMP TABLE others (path BLOB, size, mtime_ns, ctime_ns, inode);
+"""
 
-COLUMNS = "path, size, mtime_ns, content, width, height, vector_crc32, shard, row"
+COLUMNS = "path, size, mtime_ns, ctime_ns, inode, content, width, height, vector_crc32, shard, row"
 _UPDATED = (*COLUMNS.split(", ")[1:], "entry_crc32")
-PUT = f"""INSERT INTO images ({COLUMNS}, entry_crc32) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)
+PUT = f"""INSERT INTO images ({COLUMNS}, entry_crc32) VALUES ({", ".join(12 * "?")})
     ON CONFLICT (path) DO UPDATE SET
     {", ".join(f"{name} = excluded.{name}" for name in _UPDATED)}"""
 
@@ -63,6 +83,8 @@ class Entry(NamedTuple):
     path: bytes  # relative to the root
     size: int  # bytes of the file
     mtime_ns: int  # time of the file's last change, nanoseconds since 1970
+    ctime_ns: int  # time of the last change of the file or its inode; UNKNOWN in format 1
+    inode: int  # number of the file on its disk; UNKNOWN in format 1
     content: bytes  # hash of the file, 16 bytes
     width: int  # pixels
     height: int  # pixels
@@ -71,8 +93,17 @@ class Entry(NamedTuple):
     row: int  # row of the vector in it
 
     def crc32(self) -> int:
-        """Returns the CRC-32 of all fields except the vector's place, which compaction changes."""
-        return zlib.crc32(repr(self[:7]).encode())
+        """Returns the CRC-32 of all fields except the vector's place, which compaction changes.
+
+        Where ctime and inode are unknown they do not count, as in format 1.
+        """
+        known = self.ctime_ns != UNKNOWN or self.inode != UNKNOWN
+        return zlib.crc32(repr(self[:9] if known else self[:3] + self[5:9]).encode())
+
+    @property
+    def stamp(self) -> tuple[int, int, int, int]:
+        """Size, times and inode, as in `File`."""
+        return self[1:5]
 
 
 @dataclass(frozen=True)
@@ -86,6 +117,7 @@ class Facts:
     count: int = 0  # number of images
     shards: dict[int, int] = field(default_factory=dict)  # shard -> number of rows
     versions: dict[str, str] = field(default_factory=dict)  # library -> version that wrote it
+    exclusions: Exclusions = field(default_factory=Exclusions)  # what is left out of the folder
 
     def stored(self) -> np.dtype:
         """Returns the dtype on disk, little-endian."""
@@ -131,8 +163,8 @@ def reading(folder: Path) -> Iterator[sqlite3.Connection]:
 def writable(file: Path) -> sqlite3.Connection:
     """Returns a connection to a SQLite file of a writer.
 
-    A missing file is created with its tables. Transactions are explicit, and on disk when they are
-    committed.
+    A missing file is created with its tables, and one of format 1 gets those of format 2.
+    Transactions are explicit, and on disk when they are committed.
 
     Args:
         file: `pending.sqlite` or `next.sqlite` of an index.
@@ -141,22 +173,34 @@ def writable(file: Path) -> sqlite3.Connection:
     database.execute("PRAGMA synchronous=FULL")
     if not database.execute("PRAGMA application_id").fetchone()[0]:
         database.executescript(
-            f"BEGIN; {_TABLES} PRAGMA application_id={_APPLICATION}; PRAGMA user_version={FORMAT};"
-            " COMMIT;"
+            f"BEGIN; {_TABLES} {_ADDED} PRAGMA application_id={_APPLICATION};"
+            f" PRAGMA user_version={FORMAT}; COMMIT;"
         )
+    elif database.execute("PRAGMA user_version").fetchone()[0] == 1:
+        database.executescript(f"BEGIN; {_ADDED} PRAGMA user_version={FORMAT}; COMMIT;")
     return database
 
 
 def connect(file: Path, mode: str) -> sqlite3.Connection:
     """Returns a connection to a SQLite file without implicit transactions.
 
+    Read-only connections show format 1 as format 2.
+
     Args:
         file: The SQLite file.
         mode: Parameters of a SQLite URI, such as "mode=ro&immutable=1".
     """
-    return sqlite3.connect(
+    database = sqlite3.connect(
         f"file:{quote(os.fsencode(file.absolute()))}?{mode}", uri=True, isolation_level=None
     )
+    if "mode=ro" in mode:
+        try:
+            if database.execute("PRAGMA user_version").fetchone()[0] == 1:
+                database.executescript(_VIEWS)
+        except sqlite3.Error:
+            database.close()
+            raise
+    return database
 
 
 @contextlib.contextmanager
@@ -190,7 +234,7 @@ def read_facts(database: sqlite3.Connection, file: Path) -> Facts:
     )
     if application != _APPLICATION:
         raise Damaged(f"{file} is not an index of ggem_jax: name the folder of one, or build one")
-    if version != FORMAT:
+    if version not in (1, FORMAT):
         raise IndexRefused(
             f"{file} has format {version} where this version of ggem_jax reads format {FORMAT}:"
             " update ggem_jax"
@@ -202,9 +246,11 @@ def read_facts(database: sqlite3.Connection, file: Path) -> Facts:
             " the index again in another folder"
         )
     values = json.loads(value)
-    return Facts(
-        **{**values, "shards": {int(shard): rows for shard, rows in values["shards"].items()}}
-    )
+    values["shards"] = {int(shard): rows for shard, rows in values["shards"].items()}
+    if "exclusions" in values:
+        kept = {name: tuple(patterns) for name, patterns in values["exclusions"].items()}
+        values["exclusions"] = Exclusions(**kept)
+    return Facts(**values)
 
 
 def write_facts(database: sqlite3.Connection, facts: Facts) -> None:

@@ -5,7 +5,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ggem_jax.retrieval.index.folder import hash_content
+from ggem_jax.retrieval.index.folder import hash_file
 from ggem_jax.retrieval.index.store import (
     INDEX,
     LOCK,
@@ -109,14 +109,14 @@ def _changed_images(root: Path, found: list[tuple[str, bytes]]) -> list[str]:
     gone, other = [], []
     for name, content in found:
         try:
-            if hash_content((root / name).read_bytes()) != content:
+            if hash_file(root / name) != content:
                 other.append(name)
         except OSError:
             gone.append(name)
     notes = (
         [
-            f"{some(other)} under {root} changed after they were indexed: add brings the index up"
-            " to date"
+            f"{some(other)} under {root} changed after they were indexed: add with deep brings the"
+            " index up to date, also where size and times are as before"
         ]
         if other
         else []

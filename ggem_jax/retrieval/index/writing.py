@@ -17,11 +17,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ggem_jax.files.images import EXTENSIONS, RGB, UnreadableImage
+from ggem_jax.files.images import EXTENSIONS, MAX_MEGAPIXELS, RGB, Fit, UnreadableImage
 from ggem_jax.retrieval.index.folder import (
     DecodedImage,
     File,
     Listing,
+    Reading,
     Skipped,
     decode,
     shown,
@@ -34,18 +35,19 @@ from ggem_jax.retrieval.index.store import (
     INDEX,
     PENDING,
     PUT,
+    UNKNOWN,
     Damaged,
     Entry,
     Facts,
     IndexRefused,
     connect,
-    facts_of,
     flaws,
     map_or_refuse,
     mend,
     read_facts,
     refuse_other_build,
     shard_file,
+    some,
     sync,
     writable,
     write_facts,
@@ -62,7 +64,12 @@ COMMIT_ROWS, COMMIT_SECONDS = 1024, 30.0
 
 @dataclass(frozen=True)
 class Report:
-    """The numbers of images that a writer handled, and notes for the user."""
+    """The numbers of images that a writer handled, and notes for the user.
+
+    `files` is the sum of `added`, `updated`, `unchanged`, `special`, the skipped files, and the
+    numbers in `not_images` and `excluded`. Reports are equal if what was done is; the fields below
+    `notes`, which describe the folder, are not compared.
+    """
 
     added: int = 0  # new entries
     updated: int = 0  # entries whose image has another content now
@@ -70,7 +77,14 @@ class Report:
     removed: int = 0  # entries that were dropped
     reused: int = 0  # added and updated ones that were moved or copied: their vector was known
     skipped: list[Skipped] = field(default_factory=list)  # files that could not be used
-    notes: tuple[str, ...] = ()  # what the user should know about the settings
+    notes: tuple[str, ...] = ()  # what the user should know about the settings and the files
+    files: int = field(default=0, compare=False)  # all files of the folder
+    not_images: dict[str, int] = field(default_factory=dict, compare=False)  # ending -> files
+    excluded: dict[str, int] = field(default_factory=dict, compare=False)  # pattern -> files
+    # links to nowhere, or to a folder that is listed elsewhere; pipes, sockets and devices
+    special: int = field(default=0, compare=False)
+    # paths of entries whose files are not there now; prune drops them
+    unreachable: list[str] = field(default_factory=list, compare=False)
 
     def record(self) -> dict[str, Any]:
         """Returns JSON values."""
@@ -78,49 +92,72 @@ class Report:
             **{name: getattr(self, name) for name in COUNTS},
             "skipped": [skipped._asdict() for skipped in self.skipped],
             "notes": list(self.notes),
+            "files": self.files,
+            "not_images": dict(self.not_images),
+            "excluded": dict(self.excluded),
+            "special": self.special,
+            "unreachable": list(self.unreachable),
         }
 
 
 COUNTS = ("added", "updated", "unchanged", "reused", "removed")
 
 
+@dataclass(frozen=True)
+class Task:
+    """What a writer does besides adding what is new."""
+
+    start: str = ""  # folder below the root, relative to it; empty for the root itself
+    prune: bool = False  # whether entries whose files are gone are dropped
+    repair: bool = False  # whether damaged entries are replaced; if not, a missing shard raises
+    deep: bool = False  # whether files whose size, times and inode are as before are read too
+    max_megapixels: float = MAX_MEGAPIXELS  # larger images are skipped
+    workers: int | None = None  # threads that read images; None: one for each core, at most 4
+
+    def reading(self, extract: Extract, outdated: set[bytes]) -> Reading:
+        """Returns how files become pixels.
+
+        Args:
+            extract: The extractor; its attributes `fit` and `draft`, if it has them, are those of
+                `Reading`.
+            outdated: Contents as in `Reading`.
+        """
+        fit: Fit | None = getattr(extract, "fit", None)
+        return Reading(fit, getattr(extract, "draft", False), self.max_megapixels, outdated)
+
+
 def update(
     folder: Path,
     wanted: Facts,
     extract: Extract,
-    *,
-    start: str,
-    prune: bool,
-    repair: bool,
-    workers: int | None,
-    on_progress: OnProgress | None,
+    task: Task,
+    on_progress: OnProgress | None = None,
 ) -> Report:
-    """Brings the index in line with the images under `wanted.root / start`; requires the lock.
+    """Brings the index in line with the images under the root; requires the lock.
+
+    Entries of files that are excluded are dropped. Entries of files that are not there are kept
+    and reported, unless `task.prune`.
 
     Args:
         folder: Folder of the index.
-        wanted: Settings, dtype and root. If there is an index, only the root is used.
+        wanted: Settings, dtype, root and exclusions. If there is an index, only the last two are
+            used.
         extract: Function from images to vectors, as in `ggem_jax.retrieval.index.index`.
-        start: Folder below the root, relative to it; empty for the root itself.
-        prune: Whether entries whose files are gone are dropped.
-        repair: Whether damaged entries are replaced; if not, a missing shard raises.
-        workers: Threads that read images; None takes one for each core, at most 4.
+        task: What else to do.
         on_progress: Function that is called with the numbers of images done and of all images.
 
     Returns:
-        Numbers of images, and the files that were skipped.
+        Numbers of images and of all files, and the files that were skipped.
 
     Raises:
         IndexRefused: There is no usable image, the extractor's vectors do not fit, an interrupted
             build has other settings, or the folder cannot be written.
         Damaged: A file of the index is damaged or missing.
     """
-    listing, new = walk(Path(wanted.root), start, apart=folder), not (folder / INDEX).exists()
-    if not listing.files:
-        first = f" ({listing.skipped[0].why})" if listing.skipped else ""
+    new = not (folder / INDEX).exists()
+    if task.start and (pattern := wanted.exclusions.find_above(task.start)) is not None:
         raise IndexRefused(
-            f"there is no image ({' '.join(EXTENSIONS)}) in {Path(wanted.root) / start}{first}:"
-            " is it the right folder, and is its disk there?"
+            f"{Path(wanted.root) / task.start} is excluded by {pattern}: include that pattern first"
         )
     with contextlib.ExitStack() as stack:
         stack.enter_context(_reporting_damage(folder))
@@ -129,10 +166,13 @@ def update(
             committed = stack.enter_context(
                 contextlib.closing(connect(folder / INDEX, "mode=ro&immutable=1"))
             )
-            wanted = replace(read_facts(committed, folder / INDEX), root=wanted.root)
-            lost = _lost(committed, folder, wanted) if repair else set()
-            if not repair:
-                _refuse_lost_shards(folder, wanted)
+            there = read_facts(committed, folder / INDEX)
+            wanted = replace(there, root=wanted.root, exclusions=wanted.exclusions)
+        listing = _list_images(folder, wanted, task, committed)
+        if committed is not None and task.repair:
+            lost = _lost(committed, folder, wanted)
+        elif committed is not None:
+            _refuse_lost_shards(folder, wanted)
         with reporting_failures(folder):
             _refuse_other_pending(folder, wanted, new=new)
             pending = stack.enter_context(contextlib.closing(writable(folder / PENDING)))
@@ -140,22 +180,62 @@ def update(
                 # before the first shard: these facts tell whether a build or an index owns it
                 write_facts(pending, wanted)
         work = _Work(folder, wanted, committed, pending, lost)
-        report = work.run(listing, extract, workers or min(4, os.cpu_count() or 1), on_progress)
+        report = work.run(listing, extract, task, on_progress)
         if new and not work.chosen:
             raise IndexRefused(
                 f"none of the {len(listing.files)} images in {wanted.root} could be indexed:"
                 f" {report.skipped[0].why}"
             )
-        gone = work.find_gone(listing, start) if prune else []
+        gone, left_out = work.find_gone(listing, task.start)
+        dropped = left_out + gone if task.prune else left_out
         report = replace(
-            report, removed=len(gone), skipped=report.skipped + work.find_dropped(gone)
+            report,
+            removed=len(dropped),
+            skipped=report.skipped + work.find_dropped(dropped),
+            notes=report.notes + _notes_on(left_out),
+            unreachable=[] if task.prune else list(map(os.fsdecode, gone)),
         )
-        changes = new or bool(work.chosen or gone or lost) or facts_of(folder).root != wanted.root
+        changes = new or bool(work.chosen or dropped or lost or listing.opened)
+        changes = changes or (there.root, there.exclusions) != (wanted.root, wanted.exclusions)
     with reporting_failures(folder):
         if changes:
-            publish(folder, work.facts, [path for _, path in sorted(work.chosen)], gone, lost)
+            chosen = [path for _, path in sorted(work.chosen)]
+            publish(folder, work.facts, chosen, dropped, lost, listing.opened)
         drop_pending(folder)
     return report
+
+
+def _list_images(
+    folder: Path, wanted: Facts, task: Task, committed: sqlite3.Connection | None
+) -> Listing:
+    """The images under the root. What the index knows of a file is not looked up in it again."""
+
+    def known(file: File) -> bool | None:
+        if committed is None or task.deep:
+            return None
+        for table, is_one in (("images", True), ("others", False)):
+            query = f"SELECT size, mtime_ns, ctime_ns, inode FROM {table} WHERE path = ?"
+            if committed.execute(query, (os.fsencode(file.path),)).fetchone() == file.stamp:
+                return is_one
+        return None
+
+    root = Path(wanted.root)
+    listing = walk(root, task.start, apart=folder, exclusions=wanted.exclusions, known=known)
+    if not listing.files:
+        first = f" ({listing.skipped[0].why})" if listing.skipped else ""
+        raise IndexRefused(
+            f"there is no image ({' '.join(EXTENSIONS)} and others) in {root / task.start}{first}:"
+            " is it the right folder, and is its disk there?"
+        )
+    return listing
+
+
+def _notes_on(left_out: list[bytes]) -> tuple[str, ...]:
+    if not left_out:
+        return ()
+    return (
+        f"entries that are excluded now were dropped: {some(list(map(os.fsdecode, left_out)))}",
+    )
 
 
 @contextlib.contextmanager
@@ -238,34 +318,41 @@ class _Work:
                     **facts.shards,
                 },
             )
-        self.known = {
-            content
+        contents = [
+            row
             for database in self._databases()
-            for _, content in self._usable(database, "SELECT id, content FROM images")
-        }
+            for row in self._usable(database, "SELECT id, content, ctime_ns FROM images")
+        ]
+        self.known = {content for _, content, ctime_ns in contents if ctime_ns != UNKNOWN}
+        # those that only entries of format 1 have: some images were read otherwise then
+        self.outdated = {content for _, content, _ in contents} - self.known
         self.chosen: list[tuple[int, bytes]] = []
         self.waiting: deque[_Place] = deque()  # images that the extractor has
         self.copies: list[_Place] = []  # copies of images that are known or being extracted
         self.batch: list[tuple[_Place, np.ndarray]] = []
         self.skipped: list[Skipped] = []
+        self.of_frames: list[str] = []  # paths of images with several frames
+        self.truncated: list[str] = []
         self.exhausted, self.reused, self.last_commit = False, 0, time.monotonic()
 
     def run(
-        self, listing: Listing, extract: Extract, workers: int, on_progress: OnProgress | None
+        self, listing: Listing, extract: Extract, task: Task, on_progress: OnProgress | None
     ) -> Report:
         unchanged, unread = 0, []
         self.skipped += listing.skipped
         for number, file in enumerate(listing.files):
             name = os.fsencode(file.path)
             before, extracted = self._entry(self.committed, name), self._entry(self.pending, name)
-            if before is not None and before[1:3] == file[1:]:
+            if before is not None and before.stamp == file.stamp and not task.deep:
                 unchanged += 1
-            elif extracted is not None and extracted[1:3] == file[1:]:
+            elif extracted is not None and extracted.stamp == file.stamp:
                 self.chosen.append((number, name))
             else:
                 unread.append((number, file))
         self.settled, total = len(listing.files) - len(unread), len(listing.files)
-        stream = self._images(Path(self.facts.root), unread, workers)
+        workers = task.workers or min(4, os.cpu_count() or 1)
+        reading = task.reading(extract, self.outdated)
+        stream = self._images(Path(self.facts.root), unread, workers, reading)
         try:
             _tell(on_progress, self.settled, total)
             for vector in extract(stream):
@@ -291,10 +378,20 @@ class _Work:
             for copy in self.copies
         ]
         _tell(on_progress, total, total)
-        return self._report(unchanged)
+        return replace(
+            self._report(unchanged),
+            notes=self._notes(),
+            files=listing.count(),
+            not_images=dict(listing.others),
+            excluded=dict(listing.excluded),
+            special=listing.special,
+        )
 
-    def find_gone(self, listing: Listing, start: str) -> list[bytes]:
-        """The entries whose files are gone, without those under folders that could not be read."""
+    def find_gone(self, listing: Listing, start: str) -> tuple[list[bytes], list[bytes]]:
+        """The entries whose files are gone, and those that are excluded.
+
+        Files under folders that could not be read are not gone.
+        """
         there = {os.fsencode(file.path) for file in listing.files}
         kept = {os.fsencode(path) for path, _ in listing.skipped}
         prefix = os.fsencode(f"{start}/") if start else b""
@@ -303,11 +400,26 @@ class _Work:
             if self.committed
             else []
         )
-        return [
+        names = [name for name in names if name not in there]
+        left_out = [
             name
             for name in names
-            if name.startswith(prefix) and name not in there and not kept & {b"", *_upwards(name)}
+            if self.facts.exclusions.find_above(os.fsdecode(name)) is not None
         ]
+        gone = [
+            name for name in names if name.startswith(prefix) and not kept & {b"", *_upwards(name)}
+        ]
+        return sorted(set(gone) - set(left_out)), left_out
+
+    def _notes(self) -> tuple[str, ...]:
+        notes = []
+        if self.of_frames:
+            taken = some(self.of_frames)
+            notes.append(f"the first frame was taken of files with several: {taken}")
+        if self.truncated:
+            read = some(self.truncated)
+            notes.append(f"files that lack their last bytes were read as far as they go: {read}")
+        return tuple(notes)
 
     def find_dropped(self, gone: list[bytes]) -> list[Skipped]:
         """The damaged entries that could not be described again."""
@@ -335,11 +447,11 @@ class _Work:
         ]
 
     def _images(
-        self, root: Path, unread: list[tuple[int, File]], workers: int
+        self, root: Path, unread: list[tuple[int, File]], workers: int, reading: Reading
     ) -> Generator[RGB, None, None]:
         """The images that the extractor reads. No other thread uses the connections to SQLite."""
-        numbers = iter(unread)
-        for found in decode(root, (file for _, file in unread), self.known, workers=workers):
+        numbers, files = iter(unread), (file for _, file in unread)
+        for found in decode(root, files, self.known, workers=workers, reading=reading):
             number = next(numbers)[0]
             if isinstance(found, Skipped):
                 self._skip(found)
@@ -349,6 +461,8 @@ class _Work:
             else:
                 self.known.add(found.content)
                 self.waiting.append(_Place(number, found._replace(pixels=None)))
+                self.of_frames += [found.file.path] * found.frames
+                self.truncated += [found.file.path] * found.truncated
                 yield found.pixels
         self.exhausted = True
 
@@ -442,7 +556,7 @@ class _Work:
             if entry is None:
                 left.append(place)
             else:
-                copies.append((place, Entry(*_named(place), *entry[4:])))
+                copies.append((place, Entry(*_named(place), *entry[6:])))
         return copies, left
 
     def _of_content(self, content: bytes) -> Entry | None:
@@ -497,9 +611,9 @@ def _tell(on_progress: OnProgress | None, done: int, total: int) -> None:
         on_progress(done, total)
 
 
-def _named(place: _Place) -> tuple[bytes, int, int, bytes]:
+def _named(place: _Place) -> tuple[bytes, int, int, int, int, bytes]:
     file = place.image.file
-    return os.fsencode(file.path), file.size, file.mtime_ns, place.image.content
+    return os.fsencode(file.path), *file.stamp, place.image.content
 
 
 def _size(place: _Place) -> tuple[int, int]:

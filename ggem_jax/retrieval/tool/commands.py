@@ -15,6 +15,7 @@ from ggem_jax.retrieval import index as indexes
 from ggem_jax.retrieval.index import Evaluation, Index, Report, Results
 from ggem_jax.retrieval.index.describing import SurplusFile
 from ggem_jax.retrieval.index.folder import shown
+from ggem_jax.retrieval.index.store import some
 from ggem_jax.retrieval.index.writing import COUNTS
 from ggem_jax.retrieval.methods import Method
 from ggem_jax.retrieval.rerank_files import rerank_files
@@ -77,18 +78,19 @@ def add(*, index: str, photos: str | None, as_json: bool, **options: Any) -> int
     return _print_report(index, report, as_json)
 
 
-def remove(*, index: str, patterns: Sequence[str], as_json: bool) -> int:
+def remove(*, index: str, patterns: Sequence[str], exclude: bool, as_json: bool) -> int:
     """Removes entries from an index, and prints the report.
 
     Args:
         index: Folder of the index.
         patterns: Paths, folders or globs, as `ggem_jax.retrieval.index.remove` takes them.
+        exclude: Whether later calls leave these images out.
         as_json: Whether the report is printed as JSON.
 
     Returns:
         The exit code 0.
     """
-    return _print_report(index, indexes.remove(index, patterns), as_json)
+    return _print_report(index, indexes.remove(index, patterns, exclude=exclude), as_json)
 
 
 def info(*, index: str, as_json: bool) -> int:
@@ -265,6 +267,15 @@ def _print_report(path: str, report: Report, as_json: bool) -> int:
         return _print_json(report.record())
     counts = {name: getattr(report, name) for name in COUNTS} | {"skipped": len(report.skipped)}
     print(f"{path}: {', '.join(f'{count} {name}' for name, count in counts.items())}")
+    for name, kinds in (("not images", report.not_images), ("excluded", report.excluded)):
+        if kinds:
+            largest = sorted(kinds.items(), key=lambda kind: (-kind[1], kind[0]))
+            told = ", ".join(f"{shown(kind) or 'no ending'} {count}" for kind, count in largest)
+            print(f"{name}: {sum(kinds.values())} files ({told})")
+    if report.special:
+        print(f"no files: {report.special} links, pipes or devices")
+    if report.unreachable:
+        print(f"not reachable now: {some(report.unreachable)}; kept until --prune")
     return 0
 
 

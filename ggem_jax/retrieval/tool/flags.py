@@ -158,6 +158,7 @@ def _index(parser: argparse.ArgumentParser) -> None:
         default="float16",
         help="of the vectors on disk (%(default)s)",
     )
+    _add_folder(parser)
     _add_work(parser)
     _add_json(parser)
     _add_settings(parser)
@@ -226,6 +227,12 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         metavar="PIXELS",
         help="longer side after resizing (%(default)s); 0 with exact sizes: never shrink",
     )
+    add(
+        "--decoding",
+        choices=("draft", "full"),
+        help="of large JPEGs: draft is several times faster, and changes the vectors a little"
+        " (draft; for an existing index, as it was)",
+    )
     for flag, choices in (("--gelu", ("exact", "tanh", "quick")), ("--norm", ("pre", "post"))):
         add(flag, choices=choices, help="of a published ViT whose file does not say it")
     add(
@@ -276,7 +283,7 @@ def _add(parser: argparse.ArgumentParser) -> None:
         help="a folder inside the root of the index (the root itself)",
     )
     add("--root", metavar="FOLDER", help="where the images of the index have been moved to")
-    add("--prune", action="store_true", help="drop the entries whose files are gone")
+    _add_folder(parser)
     add("--repair", action="store_true", help="describe again what verify finds damaged")
     _add_work(parser)
     _add_json(parser)
@@ -290,6 +297,12 @@ def _remove(parser: argparse.ArgumentParser) -> None:
         nargs="+",
         metavar="PATTERN",
         help="a path, a folder or a glob; relative to the root, or absolute",
+    )
+    parser.add_argument(
+        "--no-exclude",
+        dest="exclude",
+        action="store_false",
+        help="let the next add find the images again, instead of leaving them out from now on",
     )
     _add_json(parser)
 
@@ -381,7 +394,7 @@ _COMMANDS = {
     "index": (_index, "build an index of a folder of images, or bring one up to date"),
     "search": (_search, "find the images of an index that are most like an image"),
     "add": (_add, "add images that are new or have changed"),
-    "remove": (_remove, "remove entries; the images stay"),
+    "remove": (_remove, "remove entries and leave their images out from now on; the images stay"),
     "info": (_info, "tell what an index holds and how it was made"),
     "verify": (_verify, "look for damage"),
     "rerank": (_rerank, "rerank your own vectors, from files"),
@@ -396,6 +409,42 @@ def _add_index(parser: argparse.ArgumentParser) -> None:
 
 def _add_json(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", dest="as_json", action="store_true", help="print JSON")
+
+
+def _add_folder(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--prune",
+        action="store_true",
+        help="drop the entries whose files are gone, instead of listing them as not reachable",
+    )
+    add(
+        "--deep",
+        action="store_true",
+        help="compare the content of every file, also where its size and times are as before",
+    )
+    add(
+        "--exclude",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="leave out files and folders of this name, or of this path if there is a / in it (a"
+        " glob; any number of times; kept in the index, beside hidden files, @eaDir and the like)",
+    )
+    add(
+        "--include",
+        action="append",
+        default=[],
+        metavar="PATTERN",
+        help="no longer leave out what matches, such as '@eaDir', or a pattern of remove",
+    )
+    add(
+        "--max-megapixels",
+        type=_megapixels,
+        default=300.0,
+        metavar="N",
+        help="skip larger images (%(default)g)",
+    )
 
 
 def _add_work(parser: argparse.ArgumentParser) -> None:
@@ -460,6 +509,13 @@ def _whole(text: str, least: int = 0, most: int = 2**31 - 1) -> int:
 
 def _count(text: str) -> int:
     return _whole(text, 1)
+
+
+def _megapixels(text: str) -> float:
+    value = _number(text)
+    if value <= 0:
+        raise argparse.ArgumentTypeError(f"must be above 0, not {text!r}")
+    return value
 
 
 def _batch(text: str) -> int:
