@@ -4,12 +4,12 @@
 
 Search: `ggem-retrieval search my.index query.jpg -k 5`, a process of its own from start to end, of
 an index of random unit vectors of 1,280 in float16. The first process compiles and is not counted.
-With `--before`, the code of another checkout takes turns with ours in the same run. Rows go to
-benchmarks/results/retrieval_time.csv.
+With `--before`, the code of another checkout, which reads the same format of an index, takes turns
+with ours in the same run. Rows go to benchmarks/results/retrieval_time.csv.
 
 Steps: the CPU time of each step from file to vector, one image after another in one process, for
-photos of 12 megapixels and of 0.3. The photos are noise of all scales, as JPEG of quality 90. Rows
-go to benchmarks/results/retrieval_steps.csv.
+photos of 12 megapixels and of 0.3, decoded in full and as a draft. The photos are noise of all
+scales, as JPEG of quality 90. Rows go to benchmarks/results/retrieval_steps.csv.
 
 CPU seconds are those of all threads, of the user and of the system.
 """
@@ -31,10 +31,10 @@ from PIL import Image
 
 from benchmarks.record import append, machine
 from ggem_jax.descriptors.compiled import CompiledDescriptor
-from ggem_jax.descriptors.extract import fitted_size
+from ggem_jax.descriptors.extract import Extractor
 from ggem_jax.descriptors.settings import DescriptorSettings
-from ggem_jax.files.images import normalise, read_image, resize
-from ggem_jax.retrieval.index.folder import hash_content
+from ggem_jax.files.images import decode_image, normalise
+from ggem_jax.retrieval.index.folder import hash_file
 from ggem_jax.retrieval.index.store import (
     INDEX,
     PUT,
@@ -69,8 +69,10 @@ def main() -> None:
                 append("retrieval_time", machine() | row)
         for label, size in SIZES.items():
             write_photos(folder / label, size, options.images)
-            row = {"photos": label, "images": options.images}
-            append("retrieval_steps", machine() | row | time_steps(folder / label))
+            for decoding in ("full", "draft"):
+                row = {"photos": label, "images": options.images, "decoding": decoding}
+                steps = time_steps(folder / label, draft=decoding == "draft")
+                append("retrieval_steps", machine() | row | steps)
 
 
 def write_photos(folder: Path, size: tuple[int, int], count: int) -> None:
@@ -127,7 +129,7 @@ def _entries(count: int) -> Iterator[Entry]:
     for number in range(count):
         shard, row = divmod(number, _SHARD_ROWS)
         path, content = f"{number // 1000}/{number}.jpg".encode(), number.to_bytes(16, "big")
-        yield Entry(path, 1, 1, content, 640, 480, 0, 1 + shard, row)
+        yield Entry(path, 1, 1, 1, number, content, 640, 480, 0, 1 + shard, row)
 
 
 def time_searches(
@@ -180,15 +182,16 @@ def _search(root: Path, folder: Path, size: int, cache: Path) -> tuple[str, floa
     return said, usage.ru_utime + usage.ru_stime, time.perf_counter() - began
 
 
-def time_steps(folder: Path) -> dict[str, str]:
+def time_steps(folder: Path, *, draft: bool) -> dict[str, str]:
     """Returns the CPU milliseconds of each step for one image, the median of all images.
 
     Args:
         folder: Folder of the images; the first one compiles and is not counted.
+        draft: Whether JPEGs are decoded at a fraction of their size (`decode_image`).
     """
     settings = DescriptorSettings()
     descriptor = CompiledDescriptor(settings)
-    takes = descriptor.takes
+    takes, fit = descriptor.takes, Extractor(settings).fit
     steps: dict[str, list[float]] = {}
 
     def step(name: str, call: Callable[[], Any]) -> Any:
@@ -198,11 +201,9 @@ def time_steps(folder: Path) -> dict[str, str]:
         return result
 
     for path in [sorted(folder.iterdir())[0], *sorted(folder.iterdir())]:
-        data = step("read", path.read_bytes)
-        step("hash", lambda data=data: hash_content(data))
-        image = step("decode", lambda data=data: read_image(data))
-        fitted = fitted_size(*image.shape[:2], settings, takes.stride, pads=takes.pads)
-        small = step("resize", lambda image=image, fitted=fitted: resize(image, *fitted))
+        step("hash", lambda path=path: hash_file(path))
+        # decoded and resized
+        small = step("decode", lambda path=path: decode_image(path, fit=fit, draft=draft).pixels)
         step(
             "network",
             lambda small=small: descriptor(normalise(small[None], mean=takes.mean, std=takes.std)),

@@ -15,6 +15,8 @@ from flax import traverse_util
 from ggem_jax.models.vit import ViT, ViTConfig, resample_position
 from ggem_jax.pooling import cls_pool
 from ggem_jax.weights import MismatchedWeights, write_safetensors
+from ggem_jax.weights.export import export_vit
+from ggem_jax.weights.load import load_vit
 from ggem_jax.weights.vit import read_vit
 from train import classify
 from train.cli import Refused, load_config
@@ -163,3 +165,23 @@ def test_another_architecture_and_a_broken_file_are_refused(weights, tmp_path):
     (tmp_path / "cut.safetensors").write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(Refused, match=r"--init: .*cut\.safetensors"):
         load_config(Config, ["--init", str(tmp_path / "cut.safetensors")], "test")
+
+
+def test_a_run_starts_from_another_run_and_from_a_file_that_it_was_exported_to(tmp_path):
+    """With its normalisation; the head and the pooling are new."""
+    flags = ["--data", "digits", "--model.depth", "1", "--model.width", "32", "--model.heads", "2"]
+    flags += ["--model.mlp-width", "32", "--model.gelu", "tanh", "--epochs", "0.2"]
+    mean = ["--data.mean", "0.25", "0.5", "0.5"]
+    classify.main([*flags, *mean, "--out", str(tmp_path / "run")])
+    loaded = load_vit(tmp_path / "run")
+    export_vit(loaded, tmp_path / "out")
+    for start in (tmp_path / "run", tmp_path / "out", tmp_path / "out" / "model.safetensors"):
+        config, state = first(["--data", "digits", "--init", str(start)])
+        assert (config.model, config.data.mean) == (loaded.model.config, (0.25, 0.5, 0.5))
+        np.testing.assert_array_equal(
+            state.params["blocks_0"]["mlp"]["in"]["kernel"],
+            loaded.variables["params"]["blocks_0"]["mlp"]["in"]["kernel"],
+        )
+        assert not np.asarray(state.params["head"]["kernel"]).any()
+    with pytest.raises(Refused, match=r"--init: .* is not the folder of a training run"):
+        first(["--data", "digits", "--init", str(tmp_path)])

@@ -36,6 +36,8 @@ from ggem_jax.weights.efficientnet_lite import (
     load_pretrained,
 )
 from ggem_jax.weights.own import OWN_NAME, holds_own_vit, read_own_vit
+from ggem_jax.weights.own_settings import read_settings
+from ggem_jax.weights.runs import read_run
 from ggem_jax.weights.vit import FAMILIES, PublishedViT, from_arrays, read_vit
 from ggem_jax.weights.vit_table import Style
 
@@ -287,7 +289,9 @@ def identify(weights: str | Path, given: Given = NOTHING_GIVEN) -> Identity:
     for name, row in BACKBONES.items():
         if row.mark and any(re.fullmatch(row.mark, each) for each in arrays):
             _require_nothing_given(given, weights)
-            return Identity(name, None)
+            own = read_settings(weights) if name == OWN else None
+            stated = own.normalised if own is not None else None
+            return Identity(name, None if stated == row.normalisation else stated)
     published = from_arrays(arrays, weights, given=given)
     row, declared = BACKBONES[published.family], published.declared
     if published.normalised is None:
@@ -346,23 +350,40 @@ def read_any_vit(path: str | Path, given: Given = NOTHING_GIVEN) -> PublishedViT
     """Returns the ViT of a file as `ggem_jax.weights.vit.read_vit` does, for our own files too.
 
     Args:
-        path: A file of weights in any published naming, or in the names of our own variables.
+        path: A file of weights in any published naming, or in the names of our own variables; or
+            the folder of a `model.safetensors`, or of a training run, whose newest checkpoint is
+            read.
         given: Choices of the user that a published file may leave open.
 
+    Returns:
+        The network. That of a file of our own or of a run is without its pooling and head.
+
     Raises:
-        UnreadableWeights: The file cannot be read.
+        UnreadableWeights: The file or folder cannot be read.
         AmbiguousWeights: The file fits networks that compute different things.
         MismatchedWeights: The file holds another network.
     """
+    path = Path(path)
+    if path.is_dir() and (path / "model.safetensors").is_file():
+        path = path / "model.safetensors"
+    if path.is_dir():
+        vit, variables, normalised = read_run(path)
+        return _own(vit, variables, normalised)
     arrays = read_arrays(path)
     if holds_own_vit(arrays):
-        vit, variables = read_own_vit(path)
-        style = Style(int(vit.config.class_token))
-        return PublishedViT("own", "flax", vit.config, "avg", 0, None, style, variables)
+        settings = read_settings(path)
+        return _own(*read_own_vit(path), settings and settings.normalised)
     for row in BACKBONES.values():
         if row.mark and any(re.fullmatch(row.mark, name) for name in arrays):
             raise MismatchedWeights(f"{path} holds {row.about}, where a ViT is needed")
     return from_arrays(arrays, path, given=given)
+
+
+def _own(vit: ViT, variables: dict[str, Any], normalised: Normalisation | None) -> PublishedViT:
+    """A ViT of ours as one that was published."""
+    kept = _without(variables, "head", "pool")
+    style = Style(int(vit.config.class_token))
+    return PublishedViT("own", "flax", vit.config, "avg", 0, normalised, style, kept)
 
 
 def _load_vit_of_sizes(name: str, weights: str | Path | None, variant: str, given: Given) -> Loaded:

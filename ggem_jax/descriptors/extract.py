@@ -95,7 +95,7 @@ class Extractor:
         Raises:
             UnreadableImage: The image is too thin for a descriptor.
         """
-        stride, pads = self.network.stride, self.network.pads
+        stride, pads = self._descriptor.takes.stride, self._descriptor.takes.pads
         size = fitted_size(height, width, self.settings, stride, pads=pads)
         try:
             return size if fitted_size(*size, self.settings, stride, pads=pads) == size else None

@@ -312,7 +312,7 @@ def decide_norms(evidence: Evidence, facts: Facts) -> Norms:
     elif signature:
         row = None
     else:
-        row = ("pre", f"only vit_base_patch16_rpn_224 of {TIMM} has norms after the branches")
+        row = ("pre", f"its names are not those of post-norm networks ({TIMM})")
     return evidence.settle(
         "norm",
         row,

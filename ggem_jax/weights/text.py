@@ -55,15 +55,12 @@ class TextFamily(NamedTuple):
     about: str
     causal: bool
     pooled: Literal["end", "last"]
-    gelu: GELU
     norm_eps: float
 
 
 TEXT_FAMILIES = {
-    "clip": TextFamily("the text tower of CLIP (Radford et al., 2021)", True, "end", "quick", 1e-5),
-    "siglip": TextFamily(
-        "the text tower of SigLIP (Zhai et al., 2023)", False, "last", "tanh", 1e-6
-    ),
+    "clip": TextFamily("the text tower of CLIP (Radford et al., 2021)", True, "end", 1e-5),
+    "siglip": TextFamily("the text tower of SigLIP (Zhai et al., 2023)", False, "last", 1e-6),
 }
 
 

@@ -74,7 +74,6 @@ class Family(NamedTuple):
     # mean and deviation of the images, in [0, 1]; None: files of this kind do not agree
     normalised: Normalisation | None
     pooling: Trained
-    gelu: GELU = "exact"
     norm_eps: float = 1e-6
 
 
@@ -86,13 +85,11 @@ FAMILIES = {
     "dinov3": Family(  # its images: `normalisation_of`
         "DINOv3 (Siméoni et al., 2025)", None, "cls", norm_eps=1e-5
     ),
-    "clip": Family(
-        "the image tower of CLIP (Radford et al., 2021)", OPENAI, "cls", gelu="quick", norm_eps=1e-5
-    ),
-    "siglip": Family("the image tower of SigLIP (Zhai et al., 2023)", HALF, "map", gelu="tanh"),
-    "augreg": Family("AugReg (Steiner et al., 2022), as trained in Flax", HALF, "cls", gelu="tanh"),
+    "clip": Family("the image tower of CLIP (Radford et al., 2021)", OPENAI, "cls", norm_eps=1e-5),
+    "siglip": Family("the image tower of SigLIP (Zhai et al., 2023)", HALF, "map"),
+    "augreg": Family("AugReg (Steiner et al., 2022), as trained in Flax", HALF, "cls"),
     "big_vision": Family(
-        "a ViT of big_vision (Beyer et al., 2022), as trained in Flax", HALF, "avg", gelu="tanh"
+        "a ViT of big_vision (Beyer et al., 2022), as trained in Flax", HALF, "avg"
     ),
     "vit": Family(
         "a plain ViT: AugReg, DeiT or another, which their names do not tell apart", None, "cls"
