@@ -8,8 +8,9 @@ libraries load, and `hub`, for weights by name, are not imported here, as they i
 need a package of their own.
 
 Errors are a `ValueError` with one sentence: `UnreadableWeights` for a file that cannot be read,
-among them `UnsafePickle` for one that asks for more than plain data, and `MismatchedWeights` for
-weights of another network.
+among them `UnsafePickle` for one that asks for more than plain data; `MismatchedWeights` for
+weights of another network, among them `AmbiguousWeights` (of `ggem_jax.files.errors`) for weights
+that fit networks which compute different things.
 """
 
 from ggem_jax.files.errors import MismatchedWeights, UnreadableWeights, UnsafePickle

@@ -1,4 +1,4 @@
-"""Choices of a network that the shapes of its weights do not say, and what each rests on.
+"""Choices of a network that the shapes of its weights do not tell, and the evidence for each.
 
 The order of evidence: what the user gives; a publisher's file of settings (`declared`); a row of
 the tables here, each with its source. What none of them decides is not guessed: `AmbiguousWeights`
@@ -44,14 +44,14 @@ HEADS_OF_FAMILY: dict[tuple[str, int], tuple[int, str]] = {
     ("dinov3", 1536): (24, "g of DINOv3 (facebookresearch/dinov3, vision_transformer.py)"),
     ("dinov3", 4096): (32, "DINOv3 7B (facebookresearch/dinov3, hub/backbones.py)"),
 }
-# Heads of text towers, of which open_clip's configs and CLIP's have one for 64 channels.
+# Heads of text towers: those of CLIP and of open_clip's configs have one for 64 channels.
 OPEN_CLIP = "open_clip, model_configs"
 TEXT_HEADS: dict[int, tuple[int, str]] = {
     **{width: (width // 64, OPEN_CLIP) for width in (256, 384, 512, 640, 768, 1024, 1280)},
     1152: (16, "So400m (arXiv:2305.13035)"),
 }
-# GELU of timm's SigLIP: (width, patch, side of the images from, below) -> GELU. Google trained all
-# of them with tanh; timm runs some with the exact one.
+# GELU of timm's SigLIP: (width, patch) -> GELU. Google trained all of them with tanh; timm runs
+# some with the exact one. Of width 1024 the size of the images decides (`_known_gelu`).
 SIGLIP_OF_TIMM: dict[tuple[int, int], tuple[GELU, str]] = {
     (768, 16): ("exact", TIMM),
     (768, 32): ("tanh", TIMM),
@@ -88,11 +88,12 @@ NOTHING_GIVEN = Given()
 
 
 def take_name(given: Given, architecture: str | Path | None) -> tuple[Given, str | Path | None]:
-    """Returns an architecture as the name of a model of timm, or as a file of settings.
+    """Returns the choices and the file of settings that an architecture, given as text, stands for.
 
     Args:
         given: Choices of the user.
-        architecture: Such a name, a file of settings or its folder, or None.
+        architecture: The name of a model of timm, a file of settings or its folder, or None.
+            What reads like a name of timm and is no file is taken for a name.
 
     Returns:
         The choices with the name, and the file, which is None if it was a name.
@@ -120,7 +121,7 @@ def add_name(declared: Declared, given: Given) -> Declared:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the tables are asked with: facts that names and shapes of a file do say."""
+    """What the names and shapes of a file tell; the tables are looked up with it."""
 
     family: str
     layout: str

@@ -66,8 +66,8 @@ def join_parts(arrays: Arrays, *, source: str) -> Arrays:
 def is_rotary(arrays: Mapping[str, Any], layout: str) -> bool:
     """Returns whether parameters by timm's names are those of a DINOv3.
 
-    In timm's own names nothing but what they lack tells: no positions, and no bias of the keys, in
-    a network with a class token, registers and LayerScale. None of timm's other networks is so.
+    Files in timm's own names are recognised by what they lack: they have neither positions nor a
+    bias of the keys, but a class token, registers and LayerScale. No other network of timm does.
 
     Args:
         arrays: By timm's names, with queries, keys and values apart.
@@ -201,7 +201,7 @@ def normalisation_of(
 
 
 def to_names_of_eva(arrays: Arrays) -> Arrays:
-    """Returns arrays by timm's names for its other networks by those of its Eva.
+    """Returns the arrays under the names of timm's class Eva, not those of its other ViTs.
 
     Queries, keys and values are joined; the biases of queries and values stand apart, and so do the
     layers of a gated MLP.

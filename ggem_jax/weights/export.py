@@ -4,9 +4,9 @@
     export_vit(loaded, "out", to="hf")  # transformers.AutoModel.from_pretrained("out")
     export_vit(loaded, "out2", to="timm")  # timm.create_model("local-dir:out2", pretrained=True)
 
-A network that the other library cannot compute is refused, so that a file that was written gives
-the same tokens there. At other image sizes than its own, each library resamples the positions in
-its own way.
+A network that the other library cannot compute is refused, so that every file that is written gives
+the same tokens there. For images of another size, each library resamples the positions in its own
+way.
 """
 
 import contextlib

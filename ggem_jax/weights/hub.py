@@ -70,12 +70,12 @@ class FetchedFile:
 
 
 def fetch(name: str, revision: str | None = None) -> FetchedFile:
-    """Returns the weights of a name, which are downloaded unless the cache has them.
+    """Returns the weights of a name; they are downloaded unless the cache has them.
 
     Args:
         name: A name of `NAMES`.
-        revision: A commit, branch or tag of the repository; None is its newest commit, or, where
-            the hub cannot be reached, the one that was fetched last.
+        revision: A commit, branch or tag of the repository; None is the newest commit of its branch
+            main, or, where the hub cannot be reached, the one that the cache holds of this branch.
 
     Returns:
         The file, for `load_vit`. `config.json`, and `preprocessor_config.json` where there is one,

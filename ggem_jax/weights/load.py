@@ -1,4 +1,4 @@
-"""One function for every ViT that there is a file of: published, of our own, or a training run."""
+"""One function that loads every ViT: a published file, a file of our own, or a training run."""
 
 import numbers
 from collections.abc import Callable
@@ -67,8 +67,8 @@ def load_vit(
         gelu: Its GELU; None: by the evidence.
         norm: Whether its norms come before ("pre") or after ("post") the branches of a block; None:
             by the evidence.
-        architecture: The publisher's file of settings of a published file, or the folder of one;
-            None: those beside it.
+        architecture: The publisher's file of settings of a published file, or the folder of one, or
+            the name of the model in timm; None: the files beside the weights.
 
     Returns:
         The model, its variables in float32, and the mean and deviation of its images.

@@ -1,8 +1,9 @@
 """Files of our own: the Flax variables of a `ViT`, named by their paths, such as
 `params/blocks_0/mlp/in/kernel`.
 
-`export_vit` makes such a file, with a `config.json` beside it; without that,
-`write_safetensors(path, flax.traverse_util.flatten_dict(variables, sep="/"))` does.
+`export_vit` writes such a file with its settings in the header, and a `config.json` beside it.
+`write_safetensors(path, flax.traverse_util.flatten_dict(variables, sep="/"))` writes one without
+settings.
 """
 
 import dataclasses
@@ -51,8 +52,8 @@ def read_own_vit(
     Returns:
         The model, with `avg_pool` and no head, and its variables, NumPy arrays in float32. What
         shapes do not tell (the GELU, the epsilon of the norms, their order with the pooling, the
-        base of a rope) comes from the `config.json` beside the file (`own_settings`); without one,
-        these are the defaults of `ViTConfig`.
+        base of a rope) comes from the header of the file or the `config.json` beside it
+        (`own_settings`); without either, these are the defaults of `ViTConfig`.
 
     Raises:
         UnreadableWeights: The file cannot be read.
@@ -150,18 +151,19 @@ def own_settings(
 
     Args:
         arrays: The variables by their paths.
-        path: The file. A `config.json` beside it decides what names and shapes leave open, where
-            its sizes are theirs.
+        path: The file. The settings in its header, or else those of a `config.json` beside it,
+            decide what names and shapes leave open, provided that their sizes are those of the
+            variables.
         variant: The size, such as "S/16"; None reads it from the shapes.
-        position: As in `read_own_vit`; None: by the `config.json`, too.
+        position: As in `read_own_vit`; None: by the settings as well.
 
     Returns:
-        The config, the pooling, and the mean and deviation of the images. Without a `config.json`,
-        these are the defaults of `ViTConfig`, the pooling of `own_pooling`, and ImageNet's.
+        The config, the pooling, and the mean and deviation of the images. Without settings, these
+        are the defaults of `ViTConfig`, the pooling of `own_pooling`, and ImageNet's.
 
     Raises:
         MismatchedWeights: As `own_config`.
-        UnreadableWeights: The `config.json` has our form, and values that no network can have.
+        UnreadableWeights: The settings have our form, and values that no network can have.
     """
     declared = read_settings(path)
     if declared is not None:

@@ -1,7 +1,7 @@
-"""The settings of a file of our own: what names and shapes of Flax variables leave out.
+"""The settings of a file of our own: what the names and shapes of Flax variables do not tell.
 
-They stand in the header of the safetensors file, so that they are never parted from the weights,
-and in a `config.json` beside it, for readers. Both have the form of a training run's settings:
+They are in the header of the safetensors file, so that they stay with the weights, and in a
+`config.json` beside it, for people. Both have the form of a training run's settings:
 `model` holds the fields of `ViTConfig`, `pool` the arguments of `named_pooling`, and `data` the
 mean and deviation of the images.
 """
@@ -128,10 +128,10 @@ def _normalisation(data: Any) -> Normalisation | None:
 
 
 def fits(declared: ViTConfig, shaped: ViTConfig) -> bool:
-    """Returns whether a `config.json` is of the network whose variables these are.
+    """Returns whether settings are those of the network whose variables these are.
 
     Args:
-        declared: The config that it says.
+        declared: The config in the settings.
         shaped: The config by the names and shapes of the variables.
 
     Returns:

@@ -1,7 +1,7 @@
-"""Networks that resemble a ViT of ours but compute something else, and why they are not read.
+"""Networks that resemble our ViT but compute something else, and why they are not read.
 
-Their names or shapes tell them apart. Some would otherwise be read without a word, as their other
-parameters have the names of a network that is read.
+Their names or shapes tell them apart. Without this check, some of them would be read in silence,
+because their other parameters have the names of a network that is read.
 """
 
 import re

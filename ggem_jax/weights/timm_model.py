@@ -221,6 +221,6 @@ def _settings(
 
 
 def _mlp_ratio(width: int, hidden: int) -> float:
-    """The ratio of which timm makes these hidden channels, int(width * ratio)."""
+    """The ratio that gives timm these hidden channels, int(width * ratio)."""
     ratio = hidden / width
     return ratio if int(width * ratio) == hidden else (hidden + 0.5) / width

@@ -119,7 +119,7 @@ class PublishedViT:
 
     @property
     def declared(self) -> Given:
-        """What was given, or declared by a file of settings, and not told by the weights."""
+        """The choices that the user or a file of settings made, and not the weights."""
         c, told = (
             self.config,
             {name for name, where in self.evidence.items() if _is_declared(where)},
@@ -136,7 +136,7 @@ class PublishedViT:
         """Returns fresh variables with the file's weights everywhere but in pooling and head.
 
         Args:
-            variables: Those of a `ViT` of this config with any pooling and head. Positions are
+            variables: Those of a `ViT` of this config with any pooling and head; positions are
                 resampled for images of another size; the number of heads may differ.
 
         Raises:

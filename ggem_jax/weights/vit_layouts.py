@@ -1,4 +1,4 @@
-"""Names of published Vision Transformers -> those of timm. Arrays take PyTorch's axes on the way.
+"""Names of published Vision Transformers -> those of timm, with arrays in PyTorch's axes.
 
 One name for each parameter, whatever file it came in: `blocks.3.mlp.fc1.bias`, `attn_pool.latent`.
 Queries, keys and values stand in one array in some files, `blocks.3.attn.qkv.weight`, and apart in
@@ -487,7 +487,7 @@ def heads_of(arrays: Mapping[str, np.ndarray], encoder: str = "Transformer") -> 
 
 
 def unstack_blocks(arrays: Mapping[str, np.ndarray], encoder: str = "Transformer") -> Arrays:
-    """Returns the arrays with the blocks of a scan, which are kept in one array, as single arrays.
+    """Returns the arrays with one array for each block, where a scan keeps all blocks in one.
 
     Args:
         arrays: The arrays by their published names.

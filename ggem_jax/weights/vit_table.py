@@ -16,7 +16,7 @@ Trained = Literal["cls", "avg", "map"]
 
 
 class Style(NamedTuple):
-    """Choices of a file that our model makes in one way."""
+    """Where files store the same network in different ways; our model has one of them."""
 
     positions: int  # of prefix tokens, before those of the patches
     distilled: bool = False  # a second prefix token, which becomes the first register
