@@ -29,7 +29,7 @@ _DAMAGED = (
     RuntimeError, MemoryError, OverflowError, struct.error, tokenize.TokenError, zlib.error,
     lzma.LZMAError, zipfile.BadZipFile,
 )  # fmt: skip
-_DENSEST = 100  # times that the contents of a compressed file may be larger than it
+_DENSEST = 100  # largest ratio of contents to file size of a compressed file that is read
 
 
 @dataclass(frozen=True)

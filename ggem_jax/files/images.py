@@ -177,7 +177,7 @@ def convert_image(image: Image.Image, *, name: str = "the image") -> RGB:
 
 
 def is_read_otherwise(file: IO[bytes]) -> bool:
-    """Returns whether earlier versions made other pixels of an image: transparency, 16-bit grey.
+    """Returns whether earlier versions decoded an image differently: transparency, 16-bit grey.
 
     Args:
         file: The file, opened for reading bytes.
@@ -272,10 +272,10 @@ def _load(image: ImageFile.ImageFile, _: IO[bytes]) -> tuple[Image.Image, bool]:
 
 
 def _load_jpeg(image: ImageFile.ImageFile, file: IO[bytes]) -> tuple[Image.Image, bool]:
-    """Loads a JPEG, also a truncated one: an end of image is appended, and the rest is flat.
+    """Loads a JPEG, also a truncated one: with a marker of its end, the missing rows become flat.
 
-    The rows that were decoded before the end came are not black. A progressive file has whole
-    images, one finer than the other, so that two of its scans are enough.
+    Rows that were not decoded are black, which tells how many were. Each scan of a progressive file
+    refines the whole image, so that two of them are enough.
     """
     try:
         image.load()

@@ -59,7 +59,7 @@ def find_kind(path: Path) -> Kind:
         return "npz" if _holds_npy(path) else "torch"
     if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
         return "safetensors"
-    if start.startswith((b"\x80\x02\x8a\x0a", b"\x80\x02")):  # PyTorch's before 1.6: a pickle
+    if start.startswith(b"\x80\x02"):  # PyTorch's before 1.6: a pickle
         return "torch"
     raise UnreadableWeights(
         f"{path} is of no known kind: it must be a safetensors, npz or PyTorch file"

@@ -13,14 +13,14 @@ import numpy as np
 from ggem_jax.files.errors import MismatchedWeights
 
 Arrays = dict[str, np.ndarray]
-Place = tuple[str, ...]  # names of dictionaries in each other
+Place = tuple[str, ...]  # names of nested dictionaries, the outermost first
 
-# dictionaries that training scripts put around the parameters; of several, the first is read
+# dictionaries that training scripts put around the parameters; of several, the first here is read
 WRAPPERS = (
     "model", "state_dict", "teacher", "model_state", "params", "model_state_dict", "module",
     "network", "net", "weights", "student",
 )  # fmt: skip
-_DEPTH = 4  # of such dictionaries in each other
+_DEPTH = 4  # levels of nesting that are searched
 # Characters of a name that are looked at. A small file can give a long one to many dictionaries.
 _LONGEST = 200
 

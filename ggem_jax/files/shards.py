@@ -1,4 +1,4 @@
-"""Checkpoints in several files: shards beside each other, with or without an index of their names.
+"""Checkpoints in several files: shards in one folder, with or without an index of their names.
 
 Hugging Face writes `model-00001-of-00002.safetensors` and so on, and beside them
 `model.safetensors.index.json`, whose `weight_map` says in which file each array lies.
