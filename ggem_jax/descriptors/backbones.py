@@ -317,8 +317,8 @@ def load_network(
         backbone: A name in `BACKBONES`, or sizes such as "vit-S/16". None takes the network that
             `identify` finds in the file, or EfficientNet-Lite0 without a file.
         weights: File of the parameters. None takes those installed with EfficientNet-Lite0.
-        normalisation: Mean and deviation of the channels in [0, 1]. None takes those of the row;
-            where `identify` finds the row, others that it finds beside the file come first.
+        normalisation: Mean and deviation of the channels in [0, 1]. None takes those that
+            `identify` finds beside the file, if it is asked for the row, and else those of the row.
         given: Choices of the user that a published ViT may leave open.
 
     Raises:

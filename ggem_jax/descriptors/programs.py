@@ -59,7 +59,7 @@ class KeptNetwork:
 def kept_folder() -> Path | None:
     """Returns the folder of programs, or None where JAX's compilation cache is off.
 
-    It is off too where several processes share one computation, and where the cache is no folder.
+    It also counts as off if several processes share one computation, or the cache is no folder.
     """
     folder = jax.config.jax_compilation_cache_dir  # type: ignore[attr-defined]
     on = jax.config.jax_enable_compilation_cache  # type: ignore[attr-defined]

@@ -2,7 +2,7 @@
 
 A pattern is a glob. Without a slash it is compared with the name of every file and folder; with one
 it is compared with the path relative to the root (`*` crosses folders), and a leading slash says
-that a pattern without another one is such a path. What is in a folder that is left out is left out.
+that a pattern with no other slash is such a path. A folder is left out with everything in it.
 """
 
 import glob
@@ -52,8 +52,9 @@ class Exclusions:
 
         Args:
             exclude: Patterns to leave out; the same patterns are dropped from `include`.
-            include: Patterns not to leave out. Where the same pattern is left out, it is dropped,
-                also one that `remove` wrote for this path; otherwise it is kept.
+            include: Patterns not to leave out. If `exclude` has the same pattern, or the one that
+                `remove` wrote for this path, that one is dropped; otherwise the new pattern is an
+                exception.
         """
         changed = self
         for pattern in exclude:

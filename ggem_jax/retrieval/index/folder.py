@@ -243,7 +243,7 @@ class Reading:
     fit: Fit | None = None  # as in `decode_image`
     draft: bool = False  # likewise
     max_megapixels: float = MAX_MEGAPIXELS  # likewise
-    # contents whose pixels earlier versions may have made otherwise: these are made again
+    # contents that earlier versions may have decoded differently: these are decoded again
     outdated: Container[bytes] = frozenset()
 
 
@@ -269,7 +269,7 @@ def decode(
         reading: How files become pixels; None takes the defaults.
 
     Raises:
-        BaseException: `reading.fit` raised something that is no fault of an image.
+        BaseException: `reading.fit` raised anything other than `UnreadableImage`.
     """
     with (
         ThreadPoolExecutor(1, thread_name_prefix="decode large") as large,

@@ -208,7 +208,7 @@ def update(
 def _list_images(
     folder: Path, wanted: Facts, task: Task, committed: sqlite3.Connection | None
 ) -> Listing:
-    """The images under the root. What the index knows of a file is not looked up in it again."""
+    """The images under the root; files that the index knows are not opened."""
 
     def known(file: File) -> bool | None:
         if committed is None or task.deep:
@@ -324,7 +324,7 @@ class _Work:
             for row in self._usable(database, "SELECT id, content, ctime_ns FROM images")
         ]
         self.known = {content for _, content, ctime_ns in contents if ctime_ns != UNKNOWN}
-        # those that only entries of format 1 have: some images were read otherwise then
+        # those that only entries of format 1 have, which decoded some images differently
         self.outdated = {content for _, content, _ in contents} - self.known
         self.chosen: list[tuple[int, bytes]] = []
         self.waiting: deque[_Place] = deque()  # images that the extractor has
