@@ -298,7 +298,7 @@ def test_bfloat16_computes_in_bfloat16_on_float32_parameters():
 
 
 @pytest.mark.parametrize("position", ["learned", "sincos"])
-def test_pictures_of_another_size_resample_the_positions(position):
+def test_images_of_another_size_resample_the_positions(position):
     model, params, _ = build(position=position)
     output = apply(model, params, jnp.ones((1, 24, 12, 3)))
     chex.assert_shape(output.tokens, (1, 1 + 6 * 3, 24))
@@ -371,7 +371,7 @@ def test_unknown_variants_are_refused_and_known_ones_can_be_changed():
     assert (config.patch, config.width, config.image, config.registers) == (8, 384, 96, 4)
 
 
-def test_wrong_pictures_are_refused():
+def test_wrong_images_are_refused():
     model, params, _ = build()
     with pytest.raises(ValueError, match="multiples of 4"):
         model.apply({"params": params}, jnp.zeros((1, 15, 16, 3)))
