@@ -15,17 +15,19 @@ from ggem_jax.retrieval.stores import search_store
 class UsearchStore:
     """Vectors in an index of usearch, with inner products as scores."""
 
-    def __init__(self, dim: int, depth: int = 400):
+    def __init__(self, dim: int, *, depth: int = 500, exact: bool = False):
         # a graph that is searched deeper misses fewer of the candidates
         self.index = Index(ndim=dim, metric="ip", dtype="f32", expansion_search=depth)
+        self.exact = exact  # whether all vectors are compared, without the graph
 
     def put(self, ids: np.ndarray, vectors: np.ndarray) -> None:
         self.index.add(ids.astype(np.uint64), np.asarray(vectors, np.float32))
 
     def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        found = self.index.search(vectors, k)
-        keys, distances = np.atleast_2d(found.keys), np.atleast_2d(found.distances)
-        return keys.astype(np.int64), 1 - distances
+        each = [self.index.search(vector, k, exact=self.exact) for vector in vectors]
+        k = min(map(len, each))  # the graph may reach fewer
+        ids = np.stack([found.keys[:k].astype(np.int64) for found in each])
+        return ids, 1 - np.stack([found.distances[:k] for found in each])
 
     def take(self, ids: np.ndarray) -> np.ndarray:
         return np.stack(self.index.get(ids.astype(np.uint64)))

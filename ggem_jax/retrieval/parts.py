@@ -15,7 +15,7 @@ class Part(NamedTuple):
     """The I-th of N parts of a folder."""
 
     number: int  # from 1
-    count: int
+    total: int
 
     @classmethod
     def parse(cls, text: str | None) -> "Part | None":
@@ -31,7 +31,7 @@ class Part(NamedTuple):
             return None
         found = re.fullmatch(r"([0-9]{1,5})/([0-9]{1,5})", text) if isinstance(text, str) else None
         part = cls(int(found[1]), int(found[2])) if found else cls(0, 0)
-        if not 1 <= part.number <= part.count <= MOST_PARTS:
+        if not 1 <= part.number <= part.total <= MOST_PARTS:
             raise ValueError(
                 f"a shard must be I/N with I from 1 to N and N at most {MOST_PARTS}, such as 2/8,"
                 f" not {text!r}"
@@ -39,7 +39,7 @@ class Part(NamedTuple):
         return part
 
     def __str__(self) -> str:
-        return f"{self.number}/{self.count}"
+        return f"{self.number}/{self.total}"
 
     def holds(self, path: str) -> bool:
         """Returns whether a file belongs to this part, which its path alone decides.
@@ -48,4 +48,4 @@ class Part(NamedTuple):
             path: Path of the file relative to the root.
         """
         digest = hashlib.blake2b(os.fsencode(path), digest_size=8).digest()
-        return int.from_bytes(digest, "little") % self.count == self.number - 1
+        return int.from_bytes(digest, "little") % self.total == self.number - 1

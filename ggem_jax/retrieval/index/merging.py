@@ -67,7 +67,7 @@ class _Opened(NamedTuple):
     folder: Path
     facts: Facts
     entries: list[Entry]
-    index: Index
+    opened: Index
     others: list[tuple]  # files that were opened and are no images
 
 
@@ -163,8 +163,8 @@ def _refuse_other_parts(opened: Sequence[_Opened]) -> None:
                 f"{each.folder} is an index of a whole folder: merge joins parts, which index"
                 " --shard I/N writes"
             )
-        count = count or part.count
-        if part.count != count:
+        count = count or part.total
+        if part.total != count:
             raise IndexRefused(
                 f"{each.folder} is part {part} where {first.folder} is part {first.facts.part}:"
                 " index all parts with the same N"
@@ -266,10 +266,10 @@ def _gather(opened: Sequence[_Opened], places: Sequence[_Place]) -> Iterator[np.
         own = places[start : start + _ROWS_COPIED]
         part = np.array([place.part for place in own])
         rows = np.array([place.id for place in own])
-        block = np.empty((len(own), opened[part[0]].index.dim), opened[part[0]].facts.stored())
+        block = np.empty((len(own), opened[part[0]].opened.dim), opened[part[0]].facts.stored())
         for number in np.unique(part):
             here = part == number
-            block[here] = opened[number].index.vectors().take(rows[here])
+            block[here] = opened[number].opened.vectors().take(rows[here])
         for place, vector in zip(own, block, strict=True):
             if zlib.crc32(vector.data) != place.entry.vector_crc32:
                 raise _damaged(opened[place.part].folder)

@@ -37,7 +37,7 @@ class Marker(NamedTuple):
 
     complete: bool
     version: str  # digest of the ids of all vectors
-    count: int  # number of vectors
+    size: int  # number of vectors
     dim: int
     source: str  # digest of the settings, the root and the dtype of the index
 

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     Arrays = tuple[np.ndarray, np.ndarray]  # scores and ids, each (q, k)
 
+# results beyond the candidates that are asked for: they decide between equal scores at the end
+MARGIN = 16
 METHODS = ("superglobal", "none")  # the others search or change the whole database
 
 
@@ -26,10 +28,10 @@ def search_store(
 ) -> tuple["Arrays", "Arrays"]:
     """Returns scores and ids of a search in a database, and the first k after reranking.
 
-    The database finds the candidates. Their vectors are fetched, and their dot products are
-    computed again in float64, so that the order does not depend on the database: where it finds
-    the right candidates, both rankings are those of `Method.search` on all vectors. Equal scores
-    are ordered by smaller id.
+    The database finds the candidates, and a few more. Their vectors are fetched, and their dot
+    products are computed again in float64, so that the order does not depend on the database: where
+    it finds the right candidates, both rankings are those of `Method.search` on all vectors. Equal
+    scores are ordered by smaller id.
 
     Args:
         queries: Unit vectors `(q, d)` of floating point.
@@ -71,16 +73,18 @@ def search_store(
     queries = np.asarray(queries, np.float32)
     if queries.ndim != 2 or 0 in queries.shape or not np.isfinite(queries).all():
         raise ValueError(f"queries must be finite vectors (q, d), not {queries.shape}")
-    depth = method.depth(check_count("k", k))
-    depth = depth if size is None else min(depth, check_count("size", size))
-    found = np.asarray(store.search(queries, depth)[0])
-    if found.shape != (len(queries), depth):
+    depth, asked = (method.depth(check_count("k", k)) + more for more in (0, MARGIN))
+    if size is not None:
+        depth, asked = min(depth, check_count("size", size)), min(asked, size)
+    found = np.asarray(store.search(queries, asked)[0])
+    if found.ndim != 2 or len(found) != len(queries) or not depth <= found.shape[1] <= asked:
         raise StoreRefused(
-            f"the database gave ids {found.shape} where {depth} results are needed for each of"
-            f" {len(queries)} queries: let it search deeper, or take fewer candidates"
+            f"the database gave ids {found.shape} where {asked} results are asked for and {depth}"
+            f" are needed for each of {len(queries)} queries: let it search deeper, or take fewer"
+            " candidates"
         )
     both = [
-        _rerank(query, np.sort(ids), store, method)
+        _rerank(query, np.sort(ids), store, method, depth)
         for query, ids in zip(queries, found.astype(np.int64), strict=True)
     ]
     (scores_before, ids_before), (scores, ids) = (
@@ -90,7 +94,7 @@ def search_store(
 
 
 def _rerank(
-    query: np.ndarray, ids: np.ndarray, store: VectorStore, method: Method
+    query: np.ndarray, ids: np.ndarray, store: VectorStore, method: Method, depth: int
 ) -> tuple["Arrays", "Arrays"]:
     """Both rankings of one query. Rows of the candidates stand for their ids, which ascend."""
     if (ids[1:] == ids[:-1]).any():
@@ -102,7 +106,7 @@ def _rerank(
             f" {vectors.dtype} of shape {vectors.shape}"
         )
     exact = (vectors.astype(np.float64) @ query.astype(np.float64)).astype(np.float32)
-    order = np.argsort(-exact, kind="stable")
+    order = np.argsort(-exact, kind="stable")[:depth]
     before, after = method.reorder(query[None], vectors, _ranking(exact[order], order))
     return (before[0], ids[before[1]]), (after[0], ids[after[1]])
 
