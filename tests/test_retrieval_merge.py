@@ -119,6 +119,39 @@ def test_each_file_is_in_one_part_and_stays_there(photos, parts, tmp_path):
     assert min(counts) > 900
 
 
+def test_every_file_is_counted_in_one_part(photos, tmp_path):
+    """Images, other files, excluded folders and links that lead nowhere."""
+    for name in ("notes.txt", "a/b", "film.mov", "@eaDir/1.png", "@eaDir/2.png", ".hidden/1.png"):
+        (photos / name).parent.mkdir(exist_ok=True)
+        (photos / name).write_text(name)
+    (photos / "nowhere").symlink_to(photos / "gone")
+    save(tmp_path / "photo.png", 400)
+    os.rename(tmp_path / "photo.png", photos / "a photo without an ending")
+    one = build(photos, tmp_path / "one", extract, SETTINGS)
+    made = [tmp_path / f"p{number}" for number in range(1, 5)]
+    reports = [
+        build(photos, path, extract, SETTINGS, shard=f"{number}/4")
+        for number, path in enumerate(made, 1)
+    ]
+    for name in ("added", "files", "special"):
+        assert sum(getattr(report, name) for report in reports) == getattr(one, name), name
+    for name in ("not_images", "excluded"):
+        counts = sum(
+            (collections.Counter(getattr(r, name)) for r in reports), collections.Counter()
+        )
+        assert dict(counts) == getattr(one, name), name
+    assert one.files == 46
+    merge(tmp_path / "out", made)
+    assert entries(tmp_path / "out") == entries(tmp_path / "one")
+    assert others(tmp_path / "out") == others(tmp_path / "one")
+    assert len(others(tmp_path / "one")) == 3
+
+
+def others(path):
+    with contextlib.closing(sqlite3.connect(path / "index.sqlite")) as database:
+        return sorted(database.execute("SELECT * FROM others"))
+
+
 def test_add_and_prune_keep_to_the_part(photos, parts, tmp_path):
     for number in range(40, 60):
         save(photos / "new" / f"{number}.png", number)
@@ -263,10 +296,20 @@ def test_the_files_of_weights_are_remembered(parts, tmp_path):
 
 
 def test_removed_images_stay_away(parts, tmp_path):
-    gone = Index.open(parts[0]).paths[0]
+    gone, again = Index.open(parts[0]).paths[:2]
+    remove(parts[0], [again], exclude=False)
+    assert merge(tmp_path / "before", parts).images == 37
     remove(parts[0], [gone])
-    assert merge(tmp_path / "out", parts).images == 37
+    with pytest.raises(IndexRefused, match=r"exclusions is .*: index all parts with the same sett"):
+        merge(tmp_path / "out", parts)
+    for part in parts[1:]:
+        add(part, never, SETTINGS, exclude=info(parts[0])["exclude"])
+    assert merge(tmp_path / "out", parts).images == 36
     assert gone not in Index.open(tmp_path / "out").paths
+    assert add(tmp_path / "out", extract, SETTINGS).added == 1
+    assert sorted(Index.open(tmp_path / "before").paths) == sorted(
+        {*Index.open(tmp_path / "out").paths, gone} - {again}
+    )
 
 
 def test_two_merges_and_strange_files(parts, tmp_path):

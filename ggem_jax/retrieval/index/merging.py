@@ -93,7 +93,8 @@ def merge(path: Path | str, parts: Sequence[Path | str]) -> Merged:
 
     Raises:
         IndexRefused: There is something at `path`, a part is missing, damaged or given twice, parts
-            were made with other settings, roots or versions, or the index cannot be written.
+            were made with other settings, exclusions, roots or versions, or the index cannot be
+            written.
     """
     path = Path(path)
     if os.path.lexists(path):
@@ -180,7 +181,7 @@ def _refuse_other_parts(opened: Sequence[_Opened]) -> None:
             told = "; ".join(f"{name} is {there.get(name)}, {here.get(name)}" for name in other)
             raise IndexRefused(
                 f"{first.folder} and {each.folder} do not belong together ({told}): index all parts"
-                " with the same settings, root and versions"
+                " with the same settings, exclusions, root and versions"
             )
     dims = {each.facts.dim for each in opened if each.facts.dim}
     if len(dims) > 1:
