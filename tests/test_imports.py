@@ -32,7 +32,8 @@ ROOMS = {
         "weights": {"files", "models", "pooling"},
         "descriptors": {"files", "models", "pooling", "weights"},
         "retrieval": {"files", "pooling", "retrieval.tool"},
-        "retrieval.index": {"descriptors", "files", "retrieval"},
+        "retrieval.index": {"descriptors", "files", "retrieval", "retrieval.stores"},
+        "retrieval.stores": {"retrieval"},
         "retrieval.tool": {"descriptors", "files", "progress", "retrieval", "retrieval.index"},
     },
     "neupims": {

@@ -232,7 +232,7 @@ DISTRIBUTIONS = {
 }
 # folder -> the extras that its imports may need, beside the five requirements of all
 EXTRAS_OF = {
-    "ggem_jax": {"gpu", "hub", "retrieval"},
+    "ggem_jax": {"gpu", "hub", "milvus", "retrieval"},
     "train": {"train"},
     "eval": {"train", "retrieval"},
     "neupims": {"neupims", "oracle"},

@@ -30,7 +30,9 @@ def main(argv: list[str] | None = None) -> int:
     try:
         options = vars(parse(sys.argv[1:] if argv is None else argv, prog))
         command = options.pop("command")
-        resume = ": run the same command again to resume" if command in ("index", "add") else ""
+        resume = (
+            ": run the same command again to resume" if command in ("index", "add", "push") else ""
+        )
         from ggem_jax.retrieval.tool.commands import run  # loads NumPy, Pillow and SQLite
 
         code = run(command, **options)

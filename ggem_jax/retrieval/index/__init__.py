@@ -8,6 +8,8 @@ from ggem_jax.retrieval.index.describing import (
 )
 from ggem_jax.retrieval.index.evaluation import Evaluation
 from ggem_jax.retrieval.index.index import Index, info, remove
+from ggem_jax.retrieval.index.merging import Merged, merge
+from ggem_jax.retrieval.index.pushing import Pushed, push
 from ggem_jax.retrieval.index.search import Results
 from ggem_jax.retrieval.index.store import IndexRefused
 from ggem_jax.retrieval.index.verification import Verdict, verify
@@ -18,12 +20,16 @@ __all__ = [
     "Index",
     "IndexRefused",
     "LearnedWhitening",
+    "Merged",
+    "Pushed",
     "Report",
     "Results",
     "Verdict",
     "add_images",
     "build_index",
     "info",
+    "merge",
+    "push",
     "remove",
     "verify",
     "whiten_index",

@@ -57,6 +57,7 @@ def build_index(
     settings: DescriptorSettings | None = None,
     *,
     dtype: str = "float16",
+    shard: str | None = None,
     prune: bool = False,
     deep: bool = False,
     exclude: Iterable[str] = (),
@@ -75,6 +76,7 @@ def build_index(
         path: Folder of the index. Anything else at this path is refused, never overwritten.
         settings: How an image becomes a vector; None takes the defaults.
         dtype: Dtype of the vectors on disk, "float16" or "float32".
+        shard: "I/N" indexes the I-th of N parts of the folder, for `merge`; None indexes all of it.
         prune: Whether entries whose files are gone are dropped. If not, they are reported as
             unreachable.
         deep: Whether the content of every file is compared, also where size, times and inode are as
@@ -107,6 +109,7 @@ def build_index(
         LazyExtract(settings, batch),
         record,
         dtype=dtype,
+        shard=shard,
         prune=prune,
         deep=deep,
         exclude=exclude,

@@ -29,6 +29,7 @@ from ggem_jax.files.images import (
     is_read_otherwise,
 )
 from ggem_jax.retrieval.index.exclusions import Exclusions
+from ggem_jax.retrieval.parts import Part
 
 # Endings by which a file is an image before it is opened; some formats have no mark in their
 # content, or need a package that may be missing.
@@ -118,6 +119,7 @@ def walk(
     apart: Path,
     exclusions: Exclusions | None = None,
     known: Known = lambda file: None,
+    part: Part | None = None,
 ) -> Listing:
     """Returns the images under `root / start`, and counts all other files.
 
@@ -130,16 +132,20 @@ def walk(
         apart: Folder that is left out: the index.
         exclusions: What is left out too; None takes the defaults.
         known: Whether a file is an image, so that it is not opened; None where this is not known.
+        part: The share of the files that is listed and counted; None takes all. What cannot be read
+            is listed in every part, as it may be a folder.
 
     Returns:
         The files in the order of their names, those that could not be used, and the rest by kind.
     """
-    return _Walk(root, apart, exclusions or Exclusions(), known).run(start)
+    return _Walk(root, apart, exclusions or Exclusions(), known, part).run(start)
 
 
 class _Walk:
-    def __init__(self, root: Path, apart: Path, exclusions: Exclusions, known: Known):
-        self.root, self.exclusions, self.known = root, exclusions, known
+    def __init__(
+        self, root: Path, apart: Path, exclusions: Exclusions, known: Known, part: Part | None
+    ):
+        self.root, self.exclusions, self.known, self.part = root, exclusions, known, part
         self.inside = f"{os.path.realpath(root).rstrip('/')}/"
         self.apart = os.path.realpath(apart)
         self.seen = set[tuple[int, int]]()
@@ -159,17 +165,20 @@ class _Walk:
         """Sorts an entry in; returns the paths in it, last one first."""
         full = os.path.join(self.root, path) if path else os.fspath(self.root)
         if not first and (pattern := self.exclusions.find(path)) is not None:
-            self.listing.excluded[pattern] += _count_files(full)
+            if self._holds(path):
+                self.listing.excluded[pattern] += _count_files(full)
             return []
         try:
             found = os.stat(full)
         except OSError:
             if not path.lower().endswith(ENDINGS) and _is_link(full):
-                self.special += 1
+                self.special += self._holds(path)
                 return []
             raise
         if stat.S_ISDIR(found.st_mode):
             return self._enter(path, full, found, first)
+        if not self._holds(path):
+            return []
         if not stat.S_ISREG(found.st_mode):
             if path.lower().endswith(ENDINGS):
                 self.listing.skipped.append(Skipped(path, f"{shown(path)} is no regular file"))
@@ -186,12 +195,15 @@ class _Walk:
         elif (linked and f"{real}/".startswith(self.inside)) or (
             (found.st_dev, found.st_ino) in self.seen
         ):
-            self.special += linked
+            self.special += linked and self._holds(path)
         else:
             self.seen.add((found.st_dev, found.st_ino))
             names = sorted(os.listdir(full), reverse=True)
             return [f"{path}/{name}" if path else name for name in names]
         return []
+
+    def _holds(self, path: str) -> bool:
+        return self.part is None or self.part.holds(path)
 
     def _take(self, file: File, full: str) -> None:
         is_one = file.path.lower().endswith(ENDINGS) or self.known(file)

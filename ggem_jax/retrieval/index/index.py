@@ -48,6 +48,7 @@ from ggem_jax.retrieval.index.store import (
     refuse_other_settings,
 )
 from ggem_jax.retrieval.index.writing import Extract, OnProgress, Report, Task, update
+from ggem_jax.retrieval.parts import Part
 
 if TYPE_CHECKING:
     from ggem_jax.retrieval.index.evaluation import Evaluation
@@ -159,6 +160,8 @@ class Index:
         weights: str | None = None,
         whitening: str | None = None,
         use_stored: bool = True,
+        store: str | None = None,
+        collection: str | None = None,
     ) -> "Results":
         """Returns the k images that are most like each query, best first.
 
@@ -174,6 +177,9 @@ class Index:
                 their old places.
             use_stored: Whether a whole image whose path is in the index takes its stored vector.
                 If not, it is described again, as the file may have changed.
+            store: Address of a vector database that finds the candidates, which
+                `ggem_jax.retrieval.index.push` filled; None searches the index itself.
+            collection: Name of the collection there, as in `push`.
 
         Returns:
             Paths, scores and ranks `(q, k)`, and scores and ranks before reranking.
@@ -209,6 +215,8 @@ class Index:
             weights=weights,
             whitening=whitening,
             use_stored=use_stored,
+            store=store,
+            collection=collection,
         )
 
     def evaluate(
@@ -305,6 +313,7 @@ def build(
     settings: dict[str, Any],
     *,
     dtype: str = "float16",
+    shard: str | None = None,
     prune: bool = False,
     deep: bool = False,
     exclude: Iterable[str] = (),
@@ -325,6 +334,7 @@ def build(
         extract: Function from images to vectors, as in the module's docstring.
         settings: JSON values that describe how vectors are made.
         dtype: Dtype of the vectors on disk, "float16" or "float32".
+        shard: "I/N" indexes the I-th of N parts of the folder, for `merge`; None indexes all of it.
         prune, deep: As in `add`.
         exclude: Patterns of files and folders that are left out, besides those that the index has
             and the defaults of `ggem_jax.retrieval.index.exclusions`. The index keeps them.
@@ -343,7 +353,10 @@ def build(
     """
     if dtype not in DTYPES:
         raise IndexRefused(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
-    wanted = Facts(as_json(settings), dtype, str(_existing(folder)))
+    part = Part.parse(shard)
+    wanted = Facts(
+        as_json(settings), dtype, str(_existing(folder)), part=None if part is None else str(part)
+    )
     with locking(Path(path), new=True):
         if (Path(path) / INDEX).exists():
             there = facts_of(Path(path))
@@ -469,7 +482,8 @@ def info(path: Path | str) -> dict[str, Any]:
         By name: `path` of the index and `root` of its images, the numbers of images (`images`),
         of stored `vectors` and of those without an image (`unused_vectors`), `dim`, `dtype`, the
         number of `shards`, `vector_bytes` on disk, the patterns of `exclude` and `include`,
-        `settings`, and `versions` of the libraries.
+        `settings`, `versions` of the libraries, and `shard`: the part of the folder, or None for
+        all of it.
 
     Raises:
         IndexRefused: There is no index, it is damaged, or of a newer version.
@@ -495,6 +509,7 @@ def info(path: Path | str) -> dict[str, Any]:
         "include": list(facts.exclusions.include),
         "settings": facts.settings,
         "versions": facts.versions,
+        "shard": facts.part,
     }
 
 

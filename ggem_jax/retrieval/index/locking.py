@@ -76,7 +76,7 @@ def locking(folder: Path, *, new: bool = False) -> Iterator[None]:
         with reporting_failures(folder):
             if new:
                 folder.mkdir(parents=True, exist_ok=True)
-            stack.enter_context(_lock(folder))
+            stack.enter_context(lock_folder(folder))
             _tidy(folder)
         try:
             yield
@@ -92,11 +92,20 @@ def locking(folder: Path, *, new: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _lock(folder: Path) -> Iterator[None]:
-    """Held with flock: the operating system releases it however the process ends.
+def lock_folder(folder: Path) -> Iterator[None]:
+    """Holds the lock of a folder with flock, which the system releases however the process ends.
 
     The short timeout is for a lock file that its owner removes between our opening and locking it.
     A soft lock, which a killed process would leave behind, is never used in its place.
+
+    Args:
+        folder: The folder, which must exist.
+
+    Yields:
+        None.
+
+    Raises:
+        IndexRefused: Another process holds the lock.
     """
     lock = FileLock(folder / LOCK, timeout=0.2, poll_interval=0.02, fallback_to_soft=False)
     try:

@@ -23,8 +23,10 @@ from ggem_jax.files.images import (
 )
 from ggem_jax.retrieval.index.describing import LazyExtract, describe_images, find_settings
 from ggem_jax.retrieval.index.index import Index
+from ggem_jax.retrieval.index.pushing import opening_pushed
 from ggem_jax.retrieval.index.store import IndexRefused
 from ggem_jax.retrieval.methods import Method, as_method, check_count
+from ggem_jax.retrieval.stores.searching import search_store
 
 Box = Sequence[float]  # x1, y1, x2, y2 in pixels
 Query = str | os.PathLike | np.ndarray | Image.Image
@@ -97,12 +99,15 @@ def search_index(
     weights: str | None = None,
     whitening: str | None = None,
     use_stored: bool = True,
+    store: str | None = None,
+    collection: str | None = None,
 ) -> Results:
     """Returns the results of a search in an index, as `Index.search` documents.
 
     Args:
         index: The opened index.
-        queries, k, rerank, boxes, weights, whitening, use_stored: As in `Index.search`.
+        queries, k, rerank, boxes, weights, whitening, use_stored, store, collection: As in
+            `Index.search`.
 
     Raises:
         IndexRefused: The index is empty, or the files that it was made with are not there.
@@ -125,7 +130,11 @@ def search_index(
         vectors = query_vectors(
             index, each, boxes, weights=weights, whitening=whitening, use_stored=use_stored
         )
-    before, after = method.search(vectors, index.vectors(), k=k)
+    if store is None:
+        before, after = method.search(vectors, index.vectors(), k=k)
+    else:
+        with opening_pushed(index, store, collection) as source:
+            before, after = search_store(vectors, source, k=k, size=len(index), rerank=method)
     scores, ids = after
     ranks_before, scores_before = _find_before(ids, before)
     return Results(

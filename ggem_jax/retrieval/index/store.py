@@ -21,6 +21,7 @@ import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import quote
@@ -118,6 +119,7 @@ class Facts:
     shards: dict[int, int] = field(default_factory=dict)  # shard -> number of rows
     versions: dict[str, str] = field(default_factory=dict)  # library -> version that wrote it
     exclusions: Exclusions = field(default_factory=Exclusions)  # what is left out of the folder
+    part: str | None = None  # "I/N" where it holds one part of the folder, as in `Part`
 
     def stored(self) -> np.dtype:
         """Returns the dtype on disk, little-endian."""
@@ -265,6 +267,7 @@ def write_facts(database: sqlite3.Connection, facts: Facts) -> None:
         "numpy": np.__version__,
         "python": platform.python_version(),
         "sqlite": sqlite3.sqlite_version,
+        **{name: metadata.version(name) for name in ("jax", "pillow")},
     }
     value = json.dumps(asdict(replace(facts, versions=from_now)))
     database.execute(
@@ -561,7 +564,7 @@ def refuse_other_settings(folder: Path, there: dict[str, Any], here: dict[str, A
 
 
 def refuse_other_build(folder: Path, there: Facts, here: Facts) -> None:
-    """Raises `IndexRefused` unless settings, dtype and folder of the images are equal.
+    """Raises `IndexRefused` unless settings, dtype, folder of the images and part are equal.
 
     Args:
         folder: Folder of the index, which the error names.
@@ -569,7 +572,8 @@ def refuse_other_build(folder: Path, there: Facts, here: Facts) -> None:
         here: Facts of the caller.
     """
     facts_there, facts_here = (
-        {**facts.settings, "dtype": facts.dtype, "folder": facts.root} for facts in (there, here)
+        {**facts.settings, "dtype": facts.dtype, "folder": facts.root, "shard": facts.part}
+        for facts in (there, here)
     )
     refuse_other_settings(folder, facts_there, facts_here)
 

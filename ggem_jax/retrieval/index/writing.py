@@ -53,6 +53,7 @@ from ggem_jax.retrieval.index.store import (
     write_facts,
     write_shard,
 )
+from ggem_jax.retrieval.parts import Part
 
 # images -> a vector `(dim,)` of each in the same order, or why it has none
 Extract = Callable[[Iterator[RGB]], Iterable[np.ndarray | UnreadableImage]]
@@ -181,7 +182,7 @@ def update(
                 write_facts(pending, wanted)
         work = _Work(folder, wanted, committed, pending, lost)
         report = work.run(listing, extract, task, on_progress)
-        if new and not work.chosen:
+        if new and not work.chosen and wanted.part is None:
             raise IndexRefused(
                 f"none of the {len(listing.files)} images in {wanted.root} could be indexed:"
                 f" {report.skipped[0].why}"
@@ -220,8 +221,11 @@ def _list_images(
         return None
 
     root = Path(wanted.root)
-    listing = walk(root, task.start, apart=folder, exclusions=wanted.exclusions, known=known)
-    if not listing.files:
+    options: dict[str, Any] = {"apart": folder, "exclusions": wanted.exclusions, "known": known}
+    part = Part.parse(wanted.part)
+    listing = walk(root, task.start, part=part, **options)
+    # a part may be empty where the folder is not
+    if not listing.files and not (part and walk(root, task.start, **options).files):
         first = f" ({listing.skipped[0].why})" if listing.skipped else ""
         raise IndexRefused(
             f"there is no image ({' '.join(EXTENSIONS)} and others) in {root / task.start}{first}:"

@@ -245,6 +245,47 @@ def whiten(*, index: str, output: str, dim: int | None, as_json: bool) -> int:
     return 0
 
 
+def push(*, index: str, store: str, collection: str | None, as_json: bool) -> int:
+    """Brings a collection of a vector database in line with an index, and prints the numbers.
+
+    Args:
+        index: Folder of the index.
+        store: Address of the database.
+        collection: Name of the collection; None takes that of the index's folder.
+        as_json: Whether the record is printed as JSON.
+
+    Returns:
+        The exit code 0.
+    """
+    with progress() as on_progress:
+        found = indexes.push(index, store, collection=collection, on_progress=on_progress)
+    if as_json:
+        return _print_json(found.record())
+    print(
+        f"{found.collection} in {store}: {found.added} added, {found.unchanged} unchanged,"
+        f" {found.removed} removed"
+    )
+    return 0
+
+
+def merge(*, output: str, parts: Sequence[str], as_json: bool) -> int:
+    """Joins the parts of a folder into one index, and prints its size.
+
+    Args:
+        output: Folder of the new index.
+        parts: Folders of all parts.
+        as_json: Whether the record is printed as JSON.
+
+    Returns:
+        The exit code 0.
+    """
+    found = indexes.merge(output, parts)
+    if as_json:
+        return _print_json(found.record())
+    print(f"{output}: {found.images} images of {found.parts} parts")
+    return 0
+
+
 COMMANDS: dict[str, Callable[..., int]] = {
     "index": index,
     "search": search,
@@ -255,6 +296,8 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "rerank": rerank,
     "evaluate": evaluate,
     "whiten": whiten,
+    "push": push,
+    "merge": merge,
 }
 
 

@@ -14,6 +14,7 @@ from typing import Any, NoReturn
 
 from ggem_jax.descriptors.settings import DEFAULT_BACKBONE, DescriptorSettings
 from ggem_jax.retrieval.methods import CANDIDATES, METHODS, OPTIONS, choose_method
+from ggem_jax.retrieval.parts import Part
 
 DEFAULTS = DescriptorSettings()
 
@@ -83,6 +84,8 @@ def _check(arguments: argparse.Namespace) -> None:
                 f"--box belongs to one query: give it {len(arguments.queries)} times, in the order"
                 " of the queries, or not at all"
             )
+        if arguments.collection and not arguments.store:
+            raise Usage("--collection names a part of a vector database: give --store too")
         if arguments.html:
             _check_output(arguments.html, (".html", ".htm"), arguments.queries)
     elif arguments.command == "rerank":
@@ -157,6 +160,12 @@ def _index(parser: argparse.ArgumentParser) -> None:
         choices=("float16", "float32"),
         default="float16",
         help="of the vectors on disk (%(default)s)",
+    )
+    add(
+        "--shard",
+        type=_shard,
+        metavar="I/N",
+        help="index the I-th of N parts of the folder only; merge joins all parts",
     )
     _add_folder(parser)
     _add_work(parser)
@@ -270,6 +279,12 @@ def _search(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="write one page with the images, their scores and their ranks before and after",
     )
+    add(
+        "--store",
+        metavar="STORE",
+        help="vector database that finds the candidates, as push filled it",
+    )
+    add("--collection", metavar="NAME", help="collection of the database, as push names it")
     _add_files(parser)
 
 
@@ -390,6 +405,29 @@ def _whiten(parser: argparse.ArgumentParser) -> None:
     _add_json(parser)
 
 
+def _push(parser: argparse.ArgumentParser) -> None:
+    _add_index(parser)
+    add = parser.add_argument
+    add(
+        "store",
+        metavar="STORE",
+        help="milvus:FILE.db for a file of Milvus Lite, milvus:http://HOST:19530 for a server",
+    )
+    add(
+        "--collection",
+        metavar="NAME",
+        help="letters, digits and _ (the name of the index's folder, with _ for all others)",
+    )
+    _add_json(parser)
+
+
+def _merge(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("output", metavar="OUT", help="folder of the new index; nothing may exist there")
+    add("parts", nargs="+", metavar="PART", help="folders of all parts, in any order")
+    _add_json(parser)
+
+
 _COMMANDS = {
     "index": (_index, "build an index of a folder of images, or bring one up to date"),
     "search": (_search, "find the images of an index that are most like an image"),
@@ -400,6 +438,8 @@ _COMMANDS = {
     "rerank": (_rerank, "rerank your own vectors, from files"),
     "evaluate": (_evaluate, "measure an index by ground truth, before and after reranking"),
     "whiten": (_whiten, "learn PCA whitening from the vectors of an index"),
+    "push": (_push, "bring a collection of a vector database in line with an index"),
+    "merge": (_merge, "join the parts of index --shard into one index"),
 }
 
 
@@ -505,6 +545,13 @@ def _whole(text: str, least: int = 0, most: int = 2**31 - 1) -> int:
     if int(text) > most:
         raise argparse.ArgumentTypeError(f"must be at most {most}, not {text}")
     return int(text)
+
+
+def _shard(text: str) -> str:
+    try:
+        return str(Part.parse(text))
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def _count(text: str) -> int:

@@ -1,0 +1,643 @@
+"""ggem_jax/retrieval/stores and index/pushing.py: a vector database gives the candidates."""
+
+import collections
+import contextlib
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from test_retrieval_index import SETTINGS, described, extract, save
+
+from ggem_jax.retrieval import Ranking, search, superglobal_rerank
+from ggem_jax.retrieval.index import pushing
+from ggem_jax.retrieval.index.index import Index, add, build, remove
+from ggem_jax.retrieval.index.pushing import Pushed, fill_collection, push, read_ids
+from ggem_jax.retrieval.index.store import IndexRefused
+from ggem_jax.retrieval.methods import choose_method
+from ggem_jax.retrieval.stores import Marker, StoreRefused, VectorStore, search_store
+from ggem_jax.retrieval.stores.milvus import open_milvus
+
+ROOT = Path(__file__).resolve().parent.parent
+NO_WHEELS = "pgserver has no wheels for Python 3.13 and newer"
+
+
+def unit(rng, *shape):
+    vectors = rng.normal(size=shape)
+    return (vectors / np.linalg.norm(vectors, axis=-1, keepdims=True)).astype(np.float32)
+
+
+def example(count=700, dim=32, queries=4):
+    """Queries and vectors around 30 centres, so that reranking changes the order."""
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(30, dim))
+    around = centres[rng.integers(0, 30, count + queries)] + rng.normal(size=(count + queries, dim))
+    vectors = (around / np.linalg.norm(around, axis=1, keepdims=True)).astype(np.float32)
+    return vectors[:queries], vectors[queries:]
+
+
+class Table:
+    """A vector database in memory, which remembers what was asked of it."""
+
+    def __init__(self, vectors, ids=None):
+        self.vectors = np.asarray(vectors)
+        self.numbers = np.arange(len(vectors)) if ids is None else np.asarray(ids)
+        self.asked, self.taken = [], []
+
+    def search(self, vectors, k):
+        self.asked.append((np.shape(vectors), k))
+        scores = vectors @ self.vectors.T.astype(np.float32)
+        order = np.argsort(-scores, axis=1)[:, :k]
+        return self.numbers[order], np.take_along_axis(scores, order, axis=1)
+
+    def take(self, ids):
+        self.taken += ids.tolist()
+        at = {number: row for row, number in enumerate(self.numbers.tolist())}
+        return self.vectors[[at[number] for number in ids.tolist()]]
+
+
+def example_module(name):
+    """A script of examples/, whose class is the store that the docs show."""
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        spec = importlib.util.spec_from_file_location(name, ROOT / "examples" / f"{name}.py")
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+    finally:
+        sys.path.pop(0)
+
+
+@pytest.fixture(scope="module")
+def postgres(tmp_path_factory):
+    pytest.importorskip("pgserver", reason=NO_WHEELS)
+    import warnings
+
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "XDG_RUNTIME_DIR is not set")
+        import pgserver
+
+    server = pgserver.get_server(tmp_path_factory.mktemp("postgres"))
+    yield server.get_uri()
+    server.cleanup()
+
+
+@pytest.fixture(params=["table", "milvus", "pgvector", "usearch"])
+def make_store(request, tmp_path):
+    """Returns a function from vectors to a store of them, with their rows as ids."""
+    opened, numbers = [], iter(range(1000))
+
+    def make(vectors):
+        dim, ids = vectors.shape[1], np.arange(len(vectors))
+        if request.param == "table":
+            return Table(vectors)
+        if request.param == "milvus":
+            store = open_milvus(
+                f"milvus:{tmp_path / 'stores.db'}", f"c{next(numbers)}", dim=dim, new=True
+            )
+            opened.append(store)
+        elif request.param == "pgvector":
+            import psycopg
+
+            uri = request.getfixturevalue("postgres")
+            connection = psycopg.connect(uri, autocommit=True)
+            opened.append(connection)
+            connection.execute("DROP TABLE IF EXISTS images")
+            store = example_module("pgvector_store").PgvectorStore(connection, dim)
+        else:
+            store = example_module("usearch_store").UsearchStore(dim, exact=True)
+        store.put(ids, vectors)
+        return store
+
+    yield make
+    for store in opened:
+        store.close()
+
+
+# Search and reranking
+
+
+@pytest.mark.parametrize("rerank", ["superglobal", None])
+def test_equals_search_and_reranking_on_arrays(make_store, rerank):
+    queries, vectors = example()
+    method = choose_method(rerank or "none", candidates=60 if rerank else None)
+    expected = method.search(queries, vectors, k=20)
+    store = make_store(vectors)
+    assert isinstance(store, VectorStore)
+    found = search_store(queries, store, k=20, size=len(vectors), rerank=method)
+    for own, right in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(own[1], right[1])
+        np.testing.assert_array_equal(own[0], right[0])
+    assert (found[1][1] != found[0][1][:, :20]).any() == (rerank is not None)
+
+
+def settings_of(data):
+    return choose_method(
+        "superglobal",
+        candidates=int(data["M"]),
+        neighbors=int(data["K"]),
+        beta=float(data["beta"]),
+    )
+
+
+@pytest.mark.golden
+def test_the_golden_order(make_store, shared):
+    """The authors' order of all vectors, wherever two scores differ by more than 1e-6."""
+    folder = shared / "golden" / "superglobal"
+    if not folder.is_dir():
+        pytest.skip(f"{folder} is absent")
+    checked = 0
+    for file in [*sorted(folder.glob("rerank_*.npz")), folder / "mini_benchmark.npz"]:
+        data = np.load(file)
+        queries, vectors, n = data["Q"], data["X"], len(data["X"])
+        method = settings_of(data)
+        before, after = search_store(queries, make_store(vectors), k=n, size=n, rerank=method)
+        m = data["final_score_in_order1"].shape[1]
+        expected = -np.sort(-data["final_score_in_order1"], axis=1)
+        np.testing.assert_allclose(after[0][:, :m], expected, atol=1e-6, rtol=0)
+        if float(data["min_gap"]) > 1e-6:
+            np.testing.assert_array_equal(before[1], data["initial_ranks"].T, err_msg=file.name)
+            np.testing.assert_array_equal(after[1], data["final_ranks"].T, err_msg=file.name)
+            checked += 1
+        array = superglobal_rerank(
+            queries,
+            vectors,
+            Ranking(*search(queries, vectors, k=n)),
+            num_candidates=method.candidates,
+            num_neighbors=method.options["neighbors"],
+            beta=method.options["beta"],
+        )
+        np.testing.assert_array_equal(after[1], np.asarray(array.ids), err_msg=file.name)
+    assert checked >= 8
+
+
+def test_only_the_candidates_are_fetched():
+    queries, vectors = example()
+    store = Table(vectors)
+    method = choose_method("superglobal", candidates=50)
+    before, _ = search_store(queries, store, k=10, size=len(vectors), rerank=method)
+    assert store.asked == [((4, 32), 66)]  # and 16 more, for equal scores at the end
+    assert len(store.taken) == 4 * 66
+    assert set(before[1].ravel().tolist()) <= set(store.taken)
+    assert before[1].shape == (4, 50)
+
+
+def test_equal_scores_at_the_end_of_the_candidates():
+    """The candidates are those of the smallest ids, whichever of them the database gives first."""
+
+    class Backwards(Table):
+        def search(self, vectors, k):
+            scores = vectors @ self.vectors.T
+            order = len(self.vectors) - 1 - np.argsort(-scores[:, ::-1], axis=1, kind="stable")
+            return order[:, :k], None
+
+    vectors = unit(np.random.default_rng(1), 12, 8)
+    vectors[5:12] = vectors[5]
+    before, _ = search_store(vectors[5:6], Backwards(vectors), k=3, size=12, rerank=None)
+    assert before[1].tolist() == [[5, 6, 7]]
+
+
+def test_ids_of_63_bits_and_equal_vectors():
+    vectors = np.repeat(unit(np.random.default_rng(1), 10, 8), 3, axis=0)
+    ids = np.random.default_rng(2).permutation(2**63 - 1 - np.arange(30))
+    before, after = search_store(vectors[:1], Table(vectors, ids), k=30, size=30, rerank=None)
+    assert before[1][0, :3].tolist() == sorted(ids[:3].tolist())
+    assert sorted(after[1][0].tolist()) == sorted(ids.tolist())
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "words"),
+    [
+        ({"rerank": "aqe"}, ValueError, "aqe needs more than the candidates"),
+        ({"rerank": "dba"}, ValueError, "rerank by superglobal, or search without"),
+        ({"queries": np.full((1, 8), np.nan)}, ValueError, "queries must be finite"),
+        ({"queries": np.ones(8)}, ValueError, "queries must be finite vectors"),
+        ({"k": 0}, ValueError, "k must be a whole number"),
+        (
+            {"size": None},
+            StoreRefused,
+            r"gave ids \(2, 20\) where 416 results are asked for and 400",
+        ),
+        ({"twice": True}, StoreRefused, "gave an id twice"),
+        ({"narrow": True}, StoreRefused, r"must give vectors \(20, 8\) of floating point, not"),
+        ({"whole": True}, StoreRefused, r"of floating point, not int64 of shape"),
+    ],
+    ids=str,
+)
+def test_refuses(change, error, words):
+    vectors = unit(np.random.default_rng(0), 20, 8)
+
+    class Odd(Table):
+        def search(self, queries, k):
+            ids, scores = super().search(queries, k)
+            return np.where(ids == ids[0, 0], ids[0, 1], ids) if "twice" in change else ids, scores
+
+        def take(self, ids):
+            found = super().take(ids)
+            found = found[:, 1:] if "narrow" in change else found
+            return found.astype(int) if "whole" in change else found
+
+    given = {"queries": vectors[:2], "k": 5, "size": 20, "rerank": "superglobal"}
+    given |= {name: value for name, value in change.items() if name in given}
+    with pytest.raises(error, match=words):
+        search_store(given.pop("queries"), Odd(vectors), **given)
+
+
+# Push: any collection
+
+
+class Collection(Table):
+    """A collection in memory that can die before each of its calls."""
+
+    def __init__(self, dies_at=10**9):
+        super().__init__(np.empty((0, 3), np.float32))
+        self.marker, self.left, self.sent = None, dies_at, 0
+
+    def live(self):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+    def read_marker(self):
+        self.live()
+        return self.marker
+
+    def write_marker(self, marker):
+        self.live()
+        self.marker = marker
+
+    def ids(self):
+        self.live()
+        return self.numbers[np.random.default_rng(0).permutation(len(self.numbers))]
+
+    def put(self, ids, vectors):
+        self.live()
+        assert vectors.dtype == np.float32
+        keep = ~np.isin(self.numbers, ids)
+        self.numbers = np.concatenate([self.numbers[keep], ids])
+        self.vectors = np.concatenate([self.vectors[keep], vectors])
+        self.sent += len(ids)
+
+    def drop(self, ids):
+        self.live()
+        keep = ~np.isin(self.numbers, ids)
+        self.numbers, self.vectors = self.numbers[keep], self.vectors[keep]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for seed in range(12):
+        save(tmp_path / "photos" / ("", "a", "b/c")[seed % 3] / f"{seed:02}.png", seed)
+    shutil.copy(tmp_path / "photos" / "00.png", tmp_path / "photos" / "copy.png")
+    return tmp_path / "photos"
+
+
+@pytest.fixture
+def built(photos, tmp_path):
+    build(photos, tmp_path / "my.index", extract, SETTINGS)
+    return tmp_path / "my.index"
+
+
+def fill(collection, path):
+    opened = Index.open(path)
+    return fill_collection(collection, opened, read_ids(opened))
+
+
+def assert_holds(collection, path):
+    opened = Index.open(path)
+    ids = read_ids(opened)
+    assert collection.marker == pushing.make_marker(opened, ids)
+    rows = np.argsort(collection.numbers)
+    np.testing.assert_array_equal(collection.numbers[rows], np.sort(ids))
+    vectors = opened.vectors().take(np.argsort(ids)).astype(np.float32)
+    np.testing.assert_array_equal(collection.vectors[rows], vectors)
+
+
+def test_a_push_sends_what_differs(built, photos):
+    collection = Collection()
+    assert fill(collection, built) == (13, 0)
+    assert_holds(collection, built)
+    assert fill(collection, built) == (0, 0)
+    save(photos / "new.png", 99)
+    save(photos / "03.png", 98)
+    (photos / "a" / "01.png").unlink()
+    add(built, extract, SETTINGS, prune=True)
+    assert fill(collection, built) == (2, 2)
+    assert_holds(collection, built)
+    assert collection.sent == 15
+
+
+def test_a_push_that_stops_anywhere_resumes(built, photos, monkeypatch):
+    monkeypatch.setattr(pushing, "_ROWS", 3)
+    first = Collection()
+    fill(first, built)
+    save(photos / "new.png", 99)
+    (photos / "a" / "01.png").unlink()
+    remove(built, ["b"])
+    add(built, extract, SETTINGS, prune=True)
+    for start in (None, first):
+        for dies_at in range(100):
+            collection = Collection(dies_at)
+            if start is not None:
+                collection.marker = start.marker
+                collection.numbers, collection.vectors = start.numbers, start.vectors
+            try:
+                fill(collection, built)
+                break
+            except KeyboardInterrupt:
+                complete = collection.marker is not None and collection.marker.complete
+                untouched = start is not None and dies_at < 2
+                assert complete == untouched
+            collection.left = 10**9
+            fill(collection, built)
+            assert_holds(collection, built)
+        assert dies_at > 6
+
+
+def test_a_collection_of_something_else_is_refused(built, photos, tmp_path):
+    collection = Collection()
+    fill(collection, built)
+    kept = collection.marker
+    build(photos, tmp_path / "other", extract, {**SETTINGS, "model": "another"})
+    build(photos / "a", tmp_path / "below", extract, SETTINGS)
+    build(photos, tmp_path / "wide", extract, SETTINGS, dtype="float32")
+    for other in ("other", "below", "wide"):
+        with pytest.raises(StoreRefused, match="index of other images or settings: give another"):
+            fill(collection, tmp_path / other)
+        assert collection.marker == kept
+
+
+def test_two_pushes_at_once_are_noticed(built):
+    class Disturbed(Collection):
+        def drop(self, ids):
+            super().drop(ids)
+            super().drop(self.numbers[:1])
+
+    collection = Disturbed()
+    with pytest.raises(StoreRefused, match="changed meanwhile: let one push at a time"):
+        fill(collection, built)
+    assert not collection.marker.complete
+
+
+def test_ids_follow_path_content_and_vector(built, photos):
+    before = dict(zip(Index.open(built).paths, read_ids(Index.open(built)).tolist(), strict=True))
+    assert len(set(before.values())) == 13
+    assert min(before.values()) >= 0
+    save(photos / "03.png", 98)
+    os.rename(photos / "06.png", photos / "moved.png")
+    add(built, extract, SETTINGS, prune=True)
+    after = dict(zip(Index.open(built).paths, read_ids(Index.open(built)).tolist(), strict=True))
+    changed = {path for path in after if after[path] != before.get(path)}
+    assert changed == {"03.png", "moved.png"}
+    stale = Index.open(built)
+    remove(built, ["moved.png"])
+    with pytest.raises(IndexRefused, match="is being written: wait"):
+        read_ids(stale)
+
+
+def test_the_name_of_a_collection():
+    names = {"my.index": "my_index", "2026": "_2026", "ümläut": "_ml_ut", "_a": "_a"}
+    for folder, name in names.items():
+        assert pushing.default_collection(Path("/photos") / folder) == name
+
+
+# Push and search: Milvus Lite
+
+
+@pytest.fixture
+def url(tmp_path):
+    return f"milvus:{tmp_path / 'stores.db'}"
+
+
+def test_search_through_milvus_is_that_of_the_index(built, photos, url, monkeypatch):
+    monkeypatch.setattr(pushing, "_ROWS", 5)
+    told = []
+    assert push(built, url, on_progress=lambda *counts: told.append(counts)) == Pushed(
+        str(built), url, "my_index", 13, 0, 0
+    )
+    assert (told[0], told[-1]) == ((0, 13), (13, 13))
+    assert push(built, url).unchanged == 13
+    queries = np.stack([described(np.full((1, 1, 3), 10 * i, np.uint8)) for i in range(5)])
+    opened = Index.open(built)
+    for rerank in (None, choose_method("superglobal", candidates=9, neighbors=2)):
+        own = opened.search(queries, k=6, rerank=rerank)
+        found = opened.search(queries, k=6, rerank=rerank, store=url)
+        for name in ("ids", "paths", "scores", "ranks", "scores_before", "ranks_before"):
+            np.testing.assert_array_equal(getattr(found, name), getattr(own, name), err_msg=name)
+    remove(built, ["a"])
+    with pytest.raises(StoreRefused, match="holds another version of the index: run ggem-retr"):
+        Index.open(built).search(queries, store=url)
+    assert push(built, url).removed == 4
+    assert Index.open(built).search(queries, k=99, store=url).ids.shape == (5, 9)
+    assert push(built, url, collection="second").added == 9
+    own = Index.open(built).search(queries, k=3)
+    found = Index.open(built).search(queries, k=3, store=url, collection="second")
+    np.testing.assert_array_equal(found.ids, own.ids)
+
+
+def test_an_unfinished_push_is_not_searched(built, url):
+    push(built, url)
+    opened = Index.open(built)
+    with open_milvus(url, "my_index", dim=3) as collection:
+        marker = collection.read_marker()
+        collection.write_marker(marker._replace(complete=False))
+    with pytest.raises(StoreRefused, match=r"holds an unfinished push: run ggem-retrieval push"):
+        opened.search(np.eye(3)[:1], store=url)
+    assert push(built, url).added == 0
+    opened.search(np.eye(3)[:1], store=url)
+
+
+def test_what_is_no_database_of_ours_is_refused(built, url, tmp_path):
+    def refused(words, store, **options):
+        with pytest.raises(StoreRefused, match=words) as caught:
+            push(built, store, **options)
+        assert "\n" not in str(caught.value)
+
+    (tmp_path / "diary.db").write_text("dear diary")
+    (tmp_path / "photos.db").mkdir()
+    (tmp_path / "photos.db" / "1.jpg").write_text("a photo")
+    refused("is no address of a vector database", str(tmp_path / "stores.db"))
+    refused("is no address of a vector database", "milvus:")
+    refused("must end with .db", f"milvus:{tmp_path / 'stores'}")
+    refused("no database of Milvus Lite", f"milvus:{tmp_path / 'diary.db'}")
+    refused("no database of Milvus Lite", f"milvus:{tmp_path / 'photos.db'}")
+    refused("cannot be made: .* is no folder", f"milvus:{tmp_path / 'nowhere' / 'a.db'}")
+    refused("must be named by letters", url, collection="a b")
+    refused(r"127.0.0.1:9 did not do what was asked \(Fail connecting", "milvus:http://127.0.0.1:9")
+    assert (tmp_path / "diary.db").read_text() == "dear diary"
+    assert os.listdir(tmp_path / "photos.db") == ["1.jpg"]
+    opened = Index.open(built)
+    with pytest.raises(StoreRefused, match="is not there: push an index into it first"):
+        opened.search(np.eye(3)[:1], store=url)
+    assert not (tmp_path / "stores.db").exists()
+    push(built, url, collection="other")
+    with pytest.raises(StoreRefused, match="has no finished collection my_index"):
+        opened.search(np.eye(3)[:1], store=url)
+    with pytest.raises(StoreRefused, match="has vectors of 3 numbers, not 5"):
+        open_milvus(url, "other", dim=5)
+    with open_milvus(url, "mine", dim=3, new=True) as collection:
+        collection.client.drop_collection("mine_marker")
+    refused("was made by another program: give another --collection", url, collection="mine")
+
+
+def test_a_server_that_lost_vectors_says_so(built, url):
+    push(built, url)
+    ids = read_ids(Index.open(built))
+    with open_milvus(url, "my_index", dim=3) as collection:
+        assert collection.read_marker() == Marker(**collection.read_marker()._asdict())
+        collection.drop(ids[:2])
+        with pytest.raises(StoreRefused, match="lacks 2 of 13 vectors"):
+            collection.take(ids)
+        with pytest.raises(StoreRefused, match="gave 11 of 13 results"):
+            collection.search(np.eye(3, dtype=np.float32)[:1], 13)
+        vectors = np.arange(12, dtype=np.float32).reshape(4, 3)
+        collection.put(ids[4:8], vectors)  # in any order, and again
+        np.testing.assert_array_equal(collection.take(ids[[7, 4]]), vectors[[3, 0]])
+
+
+def test_without_pymilvus_one_sentence_asks_for_it(built, url, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pymilvus", None)
+    with pytest.raises(ImportError, match=r"needs pymilvus: pip install 'ggem-jax\[milvus\]'"):
+        push(built, url)
+
+
+def test_an_empty_index_is_refused(built, url):
+    remove(built, ["."])
+    with pytest.raises(IndexRefused, match="holds no images"):
+        push(built, url)
+
+
+KILLS = """
+import json, os, random, shutil, signal, sys, time
+import pymilvus, milvus_lite.server_manager, milvus_lite.adapter.grpc.server
+from ggem_jax.retrieval.index import pushing
+path, before, out = sys.argv[1:]
+pushing._ROWS = 4
+def fork(store, dies_at=None, after=False, wait=None):
+    process = os.fork()
+    if process:
+        if wait is not None:
+            time.sleep(wait)
+            os.kill(process, signal.SIGKILL)
+        return os.waitpid(process, 0)[1] == signal.SIGKILL
+    left = [dies_at]
+    def dying(name):
+        really = getattr(pymilvus.MilvusClient, name)
+        def called(self, *arguments, **options):
+            left[0] -= 1
+            if left[0] < 0 and not after:
+                os.kill(os.getpid(), signal.SIGKILL)
+            value = really(self, *arguments, **options)
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return value
+        setattr(pymilvus.MilvusClient, name, called)
+    if dies_at is not None:
+        for name in ("create_collection", "load_collection", "upsert", "delete", "flush"):
+            dying(name)
+    try:
+        pushing.push(path, f"milvus:{store}")
+    finally:
+        os._exit(0)
+def prepared(name):
+    store = f"{out}/{name}.db"
+    if name.startswith("again"):
+        shutil.copytree(before, store)
+    return store
+killed, rng = {}, random.Random(0)
+for kind in ("new", "again"):
+    start = time.monotonic()
+    fork(prepared(f"{kind}_whole"))
+    whole = time.monotonic() - start
+    for number in range(4):
+        store = prepared(f"{kind}_random{number}")
+        killed[store] = fork(store, wait=rng.uniform(whole / 4, whole))
+    number, dead = 0, True
+    while dead:
+        store = prepared(f"{kind}_call{number}")
+        dead = killed[store] = fork(store, number, after=bool(number % 2))
+        number += 1
+print(json.dumps(killed))
+"""
+
+
+def test_kills(built, photos, tmp_path):
+    """A push that is killed, at random moments or around each call that writes, leaves a collection
+    that is refused or complete, and the same call completes it.
+    """
+    push(built, f"milvus:{tmp_path / 'before.db'}")
+    for seed in range(5):
+        save(photos / f"new{seed}.png", 50 + seed)
+    (photos / "a" / "01.png").unlink()
+    add(built, extract, SETTINGS, prune=True)
+    (tmp_path / "out").mkdir()
+    command = [sys.executable, "-c", KILLS, built, tmp_path / "before.db", tmp_path / "out"]
+    run = subprocess.run(
+        list(map(str, command)), cwd=ROOT, capture_output=True, text=True, timeout=500
+    )
+    assert run.returncode == 0, run.stderr
+    killed, seen = json.loads(run.stdout), collections.Counter()
+    assert sum(killed.values()) > 25
+    opened = Index.open(built)
+    query = described(np.full((1, 1, 3), 77, np.uint8))[None]
+    expected = opened.search(query, k=17)
+    for store, dead in killed.items():
+        url = f"milvus:{store}"
+        if not dead:
+            opened.search(query, k=17, store=url)
+        with contextlib.suppress(StoreRefused):
+            found = opened.search(query, k=17, store=url)
+            np.testing.assert_array_equal(found.ids, expected.ids)
+            np.testing.assert_array_equal(found.scores, expected.scores)
+            seen["complete"] += 1
+        push(built, url)
+        found = opened.search(query, k=17, store=url)
+        np.testing.assert_array_equal(found.ids, expected.ids)
+        np.testing.assert_array_equal(found.scores, expected.scores)
+    assert 2 < seen["complete"] < len(killed) - 20, seen
+
+
+# The tool
+
+
+def test_the_tool(tmp_path, monkeypatch, capsys):
+    from PIL import Image
+    from test_retrieval_tool import Colours
+
+    from ggem_jax.retrieval.__main__ import main
+    from ggem_jax.retrieval.index import describing
+    from ggem_jax.retrieval.tool import commands
+
+    monkeypatch.setattr(describing, "make_extractor", Colours)
+    monkeypatch.setattr(commands, "keep_compiled_programs", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    Path("photos").mkdir()
+    for number in range(9):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(f"photos/{number}.png")
+    assert main(["index", "photos", "-o", "my.index"]) == 0
+    capsys.readouterr()
+
+    def json_of(*arguments):
+        assert main([*arguments, "--json"]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    record = Pushed("my.index", "milvus:a.db", "my_index", 9, 0, 0).record()
+    assert json_of("push", "my.index", "milvus:a.db") == record
+    assert main(["push", "my.index", "milvus:a.db", "--collection", "c2"]) == 0
+    assert capsys.readouterr().out == "c2 in milvus:a.db: 9 added, 0 unchanged, 0 removed\n"
+    flags = ["photos/3.png", "-k", "4", "--rerank", "superglobal", "--candidates", "9"]
+    own = json_of("search", "my.index", *flags)
+    for more in ([], ["--collection", "c2"]):
+        assert json_of("search", "my.index", *flags, "--store", "milvus:a.db", *more) == own
+    assert main(["search", "my.index", "photos/3.png", "--collection", "c2"]) == 2
+    assert "give --store too" in capsys.readouterr().err
+    assert main(["search", "my.index", "photos/3.png", "--store", "a.db"]) == 1
+    assert "is no address of a vector database" in capsys.readouterr().err
+    assert main(["search", "my.index", "photos/3.png", "--store", "milvus:b.db"]) == 1
+    assert "is not there: push an index" in capsys.readouterr().err
