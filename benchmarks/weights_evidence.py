@@ -50,12 +50,15 @@ def rows() -> list[Row]:
     openai = clip_b | {name: np.array(7) for name in ("input_resolution", "context_length")}
     openai["vocab_size"] = np.array(49408)
     laion = {"vision_cfg": {"width": 1280, "layers": 1, "head_width": 80, "patch_size": 14}}
+    deit3 = timm(384, style=Style(0), layer_scale=1.0)
     found = [
         *with_settings("ViT-B/16, DeiT-B/16", timm(768), "vit_base_patch16_224"),
         *with_settings("DeiT-Ti/16", timm(192), "vit_tiny_patch16_224"),
         Row("AugReg B/16", "Google", zeros(augreg_shapes(config(768)))),
-        *with_settings("DeiT III", timm(384, style=Style(0), layer_scale=1.0), "deit3_small"),
-        Row("DeiT III", "DeiT's code", gammas(timm(384, style=Style(0), layer_scale=1.0))),
+        *with_settings(
+            "DeiT III", timm(384, style=Style(0), layer_scale=1.0), "deit3_small_patch16_224"
+        ),
+        Row("DeiT III", "DeiT's code", gammas(deit3)),
         *with_settings("MAE H/14", timm(1280, 14, decoder=True), "vit_huge_patch14_224"),
         *with_settings("DINOv2 S/14", timm(384, 14, layer_scale=1.0), "vit_small_patch14_dinov2"),
         Row("DINOv2 g/14", "timm", timm(1536, 14, layer_scale=1.0, mlp="swiglu")),

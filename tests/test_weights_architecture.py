@@ -7,8 +7,9 @@ import re
 
 import numpy as np
 import pytest
-from test_weights_vit import assert_like_pytorch, empty_network, recorded
+from test_weights_vit import assert_like_pytorch, empty_network, recorded, settings_of
 
+from ggem_jax.descriptors.settings import DescriptorSettings
 from ggem_jax.files.errors import AmbiguousWeights
 from ggem_jax.weights import MismatchedWeights, UnreadableWeights, write_safetensors
 from ggem_jax.weights.architecture import HEADS, Given
@@ -165,7 +166,7 @@ BESIDE = {
         {
             "config.json": {
                 "architecture": "vit_base_patch32_clip_quickgelu_224",
-                "model_args": {"num_heads": 8},
+                "model_args": {"num_heads": 8, "embed_dim": 16, "patch_size": 4},
             }
         },
         (8, "quick"),
@@ -174,7 +175,7 @@ BESIDE = {
         {
             "config.json": {
                 "architecture": "vit_base_patch32_clip_224",
-                "model_args": {"num_heads": 8},
+                "model_args": {"num_heads": 8, "embed_dim": 16, "patch_size": 4},
             }
         },
         (8, "exact"),
@@ -221,7 +222,7 @@ def test_a_file_of_another_network_is_no_evidence(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "words"),
     [
-        ({"num_attention_heads": 0}, "num_attention_heads must be a whole number of at least 1"),
+        ({"num_attention_heads": 0}, "num_attention_heads must be a whole number from 1 to 65535"),
         ({"num_attention_heads": "2"}, "num_attention_heads must be a whole number"),
         ({"num_attention_heads": 2, "hidden_act": "silu"}, "the activation 'silu'"),
         ({"num_attention_heads": 2, "hidden_act": 3}, "hidden_act must be the name of a GELU"),
@@ -280,8 +281,41 @@ def test_deit_iii_and_rope_vit_are_told_apart_by_a_name(tmp_path):
     write_safetensors(path, weights)
     with pytest.raises(AmbiguousWeights, match="may be DeiT III or a RoPE-ViT"):
         read_vit(path, heads=2)
-    published = read_vit(path, heads=2, architecture="deit3_small_patch16_224")
-    assert (published.family, published.declared.architecture) == ("deit3", published.architecture)
+    with pytest.raises(MismatchedWeights, match="deit3_small_patch16_224, which has width 384"):
+        read_vit(path, heads=2, architecture="deit3_small_patch16_224")
+    (tmp_path / "config.json").write_text(json.dumps(settings_of("deit3")))
+    published = read_vit(path)
+    assert published.family == "deit3"
+    assert published.declared.architecture == published.architecture == "deit3_small_patch16_224"
     assert_like_pytorch(published, found)
-    with pytest.raises(MismatchedWeights, match="vit_small_patch16_rope_ape_224"):
-        read_vit(path, heads=2, architecture="vit_small_patch16_rope_ape_224")
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(MismatchedWeights, match="vit_odd_rope_ape_224"):
+        read_vit(path, heads=2, architecture="vit_odd_rope_ape_224")
+
+
+def test_a_name_is_that_of_a_network_of_this_size():
+    wide = clip(1024, 14)
+    large = "vit_large_patch14_clip_quickgelu_224.openai"
+    given = Given(architecture=large)
+    assert from_timm(wide, given=given).config.gelu == "quick"
+    with pytest.raises(MismatchedWeights, match="which has width 1024 where the weights have 768"):
+        from_timm(clip(768, 14), given=given)
+    with pytest.raises(MismatchedWeights, match="patches of 14 where the weights have 16"):
+        from_timm(clip(1024, 16), given=given)
+
+
+def test_a_word_that_is_no_name_is_taken_for_a_missing_file(tmp_path):
+    write_safetensors(tmp_path / "w.safetensors", recorded("timm-clip")[0])
+    with pytest.raises(UnreadableWeights, match="my_config is not a file of settings"):
+        read_vit(tmp_path / "w.safetensors", heads=2, architecture="my_config")
+    with pytest.raises(ValueError, match="architecture must be the name of a ViT in timm"):
+        DescriptorSettings(weights=str(tmp_path / "w.safetensors"), architecture="config.json")
+
+
+@pytest.mark.parametrize("key", ["act_kwargs", "norm_kwargs"])
+def test_settings_of_open_clip_that_are_no_object_are_refused(tmp_path, key):
+    write_safetensors(tmp_path / "w.safetensors", recorded("timm-clip")[0])
+    settings = {"model_cfg": {"vision_cfg": {"width": 16, "head_width": 8, key: [1]}}}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
+    with pytest.raises(MismatchedWeights, match=f"{key} must hold settings by name"):
+        read_vit(tmp_path / "w.safetensors")

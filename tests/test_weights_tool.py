@@ -168,13 +168,16 @@ def test_inspect_says_that_a_file_is_our_own(tmp_path, capsys):
     write_safetensors(path, traverse_util.flatten_dict(variables, sep="/"))
     assert main(["inspect", str(path)]) == 0
     said = capsys.readouterr().out
-    assert said.startswith("a ViT in our own Flax names, which load_vit and --init read")
-    assert "width 16, 2 blocks, 2 heads, patches of 4 in images of 8" in said
+    assert said.startswith("a ViT of our own, which load_vit and --init read")
+    assert "width 16, 2 blocks, 2 heads, MLP 24; patches of 4 in images of 8; GELU exact" in said
+    assert "pooled by avg, 5 outputs of the head" in said
     assert main(["inspect", str(path), "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
-    variables["params"].pop("head")
     assert found["config"] == dataclasses.asdict(config)
     assert found["parameters"] == sum(leaf.size for leaf in jax.tree.leaves(variables))
+    for flags, words in (("--heads 7", "leave out --heads"), ("--tower text", "no text tower")):
+        assert main(["inspect", str(path), *flags.split()]) == 1
+        assert words in capsys.readouterr().err
 
 
 def written(path, kind):

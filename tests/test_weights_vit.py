@@ -74,7 +74,8 @@ OPEN_GELU = {
 def settings_of(name):
     """What a config.json must say of a recorded network: no publisher has one so small."""
     if name == "deit3":  # as a RoPE-ViT may be, by its names
-        return {"architecture": "deit3_small_patch16_224", "model_args": {"num_heads": 2}}
+        own = {"num_heads": 2, "embed_dim": 16, "patch_size": 4}
+        return {"architecture": "deit3_small_patch16_224", "model_args": own}
     gelu = {"hidden_act": OPEN_GELU[name]} if name in OPEN_GELU else {}
     return {"num_attention_heads": 2} | gelu
 

@@ -309,9 +309,10 @@ def published_vit(path: Path, given: Given = NOTHING_GIVEN) -> PublishedViT:
         return read_any_vit(path.expanduser(), given)
     except AmbiguousWeights as error:
         names = "--model.heads, --model.gelu and --model.post-norm"
-        raise Refused(f"--init: {error} (the flags are {names} here)") from None
+        raise Refused(f"--init: {error} (in training the flags are {names})") from None
     except (ValueError, OSError, ModuleNotFoundError) as error:
-        raise Refused(f"--init: {error}") from None
+        several = " (in training: write it with python -m ggem_jax.weights convert --which first)"
+        raise Refused(f"--init: {error}{several if '--which' in str(error) else ''}") from None
 
 
 def _choices_of(argv: list[str]) -> Given:

@@ -35,8 +35,7 @@ from ggem_jax.weights.efficientnet_lite import (
     efficientnet_lite_to_variables,
     load_pretrained,
 )
-from ggem_jax.weights.own import OWN_NAME, holds_own_vit, read_own_vit
-from ggem_jax.weights.own_settings import read_settings
+from ggem_jax.weights.own import OWN_NAME, declared_settings, holds_own_vit, read_own_vit
 from ggem_jax.weights.runs import read_run
 from ggem_jax.weights.vit import FAMILIES, PublishedViT, from_arrays, read_vit
 from ggem_jax.weights.vit_table import Style
@@ -285,15 +284,15 @@ def identify(weights: str | Path, given: Given = NOTHING_GIVEN) -> Identity:
         UnreadableWeights: The file cannot be read.
         MismatchedWeights: The file holds none of these networks.
     """
-    arrays = read_arrays(weights)
+    arrays = read_arrays(weights, given.which)
     for name, row in BACKBONES.items():
         if row.mark and any(re.fullmatch(row.mark, each) for each in arrays):
             _require_nothing_given(given, weights)
-            own = read_settings(weights) if name == OWN else None
+            own = declared_settings(_body(arrays), weights) if name == OWN else None
             stated = own.normalised if own is not None else None
             return Identity(name, None if stated == row.normalisation else stated)
     published = from_arrays(arrays, weights, given=given)
-    row, declared = BACKBONES[published.family], published.declared
+    row, declared = BACKBONES[published.family], published.declared._replace(which=given.which)
     if published.normalised is None:
         note = (
             f"{weights} does not say how its images are normalised: mean and deviation are 0.5, the"
@@ -369,14 +368,20 @@ def read_any_vit(path: str | Path, given: Given = NOTHING_GIVEN) -> PublishedViT
     if path.is_dir():
         vit, variables, normalised = read_run(path)
         return _own(vit, variables, normalised)
-    arrays = read_arrays(path)
+    arrays = read_arrays(path, given.which)
     if holds_own_vit(arrays):
-        settings = read_settings(path)
+        settings = declared_settings(_body(arrays), path)
         return _own(*read_own_vit(path), settings and settings.normalised)
     for row in BACKBONES.values():
         if row.mark and any(re.fullmatch(row.mark, name) for name in arrays):
             raise MismatchedWeights(f"{path} holds {row.about}, where a ViT is needed")
     return from_arrays(arrays, path, given=given)
+
+
+def _body(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The arrays of a file of our own without head and pooling."""
+    other = re.compile(r"\w+/(head|pool|pooling)/.*")
+    return {name: each for name, each in arrays.items() if not other.fullmatch(name)}
 
 
 def _own(vit: ViT, variables: dict[str, Any], normalised: Normalisation | None) -> PublishedViT:

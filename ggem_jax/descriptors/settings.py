@@ -63,10 +63,12 @@ class DescriptorSettings:
     norm: Literal["pre", "post"] | None = None  # before or after the branches of a block
     norm_eps: float | None = None  # epsilon of the norms
     architecture: str | None = None  # the name of the model in timm
+    which: str | None = None  # the network of a file with several, such as "ema"
 
     def __post_init__(self):
         self._check_backbone()
         self._check_choices()
+        self._check_name()
         self._check_side()
         self._check_normalisation()
 
@@ -96,7 +98,7 @@ class DescriptorSettings:
         """Returns what the settings say of a published ViT."""
         from ggem_jax.weights.architecture import Given
 
-        return Given(self.heads, self.gelu, self.norm_eps, self.norm, self.architecture)
+        return Given(self.heads, self.gelu, self.norm_eps, self.norm, self.architecture, self.which)
 
     @property
     def leaves_row_to_weights(self) -> bool:
@@ -120,7 +122,7 @@ class DescriptorSettings:
             value = record.pop(name)
             if value is not None:
                 record[name] = list(value)
-        for name in ("heads", "gelu", "norm", "norm_eps", "architecture"):
+        for name in ("heads", "gelu", "norm", "norm_eps", "architecture", "which"):
             if record[name] is None:
                 del record[name]
         if record["decoding"] != "draft":
@@ -149,6 +151,17 @@ class DescriptorSettings:
             if choices and (value not in choices or isinstance(value, bool) != (hint is bool)):
                 known = ", ".join(map(str, choices))
                 raise ValueError(f"{name} must be one of {known}, not {value!r}")
+
+    def _check_name(self):
+        if self.architecture is None:
+            return
+        from ggem_jax.weights.declared import is_name
+
+        if not is_name(str(self.architecture)):
+            raise ValueError(
+                "architecture must be the name of a ViT in timm, such as deit3_small_patch16_224,"
+                f" not {str(self.architecture)!r}: put a config.json beside the weights instead"
+            )
 
     def _check_side(self):
         side, exact = self.longest_side, self.sizes == "exact"

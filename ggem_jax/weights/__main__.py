@@ -33,7 +33,8 @@ from ggem_jax.weights.architecture import Given, Settings
 from ggem_jax.weights.export import FOLDERS_FILE, export_vit, weights_path
 from ggem_jax.weights.hub import NAMES, SITE, fetch
 from ggem_jax.weights.load import LoadedViT, load_vit
-from ggem_jax.weights.own import holds_own_vit, read_own_vit
+from ggem_jax.weights.own import holds_own_vit
+from ggem_jax.weights.own_settings import describe_settings
 from ggem_jax.weights.text import (
     TEXT_FAMILIES,
     PublishedText,
@@ -48,6 +49,17 @@ NAMINGS = {"image": ("flax", "timm", "hf"), "text": ("flax", "published")}  # of
 
 def main(argv: list[str] | None = None) -> int:
     """Runs one command and returns the exit code."""
+    arguments = _parser().parse_args(argv)
+    commands = {"inspect": _inspect, "convert": _convert, "get": _get}
+    try:
+        commands[arguments.command](arguments)
+    except (ValueError, OSError, ModuleNotFoundError) as error:
+        sys.stderr.write(f"ggem_jax.weights: {' '.join(str(error).split())}\n")
+        return 1
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m ggem_jax.weights", description=__doc__.splitlines()[0]
     )
@@ -117,45 +129,53 @@ def main(argv: list[str] | None = None) -> int:
     get.add_argument("name", nargs="?", metavar="NAME", help="(default: list the names)")
     get.add_argument("--revision", metavar="R", help="commit, branch or tag (default: the newest)")
     get.add_argument("--json", action="store_true", help="one JSON object on standard output")
-    arguments = parser.parse_args(argv)
-    try:
-        if arguments.command == "get":
-            _get(arguments.name, arguments.revision, arguments.json)
-            return 0
-        if (arguments.file / FOLDERS_FILE).is_file():
-            arguments.file /= FOLDERS_FILE
-        if arguments.command == "convert":
-            _check_names(arguments)
-            target = weights_path(arguments.out)
-            if target.exists() and target.samefile(arguments.file):
-                raise ValueError(f"{target} is the file that is converted: give another name")
-        if arguments.tower == "text" and arguments.norm is not None:
-            raise ValueError("--norm is of image towers: the norms of text towers come before")
-        of_image = arguments.command == "convert" and arguments.tower == "image"
-        if of_image and arguments.file.is_dir():
-            _export(_load_own(arguments), arguments)
-            return 0
-        checkpoint = read_checkpoint(arguments.file, arguments.which)
-        if of_image and holds_own_vit(checkpoint.arrays):
-            _export(_load_own(arguments), arguments)
-            return 0
-        published = _read(checkpoint, arguments)
-        if arguments.command == "convert":
-            if isinstance(published, PublishedText):
-                _convert_text(published, arguments.out, arguments.to)
-            else:
-                _export(published, arguments)
-        elif arguments.json:
-            print(json.dumps(describe(published) | describe_file(checkpoint), indent=2))
-        else:
-            print("\n".join([*_lines(published), *_lines_of_file(checkpoint)]))
-    except (ValueError, OSError, ModuleNotFoundError) as error:
-        if arguments.command == "inspect" and (own := _describe_own(arguments.file)):
-            print(json.dumps(own, indent=2) if arguments.json else own["about"])
-            return 0
-        sys.stderr.write(f"ggem_jax.weights: {' '.join(str(error).split())}\n")
-        return 1
-    return 0
+    return parser
+
+
+def _inspect(arguments: argparse.Namespace) -> None:
+    found = _open(arguments)
+    if isinstance(found, LoadedViT):
+        record = describe_own(found)
+        print(json.dumps(record, indent=2) if arguments.json else "\n".join(_lines_of_own(record)))
+        return
+    checkpoint, published = found
+    if arguments.json:
+        print(json.dumps(describe(published) | describe_file(checkpoint), indent=2))
+    else:
+        print("\n".join([*_lines(published), *_lines_of_file(checkpoint)]))
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    _check_names(arguments)
+    target = weights_path(arguments.out)
+    if target.exists() and target.samefile(_file_of(arguments.file)):
+        raise ValueError(f"{target} is the file that is converted: give another name")
+    found = _open(arguments)
+    vit = found if isinstance(found, LoadedViT) else found[1]
+    if isinstance(vit, PublishedText):
+        _convert_text(vit, arguments.out, arguments.to)
+    else:
+        _export(vit, arguments)
+
+
+def _file_of(path: Path) -> Path:
+    """The file of weights in a folder, where there is one."""
+    return path / FOLDERS_FILE if (path / FOLDERS_FILE).is_file() else path
+
+
+def _open(
+    arguments: argparse.Namespace,
+) -> LoadedViT | tuple[Checkpoint, PublishedViT | PublishedText]:
+    """The network of FILE: one of our own, or a published one with the file it was read from."""
+    if arguments.tower == "text" and arguments.norm is not None:
+        raise ValueError("--norm is of image towers: the norms of text towers come before")
+    file = _file_of(arguments.file)
+    if file.is_dir():
+        return _load_own(arguments)
+    checkpoint = read_checkpoint(file, arguments.which)
+    if holds_own_vit(checkpoint.arrays):
+        return _load_own(arguments)
+    return checkpoint, _read(checkpoint, file, arguments)
 
 
 def describe(published: PublishedViT | PublishedText) -> dict[str, Any]:
@@ -192,25 +212,42 @@ def describe(published: PublishedViT | PublishedText) -> dict[str, Any]:
     }
 
 
-def _describe_own(file: Path) -> dict[str, Any] | None:
-    """What `inspect` prints of a file in the names of our own, None for any other file."""
-    try:
-        model, variables = read_own_vit(file)
-    except (ValueError, OSError, ModuleNotFoundError):
-        return None
-    count, config = sum(leaf.size for leaf in jax.tree.leaves(variables)), model.config
-    about = (
-        f"a ViT in our own Flax names, which load_vit and --init read; {count:,} parameters without"
-        f" pooling and head, width {config.width}, {config.depth} blocks, {config.heads} heads,"
-        f" patches of {config.patch} in images of {config.image}"
-    )
-    config_values = dataclasses.asdict(config)
-    return {"family": "own", "about": about, "parameters": count, "config": config_values}
+def describe_own(loaded: LoadedViT) -> dict[str, Any]:
+    """Returns what `inspect --json` prints of a file of our own, or of a run.
+
+    Args:
+        loaded: The network, as it was read.
+    """
+    return {
+        "family": "own",
+        "about": f"a ViT of our own, which load_vit and --init read ({loaded.source})",
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(loaded.variables)),
+        "config": dataclasses.asdict(loaded.model.config),
+        "pooling": describe_settings(loaded.model, None)["pool"],
+        "classes": loaded.model.num_classes,
+        "mean": loaded.mean,
+        "std": loaded.std,
+    }
 
 
-def _read(checkpoint: Checkpoint, arguments: argparse.Namespace) -> PublishedViT | PublishedText:
+def _lines_of_own(record: dict[str, Any]) -> list[str]:
+    c = record["config"]
+    images = f"less {record['mean']}, over {record['std']}" if record["mean"] else "not known"
+    return [
+        f"{record['about']}; {record['parameters']:,} parameters",
+        f"width {c['width']}, {c['depth']} blocks, {c['heads']} heads, MLP {c['mlp_width']};"
+        f" patches of {c['patch']} in images of {c['image']}; GELU {c['gelu']}, norms with"
+        f" {c['norm_eps']:g}",
+        f"pooled by {record['pooling']['kind']}, {record['classes'] or 'no'} outputs of the head",
+        f"images in [0, 1]: {images}",
+    ]
+
+
+def _read(
+    checkpoint: Checkpoint, file: Path, arguments: argparse.Namespace
+) -> PublishedViT | PublishedText:
     given = Given(arguments.heads, arguments.gelu, norm=arguments.norm)
-    file, architecture = arguments.file, arguments.architecture
+    architecture = arguments.architecture
     if arguments.tower == "image":
         return from_arrays(checkpoint.arrays, file, given=given, architecture=architecture)
     settings = Settings(file, architecture)
@@ -325,6 +362,8 @@ def _check_names(arguments: argparse.Namespace) -> None:
 
 def _load_own(arguments: argparse.Namespace) -> LoadedViT:
     """The network of a training run, or of a file by the names of our variables."""
+    if arguments.tower == "text":
+        raise ValueError(f"{arguments.file} is a ViT of our own: it has no text tower")
     names = ("heads", "gelu", "norm", "architecture", "which")
     if given := [name for name in names if getattr(arguments, name) is not None]:
         raise ValueError(
@@ -357,7 +396,8 @@ def _convert_text(published: PublishedText, out: Path, names: str) -> None:
     print(f"{len(arrays)} arrays written to {out}")
 
 
-def _get(name: str | None, revision: str | None, as_json: bool) -> None:
+def _get(arguments: argparse.Namespace) -> None:
+    name, revision, as_json = arguments.name, arguments.revision, arguments.json
     if name is None:
         rows = {
             each: {**entry._asdict(), "page": f"{SITE}/{entry.repo}"}

@@ -13,7 +13,13 @@ from typing import Any, Literal, NamedTuple
 
 from ggem_jax.files.errors import AmbiguousWeights, MismatchedWeights
 from ggem_jax.models.transformer import GELU
-from ggem_jax.weights.declared import GELUS, Declared, Norms
+from ggem_jax.weights.declared import (
+    GELUS,
+    Declared,
+    Norms,
+    is_name,
+    other_sizes_of_name,
+)
 
 TIMM = "timm 1.0.22, vision_transformer.py and deit.py"
 
@@ -82,6 +88,7 @@ class Given(NamedTuple):
     norm_eps: float | None = None
     norm: Norms | None = None
     architecture: str | None = None  # the name of a model of timm
+    which: str | None = None  # the network of a file with several (`read_checkpoint`)
 
 
 NOTHING_GIVEN = Given()
@@ -99,22 +106,31 @@ def take_name(given: Given, architecture: str | Path | None) -> tuple[Given, str
         The choices with the name, and the file, which is None if it was a name.
     """
     name = str(architecture or "")
-    if not re.fullmatch(r"[A-Za-z]\w*_\w+(\.\w+)?", name) or name.endswith(".json"):
-        return given, architecture
-    if Path(name).exists():
+    if not is_name(name) or Path(name).exists():
         return given, architecture
     return given._replace(architecture=name), None
 
 
-def add_name(declared: Declared, given: Given) -> Declared:
+def add_name(
+    declared: Declared, given: Given, sizes: Mapping[str, int], *, source: str
+) -> Declared:
     """Returns what is declared, with the name of the model that the user gives, if any.
 
     Args:
         declared: What files of settings say.
         given: Choices of the user.
+        sizes: `hidden_size` and `patch_size` of the weights.
+        source: The file, for messages.
+
+    Raises:
+        MismatchedWeights: The name is of a network of other sizes.
     """
     if given.architecture is None:
         return declared
+    if other := other_sizes_of_name(given.architecture, sizes):
+        raise MismatchedWeights(
+            f"{source} is not {given.architecture}, which has {other}: name the model that it is"
+        )
     sources = declared.sources | {"architecture": "given"}
     return replace(declared, architecture=given.architecture, sources=sources)
 

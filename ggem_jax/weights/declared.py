@@ -12,6 +12,7 @@ References for the keys: huggingface/transformers, the `configuration_*.py` of t
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -68,6 +69,44 @@ HUGGING_FACE: dict[str, _Defaults] = {
 _POOLINGS_OF_TIMM = {"token": "cls", "avg": "avg", "map": "map"}
 # the tower's config where a file has one for each tower: its key, and what its type is called
 _TOWERS: dict[Tower, str] = {"image": "vision", "text": "text"}
+
+
+# channels of a token by the word for the size in timm's names, where it stands for one
+WIDTHS = {
+    "tiny": (192,), "wee": (256,), "pwee": (256,), "xsmall": (256,), "little": (320,),
+    "small": (384,), "medium": (512,), "mediumd": (512,), "betwixt": (640,), "base": (768, 896),
+    "so150m": (896,), "so150m2": (832,), "large": (1024,), "so400m": (1152,), "huge": (1280,),
+    "giant": (1408, 1536), "giantopt": (1536,), "gigantic": (1664,), "7b": (4096,),
+}  # fmt: skip
+_NAME = re.compile(r"(?:vit|deit|deit3|flexivit|eva|beit3)_([a-z0-9]+)(?:_\w+)?(?:\.\w+)?")
+
+
+def is_name(text: str) -> bool:
+    """Returns whether a text reads as the name of a ViT in timm.
+
+    Args:
+        text: Such as "vit_base_patch16_224" or "deit3_small_patch16_224.fb_in1k".
+    """
+    return _NAME.fullmatch(text) is not None
+
+
+def other_sizes_of_name(name: str, sizes: Mapping[str, int]) -> str:
+    """Returns in what a name of timm contradicts the sizes of a file, or "".
+
+    Args:
+        name: The name of a model of timm.
+        sizes: `hidden_size` and `patch_size` of the weights.
+    """
+    found = _NAME.fullmatch(name)
+    widths = WIDTHS.get(found[1], ()) if found else ()
+    patch = re.search(r"_patch(\d+)", name)
+    faults = []
+    if widths and sizes.get("hidden_size", widths[0]) not in widths:
+        which = " or ".join(map(str, widths))
+        faults.append(f"width {which} where the weights have {sizes['hidden_size']}")
+    if patch and sizes.get("patch_size", int(patch[1])) != int(patch[1]):
+        faults.append(f"patches of {patch[1]} where the weights have {sizes['patch_size']}")
+    return " and ".join(faults)
 
 
 @dataclass(frozen=True)
@@ -192,6 +231,10 @@ def _of_timm(settings: dict[str, Any], name: str, sizes: Mapping[str, int]) -> D
     found = Declared()
     architecture = settings.get("architecture") or pretrained.get("architecture")
     if isinstance(architecture, str):
+        told = {"hidden_size": theirs["hidden_size"], "patch_size": theirs["patch_size"]}
+        untold = {key: size for key, size in sizes.items() if told.get(key) is None}
+        if other := other_sizes_of_name(architecture, untold):
+            return Declared(ignored=(f"{name} names {architecture}, which has {other}",))
         found = _with(found, "architecture", architecture, f"{name}: architecture {architecture}")
     if "num_heads" in arguments:
         heads = _whole(arguments["num_heads"], name, "num_heads")
@@ -239,11 +282,11 @@ def _of_open_clip(
                 "head_width",
             )
         found = _with(found, "heads", heads, f"{name}: {key}")
-        approximate = (own.get("act_kwargs") or {}).get("approximate")
+        approximate = _object(own, "act_kwargs", name).get("approximate")
         quick = bool(model.get("quick_gelu", False))
         activation = "quick_gelu" if quick else "gelu_tanh" if approximate == "tanh" else "gelu"
         found = _with(found, "activation", activation, f"{name}: quick_gelu {quick}")
-        eps = _positive((own.get("norm_kwargs") or {}).get("eps", 1e-5), name, "eps")
+        eps = _positive(_object(own, "norm_kwargs", name).get("eps", 1e-5), name, "eps")
         found = _with(found, "norm_eps", eps, f"{name}: the norms of open_clip")
     images = settings.get("preprocess_cfg")
     return _with_normalisation(
@@ -300,10 +343,17 @@ def _join(first: Declared, second: Declared, path: Path) -> Declared:
     )
 
 
+def _object(settings: Mapping[str, Any], key: str, name: str) -> dict[str, Any]:
+    value = settings.get(key) or {}
+    if not isinstance(value, dict):
+        raise MismatchedWeights(f"{name}: {key} must hold settings by name, not {value!r}")
+    return value
+
+
 def _whole(value: Any, name: str, key: str) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or not 0 < value < 2**16:
         raise MismatchedWeights(
-            f"{name}: {key} must be a whole number of at least 1, not {value!r}"
+            f"{name}: {key} must be a whole number from 1 to 65535, not {value!r}"
         )
     return value
 

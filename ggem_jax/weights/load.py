@@ -48,7 +48,9 @@ def load_vit(
     heads: int | None = None,
     gelu: GELU | None = None,
     norm: Norms | None = None,
+    norm_eps: float | None = None,
     architecture: str | Path | None = None,
+    which: str | None = None,
 ) -> LoadedViT:
     """Returns a ViT from a published file, a file of our own, or the folder of a training run.
 
@@ -67,8 +69,11 @@ def load_vit(
         gelu: Its GELU; None: by the evidence.
         norm: Whether its norms come before ("pre") or after ("post") the branches of a block; None:
             by the evidence.
+        norm_eps: Epsilon of its norms; None: by the evidence.
         architecture: The publisher's file of settings of a published file, or the folder of one, or
             the name of the model in timm; None: the files beside the weights.
+        which: The network of a file with several, such as "ema" or "teacher"; None: the usual one
+            (see `ggem_jax.files.arrays.read_checkpoint`).
 
     Returns:
         The model, its variables in float32, and the mean and deviation of its images.
@@ -92,7 +97,7 @@ def load_vit(
         path = Path(path).expanduser()
     except RuntimeError:
         raise UnreadableWeights(f"{path} begins with the home folder of an unknown user") from None
-    given = Given(heads, gelu, None, norm)
+    given = Given(heads, gelu, norm_eps, norm, which=which)
     if path.is_dir() and (path / "model.safetensors").is_file():
         path = path / "model.safetensors"  # of a folder that `export_vit` or another library wrote
     if path.is_dir():
@@ -124,7 +129,7 @@ def _load_run(folder: Path, ema: bool) -> LoadedViT:
 
 
 def _load_file(path: Path, given: Given, architecture: str | Path | None) -> LoadedViT:
-    arrays = read_arrays(path)
+    arrays = read_arrays(path, given.which)
     if holds_own_vit(arrays):
         source = f"{path}, Flax variables"
         classes = next(reversed(np.shape(arrays.get("params/head/kernel", 0))), 0)

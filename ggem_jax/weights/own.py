@@ -165,16 +165,43 @@ def own_settings(
         MismatchedWeights: As `own_config`.
         UnreadableWeights: The settings have our form, and values that no network can have.
     """
-    declared = read_settings(path)
+    declared = declared_settings(arrays, path, variant, position=position)
     if declared is not None:
-        hint = position or declared.config.position
-        shaped = own_config(
-            arrays, variant, position=None if hint == "learned" else hint, source=str(path)
-        )
-        if fits(declared.config, shaped):
-            return declared
+        return declared
     config = own_config(arrays, variant, position=position, source=str(path))
     return OwnSettings(config, own_pooling(arrays), IMAGENET)
+
+
+def declared_settings(
+    arrays: Arrays,
+    path: str | Path,
+    variant: str | None = None,
+    *,
+    position: Literal["sincos", "rope"] | None = None,
+) -> OwnSettings | None:
+    """Returns the settings that a file of our own, or a `config.json` beside it, states.
+
+    Args:
+        arrays: The variables by their paths.
+        path: The file.
+        variant: As in `own_settings`.
+        position: As in `own_settings`.
+
+    Returns:
+        The settings; None where there are none, or those of another network.
+
+    Raises:
+        MismatchedWeights: As `own_config`.
+        UnreadableWeights: As `own_settings`.
+    """
+    declared = read_settings(path)
+    if declared is None:
+        return None
+    hint = position or declared.config.position
+    shaped = own_config(
+        arrays, variant, position=None if hint == "learned" else hint, source=str(path)
+    )
+    return declared if fits(declared.config, shaped) else None
 
 
 def fit_variables(model: ViT, arrays: Arrays, *, source: str) -> dict[str, Any]:

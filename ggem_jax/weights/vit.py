@@ -310,7 +310,7 @@ def from_timm(
     declared = (
         read_declared(settings.path, sizes, given=settings.architecture) if settings else Declared()
     )
-    declared = add_name(declared, given)
+    declared = add_name(declared, given, sizes, source=source)
     refuse_architecture(declared, source=source)
     if gammas and family == "deit3":
         decide_positions(declared, source=source)

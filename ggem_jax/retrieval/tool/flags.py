@@ -256,6 +256,11 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         help="name in timm of a published ViT, such as deit3_small_patch16_224, where its file does"
         " not tell what it is",
     )
+    add(
+        "--which",
+        metavar="NAME",
+        help="the network of a file of weights with several, such as ema, teacher or student",
+    )
     add("--whitening", metavar="FILE", help="whitening of the command whiten, applied at the end")
 
 
