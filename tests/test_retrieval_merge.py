@@ -289,6 +289,31 @@ def test_damage_is_found_before_it_is_merged(photos, parts, tmp_path):
     assert verify(tmp_path / "out", deep=True) == ([], [])
 
 
+def test_copies_share_the_vector_of_the_first(photos, tmp_path):
+    """Also where two hosts describe the same content differently in the last bits."""
+    made = [tmp_path / f"p{number}" for number in range(1, N + 1)]
+    for number, path in enumerate(made, 1):
+
+        def noisy(images, number=number):
+            return (described(image) + np.float32(number / 64) for image in images)
+
+        build(photos, path, noisy, SETTINGS, shard=f"{number}/{N}")
+    merge(tmp_path / "out", made)
+    opened = Index.open(tmp_path / "out")
+    vectors = dict(zip(opened.paths, vectors_of(tmp_path / "out"), strict=True))
+    seen = 0
+    for seed in (0, 4, 8):
+        names = sorted([f"{seed:02}.png", f"z{seed}.png", f"0{seed}.a.png"])
+        own = [next(n for n in range(1, N + 1) if Part(n, N).holds(name)) for name in names]
+        seen += len(set(own)) > 1
+        first = Index.open(made[own[0] - 1])
+        expected = first.vectors().take([first.paths.index(names[0])])[0]
+        for name in names:
+            np.testing.assert_array_equal(vectors[name], expected)
+    assert seen > 0
+    assert verify(tmp_path / "out") == ([], [])
+
+
 def test_the_files_of_weights_are_remembered(parts, tmp_path):
     (parts[0] / SOURCES).write_text('{"weights": "/w", "whitening": null}')
     merge(tmp_path / "out", parts)
