@@ -6,6 +6,7 @@ from ggem_jax.retrieval.index.describing import (
     build_index,
     whiten_index,
 )
+from ggem_jax.retrieval.index.duplicates import Duplicates, find_duplicates
 from ggem_jax.retrieval.index.evaluation import Evaluation
 from ggem_jax.retrieval.index.index import Index, info, remove
 from ggem_jax.retrieval.index.merging import Merged, merge
@@ -16,6 +17,7 @@ from ggem_jax.retrieval.index.verification import Verdict, verify
 from ggem_jax.retrieval.index.writing import Report
 
 __all__ = [
+    "Duplicates",
     "Evaluation",
     "Index",
     "IndexRefused",
@@ -27,6 +29,7 @@ __all__ = [
     "Verdict",
     "add_images",
     "build_index",
+    "find_duplicates",
     "info",
     "merge",
     "push",

@@ -12,7 +12,7 @@ from typing import Any
 
 from ggem_jax.descriptors.settings import DescriptorSettings
 from ggem_jax.retrieval import index as indexes
-from ggem_jax.retrieval.index import Evaluation, Index, Report, Results
+from ggem_jax.retrieval.index import Duplicates, Evaluation, Index, Report, Results
 from ggem_jax.retrieval.index.describing import SurplusFile
 from ggem_jax.retrieval.index.folder import shown
 from ggem_jax.retrieval.index.store import some
@@ -22,7 +22,13 @@ from ggem_jax.retrieval.rerank_files import rerank_files
 from ggem_jax.retrieval.tool.compilation import keep_compiled_programs
 from ggem_jax.retrieval.tool.flags import Usage
 from ggem_jax.retrieval.tool.progress import progress
-from ggem_jax.retrieval.tool.sheet import Answer, Hit, write_sheet
+from ggem_jax.retrieval.tool.sheet import (
+    Answer,
+    Hit,
+    format_bytes,
+    write_duplicates_sheet,
+    write_sheet,
+)
 
 
 def run(command: str, **options: Any) -> int:
@@ -286,6 +292,38 @@ def merge(*, output: str, parts: Sequence[str], as_json: bool) -> int:
     return 0
 
 
+def duplicates(*, index: str, threshold: float, as_json: bool, html: str | None) -> int:
+    """Prints the near duplicates of an index, and writes them as a page.
+
+    Args:
+        index: Folder of the index.
+        threshold: Least cosine of a pair.
+        as_json: Whether the groups are printed as JSON, else as tables.
+        html: File of the page; None writes none.
+
+    Returns:
+        The exit code 0.
+    """
+    found = indexes.find_duplicates(index, threshold=threshold)
+    if html:
+        facts = _facts_of(found.folder, found.root, found.size) | {
+            "duplicates": _count_duplicates(found)
+        }
+        write_duplicates_sheet(Path(html), found, facts=facts)
+    if as_json:
+        return _print_json(found.record())
+    print(f"{index}: {_count_duplicates(found)}")
+    for group in found.groups:
+        print(f"{'width':>7} x {'height':<6}   {'size':>9}   {'score':>7}   path")
+        for each in group:
+            file = each.file
+            print(
+                f"{file.width:>7} x {file.height:<6}   {format_bytes(file.bytes):>9}"
+                f"   {each.score:>7.4f}   {shown(file.path)}"
+            )
+    return 0
+
+
 COMMANDS: dict[str, Callable[..., int]] = {
     "index": index,
     "search": search,
@@ -298,6 +336,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "whiten": whiten,
     "push": push,
     "merge": merge,
+    "duplicates": duplicates,
 }
 
 
@@ -340,15 +379,29 @@ def _write_html(file: str, results: Results) -> None:
         for name, value in results.settings.items()
         if value is not None
     ]
-    facts = {
-        "index": str(results.folder.absolute()),
-        "images": f"{results.size} under {results.root}",
+    facts = _facts_of(results.folder, results.root, results.size) | {
         "reranking": str(results.method),
         "descriptor": ", ".join(settings),
-        "date": datetime.now().astimezone().isoformat(" ", "minutes"),
     }
     reranks = results.method.name != "none"
     write_sheet(Path(file), _answers(results), root=results.root, reranked=reranks, facts=facts)
+
+
+def _facts_of(folder: Path, root: Path, size: int) -> dict[str, str]:
+    return {
+        "index": str(folder.absolute()),
+        "images": f"{size} under {root}",
+        "date": datetime.now().astimezone().isoformat(" ", "minutes"),
+    }
+
+
+def _count_duplicates(found: Duplicates) -> str:
+    surplus = sum(each.file.bytes for each in found.surplus)
+    return (
+        f"{len(found.groups)} group{'s' * (len(found.groups) != 1)} of images with cosines of"
+        f" {found.threshold:g} or more; all but the first of each:"
+        f" {len(found.surplus)} image{'s' * (len(found.surplus) != 1)}, {format_bytes(surplus)}"
+    )
 
 
 def _print_answer(answer: Answer, root: Path, method: Method) -> None:

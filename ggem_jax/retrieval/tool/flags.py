@@ -95,6 +95,8 @@ def _check(arguments: argparse.Namespace) -> None:
             raise Usage("-k is for the search, and --ranking takes its place: give one of them")
     elif arguments.command == "whiten":
         _check_output(arguments.output, (".npz",), [])
+    elif arguments.command == "duplicates" and arguments.html:
+        _check_output(arguments.html, (".html", ".htm"), [])
 
 
 def _check_output(file: str, endings: tuple[str, ...], inputs: Iterable[str | None]) -> None:
@@ -433,6 +435,19 @@ def _merge(parser: argparse.ArgumentParser) -> None:
     _add_json(parser)
 
 
+def _duplicates(parser: argparse.ArgumentParser) -> None:
+    _add_index(parser)
+    parser.add_argument(
+        "--threshold",
+        type=_cosine,
+        default=0.95,
+        metavar="COSINE",
+        help="least cosine of a pair, above 0 and at most 1 (%(default)s)",
+    )
+    _add_json(parser)
+    parser.add_argument("--html", metavar="FILE", help="write one page with the images")
+
+
 _COMMANDS = {
     "index": (_index, "build an index of a folder of images, or bring one up to date"),
     "search": (_search, "find the images of an index that are most like an image"),
@@ -445,6 +460,7 @@ _COMMANDS = {
     "whiten": (_whiten, "learn PCA whitening from the vectors of an index"),
     "push": (_push, "bring a collection of a vector database in line with an index"),
     "merge": (_merge, "join the parts of index --shard into one index"),
+    "duplicates": (_duplicates, "find groups of images that are nearly the same, the best first"),
 }
 
 
@@ -585,6 +601,12 @@ def _number(text: str) -> float:
         value = math.nan
     if not 0 <= value <= LARGEST:
         raise argparse.ArgumentTypeError(f"must be a number from 0 to {LARGEST:g}, not {text!r}")
+    return value
+
+
+def _cosine(text: str) -> float:
+    if not 0 < (value := _number(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, not {text!r}")
     return value
 
 

@@ -1,12 +1,12 @@
-"""The results of a search as one HTML page without other files.
+"""Results of a search, or groups of near duplicates, as one HTML page without other files.
 
-Images are data URIs; the page loads nothing and has no scripts. Its template is
-`ggem_jax/files/templates/search.html`.
+Images are data URIs; a page loads nothing and has no scripts. The templates are `search.html` and
+`duplicates.html` in `ggem_jax/files/templates`.
 """
 
 import base64
 import io
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from PIL import Image, ImageDraw
 from ggem_jax.files.atomic import replacing
 from ggem_jax.files.images import UnreadableImage, read_image
 from ggem_jax.files.pages import TEMPLATES, render_page
+from ggem_jax.retrieval.index.duplicates import Duplicates
 from ggem_jax.retrieval.index.folder import shown
 
 THUMBNAIL = 320  # longer side of a thumbnail, pixels
@@ -77,6 +78,48 @@ def write_sheet(
         thumbnail=_thumbnail_of,
         shown=shown,
     )
+    _write_page(file, pieces)
+
+
+def write_duplicates_sheet(file: Path, found: Duplicates, *, facts: Mapping[str, str]) -> None:
+    """Writes a page of near duplicates, which appears when it is complete.
+
+    Args:
+        file: File of the page.
+        found: The groups.
+        facts: Name and text of each line at the head of the page.
+
+    Raises:
+        OSError: The page cannot be written.
+    """
+    pieces = render_page(
+        TEMPLATES / "duplicates.html",
+        title="Near duplicates",
+        facts={name: shown(fact) for name, fact in facts.items()},
+        groups=found.groups,
+        root=found.root,
+        thumbnail=_thumbnail_of,
+        shown=shown,
+        size=format_bytes,
+    )
+    _write_page(file, pieces)
+
+
+def format_bytes(size: int) -> str:
+    """Returns a size as people write it: `812 bytes`, `3.2 kB`, `41 MB`, `1.5 GB`.
+
+    Args:
+        size: The size, bytes.
+    """
+    value, unit = float(size), "bytes"
+    for larger in ("kB", "MB", "GB", "TB"):
+        if value < 1000:
+            break
+        value, unit = value / 1000, larger
+    return f"{value:.0f} {unit}" if unit == "bytes" or value >= 9.95 else f"{value:.1f} {unit}"
+
+
+def _write_page(file: Path, pieces: Iterable[str]) -> None:
     with (
         replacing(file) as temporary,
         temporary.open("w", encoding="utf-8", errors="backslashreplace") as page,
