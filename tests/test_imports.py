@@ -33,8 +33,16 @@ ROOMS = {
         "descriptors": {"files", "models", "pooling", "weights"},
         "retrieval": {"files", "pooling", "retrieval.tool"},
         "retrieval.index": {"descriptors", "files", "retrieval", "retrieval.stores"},
+        "retrieval.page": {"files", "retrieval", "retrieval.index"},
         "retrieval.stores": {"retrieval"},
-        "retrieval.tool": {"descriptors", "files", "progress", "retrieval", "retrieval.index"},
+        "retrieval.tool": {
+            "descriptors",
+            "files",
+            "progress",
+            "retrieval",
+            "retrieval.index",
+            "retrieval.page",
+        },
     },
     "neupims": {
         "files": set(),

@@ -54,6 +54,8 @@ def test_wheel_carries_the_packages_and_nothing_else(built):
     assert {
         "ggem_jax/files/templates/search.html",
         "ggem_jax/pooling/tokens.py",
+        "ggem_jax/retrieval/page/static/page.html",
+        "ggem_jax/retrieval/page/static/page.js",
         "ggem_jax/models/vit.py",
         "neupims/machine/workload.py",
         "ggem_jax/py.typed",
@@ -232,7 +234,7 @@ DISTRIBUTIONS = {
 }
 # folder -> the extras that its imports may need, beside the five requirements of all
 EXTRAS_OF = {
-    "ggem_jax": {"gpu", "hub", "milvus", "retrieval"},
+    "ggem_jax": {"gpu", "hub", "milvus", "retrieval", "serve"},
     "train": {"train"},
     "eval": {"train", "retrieval"},
     "neupims": {"neupims", "oracle"},

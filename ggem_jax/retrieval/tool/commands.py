@@ -3,6 +3,7 @@
 The keyword arguments come from `ggem_jax.retrieval.tool.flags`; the return value is the exit code.
 """
 
+import contextlib
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -324,6 +325,27 @@ def duplicates(*, index: str, threshold: float, as_json: bool, html: str | None)
     return 0
 
 
+def serve(*, index: str, **options: Any) -> int:
+    """Serves the page of an index, and prints its address, until Ctrl-C.
+
+    Args:
+        index: Folder of the index.
+        **options: Keyword arguments of `ggem_jax.retrieval.page.serve`.
+
+    Returns:
+        The exit code 0.
+    """
+    from ggem_jax.retrieval.page import serve as serve_page
+
+    def print_address(url: str, images: int) -> None:
+        print(f"{index}: {images} images at {url} (Ctrl-C ends)", flush=True)
+
+    keep_compiled_programs()
+    with contextlib.suppress(KeyboardInterrupt):  # the usual end
+        serve_page(index, on_start=print_address, **options)
+    return 0
+
+
 COMMANDS: dict[str, Callable[..., int]] = {
     "index": index,
     "search": search,
@@ -337,6 +359,7 @@ COMMANDS: dict[str, Callable[..., int]] = {
     "push": push,
     "merge": merge,
     "duplicates": duplicates,
+    "serve": serve,
 }
 
 

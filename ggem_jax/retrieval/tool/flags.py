@@ -448,6 +448,36 @@ def _duplicates(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", metavar="FILE", help="write one page with the images")
 
 
+def _serve(parser: argparse.ArgumentParser) -> None:
+    _add_index(parser)
+    add = parser.add_argument
+    add(
+        "--port",
+        type=_port,
+        default=8000,
+        help="of the page (%(default)s); 0 takes a free one",
+    )
+    add(
+        "--host",
+        default="127.0.0.1",
+        help="address to listen at (%(default)s: only this machine); with another one, such as"
+        " 0.0.0.0, everybody who reaches it sees the images",
+    )
+    add(
+        "--follow-links",
+        action="store_true",
+        help="show images behind links that leave the folder of the index, too",
+    )
+    add(
+        "--max-megapixels",
+        type=_megapixels,
+        default=80.0,
+        metavar="N",
+        help="refuse larger uploads (%(default)g)",
+    )
+    _add_files(parser)
+
+
 _COMMANDS = {
     "index": (_index, "build an index of a folder of images, or bring one up to date"),
     "search": (_search, "find the images of an index that are most like an image"),
@@ -460,6 +490,7 @@ _COMMANDS = {
     "whiten": (_whiten, "learn PCA whitening from the vectors of an index"),
     "push": (_push, "bring a collection of a vector database in line with an index"),
     "merge": (_merge, "join the parts of index --shard into one index"),
+    "serve": (_serve, "look at an index in the browser"),
     "duplicates": (_duplicates, "find groups of images that are nearly the same, the best first"),
 }
 
@@ -584,6 +615,10 @@ def _megapixels(text: str) -> float:
     if value <= 0:
         raise argparse.ArgumentTypeError(f"must be above 0, not {text!r}")
     return value
+
+
+def _port(text: str) -> int:
+    return _whole(text, 0, 65535)
 
 
 def _batch(text: str) -> int:

@@ -5,21 +5,16 @@ Images are data URIs; a page loads nothing and has no scripts. The templates are
 """
 
 import base64
-import io
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from PIL import Image, ImageDraw
-
 from ggem_jax.files.atomic import replacing
-from ggem_jax.files.images import UnreadableImage, read_image
+from ggem_jax.files.images import UnreadableImage
 from ggem_jax.files.pages import TEMPLATES, render_page
+from ggem_jax.files.thumbnails import make_thumbnail
 from ggem_jax.retrieval.index.duplicates import Duplicates
 from ggem_jax.retrieval.index.folder import shown
-
-THUMBNAIL = 320  # longer side of a thumbnail, pixels
-QUALITY = 80  # JPEG quality, 0 to 100
 
 Box = tuple[float, float, float, float]
 
@@ -136,35 +131,3 @@ def _thumbnail_of(path: str | Path, box: Box | None) -> Thumbnail:
         return Thumbnail(shown(path.name), missing=missing)
     source = base64.b64encode(data).decode()
     return Thumbnail(shown(path.name), f"data:image/jpeg;base64,{source}")
-
-
-def make_thumbnail(path: Path, box: Box | None = None) -> bytes:
-    """Returns a small JPEG file of an image, the right way up.
-
-    Its longer side has at most `THUMBNAIL` pixels.
-
-    Args:
-        path: File of the image.
-        box: The corners x1, y1, x2, y2 in pixels of the image, drawn as a frame; None draws none.
-
-    Returns:
-        The bytes of the file.
-
-    Raises:
-        UnreadableImage: The image cannot be read.
-    """
-    image = Image.fromarray(read_image(path))
-    zoom = min(THUMBNAIL / max(image.size), 1.0)
-    small = image.resize(
-        (max(round(image.width * zoom), 1), max(round(image.height * zoom), 1)),
-        Image.Resampling.LANCZOS,
-    )
-    if box is not None:
-        corners = [
-            min(max(each * zoom, 0), length - 1)
-            for each, length in zip(box, small.size * 2, strict=True)
-        ]
-        ImageDraw.Draw(small).rectangle(corners, outline=(255, 214, 10), width=3)
-    data = io.BytesIO()
-    small.save(data, "JPEG", quality=QUALITY)
-    return data.getvalue()
