@@ -76,6 +76,7 @@ COSTLY_FILES = {
     "test_retrieval_descriptors.py",
     "test_retrieval_index.py",
     "test_retrieval_instant.py",
+    "test_retrieval_text.py",
     "test_retrieval_tool.py",
     "test_text.py",
     "test_train_classify.py",

@@ -19,7 +19,8 @@ KEEP_ANSWERS = """
     window.answers = [];
     window.fetch = async (...given) => {
         const response = await usual(...given);
-        if (/similar|search/.test(response.url)) window.answers.push(await response.clone().json());
+        const searches = /similar|search|words/.test(response.url);
+        if (searches) window.answers.push(await response.clone().json());
         return response;
     };
 """
@@ -44,7 +45,11 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def url(folder):
     """The page, served by a thread of this process."""
-    app = make_app(folder / "my.index", describe=describe)
+
+    def encode(texts):  # a text is the number of an image
+        return np.stack([describe(pattern(int(text), (120, 160))) for text in texts])
+
+    app = make_app(folder / "my.index", describe=describe, encode=encode)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="error", lifespan="off"))
     thread = threading.Thread(target=server.run)
     thread.start()
@@ -167,6 +172,20 @@ def test_more_like_this_reranking_and_the_slider(open_page, folder):
     page.click("#browse")
     page.wait_for_function("() => !document.querySelector('.ranks')")
     assert page.locator("#stage").is_hidden()
+
+
+def test_words(open_page):
+    page = open_page()
+    page.fill("#text", "04 - 05")
+    answer = search(page, lambda: page.press("#text", "Enter"))
+    assert names(page)[0] == "04.png"
+    assert answer["query"]["name"] == "04 - 05"
+    assert page.locator("#stage").is_hidden()
+    search(page, page.locator(".card", has_text="02.png").click)
+    assert page.locator("#query-name").text_content() == "02.png"
+    page.fill("#text", "04 -")
+    page.press("#text", "Enter")
+    page.locator("#status.error", has_text="has no text").wait_for()
 
 
 def test_files_and_boxes(open_page, folder):

@@ -156,6 +156,27 @@ class PatchMap:
         return images[:, :height, :width]
 
 
+@dataclass(frozen=True)
+class OwnHead:
+    """A ViT as a network of maps of one place: its own pooling and projection."""
+
+    vit: ViT
+
+    def apply(self, variables: Any, images: Float[Array, "b h w 3"]) -> Float[Array, "b 1 1 d"]:
+        """Returns the projected descriptors of normalised images, in the way of a Flax module.
+
+        Args:
+            variables: The variables of the ViT.
+            images: Normalised images, `(b, h, w, 3)`, whose sides are multiples of the patch.
+
+        Returns:
+            The descriptors as a map, `(b, 1, 1, d)`.
+        """
+        output: Any = self.vit.apply(variables, images)
+        found = output.logits if self.vit.num_classes else output.descriptor
+        return found[:, None, None]
+
+
 def _load_efficientnet_lite0(path: str | Path | None, given: Given) -> Loaded:
     """The installed ImageNet weights, or those of a file, without the classification head."""
     _require_nothing_given(given, path)
@@ -309,6 +330,7 @@ def load_network(
     *,
     normalisation: Normalisation | None = None,
     given: Given = NOTHING_GIVEN,
+    own_head: bool = False,
 ) -> Network:
     """Returns a network with its parameters on the default device.
 
@@ -319,6 +341,7 @@ def load_network(
         normalisation: Mean and deviation of the channels in [0, 1]. None takes those that
             `identify` finds beside the file, if it is asked for the row, and else those of the row.
         given: Choices of the user that a published ViT may leave open.
+        own_head: Whether the pooling and projection of CLIP or SigLIP take the place of the map.
 
     Raises:
         UnreadableWeights: The file cannot be read.
@@ -334,6 +357,10 @@ def load_network(
     if weights is not None and (backbone is None or sizes):
         name, found, *_ = identify(weights, given)
         normalisation = normalisation or found
+    if own_head:
+        if sizes:
+            _load_vit_of_sizes(name, weights, sizes[1], given)  # raises for other sizes
+        return _load_own_head(name, weights, normalisation, given)
     row = BACKBONES[name]
     if sizes:
         loaded = _load_vit_of_sizes(name, weights, sizes[1], given)
@@ -389,6 +416,26 @@ def _own(vit: ViT, variables: dict[str, Any], normalised: Normalisation | None) 
     kept = _without(variables, "head", "pool")
     style = Style(int(vit.config.class_token))
     return PublishedViT("own", "flax", vit.config, "avg", 0, normalised, style, kept)
+
+
+def _load_own_head(
+    name: str, weights: str | Path | None, normalisation: Normalisation | None, given: Given
+) -> Network:
+    """The image tower of CLIP or SigLIP as it was trained, at the size of its images."""
+    about = "the pooling clip needs the weights of CLIP or SigLIP"
+    if weights is None or name not in ("clip", "siglip"):
+        raise MismatchedWeights(f"{about}, not {weights or name}: name a file of these")
+    published = read_vit(weights, **given._asdict())
+    if published.family != name:
+        raise MismatchedWeights(f"{weights} is {FAMILIES[published.family].about}, not {name}")
+    if name == "clip" and not published.num_classes:
+        raise MismatchedWeights(
+            f"{about} with the projection into the space of texts, which {weights} lacks: name the"
+            " file of both towers"
+        )
+    mean, std = normalisation or published.normalised or BACKBONES[name].normalisation
+    variables, side = jax.device_put(published.variables), published.config.image
+    return Network(OwnHead(published.model()), variables, mean, std, stride=side, pads=False)
 
 
 def _load_vit_of_sizes(name: str, weights: str | Path | None, variant: str, given: Given) -> Loaded:

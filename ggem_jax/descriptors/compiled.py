@@ -71,7 +71,11 @@ class CompiledDescriptor:
             s = self._settings
             normalisation = (s.mean, s.std) if s.mean and s.std else None
             self._network = load_network(
-                s.backbone, s.weights, normalisation=normalisation, given=s.given()
+                s.backbone,
+                s.weights,
+                normalisation=normalisation,
+                given=s.given(),
+                own_head=s.pooling == "clip",
             )
         return self._network
 
@@ -106,9 +110,13 @@ class CompiledDescriptor:
 def plain_pooling(settings: DescriptorSettings) -> Literal["average", "max"] | None:
     """Returns the pooling in place of GeM and GeM+, or None where one of these is chosen.
 
+    The head of CLIP and SigLIP makes a map of one place, whose average it is itself.
+
     Args:
         settings: The settings of a descriptor, of which `pooling` is read.
     """
+    if settings.pooling == "clip":
+        return "average"
     return settings.pooling if settings.pooling in ("average", "max") else None
 
 

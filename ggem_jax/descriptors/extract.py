@@ -169,6 +169,8 @@ def fitted_size(
             f"an image of {width} x {height} pixels is too thin for a descriptor: its aspect ratio"
             f" is above {MOST_THIN}:1"
         )
+    if settings.pooling == "clip":
+        return stride, stride  # the one place of the map is the square that the network takes
     places = WINDOW // 2 + 1 if settings.regional else 1
     least = math.ceil(places * stride / min(SCALES[settings.scales]))
     if settings.sizes == "exact":

@@ -38,8 +38,10 @@ class DescriptorSettings:
     backbone: str | None = None
     # file of the network's parameters; None: those installed with efficientnet-lite0
     weights: str | None = None
-    # gem: the network's own exponent, or 3
-    pooling: Literal["gem+", "gem", "average", "max"] = "gem+"
+    # gem: the network's own exponent, or 3; clip: pooling and projection of CLIP or SigLIP into the
+    # space that images share with texts, at the image size of the network, as a square, at one
+    # scale and without Regional GeM
+    pooling: Literal["gem+", "gem", "average", "max", "clip"] = "gem+"
     regional: bool = True  # Regional GeM before the pooling
     relup: bool = True  # ReLU-P inside a ResNet
     scales: Literal[1, 3, 5] = 3  # 1; 0.7, 1 and 1.4; or 0.5, 0.7, 1, 1.4 and 2 times the image
@@ -66,6 +68,11 @@ class DescriptorSettings:
     which: str | None = None  # the network of a file with several, such as "ema"
 
     def __post_init__(self):
+        if self.pooling == "clip":
+            object.__setattr__(self, "regional", False)
+            object.__setattr__(self, "scales", 1)
+            if self.weights is None:
+                raise ValueError("the pooling clip needs a file of weights, of CLIP or SigLIP")
         self._check_backbone()
         self._check_choices()
         self._check_name()

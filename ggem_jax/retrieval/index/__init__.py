@@ -13,6 +13,7 @@ from ggem_jax.retrieval.index.merging import Merged, merge
 from ggem_jax.retrieval.index.pushing import Pushed, push
 from ggem_jax.retrieval.index.search import Results
 from ggem_jax.retrieval.index.store import IndexRefused
+from ggem_jax.retrieval.index.text_search import search_by_words
 from ggem_jax.retrieval.index.verification import Verdict, verify
 from ggem_jax.retrieval.index.writing import Report
 
@@ -34,6 +35,7 @@ __all__ = [
     "merge",
     "push",
     "remove",
+    "search_by_words",
     "verify",
     "whiten_index",
 ]

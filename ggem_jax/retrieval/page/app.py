@@ -6,6 +6,7 @@
 | `GET /images?k=&seed=` | k images of the index, drawn at random |
 | `GET /thumbnail/{id}`, `/image/{id}` | a JPEG file of at most 320 or 1,280 pixels |
 | `GET /similar/{id}?k=&rerank=&neighbors=&box=` | images like one of the index, or a part of it |
+| `GET /words?text=&k=&rerank=&neighbors=` | images like words, of an index with the pooling clip |
 | `POST /search` | images like an upload: fields `image`, and as needed the same, and `preview` |
 
 A box is x1,y1,x2,y2 in pixels. An error is `{"error": sentence}` with a status of 4xx.
@@ -32,6 +33,7 @@ from ggem_jax.files.pages import render_page
 from ggem_jax.files.thumbnails import THUMBNAIL, make_thumbnail
 from ggem_jax.retrieval.index.folder import shown
 from ggem_jax.retrieval.index.index import Index
+from ggem_jax.retrieval.index.text_search import Encode
 from ggem_jax.retrieval.methods import choose_method
 from ggem_jax.retrieval.page.guard import LOOPBACK, Guard
 from ggem_jax.retrieval.page.originals import Originals
@@ -42,6 +44,7 @@ PREVIEW = 1280  # longer side of the query on the page, pixels
 MAX_BYTES = 64 * 2**20  # size of an upload
 MAX_MEGAPIXELS = 80.0  # size of an uploaded image
 MAX_RESULTS = 500
+MAX_LETTERS = 1000
 RERANKERS = ("none", "superglobal", "aqe", "alpha-qe")  # dba does n² work for each query
 
 
@@ -49,6 +52,7 @@ def make_app(
     index: Index | Path | str,
     *,
     describe: Describe | None = None,
+    encode: Encode | None = None,
     weights: str | None = None,
     whitening: str | None = None,
     hosts: Collection[str] = LOOPBACK,
@@ -66,6 +70,8 @@ def make_app(
         index: The index, or its folder.
         describe: Function from an image, `(h, w, 3)` uint8, to its vector `(d,)`; None takes the
             network that the index was made with, which is loaded when it is first needed.
+        encode: Function from m texts to unit vectors `(m, d)`; None takes the text tower in the
+            same file of weights, where the index was made with the pooling "clip".
         weights, whitening: Where the files that the index was made with are now; None takes their
             old places.
         hosts: Names and addresses by which browsers may call the page. Others are refused, as a
@@ -83,7 +89,9 @@ def make_app(
     """
     opened = index if isinstance(index, Index) else Index.open(index)
     originals = Originals(opened, follow_links=follow_links)
-    searcher = Searcher(opened, originals, describe=describe, weights=weights, whitening=whitening)
+    searcher = Searcher(
+        opened, originals, describe=describe, encode=encode, weights=weights, whitening=whitening
+    )
     routes = _Routes(searcher, originals, max_megapixels)
     app = Starlette(
         routes=[
@@ -94,6 +102,7 @@ def make_app(
             Route("/thumbnail/{id:int}", routes.thumbnail),
             Route("/image/{id:int}", routes.image),
             Route("/similar/{id:int}", routes.similar),
+            Route("/words", routes.words),
             Route("/search", routes.search, methods=["POST"]),
         ],
         middleware=[Middleware(Guard, hosts=hosts, any_address=any_address)],
@@ -124,6 +133,7 @@ class _Routes:
             root=shown(str(index.root)),
             count=len(index),
             rerankers=RERANKERS,
+            takes_words=self.searcher.takes_words,
         )
         return Response("".join(pieces), media_type="text/html")
 
@@ -146,6 +156,12 @@ class _Routes:
         if box is None:
             return _json(self.searcher.search_entry(number, wanted))
         return _json(self.searcher.search_part(number, box, wanted))
+
+    def words(self, request: Request) -> Response:
+        words = request.query_params.get("text", "")
+        if len(words) > MAX_LETTERS:
+            raise HTTPException(400, f"text must have at most {MAX_LETTERS} letters")
+        return _json(self.searcher.search_words(words, _wanted(request.query_params)))
 
     async def search(self, request: Request) -> Response:
         async with request.form(max_files=1, max_fields=16, max_part_size=4096) as form:

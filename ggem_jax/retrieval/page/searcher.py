@@ -15,6 +15,13 @@ from ggem_jax.retrieval.index.duplicates import ImageFile, read_files
 from ggem_jax.retrieval.index.folder import shown
 from ggem_jax.retrieval.index.index import Index
 from ggem_jax.retrieval.index.store import INDEX
+from ggem_jax.retrieval.index.text_search import (
+    Encode,
+    load_text_encoder,
+    parse_words,
+    takes_words,
+    vector_of_words,
+)
 from ggem_jax.retrieval.methods import Method
 from ggem_jax.retrieval.page.originals import Originals
 
@@ -36,6 +43,7 @@ class Searcher:
         index: The opened index.
         originals: The files of its images.
         describe: Function from an image to its vector; None takes the network of the index.
+        encode: Function from texts to unit vectors; None takes that of the same weights.
         weights, whitening: Where the files that the index was made with are now; None takes their
             old places.
     """
@@ -46,6 +54,7 @@ class Searcher:
         originals: Originals,
         *,
         describe: Describe | None = None,
+        encode: Encode | None = None,
         weights: str | None = None,
         whitening: str | None = None,
     ):
@@ -53,11 +62,17 @@ class Searcher:
         self._describe, self._weights, self._whitening = describe, weights, whitening
         self._originals = originals
         self._extract: describing.LazyExtract | None = None
+        self._encode: Encode | None = encode
         self._one_at_a_time = threading.Lock()
         self._version = self._file_version()
         files = read_files(index)
         same = [file.path for file in files] == index.paths
         self._files = files if same else [ImageFile(path, 0, 0, 0) for path in index.paths]
+
+    @property
+    def takes_words(self) -> bool:
+        """Whether the index can be searched by words."""
+        return self._encode is not None or takes_words(self.index)
 
     def list_images(self, ids: Sequence[int]) -> list[dict[str, Any]]:
         """Returns what the page shows of images.
@@ -115,6 +130,28 @@ class Searcher:
         """
         entry = {"id": None, "path": None, "name": None, "bytes": len(data)}
         return self._search_file(data, wanted, box, entry, "the upload", max_megapixels)
+
+    def search_words(self, words: str, wanted: Wanted) -> dict[str, Any]:
+        """Returns the images that are most like words, as JSON values.
+
+        Args:
+            words: The query, as `ggem_jax.retrieval.index.text_search.parse_words` takes it.
+            wanted: Number of results, and reranking.
+
+        Raises:
+            IndexRefused: The index cannot be searched by words.
+            ValueError: The words are none, or there is no tokenizer.
+            ModuleNotFoundError: The package tokenizers is not installed.
+        """
+        parse_words(words)
+        with self._one_at_a_time:
+            if self._encode is None:
+                self._encode = load_text_encoder(self.index, weights=self._weights)
+            start = time.perf_counter()
+            vector = vector_of_words(words, self._encode)
+            seconds = time.perf_counter() - start
+        query = {"id": None, "path": None, "name": words, "bytes": 0, "box": None}
+        return self._search(vector, wanted, query | {"width": 0, "height": 0}, seconds)
 
     def warm_up(self) -> None:
         """Loads the network and compiles a search, so that the first query does not wait for it."""

@@ -147,16 +147,18 @@ def search(
     *,
     index: str,
     queries: Sequence[str],
+    words: Sequence[str],
     box: list,
     as_json: bool,
     html: str | None,
     **options: Any,
 ) -> int:
-    """Searches an index by image, prints the results and writes them as a page.
+    """Searches an index by image or by words, prints the results and writes them as a page.
 
     Args:
         index: Folder of the index.
-        queries: Paths of the images.
+        queries: Paths of the images; empty for a search by words.
+        words: Queries as `search_by_words` takes them; empty for a search by image.
         box: The box of each query, x1, y1, x2, y2 in pixels; empty for whole images.
         as_json: Whether the results are printed as JSON, else as tables.
         html: File of the page; None writes none.
@@ -166,13 +168,13 @@ def search(
         The exit code 0.
     """
     keep_compiled_programs()
-    results = Index.open(index).search(
-        list(queries),
-        rerank=options.pop("method"),
-        boxes=box or None,
-        use_stored=False,  # a file may have changed since it was indexed
-        **options,
-    )
+    opened, options["rerank"] = Index.open(index), options.pop("method")
+    if words:
+        del options["whitening"]
+        results = indexes.search_by_words(opened, words, **options)
+    else:
+        # a file may have changed since it was indexed
+        results = opened.search(list(queries), boxes=box or None, use_stored=False, **options)
     if html:
         _write_html(html, results)
     if as_json:

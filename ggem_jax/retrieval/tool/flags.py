@@ -79,6 +79,10 @@ def parse(argv: list[str], prog: str) -> argparse.Namespace:
 def _check(arguments: argparse.Namespace) -> None:
     """Raises `Usage` for arguments that do not fit, before hours of work are done."""
     if arguments.command == "search":
+        if bool(arguments.queries) == bool(arguments.words):
+            raise Usage("name images, QUERY, or words, --text: one of them is needed, not both")
+        if arguments.words and (arguments.html or arguments.whitening):
+            raise Usage("--html and --whitening are for images: leave them out for --text")
         if len(arguments.box) not in (0, len(arguments.queries)):
             raise Usage(
                 f"--box belongs to one query: give it {len(arguments.queries)} times, in the order"
@@ -195,9 +199,10 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--pooling",
-        choices=("gem+", "gem", "average", "max"),
+        choices=("gem+", "gem", "average", "max", "clip"),
         default=DEFAULTS.pooling,
-        help="of the feature map (%(default)s)",
+        help="of the feature map (%(default)s); clip: pooling and projection of CLIP or SigLIP, at"
+        " one scale and without Regional GeM, for a search by words",
     )
     add(
         "--regional",
@@ -269,7 +274,16 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
 def _search(parser: argparse.ArgumentParser) -> None:
     _add_index(parser)
     add = parser.add_argument
-    add("queries", nargs="+", metavar="QUERY", help="an image")
+    add("queries", nargs="*", metavar="QUERY", help="an image")
+    add(
+        "--text",
+        action="append",
+        dest="words",
+        default=[],
+        metavar="WORDS",
+        help="words instead of an image, such as 'lighthouse + 0.5:red - people', for an index made"
+        " with --pooling clip; any number of times",
+    )
     add(
         "--box",
         type=_box,

@@ -1,9 +1,9 @@
-// The page: a query (an image of the index, a file, or a part of either) -> results as cards.
+// The page: a query (an image of the index, a file, a part of either, words) -> results as cards.
 
 const $ = (id) => document.getElementById(id);
 const LEAST_BOX = 8; // pixels of the screen that a drag must cover
 
-// {id}, {file}, or null while images are browsed; box: x1, y1, x2, y2 in pixels of the image
+// {id}, {file}, {words}, or null while images are browsed; box: x1, y1, x2, y2 in pixels of the image
 let query = null;
 let size = { width: 0, height: 0 };
 let running = null;
@@ -120,6 +120,9 @@ async function search() {
     if (!asked.previewed) form.append("preview", "1");
     form.append("image", asked.file);
     answer = await ask("/search", { method: "POST", body: form });
+  } else if (asked.words) {
+    const values = { ...settings(), text: asked.words };
+    answer = await ask(`/words?${new URLSearchParams(values)}`);
   } else {
     answer = await ask(`/similar/${asked.id}?${new URLSearchParams(settings())}`);
   }
@@ -129,7 +132,8 @@ async function search() {
     showPreview(answer.preview, asked.file.name);
   }
   size = answer.query;
-  if (!asked.file) showPreview(`/image/${asked.id}`, answer.query.name);
+  if (asked.words) hidePreview();
+  else if (!asked.file) showPreview(`/image/${asked.id}`, answer.query.name);
   show(answer.results, answer.rerank.method !== "none");
   const { network, search: searched } = answer.seconds;
   const changed = answer.index_changed ? " The index has changed since: restart the server." : "";
@@ -149,6 +153,13 @@ function showPreview(source, name) {
   showBox();
 }
 
+function hidePreview() {
+  $("stage").hidden = $("crop").hidden = $("whole").hidden = true;
+  $("query").classList.remove("filled");
+  $("query-name").textContent = "";
+  $("hint").textContent = "Drop or paste an image here";
+}
+
 function openFile(file) {
   if (!file) return;
   history.replaceState(null, "", location.pathname);
@@ -165,10 +176,7 @@ async function browse(seed) {
   query = null;
   const answer = await ask(`/images?k=60&seed=${seed}`);
   if (answer === null) return;
-  $("stage").hidden = $("crop").hidden = $("whole").hidden = true;
-  $("query").classList.remove("filled");
-  $("query-name").textContent = "";
-  $("hint").textContent = "Drop or paste an image here";
+  hidePreview();
   show(answer.images);
   say("Choose an image, or click one to find more like it.");
 }
@@ -176,7 +184,7 @@ async function browse(seed) {
 function openHash() {
   const id = location.hash.slice(1);
   if (/^\d+$/.test(id)) openEntry(Number(id));
-  else if (!query?.file) browse(0);
+  else if (!query?.file && !query?.words) browse(0);
 }
 
 addEventListener("hashchange", openHash);
@@ -189,6 +197,15 @@ $("rerank").addEventListener("change", () => {
   $("neighbors-label").hidden = $("rerank").value === "none";
 });
 $("least").addEventListener("input", applyLeast);
+
+$("words")?.addEventListener("submit", (event) => {
+  event.preventDefault();
+  const words = $("text").value.trim();
+  if (!words) return;
+  history.replaceState(null, "", location.pathname);
+  query = { words, box: null };
+  search();
+});
 
 // Files: picked, pasted or dropped
 
