@@ -405,3 +405,55 @@ def test_damaged_files_are_refused(tmp_path):
             read_vit(tmp_path / name)
     with pytest.raises(MismatchedWeights, match="heads"):
         read_vit(file_of("timm-vit", tmp_path)[0], heads=3)
+
+
+def test_a_class_token_of_big_vision_is_pooled(tmp_path):
+    weights, _ = recorded("big_vision-siglip")
+    plain = {name: value for name, value in weights.items() if "MAPHead" not in name}
+    np.savez(tmp_path / "plain.npz", **plain)
+    assert read_vit(tmp_path / "plain.npz").pooling == "avg"
+    width = plain["embedding/bias"].shape[0] if "embedding/bias" in plain else 16
+    prefix = next(name for name in plain if name.endswith("embedding/bias"))[
+        : -len("embedding/bias")
+    ]
+    np.savez(
+        tmp_path / "token.npz", **plain, **{f"{prefix}cls": np.ones((1, 1, width), np.float32)}
+    )
+    published = read_vit(tmp_path / "token.npz")
+    assert (published.pooling, published.config.class_token) == ("cls", True)
+
+
+def test_a_head_behind_another_layer_is_left_out(tmp_path):
+    """Of AugReg before fine-tuning: logits without that layer would be others."""
+    weights, _ = recorded("augreg")
+    assert "head/kernel" in weights
+    layer = {
+        f"pre_logits/{leaf}": np.ones(shape, np.float32)
+        for leaf, shape in (("kernel", (16, 16)), ("bias", 16))
+    }
+    np.savez(tmp_path / "w.npz", **weights, **layer)
+    published = read_vit(tmp_path / "w.npz")
+    assert published.num_classes == 0
+    assert {"head/kernel", "head/bias", "pre_logits/kernel"} <= set(published.unused)
+
+
+def test_only_the_decoder_of_a_mae_makes_a_mae(tmp_path):
+    weights, _ = recorded("hf-vit")
+    (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2}))
+    for name, family in (("decoder_layers.0.bias", "mae"), ("0.weight", "vit")):
+        beside = {f"decoder.{name}": np.ones((2, 2), np.float32)}
+        write_safetensors(tmp_path / "w.safetensors", weights | beside)
+        assert read_vit(tmp_path / "w.safetensors").family == family
+
+
+def test_small_files_that_tell_of_large_networks_are_refused_at_once(tmp_path):
+    from ggem_jax.weights.vit_layouts import MOST_BLOCKS, unstack_blocks
+
+    name = "Transformer/encoderblock/MlpBlock_0/Dense_0/kernel"
+    many = np.empty((2 * 10**9, 0), np.float32)
+    assert list(unstack_blocks({name: many})) == [name]
+    assert len(unstack_blocks({name: many[:MOST_BLOCKS]})) == MOST_BLOCKS
+    long = "a." * 20_000 + "blocks.0.norm1.weight"
+    write_safetensors(tmp_path / "long.safetensors", {long: np.ones(2, np.float32)})
+    with pytest.raises(MismatchedWeights, match="names of over 500 letters"):
+        read_vit(tmp_path / "long.safetensors")

@@ -29,6 +29,7 @@ _DAMAGED = (
     RuntimeError, MemoryError, OverflowError, struct.error, tokenize.TokenError, zlib.error,
     lzma.LZMAError, zipfile.BadZipFile,
 )  # fmt: skip
+MOST_LETTERS = 500  # of a parameter's name
 _DENSEST = 100  # largest ratio of contents to file size of a compressed file that is read
 
 
@@ -94,6 +95,11 @@ def read_checkpoint(path: str | Path, which: str | None = None) -> Checkpoint:
         place, arrays, others = choose_network(contents, which)
     except MismatchedWeights as error:
         raise MismatchedWeights(f"{path} {error}") from None
+    if long := next((name for name in arrays if len(name) > MOST_LETTERS), None):
+        raise MismatchedWeights(
+            f"{path} has names of over {MOST_LETTERS} letters, such as {long[:40]}...: it is no"
+            " file of weights"
+        )
     for name, array in arrays.items():
         if array.dtype.itemsize == 1 and array.dtype.name.startswith("float"):
             raise UnreadableWeights(explain_float8(path, name, array.dtype.name))

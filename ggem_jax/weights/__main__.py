@@ -339,7 +339,7 @@ def _choices(published: PublishedViT | PublishedText) -> list[tuple[str, str]]:
     if isinstance(published, PublishedViT):
         values["rope"] = f"base {config.rope_base:g} in {config.rope_dtype}"
     return [
-        (f"{choice} {values[choice]}".rstrip(), where)
+        (f"{choice} {values.get(choice, '')}".rstrip(), where)
         for choice, where in published.evidence.items()
     ]
 

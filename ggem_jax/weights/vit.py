@@ -329,6 +329,8 @@ def from_timm(
         folded["head.bias"] = np.zeros(len(folded["head.weight"]), folded["head.weight"].dtype)
     num_classes = len(folded["head.weight"]) if "head.weight" in folded else 0
     rest = {name: folded.pop(name) for name in list(folded) if name.startswith("head_dist.")}
+    if rest:
+        evidence.found["head"] = "that of the class token; publishers average it with head_dist"
     pooling, evidence.found["pooling"] = _pooling(folded, style, usual, config, family, declared)
     variables = to_variables(folded, vit_table(config, style, pooling, num_classes), source=source)
     normalised = normalisation_of(config, layout, unused) if rotary else usual.normalised
@@ -393,6 +395,8 @@ def _pooling(
         return "avg", "the norm after the pooling, fc_norm"
     if not config.class_token:
         return "avg", "no class token"
+    if family == "big_vision":
+        return "cls", "big_vision has a class token only where it is pooled (vit.py, pool_type tok)"
     return ("avg" if usual.pooling == "map" else usual.pooling), f"family {family}"
 
 

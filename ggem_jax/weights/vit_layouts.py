@@ -26,6 +26,9 @@ Arrays = dict[str, np.ndarray]
 Rule = tuple[str, str, Callable[[np.ndarray], np.ndarray] | None]
 
 
+MOST_BLOCKS = 1000  # of a scan; a damaged file may tell any number
+
+
 class Layout(NamedTuple):
     """How one publisher names the parameters of a ViT."""
 
@@ -101,7 +104,7 @@ _TIMM = Layout(
     ),
     # the last: losses and projection heads of DINO, DINOv2, iBOT and MoCo v3, whose class token has
     # the place of a classifier
-    unused=r"mask_token|decoder_.*|mask_embed.*|dino_head\..*|ibot_head\..*|text\..*|logit_scale"
+    unused=r"mask_token|decoder_.*|mask(?:ed)?_embed.*|dino_head\..*|ibot_head\..*|text\..*|logit_scale"
     r"|logit_bias|\w+_loss\..*|head\.(mlp|last_layer2?|\d+)\..*|predictor\..*",
 )
 
@@ -447,12 +450,27 @@ def to_names_of_timm(
         raise MismatchedWeights(
             f"{source} has parameters that are no arrays of real numbers: {', '.join(odd)}"
         )
+    unused += _without_logits(found, unused, arrays)
     if unknown:
         raise MismatchedWeights(
             f"{source} has {len(unknown)} names that a ViT of layout {name} has no place for:"
             f" {', '.join(sorted(unknown))}"
         )
     return name, join_parts(found, source=source), tuple(unused)
+
+
+def _without_logits(
+    found: Arrays, unused: list[str], arrays: Mapping[str, np.ndarray]
+) -> list[str]:
+    """Takes out the head of a network with a layer before it (`pre_logits`), and returns its names.
+
+    Our ViT has no such layer, without which the logits would be others.
+    """
+    if not any(re.search(r"(^|/)pre_logits/", name) for name in unused):
+        return []
+    for leaf in ("weight", "bias"):
+        found.pop(f"head.{leaf}", None)
+    return [name for name in arrays if re.search(r"(^|/)head/(kernel|bias)$", name)]
 
 
 def _change(
@@ -496,7 +514,7 @@ def unstack_blocks(arrays: Mapping[str, np.ndarray], encoder: str = "Transformer
     found: Arrays = {}
     for name, array in arrays.items():
         match = re.fullmatch(rf"((?:.*/)?{encoder}/encoderblock)(/.*)", name)
-        if match and array.ndim:
+        if match and array.ndim > 0 and 0 < len(array) <= MOST_BLOCKS:
             found |= {f"{match[1]}_{block}{match[2]}": array[block] for block in range(len(array))}
         else:
             found[name] = array

@@ -1,6 +1,7 @@
 """What names and shapes of a published ViT say: family, sizes, and how positions are kept."""
 
 import math
+import re
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -8,6 +9,9 @@ import numpy as np
 from ggem_jax.files.errors import MismatchedWeights
 from ggem_jax.weights.vit_layouts import Arrays
 from ggem_jax.weights.vit_table import Style
+
+# parameters that only the decoder of a MAE has, in its own names and in Hugging Face's
+_DECODER_OF_MAE = r"decoder_embed|decoder_pos_embed|decoder_pred|decoder_layers\.|decoder_blocks\."
 
 
 def family_of(layout: str, arrays: Arrays, unused: tuple[str, ...]) -> str:
@@ -31,7 +35,8 @@ def family_of(layout: str, arrays: Arrays, unused: tuple[str, ...]) -> str:
         return _family_with_layer_scale(layout, arrays, dropped)
     if "dist_token" in arrays:
         return "deit"
-    return "mae" if "decoder" in dropped or _is_fine_tuned_mae(arrays) else "vit"
+    decoder = any(re.search(_DECODER_OF_MAE, name) for name in unused)
+    return "mae" if decoder or _is_fine_tuned_mae(arrays) else "vit"
 
 
 def _family_with_layer_scale(layout: str, arrays: Arrays, dropped: str) -> str:
