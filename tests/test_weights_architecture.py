@@ -12,7 +12,8 @@ from test_weights_vit import assert_like_pytorch, empty_network, recorded, setti
 from ggem_jax.descriptors.settings import DescriptorSettings
 from ggem_jax.files.errors import AmbiguousWeights
 from ggem_jax.weights import MismatchedWeights, UnreadableWeights, write_safetensors
-from ggem_jax.weights.architecture import HEADS, Given
+from ggem_jax.weights.architecture import HEADS, Given, has_fixed_positions
+from ggem_jax.weights.hugging_face import to_hugging_face
 from ggem_jax.weights.load import load_vit
 from ggem_jax.weights.text import read_text
 from ggem_jax.weights.vit import from_timm, read_vit
@@ -209,9 +210,13 @@ def test_a_file_of_another_network_is_no_evidence(tmp_path):
         read_vit(tmp_path / "w.safetensors")
     with pytest.raises(MismatchedWeights, match=r"is not the network that .*config.json describes"):
         read_vit(tmp_path / "w.safetensors", architecture=tmp_path)
-    for broken in ("[1]", "{", "[" * 9999):
-        (tmp_path / "config.json").write_text(broken)
+    for without in ("[1]", '{"some": 1}'):
+        (tmp_path / "config.json").write_text(without)
         with pytest.raises(AmbiguousWeights):
+            read_vit(tmp_path / "w.safetensors")
+    for broken in ('{"num_attention_heads": 2,}', "{", "[" * 99999):
+        (tmp_path / "config.json").write_text(broken)
+        with pytest.raises(UnreadableWeights, match=r"config.json is not readable JSON.* remove"):
             read_vit(tmp_path / "w.safetensors")
     with pytest.raises(UnreadableWeights, match="not readable JSON"):
         read_vit(tmp_path / "w.safetensors", architecture=tmp_path / "config.json")
@@ -228,6 +233,17 @@ def test_a_file_of_another_network_is_no_evidence(tmp_path):
         ({"num_attention_heads": 2, "hidden_act": 3}, "hidden_act must be the name of a GELU"),
         ({"num_attention_heads": 2, "layer_norm_eps": 2}, "layer_norm_eps must be a number above"),
         ({"num_attention_heads": 3}, "width must be a multiple of heads"),
+        ({"hidden_size": [384]}, r"hidden_size must be a number, not \[384\]"),
+        ({"num_attention_heads": 2, "image_size": [8, 16]}, r"image_size \[8, 16\] is not square"),
+        ({"architecture": "a", "model_args": {"img_size": [8, 16]}}, "img_size .* is not square"),
+        (
+            {"architecture": "a", "pretrained_cfg": {"input_size": [3, 8, 16]}},
+            "input_size .* is not square",
+        ),
+        (
+            {"pretrained_cfg": {"mean": [123.675, 116.28, 103.53], "std": [58.4, 57.1, 57.4]}},
+            "must be of images in",
+        ),
     ],
 )
 def test_a_file_that_says_what_cannot_be_is_refused(settings, words, tmp_path):
@@ -319,3 +335,165 @@ def test_settings_of_open_clip_that_are_no_object_are_refused(tmp_path, key):
     (tmp_path / "open_clip_config.json").write_text(json.dumps(settings))
     with pytest.raises(MismatchedWeights, match=f"{key} must hold settings by name"):
         read_vit(tmp_path / "w.safetensors")
+
+
+def beside(folder, arrays, settings, file="config.json"):
+    """A file of weights with a file of settings beside it."""
+    write_safetensors(folder / "w.safetensors", arrays)
+    (folder / file).write_text(json.dumps(settings))
+    return folder / "w.safetensors"
+
+
+def hugging_face(arrays, gelu=None):
+    return to_hugging_face(from_timm(arrays, given=Given(gelu=gelu)))[0]
+
+
+def test_settings_of_another_model_of_the_same_sizes_are_no_evidence(tmp_path):
+    of_vit = {"model_type": "vit", "num_attention_heads": 12, "hidden_size": 768}
+    path = beside(tmp_path, hugging_face(clip(), "quick"), of_vit)
+    with pytest.raises(
+        AmbiguousWeights, match=r"which GELU.*config.json says model_type vit where"
+    ):
+        read_vit(path)
+    published = read_vit(path, gelu="quick")
+    assert published.config.norm_eps == 1e-5
+    assert "model_type vit" in published.evidence["ignored"]
+    with pytest.raises(MismatchedWeights, match=r"describes: config.json says model_type vit"):
+        read_vit(path, architecture=tmp_path)
+
+    path = beside(tmp_path, hugging_face(empty_network(768)), {"model_type": "clip_vision_model"})
+    images = {"image_mean": [0.4] * 3, "image_std": [0.2] * 3}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(images))
+    published = read_vit(path)
+    assert (published.config.gelu, published.config.norm_eps) == ("exact", 1e-12)
+    assert published.normalised is None  # that file is of the other network too
+    path = beside(tmp_path, empty_network(768), {"model_type": "siglip_vision_model"})
+    assert read_vit(path).config.gelu == "exact"
+    path = beside(tmp_path, hugging_face(empty_network(768)), {"hidden_act": "gelu_new"})
+    assert read_vit(path).config.gelu == "tanh"  # without a model_type
+    other = {"model_type": "vit", "intermediate_size": 5, "hidden_act": "gelu_new"}
+    assert read_vit(beside(tmp_path, empty_network(768), other)).config.gelu == "exact"
+
+
+@pytest.mark.parametrize("name", ["vit_base_patch16_rpn_224", "vit_base_patch16_gap_224"])
+def test_names_of_networks_without_a_class_token_are_no_evidence_for_one_with_it(name, tmp_path):
+    path = beside(tmp_path, empty_network(768, 16), {"architecture": name})
+    published = read_vit(path)
+    assert (published.config.heads, published.config.post_norm) == (12, False)
+    assert "class_token False where the weights have True" in published.evidence["ignored"]
+    with pytest.raises(MismatchedWeights, match="class_token False"):
+        read_vit(path, architecture=name)
+
+
+def test_a_name_of_timm_is_of_the_family(tmp_path):
+    for arrays, name in (
+        (clip(768, 16), "vit_base_patch16_224"),
+        (siglip(768, 16), "vit_base_patch16_224"),
+        (empty_network(768, 16), "vit_base_patch16_clip_quickgelu_224"),
+        (empty_network(768, 16), "vit_base_patch16_siglip_224"),
+    ):
+        with pytest.raises(MismatchedWeights, match="which has"):
+            from_timm(arrays, given=Given(gelu="exact", architecture=name))
+    for arrays, own in (
+        (siglip(768, 16), {"global_pool": "map", "act_layer": "gelu"}),
+        (clip(768, 16), {"pre_norm": True, "act_layer": "gelu"}),
+    ):  # what overrules a name, as our own export has it
+        settings = {"architecture": "vit_base_patch16_224", "model_args": own | {"num_heads": 8}}
+        assert read_vit(beside(tmp_path, arrays, settings)).config.heads == 8
+
+
+def test_a_byte_order_mark_before_settings_is_read_over(tmp_path):
+    path = beside(tmp_path, recorded("timm-vit")[0], {})
+    (tmp_path / "config.json").write_text('\ufeff{"num_attention_heads": 4}', encoding="utf-8")
+    assert read_vit(path).config.heads == 4
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ({"pool_type": "avg", "no_ln_pre": True}, "pool_type 'avg', no_ln_pre True"),
+        ({"no_ln_pre": True}, "no_ln_pre True"),
+        ({"final_ln_after_pool": True}, "final_ln_after_pool True"),
+        ({"attentional_pool": "parallel"}, "attentional_pool 'parallel'"),
+        ({"timm_model_name": "vit_base_patch16_clip_224"}, "timm_model_name"),
+        ({"image_size": [8, 16]}, "image_size .* is not square"),
+    ],
+)
+def test_options_of_open_clip_that_change_the_network_are_refused(option, words, tmp_path):
+    vision = {"width": 16, "head_width": 8} | option
+    settings = {"model_cfg": {"vision_cfg": vision}}
+    path = beside(tmp_path, recorded("openai-clip")[0], settings, "open_clip_config.json")
+    with pytest.raises(MismatchedWeights, match=words):
+        read_vit(path)
+
+
+def test_a_file_that_may_be_a_clipa_is_asked_about(tmp_path):
+    arrays = {k: v for k, v in recorded("openai-clip")[0].items() if "ln_pre" not in k}
+    write_safetensors(tmp_path / "w.safetensors", arrays)
+    with pytest.raises(AmbiguousWeights, match="may be a CLIPA"):
+        read_vit(tmp_path / "w.safetensors", heads=2, gelu="exact")
+    settings = {"model_cfg": {"vision_cfg": {"width": 16, "head_width": 8, "no_ln_pre": True}}}
+    path = beside(tmp_path, arrays, settings, "open_clip_config.json")
+    assert not read_vit(path).config.pre_norm
+
+
+def fixed_positions(width, side, fast_first):
+    """Sines and cosines as MoCo v3 (or MAE) makes them, and a class token's zeros."""
+    table = np.zeros((1, 1 + side * side, width))
+    for place in range(side * side):
+        axes = divmod(place, side)[:: -1 if fast_first else 1]
+        for k in range(width // 4):
+            for n, axis in enumerate(axes):
+                angle = axis / 10000 ** (k / (width / 4))
+                table[0, 1 + place, n * width // 2 + k] = np.sin(angle)
+                table[0, 1 + place, n * width // 2 + width // 4 + k] = np.cos(angle)
+    return table.astype(np.float32)
+
+
+def test_small_networks_with_other_heads_than_their_width_says_are_asked_about(tmp_path):
+    for fast_first in (False, True):
+        table = fixed_positions(384, 3, fast_first)
+        assert has_fixed_positions(table)
+        assert not has_fixed_positions(table + 0.01)
+        moco = empty_network(384) | {"pos_embed": table}
+        with pytest.raises(AmbiguousWeights, match="12 in MoCo v3"):
+            from_timm(moco)
+        assert from_timm(moco, given=Given(heads=12)).config.heads == 12
+    write_safetensors(
+        tmp_path / "w.safetensors", {f"visual.{k}": v for k, v in empty_network(384).items()}
+    )
+    with pytest.raises(AmbiguousWeights, match="12 in SLIP"):
+        read_vit(tmp_path / "w.safetensors")
+    with pytest.raises(AmbiguousWeights, match="12 in MAE-Lite"):
+        from_timm(empty_network(192), unused=("decoder_embed.weight",))
+    old = empty_network(768, 16)
+    block = {k.removeprefix("blocks.0."): v for k, v in old.items() if k.startswith("blocks.0.")}
+    block |= {
+        "mlp.fc1.weight": np.zeros((2304, 768), np.float32),
+        "mlp.fc1.bias": np.zeros(2304, np.float32),
+        "mlp.fc2.weight": np.zeros((768, 2304), np.float32),
+    }
+    old |= {f"blocks.{i}.{k}": v for i in range(8) for k, v in block.items()}
+    with pytest.raises(AmbiguousWeights, match="old vit_small_patch16_224"):
+        from_timm(old)
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"do_normalize": False}, "do_normalize is false"),
+        ({"rescale_factor": 1.0}, "rescale_factor is 1.0"),
+        ({"image_mean": [float("nan")] * 3, "image_std": [0.5] * 3}, "images in"),
+        ({"image_mean": [123.675] * 3, "image_std": [58.4] * 3}, "images in"),
+    ],
+)
+def test_images_that_are_prepared_otherwise_are_refused(settings, words, tmp_path):
+    path = beside(tmp_path, empty_network(768), settings, "preprocessor_config.json")
+    with pytest.raises(MismatchedWeights, match=words):
+        read_vit(path)
+
+
+def test_the_normalisation_of_a_clip_is_known_of_openais_files_only():
+    buffers = ("input_resolution", "context_length", "vocab_size")
+    assert from_timm(clip(), given=Given(gelu="exact")).normalised is None
+    assert from_timm(clip(), unused=buffers).normalised is not None

@@ -335,6 +335,7 @@ def _choices(published: PublishedViT | PublishedText) -> list[tuple[str, str]]:
         "norm": "post" if getattr(config, "post_norm", False) else "pre",
         "pooling": getattr(published, "pooling", ""),
         "normalisation": "",
+        "ignored": "",
     }
     if isinstance(published, PublishedViT):
         values["rope"] = f"base {config.rope_base:g} in {config.rope_dtype}"

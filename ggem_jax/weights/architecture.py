@@ -5,19 +5,24 @@ the tables here, each with its source. What none of them decides is not guessed:
 asks for it, and names the flag and the key of `config.json` that answer.
 """
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
+
+import numpy as np
 
 from ggem_jax.files.errors import AmbiguousWeights, MismatchedWeights
 from ggem_jax.models.transformer import GELU
 from ggem_jax.weights.declared import (
     GELUS,
     Declared,
+    Facts,
     Norms,
     is_name,
+    other_kind_of_name,
     other_sizes_of_name,
 )
 
@@ -112,7 +117,12 @@ def take_name(given: Given, architecture: str | Path | None) -> tuple[Given, str
 
 
 def add_name(
-    declared: Declared, given: Given, sizes: Mapping[str, int], *, source: str
+    declared: Declared,
+    given: Given,
+    sizes: Mapping[str, int],
+    *,
+    source: str,
+    facts: Facts | None = None,
 ) -> Declared:
     """Returns what is declared, with the name of the model that the user gives, if any.
 
@@ -121,35 +131,22 @@ def add_name(
         given: Choices of the user.
         sizes: `hidden_size` and `patch_size` of the weights.
         source: The file, for messages.
+        facts: What names and shapes say; None: only sizes are compared.
 
     Raises:
-        MismatchedWeights: The name is of a network of other sizes.
+        MismatchedWeights: The name is of a network of other sizes, or of another kind.
     """
     if given.architecture is None:
         return declared
-    if other := other_sizes_of_name(given.architecture, sizes):
+    other = other_sizes_of_name(given.architecture, sizes)
+    if not other and facts is not None:
+        other = other_kind_of_name(given.architecture, facts)
+    if other:
         raise MismatchedWeights(
             f"{source} is not {given.architecture}, which has {other}: name the model that it is"
         )
     sources = declared.sources | {"architecture": "given"}
     return replace(declared, architecture=given.architecture, sources=sources)
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the names and shapes of a file tell; the tables are looked up with it."""
-
-    family: str
-    layout: str
-    width: int
-    patch: int = 0
-    image: int = 0
-    class_token: bool = True
-    final_norm: Literal["norm", "fc_norm"] = "norm"
-    qkv_bias: bool = True
-    gated: bool = False
-    of_openai: bool = False  # buffers that only OpenAI's own files of CLIP hold
-    of_moco: bool = False  # MoCo v3's folder of names
 
 
 @dataclass
@@ -218,6 +215,8 @@ def decide_heads(
     name = evidence.declared.architecture or ""
     if facts.of_moco and facts.width == 384 and not name:
         row, about = None, "and ViT-S has 12 in MoCo v3, 6 elsewhere"
+    elif not name and (doubt := _other_heads(facts)):
+        row, about = None, doubt
     elif _is_gap(name, facts):
         row, about = (16, evidence.declared.sources["architecture"]), ""
     elif _may_be_gap(facts) and not name:
@@ -229,6 +228,64 @@ def decide_heads(
     return evidence.settle(
         "heads", row, f"how many attention heads it has, {about}", _ANSWERS["heads"]
     )
+
+
+def _other_heads(facts: Facts) -> str:
+    """Which published network of this width has other heads than the table, or ""."""
+    if facts.layout == "timm" and facts.width == 384 and facts.fixed_positions:
+        return "and ViT-S with fixed positions has 12 in MoCo v3, 6 elsewhere"
+    if facts.layout == "timm" and facts.width == 384 and facts.of_visual:
+        return "and ViT-S has 12 in SLIP, 6 elsewhere"
+    if facts.family == "mae" and facts.width == 192:
+        return "and ViT-Ti has 12 in MAE-Lite, 3 elsewhere"
+    if (facts.width, facts.mlp_width, facts.depth) == (768, 2304, 8):
+        return "and 8 blocks with MLPs of 2304 are timm's old vit_small_patch16_224, which has 8"
+    return ""
+
+
+def has_fixed_positions(table: np.ndarray | None) -> bool:
+    """Returns whether positions are sines and cosines of the places, as MAE and MoCo v3 fix them.
+
+    Args:
+        table: The positions of patches, `(1, n, width)`, with a class token's before them or not;
+            None: there are none.
+
+    Returns:
+        Whether they are, with a mean distance below 1e-3.
+    """
+    if table is None or table.ndim != 3 or table.shape[2] % 4:
+        return False
+    side, width = math.isqrt(table.shape[1]), table.shape[2]
+    if side < 2 or table.shape[1] - side * side not in (0, 1):
+        return False
+    waves = np.arange(side)[:, None] / 10000 ** (np.arange(width // 4) * 4 / width)
+    axis = np.concatenate([np.sin(waves), np.cos(waves)], axis=1)
+    slow, fast = np.repeat(axis, side, axis=0), np.tile(axis, (side, 1))
+    own = table[0, -side * side :].astype(np.float64)
+    orders = ((slow, fast), (fast, slow))  # of MoCo v3 and of MAE
+    return any(np.abs(own - np.concatenate(each, axis=1)).mean() < 1e-3 for each in orders)
+
+
+def decide_first_norm(declared: Declared, facts: Facts, *, source: str) -> None:
+    """Raises if nothing tells a CLIP without the norm before its blocks from a CLIPA.
+
+    Args:
+        declared: What files of settings say.
+        facts: What names and shapes say.
+        source: The file, for messages.
+
+    Raises:
+        AmbiguousWeights: No file of open_clip describes the tower.
+
+    Reference: Li et al., "An Inverse Scaling Law for CLIP Training", 2023, arXiv:2305.07017: its
+        networks pool by average, and their last norm comes after it.
+    """
+    if facts.layout == "clip" and facts.family != "clip" and declared.open_clip is None:
+        raise AmbiguousWeights(
+            f"{source} has no ln_pre and may be a CLIPA, which pools by average before its last"
+            " norm and is not read: put its open_clip_config.json beside the file, or give it as"
+            ' --architecture (architecture="...")'
+        )
 
 
 def decide_text_heads(evidence: Evidence, width: int, by_shape: int | None = None) -> int:

@@ -12,6 +12,7 @@ References for the keys: huggingface/transformers, the `configuration_*.py` of t
 
 import dataclasses
 import json
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -25,7 +26,8 @@ from ggem_jax.models.transformer import GELU
 Tower = Literal["image", "text"]
 Norms = Literal["pre", "post"]
 
-BESIDE = ("config.json", "open_clip_config.json", "preprocessor_config.json")
+_IMAGES = "preprocessor_config.json"
+BESIDE = ("config.json", "open_clip_config.json", _IMAGES)
 
 # `hidden_act` of Hugging Face, `act_layer` of timm
 GELUS: dict[str, GELU] = {
@@ -53,6 +55,7 @@ HUGGING_FACE: dict[str, _Defaults] = {
     "vit": _defaults("gelu", 1e-12),
     "deit": _defaults("gelu", 1e-12),
     "vit_mae": _defaults("gelu", 1e-12),
+    "vit_msn": _defaults("gelu", 1e-6),
     "ijepa": _defaults("gelu", 1e-12),
     "dinov2": _defaults("gelu", 1e-6),
     "dinov2_with_registers": _defaults("gelu", 1e-6),
@@ -69,6 +72,37 @@ HUGGING_FACE: dict[str, _Defaults] = {
 _POOLINGS_OF_TIMM = {"token": "cls", "avg": "avg", "map": "map"}
 # the tower's config where a file has one for each tower: its key, and what its type is called
 _TOWERS: dict[Tower, str] = {"image": "vision", "text": "text"}
+
+
+# layout -> patterns of the `model_type` of its files
+_KINDS_OF_LAYOUT = {
+    "hf-vit": r"vit|deit|vit_mae|vit_msn|ijepa",
+    "hf-dinov2": r"dinov2\w*",
+    "dinov3": "dinov3_vit",
+    "hf-dinov3": "dinov3_vit",
+}
+# family -> the same, for the layouts that more than one of Hugging Face's models fits
+_KINDS_OF_FAMILY = {"clip": r"clip\w*", "siglip": r"siglip\w*", "dinov3": "dinov3_vit"}
+# part of a name of timm -> the families that its networks are read as
+_FAMILIES_OF_NAME = (
+    ("_siglip_gap_", ("vit",)),
+    ("_siglip_", ("siglip",)),
+    ("_clip_", ("clip",)),
+    ("_dinov3", ("dinov3",)),
+    ("_dinov2", ("dinov2", "deit3", "vit")),
+)
+# options of open_clip's `vision_cfg` that change the network -> the values that do not
+_OF_OPEN_CLIP: dict[str, tuple[Any, ...]] = {
+    "pool_type": ("tok", None),
+    **dict.fromkeys(
+        (
+            "final_ln_after_pool", "attentional_pool", "global_average_pool", "input_patchnorm",
+            "qk_norm", "scaled_cosine_attn", "scale_heads", "scale_attn_inner", "scale_attn",
+            "scale_fc",
+        ),
+        (False, None),
+    ),
+}  # fmt: skip
 
 
 # channels of a token by the word for the size in timm's names, where it stands for one
@@ -110,6 +144,27 @@ def other_sizes_of_name(name: str, sizes: Mapping[str, int]) -> str:
 
 
 @dataclass(frozen=True)
+class Facts:
+    """What the names and shapes of a file tell; the tables are looked up with it."""
+
+    family: str
+    layout: str
+    width: int
+    patch: int = 0
+    image: int = 0
+    class_token: bool = True
+    final_norm: Literal["norm", "fc_norm"] = "norm"
+    qkv_bias: bool = True
+    gated: bool = False
+    of_openai: bool = False  # buffers that only OpenAI's own files of CLIP hold
+    of_moco: bool = False  # MoCo v3's folder of names
+    of_visual: bool = False  # a folder "visual", as in SLIP's files
+    fixed_positions: bool = False  # those of `architecture.has_fixed_positions`
+    mlp_width: int = 0
+    depth: int = 0
+
+
+@dataclass(frozen=True)
 class Declared:
     """Settings that files of a publisher declare, each None where none does."""
 
@@ -122,11 +177,70 @@ class Declared:
     architecture: str | None = None  # the name of a model of timm
     pooling: Literal["cls", "avg", "map"] | None = None
     sources: dict[str, str] = field(default_factory=dict)  # field -> file and key
+    open_clip: bool | None = None  # True: a file of open_clip describes the tower
     ignored: tuple[str, ...] = ()  # files beside the weights that are of another network, and why
 
 
+def other_kind_of_name(name: str, facts: Facts, settings: Mapping[str, Any] | None = None) -> str:
+    """Returns in what a name of timm contradicts the kind of network in a file, or "".
+
+    Args:
+        name: The name of a model of timm.
+        facts: What names and shapes of the file say.
+        settings: `model_args` of timm's config.json, which overrule the name.
+    """
+    settings = settings or {}
+    for part, families in _FAMILIES_OF_NAME:
+        if re.search(part, name) and not (part == "_dinov2" and "num_heads" in settings):
+            if facts.family not in families:
+                return f"other parameters than the weights, which are of family {facts.family}"
+            break
+    normed = "clip" in name or settings.get("pre_norm") is True
+    if facts.family == "clip" and is_name(name) and not normed:
+        return "no norm before its blocks where the weights have one"
+    pooled = re.search("siglip|_map_", name) or settings.get("global_pool") == "map"
+    if facts.family == "siglip" and is_name(name) and not pooled:
+        return "no attention pooling where the weights have it"
+    has = {"class_token": facts.class_token, "qkv_bias": facts.qkv_bias}
+    expected = {}
+    if "_rpn_" in name:
+        expected = {"class_token": False, "qkv_bias": False}
+    elif "_gap_" in name:
+        expected = {"class_token": False}
+    told = ("class_token", "qkv_bias") if "_rpn_" in name else ("class_token",)
+    expected |= {key: settings[key] for key in told if isinstance(settings.get(key), bool)}
+    faults = [
+        f"{key} {value} where the weights have {has[key]}"
+        for key, value in expected.items()
+        if value != has[key]
+    ]
+    return " and ".join(faults)
+
+
+def _other_kind(kind: Any, facts: Facts | None) -> str:
+    """In what a `model_type` of Hugging Face contradicts the weights, or ""."""
+    if kind is None or facts is None:
+        return ""
+    by_layout = _KINDS_OF_LAYOUT.get(facts.layout)
+    pattern = by_layout or _KINDS_OF_FAMILY.get(facts.family)
+    if pattern is None:  # of other publishers' names: anything but what a norm or a pooling shows
+        fits = not re.fullmatch("|".join(_KINDS_OF_FAMILY.values()), str(kind))
+    else:
+        fits = re.fullmatch(pattern, str(kind)) is not None
+    if fits:
+        return ""
+    return (
+        f"model_type {kind} where the weights are of layout {facts.layout}, family {facts.family}"
+    )
+
+
 def read_declared(
-    path: Path, sizes: Mapping[str, int], *, given: str | Path | None = None, tower: Tower = "image"
+    path: Path,
+    sizes: Mapping[str, int],
+    *,
+    given: str | Path | None = None,
+    tower: Tower = "image",
+    facts: Facts | None = None,
 ) -> Declared:
     """Returns what is declared of the weights in a file.
 
@@ -137,13 +251,15 @@ def read_declared(
         given: A file of settings, or a folder that holds one, that the user names; None reads the
             files beside the weights whose names are in `BESIDE`.
         tower: Which tower of a network with two.
+        facts: What names and shapes of the weights say; None: only sizes are compared.
 
     Returns:
         The settings. A file beside the weights that is of another network is left out and listed.
 
     Raises:
-        UnreadableWeights: The file given cannot be read.
-        MismatchedWeights: The file given is of another network, or two files contradict each other.
+        UnreadableWeights: A file of settings cannot be read.
+        MismatchedWeights: The file given is of another network, two files contradict each other, or
+            one declares what our ViT cannot be.
     """
     if given is None:
         files = [path.with_name(name) for name in BESIDE]
@@ -157,13 +273,19 @@ def read_declared(
             )
     found = Declared()
     for file in files:
+        if not file.is_file() and (given is None or named.is_dir()):
+            continue
+        if file.name == _IMAGES and any(each.startswith(BESIDE[0]) for each in found.ignored):
+            reason = f"{file.name} is left out with the config.json beside it"
+            found = dataclasses.replace(found, ignored=(*found.ignored, reason))
+            continue
         try:
-            settings = json.loads(file.read_text(encoding="utf-8"))
+            settings = json.loads(file.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError, RecursionError) as error:
-            if given is None or (named.is_dir() and not file.exists()):
-                continue
-            raise UnreadableWeights(f"{file} is not readable JSON: {error}") from None
-        each = _declared(settings, file.name, sizes, tower)
+            raise UnreadableWeights(
+                f"{file} is not readable JSON: {error}; mend the file, or remove it"
+            ) from None
+        each = _declared(settings, file.name, sizes, tower, facts)
         if each.ignored and given is not None:
             raise MismatchedWeights(
                 f"{path} is not the network that {file} describes: {each.ignored[0]}"
@@ -172,21 +294,28 @@ def read_declared(
     return found
 
 
-def _declared(settings: Any, name: str, sizes: Mapping[str, int], tower: Tower) -> Declared:
+def _declared(
+    settings: Any, name: str, sizes: Mapping[str, int], tower: Tower, facts: Facts | None
+) -> Declared:
     """What one file says, or nothing and the reason."""
     if not isinstance(settings, dict):
         return Declared(ignored=(f"{name} holds no settings by name",))
-    if name == "preprocessor_config.json":
+    if name == _IMAGES:
+        _check_preprocessing(settings, name)
         return _with_normalisation(Declared(), settings, name, ("image_mean", "image_std"))
     if isinstance(settings.get("model_cfg"), dict):
-        return _of_open_clip(settings, name, sizes, tower)
+        return _of_open_clip(settings, name, sizes, tower, facts)
     if "architecture" in settings or "pretrained_cfg" in settings:
-        return _of_timm(settings, name, sizes)
-    return _of_hugging_face(settings, name, sizes, tower)
+        return _of_timm(settings, name, sizes, facts)
+    return _of_hugging_face(settings, name, sizes, tower, facts)
 
 
 def _of_hugging_face(
-    settings: dict[str, Any], name: str, sizes: Mapping[str, int], tower: Tower
+    settings: dict[str, Any],
+    name: str,
+    sizes: Mapping[str, int],
+    tower: Tower,
+    facts: Facts | None,
 ) -> Declared:
     key = f"{_TOWERS[tower]}_config"
     kind = settings.get("model_type")
@@ -195,8 +324,9 @@ def _of_hugging_face(
         own = settings[key]
         kind = own.get("model_type") or (f"{kind}_{_TOWERS[tower]}_model" if kind else None)
     defaults = HUGGING_FACE.get(kind, _Defaults()) if isinstance(kind, str) else _Defaults()
-    if other := _other_sizes(own, sizes):
+    if other := _other_kind(kind, facts) or _other_sizes(own, sizes, name):
         return Declared(ignored=(f"{name} says {other}",))
+    _check_square(own.get("image_size"), name, "image_size")
     found = Declared()
     for setting, theirs, convert in (
         ("heads", "num_attention_heads", _whole),
@@ -216,7 +346,9 @@ def _of_hugging_face(
     return found
 
 
-def _of_timm(settings: dict[str, Any], name: str, sizes: Mapping[str, int]) -> Declared:
+def _of_timm(
+    settings: dict[str, Any], name: str, sizes: Mapping[str, int], facts: Facts | None
+) -> Declared:
     arguments = settings.get("model_args") or {}
     pretrained = settings.get("pretrained_cfg") or {}
     if not isinstance(arguments, dict) or not isinstance(pretrained, dict):
@@ -226,16 +358,22 @@ def _of_timm(settings: dict[str, Any], name: str, sizes: Mapping[str, int]) -> D
         "num_hidden_layers": arguments.get("depth"),
         "patch_size": arguments.get("patch_size"),
     }
-    if other := _other_sizes(theirs, sizes):
+    if other := _other_sizes(theirs, sizes, name):
         return Declared(ignored=(f"{name} says {other}",))
     found = Declared()
     architecture = settings.get("architecture") or pretrained.get("architecture")
     if isinstance(architecture, str):
         told = {"hidden_size": theirs["hidden_size"], "patch_size": theirs["patch_size"]}
         untold = {key: size for key, size in sizes.items() if told.get(key) is None}
-        if other := other_sizes_of_name(architecture, untold):
+        other = other_sizes_of_name(architecture, untold)
+        if not other and facts is not None:
+            other = other_kind_of_name(architecture, facts, arguments)
+        if other:
             return Declared(ignored=(f"{name} names {architecture}, which has {other}",))
         found = _with(found, "architecture", architecture, f"{name}: architecture {architecture}")
+    _check_square(arguments.get("img_size"), name, "img_size")
+    images = pretrained.get("input_size")
+    _check_square(images[1:] if isinstance(images, list) else None, name, "input_size")
     if "num_heads" in arguments:
         heads = _whole(arguments["num_heads"], name, "num_heads")
         found = _with(found, "heads", heads, f"{name}: num_heads")
@@ -256,7 +394,11 @@ def _of_timm(settings: dict[str, Any], name: str, sizes: Mapping[str, int]) -> D
 
 
 def _of_open_clip(
-    settings: dict[str, Any], name: str, sizes: Mapping[str, int], tower: Tower
+    settings: dict[str, Any],
+    name: str,
+    sizes: Mapping[str, int],
+    tower: Tower,
+    facts: Facts | None,
 ) -> Declared:
     model = settings["model_cfg"]
     own = model.get(f"{_TOWERS[tower]}_cfg")
@@ -266,11 +408,20 @@ def _of_open_clip(
         "num_hidden_layers": own.get("layers"),
         "patch_size": own.get("patch_size"),
     }
-    if other := _other_sizes(theirs, sizes):
+    if other := _other_sizes(theirs, sizes, name):
         return Declared(ignored=(f"{name} says {other}",))
     found = Declared()
+    if tower == "image":
+        _check_open_clip(own, name, facts)
+        found = _with(found, "open_clip", True, f"{name}: vision_cfg")
     if tower == "image" and isinstance(own.get("timm_model_name"), str):
         architecture = own["timm_model_name"]
+        untold = {key: size for key, size in sizes.items() if theirs.get(key) is None}
+        other = other_sizes_of_name(architecture, untold)
+        if not other and facts is not None:
+            other = other_kind_of_name(architecture, facts)
+        if other:
+            return Declared(ignored=(f"{name} names {architecture}, which has {other}",))
         found = _with(found, "architecture", architecture, f"{name}: {architecture} of timm")
     elif "width" in own:
         width = _whole(own["width"], name, "width")
@@ -294,13 +445,59 @@ def _of_open_clip(
     )
 
 
-def _other_sizes(settings: Mapping[str, Any], sizes: Mapping[str, int]) -> str:
+def _check_open_clip(own: Mapping[str, Any], name: str, facts: Facts | None) -> None:
+    """Raises `MismatchedWeights` for options of open_clip that make another network than ours."""
+    _check_square(own.get("image_size"), name, "image_size")
+    other = [key for key, same in _OF_OPEN_CLIP.items() if own.get(key) not in same]
+    if own.get("no_ln_pre") and (other or (facts is not None and facts.family == "clip")):
+        other.append("no_ln_pre")
+    if facts is not None and facts.layout == "clip" and own.get("timm_model_name"):
+        other.append("timm_model_name")
+    if other:
+        told = ", ".join(f"{key} {own[key]!r}" for key in other)
+        raise MismatchedWeights(
+            f"{name} declares a network of open_clip that our ViT would read as another one: {told}"
+        )
+
+
+def _check_square(size: Any, name: str, key: str) -> None:
+    """Raises `MismatchedWeights` for images with sides of different length."""
+    sides = list(size.values()) if isinstance(size, dict) else size
+    if isinstance(sides, list) and any(side != sides[0] for side in sides):
+        raise MismatchedWeights(
+            f"{name}: {key} {size} is not square, and the positions of our ViT are a square grid"
+        )
+
+
+def _check_preprocessing(settings: Mapping[str, Any], name: str) -> None:
+    """Raises `MismatchedWeights` where images are not scaled to [0, 1] and then normalised."""
+    for key in ("do_normalize", "do_rescale"):
+        if settings.get(key) is False:
+            raise MismatchedWeights(
+                f"{name}: {key} is false, where we scale images to [0, 1] and normalise them:"
+                " remove the file if it is not of these weights"
+            )
+    factor = settings.get("rescale_factor", 1 / 255)
+    if not isinstance(factor, int | float) or not math.isclose(factor, 1 / 255, rel_tol=1e-3):
+        raise MismatchedWeights(
+            f"{name}: rescale_factor is {factor!r}, where we scale images by 1/255"
+        )
+
+
+def _other_sizes(settings: Mapping[str, Any], sizes: Mapping[str, int], name: str) -> str:
     """The sizes that a file of settings says otherwise than the weights."""
-    return ", ".join(
-        f"{key} {settings[key]} where the weights have {size}"
-        for key, size in sizes.items()
-        if isinstance(settings.get(key), int | float) and settings[key] != size
-    )
+    other = []
+    for key, size in sizes.items():
+        value = settings.get(key)
+        if key == "patch_size" and isinstance(value, list) and value == value[:1] * 2:
+            value = value[0]
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, int | float):
+            raise MismatchedWeights(f"{name}: {key} must be a number, not {value!r}")
+        if value != size:
+            other.append(f"{key} {value} where the weights have {size}")
+    return ", ".join(other)
 
 
 def _with(declared: Declared, name: str, value: Any, source: str) -> Declared:
@@ -314,8 +511,13 @@ def _with_normalisation(
         mean, std = (tuple(float(value) for value in settings[key]) for key in keys)
     except (KeyError, TypeError, ValueError, OverflowError):
         return declared
-    if len(mean) != 3 or len(std) != 3 or not min(std) > 0:
+    if len(mean) != 3 or len(std) != 3:
         return declared
+    if not all(0 <= value <= 1 for value in (*mean, *std)) or not min(std) > 0:
+        raise MismatchedWeights(
+            f"{name}: {keys[0]} {list(mean)} and {keys[1]} {list(std)} must be of images in [0, 1],"
+            " with deviations above 0"
+        )
     return _with(declared, "normalisation", (mean, std), f"{name}: {keys[0]}, {keys[1]}")
 
 

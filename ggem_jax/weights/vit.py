@@ -34,11 +34,13 @@ from ggem_jax.weights.architecture import (
     Given,
     Settings,
     add_name,
+    decide_first_norm,
     decide_gelu,
     decide_heads,
     decide_norm_eps,
     decide_norms,
     decide_positions,
+    has_fixed_positions,
     take_name,
 )
 from ggem_jax.weights.convert import to_published, to_variables
@@ -307,11 +309,15 @@ def from_timm(
     shapes = shapes_of(arrays, source, rotary)
     style, facts = shapes.style, _facts(family, layout, arrays, unused, folders, shapes)
     sizes = {name: shapes.sizes[ours] for name, ours in HUGGING_FACE_SIZES.items()}
-    declared = (
-        read_declared(settings.path, sizes, given=settings.architecture) if settings else Declared()
-    )
-    declared = add_name(declared, given, sizes, source=source)
+    if not facts.gated:
+        sizes["intermediate_size"] = facts.mlp_width
+    declared = Declared()
+    if settings:
+        beside = settings.architecture
+        declared = read_declared(settings.path, sizes, given=beside, facts=facts)
+    declared = add_name(declared, given, sizes, source=source, facts=facts)
     refuse_architecture(declared, source=source)
+    decide_first_norm(declared, facts, source=source)
     if gammas and family == "deit3":
         decide_positions(declared, source=source)
     evidence = Evidence(given, declared, source)
@@ -333,7 +339,11 @@ def from_timm(
         evidence.found["head"] = "that of the class token; publishers average it with head_dist"
     pooling, evidence.found["pooling"] = _pooling(folded, style, usual, config, family, declared)
     variables = to_variables(folded, vit_table(config, style, pooling, num_classes), source=source)
-    normalised = normalisation_of(config, layout, unused) if rotary else usual.normalised
+    unknown = family == "clip" and not facts.of_openai  # others normalise otherwise
+    normalised = None if unknown else usual.normalised
+    normalised = normalisation_of(config, layout, unused) if rotary else normalised
+    if declared.ignored:
+        evidence.found["ignored"] = "; ".join(declared.ignored)
     if declared.normalisation is not None:
         evidence.found["normalisation"] = declared.sources["normalisation"]
     elif normalised is not None:
@@ -421,6 +431,10 @@ def _facts(
         gated=sizes["mlp"] == "swiglu",
         of_openai=set(unused) >= OPENAI_BUFFERS,
         of_moco=not {"base_encoder", "momentum_encoder"}.isdisjoint(folders.split(".")),
+        of_visual="visual" in folders.split("."),
+        fixed_positions=has_fixed_positions(arrays.get("pos_embed")),
+        mlp_width=sizes["mlp_width"],
+        depth=sizes["depth"],
     )
 
 
