@@ -14,9 +14,17 @@ import orbax.checkpoint as ocp
 import pytest
 from flax.traverse_util import flatten_dict
 
+from ggem_jax.descriptors.backbones import read_any_vit
+from ggem_jax.files.arrays import read_arrays
 from ggem_jax.models.vit import MAP, GGeM, ViT, ViTConfig
 from ggem_jax.pooling import avg_pool
-from ggem_jax.weights import MismatchedWeights, UnreadableWeights, write_safetensors
+from ggem_jax.weights import (
+    MismatchedWeights,
+    UnreadableWeights,
+    write_safetensors,
+    write_torch,
+)
+from ggem_jax.weights.__main__ import main
 from ggem_jax.weights.load import load_vit
 from ggem_jax.weights.own import read_own_vit
 from ggem_jax.weights.vit import read_vit
@@ -276,3 +284,48 @@ def test_a_run_with_an_impossible_normalisation_is_refused(trained, tmp_path, da
     vit = jax.tree.map(np.asarray, dict(trained[1].params))
     with pytest.raises(UnreadableWeights, match="must be three numbers each, std above 0"):
         load_vit(other_run(trained, tmp_path / "run", vit, data=data))
+
+
+@pytest.mark.parametrize("ending", ["safetensors", "bin"])
+@pytest.mark.parametrize("shards", [False, True])
+def test_the_folder_of_every_kind_of_checkpoint_is_read(tmp_path, ending, shards, capsys):
+    (tmp_path / "one").mkdir()
+    path = timm_file(tmp_path / "one")
+    arrays = read_arrays(path)
+    write = write_safetensors if ending == "safetensors" else write_torch
+    stem = "model" if ending == "safetensors" else "pytorch_model"
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    shutil.copy(path.with_name("config.json"), folder)
+    if shards:
+        names = [f"{stem}-0000{i}-of-00002.{ending}" for i in (1, 2)]
+        held = {name: names[i % 2] for i, name in enumerate(arrays)}
+        for each in names:
+            write(folder / each, {name: arrays[name] for name in held if held[name] == each})
+        (folder / f"{stem}.{ending}.index.json").write_text(json.dumps({"weight_map": held}))
+    else:
+        write(folder / f"{stem}.{ending}", arrays)
+    expected = load_vit(path)
+    found = load_vit(folder)
+    assert found.model == expected.model
+    jax.tree.map(np.testing.assert_array_equal, found.variables, expected.variables)
+    assert read_any_vit(folder).config == expected.model.config
+    assert main(["inspect", str(folder)]) == 0
+    assert main(["convert", str(folder), str(tmp_path / "out")]) == 0
+    capsys.readouterr()
+
+
+def test_a_folder_of_nothing_says_what_was_looked_for(tmp_path, capsys):
+    (tmp_path / "README.md").write_text("")
+    for settings in (None, '{"model_type": "vit"}'):
+        if settings is not None:
+            (tmp_path / "config.json").write_text(settings)
+        for call in (load_vit, read_any_vit):
+            with pytest.raises(
+                UnreadableWeights, match=r"model\.safetensors.*_model\.bin"
+            ) as caught:
+                call(tmp_path)
+            assert "\n" not in str(caught.value)
+            assert "longer" not in str(caught.value)
+        assert main(["inspect", str(tmp_path)]) == 1
+        assert "holds none of model.safetensors" in capsys.readouterr().err

@@ -23,7 +23,7 @@ from ggem_jax.descriptors.backbones import (
     read_any_vit,
 )
 from ggem_jax.descriptors.extract import Extractor
-from ggem_jax.descriptors.settings import DescriptorSettings
+from ggem_jax.descriptors.settings import DescriptorSettings, digest
 from ggem_jax.files.images import normalise, resize
 from ggem_jax.files.normalisation import HALF, IMAGENET, OPENAI
 from ggem_jax.models.efficientnet_lite import EfficientNetLite, efficientnet_lite_config
@@ -198,7 +198,7 @@ def own_file(path, config):
 def test_our_own_files_are_found_with_all_their_sizes(tmp_path, changes):
     config = ViTConfig(patch=8, width=24, depth=2, heads=3, mlp_width=40, image=16, **changes)
     _, params = own_file(tmp_path / "own.safetensors", config)
-    assert identify(tmp_path / "own.safetensors") == ("vit-flax", None, "", Given())
+    assert identify(tmp_path / "own.safetensors") == ("vit-flax", None, "", Given(), {})
     network = load_network(weights=tmp_path / "own.safetensors")
     expected = config if changes.get("position") is None else dataclasses.replace(config, image=224)
     assert network.model.vit.config == expected
@@ -236,7 +236,7 @@ def test_cvnets_files_are_found(tmp_path, ending):
     variables = draw_variables(ResNet(ResNetConfig(depths)), jnp.zeros((1, 64, 64, 3)))
     path, arrays = tmp_path / f"cvnet.{ending}", variables_to_cvnet(variables, depths=depths)
     write_safetensors(path, arrays) if ending == "safetensors" else write_torch(path, arrays)
-    assert identify(path) == ("resnet50", None, "", Given())
+    assert identify(path) == ("resnet50", None, "", Given(), None)
     network = load_network(weights=path)
     assert (network.model.config.depths, network.mean, network.stride, network.pads) == (
         depths,
@@ -299,3 +299,88 @@ def test_the_records_of_indexes_made_before_keep_their_meaning(tmp_path):
     assert (network.model.vit.config, network.mean) == (config, IMAGENET[0])
     with pytest.raises(MismatchedWeights, match="wrongly shaped"):
         load_network("vit-Ti/8", tmp_path / "own.safetensors")
+
+
+def settings_of_own(config, **data):
+    return json.dumps({"model": dataclasses.asdict(config), "pool": {"kind": "avg"}, "data": data})
+
+
+@pytest.mark.parametrize("backbone", [None, "vit-flax", "vit-S/16"])
+@pytest.mark.parametrize("ending", ["safetensors", "npz"])
+def test_what_a_config_beside_our_own_file_says_outlives_it(
+    tmp_path, ending, backbone, monkeypatch
+):
+    """Index with it, search without it: the vectors are the same."""
+    config = ViTConfig(
+        patch=8, width=24, depth=2, heads=3, mlp_width=40, image=16,
+        gelu="quick", post_norm=True, norm_eps=1e-2, drop_path=0.5,
+    )  # fmt: skip
+    monkeypatch.setattr("ggem_jax.weights.own.vit_config", lambda variant: config)
+    file = tmp_path / f"own.{ending}"
+    _, params = own_file(tmp_path / "own.safetensors", config)
+    if ending == "npz":
+        np.savez(file, **traverse_util.flatten_dict({"params": params}, sep="/"))
+    settings = DescriptorSettings(backbone, str(file), longest_side=160, **PLAIN)
+    bare = Extractor(settings).describe(image_of())
+    assert "network" not in settings.record() or backbone == "vit-S/16"
+    beside = tmp_path / "config.json"
+    beside.write_text(settings_of_own(config))
+    before = Extractor(settings).describe(image_of())
+    record = json.loads(json.dumps(settings.record()))
+    np.testing.assert_array_equal(Extractor(settings.resolve()).describe(image_of()), before)
+    if backbone != "vit-S/16":  # whose sizes are those of the stand-in above
+        assert record["network"] == {"gelu": "quick", "post_norm": True, "norm_eps": 1e-2}
+        assert np.abs(bare - before).max() > 1e-3
+    for later in (None, settings_of_own(dataclasses.replace(config, gelu="tanh")), "{", "{}"):
+        beside.unlink(missing_ok=True)
+        if later is not None:
+            beside.write_text(later)
+        again = DescriptorSettings(**record | {"weights": str(file)})
+        np.testing.assert_array_equal(Extractor(again).describe(image_of()), before)
+        assert again.record() == record
+    beside.unlink()
+    old = {name: value for name, value in record.items() if name != "network"}
+    old = DescriptorSettings(**old | {"weights": str(file)})  # of an index made before
+    np.testing.assert_array_equal(Extractor(old).describe(image_of()), bare)
+
+
+@pytest.mark.parametrize("backbone", [None, "dinov3"])
+def test_the_base_of_a_rope_beside_the_weights_outlives_the_file(tmp_path, backbone):
+    path, _ = file_of("hf-dinov3", tmp_path)
+    beside = path.with_name("config.json")
+    sizes = {"model_type": "dinov3_vit", "num_attention_heads": 2, "hidden_act": "gelu"}
+    beside.write_text(json.dumps(sizes | {"rope_theta": 3, "layer_norm_eps": 1e-3}))
+    settings = DescriptorSettings(backbone, str(path), longest_side=160, **PLAIN)
+    before, record = Extractor(settings).describe(image_of()), settings.record()
+    assert record["network"] == {"rope_base": 3.0}
+    beside.unlink()
+    again = DescriptorSettings(**record | {"weights": str(path)})
+    np.testing.assert_array_equal(Extractor(again).describe(image_of()), before)
+    assert again.record() == record
+
+
+def test_a_network_recorded_for_another_file_is_refused(tmp_path):
+    config = ViTConfig(patch=8, width=24, depth=2, heads=3, mlp_width=40, image=16)
+    own_file(tmp_path / "own.safetensors", config)
+    with pytest.raises(MismatchedWeights, match="network that is recorded"):
+        load_network("vit-flax", tmp_path / "own.safetensors", network={"depths": 3})
+    with pytest.raises(ValueError, match="network must be fields"):
+        DescriptorSettings(weights=str(tmp_path / "own.safetensors"), network="quick")
+
+
+def test_a_folder_stands_for_the_file_in_it(tmp_path):
+    config = ViTConfig(patch=8, width=24, depth=2, heads=3, mlp_width=40, image=16)
+    file = tmp_path / "model.safetensors"
+    own_file(file, config)
+    (tmp_path / "config.json").write_text(settings_of_own(config))
+    settings = DescriptorSettings(weights=str(tmp_path))
+    assert settings.weights == str(file)
+    assert settings.record() == DescriptorSettings(weights=str(file)).record()
+    assert digest(tmp_path) == digest(file)
+    assert load_network(weights=tmp_path).model.vit.config == config
+    file.unlink()
+    with pytest.raises(UnreadableWeights, match=r"holds none of model\.safetensors, pytorch_mod"):
+        DescriptorSettings(weights=str(tmp_path))
+    (tmp_path / "checkpoints").mkdir()
+    with pytest.raises(UnreadableWeights, match="a training run goes on, so write its network"):
+        DescriptorSettings(weights=str(tmp_path))

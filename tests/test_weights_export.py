@@ -188,7 +188,7 @@ def test_the_settings_of_hugging_face(tmp_path):
     found = json.loads((tmp_path / "clip" / "config.json").read_text())
     assert (found["hidden_act"], found["projection_dim"]) == ("quick_gelu", 5)
     names = {path.name for path in (tmp_path / "clip").iterdir()}
-    assert names == {"image.safetensors", "config.json"}
+    assert names == {"image.safetensors", "config.json", "preprocessor_config.json"}
 
 
 OWN = {
@@ -221,7 +221,7 @@ def test_our_own_files_keep_every_setting(name, tmp_path):
     assert bare.config == vit.model.config
 
 
-def test_settings_of_another_network_do_not_count(tmp_path):
+def test_settings_beside_of_another_network_are_refused(tmp_path):
     """Of files whose header has none, as those of `write_safetensors`."""
     export_vit(random_vit(gelu="tanh"), tmp_path / "one.safetensors")
     export_vit(random_vit(width=32), tmp_path / "out" / "two.safetensors")
@@ -230,7 +230,16 @@ def test_settings_of_another_network_do_not_count(tmp_path):
         file = tmp_path / f"{name}.safetensors"
         write_safetensors(file, read_safetensors(file))
     assert load_vit(tmp_path / "one.safetensors").model.config.gelu == "tanh"
+    with pytest.raises(MismatchedWeights, match=r"config\.json is of another network .*width 16"):
+        load_vit(tmp_path / "two.safetensors")
+    (tmp_path / "config.json").rename(tmp_path / "kept.json")
     assert load_vit(tmp_path / "two.safetensors").model.config.gelu == "exact"
+    (tmp_path / "config.json").write_text('{"model_type": "vit"}')  # of another form
+    assert load_vit(tmp_path / "two.safetensors").model.config.gelu == "exact"
+    (tmp_path / "config.json").write_text('{"model": {')
+    with pytest.raises(UnreadableWeights, match=r"config\.json is not readable JSON.*: remove it"):
+        load_vit(tmp_path / "two.safetensors")
+    (tmp_path / "kept.json").rename(tmp_path / "config.json")
     settings = json.loads((tmp_path / "config.json").read_text())
     settings["pool"]["kind"] = "gap"
     (tmp_path / "config.json").write_text(json.dumps(settings))
@@ -524,3 +533,88 @@ def test_a_file_of_our_own_keeps_its_settings_without_the_config_beside_it(tmp_p
     moved = (tmp_path / "a" / "model.safetensors").rename(tmp_path / "moved.safetensors")
     assert load_vit(moved).model == model
     assert read_own_vit(moved)[0].config == config
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "what"),
+    [
+        (lambda text: text[:-9], UnreadableWeights, "header of .*, is damaged, and holds"),
+        (lambda text: "[]", UnreadableWeights, "must hold model and pool"),
+        (lambda text: text.replace('"pool"', '"pooled"'), UnreadableWeights, "model and pool"),
+        (
+            lambda text: text.replace('"heads": 2', '"heads": 4'),
+            MismatchedWeights,
+            "header of .* another network: heads 4 where the weights have 2; write the file again",
+        ),
+        (
+            lambda text: text.replace('"image": 16', '"image": 32'),
+            MismatchedWeights,
+            "another network: image 32 where the weights have 16",
+        ),
+    ],
+    ids=["cut", "list", "no pool", "heads", "image"],
+)
+def test_a_header_that_fails_is_never_replaced_by_defaults(change, error, what, tmp_path):
+    export_vit(random_vit(gelu="quick"), tmp_path / "out")
+    file = tmp_path / "out" / "model.safetensors"
+    text = change(json.dumps(json.loads((tmp_path / "out" / "config.json").read_text())))
+    write_safetensors(file, read_safetensors(file), metadata={"ggem_jax": text})
+    for read in (load_vit, read_own_vit):
+        with pytest.raises(error, match=what) as caught:
+            read(file)
+        assert str(file) in str(caught.value)
+        assert "\n" not in str(caught.value)
+
+
+def test_a_folder_in_the_place_of_a_file_leaves_everything_as_it_was(tmp_path):
+    for name in ("model.safetensors", "config.json"):
+        (tmp_path / name / name).mkdir(parents=True)
+        with pytest.raises(ValueError, match=rf"{name} is a folder: move it"):
+            export_vit(random_vit(), tmp_path / name, overwrite=True)
+        assert [path.name for path in (tmp_path / name).iterdir()] == [name]
+
+
+def test_after_a_late_error_the_settings_are_those_of_before(tmp_path, monkeypatch):
+    export_vit(random_vit(gelu="tanh"), tmp_path)
+    before = (tmp_path / "config.json").read_text()
+    replace = type(tmp_path).replace
+
+    def fail(self, target):
+        if target.suffix == ".safetensors":
+            full_disk()
+        return replace(self, target)
+
+    monkeypatch.setattr(type(tmp_path), "replace", fail)
+    with pytest.raises(OSError, match="No space left"):
+        export_vit(random_vit(), tmp_path, overwrite=True)
+    assert (tmp_path / "config.json").read_text() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"config.json", "model.safetensors"}
+
+
+def test_a_rope_without_registers_is_refused_by_timm(tmp_path):
+    with pytest.raises(MismatchedWeights, match="rotary positions without registers"):
+        export_vit(random_vit(cls_pool, **ROPE), tmp_path / "out", to="timm")
+    export_vit(random_vit(cls_pool, registers=1, **ROPE), tmp_path / "out", to="timm")
+    assert read_again(tmp_path / "out").config.position == "rope"
+
+
+@pytest.mark.parametrize("out", ["out", "out/vit.safetensors"])
+def test_the_normalisation_is_beside_every_file_of_hugging_face(out, tmp_path):
+    stale = tmp_path / "out" / "preprocessor_config.json"
+    stale.parent.mkdir()
+    stale.write_text('{"image_mean": [0.1, 0.2, 0.3], "image_std": [1, 1, 1]}')
+    for to, known in (("hf", True), ("hf", False), ("timm", False)):
+        vit = random_vit(cls_pool, **({} if known else {"normalised": None}))
+        before = stale.read_text()
+        with pytest.raises(ValueError, match=r"is there and says something else"):
+            export_vit(vit, tmp_path / out, to=to)
+        assert stale.read_text() == before
+        written = export_vit(vit, tmp_path / out, to=to, overwrite=True)
+        assert stale.exists() == known
+        again = read_vit(written.files[0])
+        assert again.normalised == (((0.5,) * 3, (0.25,) * 3) if known else None)
+        stale.write_text(before)
+    stale.unlink()
+    (stale.parent / "open_clip_config.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"open_clip_config\.json is there, and would count"):
+        export_vit(vit, tmp_path / out, to="hf", overwrite=True)

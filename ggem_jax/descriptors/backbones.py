@@ -8,8 +8,9 @@ The rows of Vision Transformers are the families of `ggem_jax.weights.vit`. A na
 `vit-S/16` stands for any of them, and requires these sizes.
 """
 
+import dataclasses
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -35,7 +36,15 @@ from ggem_jax.weights.efficientnet_lite import (
     efficientnet_lite_to_variables,
     load_pretrained,
 )
-from ggem_jax.weights.own import OWN_NAME, declared_settings, holds_own_vit, read_own_vit
+from ggem_jax.weights.folders import find_checkpoint
+from ggem_jax.weights.own import (
+    OWN_NAME,
+    declared_settings,
+    holds_own_vit,
+    read_own_vit,
+    settings_beside,
+)
+from ggem_jax.weights.own_settings import states_in_header
 from ggem_jax.weights.runs import read_run
 from ggem_jax.weights.vit import FAMILIES, PublishedViT, from_arrays, read_vit
 from ggem_jax.weights.vit_table import Style
@@ -196,9 +205,15 @@ def _load_cvnet(layers: str, path: str | Path | None, given: Given) -> Loaded:
     return Loaded(ResNet(ResNetConfig(depths)), variables)
 
 
-def _load_own_vit(path: str | Path | None, given: Given, *, variant: str | None = None) -> Loaded:
+def _load_own_vit(
+    path: str | Path | None,
+    given: Given,
+    *,
+    variant: str | None = None,
+    network: Mapping[str, Any] | None = None,
+) -> Loaded:
     _require_nothing_given(given, path)
-    vit, variables = read_own_vit(_require_file(path), variant)
+    vit, variables = read_own_vit(_require_file(path), variant, network=network)
     return Loaded(PatchMap(vit), variables)
 
 
@@ -270,6 +285,8 @@ class Identity(NamedTuple):
     normalisation: Normalisation | None
     note: str = ""  # what the user should know about the choice, in one sentence
     declared: Given = NOTHING_GIVEN  # of a published ViT: given, or by a file of settings beside it
+    # of any ViT: further fields of `ViTConfig` that a file of settings beside it states
+    network: dict[str, Any] | None = None
 
 
 def check_backbone(name: str) -> None:
@@ -288,7 +305,12 @@ def check_backbone(name: str) -> None:
         )
 
 
-def identify(weights: str | Path, given: Given = NOTHING_GIVEN) -> Identity:
+def identify(
+    weights: str | Path,
+    given: Given = NOTHING_GIVEN,
+    *,
+    network: Mapping[str, Any] | None = None,
+) -> Identity:
     """Returns the name of the network whose weights a file holds, found from its parameters.
 
     Args:
@@ -296,32 +318,46 @@ def identify(weights: str | Path, given: Given = NOTHING_GIVEN) -> Identity:
             ResNets, EfficientNet-Lite0, or a ViT in the names of our own variables. Files of
             settings beside a published ViT are read too (`ggem_jax.weights.declared`).
         given: Choices of the user that a published ViT may leave open.
+        network: What an earlier call found beside a file of our own; that is not read again then.
 
     Returns:
         The name, the normalisation that a file beside the weights states where it differs from that
-        of the network, a note for the user, and the choices that were given or stated.
+        of the network, a note for the user, and the choices that were given or stated: with them,
+        the same network is read without the file beside.
 
     Raises:
         UnreadableWeights: The file cannot be read.
         MismatchedWeights: The file holds none of these networks.
     """
+    weights = find_checkpoint(weights)
     arrays = read_arrays(weights, given.which)
     for name, row in BACKBONES.items():
         if row.mark and any(re.fullmatch(row.mark, each) for each in arrays):
             _require_nothing_given(given, weights)
-            own = declared_settings(_body(arrays), weights) if name == OWN else None
+            if name != OWN:
+                return Identity(name, None)
+            body, own = _body(arrays), None
+            if network is None or states_in_header(weights):
+                own = declared_settings(body, weights)
             stated = own.normalised if own is not None else None
-            return Identity(name, None if stated == row.normalisation else stated)
+            found = dict(network) if network is not None else settings_beside(body, weights)
+            other = None if stated == row.normalisation else stated
+            return Identity(name, other, network=found)
     published = from_arrays(arrays, weights, given=given)
     row, declared = BACKBONES[published.family], published.declared._replace(which=given.which)
+    beside: dict[str, Any] = {}
+    if network is not None:
+        beside = dict(network)
+    elif published.evidence.get("rope", "").partition(":")[0].endswith(".json"):
+        beside = {"rope_base": published.config.rope_base}
     if published.normalised is None:
         note = (
             f"{weights} does not say how its images are normalised: mean and deviation are 0.5, the"
             " default of timm and Hugging Face; --backbone deit takes those of ImageNet"
         )
-        return Identity(published.family, None, note, declared)
-    other = published.normalised != row.normalisation
-    return Identity(published.family, published.normalised if other else None, "", declared)
+        return Identity(published.family, None, note, declared, beside)
+    other = published.normalised if published.normalised != row.normalisation else None
+    return Identity(published.family, other, "", declared, beside)
 
 
 def load_network(
@@ -331,6 +367,7 @@ def load_network(
     normalisation: Normalisation | None = None,
     given: Given = NOTHING_GIVEN,
     own_head: bool = False,
+    network: Mapping[str, Any] | None = None,
 ) -> Network:
     """Returns a network with its parameters on the default device.
 
@@ -342,6 +379,8 @@ def load_network(
             `identify` finds beside the file, if it is asked for the row, and else those of the row.
         given: Choices of the user that a published ViT may leave open.
         own_head: Whether the pooling and projection of CLIP or SigLIP take the place of the map.
+        network: Fields of `ViTConfig` that `identify` found beside the file of a ViT. None reads
+            them from there.
 
     Raises:
         UnreadableWeights: The file cannot be read.
@@ -354,8 +393,9 @@ def load_network(
     if weights is None and name != DEFAULT:
         raise ValueError(f"{name} needs a file of weights")
     sizes = _SIZES.fullmatch(name)
+    weights = None if weights is None else find_checkpoint(weights)
     if weights is not None and (backbone is None or sizes):
-        name, found, *_ = identify(weights, given)
+        name, found, *_ = identify(weights, given, network=network)
         normalisation = normalisation or found
     if own_head:
         if sizes:
@@ -363,9 +403,13 @@ def load_network(
         return _load_own_head(name, weights, normalisation, given)
     row = BACKBONES[name]
     if sizes:
-        loaded = _load_vit_of_sizes(name, weights, sizes[1], given)
+        loaded = _load_vit_of_sizes(name, weights, sizes[1], given, network)
+    elif name == OWN:
+        loaded = _load_own_vit(weights, given, network=network)
     else:
         loaded = row.load(weights, given)
+    if network and isinstance(loaded.model, PatchMap):
+        loaded = loaded._replace(model=_with_fields(loaded.model, network, weights))
     stride = row.stride or loaded.model.vit.config.patch
     mean, std = normalisation or row.normalisation
     variables = jax.device_put(loaded.variables)
@@ -377,8 +421,8 @@ def read_any_vit(path: str | Path, given: Given = NOTHING_GIVEN) -> PublishedViT
 
     Args:
         path: A file of weights in any published naming, or in the names of our own variables; or
-            the folder of a `model.safetensors`, or of a training run, whose newest checkpoint is
-            read.
+            the folder of one (see `find_checkpoint`), or of a training run, whose newest checkpoint
+            is read.
         given: Choices of the user that a published file may leave open.
 
     Returns:
@@ -389,9 +433,7 @@ def read_any_vit(path: str | Path, given: Given = NOTHING_GIVEN) -> PublishedViT
         AmbiguousWeights: The file fits networks that compute different things.
         MismatchedWeights: The file holds another network.
     """
-    path = Path(path)
-    if path.is_dir() and (path / "model.safetensors").is_file():
-        path = path / "model.safetensors"
+    path = find_checkpoint(path)
     if path.is_dir():
         vit, variables, normalised = read_run(path)
         return _own(vit, variables, normalised)
@@ -438,10 +480,27 @@ def _load_own_head(
     return Network(OwnHead(published.model()), variables, mean, std, stride=side, pads=False)
 
 
-def _load_vit_of_sizes(name: str, weights: str | Path | None, variant: str, given: Given) -> Loaded:
+def _with_fields(
+    model: PatchMap, fields: Mapping[str, Any], weights: str | Path | None
+) -> PatchMap:
+    """The same network with other fields of its config, of which parameters do not depend."""
+    try:
+        config = dataclasses.replace(model.vit.config, **fields)
+    except (TypeError, ValueError) as error:
+        raise MismatchedWeights(f"{weights} is not of the network recorded: {error}") from None
+    return PatchMap(model.vit.clone(config=config))
+
+
+def _load_vit_of_sizes(
+    name: str,
+    weights: str | Path | None,
+    variant: str,
+    given: Given,
+    network: Mapping[str, Any] | None = None,
+) -> Loaded:
     """The ViT of a row of the table, whose sizes must be those of the variant."""
     if name == OWN:
-        return _load_own_vit(weights, given, variant=variant)
+        return _load_own_vit(weights, given, variant=variant, network=network)
     loaded, wanted = BACKBONES[name].load(weights, given), vit_config(variant)
     if not isinstance(loaded.model, PatchMap):
         raise MismatchedWeights(f"{weights} holds {BACKBONES[name].about}, not a ViT-{variant}")

@@ -76,6 +76,7 @@ class CompiledDescriptor:
                 normalisation=normalisation,
                 given=s.given(),
                 own_head=s.pooling == "clip",
+                network=s.network,
             )
         return self._network
 

@@ -3,7 +3,7 @@
 import dataclasses
 import hashlib
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
@@ -36,7 +36,8 @@ class DescriptorSettings:
     # a row of `ggem_jax.descriptors.backbones`, or the sizes of a ViT such as vit-S/16; None: found
     # from the weights, and without them efficientnet-lite0
     backbone: str | None = None
-    # file of the network's parameters; None: those installed with efficientnet-lite0
+    # file of the network's parameters, or the folder of a model.safetensors or pytorch_model.bin,
+    # which becomes the file in it; None: those installed with efficientnet-lite0
     weights: str | None = None
     # gem: the network's own exponent, or 3; clip: pooling and projection of CLIP or SigLIP into the
     # space that images share with texts, at the image size of the network, as a square, at one
@@ -66,8 +67,15 @@ class DescriptorSettings:
     norm_eps: float | None = None  # epsilon of the norms
     architecture: str | None = None  # the name of the model in timm
     which: str | None = None  # the network of a file with several, such as "ema"
+    # of any ViT: further fields of its config, `ViTConfig`, that a file of settings beside the
+    # weights states, such as rope_base; None: read there (`resolve`)
+    network: dict[str, Any] | None = field(default=None, hash=False)
 
     def __post_init__(self):
+        if self.weights is not None and Path(self.weights).is_dir():
+            object.__setattr__(self, "weights", _file_in(self.weights))
+        if self.network is not None and not isinstance(self.network, dict):
+            raise ValueError(f"network must be fields of a config by name, not {self.network!r}")
         if self.pooling == "clip":
             object.__setattr__(self, "regional", False)
             object.__setattr__(self, "scales", 1)
@@ -82,23 +90,35 @@ class DescriptorSettings:
     def resolve(self) -> "DescriptorSettings":
         """Returns the settings with the name of the network, which is found in the file of weights.
 
-        Mean, deviation, heads, GELU and norms are set too where a file beside the weights states
-        them.
+        Mean and deviation (unless the network is named), heads, GELU, norms and other fields of the
+        network are set too where a file beside the weights states them.
 
         Raises:
             UnreadableWeights: The file of weights cannot be read.
             AmbiguousWeights: The weights fit networks that compute different things.
             MismatchedWeights: The file holds no known network.
         """
-        if self.weights is None or not self.leaves_row_to_weights:
+        if self.weights is None or self.backbone == DEFAULT_BACKBONE:
             return dataclasses.replace(self, backbone=self.backbone or DEFAULT_BACKBONE)
-        from ggem_jax.descriptors.backbones import identify
+        from ggem_jax.descriptors.backbones import FAMILIES, OWN, identify
 
-        found = identify(self.weights, self.given())
+        if not self.leaves_row_to_weights:
+            if self.network is not None or self.backbone not in (*FAMILIES, OWN):
+                return self
+            found = identify(self.weights, self.given())
+            if (found.backbone == OWN) != (self.backbone == OWN):
+                return self  # of another network, which is said when it is loaded
+            return dataclasses.replace(self, network=found.network, **found.declared._asdict())
+        found = identify(self.weights, self.given(), network=self.network)
         backbone = self.backbone or found.backbone
         mean, std = (self.mean, self.std) if self.mean else (found.normalisation or (None, None))
         return dataclasses.replace(
-            self, backbone=backbone, mean=mean, std=std, **found.declared._asdict()
+            self,
+            backbone=backbone,
+            mean=mean,
+            std=std,
+            network=found.network,
+            **found.declared._asdict(),
         )
 
     def given(self) -> "Given":
@@ -117,7 +137,8 @@ class DescriptorSettings:
 
         A digest of its contents takes the place of each file. Mean and deviation are left out where
         they are the backbone's; heads, GELU and norms where the weights or a table of published
-        sizes state them; the decoding unless it is draft, as records of earlier versions mean full.
+        sizes state them, as other fields of the network; the decoding unless it is draft, as
+        records of earlier versions mean full.
 
         Raises:
             ValueError: A file cannot be read, or holds no known network.
@@ -132,6 +153,8 @@ class DescriptorSettings:
         for name in ("heads", "gelu", "norm", "norm_eps", "architecture", "which"):
             if record[name] is None:
                 del record[name]
+        if not record["network"]:
+            del record["network"]
         if record["decoding"] != "draft":
             del record["decoding"]
         return record
@@ -197,13 +220,33 @@ def digest(path: str | Path) -> str:
     """Returns the first 16 hexadecimal digits of a file's SHA-256.
 
     Args:
-        path: The file.
+        path: The file, or the folder of a file of weights.
 
     Raises:
         ValueError: The file cannot be read.
     """
+    if Path(path).is_dir():
+        path = _file_in(path)
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
     except OSError as error:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
+
+
+def _file_in(folder: str | Path) -> str:
+    """The file of weights in a folder; that of a training run has none."""
+    from ggem_jax.files.errors import UnreadableWeights
+    from ggem_jax.weights.folders import CHECKPOINTS, find_checkpoint
+
+    file = find_checkpoint(folder)
+    if not file.is_dir():
+        return str(file)
+    run = (
+        ": a training run goes on, so write its network into a file first (python -m"
+        f" ggem_jax.weights convert {folder} OUT)"
+    )
+    raise UnreadableWeights(
+        f"{folder} holds none of {', '.join(CHECKPOINTS)}"
+        f"{run if (file / 'checkpoints').is_dir() else ''}"
+    )

@@ -30,7 +30,8 @@ from flax import traverse_util
 from ggem_jax.files.arrays import Checkpoint, read_checkpoint
 from ggem_jax.files.safetensors_files import write_safetensors
 from ggem_jax.weights.architecture import Given, Settings
-from ggem_jax.weights.export import FOLDERS_FILE, export_vit, weights_path
+from ggem_jax.weights.export import export_vit, weights_path
+from ggem_jax.weights.folders import find_checkpoint
 from ggem_jax.weights.hub import NAMES, SITE, fetch
 from ggem_jax.weights.load import LoadedViT, load_vit
 from ggem_jax.weights.own import holds_own_vit
@@ -148,7 +149,7 @@ def _inspect(arguments: argparse.Namespace) -> None:
 def _convert(arguments: argparse.Namespace) -> None:
     _check_names(arguments)
     target = weights_path(arguments.out)
-    if target.exists() and target.samefile(_file_of(arguments.file)):
+    if target.exists() and target.samefile(find_checkpoint(arguments.file)):
         raise ValueError(f"{target} is the file that is converted: give another name")
     found = _open(arguments)
     vit = found if isinstance(found, LoadedViT) else found[1]
@@ -158,18 +159,13 @@ def _convert(arguments: argparse.Namespace) -> None:
         _export(vit, arguments)
 
 
-def _file_of(path: Path) -> Path:
-    """The file of weights in a folder, where there is one."""
-    return path / FOLDERS_FILE if (path / FOLDERS_FILE).is_file() else path
-
-
 def _open(
     arguments: argparse.Namespace,
 ) -> LoadedViT | tuple[Checkpoint, PublishedViT | PublishedText]:
     """The network of FILE: one of our own, or a published one with the file it was read from."""
     if arguments.tower == "text" and arguments.norm is not None:
         raise ValueError("--norm is of image towers: the norms of text towers come before")
-    file = _file_of(arguments.file)
+    file = find_checkpoint(arguments.file)
     if file.is_dir():
         return _load_own(arguments)
     checkpoint = read_checkpoint(file, arguments.which)

@@ -71,12 +71,13 @@ def export_vit(
     Args:
         vit: The network, of `read_vit` or `load_vit`.
         out: A file that ends in .safetensors, or a folder, in which the file is called
-            `model.safetensors`. `config.json` stands beside the file; for "hf" in a folder,
-            `preprocessor_config.json` as well.
+            `model.safetensors`. `config.json` stands beside the file; for "hf",
+            `preprocessor_config.json` as well, where mean and deviation are known.
         to: "timm", "hf" (Hugging Face's transformers), or "flax", the names of our variables, which
             `load_vit` reads with every setting of the network.
         head: Whether to write the classification head, or CLIP's projection.
-        overwrite: Whether to replace JSON files that are there and say something else. A file of
+        overwrite: Whether to replace JSON files that are there and say something else, and to
+            remove a `preprocessor_config.json` where mean and deviation are not known. A file of
             weights is always replaced.
 
     Returns:
@@ -112,8 +113,9 @@ def export_vit(
         plain = _plain(vit)
         convert = to_timm_model if to == "timm" else to_hugging_face
         arrays, files["config.json"] = convert(plain)
-        if to == "hf" and path.name == FOLDERS_FILE:
-            files["preprocessor_config.json"] = preprocessor(plain)
+        if to == "hf" or plain.normalised is None:  # what is there would count, and be wrong
+            files["preprocessor_config.json"] = preprocessor(plain) if to == "hf" else None
+            _refuse_open_clip(path)
         notes = _notes(plain, to)
     written = _write(path, arrays, files, overwrite, metadata)
     return Exported(written, len(arrays), tuple(notes))
@@ -140,6 +142,15 @@ def weights_path(out: str | Path) -> Path:
             f" folder, not {out}"
         )
     return path / FOLDERS_FILE
+
+
+def _refuse_open_clip(path: Path) -> None:
+    """Refuses a folder whose `open_clip_config.json` would say how images are normalised."""
+    other = path.with_name("open_clip_config.json")
+    if other.exists():
+        raise ValueError(
+            f"{other} is there, and would count for the new file too: write into another folder"
+        )
 
 
 def _model_of(vit: PublishedViT | LoadedViT) -> tuple[ViT, Normalisation | None]:
@@ -227,18 +238,24 @@ def _write(
     overwrite: bool,
     metadata: Mapping[str, str] | None,
 ) -> tuple[Path, ...]:
-    """Writes all files, or none."""
+    """Writes all files, or none; those without contents are removed."""
     texts = {
         path.with_name(name): json.dumps(contents, indent=2, default=_plain_number) + "\n"
         for name, contents in files.items()
         if contents is not None
     }
-    for file, text in texts.items():
-        if not overwrite and file.exists() and not _says(file, text):
+    stale = [path.with_name(name) for name, contents in files.items() if contents is None]
+    stale = [file for file in stale if file.exists()]
+    for file in (path, *texts, *stale):
+        if file.is_dir():
+            raise ValueError(f"{file} is a folder: move it, or write into another folder")
+    for file in (*texts, *stale):
+        if not overwrite and file.exists() and not _says(file, texts.get(file)):
             raise ValueError(
                 f"{file} is there and says something else: write into another folder, or replace it"
                 " (--overwrite, overwrite=True)"
             )
+    before = {file: file.read_bytes() if file.exists() else None for file in texts}
     new = [folder for folder in (path.parent, *path.parent.parents) if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -247,7 +264,12 @@ def _write(
             write_safetensors(file, arrays, metadata=metadata)
             for file, text in texts.items():
                 stack.enter_context(replacing(file)).write_text(text, encoding="utf-8")
+        for file in stale:
+            file.unlink(missing_ok=True)
     except BaseException as error:
+        for file, contents in before.items():
+            with contextlib.suppress(OSError):
+                _restore(file, contents)
         for folder in new:
             with contextlib.suppress(OSError):
                 folder.rmdir()
@@ -261,7 +283,17 @@ def _plain_number(value: Any) -> Any:
     return value.item()  # of NumPy, which a config may hold
 
 
-def _says(file: Path, text: str) -> bool:
+def _restore(file: Path, contents: bytes | None) -> None:
+    """Gives a file its earlier contents, where they have changed; None: there was none."""
+    if contents is None:
+        file.unlink(missing_ok=True)
+    elif file.read_bytes() != contents:
+        file.write_bytes(contents)
+
+
+def _says(file: Path, text: str | None) -> bool:
+    if text is None:
+        return False
     try:
         return json.loads(file.read_text(encoding="utf-8")) == json.loads(text)
     except (OSError, ValueError, RecursionError):

@@ -17,6 +17,7 @@ from ggem_jax.models.transformer import GELU
 from ggem_jax.models.vit import ViT
 from ggem_jax.weights.architecture import Given
 from ggem_jax.weights.declared import Norms
+from ggem_jax.weights.folders import find_checkpoint
 from ggem_jax.weights.own import fit_variables, holds_own_vit, own_settings
 from ggem_jax.weights.runs import Means, read_run
 from ggem_jax.weights.vit import FAMILIES, from_arrays
@@ -57,8 +58,9 @@ def load_vit(
     Args:
         path: A checkpoint in the names of timm, Hugging Face, OpenAI or Google (see
             `ggem_jax.weights.vit`), a file of Flax variables (see `ggem_jax.weights.own`), the
-            folder of a `model.safetensors` of either kind, or the folder of a run of
-            `python -m train.*`, of which the newest checkpoint is read.
+            folder of a `model.safetensors` of either kind or of a `pytorch_model.bin`, also in
+            shards, or the folder of a run of `python -m train.*`, of which the newest checkpoint is
+            read.
         pooling: A pooling that replaces the one the ViT was trained with; its parameters are fresh.
             None keeps it.
         num_classes: Channels of a fresh classification head; 0 removes the head, None keeps it.
@@ -98,8 +100,7 @@ def load_vit(
     except RuntimeError:
         raise UnreadableWeights(f"{path} begins with the home folder of an unknown user") from None
     given = Given(heads, gelu, norm_eps, norm, which=which)
-    if path.is_dir() and (path / "model.safetensors").is_file():
-        path = path / "model.safetensors"  # of a folder that `export_vit` or another library wrote
+    path = find_checkpoint(path)  # of a folder that `export_vit` or another library wrote
     if path.is_dir():
         loaded = _load_run(path, ema)
     else:

@@ -26,11 +26,20 @@ from ggem_jax.models.token_pooling import MAP, GGeM, Pooling
 from ggem_jax.models.vit import ViT
 from ggem_jax.pooling import avg_pool
 from ggem_jax.weights.convert import Parameter, to_variables
-from ggem_jax.weights.own_settings import OwnSettings, fits, read_settings
+from ggem_jax.weights.own_settings import (
+    OwnSettings,
+    misfits,
+    read_settings,
+    settings_file,
+    states_in_header,
+)
 
 Arrays = Mapping[str, np.ndarray]
 
 OWN_NAME = r"params/(patch_embedding|blocks_\d+|norm)/.*"  # a name that only such files have
+
+# fields of `ViTConfig` that change nothing in a network with its parameters
+_OF_TRAINING = ("layer_scale", "drop_path", "dropout", "remat")
 
 
 def read_own_vit(
@@ -38,6 +47,7 @@ def read_own_vit(
     variant: str | None = None,
     *,
     position: Literal["sincos", "rope"] | None = None,
+    network: Mapping[str, Any] | None = None,
 ) -> tuple[ViT, dict[str, Any]]:
     """Returns the ViT and the variables of a file of Flax variables, without pooling and head.
 
@@ -48,6 +58,8 @@ def read_own_vit(
             size of the training images, is always read from the shapes.
         position: How places are told apart where the file has no table of positions. None: "rope"
             where queries have a bias and keys have none, "sincos" where both have one.
+        network: Fields of `ViTConfig` that take the place of a `config.json` beside the file, which
+            is not read then (see `settings_beside`).
 
     Returns:
         The model, with `avg_pool` and no head, and its variables, NumPy arrays in float32. What
@@ -65,7 +77,7 @@ def read_own_vit(
         for name, value in read_arrays(path).items()
         if name.split("/")[1:2] not in (["head"], ["pool"], ["pooling"])
     }
-    settings = own_settings(arrays, path, variant, position=position)
+    settings = own_settings(arrays, path, variant, position=position, network=network)
     model = ViT(settings.config, avg_pool)
     return model, fit_variables(model, arrays, source=str(path))
 
@@ -146,29 +158,37 @@ def own_settings(
     variant: str | None = None,
     *,
     position: Literal["sincos", "rope"] | None = None,
+    network: Mapping[str, Any] | None = None,
 ) -> OwnSettings:
     """Returns the network of a file of our own, except for its weights.
 
     Args:
         arrays: The variables by their paths.
         path: The file. The settings in its header, or else those of a `config.json` beside it,
-            decide what names and shapes leave open, provided that their sizes are those of the
-            variables.
+            decide what names and shapes leave open. Their sizes must be those of the variables.
         variant: The size, such as "S/16"; None reads it from the shapes.
         position: As in `read_own_vit`; None: by the settings as well.
+        network: As in `read_own_vit`.
 
     Returns:
         The config, the pooling, and the mean and deviation of the images. Without settings, these
         are the defaults of `ViTConfig`, the pooling of `own_pooling`, and ImageNet's.
 
     Raises:
-        MismatchedWeights: As `own_config`.
-        UnreadableWeights: The settings have our form, and values that no network can have.
+        MismatchedWeights: As `own_config`, or the settings are of another network.
+        UnreadableWeights: As `read_settings`.
     """
-    declared = declared_settings(arrays, path, variant, position=position)
-    if declared is not None:
-        return declared
-    config = own_config(arrays, variant, position=position, source=str(path))
+    if network is None or states_in_header(path):
+        declared = declared_settings(arrays, path, variant, position=position)
+        if declared is not None:
+            return declared
+    fields = dict(network or {})
+    hint = position or fields.get("position")
+    config = own_config(arrays, variant, position=hint, source=str(path))
+    try:
+        config = dataclasses.replace(config, **fields)
+    except (TypeError, ValueError) as error:
+        raise MismatchedWeights(f"{path} is not of the network that is recorded: {error}") from None
     return OwnSettings(config, own_pooling(arrays), IMAGENET)
 
 
@@ -188,11 +208,11 @@ def declared_settings(
         position: As in `own_settings`.
 
     Returns:
-        The settings; None where there are none, or those of another network.
+        The settings; None where there are none.
 
     Raises:
-        MismatchedWeights: As `own_config`.
-        UnreadableWeights: As `own_settings`.
+        MismatchedWeights: As `own_config`, or the settings are of another network.
+        UnreadableWeights: As `read_settings`.
     """
     declared = read_settings(path)
     if declared is None:
@@ -201,7 +221,47 @@ def declared_settings(
     shaped = own_config(
         arrays, variant, position=None if hint == "learned" else hint, source=str(path)
     )
-    return declared if fits(declared.config, shaped) else None
+    if wrong := misfits(declared.config, shaped):
+        if states_in_header(path):
+            raise MismatchedWeights(
+                f"the settings in the header of {path} are of another network: {', '.join(wrong)};"
+                " write the file again from where it came (python -m ggem_jax.weights convert)"
+            )
+        raise MismatchedWeights(
+            f"{settings_file(Path(path))} is of another network than {path}: {', '.join(wrong)};"
+            " move one of them into another folder, as nothing else says the settings"
+        )
+    return declared
+
+
+def settings_beside(arrays: Arrays, path: str | Path, variant: str | None = None) -> dict[str, Any]:
+    """Returns what a `config.json` beside a file of our own says of its network.
+
+    Args:
+        arrays: The variables by their paths.
+        path: The file.
+        variant: As in `own_settings`.
+
+    Returns:
+        The fields of `ViTConfig` in which the network is not the one that would be read without
+        that `config.json`, as JSON values; none where the file has settings in its header.
+
+    Raises:
+        MismatchedWeights: As `own_settings`.
+        UnreadableWeights: As `own_settings`.
+    """
+    declared = None if states_in_header(path) else declared_settings(arrays, path, variant)
+    if declared is None:
+        return {}
+    stated = dataclasses.asdict(declared.config)
+    try:
+        alone = dataclasses.asdict(own_config(arrays, variant, source=str(path)))
+    except MismatchedWeights:  # nothing but the settings tells how places are told apart
+        hint: Any = declared.config.position
+        alone = dataclasses.asdict(own_config(arrays, variant, position=hint, source=str(path)))
+        alone["position"] = None
+    names = [name for name in stated if name not in _OF_TRAINING]
+    return {name: stated[name] for name in names if stated[name] != alone[name]}
 
 
 def fit_variables(model: ViT, arrays: Arrays, *, source: str) -> dict[str, Any]:

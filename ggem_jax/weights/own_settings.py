@@ -50,19 +50,29 @@ def read_settings(path: str | Path) -> OwnSettings | None:
         The config, the pooling, and the mean and deviation of the images.
 
     Raises:
-        UnreadableWeights: The settings have our form, and values that no network can have.
+        UnreadableWeights: The header is damaged, the `config.json` is no JSON, or the settings have
+            our form, and values that no network can have.
     """
     path = Path(path)
     own = read_metadata(path).get(HEADER) if path.suffix == ".safetensors" else None
-    file = path if own is not None else path.with_name("config.json")
+    file = settings_file(path) if own is None else path
+    if not file.is_file():
+        return None
     try:
         found = json.loads(file.read_text(encoding="utf-8") if own is None else own)
-    except (OSError, ValueError, RecursionError):
-        return None
+    except (OSError, ValueError, RecursionError) as error:
+        what = f"{file} is not readable JSON" if own is None else f"{_header_of(path)} is damaged"
+        advice = "remove it, or put the right one there" if own is None else _WRITE_AGAIN
+        reason = str(error).partition(chr(10))[0][:200]
+        raise UnreadableWeights(f"{what}, and holds the settings ({reason}): {advice}") from None
     if not isinstance(found, dict) or not (
         isinstance(found.get("model"), dict) and isinstance(found.get("pool"), dict)
     ):
-        return None
+        if own is None:
+            return None
+        raise UnreadableWeights(
+            f"{_header_of(path)} lacks settings: it must hold model and pool; {_WRITE_AGAIN}"
+        )
     try:
         declared = ViTConfig(**found["model"])
         pool = dict(found["pool"])
@@ -73,6 +83,34 @@ def read_settings(path: str | Path) -> OwnSettings | None:
             f"{file} does not hold the settings of a ViT of ours: {error!r}"
         ) from None
     return OwnSettings(declared, pooling, normalised)
+
+
+_WRITE_AGAIN = "write the file again from where it came (python -m ggem_jax.weights convert)"
+
+
+def settings_file(path: Path) -> Path:
+    """Returns the `config.json` beside a file of weights.
+
+    Args:
+        path: The file of weights.
+    """
+    return path.with_name("config.json")
+
+
+def states_in_header(path: str | Path) -> bool:
+    """Returns whether a file of our own has settings in its header.
+
+    Args:
+        path: The file.
+
+    Raises:
+        UnreadableWeights: The file cannot be read.
+    """
+    return Path(path).suffix == ".safetensors" and HEADER in read_metadata(path)
+
+
+def _header_of(path: Path) -> str:
+    return f"the header of {path}, {HEADER},"
 
 
 def describe_settings(model: ViT, normalised: Normalisation | None) -> dict[str, Any]:
@@ -127,18 +165,22 @@ def _normalisation(data: Any) -> Normalisation | None:
     return mean, std
 
 
-def fits(declared: ViTConfig, shaped: ViTConfig) -> bool:
-    """Returns whether settings are those of the network whose variables these are.
+def misfits(declared: ViTConfig, shaped: ViTConfig) -> list[str]:
+    """Returns in what settings are not those of the network whose variables these are.
 
     Args:
         declared: The config in the settings.
         shaped: The config by the names and shapes of the variables.
 
     Returns:
-        True where they agree on all that names and shapes tell.
+        Each field in which they contradict what names and shapes tell, with both values.
     """
-    return (
-        all(getattr(declared, name) == getattr(shaped, name) for name in _SHAPED)
-        and (declared.layer_scale is None) == (shaped.layer_scale is None)
-        and (declared.image == shaped.image or shaped.position != "learned")
-    )
+    names = [name for name in _SHAPED if getattr(declared, name) != getattr(shaped, name)]
+    if (declared.layer_scale is None) != (shaped.layer_scale is None):
+        names.append("layer_scale")
+    if declared.image != shaped.image and shaped.position == "learned":
+        names.append("image")
+    return [
+        f"{name} {getattr(declared, name)} where the weights have {getattr(shaped, name)}"
+        for name in names
+    ]

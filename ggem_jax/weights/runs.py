@@ -15,6 +15,7 @@ from ggem_jax.files.errors import MismatchedWeights, UnreadableWeights
 from ggem_jax.models.config import ViTConfig
 from ggem_jax.models.token_pooling import named_pooling
 from ggem_jax.models.vit import ViT
+from ggem_jax.weights.folders import CHECKPOINTS
 from ggem_jax.weights.own import fit_variables
 
 Means = tuple[float, float, float]
@@ -36,7 +37,8 @@ def read_run(
         `train.contrastive` it is the image ViT, without the projection after it.
 
     Raises:
-        UnreadableWeights: The folder is no run, has no checkpoint yet, or cannot be read.
+        UnreadableWeights: The folder is no run and holds no file of weights, has no checkpoint yet,
+            or cannot be read.
         MismatchedWeights: The checkpoint does not fit the settings.
         ModuleNotFoundError: orbax is not installed.
     """
@@ -63,16 +65,21 @@ def read_run(
 
 def _read_settings(folder: Path) -> dict[str, Any]:
     path = folder / "config.json"
+    lacks = (
+        f"{folder} holds none of {', '.join(CHECKPOINTS)}, and is not the folder of a training run"
+    )
     try:
         settings = json.loads(path.read_text())
     except FileNotFoundError:
-        raise UnreadableWeights(
-            f"{folder} is not the folder of a training run: it has no config.json"
-        ) from None
+        raise UnreadableWeights(f"{lacks}: it has no config.json") from None
     except (OSError, ValueError, RecursionError) as error:
         raise UnreadableWeights(f"{path} is not readable JSON: {error}") from None
     if not isinstance(settings, dict):
         raise UnreadableWeights(f"{path} must hold settings by name, not a list or a number")
+    if not (folder / "checkpoints").is_dir() and not {"model", "pool"} <= set(settings):
+        raise UnreadableWeights(
+            f"{lacks}: its config.json has no model and pool, and there is no folder checkpoints"
+        )
     return settings
 
 

@@ -135,6 +135,8 @@ def _obstacle_of_eva(vit: PublishedViT) -> str:
         return f"its GELU is {c.gelu}, where timm's DINOv3 has the exact one"
     if c.norm_eps != 1e-5:
         return f"its norms have an epsilon of {c.norm_eps:g}, where timm's DINOv3 has 1e-05"
+    if not c.registers:  # by which its files are told from those of other networks
+        return "it has rotary positions without registers, which every DINOv3 has"
     return ""
 
 

@@ -1,0 +1,25 @@
+"""Folders of weights: the file that stands for a folder which another program wrote."""
+
+from pathlib import Path
+
+# of timm and Hugging Face, in the order in which they look for them
+CHECKPOINTS = (
+    *("model.safetensors", "pytorch_model.bin"),
+    *("model.safetensors.index.json", "pytorch_model.bin.index.json"),  # of several shards
+)
+
+
+def find_checkpoint(path: str | Path) -> Path:
+    """Returns the file of weights in a folder.
+
+    Args:
+        path: A file, or a folder.
+
+    Returns:
+        The first of `CHECKPOINTS` that the folder holds. The path itself if it is a file, or a
+        folder without any of these, such as that of a training run.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        return path
+    return next((path / name for name in CHECKPOINTS if (path / name).is_file()), path)
