@@ -53,7 +53,7 @@ def mae_with_decoder() -> list[str]:
     """MAE in Hugging Face's names, with its decoder and without settings."""
     arrays, _ = to_hugging_face(from_arrays(timm(768), "none"))
     arrays = folder("vit.", arrays)
-    return _write("pytorch_model.bin", arrays | folder("decoder.", {"decoder_norm.weight": ZERO}))
+    return _write("pytorch_model.bin", arrays | folder("decoder.", {"decoder_embed.weight": ZERO}))
 
 
 def teacher_of_dinov2() -> list[str]:

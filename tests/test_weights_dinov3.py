@@ -363,7 +363,8 @@ def test_networks_that_compute_something_else_are_refused_with_the_reason(arrays
 def test_a_rope_vit_with_the_names_of_deit3_is_told_by_its_settings(tmp_path):
     weights, _ = recorded("deit3")
     write_safetensors(tmp_path / "model.safetensors", weights)
-    settings = {"architecture": "vit_small_patch16_rope_ape_224", "model_args": {"num_heads": 2}}
+    sizes = {"num_heads": 2, "embed_dim": 16, "patch_size": 4}
+    settings = {"architecture": "vit_small_patch16_rope_ape_224", "model_args": sizes}
     (tmp_path / "config.json").write_text(json.dumps(settings))
     with pytest.raises(
         MismatchedWeights, match=r"is vit_small_patch16_rope_ape_224 \(config\.json.*a RoPE-ViT, "

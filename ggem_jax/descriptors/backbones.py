@@ -351,10 +351,15 @@ def identify(
     elif published.evidence.get("rope", "").partition(":")[0].endswith(".json"):
         beside = {"rope_base": published.config.rope_base}
     if published.normalised is None:
-        note = (
-            f"{weights} does not say how its images are normalised: mean and deviation are 0.5, the"
-            " default of timm and Hugging Face; --backbone deit takes those of ImageNet"
+        half = row.normalisation == HALF
+        taken = (
+            "mean and deviation are 0.5, the default of timm and Hugging Face; --backbone deit"
+            " takes those of ImageNet"
+            if half
+            else f"mean and deviation are those of {row.about}, {row.normalisation[0]} and"
+            f" {row.normalisation[1]}; put its preprocessor_config.json beside it for others"
         )
+        note = f"{weights} does not say how its images are normalised: {taken}"
         return Identity(published.family, None, note, declared, beside)
     other = published.normalised if published.normalised != row.normalisation else None
     return Identity(published.family, other, "", declared, beside)

@@ -84,7 +84,8 @@ class CompiledDescriptor:
     def _is_installed(self) -> bool:
         """Whether the settings name the network whose weights are installed, and change nothing."""
         s = self._settings
-        given = (s.weights, *s.given())
+        # not s.given(), which imports the networks
+        given = (s.weights, s.heads, s.gelu, s.norm, s.norm_eps, s.architecture, s.which)
         return s.backbone in (None, DEFAULT_BACKBONE) and all(each is None for each in given)
 
     def _load_program(self, shape: tuple[int, ...]) -> programs.Program | None:
