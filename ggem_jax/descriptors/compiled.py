@@ -76,7 +76,7 @@ class CompiledDescriptor:
                 normalisation=normalisation,
                 given=s.given(),
                 own_head=s.pooling == "clip",
-                network=s.network,
+                network=s.network_fields(),
             )
         return self._network
 

@@ -2,8 +2,9 @@
 
 import dataclasses
 import hashlib
+import json
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
@@ -68,14 +69,15 @@ class DescriptorSettings:
     architecture: str | None = None  # the name of the model in timm
     which: str | None = None  # the network of a file with several, such as "ema"
     # of any ViT: further fields of its config, `ViTConfig`, that a file of settings beside the
-    # weights states, such as rope_base; None: read there (`resolve`)
-    network: dict[str, Any] | None = field(default=None, hash=False)
+    # weights states, such as '{"rope_base": 50.0}' (a dictionary is taken too); None: read there
+    network: str | None = None
 
     def __post_init__(self):
         if self.weights is not None and Path(self.weights).is_dir():
             object.__setattr__(self, "weights", _file_in(self.weights))
-        if self.network is not None and not isinstance(self.network, dict):
-            raise ValueError(f"network must be fields of a config by name, not {self.network!r}")
+        if isinstance(self.network, dict):
+            object.__setattr__(self, "network", json.dumps(self.network, sort_keys=True))
+        self.network_fields()
         if self.pooling == "clip":
             object.__setattr__(self, "regional", False)
             object.__setattr__(self, "scales", 1)
@@ -108,18 +110,36 @@ class DescriptorSettings:
             found = identify(self.weights, self.given())
             if (found.backbone == OWN) != (self.backbone == OWN):
                 return self  # of another network, which is said when it is loaded
-            return dataclasses.replace(self, network=found.network, **found.declared._asdict())
-        found = identify(self.weights, self.given(), network=self.network)
+            network: Any = found.network
+            return dataclasses.replace(self, network=network, **found.declared._asdict())
+        found = identify(self.weights, self.given(), network=self.network_fields())
         backbone = self.backbone or found.backbone
         mean, std = (self.mean, self.std) if self.mean else (found.normalisation or (None, None))
+        network = found.network
         return dataclasses.replace(
             self,
             backbone=backbone,
             mean=mean,
             std=std,
-            network=found.network,
+            network=network,
             **found.declared._asdict(),
         )
+
+    def network_fields(self) -> dict[str, Any] | None:
+        """Returns the fields of `network` by name, or None.
+
+        Raises:
+            ValueError: `network` is no JSON object.
+        """
+        if self.network is None:
+            return None
+        try:
+            fields = json.loads(self.network)
+            if isinstance(fields, dict):
+                return fields
+        except (TypeError, ValueError, RecursionError):
+            pass
+        raise ValueError(f"network must be fields of a config by name, not {self.network!r}")
 
     def given(self) -> "Given":
         """Returns what the settings say of a published ViT."""
@@ -143,7 +163,8 @@ class DescriptorSettings:
         Raises:
             ValueError: A file cannot be read, or holds no known network.
         """
-        record = dataclasses.asdict(self.resolve())
+        settings = self.resolve()
+        record = dataclasses.asdict(settings) | {"network": settings.network_fields()}
         for name in ("weights", "whitening"):
             record[name] = None if record[name] is None else digest(record[name])
         for name in ("mean", "std"):
