@@ -102,8 +102,8 @@ LAYOUTS_OF = {
 @pytest.mark.parametrize("name", LAYOUTS_OF)
 def test_folders_before_the_names_are_left_out_of_every_layout(name, folders):
     weights, _ = recorded(name)
-    layout, want, unused = to_names_of_timm(weights, source="")
-    again, found, rest = to_names_of_timm(
+    layout, want, unused, _ = to_names_of_timm(weights, source="")
+    again, found, rest, _ = to_names_of_timm(
         {folders + key: value for key, value in weights.items()}, source=""
     )
     assert (again, set(rest)) == (layout, {folders + key for key in unused})
@@ -120,7 +120,7 @@ def test_a_text_tower_beside_is_not_taken_for_the_images():
     weights = {f"model.{name}": value for name, value in recorded("hf-clip")[0].items()}
     both = weights | {name.replace("vision_model", "text_model"): v for name, v in weights.items()}
     assert find_layout(both) == ("hf-clip", "model.vision_model.")
-    _, found, unused = to_names_of_timm(both, source="")
+    _, found, unused, _ = to_names_of_timm(both, source="")
     assert_same(found, to_names_of_timm(weights, source="")[1])
     assert {name for name in both if ".text_model." in name} <= set(unused)
 
@@ -158,7 +158,7 @@ def test_blocks_in_chunks_are_those_of_dinov2():
         ("dino_head.mlp.0.weight", "ibot_head.last_layer.weight_g"), np.ones((2, 2), np.float32)
     )
     chunked |= {f"teacher.{name}": value for name, value in heads.items()}
-    layout, found, unused = to_names_of_timm(chunked, source="")
+    layout, found, unused, _ = to_names_of_timm(chunked, source="")
     assert_same(found, to_names_of_timm(weights, source="")[1])
     assert (layout, set(unused)) == ("timm", {f"teacher.{name}" for name in heads})
 

@@ -157,6 +157,9 @@ class Evidence:
     declared: Declared
     source: str  # the file, for messages
     found: dict[str, str] = field(default_factory=dict)
+    stated: set[str] = field(
+        default_factory=set
+    )  # choices that the user or a file of settings made
 
     def settle(self, name: str, known: tuple[Any, str] | None, question: str, answer: str) -> Any:
         """Returns the value of a choice and writes down where it came from.
@@ -175,10 +178,14 @@ class Evidence:
         """
         if (value := getattr(self.given, name)) is not None:
             self.found[name] = "given"
+            self.stated.add(name)
         elif (value := getattr(self.declared, name, None)) is not None:
             self.found[name] = self.declared.sources[name]
+            self.stated.add(name)
         elif known is not None:
             value, self.found[name] = known
+            if known[1] in self.declared.sources.values():  # a row for the name of the model
+                self.stated.add(name)
         else:
             ignored = "".join(f"; {each}" for each in self.declared.ignored)
             raise AmbiguousWeights(
@@ -350,6 +357,7 @@ def decide_gelu(evidence: Evidence, facts: Facts) -> GELU:
         return "exact"
     if evidence.given.gelu is None and declared.activation is not None:
         evidence.found["gelu"] = declared.sources["activation"]
+        evidence.stated.add("gelu")
         if declared.activation not in GELUS:
             raise MismatchedWeights(
                 f"{evidence.source} has the activation {declared.activation!r}"

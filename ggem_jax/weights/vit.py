@@ -56,12 +56,10 @@ from ggem_jax.weights.dinov3 import (
 from ggem_jax.weights.refused import refuse_architecture
 from ggem_jax.weights.vit_layouts import (
     Arrays,
-    find_layout,
     heads_of,
     join_qkv,
     split_qkv,
     to_names_of_timm,
-    unstack_blocks,
 )
 from ggem_jax.weights.vit_shapes import HUGGING_FACE_SIZES, Shapes, family_of, shapes_of
 from ggem_jax.weights.vit_table import Style, Trained, fold_positions, unfold_positions, vit_table
@@ -118,16 +116,15 @@ class PublishedViT:
     # choice, such as heads or gelu -> where it came from
     evidence: dict[str, str] = field(default_factory=dict, repr=False)
     architecture: str | None = None  # the name of the model in timm, where it was given or declared
+    # choices that the user or a file of settings made, and not the weights or a table
+    stated: frozenset[str] = frozenset()
 
     @property
     def declared(self) -> Given:
         """The choices that the user or a file of settings made, and not the weights."""
-        c, told = (
-            self.config,
-            {name for name, where in self.evidence.items() if _is_declared(where)},
-        )
+        c = self.config
         chosen = Given(c.heads, c.gelu, c.norm_eps, "post" if c.post_norm else "pre")
-        named = {name: value for name, value in chosen._asdict().items() if name in told}
+        named = {name: value for name, value in chosen._asdict().items() if name in self.stated}
         return Given(**named)._replace(architecture=self.architecture)
 
     def model(self) -> ViT:
@@ -252,14 +249,14 @@ def from_arrays(
         AmbiguousWeights: As in `read_vit`.
         MismatchedWeights: As in `read_vit`.
     """
-    layout, arrays, unused = to_names_of_timm(found, source=str(path))
+    layout, arrays, unused, folders = to_names_of_timm(found, source=str(path))
     given, architecture = take_name(given, architecture)
     return from_timm(
         arrays,
         gammas=any(name.endswith("blocks.0.gamma_1") for name in found),
         layout=layout,
         unused=unused,
-        folders=find_layout(unstack_blocks(found))[1],
+        folders=folders,
         given=given,
         heads_by_shape=heads_of(found),
         settings=Settings(Path(path), architecture),
@@ -300,7 +297,7 @@ def from_timm(
         MismatchedWeights: As in `read_vit`.
     """
     if "blocks.0.gamma_1" in arrays:  # of Eva, as `to_timm` returns a DINOv3
-        arrays = to_names_of_timm(arrays, source=source)[1]
+        arrays = to_names_of_timm(arrays, source=source).arrays
     arrays = split_qkv(dict(arrays), source=source)
     rotary = is_rotary(arrays, layout)
     family = "dinov3" if rotary else family_of(layout, arrays, unused)
@@ -361,6 +358,7 @@ def from_timm(
         rest,
         evidence.found,
         declared.architecture,
+        frozenset(evidence.stated),
     )
 
 
@@ -382,10 +380,6 @@ def _config(evidence: Evidence, facts: Facts, sizes: dict[str, Any], usual: Fami
         raise
     except ValueError as error:
         raise MismatchedWeights(f"{evidence.source}: {error}") from None
-
-
-def _is_declared(source: str) -> bool:
-    return source == "given" or source.partition(":")[0].endswith(".json")
 
 
 def _pooling(

@@ -393,20 +393,27 @@ def _shorten(name: str, folders: str) -> list[str]:
     return [name[end:] for end in [*reversed(ends), 0] if name.startswith(folders[:end])]
 
 
-def to_names_of_timm(
-    arrays: Mapping[str, np.ndarray], *, source: str
-) -> tuple[str, Arrays, tuple[str, ...]]:
-    """Returns the layout, the parameters by timm's names, and the names that no ViT uses.
+class Renamed(NamedTuple):
+    """The parameters of a file by timm's names."""
+
+    layout: str  # a key of `LAYOUTS`
+    arrays: Arrays
+    unused: tuple[str, ...]  # names in the file that no ViT uses
+    folders: str  # what stood before the names, such as "module.base_encoder."
+
+
+def to_names_of_timm(arrays: Mapping[str, np.ndarray], *, source: str) -> Renamed:
+    """Returns the parameters by timm's names.
 
     Queries, keys and values stay together or apart, as they came. Folders before the names, in any
-    order and nesting, are left out: `find_layout` returns them.
+    order and nesting, are left out.
 
     Args:
         arrays: By the names of any publisher.
         source: The file, for messages.
 
     Returns:
-        The name of the layout; the parameters; the names in the file that no ViT uses.
+        The parameters, the layout and the folders they came in, and the names that are not used.
 
     Raises:
         MismatchedWeights: No known layout, several networks, a network that our ViT cannot be
@@ -456,7 +463,7 @@ def to_names_of_timm(
             f"{source} has {len(unknown)} names that a ViT of layout {name} has no place for:"
             f" {', '.join(sorted(unknown))}"
         )
-    return name, join_parts(found, source=source), tuple(unused)
+    return Renamed(name, join_parts(found, source=source), tuple(unused), folders)
 
 
 def _without_logits(
