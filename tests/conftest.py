@@ -303,3 +303,22 @@ def assert_same(got, want):
         np.testing.assert_array_equal(got, want)
     else:
         assert got == want
+
+
+@pytest.fixture
+def nine_photos(tmp_path, monkeypatch):
+    """The folder `photos` of nine images in the working directory, for the retrieval tool with a
+    descriptor that needs no network.
+    """
+    from test_retrieval_tool import Colours
+
+    from ggem_jax.retrieval.index import describing
+    from ggem_jax.retrieval.tool import commands
+
+    monkeypatch.setattr(describing, "make_extractor", Colours)
+    monkeypatch.setattr(commands, "keep_compiled_programs", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    rng = np.random.default_rng(0)
+    Path("photos").mkdir()
+    for number in range(9):
+        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(f"photos/{number}.png")

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
 from test_retrieval_index import ODD_NAMES, SETTINGS, described, extract, never, save
 
 from ggem_jax.files.images import UnreadableImage
@@ -458,21 +457,10 @@ def test_an_image_that_is_skipped_in_a_part(photos, tmp_path):
     assert len(Index.open(tmp_path / "out")) < 38
 
 
-def test_the_tool(tmp_path, monkeypatch, capsys):
+def test_the_tool(tmp_path, monkeypatch, capsys, nine_photos):
     """`index --shard`, `merge` and `--json`: the record is the library's."""
-    from test_retrieval_tool import Colours
-
     from ggem_jax.retrieval.__main__ import main
-    from ggem_jax.retrieval.index import describing
-    from ggem_jax.retrieval.tool import commands
 
-    monkeypatch.setattr(describing, "make_extractor", Colours)
-    monkeypatch.setattr(commands, "keep_compiled_programs", lambda: None)
-    monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    Path("photos").mkdir()
-    for number in range(9):
-        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(f"photos/{number}.png")
     for number in (1, 2):
         assert main(["index", "photos", "-o", f"p{number}", "--shard", f"{number}/2"]) == 0
     assert main(["index", "photos", "-o", "one"]) == 0

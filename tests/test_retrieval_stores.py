@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pymilvus  # noqa: F401  # its loggers keep the streams of the first import, not of a test
 import pytest
 from test_retrieval_index import SETTINGS, described, extract, save
 
@@ -605,21 +606,9 @@ def test_kills(built, photos, tmp_path):
 # The tool
 
 
-def test_the_tool(tmp_path, monkeypatch, capsys):
-    from PIL import Image
-    from test_retrieval_tool import Colours
-
+def test_the_tool(tmp_path, monkeypatch, capsys, nine_photos):
     from ggem_jax.retrieval.__main__ import main
-    from ggem_jax.retrieval.index import describing
-    from ggem_jax.retrieval.tool import commands
 
-    monkeypatch.setattr(describing, "make_extractor", Colours)
-    monkeypatch.setattr(commands, "keep_compiled_programs", lambda: None)
-    monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    Path("photos").mkdir()
-    for number in range(9):
-        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(f"photos/{number}.png")
     assert main(["index", "photos", "-o", "my.index"]) == 0
     capsys.readouterr()
 

@@ -148,6 +148,10 @@ def test_files_of_openai_are_known_by_their_buffers(tmp_path):
 HUGGING = {"model_type": "clip", "vision_config": {"num_attention_heads": 4, "hidden_size": 16}}
 BESIDE = {
     "Hugging Face": ({"config.json": HUGGING}, (4, "quick")),  # the default of its class
+    "one tower in the file": (
+        {"config.json": {"model_type": "clip", "num_attention_heads": 4}},
+        (4, "quick"),
+    ),
     "an act of its own": (
         {"config.json": {"num_attention_heads": 4, "hidden_act": "gelu_pytorch_tanh"}},
         (4, "tanh"),

@@ -14,12 +14,11 @@ from typing import Any
 import numpy as np
 
 from ggem_jax.files.errors import MismatchedWeights
+from ggem_jax.files.networks import Arrays
 from ggem_jax.files.normalisation import IMAGENET, SAT493M, Normalisation
 from ggem_jax.models.config import ViTConfig
 from ggem_jax.models.position import rope_periods
 from ggem_jax.weights.declared import Declared
-
-Arrays = dict[str, np.ndarray]
 
 PERIODS = "rope_embed.periods"
 _GATE = re.compile(r"(blocks\.\d+\.mlp)\.(gate|value)\.(weight|bias)")

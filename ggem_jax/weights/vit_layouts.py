@@ -19,10 +19,10 @@ from typing import NamedTuple
 import numpy as np
 
 from ggem_jax.files.errors import MismatchedWeights
+from ggem_jax.files.networks import Arrays
 from ggem_jax.weights.dinov3 import join_parts
 from ggem_jax.weights.refused import refuse_others
 
-Arrays = dict[str, np.ndarray]
 Rule = tuple[str, str, Callable[[np.ndarray], np.ndarray] | None]
 
 
