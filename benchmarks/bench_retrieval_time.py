@@ -1,11 +1,15 @@
 """Times what a user of `ggem-retrieval` waits for: a warm search, and the steps of indexing.
 
-    python -m benchmarks.bench_retrieval_time [--before CHECKOUT] [--vectors 5000 1000000]
+    python -m benchmarks.bench_retrieval_time [--before CHECKOUT] [--vectors 5000 1000000] [--page]
 
 Search: `ggem-retrieval search my.index query.jpg -k 5`, a process of its own from start to end, of
 an index of random unit vectors of 1,280 in float16. The first process compiles and is not counted.
 With `--before`, the code of another checkout, which reads the same format of an index, takes turns
 with ours in the same run. Rows go to benchmarks/results/retrieval_time.csv.
+
+Page: requests to the application of `serve`, in one process with a loaded network: images like one
+of the index, and an upload of 1,024 x 768, whose network is timed alone too. The first request is
+not counted. Rows go to benchmarks/results/retrieval_page.csv.
 
 Steps: the CPU time of each step from file to vector, one image after another in one process, for
 photos of 12 megapixels and of 0.3, decoded in full and as a draft. The photos are noise of all
@@ -58,6 +62,7 @@ def main() -> None:
     parser.add_argument("--vectors", type=int, nargs="*", default=[5000])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--images", type=int, default=8, help="photos of each size")
+    parser.add_argument("--page", action="store_true", help="time requests to the page alone")
     options = parser.parse_args()
     codes = {"now": ROOT} if options.before is None else {"before": options.before, "now": ROOT}
     with tempfile.TemporaryDirectory() as name:
@@ -65,9 +70,13 @@ def main() -> None:
         write_photos(folder / "query", (768, 1024), 1)
         for size in options.vectors:
             write_index(folder / f"{size}.index", size)
+            if options.page:
+                query, index = folder / "query" / "0.jpg", folder / f"{size}.index"
+                append("retrieval_page", machine() | time_page(index, query, options.rounds))
+                continue
             for row in time_searches(folder, size, codes, options.rounds):
                 append("retrieval_time", machine() | row)
-        for label, size in SIZES.items():
+        for label, size in {} if options.page else SIZES.items():
             write_photos(folder / label, size, options.images)
             for decoding in ("full", "draft"):
                 row = {"photos": label, "images": options.images, "decoding": decoding}
@@ -180,6 +189,44 @@ def _search(root: Path, folder: Path, size: int, cache: Path) -> tuple[str, floa
     if process.returncode:
         sys.exit(f"the search of {root} failed")
     return said, usage.ru_utime + usage.ru_stime, time.perf_counter() - began
+
+
+def time_page(index: Path, query: Path, rounds: int) -> dict[str, Any]:
+    """Returns the milliseconds of warm requests to the page, the medians of all rounds.
+
+    Args:
+        index: Folder of the index.
+        query: Image that is uploaded.
+        rounds: Rounds that count, after the one that compiles.
+    """
+    from starlette.testclient import TestClient
+
+    from ggem_jax.retrieval.index.index import Index
+    from ggem_jax.retrieval.page import make_app
+
+    client = TestClient(make_app(index), base_url="http://localhost")
+    settings, data = DescriptorSettings(), query.read_bytes()
+    descriptor, fit = CompiledDescriptor(settings), Extractor(settings).fit
+    takes, small = descriptor.takes, decode_image(query, fit=fit, draft=True).pixels
+    batch = normalise(small[None], mean=takes.mean, std=takes.std)
+
+    def similar() -> None:
+        client.get("/similar/0", params={"k": 60}).raise_for_status()
+
+    def upload() -> None:
+        files = {"image": ("0.jpg", data, "image/jpeg")}
+        client.post("/search", files=files, data={"k": "60"}).raise_for_status()
+
+    calls = {"similar": similar, "upload": upload, "network": lambda: descriptor(batch)}
+    row: dict[str, Any] = {"vectors": len(Index.open(index)), "dim": DIM, "rounds": rounds}
+    for name, call in calls.items():
+        times = []
+        for _ in range(rounds + 1):
+            began = time.perf_counter()
+            call()
+            times.append(time.perf_counter() - began)
+        row[f"{name}_ms"] = f"{1e3 * statistics.median(times[1:]):.1f}"
+    return row
 
 
 def time_steps(folder: Path, *, draft: bool) -> dict[str, str]:

@@ -349,9 +349,10 @@ def make_odd_tree(root, count=200):
     (root / "@eaDir" / "link").symlink_to("..")
 
 
-def test_every_file_of_an_odd_tree_is_accounted_for(tmp_path):
+@pytest.mark.parametrize("count", [200, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_every_file_of_an_odd_tree_is_accounted_for(tmp_path, count):
     root, path = tmp_path / "tree", tmp_path / "tree" / "my.index"
-    make_odd_tree(root)
+    make_odd_tree(root, count)
     before = count_entries(root)
     report = build(root, path, extract, SETTINGS)
     # the walk sees the lock and the pending files of the index itself
@@ -363,12 +364,12 @@ def test_every_file_of_an_odd_tree_is_accounted_for(tmp_path):
     assert sorted(skipped.path for skipped in report.skipped) == [
         "broken.jpg", "dangling.jpg", "empty.gif", "pipe.jpg", "text.png",
     ]  # fmt: skip
-    assert report.added == 208
+    assert report.added == count + 8
     assert {"no ending", "photo.data", "x.jfif", "folder.jpg/inside.png"} <= set(
         Index.open(path).paths
     )
     again = build(root, path, never, SETTINGS)
-    assert (again.unchanged, total(again)) == (208, again.files)
+    assert (again.unchanged, total(again)) == (count + 8, again.files)
 
 
 def test_files_that_are_no_images_are_not_opened_again(photos, tmp_path, monkeypatch):
