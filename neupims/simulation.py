@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from neupims.machine.case import Case
+from neupims.machine.supported import check_timed
 from neupims.machine.systems import PIM_SYSTEMS, TimingPath
 from neupims.machine.workload import check_batch
 from neupims.timing.capacity import check_capacity
@@ -98,8 +99,10 @@ def simulate_case(
         The simulated case; its `case` has the sub-batches that were used.
 
     Raises:
-        ValueError: The hardware cannot run the batch, or a request is too long for its channel.
+        ValueError: The hardware cannot run the batch, a request is too long for its channel, or the
+            model has a feature that the timing does not compute.
     """
+    check_timed(case.model)
     check_batch(case.batch, int(case.hardware.hbm.num_channels))
     fits = case.system not in PIM_SYSTEMS
     records = (case.hardware, case.model, case.batch, case.parallel)

@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from neupims.machine.case import select_model
+from neupims.machine.supported import check_timed
 from neupims.machine.workload import (
     Batch,
     Decoder,
@@ -50,7 +51,7 @@ def make_workloads(
 
     Raises:
         ValueError: There is no model or no batch, a name is unknown, a file is damaged, or a model
-            cannot be divided over the devices.
+            cannot be divided over the devices or has a feature that the timing does not compute.
         OSError: A file cannot be read.
     """
     models = [models] if isinstance(models, Model) else list(models)
@@ -60,6 +61,7 @@ def make_workloads(
     found = []
     for number, model in enumerate(models):
         title, decoder, spread = _read_model(model, number, len(models), parallel)
+        check_timed(decoder)
         for place, batch in enumerate(batches):
             name, requests = _read_batch(batch, place, len(batches), num_channels)
             found.append(Workload(f"{title}/{name}", decoder, spread, requests))

@@ -9,7 +9,7 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import fields
+from dataclasses import MISSING, fields
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,6 @@ from neupims.machine.workload import Decoder, Parallel
 
 KINDS = {"hardware": "machine", "models": "model"}
 PARALLEL_FIELDS = ("tp", "pp")
-NOT_NEEDED = ("mlp_matrices",)
 
 
 def names(kind: str) -> tuple[str, ...]:
@@ -91,7 +90,11 @@ def load_model(name_or_path: str | Path) -> Decoder:
                     f"there is no field {name!r}; there are"
                     f" {', '.join((*known, *PARALLEL_FIELDS, 'about'))}"
                 )
-        missing = [name for name in known if name not in values and name not in NOT_NEEDED]
+        missing = [
+            each.name
+            for each in fields(Decoder)
+            if each.default is MISSING and each.name not in values
+        ]
         if missing:
             raise ValueError(f"{', '.join(missing)} must be given")
         return Decoder(

@@ -1,57 +1,21 @@
-"""The workload: dimensions of decoder-only language models, and batches of requests.
-
-Weights and caches are float16, 2 bytes a number.
-"""
+"""The workload: a model spread over devices, and batches of requests."""
 
 import csv
 import numbers
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int
 
+from neupims.machine.model import Decoder as Decoder
+from neupims.machine.model_size import kv_cache_bytes as kv_cache_bytes
+from neupims.machine.model_size import weight_bytes as weight_bytes
 from neupims.machine.record import COUNT_MOST, instead, record
 
 FLOAT16_BYTES = 2
 SHOWN = 80  # characters of a wrong line that an error repeats
 LONGEST = 10**6  # tokens of a request; a longer one is taken for a typing error
-
-
-@record
-class Decoder:
-    """A decoder-only transformer.
-
-    A batch of models is the same record with a leading axis on every field.
-
-    Raises:
-        ValueError: A number is not whole or out of range, or heads do not divide; the sentence
-            names the field.
-    """
-
-    layers: int  # decoder layers
-    width: int  # channels of a token
-    heads: int  # query heads
-    kv_heads: int  # key and value heads; fewer than `heads` is grouped-query attention
-    mlp_width: int  # hidden channels of the MLP
-    mlp_matrices: int = 2  # of the MLP: 2 with one activation, 3 with a gate (Llama)
-
-    def __post_init__(self):
-        for name, value in vars(self).items():
-            if not isinstance(value, numbers.Integral) or not 1 <= int(value) <= COUNT_MOST:
-                raise ValueError(f"{name} must be {instead(value, 1, COUNT_MOST, True)}")
-        if self.width % self.heads:
-            raise ValueError(f"heads must divide the width, {self.width}, but is {self.heads}")
-        if self.heads % self.kv_heads:
-            raise ValueError(
-                f"kv_heads must divide the heads, {self.heads}, but is {self.kv_heads}"
-            )
-
-    @property
-    def kv_width(self) -> int:
-        """The channels of a key, and of a value, over all heads."""
-        return self.width // self.heads * self.kv_heads
 
 
 @record
@@ -280,33 +244,3 @@ def read_trace(path: str | Path, *, num_channels: int = 32) -> Batch:
     if not lengths:
         raise ValueError(f"{path} holds no request")
     return make_batch(lengths, channels, num_channels=num_channels)
-
-
-def weight_bytes(model: Decoder) -> float:
-    """Returns the bytes of the matrices of all layers: attention and MLP.
-
-    Biases and embeddings are left out.
-
-    Args:
-        model: The model.
-    """
-    model = _real(model)
-    attention = 2 * model.width * model.width + 2 * model.width * model.kv_width
-    mlp = model.mlp_matrices * model.width * model.mlp_width
-    return FLOAT16_BYTES * model.layers * (attention + mlp)
-
-
-def kv_cache_bytes(model: Decoder, tokens: int) -> float:
-    """Returns the bytes of the keys and values of one sequence in all layers.
-
-    Args:
-        model: The model.
-        tokens: The length of the sequence.
-    """
-    model = _real(model)
-    return FLOAT16_BYTES * model.layers * 2 * model.kv_width * tokens
-
-
-def _real(model: Decoder) -> Decoder:
-    """Returns the numbers as floats, because 32-bit whole numbers in arrays end at 2 GiB."""
-    return jax.tree.map(lambda number: number * 1.0, model)

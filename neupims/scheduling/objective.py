@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from neupims.machine.calibration import DEFAULT
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace
+from neupims.machine.supported import check_timed
 from neupims.machine.systems import Fidelity
 from neupims.machine.workload import Batch, Decoder, Parallel
 from neupims.scheduling.decision import Choices, Decision
@@ -89,8 +90,10 @@ def make_problem(
         fidelity: "simulator" or "intended".
 
     Raises:
-        ValueError: A request alone, or residents together, need more than a channel holds.
+        ValueError: A request alone, or residents together, need more than a channel holds; or the
+            model has a feature that the timing does not compute.
     """
+    check_timed(model)
     lengths = np.asarray(seq_lens, np.int32)
     free = np.full(lengths.shape, -1, np.int32)
     stays = free if resident is None else np.asarray(resident, np.int32)

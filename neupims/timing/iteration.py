@@ -19,6 +19,7 @@ from neupims.costs.energy import Counts, Energy, energy
 from neupims.machine.calibration import DEFAULT, Calibration
 from neupims.machine.hardware import Hardware, banks, burst_bytes
 from neupims.machine.record import Number, record
+from neupims.machine.supported import check_timed, is_timed
 from neupims.machine.systems import (
     FIDELITIES,
     PIM_SYSTEMS,
@@ -69,8 +70,8 @@ class Iteration:
     counts: Counts  # commands and operations of an iteration
     energy: Energy  # joules of an iteration by part; without meaning for the GPU
     energy_joules: Float[Array, ""]  # of an iteration
-    # Whether the result is invalid: a quantity is NaN, a channel does not exist, or a result is not
-    # finite.
+    # Whether the result is invalid: a quantity is NaN, a channel does not exist, the timing does
+    # not compute a feature of the model, or a result is not finite.
     flagged: Bool[Array, ""]
 
 
@@ -112,7 +113,8 @@ def simulate(
         Cycles of every operation and stage, throughput, utilization, and energy of one device.
 
     Raises:
-        ValueError: `system`, `sub_batches`, `fidelity` or `path` is unknown.
+        ValueError: `system`, `sub_batches`, `fidelity` or `path` is unknown, or the model has a
+            feature that the timing does not compute.
 
     Example:
         >>> from neupims import Hardware, load_model, load_parallel, make_batch, simulate
@@ -128,6 +130,7 @@ def simulate(
     _check_known("sub_batches", sub_batches, (1, 2))
     _check_known("fidelity", fidelity, FIDELITIES)
     _check_known("path", path, ("closed", "exact"))
+    check_timed(model)
     if system == "npu-pim":
         sub_batches = 1
     given = (hardware, model, batch, parallel)
@@ -315,6 +318,7 @@ def summarize(
         energy=spent,
         energy_joules=joules,
         flagged=wrong
+        | ~is_timed(model)
         | (lost if with_pim else False)
         | ~jnp.isfinite(seconds)
         | ~(seconds > 0)

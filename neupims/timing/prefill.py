@@ -14,6 +14,7 @@ from jaxtyping import Array, Int
 
 from neupims.machine.calibration import DEFAULT, Calibration
 from neupims.machine.hardware import Hardware
+from neupims.machine.supported import check_timed
 from neupims.machine.workload import FLOAT16_BYTES, Batch, Decoder, Parallel
 from neupims.timing.attention import no_attention
 from neupims.timing.gemm import LEAST_STREAM, Work, bytes_per_cycle
@@ -31,7 +32,6 @@ PREFILL_SYSTEMS = ("npu-only", "gpu")
 ROWS = 16
 
 
-@partial(jax.jit, static_argnames="system")
 def prefill(
     hardware: Hardware,
     model: Decoder,
@@ -59,10 +59,17 @@ def prefill(
         of the prompts.
 
     Raises:
-        ValueError: `system` is neither "npu-only" nor "gpu".
+        ValueError: `system` is neither "npu-only" nor "gpu", or the model has a feature that the
+            timing does not compute.
     """
     if system not in PREFILL_SYSTEMS:
         raise ValueError(f"prefill runs on {' or '.join(PREFILL_SYSTEMS)}, not {system!r}")
+    check_timed(model)
+    return _prefill(hardware, model, batch, parallel, calibration, system=system)
+
+
+@partial(jax.jit, static_argnames="system")
+def _prefill(hardware, model, batch, parallel, calibration, *, system) -> Iteration:
     context = Context(hardware, model, batch, parallel, calibration, system, "intended")
     tokens = jnp.stack([jnp.sum(batch.seq_lens * 1.0), jnp.float32(0)])
     works = [npu_operation(each, context, tokens[0]) for each in prefill_operations()]

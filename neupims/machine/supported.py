@@ -1,0 +1,55 @@
+"""Which features of a model the timing computes. It refuses the others."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool
+
+from neupims.machine.model import Decoder
+from neupims.machine.record import Number
+
+
+def _not_timed(model: Decoder) -> dict[str, Number]:
+    """Returns, by feature, whether the model has it while the timing does not compute it."""
+    return {
+        "a head_dim other than width / heads": model.head_dim * model.heads != model.width,
+        "experts": model.experts > 0,
+        "a window": model.window > 0,
+        "latent attention (kv_rank)": model.kv_rank > 0,
+        "weight_bits below 16": model.weight_bits < 16,
+        "kv_bits below 16": model.kv_bits < 16,
+        "activation_bits below 16": model.activation_bits < 16,
+    }
+
+
+def is_timed(model: Decoder) -> Bool[Array, "..."]:
+    """Returns whether the timing computes every feature of a model.
+
+    Args:
+        model: The model; its numbers may be traced, or have a leading axis.
+    """
+    found = jnp.bool_(True)
+    for missing in _not_timed(model).values():
+        found = found & ~jnp.asarray(missing)
+    return found
+
+
+def check_timed(model: Decoder) -> None:
+    """Raises if the timing does not compute a feature of a model.
+
+    Traced numbers pass: there `neupims.simulate` flags its result.
+
+    Args:
+        model: The model, or a batch of models.
+
+    Raises:
+        ValueError: The model has such a feature; the sentence names it.
+    """
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(model)):
+        return
+    missing = [name for name, present in _not_timed(model).items() if np.any(present)]
+    if missing:
+        raise ValueError(
+            f"the model has {' and '.join(missing)}, which the timing does not compute yet;"
+            " `neupims show models` gives its parameters and bytes"
+        )
