@@ -10,6 +10,7 @@ import numpy as np
 from jaxtyping import Array, Int
 
 from neupims.machine.case import select_model
+from neupims.machine.division import floor_divide
 from neupims.machine.supported import check_timed
 from neupims.machine.workload import (
     Batch,
@@ -131,10 +132,9 @@ def deal(seq_lens: Int[Array, " r"], num_channels) -> Batch:
         seq_lens: `(r,)` lengths in tokens, in falling order.
         num_channels: Number of channels; may be traced.
     """
-    # Halfway between whole numbers, so that a division cannot round across one.
-    place = jnp.arange(seq_lens.shape[0]) + 0.5
-    lap = jnp.floor(place / num_channels)
-    forth = place - 0.5 - lap * num_channels
+    place = jnp.arange(seq_lens.shape[0])
+    lap = floor_divide(place, num_channels)
+    forth = place - lap * num_channels
     channel = jnp.where(lap % 2 == 0, forth, num_channels - 1 - forth)
-    half = (jnp.floor((lap + 1) / 2) + channel) % 2
+    half = (floor_divide(lap + 1, 2) + channel) % 2
     return Batch(seq_lens, channel.astype(jnp.int32), half.astype(jnp.int32))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from neupims.machine.division import ceil_divide, divide
 from neupims.machine.hardware import Hardware, banks
 from neupims.machine.workload import Decoder, Parallel
 from neupims.timing.gemv import heads_of_device, page_elements
@@ -44,13 +45,13 @@ def estimate_cycles(
         heads and width of one device.
     """
     heads, kv_heads = heads_of_device(model, parallel)
-    width, page = model.width / model.heads, page_elements(hardware)
+    width, page = divide(model.width, model.heads), page_elements(hardware)
     lanes = 1.0 * banks(hardware.hbm)
     lengths = jnp.asarray(seq_lens) * 1.0
-    row = GWRITE_ESTIMATE + jnp.ceil(lengths / lanes) * TILE_ESTIMATE
-    head = GWRITE_ESTIMATE + jnp.ceil(width / lanes) * TILE_ESTIMATE
-    logit = jnp.ceil(kv_heads * width / page) * row
-    attend = jnp.ceil(lengths / page) * heads * head
+    row = GWRITE_ESTIMATE + ceil_divide(lengths, lanes) * TILE_ESTIMATE
+    head = GWRITE_ESTIMATE + ceil_divide(width, lanes) * TILE_ESTIMATE
+    logit = ceil_divide(kv_heads * width, page) * row
+    attend = ceil_divide(lengths, page) * heads * head
     return jnp.where(lengths > 0, logit + attend, 0.0)
 
 

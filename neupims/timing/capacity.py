@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from neupims.machine.division import ceil_divide, divide
 from neupims.machine.hardware import Hardware, banks, memory_bytes
 from neupims.machine.workload import Batch, Decoder, Parallel, weight_bytes
 from neupims.timing.gemv import heads_of_device, page_elements
@@ -27,11 +28,11 @@ def request_tiles(
         parallel: How the model is spread over devices.
     """
     _, kv_heads = heads_of_device(model, parallel)
-    width = kv_heads * model.width / model.heads
+    width = divide(kv_heads * model.width, model.heads)
     page, lengths = page_elements(hardware), jnp.asarray(seq_lens) * 1.0
-    keys = jnp.ceil(lengths / banks(hardware.hbm)) * jnp.ceil(width / page)
-    values = jnp.ceil(lengths / page) * jnp.ceil(width / banks(hardware.hbm))
-    return (keys + values) * jnp.ceil(model.layers / parallel.pp)
+    keys = ceil_divide(lengths, banks(hardware.hbm)) * ceil_divide(width, page)
+    values = ceil_divide(lengths, page) * ceil_divide(width, banks(hardware.hbm))
+    return (keys + values) * ceil_divide(model.layers, parallel.pp)
 
 
 def channel_tiles(hardware: Hardware, model: Decoder, parallel: Parallel) -> Float[Array, ""]:

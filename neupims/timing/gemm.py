@@ -22,6 +22,7 @@ import jax
 import jax.numpy as jnp
 
 from neupims.machine.calibration import Calibration
+from neupims.machine.division import ceil_divide
 from neupims.machine.hardware import Hardware, banks, burst_bytes, peak_bytes_per_cycle
 from neupims.machine.record import Number
 from neupims.machine.workload import FLOAT16_BYTES
@@ -87,7 +88,7 @@ def tiling(hardware: Hardware, tokens, inner, features) -> Tiling:
     limit = hardware.npu.scratchpad_bytes / 2
 
     def pad(side):
-        return jnp.ceil(side / width) * width
+        return ceil_divide(side, width) * width
 
     def over(sides):
         n, k, m = (pad(side) for side in sides)
@@ -99,7 +100,7 @@ def tiling(hardware: Hardware, tokens, inner, features) -> Tiling:
         halved = [over((n, k, m)) & chosen for chosen in longest]
         return (
             tuple(
-                jnp.where(now, jnp.ceil(side / 2), side)
+                jnp.where(now, ceil_divide(side, 2), side)
                 for now, side in zip(halved, (n, k, m), strict=True)
             ),
             tuple(
@@ -154,7 +155,7 @@ def gemm(
     tile = tile or tiling(hardware, tokens, inner, features)
     width = 1.0 * npu.array_width
     token_blocks, inner_blocks, feature_blocks = (
-        jnp.ceil(side / width) for side in (tile.tokens, tile.inner, tile.features)
+        ceil_divide(side, width) for side in (tile.tokens, tile.inner, tile.features)
     )
     stream = jnp.maximum(width / npu.num_arrays, LEAST_STREAM)
     fill = npu.array_height + width - 2 + stream
@@ -209,7 +210,7 @@ def gemm(
     read_bytes = FLOAT16_BYTES * (
         inner * features * tile.token_tiles + inner * tokens * tile.feature_tiles
     )
-    written = jnp.minimum(features, jnp.ceil(tokens / width) * width) if simulated else features
+    written = jnp.minimum(features, ceil_divide(tokens, width) * width) if simulated else features
     return Work(
         cycles=cycles,
         memory_cycles=jnp.minimum(loading, first)

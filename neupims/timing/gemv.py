@@ -25,6 +25,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from neupims.machine.division import ceil_divide, divide, floor_divide
 from neupims.machine.hardware import Hardware, banks, burst_cycles
 from neupims.machine.record import Number
 from neupims.machine.workload import FLOAT16_BYTES, Decoder, Parallel
@@ -88,8 +89,8 @@ def pim_timing(hardware: Hardware, wait: Number | None = None) -> Timing:
     hbm, pim = hardware.hbm, hardware.pim
     rank_banks = 1.0 * hbm.bank_groups * hbm.banks_per_group
     # Activations of one rank are spaced by tFAW; the ranks follow each other by one cycle.
-    activations = jnp.ceil(rank_banks / pim.banks_per_activation)
-    closes = jnp.ceil(banks(hbm) / pim.banks_per_precharge)  # one a cycle
+    activations = ceil_divide(rank_banks, pim.banks_per_activation)
+    closes = ceil_divide(banks(hbm), pim.banks_per_precharge)  # one a cycle
     spread = (activations - 1) * hbm.tfaw_cycles + hbm.trcd_read_cycles
     opening = 1.0 + spread + (hbm.ranks - 1)
     beat = jnp.maximum(burst_cycles(hbm), hbm.tccd_s_cycles)
@@ -103,7 +104,7 @@ def pim_timing(hardware: Hardware, wait: Number | None = None) -> Timing:
     return Timing(
         ranks=1.0 * hbm.ranks,
         dual=1.0 * (jnp.asarray(pim.row_buffers) > 1),
-        interval=jnp.maximum(jnp.floor(hbm.trefi_cycles / hbm.ranks), 1),
+        interval=jnp.maximum(floor_divide(hbm.trefi_cycles, hbm.ranks), 1),
         refresh_start=rank_banks + hbm.trp_cycles,
         refresh_end=rank_banks + hbm.trp_cycles + hbm.trfc_cycles,
         opening=opening,
@@ -132,7 +133,7 @@ def heads_of_device(model: Decoder, parallel: Parallel) -> tuple[Number, Number]
         model: The model.
         parallel: How many devices share a layer.
     """
-    return model.heads / parallel.tp, jnp.maximum(model.kv_heads / parallel.tp, 1.0)
+    return divide(model.heads, parallel.tp), jnp.maximum(divide(model.kv_heads, parallel.tp), 1.0)
 
 
 def page_elements(hardware: Hardware) -> Number:
@@ -141,7 +142,7 @@ def page_elements(hardware: Hardware) -> Number:
     Args:
         hardware: The machine; its `pim.page_bytes` matters.
     """
-    return jnp.floor(hardware.pim.page_bytes / FLOAT16_BYTES)
+    return floor_divide(hardware.pim.page_bytes, FLOAT16_BYTES)
 
 
 def logit_groups(
@@ -159,15 +160,15 @@ def logit_groups(
         parallel: How many devices share a layer.
     """
     heads, kv_heads = heads_of_device(model, parallel)
-    width, page = model.width / model.heads, page_elements(hardware)
-    rows = jnp.ceil(kv_heads * width / page)
-    full = jnp.ceil(page / width)
+    width, page = divide(model.width, model.heads), page_elements(hardware)
+    rows = ceil_divide(kv_heads * width, page)
+    full = ceil_divide(page, width)
     rest = kv_heads * width - (rows - 1) * page
-    passes = heads / kv_heads
-    tiles = jnp.ceil(seq_lens / banks(hardware.hbm))
-    products = jnp.ceil(width / hardware.pim.macs_per_bank)
+    passes = divide(heads, kv_heads)
+    tiles = ceil_divide(seq_lens, banks(hardware.hbm))
+    products = ceil_divide(width, hardware.pim.macs_per_bank)
     there = 1.0 * (seq_lens > 0)
-    last = jnp.where(rest >= page, full, jnp.ceil(rest / width))
+    last = jnp.where(rest >= page, full, ceil_divide(rest, width))
     return (
         Groups(there * passes * (rows - 1), tiles, full, products),
         Groups(there * passes, tiles, last, products),
@@ -188,15 +189,15 @@ def attend_groups(
         parallel: How many devices share a layer.
     """
     heads, _ = heads_of_device(model, parallel)
-    width, page = model.width / model.heads, page_elements(hardware)
-    rows = jnp.ceil(seq_lens / page)
+    width, page = divide(model.width, model.heads), page_elements(hardware)
+    rows = ceil_divide(seq_lens, page)
     rest = seq_lens - (rows - 1) * page
-    tiles = jnp.ceil(width / banks(hardware.hbm))
+    tiles = ceil_divide(width, banks(hardware.hbm))
     there = 1.0 * (seq_lens > 0)
     macs = hardware.pim.macs_per_bank
     return (
-        Groups(there * heads * (rows - 1), tiles, 1.0, jnp.floor(page / macs)),
-        Groups(there * heads, tiles, 1.0, jnp.ceil(rest / macs)),
+        Groups(there * heads * (rows - 1), tiles, 1.0, floor_divide(page, macs)),
+        Groups(there * heads, tiles, 1.0, ceil_divide(rest, macs)),
     )
 
 
@@ -271,7 +272,7 @@ def group_cycles(times: Timing, groups: Groups, weight: Number = 1.0) -> Number:
 
     def follow(interval, state):
         done, late = jnp.floor(state.real), state.imag
-        in_this = state.real - jnp.floor(state.real / tiles) * tiles
+        in_this = state.real - floor_divide(state.real, tiles) * tiles
         left = jnp.where(in_this == 0, 0, tiles - jnp.floor(in_this))
         first_rank = interval % times.ranks == 0  # its refresh closes the row of GWRITE
         begin = jnp.maximum(late, times.refresh_start)
@@ -285,11 +286,13 @@ def group_cycles(times: Timing, groups: Groups, weight: Number = 1.0) -> Number:
             + times.read_to_close
         )
         room = last_tile - end
-        in_group = jnp.clip(jnp.ceil(room / period), 0, left - 1)
+        in_group = jnp.clip(ceil_divide(room, period), 0, left - 1)
         room = room - (left - 1) * period
-        groups_more = jnp.maximum(jnp.floor(room / (tiles * period + gwrite)), 0)
+        groups_more = jnp.maximum(floor_divide(room, tiles * period + gwrite), 0)
         room = room - groups_more * (tiles * period + gwrite) - gwrite
-        tiles_more = jnp.where(in_group < left - 1, 0, jnp.clip(jnp.ceil(room / period), 0, tiles))
+        tiles_more = jnp.where(
+            in_group < left - 1, 0, jnp.clip(ceil_divide(room, period), 0, tiles)
+        )
         groups_more = jnp.where(in_group < left - 1, 0, groups_more)
         more = in_group + groups_more * tiles + tiles_more
         end = end + more * period + gwrite * (groups_more + (tiles_more > 0))
@@ -428,7 +431,7 @@ def _look_up(
     (full_row, last_row), (full_page, last_page) = logit, attend
     numbers = jnp.append(jnp.arange(1.0, TABULATED + 1), ENDLESS)
     heads = jnp.max(last_page.groups)
-    spacing = jnp.ceil(jnp.max(last_page.products) / PRODUCTS)
+    spacing = ceil_divide(jnp.max(last_page.products), PRODUCTS)
     parts = [
         (jnp.max(full_row.groups), numbers, full_row.results, full_row.products),
         (jnp.max(last_row.groups), numbers, last_row.results, last_row.products),
@@ -453,11 +456,11 @@ def _look_up(
     place = jnp.clip(last_row.tiles, 1, TABULATED)
     row = place.astype(jnp.int32) - 1
     beyond = (last_row.tiles - place) * (full[:, -1:] + last[:, -1:]) / ENDLESS
-    pages = full_page.groups / jnp.maximum(heads, 1e-9)
+    pages = divide(full_page.groups, jnp.maximum(heads, 1e-9))
     return (
         full[:, row] + last[:, row] + jnp.where(last_row.tiles > place, beyond, 0.0),
         jnp.where(pages > 0, pages * page, 0.0)
-        + rest[:, jnp.ceil(last_page.products / spacing).astype(jnp.int32) - 1],
+        + rest[:, ceil_divide(last_page.products, spacing).astype(jnp.int32) - 1],
     )
 
 

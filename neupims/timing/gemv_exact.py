@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from neupims.machine.division import ceil_divide, divide, floor_divide
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import Number
 from neupims.machine.workload import Decoder, Parallel
@@ -73,7 +74,7 @@ def channel_cycles_exact(
     )
     requests = seq_lens.shape[0]
     start = phase * times.interval * hardware.hbm.ranks
-    window = jnp.floor(start / times.interval)
+    window = floor_divide(start, times.interval)
     start = start - window * times.interval
 
     def of(request):
@@ -85,7 +86,7 @@ def channel_cycles_exact(
         pick = of(state.request)
         count = pick(full.groups) + pick(last.groups)
         # Rows of one pass over the request.
-        rows = pick(full.groups) / jnp.maximum(pick(last.groups), 1) + 1
+        rows = divide(pick(full.groups), jnp.maximum(pick(last.groups), 1)) + 1
         is_last = state.group % rows == rows - 1
         results = jnp.where(is_last, pick(last.results), pick(full.results))
         products = jnp.where(is_last, pick(last.products), pick(full.products))
@@ -132,7 +133,7 @@ def channel_cycles_exact(
         end = first + multiply + times.read_to_close
         later_estimate = estimate + jnp.where(state.opened, 0.0, times.closing_estimate)
         more = jnp.clip(
-            jnp.ceil((times.interval - later_estimate - end) / period), 0, state.left - 1
+            ceil_divide(times.interval - later_estimate - end, period), 0, state.left - 1
         )
         left = state.left - 1 - more
         group = state.group + (left == 0)

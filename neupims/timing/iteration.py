@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float
 
 from neupims.costs.energy import Counts, Energy, energy
 from neupims.machine.calibration import DEFAULT, Calibration
+from neupims.machine.division import ceil_divide
 from neupims.machine.hardware import Hardware, banks, burst_bytes
 from neupims.machine.record import Number, record
 from neupims.machine.supported import check_timed, is_timed
@@ -262,7 +263,7 @@ def summarize(
     planned = stages(system, sub_batches)
     names = [stage.name for stage in planned]
     of = dict(zip(names, stage_cycles, strict=True))
-    layers = jnp.ceil(model.layers / parallel.pp)
+    layers = ceil_divide(model.layers, parallel.pp)
     if len(planned) == len(INTERLEAVED):
         in_layer = ["C", "D"]
         iteration = of["A"] + of["B"] + (layers - 1) * (of["C"] + of["D"]) + of["E"] + of["F"]

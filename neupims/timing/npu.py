@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from neupims.machine.calibration import DEFAULT, Calibration
+from neupims.machine.division import ceil_divide, divide
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import Number
 from neupims.machine.systems import Fidelity, System
@@ -53,7 +54,7 @@ def qkv_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
     """
     width = 1.0 * model.width
     _, kv_heads = heads_of_device(model, parallel)
-    queries, keys = width / parallel.tp, kv_heads * width / model.heads
+    queries, keys = divide(width, parallel.tp), divide(kv_heads * width, model.heads)
     return width, queries + 2 * keys
 
 
@@ -65,7 +66,7 @@ def projection_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number
         parallel: How many devices share a layer.
     """
     width = 1.0 * model.width
-    return width / parallel.tp, width
+    return divide(width, parallel.tp), width
 
 
 def fc1_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
@@ -75,7 +76,7 @@ def fc1_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
         model: The model.
         parallel: How many devices share a layer.
     """
-    mlp = 1.0 * model.mlp_width / parallel.tp
+    mlp = divide(model.mlp_width, parallel.tp)
     return 1.0 * model.width, (model.mlp_matrices - 1.0) * mlp
 
 
@@ -86,7 +87,7 @@ def fc2_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
         model: The model.
         parallel: How many devices share a layer.
     """
-    return 1.0 * model.mlp_width / parallel.tp, 1.0 * model.width
+    return divide(model.mlp_width, parallel.tp), 1.0 * model.width
 
 
 def matrix_product(sides: SidesFunction, stuck_after: str | None = None) -> WorkFunction:
@@ -155,7 +156,7 @@ def activate(context: Context, tokens, written_before, tile=None) -> Work:
         written_before: As in `normalize`.
         tile: Not used.
     """
-    mlp = 1.0 * context.model.mlp_width / context.parallel.tp
+    mlp = divide(context.model.mlp_width, context.parallel.tp)
     inputs = context.model.mlp_matrices - 1.0
     options = _vector_options(context, written_before)
     return vector.activation(context.hardware, tokens, mlp, inputs, **options)
@@ -219,13 +220,13 @@ def npu_attention(
     """
     npu = hardware.npu
     heads, kv_heads = heads_of_device(model, parallel)
-    width = 1.0 * model.width / model.heads
+    width = divide(model.width, model.heads)
     lengths = batch.seq_lens * 1.0
     there = lengths > 0
     fill = 2.0 * npu.array_height - 1
     columns = npu.array_width
     logit = fill + lengths / npu.num_arrays + TO_SOFTMAX
-    blocks = jnp.ceil((lengths + columns - 1) / columns)
+    blocks = ceil_divide(lengths + columns - 1, columns)
     weighted = blocks * (fill + width / npu.num_arrays)
     softmax = softmax_cycles(hardware, lengths)
     one = jnp.where(there, logit + weighted + softmax, 0)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from neupims.machine.calibration import DEFAULT, Calibration
+from neupims.machine.division import ceil_divide, divide
 from neupims.machine.hardware import Hardware
 from neupims.machine.supported import check_timed
 from neupims.machine.workload import FLOAT16_BYTES, Batch, Decoder, Parallel
@@ -151,12 +152,12 @@ def prefill_attention(
     """
     npu = hardware.npu
     heads, kv_heads = heads_of_device(model, parallel)
-    head, lengths = 1.0 * model.width / model.heads, seq_lens * 1.0
+    head, lengths = divide(model.width, model.heads), seq_lens * 1.0
     width, height = 1.0 * npu.array_width, 1.0 * npu.array_height
     stream = jnp.maximum(width / npu.num_arrays, LEAST_STREAM)
-    blocks = jnp.ceil(lengths / width)
+    blocks = ceil_divide(lengths, width)
     pairs = blocks * (blocks + 1) / 2  # of a block of queries with a block of keys
-    depth = jnp.ceil(head / width)
+    depth = ceil_divide(head, width)
     logit = depth * (blocks * height + stream * (pairs - blocks))
     attend = pairs * (height + stream * (depth - 1))
     arrays = heads * jnp.sum(jnp.where(lengths > 0, logit + attend, 0))

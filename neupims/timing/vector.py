@@ -9,6 +9,7 @@ Source: src/operations/{LayerNorm,Add,Gelu}.cc and get_vector_compute_cycles in
 import jax.numpy as jnp
 
 from neupims.machine.calibration import Calibration
+from neupims.machine.division import ceil_divide
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import Number
 from neupims.machine.workload import FLOAT16_BYTES
@@ -137,11 +138,11 @@ def softmax_cycles(hardware: Hardware, length) -> Number:
 def _passes(hardware: Hardware, length) -> tuple[Number, Number]:
     """Returns the passes of one vector unit over a row, and the steps of its adder tree."""
     lanes = hardware.npu.vector_lanes
-    passes = jnp.ceil(length / lanes)
+    passes = ceil_divide(length, lanes)
     tree, left = 1.0 * (passes > 0), passes
     for _ in range(TREE_LEVELS):
         tree = tree + jnp.where(left > 1, left, 0)
-        left = jnp.ceil(left / lanes)
+        left = ceil_divide(left, lanes)
     return passes, tree
 
 
