@@ -12,9 +12,10 @@ from neupims.costs.area import AreaCosts, area, peak_power
 from neupims.costs.energy import EnergyCosts, command_energies
 from neupims.machine import config
 from neupims.machine.calibration import Calibration
+from neupims.machine.model import Decoder
+from neupims.machine.model_size import flops_per_token, kv_cache_bytes, parameters, weight_bytes
 from neupims.machine.record import describe, to_values
 from neupims.machine.systems import SPELLINGS, System
-from neupims.machine.workload import weight_bytes
 from neupims.simulator_runs import (
     CORE_FIELDS,
     MEMORY_FIELDS,
@@ -59,9 +60,12 @@ class HardwareTable(_Table):
 
 @dataclass(frozen=True)
 class ModelTable(_Table):
-    """The named models with their dimensions."""
+    """Models with their dimensions and what follows from them, and the fields of a model's file."""
 
-    models: list[Row]  # name, about, dimensions, tp, pp and weight_bytes of each model
+    # name, about, source, notes, dimensions, tp, pp, parameters, active_parameters, weight_bytes,
+    # kv_bytes_per_token and flops_per_token of each model
+    models: list[Row]
+    fields: list[Row]  # name, meaning, default (None: must be given), least and most of each field
 
 
 @dataclass(frozen=True)
@@ -121,15 +125,47 @@ def list_hardware(hardware: str | Path = "neupims") -> HardwareTable:
     return HardwareTable(str(hardware), shown, named)
 
 
-def list_models() -> ModelTable:
-    """Returns the named models with their dimensions, and how they are spread over devices."""
-    found = []
-    for name in config.names("models"):
-        model, parallel = config.load_model(name), config.load_parallel(name)
-        numbers = dataclasses.asdict(model) | {"tp": parallel.tp, "pp": parallel.pp}
-        size = {"weight_bytes": float(weight_bytes(model))}
-        found.append({"name": name, "about": config.about("models", name)} | numbers | size)
-    return ModelTable(found)
+def list_models(model: str | Path | None = None) -> ModelTable:
+    """Returns models with their dimensions, and what follows: parameters, bytes and operations.
+
+    Args:
+        model: A named model, or a TOML or JSON file (default: all named models).
+
+    Raises:
+        ValueError: The model is unknown, or its file is malformed.
+        OSError: The file cannot be read.
+    """
+    names = config.names("models") if model is None else (str(model),)
+    described = [
+        {
+            "name": each.name,
+            "meaning": each.metadata["meaning"],
+            "default": None if each.default is dataclasses.MISSING else each.default,
+            "least": each.metadata["least"],
+            "most": each.metadata["most"],
+        }
+        for each in dataclasses.fields(Decoder)
+    ]
+    return ModelTable([_describe_model(name) for name in names], described)
+
+
+def _describe_model(name: str) -> Row:
+    file = config.read_model(name)
+    size = parameters(file.model)
+    texts = {"name": name, "about": file.about, "source": file.source, "notes": list(file.notes)}
+    spread = {"tp": file.parallel.tp, "pp": file.parallel.pp}
+    return (
+        texts
+        | dataclasses.asdict(file.model)
+        | spread
+        | {
+            "parameters": float(size.total),
+            "active_parameters": float(size.active),
+            "weight_bytes": float(weight_bytes(file.model)),
+            "kv_bytes_per_token": float(kv_cache_bytes(file.model, 1)),
+            "flops_per_token": float(flops_per_token(file.model)),
+        }
+    )
 
 
 def list_systems() -> SystemTable:

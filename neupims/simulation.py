@@ -49,6 +49,7 @@ class Simulation:
             "sub_batches": case.sub_batches,
             "row_buffers": int(case.hardware.pim.row_buffers),
             "model": case.model_name,
+            "model_notes": list(case.model_notes),
             "batch": int((case.batch.seq_lens > 0).sum()),
             "fidelity": case.fidelity,
             "stage_cycles": {

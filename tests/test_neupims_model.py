@@ -83,6 +83,9 @@ def test_narrow_numbers_take_their_bits(bits):
     model = small(weight_bits=bits, vocabulary=1000)
     assert layer_weight_bytes(model) == layer_weight_bytes(small()) * bits / 16
     assert weight_bytes(model) == layer_weight_bytes(model) + 2 * 2 * 64_000
+    experts = small(expert_bits=bits, **EXPERTS)
+    narrower = parameters(experts).experts * (16 - bits) / 8
+    assert weight_bytes(small(**EXPERTS)) - weight_bytes(experts) == narrower
     assert kv_cache_bytes(small(kv_bits=bits), 7) == kv_cache_bytes(small(), 7) * bits / 16
     assert weight_bytes(small(activation_bits=bits)) == weight_bytes(small())
 
@@ -127,7 +130,9 @@ def test_a_batch_of_unlike_models_has_the_sizes_of_each():
             "heads must divide the width, 64, but is 10; give head_dim",
         ),
         ({"weight_bits": 6}, "weight_bits must be 16, 8 or 4, not 6"),
-        ({"kv_bits": 32}, "kv_bits must be a whole number of at least 4 and at most 16, not 32"),
+        ({"kv_bits": 32}, "kv_bits must be 16, 8 or 4, not 32"),
+        ({"weight_bits": 0}, "weight_bits must be 16, 8 or 4, not 0"),
+        ({"expert_bits": 8}, "expert_bits is 8, but the model has no experts"),
         ({"tied_embeddings": True}, "tied_embeddings must be a whole number"),
         ({"experts": 4}, "active_experts must be from 1 to the experts, 4, but is 0"),
         ({"experts": 4, "active_experts": 5}, "active_experts must be from 1 to the experts, 4"),

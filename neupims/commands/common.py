@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -142,6 +143,8 @@ def system_options(arguments: argparse.Namespace) -> dict[str, Any]:
 def read_case(arguments: argparse.Namespace) -> Case:
     """Returns the case that the flags of the model, the trace and the machine describe.
 
+    Notes on what the file of the model leaves open go to standard error.
+
     Args:
         arguments: Parsed flags of `add_workload_arguments`.
 
@@ -149,7 +152,7 @@ def read_case(arguments: argparse.Namespace) -> Case:
         ValueError: A flag is impossible, or flags contradict each other.
         OSError: A file cannot be read.
     """
-    return make_case(
+    case = make_case(
         arguments.model,
         arguments.trace,
         system=arguments.system,
@@ -158,6 +161,19 @@ def read_case(arguments: argparse.Namespace) -> Case:
         fidelity=arguments.fidelity,
         **system_options(arguments),
     )
+    print_notes(case.model_name, case.model_notes)
+    return case
+
+
+def print_notes(model: str, notes: Iterable[str]) -> None:
+    """Prints notes on what the file of a model leaves open, to standard error.
+
+    Args:
+        model: Name or file of the model.
+        notes: The notes, one sentence each.
+    """
+    for note in notes:
+        sys.stderr.write(f"neupims: note: {model}: {note}\n")
 
 
 def parse_change(text: str) -> tuple[str, int | float]:

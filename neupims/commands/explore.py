@@ -10,8 +10,15 @@ from typing import Any
 
 import numpy as np
 
-from neupims.commands.common import add_system_arguments, check_run, console, print_json
+from neupims.commands.common import (
+    add_system_arguments,
+    check_run,
+    console,
+    print_json,
+    print_notes,
+)
 from neupims.commands.common import system as chosen_system
+from neupims.machine.config import read_model
 
 SHOWN = 20  # designs of the front on the terminal
 
@@ -143,10 +150,13 @@ def run(arguments: argparse.Namespace) -> int:
     if not knobs:
         raise ValueError("give the space: --space FILE, or --knob NAME=LOW:HIGH")
     system, sub_batches, hardware = chosen_system(arguments)
+    models = [name.strip() for name in arguments.models.split(",")]
+    for name in models:
+        print_notes(name, read_model(name).notes)
     with _progress() as report:
         found = explore(
             hardware,
-            [name.strip() for name in arguments.models.split(",")],
+            models,
             arguments.trace,
             knobs,
             constraints=[*constraints, *arguments.constraint],

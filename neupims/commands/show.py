@@ -2,6 +2,7 @@
 
 import argparse
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 from neupims import catalogue
@@ -28,6 +29,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="show the hardware or the constants of this machine (default: neupims)",
     )
     parser.add_argument(
+        "--model",
+        metavar="NAME|FILE",
+        help="show this model only: a name, a file of ours or Hugging Face's config.json",
+    )
+    parser.add_argument(
         "--json", action="store_true", help="one JSON object and nothing else on standard output"
     )
 
@@ -39,14 +45,17 @@ def run(arguments: argparse.Namespace) -> int:
         arguments: Parsed flags of `add_arguments`.
 
     Raises:
-        ValueError: The hardware is unknown, its file is malformed, or the table has no hardware.
-        OSError: The file of the hardware cannot be read.
+        ValueError: The hardware or the model is unknown, its file is malformed, or the table has
+            none.
+        OSError: The file of the hardware or the model cannot be read.
     """
     list_, draw = SUBJECTS[arguments.what]
+    if arguments.model is not None and arguments.what != "models":
+        raise ValueError(f"--model is for models: leave it out for {arguments.what}")
     if arguments.what in OF_A_MACHINE:
         record = list_(arguments.hardware or "neupims")
     elif arguments.hardware is None:
-        record = list_()
+        record = list_() if arguments.model is None else list_(arguments.model)
     else:
         raise ValueError(
             f"--hardware is for {' and '.join(OF_A_MACHINE)}: {arguments.what} are the same on all"
@@ -87,16 +96,50 @@ def _draw_models(found: dict[str, Any]) -> None:
         "width": "width",
         "heads": "heads",
         "kv_heads": "kv",
+        "head_dim": "head",
         "mlp_width": "mlp",
-        "mlp_matrices": "mats",
+        "experts": "exp",
         "tp": "tp",
         "pp": "pp",
     }
-    rows = [
-        (each["name"], *(str(each[name]) for name in columns), f"{each['weight_bytes'] / 1e9:.1f}")
-        for each in found["models"]
+    models = [each | {"name": Path(each["name"]).name} for each in found["models"]]
+    rows = [(each["name"], *(str(each[name]) for name in columns)) for each in models]
+    _table("models (--model NAME)", ("name", *columns.values()), rows, numbers=True)
+    sizes = [
+        (
+            each["name"],
+            f"{each['parameters'] / 1e9:.1f}",
+            f"{each['active_parameters'] / 1e9:.1f}",
+            f"{each['weight_bytes'] / 1e9:.1f}",
+            f"{each['kv_bytes_per_token']:,.0f}",
+            f"{each['flops_per_token'] / 1e9:.1f}",
+        )
+        for each in models
     ]
-    _table("models (--model NAME)", ("name", *columns.values(), "GB"), rows, numbers=True)
+    _table(
+        "sizes: parameters in billions, all and active for a token; weights in GB; bytes of the"
+        " key-value cache a token; GFLOPs a token beside attention's with the cache",
+        ("name", "parameters", "active", "weights", "cache bytes", "GFLOPs"),
+        sizes,
+        numbers=True,
+    )
+    _table(
+        "sources",
+        ("name", "what. source"),
+        [(each["name"], f"{each['about']}. {each['source']}") for each in models],
+    )
+    notes = [(each["name"], note) for each in models for note in each["notes"]]
+    if notes:
+        _table("notes", ("name", "what its file leaves open"), notes)
+    fields = [
+        (
+            each["name"],
+            "must be given" if each["default"] is None else _format(each["default"]),
+            each["meaning"],
+        )
+        for each in found["fields"]
+    ]
+    _table("fields of a model's file", ("field", "default", "meaning"), fields)
 
 
 def _draw_systems(found: dict[str, Any]) -> None:

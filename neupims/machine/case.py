@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from neupims.files import SUFFIXES
-from neupims.machine.config import load_hardware, load_model, load_parallel
+from neupims.machine.config import load_hardware, read_model
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace
 from neupims.machine.systems import FIDELITIES, SPELLINGS, SYSTEMS, Fidelity, Setting, System
@@ -32,6 +32,7 @@ class Case(NamedTuple):
     fidelity: Fidelity = "simulator"  # or "intended"
     model_name: str = ""  # name or file, as results show it
     prefill: bool = False  # whether to run the prompts of the batch instead of one decode step
+    model_notes: tuple[str, ...] = ()  # what the file of the model leaves open (`read_model`)
 
 
 def make_case(
@@ -80,7 +81,17 @@ def make_case(
         check_batch(trace, channels)
     else:
         trace = read_trace(trace, num_channels=channels)
-    return Case(machine, decoder, trace, parallel, name, count, fidelity, model_name)
+    return Case(
+        machine,
+        decoder,
+        trace,
+        parallel,
+        name,
+        count,
+        fidelity,
+        model_name,
+        model_notes=read_model(model_name).notes,
+    )
 
 
 def select_system(
@@ -153,7 +164,8 @@ def select_model(
     name = os.fspath(model)
     if not os.path.exists(name) and not name.lower().endswith(SUFFIXES):
         name = name.lower()
-    decoder, published = load_model(name), load_parallel(name)
+    file = read_model(name)
+    decoder, published = file.model, file.parallel
     spread = Parallel(
         published.tp if tp is None else tp,
         published.pp if pp is None else pp,

@@ -1,26 +1,26 @@
 """Named machines and models, shipped as TOML files in `configs/`, and the user's own files.
 
 A machine's file has `about` and, in tables named as the groups of `Hardware`, the fields that
-differ from their defaults. A model's file has `about`, the fields of `Decoder`, and `tp` and `pp`:
-how many devices share a layer, and into how many groups the layers are cut. Files are TOML or JSON.
+differ from their defaults. A model's file is described in `neupims.machine.model_files`. Files are
+TOML or JSON.
 """
 
 import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import MISSING, fields
+from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from neupims.files import SUFFIXES, parse_table, read_table
 from neupims.machine.hardware import Hardware
+from neupims.machine.model_files import ModelFile, check_number, parse_model, parse_parallel
 from neupims.machine.record import replace
 from neupims.machine.workload import Decoder, Parallel
 
 KINDS = {"hardware": "machine", "models": "model"}
-PARALLEL_FIELDS = ("tp", "pp")
 
 
 def names(kind: str) -> tuple[str, ...]:
@@ -60,16 +60,16 @@ def load_hardware(name_or_path: str | Path) -> Hardware:
     hardware = Hardware()
     with _name_file(file):
         for name, value in _flatten(values).items():
-            hardware = replace(hardware, name, _check_number(name, value))
+            hardware = replace(hardware, name, check_number(name, value))
     return hardware
 
 
-def load_model(name_or_path: str | Path) -> Decoder:
-    """Returns the model of this name, or of this TOML or JSON file.
+def read_model(name_or_path: str | Path) -> ModelFile:
+    """Returns what the file of a model says: its dimensions, devices, description and notes.
 
     Args:
         name_or_path: A name, such as "gpt3-7b" (`python -m neupims show models` lists them), or a
-            file that ends in .toml or .json.
+            file that ends in .toml or .json: of our own fields, or Hugging Face's `config.json`.
 
     Raises:
         ValueError: The name is unknown, or the file is malformed or holds an impossible value; the
@@ -77,46 +77,49 @@ def load_model(name_or_path: str | Path) -> Decoder:
         OSError: The file cannot be read.
 
     Example:
+        >>> from neupims.machine.config import read_model
+        >>> read_model("mixtral-8x7b").about
+        'Mixtral 8x7B, 8 experts, 4 devices'
+    """
+    values, file = _read("models", name_or_path)
+    with _name_file(file):
+        return parse_model(values)
+
+
+def load_model(name_or_path: str | Path) -> Decoder:
+    """Returns the model of this name, or of this TOML or JSON file.
+
+    A file with `model_type` is read as the `config.json` of Hugging Face; `read_model` also gives
+    notes on what such a file leaves open.
+
+    Args:
+        name_or_path: As for `read_model`.
+
+    Raises:
+        ValueError: As for `read_model`.
+        OSError: The file cannot be read.
+
+    Example:
         >>> from neupims import load_model
         >>> load_model("llama3-8b").kv_heads
         8
     """
-    values, file = _read("models", name_or_path)
-    known = [each.name for each in fields(Decoder)]
-    with _name_file(file):
-        for name in values:
-            if name not in (*known, *PARALLEL_FIELDS, "about"):
-                raise ValueError(
-                    f"there is no field {name!r}; there are"
-                    f" {', '.join((*known, *PARALLEL_FIELDS, 'about'))}"
-                )
-        missing = [
-            each.name
-            for each in fields(Decoder)
-            if each.default is MISSING and each.name not in values
-        ]
-        if missing:
-            raise ValueError(f"{', '.join(missing)} must be given")
-        return Decoder(
-            **{name: _check_number(name, values[name]) for name in known if name in values}
-        )
+    return read_model(name_or_path).model
 
 
 def load_parallel(name_or_path: str | Path) -> Parallel:
     """Returns how the model of this name or file is spread over devices; one device by default.
 
     Args:
-        name_or_path: As for `load_model`.
+        name_or_path: As for `read_model`.
 
     Raises:
-        ValueError: As for `load_model`; or tp or pp is not a whole number of at least 1.
+        ValueError: As for `read_model`; or tp or pp is not a whole number of at least 1.
         OSError: The file cannot be read.
     """
     values, file = _read("models", name_or_path)
     with _name_file(file):
-        return Parallel(
-            **{name: _check_number(name, values.get(name, 1)) for name in PARALLEL_FIELDS}
-        )
+        return parse_parallel(values)
 
 
 def about(kind: str, name: str) -> str:
@@ -166,9 +169,11 @@ def _read(kind: str, name_or_path: str | Path) -> tuple[dict[str, Any], str]:
         return read_table(name), name
     known = names(kind)
     if name.lower() not in known:
+        close = ", ".join(get_close_matches(name.lower(), known))
+        meant = f" did you mean {close}?" if close else ""
         raise ValueError(
-            f"there is no {KINDS[kind]} {name!r}; there are {', '.join(known)}, or give a file that"
-            " ends in .toml or .json"
+            f"there is no {KINDS[kind]} {name!r};{meant} there are {', '.join(known)}, or give a"
+            " file that ends in .toml or .json"
         )
     file = f"{name.lower()}.toml"
     text = _folder(kind).joinpath(file).read_text(encoding="utf-8")
@@ -186,9 +191,3 @@ def _name_file(file: str) -> Iterator[None]:
         yield
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from None
-
-
-def _check_number(name: str, value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise ValueError(f"{name} must be a number, not {value!r}")
-    return value

@@ -12,6 +12,14 @@ from typing import Any
 from neupims.machine.record import COUNT_MOST, instead, real, record
 
 BITS = (16, 8, 4)  # widths of numbers that a machine stores and multiplies
+EXPERT_FIELDS = (
+    "active_experts",
+    "shared_experts",
+    "expert_width",
+    "dense_layers",
+    "expert_skew",
+    "expert_bits",
+)
 SKEW_MOST = 8  # with a larger exponent nearly every token goes to the same experts
 
 
@@ -21,7 +29,7 @@ def _count(meaning: str, least: int = 0, most: int = COUNT_MOST) -> dict[str, An
 
 
 def _bits(meaning: str) -> dict[str, Any]:
-    return _count(f"bits of {meaning}: 16, 8 or 4", 4, 16)
+    return _count(f"bits (16, 8 or 4) of {meaning}", 4, 16)
 
 
 def _switch(meaning: str) -> dict[str, Any]:
@@ -32,9 +40,9 @@ def _switch(meaning: str) -> dict[str, Any]:
 class Decoder:
     """A decoder-only transformer.
 
-    Fields that are 0 because they are left out get the value that their comment names, so that a
-    record always holds the numbers it means. A batch of models is the same record with a leading
-    axis on every field.
+    A field whose 0 stands for another value ("0 is width / heads") gets that value when the record
+    is made, so that a record holds the numbers it means. A batch of models is the same record with
+    a leading axis on every field.
 
     Raises:
         ValueError: A number is not whole or out of range, or two fields contradict each other; the
@@ -51,13 +59,13 @@ class Decoder:
     mlp_matrices: int = field(
         default=2, metadata=_count("matrices of an MLP: 2, or 3 with a gate (Llama)", 1)
     )
-    head_dim: int = field(default=0, metadata=_count("channels of a head; width / heads"))
+    head_dim: int = field(default=0, metadata=_count("channels of a head; 0 is width / heads"))
     # Mixture of experts
     experts: int = field(default=0, metadata=_count("routed experts of a layer; 0 is a dense MLP"))
     active_experts: int = field(default=0, metadata=_count("routed experts that a token visits"))
     shared_experts: int = field(default=0, metadata=_count("experts that every token visits"))
     expert_width: int = field(
-        default=0, metadata=_count("hidden channels of an expert; with experts mlp_width")
+        default=0, metadata=_count("hidden channels of an expert; 0 is mlp_width")
     )
     dense_layers: int = field(
         default=0, metadata=_count("layers with a dense MLP instead of experts (the first ones)")
@@ -77,7 +85,7 @@ class Decoder:
         default=0, metadata=_count("tokens that a layer with a window attends to; 0 is no window")
     )
     window_layers: int = field(
-        default=0, metadata=_count("layers with the window; with a window all layers")
+        default=0, metadata=_count("layers with the window; 0 is all of them")
     )
     # Multi-head latent attention (DeepSeek)
     kv_rank: int = field(
@@ -90,10 +98,13 @@ class Decoder:
     query_rank: int = field(
         default=0, metadata=_count("channels of the latent of queries; 0 is one full matrix")
     )
-    value_dim: int = field(default=0, metadata=_count("channels of a head's value; head_dim"))
+    value_dim: int = field(default=0, metadata=_count("channels of a head's value; 0 is head_dim"))
     # Number formats
     weight_bits: int = field(
         default=16, metadata=_bits("a weight; embeddings and LM head stay at 16")
+    )
+    expert_bits: int = field(
+        default=0, metadata=_bits("a weight of a routed expert; 0 is weight_bits") | {"least": 0}
     )
     kv_bits: int = field(default=16, metadata=_bits("a number of the key-value cache"))
     activation_bits: int = field(default=16, metadata=_bits("an input of a matrix product"))
@@ -112,6 +123,7 @@ class Decoder:
         self._fill("value_dim", self.head_dim)
         if self.experts:
             self._fill("expert_width", self.mlp_width)
+            self._fill("expert_bits", self.weight_bits)
         if self.window:
             self._fill("window_layers", self.layers)
         _check_attention(self)
@@ -160,10 +172,13 @@ class Decoder:
 def _check(name: str, value: Any, meaning: str, least: int, most: int, whole: bool) -> None:
     """Raises unless a field is a number within its limits."""
     kind = numbers.Integral if whole else numbers.Real
-    if isinstance(value, bool) or not isinstance(value, kind) or not least <= real(value) <= most:
+    number = isinstance(value, kind) and not isinstance(value, bool)
+    if name.endswith("_bits"):
+        if not number or value not in (*BITS, *((0,) if not least else ())):
+            said = f"{', '.join(map(str, BITS[:-1]))} or {BITS[-1]}"
+            raise ValueError(f"{name} must be {said}, not {value!r}")
+    elif not number or not least <= real(value) <= most:
         raise ValueError(f"{name} must be {instead(value, least, most, whole)}")
-    if name.endswith("_bits") and value not in BITS:
-        raise ValueError(f"{name} must be {', '.join(map(str, BITS[:-1]))} or 4, not {value}")
 
 
 def _check_attention(model: Decoder) -> None:
@@ -199,7 +214,7 @@ def _check_experts(model: Decoder) -> None:
                 f" {model.dense_layers}"
             )
         return
-    for name in ("active_experts", "shared_experts", "expert_width", "dense_layers", "expert_skew"):
+    for name in EXPERT_FIELDS:
         if getattr(model, name):
             raise ValueError(
                 f"{name} is {getattr(model, name)}, but the model has no experts; give experts, or"

@@ -93,7 +93,9 @@ def layer_weight_bytes(model: Decoder) -> Number:
     Args:
         model: The model.
     """
-    return model.weight_bits / 8 * parameters(model).layers
+    size = parameters(model)
+    rest = size.attention + size.mlp
+    return model.weight_bits / 8 * rest + model.expert_bits / 8 * size.experts
 
 
 def kv_cache_bytes(model: Decoder, tokens: Number) -> Number:

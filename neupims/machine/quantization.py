@@ -1,0 +1,134 @@
+"""Bits of weights, keys and values, and activations, from a `config.json` of Hugging Face.
+
+Source: src/transformers/utils/quantization_config.py of github.com/huggingface/transformers, and
+    github.com/vllm-project/compressed-tensors.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+SIXTEEN = ("bfloat16", "float16", "half")
+METHODS = (
+    "awq",
+    "bitsandbytes",
+    "compressed-tensors",
+    "fbgemm_fp8",
+    "fp8",
+    "gptq",
+    "modelopt",
+    "mxfp4",
+)
+KEPT_AT_16 = ("lm_head", "embed", "norm", "router", "gate")  # never, or hardly, of any size
+Bits = dict[str, int]
+
+
+def read_bits(values: Mapping[str, Any], *, experts: bool) -> tuple[Bits, tuple[str, ...]]:
+    """Returns the fields of `Decoder` that end in _bits, and notes on what the file leaves open.
+
+    Args:
+        values: The values of a `config.json`.
+        experts: Whether the model has experts.
+
+    Raises:
+        ValueError: The quantization is unknown, or parts of the model have different bits.
+    """
+    plan = values.get("quantization_config")
+    if plan is not None and not isinstance(plan, Mapping):
+        raise ValueError(f"quantization_config must be a table of fields, not {plan!r}")
+    return _read_plan(plan, experts) if plan else _read_type(values)
+
+
+def _read_type(values: Mapping[str, Any]) -> tuple[Bits, tuple[str, ...]]:
+    """Returns the bits of a file without quantization, from its type of numbers."""
+    name = next((values[key] for key in ("torch_dtype", "dtype") if values.get(key)), None)
+    kind = str(name).removeprefix("torch.")
+    if kind in SIXTEEN:
+        return {}, ()
+    if kind.startswith("float8"):
+        return {"weight_bits": 8}, (
+            f"torch_dtype {kind}: weights of 8 bits; activations and keys and values of 16 bits,"
+            " because the file does not say",
+        )
+    said = "no torch_dtype" if name is None else f"torch_dtype {kind}"
+    return {}, (f"the file has {said}: numbers are taken as 16 bits",)
+
+
+def _read_plan(plan: Mapping[str, Any], experts: bool) -> tuple[Bits, tuple[str, ...]]:
+    """Returns the bits of a quantization_config."""
+    method = str(plan.get("quant_method", "none")).lower()
+    notes = [f"quantization {method}: scales are not counted"]
+    if method in ("fp8", "fbgemm_fp8"):
+        bits = {"weight_bits": 8, "activation_bits": 8}
+    elif method in ("gptq", "awq"):
+        bits = {"weight_bits": _number(plan, "bits", "w_bit")}
+    elif method == "bitsandbytes":
+        eight = bool(plan.get("load_in_8bit"))
+        bits = {"weight_bits": 8, "activation_bits": 8} if eight else {"weight_bits": 4}
+    elif method == "mxfp4":
+        bits = {"expert_bits" if experts else "weight_bits": 4}
+    elif method == "modelopt":
+        bits = _read_modelopt(plan)
+    elif method == "compressed-tensors":
+        bits = _read_groups(plan)
+    else:
+        raise ValueError(
+            f"quantization_config: the quant_method {method!r} is not known; known are"
+            f" {', '.join(METHODS)}; remove quantization_config, and state weight_bits and the like"
+            " in a file of our own fields"
+        )
+    if "kv_bits" not in bits:
+        notes.append("the file does not say how keys and values are kept: 16 bits")
+    kept = plan.get("modules_to_not_convert") or plan.get("ignore") or []
+    large = [name for name in kept if not any(part in str(name) for part in KEPT_AT_16)]
+    if large and method != "mxfp4":
+        notes.append(
+            f"{len(large)} modules that stay at 16 bits, such as {large[0]}, are counted like the"
+            " others"
+        )
+    return bits, tuple(notes)
+
+
+def _read_modelopt(plan: Mapping[str, Any]) -> Bits:
+    algorithms = {"FP8": (8, 8), "NVFP4": (4, 4), "W4A8_AWQ": (4, 8), "INT4_AWQ": (4, 16)}
+    algorithm = str(plan.get("quant_algo")).upper()
+    if algorithm not in algorithms:
+        raise ValueError(
+            f"quantization_config: the quant_algo {algorithm} is not known; known are"
+            f" {', '.join(algorithms)}"
+        )
+    weights, activations = algorithms[algorithm]
+    bits = {"weight_bits": weights, "activation_bits": activations}
+    kept = plan.get("kv_cache_quant_algo") or plan.get("kv_cache_scheme")
+    if kept is None:
+        return bits
+    return bits | {"kv_bits": _number(kept, "num_bits") if isinstance(kept, Mapping) else 8}
+
+
+def _read_groups(plan: Mapping[str, Any]) -> Bits:
+    """Returns the bits of compressed-tensors, whose groups of modules must agree."""
+    groups = list((plan.get("config_groups") or {}).values())
+    found = {
+        (
+            _number(group.get("weights") or {}, "num_bits"),
+            _number(group["input_activations"], "num_bits")
+            if group.get("input_activations")
+            else 16,
+        )
+        for group in groups
+    }
+    if len(found) != 1:
+        raise ValueError(
+            f"quantization_config: config_groups must agree on their bits, but have {len(found)}"
+            " kinds; state weight_bits and the like in a file of our own fields"
+        )
+    weights, activations = found.pop()
+    scheme = plan.get("kv_cache_scheme")
+    kept = {"kv_bits": _number(scheme, "num_bits")} if scheme else {}
+    return {"weight_bits": weights, "activation_bits": activations, **kept}
+
+
+def _number(plan: Mapping[str, Any], *names: str) -> int:
+    for name in names:
+        if isinstance(plan.get(name), int):
+            return plan[name]
+    raise ValueError(f"quantization_config: {' or '.join(names)} must be given, a number of bits")
