@@ -4,17 +4,19 @@ Each function returns a frozen record whose fields are the keys of the printed J
 """
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from neupims.costs.area import AreaCosts, area, peak_power
-from neupims.costs.energy import EnergyCosts, command_energies
+from neupims.costs.area import area
+from neupims.costs.energy import command_energies, idle_watts
+from neupims.costs.power import peak_power
 from neupims.machine import config
 from neupims.machine.calibration import Calibration
 from neupims.machine.model import Decoder
 from neupims.machine.model_size import flops_per_token, kv_cache_bytes, parameters, weight_bytes
-from neupims.machine.record import describe, to_values
+from neupims.machine.record import Field, describe, to_values
 from neupims.machine.systems import SPELLINGS, System
 from neupims.simulator_runs import (
     CORE_FIELDS,
@@ -84,7 +86,15 @@ class ConstantTable(_Table):
     constants: list[Row]  # name, value, unit, confidence and source of each constant
     command_picojoules: dict[str, float]  # pJ of a command of the memory, by command
     area_mm2: dict[str, float]  # mm2 of one device, by part
+    idle_watts: dict[str, float]  # W of one device that waits, by part
     peak_watts: dict[str, float]  # W of one device, by part
+
+
+@dataclass(frozen=True)
+class MemoryTable(_Table):
+    """The kinds of memory with their energies."""
+
+    memories: list[Row]  # name, about, and energies: name, value, unit, confidence and source
 
 
 @dataclass(frozen=True)
@@ -181,42 +191,65 @@ def list_systems() -> SystemTable:
     return SystemTable(found, spelt)
 
 
-def list_constants(hardware: str | Path = "neupims") -> ConstantTable:
+def list_constants(
+    hardware: str | Path = "neupims", changes: Mapping[str, Any] | None = None
+) -> ConstantTable:
     """Returns fitted constants and costs with their confidence, and what they give for a machine.
 
     Args:
         hardware: A named machine, or a TOML or JSON file.
+        changes: Fields of the machine by dotted name, as for `set_fields`.
 
     Raises:
-        ValueError: The machine is unknown, or its file is malformed.
+        ValueError: The machine is unknown, its file is malformed, or a change is impossible.
         OSError: The file cannot be read.
     """
-    machine = config.load_hardware(hardware)
-    groups = {"calibration": Calibration(), "energy": EnergyCosts(), "area": AreaCosts()}
-    found = []
-    for group, record in groups.items():
-        for each in describe(record):
-            confidence, separator, source = each.source.partition(": ")
-            if not separator or group == "calibration":
-                confidence, source = "fitted", each.source
-            found.append(
-                {
-                    "name": f"{group}.{each.name}",
-                    "value": each.value,
-                    "unit": each.unit,
-                    "confidence": confidence,
-                    "source": source,
-                }
-            )
-    energies = command_energies(machine, EnergyCosts())._asdict()
-    millimetres, watts = area(machine), peak_power(machine)
+    machine = config.set_fields(config.load_hardware(hardware), changes or {})
+    origins = config.cost_sources(hardware, changes)
+    fitted = [
+        _constant(f"calibration.{each.name}", each, f"fitted: {each.source}")
+        for each in describe(Calibration())
+    ]
+    costs = [
+        _constant(name, each, origins.get(name, each.source))
+        for group in ("energy", "area")
+        for each in describe(getattr(machine, group))
+        for name in [f"{group}.{each.name}"]
+    ]
+    energies = command_energies(machine)._asdict()
     return ConstantTable(
         str(hardware),
-        found,
+        fitted + costs,
         {name: float(value) for name, value in energies.items()},
-        _numbers(millimetres, "npu", "pim", "total"),
-        _numbers(watts, "npu", "total"),
+        _numbers(area(machine), "npu", "pim", "total"),
+        {name: float(value) for name, value in idle_watts(machine)._asdict().items()},
+        _numbers(peak_power(machine), "npu", "total"),
     )
+
+
+def list_memories() -> MemoryTable:
+    """Returns the kinds of memory that `energy.memory` may name, with the source of each energy."""
+    fields = {each.name: each for each in describe(config.load_hardware("neupims").energy)}
+    found = []
+    for name in config.names("memory"):
+        memory = config.load_memory(name)
+        energies = [
+            _constant(field, fields[field]._replace(value=value), memory.sources[field])
+            for field, value in memory.values.items()
+        ]
+        found.append({"name": name, "about": memory.about, "energies": energies})
+    return MemoryTable(found)
+
+
+def _constant(name: str, each: Field, origin: str) -> Row:
+    confidence, _, source = origin.partition(": ")
+    return {
+        "name": name,
+        "value": each.value,
+        "unit": each.unit,
+        "confidence": confidence,
+        "source": source,
+    }
 
 
 def list_knobs() -> KnobTable:

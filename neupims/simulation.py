@@ -4,6 +4,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from neupims.costs.power import power_metrics
 from neupims.machine.case import Case
 from neupims.machine.supported import check_timed
 from neupims.machine.systems import PIM_SYSTEMS, TimingPath
@@ -29,7 +30,9 @@ class Simulation:
     def to_dict(self) -> dict[str, Any]:
         """Returns the values of JSON, as `simulate --json` prints them.
 
-        Cycles are core cycles; energy and the iteration are of one device.
+        Cycles are core cycles; energy_joules and the iteration are of one device; power_watts,
+        peak_power_watts, energy_joules_per_token and tokens_per_joule are of all devices of the
+        model together, as in `explore`.
         """
         case, iteration = self.case, self.iteration
         cycles = dict(zip(STAGES, iteration.stage_cycles.tolist(), strict=True))
@@ -43,6 +46,14 @@ class Simulation:
             part.name: float(getattr(iteration.energy, part.name))
             for part in dataclasses.fields(iteration.energy)
         }
+        power = power_metrics(
+            case.hardware,
+            case.system,
+            joules=iteration.energy_joules,
+            seconds=iteration.iteration_seconds,
+            tokens=iteration.tokens_per_second * iteration.iteration_seconds,
+            devices=case.parallel.tp * case.parallel.pp,
+        )
         result = {
             "phase": "prefill" if case.prefill else "decode",
             "system": case.system,
@@ -76,6 +87,8 @@ class Simulation:
             "energy_joules": float(iteration.energy_joules),
             # The power of a GPU's board is known, but not its parts.
             "energy_parts_joules": None if case.system == "gpu" else energies,
+            **{name: float(value) for name, value in power.items()},
+            "devices": int(case.parallel.tp * case.parallel.pp),
             "expected_error": self.expected_error,
         }
         if self.first_token_seconds is not None:

@@ -51,7 +51,7 @@ ROOMS = {
         "timing": {"costs", "machine"},
         "simulator_runs": {"machine", "timing"},
         "validation": {"machine", "simulator_runs", "timing"},
-        "simulation": {"machine", "timing", "validation"},
+        "simulation": {"costs", "machine", "timing", "validation"},
         "scheduling": {"files", "machine", "simulation", "timing", "validation"},
         "catalogue": {"costs", "machine", "simulator_runs", "timing"},
         "exploration": {"costs", "files", "machine", "timing", "validation"},

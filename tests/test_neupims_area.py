@@ -1,6 +1,4 @@
-"""Area and power: against a published chip of the same size, worked by hand, and growing with every
-part.
-"""
+"""Area: against a published chip of the same size, worked by hand, and growing with every part."""
 
 import dataclasses
 
@@ -9,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neupims.costs.area import AreaCosts, area, average_power_watts, peak_power
-from neupims.costs.energy import Counts, energy
+from neupims.costs.area import area, gpu_area
+from neupims.machine.costs import AreaCosts
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace
 
@@ -20,12 +18,10 @@ def test_the_default_npu_is_as_large_as_a_tpu_v4():
     x 128, 128 + 32 MiB, four stacks of HBM2.
 
     Its die is below 600 mm2 (593 by its photograph), with links and a sparse unit that our NPU
-    lacks; it draws 192 W at most.
+    lacks.
     """
     default = area(Hardware())
     assert 400 < float(default.npu) < 600
-    power = peak_power(Hardware())
-    assert 0.5 * 192 < float(power.npu + power.memory) < 192
 
 
 def test_pim_takes_the_published_shares():
@@ -54,29 +50,61 @@ def test_parts_add_up():
     parts = [float(getattr(default, each.name)) for each in dataclasses.fields(default)]
     assert float(default.total) == pytest.approx(sum(parts))
     assert float(default.uncore / default.npu) == pytest.approx(AreaCosts().uncore_share)
-    power = peak_power(Hardware())
-    assert float(power.total) == pytest.approx(
-        sum(float(getattr(power, each.name)) for each in dataclasses.fields(power))
-    )
 
 
 @pytest.mark.parametrize(
     ("field", "more", "part"),
     [
         ("npu.array_width", 256, "arrays"),
+        ("npu.array_height", 256, "arrays"),
         ("npu.num_arrays", 16, "arrays"),
+        ("npu.vector_units", 16, "vector"),
         ("npu.vector_lanes", 256, "vector"),
         ("npu.scratchpad_bytes", 2e8, "scratchpad"),
         ("hbm.num_channels", 64, "memory_interface"),
+        ("hbm.bus_bits", 256, "memory_interface"),
+        ("hbm.num_channels", 64, "dram"),
         ("hbm.rows", 65536, "dram"),
+        ("hbm.row_bytes", 2048, "dram"),
         ("pim.macs_per_bank", 32, "pim_units"),
+        ("hbm.num_channels", 64, "pim_units"),
+        ("hbm.banks_per_group", 8, "pim_units"),
+        ("hbm.bank_groups", 8, "pim_units"),
+        ("hbm.ranks", 4, "pim_units"),
         ("pim.row_buffers", 3, "row_buffers"),
+        ("hbm.num_channels", 64, "row_buffers"),
     ],
 )
 def test_more_is_larger(field, more, part):
-    assert float(getattr(area(replace(Hardware(), field, more)), part)) > float(
-        getattr(area(Hardware()), part)
-    )
+    """The part grows, and no other one shrinks."""
+    before, after = area(Hardware()), area(replace(Hardware(), field, more))
+    assert float(getattr(after, part)) > float(getattr(before, part))
+    for each in dataclasses.fields(before):
+        assert float(getattr(after, each.name)) >= float(getattr(before, each.name)), each.name
+
+
+@pytest.mark.parametrize("field", ["npu.clock_hz", "hbm.clock_hz", "hbm.tfaw_cycles"])
+def test_what_is_not_built_takes_no_area(field):
+    assert area(replace(Hardware(), field, 2e9)) == area(Hardware())
+
+
+def test_narrow_channels_have_narrow_interfaces():
+    """16 channels of 128 bits and 128 channels of 16 bits have as many pins."""
+    wide = replace(replace(Hardware(), "hbm.num_channels", 16), "hbm.bus_bits", 128)
+    narrow = replace(replace(Hardware(), "hbm.num_channels", 128), "hbm.bus_bits", 16)
+    assert float(area(wide).memory_interface) == pytest.approx(float(area(narrow).memory_interface))
+
+
+def test_every_cost_of_area_counts():
+    before = float(area(Hardware()).total)
+    for each in dataclasses.fields(AreaCosts):
+        dearer = replace(Hardware(), f"area.{each.name}", 1.1 * getattr(AreaCosts(), each.name))
+        assert float(area(dearer).total) > before, each.name
+
+
+def test_a_gpu_is_its_die_and_its_memory():
+    """826 mm2, and 40 GB of memory at 81.8 mm2 for 2^30 bytes."""
+    assert float(gpu_area(Hardware())) == pytest.approx(826 + 81.8 * 40e9 / 2**30)
 
 
 def test_without_pim_the_memory_is_plain():
@@ -86,21 +114,6 @@ def test_without_pim_the_memory_is_plain():
     assert float(plain.npu) == float(area(Hardware()).npu)
 
 
-def test_peak_power_by_hand():
-    """131072 products of 0.72 pJ at 1 GHz are 94.4 W; a product in all banks of 32 channels, 3216
-    pJ every 2 ns, is 51.5 W.
-    """
-    power = peak_power(Hardware())
-    assert float(power.arrays) == pytest.approx(94.4, rel=1e-3)
-    assert float(power.pim) == pytest.approx(51.5, rel=1e-3)
-
-
-def test_average_power():
-    """10^12 products in 10 ms: 0.72 J / 0.01 s = 72 W."""
-    counts = Counts(1e12, *([0.0] * 12))
-    assert float(average_power_watts(energy(counts, Hardware()), 0.01)) == pytest.approx(72)
-
-
 def test_a_batch_of_designs_is_the_loop():
     designs = replace(
         replace(Hardware(), "hbm.num_channels", jnp.array([8, 32, 64])),
@@ -108,22 +121,7 @@ def test_a_batch_of_designs_is_the_loop():
         jnp.array([2, 8, 16]),
     )
     axes = jax.tree.map(lambda leaf: 0 if jnp.ndim(leaf) else None, designs)
-    batched = jax.jit(
-        jax.vmap(
-            lambda hardware: (area(hardware).total, peak_power(hardware).total), in_axes=(axes,)
-        )
-    )(designs)
+    batched = jax.jit(jax.vmap(lambda hardware: area(hardware).total, in_axes=(axes,)))(designs)
     for row, (channels, arrays) in enumerate(((8, 2), (32, 8), (64, 16))):
         one = replace(replace(Hardware(), "hbm.num_channels", channels), "npu.num_arrays", arrays)
-        np.testing.assert_allclose(
-            (batched[0][row], batched[1][row]), (area(one).total, peak_power(one).total), rtol=1e-6
-        )
-
-
-def test_costs_say_how_far_to_trust_them():
-    for each in dataclasses.fields(AreaCosts):
-        assert each.metadata["source"].partition(": ")[0] in (
-            "data sheet",
-            "published",
-            "estimate",
-        ), each.name
+        np.testing.assert_allclose(batched[row], area(one).total, rtol=1e-6)

@@ -7,9 +7,9 @@ import pytest
 
 from neupims import catalogue
 from neupims.commands import show
-from neupims.costs.energy import EnergyCosts
 from neupims.files import finite
 from neupims.machine import config
+from neupims.machine.costs import AreaCosts, EnergyCosts
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import describe
 
@@ -35,6 +35,11 @@ def test_both_forms(capsys, what):
         (["models"], catalogue.list_models),
         (["systems"], catalogue.list_systems),
         (["constants"], catalogue.list_constants),
+        (["memories"], catalogue.list_memories),
+        (
+            ["constants", "--hardware", "hbm3", "--set", "area.mac=0.01"],
+            lambda: catalogue.list_constants("hbm3", {"area.mac": 0.01}),
+        ),
         (["knobs"], catalogue.list_knobs),
     ],
 )
@@ -71,7 +76,7 @@ def test_another_machine_shows_its_values(capsys):
     )
 
 
-@pytest.mark.parametrize("what", ["models", "systems", "knobs"])
+@pytest.mark.parametrize("what", ["models", "memories", "systems", "knobs"])
 def test_a_machine_is_refused_where_it_changes_nothing(what):
     for name in ("npu-pim", "neupims"):
         with pytest.raises(ValueError, match=f"--hardware is for hardware and constants: {what}"):
@@ -82,17 +87,22 @@ def test_constants_have_a_confidence(capsys):
     found = json.loads(shown(capsys, "constants", "--json"))
     assert {each["confidence"] for each in found["constants"]} == {
         "fitted",
-        "data sheet",
         "published",
-        "estimate",
+        "derived",
+        "assumed",
     }
-    energies = {
-        each["name"].removeprefix("energy.")
-        for each in found["constants"]
-        if each["name"].startswith("energy.")
-    }
-    assert energies == {each.name for each in describe(EnergyCosts())}
+    names = {each["name"] for each in found["constants"]}
+    for group, costs in (("energy", EnergyCosts()), ("area", AreaCosts())):
+        assert {name for name in names if name.startswith(f"{group}.")} == {
+            f"{group}.{each.name}" for each in describe(costs)
+        }
     assert found["command_picojoules"]["read"] == pytest.approx(804)
+    assert found["idle_watts"]["memory"] == pytest.approx(64 * 0.066)
+
+
+def test_a_change_is_refused_where_it_changes_nothing():
+    with pytest.raises(ValueError, match="--set is for constants: leave it out for models"):
+        shown(None, "models", "--set", "energy.mac=1")
 
 
 def test_models_and_systems(capsys):

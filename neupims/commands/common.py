@@ -10,6 +10,7 @@ from typing import Any
 
 from neupims.files import check_place, finite
 from neupims.machine.case import Case, make_case, select_system
+from neupims.machine.config import MEMORY
 from neupims.machine.hardware import Hardware
 from neupims.machine.systems import FIDELITIES, SYSTEMS, System
 
@@ -51,7 +52,10 @@ def add_system_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="one field of the hardware, such as hbm.num_channels=16; may repeat",
+        help=(
+            "one field of the hardware, such as hbm.num_channels=16, or energy.memory=NAME (`show"
+            " memories`); may repeat"
+        ),
     )
     parser.add_argument(
         "--fidelity",
@@ -176,16 +180,19 @@ def print_notes(model: str, notes: Iterable[str]) -> None:
         sys.stderr.write(f"neupims: note: {model}: {note}\n")
 
 
-def parse_change(text: str) -> tuple[str, int | float]:
+def parse_change(text: str) -> tuple[str, int | float | str]:
     """Returns the field and the value of a --set FIELD=VALUE.
 
     Args:
-        text: Text after --set: a dotted name of the hardware, and its number.
+        text: Text after --set: a dotted name of the hardware, and its number; or energy.memory and
+            the name of a kind of memory.
 
     Raises:
         ValueError: The text is not FIELD=NUMBER.
     """
     field, _, value = (part.strip() for part in text.partition("="))
+    if field == MEMORY:
+        return field, value
     for kind in (int, float):
         with suppress(ValueError):
             if field:

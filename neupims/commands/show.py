@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from neupims import catalogue
-from neupims.commands.common import print_json
+from neupims.commands.common import parse_change, print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,8 +19,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "what",
         choices=tuple(SUBJECTS),
         help=(
-            "hardware fields, models, systems, constants of the model, or fields of the public"
-            " simulator"
+            "hardware fields, models, energies of memories, systems, constants of the model, or"
+            " fields of the public simulator"
         ),
     )
     parser.add_argument(
@@ -32,6 +32,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--model",
         metavar="NAME|FILE",
         help="show this model only: a name, a file of ours or Hugging Face's config.json",
+    )
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="FIELD=VALUE",
+        help="one field of that machine, for constants; may repeat",
     )
     parser.add_argument(
         "--json", action="store_true", help="one JSON object and nothing else on standard output"
@@ -52,7 +59,12 @@ def run(arguments: argparse.Namespace) -> int:
     list_, draw = SUBJECTS[arguments.what]
     if arguments.model is not None and arguments.what != "models":
         raise ValueError(f"--model is for models: leave it out for {arguments.what}")
-    if arguments.what in OF_A_MACHINE:
+    changes = dict(map(parse_change, arguments.set))
+    if changes and arguments.what != "constants":
+        raise ValueError(f"--set is for constants: leave it out for {arguments.what}")
+    if arguments.what == "constants":
+        record = list_(arguments.hardware or "neupims", changes)
+    elif arguments.what in OF_A_MACHINE:
         record = list_(arguments.hardware or "neupims")
     elif arguments.hardware is None:
         record = list_() if arguments.model is None else list_(arguments.model)
@@ -174,10 +186,28 @@ def _draw_constants(found: dict[str, Any]) -> None:
     for title, key in (
         ("commands of the memory, pJ", "command_picojoules"),
         ("area, mm2", "area_mm2"),
-        ("peak power, W", "peak_watts"),
+        ("power while it waits, W", "idle_watts"),
+        ("power at full speed, W", "peak_watts"),
     ):
         listed = [(name.replace("_", " "), f"{value:,.4g}") for name, value in found[key].items()]
         _table(f"{found['hardware']}: {title}", ("part", "value"), listed, numbers=True)
+
+
+def _draw_memories(found: dict[str, Any]) -> None:
+    for memory in found["memories"]:
+        rows = [
+            (
+                each["name"],
+                _format(each["value"]),
+                f"{each['unit']}. {each['confidence']}: {each['source']}",
+            )
+            for each in memory["energies"]
+        ]
+        _table(
+            f"energy.memory={memory['name']}: {memory['about']}",
+            ("field", "value", "unit. confidence: source"),
+            rows,
+        )
 
 
 def _draw_knobs(found: dict[str, Any]) -> None:
@@ -230,12 +260,15 @@ def _table(
 
 
 def _format(value: Any) -> str:
+    if isinstance(value, str):
+        return value
     return f"{value:,}" if isinstance(value, int) and abs(value) < 1e7 else f"{value:g}"
 
 
 SUBJECTS: dict[str, tuple[Callable[..., Any], Callable[[dict[str, Any]], None]]] = {
     "hardware": (catalogue.list_hardware, _draw_hardware),
     "models": (catalogue.list_models, _draw_models),
+    "memories": (catalogue.list_memories, _draw_memories),
     "systems": (catalogue.list_systems, _draw_systems),
     "constants": (catalogue.list_constants, _draw_constants),
     "knobs": (catalogue.list_knobs, _draw_knobs),

@@ -143,6 +143,12 @@ def _print_tables(result: dict[str, Any]) -> None:
     ):
         summary.add_row(name, f"{result[key]:.1%}")
     summary.add_row("energy of a device", f"{result['energy_joules']:.3g} J")
+    summary.add_row("energy of a token", f"{result['energy_joules_per_token'] * 1e3:.4g} mJ")
+    summary.add_row("tokens of a joule", f"{result['tokens_per_joule']:.4g}")
+    devices = result["devices"]
+    together = f"{devices} devices" if devices > 1 else "the device"
+    summary.add_row(f"power of {together}", f"{result['power_watts']:.4g} W")
+    summary.add_row("all parts at full speed", f"{result['peak_power_watts']:.4g} W")
     if error := result["expected_error"]:
         summary.add_row("expected error of the layer", describe_error(error))
     lines.print(summary)

@@ -7,7 +7,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-from neupims.costs.area import area
+from neupims.costs.area import area, gpu_area
+from neupims.costs.power import power_metrics
 from neupims.exploration.space import SETTINGS
 from neupims.exploration.workloads import Workload, deal, stack_workloads
 from neupims.machine.hardware import Hardware
@@ -35,9 +36,10 @@ def make_evaluate(
 ) -> Callable[[dict[str, Array]], dict[str, Array]]:
     """Returns a function from `{knob: (n,)}` to `{metric: (n, workloads)}`.
 
-    The metrics are tokens_per_second, iteration_seconds, energy_joules_per_token and area_mm2 (of
-    all devices of the model), and the utilisations. `flagged`, `(n, workloads)`, is true where the
-    design cannot exist or cannot run the workload.
+    The metrics are tokens_per_second, iteration_seconds, the utilisations and, of all devices of
+    the model together, power_watts (the mean), peak_power_watts (all parts at full speed),
+    energy_joules_per_token, tokens_per_joule and area_mm2. `flagged`, `(n, workloads)`, is true
+    where the design cannot exist or cannot run the workload.
 
     Args:
         workloads: Models and batches that each design runs.
@@ -94,13 +96,18 @@ def make_evaluate(
             found = _select_metrics(run(sub_batches))
         wrong = found.pop("flagged") | ~is_possible(machine, model, batch, parallel)
         devices = 1.0 * parallel.tp * parallel.pp
-        tokens = (batch.seq_lens > 0).sum()
-        joules = found.pop("energy_joules")
-        return found | {
-            "energy_joules_per_token": joules * devices / tokens,
-            "area_mm2": area(machine, pim=system in PIM_SYSTEMS).total * devices,
-            "flagged": wrong,
-        }
+        device_mm2 = (
+            gpu_area(machine) if system == "gpu" else area(machine, pim=system in PIM_SYSTEMS).total
+        )
+        power = power_metrics(
+            machine,
+            system,
+            joules=found.pop("energy_joules"),
+            seconds=found["iteration_seconds"],
+            tokens=(batch.seq_lens > 0).sum(),
+            devices=devices,
+        )
+        return found | power | {"area_mm2": device_mm2 * devices, "flagged": wrong}
 
     def evaluate(columns: dict[str, Array]) -> dict[str, Array]:
         def of_design(design):

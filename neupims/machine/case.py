@@ -3,10 +3,10 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from neupims.files import SUFFIXES
-from neupims.machine.config import load_hardware, read_model
+from neupims.machine.config import load_hardware, read_model, set_fields
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace
 from neupims.machine.systems import FIDELITIES, SPELLINGS, SYSTEMS, Fidelity, Setting, System
@@ -43,7 +43,7 @@ def make_case(
     hardware: str | Path = "neupims",
     sub_batches: int | None = None,
     row_buffers: int | None = None,
-    changes: Mapping[str, float] | None = None,
+    changes: Mapping[str, Any] | None = None,
     tp: int | None = None,
     pp: int | None = None,
     fidelity: Fidelity = "simulator",
@@ -57,7 +57,8 @@ def make_case(
         hardware: A named machine, or a TOML or JSON file.
         sub_batches: 1 or 2 (default: 2 for "neupims", else 1).
         row_buffers: Row buffers of a bank, 1 or 2 (default: those of the system).
-        changes: Fields of the hardware by dotted name, such as {"hbm.num_channels": 16}.
+        changes: Fields of the hardware by dotted name, such as {"hbm.num_channels": 16}, as for
+            `set_fields`.
         tp: Devices that share a layer (default: as published for the model, else 1).
         pp: Groups into which the layers are cut (default: as published, else 1).
         fidelity: "simulator" or "intended".
@@ -100,7 +101,7 @@ def select_system(
     hardware: str | Path = "neupims",
     sub_batches: int | None = None,
     row_buffers: int | None = None,
-    changes: Mapping[str, float] | None = None,
+    changes: Mapping[str, Any] | None = None,
 ) -> tuple[System, int, Hardware]:
     """Returns the system, its number of sub-batches, and its hardware.
 
@@ -121,9 +122,7 @@ def select_system(
         machine = replace(machine, "pim.row_buffers", 1)
     if row_buffers is not None:
         machine = replace(machine, "pim.row_buffers", row_buffers)
-    for field, value in (changes or {}).items():
-        machine = replace(machine, field, value)
-    return setting.system, setting.sub_batches, machine
+    return setting.system, setting.sub_batches, set_fields(machine, changes or {})
 
 
 def _find_setting(system: str, sub_batches: int | None) -> Setting:

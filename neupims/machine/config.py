@@ -1,8 +1,9 @@
-"""Named machines and models, shipped as TOML files in `configs/`, and the user's own files.
+"""Named machines, models and memories, shipped as TOML files in `configs/`, and the user's files.
 
 A machine's file has `about` and, in tables named as the groups of `Hardware`, the fields that
-differ from their defaults. A model's file is described in `neupims.machine.model_files`. Files are
-TOML or JSON.
+differ from their defaults. In its table `energy`, `memory = "hbm3"` takes the energies of a kind of
+memory; fields beside it come after them. A model's file is described in
+`neupims.machine.model_files`. Files are TOML or JSON.
 """
 
 import os
@@ -12,7 +13,7 @@ from contextlib import contextmanager
 from difflib import get_close_matches
 from importlib import resources
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from neupims.files import SUFFIXES, parse_table, read_table
 from neupims.machine.hardware import Hardware
@@ -20,14 +21,23 @@ from neupims.machine.model_files import ModelFile, check_number, parse_model, pa
 from neupims.machine.record import replace
 from neupims.machine.workload import Decoder, Parallel
 
-KINDS = {"hardware": "machine", "models": "model"}
+KINDS = {"hardware": "machine", "models": "model", "memory": "memory"}
+MEMORY = "energy.memory"  # the name of a kind of memory, which stands for its energies
+
+
+class Memory(NamedTuple):
+    """The energies of a kind of memory."""
+
+    about: str  # what it is, in one line
+    values: dict[str, float]  # by field of `energy`
+    sources: dict[str, str]  # by field: "published: ...", "derived: ..." or "assumed: ..."
 
 
 def names(kind: str) -> tuple[str, ...]:
     """Returns the names of the configurations of a kind, sorted with numbers by size.
 
     Args:
-        kind: "hardware" or "models".
+        kind: "hardware", "models" or "memory".
     """
     files = (each.name for each in _folder(kind).iterdir())
     found = (name.removesuffix(".toml") for name in files if name.endswith(".toml"))
@@ -57,11 +67,77 @@ def load_hardware(name_or_path: str | Path) -> Hardware:
         1
     """
     values, file = _read("hardware", name_or_path)
-    hardware = Hardware()
     with _name_file(file):
-        for name, value in _flatten(values).items():
-            hardware = replace(hardware, name, check_number(name, value))
+        return set_fields(Hardware(), _flatten(values))
+
+
+def set_fields(hardware: Hardware, values: Mapping[str, Any]) -> Hardware:
+    """Returns the machine with some fields changed, checked again.
+
+    Args:
+        hardware: The machine.
+        values: Numbers by dotted name. `energy.memory`, the name of a kind of memory, sets all of
+            its energies first, and the other fields come after it.
+
+    Raises:
+        ValueError: A field or the memory does not exist, or a value is impossible; the sentence
+            names it.
+
+    Example:
+        >>> from neupims.machine.config import load_hardware, set_fields
+        >>> changed = set_fields(load_hardware("neupims"), {"energy.memory": "hbm3"})
+        >>> changed.energy.activate_kilobyte
+        764.0
+    """
+    for name, value in _expand_memory(values).items():
+        hardware = replace(hardware, name, check_number(name, value))
     return hardware
+
+
+def load_memory(name: str) -> Memory:
+    """Returns the energies of a kind of memory, each with its source.
+
+    Args:
+        name: Its name, as `names("memory")` lists it.
+
+    Raises:
+        ValueError: There is no such memory.
+    """
+    if not isinstance(name, str) or name.lower() not in names("memory"):
+        raise ValueError(
+            f"there is no memory {name!r}; there are {', '.join(names('memory'))}, or give the"
+            " energies themselves (`show constants` lists their names)"
+        )
+    tables, _ = _read("memory", name)
+    return Memory(tables["about"], tables["energy"], tables["sources"])
+
+
+def cost_sources(
+    name_or_path: str | Path, changes: Mapping[str, Any] | None = None
+) -> dict[str, str]:
+    """Returns where the costs of a machine come from that are not the defaults.
+
+    Args:
+        name_or_path: As for `load_hardware`.
+        changes: Fields that were changed after that, as for `set_fields`.
+
+    Returns:
+        By dotted name in the groups `energy` and `area`: the source of a kind of memory, or
+        "given: FILE" or "given: --set".
+
+    Raises:
+        ValueError: As for `load_hardware`.
+        OSError: The file cannot be read.
+    """
+    tables, file = _read("hardware", name_or_path)
+    found: dict[str, str] = {}
+    for values, origin in ((_flatten(tables), file), (changes or {}, "--set")):
+        if MEMORY in values:
+            sources = load_memory(values[MEMORY]).sources
+            found |= {f"energy.{field}": source for field, source in sources.items()}
+        costs = (name for name in values if name.startswith(("energy.", "area.")))
+        found |= {name: f"given: {origin}" for name in costs if name != MEMORY}
+    return found
 
 
 def read_model(name_or_path: str | Path) -> ModelFile:
@@ -126,7 +202,7 @@ def about(kind: str, name: str) -> str:
     """Returns the one-line description of a named configuration, or "" if it has none.
 
     Args:
-        kind: "hardware" or "models".
+        kind: "hardware", "models" or "memory".
         name: Its name, as `names` lists it.
 
     Raises:
@@ -145,6 +221,15 @@ def changes(name: str) -> dict[str, Any]:
         ValueError: The name is unknown.
     """
     return _flatten(_read("hardware", name)[0])
+
+
+def _expand_memory(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the fields with the energies of a kind of memory before them, instead of its name."""
+    if MEMORY not in values:
+        return dict(values)
+    energies = load_memory(values[MEMORY]).values
+    others = {name: value for name, value in values.items() if name != MEMORY}
+    return {f"energy.{name}": value for name, value in energies.items()} | others
 
 
 def _flatten(tables: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,11 @@ files; `timing.gemv.pim_timing` turns timings into those of commands.
 
 from dataclasses import field
 
-from neupims.machine.record import check_quantities, quantity, record
+import jax.numpy as jnp
+
+from neupims.machine.costs import AreaCosts, EnergyCosts
+from neupims.machine.record import Number, check_quantities, quantity, record
+from neupims.machine.workload import FLOAT16_BYTES
 
 CORE = "configs/systolic_ws_128x128_dev.json"
 MEMORY = "configs/memory_configs/neupims.json"
@@ -110,6 +114,11 @@ class PIM:
         least=1,
         whole=True,
     )
+    product_cycles: float = quantity(
+        0,
+        "memory cycles from one product to the next, at least those of a burst",
+        "the simulator: one product a burst",
+    )
     least_products: int = quantity(
         6,
         "products that one result takes at least",
@@ -155,11 +164,14 @@ class GPU:
     )
     memory_bytes: float = quantity(40e9, "bytes", "NVIDIA A100 40 GB data sheet, 2020", least=1)
     board_watts: float = quantity(400.0, "W, the most", "NVIDIA A100 SXM data sheet, 2020", least=0)
+    die_mm2: float = quantity(
+        826.0, "mm2 without the memory", "NVIDIA A100 architecture white paper, 2020", least=0
+    )
 
 
 @record
 class Hardware:
-    """One device and its link, and a GPU to compare with.
+    """One device and its link, a GPU to compare with, and what energy and area they cost.
 
     Args:
         npu: The NPU (default: as the public simulator configures it; so are the others).
@@ -167,6 +179,8 @@ class Hardware:
         pim: The multipliers in the memory's banks.
         link: The link between devices (default: free).
         gpu: The GPU of the system "gpu" (default: NVIDIA A100 with 40 GB).
+        energy: The energy of each action of the device, and the power of its parts while they wait.
+        area: The area of each of its parts.
 
     Raises:
         ValueError: A field has an impossible value; the sentence names the field.
@@ -182,9 +196,11 @@ class Hardware:
     pim: PIM = field(default_factory=PIM)
     link: Link = field(default_factory=Link)
     gpu: GPU = field(default_factory=GPU)
+    energy: EnergyCosts = field(default_factory=EnergyCosts)
+    area: AreaCosts = field(default_factory=AreaCosts)
 
     def __post_init__(self):
-        for group in ("npu", "hbm", "pim", "link", "gpu"):
+        for group in ("npu", "hbm", "pim", "link", "gpu", "energy", "area"):
             check_quantities(getattr(self, group), group)
 
 
@@ -231,3 +247,26 @@ def memory_bytes(hbm: HBM) -> float:
         hbm: The memory; fields may be arrays of a batch of designs.
     """
     return 1.0 * hbm.num_channels * banks(hbm) * hbm.rows * hbm.row_bytes
+
+
+def product_cycles(hardware: Hardware) -> Number:
+    """Returns the memory cycles from one product in the banks to the next.
+
+    Args:
+        hardware: The machine; fields may be arrays of a batch of designs.
+    """
+    hbm = hardware.hbm
+    return jnp.maximum(
+        jnp.maximum(burst_cycles(hbm), hbm.tccd_s_cycles), hardware.pim.product_cycles
+    )
+
+
+def pim_bytes_per_second(hardware: Hardware) -> Number:
+    """Returns the bytes that the multipliers of all banks of a device take each second, at most.
+
+    Args:
+        hardware: The machine; fields may be arrays of a batch of designs.
+    """
+    hbm = hardware.hbm
+    operands = hbm.num_channels * banks(hbm) * hardware.pim.macs_per_bank * FLOAT16_BYTES
+    return operands / product_cycles(hardware) * hbm.clock_hz

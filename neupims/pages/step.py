@@ -78,7 +78,8 @@ def make_facts(step: Simulation) -> dict[str, Any]:
         "layer": f"{result['layer_cycles']:,.0f} core cycles",
         "energy": (
             f"{result['energy_joules']:.3g} J of one device,"
-            f" {result['energy_joules'] / result['iteration_seconds']:.0f} W on average"
+            f" {result['energy_joules'] / result['iteration_seconds']:.0f} W on average,"
+            f" {result['energy_joules_per_token'] * 1e3:.4g} mJ a token of all devices"
         ),
     }
     if error := result.get("expected_error"):

@@ -26,7 +26,7 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from neupims.machine.division import ceil_divide, divide, floor_divide
-from neupims.machine.hardware import Hardware, banks, burst_cycles
+from neupims.machine.hardware import Hardware, banks, burst_cycles, product_cycles
 from neupims.machine.record import Number
 from neupims.machine.workload import FLOAT16_BYTES, Decoder, Parallel
 
@@ -93,7 +93,7 @@ def pim_timing(hardware: Hardware, wait: Number | None = None) -> Timing:
     closes = ceil_divide(banks(hbm), pim.banks_per_precharge)  # one a cycle
     spread = (activations - 1) * hbm.tfaw_cycles + hbm.trcd_read_cycles
     opening = 1.0 + spread + (hbm.ranks - 1)
-    beat = jnp.maximum(burst_cycles(hbm), hbm.tccd_s_cycles)
+    beat = product_cycles(hardware)
     gwrite = 1.0 * pim.gwrite_bursts * (hbm.tccd_s_cycles + hbm.tccd_l_cycles)
     conflict = 1.0 + hbm.trp_cycles + hbm.trcd_read_cycles
     conflict_estimate = gwrite + hbm.trtp_cycles + hbm.trp_cycles + hbm.trcd_read_cycles

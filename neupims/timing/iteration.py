@@ -286,7 +286,7 @@ def summarize(
     seconds = iteration / hardware.npu.clock_hz + communication
     elapsed = seconds * hardware.npu.clock_hz
     counts = _count_commands(context, total, pim, layers, elapsed, sent, tokens.sum())
-    spent = energy(counts, hardware)
+    spent = energy(counts, hardware, pim=with_pim)
     joules = spent.total if system != "gpu" else seconds * hardware.gpu.board_watts
     moved = total.read_bytes + total.write_bytes + pim.results * burst_bytes(hardware.hbm)
     bandwidth = (
