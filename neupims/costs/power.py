@@ -55,7 +55,7 @@ def peak_power(hardware: Hardware, *, pim: bool = True) -> Power:
     macs = npu.num_arrays * npu.array_width * npu.array_height
     read_byte = 8 * (costs.read_bit + costs.interface_bit) + each.activation / hbm.row_bytes
     refreshes = hbm.clock_hz / hbm.trefi_cycles * hbm.ranks * hbm.num_channels
-    products = hbm.clock_hz / product_cycles(hardware) * hbm.num_channels
+    products = 1.0 * hbm.clock_hz * hbm.num_channels / product_cycles(hardware)
     second_buffers = idle.memory * (hardware.pim.row_buffers - 1)
     return Power(
         arrays=PICO * costs.mac * macs * npu.clock_hz,

@@ -269,4 +269,4 @@ def pim_bytes_per_second(hardware: Hardware) -> Number:
     """
     hbm = hardware.hbm
     operands = hbm.num_channels * banks(hbm) * hardware.pim.macs_per_bank * FLOAT16_BYTES
-    return operands / product_cycles(hardware) * hbm.clock_hz
+    return operands * hbm.clock_hz / product_cycles(hardware)
