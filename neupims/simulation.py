@@ -10,6 +10,7 @@ from neupims.machine.supported import check_timed
 from neupims.machine.systems import PIM_SYSTEMS, TimingPath
 from neupims.machine.workload import check_batch
 from neupims.timing.capacity import check_capacity
+from neupims.timing.gemm import check_scratchpad
 from neupims.timing.iteration import Iteration, simulate
 from neupims.timing.prefill import first_token_seconds, prefill
 from neupims.timing.stages import STAGES, operations, stages
@@ -166,6 +167,8 @@ def run_case(case: Case, *, path: TimingPath = "exact") -> Iteration:
         ValueError: The hardware cannot run the batch.
     """
     records = (case.hardware, case.model, case.batch, case.parallel)
+    if case.system != "gpu":
+        check_scratchpad(case.hardware)
     if case.prefill:
         iteration = prefill(*records, system="gpu" if case.system == "gpu" else "npu-only")
     else:

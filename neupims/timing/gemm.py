@@ -72,6 +72,54 @@ def bytes_per_cycle(hardware: Hardware) -> Number:
     return peak_bytes_per_cycle(hardware.hbm) * (hardware.hbm.clock_hz / hardware.npu.clock_hz)
 
 
+def least_tile_bytes(hardware: Hardware) -> Number:
+    """Returns the bytes of the smallest tile: three blocks as wide as an array.
+
+    Args:
+        hardware: The machine; the width of its arrays matters.
+    """
+    return 3.0 * FLOAT16_BYTES * hardware.npu.array_width * hardware.npu.array_width
+
+
+def tile_bytes_limit(hardware: Hardware) -> Number:
+    """Returns the bytes that a tile may have: half of the scratchpad; the next one loads beside it.
+
+    Args:
+        hardware: The machine; its scratchpad matters.
+    """
+    return hardware.npu.scratchpad_bytes / 2
+
+
+def holds_tile(hardware: Hardware) -> Number:
+    """Returns whether half of the scratchpad holds the smallest tile.
+
+    Where it does not, the public simulator never ends, and a product has no cycles.
+
+    Args:
+        hardware: The machine; its scratchpad and the width of its arrays matter.
+    """
+    return jnp.asarray(least_tile_bytes(hardware)) <= tile_bytes_limit(hardware)
+
+
+def check_scratchpad(hardware: Hardware) -> None:
+    """Raises unless half of the scratchpad holds the smallest tile.
+
+    Args:
+        hardware: The machine.
+
+    Raises:
+        ValueError: It does not; the sentence names the least scratchpad.
+    """
+    if not holds_tile(hardware):
+        width, least = int(hardware.npu.array_width), int(least_tile_bytes(hardware))
+        raise ValueError(
+            f"npu.scratchpad_bytes must be at least {2 * least}, not"
+            f" {int(hardware.npu.scratchpad_bytes)}: half of the scratchpad must hold three blocks"
+            f" of {width} x {width} numbers, {least} bytes (a scratchpad too small for them never"
+            " ends in the public simulator)"
+        )
+
+
 def tiling(hardware: Hardware, tokens, inner, features) -> Tiling:
     """Returns the tiling of a matrix product, whose tiles fit half of the scratchpad.
 
@@ -85,7 +133,7 @@ def tiling(hardware: Hardware, tokens, inner, features) -> Tiling:
         features: The columns of the second matrix. All three may be arrays that broadcast.
     """
     width = 1.0 * hardware.npu.array_width
-    limit = hardware.npu.scratchpad_bytes / 2
+    limit = tile_bytes_limit(hardware)
 
     def pad(side):
         return ceil_divide(side, width) * width

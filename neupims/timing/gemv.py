@@ -197,7 +197,7 @@ def attend_groups(
     macs = hardware.pim.macs_per_bank
     return (
         Groups(there * heads * (rows - 1), tiles, 1.0, floor_divide(page, macs)),
-        Groups(there * heads, tiles, 1.0, ceil_divide(rest, macs)),
+        Groups(there * heads, tiles, 1.0, there * ceil_divide(rest, macs)),
     )
 
 
@@ -431,7 +431,7 @@ def _look_up(
     (full_row, last_row), (full_page, last_page) = logit, attend
     numbers = jnp.append(jnp.arange(1.0, TABULATED + 1), ENDLESS)
     heads = jnp.max(last_page.groups)
-    spacing = ceil_divide(jnp.max(last_page.products), PRODUCTS)
+    spacing = jnp.maximum(ceil_divide(jnp.max(last_page.products), PRODUCTS), 1)
     parts = [
         (jnp.max(full_row.groups), numbers, full_row.results, full_row.products),
         (jnp.max(last_row.groups), numbers, last_row.results, last_row.products),

@@ -38,7 +38,7 @@ from neupims.timing.attention import (
     closed_attention,
     exact_attention,
 )
-from neupims.timing.gemm import Tiling, Work, bytes_per_cycle, tiling
+from neupims.timing.gemm import Tiling, Work, bytes_per_cycle, holds_tile, tiling
 from neupims.timing.links import link_seconds, messages
 from neupims.timing.npu import Context
 from neupims.timing.overlap import DRAINED, side_by_side
@@ -72,7 +72,8 @@ class Iteration:
     energy: Energy  # joules of an iteration by part; without meaning for the GPU
     energy_joules: Float[Array, ""]  # of an iteration
     # Whether the result is invalid: a quantity is NaN, a channel does not exist, the timing does
-    # not compute a feature of the model, or a result is not finite.
+    # not compute a feature of the model, the scratchpad is too small for a tile, or a result is
+    # not finite.
     flagged: Bool[Array, ""]
 
 
@@ -301,6 +302,9 @@ def summarize(
     )
     leaves = jax.tree.leaves((hardware, model, parallel))
     wrong = sum(jnp.isnan(jnp.asarray(leaf, jnp.float32)) for leaf in leaves) > 0
+    # Tested here and not in the results: on CPUs the maximum of a large array drops NaN.
+    if with_pim:
+        wrong = wrong | ~(jnp.isfinite(attention.alone) & jnp.isfinite(attention.beside)).all()
     return Iteration(
         stage_cycles=jnp.zeros(len(STAGES)).at[places].set(stage_cycles),
         op_cycles=cycles,
@@ -321,6 +325,7 @@ def summarize(
         flagged=wrong
         | ~is_timed(model)
         | (lost if with_pim else False)
+        | (~holds_tile(hardware) if system != "gpu" else False)
         | ~jnp.isfinite(seconds)
         | ~(seconds > 0)
         | ~jnp.isfinite(joules),
