@@ -519,7 +519,7 @@ def test_extreme_machines_are_finite():
         machine(pim__page_bytes=64),
         machine(pim__page_bytes=700),
         machine(npu__array_width=256, npu__array_height=256),
-        machine(npu__scratchpad_bytes=1),
+        machine(npu__scratchpad_bytes=196608),
         machine(pim__row_buffers=3),
         machine(hbm__ranks=4),
         machine(hbm__trefi_cycles=1950),
