@@ -241,6 +241,76 @@ def test_a_config_is_the_named_model(tmp_path, values, name):
     assert load_model(write(tmp_path, values)) == load_model(name)
 
 
+PLAIN = {
+    "hidden_act": "silu",
+    "max_position_embeddings": 16384,
+    "torch_dtype": "bfloat16",
+}
+
+
+@pytest.mark.parametrize(
+    ("kind", "numbers", "billions"),
+    [
+        # layers, width, heads, key and value heads, MLP, vocabulary
+        ("starcoder2", (32, 4608, 36, 4, 18432, 49152), 7.17),
+        ("internlm2", (32, 4096, 32, 8, 14336, 92544), 7.74),
+        ("stablelm", (32, 2560, 32, 32, 6912, 50304), 2.795),
+        ("cohere", (32, 4096, 32, 8, 14336, 256000), 8.03),
+        ("phi", (32, 2560, 32, 32, 10240, 51200), 2.78),
+        ("olmo2", (32, 4096, 32, 32, 11008, 100352), 7.30),
+        ("granite", (40, 4096, 32, 8, 12800, 49155), 8.17),
+        ("olmoe", (16, 2048, 16, 16, 1024, 50304), 6.92),
+    ],
+)
+def test_other_architectures_have_their_published_size(tmp_path, kind, numbers, billions):
+    """Starcoder2 7B, InternLM2.5 7B, StableLM 3B 4E1T, Aya 23 8B, Phi-2, OLMo 2 7B, Granite 3.0 8B
+    and OLMoE 1B-7B by their config.json; sizes of their checkpoints.
+    """
+    layers, width, heads, kv_heads, mlp, vocabulary = numbers
+    values = PLAIN | {
+        "model_type": kind,
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "intermediate_size": mlp,
+        "vocab_size": vocabulary,
+    }
+    if kind == "granite":
+        values["tie_word_embeddings"] = True
+    if kind == "olmoe":
+        values |= {"num_experts": 64, "num_experts_per_tok": 8}
+    size = parameters(load_model(write(tmp_path, values)))
+    assert size.total / 1e9 == pytest.approx(billions, rel=0.002)
+
+
+def test_llama_4_has_chunks_and_dense_layers(tmp_path):
+    """Maverick: 24 of 48 layers have 128 experts, 36 have chunks of 8192; 400.7 billion."""
+    values = {
+        "model_type": "llama4",
+        "torch_dtype": "bfloat16",
+        "text_config": {
+            "model_type": "llama4_text",
+            "attention_chunk_size": 8192,
+            "head_dim": 128,
+            "hidden_size": 5120,
+            "interleave_moe_layer_step": 2,
+            "intermediate_size": 8192,
+            "intermediate_size_mlp": 16384,
+            "no_rope_layers": [],
+            "num_attention_heads": 40,
+            "num_experts_per_tok": 1,
+            "num_hidden_layers": 48,
+            "num_key_value_heads": 8,
+            "num_local_experts": 128,
+            "vocab_size": 202048,
+        },
+    }
+    found = read(tmp_path, values)
+    assert found.model == load_model("llama4-maverick")
+    assert "chunks of 8192 tokens is taken as a window" in found.notes[1]
+
+
 def test_a_config_of_ours_still_works(tmp_path):
     ours = {"layers": 2, "width": 64, "heads": 4, "kv_heads": 2, "mlp_width": 128, "tp": 2}
     path = write(tmp_path, ours)
@@ -331,8 +401,8 @@ def test_experts_of_four_bits_beside_attention_of_sixteen(tmp_path):
 
 def test_modules_that_stay_wide_are_named(tmp_path):
     plan = {"quant_method": "fp8", "modules_to_not_convert": ["lm_head", "layers.0.mlp.up_proj"]}
-    (*_, note) = read(tmp_path, LLAMA | {"quantization_config": plan}).notes
-    assert note.startswith("1 modules that stay at 16 bits, such as layers.0.mlp.up_proj")
+    (note, _) = read(tmp_path, LLAMA | {"quantization_config": plan}).notes
+    assert "and 1 modules that stay at 16 bits, such as layers.0.mlp.up_proj" in note
 
 
 @pytest.mark.parametrize(
@@ -340,7 +410,7 @@ def test_modules_that_stay_wide_are_named(tmp_path):
     [
         (
             LLAMA | {"model_type": "mamba"},
-            "the model_type 'mamba' is not known; known are deepseek",
+            "the model_type 'mamba' is not known; known are cohere, deepseek",
         ),
         ({"model_type": "llama"}, "num_attention_heads must be given for the model_type llama"),
         (LLAMA | {"num_hidden_layers": "32"}, "num_hidden_layers must be a whole number"),
@@ -389,6 +459,40 @@ SMALL = {
     "num_hidden_layers": 2,
     "vocab_size": 1000,
 }
+
+
+def test_a_folder_is_the_config_in_it(tmp_path):
+    write(tmp_path, LLAMA)
+    assert load_model(tmp_path) == load_model("llama3-8b")
+    with pytest.raises(FileNotFoundError, match=r"config\.json"):
+        load_model(tmp_path.parent)
+
+
+def test_a_base_holds_where_a_file_names_nothing(tmp_path):
+    """Bits of a named model, and of a config.json beside the file; its notes go where answered."""
+    own = tmp_path / "mine.toml"
+    own.write_text('base = "mixtral-8x7b"\nweight_bits = 8\n')
+    mixtral, mine = load_model("mixtral-8x7b"), read_model(own)
+    assert (mine.model.weight_bits, mine.model.expert_bits) == (8, 8)
+    assert mine.model.experts == mixtral.experts
+    assert mine.parallel == load_parallel("mixtral-8x7b")
+    write(tmp_path, LLAMA | {"quantization_config": {"quant_method": "fp8"}})
+    own.write_text('base = "config.json"\nabout = "fp8, cache too"\nkv_bits = 8\ntp = 2\n')
+    mine = read_model(own)
+    assert (mine.model.weight_bits, mine.model.kv_bits, mine.parallel.tp) == (8, 8, 2)
+    assert mine.about == "fp8, cache too"
+    assert mine.notes == ("quantization fp8: scales are not counted",)
+    assert load_parallel(own).tp == 2
+    own.write_text('base = "other.toml"\n')
+    (tmp_path / "other.toml").write_text('base = "llama3-8b"\n')
+    with pytest.raises(ValueError, match=r"other\.toml: base must be a model without a base"):
+        load_model(own)
+    own.write_text('base = "llama9"\n')
+    with pytest.raises(ValueError, match="there is no model 'llama9'; did you mean"):
+        load_model(own)
+    own.write_text('base = "llama3-8b"\nkv_heads = 5\n')
+    with pytest.raises(ValueError, match=r"mine\.toml: kv_heads must divide the heads, 32"):
+        load_model(own)
 
 
 def test_the_tool_states_what_a_file_leaves_open(tmp_path, capsys):

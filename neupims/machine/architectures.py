@@ -13,8 +13,17 @@ from neupims.machine.config_json import Config
 Numbers = dict[str, int]
 
 
-def _attention(config: Config, *, matrices: int = 3, tied: bool = False) -> Numbers:
-    """Returns the dimensions that most architectures name alike."""
+def attention(config: Config, *, matrices: int = 3, tied: bool = False) -> Numbers:
+    """Returns the dimensions that most architectures name alike.
+
+    Args:
+        config: The file.
+        matrices: The matrices of an MLP.
+        tied: Whether the LM head shares the embeddings where the file does not say.
+
+    Raises:
+        ValueError: A dimension is missing or not a whole number.
+    """
     heads = config.need("num_attention_heads")
     return {
         "layers": config.need("num_hidden_layers"),
@@ -29,13 +38,16 @@ def _attention(config: Config, *, matrices: int = 3, tied: bool = False) -> Numb
     }
 
 
-def _window(config: Config, window: int, layers: int) -> Numbers:
+def sliding_window(config: Config, tokens: int, layers: int) -> Numbers:
     """Returns the window, unless the context that the model takes never exceeds it.
 
     Args:
         config: The file; its `layer_types` say which layers have a window, if it names them.
-        window: The tokens of the window, 0 if there is none.
+        tokens: The tokens of the window, 0 if there is none.
         layers: The layers that have a window where the file does not name them.
+
+    Raises:
+        ValueError: `layer_types` has layers of another kind.
     """
     kinds = config.values.get("layer_types")
     if kinds is not None:
@@ -44,74 +56,54 @@ def _window(config: Config, window: int, layers: int) -> Numbers:
             raise ValueError(f"layer_types must be a list of {' and '.join(sorted(known))}")
         layers = kinds.count("sliding_attention")
     context = config.get("max_position_embeddings")
-    if not window or not layers or (context and window >= context):
+    if not tokens or not layers or (context and tokens >= context):
         return {}
-    return {"window": window, "window_layers": layers}
+    return {"window": tokens, "window_layers": layers}
 
 
 def _llama(config: Config) -> Numbers:
-    return _attention(config)
+    return attention(config)
 
 
 def _mistral(config: Config) -> Numbers:
-    numbers = _attention(config)
+    numbers = attention(config)
     window = config.assume("sliding_window", 4096)
-    return numbers | _window(config, window, numbers["layers"])
+    return numbers | sliding_window(config, window, numbers["layers"])
 
 
-def _windowed(config: Config) -> Numbers:
-    numbers = _attention(config)
-    return numbers | _window(config, config.get("sliding_window"), numbers["layers"])
+def windowed(config: Config) -> Numbers:
+    """Returns the dimensions of an architecture whose layers all have the window, if there is one.
+
+    Args:
+        config: The file.
+
+    Raises:
+        ValueError: As for `attention`.
+    """
+    numbers = attention(config)
+    return numbers | sliding_window(config, config.get("sliding_window"), numbers["layers"])
 
 
-def _mixtral(config: Config) -> Numbers:
-    numbers = _windowed(config)
-    return numbers | {
-        "experts": config.need("num_local_experts"),
-        "active_experts": config.need("num_experts_per_tok"),
-        "expert_width": numbers["mlp_width"],
-    }
+def qwen(config: Config) -> Numbers:
+    """Returns the dimensions of Qwen: the first `max_window_layers` layers attend to all tokens.
 
+    Args:
+        config: The file.
 
-def _qwen(config: Config) -> Numbers:
-    """Qwen2 and Qwen3: the first `max_window_layers` layers attend to all tokens."""
-    numbers = _attention(config)
+    Raises:
+        ValueError: As for `attention`.
+    """
+    numbers = attention(config)
     if config.kind.startswith("qwen3"):
         numbers["head_dim"] = config.assume("head_dim", 128)
     if not config.flag("use_sliding_window", False):
         return numbers
     full = min(config.need("max_window_layers"), numbers["layers"])
-    return numbers | _window(config, config.need("sliding_window"), numbers["layers"] - full)
-
-
-def _qwen_experts(config: Config) -> Numbers:
-    """Qwen2-MoE and Qwen3-MoE: each `decoder_sparse_step`-th layer has experts."""
-    numbers = _qwen(config)
-    step, dense = config.get("decoder_sparse_step", 1), config.values.get("mlp_only_layers") or []
-    sparse = [
-        layer
-        for layer in range(numbers["layers"])
-        if layer not in dense and step and (layer + 1) % step == 0
-    ]
-    width = config.need("moe_intermediate_size")
-    shared = config.get("shared_expert_intermediate_size")
-    if shared % width:
-        raise ValueError(
-            f"shared_expert_intermediate_size must be a multiple of moe_intermediate_size, {width},"
-            f" but is {shared}"
-        )
-    numbers["mlp_width"] = numbers["mlp_width"] or width  # 0 where no layer is dense
-    return numbers | {
-        "experts": config.need("num_experts"),
-        "active_experts": config.need("num_experts_per_tok"),
-        "shared_experts": shared // width,
-        "expert_width": width,
-        "dense_layers": numbers["layers"] - len(sparse),
-    }
+    return numbers | sliding_window(config, config.need("sliding_window"), numbers["layers"] - full)
 
 
 def _gemma(config: Config) -> Numbers:
-    numbers = _attention(config, tied=True)
+    numbers = attention(config, tied=True)
     return numbers | {"head_dim": config.assume("head_dim", 256)}
 
 
@@ -119,7 +111,7 @@ def _gemma2(config: Config) -> Numbers:
     """Gemma 2: every other layer has the window, the first one too."""
     numbers = _gemma(config)
     window = config.assume("sliding_window", 4096)
-    return numbers | _window(config, window, (numbers["layers"] + 1) // 2)
+    return numbers | sliding_window(config, window, (numbers["layers"] + 1) // 2)
 
 
 def _gemma3(config: Config) -> Numbers:
@@ -130,67 +122,7 @@ def _gemma3(config: Config) -> Numbers:
     numbers = _gemma(config)
     full = numbers["layers"] // config.get("sliding_window_pattern", 6)
     window = config.assume("sliding_window", 4096)
-    return numbers | _window(config, window, numbers["layers"] - full)
-
-
-def _gpt_oss(config: Config) -> Numbers:
-    """gpt-oss: every other layer has the window, the first one too."""
-    numbers = _attention(config) | {"head_dim": config.assume("head_dim", 64)}
-    window = config.assume("sliding_window", 128)
-    return (
-        numbers
-        | _window(config, window, (numbers["layers"] + 1) // 2)
-        | {
-            "experts": config.need("num_local_experts"),
-            "active_experts": config.need("num_experts_per_tok", "experts_per_token"),
-            "expert_width": numbers["mlp_width"],
-        }
-    )
-
-
-def _shared_and_routed(config: Config, layers: int) -> Numbers:
-    """Returns the experts of DeepSeek and GLM: first dense layers, shared experts, routed ones."""
-    if not config.get("n_routed_experts"):
-        return {}
-    if config.get("moe_layer_freq", 1) != 1:
-        raise ValueError(f"moe_layer_freq must be 1, not {config.get('moe_layer_freq')}")
-    return {
-        "experts": config.need("n_routed_experts"),
-        "active_experts": config.need("num_experts_per_tok"),
-        "shared_experts": config.get("n_shared_experts"),
-        "expert_width": config.need("moe_intermediate_size"),
-        "dense_layers": min(config.get("first_k_dense_replace"), layers),
-    }
-
-
-def _glm_moe(config: Config) -> Numbers:
-    numbers = _attention(config)
-    _note_prediction_layers(config)
-    return numbers | _shared_and_routed(config, numbers["layers"])
-
-
-def _deepseek(config: Config) -> Numbers:
-    """DeepSeek-V2, V3, R1 and Kimi K2: latent attention and experts."""
-    numbers = _attention(config)
-    _note_prediction_layers(config)
-    return (
-        numbers
-        | {
-            "kv_heads": numbers["heads"],
-            "head_dim": config.need("qk_nope_head_dim"),
-            "rope_dim": config.need("qk_rope_head_dim"),
-            "value_dim": config.need("v_head_dim"),
-            "kv_rank": config.need("kv_lora_rank"),
-            "query_rank": config.get("q_lora_rank"),
-        }
-        | _shared_and_routed(config, numbers["layers"])
-    )
-
-
-def _note_prediction_layers(config: Config) -> None:
-    count = config.get("num_nextn_predict_layers")
-    if count:
-        config.notes.append(f"the {count} layers that predict further tokens are not counted")
+    return numbers | sliding_window(config, window, numbers["layers"] - full)
 
 
 def _gpt2(config: Config) -> Numbers:
@@ -209,7 +141,7 @@ def _gpt2(config: Config) -> Numbers:
 
 
 def _gpt_neox(config: Config) -> Numbers:
-    return _attention(config, matrices=2)
+    return attention(config, matrices=2)
 
 
 def _opt(config: Config) -> Numbers:
@@ -220,32 +152,41 @@ def _opt(config: Config) -> Numbers:
             f" {config.need('word_embed_proj_dim')}: projected embeddings are not described"
         )
     config.values = {**config.values, "intermediate_size": config.need("ffn_dim")}
-    return _attention(config, matrices=2, tied=True)
+    return attention(config, matrices=2, tied=True)
 
 
-READERS: dict[str, Callable[[Config], Numbers]] = {
-    "deepseek": _glm_moe,
-    "deepseek_v2": _deepseek,
-    "deepseek_v3": _deepseek,
+def _starcoder2(config: Config) -> Numbers:
+    numbers = attention(config, matrices=2, tied=True)
+    return numbers | sliding_window(config, config.get("sliding_window"), numbers["layers"])
+
+
+def _phi(config: Config) -> Numbers:
+    return attention(config, matrices=2)
+
+
+def _cohere(config: Config) -> Numbers:
+    return attention(config, tied=True)
+
+
+DENSE: dict[str, Callable[[Config], Numbers]] = {
+    "cohere": _cohere,
     "gemma": _gemma,
     "gemma2": _gemma2,
     "gemma3_text": _gemma3,
-    "glm4_moe": _glm_moe,
     "gpt2": _gpt2,
     "gpt_neox": _gpt_neox,
-    "gpt_oss": _gpt_oss,
     "gptj": _gpt2,
     "granite": _llama,
-    "kimi_k2": _deepseek,
+    "internlm2": _llama,
     "llama": _llama,
-    "ministral3": _windowed,
+    "ministral3": windowed,
     "mistral": _mistral,
-    "mixtral": _mixtral,
     "olmo2": _llama,
     "opt": _opt,
-    "phi3": _windowed,
-    "qwen2": _qwen,
-    "qwen2_moe": _qwen_experts,
-    "qwen3": _qwen,
-    "qwen3_moe": _qwen_experts,
+    "phi": _phi,
+    "phi3": windowed,
+    "qwen2": qwen,
+    "qwen3": qwen,
+    "stablelm": _llama,
+    "starcoder2": _starcoder2,
 }

@@ -17,7 +17,14 @@ from typing import Any, NamedTuple
 
 from neupims.files import SUFFIXES, parse_table, read_table
 from neupims.machine.hardware import Hardware
-from neupims.machine.model_files import ModelFile, check_number, parse_model, parse_parallel
+from neupims.machine.model_files import (
+    BASE,
+    ModelFile,
+    check_number,
+    own_fields,
+    parse_model,
+    parse_parallel,
+)
 from neupims.machine.record import replace
 from neupims.machine.workload import Decoder, Parallel
 
@@ -145,7 +152,8 @@ def read_model(name_or_path: str | Path) -> ModelFile:
 
     Args:
         name_or_path: A name, such as "gpt3-7b" (`python -m neupims show models` lists them), or a
-            file that ends in .toml or .json: of our own fields, or Hugging Face's `config.json`.
+            file that ends in .toml or .json: of our own fields, or Hugging Face's `config.json`,
+            or its folder.
 
     Raises:
         ValueError: The name is unknown, or the file is malformed or holds an impossible value; the
@@ -157,9 +165,9 @@ def read_model(name_or_path: str | Path) -> ModelFile:
         >>> read_model("mixtral-8x7b").about
         'Mixtral 8x7B, 8 experts, 4 devices'
     """
-    values, file = _read("models", name_or_path)
+    values, file, notes = _read_fields(name_or_path)
     with _name_file(file):
-        return parse_model(values)
+        return parse_model(values, notes.values())
 
 
 def load_model(name_or_path: str | Path) -> Decoder:
@@ -193,9 +201,28 @@ def load_parallel(name_or_path: str | Path) -> Parallel:
         ValueError: As for `read_model`; or tp or pp is not a whole number of at least 1.
         OSError: The file cannot be read.
     """
-    values, file = _read("models", name_or_path)
+    values, file, _ = _read_fields(name_or_path)
     with _name_file(file):
         return parse_parallel(values)
+
+
+def _read_fields(
+    name_or_path: str | Path, *, is_base: bool = False
+) -> tuple[dict[str, Any], str, dict[str, str]]:
+    """Returns the fields of a model's file over those of its base, its name, and notes by field."""
+    values, file = _read("models", name_or_path)
+    with _name_file(file):
+        found, notes = own_fields(values)
+        base = found.pop(BASE, None)
+        if base is None:
+            return found, file, notes
+        if is_base or not isinstance(base, str):
+            raise ValueError(f"base must be a model without a base of its own, not {base!r}")
+    if base.lower().endswith(SUFFIXES):
+        base = os.path.join(os.path.dirname(file), base)
+    below, _, notes = _read_fields(base, is_base=True)
+    still_open = {name: note for name, note in notes.items() if name not in found}
+    return below | found, file, still_open
 
 
 def about(kind: str, name: str) -> str:
@@ -250,6 +277,8 @@ def _flatten(tables: Mapping[str, Any]) -> dict[str, Any]:
 def _read(kind: str, name_or_path: str | Path) -> tuple[dict[str, Any], str]:
     """Returns the values of a configuration, and what to call its file in an error."""
     name = os.fspath(name_or_path)
+    if kind == "models" and os.path.isdir(name):
+        name = os.path.join(name, "config.json")
     if name.lower().endswith(SUFFIXES):
         return read_table(name), name
     known = names(kind)

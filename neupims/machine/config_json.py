@@ -3,6 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
+# Ours of the fields that a file may leave out.
+OURS = {
+    "num_attention_heads": "heads",
+    "num_key_value_heads": "kv_heads",
+    "sliding_window": "window",
+    "vocab_size": "vocabulary",
+}
+
 
 class Config:
     """The values of a `config.json`, and notes on what it leaves open.
@@ -10,7 +18,7 @@ class Config:
     Attributes:
         values: The values by name.
         kind: Its `model_type`.
-        notes: What the file leaves open, one sentence each.
+        notes: What the file leaves open, a sentence by the field of ours that it is about.
     """
 
     def __init__(self, values: Mapping[str, Any]):
@@ -21,7 +29,7 @@ class Config:
         """
         self.values = values
         self.kind = str(values["model_type"])
-        self.notes: list[str] = []
+        self.notes: dict[str, str] = {}
 
     def need(self, *names: str) -> int:
         """Returns the first of these numbers that the file has.
@@ -64,7 +72,9 @@ class Config:
         """
         if name in self.values:
             return self.get(name)
-        self.notes.append(f"{name} is not in the file: {default}, the default of {self.kind}")
+        self.notes[OURS.get(name, name)] = (
+            f"{name} is not in the file: {default}, the default of {self.kind}"
+        )
         return default
 
     def flag(self, name: str, default: bool) -> bool:

@@ -1,11 +1,11 @@
 """What a file says of a model: our own fields, or the `config.json` of Hugging Face.
 
 A file of ours has `about`, `source`, the fields of `Decoder`, and `tp` and `pp`: how many devices
-share a layer, and into how many groups the layers are cut. A file with `model_type` is a
-`config.json`.
+share a layer, and into how many groups the layers are cut. With `base`, a named model or a file, it
+needs only the fields that differ. A file with `model_type` is a `config.json`.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, fields
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from neupims.machine.workload import Parallel
 
 PARALLEL_FIELDS = ("tp", "pp")
 TEXTS = ("about", "source")
+BASE = "base"  # the model whose fields hold where a file does not name them
 # Names that others use, and ours.
 MEANT = {
     "experts_per_token": "active_experts",
@@ -43,32 +44,44 @@ class ModelFile(NamedTuple):
     notes: tuple[str, ...]  # what the file leaves open, and how it was read
 
 
-def parse_model(values: Mapping[str, Any]) -> ModelFile:
-    """Returns what the values of a file say of a model.
+def own_fields(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
+    """Returns the values of a file by the names of our own fields, and notes by field.
 
     Args:
         values: The values by name, of our own fields or, with `model_type`, of a `config.json`.
 
     Raises:
-        ValueError: A field is unknown or missing, or its value is impossible; the sentence names
-            it.
+        ValueError: A field is unknown, or a `config.json` cannot be read.
     """
     if "model_type" in values:
-        model, notes = read_config(values)
-        about = str(values.get("_name_or_path") or f"a model of type {values['model_type']}")
-        return ModelFile(model, Parallel(1, 1), about, "its config.json", notes)
-    known = [each.name for each in fields(Decoder)]
+        return read_config(values)
+    known = (*(each.name for each in fields(Decoder)), *PARALLEL_FIELDS, *TEXTS, BASE)
     for name in values:
-        if name not in (*known, *PARALLEL_FIELDS, *TEXTS):
-            _refuse(name, (*known, *PARALLEL_FIELDS, *TEXTS))
+        if name not in known:
+            _refuse(name, known)
+    return dict(values), {}
+
+
+def parse_model(values: Mapping[str, Any], notes: Iterable[str] = ()) -> ModelFile:
+    """Returns what the values of a file say of a model.
+
+    Args:
+        values: The values by the names of our own fields, as `own_fields` gives them.
+        notes: What is already known to be left open.
+
+    Raises:
+        ValueError: A field is missing or its value is impossible; the sentence names it.
+    """
     missing = [
         each.name for each in fields(Decoder) if each.default is MISSING and each.name not in values
     ]
     if missing:
         raise ValueError(f"{', '.join(missing)} must be given")
-    model = Decoder(**{name: check_number(name, values[name]) for name in known if name in values})
+    known = [each.name for each in fields(Decoder) if each.name in values]
+    model = Decoder(**{name: check_number(name, values[name]) for name in known})
     about, source = (str(values.get(name, "")) for name in TEXTS)
-    return ModelFile(model, parse_parallel(values), about, source, _notes(model, values))
+    notes = (*notes, *_note_head(model, values))
+    return ModelFile(model, parse_parallel(values), about, source, notes)
 
 
 def parse_parallel(values: Mapping[str, Any]) -> Parallel:
@@ -80,8 +93,6 @@ def parse_parallel(values: Mapping[str, Any]) -> Parallel:
     Raises:
         ValueError: tp or pp is not a whole number of at least 1.
     """
-    if "model_type" in values:
-        return Parallel(1, 1)
     return Parallel(**{name: check_number(name, values.get(name, 1)) for name in PARALLEL_FIELDS})
 
 
@@ -109,10 +120,10 @@ def _refuse(name: str, known: tuple[str, ...]) -> None:
     raise ValueError(f"there is no field {name!r}; there are {', '.join(known)}")
 
 
-def _notes(model: Decoder, values: Mapping[str, Any]) -> tuple[str, ...]:
+def _note_head(model: Decoder, values: Mapping[str, Any]) -> tuple[str, ...]:
     """Returns what to say of a head whose width was not given and is no power of two."""
     head = model.head_dim
-    if "head_dim" in values or not head & (head - 1):
+    if values.get("head_dim") or not head & (head - 1):
         return ()
     return (
         f"head_dim is not given: width / heads, {head}; give head_dim where it is another"

@@ -18,12 +18,16 @@ METHODS = (
     "modelopt",
     "mxfp4",
 )
+NO_CACHE = "the file does not say how keys and values are kept: 16 bits"
 KEPT_AT_16 = ("lm_head", "embed", "norm", "router", "gate")  # never, or hardly, of any size
 Bits = dict[str, int]
+Notes = dict[str, str]  # by field
 
 
-def read_bits(values: Mapping[str, Any], *, experts: bool) -> tuple[Bits, tuple[str, ...]]:
+def read_bits(values: Mapping[str, Any], *, experts: bool) -> tuple[Bits, Notes]:
     """Returns the fields of `Decoder` that end in _bits, and notes on what the file leaves open.
+
+    Each note has the name of the field that it is about.
 
     Args:
         values: The values of a `config.json`.
@@ -38,25 +42,25 @@ def read_bits(values: Mapping[str, Any], *, experts: bool) -> tuple[Bits, tuple[
     return _read_plan(plan, experts) if plan else _read_type(values)
 
 
-def _read_type(values: Mapping[str, Any]) -> tuple[Bits, tuple[str, ...]]:
+def _read_type(values: Mapping[str, Any]) -> tuple[Bits, Notes]:
     """Returns the bits of a file without quantization, from its type of numbers."""
     name = next((values[key] for key in ("torch_dtype", "dtype") if values.get(key)), None)
     kind = str(name).removeprefix("torch.")
     if kind in SIXTEEN:
-        return {}, ()
+        return {}, {}
     if kind.startswith("float8"):
-        return {"weight_bits": 8}, (
-            f"torch_dtype {kind}: weights of 8 bits; activations and keys and values of 16 bits,"
-            " because the file does not say",
-        )
+        return {"weight_bits": 8}, {
+            "activation_bits": "the file does not say how many bits activations have: 16 bits",
+            "kv_bits": NO_CACHE,
+        }
     said = "no torch_dtype" if name is None else f"torch_dtype {kind}"
-    return {}, (f"the file has {said}: numbers are taken as 16 bits",)
+    return {}, {"weight_bits": f"the file has {said}: numbers are taken as 16 bits"}
 
 
-def _read_plan(plan: Mapping[str, Any], experts: bool) -> tuple[Bits, tuple[str, ...]]:
+def _read_plan(plan: Mapping[str, Any], experts: bool) -> tuple[Bits, Notes]:
     """Returns the bits of a quantization_config."""
     method = str(plan.get("quant_method", "none")).lower()
-    notes = [f"quantization {method}: scales are not counted"]
+    notes = {"weight_bits": f"quantization {method}: scales are not counted"}
     if method in ("fp8", "fbgemm_fp8"):
         bits = {"weight_bits": 8, "activation_bits": 8}
     elif method in ("gptq", "awq"):
@@ -77,15 +81,15 @@ def _read_plan(plan: Mapping[str, Any], experts: bool) -> tuple[Bits, tuple[str,
             " in a file of our own fields"
         )
     if "kv_bits" not in bits:
-        notes.append("the file does not say how keys and values are kept: 16 bits")
+        notes["kv_bits"] = NO_CACHE
     kept = plan.get("modules_to_not_convert") or plan.get("ignore") or []
     large = [name for name in kept if not any(part in str(name) for part in KEPT_AT_16)]
     if large and method != "mxfp4":
-        notes.append(
-            f"{len(large)} modules that stay at 16 bits, such as {large[0]}, are counted like the"
-            " others"
+        notes["weight_bits"] += (
+            f", and {len(large)} modules that stay at 16 bits, such as {large[0]}, are counted like"
+            " the others"
         )
-    return bits, tuple(notes)
+    return bits, notes
 
 
 def _read_modelopt(plan: Mapping[str, Any]) -> Bits:
