@@ -35,7 +35,8 @@ from benchmarks.record import RESULTS, append, machine
 from neupims.machine.config import load_model, load_parallel, names
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace
-from neupims.machine.workload import Decoder, Parallel, halves, make_batch, read_trace
+from neupims.machine.traces import read_trace
+from neupims.machine.workload import Decoder, Parallel, halves, make_batch
 from neupims.scheduling.baselines import baselines
 from neupims.scheduling.decision import Choices, decide, decision_batch, export_trace, make_genome
 from neupims.scheduling.objective import Layer, Problem, make_problem

@@ -15,11 +15,13 @@ if TYPE_CHECKING:
     from neupims.machine.config import load_parallel as load_parallel
     from neupims.machine.hardware import Hardware as Hardware
     from neupims.machine.record import replace as replace
+    from neupims.machine.traces import Requests as Requests
+    from neupims.machine.traces import read_requests as read_requests
+    from neupims.machine.traces import read_trace as read_trace
     from neupims.machine.workload import Batch as Batch
     from neupims.machine.workload import Decoder as Decoder
     from neupims.machine.workload import Parallel as Parallel
     from neupims.machine.workload import make_batch as make_batch
-    from neupims.machine.workload import read_trace as read_trace
     from neupims.scheduling.decision import export_trace as export_trace
     from neupims.scheduling.findings import ScheduleSearch as ScheduleSearch
     from neupims.scheduling.schedule_search import search_schedule as search_schedule
@@ -39,6 +41,7 @@ _HOMES = {
     "Hardware": "machine.hardware",
     "Iteration": "timing.iteration",
     "Parallel": "machine.workload",
+    "Requests": "machine.traces",
     "ScheduleSearch": "scheduling.findings",
     "Simulation": "simulation",
     "Validation": "validation",
@@ -50,7 +53,8 @@ _HOMES = {
     "make_batch": "machine.workload",
     "make_case": "machine.case",
     "prefill": "timing.prefill",
-    "read_trace": "machine.workload",
+    "read_requests": "machine.traces",
+    "read_trace": "machine.traces",
     "replace": "machine.record",
     "search_schedule": "scheduling.schedule_search",
     "simulate": "timing.iteration",

@@ -62,6 +62,7 @@ class Simulation:
             "row_buffers": int(case.hardware.pim.row_buffers),
             "model": case.model_name,
             "model_notes": list(case.model_notes),
+            "trace_notes": list(case.trace_notes),
             "batch": int((case.batch.seq_lens > 0).sum()),
             "fidelity": case.fidelity,
             "stage_cycles": {

@@ -19,7 +19,8 @@ from neupims.machine.case import Case
 from neupims.machine.hardware import HBM, Hardware
 from neupims.machine.record import replace
 from neupims.machine.systems import SPELLINGS
-from neupims.machine.workload import Decoder, Parallel, check_parallel, read_trace
+from neupims.machine.traces import read_trace
+from neupims.machine.workload import Decoder, Parallel, check_parallel
 from neupims.timing.iteration import TRACED_CHANNELS
 from neupims.timing.stages import STAGES
 

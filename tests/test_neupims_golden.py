@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from neupims.machine.workload import read_trace
+from neupims.machine.traces import read_trace
 from neupims.simulator_runs import KNOBS_END, case_of, read_measured, read_runs
 from neupims.validation import predict, validate
 

@@ -14,7 +14,8 @@ from neupims import make_case, search_schedule
 from neupims.__main__ import main
 from neupims.machine.config import load_model, load_parallel
 from neupims.machine.hardware import Hardware
-from neupims.machine.workload import Batch, halves, make_batch, read_trace
+from neupims.machine.traces import read_trace
+from neupims.machine.workload import Batch, halves, make_batch
 from neupims.scheduling.baselines import PACKINGS, _baselines, baselines
 from neupims.scheduling.decision import (
     CHANNELS_KNOB,

@@ -13,8 +13,15 @@ from neupims.machine.case import Case, make_case, select_system
 from neupims.machine.config import MEMORY
 from neupims.machine.hardware import Hardware
 from neupims.machine.systems import FIDELITIES, SYSTEMS, System
+from neupims.machine.traces import UNIFORM, Requests, read_requests
+from neupims.scheduling.packing import PACKINGS
 
 AUTO = "auto"
+TRACE = (
+    "requests: a CSV or JSON file of lengths (seq_len, with ch_idx or without) or of input and"
+    " output tokens, as Azure and Mooncake have them; or sharegpt:256, alpaca:256, const:2048x128,"
+    " uniform:512-4096x128"
+)
 WIDTH = 200  # characters of a line where the output is no terminal
 
 
@@ -77,12 +84,16 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|FILE",
         help="gpt3-7b, llama3-8b, ... (`show models`), or a TOML or JSON file",
     )
+    parser.add_argument("--trace", required=True, metavar="FILE|DISTRIBUTION", help=TRACE)
+    add_trace_arguments(parser)
     parser.add_argument(
-        "--trace",
-        required=True,
-        type=Path,
-        metavar="FILE",
-        help="CSV of seq_len,ch_idx, one request a row",
+        "--packing",
+        choices=tuple(PACKINGS),
+        help=(
+            "deal the requests to the machine's channels: greedy as published, longest-first by"
+            " the model's estimate, or round-robin (default: the trace's channels; greedy where it"
+            " has none)"
+        ),
     )
     parser.add_argument(
         "--tp",
@@ -95,6 +106,79 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         type=int,
         metavar="N",
         help="groups into which the layers are cut (default: as published, else 1)",
+    )
+
+
+def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags that say how traces are read; `--trace` itself is not among them.
+
+    Args:
+        parser: The parser, or a group of it; changed in place.
+    """
+    parser.add_argument(
+        "--generated",
+        default=UNIFORM,
+        metavar="SHARE",
+        help=(
+            "where a trace gives input and output: the share of its output that each request has"
+            f" generated, from 0 to 1, or {UNIFORM}: another random share for each (default:"
+            f" {UNIFORM})"
+        ),
+    )
+    parser.add_argument(
+        "--requests",
+        type=int,
+        metavar="N",
+        help="draw N of the trace's requests at random (default: all of them)",
+    )
+    parser.add_argument(
+        "--columns",
+        metavar="ROLE=NAME,...",
+        help=(
+            "the trace's columns where their names are unknown: length=NAME,channel=NAME or"
+            " input=NAME,output=NAME; a number counts columns from 1"
+        ),
+    )
+    parser.add_argument(
+        "--trace-seed",
+        type=int,
+        default=0,
+        metavar="N",
+        help="seed of what is random in the trace (default: 0)",
+    )
+
+
+def read_trace_argument(text: str, arguments: argparse.Namespace) -> Requests:
+    """Returns the requests of a --trace.
+
+    Args:
+        text: A file, or the text of a distribution.
+        arguments: Parsed flags of `add_trace_arguments`.
+
+    Raises:
+        ValueError: A flag is impossible, or the file is no trace.
+        OSError: The file cannot be read.
+    """
+    share: Any = arguments.generated
+    if share != UNIFORM:
+        try:
+            share = float(share)
+        except ValueError:
+            raise ValueError(
+                f"--generated is a share from 0 to 1 or {UNIFORM}, not {share!r}"
+            ) from None
+    columns = None
+    if arguments.columns is not None:
+        pairs = [part.partition("=") for part in arguments.columns.split(",")]
+        if not all(role.strip() and name.strip() for role, _, name in pairs):
+            raise ValueError(f"--columns is ROLE=NAME,..., not {arguments.columns!r}")
+        columns = {role.strip(): name.strip() for role, _, name in pairs}
+    return read_requests(
+        text,
+        columns=columns,
+        generated=share,
+        draw=arguments.requests,
+        seed=arguments.trace_seed,
     )
 
 
@@ -147,7 +231,8 @@ def system_options(arguments: argparse.Namespace) -> dict[str, Any]:
 def read_case(arguments: argparse.Namespace) -> Case:
     """Returns the case that the flags of the model, the trace and the machine describe.
 
-    Notes on what the file of the model leaves open go to standard error.
+    Notes on what the file of the model leaves open, and on what was assumed about the requests, go
+    to standard error.
 
     Args:
         arguments: Parsed flags of `add_workload_arguments`.
@@ -156,9 +241,12 @@ def read_case(arguments: argparse.Namespace) -> Case:
         ValueError: A flag is impossible, or flags contradict each other.
         OSError: A file cannot be read.
     """
+    requests = read_trace_argument(arguments.trace, arguments)
+    name = arguments.packing or ("greedy" if requests.channels is None else None)
     case = make_case(
         arguments.model,
-        arguments.trace,
+        requests,
+        packing=PACKINGS[name] if name else None,
         system=arguments.system,
         tp=arguments.tp,
         pp=arguments.pp,
@@ -166,18 +254,19 @@ def read_case(arguments: argparse.Namespace) -> Case:
         **system_options(arguments),
     )
     print_notes(case.model_name, case.model_notes)
+    print_notes(requests.name, case.trace_notes)
     return case
 
 
-def print_notes(model: str, notes: Iterable[str]) -> None:
-    """Prints notes on what the file of a model leaves open, to standard error.
+def print_notes(name: str, notes: Iterable[str]) -> None:
+    """Prints notes on what a file leaves open, or on what was assumed, to standard error.
 
     Args:
-        model: Name or file of the model.
+        name: Name or file of the model or the trace.
         notes: The notes, one sentence each.
     """
     for note in notes:
-        sys.stderr.write(f"neupims: note: {model}: {note}\n")
+        sys.stderr.write(f"neupims: note: {name}: {note}\n")
 
 
 def parse_change(text: str) -> tuple[str, int | float | str]:

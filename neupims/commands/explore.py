@@ -11,11 +11,14 @@ from typing import Any
 import numpy as np
 
 from neupims.commands.common import (
+    TRACE,
     add_system_arguments,
+    add_trace_arguments,
     check_run,
     console,
     print_json,
     print_notes,
+    read_trace_argument,
 )
 from neupims.commands.common import system as chosen_system
 from neupims.machine.config import read_model
@@ -62,19 +65,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     what.add_argument(
         "--trace",
-        type=Path,
         nargs="+",
         required=True,
-        metavar="FILE",
-        help="CSV files of seq_len,ch_idx; each model runs each trace",
+        metavar="FILE|DISTRIBUTION",
+        help=f"{TRACE}; each model runs each trace",
     )
+    add_trace_arguments(parser)
     what.add_argument(
         "--schedule",
         choices=("dealt", "trace"),
         default="dealt",
         help=(
-            "dealt: assign the requests to the channels of each design again; trace: keep the"
-            " channels of the trace (default: dealt)"
+            "dealt: assign the requests to the channels of each design, whatever the trace says;"
+            " trace: keep the channels of the trace (default: dealt)"
         ),
     )
     add_system_arguments(parser)
@@ -153,11 +156,14 @@ def run(arguments: argparse.Namespace) -> int:
     models = [name.strip() for name in arguments.models.split(",")]
     for name in models:
         print_notes(name, read_model(name).notes)
+    traces = [read_trace_argument(text, arguments) for text in arguments.trace]
+    for each in traces:
+        print_notes(each.name, each.notes)
     with _progress() as report:
         found = explore(
             hardware,
             models,
-            arguments.trace,
+            traces,
             knobs,
             constraints=[*constraints, *arguments.constraint],
             objectives=OBJECTIVES if arguments.objectives is None else arguments.objectives,

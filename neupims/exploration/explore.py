@@ -17,7 +17,7 @@ from neupims.exploration.explore_space import Report, SpaceResult, explore_space
 from neupims.exploration.points import Objective, Points, overall, parse_objectives
 from neupims.exploration.sensitivity import Sensitivity
 from neupims.exploration.space import Space, make_space
-from neupims.exploration.workloads import Model, Trace, Workload, make_workloads
+from neupims.exploration.workloads import Model, Trace, Workload, list_notes, make_workloads
 from neupims.files import finite, write_text
 from neupims.machine.config import load_hardware
 from neupims.machine.hardware import Hardware
@@ -60,6 +60,7 @@ class Exploration:
     sub_batches: int  # halves of the batch, unless a knob
     fidelity: Fidelity  # "simulator" or "intended"
     workloads: tuple[str, ...]  # names, MODEL/BATCH
+    trace_notes: tuple[str, ...]  # what was assumed about the requests of a workload
     objectives: tuple[Objective, ...]  # metrics to be minimised or maximised
     points: int  # designs that were evaluated
     kept: int  # designs that meet all constraints
@@ -135,7 +136,8 @@ def explore(
     Args:
         hardware: The base design: a name (`neupims`, ...), a TOML or JSON file, or a record.
         models: One or several, each a name (`gpt3-7b`, ...), a file or a `Decoder`.
-        batches: One or several, each a trace file or a `Batch`.
+        batches: One or several, each a file or a distribution as for `read_requests`, `Requests`,
+            or a `Batch`.
         knobs: For each name a list of values or a range `(low, high)`, see `make_space`. Names are
             fields of the hardware, `sub_batches`, `parallel.tp` and `parallel.pp`.
         constraints: One comparison or several, such as "area_mm2 < 20000", of knobs and metrics.
@@ -148,8 +150,8 @@ def explore(
         sub_batches: Halves of the batch that NPU and PIM interleave; if not given, 2 for "neupims"
             and 1 for other systems.
         fidelity: "simulator", as the public simulator is coded, or "intended", as in the paper.
-        schedule: "dealt" assigns the requests to the channels of each design again; "trace" keeps
-            the channels of the batch.
+        schedule: "dealt" assigns the requests to the channels of each design, whatever the batch
+            says; "trace" keeps the channels of the batch.
         parallel: How all models are spread over devices; if not given, as published for the model.
         reference: Where the hypervolume ends, by objective; if not given, where designs are four
             times worse than the base design.
@@ -180,7 +182,11 @@ def explore(
     halves = (2 if system == "neupims" else 1) if sub_batches is None else sub_batches
     machine = hardware if isinstance(hardware, Hardware) else load_hardware(hardware)
     workloads = make_workloads(
-        models, batches, num_channels=int(machine.hbm.num_channels), parallel=parallel
+        models,
+        batches,
+        num_channels=int(machine.hbm.num_channels),
+        parallel=parallel,
+        dealt=schedule == "dealt",
     )
     space = make_space(
         knobs,
@@ -222,6 +228,7 @@ def explore(
         sub_batches=halves,
         fidelity=fidelity,
         workloads=tuple(each.name for each in workloads),
+        trace_notes=list_notes(workloads),
         objectives=result.objectives,
         points=result.points,
         kept=result.kept,

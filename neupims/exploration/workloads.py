@@ -12,17 +12,12 @@ from jaxtyping import Array, Int
 from neupims.machine.case import select_model
 from neupims.machine.division import floor_divide
 from neupims.machine.supported import check_timed
-from neupims.machine.workload import (
-    Batch,
-    Decoder,
-    Parallel,
-    check_batch,
-    check_parallel,
-    read_trace,
-)
+from neupims.machine.traces import Requests, place_requests, read_requests
+from neupims.machine.workload import Batch, Decoder, Parallel, check_batch, check_parallel
 
 Model = str | Path | Decoder
-Trace = str | Path | Batch
+Trace = str | Path | Batch | Requests
+TO_DEAL = "give --schedule dealt, which deals the requests to the channels of each design"
 
 
 class Workload(NamedTuple):
@@ -32,6 +27,7 @@ class Workload(NamedTuple):
     model: Decoder  # its dimensions
     parallel: Parallel  # how the model is spread over devices
     batch: Batch  # the requests, (r,)
+    notes: tuple[str, ...] = ()  # what was assumed about the requests
 
 
 def make_workloads(
@@ -40,15 +36,17 @@ def make_workloads(
     *,
     num_channels: int = 32,
     parallel: Parallel | None = None,
+    dealt: bool = False,
 ) -> list[Workload]:
     """Returns a workload for each model with each batch.
 
     Args:
         models: One or several, each a name (`gpt3-7b`, ...), a TOML or JSON file or a record.
-        batches: One or several, each a trace file (CSV of seq_len,ch_idx) or a record.
+        batches: One or several, each a file or a distribution as for `read_requests`, or a record.
         num_channels: Number of channels; those of requests are below it.
         parallel: How all models are spread over devices; if not given, as published for the model,
             else one device.
+        dealt: Whether requests will be dealt to channels, so that those of a batch do not matter.
 
     Raises:
         ValueError: There is no model or no batch, a name is unknown, a file is damaged, or a model
@@ -64,8 +62,12 @@ def make_workloads(
         title, decoder, spread = _read_model(model, number, len(models), parallel)
         check_timed(decoder)
         for place, batch in enumerate(batches):
-            name, requests = _read_batch(batch, place, len(batches), num_channels)
-            found.append(Workload(f"{title}/{name}", decoder, spread, requests))
+            name = _numbered("batch", place, len(batches))
+            if isinstance(batch, str | Path):
+                batch = read_requests(batch)
+            name, notes = (batch.name, batch.notes) if isinstance(batch, Requests) else (name, ())
+            placed = _place(batch, num_channels, dealt)
+            found.append(Workload(f"{title}/{name}", decoder, spread, placed, notes))
     return found
 
 
@@ -82,16 +84,32 @@ def _read_model(
     return Path(name).stem, decoder, spread
 
 
-def _read_batch(batch: Trace, place: int, count: int, num_channels: int) -> tuple[str, Batch]:
-    """Title and record of a batch."""
-    if isinstance(batch, Batch):
-        check_batch(batch, num_channels)
-        return _numbered("batch", place, count), batch
-    return Path(batch).stem, read_trace(batch, num_channels=num_channels)
+def _place(batch: Batch | Requests, num_channels: int, dealt: bool) -> Batch:
+    """The requests on their channels; on channel 0 where they will be dealt."""
+    if dealt and isinstance(batch, Batch | Requests):
+        lengths = jnp.asarray(batch.seq_lens, jnp.int32)
+        batch = Batch(lengths, jnp.zeros_like(lengths), jnp.zeros_like(lengths))
+    elif isinstance(batch, Requests):
+        return place_requests(batch, num_channels, mend=TO_DEAL)
+    check_batch(batch, num_channels)
+    return batch
 
 
 def _numbered(kind: str, place: int, count: int) -> str:
     return kind if count == 1 else f"{kind} {place + 1}"
+
+
+def list_notes(workloads: Sequence[Workload]) -> tuple[str, ...]:
+    """Returns what was assumed about requests, each sentence once.
+
+    Args:
+        workloads: The workloads.
+    """
+    return tuple(
+        dict.fromkeys(
+            f"{each.name.partition('/')[2]}: {note}" for each in workloads for note in each.notes
+        )
+    )
 
 
 def stack_workloads(workloads: Sequence[Workload], *, ordered: bool) -> tuple[Any, Any, Any]:

@@ -10,14 +10,8 @@ from neupims.machine.config import load_hardware, read_model, set_fields
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace
 from neupims.machine.systems import FIDELITIES, SPELLINGS, SYSTEMS, Fidelity, Setting, System
-from neupims.machine.workload import (
-    Batch,
-    Decoder,
-    Parallel,
-    check_batch,
-    check_parallel,
-    read_trace,
-)
+from neupims.machine.traces import Packing, Requests, place_requests, read_requests
+from neupims.machine.workload import Batch, Decoder, Parallel, check_batch, check_parallel
 
 
 class Case(NamedTuple):
@@ -33,12 +27,14 @@ class Case(NamedTuple):
     model_name: str = ""  # name or file, as results show it
     prefill: bool = False  # whether to run the prompts of the batch instead of one decode step
     model_notes: tuple[str, ...] = ()  # what the file of the model leaves open (`read_model`)
+    trace_notes: tuple[str, ...] = ()  # what was assumed about the requests (`read_requests`)
 
 
 def make_case(
     model: str | Path,
-    trace: str | Path | Batch,
+    trace: str | Path | Batch | Requests,
     *,
+    packing: Packing | None = None,
     system: str = "neupims",
     hardware: str | Path = "neupims",
     sub_batches: int | None = None,
@@ -52,7 +48,9 @@ def make_case(
 
     Args:
         model: A named model, or a TOML or JSON file.
-        trace: A batch, or a CSV file of seq_len,ch_idx with one request a row.
+        trace: A file or a distribution, as for `read_requests`; or requests, or a batch.
+        packing: One of `neupims.scheduling.packing`, or another function that deals the requests to
+            the channels of the machine (default: their channels are those of the trace).
         system: "neupims", "npu-pim", "npu-only", "gpu", or a spelling of the validation files.
         hardware: A named machine, or a TOML or JSON file.
         sub_batches: 1 or 2 (default: 2 for "neupims", else 1).
@@ -77,22 +75,41 @@ def make_case(
         changes=changes,
     )
     model_name, decoder, parallel = select_model(model, tp=tp, pp=pp)
-    channels = int(machine.hbm.num_channels)
-    if isinstance(trace, Batch):
-        check_batch(trace, channels)
-    else:
-        trace = read_trace(trace, num_channels=channels)
+    batch, trace_notes = _make_batch(trace, packing, machine, decoder, parallel)
     return Case(
         machine,
         decoder,
-        trace,
+        batch,
         parallel,
         name,
         count,
         fidelity,
         model_name,
         model_notes=read_model(model_name).notes,
+        trace_notes=trace_notes,
     )
+
+
+def _make_batch(
+    trace: str | Path | Batch | Requests,
+    packing: Packing | None,
+    hardware: Hardware,
+    model: Decoder,
+    parallel: Parallel,
+) -> tuple[Batch, tuple[str, ...]]:
+    """The batch on the channels of its trace or of a packing, and what was assumed."""
+    channels = int(hardware.hbm.num_channels)
+    if isinstance(trace, str | Path):
+        trace = read_requests(trace)
+    notes = trace.notes if isinstance(trace, Requests) else ()
+    if packing is not None:
+        name = getattr(packing, "__name__", str(packing)).replace("_", " ")
+        batch = packing(hardware, model, trace.seq_lens, parallel)
+        notes = (*notes, f"the requests are dealt to {channels} channels: {name}")
+    else:
+        batch = place_requests(trace, channels) if isinstance(trace, Requests) else trace
+    check_batch(batch, channels)
+    return batch, notes
 
 
 def select_system(

@@ -1,8 +1,6 @@
 """The workload: a model spread over devices, and batches of requests."""
 
-import csv
 import numbers
-from pathlib import Path
 
 import jax.numpy as jnp
 import numpy as np
@@ -191,56 +189,3 @@ def halves(channels: Int[Array, " r"], num_channels: int) -> Int[Array, " r"]:
             larger_first = not larger_first
         sub_batches[mine[first:]] = 1
     return jnp.asarray(sub_batches)
-
-
-def read_trace(path: str | Path, *, num_channels: int = 32) -> Batch:
-    """Returns the batch of a trace of the public simulator; its rule halves it into sub-batches.
-
-    Args:
-        path: A CSV file with columns seq_len and ch_idx, and one request a row.
-        num_channels: The channels of the machine.
-
-    Raises:
-        ValueError: The file is not a trace, or a row is impossible; the sentence names the line.
-        OSError: The file cannot be read.
-
-    Example:
-        >>> from neupims import read_trace
-        >>> read_trace("trace.csv").seq_lens.tolist()  # 300 tokens on channel 0, 40 on channel 1
-        [300, 40]
-    """
-    with open(path, newline="", encoding="utf-8-sig") as file:
-        try:
-            rows = list(csv.reader(file))
-        except (UnicodeDecodeError, csv.Error) as error:
-            raise ValueError(f"{path} is not a CSV file: {error}") from None
-    if not rows or [name.strip() for name in rows[0][:2]] != ["seq_len", "ch_idx"]:
-        raise ValueError(
-            f"{path} must begin with the line seq_len,ch_idx, not"
-            f" {','.join(rows[0])[:SHOWN] if rows else 'nothing'!r}"
-        )
-    lengths, channels = [], []
-    for line, row in enumerate(rows[1:], start=2):
-        if not any(cell.strip() for cell in row):
-            continue
-        try:
-            length, channel = (int(cell) for cell in row[:2])
-        except ValueError:
-            raise ValueError(
-                f"{path}, line {line}: two whole numbers expected, a length and a channel, not"
-                f" {','.join(row)[:SHOWN]!r}"
-            ) from None
-        if not 1 <= length <= LONGEST:
-            raise ValueError(
-                f"{path}, line {line}: the length must be from 1 to {LONGEST}, not {length}"
-            )
-        if not 0 <= channel < num_channels:
-            raise ValueError(
-                f"{path}, line {line}: the channel must be from 0 to {num_channels - 1}, not"
-                f" {channel}"
-            )
-        lengths.append(length)
-        channels.append(channel)
-    if not lengths:
-        raise ValueError(f"{path} holds no request")
-    return make_batch(lengths, channels, num_channels=num_channels)
