@@ -95,7 +95,7 @@ def sample_tokens(
     inputs = np.minimum(inputs, MOST_TOKENS - 1)
     outputs = np.minimum(outputs, MOST_TOKENS - inputs)
     note = (
-        f"{text} assumes log-normal inputs and outputs with the data set's means and medians, at"
-        f" most {MOST_TOKENS} tokens together"
+        "inputs and outputs are assumed to be log-normal, with the data set's means and medians,"
+        f" and at most {MOST_TOKENS} tokens together"
     )
     return {"input": inputs, "output": outputs}, [note]
