@@ -39,20 +39,14 @@ from ggem_jax.descriptors.extract import Extractor
 from ggem_jax.descriptors.settings import DescriptorSettings
 from ggem_jax.files.images import decode_image, normalise
 from ggem_jax.retrieval.index.folder import hash_file
-from ggem_jax.retrieval.index.store import (
-    INDEX,
-    PUT,
-    Entry,
-    Facts,
-    shard_file,
-    writable,
-    write_facts,
-    write_shard,
-)
+from ggem_jax.retrieval.index.migration import bring_up_to_date
+from ggem_jax.retrieval.index.reading import connect
+from ggem_jax.retrieval.index.shards import append_vectors
+from ggem_jax.retrieval.index.store import INDEX, Entry, Facts, put_entries, write_facts
 
 ROOT = Path(__file__).resolve().parent.parent
 DIM = 1280  # of EfficientNet-Lite0
-_SHARD_ROWS, _BLOCK_ROWS = 100_000, 10_000
+_BLOCK_ROWS = 10_000
 SIZES = {"12 megapixels": (3000, 4000), "0.3 megapixels": (480, 640)}
 
 
@@ -113,32 +107,30 @@ def write_index(folder: Path, count: int) -> None:
     """
     folder.mkdir()
     record = DescriptorSettings().resolve().record()
-    shards = {
-        1 + number: min(_SHARD_ROWS, count - start)
-        for number, start in enumerate(range(0, count, _SHARD_ROWS))
-    }
-    facts = Facts(record, "float16", str(folder), dim=DIM, count=count, shards=shards)
-    for shard, rows in shards.items():
-        write_shard(shard_file(folder, shard), _random_blocks(shard, rows), rows, facts)
-    with contextlib.closing(writable(folder / INDEX)) as database:
+    facts = Facts(record, "float16", str(folder), dim=DIM, count=count)
+    places = list[tuple[int, int]]()
+    for block in _random_blocks(count):
+        facts, at = append_vectors(folder, facts, block)
+        places += at
+    with contextlib.closing(connect(folder / INDEX, "mode=rwc")) as database:
         database.execute("BEGIN")
-        database.executemany(PUT, ((*entry, entry.crc32()) for entry in _entries(count)))
+        bring_up_to_date(database, folder)
+        put_entries(database, _entries(places))
         write_facts(database, facts)
         database.execute("COMMIT")
 
 
-def _random_blocks(seed: int, rows: int) -> Iterator[np.ndarray]:
-    rng = np.random.default_rng(seed)
+def _random_blocks(rows: int) -> Iterator[np.ndarray]:
+    rng = np.random.default_rng(1)
     for start in range(0, rows, _BLOCK_ROWS):
         block = np.abs(rng.standard_normal((min(_BLOCK_ROWS, rows - start), DIM), np.float32))
         yield (block / np.linalg.norm(block, axis=1, keepdims=True)).astype(np.float16)
 
 
-def _entries(count: int) -> Iterator[Entry]:
-    for number in range(count):
-        shard, row = divmod(number, _SHARD_ROWS)
+def _entries(places: list[tuple[int, int]]) -> Iterator[Entry]:
+    for number, (shard, row) in enumerate(places):
         path, content = f"{number // 1000}/{number}.jpg".encode(), number.to_bytes(16, "big")
-        yield Entry(path, 1, 1, 1, number, content, 640, 480, 0, 1 + shard, row)
+        yield Entry(path, 1, 1, 1, number, content, 640, 480, 0, shard, row)
 
 
 def time_searches(

@@ -30,6 +30,7 @@ os.environ |= COMPILATION_CACHE
 import chex  # noqa: E402
 import jax  # noqa: E402
 import shape_checks  # noqa: E402
+from small_index import built, photos, small  # noqa: E402, F401
 
 CHECKED_MODULES = shape_checks.install(ROOT, ("ggem_jax", "neupims", "train", "eval"))
 chex.set_n_cpu_devices(8)
@@ -75,6 +76,9 @@ COSTLY_FILES = {
     "test_retrieval_backbones.py",
     "test_retrieval_descriptors.py",
     "test_retrieval_index.py",
+    "test_retrieval_index_damage.py",
+    "test_retrieval_index_kills.py",
+    "test_retrieval_index_writers.py",
     "test_retrieval_instant.py",
     "test_retrieval_text.py",
     "test_retrieval_tool.py",

@@ -187,6 +187,66 @@ def test_the_table_and_the_sheet_show_every_image(index, capsys):
     assert text.count('<li class="best">') == 2
 
 
+KILLS = """
+import json, os, random, signal, sys, time
+sys.path.insert(0, "tests")
+from interruptions import before_writes
+from ggem_jax.retrieval.__main__ import main
+path, sheet = sys.argv[1:]
+def fork(dies_at=None, wait=None):
+    with open(sheet, "w") as file:
+        file.write("the sheet of before")
+    process = os.fork()
+    if process:
+        if wait is not None:
+            time.sleep(wait)
+            os.kill(process, signal.SIGKILL)
+        dead = os.waitpid(process, 0)[1] == signal.SIGKILL
+        return dead, open(sheet).read()
+    left = [dies_at]
+    def dying():
+        if dies_at is not None:
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+    try:
+        with before_writes(dying, also=["open", "chmod"]):
+            main(["duplicates", path, "--json", "--html", sheet])
+    finally:
+        os._exit(0)
+sys.stdout.flush()
+said, sys.stdout = sys.stdout, open(os.devnull, "w")
+rng, start = random.Random(0), time.monotonic()
+found = [fork()]
+whole = time.monotonic() - start
+found += [fork(wait=rng.uniform(0, whole)) for _ in range(8)]
+number, dead = 0, True
+while dead:
+    found.append(fork(dies_at=number))
+    dead, number = found[-1][0], number + 1
+print(json.dumps(found), file=said)
+"""
+
+
+def test_kills(index, tmp_path):
+    """A sheet is the one of before or complete, whenever its writer is killed."""
+    command = [sys.executable, "-c", KILLS, str(index), str(tmp_path / "sheet.html")]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    (_, whole), *found = json.loads(run.stdout)
+    assert whole.rstrip().endswith("</html>")
+    seen = {True: 0, False: 0}
+    for dead, text in found:
+        is_new = text != "the sheet of before"
+        # the date in the sheet has minutes
+        assert not is_new or (len(text) == len(whole) and text.rstrip().endswith("</html>"))
+        assert dead or is_new
+        seen[is_new] += dead
+    assert seen[False] > 5
+    assert not found[-1][0]
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [

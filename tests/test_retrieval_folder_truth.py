@@ -5,25 +5,23 @@ import errno
 import os
 import shutil
 import socket
-import sqlite3
 import subprocess
 import sys
 import tempfile
 import textwrap
-import zlib
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from ggem_jax.retrieval.index import folder, store
+from ggem_jax.retrieval.index import folder
 from ggem_jax.retrieval.index.exclusions import DEFAULTS, Exclusions
 from ggem_jax.retrieval.index.folder import File
 from ggem_jax.retrieval.index.index import Index, add, build, info, remove
+from ggem_jax.retrieval.index.report import Report
 from ggem_jax.retrieval.index.store import IndexRefused
 from ggem_jax.retrieval.index.verification import verify
-from ggem_jax.retrieval.index.writing import Report
 
 ROOT = Path(__file__).resolve().parent.parent
 SETTINGS = {"model": "mean colour"}
@@ -391,69 +389,3 @@ def test_files_that_are_no_images_are_not_opened_again(photos, tmp_path, monkeyp
     assert len(opened) == 2
     save(photos / "film.mp4", 3, "PNG")
     assert add(tmp_path / "index", extract, SETTINGS).added == 1
-
-
-# Indexes of earlier versions
-
-
-def make_format_1(path):
-    """Turns an index into one of format 1: no ctime, no inode, no exclusions, no other files."""
-    with contextlib.closing(sqlite3.connect(path / "index.sqlite", isolation_level=None)) as data:
-        value = data.execute("SELECT value FROM facts").fetchone()[0]
-        value = value[: value.index(', "exclusions"')] + "}"
-        data.execute("UPDATE facts SET value = ?, crc32 = ?", (value, zlib.crc32(value.encode())))
-        rows = data.execute(
-            "SELECT path, size, mtime_ns, content, width, height, vector_crc32, id FROM images"
-        ).fetchall()
-        data.execute("DROP TABLE others")
-        data.execute("ALTER TABLE images DROP COLUMN ctime_ns")
-        data.execute("ALTER TABLE images DROP COLUMN inode")
-        data.executemany(
-            "UPDATE images SET entry_crc32 = ? WHERE id = ?",
-            ((zlib.crc32(repr(row[:7]).encode()), row[7]) for row in rows),
-        )
-        data.execute("PRAGMA user_version = 1")
-
-
-def test_an_index_of_format_1_is_read_and_then_brought_up_to_date(photos, built):
-    before = contents(built)
-    make_format_1(built)
-    np.testing.assert_equal(contents(built), before)
-    assert verify(built, deep=True) == ([], [])
-    assert info(built)["images"] == 6
-    stat = (built / "index.sqlite").read_bytes()[60:64]
-    assert int.from_bytes(stat, "big") == 1
-    assert add(built, never, SETTINGS) == Report(unchanged=6)  # all contents are compared
-    assert int.from_bytes((built / "index.sqlite").read_bytes()[60:64], "big") == store.FORMAT
-    np.testing.assert_equal(contents(built), before)
-    assert verify(built, deep=True) == ([], [])
-
-
-def test_an_index_of_format_1_may_be_removed_from(photos, built):
-    make_format_1(built)
-    assert remove(built, ["a"]).removed == 2
-    assert verify(built) == ([], [])
-    assert add(built, never, SETTINGS) == Report(unchanged=4)
-
-
-def test_damage_of_format_1_is_found(built):
-    make_format_1(built)
-    with contextlib.closing(sqlite3.connect(built / "index.sqlite", isolation_level=None)) as data:
-        data.execute("UPDATE images SET size = size + 1 WHERE id = 2")
-    assert "holds altered entries: 1 image" in verify(built).damage[0]
-
-
-def test_images_that_format_1_read_otherwise_are_described_again(photos, built):
-    """Alpha was dropped: the vector of a transparent drawing was that of its hidden colours."""
-    drawing = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
-    drawing.save(photos / "drawing.png")
-    add(built, lambda images: (np.float32([1, 0, 0]) for _ in images), SETTINGS)
-    make_format_1(built)
-    seen = []
-
-    def seeing(images):
-        return extract(seen.append(image.max()) or image for image in images)
-
-    report = add(built, seeing, SETTINGS)
-    assert (seen, report.unchanged) == ([255], 7)
-    np.testing.assert_allclose(contents(built)["drawing.png"], np.full(3, 3**-0.5), atol=1e-3)

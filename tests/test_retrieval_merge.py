@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from test_retrieval_index import ODD_NAMES, SETTINGS, described, extract, never, save
+from small_index import ODD_NAMES, SETTINGS, described, extract, never, save
 
 from ggem_jax.files.images import UnreadableImage
-from ggem_jax.retrieval.index import folder, merging, store, writing
+from ggem_jax.retrieval.index import extraction, folder, merging, shards, store
 from ggem_jax.retrieval.index.describing import SOURCES
 from ggem_jax.retrieval.index.index import Index, add, build, info, remove
 from ggem_jax.retrieval.index.merging import Merged, merge
@@ -95,8 +95,8 @@ def test_merged_parts_are_the_index_of_one_run(photos, tmp_path, dtype):
 
 def test_several_files_of_vectors(photos, parts, tmp_path, monkeypatch):
     build(photos, tmp_path / "one", extract, SETTINGS)
-    monkeypatch.setattr(merging, "SHARD_BYTES", 6 * 5)
-    monkeypatch.setattr(merging, "_ROWS_COPIED", 3)
+    monkeypatch.setattr(shards, "SHARD_BYTES", 6 * 5)
+    monkeypatch.setattr(merging, "ROWS_COPIED", 3)
     merge(tmp_path / "out", parts)
     assert info(tmp_path / "out")["shards"] == 7
     np.testing.assert_array_equal(vectors_of(tmp_path / "out"), vectors_of(tmp_path / "one"))
@@ -187,7 +187,7 @@ def test_parts_without_an_image_are_refused(tmp_path):
 
 
 def test_a_stopped_part_resumes(photos, parts, tmp_path, monkeypatch):
-    monkeypatch.setattr(writing, "COMMIT_ROWS", 2)
+    monkeypatch.setattr(extraction, "COMMIT_ROWS", 2)
     seen = []
 
     def stopping(images):
@@ -200,7 +200,8 @@ def test_a_stopped_part_resumes(photos, parts, tmp_path, monkeypatch):
     path = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
         build(photos, path, stopping, SETTINGS, shard="1/3")
-    assert not (path / "index.sqlite").exists()
+    with pytest.raises(IndexRefused, match="holds no finished build"):
+        Index.open(path)
     with pytest.raises(IndexRefused, match=r'interrupted build.*shard is "1/3" there, "2/3" here'):
         build(photos, path, extract, SETTINGS, shard="2/3")
     with pytest.raises(IndexRefused, match="no finished build"):
@@ -372,9 +373,11 @@ def test_a_full_disk_leaves_nothing(parts, tmp_path, monkeypatch):
 
 KILLS = """
 import json, os, random, signal, sys, time
-from ggem_jax.retrieval.index import merging
+sys.path.insert(0, "tests")
+from interruptions import around_commits, before_writes
+from ggem_jax.retrieval.index import merging, shards
 out, parts = sys.argv[1], sys.argv[2:]
-merging.SHARD_BYTES, merging._ROWS_COPIED = 30, 3
+shards.SHARD_BYTES, merging.ROWS_COPIED = 30, 3
 def fork(path, dies_at=None, wait=None):
     process = os.fork()
     if process:
@@ -383,19 +386,15 @@ def fork(path, dies_at=None, wait=None):
             os.kill(process, signal.SIGKILL)
         return os.waitpid(process, 0)[1] == signal.SIGKILL
     left = [dies_at]
-    def dying(name):
-        really = getattr(os, name)
-        def called(*arguments, **options):
+    def dying():
+        if dies_at is not None:
             left[0] -= 1
             if left[0] < 0:
                 os.kill(os.getpid(), signal.SIGKILL)
-            return really(*arguments, **options)
-        setattr(os, name, called)
-    if dies_at is not None:
-        for name in ("fsync", "rename", "unlink", "listdir", "mkdir", "rmdir"):
-            dying(name)
+        return 0
     try:
-        merging.merge(path, parts)
+        with before_writes(dying, also=["listdir"], every=4), around_commits(dying):
+            merging.merge(path, parts)
     finally:
         os._exit(0)
 killed, rng = {}, random.Random(0)

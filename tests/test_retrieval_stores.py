@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pymilvus  # noqa: F401  # its loggers keep the streams of the first import, not of a test
 import pytest
-from test_retrieval_index import SETTINGS, described, extract, save
+from small_index import SETTINGS, described, extract, save
 
 from ggem_jax.retrieval import Ranking, search, superglobal_rerank
 from ggem_jax.retrieval.index import pushing

@@ -11,11 +11,11 @@ from ggem_jax.retrieval.index.evaluation import Evaluation
 from ggem_jax.retrieval.index.index import Index, info, remove
 from ggem_jax.retrieval.index.merging import Merged, merge
 from ggem_jax.retrieval.index.pushing import Pushed, push
+from ggem_jax.retrieval.index.report import Report
 from ggem_jax.retrieval.index.search import Results
 from ggem_jax.retrieval.index.store import IndexRefused
 from ggem_jax.retrieval.index.text_search import search_by_words
 from ggem_jax.retrieval.index.verification import Verdict, verify
-from ggem_jax.retrieval.index.writing import Report
 
 __all__ = [
     "Duplicates",

@@ -20,8 +20,9 @@ from ggem_jax.descriptors.whitening import learn_whitening, save_whitening
 from ggem_jax.files.atomic import replacing
 from ggem_jax.files.images import MAX_MEGAPIXELS, RGB, UnreadableImage
 from ggem_jax.retrieval.index import index as indexes
-from ggem_jax.retrieval.index.store import INDEX, IndexRefused, facts_of
-from ggem_jax.retrieval.index.writing import OnProgress, Report
+from ggem_jax.retrieval.index.reading import facts_of, is_built
+from ggem_jax.retrieval.index.report import OnProgress, Report
+from ggem_jax.retrieval.index.store import IndexRefused
 
 if TYPE_CHECKING:
     from ggem_jax.descriptors.extract import Extractor
@@ -354,7 +355,7 @@ def describe_images(
 
 def _decoding_of(path: Path) -> Literal["draft", "full"]:
     """How an existing index decodes large JPEGs; draft for a new one."""
-    if not (path / INDEX).exists():
+    if not is_built(path):
         return "draft"
     return "draft" if facts_of(path).settings.get("decoding") == "draft" else "full"
 

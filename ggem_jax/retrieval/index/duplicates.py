@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ggem_jax.retrieval.index.index import Index
-from ggem_jax.retrieval.index.store import INDEX, read_facts, reading
+from ggem_jax.retrieval.index.reading import reading
+from ggem_jax.retrieval.index.store import INDEX, read_facts
 from ggem_jax.retrieval.pairs import connected_groups, cosines_to, similar_pairs
 
 

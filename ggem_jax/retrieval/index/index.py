@@ -28,26 +28,21 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ggem_jax.files.images import MAX_MEGAPIXELS
-from ggem_jax.retrieval.index.exclusions import as_pattern
-from ggem_jax.retrieval.index.folder import shown
-from ggem_jax.retrieval.index.locking import locking, reporting_failures
-from ggem_jax.retrieval.index.publishing import publish
-from ggem_jax.retrieval.index.store import (
-    DTYPES,
-    INDEX,
-    Damaged,
-    Facts,
-    IndexRefused,
+from ggem_jax.retrieval.index.agreement import (
     as_json,
-    facts_of,
-    map_or_refuse,
-    mend,
-    read_facts,
-    reading,
     refuse_other_build,
     refuse_other_settings,
 )
-from ggem_jax.retrieval.index.writing import Extract, OnProgress, Report, Task, update
+from ggem_jax.retrieval.index.damage import map_or_refuse
+from ggem_jax.retrieval.index.exclusions import as_pattern
+from ggem_jax.retrieval.index.folder import shown
+from ggem_jax.retrieval.index.locking import locking
+from ggem_jax.retrieval.index.publishing import change
+from ggem_jax.retrieval.index.reading import facts_of, is_built, reading
+from ggem_jax.retrieval.index.report import Extract, OnProgress, Report, Task
+from ggem_jax.retrieval.index.store import DTYPES, INDEX, Damaged, Facts, IndexRefused, read_facts
+from ggem_jax.retrieval.index.transactions import opening, reporting_failures, transaction
+from ggem_jax.retrieval.index.writing import update
 from ggem_jax.retrieval.parts import Part
 
 if TYPE_CHECKING:
@@ -295,10 +290,10 @@ class Index:
                     raise ValueError("its entries have been altered")
             try:
                 shards = [map_or_refuse(folder, shard, facts) for shard in facts.shards]
-            except FileNotFoundError as error:
+            except Damaged:
                 if facts == before:
-                    raise Damaged(mend(folder, Path(error.filename).name, "is missing")) from None
-                before = facts  # a writer may have replaced the index between the two readings
+                    raise
+                before = facts  # a writer may have changed the index between the two readings
                 continue
             vectors = Vectors(shards, shard, row, facts.dim, np.dtype(facts.dtype))
             return cls(
@@ -358,10 +353,10 @@ def build(
         as_json(settings), dtype, str(_existing(folder)), part=None if part is None else str(part)
     )
     with locking(Path(path), new=True):
-        if (Path(path) / INDEX).exists():
+        if is_built(Path(path)):
             there = facts_of(Path(path))
             refuse_other_build(Path(path), there, wanted)
-            wanted = replace(wanted, exclusions=there.exclusions)
+            wanted = there
         wanted = _excluding(wanted, exclude, include)
         task = Task(prune=prune, deep=deep, max_megapixels=max_megapixels, workers=workers)
         return update(Path(path), wanted, extract, task, on_progress)
@@ -467,8 +462,8 @@ def remove(path: Path | str, patterns: Iterable[str], *, exclude: bool = True) -
             if exclude and own not in (".", "", "*"):
                 kept.append(as_pattern(own) if whole else f"/{own}")
         facts = replace(facts, exclusions=facts.exclusions.change(exclude=kept))
-        with reporting_failures(path):
-            publish(path, facts, [], [os.fsencode(name) for name in removed], set())
+        with opening(path) as database, reporting_failures(path), transaction(database):
+            change(database, path, facts, dropped=map(os.fsencode, removed))
     return Report(removed=len(removed), unchanged=len(paths) - len(removed))
 
 

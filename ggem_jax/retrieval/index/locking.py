@@ -8,46 +8,25 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from ggem_jax.retrieval.index.store import (
-    INDEX,
-    LOCK,
+from ggem_jax.retrieval.index.migration import read_pending
+from ggem_jax.retrieval.index.reading import (
     NEXT,
     PENDING,
-    Damaged,
-    IndexRefused,
     facts_of,
-    flaws,
-    holds_shards,
     index_is_missing,
-    is_shard,
-    is_unfinished,
-    read_facts,
-    shard_file,
-    writable,
+    is_built,
+    reading,
 )
-
-
-@contextlib.contextmanager
-def reporting_failures(folder: Path) -> Iterator[None]:
-    """Raises `IndexRefused` with one sentence if writing fails in a `with` block.
-
-    Args:
-        folder: Folder of the index, which the sentence names.
-
-    Yields:
-        None.
-
-    Raises:
-        IndexRefused: The block raised `OSError` or an error of SQLite.
-    """
-    try:
-        yield
-    except (OSError, sqlite3.Error) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise IndexRefused(
-            f"{folder} could not be written: {reason}; the index is unchanged, and the same call"
-            " resumes"
-        ) from error
+from ggem_jax.retrieval.index.shards import is_shard, shard_file
+from ggem_jax.retrieval.index.store import (
+    FORMAT,
+    INDEX,
+    LOCK,
+    IndexRefused,
+    check_format,
+    find_facts,
+)
+from ggem_jax.retrieval.index.transactions import opening, reporting_failures
 
 
 @contextlib.contextmanager
@@ -66,9 +45,9 @@ def locking(folder: Path, *, new: bool = False) -> Iterator[None]:
             holds the lock, or the folder cannot be written.
     """
     made = new and not folder.exists()
-    if not new or (folder / INDEX).exists():
+    if not new:
         facts_of(folder)
-    elif not made and not is_unfinished(folder):
+    elif not is_built(folder) and not made and not _is_unfinished(folder):
         raise IndexRefused(
             f"{folder} exists and is not an index: choose another path, nothing is overwritten"
         )
@@ -89,6 +68,14 @@ def locking(folder: Path, *, new: bool = False) -> Iterator[None]:
                     (folder / LOCK).unlink()
                     if made:
                         folder.rmdir()
+
+
+def _is_unfinished(folder: Path) -> bool:
+    """Whether a folder holds at most what an interrupted build leaves."""
+    return folder.is_dir() and all(
+        name == LOCK or name.startswith((INDEX, PENDING, NEXT)) or is_shard(name)
+        for name in os.listdir(folder)
+    )
 
 
 @contextlib.contextmanager
@@ -122,52 +109,29 @@ def lock_folder(folder: Path) -> Iterator[None]:
 
 
 def _tidy(folder: Path) -> None:
-    """Removes shards that neither SQLite file names, and a pending file that cannot be used.
-
-    Without an index, shards belong to an unfinished build if its pending file counts no image of an
-    index. Other shards belong to an index whose SQLite file has been lost, and are refused.
-    """
-    ours, unusable = (folder / INDEX).exists(), False
-    kept = set(facts_of(folder).shards) if ours else set()
+    """Removes shards that neither the index nor its journal uses, and an index without contents."""
+    if not (folder / INDEX).exists():
+        earlier, _ = read_pending(folder)
+        if any(map(is_shard, os.listdir(folder))) and (earlier is None or earlier.count):
+            raise index_is_missing(folder)
+        return
     if (folder / PENDING).exists():
-        try:
-            with contextlib.closing(writable(folder / PENDING)) as database:
-                ours = ours or read_facts(database, folder / PENDING).count == 0
-                if ours:
-                    kept |= _usable_shards(database, folder)
-        except (Damaged, sqlite3.DatabaseError) as error:
-            if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF not in (
-                sqlite3.SQLITE_CORRUPT,
-                sqlite3.SQLITE_NOTADB,
-            ):
-                raise  # for example a full disk: the file itself is sound
-            unusable = True
-    if not ours and holds_shards(folder):
-        raise index_is_missing(folder)
-    names = {shard_file(folder, shard).name for shard in kept}
+        return  # of an earlier format; it names shards too
+    if any(name.startswith(f"{INDEX}-") for name in os.listdir(folder)):
+        with opening(folder):  # leaves one file
+            pass
+    with reading(folder) as database:
+        facts, journal = find_facts(database, folder / INDEX), None
+        if check_format(database, folder / INDEX) == FORMAT:
+            journal = find_facts(database, folder / INDEX, "journal")
+        is_empty = facts is None and (
+            journal is None or not database.execute("SELECT 1 FROM pending").fetchone()
+        )
+    used = [each for each in (facts, journal) if each is not None and not is_empty]
+    names = {shard_file(folder, shard).name for each in used for shard in each.shards}
     for name in os.listdir(folder):
         if name.startswith(NEXT) or (is_shard(name) and name not in names):
             (folder / name).unlink()
-    if unusable:
-        drop_pending(folder)
-
-
-def _usable_shards(pending: sqlite3.Connection, folder: Path) -> set[int]:
-    if pending.execute("PRAGMA integrity_check(1)").fetchone()[0] != "ok":
-        raise Damaged("its structure is broken")
-    if not pending.execute("SELECT 1 FROM images").fetchone():
-        raise Damaged("there is nothing in it")
-    facts = read_facts(pending, folder / PENDING)
-    lost = [(flaw.id,) for flaw in flaws(pending, folder, facts, PENDING)]
-    pending.executemany("DELETE FROM images WHERE id = ?", lost)
-    return {shard for (shard,) in pending.execute("SELECT DISTINCT shard FROM images")}
-
-
-def drop_pending(folder: Path) -> None:
-    """Removes `pending.sqlite` and its journal, which an interrupted writer leaves behind.
-
-    Args:
-        folder: Folder of the index.
-    """
-    for name in (f"{PENDING}-journal", PENDING):
-        (folder / name).unlink(missing_ok=True)
+    if is_empty:  # the WAL first: it must not be taken for that of another file
+        for name in (f"{INDEX}-wal", f"{INDEX}-shm", f"{INDEX}-journal", INDEX):
+            (folder / name).unlink(missing_ok=True)

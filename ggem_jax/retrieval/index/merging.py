@@ -8,7 +8,6 @@ import contextlib
 import errno
 import json
 import os
-import secrets
 import shutil
 import sqlite3
 import zlib
@@ -22,28 +21,24 @@ import numpy as np
 from ggem_jax.retrieval.index.describing import SOURCES
 from ggem_jax.retrieval.index.index import Index
 from ggem_jax.retrieval.index.locking import lock_folder
-from ggem_jax.retrieval.index.publishing import SHARD_BYTES
+from ggem_jax.retrieval.index.migration import bring_up_to_date
+from ggem_jax.retrieval.index.publishing import ROWS_COPIED
+from ggem_jax.retrieval.index.reading import connect, reading
+from ggem_jax.retrieval.index.shards import append_vectors, is_shard, sync
 from ggem_jax.retrieval.index.store import (
     COLUMNS,
     INDEX,
     LOCK,
-    PUT,
     Damaged,
     Entry,
     Facts,
     IndexRefused,
-    is_shard,
+    put_entries,
     read_facts,
-    reading,
-    shard_file,
-    sync,
-    writable,
     write_facts,
-    write_shard,
 )
 from ggem_jax.retrieval.parts import Part
 
-_ROWS_COPIED = 4096
 _LIBRARIES = ("ggem_jax", "jax", "numpy", "pillow")  # other versions may give other vectors
 
 
@@ -204,7 +199,7 @@ def _identity(facts: Facts) -> dict[str, str]:
     values |= {
         name: value
         for name, value in asdict(facts).items()
-        if name not in ("settings", "versions", "part", "dim", "count", "shards")
+        if name not in ("settings", "versions", "part", "dim", "count", "shards", "revision")
     }
     return {name: json.dumps(value, ensure_ascii=False) for name, value in values.items()}
 
@@ -251,30 +246,27 @@ def _write_vectors(
     rows = list(chosen.values())
     given = next(each.facts for each in opened if each.facts.dim)
     facts = replace(given, part=None, count=len(places), shards={})
-    capacity, shared = max(1, SHARD_BYTES // facts.row_bytes()), dict[bytes, Entry]()
-    for start in range(0, len(rows), capacity):
-        own, shard = rows[start : start + capacity], secrets.randbits(47)
-        write_shard(shard_file(folder, shard), _gather(opened, own), len(own), facts)
-        facts.shards[shard] = len(own)
-        for row, place in enumerate(own):
+    shared = dict[bytes, Entry]()
+    for start in range(0, len(rows), ROWS_COPIED):
+        block = rows[start : start + ROWS_COPIED]
+        facts, at = append_vectors(folder, facts, _gather(opened, block))
+        for place, (shard, row) in zip(block, at, strict=True):
             shared[place.entry.content] = place.entry._replace(shard=shard, row=row)
     return facts, shared
 
 
-def _gather(opened: Sequence[_Opened], places: Sequence[_Place]) -> Iterator[np.ndarray]:
-    """The vectors of entries, in blocks, each compared with its checksum."""
-    for start in range(0, len(places), _ROWS_COPIED):
-        own = places[start : start + _ROWS_COPIED]
-        part = np.array([place.part for place in own])
-        rows = np.array([place.id for place in own])
-        block = np.empty((len(own), opened[part[0]].opened.dim), opened[part[0]].facts.stored())
-        for number in np.unique(part):
-            here = part == number
-            block[here] = opened[number].opened.vectors().take(rows[here])
-        for place, vector in zip(own, block, strict=True):
-            if zlib.crc32(vector.data) != place.entry.vector_crc32:
-                raise _damaged(opened[place.part].folder)
-        yield block
+def _gather(opened: Sequence[_Opened], places: Sequence[_Place]) -> np.ndarray:
+    """The vectors of entries, each compared with its checksum."""
+    part = np.array([place.part for place in places])
+    rows = np.array([place.id for place in places])
+    block = np.empty((len(places), opened[part[0]].opened.dim), opened[part[0]].facts.stored())
+    for number in np.unique(part):
+        here = part == number
+        block[here] = opened[number].opened.vectors().take(rows[here])
+    for place, vector in zip(places, block, strict=True):
+        if zlib.crc32(vector.data) != place.entry.vector_crc32:
+            raise _damaged(opened[place.part].folder)
+    return block
 
 
 def _write_entries(
@@ -284,13 +276,16 @@ def _write_entries(
     shared: dict[bytes, Entry],
     others: Sequence[tuple],
 ) -> None:
-    with contextlib.closing(writable(folder / INDEX)) as database:
+    with contextlib.closing(connect(folder / INDEX, "mode=rwc")) as database:
         database.execute("BEGIN")
-        for place in places:
-            of = shared[place.entry.content]
-            entry = place.entry._replace(vector_crc32=of.vector_crc32, shard=of.shard, row=of.row)
-            database.execute(PUT, (*entry, entry.crc32()))
+        bring_up_to_date(database, folder)
+        put_entries(database, (_at_place_of(place.entry, shared) for place in places))
         database.executemany("INSERT OR REPLACE INTO others VALUES (?, ?, ?, ?, ?)", others)
         write_facts(database, facts)
         database.execute("COMMIT")
     sync(folder / INDEX)
+
+
+def _at_place_of(entry: Entry, shared: dict[bytes, Entry]) -> Entry:
+    of = shared[entry.content]
+    return entry._replace(vector_crc32=of.vector_crc32, shard=of.shard, row=of.row)

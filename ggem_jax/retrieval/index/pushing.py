@@ -19,8 +19,9 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from ggem_jax.retrieval.index.index import Index
-from ggem_jax.retrieval.index.store import IndexRefused, reading
-from ggem_jax.retrieval.index.writing import OnProgress
+from ggem_jax.retrieval.index.reading import reading
+from ggem_jax.retrieval.index.report import OnProgress
+from ggem_jax.retrieval.index.store import IndexRefused
 from ggem_jax.retrieval.stores.protocol import Collection, Marker, StoreRefused, VectorStore
 
 _ROWS = 1000  # vectors that are read and sent together

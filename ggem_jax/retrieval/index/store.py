@@ -1,73 +1,44 @@
-"""The files of an index: vectors in `vectors-*.npy`, and SQLite files that list the image of each.
+"""An index on disk: `index.sqlite` lists the images, `vectors-*.npy` hold their vectors.
 
-A file of vectors, a shard, never changes once it is written. `index.sqlite` is replaced as a whole
-by a rename, so that an index is what one version of this file says. Readers open it as immutable,
-take no lock and require no right to write. `pending.sqlite` has the same tables and holds what a
-writer has extracted but not yet published. The writer holds `lock` with flock; the operating system
-releases it however the process ends.
+While an index is written, `index.sqlite` is in SQLite's WAL mode. The table `journal` and the
+entries in `pending` belong to a writer; they are not part of the index until one transaction moves
+them to `images`. Readers see the last such transaction, take only SQLite's short read lock, and
+require no right to write. At rest there is one SQLite file, without a WAL, so that the folder can
+be copied and read from read-only media.
 
 Every vector and every entry has a CRC-32. Paths are stored as bytes. The table `others` lists files
 that were opened and are no images, so that they need not be opened again.
 
-Format 2 added this table, and the ctime and inode of each image. An index of format 1 is read as it
-is, and becomes one of format 2 when it is written.
+Format 3 added the tables of the writer, format 2 the ctime and inode of each image and `others`.
+Indexes of these formats are read as they are, and become format 3 when they are written
+(`ggem_jax.retrieval.index.migration`).
 """
 
-import contextlib
 import json
-import os
 import platform
 import sqlite3
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from importlib import metadata
 from pathlib import Path
-from typing import Any, NamedTuple
-from urllib.parse import quote
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 import ggem_jax
 from ggem_jax.retrieval.index.exclusions import Exclusions
-from ggem_jax.retrieval.index.folder import shown
 
-FORMAT = 2
+FORMAT = 3
+APPLICATION = int.from_bytes(b"ggem")
 UNKNOWN = -1  # ctime and inode of an entry that was written in format 1
 DTYPES = ("float16", "float32")
-INDEX, PENDING, NEXT, LOCK = "index.sqlite", "pending.sqlite", "next.sqlite", "lock"
-
-_APPLICATION = int.from_bytes(b"ggem")
-_TABLES = """
-    CREATE TABLE facts (
-        id INTEGER PRIMARY KEY CHECK (id = 0), value TEXT NOT NULL, crc32 INTEGER NOT NULL);
-    CREATE TABLE images (
-        id INTEGER PRIMARY KEY, path BLOB NOT NULL UNIQUE, size INTEGER NOT NULL,
-        mtime_ns INTEGER NOT NULL, content BLOB NOT NULL, width INTEGER NOT NULL,
-        height INTEGER NOT NULL, vector_crc32 INTEGER NOT NULL, entry_crc32 INTEGER NOT NULL,
-        shard INTEGER NOT NULL, row INTEGER NOT NULL);
-    CREATE INDEX contents ON images (content);
-"""
-# what format 2 adds
-_ADDED = f"""
-    ALTER TABLE images ADD COLUMN ctime_ns INTEGER NOT NULL DEFAULT {UNKNOWN};
-    ALTER TABLE images ADD COLUMN inode INTEGER NOT NULL DEFAULT {UNKNOWN};
-    CREATE TABLE others (
-        path BLOB PRIMARY KEY, size INTEGER NOT NULL, mtime_ns INTEGER NOT NULL,
-        ctime_ns INTEGER NOT NULL, inode INTEGER NOT NULL);
-"""
-# format 1 as if it were format 2: a temporary view hides the table of the same name
-_VIEWS = f"""
-    CREATE TEMP VIEW images AS
-        SELECT *, {UNKNOWN} AS ctime_ns, {UNKNOWN} AS inode FROM main.images;
-    CREATE TEMP TABLE others (path BLOB, size, mtime_ns, ctime_ns, inode);
-"""
-
+INDEX, LOCK = "index.sqlite", "lock"
 COLUMNS = "path, size, mtime_ns, ctime_ns, inode, content, width, height, vector_crc32, shard, row"
-_UPDATED = (*COLUMNS.split(", ")[1:], "entry_crc32")
-PUT = f"""INSERT INTO images ({COLUMNS}, entry_crc32) VALUES ({", ".join(12 * "?")})
-    ON CONFLICT (path) DO UPDATE SET
-    {", ".join(f"{name} = excluded.{name}" for name in _UPDATED)}"""
+# how an entry takes the place of the one of the same path
+REPLACING = "ON CONFLICT (path) DO UPDATE SET " + ", ".join(
+    f"{name} = excluded.{name}" for name in [*COLUMNS.split(", ")[1:], "entry_crc32"]
+)
 
 
 class IndexRefused(ValueError):
@@ -120,6 +91,7 @@ class Facts:
     versions: dict[str, str] = field(default_factory=dict)  # library -> version that wrote it
     exclusions: Exclusions = field(default_factory=Exclusions)  # what is left out of the folder
     part: str | None = None  # "I/N" where it holds one part of the folder, as in `Part`
+    revision: int = 0  # number of times that the index was changed
 
     def stored(self) -> np.dtype:
         """Returns the dtype on disk, little-endian."""
@@ -130,97 +102,8 @@ class Facts:
         return self.dim * self.stored().itemsize
 
 
-@contextlib.contextmanager
-def reading(folder: Path) -> Iterator[sqlite3.Connection]:
-    """Opens the SQLite file of an index as it is now; writers do not change what it shows.
-
-    Args:
-        folder: Folder of the index.
-
-    Yields:
-        A read-only connection to `index.sqlite`.
-
-    Raises:
-        IndexRefused: There is no index, or the folder cannot be read.
-        Damaged: The block found the file to be damaged.
-    """
-    file = folder / INDEX
-    try:
-        if not file.is_file():
-            if not (folder / PENDING).exists() and is_unfinished(folder) and holds_shards(folder):
-                raise index_is_missing(folder)
-            state = "no finished build" if is_unfinished(folder) else "no index"
-            raise IndexRefused(
-                f"{folder} holds {state} (there is no {INDEX} in it): build it first"
-            )
-        with (
-            _damage_in_one_sentence(file),
-            contextlib.closing(connect(file, "mode=ro&immutable=1")) as database,
-        ):
-            yield database
-    except OSError as error:
-        raise IndexRefused(f"{folder} cannot be read: {error.strerror}") from error
-
-
-def writable(file: Path) -> sqlite3.Connection:
-    """Returns a connection to a SQLite file of a writer.
-
-    A missing file is created with its tables, and one of format 1 gets those of format 2.
-    Transactions are explicit, and on disk when they are committed.
-
-    Args:
-        file: `pending.sqlite` or `next.sqlite` of an index.
-    """
-    database = connect(file, "mode=rwc")
-    database.execute("PRAGMA synchronous=FULL")
-    if not database.execute("PRAGMA application_id").fetchone()[0]:
-        database.executescript(
-            f"BEGIN; {_TABLES} {_ADDED} PRAGMA application_id={_APPLICATION};"
-            f" PRAGMA user_version={FORMAT}; COMMIT;"
-        )
-    elif database.execute("PRAGMA user_version").fetchone()[0] == 1:
-        database.executescript(f"BEGIN; {_ADDED} PRAGMA user_version={FORMAT}; COMMIT;")
-    return database
-
-
-def connect(file: Path, mode: str) -> sqlite3.Connection:
-    """Returns a connection to a SQLite file without implicit transactions.
-
-    Read-only connections show format 1 as format 2.
-
-    Args:
-        file: The SQLite file.
-        mode: Parameters of a SQLite URI, such as "mode=ro&immutable=1".
-    """
-    database = sqlite3.connect(
-        f"file:{quote(os.fsencode(file.absolute()))}?{mode}", uri=True, isolation_level=None
-    )
-    if "mode=ro" in mode:
-        try:
-            if database.execute("PRAGMA user_version").fetchone()[0] == 1:
-                database.executescript(_VIEWS)
-        except sqlite3.Error:
-            database.close()
-            raise
-    return database
-
-
-@contextlib.contextmanager
-def _damage_in_one_sentence(file: Path) -> Iterator[None]:
-    try:
-        yield
-    except IndexRefused:
-        raise
-    # SQLite's own errors, and those that altered values cause
-    except (sqlite3.Error, ValueError, TypeError, KeyError, OverflowError, AttributeError) as error:
-        raise Damaged(
-            f"{file} is damaged ({error}): put a copy in its place, or build the index again in"
-            " another folder"
-        ) from error
-
-
 def read_facts(database: sqlite3.Connection, file: Path) -> Facts:
-    """Returns the facts of an index, or of a pending one.
+    """Returns the facts of an index.
 
     Args:
         database: An open connection to the SQLite file.
@@ -228,20 +111,34 @@ def read_facts(database: sqlite3.Connection, file: Path) -> Facts:
 
     Raises:
         Damaged: The file is damaged, or of another program.
-        IndexRefused: The file has the format of another version.
+        IndexRefused: The file holds no finished build, or has the format of another version.
     """
-    application, version = (
-        database.execute(f"PRAGMA {name}").fetchone()[0]
-        for name in ("application_id", "user_version")
-    )
-    if application != _APPLICATION:
-        raise Damaged(f"{file} is not an index of ggem_jax: name the folder of one, or build one")
-    if version not in (1, FORMAT):
-        raise IndexRefused(
-            f"{file} has format {version} where this version of ggem_jax reads format {FORMAT}:"
-            " update ggem_jax"
-        )
-    value, crc32 = database.execute("SELECT value, crc32 FROM facts").fetchone() or ("", -1)
+    facts = find_facts(database, file)
+    if facts is None:
+        raise IndexRefused(f"{file.parent} holds no finished build: build it first")
+    return facts
+
+
+def find_facts(
+    database: sqlite3.Connection, file: Path, table: Literal["facts", "journal"] = "facts"
+) -> Facts | None:
+    """Returns the facts of an index or of its journal; None where a build has not finished.
+
+    Args:
+        database, file: As in `read_facts`.
+        table: "facts" of the index, or those of its "journal".
+
+    Raises:
+        Damaged, IndexRefused: As in `read_facts`.
+    """
+    if not check_format(database, file):
+        return None
+    found = database.execute(f"SELECT value, crc32 FROM {table}").fetchone()
+    if found is None and (
+        table == "journal" or not database.execute("SELECT 1 FROM images LIMIT 1").fetchone()
+    ):
+        return None
+    value, crc32 = found or ("", -1)
     if zlib.crc32(value.encode()) != crc32:
         raise Damaged(
             f"{file} is damaged (its settings have been altered): put a copy in its place, or build"
@@ -255,12 +152,41 @@ def read_facts(database: sqlite3.Connection, file: Path) -> Facts:
     return Facts(**values)
 
 
-def write_facts(database: sqlite3.Connection, facts: Facts) -> None:
+def check_format(database: sqlite3.Connection, file: Path) -> int:
+    """Returns the format of a SQLite file; 0 where nothing was written to it yet.
+
+    Args:
+        database, file: As in `read_facts`.
+
+    Raises:
+        Damaged: The file is of another program.
+        IndexRefused: The file has the format of another version.
+    """
+    if not database.execute("SELECT 1 FROM sqlite_master").fetchone():
+        return 0
+    application, version = (
+        database.execute(f"PRAGMA {name}").fetchone()[0]
+        for name in ("application_id", "user_version")
+    )
+    if application != APPLICATION:
+        raise Damaged(f"{file} is not an index of ggem_jax: name the folder of one, or build one")
+    if not 1 <= version <= FORMAT:
+        raise IndexRefused(
+            f"{file} has format {version} where this version of ggem_jax reads format {FORMAT}:"
+            " update ggem_jax"
+        )
+    return version
+
+
+def write_facts(
+    database: sqlite3.Connection, facts: Facts, table: Literal["facts", "journal"] = "facts"
+) -> None:
     """Writes the facts with the present versions of the libraries.
 
     Args:
         database: An open connection to the SQLite file.
         facts: The facts, whose `versions` are replaced.
+        table: As in `find_facts`.
     """
     from_now = {
         "ggem_jax": ggem_jax.__version__,
@@ -271,320 +197,22 @@ def write_facts(database: sqlite3.Connection, facts: Facts) -> None:
     }
     value = json.dumps(asdict(replace(facts, versions=from_now)))
     database.execute(
-        "INSERT OR REPLACE INTO facts VALUES (0, ?, ?)", (value, zlib.crc32(value.encode()))
+        f"INSERT OR REPLACE INTO {table} VALUES (0, ?, ?)", (value, zlib.crc32(value.encode()))
     )
 
 
-def is_unfinished(folder: Path) -> bool:
-    """Returns whether a folder holds at most what an interrupted build leaves.
-
-    Args:
-        folder: Folder of an index, which may be missing.
-    """
-    return (
-        all(
-            name == LOCK or name.startswith((PENDING, NEXT)) or is_shard(name)
-            for name in os.listdir(folder)
-        )
-        if folder.is_dir()
-        else False
-    )
-
-
-def holds_shards(folder: Path) -> bool:
-    """Returns whether a folder holds files of vectors.
-
-    Args:
-        folder: Folder of an index, which must exist.
-    """
-    return any(map(is_shard, os.listdir(folder)))
-
-
-def index_is_missing(folder: Path) -> IndexRefused:
-    """Returns the error for vectors without an index.
-
-    Args:
-        folder: Folder of the index, which the error names.
-    """
-    return IndexRefused(
-        f"{INDEX} is missing in {folder}: put a copy in its place, or delete the folder to build it"
-        " anew"
-    )
-
-
-def is_shard(name: str) -> bool:
-    """Returns whether a file's name is that of a file of vectors.
-
-    Args:
-        name: Name of the file without its folder.
-    """
-    return name.startswith("vectors-") and name.endswith(".npy")
-
-
-def shard_file(folder: Path, shard: int) -> Path:
-    """Returns the file of a shard.
-
-    Args:
-        folder: Folder of the index.
-        shard: Number of the shard, a random one of 47 bits.
-    """
-    return folder / f"vectors-{shard:012x}.npy"
-
-
-def write_shard(file: Path, blocks: Iterable[np.ndarray], rows: int, facts: Facts) -> None:
-    """Writes vectors as one new `.npy` file, through to the disk.
-
-    Args:
-        file: The file, which must not exist.
-        blocks: Blocks `(n, dim)` of vectors in the dtype of the index.
-        rows: Number of vectors in all blocks.
-        facts: Facts of the index, with `dim` and `dtype`.
-
-    Raises:
-        OSError: The file exists or cannot be written.
-    """
-    with file.open("xb") as handle:
-        handle.write(_npy_header(rows, facts))
-        for block in blocks:
-            handle.write(np.ascontiguousarray(block).data)
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-def sync(path: Path) -> None:
-    """Flushes a file, or the list of names in a folder, to the disk.
-
-    Args:
-        path: The file or folder.
-    """
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def map_shard(folder: Path, shard: int, facts: Facts) -> np.ndarray:
-    """Returns the vectors of a shard, `(rows, dim)`, memory-mapped.
-
-    Args:
-        folder: Folder of the index.
-        shard: Number of the shard, a key of `facts.shards`.
-        facts: Facts of the index.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        Damaged: The file has another size or header; the text follows its name in a sentence.
-    """
-    rows = facts.shards[shard]
-    header, file = _npy_header(rows, facts), shard_file(folder, shard)
-    with file.open("rb") as handle:
-        there, expected = os.fstat(handle.fileno()).st_size, len(header) + rows * facts.row_bytes()
-        if there != expected:
-            raise Damaged(
-                f"is {'truncated' if there < expected else 'too long'} ({there} bytes where"
-                f" {expected} are expected)"
-            )
-        if handle.read(len(header)) != header:
-            raise Damaged("has an altered header")
-        return np.asarray(
-            np.memmap(handle, facts.stored(), "r", len(header), (rows, facts.dim))
-        )  # indexing np.memmap itself is slow
-
-
-def _npy_header(rows: int, facts: Facts) -> bytes:
-    """Version 1.0 of NumPy's format, padded to 64 bytes; the same bytes for any NumPy."""
-    text = (
-        f"{{'descr': '{facts.stored().str}', 'fortran_order': False, 'shape': ({rows},"
-        f" {facts.dim}), }}"
-    )
-    text += " " * (-(len(text) + 11) % 64) + "\n"
-    return b"\x93NUMPY\x01\x00" + len(text).to_bytes(2, "little") + text.encode("latin1")
-
-
-class Flaw(NamedTuple):
-    """An entry that cannot be used."""
-
-    id: int  # row of the entry in its SQLite file
-    path: str  # path of the image, relative to the root
-    file: str  # name of the damaged file
-    what: str  # what is wrong, as it follows the file's name in a sentence
-
-
-def flaws(
-    database: sqlite3.Connection, folder: Path, facts: Facts, name: str = INDEX
-) -> Iterator[Flaw]:
-    """Yields the entries that cannot be used: all checksums of entries and vectors are compared.
+def put_entries(
+    database: sqlite3.Connection, entries: Iterable[Entry], table: str = "images"
+) -> None:
+    """Adds entries, and replaces those of the same paths, which keep their ids.
 
     Args:
         database: An open connection to the SQLite file.
-        folder: Folder of the index.
-        facts: Facts of the SQLite file.
-        name: Name of the SQLite file, by which a flaw calls it.
+        entries: The entries.
+        table: "images", or "pending" for the entries of the journal.
     """
-    current, vectors, trouble = -1, np.empty((0, 0)), ""
-    for number, entry_crc32, *values in database.execute(
-        f"SELECT id, entry_crc32, {COLUMNS} FROM images ORDER BY shard, row"
-    ):
-        entry = Entry(*values)
-        path = os.fsdecode(entry.path) if isinstance(entry.path, bytes) else str(entry.path)
-        if entry.crc32() != entry_crc32:
-            yield Flaw(number, path, name, "holds altered entries")
-            continue
-        if (
-            entry.shard not in facts.shards
-            or not isinstance(entry.row, int)
-            or not 0 <= entry.row < facts.shards[entry.shard]
-        ):
-            yield Flaw(number, path, name, "names vectors that are not there")
-            continue
-        if entry.shard != current:
-            current, trouble = entry.shard, ""
-            try:
-                vectors = map_shard(folder, current, facts)
-            except FileNotFoundError:
-                trouble = "is missing"
-            except (OSError, Damaged) as error:
-                trouble = getattr(error, "strerror", None) or str(error)
-        if (
-            not trouble
-            and zlib.crc32(np.ascontiguousarray(vectors[entry.row]).data) == entry.vector_crc32
-        ):
-            continue
-        yield Flaw(
-            number, path, shard_file(folder, current).name, trouble or "holds altered vectors"
-        )
-
-
-def some(paths: list[str]) -> str:
-    """Returns `3 images (a.jpg, b.jpg, c.jpg)`, with at most five names.
-
-    Args:
-        paths: Paths of images, in any order.
-    """
-    names = ", ".join(map(shown, sorted(paths)[:5])) + (
-        f" and {len(paths) - 5} more" if len(paths) > 5 else ""
+    values = ", ".join("?" * (len(Entry._fields) + 1))
+    database.executemany(
+        f"INSERT INTO {table} ({COLUMNS}, entry_crc32) VALUES ({values}) {REPLACING}",
+        ((*entry, entry.crc32()) for entry in entries),
     )
-    return f"{len(paths)} image{'s' if len(paths) != 1 else ''} ({names})"
-
-
-def mend(folder: Path, file: str, what: str, paths: list[str] | None = None) -> str:
-    """Returns the sentence for a damaged file, with the images that it concerns.
-
-    Args:
-        folder: Folder of the index.
-        file: Name of the damaged file.
-        what: What is wrong, as it follows the name in a sentence, such as "is missing".
-        paths: Paths of the images that it concerns; None if they are not known.
-    """
-    concerned = f": {some(paths)} cannot be found by it" if paths else ""
-    return (
-        f"{folder / file} {what}{concerned}; put a copy of the file in its place, or add with"
-        " repair, which extracts such images again"
-    )
-
-
-def map_or_refuse(folder: Path, shard: int, facts: Facts) -> np.ndarray:
-    """Returns the vectors of a shard, `(rows, dim)`, memory-mapped.
-
-    Unlike in `map_shard`, the error for damage is a whole sentence with a remedy.
-
-    Args:
-        folder, shard, facts: As in `map_shard`.
-
-    Raises:
-        FileNotFoundError: There is no such file.
-        Damaged: The file has another size or header.
-        IndexRefused: The file cannot be read.
-    """
-    try:
-        return map_shard(folder, shard, facts)
-    except Damaged as error:
-        raise Damaged(mend(folder, shard_file(folder, shard).name, str(error))) from None
-    except FileNotFoundError:
-        raise
-    except OSError as error:
-        raise IndexRefused(
-            f"{shard_file(folder, shard)} cannot be read: {error.strerror}"
-        ) from error
-
-
-def facts_of(folder: Path) -> Facts:
-    """Returns the facts of an index as it is now.
-
-    Args:
-        folder: Folder of the index.
-
-    Raises:
-        IndexRefused: There is no index, it is damaged, or of another version.
-    """
-    with reading(folder) as database:
-        return read_facts(database, folder / INDEX)
-
-
-def as_json(settings: dict[str, Any]) -> dict[str, Any]:
-    """Returns settings as they come back from JSON: tuples become lists, keys text.
-
-    Args:
-        settings: A dictionary of JSON values.
-
-    Raises:
-        IndexRefused: The settings are not such a dictionary.
-    """
-    try:
-        return dict(json.loads(json.dumps(settings)))
-    except (TypeError, ValueError) as error:
-        raise IndexRefused(f"settings must be a dictionary of JSON values: {error}") from None
-
-
-def refuse_other_settings(folder: Path, there: dict[str, Any], here: dict[str, Any]) -> None:
-    """Raises `IndexRefused`, which lists all differences, unless the settings are equal.
-
-    Args:
-        folder: Folder of the index, which the error names.
-        there: Settings of the index.
-        here: Settings of the caller, a dictionary of JSON values.
-    """
-    flat_there, flat_here = _flat(there), _flat(as_json(here))
-    names = [
-        name
-        for name in flat_there | flat_here
-        if flat_there.get(name, "not set") != flat_here.get(name, "not set")
-    ]
-    if names:
-        told = "; ".join(
-            f"{name} is {flat_there.get(name, 'not set')} there, {flat_here.get(name, 'not set')}"
-            " here"
-            for name in names
-        )
-        raise IndexRefused(
-            f"{folder} was made with other settings ({told}): use those, or build an index of its"
-            " own for these"
-        )
-
-
-def refuse_other_build(folder: Path, there: Facts, here: Facts) -> None:
-    """Raises `IndexRefused` unless settings, dtype, folder of the images and part are equal.
-
-    Args:
-        folder: Folder of the index, which the error names.
-        there: Facts of the index, or of an interrupted build.
-        here: Facts of the caller.
-    """
-    facts_there, facts_here = (
-        {**facts.settings, "dtype": facts.dtype, "folder": facts.root, "shard": facts.part}
-        for facts in (there, here)
-    )
-    refuse_other_settings(folder, facts_there, facts_here)
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, str]:
-    """{"pooling": {"p": 3}} -> {"pooling.p": "3"}"""
-    flat: dict[str, str] = {}
-    for name, value in values.items():
-        flat |= (
-            _flat(value, f"{prefix}{name}.")
-            if isinstance(value, dict) and value
-            else {f"{prefix}{name}": json.dumps(value, ensure_ascii=False)}
-        )
-    return flat

@@ -5,23 +5,11 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ggem_jax.retrieval.index.damage import flaws, mend, some
 from ggem_jax.retrieval.index.folder import hash_file
-from ggem_jax.retrieval.index.store import (
-    INDEX,
-    LOCK,
-    NEXT,
-    PENDING,
-    Damaged,
-    Facts,
-    facts_of,
-    flaws,
-    is_shard,
-    mend,
-    read_facts,
-    reading,
-    shard_file,
-    some,
-)
+from ggem_jax.retrieval.index.reading import NEXT, PENDING, facts_of, reading
+from ggem_jax.retrieval.index.shards import is_shard, shard_file
+from ggem_jax.retrieval.index.store import FORMAT, INDEX, Damaged, Facts, check_format, read_facts
 
 
 class Verdict(NamedTuple):
@@ -66,7 +54,7 @@ def _damage(folder: Path) -> tuple[list[str], Facts | None, list[tuple[str, byte
     """The damage, and the facts, paths and contents; no facts where SQLite's file is damaged."""
     damage = list[str]()
     try:
-        with reading(folder) as database:
+        with reading(folder, copy=True) as database:
             facts = read_facts(database, folder / INDEX)
             problems = [
                 line for (line,) in database.execute("PRAGMA integrity_check(1)") if line != "ok"
@@ -90,19 +78,29 @@ def _damage(folder: Path) -> tuple[list[str], Facts | None, list[tuple[str, byte
 
 
 def _notes(folder: Path, facts: Facts, found: list[tuple[str, bytes]] | None) -> list[str]:
-    notes = []
-    unused = sorted(
+    notes, used = [], {shard_file(folder, shard).name for shard in facts.shards}
+    if extracted := _count_pending(folder):
+        notes.append(
+            f"{folder} holds {extracted} images of a writer that is at work or was interrupted:"
+            " they are not part of the index yet, and the next writer takes them over"
+        )
+    elif ours := sorted(
         name
         for name in os.listdir(folder)
-        if name not in (INDEX, LOCK, *(shard_file(folder, shard).name for shard in facts.shards))
-    )
-    ours = [name for name in unused if is_shard(name) or name.startswith((PENDING, NEXT))]
-    if ours:
+        if name.startswith((f"{INDEX}-", PENDING, NEXT)) or (is_shard(name) and name not in used)
+    ):
         notes.append(
             f"{folder} holds {len(ours)} files of a writer that is at work or was interrupted"
             f" ({ours[0]}): the next one uses or removes them"
         )
     return notes + (_changed_images(Path(facts.root), found) if found is not None else [])
+
+
+def _count_pending(folder: Path) -> int:
+    with reading(folder) as database:
+        if check_format(database, folder / INDEX) < FORMAT:
+            return 0
+        return database.execute("SELECT COUNT(*) FROM pending").fetchone()[0]
 
 
 def _changed_images(root: Path, found: list[tuple[str, bytes]]) -> list[str]:

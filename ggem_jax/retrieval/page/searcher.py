@@ -14,7 +14,8 @@ from ggem_jax.retrieval.index import describing
 from ggem_jax.retrieval.index.duplicates import ImageFile, read_files
 from ggem_jax.retrieval.index.folder import shown
 from ggem_jax.retrieval.index.index import Index
-from ggem_jax.retrieval.index.store import INDEX
+from ggem_jax.retrieval.index.reading import facts_of
+from ggem_jax.retrieval.index.store import IndexRefused
 from ggem_jax.retrieval.index.text_search import (
     Encode,
     load_text_encoder,
@@ -64,7 +65,7 @@ class Searcher:
         self._extract: describing.LazyExtract | None = None
         self._encode: Encode | None = encode
         self._one_at_a_time = threading.Lock()
-        self._version = self._file_version()
+        self._version = self._revision()
         files = read_files(index)
         same = [file.path for file in files] == index.paths
         self._files = files if same else [ImageFile(path, 0, 0, 0) for path in index.paths]
@@ -171,7 +172,7 @@ class Searcher:
             "query": query,
             "rerank": wanted.method.record(),
             "seconds": {"network": network_seconds, "search": seconds},
-            "index_changed": self._file_version() != self._version,
+            "index_changed": self._revision() != self._version,
             "results": [
                 self._entry(number) | hit
                 for number, hit in zip(results.ids[0].tolist(), found["results"], strict=True)
@@ -229,9 +230,8 @@ class Searcher:
                 self._extract = describing.LazyExtract(settings)
             return self._extract
 
-    def _file_version(self) -> tuple[int, int]:
+    def _revision(self) -> int:
         try:
-            found = (self.index.folder / INDEX).stat()
-        except OSError:
-            return (0, 0)
-        return found.st_mtime_ns, found.st_ino
+            return facts_of(self.index.folder).revision
+        except IndexRefused:
+            return -1

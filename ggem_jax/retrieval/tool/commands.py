@@ -14,10 +14,10 @@ from typing import Any
 from ggem_jax.descriptors.settings import DescriptorSettings
 from ggem_jax.retrieval import index as indexes
 from ggem_jax.retrieval.index import Duplicates, Evaluation, Index, Report, Results
+from ggem_jax.retrieval.index.damage import some
 from ggem_jax.retrieval.index.describing import SurplusFile
 from ggem_jax.retrieval.index.folder import shown
-from ggem_jax.retrieval.index.store import some
-from ggem_jax.retrieval.index.writing import COUNTS
+from ggem_jax.retrieval.index.report import COUNTS
 from ggem_jax.retrieval.methods import Method
 from ggem_jax.retrieval.rerank_files import rerank_files
 from ggem_jax.retrieval.tool.compilation import keep_compiled_programs

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterator
 
 from ggem_jax.progress import progress_bar
-from ggem_jax.retrieval.index.writing import OnProgress
+from ggem_jax.retrieval.index.report import OnProgress
 
 SECONDS = 30.0  # time between two lines
 
