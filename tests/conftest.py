@@ -30,10 +30,12 @@ os.environ |= COMPILATION_CACHE
 import chex  # noqa: E402
 import jax  # noqa: E402
 import shape_checks  # noqa: E402
-from small_index import built, photos, small  # noqa: E402, F401
 
 CHECKED_MODULES = shape_checks.install(ROOT, ("ggem_jax", "neupims", "train", "eval"))
 chex.set_n_cpu_devices(8)
+
+# after the checks, which only later imports get
+from small_index import built, photos, small  # noqa: E402, F401
 
 # Mark -> the file of its cases, which need a run of their own, and how many of them must pass,
 # without those marked `slow`.

@@ -88,7 +88,7 @@ class Extraction:
     def _images(
         self, files: Sequence[tuple[int, File]], reading: Reading, workers: int
     ) -> Generator[RGB, None, None]:
-        """The images that the extractor reads, in the thread that also writes the journal."""
+        """The images that the extractor reads, in any thread: SQLite is not used here."""
         root = Path(self.journal.facts.root)
         found = decode(
             root, (file for _, file in files), self.known, workers=workers, reading=reading

@@ -77,6 +77,7 @@ def _drop_unused_pages(database: sqlite3.Connection) -> None:
         for name in ("page_count", "freelist_count")
     )
     if unused > _UNUSED_PAGES * pages:
+        database.execute("PRAGMA journal_mode=WAL")
         database.execute("VACUUM")
 
 

@@ -56,41 +56,42 @@ def update(
         for shard in [] if task.repair else wanted.shards:
             map_or_refuse(folder, shard, wanted)
         journal = Journal(folder, database, wanted, lost)
-        changed = [
-            (place, file)
-            for place, file in enumerate(listing.files)
-            if task.deep or not _is_unchanged(journal, file)
-        ]
-        unchanged, total = len(listing.files) - len(changed), len(listing.files)
-        extraction = _extract_changed(journal, changed, total, extract, task, on_progress)
-        added, updated, touched = journal.count()
-        if before is None and wanted.part is None and not added:
-            why = (listing.skipped + extraction.skipped)[0].why
+        extraction = _extract_changed(journal, listing.files, extract, task, on_progress)
+        report, dropped = _report(journal, listing, extraction, task)
+        if before is None and wanted.part is None and not report.added:
             raise IndexRefused(
-                f"none of the {len(listing.files)} images in {wanted.root} could be indexed: {why}"
+                f"none of the {len(listing.files)} images in {wanted.root} could be indexed:"
+                f" {report.skipped[0].why}"
             )
-        gone, left_out = _find_gone(journal, listing, task.start)
-        dropped = left_out + gone if task.prune else left_out
-        vanished = _find_vanished(journal, dropped)
         if (
             before is None
-            or any((added, updated, touched, dropped, lost, listing.opened))
+            or any((*journal.count(), dropped, lost, listing.opened))
             or (before.root, before.exclusions) != (wanted.root, wanted.exclusions)
         ):
             journal.publish(dropped, listing.opened)
         else:
             journal.drop()
+    return report
+
+
+def _report(
+    journal: Journal, listing: Listing, extraction: Extraction, task: Task
+) -> tuple[Report, list[bytes]]:
+    """What publishing the journal will do, and the paths of the entries that leave the index."""
+    added, updated, _ = journal.count()
+    gone, left_out = _find_gone(journal, listing, task.start)
+    dropped = left_out + gone if task.prune else left_out
     notes = extraction.notes()
     if left_out:
         names = some(list(map(os.fsdecode, left_out)))
         notes.append(f"entries that are excluded now were dropped: {names}")
-    return Report(
+    report = Report(
         added=added,
         updated=updated,
-        unchanged=unchanged + touched,
+        unchanged=len(listing.files) - added - updated - len(extraction.skipped),
         removed=len(dropped),
         reused=journal.reused,
-        skipped=listing.skipped + extraction.skipped + vanished,
+        skipped=listing.skipped + extraction.skipped + _find_vanished(journal, dropped),
         notes=tuple(notes),
         files=listing.count(),
         not_images=dict(listing.others),
@@ -98,6 +99,7 @@ def update(
         special=listing.special,
         unreachable=[] if task.prune else list(map(os.fsdecode, gone)),
     )
+    return report, dropped
 
 
 def _list_images(database: sqlite3.Connection, folder: Path, wanted: Facts, task: Task) -> Listing:
@@ -134,19 +136,23 @@ def _is_unchanged(journal: Journal, file: File) -> bool:
 
 def _extract_changed(
     journal: Journal,
-    changed: list[tuple[int, File]],
-    total: int,
+    files: list[File],
     extract: Extract,
     task: Task,
     on_progress: OnProgress | None,
 ) -> Extraction:
-    """Extracts what no interrupted writer has extracted."""
+    """Extracts the files that changed, apart from those that an interrupted writer extracted."""
+    changed = [
+        (place, file)
+        for place, file in enumerate(files)
+        if task.deep or not _is_unchanged(journal, file)
+    ]
     unread = journal.take_extracted(changed)
     known, outdated = journal.contents()
 
     def tell(done: int) -> None:
         if on_progress is not None:
-            on_progress(total - len(unread) + done, total)
+            on_progress(len(files) - len(unread) + done, len(files))
 
     extraction, workers = Extraction(journal, known, tell), min(4, os.cpu_count() or 1)
     tell(0)
