@@ -3,6 +3,7 @@
 The files that the tests write have the fields of published ones (numbers as published).
 """
 
+import contextlib
 import json
 
 import pytest
@@ -10,7 +11,9 @@ import pytest
 from neupims import load_model, load_parallel
 from neupims.__main__ import main
 from neupims.machine.config import read_model
+from neupims.machine.model_files import own_fields, parse_model
 from neupims.machine.model_size import parameters, weight_bytes
+from neupims.machine.quantization import METHODS
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -182,6 +185,26 @@ DEEPSEEK_LITE = DEEPSEEK | {
     "quantization_config": None,
     "vocab_size": 102400,
 }
+LLAMA4 = {
+    "model_type": "llama4",
+    "torch_dtype": "bfloat16",
+    "text_config": {
+        "model_type": "llama4_text",
+        "attention_chunk_size": 8192,
+        "head_dim": 128,
+        "hidden_size": 5120,
+        "interleave_moe_layer_step": 2,
+        "intermediate_size": 8192,
+        "intermediate_size_mlp": 16384,
+        "no_rope_layers": [],
+        "num_attention_heads": 40,
+        "num_experts_per_tok": 1,
+        "num_hidden_layers": 48,
+        "num_key_value_heads": 8,
+        "num_local_experts": 128,
+        "vocab_size": 202048,
+    },
+}
 GPT2 = {"model_type": "gpt2", "n_embd": 1600, "n_head": 25, "n_layer": 48, "vocab_size": 50257}
 NEOX = {
     "model_type": "gpt_neox",
@@ -286,27 +309,7 @@ def test_other_architectures_have_their_published_size(tmp_path, kind, numbers, 
 
 def test_llama_4_has_chunks_and_dense_layers(tmp_path):
     """Maverick: 24 of 48 layers have 128 experts, 36 have chunks of 8192; 400.7 billion."""
-    values = {
-        "model_type": "llama4",
-        "torch_dtype": "bfloat16",
-        "text_config": {
-            "model_type": "llama4_text",
-            "attention_chunk_size": 8192,
-            "head_dim": 128,
-            "hidden_size": 5120,
-            "interleave_moe_layer_step": 2,
-            "intermediate_size": 8192,
-            "intermediate_size_mlp": 16384,
-            "no_rope_layers": [],
-            "num_attention_heads": 40,
-            "num_experts_per_tok": 1,
-            "num_hidden_layers": 48,
-            "num_key_value_heads": 8,
-            "num_local_experts": 128,
-            "vocab_size": 202048,
-        },
-    }
-    found = read(tmp_path, values)
+    found = read(tmp_path, LLAMA4)
     assert found.model == load_model("llama4-maverick")
     assert "chunks of 8192 tokens is taken as a window" in found.notes[1]
 
@@ -520,3 +523,35 @@ def test_show_gives_the_sizes_of_a_file(tmp_path, capsys):
     assert "no torch_dtype" in " ".join(capsys.readouterr().out.split())
     assert main(["show", "systems", "--model", "gpt3-7b"]) == 1
     assert "--model is for models" in capsys.readouterr().err
+
+
+ODD = ("x", "", -1, 0, 1.5, [], [1], {}, {"a": 1}, None, True, 10**30)
+ALL = [LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3_MOE, GEMMA2, GEMMA3, GPT_OSS, DEEPSEEK, OPT]
+MORE = {
+    "dtype": None,
+    "interleave_moe_layer_step": 1,
+    "layer_types": None,
+    "mlp_only_layers": [],
+    "no_rope_layers": [],
+    "sliding_window_pattern": 6,
+    "use_sliding_window": True,
+}
+
+
+@pytest.mark.parametrize("values", [*ALL, LLAMA4], ids=lambda values: values["model_type"])
+def test_odd_values_give_a_model_or_one_sentence(values):
+    inner = values.get("text_config", values)
+    for name in (*inner, *MORE):
+        for odd in ODD:
+            changed = inner | {name: odd}
+            with contextlib.suppress(ValueError):
+                parse_model(*own_fields(changed))
+
+
+def test_odd_quantizations_give_a_model_or_one_sentence():
+    for name in ("quant_method", "bits", "config_groups", "kv_cache_scheme", "ignore"):
+        for odd in ODD:
+            for method in METHODS:
+                plan = {"quant_method": method, "bits": 8, "quant_algo": "FP8", name: odd}
+                with contextlib.suppress(ValueError):
+                    parse_model(*own_fields(LLAMA | {"quantization_config": plan}))

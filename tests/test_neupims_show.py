@@ -105,6 +105,11 @@ def test_a_change_is_refused_where_it_changes_nothing():
         shown(None, "models", "--set", "energy.mac=1")
 
 
+def test_no_number_of_a_model_is_cut_off(capsys):
+    text = shown(capsys, "models")
+    assert "…" not in text[: text.index("sources")]
+
+
 def test_models_and_systems(capsys):
     found = {each["name"]: each for each in json.loads(shown(capsys, "models", "--json"))["models"]}
     assert (found["llama3-8b"]["kv_heads"], found["gpt3-30b"]["pp"]) == (8, 2)

@@ -103,20 +103,26 @@ def _draw_hardware(found: dict[str, Any]) -> None:
 
 
 def _draw_models(found: dict[str, Any]) -> None:
-    columns = {
-        "layers": "layers",
-        "width": "width",
-        "heads": "heads",
-        "kv_heads": "kv",
-        "head_dim": "head",
-        "mlp_width": "mlp",
-        "experts": "exp",
-        "tp": "tp",
-        "pp": "pp",
-    }
     models = [each | {"name": Path(each["name"]).name} for each in found["models"]]
-    rows = [(each["name"], *(str(each[name]) for name in columns)) for each in models]
-    _table("models (--model NAME)", ("name", *columns.values()), rows, numbers=True)
+    rows = [
+        (
+            each["name"],
+            str(each["layers"]),
+            str(each["width"]),
+            f"{each['heads']}/{each['kv_heads']}",
+            str(each["head_dim"]),
+            str(each["mlp_width"]),
+            f"{each['active_experts']}/{each['experts']}" if each["experts"] else "",
+            f"{each['tp']},{each['pp']}",
+        )
+        for each in models
+    ]
+    _table(
+        "models (--model NAME): query/key heads, channels of a head, active/all experts",
+        ("name", "layers", "width", "heads", "head", "mlp", "exps", "tp,pp"),
+        rows,
+        numbers=True,
+    )
     sizes = [
         (
             each["name"],
@@ -129,8 +135,8 @@ def _draw_models(found: dict[str, Any]) -> None:
         for each in models
     ]
     _table(
-        "sizes: parameters in billions, all and active for a token; weights in GB; bytes of the"
-        " key-value cache a token; GFLOPs a token beside attention's with the cache",
+        "sizes: billions of parameters, all and those active for a token; GB of weights; bytes of"
+        " cache a token, before windows are full; GFLOPs a token without those with the cache",
         ("name", "parameters", "active", "weights", "cache bytes", "GFLOPs"),
         sizes,
         numbers=True,

@@ -49,10 +49,10 @@ def sliding_window(config: Config, tokens: int, layers: int) -> Numbers:
     Raises:
         ValueError: `layer_types` has layers of another kind.
     """
-    kinds = config.values.get("layer_types")
-    if kinds is not None:
+    kinds = config.list("layer_types")
+    if kinds:
         known = {"sliding_attention", "full_attention"}
-        if not isinstance(kinds, list) or not known >= set(map(str, kinds)):
+        if not known >= set(map(str, kinds)):
             raise ValueError(f"layer_types must be a list of {' and '.join(sorted(known))}")
         layers = kinds.count("sliding_attention")
     context = config.get("max_position_embeddings")
@@ -120,7 +120,7 @@ def _gemma3(config: Config) -> Numbers:
     filled = {name: config.assume(name, number) for name, number in defaults.items()}
     config.values = {**config.values, **filled}
     numbers = _gemma(config)
-    full = numbers["layers"] // config.get("sliding_window_pattern", 6)
+    full = numbers["layers"] // config.get("sliding_window_pattern", 6, least=1)
     window = config.assume("sliding_window", 4096)
     return numbers | sliding_window(config, window, numbers["layers"] - full)
 

@@ -31,32 +31,48 @@ class Config:
         self.kind = str(values["model_type"])
         self.notes: dict[str, str] = {}
 
-    def need(self, *names: str) -> int:
+    def need(self, *names: str, least: int = 0) -> int:
         """Returns the first of these numbers that the file has.
 
         Args:
             names: Names of the same number.
+            least: The smallest value that is allowed.
 
         Raises:
             ValueError: The file has none of them, or its value is not a whole number.
         """
         for name in names:
             if self.values.get(name) is not None:
-                return self._check(name, self.values[name])
+                return self._check(name, self.values[name], least)
         raise ValueError(f"{' or '.join(names)} must be given for the model_type {self.kind}")
 
-    def get(self, name: str, default: int = 0) -> int:
+    def get(self, name: str, default: int = 0, *, least: int = 0) -> int:
         """Returns a number that may be left out or null.
 
         Args:
             name: Its name.
             default: Its value where it is left out or null.
+            least: The smallest value that is allowed.
 
         Raises:
-            ValueError: The value is not a whole number.
+            ValueError: The value is not a whole number, or too small.
         """
         value = self.values.get(name)
-        return default if value is None else self._check(name, value)
+        return default if value is None else self._check(name, value, least)
+
+    def list(self, name: str) -> list[Any]:
+        """Returns a list, empty where it is left out or null.
+
+        Args:
+            name: Its name.
+
+        Raises:
+            ValueError: The value is not a list.
+        """
+        value = self.values.get(name)
+        if value is not None and not isinstance(value, list):
+            raise ValueError(f"{name} must be a list, not {value!r}")
+        return value or []
 
     def assume(self, name: str, default: int) -> int:
         """Returns a number; where the file leaves it out, the architecture's default, with a note.
@@ -93,7 +109,7 @@ class Config:
         return default if value is None else value
 
     @staticmethod
-    def _check(name: str, value: Any) -> int:
-        if isinstance(value, bool) or not isinstance(value, int) or value < 0:
-            raise ValueError(f"{name} must be a whole number of at least 0, not {value!r}")
+    def _check(name: str, value: Any, least: int = 0) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be a whole number of at least {least}, not {value!r}")
         return value

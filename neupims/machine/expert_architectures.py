@@ -23,13 +23,10 @@ def _mixtral(config: Config) -> Numbers:
 def _qwen_experts(config: Config) -> Numbers:
     """Qwen2-MoE and Qwen3-MoE: each `decoder_sparse_step`-th layer has experts."""
     numbers = qwen(config)
-    step, dense = config.get("decoder_sparse_step", 1), config.values.get("mlp_only_layers") or []
-    sparse = [
-        layer
-        for layer in range(numbers["layers"])
-        if layer not in dense and step and (layer + 1) % step == 0
-    ]
-    width = config.need("moe_intermediate_size")
+    layers, step = numbers["layers"], config.get("decoder_sparse_step", 1, least=1)
+    dense = {layer for layer in config.list("mlp_only_layers") if isinstance(layer, int)}
+    sparse = layers // step - sum(layer < layers and (layer + 1) % step == 0 for layer in dense)
+    width = config.need("moe_intermediate_size", least=1)
     shared = config.get("shared_expert_intermediate_size")
     if shared % width:
         raise ValueError(
@@ -42,7 +39,7 @@ def _qwen_experts(config: Config) -> Numbers:
         "active_experts": config.need("num_experts_per_tok"),
         "shared_experts": shared // width,
         "expert_width": width,
-        "dense_layers": numbers["layers"] - len(sparse),
+        "dense_layers": layers - sparse,
     }
 
 
@@ -71,7 +68,7 @@ def _shared_and_routed(config: Config, layers: int) -> Numbers:
         "experts": config.need("n_routed_experts"),
         "active_experts": config.need("num_experts_per_tok"),
         "shared_experts": config.get("n_shared_experts"),
-        "expert_width": config.need("moe_intermediate_size"),
+        "expert_width": config.need("moe_intermediate_size", least=1),
         "dense_layers": min(config.get("first_k_dense_replace"), layers),
     }
 
@@ -118,20 +115,19 @@ def _olmoe(config: Config) -> Numbers:
 def _llama4(config: Config) -> Numbers:
     """Llama 4: in three of four layers attention ends at chunks; a shared expert; dense layers."""
     numbers = attention(config)
-    layers, step = numbers["layers"], config.get("interleave_moe_layer_step", 1)
-    chunked = config.values.get("no_rope_layers") or [
-        (layer + 1) % 4 != 0 for layer in range(layers)
-    ]
+    layers, step = numbers["layers"], config.get("interleave_moe_layer_step", 1, least=1)
+    rotary = config.list("no_rope_layers")  # 1 where a layer has rotary positions, and chunks
+    chunked = len([each for each in rotary if each]) if rotary else layers - layers // 4
     chunk = config.need("attention_chunk_size")
     config.notes["window"] = f"attention in chunks of {chunk} tokens is taken as a window"
     return numbers | {
         "window": chunk,
-        "window_layers": sum(map(bool, chunked)),
+        "window_layers": chunked,
         "mlp_width": config.need("intermediate_size_mlp"),
         "experts": config.need("num_local_experts"),
         "active_experts": config.need("num_experts_per_tok"),
         "shared_experts": 1,
-        "expert_width": config.need("intermediate_size"),
+        "expert_width": config.need("intermediate_size", least=1),
         "dense_layers": layers - layers // step,
     }
 

@@ -38,7 +38,7 @@ def read_config(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, st
         whole = values.get("model_type")
         notes["text_config"] = f"only the language model is read, not the rest of {whole}"
     kind = inner.get("model_type")
-    if kind not in READERS:
+    if not isinstance(kind, str) or kind not in READERS:
         raise ValueError(
             f"the model_type {kind!r} is not known; known are {', '.join(sorted(READERS))}; a"
             " file of our own fields can describe others (`neupims show models` lists the fields)"

@@ -83,6 +83,8 @@ def _read_plan(plan: Mapping[str, Any], experts: bool) -> tuple[Bits, Notes]:
     if "kv_bits" not in bits:
         notes["kv_bits"] = NO_CACHE
     kept = plan.get("modules_to_not_convert") or plan.get("ignore") or []
+    if not isinstance(kept, list):
+        raise ValueError(f"quantization_config: ignore must be a list of names, not {kept!r}")
     large = [name for name in kept if not any(part in str(name) for part in KEPT_AT_16)]
     if large and method != "mxfp4":
         notes["weight_bits"] += (
@@ -102,33 +104,40 @@ def _read_modelopt(plan: Mapping[str, Any]) -> Bits:
         )
     weights, activations = algorithms[algorithm]
     bits = {"weight_bits": weights, "activation_bits": activations}
-    kept = plan.get("kv_cache_quant_algo") or plan.get("kv_cache_scheme")
-    if kept is None:
-        return bits
-    return bits | {"kv_bits": _number(kept, "num_bits") if isinstance(kept, Mapping) else 8}
+    if plan.get("kv_cache_quant_algo"):
+        return bits | {"kv_bits": 4 if "4" in str(plan["kv_cache_quant_algo"]) else 8}
+    return bits | _read_cache(plan)
 
 
 def _read_groups(plan: Mapping[str, Any]) -> Bits:
     """Returns the bits of compressed-tensors, whose groups of modules must agree."""
-    groups = list((plan.get("config_groups") or {}).values())
-    found = {
-        (
-            _number(group.get("weights") or {}, "num_bits"),
-            _number(group["input_activations"], "num_bits")
-            if group.get("input_activations")
-            else 16,
-        )
-        for group in groups
-    }
+    groups = _table(plan, "config_groups")
+    found = set()
+    for name in groups:
+        group = _table(groups, name)
+        inputs = _table(group, "input_activations")
+        weights = _number(_table(group, "weights"), "num_bits")
+        found.add((weights, _number(inputs, "num_bits") if inputs else 16))
     if len(found) != 1:
         raise ValueError(
             f"quantization_config: config_groups must agree on their bits, but have {len(found)}"
             " kinds; state weight_bits and the like in a file of our own fields"
         )
     weights, activations = found.pop()
-    scheme = plan.get("kv_cache_scheme")
-    kept = {"kv_bits": _number(scheme, "num_bits")} if scheme else {}
-    return {"weight_bits": weights, "activation_bits": activations, **kept}
+    return {"weight_bits": weights, "activation_bits": activations, **_read_cache(plan)}
+
+
+def _read_cache(plan: Mapping[str, Any]) -> Bits:
+    scheme = _table(plan, "kv_cache_scheme")
+    return {"kv_bits": _number(scheme, "num_bits")} if scheme else {}
+
+
+def _table(plan: Mapping[str, Any], name: str) -> Mapping[str, Any]:
+    """Returns a table of fields, empty where it is left out or null."""
+    value = plan.get(name)
+    if value is not None and not isinstance(value, Mapping):
+        raise ValueError(f"quantization_config: {name} must be a table of fields, not {value!r}")
+    return value or {}
 
 
 def _number(plan: Mapping[str, Any], *names: str) -> int:
