@@ -16,14 +16,12 @@ from neupims.machine import config
 from neupims.machine.calibration import Calibration
 from neupims.machine.model import Decoder
 from neupims.machine.model_size import flops_per_token, kv_cache_bytes, parameters, weight_bytes
-from neupims.machine.record import Field, describe, to_values
+from neupims.machine.quantity import Field, describe
+from neupims.machine.record import to_values
+from neupims.machine.simulator_files import CORE_FIELDS, MEMORY_FIELDS, WITHOUT_EFFECT
 from neupims.machine.systems import SPELLINGS, System
-from neupims.simulator_runs import (
-    CORE_FIELDS,
-    MEMORY_FIELDS,
-    WITHOUT_EFFECT,
-    WITHOUT_MODELLED_EFFECT,
-)
+from neupims.machine.totals import derive_totals
+from neupims.machine.units import CYCLES
 from neupims.timing.stages import stages
 
 ABOUT: dict[System, str] = {
@@ -56,7 +54,10 @@ class HardwareTable(_Table):
     """The fields of a machine, and the named machines."""
 
     hardware: str  # name or file of the machine
-    fields: list[Row]  # name, value, default, unit, source, least and whole of each field
+    # Of each field what `quantity.Field` says, the text or number that a file or the caller gives
+    # (or null), by whom, and cycles in nanoseconds.
+    fields: list[Row]
+    totals: list[Row]  # name, value, unit and formula of what follows from the fields
     configurations: list[Row]  # name, about and changed fields of each named machine
 
 
@@ -105,34 +106,34 @@ class KnobTable(_Table):
     without_effect: list[str]  # fields that do not change the simulator's cycles
 
 
-def list_hardware(hardware: str | Path = "neupims") -> HardwareTable:
-    """Returns every field of a machine by dotted name, and the named machines.
+def list_hardware(
+    hardware: str | Path = "neupims", changes: Mapping[str, float | str] | None = None
+) -> HardwareTable:
+    """Returns every field of a machine by dotted name, what follows from them, and named machines.
 
     Args:
-        hardware: A named machine, or a TOML or JSON file.
+        hardware: A named machine, or a file.
+        changes: Further fields by dotted name: numbers, or text with a unit.
 
     Raises:
         ValueError: The machine is unknown, or its file is malformed.
         OSError: The file cannot be read.
     """
-    defaults = {each.name: each.value for each in describe(config.load_hardware("neupims"))}
-    shown = [
-        {
-            "name": each.name,
-            "value": each.value,
-            "default": defaults[each.name],
-            "unit": each.unit,
-            "source": each.source,
-            "least": each.least,
-            "whole": each.whole,
-        }
-        for each in describe(config.load_hardware(hardware))
-    ]
+    machine, given = config.read_machine(hardware, changes)
+    shown = []
+    for each in describe(machine):
+        row = each._asdict()
+        row["given"], row["given_by"] = given.get(each.name, (None, None))
+        row["nanoseconds"] = (
+            each.value / machine.hbm.clock_hz * 1e9 if each.unit == CYCLES else None
+        )
+        shown.append(row)
     named = [
         {"name": name, "about": config.about("hardware", name), "changes": config.changes(name)}
         for name in config.names("hardware")
     ]
-    return HardwareTable(str(hardware), shown, named)
+    totals = [each._asdict() for each in derive_totals(machine)]
+    return HardwareTable(str(hardware), shown, totals, named)
 
 
 def list_models(model: str | Path | None = None) -> ModelTable:
@@ -204,7 +205,7 @@ def list_constants(
         ValueError: The machine is unknown, its file is malformed, or a change is impossible.
         OSError: The file cannot be read.
     """
-    machine = config.set_fields(config.load_hardware(hardware), changes or {})
+    machine = config.load_hardware(hardware, changes)
     origins = config.cost_sources(hardware, changes)
     fitted = [
         _constant(f"calibration.{each.name}", each, f"fitted: {each.source}")
@@ -246,7 +247,7 @@ def _constant(name: str, each: Field, origin: str) -> Row:
     return {
         "name": name,
         "value": each.value,
-        "unit": each.unit,
+        "unit": f"{each.unit}, {each.note}" if each.note else each.unit,
         "confidence": confidence,
         "source": source,
     }
@@ -254,15 +255,15 @@ def _constant(name: str, each: Field, origin: str) -> Row:
 
 def list_knobs() -> KnobTable:
     """Returns the fields of the public simulator's files and the fields of ours that they set."""
-    units = {each.name: each.unit for each in describe(config.load_hardware("neupims"))}
+    known = {each.name: each for each in describe(config.load_hardware("neupims"))}
     found = [
         {
             "simulator": name,
             "file": file,
             "name": ours,
             "factor": factor,
-            "unit": units[ours],
-            "modelled": name not in WITHOUT_MODELLED_EFFECT,
+            "unit": known[ours].unit,
+            "modelled": known[ours].effect != "none",
         }
         for file, table in (("memory", MEMORY_FIELDS), ("core", CORE_FIELDS))
         for name, (ours, factor) in table.items()

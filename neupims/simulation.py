@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from neupims.costs.power import power_metrics
 from neupims.machine.case import Case
+from neupims.machine.effects import idle_changes
 from neupims.machine.supported import check_timed
 from neupims.machine.systems import PIM_SYSTEMS, TimingPath
 from neupims.machine.workload import check_batch
@@ -27,6 +28,13 @@ class Simulation:
     expected_error: dict[str, Any] | None  # percentages by name, None where nothing was measured
     first_token_seconds: float | None  # of a prefill, else None
     warning: str  # that the requests of a channel do not fit its memory, else empty
+
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences on memory that does not suffice, and on changes without effect."""
+        case = self.case
+        idle = idle_changes(case.hardware, case.system, case.fidelity)
+        return [*filter(None, [self.warning]), *idle]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the values of JSON, as `simulate --json` prints them.
@@ -92,6 +100,7 @@ class Simulation:
             **{name: float(value) for name, value in power.items()},
             "devices": int(case.parallel.tp * case.parallel.pp),
             "expected_error": self.expected_error,
+            "warnings": self.warnings,
         }
         if self.first_token_seconds is not None:
             result["first_token_seconds"] = self.first_token_seconds

@@ -8,7 +8,6 @@ trace.
 import csv
 import json
 import math
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -16,37 +15,15 @@ import jax
 import numpy as np
 
 from neupims.machine.case import Case
-from neupims.machine.hardware import HBM, Hardware
-from neupims.machine.record import replace
+from neupims.machine.hardware import Hardware
+from neupims.machine.record import replace_all
+from neupims.machine.simulator_files import CORE_FIELDS, MEMORY_FIELDS, WITHOUT_EFFECT
 from neupims.machine.systems import SPELLINGS
 from neupims.machine.traces import read_trace
 from neupims.machine.workload import Decoder, Parallel, check_parallel
 from neupims.timing.iteration import TRACED_CHANNELS
 from neupims.timing.stages import STAGES
 
-# Fields of the simulator's memory and core files -> ours, with the factor from its unit to ours.
-# The DRAM timings carry their names in `machine.hardware.HBM`.
-MEMORY_FIELDS: dict[str, tuple[str, float]] = {
-    each.metadata["simulator"]: (f"hbm.{each.name}", 1)
-    for each in fields(HBM)
-    if each.metadata["simulator"]
-} | {
-    "dram_page_size": ("pim.page_bytes", 1),
-    "pim_comp_coverage": ("pim.macs_per_bank", 1),
-    "dram_freq": ("hbm.clock_hz", 1e6),
-    "channels": ("hbm.num_channels", 1),
-    "dram_channels": ("hbm.num_channels", 1),
-}
-CORE_FIELDS: dict[str, tuple[str, float]] = {
-    "core_width": ("npu.array_width", 1),
-    "core_height": ("npu.array_height", 1),
-    "core_freq": ("npu.clock_hz", 1e6),
-    "num_cores": ("npu.num_cores", 1),
-    "sram_size": ("npu.scratchpad_bytes", 1024),
-    "vector_core_count": ("npu.vector_units", 1),
-    "vector_core_width": ("npu.vector_lanes", 1),
-    "icnt_freq": ("npu.interconnect_hz", 1e6),
-}
 # Columns of runs.csv and the field of the simulator's files that each gives.
 COLUMNS = {
     "dram_channels": "dram_channels",
@@ -60,26 +37,6 @@ COLUMNS = {
     "core_freq_mhz": "core_freq",
     "icnt_freq_mhz": "icnt_freq",
 }
-# fmt: off
-# Fields of the simulator's files without effect on its cycles: not read, overwritten, hard-coded
-# elsewhere, only for energy, or of a policy that is off.
-WITHOUT_EFFECT = {
-    "tRTP_S", "tRTP_L", "tREFIb", "tRPRE", "tWPRE", "tXS", "tCKE", "tCKSRE", "tXP", "num_dies",
-    "tCK", "epoch_period", "output_level",
-    "unified_queue", "VDD", "IDD0", "IDD2P", "IDD2N", "IDD3P", "IDD3N", "IDD4W", "IDD4R", "IDD5AB",
-    "IDD6x", "HBM_size", "HBM_act_buf_size",
-    "hbm_dual_cmd", "systolic_array_count", "spad_size", "accum_spad_size", "__sram_size",
-    "sram_width", "icnt_type", "process_bit", "layout",
-    "scheduler", "core_type", "add_latency", "mul_latency", "gelu_latency", "scalar_sqrt_latency",
-    "scalar_add_latency", "scalar_mul_latency",
-    "operation_log_output_path",
-}
-# Fields that are accepted and do not change predictions: the runs show no effect, or a small one.
-WITHOUT_MODELLED_EFFECT = {
-    "tRAS", "tRRD_S", "tRRD_L", "tRTRS", "tWR", "CWL", "tRCDWR", "num_cores", "vector_core_count",
-    "vector_core_width", "icnt_freq",
-}
-# fmt: on
 KNOBS_END = "sub_batch_mode"
 PADDED = (64, 512, 2048, 8192)  # requests; few shapes, few compilations
 
@@ -165,19 +122,19 @@ def case_of(run: dict[str, str], folder: str | Path) -> Case:
 
 
 def _read_hardware(known: dict[str, str], row_buffers: int) -> Hardware:
-    hardware = replace(Hardware(), "pim.row_buffers", row_buffers)
+    changes: dict[str, Any] = {"pim.row_buffers": row_buffers}
     for column, field in COLUMNS.items():
         if known.get(column):
             name, unit = (MEMORY_FIELDS | CORE_FIELDS)[field]
-            hardware = replace(hardware, name, _read_number(column, known[column]) * unit)
+            changes[name] = _read_number(column, known[column]) * unit
     for column, table in (("dram_overrides", MEMORY_FIELDS), ("core_overrides", CORE_FIELDS)):
         for field, value in _read_overrides(column, known.get(column) or "{}").items():
             if field in table:
                 name, unit = table[field]
-                hardware = replace(hardware, name, _read_number(field, value) * unit)
+                changes[name] = _read_number(field, value) * unit
             elif field not in WITHOUT_EFFECT:
                 raise NotCovered(f"{column} changes {field}, which is not modelled")
-    return hardware
+    return replace_all(Hardware(), changes)
 
 
 def _read_overrides(column: str, text: str) -> dict[str, Any]:

@@ -20,7 +20,8 @@ from neupims.machine.config import (
 )
 from neupims.machine.hardware import Hardware, memory_bytes, peak_bytes_per_cycle
 from neupims.machine.model_size import layer_weight_bytes
-from neupims.machine.record import describe, replace
+from neupims.machine.quantity import describe
+from neupims.machine.record import replace
 from neupims.machine.workload import Decoder, Parallel, check_parallel, weight_bytes
 
 
@@ -134,47 +135,53 @@ def test_own_files(tmp_path):
     [
         (
             "[hbm]\nbanks_per_group = 0\n",
-            r"mine.toml: hbm.banks_per_group must be a whole number of at least 1, not 0",
+            r"mine.toml: hbm.banks_per_group must be a whole number of banks from 1 to 256, not 0",
         ),
         (
             "[hbm]\ntrp_cycles = -3\n",
-            r"mine.toml: hbm.trp_cycles must be a number of at least 0, not -3",
+            r"mine.toml: hbm.trp_cycles must be 0 or from 1 to 1e5 memory cycles, not -3",
         ),
         (
             "[hbm]\ntrp_cycles = nan\n",
-            r"mine.toml: hbm.trp_cycles must be a number of at least 0, not nan",
+            r"mine.toml: hbm.trp_cycles must be 0 or from 1 to 1e5 memory cycles, not nan",
         ),
         (
             "[hbm]\nranks = inf\n",
-            (
-                r"mine.toml: hbm.ranks must be a whole number of at least 1 and at most 16777216,"
-                r" not inf"
-            ),
+            r"mine.toml: hbm.ranks must be a whole number of ranks from 1 to 64, not inf",
         ),
         (
             "[hbm]\ntfaw_cycles = 2e30\n",
-            (
-                r"mine.toml: hbm.tfaw_cycles must be a number of at least 0 and at most 1e\+30, not"
-                r" 2e\+30"
-            ),
+            r"mine.toml: hbm.tfaw_cycles must be 0 or from 1 to 1e5 memory cycles, not 2e30",
         ),
         (
             "[hbm]\nranks = 1.5\n",
-            r"mine.toml: hbm.ranks must be a whole number of at least 1, not 1.5",
+            r"mine.toml: hbm.ranks must be a whole number of ranks from 1 to 64, not 1.5",
         ),
-        ('[hbm]\nranks = "two"\n', r"mine.toml: hbm.ranks must be a number, not 'two'"),
-        ("[hbm]\nranks = true\n", r"mine.toml: hbm.ranks must be a number, not True"),
-        ("[hbm]\nranks = [1, 2]\n", r"mine.toml: hbm.ranks must be a number, not \[1, 2\]"),
+        (
+            '[hbm]\nranks = "two"\n',
+            r"mine.toml: hbm.ranks must be a number of ranks, or text .*, not 'two'",
+        ),
+        (
+            "[hbm]\nranks = true\n",
+            r"mine.toml: hbm.ranks must be a number or text with a unit, not True",
+        ),
+        (
+            "[hbm]\nranks = [1, 2]\n",
+            r"mine.toml: hbm.ranks must be a number or text with a unit, not \[1, 2\]",
+        ),
         (
             "[hbm]\nchanels = 2\n",
-            r"mine.toml: there is no field 'chanels'; there are num_channels, ranks",
+            r"mine.toml: there is no field hbm.chanels \(did you mean hbm.num_channels\?\)",
         ),
         (
             "[dram]\nranks = 2\n",
-            r"mine.toml: there is no field 'dram'; there are npu, hbm, pim, link",
+            r"mine.toml: there is no field dram.ranks \(the groups are npu, hbm, pim, link, gpu,",
         ),
         ("hbm = 3\n", r"mine.toml: hbm must be a table of fields"),
-        ("[hbm.ranks]\nx = 1\n", r"mine.toml: hbm.ranks must be a number, not {'x': 1}"),
+        (
+            "[hbm.ranks]\nx = 1\n",
+            r"mine.toml: hbm.ranks must be a number or text with a unit, not {'x': 1}",
+        ),
         ("hbm {", r"mine.toml is not TOML"),
     ],
 )

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from neupims.machine.calibration import DEFAULT
@@ -9,7 +10,7 @@ from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace
 from neupims.timing.gemm import FINISH_CYCLES, bytes_per_cycle, gemm, stuck_chance, tiling
 
-FAST = replace(Hardware(), "hbm.clock_hz", 1e15)  # memory that is never waited for
+FAST = replace(Hardware(), "hbm.clock_hz", np.asarray(1e15))  # memory that is never waited for
 tiled, product = (
     jax.jit(tiling),
     jax.jit(gemm, static_argnames=("calibration", "fidelity", "npu_only")),
@@ -129,7 +130,7 @@ def test_chance_of_a_stuck_write():
 
 @pytest.mark.parametrize("fidelity", ["simulator", "intended"])
 def test_a_scratchpad_that_holds_nothing_is_slow_but_finite(fidelity):
-    tiny = replace(Hardware(), "npu.scratchpad_bytes", 1)
+    tiny = replace(Hardware(), "npu.scratchpad_bytes", np.asarray(1))
     assert jnp.isfinite(cycles_of(tiny, 300, 512, 1024, fidelity).cycles)
     assert (
         cycles_of(tiny, 300, 512, 1024, fidelity).cycles

@@ -148,7 +148,7 @@ def test_a_gwrite_that_never_fits_takes_for_ever(bursts, fits):
     "change",
     [
         ("hbm.trefi_cycles", 600),
-        ("hbm.trefi_cycles", 1),
+        ("hbm.trefi_cycles", 16),
         ("pim.gwrite_bursts", 10**4),
         ("hbm.tfaw_cycles", 10**4),
     ],

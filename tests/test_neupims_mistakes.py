@@ -88,8 +88,11 @@ def knob(low, high, whole=True, name="npu.num_arrays"):
         ({"seed": 1.5}, r"the seed must be a whole number below 2\^63, not 1.5"),
         ({"seed": 2**70}, "the seed must be a whole number"),
         (knob(8, 2), "low of npu.num_arrays must be at most high, but 8 is above 2"),
-        (knob(float("nan"), 2), "npu.num_arrays must be a whole number of at least 1, not nan"),
-        (knob(-2, 4), "npu.num_arrays must be a whole number of at least 1, not -2"),
+        (
+            knob(float("nan"), 2),
+            "npu.num_arrays must be a whole number of arrays from 1 to 65536, not nan",
+        ),
+        (knob(-2, 4), "npu.num_arrays must be a whole number of arrays from 1 to 65536, not -2"),
         (knob(2, 4, whole=False), "npu.num_arrays must be searched with whole=True"),
         (knob(2, 4, name="npu.nope"), "must be HardwareKnob records of fields .*npu.nope"),
         ({"hardware_knobs": ["npu.num_arrays"]}, "hardware_knobs must be HardwareKnob records"),

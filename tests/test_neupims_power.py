@@ -243,11 +243,14 @@ def test_the_commands_take_costs(capsys, tmp_path):
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (("--set", "energy.nothing=1"), "there is no field 'nothing'; there are activate_kilobyte"),
+        (
+            ("--set", "energy.nothing=1"),
+            "there is no field energy.nothing (energy has activate_kilobyte",
+        ),
         (("--set", "energy.mac=-1"), "energy.mac must be a number of at least 0"),
-        (("--set", "area.uncore_share=1"), "area.uncore_share must be a number of at least 0"),
+        (("--set", "area.uncore_share=1"), "area.uncore_share must be from 0 to 0.99 shares"),
         (("--set", "energy.memory=ddr2"), "there is no memory 'ddr2'; there are gddr6-aim, hbm2"),
-        (("--set", "energy=1"), "'energy' is a group; name one of its fields"),
+        (("--set", "energy=1"), "energy is a group; name one of its fields"),
     ],
 )
 def test_impossible_costs_are_refused_in_one_sentence(capsys, tmp_path, command, words, sentence):

@@ -295,7 +295,10 @@ def test_faster_timings_are_never_slower(system, sub_batches):
         system,
         sub_batches,
         hardware=[Hardware()]
-        + [machine(**{f"hbm__{name}": getattr(Hardware().hbm, name) * 0.7}) for name in timings],
+        + [
+            machine(**{f"hbm__{name}": max(1, getattr(Hardware().hbm, name) * 0.7)})
+            for name in timings
+        ],
     )
     assert (one_by_one.iteration_seconds <= one_by_one.iteration_seconds[0] * (1 + 1e-6)).all()
 
@@ -471,7 +474,7 @@ def test_a_wrong_design_is_flagged_alone(field, value):
 
 
 def test_tiles_that_never_fit_between_refreshes_are_flagged():
-    rows = [machine(hbm__trefi_cycles=cycles) for cycles in (3900, 700, 10)]
+    rows = [machine(hbm__trefi_cycles=cycles) for cycles in (3900, 700, 16)]
     for fidelity in ("simulator", "intended"):
         assert run("neupims", 2, hardware=rows, fidelity=fidelity).flagged.tolist() == [
             False,

@@ -11,7 +11,7 @@ from neupims.files import finite
 from neupims.machine import config
 from neupims.machine.costs import AreaCosts, EnergyCosts
 from neupims.machine.hardware import Hardware
-from neupims.machine.record import describe
+from neupims.machine.quantity import describe
 
 
 def shown(capsys, *words):
@@ -101,7 +101,9 @@ def test_constants_have_a_confidence(capsys):
 
 
 def test_a_change_is_refused_where_it_changes_nothing():
-    with pytest.raises(ValueError, match="--set is for constants: leave it out for models"):
+    with pytest.raises(
+        ValueError, match="--set is for hardware and constants: leave it out for models"
+    ):
         shown(None, "models", "--set", "energy.mac=1")
 
 

@@ -11,7 +11,6 @@ from neupims.simulator_runs import (
     CORE_FIELDS,
     MEMORY_FIELDS,
     WITHOUT_EFFECT,
-    WITHOUT_MODELLED_EFFECT,
     NotCovered,
     case_of,
     read_runs,
@@ -221,7 +220,6 @@ def test_every_field_of_the_simulator_is_accepted_or_refused_by_name(tmp_path):
         if "64" in run["dram_overrides"] + run["core_overrides"]
     )
     assert all(case_of(run, folder).hardware == plain.hardware for run in runs[len(both) : -1])
-    assert set(WITHOUT_MODELLED_EFFECT) <= {*MEMORY_FIELDS, *CORE_FIELDS}
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """neupims/timing/vector.py: element-wise work, worked by hand."""
 
+import numpy as np
 import pytest
 
 from neupims.machine.calibration import DEFAULT
@@ -58,7 +59,7 @@ def test_rows_take_no_time_as_coded_and_their_own_as_meant():
     """With memory that never delays: a row a cycle in `simulator` fidelity; in `intended` fidelity
     GELU takes 32 passes over 4096 channels on one of 8 units.
     """
-    fast = replace(Hardware(), "hbm.clock_hz", 1e15)
+    fast = replace(Hardware(), "hbm.clock_hz", np.asarray(1e15))
     assert float(activation(fast, 64, 4096, 1, **CODED).cycles) == 64 + LATENCY_CYCLES
     assert float(activation(fast, 64, 4096, 1, **MEANT).cycles) == 64 * 32 / 8 + LATENCY_CYCLES
     assert (

@@ -10,7 +10,6 @@ from typing import Any
 
 from neupims.files import check_place, finite
 from neupims.machine.case import Case, make_case, select_system
-from neupims.machine.config import MEMORY
 from neupims.machine.hardware import Hardware
 from neupims.machine.systems import FIDELITIES, SYSTEMS, System
 from neupims.machine.traces import UNIFORM, Requests, read_requests
@@ -52,7 +51,10 @@ def add_system_arguments(parser: argparse.ArgumentParser) -> None:
         "--hardware",
         default="neupims",
         metavar="NAME|FILE",
-        help="a named machine or a TOML or JSON file (`show hardware` lists names)",
+        help=(
+            "a named machine (`show hardware` lists names), a TOML or JSON file, or a core JSON,"
+            " memory JSON or DRAM ini of the public simulator"
+        ),
     )
     parser.add_argument(
         "--set",
@@ -60,8 +62,8 @@ def add_system_arguments(parser: argparse.ArgumentParser) -> None:
         default=[],
         metavar="FIELD=VALUE",
         help=(
-            "one field of the hardware, such as hbm.num_channels=16, or energy.memory=NAME (`show"
-            " memories`); may repeat"
+            "one field of the hardware, such as hbm.num_channels=16 or hbm.trp_cycles='14 ns', or"
+            " energy.memory=NAME (`show memories`); may repeat"
         ),
     )
     parser.add_argument(
@@ -217,7 +219,7 @@ def system_options(arguments: argparse.Namespace) -> dict[str, Any]:
         arguments: Parsed flags of `add_system_arguments`.
 
     Raises:
-        ValueError: A --set is not FIELD=NUMBER.
+        ValueError: A --set is not FIELD=VALUE.
     """
     count = arguments.sub_batches
     return {
@@ -273,20 +275,22 @@ def parse_change(text: str) -> tuple[str, int | float | str]:
     """Returns the field and the value of a --set FIELD=VALUE.
 
     Args:
-        text: Text after --set: a dotted name of the hardware, and its number; or energy.memory and
-            the name of a kind of memory.
+        text: Text after --set: a dotted name of the hardware, and its number, or a number with a
+            unit, such as "14 ns".
 
     Raises:
-        ValueError: The text is not FIELD=NUMBER.
+        ValueError: The text is not FIELD=VALUE.
     """
     field, _, value = (part.strip() for part in text.partition("="))
-    if field == MEMORY:
-        return field, value
+    if not field or not value:
+        raise ValueError(
+            f"--set needs FIELD=VALUE, such as hbm.num_channels=16 or hbm.clock_hz='1.4 GHz', not"
+            f" {text!r}"
+        )
     for kind in (int, float):
         with suppress(ValueError):
-            if field:
-                return field, kind(value)
-    raise ValueError(f"--set needs FIELD=NUMBER, such as hbm.num_channels=16, not {text!r}")
+            return field, kind(value)
+    return field, value
 
 
 def check_run(*places: Path | None, seed: int = 0) -> None:

@@ -3,6 +3,7 @@
 import argparse
 import os
 import re
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -179,6 +180,8 @@ def run(arguments: argparse.Namespace) -> int:
             folder=arguments.out,
             report=report,
         )
+    for warning in found.warnings:
+        sys.stderr.write(f"neupims: warning: {warning}\n")
     if arguments.html:
         from neupims.pages.exploration import write_exploration
 

@@ -269,7 +269,7 @@ def _print_tables(result: dict[str, Any]) -> None:
             f" {average:,.0f}"
         )
     for sentence in (
-        result["warning"],
+        *result["warnings"],
         f"trace written to {result['trace']}" if result["trace"] else None,
     ):
         if sentence:

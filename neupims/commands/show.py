@@ -1,12 +1,14 @@
 """`show`: all that a user can choose or change, with units and sources."""
 
 import argparse
+import os
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from neupims import catalogue
 from neupims.commands.common import parse_change, print_json
+from neupims.machine.units import compact
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="FIELD=VALUE",
-        help="one field of that machine, for constants; may repeat",
+        help="one field of that machine, such as hbm.trp_cycles='14 ns'; may repeat",
     )
     parser.add_argument(
         "--json", action="store_true", help="one JSON object and nothing else on standard output"
@@ -60,12 +62,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.model is not None and arguments.what != "models":
         raise ValueError(f"--model is for models: leave it out for {arguments.what}")
     changes = dict(map(parse_change, arguments.set))
-    if changes and arguments.what != "constants":
-        raise ValueError(f"--set is for constants: leave it out for {arguments.what}")
-    if arguments.what == "constants":
+    if changes and arguments.what not in OF_A_MACHINE:
+        raise ValueError(
+            f"--set is for {' and '.join(OF_A_MACHINE)}: leave it out for {arguments.what}"
+        )
+    if arguments.what in OF_A_MACHINE:
         record = list_(arguments.hardware or "neupims", changes)
-    elif arguments.what in OF_A_MACHINE:
-        record = list_(arguments.hardware or "neupims")
     elif arguments.hardware is None:
         record = list_() if arguments.model is None else list_(arguments.model)
     else:
@@ -82,15 +84,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _draw_hardware(found: dict[str, Any]) -> None:
-    rows = [
-        (each["name"], _format(each["value"]), f"{each['unit']}. {each['source']}")
-        for each in found["fields"]
-    ]
+    rows = [(each["name"], _format(each["value"]), _explain(each)) for each in found["fields"]]
     _table(
         f"{found['hardware']}: fields that --set and files may change",
-        ("field", "value", "unit. source"),
+        ("field", "value", "unit; range. where the value is from"),
         rows,
     )
+    totals = [
+        (each["name"], _scaled(each["value"], each["unit"]), each["formula"])
+        for each in found["totals"]
+    ]
+    _table("what follows from the fields", ("total", "value", "formula"), totals)
     changes = [
         ", ".join(f"{name}={_format(value)}" for name, value in each["changes"].items())
         for each in found["configurations"]
@@ -100,6 +104,32 @@ def _draw_hardware(found: dict[str, Any]) -> None:
         for each, changed in zip(found["configurations"], changes, strict=True)
     ]
     _table("named machines (--hardware NAME)", ("name", "what: fields that differ"), named)
+
+
+def _explain(field: dict[str, Any]) -> str:
+    """Returns the unit of a field, its range, and where its value is from."""
+    unit = ", ".join(filter(None, (field["unit"], field["note"])))
+    if field["nanoseconds"] is not None:
+        unit = f"{unit}, {field['nanoseconds']:.4g} ns"
+    ends = (
+        f"{'0 or ' if field['zero'] else ''}{compact(field['least'])} to {compact(field['most'])}"
+    )
+    effect = {"none": " No effect.", "energy": " Energy alone."}.get(field["effect"], "")
+    if field["given_by"] is None:
+        return f"{unit}; {ends}.{effect} Default: {field['source']}"
+    given = field["given"] if isinstance(field["given"], str) else _format(field["given"])
+    by = os.path.basename(field["given_by"])
+    return f"{unit}; {ends}.{effect} {by}: {given} (default: {_format(field['default'])})"
+
+
+def _scaled(value: float, unit: str) -> str:
+    """Returns a total with a prefix, and bytes of a memory also in binary units."""
+    if unit == "FLOP/byte":
+        return f"{value:.4g} {unit}"
+    symbol = unit.replace("bytes", "B")
+    prefix, factor = next(each for each in PREFIXES if value >= each[1] or each[1] == 1)
+    text = f"{value / factor:.4g} {prefix}{symbol}"
+    return f"{text}, {value / 2**30:.4g} GiB" if unit == "bytes" else text
 
 
 def _draw_models(found: dict[str, Any]) -> None:
@@ -259,6 +289,7 @@ def _table(
             column,
             no_wrap=numbers or i < len(columns) - 1,
             justify="right" if numbers and i else "left",
+            overflow="fold",
         )
     for row in rows:
         drawn.add_row(*(escape(cell) for cell in row))
@@ -268,9 +299,10 @@ def _table(
 def _format(value: Any) -> str:
     if isinstance(value, str):
         return value
-    return f"{value:,}" if isinstance(value, int) and abs(value) < 1e7 else f"{value:g}"
+    return f"{value:,}" if isinstance(value, int) and abs(value) < 1e7 else compact(value)
 
 
+PREFIXES = (("P", 1e15), ("T", 1e12), ("G", 1e9), ("M", 1e6), ("", 1))
 SUBJECTS: dict[str, tuple[Callable[..., Any], Callable[[dict[str, Any]], None]]] = {
     "hardware": (catalogue.list_hardware, _draw_hardware),
     "models": (catalogue.list_models, _draw_models),

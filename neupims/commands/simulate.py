@@ -80,8 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
         prefill=arguments.prefill,
         fastest=auto,
     )
-    if found.warning:
-        sys.stderr.write(f"neupims: warning: {found.warning}\n")
+    for warning in found.warnings:
+        sys.stderr.write(f"neupims: warning: {warning}\n")
     result = found.to_dict()
     if arguments.html or arguments.perfetto:
         from neupims.pages.step import write_step

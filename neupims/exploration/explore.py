@@ -20,6 +20,7 @@ from neupims.exploration.space import Space, make_space
 from neupims.exploration.workloads import Model, Trace, Workload, list_notes, make_workloads
 from neupims.files import finite, write_text
 from neupims.machine.config import load_hardware
+from neupims.machine.effects import idle_changes
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import check_seed
 from neupims.machine.systems import Fidelity, System
@@ -75,6 +76,7 @@ class Exploration:
     seconds: float  # wall time of the exploration
     devices: str  # number and kind of the devices that evaluated
     result: SpaceResult  # arrays of the front and of other designs
+    warnings: list[str]  # on fields of the base design without effect
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything but `result` as plain values, as `neupims explore --json` prints it.
@@ -243,6 +245,7 @@ def explore(
         seconds=time.perf_counter() - began,
         devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         result=result,
+        warnings=idle_changes(machine, system, fidelity),
     )
     if folder is not None:
         summary = json.dumps(found.to_dict(), indent=2, allow_nan=False)

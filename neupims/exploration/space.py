@@ -13,7 +13,6 @@ A space can be read from TOML or JSON:
 """
 
 import math
-import numbers
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +23,9 @@ import numpy as np
 from neupims.exploration.constraint import Constraint, parse_constraint
 from neupims.files import read_table
 from neupims.machine.hardware import Hardware
-from neupims.machine.record import COUNT_MOST, REAL_MOST, describe, instead, real
+from neupims.machine.quantity import Field, describe
+from neupims.machine.record import COUNT_MOST, REAL_MOST, real
+from neupims.machine.units import read_quantity
 
 LARGEST_RANGE = 10**9  # whole numbers of one knob
 STEPS = 5  # values of a continuous knob in a grid, ends included
@@ -32,8 +33,6 @@ STEPS = 5  # values of a continuous knob in a grid, ends included
 # Knobs that are not fields of the hardware: the number of interleaved halves of the batch, and the
 # degrees of tensor and pipeline parallelism. All are whole numbers of at least 1.
 SETTINGS = ("sub_batches", "parallel.tp", "parallel.pp")
-
-Bounds = tuple[float, float, bool]  # least and greatest value of a knob; whole numbers only?
 
 
 @dataclass(frozen=True)
@@ -155,7 +154,8 @@ def make_space(
 
     Args:
         knobs: For each name a list of values, or a range: `(low, high)`, `(low, high, "log")`
-            (uniform in the logarithm), or a mapping with `low`, `high` and `log`.
+            (uniform in the logarithm), or a mapping with `low`, `high` and `log`. A value is a
+            number, or text with a unit, such as "14 ns".
         constraints: Comparisons that designs must meet, see `neupims.exploration.constraint`.
         hardware: Gives the base values; `Hardware()` if not given.
         settings: Base values of `SETTINGS`, where constraints or the base design need them.
@@ -165,13 +165,13 @@ def make_space(
         ValueError: A knob or a constraint is impossible; the message names it.
     """
     listed = list(describe(Hardware() if hardware is None else hardware))
-    settable = dict.fromkeys(SETTINGS, (1.0, float(COUNT_MOST), True))
-    known: dict[str, Bounds] = {
-        each.name: (each.least, min(each.most, REAL_MOST), each.whole) for each in listed
-    } | settable
+    settable = {name: Field(name, 1, "", least=1, most=COUNT_MOST, whole=True) for name in SETTINGS}
+    known = {each.name: each for each in listed} | settable
     if not knobs:
         raise ValueError("a space needs at least one knob")
-    made = tuple(_knob(name, choice, known) for name, choice in knobs.items())
+    # Where the clock itself varies, a time is not a number of cycles.
+    clock = None if "hbm.clock_hz" in knobs else float(known["hbm.clock_hz"].value)
+    made = tuple(_knob(name, choice, known, clock) for name, choice in knobs.items())
     base = {each.name: float(each.value) for each in listed} | dict(settings or {})
     usable = {*base, *(knob.name for knob in made), *metrics}
     return Space(made, tuple(parse_constraint(text, usable) for text in constraints), base)
@@ -205,7 +205,8 @@ def parse_knob(text: str) -> tuple[str, Any]:
     """Returns the name and the choice of a knob, for `make_space`.
 
     Args:
-        text: NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=a,b,c, as on the command line.
+        text: NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=a,b,c, as on the command line. A value may
+            have a unit, such as 14 ns.
 
     Raises:
         ValueError: The text has another form.
@@ -215,15 +216,25 @@ def parse_knob(text: str) -> tuple[str, Any]:
         if not name or not equals:
             raise ValueError
         if ":" not in right:
-            return name, [float(part) for part in right.split(",")]
+            return name, [_read(part) for part in right.split(",")]
         low, high, *log = right.split(":")
         if log not in ([], ["log"]):
             raise ValueError
-        return name, {"low": float(low), "high": float(high), "log": bool(log)}
+        return name, {"low": _read(low), "high": _read(high), "log": bool(log)}
     except ValueError:
         raise ValueError(
             f"a knob is NAME=LOW:HIGH, NAME=LOW:HIGH:log or NAME=a,b,c, not {text!r}"
         ) from None
+
+
+def _read(text: str) -> float | str:
+    """Returns a number, or the text if it may be a number with a unit."""
+    try:
+        return float(text)
+    except ValueError:
+        if not text.strip().startswith(tuple("+-.0123456789")):
+            raise
+        return text.strip()
 
 
 def _flatten(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]:
@@ -235,11 +246,13 @@ def _flatten(table: Mapping[str, Any], prefix: str) -> Iterator[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def _knob(name: str, choice: Any, known: Mapping[str, Bounds]) -> Knob:
+def _knob(name: str, choice: Any, known: Mapping[str, Field], clock_hz: float | None) -> Knob:
     if name not in known:
         raise ValueError(f"there is no knob {name!r}; there are {', '.join(known)}")
-    limits = known[name]
-    whole = limits[2]
+    field = known[name]
+    whole = field.whole
+    if field.effect == "none":
+        raise ValueError(f"{name} has no effect in this model: leave it out of the knobs")
     if isinstance(choice, tuple):
         choice = _range(name, choice)
     if isinstance(choice, Mapping):
@@ -249,7 +262,7 @@ def _knob(name: str, choice: Any, known: Mapping[str, Bounds]) -> Knob:
             )
         if not {"low", "high"} <= set(choice):
             raise ValueError(f"{name} needs both low and high")
-        low, high = (_number(name, choice[end], limits) for end in ("low", "high"))
+        low, high = (_number(field, choice[end], clock_hz) for end in ("low", "high"))
         log = choice.get("log", False)
         if not isinstance(log, bool):
             raise ValueError(f"log of {name} must be true or false, not {log!r}")
@@ -266,7 +279,7 @@ def _knob(name: str, choice: Any, known: Mapping[str, Bounds]) -> Knob:
         raise ValueError(
             f"{name} must be a list of values or a range with low and high, not {choice!r}"
         )
-    values = tuple(_number(name, value, limits) for value in choice)
+    values = tuple(_number(field, value, clock_hz) for value in choice)
     if len(set(values)) < len(values):
         raise ValueError(f"{name} has a value twice: {', '.join(f'{value:g}' for value in values)}")
     if name == "sub_batches":
@@ -289,13 +302,16 @@ def _range(name: str, ends: tuple[Any, ...]) -> dict[str, Any]:
     return {"low": ends[0], "high": ends[1], "log": len(ends) == 3}
 
 
-def _number(name: str, value: Any, limits: Bounds) -> float:
-    least, most, whole = limits
-    right = (
-        isinstance(value, numbers.Real)
-        and not isinstance(value, bool)
-        and least <= real(value) <= most
-    )
-    if not right or (whole and value != int(value)):
-        raise ValueError(f"{name} must be {instead(value, *limits)}")
-    return float(value)
+def _number(field: Field, value: Any, clock_hz: float | None) -> float:
+    if isinstance(value, str):
+        try:
+            value = float(
+                read_quantity(value, field.unit, clock_hz=clock_hz, longest=field.longest)
+            )
+        except ValueError as error:
+            raise ValueError(f"{field.name} {error}") from None
+    if fault := field.fault(value, clock_hz):
+        raise ValueError(f"{field.name} {fault}")
+    if real(value) > REAL_MOST:
+        raise ValueError(f"{field.name} must be at most {REAL_MOST:g}, not {value!r}")
+    return real(value)

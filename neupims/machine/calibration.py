@@ -3,7 +3,8 @@
 `python -m benchmarks.fit_neupims` fits them to runs of the public simulator.
 """
 
-from neupims.machine.record import quantity, record
+from neupims.machine.quantity import quantity
+from neupims.machine.record import record
 
 FIT = (
     "benchmarks/fit_neupims.py, on the runs of the public simulator whose identifier ends in an"

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from neupims.files import SUFFIXES
-from neupims.machine.config import load_hardware, read_model, set_fields
+from neupims.machine.config import load_hardware, read_model
 from neupims.machine.hardware import Hardware
-from neupims.machine.record import replace
 from neupims.machine.systems import FIDELITIES, SPELLINGS, SYSTEMS, Fidelity, Setting, System
 from neupims.machine.traces import Packing, Requests, place_requests, read_requests
 from neupims.machine.workload import Batch, Decoder, Parallel, check_batch, check_parallel
@@ -52,11 +51,11 @@ def make_case(
         packing: One of `neupims.scheduling.packing`, or another function that deals the requests to
             the channels of the machine (default: their channels are those of the trace).
         system: "neupims", "npu-pim", "npu-only", "gpu", or a spelling of the validation files.
-        hardware: A named machine, or a TOML or JSON file.
+        hardware: A named machine, or a file (`load_hardware`).
         sub_batches: 1 or 2 (default: 2 for "neupims", else 1).
         row_buffers: Row buffers of a bank, 1 or 2 (default: those of the system).
-        changes: Fields of the hardware by dotted name, such as {"hbm.num_channels": 16}, as for
-            `set_fields`.
+        changes: Fields of the hardware by dotted name, such as {"hbm.num_channels": 16} or
+            {"hbm.trp_cycles": "14 ns"}, as for `set_fields`.
         tp: Devices that share a layer (default: as published for the model, else 1).
         pp: Groups into which the layers are cut (default: as published, else 1).
         fidelity: "simulator" or "intended".
@@ -124,7 +123,7 @@ def select_system(
 
     Args:
         system: As for `make_case`, like the other arguments.
-        hardware: A named machine, or a TOML or JSON file.
+        hardware: A named machine, or a file (`load_hardware`).
         sub_batches: 1 or 2 (default: those of the system).
         row_buffers: Row buffers of a bank, 1 or 2 (default: those of the system).
         changes: Fields of the hardware by dotted name.
@@ -134,12 +133,11 @@ def select_system(
         OSError: A file cannot be read.
     """
     setting = _find_setting(system, sub_batches)
-    machine = load_hardware(hardware)
-    if setting.row_buffers == 1:
-        machine = replace(machine, "pim.row_buffers", 1)
+    fields = {"pim.row_buffers": 1} if setting.row_buffers == 1 else {}
     if row_buffers is not None:
-        machine = replace(machine, "pim.row_buffers", row_buffers)
-    return setting.system, setting.sub_batches, set_fields(machine, changes or {})
+        fields["pim.row_buffers"] = row_buffers
+    machine = load_hardware(hardware, fields | dict(changes or {}))
+    return setting.system, setting.sub_batches, machine
 
 
 def _find_setting(system: str, sub_batches: int | None) -> Setting:

@@ -1,9 +1,10 @@
 """Named machines, models and memories, shipped as TOML files in `configs/`, and the user's files.
 
 A machine's file has `about` and, in tables named as the groups of `Hardware`, the fields that
-differ from their defaults. In its table `energy`, `memory = "hbm3"` takes the energies of a kind of
-memory; fields beside it come after them. A model's file is described in
-`neupims.machine.model_files`. Files are TOML or JSON.
+differ from their defaults: numbers, or text with a unit, such as "14 ns". With `simulator`, a list
+of the public simulator's own files, it begins from those. In its table `energy`, `memory = "hbm3"`
+takes the energies of a kind of memory; fields beside it come after them. A model's file is
+described in `neupims.machine.model_files`. Files are TOML or JSON.
 """
 
 import os
@@ -17,18 +18,14 @@ from typing import Any, NamedTuple
 
 from neupims.files import SUFFIXES, parse_table, read_table
 from neupims.machine.hardware import Hardware
-from neupims.machine.model_files import (
-    BASE,
-    ModelFile,
-    check_number,
-    own_fields,
-    parse_model,
-    parse_parallel,
-)
-from neupims.machine.record import replace
+from neupims.machine.hints import check_fields
+from neupims.machine.model_files import BASE, ModelFile, own_fields, parse_model, parse_parallel
+from neupims.machine.record import replace_all
+from neupims.machine.simulator_files import is_simulator_json, read_simulator_files
 from neupims.machine.workload import Decoder, Parallel
 
 KINDS = {"hardware": "machine", "models": "model", "memory": "memory"}
+CALLER = "--set"  # who gives a value that no file gives
 MEMORY = "energy.memory"  # the name of a kind of memory, which stands for its energies
 
 
@@ -56,12 +53,28 @@ def names(kind: str) -> tuple[str, ...]:
     return tuple(sorted(found, key=order))
 
 
-def load_hardware(name_or_path: str | Path) -> Hardware:
-    """Returns the machine of this name, or of this TOML or JSON file.
+class Given(NamedTuple):
+    """A value that a file or the caller gives."""
+
+    value: Any  # a number, or text with a unit
+    by: str  # the file that it stands in, or CALLER
+
+
+class Machine(NamedTuple):
+    """A machine, and who gives which of its fields."""
+
+    hardware: Hardware  # with all fields as numbers
+    given: dict[str, Given]  # by dotted name; other fields have their defaults
+
+
+def load_hardware(name_or_path: str | Path, changes: Mapping[str, Any] | None = None) -> Hardware:
+    """Returns the machine of this name, or of this file.
 
     Args:
         name_or_path: A name, such as "neupims" (`python -m neupims show hardware` lists them), or a
-            file that ends in .toml or .json.
+            file: TOML or JSON with our fields, or a core JSON, memory JSON or DRAM ini of the
+            public simulator.
+        changes: Further fields, as for `set_fields`.
 
     Raises:
         ValueError: The name is unknown, or the file is malformed or holds an impossible value; the
@@ -73,18 +86,40 @@ def load_hardware(name_or_path: str | Path) -> Hardware:
         >>> load_hardware("npu-pim").pim.row_buffers
         1
     """
-    values, file = _read("hardware", name_or_path)
+    return read_machine(name_or_path, changes).hardware
+
+
+def read_machine(name_or_path: str | Path, changes: Mapping[str, Any] | None = None) -> Machine:
+    """Returns a machine, and who gives which of its fields; see `load_hardware`.
+
+    Times that are given for cycles are converted with the clock that results from file and changes.
+
+    Args:
+        name_or_path: A named machine, or a file.
+        changes: Further fields, as for `set_fields`.
+
+    Raises:
+        ValueError: As for `load_hardware`.
+        OSError: The file cannot be read.
+    """
+    values, file = _read_machine(name_or_path)
     with _name_file(file):
-        return set_fields(Hardware(), _flatten(values))
+        hardware = set_fields(Hardware(), {name: each.value for name, each in values.items()})
+    given = _expand_memory(values)
+    if changes:
+        given |= _expand_memory({name: Given(value, CALLER) for name, value in changes.items()})
+        hardware = set_fields(Hardware(), {name: each.value for name, each in given.items()})
+    return Machine(hardware, given)
 
 
 def set_fields(hardware: Hardware, values: Mapping[str, Any]) -> Hardware:
-    """Returns the machine with some fields changed, checked again.
+    """Returns the machine with some fields changed together, checked again.
 
     Args:
         hardware: The machine.
-        values: Numbers by dotted name. `energy.memory`, the name of a kind of memory, sets all of
-            its energies first, and the other fields come after it.
+        values: By dotted name: numbers, or text with a unit, such as "14 ns". `energy.memory`, the
+            name of a kind of memory, sets all of its energies first, and the other fields come
+            after it.
 
     Raises:
         ValueError: A field or the memory does not exist, or a value is impossible; the sentence
@@ -96,9 +131,36 @@ def set_fields(hardware: Hardware, values: Mapping[str, Any]) -> Hardware:
         >>> changed.energy.activate_kilobyte
         764.0
     """
-    for name, value in _expand_memory(values).items():
-        hardware = replace(hardware, name, check_number(name, value))
-    return hardware
+    fields = {
+        name: each.value
+        for name, each in _expand_memory({n: Given(v, "") for n, v in values.items()}).items()
+    }
+    check_fields(fields, names("hardware"))
+    for name, value in fields.items():
+        if isinstance(value, bool) or not isinstance(value, int | float | str):
+            raise ValueError(f"{name} must be a number or text with a unit, not {value!r}")
+    return replace_all(hardware, fields)
+
+
+def _read_machine(name_or_path: str | Path) -> tuple[dict[str, Given], str]:
+    """Returns the fields that a named machine or a file gives, and the name of the file."""
+    path = os.fspath(name_or_path)
+    if path.lower().endswith(".ini"):
+        return _read_simulator([path]), path
+    values, file = _read("hardware", path)
+    if is_simulator_json(values):
+        return _read_simulator([path]), path
+    listed = values.pop("simulator", [])
+    if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
+        raise ValueError(f"{file}: simulator must be a list of files, not {listed!r}")
+    given = _read_simulator([os.path.join(os.path.dirname(file), each) for each in listed])
+    with _name_file(file):
+        own = _flatten(values)
+    return given | {name: Given(value, file) for name, value in own.items()}, file
+
+
+def _read_simulator(paths: list[str]) -> dict[str, Given]:
+    return {name: Given(*each) for name, each in read_simulator_files(paths).items()}
 
 
 def load_memory(name: str) -> Memory:
@@ -136,9 +198,10 @@ def cost_sources(
         ValueError: As for `load_hardware`.
         OSError: The file cannot be read.
     """
-    tables, file = _read("hardware", name_or_path)
+    given, file = _read_machine(name_or_path)
+    own = {name: each.value for name, each in given.items()}
     found: dict[str, str] = {}
-    for values, origin in ((_flatten(tables), file), (changes or {}, "--set")):
+    for values, origin in ((own, file), (changes or {}, CALLER)):
         if MEMORY in values:
             sources = load_memory(values[MEMORY]).sources
             found |= {f"energy.{field}": source for field, source in sources.items()}
@@ -250,13 +313,14 @@ def changes(name: str) -> dict[str, Any]:
     return _flatten(_read("hardware", name)[0])
 
 
-def _expand_memory(values: Mapping[str, Any]) -> dict[str, Any]:
+def _expand_memory(given: Mapping[str, Given]) -> dict[str, Given]:
     """Returns the fields with the energies of a kind of memory before them, instead of its name."""
-    if MEMORY not in values:
-        return dict(values)
-    energies = load_memory(values[MEMORY]).values
-    others = {name: value for name, value in values.items() if name != MEMORY}
-    return {f"energy.{name}": value for name, value in energies.items()} | others
+    if MEMORY not in given:
+        return dict(given)
+    energies = load_memory(given[MEMORY].value).values
+    others = {name: each for name, each in given.items() if name != MEMORY}
+    by = given[MEMORY].by
+    return {f"energy.{name}": Given(value, by) for name, value in energies.items()} | others
 
 
 def _flatten(tables: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,7 +9,8 @@ The source of a cost begins with its confidence: "published" (a paper or data sh
 memories are in `configs/memory` (`neupims show memories`).
 """
 
-from neupims.machine.record import check_quantities, quantity, record
+from neupims.machine.quantity import check_quantities, quantity
+from neupims.machine.record import record
 
 INI = "HBM2_8Gb_x128_dualpim.ini of the simulator, at its 1 GHz"
 NEWTON = (
@@ -158,7 +159,7 @@ class AreaCosts:
     )
     uncore_share: float = quantity(
         0.45,
-        "of the NPU: on-chip network, links, control",
+        "shares, of the NPU: on-chip network, links, control",
         f"derived: {TPUV4I}; what the floorplan's other parts leave",
         most=0.99,
     )
@@ -171,7 +172,7 @@ class AreaCosts:
     pim_bank_group: float = quantity(0.036, "mm2 of the accumulator of a bank group", ATTACC)
     row_buffer_share: float = quantity(
         0.0311,
-        "of the memory's area for a second row buffer",
+        "shares, of the memory's area for a second row buffer",
         "published: NeuPIMs paper, CACTI 7.0, 22 nm",
     )
 

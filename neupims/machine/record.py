@@ -3,11 +3,13 @@
 import dataclasses
 import math
 import numbers
-from collections.abc import Iterator
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, NamedTuple, TypeVar, dataclass_transform
+from typing import Any, TypeVar, dataclass_transform
 
 import jax
+
+from neupims.machine.units import compact, read_quantity
 
 T = TypeVar("T")
 SHOWN = 40  # characters of a wrong value
@@ -61,95 +63,17 @@ def real(number: Any) -> float:
         return math.inf
 
 
-def quantity(
-    default: float,
-    unit: str,
-    source: str,
-    *,
-    least: float = 0,
-    most: float | None = None,
-    whole: bool = False,
-    simulator: str | None = None,
-) -> Any:
-    """Returns a dataclass field that is one number.
+def cut(value: Any) -> str:
+    """Returns a value as text that is short enough for an error.
 
     Args:
-        default: Its default.
-        unit: Its unit, in words.
-        source: Where the default comes from: a file, paper or data sheet.
-        least: The smallest value that is allowed.
-        most: The largest value that is allowed (default: COUNT_MOST for whole numbers, else
-            REAL_MOST).
-        whole: Whether it must be a whole number.
-        simulator: Its name in the memory files of the public simulator, if it has one there with
-            the same unit.
+        value: The value.
     """
-    most = most if most is not None else COUNT_MOST if whole else REAL_MOST
-    metadata = {"unit": unit, "source": source, "least": least, "most": most, "whole": whole}
-    return field(default=default, metadata=metadata | {"simulator": simulator})
-
-
-class Field(NamedTuple):
-    """One number of a record, as `describe` lists it."""
-
-    name: str  # dotted
-    value: Any  # a number, or an array in a batch
-    unit: str  # in words
-    source: str  # of the default
-    least: float  # the smallest value that is allowed
-    most: float  # the largest value that is allowed
-    whole: bool  # whether it must be a whole number
-
-
-def describe(value: Any, prefix: str = "") -> Iterator[Field]:
-    """Yields every number of a record and of the records in it.
-
-    Args:
-        value: A record whose fields are made by `quantity` or are such records.
-        prefix: Text before each dotted name.
-    """
-    for each in fields(value):
-        number, data = getattr(value, each.name), each.metadata
-        if is_dataclass(number):
-            yield from describe(number, f"{prefix}{each.name}.")
-        else:
-            yield Field(
-                f"{prefix}{each.name}",
-                number,
-                data["unit"],
-                data["source"],
-                data["least"],
-                data["most"],
-                data["whole"],
-            )
-
-
-def check_quantities(value: Any, group: str) -> None:
-    """Raises unless every plain number of the record is a number within its limits.
-
-    Arrays pass: in a batch of designs the result flags a wrong row, and the others stay valid.
-
-    Args:
-        value: A record whose fields are made by `quantity`.
-        group: Name before that of the field in an error, such as "hbm".
-
-    Raises:
-        ValueError: A field is not a number, or is too small, too large or not whole; the sentence
-            names it.
-    """
-    for each in fields(value):
-        number = getattr(value, each.name)
-        if isinstance(number, bool) or not isinstance(number, (numbers.Real, str)):
-            if not hasattr(number, "dtype"):
-                raise ValueError(f"{group}.{each.name} must be a number, not {number!r}")
-            continue
-        least, most, whole = (each.metadata[name] for name in ("least", "most", "whole"))
-        if (
-            isinstance(number, str)
-            or not least <= real(number) <= most
-            or (whole and real(number) % 1 != 0)
-        ):
-            raise ValueError(f"{group}.{each.name} must be {instead(number, least, most, whole)}")
+    text = repr(value)
+    if isinstance(value, numbers.Real) and not isinstance(value, numbers.Integral):
+        short = compact(float(value))
+        text = short if float(short) == value else repr(float(value))
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 def instead(number: Any, least: float, most: float, whole: bool) -> str:
@@ -164,13 +88,13 @@ def instead(number: Any, least: float, most: float, whole: bool) -> str:
         most: The largest value that is allowed.
         whole: Whether it must be a whole number.
     """
-    text, kind = repr(number), "a whole number" if whole else "a number"
+    kind = "a whole number" if whole else "a number"
     said = most < math.inf and (
         most not in (COUNT_MOST, REAL_MOST)
         or (isinstance(number, numbers.Real) and real(number) > most)
     )
-    short = text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
-    return f"{kind} of at least {least:g}{f' and at most {most:.9g}' if said else ''}, not {short}"
+    most_text = f" and at most {most:.9g}" if said else ""
+    return f"{kind} of at least {least:g}{most_text}, not {cut(number)}"
 
 
 def check_seed(seed: Any) -> None:
@@ -194,27 +118,80 @@ def replace(value: T, name: str, new: Any) -> T:
     Args:
         value: The record, such as `Hardware()`.
         name: The dotted name of the field, such as "hbm.num_channels".
-        new: Its value.
+        new: Its value: a number, or text with a unit, such as "14 ns".
 
     Raises:
         ValueError: The field does not exist (the sentence lists those that do), or the value is
             impossible.
     """
-    head, _, rest = name.partition(".")
-    names = [each.name for each in fields(value)]  # type: ignore[arg-type]
-    if head not in names:
-        raise ValueError(f"there is no field {head!r}; there are {', '.join(names)}")
-    inner = getattr(value, head)
-    if rest:
-        if not is_dataclass(inner):
-            raise ValueError(f"{head!r} is a number and has no field {rest!r}")
-        new = replace(inner, rest, new)
-    elif is_dataclass(inner):
-        raise ValueError(
-            f"{head!r} is a group; name one of its fields,"
-            f" {', '.join(f'{head}.{each.name}' for each in fields(inner))}"
-        )
-    return dataclasses.replace(value, **{head: new})  # type: ignore[type-var]
+    return replace_all(value, {name: new})
+
+
+def replace_all(value: T, changes: Mapping[str, Any]) -> T:
+    """Returns the record with several fields changed together, checked again.
+
+    Times that are given for cycles are converted with the new clock.
+
+    Args:
+        value: The record, such as `Hardware()`.
+        changes: Numbers, or texts with a unit, by the dotted name of the field.
+
+    Raises:
+        ValueError: A field does not exist (the sentence lists those that do), or a value is
+            impossible.
+
+    Example:
+        >>> from neupims import Hardware
+        >>> hbm = {"hbm.clock_hz": "1.3 GHz", "hbm.trp_cycles": "14 ns"}
+        >>> replace_all(Hardware(), hbm).hbm.trp_cycles
+        19.0
+    """
+    return _replace_all(value, changes, "")
+
+
+def _replace_all(value: T, changes: Mapping[str, Any], prefix: str) -> T:
+    known = [each.name for each in fields(value)]  # type: ignore[arg-type]
+    inner: dict[str, dict[str, Any]] = {}
+    own: dict[str, Any] = {}
+    for name, new in changes.items():
+        head, _, rest = name.partition(".")
+        if head not in known:
+            raise ValueError(f"there is no field {prefix}{head}; there are {', '.join(known)}")
+        part = getattr(value, head)
+        if rest and not is_dataclass(part):
+            raise ValueError(f"{prefix}{head} is a number and has no field {rest!r}")
+        if not rest and is_dataclass(part):
+            raise ValueError(
+                f"{prefix}{head} is a group; name one of its fields,"
+                f" {', '.join(f'{prefix}{head}.{each.name}' for each in fields(part))}"
+            )
+        (inner.setdefault(head, {}) if rest else own)[rest or head] = new
+    parts = {
+        head: _replace_all(getattr(value, head), some, f"{prefix}{head}.")
+        for head, some in inner.items()
+    }
+    return dataclasses.replace(value, **_read_texts(value, own, prefix), **parts)  # type: ignore
+
+
+def _read_texts(value: Any, changes: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Returns changes of a record with numbers for texts; the clock is read before the cycles."""
+    found = dict(changes)
+    for name in sorted(changes, key=lambda name: name != "clock_hz"):
+        if not isinstance(changes[name], str):
+            continue
+        about = next(each.metadata for each in fields(value) if each.name == name)
+        clock = found.get("clock_hz", getattr(value, "clock_hz", None))
+        try:
+            number = read_quantity(
+                changes[name],
+                about["unit"],
+                clock_hz=float(clock) if isinstance(clock, numbers.Real) else None,
+                longest=about["longest"],
+            )
+        except ValueError as fault:
+            raise ValueError(f"{prefix}{name} {fault}") from None
+        found[name] = int(number) if about["whole"] and number.denominator == 1 else float(number)
+    return found
 
 
 def to_values(value: Any) -> Any:

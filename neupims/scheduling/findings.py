@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from neupims.machine.case import Case
+from neupims.machine.effects import idle_changes
 from neupims.machine.record import to_values
 from neupims.machine.workload import Batch
 
@@ -82,6 +83,13 @@ class ScheduleSearch:
     channel_cycles: dict[str, list[list[float]]]
     trace: Path | None  # the file to which the best schedule was written
 
+    @property
+    def warnings(self) -> list[str]:
+        """Sentences on memory that does not suffice, and on changes without effect."""
+        case = self.case
+        idle = idle_changes(case.hardware, case.system, case.fidelity)
+        return [*filter(None, [self.warning]), *idle]
+
     def to_dict(self) -> dict[str, Any]:
         """Returns the values of JSON, as `search --json` prints them."""
         return {
@@ -91,6 +99,7 @@ class ScheduleSearch:
             "realisable": self.realisable,
             "measure": self.measure,
             "warning": self.warning or None,
+            "warnings": self.warnings,
             "published": self.published,
             "lower_bound": self.lower_bound,
             "baselines": to_values(self.baselines),

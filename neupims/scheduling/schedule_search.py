@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from neupims.machine.case import Case
-from neupims.machine.record import check_seed, describe, instead
+from neupims.machine.quantity import describe
+from neupims.machine.record import check_seed
 from neupims.machine.workload import Batch, check_batch
 from neupims.scheduling.baselines import baselines
 from neupims.scheduling.decision import (
@@ -244,9 +245,10 @@ def _check_knobs(case: Case, knobs: Sequence[HardwareKnob]) -> None:
             )
         field = known[knob.name]
         for end in (knob.low, knob.high):
-            if not field.least <= end <= field.most or (field.whole and end % 1):
-                wanted = instead(end, field.least, field.most, field.whole)
-                raise ValueError(f"{knob.name} must be {wanted}")
+            if fault := field.fault(end):
+                raise ValueError(f"{knob.name} {fault}")
+        if field.effect == "none":
+            raise ValueError(f"{knob.name} has no effect in this model: leave it out")
         if knob.low > knob.high:
             raise ValueError(
                 f"low of {knob.name} must be at most high, but {knob.low:g} is above {knob.high:g}"
