@@ -147,7 +147,7 @@ def test_own_files(tmp_path):
         ),
         (
             "[hbm]\nranks = inf\n",
-            r"mine.toml: hbm.ranks must be a whole number of ranks from 1 to 64, not inf",
+            r"mine.toml: hbm.ranks must be a whole number of ranks from 1 to 256, not inf",
         ),
         (
             "[hbm]\ntfaw_cycles = 2e30\n",
@@ -155,7 +155,7 @@ def test_own_files(tmp_path):
         ),
         (
             "[hbm]\nranks = 1.5\n",
-            r"mine.toml: hbm.ranks must be a whole number of ranks from 1 to 64, not 1.5",
+            r"mine.toml: hbm.ranks must be a whole number of ranks from 1 to 256, not 1.5",
         ),
         (
             '[hbm]\nranks = "two"\n',

@@ -82,7 +82,7 @@ class HBM:
         "ranks, of a channel",
         f"{INI}: channel_size 1024 MB over 512 MB",
         least=1,
-        most=64,
+        most=256,
         whole=True,
     )
     bank_groups: int = quantity(4, "bank groups, of a rank", INI, least=1, most=256, whole=True)
