@@ -7,6 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from neupims.exploration.compare import compare as compare
     from neupims.exploration.explore import explore as explore
     from neupims.machine.case import Case as Case
     from neupims.machine.case import make_case as make_case
@@ -45,6 +46,7 @@ _HOMES = {
     "ScheduleSearch": "scheduling.findings",
     "Simulation": "simulation",
     "Validation": "validation",
+    "compare": "exploration.compare",
     "explore": "exploration.explore",
     "export_trace": "scheduling.decision",
     "load_hardware": "machine.config",

@@ -210,6 +210,7 @@ def test_a_command_of_neupims_is_one_that_the_tool_accepts(words, folder, monkey
     for place in (
         "neupims.simulation.simulate_case",
         "neupims.commands.search.search_schedule",
+        "neupims.exploration.compare.compare",
         "neupims.exploration.explore.explore",
         "neupims.validation.validate",
         "neupims.commands.show.print_json",

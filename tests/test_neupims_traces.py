@@ -296,6 +296,17 @@ def test_the_tool_deals_lengths(capsys, tmp_path):
     assert drawn["batch"] == 2
 
 
+def test_a_prefill_reads_the_input_alone(capsys, tmp_path):
+    path = str(written(tmp_path, "input,output\n100,4000\n"))
+    flags = ["--trace", path, "--packing", "greedy"]
+    assert main(["simulate", "--model", "gpt3-7b", "--prefill", "--json", *flags]) == 0
+    found = json.loads(capsys.readouterr().out)
+    batch = neupims.make_batch([100], [0])
+    alone = neupims.simulate_case(neupims.make_case("gpt3-7b", batch), prefill=True).to_dict()
+    assert found["first_token_seconds"] == alone["first_token_seconds"]
+    assert found["trace_notes"][0] == "each request has generated 0 of its output"
+
+
 def test_the_tool_prints_what_was_assumed(capsys):
     assert main(["simulate", "--model", "gpt3-7b", "--trace", "alpaca:64"]) == 0
     said = capsys.readouterr().err

@@ -34,7 +34,10 @@ def add_system_arguments(parser: argparse.ArgumentParser) -> None:
         "--system",
         default="neupims",
         metavar="NAME",
-        help=f"{', '.join(SYSTEMS)}, or as the validation files spell it (default: neupims)",
+        help=(
+            f"{', '.join(SYSTEMS)}, or as the validation files spell it (default: neupims);"
+            " explore compares several, separated by commas"
+        ),
     )
     parser.add_argument(
         "--sub-batches",
@@ -53,7 +56,8 @@ def add_system_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|FILE",
         help=(
             "a named machine (`show hardware` lists names), a TOML or JSON file, or a core JSON,"
-            " memory JSON or DRAM ini of the public simulator"
+            " memory JSON or DRAM ini of the public simulator; explore compares several, separated"
+            " by commas"
         ),
     )
     parser.add_argument(
@@ -119,12 +123,11 @@ def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
     """
     parser.add_argument(
         "--generated",
-        default=UNIFORM,
         metavar="SHARE",
         help=(
             "where a trace gives input and output: the share of its output that each request has"
             f" generated, from 0 to 1, or {UNIFORM}: another random share for each (default:"
-            f" {UNIFORM})"
+            f" {UNIFORM}; 0 with --prefill)"
         ),
     )
     parser.add_argument(
@@ -162,6 +165,8 @@ def read_trace_argument(text: str, arguments: argparse.Namespace) -> Requests:
         OSError: The file cannot be read.
     """
     share: Any = arguments.generated
+    if share is None:  # a prefill reads prompts, which have no output yet
+        share = 0.0 if getattr(arguments, "prefill", False) else UNIFORM
     if share != UNIFORM:
         try:
             share = float(share)

@@ -1,4 +1,4 @@
-"""`explore`: the Pareto front of a space of designs, and sensitivities to its knobs."""
+"""`explore`: the Pareto front of a space of designs, or several systems and machines compared."""
 
 import argparse
 import os
@@ -22,6 +22,7 @@ from neupims.commands.common import (
     read_trace_argument,
 )
 from neupims.commands.common import system as chosen_system
+from neupims.commands.comparison import compare_and_print
 from neupims.machine.config import read_model
 
 SHOWN = 20  # designs of the front on the terminal
@@ -137,7 +138,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments: Parsed flags of `add_arguments`.
 
     Raises:
-        ValueError: There are no knobs, a flag is impossible, or flags contradict each other.
+        ValueError: There is nothing to explore, or a flag is impossible or contradicts another.
         OSError: A file cannot be read or written.
         ImportError: The extra `neupims` is not installed.
     """
@@ -151,15 +152,20 @@ def run(arguments: argparse.Namespace) -> int:
     check_run(arguments.html, seed=arguments.seed)
     knobs, constraints = read_space(arguments.space) if arguments.space else ({}, [])
     knobs |= dict(parse_knob(text) for text in arguments.knob)
-    if not knobs:
-        raise ValueError("give the space: --space FILE, or --knob NAME=LOW:HIGH")
-    system, sub_batches, hardware = chosen_system(arguments)
     models = [name.strip() for name in arguments.models.split(",")]
     for name in models:
         print_notes(name, read_model(name).notes)
     traces = [read_trace_argument(text, arguments) for text in arguments.trace]
     for each in traces:
         print_notes(each.name, each.notes)
+    if "," in arguments.system + arguments.hardware:
+        return compare_and_print(arguments, models, traces, is_space=bool(knobs))
+    if not knobs:
+        raise ValueError(
+            "give the space: --space FILE, or --knob NAME=LOW:HIGH; or give several systems or"
+            " machines to compare: --system A,B --hardware C,D"
+        )
+    system, sub_batches, hardware = chosen_system(arguments)
     with _progress() as report:
         found = explore(
             hardware,
@@ -244,6 +250,11 @@ def _print(found, folder: Path | None) -> None:
         f"{shown} of {len(found.front)} designs of the front shown, sorted by"
         f" {found.objectives[0].name}; the last row is the base design."
     )
+    if twins := sum(design.twins for design in found.front):
+        lines.print(
+            f"{twins} further designs equal one of the front: they differ only in knobs that do not"
+            " act there."
+        )
     lines.print(f"{found.kept} designs meet the constraints, {found.flagged} are impossible.")
     ends = ", ".join(f"{name} {value:.4g}" for name, value in found.reference.items())
     lines.print(f"hypervolume {found.hypervolume:.6g}, in units of the base design, up to {ends}")

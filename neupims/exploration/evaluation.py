@@ -38,8 +38,8 @@ def make_evaluate(
 
     The metrics are tokens_per_second, iteration_seconds, the utilisations and, of all devices of
     the model together, power_watts (the mean), peak_power_watts (all parts at full speed),
-    energy_joules_per_token, tokens_per_joule and area_mm2. `flagged`, `(n, workloads)`, is true
-    where the design cannot exist or cannot run the workload.
+    energy_joules_per_token, tokens_per_joule, area_mm2 and tokens_per_second_per_mm2. `flagged`,
+    `(n, workloads)`, is true where the design cannot exist or cannot run the workload.
 
     Args:
         workloads: Models and batches that each design runs.
@@ -107,7 +107,9 @@ def make_evaluate(
             tokens=(batch.seq_lens > 0).sum(),
             devices=devices,
         )
-        return found | power | {"area_mm2": device_mm2 * devices, "flagged": wrong}
+        mm2 = device_mm2 * devices
+        per_mm2 = {"area_mm2": mm2, "tokens_per_second_per_mm2": found["tokens_per_second"] / mm2}
+        return found | power | per_mm2 | {"flagged": wrong}
 
     def evaluate(columns: dict[str, Array]) -> dict[str, Array]:
         def of_design(design):

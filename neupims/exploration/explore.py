@@ -35,6 +35,7 @@ METRICS = (
     "power_watts",
     "peak_power_watts",
     "area_mm2",
+    "tokens_per_second_per_mm2",
     "npu_utilization",
     "pim_utilization",
     "bandwidth_utilization",
@@ -49,6 +50,7 @@ class Design:
     index: int  # number in the run
     knobs: dict[str, float]  # value by name
     metrics: dict[str, float]  # of `METRICS`, by name
+    twins: int = 0  # further designs with these metrics, which differ in knobs that do not act
 
 
 @dataclass(frozen=True)
@@ -94,18 +96,17 @@ class Exploration:
         return finite(found)
 
     def front_csv(self) -> str:
-        """Returns the front as CSV: knobs, metrics, and the throughput of each workload."""
+        """Returns the front as CSV: knobs, metrics, the throughput of each workload, and twins."""
         points, text = self.result.front, io.StringIO()
         writer = csv.writer(text, lineterminator="\n")
         throughputs = (f"tokens_per_second of {name}" for name in self.workloads)
-        writer.writerow(["index", *self.base.knobs, *points.metrics, *throughputs])
+        writer.writerow(["index", *self.base.knobs, *points.metrics, *throughputs, "twins"])
         columns = [overall(each) for each in points.metrics.values()]
         columns += list(points.metrics["tokens_per_second"].T)
         for row, index in enumerate(points.place):
             knobs = (f"{value:.9g}" for value in points.values[row])
-            writer.writerow(
-                [int(index), *knobs, *(f"{float(column[row]):.7g}" for column in columns)]
-            )
+            metrics = (f"{float(column[row]):.7g}" for column in columns)
+            writer.writerow([int(index), *knobs, *metrics, int(self.result.twins[row])])
         return text.getvalue()
 
 
@@ -235,7 +236,9 @@ def explore(
         points=result.points,
         kept=result.kept,
         flagged=result.flagged,
-        front=_designs(result.front.take(_best_first(result)), space),
+        front=_designs(
+            result.front.take(_best_first(result)), space, result.twins[_best_first(result)]
+        ),
         base=_designs(result.base, space)[0],
         reference=result.reference,
         hypervolume=result.hypervolume,
@@ -264,13 +267,14 @@ def _describe(workload: Workload) -> dict[str, Any]:
     }
 
 
-def _designs(points: Points, space: Space) -> tuple[Design, ...]:
+def _designs(points: Points, space: Space, twins: np.ndarray | None = None) -> tuple[Design, ...]:
     metrics = {name: overall(each) for name, each in points.metrics.items()}
     return tuple(
         Design(
             int(points.place[row]),
             dict(zip(space.names, points.values[row].tolist(), strict=True)),
             {name: float(each[row]) for name, each in metrics.items()},
+            0 if twins is None else int(twins[row]),
         )
         for row in range(len(points.place))
     )

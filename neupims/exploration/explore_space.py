@@ -29,6 +29,7 @@ from neupims.exploration.points import (
 from neupims.exploration.sampling import METHODS, grid_size, sample, unit_sample
 from neupims.exploration.sensitivity import Sensitivity, neighbours, sensitivities
 from neupims.exploration.space import Space
+from neupims.exploration.twins import check_effects, merge_twins
 
 Report = Callable[[int, int], None]
 
@@ -47,7 +48,8 @@ class SpaceResult:
     points: int  # designs that were evaluated
     kept: int  # designs that meet all constraints
     flagged: int  # designs that are impossible or not finite
-    front: Points  # designs that no other one dominates, each once
+    front: Points  # designs that no other one dominates, equal ones once
+    twins: np.ndarray  # (f,) further designs that each one of the front stands for
     others: Points  # a random part of the other designs that meet all constraints
     base: Points  # one design: the base values, moved into the space
     reference: dict[str, float]  # where the hypervolume ends, by objective
@@ -91,8 +93,9 @@ def explore_space(
         report: Called with the number of finished designs, and of all designs.
 
     Raises:
-        ValueError: The method, an objective or the number of points is unknown or impossible; the
-            folder holds another exploration; the base design is impossible.
+        ValueError: The method, an objective or the number of points is unknown or impossible; a
+            knob has no effect; the folder holds another exploration; the base design is
+            impossible.
         OSError: The folder cannot be written to.
     """
     total, chunk = _sizes(space, method, points, chunk)
@@ -114,6 +117,7 @@ def explore_space(
         "code": digest_code(),
     }
     with open_chunks(Path(folder) if folder is not None else None, identity) as store:
+        check_effects(space, evaluator)
         near = evaluator(neighbours(space))
         base = near.take(np.array([0]))
         ends = _reference(base, objectives, reference or {})
@@ -137,6 +141,7 @@ def explore_space(
                 drawn.append((part.values[chosen], result(part, sensitivity_of)[chosen]))
             report(done, total)
     assert front is not None
+    merged, twins = merge_twins(front, base.values[0], evaluator)
     values, results = (np.concatenate(each) for each in zip(*drawn, strict=True))
     near_results = result(near, sensitivity_of)
     return SpaceResult(
@@ -144,7 +149,8 @@ def explore_space(
         points=total,
         kept=kept,
         flagged=flagged,
-        front=front,
+        front=merged,
+        twins=twins,
         others=reduce(Points.join, others).exclude(front),
         base=base,
         reference=ends,

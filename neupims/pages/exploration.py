@@ -57,7 +57,7 @@ def _plane(found: Exploration, first: Objective, other: Objective) -> dict[str, 
 
 def _front_table(found: Exploration) -> dict[str, Any]:
     rows = [
-        [name, *design.knobs.values(), *design.metrics.values()]
+        [name, *design.knobs.values(), *design.metrics.values(), design.twins]
         for name, design in (
             *((str(each.index), each) for each in found.front[:MOST_ROWS]),
             ("base", found.base),
@@ -70,7 +70,7 @@ def _front_table(found: Exploration) -> dict[str, Any]:
             f"{len(found.front)} designs, sorted by {found.objectives[0].name}; geometric means"
             f" over {', '.join(found.workloads)}. The last row is the base design."
         ),
-        "columns": ["design", *found.base.knobs, *found.base.metrics],
+        "columns": ["design", *found.base.knobs, *found.base.metrics, "equal designs"],
         "rows": rows,
     }
 

@@ -1,0 +1,103 @@
+"""`explore` with several systems or machines: one table, and the winner by each objective."""
+
+import argparse
+from collections.abc import Sequence
+
+from neupims.commands.common import AUTO, console, print_json, system_options
+from neupims.machine.traces import Requests
+
+# Flags that only a space of designs has.
+OF_A_SPACE = ("space", "constraint", "points", "reference", "chunk", "out")
+
+
+def compare_and_print(
+    arguments: argparse.Namespace,
+    models: Sequence[str],
+    traces: Sequence[Requests],
+    *,
+    is_space: bool,
+) -> int:
+    """Compares the systems and machines of the flags, prints the result, and returns 0.
+
+    Args:
+        arguments: Parsed flags of `explore`.
+        models: Names or files of the models.
+        traces: The requests.
+        is_space: Whether there are knobs, which exclude a comparison.
+
+    Raises:
+        ValueError: A flag is impossible, or flags contradict each other.
+        OSError: A file cannot be read or written.
+        ImportError: The extra `neupims` is not installed.
+    """
+    from neupims.exploration.compare import COMPARED, compare
+
+    given = [name for name in OF_A_SPACE if getattr(arguments, name)]
+    if is_space or given:
+        flag = "knob" if is_space else given[0]
+        raise ValueError(
+            f"--{flag} is for the designs of one system and one machine: leave it out to compare"
+            " several"
+        )
+    if arguments.sub_batches == AUTO:
+        raise ValueError("--sub-batches auto is for simulate: say 1 or 2")
+    options = system_options(arguments)
+    hardware = [name.strip() for name in options.pop("hardware").split(",")]
+    found = compare(
+        hardware,
+        models,
+        traces,
+        systems=[name.strip() for name in arguments.system.split(",")],
+        objectives=COMPARED if arguments.objectives is None else arguments.objectives,
+        fidelity=arguments.fidelity,
+        schedule=arguments.schedule,
+        **options,
+    )
+    if arguments.html:
+        from neupims.pages.exploration_comparison import write_comparison
+
+        write_comparison(arguments.html, found)
+    if arguments.json:
+        print_json(found.to_dict())
+    else:
+        _print(found)
+    return 0
+
+
+def _print(found) -> None:
+    """The contenders, then the winners."""
+    import re
+
+    from rich.table import Table
+
+    lines = console()
+    table = Table(
+        title=f"over {', '.join(found.workloads)} (geometric means), {found.fidelity} fidelity"
+    )
+    for name in ("system", "hardware"):
+        table.add_column(name)
+    for name in found.contenders[0].metrics:
+        table.add_column(re.sub("_", "\n", name), justify="right")
+    for each in found.contenders:
+        metrics = ("-" if each.flagged else f"{value:.4g}" for value in each.metrics.values())
+        table.add_row(each.system, each.hardware, *metrics)
+    lines.print(table)
+    if any(each.flagged for each in found.contenders):
+        lines.print("- : impossible, such as a memory that is too small (`simulate` says why)")
+    winners = Table(title="winners")
+    for name in ("objective", "best", "value", "better than the next"):
+        winners.add_column(name, justify="right" if name in ("value",) else "left")
+    for each in found.winners:
+        names = " = ".join(describe(found.contenders[place]) for place in each.best) or "none"
+        lead = "" if each.lead is None else f"{each.lead:.1%}"
+        winners.add_row(each.objective, names, f"{each.value:.4g}", lead)
+    lines.print(winners)
+
+
+def describe(contender) -> str:
+    """Returns the system and the machine of a contender, as they were given.
+
+    Args:
+        contender: The contender.
+    """
+    return f"{contender.system} on {contender.hardware}"
