@@ -1,6 +1,7 @@
 """Times what a user of `ggem-retrieval` waits for: a warm search, and the steps of indexing.
 
     python -m benchmarks.bench_retrieval_time [--before CHECKOUT] [--vectors 5000 1000000] [--page]
+    python -m benchmarks.bench_retrieval_time --index 100 1000 [--before CHECKOUT]
 
 Search: `ggem-retrieval search my.index query.jpg -k 5`, a process of its own from start to end, of
 an index of random unit vectors of 1,280 in float16. The first process compiles and is not counted.
@@ -10,6 +11,10 @@ with ours in the same run. Rows go to benchmarks/results/retrieval_time.csv.
 Page: requests to the application of `serve`, in one process with a loaded network: images like one
 of the index, and an upload of 1,024 x 768, whose network is timed alone too. The first request is
 not counted. Rows go to benchmarks/results/retrieval_page.csv.
+
+Index: `ggem-retrieval index` of so many photos of 12 megapixels and of 0.3, a process of its own;
+an index of two photos comes first, so that the network is compiled. With `--before`, the codes take
+turns. Rows go to benchmarks/results/retrieval_indexing.csv.
 
 Steps: the CPU time of each step from file to vector, one image after another in one process, for
 photos of 12 megapixels and of 0.3, decoded in full and as a draft. The photos are noise of all
@@ -21,6 +26,7 @@ CPU seconds are those of all threads, of the user and of the system.
 import argparse
 import contextlib
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -57,10 +63,23 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--images", type=int, default=8, help="photos of each size")
     parser.add_argument("--page", action="store_true", help="time requests to the page alone")
+    parser.add_argument(
+        "--index",
+        type=int,
+        nargs=2,
+        metavar="COUNT",
+        help="index so many photos of each size alone",
+    )
     options = parser.parse_args()
     codes = {"now": ROOT} if options.before is None else {"before": options.before, "now": ROOT}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        if options.index:
+            for (label, size), count in zip(SIZES.items(), options.index, strict=True):
+                write_photos(folder / label, size, count)
+                for row in time_indexing(folder / label, codes):
+                    append("retrieval_indexing", machine() | {"photos": label} | row)
+            return
         write_photos(folder / "query", (768, 1024), 1)
         for size in options.vectors:
             write_index(folder / f"{size}.index", size)
@@ -166,12 +185,43 @@ def time_searches(
     return rows
 
 
+def time_indexing(photos: Path, codes: dict[str, Path]) -> list[dict[str, Any]]:
+    """Returns a row for each code: what indexing a folder takes, the network compiled before.
+
+    Args:
+        photos: Folder of the photos.
+        codes: Roots of checkouts by label.
+
+    Raises:
+        SystemExit: A command fails.
+    """
+    two, rows = photos.with_name("two"), []
+    shutil.rmtree(two, ignore_errors=True)
+    two.mkdir()
+    for path in sorted(photos.iterdir())[:2]:
+        shutil.copy(path, two)
+    for label, root in codes.items():
+        cache, made = photos.with_name(f"cache {label}"), photos.with_name(f"{label}.index")
+        for folder in (two, photos):
+            shutil.rmtree(made, ignore_errors=True)
+            _, cpu, wall = _run(root, cache, "index", folder, "-o", made)
+        count = len(list(photos.iterdir()))
+        row = {"code": label, "images": count, "cpu_s": f"{cpu:.1f}", "wall_s": f"{wall:.1f}"}
+        rows.append(row | {"images_per_cpu_s": f"{count / cpu:.1f}"})
+    return rows
+
+
 def _search(root: Path, folder: Path, size: int, cache: Path) -> tuple[str, float, float]:
     """The output of one search, its CPU seconds and its seconds."""
+    query = folder / "query" / "0.jpg"
+    return _run(root, cache, "search", folder / f"{size}.index", query, "-k", "5")
+
+
+def _run(root: Path, cache: Path, *arguments: str | Path) -> tuple[str, float, float]:
+    """The output of one command of the tool, its CPU seconds and its seconds."""
     own = {name: value for name, value in os.environ.items() if not name.startswith("JAX_")}
     own |= {"PYTHONPATH": str(root), "XDG_CACHE_HOME": str(cache), "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-m", "ggem_jax.retrieval", "search", folder / f"{size}.index"]
-    command += [folder / "query" / "0.jpg", "-k", "5"]
+    command = [sys.executable, "-m", "ggem_jax.retrieval", *arguments]
     began = time.perf_counter()
     process = subprocess.Popen(command, cwd=root, env=own, stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
@@ -179,7 +229,7 @@ def _search(root: Path, folder: Path, size: int, cache: Path) -> tuple[str, floa
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
-        sys.exit(f"the search of {root} failed")
+        sys.exit(f"{arguments[0]} of {root} failed")
     return said, usage.ru_utime + usage.ru_stime, time.perf_counter() - began
 
 
