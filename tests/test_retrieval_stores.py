@@ -603,6 +603,27 @@ def test_kills(built, photos, tmp_path):
     assert 2 < seen["complete"] < len(killed) - 20, seen
 
 
+def test_a_graph_that_was_half_written_is_made_again(built, url):
+    own = "import sys; from ggem_jax.retrieval.index.pushing import push; push(*sys.argv[1:])"
+    subprocess.run([sys.executable, "-c", own, str(built), url], cwd=ROOT, check=True)
+    query = described(np.full((1, 1, 3), 77, np.uint8))[None]
+    graphs = [
+        path
+        for path in Path(url.removeprefix("milvus:")).rglob("*.idx")
+        if "_marker" not in str(path)
+    ]
+    assert graphs
+    for graph in graphs:
+        graph.write_bytes(graph.read_bytes()[: graph.stat().st_size // 2])
+    opened = Index.open(built)
+    with pytest.raises(StoreRefused):
+        opened.search(query, k=5, store=url)
+    pushed = push(built, url)
+    assert (pushed.added, pushed.unchanged) == (len(opened), 0)
+    expected = opened.search(query, k=5)
+    np.testing.assert_array_equal(opened.search(query, k=5, store=url).ids, expected.ids)
+
+
 # The tool
 
 

@@ -151,8 +151,7 @@ class MilvusCollection:
                 self._make(names[0], 2, with_value=True)
             if not there:
                 self._make(names[1], self.dim)
-            for name in names:
-                self.client.load_collection(name)
+            self._load(names, again=new and not self.address.startswith(_SERVERS))
             fields = self.client.describe_collection(self.name)["fields"]
             (dim,) = (field["params"]["dim"] for field in fields if field["name"] == "vector")
         if int(dim) != self.dim:
@@ -160,6 +159,25 @@ class MilvusCollection:
                 f"{self.name} in {self.address} has vectors of {dim} numbers, not {self.dim}: give"
                 " another --collection"
             )
+
+    def _load(self, names: tuple[str, str], *, again: bool) -> None:
+        """Loads the marker's collection and ours; `again` makes both again where that fails.
+
+        Milvus Lite cannot load a graph that was half written when its process was killed.
+        """
+        from pymilvus import MilvusException
+
+        try:
+            for name in names:
+                self.client.load_collection(name)
+        except MilvusException:
+            if not again:
+                raise
+            for name in reversed(names):  # without vectors first, so that no marker speaks of them
+                self.client.drop_collection(name)
+            self._make(names[0], 2, with_value=True)
+            self._make(names[1], self.dim)
+            self._load(names, again=False)
 
     def _make(self, name: str, dim: int, *, with_value: bool = False) -> None:
         from pymilvus import DataType
