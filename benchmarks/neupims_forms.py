@@ -20,6 +20,7 @@ from benchmarks.record import append, machine
 from neupims.machine.config import load_model, load_parallel, names
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace
+from neupims.machine.systems import FIDELITIES
 from neupims.timing import gemv
 from neupims.timing.gemv_exact import channel_cycles_exact
 
@@ -114,10 +115,10 @@ def compare(
     ]
     column = ("logit", "attend").index(operation)
     closed = []
-    for steps in (True, False):
+    for fidelity in FIDELITIES:  # with and without steps
         works = jax.vmap(
-            lambda each, steps=steps: gemv.request_work(
-                hardware, decoder, each, parallel, steps=steps
+            lambda each, fidelity=fidelity: gemv.request_work(
+                hardware, decoder, each, parallel, fidelity=fidelity
             )
         )(lengths)
         closed.append(np.asarray(works)[..., column].sum(axis=1))

@@ -131,7 +131,7 @@ def simulate_case(
     check_batch(case.batch, int(case.hardware.hbm.num_channels))
     fits = case.system not in PIM_SYSTEMS
     records = (case.hardware, case.model, case.batch, case.parallel)
-    warning = "" if fits else check_capacity(*records)
+    warning = "" if fits else check_capacity(*records, fidelity=case.fidelity)
     if prefill:
         return _run(_prefill_case(case), path, warning)
     counts = (1, 2) if fastest and case.system == "neupims" else (case.sub_batches,)

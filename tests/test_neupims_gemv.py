@@ -10,15 +10,17 @@ import pytest
 from neupims.machine.config import load_model
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace
+from neupims.machine.systems import FIDELITIES
 from neupims.machine.workload import Parallel
 from neupims.timing import gemv
 from neupims.timing.gemv_exact import channel_cycles_exact
+from neupims.timing.layout import logit_groups
 
 MODEL, PARALLEL = load_model("gpt3-7b"), Parallel(4, 1)
 SINGLE = replace(Hardware(), "pim.row_buffers", 1)
 WHOLE_REFRESH = replace(Hardware(), "hbm.trefi_cycles", 10**6)
 
-request_work = jax.jit(gemv.request_work, static_argnames="steps")
+request_work = jax.jit(gemv.request_work, static_argnames="fidelity")
 
 
 def exact(hardware, lengths, operation, phase=0.0, ready=None, model=MODEL):
@@ -157,9 +159,13 @@ def test_tiles_that_never_fit_between_refreshes_take_for_ever(row_buffers, chang
     hardware = replace(replace(Hardware(), "pim.row_buffers", row_buffers), *change)
     for column, operation in enumerate(("logit", "attend")):
         assert exact(jax.tree.map(float, hardware), [300, 40], operation) == np.inf
-        for steps in (True, False):
+        for fidelity in FIDELITIES:
             assert request_work(
-                jax.tree.map(float, hardware), MODEL, jnp.array([300, 0]), PARALLEL, steps=steps
+                jax.tree.map(float, hardware),
+                MODEL,
+                jnp.array([300, 0]),
+                PARALLEL,
+                fidelity=fidelity,
             )[:, column].tolist() == [np.inf, 0]
 
 
@@ -198,13 +204,11 @@ def test_a_request_waits_until_its_commands_arrive():
     )  # after the operation's start, wherever in the round of refreshes that is
 
 
-def test_grouped_queries_read_keys_again_for_every_query():
+def test_in_the_simulator_grouped_queries_read_keys_again_for_every_query():
     """Llama-3 8B on 4 devices: 2 key heads a device serve 8 query heads, so a row of 2 heads is
     read 4 times: the same products as 8 heads in 4 rows.
     """
-    grouped, last = gemv.logit_groups(
-        Hardware(), load_model("llama3-8b"), jnp.array([320.0]), PARALLEL
-    )
+    grouped, last = logit_groups(Hardware(), load_model("llama3-8b"), jnp.array([320.0]), PARALLEL)
     assert (
         float(grouped.groups[0]),
         float(last.groups[0]),
@@ -227,7 +231,7 @@ def test_slower_timings_are_never_faster_in_the_smooth_form(knob):
     start = getattr(Hardware().hbm, knob.split(".")[1])
     designs = jax.vmap(
         lambda value: gemv.request_work(
-            replace_traced(knob, value), MODEL, jnp.array([700]), PARALLEL, steps=False
+            replace_traced(knob, value), MODEL, jnp.array([700]), PARALLEL, fidelity="intended"
         )
     )(start * jnp.linspace(0.5, 2, 40))
     assert (jnp.diff(designs, axis=0) >= -1e-3 * designs[:-1]).all()

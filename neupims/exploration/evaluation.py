@@ -94,7 +94,9 @@ def make_evaluate(
             )
         else:
             found = _select_metrics(run(sub_batches))
-        wrong = found.pop("flagged") | ~is_possible(machine, model, batch, parallel)
+        wrong = found.pop("flagged") | ~is_possible(
+            machine, model, batch, parallel, fidelity=fidelity
+        )
         devices = 1.0 * parallel.tp * parallel.pp
         device_mm2 = (
             gpu_area(machine) if system == "gpu" else area(machine, pim=system in PIM_SYSTEMS).total
@@ -161,7 +163,14 @@ def _select_metrics(iteration: Iteration) -> dict[str, Array]:
     return {name: getattr(iteration, name) for name in names}
 
 
-def is_possible(hardware: Hardware, model: Decoder, batch: Batch, parallel: Parallel) -> Array:
+def is_possible(
+    hardware: Hardware,
+    model: Decoder,
+    batch: Batch,
+    parallel: Parallel,
+    *,
+    fidelity: Fidelity = "simulator",
+) -> Array:
     """Returns whether the machine can exist and holds the model and the batch.
 
     Pages must fit in rows, heads and layers must divide over the devices, every request needs an
@@ -172,11 +181,12 @@ def is_possible(hardware: Hardware, model: Decoder, batch: Batch, parallel: Para
         model: The model.
         batch: The requests; those of length 0 do not count.
         parallel: How the model is spread over devices.
+        fidelity: The layout of keys and values, "simulator" or "intended".
 
     Returns:
         A boolean scalar.
     """
-    tiles = request_tiles(hardware, model, batch.seq_lens, parallel)
+    tiles = request_tiles(hardware, model, batch.seq_lens, parallel, fidelity=fidelity)
     room = channel_tiles(hardware, model, parallel)
     there = batch.seq_lens > 0
     return (

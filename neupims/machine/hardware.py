@@ -4,7 +4,7 @@ The defaults are the machine of the NeuPIMs paper as its public simulator config
 ASPLOS 2024, arXiv:2403.00579; github.com/casys-kaist/NeuPIMs, commit f299af3). Timings
 `t..._cycles` are cycles of the memory clock. A batch of designs is the same record with a leading
 axis on the fields that vary. A DRAM timing is a field of `HBM` with its name in the simulator's
-files; `timing.gemv.pim_timing` turns timings into those of commands.
+files; `timing.pim_commands.pim_timing` turns timings into those of commands.
 """
 
 import numbers

@@ -12,7 +12,6 @@ from neupims.machine.record import Number
 def _not_timed(model: Decoder) -> dict[str, Number]:
     """Returns, by feature, whether the model has it while the timing does not compute it."""
     return {
-        "a head_dim other than width / heads": model.head_dim * model.heads != model.width,
         "experts": model.experts > 0,
         "a window": model.window > 0,
         "latent attention (kv_rank)": model.kv_rank > 0,

@@ -124,10 +124,10 @@ def make_problem(
 @partial(jax.jit, static_argnames="fidelity")
 def _tables(hardware, model, parallel, lengths, *, fidelity):
     """Returns the work of requests, and the NPU's operations for every number of tokens."""
-    given, steps = (hardware, model, lengths, parallel), fidelity == "simulator"
-    work = gemv.request_work(*given, steps=steps)
-    beside = gemv.request_work(*given, steps=steps, wait=DEFAULT.reopen_cycles)
-    tiles = request_tiles(hardware, model, lengths, parallel)
+    given = (hardware, model, lengths, parallel)
+    work = gemv.request_work(*given, fidelity=fidelity)
+    beside = gemv.request_work(*given, fidelity=fidelity, wait=DEFAULT.reopen_cycles)
+    tiles = request_tiles(hardware, model, lengths, parallel, fidelity=fidelity)
     batch = Batch(lengths, jnp.zeros_like(lengths), jnp.zeros_like(lengths))
     context = Context(hardware, model, batch, parallel, fidelity=fidelity)
     tokens = jnp.sum(lengths > 0) * 1.0

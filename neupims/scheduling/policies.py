@@ -10,10 +10,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from neupims.machine.division import ceil_divide, divide
+from neupims.machine.division import ceil_divide
 from neupims.machine.hardware import Hardware, banks
 from neupims.machine.workload import Decoder, Parallel
-from neupims.timing.gemv import heads_of_device, page_elements
+from neupims.timing.layout import heads_of_device, page_elements
 
 # Cycles: the paper's L_gwrite and L_tile, src/scheduler/Scheduler.cc of the simulator.
 GWRITE_ESTIMATE, TILE_ESTIMATE = 100.0, 184.0
@@ -45,7 +45,7 @@ def estimate_cycles(
         heads and width of one device.
     """
     heads, kv_heads = heads_of_device(model, parallel)
-    width, page = divide(model.width, model.heads), page_elements(hardware)
+    width, page = 1.0 * model.head_dim, page_elements(hardware)
     lanes = 1.0 * banks(hardware.hbm)
     lengths = jnp.asarray(seq_lens) * 1.0
     row = GWRITE_ESTIMATE + ceil_divide(lengths, lanes) * TILE_ESTIMATE

@@ -275,7 +275,9 @@ def _pose_problem(case: Case, new_only: int | None) -> tuple[Problem, str]:
     if new_only is not None:
         is_old = np.arange(len(lengths)) < len(lengths) - new_only
         resident = np.where(is_old, case.batch.channels, -1)
-    warning = check_capacity(case.hardware, case.model, case.batch, case.parallel)
+    warning = check_capacity(
+        case.hardware, case.model, case.batch, case.parallel, fidelity=case.fidelity
+    )
     tiles = channel_tiles(case.hardware, case.model, case.parallel)
     problem = make_problem(
         case.hardware,

@@ -21,8 +21,15 @@ from neupims.machine.hardware import Hardware
 from neupims.machine.record import Number
 from neupims.machine.systems import Fidelity, System
 from neupims.machine.workload import FLOAT16_BYTES, Batch, Decoder, Parallel
-from neupims.timing import gemv
+from neupims.timing.gemv import request_works
 from neupims.timing.gemv_exact import channel_cycles_exact
+from neupims.timing.layout import (
+    attend_groups,
+    heads_of_device,
+    logit_groups,
+    page_elements,
+    results_of,
+)
 from neupims.timing.vector import softmax_cycles
 
 # The exact path takes the mean over this number of starts within a round of refreshes.
@@ -58,10 +65,10 @@ def closed_attention(
     system: System,
     interleaved: bool,
     channels: int,
-    steps: bool,
+    fidelity: Fidelity,
     calibration: Calibration,
 ) -> Attention:
-    """Returns the work of each channel as the sum over its requests (`gemv.request_works`).
+    """Returns the work of each channel as the sum over its requests (`timing.gemv.request_works`).
 
     Args:
         hardware: The machine.
@@ -71,7 +78,7 @@ def closed_attention(
         system: "neupims" or "npu-pim".
         interleaved: Whether there are two sub-batches; else all requests are in the first one.
         channels: The number of channels, or a bound on it where it is traced.
-        steps: Whether whole tiles are packed into refresh intervals, as the controller does.
+        fidelity: "simulator" or "intended".
         calibration: The fitted constants; only `reopen_cycles` is used.
 
     Returns:
@@ -86,10 +93,10 @@ def closed_attention(
         ).reshape(2, 1, channels, *values.shape[1:])
 
     waits = (None, calibration.reopen_cycles) if interleaved else (None,)
-    works = gemv.request_works(hardware, model, batch.seq_lens, parallel, steps=steps, waits=waits)
+    works = request_works(hardware, model, batch.seq_lens, parallel, fidelity=fidelity, waits=waits)
     alone, beside = sum_by_channel(works[0]), sum_by_channel(works[-1])
     instructions = (
-        sum_by_channel(_count_instructions(hardware, model, batch.seq_lens, parallel))
+        sum_by_channel(_count_instructions(hardware, model, batch.seq_lens, parallel, fidelity))
         if system == "npu-pim"
         else jnp.zeros_like(alone)
     )
@@ -135,7 +142,9 @@ def exact_attention(
     interleaved = system == "neupims" and sub_batches == 2
     lengths, channel = np.asarray(batch.seq_lens), np.asarray(batch.channels)
     sub_batch = np.asarray(batch.sub_batches) if interleaved else np.zeros_like(channel)
-    instructions = np.asarray(_count_instructions(hardware, model, jnp.asarray(lengths), parallel))
+    instructions = np.asarray(
+        _count_instructions(hardware, model, jnp.asarray(lengths), parallel, fidelity)
+    )
     late = system == "npu-pim" and fidelity == "simulator"  # commands come one a cycle
 
     def pieces_of(mine, operation) -> list:
@@ -159,7 +168,16 @@ def exact_attention(
             issued = instructions[own, operation]
             ready[row, : len(own)] = (np.cumsum(issued) - issued) if late else 0
             commands[place], requests[place] = issued.sum(), len(own)
-        follow = partial(_follow_lists, hardware, model, parallel, padded, ready, operation=name)
+        follow = partial(
+            _follow_lists,
+            hardware,
+            model,
+            parallel,
+            padded,
+            ready,
+            operation=name,
+            fidelity=fidelity,
+        )
         undisturbed = np.asarray(follow(wait=None))
         disturbed = (
             np.asarray(follow(wait=calibration.reopen_cycles)) if interleaved else undisturbed
@@ -193,8 +211,8 @@ def _list_requests(lengths, channel, sub_batch, pieces_of) -> list[_List]:
     return lists
 
 
-@partial(jax.jit, static_argnames="operation")
-def _follow_lists(hardware, model, parallel, lengths, ready, wait, *, operation):
+@partial(jax.jit, static_argnames=("operation", "fidelity"))
+def _follow_lists(hardware, model, parallel, lengths, ready, wait, *, operation, fidelity):
     """Returns the core cycles of each list, the mean over phases; `ready` is in core cycles."""
     to_core = hardware.npu.clock_hz / hardware.hbm.clock_hz
     phases = (jnp.arange(PHASES) + 0.5) / PHASES
@@ -202,7 +220,15 @@ def _follow_lists(hardware, model, parallel, lengths, ready, wait, *, operation)
     def one(length, first):
         return jax.vmap(
             lambda phase: channel_cycles_exact(
-                hardware, model, length, parallel, phase, first / to_core, wait, operation=operation
+                hardware,
+                model,
+                length,
+                parallel,
+                phase,
+                first / to_core,
+                wait,
+                operation=operation,
+                fidelity=fidelity,
             )
         )(phases)
 
@@ -214,8 +240,8 @@ def _cut_pieces(hardware, model, parallel, lengths, mine, operation) -> list:
 
     A piece ends where the simulator's count of scratchpad bytes exceeds its limit.
     """
-    heads, width = float(model.heads / parallel.tp), float(model.width / model.heads)
-    page = float(gemv.page_elements(hardware))
+    heads, width = float(model.heads / parallel.tp), float(model.head_dim)
+    page = float(page_elements(hardware))
     chunks = np.ceil(heads * width / (np.floor(page / width) * width)) if page >= width else np.inf
     attended = np.full(len(lengths), width + chunks * width)
     numbers = 2 * lengths + width if operation == 0 else attended
@@ -234,17 +260,17 @@ def _cut_pieces(hardware, model, parallel, lengths, mine, operation) -> list:
     return [mine[begin : end + 1] for begin, end in zip(begins, ends, strict=True)]
 
 
-def _count_instructions(hardware, model, seq_lens, parallel):
+def _count_instructions(hardware, model, seq_lens, parallel, fidelity):
     """Returns the commands of each request, (r, 2), where every product is a command of its own.
 
     A group has one GWRITE and, for each tile, a header, its products and its results.
     """
     counts = []
-    for groups_of in (gemv.logit_groups, gemv.attend_groups):
+    for groups_of in (logit_groups, attend_groups):
         counts.append(
             sum(
-                group.groups * (1 + group.tiles * (1 + group.results * (group.products + 1)))
-                for group in groups_of(hardware, model, seq_lens * 1.0, parallel)
+                group.groups * (1 + group.tiles + results_of(group) * (group.products + 1))
+                for group in groups_of(hardware, model, seq_lens * 1.0, parallel, fidelity=fidelity)
             )
         )
     return jnp.stack(counts, axis=-1)
@@ -278,7 +304,7 @@ def attention_cycles(
     Returns:
         Core cycles of the two PIM operations, (2,).
     """
-    heads, _ = gemv.heads_of_device(model, parallel)
+    heads, _ = heads_of_device(model, parallel)
     there = load > 0
     if fidelity == "simulator":
         later = jnp.cumsum(part.requests[..., ::-1], axis=-1)[..., ::-1] - part.requests
@@ -307,7 +333,12 @@ PIM_NONE = PIMCounts(0.0, 0.0, 0.0, 0.0)
 
 
 def attention_counts(
-    hardware: Hardware, model: Decoder, batch: Batch, parallel: Parallel
+    hardware: Hardware,
+    model: Decoder,
+    batch: Batch,
+    parallel: Parallel,
+    *,
+    fidelity: Fidelity = "simulator",
 ) -> PIMCounts:
     """Returns the PIM commands of a layer, which do not depend on the schedule.
 
@@ -316,13 +347,14 @@ def attention_counts(
         model: The model.
         batch: The requests; only their lengths matter.
         parallel: How many devices share a layer.
+        fidelity: The layout of keys and values, "simulator" or "intended".
     """
     gwrites = tiles = results = products = jnp.float32(0)
-    for groups_of in (gemv.logit_groups, gemv.attend_groups):
-        for group in groups_of(hardware, model, batch.seq_lens * 1.0, parallel):
+    for groups_of in (logit_groups, attend_groups):
+        for group in groups_of(hardware, model, batch.seq_lens * 1.0, parallel, fidelity=fidelity):
             gwrites = gwrites + group.groups.sum()
-            each = group.groups * group.tiles
-            tiles = tiles + each.sum()
-            results = results + (each * group.results).sum()
-            products = products + (each * group.results * group.products).sum()
+            tiles = tiles + (group.groups * group.tiles).sum()
+            each = group.groups * results_of(group)
+            results = results + each.sum()
+            products = products + (each * group.products).sum()
     return PIMCounts(gwrites, tiles, results, products)

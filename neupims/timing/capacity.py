@@ -10,14 +10,20 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from neupims.machine.division import ceil_divide, divide
+from neupims.machine.division import ceil_divide
 from neupims.machine.hardware import Hardware, banks, memory_bytes
+from neupims.machine.systems import Fidelity
 from neupims.machine.workload import Batch, Decoder, Parallel, weight_bytes
-from neupims.timing.gemv import heads_of_device, page_elements
+from neupims.timing.layout import layer_tiles
 
 
 def request_tiles(
-    hardware: Hardware, model: Decoder, seq_lens, parallel: Parallel
+    hardware: Hardware,
+    model: Decoder,
+    seq_lens,
+    parallel: Parallel,
+    *,
+    fidelity: Fidelity = "simulator",
 ) -> Float[Array, " r"]:
     """Returns the tiles of the keys and values of each request, over all layers of one device.
 
@@ -26,13 +32,10 @@ def request_tiles(
         model: The model.
         seq_lens: The tokens of each request, (r,).
         parallel: How the model is spread over devices.
+        fidelity: The layout of keys and values (`timing.layout`), "simulator" or "intended".
     """
-    _, kv_heads = heads_of_device(model, parallel)
-    width = divide(kv_heads * model.width, model.heads)
-    page, lengths = page_elements(hardware), jnp.asarray(seq_lens) * 1.0
-    keys = ceil_divide(lengths, banks(hardware.hbm)) * ceil_divide(width, page)
-    values = ceil_divide(lengths, page) * ceil_divide(width, banks(hardware.hbm))
-    return (keys + values) * ceil_divide(model.layers, parallel.pp)
+    tiles = layer_tiles(hardware, model, seq_lens, parallel, fidelity=fidelity)
+    return tiles * ceil_divide(model.layers, parallel.pp)
 
 
 def channel_tiles(hardware: Hardware, model: Decoder, parallel: Parallel) -> Float[Array, ""]:
@@ -49,7 +52,14 @@ def channel_tiles(hardware: Hardware, model: Decoder, parallel: Parallel) -> Flo
     )
 
 
-def check_capacity(hardware: Hardware, model: Decoder, batch: Batch, parallel: Parallel) -> str:
+def check_capacity(
+    hardware: Hardware,
+    model: Decoder,
+    batch: Batch,
+    parallel: Parallel,
+    *,
+    fidelity: Fidelity = "simulator",
+) -> str:
     """Returns a warning if the requests of a channel do not fit together, else an empty string.
 
     The timing of a batch that does not fit is still defined, and the public simulator gives one: it
@@ -60,11 +70,12 @@ def check_capacity(hardware: Hardware, model: Decoder, batch: Batch, parallel: P
         model: The model.
         batch: The requests.
         parallel: How the model is spread over devices.
+        fidelity: The layout of keys and values, "simulator" or "intended".
 
     Raises:
         ValueError: One request alone needs more than its channel holds.
     """
-    needed = np.asarray(request_tiles(hardware, model, batch.seq_lens, parallel))
+    needed = np.asarray(request_tiles(hardware, model, batch.seq_lens, parallel, fidelity=fidelity))
     available = float(channel_tiles(hardware, model, parallel))
     worst = int(needed.argmax())
     if needed[worst] > available:

@@ -17,14 +17,10 @@ from jaxtyping import Array, Float, Int
 from neupims.machine.division import ceil_divide, divide, floor_divide
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import Number
+from neupims.machine.systems import Fidelity
 from neupims.machine.workload import Decoder, Parallel
-from neupims.timing.gemv import (
-    attend_groups,
-    is_starved,
-    logit_groups,
-    pim_timing,
-    tile_cycles,
-)
+from neupims.timing.layout import attend_groups, logit_groups
+from neupims.timing.pim_commands import is_starved, pim_timing, tile_cycles
 
 
 class _State(NamedTuple):
@@ -41,7 +37,7 @@ class _State(NamedTuple):
     left: Array  # tiles of the group, -1 before its GWRITE
 
 
-@partial(jax.jit, static_argnames="operation")
+@partial(jax.jit, static_argnames=("operation", "fidelity"))
 def channel_cycles_exact(
     hardware: Hardware,
     model: Decoder,
@@ -52,6 +48,7 @@ def channel_cycles_exact(
     wait: Number | None = None,
     *,
     operation: str,
+    fidelity: Fidelity = "simulator",
 ) -> Float[Array, ""]:
     """Returns the memory cycles until a channel has the last result of its requests.
 
@@ -62,15 +59,16 @@ def channel_cycles_exact(
         parallel: How many devices share a layer.
         phase: The start within a round of refreshes of all ranks, from 0 up to 1.
         ready: When the first command of each request reaches the channel, memory cycles, (r,).
-        wait: As in `gemv.pim_timing`.
+        wait: As in `pim_commands.pim_timing`.
         operation: "logit" or "attend".
+        fidelity: The layout of keys and values, "simulator" or "intended".
 
     Returns:
         Memory cycles; infinity where no tile ever fits before a refresh, 0 without requests.
     """
     times = pim_timing(hardware, wait)
     full, last = {"logit": logit_groups, "attend": attend_groups}[operation](
-        hardware, model, seq_lens * 1.0, parallel
+        hardware, model, seq_lens * 1.0, parallel, fidelity=fidelity
     )
     requests = seq_lens.shape[0]
     start = phase * times.interval * hardware.hbm.ranks
@@ -88,8 +86,12 @@ def channel_cycles_exact(
         # Rows of one pass over the request.
         rows = divide(pick(full.groups), jnp.maximum(pick(last.groups), 1)) + 1
         is_last = state.group % rows == rows - 1
-        results = jnp.where(is_last, pick(last.results), pick(full.results))
-        products = jnp.where(is_last, pick(last.products), pick(full.products))
+        _, tiles, results, products, last_results = (
+            jnp.where(is_last, pick(of_last), pick(of_full))
+            for of_last, of_full in zip(last, full, strict=True)
+        )
+        results = jnp.where(state.left == 1, last_results, results)
+        shorter = 1.0 * (results != last_results)  # the last tile, which does not count as `more`
         period, multiply, estimate = tile_cycles(times, results, products)
         estimate = estimate - jnp.where(state.opened, 0.0, times.closing_estimate)
         arrived = start + pick(ready) - state.refreshes * times.interval
@@ -123,7 +125,7 @@ def channel_cycles_exact(
             now=begin + opening + times.gwrite,
             row_open=jnp.array(True),
             conflict=jnp.array(False),
-            left=pick(last.tiles),
+            left=tiles,
         )
 
         first = now + times.opening + jnp.where(state.opened, times.closing, 0.0)
@@ -133,7 +135,7 @@ def channel_cycles_exact(
         end = first + multiply + times.read_to_close
         later_estimate = estimate + jnp.where(state.opened, 0.0, times.closing_estimate)
         more = jnp.clip(
-            ceil_divide(times.interval - later_estimate - end, period), 0, state.left - 1
+            ceil_divide(times.interval - later_estimate - end, period), 0, state.left - 1 - shorter
         )
         left = state.left - 1 - more
         group = state.group + (left == 0)

@@ -172,7 +172,7 @@ def _simulate(
             system=system,
             interleaved=interleaved,
             channels=channels,
-            steps=fidelity == "simulator",
+            fidelity=fidelity,
             calibration=calibration,
         )
     tokens = jnp.stack([attention.requests[which].sum() for which in (0, 1)])
@@ -281,7 +281,11 @@ def summarize(
     ]
     total = jax.tree.map(lambda *values: sum(values, start=jnp.float32(0)), *in_use)
     with_pim = system in PIM_SYSTEMS
-    pim = attention_counts(hardware, model, batch, parallel) if with_pim else PIM_NONE
+    pim = (
+        attention_counts(hardware, model, batch, parallel, fidelity=context.fidelity)
+        if with_pim
+        else PIM_NONE
+    )
     sent = messages(model, parallel, layers, tokens.sum(), jnp.maximum((tokens > 0).sum(), 1))
     communication = link_seconds(hardware, sent[0]) + link_seconds(hardware, sent[1])
     seconds = iteration / hardware.npu.clock_hz + communication

@@ -21,7 +21,7 @@ from neupims.machine.systems import Fidelity, System
 from neupims.machine.workload import FLOAT16_BYTES, Batch, Decoder, Parallel
 from neupims.timing import vector
 from neupims.timing.gemm import Tiling, Work, bytes_per_cycle, gemm, stuck_chance
-from neupims.timing.gemv import heads_of_device
+from neupims.timing.layout import heads_of_device
 from neupims.timing.vector import softmax_cycles
 
 TO_SOFTMAX = 9  # core cycles from the last product of a head's logit to its softmax, as measured
@@ -54,7 +54,8 @@ def qkv_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
     """
     width = 1.0 * model.width
     _, kv_heads = heads_of_device(model, parallel)
-    queries, keys = divide(width, parallel.tp), divide(kv_heads * width, model.heads)
+    queries = divide(model.query_width, parallel.tp)
+    keys = kv_heads * model.head_dim
     return width, queries + 2 * keys
 
 
@@ -66,7 +67,7 @@ def projection_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number
         parallel: How many devices share a layer.
     """
     width = 1.0 * model.width
-    return divide(width, parallel.tp), width
+    return divide(model.value_width, parallel.tp), width
 
 
 def fc1_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
@@ -201,8 +202,9 @@ def npu_attention(
     """Returns the work of attention on the arrays, with keys and values read from the memory.
 
     In "simulator" fidelity the heads of all requests follow each other through one pipeline as
-    products of one row, and each product fills and drains the arrays. "intended" spreads heads
-    over the arrays, so that the memory is the bound.
+    products of one row, and each product fills and drains the arrays. In "intended" fidelity
+    the queries of a group are the rows of one product, and groups are spread over the arrays, so
+    that the memory is the bound.
 
     Args:
         hardware: The machine.
@@ -220,7 +222,7 @@ def npu_attention(
     """
     npu = hardware.npu
     heads, kv_heads = heads_of_device(model, parallel)
-    width = divide(model.width, model.heads)
+    width = 1.0 * model.head_dim
     lengths = batch.seq_lens * 1.0
     there = lengths > 0
     fill = 2.0 * npu.array_height - 1
@@ -229,7 +231,8 @@ def npu_attention(
     blocks = ceil_divide(lengths + columns - 1, columns)
     weighted = blocks * (fill + width / npu.num_arrays)
     softmax = softmax_cycles(hardware, lengths)
-    one = jnp.where(there, logit + weighted + softmax, 0)
+    one = jnp.where(there, logit + weighted, 0).sum()
+    softmaxes = jnp.where(there, softmax, 0).sum()
     read = jnp.where(there, 2 * FLOAT16_BYTES * lengths * width * kv_heads, 0).sum()
     written = FLOAT16_BYTES * width * heads * there.sum()
     rate = bytes_per_cycle(hardware)
@@ -238,11 +241,14 @@ def npu_attention(
     memory = read / rate / efficiency
     # nothing hides the read of the first request, which is the first that is there
     first = (2 * FLOAT16_BYTES * lengths * width / rate)[jnp.argmax(there)]
-    busy = heads * one.sum()
     if simulated:
+        busy = heads * (one + softmaxes)
         cycles = jnp.maximum(memory, busy + first)
     else:
-        busy = busy / npu.num_arrays
+        products = kv_heads * ceil_divide(
+            divide(heads, kv_heads), columns
+        )  # of the queries of a group
+        busy = (products * one + heads * softmaxes) / npu.num_arrays
         cycles = jnp.maximum(memory, busy) + fill
     macs = 2 * heads * width * jnp.where(there, lengths, 0).sum()
     return Work(

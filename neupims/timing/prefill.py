@@ -13,14 +13,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 
 from neupims.machine.calibration import DEFAULT, Calibration
-from neupims.machine.division import ceil_divide, divide
+from neupims.machine.division import ceil_divide
 from neupims.machine.hardware import Hardware
 from neupims.machine.supported import check_timed
 from neupims.machine.workload import FLOAT16_BYTES, Batch, Decoder, Parallel
 from neupims.timing.attention import no_attention
 from neupims.timing.gemm import LEAST_STREAM, Work, bytes_per_cycle
-from neupims.timing.gemv import heads_of_device
 from neupims.timing.iteration import Iteration, summarize
+from neupims.timing.layout import heads_of_device
 from neupims.timing.links import link_seconds, messages
 from neupims.timing.npu import Context
 from neupims.timing.overlap import side_by_side
@@ -152,7 +152,7 @@ def prefill_attention(
     """
     npu = hardware.npu
     heads, kv_heads = heads_of_device(model, parallel)
-    head, lengths = divide(model.width, model.heads), seq_lens * 1.0
+    head, lengths = 1.0 * model.head_dim, seq_lens * 1.0
     width, height = 1.0 * npu.array_width, 1.0 * npu.array_height
     stream = jnp.maximum(width / npu.num_arrays, LEAST_STREAM)
     blocks = ceil_divide(lengths, width)
