@@ -113,6 +113,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="groups into which the layers are cut (default: as published, else 1)",
     )
+    parser.add_argument(
+        "--kv-split",
+        type=int,
+        metavar="N",
+        help="channels that share the keys and values of a request (intended fidelity; default: 1)",
+    )
 
 
 def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
@@ -257,6 +263,7 @@ def read_case(arguments: argparse.Namespace) -> Case:
         system=arguments.system,
         tp=arguments.tp,
         pp=arguments.pp,
+        kv_split=arguments.kv_split,
         fidelity=arguments.fidelity,
         **system_options(arguments),
     )

@@ -48,7 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=...",
         help=(
             "LOW:HIGH, LOW:HIGH:log or a,b,c for a field of the hardware, sub_batches,"
-            " parallel.tp or parallel.pp; can be repeated"
+            " parallel.tp, parallel.pp or parallel.kv_split; can be repeated"
         ),
     )
     space.add_argument(

@@ -199,5 +199,5 @@ def is_possible(
         & (jnp.asarray(parallel.pp) <= model.layers)
         & (jnp.where(there, batch.channels, 0).max() < hardware.hbm.num_channels)
         & (tiles.max() <= room)
-        & (tiles.sum() <= room * hardware.hbm.num_channels)
+        & (tiles.sum() * parallel.kv_split <= room * hardware.hbm.num_channels)
     )

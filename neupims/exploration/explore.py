@@ -25,6 +25,7 @@ from neupims.machine.hardware import Hardware
 from neupims.machine.record import check_seed
 from neupims.machine.systems import Fidelity, System
 from neupims.machine.workload import Parallel
+from neupims.timing.split import check_split
 from neupims.validation import expected_error
 
 METRICS = (
@@ -142,7 +143,8 @@ def explore(
         batches: One or several, each a file or a distribution as for `read_requests`, `Requests`,
             or a `Batch`.
         knobs: For each name a list of values or a range `(low, high)`, see `make_space`. Names are
-            fields of the hardware, `sub_batches`, `parallel.tp` and `parallel.pp`.
+            fields of the hardware, `sub_batches`, `parallel.tp`, `parallel.pp` and
+            `parallel.kv_split`.
         constraints: One comparison or several, such as "area_mm2 < 20000", of knobs and metrics.
         objectives: Some of `METRICS`, as text (NAME:max or NAME:min, separated by commas) or
             records.
@@ -191,6 +193,9 @@ def explore(
         parallel=parallel,
         dealt=schedule == "dealt",
     )
+    for each in workloads:
+        split = 2 if "parallel.kv_split" in knobs else each.parallel.kv_split
+        check_split(split, system=system, fidelity=fidelity)
     space = make_space(
         knobs,
         constraints,
@@ -199,6 +204,7 @@ def explore(
             "sub_batches": halves,
             "parallel.tp": workloads[0].parallel.tp,
             "parallel.pp": workloads[0].parallel.pp,
+            "parallel.kv_split": workloads[0].parallel.kv_split,
         },
         metrics=METRICS,
     )

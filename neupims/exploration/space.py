@@ -30,9 +30,10 @@ from neupims.machine.units import read_quantity
 LARGEST_RANGE = 10**9  # whole numbers of one knob
 STEPS = 5  # values of a continuous knob in a grid, ends included
 
-# Knobs that are not fields of the hardware: the number of interleaved halves of the batch, and the
-# degrees of tensor and pipeline parallelism. All are whole numbers of at least 1.
-SETTINGS = ("sub_batches", "parallel.tp", "parallel.pp")
+# Knobs that are not fields of the hardware: the number of interleaved halves of the batch, the
+# degrees of tensor and pipeline parallelism, and the channels that share a request. All are whole
+# numbers of at least 1.
+SETTINGS = ("sub_batches", "parallel.tp", "parallel.pp", "parallel.kv_split")
 
 
 @dataclass(frozen=True)

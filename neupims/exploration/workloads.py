@@ -79,8 +79,7 @@ def _read_model(
         spread = parallel or Parallel(1, 1)
         check_parallel(model, spread)
         return _numbered("model", number, count), model, spread
-    tp, pp = (parallel.tp, parallel.pp) if parallel else (None, None)
-    name, decoder, spread = select_model(model, tp=tp, pp=pp)
+    name, decoder, spread = select_model(model, **(vars(parallel) if parallel else {}))
     return Path(name).stem, decoder, spread
 
 

@@ -41,6 +41,7 @@ def make_case(
     changes: Mapping[str, Any] | None = None,
     tp: int | None = None,
     pp: int | None = None,
+    kv_split: int | None = None,
     fidelity: Fidelity = "simulator",
 ) -> Case:
     """Returns the case that names and files describe, checked as the command-line tool checks it.
@@ -58,6 +59,7 @@ def make_case(
             {"hbm.trp_cycles": "14 ns"}, as for `set_fields`.
         tp: Devices that share a layer (default: as published for the model, else 1).
         pp: Groups into which the layers are cut (default: as published, else 1).
+        kv_split: Channels that share the keys and values of a request (default: 1).
         fidelity: "simulator" or "intended".
 
     Raises:
@@ -73,7 +75,7 @@ def make_case(
         row_buffers=row_buffers,
         changes=changes,
     )
-    model_name, decoder, parallel = select_model(model, tp=tp, pp=pp)
+    model_name, decoder, parallel = select_model(model, tp=tp, pp=pp, kv_split=kv_split)
     batch, trace_notes = _make_batch(trace, packing, machine, decoder, parallel)
     return Case(
         machine,
@@ -162,7 +164,11 @@ def _find_setting(system: str, sub_batches: int | None) -> Setting:
 
 
 def select_model(
-    model: str | Path, *, tp: int | None = None, pp: int | None = None
+    model: str | Path,
+    *,
+    tp: int | None = None,
+    pp: int | None = None,
+    kv_split: int | None = None,
 ) -> tuple[str, Decoder, Parallel]:
     """Returns the name of a model, its dimensions, and how it is spread over devices.
 
@@ -170,6 +176,7 @@ def select_model(
         model: A named model, or a TOML or JSON file.
         tp: Devices that share a layer (default: as published for the model, else 1).
         pp: Groups into which the layers are cut (default: as published, else 1).
+        kv_split: Channels that share the keys and values of a request (default: 1).
 
     Raises:
         ValueError: The model is unknown or malformed, or does not divide over the devices.
@@ -183,6 +190,7 @@ def select_model(
     spread = Parallel(
         published.tp if tp is None else tp,
         published.pp if pp is None else pp,
+        1 if kv_split is None else kv_split,
     )
     check_parallel(decoder, spread)
     return name, decoder, spread

@@ -18,7 +18,7 @@ LONGEST = 10**6  # tokens of a request; a longer one is taken for a typing error
 
 @record
 class Parallel:
-    """How a model is spread over devices.
+    """How a model is spread over devices, and a request over the channels of each.
 
     Raises:
         ValueError: A number is not a whole number of at least 1.
@@ -26,6 +26,7 @@ class Parallel:
 
     tp: int  # devices that share each layer (tensor parallel)
     pp: int  # groups into which the layers are cut (pipeline parallel)
+    kv_split: int = 1  # channels that share the keys and values of a request (`timing.split`)
 
     def __post_init__(self):
         for name, value in vars(self).items():

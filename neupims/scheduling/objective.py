@@ -91,9 +91,15 @@ def make_problem(
 
     Raises:
         ValueError: A request alone, or residents together, need more than a channel holds; or the
-            model has a feature that the timing does not compute.
+            model has a feature that the timing does not compute, or requests are spread over
+            channels.
     """
     check_timed(model)
+    if np.any(np.asarray(parallel.kv_split) != 1):
+        raise ValueError(
+            "a schedule is searched for requests in one channel each: leave out kv_split, which is"
+            f" {parallel.kv_split}"
+        )
     lengths = np.asarray(seq_lens, np.int32)
     free = np.full(lengths.shape, -1, np.int32)
     stays = free if resident is None else np.asarray(resident, np.int32)

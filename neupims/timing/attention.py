@@ -30,6 +30,12 @@ from neupims.timing.layout import (
     page_elements,
     results_of,
 )
+from neupims.timing.split import (
+    group_of_channels,
+    merge_cycles,
+    piece_lengths,
+    spread_over_channels,
+)
 from neupims.timing.vector import softmax_cycles
 
 # The exact path takes the mean over this number of starts within a round of refreshes.
@@ -87,14 +93,22 @@ def closed_attention(
     sub_batch = batch.sub_batches if interleaved else jnp.zeros_like(batch.sub_batches)
     there = batch.seq_lens > 0
 
-    def sum_by_channel(values):
-        return jax.ops.segment_sum(
-            values, sub_batch * channels + batch.channels, 2 * channels
-        ).reshape(2, 1, channels, *values.shape[1:])
+    lengths, places = batch.seq_lens, batch.channels
+    if fidelity == "intended":
+        lengths = piece_lengths(lengths, parallel)
+        places = group_of_channels(places, hardware, parallel)
+
+    def sum_by_channel(values, places=places):
+        return jax.ops.segment_sum(values, sub_batch * channels + places, 2 * channels).reshape(
+            2, 1, channels, *values.shape[1:]
+        )
+
+    def spread(sums):
+        return sums if fidelity == "simulator" else spread_over_channels(sums, hardware, parallel)
 
     waits = (None, calibration.reopen_cycles) if interleaved else (None,)
-    works = request_works(hardware, model, batch.seq_lens, parallel, fidelity=fidelity, waits=waits)
-    alone, beside = sum_by_channel(works[0]), sum_by_channel(works[-1])
+    works = request_works(hardware, model, lengths, parallel, fidelity=fidelity, waits=waits)
+    alone, beside = (spread(sum_by_channel(work)) for work in (works[0], works[-1]))
     instructions = (
         sum_by_channel(_count_instructions(hardware, model, batch.seq_lens, parallel, fidelity))
         if system == "npu-pim"
@@ -141,6 +155,10 @@ def exact_attention(
     """
     interleaved = system == "neupims" and sub_batches == 2
     lengths, channel = np.asarray(batch.seq_lens), np.asarray(batch.channels)
+    tokens, split = lengths, fidelity == "intended"
+    if split:
+        lengths = np.asarray(piece_lengths(lengths, parallel), np.int32)
+        channel = np.asarray(group_of_channels(channel, hardware, parallel))
     sub_batch = np.asarray(batch.sub_batches) if interleaved else np.zeros_like(channel)
     instructions = np.asarray(
         _count_instructions(hardware, model, jnp.asarray(lengths), parallel, fidelity)
@@ -184,9 +202,12 @@ def exact_attention(
         )
         for row, one in enumerate(chosen):
             alone[one.place], beside[one.place] = undisturbed[row], disturbed[row]
-    longest = np.array([lengths[sub_batch == which].max(initial=0) for which in (0, 1)])
-    parts = (alone, beside, commands, requests[..., 0], longest)
-    return Attention(*(jnp.asarray(part, jnp.float32) for part in parts))
+    longest = np.array([tokens[sub_batch == which].max(initial=0) for which in (0, 1)])
+    work = [jnp.asarray(part, jnp.float32) for part in (alone, beside)]
+    if split:
+        work = [spread_over_channels(part, hardware, parallel) for part in work]
+    parts = (commands, requests[..., 0], longest)
+    return Attention(*work, *(jnp.asarray(part, jnp.float32) for part in parts))
 
 
 class _List(NamedTuple):
@@ -317,7 +338,8 @@ def attention_cycles(
         ends = jnp.where(there, load + tail + before, 0)
         return ends.max(axis=-2).sum(axis=0)
     softmax = heads * softmax_cycles(hardware, part.longest) / hardware.npu.vector_units
-    return jnp.where(there, load, 0).max(axis=-2).sum(axis=0) + jnp.stack([softmax, 0.0 * softmax])
+    merge = merge_cycles(hardware, model, parallel, part.requests.sum(), heads)
+    return jnp.where(there, load, 0).max(axis=-2).sum(axis=0) + jnp.stack([softmax, merge])
 
 
 class PIMCounts(NamedTuple):
@@ -349,12 +371,15 @@ def attention_counts(
         parallel: How many devices share a layer.
         fidelity: The layout of keys and values, "simulator" or "intended".
     """
+    lengths, pieces = batch.seq_lens, 1.0
+    if fidelity == "intended":
+        lengths, pieces = piece_lengths(lengths, parallel), 1.0 * parallel.kv_split
     gwrites = tiles = results = products = jnp.float32(0)
     for groups_of in (logit_groups, attend_groups):
-        for group in groups_of(hardware, model, batch.seq_lens * 1.0, parallel, fidelity=fidelity):
+        for group in groups_of(hardware, model, lengths * 1.0, parallel, fidelity=fidelity):
             gwrites = gwrites + group.groups.sum()
             tiles = tiles + (group.groups * group.tiles).sum()
             each = group.groups * results_of(group)
             results = results + each.sum()
             products = products + (each * group.products).sum()
-    return PIMCounts(gwrites, tiles, results, products)
+    return PIMCounts(*(pieces * count for count in (gwrites, tiles, results, products)))

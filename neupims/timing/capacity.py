@@ -15,6 +15,7 @@ from neupims.machine.hardware import Hardware, banks, memory_bytes
 from neupims.machine.systems import Fidelity
 from neupims.machine.workload import Batch, Decoder, Parallel, weight_bytes
 from neupims.timing.layout import layer_tiles
+from neupims.timing.split import group_of_channels, piece_lengths
 
 
 def request_tiles(
@@ -27,6 +28,8 @@ def request_tiles(
 ) -> Float[Array, " r"]:
     """Returns the tiles of the keys and values of each request, over all layers of one device.
 
+    With `parallel.kv_split`, these are the tiles on each channel that the request lies in.
+
     Args:
         hardware: The machine.
         model: The model.
@@ -34,6 +37,8 @@ def request_tiles(
         parallel: How the model is spread over devices.
         fidelity: The layout of keys and values (`timing.layout`), "simulator" or "intended".
     """
+    if fidelity == "intended":
+        seq_lens = piece_lengths(seq_lens, parallel)
     tiles = layer_tiles(hardware, model, seq_lens, parallel, fidelity=fidelity)
     return tiles * ceil_divide(model.layers, parallel.pp)
 
@@ -83,7 +88,8 @@ def check_capacity(
             f"request {worst} of {int(batch.seq_lens[worst])} tokens needs {int(needed[worst])}"
             f" tiles of its channel, which has {int(max(available, 0))} beside the weights"
         )
-    loads = np.bincount(np.asarray(batch.channels), weights=needed)
+    groups = group_of_channels(batch.channels, hardware, parallel)
+    loads = np.bincount(np.asarray(groups), weights=needed)
     full = int(loads.argmax())
     if loads[full] > available:
         return (

@@ -42,6 +42,7 @@ from neupims.timing.gemm import Tiling, Work, bytes_per_cycle, holds_tile, tilin
 from neupims.timing.links import link_seconds, messages
 from neupims.timing.npu import Context
 from neupims.timing.overlap import DRAINED, side_by_side
+from neupims.timing.split import check_split, is_split
 from neupims.timing.stages import INTERLEAVED, PRODUCTS, STAGES, npu_operation, stages
 
 TRACED_CHANNELS = 64  # the bound on the channels where their number is traced
@@ -133,6 +134,12 @@ def simulate(
     _check_known("fidelity", fidelity, FIDELITIES)
     _check_known("path", path, ("closed", "exact"))
     check_timed(model)
+    check_split(
+        parallel.kv_split,
+        system=system,
+        fidelity=fidelity,
+        channels=hardware.hbm.num_channels,
+    )
     if system == "npu-pim":
         sub_batches = 1
     given = (hardware, model, batch, parallel)
@@ -304,6 +311,7 @@ def summarize(
     lost = jnp.max(jnp.where(batch.seq_lens > 0, batch.channels, 0)) >= jnp.minimum(
         hardware.hbm.num_channels, attention.alone.shape[2]
     )
+    lost = lost | ~is_split(hardware, parallel, context.fidelity)
     leaves = jax.tree.leaves((hardware, model, parallel))
     wrong = sum(jnp.isnan(jnp.asarray(leaf, jnp.float32)) for leaf in leaves) > 0
     # Tested here and not in the results: on CPUs the maximum of a large array drops NaN.
