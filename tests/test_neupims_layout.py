@@ -11,12 +11,19 @@ import pytest
 from neupims.machine.config import load_model
 from neupims.machine.hardware import Hardware, banks
 from neupims.machine.record import replace
+from neupims.machine.systems import FIDELITIES
 from neupims.machine.workload import Decoder, Parallel, kv_cache_bytes, make_batch
 from neupims.timing.attention import attention_counts
 from neupims.timing.capacity import request_tiles
 from neupims.timing.gemv import request_work
 from neupims.timing.gemv_exact import channel_cycles_exact
-from neupims.timing.layout import attend_groups, key_layout, logit_groups, value_layout
+from neupims.timing.layout import (
+    attend_groups,
+    key_layout,
+    logit_groups,
+    products_of_command,
+    value_layout,
+)
 
 LLAMA = load_model("llama3-8b")  # 32 query heads of 128, 8 key heads
 ONE_HEAD = Parallel(8, 1)  # of keys on a device, which serves 4 query heads
@@ -110,6 +117,28 @@ def test_a_request_takes_no_more_tiles_than_its_bytes():
     assert needed["simulator"] == 2.5 * needed["intended"]
 
 
+@pytest.mark.parametrize("fidelity", FIDELITIES)
+def test_a_cache_of_8_bits_takes_half_of_the_rows_and_products(fidelity):
+    """1,024 tokens of Llama-3 8B on one device: whole rows at both widths."""
+    narrow = dataclasses.replace(LLAMA, kv_bits=8)
+    batch, device = make_batch([1024] * 3, [0, 1, 2]), Parallel(1, 1)
+    tiles, halves = (
+        request_tiles(Hardware(), model, [1024], device, fidelity=fidelity)[0]
+        for model in (LLAMA, narrow)
+    )
+    assert tiles == 2 * halves
+    counts, half = (
+        attention_counts(Hardware(), model, batch, device, fidelity=fidelity)
+        for model in (LLAMA, narrow)
+    )
+    assert counts.products == 2 * half.products
+    whole, short = (
+        request_work(Hardware(), model, batch.seq_lens, device, fidelity=fidelity).sum()
+        for model in (LLAMA, narrow)
+    )
+    assert 0.4 < short / whole < 0.8
+
+
 def test_groups_of_four_against_keys_and_values_of_their_own():
     """The ratios of docs/accelerator/model.md."""
     own = dataclasses.replace(LLAMA, kv_heads=LLAMA.heads)
@@ -144,10 +173,10 @@ def draw_machine(rng, timings: bool = True) -> Hardware:
 
 
 def draw_model(rng, groups=(1, 2, 4, 8)) -> Decoder:
-    """Returns a model with the given sizes of groups."""
+    """Returns a model with the given sizes of groups, and numbers of 16, 8 or 4 bits."""
     kv_heads, group, width = (int(rng.choice(each)) for each in ((1, 2, 4, 8), groups, (64, 128)))
-    heads = kv_heads * group
-    return Decoder(4, width * heads, heads, kv_heads, 4 * width * heads)
+    heads, bits = kv_heads * group, int(rng.choice((16, 8, 4)))
+    return Decoder(4, width * heads, heads, kv_heads, 4 * width * heads, kv_bits=bits)
 
 
 def test_the_closed_form_sums_to_the_recurrence_of_grouped_queries():
@@ -194,7 +223,7 @@ def test_products_are_those_of_attention_and_rounding(seed):
     lengths = rng.integers(1, 4000, 8)
     batch = make_batch(lengths, np.zeros(8, int))
     counts = intended_counts(hardware, model, batch, Parallel(1, 1))
-    of_command = float(banks(hardware.hbm) * hardware.pim.macs_per_bank)
+    of_command = float(banks(hardware.hbm) * products_of_command(hardware, model))
     exact = 2 * width * model.heads * lengths.sum() / of_command
     full = [
         2 * width * model.heads * (-(-lengths // 512) * 512).sum() / of_command,

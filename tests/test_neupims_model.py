@@ -164,7 +164,6 @@ NOT_TIMED = [
     ({"window": 64}, "window"),
     (LATENT, "latent"),
     ({"weight_bits": 8}, "weight_bits"),
-    ({"kv_bits": 8}, "kv_bits"),
     ({"activation_bits": 8}, "activation_bits"),
 ]
 
@@ -182,7 +181,7 @@ def test_the_timing_refuses_what_it_does_not_compute(change, word):
 
 
 def test_a_traced_model_that_is_not_timed_is_flagged():
-    models = [small(), small(kv_bits=8)]
+    models = [small(), small(weight_bits=8)]
     batch = jax.tree.map(lambda *numbers: jnp.array(numbers), *models)
     requests = make_batch([30, 40], [0, 1])
     found = jax.vmap(lambda model: simulate(Hardware(), model, requests, Parallel(1, 1)).flagged)(

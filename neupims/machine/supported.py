@@ -17,7 +17,6 @@ def _not_timed(model: Decoder) -> dict[str, Number]:
         "latent attention (kv_rank)": model.kv_rank > 0,
         "expert_bits below 16": (model.experts > 0) & (model.expert_bits < 16),
         "weight_bits below 16": model.weight_bits < 16,
-        "kv_bits below 16": model.kv_bits < 16,
         "activation_bits below 16": model.activation_bits < 16,
     }
 

@@ -253,7 +253,7 @@ def _attention(case: Case, lengths: np.ndarray) -> tuple[float, float]:
     head of its group.
     """
     tokens, model, tp = float(lengths.sum()), case.model, case.parallel.tp
-    return 2 * tokens * model.query_width / tp, FLOAT16_BYTES * tokens * model.kv_width / tp
+    return 2 * tokens * model.query_width / tp, model.kv_bits / 8 * tokens * model.kv_width / tp
 
 
 def _npu(case: Case, operation: Operation, tokens: int) -> tuple[float, float]:

@@ -45,7 +45,7 @@ def estimate_cycles(
         heads and width of one device.
     """
     heads, kv_heads = heads_of_device(model, parallel)
-    width, page = 1.0 * model.head_dim, page_elements(hardware)
+    width, page = 1.0 * model.head_dim, page_elements(hardware, model)
     lanes = 1.0 * banks(hardware.hbm)
     lengths = jnp.asarray(seq_lens) * 1.0
     row = GWRITE_ESTIMATE + ceil_divide(lengths, lanes) * TILE_ESTIMATE

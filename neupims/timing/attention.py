@@ -262,7 +262,7 @@ def _cut_pieces(hardware, model, parallel, lengths, mine, operation) -> list:
     A piece ends where the simulator's count of scratchpad bytes exceeds its limit.
     """
     heads, width = float(model.heads / parallel.tp), float(model.head_dim)
-    page = float(page_elements(hardware))
+    page = float(page_elements(hardware, model))
     chunks = np.ceil(heads * width / (np.floor(page / width) * width)) if page >= width else np.inf
     attended = np.full(len(lengths), width + chunks * width)
     numbers = 2 * lengths + width if operation == 0 else attended

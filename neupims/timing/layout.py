@@ -21,6 +21,9 @@ tile longer, and long tiles fit badly between two refreshes, so the layout is th
 numbers of passes whose tokens take the least time. Where queries do not divide evenly over passes,
 each pass has the mean number of them.
 
+Numbers of the cache of 8 or 4 bits (`kv_bits`) fill a row, and the buffer, with 2 or 4 times as
+many. A command multiplies its 32 bytes of them: the vector has the type of the cache.
+
 Source: src/tensor/PIMTensor.cc, src/operations/NeuPIMSLogitSoftmax.cc and NeuPIMSAttend.cc of the
     public simulator; its pull request 8 shows rows with several tokens of a head.
 """
@@ -34,7 +37,7 @@ from neupims.machine.division import ceil_divide, divide, floor_divide
 from neupims.machine.hardware import Hardware, banks
 from neupims.machine.record import Number
 from neupims.machine.systems import Fidelity
-from neupims.machine.workload import FLOAT16_BYTES, Decoder, Parallel
+from neupims.machine.workload import Decoder, Parallel
 from neupims.timing.pim_commands import Groups, pim_timing, smooth_group_cycles
 
 # "intended" tries the least number of passes over a row, and its multiples by these.
@@ -78,13 +81,24 @@ def heads_of_device(model: Decoder, parallel: Parallel) -> tuple[Number, Number]
     return divide(model.heads, parallel.tp), jnp.maximum(divide(model.kv_heads, parallel.tp), 1.0)
 
 
-def page_elements(hardware: Hardware) -> Number:
-    """Returns the number of float16 numbers of a row that a tile uses.
+def page_elements(hardware: Hardware, model: Decoder) -> Number:
+    """Returns the numbers of the key-value cache in the part of a row that a tile uses.
 
     Args:
         hardware: The machine; its `pim.page_bytes` matters.
+        model: The model; its `kv_bits` matter.
     """
-    return floor_divide(hardware.pim.page_bytes, FLOAT16_BYTES)
+    return floor_divide(8.0 * hardware.pim.page_bytes, model.kv_bits)
+
+
+def products_of_command(hardware: Hardware, model: Decoder) -> Number:
+    """Returns the products of one command in a bank: as many as its bytes hold numbers of a key.
+
+    Args:
+        hardware: The machine; its `pim.macs_per_bank` is for numbers of 16 bits.
+        model: The model; its `kv_bits` matter.
+    """
+    return divide(16.0 * hardware.pim.macs_per_bank, model.kv_bits)
 
 
 def logit_groups(
@@ -108,12 +122,12 @@ def logit_groups(
     there = 1.0 * (seq_lens > 0)
     if fidelity == "simulator":
         heads, kv_heads = heads_of_device(model, parallel)
-        width, page = 1.0 * model.head_dim, page_elements(hardware)
+        width, page = 1.0 * model.head_dim, page_elements(hardware, model)
         rows = ceil_divide(kv_heads * width, page)
         full = ceil_divide(page, width)
         rest = kv_heads * width - (rows - 1) * page
         passes = divide(heads, kv_heads)
-        products = ceil_divide(width, hardware.pim.macs_per_bank)
+        products = ceil_divide(width, products_of_command(hardware, model))
         last = jnp.where(rest >= page, full, ceil_divide(rest, width))
         return (
             Groups(there * passes * (rows - 1), tokens_of_bank, full, products, full),
@@ -152,10 +166,10 @@ def attend_groups(
         fidelity: "simulator" or "intended".
     """
     heads, kv_heads = heads_of_device(model, parallel)
-    macs = hardware.pim.macs_per_bank
+    macs = products_of_command(hardware, model)
     there = 1.0 * (seq_lens > 0)
     if fidelity == "simulator":
-        width, page = 1.0 * model.head_dim, page_elements(hardware)
+        width, page = 1.0 * model.head_dim, page_elements(hardware, model)
         rows = ceil_divide(seq_lens, page)
         rest = seq_lens - (rows - 1) * page
         tiles = ceil_divide(width, banks(hardware.hbm))
@@ -205,7 +219,7 @@ def layer_tiles(
     lengths = jnp.asarray(seq_lens) * 1.0
     tokens_of_bank = ceil_divide(lengths, banks(hardware.hbm))
     if fidelity == "simulator":
-        width, page = kv_heads * model.head_dim, page_elements(hardware)
+        width, page = kv_heads * model.head_dim, page_elements(hardware, model)
         keys = tokens_of_bank * ceil_divide(width, page)
         return keys + ceil_divide(lengths, page) * ceil_divide(width, banks(hardware.hbm))
     key = key_layout(hardware, model, parallel)
@@ -224,7 +238,7 @@ def key_layout(hardware: Hardware, model: Decoder, parallel: Parallel) -> KeyLay
         parallel: How many devices share a layer.
     """
     heads, kv_heads = heads_of_device(model, parallel)
-    width, page = 1.0 * model.head_dim, page_elements(hardware)
+    width, page = 1.0 * model.head_dim, page_elements(hardware, model)
     vectors = jnp.maximum(floor_divide(page, width), 1)  # that a row, or the buffer, holds
     group = divide(heads, kv_heads)
     passes = _passes(ceil_divide(group, vectors), group)
@@ -250,7 +264,7 @@ def value_layout(hardware: Hardware, model: Decoder, parallel: Parallel) -> Valu
         parallel: How many devices share a layer.
     """
     heads, kv_heads = heads_of_device(model, parallel)
-    width, page = 1.0 * model.head_dim, page_elements(hardware)
+    width, page = 1.0 * model.head_dim, page_elements(hardware, model)
     of_bank = ceil_divide(width, banks(hardware.hbm))  # channels of a head that each bank holds
     group = divide(heads, kv_heads)
     passes = _passes(ceil_divide(group, jnp.minimum(of_bank, page)), group)
@@ -263,7 +277,7 @@ def value_layout(hardware: Hardware, model: Decoder, parallel: Parallel) -> Valu
         1.0,
         tiles,
         jnp.where(tiles > 1, channels, last) * queries,
-        ceil_divide(tokens, hardware.pim.macs_per_bank),
+        ceil_divide(tokens, products_of_command(hardware, model)),
         last * queries,
     )
     cycles = passes * smooth_group_cycles(pim_timing(hardware), row) / tokens
@@ -284,4 +298,5 @@ def _fastest(cycles: Number, *choices: Number) -> tuple[Number, ...]:
 def _key_products(hardware: Hardware, model: Decoder) -> Number:
     """Returns the products of a key, or of the part of it that fits a row, with a query."""
     width = 1.0 * model.head_dim
-    return ceil_divide(jnp.minimum(width, page_elements(hardware)), hardware.pim.macs_per_bank)
+    part = jnp.minimum(width, page_elements(hardware, model))
+    return ceil_divide(part, products_of_command(hardware, model))

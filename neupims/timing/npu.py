@@ -223,6 +223,7 @@ def npu_attention(
     npu = hardware.npu
     heads, kv_heads = heads_of_device(model, parallel)
     width = 1.0 * model.head_dim
+    number_bytes = model.kv_bits / 8
     lengths = batch.seq_lens * 1.0
     there = lengths > 0
     fill = 2.0 * npu.array_height - 1
@@ -233,14 +234,14 @@ def npu_attention(
     softmax = softmax_cycles(hardware, lengths)
     one = jnp.where(there, logit + weighted, 0).sum()
     softmaxes = jnp.where(there, softmax, 0).sum()
-    read = jnp.where(there, 2 * FLOAT16_BYTES * lengths * width * kv_heads, 0).sum()
+    read = jnp.where(there, 2 * number_bytes * lengths * width * kv_heads, 0).sum()
     written = FLOAT16_BYTES * width * heads * there.sum()
     rate = bytes_per_cycle(hardware)
     simulated = fidelity == "simulator"
     efficiency = calibration.shallow_efficiency if simulated else calibration.queued_efficiency
     memory = read / rate / efficiency
     # nothing hides the read of the first request, which is the first that is there
-    first = (2 * FLOAT16_BYTES * lengths * width / rate)[jnp.argmax(there)]
+    first = (2 * number_bytes * lengths * width / rate)[jnp.argmax(there)]
     if simulated:
         busy = heads * (one + softmaxes)
         cycles = jnp.maximum(memory, busy + first)

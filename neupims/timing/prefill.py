@@ -166,9 +166,10 @@ def prefill_attention(
     )
     vectors = heads * jnp.sum(jnp.where(lengths > 0, lengths * row, 0)) / npu.vector_units
     tokens = lengths.sum()
-    fits = 2 * FLOAT16_BYTES * lengths * head <= npu.scratchpad_bytes / 2
+    number_bytes = model.kv_bits / 8
+    fits = 2 * number_bytes * lengths * head <= npu.scratchpad_bytes / 2
     keys = jnp.sum(jnp.where(fits, lengths, pairs * width))  # and values, that are read
-    read = FLOAT16_BYTES * head * (tokens * heads + 2 * keys * kv_heads)
+    read = head * (FLOAT16_BYTES * tokens * heads + number_bytes * 2 * keys * kv_heads)
     written = FLOAT16_BYTES * tokens * head * heads
     memory = (read + written) / calibration.queued_efficiency / bytes_per_cycle(hardware)
     busy = jnp.maximum(arrays, vectors)
