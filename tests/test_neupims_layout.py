@@ -180,7 +180,7 @@ def draw_model(rng, groups=(1, 2, 4, 8)) -> Decoder:
 
 
 def test_the_closed_form_sums_to_the_recurrence_of_grouped_queries():
-    """Pages, banks and row buffers vary; refreshes and activations are those of the default machine.
+    """Pages, banks and row buffers vary; timings are those of the default machine.
     Whole tiles are packed into refresh intervals, which the closed form of "intended" does in the
     mean: where few fit, some machines lose more, and some less.
     """
@@ -192,9 +192,9 @@ def test_the_closed_form_sums_to_the_recurrence_of_grouped_queries():
         for column, operation in enumerate(OPERATIONS):
             followed = mean_exact(hardware, model, lengths, Parallel(1, 1), operation=operation)
             errors.append(float(sums[column]) / float(followed) - 1)
-    print(np.round(errors, 3), np.abs(errors).mean(), np.mean(errors))
-    assert np.abs(errors).mean() < 0.03
-    assert np.abs(errors).max() < 0.12
+    assert abs(np.mean(errors)) < 0.02
+    assert np.abs(errors).mean() < 0.04
+    assert np.abs(errors).max() < 0.2
 
 
 @pytest.mark.parametrize("seed", range(12))

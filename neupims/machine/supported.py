@@ -12,7 +12,9 @@ from neupims.machine.record import Number
 def _not_timed(model: Decoder) -> dict[str, Number]:
     """Returns, by feature, whether the model has it while the timing does not compute it."""
     return {
-        "experts": model.experts > 0,
+        "dense_layers beside experts": (model.experts > 0) & (model.dense_layers > 0),
+        "shared_experts": model.shared_experts > 0,
+        "expert_skew": model.expert_skew > 0,
         "a window": model.window > 0,
         "latent attention (kv_rank)": model.kv_rank > 0,
         "expert_bits below 16": (model.experts > 0) & (model.expert_bits < 16),

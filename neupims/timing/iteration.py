@@ -40,7 +40,7 @@ from neupims.timing.attention import (
 )
 from neupims.timing.gemm import Tiling, Work, bytes_per_cycle, holds_tile, tiling
 from neupims.timing.links import link_seconds, messages
-from neupims.timing.npu import Context
+from neupims.timing.npu import Context, mlp_channels, route
 from neupims.timing.overlap import DRAINED, side_by_side
 from neupims.timing.split import check_split, is_split
 from neupims.timing.stages import INTERLEAVED, PRODUCTS, STAGES, npu_operation, stages
@@ -233,7 +233,9 @@ def _tile_products(context: Context, tokens) -> dict[tuple[str, int], Tiling]:
         product.sides(context.model, context.parallel) for product in PRODUCTS if product.sides
     ]
     inner, features = (jnp.stack([jnp.asarray(side[which]) for side in sides]) for which in (0, 1))
-    tiles = tiling(context.hardware, tokens[:, None], inner, features)
+    each = route(context.model, tokens).tokens
+    counts = jnp.stack([each if product.routed else tokens for product in PRODUCTS], axis=1)
+    tiles = tiling(context.hardware, counts, inner, features)
     return {
         (product.name, sub_batch): jax.tree.map(
             lambda value, at=(sub_batch, place): value[at], tiles
@@ -349,7 +351,12 @@ def _count_commands(context: Context, total: Work, pim, layers, elapsed, sent, t
     hardware, hbm = context.hardware, context.hardware.hbm
     to_core = hardware.npu.clock_hz / hbm.clock_hz
     # Outside attention: two layer norms of 5 operations, two sums and one activation.
-    elements = tokens * (12.0 * context.model.width + context.model.mlp_width / context.parallel.tp)
+    routing = route(context.model, tokens)
+    rows = routing.products * routing.tokens  # of the activation
+    elements = (
+        12.0 * tokens * context.model.width
+        + rows * mlp_channels(context.model) / context.parallel.tp
+    )
     return Counts(
         npu_macs=layers * total.macs,
         vector_operations=layers * elements,

@@ -73,31 +73,72 @@ def projection_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number
 def fc1_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
     """Returns inner channels and output features of the MLP's first matrix, with its gate.
 
+    It is that of one expert where the model has experts.
+
     Args:
         model: The model.
         parallel: How many devices share a layer.
     """
-    mlp = divide(model.mlp_width, parallel.tp)
+    mlp = divide(mlp_channels(model), parallel.tp)
     return 1.0 * model.width, (model.mlp_matrices - 1.0) * mlp
 
 
 def fc2_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
-    """Returns inner channels and output features of the MLP's last matrix.
+    """Returns inner channels and output features of the MLP's (or an expert's) last matrix.
 
     Args:
         model: The model.
         parallel: How many devices share a layer.
     """
-    return divide(model.mlp_width, parallel.tp), 1.0 * model.width
+    return divide(mlp_channels(model), parallel.tp), 1.0 * model.width
 
 
-def matrix_product(sides: SidesFunction, stuck_after: str | None = None) -> WorkFunction:
+def mlp_channels(model: Decoder) -> Number:
+    """Returns the hidden channels of the MLP, or of one expert where the model has experts.
+
+    Args:
+        model: The model.
+    """
+    return jnp.where(jnp.asarray(model.experts) > 0, model.expert_width, model.mlp_width)
+
+
+class Routing(NamedTuple):
+    """How the tokens of a sub-batch meet the MLPs of a layer."""
+
+    products: Number  # MLPs that have tokens: 1, or the expected number of experts that are hit
+    tokens: Number  # of each of them, in the mean
+
+
+def route(model: Decoder, tokens: Number) -> Routing:
+    """Returns the experts that a sub-batch hits, with uniform and independent routing.
+
+        experts hit = E (1 - (1 - k / E)^n),  tokens of each = n k / experts hit
+
+    for n tokens that each visit k of E experts. Weights of other experts are not read. Without
+    experts there is one MLP with all tokens.
+
+    Args:
+        model: The model.
+        tokens: The tokens of the sub-batch.
+    """
+    experts, there = jnp.maximum(1.0 * model.experts, 1), jnp.asarray(model.experts) > 0
+    share = model.active_experts / experts
+    hit = experts * (1 - (1 - share) ** tokens)
+    each = tokens * model.active_experts / jnp.maximum(hit, 1e-9)
+    return Routing(jnp.where(there, hit, 1.0), jnp.where(there, each, tokens))
+
+
+def matrix_product(
+    sides: SidesFunction, stuck_after: str | None = None, *, routed: bool = False
+) -> WorkFunction:
     """Returns the function that computes one matrix product of a layer.
 
     Args:
         sides: Function that gives the inner channels and the output features.
         stuck_after: The field of `Calibration` with the chance that a product of few tokens finds a
             write stuck; None for products in which none was seen.
+        routed: Whether tokens are routed to experts, where the model has them. The product is then
+            computed for each expert that has tokens, one after another.
 
     Returns:
         A `WorkFunction`. Its result is 0 everywhere where there are no tokens.
@@ -105,9 +146,10 @@ def matrix_product(sides: SidesFunction, stuck_after: str | None = None) -> Work
 
     def work(context: Context, tokens, written_before, tile=None) -> Work:
         few = getattr(context.calibration, stuck_after) if stuck_after else 0.0
+        routing = route(context.model, tokens) if routed else Routing(1.0, tokens)
         found = gemm(
             context.hardware,
-            tokens,
+            routing.tokens,
             *sides(context.model, context.parallel),
             npu_only=context.system == "npu-only",
             stuck=stuck_chance(context.hardware, written_before, few),
@@ -115,7 +157,9 @@ def matrix_product(sides: SidesFunction, stuck_after: str | None = None) -> Work
             calibration=context.calibration,
             fidelity=context.fidelity,
         )
-        return jax.tree.map(lambda value: jnp.where(tokens > 0, value, 0.0), found)
+        return jax.tree.map(
+            lambda value: jnp.where(tokens > 0, routing.products * value, 0.0), found
+        )
 
     return work
 
@@ -157,10 +201,13 @@ def activate(context: Context, tokens, written_before, tile=None) -> Work:
         written_before: As in `normalize`.
         tile: Not used.
     """
-    mlp = divide(context.model.mlp_width, context.parallel.tp)
+    mlp = divide(mlp_channels(context.model), context.parallel.tp)
+    routing = route(context.model, tokens)
     inputs = context.model.mlp_matrices - 1.0
     options = _vector_options(context, written_before)
-    return vector.activation(context.hardware, tokens, mlp, inputs, **options)
+    return vector.activation(
+        context.hardware, routing.products * routing.tokens, mlp, inputs, **options
+    )
 
 
 def _vector_options(context: Context, written_before) -> dict[str, Any]:

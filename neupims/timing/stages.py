@@ -40,6 +40,7 @@ class Operation(NamedTuple):
     sides: SidesFunction | None = None  # of a matrix product
     element_operations: int = 0  # of the vector units, on each element that it writes
     stage: str = ""  # the name of the stage that runs it
+    routed: bool = False  # whether it is computed for each expert that has tokens
 
     @property
     def platform(self) -> Platform:
@@ -71,14 +72,19 @@ REST = (
     Operation("attn.res", "vector", npu.add_residual, element_operations=1),
     Operation("ffn.ln", "vector", npu.normalize, element_operations=5),
     Operation(
-        "ffn.fc1", "gemm", npu.matrix_product(npu.fc1_sides, "stuck_after_norm"), npu.fc1_sides
+        "ffn.fc1",
+        "gemm",
+        npu.matrix_product(npu.fc1_sides, "stuck_after_norm", routed=True),
+        npu.fc1_sides,
+        routed=True,
     ),
     Operation("ffn.gelu", "vector", npu.activate, element_operations=1),
     Operation(
         "ffn.fc2",
         "gemm",
-        npu.matrix_product(npu.fc2_sides, "stuck_after_activation"),
+        npu.matrix_product(npu.fc2_sides, "stuck_after_activation", routed=True),
         npu.fc2_sides,
+        routed=True,
     ),
     Operation("ffn.res", "vector", npu.add_residual, element_operations=1),
 )
