@@ -268,10 +268,10 @@ def test_evolution_nears_a_known_front_and_beats_chance():
     """
     names = [
         "hbm.trp_cycles",
-        "hbm.tras_cycles",
+        "hbm.tccd_s_cycles",
         "hbm.tfaw_cycles",
         "hbm.trfc_cycles",
-        "hbm.twr_cycles",
+        "hbm.tccd_l_cycles",
         "hbm.trtp_cycles",
     ]
     space = make_space({name: {"low": 0.0, "high": 1.0} for name in names})
