@@ -5,18 +5,16 @@
 
 New constants go into neupims/machine/calibration.py by hand. The fitting part is the runs whose
 identifier ends in an even hexadecimal digit. The runs are read from GGEM_SHARED/golden/neupims (by
-default ../shared). The tables are benchmarks/results/neupims_validation.csv (errors of the held-out
-runs, and of all runs) and neupims/expected_error.json, which the tools print.
+default ../shared). The table is benchmarks/results/neupims_validation.csv (errors of the held-out
+runs, and of all runs). Rerun `python -m benchmarks.neupims_expected_error` too: it writes what the
+tools state.
 """
 
 import argparse
 import csv
 import dataclasses
-import datetime
-import json
 import os
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -169,7 +167,7 @@ KINDS = ("pim", "gemm", "stage", "layer")
 
 
 def write(tables) -> None:
-    """Writes the committed table of errors, and the one that the tools print."""
+    """Writes the committed table of errors."""
     with open(ROOT / "benchmarks" / "results" / "neupims_validation.csv", "w", newline="") as file:
         table = csv.writer(file, lineterminator="\n")
         table.writerow(
@@ -200,18 +198,6 @@ def write(tables) -> None:
                         *numbers,
                     ]
                 )
-    expected: dict[str, Any] = {}
-    for path in ("exact", "closed"):
-        for group in tables[path, "held out"]:
-            key = {"layer": "layer", "stage": "stage"}.get(group.kind, f"{group.kind}_operations")
-            if group.system != "all" and group.name in ("all", "layer") and ">" not in key:
-                for number in ("mean", "p95", "max"):
-                    of = expected.setdefault(path, {}).setdefault(group.system, {})
-                    of[f"{key}_{number}_percent"] = round(getattr(group, number), 2)
-    expected["of"] = (
-        f"runs of the public simulator not used for fitting, {datetime.date.today().isoformat()}"
-    )
-    (ROOT / "neupims" / "expected_error.json").write_text(json.dumps(expected, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from neupims.machine.record import replace
 from neupims.machine.workload import Batch, halves
 from neupims.scheduling.policies import GWRITE_ESTIMATE, TILE_ESTIMATE
 from neupims.simulator_runs import case_of, pad_case, read_runs
-from neupims.timing.capacity import check_capacity
+from neupims.timing.capacity import find_overflow
 from neupims.timing.iteration import Iteration, simulate
 from neupims.timing.stages import NPU_ATTENTION, operations
 from neupims.validation import KINDS, predict
@@ -280,9 +280,9 @@ def main() -> None:
                 over = np.array(
                     [
                         bool(
-                            check_capacity(
+                            find_overflow(
                                 Hardware(), load_model(model), batch, load_parallel(model)
-                            )
+                            ).channel
                         )
                         for batch in batches
                     ]

@@ -28,6 +28,8 @@ if TYPE_CHECKING:
     from neupims.scheduling.schedule_search import search_schedule as search_schedule
     from neupims.simulation import Simulation as Simulation
     from neupims.simulation import simulate_case as simulate_case
+    from neupims.timing.fit import Fit as Fit
+    from neupims.timing.fit import fit as fit
     from neupims.timing.iteration import Iteration as Iteration
     from neupims.timing.iteration import simulate as simulate
     from neupims.timing.prefill import prefill as prefill
@@ -39,6 +41,7 @@ _HOMES = {
     "Batch": "machine.workload",
     "Case": "machine.case",
     "Decoder": "machine.workload",
+    "Fit": "timing.fit",
     "Hardware": "machine.hardware",
     "Iteration": "timing.iteration",
     "Parallel": "machine.workload",
@@ -49,6 +52,7 @@ _HOMES = {
     "compare": "exploration.compare",
     "explore": "exploration.explore",
     "export_trace": "scheduling.decision",
+    "fit": "timing.fit",
     "load_hardware": "machine.config",
     "load_model": "machine.config",
     "load_parallel": "machine.config",

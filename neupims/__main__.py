@@ -20,6 +20,7 @@ COMMANDS = {
     "search": (
         "better schedules: channel and sub-batch of each request, with a bound on what is possible"
     ),
+    "fit": "the largest batch and the longest context that the memory of a machine holds",
     "explore": "a space of accelerator designs: Pareto front and sensitivities",
     "show": "hardware fields with units and sources, models, systems, constants",
 }

@@ -5,17 +5,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from neupims.costs.power import power_metrics
+from neupims.envelope import ExpectedError, expected_error
 from neupims.machine.case import Case
 from neupims.machine.effects import idle_changes
 from neupims.machine.supported import check_timed
-from neupims.machine.systems import PIM_SYSTEMS, TimingPath
+from neupims.machine.systems import FIDELITY_ANSWERS, PIM_SYSTEMS, TimingPath
 from neupims.machine.workload import check_batch
-from neupims.timing.capacity import check_capacity
 from neupims.timing.gemm import check_scratchpad
 from neupims.timing.iteration import Iteration, simulate
+from neupims.timing.memory_check import check_memory
 from neupims.timing.prefill import first_token_seconds, prefill
 from neupims.timing.stages import STAGES, operations, stages
-from neupims.validation import expected_error
 
 
 @dataclass(frozen=True)
@@ -25,16 +25,16 @@ class Simulation:
     case: Case  # with the number of sub-batches that was used
     path: TimingPath  # "exact" or "closed"
     iteration: Iteration  # cycles, times and energy
-    expected_error: dict[str, Any] | None  # percentages by name, None where nothing was measured
+    expected_error: ExpectedError  # of the layer, or why none is known
     first_token_seconds: float | None  # of a prefill, else None
-    warning: str  # that the requests of a channel do not fit its memory, else empty
+    overflow: tuple[str, ...]  # what does not fit the memory, one sentence each
 
     @property
     def warnings(self) -> list[str]:
         """Sentences on memory that does not suffice, and on changes without effect."""
         case = self.case
         idle = idle_changes(case.hardware, case.system, case.fidelity)
-        return [*filter(None, [self.warning]), *idle]
+        return [*self.overflow, *idle]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the values of JSON, as `simulate --json` prints them.
@@ -99,7 +99,8 @@ class Simulation:
             "energy_parts_joules": None if case.system == "gpu" else energies,
             **{name: float(value) for name, value in power.items()},
             "devices": int(case.parallel.tp * case.parallel.pp),
-            "expected_error": self.expected_error,
+            "fidelity_answers": FIDELITY_ANSWERS[case.fidelity],
+            **self.expected_error.to_dict(),
             "warnings": self.warnings,
         }
         if self.first_token_seconds is not None:
@@ -108,7 +109,12 @@ class Simulation:
 
 
 def simulate_case(
-    case: Case, *, path: TimingPath = "exact", prefill: bool = False, fastest: bool = False
+    case: Case,
+    *,
+    path: TimingPath = "exact",
+    prefill: bool = False,
+    fastest: bool = False,
+    allow_overflow: bool = False,
 ) -> Simulation:
     """Returns one decode step of a case, or its prefill, with the expected error.
 
@@ -119,26 +125,32 @@ def simulate_case(
             the NPU or the GPU of the system, as intended.
         fastest: Whether to try one and two sub-batches, where the system is "neupims", and return
             the faster; a number that the hardware cannot run is left out.
+        allow_overflow: Whether to time what the memory of a device does not hold, with a warning.
 
     Returns:
         The simulated case; its `case` has the sub-batches that were used.
 
     Raises:
-        ValueError: The hardware cannot run the batch, a request is too long for its channel, or the
-            model has a feature that the timing does not compute.
+        ValueError: The hardware cannot run the batch, its memory does not hold weights,
+            activations, keys and values, or the model has a feature that the timing does not
+            compute.
     """
     check_timed(case.model)
     check_batch(case.batch, int(case.hardware.hbm.num_channels))
-    fits = case.system not in PIM_SYSTEMS
-    records = (case.hardware, case.model, case.batch, case.parallel)
-    warning = "" if fits else check_capacity(*records, fidelity=case.fidelity)
+    warnings = check_memory(
+        *(case.hardware, case.model, case.batch, case.parallel),
+        system=case.system,
+        fidelity=case.fidelity,
+        prefill=prefill,
+        allow_overflow=allow_overflow,
+    )
     if prefill:
-        return _run(_prefill_case(case), path, warning)
+        return _run(_prefill_case(case), path, warnings)
     counts = (1, 2) if fastest and case.system == "neupims" else (case.sub_batches,)
     done, reasons = [], []
     for count in counts:
         try:
-            done.append(_run(case._replace(sub_batches=count), path, warning))
+            done.append(_run(case._replace(sub_batches=count), path, warnings))
         except ValueError as reason:
             reasons.append(reason)
     if not done:
@@ -152,18 +164,12 @@ def _prefill_case(case: Case) -> Case:
     return case._replace(system=system, sub_batches=1, fidelity="intended", prefill=True)
 
 
-def _run(case: Case, path: TimingPath, warning: str) -> Simulation:
+def _run(case: Case, path: TimingPath, warnings: tuple[str, ...]) -> Simulation:
     records = (case.hardware, case.model, case.batch, case.parallel)
     iteration = run_case(case, path=path)
-    error = expected_error(
-        case.system,
-        case.sub_batches,
-        case.fidelity,
-        row_buffers=int(case.hardware.pim.row_buffers),
-        path=path,
-    )
+    error = expected_error(case, path=path)
     first_token = first_token_seconds(*records, iteration) if case.prefill else None
-    return Simulation(case, path, iteration, error, first_token, warning)
+    return Simulation(case, path, iteration, error, first_token, warnings)
 
 
 def run_case(case: Case, *, path: TimingPath = "exact") -> Iteration:

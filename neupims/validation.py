@@ -4,11 +4,9 @@ Predictions come from the knobs of a run alone (`simulator_runs`); errors are ab
 of the measured cycles, by operation, stage and layer.
 """
 
-import json
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +15,7 @@ import numpy as np
 
 from neupims.machine.case import Case
 from neupims.machine.record import to_values
-from neupims.machine.systems import SPELLINGS, Fidelity, TimingPath
+from neupims.machine.systems import Fidelity, TimingPath
 from neupims.simulator_runs import (
     NotCovered,
     case_of,
@@ -220,36 +218,3 @@ def _group_keys(row: Pair) -> list[tuple[str, str]]:
     if kind == "gemm" and row.measured > LONG_CYCLES:
         keys.append((f"gemm > {LONG_CYCLES} cycles", "all"))
     return keys
-
-
-def expected_error(
-    system: str,
-    sub_batches: int,
-    fidelity: str,
-    *,
-    row_buffers: int = 2,
-    path: TimingPath = "exact",
-) -> dict[str, Any] | None:
-    """Returns the error of layers, stages and operations in the committed validation.
-
-    The paper's machine ("intended") and the GPU have no error, as no simulator ran them.
-
-    Args:
-        system: The system.
-        sub_batches: 1 or 2.
-        fidelity: "simulator" or "intended".
-        row_buffers: The row buffers of a bank; they matter for "neupims" only.
-        path: "exact" or "closed".
-
-    Returns:
-        Percentages by name, or None where no such system was measured.
-    """
-    # In other systems the row buffers do not change any cycle.
-    row_buffers = row_buffers if system == "neupims" else {"npu-pim": 1}.get(system, 2)
-    wanted = (system, sub_batches, row_buffers)
-    spelling = next((name for name, setting in SPELLINGS.items() if setting == wanted), "")
-    file = resources.files("neupims").joinpath("expected_error.json")
-    table = json.loads(file.read_text(encoding="utf-8"))
-    if fidelity != "simulator" or spelling not in table[path]:
-        return None
-    return table[path][spelling] | {"path": path, "of": table["of"]}

@@ -212,6 +212,7 @@ def test_a_command_of_neupims_is_one_that_the_tool_accepts(words, folder, monkey
         "neupims.commands.search.search_schedule",
         "neupims.exploration.compare.compare",
         "neupims.exploration.explore.explore",
+        "neupims.timing.fit.fit",
         "neupims.validation.validate",
         "neupims.commands.show.print_json",
     ):

@@ -30,7 +30,6 @@ from neupims.scheduling.decision import (
 from neupims.scheduling.moves import mutate, random_genome
 from neupims.scheduling.objective import Cost, Layer, make_problem
 from neupims.scheduling.oracle import IntegerLayer
-from neupims.scheduling.schedule_search import gain_error
 from neupims.scheduling.search import interval_of_mean, search
 from neupims.scheduling.strategies import STRATEGIES
 from neupims.timing.capacity import channel_tiles
@@ -380,14 +379,6 @@ def test_a_policy_is_a_line_in_a_table(problem, monkeypatch):
 def test_the_library_refuses_what_cannot_work(trace, case, options, words):
     with pytest.raises(ValueError, match=words):
         search_schedule(make_case("gpt3-7b", trace, **case), **options)
-
-
-def test_the_margin_of_a_gain_by_hand():
-    """Two times of which each may be 2 % off, independently: sqrt(2) x 2 % of the quotient, which
-    is 0.75.
-    """
-    assert gain_error({"layer_mean_percent": 2.0}, 0.25) == pytest.approx(2**0.5 * 0.02 * 0.75)
-    assert gain_error(None, 0.25) is None
 
 
 def test_flags_that_cannot_work_are_one_sentence(trace, tmp_path, capsys):

@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 
+from neupims.envelope import ExpectedError
 from neupims.machine.case import Case
 from neupims.machine.config import load_hardware, load_model
 from neupims.machine.hardware import Hardware
@@ -23,12 +24,15 @@ def case(system, sub_batches):
     return Case(*records, system, sub_batches, "simulator", "gpt3-7b")
 
 
+PERCENT = {"layer_mean_percent": 1.2, "layer_max_percent": 4.5, "layer_runs": 7}
+
+
 @pytest.fixture
 def simulated(monkeypatch):
     """Simulates a small batch; the expected error, which is a file of its own, is made up."""
     monkeypatch.setattr(
         "neupims.simulation.expected_error",
-        lambda *_, **__: {"layer_mean_percent": 1.2, "layer_max_percent": 4.5},
+        lambda *_, **__: ExpectedError(PERCENT, (), None),
     )
     return lambda system, sub_batches: simulate_case(case(system, sub_batches), path="closed")
 

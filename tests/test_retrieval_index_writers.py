@@ -6,7 +6,6 @@ import fcntl
 import os
 import shutil
 import signal
-import sqlite3
 import tempfile
 import textwrap
 from pathlib import Path
@@ -251,17 +250,6 @@ def test_readers_see_the_last_version_while_a_writer_commits_batches(small, buil
     assert [len(notes) for notes in seen] == [0, 0, 1, 1, 1, 1]
     assert "holds 4 images of a writer that is at work or was interrupted" in seen[-1][0]
     assert_right(built, photos)
-
-
-def test_a_file_that_stays_locked_is_not_called_damaged(built, monkeypatch):
-    """As by a program of another kind, such as a backup."""
-    monkeypatch.setattr(reading_module, "_WAIT_SECONDS", 0.1)
-    with contextlib.closing(sqlite3.connect(built / "index.sqlite")) as other:
-        other.execute("BEGIN EXCLUSIVE")
-        for call in (Index.open, verify, lambda path: add(path, never, SETTINGS)):
-            with pytest.raises(IndexRefused, match=r"index\.sqlite cannot be read: .* is locked$"):
-                call(built)
-    assert len(Index.open(built)) == 12
 
 
 def test_a_reader_in_the_middle_holds_no_writer_up_and_the_next_one_tidies(built, photos):

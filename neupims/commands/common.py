@@ -30,15 +30,7 @@ def add_system_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The parser, or a group of it; changed in place.
     """
-    parser.add_argument(
-        "--system",
-        default="neupims",
-        metavar="NAME",
-        help=(
-            f"{', '.join(SYSTEMS)}, or as the validation files spell it (default: neupims);"
-            " explore compares several, separated by commas"
-        ),
-    )
+    add_machine_arguments(parser)
     parser.add_argument(
         "--sub-batches",
         choices=("1", "2", AUTO),
@@ -49,6 +41,32 @@ def add_system_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--row-buffers", choices=("single", "dual"), help="of a bank (default: what the system has)"
+    )
+    parser.add_argument(
+        "--fidelity",
+        choices=FIDELITIES,
+        default="simulator",
+        help=(
+            "simulator: what the authors' code would print; intended: what the machine of the paper"
+            " would do (default: simulator)"
+        ),
+    )
+
+
+def add_machine_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the system and its hardware.
+
+    Args:
+        parser: The parser, or a group of it; changed in place.
+    """
+    parser.add_argument(
+        "--system",
+        default="neupims",
+        metavar="NAME",
+        help=(
+            f"{', '.join(SYSTEMS)}, or as the validation files spell it (default: neupims);"
+            " explore compares several, separated by commas"
+        ),
     )
     parser.add_argument(
         "--hardware",
@@ -70,12 +88,6 @@ def add_system_arguments(parser: argparse.ArgumentParser) -> None:
             " energy.memory=NAME (`show memories`); may repeat"
         ),
     )
-    parser.add_argument(
-        "--fidelity",
-        choices=FIDELITIES,
-        default="simulator",
-        help="follow the public simulator as it is coded, or the machine that the paper intends",
-    )
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -84,12 +96,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     Args:
         parser: The parser, or a group of it; changed in place.
     """
-    parser.add_argument(
-        "--model",
-        required=True,
-        metavar="NAME|FILE",
-        help="gpt3-7b, llama3-8b, ... (`show models`), or a TOML or JSON file",
-    )
+    add_spread_model_arguments(parser)
     parser.add_argument("--trace", required=True, metavar="FILE|DISTRIBUTION", help=TRACE)
     add_trace_arguments(parser)
     parser.add_argument(
@@ -100,6 +107,20 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
             " the model's estimate, or round-robin (default: the trace's channels; greedy where it"
             " has none)"
         ),
+    )
+
+
+def add_spread_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of the model and the devices over which it is spread.
+
+    Args:
+        parser: The parser, or a group of it; changed in place.
+    """
+    parser.add_argument(
+        "--model",
+        required=True,
+        metavar="NAME|FILE",
+        help="gpt3-7b, llama3-8b, ... (`show models`), or a TOML or JSON file",
     )
     parser.add_argument(
         "--tp",
@@ -205,6 +226,19 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     add_system_arguments(parser)
     parser.add_argument(
         "--json", action="store_true", help="one JSON object and nothing else on standard output"
+    )
+
+
+def add_overflow_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds `--allow-overflow`.
+
+    Args:
+        parser: The parser; changed in place.
+    """
+    parser.add_argument(
+        "--allow-overflow",
+        action="store_true",
+        help="time what the memory of a device does not hold, with a warning, instead of refusing",
     )
 
 
@@ -331,6 +365,23 @@ def print_json(value: dict[str, Any]) -> None:
         value: The object, with values that JSON can hold.
     """
     print(json.dumps(finite(value), indent=2, allow_nan=False))
+
+
+def print_error(lines, found: dict[str, Any], about: str = "") -> None:
+    """Prints which question the fidelity answers, and the expected error or why there is none.
+
+    Args:
+        lines: A `console`.
+        found: Result of a command, with `fidelity_answers` and `ExpectedError.to_dict`.
+        about: What the error is of, before each title.
+    """
+    from neupims.envelope import describe_error
+
+    lines.print(f"{found['fidelity']} fidelity: {found['fidelity_answers']}")
+    for title, text in describe_error(found).items():
+        if found["not_validated"] and "not validated" in title:
+            text = "".join(f"\n  - {reason}" for reason in found["not_validated"])
+        lines.print(f"{about}{title}: {text}")
 
 
 def console():

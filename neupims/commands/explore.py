@@ -17,6 +17,7 @@ from neupims.commands.common import (
     add_trace_arguments,
     check_run,
     console,
+    print_error,
     print_json,
     print_notes,
     read_trace_argument,
@@ -24,6 +25,7 @@ from neupims.commands.common import (
 from neupims.commands.common import system as chosen_system
 from neupims.commands.comparison import compare_and_print
 from neupims.machine.config import read_model
+from neupims.machine.systems import FIDELITY_ANSWERS
 
 SHOWN = 20  # designs of the front on the terminal
 
@@ -256,14 +258,18 @@ def _print(found, folder: Path | None) -> None:
             " act there."
         )
     lines.print(f"{found.kept} designs meet the constraints, {found.flagged} are impossible.")
+    for reason, count in found.flagged_by_reason.items():
+        lines.print(f"  {count}: {reason}")
     ends = ", ".join(f"{name} {value:.4g}" for name, value in found.reference.items())
     lines.print(f"hypervolume {found.hypervolume:.6g}, in units of the base design, up to {ends}")
     _print_sensitivities(lines, found)
-    if found.expected_error:
-        from neupims.pages.report import describe_error
-
-        error = describe_error(found.expected_error)
-        lines.print(f"expected error of a layer's cycles near the base design: {error}")
+    answers = {"fidelity": found.fidelity, "fidelity_answers": FIDELITY_ANSWERS[found.fidelity]}
+    print_error(lines, answers | found.expected_error.to_dict(), "base design: ")
+    if found.front_validated is not None:
+        lines.print(
+            f"{found.front_validated} of {len(found.front)} designs of the front have knobs inside"
+            " the envelope of the validated runs"
+        )
     rate = found.points / found.seconds
     lines.print(
         f"{found.seconds:.1f} s, {rate:,.3g} designs per second including compilation, on"

@@ -1,17 +1,21 @@
 """`search`: better schedules of one batch, and a bound on the best possible one."""
 
 import argparse
+import sys
 from pathlib import Path
 from typing import Any
 
 from neupims.commands.common import (
     AUTO,
+    add_overflow_argument,
     add_workload_arguments,
     check_run,
     console,
+    print_error,
     print_json,
     read_case,
 )
+from neupims.envelope import describe_gain_error
 from neupims.exploration.space import SETTINGS, make_space, parse_knob
 from neupims.machine.case import Case
 from neupims.machine.systems import SYSTEMS
@@ -28,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: The parser of the command; changed in place.
     """
     add_workload_arguments(parser)
+    add_overflow_argument(parser)
     parser.add_argument(
         "--strategy",
         default="evolution",
@@ -142,7 +147,10 @@ def run(arguments: argparse.Namespace) -> int:
         measure=arguments.measure,
         exact=arguments.exact,
         export=arguments.export_trace,
+        allow_overflow=arguments.allow_overflow,
     ).to_dict()
+    for warning in result["warnings"]:
+        sys.stderr.write(f"neupims: warning: {warning}\n")
     if arguments.html:
         _write_page(arguments.html, result)
     if arguments.json:
@@ -246,12 +254,11 @@ def _print_tables(result: dict[str, Any]) -> None:
     lines.print(table)
     best = result["best"]
     halves = "two sub-batches" if best["sub_batches"] == 2 else "one batch"
-    error = best["gain_plus_minus"]
-    margin = f" (± {error:.2%}, the model's mean error on both times)" if error else ""
     lines.print(
-        f"best: {best['found_by']}, {halves}, gain over the trace as published"
-        f" {best['gain']:.2%}{margin}"
+        f"best: {best['found_by']}, {halves}, gain over the trace as published {best['gain']:.2%}"
     )
+    if best["gain_error"]:
+        lines.print(describe_gain_error(best["gain_error"]))
     for knob, number in best["knobs"].items():
         lines.print(f"  {knob} = {number:g}")
     if result["exact"]:
@@ -268,12 +275,9 @@ def _print_tables(result: dict[str, Any]) -> None:
             f"attention on the fullest channel {when}: {longest} cycles of the sub-batches; mean"
             f" {average:,.0f}"
         )
-    for sentence in (
-        *result["warnings"],
-        f"trace written to {result['trace']}" if result["trace"] else None,
-    ):
-        if sentence:
-            lines.print(sentence)
+    print_error(lines, result, "best schedule: ")
+    if result["trace"]:
+        lines.print(f"trace written to {result['trace']}")
 
 
 def _format(value: float) -> str:

@@ -7,9 +7,11 @@ from typing import Any
 
 from neupims.commands.common import (
     AUTO,
+    add_overflow_argument,
     add_workload_arguments,
     check_run,
     console,
+    print_error,
     print_json,
     read_case,
 )
@@ -22,6 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         parser: The parser of the command; changed in place.
     """
     add_workload_arguments(parser)
+    add_overflow_argument(parser)
     parser.add_argument(
         "--path",
         choices=("exact", "closed"),
@@ -79,6 +82,7 @@ def run(arguments: argparse.Namespace) -> int:
         path=arguments.path or "exact",
         prefill=arguments.prefill,
         fastest=auto,
+        allow_overflow=arguments.allow_overflow,
     )
     for warning in found.warnings:
         sys.stderr.write(f"neupims: warning: {warning}\n")
@@ -97,8 +101,6 @@ def run(arguments: argparse.Namespace) -> int:
 def _print_tables(result: dict[str, Any]) -> None:
     from rich import box
     from rich.table import Table
-
-    from neupims.pages.report import describe_error
 
     lines = console()
     title = (
@@ -149,6 +151,5 @@ def _print_tables(result: dict[str, Any]) -> None:
     together = f"{devices} devices" if devices > 1 else "the device"
     summary.add_row(f"power of {together}", f"{result['power_watts']:.4g} W")
     summary.add_row("all parts at full speed", f"{result['peak_power_watts']:.4g} W")
-    if error := result["expected_error"]:
-        summary.add_row("expected error of the layer", describe_error(error))
     lines.print(summary)
+    print_error(lines, result)

@@ -9,13 +9,14 @@ from jaxtyping import Array
 
 from neupims.costs.area import area, gpu_area
 from neupims.costs.power import power_metrics
+from neupims.exploration.evaluator import NOT_FINITE
+from neupims.exploration.impossible import reason_code
 from neupims.exploration.space import SETTINGS
 from neupims.exploration.workloads import Workload, deal, stack_workloads
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace
 from neupims.machine.systems import PIM_SYSTEMS, Fidelity, System
 from neupims.machine.workload import Batch, Decoder, Parallel
-from neupims.timing.capacity import channel_tiles, request_tiles
 from neupims.timing.iteration import Iteration, simulate
 
 Schedule = Literal["dealt", "trace"]
@@ -39,7 +40,8 @@ def make_evaluate(
     The metrics are tokens_per_second, iteration_seconds, the utilisations and, of all devices of
     the model together, power_watts (the mean), peak_power_watts (all parts at full speed),
     energy_joules_per_token, tokens_per_joule, area_mm2 and tokens_per_second_per_mm2. `flagged`,
-    `(n, workloads)`, is true where the design cannot exist or cannot run the workload.
+    `(n, workloads)`, is the code of the reason (`impossible.REASONS`) where the design cannot exist
+    or cannot run the workload, else 0.
 
     Args:
         workloads: Models and batches that each design runs.
@@ -94,9 +96,16 @@ def make_evaluate(
             )
         else:
             found = _select_metrics(run(sub_batches))
-        wrong = found.pop("flagged") | ~is_possible(
-            machine, model, batch, parallel, fidelity=fidelity
+        # The public simulator times traces whose requests overflow a channel.
+        full_channels = schedule == "trace" and fidelity == "simulator"
+        code = reason_code(
+            *(machine, model, batch, parallel),
+            system=system,
+            fidelity=fidelity,
+            full_channels=full_channels,
+            most_channels=most_channels,
         )
+        failed = found.pop("flagged") * NOT_FINITE
         devices = 1.0 * parallel.tp * parallel.pp
         device_mm2 = (
             gpu_area(machine) if system == "gpu" else area(machine, pim=system in PIM_SYSTEMS).total
@@ -111,7 +120,7 @@ def make_evaluate(
         )
         mm2 = device_mm2 * devices
         per_mm2 = {"area_mm2": mm2, "tokens_per_second_per_mm2": found["tokens_per_second"] / mm2}
-        return found | power | per_mm2 | {"flagged": wrong}
+        return found | power | per_mm2 | {"flagged": jnp.where(code == 0, failed, code)}
 
     def evaluate(columns: dict[str, Array]) -> dict[str, Array]:
         def of_design(design):
@@ -161,43 +170,3 @@ def _select_metrics(iteration: Iteration) -> dict[str, Array]:
         "flagged",
     )
     return {name: getattr(iteration, name) for name in names}
-
-
-def is_possible(
-    hardware: Hardware,
-    model: Decoder,
-    batch: Batch,
-    parallel: Parallel,
-    *,
-    fidelity: Fidelity = "simulator",
-) -> Array:
-    """Returns whether the machine can exist and holds the model and the batch.
-
-    Pages must fit in rows, heads and layers must divide over the devices, every request needs an
-    existing channel, and the memory must hold weights, keys and values.
-
-    Args:
-        hardware: The machine; numbers may be traced.
-        model: The model.
-        batch: The requests; those of length 0 do not count.
-        parallel: How the model is spread over devices.
-        fidelity: The layout of keys and values, "simulator" or "intended".
-
-    Returns:
-        A boolean scalar.
-    """
-    tiles = request_tiles(hardware, model, batch.seq_lens, parallel, fidelity=fidelity)
-    room = channel_tiles(hardware, model, parallel)
-    there = batch.seq_lens > 0
-    return (
-        (jnp.asarray(hardware.pim.page_bytes) <= hardware.hbm.row_bytes)
-        & (jnp.asarray(model.heads) % parallel.tp == 0)
-        & (
-            (jnp.asarray(model.kv_heads) % parallel.tp == 0)
-            | (jnp.asarray(parallel.tp) % model.kv_heads == 0)
-        )
-        & (jnp.asarray(parallel.pp) <= model.layers)
-        & (jnp.where(there, batch.channels, 0).max() < hardware.hbm.num_channels)
-        & (tiles.max() <= room)
-        & (tiles.sum() * parallel.kv_split <= room * hardware.hbm.num_channels)
-    )

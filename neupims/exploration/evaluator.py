@@ -11,6 +11,7 @@ from neupims.exploration.points import Points, overall
 from neupims.exploration.space import Space
 
 Evaluate = Callable[[dict[str, Array]], dict[str, Array]]
+NOT_FINITE = -1  # code of a design with a metric that is not finite
 
 
 class Evaluator:
@@ -21,7 +22,7 @@ class Evaluator:
     Args:
         space: The space whose knobs `evaluate` takes.
         evaluate: Function from `{knob: (n,)}` to `{metric: (n, workloads)}`, with `flagged`,
-            `(n, workloads)`, true where the design is impossible.
+            `(n, workloads)`, the code of the reason where the design is impossible, else 0.
         rows: Designs of one call; rounded up to a multiple of the devices.
         devices: The devices to use; `jax.devices()` if not given.
     """
@@ -62,12 +63,13 @@ class Evaluator:
             found = jax.device_get(self.run(self._columns(part)))
             parts.append({name: np.asarray(each)[: len(part)] for name, each in found.items()})
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        flagged = arrays.pop("flagged", np.zeros((len(values), 1), bool)).any(axis=1)
-        for each in arrays.values():
-            flagged |= ~np.isfinite(each).all(axis=1)
+        codes = arrays.pop("flagged", np.zeros((len(values), 1), int)).astype(int)
+        code = codes[np.arange(len(values)), (codes != 0).argmax(axis=1)]  # of the first workload
+        finite = np.all([np.isfinite(each).all(axis=1) for each in arrays.values()], axis=0)
+        code = np.where((code == 0) & ~finite, NOT_FINITE, code)
         known = self.space.columns(values) | {name: overall(each) for name, each in arrays.items()}
-        violation = np.where(flagged, np.inf, self.space.violation(known))
-        return Points(np.arange(first, first + len(values)), values, arrays, violation)
+        violation = np.where(code != 0, np.inf, self.space.violation(known))
+        return Points(np.arange(first, first + len(values)), values, arrays, violation, code)
 
     def _columns(self, values: np.ndarray) -> dict[str, Array]:
         padding = np.broadcast_to(values[-1:], (self.rows - len(values), values.shape[1]))

@@ -12,21 +12,23 @@ from typing import Any
 import jax
 import numpy as np
 
+from neupims.envelope import ExpectedError
 from neupims.exploration.evaluation import Schedule, make_evaluate
 from neupims.exploration.explore_space import Report, SpaceResult, explore_space
+from neupims.exploration.impossible import REASONS
 from neupims.exploration.points import Objective, Points, overall, parse_objectives
 from neupims.exploration.sensitivity import Sensitivity
 from neupims.exploration.space import Space, make_space
+from neupims.exploration.validated import base_error, count_validated
 from neupims.exploration.workloads import Model, Trace, Workload, list_notes, make_workloads
 from neupims.files import finite, write_text
 from neupims.machine.config import load_hardware
 from neupims.machine.effects import idle_changes
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import check_seed
-from neupims.machine.systems import Fidelity, System
+from neupims.machine.systems import FIDELITY_ANSWERS, Fidelity, System
 from neupims.machine.workload import Parallel
 from neupims.timing.split import check_split
-from neupims.validation import expected_error
 
 METRICS = (
     "tokens_per_second",
@@ -69,17 +71,20 @@ class Exploration:
     points: int  # designs that were evaluated
     kept: int  # designs that meet all constraints
     flagged: int  # designs that are impossible or not finite
+    flagged_by_reason: dict[str, int]  # their number, by the first reason of each; most first
     front: tuple[Design, ...]  # best of the first objective first
     base: Design  # the given hardware, moved into the space
     reference: dict[str, float]  # where the hypervolume ends, by objective
     hypervolume: float  # of the front, objectives in units of the base design
     sensitivity_of: str  # name of the metric
     sensitivities: dict[str, Sensitivity]  # by knob
-    expected_error: dict[str, Any] | None  # of a layer, near the base design, in per cent
+    expected_error: ExpectedError  # of a layer of the base design, or why none is known
+    # Designs of the front whose knobs are inside of the envelope; None if the base design is not.
+    front_validated: int | None
     seconds: float  # wall time of the exploration
     devices: str  # number and kind of the devices that evaluated
     result: SpaceResult  # arrays of the front and of other designs
-    warnings: list[str]  # on fields of the base design without effect
+    warnings: list[str]  # on fields of the base design without effect, or why it is impossible
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything but `result` as plain values, as `neupims explore --json` prints it.
@@ -92,6 +97,8 @@ class Exploration:
             "objectives": [str(each) for each in self.objectives],
             "front": [asdict(each) for each in self.front],
             "base": asdict(self.base),
+            **self.expected_error.to_dict(),
+            "fidelity_answers": FIDELITY_ANSWERS[self.fidelity],
             "sensitivities": {name: each._asdict() for name, each in self.sensitivities.items()},
         }
         return finite(found)
@@ -230,6 +237,7 @@ def explore(
         sensitivity_of=sensitivity_of,
         report=report,
     )
+    error = base_error(space, machine, workloads, options)
     found = Exploration(
         method=method,
         seed=seed,
@@ -242,6 +250,7 @@ def explore(
         points=result.points,
         kept=result.kept,
         flagged=result.flagged,
+        flagged_by_reason=_count_reasons(result),
         front=_designs(
             result.front.take(_best_first(result)), space, result.twins[_best_first(result)]
         ),
@@ -250,17 +259,30 @@ def explore(
         hypervolume=result.hypervolume,
         sensitivity_of=result.sensitivity_of,
         sensitivities=result.sensitivities,
-        expected_error=_expected_error(space, machine, options),
+        expected_error=error,
+        front_validated=count_validated(space, workloads, options, result.front.values)
+        if error.percent
+        else None,
         seconds=time.perf_counter() - began,
         devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         result=result,
-        warnings=idle_changes(machine, system, fidelity),
+        warnings=[*_warn_of_base(result), *idle_changes(machine, system, fidelity)],
     )
     if folder is not None:
         summary = json.dumps(found.to_dict(), indent=2, allow_nan=False)
         write_text(Path(folder) / "front.csv", found.front_csv())
         write_text(Path(folder) / "summary.json", summary)
     return found
+
+
+def _count_reasons(result: SpaceResult) -> dict[str, int]:
+    counts = sorted(result.flagged_by_code.items(), key=lambda each: -each[1])
+    return {REASONS[code]: count for code, count in counts}
+
+
+def _warn_of_base(result: SpaceResult) -> tuple[str, ...]:
+    code = int(result.base.code[0])
+    return (f"the base design is impossible: {REASONS[code]}",) if code else ()
 
 
 def _describe(workload: Workload) -> dict[str, Any]:
@@ -291,18 +313,3 @@ def _best_first(result: SpaceResult) -> np.ndarray:
     first = result.objectives[0]
     metric = overall(result.front.metrics[first.name])
     return np.argsort(-metric if first.largest else metric, kind="stable")
-
-
-def _expected_error(
-    space: Space, hardware: Hardware, options: Mapping[str, Any]
-) -> dict[str, Any] | None:
-    """None where the designs are of several systems, each with its own error."""
-    if {"sub_batches", "pim.row_buffers"} & set(space.names):
-        return None
-    return expected_error(
-        options["system"],
-        options["sub_batches"],
-        options["fidelity"],
-        row_buffers=int(hardware.pim.row_buffers),
-        path="closed",
-    )

@@ -5,6 +5,7 @@ It samples or evolves designs, evaluates them in chunks on all devices, and keep
 """
 
 import numbers
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial, reduce
@@ -48,6 +49,7 @@ class SpaceResult:
     points: int  # designs that were evaluated
     kept: int  # designs that meet all constraints
     flagged: int  # designs that are impossible or not finite
+    flagged_by_code: dict[int, int]  # their number by the code that `evaluate` gave
     front: Points  # designs that no other one dominates, equal ones once
     twins: np.ndarray  # (f,) further designs that each one of the front stands for
     others: Points  # a random part of the other designs that meet all constraints
@@ -125,7 +127,8 @@ def explore_space(
             parts = _evolve(evaluator, objectives, total, chunk, seed, store)
         else:
             parts = _sample_chunks(evaluator, method, total, chunk, seed, store)
-        done = kept = flagged = 0
+        done = kept = 0
+        codes: Counter[int] = Counter()
         front: Points | None = None
         drawn: list[tuple[np.ndarray, np.ndarray]] = []
         others: list[Points] = []
@@ -133,7 +136,7 @@ def explore_space(
             front = update_front(front, part, objectives)
             done += len(part.place)
             kept += int(np.sum(part.violation <= 0))
-            flagged += int(np.sum(np.isinf(part.violation)))
+            codes.update(part.code[part.code != 0].tolist())
             chance = np.random.default_rng((seed, number)).random(len(part.place))
             others.append(part.take((part.violation <= 0) & (chance < PLOTTED / total)))
             if method != "evolution" or number == 0:  # later generations do not sample the space
@@ -148,7 +151,8 @@ def explore_space(
         objectives=objectives,
         points=total,
         kept=kept,
-        flagged=flagged,
+        flagged=codes.total(),
+        flagged_by_code=dict(codes),
         front=merged,
         twins=twins,
         others=reduce(Points.join, others).exclude(front),
@@ -243,10 +247,12 @@ def _load_or_compute(
             for name, each in found.items()
             if name.startswith("metric ")
         }
-        return Points(found["place"], found["values"], metrics, found["violation"])
+        return Points(
+            *(found["place"], found["values"], metrics, found["violation"], found["code"])
+        )
     points = compute()
     named = {f"metric {name}": each for name, each in points.metrics.items()}
-    arrays = {"place": points.place, "values": points.values, "violation": points.violation}
+    arrays = {name: getattr(points, name) for name in ("place", "values", "violation", "code")}
     store.save(number, arrays | named)
     return points
 

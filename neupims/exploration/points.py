@@ -31,6 +31,7 @@ class Points(NamedTuple):
     values: np.ndarray  # (n, knobs) values of the knobs
     metrics: dict[str, np.ndarray]  # (n, workloads) by name
     violation: np.ndarray  # (n,) 0 where all constraints hold, infinite where flagged
+    code: np.ndarray  # (n,) of the reason why a design is flagged, else 0
 
     def take(self, rows: np.ndarray) -> "Points":
         """Returns some of the designs.
@@ -39,7 +40,8 @@ class Points(NamedTuple):
             rows: Row numbers, or a boolean for each design.
         """
         metrics = {name: each[rows] for name, each in self.metrics.items()}
-        return Points(self.place[rows], self.values[rows], metrics, self.violation[rows])
+        kept = (self.violation[rows], self.code[rows])
+        return Points(self.place[rows], self.values[rows], metrics, *kept)
 
     def join(self, other: "Points") -> "Points":
         """Returns these designs followed by the others.
@@ -55,6 +57,7 @@ class Points(NamedTuple):
                 for name, each in self.metrics.items()
             },
             np.concatenate([self.violation, other.violation]),
+            np.concatenate([self.code, other.code]),
         )
 
     def drop_repeats(self) -> "Points":

@@ -11,6 +11,11 @@ TimingPath = Literal["exact", "closed"]  # of attention in the memory
 SYSTEMS: tuple[System, ...] = ("neupims", "npu-pim", "npu-only", "gpu")
 PIM_SYSTEMS: tuple[System, ...] = ("neupims", "npu-pim")  # attention runs in the memory
 FIDELITIES: tuple[Fidelity, ...] = ("simulator", "intended")
+# The question that each fidelity answers.
+FIDELITY_ANSWERS: dict[Fidelity, str] = {
+    "simulator": "what the authors' public simulator would print",
+    "intended": "what the machine of the paper would do; nobody has measured it",
+}
 
 
 class Setting(NamedTuple):

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 
+from neupims.envelope import describe_error
 from neupims.exploration.explore import Exploration
 from neupims.exploration.pareto import in_plane
 from neupims.exploration.points import Objective, overall
-from neupims.pages.report import describe_error, write_report
+from neupims.pages.report import write_report
 
 MOST_ROWS = 500  # designs of the front in the table
 
@@ -84,16 +85,20 @@ def _sensitivity_table(found: Exploration) -> dict[str, Any]:
     }
 
 
+def _reasons(found: Exploration) -> str:
+    reasons = "; ".join(f"{count:,}: {why}" for why, count in found.flagged_by_reason.items())
+    return f" ({reasons})" if reasons else ""
+
+
 def _facts(found: Exploration) -> dict[str, Any]:
     facts = {
         "designs": (
             f"{found.points:,} by {found.method}, {found.kept:,} meet the constraints,"
-            f" {found.flagged:,} are impossible"
+            f" {found.flagged:,} are impossible{_reasons(found)}"
         ),
         "machine": f"{found.system}, {found.fidelity} fidelity",
         "workloads": ", ".join(found.workloads),
         "hypervolume": f"{found.hypervolume:.6g}, in units of the base design",
     }
-    if error := found.expected_error:
-        facts["expected error of a layer near the base design"] = describe_error(error)
-    return facts
+    words = describe_error(found.expected_error.to_dict())
+    return facts | {f"base design: {title}": text for title, text in words.items()}

@@ -258,18 +258,6 @@ def _ratio(top: float, bottom: float) -> float:
     return top / bottom if bottom else math.nan
 
 
-def describe_error(error: Mapping[str, Any]) -> str:
-    """Returns the mean and the largest error of a layer in words.
-
-    Args:
-        error: Result of `validation.expected_error`, with percentages.
-    """
-    return (
-        f"{error['layer_mean_percent']:.1f} % in the mean, {error['layer_max_percent']:.1f} % at"
-        " most"
-    )
-
-
 def format_cell(value: Any) -> str:
     """Returns a value as a table shows it: four digits, or whole thousands with commas.
 

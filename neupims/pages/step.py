@@ -5,12 +5,13 @@ from typing import Any
 
 import numpy as np
 
+from neupims.envelope import describe_error
 from neupims.machine.case import Case
 from neupims.machine.hardware import Hardware, banks, burst_cycles, peak_bytes_per_cycle
 from neupims.machine.systems import PIM_SYSTEMS
 from neupims.machine.workload import FLOAT16_BYTES
 from neupims.pages.perfetto import write_perfetto
-from neupims.pages.report import describe_error, write_report
+from neupims.pages.report import write_report
 from neupims.pages.step_plots import operation_name
 from neupims.simulation import Simulation
 from neupims.timing.npu import Context
@@ -82,9 +83,7 @@ def make_facts(step: Simulation) -> dict[str, Any]:
             f" {result['energy_joules_per_token'] * 1e3:.4g} mJ a token of all devices"
         ),
     }
-    if error := result.get("expected_error"):
-        listed["expected error of the layer"] = describe_error(error)
-    return listed
+    return listed | describe_error(result)
 
 
 def make_sections(step: Simulation) -> list[dict[str, Any]]:

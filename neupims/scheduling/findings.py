@@ -8,9 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from neupims.envelope import ExpectedError
 from neupims.machine.case import Case
 from neupims.machine.effects import idle_changes
 from neupims.machine.record import to_values
+from neupims.machine.systems import FIDELITY_ANSWERS
 from neupims.machine.workload import Batch
 
 
@@ -51,7 +53,9 @@ class Best(NamedTuple):
     gap_to_bound: float | None  # as in `Score`
     found_by: str  # the strategy, or the simple schedule
     sub_batches: int  # 1 or 2
-    gain_plus_minus: float | None  # the expected error of the gain; None where it is unknown
+    # Of predicted gains like this one against measured ones, `envelope.gain_error`; None where none
+    # was measured.
+    gain_error: dict[str, Any] | None
     knobs: dict[str, float]  # values of the hardware knobs by name
 
 
@@ -70,7 +74,7 @@ class ScheduleSearch:
     case: Case  # its batch is the published schedule
     realisable: bool  # whether the public simulator can execute all schedules that were searched
     measure: str  # "time", "energy" or "energy-delay"
-    warning: str  # that the requests of a channel do not fit its memory, else empty
+    overflow: tuple[str, ...]  # of schedules that do not fit the memory, one sentence each
     published: float  # cost of the published schedule
     lower_bound: float | None  # core cycles; None unless the measure is "time" without knobs
     baselines: dict[str, Score]  # the published schedule and the simple ones, by name
@@ -78,7 +82,7 @@ class ScheduleSearch:
     best: Best  # of the simple schedules and all strategies
     best_batch: Batch  # the best schedule
     exact: ExactScores | None  # None unless it was asked for
-    expected_error: dict[str, Any] | None  # of the best schedule's layer, in per cent
+    expected_error: ExpectedError  # of the best schedule's layer, or why none is known
     # Core cycles of attention of each sub-batch on each channel, "before" and "after" the search.
     channel_cycles: dict[str, list[list[float]]]
     trace: Path | None  # the file to which the best schedule was written
@@ -88,7 +92,7 @@ class ScheduleSearch:
         """Sentences on memory that does not suffice, and on changes without effect."""
         case = self.case
         idle = idle_changes(case.hardware, case.system, case.fidelity)
-        return [*filter(None, [self.warning]), *idle]
+        return [*self.overflow, *idle]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the values of JSON, as `search --json` prints them."""
@@ -98,7 +102,6 @@ class ScheduleSearch:
             "fidelity": self.case.fidelity,
             "realisable": self.realisable,
             "measure": self.measure,
-            "warning": self.warning or None,
             "warnings": self.warnings,
             "published": self.published,
             "lower_bound": self.lower_bound,
@@ -106,7 +109,8 @@ class ScheduleSearch:
             "strategies": to_values(self.strategies),
             "best": to_values(self.best),
             "exact": to_values(self.exact),
-            "expected_error": self.expected_error,
+            "fidelity_answers": FIDELITY_ANSWERS[self.case.fidelity],
+            **self.expected_error.to_dict(),
             "channel_cycles": self.channel_cycles,
             "trace": str(self.trace) if self.trace else None,
         }

@@ -6,13 +6,14 @@ schedule that the case has ("as published").
 
 import numbers
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from neupims.envelope import expected_error, gain_error
 from neupims.machine.case import Case
 from neupims.machine.quantity import describe
 from neupims.machine.record import check_seed
@@ -38,15 +39,12 @@ from neupims.scheduling.findings import (
     Score,
     StrategyResult,
 )
-from neupims.scheduling.objective import Layer, Problem, make_problem
+from neupims.scheduling.memory import PUBLISHED, check_best, pose_problem
+from neupims.scheduling.objective import Layer, Problem, with_knobs
 from neupims.scheduling.oracle import gap, lower_bound
 from neupims.scheduling.search import Found, interval_of_mean, search
 from neupims.scheduling.strategies import STRATEGIES
 from neupims.simulation import run_case
-from neupims.timing.capacity import channel_tiles, check_capacity
-from neupims.validation import expected_error
-
-PUBLISHED = "as published"
 
 
 def search_schedule(
@@ -66,6 +64,7 @@ def search_schedule(
     measure: str = "time",
     exact: bool = False,
     export: str | Path | None = None,
+    allow_overflow: bool = False,
 ) -> ScheduleSearch:
     """Returns better schedules of a case, and a bound that no schedule can beat.
 
@@ -87,13 +86,15 @@ def search_schedule(
         exact: Whether to score the published and the best schedule by the exact path too.
         export: File to which the best schedule is written, as a trace of the simulator (default:
             none).
+        allow_overflow: Whether to search schedules of a batch that no schedule fits into the
+            memory, with a warning.
 
     Returns:
         The published schedule, the simple ones, those of each strategy, and the best.
 
     Raises:
-        ValueError: The case is of another system or has a single request, an option is impossible,
-            or options exclude each other.
+        ValueError: The case is of another system or has a single request, the memory holds no
+            schedule of it, an option is impossible, or options exclude each other.
         OSError: The trace cannot be written.
 
     Example:
@@ -117,9 +118,8 @@ def search_schedule(
     names = list(STRATEGIES) if strategy == "all" else [strategy]
     channels = int(case.hardware.hbm.num_channels)
     choices = _choose(channels, realisable, sub_batches, order_levels, hardware_knobs, new_only)
-    problem, warning = _pose_problem(case, new_only)
+    problem, warnings = pose_problem(case, new_only, allow_overflow=allow_overflow)
     objective = Layer(choices, case.fidelity, measure)
-    evaluate = jax.jit(jax.vmap(lambda genome: objective(problem, decide(choices, genome))))
     published = make_genome(
         choices,
         case.batch.channels,
@@ -129,8 +129,14 @@ def search_schedule(
     )
     known = {PUBLISHED: published} | baselines(choices, problem, np.asarray(published.knobs))
     starts = jax.tree.map(lambda *parts: jnp.stack(parts), *known.values())
-    at_start = evaluate(starts)
-    costs = dict(zip(known, np.asarray(at_start.objective, np.float64).tolist(), strict=True))
+    # Simple schedules are timed as in the public simulator, whether or not they fit the memory.
+    roomy = problem._replace(room=jnp.float32(np.inf))
+    evaluate = jax.jit(jax.vmap(objective, in_axes=(None, 0)))
+    decisions = jax.vmap(partial(decide, choices))(starts)
+    times = (np.asarray(evaluate(of, decisions).objective, float) for of in (roomy, problem))
+    costs, fitting = (dict(zip(known, each.tolist(), strict=True)) for each in times)
+    if not np.isfinite(list(fitting.values())).any():
+        problem, fitting = roomy, costs  # no simple schedule fits: the search need not either
     bounded = measure == "time" and not choices.knobs
     bound = float(lower_bound(choices, problem)) if bounded else None
 
@@ -151,21 +157,21 @@ def search_schedule(
         )
         for name in names
     }
-    candidates = [(costs[name], genome, name) for name, genome in known.items()]
+    candidates = [(fitting[name], genome, name) for name, genome in known.items()]
     candidates += [(*_best_of_seeds(each), name) for name, each in found.items()]
     cost, genome, found_by = min(candidates, key=lambda candidate: candidate[0])
     genome = repair(choices, problem.resident, genome)
     decision = decide(choices, genome)
     batch = decision_batch(problem.seq_lens, decision)
+    if not choices.knobs:
+        warnings += check_best(case, batch, export)
     if export:
         export_trace(export, batch, num_channels=channels)
     interleaved = _is_interleaved(choices, genome)
-    error = expected_error(
-        "neupims",
-        2 if interleaved else 1,
-        case.fidelity,
-        row_buffers=int(case.hardware.pim.row_buffers),
-        path="closed",
+    after = case._replace(
+        hardware=with_knobs(case.hardware, choices, genome.knobs),
+        batch=batch,
+        sub_batches=2 if interleaved else 1,
     )
     knobs = zip(choices.knobs, np.asarray(genome.knobs).tolist(), strict=True)
     before = decide(choices, published)
@@ -173,7 +179,7 @@ def search_schedule(
         case=case,
         realisable=realisable,
         measure=measure,
-        warning=warning,
+        overflow=warnings,
         published=costs[PUBLISHED],
         lower_bound=bound,
         baselines={name: score(cost) for name, cost in costs.items()},
@@ -191,12 +197,12 @@ def search_schedule(
             *score(cost),
             found_by=found_by,
             sub_batches=2 if interleaved else 1,
-            gain_plus_minus=gain_error(error, score(cost).gain) if measure == "time" else None,
+            gain_error=gain_error(case, after) if bounded else None,
             knobs={knob.name: value for knob, value in knobs},
         ),
         best_batch=batch,
         exact=_score_exactly(case, batch, interleaved) if exact else None,
-        expected_error=error,
+        expected_error=expected_error(after, path="closed"),
         channel_cycles={
             "before": _sum_loads(problem, before, channels, case.sub_batches == 2),
             "after": _sum_loads(problem, decision, channels, interleaved),
@@ -269,28 +275,6 @@ def _choose(channels, realisable, sub_batches, order_levels, knobs, new_only) ->
     return Choices(max([channels, *most]), realisable, sub_batches, order_levels, tuple(knobs))
 
 
-def _pose_problem(case: Case, new_only: int | None) -> tuple[Problem, str]:
-    """Returns the problem, and a warning if the requests of a channel do not fit its memory."""
-    resident, lengths = None, case.batch.seq_lens
-    if new_only is not None:
-        is_old = np.arange(len(lengths)) < len(lengths) - new_only
-        resident = np.where(is_old, case.batch.channels, -1)
-    warning = check_capacity(
-        case.hardware, case.model, case.batch, case.parallel, fidelity=case.fidelity
-    )
-    tiles = channel_tiles(case.hardware, case.model, case.parallel)
-    problem = make_problem(
-        case.hardware,
-        case.model,
-        case.parallel,
-        lengths,
-        resident=resident,
-        room=float("inf") if warning else float(tiles),
-        fidelity=case.fidelity,
-    )
-    return problem, warning
-
-
 def _given_knobs(case: Case, choices: Choices) -> list[float]:
     """Returns the values of the knobs in the given hardware."""
     numbers = {each.name: float(each.value) for each in describe(case.hardware)}
@@ -332,23 +316,3 @@ def _sum_loads(
         np.asarray(problem.work).sum(axis=1),
     )
     return loads.tolist()
-
-
-def gain_error(error: dict[str, Any] | None, gain: float) -> float | None:
-    """Returns the expected error of a gain, from the mean error of the model's times.
-
-        error of the gain = sqrt(2) * error of a time * (1 - gain)
-
-    The two times of a gain are of one batch on one machine, so part of their errors is common and
-    cancels. The formula takes the errors as independent, which is conservative.
-
-    Args:
-        error: The expected error of a layer, `expected_error`; None where it is unknown.
-        gain: The gain, as a share.
-
-    Returns:
-        The error of the gain as a share, or None where that of the times is unknown.
-    """
-    if error is None:
-        return None
-    return 2**0.5 * error["layer_mean_percent"] / 100 * (1 - gain)

@@ -1,21 +1,97 @@
-"""How many tokens' keys and values the memory holds.
+"""What a device's memory must hold: weights, activations, and the keys and values of requests.
 
-A tile is the same row of all banks of a channel.
+Without PIM, keys and values lie anywhere in the memory. With PIM, those of a request lie in one
+channel, in tiles; a tile is the same row of all banks of a channel.
 
 Source: src/scheduler/Scheduler.cc of the public simulator, and the paper, section 6: keys are kept
 in tiles of as many tokens as banks, values in tiles of as many tokens as a row has numbers.
 """
 
+from functools import reduce
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from neupims.machine.division import ceil_divide
 from neupims.machine.hardware import Hardware, banks, memory_bytes
-from neupims.machine.systems import Fidelity
-from neupims.machine.workload import Batch, Decoder, Parallel, weight_bytes
-from neupims.timing.layout import layer_tiles
+from neupims.machine.model_size import layer_weight_bytes
+from neupims.machine.record import Number
+from neupims.machine.systems import PIM_SYSTEMS, Fidelity, System
+from neupims.machine.workload import (
+    FLOAT16_BYTES,
+    Batch,
+    Decoder,
+    Parallel,
+    kv_cache_bytes,
+    weight_bytes,
+)
+from neupims.timing.layout import heads_of_device, layer_tiles
+from neupims.timing.npu import fc1_sides, fc2_sides, projection_sides, qkv_sides
 from neupims.timing.split import group_of_channels, piece_lengths
+
+
+class Overflow(NamedTuple):
+    """What exceeds the memory of a device; each is true where it does."""
+
+    weights: Bool[Array, ""]  # the weights alone
+    request: Bool[Array, ""]  # the longest request, beside weights and activations
+    batch: Bool[Array, ""]  # all requests together
+    channel: Bool[Array, ""]  # the requests of one channel together; False without PIM
+
+
+def device_bytes(hardware: Hardware, system: System) -> Number:
+    """Returns the bytes of the memory of one device.
+
+    Args:
+        hardware: The machine.
+        system: The system; "gpu" has the GPU's memory, others have the HBM.
+    """
+    return hardware.gpu.memory_bytes if system == "gpu" else memory_bytes(hardware.hbm)
+
+
+def device_weight_bytes(model: Decoder, parallel: Parallel) -> Number:
+    """Returns the bytes of the weights of the device that has the most layers.
+
+    With more than one group of layers, it has one of embeddings and LM head.
+
+    Args:
+        model: The model.
+        parallel: How the model is spread over devices.
+    """
+    layers = layer_weight_bytes(model) * layers_of_device(model, parallel) / model.layers
+    tables = weight_bytes(model) - layer_weight_bytes(model)
+    one = jnp.where(jnp.asarray(model.tied_embeddings) > 0, tables, tables / 2)
+    return (layers + jnp.where(jnp.asarray(parallel.pp) > 1, one, tables)) / parallel.tp
+
+
+def layers_of_device(model: Decoder, parallel: Parallel) -> Number:
+    """Returns the layers of the device that has the most.
+
+    Args:
+        model: The model.
+        parallel: How the model is spread over devices.
+    """
+    return ceil_divide(model.layers, parallel.pp)
+
+
+def activation_bytes(model: Decoder, parallel: Parallel, tokens: Number) -> Number:
+    """Returns the most bytes that activations take at once on a device.
+
+    These are the residual stream, and the inputs and outputs of the widest operation of a layer.
+
+    Args:
+        model: The model.
+        parallel: How the model is spread over devices.
+        tokens: The tokens that are computed together.
+    """
+    qkv, projection, fc1, fc2 = (
+        sides(model, parallel) for sides in (qkv_sides, projection_sides, fc1_sides, fc2_sides)
+    )
+    activation = (fc1[1], fc2[0])
+    widths = [inner + outer for inner, outer in (qkv, projection, fc1, activation, fc2)]
+    return FLOAT16_BYTES * tokens * (model.width + reduce(jnp.maximum, widths))
 
 
 def request_tiles(
@@ -40,60 +116,135 @@ def request_tiles(
     if fidelity == "intended":
         seq_lens = piece_lengths(seq_lens, parallel)
     tiles = layer_tiles(hardware, model, seq_lens, parallel, fidelity=fidelity)
-    return tiles * ceil_divide(model.layers, parallel.pp)
+    return tiles * layers_of_device(model, parallel)
 
 
-def channel_tiles(hardware: Hardware, model: Decoder, parallel: Parallel) -> Float[Array, ""]:
-    """Returns the tiles of one channel that the weights leave free; negative if they do not fit.
+def request_bytes(
+    hardware: Hardware,
+    model: Decoder,
+    seq_lens,
+    parallel: Parallel,
+    *,
+    system: System,
+    fidelity: Fidelity = "simulator",
+) -> Float[Array, " r"]:
+    """Returns the bytes of the keys and values of each request on one device.
+
+    With PIM and `parallel.kv_split`, these are the bytes on each channel that the request lies in.
+
+    Args:
+        hardware: The machine.
+        model: The model.
+        seq_lens: The tokens of each request, (r,).
+        parallel: How the model is spread over devices.
+        system: The system; with PIM they are whole tiles.
+        fidelity: The layout of keys and values in tiles, "simulator" or "intended".
+    """
+    if system in PIM_SYSTEMS:
+        tiles = request_tiles(hardware, model, seq_lens, parallel, fidelity=fidelity)
+        return tiles * tile_bytes(hardware)
+    _, kv_heads = heads_of_device(model, parallel)
+    # Every device of a layer has the whole latent.
+    heads = jnp.where(jnp.asarray(model.kv_rank) > 0, 1.0, kv_heads / model.kv_heads)
+    layers = layers_of_device(model, parallel) / model.layers
+    return kv_cache_bytes(model, jnp.asarray(seq_lens) * 1.0) * heads * layers
+
+
+def pieces(parallel: Parallel, system: System) -> Number:
+    """Returns the channels over which the keys and values of a request are spread; 1 without PIM.
+
+    Args:
+        parallel: How a request is spread over channels.
+        system: The system.
+    """
+    return parallel.kv_split if system in PIM_SYSTEMS else 1
+
+
+def tile_bytes(hardware: Hardware) -> Number:
+    """Returns the bytes of one row of all banks of a channel.
+
+    Args:
+        hardware: The machine.
+    """
+    return banks(hardware.hbm) * hardware.hbm.row_bytes
+
+
+def channel_tiles(
+    hardware: Hardware, model: Decoder, parallel: Parallel, tokens: Number = 0
+) -> Float[Array, ""]:
+    """Returns the tiles of one channel beside weights and activations; negative if they overflow.
 
     Args:
         hardware: The machine.
         model: The model.
         parallel: How the model is spread over devices.
+        tokens: The tokens that are computed together, for their activations (default: leave
+            activations out).
     """
-    free = memory_bytes(hardware.hbm) - weight_bytes(model) / (parallel.tp * parallel.pp)
-    return jnp.floor(
-        free / hardware.hbm.num_channels / (banks(hardware.hbm) * hardware.hbm.row_bytes)
-    )
+    used = device_weight_bytes(model, parallel) + activation_bytes(model, parallel, tokens)
+    free = memory_bytes(hardware.hbm) - used
+    return jnp.floor(free / hardware.hbm.num_channels / tile_bytes(hardware))
 
 
-def check_capacity(
+def free_bytes(
+    hardware: Hardware, model: Decoder, parallel: Parallel, system: System, tokens: Number
+) -> tuple[Number, Number]:
+    """Returns the bytes that one request may use, and those that all requests may use.
+
+    With PIM these are the whole tiles of a channel and of all channels; else they are the same.
+
+    Args:
+        hardware: The machine.
+        model: The model.
+        parallel: How the model is spread over devices.
+        system: The system.
+        tokens: The tokens that are computed together, for their activations.
+    """
+    if system in PIM_SYSTEMS:
+        one = channel_tiles(hardware, model, parallel, tokens) * tile_bytes(hardware)
+        return one, one * hardware.hbm.num_channels
+    used = device_weight_bytes(model, parallel) + activation_bytes(model, parallel, tokens)
+    free = device_bytes(hardware, system) - used
+    return free, free
+
+
+def find_overflow(
     hardware: Hardware,
     model: Decoder,
     batch: Batch,
     parallel: Parallel,
     *,
+    system: System = "neupims",
     fidelity: Fidelity = "simulator",
-) -> str:
-    """Returns a warning if the requests of a channel do not fit together, else an empty string.
-
-    The timing of a batch that does not fit is still defined, and the public simulator gives one: it
-    simulates one layer.
+    prefill: bool = False,
+    most_channels: int | None = None,
+) -> Overflow:
+    """Returns what of a batch exceeds the memory of a device. Numbers may be traced.
 
     Args:
         hardware: The machine.
         model: The model.
-        batch: The requests.
+        batch: The requests, (r,); those of length 0 do not count.
         parallel: How the model is spread over devices.
-        fidelity: The layout of keys and values, "simulator" or "intended".
-
-    Raises:
-        ValueError: One request alone needs more than its channel holds.
+        system: The system; "gpu" has the GPU's memory.
+        fidelity: The layout of keys and values in tiles, "simulator" or "intended".
+        prefill: Whether all tokens of the requests are computed together, not one of each.
+        most_channels: Upper bound of the channels, where their number is traced (default: that of
+            the hardware).
     """
-    needed = np.asarray(request_tiles(hardware, model, batch.seq_lens, parallel, fidelity=fidelity))
-    available = float(channel_tiles(hardware, model, parallel))
-    worst = int(needed.argmax())
-    if needed[worst] > available:
-        raise ValueError(
-            f"request {worst} of {int(batch.seq_lens[worst])} tokens needs {int(needed[worst])}"
-            f" tiles of its channel, which has {int(max(available, 0))} beside the weights"
-        )
-    groups = group_of_channels(batch.channels, hardware, parallel)
-    loads = np.bincount(np.asarray(groups), weights=needed)
-    full = int(loads.argmax())
-    if loads[full] > available:
-        return (
-            f"the requests of channel {full} need {int(loads[full])} tiles, it has {int(available)}"
-            " beside the weights: the batch would not fit"
-        )
-    return ""
+    lengths = jnp.asarray(batch.seq_lens)
+    tokens = jnp.sum(lengths * 1.0 if prefill else lengths > 0)
+    of_request = request_bytes(hardware, model, lengths, parallel, system=system, fidelity=fidelity)
+    one, every = free_bytes(hardware, model, parallel, system, tokens)
+    fullest: Number = 0.0
+    if system in PIM_SYSTEMS:
+        channels = int(hardware.hbm.num_channels) if most_channels is None else most_channels
+        groups = group_of_channels(batch.channels, hardware, parallel)
+        fullest = jax.ops.segment_sum(of_request, groups, channels).max()
+    found = (
+        device_weight_bytes(model, parallel) > device_bytes(hardware, system),
+        of_request.max() > one,
+        of_request.sum() * pieces(parallel, system) > every,
+        jnp.asarray(fullest > one) & (system in PIM_SYSTEMS),
+    )
+    return Overflow(*map(jnp.asarray, found))

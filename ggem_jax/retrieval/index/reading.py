@@ -21,14 +21,6 @@ from ggem_jax.retrieval.index.store import (
 PENDING, NEXT = "pending.sqlite", "next.sqlite"  # of writers of formats 1 and 2
 
 _WAIT_SECONDS = 60.0  # for a reader or writer that has SQLite's lock for a moment
-# errors of SQLite that are no damage: locks, rights, memory, disks
-_HINDRANCES = tuple(
-    getattr(sqlite3, f"SQLITE_{name}")
-    for name in (
-        "BUSY", "CANTOPEN", "FULL", "IOERR", "LOCKED", "NOLFS", "NOMEM", "PERM", "PROTOCOL",
-        "READONLY",
-    )
-)  # fmt: skip
 # format 1 as if it were format 2: a temporary view hides the table of the same name
 _VIEWS = f"""
     CREATE TEMP VIEW images AS
@@ -146,7 +138,8 @@ def reporting_damage(file: Path) -> Iterator[None]:
     except IndexRefused:
         raise
     except (sqlite3.Error, ValueError, TypeError, KeyError, OverflowError, AttributeError) as error:
-        if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF in _HINDRANCES:
+        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
+        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR):
             raise IndexRefused(f"{file} cannot be read: {error}") from error
         raise damage_of(file, error) from error
 

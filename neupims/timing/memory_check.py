@@ -1,0 +1,233 @@
+"""Whether a batch fits the memory of its devices: a sentence that says what does not, and a mend.
+
+What does not fit is refused. One thing is timed with a warning, because the public simulator times
+it too and the published figures have it: with PIM and in "simulator" fidelity, requests that each
+fit may overflow the memory together.
+"""
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from neupims.machine.hardware import Hardware
+from neupims.machine.systems import PIM_SYSTEMS, Fidelity, System
+from neupims.machine.workload import Batch, Decoder, Parallel, check_parallel
+from neupims.timing.capacity import (
+    Overflow,
+    device_bytes,
+    device_weight_bytes,
+    find_overflow,
+    free_bytes,
+    pieces,
+    request_bytes,
+    tile_bytes,
+)
+from neupims.timing.split import group_of_channels
+
+ANYWAY = "--allow-overflow (allow_overflow=True) goes on without the memory"
+
+
+def check_memory(
+    hardware: Hardware,
+    model: Decoder,
+    batch: Batch,
+    parallel: Parallel,
+    *,
+    system: System = "neupims",
+    fidelity: Fidelity = "simulator",
+    prefill: bool = False,
+    allow_overflow: bool = False,
+) -> tuple[str, ...]:
+    """Returns warnings about the memory of a device: none where all fits.
+
+    Args:
+        hardware: The machine.
+        model: The model.
+        batch: The requests, (r,).
+        parallel: How the model is spread over devices.
+        system: The system; "gpu" has the GPU's memory.
+        fidelity: "simulator" or "intended".
+        prefill: Whether all tokens of the requests are computed together, not one of each.
+        allow_overflow: Whether to warn of everything instead of raising.
+
+    Raises:
+        ValueError: Weights, activations, keys and values do not fit; the sentence says how many
+            devices would do.
+    """
+    given = (hardware, model, batch, parallel)
+    options: dict[str, Any] = {"system": system, "fidelity": fidelity, "prefill": prefill}
+    over = find_overflow(*given, **options)
+    if not any(over):
+        return _check_pipeline(*given, **options)
+    sentence = describe_overflow(*given, over, **options)
+    is_simulated = fidelity == "simulator" and system in PIM_SYSTEMS and not prefill
+    if allow_overflow or (is_simulated and not (over.weights or over.request)):
+        return (f"{sentence}: the batch would not fit",)
+    more = spread_more(*given, **options)
+    mends = [say_devices(parallel, more)]
+    if not (over.weights or over.request or over.batch):
+        mends.append("the whole memory would hold it, so `neupims search` may find a schedule")
+    raise ValueError("; ".join((sentence, *mends, ANYWAY)))
+
+
+def describe_overflow(
+    hardware: Hardware,
+    model: Decoder,
+    batch: Batch,
+    parallel: Parallel,
+    over: Overflow,
+    *,
+    system: System = "neupims",
+    fidelity: Fidelity = "simulator",
+    prefill: bool = False,
+) -> str:
+    """Returns a sentence about the first thing that does not fit.
+
+    Args:
+        hardware: The machine.
+        model: The model.
+        batch: The requests, (r,).
+        parallel: How the model is spread over devices.
+        over: What overflows, `find_overflow`.
+        system: The system.
+        fidelity: As for `check_memory`.
+        prefill: As for `check_memory`.
+    """
+    memory = format_bytes(float(device_bytes(hardware, system)))
+    if over.weights:
+        weights = format_bytes(float(device_weight_bytes(model, parallel)))
+        return f"the weights take {weights} of each device, which has {memory}"
+    lengths = np.asarray(batch.seq_lens)
+    tokens = int(lengths.sum() if prefill else (lengths > 0).sum())
+    options: dict[str, Any] = {"system": system, "fidelity": fidelity}
+    needed = np.asarray(request_bytes(hardware, model, lengths, parallel, **options))
+    one, every = map(float, free_bytes(hardware, model, parallel, system, tokens))
+    worst = int(needed.argmax())
+    if system in PIM_SYSTEMS:
+        tile = float(tile_bytes(hardware))
+        if over.request:
+            return (
+                f"request {worst} of {int(lengths[worst])} tokens needs"
+                f" {needed[worst] / tile:.0f} tiles of its channel, which has"
+                f" {max(one, 0) / tile:.0f} beside weights and activations"
+            )
+        if over.batch:
+            return (
+                f"the keys and values of {int((lengths > 0).sum())} requests need"
+                f" {needed.sum() * pieces(parallel, system) / tile:.0f} tiles, all channels"
+                f" together have {every / tile:.0f} beside weights and activations"
+            )
+        groups = np.asarray(group_of_channels(batch.channels, hardware, parallel))
+        loads = np.bincount(groups, weights=needed)
+        return (
+            f"the requests of channel {int(loads.argmax())} need {loads.max() / tile:.0f} tiles, it"
+            f" has {one / tile:.0f} beside weights and activations"
+        )
+    if over.request:
+        what = f"the keys and values of request {worst} of {int(lengths[worst])} tokens"
+        size = needed[worst]
+    else:
+        what, size = f"the keys and values of {int((lengths > 0).sum())} requests", needed.sum()
+    return (
+        f"{what} take {format_bytes(float(size))} of each device, which has"
+        f" {format_bytes(max(every, 0.0))} of its {memory} beside weights and activations"
+    )
+
+
+def spread_more(
+    hardware: Hardware,
+    model: Decoder,
+    batch: Batch,
+    parallel: Parallel,
+    *,
+    system: System = "neupims",
+    fidelity: Fidelity = "simulator",
+    prefill: bool = False,
+) -> Parallel | None:
+    """Returns more devices, whose memory holds a batch: more for each layer first, then groups.
+
+    Args:
+        hardware: The machine.
+        model: The model.
+        batch: The requests, (r,).
+        parallel: How the model is spread over devices now.
+        system: The system.
+        fidelity: As for `check_memory`.
+        prefill: As for `check_memory`.
+
+    Returns:
+        The first of these that fits, or None if none does.
+    """
+    options: dict[str, Any] = {"system": system, "fidelity": fidelity, "prefill": prefill}
+    shares = [tp for tp in range(parallel.tp, model.heads + 1) if _divides(model, tp, parallel.pp)]
+    groups = [pp for pp in range(parallel.pp + 1, model.layers + 1) if model.layers % pp == 0]
+    most = max(shares, default=parallel.tp)
+    candidates = [(tp, parallel.pp) for tp in shares] + [(most, pp) for pp in groups]
+    for more in (Parallel(tp, pp, parallel.kv_split) for tp, pp in candidates):
+        if not any(find_overflow(hardware, model, batch, more, **options)):
+            return more
+    return None
+
+
+def _divides(model: Decoder, tp: int, pp: int) -> bool:
+    try:
+        check_parallel(model, Parallel(tp, pp))
+    except ValueError:
+        return False
+    return True
+
+
+def say_devices(now: Parallel, more: Parallel | None) -> str:
+    """Returns how many devices would do, with the flags, in words.
+
+    Args:
+        now: How the model is spread over devices now.
+        more: `spread_more`; None where no number of devices would do.
+    """
+    if more is None:
+        return "no number of devices would hold it"
+    flags = [
+        f"--{name} {getattr(more, name)}"
+        for name in ("tp", "pp")
+        if getattr(more, name) != getattr(now, name)
+    ]
+    return f"{more.tp * more.pp} devices would do ({' '.join(flags)})"
+
+
+def _check_pipeline(
+    hardware: Hardware,
+    model: Decoder,
+    batch: Batch,
+    parallel: Parallel,
+    *,
+    system: System,
+    fidelity: Fidelity,
+    prefill: bool,
+) -> tuple[str, ...]:
+    """Returns a warning if a full pipeline, with a batch in each group, would not fit."""
+    if prefill or parallel.pp == 1:
+        return ()
+    options: dict[str, Any] = {"system": system, "fidelity": fidelity}
+    of_request = request_bytes(hardware, model, batch.seq_lens, parallel, **options)
+    needed = of_request.sum() * pieces(parallel, system) * parallel.pp
+    tokens = jnp.sum(jnp.asarray(batch.seq_lens) > 0)
+    _, every = free_bytes(hardware, model, parallel, system, tokens)
+    if needed <= every:
+        return ()
+    return (
+        f"a full pipeline has {parallel.pp} such batches in flight, whose keys and values take"
+        f" {format_bytes(float(needed))} of each device, which has {format_bytes(float(every))}"
+        " beside weights and activations: the throughput is that of a pipeline which would not fit",
+    )
+
+
+def format_bytes(size: float) -> str:
+    """Returns bytes as text in GB (10^9 bytes), in MB below 0.1 GB, or in bytes below 1 MB.
+
+    Args:
+        size: The bytes.
+    """
+    if size < 1e6:
+        return f"{size:,.0f} bytes"
+    return f"{size / 1e9:,.1f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"
