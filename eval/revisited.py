@@ -175,7 +175,7 @@ def read_ground_truth(path: Path) -> Truth:
     if ending not in (".json", ".pkl", ".pickle"):
         raise Refused(f"{path} must end in .json, .pkl or .pickle, whichever it holds: rename it")
     try:
-        values = json.loads(path.read_text()) if ending == ".json" else read_pickle(path)
+        values = json.loads(path.read_text("utf-8-sig")) if ending == ".json" else read_pickle(path)
     except OSError as error:
         raise Refused(f"{path} cannot be read: {error.strerror or error}") from None
     except ValueError as error:
@@ -185,22 +185,23 @@ def read_ground_truth(path: Path) -> Truth:
             tuple(map(_require_text, values[name])) for name in ("imlist", "qimlist")
         )
         entries = list(values["gnd"])
-        boxes = tuple(tuple(map(float, entry["bbx"])) for entry in entries)
-        lists = tuple(
-            Difficulty(
-                *(_require_ids(entry[kind], len(database)) for kind in ("easy", "hard", "junk"))
-            )
-            for entry in entries
-        )
-    except (KeyError, TypeError, ValueError) as error:
+        boxes = tuple(_require_box(entry["bbx"]) for entry in entries)
+        lists = tuple(_require_lists(entry, len(database)) for entry in entries)
+    except KeyError as error:
+        raise Refused(
+            f"{path} lacks {error}: a ground truth of revisited Oxford or Paris has imlist, qimlist"
+            " and gnd, and gnd has bbx, easy, hard and junk for each query (the first edition, with"
+            " ok in place of easy and hard, is another protocol)"
+        ) from None
+    except (TypeError, ValueError) as error:
         raise Refused(
             f"{path} is not a ground truth of imlist, qimlist and gnd with bbx, easy, hard and"
-            f" junk: {error!r}"
+            f" junk: {error}"
         ) from None
-    if not queries or len(entries) != len(queries) or any(len(box) != 4 for box in boxes):
+    if not queries or len(entries) != len(queries):
         raise Refused(
-            f"{path} must have an entry of gnd, with four numbers in bbx, for each of qimlist: they"
-            f" are {len(entries)} and {len(queries)}"
+            f"{path} must have an entry of gnd for each of qimlist: they are {len(entries)} and"
+            f" {len(queries)}"
         )
     return Truth(database, queries, boxes, lists)
 
@@ -209,6 +210,20 @@ def _require_text(name: Any) -> str:
     if not isinstance(name, str):
         raise TypeError(f"a name must be text, not {name!r}")
     return name
+
+
+def _require_box(values: Any) -> tuple[float, ...]:
+    if np.shape(values) != (4,):
+        raise ValueError(f"bbx must be four numbers, not {values!r}")
+    return tuple(map(float, values))
+
+
+def _require_lists(entry: dict[str, Any], count: int) -> Difficulty:
+    lists = [_require_ids(entry[kind], count) for kind in ("easy", "hard", "junk")]
+    ids, times = np.unique(np.concatenate([np.unique(each) for each in lists]), return_counts=True)
+    if (twice := ids[times > 1]).size:
+        raise ValueError(f"image {twice[0]} is in two of easy, hard and junk of one query")
+    return Difficulty(*lists)
 
 
 def _require_ids(values: Sequence[int], count: int) -> np.ndarray:

@@ -374,6 +374,12 @@ MISTAKES = {
     "a list": (lambda f: (f / "gnd.json").write_text("[]"), [], "is not a ground truth of imlist"),
     "an id too large": (lambda f: broken(f, lambda t: t["gnd"][0]["easy"].append(DATABASE)), [],
     "whole numbers below 40"),
+    "no box": (lambda f: broken(f, lambda t: t["gnd"][0].update(bbx=None)), [],
+    "bbx must be four numbers, not None"),
+    "two lists": (lambda f: broken(f, lambda t: t["gnd"][0]["junk"].append(t["gnd"][0]["easy"][0])),
+    [], "image [0-9]+ is in two of easy, hard and junk of one query"),
+    "the first edition": (lambda f: broken(f, lambda t: t["gnd"][0].update(
+        ok=t["gnd"][0].pop("easy"))), [], "lacks 'easy': .*first edition"),
     "no junk": (lambda f: broken(f, lambda t: t["gnd"][0].pop("junk")), [], "'junk'"),
     "a query less": (lambda f: broken(f, lambda t: t["qimlist"].pop()), [], "they are 6 and 5"),
     "rows": (lambda f: saved(f, "database", unit(np.ones((41, DIM), np.float32))), [],
@@ -431,6 +437,12 @@ def test_every_spelling_of_an_ending_is_read(world, old, new):
     assert len(revisited.read_ground_truth(folder / f"gnd.{new}").queries) == QUERIES
 
 
+def test_a_byte_order_mark_is_read_over(world):
+    folder, _, _ = world
+    (folder / "gnd.json").write_bytes(b"\xef\xbb\xbf" + (folder / "gnd.json").read_bytes())
+    assert len(revisited.read_ground_truth(folder / "gnd.json").queries) == QUERIES
+
+
 def test_a_pickle_that_asks_for_more_than_data_is_refused(world):
     folder, _, _ = world
     (folder / "gnd.pkl").write_bytes(b"cbuiltins\nprint\n(S'run'\ntR.")
@@ -457,7 +469,7 @@ def test_a_pickle_that_asks_for_more_than_data_is_refused(world):
         ),
         (
             lambda folder: broken(folder, lambda truth: truth["gnd"][1].update(bbx=[5, 5])),
-            "four numbers in bbx",
+            r"bbx must be four numbers, not \[5, 5\]",
         ),
     ],
 )

@@ -250,9 +250,10 @@ def test_kills(index, tmp_path):
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [
-        (["--threshold", "1.5"], "must be above 0 and at most 1, not '1.5'"),
-        (["--threshold", "0"], "must be above 0 and at most 1"),
-        (["--threshold", "nan"], "must be a number"),
+        (["--threshold", "1.5"], "must be a number above 0 and at most 1, not '1.5'"),
+        (["--threshold", "0"], "must be a number above 0 and at most 1"),
+        (["--threshold", "nan"], "must be a number above 0 and at most 1, not 'nan'"),
+        (["--threshold", "-1"], "must be a number above 0 and at most 1, not '-1'"),
         (["--html", "sheet.pdf"], "must end with .html or .htm"),
         (["--html", "none/sheet.html"], "none is no folder"),
     ],

@@ -260,6 +260,10 @@ def test_what_is_no_index_is_never_overwritten(photos, tmp_path):
             thing.mkdir()
             (thing / "diary").write_text("dear diary")
     assert os.listdir(thing) == ["diary"]
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(IndexRefused, match="link is a link that leads nowhere"):
+        build(photos, tmp_path / "link", extract, SETTINGS)
+    assert not (tmp_path / "nowhere").exists()
     with contextlib.closing(sqlite3.connect(thing / "index.sqlite")) as database:
         database.execute("CREATE TABLE theirs (a)")
     for call in (

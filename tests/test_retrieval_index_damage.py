@@ -82,6 +82,36 @@ def test_a_flipped_byte_in_a_shard(built, photos):
     assert_right(built, photos)
 
 
+def test_every_flipped_bit_of_a_header_is_found(built):
+    (shard,) = built.glob("*.npy")
+    good = shard.read_bytes()
+    for place in range(128 * 8):
+        data = bytearray(good)
+        data[place // 8] ^= 1 << place % 8
+        shard.write_bytes(data)
+        with pytest.raises(IndexRefused, match="has an altered header"):
+            Index.open(built)
+    shard.write_bytes(good)
+    assert verify(built) == ([], [])
+
+
+def test_rows_behind_those_of_the_index_are_ignored_and_overwritten(built, photos):
+    """As a writer leaves them that is killed between its vectors and its commit."""
+    (shard,) = built.glob("*.npy")
+    before, good = contents(built), shard.read_bytes()
+    for more in (0, 2):
+        rows = len(before)
+        header = good[:128].replace(b"(%d, 3)" % rows, b"(%d, 3)" % (rows + more))
+        shard.write_bytes(header + good[128:] + bytes(range(15)))
+        np.testing.assert_equal(contents(built), before)
+        assert verify(built).damage == []
+        save(photos / f"{rows}.png", 700 + rows)
+        add(built, extract, SETTINGS)
+        assert_right(built, photos)
+        before, good = contents(built), shard.read_bytes()
+        assert len(good) == 128 + 6 * len(before)
+
+
 def test_every_flipped_byte_of_sqlite_is_found_or_harmless(built, tmp_path):
     expected, good = contents(built), (built / "index.sqlite").read_bytes()
     rng, found = np.random.default_rng(0), 0
@@ -109,9 +139,13 @@ def test_every_flipped_byte_of_sqlite_is_found_or_harmless(built, tmp_path):
             if found % 10 == 0:
                 for name, repair in (("plain", False), ("repaired", True)):
                     shutil.copytree(built, tmp_path / name)
-                    with contextlib.suppress(IndexRefused):
+                    refused = ""
+                    try:
                         add(tmp_path / name, extract, SETTINGS, repair=repair)
                         assert not repair or verify(tmp_path / name) == ([], [])
+                    except IndexRefused as error:
+                        refused = str(error)
+                    assert "\n" not in refused
                     shutil.rmtree(tmp_path / name)
     assert found > 40
 

@@ -6,6 +6,7 @@ import fcntl
 import os
 import shutil
 import signal
+import sqlite3
 import tempfile
 import textwrap
 from pathlib import Path
@@ -117,6 +118,25 @@ def test_a_file_that_may_not_grow(built, photos):
     assert verify(built).damage == []
     add(built, extract, SETTINGS)
     assert_right(built, photos)
+
+
+def test_an_index_is_read_on_a_full_disk_after_a_writer_that_failed_there(built):
+    """The writer leaves WAL mode, and its index of the WAL finds no room (12 KiB for files)."""
+    run = child(
+        EXTRACT
+        + f"path = {str(built)!r}\n"
+        + "try:\n    remove(path, ['a'])\nexcept ValueError as error:\n    print(error)\n"
+        + "there = os.path.exists(f'{path}/index.sqlite-shm')\n"
+        + "print(there, len(Index.open(path)), verify(path).damage)",
+        file_blocks=24,
+    )
+    output, _ = run.communicate(timeout=60)
+    refused, state = output.splitlines()
+    assert "could not be written: No space left on device; nothing is lost" in refused
+    assert state == "True 12 []"
+    remove(built, ["a"])
+    assert len(Index.open(built)) == 8
+    assert_at_rest(built)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs the right to become another user")
@@ -250,6 +270,17 @@ def test_readers_see_the_last_version_while_a_writer_commits_batches(small, buil
     assert [len(notes) for notes in seen] == [0, 0, 1, 1, 1, 1]
     assert "holds 4 images of a writer that is at work or was interrupted" in seen[-1][0]
     assert_right(built, photos)
+
+
+def test_a_file_that_stays_locked_is_not_called_damaged(built, monkeypatch):
+    """As by a program of another kind, such as a backup."""
+    monkeypatch.setattr(reading_module, "_WAIT_SECONDS", 0.1)
+    with contextlib.closing(sqlite3.connect(built / "index.sqlite")) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        for call in (Index.open, verify, lambda path: add(path, never, SETTINGS)):
+            with pytest.raises(IndexRefused, match=r"index\.sqlite cannot be read: .* is locked$"):
+                call(built)
+    assert len(Index.open(built)) == 12
 
 
 def test_a_reader_in_the_middle_holds_no_writer_up_and_the_next_one_tidies(built, photos):

@@ -191,6 +191,8 @@ MISTAKES = [
     (["search", "my.index", "photos/00.png", "--box", "-5,0,-9,9"], 2, "x1 < x2"),
     (["search", "my.index", "photos/00.png", "-k", "1_0"], 2,
     "whole number of at least 1, not '1_0'"),
+    (["search", "my.index", "photos/00.png", "-k", "9" * 5000], 2, "must be at most 2147483647"),
+    (["info", "esc\x1b[31m.index"], 1, r"esc\\x1b\[31m.index holds no index"),
     (["search", "my.index", "photos/00.png", "-k", "\u0663"], 2, "whole number of at least 1"),
     (["search", "my.index", "photos/00.png", "--rerank", "superglobal", "--beta", "nan"], 2,
     "number from 0 to 1e\\+06, not 'nan'"),

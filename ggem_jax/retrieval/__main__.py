@@ -65,7 +65,10 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _print_error(sentence: str, code: int) -> int:
-    sys.stderr.write(f"ggem-retrieval: {' '.join(sentence.split())}\n")
+    line = " ".join(sentence.split())
+    # a name must not send commands to the terminal
+    safe = "".join(each if each.isprintable() else repr(each)[1:-1] for each in line)
+    sys.stderr.write(f"ggem-retrieval: {safe}\n")
     return code
 
 

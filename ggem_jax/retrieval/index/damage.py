@@ -130,7 +130,7 @@ def find_lost(database: sqlite3.Connection, folder: Path, facts: Facts) -> set[i
     Raises:
         Damaged: SQLite's own structure is broken.
     """
-    problem = database.execute("PRAGMA integrity_check(1)").fetchone()[0]
+    problem = " ".join(database.execute("PRAGMA integrity_check(1)").fetchone()[0].split())
     if problem != "ok":
         raise Damaged(
             f"{folder / INDEX} is damaged ({problem}) beyond repair: put a copy in its place, or"

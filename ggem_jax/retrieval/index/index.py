@@ -408,6 +408,11 @@ def add(
     with locking(path):
         facts = facts_of(path)
         refuse_other_settings(path, facts.settings, settings)
+        if root is None and not os.path.isdir(facts.root):
+            raise IndexRefused(
+                f"{facts.root}, where the images of the index were, is not a folder now: mount its"
+                " disk, or name with --root the folder that they have been moved to"
+            )
         wanted = replace(facts, root=str(_existing(facts.root if root is None else root)))
         wanted = _excluding(wanted, exclude, include)
         if repair and folder is not None:

@@ -47,6 +47,8 @@ def locking(folder: Path, *, new: bool = False) -> Iterator[None]:
     made = new and not folder.exists()
     if not new:
         facts_of(folder)
+    elif made and folder.is_symlink():
+        raise IndexRefused(f"{folder} is a link that leads nowhere: choose another path")
     elif not is_built(folder) and not made and not _is_unfinished(folder):
         raise IndexRefused(
             f"{folder} exists and is not an index: choose another path, nothing is overwritten"

@@ -21,6 +21,16 @@ from ggem_jax.retrieval.index.store import (
 PENDING, NEXT = "pending.sqlite", "next.sqlite"  # of writers of formats 1 and 2
 
 _WAIT_SECONDS = 60.0  # for a reader or writer that has SQLite's lock for a moment
+# errors of SQLite that are no damage: locks, rights, memory, disks
+_HINDRANCES = tuple(
+    getattr(sqlite3, f"SQLITE_{name}")
+    for name in (
+        "BUSY", "CANTOPEN", "FULL", "IOERR", "LOCKED", "NOLFS", "NOMEM", "PERM", "PROTOCOL",
+        "READONLY",
+    )
+)  # fmt: skip
+# codes of SQLite where it cannot write the files beside a file in WAL mode
+_CANNOT_WRITE = (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_IOERR)
 # format 1 as if it were format 2: a temporary view hides the table of the same name
 _VIEWS = f"""
     CREATE TEMP VIEW images AS
@@ -77,13 +87,13 @@ def _connect_to_read(file: Path) -> sqlite3.Connection:
     """A connection in a read transaction.
 
     A writer that was killed may leave a WAL or a rollback journal. SQLite reads or takes back what
-    is in it; where it cannot, as nothing may be written there, the file alone is not the index.
-    Without such files it is, also if it is still in WAL mode.
+    is in it; where it cannot, as nothing may be written there or the disk is full, the file alone
+    is not the index. Without such files it is, also if it is still in WAL mode.
     """
     try:
         return _begin(connect(file, "mode=ro"))
     except sqlite3.OperationalError as error:
-        if error.sqlite_errorcode & 0xFF not in (sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
+        if error.sqlite_errorcode & 0xFF not in _CANNOT_WRITE:
             raise
     beside = [file.with_name(f"{file.name}-{ending}") for ending in ("wal", "journal")]
     left = [path for path in beside if path.exists() and path.stat().st_size]
@@ -94,7 +104,7 @@ def _connect_to_read(file: Path) -> sqlite3.Connection:
     except sqlite3.OperationalError as error:
         raise IndexRefused(
             f"{left[0]} holds what an interrupted writer wrote, which cannot be read where nothing"
-            " may be written: copy the folder to another place and read it there"
+            " can be written: copy the folder to another place and read it there"
         ) from error
 
 
@@ -138,8 +148,7 @@ def reporting_damage(file: Path) -> Iterator[None]:
     except IndexRefused:
         raise
     except (sqlite3.Error, ValueError, TypeError, KeyError, OverflowError, AttributeError) as error:
-        code = getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF
-        if code in (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_IOERR):
+        if getattr(error, "sqlite_errorcode", sqlite3.SQLITE_CORRUPT) & 0xFF in _HINDRANCES:
             raise IndexRefused(f"{file} cannot be read: {error}") from error
         raise damage_of(file, error) from error
 

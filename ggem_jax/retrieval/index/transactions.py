@@ -1,6 +1,8 @@
 """Writes to `index.sqlite`: in WAL mode, each transaction through to the disk."""
 
 import contextlib
+import errno
+import os
 import sqlite3
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ from ggem_jax.retrieval.index.migration import (
 from ggem_jax.retrieval.index.reading import connect, damage_of, is_damage
 from ggem_jax.retrieval.index.store import INDEX, IndexRefused
 
+_FULL = (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_SHMSIZE)  # codes for a full disk
 _UNUSED_PAGES = 1 / 4  # share of unused pages above which the file is written anew
 
 
@@ -104,7 +107,10 @@ def reporting_failures(folder: Path) -> Iterator[None]:
 def _failure(folder: Path, error: OSError | sqlite3.Error) -> IndexRefused:
     if is_damage(error):
         return damage_of(folder / INDEX, error)
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+    if getattr(error, "sqlite_errorcode", None) in _FULL:
+        reason = os.strerror(errno.ENOSPC)
+    else:
+        reason = getattr(error, "strerror", None) or str(error)
     return IndexRefused(
         f"{folder} could not be written: {reason}; nothing is lost, and the same call resumes"
     )

@@ -61,7 +61,7 @@ def update(
         if before is None and wanted.part is None and not report.added:
             raise IndexRefused(
                 f"none of the {len(listing.files)} images in {wanted.root} could be indexed:"
-                f" {report.skipped[0].why}"
+                f" {extraction.skipped[0].why}"
             )
         if (
             before is None

@@ -380,7 +380,7 @@ def _print_report(path: str, report: Report, as_json: bool) -> int:
             told = ", ".join(f"{shown(kind) or 'no ending'} {count}" for kind, count in largest)
             print(f"{name}: {sum(kinds.values())} files ({told})")
     if report.special:
-        print(f"no files: {report.special} links, pipes or devices")
+        print(f"links, pipes and devices: {report.special}")
     if report.unreachable:
         print(f"not reachable now: {some(report.unreachable)}; kept until --prune")
     return 0
@@ -421,6 +421,8 @@ def _facts_of(folder: Path, root: Path, size: int) -> dict[str, str]:
 
 
 def _count_duplicates(found: Duplicates) -> str:
+    if not found.groups:
+        return f"no images with cosines of {found.threshold:g} or more"
     surplus = sum(each.file.bytes for each in found.surplus)
     return (
         f"{len(found.groups)} group{'s' * (len(found.groups) != 1)} of images with cosines of"

@@ -604,11 +604,11 @@ def _add_method(parser: argparse.ArgumentParser, flag: str, default: str) -> Non
 
 
 def _whole(text: str, least: int = 0, most: int = 2**31 - 1) -> int:
-    if not re.fullmatch(r"[0-9]{1,20}", text) or int(text) < least:
+    if not re.fullmatch(r"[0-9]+", text) or int(text[:20]) < least:
         raise argparse.ArgumentTypeError(
             f"must be a whole number of at least {least}, not {text!r}"
         )
-    if int(text) > most:
+    if len(text) > 20 or int(text) > most:
         raise argparse.ArgumentTypeError(f"must be at most {most}, not {text}")
     return int(text)
 
@@ -625,10 +625,7 @@ def _count(text: str) -> int:
 
 
 def _megapixels(text: str) -> float:
-    value = _number(text)
-    if value <= 0:
-        raise argparse.ArgumentTypeError(f"must be above 0, not {text!r}")
-    return value
+    return _above_0(text, LARGEST)
 
 
 def _port(text: str) -> int:
@@ -654,8 +651,18 @@ def _number(text: str) -> float:
 
 
 def _cosine(text: str) -> float:
-    if not 0 < (value := _number(text)) <= 1:
-        raise argparse.ArgumentTypeError(f"must be above 0 and at most 1, not {text!r}")
+    return _above_0(text, 1)
+
+
+def _above_0(text: str, most: float) -> float:
+    try:
+        value = _float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= most:
+        raise argparse.ArgumentTypeError(
+            f"must be a number above 0 and at most {most:g}, not {text!r}"
+        )
     return value
 
 
