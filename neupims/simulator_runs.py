@@ -37,6 +37,9 @@ COLUMNS = {
     "core_freq_mhz": "core_freq",
     "icnt_freq_mhz": "icnt_freq",
 }
+# Fields of the DRAM file from which the ranks of a channel follow.
+BANKS = {"bankgroups": "hbm.bank_groups", "banks_per_group": "hbm.banks_per_group"}
+CHANNEL_MIB = 1024  # channel_size of the simulator's DRAM file
 KNOBS_END = "sub_batch_mode"
 PADDED = (64, 512, 2048, 8192)  # requests; few shapes, few compilations
 
@@ -127,14 +130,32 @@ def _read_hardware(known: dict[str, str], row_buffers: int) -> Hardware:
         if known.get(column):
             name, unit = (MEMORY_FIELDS | CORE_FIELDS)[field]
             changes[name] = _read_number(column, known[column]) * unit
+    channel_mib = CHANNEL_MIB
     for column, table in (("dram_overrides", MEMORY_FIELDS), ("core_overrides", CORE_FIELDS)):
         for field, value in _read_overrides(column, known.get(column) or "{}").items():
             if field in table:
                 name, unit = table[field]
                 changes[name] = _read_number(field, value) * unit
+            elif field in BANKS:
+                changes[BANKS[field]] = _read_number(field, value)
+            elif field == "channel_size":
+                channel_mib = _read_number(field, value)
             elif field not in WITHOUT_EFFECT:
                 raise NotCovered(f"{column} changes {field}, which is not modelled")
-    return replace_all(Hardware(), changes)
+    hardware = replace_all(Hardware(), changes)
+    return replace_all(hardware, {"hbm.ranks": _count_ranks(hardware, channel_mib)})
+
+
+def _count_ranks(hardware: Hardware, channel_mib: float) -> int:
+    """Returns the ranks of a channel, which the simulator derives from its size."""
+    hbm = hardware.hbm
+    rank_bytes = hbm.bank_groups * hbm.banks_per_group * hbm.rows * hbm.row_bytes
+    ranks = channel_mib * 2**20 / rank_bytes
+    if ranks < 1 or ranks != int(ranks):
+        raise NotCovered(
+            f"a channel of {channel_mib:g} MiB must be whole ranks of {rank_bytes / 2**20:g} MiB"
+        )
+    return int(ranks)
 
 
 def _read_overrides(column: str, text: str) -> dict[str, Any]:

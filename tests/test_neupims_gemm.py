@@ -121,11 +121,76 @@ def test_a_stuck_write_only_delays():
 
 
 def test_chance_of_a_stuck_write():
-    """32 channels of 64-byte bursts: 96 bursts each are 196,608 bytes."""
+    """32 channels of 64-byte bursts: 96 bursts each are 196,608 bytes, and are one in two."""
     chances = stuck_chance(
-        Hardware(), jnp.array([0.0, 6 * 2048 - 1, 6 * 2048, 96 * 2048 - 1, 96 * 2048]), 0.3
+        Hardware(), jnp.array([0.0, 6 * 2048 - 1, 6 * 2048, 96 * 2048, 288 * 2048]), 0.3
     )
-    assert chances.tolist() == pytest.approx([0.3, 0.3, 0, 0, 1])
+    assert chances.tolist() == pytest.approx([0.3, 0.3, 6 / 102, 0.5, 0.75])
+
+
+def simulated(hardware=None, tokens=1, inner=4096, features=4096, **options):
+    return cycles_of(hardware or Hardware(), tokens, inner, features, "simulator", **options)
+
+
+def test_the_bank_that_is_behind_ends_last():
+    """8 rows are queued in a bank. With tCCD_L of 4 cycles and bursts of 2, a bank is behind by all
+    of them: the products of 8 x 1 MiB of 4096 x 4096 weights follow the last byte, without what
+    the arrays do while the 8 rows come, 5 + 14 + 14 + 32 cycles each. A pass is 32 x (128 + 31 x
+    16) = 19,968 cycles.
+    """
+    work = simulated(replace(Hardware(), "hbm.tccd_l_cycles", 4))
+    first_bytes = 2 * (4096 * 4096 + 4096)
+    loading = first_bytes / (DEFAULT.streaming_efficiency * 1024)
+    behind = 8 * (19968 * 2**20 / first_bytes - 65)
+    assert float(work.cycles) == pytest.approx(
+        loading + behind + 254 + 16 + FINISH_CYCLES, rel=1e-5
+    )
+
+
+def test_banks_drift_apart_as_in_a_random_walk():
+    """Four times the weights: twice the rows behind, and the same products for each of them."""
+
+    def behind(inner):
+        loading = 2 * (inner * 4096 + inner) / (DEFAULT.streaming_efficiency * 1024)
+        cycles = float(simulated(inner=inner).cycles)
+        return cycles - loading - 254 - 16 - FINISH_CYCLES
+
+    assert behind(4096) == pytest.approx(2 * behind(1024), rel=1e-3)
+
+
+def test_writes_of_the_operation_before_come_first():
+    """Half of the bus time of 1 MiB passed before the product: 512 cycles are left."""
+    later = float(simulated(inherited_bytes=2**20).cycles)
+    assert later - float(simulated().cycles) == pytest.approx(512, rel=1e-3)
+    plain, inherited = (
+        float(cycles_of(Hardware(), 1, 4096, 4096, "intended", inherited_bytes=size).cycles)
+        for size in (0.0, 2.0**20)
+    )
+    assert plain == inherited
+
+
+def test_each_refresh_stops_tiles_of_one_block():
+    """256 KiB hold one block of 128 x 128 x 128: 1,024 tiles, each computed in 128 cycles. Every
+    1,950 cycles one of them comes late: it waits 30 + 260 + 14 - 128 / 2 = 240 cycles, and the
+    arrays, which ran empty, lose 254 + 16 + 127.
+    """
+    small = replace(Hardware(), "npu.scratchpad_bytes", 256 * 1024)
+    streaming = 2 * (128 * 128 + 64 * 128) / (DEFAULT.streaming_efficiency * 1024)
+    pace = 128 / (1 - (streaming + 240 - 128 + 254 + 16 + 127) / 1950)
+    work = simulated(small, tokens=64)
+    assert float(work.cycles) == pytest.approx(1024 * pace, rel=0.01)
+    # beside PIM more of them come late
+    assert float(work.memory_cycles) > 0
+    large = simulated(replace(Hardware(), "npu.scratchpad_bytes", 2**23), tokens=256)
+    assert float(large.cycles) < 0.45 * float(simulated(small, tokens=256).cycles)
+
+
+def test_only_what_waits_for_the_memory_is_slower_beside_pim():
+    """Slow arrays hide the weights of 64 channels; fast arrays wait for them."""
+    wide = replace(Hardware(), "hbm.num_channels", 64)
+    assert float(simulated(replace(wide, "npu.clock_hz", 0.3e9)).memory_cycles) == 0
+    loading = 2 * (4096 * 4096 + 4096) / (DEFAULT.streaming_efficiency * 1024)
+    assert float(simulated().memory_cycles) == pytest.approx(loading, rel=1e-3)
 
 
 @pytest.mark.parametrize("fidelity", ["simulator", "intended"])

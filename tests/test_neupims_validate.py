@@ -206,6 +206,22 @@ def test_every_knob_reaches_its_field(tmp_path, override, value):
     )
 
 
+@pytest.mark.parametrize(
+    ("fields", "organisation"),
+    [  # a rank is bank groups x banks of 32 MiB, a channel of 1024 MiB by default
+        ({"bankgroups": 8}, (1, 8, 4)),
+        ({"bankgroups": 1, "banks_per_group": 8}, (4, 1, 8)),
+        ({"banks_per_group": 2}, (4, 4, 2)),
+        ({"channel_size": 2048}, (4, 4, 4)),
+        ({"channel_size": 512}, (1, 4, 4)),
+    ],
+)
+def test_ranks_follow_from_the_size_of_a_channel(tmp_path, fields, organisation):
+    folder = folder_of(tmp_path, dram(**fields))
+    hbm = case_of(read_runs(folder)[0][0], folder).hardware.hbm
+    assert (hbm.ranks, hbm.bank_groups, hbm.banks_per_group) == organisation
+
+
 def test_every_field_of_the_simulator_is_accepted_or_refused_by_name(tmp_path):
     both = [dram(**{field: 64}) for field in MEMORY_FIELDS] + [
         core(**{field: 64}) for field in CORE_FIELDS
@@ -226,6 +242,8 @@ def test_every_field_of_the_simulator_is_accepted_or_refused_by_name(tmp_path):
     ("change", "reason"),
     [
         (dram(tXYZ=5), "tXYZ"),
+        (dram(bankgroups=64), "channel of 1024 MiB"),
+        (dram(channel_size=700), "channel of 700 MiB"),
         (core(warp=5), "warp"),
         ({"system": "tpu"}, "tpu"),
         (dram(tRP=-1), "trp_cycles"),

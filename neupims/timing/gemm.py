@@ -23,7 +23,13 @@ import jax.numpy as jnp
 
 from neupims.machine.calibration import Calibration
 from neupims.machine.division import ceil_divide
-from neupims.machine.hardware import Hardware, banks, burst_bytes, peak_bytes_per_cycle
+from neupims.machine.hardware import (
+    Hardware,
+    banks,
+    burst_bytes,
+    burst_cycles,
+    peak_bytes_per_cycle,
+)
 from neupims.machine.record import Number
 from neupims.machine.workload import FLOAT16_BYTES
 
@@ -34,10 +40,14 @@ QUEUED_READS = 128
 # Rows of a bank that arrive before a full queue frees a stuck write: 8 queued, 2 in front of the
 # queues.
 STUCK_ROWS = 10
-# Bursts that the operation before wrote to a channel. From the first number on one is always left;
-# below the second one is left after some operations and not after others. Both are observed.
-MANY_WRITES = 96
-FEW_WRITES = 6
+# Writes of a channel after which a product finds one stuck in every second run: three times what
+# the buffer in front of the queues holds (trans_queue_size of the simulator's ini is 32).
+HALF_STUCK_WRITES = 96
+FEW_WRITES = 6  # bursts that an operation wrote to a channel; below, chances are observed
+# The share of a written byte's bus time that passes before the next operation: buffers take bursts
+# at twice the pace of the bus.
+ACCEPTED = 0.5
+REFRESH_CYCLES = 30  # memory cycles from the end of an interval to REFRESH: precharges and tRP
 FINISH_CYCLES = 45  # from the last product to the operation's end
 
 
@@ -176,6 +186,7 @@ def gemm(
     fidelity: str,
     npu_only: bool = False,
     stuck: Number = 0.0,
+    inherited_bytes: Number = 0.0,
     tile: Tiling | None = None,
 ) -> Work:
     """Returns the work of the product of (tokens, inner) and (inner, features) on one device.
@@ -193,6 +204,7 @@ def gemm(
         npu_only: Whether the rules of the simulator's NPU-only branch hold: no block of tokens is
             loaded while products run, and few reads are in flight.
         stuck: The chance that a left-over write holds up the first tile (`stuck_chance`).
+        inherited_bytes: The bytes that the operation just before wrote, "simulator" only.
         tile: The tiling (default: computed by `tiling`).
 
     Returns:
@@ -200,10 +212,11 @@ def gemm(
     """
     npu, simulated = hardware.npu, fidelity == "simulator"
     serial = simulated and npu_only
+    queued = simulated and not npu_only
     tile = tile or tiling(hardware, tokens, inner, features)
     width = 1.0 * npu.array_width
     token_blocks, inner_blocks, feature_blocks = (
-        ceil_divide(side, width) for side in (tile.tokens, tile.inner, tile.features)
+        jnp.ceil(side / width) for side in (tile.tokens, tile.inner, tile.features)
     )
     stream = jnp.maximum(width / npu.num_arrays, LEAST_STREAM)
     fill = npu.array_height + width - 2 + stream
@@ -212,41 +225,42 @@ def gemm(
     tiles = tile.token_tiles * tile.inner_tiles * tile.feature_tiles
 
     rate = bytes_per_cycle(hardware)
-    per_channel = hardware.hbm.num_channels * burst_bytes(hardware.hbm)
-    queue_bytes = banks(hardware.hbm) * QUEUED_READS * per_channel
-
-    def load(amount):
-        if serial:
-            return amount / (calibration.shallow_efficiency * rate)
-        if not simulated:
-            return amount / (calibration.queued_efficiency * rate)
-        queued, rest = jnp.minimum(amount, queue_bytes), jnp.maximum(amount - queue_bytes, 0)
-        return (
-            queued / calibration.queued_efficiency + rest / calibration.streaming_efficiency
-        ) / rate
-
+    if queued:
+        efficiency = calibration.streaming_efficiency
+    else:
+        efficiency = calibration.shallow_efficiency if serial else calibration.queued_efficiency
     weights = FLOAT16_BYTES * tile.inner * tile.features
     first_bytes = weights + FLOAT16_BYTES * jnp.minimum(tile.tokens, width) * tile.inner
     tile_bytes = weights + FLOAT16_BYTES * tile.inner * tile.tokens
-    loading = load(tile_bytes)
-    backlog = (
-        calibration.backlog_bytes * hardware.hbm.num_channels / 32
-        if simulated and not serial
-        else 0.0
-    )
-    first = jnp.maximum(
-        loading + pass_cycles * jnp.minimum(1, backlog / first_bytes), pass_cycles + fill
-    )
-    if simulated and not serial:
-        row_bytes = banks(hardware.hbm) * 1.0 * hardware.hbm.row_bytes * hardware.hbm.num_channels
-        held_up = jnp.minimum(loading, load(STUCK_ROWS * row_bytes)) + pass_cycles * jnp.maximum(
-            1 - row_bytes / first_bytes, 0
+    streaming = tile_bytes / (efficiency * rate)
+    inherited = ACCEPTED * inherited_bytes / rate if queued else 0.0
+    loading = streaming + inherited
+    compute = token_blocks * pass_cycles
+    two_tiles = jnp.minimum(jnp.minimum(tiles, 2) * tile_bytes, STUCK_ROWS * _full_row(hardware))
+
+    def paces(slower):
+        """Returns the first block's cycles and a later tile's, reads taking `slower` as long."""
+        first = _first_pass(
+            hardware,
+            calibration,
+            loading=slower * loading,
+            pass_cycles=pass_cycles,
+            fill=fill,
+            first_bytes=first_bytes,
+            tile_bytes=tile_bytes,
+            held_up=slower * (inherited + two_tiles / (efficiency * rate)),
+            stuck=stuck,
         )
-        first = first + stuck * jnp.maximum(held_up - first, 0)
-    streaming = tile_bytes / (
-        (calibration.streaming_efficiency if simulated else calibration.queued_efficiency) * rate
-    )
-    later = jnp.maximum(streaming, token_blocks * pass_cycles)
+        return first, _later_pace(hardware, slower * streaming, compute, fill)
+
+    if queued:
+        first, later = paces(1.0)
+        slow_first, slow_later = paces(1 + calibration.pim_slowdown)
+        waits = slow_first - first + (tiles - 1) * (slow_later - later)
+        waits = waits / jnp.maximum(calibration.pim_slowdown, 1e-3)
+    else:
+        first, later = jnp.maximum(loading, pass_cycles + fill), jnp.maximum(streaming, compute)
+        waits = jnp.minimum(loading, first) + (tiles - 1) * jnp.maximum(streaming - compute, 0)
     cycles = first + (token_blocks - 1) * pass_cycles + (tiles - 1) * later + fill + FINISH_CYCLES
     # Where weights come late, each block of inner channels finds the pipeline empty: it is loaded
     # and drained, not hidden behind the one before.
@@ -261,8 +275,7 @@ def gemm(
     written = jnp.minimum(features, ceil_divide(tokens, width) * width) if simulated else features
     return Work(
         cycles=cycles,
-        memory_cycles=jnp.minimum(loading, first)
-        + (tiles - 1) * jnp.maximum(streaming - token_blocks * pass_cycles, 0),
+        memory_cycles=waits,
         busy_cycles=jnp.minimum(busy, cycles),
         read_bytes=read_bytes,
         write_bytes=FLOAT16_BYTES * tokens * written * 1.0,
@@ -270,15 +283,92 @@ def gemm(
     )
 
 
+def _full_row(hardware: Hardware) -> Number:
+    """Returns the bytes of one row in all banks of all channels."""
+    return banks(hardware.hbm) * 1.0 * hardware.hbm.row_bytes * hardware.hbm.num_channels
+
+
+def _first_pass(
+    hardware: Hardware,
+    calibration: Calibration,
+    *,
+    loading,
+    pass_cycles,
+    fill,
+    first_bytes,
+    tile_bytes,
+    held_up,
+    stuck,
+) -> Number:
+    """Returns the core cycles of the first tile's first block of tokens.
+
+    Products are started in order, and wait for the bank that is behind the others. A bank that is
+    behind stays behind, because its full queue blocks all that follows: the most is the rows that
+    a queue holds. A stuck write puts its bank behind at once, and so does tCCD_L above the length
+    of a burst, which serves the first bank of each group before the others. Otherwise the banks
+    drift apart as in a random walk: by one row in `backlog_bytes`, by two in four times as many,
+    at most, in the mean, by half the rows of the rank that waits for its turn.
+    The last rows of the bank behind come one after another, and each frees the products of a row
+    of all banks.
+    """
+    hbm, to_core = hardware.hbm, hardware.npu.clock_hz / hardware.hbm.clock_hz
+    row = _full_row(hardware)
+    bursts = hbm.row_bytes / burst_bytes(hbm)
+    alone = hbm.trtp_cycles + hbm.trp_cycles + hbm.trcd_read_cycles + bursts * burst_cycles(hbm)
+    each = jnp.maximum(pass_cycles * row / first_bytes - alone * to_core, 0)
+    most = jnp.minimum(QUEUED_READS / bursts, first_bytes / row)
+    after = (tile_bytes - first_bytes) / row  # rows of the later blocks of tokens, which come last
+
+    def finished(behind):
+        return loading + each * jnp.maximum(behind - after, 0)
+
+    in_turn = jnp.minimum(
+        jnp.minimum(most, first_bytes / row / hbm.ranks / 2),
+        jnp.sqrt(tile_bytes / calibration.backlog_bytes),
+    )
+    behind = jnp.where(hbm.tccd_l_cycles > burst_cycles(hbm), most, in_turn)
+    usual = jnp.maximum(finished(behind), pass_cycles + fill)
+    late = jnp.maximum(
+        finished(most), held_up + pass_cycles * jnp.maximum(1 - row / first_bytes, 0)
+    )
+    return usual + stuck * jnp.maximum(late - usual, 0)
+
+
+def _later_pace(hardware: Hardware, streaming, compute, fill) -> Number:
+    """Returns the core cycles from the end of one tile to the end of the next.
+
+    A tile is loaded while the one before is computed. Where it comes late, the arrays run empty
+    and are filled again, once for two tiles. Each refresh holds up the tile that is being loaded,
+    which small tiles do not hide.
+    """
+    hbm, to_core = hardware.hbm, hardware.npu.clock_hz / hardware.hbm.clock_hz
+    restart = fill + hardware.npu.array_height - 1
+    refresh = (REFRESH_CYCLES + hbm.trfc_cycles + hbm.trcd_read_cycles) * to_core
+    late = streaming + jnp.maximum(refresh - compute / 2, 0) - compute
+    interval = hbm.trefi_cycles / hbm.ranks * to_core
+    lost = jnp.where(late > 0, jnp.minimum((late + restart) / interval, 0.9), 0.0)
+    return jnp.where(
+        streaming > compute,
+        jnp.maximum(streaming, (streaming + compute + restart) / 2),
+        compute / (1 - lost),
+    )
+
+
 def stuck_chance(hardware: Hardware, previous_write_bytes, few) -> Number:
     """Returns the chance that a write of the operation just before holds up a product.
 
-    It is 1 after many writes, `few` after almost none, and 0 between, as seen in traces.
+    It is `few` after 1 to 6 writes of each channel, which are written together with later ones,
+    and grows with the writes w of a channel as w / (w + 96): writes leave their buffer when 32
+    have come, and the last ones meet the reads that follow.
 
     Args:
         hardware: The machine.
         previous_write_bytes: The bytes that the operation just before wrote.
-        few: The chance after almost no writes.
+        few: The chance after few writes; less where only some channels have one.
     """
     bursts = previous_write_bytes / burst_bytes(hardware.hbm) / hardware.hbm.num_channels
-    return jnp.where(bursts >= MANY_WRITES, 1.0, jnp.where(bursts < FEW_WRITES, few, 0.0))
+    return jnp.where(
+        bursts < FEW_WRITES,
+        few * jnp.minimum(bursts, 1),
+        bursts / (bursts + HALF_STUCK_WRITES),
+    )

@@ -153,6 +153,7 @@ def matrix_product(
             *sides(context.model, context.parallel),
             npu_only=context.system == "npu-only",
             stuck=stuck_chance(context.hardware, written_before, few),
+            inherited_bytes=written_before,
             tile=tile,
             calibration=context.calibration,
             fidelity=context.fidelity,

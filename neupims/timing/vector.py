@@ -13,11 +13,8 @@ from neupims.machine.division import ceil_divide
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import Number
 from neupims.machine.workload import FLOAT16_BYTES
-from neupims.timing.gemm import Work, bytes_per_cycle
+from neupims.timing.gemm import ACCEPTED, Work, bytes_per_cycle
 
-# The share of a written byte's bus time that passes before the next operation: buffers take bursts
-# at twice the pace of the bus.
-ACCEPTED = 0.5
 LATENCY_CYCLES = 35  # of a read, and of the write's acknowledgement
 TREE_LEVELS = 4  # of the adder tree: 128^4 elements are more than any row
 
