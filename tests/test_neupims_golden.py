@@ -20,13 +20,13 @@ pytestmark = pytest.mark.golden
 BOUNDS = {
     "neupims": {
         ("op", "pim", "all"): 3,
-        ("op", "gemm > 20000 cycles", "all"): 4,
-        ("op", "gemm", "all"): 8,
-        ("stage", "stage", "all"): 5,
-        ("layer", "layer", "neupims_sbi"): 3,
-        ("layer", "layer", "neupims_nosbi"): 3,
-        ("layer", "layer", "npu+pim"): 3,
-        ("layer", "layer", "npu-only"): 5,
+        ("op", "gemm > 20000 cycles", "all"): 2.5,
+        ("op", "gemm", "all"): 5,
+        ("stage", "stage", "all"): 2.3,
+        ("layer", "layer", "neupims_sbi"): 1,
+        ("layer", "layer", "neupims_nosbi"): 1.8,
+        ("layer", "layer", "npu+pim"): 1.9,
+        ("layer", "layer", "npu-only"): 0.5,
     },
     "neupims_2": {
         ("op", "pim", "all"): 3,
