@@ -121,11 +121,12 @@ def test_a_stuck_write_only_delays():
 
 
 def test_chance_of_a_stuck_write():
-    """32 channels of 64-byte bursts: 96 bursts each are 196,608 bytes, and are one in two."""
-    chances = stuck_chance(
-        Hardware(), jnp.array([0.0, 6 * 2048 - 1, 6 * 2048, 96 * 2048, 288 * 2048]), 0.3
-    )
-    assert chances.tolist() == pytest.approx([0.3, 0.3, 6 / 102, 0.5, 0.75])
+    """32 channels of 64-byte bursts: 96 bursts each are 196,608 bytes, and are one in two. Where
+    only every second channel has a write, the chance is half of that after few writes.
+    """
+    bursts = jnp.array([0.0, 0.5, 1.0, 5.9, 6.0, 96.0, 288.0])
+    chances = stuck_chance(Hardware(), bursts * 2048, 0.3)
+    assert chances.tolist() == pytest.approx([0, 0.15, 0.3, 0.3, 6 / 102, 0.5, 0.75])
 
 
 def simulated(hardware=None, tokens=1, inner=4096, features=4096, **options):
