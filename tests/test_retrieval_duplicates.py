@@ -1,7 +1,9 @@
 """Near duplicates: pairs and groups against all pairs at once, the best image first, the tool."""
 
+import contextlib
 import json
 import shutil
+import sqlite3
 import subprocess
 import sys
 from pathlib import Path
@@ -148,6 +150,13 @@ def test_an_empty_index_has_none_and_a_missing_one_is_told(index, tmp_path):
     assert find_duplicates(index).groups == []
     with pytest.raises(IndexRefused, match="holds no index"):
         find_duplicates(tmp_path / "none.index")
+
+
+def test_an_altered_entry_is_damage(index):
+    with contextlib.closing(sqlite3.connect(index / "index.sqlite")) as database, database:
+        database.execute("UPDATE images SET size = 'large'")
+    with pytest.raises(IndexRefused, match="its entries have been altered"):
+        find_duplicates(index)
 
 
 def run(capsys, *arguments):

@@ -80,7 +80,7 @@ def some(paths: list[str]) -> str:
     return f"{len(paths)} image{'s' if len(paths) != 1 else ''} ({names})"
 
 
-def mend(folder: Path, file: str, what: str, paths: list[str] | None = None) -> str:
+def describe_damage(folder: Path, file: str, what: str, paths: list[str] | None = None) -> str:
     """Returns the sentence for a damaged file, with the images that it concerns.
 
     Args:
@@ -112,9 +112,9 @@ def map_or_refuse(folder: Path, shard: int, facts: Facts) -> np.ndarray:
     try:
         return map_shard(folder, shard, facts)
     except Damaged as error:
-        raise Damaged(mend(folder, file.name, str(error))) from None
+        raise Damaged(describe_damage(folder, file.name, str(error))) from None
     except FileNotFoundError:
-        raise Damaged(mend(folder, file.name, "is missing")) from None
+        raise Damaged(describe_damage(folder, file.name, "is missing")) from None
     except OSError as error:
         raise IndexRefused(f"{file} cannot be read: {error.strerror}") from error
 

@@ -129,7 +129,10 @@ def read_files(index: Index) -> list[ImageFile]:
     with reading(index.folder) as database:
         read_facts(database, index.folder / INDEX)
         rows = database.execute("SELECT path, size, width, height FROM images ORDER BY id")
-        return [ImageFile(os.fsdecode(path), *numbers) for path, *numbers in rows]
+        files = [ImageFile(os.fsdecode(path), *numbers) for path, *numbers in rows]
+        if not all(isinstance(number, int) for file in files for number in file[1:]):
+            raise ValueError("its entries have been altered")
+        return files
 
 
 def _quality(file: ImageFile) -> tuple[int, int, str]:

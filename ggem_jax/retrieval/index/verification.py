@@ -5,7 +5,7 @@ from itertools import groupby
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ggem_jax.retrieval.index.damage import flaws, mend, some
+from ggem_jax.retrieval.index.damage import describe_damage, flaws, some
 from ggem_jax.retrieval.index.folder import hash_file
 from ggem_jax.retrieval.index.reading import NEXT, PENDING, facts_of, reading
 from ggem_jax.retrieval.index.shards import is_shard, shard_file
@@ -63,7 +63,7 @@ def _damage(folder: Path) -> tuple[list[str], Facts | None, list[tuple[str, byte
                 raise ValueError(" ".join(problems[0].split()))
             flawed = sorted(flaws(database, folder, facts), key=lambda flaw: flaw[2:])
             for (file, what), group in groupby(flawed, key=lambda flaw: flaw[2:]):
-                damage.append(mend(folder, file, what, [flaw.path for flaw in group]))
+                damage.append(describe_damage(folder, file, what, [flaw.path for flaw in group]))
             found = [
                 (os.fsdecode(name), content)
                 for name, content in database.execute(

@@ -9,7 +9,8 @@
 | `GET /words?text=&k=&rerank=&neighbors=` | images like words, of an index with the pooling clip |
 | `POST /search` | images like an upload: fields `image`, and as needed the same, and `preview` |
 
-A box is x1,y1,x2,y2 in pixels. An error is `{"error": sentence}` with a status of 4xx.
+A box is x1,y1,x2,y2 in pixels. An error is `{"error": sentence}` with a status of 4xx, or 501 where
+a package is not installed.
 """
 
 import base64
@@ -105,14 +106,13 @@ def make_app(
             Route("/words", routes.words),
             Route("/search", routes.search, methods=["POST"]),
         ],
-        middleware=[Middleware(Guard, hosts=hosts, any_address=any_address)],
+        middleware=[Middleware(Guard, hosts=hosts, any_address=any_address, max_bytes=max_bytes)],
         exception_handlers={
             HTTPException: lambda request, error: _error(error.status_code, error.detail),
             UnreadableImage: lambda request, error: _error(422, str(error)),
             ValueError: lambda request, error: _error(400, str(error)),
             ModuleNotFoundError: lambda request, error: _error(501, str(error)),
         },
-        max_body_size=max_bytes,
     )
     app.state.searcher = searcher
     return app

@@ -12,6 +12,7 @@ from collections.abc import Collection
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
 from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -35,10 +36,18 @@ class Guard:
         app: The application that gets all other requests.
         hosts: Names and addresses by which requests may call this machine.
         any_address: Whether they may call it by any numeric address. No domain can be such.
+        max_bytes: Size of the largest request, bytes.
     """
 
-    def __init__(self, app: ASGIApp, hosts: Collection[str] = LOOPBACK, any_address: bool = False):
-        self.app, self.any_address = app, any_address
+    def __init__(
+        self,
+        app: ASGIApp,
+        hosts: Collection[str] = LOOPBACK,
+        any_address: bool = False,
+        *,
+        max_bytes: int,
+    ):
+        self.app, self.any_address, self.max_bytes = app, any_address, max_bytes
         self.hosts = {host.lower() for host in hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,12 +62,22 @@ class Guard:
                 MutableHeaders(scope=message).update(HEADERS)
             await send(message)
 
+        left = self.max_bytes
+
+        async def receive_within_limit() -> Message:
+            nonlocal left
+            message = await receive()
+            left -= len(message.get("body", b""))
+            if left < 0:
+                raise HTTPException(413, f"the request has more than {self.max_bytes} bytes")
+            return message
+
         if refusal := self._refuse(Headers(scope=scope), scope["path"]):
             text = json.dumps({"error": refusal})
             response = Response(text, 403, media_type="application/json")
             await response(scope, receive, send_with_headers)
         else:
-            await self.app(scope, receive, send_with_headers)
+            await self.app(scope, receive_within_limit, send_with_headers)
 
     def _refuse(self, headers: Headers, path: str) -> str:
         """Returns why a request is refused, or an empty text."""

@@ -81,8 +81,8 @@ class Originals:
         """
         path = self._index.paths[number]
         root = os.path.realpath(self._index.root)
-        file = os.path.realpath(os.path.join(root, path))
-        strange = os.path.isabs(path) or ".." in path.split("/")
+        strange = os.path.isabs(path) or ".." in path.split("/") or "\0" in path
+        file = os.path.realpath(os.path.join(root, "" if strange else path))
         if strange or not (self._follow_links or os.path.commonpath([root, file]) == root):
             raise UnreadableImage(f"{shown(path)} is outside the folder of the index")
         try:
