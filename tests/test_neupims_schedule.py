@@ -368,7 +368,7 @@ def test_requests_of_length_0_change_nothing_at_the_front_either(system, sub_bat
 def test_energy_parts_add_up(system, sub_batches):
     result = run(system, sub_batches)
     parts = [float(part[0]) for part in vars(result.energy).values()]
-    assert len(parts) == 9
+    assert len(parts) == 11
     assert min(parts) >= 0
     assert sum(parts) == pytest.approx(float(result.energy_joules[0]), rel=1e-5)
     assert (result.energy.pim[0] > 0) == (system != "npu-only")
