@@ -2,14 +2,14 @@
 
 import os
 import sqlite3
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ggem_jax.files.images import EXTENSIONS
 from ggem_jax.retrieval.index.damage import find_lost, map_or_refuse, some
 from ggem_jax.retrieval.index.extraction import Extraction
-from ggem_jax.retrieval.index.folder import File, Listing, Skipped, shown, walk
+from ggem_jax.retrieval.index.folder import File, Listing, walk
 from ggem_jax.retrieval.index.journal import Journal
 from ggem_jax.retrieval.index.report import Extract, OnProgress, Report, Task
 from ggem_jax.retrieval.index.store import INDEX, Facts, IndexRefused, find_facts
@@ -85,13 +85,17 @@ def _report(
     if left_out:
         names = some(list(map(os.fsdecode, left_out)))
         notes.append(f"entries that are excluded now were dropped: {names}")
+    if vanished := sorted(map(os.fsdecode, set(journal.find_lost()).difference(dropped))):
+        notes.append(
+            "damaged entries whose images could not be read again were dropped: " + some(vanished)
+        )
     report = Report(
         added=added,
         updated=updated,
         unchanged=len(listing.files) - added - updated - len(extraction.skipped),
         removed=len(dropped),
         reused=journal.reused,
-        skipped=listing.skipped + extraction.skipped + _find_vanished(journal, dropped),
+        skipped=listing.skipped + extraction.skipped,
         notes=tuple(notes),
         files=listing.count(),
         not_images=dict(listing.others),
@@ -185,16 +189,3 @@ def _upwards(name: bytes) -> Iterator[bytes]:
     while name:
         yield name
         name = name.rpartition(b"/")[0]
-
-
-def _find_vanished(journal: Journal, dropped: Iterable[bytes]) -> list[Skipped]:
-    """The damaged entries that could not be described again."""
-    paths = sorted(map(os.fsdecode, set(journal.find_lost()).difference(dropped)))
-    return [
-        Skipped(
-            path,
-            f"the entry of {shown(path)} was damaged, its image could not be read, and it was"
-            " dropped",
-        )
-        for path in paths
-    ]
