@@ -269,9 +269,34 @@ def test_exclusions_are_kept_and_lifted(photos, built):
     assert add(built, extract, SETTINGS, include=[str(photos / "b/c/2*")]).added == 1
     assert add(built, extract, SETTINGS, include=["a/1.bmp"]).added == 0  # `a` is not walked
     assert add(built, extract, SETTINGS, include=["a"]).added == 2
-    for pattern in ("/", str(photos)):
+    for pattern in ("/", str(photos), ".", "./"):
         with pytest.raises(IndexRefused, match="would be the whole folder"):
             add(built, never, SETTINGS, exclude=[pattern])
+    for pattern in ("..", "../a", "a/.", "a/../b"):
+        with pytest.raises(IndexRefused, match="would match nothing"):
+            add(built, never, SETTINGS, exclude=[pattern])
+    with pytest.raises(
+        IndexRefused, match=r"there is no image .* \(files that are excluded: 6\): is it"
+    ):
+        add(built, never, SETTINGS, exclude=["*"])
+    assert add(built, never, SETTINGS, exclude=["./a"]).removed == 2
+    assert info(built)["exclude"][-1] == "/a"
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"workers": 0}, "workers must be a whole number of at least 1, not 0"),
+        ({"workers": -1}, "workers must be a whole number of at least 1, not -1"),
+        ({"workers": 1.5}, "workers must be a whole number of at least 1, not 1.5"),
+        ({"max_megapixels": float("nan")}, "max_megapixels must be above 0, not nan"),
+        ({"max_megapixels": 0}, "max_megapixels must be above 0, not 0"),
+    ],
+)
+def test_options_out_of_range_are_refused(photos, tmp_path, options, words):
+    with pytest.raises(ValueError, match=words):
+        build(photos, tmp_path / "new", never, SETTINGS, **options)
+    assert not (tmp_path / "new").exists()
 
 
 def test_remove_leaves_images_out_until_they_are_included(photos, built):

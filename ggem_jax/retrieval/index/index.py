@@ -345,6 +345,7 @@ def build(
     Raises:
         IndexRefused: The folder holds no images, `path` is something else or an index of other
             settings, another process writes to it, or the vectors do not fit.
+        ValueError: `workers` or `max_megapixels` is out of range.
     """
     if dtype not in DTYPES:
         raise IndexRefused(f"dtype must be one of {', '.join(DTYPES)}, not {dtype!r}")
@@ -403,6 +404,7 @@ def add(
 
     Raises:
         IndexRefused: There is no index, it is damaged, or it was made with other settings.
+        ValueError: `workers` or `max_megapixels` is out of range.
     """
     path = Path(path)
     with locking(path):
@@ -520,9 +522,15 @@ def _excluding(facts: Facts, exclude: Iterable[str], include: Iterable[str]) -> 
         for pattern in [patterns] if isinstance(patterns, str) else patterns:
             inside = f"{pattern}/".startswith(f"{facts.root.rstrip('/')}/")
             relative = f"/{os.path.relpath(pattern, facts.root)}" if inside else pattern
-            if not relative.strip("/") or relative == "/.":
+            if relative.startswith("./"):
+                relative = relative[1:]  # the path below the root
+            if not relative.strip("/") or relative in (".", "/."):
                 raise IndexRefused(
                     f"the pattern {pattern!r} would be the whole folder: name a part of it"
+                )
+            if {".", ".."}.intersection(relative.split("/")):
+                raise IndexRefused(
+                    f"the pattern {pattern!r} would match nothing: write it without . and .."
                 )
             own.append(relative)
     return replace(facts, exclusions=facts.exclusions.change(*lists))

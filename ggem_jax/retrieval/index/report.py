@@ -8,6 +8,7 @@ import numpy as np
 
 from ggem_jax.files.images import MAX_MEGAPIXELS, RGB, Fit, UnreadableImage
 from ggem_jax.retrieval.index.folder import Reading, Skipped
+from ggem_jax.retrieval.methods import check_count
 
 # images -> a vector `(dim,)` of each in the same order, or why it has none
 Extract = Callable[[Iterator[RGB]], Iterable[np.ndarray | UnreadableImage]]
@@ -65,6 +66,12 @@ class Task:
     deep: bool = False  # whether files whose size, times and inode are as before are read too
     max_megapixels: float = MAX_MEGAPIXELS  # larger images are skipped
     workers: int | None = None  # threads that read images; None: one for each core, at most 4
+
+    def __post_init__(self):
+        if self.workers is not None:
+            check_count("workers", self.workers)
+        if not self.max_megapixels > 0:
+            raise ValueError(f"max_megapixels must be above 0, not {self.max_megapixels!r}")
 
     def reading(self, extract: Extract, outdated: set[bytes]) -> Reading:
         """Returns how files become pixels.

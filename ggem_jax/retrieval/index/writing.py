@@ -125,6 +125,8 @@ def _list_images(database: sqlite3.Connection, folder: Path, wanted: Facts, task
     # a part may be empty where the folder is not
     if not listing.files and not (part and walk(root, task.start, **options).files):
         first = f" ({listing.skipped[0].why})" if listing.skipped else ""
+        if excluded := listing.excluded.total():
+            first += f" (files that are excluded: {excluded})"
         raise IndexRefused(
             f"there is no image ({' '.join(EXTENSIONS)} and others) in {root / task.start}{first}:"
             " is it the right folder, and is its disk there?"
