@@ -246,6 +246,44 @@ def test_missing_and_broken_files(tmp_path):
         load_hardware(tmp_path / "none.toml")
 
 
+def test_a_machine_begins_from_its_base(tmp_path):
+    """A field is the file's own, else that of its base; times are converted with the last clock."""
+    base = '[hbm]\nnum_channels = 16\ntrp_cycles = "14 ns"\n[energy]\nmac = 2\n'
+    base += 'memory = "hbm2"\ninterface_bit = 9\n'
+    (tmp_path / "parts").mkdir()
+    write(tmp_path / "parts" / "base.toml", base)
+    head = 'about = "faster"\nbase = "parts/base.toml"\n'
+    file = write(tmp_path / "mine.toml", f'{head}[hbm]\nclock_hz = "2 GHz"\nranks = 1\n')
+    machine = load_hardware(file)
+    assert machine.hbm.num_channels == 16
+    assert machine.hbm.ranks == 1
+    assert machine.hbm.trp_cycles == 28
+    assert (machine.energy.mac, machine.energy.interface_bit) == (2, 9)
+    given = config.read_machine(file).given
+    assert given["hbm.ranks"].by == str(file)
+    assert given["hbm.trp_cycles"].by == str(tmp_path / "parts/base.toml")
+    assert config.cost_sources(file)["energy.mac"] == f"given: {tmp_path / 'parts/base.toml'}"
+
+    other = write(tmp_path / "other.toml", f'{head}[energy]\nmemory = "hbm3"\n')
+    energies = config.load_memory("hbm3").values  # the file's memory, not the base's energies
+    assert load_hardware(other).energy.interface_bit == energies["interface_bit"]
+    assert load_hardware(other).energy.mac == 2
+    assert load_hardware(write(tmp_path / "named.toml", 'base = "hbm3"\n')) == load_hardware("hbm3")
+
+
+def test_what_is_wrong_with_a_base_is_one_sentence(tmp_path):
+    write(tmp_path / "second.toml", 'base = "third.toml"\n')
+    for text, sentence in (
+        ('base = "second.toml"\n', "second.toml: base must be a machine without a base of its own"),
+        ("base = 3\n", "mine.toml: base must be a machine without a base of its own, not 3"),
+        ('base = "hmb3"\n', "there is no machine 'hmb3'"),
+    ):
+        with pytest.raises(ValueError, match=sentence):
+            load_hardware(write(tmp_path / "mine.toml", text))
+    with pytest.raises(FileNotFoundError):
+        load_hardware(write(tmp_path / "mine.toml", 'base = "none.toml"\n'))
+
+
 def test_every_field_is_described():
     described = {each.name: each for each in describe(Hardware())}
     assert described["hbm.num_channels"].value == 32

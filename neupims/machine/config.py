@@ -1,10 +1,11 @@
 """Named machines, models and memories, shipped as TOML files in `configs/`, and the user's files.
 
 A machine's file has `about` and, in tables named as the groups of `Hardware`, the fields that
-differ from their defaults: numbers, or text with a unit, such as "14 ns". With `simulator`, a list
-of the public simulator's own files, it begins from those. In its table `energy`, `memory = "hbm3"`
-takes the energies of a kind of memory; fields beside it come after them. A model's file is
-described in `neupims.machine.model_files`. Files are TOML or JSON.
+differ from their defaults: numbers, or text with a unit, such as "14 ns". With `base`, a named
+machine or a file, it begins from that one; with `simulator`, a list of the public simulator's own
+files, from those. In its table `energy`, `memory = "hbm3"` takes the energies of a kind of memory;
+fields beside it come after them. A model's file is described in `neupims.machine.model_files`.
+Files are TOML or JSON.
 """
 
 import os
@@ -142,7 +143,9 @@ def set_fields(hardware: Hardware, values: Mapping[str, Any]) -> Hardware:
     return replace_all(hardware, fields)
 
 
-def _read_machine(name_or_path: str | Path) -> tuple[dict[str, Given], str]:
+def _read_machine(
+    name_or_path: str | Path, *, is_base: bool = False
+) -> tuple[dict[str, Given], str]:
     """Returns the fields that a named machine or a file gives, and the name of the file."""
     path = os.fspath(name_or_path)
     if path.lower().endswith(".ini"):
@@ -150,13 +153,28 @@ def _read_machine(name_or_path: str | Path) -> tuple[dict[str, Given], str]:
     values, file = _read("hardware", path)
     if is_simulator_json(values):
         return _read_simulator([path]), path
+    below = _read_base(values.pop(BASE, None), file, is_base=is_base)
     listed = values.pop("simulator", [])
     if not isinstance(listed, list) or not all(isinstance(each, str) for each in listed):
         raise ValueError(f"{file}: simulator must be a list of files, not {listed!r}")
-    given = _read_simulator([os.path.join(os.path.dirname(file), each) for each in listed])
+    below |= _read_simulator([os.path.join(os.path.dirname(file), each) for each in listed])
     with _name_file(file):
-        own = _flatten(values)
-    return given | {name: Given(value, file) for name, value in own.items()}, file
+        own = {name: Given(value, file) for name, value in _flatten(values).items()}
+        if MEMORY in own:  # its energies come after those of the base
+            replaced = {f"energy.{field}" for field in load_memory(own[MEMORY].value).values}
+            below = {name: each for name, each in below.items() if name not in replaced}
+    return below | own, file
+
+
+def _read_base(base: Any, file: str, *, is_base: bool) -> dict[str, Given]:
+    """Returns the fields of the machine that a file begins from."""
+    if base is None:
+        return {}
+    if is_base or not isinstance(base, str):
+        raise ValueError(f"{file}: base must be a machine without a base of its own, not {base!r}")
+    if base.lower().endswith((*SUFFIXES, ".ini")):
+        base = os.path.join(os.path.dirname(file), base)
+    return _read_machine(base, is_base=True)[0]
 
 
 def _read_simulator(paths: list[str]) -> dict[str, Given]:
@@ -198,15 +216,15 @@ def cost_sources(
         ValueError: As for `load_hardware`.
         OSError: The file cannot be read.
     """
-    given, file = _read_machine(name_or_path)
-    own = {name: each.value for name, each in given.items()}
+    given, _ = _read_machine(name_or_path)
+    changed = {name: Given(value, CALLER) for name, value in (changes or {}).items()}
     found: dict[str, str] = {}
-    for values, origin in ((own, file), (changes or {}, CALLER)):
+    for values in (given, changed):
         if MEMORY in values:
-            sources = load_memory(values[MEMORY]).sources
+            sources = load_memory(values[MEMORY].value).sources
             found |= {f"energy.{field}": source for field, source in sources.items()}
         costs = (name for name in values if name.startswith(("energy.", "area.")))
-        found |= {name: f"given: {origin}" for name in costs if name != MEMORY}
+        found |= {name: f"given: {values[name].by}" for name in costs if name != MEMORY}
     return found
 
 
