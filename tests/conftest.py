@@ -72,6 +72,7 @@ COSTLY_FILES = {
     "test_neupims_search.py",
     "test_neupims_tool.py",
     "test_neupims_step.py",
+    "test_neupims_your_own.py",
     "test_packaging.py",
     "test_pooling_maps.py",
     "test_resnet.py",
