@@ -2,6 +2,8 @@
 form.
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,7 +14,7 @@ from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace
 from neupims.machine.systems import FIDELITIES
 from neupims.machine.workload import Parallel
-from neupims.timing import gemv
+from neupims.timing import gemv, pim_commands
 from neupims.timing.gemv_exact import channel_cycles_exact
 from neupims.timing.layout import logit_groups
 
@@ -241,3 +243,18 @@ def replace_traced(knob, value):
     hardware = Hardware()
     object.__setattr__(getattr(hardware, knob.split(".")[0]), knob.split(".")[1], value)
     return hardware
+
+
+def test_powers_of_two_are_exact():
+    numbers = np.unique(np.concatenate([np.arange(1, 5000), 2 ** np.arange(24), [2**24 - 1, 1.5]]))
+    expected = [2.0 ** math.ceil(math.log2(number)) for number in numbers]
+    assert pim_commands._power_of_two(jnp.asarray(numbers)).tolist() == expected
+    assert pim_commands._power_of_two(0.0) == 1
+
+
+@pytest.mark.parametrize("row_buffers", [1, 2])
+def test_the_timings_that_depend_on_a_wait_are_named(row_buffers):
+    hardware = replace(Hardware(), "pim.row_buffers", row_buffers)
+    alone, beside = (pim_commands.pim_timing(hardware, wait) for wait in (None, 50.0))
+    differing = {name for name in alone._fields if getattr(alone, name) != getattr(beside, name)}
+    assert differing == set(pim_commands.WAITING)

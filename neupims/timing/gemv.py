@@ -9,7 +9,6 @@ Source: the commands of src/operations/NeuPIMSLogitSoftmax.cc and NeuPIMSAttend.
 simulator (github.com/casys-kaist/NeuPIMs).
 """
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
@@ -21,6 +20,7 @@ from neupims.machine.systems import Fidelity
 from neupims.machine.workload import Decoder, Parallel
 from neupims.timing.layout import attend_groups, logit_groups
 from neupims.timing.pim_commands import (
+    WAITING,
     Groups,
     Timing,
     group_cycles,
@@ -90,13 +90,10 @@ def request_works(
         for groups_of in (logit_groups, attend_groups)
     ]
     each = [pim_timing(hardware, wait) for wait in waits]
-    times = jax.tree.map(
-        lambda *values: jnp.stack([jnp.asarray(value, jnp.float32) for value in values])[:, None],
-        *each,
-    )
     if fidelity == "simulator":
-        logit, attend = _look_up(times, *kinds)
+        logit, attend = _look_up(_stack(each, Timing._fields), *kinds)
     else:
+        times = _stack(each, WAITING)
         logit, attend = (
             sum(
                 jnp.where(group.groups > 0, group.groups * smooth_group_cycles(times, group), 0.0)
@@ -105,6 +102,15 @@ def request_works(
             for kind in kinds
         )
     return jnp.where(lengths[:, None] > 0, jnp.stack([logit, attend], axis=-1) * to_core, 0.0)
+
+
+def _stack(each: list[Timing], names: tuple[str, ...]) -> Timing:
+    """Returns timings whose named fields are arrays, (waits, 1); others are those of the first."""
+    columns = {
+        name: jnp.stack([jnp.asarray(getattr(times, name), jnp.float32) for times in each])
+        for name in names
+    }
+    return each[0]._replace(**{name: column[:, None] for name, column in columns.items()})
 
 
 def _look_up(

@@ -59,6 +59,10 @@ class Timing(NamedTuple):
     result_latency: Number  # from the last product to its result
 
 
+# The fields that depend on `wait` in `pim_timing`.
+WAITING = ("gwrite", "reopen", "conflict", "gwrite_estimate")
+
+
 def pim_timing(hardware: Hardware, wait: Number | None = None) -> Timing:
     """Returns the command timing of the hardware. Any new DRAM timing enters the model here.
 
@@ -260,5 +264,6 @@ def smooth_group_cycles(times: Timing, groups: Groups) -> Number:
 def _power_of_two(number: Number) -> Number:
     """Returns the least power of two that is not less, exactly."""
     whole = jnp.maximum(jnp.asarray(number, jnp.float32), 1.0)
-    mantissa, exponent = jnp.frexp(whole)
-    return jnp.ldexp(jnp.float32(1), jnp.where(mantissa == 0.5, exponent - 1, exponent))
+    # The exponent of a float32 lies above its 23 bits of mantissa, which carry into it here.
+    bits = jax.lax.bitcast_convert_type(whole, jnp.int32)
+    return jax.lax.bitcast_convert_type((bits + 0x7FFFFF) & ~0x7FFFFF, jnp.float32)
