@@ -21,7 +21,8 @@ class UsearchStore:
         self.exact = exact  # whether all vectors are compared, without the graph
 
     def put(self, ids: np.ndarray, vectors: np.ndarray) -> None:
-        self.index.add(ids.astype(np.uint64), np.asarray(vectors, np.float32))
+        # one thread makes the same graph in every run
+        self.index.add(ids.astype(np.uint64), np.asarray(vectors, np.float32), threads=1)
 
     def search(self, vectors: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         each = [self.index.search(vector, k, exact=self.exact) for vector in vectors]

@@ -110,18 +110,18 @@ def test_weights_that_do_not_fit_are_refused_with_the_devices_that_would_do(
 
 
 @pytest.mark.parametrize("system", SYSTEMS)
-def test_the_devices_that_would_do_are_the_first_that_do(system):
+def test_the_devices_that_would_do_are_the_fewest(system):
     batch = make_batch([300] * 4, np.arange(4) % 4)
     for rows, groups in ((1500, 1), (700, 1), (500, 2), (250, 1), (120, 1)):
         hardware, now = machine(rows), Parallel(1, groups)
         more = spread_more(hardware, MODEL, batch, now, system=system)
         assert more is not None
         assert not any(find_overflow(hardware, MODEL, batch, more, system=system))
-        if more.pp == groups:
-            fewer = Parallel(more.tp // 2, groups)
-            assert any(find_overflow(hardware, MODEL, batch, fewer, system=system))
-        else:
-            assert more.tp == 8
+        for tp in (1, 2, 4, 8):
+            for pp in range(groups, MODEL.layers + 1):
+                if MODEL.layers % pp == 0 and tp * pp < more.tp * more.pp:
+                    fewer = Parallel(tp, pp)
+                    assert any(find_overflow(hardware, MODEL, batch, fewer, system=system))
 
 
 def test_a_request_that_no_device_holds():
@@ -195,7 +195,7 @@ def test_what_overflows_is_the_same_under_jit_and_vmap(system):
     rows = np.array([1500, 1700, 2048, 3000])
 
     def one(count):
-        hardware = replace(machine(1), "hbm.rows", count)
+        hardware = replace(machine(1500), "hbm.rows", count)
         hardware = replace(hardware, "gpu.memory_bytes", memory_bytes(hardware.hbm))
         return find_overflow(hardware, MODEL, batch, ONE, system=system, most_channels=4)
 
@@ -289,6 +289,22 @@ def test_weights_that_leave_no_room_bind(tmp_path, capsys):
     assert "the weights, which leave no room" in out
     assert main([*flags, "--context", "100", "--tp", "4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["largest_batch"]["value"] > 0
+
+
+def test_a_batch_that_does_not_fit_is_named_with_the_devices_that_hold_it(tmp_path, capsys):
+    model = write_model(tmp_path / "m.toml")
+    flags = ["fit", "--model", str(model), "--set", "hbm.rows=3000", "--set", "hbm.num_channels=4"]
+    assert main([*flags, "--context", "100", "--json"]) == 0
+    most = json.loads(capsys.readouterr().out)["largest_batch"]["value"]
+    asked = ["--context", "100", "--batch"]
+    assert main([*flags, *asked, str(most)]) == 0
+    assert "not fit" not in capsys.readouterr().out
+    assert main([*flags, *asked, str(most + 1)]) == 0
+    said = f"{most + 1:,} requests do not fit at 100 tokens: 2 devices would do ("
+    assert said in capsys.readouterr().out
+    assert main([*flags, "--batch", "1000000"]) == 0
+    out = capsys.readouterr().out
+    assert "1,000,000 requests do not fit: no number of devices would hold" in out
 
 
 @pytest.mark.parametrize("flags", [["--context", "500"], ["--batch", "7"], []])

@@ -418,4 +418,4 @@ def test_the_flags_of_the_tool_are_those_of_the_library(photos, tmp_path, monkey
     said = json.loads(capsys.readouterr().out)
     assert (said["added"], said["excluded"]) == (1, {".*": 1, "/1.jpg": 1})
     assert main(["add", str(tmp_path / "tool"), "--max-megapixels", "0"]) == 2
-    assert "must be above 0" in capsys.readouterr().err
+    assert "must be a number above 0" in capsys.readouterr().err

@@ -603,6 +603,15 @@ def test_kills(built, photos, tmp_path):
     assert 2 < seen["complete"] < len(killed) - 20, seen
 
 
+def test_a_collection_that_was_half_made_is_made_again(built, url):
+    database = Path(url.removeprefix("milvus:"))
+    with open_milvus(url, "other", dim=3, new=True):
+        pass
+    (database / "collections" / "my_index").mkdir()
+    assert push(built, url).added == len(Index.open(built))
+    Index.open(built).search(np.eye(3)[:1], store=url)
+
+
 def test_a_graph_that_was_half_written_is_made_again(built, url):
     own = "import sys; from ggem_jax.retrieval.index.pushing import push; push(*sys.argv[1:])"
     subprocess.run([sys.executable, "-c", own, str(built), url], cwd=ROOT, check=True)

@@ -126,9 +126,17 @@ def _print_table(found: dict[str, Any]) -> None:
     table.add_row("tokens left in the whole memory", f"{found['memory_tokens_left']:,}")
     lines.print(table)
     if found["devices"]:
-        lines.print(f"not even one request fits: {found['devices']}")
+        lines.print(f"{_say_refused(found)}: {found['devices']}")
     if found["pp"] > 1:
         lines.print(
             f"the batch is that of all {found['pp']} groups of layers: each has"
             f" 1/{found['pp']} of it at a time"
         )
+
+
+def _say_refused(found: dict[str, Any]) -> str:
+    batch, context = found["batch"], found["context"]
+    if not batch or (batch == 1 and not context):
+        return "not even one request fits"
+    requests = "one request does" if batch == 1 else f"{batch:,} requests do"
+    return f"{requests} not fit" if not context else f"{requests} not fit at {context:,} tokens"

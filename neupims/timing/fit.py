@@ -64,7 +64,7 @@ class Fit:
     kv_bytes_per_token: float  # at this context, with the padding of tiles
     channel_tokens_left: int | None  # of one more request on the fullest channel; None without PIM
     memory_tokens_left: int  # of more requests of this context, in the whole memory
-    devices: str | None  # how many would do where not even one request fits; None where it does
+    devices: str | None  # how many would do where what was asked does not fit; None where it does
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the values of JSON, as `fit --json` prints them."""
@@ -122,6 +122,7 @@ def fit(
     )
     check_timed(decoder)
     room = _Room(machine, decoder, parallel, known, fidelity)
+    asked = (1 if batch is None else batch, context or 1)
     most_requests = most_tokens = None
     if context is None:
         batch = 1 if batch is None else batch
@@ -132,6 +133,7 @@ def fit(
         batch = most_requests.value
     size = room.kv_bytes(max(context, 1)) * int(pieces(parallel, known))
     channel_left, memory_left = room.left(batch, context)
+    fits = bool(context and batch and channel_left >= 0 and memory_left >= 0)
     return Fit(
         model=name,
         system=known,
@@ -146,11 +148,11 @@ def fit(
         batch=batch,
         largest_batch=most_requests,
         largest_context=most_tokens,
-        fits=bool(context and batch and channel_left >= 0 and memory_left >= 0),
+        fits=fits,
         kv_bytes_per_token=size / max(context, 1),
         channel_tokens_left=room.tokens_of(channel_left) if known in PIM_SYSTEMS else None,
         memory_tokens_left=int(max(memory_left, 0.0) / size * max(context, 1)),
-        devices=room.say_devices(max(context, 1)) if not (context and batch) else None,
+        devices=None if fits else room.say_devices(*asked),
     )
 
 
@@ -198,17 +200,21 @@ class _Room:
         channel = _bisect(lambda number: left(number)[0] >= 0, most)
         memory = _bisect(lambda number: left(number)[1] >= 0, most)
         value = min(channel, memory)
-        binding: Binding = "memory" if self.channels == 1 or memory < channel else "channel"
+        whole = self.channels == 1 or memory < channel or memory == 0
+        binding: Binding = "memory" if whole else "channel"
         if value == most:
             binding = "limit"
         if self.left(1, 0)[1] < 0:
             binding = "weights"
         return Bound(value, channel if self.system in PIM_SYSTEMS else None, memory, binding)
 
-    def say_devices(self, tokens: int) -> str:
-        """Returns how many devices would hold one request."""
-        one = make_batch([tokens], [0])
-        records = (self.hardware, self.model, one, self.parallel)
+    def say_devices(self, requests: int, tokens: int) -> str:
+        """Returns how many devices would hold requests of equal contexts, dealt evenly."""
+        channels = np.arange(requests) % self.channels * int(self.parallel.kv_split)
+        batch = make_batch(
+            np.full(requests, tokens), channels, num_channels=int(self.hardware.hbm.num_channels)
+        )
+        records = (self.hardware, self.model, batch, self.parallel)
         more = spread_more(*records, system=self.system, fidelity=self.fidelity)
         return say_devices(self.parallel, more)
 

@@ -216,7 +216,7 @@ def gemm(
     tile = tile or tiling(hardware, tokens, inner, features)
     width = 1.0 * npu.array_width
     token_blocks, inner_blocks, feature_blocks = (
-        jnp.ceil(side / width) for side in (tile.tokens, tile.inner, tile.features)
+        ceil_divide(side, width) for side in (tile.tokens, tile.inner, tile.features)
     )
     stream = jnp.maximum(width / npu.num_arrays, LEAST_STREAM)
     fill = npu.array_height + width - 2 + stream

@@ -145,7 +145,7 @@ def spread_more(
     fidelity: Fidelity = "simulator",
     prefill: bool = False,
 ) -> Parallel | None:
-    """Returns more devices, whose memory holds a batch: more for each layer first, then groups.
+    """Returns the fewest devices whose memory holds a batch; of equally many, more for each layer.
 
     Args:
         hardware: The machine.
@@ -157,13 +157,13 @@ def spread_more(
         prefill: As for `check_memory`.
 
     Returns:
-        The first of these that fits, or None if none does.
+        How the model is spread over them, or None if no number of devices would do.
     """
     options: dict[str, Any] = {"system": system, "fidelity": fidelity, "prefill": prefill}
     shares = [tp for tp in range(parallel.tp, model.heads + 1) if _divides(model, tp, parallel.pp)]
-    groups = [pp for pp in range(parallel.pp + 1, model.layers + 1) if model.layers % pp == 0]
-    most = max(shares, default=parallel.tp)
-    candidates = [(tp, parallel.pp) for tp in shares] + [(most, pp) for pp in groups]
+    groups = [pp for pp in range(parallel.pp, model.layers + 1) if model.layers % pp == 0]
+    candidates = [(tp, pp) for tp in shares for pp in {parallel.pp, *groups}]
+    candidates.sort(key=lambda spread: (spread[0] * spread[1], spread[1]))
     for more in (Parallel(tp, pp, parallel.kv_split) for tp, pp in candidates):
         if not any(find_overflow(hardware, model, batch, more, **options)):
             return more

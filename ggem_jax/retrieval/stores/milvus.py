@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,9 @@ class MilvusCollection:
                     f"{self.address} has no finished collection {self.name}: push an index into it"
                     " first"
                 )
+            for name, known in zip(names, (marked, there), strict=True):
+                if not known:
+                    self._clear(name)
             if not marked:
                 self._make(names[0], 2, with_value=True)
             if not there:
@@ -159,6 +163,11 @@ class MilvusCollection:
                 f"{self.name} in {self.address} has vectors of {dim} numbers, not {self.dim}: give"
                 " another --collection"
             )
+
+    def _clear(self, name: str) -> None:
+        """Removes the folder of a collection that Milvus Lite was making when it was killed."""
+        if not self.address.startswith(_SERVERS):
+            shutil.rmtree(Path(self.address) / "collections" / name, ignore_errors=True)
 
     def _load(self, names: tuple[str, str], *, again: bool) -> None:
         """Loads the marker's collection and ours; `again` makes both again where that fails.
