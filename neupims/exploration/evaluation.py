@@ -14,6 +14,7 @@ from neupims.exploration.impossible import reason_code
 from neupims.exploration.space import SETTINGS
 from neupims.exploration.workloads import Workload, deal, stack_workloads
 from neupims.machine.hardware import Hardware
+from neupims.machine.layer_kinds import find_mix
 from neupims.machine.record import replace
 from neupims.machine.systems import PIM_SYSTEMS, Fidelity, System
 from neupims.machine.workload import Batch, Decoder, Parallel
@@ -63,6 +64,7 @@ def make_evaluate(
         raise ValueError(f"schedule must be one of {', '.join(SCHEDULES)}, not {schedule!r}")
     base = Hardware() if hardware is None else hardware
     models, parallels, batches = stack_workloads(workloads, ordered=schedule == "dealt")
+    mix = find_mix(models)
 
     def one(
         design: dict[str, Array], workload: tuple[Decoder, Parallel, Batch]
@@ -87,6 +89,7 @@ def make_evaluate(
                 sub_batches=halves,
                 fidelity=fidelity,
                 most_channels=most_channels,
+                mix=mix,
             )
 
         if "sub_batches" in design:

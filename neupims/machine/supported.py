@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
+from neupims.machine.layer_kinds import EVERYTHING, Mix, find_mix
 from neupims.machine.model import Decoder
 from neupims.machine.record import Number
 
@@ -12,10 +13,7 @@ from neupims.machine.record import Number
 def _not_timed(model: Decoder) -> dict[str, Number]:
     """Returns, by feature, whether the model has it while the timing does not compute it."""
     return {
-        "dense_layers beside experts": (model.experts > 0) & (model.dense_layers > 0),
-        "shared_experts": model.shared_experts > 0,
         "expert_skew": model.expert_skew > 0,
-        "a window": model.window > 0,
         "latent attention (kv_rank)": model.kv_rank > 0,
         "expert_bits below 16": (model.experts > 0) & (model.expert_bits < 16),
         "weight_bits below 16": model.weight_bits < 16,
@@ -23,14 +21,25 @@ def _not_timed(model: Decoder) -> dict[str, Number]:
     }
 
 
-def is_timed(model: Decoder) -> Bool[Array, "..."]:
+def _mixed(model: Decoder) -> dict[str, Number]:
+    """Returns, by field of `Mix`, whether the model has it."""
+    return {
+        "shared": model.shared_experts > 0,
+        "dense": (model.experts > 0) & (model.dense_layers > 0),
+        "windows": model.window > 0,
+    }
+
+
+def is_timed(model: Decoder, mix: Mix = EVERYTHING) -> Bool[Array, "..."]:
     """Returns whether the timing computes every feature of a model.
 
     Args:
         model: The model; its numbers may be traced, or have a leading axis.
+        mix: What is computed beside one kind of layer (default: everything).
     """
     found = jnp.bool_(True)
-    for missing in _not_timed(model).values():
+    left_out = [present for name, present in _mixed(model).items() if not getattr(mix, name)]
+    for missing in (*_not_timed(model).values(), *left_out):
         found = found & ~jnp.asarray(missing)
     return found
 
@@ -53,4 +62,27 @@ def check_timed(model: Decoder) -> None:
         raise ValueError(
             f"the model has {' and '.join(missing)}, which the timing does not compute yet;"
             " `neupims show models` gives its parameters and bytes"
+        )
+
+
+def check_alike(model: Decoder) -> None:
+    """Raises unless all layers of a model are alike, with one MLP or experts that are routed to.
+
+    Args:
+        model: The model.
+
+    Raises:
+        ValueError: The model has shared experts, dense layers beside experts, or windows.
+    """
+    mix = find_mix(model)
+    names = {
+        "shared": "shared_experts",
+        "dense": "dense_layers beside experts",
+        "windows": "a window",
+    }
+    found = [name for which, name in names.items() if getattr(mix, which)]
+    if found:
+        raise ValueError(
+            f"the model has {' and '.join(found)}, for which schedules are not searched yet;"
+            " `neupims simulate` times a given schedule"
         )

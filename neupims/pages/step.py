@@ -8,12 +8,14 @@ import numpy as np
 from neupims.envelope import describe_error
 from neupims.machine.case import Case
 from neupims.machine.hardware import Hardware, banks, burst_cycles, peak_bytes_per_cycle
+from neupims.machine.layer_kinds import LayerKind, attended, find_mix, layer_kinds
 from neupims.machine.systems import PIM_SYSTEMS
 from neupims.machine.workload import FLOAT16_BYTES
 from neupims.pages.perfetto import write_perfetto
 from neupims.pages.report import write_report
 from neupims.pages.step_plots import operation_name
 from neupims.simulation import Simulation
+from neupims.timing.iteration import see_window
 from neupims.timing.npu import Context
 from neupims.timing.prefill import prefill_operations
 from neupims.timing.stages import Operation, npu_operation, operations, stages
@@ -229,9 +231,14 @@ def roofline_points(step: Simulation) -> list[dict[str, Any]]:
             & (lengths > 0)
         ]
         tokens = int(mine.sum()) if case.prefill else len(mine)
-        flops, moved = (
-            _attention(case, mine) if each.platform == "PIM" else _npu(case, each, tokens)
-        )
+        flops = moved = 0.0
+        for kind in layer_kinds(case.model, find_mix(case.model)):  # the mean over the layers
+            work = (
+                _attention(case, kind, mine)
+                if each.platform == "PIM"
+                else _npu(case, kind, each, tokens)
+            )
+            flops, moved = flops + kind.share * work[0], moved + kind.share * work[1]
         roof = "GPU" if case.system == "gpu" else {"SA": "NPU", "PIM": "PIM"}[each.platform]
         point = found.setdefault(
             each.name,
@@ -247,18 +254,20 @@ def _label(name: str) -> str:
     return name if name.endswith((".ln", ".res")) else operation_name(name)
 
 
-def _attention(case: Case, lengths: np.ndarray) -> tuple[float, float]:
+def _attention(case: Case, kind: LayerKind, lengths: np.ndarray) -> tuple[float, float]:
     """FLOP and bytes of logit, and equally of attend: 2 FLOP for each key (value) element and query
     head of its group.
     """
-    tokens, model, tp = float(lengths.sum()), case.model, case.parallel.tp
+    model, tp = kind.model, case.parallel.tp
+    tokens = float(np.sum(attended(model, lengths)))
     return 2 * tokens * model.query_width / tp, model.kv_bits / 8 * tokens * model.kv_width / tp
 
 
-def _npu(case: Case, operation: Operation, tokens: int) -> tuple[float, float]:
+def _npu(case: Case, kind: LayerKind, operation: Operation, tokens: int) -> tuple[float, float]:
     """FLOP and bytes of an operation of the NPU."""
-    records = (case.hardware, case.model, case.batch, case.parallel)
-    context = Context(*records, system=case.system, fidelity=case.fidelity)
+    batch = case.batch if case.prefill else see_window(case.batch, kind)
+    records = (case.hardware, kind.model, batch, case.parallel)
+    context = Context(*records, system=case.system, fidelity=case.fidelity, mix=kind.mix)
     work = npu_operation(operation, context, 1.0 * tokens)
     elements = operation.element_operations * float(work.write_bytes) / FLOAT16_BYTES
     return 2 * float(work.macs) + elements, float(work.read_bytes + work.write_bytes)

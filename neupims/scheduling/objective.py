@@ -19,7 +19,7 @@ from jaxtyping import Array, Float, Int
 from neupims.machine.calibration import DEFAULT
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace
-from neupims.machine.supported import check_timed
+from neupims.machine.supported import check_alike, check_timed
 from neupims.machine.systems import Fidelity
 from neupims.machine.workload import Batch, Decoder, Parallel
 from neupims.scheduling.decision import Choices, Decision
@@ -95,6 +95,7 @@ def make_problem(
             channels.
     """
     check_timed(model)
+    check_alike(model)
     if np.any(np.asarray(parallel.kv_split) != 1):
         raise ValueError(
             "a schedule is searched for requests in one channel each: leave out kv_split, which is"

@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float
 
 from neupims.machine.division import ceil_divide
 from neupims.machine.hardware import Hardware, banks, memory_bytes
+from neupims.machine.layer_kinds import attended, other_mlps
 from neupims.machine.model_size import layer_weight_bytes
 from neupims.machine.record import Number
 from neupims.machine.systems import PIM_SYSTEMS, Fidelity, System
@@ -86,11 +87,11 @@ def activation_bytes(model: Decoder, parallel: Parallel, tokens: Number) -> Numb
         parallel: How the model is spread over devices.
         tokens: The tokens that are computed together.
     """
-    qkv, projection, fc1, fc2 = (
-        sides(model, parallel) for sides in (qkv_sides, projection_sides, fc1_sides, fc2_sides)
-    )
-    activation = (fc1[1], fc2[0])
-    widths = [inner + outer for inner, outer in (qkv, projection, fc1, activation, fc2)]
+    operations = [qkv_sides(model, parallel), projection_sides(model, parallel)]
+    for mlp in (model, *other_mlps(model)):
+        fc1, fc2 = fc1_sides(mlp, parallel), fc2_sides(mlp, parallel)
+        operations += [fc1, (fc1[1], fc2[0]), fc2]
+    widths = [inner + outer for inner, outer in operations]
     return FLOAT16_BYTES * tokens * (model.width + reduce(jnp.maximum, widths))
 
 
@@ -104,7 +105,8 @@ def request_tiles(
 ) -> Float[Array, " r"]:
     """Returns the tiles of the keys and values of each request, over all layers of one device.
 
-    With `parallel.kv_split`, these are the tiles on each channel that the request lies in.
+    With `parallel.kv_split`, these are the tiles on each channel that the request lies in. Layers
+    with a window keep its last tokens alone.
 
     Args:
         hardware: The machine.
@@ -113,10 +115,16 @@ def request_tiles(
         parallel: How the model is spread over devices.
         fidelity: The layout of keys and values (`timing.layout`), "simulator" or "intended".
     """
-    if fidelity == "intended":
-        seq_lens = piece_lengths(seq_lens, parallel)
-    tiles = layer_tiles(hardware, model, seq_lens, parallel, fidelity=fidelity)
-    return tiles * layers_of_device(model, parallel)
+
+    def tiles(lengths):
+        if fidelity == "intended":
+            lengths = piece_lengths(lengths, parallel)
+        return layer_tiles(hardware, model, lengths, parallel, fidelity=fidelity)
+
+    windowed = 1.0 * model.window_layers / model.layers  # of the layers
+    seen = tiles(attended(model, jnp.asarray(seq_lens)))
+    mean = windowed * seen + (1 - windowed) * tiles(seq_lens)
+    return mean * layers_of_device(model, parallel)
 
 
 def request_bytes(

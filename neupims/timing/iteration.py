@@ -8,6 +8,8 @@ Source: src/StageProgram.cc and src/scheduler/Scheduler.h of the public simulato
     paper.
 """
 
+import dataclasses
+from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
@@ -19,6 +21,7 @@ from neupims.costs.energy import Counts, Energy, energy
 from neupims.machine.calibration import DEFAULT, Calibration
 from neupims.machine.division import ceil_divide
 from neupims.machine.hardware import Hardware, banks, burst_bytes
+from neupims.machine.layer_kinds import LayerKind, Mix, attended, find_mix, layer_kinds
 from neupims.machine.record import Number, record
 from neupims.machine.supported import check_timed, is_timed
 from neupims.machine.systems import (
@@ -40,7 +43,7 @@ from neupims.timing.attention import (
 )
 from neupims.timing.gemm import Tiling, Work, bytes_per_cycle, holds_tile, tiling
 from neupims.timing.links import link_seconds, messages
-from neupims.timing.npu import Context, mlp_channels, route
+from neupims.timing.npu import Context, mlp_channels, mlp_rows, route
 from neupims.timing.overlap import DRAINED, side_by_side
 from neupims.timing.split import check_split, is_split
 from neupims.timing.stages import INTERLEAVED, PRODUCTS, STAGES, npu_operation, stages
@@ -91,6 +94,7 @@ def simulate(
     most_channels: int | None = None,
     calibration: Calibration = DEFAULT,
     attention: Attention | None = None,
+    mix: Mix | None = None,
 ) -> Iteration:
     """Returns one decode step of a batch: each request gets one token.
 
@@ -110,7 +114,10 @@ def simulate(
         most_channels: A bound on `hbm.num_channels` where that is traced (default: the number
             itself, or 64 where it is traced).
         calibration: The fitted constants.
-        attention: The work of the channels where it is already known (default: computed).
+        attention: The work of the channels where it is already known (default: computed); layers
+            must be alike.
+        mix: What the model has beside one kind of layer, where its numbers are traced (default:
+            read from the model; nothing where they are traced).
 
     Returns:
         Cycles of every operation and stage, throughput, utilization, and energy of one device.
@@ -142,19 +149,70 @@ def simulate(
     )
     if system == "npu-pim":
         sub_batches = 1
-    given = (hardware, model, batch, parallel)
     options: dict[str, Any] = {
         "system": system,
         "sub_batches": sub_batches,
         "fidelity": fidelity,
         "channels": _count_channels(hardware, most_channels),
     }
-    if attention is None and path == "exact" and system in PIM_SYSTEMS:
-        attention = exact_attention(*given, calibration=calibration, **options)
-    return _simulate(*given, calibration, attention, **options)
+    kinds, runs = layer_kinds(model, find_mix(model) if mix is None else mix), []
+    for each in kinds:
+        given = (hardware, each.model, see_window(batch, each), parallel)
+        work = attention
+        if work is None and path == "exact" and system in PIM_SYSTEMS:
+            work = exact_attention(*given, calibration=calibration, **options)
+        runs.append(_simulate(*given, calibration, work, mix=each.mix, **options))
+    return mean_of_layers(kinds, runs)
 
 
-@partial(jax.jit, static_argnames=("system", "sub_batches", "fidelity", "channels"))
+def see_window(batch: Batch, kind: LayerKind) -> Batch:
+    """Returns a batch with the tokens that a kind of layer attends to.
+
+    Args:
+        batch: The requests.
+        kind: The kind of layer.
+    """
+    if not kind.mix.windows:
+        return batch
+    return dataclasses.replace(batch, seq_lens=attended(kind.model, batch.seq_lens))
+
+
+def mean_of_layers(kinds: Sequence[LayerKind], runs: Sequence[Iteration]) -> Iteration:
+    """Returns the iteration of a model with several kinds of layers.
+
+    Cycles of a layer, its stages and operations are the mean over the layers of a device, so that
+    layers times `layer_cycles` is the iteration, as for layers that are alike.
+
+    Args:
+        kinds: The kinds of layers.
+        runs: The iteration of a model with layers of each kind alone.
+    """
+    if len(runs) == 1:
+        return runs[0]
+
+    def mean(shares, values):
+        return sum(share * value for share, value in zip(shares, values, strict=True))
+
+    shares = [each.share for each in kinds]
+    found = jax.tree.map(lambda *values: mean(shares, values), *runs)
+    busy = [
+        share * run.layer_cycles / found.layer_cycles
+        for share, run in zip(shares, runs, strict=True)
+    ]
+    used = {
+        name: mean(busy, [getattr(run, name) for run in runs])
+        for name in ("npu_utilization", "pim_utilization", "bandwidth_utilization")
+    }
+    tokens = runs[0].tokens_per_second * runs[0].iteration_seconds
+    return dataclasses.replace(
+        found,
+        tokens_per_second=tokens / found.iteration_seconds,
+        flagged=jnp.stack([run.flagged for run in runs]).any(axis=0),
+        **used,
+    )
+
+
+@partial(jax.jit, static_argnames=("system", "sub_batches", "fidelity", "channels", "mix"))
 def _simulate(
     hardware,
     model,
@@ -167,8 +225,9 @@ def _simulate(
     sub_batches,
     fidelity,
     channels,
+    mix,
 ) -> Iteration:
-    context = Context(hardware, model, batch, parallel, calibration, system, fidelity)
+    context = Context(hardware, model, batch, parallel, calibration, system, fidelity, mix)
     interleaved = system == "neupims" and sub_batches == 2
     if attention is None:
         attention = closed_attention(
@@ -337,7 +396,7 @@ def summarize(
         energy=spent,
         energy_joules=joules,
         flagged=wrong
-        | ~is_timed(model)
+        | ~is_timed(model, context.mix)
         | (lost if with_pim else False)
         | (~holds_tile(hardware) if system != "gpu" else False)
         | ~jnp.isfinite(seconds)
@@ -351,11 +410,9 @@ def _count_commands(context: Context, total: Work, pim, layers, elapsed, sent, t
     hardware, hbm = context.hardware, context.hardware.hbm
     to_core = hardware.npu.clock_hz / hbm.clock_hz
     # Outside attention: two layer norms of 5 operations, two sums and one activation.
-    routing = route(context.model, tokens)
-    rows = routing.products * routing.tokens  # of the activation
     elements = (
         12.0 * tokens * context.model.width
-        + rows * mlp_channels(context.model) / context.parallel.tp
+        + mlp_rows(context, tokens) * mlp_channels(context.model) / context.parallel.tp
     )
     return Counts(
         npu_macs=layers * total.macs,

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from neupims.machine.calibration import DEFAULT, Calibration
 from neupims.machine.division import ceil_divide, divide
 from neupims.machine.hardware import Hardware
+from neupims.machine.layer_kinds import Mix, shared_mlp
 from neupims.machine.record import Number
 from neupims.machine.systems import Fidelity, System
 from neupims.machine.workload import FLOAT16_BYTES, Batch, Decoder, Parallel
@@ -37,6 +38,7 @@ class Context(NamedTuple):
     calibration: Calibration = DEFAULT  # the fitted constants
     system: System = "neupims"  # one of SYSTEMS
     fidelity: Fidelity = "simulator"  # or "intended"
+    mix: Mix = Mix()  # static: whether there are shared experts, and a window in every layer
 
 
 # (context, tokens, written_before, tile) -> Work
@@ -138,7 +140,8 @@ def matrix_product(
         stuck_after: The field of `Calibration` with the chance that a product of few tokens finds a
             write stuck; None for products in which none was seen.
         routed: Whether tokens are routed to experts, where the model has them. The product is then
-            computed for each expert that has tokens, one after another.
+            computed for each expert that has tokens, one after another, and then for the shared
+            experts, which are one MLP for all tokens.
 
     Returns:
         A `WorkFunction`. Its result is 0 everywhere where there are no tokens.
@@ -158,9 +161,22 @@ def matrix_product(
             calibration=context.calibration,
             fidelity=context.fidelity,
         )
-        return jax.tree.map(
-            lambda value: jnp.where(tokens > 0, routing.products * value, 0.0), found
+        found = jax.tree.map(lambda value: routing.products * value, found)
+        if routed and context.mix.shared:
+            found = jax.tree.map(jnp.add, found, shared_work(context, tokens))
+        return jax.tree.map(lambda value: jnp.where(tokens > 0, value, 0.0), found)
+
+    def shared_work(context: Context, tokens) -> Work:
+        alike = gemm(
+            context.hardware,
+            tokens,
+            *sides(shared_mlp(context.model), context.parallel),
+            npu_only=context.system == "npu-only",
+            calibration=context.calibration,
+            fidelity=context.fidelity,
         )
+        there = jnp.asarray(context.model.shared_experts) > 0
+        return jax.tree.map(lambda value: jnp.where(there, value, 0.0), alike)
 
     return work
 
@@ -203,12 +219,22 @@ def activate(context: Context, tokens, written_before, tile=None) -> Work:
         tile: Not used.
     """
     mlp = divide(mlp_channels(context.model), context.parallel.tp)
-    routing = route(context.model, tokens)
     inputs = context.model.mlp_matrices - 1.0
     options = _vector_options(context, written_before)
-    return vector.activation(
-        context.hardware, routing.products * routing.tokens, mlp, inputs, **options
-    )
+    rows = mlp_rows(context, tokens)
+    return vector.activation(context.hardware, rows, mlp, inputs, **options)
+
+
+def mlp_rows(context: Context, tokens: Number) -> Number:
+    """Returns the rows of `mlp_channels` that a layer computes: one of each token in each MLP.
+
+    Args:
+        context: The model, and whether it has shared experts.
+        tokens: The tokens of the sub-batch.
+    """
+    routing = route(context.model, tokens)
+    rows = routing.products * routing.tokens
+    return rows + tokens * context.model.shared_experts if context.mix.shared else rows
 
 
 def _vector_options(context: Context, written_before) -> dict[str, Any]:

@@ -15,11 +15,12 @@ from jaxtyping import Array, Int
 from neupims.machine.calibration import DEFAULT, Calibration
 from neupims.machine.division import ceil_divide
 from neupims.machine.hardware import Hardware
+from neupims.machine.layer_kinds import attended, find_mix, layer_kinds
 from neupims.machine.supported import check_timed
 from neupims.machine.workload import FLOAT16_BYTES, Batch, Decoder, Parallel
 from neupims.timing.attention import no_attention
 from neupims.timing.gemm import LEAST_STREAM, Work, bytes_per_cycle
-from neupims.timing.iteration import Iteration, summarize
+from neupims.timing.iteration import Iteration, mean_of_layers, summarize
 from neupims.timing.layout import heads_of_device
 from neupims.timing.links import link_seconds, messages
 from neupims.timing.npu import Context
@@ -66,12 +67,17 @@ def prefill(
     if system not in PREFILL_SYSTEMS:
         raise ValueError(f"prefill runs on {' or '.join(PREFILL_SYSTEMS)}, not {system!r}")
     check_timed(model)
-    return _prefill(hardware, model, batch, parallel, calibration, system=system)
+    kinds = layer_kinds(model, find_mix(model))
+    runs = [
+        _prefill(hardware, each.model, batch, parallel, calibration, system=system, mix=each.mix)
+        for each in kinds
+    ]
+    return mean_of_layers(kinds, runs)
 
 
-@partial(jax.jit, static_argnames="system")
-def _prefill(hardware, model, batch, parallel, calibration, *, system) -> Iteration:
-    context = Context(hardware, model, batch, parallel, calibration, system, "intended")
+@partial(jax.jit, static_argnames=("system", "mix"))
+def _prefill(hardware, model, batch, parallel, calibration, *, system, mix) -> Iteration:
+    context = Context(hardware, model, batch, parallel, calibration, system, "intended", mix)
     tokens = jnp.stack([jnp.sum(batch.seq_lens * 1.0), jnp.float32(0)])
     works = [npu_operation(each, context, tokens[0]) for each in prefill_operations()]
     side, _ = side_by_side(hardware, calibration, works, jnp.zeros(0), jnp.zeros(0))
@@ -140,9 +146,12 @@ def prefill_attention(
     of a query takes a pass over the keys before it. Keys and values of a head are read once if they
     fit half of the scratchpad, else again for each block of queries.
 
+    With a window, a block of queries meets at most the blocks of the window and one more, a query
+    attends to at most the window, and keys and values of the window must fit.
+
     Args:
         hardware: The machine.
-        model: The model.
+        model: The model; its `window`, if it has one, is that of the layer.
         seq_lens: The tokens of each prompt, (r,).
         parallel: How the model is spread over devices.
         calibration: The fitted constants; only `queued_efficiency` is used.
@@ -156,23 +165,25 @@ def prefill_attention(
     width, height = 1.0 * npu.array_width, 1.0 * npu.array_height
     stream = jnp.maximum(width / npu.num_arrays, LEAST_STREAM)
     blocks = ceil_divide(lengths, width)
-    pairs = blocks * (blocks + 1) / 2  # of a block of queries with a block of keys
+    seen = attended(model, lengths)  # by the last query
+    most = jnp.minimum(blocks, ceil_divide(seen, width) + 1)  # blocks of keys for one of queries
+    # of a block of queries with a block of keys
+    pairs = most * (most + 1) / 2 + (blocks - most) * most
     depth = ceil_divide(head, width)
     logit = depth * (blocks * height + stream * (pairs - blocks))
     attend = pairs * (height + stream * (depth - 1))
     arrays = heads * jnp.sum(jnp.where(lengths > 0, logit + attend, 0))
-    row = softmax_cycles(hardware, lengths[:, None] * ((jnp.arange(ROWS) + 0.5) / ROWS)).mean(
-        axis=1
-    )
+    rows = attended(model, lengths[:, None] * ((jnp.arange(ROWS) + 0.5) / ROWS))
+    row = softmax_cycles(hardware, rows).mean(axis=1)
     vectors = heads * jnp.sum(jnp.where(lengths > 0, lengths * row, 0)) / npu.vector_units
     tokens = lengths.sum()
     number_bytes = model.kv_bits / 8
-    fits = 2 * number_bytes * lengths * head <= npu.scratchpad_bytes / 2
+    fits = 2 * number_bytes * seen * head <= npu.scratchpad_bytes / 2
     keys = jnp.sum(jnp.where(fits, lengths, pairs * width))  # and values, that are read
     read = head * (FLOAT16_BYTES * tokens * heads + number_bytes * 2 * keys * kv_heads)
     written = FLOAT16_BYTES * tokens * head * heads
     memory = (read + written) / calibration.queued_efficiency / bytes_per_cycle(hardware)
     busy = jnp.maximum(arrays, vectors)
     cycles = jnp.maximum(memory, busy) + height + width + stream
-    macs = 2 * heads * head * jnp.sum(lengths * (lengths + 1) / 2)
+    macs = 2 * heads * head * jnp.sum(seen * (seen + 1) / 2 + (lengths - seen) * seen)
     return Work(cycles, jnp.maximum(memory - busy, 0), arrays, read, written, macs)
