@@ -109,7 +109,7 @@ def test_dense_layers_beside_experts():
 
 
 def test_attention_of_a_prefill_with_a_window():
-    """Counted one query after the other, and one block of 128 queries after the other."""
+    """Counted one query after the other."""
     lengths, window = np.array([1000, 130, 60]), 200
     work = [
         prefill_attention(Hardware(), model, lengths, ALONE, calibration=DEFAULT)
