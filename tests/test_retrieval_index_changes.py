@@ -20,7 +20,7 @@ from small_index import (
 from ggem_jax.files.images import UnreadableImage
 from ggem_jax.retrieval.index.index import Index, add, build, info, remove
 from ggem_jax.retrieval.index.report import Report
-from ggem_jax.retrieval.index.store import IndexRefused
+from ggem_jax.retrieval.index.store import INDEX, IndexRefused
 from ggem_jax.retrieval.index.verification import verify
 
 # Adding, changing, moving, removing
@@ -130,6 +130,24 @@ def test_remove(built, photos):
     remove(built, ["a", "00.png"], exclude=False)
     assert add(built, extract, SETTINGS).added == 5
     assert_right(built, photos)
+
+
+def test_the_database_shrinks_when_most_of_it_is_unused(tmp_path):
+    """A file keeps its unused pages up to a quarter of all, so that small changes cost little."""
+    for seed in range(60):
+        save(tmp_path / "photos" / f"{seed:02}{'x' * 200}.png", seed)
+    build(tmp_path / "photos", tmp_path / "index", extract, SETTINGS)
+    sizes = []
+    for pattern in ("0*", "[1-5]*"):
+        remove(tmp_path / "index", [pattern])
+        with contextlib.closing(sqlite3.connect(tmp_path / "index" / INDEX)) as database:
+            pages, unused = (
+                database.execute(f"PRAGMA {name}").fetchone()[0]
+                for name in ("page_count", "freelist_count")
+            )
+        assert unused <= pages / 4
+        sizes.append(pages)
+    assert sizes[1] < sizes[0]
 
 
 def test_unused_rows_are_dropped_when_they_are_the_majority(built):
