@@ -80,6 +80,9 @@ def test_the_command_prints_the_record_of_the_library(capsys, tmp_path, machines
     )
     assert json.loads(capsys.readouterr().out) == json.loads(json.dumps(found.to_dict()))
     content = page.read_text()
+    leads = [winner.lead for winner in found.winners]
+    assert min(leads) > 0
+    assert all(f"{100 * lead:.4g}" in content for lead in leads)
     assert [content.count(f"<h2>{title}") for title in ("Winners", "Systems and machines")] == [
         1
     ] * 2

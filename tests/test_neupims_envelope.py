@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from test_neupims_validate import KNOBS, MEASURED, write_table
 
@@ -18,6 +19,9 @@ from neupims.envelope import (
     load_table,
     runs_of,
 )
+from neupims.exploration.space import make_space
+from neupims.exploration.validated import count_validated
+from neupims.exploration.workloads import make_workloads
 from neupims.machine.workload import Decoder, Parallel
 
 BATCH = make_batch([600, 40, 513, 300], [0, 1, 0, 2])
@@ -239,3 +243,16 @@ def test_the_table_of_made_runs(measured):
         100 * (layer.predicted / 1000 - 1), abs=0.01
     )
     assert Parallel(1, 1) == measured[0].case.parallel
+
+
+def test_knobs_of_a_design_are_compared_with_the_envelope():
+    """GPT3-7B has 32 heads: the heads of a device are compared, not tp; other knobs as they are."""
+    limits = envelope("neupims_sbi")
+    low, high = limits["model.heads_of_device"]
+    shares = [tp for tp in (1, 2, 4, 8, 16, 32) if low <= 32 / tp <= high]
+    assert 0 < len(shares) < 6
+    knobs = {"parallel.tp": [1, 2, 4, 8, 16, 32], "npu.num_arrays": [4, 8]}
+    values = np.array([[tp, arrays] for tp in knobs["parallel.tp"] for arrays in (4, 8)], float)
+    options = {"system": "neupims", "sub_batches": 2, "fidelity": "simulator", "schedule": "trace"}
+    workload = make_workloads("gpt3-7b", BATCH)
+    assert count_validated(make_space(knobs), workload, options, values) == len(shares)

@@ -269,6 +269,7 @@ def test_what_binds_is_named_and_by_hand(tmp_path):
     assert float(request_tiles(machine(3000), MODEL, [700], ONE)[0]) == 864
     found = fit(model, changes=changes, context=700)
     assert found.largest_batch == (4, 4, 6, "channel")
+    assert found.kv_bytes_per_token == pytest.approx(864 * 32768 / 700)
     room = float(channel_tiles(machine(3000), MODEL, ONE, 4))
     left = found.channel_tokens_left
     assert float(request_tiles(machine(3000), MODEL, [left], ONE)[0]) <= room - 864
@@ -287,6 +288,9 @@ def test_weights_that_leave_no_room_bind(tmp_path, capsys):
     out = capsys.readouterr().out
     assert "not even one request fits: 4 devices would do (--tp 4)" in out
     assert "the weights, which leave no room" in out
+    assert "groups of layers" not in out
+    assert main([*flags, "--context", "100", "--pp", "2"]) == 0
+    assert "the batch is that of all 2 groups of layers" in capsys.readouterr().out
     assert main([*flags, "--context", "100", "--tp", "4", "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["largest_batch"]["value"] > 0
 
