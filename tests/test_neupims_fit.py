@@ -404,6 +404,16 @@ def test_a_dealt_batch_may_overflow_one_channel():
     assert int(reason_code(machine(3000), MODEL, batch, ONE, full_channels=True)) == 0
 
 
+def test_a_channel_that_is_not_there_matters_to_all_systems_but_the_gpu():
+    batch = make_batch([700], [5], num_channels=8)
+    for system in SYSTEMS:
+        code = int(reason_code(machine(3000), MODEL, batch, ONE, system=system))
+        if system == "gpu":
+            assert code == 0
+        else:
+            assert REASONS[code] == "a request on a channel that does not exist"
+
+
 def trace_with_a_full_channel(path):
     path.write_text("seq_len,ch_idx\n" + "300,0\n" * 3 + "40,1\n" * 2)
     return path

@@ -525,6 +525,15 @@ def test_show_gives_the_sizes_of_a_file(tmp_path, capsys):
     assert "--model is for models" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("layers", "windows"), [(24, 12), (25, 13)])
+def test_every_other_layer_of_gpt_oss_has_the_window_where_the_file_does_not_say(
+    tmp_path, layers, windows
+):
+    values = GPT_OSS | {"layer_types": None, "num_hidden_layers": layers}
+    model = read(tmp_path, values).model
+    assert (int(model.window), int(model.window_layers)) == (128, windows)
+
+
 ODD = ("x", "", -1, 0, 1.5, [], [1], {}, {"a": 1}, None, True, 10**30)
 ALL = [LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN2_MOE, QWEN3_MOE, GEMMA2, GEMMA3, GPT_OSS, DEEPSEEK, OPT]
 MORE = {
