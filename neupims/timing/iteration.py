@@ -272,7 +272,7 @@ def _simulate(
             else 0.0
         )
         starts += [side.starts for side in sides]
-        cycles += [side.ends - side.starts for side in sides]
+        cycles += [side.cycles for side in sides]
         works.append(npu)
     return summarize(
         context,

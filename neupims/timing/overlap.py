@@ -22,6 +22,7 @@ class Side(NamedTuple):
 
     starts: Float[Array, " operations"]  # core cycles
     ends: Float[Array, " operations"]  # core cycles
+    cycles: Float[Array, " operations"]  # core cycles of each; free of the rounding of end - start
 
 
 def side_by_side(
@@ -49,25 +50,23 @@ def side_by_side(
     slowdown = jnp.where(
         jnp.asarray(hardware.pim.row_buffers) > 1, calibration.pim_slowdown, BLOCKED
     )
-    solo = jnp.cumsum(jnp.stack([work.cycles for work in npu])) if npu else jnp.zeros(0)
+    solo = jnp.stack([work.cycles for work in npu]) if npu else jnp.zeros(0)
     slow = (
-        jnp.cumsum(jnp.stack([work.cycles + work.memory_cycles * slowdown for work in npu]))
-        if npu
-        else solo
+        jnp.stack([work.cycles + work.memory_cycles * slowdown for work in npu]) if npu else solo
     )
-    pim_solo, pim_slow = jnp.cumsum(alone), jnp.cumsum(beside)
-    until = jnp.minimum(slow[-1], pim_slow[-1]) if npu and alone.shape[0] else 0.0
-    return _follow(solo, slow, until), _follow(pim_solo, pim_slow, until)
+    both = npu and alone.shape[0]
+    until = jnp.minimum(jnp.cumsum(slow)[-1], jnp.cumsum(beside)[-1]) if both else 0.0
+    return _follow(solo, slow, until), _follow(alone, beside, until)
 
 
 def _follow(solo, slow, until) -> Side:
     """Runs operations at the slow pace `until` the first side has ended, then at their own pace."""
     if not solo.shape[0]:
-        return Side(solo, solo)
+        return Side(solo, solo, solo)
     zero = jnp.zeros_like(solo[:1])
-    begins, took = jnp.concatenate([zero, slow[:-1]]), jnp.diff(slow, prepend=0.0)
-    # The share of each operation that is done at the slow pace.
-    shares = jnp.clip(until - begins, 0, took) / jnp.maximum(took, 1e-9)
-    done = (shares * jnp.diff(solo, prepend=0.0)).sum()
-    ends = jnp.where(slow <= until, slow, until + solo - done)
-    return Side(jnp.concatenate([zero, ends[:-1]]), ends)
+    slow_ends = jnp.cumsum(slow)
+    spent = jnp.clip(until - jnp.concatenate([zero, slow_ends[:-1]]), 0, slow)
+    left = 1 - spent / jnp.maximum(slow, 1e-9)  # the share of each that is done at its own pace
+    cycles = jnp.where(slow_ends <= until, slow, spent + left * solo)
+    ends = jnp.cumsum(cycles)
+    return Side(jnp.concatenate([zero, ends[:-1]]), ends, cycles)
