@@ -23,6 +23,8 @@ from train import classify
 from train.build import build_model
 from train.cli import Refused, configs_of, from_dict, known_configs, load_config, to_dict
 from train.config import Augment, Config, Data, Optimizer
+from train.data import open_data
+from train.digest import describe_data
 from train.evaluate import Predictions
 from train.log import Log, drop_lines_after, read_metrics
 from train.run import read_run
@@ -48,11 +50,10 @@ def trained(tmp_path_factory):
 
 def test_a_run_leaves_its_config_metrics_checkpoint_and_image(trained):
     run = trained / "ggem"
-    facts = {"classes": list("0123456789"), "train": 1438, "eval": 359}
-    assert read_run(run) == (
-        load_config(Config, [*TINY, "--epochs", "2", "--out", str(run)], "test"),
-        facts,
-    )
+    config, facts = read_run(run)
+    assert config == load_config(Config, [*TINY, "--epochs", "2", "--out", str(run)], "test")
+    assert facts == describe_data(config, *open_data(config.data))
+    assert (facts["classes"], facts["train"], facts["eval"]) == (list("0123456789"), 1438, 359)
     lines = read_metrics(run, "train")
     assert lines[-1]["step"] == 90
     assert lines[-1]["loss"] < lines[0]["loss"]

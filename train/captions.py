@@ -1,6 +1,5 @@
 """Images with captions as records, and captions that are made of class names."""
 
-import itertools
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -75,7 +74,6 @@ class Captioned:
     images: Images
     captions: Sequence[Captions]  # of each image
     classes: tuple[str, ...] = ()  # in words, where captions are made of them
-    names: Sequence[str] = ()  # of the images, where the source has names
 
     def __len__(self) -> int:
         return len(self.images)
@@ -86,9 +84,8 @@ class Captioned:
         Args:
             indices: Numbers of the images, `(m,)`; the result has their order.
         """
-        names = [self.names[i] for i in indices] if self.names else ()
         return make_captioned(
-            self.images.take(indices), [self.captions[i] for i in indices], self.classes, names
+            self.images.take(indices), [self.captions[i] for i in indices], self.classes
         )
 
     def shuffled(self, seed: int) -> "Captioned":
@@ -106,7 +103,7 @@ class Captioned:
         captions: list[Captions] = [()] * len(self)
         for one, other in zip(order, np.roll(order, 1), strict=True):
             captions[one] = self.captions[other]
-        return make_captioned(self.images, captions, self.classes, self.names)
+        return make_captioned(self.images, captions, self.classes)
 
     def texts(self) -> tuple[tuple[str, ...], np.ndarray]:
         """Returns the distinct captions, and the pairs (image, text), `(m, 2)`."""
@@ -119,10 +116,10 @@ class Captioned:
         return tuple(numbers), np.array(pairs, np.int64)
 
     def digest(self) -> int:
-        """Returns a checksum of all captions in their order, and of the names of their images."""
+        """Returns a checksum of all captions in the order of their images."""
         total = 0
-        for name, each in itertools.zip_longest(self.names, self.captions):
-            total = zlib.crc32(repr((name, each)).encode(), total)
+        for each in self.captions:
+            total = zlib.crc32(repr(each).encode(), total)
         return total
 
 
@@ -130,7 +127,6 @@ def make_captioned(
     images: Images,
     captions: Sequence[Captions],
     classes: tuple[str, ...] = (),
-    names: Sequence[str] = (),
 ) -> Captioned:
     """Returns images with their captions; the images are numbered anew from 0.
 
@@ -138,15 +134,15 @@ def make_captioned(
         images: The images; their labels are dropped.
         captions: Captions of each image, at least one.
         classes: Words of the classes, where captions are made of them.
-        names: Names of the images, where the source has names.
     """
     numbered = Images(
         len(images),
         ("image",),
         lambda i: (images.load(i)[0], i),
         lambda: np.arange(len(images), dtype=np.int32),
+        images.stored,
     )
-    return Captioned(numbered, captions, classes, names)
+    return Captioned(numbered, captions, classes)
 
 
 def choose_class_words(classes: tuple[str, ...], data: Data, text: Text) -> tuple[str, ...]:

@@ -12,6 +12,7 @@ from train.batches import train_batches
 from train.cli import load_config
 from train.config import Config
 from train.data import Images, open_data
+from train.digest import describe_data
 from train.evaluate import evaluate
 from train.loop import Evaluation, Task, TrainedRun, check_devices, run, run_tool
 from train.run import join_processes
@@ -48,7 +49,7 @@ def train(
     check_devices(config)
     classes = train_set.classes
     total = max(round(config.epochs * len(train_set) / config.batch), 1)
-    facts = {"classes": list(classes), "train": len(train_set), "eval": len(eval_set)}
+    facts = describe_data(config, train_set, eval_set)
 
     def task() -> Task:
         steps = make_steps(config, len(classes), total)

@@ -33,6 +33,7 @@ from train.build import build_model
 from train.captions import Captioned, Text
 from train.cli import load_config, require
 from train.config import Config, Data, Optimizer
+from train.digest import describe_data
 from train.evaluate import compute_outputs, put_on_devices
 from train.loop import Evaluation, Task, TrainedRun, check_devices, run, run_tool
 from train.pairs import open_captions
@@ -122,10 +123,8 @@ def train(config: ContrastiveConfig, *, quiet: bool = False) -> TrainedRun:
     total = max(round(config.epochs * len(train_set) / config.batch), 1)
     given = None if config.text.tokenizer is None else read_tokenizer(config.text.tokenizer)
     tokens = None if given is None else zlib.crc32(given.text.encode())
-    facts = {
+    facts = describe_data(config, train_set.images, eval_set.images) | {
         "classes": list(train_set.classes),
-        "train": len(train_set),
-        "eval": len(eval_set),
         "captions": train_set.digest(),
         "tokenizer": tokens,
     }

@@ -5,6 +5,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -17,6 +18,14 @@ TRAIN_SPLITS = ("train",)
 EVAL_SPLITS = ("val", "validation", "test")
 
 
+class Stored(NamedTuple):
+    """An image as its source stores it."""
+
+    name: str  # relative to the source; empty where images have no names
+    size: int  # bytes
+    read: Callable[[], bytes]  # () -> its contents; raises OSError
+
+
 @dataclass(frozen=True)
 class Images:
     """One split of labelled images."""
@@ -26,9 +35,22 @@ class Images:
     # i -> image i and its label; raises UnreadableImage where it cannot be decoded
     load: Callable[[int], tuple[RGB, int]]
     labels: Callable[[], np.ndarray]  # () -> labels of all images, without decoding them
+    # i -> image i as it is stored; None: the images are in memory
+    files: Callable[[int], Stored] | None = None
 
     def __len__(self) -> int:
         return self.size
+
+    def stored(self, i: int) -> Stored:
+        """Returns an image as it is stored: its file, or its pixels where it is in memory.
+
+        Args:
+            i: Number of the image.
+        """
+        if self.files is not None:
+            return self.files(i)
+        pixels = self.load(i)[0]
+        return Stored("", pixels.nbytes, pixels.tobytes)
 
     def take(self, indices: np.ndarray) -> "Images":
         """Returns some of the images.
@@ -41,6 +63,7 @@ class Images:
             self.classes,
             lambda i: self.load(int(indices[i])),
             lambda: self.labels()[indices],
+            lambda i: self.stored(int(indices[i])),
         )
 
     def of_classes(self, kept: np.ndarray, labels: np.ndarray) -> "Images":
@@ -57,7 +80,8 @@ class Images:
             image, label = taken.load(i)
             return image, int(np.searchsorted(kept, label))
 
-        return Images(len(taken), tuple(self.classes[i] for i in kept), load, lambda: own)
+        names = tuple(self.classes[i] for i in kept)
+        return Images(len(taken), names, load, lambda: own, taken.stored)
 
 
 def open_data(data: Data) -> tuple[Images, Images]:
@@ -137,15 +161,24 @@ def join_splits(parts: list[Images]) -> Images:
     """
     ends = np.cumsum([len(part) for part in parts])
 
-    def load(i: int) -> tuple[RGB, int]:
+    def place(i: int) -> tuple[Images, int]:
         part = int(np.searchsorted(ends, i, side="right"))
-        return parts[part].load(i - int(ends[part]) + len(parts[part]))
+        return parts[part], i - int(ends[part]) + len(parts[part])
+
+    def load(i: int) -> tuple[RGB, int]:
+        part, own = place(i)
+        return part.load(own)
+
+    def stored(i: int) -> Stored:
+        part, own = place(i)
+        return part.stored(own)
 
     return Images(
         int(ends[-1]),
         parts[0].classes,
         load,
         lambda: np.concatenate([part.labels() for part in parts]),
+        stored,
     )
 
 
@@ -279,7 +312,24 @@ def _class_folders(root: Path) -> Images:
         tuple(classes),
         lambda i: (read_image(paths[i]), int(label_array[i])),
         lambda: label_array,
+        lambda i: stored_file(paths[i], paths[i].relative_to(root).as_posix()),
     )
+
+
+def stored_file(path: Path, name: str) -> Stored:
+    """Returns a file as an image is stored in it.
+
+    Args:
+        path: The file.
+        name: Its name relative to the source.
+
+    Raises:
+        Refused: The file is gone.
+    """
+    try:
+        return Stored(name, path.stat().st_size, path.read_bytes)
+    except OSError as error:
+        raise Refused(f"{path} cannot be read: {error.strerror}") from None
 
 
 def tfds(
@@ -370,8 +420,16 @@ def _tfds_split(builder, split: str) -> Images:
     def column(name: str) -> np.ndarray:
         return np.array([records[i][name] for i in range(len(records))])
 
+    def stored(i: int) -> Stored:
+        content = records[i]["image"]
+        return Stored("", len(content), lambda: content)
+
     images = Images(
-        len(records), classes, load, functools.cache(lambda: column("label").astype(np.int32))
+        len(records),
+        classes,
+        load,
+        functools.cache(lambda: column("label").astype(np.int32)),
+        stored,
     )
     if "index" in builder.info.features and not builder.info.disable_shuffling:
         return images.take(np.argsort(column("index"), kind="stable"))

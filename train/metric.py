@@ -31,6 +31,7 @@ from train.build import build_model
 from train.cli import Refused, load_config, require
 from train.config import Config, Data, Optimizer
 from train.data import Images, open_disjoint
+from train.digest import describe_data
 from train.evaluate import compute_outputs
 from train.loop import Evaluation, Task, TrainedRun, check_devices, run, run_tool
 from train.run import join_processes
@@ -171,12 +172,7 @@ def train(
     )
     total = max(round(config.epochs * len(train_set) / config.batch), 1)
     classes = len(train_set.classes)
-    facts = {
-        "classes": list(train_set.classes),
-        "train": len(train_set),
-        "eval": len(eval_set),
-        "eval_classes": list(eval_set.classes),
-    }
+    facts = describe_data(config, train_set, eval_set) | {"eval_classes": list(eval_set.classes)}
 
     def task() -> Task:
         steps = make_metric_steps(config, classes, total)

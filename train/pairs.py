@@ -20,7 +20,7 @@ import os
 import re
 import sys
 import tarfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
@@ -40,7 +40,7 @@ from train.captions import (
 from train.cli import Refused
 from train.config import Data
 from train.data import KNOWN as KNOWN_CLASSES
-from train.data import Images, draw_held_out, open_data
+from train.data import Images, Stored, draw_held_out, open_data, stored_file
 
 KNOWN = f"{KNOWN_CLASSES}, csv:FILE, wds:PATTERN"
 MOST_SHARDS = 1_000_000
@@ -136,7 +136,14 @@ def read_csv(name: str, corrupt: str) -> Captioned:
         if caption and there[image]:
             captions.setdefault(image, []).append(caption)
     paths = [images[image] for image in captions]
-    return _of_files(lambda i: read_image(paths[i]), captions.values(), f"{path}", list(captions))
+    names = [
+        os.path.relpath(each, path.parent) if os.path.isabs(each) else each for each in captions
+    ]
+
+    def stored(i: int) -> Stored:
+        return stored_file(paths[i], names[i])
+
+    return _of_files(lambda i: read_image(paths[i]), stored, captions.values(), f"{path}")
 
 
 @dataclass(frozen=True)
@@ -148,7 +155,17 @@ class Member:
     offset: int  # of its first byte in the shard, bytes
     size: int  # bytes
 
-    def read(self) -> RGB:
+    def read(self) -> bytes:
+        """Returns the file of the image.
+
+        Raises:
+            OSError: The shard cannot be read.
+        """
+        with self.shard.open("rb") as file:
+            file.seek(self.offset)
+            return file.read(self.size)
+
+    def decode(self) -> RGB:
         """Returns the decoded image, `(height, width, 3)` uint8.
 
         Raises:
@@ -156,11 +173,13 @@ class Member:
         """
         name = f"{self.name} in {self.shard}"
         try:
-            with self.shard.open("rb") as file:
-                file.seek(self.offset)
-                return read_image(file.read(self.size), name=name)
+            return read_image(self.read(), name=name)
         except OSError as error:
             raise UnreadableImage(f"{name} cannot be read: {error.strerror}") from None
+
+    def stored(self) -> Stored:
+        """Returns the member as an image is stored in it."""
+        return Stored(f"{self.shard.name}/{self.name}", self.size, self.read)
 
 
 def read_shards(pattern: str, corrupt: str) -> Captioned:
@@ -186,10 +205,7 @@ def read_shards(pattern: str, corrupt: str) -> Captioned:
                 captions.append(found)
     _check_complete(lacking, pattern, corrupt)
     return _of_files(
-        lambda i: members[i].read(),
-        captions,
-        pattern,
-        [f"{member.shard.name}/{member.name} {member.size}" for member in members],
+        lambda i: members[i].decode(), lambda i: members[i].stored(), captions, pattern
     )
 
 
@@ -323,16 +339,18 @@ def _caption(content: bytes, ending: str) -> list[str]:
     return found
 
 
-def _of_files(load, captions: Iterable[list[str]], name: str, names: Sequence[str]) -> Captioned:
+def _of_files(
+    load: Callable[[int], RGB],
+    stored: Callable[[int], Stored],
+    captions: Iterable[list[str]],
+    name: str,
+) -> Captioned:
     kept = [tuple(dict.fromkeys(each)) for each in captions]
     if not kept:
         raise Refused(f"{name} holds no image with a caption")
-    return make_captioned(
-        Images(len(kept), ("image",), lambda i: (load(i), i), lambda: np.arange(len(kept))),
-        kept,
-        (),
-        names,
-    )
+    numbers = np.arange(len(kept))
+    images = Images(len(kept), ("image",), lambda i: (load(i), i), lambda: numbers, stored)
+    return make_captioned(images, kept)
 
 
 def _check_complete(lacking: dict[str, str], source: str, corrupt: str) -> None:

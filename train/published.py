@@ -11,8 +11,23 @@ from ggem_jax.models.config import ViTConfig
 from ggem_jax.weights import MismatchedWeights
 from ggem_jax.weights.architecture import Given
 from ggem_jax.weights.declared import Norms
+from ggem_jax.weights.vit import PublishedViT
 from train.cli import Refused, published_vit
 from train.step import State, Steps
+
+
+def read_start(path: Path, model: ViTConfig) -> PublishedViT:
+    """Returns the network of the file that `--init` names.
+
+    Args:
+        path: File of a ViT.
+        model: Settings of the ViT, which decide what the file leaves open.
+
+    Raises:
+        Refused: The file cannot be read.
+    """
+    norm: Norms = "post" if model.post_norm else "pre"
+    return published_vit(path, Given(model.heads, model.gelu, model.norm_eps, norm))
 
 
 def start_from(path: Path, model: ViTConfig, state: State, steps: Steps) -> State:
@@ -29,8 +44,7 @@ def start_from(path: Path, model: ViTConfig, state: State, steps: Steps) -> Stat
     Raises:
         Refused: The file cannot be read or does not fit.
     """
-    norm: Norms = "post" if model.post_norm else "pre"
-    published = published_vit(path, Given(model.heads, model.gelu, model.norm_eps, norm))
+    published = read_start(path, model)
 
     def fill(params: Any) -> Any:
         if "patch_embedding" in params:

@@ -27,6 +27,9 @@ FREE = (
     "data.data_dir", "data.download", "data.workers", "data.eval_split", "data.corrupt",
     "data_found.eval",
 )  # fmt: skip
+# Paths that may change when a run resumes because digests tell what lies there.
+MOVABLE = {"data.source", "text.tokenizer", "text.names"}
+DIGEST = "data_found.digest."
 
 
 def join_processes() -> None:
@@ -117,20 +120,41 @@ def _keep_settings(config: Config, facts: dict[str, Any]) -> None:
     now = {**to_dict(config), "data_found": facts}
     if has_checkpoint(config.out):
         before, facts_before = read_run(config.out, type(config))
-        here, there = _flat(now), _flat({**to_dict(before), "data_found": facts_before})
-        changed = [
-            name for name in here | there if name not in FREE and here.get(name) != there.get(name)
-        ]
-        if changed:
-            settings = "; ".join(
-                f"{name} {there.get(name)} there, {here.get(name)} now" for name in changed
-            )
-            raise Refused(
-                f"{config.out} holds a run with other settings ({settings}): choose another --out"
-            )
+        _refuse_changes(config.out, now, {**to_dict(before), "data_found": facts_before})
     write_text(
         config.out / "config.json", json.dumps({"tool": config.tool, **now}, indent=2) + "\n"
     )
+
+
+def _refuse_changes(run: Path, now: dict[str, Any], then: dict[str, Any]) -> None:
+    """Raises `Refused` if the settings or the data of a run are others than they were.
+
+    Files may lie elsewhere than they did as long as they are the same by their digests, which runs
+    of earlier versions do not have.
+    """
+    here, there = _flat(now), _flat(then)
+    free = {*FREE, "data_found.weights"}
+    if any(name.startswith(DIGEST) for name in there):
+        free |= MOVABLE
+    else:
+        free |= {name for name in here if name.startswith(DIGEST)}
+    if here.get("data_found.weights") == there.get("data_found.weights") is not None:
+        free.add("init")
+    changed = [
+        name for name in here | there if name not in free and here.get(name) != there.get(name)
+    ]
+    settings = [name for name in changed if not name.startswith(DIGEST)]
+    if settings:
+        listed = "; ".join(
+            f"{name} {there.get(name)} there, {here.get(name)} now" for name in settings
+        )
+        raise Refused(f"{run} holds a run with other settings ({listed}): choose another --out")
+    if changed:
+        parts = " and ".join(name.removeprefix(DIGEST) for name in changed)
+        raise Refused(
+            f"{run} holds a run on other training images, by their {parts}: give the run its own"
+            " images again, or choose another --out"
+        )
 
 
 def has_checkpoint(run: Path) -> bool:

@@ -51,9 +51,7 @@ def side_by_side(
         jnp.asarray(hardware.pim.row_buffers) > 1, calibration.pim_slowdown, BLOCKED
     )
     solo = jnp.stack([work.cycles for work in npu]) if npu else jnp.zeros(0)
-    slow = (
-        jnp.stack([work.cycles + work.memory_cycles * slowdown for work in npu]) if npu else solo
-    )
+    slow = jnp.stack([work.cycles + work.memory_cycles * slowdown for work in npu]) if npu else solo
     both = npu and alone.shape[0]
     until = jnp.minimum(jnp.cumsum(slow)[-1], jnp.cumsum(beside)[-1]) if both else 0.0
     return _follow(solo, slow, until), _follow(alone, beside, until)
