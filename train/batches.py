@@ -13,7 +13,8 @@ from typing import Any
 import grain
 import numpy as np
 
-from ggem_jax.files.images import UnreadableImage, centre_crop, resize
+from ggem_jax.files.images import UnreadableImage
+from ggem_jax.files.preprocessing import Preprocessing
 from train.augment import augment
 from train.cli import Refused
 from train.config import Config
@@ -161,17 +162,14 @@ def eval_batches(
     local = config.batch // processes
     reader = _Reader(images, config.data.corrupt)
     side = config.model.image
+    preprocessing = Preprocessing(side, config.data.eval_crop, config.data.eval_zoom)
 
     def example(index: int) -> dict[str, Any]:
         found = reader.or_none(index) if index < len(images) else None
         image, label = found or (np.zeros((side, side, 3), np.uint8), 0)
         digest = np.uint32(zlib.crc32(np.ascontiguousarray(image).data))
-        if config.data.eval_crop == "squash":
-            image = resize(image, side, side)
-        else:
-            image = centre_crop(image, side, zoom=config.data.eval_zoom)
         return {
-            "image": image,
+            "image": preprocessing.square(image),
             "label": np.int32(label),
             "weight": np.float32(found is not None),
             "index": np.int32(index),

@@ -38,6 +38,7 @@ from ggem_jax.weights.efficientnet_lite import (
 )
 from ggem_jax.weights.folders import find_checkpoint
 from ggem_jax.weights.own import (
+    AFTER_TOKENS,
     OWN_NAME,
     declared_settings,
     holds_own_vit,
@@ -440,8 +441,8 @@ def read_any_vit(path: str | Path, given: Given = NOTHING_GIVEN) -> PublishedViT
     """
     path = find_checkpoint(path)
     if path.is_dir():
-        vit, variables, normalised = read_run(path)
-        return _own(vit, variables, normalised)
+        run = read_run(path)
+        return _own(run.model, run.variables, (run.preprocessing.mean, run.preprocessing.std))
     arrays = read_arrays(path, given.which)
     if holds_own_vit(arrays):
         settings = declared_settings(_body(arrays), path)
@@ -453,8 +454,8 @@ def read_any_vit(path: str | Path, given: Given = NOTHING_GIVEN) -> PublishedViT
 
 
 def _body(arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """The arrays of a file of our own without head and pooling."""
-    other = re.compile(r"\w+/(head|pool|pooling)/.*")
+    """The arrays of a file of our own without head, pooling and projection."""
+    other = re.compile(rf"\w+/({'|'.join(AFTER_TOKENS)})/.*")
     return {name: each for name, each in arrays.items() if not other.fullmatch(name)}
 
 

@@ -19,6 +19,7 @@ from jaxtyping import Float32, UInt8, UInt16
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from ggem_jax.files.normalisation import IMAGENET_MEAN, IMAGENET_STD
+from ggem_jax.files.preprocessing import centre_size, cut_centre
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MAX_MEGAPIXELS = 300.0  # largest image that is decoded, unless a call says otherwise
@@ -424,8 +425,5 @@ def centre_crop(image: RGB, side: int, *, zoom: float = 1.0) -> RGB:
     reach = 8 * min(image.shape[:2])  # of a thin image only the middle is resized
     top, left = (max(length - reach, 0) // 2 for length in image.shape[:2])
     image = image[top : top + reach, left : left + reach]
-    height, width = image.shape[:2]
-    scale = max(round(zoom * side), side) / min(height, width)
-    image = resize(image, max(round(height * scale), side), max(round(width * scale), side))
-    top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
-    return image[top : top + side, left : left + side]
+    height, width = centre_size(image.shape[0], image.shape[1], side, zoom=zoom)
+    return cut_centre(resize(image, height, width), side)

@@ -24,6 +24,7 @@ from flax import traverse_util
 from ggem_jax.files.atomic import replacing
 from ggem_jax.files.errors import MismatchedWeights
 from ggem_jax.files.normalisation import Normalisation
+from ggem_jax.files.preprocessing import Preprocessing
 from ggem_jax.files.safetensors_files import write_safetensors
 from ggem_jax.models.position import sincos_position
 from ggem_jax.models.vit import MAP, ViT
@@ -75,7 +76,7 @@ def export_vit(
             `preprocessor_config.json` as well, where mean and deviation are known.
         to: "timm", "hf" (Hugging Face's transformers), or "flax", the names of our variables, which
             `load_vit` reads with every setting of the network.
-        head: Whether to write the classification head, or CLIP's projection.
+        head: Whether to write the classification head, or the projection of CLIP or of a run.
         overwrite: Whether to replace JSON files that are there and say something else, and to
             remove a `preprocessor_config.json` where mean and deviation are not known. A file of
             weights is always replaced.
@@ -103,8 +104,8 @@ def export_vit(
     metadata = None
     if to == "flax":
         model, normalised = _model_of(vit)
-        arrays = traverse_util.flatten_dict(dict(vit.variables), sep="/")
-        files["config.json"] = describe_settings(model, normalised)
+        arrays, facts = own_arrays(vit)
+        files["config.json"] = describe_settings(model, normalised, *facts)
         metadata = {HEADER: json.dumps(files["config.json"], default=_plain_number)}
         notes = []
         if isinstance(vit, PublishedViT) and vit.rest:
@@ -112,13 +113,37 @@ def export_vit(
     else:
         plain = _plain(vit)
         convert = to_timm_model if to == "timm" else to_hugging_face
-        arrays, files["config.json"] = convert(plain)
+        arrays, settings = convert(plain)
+        if to == "timm" and isinstance(vit, LoadedViT):
+            _add_facts(settings, vit)
+        files["config.json"] = settings
         if to == "hf" or plain.normalised is None:  # what is there would count, and be wrong
             files["preprocessor_config.json"] = preprocessor(plain) if to == "hf" else None
             _refuse_open_clip(path)
         notes = _notes(plain, to)
+        if isinstance(vit, LoadedViT) and vit.projection is not None:
+            notes.append("the head is the projection: divide its output by its length")
     written = _write(path, arrays, files, overwrite, metadata)
     return Exported(written, len(arrays), tuple(notes))
+
+
+def own_arrays(
+    vit: PublishedViT | LoadedViT,
+) -> tuple[Arrays, tuple[Preprocessing | None, tuple[str, ...] | None]]:
+    """Returns the arrays of a file of our own, and what `describe_settings` says beside them.
+
+    Args:
+        vit: The network, of `read_vit` or `load_vit`.
+
+    Returns:
+        The variables by their paths, the projection included, and the preprocessing and the names
+        of the classes, where they are known.
+    """
+    arrays = traverse_util.flatten_dict(dict(vit.variables), sep="/")
+    if isinstance(vit, PublishedViT):
+        return arrays, (None, None)
+    beside = {f"params/projection/{name}": each for name, each in (vit.projection or {}).items()}
+    return arrays | beside, (vit.preprocessing, vit.classes)
 
 
 def weights_path(out: str | Path) -> Path:
@@ -164,12 +189,14 @@ def _without_head(vit: PublishedViT | LoadedViT) -> PublishedViT | LoadedViT:
     changes: dict[str, Any] = {"variables": {**vit.variables, "params": params}}
     if isinstance(vit, PublishedViT):
         return dataclasses.replace(vit, num_classes=0, rest={}, **changes)
-    return dataclasses.replace(vit, model=vit.model.clone(num_classes=0), **changes)
+    model = vit.model.clone(num_classes=0)
+    return dataclasses.replace(vit, model=model, classes=None, projection=None, **changes)
 
 
 def _plain(vit: PublishedViT | LoadedViT) -> PublishedViT:
     """The network as other libraries have them: a pooling of theirs, and no sincos positions."""
     if isinstance(vit, LoadedViT):
+        vit = _with_projection_as_head(vit)
         model, normalised = _model_of(vit)
         style = Style(int(model.config.class_token))
         vit = PublishedViT(
@@ -191,6 +218,29 @@ def _plain(vit: PublishedViT | LoadedViT) -> PublishedViT:
         config=dataclasses.replace(c, position="learned"),
         variables={**vit.variables, "params": params},
     )
+
+
+def _with_projection_as_head(vit: LoadedViT) -> LoadedViT:
+    """The same network with its projection, if it has one, where other libraries have a head."""
+    if vit.projection is None:
+        return vit
+    params = {**vit.variables["params"], "head": vit.projection}
+    return dataclasses.replace(
+        vit,
+        model=vit.model.clone(num_classes=len(vit.projection["bias"])),
+        variables={**vit.variables, "params": params},
+        projection=None,
+    )
+
+
+def _add_facts(settings: dict[str, Any], vit: LoadedViT) -> None:
+    """Adds what timm's `config.json` can say of a training run: classes, and how images are cut."""
+    if vit.classes is not None:
+        settings["label_names"] = list(vit.classes)
+    if vit.preprocessing is not None:
+        mode = {"centre": "center", "squash": "squash"}[vit.preprocessing.crop]
+        zoom = vit.preprocessing.zoom if mode == "center" else 1.0
+        settings["pretrained_cfg"] |= {"crop_mode": mode, "crop_pct": 1 / zoom}
 
 
 def _pooling(model: ViT) -> Trained:

@@ -23,3 +23,17 @@ def find_checkpoint(path: str | Path) -> Path:
     if not path.is_dir():
         return path
     return next((path / name for name in CHECKPOINTS if (path / name).is_file()), path)
+
+
+def is_run(path: str | Path) -> bool:
+    """Returns whether a path is the folder of a training run, with checkpoints and settings.
+
+    Args:
+        path: Any path; it need not exist.
+    """
+    path = Path(path)
+    return (
+        find_checkpoint(path) == path
+        and (path / "config.json").is_file()
+        and (path / "checkpoints").is_dir()
+    )

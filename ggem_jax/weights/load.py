@@ -2,7 +2,7 @@
 
 import numbers
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from ggem_jax.files.arrays import read_arrays
-from ggem_jax.files.errors import UnreadableWeights
+from ggem_jax.files.errors import MismatchedWeights, UnreadableWeights
+from ggem_jax.files.preprocessing import Preprocessing
+from ggem_jax.models.embedder import Embedder
 from ggem_jax.models.token_pooling import Pooling
 from ggem_jax.models.transformer import GELU
 from ggem_jax.models.vit import ViT
@@ -19,7 +21,7 @@ from ggem_jax.weights.architecture import Given
 from ggem_jax.weights.declared import Norms
 from ggem_jax.weights.folders import find_checkpoint
 from ggem_jax.weights.own import fit_variables, holds_own_vit, own_settings
-from ggem_jax.weights.runs import Means, read_run
+from ggem_jax.weights.runs import Means, Projection, read_run
 from ggem_jax.weights.vit import FAMILIES, from_arrays
 
 
@@ -32,11 +34,31 @@ class LoadedViT:
     mean: Means | None  # of red, green and blue in [0, 1], subtracted; None: the file does not say
     std: Means | None  # likewise, divided by
     source: str  # what was read, for people
+    # of a training run, and of the files that are written from one; None: there is none, or the
+    # file does not say it
+    preprocessing: Preprocessing | None = None  # how an image of any size becomes an input
+    classes: tuple[str, ...] | None = None  # names of the channels of the head
+    # of the pooled tokens into the space of the descriptors: "kernel" (width, dim), "bias" (dim,)
+    projection: Projection | None = field(default=None, repr=False)
 
     @property
     def image(self) -> int:
         """The side of the square training images, pixels."""
         return self.model.config.image
+
+    def embedder(self) -> tuple[Embedder, dict[str, Any]]:
+        """Returns the network from images to unit descriptors, and its variables.
+
+        The descriptor is the pooled tokens, projected where there is a projection, divided by their
+        length. `embedder.apply(variables, images)` takes normalised images `(b, side, side, 3)`.
+        """
+        params = dict(self.variables["params"])
+        params.pop("head", None)
+        own: dict[str, Any] = {"vit": params}
+        if self.projection is not None:
+            own["projection"] = self.projection
+        dim = 0 if self.projection is None else len(self.projection["bias"])
+        return Embedder(self.model.clone(num_classes=0), dim), {"params": own}
 
 
 def load_vit(
@@ -44,7 +66,7 @@ def load_vit(
     *,
     pooling: Pooling | None = None,
     num_classes: int | None = None,
-    ema: bool = True,
+    ema: bool | None = None,
     key: jax.Array | None = None,
     heads: int | None = None,
     gelu: GELU | None = None,
@@ -62,9 +84,10 @@ def load_vit(
             shards, or the folder of a run of `python -m train.*`, of which the newest checkpoint is
             read.
         pooling: A pooling that replaces the one the ViT was trained with; its parameters are fresh.
-            None keeps it.
+            None keeps it. A projection of the pooled tokens is left out with the old one.
         num_classes: Channels of a fresh classification head; 0 removes the head, None keeps it.
-        ema: Whether to take the moving average of the weights of a run that has one.
+        ema: Whether to take the moving average of the weights of a run; None takes it where the run
+            has one, as its evaluations do.
         key: Random key of the fresh parameters; None is `jax.random.key(0)`.
         heads: Attention heads of a published file that does not say them; None: by the evidence
             (see `ggem_jax.weights.vit.read_vit`).
@@ -78,7 +101,9 @@ def load_vit(
             (see `ggem_jax.files.arrays.read_checkpoint`).
 
     Returns:
-        The model, its variables in float32, and the mean and deviation of its images.
+        The model, its variables in float32, and the mean and deviation of its images. Of a training
+        run, and of a file that was written from one: also the names of the classes, the projection
+        and the preprocessing.
 
     Raises:
         UnreadableWeights: The file or folder cannot be read.
@@ -124,25 +149,65 @@ def _check_replacements(pooling: Any, num_classes: Any) -> None:
         raise ValueError(f"num_classes must be a whole number of at least 0, not {num_classes!r}")
 
 
-def _load_run(folder: Path, ema: bool) -> LoadedViT:
-    model, variables, (mean, std) = read_run(folder, ema=ema)
-    return LoadedViT(model, variables, mean, std, f"{folder}, a training run")
+def _load_run(folder: Path, ema: bool | None) -> LoadedViT:
+    run = read_run(folder, ema=ema)
+    return LoadedViT(
+        run.model,
+        run.variables,
+        run.preprocessing.mean,
+        run.preprocessing.std,
+        f"{folder}, a run of {run.tool} at step {run.step}, {run.weights} weights",
+        run.preprocessing,
+        run.classes,
+        run.projection,
+    )
 
 
 def _load_file(path: Path, given: Given, architecture: str | Path | None) -> LoadedViT:
     arrays = read_arrays(path, given.which)
     if holds_own_vit(arrays):
-        source = f"{path}, Flax variables"
-        classes = next(reversed(np.shape(arrays.get("params/head/kernel", 0))), 0)
-        settings = own_settings(arrays, path)
-        model = ViT(settings.config, settings.pooling, classes)
-        variables = fit_variables(model, arrays, source=str(path))
-        mean, std = settings.normalised or (None, None)
-        return LoadedViT(model, variables, mean, std, source)
+        return _load_own(path, arrays)
     published = from_arrays(arrays, path, given=given, architecture=architecture)
     mean, std = published.normalised or (None, None)
     source = f"{path}, {FAMILIES[published.family].about}"
     return LoadedViT(published.model(), published.variables, mean, std, source)
+
+
+def _load_own(path: Path, arrays: dict[str, np.ndarray]) -> LoadedViT:
+    network = {name: each for name, each in arrays.items() if "/projection/" not in name}
+    classes = next(reversed(np.shape(arrays.get("params/head/kernel", 0))), 0)
+    settings = own_settings(network, path)
+    model = ViT(settings.config, settings.pooling, classes)
+    variables = fit_variables(model, network, source=str(path))
+    names = settings.classes if classes else None
+    if names is not None and len(names) != classes:
+        raise MismatchedWeights(f"{path} names {len(names)} classes, and its head has {classes}")
+    mean, std = settings.normalised or (None, None)
+    return LoadedViT(
+        *(model, variables, mean, std, f"{path}, Flax variables"),
+        preprocessing=settings.preprocessing,
+        classes=names,
+        projection=_projection_of(arrays, settings.config.width, path),
+    )
+
+
+def _projection_of(arrays: dict[str, np.ndarray], width: int, path: Path) -> Projection | None:
+    prefix = "params/projection/"
+    found = {
+        name.removeprefix(prefix): np.asarray(array, np.float32)
+        for name, array in arrays.items()
+        if name.startswith(prefix)
+    }
+    if not found:
+        return None
+    shapes = {name: array.shape for name, array in found.items()}
+    dim = (shapes.get("bias") or (0,))[0]
+    if shapes != {"kernel": (width, dim), "bias": (dim,)}:
+        raise MismatchedWeights(
+            f"{path} has a projection of other shapes: a kernel ({width}, dim) and a bias (dim,)"
+            f" are needed, not {shapes}"
+        )
+    return found
 
 
 def _replace(
@@ -164,4 +229,10 @@ def _replace(
     init: Callable = jax.jit(fresh)  # compiled, the rest of the network is not initialised at all
     kept = {name: value for name, value in loaded.variables["params"].items() if name not in names}
     variables = {**loaded.variables, "params": kept | init(key)}
-    return LoadedViT(new, variables, loaded.mean, loaded.std, loaded.source)
+    return replace(
+        loaded,
+        model=new,
+        variables=variables,
+        classes=loaded.classes if num_classes is None else None,
+        projection=loaded.projection if pooling is None else None,
+    )

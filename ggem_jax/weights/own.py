@@ -38,6 +38,8 @@ Arrays = Mapping[str, np.ndarray]
 
 OWN_NAME = r"params/(patch_embedding|blocks_\d+|norm)/.*"  # a name that only such files have
 
+AFTER_TOKENS = ("head", "pool", "pooling", "projection")  # parts of a network beside its tokens
+
 # fields of `ViTConfig` that change nothing in a network with its parameters
 _OF_TRAINING = ("layer_scale", "drop_path", "dropout", "remat")
 
@@ -75,7 +77,7 @@ def read_own_vit(
     arrays = {
         name: value
         for name, value in read_arrays(path).items()
-        if name.split("/")[1:2] not in (["head"], ["pool"], ["pooling"])
+        if name.split("/")[1:2] not in ([part] for part in AFTER_TOKENS)
     }
     settings = own_settings(arrays, path, variant, position=position, network=network)
     model = ViT(settings.config, avg_pool)

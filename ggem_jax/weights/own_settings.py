@@ -2,14 +2,14 @@
 
 They are in the header of the safetensors file, so that they stay with the weights, and in a
 `config.json` beside it, for people. Both have the form of a training run's settings:
-`model` holds the fields of `ViTConfig`, `pool` the arguments of `named_pooling`, and `data` the
-mean and deviation of the images.
+`model` holds the fields of `ViTConfig`, `pool` the arguments of `named_pooling`, `data` the mean
+and deviation of the images and how they are cut, and `data_found` the names of the classes.
 """
 
 import dataclasses
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,6 +17,7 @@ import numpy as np
 
 from ggem_jax.files.errors import MismatchedWeights, UnreadableWeights
 from ggem_jax.files.normalisation import Normalisation
+from ggem_jax.files.preprocessing import Preprocessing
 from ggem_jax.files.safetensors_files import read_metadata
 from ggem_jax.models.config import ViTConfig
 from ggem_jax.models.token_pooling import MAP, GGeM, Pooling, named_pooling
@@ -37,6 +38,8 @@ class OwnSettings(NamedTuple):
     config: ViTConfig
     pooling: Pooling
     normalised: Normalisation | None  # mean and deviation of red, green and blue in [0, 1]
+    preprocessing: Preprocessing | None = None  # None: the file does not say how images are cut
+    classes: tuple[str, ...] | None = None  # names of the channels of the head; None: not stated
 
 
 def read_settings(path: str | Path) -> OwnSettings | None:
@@ -78,11 +81,12 @@ def read_settings(path: str | Path) -> OwnSettings | None:
         pool = dict(found["pool"])
         pooling = named_pooling(pool.pop("kind"), **pool)
         normalised = _normalisation(found.get("data"))
+        facts = read_facts(found, declared)
     except (KeyError, TypeError, ValueError) as error:
         raise UnreadableWeights(
             f"{file} does not hold the settings of a ViT of ours: {error!r}"
         ) from None
-    return OwnSettings(declared, pooling, normalised)
+    return OwnSettings(declared, pooling, normalised, *facts)
 
 
 _WRITE_AGAIN = "write the file again from where it came (python -m ggem_jax.weights convert)"
@@ -113,12 +117,43 @@ def _header_of(path: Path) -> str:
     return f"the header of {path}, {HEADER},"
 
 
-def describe_settings(model: ViT, normalised: Normalisation | None) -> dict[str, Any]:
+def read_facts(
+    settings: Mapping[str, Any], config: ViTConfig
+) -> tuple[Preprocessing | None, tuple[str, ...] | None]:
+    """Returns how images become inputs, and the names of the classes, by the settings.
+
+    Args:
+        settings: Settings in the form of a training run's.
+        config: The network, whose size the images are cut to.
+
+    Returns:
+        Each of them, or None where the settings do not say it.
+
+    Raises:
+        KeyError, TypeError, ValueError: A value is of another form, or impossible.
+    """
+    data, found = settings.get("data") or {}, settings.get("data_found") or {}
+    preprocessing = None
+    if "eval_crop" in data:
+        cut = (data["eval_crop"], float(data["eval_zoom"]), data["mean"], data["std"])
+        preprocessing = Preprocessing(config.image, *cut)
+    names = found.get("classes")
+    return preprocessing, None if names is None else tuple(map(str, names))
+
+
+def describe_settings(
+    model: ViT,
+    normalised: Normalisation | None,
+    preprocessing: Preprocessing | None = None,
+    classes: Sequence[str] | None = None,
+) -> dict[str, Any]:
     """Returns the contents of the `config.json` of a network.
 
     Args:
         model: The network.
         normalised: Mean and deviation of red, green and blue in [0, 1]; None: not known.
+        preprocessing: How images become inputs; None: not known.
+        classes: Names of the channels of the head; None: not known.
 
     Returns:
         Settings that JSON can hold and `read_settings` reads.
@@ -126,11 +161,17 @@ def describe_settings(model: ViT, normalised: Normalisation | None) -> dict[str,
     Raises:
         MismatchedWeights: The pooling has no name, or options beside those that have one.
     """
-    return {
+    data: dict[str, Any] = {}
+    if normalised is not None:
+        data |= {"mean": normalised[0], "std": normalised[1]}
+    if preprocessing is not None:
+        data |= {"eval_crop": preprocessing.crop, "eval_zoom": preprocessing.zoom}
+    settings = {
         "model": dataclasses.asdict(model.config),
         "pool": _describe_pooling(model.pooling),
-        "data": {} if normalised is None else {"mean": normalised[0], "std": normalised[1]},
+        "data": data,
     }
+    return settings if classes is None else settings | {"data_found": {"classes": list(classes)}}
 
 
 def _describe_pooling(pooling: Pooling) -> dict[str, Any]:

@@ -1,9 +1,11 @@
 """Folders of training runs (`python -m train.*`): their settings and the ViT of their newest
-checkpoint. Reading a checkpoint needs orbax (the extra `train`), but no code of `train`.
+checkpoint, with what comes before and after it. Reading a checkpoint needs orbax (the extra
+`train`), but no code of `train`.
 """
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,55 +14,84 @@ import numpy as np
 from flax import traverse_util
 
 from ggem_jax.files.errors import MismatchedWeights, UnreadableWeights
+from ggem_jax.files.preprocessing import Preprocessing
 from ggem_jax.models.config import ViTConfig
 from ggem_jax.models.token_pooling import named_pooling
 from ggem_jax.models.vit import ViT
 from ggem_jax.weights.folders import CHECKPOINTS
 from ggem_jax.weights.own import fit_variables
+from ggem_jax.weights.own_settings import read_facts
 
 Means = tuple[float, float, float]
+Projection = dict[str, np.ndarray]  # "kernel" (width, dim) and "bias" (dim,)
 
 
-def read_run(
-    folder: str | Path, *, ema: bool = True
-) -> tuple[ViT, dict[str, Any], tuple[Means, Means]]:
-    """Returns the ViT of a training run with the weights of its newest checkpoint.
+@dataclass(frozen=True)
+class Run:
+    """A training run at its newest checkpoint, as its evaluations use it."""
+
+    tool: str  # the script that made it, such as train.metric
+    step: int  # of the checkpoint
+    weights: str  # "ema", the moving average, or "raw"
+    model: ViT  # with the pooling and head of the run
+    variables: dict[str, Any] = field(repr=False)  # of the model, in float32
+    projection: Projection | None = field(repr=False)  # of the pooled tokens; None: there is none
+    preprocessing: Preprocessing
+    classes: tuple[str, ...] | None  # names of the channels of the head; None: there is no head
+
+
+def read_run(folder: str | Path, *, ema: bool | None = None) -> Run:
+    """Returns a training run with the weights of its newest checkpoint.
 
     Args:
         folder: The folder of the run, with `config.json` and `checkpoints/`.
-        ema: Whether to take the moving average of the weights, where the run has one; evaluations
-            use it, too.
+        ema: Whether to take the moving average of the weights; None takes it where the run has one,
+            as its evaluations do.
 
     Returns:
-        The model with the run's pooling and head, its variables in float32, and the mean and
-        deviation of the images, `(3,)` each in [0, 1]. Of a run of `train.metric` or
-        `train.contrastive` it is the image ViT, without the projection after it.
+        The run. The ViT of a run of `train.metric` or `train.contrastive` has no head, but a
+        projection of the pooled tokens into the space of the descriptors.
 
     Raises:
         UnreadableWeights: The folder is no run and holds no file of weights, has no checkpoint yet,
-            or cannot be read.
+            cannot be read, or has no moving average where one is asked for.
         MismatchedWeights: The checkpoint does not fit the settings.
         ModuleNotFoundError: orbax is not installed.
     """
     settings = _read_settings(Path(folder))
     checkpoint = _newest_checkpoint(Path(folder))
-    params = _find_vit(_read_weights(checkpoint, ema))
-    if params is None:
+    params, weights = _read_weights(checkpoint, ema)
+    vit, projection = _find_vit(params)
+    if vit is None:
         raise MismatchedWeights(f"{checkpoint} holds no ViT")
-    head = params.get("head", {}).get("bias", np.empty(0))
+    head = vit.get("head", {}).get("bias", np.empty(0))
     try:
         pool = dict(settings["pool"])
         pooling = named_pooling(pool.pop("kind"), **pool)
         model = ViT(ViTConfig(**settings["model"]), pooling, len(head))
-        mean, std = (tuple(map(float, settings["data"][name])) for name in ("mean", "std"))
-        if len(mean) != 3 or len(std) != 3 or not np.isfinite([*mean, *std]).all() or min(std) <= 0:
-            raise ValueError("data.mean and data.std must be three numbers each, std above 0")
+        data = {"eval_crop": "centre", "eval_zoom": 1.0} | settings["data"]
+        preprocessing, classes = read_facts(settings | {"data": data}, model.config)
+        assert preprocessing is not None  # its crop is stated
     except (KeyError, TypeError, ValueError) as error:
         raise UnreadableWeights(
             f"{folder}/config.json does not hold the settings of a training run: {error!r}"
         ) from None
-    arrays = traverse_util.flatten_dict({"params": params}, sep="/")
-    return model, fit_variables(model, arrays, source=str(checkpoint)), (mean, std)
+    if len(head) and classes is not None and len(classes) != len(head):
+        raise MismatchedWeights(
+            f"{folder}/config.json names {len(classes)} classes, and the head of {checkpoint} has"
+            f" {len(head)}"
+        )
+    arrays = traverse_util.flatten_dict({"params": vit}, sep="/")
+    return Run(
+        tool=str(settings.get("tool", "train.classify")),
+        step=int(checkpoint.name),
+        weights=weights,
+        model=model,
+        variables=fit_variables(model, arrays, source=str(checkpoint)),
+        projection=projection,
+        preprocessing=preprocessing,
+        classes=classes if len(head) else None,
+    )
 
 
 def _read_settings(folder: Path) -> dict[str, Any]:
@@ -91,7 +122,7 @@ def _newest_checkpoint(folder: Path) -> Path:
     return max(steps, key=lambda path: int(path.name))
 
 
-def _read_weights(checkpoint: Path, ema: bool) -> Any:
+def _read_weights(checkpoint: Path, ema: bool | None) -> tuple[Any, str]:
     """The parameters, or their moving average, as NumPy arrays; nothing else is read."""
     try:
         import orbax.checkpoint as ocp
@@ -104,20 +135,39 @@ def _read_weights(checkpoint: Path, ema: bool) -> Any:
     try:
         reader = ocp.PyTreeCheckpointHandler()
         tree = reader.metadata(folder).tree
-        name = "ema" if ema and tree.get("ema") is not None else "params"
+        averaged = tree.get("ema") is not None
+        name = "ema" if averaged and ema is not False else "params"
         wanted = {name: tree[name]}
         as_numpy = jax.tree.map(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), wanted)
         how = ocp.args.PyTreeRestore(wanted, restore_args=as_numpy, partial_restore=True)
-        return reader.restore(folder, args=how)[name]
+        found = reader.restore(folder, args=how)[name]
     except Exception as error:  # of many kinds, from the operating system's up to orbax's own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
         raise UnreadableWeights(f"the checkpoint {checkpoint} cannot be read: {reason}") from None
+    if ema and not averaged:
+        raise UnreadableWeights(
+            f"{checkpoint} has no moving average of its weights: take the raw weights, or train"
+            " with --optimizer.ema"
+        )
+    return found, "ema" if name == "ema" else "raw"
 
 
-def _find_vit(params: Any) -> Mapping[str, Any] | None:
-    """The parameters of the ViT among those of a training."""
+def _find_vit(params: Any) -> tuple[Mapping[str, Any] | None, Projection | None]:
+    """The parameters of the ViT among those of a training, and of the projection beside it."""
     if not isinstance(params, Mapping):
-        return None
+        return None, None
     if "patch_embedding" in params:
-        return params
-    return next((found for inner in params.values() if (found := _find_vit(inner))), None)
+        return params, None
+    for inner in params.values():
+        vit, projection = _find_vit(inner)
+        if vit is not None:
+            # of `Embedder`, and of the image tower of train.contrastive, which has no bias
+            beside = params.get("projection") or params.get("image_head")
+            return vit, projection if beside is None else _as_projection(beside)
+    return None, None
+
+
+def _as_projection(params: Mapping[str, Any]) -> Projection:
+    kernel = np.asarray(params["kernel"], np.float32)
+    bias = params.get("bias", np.zeros(kernel.shape[1]))
+    return {"kernel": kernel, "bias": np.asarray(bias, np.float32)}
