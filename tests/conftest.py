@@ -35,6 +35,7 @@ CHECKED_MODULES = shape_checks.install(ROOT, ("ggem_jax", "neupims", "train", "e
 chex.set_n_cpu_devices(8)
 
 # after the checks, which only later imports get
+from retrieval_photos import colours, indexed, nine_photos, run, twelve_photos  # noqa: E402, F401
 from small_index import built, photos, small  # noqa: E402, F401
 
 # Mark -> the file of its cases, which need a run of their own, and how many of them must pass,
@@ -83,8 +84,8 @@ COSTLY_FILES = {
     "test_retrieval_index_kills.py",
     "test_retrieval_index_writers.py",
     "test_retrieval_instant.py",
+    "test_retrieval_processes.py",
     "test_retrieval_text.py",
-    "test_retrieval_tool.py",
     "test_text.py",
     "test_train_classify.py",
     "test_train_contrastive.py",
@@ -310,22 +311,3 @@ def assert_same(got, want):
         np.testing.assert_array_equal(got, want)
     else:
         assert got == want
-
-
-@pytest.fixture
-def nine_photos(tmp_path, monkeypatch):
-    """The folder `photos` of nine images in the working directory, for the retrieval tool with a
-    descriptor that needs no network.
-    """
-    from test_retrieval_tool import Colours
-
-    from ggem_jax.retrieval.index import describing
-    from ggem_jax.retrieval.tool import commands
-
-    monkeypatch.setattr(describing, "make_extractor", Colours)
-    monkeypatch.setattr(commands, "keep_compiled_programs", lambda: None)
-    monkeypatch.chdir(tmp_path)
-    rng = np.random.default_rng(0)
-    Path("photos").mkdir()
-    for number in range(9):
-        Image.fromarray(rng.integers(0, 256, (8, 8, 3), np.uint8)).save(f"photos/{number}.png")
