@@ -34,6 +34,11 @@ class RunOptions:
     # evaluate on another source than the run's, written as --data of the training
     data: str | None = None
     data_dir: Path | None = None  # folder of the prepared tfds data sets; None: as in the run
+    # of csv:FILE and wds:PATTERN, as in the training; None: as in the run
+    separator: str | None = None
+    quoting: Literal["auto", "csv", "none"] | None = None
+    image_key: str | None = None
+    caption_key: str | None = None
 
     @property
     def runs(self) -> list[Path]:
@@ -44,13 +49,20 @@ class RunOptions:
         """Returns the data settings of an evaluation: those of the training, changed by the flags.
 
         Args:
-            trained: Data settings of the training. `data`, `data_dir` and `corrupt` replace its
-                source, its folder and its handling of unreadable images where they are given.
+            trained: Data settings of the training. Those of the fields `data` to `caption_key`
+                and `corrupt` that are given replace its own.
+
+        Raises:
+            Refused: A flag is wrong.
         """
-        data = dataclasses.replace(
-            trained, source=self.data or trained.source, data_dir=self.data_dir or trained.data_dir
-        )
-        return dataclasses.replace(data, corrupt=self.corrupt or data.corrupt)
+        names = ("corrupt", "data_dir", "separator", "quoting", "image_key", "caption_key")
+        given = {"source": self.data} | {name: getattr(self, name) for name in names}
+        try:
+            return dataclasses.replace(
+                trained, **{name: value for name, value in given.items() if value is not None}
+            )
+        except ValueError as error:
+            raise Refused(str(error).replace("--data.", "--")) from None
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ import numpy as np
 from train.cli import Refused, require
 from train.config import Data
 from train.data import Images
+from train.tables import read_text
 from train.tokenizer import LARGEST_VOCABULARY, SMALLEST_VOCABULARY
 
 DIGITS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
@@ -224,9 +225,7 @@ def read_names(path: Path) -> dict[str, str]:
         Refused: The file cannot be read, a line has another form, or a folder has two lines.
     """
     names: dict[str, str] = {}
-    for number, line in enumerate(
-        read_caption_file(path.expanduser(), "--text.names").splitlines(), 1
-    ):
+    for number, line in enumerate(read_text(path.expanduser(), "--text.names").splitlines(), 1):
         folder, tab, words = line.partition("\t")
         if line.strip() and not (tab and folder.strip() and words.strip()):
             raise Refused(
@@ -237,21 +236,3 @@ def read_names(path: Path) -> dict[str, str]:
         if line.strip():
             names[folder.strip()] = words.strip()
     return names
-
-
-def read_caption_file(path: Path, what: str) -> str:
-    """Returns the text of a file in UTF-8.
-
-    Args:
-        path: The file; a byte order mark at its start is dropped.
-        what: How an error names the file, such as its flag.
-
-    Raises:
-        Refused: The file cannot be read or is not in UTF-8.
-    """
-    try:
-        return path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise Refused(f"{what}: {path} cannot be read: {error.strerror}") from None
-    except UnicodeDecodeError:
-        raise Refused(f"{what}: {path} is not in UTF-8") from None

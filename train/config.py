@@ -14,6 +14,8 @@ from train.cli import require
 
 C = TypeVar("C", bound="Config")
 
+SEPARATORS = {"tab": "\t", "\\t": "\t"}  # of columns, as they are written on a command line
+
 
 @dataclass(frozen=True)
 class Pool:
@@ -54,6 +56,17 @@ class Data:
     eval_split: str | None = None
     # share of each class that is kept for evaluation where the source has only one split
     holdout: float = 0.2
+    # of csv:FILE: text between columns ("tab" for a tab); None: a tab if the first line has one,
+    # else a comma
+    separator: Annotated[str | None, arg(aliases=["--separator"])] = None
+    # of csv:FILE: quotes are those of CSV, or text; auto: those of CSV where the file can be read
+    # so, otherwise text if tabs separate its columns
+    quoting: Annotated[Literal["auto", "csv", "none"], arg(aliases=["--quoting"])] = "auto"
+    # of csv:FILE: column of the paths; None: the first of image, filepath, file_name, image_path
+    image_key: Annotated[str | None, arg(aliases=["--image-key"])] = None
+    # of csv:FILE a column, of wds:PATTERN a name in the .json, or txt; None: the first of caption,
+    # title, text, TEXT, and of wds:PATTERN the .txt before them
+    caption_key: Annotated[str | None, arg(aliases=["--caption-key"])] = None
     # what to do about an image that cannot be read: stop, or report it and take the next one
     corrupt: Literal["refuse", "skip"] = "refuse"
     # centre: resize the shorter side to eval-zoom * model.image and cut the centre square; squash:
@@ -69,6 +82,8 @@ class Data:
     def __post_init__(self):
         require("data.holdout", self.holdout, "between 0 and 1", 0 < self.holdout < 1)
         require("data.eval_zoom", self.eval_zoom, "from 1 to 100", 1 <= self.eval_zoom <= 100)
+        single = self.separator is None or len(self.separator) == 1 or self.separator in SEPARATORS
+        require("data.separator", self.separator, 'one character, or "tab"', single)
         require("data.mean", self.mean, "finite", all(map(math.isfinite, self.mean)))
         require("data.std", self.std, "positive", all(0 < x < math.inf for x in self.std))
         require("data.workers", self.workers, "at least 1", self.workers >= 1)

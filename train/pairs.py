@@ -1,9 +1,10 @@
 """Images with captions: `csv:FILE`, `wds:PATTERN`, or classes whose names become captions.
 
 - `csv:FILE`: a header and the columns image (a path relative to the file's folder) and caption,
-  separated by commas or tabs. Rows with the same path are one image with several captions.
+  or those that `--image-key` and `--caption-key` name (`train.tables`). Rows with the same path are
+  one image with several captions.
 - `wds:PATTERN`: tar files in WebDataset's form, `shard-{000..012}.tar` or a glob. The members of a
-  pair share their name up to the ending: .jpg, .png or .webp, and .txt (the caption) or .json with
+  pair share their name up to the ending: that of an image, and .txt (the caption) or .json with
   "caption". They are read where they lie, by an index that is built when the run starts.
 - any other source is one of `train.data`.
 
@@ -11,8 +12,6 @@
 the images are kept for evaluation. Nothing is unpickled.
 """
 
-import csv
-import io
 import itertools
 import json
 import math
@@ -20,14 +19,16 @@ import os
 import re
 import sys
 import tarfile
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from glob import glob
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
 from ggem_jax.files.images import RGB, UnreadableImage, read_image
+from ggem_jax.retrieval.index.folder import ENDINGS
 from train.captions import (
     Captioned,
     Text,
@@ -35,16 +36,16 @@ from train.captions import (
     choose_templates,
     make_captioned,
     of_classes,
-    read_caption_file,
 )
 from train.cli import Refused
 from train.config import Data
 from train.data import KNOWN as KNOWN_CLASSES
 from train.data import Images, Stored, draw_held_out, open_data, stored_file
+from train.tables import CAPTION_KEYS, IMAGE_KEYS, read_table
 
 KNOWN = f"{KNOWN_CLASSES}, csv:FILE, wds:PATTERN"
 MOST_SHARDS = 1_000_000
-IMAGE_ENDINGS = ("jpg", "jpeg", "png", "webp")
+IMAGE_ENDINGS = tuple(ending.removeprefix(".") for ending in ENDINGS)
 
 
 def open_captions(data: Data, text: Text) -> tuple[Captioned, Captioned]:
@@ -78,59 +79,40 @@ def open_captions(data: Data, text: Text) -> tuple[Captioned, Captioned]:
             " captions of its own"
         )
     reader = read_csv if kind == "csv" else read_shards
-    pairs = reader(name, data.corrupt)
+    pairs = reader(name, data)
     if data.eval_split is not None:
-        return pairs, reader(data.eval_split, data.corrupt)
+        return pairs, reader(data.eval_split, data)
     held = draw_held_out(np.zeros(len(pairs), np.int32), data.holdout)
     return pairs.take(np.flatnonzero(~held)), pairs.take(np.flatnonzero(held))
 
 
-def read_csv(name: str, corrupt: str) -> Captioned:
-    """Returns the images of a CSV file, in the order in which it first names them.
+def read_csv(name: str, data: Data) -> Captioned:
+    """Returns the images of a table, in the order in which it first names them.
 
     Args:
         name: Path of the file.
-        corrupt: What to do about rows without an image or a caption: "refuse", or "skip" them with
-            a line on standard error.
+        data: The settings of its columns, and what to do about rows without an image or a caption:
+            "refuse", or "skip" them with a line on standard error.
 
     Raises:
         Refused: The file cannot be read, has other columns, or holds no image with a caption.
     """
     path = Path(name).expanduser()
-    text = read_caption_file(path, "the captions")
-    try:
-        rows = csv.DictReader(
-            io.StringIO(text),
-            delimiter="\t" if "\t" in text.partition("\n")[0] else ",",
-            strict=True,
-        )
-        columns = rows.fieldnames or []
-        if not {"image", "caption"} <= set(columns):
-            raise Refused(
-                f"{path} must have the columns image and caption in its first line, not"
-                f" {', '.join(columns) or 'nothing'}"
-            )
-        if len(set(columns)) < len(columns):
-            raise Refused(f"{path} names a column twice in its first line: {', '.join(columns)}")
-        found = []
-        for row in rows:
-            if None in row:
-                raise Refused(
-                    f"line {rows.line_num} of {path} has more columns than the first: a caption"
-                    " with a comma needs quotes"
-                )
-            image = (row["image"] or "").strip()
-            found.append((os.path.normpath(image) if image else "", (row["caption"] or "").strip()))
-    except csv.Error as error:
-        raise Refused(f"{path} cannot be read as CSV after line {rows.line_num}: {error}") from None
+    table = read_table(path, data, "the captions")
+    named = table.column(data.image_key, IMAGE_KEYS, "--image-key", "paths of images")
+    texts = table.column(data.caption_key, CAPTION_KEYS, "--caption-key", "captions")
+    found = [
+        (os.path.normpath(image) if image else "", text)
+        for image, text in zip(named, texts, strict=True)
+    ]
     images = {image: path.parent / image for image, _ in found}
     there = {image: bool(image) and images[image].is_file() for image in images}
     lacking = {
-        (image or f"row {number}"): "caption" if there[image] else "image"
+        (image or f"row {number}"): "no caption" if there[image] else "no image"
         for number, (image, caption) in enumerate(found, 1)
         if not caption or not there[image]
     }
-    _check_complete(lacking, f"{path}", corrupt)
+    _check_complete(lacking, f"{path}", data.corrupt)
     captions: dict[str, list[str]] = {}
     for image, caption in found:
         if caption and there[image]:
@@ -182,13 +164,13 @@ class Member:
         return Stored(f"{self.shard.name}/{self.name}", self.size, self.read)
 
 
-def read_shards(pattern: str, corrupt: str) -> Captioned:
+def read_shards(pattern: str, data: Data) -> Captioned:
     """Returns the images of tar shards, shard by shard in the order of their members.
 
     Args:
         pattern: The shards, as `shards_of` reads it.
-        corrupt: What to do about pairs without an image or a caption: "refuse", or "skip" them with
-            a line on standard error.
+        data: The settings of the captions, and what to do about pairs without an image or a
+            caption: "refuse", or "skip" them with a line on standard error.
 
     Raises:
         Refused: A shard cannot be read, a name stands twice, or no image has a caption.
@@ -197,35 +179,47 @@ def read_shards(pattern: str, corrupt: str) -> Captioned:
     captions: list[list[str]] = []
     lacking: dict[str, str] = {}
     for shard in shards_of(pattern):
-        for key, (member, found) in read_shard(shard).items():
-            if member is None or not found:
-                lacking[f"{key} in {shard}"] = "caption in UTF-8" if member else "image"
+        for key, (member, caption) in read_shard(shard, data.caption_key).items():
+            if member is None or not caption.texts:
+                lacking[f"{key} in {shard}"] = caption.lack if member else "no image"
             else:
                 members.append(member)
-                captions.append(found)
-    _check_complete(lacking, pattern, corrupt)
+                captions.append(caption.texts)
+    _check_complete(lacking, pattern, data.corrupt)
     return _of_files(
         lambda i: members[i].decode(), lambda i: members[i].stored(), captions, pattern
     )
 
 
-def read_shard(shard: Path) -> dict[str, tuple[Member | None, list[str]]]:
+class Caption(NamedTuple):
+    """The captions of a key in a shard, or why there are none."""
+
+    texts: list[str]
+    lack: str = ""  # in words, such as "an empty .txt"
+
+
+def read_shard(
+    shard: Path, caption_key: str | None = None
+) -> dict[str, tuple[Member | None, Caption]]:
     """Returns the pairs of one tar file: key -> (place of the image, captions).
 
     Args:
         shard: The tar file, not compressed.
+        caption_key: Name of the captions in the .json, or "txt" for the .txt alone; None takes the
+            .txt or, where it is missing or empty, the first of `CAPTION_KEYS` in the .json.
 
     Returns:
         The pairs in the order of the images, then of keys that have only captions. The place is
-        None without an image, the list empty without a caption.
+        None without an image.
 
     Raises:
         Refused: The file cannot be read as tar, is cut off, holds links or names that are no pairs,
             or has two images or captions for a key.
     """
     images: dict[str, Member] = {}
-    captions: dict[str, list[str]] = {}
-    seen: set[tuple[str, str]] = set()
+    captions: dict[str, dict[str, Caption]] = {}
+    wanted = {"txt": ("txt",), None: ("txt", "json")}.get(caption_key, ("json",))
+    keys = CAPTION_KEYS if caption_key is None else (caption_key,)
     try:
         with tarfile.open(shard, "r:") as archive:
             for member in archive:
@@ -250,13 +244,13 @@ def read_shard(shard: Path) -> dict[str, tuple[Member | None, list[str]]]:
                         raise Refused(f"{shard} has two images for {key}")
                     images[key] = Member(shard, member.name, member.offset_data, member.size)
                 elif ending in ("txt", "json"):
-                    file = archive.extractfile(member)
-                    found = _caption(file.read() if file else b"", ending)
-                    if (key, ending) in seen:
+                    if ending in captions.setdefault(key, {}):
                         raise Refused(f"{shard} has two files {key}.{ending}")
-                    seen.add((key, ending))
-                    if ending == "txt" or key not in captions:  # the text where both exist
-                        captions[key] = found
+                    file = archive.extractfile(member)
+                    content = file.read() if file else b""
+                    captions[key][ending] = (
+                        _read_text(content) if ending == "txt" else _read_json(content, keys)
+                    )
             with shard.open("rb") as whole:
                 whole.seek(archive.offset)
                 if whole.read(512) != bytes(512):
@@ -271,8 +265,20 @@ def read_shard(shard: Path) -> dict[str, tuple[Member | None, list[str]]]:
             f"the shard {shard} cannot be read as tar: {getattr(error, 'strerror', None) or error}"
         ) from None
     return {
-        key: (images.get(key), captions.get(key, [])) for key in dict.fromkeys([*images, *captions])
+        key: (images.get(key), _choose(captions.get(key, {}), wanted))
+        for key in dict.fromkeys([*images, *captions])
     }
+
+
+def _choose(found: dict[str, Caption], wanted: tuple[str, ...]) -> Caption:
+    """The captions of the first ending that has some, or why none has."""
+    lacks = []
+    for ending in wanted:
+        caption = found.get(ending, Caption([], f"no .{ending}"))
+        if caption.texts:
+            return caption
+        lacks.append(caption.lack)
+    return Caption([], " and ".join(lacks))
 
 
 def shards_of(pattern: str) -> list[Path]:
@@ -325,18 +331,32 @@ def _key(name: str) -> tuple[str, str, str]:
     return f"{folder}{slash}{stem}", dot, ending.lower()
 
 
-def _caption(content: bytes, ending: str) -> list[str]:
-    """The captions of a .txt or .json member, none where it has none."""
+def _read_text(content: bytes) -> Caption:
+    """The caption of a .txt."""
     try:
-        text = content.decode("utf-8-sig")
-        value = text if ending == "txt" else json.loads(text)["caption"]
-        values = value if isinstance(value, list) else [value]
-        found = [each.strip() for each in values if isinstance(each, str) and each.strip()]
-        for each in found:
-            each.encode()  # half of a pair of surrogates is not text
-    except (ValueError, KeyError, TypeError, RecursionError):
-        return []
-    return found
+        text = content.decode("utf-8-sig").strip()
+    except UnicodeDecodeError:
+        return Caption([], "a .txt that is not in UTF-8")
+    return Caption([text]) if text else Caption([], "an empty .txt")
+
+
+def _read_json(content: bytes, keys: Sequence[str]) -> Caption:
+    """The captions under the first of the keys that a .json has: a text or a list of texts."""
+    try:
+        values = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        return Caption([], "a .json that is not JSON in UTF-8")
+    if not isinstance(values, dict):
+        return Caption([], "a .json that does not hold values by name")
+    key = next((each for each in keys if each in values), None)
+    if key is None:
+        has = ", ".join(map(ascii, itertools.islice(values, 8))) or "nothing"
+        return Caption([], f"a .json without {' or '.join(keys)}, with {has}: --caption-key")
+    found = values[key] if isinstance(values[key], list) else [values[key]]
+    texts = [each.strip() for each in found if isinstance(each, str) and each.strip()]
+    if any(each != each.encode(errors="replace").decode() for each in texts):
+        return Caption([], f"half a pair of surrogates under {key} in its .json")
+    return Caption(texts) if texts else Caption([], f"no text under {key} in its .json")
 
 
 def _of_files(
@@ -357,7 +377,7 @@ def _check_complete(lacking: dict[str, str], source: str, corrupt: str) -> None:
     """Reports pairs without an image or a caption in one line, and refuses them by default."""
     if not lacking:
         return
-    first = ", ".join(f"{name} (no {what})" for name, what in itertools.islice(lacking.items(), 3))
+    first = ", ".join(f"{name} ({what})" for name, what in itertools.islice(lacking.items(), 3))
     said = (
         f"{len(lacking)} of the pairs of {source} are not complete:"
         f" {first}{', ...' if len(lacking) > 3 else ''}"

@@ -27,8 +27,12 @@ FREE = (
     "data.data_dir", "data.download", "data.workers", "data.eval_split", "data.corrupt",
     "data_found.eval",
 )  # fmt: skip
-# Paths that may change when a run resumes because digests tell what lies there.
-MOVABLE = {"data.source", "text.tokenizer", "text.names"}
+# Where data lie and how they are read: it may change when a run resumes, as digests tell what is
+# read.
+MOVABLE = {
+    "data.source", "data.separator", "data.quoting", "data.image_key", "data.caption_key",
+    "text.tokenizer", "text.names",
+}  # fmt: skip
 DIGEST = "data_found.digest."
 
 
