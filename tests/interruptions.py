@@ -9,7 +9,9 @@ import ctypes
 import functools
 import itertools
 import os
+import signal
 import sqlite3
+import time
 
 OF_PYTHON = ("fsync", "unlink", "rename", "replace", "mkdir", "rmdir")
 OF_SQLITE = ("write", "pwrite", "pwrite64", "ftruncate", "unlink", "openDirectory")
@@ -65,6 +67,35 @@ def around_commits(hook):
         yield
     finally:
         sqlite3.connect = really
+
+
+def death(number):
+    """Returns a hook that kills this process at call `number` of it, from 0 (None: never)."""
+    calls = itertools.count()
+
+    def dying():
+        if next(calls) == number:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return 0
+
+    return dying
+
+
+def killed(work, number=None, wait=None):
+    """Runs `work(hook)` in a process of its own; returns whether it was killed.
+
+    The hook kills it at call `number` (`death`). With `wait` it is killed after that many seconds.
+    """
+    process = os.fork()
+    if process:
+        if wait is not None:
+            time.sleep(wait)
+            os.kill(process, signal.SIGKILL)
+        return os.waitpid(process, 0)[1] == signal.SIGKILL
+    try:
+        work(death(number))
+    finally:
+        os._exit(0)
 
 
 @contextlib.contextmanager

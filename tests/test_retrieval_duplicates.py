@@ -197,33 +197,18 @@ def test_the_table_and_the_sheet_show_every_image(index, capsys):
 
 
 KILLS = """
-import json, os, random, signal, sys, time
+import json, os, random, sys, time
 sys.path.insert(0, "tests")
-from interruptions import before_writes
+from interruptions import before_writes, killed
 from ggem_jax.retrieval.__main__ import main
 path, sheet = sys.argv[1:]
-def fork(dies_at=None, wait=None):
+def work(dying):
+    with before_writes(dying, also=["open", "chmod"]):
+        main(["duplicates", path, "--json", "--html", sheet])
+def fork(**when):
     with open(sheet, "w") as file:
         file.write("the sheet of before")
-    process = os.fork()
-    if process:
-        if wait is not None:
-            time.sleep(wait)
-            os.kill(process, signal.SIGKILL)
-        dead = os.waitpid(process, 0)[1] == signal.SIGKILL
-        return dead, open(sheet).read()
-    left = [dies_at]
-    def dying():
-        if dies_at is not None:
-            left[0] -= 1
-            if left[0] < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return 0
-    try:
-        with before_writes(dying, also=["open", "chmod"]):
-            main(["duplicates", path, "--json", "--html", sheet])
-    finally:
-        os._exit(0)
+    return killed(work, **when), open(sheet).read()
 sys.stdout.flush()
 said, sys.stdout = sys.stdout, open(os.devnull, "w")
 rng, start = random.Random(0), time.monotonic()
@@ -232,7 +217,7 @@ whole = time.monotonic() - start
 found += [fork(wait=rng.uniform(0, whole)) for _ in range(8)]
 number, dead = 0, True
 while dead:
-    found.append(fork(dies_at=number))
+    found.append(fork(number=number))
     dead, number = found[-1][0], number + 1
 print(json.dumps(found), file=said)
 """

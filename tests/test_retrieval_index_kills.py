@@ -180,7 +180,7 @@ KILLS = (
 extraction.COMMIT_ROWS, shards.SHARD_BYTES = 10, 48
 photos, before, out = sys.argv[1:4]
 sys.path.insert(0, "tests")
-from interruptions import around_commits, before_writes
+from interruptions import around_commits, before_writes, death
 def slow(images):
     for vector in extract(images):
         time.sleep(0.001)
@@ -198,13 +198,7 @@ def fork(call, path, dies_at=None):
         os.close(tell)
         os.read(news, 1)
         return process, news
-    left = [dies_at]
-    def dying():
-        if dies_at is not None:
-            left[0] -= 1
-            if left[0] < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return 0
+    dying = death(dies_at)
     try:
         with before_writes(dying, also=["listdir"], every=12), around_commits(dying):
             os.write(tell, b"s")

@@ -372,42 +372,28 @@ def test_a_full_disk_leaves_nothing(parts, tmp_path, monkeypatch):
 
 
 KILLS = """
-import json, os, random, signal, sys, time
+import json, random, sys, time
 sys.path.insert(0, "tests")
-from interruptions import around_commits, before_writes
+from interruptions import around_commits, before_writes, killed
 from ggem_jax.retrieval.index import merging, shards
 out, parts = sys.argv[1], sys.argv[2:]
 shards.SHARD_BYTES, merging.ROWS_COPIED = 30, 3
-def fork(path, dies_at=None, wait=None):
-    process = os.fork()
-    if process:
-        if wait is not None:
-            time.sleep(wait)
-            os.kill(process, signal.SIGKILL)
-        return os.waitpid(process, 0)[1] == signal.SIGKILL
-    left = [dies_at]
-    def dying():
-        if dies_at is not None:
-            left[0] -= 1
-            if left[0] < 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-        return 0
-    try:
+def fork(path, **when):
+    def work(dying):
         with before_writes(dying, also=["listdir"], every=4), around_commits(dying):
             merging.merge(path, parts)
-    finally:
-        os._exit(0)
-killed, rng = {}, random.Random(0)
+    return killed(work, **when)
+found, rng = {}, random.Random(0)
 start = time.monotonic()
 fork(f"{out}/whole")
 whole = time.monotonic() - start
 for number in range(8):
-    killed[f"{out}/random{number}"] = fork(f"{out}/random{number}", wait=rng.uniform(0, whole))
+    found[f"{out}/random{number}"] = fork(f"{out}/random{number}", wait=rng.uniform(0, whole))
 number, dead = 0, True
 while dead:
-    dead = killed[f"{out}/call{number}"] = fork(f"{out}/call{number}", number)
+    dead = found[f"{out}/call{number}"] = fork(f"{out}/call{number}", number=number)
     number += 1
-print(json.dumps(killed))
+print(json.dumps(found))
 """
 
 
