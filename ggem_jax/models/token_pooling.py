@@ -162,7 +162,7 @@ class MAP(nn.Module):
         if c is None:
             raise ValueError("MAP needs a config when it is used outside a ViT")
         query = self.param("query", xavier, (1, c.width), c.param_dtype).astype(tokens.dtype)
-        queries = jnp.broadcast_to(query, (len(tokens), 1, c.width))
+        queries = jnp.broadcast_to(query, (tokens.shape[0], 1, c.width))
         pooled = Attention(c, name="attention")(queries, tokens)
         normed = nn.LayerNorm(c.norm_eps, name="norm", **dtypes(c))(pooled)
         return (pooled + MLP(c, name="mlp")(normed))[:, 0]
