@@ -7,6 +7,7 @@ of a run of `train.classify`; with a second run, also a paired comparison on the
 
 import dataclasses
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from eval.runs import (
 from eval.statistics import Interval, PairedTest, compare_paired, proportion
 from train.cli import Refused, one_sentence, parse
 from train.config import Config
-from train.data import open_data
+from train.data import join_classes, open_data
 from train.evaluate import Predictions, evaluate
 from train.loop import read_exponents
 from train.run import read_run
@@ -58,8 +59,20 @@ class ClassifyResult(RunResult):
         return proportion(self.predictions.top(5))
 
     def by_class(self) -> list[tuple[str, int, Interval]]:
-        """Returns name, number of images and top-1 accuracy of each class that has images."""
-        correct, label = self.predictions.top(1), self.predictions.label
+        """Returns name, number of images and top-1 accuracy of each class that has images.
+
+        Where an image may have several labels, the average precision of the class, which has no
+        interval, stands for the accuracy.
+        """
+        label = self.predictions.label
+        if self.predictions.several:
+            precisions = self.predictions.precisions()
+            return [
+                (name, int(label[:, i].sum()), Interval(float(precisions[i]), math.nan, math.nan))
+                for i, name in enumerate(self.classes)
+                if label[:, i].any()
+            ]
+        correct = self.predictions.top(1)
         return [
             (name, int(np.sum(label == i)), proportion(correct[label == i]))
             for i, name in enumerate(self.classes)
@@ -97,13 +110,16 @@ def evaluate_run(run: Path, options: ClassifyOptions) -> ClassifyResult:
     data = dataclasses.replace(data, eval_split=options.split or data.eval_split)
     config = replace_data(config, data)
     _, images = open_data(data)
-    if images.classes != classes:
+    images = join_classes(images, classes, f"{run} and {data.source}")
+    several = facts.get("several_labels", False)
+    if images.several != several:
         raise Refused(
-            f"{run} was trained on the classes {', '.join(classes)}, but {data.source} has"
-            f" {', '.join(images.classes)}"
+            f"{run} was trained on images with {'several labels' if several else 'one label'} each,"
+            f" and those of {data.source} have {'one' if several else 'several'}"
         )
     checkpoints = open_checkpoints(run)
-    steps = make_steps(config, len(classes), total_steps=2)  # any number: nothing is trained
+    # any number of steps: nothing is trained
+    steps = make_steps(config, len(classes), total_steps=2, several=several)
     state = checkpoints.restore(steps)
     return ClassifyResult(
         run=run,
@@ -125,9 +141,14 @@ def compare(first: ClassifyResult, second: ClassifyResult) -> PairedTest:
         Accuracy of the first less that of the second with its interval, and McNemar's test.
 
     Raises:
-        Refused: The runs were not evaluated on the same images, labels and classes.
+        Refused: The runs were not evaluated on the same images, labels and classes, or images have
+            several labels.
     """
     a, b = first.predictions, second.predictions
+    if a.several or b.several:
+        raise Refused(
+            "runs on images with several labels are not compared in pairs: evaluate one at a time"
+        )
     require_same_images(
         first.run,
         second.run,
@@ -150,20 +171,32 @@ def as_json(results: list[ClassifyResult], comparison: PairedTest | None) -> dic
 
     Returns:
         "runs", a list with an entry for each run, and "paired", the test or None. Accuracies are
-        from 0 to 1.
+        from 0 to 1. Where an image may have several labels, "map" and "ap" of each class stand for
+        them.
     """
     entries = [
         {
             "run": str(result.run),
             "step": result.step,
             "images": len(result.predictions.label),
-            "top1": dataclasses.asdict(result.top1),
-            "top5": dataclasses.asdict(result.top5),
+            **(
+                {"map": result.predictions.measures()["map"]}
+                if result.predictions.several
+                else {
+                    "top1": dataclasses.asdict(result.top1),
+                    "top5": dataclasses.asdict(result.top5),
+                }
+            ),
             "nll": result.predictions.nll(),
             "p": result.p,
             "by_class": [
-                {"name": name, "images": count, "top1": dataclasses.asdict(top1)}
-                for name, count, top1 in result.by_class()
+                {"name": name, "images": count}
+                | (
+                    {"ap": found.value}
+                    if result.predictions.several
+                    else {"top1": dataclasses.asdict(found)}
+                )
+                for name, count, found in result.by_class()
             ],
         }
         for result in results
@@ -187,14 +220,18 @@ def show(results: list[ClassifyResult], comparison: PairedTest | None) -> None:
         title = f"{result.run}, step {result.step}, {count:,} images"
         table = Table("class", title=title, title_justify="left")
         table.add_column("images", justify="right")
-        table.add_column("top-1 [95 % interval]", justify="right")
-        for name, images, top1 in result.by_class():
-            table.add_row(name, f"{images:,}", str(top1))
+        several = result.predictions.several
+        measure = "average precision" if several else "top-1 [95 % interval]"
+        table.add_column(measure, justify="right")
+        for name, images, found in result.by_class():
+            table.add_row(name, f"{images:,}", f"{found.value:.2%}" if several else str(found))
         console.print(table)
-        console.print(
-            f"top-1 {result.top1}   top-5 {result.top5}   negative log-likelihood"
-            f" {result.predictions.nll():.4f}"
+        measured = (
+            f"mAP {result.predictions.measures()['map']:.2%}"
+            if several
+            else f"top-1 {result.top1}   top-5 {result.top5}"
         )
+        console.print(f"{measured}   negative log-likelihood {result.predictions.nll():.4f}")
         for line in say_exponents(result.p):
             console.print(line)
     if comparison is not None:

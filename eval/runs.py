@@ -34,11 +34,13 @@ class RunOptions:
     # evaluate on another source than the run's, written as --data of the training
     data: str | None = None
     data_dir: Path | None = None  # folder of the prepared tfds data sets; None: as in the run
-    # of csv:FILE and wds:PATTERN, as in the training; None: as in the run
+    # of csv:FILE, wds:PATTERN and tfds:NAME, as in the training; None: as in the run
     separator: str | None = None
     quoting: Literal["auto", "csv", "none"] | None = None
     image_key: str | None = None
     caption_key: str | None = None
+    label_key: str | None = None
+    label_separator: str | None = None
 
     @property
     def runs(self) -> list[Path]:
@@ -49,13 +51,16 @@ class RunOptions:
         """Returns the data settings of an evaluation: those of the training, changed by the flags.
 
         Args:
-            trained: Data settings of the training. Those of the fields `data` to `caption_key`
-                and `corrupt` that are given replace its own.
+            trained: Data settings of the training. Those of the fields `data` to
+                `label_separator` and `corrupt` that are given replace its own.
 
         Raises:
             Refused: A flag is wrong.
         """
-        names = ("corrupt", "data_dir", "separator", "quoting", "image_key", "caption_key")
+        names = (
+            "corrupt", "data_dir", "separator", "quoting", "image_key", "caption_key", "label_key",
+            "label_separator",
+        )  # fmt: skip
         given = {"source": self.data} | {name: getattr(self, name) for name in names}
         try:
             return dataclasses.replace(

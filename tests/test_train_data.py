@@ -167,12 +167,15 @@ def test_folders_that_cannot_be_used_are_refused(tmp_path, class_folders):
     refused("folder:", "known are")
     (tmp_path / "empty").mkdir()
     refused(f"folder:{tmp_path}/empty", "holds no class sub-folders")
-    (class_folders / "test" / "dogs").mkdir()
-    refused(f"folder:{class_folders}", "dogs holds no images")
-    (class_folders / "test" / "dogs").rmdir()
     (class_folders / "train" / "dogs").mkdir()
-    (class_folders / "train" / "dogs" / "a.png").write_bytes(b"")
-    refused(f"folder:{class_folders}", "must have the same classes; only one has dogs")
+    refused(f"folder:{class_folders}", "dogs holds no images")
+    (class_folders / "train" / "dogs").rmdir()
+    (class_folders / "test" / "dogs").mkdir()
+    (class_folders / "test" / "dogs" / "a.png").write_bytes(b"")
+    refused(
+        f"folder:{class_folders}",
+        "must have the same classes; only images to evaluate on are of dogs",
+    )
 
 
 def test_data_sets_that_are_not_prepared_are_refused_with_the_way_to_prepare_them(tmp_path):

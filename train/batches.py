@@ -18,21 +18,21 @@ from ggem_jax.files.preprocessing import Preprocessing
 from train.augment import augment
 from train.cli import Refused
 from train.config import Config
-from train.data import Images
+from train.images import Images, Label
 
-# image (b, side, side, 3) uint8, label (b,) int32; for evaluation also weight (b,) float32, index
-# (b,) int32 and digest (b,) uint32 of the image as it was read
+# image (b, side, side, 3) uint8, label (b,) or (b, classes) int32; for evaluation also weight (b,)
+# float32, index (b,) int32 and digest (b,) uint32 of the image as it was read
 Batch = dict[str, np.ndarray]
 
 
 ENDLESS = 2**62  # length of a stream that no run reaches the end of
 
 
-def label_only(label: int, rng: np.random.Generator) -> dict[str, Any]:
+def label_only(label: Label, rng: np.random.Generator) -> dict[str, Any]:
     """Returns the entry of a batch that a classifier needs beside an image: its label.
 
     Args:
-        label: The label of the image, from 0.
+        label: The label of the image, from 0, or a row with 1 for each class that it shows.
         rng: Random numbers of the image, which are not used.
 
     Returns:
@@ -49,7 +49,7 @@ def train_batches(
     process: int = 0,
     processes: int = 1,
     draw: Callable[[int], np.ndarray] | None = None,
-    beside: Callable[[int, np.random.Generator], dict[str, Any]] = label_only,
+    beside: Callable[[Any, np.random.Generator], dict[str, Any]] = label_only,
 ) -> Iterator[Batch]:
     """Yields endless shuffled and augmented batches, this process's rows of each.
 
@@ -163,10 +163,11 @@ def eval_batches(
     reader = _Reader(images, config.data.corrupt)
     side = config.model.image
     preprocessing = Preprocessing(side, config.data.eval_crop, config.data.eval_zoom)
+    no_label: Any = np.zeros(len(images.classes), bool) if images.several else 0
 
     def example(index: int) -> dict[str, Any]:
         found = reader.or_none(index) if index < len(images) else None
-        image, label = found or (np.zeros((side, side, 3), np.uint8), 0)
+        image, label = found or (np.zeros((side, side, 3), np.uint8), no_label)
         digest = np.uint32(zlib.crc32(np.ascontiguousarray(image).data))
         return {
             "image": preprocessing.square(image),

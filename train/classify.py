@@ -50,18 +50,15 @@ def train(
     classes = train_set.classes
     total = max(round(config.epochs * len(train_set) / config.batch), 1)
     facts = describe_data(config, train_set, eval_set)
+    measures = {"map": "mAP"} if train_set.several else {"top1": "top-1", "top5": "top-5"}
 
     def task() -> Task:
-        steps = make_steps(config, len(classes), total)
+        steps = make_steps(config, len(classes), total, several=train_set.several)
 
         def evaluation(state) -> Evaluation:
             predictions = evaluate(steps, state.evaluated, eval_set, config)
-            values: dict[str, Any] = {
-                "top1": float(predictions.top(1).mean()),
-                "top5": float(predictions.top(5).mean()),
-                "nll": predictions.nll(),
-            }
-            said = f"top-1 {values['top1']:.2%}  top-5 {values['top5']:.2%}"
+            values: dict[str, Any] = predictions.measures()
+            said = "  ".join(f"{words} {values[name]:.2%}" for name, words in measures.items())
             return Evaluation(predictions, values | {"images": len(predictions.label)}, said)
 
         places = {"process": jax.process_index(), "processes": jax.process_count()}
@@ -75,7 +72,7 @@ def train(
             flops=training_flops(config.model, len(classes)),
             batches=lambda start: train_batches(train_set, config, start=start, **places),
             evaluate=evaluation,
-            curves=("top1", "top5"),
+            curves=tuple(measures),
         )
 
     return run(config, task, facts, quiet=quiet)

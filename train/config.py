@@ -45,7 +45,7 @@ class Pool:
 class Data:
     """Where the images come from and how they are read."""
 
-    # digits, folder:DIR or tfds:NAME; train.contrastive also takes csv:FILE and wds:PATTERN
+    # digits, folder:DIR, tfds:NAME or csv:FILE; train.contrastive also takes wds:PATTERN
     source: Annotated[str, arg(aliases=["--data"])] = "digits"
     # folder of the prepared tfds data sets
     data_dir: Annotated[Path, arg(aliases=["--data-dir"])] = Path("~/tensorflow_datasets")
@@ -67,6 +67,11 @@ class Data:
     # of csv:FILE a column, of wds:PATTERN a name in the .json, or txt; None: the first of caption,
     # title, text, TEXT, and of wds:PATTERN the .txt before them
     caption_key: Annotated[str | None, arg(aliases=["--caption-key"])] = None
+    # of csv:FILE a column, of tfds:NAME a feature; None: the first of label, labels, class, and of
+    # tfds:NAME label
+    label_key: Annotated[str | None, arg(aliases=["--label-key"])] = None
+    # of csv:FILE: text between several labels of an image; None: an image has one label
+    label_separator: Annotated[str | None, arg(aliases=["--label-separator"])] = None
     # what to do about an image that cannot be read: stop, or report it and take the next one
     corrupt: Literal["refuse", "skip"] = "refuse"
     # centre: resize the shorter side to eval-zoom * model.image and cut the centre square; squash:
@@ -84,6 +89,8 @@ class Data:
         require("data.eval_zoom", self.eval_zoom, "from 1 to 100", 1 <= self.eval_zoom <= 100)
         single = self.separator is None or len(self.separator) == 1 or self.separator in SEPARATORS
         require("data.separator", self.separator, 'one character, or "tab"', single)
+        between = self.label_separator
+        require("data.label_separator", between, "some text, or None", between != "")
         require("data.mean", self.mean, "finite", all(map(math.isfinite, self.mean)))
         require("data.std", self.std, "positive", all(0 < x < math.inf for x in self.std))
         require("data.workers", self.workers, "at least 1", self.workers >= 1)

@@ -1,105 +1,50 @@
-"""Labelled images from `digits`, `folder:DIR` or `tfds:NAME`, as splits with random access."""
+"""Labelled images from `digits`, `folder:DIR`, `csv:FILE` or `tfds:NAME`, as splits."""
 
-import functools
-import re
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
-from ggem_jax.files.images import EXTENSIONS, RGB, UnreadableImage, read_image
-from train.cli import Refused, first_line
+from train.cli import Refused
 from train.config import Data
+from train.folders import folder
+from train.images import Images, drop_empty_classes, hold_in_memory, join_splits
+from train.labels import read_labels
+from train.tfds import tfds
 
-KNOWN = "digits, folder:DIR, tfds:NAME"
-TRAIN_SPLITS = ("train",)
-EVAL_SPLITS = ("val", "validation", "test")
-
-
-class Stored(NamedTuple):
-    """An image as its source stores it."""
-
-    name: str  # relative to the source; empty where images have no names
-    size: int  # bytes
-    read: Callable[[], bytes]  # () -> its contents; raises OSError
-
-
-@dataclass(frozen=True)
-class Images:
-    """One split of labelled images."""
-
-    size: int  # number of images
-    classes: tuple[str, ...]  # names of the classes, by label
-    # i -> image i and its label; raises UnreadableImage where it cannot be decoded
-    load: Callable[[int], tuple[RGB, int]]
-    labels: Callable[[], np.ndarray]  # () -> labels of all images, without decoding them
-    # i -> image i as it is stored; None: the images are in memory
-    files: Callable[[int], Stored] | None = None
-
-    def __len__(self) -> int:
-        return self.size
-
-    def stored(self, i: int) -> Stored:
-        """Returns an image as it is stored: its file, or its pixels where it is in memory.
-
-        Args:
-            i: Number of the image.
-        """
-        if self.files is not None:
-            return self.files(i)
-        pixels = self.load(i)[0]
-        return Stored("", pixels.nbytes, pixels.tobytes)
-
-    def take(self, indices: np.ndarray) -> "Images":
-        """Returns some of the images.
-
-        Args:
-            indices: Numbers of the images, `(m,)`; the result has their order.
-        """
-        return Images(
-            len(indices),
-            self.classes,
-            lambda i: self.load(int(indices[i])),
-            lambda: self.labels()[indices],
-            lambda i: self.stored(int(indices[i])),
-        )
-
-    def of_classes(self, kept: np.ndarray, labels: np.ndarray) -> "Images":
-        """Returns the images of some classes, whose labels then count from 0.
-
-        Args:
-            kept: Labels of the classes, ascending.
-            labels: Labels of all images, `(n,)`.
-        """
-        places = np.flatnonzero(np.isin(labels, kept))
-        taken, own = self.take(places), np.searchsorted(kept, labels[places]).astype(np.int32)
-
-        def load(i: int) -> tuple[RGB, int]:
-            image, label = taken.load(i)
-            return image, int(np.searchsorted(kept, label))
-
-        names = tuple(self.classes[i] for i in kept)
-        return Images(len(taken), names, load, lambda: own, taken.stored)
+KNOWN = "digits, folder:DIR, tfds:NAME, csv:FILE"
 
 
 def open_data(data: Data) -> tuple[Images, Images]:
     """Returns the training and the evaluation images of a source.
 
-    A source with one split is divided by `hold_out`.
+    A source with one split is divided by `hold_out`. A line on standard error names the classes
+    that have no image to evaluate on.
 
     Args:
         data: The settings of the source.
 
     Raises:
-        Refused: There is no such source, it cannot be read, or its splits have different classes.
+        Refused: There is no such source, it cannot be read, or an image to evaluate on has a class
+            that is not trained on.
     """
     splits = open_splits(data)
-    if len(splits) == 2:
-        check_classes(splits, data.source)
-        return splits["train"], splits["eval"]
-    return hold_out(splits["train"], data.holdout)
+    if len(splits) == 1:
+        return hold_out(splits["train"], data.holdout)
+    train = splits["train"]
+    evaluation = join_classes(splits["eval"], train.classes, f"the two splits of {data.source}")
+    labels = evaluation.labels()
+    shown = set(np.flatnonzero(labels.any(axis=0)) if evaluation.several else labels)
+    absent = [name for number, name in enumerate(train.classes) if number not in shown]
+    if absent:
+        more = ", ..." if len(absent) > 5 else ""
+        print(
+            f"{len(absent)} of {len(train.classes)} classes have no image to evaluate on:"
+            f" {', '.join(absent[:5])}{more}",
+            file=sys.stderr,
+            flush=True,
+        )
+    return train, evaluation
 
 
 def open_disjoint(data: Data, share: float) -> tuple[Images, Images]:
@@ -116,6 +61,10 @@ def open_disjoint(data: Data, share: float) -> tuple[Images, Images]:
         Refused: The source cannot be read, or fewer than 2 classes would be left on either side.
     """
     splits = open_splits(data)
+    if any(split.several for split in splits.values()):
+        raise Refused(
+            f"{data.source} gives an image several labels, and descriptors need one of each image"
+        )
     if len(splits) == 2:
         occurring = {name: drop_empty_classes(split) for name, split in splits.items()}
         if not set(occurring["train"].classes) & set(occurring["eval"].classes):
@@ -126,7 +75,12 @@ def open_disjoint(data: Data, share: float) -> tuple[Images, Images]:
                         f" {', '.join(split.classes)} alone: at least 2 are needed"
                     )
             return occurring["train"], occurring["eval"]
-        check_classes(splits, data.source, ", or none in common")
+        splits["eval"] = join_classes(
+            splits["eval"],
+            splits["train"].classes,
+            f"the two splits of {data.source}",
+            ", or none in common",
+        )
     whole = drop_empty_classes(join_splits(list(splits.values())))
     count, labels = len(whole.classes), whole.labels()
     kept = round(share * count)
@@ -139,46 +93,6 @@ def open_disjoint(data: Data, share: float) -> tuple[Images, Images]:
     trained_on[np.random.default_rng(0).permutation(count)[:kept]] = True
     return whole.of_classes(np.flatnonzero(trained_on), labels), whole.of_classes(
         np.flatnonzero(~trained_on), labels
-    )
-
-
-def drop_empty_classes(images: Images) -> Images:
-    """Returns the same images without the classes that have none.
-
-    Args:
-        images: A split; its labels then count the classes that remain.
-    """
-    labels = images.labels()
-    kept = np.unique(labels)
-    return images if len(kept) == len(images.classes) else images.of_classes(kept, labels)
-
-
-def join_splits(parts: list[Images]) -> Images:
-    """Returns the images of several splits, one split after the other.
-
-    Args:
-        parts: Splits with the same classes.
-    """
-    ends = np.cumsum([len(part) for part in parts])
-
-    def place(i: int) -> tuple[Images, int]:
-        part = int(np.searchsorted(ends, i, side="right"))
-        return parts[part], i - int(ends[part]) + len(parts[part])
-
-    def load(i: int) -> tuple[RGB, int]:
-        part, own = place(i)
-        return part.load(own)
-
-    def stored(i: int) -> Stored:
-        part, own = place(i)
-        return part.stored(own)
-
-    return Images(
-        int(ends[-1]),
-        parts[0].classes,
-        load,
-        lambda: np.concatenate([part.labels() for part in parts]),
-        stored,
     )
 
 
@@ -200,31 +114,47 @@ def open_splits(data: Data) -> dict[str, Images]:
             )
         splits = {"train": digits()}
     elif kind == "folder" and name:
-        splits = folder(Path(name).expanduser(), data.eval_split)
+        splits = folder(Path(name).expanduser(), data.eval_split, corrupt=data.corrupt)
+    elif kind == "csv" and name:
+        splits = {"train": read_labels(name, data)}
+        if data.eval_split is not None:
+            splits["eval"] = read_labels(data.eval_split, data)
     elif kind == "tfds" and name:
-        splits = tfds(name, data.data_dir.expanduser(), data.eval_split, download=data.download)
+        splits = tfds(
+            name,
+            data.data_dir.expanduser(),
+            data.eval_split,
+            download=data.download,
+            label=data.label_key or "label",
+        )
     else:
         raise Refused(f"unknown data source {data.source!r}; known are {KNOWN}")
     return splits
 
 
-def check_classes(splits: dict[str, Images], source: str, otherwise: str = "") -> None:
-    """Raises `Refused` if the two splits have different classes.
+def join_classes(
+    images: Images, classes: tuple[str, ...], what: str, otherwise: str = ""
+) -> Images:
+    """Returns evaluation images with the labels of the classes that are trained on.
 
     Args:
-        splits: The splits "train" and "eval".
-        source: The name of their source, for the sentence.
+        images: The evaluation images, whose classes may be some of those.
+        classes: Names of the classes that are trained on.
+        what: What must have the same classes, for the sentence.
         otherwise: Words after "must have the same classes", such as ", or none in common".
 
     Raises:
-        Refused: The classes differ; the sentence lists those that only one split has.
+        Refused: A class is not among those; the sentence lists all that are not.
     """
-    if splits["train"].classes != splits["eval"].classes:
-        difference = sorted(set(splits["train"].classes) ^ set(splits["eval"].classes))
+    if images.classes == classes:
+        return images
+    if others := sorted(set(images.classes) - set(classes)):
+        listed = ", ".join(others[:10]) + (", ..." if len(others) > 10 else "")
         raise Refused(
-            f"the two splits of {source} must have the same classes{otherwise}; only one has"
-            f" {', '.join(difference)}"
+            f"{what} must have the same classes{otherwise}; only images to evaluate on are of"
+            f" {listed}"
         )
+    return images.among(classes)
 
 
 def digits() -> Images:
@@ -241,246 +171,19 @@ def digits() -> Images:
     return hold_in_memory(images, labels, tuple("0123456789"))
 
 
-def hold_in_memory(
-    images: Sequence[RGB] | np.ndarray, labels: np.ndarray, classes: tuple[str, ...]
-) -> Images:
-    """Returns a split of images that are already in memory.
-
-    Args:
-        images: Images, `(h, w, 3)` uint8 each.
-        labels: Labels of the images, `(n,)` int32.
-        classes: Names of the classes.
-    """
-    return Images(len(images), classes, lambda i: (images[i], int(labels[i])), lambda: labels)
-
-
-def folder(root: Path, eval_split: str | None = None) -> dict[str, Images]:
-    """Returns the splits of a folder of class sub-folders.
-
-    Two forms are read: `root/train/CLASS/*.png` with `root/val` (or validation, test, or
-    `eval_split`) beside it, and `root/CLASS/*.png` as one split. Images whose names are all numbers
-    are ordered by these numbers, others by their paths.
-
-    Args:
-        root: The folder.
-        eval_split: The sub-folder to evaluate on; None takes the first of the usual names.
-
-    Raises:
-        Refused: The folder, a split or a class is missing, or a class has no images.
-    """
-    if not root.is_dir():
-        raise Refused(f"there is no folder {root}")
-    inside = {path.name for path in root.iterdir() if path.is_dir()}
-    train_name = next((name for name in TRAIN_SPLITS if name in inside), None)
-    eval_name = _eval_name(eval_split, inside, f"{root}")
-    if train_name is None and eval_split is None:
-        return {"train": _class_folders(root)}
-    if train_name is None:
-        raise Refused(f"--data.eval-split {eval_split} needs a folder {root}/train beside it")
-    splits = {"train": _class_folders(root / train_name)}
-    if eval_name is not None:
-        splits["eval"] = _class_folders(root / eval_name)
-    return splits
-
-
-def _class_folders(root: Path) -> Images:
-    classes = sorted(
-        path.name for path in root.iterdir() if path.is_dir() and not path.name.startswith(".")
-    )
-    if not classes:
-        raise Refused(f"{root} holds no class sub-folders")
-    paths, labels = [], []
-    for label, name in enumerate(classes):
-        found = sorted(
-            path
-            for path in (root / name).iterdir()
-            if path.suffix.lower() in EXTENSIONS and path.is_file() and path.name[0] != "."
-        )
-        if not found:
-            raise Refused(
-                f"the class folder {root / name} holds no images ({', '.join(EXTENSIONS)})"
-            )
-        paths += found
-        labels += [label] * len(found)
-    if all(re.fullmatch("[0-9]+", path.stem) for path in paths):
-        order = np.argsort([int(path.stem) for path in paths], kind="stable")
-    else:
-        order = np.arange(len(paths))
-    paths, label_array = [paths[i] for i in order], np.array(labels, np.int32)[order]
-    return Images(
-        len(paths),
-        tuple(classes),
-        lambda i: (read_image(paths[i]), int(label_array[i])),
-        lambda: label_array,
-        lambda i: stored_file(paths[i], paths[i].relative_to(root).as_posix()),
-    )
-
-
-def stored_file(path: Path, name: str) -> Stored:
-    """Returns a file as an image is stored in it.
-
-    Args:
-        path: The file.
-        name: Its name relative to the source.
-
-    Raises:
-        Refused: The file is gone.
-    """
-    try:
-        return Stored(name, path.stat().st_size, path.read_bytes)
-    except OSError as error:
-        raise Refused(f"{path} cannot be read: {error.strerror}") from None
-
-
-def tfds(
-    name: str, data_dir: Path, eval_split: str | None = None, *, download: bool = False
-) -> dict[str, Images]:
-    """Returns the splits of a prepared TensorFlow Datasets data set.
-
-    It is read through its random-access data source, which needs no TensorFlow.
-
-    Args:
-        name: The data set as `name[/config][:version]`; without a version the newest one is taken.
-        data_dir: Folder of the prepared data sets.
-        eval_split: The split to evaluate on; None takes the first of the usual names.
-        download: Whether a data set that is missing may be downloaded and prepared.
-
-    Raises:
-        Refused: The data set is missing, cannot be read, or has no images with labels.
-    """
-    folder_ = _find_prepared(name, data_dir)
-    if folder_ is None and download:
-        _prepare(name, data_dir)
-        folder_ = _find_prepared(name, data_dir)
-    if folder_ is None:
-        raise Refused(
-            f"{name} is not prepared in {data_dir} (there:"
-            f" {', '.join(_list_prepared(data_dir)) or 'nothing'}): add --download to let"
-            " TensorFlow Datasets fetch it, or convert packed files with python -m train.prepare"
-        )
-    import tensorflow_datasets
-
-    try:
-        builder = tensorflow_datasets.builder_from_directory(folder_)
-    except Exception as error:  # of many kinds: files that are missing, cut off or altered
-        raise Refused(
-            f"{folder_} is not a readable TensorFlow Datasets data set: {first_line(error)}"
-        ) from None
-    features = builder.info.features
-    if not {"image", "label"} <= set(features):
-        raise Refused(
-            f"{name} has the features {', '.join(features)}, but image and label are needed"
-        )
-    if builder.info.file_format.value != "array_record":
-        raise Refused(
-            f"{folder_} is stored as {builder.info.file_format.value}; random access needs"
-            " array_record: prepare it in another --data-dir"
-        )
-    train_name = next((split for split in TRAIN_SPLITS if split in builder.info.splits), None)
-    if train_name is None:
-        raise Refused(
-            f"{name} has the splits {', '.join(builder.info.splits)}, but none is called train"
-        )
-    eval_name = _eval_name(eval_split, set(builder.info.splits), name)
-    splits = {"train": _tfds_split(builder, train_name)}
-    if eval_name is not None:
-        splits["eval"] = _tfds_split(builder, eval_name)
-    return splits
-
-
-def _eval_name(asked: str | None, there: set[str], where: str) -> str | None:
-    """The split to evaluate on: the one asked for, or the first that exists of the usual names."""
-    if asked is not None and asked not in there:
-        raise Refused(
-            f"--data.eval-split {asked} is not in {where}, which has {', '.join(sorted(there))}"
-        )
-    return asked or next((name for name in EVAL_SPLITS if name in there), None)
-
-
-def _tfds_split(builder, split: str) -> Images:
-    from tensorflow_datasets import decode
-
-    classes = tuple(builder.info.features["label"].names)
-    # as files: our own decoder serves every source
-    records = builder.as_data_source(split, decoders={"image": decode.SkipDecoding()})
-
-    def load(i: int) -> tuple[RGB, int]:
-        name = f"image {i} of {builder.name}, split {split},"
-        try:
-            record = records[i]
-        except Exception as error:  # of many kinds, from the record reader's up to the parser's
-            raise UnreadableImage(f"{name} cannot be read: {first_line(error)}") from None
-        if not 0 <= record["label"] < len(classes):
-            raise Refused(
-                f"{name} has the label {record['label']}, where one of 0 to {len(classes) - 1} is"
-                " needed: choose another --data.eval-split"
-            )
-        return read_image(record["image"], name=name), int(record["label"])
-
-    def column(name: str) -> np.ndarray:
-        return np.array([records[i][name] for i in range(len(records))])
-
-    def stored(i: int) -> Stored:
-        content = records[i]["image"]
-        return Stored("", len(content), lambda: content)
-
-    images = Images(
-        len(records),
-        classes,
-        load,
-        functools.cache(lambda: column("label").astype(np.int32)),
-        stored,
-    )
-    if "index" in builder.info.features and not builder.info.disable_shuffling:
-        return images.take(np.argsort(column("index"), kind="stable"))
-    return images
-
-
-def _find_prepared(name: str, data_dir: Path) -> Path | None:
-    """The folder of the newest prepared version of `name[/config][:version]`."""
-    path, _, version = name.partition(":")
-    try:
-        found = [
-            info.parent for info in (data_dir / path).glob(f"{version or '*'}/dataset_info.json")
-        ]
-    except (NotImplementedError, ValueError):  # the name cannot be a pattern of a path
-        return None
-    return max(
-        found,
-        key=lambda folder: [int(part) for part in re.findall("[0-9]+", folder.name)],
-        default=None,
-    )
-
-
-def _list_prepared(data_dir: Path) -> list[str]:
-    infos = [*data_dir.glob("*/*/dataset_info.json"), *data_dir.glob("*/*/*/dataset_info.json")]
-    return sorted({str(info.parent.parent.relative_to(data_dir)) for info in infos})
-
-
-def _prepare(name: str, data_dir: Path) -> None:
-    import tensorflow_datasets
-
-    try:
-        tensorflow_datasets.builder(
-            name, data_dir=data_dir, file_format="array_record"
-        ).download_and_prepare()
-    except Exception as error:  # no such data set, no network, no TensorFlow for its generator
-        raise Refused(
-            f"TensorFlow Datasets could not prepare {name} in {data_dir}: {first_line(error)}"
-        ) from None
-
-
 def hold_out(images: Images, share: float) -> tuple[Images, Images]:
     """Returns the training and the evaluation part of one split, each in the order of the source.
 
     Args:
         images: The split.
-        share: Share of each class that is kept for evaluation, drawn once and for all.
+        share: Share of each class that is kept for evaluation, drawn once and for all; of all
+            images where they may have several labels.
 
     Raises:
         Refused: One of the two parts would be empty.
     """
-    held = draw_held_out(images.labels(), share)
+    labels = np.zeros(len(images), np.int32) if images.several else images.labels()
+    held = draw_held_out(labels, share)
     return images.take(np.flatnonzero(~held)), images.take(np.flatnonzero(held))
 
 

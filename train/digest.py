@@ -30,7 +30,8 @@ def describe_data(config: Config, train: Images, evaluation: Images) -> dict[str
 
     Returns:
         "classes", the numbers of images "train" and "eval", the "digest" of the training images,
-        and "weights", the digest of those of `--init`, or None without it.
+        "weights", the digest of those of `--init`, or None without it, and "several_labels" where
+        an image may have several.
 
     Raises:
         Refused: An image or the file of `--init` cannot be read.
@@ -41,7 +42,7 @@ def describe_data(config: Config, train: Images, evaluation: Images) -> dict[str
         "eval": len(evaluation),
         "digest": digest_images(train),
         "weights": None if config.init is None else digest_weights(config.init, config),
-    }
+    } | ({"several_labels": True} if train.several else {})
 
 
 def digest_images(images: Images) -> dict[str, str]:

@@ -17,7 +17,8 @@ class Predictions:
     """Class probabilities of the readable evaluation images, in the order of their split."""
 
     index: np.ndarray  # (n,) number of the image in its split
-    label: np.ndarray  # (n,) class of the image, from 0
+    # (n,) class of the image, from 0, or (n, classes) with 1 for each class that it shows
+    label: np.ndarray
     digest: np.ndarray  # (n,) CRC-32 of the image as it was read
     probability: np.ndarray  # (n, classes) float32
 
@@ -34,8 +35,40 @@ class Predictions:
             axis=1
         )
 
+    @property
+    def several(self) -> bool:
+        """Whether an image may have several labels."""
+        return self.label.ndim == 2
+
+    def measures(self) -> dict[str, float]:
+        """Returns "top1", "top5" and "nll"; "map" and "nll" where an image has several labels."""
+        if self.several:
+            return {"map": float(np.nanmean(self.precisions())), "nll": self.nll()}
+        return {
+            "top1": float(self.top(1).mean()),
+            "top5": float(self.top(5).mean()),
+            "nll": self.nll(),
+        }
+
+    def precisions(self) -> np.ndarray:
+        """Returns the average precision of each class, `(classes,)`; NaN without an image of it.
+
+        It is the sum over thresholds of precision times the gain of recall.
+        """
+        from sklearn.metrics import average_precision_score
+
+        found = np.full(self.label.shape[1], np.nan)
+        for i in np.flatnonzero(self.label.any(axis=0)):
+            found[i] = average_precision_score(self.label[:, i], self.probability[:, i])
+        return found
+
     def nll(self) -> float:
-        """Returns the mean negative log-likelihood of the labels."""
+        """Returns the mean negative log-likelihood of the labels, or of the answers to all classes
+        where an image may have several.
+        """
+        if self.several:
+            right = np.where(self.label > 0, self.probability, 1 - self.probability)
+            return float(-np.log(np.maximum(right, 1e-30)).mean())
         own = np.take_along_axis(self.probability, self.label[:, None], axis=1)
         return float(-np.log(np.maximum(own, 1e-30)).mean())
 

@@ -17,7 +17,6 @@ import json
 import math
 import os
 import re
-import sys
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -40,10 +39,11 @@ from train.captions import (
 from train.cli import Refused
 from train.config import Data
 from train.data import KNOWN as KNOWN_CLASSES
-from train.data import Images, Stored, draw_held_out, open_data, stored_file
-from train.tables import CAPTION_KEYS, IMAGE_KEYS, read_table
+from train.data import draw_held_out, open_data
+from train.images import Images, Stored, stored_file
+from train.tables import CAPTION_KEYS, IMAGE_KEYS, check_complete, read_table
 
-KNOWN = f"{KNOWN_CLASSES}, csv:FILE, wds:PATTERN"
+KNOWN = f"{KNOWN_CLASSES}, wds:PATTERN"
 MOST_SHARDS = 1_000_000
 IMAGE_ENDINGS = tuple(ending.removeprefix(".") for ending in ENDINGS)
 
@@ -66,6 +66,10 @@ def open_captions(data: Data, text: Text) -> tuple[Captioned, Captioned]:
             raise Refused(
                 str(error).replace(f"known are {KNOWN_CLASSES}", f"known are {KNOWN}")
             ) from None
+        if splits[0].several:
+            raise Refused(
+                f"{data.source} gives an image several labels, of which no caption is made"
+            )
         words = choose_class_words(splits[0].classes, data, text)
         train, evaluation = (
             of_classes(images, words, choose_templates(data, text)) for images in splits
@@ -112,7 +116,7 @@ def read_csv(name: str, data: Data) -> Captioned:
         for number, (image, caption) in enumerate(found, 1)
         if not caption or not there[image]
     }
-    _check_complete(lacking, f"{path}", data.corrupt)
+    check_complete(lacking, f"{path}", data.corrupt)
     captions: dict[str, list[str]] = {}
     for image, caption in found:
         if caption and there[image]:
@@ -185,7 +189,7 @@ def read_shards(pattern: str, data: Data) -> Captioned:
             else:
                 members.append(member)
                 captions.append(caption.texts)
-    _check_complete(lacking, pattern, data.corrupt)
+    check_complete(lacking, pattern, data.corrupt)
     return _of_files(
         lambda i: members[i].decode(), lambda i: members[i].stored(), captions, pattern
     )
@@ -371,17 +375,3 @@ def _of_files(
     numbers = np.arange(len(kept))
     images = Images(len(kept), ("image",), lambda i: (load(i), i), lambda: numbers, stored)
     return make_captioned(images, kept)
-
-
-def _check_complete(lacking: dict[str, str], source: str, corrupt: str) -> None:
-    """Reports pairs without an image or a caption in one line, and refuses them by default."""
-    if not lacking:
-        return
-    first = ", ".join(f"{name} ({what})" for name, what in itertools.islice(lacking.items(), 3))
-    said = (
-        f"{len(lacking)} of the pairs of {source} are not complete:"
-        f" {first}{', ...' if len(lacking) > 3 else ''}"
-    )
-    if corrupt == "refuse":
-        raise Refused(f"{said} (--data.corrupt skip leaves them out)")
-    print(f"skipped: {said}", file=sys.stderr, flush=True)

@@ -31,6 +31,7 @@ FREE = (
 # read.
 MOVABLE = {
     "data.source", "data.separator", "data.quoting", "data.image_key", "data.caption_key",
+    "data.label_key", "data.label_separator",
     "text.tokenizer", "text.names",
 }  # fmt: skip
 DIGEST = "data_found.digest."

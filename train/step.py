@@ -91,8 +91,13 @@ class Problem:
     scales: Callable[[Any], Any] | None = None
 
 
-def make_steps(config: Config, num_classes: int, total_steps: int) -> Steps:
+def make_steps(
+    config: Config, num_classes: int, total_steps: int, *, several: bool = False
+) -> Steps:
     """Returns the compiled steps of a classifier.
+
+    Its loss is the cross-entropy of a softmax or, where an image may have several labels, the mean
+    over classes of that of a sigmoid.
 
     Configs that differ only in seed, folder or logging share one compilation.
 
@@ -100,6 +105,7 @@ def make_steps(config: Config, num_classes: int, total_steps: int) -> Steps:
         config: The settings of the run.
         num_classes: Outputs of the head.
         total_steps: Steps of the run.
+        several: Whether an image may have several labels.
     """
     return _classifier_steps(
         build_model(config, num_classes),
@@ -108,12 +114,19 @@ def make_steps(config: Config, num_classes: int, total_steps: int) -> Steps:
         config.optimizer,
         config.fsdp,
         total_steps,
+        several,
     )
 
 
 @functools.cache
 def _classifier_steps(
-    model: ViT, data: Data, augment: Augment, optimizer: Optimizer, fsdp: int, total_steps: int
+    model: ViT,
+    data: Data,
+    augment: Augment,
+    optimizer: Optimizer,
+    fsdp: int,
+    total_steps: int,
+    several: bool,
 ) -> Steps:
     side = model.config.image
 
@@ -122,22 +135,28 @@ def _classifier_steps(
         return output.logits.astype(jnp.float32)
 
     def prepare(batch: Batch, key: PRNGKeyArray) -> Batch:
-        targets = optax.smooth_labels(
-            jax.nn.one_hot(batch["label"], model.num_classes), augment.label_smoothing
-        )
+        smoothing = augment.label_smoothing
+        if several:
+            targets = batch["label"] * (1 - smoothing) + smoothing / 2
+        else:
+            targets = optax.smooth_labels(
+                jax.nn.one_hot(batch["label"], model.num_classes), smoothing
+            )
         images, targets = mix(batch["image"], targets, augment, key)
         return {"image": images, "target": targets}
 
     def loss(params, batch: Batch, key: PRNGKeyArray) -> Array:
-        return optax.softmax_cross_entropy(
-            logits_of(params, batch["image"], train=True, rngs={"dropout": key}), batch["target"]
-        ).mean()
+        logits = logits_of(params, batch["image"], train=True, rngs={"dropout": key})
+        if several:
+            return optax.sigmoid_binary_cross_entropy(logits, batch["target"]).mean()
+        return optax.softmax_cross_entropy(logits, batch["target"]).mean()
 
+    probability = jax.nn.sigmoid if several else jax.nn.softmax
     problem = Problem(
         init=lambda key: model.init(key, jnp.zeros((1, side, side, 3)))["params"],
         prepare=prepare,
         loss=loss,
-        outputs=lambda params, images: {"probability": jax.nn.softmax(logits_of(params, images))},
+        outputs=lambda params, images: {"probability": probability(logits_of(params, images))},
     )
     return compile_steps(problem, data, optimizer, fsdp, total_steps)
 

@@ -2,6 +2,7 @@
 
 import csv
 import io
+import itertools
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -101,6 +102,29 @@ def read_text(path: Path, what: str) -> str:
         raise Refused(f"{what}: {path} cannot be read: {error.strerror}") from None
     except UnicodeDecodeError:
         raise Refused(f"{what}: {path} is not in UTF-8") from None
+
+
+def check_complete(lacking: dict[str, str], source: str, corrupt: str) -> None:
+    """Reports incomplete rows or pairs in one line, and refuses them by default.
+
+    Args:
+        lacking: What is missing, by the name of the row or pair.
+        source: The source, for the sentence.
+        corrupt: "refuse", or "skip" for a line on standard error.
+
+    Raises:
+        Refused: Something is missing and `corrupt` is "refuse".
+    """
+    if not lacking:
+        return
+    first = ", ".join(f"{name} ({what})" for name, what in itertools.islice(lacking.items(), 3))
+    said = (
+        f"{len(lacking)} of the pairs of {source} are not complete:"
+        f" {first}{', ...' if len(lacking) > 3 else ''}"
+    )
+    if corrupt == "refuse":
+        raise Refused(f"{said} (--data.corrupt skip leaves them out)")
+    print(f"skipped: {said}", file=sys.stderr, flush=True)
 
 
 Row = tuple[int, tuple[str, ...]]  # number of its last line, from 1, and its values
