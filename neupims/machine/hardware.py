@@ -33,6 +33,8 @@ MOST_UNITS = 2**16  # parts of one kind; the widest array that we know of has 25
 COUNT: dict[str, Any] = {"least": 1, "most": MOST_UNITS, "whole": True}
 # A clock cycle or more. 1e5 cycles are 23 us of LPDDR5X at 4.27 GHz; seconds are far below 1.
 DELAY: dict[str, Any] = {"least": 1, "most": 1e5, "zero": True}
+SPEEDUP: dict[str, Any] = {"least": 1, "most": 16}
+SAME_RATE = "assumed: narrow numbers take fewer bytes alone"
 LEAST_RATE = 1e6  # bytes/s; a number of MB/s, GB/s or TB/s is below
 MOST_RATE = 1e16  # bytes/s; a GPU of 2024 moves 8e12 (NVIDIA B200)
 
@@ -50,6 +52,12 @@ class NPU:
         1, "cores", f"{CORE}; a second core has no effect in the simulator", **COUNT, effect="none"
     )
     clock_hz: float = quantity(1e9, "Hz", CORE, least=SLOWEST_HZ, most=FASTEST_HZ)
+    speedup_8_bit: float = quantity(
+        1, "products of 8 bits, in the time of one of 16 bits", SAME_RATE, **SPEEDUP
+    )
+    speedup_4_bit: float = quantity(
+        1, "products of 4 bits, in the time of one of 16 bits", SAME_RATE, **SPEEDUP
+    )
     vector_units: int = quantity(8, "units", CORE, **COUNT)
     vector_lanes: int = quantity(128, "lanes, of a unit", CORE, **COUNT)
     # From a microcontroller's 8 KiB to 44 GB on a wafer (Cerebras WSE-3), and some more.
@@ -208,6 +216,12 @@ class GPU:
         "NVIDIA A100 data sheet, 2020",
         least=1e9,
         most=1e18,
+    )
+    speedup_8_bit: float = quantity(
+        1, "products of 8 bits, in the time of one of 16 bits", SAME_RATE, **SPEEDUP
+    )
+    speedup_4_bit: float = quantity(
+        1, "products of 4 bits, in the time of one of 16 bits", SAME_RATE, **SPEEDUP
     )
     bytes_per_second: float = quantity(
         1555e9, "bytes/s", "NVIDIA A100 40 GB data sheet, 2020", least=LEAST_RATE, most=MOST_RATE

@@ -24,9 +24,16 @@ class Mix(NamedTuple):
     shared: bool = False  # shared experts
     dense: bool = False  # layers with a dense MLP beside layers with experts
     windows: bool = False  # layers with a window
+    narrow: bool = False  # weights, or inputs of products, of fewer than 16 bits
+
+    @property
+    def of_layer(self) -> "Mix":
+        """What layers of one kind have: neither dense layers beside them, nor windows."""
+        return self._replace(dense=False, windows=False)
 
 
-EVERYTHING = Mix(True, True, True)
+ALIKE = Mix()
+EVERYTHING = Mix(True, True, True, True)
 
 
 class LayerKind(NamedTuple):
@@ -49,8 +56,19 @@ def find_mix(model: Decoder) -> Mix:
         model.shared_experts,
         (np.asarray(model.experts) > 0) * np.asarray(model.dense_layers),
         model.window,
+        has_narrow_products(model),
     )
     return Mix(*(bool(np.any(np.asarray(each) > 0)) for each in found))
+
+
+def has_narrow_products(model: Decoder) -> Number:
+    """Returns whether weights, or inputs of products with them, have fewer than 16 bits.
+
+    Args:
+        model: The model.
+    """
+    experts = (model.experts > 0) & (model.expert_bits < 16)
+    return experts | (model.weight_bits < 16) | (model.activation_bits < 16)
 
 
 def layer_kinds(model: Decoder, mix: Mix) -> tuple[LayerKind, ...]:
@@ -60,15 +78,15 @@ def layer_kinds(model: Decoder, mix: Mix) -> tuple[LayerKind, ...]:
         model: The model; numbers may be traced.
         mix: What it has; kinds that do not follow from it are left out.
     """
-    kinds = [LayerKind(1.0, model, mix._replace(dense=False, windows=False))]
+    kinds = [LayerKind(1.0, model, mix.of_layer)]
     if mix.dense:
         dense = jnp.where(
             jnp.asarray(model.experts) > 0, 1.0 * model.dense_layers / model.layers, 0.0
         )
         without = _changed(model, experts=0, **dict.fromkeys(EXPERT_FIELDS, 0))
         kinds = [
-            LayerKind(dense, without, Mix()),
-            LayerKind(1 - dense, _changed(model, dense_layers=0), Mix(mix.shared)),
+            LayerKind(dense, without, mix.of_layer._replace(shared=False)),
+            LayerKind(1 - dense, _changed(model, dense_layers=0), mix.of_layer),
         ]
     if mix.windows:
         windowed = jnp.where(

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool
 
-from neupims.machine.layer_kinds import EVERYTHING, Mix, find_mix
+from neupims.machine.layer_kinds import EVERYTHING, Mix, find_mix, has_narrow_products
 from neupims.machine.model import Decoder
 from neupims.machine.record import Number
 
@@ -15,9 +15,6 @@ def _not_timed(model: Decoder) -> dict[str, Number]:
     return {
         "expert_skew": model.expert_skew > 0,
         "latent attention (kv_rank)": model.kv_rank > 0,
-        "expert_bits below 16": (model.experts > 0) & (model.expert_bits < 16),
-        "weight_bits below 16": model.weight_bits < 16,
-        "activation_bits below 16": model.activation_bits < 16,
     }
 
 
@@ -27,6 +24,7 @@ def _mixed(model: Decoder) -> dict[str, Number]:
         "shared": model.shared_experts > 0,
         "dense": (model.experts > 0) & (model.dense_layers > 0),
         "windows": model.window > 0,
+        "narrow": has_narrow_products(model),
     }
 
 

@@ -10,11 +10,12 @@ from neupims.machine.case import Case
 from neupims.machine.hardware import Hardware, banks, burst_cycles, peak_bytes_per_cycle
 from neupims.machine.layer_kinds import LayerKind, attended, find_mix, layer_kinds
 from neupims.machine.systems import PIM_SYSTEMS
-from neupims.machine.workload import FLOAT16_BYTES
+from neupims.machine.workload import FLOAT16_BYTES, Decoder
 from neupims.pages.perfetto import write_perfetto
 from neupims.pages.report import write_report
 from neupims.pages.step_plots import operation_name
 from neupims.simulation import Simulation
+from neupims.timing.gemm import SIXTEEN, Bits, products_at_once
 from neupims.timing.iteration import see_window
 from neupims.timing.npu import Context
 from neupims.timing.prefill import prefill_operations
@@ -137,7 +138,7 @@ def make_sections(step: Simulation) -> list[dict[str, Any]]:
                 " memory's queues have taken its results, before they are written."
             ),
             "points": roofline_points(step),
-            "roofs": roofline_roofs(case.hardware),
+            "roofs": roofline_roofs(case.hardware, _narrowest(case.model)),
         },
     ]
     if with_pim:
@@ -174,13 +175,22 @@ def make_sections(step: Simulation) -> list[dict[str, Any]]:
     return found
 
 
-def roofline_roofs(hardware: Hardware) -> list[dict[str, Any]]:
+def _narrowest(model: Decoder) -> Bits:
+    """The fewest bits that a product of the model multiplies."""
+    weights = model.weight_bits
+    if model.experts:
+        weights = min(weights, model.expert_bits)
+    return Bits(model.activation_bits, weights)
+
+
+def roofline_roofs(hardware: Hardware, bits: Bits = SIXTEEN) -> list[dict[str, Any]]:
     """Returns the roofs of NPU, PIM and GPU for `step_plots.roofline`.
 
     Each is a dictionary of name, flops_per_second and bytes_per_second (peaks of one device).
 
     Args:
         hardware: The machine.
+        bits: The widths of the numbers that NPU and GPU multiply (default: 16).
     """
     npu, hbm = hardware.npu, hardware.hbm
     macs = npu.num_arrays * npu.array_width * npu.array_height
@@ -189,7 +199,7 @@ def roofline_roofs(hardware: Hardware) -> list[dict[str, Any]]:
     return [
         {
             "name": "NPU",
-            "flops_per_second": 2.0 * macs * npu.clock_hz,
+            "flops_per_second": float(2.0 * macs * npu.clock_hz * products_at_once(npu, bits)),
             "bytes_per_second": peak_bytes_per_cycle(hbm) * hbm.clock_hz,
         },
         {
@@ -199,7 +209,9 @@ def roofline_roofs(hardware: Hardware) -> list[dict[str, Any]]:
         },
         {
             "name": "GPU",
-            "flops_per_second": float(hardware.gpu.flops_per_second),
+            "flops_per_second": float(
+                hardware.gpu.flops_per_second * products_at_once(hardware.gpu, bits)
+            ),
             "bytes_per_second": float(hardware.gpu.bytes_per_second),
         },
     ]
@@ -269,5 +281,7 @@ def _npu(case: Case, kind: LayerKind, operation: Operation, tokens: int) -> tupl
     records = (case.hardware, kind.model, batch, case.parallel)
     context = Context(*records, system=case.system, fidelity=case.fidelity, mix=kind.mix)
     work = npu_operation(operation, context, 1.0 * tokens)
-    elements = operation.element_operations * float(work.write_bytes) / FLOAT16_BYTES
+    wide = context._replace(mix=kind.mix._replace(narrow=False))  # all numbers have 16 bits
+    written = float(npu_operation(operation, wide, 1.0 * tokens).write_bytes) / FLOAT16_BYTES
+    elements = operation.element_operations * written
     return 2 * float(work.macs) + elements, float(work.read_bytes + work.write_bytes)

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from neupims.machine.calibration import DEFAULT
 from neupims.machine.hardware import Hardware
+from neupims.machine.layer_kinds import ALIKE, Mix, find_mix
 from neupims.machine.record import replace
 from neupims.machine.supported import check_alike, check_timed
 from neupims.machine.systems import Fidelity
@@ -105,7 +106,9 @@ def make_problem(
     free = np.full(lengths.shape, -1, np.int32)
     stays = free if resident is None else np.asarray(resident, np.int32)
     records = jax.tree.map(jnp.float32, (hardware, model, parallel))
-    work, beside, tiles, *npu = _tables(*records, jnp.asarray(lengths), fidelity=fidelity)
+    work, beside, tiles, *npu = _tables(
+        *records, jnp.asarray(lengths), fidelity=fidelity, mix=find_mix(model)
+    )
     held = np.zeros(int(hardware.hbm.num_channels))
     np.add.at(held, stays[stays >= 0], np.asarray(tiles)[stays >= 0])
     if max(held.max(), float(tiles.max())) > room:
@@ -128,15 +131,15 @@ def make_problem(
     )
 
 
-@partial(jax.jit, static_argnames="fidelity")
-def _tables(hardware, model, parallel, lengths, *, fidelity):
+@partial(jax.jit, static_argnames=("fidelity", "mix"))
+def _tables(hardware, model, parallel, lengths, *, fidelity, mix):
     """Returns the work of requests, and the NPU's operations for every number of tokens."""
     given = (hardware, model, lengths, parallel)
     work = gemv.request_work(*given, fidelity=fidelity)
     beside = gemv.request_work(*given, fidelity=fidelity, wait=DEFAULT.reopen_cycles)
     tiles = request_tiles(hardware, model, lengths, parallel, fidelity=fidelity)
     batch = Batch(lengths, jnp.zeros_like(lengths), jnp.zeros_like(lengths))
-    context = Context(hardware, model, batch, parallel, fidelity=fidelity)
+    context = Context(hardware, model, batch, parallel, fidelity=fidelity, mix=mix)
     tokens = jnp.sum(lengths > 0) * 1.0
     counts = jnp.arange(lengths.shape[0] + 1) * 1.0
 
@@ -181,6 +184,7 @@ class Layer:
     choices: Choices  # what may be chosen
     fidelity: Fidelity = "simulator"  # that of the problem
     measure: str = "time"  # or "energy" or "energy-delay"
+    mix: Mix = ALIKE  # what the model has beside one kind of layer
 
     def __post_init__(self):
         if self.measure not in MEASURES:
@@ -270,6 +274,7 @@ class Layer:
             sub_batches=sub_batches,
             fidelity=self.fidelity,
             most_channels=self.choices.channels,
+            mix=self.mix,
             attention=(
                 None
                 if self.choices.knobs

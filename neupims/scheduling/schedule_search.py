@@ -15,6 +15,7 @@ import numpy as np
 
 from neupims.envelope import expected_error, gain_error
 from neupims.machine.case import Case
+from neupims.machine.layer_kinds import find_mix
 from neupims.machine.quantity import describe
 from neupims.machine.record import check_seed
 from neupims.machine.workload import Batch, check_batch
@@ -119,7 +120,7 @@ def search_schedule(
     channels = int(case.hardware.hbm.num_channels)
     choices = _choose(channels, realisable, sub_batches, order_levels, hardware_knobs, new_only)
     problem, warnings = pose_problem(case, new_only, allow_overflow=allow_overflow)
-    objective = Layer(choices, case.fidelity, measure)
+    objective = Layer(choices, case.fidelity, measure, find_mix(case.model))
     published = make_genome(
         choices,
         case.batch.channels,

@@ -81,18 +81,21 @@ def activation_bytes(model: Decoder, parallel: Parallel, tokens: Number) -> Numb
     """Returns the most bytes that activations take at once on a device.
 
     These are the residual stream, and the inputs and outputs of the widest operation of a layer.
+    Inputs of products with weights have `activation_bits`, all else 16 bits.
 
     Args:
         model: The model.
         parallel: How the model is spread over devices.
         tokens: The tokens that are computed together.
     """
-    operations = [qkv_sides(model, parallel), projection_sides(model, parallel)]
+    narrow = model.activation_bits / 8  # bytes of an input of a product
+    products, activations = [qkv_sides(model, parallel), projection_sides(model, parallel)], []
     for mlp in (model, *other_mlps(model)):
         fc1, fc2 = fc1_sides(mlp, parallel), fc2_sides(mlp, parallel)
-        operations += [fc1, (fc1[1], fc2[0]), fc2]
-    widths = [inner + outer for inner, outer in operations]
-    return FLOAT16_BYTES * tokens * (model.width + reduce(jnp.maximum, widths))
+        products += [fc1, fc2]
+        activations.append(FLOAT16_BYTES * fc1[1] + narrow * fc2[0])
+    each = [narrow * inner + FLOAT16_BYTES * outer for inner, outer in products]
+    return tokens * (FLOAT16_BYTES * model.width + reduce(jnp.maximum, each + activations))
 
 
 def request_tiles(

@@ -5,6 +5,10 @@ transposed), so the loops run over blocks of tokens, then of inner channels, the
 features. The first block of tokens runs at the pace of the arriving weights, the others find them
 on chip. Cycles are core cycles.
 
+Numbers of 8 or 4 bits take fewer bytes. A processing element multiplies them in the same time as
+one number of 16 bits, or several of them, which lie in one word of the array and belong to
+neighbouring inner channels (`products_at_once`). Results always have 16 bits.
+
 In the public simulator, three effects set the pace of arrival (seen in its commands, burst by
 burst): all reads of a tile are queued at once, in a queue of each bank; blocks come out of order,
 products are started in order, so some weights still wait for their products when the last one
@@ -24,6 +28,8 @@ import jax.numpy as jnp
 from neupims.machine.calibration import Calibration
 from neupims.machine.division import ceil_divide
 from neupims.machine.hardware import (
+    GPU,
+    NPU,
     Hardware,
     banks,
     burst_bytes,
@@ -60,6 +66,16 @@ class Work(NamedTuple):
     read_bytes: Number  # from the memory
     write_bytes: Number  # to the memory
     macs: Number  # products, without those of padding
+
+
+class Bits(NamedTuple):
+    """The widths of the numbers that a product multiplies; its result has 16 bits."""
+
+    inputs: Number = 16  # of the first matrix
+    weights: Number = 16  # of the second matrix
+
+
+SIXTEEN = Bits()
 
 
 class Tiling(NamedTuple):
@@ -130,7 +146,23 @@ def check_scratchpad(hardware: Hardware) -> None:
         )
 
 
-def tiling(hardware: Hardware, tokens, inner, features) -> Tiling:
+def products_at_once(unit: NPU | GPU, bits: Bits) -> Number:
+    """Returns the products that a unit makes in the time of one of 16 bits.
+
+    The wider of the two numbers decides: 4-bit weights with 16-bit inputs are products of 16 bits.
+
+    Args:
+        unit: The NPU or the GPU; its `speedup_8_bit` and `speedup_4_bit` matter.
+        bits: The widths of the two numbers.
+    """
+    if bits is SIXTEEN:
+        return 1.0
+    widest = jnp.maximum(bits.inputs, bits.weights)
+    narrow = jnp.where(widest > 4, unit.speedup_8_bit, unit.speedup_4_bit)
+    return jnp.where(widest > 8, 1.0, narrow)
+
+
+def tiling(hardware: Hardware, tokens, inner, features, bits: Bits = SIXTEEN) -> Tiling:
     """Returns the tiling of a matrix product, whose tiles fit half of the scratchpad.
 
     The longest side is halved until they fit; the first of equals in the order tokens, inner,
@@ -141,6 +173,7 @@ def tiling(hardware: Hardware, tokens, inner, features) -> Tiling:
         tokens: The rows of the first matrix.
         inner: Its columns, and the rows of the second matrix.
         features: The columns of the second matrix. All three may be arrays that broadcast.
+        bits: The widths of the numbers (default: 16), which may be arrays too.
     """
     width = 1.0 * hardware.npu.array_width
     limit = tile_bytes_limit(hardware)
@@ -150,7 +183,8 @@ def tiling(hardware: Hardware, tokens, inner, features) -> Tiling:
 
     def over(sides):
         n, k, m = (pad(side) for side in sides)
-        return FLOAT16_BYTES * (n * k + k * m + m * n) > limit
+        numbers = bits.inputs / 16 * n * k + bits.weights / 16 * k * m + m * n
+        return FLOAT16_BYTES * numbers > limit
 
     def halve(state):
         (n, k, m), tiles, step = state
@@ -188,6 +222,7 @@ def gemm(
     stuck: Number = 0.0,
     inherited_bytes: Number = 0.0,
     tile: Tiling | None = None,
+    bits: Bits = SIXTEEN,
 ) -> Work:
     """Returns the work of the product of (tokens, inner) and (inner, features) on one device.
 
@@ -206,6 +241,7 @@ def gemm(
         stuck: The chance that a left-over write holds up the first tile (`stuck_chance`).
         inherited_bytes: The bytes that the operation just before wrote, "simulator" only.
         tile: The tiling (default: computed by `tiling`).
+        bits: The widths of inputs and weights (default: 16).
 
     Returns:
         The work, with cycles in core cycles.
@@ -213,10 +249,13 @@ def gemm(
     npu, simulated = hardware.npu, fidelity == "simulator"
     serial = simulated and npu_only
     queued = simulated and not npu_only
-    tile = tile or tiling(hardware, tokens, inner, features)
+    tile = tile or tiling(hardware, tokens, inner, features, bits)
     width = 1.0 * npu.array_width
+    deep = width * products_at_once(npu, bits)  # inner channels that the arrays hold
+    input_bytes, weight_bytes = bits.inputs / 8, bits.weights / 8
     token_blocks, inner_blocks, feature_blocks = (
-        ceil_divide(side, width) for side in (tile.tokens, tile.inner, tile.features)
+        ceil_divide(side, block)
+        for side, block in ((tile.tokens, width), (tile.inner, deep), (tile.features, width))
     )
     stream = jnp.maximum(width / npu.num_arrays, LEAST_STREAM)
     fill = npu.array_height + width - 2 + stream
@@ -229,9 +268,9 @@ def gemm(
         efficiency = calibration.streaming_efficiency
     else:
         efficiency = calibration.shallow_efficiency if serial else calibration.queued_efficiency
-    weights = FLOAT16_BYTES * tile.inner * tile.features
-    first_bytes = weights + FLOAT16_BYTES * jnp.minimum(tile.tokens, width) * tile.inner
-    tile_bytes = weights + FLOAT16_BYTES * tile.inner * tile.tokens
+    weights = weight_bytes * tile.inner * tile.features
+    first_bytes = weights + input_bytes * jnp.minimum(tile.tokens, width) * tile.inner
+    tile_bytes = weights + input_bytes * tile.inner * tile.tokens
     streaming = tile_bytes / (efficiency * rate)
     inherited = ACCEPTED * inherited_bytes / rate if queued else 0.0
     loading = streaming + inherited
@@ -269,8 +308,9 @@ def gemm(
     )
     busy = tiles * token_blocks * pass_cycles + waiting * inner_blocks * (fill + 1 - load_block)
 
-    read_bytes = FLOAT16_BYTES * (
-        inner * features * tile.token_tiles + inner * tokens * tile.feature_tiles
+    read_bytes = (
+        weight_bytes * inner * features * tile.token_tiles
+        + input_bytes * inner * tokens * tile.feature_tiles
     )
     written = jnp.minimum(features, ceil_divide(tokens, width) * width) if simulated else features
     return Work(

@@ -41,9 +41,17 @@ from neupims.timing.attention import (
     closed_attention,
     exact_attention,
 )
-from neupims.timing.gemm import Tiling, Work, bytes_per_cycle, holds_tile, tiling
+from neupims.timing.gemm import (
+    SIXTEEN,
+    Bits,
+    Tiling,
+    Work,
+    bytes_per_cycle,
+    holds_tile,
+    tiling,
+)
 from neupims.timing.links import link_seconds, messages
-from neupims.timing.npu import Context, mlp_channels, mlp_rows, route
+from neupims.timing.npu import Context, mlp_channels, mlp_rows, product_bits, route
 from neupims.timing.overlap import DRAINED, side_by_side
 from neupims.timing.split import check_split, is_split
 from neupims.timing.stages import INTERLEAVED, PRODUCTS, STAGES, npu_operation, stages
@@ -294,7 +302,11 @@ def _tile_products(context: Context, tokens) -> dict[tuple[str, int], Tiling]:
     inner, features = (jnp.stack([jnp.asarray(side[which]) for side in sides]) for which in (0, 1))
     each = route(context.model, tokens).tokens
     counts = jnp.stack([each if product.routed else tokens for product in PRODUCTS], axis=1)
-    tiles = tiling(context.hardware, counts, inner, features)
+    bits = SIXTEEN
+    if context.mix.narrow:
+        kinds = [product_bits(context, routed=product.routed) for product in PRODUCTS]
+        bits = Bits(*(jnp.stack([1.0 * kind[which] for kind in kinds]) for which in (0, 1)))
+    tiles = tiling(context.hardware, counts, inner, features, bits)
     return {
         (product.name, sub_batch): jax.tree.map(
             lambda value, at=(sub_batch, place): value[at], tiles

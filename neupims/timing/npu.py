@@ -19,9 +19,18 @@ from neupims.machine.hardware import Hardware
 from neupims.machine.layer_kinds import Mix, shared_mlp
 from neupims.machine.record import Number
 from neupims.machine.systems import Fidelity, System
-from neupims.machine.workload import FLOAT16_BYTES, Batch, Decoder, Parallel
+from neupims.machine.workload import Batch, Decoder, Parallel
 from neupims.timing import vector
-from neupims.timing.gemm import Tiling, Work, bytes_per_cycle, gemm, stuck_chance
+from neupims.timing.gemm import (
+    SIXTEEN,
+    Bits,
+    Tiling,
+    Work,
+    bytes_per_cycle,
+    gemm,
+    products_at_once,
+    stuck_chance,
+)
 from neupims.timing.layout import heads_of_device
 from neupims.timing.vector import softmax_cycles
 
@@ -38,7 +47,7 @@ class Context(NamedTuple):
     calibration: Calibration = DEFAULT  # the fitted constants
     system: System = "neupims"  # one of SYSTEMS
     fidelity: Fidelity = "simulator"  # or "intended"
-    mix: Mix = Mix()  # static: whether there are shared experts, and a window in every layer
+    mix: Mix = Mix()  # static: what the layers have, such as shared experts
 
 
 # (context, tokens, written_before, tile) -> Work
@@ -130,6 +139,21 @@ def route(model: Decoder, tokens: Number) -> Routing:
     return Routing(jnp.where(there, hit, 1.0), jnp.where(there, each, tokens))
 
 
+def product_bits(context: Context, *, routed: bool = False) -> Bits:
+    """Returns the widths of the numbers that a product with weights multiplies.
+
+    Args:
+        context: The model; without narrow numbers in its `mix` all have 16 bits.
+        routed: Whether the weights are those of routed experts, where the model has them.
+    """
+    model = context.model
+    if not context.mix.narrow:
+        return SIXTEEN
+    experts = jnp.asarray(model.experts) > 0
+    weights = jnp.where(experts & routed, model.expert_bits, model.weight_bits)
+    return Bits(model.activation_bits, weights)
+
+
 def matrix_product(
     sides: SidesFunction, stuck_after: str | None = None, *, routed: bool = False
 ) -> WorkFunction:
@@ -150,6 +174,7 @@ def matrix_product(
     def work(context: Context, tokens, written_before, tile=None) -> Work:
         few = getattr(context.calibration, stuck_after) if stuck_after else 0.0
         routing = route(context.model, tokens) if routed else Routing(1.0, tokens)
+        bits = product_bits(context, routed=routed)
         found = gemm(
             context.hardware,
             routing.tokens,
@@ -160,13 +185,16 @@ def matrix_product(
             tile=tile,
             calibration=context.calibration,
             fidelity=context.fidelity,
+            bits=bits,
         )
         found = jax.tree.map(lambda value: routing.products * value, found)
+        found = _on_system(context, found, bits)
         if routed and context.mix.shared:
             found = jax.tree.map(jnp.add, found, shared_work(context, tokens))
         return jax.tree.map(lambda value: jnp.where(tokens > 0, value, 0.0), found)
 
     def shared_work(context: Context, tokens) -> Work:
+        bits = product_bits(context)
         alike = gemm(
             context.hardware,
             tokens,
@@ -174,11 +202,21 @@ def matrix_product(
             npu_only=context.system == "npu-only",
             calibration=context.calibration,
             fidelity=context.fidelity,
+            bits=bits,
         )
+        alike = _on_system(context, alike, bits)
         there = jnp.asarray(context.model.shared_experts) > 0
         return jax.tree.map(lambda value: jnp.where(there, value, 0.0), alike)
 
     return work
+
+
+def _on_system(context: Context, work: Work, bits: Bits) -> Work:
+    """Returns the work of a product, at the roofline of the GPU where that is the system."""
+    if context.system != "gpu":
+        return work
+    gpu = context.hardware.gpu
+    return on_gpu(context.hardware, work, products_at_once(gpu, bits))
 
 
 def normalize(context: Context, tokens, written_before, tile=None) -> Work:
@@ -192,7 +230,8 @@ def normalize(context: Context, tokens, written_before, tile=None) -> Work:
     """
     width = 1.0 * context.model.width
     options = _vector_options(context, written_before)
-    return vector.layer_norm(context.hardware, tokens, width, **options)
+    written_bits = product_bits(context).inputs
+    return vector.layer_norm(context.hardware, tokens, width, written_bits=written_bits, **options)
 
 
 def add_residual(context: Context, tokens, written_before, tile=None) -> Work:
@@ -222,7 +261,10 @@ def activate(context: Context, tokens, written_before, tile=None) -> Work:
     inputs = context.model.mlp_matrices - 1.0
     options = _vector_options(context, written_before)
     rows = mlp_rows(context, tokens)
-    return vector.activation(context.hardware, rows, mlp, inputs, **options)
+    written_bits = product_bits(context).inputs
+    return vector.activation(
+        context.hardware, rows, mlp, inputs, written_bits=written_bits, **options
+    )
 
 
 def mlp_rows(context: Context, tokens: Number) -> Number:
@@ -261,6 +303,7 @@ def attend(context: Context, tokens, written_before, tile=None) -> Work:
         context.parallel,
         calibration=context.calibration,
         fidelity=context.fidelity,
+        written_bits=product_bits(context).inputs,
     )
 
 
@@ -272,6 +315,7 @@ def npu_attention(
     *,
     calibration: Calibration,
     fidelity: Fidelity,
+    written_bits: Number = 16,
 ) -> Work:
     """Returns the work of attention on the arrays, with keys and values read from the memory.
 
@@ -287,6 +331,7 @@ def npu_attention(
         parallel: How many devices share a layer.
         calibration: The fitted constants; only the efficiencies of the memory are used.
         fidelity: "simulator" or "intended".
+        written_bits: The bits of the results, which the output projection takes.
 
     Returns:
         The work on one device.
@@ -309,7 +354,7 @@ def npu_attention(
     one = jnp.where(there, logit + weighted, 0).sum()
     softmaxes = jnp.where(there, softmax, 0).sum()
     read = jnp.where(there, 2 * number_bytes * lengths * width * kv_heads, 0).sum()
-    written = FLOAT16_BYTES * width * heads * there.sum()
+    written = written_bits / 8 * width * heads * there.sum()
     rate = bytes_per_cycle(hardware)
     simulated = fidelity == "simulator"
     efficiency = calibration.shallow_efficiency if simulated else calibration.queued_efficiency
@@ -331,19 +376,20 @@ def npu_attention(
     )
 
 
-def on_gpu(hardware: Hardware, work: Work) -> Work:
+def on_gpu(hardware: Hardware, work: Work, at_once: Number = 1.0) -> Work:
     """Returns the same work at the roofline of a GPU: its arithmetic or its traffic takes longer.
 
-        seconds = max(2 macs / flops_per_second, bytes / bytes_per_second)
+        seconds = max(2 macs / at_once / flops_per_second, bytes / bytes_per_second)
 
     Args:
         hardware: The machine; `hardware.gpu` holds the roofline.
         work: The work on the NPU. Only its products and its bytes are used.
+        at_once: The products in the time of one of 16 bits, `gemm.products_at_once`.
 
     Returns:
         The work on the GPU, in core cycles of the NPU's clock, so that systems compare.
     """
-    arithmetic = 2 * work.macs / hardware.gpu.flops_per_second
+    arithmetic = 2 * work.macs / at_once / hardware.gpu.flops_per_second
     traffic = (work.read_bytes + work.write_bytes) / hardware.gpu.bytes_per_second
     cycles = jnp.maximum(arithmetic, traffic) * hardware.npu.clock_hz
     return work._replace(

@@ -16,6 +16,7 @@ from neupims.machine.calibration import DEFAULT, Calibration
 from neupims.machine.division import ceil_divide
 from neupims.machine.hardware import Hardware
 from neupims.machine.layer_kinds import attended, find_mix, layer_kinds
+from neupims.machine.record import Number
 from neupims.machine.supported import check_timed
 from neupims.machine.workload import FLOAT16_BYTES, Batch, Decoder, Parallel
 from neupims.timing.attention import no_attention
@@ -23,7 +24,7 @@ from neupims.timing.gemm import LEAST_STREAM, Work, bytes_per_cycle
 from neupims.timing.iteration import Iteration, mean_of_layers, summarize
 from neupims.timing.layout import heads_of_device
 from neupims.timing.links import link_seconds, messages
-from neupims.timing.npu import Context
+from neupims.timing.npu import Context, product_bits
 from neupims.timing.overlap import side_by_side
 from neupims.timing.stages import Operation, npu_operation, stages
 from neupims.timing.vector import softmax_cycles
@@ -109,6 +110,7 @@ def _attend_causally(context: Context, tokens, written_before, tile=None) -> Wor
         context.batch.seq_lens,
         context.parallel,
         calibration=context.calibration,
+        written_bits=product_bits(context).inputs,
     )
 
 
@@ -137,6 +139,7 @@ def prefill_attention(
     parallel: Parallel,
     *,
     calibration: Calibration,
+    written_bits: Number = 16,
 ) -> Work:
     """Returns the work of causal attention of whole prompts.
 
@@ -155,6 +158,7 @@ def prefill_attention(
         seq_lens: The tokens of each prompt, (r,).
         parallel: How the model is spread over devices.
         calibration: The fitted constants; only `queued_efficiency` is used.
+        written_bits: The bits of the results, which the output projection takes.
 
     Returns:
         The work on one device, with cycles in core cycles.
@@ -181,7 +185,7 @@ def prefill_attention(
     fits = 2 * number_bytes * seen * head <= npu.scratchpad_bytes / 2
     keys = jnp.sum(jnp.where(fits, lengths, pairs * width))  # and values, that are read
     read = head * (FLOAT16_BYTES * tokens * heads + number_bytes * 2 * keys * kv_heads)
-    written = FLOAT16_BYTES * tokens * head * heads
+    written = written_bits / 8 * tokens * head * heads
     memory = (read + written) / calibration.queued_efficiency / bytes_per_cycle(hardware)
     busy = jnp.maximum(arrays, vectors)
     cycles = jnp.maximum(memory, busy) + height + width + stream

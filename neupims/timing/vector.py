@@ -27,6 +27,7 @@ def layer_norm(
     calibration: Calibration,
     fidelity: str,
     inherited_bytes=0.0,
+    written_bits: Number = 16,
 ) -> Work:
     """Returns the work of a layer norm: it reads rows and two rows of parameters, and writes rows.
 
@@ -37,6 +38,7 @@ def layer_norm(
         calibration: The fitted constants.
         fidelity: "simulator" or "intended".
         inherited_bytes: The bytes that the operation just before wrote.
+        written_bits: The bits of a number that is written: an input of a product.
     """
     passes, tree = _passes(hardware, width)
     compute = 2 * tree + 3 + 5 * passes
@@ -50,6 +52,7 @@ def layer_norm(
         calibration,
         fidelity,
         inherited_bytes,
+        written_bits,
     )
 
 
@@ -95,6 +98,7 @@ def activation(
     calibration: Calibration,
     fidelity: str,
     inherited_bytes=0.0,
+    written_bits: Number = 16,
 ) -> Work:
     """Returns the work of GELU; with a gate (Llama) it reads several rows for each token.
 
@@ -106,6 +110,7 @@ def activation(
         calibration: The fitted constants.
         fidelity: "simulator" or "intended".
         inherited_bytes: The bytes that the operation just before wrote.
+        written_bits: The bits of a number that is written: an input of a product.
     """
     passes, _ = _passes(hardware, width)
     return _element_wise(
@@ -118,6 +123,7 @@ def activation(
         calibration,
         fidelity,
         inherited_bytes,
+        written_bits,
     )
 
 
@@ -153,6 +159,7 @@ def _element_wise(
     calibration: Calibration,
     fidelity: str,
     inherited_bytes,
+    written_bits: Number = 16,
 ) -> Work:
     """Returns the work of an element-wise operation, which takes the time of its traffic.
 
@@ -161,7 +168,7 @@ def _element_wise(
     rows take no longer: their length is read after it was moved away. "intended" takes `compute`
     for a row on one of the vector units, and waits for all its writes.
     """
-    read_bytes, write_bytes = FLOAT16_BYTES * read * 1.0, FLOAT16_BYTES * written * 1.0
+    read_bytes, write_bytes = FLOAT16_BYTES * read * 1.0, written_bits / 8 * written * 1.0
     if fidelity == "simulator":
         traffic = read_bytes + ACCEPTED * (write_bytes + inherited_bytes)
         memory = traffic / bytes_per_cycle(hardware)
