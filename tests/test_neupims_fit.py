@@ -21,6 +21,7 @@ from neupims.__main__ import main
 from neupims.exploration.impossible import REASONS, reason_code
 from neupims.exploration.workloads import deal
 from neupims.machine.hardware import Hardware, memory_bytes
+from neupims.machine.systems import PIM_SYSTEMS
 from neupims.machine.workload import Decoder, Parallel
 from neupims.timing.capacity import (
     activation_bytes,
@@ -130,6 +131,31 @@ def test_a_request_that_no_device_holds():
     assert spread_more(machine(60), MODEL, batch, ONE) is None
     with pytest.raises(ValueError, match=r"of 1000000 tokens needs .* no number of devices"):
         check_memory(machine(2000), MODEL, batch, ONE)
+
+
+@pytest.mark.parametrize("fidelity", ["simulator", "intended"])
+def test_a_context_too_long_for_a_channel_is_refused_with_the_split_that_would_do(
+    tmp_path, fidelity
+):
+    """4,000 tokens take 4,000 tiles of 32 KiB in 8 layers; a channel has 1,464."""
+    batch = make_batch([4000], [0])
+    case = case_of(tmp_path, batch, rows=3000, fidelity=fidelity)
+    with pytest.raises(ValueError, match=r"needs .* tiles of its channel") as refused:
+        timed(case)
+    sentence = "these devices would do with each request on 4 channels (--kv-split 4"
+    assert sentence + (" --fid" if fidelity == "simulator" else ")") in str(refused.value)
+    split = case._replace(parallel=Parallel(1, 1, 4), fidelity="intended")
+    assert timed(split).overflow == ()
+    half = case._replace(parallel=Parallel(1, 1, 2), fidelity="intended")
+    with pytest.raises(ValueError, match="on 4 channels"):
+        timed(half)
+    with pytest.raises(ValueError, match="tiles of its channel") as refused:
+        timed(case, prefill=True)  # PIM does not compute it
+    assert "--kv-split" not in str(refused.value)
+    flat = case_of(tmp_path, make_batch([6000], [0]), "npu-only", rows=3000)
+    with pytest.raises(ValueError, match="devices would do") as refused:
+        timed(flat)
+    assert "--kv-split" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
@@ -322,6 +348,46 @@ def test_json_of_fit_is_the_record_of_the_library(tmp_path, capsys, flags):
 
 
 @pytest.mark.parametrize(
+    ("features", "weights", "cache"),
+    [
+        # Queries 1024 x 8 x (128 + 64), the latent 1024 x (512 + 64), keys and values from it
+        # 512 x 8 x (128 + 128), output 8 x 128 x 1024; 8 layers. The latent is the cache.
+        (
+            {"kv_rank": 512, "rope_dim": 64, "head_dim": 128, "value_dim": 128},
+            2 * 8 * (1572864 + 589824 + 1048576 + 1048576 + 2 * 1024 * 4096),
+            2 * 8 * (512 + 64),
+        ),
+        ({"weight_bits": 4}, 192 * MIB // 4, 32768),
+        (
+            {"experts": 4, "active_experts": 2, "expert_width": 512, "expert_skew": 0.5},
+            2 * 8 * (4 * 1024 * 1024 + 4 * 1024 + 4 * 2 * 1024 * 512),
+            32768,
+        ),
+    ],
+)
+def test_sizes_suffice_where_the_timing_refuses_the_model(tmp_path, features, weights, cache):
+    model = write_model(tmp_path / "m.toml", **features)
+    found = fit(model, system="gpu", context=1000)
+    assert found.weight_bytes == weights
+    assert found.kv_bytes_per_token == cache
+    request = 1000 * cache + found.activation_bytes / found.batch
+    assert found.largest_batch.value == int((40e9 - weights) / request)
+    assert fit(model, system="gpu", context=1000, batch=found.batch).fits
+
+
+def test_a_latent_without_a_layout_in_tiles_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("neupims.timing.fit.is_timed", lambda model: False)
+    latent = {"kv_rank": 512, "rope_dim": 64, "head_dim": 128, "value_dim": 128}
+    model = write_model(tmp_path / "m.toml", **latent)
+    for system in SYSTEMS:
+        if system in PIM_SYSTEMS:
+            with pytest.raises(ValueError, match=r"no layout of latent attention .* npu-only"):
+                fit(model, system=system, context=1000)
+        else:
+            assert fit(model, system=system, context=1000).fits
+
+
+@pytest.mark.parametrize(
     ("flags", "words"),
     [
         (["--context", "0"], "context must be"),
@@ -358,10 +424,14 @@ def test_explore_counts_its_impossible_designs_by_reason(system):
     )
     assert sum(found.flagged_by_reason.values()) == found.flagged == 7
     assert found.kept == 1
+    alone = "a request alone exceeds the memory beside the weights"
+    if system in PIM_SYSTEMS:
+        alone = "a request alone exceeds a channel beside the weights"
+        alone += " (parallel.kv_split spreads it)"
     assert found.flagged_by_reason == {
         "heads do not divide over the devices of a layer": 4,
         "weights exceed the memory": 1,
-        "a request alone exceeds the memory beside the weights": 1,
+        alone: 1,
         "the batch exceeds the memory beside the weights": 1,
     }
     assert set(found.flagged_by_reason) <= set(REASONS)

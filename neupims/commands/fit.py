@@ -92,9 +92,8 @@ def _print_table(found: dict[str, Any]) -> None:
     lines = console()
     table = Table(
         title=(
-            f"{found['model']} on {found['system']}, one of {found['tp'] * found['pp']} devices"
-            f" (tp {found['tp']}, pp {found['pp']}), {found['batch']:,} requests of"
-            f" {found['context']:,} tokens"
+            f"{found['model']} on {found['system']}, {_say_device(found)},"
+            f" {_count(found['batch'], 'request')} of {_count(found['context'], 'token')}"
         ),
         box=box.SIMPLE,
         title_justify="left",
@@ -111,8 +110,8 @@ def _print_table(found: dict[str, Any]) -> None:
     ):
         table.add_row(name, format_bytes(found[key]))
     for name, key in (
-        (f"largest batch at {found['context']:,} tokens", "largest_batch"),
-        (f"longest context of {found['batch']:,} requests", "largest_context"),
+        (f"largest batch at {_count(found['context'], 'token')}", "largest_batch"),
+        (f"longest context of {_count(found['batch'], 'request')}", "largest_context"),
     ):
         if bound := found[key]:
             by_channel = "" if bound["channel"] is None else f"{bound['channel']:,} by channel, "
@@ -132,6 +131,15 @@ def _print_table(found: dict[str, Any]) -> None:
             f"the batch is that of all {found['pp']} groups of layers: each has"
             f" 1/{found['pp']} of it at a time"
         )
+
+
+def _say_device(found: dict[str, Any]) -> str:
+    tp, pp = found["tp"], found["pp"]
+    return f"one of {tp * pp} devices (tp {tp}, pp {pp})" if tp * pp > 1 else "one device"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}{'' if number == 1 else 's'}"
 
 
 def _say_refused(found: dict[str, Any]) -> str:

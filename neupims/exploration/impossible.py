@@ -17,6 +17,7 @@ REASONS = (
     "pages longer than a row",
     "weights exceed the memory",
     "a request alone exceeds the memory beside the weights",
+    "a request alone exceeds a channel beside the weights (parallel.kv_split spreads it)",
     "the batch exceeds the memory beside the weights",
     "the requests of a channel exceed it",
     "a time or an energy is not finite",
@@ -63,7 +64,8 @@ def reason_code(
         lost & (system != "gpu"),
         (jnp.asarray(hardware.pim.page_bytes) > hardware.hbm.row_bytes) & with_pim,
         over.weights,
-        over.request,
+        over.request & (not with_pim),
+        over.request & with_pim,
         over.batch,
         over.channel & (not full_channels),
     )

@@ -11,7 +11,7 @@ import numpy as np
 from neupims.machine.case import select_model, select_system
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import instead, to_values
-from neupims.machine.supported import check_timed
+from neupims.machine.supported import is_timed
 from neupims.machine.systems import PIM_SYSTEMS, Fidelity, System
 from neupims.machine.workload import LONGEST, Decoder, Parallel, make_batch
 from neupims.timing.capacity import (
@@ -22,7 +22,7 @@ from neupims.timing.capacity import (
     pieces,
     request_bytes,
 )
-from neupims.timing.memory_check import say_devices, spread_more
+from neupims.timing.memory_check import list_mends
 from neupims.timing.split import check_split
 
 Binding = Literal["weights", "channel", "memory", "limit"]
@@ -64,7 +64,8 @@ class Fit:
     kv_bytes_per_token: float  # at this context, with the padding of tiles
     channel_tokens_left: int | None  # of one more request on the fullest channel; None without PIM
     memory_tokens_left: int  # of more requests of this context, in the whole memory
-    devices: str | None  # how many would do where what was asked does not fit; None where it does
+    # How many would do where what was asked does not fit, and with `kv_split`; None where it does.
+    devices: str | None
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the values of JSON, as `fit --json` prints them."""
@@ -103,8 +104,8 @@ def fit(
             which fills the rows.
 
     Raises:
-        ValueError: A name is unknown, a value is impossible, or the model has a feature that the
-            timing does not compute.
+        ValueError: A name is unknown, a value is impossible, or the layout of the model's keys in
+            the tiles of PIM is not known.
         OSError: A file cannot be read.
 
     Example:
@@ -120,7 +121,7 @@ def fit(
     check_split(
         parallel.kv_split, system=known, fidelity=fidelity, channels=int(machine.hbm.num_channels)
     )
-    check_timed(decoder)
+    _check_layout(decoder, known)
     room = _Room(machine, decoder, parallel, known, fidelity)
     asked = (1 if batch is None else batch, context or 1)
     most_requests = most_tokens = None
@@ -154,6 +155,18 @@ def fit(
         memory_tokens_left=int(max(memory_left, 0.0) / size * max(context, 1)),
         devices=None if fits else room.say_devices(*asked),
     )
+
+
+def _check_layout(model: Decoder, system: System) -> None:
+    """Raises unless the bytes of keys and values follow from the sizes of the model.
+
+    With PIM they are whole tiles, which need a layout; the timing has the same one.
+    """
+    if system in PIM_SYSTEMS and model.kv_rank > 0 and not bool(is_timed(model)):
+        raise ValueError(
+            "no layout of latent attention (kv_rank) in the tiles of PIM is known: --system"
+            " npu-only and gpu count the bytes alone"
+        )
 
 
 @dataclass(frozen=True)
@@ -215,8 +228,7 @@ class _Room:
             np.full(requests, tokens), channels, num_channels=int(self.hardware.hbm.num_channels)
         )
         records = (self.hardware, self.model, batch, self.parallel)
-        more = spread_more(*records, system=self.system, fidelity=self.fidelity)
-        return say_devices(self.parallel, more)
+        return "; ".join(list_mends(*records, system=self.system, fidelity=self.fidelity))
 
 
 def _bisect(holds: Callable[[int], bool], most: int) -> int:

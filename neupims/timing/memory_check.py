@@ -5,8 +5,11 @@ it too and the published figures have it: with PIM and in "simulator" fidelity, 
 fit may overflow the memory together.
 """
 
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -64,8 +67,7 @@ def check_memory(
     is_simulated = fidelity == "simulator" and system in PIM_SYSTEMS and not prefill
     if allow_overflow or (is_simulated and not (over.weights or over.request)):
         return (f"{sentence}: the batch would not fit",)
-    more = spread_more(*given, **options)
-    mends = [say_devices(parallel, more)]
+    mends = list_mends(*given, **options)
     if not (over.weights or over.request or over.batch):
         mends.append("the whole memory would hold it, so `neupims search` may find a schedule")
     raise ValueError("; ".join((sentence, *mends, ANYWAY)))
@@ -135,6 +137,41 @@ def describe_overflow(
     )
 
 
+def list_mends(
+    hardware: Hardware,
+    model: Decoder,
+    batch: Batch,
+    parallel: Parallel,
+    *,
+    system: System = "neupims",
+    fidelity: Fidelity = "simulator",
+    prefill: bool = False,
+) -> list[str]:
+    """Returns how many devices would hold a batch, and whether a split of keys takes fewer.
+
+    Args:
+        hardware: The machine.
+        model: The model.
+        batch: The requests, (r,).
+        parallel: How the model is spread over devices now.
+        system: The system.
+        fidelity: As for `check_memory`.
+        prefill: As for `check_memory`.
+    """
+    given = (hardware, model, batch, parallel)
+    options: dict[str, Any] = {"system": system, "prefill": prefill}
+    more = spread_more(*given, fidelity=fidelity, **options)
+    mends = [say_devices(parallel, more)]
+    if system not in PIM_SYSTEMS or prefill:
+        return mends
+    channels = int(hardware.hbm.num_channels)
+    splits = [split for split in range(2, channels + 1) if channels % split == 0]
+    split = spread_more(*given, fidelity="intended", kv_splits=splits, **options)
+    if split and (more is None or split.tp * split.pp < more.tp * more.pp):
+        mends.append(_say_split(parallel, split, fidelity))
+    return mends
+
+
 def spread_more(
     hardware: Hardware,
     model: Decoder,
@@ -144,6 +181,7 @@ def spread_more(
     system: System = "neupims",
     fidelity: Fidelity = "simulator",
     prefill: bool = False,
+    kv_splits: Sequence[int] = (),
 ) -> Parallel | None:
     """Returns the fewest devices whose memory holds a batch; of equally many, more for each layer.
 
@@ -155,6 +193,7 @@ def spread_more(
         system: The system.
         fidelity: As for `check_memory`.
         prefill: As for `check_memory`.
+        kv_splits: Channels that may share a request; the fewest are taken (default: as now).
 
     Returns:
         How the model is spread over them, or None if no number of devices would do.
@@ -162,12 +201,30 @@ def spread_more(
     options: dict[str, Any] = {"system": system, "fidelity": fidelity, "prefill": prefill}
     shares = [tp for tp in range(parallel.tp, model.heads + 1) if _divides(model, tp, parallel.pp)]
     groups = [pp for pp in range(parallel.pp, model.layers + 1) if model.layers % pp == 0]
-    candidates = [(tp, pp) for tp in shares for pp in {parallel.pp, *groups}]
-    candidates.sort(key=lambda spread: (spread[0] * spread[1], spread[1]))
-    for more in (Parallel(tp, pp, parallel.kv_split) for tp, pp in candidates):
-        if not any(find_overflow(hardware, model, batch, more, **options)):
-            return more
+    candidates = [
+        Parallel(tp, pp, split)
+        for tp in shares
+        for pp in {parallel.pp, *groups}
+        for split in kv_splits or [parallel.kv_split]
+    ]
+    candidates.sort(key=lambda spread: (spread.tp * spread.pp, spread.pp, spread.kv_split))
+    columns = jax.tree.map(lambda *numbers: jnp.array(numbers), *candidates)
+    channels = int(hardware.hbm.num_channels)
+    over = _find_overflows(hardware, model, batch, columns, most_channels=channels, **options)
+    for place in np.flatnonzero(~np.any(np.asarray(over), axis=0)):  # in float32: roughly
+        if not any(find_overflow(hardware, model, batch, candidates[place], **options)):
+            return candidates[place]
     return None
+
+
+@partial(jax.jit, static_argnames=("system", "fidelity", "prefill", "most_channels"))
+def _find_overflows(hardware, model, batch, spreads: Parallel, **options) -> Overflow:
+    """Returns what overflows for each way to spread the model, (n,)."""
+
+    def one(spread: Parallel) -> Overflow:
+        return find_overflow(hardware, model, batch, spread, **options)
+
+    return jax.vmap(one)(spreads)
 
 
 def _divides(model: Decoder, tp: int, pp: int) -> bool:
@@ -187,12 +244,25 @@ def say_devices(now: Parallel, more: Parallel | None) -> str:
     """
     if more is None:
         return "no number of devices would hold it"
-    flags = [
+    return f"{more.tp * more.pp} devices would do ({' '.join(_list_flags(now, more))})"
+
+
+def _list_flags(now: Parallel, more: Parallel) -> list[str]:
+    return [
         f"--{name} {getattr(more, name)}"
         for name in ("tp", "pp")
         if getattr(more, name) != getattr(now, name)
     ]
-    return f"{more.tp * more.pp} devices would do ({' '.join(flags)})"
+
+
+def _say_split(now: Parallel, split: Parallel, fidelity: Fidelity) -> str:
+    """Returns that a split of the keys of each request over channels would do, with the flags."""
+    devices = split.tp * split.pp
+    fewer = "these devices" if devices == now.tp * now.pp else f"{devices} devices"
+    flags = _list_flags(now, split)
+    flags += [f"--kv-split {split.kv_split}"]
+    flags += ["--fidelity intended"] if fidelity == "simulator" else []
+    return f"{fewer} would do with each request on {split.kv_split} channels ({' '.join(flags)})"
 
 
 def _check_pipeline(
