@@ -210,7 +210,7 @@ def test_costs_say_how_far_to_trust_them(costs):
 
 
 def test_an_impossible_cost_is_refused():
-    with pytest.raises(ValueError, match=r"energy\.mac must be a number of at least 0, not -1"):
+    with pytest.raises(ValueError, match=r"energy\.mac must be 0 or from 0\.005 to 100 pJ, not -1"):
         EnergyCosts(mac=-1)
-    with pytest.raises(ValueError, match=r"area\.mac must be a number of at least 0, not -1"):
+    with pytest.raises(ValueError, match=r"area\.mac must be 0 or from 1e-5 to 0\.05 mm2, not -1"):
         replace(Hardware(), "area.mac", -1)

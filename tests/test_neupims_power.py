@@ -226,7 +226,7 @@ def test_the_commands_take_costs(capsys, tmp_path):
     assert shown["area.mac"] == {
         "name": "area.mac",
         "value": 0.01,
-        "unit": "mm2 of one processing element",
+        "unit": "mm2, of one processing element",
         "confidence": "given",
         "source": str(machine),
     }
@@ -247,7 +247,7 @@ def test_the_commands_take_costs(capsys, tmp_path):
             ("--set", "energy.nothing=1"),
             "there is no field energy.nothing (energy has activate_kilobyte",
         ),
-        (("--set", "energy.mac=-1"), "energy.mac must be a number of at least 0"),
+        (("--set", "energy.mac=-1"), "energy.mac must be 0 or from 0.005 to 100 pJ"),
         (("--set", "area.uncore_share=1"), "area.uncore_share must be from 0 to 0.99 shares"),
         (("--set", "energy.memory=ddr2"), "there is no memory 'ddr2'; there are gddr6-aim, hbm2"),
         (("--set", "energy=1"), "energy is a group; name one of its fields"),

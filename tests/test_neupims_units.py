@@ -18,6 +18,7 @@ from neupims.commands.common import parse_change
 from neupims.exploration.space import make_space, parse_knob
 from neupims.machine.case import select_system
 from neupims.machine.config import read_machine
+from neupims.machine.costs import AreaCosts, EnergyCosts
 from neupims.machine.hardware import GPU, HBM, NPU, PIM
 from neupims.machine.quantity import describe
 from neupims.machine.record import replace_all
@@ -90,6 +91,18 @@ def test_a_field_written_with_its_unit_equals_the_plain_number(field, tmp_path):
         ("hbm.row_bytes", "2 KiB", 2048),
         ("hbm.bus_bits", "16 B", 128),
         ("hbm.num_channels", "8 channels", 8),
+        ("energy.read_bit", "3.9 pJ/bit", 3.9),
+        ("energy.read_bit", "3.9 pJ", 3.9),
+        ("energy.read_bit", "0.0039 nJ/b", 3.9),
+        ("energy.read_bit", "31.2 pJ/byte", 3.9),
+        ("energy.activate_kilobyte", "0.1 pJ/bit", 819.2),
+        ("energy.scratchpad_byte", "0.25 pJ/bit", 2),
+        ("energy.standby_gigabyte", "125 mW/GB", 0.125 * 1.073741824),
+        ("energy.npu_idle_square_millimetre", "15 W/cm²", 0.15),
+        ("area.mac", "671 um^2", 671e-6),
+        ("area.scratchpad_megabyte", "0.1 um2/bit", 0.8),
+        ("area.dram_gigabyte", "10 mm2/Gbit", 10 * 8 * 1.073741824),
+        ("area.uncore_share", "45 %", 0.45),
     ],
 )
 def test_units_by_hand(name, text, value):
@@ -134,6 +147,16 @@ SLIPS = [
     ("gpu.board_watts", 400_000, "400 (4e5 mW)?"),
     ("link.bandwidth_bytes_per_second", 64, "6.4e10 (64 GB/s)?"),
     ("link.latency_seconds", 5, "5e-6 (5 us)?"),
+    ("energy.read_bit", 3900, "3.9 (3900 fJ/bit)?"),
+    ("energy.read_bit", 0.0039, "3.9 (0.0039 nJ/bit)?"),
+    ("energy.interface_bit", 8e-13, "0.8 (8e-13 J/bit)?"),
+    ("energy.activate_kilobyte", 0.1, "819.2 (0.1 pJ/bit)?"),
+    ("energy.scratchpad_byte", 1750, "1.75 (1750 fJ/byte)?"),
+    ("energy.standby_gigabyte", 132, "0.132 (132 mW/GiB)?"),
+    ("energy.npu_idle_square_millimetre", 15, "0.15 (15 W/cm2)?"),
+    ("area.mac", 671, "0.000671 (671 um2)?"),
+    ("area.uncore_share", 45, "0.45 (45 %)?"),
+    ("gpu.die_mm2", 0.5, "50 (0.5 cm2)?"),
 ]
 
 
@@ -143,6 +166,7 @@ def test_a_number_in_another_unit_is_refused_everywhere_with_the_likely_unit(
 ):
     group, _, field = name.partition(".")
     classes = {"npu": NPU, "hbm": HBM, "pim": PIM, "gpu": GPU}
+    classes |= {"energy": EnergyCosts, "area": AreaCosts}
     file = write(tmp_path / "mine.toml", f"[{group}]\n{field} = {value}\n")
     ways = [
         lambda: replace(Hardware(), name, value),
@@ -170,6 +194,11 @@ def test_every_field_has_a_range_that_its_slips_fall_outside_of(field):
         for factor in (1e-9, 1e-6, 1e-3):  # seconds, milliseconds, microseconds
             assert field.default == 0 or not field.allows(field.default * factor)
         assert field.allows(0) == field.zero
+    if field.name.startswith(("energy.", "area.")):
+        factors = {"p": (1e-3, 1e3), "W": (1e3,), "m": (1e6,), "s": (100,)}  # fJ, nJ, mW, um2, %
+        for factor in factors[field.unit[0]]:
+            assert not field.allows(field.default * factor)
+        assert field.allows(0)
 
 
 @pytest.mark.parametrize(
@@ -192,6 +221,9 @@ def test_every_field_has_a_range_that_its_slips_fall_outside_of(field):
         ("gpu.bytes_per_second", "24 GB", 'such as "820 GB/s"'),
         ("hbm.num_channels", "8.5 channels", "a whole number of channels"),
         ("hbm.num_channels", "8 ranks", 'such as "8 channels"'),
+        ("energy.read_bit", "3.9 pj/bit", "did you mean pJ/bit?"),
+        ("energy.read_bit", "3.9 ns", 'a number of pJ/bit, or text with a unit such as "8 pJ/bit"'),
+        ("area.uncore_share", "45 pct", 'such as "45 %"'),
     ],
 )
 def test_a_text_of_another_kind_is_refused(name, text, words, tmp_path):
@@ -266,16 +298,22 @@ def test_knobs_take_units_and_refuse_times_where_the_clock_varies():
             make_space({name: [1, 2]})
 
 
-def test_the_page_lists_every_field_as_show_does():
-    page = (Path(__file__).parent.parent / "docs" / "accelerator" / "units.md").read_text()
-    rows = []
-    for each in list_hardware().fields:
-        if not each["name"].startswith(("energy.", "area.")):
-            zero = "0 or " if each["zero"] else ""
-            ends = f"{zero}{compact(each['least'])} to {compact(each['most'])}"
-            default, effect = compact(each["default"]), each["effect"]
-            rows.append(f"| `{each['name']}` | {each['unit']} | {default} | {ends} | {effect} |")
-    assert page.endswith("\n".join(rows) + "\n")
+def rows_of_page(fields):
+    for each in fields:
+        zero = "0 or " if each["zero"] else ""
+        ends = f"{zero}{compact(each['least'])} to {compact(each['most'])}"
+        yield f"| `{each['name']}` | {each['unit']} | {compact(each['default'])} | {ends} |"
+
+
+def test_the_pages_list_every_field_as_show_does():
+    pages = Path(__file__).parent.parent / "docs" / "accelerator"
+    fields = list_hardware().fields
+    costs = [each for each in fields if each["name"].startswith(("energy.", "area."))]
+    others = [each for each in fields if each not in costs]
+    pairs = zip(rows_of_page(others), others, strict=True)
+    rows = [f"{row} {each['effect']} |" for row, each in pairs]
+    assert (pages / "units.md").read_text().endswith("\n".join(rows) + "\n")
+    assert "\n".join(rows_of_page(costs)) + "\n" in (pages / "costs.md").read_text()
 
 
 def test_totals_by_hand():

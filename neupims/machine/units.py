@@ -31,6 +31,22 @@ def _prefixed(unit: str, prefixes: Mapping[str, int | Fraction], each: Fraction 
     return {f"{prefix}{unit}": Fraction(factor) * each for prefix, factor in prefixes.items()}
 
 
+def _per(units: Mapping[str, Fraction], amounts: Mapping[str, Fraction | int], own: int = 1):
+    """Returns the factor of each unit for each amount, where the field's is for `own` of them."""
+    return {
+        f"{unit}/{name}": factor * own / amount
+        for unit, factor in units.items()
+        for name, amount in amounts.items()
+    }
+
+
+WATTS = _prefixed("W", LARGE | {"m": Fraction(1, 1000), "u": Fraction(1, 10**6)})
+JOULES = {f"{prefix}J": Fraction(1000) ** power for power, prefix in enumerate("fpnum", start=-1)}
+JOULES |= {"J": Fraction(10**12)}  # picojoules
+AREAS = {"mm2": Fraction(1), "um2": Fraction(1, 10**6), "cm2": Fraction(100)}
+BITS = {"bit": 1, "b": 1, "byte": 8, "B": 8, "kB": 8000, "KiB": 8192}
+GIGABITS = {"GB": 8 * 10**9, "GiB": 8 * 2**30, "Gbit": 10**9, "Gb": 10**9}
+MEGABITS = {"MB": 8 * 10**6, "MiB": 8 * 2**20, "Mbit": 10**6, "Mb": 10**6, "bit": 1}
 # Unit of a field -> how many of it each unit is that text may use. Our own table, because pint 0.25
 # takes 0.5 s to load, reads "Gb" as gilbert and "1,4 GHz" as 14 GHz, and knows no FLOP.
 UNITS: dict[str, dict[str, Fraction]] = {
@@ -42,10 +58,19 @@ UNITS: dict[str, dict[str, Fraction]] = {
     | _prefixed("b/s", LARGE, Fraction(1, 8)),
     "bits": {"bit": Fraction(1), "B": Fraction(8)},
     "FLOP/s": _prefixed("FLOP/s", LARGE) | _prefixed("FLOPS", LARGE),
-    "W": _prefixed("W", LARGE | {"m": Fraction(1, 1000)}),
+    "W": WATTS,
     CYCLES: {"cycles": Fraction(1)},
-    "pJ": {f"{prefix}J": Fraction(1000) ** power for power, prefix in enumerate("fpnu", start=-1)},
-    "mm2": {"mm2": Fraction(1), "um2": Fraction(1, 10**6), "cm2": Fraction(100)},
+    # A cost for an amount is also read without it: "3.9 pJ" of a field in pJ/bit is for one bit.
+    "pJ": JOULES,
+    "pJ/bit": JOULES | _per(JOULES, BITS),
+    "pJ/byte": JOULES | _per(JOULES, BITS, 8),
+    "pJ/KiB": JOULES | _per(JOULES, BITS, 8192),
+    "W/GiB": WATTS | _per(WATTS, GIGABITS, 8 * 2**30),
+    "W/mm2": WATTS | _per(WATTS, AREAS),
+    "mm2": AREAS,
+    "mm2/MB": AREAS | _per(AREAS, MEGABITS, 8 * 10**6),
+    "mm2/GiB": AREAS | _per(AREAS, GIGABITS, 8 * 2**30),
+    "shares": {"%": Fraction(1, 100)},
 }
 # Units that are written in several ways, of which text can mean either.
 AMBIGUOUS = {
@@ -53,6 +78,22 @@ AMBIGUOUS = {
     "mb": "MB is 10^6 bytes, MiB 2^20 bytes",
     "gb": "GB is 10^9 bytes, GiB 2^30 bytes",
     "tb": "TB is 10^12 bytes, TiB 2^40 bytes",
+}
+
+
+# Unit of a field -> units in which its number may have been typed instead.
+SLIPS = {
+    "W": ("kW", "mW"),
+    "pJ": ("fJ", "nJ", "J"),
+    "pJ/bit": ("fJ/bit", "nJ/bit", "J/bit"),
+    "pJ/byte": ("fJ/byte", "nJ/byte", "J/byte"),
+    "pJ/KiB": ("pJ/bit", "nJ/KiB", "fJ/KiB", "J/KiB"),
+    "W/GiB": ("mW/GiB",),
+    "W/mm2": ("mW/mm2", "W/cm2"),
+    "mm2": ("um2", "cm2"),
+    "mm2/MB": ("um2/MB", "um2/bit"),
+    "mm2/GiB": ("um2/GiB", "cm2/GiB"),
+    "shares": ("%",),
 }
 
 
@@ -89,9 +130,9 @@ def units_of(unit: str) -> dict[str, Fraction]:
     """Returns how many of a field's unit each unit is that its text may use.
 
     Args:
-        unit: The unit of the field; "pJ of one bit" takes those of "pJ".
+        unit: The unit of the field.
     """
-    return UNITS.get(unit) or UNITS.get(unit.partition(" ")[0], {})
+    return UNITS.get(unit, {})
 
 
 def _split(text: str, unit: str) -> tuple[Fraction, str]:
@@ -99,7 +140,7 @@ def _split(text: str, unit: str) -> tuple[Fraction, str]:
     found = NUMBER.fullmatch(text) if len(text) <= LONGEST else None
     if not found or abs(Decimal(found[1]).adjusted()) > LONGEST:
         raise ValueError(f"must be {describe_units(unit)}, not {text[:SHOWN]!r}")
-    return Fraction(Decimal(found[1])), found[2]
+    return Fraction(Decimal(found[1])), re.sub(r"m\^?[2²]", "m2", found[2])
 
 
 def describe_units(unit: str) -> str:
@@ -111,6 +152,7 @@ def describe_units(unit: str) -> str:
     """
     examples = {"Hz": "1.4 GHz", "s": "2 us", "bytes": "24 GiB", "bytes/s": "820 GB/s"}
     examples |= {"FLOP/s": "312 TFLOP/s", "W": "400 W", CYCLES: "14 ns", "bits": "128 bit"}
+    examples |= {"shares": "45 %"}
     example = examples.get(unit, f"8 {unit}")
     return f'a number of {unit}, or text with a unit such as "{example}"'
 
@@ -170,7 +212,9 @@ def _candidates(
         return
     order = {"Hz": "GMkT", "s": "unm", "bytes": "GMkT", "bytes/s": "GTMk", "FLOP/s": "TPGM"}
     symbol = {"bytes": "B", "bytes/s": "B/s"}.get(unit, unit)
-    for prefix in order.get(unit, "km" if unit == "W" else ""):
+    for name in SLIPS.get(unit, ()):
+        yield name, float(_exact(value) * units_of(unit)[name])
+    for prefix in order.get(unit, ""):
         name = f"{prefix.upper()}i{symbol}" if binary else f"{prefix}{symbol}"
         if name in units_of(unit):
             yield name, float(_exact(value) * units_of(unit)[name])
