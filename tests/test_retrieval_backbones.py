@@ -383,5 +383,5 @@ def test_a_folder_stands_for_the_file_in_it(tmp_path):
     with pytest.raises(UnreadableWeights, match=r"holds none of model\.safetensors, pytorch_mod"):
         DescriptorSettings(weights=str(tmp_path))
     (tmp_path / "checkpoints").mkdir()
-    with pytest.raises(UnreadableWeights, match="a training run goes on, so write its network"):
-        DescriptorSettings(weights=str(tmp_path))
+    with pytest.raises(UnreadableWeights, match="has no checkpoint yet: train it for longer"):
+        DescriptorSettings(weights=str(tmp_path)).record()

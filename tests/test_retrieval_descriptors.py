@@ -226,7 +226,7 @@ REFUSED = {
     ),
     "pooling": (
         lambda: DescriptorSettings(pooling="mean"),
-        r"pooling must be one of gem\+, gem, average, max, clip, not 'mean'",
+        r"pooling must be one of gem\+, gem, average, max, clip, own, not 'mean'",
     ),
     "scales": (lambda: DescriptorSettings(scales=2), "scales must be one of 1, 3, 5, not 2"),
     "true as a number": (

@@ -14,17 +14,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from ggem_jax.descriptors.settings import OWN_HEADS
 from ggem_jax.files.arrays import read_arrays
 from ggem_jax.files.errors import MismatchedWeights
 from ggem_jax.files.images import RGB, normalise
 from ggem_jax.files.normalisation import HALF, IMAGENET, Channels, Normalisation
+from ggem_jax.files.preprocessing import Preprocessing
 from ggem_jax.models.efficientnet_lite import EfficientNetLite, efficientnet_lite_config
 from ggem_jax.models.resnet import ResNet, ResNetConfig, resnet_config
 from ggem_jax.models.vit import ViT, vit_config
@@ -37,6 +39,8 @@ from ggem_jax.weights.efficientnet_lite import (
     load_pretrained,
 )
 from ggem_jax.weights.folders import find_checkpoint
+from ggem_jax.weights.inference import require_preprocessing
+from ggem_jax.weights.load import load_vit
 from ggem_jax.weights.own import (
     AFTER_TOKENS,
     OWN_NAME,
@@ -86,6 +90,8 @@ class Network:
     stride: int  # pixels along one side of a place of the map
     # whether a rest of less than a stride at the border makes a place; if not, it is cut off
     pads: bool = True
+    # how images become squares; None: they keep their proportions, as the settings say
+    preprocessing: Preprocessing | None = None
 
     @property
     def heads(self) -> int | None:
@@ -214,6 +220,10 @@ def _load_own_vit(
     network: Mapping[str, Any] | None = None,
 ) -> Loaded:
     _require_nothing_given(given, path)
+    if Path(_require_file(path)).is_dir():
+        run = read_run(_require_file(path))
+        plain = run.model.clone(pooling=avg_pool, num_classes=0)
+        return Loaded(PatchMap(plain), _without(run.variables, "head", "pool"))
     vit, variables = read_own_vit(_require_file(path), variant, network=network)
     return Loaded(PatchMap(vit), variables)
 
@@ -316,8 +326,9 @@ def identify(
 
     Args:
         weights: Any file that `ggem_jax.weights` reads: a ViT under every published naming, CVNet's
-            ResNets, EfficientNet-Lite0, or a ViT in the names of our own variables. Files of
-            settings beside a published ViT are read too (`ggem_jax.weights.declared`).
+            ResNets, EfficientNet-Lite0, or a ViT in the names of our own variables; or the folder
+            of a training run. Files of settings beside a published ViT are read too
+            (`ggem_jax.weights.declared`).
         given: Choices of the user that a published ViT may leave open.
         network: What an earlier call found beside a file of our own; that is not read again then.
 
@@ -331,6 +342,11 @@ def identify(
         MismatchedWeights: The file holds none of these networks.
     """
     weights = find_checkpoint(weights)
+    if weights.is_dir():
+        _require_nothing_given(given, weights)
+        how = read_run(weights).preprocessing
+        other = None if (how.mean, how.std) == BACKBONES[OWN].normalisation else (how.mean, how.std)
+        return Identity(OWN, other, network={})
     arrays = read_arrays(weights, given.which)
     for name, row in BACKBONES.items():
         if row.mark and any(re.fullmatch(row.mark, each) for each in arrays):
@@ -372,7 +388,7 @@ def load_network(
     *,
     normalisation: Normalisation | None = None,
     given: Given = NOTHING_GIVEN,
-    own_head: bool = False,
+    own_head: Literal["clip", "own"] | None = None,
     network: Mapping[str, Any] | None = None,
 ) -> Network:
     """Returns a network with its parameters on the default device.
@@ -384,7 +400,8 @@ def load_network(
         normalisation: Mean and deviation of the channels in [0, 1]. None takes those that
             `identify` finds beside the file, if it is asked for the row, and else those of the row.
         given: Choices of the user that a published ViT may leave open.
-        own_head: Whether the pooling and projection of CLIP or SigLIP take the place of the map.
+        own_head: Whose pooling and projection take the place of the map: those of CLIP or SigLIP,
+            or those that a training run has learned. None keeps the map.
         network: Fields of `ViTConfig` that `identify` found beside the file of a ViT. None reads
             them from there.
 
@@ -406,6 +423,8 @@ def load_network(
     if own_head:
         if sizes:
             _load_vit_of_sizes(name, weights, sizes[1], given)  # raises for other sizes
+        if own_head == "own":
+            return _load_own_pooling(name, weights, normalisation)
         return _load_own_head(name, weights, normalisation, given)
     row = BACKBONES[name]
     if sizes:
@@ -484,6 +503,26 @@ def _load_own_head(
     mean, std = normalisation or published.normalised or BACKBONES[name].normalisation
     variables, side = jax.device_put(published.variables), published.config.image
     return Network(OwnHead(published.model()), variables, mean, std, stride=side, pads=False)
+
+
+def _load_own_pooling(
+    name: str, weights: str | Path | None, normalisation: Normalisation | None
+) -> Network:
+    """The network of a training run with its pooling and projection, for squares of its size."""
+    if weights is None or name != OWN:
+        raise MismatchedWeights(
+            f"the pooling own needs the weights of {OWN_HEADS['own']}, not {weights or name}: leave"
+            " out --pooling, or name such weights"
+        )
+    loaded = load_vit(weights)
+    how = require_preprocessing(loaded)
+    vit, variables = loaded.model.clone(num_classes=0), _without(loaded.variables, "head")
+    if loaded.projection is not None:
+        projected = loaded.with_projection_as_head()
+        vit, variables = projected.model, projected.variables
+    mean, std = normalisation or (how.mean, how.std)
+    variables = jax.device_put(variables)
+    return Network(OwnHead(vit), variables, mean, std, how.side, pads=False, preprocessing=how)
 
 
 def _with_fields(

@@ -15,7 +15,7 @@ from jaxtyping import Float
 
 from ggem_jax.descriptors import programs
 from ggem_jax.descriptors.scales import SCALES
-from ggem_jax.descriptors.settings import DEFAULT_BACKBONE, DescriptorSettings
+from ggem_jax.descriptors.settings import DEFAULT_BACKBONE, OWN_HEADS, DescriptorSettings
 
 if TYPE_CHECKING:
     from ggem_jax.descriptors.backbones import Network
@@ -36,7 +36,7 @@ class CompiledDescriptor:
 
     def __init__(self, settings: DescriptorSettings, network: "Network | None" = None):
         self._settings, self._network, self._named = settings, network, network is None
-        # how the network takes images: `mean`, `std`, `stride` and `pads`
+        # how the network takes images: `mean`, `std`, `stride`, `pads` and `preprocessing`
         self.takes: Network | programs.KeptNetwork
         kept = programs.load_kept_network() if self._named and self._is_installed else None
         if kept is not None:
@@ -75,7 +75,7 @@ class CompiledDescriptor:
                 s.weights,
                 normalisation=normalisation,
                 given=s.given(),
-                own_head=s.pooling == "clip",
+                own_head=s.pooling if s.pooling in ("clip", "own") else None,
                 network=s.network_fields(),
             )
         return self._network
@@ -112,12 +112,12 @@ class CompiledDescriptor:
 def plain_pooling(settings: DescriptorSettings) -> Literal["average", "max"] | None:
     """Returns the pooling in place of GeM and GeM+, or None where one of these is chosen.
 
-    The head of CLIP and SigLIP makes a map of one place, whose average it is itself.
+    The head of CLIP, SigLIP or a training run makes a map of one place, whose average it is itself.
 
     Args:
         settings: The settings of a descriptor, of which `pooling` is read.
     """
-    if settings.pooling == "clip":
+    if settings.pooling in OWN_HEADS:
         return "average"
     return settings.pooling if settings.pooling in ("average", "max") else None
 

@@ -95,10 +95,9 @@ class Extractor:
         Raises:
             UnreadableImage: The image is too thin for a descriptor.
         """
-        stride, pads = self._descriptor.takes.stride, self._descriptor.takes.pads
-        size = fitted_size(height, width, self.settings, stride, pads=pads)
+        size = self._fitted(height, width)
         try:
-            return size if fitted_size(*size, self.settings, stride, pads=pads) == size else None
+            return size if self._fitted(*size) == size else None
         except UnreadableImage:  # by rounding
             return None
 
@@ -127,20 +126,37 @@ class Extractor:
         for i, image in enumerate(images):
             try:
                 height, width, _ = image.shape
-                takes = self._descriptor.takes
-                size = fitted_size(height, width, self.settings, takes.stride, pads=takes.pads)
-                groups.setdefault(size, []).append(i)
+                groups.setdefault(self._cut_size(self._fitted(height, width)), []).append(i)
             except UnreadableImage as error:
                 results[i] = error
-        for size, own in groups.items():
+        for own in groups.values():
             for start in range(0, len(own), self.batch):
                 together = own[start : start + self.batch]
                 # the last image is repeated, so that a size has one program
                 padded = together + together[-1:] * (self.batch - len(together))
-                vectors = self._batch([resize(images[i], *size) for i in padded])
+                vectors = self._batch([self._resize(images[i]) for i in padded])
                 for i, vector in zip(together, vectors[: len(together)], strict=True):
                     results[i] = vector
         return results
+
+    def _fitted(self, height: int, width: int) -> tuple[int, int]:
+        """The size that an image is resized to."""
+        takes = self._descriptor.takes
+        if takes.preprocessing is not None:
+            check_not_thin(height, width)
+            return takes.preprocessing.size(height, width)
+        return fitted_size(height, width, self.settings, takes.stride, pads=takes.pads)
+
+    def _cut_size(self, size: tuple[int, int]) -> tuple[int, int]:
+        """The size of what the network sees of an image that is resized."""
+        how = self._descriptor.takes.preprocessing
+        return size if how is None else (how.side, how.side)
+
+    def _resize(self, image: RGB) -> RGB:
+        """What the network sees of an image."""
+        how = self._descriptor.takes.preprocessing
+        image = resize(image, *self._fitted(*image.shape[:2]))
+        return image if how is None else how.cut(image)
 
     def _batch(self, images):
         takes = self._descriptor.takes
@@ -164,11 +180,7 @@ def fitted_size(
     Raises:
         UnreadableImage: The aspect ratio is too large for a descriptor.
     """
-    if max(height, width) > MOST_THIN * min(height, width):
-        raise UnreadableImage(
-            f"an image of {width} x {height} pixels is too thin for a descriptor: its aspect ratio"
-            f" is above {MOST_THIN}:1"
-        )
+    check_not_thin(height, width)
     if settings.pooling == "clip":
         return stride, stride  # the one place of the map is the square that the network takes
     places = WINDOW // 2 + 1 if settings.regional else 1
@@ -184,3 +196,19 @@ def fitted_size(
     zoom = max(settings.longest_side // stride, least_strides) * stride / max(height, width)
     rows, columns = (max(round(side * zoom / stride), least_strides) for side in (height, width))
     return rows * stride, columns * stride
+
+
+def check_not_thin(height: int, width: int) -> None:
+    """Raises `UnreadableImage` for an image that is too thin for a descriptor.
+
+    Args:
+        height, width: Sides of the image, pixels.
+
+    Raises:
+        UnreadableImage: The aspect ratio is above 16:1.
+    """
+    if max(height, width) > MOST_THIN * min(height, width):
+        raise UnreadableImage(
+            f"an image of {width} x {height} pixels is too thin for a descriptor: its aspect ratio"
+            f" is above {MOST_THIN}:1"
+        )

@@ -55,6 +55,10 @@ class KeptNetwork:
     pads: bool
     leaves: list[np.ndarray]  # of the variables
 
+    @property
+    def preprocessing(self) -> None:
+        """None, as for every network that is not of a training run."""
+
 
 def kept_folder() -> Path | None:
     """Returns the folder of programs, or None where JAX's compilation cache is off.

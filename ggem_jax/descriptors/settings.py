@@ -1,9 +1,11 @@
 """The settings of a descriptor, by name. Loads neither JAX nor NumPy for the default network."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
@@ -13,6 +15,11 @@ if TYPE_CHECKING:
 
 DEFAULT_BACKBONE = "efficientnet-lite0"
 MOST_THIN = 16  # largest aspect ratio of an image that has a descriptor
+# poolings of the network itself, at one scale -> the networks that have them
+OWN_HEADS = {
+    "clip": "CLIP or SigLIP",
+    "own": "a training run, or what python -m train.export writes from one",
+}
 LEAST_SIDE = 160  # pixels: five strides, a little over what three scales and Regional GeM need
 
 
@@ -38,12 +45,15 @@ class DescriptorSettings:
     # from the weights, and without them efficientnet-lite0
     backbone: str | None = None
     # file of the network's parameters, or the folder of a model.safetensors or pytorch_model.bin,
-    # which becomes the file in it; None: those installed with efficientnet-lite0
+    # which becomes the file in it, or the folder of a training run, whose newest checkpoint is
+    # read; None: those installed with efficientnet-lite0
     weights: str | None = None
     # gem: the network's own exponent, or 3; clip: pooling and projection of CLIP or SigLIP into the
     # space that images share with texts, at the image size of the network, as a square, at one
-    # scale and without Regional GeM
-    pooling: Literal["gem+", "gem", "average", "max", "clip"] = "gem+"
+    # scale and without Regional GeM; own: pooling and projection that a training run has learned,
+    # of images that are cut as in its evaluations, also at one scale and without Regional GeM;
+    # None: own for the folder of a run, else gem+
+    pooling: Literal["gem+", "gem", "average", "max", "clip", "own"] | None = None
     regional: bool = True  # Regional GeM before the pooling
     relup: bool = True  # ReLU-P inside a ResNet
     scales: Literal[1, 3, 5] = 3  # 1; 0.7, 1 and 1.4; or 0.5, 0.7, 1, 1.4 and 2 times the image
@@ -78,11 +88,16 @@ class DescriptorSettings:
         if isinstance(self.network, dict):
             object.__setattr__(self, "network", json.dumps(self.network, sort_keys=True))
         self.network_fields()
-        if self.pooling == "clip":
+        if self.pooling is None:
+            object.__setattr__(self, "pooling", "own" if self.is_run else "gem+")
+        if self.pooling in OWN_HEADS:
             object.__setattr__(self, "regional", False)
             object.__setattr__(self, "scales", 1)
             if self.weights is None:
-                raise ValueError("the pooling clip needs a file of weights, of CLIP or SigLIP")
+                raise ValueError(
+                    f"the pooling {self.pooling} needs a file of weights, of"
+                    f" {OWN_HEADS[self.pooling]}"
+                )
         self._check_backbone()
         self._check_choices()
         self._check_name()
@@ -148,6 +163,11 @@ class DescriptorSettings:
         return Given(self.heads, self.gelu, self.norm_eps, self.norm, self.architecture, self.which)
 
     @property
+    def is_run(self) -> bool:
+        """Whether the weights are the folder of a training run, in which there is no file."""
+        return self.weights is not None and Path(self.weights).is_dir()
+
+    @property
     def leaves_row_to_weights(self) -> bool:
         """Whether the backbone is unnamed, or named by its sizes alone, such as vit-S/16."""
         return self.backbone is None or "/" in self.backbone
@@ -194,8 +214,9 @@ class DescriptorSettings:
 
     def _check_choices(self):
         for name, hint in get_type_hints(type(self)).items():
-            literal = name in ("pooling", "scales", "sizes")
-            if name in ("gelu", "norm", "decoding") and getattr(self, name) is not None:
+            literal = name in ("scales", "sizes")
+            optional = ("pooling", "gelu", "norm", "decoding")
+            if name in optional and getattr(self, name) is not None:
                 literal, (hint, _) = True, get_args(hint)
             choices = get_args(hint) if literal else (False, True) if hint is bool else ()
             value = getattr(self, name)
@@ -241,13 +262,15 @@ def digest(path: str | Path) -> str:
     """Returns the first 16 hexadecimal digits of a file's SHA-256.
 
     Args:
-        path: The file, or the folder of a file of weights.
+        path: The file, or the folder of a file of weights; or the folder of a training run, which
+            counts as the file that `weights_as_file` makes of it.
 
     Raises:
         ValueError: The file cannot be read.
     """
     if Path(path).is_dir():
-        path = _file_in(path)
+        with weights_as_file(DescriptorSettings(weights=str(path))) as settings:
+            return digest(str(settings.weights))
     try:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()[:16]
@@ -255,19 +278,39 @@ def digest(path: str | Path) -> str:
         raise ValueError(f"{path} cannot be read: {error.strerror or error}") from None
 
 
+@contextlib.contextmanager
+def weights_as_file(settings: DescriptorSettings) -> Iterator[DescriptorSettings]:
+    """Yields settings whose weights are a file: that of a training run is removed at the end.
+
+    Args:
+        settings: The settings, which are yielded as they are where the weights are no run.
+
+    Yields:
+        The settings.
+
+    Raises:
+        UnreadableWeights: The run cannot be read.
+        MismatchedWeights: Its checkpoint does not fit its settings.
+        ModuleNotFoundError: orbax is not installed.
+    """
+    if not settings.is_run:
+        yield settings
+        return
+    from ggem_jax.weights.export import run_as_file
+
+    with run_as_file(str(settings.weights)) as file:
+        yield dataclasses.replace(settings, weights=str(file))
+
+
 def _file_in(folder: str | Path) -> str:
-    """The file of weights in a folder; that of a training run has none."""
+    """The file of weights in a folder; the folder itself if it is that of a training run."""
     from ggem_jax.files.errors import UnreadableWeights
-    from ggem_jax.weights.folders import CHECKPOINTS, find_checkpoint
+    from ggem_jax.weights.folders import CHECKPOINTS, find_checkpoint, is_run
 
     file = find_checkpoint(folder)
-    if not file.is_dir():
-        return str(file)
-    run = (
-        ": a training run goes on, so write its network into a file first (python -m"
-        f" ggem_jax.weights convert {folder} OUT)"
-    )
-    raise UnreadableWeights(
-        f"{folder} holds none of {', '.join(CHECKPOINTS)}"
-        f"{run if (file / 'checkpoints').is_dir() else ''}"
-    )
+    if file.is_dir() and not is_run(folder):
+        raise UnreadableWeights(
+            f"{folder} holds none of {', '.join(CHECKPOINTS)}, and is not the folder of a training"
+            " run"
+        )
+    return str(file)

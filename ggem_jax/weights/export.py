@@ -13,7 +13,8 @@ import contextlib
 import dataclasses
 import inspect
 import json
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -30,7 +31,7 @@ from ggem_jax.models.position import sincos_position
 from ggem_jax.models.vit import MAP, ViT
 from ggem_jax.pooling import avg_pool, cls_pool
 from ggem_jax.weights.hugging_face import preprocessor, to_hugging_face
-from ggem_jax.weights.load import LoadedViT
+from ggem_jax.weights.load import LoadedViT, load_vit
 from ggem_jax.weights.own_settings import HEADER, describe_settings
 from ggem_jax.weights.timm_model import to_timm_model
 from ggem_jax.weights.vit import PublishedViT
@@ -146,6 +147,25 @@ def own_arrays(
     return arrays | beside, (vit.preprocessing, vit.classes)
 
 
+@contextlib.contextmanager
+def run_as_file(run: str | Path) -> Iterator[Path]:
+    """Yields a file of our own with the network of a training run, as its evaluations use it.
+
+    Equal weights give equal bytes. The file is removed when the block ends.
+
+    Args:
+        run: The folder of the run.
+
+    Yields:
+        The file.
+
+    Raises:
+        UnreadableWeights, MismatchedWeights, ModuleNotFoundError: As `load_vit`.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        yield export_vit(load_vit(run), Path(folder) / FOLDERS_FILE).files[0]
+
+
 def weights_path(out: str | Path) -> Path:
     """Returns the file that weights are written to.
 
@@ -196,7 +216,7 @@ def _without_head(vit: PublishedViT | LoadedViT) -> PublishedViT | LoadedViT:
 def _plain(vit: PublishedViT | LoadedViT) -> PublishedViT:
     """The network as other libraries have them: a pooling of theirs, and no sincos positions."""
     if isinstance(vit, LoadedViT):
-        vit = _with_projection_as_head(vit)
+        vit = vit.with_projection_as_head()
         model, normalised = _model_of(vit)
         style = Style(int(model.config.class_token))
         vit = PublishedViT(
@@ -217,19 +237,6 @@ def _plain(vit: PublishedViT | LoadedViT) -> PublishedViT:
         vit,
         config=dataclasses.replace(c, position="learned"),
         variables={**vit.variables, "params": params},
-    )
-
-
-def _with_projection_as_head(vit: LoadedViT) -> LoadedViT:
-    """The same network with its projection, if it has one, where other libraries have a head."""
-    if vit.projection is None:
-        return vit
-    params = {**vit.variables["params"], "head": vit.projection}
-    return dataclasses.replace(
-        vit,
-        model=vit.model.clone(num_classes=len(vit.projection["bias"])),
-        variables={**vit.variables, "params": params},
-        projection=None,
     )
 
 

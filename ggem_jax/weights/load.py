@@ -60,6 +60,19 @@ class LoadedViT:
         dim = 0 if self.projection is None else len(self.projection["bias"])
         return Embedder(self.model.clone(num_classes=0), dim), {"params": own}
 
+    def with_projection_as_head(self) -> "LoadedViT":
+        """Returns the same network with its projection in the place of the head; itself without."""
+        if self.projection is None:
+            return self
+        params = {**self.variables["params"], "head": self.projection}
+        return replace(
+            self,
+            model=self.model.clone(num_classes=len(self.projection["bias"])),
+            variables={**self.variables, "params": params},
+            classes=None,
+            projection=None,
+        )
+
 
 def load_vit(
     path: str | Path,

@@ -3,9 +3,11 @@
 The network is loaded when the first image has to be described, not before.
 """
 
+import contextlib
 import itertools
 import json
 import os
+import shutil
 import threading
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from jaxtyping import Float
 
-from ggem_jax.descriptors.settings import DescriptorSettings, digest
+from ggem_jax.descriptors.settings import DescriptorSettings, digest, weights_as_file
 from ggem_jax.descriptors.whitening import learn_whitening, save_whitening
 from ggem_jax.files.atomic import replacing
 from ggem_jax.files.images import MAX_MEGAPIXELS, RGB, UnreadableImage
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
     from ggem_jax.descriptors.extract import Extractor
 
 SOURCES = "sources.json"  # file in an index: where its files of weights and of a whitening were
+NETWORK = "network.safetensors"  # file in an index: the network of the training run of the build
 FILES = ("weights", "whitening")
 
 _LEARNED_BYTES = 2**30  # most bytes of vectors, in float64, that a whitening is learned from
@@ -75,7 +78,8 @@ def build_index(
     Args:
         folder: Folder of the images.
         path: Folder of the index. Anything else at this path is refused, never overwritten.
-        settings: How an image becomes a vector; None takes the defaults.
+        settings: How an image becomes a vector; None takes the defaults. The network of a training
+            run is copied into the index, so that a search describes images as the build did.
         dtype: Dtype of the vectors on disk, "float16" or "float32".
         shard: "I/N" indexes the I-th of N parts of the folder, for `merge`; None indexes all of it.
         prune: Whether entries whose files are gone are dropped. If not, they are reported as
@@ -102,25 +106,31 @@ def build_index(
     given = DescriptorSettings() if settings is None else settings
     if not isinstance(given, DescriptorSettings):
         raise ValueError(f"settings must be a DescriptorSettings, not {type(given).__name__}")
-    settings = replace(given.resolve(), decoding=given.decoding or _decoding_of(Path(path)))
-    record = settings.record()  # reads the files, so that a missing one raises at once
-    report = indexes.build(
-        folder,
-        path,
-        LazyExtract(settings, batch),
-        record,
-        dtype=dtype,
-        shard=shard,
-        prune=prune,
-        deep=deep,
-        exclude=exclude,
-        include=include,
-        max_megapixels=max_megapixels,
-        workers=workers,
-        on_progress=on_progress,
-    )
-    _remember_files(Path(path), settings)
-    return replace(report, notes=_notes_of(given) + report.notes)
+    with contextlib.ExitStack() as stack:
+        run = given.is_run
+        given = stack.enter_context(weights_as_file(given))
+        settings = replace(given.resolve(), decoding=given.decoding or _decoding_of(Path(path)))
+        record = settings.record()  # reads the files, so that a missing one raises at once
+        report = indexes.build(
+            folder,
+            path,
+            LazyExtract(settings, batch),
+            record,
+            dtype=dtype,
+            shard=shard,
+            prune=prune,
+            deep=deep,
+            exclude=exclude,
+            include=include,
+            max_megapixels=max_megapixels,
+            workers=workers,
+            on_progress=on_progress,
+        )
+        if run:
+            kept = _keep_network(Path(path), Path(str(settings.weights)))
+            settings = replace(settings, weights=str(kept))
+        _remember_files(Path(path), settings)
+        return replace(report, notes=_notes_of(given) + report.notes)
 
 
 def add_images(
@@ -373,15 +383,31 @@ def _notes_of(given: DescriptorSettings) -> tuple[str, ...]:
 def _remembered_files(path: Path) -> dict[str, str]:
     try:
         values = json.loads((path / SOURCES).read_text())
-        return {name: values[name] for name in FILES if isinstance(values[name], str)}
+        files = {name: values[name] for name in FILES if isinstance(values[name], str)}
+        return {name: str(path / file) for name, file in files.items()}  # of a name, one in there
     except (OSError, ValueError, KeyError, TypeError):
         return {}  # without it the caller has to name the files
 
 
+def _keep_network(path: Path, file: Path) -> Path:
+    """Keeps the network of a training run in the index: the run may go on, or be deleted."""
+    kept = path / NETWORK
+    if not kept.is_file() or digest(kept) != digest(file):
+        with replacing(kept) as temporary:
+            shutil.copyfile(file, temporary)
+    return kept
+
+
 def _remember_files(path: Path, settings: DescriptorSettings) -> None:
     files = {
-        name: os.path.abspath(file) if (file := getattr(settings, name)) else None for name in FILES
+        name: _place_of(path, file) if (file := getattr(settings, name)) else None for name in FILES
     }
     if any(files.values()):
         with replacing(path / SOURCES) as temporary:
             temporary.write_text(json.dumps(files))
+
+
+def _place_of(path: Path, file: str) -> str:
+    """Where a file is; the name alone of one in the index, which may move."""
+    inside = Path(file).name == NETWORK and os.path.samefile(Path(file).parent, path)
+    return NETWORK if inside else os.path.abspath(file)

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from ggem_jax.retrieval.index.describing import SOURCES
+from ggem_jax.retrieval.index.describing import NETWORK, SOURCES
 from ggem_jax.retrieval.index.index import Index
 from ggem_jax.retrieval.index.locking import lock_folder
 from ggem_jax.retrieval.index.migration import bring_up_to_date
@@ -111,10 +111,10 @@ def merge(path: Path | str, parts: Sequence[Path | str]) -> Merged:
         _write_entries(
             folder, facts, places, shared, [row for each in opened for row in each.others]
         )
-        sources = opened[0].folder / SOURCES
-        if sources.is_file():
-            shutil.copyfile(sources, folder / SOURCES)
-            sync(folder / SOURCES)
+        for name in (SOURCES, NETWORK):
+            if (opened[0].folder / name).is_file():
+                shutil.copyfile(opened[0].folder / name, folder / name)
+                sync(folder / name)
         sync(folder)
         if os.path.lexists(path):  # a rename would replace an empty folder
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))
@@ -216,7 +216,9 @@ def _making(path: Path) -> Iterator[Path]:
         folder.mkdir(exist_ok=True)
         with lock_folder(folder):
             names = set(os.listdir(folder)) - {LOCK}
-            if any(not (is_shard(name) or name.startswith((INDEX, SOURCES))) for name in names):
+            if any(
+                not (is_shard(name) or name.startswith((INDEX, SOURCES, NETWORK))) for name in names
+            ):
                 raise IndexRefused(f"{folder} is in the way and holds other files: move it away")
             for name in names:
                 (folder / name).unlink()

@@ -188,7 +188,8 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
         "--weights",
         metavar="FILE",
         help="the network's parameters: a ViT under any published naming, a ResNet of CVNet,"
-        f" EfficientNet-Lite0, or a ViT of ours (those installed with {DEFAULT_BACKBONE})",
+        " EfficientNet-Lite0, a ViT of ours, or the folder of a training run (those installed with"
+        f" {DEFAULT_BACKBONE})",
     )
     add(
         "--backbone",
@@ -199,10 +200,10 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     )
     add(
         "--pooling",
-        choices=("gem+", "gem", "average", "max", "clip"),
-        default=DEFAULTS.pooling,
-        help="of the feature map (%(default)s); clip: pooling and projection of CLIP or SigLIP, at"
-        " one scale and without Regional GeM, for a search by words",
+        choices=("gem+", "gem", "average", "max", "clip", "own"),
+        help=f"of the feature map ({DEFAULTS.pooling}; own for a training run); clip: pooling and"
+        " projection of CLIP or SigLIP, at one scale and without Regional GeM, for a search by"
+        " words; own: likewise those that a training run has learned",
     )
     add(
         "--regional",
