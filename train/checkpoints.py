@@ -4,6 +4,7 @@ import contextlib
 import inspect
 import logging
 import re
+import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 
 from train.cli import Refused, first_line
 from train.step import State, Steps
@@ -24,28 +26,33 @@ class Checkpoints:
     Args:
         run: Folder of the run.
         read_only: Whether nothing is written or deleted, for evaluations.
+        keep: Checkpoints that are kept, the newest ones.
     """
 
-    def __init__(self, run: Path, *, read_only: bool = False):
+    def __init__(self, run: Path, *, read_only: bool = False, keep: int = 2):
+        self.read_only = read_only
+        self._writing = 0  # the step of the write that began last; 0: there was none
         self.folder = (run / "checkpoints").absolute()
         for logger in ("absl", "asyncio"):  # a failed write is raised, too; one message is enough
             logging.getLogger(logger).setLevel(logging.CRITICAL)
         sys.unraisablehook = _without_echoes
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=None if read_only else 2, read_only=read_only
+            max_to_keep=None if read_only else keep, read_only=read_only
         )
         self._manager = ocp.CheckpointManager(self.folder, options=options)
 
+    def complete(self) -> list[int]:
+        """Returns the complete steps, newest first."""
+        found = (
+            int(path.name)
+            for path in self.folder.glob("*")
+            if re.fullmatch("[0-9]+", path.name) and path.is_dir()
+        )
+        return sorted(found, reverse=True)
+
     def latest(self) -> int | None:
         """Returns the newest complete step, or None."""
-        return max(
-            (
-                int(path.name)
-                for path in self.folder.glob("*")
-                if re.fullmatch("[0-9]+", path.name) and path.is_dir()
-            ),
-            default=None,
-        )
+        return max(self.complete(), default=None)
 
     def save(self, state: State) -> None:
         """Starts to write a state and returns once it is copied, so that training may go on.
@@ -61,9 +68,23 @@ class Checkpoints:
         step = int(state.step)
         with self._failing_in_one_sentence():
             if self._manager.latest_step() != step:
+                self._manager.wait_until_finished()  # an error is that of the earlier write
+                self._writing = step
                 # A copy: on CPU the writer reads the very memory that the next step is allowed to
                 # overwrite.
                 self._manager.save(step, args=ocp.args.StandardSave(jax.tree.map(jnp.copy, state)))
+
+    def check(self) -> None:
+        """Raises `Refused` if a write has failed since the last call; it waits for none.
+
+        With several processes, errors show in `save` and `wait` alone.
+
+        Raises:
+            Refused: A write failed.
+        """
+        if self._writing and jax.process_count() == 1 and not self._manager.is_saving_in_progress():
+            self.wait()
+            self._writing = 0
 
     def wait(self) -> None:
         """Returns when everything that was saved is on disk.
@@ -76,13 +97,16 @@ class Checkpoints:
             self._manager.check_for_errors()
 
     def restore(self, steps: Steps) -> State:
-        """Returns the newest state, laid out on the devices as `steps` expects it.
+        """Returns the newest sound state, laid out on the devices as `steps` expects it.
+
+        A line on standard error names newer checkpoints that cannot be read. They are moved to the
+        folder `damaged` of the run, unless it is only read.
 
         Args:
             steps: The compiled steps of the run.
 
         Raises:
-            Refused: The checkpoint cannot be read.
+            Refused: No checkpoint can be read.
         """
         shapes = jax.eval_shape(steps.init, 0)
         layout = jax.tree.map(
@@ -90,18 +114,43 @@ class Checkpoints:
             shapes,
             steps.state_sharding,
         )
-        step = self.latest()
-        try:
-            return self._manager.restore(step, args=ocp.args.StandardRestore(layout))
-        except Exception as error:  # of many kinds: files that are missing, cut off or altered
-            reason = first_line(error)
-            advice = (
-                f"without the folder {self.folder / str(step)} the run resumes from the checkpoint"
-                " before it, or from its start"
+        damaged: dict[int, str] = {}
+        for step in self.complete():
+            try:
+                state = self._manager.restore(step, args=ocp.args.StandardRestore(layout))
+            except Exception as error:  # of many kinds: files that are missing, cut off or altered
+                damaged[step] = first_line(error)[:200]
+                continue
+            if damaged:
+                self._set_aside(damaged, step)
+            return state
+        step, reason = next(iter(damaged.items()), (0, "there is none"))
+        older = f", nor those of {', '.join(map(str, [*damaged][1:]))}" * (len(damaged) > 1)
+        raise Refused(
+            f"the checkpoint of step {step} cannot be read{older}: {reason} (without the folder"
+            f" {self.folder} the run starts again)"
+        )
+
+    def _set_aside(self, damaged: dict[int, str], sound: int) -> None:
+        """Names the damaged checkpoints and moves them away, so that their steps can be written."""
+        for step, reason in damaged.items():
+            print(
+                f"the checkpoint of step {step} cannot be read: {reason}; that of step {sound} is"
+                " taken in its place",
+                file=sys.stderr,
+                flush=True,
             )
-            raise Refused(
-                f"the checkpoint of step {step} cannot be read: {reason[:200]} ({advice})"
-            ) from error
+        if self.read_only:
+            return
+        if jax.process_index() == 0:
+            for step in damaged:
+                place = self.folder.parent / "damaged" / str(step)
+                shutil.rmtree(place, ignore_errors=True)
+                place.parent.mkdir(exist_ok=True)
+                (self.folder / str(step)).rename(place)
+        if jax.process_count() > 1:
+            multihost_utils.sync_global_devices("damaged checkpoints are moved away")
+        self._manager.reload()
 
     @contextlib.contextmanager
     def _failing_in_one_sentence(self):
@@ -115,7 +164,8 @@ class Checkpoints:
             last = self.latest()
             good = "there is none yet" if last is None else f"the last good one is of step {last}"
             raise Refused(
-                f"a checkpoint could not be written to {self.folder}: {reason} ({good})"
+                f"the checkpoint of step {self._writing} could not be written to {self.folder}:"
+                f" {reason} ({good})"
             ) from error
 
 

@@ -73,6 +73,7 @@ def train(
             batches=lambda start: train_batches(train_set, config, start=start, **places),
             evaluate=evaluation,
             curves=tuple(measures),
+            measures=(*measures, "nll"),
         )
 
     return run(config, task, facts, quiet=quiet)

@@ -163,7 +163,8 @@ def load_config(record: type[S], argv: list[str], prog: str | None = None) -> S:
 
     Each layer goes over those before it: the defaults, `--config NAME`, `--config-file FILE`,
     `--init FILE` (the sizes of a published network), `--variant NAME` (such as S/16), and the other
-    flags. Without a config, a file and a source of data the config is `digits`.
+    flags. The settings of the run that `--resume-from RUN` names take the place of the defaults.
+    Without a config, a file, a run and a source of data the config is `digits`.
 
     Args:
         record: The dataclass of the settings.
@@ -176,11 +177,16 @@ def load_config(record: type[S], argv: list[str], prog: str | None = None) -> S:
     prog = prog or record.tool
     argv = list(argv)
     settings: dict[str, Any] = {}
-    name, file, start, variant = (
-        _take(argv, flag) for flag in ("--config", "--config-file", "--init", "--variant")
+    name, file, start, variant, before = (
+        _take(argv, flag)
+        for flag in ("--config", "--config-file", "--init", "--variant", "--resume-from")
     )
+    if start is not None and before is not None:
+        raise Refused("--init and --resume-from exclude each other: a run starts from one of them")
+    if before is not None:
+        settings = _settings_of_run(Path(before), record)
     names_data = any(re.match(r"--data(\.source)?(=|$)", flag) for flag in argv)
-    if name is None and file is None and not names_data:
+    if name is None and file is None and before is None and not names_data:
         name = "digits"
     if name is not None:
         if name not in known_configs(record):
@@ -341,11 +347,28 @@ def _settings_of_published(path: Path, given: Given) -> dict[str, Any]:
     return settings
 
 
+def _settings_of_run(run: Path, record: type[Settings]) -> dict[str, Any]:
+    """The settings of a run that another one continues; its folder and its start are its own."""
+    try:
+        tool = json.loads((run / "config.json").read_text()).get("tool", record.tool)
+    except (OSError, ValueError, AttributeError):
+        raise Refused(f"--resume-from {run} is not the folder of a run of {record.tool}") from None
+    if tool != record.tool:
+        raise Refused(f"--resume-from {run} is a run of {tool}, not of {record.tool}")
+    settings = read_settings(run / "config.json")
+    own = ("out", "init", "stop_after")
+    settings.get("text", {}).pop("tokenizer", None)  # that in the run's folder is taken
+    return {name: value for name, value in settings.items() if name not in own} | {
+        "resume_from": str(run)
+    }
+
+
 def _describe_layers(record: type[Settings]) -> str:
     folder = configs_of(record).relative_to(CONFIGS.parent.parent).as_posix()
     return (
-        "Defaults < --config NAME < --config-file FILE (TOML or JSON) < --init FILE < --variant"
-        " NAME < the flags below. Without --config, --config-file and --data the config is digits."
+        "Defaults, or the settings of --resume-from RUN < --config NAME < --config-file FILE (TOML"
+        " or JSON) < --init FILE < --variant NAME < the flags below. Without --config,"
+        " --config-file, --resume-from and --data the config is digits."
         f" NAME of --config: {', '.join(known_configs(record))}; each file in {folder} says what it"
         " trains and what to expect. NAME of --variant: Ti, S, B, L or H, a slash, and the patch"
         " size; it sets the sizes of the model."

@@ -1,6 +1,7 @@
 """The settings of a training run: frozen records whose values are checked when they are made."""
 
 import math
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal, TypeVar
@@ -195,6 +196,14 @@ class Config:
     # file of a published ViT to start from, as ggem_jax.weights reads it; it sets the sizes of the
     # model
     init: Path | None = None
+    # folder of a run whose last checkpoint a new run starts from, with its settings unless others
+    # are given; epochs counts those before as well
+    resume_from: Path | None = None
+    # checkpoints that are kept: "last", the newest two, or best:MEASURE, also the best by a measure
+    # of the evaluations, such as best:top1
+    keep: str = "last"
+    # stop after so many evaluations in a row that are not the best by --keep; None: never
+    patience: int | None = None
     # devices that the weights are split over; the remaining factor of the devices repeats them
     fsdp: int = 1
     stop_after: int | None = None  # stop after this step, as if asked to; the schedule stays
@@ -204,7 +213,18 @@ class Config:
     augment: Augment = field(default_factory=Augment)
     optimizer: Optimizer = field(default_factory=Optimizer)
 
+    @property
+    def kept_measure(self) -> str | None:
+        """The measure of `keep`, or None."""
+        return self.keep.partition(":")[2] or None
+
     def __post_init__(self):
+        known = self.keep == "last" or bool(re.fullmatch("best:.+", self.keep))
+        require("keep", self.keep, "last or best:MEASURE, such as best:top1", known)
+        least = self.patience is None or self.patience >= 1
+        require("patience", self.patience, "at least 1, or None", least)
+        named = self.patience is None or self.kept_measure is not None
+        require("patience", self.patience, "with --keep best:MEASURE", named)
         require("seed", self.seed, "from 0 to 2147483647", 0 <= self.seed < 2**31)
         for name in ("batch", "log_every", "fsdp"):
             require(name, getattr(self, name), "at least 1", getattr(self, name) >= 1)

@@ -31,7 +31,7 @@ from ggem_jax.retrieval import metrics
 from train.batches import train_batches
 from train.build import build_model
 from train.captions import Captioned, Text
-from train.cli import load_config, require
+from train.cli import Refused, load_config, require
 from train.config import Config, Data, Optimizer
 from train.digest import describe_data
 from train.evaluate import compute_outputs, put_on_devices
@@ -169,6 +169,9 @@ def train(config: ContrastiveConfig, *, quiet: bool = False) -> TrainedRun:
             ),
             evaluate=evaluation,
             curves=("image_to_text@1", "text_to_image@1"),
+            measures=tuple(
+                f"{name}@{k}" for name in ("image_to_text", "text_to_image") for k in KAPPAS
+            ),
         )
 
     return run(config, task, facts, quiet=quiet)
@@ -196,7 +199,7 @@ def open_tokenizer(
     """Returns the tokenizer of a run.
 
     A run that resumes reads it from its folder. A run that starts stores the given tokenizer there,
-    or one trained on its captions.
+    that of the run it continues, or one trained on its captions.
 
     Args:
         config: The settings of the run.
@@ -204,12 +207,18 @@ def open_tokenizer(
         train_set: The training images, with the captions to train a tokenizer on.
 
     Raises:
-        Refused: The tokenizer in the folder is not the one that the run started with.
+        Refused: The tokenizer in the folder is not the one that the run started with, or the given
+            one is not that of the run that is continued.
     """
     if has_checkpoint(config.out):
         return load_run_tokenizer(config.out)
-    captions = (caption for each in train_set.captions for caption in each)
-    tokenizer = given or train_tokenizer(captions, config.text.vocabulary)
+    if config.resume_from is not None:
+        tokenizer = load_run_tokenizer(config.resume_from)
+        if given is not None and given.text != tokenizer.text:
+            raise Refused(f"--text.tokenizer is not the tokenizer of {config.resume_from}")
+    else:
+        captions = (caption for each in train_set.captions for caption in each)
+        tokenizer = given or train_tokenizer(captions, config.text.vocabulary)
     if jax.process_index() == 0:
         save_run_tokenizer(config.out, tokenizer)
     return tokenizer

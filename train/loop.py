@@ -20,12 +20,14 @@ from train.batches import Batch
 from train.checkpoints import Checkpoints
 from train.cli import Refused, one_sentence
 from train.config import Config
+from train.continuing import check_folder, continue_from
 from train.curves import draw_curves
 from train.evaluate import put_on_devices
 from train.log import Log
 from train.published import start_from
 from train.run import StopRequest, run_folder
 from train.step import State, Steps
+from train.stopping import Best
 from train.throughput import Meter
 
 
@@ -49,6 +51,7 @@ class Task:
     batches: Callable[[int], Iterator[Batch]]  # first step -> this process's rows of each batch
     evaluate: Callable[[State], Evaluation]  # state -> its evaluation
     curves: tuple[str, ...]  # values of evaluations that are drawn, in [0, 1]
+    measures: tuple[str, ...]  # values of evaluations that --keep may name
 
 
 @dataclass(frozen=True)
@@ -58,7 +61,7 @@ class TrainedRun:
     state: State  # after the last step
     steps: Steps  # the compiled steps
     result: Any  # of the last evaluation; None: the run was stopped before one
-    finished: bool  # whether all steps are done
+    finished: bool  # whether all steps are done, or --patience has ended it
     signal: int | None  # number of the signal that asked it to stop; None: there was none
 
 
@@ -98,6 +101,7 @@ def run(
         Refused: The folder belongs to another run, or the weights are no longer finite.
     """
     process = jax.process_index()
+    check_folder(config)
     with run_folder(config, facts), StopRequest() as stop:
         task = task_of()
         steps, total = task.steps, task.total
@@ -105,27 +109,31 @@ def run(
             max(round(config.epochs / every), 1)
             for every in (config.eval_every, config.checkpoint_every)
         )
-        checkpoints = Checkpoints(config.out)
-        state = (
-            make_first_state(steps, config)
-            if checkpoints.latest() is None
-            else checkpoints.restore(steps)
-        )
+        checkpoints, continued = Checkpoints(config.out), ""
+        if checkpoints.latest() is not None:
+            state = checkpoints.restore(steps)
+        elif config.resume_from is not None:
+            state, continued = continue_from(config.resume_from, config, facts, steps, total)
+        else:
+            state = make_first_state(steps, config)
         step = start = int(state.step)
+        best = Best(config, task.measures, start)
         evaluation = None
         with contextlib.closing(
             Log(None if process else config.out, total_steps=total, start=start, quiet=quiet)
         ) as log:
             meter = Meter(config.batch, task.flops)
-            log.banner(describe_run(config, task, state, start, meter))
+            described = describe_run(config, task, state, 0 if continued else start, meter)
+            log.banner(described | ({"continues": continued} if continued else {}))
             batches = task.batches(start)
-            while step < total:
+            while step < total and not best.exhausted:
                 with meter.waiting_for_input():
                     batch = put_on_devices(next(batches), steps)
                 state, metrics = steps.train(state, batch, config.seed)
                 meter.count(metrics)
                 step += 1
                 log.advance(step)
+                checkpoints.check()
                 stopping = stop.is_asked(step) or step == config.stop_after
                 logs, evaluates, saving = (
                     step % config.log_every == 0 or step == total,
@@ -139,23 +147,32 @@ def run(
                 if evaluates:
                     evaluation = task.evaluate(state)
                     log_evaluation(log, step, evaluation, state)
+                    best.add(step, evaluation.values, state)
                     meter.restart()
-                if saving:
+                if saving or best.exhausted:
                     checkpoints.save(state)
                     meter.restart()
                 if stopping:
                     break
             checkpoints.wait()
-            if step < total:
+            finished = step == total or best.exhausted
+            if best.exhausted and step < total:
+                log.say(
+                    f"stopped after step {step} of {total}: {best.since} evaluations in a row were"
+                    " not the best (--patience)"
+                )
+            if said := best.say():
+                log.say(said)
+            if not finished:
                 log.say(
                     f"stopped after step {step} of {total}; run the same command again to resume"
                 )
             elif process == 0:
                 draw_curves(config.out, task.curves)
-            if evaluation is None and step == total:  # it had ended before
+            if evaluation is None and finished:  # it had ended before
                 evaluation = task.evaluate(state)
     return TrainedRun(
-        state, steps, None if evaluation is None else evaluation.result, step == total, stop.signal
+        state, steps, None if evaluation is None else evaluation.result, finished, stop.signal
     )
 
 

@@ -201,6 +201,7 @@ def train(
             ),
             evaluate=evaluation,
             curves=("recall@1", "map@r"),
+            measures=(*(f"recall@{kappa}" for kappa in KAPPAS), "r_precision", "map@r"),
         )
 
     return run(config, task, facts, quiet=quiet)

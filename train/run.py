@@ -23,7 +23,7 @@ from train.config import C, Config
 # Settings that may change when a run resumes: the weights do not depend on them (on `fsdp` in the
 # last bits only, as on the number of devices).
 FREE = (
-    "out", "stop_after", "log_every", "checkpoint_every", "eval_every", "fsdp",
+    "out", "stop_after", "keep", "patience", "log_every", "checkpoint_every", "eval_every", "fsdp",
     "data.data_dir", "data.download", "data.workers", "data.eval_split", "data.corrupt",
     "data_found.eval",
 )  # fmt: skip
@@ -160,6 +160,29 @@ def _refuse_changes(run: Path, now: dict[str, Any], then: dict[str, Any]) -> Non
             f"{run} holds a run on other training images, by their {parts}: give the run its own"
             " images again, or choose another --out"
         )
+
+
+def list_changes(
+    config: Config, facts: dict[str, Any], before: Config, facts_before: dict[str, Any]
+) -> list[str]:
+    """Returns in words what differs between two runs of a script, besides their folders.
+
+    Args:
+        config: The settings of one run.
+        facts: A description of its data.
+        before: The settings of the other run.
+        facts_before: A description of its data.
+    """
+    here = _flat({**to_dict(config), "data_found": facts})
+    there = _flat({**to_dict(before), "data_found": facts_before})
+    names = [name for name in here | there if here.get(name) != there.get(name)]
+    parts = [name.removeprefix(DIGEST) for name in names if name.startswith(DIGEST)]
+    own = {"out", "resume_from", "stop_after", "init", "data_found.weights"}
+    return [
+        f"{name} {there.get(name)} there, {here.get(name)} now"
+        for name in names
+        if name not in own and not name.startswith(DIGEST)
+    ] + [f"other training images, by their {' and '.join(parts)}"] * bool(parts)
 
 
 def has_checkpoint(run: Path) -> bool:
