@@ -23,6 +23,7 @@ from neupims.machine.systems import SPELLINGS, TimingPath
 
 # Fields of the hardware that change no cycle of a layer: they are no feature.
 NO_CYCLES = ("hbm.rows", "pim.row_buffers")
+NOT_OF_A_LAYER = ("vocabulary", "tied_embeddings", "lm_head")
 CLOSE = 1e-6  # relative difference of values that are the same
 # The kind of each feature, by the beginning of its name: the first that matches.
 KINDS = (
@@ -137,7 +138,7 @@ def features(case: Case) -> dict[str, float]:
         if each.name.startswith(("npu.", "hbm.", "pim.")) and each.name not in NO_CYCLES
     }
     sizes = {name: float(value) for name, value in vars(model).items()}
-    for name in ("layers", "heads", "kv_heads", "mlp_width", "vocabulary", "tied_embeddings"):
+    for name in ("layers", "heads", "kv_heads", "mlp_width", *NOT_OF_A_LAYER):
         sizes.pop(name, None)
     sizes |= {
         "heads_of_device": model.heads / parallel.tp,

@@ -88,6 +88,7 @@ class Simulation:
                 for each, took, start in listed
             ],
             "layer_cycles": float(iteration.layer_cycles),
+            "head_cycles": float(iteration.head_cycles),
             "iteration_cycles": float(iteration.iteration_cycles),
             "iteration_seconds": float(iteration.iteration_seconds),
             "tokens_per_second": float(iteration.tokens_per_second),

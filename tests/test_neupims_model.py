@@ -142,6 +142,8 @@ def test_a_batch_of_unlike_models_has_the_sizes_of_each():
         ({"experts": 4, "active_experts": 1, "dense_layers": 4}, "dense_layers must be below the"),
         ({"window_layers": 2}, "window_layers is 2, but the model has no window"),
         ({"window": 10, "window_layers": 5}, "window_layers must be at most the layers, 4"),
+        ({"lm_head": 1}, "lm_head is 1, but the model has no vocabulary"),
+        ({"lm_head": 2, "vocabulary": 9}, "lm_head must be a whole number"),
         ({"rope_dim": 8}, "rope_dim belongs to latent attention"),
         ({"value_dim": 16}, "value_dim belongs to latent attention"),
         ({"kv_rank": 8, "kv_heads": 4}, "kv_heads must be the heads, 8, with kv_rank"),

@@ -97,6 +97,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         parser: The parser, or a group of it; changed in place.
     """
     add_spread_model_arguments(parser)
+    parser.add_argument(
+        "--lm-head",
+        action="store_true",
+        help="also compute the LM head, once after the last layer (default: as the model's file)",
+    )
     parser.add_argument("--trace", required=True, metavar="FILE|DISTRIBUTION", help=TRACE)
     add_trace_arguments(parser)
     parser.add_argument(
@@ -298,6 +303,7 @@ def read_case(arguments: argparse.Namespace) -> Case:
         tp=arguments.tp,
         pp=arguments.pp,
         kv_split=arguments.kv_split,
+        lm_head=arguments.lm_head,
         fidelity=arguments.fidelity,
         **system_options(arguments),
     )

@@ -134,6 +134,8 @@ def _print_tables(result: dict[str, Any]) -> None:
     for stage, cycles in result["stage_cycles"].items():
         summary.add_row(f"stage {stage}", f"{cycles:,.0f} cycles")
     summary.add_row("layer", f"{result['layer_cycles']:,.0f} cycles")
+    if result["head_cycles"]:
+        summary.add_row("LM head", f"{result['head_cycles']:,.0f} cycles")
     summary.add_row("iteration", f"{result['iteration_seconds'] * 1e3:.3f} ms")
     if result["phase"] == "prefill":
         summary.add_row("time to the first token", f"{result['first_token_seconds'] * 1e3:.3f} ms")

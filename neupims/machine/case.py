@@ -1,5 +1,6 @@
 """A case: one batch of one model on one system, ready to be simulated or scheduled."""
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -42,6 +43,7 @@ def make_case(
     tp: int | None = None,
     pp: int | None = None,
     kv_split: int | None = None,
+    lm_head: bool = False,
     fidelity: Fidelity = "simulator",
 ) -> Case:
     """Returns the case that names and files describe, checked as the command-line tool checks it.
@@ -60,6 +62,7 @@ def make_case(
         tp: Devices that share a layer (default: as published for the model, else 1).
         pp: Groups into which the layers are cut (default: as published, else 1).
         kv_split: Channels that share the keys and values of a request (default: 1).
+        lm_head: Whether each step computes the LM head too (default: as the model's file says).
         fidelity: "simulator" or "intended".
 
     Raises:
@@ -76,6 +79,8 @@ def make_case(
         changes=changes,
     )
     model_name, decoder, parallel = select_model(model, tp=tp, pp=pp, kv_split=kv_split)
+    if lm_head:
+        decoder = dataclasses.replace(decoder, lm_head=1)
     batch, trace_notes = _make_batch(trace, packing, machine, decoder, parallel)
     return Case(
         machine,

@@ -25,6 +25,7 @@ class Mix(NamedTuple):
     dense: bool = False  # layers with a dense MLP beside layers with experts
     windows: bool = False  # layers with a window
     narrow: bool = False  # weights, or inputs of products, of fewer than 16 bits
+    lm_head: bool = False  # whether the LM head is computed
 
     @property
     def of_layer(self) -> "Mix":
@@ -33,7 +34,7 @@ class Mix(NamedTuple):
 
 
 ALIKE = Mix()
-EVERYTHING = Mix(True, True, True, True)
+EVERYTHING = Mix(True, True, True, True, True)
 
 
 class LayerKind(NamedTuple):
@@ -57,6 +58,7 @@ def find_mix(model: Decoder) -> Mix:
         (np.asarray(model.experts) > 0) * np.asarray(model.dense_layers),
         model.window,
         has_narrow_products(model),
+        model.lm_head,
     )
     return Mix(*(bool(np.any(np.asarray(each) > 0)) for each in found))
 

@@ -115,6 +115,9 @@ class Decoder:
     tied_embeddings: int = field(
         default=0, metadata=_switch("the LM head shares the matrix of the embeddings")
     )
+    lm_head: int = field(
+        default=0, metadata=_switch("each step computes the LM head after the last layer")
+    )
 
     def __post_init__(self):
         for each in fields(self):
@@ -129,6 +132,8 @@ class Decoder:
         _check_attention(self)
         _check_experts(self)
         _check_window(self)
+        if self.lm_head and not self.vocabulary:
+            raise ValueError("lm_head is 1, but the model has no vocabulary; give vocabulary")
 
     def _fill(self, name: str, value: int) -> None:
         """Sets a field that was left out."""

@@ -25,6 +25,7 @@ def _mixed(model: Decoder) -> dict[str, Number]:
         "dense": (model.experts > 0) & (model.dense_layers > 0),
         "windows": model.window > 0,
         "narrow": has_narrow_products(model),
+        "lm_head": model.lm_head > 0,
     }
 
 

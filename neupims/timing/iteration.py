@@ -54,7 +54,14 @@ from neupims.timing.links import link_seconds, messages
 from neupims.timing.npu import Context, mlp_channels, mlp_rows, product_bits, route
 from neupims.timing.overlap import DRAINED, side_by_side
 from neupims.timing.split import check_split, is_split
-from neupims.timing.stages import INTERLEAVED, PRODUCTS, STAGES, npu_operation, stages
+from neupims.timing.stages import (
+    INTERLEAVED,
+    PRODUCTS,
+    STAGES,
+    head_work,
+    npu_operation,
+    stages,
+)
 
 TRACED_CHANNELS = 64  # the bound on the channels where their number is traced
 
@@ -71,7 +78,10 @@ class Iteration:
     op_cycles: Float[Array, " operations"]  # in the order of `operations`
     op_starts: Float[Array, " operations"]  # from the start of their stage
     layer_cycles: Float[Array, ""]  # stages C and D if interleaved, else all stages
-    iteration_cycles: Float[Array, ""]  # of all layers of a device and their communication
+    # Of the LM head and the layer norm before it, once in an iteration; 0 where it is left out.
+    head_cycles: Float[Array, ""]
+    # Of all layers of a device, the LM head, and their communication.
+    iteration_cycles: Float[Array, ""]
     iteration_seconds: Float[Array, ""]  # the same in seconds
     tokens_per_second: Float[Array, ""]  # tokens of the batch in an iteration's time
     npu_utilization: Float[Array, ""]  # share of a layer's cycles with products in the arrays
@@ -326,6 +336,7 @@ def summarize(
     *,
     sub_batches: int,
     tokens: Float[Array, "2"],
+    headed: Number | None = None,
 ) -> Iteration:
     """Returns the iteration whose operations do the given work in the given time.
 
@@ -338,6 +349,7 @@ def summarize(
         cycles: The core cycles of each operation.
         sub_batches: The number of sub-batches.
         tokens: The tokens of each sub-batch.
+        headed: The tokens of which the LM head is computed (default: all).
     """
     hardware, model, batch, parallel = context[:4]
     system = context.system
@@ -352,6 +364,10 @@ def summarize(
         in_layer = names
         iteration = layers * stage_cycles.sum()
     layer = sum((of[name] for name in in_layer), start=jnp.float32(0))
+    head, headed = None, tokens.sum() if headed is None else headed
+    if context.mix.lm_head:
+        head = head_work(context, headed)
+        iteration = iteration + head.cycles
 
     in_use = [
         work
@@ -371,6 +387,8 @@ def summarize(
     seconds = iteration / hardware.npu.clock_hz + communication
     elapsed = seconds * hardware.npu.clock_hz
     counts = _count_commands(context, total, pim, layers, elapsed, sent, tokens.sum())
+    if head is not None:
+        counts = _add_head(context, counts, head, headed)
     spent = energy(counts, hardware, pim=with_pim)
     joules = spent.total if system != "gpu" else seconds * hardware.gpu.board_watts
     moved = total.read_bytes + total.write_bytes + pim.results * burst_bytes(hardware.hbm)
@@ -395,6 +413,7 @@ def summarize(
         op_cycles=cycles,
         op_starts=starts,
         layer_cycles=layer,
+        head_cycles=0.0 * layer if head is None else head.cycles,
         iteration_cycles=elapsed,
         iteration_seconds=seconds,
         tokens_per_second=tokens.sum() / seconds,
@@ -417,8 +436,27 @@ def summarize(
     )
 
 
+def _add_head(context: Context, counts: Counts, head: Work, tokens) -> Counts:
+    """Returns the counts with those of the LM head.
+
+    Only the last of the groups of devices has the LM head; each counts its share of it.
+    """
+    each = jax.tree.map(lambda value: value / context.parallel.pp, head)
+    norm = 5.0 * tokens * context.model.width * context.model.lm_head / context.parallel.pp
+    moved = each.read_bytes + each.write_bytes
+    return dataclasses.replace(
+        counts,
+        npu_macs=counts.npu_macs + each.macs,
+        vector_operations=counts.vector_operations + norm,
+        scratchpad_bytes=counts.scratchpad_bytes + 2 * moved,
+        read_bytes=counts.read_bytes + each.read_bytes,
+        write_bytes=counts.write_bytes + each.write_bytes,
+        activations=counts.activations + moved / context.hardware.hbm.row_bytes,
+    )
+
+
 def _count_commands(context: Context, total: Work, pim, layers, elapsed, sent, tokens) -> Counts:
-    """Returns what one device does in an iteration, from the work of one layer."""
+    """Returns what the layers of one device do in an iteration, from the work of one layer."""
     hardware, hbm = context.hardware, context.hardware.hbm
     to_core = hardware.npu.clock_hz / hbm.clock_hz
     # Outside attention: two layer norms of 5 operations, two sums and one activation.

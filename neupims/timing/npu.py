@@ -104,6 +104,16 @@ def fc2_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
     return divide(mlp_channels(model), parallel.tp), 1.0 * model.width
 
 
+def head_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
+    """Returns inner channels and output features of the LM head; devices share the vocabulary.
+
+    Args:
+        model: The model.
+        parallel: How many devices share a layer.
+    """
+    return 1.0 * model.width, divide(model.vocabulary, parallel.tp)
+
+
 def mlp_channels(model: Decoder) -> Number:
     """Returns the hidden channels of the MLP, or of one expert where the model has experts.
 

@@ -91,6 +91,7 @@ def _prefill(hardware, model, batch, parallel, calibration, *, system, mix) -> I
         side.ends - side.starts,
         sub_batches=1,
         tokens=tokens,
+        headed=jnp.sum(batch.seq_lens > 0) * 1.0,
     )
 
 
@@ -119,7 +120,8 @@ def first_token_seconds(
 ) -> float:
     """Returns the seconds until the prompts have passed all groups of devices.
 
-    These are `parallel.pp` iterations, the last of which sends its activations to nobody.
+    These are `parallel.pp` iterations, the last of which sends its activations to nobody. The
+    LM head is computed in the last one alone.
 
     Args:
         hardware: The machine.
@@ -129,7 +131,9 @@ def first_token_seconds(
         iteration: The result of `prefill`.
     """
     _, forward = messages(model, parallel, 1.0, jnp.sum(batch.seq_lens * 1.0), 1.0)
-    return float(parallel.pp * iteration.iteration_seconds - link_seconds(hardware, forward))
+    heads = (parallel.pp - 1) * iteration.head_cycles / hardware.npu.clock_hz
+    groups = parallel.pp * iteration.iteration_seconds - heads
+    return float(groups - link_seconds(hardware, forward))
 
 
 def prefill_attention(

@@ -18,6 +18,9 @@ Source: src/StageProgram.cc and src/scheduler/Scheduler.h of the public simulato
 
 from typing import Literal, NamedTuple
 
+import jax
+import jax.numpy as jnp
+
 from neupims.machine.calibration import DEFAULT
 from neupims.machine.record import Number
 from neupims.machine.systems import System
@@ -95,6 +98,12 @@ ATTENTION = (
 )
 NPU_ATTENTION = Operation("attn.attn.FusedMHA", "attention", npu.attend)
 
+# After the last layer, for the whole batch.
+HEAD = (
+    Operation("head.ln", "vector", npu.normalize, element_operations=5),
+    Operation("head.product", "gemm", npu.matrix_product(npu.head_sides), npu.head_sides),
+)
+
 INTERLEAVED = (
     Stage("A", QKV, 0, -1),
     Stage("B", QKV, 1, 0),
@@ -127,6 +136,26 @@ def operations(system: System, sub_batches: int) -> tuple[Operation, ...]:
         sub_batches: 1, or 2 interleaved ones; only "neupims" interleaves.
     """
     return tuple(each for stage in stages(system, sub_batches) for each in stage.operations)
+
+
+def head_work(context: Context, tokens: Number) -> Work:
+    """Returns the work of the LM head and the layer norm before it; none where it is left out.
+
+    It follows the last layer, for all tokens together. Its numbers have 16 bits.
+
+    Args:
+        context: The hardware, the model, the batch, and the system that runs it.
+        tokens: The tokens that get a successor: those of the batch, or one of each prompt.
+
+    Returns:
+        The work on one of the devices that share the vocabulary.
+    """
+    wide = context._replace(mix=context.mix._replace(narrow=False))
+    norm, product = HEAD
+    first = npu_operation(norm, wide, tokens)
+    second = npu_operation(product, wide, tokens, first.write_bytes)
+    there = jnp.asarray(context.model.lm_head) > 0
+    return jax.tree.map(lambda a, b: jnp.where(there, a + b, 0.0), first, second)
 
 
 def npu_operation(
