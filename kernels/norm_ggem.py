@@ -22,6 +22,7 @@ from .powers import (
     join_splits,
     log2,
     root_of_mean,
+    rounded_product,
     rounding_factor,
     slopes,
 )
@@ -212,14 +213,17 @@ def _pool_step(
     zs, keeps = (), ()
     for k in tl.static_range(UNROLL):
         n = start + k * ROWS + step
-        mean = tl.sum(sums[k], 1) * (1.0 / D)
+        # Rounded, because the gradient reads it from `statistics`.
+        mean = rounded_product(tl.sum(sums[k], 1), tl.full((ROWS,), 1.0 / D, tl.float32), FAST)
         square = tl.zeros((ROWS, CHANNELS), tl.float32)
         fars = ()
         for q in tl.static_range(PIECES):
             far = xs[k * PIECES + q] - mean[:, None]
             if not EXACT:
                 far = tl.where(q * CHANNELS + c < D, far, 0.0)
-            square += far * far
+            # Rounded where a lane may have one channel: it would fuse its own square, and not the
+            # other lanes', with the sum over lanes, and they would not agree on the deviation.
+            square += rounded_product(far, far, FAST) if CHANNELS <= 64 else far * far
             fars = fars + (far,)
         deviation = tl.rsqrt(tl.sum(square, 1) * (1.0 / D) + NORM_EPS)
         tl.store(statistics + n, mean, mask=n < N)

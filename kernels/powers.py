@@ -108,6 +108,26 @@ def reciprocal(x, FAST: tl.constexpr):
 
 
 @triton.jit
+def rounded_product(x, y, FAST: tl.constexpr):
+    """Returns x y, rounded to float32: no compiler may fuse it with a sum that follows.
+
+    A fused multiply-add keeps the product unrounded, so that two places that use the same product
+    can get two numbers. Triton's interpreter fuses nothing.
+
+    Args:
+        x: Tile of numbers in float32.
+        y: Tile of the same shape, in float32.
+        FAST: Whether the code runs on a GPU (mul.rn).
+    """
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "mul.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return x * y
+
+
+@triton.jit
 def at_least(x, least):
     """Returns max(x, least); a NaN stays a NaN.
 

@@ -3,6 +3,7 @@ loads, the fast logarithm.
 """
 
 import os
+import re
 
 import jax
 import pytest
@@ -86,6 +87,27 @@ def test_machine_code_of_the_other_rules(function):
         KERNELS[function], jax.ShapeDtypeStruct((256, 196, 768), "bfloat16")
     ):
         assert compile_kernel(launch, 90).spilled_bytes == 0
+
+
+@pytest.mark.parametrize("capability", CAPABILITIES)
+def test_the_mean_that_is_subtracted_is_the_one_that_the_gradient_reads(capability):
+    """A fused multiply-add would subtract the sum over channels times 1 / D without rounding."""
+    forward, _ = record_launches(
+        KERNELS["norm_ggem"], jax.ShapeDtypeStruct((256, 196, 768), "bfloat16")
+    )
+    fused = re.findall(r"FFMA [^;]*-0\.0013020[^;]*;", compile_kernel(forward, capability).sass)
+    assert fused == []
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("d", [4, 8, 32])
+def test_all_lanes_have_the_same_deviation(d, dtype):
+    """No lane adds its own square, not rounded, to a rounded one of another lane."""
+    forward, _ = record_launches(KERNELS["norm_ggem"], jax.ShapeDtypeStruct((2, 33, d), dtype))
+    lines = compile_kernel(forward, 90).sass.replace(".reuse", "")
+    shuffled = set(re.findall(r"SHFL\.BFLY PT, (R\d+)", lines))
+    squares = re.findall(r"FFMA R\d+, (R\d+), \1, (R\d+)", lines)
+    assert not any(added in shuffled for _, added in squares)
 
 
 @pytest.mark.parametrize(

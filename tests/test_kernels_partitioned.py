@@ -12,7 +12,7 @@ from conftest import TINY
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks import ahead_of_time
+from benchmarks import ahead_of_time, xla_traffic
 from ggem_jax.pooling import ggem_pool, norm_ggem_pool, superglobal_pool
 from train import step
 from train.cli import load_config
@@ -124,3 +124,28 @@ def test_a_training_step_moves_weights_but_no_tokens(monkeypatch):
     shapes = [shape for _, moved_ in moved(text) for shape in moved_]
     assert shapes
     assert not [shape for shape in shapes if re.fullmatch(r"\w+\[\d+,1[67],16\]", shape)]
+
+
+@pytest.mark.parametrize(("name", "times"), [("ggem", 5), ("norm_ggem", 19)])
+def test_plain_jax_moves_fewer_bytes_than_the_formula(name, times):
+    """Times the bytes of the tokens; what two passes share is computed twice and not written."""
+    shape = (256, 196, 768)
+    kernels, plain, formula = (
+        xla_traffic.value_and_gradient(f"{name}, {kind}", shape)[0]
+        for kind in ("kernels", "plain JAX", "formula")
+    )
+    assert kernels < plain < times * 2 * 256 * 196 * 768 < formula
+
+
+def test_bytes_of_a_program_are_those_of_its_steps():
+    program = """
+%inner { %a = f32[99]{0} add(f32[99]{0} %b, f32[99]{0} %b) }
+
+ENTRY %main {
+  %x = bf16[2,3]{1,0} parameter(0)
+  %pair = (f32[2]{0}, pred[3]{0}) fusion(%x), kind=kInput
+  %first = f32[2]{0} get-tuple-element(%pair), index=0
+  ROOT %y = f32[] custom-call(%first, %first, %x)
+}
+"""
+    assert xla_traffic.count(program) == ((12 + 8 + 3) + (8 + 12 + 4), 2)

@@ -175,6 +175,7 @@ def _normalise_and_pool(tokens, scale, bias, p, mask, *, norm_eps, eps, negative
     x = widen(keep(tokens, mask, 0))
     mean = jnp.mean(x, axis=-1, keepdims=True)
     inverse = lax.rsqrt(jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True) + norm_eps)
+    x = widen(keep(_read_again(tokens), mask, 0))
     z = (x - mean) * inverse * lift(scale, x) + lift(bias, x)
     pooled, _ = pooled_and_root(z, p, mask, eps=eps, negatives=negatives)
     return pooled, jnp.stack([mean[..., 0], inverse[..., 0]], axis=-2)
@@ -189,18 +190,32 @@ def _norm_cotangents(
     if mask is not None:
         statistics = jnp.where(mask[..., None, :], statistics, 0)
     mean, inverse = (jnp.expand_dims(statistics[..., i, :], -1) for i in range(2))
-    u = (widen(keep(tokens, mask, 0)) - mean) * inverse
-    z = u * lift(scale, u) + lift(bias, u)
+    options = {"eps": eps, "negatives": negatives}
+
+    def normalised(tokens):
+        u = (widen(keep(tokens, mask, 0)) - mean) * inverse
+        return u, u * lift(scale, u) + lift(bias, u)
+
     root = pooled * EIGHTH
     if RULES[negatives].adds_offset:
-        root = pooled_and_root(z, p, mask, eps=eps, negatives=negatives)[1]
-    s, by_p = cotangents(z, p, mask, root, cotangent, eps=eps, negatives=negatives)
-    g = s * lift(scale, u)
+        root = pooled_and_root(normalised(tokens)[1], p, mask, **options)[1]
+
+    def slopes(tokens):
+        u, z = normalised(tokens)
+        s = _token_cotangents(z, p, mask, root, cotangent, **options)
+        return u, s, s * lift(scale, u)
+
+    u, _, g = slopes(tokens)
     mean_g, mean_gu = (jnp.mean(each, axis=-1, keepdims=True) for each in (g, g * u))
+    again = _read_again(tokens)
+    u, _, g = slopes(again)
     by_x = (g - mean_g - u * mean_gu) * inverse
     if RULES[negatives].signed:
         by_x = _clip_to(by_x, tokens.dtype)
     by_tokens = keep(by_x, mask, 0).astype(tokens.dtype)
+
+    u, s, _ = slopes(again)
+    by_p = _exponent_cotangent(normalised(again)[1], p, mask, root, cotangent, **options)
     return by_tokens, jnp.stack([by_p, jnp.sum(s * u, axis=-2), jnp.sum(s, axis=-2)], axis=-2)
 
 
@@ -226,7 +241,7 @@ def pooled_and_root(tokens, p, mask, *, eps, negatives):
         The pooled value, `(..., d)`, and an eighth of the root, `(..., d)`, which lacks the offset
         of the rule "shift". Both have the dtype of the mathematics.
     """
-    rule, eighths = RULES[negatives], EIGHTH * widen(keep(tokens, mask, 0))
+    rule, eighths = RULES[negatives], _eighths(tokens, mask)
     x, offset = rule.positive(eighths, mask, EIGHTH * eps)
     largest = jnp.max(x, axis=-2)
     largest = jnp.where(largest > 0, largest, 1)
@@ -255,23 +270,59 @@ def cotangents(tokens, p, mask, root, cotangent, *, eps, negatives):
     Returns:
         The cotangents of the tokens, `(..., n, d)`, in their dtype, and of p, `(..., d)`.
     """
-    rule, eighths = RULES[negatives], EIGHTH * widen(keep(tokens, mask, 0))
-    cotangent = where_any(mask, cotangent / EIGHTH)
-    by_y = jnp.where(root == 0, 0, cotangent)
-    size = jnp.where(root == 0, jnp.inf, jnp.abs(root))  # of a zero mean: all ratios are 0
-    (x, _), by_positive = jax.vjp(
-        lambda tokens: rule.positive(EIGHTH * widen(keep(tokens, mask, 0)), mask, EIGHTH * eps),
-        tokens,
-    )
-    ratio = x / size[..., None, :]
-    slope = rule.sign(eighths) * jnp.exp((lift(p, x) - 1) * _log(ratio))
+    rest, options = (p, mask, root, cotangent), {"eps": eps, "negatives": negatives}
+    by_tokens = _token_cotangents(tokens, *rest, **options)
+    return by_tokens, _exponent_cotangent(_read_again(tokens), *rest, **options)
+
+
+def _token_cotangents(tokens, p, mask, root, cotangent, *, eps, negatives):
+    """Returns the first result of `cotangents`."""
+    rule, by_y = RULES[negatives], _by_root(mask, root, cotangent)
+    (x, _), by_positive = jax.vjp(lambda tokens: _positive(tokens, mask, eps, rule), tokens)
+    slope, _ = _slope_and_ratio(tokens, p, mask, root, eps, rule)
     by_x = (by_y / count(x, mask))[..., None, :] * slope
-    by_p = by_y * (jnp.abs(root) / lift(p, root) * mean_of_kept(slope * ratio * _log(ratio), mask))
     if rule.signed:
         # where positive and negative powers nearly cancel, the true slopes can exceed the dtype
-        by_x, by_p = _clip_to(by_x, tokens.dtype), _clip_to(by_p, by_p.dtype)
-    (by_tokens,) = by_positive((by_x, cotangent))
-    return by_tokens, by_p
+        by_x = _clip_to(by_x, tokens.dtype)
+    return by_positive((by_x, where_any(mask, cotangent / EIGHTH)))[0]
+
+
+def _exponent_cotangent(tokens, p, mask, root, cotangent, *, eps, negatives):
+    """Returns the second result of `cotangents`."""
+    rule = RULES[negatives]
+    slope, ratio = _slope_and_ratio(tokens, p, mask, root, eps, rule)
+    mean = mean_of_kept(slope * ratio * _log(ratio), mask)
+    by_p = _by_root(mask, root, cotangent) * (jnp.abs(root) / lift(p, root) * mean)
+    return _clip_to(by_p, by_p.dtype) if rule.signed else by_p
+
+
+def _by_root(mask, root, cotangent):
+    return jnp.where(root == 0, 0, where_any(mask, cotangent / EIGHTH))
+
+
+def _eighths(tokens, mask):
+    return EIGHTH * widen(keep(tokens, mask, 0))
+
+
+def _positive(tokens, mask, eps, rule):
+    return rule.positive(_eighths(tokens, mask), mask, EIGHTH * eps)
+
+
+def _slope_and_ratio(tokens, p, mask, root, eps, rule):
+    """(x / y)^(p - 1) with the sign of the power, and x / y; both 0 where the mean is 0."""
+    size = jnp.where(root == 0, jnp.inf, jnp.abs(root))
+    ratio = _positive(tokens, mask, eps, rule)[0] / size[..., None, :]
+    return rule.sign(_eighths(tokens, mask)) * jnp.exp((lift(p, ratio) - 1) * _log(ratio)), ratio
+
+
+def _read_again(array):
+    """Returns the array for a second use that, on NVIDIA GPUs, shares nothing with the first.
+
+    What two passes over the tokens have in common XLA computes once and writes to memory as
+    float32. Computed twice, half as many bytes move (`benchmarks/xla_traffic.py`). On other
+    devices this changes nothing.
+    """
+    return lax.platform_dependent(array, cuda=lax.optimization_barrier, default=lambda same: same)
 
 
 def _log(x):
