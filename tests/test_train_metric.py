@@ -17,12 +17,13 @@ from eval import metric as eval_metric
 from eval.studies import metric as metric_study
 from ggem_jax.files.images import UnreadableImage
 from train import metric
-from train.batches import draw_balanced, train_batches
+from train.batches import train_batches
 from train.cli import Refused, configs_of, known_configs, load_config
 from train.config import Data
 from train.data import Images, open_disjoint
 from train.log import read_metrics
 from train.metric import Metric, MetricConfig
+from train.samplers import draw_balanced
 
 TINY = [
     "--config", "digits", "--model.width", "16", "--model.depth", "1", "--model.heads", "2",

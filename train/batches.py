@@ -19,6 +19,7 @@ from train.augment import augment
 from train.cli import Refused
 from train.config import Config
 from train.images import Images, Label
+from train.samplers import Draw
 
 # image (b, side, side, 3) uint8, label (b,) or (b, classes) int32; for evaluation also weight (b,)
 # float32, index (b,) int32 and digest (b,) uint32 of the image as it was read
@@ -48,7 +49,8 @@ def train_batches(
     start: int,
     process: int = 0,
     processes: int = 1,
-    draw: Callable[[int], np.ndarray] | None = None,
+    draw: Draw | None = None,
+    same_class: bool = True,
     beside: Callable[[Any, np.random.Generator], dict[str, Any]] = label_only,
 ) -> Iterator[Batch]:
     """Yields endless shuffled and augmented batches, this process's rows of each.
@@ -64,8 +66,9 @@ def train_batches(
         process: Number of this process, from 0.
         processes: Number of all processes; it divides the batch.
         draw: Function from a step to the numbers of the images of its batch, `(batch,)`; None takes
-            the shuffled stream. With one, an unreadable image is replaced by another of its class,
-            so that every class keeps its count.
+            the shuffled stream. With one, an unreadable image is replaced by one that the
+            batch lacks.
+        same_class: Whether that is another of its class, so that every class keeps its count.
         beside: Function from a label and random numbers to the other entries of a batch for this
             image, by name.
 
@@ -74,7 +77,7 @@ def train_batches(
             that could replace it.
     """
     local = config.batch // processes
-    reader = _Reader(images, config.data.corrupt)
+    reader = _Reader(images, config.data.corrupt, same_class)
 
     def example(
         index: int, rng: np.random.Generator, batch: np.ndarray | None = None
@@ -109,37 +112,6 @@ def train_batches(
             )
         )
     )
-
-
-def draw_balanced(
-    labels: np.ndarray, batch: int, per_class: int, seed: int
-) -> Callable[[int], np.ndarray]:
-    """Returns a function that draws the images of a step, equally many of each class.
-
-    Args:
-        labels: Labels of all images, `(n,)`.
-        batch: Images of a step, a multiple of `per_class`.
-        per_class: Images of each of batch / per_class classes; they repeat only where a class has
-            fewer.
-        seed: Seed of the run; together with the step it decides the draw.
-
-    Returns:
-        A function from a step to numbers of images, `(batch,)`.
-    """
-    members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-
-    @functools.lru_cache(maxsize=64)
-    def draw(step: int) -> np.ndarray:
-        rng = np.random.default_rng((seed, step))
-        classes = rng.permutation(len(members))[: batch // per_class]
-        return np.concatenate(
-            [
-                rng.choice(members[label], per_class, replace=len(members[label]) < per_class)
-                for label in classes
-            ]
-        )
-
-    return draw
 
 
 def eval_batches(
@@ -193,18 +165,22 @@ def eval_batches(
 class _Reader:
     """Loads images; an unreadable one is refused, or reported once and replaced."""
 
-    def __init__(self, images: Images, corrupt: str):
-        self.images, self.corrupt = images, corrupt
+    def __init__(self, images: Images, corrupt: str, same_class: bool = False):
+        self.images, self.corrupt, self.same_class = images, corrupt, same_class
         self.named: set[int] = set()
 
     def __call__(self, index: int, batch: np.ndarray | None = None):
-        """The image or, where it cannot be read, the next one; in a batch the next of its class."""
+        """The image or, where it cannot be read, the next one; `batch` is what it should lack."""
         if (found := self.or_none(index)) is not None:
             return found
         for other in self._others(index, batch):
             if (found := self.or_none(int(other))) is not None:
                 return found
-        of_class = "" if batch is None else f" of {self.images.classes[self.labels[index]]}"
+        of_class = (
+            ""
+            if batch is None or not self.same_class
+            else f" of {self.images.classes[self.labels[index]]}"
+        )
         raise Refused(f"no image{of_class} of the training split can be read")
 
     def _others(self, index: int, batch: np.ndarray | None) -> np.ndarray:
@@ -212,7 +188,8 @@ class _Reader:
         others = np.roll(np.arange(len(self.images)), -index)[1:]
         if batch is None:
             return others
-        others = others[self.labels[others] == self.labels[index]]
+        if self.same_class:
+            others = others[self.labels[others] == self.labels[index]]
         return others[np.argsort(np.isin(others, batch), kind="stable")]
 
     @functools.cached_property

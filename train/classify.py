@@ -14,7 +14,7 @@ from train.config import Config
 from train.data import Images, open_data
 from train.digest import describe_data
 from train.evaluate import evaluate
-from train.loop import Evaluation, Task, TrainedRun, check_devices, run, run_tool
+from train.loop import Evaluation, Task, TrainedRun, check_batch, check_devices, run, run_tool
 from train.run import join_processes
 from train.step import make_steps
 from train.throughput import training_flops
@@ -47,6 +47,7 @@ def train(
     join_processes()
     train_set, eval_set = open_data(config.data) if data is None else data
     check_devices(config)
+    check_batch(config, len(train_set))
     classes = train_set.classes
     total = max(round(config.epochs * len(train_set) / config.batch), 1)
     facts = describe_data(config, train_set, eval_set)

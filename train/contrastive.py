@@ -35,9 +35,10 @@ from train.cli import Refused, load_config, require
 from train.config import Config, Data, Optimizer
 from train.digest import describe_data
 from train.evaluate import compute_outputs, put_on_devices
-from train.loop import Evaluation, Task, TrainedRun, check_devices, run, run_tool
+from train.loop import Evaluation, Task, TrainedRun, check_batch, check_devices, run, run_tool
 from train.pairs import open_captions
 from train.run import has_checkpoint, join_processes
+from train.samplers import draw_distinct
 from train.step import Problem, Steps, compile_steps, make_mesh
 from train.throughput import forward_flops, text_forward_flops
 from train.tokenizer import (
@@ -120,6 +121,7 @@ def train(config: ContrastiveConfig, *, quiet: bool = False) -> TrainedRun:
     join_processes()
     train_set, eval_set = open_pairs(config)
     check_devices(config)
+    check_batch(config, len(train_set))
     total = max(round(config.epochs * len(train_set) / config.batch), 1)
     given = None if config.text.tokenizer is None else read_tokenizer(config.text.tokenizer)
     tokens = None if given is None else zlib.crc32(given.text.encode())
@@ -152,9 +154,12 @@ def train(config: ContrastiveConfig, *, quiet: bool = False) -> TrainedRun:
         beside = caption_sampler(train_set, tokenizer, config.text.context)
         places = {"process": jax.process_index(), "processes": jax.process_count()}
         texts = len(eval_set.texts()[0])
+        draw = draw_distinct(len(train_set), config.batch, config.seed)
+        shown = 1 - len(train_set) % config.batch / len(train_set)
         return Task(
             about=(
-                f"{len(train_set):,} images to train, {len(eval_set):,} with {texts:,} texts to"
+                f"{len(train_set):,} images to train, of which an epoch shows {shown:.1%}, none"
+                f" twice in a batch; {len(eval_set):,} with {texts:,} texts to"
                 f" evaluate, {tokenizer.size:,} pieces of text"
             ),
             total=total,
@@ -165,7 +170,13 @@ def train(config: ContrastiveConfig, *, quiet: bool = False) -> TrainedRun:
                 + text_forward_flops(towers.text.config, config.embed)
             ),
             batches=lambda start: train_batches(
-                train_set.images, config, start=start, beside=beside, **places
+                train_set.images,
+                config,
+                start=start,
+                draw=draw,
+                same_class=False,
+                beside=beside,
+                **places,
             ),
             evaluate=evaluation,
             curves=("image_to_text@1", "text_to_image@1"),

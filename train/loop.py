@@ -219,6 +219,23 @@ def check_devices(config: Config) -> None:
         )
 
 
+def check_batch(config: Config, size: int) -> None:
+    """Raises `Refused` if a batch is larger than the training set.
+
+    Args:
+        config: The settings of the run.
+        size: Number of training images.
+
+    Raises:
+        Refused: It is, so that a batch would hold an image twice.
+    """
+    if config.batch > size:
+        raise Refused(
+            f"--batch {config.batch} is more than the {size} images to train on: a batch would hold"
+            f" some twice; give at most {size}"
+        )
+
+
 def check_finite(step: int, metrics: dict[str, jax.Array]) -> None:
     """Raises `Refused` if a metric of a step is not finite, so that bad weights are not saved.
 

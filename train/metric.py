@@ -26,15 +26,16 @@ from ggem_jax.models.embedder import Embedder
 from ggem_jax.models.vit import ViT
 from ggem_jax.retrieval import search
 from ggem_jax.retrieval.metrics import LabelScores, label_scores
-from train.batches import draw_balanced, train_batches
+from train.batches import train_batches
 from train.build import build_model
 from train.cli import Refused, load_config, require
 from train.config import Config, Data, Optimizer
 from train.data import Images, open_disjoint
 from train.digest import describe_data
 from train.evaluate import compute_outputs
-from train.loop import Evaluation, Task, TrainedRun, check_devices, run, run_tool
+from train.loop import Evaluation, Task, TrainedRun, check_batch, check_devices, run, run_tool
 from train.run import join_processes
+from train.samplers import draw_balanced, measure_coverage, steps_to_cover
 from train.step import Batch, Problem, Steps, compile_steps
 from train.throughput import training_flops
 
@@ -163,13 +164,17 @@ def train(
         open_disjoint(config.data, config.metric.train_classes) if data is None else data
     )
     check_devices(config)
+    check_batch(config, len(train_set))
     check_findable(eval_set.labels())
     labels = train_set.labels()
-    draw = (
-        None
-        if config.metric.per_class is None
-        else draw_balanced(labels, config.batch, check_balance(config, labels), config.seed)
-    )
+    draw, covered = None, ""
+    if config.metric.per_class is not None:
+        each = check_balance(config, labels)
+        draw = draw_balanced(labels, config.batch, each, config.seed)
+        epoch = max(round(len(train_set) / config.batch), 1)
+        share = measure_coverage(draw, len(train_set), epoch)
+        whole = steps_to_cover(labels, config.batch, each) / epoch
+        covered = f"; the first epoch shows {share:.1%} of the images, {whole:.3g} epochs show all"
     total = max(round(config.epochs * len(train_set) / config.batch), 1)
     classes = len(train_set.classes)
     facts = describe_data(config, train_set, eval_set) | {"eval_classes": list(eval_set.classes)}
@@ -192,7 +197,7 @@ def train(
             f" {len(eval_set.classes)} others to evaluate"
         )
         return Task(
-            about=counts,
+            about=counts + covered,
             total=total,
             steps=steps,
             flops=training_flops(config.model, config.metric.dim),
