@@ -7,15 +7,17 @@ folder, and how a run stops and resumes.
 from typing import Any
 
 import jax
+import numpy as np
 
 from train.batches import train_batches
-from train.cli import load_config
+from train.cli import Refused, load_config
 from train.config import Config
 from train.data import Images, open_data
 from train.digest import describe_data
 from train.evaluate import evaluate
 from train.loop import Evaluation, Task, TrainedRun, check_batch, check_devices, run, run_tool
 from train.run import join_processes
+from train.samplers import draw_evenly
 from train.step import make_steps
 from train.throughput import training_flops
 
@@ -48,13 +50,21 @@ def train(
     train_set, eval_set = open_data(config.data) if data is None else data
     check_devices(config)
     check_batch(config, len(train_set))
+    if config.data.balance != "none" and train_set.several:
+        raise Refused("--balance needs one label of each image, and an image may have several")
+    draw = None
+    if config.data.balance == "sampling":
+        draw = draw_evenly(train_set.labels(), config.batch, config.seed)
     classes = train_set.classes
     total = max(round(config.epochs * len(train_set) / config.batch), 1)
     facts = describe_data(config, train_set, eval_set)
     measures = {"map": "mAP"} if train_set.several else {"top1": "top-1", "top5": "top-5"}
 
     def task() -> Task:
-        steps = make_steps(config, len(classes), total, several=train_set.several)
+        weights = weigh_classes(train_set) if config.data.balance == "weights" else None
+        steps = make_steps(
+            config, len(classes), total, several=train_set.several, class_weights=weights
+        )
 
         def evaluation(state) -> Evaluation:
             predictions = evaluate(steps, state.evaluated, eval_set, config)
@@ -71,13 +81,26 @@ def train(
             total=total,
             steps=steps,
             flops=training_flops(config.model, len(classes)),
-            batches=lambda start: train_batches(train_set, config, start=start, **places),
+            batches=lambda start: train_batches(
+                train_set, config, start=start, draw=draw, **places
+            ),
             evaluate=evaluation,
             curves=tuple(measures),
             measures=(*measures, "nll"),
         )
 
     return run(config, task, facts, quiet=quiet)
+
+
+def weigh_classes(images: Images) -> tuple[float, ...]:
+    """Returns a weight of each class, inverse to its number of images and 1 on average over images.
+
+    Args:
+        images: The training images; a class without any has the weight 0.
+    """
+    counts = np.bincount(images.labels(), minlength=len(images.classes))
+    shown = np.count_nonzero(counts)
+    return tuple(np.where(counts, len(images) / (shown * np.maximum(counts, 1)), 0.0).tolist())
 
 
 if __name__ == "__main__":

@@ -73,6 +73,9 @@ class Data:
     label_key: Annotated[str | None, arg(aliases=["--label-key"])] = None
     # of csv:FILE: text between several labels of an image; None: an image has one label
     label_separator: Annotated[str | None, arg(aliases=["--label-separator"])] = None
+    # of train.classify, for classes with few images: weights: the loss of an image is divided by
+    # the number of images of its class; sampling: every class is drawn equally often
+    balance: Annotated[Literal["none", "weights", "sampling"], arg(aliases=["--balance"])] = "none"
     # what to do about an image that cannot be read: stop, or report it and take the next one
     corrupt: Literal["refuse", "skip"] = "refuse"
     # centre: resize the shorter side to eval-zoom * model.image and cut the centre square; squash:
@@ -151,6 +154,9 @@ class Optimizer:
     beta2: float = 0.999  # decay of the mean of their squares
     clip: float | None = 1.0  # largest global norm of the gradient; None: no clipping
     accumulate: int = 1  # parts that a batch is processed in; their gradients are averaged
+    # parts of the image tower that do not learn: its embedding and so many blocks after it, or
+    # "all" of it but a head (a linear probe)
+    freeze: Annotated[int | Literal["all"], arg(aliases=["--freeze"])] = 0
     # learning rate of the exponents p over lr; at 1, Adam hardly moves p in a short run
     exponent_lr: float = 10.0
     layer_decay: float = 1.0  # learning rate of each block over that of the next
@@ -167,6 +173,8 @@ class Optimizer:
         require("optimizer.beta2", self.beta2, "at least 0 and below 1", 0 <= self.beta2 < 1)
         require("optimizer.clip", self.clip, "positive or None", self.clip is None or self.clip > 0)
         require("optimizer.accumulate", self.accumulate, "at least 1", self.accumulate >= 1)
+        frozen = self.freeze == "all" or self.freeze >= 0
+        require("optimizer.freeze", self.freeze, 'at least 0, or "all"', frozen)
         exponent_lr, layer_decay = self.exponent_lr, self.layer_decay
         require("optimizer.exponent_lr", exponent_lr, "at least 0", 0 <= exponent_lr < math.inf)
         require("optimizer.layer_decay", layer_decay, "above 0 and at most 1", 0 < layer_decay <= 1)
@@ -225,6 +233,19 @@ class Config:
         require("patience", self.patience, "at least 1, or None", least)
         named = self.patience is None or self.kept_measure is not None
         require("patience", self.patience, "with --keep best:MEASURE", named)
+        blocks = self.optimizer.freeze
+        require(
+            "optimizer.freeze",
+            blocks,
+            f"at most the {self.model.depth} blocks of the model",
+            blocks == "all" or blocks <= self.model.depth,
+        )
+        require(
+            "data.balance",
+            self.data.balance,
+            f"none in {self.tool}",
+            self.data.balance == "none" or self.tool == "train.classify",
+        )
         require("seed", self.seed, "from 0 to 2147483647", 0 <= self.seed < 2**31)
         for name in ("batch", "log_every", "fsdp"):
             require(name, getattr(self, name), "at least 1", getattr(self, name) >= 1)

@@ -23,6 +23,7 @@ from ggem_jax.optimizer import adamw, scale_by_parameter
 from train.build import build_model
 from train.cli import Refused
 from train.config import Augment, Config, Data, Optimizer
+from train.freezing import drop_frozen
 
 Batch = dict[str, Array]
 
@@ -92,7 +93,12 @@ class Problem:
 
 
 def make_steps(
-    config: Config, num_classes: int, total_steps: int, *, several: bool = False
+    config: Config,
+    num_classes: int,
+    total_steps: int,
+    *,
+    several: bool = False,
+    class_weights: tuple[float, ...] | None = None,
 ) -> Steps:
     """Returns the compiled steps of a classifier.
 
@@ -106,6 +112,7 @@ def make_steps(
         num_classes: Outputs of the head.
         total_steps: Steps of the run.
         several: Whether an image may have several labels.
+        class_weights: Factor of the loss of each class; None: all are 1.
     """
     return _classifier_steps(
         build_model(config, num_classes),
@@ -115,6 +122,7 @@ def make_steps(
         config.fsdp,
         total_steps,
         several,
+        class_weights,
     )
 
 
@@ -127,6 +135,7 @@ def _classifier_steps(
     fsdp: int,
     total_steps: int,
     several: bool,
+    class_weights: tuple[float, ...] | None,
 ) -> Steps:
     side = model.config.image
 
@@ -149,7 +158,11 @@ def _classifier_steps(
         logits = logits_of(params, batch["image"], train=True, rngs={"dropout": key})
         if several:
             return optax.sigmoid_binary_cross_entropy(logits, batch["target"]).mean()
-        return optax.softmax_cross_entropy(logits, batch["target"]).mean()
+        targets = batch["target"]
+        if class_weights is not None:  # -sum_c w_c t_c log p_c
+            targets = targets * jnp.array(class_weights)
+            return -(targets * jax.nn.log_softmax(logits)).sum(-1).mean()
+        return optax.softmax_cross_entropy(logits, targets).mean()
 
     probability = jax.nn.sigmoid if several else jax.nn.softmax
     problem = Problem(
@@ -193,8 +206,10 @@ def compile_steps(
         loss, grads = accumulate_gradient(
             problem.loss, state.params, prepared, drop_key, optimizer.accumulate
         )
+        grads = drop_frozen(grads, optimizer.freeze)
         norm = optax.tree.norm(grads)
         updates, opt_state = transform.update(grads, state.opt_state, state.params)
+        updates = drop_frozen(updates, optimizer.freeze)  # of the weight decay
         params = optax.apply_updates(state.params, updates)
         ema = None
         if optimizer.ema is not None:
