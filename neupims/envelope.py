@@ -23,7 +23,8 @@ from neupims.machine.systems import SPELLINGS, TimingPath
 
 # Fields of the hardware that change no cycle of a layer: they are no feature.
 NO_CYCLES = ("hbm.rows", "pim.row_buffers")
-NOT_OF_A_LAYER = ("vocabulary", "tied_embeddings", "lm_head")
+# Fields of the model on which the cycles of a layer do not depend, or only with another field.
+LEFT_OUT = ("vocabulary", "tied_embeddings", "lm_head", "value_dim")
 CLOSE = 1e-6  # relative difference of values that are the same
 # The kind of each feature, by the beginning of its name: the first that matches.
 KINDS = (
@@ -49,7 +50,6 @@ KINDS = (
     ("model.kv_rank", "latent attention"),
     ("model.query_rank", "latent attention"),
     ("model.rope_dim", "latent attention"),
-    ("model.value_dim", "latent attention"),
     ("model.weight_bits", "numbers of fewer bits"),
     ("model.kv_bits", "numbers of fewer bits"),
     ("model.activation_bits", "numbers of fewer bits"),
@@ -138,7 +138,7 @@ def features(case: Case) -> dict[str, float]:
         if each.name.startswith(("npu.", "hbm.", "pim.")) and each.name not in NO_CYCLES
     }
     sizes = {name: float(value) for name, value in vars(model).items()}
-    for name in ("layers", "heads", "kv_heads", "mlp_width", *NOT_OF_A_LAYER):
+    for name in ("layers", "heads", "kv_heads", "mlp_width", *LEFT_OUT):
         sizes.pop(name, None)
     sizes |= {
         "heads_of_device": model.heads / parallel.tp,

@@ -365,7 +365,7 @@ def test_json_of_fit_is_the_record_of_the_library(tmp_path, capsys, flags):
         ),
     ],
 )
-def test_sizes_suffice_where_the_timing_refuses_the_model(tmp_path, features, weights, cache):
+def test_sizes_of_newer_models(tmp_path, features, weights, cache):
     model = write_model(tmp_path / "m.toml", **features)
     found = fit(model, system="gpu", context=1000)
     assert found.weight_bytes == weights
@@ -375,14 +375,14 @@ def test_sizes_suffice_where_the_timing_refuses_the_model(tmp_path, features, we
     assert fit(model, system="gpu", context=1000, batch=found.batch).fits
 
 
-def test_a_latent_without_a_layout_in_tiles_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("neupims.timing.fit.is_timed", lambda model: False)
+def test_a_latent_has_a_layout_in_tiles_in_intended_fidelity_alone(tmp_path):
     latent = {"kv_rank": 512, "rope_dim": 64, "head_dim": 128, "value_dim": 128}
     model = write_model(tmp_path / "m.toml", **latent)
     for system in SYSTEMS:
         if system in PIM_SYSTEMS:
-            with pytest.raises(ValueError, match=r"no layout of latent attention .* npu-only"):
+            with pytest.raises(ValueError, match="needs the fidelity intended"):
                 fit(model, system=system, context=1000)
+            assert fit(model, system=system, context=1000, fidelity="intended").fits
         else:
             assert fit(model, system=system, context=1000).fits
 

@@ -163,7 +163,6 @@ def test_every_field_says_what_it_is():
 
 NOT_TIMED = [
     (EXPERTS | {"expert_skew": 1}, "expert_skew"),
-    (LATENT, "latent"),
 ]
 
 

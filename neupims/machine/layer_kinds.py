@@ -26,6 +26,7 @@ class Mix(NamedTuple):
     windows: bool = False  # layers with a window
     narrow: bool = False  # weights, or inputs of products, of fewer than 16 bits
     lm_head: bool = False  # whether the LM head is computed
+    latent: bool = False  # latent attention
 
     @property
     def of_layer(self) -> "Mix":
@@ -34,7 +35,7 @@ class Mix(NamedTuple):
 
 
 ALIKE = Mix()
-EVERYTHING = Mix(True, True, True, True, True)
+EVERYTHING = Mix(True, True, True, True, True, True)
 
 
 class LayerKind(NamedTuple):
@@ -59,6 +60,7 @@ def find_mix(model: Decoder) -> Mix:
         model.window,
         has_narrow_products(model),
         model.lm_head,
+        model.kv_rank,
     )
     return Mix(*(bool(np.any(np.asarray(each) > 0)) for each in found))
 

@@ -169,6 +169,17 @@ class Decoder:
         return (self.kv_rank > 0) * latent + (self.kv_rank <= 0) * heads
 
     @property
+    def key_dim(self) -> int:
+        """The channels that a query meets: of a key, or of the latent with the rotary key."""
+        head = (self.kv_rank > 0) * self.kv_rank + (self.kv_rank <= 0) * self.head_dim
+        return head + self.rope_dim
+
+    @property
+    def attended_dim(self) -> int:
+        """The channels that the weights of a query meet: of a value, or of the latent."""
+        return (self.kv_rank > 0) * self.kv_rank + (self.kv_rank <= 0) * self.value_dim
+
+    @property
     def moe_layers(self) -> int:
         """The layers whose MLP is a mixture of experts."""
         return (self.experts > 0) * (self.layers - self.dense_layers)

@@ -75,6 +75,16 @@ def _attention_parameters(model: Decoder) -> Number:
     return query + keys + model.value_width * width
 
 
+def latent_parameters(model: Decoder) -> Number:
+    """Returns the parameters, of one layer, of the matrices that make latents of a token.
+
+    Args:
+        model: The model; without latent attention they are 0.
+    """
+    made = model.query_rank + model.kv_rank + model.rope_dim
+    return (model.kv_rank > 0) * 1.0 * model.width * made
+
+
 def weight_bytes(model: Decoder) -> Number:
     """Returns the bytes of a model's matrices: all layers, embeddings and LM head.
 

@@ -8,13 +8,13 @@ from jaxtyping import Array, Bool
 from neupims.machine.layer_kinds import EVERYTHING, Mix, find_mix, has_narrow_products
 from neupims.machine.model import Decoder
 from neupims.machine.record import Number
+from neupims.machine.systems import Fidelity, System
 
 
 def _not_timed(model: Decoder) -> dict[str, Number]:
     """Returns, by feature, whether the model has it while the timing does not compute it."""
     return {
         "expert_skew": model.expert_skew > 0,
-        "latent attention (kv_rank)": model.kv_rank > 0,
     }
 
 
@@ -26,6 +26,7 @@ def _mixed(model: Decoder) -> dict[str, Number]:
         "windows": model.window > 0,
         "narrow": has_narrow_products(model),
         "lm_head": model.lm_head > 0,
+        "latent": model.kv_rank > 0,
     }
 
 
@@ -61,6 +62,24 @@ def check_timed(model: Decoder) -> None:
         raise ValueError(
             f"the model has {' and '.join(missing)}, which the timing does not compute yet;"
             " `neupims show models` gives its parameters and bytes"
+        )
+
+
+def check_latent(mix: Mix, *, system: System, fidelity: Fidelity) -> None:
+    """Raises if latent attention is to be timed as the public simulator would.
+
+    Args:
+        mix: What the model has.
+        system: The system; a GPU is the same in both fidelities.
+        fidelity: "simulator" or "intended".
+
+    Raises:
+        ValueError: The model has latent attention, and the public simulator would have to run it.
+    """
+    if mix.latent and fidelity == "simulator" and system != "gpu":
+        raise ValueError(
+            "latent attention (kv_rank) needs the fidelity intended, because the public simulator"
+            " keeps the keys and values of each head"
         )
 
 

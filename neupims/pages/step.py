@@ -17,6 +17,7 @@ from neupims.pages.step_plots import operation_name
 from neupims.simulation import Simulation
 from neupims.timing.gemm import SIXTEEN, Bits, products_at_once
 from neupims.timing.iteration import see_window
+from neupims.timing.layout import heads_of_device
 from neupims.timing.npu import Context
 from neupims.timing.prefill import prefill_operations
 from neupims.timing.stages import Operation, npu_operation, operations, stages
@@ -267,12 +268,13 @@ def _label(name: str) -> str:
 
 
 def _attention(case: Case, kind: LayerKind, lengths: np.ndarray) -> tuple[float, float]:
-    """FLOP and bytes of logit, and equally of attend: 2 FLOP for each key (value) element and query
+    """FLOP and bytes of logit or attend, their mean: 2 FLOP for each key (value) element and query
     head of its group.
     """
-    model, tp = kind.model, case.parallel.tp
-    tokens = float(np.sum(attended(model, lengths)))
-    return 2 * tokens * model.query_width / tp, model.kv_bits / 8 * tokens * model.kv_width / tp
+    model = kind.model
+    heads, kv_heads = map(float, heads_of_device(model, case.parallel))
+    elements = float(np.sum(attended(model, lengths))) * (model.key_dim + model.attended_dim) / 2
+    return 2 * elements * heads, model.kv_bits / 8 * elements * kv_heads
 
 
 def _npu(case: Case, kind: LayerKind, operation: Operation, tokens: int) -> tuple[float, float]:

@@ -20,7 +20,7 @@ from neupims.machine.calibration import DEFAULT
 from neupims.machine.hardware import Hardware
 from neupims.machine.layer_kinds import ALIKE, Mix, find_mix
 from neupims.machine.record import replace
-from neupims.machine.supported import check_alike, check_timed
+from neupims.machine.supported import check_alike, check_latent, check_timed
 from neupims.machine.systems import Fidelity
 from neupims.machine.workload import Batch, Decoder, Parallel
 from neupims.scheduling.decision import Choices, Decision
@@ -97,6 +97,7 @@ def make_problem(
     """
     check_timed(model)
     check_alike(model)
+    check_latent(find_mix(model), system="neupims", fidelity=fidelity)
     if np.any(np.asarray(parallel.kv_split) != 1):
         raise ValueError(
             "a schedule is searched for requests in one channel each: leave out kv_split, which is"

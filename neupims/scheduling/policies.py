@@ -45,11 +45,11 @@ def estimate_cycles(
         heads and width of one device.
     """
     heads, kv_heads = heads_of_device(model, parallel)
-    width, page = 1.0 * model.head_dim, page_elements(hardware, model)
+    width, page = 1.0 * model.key_dim, page_elements(hardware, model)
     lanes = 1.0 * banks(hardware.hbm)
     lengths = jnp.asarray(seq_lens) * 1.0
     row = GWRITE_ESTIMATE + ceil_divide(lengths, lanes) * TILE_ESTIMATE
-    head = GWRITE_ESTIMATE + ceil_divide(width, lanes) * TILE_ESTIMATE
+    head = GWRITE_ESTIMATE + ceil_divide(1.0 * model.attended_dim, lanes) * TILE_ESTIMATE
     logit = ceil_divide(kv_heads * width, page) * row
     attend = ceil_divide(lengths, page) * heads * head
     return jnp.where(lengths > 0, logit + attend, 0.0)

@@ -17,7 +17,7 @@ from jaxtyping import Array, Bool, Float
 from neupims.machine.division import ceil_divide
 from neupims.machine.hardware import Hardware, banks, memory_bytes
 from neupims.machine.layer_kinds import attended, other_mlps
-from neupims.machine.model_size import layer_weight_bytes
+from neupims.machine.model_size import latent_parameters, layer_weight_bytes
 from neupims.machine.record import Number
 from neupims.machine.systems import PIM_SYSTEMS, Fidelity, System
 from neupims.machine.workload import (
@@ -29,7 +29,15 @@ from neupims.machine.workload import (
     weight_bytes,
 )
 from neupims.timing.layout import heads_of_device, layer_tiles
-from neupims.timing.npu import fc1_sides, fc2_sides, projection_sides, qkv_sides
+from neupims.timing.npu import (
+    expanded_latents,
+    fc1_sides,
+    fc2_sides,
+    latent_queries,
+    latent_values,
+    projection_sides,
+    qkv_sides,
+)
 from neupims.timing.split import group_of_channels, piece_lengths
 
 
@@ -55,7 +63,8 @@ def device_bytes(hardware: Hardware, system: System) -> Number:
 def device_weight_bytes(model: Decoder, parallel: Parallel) -> Number:
     """Returns the bytes of the weights of the device that has the most layers.
 
-    With more than one group of layers, it has one of embeddings and LM head.
+    With more than one group of layers, it has one of embeddings and LM head. The matrices that make
+    latents lie on every device of a layer.
 
     Args:
         model: The model.
@@ -64,7 +73,9 @@ def device_weight_bytes(model: Decoder, parallel: Parallel) -> Number:
     layers = layer_weight_bytes(model) * layers_of_device(model, parallel) / model.layers
     tables = weight_bytes(model) - layer_weight_bytes(model)
     one = jnp.where(jnp.asarray(model.tied_embeddings) > 0, tables, tables / 2)
-    return (layers + jnp.where(jnp.asarray(parallel.pp) > 1, one, tables)) / parallel.tp
+    shared = (layers + jnp.where(jnp.asarray(parallel.pp) > 1, one, tables)) / parallel.tp
+    latents = model.weight_bits / 8 * latent_parameters(model) * layers_of_device(model, parallel)
+    return shared + latents * (1 - 1 / parallel.tp)
 
 
 def layers_of_device(model: Decoder, parallel: Parallel) -> Number:
@@ -90,6 +101,12 @@ def activation_bytes(model: Decoder, parallel: Parallel, tokens: Number) -> Numb
     """
     narrow = model.activation_bits / 8  # bytes of an input of a product
     products, activations = [qkv_sides(model, parallel), projection_sides(model, parallel)], []
+    latent = 1.0 * (jnp.asarray(model.kv_rank) > 0)
+    products += [
+        (latent * each.count * each.inner, latent * each.count * each.features)
+        for of_latents in (latent_queries, latent_values, expanded_latents)
+        for each in of_latents(model, parallel)
+    ]
     for mlp in (model, *other_mlps(model)):
         fc1, fc2 = fc1_sides(mlp, parallel), fc2_sides(mlp, parallel)
         products += [fc1, fc2]

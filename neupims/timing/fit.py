@@ -10,8 +10,9 @@ import numpy as np
 
 from neupims.machine.case import select_model, select_system
 from neupims.machine.hardware import Hardware
+from neupims.machine.layer_kinds import find_mix
 from neupims.machine.record import instead, to_values
-from neupims.machine.supported import is_timed
+from neupims.machine.supported import check_latent
 from neupims.machine.systems import PIM_SYSTEMS, Fidelity, System
 from neupims.machine.workload import LONGEST, Decoder, Parallel, make_batch
 from neupims.timing.capacity import (
@@ -121,7 +122,8 @@ def fit(
     check_split(
         parallel.kv_split, system=known, fidelity=fidelity, channels=int(machine.hbm.num_channels)
     )
-    _check_layout(decoder, known)
+    if known in PIM_SYSTEMS:
+        check_latent(find_mix(decoder), system=known, fidelity=fidelity)
     room = _Room(machine, decoder, parallel, known, fidelity)
     asked = (1 if batch is None else batch, context or 1)
     most_requests = most_tokens = None
@@ -155,18 +157,6 @@ def fit(
         memory_tokens_left=int(max(memory_left, 0.0) / size * max(context, 1)),
         devices=None if fits else room.say_devices(*asked),
     )
-
-
-def _check_layout(model: Decoder, system: System) -> None:
-    """Raises unless the bytes of keys and values follow from the sizes of the model.
-
-    With PIM they are whole tiles, which need a layout; the timing has the same one.
-    """
-    if system in PIM_SYSTEMS and model.kv_rank > 0 and not bool(is_timed(model)):
-        raise ValueError(
-            "no layout of latent attention (kv_rank) in the tiles of PIM is known: --system"
-            " npu-only and gpu count the bytes alone"
-        )
 
 
 @dataclass(frozen=True)

@@ -23,7 +23,7 @@ from neupims.machine.division import ceil_divide
 from neupims.machine.hardware import Hardware, banks, burst_bytes
 from neupims.machine.layer_kinds import LayerKind, Mix, attended, find_mix, layer_kinds
 from neupims.machine.record import Number, record
-from neupims.machine.supported import check_timed, is_timed
+from neupims.machine.supported import check_latent, check_timed, is_timed
 from neupims.machine.systems import (
     FIDELITIES,
     PIM_SYSTEMS,
@@ -142,7 +142,7 @@ def simulate(
 
     Raises:
         ValueError: `system`, `sub_batches`, `fidelity` or `path` is unknown, or the model has a
-            feature that the timing does not compute.
+            feature that the timing does not compute in this fidelity.
 
     Example:
         >>> from neupims import Hardware, load_model, load_parallel, make_batch, simulate
@@ -173,7 +173,9 @@ def simulate(
         "fidelity": fidelity,
         "channels": _count_channels(hardware, most_channels),
     }
-    kinds, runs = layer_kinds(model, find_mix(model) if mix is None else mix), []
+    mix = find_mix(model) if mix is None else mix
+    check_latent(mix, system=system, fidelity=fidelity)
+    kinds, runs = layer_kinds(model, mix), []
     for each in kinds:
         given = (hardware, each.model, see_window(batch, each), parallel)
         work = attention

@@ -24,6 +24,10 @@ each pass has the mean number of them.
 Numbers of the cache of 8 or 4 bits (`kv_bits`) fill a row, and the buffer, with 2 or 4 times as
 many. A command multiplies its 32 bytes of them: the vector has the type of the cache.
 
+Latent attention has one "head" that all query heads of a device share: its keys are the latent and
+the rotary key of a token, its values the latent again. Keys lie token by token, values channel by
+channel, so PIM keeps the latent twice. A key that is longer than a row takes several ("parts").
+
 Source: src/tensor/PIMTensor.cc, src/operations/NeuPIMSLogitSoftmax.cc and NeuPIMSAttend.cc of the
     public simulator; its pull request 8 shows rows with several tokens of a head.
 """
@@ -72,13 +76,16 @@ class ValueLayout(NamedTuple):
 def heads_of_device(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
     """Returns the query heads, and the key and value heads, of one device.
 
-    Where there are fewer key and value heads than devices, several devices hold the same ones.
+    Where there are fewer key and value heads than devices, several devices hold the same ones. A
+    latent is one head, which each device holds.
 
     Args:
         model: The model.
         parallel: How many devices share a layer.
     """
-    return divide(model.heads, parallel.tp), jnp.maximum(divide(model.kv_heads, parallel.tp), 1.0)
+    latent = jnp.asarray(model.kv_rank) > 0
+    kv_heads = jnp.where(latent, 1.0, jnp.maximum(divide(model.kv_heads, parallel.tp), 1.0))
+    return divide(model.heads, parallel.tp), kv_heads
 
 
 def page_elements(hardware: Hardware, model: Decoder) -> Number:
@@ -238,7 +245,7 @@ def key_layout(hardware: Hardware, model: Decoder, parallel: Parallel) -> KeyLay
         parallel: How many devices share a layer.
     """
     heads, kv_heads = heads_of_device(model, parallel)
-    width, page = 1.0 * model.head_dim, page_elements(hardware, model)
+    width, page = 1.0 * model.key_dim, page_elements(hardware, model)
     vectors = jnp.maximum(floor_divide(page, width), 1)  # that a row, or the buffer, holds
     group = divide(heads, kv_heads)
     passes = _passes(ceil_divide(group, vectors), group)
@@ -264,7 +271,7 @@ def value_layout(hardware: Hardware, model: Decoder, parallel: Parallel) -> Valu
         parallel: How many devices share a layer.
     """
     heads, kv_heads = heads_of_device(model, parallel)
-    width, page = 1.0 * model.head_dim, page_elements(hardware, model)
+    width, page = 1.0 * model.attended_dim, page_elements(hardware, model)
     of_bank = ceil_divide(width, banks(hardware.hbm))  # channels of a head that each bank holds
     group = divide(heads, kv_heads)
     passes = _passes(ceil_divide(group, jnp.minimum(of_bank, page)), group)
@@ -297,6 +304,6 @@ def _fastest(cycles: Number, *choices: Number) -> tuple[Number, ...]:
 
 def _key_products(hardware: Hardware, model: Decoder) -> Number:
     """Returns the products of a key, or of the part of it that fits a row, with a query."""
-    width = 1.0 * model.head_dim
+    width = 1.0 * model.key_dim
     part = jnp.minimum(width, page_elements(hardware, model))
     return ceil_divide(part, products_of_command(hardware, model))

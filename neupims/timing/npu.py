@@ -56,8 +56,22 @@ WorkFunction = Callable[[Context, Number, Number, Tiling | None], Work]
 SidesFunction = Callable[[Decoder, Parallel], tuple[Number, Number]]
 
 
+class Product(NamedTuple):
+    """Matrix products of one shape on one device, one after another."""
+
+    count: Number  # products; 0 where the model has none
+    inner: Number  # inner channels of each
+    features: Number  # output features of each
+
+
+ProductsFunction = Callable[[Decoder, Parallel], tuple[Product, ...]]
+
+
 def qkv_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
     """Returns inner channels and output features of queries, keys and values together.
+
+    With latent attention these are the latents of queries and of keys and values, which each device
+    makes for itself; without a latent of queries, they are the queries.
 
     Args:
         model: The model.
@@ -67,7 +81,55 @@ def qkv_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
     _, kv_heads = heads_of_device(model, parallel)
     queries = divide(model.query_width, parallel.tp)
     keys = kv_heads * model.head_dim
-    return width, queries + 2 * keys
+    first = jnp.where(jnp.asarray(model.query_rank) > 0, model.query_rank, queries)
+    latents = first + model.kv_rank + model.rope_dim
+    return width, jnp.where(jnp.asarray(model.kv_rank) > 0, latents, queries + 2 * keys)
+
+
+def latent_queries(model: Decoder, parallel: Parallel) -> tuple[Product, ...]:
+    """Returns the products of a decode step that turn latents into queries of the latent.
+
+    A key is a head's matrix times the latent, so that query · (matrix latent) is
+    (query matrix) · latent: each query is multiplied with the matrix of its head ("absorbed").
+
+    Args:
+        model: A model with latent attention.
+        parallel: How many devices share a layer.
+
+    Reference:
+        DeepSeek-AI, "DeepSeek-V2", 2024, arXiv:2405.04434, section 2.1.2.
+    """
+    heads = divide(model.heads, parallel.tp)
+    return _queries(model, parallel), Product(heads, 1.0 * model.head_dim, 1.0 * model.kv_rank)
+
+
+def latent_values(model: Decoder, parallel: Parallel) -> tuple[Product, ...]:
+    """Returns the products of a decode step that turn weighted latents into the values of heads.
+
+    Args:
+        model: A model with latent attention.
+        parallel: How many devices share a layer.
+    """
+    heads = divide(model.heads, parallel.tp)
+    return (Product(heads, 1.0 * model.kv_rank, 1.0 * model.value_dim),)
+
+
+def expanded_latents(model: Decoder, parallel: Parallel) -> tuple[Product, ...]:
+    """Returns the products of a prefill that make queries, keys and values of heads from latents.
+
+    Args:
+        model: A model with latent attention.
+        parallel: How many devices share a layer.
+    """
+    heads = divide(model.heads, parallel.tp)
+    made = heads * (model.head_dim + model.value_dim)
+    return _queries(model, parallel), Product(1.0, 1.0 * model.kv_rank, made)
+
+
+def _queries(model: Decoder, parallel: Parallel) -> Product:
+    """Returns the product that makes queries from their latent, where there is one."""
+    rank = jnp.asarray(model.query_rank)
+    return Product(1.0 * (rank > 0), 1.0 * rank, divide(model.query_width, parallel.tp))
 
 
 def projection_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
@@ -165,7 +227,11 @@ def product_bits(context: Context, *, routed: bool = False) -> Bits:
 
 
 def matrix_product(
-    sides: SidesFunction, stuck_after: str | None = None, *, routed: bool = False
+    sides: SidesFunction,
+    stuck_after: str | None = None,
+    *,
+    routed: bool = False,
+    of_latents: ProductsFunction | None = None,
 ) -> WorkFunction:
     """Returns the function that computes one matrix product of a layer.
 
@@ -176,6 +242,8 @@ def matrix_product(
         routed: Whether tokens are routed to experts, where the model has them. The product is then
             computed for each expert that has tokens, one after another, and then for the shared
             experts, which are one MLP for all tokens.
+        of_latents: Function that gives the products that are computed too where the model has
+            latent attention.
 
     Returns:
         A `WorkFunction`. Its result is 0 everywhere where there are no tokens.
@@ -201,24 +269,40 @@ def matrix_product(
         found = _on_system(context, found, bits)
         if routed and context.mix.shared:
             found = jax.tree.map(jnp.add, found, shared_work(context, tokens))
+        if of_latents and context.mix.latent:
+            for each in of_latents(context.model, context.parallel):
+                found = jax.tree.map(jnp.add, found, product_work(context, tokens, each))
         return jax.tree.map(lambda value: jnp.where(tokens > 0, value, 0.0), found)
 
     def shared_work(context: Context, tokens) -> Work:
-        bits = product_bits(context)
-        alike = gemm(
-            context.hardware,
-            tokens,
-            *sides(shared_mlp(context.model), context.parallel),
-            npu_only=context.system == "npu-only",
-            calibration=context.calibration,
-            fidelity=context.fidelity,
-            bits=bits,
-        )
-        alike = _on_system(context, alike, bits)
-        there = jnp.asarray(context.model.shared_experts) > 0
-        return jax.tree.map(lambda value: jnp.where(there, value, 0.0), alike)
+        there = 1.0 * (jnp.asarray(context.model.shared_experts) > 0)
+        one = Product(there, *sides(shared_mlp(context.model), context.parallel))
+        return product_work(context, tokens, one)
 
     return work
+
+
+def product_work(context: Context, tokens: Number, product: Product) -> Work:
+    """Returns the work of products with weights, one after another.
+
+    Args:
+        context: The hardware, the model and the system.
+        tokens: The tokens of each of them.
+        product: Their number and their shape.
+    """
+    bits = product_bits(context)
+    one = gemm(
+        context.hardware,
+        tokens,
+        jnp.maximum(product.inner, 1),
+        product.features,
+        npu_only=context.system == "npu-only",
+        calibration=context.calibration,
+        fidelity=context.fidelity,
+        bits=bits,
+    )
+    one = _on_system(context, one, bits)
+    return jax.tree.map(lambda value: jnp.where(product.count > 0, product.count * value, 0.0), one)
 
 
 def _on_system(context: Context, work: Work, bits: Bits) -> Work:
@@ -332,7 +416,7 @@ def npu_attention(
     In "simulator" fidelity the heads of all requests follow each other through one pipeline as
     products of one row, and each product fills and drains the arrays. In "intended" fidelity
     the queries of a group are the rows of one product, and groups are spread over the arrays, so
-    that the memory is the bound.
+    that the memory is the bound. A latent is read once, as keys and as values of all heads.
 
     Args:
         hardware: The machine.
@@ -351,26 +435,28 @@ def npu_attention(
     """
     npu = hardware.npu
     heads, kv_heads = heads_of_device(model, parallel)
-    width = 1.0 * model.head_dim
+    key, value = 1.0 * model.key_dim, 1.0 * model.attended_dim
+    cached = jnp.where(jnp.asarray(model.kv_rank) > 0, key, kv_heads * (key + value))
+    simulated = fidelity == "simulator"
     number_bytes = model.kv_bits / 8
     lengths = batch.seq_lens * 1.0
     there = lengths > 0
     fill = 2.0 * npu.array_height - 1
     columns = npu.array_width
-    logit = fill + lengths / npu.num_arrays + TO_SOFTMAX
+    depth = 1.0 if simulated else ceil_divide(key, npu.array_height)  # blocks of a long key
+    logit = depth * (fill + lengths / npu.num_arrays) + TO_SOFTMAX
     blocks = ceil_divide(lengths + columns - 1, columns)
-    weighted = blocks * (fill + width / npu.num_arrays)
+    weighted = blocks * (fill + value / npu.num_arrays)
     softmax = softmax_cycles(hardware, lengths)
     one = jnp.where(there, logit + weighted, 0).sum()
     softmaxes = jnp.where(there, softmax, 0).sum()
-    read = jnp.where(there, 2 * number_bytes * lengths * width * kv_heads, 0).sum()
-    written = written_bits / 8 * width * heads * there.sum()
+    read = jnp.where(there, number_bytes * lengths * cached, 0).sum()
+    written = written_bits / 8 * value * heads * there.sum()
     rate = bytes_per_cycle(hardware)
-    simulated = fidelity == "simulator"
     efficiency = calibration.shallow_efficiency if simulated else calibration.queued_efficiency
     memory = read / rate / efficiency
     # nothing hides the read of the first request, which is the first that is there
-    first = (2 * number_bytes * lengths * width / rate)[jnp.argmax(there)]
+    first = (number_bytes * lengths * (key + value) / rate)[jnp.argmax(there)]
     if simulated:
         busy = heads * (one + softmaxes)
         cycles = jnp.maximum(memory, busy + first)
@@ -380,7 +466,7 @@ def npu_attention(
         )  # of the queries of a group
         busy = (products * one + heads * softmaxes) / npu.num_arrays
         cycles = jnp.maximum(memory, busy) + fill
-    macs = 2 * heads * width * jnp.where(there, lengths, 0).sum()
+    macs = heads * (key + value) * jnp.where(there, lengths, 0).sum()
     return Work(
         cycles, jnp.maximum(memory - busy, 0), jnp.minimum(busy, cycles), read, written, macs
     )

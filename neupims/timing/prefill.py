@@ -24,7 +24,14 @@ from neupims.timing.gemm import LEAST_STREAM, Work, bytes_per_cycle
 from neupims.timing.iteration import Iteration, mean_of_layers, summarize
 from neupims.timing.layout import heads_of_device
 from neupims.timing.links import link_seconds, messages
-from neupims.timing.npu import Context, product_bits
+from neupims.timing.npu import (
+    Context,
+    expanded_latents,
+    matrix_product,
+    product_bits,
+    projection_sides,
+    qkv_sides,
+)
 from neupims.timing.overlap import side_by_side
 from neupims.timing.stages import Operation, npu_operation, stages
 from neupims.timing.vector import softmax_cycles
@@ -96,11 +103,18 @@ def _prefill(hardware, model, batch, parallel, calibration, *, system, mix) -> I
 
 
 def prefill_operations() -> tuple[Operation, ...]:
-    """Returns the operations of a prefill: those of "npu-only" with causal attention."""
+    """Returns the operations of a prefill: those of "npu-only" with causal attention.
+
+    Keys and values of heads are made from latents, where the model has them.
+    """
     (stage,) = stages("npu-only", 1)
+    of_prefill = {
+        "attn.QKVgen": matrix_product(qkv_sides, of_latents=expanded_latents),
+        "attn.attn.FusedMHA": _attend_causally,
+        "attn.proj": matrix_product(projection_sides),
+    }
     return tuple(
-        each._replace(work=_attend_causally) if each.kind == "attention" else each
-        for each in stage.operations
+        each._replace(work=of_prefill.get(each.name, each.work)) for each in stage.operations
     )
 
 
@@ -153,6 +167,8 @@ def prefill_attention(
     of a query takes a pass over the keys before it. Keys and values of a head are read once if they
     fit half of the scratchpad, else again for each block of queries.
 
+    With latent attention each head has its keys, with their rotary channels, and its values.
+
     With a window, a block of queries meets at most the blocks of the window and one more, a query
     attends to at most the window, and keys and values of the window must fit.
 
@@ -169,7 +185,10 @@ def prefill_attention(
     """
     npu = hardware.npu
     heads, kv_heads = heads_of_device(model, parallel)
-    head, lengths = 1.0 * model.head_dim, seq_lens * 1.0
+    latent = jnp.asarray(model.kv_rank) > 0
+    kv_heads = jnp.where(latent, heads, kv_heads)
+    key, value = 1.0 * model.head_dim + model.rope_dim, 1.0 * model.value_dim
+    lengths = seq_lens * 1.0
     width, height = 1.0 * npu.array_width, 1.0 * npu.array_height
     stream = jnp.maximum(width / npu.num_arrays, LEAST_STREAM)
     blocks = ceil_divide(lengths, width)
@@ -177,21 +196,20 @@ def prefill_attention(
     most = jnp.minimum(blocks, ceil_divide(seen, width) + 1)  # blocks of keys for one of queries
     # of a block of queries with a block of keys
     pairs = most * (most + 1) / 2 + (blocks - most) * most
-    depth = ceil_divide(head, width)
-    logit = depth * (blocks * height + stream * (pairs - blocks))
-    attend = pairs * (height + stream * (depth - 1))
+    logit = ceil_divide(key, width) * (blocks * height + stream * (pairs - blocks))
+    attend = pairs * (height + stream * (ceil_divide(value, width) - 1))
     arrays = heads * jnp.sum(jnp.where(lengths > 0, logit + attend, 0))
     rows = attended(model, lengths[:, None] * ((jnp.arange(ROWS) + 0.5) / ROWS))
     row = softmax_cycles(hardware, rows).mean(axis=1)
     vectors = heads * jnp.sum(jnp.where(lengths > 0, lengths * row, 0)) / npu.vector_units
     tokens = lengths.sum()
-    number_bytes = model.kv_bits / 8
-    fits = 2 * number_bytes * seen * head <= npu.scratchpad_bytes / 2
+    number_bytes = jnp.where(latent, FLOAT16_BYTES, model.kv_bits / 8)
+    fits = number_bytes * seen * (key + value) <= npu.scratchpad_bytes / 2
     keys = jnp.sum(jnp.where(fits, lengths, pairs * width))  # and values, that are read
-    read = head * (FLOAT16_BYTES * tokens * heads + number_bytes * 2 * keys * kv_heads)
-    written = written_bits / 8 * tokens * head * heads
+    read = FLOAT16_BYTES * tokens * heads * key + number_bytes * keys * kv_heads * (key + value)
+    written = written_bits / 8 * tokens * value * heads
     memory = (read + written) / calibration.queued_efficiency / bytes_per_cycle(hardware)
     busy = jnp.maximum(arrays, vectors)
     cycles = jnp.maximum(memory, busy) + height + width + stream
-    macs = 2 * heads * head * jnp.sum(seen * (seen + 1) / 2 + (lengths - seen) * seen)
+    macs = heads * (key + value) * jnp.sum(seen * (seen + 1) / 2 + (lengths - seen) * seen)
     return Work(cycles, jnp.maximum(memory - busy, 0), arrays, read, written, macs)

@@ -75,7 +75,7 @@ def merge_cycles(
         requests: The number of requests.
         heads: The query heads of a device.
     """
-    sums = ceil_divide(model.value_dim, hardware.npu.vector_lanes) * (parallel.kv_split - 1)
+    sums = ceil_divide(model.attended_dim, hardware.npu.vector_lanes) * (parallel.kv_split - 1)
     return requests * heads * sums / hardware.npu.vector_units
 
 

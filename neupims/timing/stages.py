@@ -68,10 +68,20 @@ class Stage(NamedTuple):
 
 QKV = (
     Operation("attn.ln", "vector", npu.normalize, element_operations=5),
-    Operation("attn.QKVgen", "gemm", npu.matrix_product(npu.qkv_sides), npu.qkv_sides),
+    Operation(
+        "attn.QKVgen",
+        "gemm",
+        npu.matrix_product(npu.qkv_sides, of_latents=npu.latent_queries),
+        npu.qkv_sides,
+    ),
 )
 REST = (
-    Operation("attn.proj", "gemm", npu.matrix_product(npu.projection_sides), npu.projection_sides),
+    Operation(
+        "attn.proj",
+        "gemm",
+        npu.matrix_product(npu.projection_sides, of_latents=npu.latent_values),
+        npu.projection_sides,
+    ),
     Operation("attn.res", "vector", npu.add_residual, element_operations=1),
     Operation("ffn.ln", "vector", npu.normalize, element_operations=5),
     Operation(
