@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from small_run import write_run
 
 from ggem_jax.files.images import normalise
 from ggem_jax.files.preprocessing import Preprocessing
@@ -21,6 +22,7 @@ from train.cli import load_config, to_dict
 from train.config import Config
 from train.contrastive import ContrastiveConfig
 from train.data import open_data
+from train.loop import make_first_state
 from train.metric import MetricConfig
 from train.tokenizer import train_tokenizer
 
@@ -114,6 +116,31 @@ def test_the_image_tower_of_a_contrastive_run_has_its_projection(tmp_path):
     images = normalise(pixels, mean=config.data.mean, std=config.data.std)
     want = towers.describe_images(params, images)
     np.testing.assert_allclose(infer(loaded, pixels)["descriptor"], want, atol=1e-5)
+
+
+def test_classes_of_which_an_image_has_several_have_probabilities_of_their_own(tmp_path):
+    run = write_run(tmp_path / "run", several_labels=True)
+    loaded = load_vit(run)
+    export_vit(loaded, tmp_path / "out")
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
+    images = normalise(pixels, mean=loaded.mean, std=loaded.std)
+    logits = loaded.model.apply(loaded.variables, images).logits
+    for each in (loaded, load_vit(tmp_path / "out")):
+        found = infer(each, pixels)["probability"]
+        np.testing.assert_allclose(found, jax.nn.sigmoid(logits), atol=1e-6)
+
+
+@pytest.mark.parametrize("dim", [0, 6])
+def test_another_task_starts_from_a_run(dim, tmp_path):
+    run = write_run(tmp_path / "run", dim=dim)
+    config = load_config(MetricConfig, ["--data", "digits", "--init", str(run)], "test")
+    state = make_first_state(metric.make_metric_steps(config, 5, 2), config)
+    want = load_vit(run).variables["params"]
+    found = state.params["network"]["vit"]
+    for name in ("blocks_0", "norm", "patch_embedding"):
+        jax.tree.map(np.testing.assert_array_equal, found[name], want[name])
+    assert config.data.mean == (0.1, 0.2, 0.3)
+    assert np.ptp(found["pool"]["p"]) == 0  # fresh
 
 
 def test_the_weights_are_those_that_are_asked_for(classified, embedded):

@@ -25,14 +25,13 @@ from flax import traverse_util
 from ggem_jax.files.atomic import replacing
 from ggem_jax.files.errors import MismatchedWeights
 from ggem_jax.files.normalisation import Normalisation
-from ggem_jax.files.preprocessing import Preprocessing
 from ggem_jax.files.safetensors_files import write_safetensors
 from ggem_jax.models.position import sincos_position
 from ggem_jax.models.vit import MAP, ViT
 from ggem_jax.pooling import avg_pool, cls_pool
 from ggem_jax.weights.hugging_face import preprocessor, to_hugging_face
 from ggem_jax.weights.load import LoadedViT, load_vit
-from ggem_jax.weights.own_settings import HEADER, describe_settings
+from ggem_jax.weights.own_settings import HEADER, Facts, describe_settings
 from ggem_jax.weights.timm_model import to_timm_model
 from ggem_jax.weights.vit import PublishedViT
 from ggem_jax.weights.vit_layouts import Arrays
@@ -106,7 +105,7 @@ def export_vit(
     if to == "flax":
         model, normalised = _model_of(vit)
         arrays, facts = own_arrays(vit)
-        files["config.json"] = describe_settings(model, normalised, *facts)
+        files["config.json"] = describe_settings(model, normalised, facts)
         metadata = {HEADER: json.dumps(files["config.json"], default=_plain_number)}
         notes = []
         if isinstance(vit, PublishedViT) and vit.rest:
@@ -128,23 +127,20 @@ def export_vit(
     return Exported(written, len(arrays), tuple(notes))
 
 
-def own_arrays(
-    vit: PublishedViT | LoadedViT,
-) -> tuple[Arrays, tuple[Preprocessing | None, tuple[str, ...] | None]]:
+def own_arrays(vit: PublishedViT | LoadedViT) -> tuple[Arrays, Facts]:
     """Returns the arrays of a file of our own, and what `describe_settings` says beside them.
 
     Args:
         vit: The network, of `read_vit` or `load_vit`.
 
     Returns:
-        The variables by their paths, the projection included, and the preprocessing and the names
-        of the classes, where they are known.
+        The variables by their paths, the projection included, and what is known of the training.
     """
     arrays = traverse_util.flatten_dict(dict(vit.variables), sep="/")
     if isinstance(vit, PublishedViT):
-        return arrays, (None, None)
+        return arrays, Facts()
     beside = {f"params/projection/{name}": each for name, each in (vit.projection or {}).items()}
-    return arrays | beside, (vit.preprocessing, vit.classes)
+    return arrays | beside, Facts(vit.preprocessing, vit.classes, vit.several_labels)
 
 
 @contextlib.contextmanager

@@ -37,7 +37,8 @@ def make_infer(loaded: LoadedViT) -> tuple[Infer, dict[str, Any]]:
 
     The function normalises the pixels itself. It returns "descriptor", `(b, dim)`, the unit vector
     of the pooled and perhaps projected tokens, and for a network with a head "probability",
-    `(b, classes)`, the softmax of the logits, both in float32.
+    `(b, classes)`, the softmax of the logits, or their sigmoid where an image may have several
+    labels, both in float32.
 
     Args:
         loaded: The network, with its preprocessing.
@@ -46,6 +47,7 @@ def make_infer(loaded: LoadedViT) -> tuple[Infer, dict[str, Any]]:
         ValueError: Nothing says how images become its inputs.
     """
     how, model = require_preprocessing(loaded), loaded.model
+    probabilities = jax.nn.sigmoid if loaded.several_labels else jax.nn.softmax
     variables = {"vit": dict(loaded.variables), "projection": loaded.projection}
 
     def infer(variables: Any, pixels: UInt8[Array, "b side side 3"]) -> Outputs:
@@ -54,7 +56,7 @@ def make_infer(loaded: LoadedViT) -> tuple[Infer, dict[str, Any]]:
         output: Any = model.apply(variables["vit"], normalised)
         found = {"descriptor": _describe(output.descriptor, variables["projection"])}
         if output.logits is not None:
-            found["probability"] = jax.nn.softmax(output.logits.astype(jnp.float32))
+            found["probability"] = probabilities(output.logits.astype(jnp.float32))
         return found
 
     return infer, variables

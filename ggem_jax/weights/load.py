@@ -38,6 +38,7 @@ class LoadedViT:
     # file does not say it
     preprocessing: Preprocessing | None = None  # how an image of any size becomes an input
     classes: tuple[str, ...] | None = None  # names of the channels of the head
+    several_labels: bool = False  # whether an image may have several of the classes, or none
     # of the pooled tokens into the space of the descriptors: "kernel" (width, dim), "bias" (dim,)
     projection: Projection | None = field(default=None, repr=False)
 
@@ -172,6 +173,7 @@ def _load_run(folder: Path, ema: bool | None) -> LoadedViT:
         f"{folder}, a run of {run.tool} at step {run.step}, {run.weights} weights",
         run.preprocessing,
         run.classes,
+        run.several_labels,
         run.projection,
     )
 
@@ -192,14 +194,15 @@ def _load_own(path: Path, arrays: dict[str, np.ndarray]) -> LoadedViT:
     settings = own_settings(network, path)
     model = ViT(settings.config, settings.pooling, classes)
     variables = fit_variables(model, network, source=str(path))
-    names = settings.classes if classes else None
+    names = settings.facts.classes if classes else None
     if names is not None and len(names) != classes:
         raise MismatchedWeights(f"{path} names {len(names)} classes, and its head has {classes}")
     mean, std = settings.normalised or (None, None)
     return LoadedViT(
         *(model, variables, mean, std, f"{path}, Flax variables"),
-        preprocessing=settings.preprocessing,
+        preprocessing=settings.facts.preprocessing,
         classes=names,
+        several_labels=settings.facts.several_labels,
         projection=_projection_of(arrays, settings.config.width, path),
     )
 

@@ -27,6 +27,7 @@ from ggem_jax.models.vit import ViT
 from ggem_jax.pooling import avg_pool
 from ggem_jax.weights.convert import Parameter, to_variables
 from ggem_jax.weights.own_settings import (
+    Facts,
     OwnSettings,
     misfits,
     read_settings,
@@ -191,7 +192,7 @@ def own_settings(
         config = dataclasses.replace(config, **fields)
     except (TypeError, ValueError) as error:
         raise MismatchedWeights(f"{path} is not of the network that is recorded: {error}") from None
-    return OwnSettings(config, own_pooling(arrays), IMAGENET)
+    return OwnSettings(config, own_pooling(arrays), IMAGENET, Facts())
 
 
 def declared_settings(

@@ -9,7 +9,7 @@ and deviation of the images and how they are cut, and `data_found` the names of 
 import dataclasses
 import inspect
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -38,8 +38,15 @@ class OwnSettings(NamedTuple):
     config: ViTConfig
     pooling: Pooling
     normalised: Normalisation | None  # mean and deviation of red, green and blue in [0, 1]
-    preprocessing: Preprocessing | None = None  # None: the file does not say how images are cut
-    classes: tuple[str, ...] | None = None  # names of the channels of the head; None: not stated
+    facts: "Facts"  # of the training
+
+
+class Facts(NamedTuple):
+    """What the settings of a training say beside its network; None: they do not say it."""
+
+    preprocessing: Preprocessing | None = None  # how an image of any size becomes an input
+    classes: tuple[str, ...] | None = None  # names of the channels of the head
+    several_labels: bool = False  # whether an image may have several of the classes, or none
 
 
 def read_settings(path: str | Path) -> OwnSettings | None:
@@ -86,7 +93,7 @@ def read_settings(path: str | Path) -> OwnSettings | None:
         raise UnreadableWeights(
             f"{file} does not hold the settings of a ViT of ours: {error!r}"
         ) from None
-    return OwnSettings(declared, pooling, normalised, *facts)
+    return OwnSettings(declared, pooling, normalised, facts)
 
 
 _WRITE_AGAIN = "write the file again from where it came (python -m ggem_jax.weights convert)"
@@ -117,17 +124,12 @@ def _header_of(path: Path) -> str:
     return f"the header of {path}, {HEADER},"
 
 
-def read_facts(
-    settings: Mapping[str, Any], config: ViTConfig
-) -> tuple[Preprocessing | None, tuple[str, ...] | None]:
-    """Returns how images become inputs, and the names of the classes, by the settings.
+def read_facts(settings: Mapping[str, Any], config: ViTConfig) -> Facts:
+    """Returns what settings say of a training beside its network.
 
     Args:
         settings: Settings in the form of a training run's.
         config: The network, whose size the images are cut to.
-
-    Returns:
-        Each of them, or None where the settings do not say it.
 
     Raises:
         KeyError, TypeError, ValueError: A value is of another form, or impossible.
@@ -138,22 +140,21 @@ def read_facts(
         cut = (data["eval_crop"], float(data["eval_zoom"]), data["mean"], data["std"])
         preprocessing = Preprocessing(config.image, *cut)
     names = found.get("classes")
-    return preprocessing, None if names is None else tuple(map(str, names))
+    classes = None if names is None else tuple(map(str, names))
+    return Facts(preprocessing, classes, bool(found.get("several_labels")))
 
 
 def describe_settings(
     model: ViT,
     normalised: Normalisation | None,
-    preprocessing: Preprocessing | None = None,
-    classes: Sequence[str] | None = None,
+    facts: Facts = Facts(),  # noqa: B008, a constant
 ) -> dict[str, Any]:
     """Returns the contents of the `config.json` of a network.
 
     Args:
         model: The network.
         normalised: Mean and deviation of red, green and blue in [0, 1]; None: not known.
-        preprocessing: How images become inputs; None: not known.
-        classes: Names of the channels of the head; None: not known.
+        facts: What is known of its training.
 
     Returns:
         Settings that JSON can hold and `read_settings` reads.
@@ -164,14 +165,18 @@ def describe_settings(
     data: dict[str, Any] = {}
     if normalised is not None:
         data |= {"mean": normalised[0], "std": normalised[1]}
-    if preprocessing is not None:
-        data |= {"eval_crop": preprocessing.crop, "eval_zoom": preprocessing.zoom}
+    if (how := facts.preprocessing) is not None:
+        data |= {"eval_crop": how.crop, "eval_zoom": how.zoom}
     settings = {
         "model": dataclasses.asdict(model.config),
         "pool": _describe_pooling(model.pooling),
         "data": data,
     }
-    return settings if classes is None else settings | {"data_found": {"classes": list(classes)}}
+    if facts.classes is None:
+        return settings
+    found = {"classes": list(facts.classes)}
+    several = {"several_labels": True} if facts.several_labels else {}
+    return settings | {"data_found": found | several}
 
 
 def _describe_pooling(pooling: Pooling) -> dict[str, Any]:

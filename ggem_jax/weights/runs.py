@@ -38,6 +38,7 @@ class Run:
     projection: Projection | None = field(repr=False)  # of the pooled tokens; None: there is none
     preprocessing: Preprocessing
     classes: tuple[str, ...] | None  # names of the channels of the head; None: there is no head
+    several_labels: bool  # whether an image may have several of the classes, or none
 
 
 def read_run(folder: str | Path, *, ema: bool | None = None) -> Run:
@@ -70,7 +71,8 @@ def read_run(folder: str | Path, *, ema: bool | None = None) -> Run:
         pooling = named_pooling(pool.pop("kind"), **pool)
         model = ViT(ViTConfig(**settings["model"]), pooling, len(head))
         data = {"eval_crop": "centre", "eval_zoom": 1.0} | settings["data"]
-        preprocessing, classes = read_facts(settings | {"data": data}, model.config)
+        facts = read_facts(settings | {"data": data}, model.config)
+        preprocessing, classes, several_labels = facts
         assert preprocessing is not None  # its crop is stated
     except (KeyError, TypeError, ValueError) as error:
         raise UnreadableWeights(
@@ -91,6 +93,7 @@ def read_run(folder: str | Path, *, ema: bool | None = None) -> Run:
         projection=projection,
         preprocessing=preprocessing,
         classes=classes if len(head) else None,
+        several_labels=several_labels,
     )
 
 

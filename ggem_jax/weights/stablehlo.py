@@ -96,6 +96,7 @@ def _describe(loaded: LoadedViT, exported: jax_export.Exported) -> dict[str, Any
         # pixel * scale, less the mean, over the deviation: by the function itself
         "preprocessing": require_preprocessing(loaded).record() | {"normalised": "inside"},
         "classes": None if loaded.classes is None else list(loaded.classes),
+        "several_labels": loaded.several_labels,
         "source": loaded.source,
     }
 
