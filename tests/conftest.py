@@ -84,17 +84,22 @@ COSTLY_FILES = {
     "test_retrieval_index_kills.py",
     "test_retrieval_index_writers.py",
     "test_retrieval_instant.py",
+    "test_retrieval_runs.py",
     "test_retrieval_processes.py",
     "test_retrieval_text.py",
+    "test_runs.py",
     "test_text.py",
     "test_train_classify.py",
     "test_train_contrastive.py",
+    "test_train_export.py",
     "test_train_metric.py",
+    "test_train_predict.py",
     "test_train_published.py",
     "test_train_resume.py",
     "test_vit.py",
     "test_weights_efficientnet_lite.py",
     "test_weights_vit.py",
+    "test_your_own_images.py",
 }
 
 # The smallest training that uses everything: a second or two to compile.
