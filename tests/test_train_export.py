@@ -17,7 +17,7 @@ from ggem_jax.pooling import avg_pool, cls_pool
 from ggem_jax.weights.export import export_vit
 from ggem_jax.weights.inference import make_infer
 from ggem_jax.weights.load import LoadedViT, load_vit
-from tests.conftest import draw_variables, one_line
+from tests.conftest import ROOT, draw_variables, one_line
 from train import export
 
 SMALL = ViTConfig(patch=4, width=16, depth=1, heads=2, mlp_width=32, image=8)
@@ -160,3 +160,41 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     said = one_line(capsys, export.main, run, tmp_path / "out", "--to", "stablehlo")
     assert said.endswith("out cannot be written: No space left on device")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+KILLS = """
+import json, sys
+sys.path.insert(0, "tests")
+from interruptions import before_writes, killed
+from train import export
+run, out = sys.argv[1:]
+def fork(path, number):
+    def work(dying):
+        with before_writes(dying):
+            export.main([run, path, "--to", "safetensors"])
+    return killed(work, number)
+found, dead = [], True
+while dead:
+    dead = fork(f"{out}/{len(found)}", len(found))
+    found.append(dead)
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_kills(tmp_path):
+    """A kill before each call that changes files: there is no folder, or a complete one."""
+    run, out = as_folder(trained(), tmp_path / "run"), tmp_path / "many"
+    out.mkdir()
+    command = [sys.executable, "-c", KILLS, str(run), str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    dead = json.loads(done.stdout.splitlines()[-1])
+    complete = [(out / str(number)).exists() for number in range(len(dead))]
+    assert len(dead) > 5
+    assert complete == sorted(complete)  # only kills after the last rename leave a folder
+    assert (dead[-1], complete[0], complete[-1]) == (False, False, True)
+    for number in np.flatnonzero(complete):
+        assert load_vit(out / str(number)).classes == ("a", "b", "c")
+    hidden = [path.name for path in out.iterdir() if path.name.startswith(".")]
+    assert all(name.endswith(".part") for name in hidden)
