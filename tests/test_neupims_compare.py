@@ -1,6 +1,7 @@
 """Systems and machines compared in one run, designs that are equal, and knobs without effect."""
 
 import json
+from types import SimpleNamespace
 
 import jax.numpy as jnp
 import numpy as np
@@ -8,13 +9,14 @@ import pytest
 
 import neupims
 from neupims.__main__ import main
+from neupims.envelope import describe_percent
 from neupims.exploration.compare import compare
 from neupims.exploration.evaluation import make_evaluate
 from neupims.exploration.explore import explore
 from neupims.exploration.explore_space import explore_space
 from neupims.exploration.points import overall, parse_objectives
 from neupims.exploration.space import make_space
-from neupims.exploration.workloads import make_workloads
+from neupims.exploration.workloads import deal, make_workloads
 from neupims.machine.case import select_system
 from neupims.machine.workload import make_batch
 
@@ -96,8 +98,12 @@ def test_the_command_prints_the_record_of_the_library(capsys, tmp_path, machines
     ("flags", "words"),
     [
         (["--system", "neupims,tpu"], "tpu"),
-        (["--system", "gpu,gpu"], "each system must be given once: gpu, gpu"),
-        (["--hardware", "neupims,"], "each machine|unknown|''"),
+        (["--system", "gpu,gpu"], "each system must be given once: gpu and gpu are the same"),
+        (["--system", "gpu, GPU"], "each system must be given once: gpu and GPU are the same"),
+        (["--system", "NeuPIMs,neupims_sbi"], "once: NeuPIMs and neupims_sbi are the same"),
+        (["--hardware", "neupims,Neupims"], "each machine must be given once: neupims and Neupims"),
+        (["--hardware", "neupims,"], "each machine needs a name, not 'neupims', ''"),
+        (["--system", ",gpu"], "each system needs a name, not '', 'gpu'"),
         (["--system", "gpu,neupims", "--knob", "npu.num_arrays=2,4"], "--knob is for the designs"),
         (["--system", "gpu,neupims", "--out", "x"], "--out is for the designs"),
         (["--system", "gpu,neupims", "--objectives", "speed:max"], "no metric 'speed'"),
@@ -110,6 +116,82 @@ def test_wrong_comparisons_are_refused_in_one_line(capsys, flags, words):
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert any(each in err for each in words.split("|"))
+
+
+def test_a_file_by_two_paths_is_one_machine(tmp_path, machines):
+    (tmp_path / "link.toml").symlink_to(machines[1])
+    for again in (tmp_path / "link.toml", f"{tmp_path}/../{tmp_path.name}/small.toml"):
+        with pytest.raises(ValueError, match=r"once: .*small.toml and .* are the same"):
+            compare([machines[1], again], "gpt3-7b", BATCH)
+
+
+def test_a_row_has_what_simulate_says(tmp_path, monkeypatch):
+    """64 requests of 600 tokens exceed 6 GiB beside the weights; one scratchpad is too small for an
+    NPU, but a GPU has none.
+    """
+    sizes = {"small": "[hbm]\nnum_channels = 16\nrows = 12288\n"}
+    sizes |= {"tiny": "[npu]\nscratchpad_bytes = 131072\n"}
+    for name, text in sizes.items():
+        (tmp_path / f"{name}.toml").write_text(text)
+    machines = ["neupims", *(str(tmp_path / f"{name}.toml") for name in sizes)]
+    batch = make_batch(np.full(64, 600), np.arange(64) % 16)
+    changes = {"gpu.die_mm2": 900}
+    found = compare(machines, "gpt3-7b", batch, systems=["npu-only", "gpu"], changes=changes)
+    times = SimpleNamespace(iteration_seconds=0.0)  # which are slow, and not compared here
+    monkeypatch.setattr("neupims.simulation.run_case", lambda case, path: times)
+    assert [each.fidelity for each in found.contenders] == ["simulator"] * 6
+    for each in (*found.contenders[:2], found.contenders[3]):
+        machine = {"system": each.system, "hardware": each.hardware, "changes": changes}
+        dealt = deal(batch.seq_lens, int(select_system(**machine)[2].hbm.num_channels))
+        case = neupims.make_case("gpt3-7b", dealt, **machine)
+        run = neupims.simulate_case(case, path="closed", allow_overflow=True)
+        assert list(each.warnings) == run.warnings
+        assert each.expected_error == run.expected_error
+    first, second, third, *gpus = found.contenders
+    assert first.trust == describe_percent(first.expected_error.percent)
+    assert "would not fit" in second.warnings[0]
+    assert second.flagged_by_reason == {"the batch exceeds the memory beside the weights": 1}
+    scratchpad = "the scratchpad holds no three blocks as wide as an array"
+    assert third.flagged_by_reason == {scratchpad: 1}
+    assert third.trust == f"left out: {scratchpad}"
+    assert not any(each.flagged for each in gpus)
+    assert gpus[0].trust == "not validated: a GPU, which the public simulator does not run"
+    assert found.flagged == sum(found.flagged_by_reason.values()) == 2
+    listed = found.to_dict()
+    assert listed["contenders"][0]["expected_error"] == first.expected_error.percent
+    assert listed["contenders"][5]["not_validated"] == list(gpus[2].expected_error.not_validated)
+    assert listed["flagged_by_reason"] == found.flagged_by_reason
+    assert any(each.startswith("npu-only on neupims, npu-only on") for each in found.warnings)
+
+
+def test_rows_that_are_left_out_are_counted_and_warned_of(capsys, tmp_path, monkeypatch):
+    changes = {"npu.scratchpad_bytes": 131072, "npu.num_cores": 2}
+    machines = ["neupims", "npu-pim"]
+    found = compare(machines, "gpt3-7b", "const:100x8", systems="npu-only", changes=changes)
+    monkeypatch.setattr("neupims.exploration.compare.compare", lambda *given, **options: found)
+    page = tmp_path / "page.html"
+    flags = ["explore", "--trace", "const:100x8", "--hardware", "neupims,npu-pim"]
+    assert main([*flags, "--html", str(page)]) == 0
+    out, err = capsys.readouterr()
+    assert "npu-only on neupims, npu-only on npu-pim: npu.scratchpad_bytes" not in err
+    assert "warning: npu-only on neupims, npu-only on npu-pim: npu.num_cores differs" in err
+    assert "2 of 2 are left out:\n  2: the scratchpad holds no three blocks" in out
+    assert out.count("none") == 6  # the winners, none of which has a lead
+    content = page.read_text()
+    for words in ("left out: the scratchpad holds", "npu.num_cores differs", "<h2>Warnings"):
+        assert words in content
+    assert main([*flags, "--json"]) == 0
+    printed = json.loads(capsys.readouterr().out)
+    assert printed == json.loads(json.dumps(found.to_dict()))
+    assert [f"neupims: warning: {each}" for each in printed["warnings"]] == err.splitlines()
+
+
+def test_a_file_whose_name_has_a_comma_is_one_machine(capsys, tmp_path):
+    (tmp_path / "a,b.toml").write_text("[npu]\nnum_arrays = 4\n")
+    assert (
+        main(["explore", "--trace", "const:100x8", "--hardware", str(tmp_path / "a,b.toml")]) == 1
+    )
+    assert "give the space" in capsys.readouterr().err
 
 
 def plane(columns):

@@ -53,6 +53,8 @@ def test_a_field_without_effect_changes_no_time_and_the_others_do(system, sub_ba
         reason = idle_reason(each, system, fidelity)
         if reason:
             assert (seconds[mine] == seconds[0]).all(), each.name
+        if reason and system == "gpu" and each.name.startswith("energy."):
+            assert (joules[mine] == joules[0]).all(), each.name
         if each.effect == "none":
             assert (joules[mine] == joules[0]).all(), each.name
             assert (mm2[mine] == mm2[0]).all(), each.name
@@ -71,6 +73,10 @@ def test_the_sentences_name_every_field_and_the_reason():
     )
     assert second.startswith("gpu.board_watts differs from the default without effect on times:")
     assert idle_changes(Hardware(), "neupims", "simulator") == []
+    costs = replace(Hardware(), "energy.read_bit", 3)
+    assert idle_changes(costs, "neupims", "simulator") == []
+    assert "the system gpu does not have it" in idle_changes(costs, "gpu", "simulator")[0]
+    assert idle_changes(replace(Hardware(), "area.dram_gigabyte", 22), "gpu", "simulator") == []
     vectors = replace(Hardware(), "npu.vector_units", 4)
     assert "intended fidelity only" in idle_changes(vectors, "neupims", "simulator")[0]
     assert idle_changes(vectors, "neupims", "intended") == []

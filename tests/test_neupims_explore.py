@@ -434,7 +434,7 @@ def test_the_usual_evaluation_is_a_loop_over_simulate():
     reasons = [[REASONS[code] for code in each] for each in found["flagged"].tolist()]
     assert reasons == [[""] * 2] * 2 + [
         ["heads do not divide over the devices of a layer"] * 2,
-        ["a time or an energy is not finite"] * 2,
+        ["not timed: a time or an energy is not finite"] * 2,
         ["pages longer than a row"] * 2,
     ]
     for place, each in enumerate(WORKLOADS):

@@ -323,6 +323,15 @@ def print_notes(name: str, notes: Iterable[str]) -> None:
         sys.stderr.write(f"neupims: note: {name}: {note}\n")
 
 
+def split_names(text: str) -> list[str]:
+    """Returns names that are separated by commas; a file whose name has commas is one.
+
+    Args:
+        text: The text of a flag.
+    """
+    return [text] if Path(text).is_file() else [name.strip() for name in text.split(",")]
+
+
 def parse_change(text: str) -> tuple[str, int | float | str]:
     """Returns the field and the value of a --set FIELD=VALUE.
 

@@ -1,9 +1,11 @@
 """`explore` with several systems or machines: one table, and the winner by each objective."""
 
 import argparse
+import sys
 from collections.abc import Sequence
 
-from neupims.commands.common import AUTO, console, print_json, system_options
+from neupims.commands.common import AUTO, console, print_json, split_names, system_options
+from neupims.machine.systems import FIDELITY_ANSWERS
 from neupims.machine.traces import Requests
 
 # Flags that only a space of designs has.
@@ -42,17 +44,19 @@ def compare_and_print(
     if arguments.sub_batches == AUTO:
         raise ValueError("--sub-batches auto is for simulate: say 1 or 2")
     options = system_options(arguments)
-    hardware = [name.strip() for name in options.pop("hardware").split(",")]
+    hardware = split_names(options.pop("hardware"))
     found = compare(
         hardware,
         models,
         traces,
-        systems=[name.strip() for name in arguments.system.split(",")],
+        systems=split_names(arguments.system),
         objectives=COMPARED if arguments.objectives is None else arguments.objectives,
         fidelity=arguments.fidelity,
         schedule=arguments.schedule,
         **options,
     )
+    for warning in found.warnings:
+        sys.stderr.write(f"neupims: warning: {warning}\n")
     if arguments.html:
         from neupims.pages.exploration_comparison import write_comparison
 
@@ -65,15 +69,13 @@ def compare_and_print(
 
 
 def _print(found) -> None:
-    """The contenders, then the winners."""
+    """The contenders, how far to trust each, those that are left out, and the winners."""
     import re
 
     from rich.table import Table
 
     lines = console()
-    table = Table(
-        title=f"over {', '.join(found.workloads)} (geometric means), {found.fidelity} fidelity"
-    )
+    table = Table(title=f"over {', '.join(found.workloads)} (geometric means)")
     for name in ("system", "hardware"):
         table.add_column(name)
     for name in found.contenders[0].metrics:
@@ -82,22 +84,22 @@ def _print(found) -> None:
         metrics = ("-" if each.flagged else f"{value:.4g}" for value in each.metrics.values())
         table.add_row(each.system, each.hardware, *metrics)
     lines.print(table)
-    if any(each.flagged for each in found.contenders):
-        lines.print("- : impossible, such as a memory that is too small (`simulate` says why)")
+    trust = Table(title=f"{found.fidelity} fidelity: {FIDELITY_ANSWERS[found.fidelity]}")
+    for name in ("system", "hardware", "fidelity", "expected error of a layer, or left out"):
+        trust.add_column(name)
+    for each in found.contenders:
+        trust.add_row(each.system, each.hardware, each.fidelity, each.trust)
+    lines.print(trust)
+    if found.flagged:
+        lines.print(f"{found.flagged} of {len(found.contenders)} are left out:")
+    for reason, count in found.flagged_by_reason.items():
+        lines.print(f"  {count}: {reason}")
     winners = Table(title="winners")
     for name in ("objective", "best", "value", "better than the next"):
         winners.add_column(name, justify="right" if name in ("value",) else "left")
     for each in found.winners:
-        names = " = ".join(describe(found.contenders[place]) for place in each.best) or "none"
+        names = " = ".join(found.contenders[place].name for place in each.best) or "none"
         lead = "" if each.lead is None else f"{each.lead:.1%}"
-        winners.add_row(each.objective, names, f"{each.value:.4g}", lead)
+        value = f"{each.value:.4g}" if each.best else "-"
+        winners.add_row(each.objective, names, value, lead)
     lines.print(winners)
-
-
-def describe(contender) -> str:
-    """Returns the system and the machine of a contender, as they were given.
-
-    Args:
-        contender: The contender.
-    """
-    return f"{contender.system} on {contender.hardware}"

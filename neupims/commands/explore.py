@@ -21,6 +21,7 @@ from neupims.commands.common import (
     print_json,
     print_notes,
     read_trace_argument,
+    split_names,
 )
 from neupims.commands.common import system as chosen_system
 from neupims.commands.comparison import compare_and_print
@@ -154,13 +155,13 @@ def run(arguments: argparse.Namespace) -> int:
     check_run(arguments.html, seed=arguments.seed)
     knobs, constraints = read_space(arguments.space) if arguments.space else ({}, [])
     knobs |= dict(parse_knob(text) for text in arguments.knob)
-    models = [name.strip() for name in arguments.models.split(",")]
+    models = split_names(arguments.models)
     for name in models:
         print_notes(name, read_model(name).notes)
     traces = [read_trace_argument(text, arguments) for text in arguments.trace]
     for each in traces:
         print_notes(each.name, each.notes)
-    if "," in arguments.system + arguments.hardware:
+    if max(len(split_names(each)) for each in (arguments.system, arguments.hardware)) > 1:
         return compare_and_print(arguments, models, traces, is_space=bool(knobs))
     if not knobs:
         raise ValueError(

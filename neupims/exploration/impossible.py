@@ -7,6 +7,8 @@ from neupims.machine.hardware import Hardware
 from neupims.machine.systems import PIM_SYSTEMS, Fidelity, System
 from neupims.machine.workload import Batch, Decoder, Parallel
 from neupims.timing.capacity import find_overflow
+from neupims.timing.gemm import holds_tile
+from neupims.timing.split import is_split
 
 # By code; the code 0 is a design that is possible, and `evaluator.NOT_FINITE`, -1, the last reason.
 REASONS = (
@@ -15,12 +17,14 @@ REASONS = (
     "more groups of layers than layers",
     "a request on a channel that does not exist",
     "pages longer than a row",
+    "kv_split does not divide the channels, or has no meaning in this fidelity",
+    "the scratchpad holds no three blocks as wide as an array",
     "weights exceed the memory",
     "a request alone exceeds the memory beside the weights",
     "a request alone exceeds a channel beside the weights (parallel.kv_split spreads it)",
     "the batch exceeds the memory beside the weights",
     "the requests of a channel exceed it",
-    "a time or an energy is not finite",
+    "not timed: a time or an energy is not finite",
 )
 
 
@@ -63,6 +67,8 @@ def reason_code(
         jnp.asarray(parallel.pp) > model.layers,
         lost & (system != "gpu"),
         (jnp.asarray(hardware.pim.page_bytes) > hardware.hbm.row_bytes) & with_pim,
+        ~is_split(hardware, parallel, fidelity) & with_pim,
+        ~holds_tile(hardware) & (system != "gpu"),
         over.weights,
         over.request & (not with_pim),
         over.request & with_pim,

@@ -139,7 +139,7 @@ def select_system(
         ValueError: The system is unknown, a value is impossible, or values contradict each other.
         OSError: A file cannot be read.
     """
-    setting = _find_setting(system, sub_batches)
+    setting = find_setting(system, sub_batches)
     fields = {"pim.row_buffers": 1} if setting.row_buffers == 1 else {}
     if row_buffers is not None:
         fields["pim.row_buffers"] = row_buffers
@@ -147,7 +147,16 @@ def select_system(
     return setting.system, setting.sub_batches, machine
 
 
-def _find_setting(system: str, sub_batches: int | None) -> Setting:
+def find_setting(system: str, sub_batches: int | None = None) -> Setting:
+    """Returns what the name of a system stands for.
+
+    Args:
+        system: As for `make_case`, like the other argument.
+        sub_batches: 1 or 2 (default: those of the system).
+
+    Raises:
+        ValueError: The system is unknown, or its number of sub-batches is another one.
+    """
     if sub_batches not in (None, 1, 2):
         raise ValueError(f"sub-batches must be 1 or 2, not {sub_batches!r}")
     name = str(system).lower()

@@ -1,7 +1,7 @@
 """Which fields of a machine change nothing in the results of a system.
 
 `quantity` says of each field what it changes: the time, the energy alone, or nothing. A system
-without PIM ignores the fields of PIM, and a GPU those of the NPU and its memory.
+without PIM ignores the fields of PIM, and a GPU those of the NPU and its memory, and their costs.
 """
 
 import numbers
@@ -15,8 +15,9 @@ ABSENT: dict[System, tuple[str, ...]] = {
     "neupims": ("gpu",),
     "npu-pim": ("gpu",),
     "npu-only": ("gpu", "pim"),
-    "gpu": ("npu", "hbm", "pim"),
+    "gpu": ("npu", "hbm", "pim", "energy", "area"),
 }
+OF_GPU_AREA = ("area.dram_gigabyte",)  # a cost that a GPU has too; its board's power has the rest
 # In `simulator` fidelity a vector unit takes a row a cycle, however many units and lanes there are.
 VECTOR = ("npu.vector_units", "npu.vector_lanes")
 
@@ -31,11 +32,12 @@ def idle_reason(field: Field, system: System, fidelity: Fidelity) -> str:
     """
     if field.effect == "none":
         return "no part of the model depends on it"
-    if field.name.partition(".")[0] in ABSENT[system]:
+    if field.name.partition(".")[0] in ABSENT[system] and field.name not in OF_GPU_AREA:
         return f"the system {system} does not have it"
     if field.name in VECTOR[: 1 if system == "npu-only" else 2] and fidelity == "simulator":
         return "it matters in intended fidelity only"
-    if field.effect in ("energy", "area"):
+    group = field.name.partition(".")[0]
+    if field.effect in ("energy", "area") and group != field.effect:
         return f"it changes the {field.effect} alone"
     return ""
 

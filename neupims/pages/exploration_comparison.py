@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from neupims.exploration.compare import Comparison
+from neupims.machine.systems import FIDELITY_ANSWERS
 from neupims.pages.report import write_report
 
 
@@ -18,7 +19,7 @@ def write_comparison(path: str | Path, found: Comparison) -> None:
         OSError: The page cannot be written.
         ImportError: Jinja is not installed.
     """
-    names = [f"{each.system} on {each.hardware}" for each in found.contenders]
+    names = [each.name for each in found.contenders]
     metrics = list(found.contenders[0].metrics)
     sections: list[dict[str, Any]] = [
         {
@@ -39,19 +40,34 @@ def write_comparison(path: str | Path, found: Comparison) -> None:
         {
             "kind": "table",
             "title": "Systems and machines",
-            "text": "Geometric means over the workloads; those that are impossible win nothing.",
-            "columns": ["system", "possible", *metrics],
+            "text": "Geometric means over the workloads; those that are left out win nothing.",
+            "columns": ["system", *metrics],
             "rows": [
-                [name, "no" if each.flagged else "yes", *each.metrics.values()]
-                for name, each in zip(names, found.contenders, strict=True)
+                [each.name, *(None if each.flagged else value for value in each.metrics.values())]
+                for each in found.contenders
             ],
         },
+        {
+            "kind": "table",
+            "title": "How far to trust each",
+            "text": f"{found.fidelity} fidelity: {FIDELITY_ANSWERS[found.fidelity]}.",
+            "columns": ["system", "fidelity", "expected error of a layer, or left out"],
+            "rows": [[each.name, each.fidelity, each.trust] for each in found.contenders],
+        },
     ]
+    if found.warnings:
+        warnings = [[each] for each in found.warnings]
+        sections.append(
+            {"kind": "table", "title": "Warnings", "columns": ["warning"], "rows": warnings}
+        )
     facts = {
         "workloads": ", ".join(found.workloads),
         "fidelity": found.fidelity,
         "designs": f"{len(found.contenders)}: each system on each machine",
     }
+    if found.flagged:
+        reasons = "; ".join(f"{count}: {why}" for why, count in found.flagged_by_reason.items())
+        facts["left out"] = f"{found.flagged} ({reasons})"
     if found.trace_notes:
         facts["requests"] = "; ".join(found.trace_notes)
     write_report(path, sections, title="Systems and machines", facts=facts)
