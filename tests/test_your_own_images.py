@@ -113,7 +113,7 @@ def test_the_page_from_top_to_bottom(folder):
             for line in printed:
                 label, found = re.match(r"photos/(\d)-\d+\.png +(\d) ", line).groups()
                 assert label == found
-        if "recall@1" in printed[-1]:
+        if command.startswith("python -m train.metric"):
             assert float(re.search(r"recall@1 ([\d.]+)%", printed[-1])[1]) > 70
 
 
