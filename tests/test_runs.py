@@ -174,3 +174,25 @@ def test_nothing_is_guessed_about_a_file_that_does_not_say_how_images_are_cut(cl
     assert json.loads(settings.read_text())["data"]["eval_zoom"] == 1.25
     with pytest.raises(ValueError, match="nothing says how images become its inputs"):
         make_infer(type(loaded)(loaded.model, loaded.variables, loaded.mean, loaded.std, "x.npz"))
+
+
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
+    run = write_run(tmp_path / "run", seed=1, step=5)
+    want = load_vit(run).variables["params"]
+    write_run(run, seed=2, step=7)
+    (tmp_path / "run" / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir()
+    assert load_vit(run).source.endswith("at step 7, raw weights")
+    assert not capsys.readouterr().err
+    (run / "checkpoints" / "7" / "default" / "_METADATA").unlink()
+    loaded = load_vit(run)
+    assert loaded.source.endswith("at step 5, raw weights")
+    jax.tree.map(np.testing.assert_array_equal, loaded.variables["params"], want)
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith(f"the checkpoint {run}/checkpoints/7 cannot be read: ")
+    assert said.endswith("; that of step 5 is taken in its place")
+    with pytest.raises(UnreadableWeights, match="5 has no moving average"):
+        load_vit(run, ema=True)
+    for file in (run / "checkpoints" / "5" / "default").glob("*METADATA"):
+        file.unlink()
+    with pytest.raises(UnreadableWeights, match=r"7 cannot be read: .* \(nor those of 5\)$"):
+        load_vit(run)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
+from ggem_jax.weights.folders import checkpoint_steps
 from train.cli import Refused, first_line
 from train.step import State, Steps
 
@@ -43,12 +44,7 @@ class Checkpoints:
 
     def complete(self) -> list[int]:
         """Returns the complete steps, newest first."""
-        found = (
-            int(path.name)
-            for path in self.folder.glob("*")
-            if re.fullmatch("[0-9]+", path.name) and path.is_dir()
-        )
-        return sorted(found, reverse=True)
+        return checkpoint_steps(self.folder.parent)
 
     def latest(self) -> int | None:
         """Returns the newest complete step, or None."""

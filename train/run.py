@@ -3,7 +3,6 @@
 import contextlib
 import json
 import os
-import re
 import signal
 import threading
 import zlib
@@ -17,6 +16,7 @@ from filelock import FileLock, Timeout
 from jax.experimental import multihost_utils
 
 from ggem_jax.files.atomic import write_text
+from ggem_jax.weights.folders import checkpoint_steps
 from train.cli import Refused, from_dict, to_dict
 from train.config import C, Config
 
@@ -191,7 +191,7 @@ def has_checkpoint(run: Path) -> bool:
     Args:
         run: Folder of a run; it need not exist.
     """
-    return any(re.fullmatch("[0-9]+", path.name) for path in (run / "checkpoints").glob("[0-9]*"))
+    return bool(checkpoint_steps(run))
 
 
 def read_run(run: Path, record: type[C] = Config) -> tuple[C, dict[str, Any]]:  # type: ignore[assignment]

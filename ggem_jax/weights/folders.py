@@ -1,5 +1,8 @@
-"""Folders of weights: the file that stands for a folder which another program wrote."""
+"""Folders of weights: the file that stands for a folder which another program wrote, and the
+checkpoints of a training run.
+"""
 
+import re
 from pathlib import Path
 
 # of timm and Hugging Face, in the order in which they look for them
@@ -37,3 +40,15 @@ def is_run(path: str | Path) -> bool:
         and (path / "config.json").is_file()
         and (path / "checkpoints").is_dir()
     )
+
+
+def checkpoint_steps(run: str | Path) -> list[int]:
+    """Returns the steps of the complete checkpoints of a training run, newest first.
+
+    Unfinished ones have other names than their step.
+
+    Args:
+        run: The folder of the run; it need not exist.
+    """
+    folders = (path for path in (Path(run) / "checkpoints").glob("[0-9]*") if path.is_dir())
+    return sorted((int(x.name) for x in folders if re.fullmatch("[0-9]+", x.name)), reverse=True)

@@ -1,9 +1,11 @@
 """Folders of training runs (`python -m train.*`): their settings and the ViT of their newest
-checkpoint, with what comes before and after it. Reading a checkpoint needs orbax (the extra
-`train`), but no code of `train`.
+checkpoint, with what comes before and after it. Where that checkpoint is damaged, the one before it
+is read, as training does, and a line on standard error says so. Reading a checkpoint needs orbax
+(the extra `train`), but no code of `train`.
 """
 
 import json
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,7 +20,7 @@ from ggem_jax.files.preprocessing import Preprocessing
 from ggem_jax.models.config import ViTConfig
 from ggem_jax.models.token_pooling import named_pooling
 from ggem_jax.models.vit import ViT
-from ggem_jax.weights.folders import CHECKPOINTS
+from ggem_jax.weights.folders import CHECKPOINTS, checkpoint_steps
 from ggem_jax.weights.own import fit_variables
 from ggem_jax.weights.own_settings import read_facts
 
@@ -28,7 +30,7 @@ Projection = dict[str, np.ndarray]  # "kernel" (width, dim) and "bias" (dim,)
 
 @dataclass(frozen=True)
 class Run:
-    """A training run at its newest checkpoint, as its evaluations use it."""
+    """A training run at its newest readable checkpoint, as its evaluations use it."""
 
     tool: str  # the script that made it, such as train.metric
     step: int  # of the checkpoint
@@ -42,10 +44,10 @@ class Run:
 
 
 def read_run(folder: str | Path, *, ema: bool | None = None) -> Run:
-    """Returns a training run with the weights of its newest checkpoint.
+    """Returns a training run with the weights of its newest checkpoint that can be read.
 
     Args:
-        folder: The folder of the run, with `config.json` and `checkpoints/`.
+        folder: The folder of the run, with `config.json` and `checkpoints/`, or its folder `best`.
         ema: Whether to take the moving average of the weights; None takes it where the run has one,
             as its evaluations do.
 
@@ -60,8 +62,7 @@ def read_run(folder: str | Path, *, ema: bool | None = None) -> Run:
         ModuleNotFoundError: orbax is not installed.
     """
     settings = _read_settings(Path(folder))
-    checkpoint = _newest_checkpoint(Path(folder))
-    params, weights = _read_weights(checkpoint, ema)
+    checkpoint, params, weights = _read_newest(Path(folder), ema)
     vit, projection = _find_vit(params)
     if vit is None:
         raise MismatchedWeights(f"{checkpoint} holds no ViT")
@@ -117,12 +118,28 @@ def _read_settings(folder: Path) -> dict[str, Any]:
     return settings
 
 
-def _newest_checkpoint(folder: Path) -> Path:
-    """The complete checkpoint of the latest step; unfinished ones have other names."""
-    steps = [path for path in (folder / "checkpoints").glob("*") if path.name.isdecimal()]
+def _read_newest(folder: Path, ema: bool | None) -> tuple[Path, Any, str]:
+    """The newest checkpoint that can be read, its parameters or their average, and which."""
+    steps = checkpoint_steps(folder)
     if not steps:
         raise UnreadableWeights(f"{folder} has no checkpoint yet: train it for longer")
-    return max(steps, key=lambda path: int(path.name))
+    damaged: list[str] = []
+    for step in steps:
+        checkpoint = folder / "checkpoints" / str(step)
+        try:
+            params, weights = _read_weights(checkpoint, ema)
+        except _Damaged as error:
+            damaged.append(f"the checkpoint {checkpoint} cannot be read: {error}")
+            continue
+        for sentence in damaged:
+            print(f"{sentence}; that of step {step} is taken in its place", file=sys.stderr)
+        return checkpoint, params, weights
+    older = f" (nor those of {', '.join(map(str, steps[1:]))})" if steps[1:] else ""
+    raise UnreadableWeights(damaged[0] + older)
+
+
+class _Damaged(Exception):
+    """A checkpoint cannot be read; the reason is the message."""
 
 
 def _read_weights(checkpoint: Path, ema: bool | None) -> tuple[Any, str]:
@@ -146,7 +163,7 @@ def _read_weights(checkpoint: Path, ema: bool | None) -> tuple[Any, str]:
         found = reader.restore(folder, args=how)[name]
     except Exception as error:  # of many kinds, from the operating system's up to orbax's own
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
-        raise UnreadableWeights(f"the checkpoint {checkpoint} cannot be read: {reason}") from None
+        raise _Damaged(reason) from None
     if ema and not averaged:
         raise UnreadableWeights(
             f"{checkpoint} has no moving average of its weights: take the raw weights, or train"
