@@ -8,7 +8,6 @@ from neupims.costs.power import power_metrics
 from neupims.envelope import ExpectedError, expected_error
 from neupims.machine.case import Case
 from neupims.machine.effects import idle_changes
-from neupims.machine.supported import check_timed
 from neupims.machine.systems import FIDELITY_ANSWERS, PIM_SYSTEMS, TimingPath
 from neupims.machine.workload import check_batch
 from neupims.timing.gemm import check_scratchpad
@@ -133,10 +132,9 @@ def simulate_case(
 
     Raises:
         ValueError: The hardware cannot run the batch, its memory does not hold weights,
-            activations, keys and values, or the model has a feature that the timing does not
-            compute.
+            activations, keys and values, or the model has latent attention, which needs "intended"
+            fidelity except on a GPU.
     """
-    check_timed(case.model)
     check_batch(case.batch, int(case.hardware.hbm.num_channels))
     warnings = check_memory(
         *(case.hardware, case.model, case.batch, case.parallel),

@@ -8,11 +8,20 @@ import pytest
 from neupims.machine.calibration import DEFAULT
 from neupims.machine.config import load_model
 from neupims.machine.hardware import Hardware
+from neupims.machine.layer_kinds import find_mix
 from neupims.machine.model import Decoder
 from neupims.machine.systems import FIDELITIES
-from neupims.machine.workload import Parallel, make_batch
+from neupims.machine.workload import Parallel, check_parallel, make_batch
 from neupims.timing.iteration import simulate
-from neupims.timing.npu import Context, fc1_sides, fc2_sides, matrix_product, route
+from neupims.timing.npu import (
+    Context,
+    activate,
+    fc1_sides,
+    fc2_sides,
+    matrix_product,
+    route,
+    visits,
+)
 
 MIXTRAL = load_model("mixtral-8x7b")
 DENSE = dataclasses.replace(MIXTRAL, experts=0, active_experts=0, expert_width=0, expert_bits=0)
@@ -77,3 +86,89 @@ def test_devices_share_each_expert():
     product = matrix_product(fc1_sides, routed=True)
     whole, quarter = (product(context_of(MIXTRAL, tp=tp), 64.0, 0.0) for tp in (1, 4))
     assert float(whole.macs) == pytest.approx(4 * float(quarter.macs))
+
+
+SKEWED = dataclasses.replace(MIXTRAL, expert_skew=1.0)
+
+
+@pytest.mark.parametrize(
+    ("active", "skew", "wanted"),
+    [
+        (1, 0.0, [1 / 4] * 4),
+        (1, 1.0, [12 / 25, 6 / 25, 4 / 25, 3 / 25]),
+        (2, 1.0, [24 / 25, 12 / 25, 8 / 25, 6 / 25]),
+        # 2 / (1 + 1/4 + 1/9 + 1/16) is above 1: all tokens visit the first, one of the others too
+        (2, 2.0, [1, 36 / 61, 16 / 61, 9 / 61]),
+        (4, 2.0, [1, 1, 1, 1]),
+    ],
+)
+def test_shares_of_tokens_that_visit_an_expert(active, skew, wanted):
+    model = dataclasses.replace(MIXTRAL, experts=4, active_experts=active, expert_skew=skew)
+    np.testing.assert_allclose(visits(model, 6), [*wanted, 0, 0], rtol=1e-5)
+
+
+def test_experts_that_tokens_of_a_skew_hit():
+    """Tokens drawn by systematic sampling: exactly two experts each, with the given shares."""
+    shares = np.asarray(visits(SKEWED, 8))
+    ends, rng = np.cumsum(shares), np.random.default_rng(0)
+
+    def draw():
+        start = rng.random()
+        return {int(np.searchsorted(ends, start + step)) for step in (0, 1)}
+
+    hits = [set().union(*(draw() for _ in range(3))) for _ in range(4000)]
+    routing = route(SKEWED, 3.0, mix=find_mix(SKEWED))
+    assert float(routing.products.sum()) == pytest.approx(np.mean(list(map(len, hits))), rel=0.01)
+    assert float(routing.rows) == pytest.approx(3 * 2)
+    uniform = route(MIXTRAL, 3.0)
+    assert float(routing.products.sum()) < float(uniform.products)
+
+
+@pytest.mark.parametrize("fidelity", FIDELITIES)
+def test_no_skew_is_uniform_routing(fidelity):
+    product = matrix_product(fc1_sides, routed=True)
+    wanted = product(context_of(MIXTRAL, fidelity), 40.0, 0.0)
+    mixed = context_of(MIXTRAL, fidelity)._replace(mix=find_mix(SKEWED))
+    np.testing.assert_allclose(product(mixed, 40.0, 0.0), wanted, rtol=1e-4)
+    dense = context_of(DENSE, fidelity)
+    one = product(dense._replace(mix=find_mix(SKEWED)), 40.0, 0.0)
+    np.testing.assert_allclose(one, product(dense, 40.0, 0.0), rtol=1e-6)
+
+
+@pytest.mark.parametrize("model", [MIXTRAL, SKEWED])
+def test_experts_that_are_dealt_to_devices(model):
+    """With 4 groups of one device each, the first has experts 1 and 5 of 8 whole."""
+    product = matrix_product(fc1_sides, routed=True)
+    shared, dealt = (
+        context_of(model, tp=4)._replace(parallel=Parallel(4, 1, ep=ep), mix=find_mix(model))
+        for ep in (1, 4)
+    )
+    expert, tokens = 4096 * 2 * 14336, 64.0
+    mean, busiest = (float(product(each, tokens, 0.0).macs) for each in (shared, dealt))
+    assert mean == pytest.approx(2 * tokens * expert / 4)
+    visited = np.asarray(visits(model, 8))[[0, 4]].sum()
+    assert busiest == pytest.approx(visited * tokens * expert, rel=1e-5)
+    assert (busiest > 1.2 * mean) == (model is SKEWED)
+    rows = [float(activate(each, tokens, 0.0).write_bytes) for each in (shared, dealt)]
+    assert rows[1] / rows[0] == pytest.approx(busiest / mean)
+
+
+def test_a_step_of_a_skewed_model():
+    """Few tokens hit fewer experts, so less is read."""
+    batch = make_batch([500] * 4, np.arange(4))
+    steps = [simulate(Hardware(), each, batch, Parallel(4, 1)) for each in (MIXTRAL, SKEWED)]
+    assert not any(step.flagged for step in steps)
+    assert float(steps[1].layer_cycles) < float(steps[0].layer_cycles)
+
+
+@pytest.mark.parametrize(
+    ("model", "tp", "sentence"),
+    [
+        (DENSE, 4, "ep must be 1 for a model without experts, but is 4"),
+        (MIXTRAL, 2, r"ep must divide the 2 devices of a layer \(tp\), but is 4"),
+        (dataclasses.replace(MIXTRAL, experts=6), 4, "ep must divide the 6 experts, but is 4"),
+    ],
+)
+def test_experts_that_cannot_be_dealt(model, tp, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        check_parallel(model, Parallel(tp, 1, ep=4))

@@ -4,10 +4,9 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 
-from neupims import Hardware, explore, make_batch, prefill, simulate
+from neupims import Hardware, make_batch, simulate
 from neupims.machine.model import Decoder
 from neupims.machine.model_size import (
     flops_per_token,
@@ -16,7 +15,7 @@ from neupims.machine.model_size import (
     parameters,
     weight_bytes,
 )
-from neupims.machine.supported import check_timed, is_timed
+from neupims.machine.supported import is_timed
 from neupims.machine.workload import Parallel
 
 SMALL = {"layers": 4, "width": 64, "heads": 8, "kv_heads": 8, "mlp_width": 256}
@@ -159,23 +158,6 @@ def test_contradictions_are_refused_by_field(change, sentence):
 def test_every_field_says_what_it_is():
     for each in dataclasses.fields(Decoder):
         assert each.metadata["meaning"], each.name
-
-
-NOT_TIMED = [
-    (EXPERTS | {"expert_skew": 1}, "expert_skew"),
-]
-
-
-@pytest.mark.parametrize(("change", "word"), NOT_TIMED)
-def test_the_timing_refuses_what_it_does_not_compute(change, word):
-    model, batch, spread = small(**change), make_batch([30, 40], [0, 1]), Parallel(1, 1)
-    for run in (simulate, prefill):
-        with pytest.raises(ValueError, match=rf"the model has .*{word}"):
-            run(Hardware(), model, batch, spread)
-    with pytest.raises(ValueError, match=word):
-        explore("neupims", model, batch, {"npu.num_arrays": [4, 8]}, method="grid")
-    with pytest.raises(ValueError, match=word):
-        check_timed(jax.tree.map(np.array, model))
 
 
 def test_a_traced_model_that_is_not_timed_is_flagged():

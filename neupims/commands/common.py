@@ -98,6 +98,12 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """
     add_spread_model_arguments(parser)
     parser.add_argument(
+        "--ep",
+        type=int,
+        metavar="N",
+        help="deal experts to N equal groups of the tp devices (default: 1: all share each expert)",
+    )
+    parser.add_argument(
         "--lm-head",
         action="store_true",
         help="also compute the LM head, once after the last layer (default: as the model's file)",
@@ -303,6 +309,7 @@ def read_case(arguments: argparse.Namespace) -> Case:
         tp=arguments.tp,
         pp=arguments.pp,
         kv_split=arguments.kv_split,
+        ep=arguments.ep,
         lm_head=arguments.lm_head,
         fidelity=arguments.fidelity,
         **system_options(arguments),

@@ -11,7 +11,6 @@ from jaxtyping import Array, Int
 
 from neupims.machine.case import select_model
 from neupims.machine.division import floor_divide
-from neupims.machine.supported import check_timed
 from neupims.machine.traces import Requests, place_requests, read_requests
 from neupims.machine.workload import Batch, Decoder, Parallel, check_batch, check_parallel
 
@@ -50,7 +49,7 @@ def make_workloads(
 
     Raises:
         ValueError: There is no model or no batch, a name is unknown, a file is damaged, or a model
-            cannot be divided over the devices or has a feature that the timing does not compute.
+            cannot be divided over the devices.
         OSError: A file cannot be read.
     """
     models = [models] if isinstance(models, Model) else list(models)
@@ -60,7 +59,6 @@ def make_workloads(
     found = []
     for number, model in enumerate(models):
         title, decoder, spread = _read_model(model, number, len(models), parallel)
-        check_timed(decoder)
         for place, batch in enumerate(batches):
             name = _numbered("batch", place, len(batches))
             if isinstance(batch, str | Path):

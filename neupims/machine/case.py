@@ -43,6 +43,7 @@ def make_case(
     tp: int | None = None,
     pp: int | None = None,
     kv_split: int | None = None,
+    ep: int | None = None,
     lm_head: bool = False,
     fidelity: Fidelity = "simulator",
 ) -> Case:
@@ -62,6 +63,7 @@ def make_case(
         tp: Devices that share a layer (default: as published for the model, else 1).
         pp: Groups into which the layers are cut (default: as published, else 1).
         kv_split: Channels that share the keys and values of a request (default: 1).
+        ep: Groups of the tp devices to which experts are dealt (default: 1).
         lm_head: Whether each step computes the LM head too (default: as the model's file says).
         fidelity: "simulator" or "intended".
 
@@ -78,7 +80,7 @@ def make_case(
         row_buffers=row_buffers,
         changes=changes,
     )
-    model_name, decoder, parallel = select_model(model, tp=tp, pp=pp, kv_split=kv_split)
+    model_name, decoder, parallel = select_model(model, tp=tp, pp=pp, kv_split=kv_split, ep=ep)
     if lm_head:
         decoder = dataclasses.replace(decoder, lm_head=1)
     batch, trace_notes = _make_batch(trace, packing, machine, decoder, parallel)
@@ -183,6 +185,7 @@ def select_model(
     tp: int | None = None,
     pp: int | None = None,
     kv_split: int | None = None,
+    ep: int | None = None,
 ) -> tuple[str, Decoder, Parallel]:
     """Returns the name of a model, its dimensions, and how it is spread over devices.
 
@@ -191,6 +194,7 @@ def select_model(
         tp: Devices that share a layer (default: as published for the model, else 1).
         pp: Groups into which the layers are cut (default: as published, else 1).
         kv_split: Channels that share the keys and values of a request (default: 1).
+        ep: Groups of the tp devices to which experts are dealt (default: 1).
 
     Raises:
         ValueError: The model is unknown or malformed, or does not divide over the devices.
@@ -205,6 +209,7 @@ def select_model(
         published.tp if tp is None else tp,
         published.pp if pp is None else pp,
         1 if kv_split is None else kv_split,
+        1 if ep is None else ep,
     )
     check_parallel(decoder, spread)
     return name, decoder, spread

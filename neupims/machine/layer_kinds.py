@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from neupims.machine.model import EXPERT_FIELDS, Decoder
-from neupims.machine.record import Number
+from neupims.machine.record import COUNT_MOST, Number
 
 
 class Mix(NamedTuple):
@@ -27,6 +27,7 @@ class Mix(NamedTuple):
     narrow: bool = False  # weights, or inputs of products, of fewer than 16 bits
     lm_head: bool = False  # whether the LM head is computed
     latent: bool = False  # latent attention
+    skewed: int = 0  # the most experts of a layer, where they are routed to with a skew, else 0
 
     @property
     def of_layer(self) -> "Mix":
@@ -35,7 +36,7 @@ class Mix(NamedTuple):
 
 
 ALIKE = Mix()
-EVERYTHING = Mix(True, True, True, True, True, True)
+EVERYTHING = Mix(True, True, True, True, True, True, COUNT_MOST)
 
 
 class LayerKind(NamedTuple):
@@ -62,7 +63,9 @@ def find_mix(model: Decoder) -> Mix:
         model.lm_head,
         model.kv_rank,
     )
-    return Mix(*(bool(np.any(np.asarray(each) > 0)) for each in found))
+    skewed = (model.expert_skew > 0) * np.asarray(model.experts)
+    flags = Mix(*(bool(np.any(np.asarray(each) > 0)) for each in found))
+    return flags._replace(skewed=int(np.max(skewed)))
 
 
 def has_narrow_products(model: Decoder) -> Number:
@@ -89,7 +92,7 @@ def layer_kinds(model: Decoder, mix: Mix) -> tuple[LayerKind, ...]:
         )
         without = _changed(model, experts=0, **dict.fromkeys(EXPERT_FIELDS, 0))
         kinds = [
-            LayerKind(dense, without, mix.of_layer._replace(shared=False)),
+            LayerKind(dense, without, mix.of_layer._replace(shared=False, skewed=0)),
             LayerKind(1 - dense, _changed(model, dense_layers=0), mix.of_layer),
         ]
     if mix.windows:

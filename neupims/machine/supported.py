@@ -1,21 +1,12 @@
-"""Which features of a model the timing computes. It refuses the others."""
+"""Which features of a model a computation has to be told of, and which it refuses."""
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Bool
 
 from neupims.machine.layer_kinds import EVERYTHING, Mix, find_mix, has_narrow_products
 from neupims.machine.model import Decoder
 from neupims.machine.record import Number
 from neupims.machine.systems import Fidelity, System
-
-
-def _not_timed(model: Decoder) -> dict[str, Number]:
-    """Returns, by feature, whether the model has it while the timing does not compute it."""
-    return {
-        "expert_skew": model.expert_skew > 0,
-    }
 
 
 def _mixed(model: Decoder) -> dict[str, Number]:
@@ -27,42 +18,22 @@ def _mixed(model: Decoder) -> dict[str, Number]:
         "narrow": has_narrow_products(model),
         "lm_head": model.lm_head > 0,
         "latent": model.kv_rank > 0,
+        "skewed": model.expert_skew > 0,
     }
 
 
 def is_timed(model: Decoder, mix: Mix = EVERYTHING) -> Bool[Array, "..."]:
-    """Returns whether the timing computes every feature of a model.
+    """Returns whether all that a model has is computed.
 
     Args:
         model: The model; its numbers may be traced, or have a leading axis.
         mix: What is computed beside one kind of layer (default: everything).
     """
     found = jnp.bool_(True)
-    left_out = [present for name, present in _mixed(model).items() if not getattr(mix, name)]
-    for missing in (*_not_timed(model).values(), *left_out):
-        found = found & ~jnp.asarray(missing)
+    for name, present in _mixed(model).items():
+        if not getattr(mix, name):
+            found = found & ~jnp.asarray(present)
     return found
-
-
-def check_timed(model: Decoder) -> None:
-    """Raises if the timing does not compute a feature of a model.
-
-    Traced numbers pass: there `neupims.simulate` flags its result.
-
-    Args:
-        model: The model, or a batch of models.
-
-    Raises:
-        ValueError: The model has such a feature; the sentence names it.
-    """
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(model)):
-        return
-    missing = [name for name, present in _not_timed(model).items() if np.any(present)]
-    if missing:
-        raise ValueError(
-            f"the model has {' and '.join(missing)}, which the timing does not compute yet;"
-            " `neupims show models` gives its parameters and bytes"
-        )
 
 
 def check_latent(mix: Mix, *, system: System, fidelity: Fidelity) -> None:

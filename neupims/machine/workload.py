@@ -27,6 +27,9 @@ class Parallel:
     tp: int  # devices that share each layer (tensor parallel)
     pp: int  # groups into which the layers are cut (pipeline parallel)
     kv_split: int = 1  # channels that share the keys and values of a request (`timing.split`)
+    # Equal groups of the tp devices, to which the experts of a layer are dealt; the devices of a
+    # group share each of its experts.
+    ep: int = 1
 
     def __post_init__(self):
         for name, value in vars(self).items():
@@ -42,7 +45,7 @@ def check_parallel(decoder: Decoder, parallel: Parallel) -> None:
         parallel: How it is spread over devices.
 
     Raises:
-        ValueError: They do not fit together; the sentence names tp or pp.
+        ValueError: They do not fit together; the sentence names tp, pp or ep.
     """
     if decoder.heads % parallel.tp:
         raise ValueError(f"tp must divide the {decoder.heads} heads, but is {parallel.tp}")
@@ -51,8 +54,18 @@ def check_parallel(decoder: Decoder, parallel: Parallel) -> None:
             f"tp must divide the {decoder.kv_heads} key and value heads or be a multiple of them,"
             f" but is {parallel.tp}"
         )
+    if parallel.ep > 1:
+        _check_dealt(decoder, parallel)
     if parallel.pp > decoder.layers:
         raise ValueError(f"pp must be at most the {decoder.layers} layers, but is {parallel.pp}")
+
+
+def _check_dealt(decoder: Decoder, parallel: Parallel) -> None:
+    if not decoder.experts:
+        raise ValueError(f"ep must be 1 for a model without experts, but is {parallel.ep}")
+    for name, number in (("devices of a layer (tp)", parallel.tp), ("experts", decoder.experts)):
+        if number % parallel.ep:
+            raise ValueError(f"ep must divide the {number} {name}, but is {parallel.ep}")
 
 
 @record

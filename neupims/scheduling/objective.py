@@ -20,7 +20,7 @@ from neupims.machine.calibration import DEFAULT
 from neupims.machine.hardware import Hardware
 from neupims.machine.layer_kinds import ALIKE, Mix, find_mix
 from neupims.machine.record import replace
-from neupims.machine.supported import check_alike, check_latent, check_timed
+from neupims.machine.supported import check_alike, check_latent
 from neupims.machine.systems import Fidelity
 from neupims.machine.workload import Batch, Decoder, Parallel
 from neupims.scheduling.decision import Choices, Decision
@@ -91,11 +91,9 @@ def make_problem(
         fidelity: "simulator" or "intended".
 
     Raises:
-        ValueError: A request alone, or residents together, need more than a channel holds; or the
-            model has a feature that the timing does not compute, or requests are spread over
-            channels.
+        ValueError: A request alone, or residents together, need more than a channel holds; or
+            schedules of such a model are not searched, or requests are spread over channels.
     """
-    check_timed(model)
     check_alike(model)
     check_latent(find_mix(model), system="neupims", fidelity=fidelity)
     if np.any(np.asarray(parallel.kv_split) != 1):

@@ -105,8 +105,8 @@ def fit(
             which fills the rows.
 
     Raises:
-        ValueError: A name is unknown, a value is impossible, or the layout of the model's keys in
-            the tiles of PIM is not known.
+        ValueError: A name is unknown, a value is impossible, or the model has latent attention,
+            for which the public simulator has no layout.
         OSError: A file cannot be read.
 
     Example:

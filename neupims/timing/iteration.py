@@ -23,7 +23,7 @@ from neupims.machine.division import ceil_divide
 from neupims.machine.hardware import Hardware, banks, burst_bytes
 from neupims.machine.layer_kinds import LayerKind, Mix, attended, find_mix, layer_kinds
 from neupims.machine.record import Number, record
-from neupims.machine.supported import check_latent, check_timed, is_timed
+from neupims.machine.supported import check_latent, is_timed
 from neupims.machine.systems import (
     FIDELITIES,
     PIM_SYSTEMS,
@@ -93,8 +93,8 @@ class Iteration:
     counts: Counts  # commands and operations of an iteration
     energy: Energy  # joules of an iteration by part; without meaning for the GPU
     energy_joules: Float[Array, ""]  # of an iteration
-    # Whether the result is invalid: a quantity is NaN, a channel does not exist, the timing does
-    # not compute a feature of the model, the scratchpad is too small for a tile, or a result is
+    # Whether the result is invalid: a quantity is NaN, a channel does not exist, the model
+    # has what `mix` does not name, the scratchpad is too small for a tile, or a result is
     # not finite.
     flagged: Bool[Array, ""]
 
@@ -141,8 +141,8 @@ def simulate(
         Cycles of every operation and stage, throughput, utilization, and energy of one device.
 
     Raises:
-        ValueError: `system`, `sub_batches`, `fidelity` or `path` is unknown, or the model has a
-            feature that the timing does not compute in this fidelity.
+        ValueError: `system`, `sub_batches`, `fidelity` or `path` is unknown, or the model has
+            latent attention, which needs "intended" fidelity except on a GPU.
 
     Example:
         >>> from neupims import Hardware, load_model, load_parallel, make_batch, simulate
@@ -158,7 +158,6 @@ def simulate(
     _check_known("sub_batches", sub_batches, (1, 2))
     _check_known("fidelity", fidelity, FIDELITIES)
     _check_known("path", path, ("closed", "exact"))
-    check_timed(model)
     check_split(
         parallel.kv_split,
         system=system,
@@ -312,7 +311,7 @@ def _tile_products(context: Context, tokens) -> dict[tuple[str, int], Tiling]:
         product.sides(context.model, context.parallel) for product in PRODUCTS if product.sides
     ]
     inner, features = (jnp.stack([jnp.asarray(side[which]) for side in sides]) for which in (0, 1))
-    each = route(context.model, tokens).tokens
+    each = route(context.model, tokens).tokens  # unused where there is a skew
     counts = jnp.stack([each if product.routed else tokens for product in PRODUCTS], axis=1)
     bits = SIXTEEN
     if context.mix.narrow:

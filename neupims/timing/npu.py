@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from neupims.machine.calibration import DEFAULT, Calibration
 from neupims.machine.division import ceil_divide, divide
 from neupims.machine.hardware import Hardware
-from neupims.machine.layer_kinds import Mix, shared_mlp
+from neupims.machine.layer_kinds import ALIKE, Mix, shared_mlp
 from neupims.machine.record import Number
 from neupims.machine.systems import Fidelity, System
 from neupims.machine.workload import Batch, Decoder, Parallel
@@ -35,6 +35,9 @@ from neupims.timing.layout import heads_of_device
 from neupims.timing.vector import softmax_cycles
 
 TO_SOFTMAX = 9  # core cycles from the last product of a head's logit to its softmax, as measured
+
+
+ONE_DEVICE = Parallel(1, 1)
 
 
 class Context(NamedTuple):
@@ -152,7 +155,7 @@ def fc1_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
         model: The model.
         parallel: How many devices share a layer.
     """
-    mlp = divide(mlp_channels(model), parallel.tp)
+    mlp = divide(mlp_channels(model), _sharers(model, parallel))
     return 1.0 * model.width, (model.mlp_matrices - 1.0) * mlp
 
 
@@ -163,7 +166,14 @@ def fc2_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
         model: The model.
         parallel: How many devices share a layer.
     """
-    return divide(mlp_channels(model), parallel.tp), 1.0 * model.width
+    return divide(mlp_channels(model), _sharers(model, parallel)), 1.0 * model.width
+
+
+def _sharers(model: Decoder, parallel: Parallel) -> Number:
+    """Returns the devices that share an MLP, or each of the experts."""
+    return jnp.where(
+        jnp.asarray(model.experts) > 0, divide(parallel.tp, parallel.ep), 1.0 * parallel.tp
+    )
 
 
 def head_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
@@ -186,29 +196,77 @@ def mlp_channels(model: Decoder) -> Number:
 
 
 class Routing(NamedTuple):
-    """How the tokens of a sub-batch meet the MLPs of a layer."""
+    """How the tokens of a sub-batch meet the MLPs of a layer on one device.
 
-    products: Number  # MLPs that have tokens: 1, or the expected number of experts that are hit
+    With a skew, both are arrays over experts, from the most popular one on.
+    """
+
+    # MLPs that have tokens: 1, or the expected number of experts that are hit. With a skew, the
+    # chance of each expert.
+    products: Number
     tokens: Number  # of each of them, in the mean
 
+    @property
+    def rows(self) -> Number:
+        """The tokens of all MLPs together."""
+        return jnp.sum(self.products * self.tokens)
 
-def route(model: Decoder, tokens: Number) -> Routing:
-    """Returns the experts that a sub-batch hits, with uniform and independent routing.
+
+def route(
+    model: Decoder, tokens: Number, parallel: Parallel = ONE_DEVICE, mix: Mix = ALIKE
+) -> Routing:
+    """Returns the experts that a sub-batch hits, with independent routing of its tokens.
 
         experts hit = E (1 - (1 - k / E)^n),  tokens of each = n k / experts hit
 
-    for n tokens that each visit k of E experts. Weights of other experts are not read. Without
-    experts there is one MLP with all tokens.
+    for n tokens that each visit k of E experts, with uniform routing. With a skew, expert e is hit
+    with the chance 1 - (1 - v_e)^n, and then has n v_e / chance tokens, for the shares v_e of
+    tokens that visit it (`visits`). Weights of other experts are not read. Without experts there is
+    one MLP with all tokens.
+
+    Where experts are dealt to groups of devices (`Parallel.ep`), these are the experts of the first
+    group, whose most popular expert is that of the layer: no other group has more tokens.
 
     Args:
         model: The model.
         tokens: The tokens of the sub-batch.
+        parallel: Over how many groups of devices the experts are dealt.
+        mix: Whether there is a skew.
     """
-    experts, there = jnp.maximum(1.0 * model.experts, 1), jnp.asarray(model.experts) > 0
+    there = jnp.asarray(model.experts) > 0
+    if mix.skewed:
+        visited = visits(model, mix.skewed)
+        place = jnp.arange(mix.skewed)
+        chance = 1 - (1 - visited) ** tokens
+        each = tokens * visited / jnp.maximum(chance, 1e-9)
+        dealt = jnp.where(place % parallel.ep == 0, chance, 0.0)  # to the first group
+        return Routing(jnp.where(there, dealt, 1.0 * (place == 0)), jnp.where(there, each, tokens))
+    experts = jnp.maximum(1.0 * model.experts, 1)
     share = model.active_experts / experts
     hit = experts * (1 - (1 - share) ** tokens)
     each = tokens * model.active_experts / jnp.maximum(hit, 1e-9)
-    return Routing(jnp.where(there, hit, 1.0), jnp.where(there, each, tokens))
+    return Routing(jnp.where(there, hit / parallel.ep, 1.0), jnp.where(there, each, tokens))
+
+
+def visits(model: Decoder, most: int) -> Number:
+    """Returns the share of tokens that visits each expert, (most,), from the most popular one on.
+
+        v_e = min(1, c e^-s),  sum over e of v_e = k
+
+    for the exponent s (`expert_skew`) and k active experts: an expert that would get more than all
+    tokens gets all, and the others share the rest.
+
+    Args:
+        model: The model.
+        most: The length of the result; shares beyond the experts of the model are 0.
+    """
+    place = jnp.arange(most)
+    weight = jnp.where(place < model.experts, (place + 1.0) ** (-1.0 * model.expert_skew), 0.0)
+    # c where the `place` most popular experts are visited by all tokens
+    rest = jnp.maximum(jnp.cumsum(weight[::-1])[::-1], 1e-30)
+    factor = (model.active_experts - place) / rest
+    full = jnp.argmax(factor * weight <= 1)  # how many are
+    return jnp.where(place < full, 1.0, jnp.minimum(factor[full] * weight, 1.0))
 
 
 def product_bits(context: Context, *, routed: bool = False) -> Bits:
@@ -251,7 +309,11 @@ def matrix_product(
 
     def work(context: Context, tokens, written_before, tile=None) -> Work:
         few = getattr(context.calibration, stuck_after) if stuck_after else 0.0
-        routing = route(context.model, tokens) if routed else Routing(1.0, tokens)
+        routing = Routing(1.0, tokens)
+        if routed:
+            routing = route(context.model, tokens, context.parallel, context.mix)
+            if context.mix.skewed:  # each expert has its tokens, and so its tiles
+                tile = None
         bits = product_bits(context, routed=routed)
         found = gemm(
             context.hardware,
@@ -265,8 +327,10 @@ def matrix_product(
             fidelity=context.fidelity,
             bits=bits,
         )
-        found = jax.tree.map(lambda value: routing.products * value, found)
         found = _on_system(context, found, bits)
+        found = jax.tree.map(lambda value: routing.products * value, found)
+        if routed and context.mix.skewed:
+            found = jax.tree.map(jnp.sum, found)
         if routed and context.mix.shared:
             found = jax.tree.map(jnp.add, found, shared_work(context, tokens))
         if of_latents and context.mix.latent:
@@ -362,14 +426,18 @@ def activate(context: Context, tokens, written_before, tile=None) -> Work:
 
 
 def mlp_rows(context: Context, tokens: Number) -> Number:
-    """Returns the rows of `mlp_channels` that a layer computes: one of each token in each MLP.
+    """Returns the rows of a layer: one of each token in each MLP.
+
+    A row has the channels of an MLP, or of an expert, that a device has if all share each expert.
+    Where experts are dealt to groups of devices, its channels are more, and count as more rows.
 
     Args:
         context: The model, and whether it has shared experts.
         tokens: The tokens of the sub-batch.
     """
-    routing = route(context.model, tokens)
-    rows = routing.products * routing.tokens
+    routing = route(context.model, tokens, context.parallel, context.mix)
+    there = jnp.asarray(context.model.experts) > 0
+    rows = routing.rows * jnp.where(there, context.parallel.ep, 1)
     return rows + tokens * context.model.shared_experts if context.mix.shared else rows
 
 

@@ -17,7 +17,6 @@ from neupims.machine.division import ceil_divide
 from neupims.machine.hardware import Hardware
 from neupims.machine.layer_kinds import attended, find_mix, layer_kinds
 from neupims.machine.record import Number
-from neupims.machine.supported import check_timed
 from neupims.machine.workload import FLOAT16_BYTES, Batch, Decoder, Parallel
 from neupims.timing.attention import no_attention
 from neupims.timing.gemm import LEAST_STREAM, Work, bytes_per_cycle
@@ -69,12 +68,10 @@ def prefill(
         of the prompts.
 
     Raises:
-        ValueError: `system` is neither "npu-only" nor "gpu", or the model has a feature that the
-            timing does not compute.
+        ValueError: `system` is neither "npu-only" nor "gpu".
     """
     if system not in PREFILL_SYSTEMS:
         raise ValueError(f"prefill runs on {' or '.join(PREFILL_SYSTEMS)}, not {system!r}")
-    check_timed(model)
     kinds = layer_kinds(model, find_mix(model))
     runs = [
         _prefill(hardware, each.model, batch, parallel, calibration, system=system, mix=each.mix)
