@@ -13,10 +13,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks import ahead_of_time, xla_traffic
+from ggem_jax.models.vit import vit_config
 from ggem_jax.pooling import ggem_pool, norm_ggem_pool, superglobal_pool
-from train import step
+from train import dry_run, step
 from train.cli import load_config
-from train.config import Config
+from train.config import Config, Pool
 
 pytestmark = [
     pytest.mark.aot,
@@ -135,6 +136,17 @@ def test_plain_jax_moves_fewer_bytes_than_the_formula(name, times):
         for kind in ("kernels", "plain JAX", "formula")
     )
     assert kernels < plain < times * 2 * 256 * 196 * 768 < formula
+
+
+@pytest.mark.parametrize("remat", [False, True])
+def test_the_dry_run_estimates_the_memory_of_a_step(remat):
+    model = vit_config("S/16", class_token=False, dtype="bfloat16", remat=remat)
+    config = Config(model=model, batch=256, pool=Pool(kind="avg"))
+    steps = step.make_steps(config, 1000, 10, devices=tuple(ahead_of_time.devices(1).ravel()))
+    state = jax.eval_shape(steps.init, 0)
+    estimated = dry_run.estimate_memory(config, steps, state).total
+    compiled = dry_run.compiled_bytes(config, steps, state, "h200:1")
+    assert compiled / 1.15 < estimated < compiled * 1.15
 
 
 def test_bytes_of_a_program_are_those_of_its_steps():

@@ -1,16 +1,18 @@
 """Trains a Vision Transformer classifier: python -m train.classify --config NAME [flags].
 
 `--init FILE` starts from a published ViT (`ggem_jax.weights.vit`). `train.loop` describes the run's
-folder, and how a run stops and resumes.
+folder, and how a run stops and resumes. `--dry-run` says what a run would take (`train.dry_run`).
 """
 
+import sys
 from typing import Any
 
 import jax
 import numpy as np
 
+from train import dry_run
 from train.batches import train_batches
-from train.cli import Refused, load_config
+from train.cli import Refused, load_config, one_sentence
 from train.config import Config
 from train.data import Images, open_data
 from train.digest import describe_data
@@ -26,7 +28,12 @@ TOOL = "train.classify"
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the script."""
-    run_tool(TOOL, lambda flags: train(load_config(Config, flags)), argv)
+    flags = sys.argv[1:] if argv is None else argv
+    if dry_run.is_asked(flags):
+        with one_sentence(TOOL):
+            dry_run.main(flags)
+    else:
+        run_tool(TOOL, lambda flags: train(load_config(Config, flags)), flags)
 
 
 def train(

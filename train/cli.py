@@ -178,7 +178,7 @@ def load_config(record: type[S], argv: list[str], prog: str | None = None) -> S:
     argv = list(argv)
     settings: dict[str, Any] = {}
     name, file, start, variant, before = (
-        _take(argv, flag)
+        take_flag(argv, flag)
         for flag in ("--config", "--config-file", "--init", "--variant", "--resume-from")
     )
     if start is not None and before is not None:
@@ -398,8 +398,19 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     return below | above | both
 
 
-def _take(argv: list[str], flag: str) -> str | None:
-    """Removes `flag VALUE` and `flag=VALUE` from argv and returns the last value."""
+def take_flag(argv: list[str], flag: str) -> str | None:
+    """Removes `flag VALUE` and `flag=VALUE` from the flags and returns the last value.
+
+    Args:
+        argv: The flags, which lose this one.
+        flag: The flag, with its hyphens.
+
+    Returns:
+        The value, or None where the flag is not there.
+
+    Raises:
+        Refused: The flag is last and has no value.
+    """
     value = None
     for i in reversed(range(len(argv))):
         name, equals, found = argv[i].partition("=")

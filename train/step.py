@@ -57,20 +57,24 @@ class Steps:
     evaluate: Any
 
 
-def make_mesh(fsdp: int) -> Mesh:
-    """Returns all devices as a mesh `(data, fsdp)`.
+def make_mesh(fsdp: int, devices: tuple[jax.Device, ...] | None = None) -> Mesh:
+    """Returns devices as a mesh `(data, fsdp)`.
 
     Args:
         fsdp: Devices that the weights are split over.
+        devices: The devices; None takes all of this process and of those it has joined.
 
     Raises:
         Refused: `fsdp` does not divide the number of devices.
     """
-    devices = jax.device_count()
-    if fsdp < 1 or devices % fsdp:
-        raise Refused(f"--fsdp must divide the number of devices, {devices}; it is {fsdp}")
+    count = jax.device_count() if devices is None else len(devices)
+    if fsdp < 1 or count % fsdp:
+        raise Refused(f"--fsdp must divide the number of devices, {count}; it is {fsdp}")
     return jax.make_mesh(
-        (devices // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto)
+        (count // fsdp, fsdp),
+        ("data", "fsdp"),
+        axis_types=(AxisType.Auto, AxisType.Auto),
+        devices=devices,
     )
 
 
@@ -99,6 +103,7 @@ def make_steps(
     *,
     several: bool = False,
     class_weights: tuple[float, ...] | None = None,
+    devices: tuple[jax.Device, ...] | None = None,
 ) -> Steps:
     """Returns the compiled steps of a classifier.
 
@@ -113,6 +118,7 @@ def make_steps(
         total_steps: Steps of the run.
         several: Whether an image may have several labels.
         class_weights: Factor of the loss of each class; None: all are 1.
+        devices: The devices, which may be described ones (`train.topologies`); None: all.
     """
     return _classifier_steps(
         build_model(config, num_classes),
@@ -123,6 +129,7 @@ def make_steps(
         total_steps,
         several,
         class_weights,
+        devices,
     )
 
 
@@ -136,6 +143,7 @@ def _classifier_steps(
     total_steps: int,
     several: bool,
     class_weights: tuple[float, ...] | None,
+    devices: tuple[jax.Device, ...] | None,
 ) -> Steps:
     side = model.config.image
 
@@ -171,13 +179,18 @@ def _classifier_steps(
         loss=loss,
         outputs=lambda params, images: {"probability": probability(logits_of(params, images))},
     )
-    return compile_steps(problem, data, optimizer, fsdp, total_steps)
+    return compile_steps(problem, data, optimizer, fsdp, total_steps, devices)
 
 
 def compile_steps(
-    problem: Problem, data: Data, optimizer: Optimizer, fsdp: int, total_steps: int
+    problem: Problem,
+    data: Data,
+    optimizer: Optimizer,
+    fsdp: int,
+    total_steps: int,
+    devices: tuple[jax.Device, ...] | None = None,
 ) -> Steps:
-    """Returns the compiled steps of a problem, laid out over all devices.
+    """Returns the compiled steps of a problem, laid out over devices.
 
     Args:
         problem: Parameters, loss and outputs.
@@ -185,12 +198,13 @@ def compile_steps(
         optimizer: Settings of AdamW.
         fsdp: Devices that the weights are split over.
         total_steps: Steps of the run.
+        devices: The devices; None: all.
 
     Raises:
         Refused: The settings of the model and of its pooling do not go together, or `fsdp` does not
             divide the number of devices.
     """
-    mesh = make_mesh(fsdp)
+    mesh = make_mesh(fsdp, devices)
     transform = make_optimizer(optimizer, total_steps)
     if problem.scales is not None:
         transform = optax.chain(transform, scale_by_parameter(problem.scales))

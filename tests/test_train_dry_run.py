@@ -1,0 +1,102 @@
+"""train/dry_run.py: what a training would take, without its data."""
+
+import dataclasses
+
+import jax
+import pytest
+from conftest import TINY
+
+from train import classify, dry_run
+from train.cli import load_config
+from train.config import Config, Optimizer
+from train.step import make_steps
+
+
+def run(capsys, *flags):
+    """The exit message (None: success) and the lines that are printed."""
+    try:
+        classify.main(["--dry-run", *map(str, flags)])
+        code = None
+    except SystemExit as error:
+        code = error.code
+    return code, capsys.readouterr().out.splitlines()
+
+
+def test_sizes_come_from_the_data_and_nothing_is_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    code, lines = run(capsys, *TINY, "--on", "none")
+    assert code is None
+    assert lines[0].split()[1:3] == ["5,148", "parameters,"]
+    assert any("images a step" in line or "32 images" in line for line in lines)
+    assert any(line.startswith("the run ") and "1,438 images" in line for line in lines)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_recipe_needs_no_data(capsys):
+    sizes = ["--classes", 1000, "--images", 1_281_167, "--on=none"]
+    code, lines = run(capsys, "--config", "imagenet_vit_s16", *sizes)
+    assert code is None
+    assert "21,974,632 parameters" in lines[0]
+    # 27.4 GFLOP an image, 112,603 steps of 1,024 images, 40 % of 989 TFLOP/s
+    assert any("1 x NVIDIA H200 2.2 hours" in line for line in lines)
+
+
+def test_the_step_is_compiled_for_the_devices_here(capsys):
+    code, lines = run(capsys, *TINY)
+    assert code is None
+    words = lines[-1].split()
+    assert words[0] == "compiled"
+    assert words[2] in ("MB", "GB")
+    assert float(words[1]) > 0.1
+
+
+def small(**changes):
+    return dataclasses.replace(load_config(Config, [*TINY], "test"), **changes)
+
+
+def test_memory_is_split_as_the_devices_split_it():
+    def memory(config):
+        steps = make_steps(config, 10, 5)
+        return dry_run.estimate_memory(config, steps, jax.eval_shape(steps.init, 0))
+
+    whole, split = memory(small()), memory(small(fsdp=8))
+    assert whole.gradients == whole.weights
+    assert 2 * whole.weights < whole.optimizer < 2.1 * whole.weights
+    assert split.weights < whole.weights
+    assert (split.images, split.activations) == (whole.images, whole.activations)
+    assert whole.images == 32 // 8 * 8 * 8 * 3
+    assert memory(small(optimizer=Optimizer(ema=0.9))).average == whole.weights
+    parts = whole.weights + whole.average + whole.optimizer + whole.gradients
+    assert whole.total == parts + whole.images + whole.activations
+
+
+def test_activations_by_hand():
+    """A step of 8 images on 2 devices; 4 x 4 patches and a class token, in float32."""
+    config = small(batch=8)
+    model = config.model
+    tokens = (model.image // model.patch) ** 2 + 1
+    token = 16 * (8 + 24) + 2 * 32 * 4 + 2 * tokens * 8
+    assert dry_run.activation_bytes(config, 2, remat=False) == 2 * 4 * tokens * token
+    recomputed = 4 * tokens * (2 * 16 * 4 + token)
+    assert dry_run.activation_bytes(config, 2, remat=True) == recomputed
+    halves = dataclasses.replace(config, optimizer=Optimizer(accumulate=2))
+    half = dry_run.activation_bytes(halves, 2, remat=False)
+    assert 2 * half == dry_run.activation_bytes(config, 2, remat=False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (["--on", "a100:8"], "--on must be here, none or h200:N, such as h200:8, not a100:8"),
+        (["--on", "h200:0"], "--on must be here, none or h200:N"),
+        (["--classes", "ten"], "--classes must be a whole number of at least 1, not ten"),
+        (["--images", "0"], "--images must be a whole number of at least 1, not 0"),
+        (["--images"], "--images needs a value"),
+        (["--batch", "12"], "--batch must be a multiple of the 8 devices"),
+        (["--data", "folder:none"], "a dry run without the data needs --classes N and --images N"),
+    ],
+)
+def test_mistakes_are_one_sentence(capsys, flags, words):
+    code, _ = run(capsys, *TINY, *flags)
+    assert words in code
+    assert "\n" not in code

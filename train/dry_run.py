@@ -1,0 +1,275 @@
+"""What a training would take, without its data: python -m train.classify --dry-run --config NAME
+
+It prints parameters, FLOPs, the memory of each device by part and the time, and compiles the step.
+Nothing is trained, read or written. Besides the flags of `train.classify`:
+
+    --classes N   classes of the data (default: opens the data)
+    --images N    training images of the data (default: opens the data)
+    --on D        devices to compile for: "here", "none", or "h200:8", which need not be there
+
+Memory is an estimate from sizes. A compiled program may keep more or less, as its compiler decides.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from ggem_jax.models.config import ViTConfig
+from train import topologies
+from train.cli import Refused, load_config, take_flag
+from train.config import Config
+from train.data import open_data
+from train.step import State, Steps, make_steps
+from train.throughput import PEAK_FLOPS, training_flops
+
+UTILISATION = 0.4  # of the peak, assumed for the times
+TIMED = (("NVIDIA H200", 1), ("NVIDIA H200", 8), ("TPU v5 lite", 8))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device during a training step, by what they hold."""
+
+    weights: int
+    average: int  # the moving average of the weights
+    optimizer: int
+    gradients: int
+    images: int  # one batch
+    activations: int  # kept from the forward pass for the backward pass
+
+    @property
+    def total(self) -> int:
+        """The sum of all parts."""
+        parts = self.weights, self.average, self.optimizer, self.gradients
+        return sum(parts) + self.images + self.activations
+
+
+def is_asked(flags: list[str]) -> bool:
+    """Returns whether `--dry-run` is among the flags.
+
+    Args:
+        flags: The flags of `train.classify`.
+    """
+    return any(flag.replace("_", "-") == "--dry-run" for flag in flags)
+
+
+def main(flags: list[str]) -> None:
+    """Prints what a run would take.
+
+    Args:
+        flags: The flags of `train.classify`, and those of the dry run.
+
+    Raises:
+        Refused: A flag is wrong, or the data are not there and their sizes are not given.
+    """
+    flags = [flag for flag in flags if flag.replace("_", "-") != "--dry-run"]
+    classes, images = (_count(flags, name) for name in ("--classes", "--images"))
+    where = take_flag(flags, "--on") or "here"
+    config = load_config(Config, flags)
+    if classes is None or images is None:
+        classes, images = _sizes_of_data(config, classes, images)
+    for line in describe(config, classes, images, where):
+        print(line, flush=True)
+
+
+def describe(config: Config, classes: int, images: int, where: str = "here") -> Iterator[str]:
+    """Yields lines for people: sizes, memory, time, and the compiled program.
+
+    Args:
+        config: The settings of the run.
+        classes: Classes of the data.
+        images: Training images of the data.
+        where: Devices to compile for: "here", "none", or "h200:N".
+
+    Raises:
+        Refused: The devices are unknown, or do not divide the batch.
+    """
+    devices = find_devices(where)
+    total = max(round(config.epochs * images / config.batch), 1)
+    steps = make_steps(config, classes, total, devices=devices)
+    count = steps.mesh.size
+    if config.batch % (count * config.optimizer.accumulate):
+        raise Refused(
+            f"--batch must be a multiple of the {count} devices times --optimizer.accumulate"
+            f" {config.optimizer.accumulate}, it is {config.batch}"
+        )
+    state = jax.eval_shape(steps.init, 0)
+    parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    flops = training_flops(config.model, classes)
+    yield (
+        f"model         {parameters:,} parameters, {flops / 1e9:.3g} GFLOP to train on an image,"
+        f" {flops * config.batch / 1e12:.3g} TFLOP a step of {config.batch:,} images"
+    )
+    memory = estimate_memory(config, steps, state)
+    yield f"a device      one of {count}, with {config.batch // count:,} images of a step"
+    named = {
+        "weights": memory.weights,
+        "gradients": memory.gradients,
+        "optimizer": memory.optimizer,
+        "average": memory.average,
+        "images": memory.images,
+        "activations": memory.activations,
+    }
+    for name, size in named.items():
+        if size:
+            yield f"  {name:<12}{_size(size)}"
+    other = activation_bytes(config, count, remat=not config.model.remat)
+    without = "without" if config.model.remat else "with"
+    yield f"  in all      {_size(memory.total)}, estimated"
+    difference = memory.total - memory.activations + other
+    yield f"  {without} --model.remat {_size(difference)}, estimated"
+    yield f"the run       {total:,} steps: {config.epochs:g} epochs of {images:,} images"
+    for kind, number in TIMED:
+        seconds = flops * config.batch * total / (PEAK_FLOPS[kind] * number * UTILISATION)
+        yield (
+            f"  {number} x {kind:<12}{_time(seconds)} at {UTILISATION:.0%} of the bfloat16 peak:"
+            " computed, not measured"
+        )
+    if where != "none":
+        place = "the devices here" if where == "here" else where
+        yield f"compiled      {_size(compiled_bytes(config, steps, state, where))} for {place}"
+
+
+def estimate_memory(config: Config, steps: Steps, state: State) -> Memory:
+    """Returns what a step keeps on each device.
+
+    Args:
+        config: The settings of the run.
+        steps: The steps of the run, for the layout on the devices.
+        state: Shapes of the state.
+    """
+
+    def share(shapes, layout) -> int:
+        pieces = jax.tree.map(
+            lambda leaf, sharding: math.prod(sharding.shard_shape(leaf.shape)), shapes, layout
+        )
+        sizes = jax.tree.map(lambda leaf, piece: piece * leaf.dtype.itemsize, shapes, pieces)
+        return sum(jax.tree.leaves(sizes))
+
+    layout, count = steps.state_sharding, steps.mesh.size
+    weights = share(state.params, layout.params)
+    return Memory(
+        weights=weights,
+        average=share(state.ema, layout.ema),
+        optimizer=share(state.opt_state, layout.opt_state),
+        gradients=weights,
+        images=config.batch // count * config.model.image**2 * 3,
+        activations=activation_bytes(config, count, remat=config.model.remat),
+    )
+
+
+def activation_bytes(config: Config, devices: int, *, remat: bool) -> int:
+    """Returns the bytes of activations that each device keeps for the backward pass.
+
+    Of b images with T tokens, a block keeps for each token, in a compiled program: its input and
+    that of the MLP in float32; of `dtype`, both again after their norms, queries, keys and values,
+    and what attention returns; the hidden channels of the MLP before and after the activation; and
+    the shares of attention, in float32 and in `dtype`. With `remat` it is the input of every block
+    and all that one block keeps.
+
+    Args:
+        config: The settings of the run.
+        devices: Devices that a batch is split over.
+        remat: Whether blocks are computed again in the backward pass.
+    """
+    model = config.model
+    images = config.batch // devices // config.optimizer.accumulate
+    tokens = (model.image // model.patch) ** 2 + model.prefix_tokens
+    size = jnp.dtype(model.dtype).itemsize
+    block = images * tokens * _token_bytes(model, tokens, size)
+    if not remat:
+        return model.depth * block
+    return model.depth * images * tokens * model.width * size + block
+
+
+def _token_bytes(model: ViTConfig, tokens: int, size: int) -> int:
+    """What a block keeps for a token; a gated MLP has a third array of hidden channels."""
+    streams = model.width * (2 * 4 + 6 * size)
+    hidden = (3 if model.mlp == "swiglu" else 2) * model.mlp_width * size
+    return streams + hidden + model.heads * tokens * (4 + size)
+
+
+def compiled_bytes(config: Config, steps: Steps, state: State, where: str) -> int:
+    """Returns the memory that XLA's program of a step takes on each device.
+
+    Args:
+        config: The settings of the run.
+        steps: The steps of the run on the devices to compile for.
+        state: Shapes of the state.
+        where: The devices, as for `describe`.
+    """
+    side = config.model.image
+    placed = jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        state,
+        steps.state_sharding,
+    )
+    batch = {
+        "image": jax.ShapeDtypeStruct(
+            (config.batch, side, side, 3), jnp.uint8, sharding=steps.batch_sharding
+        ),
+        "label": jax.ShapeDtypeStruct((config.batch,), jnp.int32, sharding=steps.batch_sharding),
+    }
+    seed = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(steps.mesh, P()))
+    if where == "here":
+        program = steps.train.lower(placed, batch, seed).compile()
+    else:
+        program = topologies.compile_for_h200(steps.train, placed, batch, seed)
+    used = program.memory_analysis()
+    made = used.output_size_in_bytes - used.alias_size_in_bytes
+    return used.argument_size_in_bytes + made + used.temp_size_in_bytes
+
+
+def find_devices(where: str) -> tuple[jax.Device, ...] | None:
+    """Returns the devices to compile for; None: all of this process.
+
+    Args:
+        where: "here", "none", or "h200:N".
+
+    Raises:
+        Refused: The name is unknown, or XLA's compiler for it is not installed.
+    """
+    if where in ("here", "none"):
+        return None
+    found = re.fullmatch(r"h200:([1-9]\d{0,3})", where)
+    if found is None:
+        raise Refused(f"--on must be here, none or h200:N, such as h200:8, not {where}")
+    if not topologies.available():
+        raise Refused(
+            f"--on {where} needs XLA's compiler for NVIDIA GPUs: install jax[cuda12], or take"
+            " --on none"
+        )
+    return tuple(topologies.h200s(int(found[1])).ravel())
+
+
+def _sizes_of_data(config: Config, classes: int | None, images: int | None) -> tuple[int, int]:
+    try:
+        found, _ = open_data(config.data)
+    except Refused as error:
+        raise Refused(
+            f"{error}; a dry run without the data needs --classes N and --images N"
+        ) from None
+    return classes or len(found.classes), images or len(found)
+
+
+def _count(flags: list[str], name: str) -> int | None:
+    text = take_flag(flags, name)
+    if text is not None and not re.fullmatch(r"[1-9]\d{0,11}", text):
+        raise Refused(f"{name} must be a whole number of at least 1, not {text}")
+    return None if text is None else int(text)
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+def _time(seconds: float) -> str:
+    if seconds >= 3600:
+        return f"{seconds / 3600:.1f} hours"
+    return f"{seconds / 60:.0f} minutes" if seconds >= 60 else f"{seconds:.2g} seconds"
