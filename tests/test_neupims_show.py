@@ -12,6 +12,7 @@ from neupims.machine import config
 from neupims.machine.costs import AreaCosts, EnergyCosts
 from neupims.machine.hardware import Hardware
 from neupims.machine.quantity import describe
+from neupims.machine.units import compact
 
 
 def shown(capsys, *words):
@@ -55,9 +56,37 @@ def test_hardware_lists_every_field(capsys):
     }
     assert all(each["unit"] and each["source"] for each in found["fields"])
     assert {each["name"] for each in found["configurations"]} == set(config.names("hardware"))
-    text = " ".join(shown(capsys, "hardware").split())
+    text = " ".join(shown(capsys, "hardware", "--all").split())
     for field in describe(Hardware()):
         assert field.name in text
+    assert all(f" {name} " in text for name in config.names("hardware"))
+    assert shown(capsys, "hardware", "--all", "--json") == shown(capsys, "hardware", "--json")
+
+
+def test_hardware_begins_with_one_screen(capsys, tmp_path):
+    """Totals, what the file gives, and all values by group; the rest is behind --all."""
+    text = shown(capsys, "hardware")
+    assert len(text.splitlines()) < 50
+    assert max(len(line) for line in text.splitlines()) <= 80
+    places = [text.index(words) for words in ("hbm.bytes_per_second", "all values", "Named machi")]
+    assert places == sorted(places)
+    flat = " ".join(text.split())
+    for field in describe(Hardware()):
+        group, _, name = field.name.partition(".")
+        assert (f"{name}={compact(field.value)}" in flat) == (group not in ("energy", "area"))
+    assert "or --set gives" not in text
+    file = tmp_path / "mine.toml"
+    file.write_text('[hbm]\nclock_hz = "2 GHz"\ntrp_cycles = "14 ns"\n')
+    text = shown(capsys, "hardware", "--hardware", str(file), "--set", "npu.num_arrays=4")
+    flat = " ".join(text.split())
+    assert "hbm.trp_cycles 28 memory cycles, 14 ns. mine.toml: 14 ns (default: 14)" in flat
+    assert "npu.num_arrays 4 arrays. --set: 4 (default: 8)" in flat
+    assert "npu.peak_flops_per_second 131.1 TFLOP/s" in flat
+
+
+def test_all_is_refused_where_there_is_no_more():
+    with pytest.raises(ValueError, match="--all is for hardware: leave it out for models"):
+        shown(None, "models", "--all")
 
 
 def test_another_machine_shows_its_values(capsys):

@@ -43,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="one field of that machine, such as hbm.trp_cycles='14 ns'; may repeat",
     )
     parser.add_argument(
+        "--all",
+        action="store_true",
+        help="hardware: each field with its unit, range and source, and the named machines",
+    )
+    parser.add_argument(
         "--json", action="store_true", help="one JSON object and nothing else on standard output"
     )
 
@@ -61,6 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
     list_, draw = SUBJECTS[arguments.what]
     if arguments.model is not None and arguments.what != "models":
         raise ValueError(f"--model is for models: leave it out for {arguments.what}")
+    if arguments.all and arguments.what != "hardware":
+        raise ValueError(f"--all is for hardware: leave it out for {arguments.what}")
     changes = dict(map(parse_change, arguments.set))
     if changes and arguments.what not in OF_A_MACHINE:
         raise ValueError(
@@ -78,23 +85,51 @@ def run(arguments: argparse.Namespace) -> int:
     found = record.to_dict()
     if arguments.json:
         print_json(found)
+    elif arguments.all:
+        _draw_fields(found)
     else:
         draw(found)
     return 0
 
 
 def _draw_hardware(found: dict[str, Any]) -> None:
+    """Totals, what the file and --set give, all values by group, and the names of machines."""
+    totals = [(each["name"], _scaled(each["value"], each["unit"])) for each in found["totals"]]
+    _table(f"{found['hardware']}: what follows from its fields", ("total", "value"), totals)
+    given = [each for each in found["fields"] if each["given_by"] is not None]
+    if given:
+        _table(
+            f"{found['hardware']}: fields that its file or --set gives",
+            ("field", "value", "unit. by whom: what (default)"),
+            [(each["name"], _format(each["value"]), _explain_given(each)) for each in given],
+        )
+    groups: dict[str, list[str]] = {}
+    for each in found["fields"]:
+        group, _, name = each["name"].partition(".")
+        groups.setdefault(group, []).append(f"{name}={compact(each['value'])}")
+    rows = [(group, ", ".join(groups[group])) for group in groups if group not in COSTS]
+    _table(f"{found['hardware']}: all values", ("group", "fields"), rows)
+    counts = " and ".join(f"{group} ({len(groups[group])} costs)" for group in COSTS)
+    names = ", ".join(each["name"] for each in found["configurations"])
+    _say(f"Further groups, in `show constants`: {counts}.")
+    _say(f"Named machines: {names}.")
+    _say("--all: unit, range and source of each field, and what these machines are.")
+
+
+def _draw_fields(found: dict[str, Any]) -> None:
+    """Totals, each field with all that is known of it, and the named machines."""
+    totals = [
+        (each["name"], _scaled(each["value"], each["unit"]), each["formula"])
+        for each in found["totals"]
+    ]
+    title = f"{found['hardware']}: what follows from its fields"
+    _table(title, ("total", "value", "formula"), totals)
     rows = [(each["name"], _format(each["value"]), _explain(each)) for each in found["fields"]]
     _table(
         f"{found['hardware']}: fields that --set and files may change",
         ("field", "value", "unit; range. where the value is from"),
         rows,
     )
-    totals = [
-        (each["name"], _scaled(each["value"], each["unit"]), each["formula"])
-        for each in found["totals"]
-    ]
-    _table("what follows from the fields", ("total", "value", "formula"), totals)
     changes = [
         ", ".join(f"{name}={_format(value)}" for name, value in each["changes"].items())
         for each in found["configurations"]
@@ -108,18 +143,28 @@ def _draw_hardware(found: dict[str, Any]) -> None:
 
 def _explain(field: dict[str, Any]) -> str:
     """Returns the unit of a field, its range, and where its value is from."""
-    unit = ", ".join(filter(None, (field["unit"], field["note"])))
-    if field["nanoseconds"] is not None:
-        unit = f"{unit}, {field['nanoseconds']:.4g} ns"
     ends = (
         f"{'0 or ' if field['zero'] else ''}{compact(field['least'])} to {compact(field['most'])}"
     )
     effect = {"none": " No effect.", "energy": " Energy alone."}.get(field["effect"], "")
-    if field["given_by"] is None:
-        return f"{unit}; {ends}.{effect} Default: {field['source']}"
+    by = f" Default: {field['source']}" if field["given_by"] is None else f" {_say_giver(field)}"
+    return f"{_unit(field)}; {ends}.{effect}{by}"
+
+
+def _explain_given(field: dict[str, Any]) -> str:
+    """Returns the unit of a field, and who gives its value."""
+    return f"{_unit(field | {'note': ''})}. {_say_giver(field)}"
+
+
+def _unit(field: dict[str, Any]) -> str:
+    unit = ", ".join(filter(None, (field["unit"], field["note"])))
+    return unit if field["nanoseconds"] is None else f"{unit}, {field['nanoseconds']:.4g} ns"
+
+
+def _say_giver(field: dict[str, Any]) -> str:
     given = field["given"] if isinstance(field["given"], str) else _format(field["given"])
     by = os.path.basename(field["given_by"])
-    return f"{unit}; {ends}.{effect} {by}: {given} (default: {_format(field['default'])})"
+    return f"{by}: {given} (default: {_format(field['default'])})"
 
 
 def _scaled(value: float, unit: str) -> str:
@@ -269,6 +314,12 @@ def _draw_knobs(found: dict[str, Any]) -> None:
     )
 
 
+def _say(text: str) -> None:
+    from rich.console import Console
+
+    Console(highlight=False, markup=False, emoji=False).print(text)
+
+
 def _table(
     title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], *, numbers: bool = False
 ) -> None:
@@ -279,7 +330,7 @@ def _table(
     from rich.table import Table
 
     drawn = Table(
-        title=title,
+        title=escape(title),
         box=box.SIMPLE,
         title_justify="left",
         padding=(0, 1) if numbers else (0, 2, 0, 0),
@@ -311,4 +362,5 @@ SUBJECTS: dict[str, tuple[Callable[..., Any], Callable[[dict[str, Any]], None]]]
     "constants": (catalogue.list_constants, _draw_constants),
     "knobs": (catalogue.list_knobs, _draw_knobs),
 }
+COSTS = ("energy", "area")  # groups of fields that `constants` shows
 OF_A_MACHINE = ("hardware", "constants")  # the subjects that --hardware changes

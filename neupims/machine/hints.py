@@ -62,7 +62,7 @@ def check_fields(given: Mapping[str, Any], machines: tuple[str, ...]) -> None:
         return  # a group that is named as a field is left to `replace_all`
     hints = [f"{name} ({_hint(name, given, known, machines)})" for name in unknown]
     there = "there is no field" if len(hints) == 1 else "there are no fields"
-    raise ValueError(f"{there} {', '.join(hints)}; `show hardware` lists all")
+    raise ValueError(f"{there} {', '.join(hints)}; `show hardware --all` lists all")
 
 
 def _hint(name: str, given: Mapping[str, Any], known: list[str], machines: tuple[str, ...]) -> str:
