@@ -106,6 +106,8 @@ def test_the_command_prints_the_record_of_the_library(capsys, tmp_path, machines
         (["--system", ",gpu"], "each system needs a name, not '', 'gpu'"),
         (["--system", "gpu,neupims", "--knob", "npu.num_arrays=2,4"], "--knob is for the designs"),
         (["--system", "gpu,neupims", "--out", "x"], "--out is for the designs"),
+        (["--system", "gpu,neupims", "--points", "0"], "--points is for the designs"),
+        (["--system", "gpu,neupims", "--method", "grid"], "--method is for the designs"),
         (["--system", "gpu,neupims", "--objectives", "speed:max"], "no metric 'speed'"),
         (["--system", "gpu,neupims", "--sub-batches", "auto"], "auto is for simulate"),
         (["--system", "gpu"], "or give several systems or machines to compare"),

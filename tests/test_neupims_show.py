@@ -84,6 +84,17 @@ def test_hardware_begins_with_one_screen(capsys, tmp_path):
     assert "npu.peak_flops_per_second 131.1 TFLOP/s" in flat
 
 
+def test_a_machine_without_a_name_is_refused():
+    with pytest.raises(ValueError, match="there is no machine ''"):
+        shown(None, "hardware", "--hardware", "")
+
+
+def test_a_name_is_not_read_as_markup(capsys, tmp_path):
+    file = tmp_path / "[red]x.toml"
+    file.write_text("[npu]\nnum_arrays = 4\n")
+    assert "[red]x.toml" in "".join(shown(capsys, "hardware", "--hardware", str(file)).split())
+
+
 def test_all_is_refused_where_there_is_no_more():
     with pytest.raises(ValueError, match="--all is for hardware: leave it out for models"):
         shown(None, "models", "--all")

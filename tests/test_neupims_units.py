@@ -298,6 +298,11 @@ def test_knobs_take_units_and_refuse_times_where_the_clock_varies():
             make_space({name: [1, 2]})
 
 
+def test_a_share_in_per_cent_is_not_taken_for_a_slip():
+    with pytest.raises(ValueError, match=r"from 0 to 0.99 shares, not 1$"):
+        replace(Hardware(), "area.uncore_share", "100 %")
+
+
 def rows_of_page(fields):
     for each in fields:
         zero = "0 or " if each["zero"] else ""

@@ -9,7 +9,7 @@ from neupims.machine.systems import FIDELITY_ANSWERS
 from neupims.machine.traces import Requests
 
 # Flags that only a space of designs has.
-OF_A_SPACE = ("space", "constraint", "points", "reference", "chunk", "out")
+OF_A_SPACE = ("space", "constraint", "method", "points", "reference", "chunk", "out")
 
 
 def compare_and_print(
@@ -34,7 +34,7 @@ def compare_and_print(
     """
     from neupims.exploration.compare import COMPARED, compare
 
-    given = [name for name in OF_A_SPACE if getattr(arguments, name)]
+    given = [name for name in OF_A_SPACE if getattr(arguments, name) not in (None, "", [])]
     if is_space or given:
         flag = "knob" if is_space else given[0]
         raise ValueError(

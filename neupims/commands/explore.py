@@ -90,7 +90,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--method",
         choices=("grid", "random", "sobol", "evolution"),
-        default="sobol",
         help="(default: sobol)",
     )
     how.add_argument(
@@ -177,7 +176,7 @@ def run(arguments: argparse.Namespace) -> int:
             knobs,
             constraints=[*constraints, *arguments.constraint],
             objectives=OBJECTIVES if arguments.objectives is None else arguments.objectives,
-            method=arguments.method,
+            method=arguments.method or "sobol",
             points=arguments.points,
             seed=arguments.seed,
             system=system,

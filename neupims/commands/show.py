@@ -74,7 +74,8 @@ def run(arguments: argparse.Namespace) -> int:
             f"--set is for {' and '.join(OF_A_MACHINE)}: leave it out for {arguments.what}"
         )
     if arguments.what in OF_A_MACHINE:
-        record = list_(arguments.hardware or "neupims", changes)
+        machine = "neupims" if arguments.hardware is None else arguments.hardware
+        record = list_(machine, changes)
     elif arguments.hardware is None:
         record = list_() if arguments.model is None else list_(arguments.model)
     else:

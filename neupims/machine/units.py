@@ -186,7 +186,7 @@ def likely_slip(
     Returns:
         An empty string if no unit explains the number.
     """
-    if not math.isfinite(value) or value <= 0:
+    if not math.isfinite(value) or value <= (1 if unit == "shares" else 0):
         return ""
 
     def distance(candidate: tuple[str, float]) -> float:
