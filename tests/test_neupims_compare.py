@@ -18,7 +18,7 @@ from neupims.exploration.points import overall, parse_objectives
 from neupims.exploration.space import make_space
 from neupims.exploration.workloads import deal, make_workloads
 from neupims.machine.case import select_system
-from neupims.machine.workload import make_batch
+from neupims.machine.workload import Decoder, make_batch
 
 BATCH = make_batch(np.random.default_rng(0).integers(1, 900, 64), np.arange(64) % 16)
 SYSTEMS = ["neupims", "npu-pim", "gpu"]
@@ -186,6 +186,19 @@ def test_rows_that_are_left_out_are_counted_and_warned_of(capsys, tmp_path, monk
     printed = json.loads(capsys.readouterr().out)
     assert printed == json.loads(json.dumps(found.to_dict()))
     assert [f"neupims: warning: {each}" for each in printed["warnings"]] == err.splitlines()
+
+
+def test_a_system_that_is_not_timed_leaves_the_others():
+    """The public simulator has no latent attention, a GPU does."""
+    model = Decoder(2, 512, 4, 4, 1024, head_dim=64, kv_rank=128, rope_dim=32)
+    found = compare("neupims", model, BATCH, systems=["npu-pim", "gpu"])
+    first, second = found.contenders
+    (reason,) = found.flagged_by_reason
+    assert reason.startswith("not timed: latent attention (kv_rank) needs the fidelity intended")
+    assert first.flagged_by_reason == {reason: 1}
+    assert not second.flagged
+    assert {each.best for each in found.winners} == {(1,)}
+    assert found.to_dict()["contenders"][0]["metrics"]["power_watts"] is None
 
 
 def test_a_file_whose_name_has_a_comma_is_one_machine(capsys, tmp_path):

@@ -22,8 +22,10 @@ from neupims.files import SUFFIXES, finite
 from neupims.machine.case import find_setting, select_system
 from neupims.machine.effects import idle_changes
 from neupims.machine.hardware import Hardware
+from neupims.machine.layer_kinds import find_mix
 from neupims.machine.quantity import describe
 from neupims.machine.record import INT32_MOST
+from neupims.machine.supported import check_latent
 from neupims.machine.systems import FIDELITY_ANSWERS, Fidelity
 from neupims.machine.workload import Parallel
 from neupims.timing.memory_check import check_memory
@@ -201,7 +203,9 @@ def compare(
             "fidelity": fidelity,
             "schedule": schedule,
         }
-        rows = _evaluate(made, workloads, options)
+        untimed = _find_untimed(workloads, options)
+        nothing = (dict.fromkeys(METRICS, np.nan), untimed)
+        rows = [nothing] * len(made) if untimed else _evaluate(made, workloads, options)
         found += [
             _make_contender(name, str(machine), one, workloads, options, *row)
             for machine, one, row in zip(machines, made, rows, strict=True)
@@ -230,6 +234,19 @@ def _check_once(kind: str, names: Sequence[str], meaning: Callable[[str], Any]) 
 def _place(name: str) -> str:
     """Returns what the name of a machine means: the resolved path of a file, or the name."""
     return os.path.realpath(name) if name.lower().endswith(FILES) else name.lower()
+
+
+def _find_untimed(workloads: Sequence[Workload], options: Mapping[str, Any]) -> dict[str, int]:
+    """Returns the workloads whose model the timing refuses on this system, by the reason."""
+    found: Counter[str] = Counter()
+    for each in workloads:
+        try:
+            check_latent(
+                find_mix(each.model), system=options["system"], fidelity=options["fidelity"]
+            )
+        except ValueError as refusal:
+            found[f"not timed: {refusal}"] += 1
+    return dict(found)
 
 
 def _evaluate(
