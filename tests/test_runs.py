@@ -122,6 +122,7 @@ def test_classes_of_which_an_image_has_several_have_probabilities_of_their_own(t
     run = write_run(tmp_path / "run", several_labels=True)
     loaded = load_vit(run)
     export_vit(loaded, tmp_path / "out")
+    assert not load_vit(run, num_classes=2).several_labels
     pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8)
     images = normalise(pixels, mean=loaded.mean, std=loaded.std)
     logits = loaded.model.apply(loaded.variables, images).logits

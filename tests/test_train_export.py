@@ -2,6 +2,7 @@
 the run does.
 """
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -198,3 +199,11 @@ def test_kills(tmp_path):
         assert load_vit(out / str(number)).classes == ("a", "b", "c")
     hidden = [path.name for path in out.iterdir() if path.name.startswith(".")]
     assert all(name.endswith(".part") for name in hidden)
+
+
+def test_timm_is_told_that_an_image_may_have_several_classes(tmp_path):
+    several = dataclasses.replace(trained(cls_pool), several_labels=True)
+    (note,) = export_vit(several, tmp_path / "several", to="timm").notes
+    assert "the sigmoid of the outputs, not the softmax" in note
+    assert not export_vit(several, tmp_path / "headless", to="timm", head=False).notes
+    assert not export_vit(trained(cls_pool), tmp_path / "one", to="timm").notes

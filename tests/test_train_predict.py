@@ -5,10 +5,13 @@ import io
 import json
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
+from small_run import write_run
 
+from ggem_jax.files.images import normalise, read_image
 from ggem_jax.weights.export import export_vit
 from ggem_jax.weights.load import load_vit
 from tests.conftest import TINY, one_line
@@ -104,3 +107,21 @@ def test_what_is_no_run_is_one_sentence(run, tmp_path, capsys):
     export_vit(headless, tmp_path / "out")
     said = one_line(capsys, predict.main, tmp_path / "out", "x.png")
     assert "has no classes to predict; its descriptors are written with --descriptors" in said
+
+
+def test_several_labels_have_probabilities_of_their_own(tmp_path, capsys):
+    run = write_run(tmp_path / "run", several_labels=True)
+    image = tmp_path / "image.png"
+    Image.fromarray(np.full((20, 30, 3), (200, 30, 90), np.uint8)).save(image)
+    predict.main([str(run), str(image), "--json"])
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)
+    assert found["several_labels"] is True
+    loaded = load_vit(run)
+    how = loaded.preprocessing
+    pixels = normalise(how.square(read_image(image))[None], mean=how.mean, std=how.std)
+    logits = loaded.model.apply(loaded.variables, pixels).logits[0]
+    by_class = {each["class"]: each["probability"] for each in found["images"][0]["top"]}
+    want = dict(zip(loaded.classes, jax.nn.sigmoid(logits).tolist(), strict=True))
+    assert by_class == pytest.approx(want, abs=1e-6)
+    assert printed.err == "1 images; an image may have several of the classes, or none\n"

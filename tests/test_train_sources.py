@@ -108,6 +108,9 @@ def test_a_table_gives_one_label_of_each_image(table):
     (table / "wrong.tsv").write_text("image\tlabel\n" + "images/0.png\t\nno.png\tb\n")
     with pytest.raises(Refused, match=r"images/0.png \(no label\), no.png \(no image\)"):
         read_labels(f"{table}/wrong.tsv", Data())
+    (table / "wrong.tsv").write_text("image\tlabel\n" + "x" * 5000 + "\ta\n")
+    with pytest.raises(Refused, match=r"^1 of the rows of .* are not complete: x+ \(no image"):
+        read_labels(f"{table}/wrong.tsv", Data())
     with pytest.raises(
         Refused, match=r"no column colour with the labels; .*: choose with --label-"
     ):
@@ -135,6 +138,22 @@ def test_several_labels_train_with_a_sigmoid_and_are_measured_by_map(table, tmp_
     assert "evaluate one at a time" in one_line(capsys, eval_classify.main, run, run)
     with pytest.raises(Refused, match="descriptors need one of each image"):
         open_disjoint(Data(source=source, label_key="colours", label_separator=";"), 0.5)
+
+
+def test_numbers_that_are_written_in_two_ways_are_classes_in_a_fixed_order(table):
+    labels = ["10", "1", "001", "01"]
+    rows = [f"images/{i}.png,{label}" for i, label in enumerate(labels)]
+    (table / "numbers.csv").write_text("\n".join(["image,label", *rows]))
+    assert read_labels(f"{table}/numbers.csv", Data()).classes == ("001", "01", "1", "10")
+
+
+def test_a_classifier_of_one_class_is_refused(table, tmp_path, capsys):
+    rows = [f"images/{i}.png,a" for i in range(24)]
+    (table / "one_class.csv").write_text("\n".join(["image,label", *rows]))
+    flags = ["--data", f"csv:{table}/one_class.csv", "--batch", "1", "--out", tmp_path / "run"]
+    said = one_line(capsys, classify.main, *TINY, *flags)
+    assert "holds one class, a: a classifier needs two or more" in said
+    assert not (tmp_path / "run").exists()
 
 
 def test_rows_without_a_label_show_no_class_where_several_are_allowed(table):

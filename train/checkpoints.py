@@ -122,9 +122,10 @@ class Checkpoints:
             return state
         step, reason = next(iter(damaged.items()), (0, "there is none"))
         older = f", nor those of {', '.join(map(str, [*damaged][1:]))}" * (len(damaged) > 1)
+        advice = f" (without the folder {self.folder} the run starts again)"
         raise Refused(
-            f"the checkpoint of step {step} cannot be read{older}: {reason} (without the folder"
-            f" {self.folder} the run starts again)"
+            f"the checkpoint of step {step} cannot be read{older}: {reason}"
+            f"{'' if self.read_only else advice}"
         )
 
     def _set_aside(self, damaged: dict[int, str], sound: int) -> None:

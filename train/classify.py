@@ -57,6 +57,11 @@ def train(
     train_set, eval_set = open_data(config.data) if data is None else data
     check_devices(config)
     check_batch(config, len(train_set))
+    if len(train_set.classes) < 2 and not train_set.several:
+        raise Refused(
+            f"--data {config.data.source} holds one class, {train_set.classes[0]}: a classifier"
+            " needs two or more"
+        )
     if config.data.balance != "none" and train_set.several:
         raise Refused("--balance needs one label of each image, and an image may have several")
     draw = None

@@ -41,7 +41,7 @@ def read_labels(name: str, data: Data) -> Images:
         image = os.path.normpath(image) if image else ""
         values = cell.split(data.label_separator) if several else [cell]
         values = [value.strip() for value in values if value.strip()]
-        if not image or not (path.parent / image).is_file():
+        if not image or not os.path.isfile(path.parent / image):
             lacking[image or f"row {number}"] = "no image"
         elif not values and not several:
             lacking[image] = "no label"
@@ -52,12 +52,13 @@ def read_labels(name: str, data: Data) -> Images:
             )
         elif several:
             labels.setdefault(image, []).extend(values)
-    check_complete(lacking, f"{path}", data.corrupt)
+    check_complete(lacking, f"rows of {path}", data.corrupt)
     occurring = {value for values in labels.values() for value in values}
     if not occurring:
         raise Refused(f"{path} holds no image with a label")
     numeric = all(value.isascii() and value.isdecimal() for value in occurring)
-    classes = sorted(occurring, key=int if numeric else None)
+    # 1 and 01 are two classes, whose order must be the same in every process
+    classes = sorted(occurring, key=lambda value: (int(value) if numeric else 0, value))
     numbers = {value: i for i, value in enumerate(classes)}
     own = np.zeros((len(labels), len(classes)), bool)
     for row, values in zip(own, labels.values(), strict=True):

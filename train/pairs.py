@@ -110,13 +110,13 @@ def read_csv(name: str, data: Data) -> Captioned:
         for image, text in zip(named, texts, strict=True)
     ]
     images = {image: path.parent / image for image, _ in found}
-    there = {image: bool(image) and images[image].is_file() for image in images}
+    there = {image: bool(image) and os.path.isfile(images[image]) for image in images}
     lacking = {
         (image or f"row {number}"): "no caption" if there[image] else "no image"
         for number, (image, caption) in enumerate(found, 1)
         if not caption or not there[image]
     }
-    check_complete(lacking, f"{path}", data.corrupt)
+    check_complete(lacking, f"pairs of {path}", data.corrupt)
     captions: dict[str, list[str]] = {}
     for image, caption in found:
         if caption and there[image]:
@@ -189,7 +189,7 @@ def read_shards(pattern: str, data: Data) -> Captioned:
             else:
                 members.append(member)
                 captions.append(caption.texts)
-    check_complete(lacking, pattern, data.corrupt)
+    check_complete(lacking, f"pairs of {pattern}", data.corrupt)
     return _of_files(
         lambda i: members[i].decode(), lambda i: members[i].stored(), captions, pattern
     )

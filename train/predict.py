@@ -2,9 +2,11 @@
 
 IMAGES are files and folders; folders are searched with all folders below them. RUN is the folder of
 a run, or what `train.export --to safetensors` wrote from one. Images are cut as in the evaluations
-of the run, and the weights are those of its newest checkpoint, the moving average where it has one.
+of the run, and the weights are those of its newest checkpoint that can be read, the moving average
+where it has one.
 
-A line for each image gives the most probable classes. `--json` prints one JSON object instead,
+A line for each image gives the most probable classes; where an image may have several of them, or
+none, each has a probability of its own. `--json` prints one JSON object instead,
 `--csv` a table, and `--descriptors FILE.npz` keeps the unit descriptors. Images that cannot be read
 are named on standard error and counted; the exit code is 1 only if no image could be predicted.
 """
@@ -67,6 +69,7 @@ class Predicted:
     descriptor: np.ndarray  # (n, dim) float32, unit vectors
     probability: np.ndarray | None  # (n, classes) float32; None: the network has no head
     classes: tuple[str, ...]  # names of the classes; numbers where the names are not known
+    several_labels: bool  # whether an image may have several of the classes, or none
     unreadable: tuple[str, ...]  # a sentence for each image that could not be read
     others: int  # files in the folders that are no images
 
@@ -175,6 +178,7 @@ def predict(loaded: LoadedViT, images: Sequence[Path], *, batch: int = 64) -> Pr
         whole["descriptor"],
         whole.get("probability"),
         names,
+        loaded.several_labels,
         tuple(unreadable),
         others,
     )
@@ -271,6 +275,8 @@ def show(predicted: Predicted, options: PredictOptions, source: str) -> None:
         said += f", {len(predicted.unreadable):,} could not be read"
     if predicted.others:
         said += f", {predicted.others:,} other files left out"
+    if predicted.several_labels:
+        said += "; an image may have several of the classes, or none"
     if options.descriptors is not None:
         count, dim = predicted.descriptor.shape
         said += f"; {count:,} descriptors of {dim} numbers in {options.descriptors}"
@@ -291,15 +297,17 @@ def as_json(
         source: The network, for people.
 
     Returns:
-        "network"; "images", an entry for each image with its path and, best first, its classes;
-        "unreadable", a sentence for each image that could not be read; and "others", the number of
-        files that are no images.
+        "network"; "several_labels", whether an image may have several of the classes, or none, so
+        that their probabilities need not add up to 1; "images", an entry for each image with its
+        path and, best first, its classes; "unreadable", a sentence for each image that could not be
+        read; and "others", the number of files that are no images.
     """
     images: list[dict[str, object]] = [{"path": path} for path in predicted.paths]
     for entry, best in zip(images, top or [], strict=top is not None):
         entry["top"] = [dict(zip(_COLUMNS, each, strict=True)) for each in best]
     return {
         "network": source,
+        "several_labels": predicted.several_labels,
         "images": images,
         "unreadable": list(predicted.unreadable),
         "others": predicted.others,

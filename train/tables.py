@@ -109,7 +109,7 @@ def check_complete(lacking: dict[str, str], source: str, corrupt: str) -> None:
 
     Args:
         lacking: What is missing, by the name of the row or pair.
-        source: The source, for the sentence.
+        source: What they are of, for the sentence: "rows of FILE" or "pairs of FILE".
         corrupt: "refuse", or "skip" for a line on standard error.
 
     Raises:
@@ -119,7 +119,7 @@ def check_complete(lacking: dict[str, str], source: str, corrupt: str) -> None:
         return
     first = ", ".join(f"{name} ({what})" for name, what in itertools.islice(lacking.items(), 3))
     said = (
-        f"{len(lacking)} of the pairs of {source} are not complete:"
+        f"{len(lacking)} of the {source} are not complete:"
         f" {first}{', ...' if len(lacking) > 3 else ''}"
     )
     if corrupt == "refuse":

@@ -121,6 +121,11 @@ def export_vit(
             files["preprocessor_config.json"] = preprocessor(plain) if to == "hf" else None
             _refuse_open_clip(path)
         notes = _notes(plain, to)
+        if isinstance(vit, LoadedViT) and vit.several_labels:
+            notes.append(
+                "an image may have several of the classes: their probabilities are the sigmoid of"
+                " the outputs, not the softmax"
+            )
         if isinstance(vit, LoadedViT) and vit.projection is not None:
             notes.append("the head is the projection: divide its output by its length")
     written = _write(path, arrays, files, overwrite, metadata)
@@ -206,7 +211,8 @@ def _without_head(vit: PublishedViT | LoadedViT) -> PublishedViT | LoadedViT:
     if isinstance(vit, PublishedViT):
         return dataclasses.replace(vit, num_classes=0, rest={}, **changes)
     model = vit.model.clone(num_classes=0)
-    return dataclasses.replace(vit, model=model, classes=None, projection=None, **changes)
+    gone: dict[str, Any] = {"classes": None, "several_labels": False, "projection": None}
+    return dataclasses.replace(vit, model=model, **gone, **changes)
 
 
 def _plain(vit: PublishedViT | LoadedViT) -> PublishedViT:

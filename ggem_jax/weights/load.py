@@ -250,5 +250,6 @@ def _replace(
         model=new,
         variables=variables,
         classes=loaded.classes if num_classes is None else None,
+        several_labels=loaded.several_labels and num_classes is None,
         projection=loaded.projection if pooling is None else None,
     )
