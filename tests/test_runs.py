@@ -2,7 +2,9 @@
 used, directly and through a file that was written from it.
 """
 
+import gc
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -184,8 +186,9 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(tmp_path, capsys):
     (tmp_path / "run" / "checkpoints" / "9.orbax-checkpoint-tmp").mkdir()
     assert load_vit(run).source.endswith("at step 7, raw weights")
     assert not capsys.readouterr().err
-    (run / "checkpoints" / "7" / "default" / "_METADATA").unlink()
+    shutil.rmtree(run / "checkpoints" / "7" / "default" / "ocdbt.process_0")
     loaded = load_vit(run)
+    gc.collect()  # what is left of the failed reads says nothing
     assert loaded.source.endswith("at step 5, raw weights")
     jax.tree.map(np.testing.assert_array_equal, loaded.variables["params"], want)
     (said,) = capsys.readouterr().err.splitlines()

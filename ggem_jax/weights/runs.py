@@ -4,6 +4,7 @@ is read, as training does, and a line on standard error says so. Reading a check
 (the extra `train`), but no code of `train`.
 """
 
+import gc
 import json
 import sys
 from collections.abc import Mapping
@@ -130,12 +131,22 @@ def _read_newest(folder: Path, ema: bool | None) -> tuple[Path, Any, str]:
             params, weights = _read_weights(checkpoint, ema)
         except _Damaged as error:
             damaged.append(f"the checkpoint {checkpoint} cannot be read: {error}")
-            continue
-        for sentence in damaged:
-            print(f"{sentence}; that of step {step} is taken in its place", file=sys.stderr)
-        return checkpoint, params, weights
+        else:
+            for sentence in damaged:
+                print(f"{sentence}; that of step {step} is taken in its place", file=sys.stderr)
+            return checkpoint, params, weights
+        _forget_failed_reads()
     older = f" (nor those of {', '.join(map(str, steps[1:]))})" if steps[1:] else ""
     raise UnreadableWeights(damaged[0] + older)
+
+
+def _forget_failed_reads() -> None:
+    """Frees the reads that orbax gave up, which would print tracebacks about its event loop."""
+    before, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = before
 
 
 class _Damaged(Exception):
