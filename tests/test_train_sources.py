@@ -150,7 +150,7 @@ def test_numbers_that_are_written_in_two_ways_are_classes_in_a_fixed_order(table
 def test_a_classifier_of_one_class_is_refused(table, tmp_path, capsys):
     rows = [f"images/{i}.png,a" for i in range(24)]
     (table / "one_class.csv").write_text("\n".join(["image,label", *rows]))
-    flags = ["--data", f"csv:{table}/one_class.csv", "--batch", "1", "--out", tmp_path / "run"]
+    flags = ["--data", f"csv:{table}/one_class.csv", "--batch", "8", "--out", tmp_path / "run"]
     said = one_line(capsys, classify.main, *TINY, *flags)
     assert "holds one class, a: a classifier needs two or more" in said
     assert not (tmp_path / "run").exists()
