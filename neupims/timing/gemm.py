@@ -89,6 +89,17 @@ class Tiling(NamedTuple):
     feature_tiles: Number  # along the features
 
 
+def one_tile(tokens: Number, inner: Number, features: Number) -> Tiling:
+    """Returns the tiling of a product that reads each matrix once, whatever a scratchpad holds.
+
+    Args:
+        tokens: The rows of the first matrix.
+        inner: Its columns, and the rows of the second matrix.
+        features: The columns of the second matrix.
+    """
+    return Tiling(tokens, inner, features, 1.0, 1.0, 1.0)
+
+
 def bytes_per_cycle(hardware: Hardware) -> Number:
     """Returns the peak bytes that the memory moves in one core cycle.
 

@@ -28,6 +28,7 @@ from neupims.timing.gemm import (
     Work,
     bytes_per_cycle,
     gemm,
+    one_tile,
     products_at_once,
     stuck_chance,
 )
@@ -315,10 +316,14 @@ def matrix_product(
             if context.mix.skewed:  # each expert has its tokens, and so its tiles
                 tile = None
         bits = product_bits(context, routed=routed)
+        inner, features = sides(context.model, context.parallel)
+        if context.system == "gpu":
+            tile = one_tile(routing.tokens, inner, features)
         found = gemm(
             context.hardware,
             routing.tokens,
-            *sides(context.model, context.parallel),
+            inner,
+            features,
             npu_only=context.system == "npu-only",
             stuck=stuck_chance(context.hardware, written_before, few),
             inherited_bytes=written_before,
@@ -355,11 +360,13 @@ def product_work(context: Context, tokens: Number, product: Product) -> Work:
         product: Their number and their shape.
     """
     bits = product_bits(context)
+    inner = jnp.maximum(product.inner, 1)
     one = gemm(
         context.hardware,
         tokens,
-        jnp.maximum(product.inner, 1),
+        inner,
         product.features,
+        tile=one_tile(tokens, inner, product.features) if context.system == "gpu" else None,
         npu_only=context.system == "npu-only",
         calibration=context.calibration,
         fidelity=context.fidelity,
