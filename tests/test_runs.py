@@ -20,12 +20,13 @@ from ggem_jax.weights.inference import make_infer
 from ggem_jax.weights.load import load_vit
 from tests.conftest import TINY, TINY_PAIR
 from train import classify, contrastive, metric
-from train.cli import load_config, to_dict
+from train.cli import Refused, load_config, to_dict
 from train.config import Config
 from train.contrastive import ContrastiveConfig
 from train.data import open_data
 from train.loop import make_first_state
 from train.metric import MetricConfig
+from train.run import read_run
 from train.tokenizer import train_tokenizer
 
 SHORT = ["--epochs", "0.2", "--data.mean", "0.1", "0.2", "0.3"]
@@ -131,6 +132,21 @@ def test_classes_of_which_an_image_has_several_have_probabilities_of_their_own(t
     for each in (loaded, load_vit(tmp_path / "out")):
         found = infer(each, pixels)["probability"]
         np.testing.assert_allclose(found, jax.nn.sigmoid(logits), atol=1e-6)
+
+
+def test_a_start_of_another_depth_is_told_in_a_few_names(tmp_path):
+    run = write_run(tmp_path / "run")
+    flags = ["--data", "digits", "--init", str(run), "--model.depth", "2"]
+    config = load_config(MetricConfig, flags, "test")
+    steps = metric.make_metric_steps(config, 5, 2)
+    with pytest.raises(Refused, match=r"does not fit this network: .*blocks_1.*; and 12 more$"):
+        make_first_state(steps, config)
+
+
+def test_settings_that_are_no_dictionary_are_one_sentence(tmp_path):
+    (tmp_path / "config.json").write_text("[]")
+    with pytest.raises(Refused, match="it must hold settings by name, not a list or a number"):
+        read_run(tmp_path)
 
 
 @pytest.mark.parametrize("dim", [0, 6])

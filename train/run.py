@@ -206,6 +206,8 @@ def read_run(run: Path, record: type[C] = Config) -> tuple[C, dict[str, Any]]:  
     """
     try:
         values = json.loads((run / "config.json").read_text())
+        if not isinstance(values, dict):
+            raise Refused("it must hold settings by name, not a list or a number")
         tool, facts = values.pop("tool", record.tool), values.pop("data_found")
         if tool != record.tool:
             raise Refused(f"it is one of {tool}")

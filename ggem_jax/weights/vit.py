@@ -171,7 +171,10 @@ class PublishedViT:
         filled = jax.tree_util.tree_map_with_path(chosen, dict(variables))
         faults += [f"{name} {leaf.shape}, which the network has not" for name, leaf in flat.items()]
         if faults:
-            raise MismatchedWeights(f"the file does not fit this network: {'; '.join(faults)}")
+            more = f"; and {len(faults) - 4} more" if len(faults) > 4 else ""
+            raise MismatchedWeights(
+                f"the file does not fit this network: {'; '.join(faults[:4])}{more}"
+            )
         return filled
 
     def _positions(self, table: np.ndarray, count: int) -> np.ndarray:
