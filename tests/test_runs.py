@@ -139,7 +139,7 @@ def test_a_start_of_another_depth_is_told_in_a_few_names(tmp_path):
     flags = ["--data", "digits", "--init", str(run), "--model.depth", "2"]
     config = load_config(MetricConfig, flags, "test")
     steps = metric.make_metric_steps(config, 5, 2)
-    with pytest.raises(Refused, match=r"does not fit this network: .*blocks_1.*; and 12 more$"):
+    with pytest.raises(Refused, match=r"does not fit this network: .*blocks_1.*; and 15 more$"):
         make_first_state(steps, config)
 
 

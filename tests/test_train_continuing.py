@@ -64,6 +64,8 @@ def test_a_new_run_goes_on_with_other_settings_and_says_them(finished, tmp_path,
     whole = run(*flags, "--out", tmp_path / "whole")
     assert int(whole.state.step) == 270
     assert_same(whole.state, Checkpoints(tmp_path / "new", read_only=True).restore(whole.steps))
+    counts = [leaf for leaf in jax.tree.leaves(whole.state.opt_state) if leaf.ndim == 0]
+    assert {int(leaf) for leaf in counts} == {270}  # the steps of this run, not of the other
     # without a step of learning everything is as it ended there
     still = run("--resume-from", old, "--epochs", 3, "--optimizer.lr", 0, "--optimizer.ema", 0.9,
                 "--stop-after", 91, "--out", tmp_path / "still")  # fmt: skip

@@ -45,6 +45,13 @@ def test_balanced_batches_show_every_image_in_the_steps_that_are_said(batch, per
     assert set(shown) == set(range(7))
 
 
+def test_a_second_visit_shows_no_image_twice_where_the_class_has_enough():
+    """Two batches of four classes a round: the second one visits one of seven again."""
+    labels = np.repeat(np.arange(7), 4)
+    draw = draw_balanced(labels, 16, 4, seed=0)
+    assert all(len(set(draw(step).tolist())) == 16 for step in range(8))
+
+
 def test_an_image_of_a_class_comes_again_after_all_others():
     """Seven classes in a batch: each step is a round, without second visits."""
     draw = draw_balanced(LABELS, 21, 3, seed=5)

@@ -148,7 +148,7 @@ class PublishedViT:
             if path[1].key not in ("pool", "head")
         ]
         flat = {jax.tree_util.keystr(path): leaf for path, leaf in leaves}
-        faults = []
+        faults: dict[str, list[str]] = {}  # by the part of the network
 
         def chosen(path, fresh):
             name = jax.tree_util.keystr(path)
@@ -165,16 +165,19 @@ class PublishedViT:
                 return found.astype(fresh.dtype)
             if path[1].key not in ("pool", "head"):
                 other = "" if found is None else f", where the file has {found.shape}"
-                faults.append(f"{name} {fresh.shape}{other}")
+                faults.setdefault(path[1].key, []).append(f"{name} {fresh.shape}{other}")
             return fresh
 
         filled = jax.tree_util.tree_map_with_path(chosen, dict(variables))
-        faults += [f"{name} {leaf.shape}, which the network has not" for name, leaf in flat.items()]
+        parts = {jax.tree_util.keystr(path): path[1].key for path, _ in leaves}
+        for name, leaf in flat.items():
+            said = f"{name} {leaf.shape}, which the network has not"
+            faults.setdefault(parts[name], []).append(said)
         if faults:
-            more = f"; and {len(faults) - 4} more" if len(faults) > 4 else ""
-            raise MismatchedWeights(
-                f"the file does not fit this network: {'; '.join(faults[:4])}{more}"
-            )
+            shown = [first for first, *_ in faults.values()][:4]
+            left = sum(map(len, faults.values())) - len(shown)
+            more = f"; and {left} more" if left else ""
+            raise MismatchedWeights(f"the file does not fit this network: {'; '.join(shown)}{more}")
         return filled
 
     def _positions(self, table: np.ndarray, count: int) -> np.ndarray:
