@@ -107,12 +107,9 @@ def test_superglobal_keeps_its_maps():
     assert not moved(text)
 
 
-def test_a_training_step_moves_weights_but_no_tokens(monkeypatch):
-    monkeypatch.setattr(step, "make_mesh", lambda fsdp: mesh((8 // fsdp, fsdp)))
-    step._classifier_steps.cache_clear()
+def test_a_training_step_moves_weights_but_no_tokens():
     config = load_config(Config, [*TINY, "--pool.kind", "ggem", "--fsdp", "2"])
-    steps = step.make_steps(config, 10, 100)
-    step._classifier_steps.cache_clear()
+    steps = step.make_steps(config, 10, 100, devices=tuple(ahead_of_time.devices(8)))
     side, batch = config.model.image, config.batch
     images = {
         "image": jax.ShapeDtypeStruct((batch, side, side, 3), "uint8"),
