@@ -92,6 +92,11 @@ def test_arrays_hold_more_inner_channels_at_a_higher_rate():
     assert float(product(2560.0, hardware=slow, bits=Bits(8, 8)).cycles) == pytest.approx(wide)
 
 
+def test_numbers_of_4_bits_are_multiplied_at_least_as_fast_as_those_of_8():
+    fast = replace(Hardware(), "gpu.speedup_8_bit", 2).gpu
+    assert [float(products_at_once(fast, Bits(bits, bits))) for bits in (16, 8, 4)] == [1, 2, 2]
+
+
 def test_tiles_of_narrow_numbers_are_larger():
     """Half of the scratchpad, 64 MiB and a little, is 8192 x 8192 weights of 8 bits, but not of
     16; the longer side of a tile is halved until it fits.
