@@ -5,14 +5,17 @@ import dataclasses
 import numpy as np
 import pytest
 
+from neupims.exploration.impossible import REASONS, reason_code
 from neupims.machine.calibration import DEFAULT
 from neupims.machine.config import load_model
 from neupims.machine.hardware import Hardware
 from neupims.machine.layer_kinds import find_mix
 from neupims.machine.model import Decoder
+from neupims.machine.record import replace
 from neupims.machine.systems import FIDELITIES
 from neupims.machine.workload import Parallel, check_parallel, make_batch
 from neupims.timing.iteration import simulate
+from neupims.timing.memory_check import spread_more
 from neupims.timing.npu import (
     Context,
     activate,
@@ -172,3 +175,26 @@ def test_a_step_of_a_skewed_model():
 def test_experts_that_cannot_be_dealt(model, tp, sentence):
     with pytest.raises(ValueError, match=sentence):
         check_parallel(model, Parallel(tp, 1, ep=4))
+
+
+@pytest.mark.parametrize(
+    ("experts", "tp", "ep", "wanted"), [(8, 1, 2, 2), (6, 4, 4, 2), (0, 4, 2, 2), (8, 4, 2, 0)]
+)
+def test_designs_whose_experts_cannot_be_dealt(experts, tp, ep, wanted):
+    model = dataclasses.replace(MIXTRAL, layers=1, experts=experts) if experts else DENSE
+    batch = make_batch([100] * 4, [0, 1, 2, 3])
+    parallel = Parallel(tp, 4 if model is DENSE else 1, ep=ep)
+    assert int(reason_code(Hardware(), model, batch, parallel)) == wanted
+    assert "(ep)" in REASONS[2]
+
+
+def test_advised_devices_can_be_dealt_the_experts():
+    """The weights take 52.5 MiB, and a device has 22. Three devices would do, but they make no two
+    groups.
+    """
+    model = Decoder(1, 768, 12, 12, 4096, experts=4, active_experts=2)
+    hardware = replace(replace(Hardware(), "hbm.rows", 176), "hbm.num_channels", 4)
+    batch = make_batch([10], [0])
+    assert spread_more(hardware, model, batch, Parallel(2, 1)) == Parallel(3, 1)
+    assert spread_more(hardware, model, batch, Parallel(2, 1, ep=2)) == Parallel(4, 1, ep=2)
+    assert spread_more(hardware, model, batch, Parallel(16, 1)) is None  # more than the heads

@@ -14,6 +14,7 @@ from neupims.timing.split import is_split
 REASONS = (
     "",
     "heads do not divide over the devices of a layer",
+    "experts or the devices of a layer do not divide into groups (ep)",
     "more groups of layers than layers",
     "a request on a channel that does not exist",
     "pages longer than a row",
@@ -53,7 +54,8 @@ def reason_code(
         most_channels: Upper bound of the channels, where their number is traced.
     """
     with_pim = system in PIM_SYSTEMS
-    heads, kv_heads, tp = map(jnp.asarray, (model.heads, model.kv_heads, parallel.tp))
+    heads, kv_heads, experts = map(jnp.asarray, (model.heads, model.kv_heads, model.experts))
+    tp, ep = jnp.asarray(parallel.tp), jnp.asarray(parallel.ep)
     there = batch.seq_lens > 0
     lost = jnp.where(there, batch.channels, 0).max() >= hardware.hbm.num_channels
     over = find_overflow(
@@ -64,6 +66,7 @@ def reason_code(
     )
     reasons = (
         (heads % tp != 0) | ((kv_heads % tp != 0) & (tp % kv_heads != 0)),
+        (tp % ep != 0) | (experts % ep != 0) | ((ep > 1) & (experts <= 0)),
         jnp.asarray(parallel.pp) > model.layers,
         lost & (system != "gpu"),
         (jnp.asarray(hardware.pim.page_bytes) > hardware.hbm.row_bytes) & with_pim,

@@ -199,15 +199,21 @@ def spread_more(
         How the model is spread over them, or None if no number of devices would do.
     """
     options: dict[str, Any] = {"system": system, "fidelity": fidelity, "prefill": prefill}
-    shares = [tp for tp in range(parallel.tp, model.heads + 1) if _divides(model, tp, parallel.pp)]
+    shares = [
+        tp
+        for tp in range(parallel.tp, model.heads + 1)
+        if _divides(model, Parallel(tp, parallel.pp, ep=parallel.ep))
+    ]
     groups = [pp for pp in range(parallel.pp, model.layers + 1) if model.layers % pp == 0]
     candidates = [
-        Parallel(tp, pp, split)
+        Parallel(tp, pp, split, parallel.ep)
         for tp in shares
         for pp in {parallel.pp, *groups}
         for split in kv_splits or [parallel.kv_split]
     ]
     candidates.sort(key=lambda spread: (spread.tp * spread.pp, spread.pp, spread.kv_split))
+    if not candidates:
+        return None
     columns = jax.tree.map(lambda *numbers: jnp.array(numbers), *candidates)
     channels = int(hardware.hbm.num_channels)
     over = _find_overflows(hardware, model, batch, columns, most_channels=channels, **options)
@@ -227,9 +233,9 @@ def _find_overflows(hardware, model, batch, spreads: Parallel, **options) -> Ove
     return jax.vmap(one)(spreads)
 
 
-def _divides(model: Decoder, tp: int, pp: int) -> bool:
+def _divides(model: Decoder, parallel: Parallel) -> bool:
     try:
-        check_parallel(model, Parallel(tp, pp))
+        check_parallel(model, parallel)
     except ValueError:
         return False
     return True
