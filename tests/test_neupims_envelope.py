@@ -163,7 +163,9 @@ def test_json_and_tables_say_why_there_is_no_error(tmp_path, capsys):
         found = json.loads(capsys.readouterr().out)
         assert (found["expected_error"] is not None) == known == (found["not_validated"] == [])
         assert found["nearest_validated"]["layer_error_percent"]
-        assert found["fidelity_answers"] == "what the authors' public simulator would print"
+        assert found["fidelity_answers"].startswith(
+            "what the authors' public simulator would print"
+        )
         assert main([*flags, model]) == 0
         said = capsys.readouterr().out
         assert ("not validated" in said) == (not known)

@@ -50,7 +50,7 @@ def check_latent(mix: Mix, *, system: System, fidelity: Fidelity) -> None:
     if mix.latent and fidelity == "simulator" and system != "gpu":
         raise ValueError(
             "latent attention (kv_rank) needs the fidelity intended, because the public simulator"
-            " keeps the keys and values of each head"
+            " keeps the keys and values of each head: --fidelity intended"
         )
 
 

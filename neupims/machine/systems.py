@@ -13,7 +13,8 @@ PIM_SYSTEMS: tuple[System, ...] = ("neupims", "npu-pim")  # attention runs in th
 FIDELITIES: tuple[Fidelity, ...] = ("simulator", "intended")
 # The question that each fidelity answers.
 FIDELITY_ANSWERS: dict[Fidelity, str] = {
-    "simulator": "what the authors' public simulator would print",
+    "simulator": "what the authors' public simulator would print; what it lacks, such as experts or"
+    " an LM head, follows its rules",
     "intended": "what the machine of the paper would do; nobody has measured it",
 }
 

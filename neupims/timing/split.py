@@ -119,7 +119,7 @@ def check_split(
     if fidelity == "simulator":
         raise ValueError(
             "kv_split above 1 needs the fidelity intended, because the public simulator keeps a"
-            " request in one channel"
+            " request in one channel: --fidelity intended"
         )
     if channels is None or isinstance(channels, jax.core.Tracer):
         return
