@@ -33,7 +33,8 @@ def folder(tmp_path, monkeypatch):
     return tmp_path / programs.FOLDER
 
 
-def multiply(leaves, images):
+def multiply_as_a_kept_program(leaves, images):
+    """The program of `Twice`: JAX's cache may hold another one that is called `multiply`."""
     return leaves[0] * images
 
 
@@ -50,7 +51,7 @@ class Twice:
     def __call__(self):
         self.compiled += 1
         number = jax.ShapeDtypeStruct((3,), np.float32)
-        return jax.jit(multiply).lower([number], number).compile()
+        return jax.jit(multiply_as_a_kept_program).lower([number], number).compile()
 
     def load(self, facts=FACTS):
         """Runs the program of a process that has none in memory, and checks its result."""
