@@ -27,7 +27,7 @@ from eval.runs import (
     say_exponents,
 )
 from eval.statistics import Interval, bootstrap
-from ggem_jax.files.atomic import replacing
+from ggem_jax.files.vectors import write_npz
 from ggem_jax.retrieval.metrics import LabelScores
 from train.cli import Refused, one_sentence, parse
 from train.data import open_disjoint
@@ -154,8 +154,7 @@ def export(images: LabelledDescriptors, path: Path) -> None:
         Refused: The file cannot be written.
     """
     try:
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, descriptor=images.descriptor, label=images.label, index=images.index)
+        write_npz(path, descriptor=images.descriptor, label=images.label, index=images.index)
     except OSError as error:
         raise Refused(f"{path} cannot be written: {error.strerror}") from None
 

@@ -33,8 +33,8 @@ from eval.descriptors import describe_images, make_extractor, read_crop
 from eval.rerankers import Name, Rerank, rank_all, rerank_all
 from ggem_jax import __version__
 from ggem_jax.descriptors.settings import DescriptorSettings
-from ggem_jax.files.atomic import replacing
 from ggem_jax.files.images import RGB, read_image
+from ggem_jax.files.vectors import write_npz
 from ggem_jax.retrieval.metrics import SETUPS, Difficulty, Scores, revisited
 from ggem_jax.weights import read_pickle
 from train.cli import Refused, one_sentence, parse
@@ -439,8 +439,7 @@ def describe_sets(
         )
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(path) as temporary, temporary.open("wb") as file:
-                np.savez(file, queries=found[0], database=found[1])
+            write_npz(path, queries=found[0], database=found[1])
     memory[key] = found
     return found
 

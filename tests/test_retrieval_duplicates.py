@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ggem_jax.retrieval.__main__ import main
 from ggem_jax.retrieval.index import IndexRefused, find_duplicates
 from ggem_jax.retrieval.index.index import Index, build, remove
 from ggem_jax.retrieval.pairs import connected_groups, cosines_to, similar_pairs
@@ -159,17 +158,8 @@ def test_an_altered_entry_is_damage(index):
         find_duplicates(index)
 
 
-def run(capsys, *arguments):
-    try:
-        code = main(list(map(str, arguments)))
-    except SystemExit as stop:
-        code = stop.code
-    said = capsys.readouterr()
-    return code, said.out, said.err
-
-
-def test_json_is_the_record_of_the_library(index, capsys):
-    code, said, told = run(capsys, "duplicates", "my.index", "--json", "--threshold", "0.9")
+def test_json_is_the_record_of_the_library(index, run):
+    code, said, told = run("duplicates", "my.index", "--json", "--threshold", "0.9")
     record = find_duplicates("my.index", threshold=0.9).record()
     assert (code, json.loads(said), told) == (0, record, "")
     assert (record["surplus"], record["images"]) == (3, 6)
@@ -179,9 +169,9 @@ def test_json_is_the_record_of_the_library(index, capsys):
     assert record["groups"][0][0]["path"] == RED[0]
 
 
-def test_the_table_and_the_sheet_show_every_image(index, capsys):
+def test_the_table_and_the_sheet_show_every_image(index, run):
     (index.parent / "photos" / "red-small.png").unlink()
-    code, said, _ = run(capsys, "duplicates", "my.index", "--html", "sheet.html")
+    code, said, _ = run("duplicates", "my.index", "--html", "sheet.html")
     assert code == 0
     assert said.startswith("my.index: 2 groups of images with cosines of 0.95 or more; all but")
     assert [line.split("   ")[-1] for line in said.splitlines()[1:]] == [
@@ -252,8 +242,8 @@ def test_kills(index, tmp_path):
         (["--html", "none/sheet.html"], "none is no folder"),
     ],
 )
-def test_mistakes_are_one_sentence(index, capsys, flags, sentence):
-    code, said, told = run(capsys, "duplicates", "my.index", *flags)
+def test_mistakes_are_one_sentence(index, run, flags, sentence):
+    code, said, told = run("duplicates", "my.index", *flags)
     assert (code, said, told.count("\n")) == (2, "", 1)
     assert sentence in told
 

@@ -17,7 +17,6 @@ from ggem_jax.descriptors.backbones import load_network
 from ggem_jax.descriptors.extract import DescriptorSettings, Extractor
 from ggem_jax.descriptors.texts import TextEncoder
 from ggem_jax.files.images import normalise, resize
-from ggem_jax.retrieval.__main__ import main
 from ggem_jax.retrieval.index import IndexRefused, build_index, info, search_by_words
 from ggem_jax.retrieval.index.index import Index
 from ggem_jax.retrieval.index.text_search import (
@@ -231,31 +230,22 @@ def test_words_find_the_images_of_the_largest_products(index, clip):
     assert load_text_encoder(index)(["red"]).shape == (1, 5)
 
 
-def run(capsys, *arguments):
-    try:
-        code = main(list(map(str, arguments)))
-    except SystemExit as stop:
-        code = stop.code
-    said = capsys.readouterr()
-    return code, said.out, said.err
-
-
-def test_the_tool_searches_by_words(index, capsys, monkeypatch):
+def test_the_tool_searches_by_words(index, run, monkeypatch):
     monkeypatch.setattr("ggem_jax.retrieval.tool.commands.keep_compiled_programs", lambda: None)
     expected = search_by_words(index, ["red - people"], 3).record()
     flags = ["search", index.folder, "--text", "red - people", "-k", 3]
-    code, said, told = run(capsys, *flags, "--json")
+    code, said, told = run(*flags, "--json")
     assert (code, told) == (0, "")
     assert json.loads(said) == json.loads(json.dumps(expected))
     assert expected["queries"][0]["query"] == "red - people"
-    assert run(capsys, *flags)[1].startswith("red - people: the first 3 under ")
+    assert run(*flags)[1].startswith("red - people: the first 3 under ")
     moved = index.folder.parent / "clip" / "moved"
     moved.mkdir()
     for file in list(moved.parent.glob("*.*")):
         file.rename(moved / file.name)
-    code, _, told = run(capsys, *flags)
+    code, _, told = run(*flags)
     assert (code, "name it with --weights FILE" in told) == (1, True)
-    assert run(capsys, *flags, "--weights", moved / "weights.safetensors")[0] == 0
+    assert run(*flags, "--weights", moved / "weights.safetensors")[0] == 0
 
 
 @pytest.mark.parametrize(
@@ -268,8 +258,8 @@ def test_the_tool_searches_by_words(index, capsys, monkeypatch):
         (["--text", "red +"], 1, "a term of 'red \\+' has no text"),
     ],
 )
-def test_mistakes_are_one_sentence(index, capsys, flags, code, sentence):
-    found, said, told = run(capsys, "search", "my.index", *flags)
+def test_mistakes_are_one_sentence(index, run, flags, code, sentence):
+    found, said, told = run("search", "my.index", *flags)
     assert (found, said, told.count("\n")) == (code, "", 1)
     assert sentence.replace("\\", "") in told
 

@@ -70,7 +70,7 @@ def test_help_names_every_command_and_a_default(run):
             "whiten",
         )
     )
-    assert "(gem+)" in run("index", "--help")[1]
+    assert "(gem+; own for a training run)" in run("index", "--help")[1]
 
 
 # Every mistake: one sentence, and the exit code

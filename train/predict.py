@@ -25,8 +25,8 @@ import jax
 import numpy as np
 from tyro.conf import Positional
 
-from ggem_jax.files.atomic import replacing
 from ggem_jax.files.images import RGB, UnreadableImage, is_image, read_image
+from ggem_jax.files.vectors import write_npz
 from ggem_jax.weights.inference import make_infer, require_preprocessing
 from ggem_jax.weights.load import LoadedViT, load_vit
 from train.cli import Refused, one_sentence, parse, require
@@ -242,8 +242,7 @@ def write_descriptors(predicted: Predicted, path: Path) -> None:
         Refused: The file cannot be written.
     """
     try:
-        with replacing(path) as temporary, temporary.open("wb") as file:
-            np.savez(file, descriptor=predicted.descriptor, path=np.array(predicted.paths))
+        write_npz(path, descriptor=predicted.descriptor, path=np.array(predicted.paths))
     except OSError as error:
         raise Refused(f"{path} cannot be written: {error.strerror}") from None
 

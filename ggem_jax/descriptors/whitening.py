@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Float
 
-from ggem_jax.files.atomic import replacing
+from ggem_jax.files.vectors import write_npz
 
 
 class Whitening(NamedTuple):
@@ -95,8 +95,7 @@ def save_whitening(path: str | Path, whitening: Whitening) -> None:
     Raises:
         OSError: The file cannot be written.
     """
-    with replacing(path) as temporary, temporary.open("wb") as file:
-        np.savez(file, **whitening._asdict())
+    write_npz(path, **whitening._asdict())
 
 
 def load_whitening(path: str | Path) -> Whitening:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Float, Int
 
-from ggem_jax.files.atomic import replacing
+from ggem_jax.files.atomic import replacing, write_text
 
 
 @dataclass(frozen=True)
@@ -162,6 +162,20 @@ def read_ranking(file: str) -> tuple[Float[np.ndarray, "q k"] | None, Int[np.nda
     return scores, _ids(file, ids)
 
 
+def write_npz(file: str | Path, **arrays: Any) -> None:
+    """Writes arrays as an `.npz` file, which appears when it is complete.
+
+    Args:
+        file: The file to write; a file of this name is replaced.
+        **arrays: The arrays by name.
+
+    Raises:
+        OSError: The file cannot be written.
+    """
+    with replacing(file) as temporary, temporary.open("wb") as handle:
+        np.savez(handle, **arrays)
+
+
 def write_ranking(
     file: Path, scores: Float[np.ndarray, "q k"], ids: Int[np.ndarray, "q k"]
 ) -> None:
@@ -175,11 +189,10 @@ def write_ranking(
     Raises:
         OSError: The file cannot be written.
     """
-    with replacing(file) as temporary, temporary.open("wb") as handle:
-        if file.suffix.lower() == ".json":
-            handle.write(json.dumps({"ids": ids.tolist(), "scores": scores.tolist()}).encode())
-        else:
-            np.savez(handle, ids=ids, scores=scores)
+    if file.suffix.lower() == ".json":
+        write_text(file, json.dumps({"ids": ids.tolist(), "scores": scores.tolist()}))
+    else:
+        write_npz(file, ids=ids, scores=scores)
 
 
 def _ids(file: str, ids: np.ndarray) -> np.ndarray:
