@@ -96,6 +96,7 @@ COSTLY_FILES = {
     "test_train_predict.py",
     "test_train_published.py",
     "test_train_resume.py",
+    "test_train_step.py",
     "test_vit.py",
     "test_weights_efficientnet_lite.py",
     "test_weights_vit.py",

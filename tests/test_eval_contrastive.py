@@ -7,8 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import TINY_PAIR
-from test_train_contrastive import one_line
+from conftest import TINY_PAIR, one_line
 
 from eval import contrastive as eval_contrastive
 from eval.contrastive import ContrastiveResult, compare
