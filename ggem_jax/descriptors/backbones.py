@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from ggem_jax.descriptors.settings import OWN_HEADS
+from ggem_jax.descriptors.own_heads import OWN_HEADS
 from ggem_jax.files.arrays import read_arrays
 from ggem_jax.files.errors import MismatchedWeights
 from ggem_jax.files.images import RGB, normalise

@@ -14,8 +14,9 @@ import numpy as np
 from jaxtyping import Float
 
 from ggem_jax.descriptors import programs
+from ggem_jax.descriptors.own_heads import OWN_HEADS
 from ggem_jax.descriptors.scales import SCALES
-from ggem_jax.descriptors.settings import DEFAULT_BACKBONE, OWN_HEADS, DescriptorSettings
+from ggem_jax.descriptors.settings import DEFAULT_BACKBONE, DescriptorSettings
 
 if TYPE_CHECKING:
     from ggem_jax.descriptors.backbones import Network

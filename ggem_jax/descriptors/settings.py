@@ -10,16 +10,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args, get_type_hints
 
+from ggem_jax.descriptors.own_heads import OWN_HEADS
+
 if TYPE_CHECKING:
     from ggem_jax.weights.architecture import Given
 
 DEFAULT_BACKBONE = "efficientnet-lite0"
 MOST_THIN = 16  # largest aspect ratio of an image that has a descriptor
-# poolings of the network itself, at one scale -> the networks that have them
-OWN_HEADS = {
-    "clip": "CLIP or SigLIP",
-    "own": "a training run, or what python -m train.export writes from one",
-}
 LEAST_SIDE = 160  # pixels: five strides, a little over what three scales and Regional GeM need
 
 

@@ -18,8 +18,8 @@ import numpy as np
 from jaxtyping import Float32, UInt8, UInt16
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from ggem_jax.files.crops import RGB, centre_size, cut_centre
 from ggem_jax.files.normalisation import IMAGENET_MEAN, IMAGENET_STD
-from ggem_jax.files.preprocessing import centre_size, cut_centre
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MAX_MEGAPIXELS = 300.0  # largest image that is decoded, unless a call says otherwise
@@ -39,7 +39,6 @@ _UNREADABLE = (
     struct.error, TypeError, KeyError, IndexError, ArithmeticError,
 )  # fmt: skip
 
-RGB = UInt8[np.ndarray, "_ _ 3"]
 Fit = Callable[[int, int], "tuple[int, int] | None"]  # height, width -> those to resize to
 
 
