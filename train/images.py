@@ -97,9 +97,10 @@ class Images:
         """
         numbers = {name: number for number, name in enumerate(classes)}
         places = np.array([numbers[name] for name in self.classes], np.int32)
+        several = self.several
 
         def convert(labels: np.ndarray) -> np.ndarray:
-            if not self.several:
+            if not several:
                 return places[labels]
             wide = np.zeros((*labels.shape[:-1], len(classes)), bool)
             wide[..., places] = labels
@@ -107,7 +108,7 @@ class Images:
 
         def load(i: int) -> tuple[RGB, Label]:
             image, label = self.load(i)
-            return image, convert(label) if self.several else int(places[label])  # type: ignore[arg-type]
+            return image, convert(label) if several else int(places[label])  # type: ignore[arg-type]
 
         own = convert(self.labels())
         return Images(len(self), classes, load, lambda: own, self.stored)
