@@ -18,6 +18,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
+from ggem_jax.files.normalisation import normalise_pixels
 from ggem_jax.models.vit import ViT
 from ggem_jax.optimizer import adamw, scale_by_parameter
 from train.build import build_model
@@ -327,7 +328,7 @@ def normalise(images: UInt8[Array, "b h w 3"], data: Data) -> Float[Array, "b h 
     Returns:
         The images, `(b, h, w, 3)` float32.
     """
-    return (images.astype(jnp.float32) / 255 - jnp.array(data.mean)) / jnp.array(data.std)
+    return normalise_pixels(images, data.mean, data.std)
 
 
 def mix(images, targets, augment: Augment, key: PRNGKeyArray):

@@ -19,7 +19,7 @@ from jaxtyping import Float32, UInt8, UInt16
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from ggem_jax.files.crops import RGB, centre_size, cut_centre
-from ggem_jax.files.normalisation import IMAGENET_MEAN, IMAGENET_STD
+from ggem_jax.files.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise_pixels
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
 MAX_MEGAPIXELS = 300.0  # largest image that is decoded, unless a call says otherwise
@@ -388,9 +388,7 @@ def normalise(
         raise ValueError(
             f"image must be uint8 (..., h, w, 3), not {image.dtype} of shape {image.shape}"
         )
-    return (image.astype(np.float32) / np.float32(255) - np.asarray(mean, np.float32)) / np.asarray(
-        std, np.float32
-    )
+    return normalise_pixels(image, mean, std)
 
 
 def resize(image: RGB, height: int, width: int) -> RGB:

@@ -1,8 +1,13 @@
-"""The mean and deviation of the channels that published networks normalise images with.
+"""How channels are normalised, and the mean and deviation that published networks do it with.
 
-The numbers are for channels in [0, 1], in the order red, green, blue. Reading them needs no image
+The numbers are for channels in [0, 1], in the order red, green, blue. Nothing here needs an image
 library.
 """
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
 
 Channels = tuple[float, float, float]
 Normalisation = tuple[Channels, Channels]  # mean, which is subtracted; deviation, which divides
@@ -16,3 +21,15 @@ OPENAI: Normalisation = (  # github.com/openai/CLIP, clip.py
     (0.48145466, 0.4578275, 0.40821073),
     (0.26862954, 0.26130258, 0.27577711),
 )
+
+
+def normalise_pixels(pixels: Any, mean: Sequence[float], std: Sequence[float]) -> Any:
+    """Returns (pixel / 255 - mean) / std of each channel, in float32.
+
+    Args:
+        pixels: Images, `(..., 3)` uint8, of NumPy or JAX.
+        mean: Mean of red, green and blue in [0, 1].
+        std: Standard deviation of red, green and blue.
+    """
+    scaled = pixels.astype(np.float32) / np.float32(255)
+    return (scaled - np.asarray(mean, np.float32)) / np.asarray(std, np.float32)

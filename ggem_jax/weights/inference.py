@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
+from ggem_jax.files.normalisation import normalise_pixels
 from ggem_jax.files.preprocessing import Preprocessing
 from ggem_jax.pooling import l2_normalize
 from ggem_jax.weights.load import LoadedViT
@@ -51,9 +52,8 @@ def make_infer(loaded: LoadedViT) -> tuple[Infer, dict[str, Any]]:
     variables = {"vit": dict(loaded.variables), "projection": loaded.projection}
 
     def infer(variables: Any, pixels: UInt8[Array, "b side side 3"]) -> Outputs:
-        scaled = pixels.astype(jnp.float32) / 255
-        normalised = (scaled - jnp.array(how.mean)) / jnp.array(how.std)
-        output: Any = model.apply(variables["vit"], normalised)
+        images = normalise_pixels(pixels, how.mean, how.std)
+        output: Any = model.apply(variables["vit"], images)
         found = {"descriptor": _describe(output.descriptor, variables["projection"])}
         if output.logits is not None:
             found["probability"] = probabilities(output.logits.astype(jnp.float32))
