@@ -87,6 +87,20 @@ def test_unreadable_images_are_named_and_other_files_are_left_out(run, tmp_path,
     assert said.startswith("train.predict: no image to predict: 2 could not be read, 0 other")
 
 
+def test_a_folder_is_searched_as_for_an_index(tmp_path):
+    """A file that ends as images do is one, so that damage is named and not passed over."""
+    folder = tmp_path / "photos"
+    for name in ("a/1.jpg", "b.heic", "notes.txt", "@eaDir/1.jpg", ".hidden/2.jpg"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text("no image")
+    (folder / "pipe.png").symlink_to("nowhere")
+    Image.new("RGB", (2, 2)).save(folder / "c", format="PNG")
+    found, unreadable, others = predict.find_images([folder, folder / "notes.txt"])
+    assert found == [folder / "a/1.jpg", folder / "b.heic", folder / "c", folder / "notes.txt"]
+    assert unreadable == [f"in {folder}: pipe.png cannot be read: No such file or directory"]
+    assert others == 1
+
+
 @pytest.mark.parametrize(
     ("flags", "sentence"),
     [

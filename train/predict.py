@@ -15,7 +15,7 @@ import csv
 import json
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,8 +25,9 @@ import jax
 import numpy as np
 from tyro.conf import Positional
 
-from ggem_jax.files.images import RGB, UnreadableImage, is_image, read_image
+from ggem_jax.files.images import RGB, UnreadableImage, read_image
 from ggem_jax.files.vectors import write_npz
+from ggem_jax.retrieval.index.folder import walk
 from ggem_jax.weights.inference import make_infer, require_preprocessing
 from ggem_jax.weights.load import LoadedViT, load_vit
 from train.cli import Refused, one_sentence, parse, require
@@ -136,7 +137,7 @@ def predict(loaded: LoadedViT, images: Sequence[Path], *, batch: int = 64) -> Pr
     Raises:
         Refused: There is no image that can be read.
     """
-    found, others = find_images(images)
+    found, unreadable, others = find_images(images)
     how = require_preprocessing(loaded)
     infer, variables = make_infer(loaded)
     compiled, placed = jax.jit(infer), jax.device_put(variables)
@@ -148,7 +149,6 @@ def predict(loaded: LoadedViT, images: Sequence[Path], *, batch: int = 64) -> Pr
             return error
 
     paths: list[str] = []
-    unreadable: list[str] = []
     parts: list[dict[str, np.ndarray]] = []
     with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as threads:
         for start in range(0, len(found), batch):
@@ -184,40 +184,29 @@ def predict(loaded: LoadedViT, images: Sequence[Path], *, batch: int = 64) -> Pr
     )
 
 
-def find_images(places: Sequence[Path]) -> tuple[list[Path], int]:
-    """Returns the image files among files and in folders, and the number of other files there.
+def find_images(places: Sequence[Path]) -> tuple[list[Path], list[str], int]:
+    """Returns the image files among files and in folders, and what else is there.
 
-    Files that are named are always taken. In folders, files that begin as images do are, hidden
-    files and folders are not looked at.
+    Files that are named are always taken. In folders, images are found by ending or content, as for
+    an index (`ggem_jax.retrieval.index.folder.walk`); hidden files and folders are not looked at.
 
     Args:
         places: Files and folders.
+
+    Returns:
+        The files, a sentence for each file or folder that cannot be opened, and the number of files
+        in the folders that are no images.
     """
-    found, others = [], 0
+    found, unreadable, others = [], [], 0
     for place in map(Path.expanduser, places):
         if not place.is_dir():
             found.append(place)
             continue
-        for path in _files_below(place):
-            taken = _begins_as_image(path)
-            found += [path] if taken else []
-            others += not taken
-    return found, others
-
-
-def _files_below(folder: Path) -> Iterator[Path]:
-    for path in sorted(folder.rglob("*")):
-        hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
-        if path.is_file() and not hidden:
-            yield path
-
-
-def _begins_as_image(path: Path) -> bool:
-    try:
-        with path.open("rb") as file:
-            return is_image(file)
-    except OSError:
-        return True  # that it cannot be read is said when it is read
+        listing = walk(place, apart=Path(os.devnull))
+        found += [place / file.path for file in listing.files]
+        unreadable += [f"in {shown(str(place))}: {each.why}" for each in listing.skipped]
+        others += listing.others.total() + listing.special
+    return found, unreadable, others
 
 
 def shown(text: str) -> str:
