@@ -6,7 +6,7 @@ import jax
 import pytest
 from conftest import TINY
 
-from train import classify, dry_run
+from train import classify, dry_run, topologies
 from train.cli import load_config
 from train.config import Config, Optimizer
 from train.step import make_steps
@@ -48,6 +48,35 @@ def test_the_step_is_compiled_for_the_devices_here(capsys):
     assert words[0] == "compiled"
     assert words[2] in ("MB", "GB")
     assert float(words[1]) > 0.1
+
+
+class Program:
+    """Stands for a step, what is lowered of it and its program, with round sizes."""
+
+    argument_size_in_bytes, output_size_in_bytes = 1000, 900
+    alias_size_in_bytes, temp_size_in_bytes = 800, 7
+
+    def lower(self, *_):
+        return self
+
+    compile = memory_analysis = lower
+
+
+def test_a_compiled_program_holds_its_state_once():
+    """Its outputs take the place of the arguments that they alias."""
+    config = small()
+    steps = make_steps(config, 10, 5)
+    state = jax.eval_shape(steps.init, 0)
+    steps = dataclasses.replace(steps, train=Program())
+    assert dry_run.compiled_bytes(config, steps, state, "here") == 1000 + (900 - 800) + 7
+
+
+def test_devices_that_are_not_there_need_their_compiler(capsys, monkeypatch):
+    monkeypatch.setattr(topologies, "_found", lambda name: name == "jax_plugins.xla_cuda13")
+    assert topologies.available()
+    monkeypatch.setattr(topologies, "_found", lambda name: False)
+    code, _ = run(capsys, *TINY, "--on", "h200:8")
+    assert "--on h200:8 needs XLA's compiler for NVIDIA GPUs: install jax[cuda12]" in code
 
 
 def small(**changes):
