@@ -19,8 +19,9 @@ from neupims.scheduling.objective import Layer, make_problem
 from neupims.timing.capacity import activation_bytes, device_weight_bytes
 from neupims.timing.gemm import Bits, gemm, products_at_once, tiling
 from neupims.timing.iteration import simulate
-from neupims.timing.npu import Context, activate, attend, fc1_sides, matrix_product, normalize
+from neupims.timing.npu import Context, activate, attend, matrix_product, normalize
 from neupims.timing.prefill import prefill
+from neupims.timing.shapes import fc1_sides
 from neupims.timing.stages import PRODUCTS, npu_operation
 
 PLAIN = Decoder(8, 512, 4, 2, 1024, mlp_matrices=3)

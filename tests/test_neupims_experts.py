@@ -14,17 +14,11 @@ from neupims.machine.model import Decoder
 from neupims.machine.record import replace
 from neupims.machine.systems import FIDELITIES
 from neupims.machine.workload import Parallel, check_parallel, make_batch
+from neupims.timing.experts import route, visits
 from neupims.timing.iteration import simulate
 from neupims.timing.memory_check import spread_more
-from neupims.timing.npu import (
-    Context,
-    activate,
-    fc1_sides,
-    fc2_sides,
-    matrix_product,
-    route,
-    visits,
-)
+from neupims.timing.npu import Context, activate, matrix_product
+from neupims.timing.shapes import fc1_sides, fc2_sides
 
 MIXTRAL = load_model("mixtral-8x7b")
 DENSE = dataclasses.replace(MIXTRAL, experts=0, active_experts=0, expert_width=0, expert_bits=0)

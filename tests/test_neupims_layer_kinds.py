@@ -17,8 +17,9 @@ from neupims.scheduling.objective import make_problem
 from neupims.timing.capacity import activation_bytes, request_bytes, request_tiles
 from neupims.timing.gemm import gemm
 from neupims.timing.iteration import simulate
-from neupims.timing.npu import Context, activate, fc1_sides, fc2_sides, matrix_product
+from neupims.timing.npu import Context, activate, matrix_product
 from neupims.timing.prefill import prefill, prefill_attention
+from neupims.timing.shapes import fc1_sides, fc2_sides
 
 DENSE = Decoder(8, 512, 4, 2, 1024, mlp_matrices=3)
 EXPERTS = dataclasses.replace(

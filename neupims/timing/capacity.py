@@ -29,7 +29,7 @@ from neupims.machine.workload import (
     weight_bytes,
 )
 from neupims.timing.layout import heads_of_device, layer_tiles
-from neupims.timing.npu import (
+from neupims.timing.shapes import (
     expanded_latents,
     fc1_sides,
     fc2_sides,

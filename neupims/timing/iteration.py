@@ -41,6 +41,7 @@ from neupims.timing.attention import (
     closed_attention,
     exact_attention,
 )
+from neupims.timing.experts import route
 from neupims.timing.gemm import (
     SIXTEEN,
     Bits,
@@ -51,8 +52,9 @@ from neupims.timing.gemm import (
     tiling,
 )
 from neupims.timing.links import link_seconds, messages
-from neupims.timing.npu import Context, mlp_channels, mlp_rows, product_bits, route
+from neupims.timing.npu import Context, mlp_rows, product_bits
 from neupims.timing.overlap import DRAINED, side_by_side
+from neupims.timing.shapes import mlp_channels
 from neupims.timing.split import check_split, is_split
 from neupims.timing.stages import (
     INTERLEAVED,

@@ -16,11 +16,12 @@ import jax.numpy as jnp
 from neupims.machine.calibration import DEFAULT, Calibration
 from neupims.machine.division import ceil_divide, divide
 from neupims.machine.hardware import Hardware
-from neupims.machine.layer_kinds import ALIKE, Mix, shared_mlp
+from neupims.machine.layer_kinds import Mix, shared_mlp
 from neupims.machine.record import Number
 from neupims.machine.systems import Fidelity, System
 from neupims.machine.workload import Batch, Decoder, Parallel
 from neupims.timing import vector
+from neupims.timing.experts import Routing, route
 from neupims.timing.gemm import (
     SIXTEEN,
     Bits,
@@ -33,12 +34,10 @@ from neupims.timing.gemm import (
     stuck_chance,
 )
 from neupims.timing.layout import heads_of_device
+from neupims.timing.shapes import Product, ProductsFunction, SidesFunction, mlp_channels
 from neupims.timing.vector import softmax_cycles
 
 TO_SOFTMAX = 9  # core cycles from the last product of a head's logit to its softmax, as measured
-
-
-ONE_DEVICE = Parallel(1, 1)
 
 
 class Context(NamedTuple):
@@ -56,218 +55,6 @@ class Context(NamedTuple):
 
 # (context, tokens, written_before, tile) -> Work
 WorkFunction = Callable[[Context, Number, Number, Tiling | None], Work]
-# The inner channels and the output features of a product, on one device.
-SidesFunction = Callable[[Decoder, Parallel], tuple[Number, Number]]
-
-
-class Product(NamedTuple):
-    """Matrix products of one shape on one device, one after another."""
-
-    count: Number  # products; 0 where the model has none
-    inner: Number  # inner channels of each
-    features: Number  # output features of each
-
-
-ProductsFunction = Callable[[Decoder, Parallel], tuple[Product, ...]]
-
-
-def qkv_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
-    """Returns inner channels and output features of queries, keys and values together.
-
-    With latent attention these are the latents of queries and of keys and values, which each device
-    makes for itself; without a latent of queries, they are the queries.
-
-    Args:
-        model: The model.
-        parallel: How many devices share a layer.
-    """
-    width = 1.0 * model.width
-    _, kv_heads = heads_of_device(model, parallel)
-    queries = divide(model.query_width, parallel.tp)
-    keys = kv_heads * model.head_dim
-    first = jnp.where(jnp.asarray(model.query_rank) > 0, model.query_rank, queries)
-    latents = first + model.kv_rank + model.rope_dim
-    return width, jnp.where(jnp.asarray(model.kv_rank) > 0, latents, queries + 2 * keys)
-
-
-def latent_queries(model: Decoder, parallel: Parallel) -> tuple[Product, ...]:
-    """Returns the products of a decode step that turn latents into queries of the latent.
-
-    A key is a head's matrix times the latent, so that query · (matrix latent) is
-    (query matrix) · latent: each query is multiplied with the matrix of its head ("absorbed").
-
-    Args:
-        model: A model with latent attention.
-        parallel: How many devices share a layer.
-
-    Reference:
-        DeepSeek-AI, "DeepSeek-V2", 2024, arXiv:2405.04434, section 2.1.2.
-    """
-    heads = divide(model.heads, parallel.tp)
-    return _queries(model, parallel), Product(heads, 1.0 * model.head_dim, 1.0 * model.kv_rank)
-
-
-def latent_values(model: Decoder, parallel: Parallel) -> tuple[Product, ...]:
-    """Returns the products of a decode step that turn weighted latents into the values of heads.
-
-    Args:
-        model: A model with latent attention.
-        parallel: How many devices share a layer.
-    """
-    heads = divide(model.heads, parallel.tp)
-    return (Product(heads, 1.0 * model.kv_rank, 1.0 * model.value_dim),)
-
-
-def expanded_latents(model: Decoder, parallel: Parallel) -> tuple[Product, ...]:
-    """Returns the products of a prefill that make queries, keys and values of heads from latents.
-
-    Args:
-        model: A model with latent attention.
-        parallel: How many devices share a layer.
-    """
-    heads = divide(model.heads, parallel.tp)
-    made = heads * (model.head_dim + model.value_dim)
-    return _queries(model, parallel), Product(1.0, 1.0 * model.kv_rank, made)
-
-
-def _queries(model: Decoder, parallel: Parallel) -> Product:
-    """Returns the product that makes queries from their latent, where there is one."""
-    rank = jnp.asarray(model.query_rank)
-    return Product(1.0 * (rank > 0), 1.0 * rank, divide(model.query_width, parallel.tp))
-
-
-def projection_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
-    """Returns inner channels and output features of the projection after attention.
-
-    Args:
-        model: The model.
-        parallel: How many devices share a layer.
-    """
-    width = 1.0 * model.width
-    return divide(model.value_width, parallel.tp), width
-
-
-def fc1_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
-    """Returns inner channels and output features of the MLP's first matrix, with its gate.
-
-    It is that of one expert where the model has experts.
-
-    Args:
-        model: The model.
-        parallel: How many devices share a layer.
-    """
-    mlp = divide(mlp_channels(model), _sharers(model, parallel))
-    return 1.0 * model.width, (model.mlp_matrices - 1.0) * mlp
-
-
-def fc2_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
-    """Returns inner channels and output features of the MLP's (or an expert's) last matrix.
-
-    Args:
-        model: The model.
-        parallel: How many devices share a layer.
-    """
-    return divide(mlp_channels(model), _sharers(model, parallel)), 1.0 * model.width
-
-
-def _sharers(model: Decoder, parallel: Parallel) -> Number:
-    """Returns the devices that share an MLP, or each of the experts."""
-    return jnp.where(
-        jnp.asarray(model.experts) > 0, divide(parallel.tp, parallel.ep), 1.0 * parallel.tp
-    )
-
-
-def head_sides(model: Decoder, parallel: Parallel) -> tuple[Number, Number]:
-    """Returns inner channels and output features of the LM head; devices share the vocabulary.
-
-    Args:
-        model: The model.
-        parallel: How many devices share a layer.
-    """
-    return 1.0 * model.width, divide(model.vocabulary, parallel.tp)
-
-
-def mlp_channels(model: Decoder) -> Number:
-    """Returns the hidden channels of the MLP, or of one expert where the model has experts.
-
-    Args:
-        model: The model.
-    """
-    return jnp.where(jnp.asarray(model.experts) > 0, model.expert_width, model.mlp_width)
-
-
-class Routing(NamedTuple):
-    """How the tokens of a sub-batch meet the MLPs of a layer on one device.
-
-    With a skew, both are arrays over experts, from the most popular one on.
-    """
-
-    # MLPs that have tokens: 1, or the expected number of experts that are hit. With a skew, the
-    # chance of each expert.
-    products: Number
-    tokens: Number  # of each of them, in the mean
-
-    @property
-    def rows(self) -> Number:
-        """The tokens of all MLPs together."""
-        return jnp.sum(self.products * self.tokens)
-
-
-def route(
-    model: Decoder, tokens: Number, parallel: Parallel = ONE_DEVICE, mix: Mix = ALIKE
-) -> Routing:
-    """Returns the experts that a sub-batch hits, with independent routing of its tokens.
-
-        experts hit = E (1 - (1 - k / E)^n),  tokens of each = n k / experts hit
-
-    for n tokens that each visit k of E experts, with uniform routing. With a skew, expert e is hit
-    with the chance 1 - (1 - v_e)^n, and then has n v_e / chance tokens, for the shares v_e of
-    tokens that visit it (`visits`). Weights of other experts are not read. Without experts there is
-    one MLP with all tokens.
-
-    Where experts are dealt to groups of devices (`Parallel.ep`), these are the experts of the first
-    group, whose most popular expert is that of the layer: no other group has more tokens.
-
-    Args:
-        model: The model.
-        tokens: The tokens of the sub-batch.
-        parallel: Over how many groups of devices the experts are dealt.
-        mix: Whether there is a skew.
-    """
-    there = jnp.asarray(model.experts) > 0
-    if mix.skewed:
-        visited = visits(model, mix.skewed)
-        place = jnp.arange(mix.skewed)
-        chance = 1 - (1 - visited) ** tokens
-        each = tokens * visited / jnp.maximum(chance, 1e-9)
-        dealt = jnp.where(place % parallel.ep == 0, chance, 0.0)  # to the first group
-        return Routing(jnp.where(there, dealt, 1.0 * (place == 0)), jnp.where(there, each, tokens))
-    experts = jnp.maximum(1.0 * model.experts, 1)
-    share = model.active_experts / experts
-    hit = experts * (1 - (1 - share) ** tokens)
-    each = tokens * model.active_experts / jnp.maximum(hit, 1e-9)
-    return Routing(jnp.where(there, hit / parallel.ep, 1.0), jnp.where(there, each, tokens))
-
-
-def visits(model: Decoder, most: int) -> Number:
-    """Returns the share of tokens that visits each expert, (most,), from the most popular one on.
-
-        v_e = min(1, c e^-s),  sum over e of v_e = k
-
-    for the exponent s (`expert_skew`) and k active experts: an expert that would get more than all
-    tokens gets all, and the others share the rest.
-
-    Args:
-        model: The model.
-        most: The length of the result; shares beyond the experts of the model are 0.
-    """
-    place = jnp.arange(most)
-    weight = jnp.where(place < model.experts, (place + 1.0) ** (-1.0 * model.expert_skew), 0.0)
-    # c where the `place` most popular experts are visited by all tokens
-    rest = jnp.maximum(jnp.cumsum(weight[::-1])[::-1], 1e-30)
-    factor = (model.active_experts - place) / rest
-    full = jnp.argmax(factor * weight <= 1)  # how many are
-    return jnp.where(place < full, 1.0, jnp.minimum(factor[full] * weight, 1.0))
 
 
 def product_bits(context: Context, *, routed: bool = False) -> Bits:
@@ -309,79 +96,75 @@ def matrix_product(
     """
 
     def work(context: Context, tokens, written_before, tile=None) -> Work:
-        few = getattr(context.calibration, stuck_after) if stuck_after else 0.0
-        routing = Routing(1.0, tokens)
+        model, parallel, mix = context.model, context.parallel, context.mix
+        routing, skewed = Routing(1.0, tokens), routed and mix.skewed
         if routed:
-            routing = route(context.model, tokens, context.parallel, context.mix)
-            if context.mix.skewed:  # each expert has its tokens, and so its tiles
-                tile = None
-        bits = product_bits(context, routed=routed)
-        inner, features = sides(context.model, context.parallel)
-        if context.system == "gpu":
-            tile = one_tile(routing.tokens, inner, features)
-        found = gemm(
-            context.hardware,
+            routing = route(model, tokens, parallel, mix)
+        few = getattr(context.calibration, stuck_after) if stuck_after else 0.0
+        found = product_work(
+            context,
             routing.tokens,
-            inner,
-            features,
-            npu_only=context.system == "npu-only",
+            Product(routing.products, *sides(model, parallel)),
+            bits=product_bits(context, routed=routed),
             stuck=stuck_chance(context.hardware, written_before, few),
             inherited_bytes=written_before,
-            tile=tile,
-            calibration=context.calibration,
-            fidelity=context.fidelity,
-            bits=bits,
+            tile=None if skewed else tile,  # with a skew each expert has its tokens, and its tiles
         )
-        found = _on_system(context, found, bits)
-        found = jax.tree.map(lambda value: routing.products * value, found)
-        if routed and context.mix.skewed:
+        if skewed:
             found = jax.tree.map(jnp.sum, found)
-        if routed and context.mix.shared:
-            found = jax.tree.map(jnp.add, found, shared_work(context, tokens))
-        if of_latents and context.mix.latent:
-            for each in of_latents(context.model, context.parallel):
-                found = jax.tree.map(jnp.add, found, product_work(context, tokens, each))
+        beside: list[Product] = []
+        if routed and mix.shared:
+            there = 1.0 * (jnp.asarray(model.shared_experts) > 0)
+            beside.append(Product(there, *sides(shared_mlp(model), parallel)))
+        if of_latents and mix.latent:
+            beside += of_latents(model, parallel)
+        for each in beside:
+            found = jax.tree.map(jnp.add, found, product_work(context, tokens, each))
         return jax.tree.map(lambda value: jnp.where(tokens > 0, value, 0.0), found)
-
-    def shared_work(context: Context, tokens) -> Work:
-        there = 1.0 * (jnp.asarray(context.model.shared_experts) > 0)
-        one = Product(there, *sides(shared_mlp(context.model), context.parallel))
-        return product_work(context, tokens, one)
 
     return work
 
 
-def product_work(context: Context, tokens: Number, product: Product) -> Work:
+def product_work(
+    context: Context,
+    tokens: Number,
+    product: Product,
+    *,
+    bits: Bits | None = None,
+    stuck: Number = 0.0,
+    inherited_bytes: Number = 0.0,
+    tile: Tiling | None = None,
+) -> Work:
     """Returns the work of products with weights, one after another.
 
     Args:
-        context: The hardware, the model and the system.
+        context: The hardware, the model and the system; on a GPU the work is that of its roofline.
         tokens: The tokens of each of them.
         product: Their number and their shape.
+        bits: The widths of the numbers (default: those of weights that are not routed experts').
+        stuck: As for `gemm`, of each of them.
+        inherited_bytes: As for `gemm`, of each of them.
+        tile: The tiling (default: computed). A GPU reads each matrix once.
     """
-    bits = product_bits(context)
+    bits = product_bits(context) if bits is None else bits
+    on_board = context.system == "gpu"
     inner = jnp.maximum(product.inner, 1)
     one = gemm(
         context.hardware,
         tokens,
         inner,
         product.features,
-        tile=one_tile(tokens, inner, product.features) if context.system == "gpu" else None,
         npu_only=context.system == "npu-only",
+        stuck=stuck,
+        inherited_bytes=inherited_bytes,
+        tile=one_tile(tokens, inner, product.features) if on_board else tile,
         calibration=context.calibration,
         fidelity=context.fidelity,
         bits=bits,
     )
-    one = _on_system(context, one, bits)
+    if on_board:
+        one = on_gpu(context.hardware, one, products_at_once(context.hardware.gpu, bits))
     return jax.tree.map(lambda value: jnp.where(product.count > 0, product.count * value, 0.0), one)
-
-
-def _on_system(context: Context, work: Work, bits: Bits) -> Work:
-    """Returns the work of a product, at the roofline of the GPU where that is the system."""
-    if context.system != "gpu":
-        return work
-    gpu = context.hardware.gpu
-    return on_gpu(context.hardware, work, products_at_once(gpu, bits))
 
 
 def normalize(context: Context, tokens, written_before, tile=None) -> Work:

@@ -23,15 +23,9 @@ from neupims.timing.gemm import LEAST_STREAM, Work, bytes_per_cycle
 from neupims.timing.iteration import Iteration, mean_of_layers, summarize
 from neupims.timing.layout import heads_of_device
 from neupims.timing.links import link_seconds, messages
-from neupims.timing.npu import (
-    Context,
-    expanded_latents,
-    matrix_product,
-    product_bits,
-    projection_sides,
-    qkv_sides,
-)
+from neupims.timing.npu import Context, matrix_product, product_bits
 from neupims.timing.overlap import side_by_side
+from neupims.timing.shapes import expanded_latents, projection_sides, qkv_sides
 from neupims.timing.stages import Operation, npu_operation, stages
 from neupims.timing.vector import softmax_cycles
 

@@ -24,9 +24,10 @@ import jax.numpy as jnp
 from neupims.machine.calibration import DEFAULT
 from neupims.machine.record import Number
 from neupims.machine.systems import System
-from neupims.timing import npu
+from neupims.timing import npu, shapes
 from neupims.timing.gemm import Tiling, Work
-from neupims.timing.npu import Context, SidesFunction, WorkFunction, on_gpu
+from neupims.timing.npu import Context, WorkFunction, on_gpu
+from neupims.timing.shapes import SidesFunction
 
 STAGES = "ABCDEF"
 
@@ -71,32 +72,32 @@ QKV = (
     Operation(
         "attn.QKVgen",
         "gemm",
-        npu.matrix_product(npu.qkv_sides, of_latents=npu.latent_queries),
-        npu.qkv_sides,
+        npu.matrix_product(shapes.qkv_sides, of_latents=shapes.latent_queries),
+        shapes.qkv_sides,
     ),
 )
 REST = (
     Operation(
         "attn.proj",
         "gemm",
-        npu.matrix_product(npu.projection_sides, of_latents=npu.latent_values),
-        npu.projection_sides,
+        npu.matrix_product(shapes.projection_sides, of_latents=shapes.latent_values),
+        shapes.projection_sides,
     ),
     Operation("attn.res", "vector", npu.add_residual, element_operations=1),
     Operation("ffn.ln", "vector", npu.normalize, element_operations=5),
     Operation(
         "ffn.fc1",
         "gemm",
-        npu.matrix_product(npu.fc1_sides, "stuck_after_norm", routed=True),
-        npu.fc1_sides,
+        npu.matrix_product(shapes.fc1_sides, "stuck_after_norm", routed=True),
+        shapes.fc1_sides,
         routed=True,
     ),
     Operation("ffn.gelu", "vector", npu.activate, element_operations=1),
     Operation(
         "ffn.fc2",
         "gemm",
-        npu.matrix_product(npu.fc2_sides, "stuck_after_activation", routed=True),
-        npu.fc2_sides,
+        npu.matrix_product(shapes.fc2_sides, "stuck_after_activation", routed=True),
+        shapes.fc2_sides,
         routed=True,
     ),
     Operation("ffn.res", "vector", npu.add_residual, element_operations=1),
@@ -111,7 +112,7 @@ NPU_ATTENTION = Operation("attn.attn.FusedMHA", "attention", npu.attend)
 # After the last layer, for the whole batch.
 HEAD = (
     Operation("head.ln", "vector", npu.normalize, element_operations=5),
-    Operation("head.product", "gemm", npu.matrix_product(npu.head_sides), npu.head_sides),
+    Operation("head.product", "gemm", npu.matrix_product(shapes.head_sides), shapes.head_sides),
 )
 
 INTERLEAVED = (
