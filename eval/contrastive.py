@@ -39,8 +39,9 @@ from train.contrastive import (
     make_steps,
     make_towers,
 )
-from train.data import Images, open_data
+from train.data import open_data
 from train.evaluate import compute_outputs
+from train.images import Images
 from train.loop import read_exponents
 from train.pairs import open_captions
 from train.run import read_run

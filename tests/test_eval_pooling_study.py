@@ -16,7 +16,7 @@ from eval.studies import cifar, diagnostics, frozen
 from eval.studies import pooling as pooling_study
 from eval.studies.pooling_report import Claim, make_claims, make_section, write_report
 from ggem_jax import pooling
-from train.data import Images
+from train.images import Images
 
 TINY_CIFAR = [
     "--model.image", "8", "--model.patch", "4", "--model.width", "16", "--model.depth", "1",

@@ -14,7 +14,9 @@ from train import augment, prepare
 from train.batches import eval_batches, train_batches
 from train.cli import Refused, load_config
 from train.config import Augment, Config, Data
-from train.data import Images, digits, folder, hold_out, open_data
+from train.data import digits, hold_out, open_data
+from train.folders import folder
+from train.images import Images, hold_in_memory, join_splits
 
 
 def config_of(*flags):
@@ -437,3 +439,14 @@ def test_the_split_to_evaluate_on_can_be_chosen(class_folders):
         Refused, match=r"--data.eval-split extra is not in .*, which has test, train, val"
     ):
         open_data(Data(source=f"folder:{class_folders}", eval_split="extra"))
+
+
+def test_joined_splits_keep_their_images_labels_and_order():
+    grey = [np.full((1, 1, 3), i, np.uint8) for i in range(5)]
+    labels = np.array([0, 1, 1, 0, 1], np.int32)
+    parts = [hold_in_memory(grey[a:b], labels[a:b], ("x", "y")) for a, b in ((0, 2), (2, 5))]
+    whole = join_splits(parts)
+    found = [whole.load(i) for i in range(len(whole))]
+    assert [int(image[0, 0, 0]) for image, _ in found] == list(range(5))
+    assert [label for _, label in found] == whole.labels().tolist() == labels.tolist()
+    assert [whole.stored(i).read() for i in range(5)] == [image.tobytes() for image in grey]

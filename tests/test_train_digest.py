@@ -11,8 +11,9 @@ from conftest import TINY
 from train import classify
 from train.cli import Refused, load_config
 from train.config import Config
-from train.data import folder, hold_in_memory
 from train.digest import SAMPLED, digest_images
+from train.folders import folder
+from train.images import hold_in_memory
 
 
 def train(*flags, data=None):

@@ -163,6 +163,20 @@ def test_a_failure_leaves_nothing_behind(tmp_path, monkeypatch, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
+def test_a_folder_that_another_process_makes_meanwhile_is_left_alone(tmp_path, monkeypatch, capsys):
+    run, out = as_folder(trained(), tmp_path / "run"), tmp_path / "out"
+
+    def write(loaded, folder):
+        out.mkdir()
+        return ()
+
+    monkeypatch.setattr(export, "write_stablehlo", write)
+    said = one_line(capsys, export.main, run, out, "--to", "stablehlo")
+    assert f"{out} was made by another process meanwhile" in said
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "run"]
+    assert list(out.iterdir()) == []
+
+
 KILLS = """
 import json, sys
 sys.path.insert(0, "tests")

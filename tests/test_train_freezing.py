@@ -9,8 +9,8 @@ from train import classify
 from train.classify import weigh_classes
 from train.cli import Refused, load_config
 from train.config import Config, Data
-from train.data import hold_in_memory
 from train.freezing import learning_mask
+from train.images import hold_in_memory
 from train.metric import MetricConfig
 from train.step import make_steps
 

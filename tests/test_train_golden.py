@@ -9,7 +9,8 @@ from train import classify, prepare
 from train.batches import train_batches
 from train.cli import load_config
 from train.config import Config
-from train.data import folder, open_data
+from train.data import open_data
+from train.folders import folder
 from train.log import read_metrics
 
 pytestmark = pytest.mark.golden

@@ -20,7 +20,8 @@ from train import metric
 from train.batches import train_batches
 from train.cli import Refused, configs_of, known_configs, load_config
 from train.config import Data
-from train.data import Images, open_disjoint
+from train.data import open_disjoint
+from train.images import Images
 from train.log import read_metrics
 from train.metric import Metric, MetricConfig
 from train.samplers import draw_balanced

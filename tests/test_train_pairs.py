@@ -327,6 +327,15 @@ def test_quotes_are_those_of_csv_or_text(tmp_path, capsys):
     assert read("0.png\ta, b\n", separator="tab") == ("a, b",)
 
 
+def test_a_caption_of_several_lines_is_one_where_the_file_means_nothing_else(tmp_path):
+    (tmp_path / "0.png").write_bytes(png(3))
+    (tmp_path / "pairs.csv").write_text('image,caption\n0.png,"a\nb"\n')
+    assert read_csv(f"{tmp_path}/pairs.csv", Data()).captions == [("a\nb",)]
+    (tmp_path / "pairs.tsv").write_text('image\tcaption\n0.png\t"a" b\n0.png\n')
+    with pytest.raises(Refused, match="cannot be read as CSV after line 1"):
+        read_csv(f"{tmp_path}/pairs.tsv", Data())
+
+
 def test_two_spellings_of_a_path_are_one_image(tmp_path):
     (tmp_path / "0.png").write_bytes(png(3))
     (tmp_path / "pairs.csv").write_text("image,caption\n0.png,a\n./0.png,b\n")

@@ -18,7 +18,8 @@ from tests.conftest import TINY, one_line
 from train import classify, predict
 from train.cli import load_config
 from train.config import Config
-from train.data import Images, open_data
+from train.data import open_data
+from train.images import Images
 
 
 def write_digits(folder: Path, images: Images, count: int) -> list[Path]:

@@ -14,8 +14,9 @@ from train import classify
 from train.batches import eval_batches, train_batches
 from train.cli import Refused, load_config
 from train.config import Config, Data
-from train.data import folder, open_data, open_disjoint
+from train.data import open_data, open_disjoint
 from train.evaluate import Predictions
+from train.folders import folder
 from train.labels import read_labels
 from train.step import make_steps
 
@@ -199,15 +200,16 @@ def prepared(tmp_path):
     """Writes a small data set with labels of any kind."""
     import tensorflow_datasets as tfds
 
-    def write(name, feature, labels):
+    def write(name, feature, labels, numbered=False):
         class Built(tfds.core.GeneratorBasedBuilder, skip_registration=True):
             VERSION: ClassVar = tfds.core.Version("1.0.0")
 
             def _info(self):
                 image = tfds.features.Image(shape=(None, None, 3), encoding_format="png")
-                features = tfds.features.FeaturesDict({"image": image, "what": feature})
+                index = {"index": tfds.features.Scalar(np.int64)} if numbered else {}
+                features = tfds.features.FeaturesDict({"image": image, "what": feature} | index)
                 return tfds.core.DatasetInfo(
-                    builder=self, features=features, disable_shuffling=True
+                    builder=self, features=features, disable_shuffling=not numbered
                 )
 
             def _split_generators(self, dl_manager):
@@ -220,7 +222,8 @@ def prepared(tmp_path):
                 for i, label in enumerate(found):
                     file = io.BytesIO()
                     Image.new("RGB", (8, 8), (i,) * 3).save(file, "PNG")
-                    yield i, {"image": io.BytesIO(file.getvalue()), "what": label}
+                    example = {"image": io.BytesIO(file.getvalue()), "what": label}
+                    yield i, example | ({"index": i} if numbered else {})
 
         Built.name = name
         tfds.disable_progress_bar()
@@ -259,3 +262,14 @@ def test_other_labels_of_tfds_are_classes_too(prepared, capsys):
         match=r"the feature what of real is Scalar of shape \(\) and float32: labels are a Class",
     ):
         open_data(prepared("real", features.Scalar(np.float32), [0.5, 1.5]))
+
+
+def test_a_set_that_was_shuffled_is_read_in_the_order_of_its_index(prepared):
+    from tensorflow_datasets import features
+
+    labels = [0, 1, 1, 0, 0, 0, 1, 0]
+    train, _ = open_data(
+        prepared("numbered", features.ClassLabel(names=["b", "a"]), labels, numbered=True)
+    )
+    assert [int(train.load(i)[0][0, 0, 0]) for i in range(8)] == list(range(8))
+    assert train.labels().tolist() == labels

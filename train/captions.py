@@ -9,7 +9,7 @@ import numpy as np
 
 from train.cli import Refused, require
 from train.config import Data
-from train.data import Images
+from train.images import Images
 from train.tables import read_text
 from train.tokenizer import LARGEST_VOCABULARY, SMALLEST_VOCABULARY
 

@@ -14,9 +14,10 @@ from train import dry_run
 from train.batches import train_batches
 from train.cli import Refused, load_config, one_sentence
 from train.config import Config
-from train.data import Images, open_data
+from train.data import open_data
 from train.digest import describe_data
 from train.evaluate import evaluate
+from train.images import Images
 from train.loop import Evaluation, Task, TrainedRun, check_batch, check_devices, run, run_tool
 from train.run import join_processes
 from train.samplers import draw_evenly

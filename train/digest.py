@@ -12,7 +12,7 @@ import numpy as np
 
 from train.cli import Refused
 from train.config import Config
-from train.data import Images
+from train.images import Images
 from train.published import read_start
 
 SAMPLED = 1024  # images whose contents are read

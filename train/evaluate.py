@@ -8,7 +8,7 @@ import numpy as np
 from train.batches import Batch, eval_batches
 from train.cli import Refused
 from train.config import Config
-from train.data import Images
+from train.images import Images
 from train.step import Steps
 
 

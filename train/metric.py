@@ -30,9 +30,10 @@ from train.batches import train_batches
 from train.build import build_model
 from train.cli import Refused, load_config, require
 from train.config import Config, Data, Optimizer
-from train.data import Images, open_disjoint
+from train.data import open_disjoint
 from train.digest import describe_data
 from train.evaluate import compute_outputs
+from train.images import Images
 from train.loop import Evaluation, Task, TrainedRun, check_batch, check_devices, run, run_tool
 from train.run import join_processes
 from train.samplers import draw_balanced, measure_coverage, steps_to_cover

@@ -20,8 +20,8 @@ from train.build import build_model
 from train.classify import train
 from train.cli import load_config
 from train.config import Config
-from train.data import Images, hold_in_memory
 from train.evaluate import Predictions
+from train.images import Images, hold_in_memory
 from train.prepare import evenly_spaced, read_packed
 from train.step import normalise
 

@@ -31,7 +31,7 @@ from eval.tables import format_cell, interval_columns, make_table, write_rows
 from ggem_jax.retrieval import search
 from ggem_jax.retrieval.metrics import Relevance, recall_at, scores
 from train.cli import Refused, load_config, one_sentence, parse
-from train.data import Images, hold_in_memory
+from train.images import Images, hold_in_memory
 from train.loop import make_first_state
 from train.metric import MetricConfig, make_metric_steps, retrieve, score_descriptors, train
 

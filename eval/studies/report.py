@@ -13,8 +13,8 @@ from eval import statistics
 from ggem_jax.files.atomic import write_text
 from ggem_jax.files.pages import render_page
 from train.config import Pool
-from train.data import Images
 from train.evaluate import Predictions
+from train.images import Images
 
 TEMPLATE = Path(__file__).parent / "templates" / "demo.html"
 
