@@ -11,6 +11,8 @@ import os
 import signal
 import sys
 
+from neupims.commands.compilation import keep_programs
+
 COMMANDS = {
     "simulate": (
         "one decode step of a batch, or its prefill: cycles of every operation and stage,"
@@ -33,6 +35,7 @@ def main(argv: list[str] | None = None) -> int:
         argv: The words of the command line after the program (default: those of the process).
     """
     words = sys.argv[1:] if argv is None else argv
+    keep_programs()
     try:
         arguments = _make_parser(words).parse_args(words)
     except SystemExit as stop:  # argparse has printed the error
