@@ -9,12 +9,15 @@ jax-triton 0.3 and 0.4.
 
 import contextlib
 import functools
+import hashlib
+import importlib.metadata
 import importlib.util
 import inspect
 import os
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -89,6 +92,39 @@ def compiled_for(capability: int | None) -> Iterator[None]:
     """
     with _capability(capability):
         yield
+
+
+def describe_code(caller: Path) -> str:
+    """Returns a text that changes whenever the same call of a kernel may get other machine code.
+
+    It has a digest of the source files of the kernels and of the caller, the versions of what
+    compiles the kernels, and the compute capability of `compiled_for`.
+
+    Args:
+        caller: A source file that decides how kernels are called.
+    """
+    return f"{_digest((caller, *Path(__file__).parent.glob('*.py')))} {_compilers()} {capability()}"
+
+
+@functools.cache
+def _digest(sources: tuple[Path, ...]) -> str:
+    found = hashlib.sha256()
+    try:
+        for path in sorted(sources):
+            found.update(path.name.encode() + b"\n" + path.read_bytes())
+    except OSError:  # an installation without sources: nothing counts as the same again
+        found.update(os.urandom(32))
+    return found.hexdigest()
+
+
+@functools.cache
+def _compilers() -> str:
+    versions = []
+    for name in ("jax", "triton", "jax-triton"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions.append(f"{name} {importlib.metadata.version(name)}")
+    assembler = ptxas.of_jax()
+    return f"{', '.join(versions)}, ptxas {assembler and assembler.version}"
 
 
 def available() -> bool:

@@ -163,6 +163,25 @@ def test_jit_with_sharded_tokens_keeps_the_rows_where_they_are():
     assert all("([i, j, k]" in line and "->([i, " in line for line in rules)
 
 
+def test_the_program_for_several_devices_says_which_kernel_it_means(monkeypatch):
+    """JAX names the kernel by a pointer of this process, which is left out here."""
+    tokens = TOKENS.update(sharding=NamedSharding(MESH, P("data")))
+
+    def program(eps=1e-6, capability=90):
+        pool = functools.partial(ggem_pool, eps=eps)
+        text = lowered(pool, tokens, EXPONENTS, capability=capability)
+        return re.sub(r'backend_config = "\d+"', "", text)
+
+    one = program()
+    assert program() == one
+    assert program(eps=1e-5) != one
+    assert program(capability=80) != one
+    digest = launch._digest
+    monkeypatch.setattr(launch, "_digest", lambda sources: digest(sources[1:]))  # other sources
+    jax.clear_caches()
+    assert program() != one
+
+
 @pytest.mark.parametrize("fused_norm", [False, True])
 def test_a_vision_transformer_ends_in_one_kernel(fused_norm):
     config = ViTConfig(

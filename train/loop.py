@@ -76,6 +76,9 @@ def run_tool(tool: str, train: Callable[[list[str]], TrainedRun], argv: list[str
     Raises:
         SystemExit: The run was stopped by a signal, or something went wrong (`one_sentence`).
     """
+    # Kernels on several devices can then be found in JAX's compilation cache, if it is on. Other
+    # partitioning rules are not in these programs: see `ggem_jax.pooling.dispatch.partition_rows`.
+    jax.config.update("jax_remove_custom_partitioning_ptr_from_cache_key", True)
     with one_sentence(tool):
         trained = train(sys.argv[1:] if argv is None else argv)
     if trained.signal is not None and not trained.finished:

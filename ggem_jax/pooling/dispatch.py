@@ -6,9 +6,11 @@ i // (rows / sets). `vmap` and the partitioner need to know no more: a mapped ax
 the rows, and rows can be spread over devices, each of which runs the kernel on its own rows.
 """
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Literal, get_args
 
 import jax
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.custom_batching import custom_vmap
 from jax.experimental.custom_partitioning import custom_partitioning
+from jax.experimental.xla_metadata import set_xla_metadata
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array
@@ -235,6 +238,11 @@ def partition_rows(body: Body, sets: Sequence[int] = ()) -> Body:
     Rows stay on their devices, all other axes are whole on every device, and each device runs
     `body` on its own rows.
 
+    JAX's program names the rule and the body by pointers of this process, which are part of the key
+    of its persistent compilation cache. A digest of both is therefore in the program too, as an
+    attribute of the call. With `jax_remove_custom_partitioning_ptr_from_cache_key`, another process
+    then finds the compiled program, but not that of another body or of other code.
+
     Args:
         body: Function of arrays `(rows, ...)` and `(sets, ...)`.
         sets: Positions of the arguments that begin with a sets axis.
@@ -242,7 +250,7 @@ def partition_rows(body: Body, sets: Sequence[int] = ()) -> Body:
 
     def call(*arrays):
         several = any(len(arrays[i]) != 1 for i in sets)  # rows then stay with their sets
-        outputs = jax.eval_shape(body, *arrays)
+        traced, outputs = jax.make_jaxpr(body, return_shape=True)(*arrays)
         capability = launch.capability()
 
         def local_body(*arrays):  # traced by the partitioner, when the program is compiled
@@ -283,7 +291,9 @@ def partition_rows(body: Body, sets: Sequence[int] = ()) -> Body:
         spread.def_partition(
             partition=partition, sharding_rule=rule, need_replication_factors=tuple(whole)
         )
-        return spread(*arrays)
+        identity = f"{rule}\n{traced}\n{launch.describe_code(Path(__file__))}"
+        with set_xla_metadata(ggem_jax_body=hashlib.sha256(identity.encode()).hexdigest()):
+            return spread(*arrays)
 
     return call
 
