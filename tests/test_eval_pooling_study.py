@@ -16,7 +16,7 @@ from eval.studies import cifar, diagnostics, frozen
 from eval.studies import pooling as pooling_study
 from eval.studies.pooling_report import Claim, make_claims, make_section, write_report
 from ggem_jax import pooling
-from train.images import Images
+from train.images import hold_in_memory
 
 TINY_CIFAR = [
     "--model.image", "8", "--model.patch", "4", "--model.width", "16", "--model.depth", "1",
@@ -167,7 +167,7 @@ def test_networks_are_trained_once_and_their_heads_and_tokens_are_those_of_the_m
     rng = np.random.default_rng(0)
     images = rng.integers(0, 256, (32, 8, 8, 3), dtype=np.uint8)
     labels = np.arange(32, dtype=np.int32) % 4
-    members = Images(32, tuple("abcd"), lambda i: (images[i], int(labels[i])), lambda: labels)
+    members = hold_in_memory(images, labels, tuple("abcd"))
     monkeypatch.setattr(cifar, "FLAGS", TINY_CIFAR)
     network = cifar.train_network("GGeM", 0, (members, members), tmp_path, 1.0)
     assert network.p.shape == (2,)

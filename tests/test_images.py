@@ -8,14 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import sklearn.datasets
 from PIL import Image
 
+from ggem_jax.files.crops import Part
 from ggem_jax.files.images import (
     UnreadableImage,
     centre_crop,
     convert_image,
     read_image,
     resize,
+    take_part,
 )
 
 GRADIENT = np.arange(6 * 4, dtype=np.uint8).reshape(6, 4) * 10
@@ -138,3 +141,52 @@ def test_images_of_pillow_are_converted_as_files_are():
     closed.close()
     with pytest.raises(UnreadableImage, match="the query is not a readable image"):
         convert_image(closed, name="the query")
+
+
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
+COLOURS = np.random.default_rng(0).integers(0, 256, (41, 64, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        encoded(COLOURS), encoded(COLOURS, "JPEG"), encoded(COLOURS, "JPEG", exif=TURNED),
+        encoded(NOISE, "JPEG"), encoded(COLOURS, "JPEG", mode="CMYK"),
+        encoded(COLOURS, "JPEG", subsampling=0)[:-60],
+    ],
+    ids=["PNG", "JPEG", "turned JPEG", "grey JPEG", "CMYK JPEG", "truncated JPEG"],
+)  # fmt: skip
+def test_a_part_is_cut_and_resized_as_that_of_the_whole_image(content):
+    asked = []
+    for part in (Part(3, 5, 30, 31, (20, 24)), Part(3, 5, 30, 31, (20, 24), shrink=True)):
+        chosen = read_image(content, choose=lambda *size, part=part: asked.append(size) or part)
+        whole = read_image(content)
+        assert asked[-1] == whole.shape[:2]
+        np.testing.assert_array_equal(chosen, take_part(whole, part))
+
+
+@pytest.mark.parametrize("photo", ["china.jpg", "flower.jpg"])
+@pytest.mark.parametrize(
+    ("part", "factor"),
+    [
+        (Part(0, 0, 427, 640, (213, 320)), 2), (Part(13, 31, 300, 401, (112, 112)), 2),
+        (Part(7, 101, 333, 333, (64, 64)), 4), (Part(0, 0, 427, 640, (50, 50)), 8),
+    ],
+)  # fmt: skip
+def test_a_part_of_a_jpeg_that_is_decoded_smaller_is_close(photo, part, factor):
+    """By 4 of 255 levels on average; a part that is one pixel off differs by more than 7."""
+    file = Path(sklearn.datasets.__file__).parent / "images" / photo
+    part = part._replace(shrink=True)
+    assert part.factor == factor
+    exact = take_part(read_image(file), part)
+    difference = np.abs(read_image(file, choose=lambda *_: part).astype(int) - exact)
+    assert 0 < difference.mean() < 4
+
+
+def test_a_part_of_a_truncated_jpeg_is_close_as_well():
+    photo = (Path(sklearn.datasets.__file__).parent / "images" / "china.jpg").read_bytes()
+    part = Part(13, 31, 300, 401, (75, 100), shrink=True)
+    exact = take_part(read_image(photo), part)
+    difference = np.abs(read_image(photo[:-9000], choose=lambda *_: part).astype(int) - exact)
+    assert 0 < difference.mean() < 4

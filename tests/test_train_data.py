@@ -10,13 +10,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ggem_jax.files.images import take_part
 from train import augment, prepare
 from train.batches import eval_batches, train_batches
 from train.cli import Refused, load_config
 from train.config import Augment, Config, Data
 from train.data import digits, hold_out, open_data
 from train.folders import folder
-from train.images import Images, hold_in_memory, join_splits
+from train.images import hold_in_memory, join_splits
 
 
 def config_of(*flags):
@@ -385,11 +386,9 @@ def test_crops_of_any_image_have_the_asked_size(crop, shape):
     image = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
     rng = np.random.default_rng(1)
     for _ in range(20):
-        assert augment.augment(image, 8, Augment(crop=crop, flip=True, erase=0.5), rng).shape == (
-            8,
-            8,
-            3,
-        )
+        how = Augment(crop=crop, flip=True, erase=0.5)
+        part = augment.choose_part(*shape, 8, how, rng)
+        assert augment.augment(take_part(image, part), 8, how, rng).shape == (8, 8, 3)
 
 
 def test_nothing_switched_on_changes_nothing():
@@ -422,7 +421,7 @@ def test_erasing_replaces_one_rectangle():
 def test_evaluation_images_are_cut_as_the_config_says(flags, low, high):
     """A 16 x 32 image whose column c is 8 c: the crop shows from which columns it was made."""
     ramp = np.broadcast_to(np.arange(32, dtype=np.uint8)[None, :, None] * 8, (16, 32, 3))
-    images = Images(1, ("ramp",), lambda i: (ramp, 0), lambda: np.zeros(1, np.int32))
+    images = hold_in_memory([ramp], np.zeros(1, np.int32), ("ramp",))
     (batch,) = eval_batches(images, config_of("--model.image", "8", *flags))
     row = batch["image"][0, 4, :, 0].astype(float) / 8
     step = (high - low) / 8

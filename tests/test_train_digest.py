@@ -63,7 +63,8 @@ def test_contents_of_large_splits_are_sampled_to_the_end():
     count, read = 3 * SAMPLED, []
     images = drawn(count)
     counted = type(images)(
-        count, images.classes, lambda i: (read.append(i), images.load(i))[1], images.labels,
+        count, images.classes, lambda i, choose=None: (read.append(i), images.load(i))[1],
+        images.labels,
         lambda i: images.stored(i)._replace(read=lambda: read.append(i) or b"x"),
     )  # fmt: skip
     digest_images(counted)
@@ -126,6 +127,19 @@ def test_a_run_its_data_and_its_weights_may_move(class_folders, tmp_path):
     kept = (new[2] / "config.json").read_text()
     assert json.loads(kept)["data"]["source"] == f"folder:{new[0]}"
     assert str(class_folders) not in kept
+
+
+def test_a_run_that_decoded_images_whole_is_not_resumed_otherwise(tmp_path, class_folders):
+    """Of an earlier version."""
+    flags = ["--data", f"folder:{class_folders}", "--epochs", "4", "--out", tmp_path / "run"]
+    assert not train(*flags, "--stop-after", 3, "--data.no-shrink").finished
+    file = tmp_path / "run" / "config.json"
+    kept = json.loads(file.read_text())
+    assert kept["data"].pop("shrink") is False
+    file.write_text(json.dumps(kept))
+    with pytest.raises(Refused, match=r"data\.shrink False there, True now"):
+        train(*flags)
+    assert train(*flags, "--data.no-shrink").finished
 
 
 def test_a_run_without_a_digest_resumes_where_its_data_lay_before(tmp_path, class_folders):

@@ -21,7 +21,7 @@ from train.batches import train_batches
 from train.cli import Refused, configs_of, known_configs, load_config
 from train.config import Data
 from train.data import open_disjoint
-from train.images import Images
+from train.images import Images, hold_in_memory
 from train.log import read_metrics
 from train.metric import Metric, MetricConfig
 from train.samplers import draw_balanced
@@ -157,7 +157,7 @@ def test_balanced_batches_hold_so_many_of_each_class_and_depend_on_the_step_only
 def test_balanced_streams_can_be_entered_anywhere_and_shared_by_processes():
     images = np.arange(20, dtype=np.uint8)[:, None, None, None] * np.ones((1, 8, 8, 3), np.uint8)
     labels = np.arange(20, dtype=np.int32) % 5
-    numbered = Images(20, tuple("abcde"), lambda i: (images[i], int(labels[i])), lambda: labels)
+    numbered = hold_in_memory(images, labels, tuple("abcde"))
     config = dataclasses.replace(config_of(), batch=8)
     draw = draw_balanced(labels, 8, 2, seed=0)
     whole = train_batches(numbered, config, start=0, draw=draw)
@@ -178,7 +178,7 @@ def test_balanced_streams_can_be_entered_anywhere_and_shared_by_processes():
 def numbered_images(labels, unreadable):
     """Images of 8 x 8 pixels that all have their number as colour."""
 
-    def load(i):
+    def load(i, choose=None):
         if i in unreadable:
             raise UnreadableImage(f"image {i} is not a readable image")
         return np.full((8, 8, 3), i, np.uint8), int(labels[i])

@@ -9,15 +9,35 @@ import math
 import numpy as np
 from PIL import Image, ImageEnhance, ImageOps
 
-from ggem_jax.files.images import RGB, centre_crop, resize
+from ggem_jax.files.crops import RGB, Part, centre_part, cut_centre
+from ggem_jax.files.images import centre_crop
 from train.config import Augment
 
 
-def augment(image: RGB, side: int, how: Augment, rng: np.random.Generator) -> RGB:
-    """Returns the augmented image: crop, flip, RandAugment and erase, where switched on.
+def choose_part(
+    height: int, width: int, side: int, how: Augment, rng: np.random.Generator, shrink: bool = False
+) -> Part:
+    """Returns the part of an image that `augment` needs.
 
     Args:
-        image: The image, `(height, width, 3)` uint8.
+        height, width: Sides of the image, pixels.
+        side: Side of the augmented image, pixels.
+        how: Which changes are made, and how strong they are.
+        rng: Source of all random numbers.
+        shrink: Whether a JPEG may be decoded at a lower resolution, no less than the part needs.
+    """
+    part = None
+    if how.crop == "resized":
+        part = random_rectangle(height, width, side, how.min_area, rng)
+    return (part or centre_part(height, width, side))._replace(shrink=shrink)
+
+
+def augment(image: RGB, side: int, how: Augment, rng: np.random.Generator) -> RGB:
+    """Returns an augmented image: crop, flip, RandAugment and erase, where switched on.
+
+    Args:
+        image: The part of the image that `choose_part` returned, resized, `(height, width, 3)`
+            uint8.
         side: Side of the result, pixels.
         how: Which changes are made, and how strong they are.
         rng: Source of all random numbers.
@@ -25,13 +45,9 @@ def augment(image: RGB, side: int, how: Augment, rng: np.random.Generator) -> RG
     Returns:
         The image, `(side, side, 3)` uint8.
     """
-    match how.crop:
-        case "none":
-            image = centre_crop(image, side)
-        case "pad":
-            image = pad_crop(image, side, how.pad, rng)
-        case "resized":
-            image = resized_crop(image, side, how.min_area, rng)
+    image = cut_centre(image, side)
+    if how.crop == "pad":
+        image = pad_crop(image, side, how.pad, rng)
     if how.flip and rng.random() < 0.5:
         image = image[:, ::-1]
     if how.randaugment_ops:
@@ -63,32 +79,31 @@ def pad_crop(image: RGB, side: int, pad: int, rng: np.random.Generator) -> RGB:
     return image[top : top + side, left : left + side]
 
 
-def resized_crop(image: RGB, side: int, min_area: float, rng: np.random.Generator) -> RGB:
-    """Returns a random rectangle of the image, resized to a square.
-
-    After ten rectangles that do not fit into the image it takes the centre square.
+def random_rectangle(
+    height: int, width: int, side: int, min_area: float, rng: np.random.Generator
+) -> Part | None:
+    """Returns a random rectangle of an image, to be resized to a square.
 
     Args:
-        image: The image, `(height, width, 3)`.
+        height, width: Sides of the image, pixels.
         side: Side of the square, pixels.
         min_area: Smallest share of the image. The share is uniform from here to 1, and the ratio of
             the sides log-uniform from 3:4 to 4:3.
         rng: Source of area, ratio and place.
 
     Returns:
-        The square, `(side, side, 3)`.
+        The rectangle, or None after ten that do not fit into the image.
 
     Reference: Szegedy et al., "Going Deeper with Convolutions", 2015, arXiv:1409.4842, section 6.
     """
-    height, width = image.shape[:2]
     for _ in range(10):
         area = height * width * rng.uniform(min_area, 1)
         ratio = math.exp(rng.uniform(-math.log(4 / 3), math.log(4 / 3)))
         h, w = round(math.sqrt(area / ratio)), round(math.sqrt(area * ratio))
         if 0 < h <= height and 0 < w <= width:
             top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
-            return resize(image[top : top + h, left : left + w], side, side)
-    return centre_crop(image, side)
+            return Part(int(top), int(left), h, w, (side, side))
+    return None
 
 
 def erase(image: RGB, rng: np.random.Generator) -> RGB:

@@ -13,9 +13,10 @@ from typing import Any
 import grain
 import numpy as np
 
-from ggem_jax.files.images import UnreadableImage
+from ggem_jax.files.crops import Part
+from ggem_jax.files.images import Choose, UnreadableImage
 from ggem_jax.files.preprocessing import Preprocessing
-from train.augment import augment
+from train.augment import augment, choose_part
 from train.cli import Refused
 from train.config import Config
 from train.images import Images, Label
@@ -78,13 +79,17 @@ def train_batches(
     """
     local = config.batch // processes
     reader = _Reader(images, config.data.corrupt, same_class)
+    side = config.model.image
 
     def example(
         index: int, rng: np.random.Generator, batch: np.ndarray | None = None
     ) -> dict[str, Any]:
-        image, label = reader(index, batch)
+        def choose(height: int, width: int) -> Part:
+            return choose_part(height, width, side, config.augment, rng, config.data.shrink)
+
+        image, label = reader(index, batch, choose)
         return {
-            "image": augment(image, config.model.image, config.augment, rng),
+            "image": augment(image, side, config.augment, rng),
             **beside(label, rng),
         }
 
@@ -169,12 +174,15 @@ class _Reader:
         self.images, self.corrupt, self.same_class = images, corrupt, same_class
         self.named: set[int] = set()
 
-    def __call__(self, index: int, batch: np.ndarray | None = None):
-        """The image or, where it cannot be read, the next one; `batch` is what it should lack."""
-        if (found := self.or_none(index)) is not None:
+    def __call__(self, index: int, batch: np.ndarray | None, choose: Choose):
+        """A part of the image or, where it cannot be read, of the next one.
+
+        `batch` holds the images that the next one should not be among.
+        """
+        if (found := self.or_none(index, choose)) is not None:
             return found
         for other in self._others(index, batch):
-            if (found := self.or_none(int(other))) is not None:
+            if (found := self.or_none(int(other), choose)) is not None:
                 return found
         of_class = (
             ""
@@ -196,9 +204,9 @@ class _Reader:
     def labels(self) -> np.ndarray:
         return self.images.labels()
 
-    def or_none(self, index: int):
+    def or_none(self, index: int, choose: Choose | None = None):
         try:
-            return self.images.load(index)
+            return self.images.load(index, choose)
         except UnreadableImage as error:
             if self.corrupt == "refuse":
                 raise Refused(

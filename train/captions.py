@@ -139,7 +139,7 @@ def make_captioned(
     numbered = Images(
         len(images),
         ("image",),
-        lambda i: (images.load(i)[0], i),
+        lambda i, choose=None: (images.load(i, choose)[0], i),
         lambda: np.arange(len(images), dtype=np.int32),
         images.stored,
     )

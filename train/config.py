@@ -87,6 +87,9 @@ class Data:
     # standard deviation of the channels; the default is ImageNet's
     std: tuple[float, float, float] = IMAGENET_STD
     workers: int = 2  # threads that read and augment images
+    # decode a training JPEG at a half, a quarter or an eighth of its size where that is no less
+    # than its crop is resized to; images to evaluate on are always decoded whole
+    shrink: bool = True
 
     def __post_init__(self):
         require("data.holdout", self.holdout, "between 0 and 1", 0 < self.holdout < 1)

@@ -74,7 +74,10 @@ def _class_folders(root: Path, corrupt: str, *, all_classes: bool = True) -> Ima
     return Images(
         len(files),
         tuple(classes),
-        lambda i: (read_image(root / files[i].path), int(labels[i])),
+        lambda i, choose=None: (
+            read_image(root / files[i].path, choose=choose),
+            int(labels[i]),
+        ),
         lambda: labels,
         lambda i: Stored(files[i].path, files[i].size, (root / files[i].path).read_bytes),
     )

@@ -3,11 +3,11 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from ggem_jax.files.images import RGB
+from ggem_jax.files.images import RGB, Choose, take_part
 from train.cli import Refused
 
 TRAIN_SPLITS = ("train",)
@@ -25,14 +25,28 @@ class Stored(NamedTuple):
     read: Callable[[], bytes]  # () -> its contents; raises OSError
 
 
+class Load(Protocol):
+    """How an image is read."""
+
+    def __call__(self, i: int, choose: Choose | None = None) -> tuple[RGB, Label]:
+        """Returns an image, or the part of it that is chosen, and its label.
+
+        Args:
+            i: Number of the image.
+            choose: Function from height and width in pixels to the part; None takes the whole.
+
+        Raises:
+            UnreadableImage: It cannot be decoded.
+        """
+
+
 @dataclass(frozen=True)
 class Images:
     """One split of labelled images."""
 
     size: int  # number of images
     classes: tuple[str, ...]  # names of the classes, by label
-    # i -> image i and its label; raises UnreadableImage where it cannot be decoded
-    load: Callable[[int], tuple[RGB, Label]]
+    load: Load
     # () -> labels of all images, without decoding them: (n,) int32, or (n, classes) bool where an
     # image may have several
     labels: Callable[[], np.ndarray]
@@ -67,7 +81,7 @@ class Images:
         return Images(
             len(indices),
             self.classes,
-            lambda i: self.load(int(indices[i])),
+            lambda i, choose=None: self.load(int(indices[i]), choose),
             lambda: self.labels()[indices],
             lambda i: self.stored(int(indices[i])),
         )
@@ -82,8 +96,8 @@ class Images:
         places = np.flatnonzero(np.isin(labels, kept))
         taken, own = self.take(places), np.searchsorted(kept, labels[places]).astype(np.int32)
 
-        def load(i: int) -> tuple[RGB, Label]:
-            image, label = taken.load(i)
+        def load(i: int, choose: Choose | None = None) -> tuple[RGB, Label]:
+            image, label = taken.load(i, choose)
             return image, int(np.searchsorted(kept, label))
 
         names = tuple(self.classes[i] for i in kept)
@@ -106,8 +120,8 @@ class Images:
             wide[..., places] = labels
             return wide
 
-        def load(i: int) -> tuple[RGB, Label]:
-            image, label = self.load(i)
+        def load(i: int, choose: Choose | None = None) -> tuple[RGB, Label]:
+            image, label = self.load(i, choose)
             return image, convert(label) if several else int(places[label])  # type: ignore[arg-type]
 
         own = convert(self.labels())
@@ -124,7 +138,13 @@ def hold_in_memory(
         labels: Labels of the images, `(n,)` int32, or `(n, classes)` bool.
         classes: Names of the classes.
     """
-    return Images(len(images), classes, lambda i: (images[i], label_of(labels, i)), lambda: labels)
+
+    def load(i: int, choose: Choose | None = None) -> tuple[RGB, Label]:
+        image = images[i]
+        part = image if choose is None else take_part(image, choose(*image.shape[:2]))
+        return part, label_of(labels, i)
+
+    return Images(len(images), classes, load, lambda: labels)
 
 
 def label_of(labels: np.ndarray, i: int) -> Label:
@@ -176,9 +196,9 @@ def join_splits(parts: list[Images]) -> Images:
         part = int(np.searchsorted(ends, i, side="right"))
         return parts[part], i - int(ends[part]) + len(parts[part])
 
-    def load(i: int) -> tuple[RGB, Label]:
+    def load(i: int, choose: Choose | None = None) -> tuple[RGB, Label]:
         part, own = place(i)
-        return part.load(own)
+        return part.load(own, choose)
 
     def stored(i: int) -> Stored:
         part, own = place(i)

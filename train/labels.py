@@ -69,7 +69,7 @@ def read_labels(name: str, data: Data) -> Images:
     return Images(
         len(files),
         tuple(classes),
-        lambda i: (read_image(files[i]), label_of(found, i)),
+        lambda i, choose=None: (read_image(files[i], choose=choose), label_of(found, i)),
         lambda: found,
         lambda i: stored_file(files[i], names[i]),
     )

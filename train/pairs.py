@@ -26,7 +26,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ggem_jax.files.images import RGB, UnreadableImage, read_image
+from ggem_jax.files.images import RGB, Choose, UnreadableImage, read_image
 from ggem_jax.retrieval.index.folder import ENDINGS
 from train.captions import (
     Captioned,
@@ -129,7 +129,10 @@ def read_csv(name: str, data: Data) -> Captioned:
     def stored(i: int) -> Stored:
         return stored_file(paths[i], names[i])
 
-    return _of_files(lambda i: read_image(paths[i]), stored, captions.values(), f"{path}")
+    def load(i: int, choose: Choose | None) -> RGB:
+        return read_image(paths[i], choose=choose)
+
+    return _of_files(load, stored, captions.values(), f"{path}")
 
 
 @dataclass(frozen=True)
@@ -151,15 +154,18 @@ class Member:
             file.seek(self.offset)
             return file.read(self.size)
 
-    def decode(self) -> RGB:
-        """Returns the decoded image, `(height, width, 3)` uint8.
+    def decode(self, choose: Choose | None = None) -> RGB:
+        """Returns the decoded image, `(height, width, 3)` uint8, or a part of it.
+
+        Args:
+            choose: Function from height and width in pixels to the part; None takes the whole.
 
         Raises:
             UnreadableImage: The image cannot be read or decoded.
         """
         name = f"{self.name} in {self.shard}"
         try:
-            return read_image(self.read(), name=name)
+            return read_image(self.read(), name=name, choose=choose)
         except OSError as error:
             raise UnreadableImage(f"{name} cannot be read: {error.strerror}") from None
 
@@ -191,7 +197,10 @@ def read_shards(pattern: str, data: Data) -> Captioned:
                 captions.append(caption.texts)
     check_complete(lacking, f"pairs of {pattern}", data.corrupt)
     return _of_files(
-        lambda i: members[i].decode(), lambda i: members[i].stored(), captions, pattern
+        lambda i, choose: members[i].decode(choose),
+        lambda i: members[i].stored(),
+        captions,
+        pattern,
     )
 
 
@@ -364,7 +373,7 @@ def _read_json(content: bytes, keys: Sequence[str]) -> Caption:
 
 
 def _of_files(
-    load: Callable[[int], RGB],
+    load: Callable[[int, Choose | None], RGB],
     stored: Callable[[int], Stored],
     captions: Iterable[list[str]],
     name: str,
@@ -373,5 +382,11 @@ def _of_files(
     if not kept:
         raise Refused(f"{name} holds no image with a caption")
     numbers = np.arange(len(kept))
-    images = Images(len(kept), ("image",), lambda i: (load(i), i), lambda: numbers, stored)
+    images = Images(
+        len(kept),
+        ("image",),
+        lambda i, choose=None: (load(i, choose), i),
+        lambda: numbers,
+        stored,
+    )
     return make_captioned(images, kept)

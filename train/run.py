@@ -209,6 +209,8 @@ def read_run(run: Path, record: type[C] = Config) -> tuple[C, dict[str, Any]]:  
         if not isinstance(values, dict):
             raise Refused("it must hold settings by name, not a list or a number")
         tool, facts = values.pop("tool", record.tool), values.pop("data_found")
+        # runs of versions without this setting decoded training images whole
+        values.setdefault("data", {}).setdefault("shrink", False)
         if tool != record.tool:
             raise Refused(f"it is one of {tool}")
         checked = {

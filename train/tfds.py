@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ggem_jax.files.images import RGB, UnreadableImage, read_image
+from ggem_jax.files.images import RGB, Choose, UnreadableImage, read_image
 from train.cli import Refused, first_line
 from train.images import TRAIN_SPLITS, Images, Label, Stored, choose_eval_split
 
@@ -89,7 +89,7 @@ def _read_split(builder, split: str, label: str) -> Images:
 
     classes, number = _labelling(builder, label, lambda: column(label))
 
-    def load(i: int) -> tuple[RGB, Label]:
+    def load(i: int, choose: Choose | None = None) -> tuple[RGB, Label]:
         name = f"image {i} of {builder.name}, split {split},"
         try:
             record = records[i]
@@ -101,7 +101,7 @@ def _read_split(builder, split: str, label: str) -> Images:
                 f"{name} has the label {record[label]}, where one of 0 to {len(classes) - 1} is"
                 " needed: choose another --data.eval-split"
             )
-        return read_image(record["image"], name=name), found
+        return read_image(record["image"], name=name, choose=choose), found
 
     def stored(i: int) -> Stored:
         content = records[i]["image"]

@@ -18,7 +18,7 @@ import numpy as np
 from jaxtyping import Float32, UInt8, UInt16
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from ggem_jax.files.crops import RGB, centre_size, cut_centre
+from ggem_jax.files.crops import RGB, Part, centre_part, cut_centre
 from ggem_jax.files.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise_pixels
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -40,6 +40,7 @@ _UNREADABLE = (
 )  # fmt: skip
 
 Fit = Callable[[int, int], "tuple[int, int] | None"]  # height, width -> those to resize to
+Choose = Callable[[int, int], Part]  # height, width -> the part that is wanted
 
 
 class UnreadableImage(ValueError):
@@ -91,6 +92,7 @@ def decode_image(
     name: str | None = None,
     fit: Fit | None = None,
     draft: bool = False,
+    choose: Choose | None = None,
     max_megapixels: float = MAX_MEGAPIXELS,
     run: Run = lambda size, decode: decode(),
 ) -> Decoded:
@@ -108,6 +110,8 @@ def decode_image(
             filter); None, or a result of None, keeps the size.
         draft: Whether a JPEG is decoded at a half, a quarter or an eighth of its size if that is at
             least twice the size of `fit`, which is faster and changes the pixels a little.
+        choose: Function from height and width in pixels to the part that is returned instead of the
+            whole image; None returns the whole. `fit` and `draft` are then not used.
         max_megapixels: Larger images are refused before they are decoded.
         run: Function that is given the memory that decoding needs, in bytes, and the decoding, and
             calls it where and when there is room.
@@ -124,9 +128,9 @@ def decode_image(
     try:
         if isinstance(source, str | os.PathLike):
             with open(source, "rb") as opened:
-                return _decode(opened, fit, draft, max_megapixels, run)
+                return _decode(opened, fit, draft, choose, max_megapixels, run)
         file = io.BytesIO(source) if isinstance(source, bytes) else source
-        return _decode(file, fit, draft, max_megapixels, run)
+        return _decode(file, fit, draft, choose, max_megapixels, run)
     except UnfitImage:
         raise
     except (*_UNREADABLE, ModuleNotFoundError) as error:
@@ -138,6 +142,7 @@ def read_image(
     source: str | os.PathLike | bytes,
     *,
     name: str | None = None,
+    choose: Choose | None = None,
     max_megapixels: float = MAX_MEGAPIXELS,
 ) -> RGB:
     """Returns the pixels of an image the right way up, as `decode_image` decodes it.
@@ -145,6 +150,8 @@ def read_image(
     Args:
         source: Path of an image file, or the contents of one.
         name: How an error names the image; None takes the path, or "the image" for bytes.
+        choose: Function from height and width in pixels to the part that is returned instead of the
+            whole image.
         max_megapixels: Larger images are refused before they are decoded.
 
     Returns:
@@ -154,7 +161,7 @@ def read_image(
         UnreadableImage: The image cannot be decoded, is too large, or has 32 bits a channel, whose
             range no file states.
     """
-    return decode_image(source, name=name, max_megapixels=max_megapixels).pixels
+    return decode_image(source, name=name, choose=choose, max_megapixels=max_megapixels).pixels
 
 
 def convert_image(image: Image.Image, *, name: str = "the image") -> RGB:
@@ -228,7 +235,12 @@ def _heif_reader() -> Callable[[IO[bytes]], ImageFile.ImageFile]:
 
 
 def _decode(
-    file: IO[bytes], fit: Fit | None, draft: bool, max_megapixels: float, run: Run
+    file: IO[bytes],
+    fit: Fit | None,
+    draft: bool,
+    choose: Choose | None,
+    max_megapixels: float,
+    run: Run,
 ) -> Decoded:
     image = _open(file)
     width, height = image.size
@@ -241,7 +253,8 @@ def _decode(
     if turned:
         width, height = height, width
     try:
-        size = None if fit is None else fit(height, width)
+        part = None if choose is None else choose(height, width)
+        size = None if fit is None or part is not None else fit(height, width)
     except UnreadableImage as error:
         raise UnfitImage(str(error)) from None
     frames = image.format != "MPO" and getattr(image, "is_animated", False)
@@ -249,15 +262,35 @@ def _decode(
     if draft and size is not None and jpeg:
         across, down = size if turned else size[::-1]
         image.draft(None, (_MARGIN * across, _MARGIN * down))
+    elif part is not None and jpeg and part.factor > 1:
+        image.draft(None, (image.width // part.factor, image.height // part.factor))
 
     def decode() -> Decoded:
         loaded, truncated = (_load_jpeg if jpeg else _load)(image, file)
         rgb = _to_rgb(loaded)
-        if size is not None and rgb.size != size[::-1]:
+        if part is not None:
+            rgb = _take(rgb, part, (height, width))
+        elif size is not None and rgb.size != size[::-1]:
             rgb = rgb.resize(size[::-1], Image.Resampling.BICUBIC)
         return Decoded(np.asarray(rgb), width, height, frames, truncated)
 
     return run(_working_bytes(image, width * height), decode)
+
+
+def _take(image: Image.Image, part: Part, whole: tuple[int, int]) -> Image.Image:
+    """A part of an image of height and width `whole` that was decoded at 1 / 1, 2, 4 or 8 of it."""
+    factor = next(
+        each
+        for each in (1, 2, 4, 8)
+        if image.size == (math.ceil(whole[1] / each), math.ceil(whole[0] / each))
+    )
+    left, top = part.left // factor, part.top // factor
+    right = math.ceil((part.left + part.width) / factor)
+    bottom = math.ceil((part.top + part.height) / factor)
+    image = image.crop((left, top, right, bottom))
+    x, y = part.left / factor - left, part.top / factor - top
+    box = (x, y, x + part.width / factor, y + part.height / factor)
+    return image.resize(part.size[::-1], Image.Resampling.BICUBIC, box)
 
 
 def _working_bytes(image: ImageFile.ImageFile, pixels: int) -> int:
@@ -419,8 +452,19 @@ def centre_crop(image: RGB, side: int, *, zoom: float = 1.0) -> RGB:
     Returns:
         The square, `(side, side, 3)` uint8.
     """
-    reach = 8 * min(image.shape[:2])  # of a thin image only the middle is resized
-    top, left = (max(length - reach, 0) // 2 for length in image.shape[:2])
-    image = image[top : top + reach, left : left + reach]
-    height, width = centre_size(image.shape[0], image.shape[1], side, zoom=zoom)
-    return cut_centre(resize(image, height, width), side)
+    height, width = image.shape[:2]
+    return cut_centre(take_part(image, centre_part(height, width, side, zoom=zoom)), side)
+
+
+def take_part(image: RGB, part: Part) -> RGB:
+    """Returns a part of an image, resized.
+
+    Args:
+        image: The image, `(h, w, 3)` uint8.
+        part: The rectangle, and the size that it is resized to.
+
+    Returns:
+        The part, of height and width `part.size`; a view of the image where that is its own size.
+    """
+    top, left, height, width = part[:4]
+    return resize(image[top : top + height, left : left + width], *part.size)
