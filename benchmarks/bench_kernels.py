@@ -12,6 +12,7 @@ call finds its tokens in memory. They form one program. A timing covers at least
 from the first to the last. `host_share` is the share of that time after which the host had
 submitted everything: where it is small, the device was timed; near 1, perhaps the host. PyTorch's
 queue makes the host wait for the device when it is full, so a large share says nothing there.
+`modelled_us` is what `benchmarks.model_kernels` had said of the same kernels before.
 
 Sections run in order of importance. A section that would start after --budget seconds is left out
 and named; --sections runs it in another call. Rows go to benchmarks/results/ as soon as they are
@@ -49,6 +50,7 @@ import numpy as np
 import optax
 
 from benchmarks.kernel_numerics import basic_checks, further_checks
+from benchmarks.model_kernels import modelled_us
 from benchmarks.record import RESULTS, append, machine
 from ggem_jax.kernels import launch
 from ggem_jax.models.vit import GGeM, ViT, vit_config
@@ -512,6 +514,17 @@ class Bench:
             for contestant, seconds in times.items()
         }
         ceiling = moved / min(of["copy"], of["negated copy"])
+        name, images, dtype = about["name"], about["shape"][0], about["dtype"]
+        model = modelled_us(
+            self.about["device"], name, images, dtype, about["operation"], about["stage"]
+        )
+        if model is not None:
+            measured = 1e6 * of["ours"]
+            print(
+                f"{_named(about)}: measured {measured:.1f} us, modelled {model:.1f} us,"
+                f" {measured / model:.2f} times the model",
+                flush=True,
+            )
         for contestant, seconds in times.items():
             low, middle, high = statistics.quantiles([s for s, _ in seconds], n=4)
             self.add(
@@ -522,7 +535,8 @@ class Bench:
                 | {"host_share": f"{max(h for _, h in seconds):.2f}", "bytes": moved,
                 "gb_per_s": f"{moved / middle / 1e9:.0f}"}
                 | {"fraction_of_copy": f"{moved / middle / ceiling:.3f}",
-                "over_ours": f"{middle / of['ours']:.3f}"},
+                "over_ours": f"{middle / of['ours']:.3f}",
+                "modelled_us": "" if model is None or contestant != "ours" else f"{model:.1f}"},
             )  # fmt: skip
 
 

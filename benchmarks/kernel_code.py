@@ -37,6 +37,7 @@ class Launch:
 
     kernel: Any
     dtypes: list[str]  # of its pointers, as Triton writes them: inputs, then outputs
+    sizes: list[int]  # bytes of the arrays to which they point
     programs: int
     warps: int
     constants: dict[str, Any]
@@ -129,7 +130,8 @@ def record_launches(function: Callable, *shapes: jax.ShapeDtypeStruct) -> list[L
 
     def triton_call(*inputs, kernel, grid, num_warps, compute_capability, out_shape, **constants):
         dtypes = [_POINTERS[a.dtype.name] for a in (*inputs, *out_shape)]
-        launch_ = Launch(kernel, dtypes, grid[0], num_warps, constants)
+        sizes = [a.size * a.dtype.itemsize for a in (*inputs, *out_shape)]
+        launch_ = Launch(kernel, dtypes, sizes, grid[0], num_warps, constants)
         if launch_ not in launches:  # JAX may trace a shape more than once
             launches.append(launch_)
         return [jnp.zeros(o.shape, o.dtype) for o in out_shape]

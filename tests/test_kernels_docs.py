@@ -9,11 +9,7 @@ PAGE = (ROOT / "docs" / "kernels.md").read_text(encoding="utf-8")
 with (ROOT / "benchmarks" / "results" / "kernel_code.csv").open(newline="") as file:
     ROWS = list(csv.DictReader(file))
 
-# An H100 at 1.755 GHz: 132 multiprocessors, each with 4 warp instructions and 16 special functions
-# a cycle. Bytes a second that a copy reaches on an H100 and on an H200.
-CYCLES = 132 * 1.755e9
-COPY = 3.0e12, 4.3e12
-IMAGES, TOKENS, CHANNELS = 256, 196, 768
+GPUS = "H200", "A100", "RTX 4090", "B200"  # columns of the modelled times
 
 
 def table_after(words: str) -> list[list[str]]:
@@ -42,29 +38,14 @@ def test_no_kernel_spills_registers():
     assert {row["spilled_bytes"] for row in ROWS} == {"0"}
 
 
-def test_the_bounds_follow_from_the_table_of_instructions():
-    elements, per_image = IMAGES * TOKENS * CHANNELS, IMAGES * CHANNELS
-    bytes_moved = {
-        "pool_kernel": 2 * elements + 4 * per_image,
-        "gradient_kernel": 4 * elements + 12 * per_image,
-        "norm_pool_kernel": 2 * elements + 4 * per_image + 8 * IMAGES * TOKENS,
-        "norm_gradient_kernel": 4 * elements + 20 * per_image + 8 * IMAGES * TOKENS,
-    }
-    (triton,) = re.findall(r"compiled by Triton ([\d.]+)", PAGE)
-    rows = {
-        row["kernel"]: row
-        for row in ROWS
-        if (row["triton"], row["shape"], row["dtype"]) == (triton, "B/16 at 224 px", "bfloat16")
-        and row["function"] in ("ggem", "norm_ggem")
-    }
-    table = table_after("The next table shows")
-    assert len(table) == 4
-    for name, *cells in table:
-        kernel = name.strip("`")
-        instructions, special = (
-            float(rows[kernel][f"{what}_per_element"]) * elements
-            for what in ("instructions", "special_functions")
-        )
-        seconds = [bytes_moved[kernel] / rate for rate in COPY]
-        seconds += [instructions / (4 * 32 * CYCLES), special / (16 * CYCLES)]
-        assert cells == [f"{1e6 * s:.0f} us" for s in seconds]
+def test_the_modelled_times_are_the_newest_rows():
+    with (ROOT / "benchmarks" / "results" / "kernel_model.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    newest = {(r["kernel"], r["model"], r["images"], r["modelled_for"]): r for r in rows}
+    assert f"Triton {rows[-1]['triton']}, {rows[-1]['date']}" in PAGE
+    table = table_after("in brackets the speed")
+    assert len(table) * len(GPUS) == len(newest)
+    for kernel, model, images, *cells in table:
+        for gpu, cell in zip(GPUS, cells, strict=True):
+            row = newest[kernel.strip("`"), f"{model} at 224 px", images, gpu]
+            assert cell == f"{float(row['modelled_us']):.0f} ({row['fraction_of_copy']})"
