@@ -80,7 +80,12 @@ def test_runs_that_cannot_be_continued_are_refused(finished, tmp_path):
     for flags, sentence in (
         (["--epochs", 3, "--out", old], "starts a new run and needs another --out"),
         ([], "has trained 2.003 epochs, and --epochs 2 leaves none"),
-        (["--epochs", 3, "--model.width", 32], r"changed: .*model.width 16 there, 32 now .--init"),
+        (
+            ["--epochs", 3, "--model.width", 32],
+            r"of another model: params/\S+ is \(\d.*\) there"
+            r" and \(.*\) here; changed: .*model.width 16 there, 32 now .--init",
+        ),
+        (["--epochs", 3, "--optimizer.ema", None], r"ema/\S+ is \(.*\) there and not here"),
         (["--init", old], "exclude each other"),
     ):
         with pytest.raises(Refused, match=sentence):
@@ -116,7 +121,7 @@ def test_the_best_checkpoint_is_kept_and_patience_counts_from_it(steps, tmp_path
     )
     (tmp_path / "config.json").write_text("{}")
     kept, state, lines = tmp_path / "best" / "checkpoints", steps.init(0), []
-    best = Best(config, ("top1", "nll"), 0)
+    best = Best(config, 0)
     for step, value, expected in (
         (10, 0.5, 10), (20, 0.7, 20), (30, float("nan"), 20), (40, 0.6, 20), (50, 0.8, 50),
     ):  # fmt: skip
@@ -127,14 +132,15 @@ def test_the_best_checkpoint_is_kept_and_patience_counts_from_it(steps, tmp_path
     assert best.say() == f"best top1 0.8 after step 50, kept in {tmp_path}/best"
     assert (tmp_path / "best" / "config.json").is_file()
     (tmp_path / "metrics.jsonl").write_text("\n".join(lines) + "\n")
-    again = Best(config, ("top1", "nll"), 40)
+    again = Best(config, 40)
     assert (again.step, again.value, again.exhausted) == (20, 0.7, True)
     again.add(45, {"top1": 0.75}, at(state, 45))  # the checkpoint of step 50 will come again
     assert steps_of(kept) == [45]
-    low = Best(dataclasses.replace(config, keep="best:nll"), ("top1", "nll"), 50)
+    low = Best(dataclasses.replace(config, keep="best:nll"), 50)
     assert (low.step, low.since) == (10, 4)
-    with pytest.raises(Refused, match="must name a measure of the evaluations: top1, nll"):
-        Best(dataclasses.replace(config, keep="best:map"), ("top1", "nll"), 0)
+    with pytest.raises(Refused, match="must name a measure of the evaluations: top1, top5, nll"):
+        run(*SMALL, "--keep", "best:map", "--out", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
     for wrong in ({"keep": "first"}, {"keep": "last", "patience": 2}):
         with pytest.raises(ValueError, match=r"--keep must be|--patience must be with --keep"):
             dataclasses.replace(config, **{"patience": None} | wrong)

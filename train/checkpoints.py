@@ -8,6 +8,7 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -102,7 +103,7 @@ class Checkpoints:
             steps: The compiled steps of the run.
 
         Raises:
-            Refused: No checkpoint can be read.
+            Refused: The newest checkpoint is of a model of another size, or none can be read.
         """
         shapes = jax.eval_shape(steps.init, 0)
         layout = jax.tree.map(
@@ -115,6 +116,10 @@ class Checkpoints:
             try:
                 state = self._manager.restore(step, args=ocp.args.StandardRestore(layout))
             except Exception as error:  # of many kinds: files that are missing, cut off or altered
+                if other := self._difference(step, layout):
+                    raise Refused(
+                        f"the checkpoint of step {step} is of another model: {other}"
+                    ) from None
                 damaged[step] = first_line(error)[:200]
                 continue
             if damaged:
@@ -127,6 +132,20 @@ class Checkpoints:
             f"the checkpoint of step {step} cannot be read{older}: {reason}"
             f"{'' if self.read_only else advice}"
         )
+
+    def _difference(self, step: int, layout: State) -> str:
+        """Returns an array whose shape is another in a checkpoint, in words, or an empty string."""
+        try:
+            found = ocp.StandardCheckpointHandler().metadata(self.folder / str(step) / "default")
+            there, here = _shapes(found.tree), _shapes(layout)
+        except Exception:  # it is damaged
+            return ""
+        names = [name for name in {**here, **there} if here.get(name) != there.get(name)]
+        if not names:
+            return ""
+        name = next((name for name in names if name.startswith("params/")), names[0])
+        shapes = (shapes.get(name, "not") for shapes in (there, here))
+        return "{} is {} there and {} here".format(name, *shapes)
 
     def _set_aside(self, damaged: dict[int, str], sound: int) -> None:
         """Names the damaged checkpoints and moves them away, so that their steps can be written."""
@@ -164,6 +183,15 @@ class Checkpoints:
                 f"the checkpoint of step {self._writing} could not be written to {self.folder}:"
                 f" {reason} ({good})"
             ) from error
+
+
+def _shapes(tree: Any) -> dict[str, tuple[int, ...]]:
+    """The shapes of a tree of arrays by their names."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): tuple(leaf.shape)
+        for path, leaf in leaves
+    }
 
 
 def _without_echoes(unraisable) -> None:

@@ -22,6 +22,7 @@ from train.loop import Evaluation, Task, TrainedRun, check_batch, check_devices,
 from train.run import join_processes
 from train.samplers import draw_evenly
 from train.step import make_steps
+from train.stopping import check_keep
 from train.throughput import training_flops
 
 TOOL = "train.classify"
@@ -72,6 +73,7 @@ def train(
     total = max(round(config.epochs * len(train_set) / config.batch), 1)
     facts = describe_data(config, train_set, eval_set)
     measures = {"map": "mAP"} if train_set.several else {"top1": "top-1", "top5": "top-5"}
+    check_keep(config, (*measures, "nll"))
 
     def task() -> Task:
         weights = weigh_classes(train_set) if config.data.balance == "weights" else None
@@ -99,7 +101,6 @@ def train(
             ),
             evaluate=evaluation,
             curves=tuple(measures),
-            measures=(*measures, "nll"),
         )
 
     return run(config, task, facts, quiet=quiet)

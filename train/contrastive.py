@@ -40,6 +40,7 @@ from train.pairs import open_captions
 from train.run import has_checkpoint, join_processes
 from train.samplers import draw_distinct
 from train.step import Problem, Steps, compile_steps, make_mesh
+from train.stopping import check_keep
 from train.throughput import forward_flops, text_forward_flops
 from train.tokenizer import (
     Tokenizer,
@@ -122,6 +123,8 @@ def train(config: ContrastiveConfig, *, quiet: bool = False) -> TrainedRun:
     train_set, eval_set = open_pairs(config)
     check_devices(config)
     check_batch(config, len(train_set))
+    directions = ("image_to_text", "text_to_image")
+    check_keep(config, tuple(f"{name}@{k}" for name in directions for k in KAPPAS))
     total = max(round(config.epochs * len(train_set) / config.batch), 1)
     given = None if config.text.tokenizer is None else read_tokenizer(config.text.tokenizer)
     tokens = None if given is None else zlib.crc32(given.text.encode())
@@ -145,7 +148,7 @@ def train(config: ContrastiveConfig, *, quiet: bool = False) -> TrainedRun:
             }
             said = "  ".join(
                 f"{name.replace('_', '-')} recall@1 {values[f'{name}@1']:.2%}"
-                for name in ("image_to_text", "text_to_image")
+                for name in directions
             )
             scale = float(towers.scale(state.evaluated))
             facts = {"scale": scale, "images": len(described.images), "texts": len(described.texts)}
@@ -180,9 +183,6 @@ def train(config: ContrastiveConfig, *, quiet: bool = False) -> TrainedRun:
             ),
             evaluate=evaluation,
             curves=("image_to_text@1", "text_to_image@1"),
-            measures=tuple(
-                f"{name}@{k}" for name in ("image_to_text", "text_to_image") for k in KAPPAS
-            ),
         )
 
     return run(config, task, facts, quiet=quiet)

@@ -51,7 +51,6 @@ class Task:
     batches: Callable[[int], Iterator[Batch]]  # first step -> this process's rows of each batch
     evaluate: Callable[[State], Evaluation]  # state -> its evaluation
     curves: tuple[str, ...]  # values of evaluations that are drawn, in [0, 1]
-    measures: tuple[str, ...]  # values of evaluations that --keep may name
 
 
 @dataclass(frozen=True)
@@ -120,7 +119,7 @@ def run(
         else:
             state = make_first_state(steps, config)
         step = start = int(state.step)
-        best = Best(config, task.measures, start)
+        best = Best(config, start)
         evaluation = None
         with contextlib.closing(
             Log(None if process else config.out, total_steps=total, start=start, quiet=quiet)

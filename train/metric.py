@@ -38,6 +38,7 @@ from train.loop import Evaluation, Task, TrainedRun, check_batch, check_devices,
 from train.run import join_processes
 from train.samplers import draw_balanced, measure_coverage, steps_to_cover
 from train.step import Batch, Problem, Steps, compile_steps
+from train.stopping import check_keep
 from train.throughput import training_flops
 
 KAPPAS = (1, 5, 10)
@@ -167,6 +168,7 @@ def train(
     check_devices(config)
     check_batch(config, len(train_set))
     check_findable(eval_set.labels())
+    check_keep(config, (*(f"recall@{kappa}" for kappa in KAPPAS), "r_precision", "map@r"))
     labels = train_set.labels()
     draw, covered = None, ""
     if config.metric.per_class is not None:
@@ -207,7 +209,6 @@ def train(
             ),
             evaluate=evaluation,
             curves=("recall@1", "map@r"),
-            measures=(*(f"recall@{kappa}" for kappa in KAPPAS), "r_precision", "map@r"),
         )
 
     return run(config, task, facts, quiet=quiet)

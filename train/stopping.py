@@ -23,22 +23,13 @@ class Best:
 
     Args:
         config: The settings of the run, with `keep` and `patience`.
-        measures: Names of the measures of its evaluations.
         start: The step after which the run resumes; later evaluations are forgotten.
-
-    Raises:
-        Refused: `keep` names no measure of them.
     """
 
-    def __init__(self, config: Config, measures: tuple[str, ...], start: int):
+    def __init__(self, config: Config, start: int):
         self.run, self.measure, self.patience = config.out, config.kept_measure, config.patience
         if self.measure is None:
             return
-        if self.measure not in measures:
-            raise Refused(
-                f"--keep best:{self.measure} must name a measure of the evaluations:"
-                f" {', '.join(measures)}"
-            )
         self.step, self.value, self.since = 0, math.nan, 0
         if start and (self.run / "metrics.jsonl").is_file():
             for line in read_metrics(self.run, "eval"):
@@ -93,3 +84,20 @@ class Best:
             self.step, self.value = step, value
         self.since = 0 if better else self.since + 1
         return better
+
+
+def check_keep(config: Config, measures: tuple[str, ...]) -> None:
+    """Raises `Refused` if `--keep best:MEASURE` names no measure of the evaluations.
+
+    Args:
+        config: The settings of the run.
+        measures: The measures of its evaluations.
+
+    Raises:
+        Refused: It does not.
+    """
+    if config.kept_measure not in (None, *measures):
+        raise Refused(
+            f"--keep best:{config.kept_measure} must name a measure of the evaluations:"
+            f" {', '.join(measures)}"
+        )
