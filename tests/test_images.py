@@ -12,6 +12,7 @@ import sklearn.datasets
 from PIL import Image
 
 from ggem_jax.files.crops import Part
+from ggem_jax.files.fast import decode_jpeg
 from ggem_jax.files.images import (
     UnreadableImage,
     centre_crop,
@@ -148,15 +149,17 @@ TURNED[0x0112] = 6
 COLOURS = np.random.default_rng(0).integers(0, 256, (41, 64, 3), dtype=np.uint8)
 
 
-@pytest.mark.parametrize(
-    "content",
-    [
-        encoded(COLOURS), encoded(COLOURS, "JPEG"), encoded(COLOURS, "JPEG", exif=TURNED),
-        encoded(NOISE, "JPEG"), encoded(COLOURS, "JPEG", mode="CMYK"),
-        encoded(COLOURS, "JPEG", subsampling=0)[:-60],
-    ],
-    ids=["PNG", "JPEG", "turned JPEG", "grey JPEG", "CMYK JPEG", "truncated JPEG"],
-)  # fmt: skip
+KINDS = [
+    pytest.param(encoded(COLOURS), id="PNG"),
+    pytest.param(encoded(COLOURS, "JPEG"), id="JPEG"),
+    pytest.param(encoded(COLOURS, "JPEG", exif=TURNED), id="turned JPEG"),
+    pytest.param(encoded(NOISE, "JPEG"), id="grey JPEG"),
+    pytest.param(encoded(COLOURS, "JPEG", mode="CMYK"), id="CMYK JPEG"),
+    pytest.param(encoded(COLOURS, "JPEG", subsampling=0)[:-60], id="truncated JPEG"),
+]
+
+
+@pytest.mark.parametrize("content", KINDS)
 def test_a_part_is_cut_and_resized_as_that_of_the_whole_image(content):
     asked = []
     for part in (Part(3, 5, 30, 31, (20, 24)), Part(3, 5, 30, 31, (20, 24), shrink=True)):
@@ -164,6 +167,28 @@ def test_a_part_is_cut_and_resized_as_that_of_the_whole_image(content):
         whole = read_image(content)
         assert asked[-1] == whole.shape[:2]
         np.testing.assert_array_equal(chosen, take_part(whole, part))
+
+
+@pytest.mark.parametrize("factor", [1, 2, 4, 8])
+@pytest.mark.parametrize("progressive", [False, True])
+def test_fast_decoding_gives_the_pixels_of_pillow(factor, progressive):
+    content = encoded(COLOURS, "JPEG", quality=90, progressive=progressive)
+    image = Image.open(io.BytesIO(content))
+    image.draft(None, (image.width // factor, image.height // factor))
+    expected = np.asarray(image)
+    np.testing.assert_array_equal(decode_jpeg(content, *expected.shape[:2]), expected)
+    assert decode_jpeg(content[:-200], *expected.shape[:2]) is None, "Pillow mends what it can"
+
+
+@pytest.mark.parametrize("content", KINDS)
+def test_fast_parts_differ_from_those_of_pillow_by_rounding(content):
+    for shrink in (False, True):
+        part = Part(3, 5, 30, 31, (14, 15), shrink=shrink)
+        exact, fast = (
+            read_image(content, choose=lambda *_, part=each: part).astype(int)
+            for each in (part, part._replace(fast=True))
+        )
+        assert np.abs(fast - exact).mean() < 0.5
 
 
 @pytest.mark.parametrize("photo", ["china.jpg", "flower.jpg"])

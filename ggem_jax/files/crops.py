@@ -19,6 +19,8 @@ class Part(NamedTuple):
     # whether a JPEG may be decoded at a half, a quarter or an eighth of its size, where that is no
     # less than `size`: faster, with slightly other pixels
     shrink: bool = False
+    # whether the libraries of `ggem_jax.files.fast` decode and resize an image file
+    fast: bool = False
 
     @property
     def factor(self) -> int:

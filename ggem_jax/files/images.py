@@ -19,6 +19,7 @@ from jaxtyping import Float32, UInt8, UInt16
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
 from ggem_jax.files.crops import RGB, Part, centre_part, cut_centre
+from ggem_jax.files.fast import decode_jpeg, resize_fast
 from ggem_jax.files.normalisation import IMAGENET_MEAN, IMAGENET_STD, normalise_pixels
 
 EXTENSIONS = (".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp")
@@ -249,7 +250,8 @@ def _decode(
             f"its {width} x {height} pixels are more than {max_megapixels:g} megapixels: raise"
             " --max-megapixels to read it"
         )
-    turned = image.getexif().get(_ORIENTATION) in (5, 6, 7, 8)
+    orientation = image.getexif().get(_ORIENTATION, 1)
+    turned = orientation in (5, 6, 7, 8)
     if turned:
         width, height = height, width
     try:
@@ -265,32 +267,43 @@ def _decode(
     elif part is not None and jpeg and part.factor > 1:
         image.draft(None, (image.width // part.factor, image.height // part.factor))
 
+    plain = jpeg and image.mode == "RGB" and orientation == 1
+
     def decode() -> Decoded:
+        if part is not None and part.fast and plain:
+            file.seek(0)
+            if (pixels := decode_jpeg(file.read(), image.height, image.width)) is not None:
+                return Decoded(_take(pixels, part, (height, width)), width, height, frames, False)
         loaded, truncated = (_load_jpeg if jpeg else _load)(image, file)
         rgb = _to_rgb(loaded)
         if part is not None:
-            rgb = _take(rgb, part, (height, width))
-        elif size is not None and rgb.size != size[::-1]:
+            return Decoded(_take(rgb, part, (height, width)), width, height, frames, truncated)
+        if size is not None and rgb.size != size[::-1]:
             rgb = rgb.resize(size[::-1], Image.Resampling.BICUBIC)
         return Decoded(np.asarray(rgb), width, height, frames, truncated)
 
     return run(_working_bytes(image, width * height), decode)
 
 
-def _take(image: Image.Image, part: Part, whole: tuple[int, int]) -> Image.Image:
+def _take(image: Image.Image | RGB, part: Part, whole: tuple[int, int]) -> RGB:
     """A part of an image of height and width `whole` that was decoded at 1 / 1, 2, 4 or 8 of it."""
+    shape = image.shape[:2] if isinstance(image, np.ndarray) else image.size[::-1]
     factor = next(
         each
         for each in (1, 2, 4, 8)
-        if image.size == (math.ceil(whole[1] / each), math.ceil(whole[0] / each))
+        if shape == (math.ceil(whole[0] / each), math.ceil(whole[1] / each))
     )
     left, top = part.left // factor, part.top // factor
     right = math.ceil((part.left + part.width) / factor)
     bottom = math.ceil((part.top + part.height) / factor)
-    image = image.crop((left, top, right, bottom))
     x, y = part.left / factor - left, part.top / factor - top
     box = (x, y, x + part.width / factor, y + part.height / factor)
-    return image.resize(part.size[::-1], Image.Resampling.BICUBIC, box)
+    if isinstance(image, np.ndarray):
+        return resize_fast(image[top:bottom, left:right], part.size, box)
+    image = image.crop((left, top, right, bottom))
+    if part.fast:
+        return resize_fast(np.asarray(image), part.size, box)
+    return np.asarray(image.resize(part.size[::-1], Image.Resampling.BICUBIC, box))
 
 
 def _working_bytes(image: ImageFile.ImageFile, pixels: int) -> int:
