@@ -26,6 +26,10 @@ if TYPE_CHECKING:
     from neupims.scheduling.decision import export_trace as export_trace
     from neupims.scheduling.findings import ScheduleSearch as ScheduleSearch
     from neupims.scheduling.schedule_search import search_schedule as search_schedule
+    from neupims.serving.requests import Arrivals as Arrivals
+    from neupims.serving.requests import read_arrivals as read_arrivals
+    from neupims.serving.results import Serving as Serving
+    from neupims.serving.serve import serve as serve
     from neupims.simulation import Simulation as Simulation
     from neupims.simulation import simulate_case as simulate_case
     from neupims.timing.fit import Fit as Fit
@@ -38,6 +42,7 @@ if TYPE_CHECKING:
 
 # Public name -> the module that defines it.
 _HOMES = {
+    "Arrivals": "serving.requests",
     "Batch": "machine.workload",
     "Case": "machine.case",
     "Decoder": "machine.workload",
@@ -47,6 +52,7 @@ _HOMES = {
     "Parallel": "machine.workload",
     "Requests": "machine.traces",
     "ScheduleSearch": "scheduling.findings",
+    "Serving": "serving.results",
     "Simulation": "simulation",
     "Validation": "validation",
     "compare": "exploration.compare",
@@ -59,10 +65,12 @@ _HOMES = {
     "make_batch": "machine.workload",
     "make_case": "machine.case",
     "prefill": "timing.prefill",
+    "read_arrivals": "serving.requests",
     "read_requests": "machine.traces",
     "read_trace": "machine.traces",
     "replace": "machine.record",
     "search_schedule": "scheduling.schedule_search",
+    "serve": "serving.serve",
     "simulate": "timing.iteration",
     "simulate_case": "simulation",
     "validate": "validation",

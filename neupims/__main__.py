@@ -22,6 +22,9 @@ COMMANDS = {
     "search": (
         "better schedules: channel and sub-batch of each request, with a bound on what is possible"
     ),
+    "serve": (
+        "requests that arrive, wait and are served in continuous batches: latencies, throughput"
+    ),
     "fit": "the largest batch and the longest context that the memory of a machine holds",
     "explore": "a space of accelerator designs: Pareto front and sensitivities",
     "show": "hardware fields with units and sources, models, systems, constants",

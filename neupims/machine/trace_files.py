@@ -46,11 +46,7 @@ def read_table_of(path: str, columns: Mapping[str, str] | None) -> dict[str, np.
             whole number; the sentence names the line.
         OSError: The file cannot be read.
     """
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not a CSV file: {error}; save it as UTF-8") from None
-    names, rows = (_read_json if _is_json(path, text) else _read_csv)(path, text)
+    names, rows = read_rows(path)
     places = _places(path, names, columns)
     least = {"length": 1, "input": 0, "output": 0, "channel": -LONGEST}
     return {
@@ -59,6 +55,23 @@ def read_table_of(path: str, columns: Mapping[str, str] | None) -> dict[str, np.
         )
         for role, place in places.items()
     }
+
+
+def read_rows(path: str) -> tuple[list[str], Rows]:
+    """Returns the names of the columns of a trace file, and its rows.
+
+    Args:
+        path: The file, CSV or JSON.
+
+    Raises:
+        ValueError: The file is no table.
+        OSError: The file cannot be read.
+    """
+    try:
+        text = Path(path).read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not a CSV file: {error}; save it as UTF-8") from None
+    return (_read_json if _is_json(path, text) else _read_csv)(path, text)
 
 
 def _is_json(path: str, text: str) -> bool:

@@ -110,7 +110,7 @@ def closed_attention(
     works = request_works(hardware, model, lengths, parallel, fidelity=fidelity, waits=waits)
     alone, beside = (spread(sum_by_channel(work)) for work in (works[0], works[-1]))
     instructions = (
-        sum_by_channel(_count_instructions(hardware, model, batch.seq_lens, parallel, fidelity))
+        sum_by_channel(count_instructions(hardware, model, batch.seq_lens, parallel, fidelity))
         if system == "npu-pim"
         else jnp.zeros_like(alone)
     )
@@ -161,7 +161,7 @@ def exact_attention(
         channel = np.asarray(group_of_channels(channel, hardware, parallel))
     sub_batch = np.asarray(batch.sub_batches) if interleaved else np.zeros_like(channel)
     instructions = np.asarray(
-        _count_instructions(hardware, model, jnp.asarray(lengths), parallel, fidelity)
+        count_instructions(hardware, model, jnp.asarray(lengths), parallel, fidelity)
     )
     late = system == "npu-pim" and fidelity == "simulator"  # commands come one a cycle
 
@@ -281,10 +281,17 @@ def _cut_pieces(hardware, model, parallel, lengths, mine, operation) -> list:
     return [mine[begin : end + 1] for begin, end in zip(begins, ends, strict=True)]
 
 
-def _count_instructions(hardware, model, seq_lens, parallel, fidelity):
+def count_instructions(hardware, model, seq_lens, parallel, fidelity):
     """Returns the commands of each request, (r, 2), where every product is a command of its own.
 
     A group has one GWRITE and, for each tile, a header, its products and its results.
+
+    Args:
+        hardware: The machine.
+        model: The model.
+        seq_lens: The tokens of each request, (r,).
+        parallel: How many devices share a layer.
+        fidelity: The layout of keys and values, "simulator" or "intended".
     """
     counts = []
     for groups_of in (logit_groups, attend_groups):

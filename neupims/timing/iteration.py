@@ -389,9 +389,9 @@ def summarize(
     communication = link_seconds(hardware, sent[0]) + link_seconds(hardware, sent[1])
     seconds = iteration / hardware.npu.clock_hz + communication
     elapsed = seconds * hardware.npu.clock_hz
-    counts = _count_commands(context, total, pim, layers, elapsed, sent, tokens.sum())
+    counts = count_commands(context, total, pim, layers, elapsed, sent, tokens.sum())
     if head is not None:
-        counts = _add_head(context, counts, head, headed)
+        counts = add_head(context, counts, head, headed)
     spent = energy(counts, hardware, pim=with_pim)
     joules = spent.total if system != "gpu" else seconds * hardware.gpu.board_watts
     moved = total.read_bytes + total.write_bytes + pim.results * burst_bytes(hardware.hbm)
@@ -439,10 +439,16 @@ def summarize(
     )
 
 
-def _add_head(context: Context, counts: Counts, head: Work, tokens) -> Counts:
+def add_head(context: Context, counts: Counts, head: Work, tokens) -> Counts:
     """Returns the counts with those of the LM head.
 
     Only the last of the groups of devices has the LM head; each counts its share of it.
+
+    Args:
+        context: The hardware, the model, the batch, and the system that runs it.
+        counts: The counts of the layers.
+        head: The work of the LM head, `stages.head_work`.
+        tokens: The tokens of which it is computed.
     """
     each = jax.tree.map(lambda value: value / context.parallel.pp, head)
     norm = 5.0 * tokens * context.model.width * context.model.lm_head / context.parallel.pp
@@ -458,8 +464,18 @@ def _add_head(context: Context, counts: Counts, head: Work, tokens) -> Counts:
     )
 
 
-def _count_commands(context: Context, total: Work, pim, layers, elapsed, sent, tokens) -> Counts:
-    """Returns what the layers of one device do in an iteration, from the work of one layer."""
+def count_commands(context: Context, total: Work, pim, layers, elapsed, sent, tokens) -> Counts:
+    """Returns what the layers of one device do in an iteration, from the work of one layer.
+
+    Args:
+        context: The hardware, the model, the batch, and the system that runs it.
+        total: The work of the NPU in one layer.
+        pim: The PIM commands of one layer, `attention_counts`.
+        layers: The layers of one device.
+        elapsed: The core cycles of the iteration.
+        sent: The messages to other devices, `links.messages`.
+        tokens: The tokens of the batch.
+    """
     hardware, hbm = context.hardware, context.hardware.hbm
     to_core = hardware.npu.clock_hz / hbm.clock_hz
     # Outside attention: two layer norms of 5 operations, two sums and one activation.

@@ -1,0 +1,266 @@
+"""`serve`: requests that arrive, wait, and are served in continuous batches."""
+
+import argparse
+import sys
+import time
+from typing import Any
+
+from neupims.commands.common import (
+    add_machine_arguments,
+    add_spread_model_arguments,
+    check_run,
+    console,
+    parse_change,
+    print_json,
+    print_notes,
+)
+from neupims.machine.systems import FIDELITIES
+
+ORDERS = ("fcfs", "shortest-first", "deadline")
+PLACEMENTS = ("greedy", "least-work", "round-robin")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the flags of `serve`.
+
+    Args:
+        parser: The parser of the command; changed in place.
+    """
+    add_spread_model_arguments(parser)
+    add_machine_arguments(parser)
+    parser.add_argument(
+        "--row-buffers", choices=("single", "dual"), help="of a bank (default: what the system has)"
+    )
+    parser.add_argument(
+        "--fidelity",
+        choices=FIDELITIES,
+        default="simulator",
+        help="of decode steps; prompts are always computed as intended (default: simulator)",
+    )
+    parser.add_argument(
+        "--interleaving",
+        choices=("on", "off", "chosen"),
+        default="on",
+        help=(
+            "two sub-batches (neupims): always, never, or in each iteration what takes less time"
+            " (default: on)"
+        ),
+    )
+    parser.add_argument(
+        "--lm-head",
+        action="store_true",
+        help="also compute the LM head, once after the last layer (default: as the model's file)",
+    )
+    parser.add_argument(
+        "--trace",
+        required=True,
+        metavar="FILE|DISTRIBUTION",
+        help=(
+            "requests with input and output tokens, and arrivals (arrival_s, arrival_ms, Azure's"
+            " TIMESTAMP or Mooncake's timestamp); or sharegpt:1000, alpaca:1000 with --rate"
+        ),
+    )
+    parser.add_argument(
+        "--rate",
+        type=float,
+        metavar="R",
+        help="requests a second: stretches the arrivals of the trace, or draws them",
+    )
+    parser.add_argument(
+        "--arrivals",
+        metavar="PROCESS",
+        help="draw arrivals: poisson, or gamma:CV with a coefficient of variation (burstier)",
+    )
+    parser.add_argument(
+        "--requests", type=int, metavar="N", help="serve the first N requests (default: all)"
+    )
+    parser.add_argument(
+        "--columns",
+        metavar="ROLE=NAME,...",
+        help="columns with unknown names: arrival=NAME,input=NAME,output=NAME",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of random numbers (default: 0)"
+    )
+    parser.add_argument(
+        "--batch", type=int, default=256, metavar="N", help="most requests at once (default: 256)"
+    )
+    parser.add_argument(
+        "--order", choices=ORDERS, default="fcfs", help="who is admitted next (default: fcfs)"
+    )
+    parser.add_argument(
+        "--placement",
+        choices=PLACEMENTS,
+        default="greedy",
+        help=(
+            "the channel of a new request: the least loaded by the published estimate, by the"
+            " model's cycles, or in turn (default: greedy)"
+        ),
+    )
+    parser.add_argument(
+        "--prefill",
+        choices=("whole", "separate"),
+        default="whole",
+        help=(
+            "prompts run in iterations of their own, for which decoding waits, or on devices of"
+            " their own (default: whole)"
+        ),
+    )
+    parser.add_argument(
+        "--prefill-tokens",
+        type=int,
+        default=8192,
+        metavar="N",
+        help="most tokens of a prefill with several prompts (default: 8192)",
+    )
+    parser.add_argument(
+        "--prefill-groups",
+        type=int,
+        default=1,
+        metavar="N",
+        help="groups of devices for prompts, with --prefill separate (default: 1)",
+    )
+    parser.add_argument(
+        "--slo", metavar="LIMITS", help="objectives of each request, such as ttft<2s,tpot<100ms"
+    )
+    parser.add_argument(
+        "--leave-out-too-long",
+        action="store_true",
+        help="leave out requests that no channel can hold, instead of refusing the trace",
+    )
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object and nothing else on standard output"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serves a trace, prints the result, and returns the exit code 0.
+
+    Args:
+        arguments: Parsed flags of `add_arguments`.
+
+    Raises:
+        ValueError: A flag is impossible, the trace is, or a request is longer than the memory.
+        OSError: A file cannot be read.
+    """
+    from neupims.serving.serve import serve
+
+    check_run(seed=arguments.seed)
+    found = serve(
+        arguments.model,
+        arguments.trace,
+        rate=arguments.rate,
+        arrivals=arguments.arrivals,
+        first=arguments.requests,
+        columns=_parse_columns(arguments.columns),
+        seed=arguments.seed,
+        system=arguments.system,
+        hardware=arguments.hardware,
+        row_buffers={"single": 1, "dual": 2}.get(arguments.row_buffers),
+        changes=dict(map(parse_change, arguments.set)),
+        tp=arguments.tp,
+        pp=arguments.pp,
+        kv_split=arguments.kv_split,
+        lm_head=arguments.lm_head,
+        fidelity=arguments.fidelity,
+        interleaving=arguments.interleaving,
+        batch=arguments.batch,
+        order=arguments.order,
+        placement=arguments.placement,
+        prefill=arguments.prefill,
+        prefill_tokens=arguments.prefill_tokens,
+        prefill_groups=arguments.prefill_groups,
+        slo=arguments.slo or (),
+        leave_out_too_long=arguments.leave_out_too_long,
+        progress=_show_progress(),
+    )
+    result = found.to_dict()
+    print_notes(found.arrivals.name, [*result["trace_notes"], *result["notes"]])
+    if arguments.json:
+        print_json(result)
+    else:
+        _print_tables(result)
+    return 0
+
+
+def _parse_columns(text: str | None) -> dict[str, str] | None:
+    if text is None:
+        return None
+    pairs = [part.partition("=") for part in text.split(",")]
+    if not all(role.strip() and name.strip() for role, _, name in pairs):
+        raise ValueError(f"--columns is ROLE=NAME,..., not {text!r}")
+    return {role.strip(): name.strip() for role, _, name in pairs}
+
+
+def _show_progress():
+    """Returns a function that shows the progress on a terminal; None where there is none."""
+    if not (sys.stderr and sys.stderr.isatty()):
+        return None
+    began = time.perf_counter()
+
+    def show(left: int, total: int, seconds: float, iterations: int) -> None:
+        elapsed = time.perf_counter() - began
+        rest = f", {elapsed * (total - left) / left:.0f} s to go" if left else ""
+        line = f"{left:,} of {total:,} requests, {seconds:,.0f} s simulated{rest}"
+        sys.stderr.write(f"\r{line:<78}" if left < total else f"\r{'':<78}\r")
+        sys.stderr.flush()
+
+    return show
+
+
+def _print_tables(result: dict[str, Any]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    lines = console()
+    interleaving = result["interleaving"]
+    about = f", interleaving {interleaving}" if interleaving else ""
+    table = Table(
+        title=(
+            f"{result['model']} on {result['system']}{about}, {result['devices']} devices:"
+            f" {result['requests']:,} requests of {result['trace']} in {result['seconds']:,.1f} s,"
+            f" {result['fidelity']} fidelity"
+        ),
+        box=box.SIMPLE,
+        title_justify="left",
+    )
+    table.add_column("of a request, ms")
+    for name in ("mean", "p50", "p90", "p99", "max"):
+        table.add_column(name, justify="right")
+    for name, key in (
+        ("queueing", "queueing"),
+        ("time to first token", "ttft"),
+        ("time per output token", "tpot"),
+        ("latency", "latency"),
+    ):
+        values = result[key].values()
+        table.add_row(name, *("-" if each is None else f"{each * 1e3:,.1f}" for each in values))
+    lines.print(table)
+    summary = Table(box=box.SIMPLE, show_header=False)
+    summary.add_column()
+    summary.add_column(justify="right")
+    rows = [
+        ("throughput", f"{result['tokens_per_second']:,.1f} tokens/s"),
+        ("requests", f"{result['requests_per_second']:,.3f} a second"),
+        ("mean batch of a decode step", f"{result['mean_batch']:,.1f}"),
+        ("iterations", f"{result['iterations']:,} ({result['decode_iterations']:,} decode steps)"),
+        ("busy, of it prefill", f"{result['busy_share']:.1%}, {result['prefill_share']:.1%}"),
+        ("NPU busy", f"{result['npu_utilization']:.1%}"),
+        ("PIM busy", f"{result['pim_utilization']:.1%}"),
+        ("memory bus", f"{result['bandwidth_utilization']:.1%}"),
+        (
+            "keys and values, mean and most",
+            f"{result['kv_occupancy_mean']:.1%}, {result['kv_occupancy_max']:.1%}",
+        ),
+        ("requests that were paused", f"{result['paused_requests']:,}"),
+        ("energy of a token", f"{result['energy_joules_per_token'] * 1e3:,.4g} mJ"),
+    ]
+    if result["objectives"]:
+        limits = ", ".join(result["objectives"])
+        goodput = result["goodput_requests_per_second"]
+        rows.append((f"meet {limits}", f"{result['meets_objectives']:.2%}"))
+        rows.append(("goodput", f"{goodput:,.3f} requests a second"))
+    for row in rows:
+        summary.add_row(*row)
+    lines.print(summary)
+    lines.print(f"{result['fidelity']} fidelity: {result['fidelity_answers']}")

@@ -1,0 +1,422 @@
+"""The rules of continuous batching, as one scan over iterations.
+
+Time passes from boundary to boundary; between two of them lies one iteration. At a boundary:
+
+1. **Arrive.** Requests whose time has come join the waiting room, in their order of arrival.
+2. **Make room.** Keys and values of a request lie in one channel. Each request has one token more
+   than before; while the requests of a channel need more blocks than it has, the youngest of them
+   is paused: it loses its keys and values, keeps its place, and is to be recomputed. Then each
+   channel in which nobody was paused just now takes back its oldest paused request, if it fits.
+3. **Admit.** The request of the waiting room that is first in the order of the policy gets a place
+   in the channel that the packing prefers, among those that have a free place, no paused request,
+   and blocks for its prompt. If no channel has, it waits, and so do all behind it. This repeats
+   until the batch is full, the prompts exceed the tokens of one prefill, or nobody waits.
+4. **Compute.** If any request has prompt tokens to compute, the iteration is the prefill of all of
+   them, and decoding waits; else it decodes one token of each request. If there is no request at
+   all, time jumps to the next arrival.
+5. **Leave.** Every request that was computed has one more token. Those that have all of their
+   tokens leave, and their blocks are free at the next boundary.
+
+The state has a fixed size: rows of places, one row for each channel. What an iteration costs is a
+function that is passed in (`cost` has that of the model), and so are the packing and the order.
+Blocks are whole numbers, time is whole nanoseconds (`clock`), so that the same rules in plain
+Python give the same times.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from neupims.serving import clock
+from neupims.serving.clock import Instant
+
+NOBODY = 2**30  # the number of no request; more than any
+NEVER = Instant(jnp.int32(-1), jnp.int32(0))
+
+
+class Spent(NamedTuple):
+    """What an iteration takes of one device."""
+
+    time: Instant
+    joules: Float[Array, ""]
+    npu_seconds: Float[Array, ""]  # with products in the arrays
+    pim_seconds: Float[Array, ""]  # with PIM commands, in the mean of the channels
+    bus_seconds: Float[Array, ""]  # in which the buses of the memory move data
+
+
+class Requests(NamedTuple):
+    """Requests in their order of arrival, and `window` more that never arrive."""
+
+    arrival: Instant  # (n,)
+    lengths: Int[Array, " n"]  # tokens whose keys and values are in memory when it is decoded first
+    prompts: Int[Array, " n"]  # tokens to be computed before: the same, or 0 if they come computed
+    outputs: Int[Array, " n"]  # tokens to be made here
+    keys: Int[Array, " n"]  # the order in which those that wait are admitted
+
+
+class Memory(NamedTuple):
+    """Blocks of keys and values."""
+
+    needed: Int[Array, " lengths"]  # by a request of 0, 1, 2, ... tokens
+    room: Int[Array, " rows"]  # of each channel; 0 for a row that the machine does not have
+    spare: Int[Array, ""]  # that are free after an admission
+    loads: Float[Array, " lengths"]  # of a channel, by a request of 0, 1, ... tokens, for packing
+
+
+class Channels(NamedTuple):
+    """What a packing may look at. Rows are channels."""
+
+    loads: Float[Array, " rows"]  # of the requests that are there
+    counts: Int[Array, " rows"]  # requests that are there
+    admitted: Int[Array, ""]  # requests that were admitted before
+
+
+# The channel with the least value that can take the request gets it.
+Packing = Callable[[Channels], Float[Array, " rows"]]
+
+
+class Costs(Protocol):
+    """What iterations cost. Equal costs are equal objects, so that a run is compiled once."""
+
+    def decode(self, tables: Any, lengths: Int[Array, "rows places"], holds: Any) -> Spent:
+        """Returns what one token of each request takes, of which the lengths are in memory.
+
+        Args:
+            tables: What the costs need to know.
+            lengths: The tokens of each place.
+            holds: Whether a request in that place is computed, (rows, places).
+        """
+        ...
+
+    def prefill(self, tables: Any, prompts: Int[Array, "rows places"], holds: Any) -> Spent:
+        """Returns what the prefill of prompts takes.
+
+        Args:
+            tables: What the costs need to know.
+            prompts: The tokens of each place that are to be computed.
+            holds: Whether the prompt in that place is computed, (rows, places).
+        """
+        ...
+
+
+class Rules(NamedTuple):
+    """What is fixed before a run is compiled."""
+
+    rows: int  # channels
+    places: int  # of each channel
+    batch: int  # the most requests at once
+    prefill_tokens: int  # the most tokens of one prefill, if it has more than one prompt
+    window: int  # requests that the waiting room shows to the policy
+    packing: Packing
+    costs: Costs
+
+
+class Places(NamedTuple):
+    """The places of all channels; each field is (rows, places)."""
+
+    request: Int[Array, "rows places"]  # NOBODY where the place is free
+    length: Int[Array, "rows places"]  # tokens whose keys and values it needs
+    prompt: Int[Array, "rows places"]  # of these, the tokens that are to be computed
+    left: Int[Array, "rows places"]  # tokens to be made
+    paused: Bool[Array, "rows places"]
+    pauses: Int[Array, "rows places"]  # how often it was paused
+    admitted: Instant
+    first: Instant  # when its first token came, or NEVER
+
+
+class State(NamedTuple):
+    """The state at a boundary."""
+
+    now: Instant
+    arrived: Int[Array, ""]  # requests that have joined the waiting room
+    admitted: Int[Array, ""]  # requests that have left it
+    waiting: Int[Array, " window"]  # the waiting room; NOBODY where nobody waits
+    places: Places
+    # Of each request: admitted, first token, and end (two words each), and how often it was paused.
+    served: Int[Array, "n 7"]
+
+
+class Step(NamedTuple):
+    """What happened in one iteration."""
+
+    now: Instant  # at its end
+    spent: Spent  # zeros if there was no iteration
+    computed: Int[Array, ""]  # requests that got a token
+    prompt_tokens: Int[Array, ""]  # tokens of prompts that were computed
+    waiting: Int[Array, ""]  # requests in the waiting room
+    blocks: Int[Array, ""]  # in use in all channels, during it
+    fullest: Int[Array, ""]  # blocks in use in the fullest channel
+    paused: Int[Array, ""]  # requests that lost their keys and values at its start
+
+
+def start(rules: Rules, requests: Requests) -> State:
+    """Returns the state at time 0, in which nobody has arrived.
+
+    Args:
+        rules: The rules.
+        requests: The requests.
+    """
+    shape = (rules.rows, rules.places)
+    zero, none = jnp.zeros(shape, jnp.int32), jnp.full(shape, NOBODY, jnp.int32)
+    never = Instant(zero - 1, zero)
+    places = Places(none, zero, zero, zero, zero > 0, zero, never, never)
+    count = requests.keys.shape[0]
+    return State(
+        Instant(jnp.int32(0), jnp.int32(0)),
+        jnp.int32(0),
+        jnp.int32(0),
+        jnp.full(rules.window, NOBODY, jnp.int32),
+        places,
+        jnp.full((count, 7), -1, jnp.int32),
+    )
+
+
+def run(
+    rules: Rules, tables: Any, memory: Memory, requests: Requests, state: State, iterations: int
+) -> tuple[State, Step]:
+    """Returns the state after a number of iterations, and what happened in each, (iterations,).
+
+    After the last request has left, nothing changes any more.
+
+    Args:
+        rules: The rules.
+        tables: What the costs need to know; the first argument of `rules.costs`.
+        memory: The blocks.
+        requests: The requests.
+        state: The state before.
+        iterations: The number of iterations.
+    """
+    return jax.lax.scan(
+        lambda state, _: step(rules, tables, memory, requests, state),
+        state,
+        None,
+        length=iterations,
+    )
+
+
+def is_done(rules: Rules, requests: Requests, state: State) -> Bool[Array, ""]:
+    """Returns whether every request has left.
+
+    Args:
+        rules: The rules.
+        requests: The requests.
+        state: The state.
+    """
+    count = requests.keys.shape[0] - rules.window
+    there = (state.places.request < NOBODY).any() | (state.waiting < NOBODY).any()
+    return (state.arrived >= count) & ~there
+
+
+def step(
+    rules: Rules, tables: Any, memory: Memory, requests: Requests, state: State
+) -> tuple[State, Step]:
+    """Returns the state after one iteration, and what happened in it.
+
+    Args:
+        rules: The rules.
+        tables: What the costs need to know.
+        memory: The blocks.
+        requests: The requests.
+        state: The state before.
+    """
+    state = arrive(rules, requests, state)
+    places, needed, paused = make_room(memory, state.places)
+    state, needed = admit(rules, memory, requests, state._replace(places=places), needed)
+    state, spent, computed, tokens = compute(rules, tables, requests, state)
+    waiting = (state.waiting < NOBODY).sum()
+    blocks = needed.sum(), needed.max()
+    return leave(state), Step(state.now, spent, computed, tokens, waiting, *blocks, paused)
+
+
+def arrive(rules: Rules, requests: Requests, state: State) -> State:
+    """Returns the state with those in the waiting room whose time has come, as far as it has room.
+
+    Args:
+        rules: The rules; the waiting room has `window` places.
+        requests: The requests.
+        state: The state.
+    """
+    come = Instant(
+        *(
+            jax.lax.dynamic_slice(part, (state.arrived,), (rules.window,))
+            for part in requests.arrival
+        )
+    )
+    count = (~clock.is_after(come, state.now)).sum()
+    free = state.waiting >= NOBODY
+    rank = jnp.cumsum(free) - 1
+    takes = free & (rank < count)
+    return state._replace(
+        waiting=jnp.where(takes, state.arrived + rank, state.waiting).astype(jnp.int32),
+        arrived=state.arrived + takes.sum(),
+    )
+
+
+def make_room(memory: Memory, places: Places) -> tuple[Places, Int[Array, " rows"], Int[Array, ""]]:
+    """Returns the places after pauses and returns, the blocks in use, and the number of pauses.
+
+    Args:
+        memory: The blocks.
+        places: The places.
+    """
+    there = places.request < NOBODY
+    each = memory.needed[places.length]
+
+    def used(paused):
+        return jnp.where(there & ~paused, each, 0).sum(axis=1)
+
+    def pause(paused):
+        holds = there & ~paused
+        youngest = jnp.argmax(jnp.where(holds, places.request, -1), axis=1)
+        here = jnp.arange(paused.shape[1]) == youngest[:, None]
+        return paused | (here & holds & (used(paused) > memory.room)[:, None])
+
+    paused = jax.lax.while_loop(
+        lambda paused: jnp.any(used(paused) > memory.room), pause, places.paused
+    )
+    lost = paused & ~places.paused
+    needed = used(paused)
+    waits = paused & ~lost.any(axis=1)[:, None]
+    oldest = jnp.argmin(jnp.where(waits, places.request, NOBODY), axis=1)
+    back = waits & (jnp.arange(paused.shape[1]) == oldest[:, None])
+    back = back & (each + needed[:, None] <= (memory.room - memory.spare)[:, None])
+    places = places._replace(
+        paused=paused & ~back,
+        prompt=jnp.where(lost, places.length, places.prompt),
+        pauses=places.pauses + lost,
+    )
+    return places, needed + jnp.where(back, each, 0).sum(axis=1), lost.sum()
+
+
+def admit(
+    rules: Rules, memory: Memory, requests: Requests, state: State, needed: Int[Array, " rows"]
+) -> tuple[State, Int[Array, " rows"]]:
+    """Returns the state with the requests that were admitted, and the blocks in use.
+
+    Args:
+        rules: The rules.
+        memory: The blocks.
+        requests: The requests.
+        state: The state.
+        needed: The blocks in use in each channel.
+    """
+    keys = jnp.where(state.waiting < NOBODY, requests.keys[state.waiting], NOBODY)
+    paused = state.places.paused.any(axis=1)
+
+    def try_next(carry):
+        waiting, keys, places, needed, tokens, admitted, _ = carry
+        there = places.request < NOBODY
+        chosen = jnp.argmin(keys)
+        request = waiting[chosen]
+        length, prompt = requests.lengths[request], requests.prompts[request]
+        blocks = memory.needed[length]
+        fits = (needed + blocks <= memory.room - memory.spare) & ~paused & ~there.all(axis=1)
+        budget = (prompt == 0) | (tokens == 0) | (tokens + prompt <= rules.prefill_tokens)
+        goes = fits.any() & budget & (there.sum() < rules.batch)
+        loads = jnp.where(there, memory.loads[places.length], 0.0).sum(axis=1)
+        channels = Channels(loads, there.sum(axis=1), admitted)
+        row = jnp.argmin(jnp.where(fits, rules.packing(channels), jnp.inf))
+        at = (row, jnp.argmin(there[row]))  # its first free place
+
+        def put(array, value):
+            return array.at[at].set(jnp.where(goes, value, array[at]).astype(array.dtype))
+
+        places = Places(
+            put(places.request, request),
+            put(places.length, length),
+            put(places.prompt, prompt),
+            put(places.left, requests.outputs[request]),
+            put(places.paused, False),
+            put(places.pauses, 0),
+            Instant(
+                put(places.admitted.high, state.now.high), put(places.admitted.low, state.now.low)
+            ),
+            Instant(put(places.first.high, -1), put(places.first.low, 0)),
+        )
+        return (
+            waiting.at[chosen].set(jnp.where(goes, NOBODY, request)),
+            keys.at[chosen].set(jnp.where(goes, NOBODY, keys[chosen])),
+            places,
+            needed.at[row].add(jnp.where(goes, blocks, 0)),
+            tokens + jnp.where(goes, prompt, 0),
+            admitted + goes,
+            goes,
+        )
+
+    def may_go_on(carry):
+        waiting, _, places, *_, goes = carry
+        return goes & (waiting < NOBODY).any() & ((places.request < NOBODY).sum() < rules.batch)
+
+    to_compute = jnp.where(state.places.paused, 0, state.places.prompt).sum()
+    waiting, _, places, needed, _, admitted, _ = jax.lax.while_loop(
+        may_go_on,
+        try_next,
+        (state.waiting, keys, state.places, needed, to_compute, state.admitted, jnp.bool_(True)),
+    )
+    return state._replace(waiting=waiting, places=places, admitted=admitted), needed
+
+
+def compute(
+    rules: Rules, tables: Any, requests: Requests, state: State
+) -> tuple[State, Spent, Int[Array, ""], Int[Array, ""]]:
+    """Returns the state after an iteration, what it took, and the requests and prompt tokens of it.
+
+    Args:
+        rules: The rules.
+        tables: What the costs need to know.
+        requests: The requests.
+        state: The state.
+    """
+    places = state.places
+    holds = (places.request < NOBODY) & ~places.paused
+    prompts = holds & (places.prompt > 0)
+    is_prefill = prompts.any()
+    computed = jnp.where(is_prefill, prompts, holds)
+    spent = jax.lax.cond(
+        is_prefill,
+        lambda: rules.costs.prefill(tables, places.prompt, prompts),
+        lambda: rules.costs.decode(tables, places.length, holds),
+    )
+    works = computed.any()
+    spent = jax.tree.map(lambda value: jnp.where(works, value, jnp.zeros_like(value)), spent)
+    count = requests.keys.shape[0] - rules.window
+    coming = Instant(*(part[jnp.minimum(state.arrived, count - 1)] for part in requests.arrival))
+    jumps = ~works & (state.arrived < count)
+    now = clock.where(jumps, coming, clock.add(state.now, spent.time))
+    now = clock.where(clock.is_after(state.now, now), state.now, now)
+    made = computed & (places.first.high < 0)
+    places = places._replace(
+        length=places.length + computed,
+        prompt=jnp.where(computed, 0, places.prompt),
+        left=places.left - computed,
+        first=clock.where(made, now, places.first),
+    )
+    tokens = jnp.where(is_prefill, state.places.prompt * prompts, 0).sum()
+    return state._replace(now=now, places=places), spent, computed.sum(), tokens
+
+
+def leave(state: State) -> State:
+    """Returns the state without the requests that have all of their tokens.
+
+    Args:
+        state: The state at the end of an iteration.
+    """
+    places = state.places
+    gone = (places.request < NOBODY) & (places.left <= 0)
+    ended = clock.where(gone, state.now, state.now)
+    rows = jnp.stack([*places.admitted, *places.first, *ended, places.pauses], axis=-1)
+    numbers = jnp.where(gone, places.request, state.served.shape[0])
+    return state._replace(
+        served=state.served.at[numbers].set(rows, mode="drop"),
+        places=places._replace(
+            request=jnp.where(gone, NOBODY, places.request),
+            length=jnp.where(gone, 0, places.length),
+        ),
+    )
+
+
+run_chunk = partial(jax.jit, static_argnames=("rules", "iterations"))(run)

@@ -1,0 +1,151 @@
+"""What a run of serving gave: times of each request, and what happened in each iteration."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from jaxtyping import Float, Int
+
+from neupims.machine.systems import FIDELITY_ANSWERS
+from neupims.serving.objectives import Limit, meet
+from neupims.serving.requests import Arrivals
+
+PERCENTILES = (50, 90, 99)
+
+
+@dataclass(frozen=True)
+class Served:
+    """Times of each request in nanoseconds since time 0, in the order of arrival, (n,) each."""
+
+    admitted: Int[np.ndarray, " n"]  # when its prefill may begin
+    first: Int[np.ndarray, " n"]  # when its first token is there
+    end: Int[np.ndarray, " n"]  # when its last token is there
+    pauses: Int[np.ndarray, " n"]  # how often it lost its keys and values
+
+
+@dataclass(frozen=True)
+class Iterations:
+    """What happened in each iteration, (iterations,) each."""
+
+    end: Int[np.ndarray, " i"]  # nanoseconds
+    seconds: Float[np.ndarray, " i"]
+    requests: Int[np.ndarray, " i"]  # that got a token
+    prompt_tokens: Int[np.ndarray, " i"]  # that were computed; 0 in a decode step
+    waiting: Int[np.ndarray, " i"]  # requests in the waiting room, at most its size
+    blocks: Int[np.ndarray, " i"]  # of keys and values in use
+    fullest: Int[np.ndarray, " i"]  # the same in the fullest channel
+    paused: Int[np.ndarray, " i"]  # requests that lost their keys and values at its start
+    joules: Float[np.ndarray, " i"]  # of one device
+    npu_seconds: Float[np.ndarray, " i"]  # with products in the arrays
+    pim_seconds: Float[np.ndarray, " i"]  # with PIM commands
+    bus_seconds: Float[np.ndarray, " i"]  # in which the buses move data
+
+
+@dataclass(frozen=True)
+class Serving:
+    """A trace that was served."""
+
+    arrivals: Arrivals
+    served: Served
+    iterations: Iterations
+    about: dict[str, Any]  # the names of system, model and policies, as JSON has them
+    limits: tuple[Limit, ...]  # service level objectives
+    devices: int  # that decode
+    room: int  # blocks of all channels
+    block_tokens: str  # what a block is
+    waiting_watts: float  # of one device that waits
+    prefill_joules: float = 0.0  # of separate devices for prompts, all together
+    notes: tuple[str, ...] = ()
+
+    @property
+    def measures(self) -> dict[str, Float[np.ndarray, " n"]]:
+        """Seconds of each request: ttft, tpot (NaN for one token), latency and queueing."""
+        came, served = self.arrivals.nanoseconds, self.served
+        steps = self.arrivals.outputs - 1
+        each = np.where(steps > 0, (served.end - served.first) / np.maximum(steps, 1), np.nan)
+        return {
+            "ttft": (served.first - came) / 1e9,
+            "tpot": each / 1e9,
+            "latency": (served.end - came) / 1e9,
+            "queueing": (served.admitted - came) / 1e9,
+        }
+
+    @property
+    def seconds(self) -> float:
+        """The time from the first arrival to the last token."""
+        return float(self.served.end.max() - self.arrivals.nanoseconds[0]) / 1e9
+
+    @property
+    def meets(self) -> float:
+        """The share of the requests that meet all objectives."""
+        return float(meet(self.limits, self.measures).mean())
+
+    @property
+    def goodput(self) -> float:
+        """Requests a second that meet all objectives."""
+        return self.meets * len(self.arrivals.inputs) / self.seconds
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns the values of JSON, as `serve --json` prints them.
+
+        Times are seconds. Energy is that of all devices, with that of waiting.
+        """
+        arrivals, iterations, seconds = self.arrivals, self.iterations, self.seconds
+        count, tokens = len(arrivals.inputs), int(arrivals.outputs.sum())
+        busy = float(iterations.seconds.sum())
+        joules = self.devices * (
+            float(iterations.joules.sum()) + self.waiting_watts * max(seconds - busy, 0.0)
+        )
+        joules += self.prefill_joules
+        decodes = (iterations.prompt_tokens == 0) & (iterations.requests > 0)
+        weights = iterations.seconds / max(busy, 1e-12)
+        return {
+            **self.about,
+            "trace": arrivals.name,
+            "trace_notes": list(arrivals.notes),
+            "requests": count,
+            "input_tokens": int(arrivals.inputs.sum()),
+            "output_tokens": tokens,
+            "arrival_rate": arrivals.rate if np.isfinite(arrivals.rate) else None,
+            "seconds": seconds,
+            **{name: summarize(values) for name, values in self.measures.items()},
+            "requests_per_second": count / seconds,
+            "tokens_per_second": tokens / seconds,
+            "objectives": [str(each) for each in self.limits],
+            "meets_objectives": self.meets if self.limits else None,
+            "goodput_requests_per_second": self.goodput if self.limits else None,
+            "iterations": int((iterations.requests > 0).sum()),
+            "decode_iterations": int(decodes.sum()),
+            "busy_share": busy / seconds,
+            "prefill_share": float(iterations.seconds[~decodes].sum()) / seconds,
+            "mean_batch": float((iterations.requests * weights)[decodes].sum())
+            / max(float(weights[decodes].sum()), 1e-12),
+            "npu_utilization": float(iterations.npu_seconds.sum()) / seconds,
+            "pim_utilization": float(iterations.pim_seconds.sum()) / seconds,
+            "bandwidth_utilization": float(iterations.bus_seconds.sum()) / seconds,
+            "kv_blocks": self.room,
+            "kv_block": self.block_tokens,
+            "kv_occupancy_mean": float((iterations.blocks * weights).sum()) / self.room,
+            "kv_occupancy_max": float(iterations.blocks.max()) / self.room,
+            "pauses": int(self.served.pauses.sum()),
+            "paused_requests": int((self.served.pauses > 0).sum()),
+            "energy_joules": joules,
+            "energy_joules_per_token": joules / tokens,
+            "devices": self.devices,
+            "fidelity_answers": FIDELITY_ANSWERS[self.about["fidelity"]],
+            "notes": list(self.notes),
+        }
+
+
+def summarize(values: Float[np.ndarray, " n"]) -> dict[str, float | None]:
+    """Returns mean, percentiles and maximum of numbers, None where there are none.
+
+    Args:
+        values: The numbers; NaN do not count.
+    """
+    there = values[~np.isnan(values)]
+    names = ["mean", *(f"p{each}" for each in PERCENTILES), "max"]
+    if not len(there):
+        return dict.fromkeys(names)
+    found = [there.mean(), *np.percentile(there, PERCENTILES), there.max()]
+    return dict(zip(names, map(float, found), strict=True))
