@@ -13,7 +13,7 @@ import re
 import subprocess
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -116,6 +116,11 @@ KERNELS: dict[str, Callable] = {
 _INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);")
 
 
+def pointers_of(arrays: Sequence[Any]) -> list[str]:
+    """Returns the types of pointers to arrays, as Triton writes them."""
+    return [_POINTERS[array.dtype.name] for array in arrays]
+
+
 def record_launches(function: Callable, *shapes: jax.ShapeDtypeStruct) -> list[Launch]:
     """Returns the kernel calls that a function traces, without compiling or running them.
 
@@ -129,7 +134,7 @@ def record_launches(function: Callable, *shapes: jax.ShapeDtypeStruct) -> list[L
     launches: list[Launch] = []
 
     def triton_call(*inputs, kernel, grid, num_warps, compute_capability, out_shape, **constants):
-        dtypes = [_POINTERS[a.dtype.name] for a in (*inputs, *out_shape)]
+        dtypes = pointers_of((*inputs, *out_shape))
         sizes = [a.size * a.dtype.itemsize for a in (*inputs, *out_shape)]
         launch_ = Launch(kernel, dtypes, sizes, grid[0], num_warps, constants)
         if launch_ not in launches:  # JAX may trace a shape more than once
@@ -148,17 +153,14 @@ def record_launches(function: Callable, *shapes: jax.ShapeDtypeStruct) -> list[L
     return launches
 
 
-def compile_kernel(launch_: Launch, capability: int) -> Code:
-    """Returns the machine code of a kernel call.
+def compile_for(launch_: Launch, capability: int) -> Any:
+    """Returns what Triton makes of a kernel call: `asm` by kind of text, and `metadata`.
 
     It is assembled by the older one of Triton's ptxas and that of JAX.
 
     Args:
         launch_: The call of the kernel.
         capability: Compute capability, such as 90.
-
-    Returns:
-        The code, with what ptxas reports about it.
     """
     import triton
     from triton.backends.compiler import GPUTarget
@@ -173,11 +175,26 @@ def compile_kernel(launch_: Launch, capability: int) -> Code:
         constexprs=launch_.constants,
         attrs={(i,): [["tt.divisibility", 16]] for i in range(len(pointers))},
     )
-    asm = triton.compile(
+    return triton.compile(
         source,
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": launch_.warps, "enable_fp_fusion": True},
-    ).asm
+    )
+
+
+def compile_kernel(launch_: Launch, capability: int) -> Code:
+    """Returns the machine code of a kernel call, as `compile_for` compiles it.
+
+    Args:
+        launch_: The call of the kernel.
+        capability: Compute capability, such as 90.
+
+    Returns:
+        The code, with what ptxas reports about it.
+    """
+    import triton
+
+    asm = compile_for(launch_, capability).asm
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(asm["cubin"])

@@ -59,7 +59,10 @@ def basic_checks(
         )
     for dtype in ("float32", "bfloat16"):
         found[f"superglobal, {dtype}"] = partial(
-            _maps, (1, 9, 11, 20) if small else (2, 32, 22, 2048), dtype, implementation
+            maps_against_float64,
+            (1, 9, 11, 20) if small else (2, 32, 22, 2048),
+            dtype,
+            implementation,
         )
     return found
 
@@ -118,7 +121,7 @@ def _named(
             *(f"{option} {value}" for option, value in options.items()),
         ]
     )
-    return name, partial(_against_float64, operation, shape, dtype, p, implementation, **options)
+    return name, partial(against_float64, operation, shape, dtype, p, implementation, **options)
 
 
 def _pool_of(operation: str, **options) -> Callable:
@@ -141,9 +144,29 @@ def _arguments(
     return [tokens, *norm, exponents], np.array(jnp.asarray(rng.normal(size=(b, d)), dtype))
 
 
-def _against_float64(
-    operation, shape, dtype, p, implementation, *, negatives="clamp", masked=False, size=1.0
+def against_float64(
+    operation: str,
+    shape: tuple[int, ...],
+    dtype: str,
+    p: float,
+    implementation: str,
+    *,
+    negatives: str = "clamp",
+    masked: bool = False,
+    size: float = 1.0,
 ) -> Iterator[dict[str, Any]]:
+    """Yields a row for the value and for each gradient of a pooling.
+
+    Args:
+        operation: One of `OPERATIONS`.
+        shape: Images, tokens, channels and exponents.
+        dtype: Dtype of the tokens.
+        p: The lowest exponent; the highest is 1.3 times as large.
+        implementation: As in `checks`.
+        negatives: The sign rule.
+        masked: Whether about 3 of 10 tokens are left out.
+        size: Factor of the tokens.
+    """
     arguments, cotangent = _arguments(operation, shape, dtype, p, size)
     if size > 1e36:
         cotangent *= cotangent.dtype.type(
@@ -239,8 +262,10 @@ def _the_same_every_time(
     )
 
 
-def _maps(shape: tuple[int, ...], dtype: str, implementation: str) -> Iterator[dict[str, Any]]:
-    """Checks SuperGlobal's pooling of maps after a ReLU."""
+def maps_against_float64(
+    shape: tuple[int, ...], dtype: str, implementation: str
+) -> Iterator[dict[str, Any]]:
+    """Yields a row for SuperGlobal's pooling of maps `(images, h, w, d)`, as after a ReLU."""
     maps = np.array(jnp.asarray(np.maximum(np.random.default_rng(0).normal(size=shape), 0), dtype))
     with jax.enable_x64(True):
         exact = np.asarray(superglobal_pool(np.asarray(maps, np.float64), implementation="xla"))
