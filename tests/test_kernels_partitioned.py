@@ -135,14 +135,14 @@ def test_plain_jax_moves_fewer_bytes_than_the_formula(name, times):
     assert kernels < plain < times * 2 * 256 * 196 * 768 < formula
 
 
-@pytest.mark.parametrize("remat", [False, True])
-def test_the_dry_run_estimates_the_memory_of_a_step(remat):
+@pytest.mark.parametrize(("remat", "devices"), [(False, 1), (True, 1), (True, 8)])
+def test_the_dry_run_estimates_the_memory_of_a_step(remat, devices):
     model = vit_config("S/16", class_token=False, dtype="bfloat16", remat=remat)
-    config = Config(model=model, batch=256, pool=Pool(kind="avg"))
-    steps = step.make_steps(config, 1000, 10, devices=tuple(ahead_of_time.devices(1).ravel()))
+    config = Config(model=model, batch=1024, pool=Pool(kind="avg"))
+    steps = step.make_steps(config, 1000, 10, devices=dry_run.find_devices(f"h200:{devices}"))
     state = jax.eval_shape(steps.init, 0)
     estimated = dry_run.estimate_memory(config, steps, state).total
-    compiled = dry_run.compiled_bytes(config, steps, state, "h200:1")
+    compiled = dry_run.compiled_bytes(config, steps, state, f"h200:{devices}")
     assert compiled / 1.15 < estimated < compiled * 1.15
 
 

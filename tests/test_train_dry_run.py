@@ -104,7 +104,7 @@ def test_activations_by_hand():
     config = small(batch=8)
     model = config.model
     tokens = (model.image // model.patch) ** 2 + 1
-    token = 16 * (8 + 24) + 2 * 32 * 4 + 2 * tokens * 8
+    token = 10 * 16 * 4 + 2 * 32 * 4 + 2 * tokens * 6
     assert dry_run.activation_bytes(config, 2, remat=False) == 2 * 4 * tokens * token
     recomputed = 4 * tokens * (2 * 16 * 4 + token)
     assert dry_run.activation_bytes(config, 2, remat=True) == recomputed

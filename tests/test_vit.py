@@ -263,6 +263,36 @@ def test_recomputing_the_blocks_changes_no_number():
     chex.assert_trees_all_close(gradient(remat), gradient(plain), rtol=1e-4, atol=1e-5)
 
 
+def test_a_block_that_is_recomputed_gives_its_gradients_before_the_one_below():
+    """The gradients of its weights and of its input leave together."""
+    model = ViT(ViTConfig(**SMALL, remat=True), pooling.avg_pool)
+    images = jnp.ones((2, 16, 16, 3))
+    variables = model.init(jax.random.key(0), images)
+
+    def loss(variables):
+        return model.apply(variables, images).descriptor.sum()
+
+    barriers = [
+        equation
+        for equation in jax.make_jaxpr(jax.grad(loss))(variables).eqns
+        if equation.primitive.name == "optimization_barrier"
+    ]
+    weights = len(jax.tree.leaves(variables["params"]["blocks_0"]))
+    assert [len(equation.invars) for equation in barriers] == [weights + 1] * SMALL["depth"]
+
+
+@pytest.mark.parametrize(("mlp", "hidden"), [("gelu", 2), ("swiglu", 1)])
+def test_of_an_activation_its_input_and_output_are_kept(mlp, hidden):
+    """Of 1 + 16 tokens; the gated MLP has an input of twice the channels."""
+    model = ViT(ViTConfig(**SMALL, mlp=mlp), pooling.avg_pool)
+    images = jnp.ones((2, 16, 16, 3))
+    variables = model.init(jax.random.key(0), images)
+    _, backward = jax.vjp(lambda v: model.apply(v, images).descriptor, variables)
+    kept = [leaf.shape for leaf in jax.tree.leaves(backward) if leaf.shape[:2] == (2, 17)]
+    assert kept.count((2, 17, SMALL["mlp_width"])) == hidden * SMALL["depth"]
+    assert kept.count((2, 17, 2 * SMALL["mlp_width"])) == (mlp == "swiglu") * SMALL["depth"]
+
+
 def test_dropout_and_drop_path_act_in_training_only():
     model, params, images = build(dropout=0.3, drop_path=0.5)
     quiet = apply(model, params, images).descriptor

@@ -167,11 +167,11 @@ def estimate_memory(config: Config, steps: Steps, state: State) -> Memory:
 def activation_bytes(config: Config, devices: int, *, remat: bool) -> int:
     """Returns the bytes of activations that each device keeps for the backward pass.
 
-    Of b images with T tokens, a block keeps for each token, in a compiled program: its input and
-    that of the MLP in float32; of `dtype`, both again after their norms, queries, keys and values,
-    and what attention returns; the hidden channels of the MLP before and after the activation; and
-    the shares of attention, in float32 and in `dtype`. With `remat` it is the input of every block
-    and all that one block keeps.
+    A block keeps for each token, in `dtype`: both inputs of its residual branches after their
+    norms, queries, keys (twice), values (twice), what attention returns, and the outputs of both
+    branches; the hidden channels of the MLP before and after the activation; and the shares of
+    attention, in float32 and, in some programs of XLA and not in others, which counts as a half, in
+    `dtype`. With `remat` it is the input of every block and all that one block keeps.
 
     Args:
         config: The settings of the run.
@@ -190,9 +190,9 @@ def activation_bytes(config: Config, devices: int, *, remat: bool) -> int:
 
 def _token_bytes(model: ViTConfig, tokens: int, size: int) -> int:
     """What a block keeps for a token; a gated MLP has a third array of hidden channels."""
-    streams = model.width * (2 * 4 + 6 * size)
+    streams = 10 * model.width * size
     hidden = (3 if model.mlp == "swiglu" else 2) * model.mlp_width * size
-    return streams + hidden + model.heads * tokens * (4 + size)
+    return streams + hidden + model.heads * tokens * (4 + size / 2)
 
 
 def compiled_bytes(config: Config, steps: Steps, state: State, where: str) -> int:

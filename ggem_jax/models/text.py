@@ -16,7 +16,7 @@ from flax import linen as nn
 from flax import struct
 from jaxtyping import Array, Float, Int
 
-from ggem_jax.models.transformer import GELU, Block, Gate, check_config, dtypes
+from ggem_jax.models.transformer import GELU, Gate, build_block, check_config, dtypes, run_block
 
 
 @dataclass(frozen=True)
@@ -114,9 +114,9 @@ class TextTransformer(nn.Module):
             "position", nn.initializers.normal(0.01), (c.context, c.width), c.param_dtype
         )
         tokens = embedding(ids) + position[: ids.shape[1]].astype(c.dtype)
-        block = nn.remat(Block, static_argnums=(2,)) if c.remat else Block
         for i in range(c.depth):
-            tokens = block(c, causal=c.causal, name=f"blocks_{i}")(tokens, train)
+            block = build_block(c, causal=c.causal, name=f"blocks_{i}")
+            tokens = run_block(block, tokens, train)
         tokens = nn.LayerNorm(c.norm_eps, name="norm", **dtypes(c))(tokens)
         descriptor = (
             tokens[:, -1] if c.pooled == "last" else tokens[jnp.arange(len(ids)), end_of(ids, c)]

@@ -61,6 +61,9 @@ class BlockConfig(Protocol):
     @property
     def param_dtype(self) -> str: ...  # of the parameters
 
+    @property  # whether blocks are computed again in the backward pass
+    def remat(self) -> bool: ...
+
 
 class Block(nn.Module):
     """Transformer block: x + attention(norm(x)), then x + mlp(norm(x)).
@@ -112,6 +115,51 @@ class Block(nn.Module):
         branch = nn.Dropout(c.dropout)(branch, deterministic=not train)
         skip = nn.Dropout(self.drop_path, broadcast_dims=(1, 2))  # of whole samples
         return skip(branch, deterministic=not train)
+
+
+def build_block(config: BlockConfig, **options: Any) -> nn.Module:
+    """Returns a `Block`, which is computed again in the backward pass where the config says so.
+
+    Args:
+        config: The tower's config.
+        **options: The other fields of `Block`, and a name.
+    """
+    kind = nn.remat(Block, static_argnums=(2,)) if config.remat else Block
+    return kind(config, **options)
+
+
+def run_block(
+    block: Any,
+    tokens: Float[Array, "b n d"],
+    train: bool,
+    angles: Float[Array, "n half"] | None = None,
+) -> Float[Array, "b n d"]:
+    """Returns the tokens after a block of `build_block`.
+
+    Where the block is computed again, all its gradients are made before those of the block below.
+    XLA may otherwise leave the gradients of the weights of all blocks to the end, where they are
+    summed over devices, and keep for them what was computed again of every block.
+
+    Args:
+        block: The block.
+        tokens: The tokens before it, `(b, n, d)`.
+        train: Whether dropout and drop path are active.
+        angles: Of rotary positions, `(n, half)`.
+
+    Returns:
+        The tokens after it, `(b, n, d)`.
+    """
+    if not block.config.remat:
+        return block(tokens, train, angles)
+
+    def forward(block, tokens):
+        return block(tokens, train, angles)
+
+    def backward(transposed, slope):
+        return jax.lax.optimization_barrier(transposed(slope))
+
+    joined = nn.custom_vjp(forward, lambda *inputs: nn.vjp(forward, *inputs), backward)
+    return joined(block, tokens)
 
 
 class Attention(nn.Module):
@@ -175,6 +223,12 @@ _GELUS: dict[str, Callable] = {
 }
 
 
+@jax.checkpoint
+def _gated(hidden):
+    gate, value = jnp.split(hidden, 2, axis=-1)
+    return jax.nn.silu(gate) * value
+
+
 class MLP(nn.Module):
     """Two dense layers with a GELU, or with a gate (SwiGLU), between them.
 
@@ -197,10 +251,9 @@ class MLP(nn.Module):
             tokens
         )
         if gated:
-            gate, value = jnp.split(hidden, 2, axis=-1)
-            hidden = jax.nn.silu(gate) * value
-        else:
-            hidden = _GELUS[c.gelu](hidden)
+            hidden = _gated(hidden)
+        else:  # the backward pass needs no more of an activation than its input
+            hidden = jax.checkpoint(_GELUS[c.gelu])(hidden)
         hidden = nn.Dropout(c.dropout)(hidden, deterministic=not train)
         return nn.Dense(c.width, kernel_init=xavier, name="out", **dtypes(c))(hidden)
 

@@ -25,7 +25,7 @@ from ggem_jax.models.position import (
     sincos_position,
 )
 from ggem_jax.models.token_pooling import MAP, GGeM, Pooling, used_exponents
-from ggem_jax.models.transformer import Block, dtypes
+from ggem_jax.models.transformer import build_block, dtypes, run_block
 from ggem_jax.pooling import cls_pool
 
 __all__ = [
@@ -120,9 +120,8 @@ class ViT(nn.Module):
         self.dropout = nn.Dropout(c.dropout)
         if c.pre_norm:
             self.norm_pre = nn.LayerNorm(c.norm_eps, **dtypes(c))
-        block = nn.remat(Block, static_argnums=(2,)) if c.remat else Block
         self.blocks = [
-            block(c, c.drop_path * i / max(c.depth - 1, 1), post_norm=c.post_norm)
+            build_block(c, drop_path=c.drop_path * i / max(c.depth - 1, 1), post_norm=c.post_norm)
             for i in range(c.depth)
         ]
         self.norm = nn.LayerNorm(c.norm_eps, **dtypes(c))
@@ -147,7 +146,7 @@ class ViT(nn.Module):
             tokens = self.norm_pre(tokens)
         angles = self._angles(images) if self.config.position == "rope" else None
         for block in self.blocks:
-            tokens = block(tokens, train, angles)
+            tokens = run_block(block, tokens, train, angles)
         normed = self.norm(tokens)
         if self.fused_norm:
             pool, norm_of = cast(Any, self.pool), self.norm.get_variable
