@@ -248,8 +248,8 @@ def replace_traced(knob, value):
 def test_powers_of_two_are_exact():
     numbers = np.unique(np.concatenate([np.arange(1, 5000), 2 ** np.arange(24), [2**24 - 1, 1.5]]))
     expected = [2.0 ** math.ceil(math.log2(number)) for number in numbers]
-    assert pim_commands._power_of_two(jnp.asarray(numbers)).tolist() == expected
-    assert pim_commands._power_of_two(0.0) == 1
+    assert pim_commands.power_of_two(jnp.asarray(numbers)).tolist() == expected
+    assert pim_commands.power_of_two(0.0) == 1
 
 
 @pytest.mark.parametrize("row_buffers", [1, 2])

@@ -21,7 +21,8 @@ from neupims.machine.hardware import Hardware
 from neupims.machine.record import Number
 from neupims.machine.systems import Fidelity, System
 from neupims.machine.workload import FLOAT16_BYTES, Batch, Decoder, Parallel
-from neupims.timing.gemv import request_works
+from neupims.timing.columns import designs_last, reduce_requests
+from neupims.timing.gemv import channel_works
 from neupims.timing.gemv_exact import channel_cycles_exact
 from neupims.timing.layout import (
     attend_groups,
@@ -73,8 +74,9 @@ def closed_attention(
     channels: int,
     fidelity: Fidelity,
     calibration: Calibration,
+    two_buffers: bool = False,
 ) -> Attention:
-    """Returns the work of each channel as the sum over its requests (`timing.gemv.request_works`).
+    """Returns the work of each channel as the sum over its requests (`timing.gemv.channel_works`).
 
     Args:
         hardware: The machine.
@@ -86,6 +88,7 @@ def closed_attention(
         channels: The number of channels, or a bound on it where it is traced.
         fidelity: "simulator" or "intended".
         calibration: The fitted constants; only `reopen_cycles` is used.
+        two_buffers: As in `gemv.request_works`.
 
     Returns:
         The work, in one piece.
@@ -98,17 +101,29 @@ def closed_attention(
         lengths = piece_lengths(lengths, parallel)
         places = group_of_channels(places, hardware, parallel)
 
-    def sum_by_channel(values, places=places):
-        return jax.ops.segment_sum(values, sub_batch * channels + places, 2 * channels).reshape(
-            2, 1, channels, *values.shape[1:]
-        )
+    def by_channel(sums):
+        return sums.reshape(2, 1, channels, *sums.shape[1:])
+
+    def sum_by_channel(values):
+        place = sub_batch * channels + places
+        return by_channel(jax.ops.segment_sum(values, place, 2 * channels))
 
     def spread(sums):
         return sums if fidelity == "simulator" else spread_over_channels(sums, hardware, parallel)
 
     waits = (None, calibration.reopen_cycles) if interleaved else (None,)
-    works = request_works(hardware, model, lengths, parallel, fidelity=fidelity, waits=waits)
-    alone, beside = (spread(sum_by_channel(work)) for work in (works[0], works[-1]))
+    works = channel_works(
+        hardware,
+        model,
+        lengths,
+        sub_batch * channels + places,
+        parallel,
+        count=2 * channels,
+        fidelity=fidelity,
+        waits=waits,
+        two_buffers=two_buffers,
+    )
+    alone, beside = (spread(by_channel(work)) for work in (works[0], works[-1]))
     instructions = (
         sum_by_channel(count_instructions(hardware, model, batch.seq_lens, parallel, fidelity))
         if system == "npu-pim"
@@ -378,15 +393,29 @@ def attention_counts(
         parallel: How many devices share a layer.
         fidelity: The layout of keys and values, "simulator" or "intended".
     """
+
+    @designs_last
+    def count(hardware, model, lengths, parallel):
+        def of_requests(some):
+            groups = [
+                group
+                for layout in (logit_groups, attend_groups)
+                for group in layout(hardware, model, some, parallel, fidelity=fidelity)
+            ]
+            results = [group.groups * results_of(group) for group in groups]
+            return PIMCounts(
+                gwrites=sum(group.groups for group in groups),
+                tiles=sum(group.groups * group.tiles for group in groups),
+                results=sum(results),
+                products=sum(
+                    each * group.products for each, group in zip(results, groups, strict=True)
+                ),
+            )
+
+        return reduce_requests(jnp.add, of_requests, lengths)
+
     lengths, pieces = batch.seq_lens, 1.0
     if fidelity == "intended":
         lengths, pieces = piece_lengths(lengths, parallel), 1.0 * parallel.kv_split
-    gwrites = tiles = results = products = jnp.float32(0)
-    for groups_of in (logit_groups, attend_groups):
-        for group in groups_of(hardware, model, lengths * 1.0, parallel, fidelity=fidelity):
-            gwrites = gwrites + group.groups.sum()
-            tiles = tiles + (group.groups * group.tiles).sum()
-            each = group.groups * results_of(group)
-            results = results + each.sum()
-            products = products + (each * group.products).sum()
-    return PIMCounts(*(pieces * count for count in (gwrites, tiles, results, products)))
+    found = count(hardware, model, lengths * 1.0, parallel)
+    return PIMCounts(*(pieces * each for each in found))

@@ -9,15 +9,20 @@ Source: the commands of src/operations/NeuPIMSLogitSoftmax.cc and NeuPIMSAttend.
 simulator (github.com/casys-kaist/NeuPIMs).
 """
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from neupims.machine.division import ceil_divide, divide
+from neupims.machine.division import ceil_divide, floor_divide
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import Number
 from neupims.machine.systems import Fidelity
 from neupims.machine.workload import Decoder, Parallel
+from neupims.timing.columns import TOGETHER, designs_last, reduce_requests
 from neupims.timing.layout import attend_groups, logit_groups
 from neupims.timing.pim_commands import (
     WAITING,
@@ -25,6 +30,7 @@ from neupims.timing.pim_commands import (
     Timing,
     group_cycles,
     pim_timing,
+    power_of_two,
     smooth_group_cycles,
 )
 
@@ -34,6 +40,11 @@ ENDLESS = 64.0  # tiles of a group that shows what one more tile takes
 # Products of a tile whose costs the closed form computes once; a row of 512 numbers has 32 commands
 # of 16.
 PRODUCTS = 32
+CLASSES = 6  # of these products, up to a power of two each: 1, 2, 4, 8, 16, 32
+
+# Cycles of logit and of attend for requests of given lengths: (r, *designs) to two arrays
+# (waits, r, *designs).
+Work = Callable[[Array], tuple[Array, Array]]
 
 
 def request_work(
@@ -72,6 +83,7 @@ def request_works(
     *,
     fidelity: Fidelity = "simulator",
     waits: tuple[Number | None, ...],
+    two_buffers: bool = False,
 ) -> Float[Array, "waits r 2"]:
     """Returns `request_work` for several waits, (waits, r, 2). One loop computes all of them.
 
@@ -82,80 +94,230 @@ def request_works(
         parallel: As in `request_work`.
         fidelity: As in `request_work`.
         waits: Values of `wait` as in `pim_timing`, each memory cycles or None.
+        two_buffers: Whether the machine is known to have several row buffers; False where it has
+            one, or where their number is traced.
     """
     lengths = jnp.asarray(seq_lens) * 1.0
+    work = _make_work(hardware, model, lengths, parallel, waits, fidelity, two_buffers)
+    return jnp.stack(work(lengths), axis=-1)
+
+
+def channel_works(
+    hardware: Hardware,
+    model: Decoder,
+    seq_lens: Int[Array, " r"],
+    places: Int[Array, " r"],
+    parallel: Parallel,
+    *,
+    count: int,
+    fidelity: Fidelity = "simulator",
+    waits: tuple[Number | None, ...],
+    two_buffers: bool = False,
+) -> Float[Array, "waits places 2"]:
+    """Returns the sums of `request_works` over the requests of each place, (waits, places, 2).
+
+    Mapped over designs with `jax.vmap`, all designs are computed side by side: they are the last
+    axis of every array, so that a processor's vectors hold the same number of many designs.
+
+    Args:
+        hardware: As in `request_work`.
+        model: As in `request_work`.
+        seq_lens: As in `request_work`.
+        places: The place of each request, such as its channel, (r,).
+        parallel: As in `request_work`.
+        count: The number of places.
+        fidelity: As in `request_work`.
+        waits: As in `request_works`.
+        two_buffers: As in `request_works`.
+    """
+
+    @designs_last
+    def sums(hardware, model, lengths, places, parallel, waits):
+        work = _make_work(hardware, model, lengths, parallel, waits, fidelity, two_buffers)
+        return jnp.stack(_sum_by_place(work, lengths, places, count), axis=2)
+
+    return sums(hardware, model, jnp.asarray(seq_lens) * 1.0, places, parallel, waits)
+
+
+def _sum_by_place(work: Work, lengths, places, count: int) -> list[Array]:
+    """Returns the sums of logit and attend over the requests of each place.
+
+    Each is an array (waits, places, *designs).
+    """
+    if lengths.size == places.size == len(lengths):  # the same schedule for all designs
+        return _sum_side_by_side(work, lengths, places.reshape(-1), count)
+
+    # This loop keeps the works in memory, so that they are computed with designs last.
+    def of_request(length):
+        return [cycles[:, 0] for cycles in work(length[None])]
+
+    works = jnp.stack(jax.lax.map(of_request, lengths, batch_size=TOGETHER), axis=1)
+    of_designs = jnp.moveaxis(works, -1, 0)  # (designs, r, 2, waits)
+    spread = jnp.broadcast_to(places, (len(lengths), len(of_designs)))
+    sums = jax.vmap(lambda values, at: jax.ops.segment_sum(values, at, count))(of_designs, spread.T)
+    return [jnp.moveaxis(sums[:, :, kind], 0, -1).swapaxes(0, 1) for kind in (0, 1)]
+
+
+def _sum_side_by_side(work: Work, lengths, places, count: int) -> list[Array]:
+    """Returns `_sum_by_place` for requests with the same place in all designs, (r,).
+
+    The requests of a place come one after another, those of all places side by side, so that no
+    request's work has to be kept.
+    """
+    places = jnp.where(lengths.reshape(-1) > 0, places, count)
+    ordered = lengths[jnp.argsort(places)].reshape(-1)
+    held = jnp.zeros(count, jnp.int32).at[places].add(1, mode="drop")
+    first = jnp.cumsum(held) - held
+
+    def of_places(number):
+        request = jnp.minimum(first + number, len(ordered) - 1)
+        mine = jnp.where(number < held, ordered[request], 0.0)
+        return work(mine.reshape(-1, *lengths.shape[1:]))
+
+    def add(number, sums):
+        return [jnp.add(*each) for each in zip(sums, of_places(number), strict=True)]
+
+    zeros = [jnp.zeros(each.shape) for each in jax.eval_shape(of_places, 0)]
+    return jax.lax.fori_loop(0, held.max(), add, zeros)
+
+
+def _make_work(
+    hardware: Hardware,
+    model: Decoder,
+    lengths: Array,
+    parallel: Parallel,
+    waits: Sequence[Number | None],
+    fidelity: Fidelity,
+    two_buffers: bool,
+) -> Work:
+    """Returns the function that gives the core cycles of some of the requests.
+
+    Fields of the records are numbers, or arrays of designs. `lengths` are those of all requests,
+    (r,), or (r, designs), or (r, 1).
+    """
+    designs = jnp.broadcast_shapes(
+        lengths.shape[1:], *map(jnp.shape, jax.tree.leaves((hardware, model, parallel)))
+    )
     to_core = hardware.npu.clock_hz / hardware.hbm.clock_hz
-    kinds = [
-        groups_of(hardware, model, lengths, parallel, fidelity=fidelity)
-        for groups_of in (logit_groups, attend_groups)
-    ]
-    each = [pim_timing(hardware, wait) for wait in waits]
+    times = _stack(hardware, waits, designs)
+
+    def groups_of(some):
+        return [
+            layout(hardware, model, some, parallel, fidelity=fidelity)
+            for layout in (logit_groups, attend_groups)
+        ]
+
+    tables = None
     if fidelity == "simulator":
-        logit, attend = _look_up(_stack(each, Timing._fields), *kinds)
-    else:
-        times = _stack(each, WAITING)
-        logit, attend = (
-            sum(
-                jnp.where(group.groups > 0, group.groups * smooth_group_cycles(times, group), 0.0)
-                for group in kind
-            )
-            for kind in kinds
-        )
-    return jnp.where(lengths[:, None] > 0, jnp.stack([logit, attend], axis=-1) * to_core, 0.0)
+        most = reduce_requests(jnp.maximum, lambda some: groups_of(some)[1][1].products, lengths)
+        logit, attend = groups_of(jnp.ones(()))
+        tables = _make_tables(times, logit, attend, most, designs, two_buffers)
+
+    def work(some):
+        logit, attend = groups_of(some)
+        if tables is None:
+            found = [_smooth_cycles(times, kind) for kind in (logit, attend)]
+        else:
+            found = [_look_up_logit(tables, *logit), _look_up_attend(tables, *attend)]
+        return tuple(jnp.where(some > 0, cycles * to_core, 0.0) for cycles in found)
+
+    return work
 
 
-def _stack(each: list[Timing], names: tuple[str, ...]) -> Timing:
-    """Returns timings whose named fields are arrays, (waits, 1); others are those of the first."""
+def _stack(hardware: Hardware, waits: Sequence[Number | None], designs: tuple[int, ...]) -> Timing:
+    """Returns timings whose fields that depend on the wait are arrays, (waits, 1, *designs)."""
+    each = [pim_timing(hardware, wait) for wait in waits]
     columns = {
-        name: jnp.stack([jnp.asarray(getattr(times, name), jnp.float32) for times in each])
-        for name in names
+        name: jnp.stack([jnp.broadcast_to(1.0 * getattr(times, name), designs) for times in each])
+        for name in WAITING
     }
     return each[0]._replace(**{name: column[:, None] for name, column in columns.items()})
 
 
-def _look_up(
-    times: Timing, logit: tuple[Groups, Groups], attend: tuple[Groups, Groups]
-) -> tuple[Number, Number]:
-    """Returns the cycles of each request's logit and attend, (waits, r) each, from tables.
+def _smooth_cycles(times: Timing, kind: tuple[Groups, Groups]) -> Array:
+    cycles = [
+        jnp.where(group.groups > 0, group.groups * smooth_group_cycles(times, group), 0.0)
+        for group in kind
+    ]
+    return cycles[0] + cycles[1]
 
-    One loop makes the tables.
+
+class _Tables(NamedTuple):
+    """Memory cycles that requests look up; each is an array (waits, entries, *designs)."""
+
+    row: Array  # of logit's groups of one request, by the tiles of a group
+    tile: Array  # of each further tile
+    page: Array  # of one group of attend with a full page
+    rest: Array  # of the last one, by class of its products
+    limits: Array  # products up to which a class goes, (classes, *designs)
+
+
+def _make_tables(
+    times: Timing,
+    logit: tuple[Groups, Groups],
+    attend: tuple[Groups, Groups],
+    most_products: Array,
+    designs: tuple[int, ...],
+    two_buffers: bool,
+) -> _Tables:
+    """Returns the tables. One loop makes them, from the groups of a request of one token.
 
     Groups of logit differ in their number of tiles: the tables have the first few, and each further
     tile takes the same time, as a group of many tiles hides its GWRITE in the rest of an interval.
-    The last groups of attend differ in their products: the table has as many numbers as a row has
-    commands, evenly spaced, rounded up.
+    The last groups of attend differ in their products: there are as many numbers of them as a row
+    has commands, evenly spaced, rounded up. With two row buffers only the controller's estimate
+    depends on them, which takes powers of two: a table of these is enough.
     """
     (full_row, last_row), (full_page, last_page) = logit, attend
-    numbers = jnp.append(jnp.arange(1.0, TABULATED + 1), ENDLESS)
-    heads = jnp.max(last_page.groups)
-    spacing = jnp.maximum(ceil_divide(jnp.max(last_page.products), PRODUCTS), 1)
+
+    def column(values):
+        return jnp.asarray(values, jnp.float32).reshape(-1, *[1] * len(designs))
+
+    numbers = column([*range(1, TABULATED + 1), ENDLESS])
+    spacing = jnp.maximum(ceil_divide(most_products, PRODUCTS), 1)
+    if two_buffers:
+        products = power_of_two(spacing) * column(2.0 ** np.arange(CLASSES))
+        limits = floor_divide(products, spacing) * spacing
+    else:
+        products = limits = spacing * column(np.arange(1.0, PRODUCTS + 1))
     parts = [
-        (jnp.max(full_row.groups), numbers, full_row.results, full_row.products),
-        (jnp.max(last_row.groups), numbers, last_row.results, last_row.products),
-        (heads, full_page.tiles, full_page.results, full_page.products * jnp.ones(1)),
-        (heads, last_page.tiles, last_page.results, spacing * jnp.arange(1.0, PRODUCTS + 1)),
+        (full_row.groups, numbers, full_row.results, full_row.products),
+        (last_row.groups, numbers, last_row.results, last_row.products),
+        (1.0, full_page.tiles, full_page.results, full_page.products),
+        (1.0, last_page.tiles, last_page.results, products),
     ]
-    sizes = (len(numbers), len(numbers), 1, PRODUCTS)
+    sizes = (len(numbers), len(numbers), 1, len(products))
     weight, tiles, results, products = (
         jnp.concatenate(
             [
-                jnp.broadcast_to(jnp.asarray(part[column], jnp.float32), (size,))
+                jnp.broadcast_to(jnp.asarray(part[which], jnp.float32), (size, *designs))
                 for part, size in zip(parts, sizes, strict=True)
             ]
         )
-        for column in range(4)
+        for which in range(4)
     )
     table = group_cycles(times, Groups(1.0, tiles, results, products, results), weight)
     full, last, page, rest = (
         table[:, end - size : end]
         for end, size in zip(np.cumsum(sizes).tolist(), sizes, strict=True)
     )
-    place = jnp.clip(last_row.tiles, 1, TABULATED)
-    row = place.astype(jnp.int32) - 1
-    beyond = (last_row.tiles - place) * (full[:, -1:] + last[:, -1:]) / ENDLESS
-    pages = divide(full_page.groups, jnp.maximum(heads, 1e-9))
-    return (
-        full[:, row] + last[:, row] + jnp.where(last_row.tiles > place, beyond, 0.0),
-        jnp.where(pages > 0, pages * page, 0.0)
-        + rest[:, ceil_divide(last_page.products, spacing).astype(jnp.int32) - 1],
-    )
+    row = full + last
+    return _Tables(row[:, :TABULATED], row[:, TABULATED:] / ENDLESS, page, rest, limits)
+
+
+def _look_up_logit(tables: _Tables, full_row: Groups, last_row: Groups) -> Array:
+    tiles = last_row.tiles
+    cycles = tables.row[:, :1]
+    for number in range(2, TABULATED + 1):
+        cycles = jnp.where(tiles >= number, tables.row[:, number - 1 : number], cycles)
+    further = tiles - TABULATED
+    return cycles + jnp.where(further > 0, further * tables.tile, 0.0)
+
+
+def _look_up_attend(tables: _Tables, full_page: Groups, last_page: Groups) -> Array:
+    rest = tables.rest[:, :1]
+    for number in range(1, tables.rest.shape[1]):
+        larger = last_page.products > tables.limits[number - 1]
+        rest = jnp.where(larger, tables.rest[:, number : number + 1], rest)
+    full = jnp.where(full_page.groups > 0, full_page.groups * tables.page, 0.0)
+    return full + last_page.groups * rest

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float
 
 from neupims.costs.energy import Counts, Energy, energy
@@ -174,6 +175,7 @@ def simulate(
         "fidelity": fidelity,
         "channels": _count_channels(hardware, most_channels),
     }
+    two_buffers = _has_two_buffers(hardware)
     mix = find_mix(model) if mix is None else mix
     check_latent(mix, system=system, fidelity=fidelity)
     kinds, runs = layer_kinds(model, mix), []
@@ -182,7 +184,9 @@ def simulate(
         work = attention
         if work is None and path == "exact" and system in PIM_SYSTEMS:
             work = exact_attention(*given, calibration=calibration, **options)
-        runs.append(_simulate(*given, calibration, work, mix=each.mix, **options))
+        runs.append(
+            _simulate(*given, calibration, work, mix=each.mix, two_buffers=two_buffers, **options)
+        )
     return mean_of_layers(kinds, runs)
 
 
@@ -233,7 +237,10 @@ def mean_of_layers(kinds: Sequence[LayerKind], runs: Sequence[Iteration]) -> Ite
     )
 
 
-@partial(jax.jit, static_argnames=("system", "sub_batches", "fidelity", "channels", "mix"))
+@partial(
+    jax.jit,
+    static_argnames=("system", "sub_batches", "fidelity", "channels", "two_buffers", "mix"),
+)
 def _simulate(
     hardware,
     model,
@@ -246,6 +253,7 @@ def _simulate(
     sub_batches,
     fidelity,
     channels,
+    two_buffers,
     mix,
 ) -> Iteration:
     context = Context(hardware, model, batch, parallel, calibration, system, fidelity, mix)
@@ -261,6 +269,7 @@ def _simulate(
             channels=channels,
             fidelity=fidelity,
             calibration=calibration,
+            two_buffers=two_buffers,
         )
     tokens = jnp.stack([attention.requests[which].sum() for which in (0, 1)])
     if attention.requests.shape[1] > 1:  # the simulator's pieces share a request; each counts once
@@ -507,6 +516,12 @@ def _count_channels(hardware: Hardware, most_channels: int | None) -> int:
         return int(hardware.hbm.num_channels)
     except (TypeError, jax.errors.ConcretizationTypeError):
         return TRACED_CHANNELS
+
+
+def _has_two_buffers(hardware: Hardware) -> bool:
+    """Whether all machines are known to have two row buffers; False where the number is traced."""
+    buffers = hardware.pim.row_buffers
+    return not isinstance(buffers, jax.core.Tracer) and bool(np.all(np.asarray(buffers) > 1))
 
 
 def _check_known(name: str, value, known) -> None:

@@ -111,7 +111,7 @@ def products_of_command(hardware: Hardware, model: Decoder) -> Number:
 def logit_groups(
     hardware: Hardware,
     model: Decoder,
-    seq_lens: Float[Array, " r"],
+    seq_lens: Float[Array, "..."],
     parallel: Parallel,
     *,
     fidelity: Fidelity = "simulator",
@@ -121,7 +121,8 @@ def logit_groups(
     Args:
         hardware: The machine.
         model: The model.
-        seq_lens: The tokens of each request, (r,).
+        seq_lens: The tokens of each request, (r,), or (r, designs) where fields of the records are
+            arrays of designs.
         parallel: How many devices share a layer.
         fidelity: "simulator" or "intended".
     """
@@ -158,7 +159,7 @@ def logit_groups(
 def attend_groups(
     hardware: Hardware,
     model: Decoder,
-    seq_lens: Float[Array, " r"],
+    seq_lens: Float[Array, "..."],
     parallel: Parallel,
     *,
     fidelity: Fidelity = "simulator",
@@ -168,7 +169,7 @@ def attend_groups(
     Args:
         hardware: The machine.
         model: The model.
-        seq_lens: The tokens of each request, (r,).
+        seq_lens: As in `logit_groups`.
         parallel: How many devices share a layer.
         fidelity: "simulator" or "intended".
     """
@@ -293,13 +294,18 @@ def value_layout(hardware: Hardware, model: Decoder, parallel: Parallel) -> Valu
 
 def _passes(least: Number, most: Number) -> Number:
     """Returns the numbers of passes that are compared, (choices,)."""
-    return jnp.minimum(least * jnp.array(MORE_PASSES), most)
+    return jnp.stack([jnp.minimum(least * more, most) for more in MORE_PASSES])
 
 
 def _fastest(cycles: Number, *choices: Number) -> tuple[Number, ...]:
     """Returns each of the choices where the cycles are the least."""
-    best = jnp.argmin(cycles)
-    return tuple(choice[best] for choice in choices)
+    best = jnp.argmin(cycles, axis=0)
+
+    def pick(choice):
+        found = jnp.broadcast_to(choice, cycles.shape)
+        return sum(jnp.where(best == place, found[place], 0.0) for place in range(len(found)))
+
+    return tuple(pick(choice) for choice in choices)
 
 
 def _key_products(hardware: Hardware, model: Decoder) -> Number:

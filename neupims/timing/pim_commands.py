@@ -130,7 +130,7 @@ def tile_cycles(times: Timing, results, products) -> tuple[Number, Number, Numbe
     composite = (results - 1) * times.beat * (filled + 1)
     single = results * times.beat * (products + 1) - times.beat
     multiply = jnp.where(times.dual > 0, composite, single)
-    counted = jnp.maximum(_power_of_two(results * products), times.least_products)
+    counted = jnp.maximum(power_of_two(results * products), times.least_products)
     estimate = (
         times.tile_estimate
         + times.closing_estimate
@@ -162,8 +162,7 @@ def group_cycles(times: Timing, groups: Groups, weight: Number = 1.0) -> Number:
     complex number: its real part counts the tiles so far, plus a half if the GWRITE of the next
     group is done; its imaginary part is the end of the last tile within the interval. If the state
     were several arrays, the compiler would make a loop for each of them, and each would compute the
-    whole step. The last step also computes the result, because the reader of the result would
-    otherwise compute that step again, element by element.
+    whole step.
 
     Args:
         times: The command timing.
@@ -174,7 +173,7 @@ def group_cycles(times: Timing, groups: Groups, weight: Number = 1.0) -> Number:
         Memory cycles, infinite where no tile ever starts.
     """
     period, multiply, estimate = tile_cycles(times, groups.results, groups.products)
-    tiles, single = groups.tiles, times.dual <= 0
+    tiles, single = 1.0 * groups.tiles, times.dual <= 0
     gwrite = times.gwrite + jnp.where(single, times.conflict, 0.0)
     last_tile = times.interval - estimate
     last_gwrite = times.interval - jnp.where(single, times.conflict_estimate, times.gwrite_estimate)
@@ -182,58 +181,63 @@ def group_cycles(times: Timing, groups: Groups, weight: Number = 1.0) -> Number:
     row_ready = jnp.where(
         single, times.refresh_end - times.reopen, times.refresh_end + times.reopen
     )
+    reopening, to_end = times.closing + times.opening, multiply + times.read_to_close
+    # In an interval that begins with the refresh of the first rank, the row of GWRITE is closed.
+    interval_number = jnp.arange(float(INTERVALS)).reshape(-1, *[1] * jnp.ndim(row_ready))
+    first_rank = interval_number % times.ranks == 0
+    ready = jnp.where(first_rank, row_ready, times.refresh_start)
+    one_group = tiles * period + gwrite
+    # The reciprocals are computed once; a product corrects what their rounding may do.
+    per_tiles, per_period, per_group = 1 / tiles, 1 / period, 1 / one_group
 
     def follow(interval, state):
-        done, late = jnp.floor(state.real), state.imag
-        in_this = state.real - floor_divide(state.real, tiles) * tiles
-        left = jnp.where(in_this == 0, 0, tiles - jnp.floor(in_this))
-        first_rank = interval % times.ranks == 0  # its refresh closes the row of GWRITE
-        begin = jnp.maximum(late, times.refresh_start)
+        counted, late = state.real, state.imag
+        in_group = counted - jnp.round(counted * per_tiles) * tiles
+        in_group = jnp.where(in_group < 0, in_group + tiles, in_group)
+        done = jnp.floor(in_group)
         start = jnp.where(
-            left > 0, begin, jnp.where(first_rank, jnp.maximum(late, row_ready), begin) + gwrite
+            in_group > 0,
+            _larger(late, times.refresh_start),
+            _larger(late, ready[interval]) + gwrite,
         )
-        left = jnp.where(left > 0, left, tiles)
-        end = (
-            jnp.maximum(start + times.closing + times.opening, first_product)
-            + multiply
-            + times.read_to_close
-        )
-        room = last_tile - end
-        in_group = jnp.clip(ceil_divide(room, period), 0, left - 1)
-        room = room - (left - 1) * period
-        groups_more = jnp.maximum(floor_divide(room, tiles * period + gwrite), 0)
-        room = room - groups_more * (tiles * period + gwrite) - gwrite
-        tiles_more = jnp.where(
-            in_group < left - 1, 0, jnp.clip(ceil_divide(room, period), 0, tiles)
-        )
-        groups_more = jnp.where(in_group < left - 1, 0, groups_more)
-        more = in_group + groups_more * tiles + tiles_more
-        end = end + more * period + gwrite * (groups_more + (tiles_more > 0))
-        # A group has just ended.
-        over = (in_group >= left - 1) & ((tiles_more <= 0) | (tiles_more >= tiles))
+        end = _larger(start + reopening, first_product) + to_end
+        # From the end of the GWRITE of this group, as if all its tiles were of this interval.
+        first_end = (done + 1) * period
+        room = _larger(last_tile - end, -period / 2) + first_end
+        whole_groups = jnp.round((room + gwrite) * per_group)
+        whole_groups = whole_groups - (whole_groups * one_group > room + gwrite)
+        room = room - whole_groups * one_group
+        more = jnp.round(room * per_period)
+        more = _smaller(_larger(more + (more * period < room), 0.0), tiles)
+        written_end = end - first_end - gwrite + whole_groups * one_group
+        end = written_end + more * period + jnp.where(more > 0, gwrite, 0.0)
+        over = (more <= 0) | (more >= tiles)  # a group has just ended
         fits = start < last_tile  # else this interval ends with the GWRITE
-        written = jnp.where(fits, over & (end < last_gwrite), left >= tiles)
+        written = jnp.where(fits, over & (end < last_gwrite), done <= 0)
+        started = jnp.where(fits, whole_groups * tiles + more - done, 0.0)
         return jax.lax.complex(
-            done + jnp.where(fits, 1 + more, 0) + 0.5 * written,
+            jnp.floor(counted) + started + jnp.where(written, 0.5, 0.0),
             jnp.where(fits, end, start) - times.interval,
         )
 
-    zero = 0.0 * (tiles + period + weight)
-    settled = jax.lax.fori_loop(0, SETTLING, follow, jax.lax.complex(zero, zero))
-    scale = jnp.where(
-        is_starved(times, estimate),
-        jnp.inf,
-        (INTERVALS - SETTLING) * times.interval * tiles * weight,
+    zero = jnp.zeros(
+        jnp.broadcast_shapes(*map(jnp.shape, (one_group, last_tile, ready[0], weight)))
     )
+    settled = jax.lax.fori_loop(0, SETTLING, follow, jax.lax.complex(zero, zero))
+    last = jax.lax.fori_loop(SETTLING, INTERVALS, follow, settled)
+    counted = jnp.floor(last.real) - jnp.floor(settled.real)
+    cycles = (INTERVALS - SETTLING) * times.interval * tiles * weight / counted
+    cycles = jnp.where(is_starved(times, estimate), jnp.inf, cycles)
+    return jnp.where(weight > 0, cycles, 0.0)
 
-    def follow_to_the_end(interval, state):
-        after = follow(interval, state)
-        cycles = jnp.where(
-            weight > 0, scale / (jnp.floor(after.real) - jnp.floor(settled.real)), 0.0
-        )
-        return jax.lax.complex(jnp.where(interval == INTERVALS - 1, cycles, after.real), after.imag)
 
-    return jax.lax.fori_loop(SETTLING, INTERVALS, follow_to_the_end, settled).real
+def _larger(one: Number, other: Number) -> Number:
+    """The larger of two numbers; `jnp.maximum` takes four times as long, for what is NaN."""
+    return jnp.where(one > other, one, other)
+
+
+def _smaller(one: Number, other: Number) -> Number:
+    return jnp.where(one < other, one, other)
 
 
 def smooth_group_cycles(times: Timing, groups: Groups) -> Number:
@@ -261,8 +265,12 @@ def smooth_group_cycles(times: Timing, groups: Groups) -> Number:
     )
 
 
-def _power_of_two(number: Number) -> Number:
-    """Returns the least power of two that is not less, exactly."""
+def power_of_two(number: Number) -> Number:
+    """Returns the least power of two that is not less, exactly.
+
+    Args:
+        number: Numbers of at least 1, or numbers for which the result is 1.
+    """
     whole = jnp.maximum(jnp.asarray(number, jnp.float32), 1.0)
     # The exponent of a float32 lies above its 23 bits of mantissa, which carry into it here.
     bits = jax.lax.bitcast_convert_type(whole, jnp.int32)

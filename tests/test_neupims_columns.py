@@ -1,0 +1,112 @@
+"""neupims/timing/columns.py: many designs side by side are each design alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from neupims.machine.config import load_model, load_parallel
+from neupims.machine.hardware import Hardware
+from neupims.machine.record import replace, replace_all
+from neupims.machine.workload import make_batch
+from neupims.timing.attention import attention_counts
+from neupims.timing.columns import designs_last, reduce_requests
+from neupims.timing.gemv import channel_works, request_works
+
+MODEL, PARALLEL = load_model("gpt3-7b"), load_parallel("gpt3-7b")
+LENGTHS = np.append(np.random.default_rng(0).integers(1, 2048, 40), [0, 512, 1])
+PLACES = np.random.default_rng(1).integers(0, 9, (4, len(LENGTHS)))
+# The third design never starts a tile; a page of the last one has 256 commands.
+DESIGNS = {
+    "hbm.ranks": [2, 1, 4, 2],
+    "hbm.banks_per_group": [4, 3, 4, 2],
+    "hbm.tfaw_cycles": [30.0, 21.7, 300.0, 12.0],
+    "pim.page_bytes": [1024, 512, 1024, 1024],
+    "pim.macs_per_bank": [16, 5, 16, 2],
+}
+
+
+def sums(values, places, fidelity, lengths=LENGTHS):
+    hardware = Hardware()
+    for name, value in values.items():
+        hardware = replace(hardware, name, value)
+    works = channel_works(
+        hardware,
+        MODEL,
+        lengths,
+        places,
+        PARALLEL,
+        count=10,
+        fidelity=fidelity,
+        waits=(None, 12.0),
+        two_buffers=True,
+    )
+    batch = make_batch(np.maximum(lengths, 1), [0] * len(lengths))
+    return works, attention_counts(hardware, MODEL, batch, PARALLEL, fidelity=fidelity)
+
+
+@pytest.mark.parametrize("fidelity", ["simulator", "intended"])
+@pytest.mark.parametrize("schedules", [1, 4])
+def test_designs_side_by_side_are_each_design_alone(fidelity, schedules):
+    columns = {name: jnp.asarray(values) for name, values in DESIGNS.items()}
+    places, axis = (PLACES, 0) if schedules > 1 else (PLACES[0], None)
+    mapped = jax.vmap(lambda values, at: sums(values, at, fidelity), in_axes=(0, axis))
+    works, counts = jax.device_get(jax.jit(mapped)(columns, jnp.asarray(places)))
+    alone = jax.jit(lambda values, at: sums(values, at, fidelity))
+    for design in range(4):
+        values = {name: each[design] for name, each in columns.items()}
+        one, one_counts = alone(values, jnp.asarray(PLACES[design if schedules > 1 else 0]))
+        np.testing.assert_allclose(works[design], one, rtol=1e-6)
+        for name, each in one_counts._asdict().items():
+            assert getattr(counts, name)[design] == pytest.approx(float(each), rel=1e-6)
+    assert np.isinf(works[2]).any()
+    assert np.isfinite(works[[0, 1, 3]]).all()
+
+
+def test_the_work_of_a_place_is_that_of_its_requests():
+    works, _ = sums({}, PLACES[0], "simulator")
+    each = request_works(Hardware(), MODEL, LENGTHS, PARALLEL, waits=(None, 12.0), two_buffers=True)
+    expected = np.zeros(works.shape, np.float32)
+    np.add.at(expected, (slice(None), PLACES[0]), np.asarray(each))
+    np.testing.assert_allclose(works, expected, rtol=1e-6)
+    assert not works[:, 9].any()
+
+
+@pytest.mark.parametrize("macs", [2, 5, 16, 512])
+@pytest.mark.parametrize("least", [1, 6, 9])
+def test_classes_of_products_give_what_all_numbers_of_products_give(macs, least):
+    """With two row buffers only the controller's estimate depends on the products of a tile."""
+    changes = {"pim.macs_per_bank": macs, "pim.least_products": least}
+    hardware = replace_all(Hardware(), changes)
+    lengths = np.arange(1, 1025, 7)
+    some, every = (
+        request_works(hardware, MODEL, lengths, PARALLEL, waits=(None,), two_buffers=known)
+        for known in (True, False)
+    )
+    np.testing.assert_array_equal(some, every)
+
+
+@pytest.mark.parametrize("requests", [1, 16, 37])
+def test_requests_are_reduced_in_steps(requests):
+    lengths = jnp.asarray(np.random.default_rng(0).integers(1, 9, (requests, 3)) * 1.0)
+    total = reduce_requests(jnp.add, lambda some: {"sum": 2 * some}, lengths)["sum"]
+    np.testing.assert_array_equal(total, 2 * lengths.sum(axis=0))
+    np.testing.assert_array_equal(
+        reduce_requests(jnp.maximum, lambda some: some * some, lengths), lengths.max(axis=0) ** 2
+    )
+
+
+def test_mapped_axes_come_last_and_others_stay():
+    shapes = []
+
+    @designs_last
+    def function(number, rows, shared):
+        shapes.append((jnp.shape(number), rows.shape, shared.shape))
+        return rows * number + shared
+
+    numbers, rows, shared = jnp.arange(2.0), jnp.ones((2, 3)), jnp.arange(3.0)
+    found = jax.vmap(function, in_axes=(0, 0, None))(numbers, rows, shared)
+    assert shapes[-1] == ((2,), (3, 2), (3, 1))
+    np.testing.assert_array_equal(found, rows * numbers[:, None] + shared)
+    same = jax.vmap(function, in_axes=(0, None, None))(numbers, rows[0], shared)
+    np.testing.assert_array_equal(same, found)
