@@ -16,11 +16,13 @@ from conftest import TINY
 
 EVERYTHING = [*TINY, "--optimizer.ema", "0.9", "--augment.mixup", "0.2", "--augment.cutmix", "1",
 "--augment.crop", "pad", "--augment.pad", "1",
-              "--augment.randaugment-ops", "1", "--augment.erase", "0.2", "--model.dropout", "0.1",
+              "--augment.randaugment-ops", "1", "--augment.erase", "0.2",
+              "--augment.on-device", "--model.dropout", "0.1",
               "--model.drop-path", "0.1",
               "--log-every", "1", "--epochs", "3", "--eval-every", "1", "--checkpoint-every",
               "1"]  # fmt: skip
-SHORT = [*TINY, "--epochs", "0.7", "--log-every", "1"]
+SHORT = [*TINY, "--epochs", "0.7", "--log-every", "1", "--augment.erase", "0.5",
+"--augment.on-device"]  # fmt: skip
 
 
 def finish(process, code=0):

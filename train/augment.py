@@ -32,6 +32,8 @@ def choose_part(height: int, width: int, side: int, how: Augment, rng: np.random
 def augment(image: RGB, side: int, how: Augment, rng: np.random.Generator) -> RGB:
     """Returns an augmented image: crop, flip, RandAugment and erase, where switched on.
 
+    RandAugment and erase are left to `train.randaugment` where they run on the accelerator.
+
     Args:
         image: The part of the image that `choose_part` returned, resized, `(height, width, 3)`
             uint8.
@@ -47,6 +49,8 @@ def augment(image: RGB, side: int, how: Augment, rng: np.random.Generator) -> RG
         image = pad_crop(image, side, how.pad, rng)
     if how.flip and rng.random() < 0.5:
         image = flip(image)
+    if how.on_device:
+        return np.ascontiguousarray(image)
     if how.randaugment_ops:
         image = randaugment(image, how.randaugment_ops, how.randaugment_magnitude, rng)
     if rng.random() < how.erase:

@@ -118,6 +118,9 @@ class Augment:
     randaugment_ops: int = 0  # RandAugment operations on each image
     randaugment_magnitude: float = 9.0  # mean strength, of 10; the standard deviation is 0.5
     erase: float = 0.0  # probability of replacing a random rectangle by noise
+    # run RandAugment and erasing on the accelerator, which spares the host their time; the random
+    # numbers are others
+    on_device: bool = False
     mixup: float = 0.0  # alpha of the beta distribution of mixup; 0 switches it off
     # the same of CutMix; with both on, each batch takes one of the two at random
     cutmix: float = 0.0

@@ -25,6 +25,7 @@ from train.curves import draw_curves
 from train.evaluate import put_on_devices
 from train.log import Log
 from train.published import start_from
+from train.randaugment import augment_on_device, augments_on_device
 from train.run import StopRequest, run_folder
 from train.step import State, Steps
 from train.stopping import Best
@@ -131,6 +132,14 @@ def run(
             while step < total and not best.exhausted:
                 with meter.waiting_for_input():
                     batch = put_on_devices(next(batches), steps)
+                if augments_on_device(config.augment):
+                    batch["image"] = augment_on_device(
+                        batch["image"],
+                        config.seed,
+                        step,
+                        how=config.augment,
+                        sharding=steps.batch_sharding,
+                    )
                 state, metrics = steps.train(state, batch, config.seed)
                 meter.count(metrics)
                 step += 1
