@@ -31,6 +31,7 @@ class Machine:
     rows: int
     places: int
     batch: int
+    prompts: int
     prefill_tokens: int
     window: int
     needed: Callable[[int], int]
@@ -114,13 +115,13 @@ def serve_events(machine: Machine, requests: list[Request]) -> Run:
             admitted += 1
             tokens += head.prompt
 
-        active = [each for each in everyone if not each.paused]
+        active = [each for c in channels for each in there(c) if not each.paused]
         run.fullest = max(run.fullest, *(used(channel) for channel in channels))
         if not active:
             if coming and not waiting:
                 now = max(now, coming[0].arrival)
             continue
-        computed = [each for each in active if each.prompt] or active
+        computed = [each for each in active if each.prompt][: machine.prompts] or active
         is_prefill = computed[0].prompt > 0
         layout = [
             [

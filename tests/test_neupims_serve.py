@@ -121,3 +121,26 @@ def test_prompts_on_devices_of_their_own_follow_each_other(trace):
     assert (served.end[[0, 2]] > served.first[[0, 2]]).all()
     assert done.iterations.requests.sum() == 2 + 3
     assert done.prefill_joules > 0
+
+
+def test_many_rates_at_once_serve_as_each_alone(capsys, trace):
+    flags = ("--trace", trace, "--rate-sweep", "5,400", "--slo", "latency<60ms", "--share", "0.6")
+    assert serve(*flags, "--json") == 0
+    found = json.loads(capsys.readouterr().out)
+    low, high = found["rates"][0], found["rates"][-1]
+    assert (low, high) == (5, 400)
+    assert found["rates"] == sorted(found["rates"])
+    for rate, run in zip(found["rates"], found["runs"], strict=True):
+        if rate in (low, high):
+            alone = neupims.serve(
+                "llama3-8b", trace, rate=rate, system="npu-only", tp=4, batch=16
+            ).to_dict()
+            assert run["seconds"] == pytest.approx(alone["seconds"], rel=1e-6)
+            assert run["latency"] == pytest.approx(alone["latency"], rel=1e-6)
+            assert run["energy_joules"] == pytest.approx(alone["energy_joules"], rel=1e-5)
+    meets = [run["meets_objectives"] for run in found["runs"]]
+    for rate, share in zip(found["rates"], meets, strict=True):
+        if rate <= (found["highest_rate"] or 0):
+            assert share >= 0.6
+    assert "a sweep needs from 2" in refused(capsys, "--trace", trace, "--rate-sweep", "3,3")
+    assert "rates are R,R,..." in refused(capsys, "--trace", trace, "--rate-sweep", "1:2")

@@ -98,7 +98,8 @@ def test_a_prefill_costs_what_prefill_says():
         setting, hardware = make_setting(system), hardware_of(system)
         tables = make_tables(setting, hardware, BATCH, LONGEST)
         lengths, holds, batch = draw(setting, hardware, 0.2)
-        spent = jax.jit(setting.prefill)(tables, jnp.asarray(lengths), jnp.asarray(holds))
+        prompts = jnp.asarray(np.where(holds, lengths, 0).ravel())
+        spent = jax.jit(setting.prefill)(tables, prompts)
         where = "gpu" if system == "gpu" else "npu-only"
         wanted = prefill(hardware, setting.model, batch, setting.parallel, system=where)
         wanted = dataclasses.replace(wanted, pim_utilization=0 * wanted.npu_utilization)

@@ -13,7 +13,7 @@ from neupims.serving.clock import Instant
 from neupims.serving.loop import NOBODY, Memory, Requests, Rules, Spent, is_done, run_chunk, start
 from neupims.serving.policy import in_turn, least_loaded
 
-ROWS, PLACES, BATCH, PREFILL, WINDOW, COUNT, LONGEST = 3, 4, 9, 40, 6, 24, 80
+ROWS, PLACES, BATCH, PROMPTS, PREFILL, WINDOW, COUNT, LONGEST = 3, 4, 9, 2, 40, 6, 24, 80
 
 
 class WholeCosts:
@@ -23,8 +23,8 @@ class WholeCosts:
         work = jnp.where(holds, lengths // 3, 0).sum(axis=1).max()
         return _spent(tables + 7 * holds.sum() + work)
 
-    def prefill(self, tables, prompts, holds):
-        return _spent(500 + 11 * jnp.where(holds, prompts, 0).sum())
+    def prefill(self, tables, prompts):
+        return _spent(500 + 11 * prompts.sum())
 
 
 def _spent(nanoseconds):
@@ -70,7 +70,7 @@ def random_trace(seed):
 
 def scan(traces, packing):
     """Admission, first token, end and pauses of each request of each trace, (traces, n, 4)."""
-    rules = Rules(ROWS, PLACES, BATCH, PREFILL, WINDOW, packing, COSTS)
+    rules = Rules(ROWS, PLACES, BATCH, PROMPTS, PREFILL, WINDOW, packing, COSTS)
 
     def column(name, last):
         values = np.stack([trace[name] for trace in traces])
@@ -115,6 +115,7 @@ def follow(trace, packing):
         ROWS,
         PLACES,
         BATCH,
+        PROMPTS,
         PREFILL,
         WINDOW,
         blocks,

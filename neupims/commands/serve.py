@@ -124,6 +124,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--slo", metavar="LIMITS", help="objectives of each request, such as ttft<2s,tpot<100ms"
     )
     parser.add_argument(
+        "--rate-sweep",
+        metavar="RATES",
+        help=(
+            "serve at several rates at once, R,R,... or LOW:HIGH:N, and find the highest rate that"
+            " meets the objectives, by bisection"
+        ),
+    )
+    parser.add_argument(
+        "--share",
+        type=float,
+        default=0.99,
+        metavar="X",
+        help="share of the requests that must meet them, with --rate-sweep (default: 0.99)",
+    )
+    parser.add_argument(
         "--leave-out-too-long",
         action="store_true",
         help="leave out requests that no channel can hold, instead of refusing the trace",
@@ -143,36 +158,57 @@ def run(arguments: argparse.Namespace) -> int:
         ValueError: A flag is impossible, the trace is, or a request is longer than the memory.
         OSError: A file cannot be read.
     """
+    from neupims.serving.rates import parse_rates, sweep_rates
     from neupims.serving.serve import serve
 
     check_run(seed=arguments.seed)
+    options: dict[str, Any] = {
+        "arrivals": arguments.arrivals,
+        "first": arguments.requests,
+        "columns": _parse_columns(arguments.columns),
+        "seed": arguments.seed,
+        "system": arguments.system,
+        "hardware": arguments.hardware,
+        "row_buffers": {"single": 1, "dual": 2}.get(arguments.row_buffers),
+        "changes": dict(map(parse_change, arguments.set)),
+        "tp": arguments.tp,
+        "pp": arguments.pp,
+        "kv_split": arguments.kv_split,
+        "lm_head": arguments.lm_head,
+        "fidelity": arguments.fidelity,
+        "interleaving": arguments.interleaving,
+        "batch": arguments.batch,
+        "order": arguments.order,
+        "placement": arguments.placement,
+        "prefill_tokens": arguments.prefill_tokens,
+        "slo": arguments.slo or (),
+        "leave_out_too_long": arguments.leave_out_too_long,
+    }
+    if arguments.rate_sweep is not None:
+        if arguments.rate is not None or arguments.prefill != "whole":
+            raise ValueError(
+                "--rate-sweep has rates of its own, and prompts run whole: leave out"
+                " --rate and --prefill"
+            )
+        rates = parse_rates(arguments.rate_sweep)
+        swept = sweep_rates(
+            arguments.model, arguments.trace, rates, share=arguments.share, **options
+        )
+        first = swept.servings[0]
+        print_notes(first.arrivals.name, [*first.arrivals.notes, *first.notes])
+        if arguments.json:
+            print_json(swept.to_dict())
+        else:
+            _print_rates(swept.to_dict())
+        return 0
     found = serve(
         arguments.model,
         arguments.trace,
         rate=arguments.rate,
-        arrivals=arguments.arrivals,
-        first=arguments.requests,
-        columns=_parse_columns(arguments.columns),
-        seed=arguments.seed,
-        system=arguments.system,
-        hardware=arguments.hardware,
-        row_buffers={"single": 1, "dual": 2}.get(arguments.row_buffers),
-        changes=dict(map(parse_change, arguments.set)),
-        tp=arguments.tp,
-        pp=arguments.pp,
-        kv_split=arguments.kv_split,
-        lm_head=arguments.lm_head,
-        fidelity=arguments.fidelity,
-        interleaving=arguments.interleaving,
-        batch=arguments.batch,
-        order=arguments.order,
-        placement=arguments.placement,
         prefill=arguments.prefill,
-        prefill_tokens=arguments.prefill_tokens,
         prefill_groups=arguments.prefill_groups,
-        slo=arguments.slo or (),
-        leave_out_too_long=arguments.leave_out_too_long,
         progress=_show_progress(),
+        **options,
     )
     result = found.to_dict()
     print_notes(found.arrivals.name, [*result["trace_notes"], *result["notes"]])
@@ -206,6 +242,52 @@ def _show_progress():
         sys.stderr.flush()
 
     return show
+
+
+def _print_rates(result: dict[str, Any]) -> None:
+    from rich import box
+    from rich.table import Table
+
+    lines, first = console(), result["runs"][0]
+    table = Table(
+        title=(
+            f"{first['model']} on {first['system']}, {first['devices']} devices:"
+            f" {first['requests']:,} requests of {first['trace']}, {first['fidelity']} fidelity"
+        ),
+        box=box.SIMPLE,
+        title_justify="left",
+    )
+    for name in (
+        *("requests a second", "tokens a second", "TTFT p50, ms", "p99", "TPOT p50, ms", "p99"),
+        *("meet", "goodput"),
+    ):
+        table.add_column(name, justify="right")
+    for rate, each in zip(result["rates"], result["runs"], strict=True):
+        times = [each[key][name] for key in ("ttft", "tpot") for name in ("p50", "p99")]
+        good = ["-", "-"]
+        if result["objectives"]:
+            goodput = each["goodput_requests_per_second"]
+            good = [f"{each['meets_objectives']:.2%}", f"{goodput:,.3f}"]
+        table.add_row(
+            f"{rate:,.3f}",
+            f"{each['tokens_per_second']:,.0f}",
+            *("-" if time is None else f"{time * 1e3:,.1f}" for time in times),
+            *good,
+        )
+    lines.print(table)
+    if result["objectives"]:
+        limits, highest = ", ".join(result["objectives"]), result["highest_rate"]
+        said = "none of these rates" if highest is None else f"up to {highest:,.3f} a second"
+        lines.print(f"{result['share']:.1%} of the requests meet {limits}: {said}")
+        if result["lowest_rate_that_fails"] is None:
+            lines.print("all of these rates meet the objectives: try higher ones")
+    knee = result["knee_rate"]
+    said = "above these rates" if knee is None else f"at {knee:,.3f} requests a second"
+    lines.print(f"the knee, where the mean latency is twice that of the lowest rate: {said}")
+
+
+def _show(number: float | None) -> str:
+    return "-" if number is None else f"{number:,.1f}"
 
 
 def _print_tables(result: dict[str, Any]) -> None:
@@ -242,7 +324,7 @@ def _print_tables(result: dict[str, Any]) -> None:
     rows = [
         ("throughput", f"{result['tokens_per_second']:,.1f} tokens/s"),
         ("requests", f"{result['requests_per_second']:,.3f} a second"),
-        ("mean batch of a decode step", f"{result['mean_batch']:,.1f}"),
+        ("mean batch of a decode step", _show(result["mean_batch"])),
         ("iterations", f"{result['iterations']:,} ({result['decode_iterations']:,} decode steps)"),
         ("busy, of it prefill", f"{result['busy_share']:.1%}, {result['prefill_share']:.1%}"),
         ("NPU busy", f"{result['npu_utilization']:.1%}"),

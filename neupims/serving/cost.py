@@ -15,6 +15,7 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from neupims.costs.energy import Counts, energy
@@ -75,15 +76,14 @@ class Setting(NamedTuple):
         """
         return decode(self, tables, lengths, holds)
 
-    def prefill(self, tables: "Tables", prompts, holds) -> Spent:
+    def prefill(self, tables: "Tables", prompts) -> Spent:
         """Returns `prefill_prompts` of this setting.
 
         Args:
             tables: As for `prefill_prompts`.
             prompts: As for `prefill_prompts`.
-            holds: As for `prefill_prompts`.
         """
-        return prefill_prompts(self, tables, prompts, holds)
+        return prefill_prompts(self, tables, prompts)
 
 
 class Listed(NamedTuple):
@@ -299,18 +299,21 @@ def decode(
     """
     lengths = jnp.where(holds, lengths, 0)
     if setting.system != "neupims" or setting.interleaving == "off":
-        return _decode(setting, tables, lengths, interleaved=False)
+        return _decode(setting, tables, lengths, 0 * lengths, interleaved=False)
+    halves = split_halves(holds)
     if setting.interleaving == "on":
-        return _decode(setting, tables, lengths, interleaved=True)
-    serial, both = (_decode(setting, tables, lengths, interleaved=each) for each in (False, True))
+        return _decode(setting, tables, lengths, halves, interleaved=True)
+    serial, both = (
+        _decode(setting, tables, lengths, halves, interleaved=each) for each in (False, True)
+    )
     faster = clock.is_after(serial.time, both.time)
     return jax.tree.map(lambda a, b: jnp.where(faster, a, b), both, serial)
 
 
-def _decode(setting: Setting, tables: Tables, lengths, *, interleaved: bool) -> Spent:
+def _decode(setting: Setting, tables: Tables, lengths, halves, *, interleaved: bool) -> Spent:
+    """Returns what the iteration takes with the halves interleaved, or all of it as one batch."""
     hardware, model, parallel = tables.hardware, setting.model, setting.parallel
     there = lengths > 0
-    halves = split_halves(there) if interleaved else jnp.zeros_like(lengths)
     tokens = jnp.stack([(there & (halves == which)).sum() for which in (0, 1)])
     total = tokens.sum()
     run = _with_pim if setting.system in PIM_SYSTEMS else _without_pim
@@ -323,7 +326,7 @@ def _decode(setting: Setting, tables: Tables, lengths, *, interleaved: bool) -> 
         parallel,
         layers_of_device(model, parallel),
         total * 1.0,
-        jnp.maximum((tokens > 0).sum(), 1) * 1.0,
+        jnp.maximum((tokens > 0).sum(), 1) * 1.0 if interleaved else 1.0,
     )
     cycles = layers.cycles + tables.head_cycles[total]
     clock_hz = hardware.npu.clock_hz
@@ -388,38 +391,39 @@ def _with_pim(setting, tables, kind, table, lengths, halves, tokens, *, interlea
     """Returns the layers in which attention runs in the memory."""
     hardware, parallel = tables.hardware, setting.parallel
     work = table.lengths[lengths]  # (rows, places, 8)
-    there = lengths > 0
+    there, total = lengths > 0, tokens.sum()
     mine = jnp.stack([there & (halves == which) for which in (0, 1)])  # (2, rows, places)
     sums = jnp.where(mine[..., None], work, 0.0).sum(axis=2)  # (2, rows, 8)
     seen = attended(kind.model, lengths) if kind.mix.windows else lengths
     attention = Attention(
         sums[:, None, :, 0:2],
-        sums[:, None, :, 2:4] if interleaved else sums[:, None, :, 0:2],
+        sums[:, None, :, 2:4],
         sums[:, None, :, 4:6],
         mine.sum(axis=2)[:, None] * 1.0,
         jnp.where(mine, seen, 0).max(axis=(1, 2)) * 1.0,
     )
 
-    def times(which, load):
-        part = jax.tree.map(lambda value: value[which], attention)
+    def times(part, load):
         options = {"system": setting.system, "fidelity": setting.fidelity}
-        given = (hardware, kind.model, parallel, part)
-        return attention_cycles(*given, getattr(part, load), **options)
+        return attention_cycles(hardware, kind.model, parallel, part, load, **options)
 
     layers = layers_of_device(kind.model, parallel)
     if interleaved:
-        pairs = [(times(which, "alone"), times(which, "beside")) for which in (0, 1)]
-        cycles = _interleave(setting, tables, kind, table, tokens, pairs, layers)
+        loads = jnp.stack([attention.alone, attention.beside], axis=1)
+        both = jax.vmap(lambda part, load: jax.vmap(lambda one: times(part, one))(load))
+        cycles = _interleave(setting, tables, kind, table, tokens, both(attention, loads), layers)
     else:
-        serial = table.qkv.cycles[tokens[0]].sum() + table.rest.cycles[tokens[0]].sum()
-        cycles = layers * (serial + times(0, "alone").sum())
-    ours = tokens if interleaved else tokens[:1]
+        whole = attention._replace(longest=attention.longest.max())
+        whole = jax.tree.map(lambda value: value.sum(axis=0) if value.ndim else value, whole)
+        serial = table.qkv.cycles[total].sum() + table.rest.cycles[total].sum()
+        cycles = layers * (serial + times(whole, whole.alone).sum())
+    ours = tokens if interleaved else total[None]
     layer = jax.tree.map(lambda value: value[ours].sum(), table.layer)
     moved = layer.moved + sums[..., 7].sum()
     rows = hardware.hbm.num_channels / parallel.kv_split
     return Layers(
         cycles,
-        layer.joules + table.vector_joules[tokens.sum()] + sums[..., 6].sum(),
+        layer.joules + table.vector_joules[total] + sums[..., 6].sum(),
         layers * layer.busy,
         layers * sums[..., 0:2].sum() / rows,
         layers * moved / bytes_per_cycle(hardware),
@@ -429,64 +433,78 @@ def _with_pim(setting, tables, kind, table, lengths, halves, tokens, *, interlea
 def _interleave(setting, tables, kind, table, tokens, attention, layers) -> Number:
     """Returns the core cycles of stages A and B, C and D in each further layer, E and F.
 
-    A stage is the longer of its NPU operations and its attention, and what it wrote last delays the
-    first operation of the next one, if it ended with the NPU.
+    A stage is the longer of its NPU operations and its attention. If it ended with the NPU, what
+    that wrote last delays the first operation of the next stage. All stages are computed at once,
+    C, D and E for both ends of the stage before.
+
+    Args:
+        setting: The model and the system.
+        tables: The machine.
+        kind: The kind of layer.
+        table: Its tables.
+        tokens: The tokens of both sub-batches, (2,).
+        attention: Cycles of logit and attend of both sub-batches, alone and beside the NPU,
+            (2, 2, 2).
+        layers: The layers of a device.
     """
-    hardware = tables.hardware
-    context = _context(setting, hardware, kind.model, kind.mix)
-    n0, n1 = tokens[0], tokens[1]
+    context = _context(setting, tables.hardware, kind.model, kind.mix)
+    first, second = tokens[0], tokens[1]
+    qkv, rest, layer = table.qkv, table.rest, table.layer
 
-    def after(listed: Listed, operation: Operation, count, left):
-        """The operations with the first one after `left` written bytes."""
-        tile = None
-        if operation is REST[0]:
-            tile = jax.tree.map(lambda value: value[count], table.projection)
-        first = npu_operation(operation, context, count * 1.0, left, tile)
-        return (
-            listed.cycles[count].at[0].set(first.cycles),
-            listed.memory[count].at[0].set(first.memory_cycles),
-        )
+    def norm(count, left):
+        work = npu_operation(QKV[0], context, count * 1.0, left)
+        return jnp.stack([work.cycles, work.memory_cycles])
 
-    def stage(operations, pim):
-        """The cycles of a stage, and whether it ends with the NPU."""
+    def projection(count, left, tile):
+        work = npu_operation(REST[0], context, count * 1.0, left, tile)
+        return jnp.stack([work.cycles, work.memory_cycles])
+
+    # Stages B, C, C, D, D, E, E: the tokens of their NPU side, and whose attention is beside.
+    counts = jnp.stack([second, first, first, second, second, first, first])
+    beside = np.array([0, 1, 1, 0, 0, 1, 1])
+    works = jnp.stack([layer.cycles[counts], layer.memory[counts]], axis=-1)  # (7, 9, 2)
+    works = (
+        works.at[0].set(0.0).at[0, 1].set(jnp.stack([qkv.cycles[second, 1], qkv.memory[second, 1]]))
+    )
+    works = works.at[5:, len(REST) :].set(0.0)
+    # Of C and E after D, of D, and of F, where the stage before ended with the NPU.
+    late = jnp.stack([first, second, second])
+    written = jnp.stack([qkv.written[second], qkv.written[first], rest.written[first]])
+    tiles = jax.tree.map(lambda value: value[late], table.projection)
+    delayed = jax.vmap(projection)(late, written, tiles)
+    works = works.at[0, 0].set(norm(second, qkv.written[first]))
+    works = works.at[np.array([2, 4, 6]), 0].set(delayed[np.array([0, 1, 0])])
+
+    def run(operations, pim):
         zero = jnp.float32(0)
-        npu = [
-            Work(cycles, memory, zero, zero, zero, zero)
-            for cycles, memory in zip(*map(list, operations), strict=True)
-        ]
-        on_npu, on_pim = side_by_side(hardware, DEFAULT, npu, *pim)
+        npu = [Work(each[0], each[1], zero, zero, zero, zero) for each in operations]
+        on_npu, on_pim = side_by_side(tables.hardware, DEFAULT, npu, *pim)
         end = jnp.maximum(on_npu.ends[-1], on_pim.ends[-1])
         return end, end - on_npu.ends[-1] < DRAINED
 
-    a = table.qkv.cycles[n0].sum()
-    b, drains = stage(after(table.qkv, QKV[0], n1, table.qkv.written[n0]), attention[0])
-    left = jnp.where(drains, table.qkv.written[n1], 0.0)
-    c, drains = stage(after(table.layer, REST[0], n0, left), attention[1])
-    left = jnp.where(drains, table.layer.written[n0], 0.0)
-    d, drains = stage(after(table.layer, REST[0], n1, left), attention[0])
-    left = jnp.where(drains, table.layer.written[n1], 0.0)
-    e, drains = stage(after(table.rest, REST[0], n0, left), attention[1])
-    left = jnp.where(drains, table.rest.written[n0], 0.0)
-    f = after(table.rest, REST[0], n1, left)[0].sum()
-    return a + b + (layers - 1) * (c + d) + e + f
+    ends, drains = jax.vmap(run)(works, attention[beside])
+    a = qkv.cycles[first].sum()
+    c = 1 + drains[0]
+    d = 3 + drains[c]
+    e = 5 + drains[d]
+    alone = rest.cycles[second].sum()
+    f = alone + jnp.where(drains[e], delayed[2, 0] - rest.cycles[second, 0], 0.0)
+    return a + ends[0] + (layers - 1) * (ends[c] + ends[d]) + ends[e] + f
 
 
 def prefill_prompts(
     setting: Setting,
     tables: Tables,
-    prompts: Int[Array, "rows places"],
-    holds: Bool[Array, "rows places"],
+    prompts: Int[Array, " prompts"],
 ) -> Spent:
     """Returns what the prefill of all prompts takes, on the NPU or the GPU of the system.
 
     Args:
         setting: The model and the system.
         tables: The machine.
-        prompts: The tokens of each prompt.
-        holds: Whether the prompt in that place is computed.
+        prompts: The tokens of each prompt; those of length 0 do not count.
     """
-    lengths = jnp.where(holds, prompts, 0).reshape(-1)
-    batch = Batch(lengths, lengths * 0, lengths * 0)
+    batch = Batch(prompts, prompts * 0, prompts * 0)
     system: Literal["gpu", "npu-only"] = "gpu" if setting.system == "gpu" else "npu-only"
     done = prefill(tables.hardware, setting.model, batch, setting.parallel, system=system)
     layers = layers_of_device(setting.model, setting.parallel)

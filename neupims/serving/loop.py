@@ -11,9 +11,10 @@ Time passes from boundary to boundary; between two of them lies one iteration. A
    in the channel that the packing prefers, among those that have a free place, no paused request,
    and blocks for its prompt. If no channel has, it waits, and so do all behind it. This repeats
    until the batch is full, the prompts exceed the tokens of one prefill, or nobody waits.
-4. **Compute.** If any request has prompt tokens to compute, the iteration is the prefill of all of
-   them, and decoding waits; else it decodes one token of each request. If there is no request at
-   all, time jumps to the next arrival.
+4. **Compute.** If any request has prompt tokens to compute, the iteration is their prefill, and
+   decoding waits; else it decodes one token of each request. A prefill has at most so many prompts
+   as the rules say, in the order of channels and places; others follow in the next iteration. If
+   there is no request at all, time jumps to the next arrival.
 5. **Leave.** Every request that was computed has one more token. Those that have all of their
    tokens leave, and their blocks are free at the next boundary.
 
@@ -92,13 +93,12 @@ class Costs(Protocol):
         """
         ...
 
-    def prefill(self, tables: Any, prompts: Int[Array, "rows places"], holds: Any) -> Spent:
+    def prefill(self, tables: Any, prompts: Int[Array, " prompts"]) -> Spent:
         """Returns what the prefill of prompts takes.
 
         Args:
             tables: What the costs need to know.
-            prompts: The tokens of each place that are to be computed.
-            holds: Whether the prompt in that place is computed, (rows, places).
+            prompts: The tokens of each prompt; those of length 0 do not count.
         """
         ...
 
@@ -109,6 +109,7 @@ class Rules(NamedTuple):
     rows: int  # channels
     places: int  # of each channel
     batch: int  # the most requests at once
+    prompts: int  # the most prompts of one prefill
     prefill_tokens: int  # the most tokens of one prefill, if it has more than one prompt
     window: int  # requests that the waiting room shows to the policy
     packing: Packing
@@ -375,10 +376,14 @@ def compute(
     holds = (places.request < NOBODY) & ~places.paused
     prompts = holds & (places.prompt > 0)
     is_prefill = prompts.any()
+    rank = (jnp.cumsum(prompts.reshape(-1)) - 1).reshape(prompts.shape)
+    prompts = prompts & (rank < rules.prompts)
+    mine = prompts & (rank == jnp.arange(rules.prompts)[:, None, None])  # (prompts, rows, places)
+    lengths = jnp.where(mine, places.prompt, 0).sum(axis=(1, 2))
     computed = jnp.where(is_prefill, prompts, holds)
     spent = jax.lax.cond(
         is_prefill,
-        lambda: rules.costs.prefill(tables, places.prompt, prompts),
+        lambda: rules.costs.prefill(tables, lengths),
         lambda: rules.costs.decode(tables, places.length, holds),
     )
     works = computed.any()

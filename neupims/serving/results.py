@@ -1,12 +1,15 @@
 """What a run of serving gave: times of each request, and what happened in each iteration."""
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Float, Int
 
+from neupims.machine.record import Number
 from neupims.machine.systems import FIDELITY_ANSWERS
+from neupims.serving import clock
+from neupims.serving.loop import Step
 from neupims.serving.objectives import Limit, meet
 from neupims.serving.requests import Arrivals
 
@@ -41,19 +44,73 @@ class Iterations:
     bus_seconds: Float[np.ndarray, " i"]  # in which the buses move data
 
 
+class Totals(NamedTuple):
+    """Sums over all iterations; each may have an axis of lanes."""
+
+    iterations: Number
+    decode_iterations: Number
+    seconds: Number  # of all iterations
+    prefill_seconds: Number
+    request_seconds: Number  # requests of decode steps times their time
+    block_seconds: Number  # blocks in use times their time
+    most_blocks: Number
+    joules: Number  # of one device
+    npu_seconds: Number
+    pim_seconds: Number
+    bus_seconds: Number
+
+
+def sum_up(step: Step) -> Totals:
+    """Returns the sums over iterations, in 64 bits.
+
+    Args:
+        step: The iterations, (iterations,) or (lanes, iterations) each.
+    """
+    spent = step.spent
+    seconds = clock.join(spent.time) / 1e9
+    computed, prompts = np.asarray(step.computed), np.asarray(step.prompt_tokens) > 0
+    decodes = (computed > 0) & ~prompts
+
+    def add(values):
+        return np.asarray(values, np.float64).sum(axis=-1)
+
+    return Totals(
+        add(computed > 0),
+        add(decodes),
+        add(seconds),
+        add(seconds * prompts),
+        add(seconds * computed * decodes),
+        add(seconds * np.asarray(step.blocks)),
+        np.asarray(step.blocks).max(axis=-1),
+        *(add(each) for each in spent[1:]),
+    )
+
+
+def add_totals(one: Totals, other: Totals) -> Totals:
+    """Returns the sums over the iterations of both.
+
+    Args:
+        one: Sums over iterations.
+        other: Sums over other iterations.
+    """
+    added = Totals(*(a + b for a, b in zip(one, other, strict=True)))
+    return added._replace(most_blocks=np.maximum(one.most_blocks, other.most_blocks))
+
+
 @dataclass(frozen=True)
 class Serving:
     """A trace that was served."""
 
     arrivals: Arrivals
     served: Served
-    iterations: Iterations
+    totals: Totals
     about: dict[str, Any]  # the names of system, model and policies, as JSON has them
     limits: tuple[Limit, ...]  # service level objectives
     devices: int  # that decode
     room: int  # blocks of all channels
     block_tokens: str  # what a block is
     waiting_watts: float  # of one device that waits
+    iterations: Iterations | None = None  # None where only sums were kept
     prefill_joules: float = 0.0  # of separate devices for prompts, all together
     notes: tuple[str, ...] = ()
 
@@ -90,15 +147,12 @@ class Serving:
 
         Times are seconds. Energy is that of all devices, with that of waiting.
         """
-        arrivals, iterations, seconds = self.arrivals, self.iterations, self.seconds
+        arrivals, totals, seconds = self.arrivals, self.totals, self.seconds
         count, tokens = len(arrivals.inputs), int(arrivals.outputs.sum())
-        busy = float(iterations.seconds.sum())
-        joules = self.devices * (
-            float(iterations.joules.sum()) + self.waiting_watts * max(seconds - busy, 0.0)
-        )
-        joules += self.prefill_joules
-        decodes = (iterations.prompt_tokens == 0) & (iterations.requests > 0)
-        weights = iterations.seconds / max(busy, 1e-12)
+        busy = float(totals.seconds)
+        joules = float(totals.joules) + self.waiting_watts * max(seconds - busy, 0.0)
+        joules = self.devices * joules + self.prefill_joules
+        decoding = busy - float(totals.prefill_seconds)
         return {
             **self.about,
             "trace": arrivals.name,
@@ -114,19 +168,18 @@ class Serving:
             "objectives": [str(each) for each in self.limits],
             "meets_objectives": self.meets if self.limits else None,
             "goodput_requests_per_second": self.goodput if self.limits else None,
-            "iterations": int((iterations.requests > 0).sum()),
-            "decode_iterations": int(decodes.sum()),
+            "iterations": int(totals.iterations),
+            "decode_iterations": int(totals.decode_iterations),
             "busy_share": busy / seconds,
-            "prefill_share": float(iterations.seconds[~decodes].sum()) / seconds,
-            "mean_batch": float((iterations.requests * weights)[decodes].sum())
-            / max(float(weights[decodes].sum()), 1e-12),
-            "npu_utilization": float(iterations.npu_seconds.sum()) / seconds,
-            "pim_utilization": float(iterations.pim_seconds.sum()) / seconds,
-            "bandwidth_utilization": float(iterations.bus_seconds.sum()) / seconds,
+            "prefill_share": float(totals.prefill_seconds) / seconds,
+            "mean_batch": float(totals.request_seconds) / decoding if decoding else None,
+            "npu_utilization": float(totals.npu_seconds) / seconds,
+            "pim_utilization": float(totals.pim_seconds) / seconds,
+            "bandwidth_utilization": float(totals.bus_seconds) / seconds,
             "kv_blocks": self.room,
             "kv_block": self.block_tokens,
-            "kv_occupancy_mean": float((iterations.blocks * weights).sum()) / self.room,
-            "kv_occupancy_max": float(iterations.blocks.max()) / self.room,
+            "kv_occupancy_mean": float(totals.block_seconds) / max(busy, 1e-12) / self.room,
+            "kv_occupancy_max": float(totals.most_blocks) / self.room,
             "pauses": int(self.served.pauses.sum()),
             "paused_requests": int((self.served.pauses > 0).sum()),
             "energy_joules": joules,
