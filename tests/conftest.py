@@ -46,7 +46,7 @@ LEAST_CASES = {
     "lowering": ("test_kernels_lowered.py", 30),
     "assembled": ("test_kernels_assembled.py", 11),
     "aot": ("test_kernels_partitioned.py", 7),
-    "ptx": ("test_kernels_ptx.py", 26),
+    "ptx": ("test_kernels_ptx.py", 36),
 }
 
 # Files that `--fast` leaves out, and that come first otherwise: their tests train, start processes,

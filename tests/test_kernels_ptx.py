@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ptx.code import PtxError
+from ptx.arithmetic import LARGEST_ERRORS, drawn
+from ptx.code import PtxError, parse
 from ptx.simulate import simulated
 
 from benchmarks import kernel_numerics
@@ -133,9 +134,62 @@ def test_a_mask_the_wrong_way_round_gives_other_numbers():
 _OTHER = {"eq": "ne", "ne": "eq"}
 
 
-def test_what_the_interpreter_cannot_parse_is_named():
-    from ptx.code import parse
+ERRORS = {
+    "all too large": lambda name, exact: 1.0,
+    "all too small": lambda name, exact: -1.0,
+    **{f"drawn, {seed}": drawn(seed) for seed in (1, 2)},
+    **{
+        f"{own} {sign:+.0f}": lambda name, exact, own=own, sign=sign: sign * (name == own)
+        for own in LARGEST_ERRORS
+        for sign in (1.0, -1.0)
+    },
+}
+OPERATIONS = {"ggem": "ggem, float32", "norm_ggem": "norm, float32"}  # at p = 1000
 
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("name", [*ERRORS][:3])
+def test_tolerances_hold_with_the_largest_documented_errors(name, operation):
+    with simulated(90, error=ERRORS[name]):
+        assert failures(*CASES[OPERATIONS[operation]]) == []
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("p", [1.0, 3.0, 100.0, 1000.0])
+@pytest.mark.parametrize("operation", OPERATIONS)
+@pytest.mark.parametrize("name", ERRORS)
+def test_tolerances_hold_with_each_error_alone_and_for_every_exponent(name, operation, p):
+    with simulated(90, error=ERRORS[name]):
+        assert failures(operation, (2, 196, 96, 4), "float32", p, {}) == []
+
+
+# Wrong kernels, by what is wrong: what is changed in the PTX, other constants, and a factor of the
+# error of an instruction.
+WRONG = {
+    "the mean counts one token too many": ((r"0f42040000", "0f42080000"), {}, {}),  # 33 and 34
+    "no series of logarithms near 1": (None, {"SERIES": False}, {}),
+    "a power of two with 6 bits less": (None, {}, {"ex2.approx": 64.0}),
+    "a logarithm with 6 bits less": (None, {}, {"lg2.approx": 64.0}),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_tolerances_are_narrow_enough_for_wrong_kernels(name):
+    replaced, constants, factors = WRONG[name]
+
+    def edit(text):
+        return re.sub(*replaced, text) if replaced else text
+
+    for seed in (1, 2):
+
+        def error(name, exact, seed=seed):
+            return factors.get(name, 1.0) * drawn(seed)(name, exact)
+
+        with simulated(90, error=error, edit=edit, constants=constants):
+            assert failures(*CASES["ggem, float32"])
+
+
+def test_what_the_interpreter_cannot_parse_is_named():
     with pytest.raises(PtxError, match="no entry point"):
         parse(".version 8.8")
 

@@ -47,6 +47,18 @@ def no_error(name: str, exact: np.ndarray) -> float:
     return 0.0
 
 
+def drawn(seed: int) -> Error:
+    """Returns errors anywhere up to the largest ones, the same for the same result."""
+
+    def error(name, exact):
+        bits = np.ascontiguousarray(exact, np.float64).view(np.uint64)
+        for factor in (0x9E3779B97F4A7C15, 0xD6E8FEB86659FD93):  # as a hash mixes them
+            bits = (bits ^ bits >> np.uint64(32) ^ np.uint64(seed)) * np.uint64(factor)
+        return (bits >> np.uint64(11)).astype(np.float64) / 2.0**52 - 1
+
+    return error
+
+
 def compute(opcode: tuple[str, ...], count: int, read: Read, error: Error) -> np.ndarray:
     """Returns the result of an instruction.
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
+from typing import Any
 from unittest import mock
 
 import jax
@@ -45,7 +46,11 @@ class Run:
 
 @contextlib.contextmanager
 def simulated(
-    capability: int, *, error: Error = no_error, edit: Callable[[str], str] = str
+    capability: int,
+    *,
+    error: Error = no_error,
+    edit: Callable[[str], str] = str,
+    constants: dict[str, Any] | None = None,
 ) -> Iterator[list[Run]]:
     """Returns a context in which kernels for a GPU run on the CPU; its value lists the calls.
 
@@ -53,13 +58,15 @@ def simulated(
         capability: Compute capability of the GPU, such as 90.
         error: Errors of the approximate instructions.
         edit: Changes the PTX before it runs, to plant a fault.
+        constants: Constants of the kernels, by name, that get other values.
     """
     runs: list[Run] = []
 
-    def triton_call(*inputs, kernel, grid, num_warps, out_shape, compute_capability, **constants):
+    def triton_call(*inputs, kernel, grid, num_warps, out_shape, compute_capability, **given):
         dtypes = pointers_of((*inputs, *out_shape))
+        chosen = {name: (constants or {}).get(name, value) for name, value in given.items()}
         text, shared = _compiled(
-            kernel, tuple(dtypes), num_warps, tuple(constants.items()), capability
+            kernel, tuple(dtypes), num_warps, tuple(chosen.items()), capability
         )
 
         def run(*arrays):
