@@ -8,7 +8,6 @@ Source: src/scheduler/Scheduler.cc, src/operations/NeuPIMSLogitSoftmax.cc and Ne
     the public simulator.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -23,7 +22,7 @@ from neupims.machine.systems import Fidelity, System
 from neupims.machine.workload import FLOAT16_BYTES, Batch, Decoder, Parallel
 from neupims.timing.columns import designs_last, reduce_requests
 from neupims.timing.gemv import channel_works
-from neupims.timing.gemv_exact import channel_cycles_exact
+from neupims.timing.gemv_exact import follow_list, list_groups, list_timing
 from neupims.timing.layout import (
     attend_groups,
     heads_of_device,
@@ -179,6 +178,7 @@ def exact_attention(
         count_instructions(hardware, model, jnp.asarray(lengths), parallel, fidelity)
     )
     late = system == "npu-pim" and fidelity == "simulator"  # commands come one a cycle
+    to_core = hardware.npu.clock_hz / hardware.hbm.clock_hz
 
     def pieces_of(mine, operation) -> list:
         if fidelity != "simulator":
@@ -201,20 +201,13 @@ def exact_attention(
             issued = instructions[own, operation]
             ready[row, : len(own)] = (np.cumsum(issued) - issued) if late else 0
             commands[place], requests[place] = issued.sum(), len(own)
-        follow = partial(
-            _follow_lists,
-            hardware,
-            model,
-            parallel,
-            padded,
-            ready,
-            operation=name,
-            fidelity=fidelity,
-        )
-        undisturbed = np.asarray(follow(wait=None))
-        disturbed = (
-            np.asarray(follow(wait=calibration.reopen_cycles)) if interleaved else undisturbed
-        )
+        groups = list_groups(hardware, model, padded, parallel, operation=name, fidelity=fidelity)
+
+        def follow(wait, groups=groups, ready=ready):
+            return np.asarray(_follow_lists(list_timing(hardware, wait), groups, ready, to_core))
+
+        undisturbed = follow(None)
+        disturbed = follow(calibration.reopen_cycles) if interleaved else undisturbed
         for row, one in enumerate(chosen):
             alone[one.place], beside[one.place] = undisturbed[row], disturbed[row]
     longest = np.array([tokens[sub_batch == which].max(initial=0) for which in (0, 1)])
@@ -247,28 +240,13 @@ def _list_requests(lengths, channel, sub_batch, pieces_of) -> list[_List]:
     return lists
 
 
-@partial(jax.jit, static_argnames=("operation", "fidelity"))
-def _follow_lists(hardware, model, parallel, lengths, ready, wait, *, operation, fidelity):
+@jax.jit
+def _follow_lists(times, groups, ready, to_core):
     """Returns the core cycles of each list, the mean over phases; `ready` is in core cycles."""
-    to_core = hardware.npu.clock_hz / hardware.hbm.clock_hz
     phases = (jnp.arange(PHASES) + 0.5) / PHASES
-
-    def one(length, first):
-        return jax.vmap(
-            lambda phase: channel_cycles_exact(
-                hardware,
-                model,
-                length,
-                parallel,
-                phase,
-                first / to_core,
-                wait,
-                operation=operation,
-                fidelity=fidelity,
-            )
-        )(phases)
-
-    return jax.vmap(lambda length, first: one(length, first).mean())(lengths, ready) * to_core
+    of_phases = jax.vmap(follow_list, in_axes=(None, None, 0, None))
+    of_lists = jax.vmap(of_phases, in_axes=(None, 0, None, 0))
+    return of_lists(times, groups, phases, ready / to_core).mean(axis=1) * to_core
 
 
 def _cut_pieces(hardware, model, parallel, lengths, mine, operation) -> list:

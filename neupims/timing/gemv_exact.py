@@ -20,7 +20,7 @@ from neupims.machine.record import Number
 from neupims.machine.systems import Fidelity
 from neupims.machine.workload import Decoder, Parallel
 from neupims.timing.layout import attend_groups, logit_groups
-from neupims.timing.pim_commands import is_starved, pim_timing, tile_cycles
+from neupims.timing.pim_commands import Groups, Timing, is_starved, pim_timing, tile_cycles
 
 
 class _State(NamedTuple):
@@ -66,19 +66,76 @@ def channel_cycles_exact(
     Returns:
         Memory cycles; infinity where no tile ever fits before a refresh, 0 without requests.
     """
-    times = pim_timing(hardware, wait)
-    full, last = {"logit": logit_groups, "attend": attend_groups}[operation](
-        hardware, model, seq_lens * 1.0, parallel, fidelity=fidelity
+    groups = list_groups(
+        hardware, model, seq_lens, parallel, operation=operation, fidelity=fidelity
     )
-    requests = seq_lens.shape[0]
-    start = phase * times.interval * hardware.hbm.ranks
+    return follow_list(list_timing(hardware, wait), groups, phase, ready)
+
+
+@partial(jax.jit, static_argnames=("operation", "fidelity"))
+def list_groups(
+    hardware: Hardware,
+    model: Decoder,
+    seq_lens: Int[Array, "*lists r"],
+    parallel: Parallel,
+    *,
+    operation: str,
+    fidelity: Fidelity = "simulator",
+) -> tuple[Groups, Groups]:
+    """Returns the groups of each request of lists: those of full rows, and the last one.
+
+    Args:
+        hardware: The machine.
+        model: The model.
+        seq_lens: The tokens of the requests of each list, (*lists, r); 0 is no request.
+        parallel: How many devices share a layer.
+        operation: "logit" or "attend".
+        fidelity: The layout of keys and values, "simulator" or "intended".
+
+    Returns:
+        Groups whose fields are arrays (*lists, r).
+    """
+    layout = {"logit": logit_groups, "attend": attend_groups}[operation]
+    found = layout(hardware, model, jnp.asarray(seq_lens) * 1.0, parallel, fidelity=fidelity)
+    return jax.tree.map(
+        lambda value: jnp.broadcast_to(jnp.asarray(value, jnp.float32), seq_lens.shape), found
+    )
+
+
+@jax.jit
+def list_timing(hardware: Hardware, wait: Number | None = None) -> Timing:
+    """Returns `pim_timing` as arrays of one type, so that `follow_list` is compiled once.
+
+    Args:
+        hardware: The machine.
+        wait: As in `pim_commands.pim_timing`.
+    """
+    return jax.tree.map(lambda value: jnp.asarray(value, jnp.float32), pim_timing(hardware, wait))
+
+
+def follow_list(
+    times: Timing,
+    groups: tuple[Groups, Groups],
+    phase: Float[Array, ""],
+    ready: Float[Array, " r"],
+) -> Float[Array, ""]:
+    """Returns `channel_cycles_exact` of a list of requests with known groups and timing.
+
+    Args:
+        times: The command timing, as arrays.
+        groups: The groups of each request, fields (r,): those of full rows, and the last one.
+        phase: As in `channel_cycles_exact`.
+        ready: As in `channel_cycles_exact`.
+    """
+    full, last = groups
+    requests = ready.shape[0]
+    ranks = jnp.asarray(times.ranks).astype(jnp.int32)
+    start = phase * times.interval * times.ranks
     window = floor_divide(start, times.interval)
     start = start - window * times.interval
 
     def of(request):
-        return lambda values: jnp.broadcast_to(values, (requests,))[
-            jnp.minimum(request, requests - 1)
-        ]
+        return lambda values: values[jnp.minimum(request, requests - 1)]
 
     def step(state: _State) -> _State:
         pick = of(state.request)
@@ -111,11 +168,11 @@ def channel_cycles_exact(
         refreshed = state._replace(
             now=jnp.maximum(now - times.interval, times.refresh_start),
             refreshes=state.refreshes + 1,
-            rank=(state.rank + 1) % hardware.hbm.ranks,
+            rank=(state.rank + 1) % ranks,
             row_open=state.row_open & (state.rank != 0),
         )
         # Rank 0 was the last to be refreshed.
-        blocked = (state.rank == 1 % hardware.hbm.ranks) & (state.refreshes > 0)
+        blocked = (state.rank == 1 % ranks) & (state.refreshes > 0)
         ready_row = jnp.where(
             blocked, times.refresh_end - jnp.where(conflict, times.reopen, 0.0), 0.0
         )
@@ -165,7 +222,7 @@ def channel_cycles_exact(
     first_state = _State(
         now=start,
         refreshes=jnp.int32(0),
-        rank=window.astype(jnp.int32) % hardware.hbm.ranks,
+        rank=window.astype(jnp.int32) % ranks,
         row_open=jnp.array(False),
         opened=jnp.array(False),
         conflict=jnp.array(False),
