@@ -22,7 +22,7 @@ from neupims.timing.iteration import Iteration, simulate
 
 Schedule = Literal["dealt", "trace"]
 SCHEDULES: tuple[Schedule, ...] = ("dealt", "trace")
-BLOCK = 256  # designs computed together on a CPU, so that their arrays fit its cache
+BLOCK = 128  # designs computed together on a CPU, so that their arrays fit its cache
 
 
 def make_evaluate(
