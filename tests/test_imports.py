@@ -57,7 +57,15 @@ ROOMS = {
         "serving": {"costs", "machine", "scheduling", "timing"},
         "catalogue": {"costs", "machine", "simulator_runs", "timing"},
         "exploration": {"costs", "envelope", "files", "machine", "timing"},
-        "pages": {"envelope", "exploration", "files", "machine", "simulation", "timing"},
+        "pages": {
+            "envelope",
+            "exploration",
+            "files",
+            "machine",
+            "serving",
+            "simulation",
+            "timing",
+        },
         "commands": {
             "catalogue",
             "envelope",

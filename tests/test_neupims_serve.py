@@ -33,7 +33,7 @@ def refused(capsys, *flags):
     return said.err
 
 
-def test_a_trace_is_served_and_printed(capsys, trace):
+def test_a_trace_is_served_and_printed(capsys, trace, tmp_path):
     assert serve("--trace", trace, "--slo", "ttft<1s,tpot<1us", "--json") == 0
     found = json.loads(capsys.readouterr().out)
     done = neupims.serve(
@@ -49,8 +49,14 @@ def test_a_trace_is_served_and_printed(capsys, trace):
     wide = done.iterations
     assert found["seconds"] == pytest.approx(done.served.end.max() / 1e9)
     assert wide.seconds.sum() == pytest.approx(found["busy_share"] * found["seconds"])
-    assert serve("--trace", trace) == 0
+
+    page, events = tmp_path / "page.html", tmp_path / "events.json"
+    assert serve("--trace", trace, "--html", page, "--perfetto", events) == 0
     assert "time to first token" in capsys.readouterr().out
+    assert page.read_text().count("<svg") == 3 + 4  # over time, and distributions
+    listed = json.loads(events.read_text())["traceEvents"]
+    assert sum(each["ph"] == "X" for each in listed) == len(wide.end)
+    assert sum(each["ph"] == "b" and each["name"] == "decode" for each in listed) == 3
 
 
 @pytest.mark.parametrize(
@@ -123,10 +129,12 @@ def test_prompts_on_devices_of_their_own_follow_each_other(trace):
     assert done.prefill_joules > 0
 
 
-def test_many_rates_at_once_serve_as_each_alone(capsys, trace):
+def test_many_rates_at_once_serve_as_each_alone(capsys, trace, tmp_path):
     flags = ("--trace", trace, "--rate-sweep", "5,400", "--slo", "latency<60ms", "--share", "0.6")
-    assert serve(*flags, "--json") == 0
+    page = tmp_path / "page.html"
+    assert serve(*flags, "--html", page, "--json") == 0
     found = json.loads(capsys.readouterr().out)
+    assert page.read_text().count("<svg") == 5
     low, high = found["rates"][0], found["rates"][-1]
     assert (low, high) == (5, 400)
     assert found["rates"] == sorted(found["rates"])

@@ -3,6 +3,7 @@
 import argparse
 import sys
 import time
+from pathlib import Path
 from typing import Any
 
 from neupims.commands.common import (
@@ -144,6 +145,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="leave out requests that no channel can hold, instead of refusing the trace",
     )
     parser.add_argument(
+        "--html",
+        type=Path,
+        metavar="FILE",
+        help="also write a page: batch, queue and memory over time, distributions; or load curves",
+    )
+    parser.add_argument(
+        "--perfetto",
+        type=Path,
+        metavar="FILE",
+        help="also write the first iterations as a Chrome trace (ui.perfetto.dev)",
+    )
+    parser.add_argument(
         "--json", action="store_true", help="one JSON object and nothing else on standard output"
     )
 
@@ -158,10 +171,11 @@ def run(arguments: argparse.Namespace) -> int:
         ValueError: A flag is impossible, the trace is, or a request is longer than the memory.
         OSError: A file cannot be read.
     """
+    from neupims.pages.serving import write_serving, write_serving_trace, write_sweep
     from neupims.serving.rates import parse_rates, sweep_rates
     from neupims.serving.serve import serve
 
-    check_run(seed=arguments.seed)
+    check_run(arguments.html, arguments.perfetto, seed=arguments.seed)
     options: dict[str, Any] = {
         "arrivals": arguments.arrivals,
         "first": arguments.requests,
@@ -185,10 +199,10 @@ def run(arguments: argparse.Namespace) -> int:
         "leave_out_too_long": arguments.leave_out_too_long,
     }
     if arguments.rate_sweep is not None:
-        if arguments.rate is not None or arguments.prefill != "whole":
+        if (arguments.rate, arguments.perfetto, arguments.prefill) != (None, None, "whole"):
             raise ValueError(
                 "--rate-sweep has rates of its own, and prompts run whole: leave out"
-                " --rate and --prefill"
+                " --rate, --prefill and --perfetto"
             )
         rates = parse_rates(arguments.rate_sweep)
         swept = sweep_rates(
@@ -196,6 +210,8 @@ def run(arguments: argparse.Namespace) -> int:
         )
         first = swept.servings[0]
         print_notes(first.arrivals.name, [*first.arrivals.notes, *first.notes])
+        if arguments.html:
+            write_sweep(arguments.html, swept)
         if arguments.json:
             print_json(swept.to_dict())
         else:
@@ -210,6 +226,10 @@ def run(arguments: argparse.Namespace) -> int:
         progress=_show_progress(),
         **options,
     )
+    if arguments.html:
+        write_serving(arguments.html, found)
+    if arguments.perfetto:
+        write_serving_trace(arguments.perfetto, found)
     result = found.to_dict()
     print_notes(found.arrivals.name, [*result["trace_notes"], *result["notes"]])
     if arguments.json:
@@ -321,8 +341,10 @@ def _print_tables(result: dict[str, Any]) -> None:
     summary = Table(box=box.SIMPLE, show_header=False)
     summary.add_column()
     summary.add_column(justify="right")
+    saturated = result["saturated_tokens_per_second"]
     rows = [
         ("throughput", f"{result['tokens_per_second']:,.1f} tokens/s"),
+        ("throughput while requests wait", f"{_show(saturated)} tokens/s"),
         ("requests", f"{result['requests_per_second']:,.3f} a second"),
         ("mean batch of a decode step", _show(result["mean_batch"])),
         ("iterations", f"{result['iterations']:,} ({result['decode_iterations']:,} decode steps)"),

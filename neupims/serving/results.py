@@ -54,6 +54,8 @@ class Totals(NamedTuple):
     request_seconds: Number  # requests of decode steps times their time
     block_seconds: Number  # blocks in use times their time
     most_blocks: Number
+    waiting_seconds: Number  # of iterations while requests wait
+    waiting_tokens: Number  # that these iterations made
     joules: Number  # of one device
     npu_seconds: Number
     pim_seconds: Number
@@ -69,7 +71,7 @@ def sum_up(step: Step) -> Totals:
     spent = step.spent
     seconds = clock.join(spent.time) / 1e9
     computed, prompts = np.asarray(step.computed), np.asarray(step.prompt_tokens) > 0
-    decodes = (computed > 0) & ~prompts
+    decodes, waits = (computed > 0) & ~prompts, np.asarray(step.waiting) > 0
 
     def add(values):
         return np.asarray(values, np.float64).sum(axis=-1)
@@ -82,6 +84,8 @@ def sum_up(step: Step) -> Totals:
         add(seconds * computed * decodes),
         add(seconds * np.asarray(step.blocks)),
         np.asarray(step.blocks).max(axis=-1),
+        add(seconds * waits),
+        add(computed * waits),
         *(add(each) for each in spent[1:]),
     )
 
@@ -165,6 +169,12 @@ class Serving:
             **{name: summarize(values) for name, values in self.measures.items()},
             "requests_per_second": count / seconds,
             "tokens_per_second": tokens / seconds,
+            # Throughput of a full machine: while requests wait.
+            "saturated_tokens_per_second": (
+                float(totals.waiting_tokens / totals.waiting_seconds)
+                if totals.waiting_seconds
+                else None
+            ),
             "objectives": [str(each) for each in self.limits],
             "meets_objectives": self.meets if self.limits else None,
             "goodput_requests_per_second": self.goodput if self.limits else None,
