@@ -23,7 +23,7 @@ check: lint
 test: .venv/dev
 	$(MAKE) -j4 lint docs .venv/cuda .venv/pjrt
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "interpreter and not slow" tests/test_kernels_interpreted.py
-	$(JAX_PTXAS) JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 PYTHONPATH=.venv/cuda:.venv/pjrt $(BIN)/python -m pytest -n 2 -m "(compiled or lowering or assembled or aot or ptx) and not slow" tests/test_kernels_compiled.py tests/test_model_kernels.py tests/test_kernels_lowered.py tests/test_kernels_assembled.py tests/test_kernels_partitioned.py tests/test_kernels_ptx.py
+	$(JAX_PTXAS) JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 PYTHONPATH=.venv/cuda:.venv/pjrt $(BIN)/python -m pytest -n 2 -m "(compiled or lowering or assembled or aot or ptx) and not slow" tests/test_kernels_compiled.py tests/test_kernels_amd.py tests/test_model_kernels.py tests/test_kernels_lowered.py tests/test_kernels_assembled.py tests/test_kernels_partitioned.py tests/test_kernels_ptx.py
 	$(TESTS)
 
 lint: .venv/dev

@@ -153,6 +153,20 @@ def record_launches(function: Callable, *shapes: jax.ShapeDtypeStruct) -> list[L
     return launches
 
 
+def source_of(launch_: Launch) -> Any:
+    """Returns a kernel call as Triton's compiler takes it: an `ASTSource`."""
+    from triton.compiler import ASTSource
+
+    names = [parameter.name for parameter in launch_.kernel.params]
+    pointers = dict(zip(names, launch_.dtypes, strict=False))
+    return ASTSource(
+        fn=launch_.kernel,
+        signature=pointers | dict.fromkeys(launch_.constants, "constexpr"),
+        constexprs=launch_.constants,
+        attrs={(i,): [["tt.divisibility", 16]] for i in range(len(pointers))},
+    )
+
+
 def compile_for(launch_: Launch, capability: int) -> Any:
     """Returns what Triton makes of a kernel call: `asm` by kind of text, and `metadata`.
 
@@ -164,19 +178,10 @@ def compile_for(launch_: Launch, capability: int) -> Any:
     """
     import triton
     from triton.backends.compiler import GPUTarget
-    from triton.compiler import ASTSource
 
     launch.available()  # gives Triton the ptxas of JAX
-    names = [parameter.name for parameter in launch_.kernel.params]
-    pointers = dict(zip(names, launch_.dtypes, strict=False))
-    source = ASTSource(
-        fn=launch_.kernel,
-        signature=pointers | dict.fromkeys(launch_.constants, "constexpr"),
-        constexprs=launch_.constants,
-        attrs={(i,): [["tt.divisibility", 16]] for i in range(len(pointers))},
-    )
     return triton.compile(
-        source,
+        source_of(launch_),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": launch_.warps, "enable_fp_fusion": True},
     )
