@@ -14,6 +14,9 @@ submitted everything: where it is small, the device was timed; near 1, perhaps t
 queue makes the host wait for the device when it is full, so a large share says nothing there.
 `modelled_us` is what `benchmarks.model_kernels` had said of the same kernels before.
 
+The last line sums up: checks that failed, and measured times over modelled ones. Several GPUs are not
+tried.
+
 Sections run in order of importance. A section that would start after --budget seconds is left out
 and named; --sections runs it in another call. Rows go to benchmarks/results/ as soon as they are
 measured; `benchmarks.plot_kernels` draws them.
@@ -33,7 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
@@ -49,7 +52,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from benchmarks.kernel_numerics import basic_checks, further_checks
+from benchmarks.kernel_numerics import basic_checks, default_checks, further_checks
 from benchmarks.model_kernels import modelled_us
 from benchmarks.record import RESULTS, append, machine
 from ggem_jax.kernels import launch
@@ -249,6 +252,8 @@ class Bench:
             implementation,
         )
         self.ends, self.failed = time.monotonic() + budget, False
+        self.checks: list[bool] = []  # whether each check has passed
+        self.over_model: list[float] = []  # measured times over modelled ones
         self.about = (
             machine()
             | {"driver": _driver()}
@@ -269,7 +274,19 @@ class Bench:
             began = time.monotonic()
             SECTIONS[name](self)
             print(f"section {name}: {time.monotonic() - began:.0f} s", flush=True)
+        print(self.summary(), flush=True)
         return int(self.failed)
+
+    def summary(self) -> str:
+        """Returns how many checks failed, and how good the model of times was."""
+        checks = f"{len(self.checks)} checks of numerics, {self.checks.count(False)} failed"
+        if not self.over_model:
+            return f"{checks}; no time to compare with the model"
+        middle, ratios = statistics.median(self.over_model), sorted(self.over_model)
+        return (
+            f"{checks}; measured over modelled time: median {middle:.2f}, from {ratios[0]:.2f} to"
+            f" {ratios[-1]:.2f} in {len(ratios)} comparisons"
+        )
 
     def time_left(self, what: str) -> bool:
         """Returns whether there is time for more; otherwise prints what is left out."""
@@ -306,9 +323,19 @@ class Bench:
         """Runs checks of `benchmarks.kernel_numerics` and appends their rows."""
         for name, check in checks(self.implementation, small=self.dry).items():
             if self.time_left(name):
-                for row in self.attempted(name, lambda check=check: list(check())) or []:
-                    self.failed |= not row["passed"]
-                    self.add("kernel_numerics", row)
+                self.check(name, check)
+
+    def defaults(self) -> None:
+        """Checks that calls that ask for no implementation are kernels, on a GPU."""
+        if self.time_left("defaults"):
+            self.check("defaults", partial(default_checks, kernels=not self.dry))
+
+    def check(self, name: str, check: Callable[[], Iterable[dict[str, Any]]]) -> None:
+        """Runs a check by name and appends its rows."""
+        for row in self.attempted(name, lambda: list(check())) or []:
+            self.checks.append(row["passed"])
+            self.failed |= not row["passed"]
+            self.add("kernel_numerics", row)
 
     def poolings(self, operation: str, cases: list[Case], compiled_torch: bool) -> None:
         """Times the contestants of an operation on each case: forward, backward and both."""
@@ -520,6 +547,7 @@ class Bench:
         )
         if model is not None:
             measured = 1e6 * of["ours"]
+            self.over_model.append(measured / model)
             print(
                 f"{_named(about)}: measured {measured:.1f} us, modelled {model:.1f} us,"
                 f" {measured / model:.2f} times the model",
@@ -541,6 +569,7 @@ class Bench:
 
 
 SECTIONS: dict[str, Callable[[Bench], None]] = {
+    "defaults": Bench.defaults,
     "basics": partial(Bench.numerics, checks=basic_checks),
     "ggem": partial(Bench.poolings, operation="ggem", cases=[B16, L16], compiled_torch=True),
     "norm": partial(Bench.poolings, operation="norm_ggem", cases=[B16, L16], compiled_torch=True),

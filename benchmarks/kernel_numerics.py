@@ -109,6 +109,21 @@ def further_checks(
     return {name: check for name, check in found.items() if name not in basic}
 
 
+def default_checks(kernels: bool) -> Iterator[dict[str, Any]]:
+    """Yields a row for each pooling: whether a call that asks for nothing becomes a kernel.
+
+    Args:
+        kernels: Whether it should, as on an NVIDIA GPU.
+    """
+    for operation in OPERATIONS:
+        arguments, _ = _arguments(operation, SMALL[0], "float32", 3.0)
+        text = jax.jit(_pool_of(operation)).lower(*arguments).compile().as_text()
+        found = 'custom_call_target="triton_kernel_call' in text
+        what = f"without implementation=, {'a kernel' if found else 'plain JAX'} is compiled"
+        about = {"shape": SMALL[0][:3], "dtype": "float32", "what": what}
+        yield _row(operation, about, float(found != kernels), 0)
+
+
 def _named(
     operation: str, shape: tuple[int, ...], dtype: str, p: float, implementation: str, **options
 ) -> tuple[str, Callable]:

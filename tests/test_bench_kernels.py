@@ -231,3 +231,18 @@ def test_the_numerics_see_a_wrong_result():
     row = next(checks("xla", small=True))
     assert row["passed"]
     assert row["error"] == row["xla_error"]
+
+
+def test_the_end_sums_up_the_checks_and_the_model(tmp_path, capsys):
+    bench = Bench(tmp_path, 600, 2, dry=True, implementation="xla")
+    assert bench.run(["defaults"]) == 0
+    assert "2 checks of numerics, 0 failed; no time to compare with the model" in (
+        capsys.readouterr().out
+    )
+    bench.over_model = [0.8, 1.5, 1.2]
+    bench.dry = False  # on this CPU, no kernel is compiled
+    assert bench.run(["defaults"]) == 1
+    assert (
+        "4 checks of numerics, 2 failed; measured over modelled time: median 1.20, from 0.80"
+        in (capsys.readouterr().out)
+    )
