@@ -14,8 +14,8 @@ submitted everything: where it is small, the device was timed; near 1, perhaps t
 queue makes the host wait for the device when it is full, so a large share says nothing there.
 `modelled_us` is what `benchmarks.model_kernels` had said of the same kernels before.
 
-The last line sums up: checks that failed, and measured times over modelled ones. Several GPUs are not
-tried.
+The last line sums up: checks that failed, and measured times over modelled ones. Several GPUs are
+not tried.
 
 Sections run in order of importance. A section that would start after --budget seconds is left out
 and named; --sections runs it in another call. Rows go to benchmarks/results/ as soon as they are

@@ -41,19 +41,41 @@ def pool_by_formula(tokens, p):
     return (jnp.mean(x**p, axis=1) ** (1 / p)).astype(tokens.dtype)
 
 
-def norm_and_pool_by_formula(tokens, scale, bias, p):
-    """Returns `pool_by_formula` of the layer-normalised tokens.
+def normalise_by_formula(tokens, scale, bias):
+    """Returns the layer-normalised tokens in float32.
 
     Args:
         tokens: The tokens, `(b, n, d)`.
         scale: Factor of the normalised tokens, `(d,)`.
         bias: Added to them, `(d,)`.
-        p: One exponent for each group of channels, `(groups,)`.
     """
     x = tokens.astype(jnp.float32)
     far = x - x.mean(-1, keepdims=True)
-    z = far * jax.lax.rsqrt(jnp.square(far).mean(-1, keepdims=True) + 1e-6) * scale + bias
-    return pool_by_formula(z, p).astype(tokens.dtype)
+    return far * jax.lax.rsqrt(jnp.square(far).mean(-1, keepdims=True) + 1e-6) * scale + bias
+
+
+def norm_and_pool_by_formula(tokens, scale, bias, p):
+    """Returns `pool_by_formula` of the layer-normalised tokens.
+
+    Args:
+        tokens: As in `normalise_by_formula`, like scale and bias.
+        scale: Factor of the normalised tokens.
+        bias: Added to them.
+        p: One exponent for each group of channels, `(groups,)`.
+    """
+    return pool_by_formula(normalise_by_formula(tokens, scale, bias), p).astype(tokens.dtype)
+
+
+def norm_by_xla_and_pool(tokens, scale, bias, p):
+    """Returns our pooling, a kernel, of tokens that XLA normalises and rounds to their dtype.
+
+    Args:
+        tokens: As in `normalise_by_formula`, like scale and bias.
+        scale: Factor of the normalised tokens.
+        bias: Added to them.
+        p: One exponent for each group of channels, `(groups,)`.
+    """
+    return ggem_pool(normalise_by_formula(tokens, scale, bias).astype(tokens.dtype), p)
 
 
 # By name: a function of tokens, `channels` arrays `(d,)`, and exponents; the number `channels`.
@@ -64,6 +86,7 @@ FUNCTIONS: dict[str, tuple[Callable, int]] = {
     "norm_ggem, kernels": (norm_ggem_pool, 2),
     "norm_ggem, plain JAX": (lambda *arrays: norm_ggem_pool(*arrays, implementation="xla"), 2),
     "norm_ggem, formula": (norm_and_pool_by_formula, 2),
+    "norm_ggem, XLA's norm and the kernels of ggem": (norm_by_xla_and_pool, 2),
 }
 
 

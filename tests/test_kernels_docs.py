@@ -49,3 +49,32 @@ def test_the_modelled_times_are_the_newest_rows():
         for gpu, cell in zip(GPUS, cells, strict=True):
             row = newest[kernel.strip("`"), f"{model} at 224 px", images, gpu]
             assert cell == f"{float(row['modelled_us']):.0f} ({row['fraction_of_copy']})"
+
+
+def newest(name: str, **wanted: str) -> dict[str, str]:
+    """The last row of a file of results in which the columns have these values."""
+    with (ROOT / "benchmarks" / "results" / name).open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if wanted.items() <= row.items()]
+    return rows[-1]
+
+
+def microseconds_of_norm_and_pool(gpu: str, model: str) -> tuple[float, float]:
+    """Value and gradient: modelled, in one kernel each; and with XLA's norm, as fast as a copy."""
+    fused, rate = 0.0, 0.0
+    for kernel in ("norm_pool_kernel", "norm_gradient_kernel"):
+        row = newest(
+            "kernel_model.csv",
+            modelled_for=gpu, model=f"{model} at 224 px", images="256", kernel=kernel,
+        )  # fmt: skip
+        fused += float(row["modelled_us"])
+        rate = float(row["MB"]) / float(row["copy_us"])
+    function = "norm_ggem, XLA's norm and the kernels of ggem"
+    moved = newest("xla_traffic.csv", shape=f"{model}, 256 images", function=function)["MB"]
+    return fused, float(moved) / rate
+
+
+def test_norm_and_pooling_are_joined_in_training_where_the_model_is_for_it():
+    for gpu in ("H200", "A100", "RTX 4090"):
+        for model in ("B/16", "L/16"):
+            fused, apart = microseconds_of_norm_and_pool(gpu, model)
+            assert fused < apart
