@@ -227,6 +227,7 @@ print(model.apply(variables, np.zeros((1, 65, 40, 3), np.float32)).shape)
 # what is imported -> what is installed, where the names differ
 DISTRIBUTIONS = {
     "PIL": "pillow",
+    "absl": "absl-py",
     "markupsafe": "jinja2",  # the strings of jinja2
     "sklearn": "scikit-learn",
     "ml_dtypes": "jax",

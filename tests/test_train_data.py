@@ -19,6 +19,7 @@ from train.config import Augment, Config, Data
 from train.data import digits, hold_out, open_data
 from train.folders import folder
 from train.images import hold_in_memory, join_splits
+from train.samplers import draw_evenly
 
 
 def config_of(*flags):
@@ -458,3 +459,24 @@ def test_joined_splits_keep_their_images_labels_and_order():
     assert [int(image[0, 0, 0]) for image, _ in found] == list(range(5))
     assert [label for _, label in found] == whole.labels().tolist() == labels.tolist()
     assert [whole.stored(i).read() for i in range(5)] == [image.tobytes() for image in grey]
+
+
+@pytest.mark.slow
+def test_processes_read_the_batches_that_threads_read(class_folders):
+    """In one process each, from any step on; a reader's error is one sentence here as well."""
+    images = folder(class_folders)["train"]
+    draw = draw_evenly(images.labels(), 8, seed=0)
+    threads = train_batches(images, config_of(*AUGMENTED), start=2, draw=draw)
+    processes = train_batches(
+        images, config_of(*AUGMENTED, "--data.processes", "2"), start=2, draw=draw
+    )
+    for _ in range(3):
+        ours, theirs = next(threads), next(processes)
+        for name in ours:
+            np.testing.assert_array_equal(ours[name], theirs[name])
+    processes.close()
+    (class_folders / "train" / "bees" / "bees3.png").write_bytes(b"no image")
+    broken = train_batches(images, config_of("--data.processes", "1"), start=0)
+    with pytest.raises(Refused, match=r"bees3.png is not a readable image"):
+        first(broken, 4)
+    broken.close()

@@ -5,13 +5,18 @@ run is resumed.
 """
 
 import functools
+import os
+import signal
 import sys
+import threading
+import time
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
 import numpy as np
+from absl import flags
 
 from ggem_jax.files.crops import Part
 from ggem_jax.files.fast import require_fast
@@ -116,14 +121,32 @@ def train_batches(
         )
     else:
         stream = grain.MapDataset.range(ENDLESS).seed(config.seed).random_map(drawn).batch(local)
-    mine = stream[start * processes + process :: processes]
-    return iter(
-        mine.to_iter_dataset(
-            grain.ReadOptions(
-                num_threads=config.data.workers, prefetch_buffer_size=4 * config.data.workers
-            )
+    mine = stream[start * processes + process :: processes].to_iter_dataset(
+        grain.ReadOptions(
+            num_threads=config.data.workers, prefetch_buffer_size=4 * config.data.workers
         )
     )
+    if config.data.processes:
+        if not flags.FLAGS.is_parsed():  # grain looks its own flags up
+            flags.FLAGS.mark_as_parsed()
+        mine = mine.mp_prefetch(
+            grain.MultiprocessingOptions(config.data.processes, per_worker_buffer_size=2),
+            functools.partial(_start_process, os.getpid()),
+        )
+    return iter(mine)
+
+
+def _start_process(parent: int, number: int, count: int) -> None:
+    """Prepares a process that reads images: it ends with its parent, which handles the signals."""
+    for each in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(each, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(1)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def eval_batches(

@@ -86,7 +86,10 @@ class Data:
     mean: tuple[float, float, float] = IMAGENET_MEAN
     # standard deviation of the channels; the default is ImageNet's
     std: tuple[float, float, float] = IMAGENET_STD
-    workers: int = 2  # threads that read and augment images
+    workers: int = 2  # threads that read and augment images, in each process
+    # processes that read training images, where one has too many cores for Python's lock of the
+    # interpreter; 0: the process that trains does
+    processes: int = 0
     # decode a training JPEG at a half, a quarter or an eighth of its size where that is no less
     # than its crop is resized to; images to evaluate on are always decoded whole
     shrink: bool = True
@@ -104,6 +107,7 @@ class Data:
         require("data.mean", self.mean, "finite", all(map(math.isfinite, self.mean)))
         require("data.std", self.std, "positive", all(0 < x < math.inf for x in self.std))
         require("data.workers", self.workers, "at least 1", self.workers >= 1)
+        require("data.processes", self.processes, "at least 0", self.processes >= 0)
 
 
 @dataclass(frozen=True)

@@ -122,13 +122,17 @@ def run(
         step = start = int(state.step)
         best = Best(config, start)
         evaluation = None
-        with contextlib.closing(
-            Log(None if process else config.out, total_steps=total, start=start, quiet=quiet)
-        ) as log:
+        with (
+            contextlib.closing(
+                Log(None if process else config.out, total_steps=total, start=start, quiet=quiet)
+            ) as log,
+            contextlib.ExitStack() as ended,
+        ):
             meter = Meter(config.batch, task.flops)
             described = describe_run(config, task, state, 0 if continued else start, meter)
             log.banner(described | ({"continues": continued} if continued else {}))
             batches = task.batches(start)
+            ended.callback(getattr(batches, "close", lambda: None))  # its threads and processes
             while step < total and not best.exhausted:
                 with meter.waiting_for_input():
                     batch = put_on_devices(next(batches), steps)

@@ -24,8 +24,8 @@ from train.config import C, Config
 # last bits only, as on the number of devices).
 FREE = (
     "out", "stop_after", "keep", "patience", "log_every", "checkpoint_every", "eval_every", "fsdp",
-    "data.data_dir", "data.download", "data.workers", "data.eval_split", "data.corrupt",
-    "data_found.eval",
+    "data.data_dir", "data.download", "data.workers", "data.processes", "data.eval_split",
+    "data.corrupt", "data_found.eval",
 )  # fmt: skip
 # Where data lie and how they are read: it may change when a run resumes, as digests tell what is
 # read.

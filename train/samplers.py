@@ -1,10 +1,11 @@
 """Which images a batch holds: functions from a step to numbers of images.
 
 A function depends on the seed of the run and the step alone, so that a run may resume anywhere.
+The functions can be pickled with cloudpickle, for the processes that read images.
 """
 
-import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -24,7 +25,7 @@ def draw_distinct(size: int, batch: int, seed: int) -> Draw:
     """
     steps = size // batch
 
-    @functools.lru_cache(maxsize=2)
+    @_remember(2)
     def order(epoch: int) -> np.ndarray:
         return np.random.default_rng((seed, epoch)).permutation(size)
 
@@ -52,7 +53,7 @@ def draw_balanced(labels: np.ndarray, batch: int, per_class: int, seed: int) -> 
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
     classes, steps = batch // per_class, -(-len(members) // (batch // per_class))
 
-    @functools.lru_cache(maxsize=2)
+    @_remember(2)
     def order(round_: int) -> np.ndarray:
         return np.random.default_rng((seed, 0, round_)).permutation(len(members))
 
@@ -66,7 +67,7 @@ def draw_balanced(labels: np.ndarray, batch: int, per_class: int, seed: int) -> 
         rng = np.random.default_rng((seed, 2, label, step))
         return rng.choice(members[label], per_class, replace=len(members[label]) < per_class)
 
-    @functools.lru_cache(maxsize=64)  # each image of a batch asks for it
+    @_remember(64)  # each image of a batch asks for it
     def draw(step: int) -> np.ndarray:
         round_, place = divmod(step, steps)
         shown = order(round_)[place * classes : (place + 1) * classes]
@@ -104,15 +105,15 @@ def draw_evenly(labels: np.ndarray, batch: int, seed: int) -> Draw:
     """
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
 
-    @functools.lru_cache(maxsize=2)
+    @_remember(2)
     def order(turn: int) -> np.ndarray:
         return np.random.default_rng((seed, 0, turn)).permutation(len(members))
 
-    @functools.lru_cache(maxsize=2 * len(members))
+    @_remember(2 * len(members))
     def shuffled(label: int, epoch: int) -> np.ndarray:
         return np.random.default_rng((seed, 1, label, epoch)).permutation(members[label])
 
-    @functools.lru_cache(maxsize=64)
+    @_remember(64)
     def draw(step: int) -> np.ndarray:
         drawn = []
         for place in range(step * batch, (step + 1) * batch):
@@ -137,3 +138,23 @@ def measure_coverage(draw: Draw, size: int, steps: int) -> float:
     for step in range(steps):
         shown[draw(step)] = True
     return float(shown.mean())
+
+
+def _remember(size: int) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """A decorator that keeps results; unlike that of functools, local functions stay picklable."""
+
+    def decorate(function: Callable[..., Any]) -> Callable[..., Any]:
+        results: dict[tuple[Any, ...], Any] = {}
+
+        def look_up(*arguments: Any) -> Any:
+            found = results.get(arguments)
+            if found is None:
+                found = function(*arguments)
+                if len(results) >= size:
+                    results.clear()
+                results[arguments] = found
+            return found
+
+        return look_up
+
+    return decorate
