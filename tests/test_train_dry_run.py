@@ -1,13 +1,18 @@
 """train/dry_run.py: what a training would take, without its data."""
 
 import dataclasses
+import math
+import os
+import subprocess
+import sys
 
 import jax
 import pytest
-from conftest import TINY
+from conftest import ROOT, TINY
 
-from train import classify, dry_run, topologies
+from train import classify, contrastive, dry_run, metric, topologies
 from train.cli import load_config
+from train.collectives import find_transfers
 from train.config import Config, Optimizer
 from train.step import make_steps
 
@@ -41,34 +46,86 @@ def test_a_recipe_needs_no_data(capsys):
     assert any("1 x NVIDIA H200 2.2 hours" in line for line in lines)
 
 
-def test_the_step_is_compiled_for_the_devices_here(capsys):
-    code, lines = run(capsys, *TINY)
-    assert code is None
-    words = lines[-1].split()
-    assert words[0] == "compiled"
-    assert words[2] in ("MB", "GB")
-    assert float(words[1]) > 0.1
+# of the images: 16 + 1 tokens of 16 channels; of the texts: 12 ids
+TOWERS = [
+    *("--embed", "8", "--text.width", "24", "--text.depth", "2", "--text.heads", "2"),
+    *("--text.mlp-width", "40", "--text.context", "12", "--text.vocabulary", "300"),
+]
+TASKS = {
+    "classify": (classify, Config, []),
+    "metric": (metric, metric.MetricConfig, ["--metric.dim", "24"]),
+    "contrastive": (contrastive, contrastive.ContrastiveConfig, TOWERS),
+}
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_the_step_of_each_script_is_compiled_and_what_it_sends_is_counted(capsys, name):
+    script, _, flags = TASKS[name]
+    sizes = ["--images", "1000", *([] if name == "contrastive" else ["--classes", "40"])]
+    script.main(["--dry-run", *TINY, *flags, *sizes])
+    lines = capsys.readouterr().out.splitlines()
+    (compiled,) = (line.split() for line in lines if line.startswith("compiled"))
+    assert compiled[2] in ("MB", "GB")
+    assert float(compiled[1]) > 0.1
+    (sent,) = (line.split() for line in lines if line.startswith("a step sends"))
+    assert sent[4:7] == ["MB", "from", "each"]
+    assert float(sent[3]) == pytest.approx(float(sent[8]), abs=0.011)
+
+
+def check_transfers(name, devices, fsdp):
+    """Only whole parameters are collected; sums are of gradients and a few numbers beside them.
+
+    Pairs of images and texts meet by passing the texts from device to device.
+    """
+    _, record, flags = TASKS[name]
+    config = load_config(
+        record, [*TINY, *flags, "--fsdp", str(fsdp), "--batch", str(4 * devices)], "test"
+    )
+    plan = TASKS[name][0].plan(config, 40, 10, None)
+    state = jax.eval_shape(plan.steps.init, 0)
+    program = dry_run.compile_step(config, plan.steps, state, "here", plan.text).as_text()
+    transfers = find_transfers(program, devices)
+    sizes = {leaf.size for leaf in jax.tree.leaves(state.params)}
+    for kind in ("all-gather", "all-to-all", "reduce-scatter"):
+        moved = [shape for each in transfers if each.kind == kind for shape in each.shapes]
+        assert {math.prod(shape) for shape in moved} <= sizes, (kind, moved)
+    passed = [each for each in transfers if each.kind == "collective-permute"]
+    assert math.fsum(each.sent_bytes for each in passed) == plan.sent_bytes
+    summed = math.fsum(each.sent_bytes for each in transfers if each.kind == "all-reduce")
+    count = sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert summed == pytest.approx(2 * (devices - 1) / devices * 4 * count, abs=1000)
+
+
+@pytest.mark.parametrize("fsdp", [1, 8])
+@pytest.mark.parametrize("name", TASKS)
+def test_a_step_moves_weights_and_gradients_and_no_tokens(name, fsdp):
+    check_transfers(name, 8, fsdp)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fsdp", [1, 64])
+def test_a_step_on_64_devices_moves_weights_and_gradients_and_no_tokens(fsdp):
+    code = (
+        "import jax; jax.config.update('jax_num_cpu_devices', 64); import test_train_dry_run as t"
+        f"; [t.check_transfers(name, 64, {fsdp}) for name in t.TASKS]"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
 class Program:
-    """Stands for a step, what is lowered of it and its program, with round sizes."""
+    """Stands for a compiled program, with round sizes."""
 
     argument_size_in_bytes, output_size_in_bytes = 1000, 900
     alias_size_in_bytes, temp_size_in_bytes = 800, 7
 
-    def lower(self, *_):
+    def memory_analysis(self):
         return self
-
-    compile = memory_analysis = lower
 
 
 def test_a_compiled_program_holds_its_state_once():
     """Its outputs take the place of the arguments that they alias."""
-    config = small()
-    steps = make_steps(config, 10, 5)
-    state = jax.eval_shape(steps.init, 0)
-    steps = dataclasses.replace(steps, train=Program())
-    assert dry_run.compiled_bytes(config, steps, state, "here") == 1000 + (900 - 800) + 7
+    assert dry_run.used_bytes(Program()) == 1000 + (900 - 800) + 7
 
 
 def test_devices_that_are_not_there_need_their_compiler(capsys, monkeypatch):

@@ -33,9 +33,33 @@ def main(argv: list[str] | None = None) -> None:
     flags = sys.argv[1:] if argv is None else argv
     if dry_run.is_asked(flags):
         with one_sentence(TOOL):
-            dry_run.main(flags)
+            dry_run.main(flags, Config, plan, open_sizes)
     else:
         run_tool(TOOL, lambda flags: train(load_config(Config, flags)), flags)
+
+
+def plan(config: Config, classes: int, total: int, devices: dry_run.Devices) -> dry_run.Plan:
+    """Returns what a dry run needs to know.
+
+    Args:
+        config: The settings of the run.
+        classes: Classes of the data.
+        total: Steps of the run.
+        devices: The devices; None: all.
+    """
+    return dry_run.Plan(
+        make_steps(config, classes, total, devices=devices), training_flops(config.model, classes)
+    )
+
+
+def open_sizes(config: Config) -> dry_run.Sizes:
+    """Returns the numbers of classes and of training images of the data.
+
+    Args:
+        config: The settings of the run.
+    """
+    images, _ = open_data(config.data)
+    return len(images.classes), len(images)
 
 
 def train(

@@ -10,6 +10,7 @@ folder, and how a run stops and resumes.
 
 import functools
 import math
+import sys
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -17,21 +18,19 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, PRNGKeyArray
+from jaxtyping import Array, Float, PRNGKeyArray
 
 from ggem_jax.losses import contrastive
 from ggem_jax.models.text import TextConfig, TextTransformer
-from ggem_jax.models.vit import ViT
-from ggem_jax.pooling import l2_normalize
 from ggem_jax.retrieval import metrics
+from train import dry_run
 from train.batches import train_batches
 from train.build import build_model
 from train.captions import Captioned, Text
-from train.cli import Refused, load_config, require
+from train.cli import Refused, load_config, one_sentence, require
 from train.config import Config, Data, Optimizer
 from train.digest import describe_data
 from train.evaluate import compute_outputs, put_on_devices
@@ -49,6 +48,7 @@ from train.tokenizer import (
     save_run_tokenizer,
     train_tokenizer,
 )
+from train.towers import Towers
 
 KAPPAS = (1, 5, 10)
 AXES = ("data", "fsdp")
@@ -99,11 +99,65 @@ class ContrastiveConfig(Config):
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the script."""
-    run_tool(
-        ContrastiveConfig.tool,
-        lambda flags: train(load_config(ContrastiveConfig, flags)),
-        argv,
+    flags = sys.argv[1:] if argv is None else argv
+    if dry_run.is_asked(flags):
+        with one_sentence(ContrastiveConfig.tool):
+            dry_run.main(flags, ContrastiveConfig, plan, open_sizes)
+    else:
+        run_tool(
+            ContrastiveConfig.tool,
+            lambda flags: train(load_config(ContrastiveConfig, flags)),
+            flags,
+        )
+
+
+def plan(
+    config: ContrastiveConfig, _classes: int, total: int, devices: dry_run.Devices
+) -> dry_run.Plan:
+    """Returns what a dry run needs to know.
+
+    Each device passes its texts on around all others, with a sum of each where the loss is a
+    softmax, and their gradients back.
+
+    Args:
+        config: The settings of the run.
+        total: Steps of the run.
+        devices: The devices; None: all.
+    """
+    if config.text.tokenizer is None:
+        size, end = config.text.vocabulary, config.text.vocabulary - 1
+    else:
+        tokenizer = read_tokenizer(config.text.tokenizer)
+        size, end = tokenizer.size, tokenizer.end
+    towers = build_towers(config, size, end)
+    steps = make_steps(config, towers, total, devices=devices)
+    numbers = config.embed + (config.loss == "softmax")
+    return dry_run.Plan(
+        steps,
+        training_flops(config, towers),
+        towers.text.config,
+        2 * (steps.mesh.size - 1) * (config.batch // steps.mesh.size) * numbers * 4,
     )
+
+
+def open_sizes(config: ContrastiveConfig) -> dry_run.Sizes:
+    """Returns 1, as classes do not matter, and the number of training images of the data.
+
+    Args:
+        config: The settings of the run.
+    """
+    return 1, len(open_pairs(config)[0])
+
+
+def training_flops(config: ContrastiveConfig, towers: Towers) -> float:
+    """Returns the FLOPs of one training step, per image with its text.
+
+    Args:
+        config: The settings of the run.
+        towers: The towers of the run.
+    """
+    text = text_forward_flops(towers.text.config, config.embed)
+    return 3 * (forward_flops(config.model, config.embed) + text)
 
 
 def train(config: ContrastiveConfig, *, quiet: bool = False) -> TrainedRun:
@@ -167,11 +221,7 @@ def train(config: ContrastiveConfig, *, quiet: bool = False) -> TrainedRun:
             ),
             total=total,
             steps=steps,
-            flops=3
-            * (
-                forward_flops(config.model, config.embed)
-                + text_forward_flops(towers.text.config, config.embed)
-            ),
+            flops=training_flops(config, towers),
             batches=lambda start: train_batches(
                 train_set.images,
                 config,
@@ -256,115 +306,31 @@ def caption_sampler(
     return drawn
 
 
-@dataclass(frozen=True)
-class Towers:
-    """The two towers, and the scale and bias that join them.
-
-    Parameters are {"image", "image_head", "text", "log_scale"}, and "bias" with the sigmoid loss.
-    """
-
-    image: ViT  # without a head
-    text: TextTransformer  # with its projection
-    first_scale: float  # first factor of the similarities
-    first_bias: float | None  # first bias of the sigmoid loss; None: a softmax has none
-    max_scale: float  # largest factor of the similarities
-
-    def init(self, key: PRNGKeyArray) -> dict[str, Any]:
-        """Returns fresh parameters.
-
-        Args:
-            key: Source of the random numbers.
-        """
-        image_key, head_key, text_key = jax.random.split(key, 3)
-        side, width = self.image.config.image, self.image.config.width
-        head = jax.nn.initializers.normal(width**-0.5)(head_key, (width, self.text.outputs))
-        params = {
-            "image": self.image.init(image_key, jnp.zeros((1, side, side, 3)))["params"],
-            "image_head": {"kernel": head},
-            "text": self.text.init(text_key, jnp.zeros((1, self.text.config.context), jnp.int32))[
-                "params"
-            ],
-            "log_scale": jnp.log(jnp.float32(self.first_scale)),
-        }
-        return (
-            params if self.first_bias is None else params | {"bias": jnp.float32(self.first_bias)}
-        )
-
-    def describe_images(
-        self, params, images: Float[Array, "b h w 3"], **options: Any
-    ) -> Float[Array, "b embed"]:
-        """Returns the unit vectors of images in the shared space.
-
-        Args:
-            params: The parameters of both towers.
-            images: Normalised images, `(b, h, w, 3)`.
-            **options: Options of the call of the image tower, such as `train=True` with `rngs`.
-
-        Returns:
-            The vectors, `(b, embed)` float32.
-        """
-        output: Any = self.image.apply({"params": params["image"]}, images, **options)
-        kernel = params["image_head"]["kernel"].astype(output.descriptor.dtype)
-        return l2_normalize((output.descriptor @ kernel).astype(jnp.float32))
-
-    def describe_texts(
-        self, params, ids: Int[Array, "b n"], **options: Any
-    ) -> Float[Array, "b embed"]:
-        """Returns the unit vectors of texts in the shared space.
-
-        Args:
-            params: The parameters of both towers.
-            ids: Ids of the texts, `(b, n)`, n up to the context.
-            **options: Options of the call of the text tower, such as `train=True` with `rngs`.
-
-        Returns:
-            The vectors, `(b, embed)` float32.
-        """
-        output: Any = self.text.apply({"params": params["text"]}, ids, **options)
-        return l2_normalize(output.projected.astype(jnp.float32))
-
-    def scale(self, params) -> Float[Array, ""]:
-        """Returns the factor of the similarities, at most `max_scale`.
-
-        Args:
-            params: The parameters of both towers, which hold its logarithm.
-        """
-        return jnp.exp(clip_from_above(params["log_scale"], math.log(self.max_scale)))
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def clip_from_above(x: Float[Array, ""], high: float) -> Float[Array, ""]:
-    """Returns min(x, high) with the gradient of a value that is cut after each step.
-
-    Above `high` only gradients that lead back below it pass.
+def make_towers(config: ContrastiveConfig, tokenizer: Tokenizer) -> Towers:
+    """Returns the towers that a config describes.
 
     Args:
-        x: A scalar.
-        high: The largest value that is returned.
+        config: The settings of the run.
+        tokenizer: The tokenizer of the run, which sets the vocabulary and the id that ends a text.
     """
-    return jnp.minimum(x, high)
+    return build_towers(config, tokenizer.size, tokenizer.end)
 
 
-clip_from_above.defvjp(
-    lambda x, high: (jnp.minimum(x, high), x),
-    lambda high, x, slope: (jnp.where((x < high) | (slope > 0), slope, 0.0),),
-)
-
-
-def make_towers(config: ContrastiveConfig, tokenizer: Tokenizer) -> Towers:
+def build_towers(config: ContrastiveConfig, vocabulary: int, end: int) -> Towers:
     """Returns the towers that a config describes.
 
     The text tower uses the dtype, dropout, activation and rematerialisation of the image tower.
 
     Args:
         config: The settings of the run.
-        tokenizer: The tokenizer of the run, which sets the vocabulary and the id that ends a text.
+        vocabulary: Number of ids.
+        end: The id that ends a text.
     """
     own, image = config.text, config.model
     text = TextConfig(
-        vocabulary=tokenizer.size, width=own.width, depth=own.depth, heads=own.heads,
+        vocabulary=vocabulary, width=own.width, depth=own.depth, heads=own.heads,
         mlp_width=own.mlp_width, context=own.context,
-        end_id=tokenizer.end, dropout=image.dropout, gelu=image.gelu, dtype=image.dtype,
+        end_id=end, dropout=image.dropout, gelu=image.gelu, dtype=image.dtype,
         param_dtype=image.param_dtype, remat=image.remat,
     )  # fmt: skip
     bias = config.init_bias if config.loss == "sigmoid" else None
@@ -377,7 +343,13 @@ def make_towers(config: ContrastiveConfig, tokenizer: Tokenizer) -> Towers:
     )
 
 
-def make_steps(config: ContrastiveConfig, towers: Towers, total_steps: int) -> Steps:
+def make_steps(
+    config: ContrastiveConfig,
+    towers: Towers,
+    total_steps: int,
+    *,
+    devices: tuple[jax.Device, ...] | None = None,
+) -> Steps:
     """Returns the compiled steps of a run.
 
     Configs that differ only in seed, folder or logging share one compilation.
@@ -386,13 +358,21 @@ def make_steps(config: ContrastiveConfig, towers: Towers, total_steps: int) -> S
         config: The settings of the run.
         towers: The towers, as `make_towers` returns them.
         total_steps: Steps of the run.
+        devices: The devices, which may be described ones (`train.topologies`); None: all.
     """
-    return _steps(towers, config.data, config.optimizer, config.fsdp, total_steps)
+    return _steps(towers, config.data, config.optimizer, config.fsdp, total_steps, devices)
 
 
 @functools.cache
-def _steps(towers: Towers, data: Data, optimizer: Optimizer, fsdp: int, total_steps: int) -> Steps:
-    mesh = make_mesh(fsdp)
+def _steps(
+    towers: Towers,
+    data: Data,
+    optimizer: Optimizer,
+    fsdp: int,
+    total_steps: int,
+    devices: tuple[jax.Device, ...] | None,
+) -> Steps:
+    mesh = make_mesh(fsdp, devices)
 
     def loss(params, batch, key: PRNGKeyArray) -> Array:
         image_key, text_key = jax.random.split(key)
@@ -414,7 +394,7 @@ def _steps(towers: Towers, data: Data, optimizer: Optimizer, fsdp: int, total_st
         loss=loss,
         outputs=lambda params, images: {"descriptor": towers.describe_images(params, images)},
     )
-    return compile_steps(problem, data, optimizer, fsdp, total_steps)
+    return compile_steps(problem, data, optimizer, fsdp, total_steps, devices)
 
 
 @functools.cache

@@ -1,9 +1,10 @@
 """What a training would take, without its data: python -m train.classify --dry-run --config NAME
 
-It prints parameters, FLOPs, the memory of each device by part and the time, and compiles the step.
-Nothing is trained, read or written. Besides the flags of `train.classify`:
+It prints parameters, FLOPs, the memory of each device by part and the time, compiles the step, and
+counts what the program sends between devices. Nothing is trained, read or written. `train.metric`
+and `train.contrastive` have it too. Besides the flags of the script:
 
-    --classes N   classes of the data (default: opens the data)
+    --classes N   classes to train on, not of train.contrastive (default: opens the data)
     --images N    training images of the data (default: opens the data)
     --on D        devices to compile for: "here", "none", or "h200:8", which need not be there
 
@@ -12,8 +13,9 @@ Memory is an estimate from sizes. A compiled program may keep more or less, as i
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,15 +23,30 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from ggem_jax.models.config import ViTConfig
+from ggem_jax.models.text import TextConfig
 from train import topologies
 from train.cli import Refused, load_config, take_flag
+from train.collectives import expected_bytes, find_transfers
 from train.config import Config
-from train.data import open_data
-from train.step import State, Steps, make_steps
-from train.throughput import PEAK_FLOPS, training_flops
+from train.step import State, Steps
+from train.throughput import PEAK_FLOPS
+
+C = TypeVar("C", bound=Config)
+Devices = tuple[jax.Device, ...] | None  # to compile for; None: all of this process
+Sizes = tuple[int, int]  # classes (1 where they do not matter) and images to train on
 
 UTILISATION = 0.4  # of the peak, assumed for the times
 TIMED = (("NVIDIA H200", 1), ("NVIDIA H200", 8), ("TPU v5 lite", 8))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What the task decides of a run: its steps and their examples."""
+
+    steps: Steps
+    flops: float  # of training on an example
+    text: TextConfig | None = None  # the text tower beside the image tower
+    sent_bytes: float = 0  # that each device sends for its loss
 
 
 @dataclass(frozen=True)
@@ -54,59 +71,73 @@ def is_asked(flags: list[str]) -> bool:
     """Returns whether `--dry-run` is among the flags.
 
     Args:
-        flags: The flags of `train.classify`.
+        flags: The flags of a script.
     """
     return any(flag.replace("_", "-") == "--dry-run" for flag in flags)
 
 
-def main(flags: list[str]) -> None:
+def main(
+    flags: list[str],
+    kind: type[C],
+    plan: Callable[[C, int, int, Devices], Plan],
+    open_sizes: Callable[[C], Sizes],
+) -> None:
     """Prints what a run would take.
 
     Args:
-        flags: The flags of `train.classify`, and those of the dry run.
+        flags: The flags of the script, and those of the dry run.
+        kind: The class of its settings.
+        plan: A function from settings, classes, steps of the run and devices to its plan.
+        open_sizes: A function from settings to the sizes of the data.
 
     Raises:
         Refused: A flag is wrong, or the data are not there and their sizes are not given.
     """
     flags = [flag for flag in flags if flag.replace("_", "-") != "--dry-run"]
-    classes, images = (_count(flags, name) for name in ("--classes", "--images"))
+    needs_classes = kind.tool != "train.contrastive"
+    classes = _count(flags, "--classes") if needs_classes else 1
+    images = _count(flags, "--images")
     where = take_flag(flags, "--on") or "here"
-    config = load_config(Config, flags)
+    config = load_config(kind, flags, kind.tool)
     if classes is None or images is None:
-        classes, images = _sizes_of_data(config, classes, images)
-    for line in describe(config, classes, images, where):
+        try:
+            found = open_sizes(config)
+        except Refused as error:
+            sizes = "--classes N and --images N" if needs_classes else "--images N"
+            raise Refused(f"{error}; a dry run without the data needs {sizes}") from None
+        classes, images = classes or found[0], images or found[1]
+    total = max(round(config.epochs * images / config.batch), 1)
+    for line in describe(config, plan(config, classes, total, find_devices(where)), images, where):
         print(line, flush=True)
 
 
-def describe(config: Config, classes: int, images: int, where: str = "here") -> Iterator[str]:
+def describe(config: Config, plan: Plan, images: int, where: str = "here") -> Iterator[str]:
     """Yields lines for people: sizes, memory, time, and the compiled program.
 
     Args:
         config: The settings of the run.
-        classes: Classes of the data.
+        plan: What the task decides.
         images: Training images of the data.
         where: Devices to compile for: "here", "none", or "h200:N".
 
     Raises:
-        Refused: The devices are unknown, or do not divide the batch.
+        Refused: The devices do not divide the batch.
     """
-    devices = find_devices(where)
-    total = max(round(config.epochs * images / config.batch), 1)
-    steps = make_steps(config, classes, total, devices=devices)
+    steps, flops, text = plan.steps, plan.flops, plan.text
     count = steps.mesh.size
     if config.batch % (count * config.optimizer.accumulate):
         raise Refused(
             f"--batch must be a multiple of the {count} devices times --optimizer.accumulate"
             f" {config.optimizer.accumulate}, it is {config.batch}"
         )
+    total = max(round(config.epochs * images / config.batch), 1)
     state = jax.eval_shape(steps.init, 0)
     parameters = sum(leaf.size for leaf in jax.tree.leaves(state.params))
-    flops = training_flops(config.model, classes)
     yield (
         f"model         {parameters:,} parameters, {flops / 1e9:.3g} GFLOP to train on an image,"
         f" {flops * config.batch / 1e12:.3g} TFLOP a step of {config.batch:,} images"
     )
-    memory = estimate_memory(config, steps, state)
+    memory = estimate_memory(config, steps, state, text)
     yield f"a device      one of {count}, with {config.batch // count:,} images of a step"
     named = {
         "weights": memory.weights,
@@ -119,7 +150,7 @@ def describe(config: Config, classes: int, images: int, where: str = "here") -> 
     for name, size in named.items():
         if size:
             yield f"  {name:<12}{_size(size)}"
-    other = activation_bytes(config, count, remat=not config.model.remat)
+    other = activation_bytes(config, count, remat=not config.model.remat, text=text)
     without = "without" if config.model.remat else "with"
     yield f"  in all      {_size(memory.total)}, estimated"
     difference = memory.total - memory.activations + other
@@ -133,16 +164,35 @@ def describe(config: Config, classes: int, images: int, where: str = "here") -> 
         )
     if where != "none":
         place = "the devices here" if where == "here" else where
-        yield f"compiled      {_size(compiled_bytes(config, steps, state, where))} for {place}"
+        program = compile_step(config, steps, state, where, text)
+        yield f"compiled      {_size(used_bytes(program))} for {place}"
+        if count > 1:
+            yield from _describe_transfers(config, plan, state, program.as_text() or "")
 
 
-def estimate_memory(config: Config, steps: Steps, state: State) -> Memory:
+def _describe_transfers(config: Config, plan: Plan, state: State, program: str) -> Iterator[str]:
+    sent: dict[str, float] = {}
+    for transfer in find_transfers(program, plan.steps.mesh.size):
+        sent[transfer.kind] = sent.get(transfer.kind, 0) + transfer.sent_bytes
+    gradient = jnp.dtype(config.model.dtype).itemsize
+    layout = plan.steps.state_sharding.params
+    expected = expected_bytes(state.params, layout, gradient) + plan.sent_bytes
+    total = math.fsum(sent.values())
+    yield f"a step sends  {_size(total)} from each device, {_size(expected)} by formula"
+    for kind, size in sent.items():
+        yield f"  {kind:<20}{_size(size)}"
+
+
+def estimate_memory(
+    config: Config, steps: Steps, state: State, text: TextConfig | None = None
+) -> Memory:
     """Returns what a step keeps on each device.
 
     Args:
         config: The settings of the run.
         steps: The steps of the run, for the layout on the devices.
         state: Shapes of the state.
+        text: The text tower beside the image tower.
     """
 
     def share(shapes, layout) -> int:
@@ -160,11 +210,13 @@ def estimate_memory(config: Config, steps: Steps, state: State) -> Memory:
         optimizer=share(state.opt_state, layout.opt_state),
         gradients=weights,
         images=config.batch // count * config.model.image**2 * 3,
-        activations=activation_bytes(config, count, remat=config.model.remat),
+        activations=activation_bytes(config, count, remat=config.model.remat, text=text),
     )
 
 
-def activation_bytes(config: Config, devices: int, *, remat: bool) -> int:
+def activation_bytes(
+    config: Config, devices: int, *, remat: bool, text: TextConfig | None = None
+) -> int:
     """Returns the bytes of activations that each device keeps for the backward pass.
 
     A block keeps for each token, in `dtype`: both inputs of its residual branches after their
@@ -177,32 +229,40 @@ def activation_bytes(config: Config, devices: int, *, remat: bool) -> int:
         config: The settings of the run.
         devices: Devices that a batch is split over.
         remat: Whether blocks are computed again in the backward pass.
+        text: The text tower beside the image tower, with a text for each image.
     """
     model = config.model
-    images = config.batch // devices // config.optimizer.accumulate
-    tokens = (model.image // model.patch) ** 2 + model.prefix_tokens
+    examples = config.batch // devices // config.optimizer.accumulate
     size = jnp.dtype(model.dtype).itemsize
-    block = images * tokens * _token_bytes(model, tokens, size)
+    patches = (model.image // model.patch) ** 2 + model.prefix_tokens
+    towers: list[tuple[ViTConfig | TextConfig, int]] = [(model, patches)]
+    if text is not None:
+        towers.append((text, text.context))
+    blocks = [_token_bytes(tower, tokens, size) * examples * tokens for tower, tokens in towers]
     if not remat:
-        return model.depth * block
-    return model.depth * images * tokens * model.width * size + block
+        return sum(tower.depth * block for (tower, _), block in zip(towers, blocks, strict=True))
+    inputs = sum(tower.depth * tokens * tower.width for tower, tokens in towers)
+    return examples * inputs * size + max(blocks)
 
 
-def _token_bytes(model: ViTConfig, tokens: int, size: int) -> int:
+def _token_bytes(model: ViTConfig | TextConfig, tokens: int, size: int) -> int:
     """What a block keeps for a token; a gated MLP has a third array of hidden channels."""
     streams = 10 * model.width * size
     hidden = (3 if model.mlp == "swiglu" else 2) * model.mlp_width * size
-    return streams + hidden + model.heads * tokens * (4 + size / 2)
+    return streams + hidden + model.heads * tokens * (8 + size) // 2
 
 
-def compiled_bytes(config: Config, steps: Steps, state: State, where: str) -> int:
-    """Returns the memory that XLA's program of a step takes on each device.
+def compile_step(
+    config: Config, steps: Steps, state: State, where: str, text: TextConfig | None = None
+) -> jax.stages.Compiled:
+    """Returns XLA's program of a training step.
 
     Args:
         config: The settings of the run.
         steps: The steps of the run on the devices to compile for.
         state: Shapes of the state.
         where: The devices, as for `describe`.
+        text: The text tower beside the image tower.
     """
     side = config.model.image
     placed = jax.tree.map(
@@ -210,23 +270,31 @@ def compiled_bytes(config: Config, steps: Steps, state: State, where: str) -> in
         state,
         steps.state_sharding,
     )
+    shapes = {"image": (jnp.uint8, side, side, 3), "label": (jnp.int32,)}
+    if text is not None:
+        shapes["ids"] = (jnp.int32, text.context)
     batch = {
-        "image": jax.ShapeDtypeStruct(
-            (config.batch, side, side, 3), jnp.uint8, sharding=steps.batch_sharding
-        ),
-        "label": jax.ShapeDtypeStruct((config.batch,), jnp.int32, sharding=steps.batch_sharding),
+        name: jax.ShapeDtypeStruct((config.batch, *shape), dtype, sharding=steps.batch_sharding)
+        for name, (dtype, *shape) in shapes.items()
     }
     seed = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(steps.mesh, P()))
     if where == "here":
-        program = steps.train.lower(placed, batch, seed).compile()
-    else:
-        program = topologies.compile_for_h200(steps.train, placed, batch, seed)
-    used = program.memory_analysis()
+        return steps.train.lower(placed, batch, seed).compile()
+    return topologies.compile_for_h200(steps.train, placed, batch, seed)
+
+
+def used_bytes(program: jax.stages.Compiled) -> int:
+    """Returns the memory that a program takes on each device.
+
+    Args:
+        program: The program; outputs that take the place of arguments count once.
+    """
+    used: Any = program.memory_analysis()
     made = used.output_size_in_bytes - used.alias_size_in_bytes
     return used.argument_size_in_bytes + made + used.temp_size_in_bytes
 
 
-def find_devices(where: str) -> tuple[jax.Device, ...] | None:
+def find_devices(where: str) -> Devices:
     """Returns the devices to compile for; None: all of this process.
 
     Args:
@@ -248,16 +316,6 @@ def find_devices(where: str) -> tuple[jax.Device, ...] | None:
     return tuple(topologies.h200s(int(found[1])).ravel())
 
 
-def _sizes_of_data(config: Config, classes: int | None, images: int | None) -> tuple[int, int]:
-    try:
-        found, _ = open_data(config.data)
-    except Refused as error:
-        raise Refused(
-            f"{error}; a dry run without the data needs --classes N and --images N"
-        ) from None
-    return classes or len(found.classes), images or len(found)
-
-
 def _count(flags: list[str], name: str) -> int | None:
     text = take_flag(flags, name)
     if text is not None and not re.fullmatch(r"[1-9]\d{0,11}", text):
@@ -265,7 +323,7 @@ def _count(flags: list[str], name: str) -> int | None:
     return None if text is None else int(text)
 
 
-def _size(count: int) -> str:
+def _size(count: float) -> str:
     return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
 
 

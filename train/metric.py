@@ -12,6 +12,7 @@ A new loss is a function of `ggem_jax.losses.metric_learning`, with its name in 
 
 import functools
 import math
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
@@ -26,9 +27,10 @@ from ggem_jax.models.embedder import Embedder
 from ggem_jax.models.vit import ViT
 from ggem_jax.retrieval import search
 from ggem_jax.retrieval.metrics import LabelScores, label_scores
+from train import dry_run
 from train.batches import train_batches
 from train.build import build_model
-from train.cli import Refused, load_config, require
+from train.cli import Refused, load_config, one_sentence, require
 from train.config import Config, Data, Optimizer
 from train.data import open_disjoint
 from train.digest import describe_data
@@ -137,11 +139,35 @@ class MetricConfig(Config):
 
 def main(argv: list[str] | None = None) -> None:
     """Runs the script."""
-    run_tool(
-        MetricConfig.tool,
-        lambda flags: train(load_config(MetricConfig, flags)),
-        argv,
-    )
+    flags = sys.argv[1:] if argv is None else argv
+    if dry_run.is_asked(flags):
+        with one_sentence(MetricConfig.tool):
+            dry_run.main(flags, MetricConfig, plan, open_sizes)
+    else:
+        run_tool(MetricConfig.tool, lambda flags: train(load_config(MetricConfig, flags)), flags)
+
+
+def plan(config: MetricConfig, classes: int, total: int, devices: dry_run.Devices) -> dry_run.Plan:
+    """Returns what a dry run needs to know.
+
+    Args:
+        config: The settings of the run.
+        classes: Classes that are trained on.
+        total: Steps of the run.
+        devices: The devices; None: all.
+    """
+    steps = make_metric_steps(config, classes, total, devices=devices)
+    return dry_run.Plan(steps, training_flops(config.model, config.metric.dim))
+
+
+def open_sizes(config: MetricConfig) -> dry_run.Sizes:
+    """Returns the numbers of classes and of images that are trained on.
+
+    Args:
+        config: The settings of the run.
+    """
+    images, _ = open_disjoint(config.data, config.metric.train_classes)
+    return len(images.classes), len(images)
 
 
 def train(
@@ -234,7 +260,13 @@ def check_balance(config: MetricConfig, labels: np.ndarray) -> int:
     return each
 
 
-def make_metric_steps(config: MetricConfig, classes: int, total_steps: int) -> Steps:
+def make_metric_steps(
+    config: MetricConfig,
+    classes: int,
+    total_steps: int,
+    *,
+    devices: tuple[jax.Device, ...] | None = None,
+) -> Steps:
     """Returns the compiled steps of a config.
 
     Configs that differ only in seed, folder or logging share one compilation.
@@ -243,10 +275,18 @@ def make_metric_steps(config: MetricConfig, classes: int, total_steps: int) -> S
         config: The settings of the run.
         classes: Number of classes that are trained on, each with a proxy.
         total_steps: Steps of the run.
+        devices: The devices, which may be described ones (`train.topologies`); None: all.
     """
     vit = build_model(config, 0)
     return _metric_steps(
-        vit, config.metric, classes, config.data, config.optimizer, config.fsdp, total_steps
+        vit,
+        config.metric,
+        classes,
+        config.data,
+        config.optimizer,
+        config.fsdp,
+        total_steps,
+        devices,
     )
 
 
@@ -259,6 +299,7 @@ def _metric_steps(
     optimizer: Optimizer,
     fsdp: int,
     total_steps: int,
+    devices: tuple[jax.Device, ...] | None,
 ) -> Steps:
     side, width = vit.config.image, vit.config.width
     network = Embedder(vit, how.dim)
@@ -293,7 +334,7 @@ def _metric_steps(
         outputs=outputs,
         scales=scales,
     )
-    return compile_steps(problem, data, optimizer, fsdp, total_steps)
+    return compile_steps(problem, data, optimizer, fsdp, total_steps, devices)
 
 
 @dataclass(frozen=True)

@@ -215,11 +215,27 @@ def compile_steps(
         ema = None if optimizer.ema is None else jax.tree.map(jnp.copy, params)
         return State(jnp.zeros((), jnp.int32), params, transform.init(params), ema)
 
+    @jax.custom_vjp
+    def whole(params):
+        """The parameters collected from `fsdp`, so that no token is split instead of them."""
+        return jax.lax.with_sharding_constraint(params, everywhere)
+
+    # their gradients are summed in parts, each where its parameters are; those of tables of ids as
+    # a whole, since XLA would split the tokens that they come from
+    whole.defvjp(
+        lambda params: (whole(params), None),
+        lambda _, slope: (jax.lax.with_sharding_constraint(slope, slope_sharding),),
+    )
+
     def train(state: State, batch: Batch, seed: Int[Array, ""]):
         mix_key, drop_key = jax.random.split(jax.random.fold_in(keys(seed)[1], state.step))
         prepared = problem.prepare(batch | {"image": normalise(batch["image"], data)}, mix_key)
         loss, grads = accumulate_gradient(
-            problem.loss, state.params, prepared, drop_key, optimizer.accumulate
+            lambda params, *rest: problem.loss(whole(params), *rest),
+            state.params,
+            prepared,
+            drop_key,
+            optimizer.accumulate,
         )
         grads = drop_frozen(grads, optimizer.freeze)
         norm = optax.tree.norm(grads)
@@ -238,7 +254,7 @@ def compile_steps(
         # The labels travel with their images, whatever order of devices and processes the mesh
         # has.
         rest = {name: array for name, array in batch.items() if name != "image"}
-        return rest | problem.outputs(params, normalise(batch["image"], data))
+        return rest | problem.outputs(whole(params), normalise(batch["image"], data))
 
     everywhere = NamedSharding(mesh, P())
     batch_sharding = NamedSharding(mesh, P(("data", "fsdp")))
@@ -248,6 +264,10 @@ def compile_steps(
         raise Refused(str(error)) from None
     state_sharding = jax.tree.map(
         lambda leaf: NamedSharding(mesh, split_over_fsdp(leaf.shape, fsdp)), shapes
+    )
+    slope_sharding = jax.tree_util.tree_map_with_path(
+        lambda path, sharding: everywhere if path[-1].key == "embedding" else sharding,
+        state_sharding.params,
     )
     return Steps(
         mesh,

@@ -119,7 +119,9 @@ class TextTransformer(nn.Module):
             tokens = run_block(block, tokens, train)
         tokens = nn.LayerNorm(c.norm_eps, name="norm", **dtypes(c))(tokens)
         descriptor = (
-            tokens[:, -1] if c.pooled == "last" else tokens[jnp.arange(len(ids)), end_of(ids, c)]
+            tokens[:, -1]
+            if c.pooled == "last"
+            else jnp.take_along_axis(tokens, end_of(ids, c)[:, None, None], axis=1)[:, 0]
         )
         if not self.outputs:
             return TextOutput(tokens, descriptor, None)

@@ -1,0 +1,138 @@
+"""What a compiled program sends between devices, by kind of transfer.
+
+A device of n that take part sends, of an array of B bytes, 2 (n - 1) / n B to sum it over all of
+them (all-reduce), (n - 1) / n B to collect it or to sum it in parts (all-gather, reduce-scatter),
+and B to pass it on (collective-permute): Thakur et al., "Optimization of Collective Communication
+Operations in MPICH", 2005, sections 4.1 to 4.5, the algorithms for long messages.
+"""
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute")
+_BITS = {"pred": 8, "s4": 4, "u4": 4, "bf16": 16}
+
+
+@dataclass(frozen=True)
+class Transfer:
+    """One instruction that moves arrays between devices."""
+
+    kind: str  # one of KINDS
+    shapes: tuple[tuple[int, ...], ...]  # of its results
+    result_bytes: int  # of all results on a device
+    devices: int  # that take part together
+    times: int  # how often it runs, more than once in a loop
+
+    @property
+    def sent_bytes(self) -> float:
+        """Bytes that each device sends in all its runs."""
+        others = (self.devices - 1) / self.devices
+        factor = {
+            "all-reduce": 2 * others,
+            "all-gather": others,
+            "reduce-scatter": self.devices - 1.0,  # the result is one part of n
+            "all-to-all": others,
+            "collective-permute": 1.0,
+        }[self.kind]
+        return factor * self.result_bytes * self.times
+
+
+def find_transfers(program: str, devices: int) -> list[Transfer]:
+    """Returns the transfers of a compiled program.
+
+    Args:
+        program: Its text, as `jax.stages.Compiled.as_text` gives it.
+        devices: Devices that the program runs on.
+    """
+    bodies = dict(_computations(program))
+    (entry,) = re.findall(r"^ENTRY %?([\w.\-]+)", program, re.MULTILINE)
+    found: list[Transfer] = []
+
+    def visit(name: str, times: int) -> None:
+        for line in bodies.get(name, "").splitlines():
+            found.extend(_transfers_of(line, devices, times))
+            for called in re.findall(r"(?:calls|body|to_apply)=%?([\w.\-]+)", line):
+                loops = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
+                visit(called, times * int(loops[1]) if loops else times)
+
+    visit(entry, 1)
+    return found
+
+
+def expected_bytes(params: Any, layout: Any, gradient: int) -> float:
+    """Returns what each device sends for its parameters in a step, by the formulas above.
+
+    Those that are split are collected in their own dtype, once, and their gradients summed in
+    parts; the gradients of all others are summed whole. XLA may do more.
+
+    Args:
+        params: Shapes of the parameters.
+        layout: Their shardings over a mesh `(data, fsdp)`.
+        gradient: Bytes of a number of the gradients.
+    """
+
+    def sent(leaf, sharding) -> float:
+        data, fsdp = (sharding.mesh.shape[axis] for axis in ("data", "fsdp"))
+        if sharding.is_fully_replicated:
+            devices = data * fsdp
+            return 2 * (devices - 1) / devices * leaf.size * gradient
+        part = leaf.size / fsdp
+        collected = (fsdp - 1) * part * (leaf.dtype.itemsize + gradient)
+        return collected + 2 * (data - 1) / data * part * gradient
+
+    return sum(jax.tree.leaves(jax.tree.map(sent, params, layout)))
+
+
+def _computations(program: str) -> Iterator[tuple[str, str]]:
+    for match in re.finditer(
+        r"^(?:ENTRY )?%?([\w.\-]+) [^\n]*\{\n(.*?)^\}", program, re.MULTILINE | re.DOTALL
+    ):
+        yield match[1], match[2]
+
+
+def _transfers_of(line: str, devices: int, times: int) -> Iterator[Transfer]:
+    match = re.search(rf" = (.*?) ({'|'.join(KINDS)})(-start)?\(", line)
+    if match is None:
+        return
+    arrays = [
+        (dtype, tuple(map(int, re.findall(r"\d+", dims))))
+        for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", match[1])
+    ]
+    if match[3] and match[2] != "all-reduce":  # (operands, results), and places for flags
+        arrays = [each for each in arrays if each != ("u32", ())]
+        arrays = arrays[len(arrays) // 2 :]
+    yield Transfer(
+        match[2],
+        tuple(shape for _, shape in arrays),
+        sum(math.prod(shape) * _bits(dtype) // 8 for dtype, shape in arrays),
+        _group(line, devices),
+        times,
+    )
+
+
+def _bits(dtype: str) -> int:
+    if dtype in _BITS:
+        return _BITS[dtype]
+    digits = re.search(r"\d+", dtype)
+    return int(digits[0]) if digits else 8
+
+
+def _group(line: str, devices: int) -> int:
+    """Devices that a transfer joins; without groups, all of them.
+
+    The groups are listed, `{{0,1},{2,3}}`, counted, `[2,2]<=[4]`, or axes of a mesh,
+    `mesh['a'=2,'b'=2] {'b'}`: 2 in each case.
+    """
+    if listed := re.search(r"replica_groups=\{\{([\d,]+)\}", line):
+        return len(listed[1].split(","))
+    if counted := re.search(r"replica_groups=\[\d+,(\d+)\]<=", line):
+        return int(counted[1])
+    if named := re.search(r"replica_groups=mesh\[(.*?)\].*? \{(.*?)\}", line):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", named[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", named[2]))
+    return devices
