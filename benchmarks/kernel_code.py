@@ -13,6 +13,7 @@ import re
 import subprocess
 import tempfile
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -57,6 +58,11 @@ class Code:
     shared_bytes: int
     sass: str
     ttir: str  # Triton's own intermediate form
+
+    @property
+    def digest(self) -> str:
+        """A few digits that tell this machine code from other."""
+        return f"{zlib.crc32(self.sass.encode()):08x}"
 
     @property
     def opcodes(self) -> list[str]:
@@ -121,12 +127,15 @@ def pointers_of(arrays: Sequence[Any]) -> list[str]:
     return [_POINTERS[array.dtype.name] for array in arrays]
 
 
-def record_launches(function: Callable, *shapes: jax.ShapeDtypeStruct) -> list[Launch]:
+def record_launches(
+    function: Callable, *shapes: jax.ShapeDtypeStruct, capability: int = 90
+) -> list[Launch]:
     """Returns the kernel calls that a function traces, without compiling or running them.
 
     Args:
         function: Function of arrays, one that passes `implementation="triton"` itself.
         *shapes: Shapes and dtypes of its arguments.
+        capability: Compute capability of the GPU for which tiles are chosen.
 
     Returns:
         Each different call once, in order: the forward kernel first.
@@ -146,7 +155,7 @@ def record_launches(function: Callable, *shapes: jax.ShapeDtypeStruct) -> list[L
     with (
         mock.patch.object(launch, "load_jax_triton", return_value=jax_triton),
         mock.patch.object(launch, "check"),
-        launch.compiled_for(90),
+        launch.compiled_for(capability),
     ):
         jax.eval_shape(lambda *arguments: function(*arguments), *shapes)
     jax.clear_caches()
@@ -252,7 +261,9 @@ def main() -> None:
     }
     for function, name, shape, dtype in CASES:
         about |= {"function": function, "shape": name, "dtype": dtype}
-        for one in record_launches(KERNELS[function], jax.ShapeDtypeStruct(shape, dtype)):
+        for one in record_launches(
+            KERNELS[function], jax.ShapeDtypeStruct(shape, dtype), capability=capability
+        ):
             append("kernel_code", about | describe(one, shape, capability))
 
 

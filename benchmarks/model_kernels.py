@@ -14,11 +14,9 @@ import csv
 import importlib.metadata
 import math
 import re
-import subprocess
 import time
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -138,8 +136,9 @@ def _trips(launch: Launch, loops: int) -> Iterator[tuple[list[int], bool]]:
 
 
 @cache
-def _launches(function: str, shape: tuple[int, ...]) -> list[Launch]:
-    return record_launches(KERNELS[function], jax.ShapeDtypeStruct(shape, "bfloat16"))
+def _launches(function: str, shape: tuple[int, ...], capability: int) -> list[Launch]:
+    tokens = jax.ShapeDtypeStruct(shape, "bfloat16")
+    return record_launches(KERNELS[function], tokens, capability=capability)
 
 
 def main() -> None:
@@ -159,16 +158,17 @@ def rows(gpu: GPU) -> Iterator[dict[str, Any]]:
     for name, (tokens, channels) in MODELS.items():
         for images in IMAGES:
             for function in FUNCTIONS:
-                for launch in _launches(function, (images, tokens, channels)):
+                for launch in _launches(function, (images, tokens, channels), gpu.capability):
+                    code = compile_kernel(launch, gpu.capability)
                     yield {
                         "date": time.strftime("%Y-%m-%d"),
-                        "commit": _commit(),
                         "triton": importlib.metadata.version("triton"),
                         "modelled_for": gpu.name,
                         "model": name,
                         "images": images,
                         "kernel": launch.name,
-                    } | model(launch, compile_kernel(launch, gpu.capability), gpu)
+                        "code": code.digest,
+                    } | model(launch, code, gpu)
 
 
 KERNELS_OF = {
@@ -217,14 +217,6 @@ def modelled_us(
 def _committed() -> list[dict[str, str]]:
     with (RESULTS / "kernel_model.csv").open(newline="") as file:
         return list(csv.DictReader(file))
-
-
-@cache
-def _commit() -> str:
-    """The commit of this checkout, with a mark if files differ from it."""
-    describe = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
-    found = subprocess.run(describe, capture_output=True, text=True, cwd=Path(__file__).parent)
-    return found.stdout.strip()
 
 
 if __name__ == "__main__":

@@ -123,6 +123,7 @@ class _Simulation:
         self.heap: list[tuple[float, int, _Warp]] = []
         self.running: list[_Running] = []
         self.started = self.orders = 0
+        self.resident_warps = [0] * 4  # by scheduler
 
     def run(self) -> Timing:
         for _ in range(min(self.resident, self.mine)):
@@ -150,7 +151,7 @@ class _Simulation:
                 heapq.heappush(self.heap, (after, order, warp))
             else:
                 end = max(end, after)
-                self.finish(warp.program, after)
+                self.finish(warp, after)
         shares = {name: used / end for name, used in self.used.items()}
         return Timing(LAUNCH_SECONDS + end / self.hz, shares)
 
@@ -160,11 +161,16 @@ class _Simulation:
         program = _Running(self.started, self.kind_of(number), self.warps)
         self.started += 1
         self.running.append(program)
-        for w in range(self.warps):
-            heapq.heappush(self.heap, (float(now), self.orders, _Warp(program, w % 4, self.orders)))
+        for _ in range(self.warps):
+            scheduler = self.resident_warps.index(min(self.resident_warps))
+            self.resident_warps[scheduler] += 1
+            warp = _Warp(program, scheduler, self.orders)
+            heapq.heappush(self.heap, (float(now), self.orders, warp))
             self.orders += 1
 
-    def finish(self, program, now):
+    def finish(self, warp, now):
+        self.resident_warps[warp.scheduler] -= 1
+        program = warp.program
         program.left -= 1
         if program.left == 0:
             self.running.remove(program)

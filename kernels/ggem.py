@@ -15,7 +15,17 @@ from jax import Array
 from jax import ShapeDtypeStruct as Shape
 
 from .launch import call
-from .powers import LEAST, MOST, absorb, clip_slopes, root_of_mean, rounding_factor, slopes
+from .powers import (
+    LEAST,
+    MOST,
+    absorb,
+    clip_slopes,
+    join_rows,
+    root_of_mean,
+    rounding_factor,
+    scale_of,
+    slopes,
+)
 from .tiles import gradient_tile, pool_tile
 
 
@@ -45,7 +55,7 @@ def pool(
         The root, `(rows, d)` in float32; 0 where no token is kept.
     """
     rows, n, d = tokens.shape
-    tile = pool_tile(n, d, tokens.dtype.itemsize)
+    tile = pool_tile(n, d)
     (root,) = call(
         implementation, pool_kernel, [tokens, *_optional(p, mask, offset)],
         [Shape((rows, d), jnp.float32)],
@@ -87,7 +97,7 @@ def gradient(
         one, of the offset, `(rows, 1 or 2, d)` in float32.
     """
     rows, n, d = tokens.shape
-    tile = gradient_tile(n, d, tokens.dtype.itemsize)
+    tile = gradient_tile(n, d)
     by_tokens, by_rest = call(
         implementation, gradient_kernel, [tokens, *_optional(p, mask, offset), root, cotangent],
         [Shape(tokens.shape, tokens.dtype),
@@ -165,6 +175,7 @@ def pool_kernel(
     tokens += row * N * D
     mask += row * N
     largest = tl.full((ROWS, CHANNELS), LEAST, tl.float32)
+    level = tl.zeros((ROWS, CHANNELS), tl.float32)
     total = tl.zeros((ROWS, CHANNELS), tl.float32)
     step = tl.arange(0, ROWS)[:, None]
     WHOLE: tl.constexpr = N // (UNROLL * ROWS) * (UNROLL * ROWS)
@@ -177,18 +188,23 @@ def pool_kernel(
                 N, D, not WIDE, HAS_MASK, HAS_OFFSET, EPS,
             )  # fmt: skip
             xs, keeps = xs + (x,), keeps + (keep,)
-        largest, total = absorb(
-            largest, total, xs, keeps, exponent, EPS, NEGATIVES, HAS_MASK or not WIDE, False, FAST
+        largest, level, total = absorb(
+            largest, level, total, xs, keeps, exponent, EPS, NEGATIVES, HAS_MASK or not WIDE, FAST
         )
     for start in range(WHOLE, N, ROWS):
         x, keep = _load(
             tokens, start + step, mask, c[None, :], lowest, N, D, True, HAS_MASK, HAS_OFFSET, EPS
         )
-        largest, total = absorb(
-            largest, total, (x,), (keep,), exponent, EPS, NEGATIVES, True, False, FAST
+        largest, level, total = absorb(
+            largest, level, total, (x,), (keep,), exponent, EPS, NEGATIVES, True, FAST
         )
+    top = tl.max(largest, 0)
+    _, place = scale_of(largest)
+    _, top_place = scale_of(top)
+    _, total = join_rows(level + (place - top_place[None, :]), total, exponent, FAST)
     kept = tl.load(count + row) if HAS_MASK else float(N)
-    tl.store(root + row * D + c, root_of_mean(largest, total, kept, exponent, FAST), mask=c < D)
+    mean = total * (1.0 / kept)
+    tl.store(root + row * D + c, root_of_mean(top, mean, tl.max(exponent, 0), FAST), mask=c < D)
 
 
 @triton.jit

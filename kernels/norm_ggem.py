@@ -14,17 +14,18 @@ from jax import ShapeDtypeStruct as Shape
 
 from .launch import call
 from .powers import (
-    LEAST,
     MOST,
-    absorb,
+    absorb_near,
     clip_slopes,
-    exp2,
+    join_rows,
     join_splits,
-    log2,
+    largest_of,
+    reference,
     root_of_mean,
     rounded_product,
     rounding_factor,
     slopes,
+    sum_channels,
 )
 from .tiles import NormTile, norm_gradient_tile, norm_pool_tile
 
@@ -182,8 +183,8 @@ def _inside(
 
 @triton.jit
 def _pool_step(
-    largest, total, start, tokens, mask, statistics, gains, shifts, exponents, c,
-    N: tl.constexpr, D: tl.constexpr, NORM_EPS: tl.constexpr, EPS: tl.constexpr,
+    level, total, start, tokens, mask, statistics, gains, shifts, floors, exponents, c,
+    N: tl.constexpr, D: tl.constexpr, NORM_EPS: tl.constexpr,
     NEGATIVES: tl.constexpr, HAS_MASK: tl.constexpr,
     UNROLL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, PIECES: tl.constexpr,
     TAIL: tl.constexpr, FAST: tl.constexpr,
@@ -198,7 +199,6 @@ def _pool_step(
     xs, sums = (), ()
     for k in tl.static_range(UNROLL):
         n = (start + k * ROWS + step)[:, None]
-        sum = tl.zeros((ROWS, CHANNELS), tl.float32)
         for q in tl.static_range(PIECES):
             if EXACT and not TAIL:
                 x = tl.load(tokens + n * D + (q * CHANNELS + c)).to(tl.float32)
@@ -207,16 +207,17 @@ def _pool_step(
                 x = tl.load(tokens + n * D + (q * CHANNELS + c), mask=there, other=0.0).to(
                     tl.float32
                 )
-            sum += x
             xs = xs + (x,)
+        sum = xs[k * PIECES]
+        for q in tl.static_range(1, PIECES):
+            sum += xs[k * PIECES + q]
         sums = sums + (sum,)
-    zs, keeps = (), ()
+    totals = sum_channels(sums, FAST)
+    means, fars, squares = (), (), ()
     for k in tl.static_range(UNROLL):
-        n = start + k * ROWS + step
         # Rounded, because the gradient reads it from `statistics`.
-        mean = rounded_product(tl.sum(sums[k], 1), tl.full((ROWS,), 1.0 / D, tl.float32), FAST)
+        mean = rounded_product(totals[k], tl.full((ROWS,), 1.0 / D, tl.float32), FAST)
         square = tl.zeros((ROWS, CHANNELS), tl.float32)
-        fars = ()
         for q in tl.static_range(PIECES):
             far = xs[k * PIECES + q] - mean[:, None]
             if not EXACT:
@@ -225,23 +226,28 @@ def _pool_step(
             # other lanes', with the sum over lanes, and they would not agree on the deviation.
             square += rounded_product(far, far, FAST) if CHANNELS <= 64 else far * far
             fars = fars + (far,)
-        deviation = tl.rsqrt(tl.sum(square, 1) * (1.0 / D) + NORM_EPS)
-        tl.store(statistics + n, mean, mask=n < N)
+        means, squares = means + (mean,), squares + (square,)
+    variances = sum_channels(squares, FAST)
+    zs, keeps = (), ()
+    for k in tl.static_range(UNROLL):
+        n = start + k * ROWS + step
+        deviation = tl.rsqrt(variances[k] * (1.0 / D) + NORM_EPS)
+        tl.store(statistics + n, means[k], mask=n < N)
         tl.store(statistics + N + n, deviation, mask=n < N)
         keep = n < N
         if HAS_MASK:
             keep = keep & (tl.load(mask + n, mask=n < N, other=0) != 0)
         keeps = keeps + (keep[:, None],)
         for q in tl.static_range(PIECES):
-            zs = zs + (fars[q] * deviation[:, None] * gains[q] + shifts[q],)
+            zs = zs + (fars[k * PIECES + q] * deviation[:, None] * gains[q] + shifts[q],)
     for q in tl.static_range(PIECES):
-        grown, more = absorb(
-            largest[q], total[q], zs[q::PIECES], keeps, exponents[q],
-            EPS, NEGATIVES, TAIL or HAS_MASK, True, FAST,
+        risen, more = absorb_near(
+            level[q], total[q], zs[q::PIECES], keeps, exponents[q], floors[q],
+            NEGATIVES, TAIL or HAS_MASK, FAST,
         )  # fmt: skip
-        largest = largest[:q] + (grown,) + largest[q + 1 :]
+        level = level[:q] + (risen,) + level[q + 1 :]
         total = total[:q] + (more,) + total[q + 1 :]
-    return largest, total
+    return level, total
 
 
 @triton.jit
@@ -283,36 +289,38 @@ def norm_pool_kernel(
     tokens += row * N * D
     mask += row * N
     statistics += row * 2 * N
-    largest = _fill(LEAST, ROWS, CHANNELS, PIECES)
+    # Pooled are z / reference, so that logarithms are near 0. Powers of two round nothing.
+    references, floors = (), ()
+    for q in tl.static_range(PIECES):
+        inverse, floor = reference(gains[q], shifts[q], EPS, NEGATIVES)
+        gains = gains[:q] + (gains[q] * inverse,) + gains[q + 1 :]
+        shifts = shifts[:q] + (shifts[q] * inverse,) + shifts[q + 1 :]
+        references, floors = references + (inverse,), floors + (floor,)
+    level = _fill(-125.0, ROWS, CHANNELS, PIECES)  # log2(LEAST)
     total = _fill(0.0, ROWS, CHANNELS, PIECES)
     for start in range(split * RUN, tl.minimum((split + 1) * RUN, WHOLE), STEP):
-        largest, total = _pool_step(
-            largest, total, start, tokens, mask, statistics, gains, shifts, exponents, c,
-            N, D, NORM_EPS, EPS, NEGATIVES, HAS_MASK, UNROLL, ROWS, CHANNELS, PIECES, False, FAST,
+        level, total = _pool_step(
+            level, total, start, tokens, mask, statistics, gains, shifts, floors, exponents, c,
+            N, D, NORM_EPS, NEGATIVES, HAS_MASK, UNROLL, ROWS, CHANNELS, PIECES, False, FAST,
         )  # fmt: skip
     if WHOLE < N:
         for start in range(tl.maximum(split * RUN, WHOLE), tl.minimum((split + 1) * RUN, N), STEP):
-            largest, total = _pool_step(
-                largest, total, start, tokens, mask, statistics, gains, shifts, exponents, c,
-                N, D, NORM_EPS, EPS, NEGATIVES, HAS_MASK, UNROLL, ROWS, CHANNELS, PIECES, True,
-                FAST,
+            level, total = _pool_step(
+                level, total, start, tokens, mask, statistics, gains, shifts, floors, exponents, c,
+                N, D, NORM_EPS, NEGATIVES, HAS_MASK, UNROLL, ROWS, CHANNELS, PIECES, True, FAST,
             )  # fmt: skip
     kept = tl.load(count + row) if HAS_MASK else float(N)
     for q in tl.static_range(PIECES):
         channel = q * CHANNELS + tl.arange(0, CHANNELS)
+        top, sum = join_rows(level[q], total[q], exponents[q], FAST)
+        largest = largest_of(top, tl.max(references[q], 0), tl.max(floors[q], 0), EPS, FAST)
         if SPLITS == 1:
-            tl.store(
-                pooled + row * D + channel,
-                root_of_mean(largest[q], total[q], kept, exponents[q], FAST),
-                mask=channel < D,
-            )
+            root = root_of_mean(largest, sum * (1.0 / kept), tl.max(exponents[q], 0), FAST)
+            tl.store(pooled + row * D + channel, root, mask=channel < D)
         else:
-            top = tl.max(largest[q], 0)
-            part = tl.sum(total[q] * exp2(exponents[q] * log2(largest[q] / top, FAST), FAST), 0)
-            tl.store(pooled + (row * SPLITS + split) * 2 * D + channel, top, mask=channel < D)
-            tl.store(
-                pooled + ((row * SPLITS + split) * 2 + 1) * D + channel, part, mask=channel < D
-            )
+            part = pooled + (row * SPLITS + split) * 2 * D + channel
+            tl.store(part, largest, mask=channel < D)
+            tl.store(part + D, sum, mask=channel < D)
 
 
 @triton.jit
@@ -349,23 +357,24 @@ def _gradient_step(
                     other=0.0,
                 )
             xs = xs + (x.to(tl.float32),)
+    means, deviations = (), ()
     for k in tl.static_range(UNROLL):
         n = start + k * ROWS + step
-        keep = keeps[k]
-        mean = tl.load(statistics + n, mask=keep, other=0.0)
-        deviation = tl.load(statistics + N + n, mask=keep, other=0.0)
+        means = means + (tl.load(statistics + n, mask=keeps[k], other=0.0),)
+        deviations = deviations + (tl.load(statistics + N + n, mask=keeps[k], other=0.0),)
+    us, gs, parts = (), (), ()
+    for k in tl.static_range(UNROLL):
         along = tl.zeros((ROWS, CHANNELS), tl.float32)
         along_u = tl.zeros((ROWS, CHANNELS), tl.float32)
-        us, gs = (), ()
         for q in tl.static_range(PIECES):
-            u = (xs[k * PIECES + q] - mean) * deviation
+            u = (xs[k * PIECES + q] - means[k]) * deviations[k]
             z = u * gains[q] + shifts[q]
             weight, s = slopes(
                 z, inverses[q], lesses[q], factors[q], EPS, MOST, NEGATIVES, SERIES, FAST
             )
             if MASKED:
-                weight = tl.where(keep, weight, 0.0)
-                s = tl.where(keep, s, 0.0)
+                weight = tl.where(keeps[k], weight, 0.0)
+                s = tl.where(keeps[k], s, 0.0)
             sums = sums[:q] + (sums[q] + weight,) + sums[q + 1 :]
             by_scale = by_scale[:q] + (by_scale[q] + s * u,) + by_scale[q + 1 :]
             by_bias = by_bias[:q] + (by_bias[q] + s,) + by_bias[q + 1 :]
@@ -373,10 +382,15 @@ def _gradient_step(
             along += g
             along_u += g * u
             us, gs = us + (u,), gs + (g,)
-        mean_g = (tl.sum(along, 1) * (1.0 / D))[:, None]
-        mean_gu = (tl.sum(along_u, 1) * (1.0 / D))[:, None]
+        parts = parts + (along, along_u)
+    totals = sum_channels(parts, FAST)
+    for k in tl.static_range(UNROLL):
+        n = start + k * ROWS + step
+        mean_g = (totals[2 * k] * (1.0 / D))[:, None] * deviations[k]
+        mean_gu = (totals[2 * k + 1] * (1.0 / D))[:, None] * deviations[k]
         for q in tl.static_range(PIECES):
-            by_x = (gs[q] - mean_g - us[q] * mean_gu) * deviation
+            g, u = gs[k * PIECES + q], us[k * PIECES + q]
+            by_x = (g * deviations[k] - mean_g) - u * mean_gu
             by_x = clip_slopes(by_x, LIMIT, NEGATIVES)
             if EXACT and not TAIL:
                 tl.store(by_tokens + n * D + (q * CHANNELS + c), by_x)

@@ -1,9 +1,9 @@
 """Shared code of the kernels: fast logarithms, the sign rules, and a running power mean.
 
 With `FAST` the logarithm comes from the special function unit of the GPU. Its error is 2^-22 near
-1, and 2^-22 of the result elsewhere (PTX manual, lg2.approx). It is used only on x / largest
-and x / root, where numbers near 1 matter most, so the error of x^p is p 2^-22. Triton's interpreter
-has no such unit and runs with `FAST=False`.
+1, and 2^-22 of the result elsewhere (PTX manual, lg2.approx). It is used only on x / root and on x
+times a power of two that brings the largest near 1, so the error of x^p is p 2^-22 for numbers that
+matter. Triton's interpreter has no such unit and runs with `FAST=False`.
 
 Only this file compares the name of a sign rule (`NEGATIVES`) in a kernel. Tiles of tokens are
 `(rows, channels)` in float32. Values of a channel, such as p, are `(1, channels)`.
@@ -128,6 +128,41 @@ def rounded_product(x, y, FAST: tl.constexpr):
 
 
 @triton.jit
+def _add_2(a, b, c, d):
+    return a + c, b + d
+
+
+@triton.jit
+def _add_4(a0, a1, a2, a3, b0, b1, b2, b3):
+    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
+
+
+@triton.jit
+def sum_channels(tiles, FAST: tl.constexpr):
+    """Returns the sum of each tile over its channels, as a tuple of `(rows,)`.
+
+    On a GPU, pairs or fours of tiles are reduced together, so that their exchanges between threads
+    overlap and share barriers. Triton's interpreter would take an element at a time for that.
+
+    Args:
+        tiles: Tuple of tiles `(rows, channels)` in float32.
+        FAST: Whether the code runs on a GPU.
+    """
+    if FAST and len(tiles) % 4 == 0:
+        sums = ()
+        for k in tl.static_range(0, len(tiles), 4):
+            sums = sums + tl.reduce((tiles[k], tiles[k + 1], tiles[k + 2], tiles[k + 3]), 1, _add_4)
+        return sums
+    elif FAST and len(tiles) == 2:
+        return tl.reduce((tiles[0], tiles[1]), 1, _add_2)
+    else:
+        sums = ()
+        for k in tl.static_range(len(tiles)):
+            sums = sums + (tl.sum(tiles[k], 1),)
+        return sums
+
+
+@triton.jit
 def at_least(x, least):
     """Returns max(x, least); a NaN stays a NaN.
 
@@ -206,8 +241,23 @@ def clip_slopes(slope, LIMIT: tl.constexpr, NEGATIVES: tl.constexpr):
 
 
 @triton.jit
+def scale_of(largest):
+    """Returns 2^-e for numbers from 2^e to 2^(e + 1), and the number e + 127.
+
+    Products with 2^-e are exact, and neither the scale nor a product near 1 leaves the normal
+    range. Numbers from 2^127 on share the scale of those from 2^126 on.
+
+    Args:
+        largest: Tile of numbers in float32, at least LEAST.
+    """
+    place = tl.minimum(largest.to(tl.int32, bitcast=True), 0x7EFFFFFF) & 0x7F800000
+    return (0x7F000000 - place).to(tl.float32, bitcast=True), (place >> 23).to(tl.float32)
+
+
+@triton.jit
 def absorb(
     largest,
+    level,
     total,
     xs,
     kept,
@@ -215,15 +265,16 @@ def absorb(
     eps,
     NEGATIVES: tl.constexpr,
     MASKED: tl.constexpr,
-    BOUNDED: tl.constexpr,
     FAST: tl.constexpr,
 ):
     """Returns running sums of powers with further tiles added, total = sum (x / largest)^p.
 
-    The old sum is rescaled where `largest` grows.
+    Logarithms are taken of x 2^-e, with 2^e near the largest, where the fast logarithm is exact to
+    2^-22 for the numbers that matter.
 
     Args:
         largest: Largest magnitude so far, `(rows, channels)`.
+        level: Its logarithm on its own scale, log2(largest 2^-e), `(rows, channels)`.
         total: Sum so far, `(rows, channels)`.
         xs: Tuple of tiles of tokens, each `(rows, channels)`.
         kept: Tuple of masks of these tiles; read only with MASKED.
@@ -231,11 +282,10 @@ def absorb(
         eps: Smallest number that is raised to p.
         NEGATIVES: The sign rule.
         MASKED: Whether some tokens may not be kept.
-        BOUNDED: Whether all |x| are below 2^126, for which a reciprocal is one instruction.
         FAST: Whether to use the special function unit.
 
     Returns:
-        The new `largest` and `total`.
+        The new `largest`, `level` and `total`.
     """
     grown = largest
     sizes = ()
@@ -245,34 +295,128 @@ def absorb(
             size = tl.where(kept[k], size, 0.0)
         sizes = sizes + (size,)
         grown = at_least(size, grown)
-    inverse = reciprocal(grown, FAST and BOUNDED)
-    # exactly 1 where `largest` stays: otherwise errors of 2^-22 would add up step by step
-    total *= tl.where(grown > largest, exp2(p * log2(largest * inverse, FAST), FAST), 1.0)
+    _, place = scale_of(largest)
+    scale, new_place = scale_of(grown)
+    logs = ()
     for k in tl.static_range(len(xs)):
-        power = exp2(p * log2(sizes[k] * inverse, FAST), FAST)
-        if NEGATIVES == "signed":
-            power = tl.where(xs[k] < 0, -power, power)
-        total += power
-    return grown, total
+        logs = logs + (log2(sizes[k] * scale, FAST),)
+    level, total = add_powers(level + (place - new_place), total, logs, xs, p, NEGATIVES, FAST)
+    return grown, level, total
 
 
 @triton.jit
-def root_of_mean(largest, total, count, p, FAST: tl.constexpr):
-    """Returns the power mean `(channels,)` from partial sums `(rows, channels)`.
+def add_powers(level, total, logs, xs, p, NEGATIVES: tl.constexpr, FAST: tl.constexpr):
+    """Returns the largest logarithm so far, and total = sum 2^(p (log - level)) with more added.
+
+    Args:
+        level: Largest logarithm so far, `(rows, channels)`.
+        total: Sum so far, `(rows, channels)`.
+        logs: Tuple of base-2 logarithms, each `(rows, channels)`; -inf adds nothing.
+        xs: Tuple of the numbers themselves, whose signs "signed" gives to the powers.
+        p: Exponents, `(1, channels)`.
+        NEGATIVES: The sign rule.
+        FAST: Whether to use the special function unit.
+    """
+    risen = level
+    for k in tl.static_range(len(logs)):
+        risen = at_least(logs[k], risen)
+    shift = p * risen
+    total *= exp2(p * (level - risen), FAST)  # exactly 1 where the level stays
+    for k in tl.static_range(len(logs)):
+        power = exp2(p * logs[k] - shift, FAST)
+        if NEGATIVES == "signed":
+            power = tl.where(xs[k] < 0, -power, power)
+        total += power
+    return risen, total
+
+
+@triton.jit
+def reference(gain, shift, EPS: tl.constexpr, NEGATIVES: tl.constexpr):
+    """Returns 1 / reference and EPS / reference, for a power of two near the largest of a channel.
+
+    Args:
+        gain: Factor of the normalised tokens, `(1, channels)`.
+        shift: Added to them, `(1, channels)`.
+        EPS: Smallest number that is raised to p; "signed" does not use it.
+        NEGATIVES: The sign rule.
+    """
+    least = LEAST if NEGATIVES == "signed" else EPS
+    scale, _ = scale_of(at_least(at_least(tl.abs(gain), tl.abs(shift)), least))
+    return scale, EPS * scale
+
+
+@triton.jit
+def largest_of(level, scale, floor, EPS: tl.constexpr, FAST: tl.constexpr):
+    """Returns the largest number of a channel from its logarithm; exactly EPS where all are EPS.
+
+    Args:
+        level: Largest logarithm of numbers times `scale`, `(channels,)`.
+        scale: First result of `reference`, `(channels,)`.
+        floor: Second result of `reference`, `(channels,)`.
+        EPS: As in `reference`.
+        FAST: Whether to use the special function unit.
+    """
+    back, _ = scale_of(scale)
+    return tl.where(level == log2(floor, FAST), EPS, exp2(level, FAST) * back)
+
+
+@triton.jit
+def absorb_near(
+    level, total, xs, kept, p, eps,
+    NEGATIVES: tl.constexpr, MASKED: tl.constexpr, FAST: tl.constexpr,
+):  # fmt: skip
+    """Returns `level` and `total` of `absorb` for numbers that need no other scale.
+
+    Args:
+        level: Largest logarithm so far, `(rows, channels)`.
+        total: Sum of 2^(p (log2(x) - level)) so far, `(rows, channels)`.
+        xs: Tuple of tiles of numbers, each `(rows, channels)`, of which the largest are near 1.
+        kept: As in `absorb`.
+        p: As in `absorb`.
+        eps: Smallest number that is raised to p, `(1, channels)`; "signed" does not use it.
+        NEGATIVES: The sign rule.
+        MASKED: As in `absorb`.
+        FAST: As in `absorb`.
+    """
+    logs = ()
+    for k in tl.static_range(len(xs)):
+        size = magnitude(xs[k], eps, NEGATIVES)
+        if MASKED:
+            size = tl.where(kept[k], size, 0.0)
+        logs = logs + (log2(size, FAST),)
+    return add_powers(level, total, logs, xs, p, NEGATIVES, FAST)
+
+
+@triton.jit
+def join_rows(level, total, p, FAST: tl.constexpr):
+    """Returns the largest level, and the sum on this level, `(channels,)` each.
+
+    Args:
+        level: Largest logarithm of each partial sum, `(rows, channels)`.
+        total: Partial sums of 2^(p (log - level)), `(rows, channels)`.
+        p: Exponents, `(1, channels)`.
+        FAST: Whether to use the special function unit.
+    """
+    top = tl.max(level, 0)
+    return top, tl.sum(total * exp2(p * (level - top[None, :]), FAST), 0)
+
+
+@triton.jit
+def root_of_mean(largest, mean, p, FAST: tl.constexpr):
+    """Returns the power mean, largest mean^(1/p), `(channels,)`.
 
     It is zero where no token is kept or where signed powers cancel.
 
     Args:
-        largest: Largest magnitude of each partial sum, `(rows, channels)`.
-        total: Partial sums of (x / largest)^p, `(rows, channels)`.
-        count: Number of kept tokens, a scalar.
-        p: Exponents, `(1, channels)`.
+        largest: Largest magnitude, `(channels,)`.
+        mean: Mean of (x / largest)^p, `(channels,)`.
+        p: Exponents, `(channels,)`.
         FAST: Whether to use the special function unit.
     """
-    top = tl.max(largest, 0)
-    mean = tl.sum(total * exp2(p * log2(largest / top, FAST), FAST), 0) / count
     size = tl.minimum(tl.abs(mean), 1.0, propagate_nan=tl.PropagateNan.ALL)
-    root = top * tl.exp2(tl.log2(at_least(size, LEAST)) / tl.max(p, 0))
+    scale, place = scale_of(at_least(size, LEAST))
+    logarithm = (place - 127.0) + log2(size * scale, FAST)
+    root = largest * exp2(logarithm * reciprocal(p, FAST), FAST)
     return tl.where(size < 1e-30, 0.0, tl.where(mean < 0, -root, root))
 
 

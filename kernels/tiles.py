@@ -5,6 +5,10 @@
 
 from typing import NamedTuple
 
+import jax
+
+from . import launch
+
 
 class Tile(NamedTuple):
     """The tokens that a program reads in one step, and the threads that share them."""
@@ -18,45 +22,42 @@ class Tile(NamedTuple):
 MOST_TOKENS = 16384
 _VECTOR_BYTES = 16  # one load of a thread, the widest there is
 _WARPS = 4
-# 256 bytes of bfloat16 from one token: whole 128-byte lines, and no idle lanes for 384, 768 and
-# 1024 channels
-_CHANNELS = 128
 
 
-def pool_tile(n: int, d: int, itemsize: int) -> Tile:
-    """Returns the tile of `ggem.pool`.
+def pool_tile(n: int, d: int) -> Tile:
+    """Returns the tile of `ggem.pool`: two numbers for each thread, so that many programs fit.
 
-    It is unrolled 8 times, so that 8 tokens share the three special functions of a rescaling.
-    Unrolling 16 times would need more than 128 registers.
+    With 14 tiles in a step, a thread takes 48 registers.
 
     Args:
         n: Tokens of a row.
         d: Channels of a token.
-        itemsize: Bytes of a token element.
     """
-    return _tile(n, d, itemsize, unroll=8)
+    return _tile(n, d, channels=128, most=14)
 
 
-def gradient_tile(n: int, d: int, itemsize: int) -> Tile:
-    """Returns the tile of `ggem.gradient`.
+def gradient_tile(n: int, d: int) -> Tile:
+    """Returns the tile of `ggem.gradient`: two numbers for each thread, as for `ggem.pool`.
 
-    It is unrolled twice, for two loads in flight per thread. The tokens, their slopes and the sums
-    then fit 128 registers.
+    Programs of 64 channels are short, so the last ones fill the multiprocessors better. With 4
+    tiles in a step, a thread takes 40 registers.
 
     Args:
         n: Tokens of a row.
         d: Channels of a token.
-        itemsize: Bytes of a token element.
     """
-    return _tile(n, d, itemsize, unroll=2)
+    return _tile(n, d, channels=64, most=4)
 
 
-def _tile(n, d, itemsize, unroll):
-    held = _WARPS * 32 * (_VECTOR_BYTES // itemsize)  # elements of one load by all threads
-    channels = min(_CHANNELS, power_of_two(d))
-    rows = min(held // channels, power_of_two(n))
-    unroll = min(unroll, power_of_two(-(-n // rows)))
-    return Tile(unroll, rows, channels, _WARPS)
+def _tile(n, d, channels, most):
+    """Returns the tile with the fewest steps, each of which costs about as much as another tile."""
+    channels = min(channels, power_of_two(d))
+    rows = min(max(_WARPS * 32 * 2 // channels, 1), power_of_two(n))
+
+    def steps(unroll):
+        return n // (unroll * rows) + -(-(n % (unroll * rows)) // rows)
+
+    return Tile(min(range(most, 0, -1), key=steps), rows, channels, _WARPS)
 
 
 def power_of_two(x: int) -> int:
@@ -81,13 +82,14 @@ class NormTile(NamedTuple):
 
 # 8 channels for each of 512 threads: the sums and parameters of more would not fit the registers
 MOST_NORM_CHANNELS = 4096
-_MULTIPROCESSORS = 132  # of an H100 or H200
-_NORM_WARPS = 8  # two programs on a multiprocessor give each thread 128 registers
-_LEAST_RUN = 64  # tokens: a shorter run would not pay for its partial sums
+_NORM_WARPS = 4  # for one token, so that few threads wait for each other
+_LEAST_RUN = 32  # tokens: a shorter run would not pay for its partial sums
+_START = 4  # tokens: what start and end of a program cost
+_MULTIPROCESSORS = {80: 108, 86: 84, 89: 128, 90: 132, 100: 148, 120: 170}  # by capability
 
 
 def norm_pool_tile(rows: int, n: int, d: int, itemsize: int) -> NormTile:
-    """Returns the tile of `norm_ggem.pool`, unrolled 4 times, the most that fits 128 registers.
+    """Returns the tile of `norm_ggem.pool`, unrolled 4 times, so that 4 tokens share a barrier.
 
     Args:
         rows: Rows of tokens, one for each image.
@@ -99,9 +101,7 @@ def norm_pool_tile(rows: int, n: int, d: int, itemsize: int) -> NormTile:
 
 
 def norm_gradient_tile(rows: int, n: int, d: int, itemsize: int) -> NormTile:
-    """Returns the tile of `norm_ggem.gradient`, with 8 to 12 elements per thread at a time.
-
-    With 16 elements and a mask, two programs would not fit on a multiprocessor.
+    """Returns the tile of `norm_ggem.gradient`, unrolled twice, for 12 to 16 elements per thread.
 
     Args:
         rows: Rows of tokens, one for each image.
@@ -109,9 +109,7 @@ def norm_gradient_tile(rows: int, n: int, d: int, itemsize: int) -> NormTile:
         d: Channels of a token.
         itemsize: Bytes of a token element.
     """
-    tile = _norm_tile(rows, n, d, itemsize, unroll=2)
-    held_by_thread = tile.rows * tile.channels * tile.pieces // (32 * tile.warps)
-    return tile if held_by_thread < 8 else tile._replace(unroll=1)
+    return _norm_tile(rows, n, d, itemsize, unroll=2)
 
 
 def _norm_tile(rows, n, d, itemsize, unroll):
@@ -125,8 +123,36 @@ def _norm_tile(rows, n, d, itemsize, unroll):
     held_by_thread = _VECTOR_BYTES // itemsize if pieces == 1 else 2
     warps = max(_NORM_WARPS, channels // (32 * held_by_thread))
     held = max(min(warps * 32 * held_by_thread // channels, power_of_two(n)), 1)
-    splits = max(1, min(2 * _MULTIPROCESSORS // rows, n // _LEAST_RUN))
+    # Registers for 20 warps on a multiprocessor, or 16 of 8 channels a thread.
+    resident = max((16 if held_by_thread * pieces >= 8 else 20) // warps, 1)
+    splits = _splits(rows, n, multiprocessors() * resident)
     return NormTile(min(unroll, power_of_two(-(-n // held))), held, channels, pieces, warps, splits)
+
+
+def _splits(rows, n, places):
+    """Returns the number of runs for which all waves of programs together are shortest.
+
+    A quarter of a wave is lost until the programs are out of step.
+    """
+
+    def tokens(splits):
+        waves = -(-rows * splits // places)
+        return (waves + 0.25) * (-(-n // splits) + _START)
+
+    return min(range(1, max(n // _LEAST_RUN, 1) + 1), key=tokens)
+
+
+def multiprocessors() -> int:
+    """Returns the number of multiprocessors of the GPU that a kernel is for.
+
+    It is that of this machine's GPU, or the usual one of the capability that
+    `launch.compiled_for` sets, or where there is neither that of an H100.
+    """
+    capability = launch.capability()
+    if capability is None:
+        counts = (getattr(device, "core_count", None) for device in jax.local_devices())
+        return next(filter(None, counts), _MULTIPROCESSORS[90])
+    return _MULTIPROCESSORS.get(capability, _MULTIPROCESSORS[90])
 
 
 # Columns of the widest map that `regional_gem` takes: it keeps 6 tiles of columns x channels in
@@ -150,7 +176,7 @@ def regional_tile(images: int, w: int, d: int, itemsize: int) -> Tile:
     channels = min(64, max(_WARPS * 32 * 8 // columns, 1), power_of_two(d))
     while (
         channels > 2 * _VECTOR_BYTES // itemsize
-        and images * -(-d // channels) < 2 * _MULTIPROCESSORS
+        and images * -(-d // channels) < 2 * multiprocessors()
     ):
         channels //= 2
     vectors = columns * channels * itemsize // _VECTOR_BYTES
