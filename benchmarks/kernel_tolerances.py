@@ -14,8 +14,9 @@ DIVIDED = 2.0**-22  # div.full, two units in the last place; rcp.approx is allow
 RSQRT = 2.0**-22.9  # rsqrt.approx
 TOKENS = {"float32": 0.0, "bfloat16": 8e-3, "float16": 2e-3}  # what rounding to a dtype adds
 
-# Ratio to the largest number or to the root, and its logarithm: p times this is the error of the
-# power, and the root divides by p again.
+# Ratio to the root, and its logarithm: p times this is the error of the power, and the root divides
+# by p again. In the pooling, a power of two takes the place of the root and rounds nothing; the
+# logarithm may then be 2 or 3 instead of 1, which adds less than the ratio would.
 _LOGARITHM = DIVIDED + 2 * ROUNDED + math.log(2) * LG2
 
 # Logarithms of ratios that are this near 1 come from a series, which adds no error to speak of.
@@ -27,7 +28,7 @@ def value_error(operation: str, n: int, p: float, dtype: str) -> float:
 
     The mean of (x / top)^p is found from powers of x / largest, which are rescaled, and of
     largest / top: 2 + `rescaled_shares` times the error of a logarithm. Powers of two, sums and the
-    division by the count have errors that the root divides by p. The last power of two is that of
+    product with 1 / count have errors that the root divides by p. The last power of two is that of
     log2(mean) / p, a logarithm of at most log2(n).
 
     Args:
