@@ -2,6 +2,7 @@
 
 import itertools
 
+import cloudpickle
 import numpy as np
 import pytest
 from conftest import TINY, one_line
@@ -82,3 +83,14 @@ def test_a_batch_larger_than_the_set_is_refused(class_folders, captioned_folder,
         capsys, contrastive.main, *flags[2:], f"csv:{captioned_folder}/pairs.csv", "--batch", "16"
     )
     assert "--batch 16 is more than the 10 images to train on" in said
+
+
+@pytest.mark.parametrize(
+    "draw",
+    [draw_distinct(38, 8, 3), draw_balanced(LABELS, 8, 2, 3), draw_evenly(LABELS, 8, 3)],
+    ids=["distinct", "balanced", "evenly"],
+)
+def test_functions_that_draw_can_be_sent_to_other_processes(draw):
+    sent = cloudpickle.loads(cloudpickle.dumps(draw))
+    for step in (7, 0, 30, 7):
+        np.testing.assert_array_equal(sent(step), draw(step))

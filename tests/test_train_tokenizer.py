@@ -1,6 +1,7 @@
 """train/tokenizer.py: ids of captions, tokenizers of others, what is no tokenizer."""
 
 import json
+import pickle
 import subprocess
 import sys
 
@@ -44,7 +45,8 @@ def test_a_tokenizer_is_the_same_from_its_file_and_trained_again(tmp_path):
     tokenizer = train_tokenizer(captions, 300)
     (tmp_path / "tokenizer.json").write_text(tokenizer.text, encoding="utf-8")
     again = read_tokenizer(tmp_path / "tokenizer.json")
-    np.testing.assert_array_equal(again.encode(captions, 12), tokenizer.encode(captions, 12))
+    for other in (again, pickle.loads(pickle.dumps(tokenizer))):
+        np.testing.assert_array_equal(other.encode(captions, 12), tokenizer.encode(captions, 12))
     assert train_tokenizer(iter(captions), 300).text == tokenizer.text
     code = (
         "from train.tokenizer import train_tokenizer; import sys;"

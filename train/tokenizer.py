@@ -71,6 +71,9 @@ class Tokenizer:
         self._tokenizer.encode_special_tokens = True
         self.row = functools.lru_cache(maxsize=1 << 16)(self._row)
 
+    def __reduce__(self):
+        return type(self), (self.text, self.name)  # for the processes that read images
+
     @property
     def vocabulary(self) -> dict[str, int]:
         """The id of each piece."""
