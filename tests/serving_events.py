@@ -33,6 +33,7 @@ class Machine:
     batch: int
     prompts: int
     prefill_tokens: int
+    chunk: int
     window: int
     needed: Callable[[int], int]
     room: int
@@ -43,6 +44,8 @@ class Machine:
     # channels with the tokens of each place, None where it is not computed -> nanoseconds
     decode: Callable[[list[list[int | None]]], int]
     prefill: Callable[[list[list[int | None]]], int]
+    # layout of a decode step, [(tokens before, tokens)] of chunks -> nanoseconds
+    mixed: Callable[[list[list[int | None]], list[tuple[int, int]]], int]
 
 
 @dataclass
@@ -121,20 +124,34 @@ def serve_events(machine: Machine, requests: list[Request]) -> Run:
             if coming and not waiting:
                 now = max(now, coming[0].arrival)
             continue
-        computed = [each for each in active if each.prompt][: machine.prompts] or active
-        is_prefill = computed[0].prompt > 0
-        layout = [
-            [
-                None
-                if each is None or all(each is not one for one in computed)
-                else each.prompt
-                if is_prefill
-                else each.length
-                for each in channel
+
+        def lay_out(chosen, tokens, channels=channels):
+            mine = {each.number for each in chosen}
+            return [
+                [tokens(each) if each and each.number in mine else None for each in channel]
+                for channel in channels
             ]
-            for channel in channels
-        ]
-        now += (machine.prefill if is_prefill else machine.decode)(layout)
+
+        prompts = [each for each in active if each.prompt]
+        if machine.chunk:
+            decodes = [each for each in active if not each.prompt]
+            budget, chunks = max(machine.chunk - len(decodes), 1), []
+            computed = list(decodes)
+            for each in sorted(prompts, key=lambda r: r.number)[: machine.prompts]:
+                part = min(each.prompt, budget)
+                budget -= part
+                if part:
+                    chunks.append((each.length - each.prompt, part))
+                    each.prompt -= part
+                    computed += [each] if not each.prompt else []
+            layout = lay_out(decodes, lambda r: r.length)
+            now += machine.mixed(layout, chunks) if chunks else machine.decode(layout)
+        elif prompts:
+            computed = prompts[: machine.prompts]
+            now += machine.prefill(lay_out(computed, lambda r: r.prompt))
+        else:
+            computed = active
+            now += machine.decode(lay_out(active, lambda r: r.length))
         run.iterations.append((now, len(computed)))
         for each in computed:
             each.prompt = 0

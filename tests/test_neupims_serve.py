@@ -118,6 +118,17 @@ def test_rates_stretch_or_draw_arrivals(trace):
     assert gaps.std() / gaps.mean() == pytest.approx(3, rel=0.15)
 
 
+def test_prompts_in_chunks_leave_decoding_going(trace):
+    options = {"system": "npu-only", "tp": 4, "batch": 16, "rate": 500.0}
+    done = neupims.serve("llama3-8b", trace, prefill="chunked", chunk_tokens=24, **options)
+    each = done.iterations
+    assert each.prompt_tokens.sum() == 100
+    assert each.requests.sum() == 8
+    assert (each.prompt_tokens + each.requests).max() <= 24 + 4  # an ended prompt counts twice
+    assert ((each.prompt_tokens > 0) & (each.requests > 0)).any()
+    assert (done.served.end >= done.served.first).all()
+
+
 def test_prompts_on_devices_of_their_own_follow_each_other(trace):
     done = neupims.serve("llama3-8b", trace, system="npu-only", tp=4, batch=16, prefill="separate")
     served = done.served

@@ -106,6 +106,28 @@ def test_a_prefill_costs_what_prefill_says():
         check(spent, wanted, setting, hardware)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("system", ["npu-only", "gpu"])
+def test_chunks_without_decoding_cost_what_prefill_says(system):
+    setting, hardware = make_setting(system, "intended"), hardware_of(system)
+    tables = make_tables(setting, hardware, LONGEST, LONGEST)
+    nothing, prompts = jnp.zeros((1, 4), jnp.int32), jnp.array([130, 0, 77])
+    mixed = jax.jit(setting.mixed)
+    spent = mixed(tables, nothing, nothing > 0, 0 * prompts, prompts)
+    none = jnp.zeros(3, jnp.int32)
+    batch = Batch(prompts, none, none)
+    wanted = prefill(hardware, setting.model, batch, setting.parallel, system=system)
+    wanted = dataclasses.replace(wanted, pim_utilization=0 * wanted.npu_utilization)
+    check(spent, wanted, setting, hardware)
+    # Chunk after chunk, attention is the same in sum, but weights are read twice.
+    half = prompts // 2
+    parts = [
+        mixed(tables, nothing, nothing > 0, at, n)
+        for at, n in ((0 * half, half), (half, prompts - half))
+    ]
+    assert sum(int(clock.join(part.time)) for part in parts) > int(clock.join(spent.time))
+
+
 def test_the_chosen_interleaving_is_the_faster_one():
     setting, hardware = make_setting("neupims"), hardware_of("neupims")
     tables = make_tables(setting, hardware, BATCH, LONGEST)

@@ -26,6 +26,13 @@ class WholeCosts:
     def prefill(self, tables, prompts):
         return _spent(500 + 11 * prompts.sum())
 
+    def mixed(self, tables, lengths, holds, before, chunks):
+        work = (chunks * (13 + before)).sum()
+        return Spent(
+            Instant(jnp.int32(0), self.decode(tables, lengths, holds).time.low + work),
+            *[jnp.float32(0)] * 4,
+        )
+
 
 def _spent(nanoseconds):
     zero = jnp.float32(0)
@@ -39,6 +46,10 @@ def decode_events(layout, base):
 
 def prefill_events(layout):
     return 500 + 11 * sum(prompt or 0 for row in layout for prompt in row)
+
+
+def mixed_events(layout, chunks, base):
+    return decode_events(layout, base) + sum(part * (13 + before) for before, part in chunks)
 
 
 def blocks(length):
@@ -68,9 +79,9 @@ def random_trace(seed):
     }
 
 
-def scan(traces, packing):
+def scan(traces, packing, chunk=0):
     """Admission, first token, end and pauses of each request of each trace, (traces, n, 4)."""
-    rules = Rules(ROWS, PLACES, BATCH, PROMPTS, PREFILL, WINDOW, packing, COSTS)
+    rules = Rules(ROWS, PLACES, BATCH, PROMPTS, PREFILL, chunk, WINDOW, packing, COSTS)
 
     def column(name, last):
         values = np.stack([trace[name] for trace in traces])
@@ -94,10 +105,10 @@ def scan(traces, packing):
     )
     bases = jnp.array([trace["base"] for trace in traces], jnp.int32)
     states = jax.vmap(partial(start, rules))(requests)
-    chunk = jax.vmap(partial(run_chunk, rules, iterations=256))
+    follow = jax.vmap(partial(run_chunk, rules, iterations=256))
     steps = []
     while not jax.vmap(partial(is_done, rules))(requests, states).all():
-        states, step = chunk(bases, memories, requests, states)
+        states, step = follow(bases, memories, requests, states)
         steps.append(jax.tree.map(np.asarray, step))
     rows = np.asarray(states.served)[:, :COUNT]
     times = [clock.join(Instant(rows[..., each], rows[..., each + 1])) for each in (0, 2, 4)]
@@ -105,7 +116,7 @@ def scan(traces, packing):
     return np.stack([*times, rows[..., 6]], axis=-1), every
 
 
-def follow(trace, packing):
+def serve_events_of(trace, packing, chunk=0):
     requests = [
         Request(number, *(int(trace[name][number]) for name in ("arrival", "length", "prompt")),
                 int(trace["left"][number]), int(trace["key"][number]))
@@ -117,6 +128,7 @@ def follow(trace, packing):
         BATCH,
         PROMPTS,
         PREFILL,
+        chunk,
         WINDOW,
         blocks,
         int(trace["room"]),
@@ -125,21 +137,23 @@ def follow(trace, packing):
         float,
         partial(decode_events, base=int(trace["base"])),
         prefill_events,
+        partial(mixed_events, base=int(trace["base"])),
     )
     return serve_events(machine, requests)
 
 
-def check(seeds, packing):
+def check(seeds, packing, chunk=0):
     traces = [random_trace(seed) for seed in seeds]
-    found, steps = scan(traces, packing)
+    found, steps = scan(traces, packing, chunk)
     paused = 0
     for place, trace in enumerate(traces):
-        run = follow(trace, packing)
+        run = serve_events_of(trace, packing, chunk)
         wanted = np.array([[r.admitted, r.first, r.end, r.pauses] for r in run.requests])
         np.testing.assert_array_equal(found[place], wanted, err_msg=f"seed {seeds[place]}")
         ends = clock.join(Instant(*(part[place] for part in steps.now)))
         computed = steps.computed[place]
-        listed = list(zip(ends[computed > 0], computed[computed > 0], strict=True))
+        there = (computed > 0) | (steps.prompt_tokens[place] > 0)
+        listed = list(zip(ends[there], computed[there], strict=True))
         assert listed == run.iterations
         assert steps.fullest[place].max() == run.fullest <= trace["room"]
         assert computed.sum() == trace["left"].sum()  # tokens in are tokens out
@@ -150,12 +164,14 @@ def check(seeds, packing):
 def test_the_scan_serves_as_the_event_simulation_does():
     assert check(range(40), least_loaded) > 20
     check(range(40, 60), in_turn)
+    check(range(60, 80), least_loaded, chunk=11)
 
 
 @pytest.mark.slow
 def test_the_scan_serves_a_thousand_traces_as_the_event_simulation_does():
     for begin in range(0, 1000, 250):
-        check(range(begin, begin + 250), (least_loaded, in_turn)[begin // 250 % 2])
+        packing, chunk = (least_loaded, in_turn)[begin // 250 % 2], begin // 500 * 11
+        check(range(begin, begin + 250), packing, chunk)
 
 
 def test_nobody_overtakes_in_the_order_of_arrival_and_nobody_is_lost():

@@ -100,11 +100,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--prefill",
-        choices=("whole", "separate"),
+        choices=("whole", "chunked", "separate"),
         default="whole",
         help=(
-            "prompts run in iterations of their own, for which decoding waits, or on devices of"
-            " their own (default: whole)"
+            "prompts run in iterations of their own, for which decoding waits, or in chunks beside"
+            " decoding, or on devices of their own (default: whole)"
         ),
     )
     parser.add_argument(
@@ -113,6 +113,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=8192,
         metavar="N",
         help="most tokens of a prefill with several prompts (default: 8192)",
+    )
+    parser.add_argument(
+        "--chunk-tokens",
+        type=int,
+        default=512,
+        metavar="N",
+        help="most tokens of an iteration, with --prefill chunked (default: 512)",
     )
     parser.add_argument(
         "--prefill-groups",
@@ -194,15 +201,17 @@ def run(arguments: argparse.Namespace) -> int:
         "batch": arguments.batch,
         "order": arguments.order,
         "placement": arguments.placement,
+        "prefill": arguments.prefill,
         "prefill_tokens": arguments.prefill_tokens,
+        "chunk_tokens": arguments.chunk_tokens,
         "slo": arguments.slo or (),
         "leave_out_too_long": arguments.leave_out_too_long,
     }
     if arguments.rate_sweep is not None:
-        if (arguments.rate, arguments.perfetto, arguments.prefill) != (None, None, "whole"):
+        if arguments.rate is not None or arguments.perfetto is not None:
             raise ValueError(
-                "--rate-sweep has rates of its own, and prompts run whole: leave out"
-                " --rate, --prefill and --perfetto"
+                "--rate-sweep has rates of its own, and keeps no iterations: leave out --rate and"
+                " --perfetto"
             )
         rates = parse_rates(arguments.rate_sweep)
         swept = sweep_rates(
@@ -221,7 +230,6 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.model,
         arguments.trace,
         rate=arguments.rate,
-        prefill=arguments.prefill,
         prefill_groups=arguments.prefill_groups,
         progress=_show_progress(),
         **options,

@@ -40,9 +40,9 @@ from neupims.timing.gemm import Tiling, Work, bytes_per_cycle, tiling
 from neupims.timing.gemv import request_works
 from neupims.timing.iteration import add_head, count_commands
 from neupims.timing.links import link_seconds, messages
-from neupims.timing.npu import Context, product_bits
+from neupims.timing.npu import Context, on_gpu, product_bits
 from neupims.timing.overlap import DRAINED, side_by_side
-from neupims.timing.prefill import prefill
+from neupims.timing.prefill import prefill, prefill_attention
 from neupims.timing.shapes import projection_sides
 from neupims.timing.split import piece_lengths
 from neupims.timing.stages import NPU_ATTENTION, QKV, REST, Operation, head_work, npu_operation
@@ -85,6 +85,18 @@ class Setting(NamedTuple):
         """
         return prefill_prompts(self, tables, prompts)
 
+    def mixed(self, tables: "Tables", lengths, holds, before, chunks) -> Spent:
+        """Returns `decode_beside_chunks` of this setting.
+
+        Args:
+            tables: As for `decode_beside_chunks`.
+            lengths: As for `decode_beside_chunks`.
+            holds: As for `decode_beside_chunks`.
+            before: As for `decode_beside_chunks`.
+            chunks: As for `decode_beside_chunks`.
+        """
+        return decode_beside_chunks(self, tables, lengths, holds, before, chunks)
+
 
 class Listed(NamedTuple):
     """Operations of the NPU one after another, for 0, 1, 2, ... tokens."""
@@ -118,6 +130,13 @@ class Tables(NamedTuple):
     head_cycles: Float[Array, " tokens"]  # of the LM head; zeros where it is left out
     head_joules: Float[Array, " tokens"]
     watts: Float[Array, ""]  # of refresh and of all parts that wait, while PIM works, if it does
+
+
+class Chunks(NamedTuple):
+    """Parts of prompts that are computed beside decoding, (prompts,) each."""
+
+    before: Int[Array, " prompts"]  # tokens that were computed before
+    tokens: Int[Array, " prompts"]  # that are computed; 0 does not count
 
 
 class Layers(NamedTuple):
@@ -297,29 +316,75 @@ def decode(
             where `parallel.kv_split` spreads requests.
         holds: Whether a request in that place is computed.
     """
-    lengths = jnp.where(holds, lengths, 0)
+    return _choose(setting, tables, jnp.where(holds, lengths, 0), None)
+
+
+def decode_beside_chunks(
+    setting: Setting,
+    tables: Tables,
+    lengths: Int[Array, "rows places"],
+    holds: Bool[Array, "rows places"],
+    before: Int[Array, " prompts"],
+    chunks: Int[Array, " prompts"],
+) -> Spent:
+    """Returns what an iteration takes that decodes requests and computes chunks of prompts.
+
+    Products with weights take the tokens of the chunks with those of the first sub-batch. Attention
+    of a chunk runs on the NPU (or the GPU) and nothing runs beside it; it takes what the prompt up
+    to the end of the chunk takes, less what it takes up to its beginning. The LM head is computed
+    of the tokens of the requests and one of each prompt.
+
+    Args:
+        setting: The model and the system.
+        tables: The machine, with rows for all tokens of an iteration.
+        lengths: The tokens of each place.
+        holds: Whether a request in that place is decoded.
+        before: The tokens of each prompt that were computed before.
+        chunks: The tokens of each prompt that are computed; 0 does not count.
+    """
+    return _choose(setting, tables, jnp.where(holds, lengths, 0), Chunks(before, chunks))
+
+
+def _choose(setting: Setting, tables: Tables, lengths, chunks: Chunks | None) -> Spent:
+    """Returns what the iteration takes with the interleaving of the setting."""
     if setting.system != "neupims" or setting.interleaving == "off":
-        return _decode(setting, tables, lengths, 0 * lengths, interleaved=False)
-    halves = split_halves(holds)
+        return _decode(setting, tables, lengths, 0 * lengths, chunks, interleaved=False)
+    halves = split_halves(lengths > 0)
     if setting.interleaving == "on":
-        return _decode(setting, tables, lengths, halves, interleaved=True)
+        return _decode(setting, tables, lengths, halves, chunks, interleaved=True)
     serial, both = (
-        _decode(setting, tables, lengths, halves, interleaved=each) for each in (False, True)
+        _decode(setting, tables, lengths, halves, chunks, interleaved=each)
+        for each in (False, True)
     )
     faster = clock.is_after(serial.time, both.time)
     return jax.tree.map(lambda a, b: jnp.where(faster, a, b), both, serial)
 
 
-def _decode(setting: Setting, tables: Tables, lengths, halves, *, interleaved: bool) -> Spent:
+def _decode(
+    setting: Setting,
+    tables: Tables,
+    lengths,
+    halves,
+    chunks: Chunks | None,
+    *,
+    interleaved: bool,
+) -> Spent:
     """Returns what the iteration takes with the halves interleaved, or all of it as one batch."""
     hardware, model, parallel = tables.hardware, setting.model, setting.parallel
     there = lengths > 0
     tokens = jnp.stack([(there & (halves == which)).sum() for which in (0, 1)])
+    headed = tokens.sum()
+    if chunks is not None:
+        tokens = tokens.at[0].add(chunks.tokens.sum())
+        headed = headed + (chunks.tokens > 0).sum()
     total = tokens.sum()
     run = _with_pim if setting.system in PIM_SYSTEMS else _without_pim
     layers = Layers(*[jnp.float32(0)] * len(Layers._fields))
     for kind, table in zip(setting.kinds, tables.kinds, strict=True):
         found = run(setting, tables, kind, table, lengths, halves, tokens, interleaved=interleaved)
+        if chunks is not None:
+            beside = _attend_chunks(setting, tables, kind, chunks)
+            found = jax.tree.map(lambda a, b: a + b, found, beside)
         layers = jax.tree.map(lambda sum_, new, of=kind.share: sum_ + of * new, layers, found)
     sent = messages(
         model,
@@ -328,7 +393,7 @@ def _decode(setting: Setting, tables: Tables, lengths, halves, *, interleaved: b
         total * 1.0,
         jnp.maximum((tokens > 0).sum(), 1) * 1.0 if interleaved else 1.0,
     )
-    cycles = layers.cycles + tables.head_cycles[total]
+    cycles = layers.cycles + tables.head_cycles[headed]
     clock_hz = hardware.npu.clock_hz
     seconds = cycles / clock_hz + link_seconds(hardware, sent[0]) + link_seconds(hardware, sent[1])
     counts = Counts(
@@ -337,7 +402,7 @@ def _decode(setting: Setting, tables: Tables, lengths, halves, *, interleaved: b
     joules = tables.watts * seconds
     if setting.system != "gpu":
         context = _context(setting, hardware, model, find_mix(model))
-        joules = joules + layers.joules + tables.head_joules[total] + _joules(context, counts)
+        joules = joules + layers.joules + tables.head_joules[headed] + _joules(context, counts)
     return Spent(
         clock.from_seconds(seconds),
         joules,
@@ -368,6 +433,8 @@ def _without_pim(setting, tables, kind, table, lengths, halves, tokens, *, inter
     context = context._replace(batch=Batch(seen, seen * 0, seen * 0))
     total = tokens.sum()
     attention = npu_operation(NPU_ATTENTION, context, total * 1.0)
+    works = (lengths > 0).any()  # there may be chunks of prompts alone
+    attention = jax.tree.map(lambda value: jnp.where(works, value, 0.0), attention)
     layers = layers_of_device(kind.model, setting.parallel)
     cycles = table.qkv.cycles[total].sum() + attention.cycles + table.rest.cycles[total].sum()
     busy = table.qkv.busy[total] + attention.busy_cycles + table.rest.busy[total]
@@ -490,6 +557,41 @@ def _interleave(setting, tables, kind, table, tokens, attention, layers) -> Numb
     alone = rest.cycles[second].sum()
     f = alone + jnp.where(drains[e], delayed[2, 0] - rest.cycles[second, 0], 0.0)
     return a + ends[0] + (layers - 1) * (ends[c] + ends[d]) + ends[e] + f
+
+
+def _attend_chunks(setting: Setting, tables: Tables, kind: LayerKind, chunks: Chunks) -> Layers:
+    """Returns the layers' attention of chunks, on the NPU or on a GPU."""
+    hardware = tables.hardware
+    context = _context(setting, hardware, kind.model, kind.mix)
+    plain = context._replace(fidelity="intended")
+
+    def up_to(ends):
+        work = prefill_attention(
+            hardware,
+            kind.model,
+            jnp.where(chunks.tokens > 0, ends, 0),
+            setting.parallel,
+            calibration=DEFAULT,
+            written_bits=product_bits(context).inputs,
+        )
+        return on_gpu(hardware, work) if setting.system == "gpu" else work
+
+    # Each chunk fills the arrays again, so what attention of nothing takes is not subtracted.
+    ends = (chunks.before + chunks.tokens, chunks.before, 0 * chunks.before)
+    work = jax.tree.map(lambda a, b, c: jnp.maximum(a - (b - c), 0.0), *map(up_to, ends))
+    layers = layers_of_device(kind.model, setting.parallel)
+    spent = count_commands(plain, work, PIM_NONE, layers, 0.0, (), 0.0)
+    rate = bytes_per_cycle(hardware)
+    if setting.system == "gpu":
+        rate = hardware.gpu.bytes_per_second / hardware.npu.clock_hz
+    moved = work.read_bytes + work.write_bytes
+    return Layers(
+        layers * work.cycles,
+        _joules(plain, spent),
+        layers * work.busy_cycles,
+        0.0 * work.cycles,
+        layers * moved / rate,
+    )
 
 
 def prefill_prompts(

@@ -25,6 +25,7 @@ from neupims.serving.server import (
     gather,
     make_memory,
     make_requests,
+    most_tokens,
     round_length,
     together,
 )
@@ -48,7 +49,7 @@ def run_lanes(
 ) -> list[Lane]:
     """Returns the times of the requests, and what all iterations took, of each lane.
 
-    Prompts are computed whole, by the devices that decode.
+    Prompts are computed by the devices that decode.
 
     Args:
         server: The rules, the model and the placement.
@@ -68,11 +69,11 @@ def run_lanes(
             raise ValueError("lanes must have the same requests: only their arrivals may differ")
     rules, setting = server.rules, server.setting
     length = round_length(arrivals[0])
-    tokens = together(server, arrivals[0], "whole")
+    tokens = together(server, arrivals[0], "chunked" if rules.chunk else "whole")
     machines = jax.tree.map(lambda *fields: jnp.array(fields, jnp.float32), *hardware)
-    tables = jax.jit(jax.vmap(partial(make_tables, setting, tokens=rules.batch, length=length)))(
-        machines
-    )
+    tables = jax.jit(
+        jax.vmap(partial(make_tables, setting, tokens=most_tokens(rules), length=length))
+    )(machines)
     check_tables(tables)
     memory = jax.jit(jax.vmap(partial(make_memory, server, length=length, tokens=tokens)))(machines)
     made = [make_requests(one, order, rules.window, None)[0] for one in arrivals]

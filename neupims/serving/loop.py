@@ -14,7 +14,10 @@ Time passes from boundary to boundary; between two of them lies one iteration. A
 4. **Compute.** If any request has prompt tokens to compute, the iteration is their prefill, and
    decoding waits; else it decodes one token of each request. A prefill has at most so many prompts
    as the rules say, in the order of channels and places; others follow in the next iteration. If
-   there is no request at all, time jumps to the next arrival.
+   there is no request at all, time jumps to the next arrival. With chunks, decoding does not wait:
+   an iteration decodes one token of each request whose prompt is computed, and beside them it
+   computes the rest of `chunk` tokens of prompts, at least one. The oldest prompts come first, at
+   most so many as the rules say; one that ends in the iteration gives its first token.
 5. **Leave.** Every request that was computed has one more token. Those that have all of their
    tokens leave, and their blocks are free at the next boundary.
 
@@ -102,6 +105,25 @@ class Costs(Protocol):
         """
         ...
 
+    def mixed(
+        self,
+        tables: Any,
+        lengths: Int[Array, "rows places"],
+        holds: Any,
+        before: Int[Array, " prompts"],
+        chunks: Int[Array, " prompts"],
+    ) -> Spent:
+        """Returns what one token of each request takes, beside chunks of prompts.
+
+        Args:
+            tables: What the costs need to know.
+            lengths: The tokens of each place.
+            holds: Whether a request in that place is decoded, (rows, places).
+            before: The tokens of each prompt that were computed before.
+            chunks: The tokens of each prompt that are computed; 0 does not count.
+        """
+        ...
+
 
 class Rules(NamedTuple):
     """What is fixed before a run is compiled."""
@@ -111,6 +133,7 @@ class Rules(NamedTuple):
     batch: int  # the most requests at once
     prompts: int  # the most prompts of one prefill
     prefill_tokens: int  # the most tokens of one prefill, if it has more than one prompt
+    chunk: int  # tokens of an iteration, decoded ones too; 0 computes prompts whole
     window: int  # requests that the waiting room shows to the policy
     packing: Packing
     costs: Costs
@@ -374,34 +397,89 @@ def compute(
     """
     places = state.places
     holds = (places.request < NOBODY) & ~places.paused
-    prompts = holds & (places.prompt > 0)
-    is_prefill = prompts.any()
-    rank = (jnp.cumsum(prompts.reshape(-1)) - 1).reshape(prompts.shape)
-    prompts = prompts & (rank < rules.prompts)
-    mine = prompts & (rank == jnp.arange(rules.prompts)[:, None, None])  # (prompts, rows, places)
-    lengths = jnp.where(mine, places.prompt, 0).sum(axis=(1, 2))
-    computed = jnp.where(is_prefill, prompts, holds)
-    spent = jax.lax.cond(
-        is_prefill,
-        lambda: rules.costs.prefill(tables, lengths),
-        lambda: rules.costs.decode(tables, places.length, holds),
-    )
-    works = computed.any()
+    choose = compute_chunks if rules.chunk else compute_whole
+    spent, parts, ends = choose(rules, tables, places, holds)
+    works = (ends | (parts > 0)).any()
     spent = jax.tree.map(lambda value: jnp.where(works, value, jnp.zeros_like(value)), spent)
     count = requests.keys.shape[0] - rules.window
     coming = Instant(*(part[jnp.minimum(state.arrived, count - 1)] for part in requests.arrival))
     jumps = ~works & (state.arrived < count)
     now = clock.where(jumps, coming, clock.add(state.now, spent.time))
     now = clock.where(clock.is_after(state.now, now), state.now, now)
-    made = computed & (places.first.high < 0)
+    made = ends & (places.first.high < 0)
     places = places._replace(
-        length=places.length + computed,
-        prompt=jnp.where(computed, 0, places.prompt),
-        left=places.left - computed,
+        length=places.length + ends,
+        prompt=places.prompt - parts,
+        left=places.left - ends,
         first=clock.where(made, now, places.first),
     )
-    tokens = jnp.where(is_prefill, state.places.prompt * prompts, 0).sum()
-    return state._replace(now=now, places=places), spent, computed.sum(), tokens
+    return state._replace(now=now, places=places), spent, ends.sum(), parts.sum()
+
+
+# What an iteration takes, the prompt tokens that it computes of each place, and whether the request
+# gets a token.
+Computed = tuple[Spent, Int[Array, "rows places"], Bool[Array, "rows places"]]
+
+
+def compute_whole(
+    rules: Rules, tables: Any, places: Places, holds: Bool[Array, "rows places"]
+) -> Computed:
+    """Returns the prefill of whole prompts, or, without any, a decode step of all requests.
+
+    Args:
+        rules: The rules.
+        tables: What the costs need to know.
+        places: The places.
+        holds: Whether a request in that place has its memory.
+    """
+    prompts = holds & (places.prompt > 0)
+    is_prefill = prompts.any()
+    rank = (jnp.cumsum(prompts.reshape(-1)) - 1).reshape(prompts.shape)
+    prompts = prompts & (rank < rules.prompts)
+    mine = prompts & (rank == jnp.arange(rules.prompts)[:, None, None])  # (prompts, rows, places)
+    lengths = jnp.where(mine, places.prompt, 0).sum(axis=(1, 2))
+    spent = jax.lax.cond(
+        is_prefill,
+        lambda: rules.costs.prefill(tables, lengths),
+        lambda: rules.costs.decode(tables, places.length, holds),
+    )
+    return spent, jnp.where(prompts, places.prompt, 0), jnp.where(is_prefill, prompts, holds)
+
+
+def compute_chunks(
+    rules: Rules, tables: Any, places: Places, holds: Bool[Array, "rows places"]
+) -> Computed:
+    """Returns a decode step of all requests without a prompt, beside chunks of the oldest prompts.
+
+    Args:
+        rules: The rules.
+        tables: What the costs need to know.
+        places: The places.
+        holds: Whether a request in that place has its memory.
+    """
+    prompts = holds & (places.prompt > 0)
+    decodes = holds & ~prompts
+    budget = jnp.maximum(rules.chunk - decodes.sum(), 1)
+    parts = jnp.zeros_like(places.prompt)
+    before, chunks = [], []
+    waits = jnp.where(prompts, places.request, NOBODY)
+    for _ in range(rules.prompts):
+        oldest = waits.min()
+        mine = (waits == oldest) & (oldest < NOBODY)
+        todo = jnp.where(mine, places.prompt, 0).sum()
+        chunk = jnp.minimum(todo, budget)
+        budget = budget - chunk
+        parts = parts + jnp.where(mine, chunk, 0)
+        before.append(jnp.where(mine, places.length, 0).sum() - todo)
+        chunks.append(chunk)
+        waits = jnp.where(mine, NOBODY, waits)
+    given = (tables, places.length, decodes)
+    spent = jax.lax.cond(
+        prompts.any(),
+        lambda: rules.costs.mixed(*given, jnp.stack(before), jnp.stack(chunks)),
+        lambda: rules.costs.decode(*given),
+    )
+    return spent, parts, decodes | (prompts & (parts == places.prompt))
 
 
 def leave(state: State) -> State:

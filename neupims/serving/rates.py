@@ -19,6 +19,7 @@ from neupims.serving.policy import ORDERS, PLACEMENTS, Order, Placement
 from neupims.serving.requests import Arrivals, read_arrivals, stretch
 from neupims.serving.results import Serving
 from neupims.serving.server import (
+    Prefill,
     Server,
     check_lengths,
     describe_server,
@@ -69,6 +70,7 @@ def sweep_rates(
     rates: Sequence[float],
     *,
     slo: str | tuple[Limit, ...] = (),
+    prefill: Prefill = "whole",
     share: float = 0.99,
     arrivals: str | None = None,
     first: int | None = None,
@@ -88,6 +90,7 @@ def sweep_rates(
         model: A named model, or a file.
         trace: As for `serve`.
         rates: Requests a second, at least two different ones.
+        prefill: "whole" or "chunked".
         slo: Objectives, such as "ttft<2s,tpot<100ms".
         share: The share of the requests that must meet them.
         arrivals: The process of arrivals, as for `serve` (default: those of the trace).
@@ -98,7 +101,8 @@ def sweep_rates(
         placement: To which channel.
         leave_out_too_long: As for `serve`.
         **options: Further arguments of `serve`: system, hardware, row_buffers, changes, tp, pp,
-            kv_split, lm_head, fidelity, interleaving, batch, prefill_tokens, spare.
+            kv_split, lm_head, fidelity, interleaving, batch, prefill_tokens,
+            chunk_tokens, spare.
 
     Raises:
         ValueError: A rate is not positive, there are too few or too many, or as for `serve`.
@@ -110,6 +114,8 @@ def sweep_rates(
             f"a sweep needs from 2 to {MOST_RATES} different rates above 0, not"
             f" {', '.join(f'{each:g}' for each in tried)[:80]}"
         )
+    if prefill == "separate":
+        raise ValueError("a sweep computes prompts on the devices that decode: whole or chunked")
     if not 0 < share <= 1:
         raise ValueError(f"the share of good requests must be above 0 and at most 1, not {share:g}")
     limits = parse_limits(slo) if isinstance(slo, str) else slo
@@ -120,13 +126,14 @@ def sweep_rates(
             trace, rate=tried[0], process=arrivals, columns=columns, first=first, seed=seed
         )
     )
-    name, server = make_server(model, placement=placement, prefill="whole", **options)
-    requests, notes = check_lengths(server, requests, "whole", leave_out_too_long)
+    name, server = make_server(model, placement=placement, prefill=prefill, **options)
+    requests, notes = check_lengths(server, requests, prefill, leave_out_too_long)
     about = {
         **describe_server(server, name),
         "order": name_of(order, ORDERS, "order"),
         "placement": name_of(placement, PLACEMENTS, "placement"),
-        "prefill": "whole",
+        "prefill": prefill,
+        "chunk_tokens": server.rules.chunk or None,
     }
     chosen = ORDERS[order] if isinstance(order, str) else order
     found: dict[float, Serving] = {}
@@ -168,7 +175,7 @@ def _serve_lanes(
 ) -> list[Serving]:
     began = time.perf_counter()
     runs = run_lanes(server, [server.hardware], lanes, order)
-    tokens = together(server, lanes[0], "whole")
+    tokens = together(server, lanes[0], "chunked" if server.rules.chunk else "whole")
     memory = make_memory(server, server.hardware, round_length(lanes[0]), tokens)
     taken = {"wall_seconds": (time.perf_counter() - began) / len(lanes)}
     return [

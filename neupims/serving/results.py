@@ -77,7 +77,7 @@ def sum_up(step: Step) -> Totals:
         return np.asarray(values, np.float64).sum(axis=-1)
 
     return Totals(
-        add(computed > 0),
+        add((computed > 0) | prompts),
         add(decodes),
         add(seconds),
         add(seconds * prompts),

@@ -27,6 +27,7 @@ from neupims.serving.server import (
     make_memory,
     make_requests,
     make_server,
+    most_tokens,
     name_block,
     name_of,
     round_length,
@@ -62,6 +63,7 @@ def serve(
     placement: str | Placement = "greedy",
     prefill: Prefill = "whole",
     prefill_tokens: int = 8192,
+    chunk_tokens: int = 512,
     prefill_groups: int = 1,
     spare: float = 0.01,
     slo: str | tuple[Limit, ...] = (),
@@ -93,8 +95,10 @@ def serve(
         order: Who is admitted next: a name of `policy.ORDERS`, or a function.
         placement: To which channel: a name of `policy.PLACEMENTS`, or functions.
         prefill: "whole": admitted prompts are computed in an iteration of their own, which decoding
-            waits for; "separate": by other devices of the same kind.
+            waits for; "chunked": in chunks beside decoding; "separate": by other devices of the
+            same kind.
         prefill_tokens: The most tokens of one prefill, if it has more than one prompt.
+        chunk_tokens: The most tokens of an iteration, decoded ones too, with `prefill="chunked"`.
         prefill_groups: Groups of devices for prompts, with `prefill="separate"`.
         spare: The share of a channel's blocks that are free after an admission.
         slo: Objectives, such as "ttft<2s,tpot<100ms".
@@ -137,6 +141,7 @@ def serve(
         placement=placement,
         prefill=prefill,
         prefill_tokens=prefill_tokens,
+        chunk_tokens=chunk_tokens,
         spare=spare,
     )
     if prefill_groups < 1 or (prefill_groups > 1 and prefill != "separate"):
@@ -156,6 +161,7 @@ def serve(
         "order": order_name,
         "placement": name_of(placement, PLACEMENTS, "placement"),
         "prefill": prefill,
+        "chunk_tokens": server.rules.chunk or None,
         "wall_seconds": time.perf_counter() - began,
     }
     return Serving(
@@ -204,9 +210,9 @@ def run_requests(
         ValueError: The machine cannot run the model.
     """
     rules, length = server.rules, round_length(requests)
-    prefill: Prefill = "whole" if apart is None else "separate"
+    prefill: Prefill = "chunked" if rules.chunk else "whole" if apart is None else "separate"
     memory = make_memory(server, server.hardware, length, together(server, requests, prefill))
-    tables = make_tables(server.setting, server.hardware, rules.batch, length)
+    tables = make_tables(server.setting, server.hardware, most_tokens(rules), length)
     check_tables(tables)
     given, numbers = make_requests(requests, order, rules.window, apart)
     state, steps, total = start(rules, given), [], len(numbers)
@@ -228,7 +234,7 @@ def run_requests(
 def _list(whole: Step) -> Iterations:
     """Returns the iterations, without the steps in which nothing was computed."""
     spent: Spent = whole.spent
-    there = whole.computed > 0
+    there = (whole.computed > 0) | (whole.prompt_tokens > 0)
     counted = (whole.computed, whole.prompt_tokens, whole.waiting, whole.blocks, whole.fullest)
     used = (spent.joules, spent.npu_seconds, spent.pim_seconds, spent.bus_seconds)
     return Iterations(

@@ -36,11 +36,12 @@ from neupims.timing.memory_check import format_bytes
 from neupims.timing.split import check_split, piece_lengths
 
 PROMPTS = 16  # of one prefill, at most
+CHUNKS = 4  # prompts that have a chunk in an iteration, at most
 WINDOW = 64  # requests of the waiting room that a policy may choose from
 BLOCK_TOKENS = 16  # of a block of keys and values without PIM
 ROUND = 1024  # tables have whole multiples of this many lengths, so that few programs are compiled
-PREFILLS = ("whole", "separate")
-Prefill = Literal["whole", "separate"]
+PREFILLS = ("whole", "chunked", "separate")
+Prefill = Literal["whole", "chunked", "separate"]
 
 
 class Server(NamedTuple):
@@ -70,6 +71,7 @@ def make_server(
     placement: str | Placement = "greedy",
     prefill: Prefill = "whole",
     prefill_tokens: int = 8192,
+    chunk_tokens: int = 512,
     spare: float = 0.01,
 ) -> tuple[str, Server]:
     """Returns the name of a model, and the machine that serves it, checked.
@@ -90,6 +92,7 @@ def make_server(
         placement: How a channel is chosen.
         prefill: Where prompts are computed.
         prefill_tokens: The most tokens of one prefill.
+        chunk_tokens: The tokens of an iteration, where prompts are chunked.
         spare: The share of a channel's blocks that stay free.
 
     Raises:
@@ -103,10 +106,10 @@ def make_server(
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-    if batch < 1 or prefill_tokens < 1:
+    if min(batch, prefill_tokens, chunk_tokens) < 1:
         raise ValueError(
-            "the batch and the tokens of a prefill must be at least 1, not"
-            f" {batch} and {prefill_tokens}"
+            "the batch and the tokens of a prefill or a chunk must be at least 1, not"
+            f" {batch}, {prefill_tokens} and {chunk_tokens}"
         )
     if not 0 <= spare < 1:
         raise ValueError(f"the spare share of the memory must be from 0 to below 1, not {spare:g}")
@@ -136,7 +139,18 @@ def make_server(
         rows = channels // parallel.kv_split
         places = min(batch, 2 * math.ceil(batch / rows))
     setting = Setting(decoder, parallel, kind, fidelity, interleaving)
-    rules = Rules(rows, places, batch, PROMPTS, prefill_tokens, WINDOW, chosen.packing, setting)
+    chunked = prefill == "chunked"
+    rules = Rules(
+        rows,
+        places,
+        batch,
+        CHUNKS if chunked else PROMPTS,
+        prefill_tokens,
+        chunk_tokens if chunked else 0,
+        WINDOW,
+        chosen.packing,
+        setting,
+    )
     return name, Server(machine, setting, rules, chosen, spare)
 
 
@@ -274,6 +288,15 @@ def check_lengths(
     return kept, (note,)
 
 
+def most_tokens(rules: Rules) -> int:
+    """Returns the most tokens of an iteration that decodes.
+
+    Args:
+        rules: The rules.
+    """
+    return max(rules.batch + 1, rules.chunk) if rules.chunk else rules.batch
+
+
 def together(server: Server, requests: Arrivals, prefill: Prefill) -> int:
     """Returns the most tokens that are computed together.
 
@@ -284,6 +307,8 @@ def together(server: Server, requests: Arrivals, prefill: Prefill) -> int:
     """
     if prefill == "separate":
         return server.rules.batch
+    if prefill == "chunked":
+        return most_tokens(server.rules)
     return max(server.rules.batch, server.rules.prefill_tokens, int(requests.inputs.max()))
 
 
