@@ -104,6 +104,8 @@ def _power_error(n: int, p: float) -> float:
 def _normed(operation: str) -> float:
     """The relative error of a normalised token that counts, before it is raised to p.
 
-    z = (x - mean) / deviation scale + bias, where the first term is at most twice as large as z.
+    z = (x - mean) / deviation scale + bias, where the first term is at most twice as large as z in
+    the tokens that count. That holds for many tokens of many channels. Of three tokens, all may be
+    near zero, and of 8 channels, all may be near their mean: then the error is larger in any code.
     """
     return 2 * (RSQRT + 6 * ROUNDED) if operation == "norm_ggem" else 0.0
