@@ -74,7 +74,7 @@ def microseconds_of_norm_and_pool(gpu: str, model: str) -> tuple[float, float]:
 
 
 def test_norm_and_pooling_are_joined_in_training_where_the_model_is_for_it():
-    for gpu in ("H200", "A100", "RTX 4090"):
+    for gpu in GPUS:
         for model in ("B/16", "L/16"):
             fused, apart = microseconds_of_norm_and_pool(gpu, model)
             assert fused < apart
