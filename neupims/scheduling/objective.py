@@ -134,8 +134,8 @@ def make_problem(
 def _tables(hardware, model, parallel, lengths, *, fidelity, mix):
     """Returns the work of requests, and the NPU's operations for every number of tokens."""
     given = (hardware, model, lengths, parallel)
-    work = gemv.request_work(*given, fidelity=fidelity)
-    beside = gemv.request_work(*given, fidelity=fidelity, wait=DEFAULT.reopen_cycles)
+    waits = (None, DEFAULT.reopen_cycles)
+    work, beside = gemv.request_works(*given, fidelity=fidelity, waits=waits)
     tiles = request_tiles(hardware, model, lengths, parallel, fidelity=fidelity)
     batch = Batch(lengths, jnp.zeros_like(lengths), jnp.zeros_like(lengths))
     context = Context(hardware, model, batch, parallel, fidelity=fidelity, mix=mix)
