@@ -13,7 +13,8 @@ from neupims.machine.case import select_model, select_system
 from neupims.machine.systems import PIM_SYSTEMS
 from neupims.machine.workload import Batch
 from neupims.serving import clock
-from neupims.serving.cost import Setting, make_tables, split_halves
+from neupims.serving.cost import ModelCosts, split_halves
+from neupims.serving.tables import Setting, make_tables
 
 LONGEST, BATCH = 700, 64
 
@@ -38,7 +39,7 @@ def draw(setting, hardware, share, seed=0):
 
 def compare(setting, hardware, shares):
     tables = make_tables(setting, hardware, BATCH, LONGEST)
-    decode = jax.jit(setting.decode)
+    decode = jax.jit(ModelCosts(setting).decode)
     for share in shares:
         lengths, holds, batch = draw(setting, hardware, share)
         spent = decode(tables, jnp.asarray(lengths), jnp.asarray(holds))
@@ -99,7 +100,7 @@ def test_a_prefill_costs_what_prefill_says():
         tables = make_tables(setting, hardware, BATCH, LONGEST)
         lengths, holds, batch = draw(setting, hardware, 0.2)
         prompts = jnp.asarray(np.where(holds, lengths, 0).ravel())
-        spent = jax.jit(setting.prefill)(tables, prompts)
+        spent = jax.jit(ModelCosts(setting).prefill)(tables, prompts)
         where = "gpu" if system == "gpu" else "npu-only"
         wanted = prefill(hardware, setting.model, batch, setting.parallel, system=where)
         wanted = dataclasses.replace(wanted, pim_utilization=0 * wanted.npu_utilization)
@@ -112,7 +113,7 @@ def test_chunks_without_decoding_cost_what_prefill_says(system):
     setting, hardware = make_setting(system, "intended"), hardware_of(system)
     tables = make_tables(setting, hardware, LONGEST, LONGEST)
     nothing, prompts = jnp.zeros((1, 4), jnp.int32), jnp.array([130, 0, 77])
-    mixed = jax.jit(setting.mixed)
+    mixed = jax.jit(ModelCosts(setting).mixed)
     spent = mixed(tables, nothing, nothing > 0, 0 * prompts, prompts)
     none = jnp.zeros(3, jnp.int32)
     batch = Batch(prompts, none, none)
@@ -134,7 +135,7 @@ def test_the_chosen_interleaving_is_the_faster_one():
     times = {}
     for name in ("on", "off", "chosen"):
         lengths, holds, _ = draw(setting, hardware, 0.9)
-        spent = jax.jit(setting._replace(interleaving=name).decode)(
+        spent = jax.jit(ModelCosts(setting._replace(interleaving=name)).decode)(
             tables, jnp.asarray(lengths), jnp.asarray(holds)
         )
         times[name] = int(clock.join(spent.time))

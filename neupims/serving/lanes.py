@@ -14,7 +14,6 @@ import numpy as np
 
 from neupims.machine.hardware import Hardware
 from neupims.serving.clock import Instant
-from neupims.serving.cost import make_tables
 from neupims.serving.loop import is_done, run, start
 from neupims.serving.policy import Order, first_come
 from neupims.serving.requests import Arrivals
@@ -29,6 +28,7 @@ from neupims.serving.server import (
     round_length,
     together,
 )
+from neupims.serving.tables import make_tables
 
 CHUNK = 512  # iterations between two looks at whether all lanes are done
 

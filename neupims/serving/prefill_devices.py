@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 
 from neupims.machine.hardware import Hardware
 from neupims.machine.workload import Batch
-from neupims.serving.cost import Setting
 from neupims.serving.requests import Arrivals
+from neupims.serving.tables import Setting
 from neupims.timing.capacity import request_bytes
 from neupims.timing.prefill import prefill
 

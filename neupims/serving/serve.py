@@ -10,7 +10,6 @@ import numpy as np
 
 from neupims.machine.systems import Fidelity
 from neupims.serving import clock
-from neupims.serving.cost import Interleaving, make_tables
 from neupims.serving.loop import Spent, Step, is_done, run_chunk, start
 from neupims.serving.objectives import Limit, parse_limits
 from neupims.serving.policy import ORDERS, PLACEMENTS, Order, Placement
@@ -33,6 +32,7 @@ from neupims.serving.server import (
     round_length,
     together,
 )
+from neupims.serving.tables import Interleaving, make_tables
 
 CHUNK = 2048  # iterations between two reports of progress
 # (requests that have left, all requests, seconds that were simulated, iterations)

@@ -18,12 +18,13 @@ from neupims.machine.supported import check_latent
 from neupims.machine.systems import FIDELITIES, PIM_SYSTEMS, Fidelity
 from neupims.serving import clock
 from neupims.serving.clock import Instant
-from neupims.serving.cost import INTERLEAVINGS, Interleaving, Setting, Tables
+from neupims.serving.cost import ModelCosts
 from neupims.serving.loop import NOBODY, Memory, Requests, Rules
 from neupims.serving.policy import PLACEMENTS, Order, Placement
 from neupims.serving.prefill_devices import Prefilled
 from neupims.serving.requests import Arrivals
 from neupims.serving.results import Served
+from neupims.serving.tables import INTERLEAVINGS, Interleaving, Setting, Tables
 from neupims.timing.capacity import (
     channel_tiles,
     device_weight_bytes,
@@ -149,7 +150,7 @@ def make_server(
         chunk_tokens if chunked else 0,
         WINDOW,
         chosen.packing,
-        setting,
+        ModelCosts(setting),
     )
     return name, Server(machine, setting, rules, chosen, spare)
 
