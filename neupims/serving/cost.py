@@ -1,9 +1,9 @@
 """What an iteration of a batch in places costs: the closed form of `timing.iteration`, by tables.
 
-An iteration looks up its requests in the tables of a machine, adds them up by channel, and composes
-stages, layers and the whole as `simulate` does, with the same functions. A prefill is
-`timing.prefill` itself. `decode` and `prefill_prompts` can be mapped over tables with a leading axis
-of machines.
+An iteration looks up its requests in the tables of a machine, adds them up by channel, and
+composes stages, layers and the whole as `simulate` does, with the same functions. A prefill is
+`timing.prefill` itself. `decode` and `prefill_prompts` can be mapped over tables with a leading
+axis of machines.
 """
 
 from typing import Literal, NamedTuple
