@@ -1,4 +1,4 @@
-"""AdamW for models with learned exponents.
+"""AdamW, and other optimizers, for models with learned exponents.
 
 Exponents are the parameters called `p`. They get no weight decay, which would pull them towards 0,
 and a learning rate of their own: Adam moves a number by at most about one learning rate a step, so
@@ -9,6 +9,7 @@ same, with a factor of 10 for one shared exponent and 100 for one per channel
 Parameters are trees of arrays: those of Flax linen, of Flax NNX or of Equinox.
 """
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -16,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+import optax.contrib
 from jax.tree_util import GetAttrKey, KeyPath
 
 Parameters = Any
@@ -52,8 +54,37 @@ def adamw(
         >>> print(f"{updates['pool']['p'][0]:.3f} {updates['head']['kernel'][0, 0]:.5f}")
         -0.010 -0.00105
     """
-    return optax.chain(
+    return optimizer(
         optax.scale_by_adam(b1=beta1, b2=beta2),
+        learning_rate,
+        weight_decay=weight_decay,
+        exponent_lr=exponent_lr,
+        layer_decay=layer_decay,
+    )
+
+
+def optimizer(
+    direction: optax.GradientTransformation,
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    weight_decay: float = 0.05,
+    exponent_lr: float = 10.0,
+    layer_decay: float = 1.0,
+) -> optax.GradientTransformation:
+    """Returns an optimizer with decoupled decay for matrices, and a learning rate for exponents.
+
+    Args:
+        direction: A transformation of gradients to directions, such as `optax.scale_by_lion()`.
+        learning_rate: The learning rate of the weights, a number or a schedule of optax.
+        weight_decay: Decay of matrices, see `weight_decay_mask`.
+        exponent_lr: Learning rate of the exponents over that of the weights.
+        layer_decay: Learning rate of each block over that of the next, see `learning_rate_scales`.
+
+    Returns:
+        A transformation of optax; its `update` needs the parameters.
+    """
+    return optax.chain(
+        direction,
         optax.add_decayed_weights(weight_decay, mask=weight_decay_mask),
         scale_by_parameter(
             lambda params: learning_rate_scales(
@@ -62,6 +93,63 @@ def adamw(
         ),
         optax.scale_by_learning_rate(learning_rate),
     )
+
+
+def scale_by_muon_and_adam(
+    beta1: float = 0.9, beta2: float = 0.999, momentum: float = 0.95
+) -> optax.GradientTransformation:
+    """Returns Muon for the matrices of blocks, and Adam for all other parameters.
+
+    Muon's direction of a matrix is its momentum made orthogonal, times 0.2 sqrt(max(inputs,
+    outputs)), which is as long as a typical direction of Adam, so that one learning rate and one
+    decay do for both. The heads of a projection count as one matrix.
+
+    Args:
+        beta1: Of Adam, the decay of the mean of the gradients.
+        beta2: Of Adam, the decay of the mean of their squares.
+        momentum: Of Muon, the decay of the mean of the gradients.
+
+    Returns:
+        A transformation of optax.
+
+    Reference: Jordan et al., "Muon", 2024, kellerjordan.github.io/posts/muon; Liu et al., "Muon is
+        Scalable for LLM Training", 2025, arXiv:2502.16982, section 2.2 (the length).
+    """
+
+    def label(path: KeyPath, leaf: Any) -> str:
+        _, block = _place(path)
+        inner = block is not None and block >= 0
+        return "muon" if inner and _is_matrix(path, leaf) else "adam"
+
+    def sides(updates: Parameters) -> Parameters:
+        return jax.tree_util.tree_map_with_path(
+            lambda path, leaf: _sides(_names(path), jnp.ndim(leaf)), updates
+        )
+
+    def length(path: KeyPath, leaf: Any) -> Any:
+        into, out = _sides(_names(path), leaf.ndim)
+        inputs, outputs = (math.prod(leaf.shape[axis] for axis in axes) for axes in (into, out))
+        return leaf * (0.2 * max(inputs, outputs) ** 0.5)
+
+    scaled = optax.stateless(lambda updates, _: jax.tree_util.tree_map_with_path(length, updates))
+    muon = optax.contrib.scale_by_muon(beta=momentum, weight_dimension_numbers=sides)
+    return optax.partition(
+        {
+            "muon": optax.chain(muon, scaled),
+            "adam": optax.scale_by_adam(b1=beta1, b2=beta2),
+        },
+        lambda params: jax.tree_util.tree_map_with_path(label, params),
+    )
+
+
+def _sides(names: tuple[str, ...], axes: int) -> optax.contrib.MuonDimensionNumbers:
+    """The axes of the inputs of a matrix, and of its outputs; attention's `out` joins heads."""
+    into = axes - 1 if names[-2:-1] == ("out",) else 1
+    return optax.contrib.MuonDimensionNumbers(tuple(range(into)), tuple(range(into, axes)))
+
+
+def _is_matrix(path: KeyPath, leaf: Any) -> bool:
+    return _names(path)[-1:] in (("kernel",), ("weight",)) and jnp.ndim(leaf) >= 2
 
 
 def weight_decay_mask(params: Parameters) -> Parameters:
@@ -75,10 +163,7 @@ def weight_decay_mask(params: Parameters) -> Parameters:
     Returns:
         A tree of bools, a mask for `optax.add_decayed_weights`.
     """
-    return jax.tree_util.tree_map_with_path(
-        lambda path, leaf: _names(path)[-1:] in (("kernel",), ("weight",)) and jnp.ndim(leaf) >= 2,
-        params,
-    )
+    return jax.tree_util.tree_map_with_path(_is_matrix, params)
 
 
 def learning_rate_scales(

@@ -15,6 +15,8 @@ from ggem_jax.optimizer import (
     exponents,
     is_exponent,
     learning_rate_scales,
+    optimizer,
+    scale_by_muon_and_adam,
     weight_decay_mask,
 )
 
@@ -172,3 +174,37 @@ def test_parameters_of_flax_nnx_are_recognised():
         False,
     ]  # dense.bias, dense.kernel, p
     assert jax.tree.leaves(learning_rate_scales(state, exponent_lr=7.0)) == [1.0, 1.0, 7.0]
+
+
+def test_muon_makes_the_matrices_of_blocks_orthogonal_and_adam_moves_the_rest(params):
+    """All singular values are near 0.2 sqrt(max(inputs, outputs)) after a step of the first."""
+    direction = scale_by_muon_and_adam()
+    slopes = jax.tree.map(
+        lambda leaf: jnp.asarray(np.random.default_rng(leaf.size).normal(size=leaf.shape)), params
+    )
+    got, _ = direction.update(slopes, direction.init(params), params)
+    attention = got["blocks_1"]["attention"]
+    matrices = {
+        "query": attention["query"]["kernel"].reshape(12, 12),  # (width, heads, channels)
+        "out": attention["out"]["kernel"].reshape(12, 12),  # (heads, channels, width)
+        "in": got["blocks_1"]["mlp"]["in"]["kernel"],
+    }
+    for name, matrix in matrices.items():
+        values = np.linalg.svd(matrix, compute_uv=False) / (0.2 * max(matrix.shape) ** 0.5)
+        assert values.min() > 0.5, name
+        assert values.max() < 1.3, name
+    for part in ("head", "patch_embedding"):
+        signs = jnp.sign(slopes[part]["kernel"])
+        np.testing.assert_allclose(got[part]["kernel"], signs, rtol=1e-3)
+    np.testing.assert_allclose(got["pool"]["p"], jnp.sign(slopes["pool"]["p"]), rtol=1e-3)
+
+
+def test_any_direction_gets_decay_of_matrices_and_a_rate_for_exponents():
+    """The first step of Lion is a sign as well: the same numbers as `test_first_step_by_hand`."""
+    params = {"kernel": jnp.array([[2.0]]), "bias": jnp.array([2.0]), "p": jnp.array([3.0])}
+    transform = optimizer(optax.scale_by_lion(), 0.01, weight_decay=0.5)
+    updates, _ = transform.update(
+        jax.tree.map(jnp.ones_like, params), transform.init(params), params
+    )
+    expected = {"kernel": [[-0.01 * (1 + 0.5 * 2)]], "bias": [-0.01], "p": [-0.1]}
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), updates, expected)

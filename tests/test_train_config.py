@@ -113,3 +113,16 @@ def test_without_any_choice_of_data_the_config_is_digits():
     assert load_config(Config, ["--variant", "Ti/4"], "test").data.source == "digits"
     for flags in (["--data", "folder:x"], ["--data=folder:x"], ["--data.source", "folder:x"]):
         assert load_config(Config, flags, "test").model == vit_config("Ti/16")
+
+
+def test_precision_is_a_short_name_of_the_dtype_of_the_computation():
+    assert load_config(Config, ["--precision", "bf16"], "test").model.dtype == "bfloat16"
+    assert load_config(Config, ["--precision=fp32"], "test").model.param_dtype == "float32"
+    with pytest.raises(Refused, match="--precision must be fp32 or bf16, not fp16"):
+        load_config(Config, ["--precision", "fp16"], "test")
+
+
+def test_an_unknown_optimizer_is_refused_with_the_known_ones():
+    with pytest.raises(Refused, match=r"soap.*'adamw', 'lion', 'muon', 'sgd'") as caught:
+        load_config(Config, ["--optimizer.name", "soap"], "test")
+    assert "\n" not in str(caught.value)

@@ -21,7 +21,6 @@ from train.config import Data
 from train.contrastive import (
     ContrastiveConfig,
     caption_sampler,
-    clip_from_above,
     make_steps,
     make_towers,
     open_pairs,
@@ -31,6 +30,7 @@ from train.loop import make_first_state
 from train.pairs import read_csv
 from train.step import normalise
 from train.tokenizer import read_tokenizer, train_tokenizer
+from train.towers import clip_from_above
 
 
 def config_of(*flags):

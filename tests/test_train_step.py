@@ -11,6 +11,7 @@ import pytest
 from conftest import TINY
 from jax.sharding import PartitionSpec as P
 
+from train import classify
 from train.build import build_model
 from train.cli import load_config
 from train.config import Augment, Config, Data, Optimizer
@@ -279,3 +280,20 @@ def test_pixels_are_normalised_as_published_models_expect():
     image = np.zeros((1, 1, 1, 3), np.uint8) + np.array([255, 0, 128], np.uint8)
     want = [(1 - 0.485) / 0.229, -0.456 / 0.224, (128 / 255 - 0.406) / 0.225]
     np.testing.assert_allclose(normalise(jnp.array(image), data)[0, 0, 0], want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["lion", "muon", "sgd"])
+def test_every_optimizer_resumes_to_the_last_bit_and_splits_its_state(tmp_path, name):
+    flags = [*TINY, "--epochs", "0.2", "--optimizer.name", name, "--fsdp", "4"]
+
+    def end(folder, *more):
+        config = load_config(Config, [*flags, "--out", str(tmp_path / folder), *more], "test")
+        return classify.train(config, quiet=True).state
+
+    whole = end("whole")
+    end("parts", "--stop-after", "4")
+    resumed = end("parts")
+    chex.assert_trees_all_equal(jax.device_get(resumed), jax.device_get(whole))
+    matrices = [leaf for leaf in jax.tree.leaves(whole.opt_state) if leaf.ndim > 1]
+    assert len(matrices) > 10
+    assert any("fsdp" in leaf.sharding.spec for leaf in matrices)

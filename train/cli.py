@@ -29,6 +29,7 @@ from ggem_jax.weights.architecture import NOTHING_GIVEN, Given
 from ggem_jax.weights.vit import PublishedViT
 
 CONFIGS = Path(__file__).parent / "configs"
+PRECISIONS = {"fp32": "float32", "bf16": "bfloat16"}  # of the computation; weights are float32
 
 
 class Settings(Protocol):
@@ -162,8 +163,9 @@ def load_config(record: type[S], argv: list[str], prog: str | None = None) -> S:
     """Returns the settings of a run from its config files and flags.
 
     Each layer goes over those before it: the defaults, `--config NAME`, `--config-file FILE`,
-    `--init FILE` (the sizes of a published network), `--variant NAME` (such as S/16), and the other
-    flags. The settings of the run that `--resume-from RUN` names take the place of the defaults.
+    `--init FILE` (the sizes of a published network), `--variant NAME` (such as S/16), `--precision`
+    (fp32 or bf16, the dtype of the computation), and the other flags. The settings of the run that
+    `--resume-from RUN` names take the place of the defaults.
     Without a config, a file, a run and a source of data the config is `digits`.
 
     Args:
@@ -177,9 +179,12 @@ def load_config(record: type[S], argv: list[str], prog: str | None = None) -> S:
     prog = prog or record.tool
     argv = list(argv)
     settings: dict[str, Any] = {}
-    name, file, start, variant, before = (
+    name, file, start, variant, before, precision = (
         take_flag(argv, flag)
-        for flag in ("--config", "--config-file", "--init", "--variant", "--resume-from")
+        for flag in (
+            *("--config", "--config-file", "--init", "--variant", "--resume-from"),
+            "--precision",
+        )
     )
     if start is not None and before is not None:
         raise Refused("--init and --resume-from exclude each other: a run starts from one of them")
@@ -198,6 +203,10 @@ def load_config(record: type[S], argv: list[str], prog: str | None = None) -> S:
         settings = _put_over(settings, _settings_of_published(Path(start), _choices_of(argv)))
     if variant is not None:
         settings = _put_over(settings, {"variant": variant})
+    if precision is not None:
+        if precision not in PRECISIONS:
+            raise Refused(f"--precision must be {' or '.join(PRECISIONS)}, not {precision}")
+        settings = _put_over(settings, {"model": {"dtype": PRECISIONS[precision]}})
     try:  # all layers together: a value may fit only what a later layer sets
         return parse(
             record,
@@ -367,8 +376,8 @@ def _describe_layers(record: type[Settings]) -> str:
     folder = configs_of(record).relative_to(CONFIGS.parent.parent).as_posix()
     return (
         "Defaults, or the settings of --resume-from RUN < --config NAME < --config-file FILE (TOML"
-        " or JSON) < --init FILE < --variant NAME < the flags below. Without --config,"
-        " --config-file, --resume-from and --data the config is digits."
+        " or JSON) < --init FILE < --variant NAME < --precision fp32|bf16 < the flags below."
+        " Without --config, --config-file, --resume-from and --data the config is digits."
         f" NAME of --config: {', '.join(known_configs(record))}; each file in {folder} says what it"
         " trains and what to expect. NAME of --variant: Ti, S, B, L or H, a slash, and the patch"
         " size; it sets the sizes of the model."

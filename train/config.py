@@ -157,8 +157,12 @@ class Augment:
 
 @dataclass(frozen=True)
 class Optimizer:
-    """AdamW with a linear warm-up and a cosine decay to zero."""
+    """The optimizer, with a linear warm-up and a cosine decay to zero."""
 
+    # muon: of the matrices in blocks, with the learning rate and decay of adamw, which takes the
+    # rest; lion: its authors take a tenth of the learning rate, ten times the decay and beta2 0.99;
+    # sgd: with momentum beta1
+    name: Literal["adamw", "lion", "muon", "sgd"] = "adamw"
     lr: float = 1e-3  # largest learning rate
     warmup: int = 100  # steps
     # of matrices only: biases, norms, positions, prefix tokens and exponents do not decay

@@ -20,7 +20,8 @@ from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
 
 from ggem_jax.files.normalisation import normalise_pixels
 from ggem_jax.models.vit import ViT
-from ggem_jax.optimizer import adamw, scale_by_parameter
+from ggem_jax.optimizer import optimizer as build_optimizer
+from ggem_jax.optimizer import scale_by_muon_and_adam, scale_by_parameter
 from train.build import build_model
 from train.cli import Refused
 from train.config import Augment, Config, Data, Optimizer
@@ -196,7 +197,7 @@ def compile_steps(
     Args:
         problem: Parameters, loss and outputs.
         data: Settings of the data, of which mean and deviation of the images are used.
-        optimizer: Settings of AdamW.
+        optimizer: Settings of the optimizer.
         fsdp: Devices that the weights are split over.
         total_steps: Steps of the run.
         devices: The devices; None: all.
@@ -314,20 +315,28 @@ def split_over_fsdp(shape: tuple[int, ...], fsdp: int) -> P:
     return P(*(None,) * longest, "fsdp")
 
 
+# Gradients to directions, by --optimizer.name
+DIRECTIONS: dict[str, Callable[[Optimizer], optax.GradientTransformation]] = {
+    "adamw": lambda o: optax.scale_by_adam(b1=o.beta1, b2=o.beta2),
+    "lion": lambda o: optax.scale_by_lion(b1=o.beta1, b2=o.beta2),
+    "muon": lambda o: scale_by_muon_and_adam(o.beta1, o.beta2),
+    "sgd": lambda o: optax.trace(o.beta1),
+}
+
+
 def make_optimizer(optimizer: Optimizer, total_steps: int) -> optax.GradientTransformation:
-    """Returns gradient clipping, then AdamW with a warm-up and a cosine decay.
+    """Returns gradient clipping, then the optimizer with a warm-up and a cosine decay.
 
     Args:
-        optimizer: Settings of AdamW; a `clip` of None leaves out the clipping.
+        optimizer: Its settings; a `clip` of None leaves out the clipping.
         total_steps: Steps of the run, at the end of which the learning rate is 0.
     """
     warmup = min(optimizer.warmup, total_steps - 1)
     schedule = optax.warmup_cosine_decay_schedule(0.0, optimizer.lr, warmup, total_steps)
-    transform = adamw(
+    transform = build_optimizer(
+        DIRECTIONS[optimizer.name](optimizer),
         schedule,
         weight_decay=optimizer.weight_decay,
-        beta1=optimizer.beta1,
-        beta2=optimizer.beta2,
         exponent_lr=optimizer.exponent_lr,
         layer_decay=optimizer.layer_decay,
     )
