@@ -381,12 +381,13 @@ def _describe_layers(record: type[Settings]) -> str:
         f" NAME of --config: {', '.join(known_configs(record))}; each file in {folder} says what it"
         " trains and what to expect. NAME of --variant: Ti, S, B, L or H, a slash, and the patch"
         " size; it sets the sizes of the model."
-        f"{_DRY_RUN * (record.tool == 'train.classify')}"
+        f"{DRY_RUN}"
     )
 
 
-_DRY_RUN = (
-    " --dry-run prints what a run would take, and trains nothing: with --classes N and --images N"
+DRY_RUN = (
+    " --dry-run prints what a run would take, and trains nothing: with --images N and (except in"
+    " train.contrastive) --classes N"
     " without the data, with --on none, here or h200:N to choose the devices to compile for."
 )
 
