@@ -54,14 +54,16 @@ def parse_table(text: str, file: str) -> dict[str, Any]:
 
 
 def check_place(path: str | Path) -> None:
-    """Raises before a long run, not after it, if a file has no folder to be written to.
+    """Raises before a long run, not after it, if a file cannot be written to its place.
 
     Args:
         path: The file that will be written.
 
     Raises:
-        OSError: The folder does not exist.
+        OSError: The folder does not exist, or the file is a folder itself.
     """
+    if Path(path).is_dir():
+        raise OSError(errno.EISDIR, os.strerror(errno.EISDIR), str(path))
     folder = Path(path).parent
     if not folder.is_dir():
         raise OSError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))

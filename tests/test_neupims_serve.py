@@ -7,6 +7,10 @@ import pytest
 
 import neupims
 from neupims.__main__ import main
+from neupims.serving.policy import ORDERS
+from neupims.serving.prefill_devices import Prefilled
+from neupims.serving.requests import Arrivals
+from neupims.serving.server import make_requests
 
 TRACE = "arrival_s,input_tokens,output_tokens\n0.0,30,3\n0.001,50,1\n0.5,20,4\n"
 MODEL = ("--model", "llama3-8b", "--tp", "4", "--batch", "16", "--system", "npu-only")
@@ -70,6 +74,9 @@ def test_a_trace_is_served_and_printed(capsys, trace, tmp_path):
         ("input,output\n5,3\n", "has no arrivals: give a rate"),
         ("arrival_s,input,output\n0,30,0\n", "holds no request with output"),
         ("arrival_s,input,output\n0,900000,9\n", "grows to 900008 tokens, but the memory holds"),
+        ("arrival,input,output\n5,3,4\n2023-11-16 18:15:46,3,4\n", "a number like those above"),
+        ("timestamp,input,output\n1800-01-01,3,4\n2023-01-01,3,4\n", "more than three years"),
+        ("timestamp,input,output\n2023-01-01 10:00:00.-9,3,4\n", "must be a number or a date"),
     ],
 )
 def test_impossible_traces_are_refused(capsys, tmp_path, text, reason):
@@ -81,15 +88,30 @@ def test_impossible_traces_are_refused(capsys, tmp_path, text, reason):
 @pytest.mark.parametrize(
     ("flags", "reason"),
     [
-        (("--rate", 0), "the rate must be more than 0 requests a second, not 0"),
-        (("--rate", "nan"), "the rate must be more than 0"),
+        (("--rate", 0), "the rate must be a finite number above 0, in requests a second, not 0"),
+        (("--rate", "nan"), "the rate must be a finite number above 0"),
+        (("--rate", 1e-12), "3 requests arrive in more than three years"),
+        (("--rate", 1e-12, "--arrivals", "poisson"), "3 requests arrive in more than three years"),
+        (("--rate", 1, "--arrivals", ""), "arrivals are poisson, or gamma:CV"),
         (("--arrivals", "weekly", "--rate", 1), "arrivals are poisson, or gamma:CV"),
         (("--arrivals", "poisson"), "gets new arrivals: give a rate"),
         (("--slo", "ttft<2"), "an objective is ttft, tpot, latency or queueing below a time"),
         (("--slo", "ttft<2s,ttft<3s"), "the objective ttft is given twice"),
         (("--requests", 4), "must be from 1 to 3, not 4"),
         (("--pp", 2), "give --pp 1 and --tp 8"),
-        (("--batch", 0), "must be at least 1"),
+        (
+            ("--tp", 1, "--model", "gpt3-175b", "--pp", 1),
+            "is left for requests beside its weights, 3",
+        ),
+        (("--slo", ""), "an objective is ttft, tpot"),
+        (("--slo", "ttft<1e999s"), "an objective is ttft, tpot"),
+        (("--batch", 0), "batch must be a whole number of at least 1 and at most 1000000, not 0"),
+        (("--batch", 10**10), "batch must be a whole number of at least 1"),
+        (("--prefill-tokens", 10**12), "prefill_tokens must be a whole number of at least 1"),
+        (("--interleaving", "chosen"), "interleaving chosen needs the system neupims"),
+        (("--system", "neupims_nosbi", "--interleaving", "chosen"), "means interleaving off"),
+        (("--rate-sweep", "1:inf:3"), "LOW and HIGH must be finite and above 0"),
+        (("--rate-sweep", "1,2", "--prefill-groups", 2), "leave out --rate, --perfetto and"),
         (("--prefill-groups", 2), "needs prefill separate"),
     ],
 )
@@ -104,10 +126,81 @@ def test_traces_of_azure_and_mooncake_are_read(tmp_path):
         "2023-11-16 18:15:46.6805900,374,44\n2023-11-16 18:15:50.9951690,396,109\n"
     )
     assert neupims.read_arrivals(azure).nanoseconds.tolist() == [0, 4_314_579_000]
+    azure.write_text(
+        "TIMESTAMP,ContextTokens,GeneratedTokens\n"
+        "2024-05-10 00:00:00.009930+00:00,3,2\n2024-05-10 01:00:01.5+01:00,3,2\n"
+    )
+    assert neupims.read_arrivals(azure).nanoseconds.tolist() == [0, 1_490_070_000]
     mooncake = tmp_path / "mooncake.jsonl"
     mooncake.write_text('{"timestamp": 27, "input_length": 6955, "output_length": 52}\n')
     found = neupims.read_arrivals(mooncake)
     assert (found.nanoseconds.tolist(), found.inputs.tolist()) == ([27_000_000], [6955])
+
+
+def test_columns_of_arrivals_are_chosen_by_name_and_read_in_their_unit(tmp_path):
+    path = tmp_path / "trace.csv"
+    path.write_text("begins,t_ms,input,output\n0,0,0,2\n5,7,3,2\n")
+    begins = neupims.read_arrivals(path, columns={"arrival": "begins"})
+    assert begins.nanoseconds.tolist() == [
+        0,
+        5_000_000_000,
+    ]  # "ns" is no unit here
+    assert begins.notes == (
+        "arrivals, column begins, are taken as seconds",
+        "1 requests without input get a prompt of one token",
+    )
+    for name in ("t_ms", "2"):
+        found = neupims.read_arrivals(path, columns={"arrival": name})
+        assert found.nanoseconds.tolist() == [0, 7_000_000]
+    with pytest.raises(ValueError, match="has no columns"):
+        neupims.read_arrivals("alpaca:3", rate=1, columns={"arrival": "t"})
+
+
+@pytest.mark.parametrize(
+    ("columns", "reason"),
+    [
+        (([], [], []), "holds no request"),
+        (([0], [3], [0]), "must have input and output tokens"),
+        (([5, 2], [3, 3], [4, 4]), "must rise from 0"),
+        (([-5, 2], [3, 3], [4, 4]), "must rise from 0"),
+        (([0, 2], [3, 3], [4]), "as many of each"),
+        (([0.5], [3], [4]), "arrays of whole numbers"),
+        (([4 * 10**17], [3], [4]), "more than three years"),
+        (([0], [10**6], [4]), "more than 1000000 tokens"),
+    ],
+)
+def test_impossible_requests_are_refused(columns, reason):
+    with pytest.raises(ValueError, match=reason):
+        Arrivals("mine", *(np.array(each, None if each else int) for each in columns))
+
+
+def test_requests_are_stretched_cut_and_drawn_like_those_of_a_file(trace):
+    made = neupims.read_arrivals(trace)
+    for options in ({"rate": 40}, {"first": 2}, {"rate": 3, "process": "gamma:2", "first": 2}):
+        found = neupims.read_arrivals(made, **options)
+        wanted = neupims.read_arrivals(trace, **options)
+        assert found.nanoseconds.tolist() == wanted.nanoseconds.tolist()
+        assert (found.notes, found.outputs.tolist()) == (wanted.notes, wanted.outputs.tolist())
+
+
+def test_no_file_of_a_run_is_written_over(capsys, trace, tmp_path):
+    assert "is another file of this run" in refused(capsys, "--trace", trace, "--html", trace)
+    assert trace.read_text() == TRACE
+    page = tmp_path / "page"
+    flags = ("--trace", trace, "--html", page, "--perfetto", page)
+    assert "is another file of this run" in refused(capsys, *flags)
+    assert "Is a directory" in refused(capsys, "--trace", trace, "--html", tmp_path)
+
+
+def test_the_order_of_admission_holds_where_prompts_come_from_other_devices():
+    made = Arrivals("mine", *(np.array(each) for each in ([0, 0, 0], [90, 30, 60], [1, 9, 9])))
+    apart = Prefilled(made.nanoseconds, *(np.array([10, 20, 30]) + late for late in (0, 5)), 0.0)
+    keys = {name: make_requests(made, ORDERS[name], 4, apart) for name in ("fcfs", "deadline")}
+    for requests, numbers in keys.values():
+        assert numbers.tolist() == [1, 2]  # the first one has its only token
+        assert requests.keys[:2].tolist() == [0, 1]
+    longest = make_requests(made, lambda seen: 99 - seen.inputs, 4, apart)[0]
+    assert longest.keys[:2].tolist() == [69, 39]
 
 
 def test_rates_stretch_or_draw_arrivals(trace):

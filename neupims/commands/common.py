@@ -361,19 +361,27 @@ def parse_change(text: str) -> tuple[str, int | float | str]:
     return field, value
 
 
-def check_run(*places: Path | None, seed: int = 0) -> None:
+def check_run(*places: Path | None, seed: int = 0, reads: str | None = None) -> None:
     """Raises before a long run if its flags would make it fail at the end.
 
     Args:
         *places: Files that will be written; None is skipped.
         seed: The seed of random numbers.
+        reads: The trace, which may be a file.
 
     Raises:
         OSError: The folder of a file does not exist.
-        ValueError: The seed is negative, or at least 2^63.
+        ValueError: The seed is negative, or at least 2^63; or two files are one, or one is the
+            trace.
     """
+    taken = [] if reads is None else [Path(reads).absolute()]
     for place in filter(None, places):
         check_place(place)
+        if place.exists() and not place.is_file():  # a pipe or a device
+            continue
+        if place.absolute() in taken:
+            raise ValueError(f"{place} is another file of this run too: give each its own name")
+        taken.append(place.absolute())
     if seed < 0:
         raise ValueError(f"--seed must be at least 0, not {seed}")
     if seed >= 2**63:

@@ -182,7 +182,7 @@ def run(arguments: argparse.Namespace) -> int:
     from neupims.serving.rates import parse_rates, sweep_rates
     from neupims.serving.serve import serve
 
-    check_run(arguments.html, arguments.perfetto, seed=arguments.seed)
+    check_run(arguments.html, arguments.perfetto, seed=arguments.seed, reads=arguments.trace)
     options: dict[str, Any] = {
         "arrivals": arguments.arrivals,
         "first": arguments.requests,
@@ -204,20 +204,22 @@ def run(arguments: argparse.Namespace) -> int:
         "prefill": arguments.prefill,
         "prefill_tokens": arguments.prefill_tokens,
         "chunk_tokens": arguments.chunk_tokens,
-        "slo": arguments.slo or (),
+        "slo": () if arguments.slo is None else arguments.slo,
         "leave_out_too_long": arguments.leave_out_too_long,
     }
     if arguments.rate_sweep is not None:
-        if arguments.rate is not None or arguments.perfetto is not None:
+        given = (arguments.rate, arguments.perfetto, arguments.prefill_groups)
+        if given != (None, None, 1):
             raise ValueError(
-                "--rate-sweep has rates of its own, and keeps no iterations: leave out --rate and"
-                " --perfetto"
+                "--rate-sweep has rates of its own, keeps no iterations, and computes prompts on"
+                " the devices that decode: leave out --rate, --perfetto and --prefill-groups"
             )
         rates = parse_rates(arguments.rate_sweep)
         swept = sweep_rates(
             arguments.model, arguments.trace, rates, share=arguments.share, **options
         )
         first = swept.servings[0]
+        print_notes(first.about["model"], first.about["model_notes"])
         print_notes(first.arrivals.name, [*first.arrivals.notes, *first.notes])
         if arguments.html:
             write_sweep(arguments.html, swept)
@@ -239,6 +241,7 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.perfetto:
         write_serving_trace(arguments.perfetto, found)
     result = found.to_dict()
+    print_notes(result["model"], result["model_notes"])
     print_notes(found.arrivals.name, [*result["trace_notes"], *result["notes"]])
     if arguments.json:
         print_json(result)
@@ -310,8 +313,8 @@ def _print_rates(result: dict[str, Any]) -> None:
         if result["lowest_rate_that_fails"] is None:
             lines.print("all of these rates meet the objectives: try higher ones")
     knee = result["knee_rate"]
-    said = "above these rates" if knee is None else f"at {knee:,.3f} requests a second"
-    lines.print(f"the knee, where the mean latency is twice that of the lowest rate: {said}")
+    said = "at all of these rates" if knee is None else f"up to {knee:,.3f} a second"
+    lines.print(f"the mean latency is at most twice that of the lowest rate: {said}")
 
 
 def _show(number: float | None) -> str:

@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(
                 f"--prefill runs on the NPU or the GPU alone: leave out --{flag.replace('_', '-')}"
             )
-    check_run(arguments.html, arguments.perfetto)
+    check_run(arguments.html, arguments.perfetto, reads=arguments.trace)
     case, auto = read_case(arguments), arguments.sub_batches == AUTO
     if auto and case.system == "neupims" != arguments.system.lower():
         raise ValueError(

@@ -126,7 +126,7 @@ def _places(path: str, names: list[str], columns: Mapping[str, str] | None) -> d
             raise ValueError(
                 f"a column is length, channel, input or output, not {', '.join(sorted(unknown))}"
             )
-        places = {role: _place_of(path, names, str(name)) for role, name in columns.items()}
+        places = {role: find_column(path, names, str(name)) for role, name in columns.items()}
     elif len(names) == 1 and _role(names[0]) in (None, "length", "input"):
         places = {"length": 0}
     else:
@@ -155,7 +155,17 @@ def _role(name: str) -> str | None:
     return next((role for role, known in ROLES.items() if plain in known), None)
 
 
-def _place_of(path: str, names: list[str], name: str) -> int:
+def find_column(path: str, names: list[str], name: str) -> int:
+    """Returns the place of a column, counted from 0.
+
+    Args:
+        path: The file, for the error.
+        names: The names of its columns.
+        name: The name of the column, or its number, counted from 1.
+
+    Raises:
+        ValueError: There is no such column.
+    """
     if name in names:
         return names.index(name)
     if name.isdecimal() and 1 <= int(name) <= len(names):

@@ -14,7 +14,6 @@ from neupims.machine.record import Number
 
 LOW_BITS = 30
 LOW = 2**LOW_BITS
-LAST = (2**31 - 1) * LOW  # nanoseconds: after all others
 
 
 class Instant(NamedTuple):

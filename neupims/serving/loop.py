@@ -39,7 +39,6 @@ from neupims.serving import clock
 from neupims.serving.clock import Instant
 
 NOBODY = 2**30  # the number of no request; more than any
-NEVER = Instant(jnp.int32(-1), jnp.int32(0))
 
 
 class Spent(NamedTuple):
@@ -149,7 +148,7 @@ class Places(NamedTuple):
     paused: Bool[Array, "rows places"]
     pauses: Int[Array, "rows places"]  # how often it was paused
     admitted: Instant
-    first: Instant  # when its first token came, or NEVER
+    first: Instant  # when its first token came; high is -1 before
 
 
 class State(NamedTuple):
@@ -490,7 +489,7 @@ def leave(state: State) -> State:
     """
     places = state.places
     gone = (places.request < NOBODY) & (places.left <= 0)
-    ended = clock.where(gone, state.now, state.now)
+    ended = (jnp.broadcast_to(part, gone.shape) for part in state.now)
     rows = jnp.stack([*places.admitted, *places.first, *ended, places.pauses], axis=-1)
     numbers = jnp.where(gone, places.request, state.served.shape[0])
     return state._replace(

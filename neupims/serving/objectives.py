@@ -1,5 +1,6 @@
 """Service level objectives: limits on what each request waits for, such as "ttft<2s,tpot<100ms"."""
 
+import math
 import re
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ def parse_limits(text: str) -> tuple[Limit, ...]:
             seconds = float(match[2]) * UNITS[match[3]] if match else 0.0
         except ValueError:
             seconds = 0.0
-        if not match or match[1] not in MEASURES or not seconds > 0:
+        if not match or match[1] not in MEASURES or not 0 < seconds < math.inf:
             raise ValueError(
                 f"an objective is {', '.join(MEASURES[:-1])} or {MEASURES[-1]} below a time, such"
                 f" as ttft<2s,tpot<100ms, not {part.strip()[:SHOWN]!r}"

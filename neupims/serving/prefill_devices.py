@@ -70,7 +70,7 @@ def follow_queue(
         took: How long each takes.
         groups: The groups of devices.
     """
-    free = [0] * groups
+    free = [0] * min(groups, len(arrivals))
     began, end = np.empty_like(arrivals), np.empty_like(arrivals)
     for number, (came, takes) in enumerate(zip(arrivals.tolist(), took.tolist(), strict=True)):
         began[number] = max(came, heapq.heappop(free))

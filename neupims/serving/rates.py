@@ -119,12 +119,8 @@ def sweep_rates(
     if not 0 < share <= 1:
         raise ValueError(f"the share of good requests must be above 0 and at most 1, not {share:g}")
     limits = parse_limits(slo) if isinstance(slo, str) else slo
-    requests = (
-        trace
-        if isinstance(trace, Arrivals)
-        else read_arrivals(
-            trace, rate=tried[0], process=arrivals, columns=columns, first=first, seed=seed
-        )
+    requests = read_arrivals(
+        trace, rate=tried[0], process=arrivals, columns=columns, first=first, seed=seed
     )
     name, server = make_server(model, placement=placement, prefill=prefill, **options)
     requests, notes = check_lengths(server, requests, prefill, leave_out_too_long)
@@ -231,7 +227,11 @@ def parse_rates(text: str) -> list[float]:
             low, high, count = text.split(":")
             if not 2 <= int(count) <= MOST_RATES:
                 raise ValueError(f"N must be {instead(int(count), 2, MOST_RATES, True)}")
-            return [float(each) for each in np.geomspace(float(low), float(high), int(count))]
+            ends = float(low), float(high)
+            if not all(0 < each < np.inf for each in ends):
+                raise ValueError("LOW and HIGH must be finite and above 0")
+            found = np.geomspace(*ends, int(count))
+            return [float(f"{each:.9g}") for each in found]  # 8, not 7.999999999999999
         return [float(each) for each in text.split(",")]
     except ValueError as fault:
         raise ValueError(

@@ -7,14 +7,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Float, Int
 
 from neupims.machine.distributions import is_distribution, sample_tokens
 from neupims.machine.record import check_seed
-from neupims.machine.trace_files import read_rows, read_table_of
+from neupims.machine.trace_files import find_column, read_rows, read_table_of
 from neupims.machine.workload import LONGEST, SHOWN
 
 POISSON = "poisson"
@@ -29,18 +28,47 @@ ARRIVALS = {
 STAMP = "timestamp"  # a date in Azure's traces, milliseconds in Mooncake's
 MOONCAKE = {"inputlength", "outputlength"}
 NUMBER = re.compile(r"\s*[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d{1,2})?\s*", re.ASCII)
+DATE = re.compile(r"(.+?)(?:\.([0-9]+))?(Z|[+-][0-9]{2}:?[0-9]{2})?", re.ASCII)
+UNIT = re.compile(r"[\s_\-.](ms|us|ns|s|seconds)$")  # the end of a column's name
+EPOCH = datetime.datetime(1970, 1, 1, tzinfo=datetime.UTC)
 MOST_SECONDS = 10**8  # three years
 
 
 @dataclass(frozen=True)
 class Arrivals:
-    """Requests in their order of arrival."""
+    """Requests in their order of arrival.
+
+    Raises:
+        ValueError: There is no request, arrays differ in length or are not of whole numbers,
+            arrivals are negative, out of order or after three years, or a request has no prompt, no
+            output, or more than `LONGEST` tokens.
+    """
 
     name: str  # of the trace
     nanoseconds: Int[np.ndarray, " n"]  # when they arrive
     inputs: Int[np.ndarray, " n"]  # tokens of the prompt
     outputs: Int[np.ndarray, " n"]  # tokens of the answer
     notes: tuple[str, ...] = ()  # sentences: what was assumed or left out
+
+    def __post_init__(self) -> None:
+        """Checks the requests."""
+        times, shape = self.nanoseconds, (len(self.inputs),)
+        columns = times, self.inputs, self.outputs
+        if any(each.shape != shape or each.dtype.kind not in "iu" for each in columns):
+            raise ValueError(
+                f"the arrivals, inputs and outputs of {self.name} must be arrays of whole numbers,"
+                " as many of each"
+            )
+        if not len(self.inputs):
+            raise ValueError(f"{self.name} holds no request")
+        if times[0] < 0 or (times[1:] < times[:-1]).any():
+            raise ValueError(f"the arrivals of {self.name} must rise from 0 or later")
+        if times[-1] > MOST_SECONDS * 10**9:
+            raise ValueError(f"the arrivals of {self.name} take more than three years")
+        if min(self.inputs.min(), self.outputs.min()) < 1:
+            raise ValueError(f"each request of {self.name} must have input and output tokens")
+        if (self.inputs + self.outputs).max() > LONGEST:
+            raise ValueError(f"{self.name} has a request of more than {LONGEST} tokens")
 
     @property
     def rate(self) -> float:
@@ -50,7 +78,7 @@ class Arrivals:
 
 
 def read_arrivals(
-    source: str | Path,
+    source: str | Path | Arrivals,
     *,
     rate: float | None = None,
     process: str | None = None,
@@ -65,35 +93,43 @@ def read_arrivals(
     (dates), or the `timestamp` of Mooncake's (milliseconds).
 
     Args:
-        source: The file, or the text of a distribution with outputs, such as "sharegpt:1000".
+        source: The file, or the text of a distribution with outputs, such as "sharegpt:1000"; or
+            requests, whose arrivals may be changed, or of which the first ones may be taken.
         rate: Requests a second. Where the trace has arrivals, their distances are stretched to this
             mean rate (default: as they are); else it must be given.
         process: "poisson" draws independent arrivals, "gamma:CV" draws distances with this
             coefficient of variation: 1 is Poisson, more is burstier (default: the arrivals of the
             trace, Poisson where it has none).
-        columns: Column name by role, "arrival", "input" or "output" (default: found by name).
+        columns: Column name by role, "arrival", "input" or "output"; a number counts columns from 1
+            (default: found by name).
         first: The number of requests from the beginning (default: all).
         seed: Seed of all random numbers.
 
     Raises:
         ValueError: The trace is empty, an arrival is negative or earlier than the one before, the
-            rate is not positive, or there are neither arrivals nor a rate.
+            rate is not positive, there are neither arrivals nor a rate, or columns are given for
+            what has none.
         OSError: The file cannot be read.
     """
     check_seed(seed)
     if rate is not None and not (math.isfinite(rate) and rate > 0):
-        raise ValueError(f"the rate must be more than 0 requests a second, not {rate:g}")
+        raise ValueError(
+            f"the rate must be a finite number above 0, in requests a second, not {rate:g}"
+        )
     random = np.random.default_rng(seed)
-    text, notes = str(source), []
-    times = None
-    if is_distribution(text):
-        name = text
-        found, assumed = sample_tokens(text, random)
-        notes += assumed
+    text, notes = source.name if isinstance(source, Arrivals) else str(source), []
+    name, times = text, None
+    if columns and (isinstance(source, Arrivals) or is_distribution(text)):
+        raise ValueError(f"{text} is no file, and has no columns: leave them out")
+    if isinstance(source, Arrivals):
+        times, notes = source.nanoseconds, [*source.notes]
+        found = {"input": source.inputs, "output": source.outputs}
+    elif is_distribution(text):
+        found, notes = sample_tokens(text, random)
     else:
         name = Path(source).stem
         given = dict(columns or {})
-        times = _read_times(text, given.pop("arrival", None))
+        times, notes = _read_times(text, given.pop("arrival", None))
         found = read_table_of(text, given or None)
     if "output" not in found:
         raise ValueError(
@@ -117,19 +153,19 @@ def read_arrivals(
                 f"{name} {'has no arrivals' if times is None else 'gets new arrivals'}: give a rate"
                 " (--rate, requests a second)"
             )
-        times = draw_arrivals(len(inputs), rate, process or POISSON, random)
+        process = POISSON if process is None else process
+        times = draw_arrivals(len(inputs), rate, process, random)
         rate = None
-        notes.append(f"arrivals are drawn: {process or POISSON}, seed {seed}")
+        notes.append(f"arrivals are drawn: {process}, seed {seed}")
     answered = outputs > 0
     if missing := int((~answered).sum()):
         notes.append(f"{missing} requests without output are left out")
-    arrivals = Arrivals(
-        name, times[answered], np.maximum(inputs, 1)[answered], outputs[answered], tuple(notes)
-    )
-    if not len(arrivals.inputs):
+    if not answered.any():
         raise ValueError(f"{name} holds no request with output")
-    if (arrivals.inputs + arrivals.outputs).max() > LONGEST:
-        raise ValueError(f"{name} has a request of more than {LONGEST} tokens")
+    times, inputs, outputs = times[answered], inputs[answered], outputs[answered]
+    if empty := int((inputs < 1).sum()):
+        notes.append(f"{empty} requests without input get a prompt of one token")
+    arrivals = Arrivals(name, times, np.maximum(inputs, 1), outputs, tuple(notes))
     return arrivals if rate is None else stretch(arrivals, rate)
 
 
@@ -145,7 +181,7 @@ def draw_arrivals(
         random: The random numbers.
 
     Raises:
-        ValueError: The process is unknown.
+        ValueError: The process is unknown, or the arrivals take more than three years.
     """
     variation = 1.0
     if process != POISSON:
@@ -157,8 +193,19 @@ def draw_arrivals(
             )
         variation = float(number)
     shape = 1 / variation**2
-    gaps = random.gamma(shape, 1 / rate / shape, count)
-    return np.round(np.cumsum(gaps) * 1e9).astype(np.int64)
+    gaps = random.gamma(shape, 1 / shape, count)
+    with np.errstate(over="ignore"):
+        return _to_whole(np.cumsum(gaps) * (1e9 / np.float64(rate)), rate)
+
+
+def _to_whole(nanoseconds: Float[np.ndarray, " n"], rate: float) -> Int[np.ndarray, " n"]:
+    """Returns whole nanoseconds, if the last is within three years."""
+    if not nanoseconds[-1] <= MOST_SECONDS * 1e9:
+        raise ValueError(
+            f"at {rate:g} requests a second, {len(nanoseconds)} requests arrive in more than three"
+            " years: give a higher rate"
+        )
+    return np.round(nanoseconds).astype(np.int64)
 
 
 def stretch(arrivals: Arrivals, rate: float) -> Arrivals:
@@ -169,7 +216,7 @@ def stretch(arrivals: Arrivals, rate: float) -> Arrivals:
         rate: Requests a second.
 
     Raises:
-        ValueError: All requests arrive at once.
+        ValueError: All requests arrive at once, or they would take more than three years.
     """
     if not math.isfinite(arrivals.rate) or not arrivals.rate:
         raise ValueError(
@@ -177,41 +224,54 @@ def stretch(arrivals: Arrivals, rate: float) -> Arrivals:
             " rate: choose --arrivals poisson"
         )
     start = arrivals.nanoseconds[0]
-    times = np.round((arrivals.nanoseconds - start) * (arrivals.rate / rate)).astype(np.int64)
-    return replace(arrivals, nanoseconds=times)
+    with np.errstate(over="ignore", invalid="ignore"):
+        times = (arrivals.nanoseconds - start) * (np.float64(arrivals.rate) / rate)
+    return replace(arrivals, nanoseconds=_to_whole(times, rate))
 
 
-def _read_times(path: str, column: str | None) -> Int[np.ndarray, " n"] | None:
-    """Returns the arrivals of a trace file in nanoseconds, or None where it has no such column."""
+def _read_times(path: str, column: str | None) -> tuple[Int[np.ndarray, " n"] | None, list[str]]:
+    """Returns the arrivals of a trace file in nanoseconds, if it has them, and what was assumed."""
     names, rows = read_rows(path)
     plain = [re.sub(r"[\s_\-.]", "", name).lower() for name in names]
     known = [place for place, name in enumerate(plain) if _unit(name, plain) is not None]
     if column is not None:
-        if column not in names:
-            raise ValueError(f"{path} has no column {column!r}; it has {', '.join(names)[:SHOWN]}")
-        place = names.index(column)
+        place = find_column(path, names, column)
     elif len(known) == 1:
         (place,) = known
     elif known:
         listed = " or ".join(names[each] for each in known)
         raise ValueError(f"{path}: the arrival may be {listed}: choose one, --columns arrival=NAME")
     else:
-        return None
-    unit = _unit(plain[place], plain) or _unit(f"arrival{plain[place][-2:]}", plain) or 10**9
+        return None, []
+    padded = ((line, row[place] if place < len(row) else None) for line, row in rows)
+    cells = [(line, "" if cell is None else str(cell).strip()) for line, cell in padded]
+    numbers = bool(cells) and NUMBER.fullmatch(cells[0][1]) is not None
+    unit, notes = _unit(plain[place], plain), []
+    if unit is None:
+        end = UNIT.search(names[place].lower())
+        unit = ARRIVALS[f"arrival{end[1]}"] if end else 10**9
+        if numbers and not end:
+            notes = [f"arrivals, column {names[place]}, are taken as seconds"]
+    ambiguous = plain[place] == STAMP and unit == 10**9
     times: list[int] = []
-    for line, row in rows:
-        cell = row[place] if place < len(row) else None
-        time = _parse_time(path, line, cell, unit, dates=plain[place] == STAMP)
+    for line, text in cells:
+        where = f"{path}, line {line}"
+        if numbers and ambiguous:
+            raise ValueError(
+                f"{where}: a timestamp {text[:SHOWN]} may be of seconds or of milliseconds: name"
+                " the column arrival_s or arrival_ms"
+            )
+        time = _parse_number(where, text, unit) if numbers else _parse_date(where, text)
         if times and time < times[-1]:
             raise ValueError(
-                f"{path}, line {line}: the arrival is {(times[-1] - time) / 1e9:g} s before that of"
-                " the request above: sort the trace by arrival"
+                f"{where}: the arrival is {(times[-1] - time) / 1e9:g} s before that of the request"
+                " above: sort the trace by arrival"
             )
+        if time - (0 if numbers else (times or [time])[0]) > MOST_SECONDS * 10**9:
+            raise ValueError(f"{where}: the arrival {text[:SHOWN]} is after more than three years")
         times.append(time)
-    found = np.array(times, np.int64)
-    if len(found) and isinstance(rows[0][1][place], str) and not _is_number(rows[0][1][place]):
-        return found - found[0]  # dates
-    return found
+    start = 0 if numbers or not times else times[0]
+    return np.array([time - start for time in times], np.int64), notes
 
 
 def _unit(name: str, names: list[str]) -> int | None:
@@ -221,33 +281,32 @@ def _unit(name: str, names: list[str]) -> int | None:
     return ARRIVALS.get(name)
 
 
-def _is_number(cell: Any) -> bool:
-    return NUMBER.fullmatch(str(cell)) is not None
-
-
-def _parse_time(path: str, line: int, cell: Any, unit: int, *, dates: bool) -> int:
-    """Returns the nanoseconds of a cell: a number of units, or a date."""
-    text = "" if cell is None else str(cell).strip()
-    if _is_number(text):
-        if dates and unit == 10**9:
-            raise ValueError(
-                f"{path}, line {line}: a timestamp {text[:SHOWN]} may be of seconds or of"
-                " milliseconds: name the column arrival_s or arrival_ms"
-            )
-        time = round(Decimal(text) * unit)
-        if time < 0:
-            raise ValueError(
-                f"{path}, line {line}: the arrival must not be negative, but is {text}"
-            )
-        if time > MOST_SECONDS * 10**9:
-            raise ValueError(f"{path}, line {line}: the arrival {text} is more than three years")
-        return time
-    moment, _, fraction = text.partition(".")
-    try:
-        since = datetime.datetime.fromisoformat(moment) - datetime.datetime(1970, 1, 1)
-        return (since.days * 86400 + since.seconds) * 10**9 + int(fraction[:9].ljust(9, "0") or 0)
-    except (ValueError, TypeError):
-        shown = repr(text[:SHOWN]) if text else "nothing"
+def _parse_number(where: str, text: str, unit: int) -> int:
+    """Returns the nanoseconds of a number of units."""
+    if not NUMBER.fullmatch(text):
         raise ValueError(
-            f"{path}, line {line}: the arrival must be a number or a date, not {shown}"
+            f"{where}: the arrival must be a number like those above, not {_show(text)}"
+        )
+    time = round(Decimal(text) * unit)
+    if time < 0:
+        raise ValueError(f"{where}: the arrival must not be negative, but is {text[:SHOWN]}")
+    return time
+
+
+def _parse_date(where: str, text: str) -> int:
+    """Returns the nanoseconds since 1970 of a date; it is of UTC where it has no time zone."""
+    match = DATE.fullmatch(text)
+    try:
+        if not match:
+            raise ValueError
+        moment = datetime.datetime.fromisoformat(match[1] + (match[3] or ""))
+    except ValueError:
+        raise ValueError(
+            f"{where}: the arrival must be a number or a date, not {_show(text)}"
         ) from None
+    since = moment.replace(tzinfo=moment.tzinfo or datetime.UTC) - EPOCH
+    return (since.days * 86400 + since.seconds) * 10**9 + int((match[2] or "")[:9].ljust(9, "0"))
+
+
+def _show(text: str) -> str:
+    return repr(text[:SHOWN]) if text else "nothing"

@@ -118,12 +118,8 @@ def serve(
     """
     began = time.perf_counter()
     limits = parse_limits(slo) if isinstance(slo, str) else slo
-    requests = (
-        trace
-        if isinstance(trace, Arrivals)
-        else read_arrivals(
-            trace, rate=rate, process=arrivals, columns=columns, first=first, seed=seed
-        )
+    requests = read_arrivals(
+        trace, rate=rate, process=arrivals, columns=columns, first=first, seed=seed
     )
     model_name, server = make_server(
         model,

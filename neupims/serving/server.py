@@ -12,10 +12,13 @@ import numpy as np
 from jaxtyping import Int
 
 from neupims.machine.case import find_setting, select_model, select_system
+from neupims.machine.config import read_model
 from neupims.machine.hardware import Hardware
 from neupims.machine.layer_kinds import find_mix
+from neupims.machine.record import instead
 from neupims.machine.supported import check_latent
 from neupims.machine.systems import FIDELITIES, PIM_SYSTEMS, Fidelity
+from neupims.machine.workload import LONGEST
 from neupims.serving import clock
 from neupims.serving.clock import Instant
 from neupims.serving.cost import ModelCosts
@@ -107,18 +110,28 @@ def make_server(
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-    if min(batch, prefill_tokens, chunk_tokens) < 1:
-        raise ValueError(
-            "the batch and the tokens of a prefill or a chunk must be at least 1, not"
-            f" {batch}, {prefill_tokens} and {chunk_tokens}"
-        )
+    for name, count in (
+        ("batch", batch),
+        ("prefill_tokens", prefill_tokens),
+        ("chunk_tokens", chunk_tokens),
+    ):
+        if not 1 <= count <= LONGEST:
+            raise ValueError(f"{name} must be {instead(count, 1, LONGEST, True)}")
     if not 0 <= spare < 1:
         raise ValueError(f"the spare share of the memory must be from 0 to below 1, not {spare:g}")
     name_of(placement, PLACEMENTS, "placement")
     chosen = PLACEMENTS[placement] if isinstance(placement, str) else placement
     named = find_setting(system)
+    if named.system != "neupims" and interleaving == "chosen":
+        raise ValueError(f"interleaving chosen needs the system neupims, not {system}")
     if named.system == "neupims" and str(system).lower() != "neupims":
-        interleaving = "on" if named.sub_batches == 2 else "off"
+        meant: Interleaving = "on" if named.sub_batches == 2 else "off"
+        if interleaving not in ("on", meant):
+            raise ValueError(
+                f"the system {system} means interleaving {meant}, not {interleaving}, which is for"
+                " the system neupims"
+            )
+        interleaving = meant
     kind, _, machine = select_system(
         system, hardware=hardware, row_buffers=row_buffers, changes=changes
     )
@@ -184,6 +197,7 @@ def describe_server(server: Server, model_name: str) -> dict[str, Any]:
     return {
         "system": setting.system,
         "model": model_name,
+        "model_notes": list(read_model(model_name).notes),
         "fidelity": setting.fidelity,
         "interleaving": setting.interleaving if setting.system == "neupims" else None,
         "batch": server.rules.batch,
@@ -264,8 +278,9 @@ def check_lengths(
     if limit <= 0:
         weights = format_bytes(float(device_weight_bytes(setting.model, setting.parallel)))
         raise ValueError(
-            f"the weights take {weights} of each device and the activations of {tokens} tokens"
-            " the rest: no memory is left for requests; take more devices (--tp)"
+            f"no memory of a device is left for requests beside its weights, {weights}, and the"
+            f" activations of {tokens} tokens: take more devices (--tp), or fewer tokens at once"
+            " (--prefill-tokens, --batch)"
         )
     holds = np.flatnonzero(np.asarray(memory.needed) <= limit)[-1]
     where = "a channel" if setting.system in PIM_SYSTEMS else "the memory"
@@ -274,8 +289,8 @@ def check_lengths(
             f"request {worst} of {requests.name} grows to {most[worst]} tokens, but {where} holds"
             f" at most {holds} of one request, beside weights and activations, and"
             f" {int((~fits).sum())} of {len(fits)} requests are longer: take more devices (--tp),"
-            " spread requests over channels (--kv-split, --fidelity intended), or"
-            " --leave-out-too-long"
+            " spread requests over channels (--kv-split, --fidelity intended)"
+            f"{'' if leave_out else ', or --leave-out-too-long'}"
         )
     kept = Arrivals(
         requests.name,
@@ -319,20 +334,17 @@ def make_requests(
     """Returns the requests as the loop takes them, and the number of each in the trace.
 
     Those that come from other devices with their first token come in the order in which they are
-    ready; those of one token do not come at all.
+    ready, and the order takes that as their arrival; those of one token do not come at all.
 
     Args:
         requests: The requests.
-        order: The order of admission.
+        order: The order of admission, of the requests as they come.
         window: The places of the waiting room.
         apart: What other devices did with the prompts, if they did.
 
     Raises:
         ValueError: The order does not give each request a key.
     """
-    keys = np.asarray(order(requests), np.int64)
-    if keys.shape != requests.inputs.shape or keys.min() < 0 or keys.max() >= NOBODY:
-        raise ValueError("an order gives each request a key from 0 to 2^30 - 1")
     come, lengths = requests.nanoseconds, requests.inputs
     prompts, outputs = requests.inputs, requests.outputs
     numbers = np.arange(len(come))
@@ -340,17 +352,22 @@ def make_requests(
         come, lengths, prompts, outputs = apart.arrived, lengths + 1, 0 * prompts, outputs - 1
         numbers = np.argsort(come, kind="stable")
         numbers = numbers[outputs[numbers] > 0]
-        keys = np.arange(len(come))[np.argsort(np.argsort(come, kind="stable"))]
+    keys = np.zeros(0, np.int64)
+    if len(numbers):
+        inputs, made = requests.inputs[numbers], requests.outputs[numbers]
+        keys = np.asarray(order(Arrivals(requests.name, come[numbers], inputs, made)), np.int64)
+        if keys.shape != numbers.shape or keys.min() < 0 or keys.max() >= NOBODY:
+            raise ValueError("an order gives each request a key from 0 to 2^30 - 1")
 
     def pad(values, last):
-        return jnp.asarray(np.append(values[numbers], [last] * window), jnp.int32)
+        return jnp.asarray(np.append(values, [last] * window), jnp.int32)
 
-    high, low = clock.split(come)
+    high, low = clock.split(come[numbers])
     return Requests(
         Instant(pad(high, 2**31 - 1), pad(low, 0)),
-        pad(lengths, 1),
-        pad(prompts, 0),
-        pad(outputs, 1),
+        pad(lengths[numbers], 1),
+        pad(prompts[numbers], 0),
+        pad(outputs[numbers], 1),
         pad(keys, NOBODY - 1),
     ), numbers
 
