@@ -35,6 +35,7 @@ def pool(
     mask: Array | None,
     offset: Array | None,
     *,
+    skip: int = 0,
     eps: float,
     negatives: str,
     implementation: str,
@@ -42,11 +43,12 @@ def pool(
     """Returns the power mean of the kept tokens, root = (mean_n x_n^p)^(1/p).
 
     Args:
-        tokens: Tokens x, `(rows, n, d)`, in float32, bfloat16 or float16.
+        tokens: Tokens x, `(rows, skip + n, d)`, in float32, bfloat16 or float16.
         p: Exponents, `(sets, d)` in float32.
         mask: Which tokens to keep, `(rows, n)`; None keeps all.
         offset: Subtracted from an eighth of the tokens, `(rows, d)` in float32; None for the sign
             rules that have no offset.
+        skip: Number of tokens at the start of each row that are not pooled.
         eps: Smallest number that is raised to p; "signed" does not use it.
         negatives: The sign rule: "clamp", "abs", "signed" or "shift".
         implementation: "triton" (GPU) or "interpret" (CPU).
@@ -54,13 +56,13 @@ def pool(
     Returns:
         The root, `(rows, d)` in float32; 0 where no token is kept.
     """
-    rows, n, d = tokens.shape
+    rows, n, d = tokens.shape[0], tokens.shape[1] - skip, tokens.shape[2]
     tile = pool_tile(n, d)
     (root,) = call(
         implementation, pool_kernel, [tokens, *_optional(p, mask, offset)],
         [Shape((rows, d), jnp.float32)],
         programs=rows * triton.cdiv(d, tile.channels), warps=tile.warps,
-        N=n, D=d, SET=rows // len(p), EPS=eps, NEGATIVES=negatives,
+        SKIP=skip, N=n, D=d, SET=rows // len(p), EPS=eps, NEGATIVES=negatives,
         HAS_MASK=mask is not None, HAS_OFFSET=offset is not None,
         UNROLL=tile.unroll, ROWS=tile.rows, CHANNELS=tile.channels,
     )  # fmt: skip
@@ -75,6 +77,7 @@ def gradient(
     root: Array,
     cotangent: Array,
     *,
+    skip: int = 0,
     eps: float,
     negatives: str,
     implementation: str,
@@ -88,23 +91,25 @@ def gradient(
         offset: As in `pool`.
         root: Result of `pool`, `(rows, d)` in float32.
         cotangent: Cotangent of the root, `(rows, d)` in float32.
+        skip: As in `pool`.
         eps: As in `pool`.
         negatives: As in `pool`.
         implementation: As in `pool`.
 
     Returns:
-        The cotangent of the tokens, `(rows, n, d)` in their dtype, and those of p and, if there is
-        one, of the offset, `(rows, 1 or 2, d)` in float32.
+        The cotangent of the tokens, `(rows, skip + n, d)` in their dtype, and those of p and, if
+        there is one, of the offset, `(rows, 1 or 2, d)` in float32.
     """
-    rows, n, d = tokens.shape
+    rows, n, d = tokens.shape[0], tokens.shape[1] - skip, tokens.shape[2]
     tile = gradient_tile(n, d)
     by_tokens, by_rest = call(
         implementation, gradient_kernel, [tokens, *_optional(p, mask, offset), root, cotangent],
         [Shape(tokens.shape, tokens.dtype),
          Shape((rows, 1 + (offset is not None), d), jnp.float32)],
         programs=rows * triton.cdiv(d, tile.channels), warps=tile.warps,
-        N=n, D=d, SET=rows // len(p), EPS=eps, LIMIT=float(jnp.finfo(tokens.dtype).max),
-        NEGATIVES=negatives, HAS_MASK=mask is not None, HAS_OFFSET=offset is not None,
+        SKIP=skip, N=n, D=d, SET=rows // len(p), EPS=eps,
+        LIMIT=float(jnp.finfo(tokens.dtype).max), NEGATIVES=negatives,
+        HAS_MASK=mask is not None, HAS_OFFSET=offset is not None,
         SERIES=tokens.dtype == jnp.float32,
         UNROLL=tile.unroll, ROWS=tile.rows, CHANNELS=tile.channels,
     )  # fmt: skip
@@ -142,7 +147,7 @@ def _load(
 @triton.jit
 def pool_kernel(
     tokens, p, mask, count, offset, root,
-    N: tl.constexpr, D: tl.constexpr, SET: tl.constexpr, EPS: tl.constexpr,
+    SKIP: tl.constexpr, N: tl.constexpr, D: tl.constexpr, SET: tl.constexpr, EPS: tl.constexpr,
     NEGATIVES: tl.constexpr, HAS_MASK: tl.constexpr, HAS_OFFSET: tl.constexpr,
     UNROLL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, FAST: tl.constexpr,
 ):  # fmt: skip
@@ -152,14 +157,15 @@ def pool_kernel(
     The threads combine their sums at the end.
 
     Args:
-        tokens: Pointer to the tokens, `(rows, N, D)`.
+        tokens: Pointer to the tokens, `(rows, SKIP + N, D)`.
         p: Pointer to the exponents, `(sets, D)` in float32.
         mask: Pointer to the mask, `(rows, N)` in int8; read only with HAS_MASK.
         count: Pointer to the number of kept tokens, at least 1, `(rows,)` in float32; read only
             with HAS_MASK.
         offset: Pointer to the offsets, `(rows, D)` in float32; read only with HAS_OFFSET.
         root: Pointer to the output, `(rows, D)` in float32.
-        N, D: Tokens of a row, and channels of a token.
+        SKIP: Tokens at the start of a row that are not pooled.
+        N, D: Other tokens of a row, and channels of a token.
         SET: Number of rows that share one set of exponents.
         EPS: Smallest number that is raised to p; "signed" does not use it.
         NEGATIVES: The sign rule.
@@ -172,7 +178,7 @@ def pool_kernel(
     c = (block % tl.cdiv(D, CHANNELS)) * CHANNELS + tl.arange(0, CHANNELS)
     exponent = tl.load(p + row // SET * D + c, mask=c < D, other=1.0)[None, :]
     lowest = tl.load(offset + row * D + c, mask=c < D, other=0.0)[None, :] if HAS_OFFSET else 0.0
-    tokens += row * N * D
+    tokens += row * ((SKIP + N) * D) + SKIP * D
     mask += row * N
     largest = tl.full((ROWS, CHANNELS), LEAST, tl.float32)
     level = tl.zeros((ROWS, CHANNELS), tl.float32)
@@ -231,8 +237,8 @@ def _absorb_slopes(
 @triton.jit
 def gradient_kernel(
     tokens, p, mask, count, offset, root, cotangent, by_tokens, by_parameters,
-    N: tl.constexpr, D: tl.constexpr, SET: tl.constexpr, EPS: tl.constexpr, LIMIT: tl.constexpr,
-    NEGATIVES: tl.constexpr, HAS_MASK: tl.constexpr, HAS_OFFSET: tl.constexpr,
+    SKIP: tl.constexpr, N: tl.constexpr, D: tl.constexpr, SET: tl.constexpr, EPS: tl.constexpr,
+    LIMIT: tl.constexpr, NEGATIVES: tl.constexpr, HAS_MASK: tl.constexpr, HAS_OFFSET: tl.constexpr,
     SERIES: tl.constexpr, UNROLL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
@@ -245,10 +251,10 @@ def gradient_kernel(
         tokens, p, mask, count, offset: As in `pool_kernel`.
         root: Pointer to the result of `pool_kernel`, `(rows, D)` in float32.
         cotangent: Pointer to the cotangent of the root, `(rows, D)` in float32.
-        by_tokens: Pointer to the output for the tokens, `(rows, N, D)` in their dtype.
+        by_tokens: Pointer to the output for the tokens, `(rows, SKIP + N, D)` in their dtype.
         by_parameters: Pointer to the output for p and, with HAS_OFFSET, for the offset,
             `(rows, 1 or 2, D)` in float32.
-        N, D, SET, EPS, NEGATIVES, HAS_MASK, HAS_OFFSET: As in `pool_kernel`.
+        SKIP, N, D, SET, EPS, NEGATIVES, HAS_MASK, HAS_OFFSET: As in `pool_kernel`.
         LIMIT: Largest finite number of the tokens' dtype; "signed" clips the tokens' cotangents to
             +-LIMIT.
         SERIES: Whether logarithms of ratios near 1 come from a series, as for float32 tokens.
@@ -261,8 +267,11 @@ def gradient_kernel(
     lowest = tl.load(offset + row * D + c, mask=c < D, other=0.0)[None, :] if HAS_OFFSET else 0.0
     y = tl.load(root + row * D + c, mask=c < D, other=1.0)
     by_y = tl.where(y == 0, 0.0, tl.load(cotangent + row * D + c, mask=c < D, other=0.0))
-    tokens += row * N * D
-    by_tokens += row * N * D
+    tokens += row * ((SKIP + N) * D) + SKIP * D
+    by_tokens += row * ((SKIP + N) * D)
+    for k in tl.static_range(SKIP):
+        tl.store(by_tokens + k * D + c, tl.zeros_like(y).to(by_tokens.dtype.element_ty), mask=c < D)
+    by_tokens += SKIP * D
     mask += row * N
     kept = tl.load(count + row) if HAS_MASK else float(N)
     size = tl.abs(y)

@@ -37,6 +37,7 @@ def pool(
     p: Array,
     mask: Array | None,
     *,
+    skip: int = 0,
     norm_eps: float,
     eps: float,
     negatives: str,
@@ -47,11 +48,12 @@ def pool(
     z = (x - mean) / sqrt(variance + norm_eps) * scale + bias and root = (mean_n z_n^p)^(1/p).
 
     Args:
-        tokens: Tokens x, `(rows, n, d)`, in float32, bfloat16 or float16.
+        tokens: Tokens x, `(rows, skip + n, d)`, in float32, bfloat16 or float16.
         scale: Factor of the normalised tokens, `(sets, d)` in float32.
         bias: Added to the scaled tokens, `(sets, d)` in float32.
         p: Exponents, `(sets, d)` in float32.
         mask: Which tokens to keep, `(rows, n)`; None keeps all.
+        skip: Number of tokens at the start of each row that are not pooled.
         norm_eps: Added to the variance.
         eps: Smallest number that is raised to p; "signed" does not use it.
         negatives: The sign rule: "clamp", "abs" or "signed".
@@ -61,7 +63,7 @@ def pool(
         The root, `(rows, d)`, 0 where no token is kept; and mean and 1 / deviation of each token,
         `(rows, 2, n)`; both in float32.
     """
-    rows, n, d = tokens.shape
+    rows, n, d = tokens.shape[0], tokens.shape[1] - skip, tokens.shape[2]
     tile = norm_pool_tile(rows, n, d, tokens.dtype.itemsize)
     count = _count(mask, p)
     pooled, statistics = call(
@@ -69,7 +71,7 @@ def pool(
         [Shape((rows, d) if tile.splits == 1 else (rows, tile.splits, 2, d), jnp.float32),
          Shape((rows, 2, n), jnp.float32)],
         programs=rows * tile.splits, NORM_EPS=norm_eps,
-        **_constants(tokens, p, mask, tile, eps, negatives),
+        **_constants(tokens, p, mask, tile, skip, eps, negatives),
     )  # fmt: skip
     if tile.splits > 1:
         kept = jnp.full((rows,), n, jnp.float32) if mask is None else count
@@ -87,6 +89,7 @@ def gradient(
     statistics: Array,
     cotangent: Array,
     *,
+    skip: int = 0,
     eps: float,
     negatives: str,
     implementation: str,
@@ -102,15 +105,16 @@ def gradient(
         root: First result of `pool`, `(rows, d)` in float32.
         statistics: Second result of `pool`, `(rows, 2, n)` in float32.
         cotangent: Cotangent of the root, `(rows, d)` in float32.
+        skip: As in `pool`.
         eps: As in `pool`.
         negatives: As in `pool`.
         implementation: As in `pool`.
 
     Returns:
-        The cotangent of the tokens, `(rows, n, d)` in their dtype, and those of p, scale and bias,
-        `(rows, 3, d)` in float32.
+        The cotangent of the tokens, `(rows, skip + n, d)` in their dtype, and those of p, scale and
+        bias, `(rows, 3, d)` in float32.
     """
-    rows, n, d = tokens.shape
+    rows, n, d = tokens.shape[0], tokens.shape[1] - skip, tokens.shape[2]
     tile = norm_gradient_tile(rows, n, d, tokens.dtype.itemsize)
     by_tokens, by_parameters = call(
         implementation, norm_gradient_kernel,
@@ -118,7 +122,7 @@ def gradient(
         [Shape(tokens.shape, tokens.dtype), Shape((rows, tile.splits, 3, d), jnp.float32)],
         programs=rows * tile.splits, LIMIT=float(jnp.finfo(tokens.dtype).max),
         SERIES=tokens.dtype == jnp.float32,
-        **_constants(tokens, p, mask, tile, eps, negatives),
+        **_constants(tokens, p, mask, tile, skip, eps, negatives),
     )  # fmt: skip
     return by_tokens, jnp.sum(by_parameters, axis=1)
 
@@ -133,11 +137,11 @@ def _count(mask, p):
     return p if mask is None else jnp.maximum(jnp.sum(mask, axis=1), 1).astype(jnp.float32)
 
 
-def _constants(tokens, p, mask, tile: NormTile, eps, negatives):
+def _constants(tokens, p, mask, tile: NormTile, skip, eps, negatives):
     rows, n, d = tokens.shape
     return {
-        "warps": tile.warps, "N": n, "D": d, "SET": rows // len(p), "SPLITS": tile.splits,
-        "EPS": eps, "NEGATIVES": negatives,
+        "warps": tile.warps, "SKIP": skip, "N": n - skip, "D": d, "SET": rows // len(p),
+        "SPLITS": tile.splits, "EPS": eps, "NEGATIVES": negatives,
         "HAS_MASK": mask is not None, "UNROLL": tile.unroll, "ROWS": tile.rows,
         "CHANNELS": tile.channels, "PIECES": tile.pieces,
     }  # fmt: skip
@@ -253,7 +257,7 @@ def _pool_step(
 @triton.jit
 def norm_pool_kernel(
     tokens, scale, bias, p, mask, count, pooled, statistics,
-    N: tl.constexpr, D: tl.constexpr, SET: tl.constexpr, SPLITS: tl.constexpr,
+    SKIP: tl.constexpr, N: tl.constexpr, D: tl.constexpr, SET: tl.constexpr, SPLITS: tl.constexpr,
     NORM_EPS: tl.constexpr, EPS: tl.constexpr, NEGATIVES: tl.constexpr,
     HAS_MASK: tl.constexpr, UNROLL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr,
     PIECES: tl.constexpr, FAST: tl.constexpr,
@@ -264,14 +268,14 @@ def norm_pool_kernel(
     `ggem.pool_kernel`.
 
     Args:
-        tokens: Pointer to the tokens, `(rows, N, D)`.
+        tokens: Pointer to the tokens, `(rows, SKIP + N, D)`.
         scale, bias, p: Pointers to the parameters, `(sets, D)` in float32.
         mask, count: As in `ggem.pool_kernel`.
         pooled: Pointer to the output in float32: the root `(rows, D)`, or with several SPLITS the
             largest number and the sum of powers of each run, `(rows, SPLITS, 2, D)`.
         statistics: Pointer to the output for mean and 1 / deviation of each token, `(rows, 2, N)`
             in float32.
-        N, D, SET, EPS, NEGATIVES, HAS_MASK, FAST: As in `ggem.pool_kernel`.
+        SKIP, N, D, SET, EPS, NEGATIVES, HAS_MASK, FAST: As in `ggem.pool_kernel`.
         SPLITS: Number of runs into which the tokens of a row are divided, one for each program.
         NORM_EPS: Added to the variance.
         UNROLL, ROWS: A step reads UNROLL x ROWS tokens.
@@ -286,7 +290,7 @@ def norm_pool_kernel(
     gains = _per_channel(scale + row // SET * D, c, D, CHANNELS, PIECES, 0.0)
     shifts = _per_channel(bias + row // SET * D, c, D, CHANNELS, PIECES, 0.0)
     exponents = _per_channel(p + row // SET * D, c, D, CHANNELS, PIECES, 1.0)
-    tokens += row * N * D
+    tokens += row * ((SKIP + N) * D) + SKIP * D
     mask += row * N
     statistics += row * 2 * N
     # Pooled are z / reference, so that logarithms are near 0. Powers of two round nothing.
@@ -406,8 +410,9 @@ def _gradient_step(
 @triton.jit
 def norm_gradient_kernel(
     tokens, scale, bias, p, mask, count, root, statistics, cotangent, by_tokens, by_parameters,
-    N: tl.constexpr, D: tl.constexpr, SET: tl.constexpr, SPLITS: tl.constexpr, EPS: tl.constexpr,
-    LIMIT: tl.constexpr, NEGATIVES: tl.constexpr, HAS_MASK: tl.constexpr, SERIES: tl.constexpr,
+    SKIP: tl.constexpr, N: tl.constexpr, D: tl.constexpr, SET: tl.constexpr,
+    SPLITS: tl.constexpr, EPS: tl.constexpr, LIMIT: tl.constexpr, NEGATIVES: tl.constexpr,
+    HAS_MASK: tl.constexpr, SERIES: tl.constexpr,
     UNROLL: tl.constexpr, ROWS: tl.constexpr, CHANNELS: tl.constexpr, PIECES: tl.constexpr,
     FAST: tl.constexpr,
 ):  # fmt: skip
@@ -426,10 +431,11 @@ def norm_gradient_kernel(
         root: Pointer to the power means, `(rows, D)` in float32.
         statistics: Pointer to the statistics that `norm_pool_kernel` writes, `(rows, 2, N)`.
         cotangent: Pointer to the cotangent of the root, `(rows, D)` in float32.
-        by_tokens: Pointer to the output for the tokens, `(rows, N, D)` in their dtype.
+        by_tokens: Pointer to the output for the tokens, `(rows, SKIP + N, D)` in their
+            dtype.
         by_parameters: Pointer to the output for p, scale and bias, summed over the tokens of each
             run, `(rows, SPLITS, 3, D)` in float32.
-        N, D, SET, SPLITS, EPS, NEGATIVES, HAS_MASK: As in `norm_pool_kernel`.
+        SKIP, N, D, SET, SPLITS, EPS, NEGATIVES, HAS_MASK: As in `norm_pool_kernel`.
         LIMIT, SERIES: As in `ggem.gradient_kernel`.
         UNROLL, ROWS, CHANNELS, PIECES, FAST: As in `norm_pool_kernel`.
     """
@@ -452,8 +458,14 @@ def norm_gradient_kernel(
         inverses = inverses + (tl.where(roots[q] == 0, 0.0, 1.0 / tl.abs(roots[q])),)
         whole = rounding_factor(lesses[q], inverses[q], tl.abs(roots[q]))
         factors = factors + (tl.where(roots[q] == 0, 0.0, cotangents[q] / kept * whole),)
-    tokens += row * N * D
-    by_tokens += row * N * D
+    tokens += row * ((SKIP + N) * D) + SKIP * D
+    by_tokens += row * ((SKIP + N) * D)
+    for k in tl.static_range(SKIP):
+        for q in tl.static_range(PIECES):
+            zeros = tl.zeros((1, CHANNELS), by_tokens.dtype.element_ty)
+            channel = q * CHANNELS + c
+            tl.store(by_tokens + k * D + channel, zeros, mask=channel + split * D < D)  # once
+    by_tokens += SKIP * D
     mask += row * N
     statistics += row * 2 * N
     sums = _fill(0.0, ROWS, CHANNELS, PIECES)

@@ -315,6 +315,30 @@ def test_nan_is_kept_and_padding_is_not(pool):
     assert not np.asarray(gradient[0][:, 3]).any()
 
 
+@pytest.mark.parametrize("masked", [False, True], ids=["whole", "masked"])
+@pytest.mark.parametrize("operation", ["ggem", "norm", "shift"])
+def test_skipped_tokens_are_as_if_sliced_off(operation, masked):
+    """Bit by bit; the gradient of a skipped token is zero, whatever it holds."""
+    tokens = jax.random.normal(jax.random.key(0), (2, 72, 8)).at[:, :2].set(jnp.nan)
+    p, scale = jnp.array([2.0, 3.5]), jnp.linspace(0.5, 1.5, 8)
+    mask = np.random.default_rng(0).random((2, 72)) < 0.7 if masked else None
+
+    def pool(tokens, p, **options):
+        if operation == "norm":
+            return norm_ggem_pool(tokens, scale, 0.1, p, implementation="interpret", **options)
+        negatives = "shift" if operation == "shift" else "clamp"
+        return ggem_pool(tokens, p, negatives=negatives, implementation="interpret", **options)
+
+    value, pull = jax.vjp(lambda x, p: pool(x, p, mask=mask, skip=2), tokens, p)
+    rest = None if mask is None else mask[:, 2:]
+    want, pull_rest = jax.vjp(lambda x, p: pool(x, p, mask=rest), tokens[:, 2:], p)
+    np.testing.assert_array_equal(value, want)
+    (by_tokens, by_p), (by_rest, want_p) = pull(want), pull_rest(want)
+    np.testing.assert_array_equal(by_tokens[:, 2:], by_rest)
+    np.testing.assert_array_equal(by_p, want_p)
+    assert not np.asarray(by_tokens[:, :2]).any()
+
+
 def test_second_derivatives_do_not_see_the_padding():
     tokens = jax.random.normal(jax.random.key(0), (2, 9, 8)).at[:, 3].set(jnp.nan)
     p, mask = jnp.array([3.0, 5.0]), jnp.ones((2, 9), bool).at[:, 3].set(False)

@@ -204,3 +204,23 @@ def test_one_image_gives_the_same_bits_among_many():
         again = np.asarray(pool(jnp.tile(tokens, (2, 1, 1)), scale, scale, p), np.float32)
     assert runs[0].programs == 70
     np.testing.assert_array_equal(again, np.concatenate([many, many]))
+
+
+@pytest.mark.parametrize("operation", ["ggem", "norm_ggem"])
+def test_skipped_tokens_are_as_if_sliced_off(operation):
+    tokens = jnp.asarray(np.random.default_rng(0).normal(size=(2, 68, 8)), "bfloat16")
+    p = jnp.array([2.0, 3.5])
+
+    def pool(tokens, **options):
+        if operation == "ggem":
+            return ggem_pool(tokens, p, implementation="triton", **options)
+        return norm_ggem_pool(tokens, 1.5, 0.1, p, implementation="triton", **options)
+
+    with simulated(90):
+        value, pull = jax.vjp(functools.partial(pool, skip=1), tokens)
+        want, pull_rest = jax.vjp(pool, tokens[:, 1:])
+        (by_tokens,), (by_rest,) = pull(want), pull_rest(want)
+        arrays = [np.asarray(a, np.float32) for a in (value, want, by_tokens, by_rest)]
+    np.testing.assert_array_equal(arrays[0], arrays[1])
+    np.testing.assert_array_equal(arrays[2][:, 1:], arrays[3])
+    assert not arrays[2][:, 0].any()

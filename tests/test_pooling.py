@@ -762,3 +762,28 @@ def test_a_new_sign_rule_is_one_entry(monkeypatch):
 
 def test_every_sign_rule_has_a_type_and_a_record():
     assert tuple(pooling.sign_rules.RULES) == typing.get_args(pooling.Negatives) == NEGATIVES
+
+
+@pytest.mark.parametrize("pool", ["ggem", "norm"])
+def test_skipped_tokens_are_as_if_sliced_off(pool):
+    """The gradient of a skipped token is zero, whatever it holds."""
+    function = {
+        "ggem": ggem_pool,
+        "norm": lambda x, p, **options: pooling.norm_ggem_pool(x, 1.5, 0.1, p, **options),
+    }[pool]
+    tokens = jax.random.normal(jax.random.key(0), (2, 9, 8)).at[:, 0].set(jnp.nan)
+    p, mask = jnp.array([2.0, 3.5]), jnp.arange(9) != 4
+    mask = jnp.broadcast_to(mask, (2, 9))
+    value, pull = jax.vjp(lambda x, p: function(x, p, mask=mask, skip=1), tokens, p)
+    want, pull_rest = jax.vjp(lambda x, p: function(x, p, mask=mask[:, 1:]), tokens[:, 1:], p)
+    np.testing.assert_allclose(value, want, rtol=1e-6)
+    (by_tokens, by_p), (by_rest, want_p) = pull(want), pull_rest(want)
+    np.testing.assert_allclose(by_tokens[:, 1:], by_rest, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(by_p, want_p, rtol=1e-5)
+    assert not np.asarray(by_tokens[:, 0]).any()
+
+
+@pytest.mark.parametrize("skip", [-1, 9, 1.0])
+def test_a_wrong_number_of_skipped_tokens_is_refused(skip):
+    with pytest.raises(ValueError, match="skip must be a whole number from 0 to 8, for 9 tokens"):
+        ggem_pool(jnp.ones((2, 9, 8)), jnp.ones(2), skip=skip)

@@ -78,6 +78,7 @@ class GGeM(nn.Module):
         tokens: Float[Array, "*b n d"],
         *,
         mask: Bool[Array, "*b n"] | None = None,
+        skip: int = 0,
         norm: tuple[Float[Array, " d"], Float[Array, " d"], float] | None = None,
     ) -> Float[Array, "*b d"]:
         """Returns the pooled tokens.
@@ -85,6 +86,7 @@ class GGeM(nn.Module):
         Args:
             tokens: The tokens, `(..., n, d)`.
             mask: Which tokens to keep, `(..., n)`, true = keep; None keeps all.
+            skip: Number of tokens at the start that are not pooled, see `ggem_pool`.
             norm: Scale `(d,)`, bias `(d,)` and epsilon of a LayerNorm that is applied to the tokens
                 first, see `norm_ggem_pool`; None pools the tokens as they are.
 
@@ -106,6 +108,7 @@ class GGeM(nn.Module):
         p = used_exponents(p, self.p_range)
         options: Any = {
             "mask": mask,
+            "skip": skip,
             "eps": self.eps,
             "layout": self.layout,
             "negatives": self.negatives,

@@ -15,7 +15,7 @@ from typing import Any, Literal, cast
 import jax.numpy as jnp
 from flax import linen as nn
 from flax import struct
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from ggem_jax.models.config import ViTConfig, vit_config
 from ggem_jax.models.position import (
@@ -155,11 +155,11 @@ class ViT(nn.Module):
                 norm_of("params", "bias"),
                 self.config.norm_eps,
             )
-            descriptor = pool(tokens, mask=self._pooled_mask(tokens), norm=norm)
+            descriptor = pool(tokens, skip=self._skipped_tokens(), norm=norm)
         elif self.config.pool_order == "norm-pool":
-            descriptor = self.pool(self._pooled_tokens(normed))
+            descriptor = self._pool(normed)
         else:
-            descriptor = self.norm(self.pool(self._pooled_tokens(tokens)))
+            descriptor = self.norm(self._pool(tokens))
         logits = self.head(descriptor) if self.num_classes else None
         return ViTOutput(tokens, normed, descriptor, logits)
 
@@ -215,13 +215,10 @@ class ViT(nn.Module):
         periods = rope_periods(c.width // c.heads, c.rope_base, c.rope_dtype)
         return jnp.asarray(rope_angles(rows, columns, periods, prefix=c.prefix_tokens))
 
-    def _pooled_tokens(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b m d"]:
-        return tokens if self.pool_prefix else tokens[:, self.config.prefix_tokens :]
+    def _pool(self, tokens: Float[Array, "b n d"]) -> Float[Array, "b d"]:
+        if isinstance(self.pooling, GGeM):  # whose kernel would need a copy of a slice
+            return cast(Any, self.pool)(tokens, skip=self._skipped_tokens())
+        return self.pool(tokens[:, self._skipped_tokens() :])
 
-    def _pooled_mask(self, tokens: Float[Array, "b n d"]) -> Bool[Array, "b n"] | None:
-        """The choice of `_pooled_tokens` as a mask; a slice would be copied for a kernel."""
-        if self.pool_prefix or self.config.prefix_tokens == 0:
-            return None
-        return jnp.broadcast_to(
-            jnp.arange(tokens.shape[1]) >= self.config.prefix_tokens, tokens.shape[:2]
-        )
+    def _skipped_tokens(self) -> int:
+        return 0 if self.pool_prefix else self.config.prefix_tokens

@@ -95,10 +95,11 @@ def superglobal_refusal(feature_map: Array, regional_p: float, window: int, p: f
 
 def power_mean(
     implementation: str,
-    tokens: Float[Array, "*b n d"],
+    tokens: Float[Array, "*b all d"],
     p: Float[Array, " d"],
     mask: Bool[Array, "*b n"] | None,
     *,
+    skip: int,
     eps: float,
     negatives: str,
 ) -> tuple[Float[Array, "*b d"], Float[Array, "*b d"]]:
@@ -106,9 +107,10 @@ def power_mean(
 
     Args:
         implementation: "triton" or "interpret".
-        tokens: The tokens, `(..., n, d)`.
+        tokens: The tokens, `(..., skip + n, d)`.
         p: Exponents, `(d,)`.
         mask: Which tokens to keep, `(..., n)`; None keeps all.
+        skip: Number of tokens at the start that are not pooled.
         eps: Smallest number that is raised to p.
         negatives: The sign rule.
 
@@ -117,8 +119,10 @@ def power_mean(
     """
     from ggem_jax.kernels import ggem
 
-    scale, low = _scale(negatives), _lowest(tokens, mask, negatives)
-    body = partial(ggem.pool, eps=scale * eps, negatives=negatives, implementation=implementation)
+    scale, low = _scale(negatives), _lowest(tokens, mask, skip, negatives)
+    body = partial(
+        ggem.pool, skip=skip, eps=scale * eps, negatives=negatives, implementation=implementation
+    )
     (root,) = _on_rows(
         implementation, lambda *arrays: (body(*arrays),), (tokens, 2), p[None], (mask, 1), (low, 1)
     )
@@ -129,36 +133,42 @@ def power_mean(
 
 def power_mean_gradient(
     implementation: str,
-    tokens: Float[Array, "*b n d"],
+    tokens: Float[Array, "*b all d"],
     p: Float[Array, " d"],
     mask: Bool[Array, "*b n"] | None,
     root: Float[Array, "*b d"],
     cotangent: Float[Array, "*b d"],
     *,
+    skip: int,
     eps: float,
     negatives: str,
-) -> tuple[Float[Array, "*b n d"], Float[Array, "*b d"]]:
+) -> tuple[Float[Array, "*b all d"], Float[Array, "*b d"]]:
     """Returns the cotangents of the tokens and, for each row, of p.
 
     Args:
         implementation: "triton" or "interpret".
-        tokens: The tokens, `(..., n, d)`.
+        tokens: The tokens, `(..., skip + n, d)`.
         p: Exponents, `(d,)`.
         mask: Which tokens to keep, `(..., n)`; None keeps all.
         root: An eighth of the root, from `power_mean`, `(..., d)`.
         cotangent: Cotangent of the pooled value, `(..., d)`.
+        skip: Number of tokens at the start that are not pooled.
         eps: Smallest number that is raised to p.
         negatives: The sign rule.
 
     Returns:
-        The cotangents of the tokens, `(..., n, d)`, and of p, `(..., d)`.
+        The cotangents of the tokens, `(..., skip + n, d)`, and of p, `(..., d)`.
     """
     from ggem_jax.kernels import ggem
 
     scale = _scale(negatives)
-    low, by_low = jax.vjp(lambda tokens: _lowest(tokens, mask, negatives), tokens)
+    low, by_low = jax.vjp(lambda tokens: _lowest(tokens, mask, skip, negatives), tokens)
     body = partial(
-        ggem.gradient, eps=scale * eps, negatives=negatives, implementation=implementation
+        ggem.gradient,
+        skip=skip,
+        eps=scale * eps,
+        negatives=negatives,
+        implementation=implementation,
     )
     cotangent = _where_any(mask, cotangent)
     per_row = (mask, 1), (low, 1), (root / EIGHTH * scale, 1), (cotangent / scale, 1)
@@ -170,12 +180,13 @@ def power_mean_gradient(
 
 def norm_power_mean(
     implementation: str,
-    tokens: Float[Array, "*b n d"],
+    tokens: Float[Array, "*b all d"],
     scale: Float[Array, " d"],
     bias: Float[Array, " d"],
     p: Float[Array, " d"],
     mask: Bool[Array, "*b n"] | None,
     *,
+    skip: int,
     norm_eps: float,
     eps: float,
     negatives: str,
@@ -184,11 +195,12 @@ def norm_power_mean(
 
     Args:
         implementation: "triton" or "interpret".
-        tokens: The tokens, `(..., n, d)`.
+        tokens: The tokens, `(..., skip + n, d)`.
         scale: Factor of the normalised tokens, `(d,)`.
         bias: Added to them, `(d,)`.
         p: Exponents, `(d,)`.
         mask: Which tokens to keep, `(..., n)`; None keeps all.
+        skip: Number of tokens at the start that are not pooled.
         norm_eps: Added to the variance.
         eps: Smallest number that is raised to p.
         negatives: The sign rule.
@@ -200,6 +212,7 @@ def norm_power_mean(
 
     body = partial(
         norm_ggem.pool,
+        skip=skip,
         norm_eps=norm_eps,
         eps=eps,
         negatives=negatives,
@@ -210,7 +223,7 @@ def norm_power_mean(
 
 def norm_power_mean_gradient(
     implementation: str,
-    tokens: Float[Array, "*b n d"],
+    tokens: Float[Array, "*b all d"],
     scale: Float[Array, " d"],
     bias: Float[Array, " d"],
     p: Float[Array, " d"],
@@ -219,14 +232,15 @@ def norm_power_mean_gradient(
     statistics: Float[Array, "*b 2 n"],
     cotangent: Float[Array, "*b d"],
     *,
+    skip: int,
     eps: float,
     negatives: str,
-) -> tuple[Float[Array, "*b n d"], Float[Array, "*b 3 d"]]:
+) -> tuple[Float[Array, "*b all d"], Float[Array, "*b 3 d"]]:
     """Returns the cotangents of the tokens and, for each row, of p, scale and bias.
 
     Args:
         implementation: "triton" or "interpret".
-        tokens: The tokens, `(..., n, d)`.
+        tokens: The tokens, `(..., skip + n, d)`.
         scale: Factor of the normalised tokens, `(d,)`.
         bias: Added to them, `(d,)`.
         p: Exponents, `(d,)`.
@@ -234,15 +248,22 @@ def norm_power_mean_gradient(
         root: The pooled value, from `norm_power_mean`, `(..., d)`.
         statistics: Mean and 1 / deviation, from `norm_power_mean`, `(..., 2, n)`.
         cotangent: Cotangent of the pooled value, `(..., d)`.
+        skip: Number of tokens at the start that are not pooled.
         eps: Smallest number that is raised to p.
         negatives: The sign rule.
 
     Returns:
-        The cotangents of the tokens, `(..., n, d)`, and of p, scale and bias, `(..., 3, d)`.
+        The cotangents of the tokens, `(..., skip + n, d)`, and of p, scale and bias, `(..., 3, d)`.
     """
     from ggem_jax.kernels import norm_ggem
 
-    body = partial(norm_ggem.gradient, eps=eps, negatives=negatives, implementation=implementation)
+    body = partial(
+        norm_ggem.gradient,
+        skip=skip,
+        eps=eps,
+        negatives=negatives,
+        implementation=implementation,
+    )
     per_row = (mask, 1), (root, 1), (statistics, 2), (_where_any(mask, cotangent), 1)
     return _on_rows(implementation, body, (tokens, 2), scale[None], bias[None], p[None], *per_row)
 
@@ -305,14 +326,14 @@ def _scale(negatives):
     return EIGHTH if negatives == "shift" else 1.0
 
 
-def _lowest(tokens, mask, negatives):
-    """The lowest kept eighth of the tokens, `(..., d)`, which the sign rule "shift" subtracts.
+def _lowest(tokens, mask, skip, negatives):
+    """The lowest kept eighth of the tokens that are not skipped, `(..., d)`.
 
-    It is None for the other rules.
+    The sign rule "shift" subtracts it; it is None for the other rules.
     """
     if negatives != "shift":
         return None
-    x = EIGHTH * tokens.astype(jnp.float32)
+    x = EIGHTH * tokens[..., skip:, :].astype(jnp.float32)
     kept = x if mask is None else jnp.where(mask[..., None], x, jnp.inf)
     return _where_any(mask, jnp.min(kept, axis=-2))
 

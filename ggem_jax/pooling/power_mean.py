@@ -32,22 +32,24 @@ _NO_MEAN = 1e-30  # a mean of signed powers this far below the largest of them i
 
 
 def power_pool(
-    tokens: Float[Array, "*b n d"],
+    tokens: Float[Array, "*b all d"],
     p: Float[Array, " d"],
     mask: Mask,
     eps: float,
     negatives: Negatives,
     implementation: Implementation | None,
+    skip: int = 0,
 ) -> Float[Array, "*b d"]:
     """Returns the power mean of tokens over n, `(..., d)`, in their dtype.
 
     Args:
-        tokens: The tokens, `(..., n, d)`.
+        tokens: The tokens, `(..., skip + n, d)`.
         p: One exponent for each channel, `(d,)`.
         mask: Which tokens to keep, `(..., n)`; None keeps all.
         eps: Smallest number that is raised to p.
         negatives: The sign rule.
         implementation: "xla", "triton", "interpret", or None to choose.
+        skip: Number of tokens at the start that are not pooled.
 
     Returns:
         The pooled tokens, `(..., d)`.
@@ -62,28 +64,28 @@ def power_pool(
         implementation, tokens, lambda: refused or fused.refusal(tokens)
     )
     arrays = vary_alike(tokens, p, mask)
-    return _power_mean(*arrays, float(eps), negatives, implementation).astype(tokens.dtype)
+    return _power_mean(*arrays, float(eps), negatives, implementation, skip).astype(tokens.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
-def _power_mean(tokens, p, mask, eps, negatives, implementation):
+@partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5, 6))
+def _power_mean(tokens, p, mask, eps, negatives, implementation, skip):
     """The power mean in float32 `(..., d)`; its gradient is closed-form and keeps only tokens, p
     and the root.
     """
-    return _power_mean_forward(tokens, p, mask, eps, negatives, implementation)[0]
+    return _power_mean_forward(tokens, p, mask, eps, negatives, implementation, skip)[0]
 
 
-def _power_mean_forward(tokens, p, mask, eps, negatives, implementation):
-    options = {"eps": eps, "negatives": negatives}
-    kernel, plain = (partial(body, **options) for body in (fused.power_mean, pooled_and_root))
+def _power_mean_forward(tokens, p, mask, eps, negatives, implementation, skip):
+    options = {"skip": skip, "eps": eps, "negatives": negatives}
+    kernel, plain = (partial(body, **options) for body in (fused.power_mean, _pooled_and_root))
     pooled, root = run_implementation(implementation, kernel, plain, tokens, p, mask)
     return pooled, (tokens, p, mask, root)
 
 
-def _power_mean_backward(eps, negatives, implementation, residuals, cotangent):
+def _power_mean_backward(eps, negatives, implementation, skip, residuals, cotangent):
     tokens, p, mask, root = residuals
-    options = {"eps": eps, "negatives": negatives}
-    kernel, plain = (partial(body, **options) for body in (fused.power_mean_gradient, cotangents))
+    options = {"skip": skip, "eps": eps, "negatives": negatives}
+    kernel, plain = (partial(body, **options) for body in (fused.power_mean_gradient, _cotangents))
     by_tokens, by_p = run_implementation(
         implementation, kernel, plain, tokens, p, mask, root, cotangent
     )
@@ -93,8 +95,22 @@ def _power_mean_backward(eps, negatives, implementation, residuals, cotangent):
 _power_mean.defvjp(_power_mean_forward, _power_mean_backward)
 
 
+def _pooled_and_root(tokens, p, mask, *, skip, **options):
+    return pooled_and_root(tokens[..., skip:, :], p, mask, **options)
+
+
+def _cotangents(tokens, p, mask, root, cotangent, *, skip, **options):
+    by_rest, by_p = cotangents(tokens[..., skip:, :], p, mask, root, cotangent, **options)
+    return _after_zeros(by_rest, skip), by_p
+
+
+def _after_zeros(by_tokens, skip):
+    """Cotangents of all tokens, those of the first `skip` of them zero."""
+    return jnp.pad(by_tokens, [(0, 0)] * (by_tokens.ndim - 2) + [(skip, 0), (0, 0)])
+
+
 def norm_power_pool(
-    tokens: Float[Array, "*b n d"],
+    tokens: Float[Array, "*b all d"],
     scale: Float[Array, " d"],
     bias: Float[Array, " d"],
     p: Float[Array, " d"],
@@ -103,11 +119,12 @@ def norm_power_pool(
     eps: float,
     negatives: Negatives,
     implementation: Implementation | None,
+    skip: int = 0,
 ) -> Float[Array, "*b d"]:
     """Returns the power mean of layer-normalised tokens, `(..., d)`, in the dtype of the tokens.
 
     Args:
-        tokens: The tokens, `(..., n, d)`.
+        tokens: The tokens, `(..., skip + n, d)`.
         scale: Factor of the normalised tokens, `(d,)`.
         bias: Added to them, `(d,)`.
         p: One exponent for each channel, `(d,)`.
@@ -116,6 +133,7 @@ def norm_power_pool(
         eps: Smallest number that is raised to p.
         negatives: The sign rule.
         implementation: "xla", "triton", "interpret", or None to choose.
+        skip: Number of tokens at the start that are not pooled.
 
     Returns:
         The pooled tokens, `(..., d)`.
@@ -130,24 +148,24 @@ def norm_power_pool(
         implementation, tokens, lambda: refused or fused.norm_refusal(tokens, negatives)
     )
     arrays = vary_alike(tokens, scale, bias, p, mask)
-    options = (float(norm_eps), float(eps), negatives, implementation)
+    options = (float(norm_eps), float(eps), negatives, implementation, skip)
     return _norm_power_mean(*arrays, *options).astype(tokens.dtype)
 
 
-@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
-def _norm_power_mean(tokens, scale, bias, p, mask, norm_eps, eps, negatives, implementation):
+@partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8, 9))
+def _norm_power_mean(tokens, scale, bias, p, mask, norm_eps, eps, negatives, implementation, skip):
     """The power mean of the normalised tokens in float32 `(..., d)`; its gradient keeps the tokens
     and normalises them again.
     """
     return _norm_power_mean_forward(
-        tokens, scale, bias, p, mask, norm_eps, eps, negatives, implementation
+        tokens, scale, bias, p, mask, norm_eps, eps, negatives, implementation, skip
     )[0]
 
 
 def _norm_power_mean_forward(
-    tokens, scale, bias, p, mask, norm_eps, eps, negatives, implementation
+    tokens, scale, bias, p, mask, norm_eps, eps, negatives, implementation, skip
 ):
-    options = {"norm_eps": norm_eps, "eps": eps, "negatives": negatives}
+    options = {"skip": skip, "norm_eps": norm_eps, "eps": eps, "negatives": negatives}
     bodies = (fused.norm_power_mean, _normalise_and_pool)
     kernel, plain = (partial(body, **options) for body in bodies)
     pooled, statistics = run_implementation(
@@ -156,10 +174,11 @@ def _norm_power_mean_forward(
     return pooled, (tokens, scale, bias, p, mask, pooled, statistics)
 
 
-def _norm_power_mean_backward(norm_eps, eps, negatives, implementation, residuals, cotangent):
+def _norm_power_mean_backward(norm_eps, eps, negatives, implementation, skip, residuals, cotangent):
     tokens, scale, bias, p, mask, pooled, statistics = residuals
-    kernel = partial(fused.norm_power_mean_gradient, eps=eps, negatives=negatives)
-    plain = partial(_norm_cotangents, norm_eps=norm_eps, eps=eps, negatives=negatives)
+    options = {"skip": skip, "eps": eps, "negatives": negatives}
+    kernel = partial(fused.norm_power_mean_gradient, **options)
+    plain = partial(_norm_cotangents, norm_eps=norm_eps, **options)
     by_tokens, by_rows = run_implementation(
         implementation, kernel, plain, tokens, scale, bias, p, mask, pooled, statistics, cotangent
     )
@@ -170,8 +189,9 @@ def _norm_power_mean_backward(norm_eps, eps, negatives, implementation, residual
 _norm_power_mean.defvjp(_norm_power_mean_forward, _norm_power_mean_backward)
 
 
-def _normalise_and_pool(tokens, scale, bias, p, mask, *, norm_eps, eps, negatives):
+def _normalise_and_pool(tokens, scale, bias, p, mask, *, skip, norm_eps, eps, negatives):
     """The pooled value `(..., d)`; mean and 1 / deviation of each token, `(..., 2, n)`."""
+    tokens = tokens[..., skip:, :]
     x = widen(keep(tokens, mask, 0))
     mean = jnp.mean(x, axis=-1, keepdims=True)
     inverse = lax.rsqrt(jnp.mean(jnp.square(x - mean), axis=-1, keepdims=True) + norm_eps)
@@ -182,11 +202,12 @@ def _normalise_and_pool(tokens, scale, bias, p, mask, *, norm_eps, eps, negative
 
 
 def _norm_cotangents(
-    tokens, scale, bias, p, mask, pooled, statistics, cotangent, *, norm_eps, eps, negatives
+    tokens, scale, bias, p, mask, pooled, statistics, cotangent, *, skip, norm_eps, eps, negatives
 ):
     """With u normalised and s the cotangent of z = u scale + bias: that of x is (s scale - mean_d(s
     scale) - u mean_d(s scale u)) / deviation.
     """
+    tokens = tokens[..., skip:, :]
     if mask is not None:
         statistics = jnp.where(mask[..., None, :], statistics, 0)
     mean, inverse = (jnp.expand_dims(statistics[..., i, :], -1) for i in range(2))
@@ -212,7 +233,7 @@ def _norm_cotangents(
     by_x = (g - mean_g - u * mean_gu) * inverse
     if RULES[negatives].signed:
         by_x = _clip_to(by_x, tokens.dtype)
-    by_tokens = keep(by_x, mask, 0).astype(tokens.dtype)
+    by_tokens = _after_zeros(keep(by_x, mask, 0).astype(tokens.dtype), skip)
 
     u, s, _ = slopes(again)
     by_p = _exponent_cotangent(normalised(again)[1], p, mask, root, cotangent, **options)

@@ -164,6 +164,7 @@ def ggem_pool(
     eps: float = 1e-6,
     layout: Layout = "contiguous",
     negatives: Negatives = "clamp",
+    skip: int = 0,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*b d"]:
     """Returns the group generalized mean of tokens: `gem_pool` with an exponent for each group.
@@ -181,6 +182,8 @@ def ggem_pool(
             layout mean nothing in the other.
         negatives: How tokens that are not positive are handled: "clamp" (the usual choice), "abs",
             "shift" or "signed", see `ggem_jax.pooling.sign_rules`.
+        skip: Number of tokens at the start that are not pooled, such as a class token: the same as
+            slicing them off, but a slice would be copied for the kernel. The mask has them, too.
         implementation: "xla" for plain JAX, "triton" for the GPU kernel, "interpret" for the kernel
             in Triton's interpreter; None takes the kernel where it can run.
 
@@ -201,8 +204,9 @@ def ggem_pool(
         [2.0, 2.98]
     """
     tokens, mask = _check_tokens(tokens, mask)
+    mask = _without_skipped(tokens, mask, skip)
     exponents = spread_over_channels(_parameter(p, tokens, "p"), tokens.shape[-1], layout=layout)
-    return power_pool(tokens, exponents, mask, eps, negatives, implementation)
+    return power_pool(tokens, exponents, mask, eps, negatives, implementation, skip)
 
 
 def norm_ggem_pool(
@@ -216,6 +220,7 @@ def norm_ggem_pool(
     eps: float = 1e-6,
     layout: Layout = "contiguous",
     negatives: Negatives = "clamp",
+    skip: int = 0,
     implementation: Implementation | None = None,
 ) -> Float[Array, "*b d"]:
     """Returns `ggem_pool` of layer-normalised tokens, the end of a Vision Transformer, in one step.
@@ -233,6 +238,8 @@ def norm_ggem_pool(
         eps: Smallest number that is raised to p, from 1e-36 to 1e36.
         layout: The group of each channel, as in `ggem_pool`.
         negatives: How tokens that are not positive are handled, as in `ggem_pool`.
+        skip: Number of tokens at the start that are not pooled, such as a class token: the same as
+            slicing them off, but a slice would be copied for the kernel. The mask has them, too.
         implementation: As in `ggem_pool`. The kernel does not have the rule "shift".
 
     Returns:
@@ -251,6 +258,7 @@ def norm_ggem_pool(
         [0.0, 0.0, 0.45, 1.34]
     """
     tokens, mask = _check_tokens(tokens, mask)
+    mask = _without_skipped(tokens, mask, skip)
     gain = _per_channel(scale, tokens, "scale", positive=False)
     shift = _per_channel(bias, tokens, "bias", positive=False)
     exponents = spread_over_channels(_parameter(p, tokens, "p"), tokens.shape[-1], layout=layout)
@@ -258,7 +266,7 @@ def norm_ggem_pool(
     if not (isinstance(norm_eps, int | float | np.number) and 1e-36 <= norm_eps <= 1e36):
         raise ValueError(f"norm_eps must be a Python number from 1e-36 to 1e36, not {norm_eps!r}")
     return norm_power_pool(
-        tokens, gain, shift, exponents, mask, float(norm_eps), eps, negatives, implementation
+        tokens, gain, shift, exponents, mask, float(norm_eps), eps, negatives, implementation, skip
     )
 
 
@@ -306,6 +314,16 @@ def _check_tokens(tokens, mask=None):
             f" shape {mask.shape}"
         )
     return tokens, mask
+
+
+def _without_skipped(tokens, mask, skip):
+    """The mask of the tokens that are not skipped."""
+    n = tokens.shape[-2]
+    if not (isinstance(skip, int) and 0 <= skip < n):
+        raise ValueError(
+            f"skip must be a whole number from 0 to {n - 1}, for {n} tokens, not {skip!r}"
+        )
+    return None if mask is None else mask[..., skip:]
 
 
 def _parameter(value, tokens, name, positive=True):
