@@ -10,7 +10,7 @@ from neupims.__main__ import main
 from neupims.serving.policy import ORDERS
 from neupims.serving.prefill_devices import Prefilled
 from neupims.serving.requests import Arrivals
-from neupims.serving.server import make_requests
+from neupims.serving.server import check_lengths, make_requests, make_server
 
 TRACE = "arrival_s,input_tokens,output_tokens\n0.0,30,3\n0.001,50,1\n0.5,20,4\n"
 MODEL = ("--model", "llama3-8b", "--tp", "4", "--batch", "16", "--system", "npu-only")
@@ -190,6 +190,19 @@ def test_no_file_of_a_run_is_written_over(capsys, trace, tmp_path):
     flags = ("--trace", trace, "--html", page, "--perfetto", page)
     assert "is another file of this run" in refused(capsys, *flags)
     assert "Is a directory" in refused(capsys, "--trace", trace, "--html", tmp_path)
+
+
+def test_a_prompt_that_is_left_out_takes_no_memory_from_the_others():
+    columns = [0, 5, 9], [50_000, 999_000, 400_000], [2, 2, 500_000]
+    made = Arrivals("mine", *map(np.array, columns))
+    _, server = make_server("llama3-8b", system="npu-only", tp=4, batch=16)
+    kept, notes = check_lengths(server, made, "whole", True)
+    assert kept.inputs.tolist() == [50_000]
+    assert [note.partition(" are")[0] for note in notes] == [
+        *("1 of 3 requests", "1 of 2 requests")  # a prompt without memory; one that grows too long
+    ]
+    with pytest.raises(ValueError, match="no memory of a device is left"):
+        check_lengths(server, made, "whole", False)
 
 
 def test_the_order_of_admission_holds_where_prompts_come_from_other_devices():

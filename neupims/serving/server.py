@@ -1,6 +1,7 @@
 """The machine that serves, and its inputs of the loop: blocks of memory, requests, and checks."""
 
 import math
+from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Int
+from jaxtyping import Bool, Int
 
 from neupims.machine.case import find_setting, select_model, select_system
 from neupims.machine.config import read_model
@@ -253,7 +254,11 @@ def make_memory(server: Server, hardware: Hardware, length: int, tokens: int) ->
 def check_lengths(
     server: Server, requests: Arrivals, prefill: Prefill, leave_out: bool
 ) -> tuple[Arrivals, tuple[str, ...]]:
-    """Returns the requests that the memory holds, each alone, and a note on the others.
+    """Returns the requests that the memory holds, each alone, and notes on the others.
+
+    The activations of the longest prompt take a part of the memory from all requests. A prompt that
+    leaves no memory for its own keys and values is therefore left out before the others are looked
+    at.
 
     Args:
         server: The machine.
@@ -274,6 +279,13 @@ def check_lengths(
     fits = needed <= limit
     if fits.all():
         return requests, ()
+    if leave_out and prefill == "whole":
+        longest = _longest_prompt(server, np.asarray(memory.needed), int(requests.inputs.max()))
+        possible = requests.inputs <= longest
+        if possible.any() and not possible.all():
+            kept, notes = check_lengths(server, _select(requests, possible), prefill, leave_out)
+            note = f"their prompts are longer than {longest} tokens"
+            return kept, (_note(possible, note), *notes)
     worst = int(needed.argmax())
     if limit <= 0:
         weights = format_bytes(float(device_weight_bytes(setting.model, setting.parallel)))
@@ -292,16 +304,28 @@ def check_lengths(
             " spread requests over channels (--kv-split, --fidelity intended)"
             f"{'' if leave_out else ', or --leave-out-too-long'}"
         )
-    kept = Arrivals(
-        requests.name,
-        requests.nanoseconds[fits],
-        requests.inputs[fits],
-        requests.outputs[fits],
-        requests.notes,
-    )
-    left_out = int((~fits).sum())
-    note = f"{left_out} of {len(fits)} requests are left out: they grow beyond {holds} tokens"
-    return kept, (note,)
+    return _select(requests, fits), (_note(fits, f"they grow beyond {holds} tokens"),)
+
+
+def _longest_prompt(server: Server, needed: Int[np.ndarray, " lengths"], most: int) -> int:
+    """Returns the longest prompt of which the memory holds activations, keys and values."""
+
+    def fails(prompt: int) -> bool:
+        tokens = max(server.rules.batch, server.rules.prefill_tokens, prompt)
+        memory = make_memory(server, server.hardware, 1, tokens)
+        return bool(needed[prompt] > memory.room.max() - memory.spare)
+
+    return bisect_left(range(1, most + 1), True, key=fails)
+
+
+def _select(requests: Arrivals, chosen: Bool[np.ndarray, " n"]) -> Arrivals:
+    columns = requests.nanoseconds, requests.inputs, requests.outputs
+    times, inputs, outputs = (each[chosen] for each in columns)
+    return Arrivals(requests.name, times, inputs, outputs, requests.notes)
+
+
+def _note(kept: Bool[np.ndarray, " n"], why: str) -> str:
+    return f"{int((~kept).sum())} of {len(kept)} requests are left out: {why}"
 
 
 def most_tokens(rules: Rules) -> int:
