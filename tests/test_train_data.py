@@ -3,8 +3,13 @@ same order.
 """
 
 import io
+import multiprocessing
+import os
 import shutil
+import signal
 import sys
+import threading
+import time
 import zipfile
 
 import numpy as np
@@ -463,7 +468,17 @@ def test_joined_splits_keep_their_images_labels_and_order():
 
 @pytest.mark.slow
 def test_processes_read_the_batches_that_threads_read(class_folders):
-    """In one process each, from any step on; a reader's error is one sentence here as well."""
+    """In one process each, from any step on, undisturbed by Ctrl-C while they start; an error of
+    a reader, and a killed process, are one sentence here as well.
+    """
+
+    def interrupt():
+        while not (started := multiprocessing.active_children()):
+            time.sleep(0.01)
+        os.kill(started[0].pid, signal.SIGINT)
+
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    threading.Thread(target=interrupt, daemon=True).start()
     images = folder(class_folders)["train"]
     draw = draw_evenly(images.labels(), 8, seed=0)
     threads = train_batches(images, config_of(*AUGMENTED), start=2, draw=draw)
@@ -474,7 +489,13 @@ def test_processes_read_the_batches_that_threads_read(class_folders):
         ours, theirs = next(threads), next(processes)
         for name in ours:
             np.testing.assert_array_equal(ours[name], theirs[name])
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == mask
+    for each in multiprocessing.active_children():
+        os.kill(each.pid, signal.SIGKILL)
+    with pytest.raises(Refused, match=r"a process of --data.processes was killed.* run the same"):
+        first(processes, 8)
     processes.close()
+    assert not multiprocessing.active_children()
     (class_folders / "train" / "bees" / "bees3.png").write_bytes(b"no image")
     broken = train_batches(images, config_of("--data.processes", "1"), start=0)
     with pytest.raises(Refused, match=r"bees3.png is not a readable image"):

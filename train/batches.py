@@ -12,6 +12,7 @@ import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
+from multiprocessing import resource_tracker
 from typing import Any
 
 import grain
@@ -34,6 +35,7 @@ Batch = dict[str, np.ndarray]
 
 
 ENDLESS = 2**62  # length of a stream that no run reaches the end of
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)  # handled by the process that trains alone
 
 
 def label_only(label: Label, rng: np.random.Generator) -> dict[str, Any]:
@@ -133,12 +135,46 @@ def train_batches(
             grain.MultiprocessingOptions(config.data.processes, per_worker_buffer_size=2),
             functools.partial(_start_process, os.getpid()),
         )
+        return _read_with_processes(mine)
     return iter(mine)
+
+
+def _read_with_processes(stream: grain.IterDataset[Batch]) -> Iterator[Batch]:
+    """Yields the batches that other processes read, which end when the generator is closed.
+
+    They start with blocked signals: Ctrl-C reaches them before `_start_process` has run, too.
+    """
+    batches = iter(stream)
+    try:
+        resource_tracker.ensure_running()  # its start would unblock the signals
+        blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
+        try:
+            batch = _next_of_processes(batches)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
+        while True:
+            yield batch
+            del batch  # its shared memory can be freed
+            batch = _next_of_processes(batches)
+    finally:
+        batches.close()
+
+
+def _next_of_processes(batches: Iterator[Batch]) -> Batch:
+    try:
+        return next(batches)
+    except RuntimeError as error:
+        if "Worker process" not in str(error):
+            raise
+        raise Refused(
+            "a process of --data.processes was killed, perhaps because memory ran out; run the same"
+            " command again to resume, with fewer processes if it happens again"
+        ) from None
 
 
 def _start_process(parent: int, number: int, count: int) -> None:
     """Prepares a process that reads images: it ends with its parent, which handles the signals."""
-    for each in (signal.SIGINT, signal.SIGTERM):
+    for each in _SIGNALS:
         signal.signal(each, signal.SIG_IGN)
 
     def watch() -> None:

@@ -1,7 +1,7 @@
 """What a training would take, without its data: python -m train.classify --dry-run --config NAME
 
 It prints parameters, FLOPs, the memory of each device by part and the time, compiles the step, and
-counts what the program sends between devices. Nothing is trained, read or written. `train.metric`
+counts what the program sends between devices. Nothing is trained or written. `train.metric`
 and `train.contrastive` have it too. Besides the flags of the script:
 
     --classes N   classes to train on, not of train.contrastive (default: opens the data)

@@ -169,6 +169,7 @@ def run(
                     meter.restart()
                 if stopping:
                     break
+            batch = {}  # may be in shared memory, which is freed before its processes end
             checkpoints.wait()
             finished = step == total or best.exhausted
             if best.exhausted and step < total:
