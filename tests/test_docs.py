@@ -210,6 +210,8 @@ def test_a_command_of_neupims_is_one_that_the_tool_accepts(words, folder, monkey
     for place in (
         "neupims.simulation.simulate_case",
         "neupims.commands.search.search_schedule",
+        "neupims.serving.serve.serve",
+        "neupims.serving.rates.sweep_rates",
         "neupims.exploration.compare.compare",
         "neupims.exploration.explore.explore",
         "neupims.timing.fit.fit",
