@@ -266,7 +266,7 @@ def test_many_rates_at_once_serve_as_each_alone(capsys, trace, tmp_path):
     meets = [run["meets_objectives"] for run in found["runs"]]
     fails = [share < 0.6 for share in meets]
     first = fails.index(True)  # there is a rate that fails, and a lower one that does not
-    assert 0 < first
+    assert first > 0
     assert found["highest_rate"] == found["rates"][first - 1]
     assert found["lowest_rate_that_fails"] == found["rates"][first]
     assert len(found["rates"]) > 2  # bisection tried more
