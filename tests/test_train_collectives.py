@@ -64,3 +64,12 @@ def test_the_formula_is_what_xla_does(split, kinds):
     gradient_bytes = 4 if split == P() else 0
     expected = expected_bytes(w, layout, gradient_bytes)
     assert sum(each.sent_bytes for each in found) == expected
+
+
+def test_weights_that_are_split_are_collected_and_their_gradients_summed():
+    mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    w = jax.ShapeDtypeStruct((16, 12), jnp.float32)
+    collected, in_parts, over_data = 3 * 48 * 4, 3 * 48 * 2, 2 * (1 / 2) * 48 * 2
+    expected = expected_bytes(w, NamedSharding(mesh, P("fsdp")), 2)
+    assert expected == collected + in_parts + over_data
+    assert Transfer("all-to-all", ((8,),), 32, 4, 1).sent_bytes == 24

@@ -2,6 +2,7 @@
 same order.
 """
 
+import dataclasses
 import io
 import multiprocessing
 import os
@@ -420,6 +421,19 @@ def test_fast_reading_needs_its_packages(monkeypatch):
         Refused, match=r"--data.fast: the package simplejpeg is missing: pip install"
     ):
         train_batches(digits(), config_of("--data.fast"), start=0)
+
+
+@pytest.mark.parametrize("flags", [(), ("--data.fast",), ("--data.no-shrink",)])
+def test_settings_decide_how_training_images_are_decoded(flags):
+    parts = []
+
+    def load(i, choose=None):
+        parts.append(choose(40, 50))
+        return np.zeros((*parts[-1].size, 3), np.uint8), 0
+
+    next(train_batches(dataclasses.replace(digits(), load=load), config_of(*flags), start=0))
+    assert {part.fast for part in parts} == {"--data.fast" in flags}
+    assert {part.shrink for part in parts} == {"--data.no-shrink" not in flags}
 
 
 def test_erasing_replaces_one_rectangle():
