@@ -178,7 +178,7 @@ def test_activations_by_hand():
         (["--classes", "ten"], "--classes must be a whole number of at least 1, not ten"),
         (["--images", "0"], "--images must be a whole number of at least 1, not 0"),
         (["--images"], "--images needs a value"),
-        (["--batch", "12"], "--batch must be a multiple of the 8 devices"),
+        (["--batch", "12"], "--batch must be a multiple of the 8 device"),
         (["--data", "folder:none"], "a dry run without the data needs --classes N and --images N"),
     ],
 )

@@ -5,13 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import sklearn.datasets
+from conftest import TINY
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from PIL import Image
 from scipy import stats
 
-from train import augment
-from train.config import Augment
+from train import augment, classify
+from train.cli import load_config
+from train.config import Augment, Config
+from train.log import read_metrics
 from train.randaugment import OPERATIONS, augment_on_device, operate
 from train.step import make_mesh
 
@@ -76,3 +79,17 @@ def test_erasing_replaces_one_rectangle_with_its_probability():
         inside = each[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         assert inside.mean() > 0.9
         assert inside.size <= 0.36 * 32 * 32
+
+
+def test_a_run_trains_on_the_images_that_the_device_has_changed(tmp_path):
+    def first_gradient(name, *flags):
+        out = tmp_path / name
+        given = [*TINY, "--stop-after", "1", "--log-every", "1", "--out", str(out), *flags]
+        classify.train(load_config(Config, given, "test"), quiet=True)
+        (line,) = read_metrics(out, "train")
+        return line["grad_norm"]
+
+    on_device = ("--augment.on-device", "--augment.randaugment-ops")
+    plain = first_gradient("plain")
+    assert first_gradient("none", *on_device, "0") == plain
+    assert first_gradient("two", *on_device, "2") != plain

@@ -127,7 +127,7 @@ def describe(config: Config, plan: Plan, images: int, where: str = "here") -> It
     count = steps.mesh.size
     if config.batch % (count * config.optimizer.accumulate):
         raise Refused(
-            f"--batch must be a multiple of the {count} devices times --optimizer.accumulate"
+            f"--batch must be a multiple of the {count} device(s) times --optimizer.accumulate"
             f" {config.optimizer.accumulate}, it is {config.batch}"
         )
     total = max(round(config.epochs * images / config.batch), 1)
