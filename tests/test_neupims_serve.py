@@ -113,6 +113,8 @@ def test_impossible_traces_are_refused(capsys, tmp_path, text, reason):
         (("--rate-sweep", "1:inf:3"), "LOW and HIGH must be finite and above 0"),
         (("--rate-sweep", "1,2", "--prefill-groups", 2), "leave out --rate, --perfetto and"),
         (("--prefill-groups", 2), "needs prefill separate"),
+        (("--chunk-tokens", 64), "--chunk-tokens belongs to --prefill chunked: leave it out"),
+        (("--share", 0.9), "--share belongs to --rate-sweep RATES: leave it out"),
     ],
 )
 def test_impossible_flags_are_refused(capsys, trace, flags, reason):

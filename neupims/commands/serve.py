@@ -117,7 +117,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--chunk-tokens",
         type=int,
-        default=512,
         metavar="N",
         help="most tokens of an iteration, with --prefill chunked (default: 512)",
     )
@@ -142,7 +141,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--share",
         type=float,
-        default=0.99,
         metavar="X",
         help="share of the requests that must meet them, with --rate-sweep (default: 0.99)",
     )
@@ -183,6 +181,8 @@ def run(arguments: argparse.Namespace) -> int:
     from neupims.serving.serve import serve
 
     check_run(arguments.html, arguments.perfetto, seed=arguments.seed, reads=arguments.trace)
+    chunk_tokens = _belongs(arguments, "chunk_tokens", "prefill", "chunked", 512)
+    share = _belongs(arguments, "share", "rate_sweep", arguments.rate_sweep or "RATES", 0.99)
     options: dict[str, Any] = {
         "arrivals": arguments.arrivals,
         "first": arguments.requests,
@@ -203,7 +203,7 @@ def run(arguments: argparse.Namespace) -> int:
         "placement": arguments.placement,
         "prefill": arguments.prefill,
         "prefill_tokens": arguments.prefill_tokens,
-        "chunk_tokens": arguments.chunk_tokens,
+        "chunk_tokens": chunk_tokens,
         "slo": () if arguments.slo is None else arguments.slo,
         "leave_out_too_long": arguments.leave_out_too_long,
     }
@@ -215,9 +215,7 @@ def run(arguments: argparse.Namespace) -> int:
                 " the devices that decode: leave out --rate, --perfetto and --prefill-groups"
             )
         rates = parse_rates(arguments.rate_sweep)
-        swept = sweep_rates(
-            arguments.model, arguments.trace, rates, share=arguments.share, **options
-        )
+        swept = sweep_rates(arguments.model, arguments.trace, rates, share=share, **options)
         first = swept.servings[0]
         print_notes(first.about["model"], first.about["model_notes"])
         print_notes(first.arrivals.name, [*first.arrivals.notes, *first.notes])
@@ -248,6 +246,17 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print_tables(result)
     return 0
+
+
+def _belongs(arguments: argparse.Namespace, name: str, to: str, value: str, default: float) -> Any:
+    """Returns the value of a flag, which is refused without the flag that it belongs to."""
+    given = getattr(arguments, name)
+    if given is None:
+        return default
+    if getattr(arguments, to) != value:
+        flag, other = (f"--{each.replace('_', '-')}" for each in (name, to))
+        raise ValueError(f"{flag} belongs to {other} {value}: leave it out, or give both")
+    return given
 
 
 def _parse_columns(text: str | None) -> dict[str, str] | None:
