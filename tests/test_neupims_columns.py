@@ -7,6 +7,7 @@ import pytest
 
 from neupims.machine.config import load_model, load_parallel
 from neupims.machine.hardware import Hardware
+from neupims.machine.quantity import describe
 from neupims.machine.record import replace, replace_all
 from neupims.machine.workload import make_batch
 from neupims.timing.attention import attention_counts
@@ -61,6 +62,23 @@ def test_designs_side_by_side_are_each_design_alone(fidelity, schedules):
             assert getattr(counts, name)[design] == pytest.approx(float(each), rel=1e-6)
     assert np.isinf(works[2]).any()
     assert np.isfinite(works[[0, 1, 3]]).all()
+
+
+OF_ATTENTION = [each.name for each in describe(Hardware()) if each.name[:3] in ("hbm", "pim")]
+
+
+@pytest.mark.parametrize("field", ["npu.clock_hz", *OF_ATTENTION])
+def test_any_field_may_be_the_only_one_that_differs(field):
+    mapped = jax.vmap(lambda value: sums({field: value}, PLACES[0], "intended"))
+    works, _ = jax.eval_shape(mapped, jnp.array([1.0, 2.0, 3.0]))
+    assert works.shape == (3, 2, 10, 2)
+
+
+def test_schedules_alone_may_differ():
+    each = jax.jit(lambda at: sums({}, at, "simulator")[0])
+    works = jax.jit(jax.vmap(each))(jnp.asarray(PLACES))
+    for design, places in enumerate(PLACES):
+        np.testing.assert_allclose(works[design], each(jnp.asarray(places)), rtol=1e-6)
 
 
 def test_the_work_of_a_place_is_that_of_its_requests():

@@ -152,8 +152,9 @@ def _sum_by_place(work: Work, lengths, places, count: int) -> list[Array]:
         return [cycles[:, 0] for cycles in work(length[None])]
 
     works = jnp.stack(jax.lax.map(of_request, lengths, batch_size=TOGETHER), axis=1)
-    of_designs = jnp.moveaxis(works, -1, 0)  # (designs, r, 2, waits)
-    spread = jnp.broadcast_to(places, (len(lengths), len(of_designs)))
+    designs = max(works.shape[-1], places.shape[-1])  # one of them may be the same for all
+    of_designs = jnp.moveaxis(jnp.broadcast_to(works, (*works.shape[:-1], designs)), -1, 0)
+    spread = jnp.broadcast_to(places, (len(lengths), designs))
     sums = jax.vmap(lambda values, at: jax.ops.segment_sum(values, at, count))(of_designs, spread.T)
     return [jnp.moveaxis(sums[:, :, kind], 0, -1).swapaxes(0, 1) for kind in (0, 1)]
 

@@ -32,8 +32,9 @@ Source: src/tensor/PIMTensor.cc, src/operations/NeuPIMSLogitSoftmax.cc and NeuPI
     public simulator; its pull request 8 shows rows with several tokens of a head.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -249,7 +250,7 @@ def key_layout(hardware: Hardware, model: Decoder, parallel: Parallel) -> KeyLay
     width, page = 1.0 * model.key_dim, page_elements(hardware, model)
     vectors = jnp.maximum(floor_divide(page, width), 1)  # that a row, or the buffer, holds
     group = divide(heads, kv_heads)
-    passes = _passes(ceil_divide(group, vectors), group)
+    passes = _passes(ceil_divide(group, vectors), group, (hardware, model, parallel))
     queries = divide(group, passes)
     heads_of_row = jnp.clip(floor_divide(vectors, jnp.ceil(queries)), 1, kv_heads)
     tokens = floor_divide(vectors, heads_of_row)
@@ -275,7 +276,8 @@ def value_layout(hardware: Hardware, model: Decoder, parallel: Parallel) -> Valu
     width, page = 1.0 * model.attended_dim, page_elements(hardware, model)
     of_bank = ceil_divide(width, banks(hardware.hbm))  # channels of a head that each bank holds
     group = divide(heads, kv_heads)
-    passes = _passes(ceil_divide(group, jnp.minimum(of_bank, page)), group)
+    least = ceil_divide(group, jnp.minimum(of_bank, page))
+    passes = _passes(least, group, (hardware, model, parallel))
     queries = divide(group, passes)
     channels = jnp.ceil(queries)
     tokens = floor_divide(page, channels)
@@ -292,9 +294,11 @@ def value_layout(hardware: Hardware, model: Decoder, parallel: Parallel) -> Valu
     return ValueLayout(*_fastest(cycles, passes, queries, channels, tokens, tiles, last))
 
 
-def _passes(least: Number, most: Number) -> Number:
-    """Returns the numbers of passes that are compared, (choices,)."""
-    return jnp.stack([jnp.minimum(least * more, most) for more in MORE_PASSES])
+def _passes(least: Number, most: Number, records: Any) -> Number:
+    """Returns the numbers of passes that are compared, (choices,), or (choices, designs or 1)."""
+    passes = jnp.stack([jnp.minimum(least * more, most) for more in MORE_PASSES])
+    designs = max(map(jnp.ndim, jax.tree.leaves(records)))
+    return passes.reshape(*passes.shape, *[1] * (1 + designs - passes.ndim))
 
 
 def _fastest(cycles: Number, *choices: Number) -> tuple[Number, ...]:
