@@ -14,6 +14,7 @@ from neupims.machine.record import Number
 
 LOW_BITS = 30
 LOW = 2**LOW_BITS
+PART_OF_LOW = 1.0 / LOW  # a power of two, so that products with it are exact
 
 
 class Instant(NamedTuple):
@@ -62,7 +63,7 @@ def from_seconds(seconds: Number) -> Instant:
         seconds: Seconds, not negative, as float32.
     """
     nanoseconds = jnp.asarray(seconds, jnp.float32) * 1e9
-    high = jnp.floor(nanoseconds / LOW)  # a power of two: the quotient and the rest are exact
+    high = jnp.floor(nanoseconds * PART_OF_LOW)
     low = jnp.round(nanoseconds - high * LOW).astype(jnp.int32)
     return add(Instant(high.astype(jnp.int32), low), Instant(jnp.int32(0), jnp.int32(0)))
 

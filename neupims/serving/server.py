@@ -14,6 +14,7 @@ from jaxtyping import Bool, Int
 
 from neupims.machine.case import find_setting, select_model, select_system
 from neupims.machine.config import read_model
+from neupims.machine.division import floor_divide
 from neupims.machine.hardware import Hardware
 from neupims.machine.layer_kinds import find_mix
 from neupims.machine.record import instead
@@ -242,9 +243,10 @@ def make_memory(server: Server, hardware: Hardware, length: int, tokens: int) ->
         whole = -(-lengths // BLOCK_TOKENS) * BLOCK_TOKENS
         options: dict[str, Any] = {"system": system, "fidelity": setting.fidelity}
         each = request_bytes(hardware, model, jnp.array([BLOCK_TOKENS]), parallel, **options)[0]
-        needed = jnp.ceil(request_bytes(hardware, model, whole, parallel, **options) / each - 1e-3)
+        blocks = request_bytes(hardware, model, whole, parallel, **options) / each
+        needed = jnp.ceil(blocks - 1e-3)  # whole but for rounding, as above
         free, _ = free_bytes(hardware, model, parallel, system, tokens)
-        room, there = jnp.floor(free / each), jnp.ones(1, bool)
+        room, there = floor_divide(free, each), jnp.ones(1, bool)
         loads = 1.0 * lengths
     room = jnp.where(there, jnp.maximum(room, 0), 0).astype(jnp.int32)
     spare = jnp.floor(room.max() * server.spare).astype(jnp.int32)
