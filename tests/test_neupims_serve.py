@@ -7,7 +7,8 @@ import pytest
 
 import neupims
 from neupims.__main__ import main
-from neupims.serving.policy import ORDERS
+from neupims.commands import serve as command
+from neupims.serving.policy import ORDERS, PLACEMENTS
 from neupims.serving.prefill_devices import Prefilled
 from neupims.serving.requests import Arrivals
 from neupims.serving.server import check_lengths, make_requests, make_server
@@ -274,3 +275,9 @@ def test_many_rates_at_once_serve_as_each_alone(capsys, trace, tmp_path):
     assert len(found["rates"]) > 2  # bisection tried more
     assert "a sweep needs from 2" in refused(capsys, "--trace", trace, "--rate-sweep", "3,3")
     assert "rates are R,R,..." in refused(capsys, "--trace", trace, "--rate-sweep", "1:2")
+
+
+def test_the_command_names_every_order_and_placement():
+    """It lists them itself, since a parser that imported them would load JAX."""
+    assert tuple(ORDERS) == command.ORDERS
+    assert tuple(PLACEMENTS) == command.PLACEMENTS

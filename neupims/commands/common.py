@@ -39,9 +39,7 @@ def add_system_arguments(parser: argparse.ArgumentParser) -> None:
             " auto: the faster"
         ),
     )
-    parser.add_argument(
-        "--row-buffers", choices=("single", "dual"), help="of a bank (default: what the system has)"
-    )
+    add_row_buffers_argument(parser)
     parser.add_argument(
         "--fidelity",
         choices=FIDELITIES,
@@ -50,6 +48,28 @@ def add_system_arguments(parser: argparse.ArgumentParser) -> None:
             "simulator: what the authors' code would print; intended: what the machine of the paper"
             " would do (default: simulator)"
         ),
+    )
+
+
+def add_row_buffers_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag of the row buffers.
+
+    Args:
+        parser: The parser, or a group of it; changed in place.
+    """
+    parser.add_argument(
+        "--row-buffers", choices=("single", "dual"), help="of a bank (default: what the system has)"
+    )
+
+
+def add_json_argument(parser: argparse.ArgumentParser) -> None:
+    """Adds the flag of results for programs.
+
+    Args:
+        parser: The parser, or a group of it; changed in place.
+    """
+    parser.add_argument(
+        "--json", action="store_true", help="one JSON object and nothing else on standard output"
     )
 
 
@@ -235,9 +255,7 @@ def add_workload_arguments(parser: argparse.ArgumentParser) -> None:
     """
     add_model_arguments(parser)
     add_system_arguments(parser)
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object and nothing else on standard output"
-    )
+    add_json_argument(parser)
 
 
 def add_overflow_argument(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ import numpy as np
 
 from neupims.commands.common import (
     TRACE,
+    add_json_argument,
     add_system_arguments,
     add_trace_arguments,
     check_run,
@@ -128,9 +129,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="folder of points, front.csv and summary.json; the same command resumes from it",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object and nothing else"
-    )
+    add_json_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -4,6 +4,7 @@ import argparse
 from typing import Any
 
 from neupims.commands.common import (
+    add_json_argument,
     add_machine_arguments,
     add_spread_model_arguments,
     console,
@@ -47,9 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="requests: gives the longest context (default: the largest batch, or 1 without"
         " --context); with --context: what is left",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object and nothing else on standard output"
-    )
+    add_json_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from neupims.commands.common import (
+    add_json_argument,
     add_machine_arguments,
+    add_row_buffers_argument,
     add_spread_model_arguments,
     check_run,
     console,
@@ -29,9 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """
     add_spread_model_arguments(parser)
     add_machine_arguments(parser)
-    parser.add_argument(
-        "--row-buffers", choices=("single", "dual"), help="of a bank (default: what the system has)"
-    )
+    add_row_buffers_argument(parser)
     parser.add_argument(
         "--fidelity",
         choices=FIDELITIES,
@@ -161,9 +161,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="also write the first iterations as a Chrome trace (ui.perfetto.dev)",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object and nothing else on standard output"
-    )
+    add_json_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

@@ -7,7 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from neupims import catalogue
-from neupims.commands.common import parse_change, print_json
+from neupims.commands.common import (
+    add_json_argument,
+    parse_change,
+    print_json,
+)
 from neupims.machine.units import compact
 
 
@@ -47,9 +51,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="hardware: each field with its unit, range and source, and the named machines",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object and nothing else on standard output"
-    )
+    add_json_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:

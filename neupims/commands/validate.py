@@ -3,7 +3,12 @@
 import argparse
 from pathlib import Path
 
-from neupims.commands.common import check_run, console, print_json
+from neupims.commands.common import (
+    add_json_argument,
+    check_run,
+    console,
+    print_json,
+)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -36,9 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FILE",
         help="also write a page with both charts and all errors",
     )
-    parser.add_argument(
-        "--json", action="store_true", help="one JSON object and nothing else on standard output"
-    )
+    add_json_argument(parser)
 
 
 def run(arguments: argparse.Namespace) -> int:
