@@ -178,6 +178,8 @@ def test_fast_decoding_gives_the_pixels_of_pillow(factor, progressive):
     expected = np.asarray(image)
     np.testing.assert_array_equal(decode_jpeg(content, *expected.shape[:2]), expected)
     assert decode_jpeg(content[:-200], *expected.shape[:2]) is None, "Pillow mends what it can"
+    sides = expected.shape[0] - 1, expected.shape[1] - 1
+    assert decode_jpeg(content, *sides) is None, "no other size than that of a factor"
 
 
 @pytest.mark.parametrize("content", KINDS)
