@@ -254,7 +254,8 @@ def test_prompts_on_devices_of_their_own_follow_each_other(trace):
 
 
 def test_keys_and_values_go_over_the_link_before_they_are_decoded(trace):
-    _, server = make_server("llama3-8b", system="npu-only", tp=4, batch=16)
+    link = {"link.bandwidth_bytes_per_second": 1e9, "link.latency_seconds": 1e-3}
+    _, server = make_server("llama3-8b", system="npu-only", tp=4, batch=16, changes=link)
     made, machine = neupims.read_arrivals(trace), server.hardware
     ready = prefill_apart(server.setting, machine, made, groups=1)
     places = machine, server.setting.model, made.inputs, server.setting.parallel

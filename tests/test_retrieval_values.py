@@ -28,8 +28,8 @@ def test_a_text_is_read(read, text, value):
         (values.number, "-1", "must be a number from 0 to"),
         (values.number, "inf", "must be a number from 0 to"),
         (values.number, "nan", "must be a number from 0 to"),
-        (values.box, "1,2,1,4", ""),
-        (values.box, "1,2,3", ""),
+        (values.box, "1,2,1,4", "must be"),
+        (values.box, "1,2,3", "must be"),
     ],
 )
 def test_another_text_is_refused(read, text, sentence):
