@@ -37,8 +37,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -46,110 +45,42 @@ from unittest import mock
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs room, too
 os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from benchmarks.kernel_contestants import (
+    B16,
+    B16_384,
+    B16_FLOAT32,
+    DRY,
+    L14_518,
+    L16,
+    S16,
+    Call,
+    Case,
+    Inputs,
+    contestants,
+    count_buffers,
+    find_difference,
+    first_result,
+    make_copies,
+    moved_bytes,
+    over_buffers,
+    time_call,
+)
 from benchmarks.kernel_numerics import basic_checks, default_checks, further_checks
 from benchmarks.model_kernels import modelled_us
 from benchmarks.record import RESULTS, append, machine
 from ggem_jax.kernels import launch
 from ggem_jax.models.vit import GGeM, ViT, vit_config
-from ggem_jax.pooling import ggem_pool, norm_ggem_pool, superglobal_pool
+from ggem_jax.pooling import superglobal_pool
 from train.throughput import peak_flops, training_flops
 
-_COLD_BYTES = (
-    4 * 64 * 2**20
-)  # four times the L2 cache of the largest of these GPUs: 50 MB of an H100, 60 MB of an H200
-# Residuals of the norm and the formula are 24 bytes for each element, those of all JAX contestants
-# 54: for so many bytes of bfloat16 34 GB. PyTorch keeps 10 GB. JAX takes at most three quarters of
-# the 80 GB of an H100.
-_MOST_BYTES = 1.25e9
-_MOST_BUFFERS = 16  # in one program, which grows with them
 _CALLS = 100  # at least so many in one timing
 _BUDGET = 420  # the last group may take a minute: 8 minutes in all
 _STAGES = ("forward", "backward", "both")
-
-
-@dataclass(frozen=True)
-class Case:
-    """Tokens of a published model at a batch size."""
-
-    name: str  # of the model and its image size
-    batch: int
-    tokens: int  # of an image
-    channels: int  # of a token
-    groups: int  # exponents
-    dtype: str = "bfloat16"
-
-    @property
-    def token_bytes(self) -> int:
-        """Bytes of all tokens of a batch."""
-        return self.batch * self.tokens * self.channels * jnp.dtype(self.dtype).itemsize
-
-
-S16, B16, L16 = (
-    Case("S/16 at 224 px", 256, 196, 384, 6),
-    Case("B/16 at 224 px", 256, 196, 768, 12),
-    Case("L/16 at 224 px", 256, 196, 1024, 16),
-)
-B16_384, L14_518 = (
-    Case("B/16 at 384 px", 128, 576, 768, 12),
-    Case("L/14 at 518 px", 64, 1369, 1024, 16),
-)
-B16_FLOAT32 = Case("B/16 at 224 px", 256, 196, 768, 12, "float32")
-DRY = Case("dry", 4, 9, 12, 3)
-
-
-def formula(tokens, p, eps=1e-6):
-    """Returns GGeM as papers print it, with the powers in float32 as under mixed precision."""
-    b, n, d = tokens.shape
-    x = jnp.maximum(tokens.astype(jnp.float32), eps).reshape(b, n, len(p), -1)
-    return (
-        (jnp.mean(x ** p[:, None], axis=1) ** (1 / p[:, None])).reshape(b, d).astype(tokens.dtype)
-    )
-
-
-def normed(tokens, scale, bias):
-    """Returns Flax's LayerNorm of the tokens, as ViTs end with it."""
-    return nn.LayerNorm(epsilon=1e-6, dtype=tokens.dtype).apply(
-        {"params": {"scale": scale, "bias": bias}}, tokens
-    )
-
-
-# Operation -> contestant -> function of tokens and parameters. The first one is ours as users call
-# it.
-JAX_CONTESTANTS: dict[str, dict[str, Callable]] = {
-    "ggem": {
-        "ours": ggem_pool,
-        "xla formula": formula,
-        "xla closed form": partial(ggem_pool, implementation="xla"),
-    },
-    "norm_ggem": {
-        "ours": norm_ggem_pool,
-        "xla formula": lambda x, scale, bias, p: formula(normed(x, scale, bias), p),
-        "xla closed form": lambda x, scale, bias, p: ggem_pool(
-            normed(x, scale, bias), p, implementation="xla"
-        ),
-        "xla norm, our pooling": lambda x, scale, bias, p: ggem_pool(normed(x, scale, bias), p),
-    },
-}
-
-
-def torch_pool(torch) -> Callable:
-    """Returns the formula in PyTorch, after the norm where there are a scale and a bias."""
-
-    def pool(x, *parameters):
-        *norm, p = parameters
-        if norm:
-            x = torch.nn.functional.layer_norm(x.float(), x.shape[-1:], *norm, 1e-6).to(x.dtype)
-        b, n, d = x.shape
-        grouped = x.float().clamp(min=1e-6).view(b, n, len(p), -1)
-        return grouped.pow(p[:, None]).mean(1).pow(1 / p[:, None]).reshape(b, d).to(x.dtype)
-
-    return pool
 
 
 def main() -> None:
@@ -351,7 +282,7 @@ class Bench:
                 }
                 if self.time_left(_named(about)):
                     inputs = inputs or Inputs.drawn(
-                        operation, case, _buffers(case.token_bytes, self.dry)
+                        operation, case, count_buffers(case.token_bytes, self.dry)
                     )
                     makers = {
                         name: partial(make, inputs, stage)
@@ -375,11 +306,11 @@ class Bench:
                 size = 2 * int(np.prod(shape))
                 maps = [
                     jax.nn.relu(jax.random.normal(jax.random.key(i), shape, jnp.bfloat16))
-                    for i in range(_buffers(size, self.dry))
+                    for i in range(count_buffers(size, self.dry))
                 ]
                 makers = {
                     name: partial(
-                        _over_buffers,
+                        over_buffers,
                         maps,
                         partial(superglobal_pool, implementation=implementation),
                     )
@@ -441,7 +372,7 @@ class Bench:
     # One group
 
     def measure(
-        self, about: dict[str, Any], makers: dict[str, Callable[[], "_Call"]], moved: int
+        self, about: dict[str, Any], makers: dict[str, Callable[[], "Call"]], moved: int
     ) -> None:
         """Times ours, the other contestants, and a copy of as many bytes.
 
@@ -453,7 +384,7 @@ class Bench:
         what = _named(about)
         calls = self.ready(what, makers, 1e-3 if about["dtype"] == "float32" else 0.05)
         copies = calls and self.attempted(
-            f"{what}, copies", partial(_copies, moved, _buffers(moved // 2, self.dry))
+            f"{what}, copies", partial(make_copies, moved, count_buffers(moved // 2, self.dry))
         )
         if copies:
             times = self.timed(what, calls | copies, 2 if self.dry else _CALLS)
@@ -463,8 +394,8 @@ class Bench:
         _freed()
 
     def ready(
-        self, what: str, makers: dict[str, Callable[[], "_Call"]], tolerance: float
-    ) -> dict[str, "_Call"]:
+        self, what: str, makers: dict[str, Callable[[], "Call"]], tolerance: float
+    ) -> dict[str, "Call"]:
         """Returns the contestants that have run once and agree with the first, which is ours.
 
         Args:
@@ -472,10 +403,10 @@ class Bench:
             makers: As in `measure`.
             tolerance: Largest difference, relative to the largest entry of an array.
         """
-        calls: dict[str, _Call] = {}
+        calls: dict[str, Call] = {}
         expected: list[np.ndarray] = []
         for name, make in makers.items():
-            made = self.attempted(f"{what}, {name}", partial(_first_result, make), fails=not calls)
+            made = self.attempted(f"{what}, {name}", partial(first_result, make), fails=not calls)
             if made is None and not calls:
                 print(f"left out: {what}: there is nothing to compare with", flush=True)
                 return {}
@@ -484,7 +415,7 @@ class Bench:
                 continue
             call, result = made
             expected = expected or result
-            if difference := _difference(result, expected, tolerance):
+            if difference := find_difference(result, expected, tolerance):
                 print(
                     f"left out: {what}, {name}: it does not agree with ours: {difference}",
                     flush=True,
@@ -495,7 +426,7 @@ class Bench:
         return calls
 
     def timed(
-        self, what: str, calls: dict[str, "_Call"], least_calls: int = 1, rounds: int | None = None
+        self, what: str, calls: dict[str, "Call"], least_calls: int = 1, rounds: int | None = None
     ) -> dict[str, list[tuple[float, float]]]:
         """Returns seconds per buffer and the host's share of them, for each round but the first.
 
@@ -512,7 +443,7 @@ class Bench:
             for name in list(times):
                 time_and_share = self.attempted(
                     f"{what}, {name}",
-                    partial(_timing, calls[name], least_calls),
+                    partial(time_call, calls[name], least_calls),
                     fails=not name.startswith(("xla", "torch")),
                 )
                 if time_and_share is None:
@@ -588,206 +519,8 @@ SECTIONS: dict[str, Callable[[Bench], None]] = {
 }
 
 
-def moved_bytes(operation: str, stage: str, shape: tuple[int, ...], dtype: str) -> int:
-    """Returns the bytes that the algorithm must read and write.
-
-    These are the tokens once in the forward pass, the tokens and their gradients once in the
-    backward pass, the roots, and the statistics of the norm.
-
-    Args:
-        operation: "ggem" or "norm_ggem".
-        stage: "forward", "backward" or "both".
-        shape: Batch, tokens and channels.
-        dtype: Of the tokens and their gradients.
-    """
-    b, n, d = shape
-    tokens, per_channel, per_token = (
-        b * n * d * jnp.dtype(dtype).itemsize,
-        4 * b * d,
-        4 * b * n * 2 * (operation == "norm_ggem"),
-    )
-    forward = tokens + per_channel + per_token
-    backward = 2 * tokens + per_channel * (5 if operation == "norm_ggem" else 3) + per_token
-    return {"forward": forward, "backward": backward, "both": forward + backward}[stage]
-
-
-def _buffers(size: int, dry: bool = False) -> int:
-    """Returns the number of buffers of a size that a contestant works through.
-
-    From 17 MB each, the buffers have `_COLD_BYTES` together.
-    """
-    return 2 if dry else int(min(max(_MOST_BYTES // size, 1), _MOST_BUFFERS))
-
-
 def _named(about: dict[str, Any]) -> str:
     return ", ".join(map(str, about.values()))
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """The inputs that all contestants of a group share."""
-
-    buffers: list[jax.Array]  # tokens (batch, tokens, channels) each
-    parameters: list[jax.Array]  # scale and bias of the norm, if there is one, and exponents
-    cotangent: jax.Array  # (batch, channels)
-
-    @classmethod
-    def drawn(cls, operation: str, case: Case, count: int) -> "Inputs":
-        """Draws `count` buffers of tokens, with the parameters of the operation and a cotangent."""
-        shape = (case.batch, case.tokens, case.channels)
-        draw = jax.jit(lambda i: 0.5 + jax.random.normal(jax.random.key(i), shape, case.dtype))
-        norm = (
-            [jnp.linspace(0.8, 1.2, case.channels), jnp.linspace(-0.1, 0.4, case.channels)]
-            if operation == "norm_ggem"
-            else []
-        )
-        cotangent = jax.random.normal(jax.random.key(1), (case.batch, case.channels), case.dtype)
-        return cls(
-            [draw(i) for i in range(count)], [*norm, jnp.linspace(2.5, 4, case.groups)], cotangent
-        )
-
-
-def contestants(
-    operation: str, compiled_torch: bool, dry: bool
-) -> dict[str, Callable[[Inputs, str], "_Call"]]:
-    """Returns functions that make a call of inputs and a stage, by contestant; ours is the first.
-
-    Args:
-        operation: "ggem" or "norm_ggem".
-        compiled_torch: Whether PyTorch also takes part compiled.
-        dry: Whether PyTorch may run on the CPU.
-    """
-    makers: dict[str, Callable[[Inputs, str], _Call]] = {
-        name: partial(_in_jax, pool) for name, pool in JAX_CONTESTANTS[operation].items()
-    }
-    torch = _torch(dry)
-    if torch is not None:
-        makers["torch eager"] = partial(_in_torch, torch, torch_pool)
-        if compiled_torch:
-            makers["torch compile"] = partial(_in_torch, torch, _compiled_torch_pool)
-    return makers
-
-
-@dataclass(frozen=True)
-class _Call:
-    """A call: `run` starts the work on `count` buffers, and `wait` waits for its results."""
-
-    run: Callable
-    count: int
-    wait: Callable = jax.block_until_ready
-
-    def __call__(self):
-        return self.run()
-
-
-def _over_buffers(buffers, function, *rest) -> _Call:
-    """Returns one compiled program that takes each buffer once."""
-    one = jax.jit(function)  # traced once for all of them
-    program = jax.jit(lambda buffers, *rest: [one(buffer, *rest) for buffer in buffers])
-    return _Call(partial(program, buffers, *rest), len(buffers))
-
-
-def _in_jax(pool, inputs: Inputs, stage: str) -> _Call:
-    def value_and_slopes(x, cotangent, *parameters):
-        value, pull = jax.vjp(pool, x, *parameters)
-        return value, pull(cotangent)
-
-    match stage:
-        case "forward":
-            return _over_buffers(inputs.buffers, pool, *inputs.parameters)
-        case "backward":
-            pull_of = jax.jit(lambda x, *parameters: jax.vjp(pool, x, *parameters)[1])
-            pulls = [pull_of(x, *inputs.parameters) for x in inputs.buffers]
-            return _over_buffers(pulls, lambda pull, cotangent: pull(cotangent), inputs.cotangent)
-        case _:
-            return _over_buffers(
-                inputs.buffers, value_and_slopes, inputs.cotangent, *inputs.parameters
-            )
-
-
-def _in_torch(torch, pool_of, inputs: Inputs, stage: str) -> _Call:
-    on_gpu = torch.cuda.is_available()
-    to_torch = (
-        torch.from_dlpack
-        if on_gpu
-        else lambda a: torch.tensor(np.asarray(a, np.float32)).to(getattr(torch, a.dtype.name))
-    )
-    xs, parameters, (g,) = (
-        [to_torch(a).detach().requires_grad_() for a in arrays]
-        for arrays in (inputs.buffers, inputs.parameters, [inputs.cotangent])
-    )
-    pool, slopes = pool_of(torch), torch.autograd.grad
-    kept = [(x, pool(x, *parameters)) for x in xs] if stage == "backward" else []
-
-    def forward():
-        with torch.no_grad():
-            return [pool(x, *parameters) for x in xs]
-
-    def backward():
-        return [slopes(value, (x, *parameters), g, retain_graph=True) for x, value in kept]
-
-    def value_and_slopes(x):
-        value = pool(x, *parameters)
-        return value.detach(), slopes(value, (x, *parameters), g)
-
-    def both():
-        return [value_and_slopes(x) for x in xs]
-
-    wait = (lambda _: torch.cuda.synchronize()) if on_gpu else (lambda _: None)
-    return _Call({"forward": forward, "backward": backward, "both": both}[stage], len(xs), wait)
-
-
-def _compiled_torch_pool(torch) -> Callable:
-    # a function that was compiled for more than a few shapes would silently run as it is
-    torch.compiler.reset()
-    return torch.compile(torch_pool(torch), dynamic=False, fullgraph=True)
-
-
-def _first_result(make: Callable[[], _Call]) -> tuple[_Call, list[np.ndarray]]:
-    """Returns a call, and what it computes of the first buffer."""
-    call = make()
-    result = call()
-    call.wait(result)
-    leaves = jax.tree.leaves(result[0])
-    return call, [
-        np.asarray(a.float().cpu() if hasattr(a, "cpu") else a, np.float32) for a in leaves
-    ]
-
-
-def _difference(result: list[np.ndarray], expected: list[np.ndarray], tolerance: float) -> str:
-    """Returns where arrays differ by more than `tolerance` of the largest entry, if they do."""
-    if [a.shape for a in result] != [a.shape for a in expected]:
-        return f"shapes {[a.shape for a in result]} and not {[a.shape for a in expected]}"
-    pairs = [
-        (np.max(np.abs(a - b)), np.max(np.abs(b))) for a, b in zip(result, expected, strict=True)
-    ]
-    return "; ".join(
-        f"result {i} by {error:.3g} of {largest:.3g}"
-        for i, (error, largest) in enumerate(pairs)
-        if not error <= tolerance * largest
-    )
-
-
-def _copies(moved: int, count: int) -> dict[str, _Call]:
-    """Returns copies that read and write `moved` bytes: by the driver, and by a kernel of XLA."""
-    buffers = [jnp.full(max(moved // 4, 1), i, jnp.bfloat16) for i in range(count)]
-    return {
-        "copy": _over_buffers(buffers, jnp.copy),
-        "negated copy": _over_buffers(buffers, jnp.negative),
-    }
-
-
-def _timing(call: _Call, least_calls: int) -> tuple[float, float]:
-    """Returns seconds per buffer, and the share after which the host had submitted everything."""
-    repeats = -(-least_calls // call.count)
-    call.wait(call())
-    began = time.perf_counter()
-    for _ in range(repeats):
-        result = call()
-    handed_over = time.perf_counter()
-    call.wait(result)
-    ended = time.perf_counter()
-    return (ended - began) / (repeats * call.count), (handed_over - began) / (ended - began)
 
 
 def _freed() -> None:
@@ -837,26 +570,7 @@ def _training(
         return loss
 
     jax.block_until_ready(call())
-    return _Call(call, 1)
-
-
-@cache
-def _torch(dry: bool):
-    """Returns PyTorch, or None where it is missing or cannot work here, which is printed once."""
-    try:
-        import torch
-        import torch._functorch.config
-    except (ImportError, OSError) as error:
-        print(f"without PyTorch: {' '.join(str(error).split())[:400]}", flush=True)
-        return None
-    if not dry and not torch.cuda.is_available():
-        print("without PyTorch: it finds no GPU", flush=True)
-        return None
-    if hasattr(torch._functorch.config, "donated_buffer"):
-        torch._functorch.config.donated_buffer = (
-            False  # the backward pass is timed again and again on the same graph
-        )
-    return torch
+    return Call(call, 1)
 
 
 def _driver() -> str:

@@ -8,8 +8,9 @@ import sys
 import numpy as np
 import pytest
 
-from benchmarks import bench_kernels, plot_kernels
-from benchmarks.bench_kernels import B16, SECTIONS, Bench, _buffers, moved_bytes
+from benchmarks import bench_kernels, kernel_contestants, plot_kernels
+from benchmarks.bench_kernels import SECTIONS, Bench
+from benchmarks.kernel_contestants import B16, count_buffers, moved_bytes
 from benchmarks.kernel_numerics import _error, checks
 from benchmarks.plot_kernels import STAGES, draw, read
 
@@ -91,16 +92,18 @@ def test_bytes_are_those_of_the_arrays():
         == 3 * 77_070_336 + 6 * 786_432 + 2 * statistics
     )
     for case in (
-        bench_kernels.S16,
+        kernel_contestants.S16,
         B16,
-        bench_kernels.L16,
-        bench_kernels.B16_384,
-        bench_kernels.L14_518,
-        bench_kernels.B16_FLOAT32,
+        kernel_contestants.L16,
+        kernel_contestants.B16_384,
+        kernel_contestants.L14_518,
+        kernel_contestants.B16_FLOAT32,
     ):
         for size in (case.token_bytes, case.token_bytes // 2 * 3):
-            assert 4 * 60e6 <= _buffers(size) * size <= 1.25e9  # four times the L2 cache of an H200
-    assert _buffers(77_070_336) == 16
+            assert (
+                4 * 60e6 <= count_buffers(size) * size <= 1.25e9
+            )  # four times the L2 cache of an H200
+    assert count_buffers(77_070_336) == 16
 
 
 def test_without_a_gpu_it_says_so_and_what_runs(tool):
@@ -140,7 +143,9 @@ def test_flags_that_cannot_be_are_refused_in_one_line(monkeypatch, flags, said):
 
 def with_a_contestant(monkeypatch, name, pool):
     monkeypatch.setitem(
-        bench_kernels.JAX_CONTESTANTS, "ggem", bench_kernels.JAX_CONTESTANTS["ggem"] | {name: pool}
+        kernel_contestants.JAX_CONTESTANTS,
+        "ggem",
+        kernel_contestants.JAX_CONTESTANTS["ggem"] | {name: pool},
     )
 
 
@@ -169,7 +174,7 @@ def test_a_contestant_that_disagrees_fails_the_run_and_the_others_are_timed(
     monkeypatch, tmp_path, capsys
 ):
     with_a_contestant(
-        monkeypatch, "xla wrong", lambda tokens, p: 2 * bench_kernels.formula(tokens, p)
+        monkeypatch, "xla wrong", lambda tokens, p: 2 * kernel_contestants.formula(tokens, p)
     )
     assert Bench(tmp_path, 600, 2, dry=True, implementation="xla").run(["ggem"]) == 1
     assert (
