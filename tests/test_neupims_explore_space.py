@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neupims.exploration.evaluator import Evaluator
+from neupims.exploration.evaluator import NOT_FINITE, Evaluator, Measure
 from neupims.exploration.explore_space import explore_space
 from neupims.exploration.points import Objective, costs, overall, parse_objectives
 from neupims.exploration.sampling import sample
@@ -264,7 +264,63 @@ def test_impossible_runs_are_refused(options, words):
         run(**options)
 
 
+def test_a_measure_is_an_objective_like_any_metric():
+    """Its designs are those that are possible; it may find further ones impossible."""
+    seen = []
+
+    def slack(columns):
+        seen.append(columns)
+        arrays, channels = columns["npu.num_arrays"], columns["hbm.num_channels"]
+        return {
+            "slack": np.stack([arrays - channels + 10, 4 * (arrays - channels + 10)], axis=1),
+            "flagged": np.stack([arrays == 9, 0 * arrays], axis=1) * 7,
+        }
+
+    measure = Measure(("slack",), slack, workloads=2)
+    objectives = parse_objectives("slack:max,speed:max")
+    for method in ("grid", "evolution"):
+        seen.clear()
+        found = explore_space(
+            *(SPACE, speed_and_cost, objectives),
+            method=method,
+            sensitivity_of="slack",
+            measures=[measure],
+            points=None if method == "grid" else 512,
+            seed=1,
+        )
+        arrays, channels, _ = found.front.values.T
+        assert overall(found.front.metrics["slack"]) == pytest.approx(2 * (arrays - channels + 10))
+        assert arrays.max() == 8
+        assert set(zip(arrays, channels, strict=True)) == {(8, 1), (8, 2), (8, 4), (8, 8)}
+        assert not any(np.isin(each["npu.num_arrays"], (3, 5)).any() for each in seen)
+    grid = explore_space(
+        *(SPACE, speed_and_cost, objectives),
+        method="grid",
+        sensitivity_of="slack",
+        measures=[measure],
+    )
+    assert grid.flagged_by_code == {1: 20, NOT_FINITE: 20, 7: 20}
+
+
+def test_a_folder_knows_the_settings_of_measures(tmp_path):
+    def ones(columns):
+        return {"one": np.ones((len(columns["npu.num_arrays"]), 1))}
+
+    def explored(settings):
+        return run(points=8, folder=tmp_path, measures=[Measure(("one",), ones, settings=settings)])
+
+    explored({"rate": 3})
+    explored({"rate": 3})
+    with pytest.raises(ValueError, match=r"another settings \(measures\)"):
+        explored({"rate": 4})
+
+
 def test_objectives_of_a_command_line():
+    limits = "goodput@ttft<2s,tpot<100ms"
+    assert parse_objectives(f"{limits}:max,b:min") == (
+        Objective(limits, True),
+        Objective("b", False),
+    )
     assert parse_objectives("a:max, b:min") == (Objective("a", True), Objective("b", False))
     for text in ("a", "a:best", "a:max,a:min", ""):
         with pytest.raises(ValueError, match="objective"):

@@ -14,6 +14,7 @@ import numpy as np
 
 from neupims.envelope import ExpectedError
 from neupims.exploration.evaluation import Schedule, make_evaluate
+from neupims.exploration.evaluator import Measure
 from neupims.exploration.explore_space import Report, SpaceResult, explore_space
 from neupims.exploration.impossible import REASONS
 from neupims.exploration.points import Objective, Points, overall, parse_objectives
@@ -136,6 +137,7 @@ def explore(
     parallel: Parallel | None = None,
     reference: Mapping[str, float] | None = None,
     sensitivity_of: str = "tokens_per_second",
+    measures: Sequence[Measure] = (),
     chunk: int | None = None,
     folder: str | Path | None = None,
     report: Report = lambda done, total: None,
@@ -153,8 +155,8 @@ def explore(
             fields of the hardware, `sub_batches`, `parallel.tp`, `parallel.pp` and
             `parallel.kv_split`.
         constraints: One comparison or several, such as "area_mm2 < 20000", of knobs and metrics.
-        objectives: Some of `METRICS`, as text (NAME:max or NAME:min, separated by commas) or
-            records.
+        objectives: Some of `METRICS` and of the measures, as text (NAME:max or NAME:min, separated
+            by commas) or records.
         method: "grid", "random", "sobol" or "evolution".
         points: Designs to evaluate; 4096 if not given, and the whole grid for "grid".
         seed: Seed of all random numbers.
@@ -168,6 +170,7 @@ def explore(
         reference: Where the hypervolume ends, by objective; if not given, where designs are four
             times worse than the base design.
         sensitivity_of: The metric whose sensitivities are computed.
+        measures: Further metrics of designs, such as those of a simulation of serving.
         chunk: Designs of a file, or of a generation of evolution; 16384 and 256 if not given.
         folder: Keeps evaluated designs, `front.csv` and `summary.json`; the same call resumes from
             it. None keeps nothing.
@@ -213,7 +216,7 @@ def explore(
             "parallel.pp": workloads[0].parallel.pp,
             "parallel.kv_split": workloads[0].parallel.kv_split,
         },
-        metrics=METRICS,
+        metrics=[*METRICS, *(name for each in measures for name in each.names)],
     )
     options: dict[str, Any] = {
         "system": system,
@@ -235,6 +238,7 @@ def explore(
         settings=options | {"workloads": [_describe(each) for each in workloads]},
         reference=reference,
         sensitivity_of=sensitivity_of,
+        measures=measures,
         report=report,
     )
     error = base_error(space, machine, workloads, options)

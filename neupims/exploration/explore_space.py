@@ -17,7 +17,7 @@ import numpy as np
 
 from neupims.exploration import evolution
 from neupims.exploration.chunks import Chunks, digest_code, open_chunks
-from neupims.exploration.evaluator import Evaluate, Evaluator
+from neupims.exploration.evaluator import Evaluate, Evaluator, Measure
 from neupims.exploration.points import (
     Objective,
     Points,
@@ -73,6 +73,7 @@ def explore_space(
     settings: Mapping[str, Any] | None = None,
     reference: Mapping[str, float] | None = None,
     sensitivity_of: str = "tokens_per_second",
+    measures: Sequence[Measure] = (),
     report: Report = lambda done, total: None,
 ) -> SpaceResult:
     """Returns the Pareto front of designs of a space, with hypervolume and sensitivities.
@@ -92,6 +93,7 @@ def explore_space(
         reference: Where the hypervolume ends, by objective; if not given, where designs are `WORSE`
             times worse than the base design.
         sensitivity_of: The metric whose sensitivities are computed.
+        measures: Further metrics, which `evaluate` does not return.
         report: Called with the number of finished designs, and of all designs.
 
     Raises:
@@ -107,14 +109,14 @@ def explore_space(
             "objectives must be text such as area_mm2:min,tokens_per_second:max, or at least one"
             f" Objective, not {objectives!r}"
         )
-    evaluator = Evaluator(space, evaluate, min(chunk, total))
+    evaluator = Evaluator(space, evaluate, min(chunk, total), measures=measures)
     _check_names(evaluator.metrics(), objectives, reference or {}, sensitivity_of)
     run: dict[str, Any] = {"method": method, "seed": seed, "chunk": chunk}
     if method == "evolution":
         run["objectives"] = list(map(str, objectives))
     identity = {
         "space": space.describe() | {"base": space.base},
-        "settings": dict(settings or {}),
+        "settings": dict(settings or {}) | _describe_measures(measures),
         "run": run,
         "code": digest_code(),
     }
@@ -206,6 +208,12 @@ def _check_names(
         raise ValueError(
             f"the reference names {', '.join(sorted(unknown))}, which is not an objective"
         )
+
+
+def _describe_measures(measures: Sequence[Measure]) -> dict[str, Any]:
+    """What the results of further metrics depend on, as the folder of a run keeps it."""
+    described = {", ".join(each.names): each.settings for each in measures}
+    return {"measures": described} if described else {}
 
 
 def _reference(

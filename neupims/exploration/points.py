@@ -5,6 +5,7 @@ it cannot exist, cannot run a workload, or has a metric that is not finite. Flag
 no front.
 """
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
@@ -78,13 +79,14 @@ def parse_objectives(text: str) -> tuple[Objective, ...]:
     """Returns the objectives of a text such as "tokens_per_second:max,area_mm2:min".
 
     Args:
-        text: NAME:max or NAME:min, separated by commas.
+        text: NAME:max or NAME:min, separated by commas. After an @, a name may have commas.
 
     Raises:
         ValueError: An objective has another form or is repeated.
     """
     found = []
-    for part in text.split(","):
+    masked = re.sub("@[^:]*", lambda limits: limits[0].replace(",", "\0"), text)
+    for part in (each.replace("\0", ",") for each in masked.split(",")):
         name, _, sense = part.strip().partition(":")
         if not name or sense not in ("max", "min"):
             raise ValueError(f"an objective is NAME:max or NAME:min, not {part.strip()!r}")
