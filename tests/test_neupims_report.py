@@ -11,7 +11,7 @@ from itertools import pairwise
 
 import pytest
 
-from neupims.pages import plots, step_plots, svg
+from neupims.pages import heat_plot, plots, step_plots, svg
 from neupims.pages.perfetto import (
     FIRST_CHANNEL_LANE,
     NPU_LANE,
@@ -96,6 +96,20 @@ SECTIONS = {
             {"x": 1.0, "y": 1.0, "front": True, "name": NASTY},
             {"x": 2.0, "y": 3.0, "front": True},
             {"x": 3.0, "y": 2.0, "front": False},
+        ],
+    },
+    "heat": {
+        "x_name": "mm2",
+        "y_name": "watts",
+        "z_name": NASTY,
+        "x_edges": [1.0, 2.0, 4.0],
+        "y_edges": [1.0, 10.0, 100.0, 1000.0],
+        "log_x": True,
+        "log_y": True,
+        "cells": [
+            {"x": 0, "y": 0, "value": 5.0, "name": NASTY},
+            {"x": 1, "y": 2, "value": 8.0},
+            {"x": 1, "y": 1, "value": 6.0},
         ],
     },
     "validation": {
@@ -190,7 +204,7 @@ def test_a_page_of_everything_is_whole_and_loads_nothing():
     assert "http" not in text
     assert "url(" not in text
     assert found.text.count('<script>alert("1")</script>') >= 10  # as words
-    assert len(charts(text)) == 8  # a validation has two
+    assert len(charts(text)) == 9  # a validation has two
     assert "prefers-color-scheme: dark" in text
     assert "width=device-width" in text
     for each in charts(text):
@@ -248,7 +262,7 @@ def test_notes_stand_below_their_charts():
 def test_a_section_that_lacks_something_says_what(kind):
     whole = {"kind": kind, "title": "mine", **SECTIONS[kind]}
     for name in SECTIONS[kind]:
-        if name in ("text", "log_x", "lines"):
+        if name in ("text", "log_x", "log_y", "lines"):
             continue
         with pytest.raises(ValueError, match=f"the section 'mine' of kind {kind} needs '{name}'"):
             page(
@@ -311,6 +325,9 @@ def test_a_failed_report_leaves_nothing(tmp_path):
                 ]
             },
         ),
+        ("heat", {"cells": []}),
+        ("heat", {"cells": [{"x": 0, "y": 0, "value": 0.0}]}),
+        ("heat", {"cells": [{"x": 0, "y": 0, "value": math.inf}, {"x": 1, "y": 0, "value": 1.0}]}),
         ("validation", {"rows": [], "groups": []}),
         (
             "validation",
@@ -336,6 +353,21 @@ def test_odd_numbers_do_not_break_a_chart(kind, change):
                     name,
                     value,
                 )
+
+
+@pytest.mark.parametrize(("largest", "shades"), [(True, [0.12, 1, 0.41]), (False, [1, 0.12, 0.71])])
+def test_a_cell_of_a_heat_map_lies_between_its_edges(largest, shades):
+    """On both axes cells have equal ratios: 2 columns of 334 pixels, 3 rows of 101.3."""
+    (chart,) = charts(heat_plot.heat_map(**SECTIONS["heat"], largest=largest))
+    found = [each for each in chart if each.tag == "rect" and len(each)]
+    places = [[float(each.get(name)) for name in ("x", "y", "width", "height")] for each in found]
+    assert places == [
+        [74, pytest.approx(250.7), 334, pytest.approx(101.3)],
+        [408, 48, 334, pytest.approx(101.3)],
+        [408, pytest.approx(149.3), 334, pytest.approx(101.3)],
+    ]
+    assert [float(each.get("fill-opacity")) for each in found] == shades
+    assert "3 of 6 cells have a design, from 5 to 8" in chart.get("aria-label")
 
 
 def test_the_bars_of_a_gantt_chart_are_as_long_as_their_operations():

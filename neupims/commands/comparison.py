@@ -9,7 +9,9 @@ from neupims.machine.systems import FIDELITY_ANSWERS
 from neupims.machine.traces import Requests
 
 # Flags that only a space of designs has.
-OF_A_SPACE = ("space", "constraint", "method", "points", "reference", "chunk", "out")
+OF_A_SPACE = (
+    *("space", "constraint", "method", "points", "reference", "axes", "cells", "chunk", "out"),
+)
 
 
 def compare_and_print(

@@ -28,6 +28,7 @@ from neupims.commands.common import system as chosen_system
 from neupims.commands.comparison import compare_and_print
 from neupims.machine.config import read_model
 from neupims.machine.systems import FIDELITY_ANSWERS
+from neupims.pages.svg import short
 
 SHOWN = 20  # designs of the front on the terminal
 
@@ -90,8 +91,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how = parser.add_argument_group("the exploration")
     how.add_argument(
         "--method",
-        choices=("grid", "random", "sobol", "evolution"),
-        help="(default: sobol)",
+        choices=("grid", "random", "sobol", "evolution", "map-elites"),
+        help=(
+            "map-elites keeps the best design by the first objective in each cell of area and power"
+            " (default: sobol)"
+        ),
     )
     how.add_argument(
         "--points",
@@ -110,12 +114,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME=VALUE,...",
         help="where the hypervolume ends (default: four times worse than the base design)",
     )
+    how.add_argument(
+        "--axes",
+        metavar="NAME[=LOW:HIGH][:linear],...",
+        help="the two metrics of map-elites (default: area_mm2,power_watts)",
+    )
+    how.add_argument(
+        "--cells", metavar="NxM", help="cells of both axes of map-elites (default: 16x16)"
+    )
     how.add_argument("--seed", type=int, default=0, metavar="N")
     how.add_argument(
         "--chunk",
         type=int,
         metavar="N",
-        help="designs in a file, or in a generation (default: 16384; evolution: 256)",
+        help="designs in a file, or in a generation (default: 16384, and 256 of a generation)",
     )
     how.add_argument(
         "--html",
@@ -127,7 +139,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out",
         type=Path,
         metavar="DIR",
-        help="folder of points, front.csv and summary.json; the same command resumes from it",
+        help=(
+            "folder of points, front.csv, map.csv of map-elites, and summary.json; the same command"
+            " resumes from it"
+        ),
     )
     add_json_argument(parser)
 
@@ -183,6 +198,8 @@ def run(arguments: argparse.Namespace) -> int:
             fidelity=arguments.fidelity,
             schedule=arguments.schedule,
             reference=_reference(arguments.reference),
+            axes=arguments.axes,
+            cells=arguments.cells,
             chunk=arguments.chunk,
             folder=arguments.out,
             report=report,
@@ -256,6 +273,8 @@ def _print(found, folder: Path | None) -> None:
             f"{twins} further designs equal one of the front: they differ only in knobs that do not"
             " act there."
         )
+    if found.elite_map is not None:
+        _print_map(lines, found)
     lines.print(f"{found.kept} designs meet the constraints, {found.flagged} are impossible.")
     for reason, count in found.flagged_by_reason.items():
         lines.print(f"  {count}: {reason}")
@@ -275,7 +294,8 @@ def _print(found, folder: Path | None) -> None:
         f" {found.devices}"
     )
     if folder:
-        lines.print(f"{folder / 'front.csv'} and {folder / 'summary.json'} written")
+        names = ["front.csv", *(["map.csv"] if found.elite_map else []), "summary.json"]
+        lines.print(f"{', '.join(str(folder / name) for name in names)} written")
 
 
 def _print_front(lines, found) -> int:
@@ -298,6 +318,26 @@ def _print_front(lines, found) -> int:
         table.add_row(*(f"{value:.4g}" for value in values))
     lines.print(table)
     return len(places)
+
+
+def _print_map(lines, found) -> None:
+    """The best value in each cell, the greatest area (or other first axis) last."""
+    from rich.table import Table
+
+    shown, best = found.elite_map, found.objectives[0].name
+    x, y = shown.axes
+    table = Table(title=f"best {best} by {x} (rows) and {y} (columns), cells from")
+    for name in (x, *map(short, shown.edges[1][:-1])):
+        table.add_column(name, justify="right")
+    values = {each.cell: short(each.design.metrics[best]) for each in shown.elites}
+    for i, edge in enumerate(shown.edges[0][:-1]):
+        table.add_row(
+            short(edge), *(values.get((i, j), "") for j in range(len(shown.edges[1]) - 1))
+        )
+    lines.print(table)
+    lines.print(
+        f"{len(shown.elites)} of {shown.size} cells have a design; the outermost ones are open."
+    )
 
 
 def _print_sensitivities(lines, found) -> None:

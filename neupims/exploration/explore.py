@@ -1,7 +1,5 @@
 """Design-space exploration of the accelerator: Pareto front, hypervolume and sensitivities."""
 
-import csv
-import io
 import json
 import time
 from collections.abc import Mapping, Sequence
@@ -13,13 +11,15 @@ import jax
 import numpy as np
 
 from neupims.envelope import ExpectedError
+from neupims.exploration.designs import Design, EliteMap, make_designs, make_map, write_points
+from neupims.exploration.elites import AXES, CELLS, Axis, parse_axes
 from neupims.exploration.evaluation import Schedule, make_evaluate
 from neupims.exploration.evaluator import Measure
 from neupims.exploration.explore_space import Report, SpaceResult, explore_space
 from neupims.exploration.impossible import REASONS
-from neupims.exploration.points import Objective, Points, overall, parse_objectives
+from neupims.exploration.points import Objective, overall, parse_objectives
 from neupims.exploration.sensitivity import Sensitivity
-from neupims.exploration.space import Space, make_space
+from neupims.exploration.space import make_space
 from neupims.exploration.validated import base_error, count_validated
 from neupims.exploration.workloads import Model, Trace, Workload, list_notes, make_workloads
 from neupims.files import finite, write_text
@@ -48,20 +48,10 @@ OBJECTIVES = "tokens_per_second:max,energy_joules_per_token:min,area_mm2:min"
 
 
 @dataclass(frozen=True)
-class Design:
-    """One design; metrics are geometric means over the workloads."""
-
-    index: int  # number in the run
-    knobs: dict[str, float]  # value by name
-    metrics: dict[str, float]  # of `METRICS`, by name
-    twins: int = 0  # further designs with these metrics, which differ in knobs that do not act
-
-
-@dataclass(frozen=True)
 class Exploration:
     """The result of `explore`."""
 
-    method: str  # "grid", "random", "sobol" or "evolution"
+    method: str  # "grid", "random", "sobol", "evolution" or "map-elites"
     seed: int  # of all random numbers
     system: System  # that all designs run
     sub_batches: int  # halves of the batch, unless a knob
@@ -74,6 +64,7 @@ class Exploration:
     flagged: int  # designs that are impossible or not finite
     flagged_by_reason: dict[str, int]  # their number, by the first reason of each; most first
     front: tuple[Design, ...]  # best of the first objective first
+    elite_map: EliteMap | None  # the best designs by area and power; of "map-elites" alone
     base: Design  # the given hardware, moved into the space
     reference: dict[str, float]  # where the hypervolume ends, by objective
     hypervolume: float  # of the front, objectives in units of the base design
@@ -97,6 +88,7 @@ class Exploration:
         found |= {
             "objectives": [str(each) for each in self.objectives],
             "front": [asdict(each) for each in self.front],
+            "elite_map": self.elite_map and self.elite_map.to_dict(),
             "base": asdict(self.base),
             **self.expected_error.to_dict(),
             "fidelity_answers": FIDELITY_ANSWERS[self.fidelity],
@@ -106,17 +98,21 @@ class Exploration:
 
     def front_csv(self) -> str:
         """Returns the front as CSV: knobs, metrics, the throughput of each workload, and twins."""
-        points, text = self.result.front, io.StringIO()
-        writer = csv.writer(text, lineterminator="\n")
-        throughputs = (f"tokens_per_second of {name}" for name in self.workloads)
-        writer.writerow(["index", *self.base.knobs, *points.metrics, *throughputs, "twins"])
-        columns = [overall(each) for each in points.metrics.values()]
-        columns += list(points.metrics["tokens_per_second"].T)
-        for row, index in enumerate(points.place):
-            knobs = (f"{value:.9g}" for value in points.values[row])
-            metrics = (f"{float(column[row]):.7g}" for column in columns)
-            writer.writerow([int(index), *knobs, *metrics, int(self.result.twins[row])])
-        return text.getvalue()
+        twins = {"twins": self.result.twins}
+        return write_points(self.result.front, self.base.knobs, self.workloads, after=twins)
+
+    def map_csv(self) -> str:
+        """Returns the map of the method "map-elites" as CSV, a row for each cell with a design.
+
+        Columns are the cell and where it begins and ends on both axes, then those of the front.
+
+        Raises:
+            ValueError: The method is another one.
+        """
+        elites = self.result.elites
+        if elites is None or elites.points is None:
+            raise ValueError(f"the method {self.method} has no map: take map-elites")
+        return write_points(elites.points, self.base.knobs, self.workloads, before=elites.columns())
 
 
 def explore(
@@ -138,6 +134,8 @@ def explore(
     reference: Mapping[str, float] | None = None,
     sensitivity_of: str = "tokens_per_second",
     measures: Sequence[Measure] = (),
+    axes: str | Sequence[Axis] | None = None,
+    cells: str | None = None,
     chunk: int | None = None,
     folder: str | Path | None = None,
     report: Report = lambda done, total: None,
@@ -157,7 +155,8 @@ def explore(
         constraints: One comparison or several, such as "area_mm2 < 20000", of knobs and metrics.
         objectives: Some of `METRICS` and of the measures, as text (NAME:max or NAME:min, separated
             by commas) or records.
-        method: "grid", "random", "sobol" or "evolution".
+        method: "grid", "random", "sobol", "evolution" (NSGA-II) or "map-elites", which keeps the
+            best design by the first objective in each cell of area and power.
         points: Designs to evaluate; 4096 if not given, and the whole grid for "grid".
         seed: Seed of all random numbers.
         system: One of `neupims.machine.systems.SYSTEMS`.
@@ -171,9 +170,13 @@ def explore(
             times worse than the base design.
         sensitivity_of: The metric whose sensitivities are computed.
         measures: Further metrics of designs, such as those of a simulation of serving.
-        chunk: Designs of a file, or of a generation of evolution; 16384 and 256 if not given.
-        folder: Keeps evaluated designs, `front.csv` and `summary.json`; the same call resumes from
-            it. None keeps nothing.
+        axes: The two metrics of the map of "map-elites", as text (`parse_axes`) or records; area
+            and power if not given.
+        cells: Number of cells of both axes, such as "16" or "24x12", where axes are text; 16x16
+            if not given.
+        chunk: Designs of a file, or of a generation; 16384 and 256 if not given.
+        folder: Keeps evaluated designs, `front.csv`, `map.csv` of "map-elites", and
+            `summary.json`; the same call resumes from it. None keeps nothing.
         report: Called with the number of finished designs, and of all designs.
 
     Raises:
@@ -218,6 +221,10 @@ def explore(
         },
         metrics=[*METRICS, *(name for each in measures for name in each.names)],
     )
+    if isinstance(axes, str) or (axes is None and (cells or method == "map-elites")):
+        axes = parse_axes(AXES if axes is None else axes, CELLS if cells is None else cells)
+    elif cells is not None:
+        raise ValueError("cells are for axes as text: records have their own")
     options: dict[str, Any] = {
         "system": system,
         "sub_batches": halves,
@@ -239,6 +246,7 @@ def explore(
         reference=reference,
         sensitivity_of=sensitivity_of,
         measures=measures,
+        axes=axes,
         report=report,
     )
     error = base_error(space, machine, workloads, options)
@@ -255,10 +263,11 @@ def explore(
         kept=result.kept,
         flagged=result.flagged,
         flagged_by_reason=_count_reasons(result),
-        front=_designs(
+        front=make_designs(
             result.front.take(_best_first(result)), space, result.twins[_best_first(result)]
         ),
-        base=_designs(result.base, space)[0],
+        elite_map=make_map(result.elites, space) if result.elites else None,
+        base=make_designs(result.base, space)[0],
         reference=result.reference,
         hypervolume=result.hypervolume,
         sensitivity_of=result.sensitivity_of,
@@ -275,6 +284,8 @@ def explore(
     if folder is not None:
         summary = json.dumps(found.to_dict(), indent=2, allow_nan=False)
         write_text(Path(folder) / "front.csv", found.front_csv())
+        if found.elite_map is not None:
+            write_text(Path(folder) / "map.csv", found.map_csv())
         write_text(Path(folder) / "summary.json", summary)
     return found
 
@@ -297,19 +308,6 @@ def _describe(workload: Workload) -> dict[str, Any]:
         "parallel": {name: int(value) for name, value in vars(workload.parallel).items()},
         "batch": [np.asarray(part).tolist() for part in vars(workload.batch).values()],
     }
-
-
-def _designs(points: Points, space: Space, twins: np.ndarray | None = None) -> tuple[Design, ...]:
-    metrics = {name: overall(each) for name, each in points.metrics.items()}
-    return tuple(
-        Design(
-            int(points.place[row]),
-            dict(zip(space.names, points.values[row].tolist(), strict=True)),
-            {name: float(each[row]) for name, each in metrics.items()},
-            0 if twins is None else int(twins[row]),
-        )
-        for row in range(len(points.place))
-    )
 
 
 def _best_first(result: SpaceResult) -> np.ndarray:

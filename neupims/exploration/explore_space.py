@@ -6,28 +6,27 @@ It samples or evolves designs, evaluates them in chunks on all devices, and keep
 
 import numbers
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
-from neupims.exploration import evolution
-from neupims.exploration.chunks import Chunks, digest_code, open_chunks
+from neupims.exploration.chunks import digest_code, open_chunks
+from neupims.exploration.elites import AXES, Axis, Elites, parse_axes
 from neupims.exploration.evaluator import Evaluate, Evaluator, Measure
+from neupims.exploration.methods import BREEDERS, METHODS, evolve, illuminate, sample_chunks
 from neupims.exploration.points import (
     Objective,
     Points,
-    costs,
     hypervolume,
     overall,
     result,
     update_front,
 )
-from neupims.exploration.sampling import METHODS, grid_size, sample, unit_sample
+from neupims.exploration.sampling import grid_size
 from neupims.exploration.sensitivity import Sensitivity, neighbours, sensitivities
 from neupims.exploration.space import Space
 from neupims.exploration.twins import check_effects, merge_twins
@@ -58,6 +57,7 @@ class SpaceResult:
     hypervolume: float  # of the front, objectives in units of the base design
     sensitivities: dict[str, Sensitivity]  # by knob
     sensitivity_of: str  # name of the metric
+    elites: Elites | None  # the map of the method "map-elites"
 
 
 def explore_space(
@@ -74,6 +74,7 @@ def explore_space(
     reference: Mapping[str, float] | None = None,
     sensitivity_of: str = "tokens_per_second",
     measures: Sequence[Measure] = (),
+    axes: Sequence[Axis] | None = None,
     report: Report = lambda done, total: None,
 ) -> SpaceResult:
     """Returns the Pareto front of designs of a space, with hypervolume and sensitivities.
@@ -82,11 +83,11 @@ def explore_space(
         space: Knobs and constraints.
         evaluate: Function from `{knob: (n,)}` to `{metric: (n, workloads)}`, see `Evaluator`.
         objectives: Metrics to be minimised or maximised.
-        method: "grid", "random", "sobol" or "evolution".
-        points: Designs to evaluate; 4096 if not given, and the whole grid for "grid". Evolution
-            rounds up to whole generations.
+        method: "grid", "random", "sobol", "evolution" (NSGA-II) or "map-elites".
+        points: Designs to evaluate; 4096 if not given, and the whole grid for "grid". The last two
+            methods round up to whole generations.
         seed: Seed of all random numbers.
-        chunk: Designs of a file, or of a generation of evolution; 16384 and 256 if not given.
+        chunk: Designs of a file, or of a generation; 16384 and 256 if not given.
         folder: Keeps each finished chunk; a later run with the same space, settings and code reads
             it. None keeps nothing.
         settings: Values on which `evaluate` depends, as values that JSON can hold.
@@ -94,6 +95,8 @@ def explore_space(
             times worse than the base design.
         sensitivity_of: The metric whose sensitivities are computed.
         measures: Further metrics, which `evaluate` does not return.
+        axes: The two axes of the map of "map-elites", which keeps the best design by the first
+            objective in each cell; `AXES` if not given.
         report: Called with the number of finished designs, and of all designs.
 
     Raises:
@@ -110,10 +113,21 @@ def explore_space(
             f" Objective, not {objectives!r}"
         )
     evaluator = Evaluator(space, evaluate, min(chunk, total), measures=measures)
-    _check_names(evaluator.metrics(), objectives, reference or {}, sensitivity_of)
     run: dict[str, Any] = {"method": method, "seed": seed, "chunk": chunk}
+    elites = None
     if method == "evolution":
         run["objectives"] = list(map(str, objectives))
+    if method == "map-elites":
+        elites = Elites(parse_axes(AXES) if axes is None else axes, objectives[0])
+        run |= {"objective": str(objectives[0]), "axes": list(map(str, elites.axes))}
+    elif axes is not None:
+        raise ValueError(f"the axes of a map are for the method map-elites, not for {method}")
+    _check_names(
+        evaluator.metrics(),
+        objectives,
+        reference or {},
+        (sensitivity_of, *(axis.name for axis in (elites.axes if elites else ()))),
+    )
     identity = {
         "space": space.describe() | {"base": space.base},
         "settings": dict(settings or {}) | _describe_measures(measures),
@@ -125,10 +139,12 @@ def explore_space(
         near = evaluator(neighbours(space))
         base = near.take(np.array([0]))
         ends = _reference(base, objectives, reference or {})
-        if method == "evolution":
-            parts = _evolve(evaluator, objectives, total, chunk, seed, store)
+        if elites is not None:
+            parts = illuminate(evaluator, elites, total, chunk, seed, store)
+        elif method == "evolution":
+            parts = evolve(evaluator, objectives, total, chunk, seed, store)
         else:
-            parts = _sample_chunks(evaluator, method, total, chunk, seed, store)
+            parts = sample_chunks(evaluator, method, total, chunk, seed, store)
         done = kept = 0
         codes: Counter[int] = Counter()
         front: Points | None = None
@@ -141,7 +157,7 @@ def explore_space(
             codes.update(part.code[part.code != 0].tolist())
             chance = np.random.default_rng((seed, number)).random(len(part.place))
             others.append(part.take((part.violation <= 0) & (chance < PLOTTED / total)))
-            if method != "evolution" or number == 0:  # later generations do not sample the space
+            if method not in BREEDERS or number == 0:  # later generations do not sample the space
                 chosen = chance < SAMPLED / total
                 drawn.append((part.values[chosen], result(part, sensitivity_of)[chosen]))
             report(done, total)
@@ -163,21 +179,20 @@ def explore_space(
         hypervolume=hypervolume(front, base, objectives, ends),
         sensitivities=sensitivities(space, (near.values, near_results), (values, results)),
         sensitivity_of=sensitivity_of,
+        elites=elites,
     )
 
 
 def _sizes(space: Space, method: str, points: int | None, chunk: int | None) -> tuple[int, int]:
     """Designs of the run and of a chunk."""
-    if method not in (*METHODS, "evolution"):
-        raise ValueError(
-            f"the method must be one of {', '.join((*METHODS, 'evolution'))}, not {method!r}"
-        )
+    if method not in METHODS:
+        raise ValueError(f"the method must be one of {', '.join(METHODS)}, not {method!r}")
     for name, count in (("points", points), ("chunk", chunk)):
         if count is not None and not isinstance(count, numbers.Integral):
             raise ValueError(f"{name} must be a whole number, not {count!r}")
     if chunk is not None and chunk < 1:
         raise ValueError(f"a chunk must have at least one design, not {chunk}")
-    chunk = chunk or (POPULATION if method == "evolution" else CHUNK)
+    chunk = chunk or (POPULATION if method in BREEDERS else CHUNK)
     if points is not None and points < 1:
         raise ValueError(f"at least one point must be evaluated, not {points}")
     if method == "grid":
@@ -186,7 +201,7 @@ def _sizes(space: Space, method: str, points: int | None, chunk: int | None) -> 
             raise ValueError(f"the grid has {size} points, more than the {points} allowed")
         return size, chunk
     total = points or 4096
-    if method == "evolution":
+    if method in BREEDERS:
         if chunk < 4 or chunk % 2:
             raise ValueError(
                 f"a population must have an even number of designs, at least 4, not {chunk}"
@@ -199,9 +214,9 @@ def _check_names(
     metrics: Sequence[str],
     objectives: Sequence[Objective],
     reference: Mapping[str, float],
-    sensitivity_of: str,
+    others: Sequence[str],
 ) -> None:
-    for name in (*(each.name for each in objectives), sensitivity_of):
+    for name in (*(each.name for each in objectives), *others):
         if name not in metrics:
             raise ValueError(f"there is no metric {name!r}; there are {', '.join(metrics)}")
     if unknown := set(reference) - {each.name for each in objectives}:
@@ -231,77 +246,3 @@ def _reference(
         worst = value / WORSE if each.largest else value * WORSE
         ends[each.name] = float(given.get(each.name, worst))
     return ends
-
-
-def _sample_chunks(
-    evaluator: Evaluator, method: str, total: int, chunk: int, seed: int, store: Chunks
-) -> Iterator[Points]:
-    def evaluate(start: int, stop: int) -> Points:
-        return evaluator(sample(evaluator.space, method, start, stop, seed=seed), start)
-
-    for number, start in enumerate(range(0, total, chunk)):
-        stop = min(start + chunk, total)
-        yield _load_or_compute(store, number, stop - start, partial(evaluate, start, stop))
-
-
-def _load_or_compute(
-    store: Chunks, number: int, rows: int, compute: Callable[[], Points]
-) -> Points:
-    """The designs of a file; if there is none, they are computed and kept."""
-    found = store.load(number, rows)
-    if found is not None:
-        metrics = {
-            name.removeprefix("metric "): each
-            for name, each in found.items()
-            if name.startswith("metric ")
-        }
-        return Points(
-            *(found["place"], found["values"], metrics, found["violation"], found["code"])
-        )
-    points = compute()
-    named = {f"metric {name}": each for name, each in points.metrics.items()}
-    arrays = {name: getattr(points, name) for name in ("place", "values", "violation", "code")}
-    store.save(number, arrays | named)
-    return points
-
-
-def _evolve(
-    evaluator: Evaluator,
-    objectives: Sequence[Objective],
-    total: int,
-    population: int,
-    seed: int,
-    store: Chunks,
-) -> Iterator[Points]:
-    """Generations in order, the first a Sobol sample. All random numbers depend on the seed and the
-    generation, so a run that resumes breeds the same designs.
-    """
-    space = evaluator.space
-    listed = jnp.array([bool(knob.values) for knob in space.knobs])
-    units = np.asarray(unit_sample(len(space.knobs), "sobol", 0, population, seed=seed), np.float32)
-    parents: tuple[np.ndarray, Points] | None = None
-    for number in range(total // population):
-        if parents is not None:
-            drawn = np.random.default_rng((seed, number)).random(
-                (evolution.DRAWS, *units.shape), np.float32
-            )
-            fitness = _fitness(parents[1], objectives)
-            units = np.asarray(evolution.breed(drawn, parents[0], *fitness, listed))
-        values = space.values(units)
-        children = _load_or_compute(
-            store, number, population, partial(evaluator, values, number * population)
-        )
-        yield children
-        if parents is None:
-            parents = units, children
-            continue
-        both = parents[1].join(children)
-        best = evolution.select_survivors(*_fitness(both, objectives))
-        parents = np.concatenate([parents[0], units])[best], both.take(best)
-
-
-def _fitness(points: Points, objectives: Sequence[Objective]):
-    """Rank and crowding distance, with the objectives of designs that violate constraints too."""
-    found = costs(points._replace(violation=np.zeros_like(points.violation)), objectives)
-    columns = (points.values, found, points.violation)
-    return evolution.fitness(*(np.asarray(each, np.float32) for each in columns))

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from neupims.envelope import describe_error
+from neupims.exploration.designs import EliteMap
 from neupims.exploration.explore import Exploration
 from neupims.exploration.pareto import in_plane
 from neupims.exploration.points import Objective, overall
@@ -27,6 +28,8 @@ def write_exploration(path: str | Path, found: Exploration) -> None:
     """
     first, *others = found.objectives
     sections = [_plane(found, first, other) for other in others]
+    if found.elite_map is not None and found.elite_map.elites:
+        sections.insert(0, _elite_map(found, found.elite_map))
     sections += [_front_table(found), _sensitivity_table(found)]
     write_report(path, sections, title="Design space", facts=_facts(found))
 
@@ -53,6 +56,37 @@ def _plane(found: Exploration, first: Objective, other: Objective) -> dict[str, 
         "y_name": first.name,
         "log_x": True,
         "log_y": True,
+    }
+
+
+def _elite_map(found: Exploration, shown: EliteMap) -> dict[str, Any]:
+    """The best design in each cell."""
+    best = found.objectives[0]
+    x, y = shown.axes
+    return {
+        "kind": "heat",
+        "title": f"Best {best.name} by {x} and {y}",
+        "text": (
+            f"The best design in each cell: {len(shown.elites)} of {shown.size} cells have one that"
+            " meets the constraints. The outermost cells are open."
+        ),
+        "cells": [
+            {
+                "x": each.cell[0],
+                "y": each.cell[1],
+                "value": each.design.metrics[best.name],
+                "name": str(each.design.index),
+            }
+            for each in shown.elites
+        ],
+        "x_edges": shown.edges[0],
+        "y_edges": shown.edges[1],
+        "x_name": x,
+        "y_name": y,
+        "z_name": best.name,
+        "log_x": shown.log[0],
+        "log_y": shown.log[1],
+        "largest": best.largest,
     }
 
 

@@ -12,6 +12,8 @@ with `kind`, `title`, optionally `text`, and the keys of its kind:
     channels    loads (name, cycles: one number for each channel)
     curves      series (name, x, y, low, high), x_name, y_name, log_x, lines (name, value)
     pareto      points (x, y, front, name), x_name, y_name, log_x, log_y
+    heat        cells (x, y, value, name), x_edges, y_edges, x_name, y_name, z_name, log_x, log_y,
+                largest
     validation  rows and groups as `validate --json` prints them
 
 Below each chart is the table of its numbers, folded. `templates/page.html` is the page.
@@ -24,9 +26,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from neupims.files import write_text
-from neupims.pages import plots, step_plots
+from neupims.pages import heat_plot, plots, step_plots
 
 MOST_DOTS = 4000  # dominated designs in one chart: more cover each other and make the page heavy
+
+ENDS = ("from", "to")  # of a cell
 
 
 class Content(NamedTuple):
@@ -231,6 +235,30 @@ def _pareto(section: Mapping[str, Any]) -> Content:
     )
 
 
+def _heat(section: Mapping[str, Any]) -> Content:
+    cells, x, y = section["cells"], section["x_edges"], section["y_edges"]
+    names = {key: section[key] for key in ("x_name", "y_name", "z_name")}
+    chart = heat_plot.heat_map(
+        cells,
+        x_edges=x,
+        y_edges=y,
+        **names,
+        log_x=bool(section.get("log_x")),
+        log_y=bool(section.get("log_y")),
+        largest=bool(section.get("largest", True)),
+    )
+    columns = ("design", *(f"{names[key]} {end}" for key in ("x_name", "y_name") for end in ENDS))
+    rows = [
+        (
+            str(cell.get("name", "")),
+            *(edges[cell[key] + end] for key, edges in (("x", x), ("y", y)) for end in (0, 1)),
+            cell["value"],
+        )
+        for cell in cells
+    ]
+    return _figure(chart, (*columns, names["z_name"]), rows)
+
+
 def _validation(section: Mapping[str, Any]) -> Content:
     columns = ("level", "system", "kind", "name", "n", "mean", "median", "p95", "max")
     return Content(
@@ -250,6 +278,7 @@ KINDS: dict[Any, Callable[[Mapping[str, Any]], Content]] = {
     "channels": _channels,
     "curves": _curves,
     "pareto": _pareto,
+    "heat": _heat,
     "validation": _validation,
 }
 
