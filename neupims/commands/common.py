@@ -117,17 +117,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
         parser: The parser, or a group of it; changed in place.
     """
     add_spread_model_arguments(parser)
-    parser.add_argument(
-        "--ep",
-        type=int,
-        metavar="N",
-        help="deal experts to N equal groups of the tp devices (default: 1: all share each expert)",
-    )
-    parser.add_argument(
-        "--lm-head",
-        action="store_true",
-        help="also compute the LM head, once after the last layer (default: as the model's file)",
-    )
+    add_experts_and_head_arguments(parser)
     parser.add_argument("--trace", required=True, metavar="FILE|DISTRIBUTION", help=TRACE)
     add_trace_arguments(parser)
     parser.add_argument(
@@ -153,6 +143,15 @@ def add_spread_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|FILE",
         help="gpt3-7b, llama3-8b, ... (`show models`), or a TOML or JSON file",
     )
+    add_spread_arguments(parser)
+
+
+def add_spread_arguments(parser: argparse._ActionsContainer) -> None:
+    """Adds the flags of the devices over which a model is spread.
+
+    Args:
+        parser: The parser, or a group of it; changed in place.
+    """
     parser.add_argument(
         "--tp",
         type=int,
@@ -171,6 +170,35 @@ def add_spread_model_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="channels that share the keys and values of a request (intended fidelity; default: 1)",
     )
+
+
+def add_experts_and_head_arguments(parser: argparse._ActionsContainer) -> None:
+    """Adds the flags of the groups of experts and of the LM head.
+
+    Args:
+        parser: The parser, or a group of it; changed in place.
+    """
+    parser.add_argument(
+        "--ep",
+        type=int,
+        metavar="N",
+        help="deal experts to N equal groups of the tp devices (default: 1: all share each expert)",
+    )
+    parser.add_argument(
+        "--lm-head",
+        action="store_true",
+        help="also compute the LM head, once after the last layer (default: as the model's file)",
+    )
+
+
+def given_spread(arguments: argparse.Namespace) -> dict[str, Any]:
+    """Returns how many devices share what, by the names of `Parallel`; only what flags give.
+
+    Args:
+        arguments: Parsed flags of `add_spread_arguments` and `add_experts_and_head_arguments`.
+    """
+    named = {name: getattr(arguments, name) for name in ("tp", "pp", "kv_split", "ep")}
+    return {name: value for name, value in named.items() if value is not None}
 
 
 def add_trace_arguments(parser: argparse.ArgumentParser) -> None:
@@ -324,10 +352,7 @@ def read_case(arguments: argparse.Namespace) -> Case:
         requests,
         packing=PACKINGS[name] if name else None,
         system=arguments.system,
-        tp=arguments.tp,
-        pp=arguments.pp,
-        kv_split=arguments.kv_split,
-        ep=arguments.ep,
+        **given_spread(arguments),
         lm_head=arguments.lm_head,
         fidelity=arguments.fidelity,
         **system_options(arguments),

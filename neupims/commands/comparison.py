@@ -4,7 +4,14 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from neupims.commands.common import AUTO, console, print_json, split_names, system_options
+from neupims.commands.common import (
+    AUTO,
+    console,
+    given_spread,
+    print_json,
+    split_names,
+    system_options,
+)
 from neupims.machine.systems import FIDELITY_ANSWERS
 from neupims.machine.traces import Requests
 
@@ -55,6 +62,8 @@ def compare_and_print(
         objectives=COMPARED if arguments.objectives is None else arguments.objectives,
         fidelity=arguments.fidelity,
         schedule=arguments.schedule,
+        parallel=given_spread(arguments),
+        lm_head=arguments.lm_head,
         **options,
     )
     for warning in found.warnings:

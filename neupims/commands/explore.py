@@ -13,11 +13,14 @@ import numpy as np
 
 from neupims.commands.common import (
     TRACE,
+    add_experts_and_head_arguments,
     add_json_argument,
+    add_spread_arguments,
     add_system_arguments,
     add_trace_arguments,
     check_run,
     console,
+    given_spread,
     print_error,
     print_json,
     print_notes,
@@ -70,6 +73,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="A,B",
         help="names or files, separated by commas (default: gpt3-7b)",
     )
+    add_spread_arguments(what)
+    add_experts_and_head_arguments(what)
     what.add_argument(
         "--trace",
         nargs="+",
@@ -197,6 +202,8 @@ def run(arguments: argparse.Namespace) -> int:
             sub_batches=sub_batches,
             fidelity=arguments.fidelity,
             schedule=arguments.schedule,
+            parallel=given_spread(arguments),
+            lm_head=arguments.lm_head,
             reference=_reference(arguments.reference),
             axes=arguments.axes,
             cells=arguments.cells,

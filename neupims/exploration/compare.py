@@ -17,7 +17,7 @@ from neupims.exploration.explore import METRICS
 from neupims.exploration.impossible import REASONS
 from neupims.exploration.points import Objective, overall, parse_objectives
 from neupims.exploration.validated import base_case
-from neupims.exploration.workloads import Model, Trace, Workload, list_notes, make_workloads
+from neupims.exploration.workloads import Model, Spread, Trace, Workload, list_notes, make_workloads
 from neupims.files import SUFFIXES, finite
 from neupims.machine.case import find_setting, select_system
 from neupims.machine.effects import idle_changes
@@ -27,7 +27,6 @@ from neupims.machine.quantity import describe
 from neupims.machine.record import INT32_MOST
 from neupims.machine.supported import check_latent
 from neupims.machine.systems import FIDELITY_ANSWERS, Fidelity
-from neupims.machine.workload import Parallel
 from neupims.timing.memory_check import check_memory
 
 FILES = (*SUFFIXES, ".ini")  # ends of names that are files
@@ -140,7 +139,8 @@ def compare(
     changes: Mapping[str, Any] | None = None,
     fidelity: Fidelity = "simulator",
     schedule: Schedule = "dealt",
-    parallel: Parallel | None = None,
+    parallel: Spread | None = None,
+    lm_head: bool = False,
 ) -> Comparison:
     """Returns each system on each machine, and the best by each objective.
 
@@ -161,7 +161,9 @@ def compare(
         fidelity: "simulator" or "intended".
         schedule: "dealt" assigns the requests to the channels of each machine; "trace" keeps the
             channels of the batch.
-        parallel: How all models are spread over devices (default: as published for the model).
+        parallel: How all models are spread over devices, or some of its fields, such as {"tp": 8};
+            what is not given is as published for the model.
+        lm_head: Whether each step computes the LM head too (default: as the model's file says).
 
     Raises:
         ValueError: A name is unknown or repeated, or a value is impossible.
@@ -195,6 +197,7 @@ def compare(
             batches,
             num_channels=min(int(each.hbm.num_channels) for each in made),
             parallel=parallel,
+            lm_head=lm_head,
             dealt=schedule == "dealt",
         )
         options: dict[str, Any] = {

@@ -21,14 +21,13 @@ from neupims.exploration.points import Objective, overall, parse_objectives
 from neupims.exploration.sensitivity import Sensitivity
 from neupims.exploration.space import make_space
 from neupims.exploration.validated import base_error, count_validated
-from neupims.exploration.workloads import Model, Trace, Workload, list_notes, make_workloads
+from neupims.exploration.workloads import Model, Spread, Trace, Workload, list_notes, make_workloads
 from neupims.files import finite, write_text
 from neupims.machine.config import load_hardware
 from neupims.machine.effects import idle_changes
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import check_seed
 from neupims.machine.systems import FIDELITY_ANSWERS, Fidelity, System
-from neupims.machine.workload import Parallel
 from neupims.timing.split import check_split
 
 METRICS = (
@@ -130,7 +129,8 @@ def explore(
     sub_batches: int | None = None,
     fidelity: Fidelity = "simulator",
     schedule: Schedule = "dealt",
-    parallel: Parallel | None = None,
+    parallel: Spread | None = None,
+    lm_head: bool = False,
     reference: Mapping[str, float] | None = None,
     sensitivity_of: str = "tokens_per_second",
     measures: Sequence[Measure] = (),
@@ -165,7 +165,9 @@ def explore(
         fidelity: "simulator", as the public simulator is coded, or "intended", as in the paper.
         schedule: "dealt" assigns the requests to the channels of each design, whatever the batch
             says; "trace" keeps the channels of the batch.
-        parallel: How all models are spread over devices; if not given, as published for the model.
+        parallel: How all models are spread over devices, or some of its fields, such as {"tp": 8};
+            what is not given is as published for the model.
+        lm_head: Whether each step computes the LM head too (default: as the model's file says).
         reference: Where the hypervolume ends, by objective; if not given, where designs are four
             times worse than the base design.
         sensitivity_of: The metric whose sensitivities are computed.
@@ -204,6 +206,7 @@ def explore(
         batches,
         num_channels=int(machine.hbm.num_channels),
         parallel=parallel,
+        lm_head=lm_head,
         dealt=schedule == "dealt",
     )
     for each in workloads:

@@ -1,6 +1,7 @@
 """Workloads of designs: models with their parallelism, and batches of requests."""
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from neupims.machine.workload import Batch, Decoder, Parallel, check_batch, chec
 
 Model = str | Path | Decoder
 Trace = str | Path | Batch | Requests
+Spread = Parallel | Mapping[str, int]  # a mapping has some fields of Parallel, by name
 TO_DEAL = "give --schedule dealt, which deals the requests to the channels of each design"
 
 
@@ -34,7 +36,8 @@ def make_workloads(
     batches: Trace | Sequence[Trace],
     *,
     num_channels: int = 32,
-    parallel: Parallel | None = None,
+    parallel: Spread | None = None,
+    lm_head: bool = False,
     dealt: bool = False,
 ) -> list[Workload]:
     """Returns a workload for each model with each batch.
@@ -43,8 +46,9 @@ def make_workloads(
         models: One or several, each a name (`gpt3-7b`, ...), a TOML or JSON file or a record.
         batches: One or several, each a file or a distribution as for `read_requests`, or a record.
         num_channels: Number of channels; those of requests are below it.
-        parallel: How all models are spread over devices; if not given, as published for the model,
-            else one device.
+        parallel: How all models are spread over devices, or some of its fields, such as {"tp": 8};
+            what is not given is as published for the model, else 1.
+        lm_head: Whether each step computes the LM head too (default: as the model's file says).
         dealt: Whether requests will be dealt to channels, so that those of a batch do not matter.
 
     Raises:
@@ -58,7 +62,9 @@ def make_workloads(
         raise ValueError("at least one model and one batch are needed")
     found = []
     for number, model in enumerate(models):
-        title, decoder, spread = _read_model(model, number, len(models), parallel)
+        title, decoder, spread = _read_model(model, number, len(models), parallel or {})
+        if lm_head:
+            decoder = dataclasses.replace(decoder, lm_head=1)
         for place, batch in enumerate(batches):
             name = _numbered("batch", place, len(batches))
             if isinstance(batch, str | Path):
@@ -70,14 +76,19 @@ def make_workloads(
 
 
 def _read_model(
-    model: Model, number: int, count: int, parallel: Parallel | None
+    model: Model, number: int, count: int, parallel: Spread
 ) -> tuple[str, Decoder, Parallel]:
     """Title, record and parallelism of a model."""
+    given = vars(parallel) if isinstance(parallel, Parallel) else dict(parallel)
+    if unknown := set(given) - (known := {field.name for field in dataclasses.fields(Parallel)}):
+        raise ValueError(
+            f"parallel has {', '.join(sorted(known))}, but not {', '.join(sorted(unknown))}"
+        )
     if isinstance(model, Decoder):
-        spread = parallel or Parallel(1, 1)
+        spread = Parallel(**({"tp": 1, "pp": 1} | given))
         check_parallel(model, spread)
         return _numbered("model", number, count), model, spread
-    name, decoder, spread = select_model(model, **(vars(parallel) if parallel else {}))
+    name, decoder, spread = select_model(model, **given)
     return Path(name).stem, decoder, spread
 
 
