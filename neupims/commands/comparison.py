@@ -17,7 +17,8 @@ from neupims.machine.traces import Requests
 
 # Flags that only a space of designs has.
 OF_A_SPACE = (
-    *("space", "constraint", "method", "points", "reference", "axes", "cells", "chunk", "out"),
+    *("space", "constraint", "method", "points", "reference", "axes", "cells", "index_rows"),
+    *("chunk", "out"),
 )
 
 
@@ -45,7 +46,7 @@ def compare_and_print(
 
     given = [name for name in OF_A_SPACE if getattr(arguments, name) not in (None, "", [])]
     if is_space or given:
-        flag = "knob" if is_space else given[0]
+        flag = "knob" if is_space else given[0].replace("_", "-")
         raise ValueError(
             f"--{flag} is for the designs of one system and one machine: leave it out to compare"
             " several"

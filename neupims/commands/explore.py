@@ -127,6 +127,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     how.add_argument(
         "--cells", metavar="NxM", help="cells of both axes of map-elites (default: 16x16)"
     )
+    how.add_argument(
+        "--index-rows",
+        type=int,
+        metavar="N",
+        help=(
+            "rows of designs for Sobol indices, each with two more designs than knobs; 0 for none"
+            " (default: 1024)"
+        ),
+    )
     how.add_argument("--seed", type=int, default=0, metavar="N")
     how.add_argument(
         "--chunk",
@@ -207,6 +216,7 @@ def run(arguments: argparse.Namespace) -> int:
             reference=_reference(arguments.reference),
             axes=arguments.axes,
             cells=arguments.cells,
+            index_rows=arguments.index_rows,
             chunk=arguments.chunk,
             folder=arguments.out,
             report=report,
@@ -288,6 +298,8 @@ def _print(found, folder: Path | None) -> None:
     ends = ", ".join(f"{name} {value:.4g}" for name, value in found.reference.items())
     lines.print(f"hypervolume {found.hypervolume:.6g}, in units of the base design, up to {ends}")
     _print_sensitivities(lines, found)
+    if found.indices is not None:
+        _print_indices(lines, found)
     answers = {"fidelity": found.fidelity, "fidelity_answers": FIDELITY_ANSWERS[found.fidelity]}
     print_error(lines, answers | found.expected_error.to_dict(), "base design: ")
     if found.front_validated is not None:
@@ -360,3 +372,22 @@ def _print_sensitivities(lines, found) -> None:
     for name, each in order:
         table.add_row(name, *(f"{value:+.3f}" if np.isfinite(value) else "-" for value in each))
     lines.print(table)
+
+
+def _print_indices(lines, found) -> None:
+    """The Sobol indices of the objectives, a section for each."""
+    from rich.table import Table
+
+    from neupims.exploration.sobol import COLUMNS
+
+    table = Table(title="Sobol indices")
+    for column in COLUMNS:
+        table.add_column(column, justify="left" if column in COLUMNS[:2] else "right")
+    last = None
+    for metric, *cells in found.indices.table(each.name for each in found.objectives):
+        if metric != last and last is not None:
+            table.add_section()
+        table.add_row("" if metric == last else metric, *cells)
+        last = metric
+    lines.print(table)
+    lines.print(found.indices.about)

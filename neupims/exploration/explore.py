@@ -19,6 +19,7 @@ from neupims.exploration.explore_space import Report, SpaceResult, explore_space
 from neupims.exploration.impossible import REASONS
 from neupims.exploration.points import Objective, overall, parse_objectives
 from neupims.exploration.sensitivity import Sensitivity
+from neupims.exploration.sobol import ROWS, Indices
 from neupims.exploration.space import make_space
 from neupims.exploration.validated import base_error, count_validated
 from neupims.exploration.workloads import Model, Spread, Trace, Workload, list_notes, make_workloads
@@ -69,6 +70,7 @@ class Exploration:
     hypervolume: float  # of the front, objectives in units of the base design
     sensitivity_of: str  # name of the metric
     sensitivities: dict[str, Sensitivity]  # by knob
+    indices: Indices | None  # Sobol indices of all metrics; None if there are no rows for them
     expected_error: ExpectedError  # of a layer of the base design, or why none is known
     # Designs of the front whose knobs are inside of the envelope; None if the base design is not.
     front_validated: int | None
@@ -92,6 +94,7 @@ class Exploration:
             **self.expected_error.to_dict(),
             "fidelity_answers": FIDELITY_ANSWERS[self.fidelity],
             "sensitivities": {name: each._asdict() for name, each in self.sensitivities.items()},
+            "indices": self.indices and self.indices.to_dict(),
         }
         return finite(found)
 
@@ -136,6 +139,7 @@ def explore(
     measures: Sequence[Measure] = (),
     axes: str | Sequence[Axis] | None = None,
     cells: str | None = None,
+    index_rows: int | None = None,
     chunk: int | None = None,
     folder: str | Path | None = None,
     report: Report = lambda done, total: None,
@@ -176,6 +180,9 @@ def explore(
             and power if not given.
         cells: Number of cells of both axes, such as "16" or "24x12", where axes are text; 16x16
             if not given.
+        index_rows: Rows of designs from which Sobol indices are computed, each with two more
+            designs than knobs, best a power of 2; 0 for no indices. If not given, 1024, and 0 where
+            there are measures, which may take long.
         chunk: Designs of a file, or of a generation; 16384 and 256 if not given.
         folder: Keeps evaluated designs, `front.csv`, `map.csv` of "map-elites", and
             `summary.json`; the same call resumes from it. None keeps nothing.
@@ -250,6 +257,7 @@ def explore(
         sensitivity_of=sensitivity_of,
         measures=measures,
         axes=axes,
+        index_rows=(0 if measures else ROWS) if index_rows is None else index_rows,
         report=report,
     )
     error = base_error(space, machine, workloads, options)
@@ -275,6 +283,7 @@ def explore(
         hypervolume=result.hypervolume,
         sensitivity_of=result.sensitivity_of,
         sensitivities=result.sensitivities,
+        indices=result.indices,
         expected_error=error,
         front_validated=count_validated(space, workloads, options, result.front.values)
         if error.percent

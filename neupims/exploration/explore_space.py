@@ -28,6 +28,7 @@ from neupims.exploration.points import (
 )
 from neupims.exploration.sampling import grid_size
 from neupims.exploration.sensitivity import Sensitivity, neighbours, sensitivities
+from neupims.exploration.sobol import Indices, draw_rows, sobol_indices
 from neupims.exploration.space import Space
 from neupims.exploration.twins import check_effects, merge_twins
 
@@ -58,6 +59,7 @@ class SpaceResult:
     sensitivities: dict[str, Sensitivity]  # by knob
     sensitivity_of: str  # name of the metric
     elites: Elites | None  # the map of the method "map-elites"
+    indices: Indices | None  # Sobol indices of all metrics; None if there are no rows for them
 
 
 def explore_space(
@@ -75,6 +77,7 @@ def explore_space(
     sensitivity_of: str = "tokens_per_second",
     measures: Sequence[Measure] = (),
     axes: Sequence[Axis] | None = None,
+    index_rows: int = 0,
     report: Report = lambda done, total: None,
 ) -> SpaceResult:
     """Returns the Pareto front of designs of a space, with hypervolume and sensitivities.
@@ -97,6 +100,8 @@ def explore_space(
         measures: Further metrics, which `evaluate` does not return.
         axes: The two axes of the map of "map-elites", which keeps the best design by the first
             objective in each cell; `AXES` if not given.
+        index_rows: Rows of designs from which Sobol indices are computed, each with two more
+            designs than knobs, best a power of 2; 0 for no indices.
         report: Called with the number of finished designs, and of all designs.
 
     Raises:
@@ -106,6 +111,8 @@ def explore_space(
         OSError: The folder cannot be written to.
     """
     total, chunk = _sizes(space, method, points, chunk)
+    if not isinstance(index_rows, numbers.Integral) or index_rows < 0:
+        raise ValueError(f"index_rows must be a whole number of at least 0, not {index_rows!r}")
     objectives = tuple(objectives)
     if not objectives or not all(isinstance(each, Objective) for each in objectives):
         raise ValueError(
@@ -162,6 +169,10 @@ def explore_space(
                 drawn.append((part.values[chosen], result(part, sensitivity_of)[chosen]))
             report(done, total)
     assert front is not None
+    indices = None
+    if index_rows:
+        rows = evaluator(draw_rows(space, index_rows, seed))
+        indices = sobol_indices(space, rows, seed=seed)
     merged, twins = merge_twins(front, base.values[0], evaluator)
     values, results = (np.concatenate(each) for each in zip(*drawn, strict=True))
     near_results = result(near, sensitivity_of)
@@ -180,6 +191,7 @@ def explore_space(
         sensitivities=sensitivities(space, (near.values, near_results), (values, results)),
         sensitivity_of=sensitivity_of,
         elites=elites,
+        indices=indices,
     )
 
 

@@ -10,6 +10,7 @@ from neupims.exploration.designs import EliteMap
 from neupims.exploration.explore import Exploration
 from neupims.exploration.pareto import in_plane
 from neupims.exploration.points import Objective, overall
+from neupims.exploration.sobol import COLUMNS, Indices
 from neupims.pages.report import write_report
 
 MOST_ROWS = 500  # designs of the front in the table
@@ -31,6 +32,8 @@ def write_exploration(path: str | Path, found: Exploration) -> None:
     if found.elite_map is not None and found.elite_map.elites:
         sections.insert(0, _elite_map(found, found.elite_map))
     sections += [_front_table(found), _sensitivity_table(found)]
+    if found.indices is not None:
+        sections.append(_indices_table(found, found.indices))
     write_report(path, sections, title="Design space", facts=_facts(found))
 
 
@@ -116,6 +119,16 @@ def _sensitivity_table(found: Exploration) -> dict[str, Any]:
         "title": f"Sensitivity of {found.sensitivity_of}",
         "columns": ["knob", "elasticity at the base", "rank correlation", "share of variance"],
         "rows": [[name, *each] for name, each in found.sensitivities.items()],
+    }
+
+
+def _indices_table(found: Exploration, indices: Indices) -> dict[str, Any]:
+    return {
+        "kind": "table",
+        "title": "Sobol indices",
+        "text": indices.about,
+        "columns": list(COLUMNS),
+        "rows": indices.table(each.name for each in found.objectives),
     }
 
 
