@@ -27,6 +27,24 @@ ENTRY %main (a: f32[2]) -> f32[2] {
 }
 """
 
+CHAIN = """
+%first (x: f32[2]) -> f32[16] {
+  %g = f32[16] all-gather(%x), channel_id=3, replica_groups=[1,8]<=[8], attributes={chain_id="0"}
+}
+
+%second (x: f32[2]) -> f32[16] {
+  %g = f32[16] all-gather(%x), channel_id=3, replica_groups=[1,8]<=[8], attributes={chain_id="0"}
+  %h = f32[8] all-gather(%x), channel_id=4, replica_groups=[1,8]<=[8], attributes={chain_id="0"}
+}
+
+ENTRY %main (a: f32[2]) -> f32[2] {
+  %b = f32[16] fusion(%a), calls=%first
+  %c = f32[16] fusion(%b), calls=%second
+  %p = f32[2] collective-permute(%a), channel_id=1
+  %q = f32[3] collective-permute(%b), channel_id=1
+}
+"""
+
 
 def test_transfers_are_found_in_loops_and_calls():
     loop, gather, scatter, passed, reduce = find_transfers(PROGRAM, 8)
@@ -37,6 +55,13 @@ def test_transfers_are_found_in_loops_and_calls():
     assert passed == Transfer("collective-permute", ((4,), (2,)), 4 + 8, 8, 1)
     sent = [each.sent_bytes for each in (loop, gather, scatter, reduce)]
     assert sent == [128 * 7, 64 * 7 / 8, 20 * 3, 2 * 30 * 3 / 4]
+
+
+def test_a_transfer_that_several_fusions_carry_counts_once():
+    """Only those of a chain: other transfers may share a channel and are different."""
+    found = [(each.kind, each.shapes) for each in find_transfers(CHAIN, 8)]
+    gathers = [("all-gather", ((16,),)), ("all-gather", ((8,),))]
+    assert found == [*gathers, ("collective-permute", ((2,),)), ("collective-permute", ((3,),))]
 
 
 @pytest.mark.parametrize(("split", "kinds"), [(P(), {"all-reduce"}), (P("fsdp"), {"all-gather"})])

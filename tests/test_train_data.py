@@ -2,6 +2,7 @@
 same order.
 """
 
+import copy
 import dataclasses
 import io
 import multiprocessing
@@ -19,7 +20,7 @@ from PIL import Image
 
 from ggem_jax.files.images import take_part
 from train import augment, prepare
-from train.batches import eval_batches, train_batches
+from train.batches import Reader, eval_batches, train_batches
 from train.cli import Refused, load_config
 from train.config import Augment, Config, Data
 from train.data import digits, hold_out, open_data
@@ -515,3 +516,34 @@ def test_processes_read_the_batches_that_threads_read(class_folders):
     with pytest.raises(Refused, match=r"bees3.png is not a readable image"):
         first(broken, 4)
     broken.close()
+
+
+@pytest.mark.slow
+def test_processes_report_a_skipped_image_once(class_folders, capfd):
+    """Over epochs that both processes read; images of the same contents are not the same image."""
+    bees = class_folders / "train" / "bees"
+    for name in ("bees1.png", "bees3.png"):
+        (bees / name).write_bytes(b"no image")
+    images = folder(class_folders)["train"]
+    flags = ["--data.corrupt", "skip", "--data.processes", "2"]
+    batches = train_batches(images, config_of(*flags), start=0)
+    first(batches, 6 * len(images) // 8)
+    batches.close()
+    lines = [line for line in capfd.readouterr().err.splitlines() if "skipped" in line]
+    assert sorted(line.split("/bees/")[1][:9] for line in lines) == ["bees1.png", "bees3.png"]
+
+
+def test_readers_that_read_together_report_an_image_once(class_folders, tmp_path, capsys):
+    """A copy for each process, which finds in a folder what the others have reported."""
+    (class_folders / "train" / "bees" / "bees3.png").write_bytes(b"no image")
+    images = folder(class_folders)["train"]
+    reader = Reader(images, "skip")
+    reader.reported = tmp_path
+    for each in [copy.copy(reader) for _ in range(3)]:
+        each.named = set()
+        assert [i for i in range(len(images)) if each.or_none(i) is None] == [13]
+        assert each.or_none(13) is None
+    assert capsys.readouterr().err.count("skipped") == 1
+    alone = Reader(images, "skip")
+    assert alone.or_none(13) is None is alone.or_none(13)
+    assert capsys.readouterr().err.count("skipped") == 1

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
 from conftest import ROOT, TINY
 
@@ -15,6 +16,7 @@ from train.cli import load_config
 from train.collectives import find_transfers
 from train.config import Config, Optimizer
 from train.step import make_steps
+from train.throughput import PEAK_FLOPS
 
 
 def run(capsys, *flags):
@@ -72,19 +74,23 @@ def test_the_step_of_each_script_is_compiled_and_what_it_sends_is_counted(capsys
     assert float(sent[3]) == pytest.approx(float(sent[8]), abs=0.011)
 
 
+def compile_tiny(name, count, fsdp, *flags, where="here"):
+    """The plan, the shapes of the state, and the program of a small step."""
+    script, record, own = TASKS[name]
+    flags = [*TINY, *own, "--fsdp", str(fsdp), "--batch", str(4 * count), *flags]
+    config = load_config(record, flags, "test")
+    plan = script.plan(config, 40, 10, dry_run.find_devices(where))
+    state = jax.eval_shape(plan.steps.init, 0)
+    return plan, state, dry_run.compile_step(config, plan.steps, state, where, plan.text)
+
+
 def check_transfers(name, devices, fsdp):
     """Only whole parameters are collected; sums are of gradients and a few numbers beside them.
 
     Pairs of images and texts meet by passing the texts from device to device.
     """
-    _, record, flags = TASKS[name]
-    config = load_config(
-        record, [*TINY, *flags, "--fsdp", str(fsdp), "--batch", str(4 * devices)], "test"
-    )
-    plan = TASKS[name][0].plan(config, 40, 10, None)
-    state = jax.eval_shape(plan.steps.init, 0)
-    program = dry_run.compile_step(config, plan.steps, state, "here", plan.text).as_text()
-    transfers = find_transfers(program, devices)
+    plan, state, program = compile_tiny(name, devices, fsdp)
+    transfers = find_transfers(program.as_text(), devices)
     sizes = {leaf.size for leaf in jax.tree.leaves(state.params)}
     for kind in ("all-gather", "all-to-all", "reduce-scatter"):
         moved = [shape for each in transfers if each.kind == kind for shape in each.shapes]
@@ -113,6 +119,42 @@ def test_a_step_on_64_devices_moves_weights_and_gradients_and_no_tokens(fsdp):
     subprocess.run([sys.executable, "-c", code], env=environment, check=True)
 
 
+@pytest.mark.parametrize("fsdp", [1, 8])
+@pytest.mark.parametrize("name", TASKS)
+def test_a_step_on_a_tpu_moves_weights_and_gradients_and_no_tokens(name, fsdp):
+    """Gradients of a convolution that is split pass between neighbours, in pieces of weights, and
+    the descriptors of a batch may be collected for proxies that are split.
+    """
+    pytest.importorskip("libtpu", reason="make .venv/tpu, PYTHONPATH=.venv/tpu")
+    plan, state, program = compile_tiny(name, 8, fsdp, where="v5e:8")
+    transfers = find_transfers(program.as_text(), 8)
+    sizes = {leaf.size for leaf in jax.tree.leaves(state.params)}
+    if (name, fsdp) == ("metric", 8):
+        sizes.add(4 * 8 * 24)
+    sent = dict.fromkeys(("all-gather", "all-reduce", "collective-permute"), 0.0)
+    for each in transfers:
+        sent[each.kind] += each.sent_bytes
+        if each.kind == "all-gather":
+            assert {math.prod(shape) for shape in each.shapes} <= sizes, each
+    count = 7 / 8 * 4 * sum(leaf.size for leaf in jax.tree.leaves(state.params))
+    assert (sent["all-gather"] > 0) == (fsdp == 8)
+    assert sent["all-gather"] < count
+    assert sent["all-reduce"] < 2 * count + 1000
+    assert sent["collective-permute"] <= plan.sent_bytes + 2000 * (fsdp == 8)
+    assert 0 < dry_run.used_bytes(program) < 16 * 2**30
+
+
+def test_images_that_are_mixed_travel_as_they_are():
+    """The opposite of an image is on another device: 4 images of 8 x 8 x 3 bytes of each."""
+    _, _, program = compile_tiny("classify", 8, 1, "--augment.mixup", "0.2")
+    passed = {
+        each.shapes: each.sent_bytes
+        for each in find_transfers(program.as_text(), 8)
+        if each.kind == "collective-permute"
+    }
+    assert passed[((4, 8, 8, 3),)] == 4 * 8 * 8 * 3
+
+
 class Program:
     """Stands for a compiled program, with round sizes."""
 
@@ -121,6 +163,9 @@ class Program:
 
     def memory_analysis(self):
         return self
+
+    def as_text(self):
+        return ""
 
 
 def test_a_compiled_program_holds_its_state_once():
@@ -134,6 +179,49 @@ def test_devices_that_are_not_there_need_their_compiler(capsys, monkeypatch):
     monkeypatch.setattr(topologies, "_found", lambda name: False)
     code, _ = run(capsys, *TINY, "--on", "h200:8")
     assert "--on h200:8 needs XLA's compiler for NVIDIA GPUs: install jax[cuda12]" in code
+    code, _ = run(capsys, *TINY, "--on", "v5e:8")
+    assert "--on v5e:8 needs XLA's compiler for TPUs: install jax[tpu], which works without" in code
+
+
+def pretend_described(monkeypatch, compiled):
+    """`--on h200:8` finds its compiler, which does this for the devices here."""
+    monkeypatch.setattr(topologies, "available", lambda name: True)
+    monkeypatch.setattr(topologies, "h200s", lambda count: np.array(jax.devices()[:count]))
+    monkeypatch.setattr(topologies, "compile_described", compiled)
+
+
+def test_a_described_device_has_its_memory_time_and_bounds(capsys, monkeypatch):
+    pretend_described(monkeypatch, lambda *_: Program())
+    monkeypatch.setattr(Program, "temp_size_in_bytes", 2_400_000_000 - 1100)
+    monkeypatch.setattr(dry_run, "find_transfers", lambda *_: [])
+    code, lines = run(capsys, *TINY, "--on", "h200:4", "--classes=9", "--images=989000")
+    assert code is None
+    assert any(line.startswith("  4 x NVIDIA H200") for line in lines)
+    assert "compiled      2.40 GB for h200:4, of 141.00 GB each" in lines
+    (flops,) = (float(line.split()[3]) for line in lines if line.startswith("model"))
+    products = flops * 1e9 * 32 / 4 / 989e12 * 1e3
+    (bound,) = (line.split() for line in lines if line.startswith("a step  "))
+    assert float(bound[4]) == pytest.approx(products, rel=0.01)
+    assert " ".join(bound[12:15]) == "and 1 ms"  # 2 x 2.4 GB at 4,800 GB/s
+
+
+def test_a_step_that_does_not_fit_is_one_sentence(capsys, monkeypatch):
+    def refuse(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory (17.91G).\nmore")
+
+    pretend_described(monkeypatch, refuse)
+    code, lines = run(capsys, *TINY, "--on", "h200:8")
+    assert "--on h200:8: the step does not fit. XLA: Ran out of memory (17.91G). Take a" in code
+    assert "\n" not in code
+    assert any("in all" in line for line in lines)
+
+
+def test_tpus_are_slices_of_their_size():
+    """The arrangement of a slice has as many chips as it says, and a peak is known for each."""
+    for accelerator in topologies.ACCELERATORS.values():
+        assert accelerator.kind in PEAK_FLOPS
+        for chips, arrangement in accelerator.slices.items():
+            assert math.prod(map(int, arrangement.split("x"))) == chips
 
 
 def small(**changes):
@@ -173,8 +261,9 @@ def test_activations_by_hand():
 @pytest.mark.parametrize(
     ("flags", "words"),
     [
-        (["--on", "a100:8"], "--on must be here, none or h200:N, such as h200:8, not a100:8"),
-        (["--on", "h200:0"], "--on must be here, none or h200:N"),
+        (["--on", "a100:8"], "h200:N, v5e:N, v5p:N, v6e:N, such as h200:8, not a100:8"),
+        (["--on", "h200:0"], "--on must be here, none or one of h200:N, v5e:N"),
+        (["--on", "v5e:6"], "v5e comes in slices of 1, 4, 8, 16, 32, 64, 128, 256 chips, not 6"),
         (["--classes", "ten"], "--classes must be a whole number of at least 1, not ten"),
         (["--images", "0"], "--images must be a whole number of at least 1, not 0"),
         (["--images"], "--images needs a value"),

@@ -15,7 +15,7 @@ from train import augment, classify
 from train.cli import load_config
 from train.config import Augment, Config
 from train.log import read_metrics
-from train.randaugment import OPERATIONS, augment_on_device, operate
+from train.randaugment import OPERATIONS, augment_on_device, mean_grey, operate
 from train.step import make_mesh
 
 PHOTO = sklearn.datasets.load_sample_image("flower.jpg")[150:214, 250:330]
@@ -93,3 +93,15 @@ def test_a_run_trains_on_the_images_that_the_device_has_changed(tmp_path):
     plain = first_gradient("plain")
     assert first_gradient("none", *on_device, "0") == plain
     assert first_gradient("two", *on_device, "2") != plain
+
+
+def test_contrast_turns_around_the_mean_of_any_size():
+    """The sum of 2,100 x 2,100 bright pixels, doubled, has more than 32 bits."""
+    rng = np.random.default_rng(0)
+    for height, width in ((2100, 2100), (3, 5), (7, 1), (1, 8), (64, 33)):
+        grey = rng.integers(180, 256, (height, width), np.uint8)
+        image = jnp.asarray(np.repeat(grey[..., None], 3, 2))
+        exact = int(grey.sum(dtype=np.int64) * 2 + grey.size) // (2 * grey.size)
+        assert int(mean_grey(image)) == exact
+    half = jnp.array([[[1, 1, 1], [2, 2, 2]]], jnp.uint8)
+    assert int(mean_grey(half)) == 2

@@ -8,11 +8,13 @@ import functools
 import os
 import signal
 import sys
+import tempfile
 import threading
 import time
 import zlib
 from collections.abc import Callable, Iterator
 from multiprocessing import resource_tracker
+from pathlib import Path
 from typing import Any
 
 import grain
@@ -91,7 +93,7 @@ def train_batches(
         except ModuleNotFoundError as error:
             raise Refused(f"--data.fast: {error}") from None
     local = config.batch // processes
-    reader = _Reader(images, config.data.corrupt, same_class)
+    reader = Reader(images, config.data.corrupt, same_class)
     side = config.model.image
 
     def example(
@@ -135,16 +137,22 @@ def train_batches(
             grain.MultiprocessingOptions(config.data.processes, per_worker_buffer_size=2),
             functools.partial(_start_process, os.getpid()),
         )
-        return _read_with_processes(mine)
+        return _read_with_processes(mine, reader)
     return iter(mine)
 
 
-def _read_with_processes(stream: grain.IterDataset[Batch]) -> Iterator[Batch]:
+def _read_with_processes(stream: grain.IterDataset[Batch], reader: "Reader") -> Iterator[Batch]:
     """Yields the batches that other processes read, which end when the generator is closed.
 
     They start with blocked signals: Ctrl-C reaches them before `_start_process` has run, too.
+    Each has a copy of the reader, and of the folder where it finds what the others have reported.
     """
-    batches = iter(stream)
+    with tempfile.TemporaryDirectory() as folder:
+        reader.reported = Path(folder)
+        yield from _read_stream(iter(stream))
+
+
+def _read_stream(batches: Any) -> Iterator[Batch]:
     try:
         resource_tracker.ensure_running()  # its start would unblock the signals
         blocked = signal.pthread_sigmask(signal.SIG_BLOCK, _SIGNALS)
@@ -203,7 +211,7 @@ def eval_batches(
         Refused: An image cannot be read and `config.data.corrupt` is "refuse".
     """
     local = config.batch // processes
-    reader = _Reader(images, config.data.corrupt)
+    reader = Reader(images, config.data.corrupt)
     side = config.model.image
     preprocessing = Preprocessing(side, config.data.eval_crop, config.data.eval_zoom)
     no_label: Any = np.zeros(len(images.classes), bool) if images.several else 0
@@ -233,12 +241,14 @@ def eval_batches(
     )
 
 
-class _Reader:
+class Reader:
     """Loads images; an unreadable one is refused, or reported once and replaced."""
 
     def __init__(self, images: Images, corrupt: str, same_class: bool = False):
         self.images, self.corrupt, self.same_class = images, corrupt, same_class
         self.named: set[int] = set()
+        # of processes that read together: a file for each image that one of them has reported
+        self.reported: Path | None = None
 
     def __call__(self, index: int, batch: np.ndarray | None, choose: Choose):
         """A part of the image or, where it cannot be read, of the next one.
@@ -279,7 +289,18 @@ class _Reader:
                     f"{error} (--data.corrupt skip, or --corrupt skip of the evaluation, leaves it"
                     " out)"
                 ) from None
-            if index not in self.named:
-                self.named.add(index)
+            if self._is_new(index):
                 print(f"skipped: {error}", file=sys.stderr, flush=True)
             return None
+
+    def _is_new(self, index: int) -> bool:
+        if index in self.named:
+            return False
+        self.named.add(index)
+        if self.reported is None:
+            return True
+        try:
+            (self.reported / str(index)).touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True

@@ -52,10 +52,12 @@ def find_transfers(program: str, devices: int) -> list[Transfer]:
     bodies = dict(_computations(program))
     (entry,) = re.findall(r"^ENTRY %?([\w.\-]+)", program, re.MULTILINE)
     found: list[Transfer] = []
+    chains: set[str] = set()
 
     def visit(name: str, times: int) -> None:
         for line in bodies.get(name, "").splitlines():
-            found.extend(_transfers_of(line, devices, times))
+            if _is_new(line, chains):
+                found.extend(_transfers_of(line, devices, times))
             for called in re.findall(r"(?:calls|body|to_apply)=%?([\w.\-]+)", line):
                 loops = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
                 visit(called, times * int(loops[1]) if loops else times)
@@ -113,6 +115,20 @@ def _transfers_of(line: str, devices: int, times: int) -> Iterator[Transfer]:
         _group(line, devices),
         times,
     )
+
+
+def _is_new(line: str, chains: set[str]) -> bool:
+    """Whether the line is not the continuation of a transfer that was counted.
+
+    XLA for TPUs carries one transfer through a chain of fusions, and each names it again.
+    """
+    match = re.search(r'channel_id=(\d+),.*chain_id="(\w+)"', line)
+    if match is None:
+        return True
+    chain = f"{match[1]} {match[2]}"
+    new = chain not in chains
+    chains.add(chain)
+    return new
 
 
 def _bits(dtype: str) -> int:

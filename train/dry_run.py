@@ -6,7 +6,8 @@ and `train.contrastive` have it too. Besides the flags of the script:
 
     --classes N   classes to train on, not of train.contrastive (default: opens the data)
     --images N    training images of the data (default: opens the data)
-    --on D        devices to compile for: "here", "none", or "h200:8", which need not be there
+    --on D        devices to compile for: "here", "none", or some that need not be there: "h200:8",
+                  "v5e:8", "v5p:8", "v6e:8"
 
 Memory is an estimate from sizes. A compiled program may keep more or less, as its compiler decides.
 """
@@ -25,7 +26,7 @@ from jax.sharding import PartitionSpec as P
 from ggem_jax.models.config import ViTConfig
 from ggem_jax.models.text import TextConfig
 from train import topologies
-from train.cli import Refused, load_config, take_flag
+from train.cli import Refused, first_line, load_config, take_flag
 from train.collectives import expected_bytes, find_transfers
 from train.config import Config
 from train.step import State, Steps
@@ -107,7 +108,8 @@ def main(
             raise Refused(f"{error}; a dry run without the data needs {sizes}") from None
         classes, images = classes or found[0], images or found[1]
     total = max(round(config.epochs * images / config.batch), 1)
-    for line in describe(config, plan(config, classes, total, find_devices(where)), images, where):
+    devices = find_devices(where)
+    for line in describe(config, plan(config, classes, total, devices), images, where):
         print(line, flush=True)
 
 
@@ -118,10 +120,10 @@ def describe(config: Config, plan: Plan, images: int, where: str = "here") -> It
         config: The settings of the run.
         plan: What the task decides.
         images: Training images of the data.
-        where: Devices to compile for: "here", "none", or "h200:N".
+        where: Devices to compile for: "here", "none", or a name and a number, "h200:8".
 
     Raises:
-        Refused: The devices do not divide the batch.
+        Refused: The devices do not divide the batch, or have too little memory.
     """
     steps, flops, text = plan.steps, plan.flops, plan.text
     count = steps.mesh.size
@@ -156,7 +158,9 @@ def describe(config: Config, plan: Plan, images: int, where: str = "here") -> It
     difference = memory.total - memory.activations + other
     yield f"  {without} --model.remat {_size(difference)}, estimated"
     yield f"the run       {total:,} steps: {config.epochs:g} epochs of {images:,} images"
-    for kind, number in TIMED:
+    accelerator = topologies.ACCELERATORS.get(where.partition(":")[0])
+    described = [] if accelerator is None else [(accelerator.kind, count)]
+    for kind, number in dict.fromkeys([*TIMED, *described]):
         seconds = flops * config.batch * total / (PEAK_FLOPS[kind] * number * UTILISATION)
         yield (
             f"  {number} x {kind:<12}{_time(seconds)} at {UTILISATION:.0%} of the bfloat16 peak:"
@@ -165,7 +169,16 @@ def describe(config: Config, plan: Plan, images: int, where: str = "here") -> It
     if where != "none":
         place = "the devices here" if where == "here" else where
         program = compile_step(config, steps, state, where, text)
-        yield f"compiled      {_size(used_bytes(program))} for {place}"
+        used = used_bytes(program)
+        room = "" if accelerator is None else f", of {_size(accelerator.memory_bytes)} each"
+        yield f"compiled      {_size(used)} for {place}{room}"
+        if accelerator is not None:
+            products = flops * config.batch / count / PEAK_FLOPS[accelerator.kind]
+            yield (
+                f"a step        at least {_time(products)} of products at the bfloat16 peak, and"
+                f" {_time(2 * used / accelerator.bytes_per_second)} to write and read its memory"
+                " once: computed"
+            )
         if count > 1:
             yield from _describe_transfers(config, plan, state, program.as_text() or "")
 
@@ -263,6 +276,9 @@ def compile_step(
         state: Shapes of the state.
         where: The devices, as for `describe`.
         text: The text tower beside the image tower.
+
+    Raises:
+        Refused: The devices have too little memory.
     """
     side = config.model.image
     placed = jax.tree.map(
@@ -280,7 +296,16 @@ def compile_step(
     seed = jax.ShapeDtypeStruct((), jnp.int32, sharding=NamedSharding(steps.mesh, P()))
     if where == "here":
         return steps.train.lower(placed, batch, seed).compile()
-    return topologies.compile_for_h200(steps.train, placed, batch, seed)
+    try:
+        return topologies.compile_described(steps.train, placed, batch, seed)
+    except jax.errors.JaxRuntimeError as error:  # of compilers that know the limit
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        cause = first_line(error).removeprefix("RESOURCE_EXHAUSTED: ").removesuffix(".")
+        raise Refused(
+            f"--on {where}: the step does not fit. XLA: {cause}. Take a smaller --batch, or more of"
+            " --optimizer.accumulate, --model.remat, --fsdp or devices"
+        ) from None
 
 
 def used_bytes(program: jax.stages.Compiled) -> int:
@@ -298,22 +323,29 @@ def find_devices(where: str) -> Devices:
     """Returns the devices to compile for; None: all of this process.
 
     Args:
-        where: "here", "none", or "h200:N".
+        where: "here", "none", or a name and a number, "h200:8".
 
     Raises:
-        Refused: The name is unknown, or XLA's compiler for it is not installed.
+        Refused: The name or the number is unknown, or XLA's compiler for it is not installed.
     """
     if where in ("here", "none"):
         return None
-    found = re.fullmatch(r"h200:([1-9]\d{0,3})", where)
-    if found is None:
-        raise Refused(f"--on must be here, none or h200:N, such as h200:8, not {where}")
-    if not topologies.available():
+    known = ", ".join(f"{name}:N" for name in topologies.ACCELERATORS)
+    found = re.fullmatch(r"(\w+):([1-9]\d{0,3})", where)
+    if found is None or found[1] not in topologies.ACCELERATORS:
+        raise Refused(f"--on must be here, none or one of {known}, such as h200:8, not {where}")
+    name, count = found[1], int(found[2])
+    slices = topologies.ACCELERATORS[name].slices
+    if slices and count not in slices:
+        raise Refused(f"{name} comes in slices of {', '.join(map(str, slices))} chips, not {count}")
+    if not topologies.available(name):
+        kind, package = ("TPUs", "jax[tpu]") if slices else ("NVIDIA GPUs", "jax[cuda12]")
         raise Refused(
-            f"--on {where} needs XLA's compiler for NVIDIA GPUs: install jax[cuda12], or take"
-            " --on none"
+            f"--on {where} needs XLA's compiler for {kind}: install {package}, which works without"
+            " the device, or take --on none"
         )
-    return tuple(topologies.h200s(int(found[1])).ravel())
+    devices = topologies.tpus(name, count) if slices else topologies.h200s(count)
+    return tuple(devices.ravel())
 
 
 def _count(flags: list[str], name: str) -> int | None:
@@ -330,4 +362,6 @@ def _size(count: float) -> str:
 def _time(seconds: float) -> str:
     if seconds >= 3600:
         return f"{seconds / 3600:.1f} hours"
-    return f"{seconds / 60:.0f} minutes" if seconds >= 60 else f"{seconds:.2g} seconds"
+    if seconds >= 60:
+        return f"{seconds / 60:.0f} minutes"
+    return f"{seconds:.2g} seconds" if seconds >= 1 else f"{1e3 * seconds:.3g} ms"

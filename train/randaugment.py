@@ -147,7 +147,7 @@ def _table(image: Image, kind, strength: Scalar, factor: Scalar) -> Int[Array, "
         "posterize": values & ~(2 ** (8 - bits) - 1),
         "solarize": jnp.where(values < darkest, values, 255 - values),
         "solarize_add": jnp.where(values < 128, added, values),
-        "contrast": _blend(_mean_grey(image), values, factor),
+        "contrast": _blend(mean_grey(image), values, factor),
         "brightness": _blend(0, values, factor),
     }
     return jnp.select(
@@ -181,9 +181,20 @@ def _grey(image: Image) -> Int[Array, "h w"]:
     return ((image.astype(jnp.int32) * weights).sum(-1) + (1 << 15)) >> 16
 
 
-def _mean_grey(image: Image) -> Int[Array, ""]:
+def mean_grey(image: Image) -> Int[Array, ""]:
+    """Returns the mean luma of all pixels, half of a level rounded up.
+
+    Their sum may have more than 32 bits, so it is divided row by row: it is w (h a + b) + c.
+
+    Args:
+        image: The image, `(h, w, 3)` uint8, of less than 2^30 pixels.
+    """
     grey = _grey(image)
-    return (2 * grey.sum() + grey.size) // (2 * grey.size)
+    height, width = grey.shape
+    of_rows, rests = jnp.divmod(grey.sum(1), width)
+    a, b = jnp.divmod(of_rows.sum(), height)
+    more, rest = jnp.divmod(width * b + rests.sum(), grey.size)
+    return a + more + (rest >= grey.size - rest)
 
 
 def _blend(start, end, factor: Scalar) -> Int[Array, "..."]:

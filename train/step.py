@@ -16,7 +16,7 @@ import optax
 from flax import struct
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from jaxtyping import Array, Float, Int, PRNGKeyArray, UInt8
+from jaxtyping import Array, Float, Int, Num, PRNGKeyArray
 
 from ggem_jax.files.normalisation import normalise_pixels
 from ggem_jax.models.vit import ViT
@@ -84,11 +84,11 @@ def make_mesh(fsdp: int, devices: tuple[jax.Device, ...] | None = None) -> Mesh:
 class Problem:
     """The part of a training that its task decides: parameters, loss and outputs.
 
-    Images come normalised.
+    Images come normalised to the loss and the outputs.
     """
 
     init: Callable[[PRNGKeyArray], Any]  # key -> parameters
-    # batch, key -> the batch as it is trained on: images mixed, labels smoothed
+    # batch, key -> the batch as it is trained on: pixels mixed, labels smoothed
     prepare: Callable[[Batch, PRNGKeyArray], Batch]
     # parameters, (a part of) a prepared batch, key -> mean loss
     loss: Callable[[Any, Batch, PRNGKeyArray], Array]
@@ -230,7 +230,8 @@ def compile_steps(
 
     def train(state: State, batch: Batch, seed: Int[Array, ""]):
         mix_key, drop_key = jax.random.split(jax.random.fold_in(keys(seed)[1], state.step))
-        prepared = problem.prepare(batch | {"image": normalise(batch["image"], data)}, mix_key)
+        prepared = problem.prepare(batch, mix_key)
+        prepared = prepared | {"image": normalise(prepared["image"], data)}
         loss, grads = accumulate_gradient(
             lambda params, *rest: problem.loss(whole(params), *rest),
             state.params,
@@ -347,11 +348,11 @@ def make_optimizer(optimizer: Optimizer, total_steps: int) -> optax.GradientTran
     )
 
 
-def normalise(images: UInt8[Array, "b h w 3"], data: Data) -> Float[Array, "b h w 3"]:
+def normalise(images: Num[Array, "b h w 3"], data: Data) -> Float[Array, "b h w 3"]:
     """Returns (pixel / 255 - mean) / std of each channel, as the model takes images.
 
     Args:
-        images: Images, `(b, h, w, 3)` uint8.
+        images: Images, `(b, h, w, 3)`: pixels from 0 to 255.
         data: Settings of the data, with mean and deviation of the channels.
 
     Returns:
@@ -363,14 +364,17 @@ def normalise(images: UInt8[Array, "b h w 3"], data: Data) -> Float[Array, "b h 
 def mix(images, targets, augment: Augment, key: PRNGKeyArray):
     """Mixes each image with its opposite in the batch, by mixup or CutMix.
 
+    The opposite may be on another device, to which images travel as they are: 8-bit pixels are a
+    quarter of the bytes of normalised ones.
+
     Args:
-        images: Images, `(b, h, w, 3)` floats.
+        images: Images, `(b, h, w, 3)`: pixels, or floats.
         targets: Probabilities of the classes, `(b, classes)`.
         augment: The strengths of both; with both on, each batch takes one of them at random.
         key: Source of the random numbers.
 
     Returns:
-        Mixed images and targets, of the same shapes.
+        Mixed images and targets, of the same shapes, in floats where they are mixed.
 
     Reference: Zhang et al., "mixup", 2018, arXiv:1710.09412; Yun et al., "CutMix", 2019,
         arXiv:1905.04899.

@@ -4,14 +4,57 @@ NVIDIA GPUs need the wheels of `make .venv/cuda .venv/pjrt`, JAX's CUDA plugin a
 CUDA:
 
     JAX_PLATFORMS=cpu JAX_SKIP_CUDA_CONSTRAINTS_CHECK=1 PYTHONPATH=.venv/cuda:.venv/pjrt ...
+
+TPUs need libtpu, which `make .venv/tpu` installs (200 MB to download, 680 MB on disk):
+
+    JAX_PLATFORMS=cpu PYTHONPATH=.venv/tpu ...
 """
 
 import importlib.util
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
+import jax
 import numpy as np
 from jax.experimental import topologies
 
 from ggem_jax.kernels import launch
+
+
+@dataclass(frozen=True)
+class Accelerator:
+    """A device that can be described. Its peak is in `train.throughput`, by its kind."""
+
+    kind: str  # JAX's name
+    memory_bytes: float
+    bytes_per_second: float  # of its memory
+    slices: Mapping[int, str] = field(default_factory=dict)  # of TPUs: chips -> their arrangement
+
+
+_FLAT = {
+    1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 32: "4x8", 64: "8x8", 128: "8x16", 256: "16x16",
+}  # fmt: skip
+_CUBES = {4: "2x2x1", 8: "2x2x2", 32: "2x4x4", 64: "4x4x4", 128: "4x4x8", 256: "4x8x8"}
+
+# Sources: NVIDIA H200 data sheet; docs.cloud.google.com/tpu/docs/v5e, v5p and v6e, whose GB of
+# memory are GiB (XLA names the limit of a v5e as 15.75 GiB), with slices up to 256 chips.
+ACCELERATORS = {
+    "h200": Accelerator("NVIDIA H200", 141e9, 4800e9),
+    "v5e": Accelerator("TPU v5 lite", 16 * 2**30, 819e9, _FLAT),
+    "v5p": Accelerator("TPU v5", 95 * 2**30, 2765e9, _CUBES),
+    "v6e": Accelerator("TPU v6 lite", 32 * 2**30, 1640e9, _FLAT),
+}
+
+# What libtpu asks a machine with a TPU, so that it does not ask and complain; and processes without
+# a TPU need not wait for each other.
+_LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_LOG_DIR": "disabled",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+}
 
 CAPABILITY = 90
 # What XLA wants to know of a device. H200 SXM: NVIDIA H200 data sheet (memory, bandwidth, clock)
@@ -46,8 +89,14 @@ device_description_str: "NVIDIA H200"
 _OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
 
 
-def available() -> bool:
-    """Returns whether XLA's GPU compiler is on the path."""
+def available(name: str = "h200") -> bool:
+    """Returns whether XLA's compiler for an accelerator is on the path.
+
+    Args:
+        name: One of `ACCELERATORS`.
+    """
+    if ACCELERATORS[name].slices:
+        return _found("libtpu")
     return any(_found(f"jax_plugins.xla_cuda{version}") for version in (12, 13))
 
 
@@ -68,6 +117,35 @@ def h200s(count: int) -> np.ndarray:
         "h200", platform="cuda", target_config=H200, topology=f"1x1x{count}"
     )
     return np.array(topology.devices)
+
+
+def tpus(name: str, count: int) -> np.ndarray:
+    """Returns the chips of a slice of TPUs, for meshes and shardings.
+
+    Args:
+        name: "v5e", "v5p" or "v6e".
+        count: Chips, which the slices of `ACCELERATORS` have.
+    """
+    for variable, value in _LIBTPU.items():
+        os.environ.setdefault(variable, value)
+    arrangement = ACCELERATORS[name].slices[count]
+    # on one host there are four chips at least, unless it is said
+    alone = {"chips_per_host_bounds": (1, 1, 1)} if count == 1 else {}
+    topology = topologies.get_topology_desc(f"{name}:{arrangement}", platform="tpu", **alone)
+    return np.array(topology.devices)
+
+
+def compile_described(function, *arguments) -> jax.stages.Compiled:
+    """Returns the program that XLA makes of a jitted function for devices that are described.
+
+    Args:
+        function: The jitted function.
+        *arguments: Shapes with shardings over `h200s` or `tpus`.
+    """
+    device = next(iter(arguments[-1].sharding.device_set))
+    if device.platform == "tpu":
+        return function.lower(*arguments).compile()
+    return compile_for_h200(function, *arguments)
 
 
 def compile_for_h200(function, *arguments):
