@@ -280,7 +280,16 @@ class Reader:
     def labels(self) -> np.ndarray:
         return self.images.labels()
 
-    def or_none(self, index: int, choose: Choose | None = None):
+    def or_none(self, index: int, choose: Choose | None = None) -> tuple[Any, Label] | None:
+        """Returns an image, or the part of it that is chosen, and its label; None: it is skipped.
+
+        Args:
+            index: Number of the image.
+            choose: Function from height and width in pixels to the part; None takes the whole.
+
+        Raises:
+            Refused: It cannot be read, and is not to be skipped.
+        """
         try:
             return self.images.load(index, choose)
         except UnreadableImage as error:
