@@ -300,6 +300,8 @@ def _print(found, folder: Path | None) -> None:
     _print_sensitivities(lines, found)
     if found.indices is not None:
         _print_indices(lines, found)
+    for each in found.ablations:
+        _print_ablation(lines, each)
     answers = {"fidelity": found.fidelity, "fidelity_answers": FIDELITY_ANSWERS[found.fidelity]}
     print_error(lines, answers | found.expected_error.to_dict(), "base design: ")
     if found.front_validated is not None:
@@ -391,3 +393,19 @@ def _print_indices(lines, found) -> None:
         last = metric
     lines.print(table)
     lines.print(found.indices.about)
+
+
+def _print_ablation(lines, ablation) -> None:
+    """What one knob changes in the best design of an objective, at most `SHOWN` changes."""
+    from rich.table import Table
+
+    best = f"design {ablation.best.index}, the best by {ablation.objective}"
+    table = Table(title=f"Why is this design best? One knob changed in {best}")
+    for place, title in enumerate(ablation.titles):
+        middle = 3 <= place < len(ablation.titles) - 1
+        table.add_column(title, justify="right" if middle else "left")
+    for row in ablation.table()[:SHOWN]:
+        table.add_row(*row)
+    lines.print(table)
+    if (left_out := len(ablation.changes) - SHOWN) > 0:
+        lines.print(f"{left_out} further changes are in --json and --html.")

@@ -75,7 +75,9 @@ class Evaluator:
         further = (name for measure in self.measures for name in measure.names)
         return (*(name for name in found if name != "flagged"), *further)
 
-    def __call__(self, values: Float[np.ndarray, "n k"], first: int = 0) -> Points:
+    def __call__(
+        self, values: Float[np.ndarray, "n k"], first: int = 0, *, measured: bool = True
+    ) -> Points:
         """Returns designs with their metrics.
 
         A design is flagged if `evaluate` flags it or one of its metrics is not finite.
@@ -83,6 +85,8 @@ class Evaluator:
         Args:
             values: Knob values of the designs, `(n, k)`.
             first: Number of the first design in the run.
+            measured: Whether the designs have the metrics of the measures; if not, constraints on
+                those count as violated.
         """
         parts = []
         for start in range(0, len(values), self.rows):
@@ -91,11 +95,13 @@ class Evaluator:
             parts.append({name: np.asarray(each)[: len(part)] for name, each in found.items()})
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         code = _code(arrays, len(values))
-        for measure in self.measures:
+        for measure in self.measures if measured else ():
             further = _measure(measure, self.space.columns(values), code == 0)
             code = np.where(code == 0, _code(further, len(values)), code)
             arrays |= further
         known = self.space.columns(values) | {name: overall(each) for name, each in arrays.items()}
+        unknown = (name for measure in self.measures for name in measure.names)
+        known = dict.fromkeys(unknown, np.full(len(values), np.nan)) | known
         violation = np.where(code != 0, np.inf, self.space.violation(known))
         return Points(np.arange(first, first + len(values)), values, arrays, violation, code)
 

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 
 from neupims.envelope import ExpectedError
+from neupims.exploration.ablation import Ablation
 from neupims.exploration.designs import Design, EliteMap, make_designs, make_map, write_points
 from neupims.exploration.elites import AXES, CELLS, Axis, parse_axes
 from neupims.exploration.evaluation import Schedule, make_evaluate
@@ -71,6 +72,7 @@ class Exploration:
     sensitivity_of: str  # name of the metric
     sensitivities: dict[str, Sensitivity]  # by knob
     indices: Indices | None  # Sobol indices of all metrics; None if there are no rows for them
+    ablations: tuple[Ablation, ...]  # what one knob changes, of the best design of each objective
     expected_error: ExpectedError  # of a layer of the base design, or why none is known
     # Designs of the front whose knobs are inside of the envelope; None if the base design is not.
     front_validated: int | None
@@ -94,6 +96,7 @@ class Exploration:
             **self.expected_error.to_dict(),
             "fidelity_answers": FIDELITY_ANSWERS[self.fidelity],
             "sensitivities": {name: each._asdict() for name, each in self.sensitivities.items()},
+            "ablations": [asdict(each) for each in self.ablations],
             "indices": self.indices and self.indices.to_dict(),
         }
         return finite(found)
@@ -284,6 +287,7 @@ def explore(
         sensitivity_of=result.sensitivity_of,
         sensitivities=result.sensitivities,
         indices=result.indices,
+        ablations=result.ablations,
         expected_error=error,
         front_validated=count_validated(space, workloads, options, result.front.values)
         if error.percent

@@ -8,12 +8,13 @@ import numbers
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from neupims.exploration.ablation import Ablation, ablate
 from neupims.exploration.chunks import digest_code, open_chunks
 from neupims.exploration.elites import AXES, Axis, Elites, parse_axes
 from neupims.exploration.evaluator import Evaluate, Evaluator, Measure
@@ -60,6 +61,7 @@ class SpaceResult:
     sensitivity_of: str  # name of the metric
     elites: Elites | None  # the map of the method "map-elites"
     indices: Indices | None  # Sobol indices of all metrics; None if there are no rows for them
+    ablations: tuple[Ablation, ...]  # of the best design of each objective
 
 
 def explore_space(
@@ -142,7 +144,8 @@ def explore_space(
         "code": digest_code(),
     }
     with open_chunks(Path(folder) if folder is not None else None, identity) as store:
-        check_effects(space, evaluator)
+        compiled = partial(evaluator, measured=False)
+        check_effects(space, *([compiled, evaluator] if measures else [evaluator]))
         near = evaluator(neighbours(space))
         base = near.take(np.array([0]))
         ends = _reference(base, objectives, reference or {})
@@ -192,6 +195,7 @@ def explore_space(
         sensitivity_of=sensitivity_of,
         elites=elites,
         indices=indices,
+        ablations=ablate(space, merged, objectives, evaluator),
     )
 
 

@@ -43,7 +43,7 @@ def neighbours(space: Space) -> Float[np.ndarray, "m k"]:
     base = np.array([_nearest_value(knob, space.base[knob.name]) for knob in space.knobs])
     rows = [base]
     for column, knob in enumerate(space.knobs):
-        for value in _next_values(knob, base[column]):
+        for value in next_values(knob, base[column]):
             row = base.copy()
             row[column] = value
             rows.append(row)
@@ -56,7 +56,13 @@ def _nearest_value(knob: Knob, value: float) -> float:
     return float(np.clip(value, knob.low, knob.high))
 
 
-def _next_values(knob: Knob, value: float) -> tuple[float, float]:
+def next_values(knob: Knob, value: float) -> tuple[float, float]:
+    """Returns the next lower and the next higher value of a knob, as in `neighbours`.
+
+    Args:
+        knob: The knob.
+        value: One of its values; at an end of the range it is its own neighbour.
+    """
     if knob.values:
         ordered = sorted(knob.values)
         place = ordered.index(value)

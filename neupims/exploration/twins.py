@@ -1,6 +1,6 @@
 """Knobs that do not act: equal designs that differ only in them, and knobs without any effect."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 from jaxtyping import Float, Int
@@ -15,7 +15,7 @@ DESIGNS = 16  # in which each knob is changed alone
 LEVELS = 4  # values of a knob that are tried, ends included
 
 
-def check_effects(space: Space, evaluate: Evaluate) -> None:
+def check_effects(space: Space, *evaluations: Evaluate) -> None:
     """Raises if a knob changes neither a metric nor whether a design is possible.
 
     Each knob is changed alone, from the least to the greatest value, in some random designs of the
@@ -23,13 +23,28 @@ def check_effects(space: Space, evaluate: Evaluate) -> None:
 
     Args:
         space: The space.
-        evaluate: Returns designs with their metrics, given values of the knobs, `(n, k)`.
+        *evaluations: Each returns designs with their metrics, given values of the knobs, `(n, k)`.
+            Later ones take only those knobs that have no effect on earlier ones.
 
     Raises:
         ValueError: A knob has no effect; the sentence names it.
     """
+    idle = [column for column, knob in enumerate(space.knobs) if knob.count != 1]
+    for evaluate in evaluations:
+        idle = _find_idle(space, evaluate, idle)
+    if idle:
+        names = " and ".join(space.names[column] for column in idle)
+        raise ValueError(
+            f"{names} {'has' if len(idle) == 1 else 'have'} no effect in this space, neither on a"
+            " metric nor on what is possible: leave it out"
+        )
+
+
+def _find_idle(space: Space, evaluate: Evaluate, tried: Sequence[int]) -> list[int]:
+    """Those of the knobs that change nothing; none if no design of the sample is possible."""
+    if not tried:
+        return []
     designs = sample(space, "random", 0, DESIGNS)
-    tried = [column for column, knob in enumerate(space.knobs) if knob.count != 1]
     rows = [designs]
     for column in tried:
         for level in np.linspace(0, 1, LEVELS):
@@ -39,17 +54,12 @@ def check_effects(space: Space, evaluate: Evaluate) -> None:
     found = evaluate(np.concatenate(rows))
     results = _results(found).reshape(len(rows), DESIGNS, -1)
     if np.isinf(found.violation).all():
-        return
-    idle = [
-        space.names[column]
+        return []
+    return [
+        column
         for place, column in enumerate(tried)
         if _same(results[1 + LEVELS * place : 1 + LEVELS * (place + 1)], results[:1]).all()
     ]
-    if idle:
-        raise ValueError(
-            f"{' and '.join(idle)} {'has' if len(idle) == 1 else 'have'} no effect in this space,"
-            " neither on a metric nor on what is possible: leave it out"
-        )
 
 
 def merge_twins(

@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 
 from neupims.envelope import describe_error
+from neupims.exploration.ablation import Ablation
 from neupims.exploration.designs import EliteMap
 from neupims.exploration.explore import Exploration
 from neupims.exploration.pareto import in_plane
@@ -34,6 +35,7 @@ def write_exploration(path: str | Path, found: Exploration) -> None:
     sections += [_front_table(found), _sensitivity_table(found)]
     if found.indices is not None:
         sections.append(_indices_table(found, found.indices))
+    sections += [_ablation_table(each) for each in found.ablations]
     write_report(path, sections, title="Design space", facts=_facts(found))
 
 
@@ -129,6 +131,19 @@ def _indices_table(found: Exploration, indices: Indices) -> dict[str, Any]:
         "text": indices.about,
         "columns": list(COLUMNS),
         "rows": indices.table(each.name for each in found.objectives),
+    }
+
+
+def _ablation_table(ablation: Ablation) -> dict[str, Any]:
+    return {
+        "kind": "table",
+        "title": "Why is this design best?",
+        "text": (
+            f"Design {ablation.best.index} is the best by {ablation.objective}. Each row changes"
+            " one of its knobs: to the value of the given machine, or to the next one of the space."
+        ),
+        "columns": list(ablation.titles),
+        "rows": ablation.table(),
     }
 
 
