@@ -57,6 +57,37 @@ def test_transfers_are_found_in_loops_and_calls():
     assert sent == [128 * 7, 64 * 7 / 8, 20 * 3, 2 * 30 * 3 / 4]
 
 
+LOOP = """
+%less (x: (f32[2], u32[])) -> pred[] {
+  %four = u32[] constant(4)
+  %x = (f32[2]{0:T(128)}, /*index=1*/u32[]{:T(128)}) parameter(0)
+  %i = u32[] get-tuple-element(%x), index=1
+  ROOT %less.1 = pred[] compare(%i, %four), direction=DIRECTION
+}
+
+%pass (x: (f32[2], u32[])) -> (f32[2], u32[]) {
+  %two = u32[] constant(2)
+  %x = (f32[2]{0:T(128)}, /*index=1*/u32[]{:T(128)}) parameter(0)
+  %a = f32[2] get-tuple-element(%x), index=0
+  %i = u32[] get-tuple-element(%x), index=1
+  %p = f32[2] collective-permute(%a), channel_id=1
+  %j = u32[] add(%i, %two), metadata={op_name="x"}
+  ROOT %t = (f32[2]{0:T(128)}, /*index=1*/u32[]{:T(128)}) tuple(%p, /*index=1*/%j)
+}
+
+ENTRY %main (a: f32[2]) -> f32[2] {
+  %w = (f32[2], u32[]) while(%a), condition=%less, body=%pass, metadata={op_name="x"}
+}
+"""
+
+
+@pytest.mark.parametrize(("direction", "times"), [("LT", 2), ("NE", 1)])
+def test_a_loop_that_does_not_say_how_often_it_runs_is_counted(direction, times):
+    """0, 2 are less than 4; what ends otherwise counts once."""
+    (passed,) = find_transfers(LOOP.replace("DIRECTION", direction), 8)
+    assert (passed.times, passed.sent_bytes) == (times, 8 * times)
+
+
 def test_a_transfer_that_several_fusions_carry_counts_once():
     """Only those of a chain: other transfers may share a channel and are different."""
     found = [(each.kind, each.shapes) for each in find_transfers(CHAIN, 8)]

@@ -10,7 +10,7 @@ import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
@@ -59,8 +59,7 @@ def find_transfers(program: str, devices: int) -> list[Transfer]:
             if _is_new(line, chains):
                 found.extend(_transfers_of(line, devices, times))
             for called in re.findall(r"(?:calls|body|to_apply)=%?([\w.\-]+)", line):
-                loops = re.search(r'known_trip_count":\{"n":"(\d+)"', line)
-                visit(called, times * int(loops[1]) if loops else times)
+                visit(called, times * _runs(line, bodies))
 
     visit(entry, 1)
     return found
@@ -115,6 +114,56 @@ def _transfers_of(line: str, devices: int, times: int) -> Iterator[Transfer]:
         _group(line, devices),
         times,
     )
+
+
+def _runs(line: str, bodies: dict[str, str]) -> int:
+    """How often a line runs what it calls.
+
+    XLA for TPUs does not say how often a loop runs: it is counted where a number that starts at 0
+    grows by a constant while it is less than another constant.
+    """
+    if known := re.search(r'known_trip_count":\{"n":"(\d+)"', line):
+        return int(known[1])
+    loop = re.search(r" while\(.*condition=%?([\w.\-]+), body=%?([\w.\-]+)", line)
+    if loop is None:
+        return 1
+    condition, body = (_instructions(bodies.get(name, "")) for name in loop.groups())
+    for compare in condition.values():
+        if compare.kind != "compare" or "direction=LT" not in compare.rest:
+            continue
+        counter, end = compare.operands
+        place = re.search(r"index=(\d+)", condition[counter].rest)
+        if place is None or (last := _constant(condition, end)) is None:
+            continue
+        results = next(each.operands for each in body.values() if each.root)
+        steps = [_constant(body, name) for name in body[results[int(place[1])]].operands]
+        if step := next((step for step in steps if step), None):
+            return -(-last // step)
+    return 1
+
+
+class _Instruction(NamedTuple):
+    kind: str
+    operands: list[str]
+    rest: str  # the text from its operands on
+    root: bool  # whether it is the result of its computation
+
+
+def _instructions(body: str) -> dict[str, _Instruction]:
+    found = {}
+    for line in body.splitlines():
+        match = re.match(r"\s*(ROOT )?%?([\w.\-]+) = (?:\(.*?\)|\S+) ([\w\-]+)\((.*)", line)
+        if match is not None:
+            root, name, kind, rest = match.groups()
+            operands = re.findall(r"%([\w.\-]+)", rest.partition(")")[0])
+            found[name] = _Instruction(kind, operands, rest, root is not None)
+    return found
+
+
+def _constant(instructions: dict[str, _Instruction], name: str) -> int | None:
+    instruction = instructions[name]
+    number = re.match(r"(\d+)\)", instruction.rest)
+    return int(number[1]) if instruction.kind == "constant" and number else None
 
 
 def _is_new(line: str, chains: set[str]) -> bool:
