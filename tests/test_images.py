@@ -11,7 +11,7 @@ import pytest
 import sklearn.datasets
 from PIL import Image
 
-from ggem_jax.files.crops import Part
+from ggem_jax.files.crops import Part, centre_size, cut_centre
 from ggem_jax.files.fast import decode_jpeg
 from ggem_jax.files.images import (
     UnreadableImage,
@@ -101,6 +101,17 @@ def test_centre_crop_cuts_the_middle_square():
         centre_crop(image, 20, zoom=2.0), centre_crop(image, 40)[10:30, 10:30]
     )
     assert centre_crop(np.zeros((1, 500, 3), np.uint8), 8).shape == (8, 8, 3)
+
+
+def test_sides_are_rounded_and_squares_cut_as_in_torchvision():
+    """Its `Resize` takes int(shorter * long / short), its `CenterCrop` round((length - side) / 2)
+    from the top and the left.
+    """
+    assert centre_size(375, 500, 224, zoom=1.143) == (256, 341)  # 341.3
+    assert centre_size(31, 20, 16) == (24, 16)  # 24.8
+    image = np.arange(11, dtype=np.uint8)[:, None, None] * np.ones((1, 8, 3), np.uint8)
+    for side, top in ((8, 2), (9, 1), (10, 0), (11, 0), (4, 4)):  # halves to even: 1.5, 1, 0.5, 3.5
+        assert cut_centre(np.repeat(image, 2, 1), side)[0, 0, 0] == top
 
 
 def test_resizing_to_the_same_size_copies_nothing():

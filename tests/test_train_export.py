@@ -11,11 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from PIL import Image
 
 from ggem_jax.files.preprocessing import Preprocessing
 from ggem_jax.models.vit import MAP, GGeM, ViT, ViTConfig
 from ggem_jax.pooling import avg_pool, cls_pool
-from ggem_jax.weights.export import export_vit
+from ggem_jax.weights.export import add_timm_facts, export_vit
 from ggem_jax.weights.inference import make_infer
 from ggem_jax.weights.load import LoadedViT, load_vit
 from tests.conftest import ROOT, draw_variables, one_line
@@ -25,6 +26,7 @@ SMALL = ViTConfig(patch=4, width=16, depth=1, heads=2, mlp_width=32, image=8)
 HOW = Preprocessing(8, "centre", 1.25, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
 RNG = np.random.default_rng(0)
 GGEM = GGeM(groups=4)
+SIDES = ((8, 8), (21, 30), (33, 14), (9, 17))  # of images, whose resized sides are odd and even
 PIXELS = RNG.integers(0, 256, (3, 8, 8, 3), np.uint8)
 
 # What another program does, which knows neither this package nor Flax.
@@ -46,9 +48,9 @@ np.savez(out, **outputs)
 """
 
 
-def trained(pooling=GGEM, *, classes=3, dim=0) -> LoadedViT:
+def trained(pooling=GGEM, *, classes=3, dim=0, config=SMALL) -> LoadedViT:
     """A network as a run gives it, with random parameters."""
-    model = ViT(SMALL, pooling, classes)
+    model = ViT(config, pooling, classes)
     variables = draw_variables(model, jnp.ones((1, 8, 8, 3)))
     projection = None
     if dim:
@@ -136,6 +138,63 @@ def test_timm_gets_the_projection_as_its_head_and_the_classes(tmp_path, capsys):
     logits = again.model.apply(again.variables, images.astype(np.float32)).logits
     unit = logits / np.linalg.norm(logits, axis=1, keepdims=True)
     np.testing.assert_allclose(unit, answers(embedder)["descriptor"], atol=1e-5)
+
+
+def test_timm_resizes_to_the_same_sides():
+    """It divides the side by the share and rounds down; at 1.15 that is 257.6, and 258 here."""
+    for side in (8, 224, 256, 384):
+        for zoom in np.linspace(1, 2, 101):
+            how = dataclasses.replace(HOW, side=side, zoom=float(zoom))
+            settings = {"pretrained_cfg": {}}
+            add_timm_facts(settings, dataclasses.replace(trained(cls_pool), preprocessing=how))
+            assert int(side / settings["pretrained_cfg"]["crop_pct"]) == how.size(side, side)[0]
+
+
+# network, pooling, outputs of the head, or of the projection
+OF_TIMM = {
+    "average": (SMALL, avg_pool, 3, 0),
+    "class token, projection": (SMALL, cls_pool, 0, 5),
+    "attention, projection": (dataclasses.replace(SMALL, class_token=False), MAP(), 0, 5),
+    "sines": (dataclasses.replace(SMALL, class_token=False, position="sincos"), avg_pool, 3, 0),
+    "registers, SwiGLU": (
+        *(dataclasses.replace(SMALL, registers=2, layer_scale=0.1, mlp="swiglu"), avg_pool, 3, 0),
+    ),
+    "rotations": (
+        dataclasses.replace(
+            SMALL,
+            position="rope",
+            registers=2,
+            layer_scale=0.1,
+            norm_eps=1e-5,
+            rope_dtype="float32",
+        ),
+        *(cls_pool, 3, 0),
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore")  # of timm and PyTorch
+@pytest.mark.parametrize("name", OF_TIMM)
+def test_timm_answers_as_the_run_does(name, tmp_path):
+    timm = pytest.importorskip("timm")
+    torch = pytest.importorskip("torch")
+    config, pooling, classes, dim = OF_TIMM[name]
+    loaded = trained(pooling, classes=classes, dim=dim, config=config)
+    run = as_folder(loaded, tmp_path / "run")
+    export.main([str(run), str(tmp_path / "out"), "--to", "timm"])
+    network = timm.create_model(f"local-dir:{tmp_path / 'out'}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=network))
+    images = [RNG.integers(0, 256, (height, width, 3), np.uint8) for height, width in SIDES]
+    with torch.no_grad():
+        inputs = torch.stack([transform(Image.fromarray(image)) for image in images])
+        outputs = network(inputs).numpy()
+    infer, variables = make_infer(loaded)
+    want = jax.device_get(infer(variables, np.stack([HOW.square(image) for image in images])))
+    if dim:
+        unit = outputs / np.linalg.norm(outputs, axis=1, keepdims=True)
+        np.testing.assert_allclose(unit, want["descriptor"], atol=1e-5)
+    else:
+        np.testing.assert_allclose(jax.nn.softmax(outputs), want["probability"], atol=1e-5)
 
 
 def test_what_cannot_be_written_is_one_sentence_and_leaves_nothing(tmp_path, capsys):

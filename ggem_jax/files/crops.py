@@ -46,17 +46,19 @@ def centre_part(height: int, width: int, side: int, *, zoom: float = 1.0) -> Par
 def centre_size(height: int, width: int, side: int, *, zoom: float = 1.0) -> tuple[int, int]:
     """Returns the height and width that a centre crop resizes an image to.
 
+    The longer side is rounded down, as torchvision's `Resize` does.
+
     Args:
         height, width: Sides of the image, pixels.
         side: Side of the square, pixels.
         zoom: As in `ggem_jax.files.images.centre_crop`.
     """
-    scale = max(round(zoom * side), side) / min(height, width)
-    return max(round(height * scale), side), max(round(width * scale), side)
+    shorter = max(round(zoom * side), side)
+    return shorter * height // min(height, width), shorter * width // min(height, width)
 
 
 def cut_centre(image: RGB, side: int) -> RGB:
-    """Returns the centre square of an image, a view.
+    """Returns the centre square of an image, a view, cut where torchvision's `CenterCrop` cuts.
 
     Args:
         image: The image, `(h, w, 3)` uint8, with sides of at least `side` pixels.
@@ -65,5 +67,5 @@ def cut_centre(image: RGB, side: int) -> RGB:
     Returns:
         The square, `(side, side, 3)` uint8.
     """
-    top, left = (image.shape[0] - side) // 2, (image.shape[1] - side) // 2
+    top, left = (round((length - side) / 2) for length in image.shape[:2])
     return image[top : top + side, left : left + side]

@@ -13,6 +13,7 @@ import contextlib
 import dataclasses
 import inspect
 import json
+import math
 import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -115,7 +116,7 @@ def export_vit(
         convert = to_timm_model if to == "timm" else to_hugging_face
         arrays, settings = convert(plain)
         if to == "timm" and isinstance(vit, LoadedViT):
-            _add_facts(settings, vit)
+            add_timm_facts(settings, vit)
         files["config.json"] = settings
         if to == "hf" or plain.normalised is None:  # what is there would count, and be wrong
             files["preprocessor_config.json"] = preprocessor(plain) if to == "hf" else None
@@ -242,14 +243,26 @@ def _plain(vit: PublishedViT | LoadedViT) -> PublishedViT:
     )
 
 
-def _add_facts(settings: dict[str, Any], vit: LoadedViT) -> None:
-    """Adds what timm's `config.json` can say of a training run: classes, and how images are cut."""
+def add_timm_facts(settings: dict[str, Any], vit: LoadedViT) -> None:
+    """Adds what timm's `config.json` can say of a training run: classes, and how images are cut.
+
+    Args:
+        settings: The contents of the file, which has `pretrained_cfg`.
+        vit: The network of the run.
+    """
     if vit.classes is not None:
         settings["label_names"] = list(vit.classes)
     if vit.preprocessing is not None:
-        mode = {"centre": "center", "squash": "squash"}[vit.preprocessing.crop]
-        zoom = vit.preprocessing.zoom if mode == "center" else 1.0
-        settings["pretrained_cfg"] |= {"crop_mode": mode, "crop_pct": 1 / zoom}
+        how = vit.preprocessing
+        mode = {"centre": "center", "squash": "squash"}[how.crop]
+        share = _crop_share(how.side, how.size(how.side, how.side)[0])
+        settings["pretrained_cfg"] |= {"crop_mode": mode, "crop_pct": share}
+
+
+def _crop_share(side: int, shorter: int) -> float:
+    """The share by which timm divides the side, and rounds down, to resize the shorter side."""
+    share = side / shorter
+    return share if side / share >= shorter else math.nextafter(share, 0)
 
 
 def _pooling(model: ViT) -> Trained:
