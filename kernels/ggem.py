@@ -25,6 +25,7 @@ from .powers import (
     rounding_factor,
     scale_of,
     slopes,
+    sum_rows,
 )
 from .tiles import gradient_tile, pool_tile
 
@@ -313,7 +314,7 @@ def gradient_kernel(
         )  # fmt: skip
         tl.store(by_tokens + n * D + channel, by_x, mask=(n < N) & (channel < D))
     SUMS: tl.constexpr = 2 if HAS_OFFSET else 1
-    by_p = by_y * (size / exponent) * (tl.sum(sums * whole, 0) * (0.6931471805599453 / kept))
+    by_p = by_y * (size / exponent) * (sum_rows(sums * whole, FAST) * (0.6931471805599453 / kept))
     tl.store(by_parameters + row * SUMS * D + c, clip_slopes(by_p, MOST, NEGATIVES), mask=c < D)
     if HAS_OFFSET:
-        tl.store(by_parameters + (row * SUMS + 1) * D + c, -tl.sum(drift, 0), mask=c < D)
+        tl.store(by_parameters + (row * SUMS + 1) * D + c, -sum_rows(drift, FAST), mask=c < D)

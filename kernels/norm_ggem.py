@@ -26,6 +26,7 @@ from .powers import (
     rounding_factor,
     slopes,
     sum_channels,
+    sum_rows,
 )
 from .tiles import NormTile, norm_gradient_tile, norm_pool_tile
 
@@ -226,9 +227,7 @@ def _pool_step(
             far = xs[k * PIECES + q] - mean[:, None]
             if not EXACT:
                 far = tl.where(q * CHANNELS + c < D, far, 0.0)
-            # Rounded where a lane may have one channel: it would fuse its own square, and not the
-            # other lanes', with the sum over lanes, and they would not agree on the deviation.
-            square += rounded_product(far, far, FAST) if CHANNELS <= 64 else far * far
+            square += far * far
             fars = fars + (far,)
         means, squares = means + (mean,), squares + (square,)
     variances = sum_channels(squares, FAST)
@@ -489,9 +488,9 @@ def norm_gradient_kernel(
     by_parameters += (row * SPLITS + split) * 3 * D
     for q in tl.static_range(PIECES):
         channel = q * CHANNELS + tl.arange(0, CHANNELS)
-        by_p = tl.sum(sums[q] * (factors[q] * (tl.abs(roots[q]) / exponents[q])), 0)
+        by_p = sum_rows(sums[q] * (factors[q] * (tl.abs(roots[q]) / exponents[q])), FAST)
         by_p *= 0.6931471805599453  # log(2)
         by_p = clip_slopes(by_p, MOST, NEGATIVES)
         tl.store(by_parameters + channel, by_p, mask=channel < D)
-        tl.store(by_parameters + D + channel, tl.sum(by_scale[q], 0), mask=channel < D)
-        tl.store(by_parameters + 2 * D + channel, tl.sum(by_bias[q], 0), mask=channel < D)
+        tl.store(by_parameters + D + channel, sum_rows(by_scale[q], FAST), mask=channel < D)
+        tl.store(by_parameters + 2 * D + channel, sum_rows(by_bias[q], FAST), mask=channel < D)

@@ -128,21 +128,47 @@ def rounded_product(x, y, FAST: tl.constexpr):
 
 
 @triton.jit
+def _add(x, y):
+    """x + y, which no compiler fuses with a product.
+
+    Of two threads that exchange products, each would keep its own unrounded, and their sums differ.
+    """
+    return tl.inline_asm_elementwise(
+        "add.rn.f32 $0, $1, $2;", "=f,f,f", [x, y], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
 def _add_2(a, b, c, d):
-    return a + c, b + d
+    return _add(a, c), _add(b, d)
 
 
 @triton.jit
 def _add_4(a0, a1, a2, a3, b0, b1, b2, b3):
-    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
+    return _add(a0, b0), _add(a1, b1), _add(a2, b2), _add(a3, b3)
+
+
+@triton.jit
+def sum_rows(tile, FAST: tl.constexpr):
+    """Returns the sum over the rows, `(channels,)`, of which all threads get the same bits.
+
+    Args:
+        tile: Tile `(rows, channels)` in float32.
+        FAST: Whether the code runs on a GPU.
+    """
+    if FAST:
+        return tl.reduce(tile, 0, _add)
+    else:
+        return tl.sum(tile, 0)
 
 
 @triton.jit
 def sum_channels(tiles, FAST: tl.constexpr):
     """Returns the sum of each tile over its channels, as a tuple of `(rows,)`.
 
-    On a GPU, pairs or fours of tiles are reduced together, so that their exchanges between threads
-    overlap and share barriers. Triton's interpreter would take an element at a time for that.
+    All threads get the same bits. On a GPU, pairs or fours of tiles are reduced together, so that
+    their exchanges between threads overlap and share barriers. Triton's interpreter would take an
+    element at a time for that.
 
     Args:
         tiles: Tuple of tiles `(rows, channels)` in float32.
@@ -158,7 +184,7 @@ def sum_channels(tiles, FAST: tl.constexpr):
     else:
         sums = ()
         for k in tl.static_range(len(tiles)):
-            sums = sums + (tl.sum(tiles[k], 1),)
+            sums = sums + (tl.reduce(tiles[k], 1, _add) if FAST else tl.sum(tiles[k], 1),)
         return sums
 
 
@@ -398,7 +424,7 @@ def join_rows(level, total, p, FAST: tl.constexpr):
         FAST: Whether to use the special function unit.
     """
     top = tl.max(level, 0)
-    return top, tl.sum(total * exp2(p * (level - top[None, :]), FAST), 0)
+    return top, sum_rows(total * exp2(p * (level - top[None, :]), FAST), FAST)
 
 
 @triton.jit

@@ -15,7 +15,7 @@ from jax import Array
 from jax import ShapeDtypeStruct as Shape
 
 from .launch import call
-from .powers import LEAST, at_least, exp2, log2
+from .powers import LEAST, at_least, exp2, log2, sum_rows
 from .tiles import regional_tile
 
 
@@ -143,7 +143,7 @@ def regional_kernel(
             x = at_least(x.to(tl.float32), 0.0) * inverse
             mixed = at_least(0.5 * local + 0.5 * x, EPS * inverse)
             total += tl.where(here, exp2(P * log2(mixed, FAST), FAST), 0.0)
-    mean = tl.sum(total, 0) * (1.0 / (H * W))
+    mean = sum_rows(total, FAST) * (1.0 / (H * W))
     root = tl.reshape(top, (CHANNELS,)) * tl.exp2(tl.log2(at_least(mean, LEAST)) * (1.0 / P))
     channel = (block % tl.cdiv(D, CHANNELS)) * CHANNELS + tl.arange(0, CHANNELS)
     tl.store(pooled + image * D + channel, root, mask=channel < D)

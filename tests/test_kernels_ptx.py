@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from ptx.arithmetic import LARGEST_ERRORS, drawn
+from ptx.arithmetic import LARGEST_ERRORS, TYPES, compute, drawn, no_error
 from ptx.code import PtxError, parse
 from ptx.simulate import simulated
 
@@ -33,6 +33,10 @@ CASES = {
     ),
     "ggem, float32, near the largest number": ("ggem", ODD, "float32", 3.0, {"size": 1e38}),
     "ggem, one token of one channel": ("ggem", (2, 1, 1, 1), "bfloat16", 3.0, {}),
+    "ggem, float32, two tokens": ("ggem", (2, 2, 128, 4), "float32", 3.0, {}),
+    "ggem, float32, few channels, shift": (
+        "ggem", (2, 33, 20, 4), "float32", 3.0, {"negatives": "shift"},
+    ),
     "norm, float32": ("norm_ggem", ODD, "float32", 1000.0, {}),
     "norm, bfloat16, masked": ("norm_ggem", WIDE, "bfloat16", 3.0, {"masked": True}),
     "norm, float16, signed": ("norm_ggem", ODD, "float16", 3.0, {"negatives": "signed"}),
@@ -99,6 +103,9 @@ FAULTS = {
     "a load without its mask": (r"@%p\d+ ld\.global", "ld.global", "outside of the inputs"),
     "a store two channels further on": (
         r"(st\.global\S* \[ %rd\d+ \+ )0", r"\g<1>4", "outside of the outputs|never written",
+    ),
+    "one place for the numbers of all threads": (
+        r"(st\.shared\S*\s+\[)%r\d+", r"\g<1>global_smem", "different values to one place",
     ),
     "an unknown instruction": (r"lg2\.approx", "lg2.exact", "unknown instruction lg2.exact"),
 }  # fmt: skip
@@ -192,6 +199,20 @@ def test_tolerances_are_narrow_enough_for_wrong_kernels(name):
 def test_what_the_interpreter_cannot_parse_is_named():
     with pytest.raises(PtxError, match="no entry point"):
         parse(".version 8.8")
+
+
+@pytest.mark.parametrize(("kind", "want"), [("u32", 1), ("s32", -1), ("s64", -1)])
+def test_extracted_bits_have_a_sign_where_the_type_has(kind, want):
+    operands = {1: 0b1000000, 2: 6, 3: 1}  # one bit from bit 6 on
+    found = compute(
+        ("bfe", kind), 4, lambda i, as_kind: np.array([operands[i]], TYPES[as_kind]), no_error
+    )
+    assert found == want
+
+
+def test_a_part_of_a_name_that_the_interpreter_does_not_know_is_named():
+    with pytest.raises(PtxError, match=r"unknown instruction add\.sat\.s32"):
+        compute(("add", "sat", "s32"), 3, lambda i, kind: np.array([1], TYPES[kind]), no_error)
 
 
 def test_one_image_gives_the_same_bits_among_many():

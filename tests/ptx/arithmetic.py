@@ -69,6 +69,8 @@ def compute(opcode: tuple[str, ...], count: int, read: Read, error: Error) -> np
         error: Errors of the approximate instructions.
     """
     head, kind = opcode[0], opcode[-1]
+    if not _KNOWN.issuperset(opcode[1:]):  # a saturated sum would be computed as another one
+        raise PtxError(f"unknown instruction {'.'.join(opcode)}")
     with np.errstate(all="ignore"):
         match head:
             case "cvt":
@@ -82,7 +84,7 @@ def compute(opcode: tuple[str, ...], count: int, read: Read, error: Error) -> np
             case "shl" | "shr":
                 return _shift(head, read(1, kind), read(2, "u32"))
             case "bfe":
-                return (read(1, kind) >> read(2, "u32")) & ((1 << read(3, "u32")) - 1)
+                return _extract(read(1, kind), read(2, "u32"), read(3, "u32"))
             case "prmt":
                 return _permute(*(read(i, "b32") for i in (1, 2, 3)))
         if PAIRS.get(kind, kind) in FLOATS:
@@ -118,6 +120,12 @@ _COMPARISONS: dict[str, Callable[..., np.ndarray]] = {
     "eq": np.equal,
     "ne": np.not_equal,
 }
+
+# Parts of names that are taken into account, or change nothing.
+_KNOWN = {
+    *TYPES, *PAIRS, "rn", "rzi", "approx", "full", "ftz", "NaN", "xorsign", "abs", "wide", "lo",
+    "hi", *_COMPARISONS, *(f"{name}u" for name in _COMPARISONS), "num", "nan",
+}  # fmt: skip
 
 
 def _compare(opcode, x, y):
@@ -165,6 +173,15 @@ def _shift(head, x, by):
         return np.where(by < bits, x << near, x.dtype.type(0))
     signed = np.issubdtype(x.dtype, np.signedinteger)
     return x >> near if signed else np.where(by < bits, x >> near, x.dtype.type(0))
+
+
+def _extract(x, first, length):
+    """Bits `first` to `first + length - 1`. The last one is the sign where the type has signs."""
+    bits = 8 * x.dtype.itemsize
+    if np.any((length < 1) | (first + length > bits)):
+        raise PtxError(f"bits to extract are not all among {bits}")
+    above = (bits - first - length).astype(x.dtype)
+    return x << above >> (bits - length).astype(x.dtype)
 
 
 def _permute(x, y, selection):

@@ -8,6 +8,7 @@ from ptx.code import PtxError
 _GUARD = 4096  # bytes around every array, which nobody may touch
 _BASE = 1 << 40  # address of the first one
 _INPUT, _OUTPUT = 1, 2
+_TWO_VALUES = "two threads write different values to one place"  # a GPU keeps either of them
 
 
 class GlobalMemory:
@@ -61,7 +62,7 @@ class GlobalMemory:
                 raise PtxError("an output is written twice, with different values")
             memory[first + k] = value
             if np.any(memory[first + k] != value):
-                raise PtxError("two threads write different values to one place")
+                raise PtxError(_TWO_VALUES)
             done[first + k] = np.frombuffer(b"\1" * dtype.itemsize, dtype)[0]
 
     def _offsets(self, address, size, kind):
@@ -85,14 +86,9 @@ class SharedMemory:
     Args:
         programs: Number of programs; each has its own.
         size: Bytes of each.
-
-    Attributes:
-        disputed: How many numbers threads wrote to a place where another thread wrote another one
-            in the same instruction. A GPU keeps one of them; which one is not defined.
     """
 
     def __init__(self, programs: int, size: int):
-        self.disputed = 0
         words = -(-size // 16) * 4
         self._size = size
         self._bytes = np.zeros((programs, 4 * words), np.uint8)
@@ -131,7 +127,8 @@ class SharedMemory:
         memory = self._bytes.view(values[0].dtype)
         for k, value in enumerate(values):
             memory[programs, address // size + k] = value
-            self.disputed += int(np.sum(memory[programs, address // size + k] != value))
+            if np.any(memory[programs, address // size + k] != value):
+                raise PtxError(_TWO_VALUES)
 
     def _check(self, address, size):
         if np.any(address % size):

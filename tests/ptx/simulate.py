@@ -41,7 +41,6 @@ class Run:
     capability: int
     programs: int
     instructions: int  # of its longest program
-    disputed: int  # numbers in shared memory that two threads wrote differently
 
 
 @contextlib.contextmanager
@@ -74,14 +73,13 @@ def simulated(
             memory = GlobalMemory([np.asarray(a) for a in arrays], outputs)
             code = _parsed(edit(text))
             step = max(_MOST_THREADS // code.threads, 1)
-            instructions = disputed = 0
+            instructions = 0
             for first in range(0, math.prod(grid), step):
                 programs = np.arange(first, min(first + step, math.prod(grid)))
                 machine = Machine(code, memory, programs, shared, error)
                 machine.run()
                 instructions = max(instructions, machine.executed.total())
-                disputed += machine.shared.disputed
-            runs.append(Run(code.name, capability, math.prod(grid), instructions, disputed))
+            runs.append(Run(code.name, capability, math.prod(grid), instructions))
             return tuple(memory.results())
 
         return list(
