@@ -110,10 +110,12 @@ _ggem, _norm_ggem, _superglobal = (
 # What to compile, by name: functions of one array that launch the kernels.
 KERNELS: dict[str, Callable] = {
     "ggem": _value_and_gradient(_ggem, 0),
+    "ggem skip": _value_and_gradient(partial(_ggem, skip=1), 0),
     "ggem masked": _value_and_gradient(_with_mask(_ggem), 0),
     "ggem shift": _value_and_gradient(partial(_ggem, negatives="shift"), 0),
     "ggem signed": _value_and_gradient(partial(_ggem, negatives="signed"), 0),
     "norm_ggem": _value_and_gradient(_norm_ggem, 2),
+    "norm_ggem skip": _value_and_gradient(partial(_norm_ggem, skip=1), 2),
     "norm_ggem masked": _value_and_gradient(_with_mask(_norm_ggem), 2),
     "norm_ggem signed": _value_and_gradient(partial(_norm_ggem, negatives="signed"), 2),
     "superglobal": _superglobal,
