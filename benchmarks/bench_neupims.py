@@ -9,10 +9,11 @@ page bytes, products of a command, tFAW, tRCD, arrays and clock. The evaluator o
 them in chunks, on all devices (each core of a CPU is one), and copies the results back.
 
 The rows have one schedule for all designs, or another one for each; both fidelities; 10^2 to 10^6
-designs, with the largest memory of this process. The comparison calls the same function, compiled
-for one design, in a Python loop, and copies each result back. Seconds are the least of the rounds,
-because other work on the machine only adds to them. Designs per second of CPU time are given too,
-which other work affects less. Rows go to benchmarks/results/neupims_speed.csv.
+designs (10^7 with --designs), with the largest memory of this process. The comparison calls the
+same function, compiled for one design, in a Python loop, and copies each result back. Seconds are
+the least of the rounds, because other work on the machine only adds to them. Designs per second of
+CPU time are given too, which other work affects less. Rows go to
+benchmarks/results/neupims_speed.csv.
 """
 
 import argparse
@@ -52,6 +53,7 @@ KNOBS = {
     "npu.clock_hz": {"low": 0.7e9, "high": 1.5e9},
 }
 SPACE = make_space(KNOBS)
+MOST_COMPARED = 1_000_000  # designs whose tilings are compared: more would fill the memory
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -70,12 +72,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--looped", type=int, default=200, help="designs of the Python loop")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--fidelity", nargs="+", default=["simulator", "intended"])
+    parser.add_argument("--schedule", nargs="+", default=["one", "each"], choices=("one", "each"))
     options = parser.parse_args(argv)
     jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
     block = options.block or (BLOCK if jax.default_backend() == "cpu" else options.chunk)
     batch = chat_batch(options.requests)
     for fidelity in options.fidelity:
-        for schedule in ("one", "each"):
+        for schedule in options.schedule:
             design = metrics_of(batch, schedule, fidelity)
             looped = loop_seconds(design, options.looped, options.rounds) / options.looped
             for count in options.designs:
@@ -180,7 +183,8 @@ class Measured(NamedTuple):
     seconds: float  # the least of the rounds
     cpu_seconds: float  # CPU time of this process on all cores; the least of the rounds
     peak: int  # largest anonymous memory in any round, in bytes
-    distinct: int  # designs that differ in the knobs that set the number of tiles
+    # Designs that differ in the knobs that set the number of tiles, of the first MOST_COMPARED.
+    distinct: int
 
 
 def evaluation_seconds(design, count: int, chunk: int, block: int, rounds: int) -> Measured:
@@ -191,14 +195,14 @@ def evaluation_seconds(design, count: int, chunk: int, block: int, rounds: int) 
         count: Number of designs.
         chunk: Designs in one call, at most.
         block: Designs side by side on one device.
-        rounds: Rounds that are kept; the first one, which compiles, comes on top.
+        rounds: Rounds that are kept; one chunk, which compiles, comes on top.
     """
     evaluator = Evaluator(SPACE, lambda columns: map_blocks(design, columns, block), chunk)
     seconds, worked, peak = [], [], 0
-    for _ in range(rounds + 1):
+    for number in range(rounds + 1):
         spent = busy = 0.0
         with Watched() as memory:
-            for start in range(0, count, evaluator.rows):
+            for start in range(0, count if number else 1, evaluator.rows):
                 part = columns_of(min(evaluator.rows, count - start), start)
                 full = {
                     name: np.pad(each, (0, evaluator.rows - len(each)), mode="edge")
@@ -213,7 +217,8 @@ def evaluation_seconds(design, count: int, chunk: int, block: int, rounds: int) 
         seconds.append(spent)
         worked.append(busy)
         peak = max(peak, memory.peak)
-    tiling = sample(SPACE, "random", 0, count)[:, : list(KNOBS).index("hbm.tfaw_cycles")]
+    tiling = sample(SPACE, "random", 0, min(count, MOST_COMPARED))
+    tiling = tiling[:, : list(KNOBS).index("hbm.tfaw_cycles")]
     distinct = len(np.unique(tiling, axis=0))
     return Measured(min(seconds[1:]), min(worked[1:]), peak, distinct)
 

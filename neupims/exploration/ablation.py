@@ -64,7 +64,7 @@ class Ablation:
                 each.knob,
                 f"{each.before:.4g} -> {each.after:.4g}",
                 each.kind,
-                *(f"{100 * (each.ratios[name] - 1):+.2f}" if each.ratios else "" for name in shown),
+                *(_percent(each.ratios.get(name, np.nan)) for name in shown),
                 each.fault,
             )
             for each in self.changes
@@ -156,3 +156,8 @@ def _fault(space: Space, design: Design, code: int) -> str:
     }
     broken = [each.text for each in space.constraints if each.violation(known)[0] > 0]
     return f"violates {' and '.join(broken)}" if broken else ""
+
+
+def _percent(ratio: float) -> str:
+    """What a ratio is above or below 1; "" where there is none."""
+    return f"{100 * (ratio - 1):+.2f}" if np.isfinite(ratio) else ""
