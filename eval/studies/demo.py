@@ -1,8 +1,8 @@
-"""Trains one small ViT per pooling and seed on handwritten digits and compares them.
+"""Trains one small ViT per pooling and seed, on handwritten digits or other images; compares them.
 
-    python -m eval.studies.demo [--out DIR]
+    python -m eval.studies.demo [--config NAME] [--poolings NAME ...] [--out DIR]
 
-The trainings are those of `python -m train.classify --config digits`, each in its own folder under
+The trainings are those of `python -m train.classify --config NAME`, each in its own folder under
 `--out`; an interrupted demo resumes. It prints a table and writes `report.html`, one page that
 needs no other file.
 """
@@ -39,8 +39,10 @@ POOLINGS = {
 
 @dataclass(frozen=True)
 class Demo:
-    """Trains one small ViT per pooling and seed on handwritten digits and compares them."""
+    """Trains one small ViT per pooling and seed and compares them."""
 
+    config: str = "digits"  # settings of the trainings: --config of train.classify
+    poolings: tuple[str, ...] = tuple(POOLINGS)  # which to compare; the last one with all others
     out: Path = Path("runs/demo")  # folder of the trainings and the report
     seeds: int = 5  # trainings of each pooling
     epochs: float | None = None  # epochs of each training; None: those of the config
@@ -52,11 +54,12 @@ def main(argv: list[str] | None = None) -> None:
         demo = parse(Demo, argv, "eval.studies.demo", default=Demo())
         if demo.seeds < 2:
             raise Refused(f"--seeds must be at least 2 to give intervals, it is {demo.seeds}")
+        check_poolings(demo.poolings)
         started = time.perf_counter()
         arms = compare(demo)
         seconds = time.perf_counter() - started
         show(arms)
-        config = make_config(demo, "ggem", 0)
+        config = make_config(demo, demo.poolings[-1], 0)
         facts = {
             "trained": (
                 f"{len(arms)} poolings x {demo.seeds} seeds, {config.epochs:g} epochs each, in"
@@ -76,12 +79,30 @@ def main(argv: list[str] | None = None) -> None:
             "date": time.strftime("%Y-%m-%d"),
         }
         _, images = open_data(config.data)
-        report = write_report(demo.out / "report.html", arms, images, facts)
+        report = write_report(
+            demo.out / "report.html", arms, images, {"settings": demo.config} | facts
+        )
         print(
             f"\n{seconds:.0f} s. Report with curves, learned exponents and sample predictions:"
             f" {report}"
         )
         print(say_next_steps(demo))
+
+
+def check_poolings(poolings: tuple[str, ...]) -> None:
+    """Raises `Refused` for poolings that cannot be compared.
+
+    Args:
+        poolings: Their flags.
+
+    Raises:
+        Refused: A pooling is unknown or there twice, or there are fewer than two.
+    """
+    unknown = [each for each in poolings if each not in POOLINGS]
+    if unknown:
+        raise Refused(f"--poolings must be among {', '.join(POOLINGS)}, not {', '.join(unknown)}")
+    if len(set(poolings)) < max(len(poolings), 2):
+        raise Refused(f"--poolings must be two or more different ones, not {' '.join(poolings)}")
 
 
 def make_config(demo: Demo, pool: str, seed: int) -> Config:
@@ -93,7 +114,16 @@ def make_config(demo: Demo, pool: str, seed: int) -> Config:
         seed: Seed of the training.
     """
     folder = demo.out / f"{pool}-{seed}"
-    flags = ["--config", "digits", "--pool.kind", pool, "--seed", str(seed), "--out", str(folder)]
+    flags = [
+        "--config",
+        demo.config,
+        "--pool.kind",
+        pool,
+        "--seed",
+        str(seed),
+        "--out",
+        str(folder),
+    ]
     if demo.epochs is not None:
         flags += ["--epochs", str(demo.epochs)]
     return load_config(Config, flags, "eval.studies.demo")
@@ -106,7 +136,7 @@ def compare(demo: Demo) -> list[Arm]:
         demo: Settings of the demo.
 
     Returns:
-        The poolings in the order of `POOLINGS`, with the answers of all seeds.
+        The poolings in the order of `demo.poolings`, with the answers of all seeds.
 
     Raises:
         Refused: A training is refused.
@@ -115,8 +145,9 @@ def compare(demo: Demo) -> list[Arm]:
     console = Console(stderr=True)
     arms = []
     with progress_bar(console) as bar:
-        task = bar.add_task("training", total=len(POOLINGS) * demo.seeds)
-        for pool, name in POOLINGS.items():
+        task = bar.add_task("training", total=len(demo.poolings) * demo.seeds)
+        for pool in demo.poolings:
+            name = POOLINGS[pool]
             correct, histories, predictions = [], [], None
             for seed in range(demo.seeds):
                 bar.update(task, description=f"training {name}, seed {seed}")
@@ -142,14 +173,14 @@ def show(arms: list[Arm]) -> None:
     """Prints accuracies, differences to the last arm, and learned exponents as a table.
 
     Args:
-        arms: The poolings; the last one is GGeM.
+        arms: The poolings; the last one is compared with the others.
     """
     table = Table(
         "pooling",
         title=f"Top-1 accuracy, mean over {len(arms[0].correct)} seeds [95 % interval]",
         title_justify="left",
     )
-    for column in ("accuracy", "GGeM less this, same seeds", "learned p"):
+    for column in ("accuracy", f"{arms[-1].name} less this, same seeds", "learned p"):
         table.add_column(column, justify="right")
     for arm in arms:
         difference = (
@@ -165,8 +196,9 @@ def say_next_steps(demo: Demo) -> str:
     Args:
         demo: Settings of the demo, whose folder the commands name.
     """
+    first, last = (f"{demo.out}/{demo.poolings[which]}-0" for which in (0, -1))
     steps = {
-        f"python -m eval.classify {demo.out}/ggem-0 {demo.out}/avg-0": (
+        f"python -m eval.classify {last} {first}": (
             "accuracy by class, and a paired test on the same images"
         ),
         "python -m eval.studies.planted": "where one exponent per group has to win, by how much",

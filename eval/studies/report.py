@@ -53,7 +53,7 @@ class Arm:
 
 
 @dataclass(frozen=True)
-class Digit:
+class Example:
     """An image of the page with the answers of all poolings."""
 
     source: str  # data URI
@@ -87,7 +87,7 @@ def write_report(path: Path, arms: list[Arm], images: Images, facts: dict[str, s
         accuracy_chart=_draw_accuracy(arms),
         exponent_chart=_draw_exponents(arms),
         first_p=Pool().p,
-        digits=_find_hardest(arms, images),
+        examples=_find_hardest(arms, images),
     )
     write_text(path, "".join(pieces))
     return path
@@ -140,12 +140,12 @@ def _svg(figure) -> str:
     return file.getvalue()[file.getvalue().index("<svg") :]
 
 
-def _find_hardest(arms: list[Arm], images: Images, count: int = 12) -> list[Digit]:
+def _find_hardest(arms: list[Arm], images: Images, count: int = 12) -> list[Example]:
     """The images whose label the first seeds find least probable."""
     label, index = arms[0].predictions.label, arms[0].predictions.index
     rows = np.arange(len(label))
     own = np.mean([arm.predictions.probability[rows, label] for arm in arms], axis=0)
-    digits = []
+    examples = []
     for i in np.argsort(own, kind="stable")[:count]:
         image, _ = images.load(int(index[i]))
         answers = []
@@ -153,8 +153,8 @@ def _find_hardest(arms: list[Arm], images: Images, count: int = 12) -> list[Digi
             answer = int(arm.predictions.probability[i].argmax())
             percent = f"{100 * arm.predictions.probability[i, answer]:.0f}"
             answers.append((arm.name, images.classes[answer], answer == label[i], percent))
-        digits.append(Digit(_encode_png(image), images.classes[label[i]], answers))
-    return digits
+        examples.append(Example(_encode_png(image), images.classes[label[i]], answers))
+    return examples
 
 
 def _encode_png(image: np.ndarray) -> str:
