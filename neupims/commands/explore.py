@@ -93,6 +93,28 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ),
     )
     add_system_arguments(parser)
+    serving = parser.add_argument_group("what is served, for the objective goodput@LIMITS:max")
+    serving.add_argument(
+        "--serve",
+        metavar="FILE|DISTRIBUTION",
+        help=(
+            "requests with input and output tokens, such as sharegpt:200; the goodput is the"
+            " highest rate at which all limits hold"
+        ),
+    )
+    serving.add_argument(
+        "--serve-batch",
+        type=int,
+        default=256,
+        metavar="N",
+        help="most requests that are served at once (default: 256)",
+    )
+    serving.add_argument(
+        "--serve-requests",
+        type=int,
+        metavar="N",
+        help="serve the first N requests (default: all)",
+    )
     how = parser.add_argument_group("the exploration")
     how.add_argument(
         "--method",
@@ -106,12 +128,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--points",
         type=int,
         metavar="N",
-        help="designs to evaluate (default: 4096, or all of the grid)",
+        help="designs to evaluate (default: 4096, 256 with a goodput, or all of the grid)",
     )
     how.add_argument(
         "--objectives",
         metavar="NAME:max|min,...",
-        help="(default: tokens_per_second:max,energy_joules_per_token:min,area_mm2:min)",
+        help=(
+            "metrics, and goodput@LIMITS such as goodput@ttft_p99<2s,tpot_p99<100ms (default:"
+            " tokens_per_second:max,energy_joules_per_token:min,area_mm2:min)"
+        ),
     )
     how.add_argument(
         "--reference",
@@ -217,6 +242,9 @@ def run(arguments: argparse.Namespace) -> int:
             axes=arguments.axes,
             cells=arguments.cells,
             index_rows=arguments.index_rows,
+            serve=arguments.serve,
+            serve_batch=arguments.serve_batch,
+            serve_requests=arguments.serve_requests,
             chunk=arguments.chunk,
             folder=arguments.out,
             report=report,

@@ -17,6 +17,9 @@ from neupims.exploration.elites import AXES, CELLS, Axis, parse_axes
 from neupims.exploration.evaluation import Schedule, make_evaluate
 from neupims.exploration.evaluator import Measure
 from neupims.exploration.explore_space import Report, SpaceResult, explore_space
+from neupims.exploration.goodput import CHUNK as SERVED_CHUNK
+from neupims.exploration.goodput import NAME, measure_goodput, split_goodput
+from neupims.exploration.goodput import POINTS as SERVED_POINTS
 from neupims.exploration.impossible import REASONS
 from neupims.exploration.points import Objective, overall, parse_objectives
 from neupims.exploration.sensitivity import Sensitivity
@@ -30,6 +33,7 @@ from neupims.machine.effects import idle_changes
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import check_seed
 from neupims.machine.systems import FIDELITY_ANSWERS, Fidelity, System
+from neupims.serving.requests import Arrivals
 from neupims.timing.split import check_split
 
 METRICS = (
@@ -143,13 +147,17 @@ def explore(
     axes: str | Sequence[Axis] | None = None,
     cells: str | None = None,
     index_rows: int | None = None,
+    serve: str | Path | Arrivals | None = None,
+    serve_batch: int = 256,
+    serve_requests: int | None = None,
     chunk: int | None = None,
     folder: str | Path | None = None,
     report: Report = lambda done, total: None,
 ) -> Exploration:
     """Returns the Pareto front of accelerator designs, with hypervolume and sensitivities.
 
-    Every design runs one decode step of each model with each batch.
+    Every design runs one decode step of each model with each batch. With the objective
+    "goodput@LIMITS:max" it also serves a trace (`serving.goodput`).
 
     Args:
         hardware: The base design: a name (`neupims`, ...), a TOML or JSON file, or a record.
@@ -161,10 +169,12 @@ def explore(
             `parallel.kv_split`.
         constraints: One comparison or several, such as "area_mm2 < 20000", of knobs and metrics.
         objectives: Some of `METRICS` and of the measures, as text (NAME:max or NAME:min, separated
-            by commas) or records.
+            by commas) or records. "goodput@ttft_p99<2s,tpot_p99<100ms:max" is the highest rate of
+            requests at which these percentiles stay below these limits.
         method: "grid", "random", "sobol", "evolution" (NSGA-II) or "map-elites", which keeps the
             best design by the first objective in each cell of area and power.
-        points: Designs to evaluate; 4096 if not given, and the whole grid for "grid".
+        points: Designs to evaluate; 4096 if not given, 256 with a goodput, and the whole grid for
+            "grid".
         seed: Seed of all random numbers.
         system: One of `neupims.machine.systems.SYSTEMS`.
         sub_batches: Halves of the batch that NPU and PIM interleave; if not given, 2 for "neupims"
@@ -186,7 +196,11 @@ def explore(
         index_rows: Rows of designs from which Sobol indices are computed, each with two more
             designs than knobs, best a power of 2; 0 for no indices. If not given, 1024, and 0 where
             there are measures, which may take long.
-        chunk: Designs of a file, or of a generation; 16384 and 256 if not given.
+        serve: Requests with input and output tokens, as for `neupims.read_arrivals`, that are
+            served for a goodput. Arrivals are stretched; where there are none, they are drawn.
+        serve_batch: The most requests that are served at once.
+        serve_requests: The number of requests from the beginning of `serve` (default: all).
+        chunk: Designs of a file, or of a generation; 16384 and 256 if not given, 64 with a goodput.
         folder: Keeps evaluated designs, `front.csv`, `map.csv` of "map-elites", and
             `summary.json`; the same call resumes from it. None keeps nothing.
         report: Called with the number of finished designs, and of all designs.
@@ -222,6 +236,13 @@ def explore(
     for each in workloads:
         split = 2 if "parallel.kv_split" in knobs else each.parallel.kv_split
         check_split(split, system=system, fidelity=fidelity)
+    parsed = parse_objectives(objectives) if isinstance(objectives, str) else tuple(objectives)
+    aims, tails = split_goodput(parsed)
+    if (serve is None) != (not tails):
+        raise ValueError(
+            "the objective goodput@LIMITS:max, such as goodput@ttft_p99<2s,tpot_p99<100ms:max, and"
+            " a trace to serve (--serve) need each other"
+        )
     space = make_space(
         knobs,
         constraints,
@@ -232,7 +253,11 @@ def explore(
             "parallel.pp": workloads[0].parallel.pp,
             "parallel.kv_split": workloads[0].parallel.kv_split,
         },
-        metrics=[*METRICS, *(name for each in measures for name in each.names)],
+        metrics=[
+            *METRICS,
+            *(name for each in measures for name in each.names),
+            *((NAME,) if serve is not None else ()),
+        ],
     )
     if isinstance(axes, str) or (axes is None and (cells or method == "map-elites")):
         axes = parse_axes(AXES if axes is None else axes, CELLS if cells is None else cells)
@@ -246,10 +271,28 @@ def explore(
     }
     channels = [knob.most for knob in space.knobs if knob.name == "hbm.num_channels"]
     most_channels = int(max([machine.hbm.num_channels, *channels]))
+    if serve is not None:
+        served = measure_goodput(
+            workloads,
+            machine,
+            serve,
+            tails,
+            space.names,
+            system=system,
+            sub_batches=halves,
+            fidelity=fidelity,
+            most_channels=most_channels,
+            batch=serve_batch,
+            first=serve_requests,
+            seed=seed,
+        )
+        measures = [*measures, served]
+        points = SERVED_POINTS if points is None and method != "grid" else points
+        chunk = SERVED_CHUNK if chunk is None else chunk
     result = explore_space(
         space,
         make_evaluate(workloads, hardware=machine, most_channels=most_channels, **options),
-        parse_objectives(objectives) if isinstance(objectives, str) else objectives,
+        aims,
         method=method,
         points=points,
         seed=seed,

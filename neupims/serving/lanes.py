@@ -11,10 +11,11 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool
 
 from neupims.machine.hardware import Hardware
 from neupims.serving.clock import Instant
-from neupims.serving.loop import is_done, run, start
+from neupims.serving.loop import Memory, Requests, Rules, State, Step, is_done, run, start
 from neupims.serving.policy import Order, first_come
 from neupims.serving.requests import Arrivals
 from neupims.serving.results import Served, Totals, add_totals, sum_up
@@ -28,7 +29,7 @@ from neupims.serving.server import (
     round_length,
     together,
 )
-from neupims.serving.tables import make_tables
+from neupims.serving.tables import Tables, make_tables
 
 CHUNK = 512  # iterations between two looks at whether all lanes are done
 
@@ -39,6 +40,42 @@ class Lane(NamedTuple):
     served: Served
     totals: Totals
     watts: float  # of one device that waits
+
+
+class Machines(NamedTuple):
+    """Machines that serve requests of the same lengths, with a leading axis if they are several."""
+
+    server: Server
+    tables: Tables
+    memory: Memory
+
+    @property
+    def number(self) -> int:
+        """The number of machines."""
+        return int(np.size(self.tables.watts))
+
+
+def make_machines(server: Server, hardware: Sequence[Hardware], requests: Arrivals) -> Machines:
+    """Returns machines for lanes. They are not checked.
+
+    Args:
+        server: The rules, the model and the placement.
+        hardware: The machines.
+        requests: Their lengths are those of all lanes.
+    """
+    tokens = together(server, requests, "chunked" if server.rules.chunk else "whole")
+    stacked = jax.tree.map(lambda *fields: jnp.array(fields, jnp.float32), *hardware)
+    tables, memory = _prepare(server, stacked, round_length(requests), tokens)
+    return Machines(server, tables, memory)
+
+
+@partial(jax.jit, static_argnames=("server", "length", "tokens"))
+def _prepare(server: Server, machines, length: int, tokens: int) -> tuple[Tables, Memory]:
+    tables = partial(make_tables, server.setting, tokens=most_tokens(server.rules), length=length)
+    memory = partial(make_memory, server, length=length, tokens=tokens)
+    found = jax.vmap(tables)(machines), jax.vmap(memory)(machines)
+    one = machines.hbm.num_channels.shape[0] == 1
+    return jax.tree.map(lambda leaf: leaf[0], found) if one else found
 
 
 def run_lanes(
@@ -60,58 +97,49 @@ def run_lanes(
     Raises:
         ValueError: Lengths differ, or a machine cannot run the model.
     """
-    count = max(len(hardware), len(arrivals))
     for each in arrivals:
         if not (
             np.array_equal(each.inputs, arrivals[0].inputs)
             and np.array_equal(each.outputs, arrivals[0].outputs)
         ):
             raise ValueError("lanes must have the same requests: only their arrivals may differ")
-    rules, setting = server.rules, server.setting
-    length = round_length(arrivals[0])
-    tokens = together(server, arrivals[0], "chunked" if rules.chunk else "whole")
-    machines = jax.tree.map(lambda *fields: jnp.array(fields, jnp.float32), *hardware)
-    tables = jax.jit(
-        jax.vmap(partial(make_tables, setting, tokens=most_tokens(rules), length=length))
-    )(machines)
-    check_tables(tables)
-    memory = jax.jit(jax.vmap(partial(make_memory, server, length=length, tokens=tokens)))(machines)
+    machines = make_machines(server, hardware, arrivals[0])
+    check_tables(machines.tables)
+    return serve_lanes(machines, arrivals, order)
+
+
+def serve_lanes(
+    machines: Machines, arrivals: Sequence[Arrivals], order: Order = first_come
+) -> list[Lane]:
+    """Returns what `run_lanes` returns, of machines that are made and checked already.
+
+    Args:
+        machines: The machine of each lane; or one for all.
+        arrivals: The requests of each lane, or one for all; lengths are those of the machines.
+        order: The order of admission.
+    """
+    rules, count = machines.server.rules, max(machines.number, len(arrivals))
     made = [make_requests(one, order, rules.window, None)[0] for one in arrivals]
-    requests = made[0]._replace(
-        arrival=Instant(
-            jnp.stack([one.arrival.high for one in made]),
-            jnp.stack([one.arrival.low for one in made]),
-        ),
-        keys=jnp.stack([one.keys for one in made]),
+    requests = made[0]
+    if len(made) > 1:
+        high, low = (jnp.stack([one.arrival[word] for one in made]) for word in (0, 1))
+        keys = jnp.stack([one.keys for one in made])
+        requests = requests._replace(arrival=Instant(high, low), keys=keys)
+    state = jax.tree.map(
+        lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), start(rules, made[0])
     )
-    by_machine = 0 if len(hardware) > 1 else None
-    by_arrival = 0 if len(arrivals) > 1 else None
-    if by_machine is None:
-        tables, memory = jax.tree.map(lambda leaf: leaf[0], (tables, memory))
-    if by_arrival is None:
-        requests = requests._replace(
-            arrival=Instant(*(part[0] for part in requests.arrival)), keys=requests.keys[0]
-        )
-    axes = jax.tree.map(lambda _: None, requests)
-    if by_arrival == 0:
-        axes = axes._replace(arrival=Instant(0, 0), keys=0)
-
-    def chunk(tables, memory, requests, state):
-        state, step = run(rules, tables, memory, requests, state, CHUNK)
-        return state, step, is_done(rules, requests, state)
-
-    follow = jax.jit(jax.vmap(chunk, in_axes=(by_machine, by_machine, axes, 0)))
-    first = start(rules, requests._replace(keys=made[0].keys))
-    state = jax.tree.map(lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), first)
+    by_machine, by_arrival = machines.number > 1, len(made) > 1
     totals: Totals | None = None
     done = False
     while not done or totals is None:
-        state, step, finished = follow(tables, memory, requests, state)
+        state, step, finished = _follow(
+            rules, machines.tables, machines.memory, requests, state, by_machine, by_arrival
+        )
         found = sum_up(jax.tree.map(np.asarray, step))
         totals = found if totals is None else add_totals(totals, found)
         done = bool(np.asarray(finished).all())
     numbers = np.arange(len(arrivals[0].inputs))
-    watts = np.broadcast_to(np.asarray(tables.watts), (count,))
+    watts = np.broadcast_to(np.asarray(machines.tables.watts), (count,))
     return [
         Lane(
             gather(np.asarray(state.served[lane]), numbers, arrivals[0], None),
@@ -120,3 +148,26 @@ def run_lanes(
         )
         for lane in range(count)
     ]
+
+
+@partial(jax.jit, static_argnames=("rules", "by_machine", "by_arrival"))
+def _follow(
+    rules: Rules,
+    tables: Tables,
+    memory: Memory,
+    requests: Requests,
+    state: State,
+    by_machine: bool,
+    by_arrival: bool,
+) -> tuple[State, Step, Bool[Array, " lanes"]]:
+    """Returns the states after `CHUNK` iterations, what happened, and which lanes are done."""
+
+    def chunk(tables, memory, requests, state):
+        state, step = run(rules, tables, memory, requests, state, CHUNK)
+        return state, step, is_done(rules, requests, state)
+
+    machines = 0 if by_machine else None
+    axes = jax.tree.map(lambda _: None, requests)
+    if by_arrival:
+        axes = axes._replace(arrival=Instant(0, 0), keys=0)
+    return jax.vmap(chunk, in_axes=(machines, machines, axes, 0))(tables, memory, requests, state)

@@ -1,7 +1,11 @@
-"""Service level objectives: limits on what each request waits for, such as "ttft<2s,tpot<100ms"."""
+"""Service level objectives: limits on what each request waits for, such as "ttft<2s,tpot<100ms".
+
+A limit on a percentile, such as "ttft_p99<2s", is one on all requests together.
+"""
 
 import math
 import re
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import numpy as np
@@ -11,7 +15,8 @@ from neupims.machine.workload import SHOWN
 
 MEASURES = ("ttft", "tpot", "latency", "queueing")
 UNITS = {"s": 1.0, "ms": 1e-3, "us": 1e-6}
-LIMIT = re.compile(r"\s*([a-z]+)\s*<=?\s*([0-9.]+(?:e-?[0-9]+)?)\s*(s|ms|us)\s*", re.ASCII)
+# A measure, what is behind it, a number, and a unit.
+LIMIT = r"\s*([a-z]+){}\s*<=?\s*([0-9.]+(?:e-?[0-9]+)?)\s*(s|ms|us)\s*"
 
 
 class Limit(NamedTuple):
@@ -25,6 +30,18 @@ class Limit(NamedTuple):
         return f"{self.measure}<{self.seconds:g}s"
 
 
+class Tail(NamedTuple):
+    """A limit on a percentile of a measure over all requests."""
+
+    measure: str  # one of MEASURES
+    percent: float  # of the requests that are below it
+    seconds: float
+
+    def __str__(self) -> str:
+        """The limit as it is written."""
+        return f"{self.measure}_p{self.percent:g}<{self.seconds:g}s"
+
+
 def parse_limits(text: str) -> tuple[Limit, ...]:
     """Returns the limits of a text such as "ttft<2s,tpot<100ms".
 
@@ -34,22 +51,49 @@ def parse_limits(text: str) -> tuple[Limit, ...]:
     Raises:
         ValueError: The text is not of that form, or names a measure twice.
     """
-    limits: list[Limit] = []
+    return tuple(
+        Limit(name, seconds) for name, _, seconds in _parse(text, "", "ttft<2s,tpot<100ms")
+    )
+
+
+def parse_tails(text: str) -> tuple[Tail, ...]:
+    """Returns the limits of a text such as "ttft_p99<2s,tpot_p99<100ms".
+
+    Args:
+        text: As for `parse_limits`, with _p and a percentile, above 0 and at most 100, behind each
+            measure.
+
+    Raises:
+        ValueError: The text is not of that form, or names a percentile of a measure twice.
+    """
+    example = "ttft_p99<2s,tpot_p99<100ms"
+    return tuple(
+        Tail(name, float(percent), seconds)
+        for name, percent, seconds in _parse(text, r"_p([0-9]+(?:\.[0-9]+)?)", example)
+    )
+
+
+def _parse(text: str, suffix: str, example: str) -> Iterator[tuple[str, str, float]]:
+    """Yields measure, what the groups of the suffix found, and seconds."""
+    form = re.compile(LIMIT.format(suffix or "()"), re.ASCII)
+    names = set()
     for part in text.split(","):
-        match = LIMIT.fullmatch(part)
+        match = form.fullmatch(part)
         try:
-            seconds = float(match[2]) * UNITS[match[3]] if match else 0.0
+            seconds = float(match[3]) * UNITS[match[4]] if match else 0.0
+            good = 0 < seconds < math.inf and 0 < float((match and match[2]) or 1) <= 100
         except ValueError:
-            seconds = 0.0
-        if not match or match[1] not in MEASURES or not 0 < seconds < math.inf:
+            good = False
+        if not match or match[1] not in MEASURES or not good:
             raise ValueError(
                 f"an objective is {', '.join(MEASURES[:-1])} or {MEASURES[-1]} below a time, such"
-                f" as ttft<2s,tpot<100ms, not {part.strip()[:SHOWN]!r}"
+                f" as {example}, not {part.strip()[:SHOWN]!r}"
             )
-        if match[1] in (each.measure for each in limits):
+        name = match[1], match[2] and float(match[2])
+        if name in names:
             raise ValueError(f"the objective {match[1]} is given twice: {text[:SHOWN]!r}")
-        limits.append(Limit(match[1], seconds))
-    return tuple(limits)
+        names.add(name)
+        yield match[1], match[2], seconds
 
 
 def meet(
@@ -67,3 +111,21 @@ def meet(
     for limit in limits:
         met &= ~(measures[limit.measure] > limit.seconds)
     return met
+
+
+def excess(tails: tuple[Tail, ...], measures: dict[str, Float[np.ndarray, " n"]]) -> float:
+    """Returns the largest ratio of a percentile and its limit; at most 1 where all are met.
+
+    A measure that no request has meets every limit.
+
+    Args:
+        tails: The limits.
+        measures: Seconds of each request by measure; NaN where there is none.
+    """
+    ratios = [0.0]
+    for tail in tails:
+        values = measures[tail.measure]
+        values = values[~np.isnan(values)]
+        if len(values):
+            ratios.append(float(np.percentile(values, tail.percent)) / tail.seconds)
+    return max(ratios)

@@ -101,6 +101,23 @@ def add_totals(one: Totals, other: Totals) -> Totals:
     return added._replace(most_blocks=np.maximum(one.most_blocks, other.most_blocks))
 
 
+def measure(arrivals: Arrivals, served: Served) -> dict[str, Float[np.ndarray, " n"]]:
+    """Returns seconds of each request: ttft, tpot (NaN for one token), latency and queueing.
+
+    Args:
+        arrivals: The requests.
+        served: What became of them.
+    """
+    came, steps = arrivals.nanoseconds, arrivals.outputs - 1
+    each = np.where(steps > 0, (served.end - served.first) / np.maximum(steps, 1), np.nan)
+    return {
+        "ttft": (served.first - came) / 1e9,
+        "tpot": each / 1e9,
+        "latency": (served.end - came) / 1e9,
+        "queueing": (served.admitted - came) / 1e9,
+    }
+
+
 @dataclass(frozen=True)
 class Serving:
     """A trace that was served."""
@@ -121,15 +138,7 @@ class Serving:
     @property
     def measures(self) -> dict[str, Float[np.ndarray, " n"]]:
         """Seconds of each request: ttft, tpot (NaN for one token), latency and queueing."""
-        came, served = self.arrivals.nanoseconds, self.served
-        steps = self.arrivals.outputs - 1
-        each = np.where(steps > 0, (served.end - served.first) / np.maximum(steps, 1), np.nan)
-        return {
-            "ttft": (served.first - came) / 1e9,
-            "tpot": each / 1e9,
-            "latency": (served.end - came) / 1e9,
-            "queueing": (served.admitted - came) / 1e9,
-        }
+        return measure(self.arrivals, self.served)
 
     @property
     def seconds(self) -> float:

@@ -138,14 +138,52 @@ def make_server(
         system, hardware=hardware, row_buffers=row_buffers, changes=changes
     )
     name, decoder, parallel = select_model(model, tp=tp, pp=pp, kv_split=kv_split)
+    if lm_head:
+        decoder = replace(decoder, lm_head=1)
+    setting = Setting(decoder, parallel, kind, fidelity, interleaving)
+    server = assemble_server(
+        machine,
+        setting,
+        placement=chosen,
+        batch=batch,
+        prefill_tokens=prefill_tokens,
+        chunk_tokens=chunk_tokens if prefill == "chunked" else 0,
+        spare=spare,
+    )
+    return name, server
+
+
+def assemble_server(
+    machine: Hardware,
+    setting: Setting,
+    *,
+    placement: Placement = PLACEMENTS["greedy"],
+    batch: int = 256,
+    prefill_tokens: int = 8192,
+    chunk_tokens: int = 0,
+    spare: float = 0.01,
+) -> Server:
+    """Returns the machine that serves a model, checked.
+
+    Args:
+        machine: The hardware; lanes may have fewer channels, but not more.
+        setting: The model and the system.
+        placement: How a channel is chosen.
+        batch: As for `serve`, like the next.
+        prefill_tokens: The most tokens of one prefill.
+        chunk_tokens: The tokens of an iteration; 0 computes prompts whole.
+        spare: The share of a channel's blocks that stay free.
+
+    Raises:
+        ValueError: The model is spread over a pipeline, or cannot run on the system.
+    """
+    parallel, kind, fidelity = setting.parallel, setting.system, setting.fidelity
     if parallel.pp != 1:
         raise ValueError(
             f"a pipeline of {parallel.pp} groups of layers is not served yet: give --pp 1 and"
             f" --tp {parallel.tp * parallel.pp}, the same devices"
         )
-    if lm_head:
-        decoder = replace(decoder, lm_head=1)
-    check_latent(find_mix(decoder), system=kind, fidelity=fidelity)
+    check_latent(find_mix(setting.model), system=kind, fidelity=fidelity)
     channels = int(machine.hbm.num_channels)
     check_split(parallel.kv_split, system=kind, fidelity=fidelity, channels=channels)
     if kind != "gpu":
@@ -154,20 +192,18 @@ def make_server(
     if kind in PIM_SYSTEMS:
         rows = channels // parallel.kv_split
         places = min(batch, 2 * math.ceil(batch / rows))
-    setting = Setting(decoder, parallel, kind, fidelity, interleaving)
-    chunked = prefill == "chunked"
     rules = Rules(
         rows,
         places,
         batch,
-        CHUNKS if chunked else PROMPTS,
+        CHUNKS if chunk_tokens else PROMPTS,
         prefill_tokens,
-        chunk_tokens if chunked else 0,
+        chunk_tokens,
         WINDOW,
-        chosen.packing,
+        placement.packing,
         ModelCosts(setting),
     )
-    return name, Server(machine, setting, rules, chosen, spare)
+    return Server(machine, setting, rules, placement, spare)
 
 
 def name_of(value: Any, known: Mapping[str, Any], what: str) -> str:

@@ -1,0 +1,165 @@
+"""Goodput as a metric of designs: each serves a trace of requests at the highest rate it bears."""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from neupims.exploration.evaluator import Measure
+from neupims.exploration.points import Objective
+from neupims.exploration.space import SETTINGS
+from neupims.exploration.workloads import Workload
+from neupims.machine.hardware import Hardware
+from neupims.machine.record import replace, replace_all
+from neupims.machine.systems import Fidelity, System
+from neupims.machine.workload import Parallel
+from neupims.serving.goodput import find_goodputs
+from neupims.serving.objectives import Tail, parse_tails
+from neupims.serving.requests import Arrivals, read_arrivals, stretch
+from neupims.serving.server import Server, assemble_server
+from neupims.serving.tables import Interleaving, Setting
+
+NAME = "goodput"
+POINTS = 256  # designs, unless another number is given: each takes most of a second
+CHUNK = 64  # designs of a file, or of a generation
+
+
+def split_goodput(
+    objectives: Sequence[Objective],
+) -> tuple[tuple[Objective, ...], tuple[Tail, ...]]:
+    """Returns the objectives with `goodput` for `goodput@LIMITS`, and these limits.
+
+    Args:
+        objectives: Objectives, of which one may be named like "goodput@ttft_p99<2s,tpot_p99<100ms".
+
+    Raises:
+        ValueError: Limits are missing or have another form, goodput is to be minimised, or there
+            are two goodputs.
+    """
+    found: list[Objective] = []
+    tails: tuple[Tail, ...] = ()
+    for each in objectives:
+        name, at, limits = each.name.partition("@")
+        if name != NAME:
+            found.append(each)
+            continue
+        if tails:
+            raise ValueError("an exploration has one goodput: give all limits behind one goodput@")
+        if not at or not each.largest:
+            raise ValueError(
+                "goodput is goodput@LIMITS:max, such as goodput@ttft_p99<2s,tpot_p99<100ms:max, not"
+                f" {str(each)[:80]!r}"
+            )
+        tails = parse_tails(limits)
+        found.append(Objective(NAME, True))
+    return tuple(found), tails
+
+
+def measure_goodput(
+    workloads: Sequence[Workload],
+    hardware: Hardware,
+    trace: str | Path | Arrivals,
+    tails: tuple[Tail, ...],
+    knobs: Sequence[str],
+    *,
+    system: System,
+    sub_batches: int,
+    fidelity: Fidelity,
+    most_channels: int,
+    batch: int = 256,
+    first: int | None = None,
+    seed: int = 0,
+) -> Measure:
+    """Returns the metric "goodput", requests a second, of each model on each design.
+
+    Two sub-batches mean that they are interleaved in every iteration. Prompts are computed whole.
+
+    Args:
+        workloads: Their models are served, spread as they say; their batches do not matter.
+        hardware: Values of all fields that are not knobs.
+        trace: Requests with input and output tokens, as for `read_arrivals`; their arrivals are
+            stretched to each rate, and drawn (Poisson) where there are none.
+        tails: The limits on percentiles.
+        knobs: Names of the knobs.
+        system: The system of all designs.
+        sub_batches: 1 or 2, unless a knob.
+        fidelity: "simulator" or "intended".
+        most_channels: Upper bound of `hbm.num_channels` over all designs.
+        batch: The most requests at once.
+        first: The number of requests from the beginning of the trace (default: all).
+        seed: Seed of random arrivals and lengths.
+
+    Raises:
+        ValueError: The trace is empty or damaged, or has one instant; a model is spread over a
+            pipeline, or `parallel.pp` is a knob.
+        OSError: A file cannot be read.
+    """
+    if "parallel.pp" in knobs:
+        raise ValueError("a pipeline is not served yet: goodput cannot have the knob parallel.pp")
+    requests = read_arrivals(trace, rate=1.0, first=first, seed=seed)
+    stretch(requests, 1.0)
+    largest = replace(hardware, "hbm.num_channels", most_channels)
+
+    def server(workload: Workload, settings: dict[str, float]) -> Server:
+        shares = {
+            name: int(settings.get(f"parallel.{name}", value))
+            for name, value in vars(workload.parallel).items()
+        }
+        halves = settings.get("sub_batches", sub_batches)
+        interleaving: Interleaving = "on" if halves == 2 else "off"
+        setting = Setting(workload.model, Parallel(**shares), system, fidelity, interleaving)
+        return assemble_server(largest, setting, batch=batch)
+
+    for each in workloads:
+        server(each, {})
+
+    def compute(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+        found = np.zeros((len(next(iter(columns.values()))), len(workloads)))
+        machines = _machines(hardware, columns)
+        for settings, rows in _groups(columns):
+            known: dict[Any, np.ndarray] = {}
+            for place, workload in enumerate(workloads):
+                key = workload.model, workload.parallel
+                if key not in known:
+                    chosen = [machines[row] for row in rows]
+                    given = server(workload, settings), chosen, requests, tails
+                    known[key] = find_goodputs(*given)
+                found[rows, place] = known[key]
+        return {NAME: found}
+
+    described = {
+        "trace": requests.name,
+        "requests": _digest(requests),
+        "limits": list(map(str, tails)),
+        "batch": batch,
+    }
+    return Measure((NAME,), compute, len(workloads), described)
+
+
+def _machines(hardware: Hardware, columns: dict[str, np.ndarray]) -> list[Hardware]:
+    """The machine of each design."""
+    fields = {name: column for name, column in columns.items() if name not in SETTINGS}
+    rows = range(len(next(iter(columns.values()))))
+    return [
+        replace_all(hardware, {name: float(column[row]) for name, column in fields.items()})
+        for row in rows
+    ]
+
+
+def _groups(columns: dict[str, np.ndarray]) -> Iterator[tuple[dict[str, float], np.ndarray]]:
+    """The designs that one program serves: those with equal settings, and their rows."""
+    names = [name for name in columns if name in SETTINGS]
+    count = len(next(iter(columns.values())))
+    table = np.stack([columns[name] for name in names], axis=1) if names else np.zeros((count, 0))
+    for values in np.unique(table, axis=0):
+        rows = np.flatnonzero((table == values).all(axis=1))
+        yield dict(zip(names, values.tolist(), strict=True)), rows
+
+
+def _digest(requests: Arrivals) -> str:
+    digest = hashlib.sha256()
+    for each in (requests.nanoseconds, requests.inputs, requests.outputs):
+        digest.update(np.asarray(each, np.int64).tobytes())
+    return digest.hexdigest()

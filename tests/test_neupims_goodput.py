@@ -1,0 +1,158 @@
+"""Goodput: the highest rate at which limits hold, of machines side by side, and as an objective."""
+
+import numpy as np
+import pytest
+
+import neupims
+from neupims.exploration.goodput import split_goodput
+from neupims.exploration.points import Objective, parse_objectives
+from neupims.machine.record import replace_all
+from neupims.serving.goodput import find_goodputs
+from neupims.serving.objectives import Tail, excess, parse_tails
+from neupims.serving.requests import read_arrivals, stretch
+from neupims.serving.results import measure
+from neupims.serving.serve import run_requests
+from neupims.serving.server import make_server
+
+REQUESTS = read_arrivals("alpaca:12", rate=1.0)
+TAILS = parse_tails("ttft_p90<150ms,tpot_p99<8ms")
+
+
+@pytest.fixture(scope="module")
+def server():
+    return make_server("llama3-8b", tp=4, batch=16)[1]
+
+
+def serve_alone(server, machine, rate):
+    """The requests at a rate, and what became of them, on one machine alone."""
+    came = stretch(REQUESTS, rate)
+    ran = run_requests(
+        server._replace(hardware=machine),
+        came,
+        lambda each: each.nanoseconds * 0 + np.arange(len(each.inputs)),
+        None,
+        None,
+    )
+    return came, ran.served
+
+
+def test_the_goodput_is_a_rate_that_holds_and_a_little_more_does_not(server):
+    slow = replace_all(server.hardware, {"npu.num_arrays": 2, "hbm.num_channels": 16})
+    machines = [server.hardware, slow]
+    found = find_goodputs(server, machines, REQUESTS, TAILS)
+    assert found[0] > found[1] > 0
+    for machine, rate in zip(machines, found, strict=True):
+        for factor, holds in ((1.0, True), (1.05, False)):
+            came, served = serve_alone(server, machine, rate * factor)
+            assert (excess(TAILS, measure(came, served)) <= 1) == holds
+
+
+def test_limits_that_always_hold_give_what_the_machine_serves_at_most(server):
+    (loose,) = find_goodputs(server, [server.hardware], REQUESTS, parse_tails("ttft_p99<1000s"))
+    came = REQUESTS.__class__(
+        "at once", 0 * REQUESTS.nanoseconds, REQUESTS.inputs, REQUESTS.outputs
+    )
+    ran = run_requests(server, came, lambda each: np.arange(len(each.inputs)), None, None)
+    assert loose == pytest.approx(len(came.inputs) / (ran.served.end.max() / 1e9), rel=1e-9)
+    (strict,) = find_goodputs(server, [server.hardware], REQUESTS, parse_tails("tpot_p50<1us"))
+    assert strict == 0
+
+
+def test_a_machine_without_memory_has_none_and_leaves_its_neighbour_alone(server):
+    tiny = replace_all(server.hardware, {"hbm.rows": 1024})
+    alone = find_goodputs(server, [server.hardware], REQUESTS, TAILS)
+    both = find_goodputs(server, [tiny, server.hardware], REQUESTS, TAILS)
+    np.testing.assert_array_equal(both, [0, alone[0]])
+    np.testing.assert_array_equal(find_goodputs(server, [tiny], REQUESTS, TAILS), [0])
+
+
+def test_excess_is_that_of_the_worst_percentile():
+    measures = {"ttft": np.array([1.0, 3.0]), "tpot": np.array([0.1, np.nan])}
+    assert excess((Tail("ttft", 50, 1.0), Tail("tpot", 99, 0.2)), measures) == pytest.approx(2.0)
+    assert excess((Tail("tpot", 50, 0.2),), {"tpot": np.array([np.nan])}) == 0
+
+
+def test_tails_are_read():
+    assert parse_tails("ttft_p99<2s, tpot_p99.9 <= 100ms") == (
+        Tail("ttft", 99, 2.0),
+        Tail("tpot", 99.9, 0.1),
+    )
+    assert len(parse_tails("ttft_p50<1s,ttft_p99<2s")) == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("ttft<2s", "such as ttft_p99<2s"),
+        ("ttft_p0<2s", "not 'ttft_p0<2s'"),
+        ("ttft_p101<2s", "not 'ttft_p101<2s'"),
+        ("ttft_p99<2", "not 'ttft_p99<2'"),
+        ("speed_p99<2s", "not 'speed_p99<2s'"),
+        ("ttft_p99<2s,ttft_p99.0<1s", "given twice"),
+    ],
+)
+def test_tails_of_another_form_are_refused(text, message):
+    with pytest.raises(ValueError, match=message):
+        parse_tails(text)
+
+
+def test_the_limits_are_taken_out_of_the_objectives():
+    found, tails = split_goodput(
+        parse_objectives("goodput@ttft_p99<2s,tpot_p99<1s:max,area_mm2:min")
+    )
+    assert found == (Objective("goodput", True), Objective("area_mm2", False))
+    assert tails == parse_tails("ttft_p99<2s,tpot_p99<1s")
+
+
+EXPLORED = {
+    "hardware": "neupims",
+    "models": "llama3-8b",
+    "batches": "alpaca:16",
+    "knobs": {"npu.num_arrays": [2, 8], "sub_batches": [1, 2]},
+    "method": "grid",
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"objectives": "goodput:max"}, "goodput@LIMITS:max"),
+        ({"objectives": "goodput@ttft_p99<2s:min"}, "goodput@LIMITS:max"),
+        ({"objectives": "goodput@ttft_p99<2s:max"}, "need each other"),
+        ({"serve": "alpaca:10"}, "need each other"),
+        (
+            {"objectives": "goodput@ttft_p9<2s:max,goodput@ttft_p99<1s:max", "serve": "alpaca:9"},
+            "one goodput",
+        ),
+        (
+            {
+                "objectives": "goodput@ttft_p99<2s:max",
+                "serve": "alpaca:10",
+                "knobs": {"parallel.pp": [1, 2]},
+            },
+            "knob parallel.pp",
+        ),
+        ({"objectives": "goodput@ttft_p99<2s:max", "serve": "alpaca:1"}, "one instant"),
+    ],
+)
+def test_a_goodput_that_is_not_one_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        neupims.explore(**(EXPLORED | changes))
+
+
+def test_designs_are_explored_by_goodput_and_area():
+    found = neupims.explore(
+        **EXPLORED,
+        serve="alpaca:12",
+        serve_batch=16,
+        objectives="goodput@ttft_p90<150ms,tpot_p99<8ms:max,area_mm2:min",
+        constraints="goodput > 1",
+    )
+    assert found.points == 4
+    best = found.front[0]
+    off = make_server("llama3-8b", batch=16, interleaving="off")[1]
+    given = {name: value for name, value in best.knobs.items() if name != "sub_batches"}
+    assert best.knobs["sub_batches"] == 1  # sixteen requests gain nothing from two halves
+    machine = replace_all(off.hardware, given)
+    alone = find_goodputs(off, [machine], REQUESTS, TAILS)
+    assert best.metrics["goodput"] == pytest.approx(float(alone[0]), rel=1e-9)
