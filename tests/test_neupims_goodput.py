@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import neupims
+from neupims.__main__ import main
 from neupims.exploration.goodput import split_goodput
 from neupims.exploration.points import Objective, parse_objectives
 from neupims.machine.record import replace_all
@@ -140,19 +141,45 @@ def test_a_goodput_that_is_not_one_is_refused(changes, message):
         neupims.explore(**(EXPLORED | changes))
 
 
-def test_designs_are_explored_by_goodput_and_area():
+def test_designs_are_explored_by_goodput_and_area(server):
+    found = neupims.explore(
+        **EXPLORED | {"knobs": {"npu.num_arrays": [2, 8]}},
+        serve="alpaca:12",
+        serve_batch=16,
+        objectives="goodput@ttft_p90<150ms,tpot_p99<8ms:max,area_mm2:min",
+        constraints="goodput > 0.5",
+        parallel={"tp": 4},
+    )
+    machines = [replace_all(server.hardware, {"npu.num_arrays": count}) for count in (8, 2)]
+    alone = find_goodputs(server, machines, REQUESTS, TAILS)
+    assert [each.knobs["npu.num_arrays"] for each in found.front] == [8, 2]
+    np.testing.assert_array_equal([each.metrics["goodput"] for each in found.front], alone)
+    assert found.to_dict()["base"]["metrics"]["goodput"] == alone[0]
+
+
+@pytest.mark.slow
+def test_interleaving_is_a_knob_of_goodput():
     found = neupims.explore(
         **EXPLORED,
         serve="alpaca:12",
         serve_batch=16,
         objectives="goodput@ttft_p90<150ms,tpot_p99<8ms:max,area_mm2:min",
-        constraints="goodput > 1",
     )
-    assert found.points == 4
     best = found.front[0]
-    off = make_server("llama3-8b", batch=16, interleaving="off")[1]
-    given = {name: value for name, value in best.knobs.items() if name != "sub_batches"}
     assert best.knobs["sub_batches"] == 1  # sixteen requests gain nothing from two halves
-    machine = replace_all(off.hardware, given)
+    off = make_server("llama3-8b", batch=16, interleaving="off")[1]
+    machine = replace_all(off.hardware, {"npu.num_arrays": best.knobs["npu.num_arrays"]})
     alone = find_goodputs(off, [machine], REQUESTS, TAILS)
     assert best.metrics["goodput"] == pytest.approx(float(alone[0]), rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--serve-batch", "8", "--knob", "npu.num_arrays=2,4"], "--serve-batch needs --serve"),
+        (["--serve-requests", "8", "--system", "neupims,npu-pim"], "--serve-requests is for the"),
+    ],
+)
+def test_flags_of_serving_are_refused_where_nothing_is_served(flags, message, capsys):
+    assert main(["explore", "--trace", "alpaca:8", *flags]) != 0
+    assert message in capsys.readouterr().err

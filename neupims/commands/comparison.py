@@ -19,6 +19,7 @@ from neupims.machine.traces import Requests
 OF_A_SPACE = (
     *("space", "constraint", "method", "points", "reference", "axes", "cells", "index_rows"),
     *("chunk", "out"),
+    *("serve", "serve_batch", "serve_requests"),
 )
 
 

@@ -105,7 +105,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     serving.add_argument(
         "--serve-batch",
         type=int,
-        default=256,
         metavar="N",
         help="most requests that are served at once (default: 256)",
     )
@@ -242,9 +241,7 @@ def run(arguments: argparse.Namespace) -> int:
             axes=arguments.axes,
             cells=arguments.cells,
             index_rows=arguments.index_rows,
-            serve=arguments.serve,
-            serve_batch=arguments.serve_batch,
-            serve_requests=arguments.serve_requests,
+            **_served(arguments),
             chunk=arguments.chunk,
             folder=arguments.out,
             report=report,
@@ -260,6 +257,16 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print(found, arguments.out)
     return 0
+
+
+def _served(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The flags of serving that are given, as arguments of `explore`."""
+    names = ("serve", "serve_batch", "serve_requests")
+    given = {name: getattr(arguments, name) for name in names}
+    given = {name: value for name, value in given.items() if value is not None}
+    if given and "serve" not in given:
+        raise ValueError(f"--{next(iter(given)).replace('_', '-')} needs --serve")
+    return given
 
 
 def _reference(text: str) -> dict[str, float]:
