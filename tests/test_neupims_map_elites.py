@@ -173,7 +173,10 @@ def test_the_command_prints_the_map_and_writes_page_and_csv(capsys, tmp_path):
     ]
     assert main(flags) == 0
     found = json.loads((tmp_path / "out" / "summary.json").read_text())["elite_map"]
-    assert f"{len(found['elites'])} of 20 cells have a design" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"{len(found['elites'])} of 20 cells have a design" in text
+    table = text[text.index("best tokens_per_second by") : text.index("of 20 cells")]
+    assert table.count("\n│") == len({each["cell"][0] for each in found["elites"]})
     assert found["axes"] == ["area_mm2", "power_watts"]
     assert found["log"] == [False, True]
     assert [len(each) for each in found["edges"]] == [6, 5]

@@ -386,13 +386,13 @@ def _print_map(lines, found) -> None:
     for name in (x, *map(short, shown.edges[1][:-1])):
         table.add_column(name, justify="right")
     values = {each.cell: short(each.design.metrics[best]) for each in shown.elites}
-    for i, edge in enumerate(shown.edges[0][:-1]):
-        table.add_row(
-            short(edge), *(values.get((i, j), "") for j in range(len(shown.edges[1]) - 1))
-        )
+    for i in sorted({each.cell[0] for each in shown.elites}):
+        row = (values.get((i, j), "") for j in range(len(shown.edges[1]) - 1))
+        table.add_row(short(shown.edges[0][i]), *row)
     lines.print(table)
     lines.print(
-        f"{len(shown.elites)} of {shown.size} cells have a design; the outermost ones are open."
+        f"{len(shown.elites)} of {shown.size} cells have a design; rows without one are left out,"
+        " and the outermost cells are open."
     )
 
 
