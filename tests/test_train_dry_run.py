@@ -237,6 +237,11 @@ def test_memory_is_split_as_the_devices_split_it():
     assert whole.gradients == whole.weights
     assert 2 * whole.weights < whole.optimizer < 2.1 * whole.weights
     assert split.weights < whole.weights
+    assert whole.collected == 0
+    assert whole.weights - split.weights == split.collected * 7 // 8
+    assert split.total - split.collected - split.activations == (
+        split.weights + split.optimizer + split.gradients + split.images
+    )
     assert (split.images, split.activations) == (whole.images, whole.activations)
     assert whole.images == 32 // 8 * 8 * 8 * 3
     assert memory(small(optimizer=Optimizer(ema=0.9))).average == whole.weights
@@ -267,6 +272,7 @@ def test_activations_by_hand():
         (["--classes", "ten"], "--classes must be a whole number of at least 1, not ten"),
         (["--images", "0"], "--images must be a whole number of at least 1, not 0"),
         (["--images"], "--images needs a value"),
+        (["--batch", "1448"], "--batch 1448 is more than the 1438 images to train on"),
         (["--batch", "12"], "--batch must be a multiple of the 8 device"),
         (["--data", "folder:none"], "a dry run without the data needs --classes N and --images N"),
     ],

@@ -29,6 +29,7 @@ from train import topologies
 from train.cli import Refused, first_line, load_config, take_flag
 from train.collectives import expected_bytes, find_transfers
 from train.config import Config
+from train.loop import check_batch
 from train.step import State, Steps
 from train.throughput import PEAK_FLOPS
 
@@ -55,6 +56,7 @@ class Memory:
     """Bytes of one device during a training step, by what they hold."""
 
     weights: int
+    collected: int  # copies of weights that are split over devices, each whole
     average: int  # the moving average of the weights
     optimizer: int
     gradients: int
@@ -64,7 +66,7 @@ class Memory:
     @property
     def total(self) -> int:
         """The sum of all parts."""
-        parts = self.weights, self.average, self.optimizer, self.gradients
+        parts = self.weights, self.collected, self.average, self.optimizer, self.gradients
         return sum(parts) + self.images + self.activations
 
 
@@ -107,6 +109,7 @@ def main(
             sizes = "--classes N and --images N" if needs_classes else "--images N"
             raise Refused(f"{error}; a dry run without the data needs {sizes}") from None
         classes, images = classes or found[0], images or found[1]
+    check_batch(config, images)
     total = max(round(config.epochs * images / config.batch), 1)
     devices = find_devices(where)
     for line in describe(config, plan(config, classes, total, devices), images, where):
@@ -143,6 +146,7 @@ def describe(config: Config, plan: Plan, images: int, where: str = "here") -> It
     yield f"a device      one of {count}, with {config.batch // count:,} images of a step"
     named = {
         "weights": memory.weights,
+        "collected": memory.collected,
         "gradients": memory.gradients,
         "optimizer": memory.optimizer,
         "average": memory.average,
@@ -217,8 +221,14 @@ def estimate_memory(
 
     layout, count = steps.state_sharding, steps.mesh.size
     weights = share(state.params, layout.params)
+    sizes = jax.tree.map(
+        lambda leaf, sharding: (not sharding.is_fully_replicated) * leaf.size * leaf.dtype.itemsize,
+        state.params,
+        layout.params,
+    )
     return Memory(
         weights=weights,
+        collected=sum(jax.tree.leaves(sizes)),
         average=share(state.ema, layout.ema),
         optimizer=share(state.opt_state, layout.opt_state),
         gradients=weights,
