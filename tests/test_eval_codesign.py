@@ -1,0 +1,82 @@
+"""eval.studies.codesign: what the search chooses, and the page of a small study."""
+
+import json
+
+import numpy as np
+import pytest
+
+from eval.studies import codesign
+from eval.studies.codesign import POLICIES, PUBLISHED, choose, ratios
+
+
+def test_the_best_policy_machine_and_pair_are_chosen():
+    knobs = [{"npu.num_arrays": float(count)} for count in (8, 4, 16)]
+    table = np.full((len(POLICIES), 3), 1.0)
+    published = POLICIES.index(PUBLISHED)
+    table[published] = [2.0, 1.0, 3.0]
+    table[4] = [2.5, 1.0, 2.0]
+    table[5] = [1.0, 4.0, 1.0]
+    found = choose(table, knobs)
+    assert [each.name for each in found] == [
+        *("published", "policy searched", "hardware searched", "both searched"),
+    ]
+    assert [each.searched for each in found] == [2.0, 2.5, 3.0, 4.0]
+    assert [each.policy for each in found] == [PUBLISHED, POLICIES[4], PUBLISHED, POLICIES[5]]
+    assert [each.knobs["npu.num_arrays"] for each in found] == [8, 8, 16, 4]
+
+
+def test_equally_good_ones_are_those_that_come_first():
+    table = np.ones((len(POLICIES), 2))
+    chosen = choose(table, [{"a": 1.0}, {"a": 2.0}])
+    assert {each.knobs["a"] for each in chosen} == {1.0}
+    assert chosen[0].policy == PUBLISHED
+
+
+def test_ratios_are_those_of_each_seed():
+    first, second = ratios(np.array([[2.0, 4.0], [4.0, 4.0], [1.0, 3.0]]))
+    assert first == {"value": 1.0, "low": 1.0, "high": 1.0}
+    assert second["value"] == pytest.approx(2.0)  # of 2, 1 and 3
+    half = 4.302653 / np.sqrt(3)  # Student's t of two degrees of freedom, and their deviation, 1
+    assert (second["low"], second["high"]) == pytest.approx((2 - half, 2 + half), rel=1e-5)
+
+
+def test_allowed_machines_are_no_larger_and_need_no_more_power():
+    study = codesign.Codesign()
+    machines, size = codesign.list_machines(study, "simulator")
+    assert codesign.knobs_of(machines[0]) == codesign.knobs_of(codesign.Hardware())
+    assert len({tuple(codesign.knobs_of(each).values()) for each in machines}) == len(machines)
+    knobs = [codesign.knobs_of(each) for each in machines]
+    assert any(each["npu.num_arrays"] > 8 for each in knobs)
+    assert not any(each["npu.num_arrays"] >= 8 and each["hbm.num_channels"] > 32 for each in knobs)
+    assert min(size.values()) > 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--seeds", "1"], "--seeds must be at least 2"),
+        (["--limits", "ttft<1s"], "such as ttft_p99<2s"),
+        (["--out", "nowhere/page.md"], "there is no folder nowhere"),
+    ],
+)
+def test_settings_that_no_study_can_be_made_of_are_refused(flags, message):
+    with pytest.raises(SystemExit, match=message):
+        codesign.main(flags)
+
+
+@pytest.mark.slow
+def test_a_small_study_writes_its_page(tmp_path, monkeypatch):
+    small = {"hbm.num_channels": (28, 32), "npu.num_arrays": (8,), "pim.macs_per_bank": (16,)}
+    monkeypatch.setattr(codesign, "GRID", small)
+    monkeypatch.setattr(codesign, "TRACES", ("alpaca",))
+    flags = ["--requests", "6", "--seeds", "2", "--fidelities", "intended"]
+    page, results = tmp_path / "page.md", tmp_path / "found.json"
+    codesign.main([*flags, "--out", str(page), "--results", str(results)])
+    found = json.loads(results.read_text())["found"]["intended"]
+    assert found["machines"] == 2
+    assert found["ratios"]["alpaca"][0]["value"] == 1.0
+    best = found["contenders"][-1]["searched"]
+    assert best >= found["contenders"][0]["searched"] > 0
+    assert f"| both searched | {found['contenders'][-1]['knobs']['hbm.num_channels']:g}" in (
+        page.read_text()
+    )
