@@ -56,7 +56,7 @@ ROOMS = {
         "scheduling": {"envelope", "files", "machine", "simulation", "timing"},
         "serving": {"costs", "machine", "scheduling", "timing"},
         "catalogue": {"costs", "machine", "simulator_runs", "timing"},
-        "exploration": {"costs", "envelope", "files", "machine", "timing"},
+        "exploration": {"costs", "envelope", "files", "machine", "serving", "timing"},
         "pages": {
             "envelope",
             "exploration",
