@@ -40,15 +40,25 @@ def test_ratios_are_those_of_each_seed():
     assert (second["low"], second["high"]) == pytest.approx((2 - half, 2 + half), rel=1e-5)
 
 
-def test_allowed_machines_are_no_larger_and_need_no_more_power():
-    study = codesign.Codesign()
-    machines, size = codesign.list_machines(study, "simulator")
-    assert codesign.knobs_of(machines[0]) == codesign.knobs_of(codesign.Hardware())
-    assert len({tuple(codesign.knobs_of(each).values()) for each in machines}) == len(machines)
-    knobs = [codesign.knobs_of(each) for each in machines]
-    assert any(each["npu.num_arrays"] > 8 for each in knobs)
-    assert not any(each["npu.num_arrays"] >= 8 and each["hbm.num_channels"] > 32 for each in knobs)
-    assert min(size.values()) > 0
+def test_machines_that_serve_are_no_larger_and_the_fastest(monkeypatch):
+    small = {"hbm.num_channels": (24, 32, 40), "npu.num_arrays": (4, 8, 16)}
+    monkeypatch.setattr(codesign, "GRID", small)
+    study = codesign.Codesign(served=2)
+    machines, grid, allowed = codesign.list_machines(study, "intended")
+    found = [tuple(codesign.knobs_of(each).values()) for each in machines]
+    assert (grid, found[0]) == (9, (32, 8))
+    values = np.array([(channels, arrays) for channels in (24, 32, 40) for arrays in (4, 8, 16)])
+    step = codesign.evaluate_step(study, "intended", values * 1.0)
+    own = step["area_mm2"][4], step["peak_power_watts"][4]
+    fits = [
+        place
+        for place in range(9)
+        if step["area_mm2"][place] <= own[0] and step["peak_power_watts"][place] <= own[1]
+    ]
+    assert allowed == len(fits)
+    assert not {8, 5, 7} & set(fits)  # more of both, or of one of them
+    fastest = sorted(set(fits) - {4}, key=lambda place: -step["tokens_per_second"][place])
+    assert found[1:] == [tuple(values[place]) for place in fastest[:2]]
 
 
 @pytest.mark.parametrize(
@@ -73,7 +83,7 @@ def test_a_small_study_writes_its_page(tmp_path, monkeypatch):
     page, results = tmp_path / "page.md", tmp_path / "found.json"
     codesign.main([*flags, "--out", str(page), "--results", str(results)])
     found = json.loads(results.read_text())["found"]["intended"]
-    assert found["machines"] == 2
+    assert (found["grid"], found["allowed"], found["served"]) == (2, 2, 2)
     assert found["ratios"]["alpaca"][0]["value"] == 1.0
     best = found["contenders"][-1]["searched"]
     assert best >= found["contenders"][0]["searched"] > 0

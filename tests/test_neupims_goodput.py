@@ -9,11 +9,13 @@ from neupims.exploration.goodput import split_goodput
 from neupims.exploration.points import Objective, parse_objectives
 from neupims.machine.record import replace_all
 from neupims.serving.goodput import find_goodputs
+from neupims.serving.lanes import run_lanes
 from neupims.serving.objectives import Tail, excess, parse_tails
+from neupims.serving.policy import first_come
 from neupims.serving.requests import read_arrivals, stretch
 from neupims.serving.results import measure
 from neupims.serving.serve import run_requests
-from neupims.serving.server import make_server
+from neupims.serving.server import fit_channels, make_server
 
 REQUESTS = read_arrivals("alpaca:12", rate=1.0)
 TAILS = parse_tails("ttft_p90<150ms,tpot_p99<8ms")
@@ -24,28 +26,62 @@ def server():
     return make_server("llama3-8b", tp=4, batch=16)[1]
 
 
-def serve_alone(server, machine, rate):
+CHANGES = {"npu.num_arrays": 2, "hbm.num_channels": 20}
+
+
+def serve_alone(server, rate):
     """The requests at a rate, and what became of them, on one machine alone."""
     came = stretch(REQUESTS, rate)
-    ran = run_requests(
-        server._replace(hardware=machine),
-        came,
-        lambda each: each.nanoseconds * 0 + np.arange(len(each.inputs)),
-        None,
-        None,
-    )
-    return came, ran.served
+    return came, run_requests(server, came, first_come, None, None).served
 
 
-def test_the_goodput_is_a_rate_that_holds_and_a_little_more_does_not(server):
-    slow = replace_all(server.hardware, {"npu.num_arrays": 2, "hbm.num_channels": 16})
-    machines = [server.hardware, slow]
-    found = find_goodputs(server, machines, REQUESTS, TAILS)
+@pytest.mark.parametrize(
+    "placement",
+    [
+        "round-robin",
+        pytest.param("greedy", marks=pytest.mark.slow),
+        pytest.param("least-work", marks=pytest.mark.slow),
+    ],
+)
+def test_the_goodput_is_a_rate_that_holds_and_a_little_more_does_not(placement):
+    alone = [
+        make_server("llama3-8b", tp=4, batch=48, placement=placement, changes=changes)[1]
+        for changes in ({"hbm.num_channels": 24}, CHANGES)
+    ]
+    found = find_goodputs(alone[0], [each.hardware for each in alone], REQUESTS, TAILS)
     assert found[0] > found[1] > 0
-    for machine, rate in zip(machines, found, strict=True):
+    for server, rate in zip(alone, found, strict=True):
         for factor, holds in ((1.0, True), (1.05, False)):
-            came, served = serve_alone(server, machine, rate * factor)
+            came, served = serve_alone(server, rate * factor)
             assert (excess(TAILS, measure(came, served)) <= 1) == holds
+
+
+@pytest.mark.parametrize(
+    "placement",
+    [
+        "round-robin",
+        pytest.param("greedy", marks=pytest.mark.slow),
+        pytest.param("least-work", marks=pytest.mark.slow),
+    ],
+)
+def test_lanes_with_fewer_channels_serve_as_alone(placement):
+    """Few places and little room, so that channels, places and turns count."""
+    machines = [{"hbm.num_channels": 3}, {"hbm.num_channels": 5}, {"hbm.num_channels": 8}]
+    servers = [
+        make_server(
+            *("llama3-8b",), tp=8, batch=12, placement=placement, interleaving="off", changes=each
+        )[1]
+        for each in machines
+    ]
+    requests = read_arrivals("alpaca:40", rate=2000.0)
+    shared = fit_channels(servers[0], 1, 8)
+    assert (shared.rules.rows, shared.rules.places) == (8, 12)
+    lanes = run_lanes(shared, [each.hardware for each in servers], [requests])
+    for lane, server in zip(lanes, servers, strict=True):
+        alone = run_requests(server, requests, first_come, None, None).served
+        # Lanes round some times differently, by nanoseconds.
+        np.testing.assert_allclose(lane.served.end, alone.end, rtol=1e-6)
+        np.testing.assert_allclose(lane.served.admitted, alone.admitted, rtol=1e-6)
 
 
 def test_limits_that_always_hold_give_what_the_machine_serves_at_most(server):
@@ -53,7 +89,7 @@ def test_limits_that_always_hold_give_what_the_machine_serves_at_most(server):
     came = REQUESTS.__class__(
         "at once", 0 * REQUESTS.nanoseconds, REQUESTS.inputs, REQUESTS.outputs
     )
-    ran = run_requests(server, came, lambda each: np.arange(len(each.inputs)), None, None)
+    ran = run_requests(server, came, first_come, None, None)
     assert loose == pytest.approx(len(came.inputs) / (ran.served.end.max() / 1e9), rel=1e-9)
     (strict,) = find_goodputs(server, [server.hardware], REQUESTS, parse_tails("tpot_p50<1us"))
     assert strict == 0

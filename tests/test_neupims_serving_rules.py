@@ -102,6 +102,8 @@ def scan(traces, packing, chunk=0):
         jnp.stack([trace["room"] * one for trace in traces]),
         jnp.array([trace["spare"] for trace in traces], jnp.int32),
         jnp.tile(jnp.arange(LONGEST) * 1.0, (len(traces), 1)),
+        jnp.full(len(traces), ROWS),
+        jnp.full(len(traces), rules.places),
     )
     bases = jnp.array([trace["base"] for trace in traces], jnp.int32)
     states = jax.vmap(partial(start, rules))(requests)

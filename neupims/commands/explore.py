@@ -157,7 +157,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help=(
             "rows of designs for Sobol indices, each with two more designs than knobs; 0 for none"
-            " (default: 1024)"
+            " (default: 1024, 0 with a goodput)"
         ),
     )
     how.add_argument("--seed", type=int, default=0, metavar="N")

@@ -121,12 +121,21 @@ def _parse_axis(text: str, cells: str) -> Axis:
     return Axis(found[1].strip(), low, high, log=not found[4], cells=int(cells))
 
 
+def _fit(axis: Axis, part: Points, possible: Points) -> Axis:
+    """The axis with ends: those of the designs that meet the constraints, if two differ."""
+    values = overall(part.metrics[axis.name])
+    if values.min() == values.max():
+        values = overall(possible.metrics[axis.name])
+    return axis.fit(values[np.isfinite(values)])
+
+
 class Elites:
     """The best design of each cell so far.
 
     Args:
         axes: The two axes. Those without ends begin and end at the designs of the first call of
-            `update` that has some which meet the constraints.
+            `update` that has some which meet the constraints; or, if these are all alike, at all
+            possible designs of that call.
         objective: What is best.
     """
 
@@ -147,9 +156,10 @@ class Elites:
             part, units = self.points.join(part), np.concatenate([self.units, units])
         cost = costs(part, [self.objective])[:, 0]
         kept = np.isfinite(cost)
+        possible = part.take(part.code == 0)
         part, units, cost = part.take(kept), units[kept], cost[kept]
         if len(cost):
-            self.axes = tuple(axis.fit(overall(part.metrics[axis.name])) for axis in self.axes)
+            self.axes = tuple(_fit(axis, part, possible) for axis in self.axes)
             cells = self.cells_of(part)
             order = np.lexsort((part.place, cost, cells[:, 1], cells[:, 0]))
             best = order[np.unique(cells[order], axis=0, return_index=True)[1]]

@@ -281,7 +281,6 @@ def explore(
             system=system,
             sub_batches=halves,
             fidelity=fidelity,
-            most_channels=most_channels,
             batch=serve_batch,
             first=serve_requests,
             seed=seed,

@@ -257,7 +257,7 @@ def _reference(
         if not np.isfinite(value) or value <= 0:
             raise ValueError(
                 f"{each.name} of the base design is {value:g}, so nothing can be compared with it:"
-                " choose a base design that is possible"
+                " choose a base design, or limits, for which it is above 0"
             )
         worst = value / WORSE if each.largest else value * WORSE
         ends[each.name] = float(given.get(each.name, worst))

@@ -12,7 +12,7 @@ from neupims.exploration.points import Objective
 from neupims.exploration.space import SETTINGS
 from neupims.exploration.workloads import Workload
 from neupims.machine.hardware import Hardware
-from neupims.machine.record import replace, replace_all
+from neupims.machine.record import replace_all
 from neupims.machine.systems import Fidelity, System
 from neupims.machine.workload import Parallel
 from neupims.serving.goodput import find_goodputs
@@ -67,7 +67,6 @@ def measure_goodput(
     system: System,
     sub_batches: int,
     fidelity: Fidelity,
-    most_channels: int,
     batch: int = 256,
     first: int | None = None,
     seed: int = 0,
@@ -86,7 +85,6 @@ def measure_goodput(
         system: The system of all designs.
         sub_batches: 1 or 2, unless a knob.
         fidelity: "simulator" or "intended".
-        most_channels: Upper bound of `hbm.num_channels` over all designs.
         batch: The most requests at once.
         first: The number of requests from the beginning of the trace (default: all).
         seed: Seed of random arrivals and lengths.
@@ -99,10 +97,15 @@ def measure_goodput(
     if "parallel.pp" in knobs:
         raise ValueError("a pipeline is not served yet: goodput cannot have the knob parallel.pp")
     requests = read_arrivals(trace, rate=1.0, first=first, seed=seed)
-    stretch(requests, 1.0)
-    largest = replace(hardware, "hbm.num_channels", most_channels)
+    try:
+        stretch(requests, 1.0)
+    except ValueError:
+        raise ValueError(
+            f"the requests of {requests.name} arrive at one instant, so they have no rate: serve at"
+            " least two requests that arrive apart, or a distribution such as sharegpt:200"
+        ) from None
 
-    def server(workload: Workload, settings: dict[str, float]) -> Server:
+    def server(machine: Hardware, workload: Workload, settings: dict[str, float]) -> Server:
         shares = {
             name: int(settings.get(f"parallel.{name}", value))
             for name, value in vars(workload.parallel).items()
@@ -110,10 +113,10 @@ def measure_goodput(
         halves = settings.get("sub_batches", sub_batches)
         interleaving: Interleaving = "on" if halves == 2 else "off"
         setting = Setting(workload.model, Parallel(**shares), system, fidelity, interleaving)
-        return assemble_server(largest, setting, batch=batch)
+        return assemble_server(machine, setting, batch=batch)
 
     for each in workloads:
-        server(each, {})
+        server(hardware, each, {})
 
     def compute(columns: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
         found = np.zeros((len(next(iter(columns.values()))), len(workloads)))
@@ -124,8 +127,8 @@ def measure_goodput(
                 key = workload.model, workload.parallel
                 if key not in known:
                     chosen = [machines[row] for row in rows]
-                    given = server(workload, settings), chosen, requests, tails
-                    known[key] = find_goodputs(*given)
+                    serving = server(chosen[0], workload, settings)
+                    known[key] = find_goodputs(serving, chosen, requests, tails)
                 found[rows, place] = known[key]
         return {NAME: found}
 

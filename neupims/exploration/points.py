@@ -113,7 +113,7 @@ def result(points: Points, name: str) -> Float[np.ndarray, " n"]:
         points: The designs, n of them.
         name: Name of the metric.
     """
-    return np.where(np.isinf(points.violation), np.nan, overall(points.metrics[name]))
+    return np.where(points.code != 0, np.nan, overall(points.metrics[name]))
 
 
 def costs(points: Points, objectives: Sequence[Objective]) -> Float[np.ndarray, "n m"]:

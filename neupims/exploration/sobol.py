@@ -121,7 +121,7 @@ def sobol_indices(space: Space, points: Points, *, seed: int = 0) -> Indices:
         seed: Seed of the resamples.
     """
     knobs = len(space.knobs)
-    sound = np.isfinite(points.violation)
+    sound = points.code == 0
     outputs = {name: result(points, name) for name in points.metrics}
     if not sound.all():
         outputs[POSSIBLE] = sound * 1.0

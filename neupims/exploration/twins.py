@@ -53,7 +53,7 @@ def _find_idle(space: Space, evaluate: Evaluate, tried: Sequence[int]) -> list[i
             rows.append(changed)
     found = evaluate(np.concatenate(rows))
     results = _results(found).reshape(len(rows), DESIGNS, -1)
-    if np.isinf(found.violation).all():
+    if (found.code != 0).all():
         return []
     return [
         column
@@ -121,7 +121,7 @@ def _results(points: Points) -> np.ndarray:
     """All metrics of all workloads and the violation, (n, ...); one row for a flagged design."""
     columns = [np.asarray(each, np.float64) for each in points.metrics.values()]
     results = np.concatenate([*columns, points.violation[:, None]], axis=1)
-    return np.where(np.isinf(points.violation)[:, None], np.inf, results)
+    return np.where((points.code != 0)[:, None], np.inf, results)
 
 
 def _same(one: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -62,7 +62,7 @@ def heat_map(
             y(y_edges[j]),
             y(y_edges[j + 1]),
         )
-        share = (cell["value"] - low) / (high - low) if high > low else 1.0
+        share = (cell["value"] - low) / (high - low) if high > low else float(largest)
         hover = (
             f"{cell['name'] + ': ' if cell.get('name') else ''}{z_name} {short(cell['value'])},"
             f" {x_name} {short(x_edges[i])} to {short(x_edges[i + 1])},"

@@ -1,11 +1,12 @@
 """The goodput of machines: the highest rate of requests at which percentiles stay below limits.
 
-The definition is that of DistServe (Zhong et al., arXiv:2401.09670). Machines are lanes of one
+It is like that of DistServe (Zhong et al., arXiv:2401.09670), but each limit is on a percentile of
+its own, and the rate is that of the whole machine, not of one GPU. Machines are lanes of one
 program, each with its own rate; a bisection takes one run of all lanes for each step.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -14,18 +15,20 @@ import numpy as np
 from jaxtyping import Bool, Float
 
 from neupims.machine.hardware import Hardware
+from neupims.machine.systems import PIM_SYSTEMS
 from neupims.serving.lanes import Lane, Machines, make_machines, serve_lanes
 from neupims.serving.objectives import Tail, excess
 from neupims.serving.policy import Order, first_come
 from neupims.serving.requests import Arrivals, stretch
 from neupims.serving.results import measure
-from neupims.serving.server import Server
+from neupims.serving.server import Server, fit_channels
 
+NEAR = 8  # channels: machines of one program differ in fewer
 LANES = 16  # machines of one program, on one core
 FEW = 4  # machines of another one, so that few machines do not wait for many
 LEAST = 64.0  # a goodput below this part of the most that the machine serves counts as 0
-# Rates that are tried, the first one at that most. The result is below the true one by a factor of
-# at most LEAST^(1/2^(STEPS - 1)), 1.7 %.
+# Rates that are tried, the first one at that most. Where limits that hold at a rate hold at all
+# lower ones, the result is at most LEAST^(1/2^(STEPS - 1)), 1.7 %, below the true one.
 STEPS = 9
 
 
@@ -38,13 +41,13 @@ def find_goodputs(
 ) -> Float[np.ndarray, " n"]:
     """Returns the goodput of each machine, (n,) requests a second.
 
-    It is the highest rate that was tried at which all limits hold, with the distances between the
-    arrivals stretched. It is at most the rate at which the machine serves all requests when they
-    come at once, because a short trace says nothing of higher rates. It is 0 where the machine
-    cannot hold a request, or the limits hold at no rate that was tried.
+    It is the highest rate that a bisection found at which all limits hold, with the distances
+    between the arrivals stretched. It is at most the rate at which the machine serves all requests
+    when they come at once, because a short trace says nothing of higher rates. It is 0 where the
+    machine cannot hold a request, or the limits hold at no rate that was tried.
 
     Args:
-        server: The rules, the model and the placement; its machine has the most channels.
+        server: The rules, the model and the placement; its machine does not matter.
         hardware: The machines.
         requests: The requests, not all at one instant.
         tails: The limits on percentiles.
@@ -54,15 +57,37 @@ def find_goodputs(
         ValueError: All requests arrive at once.
     """
     stretch(requests, 1.0)
-    size = FEW if len(hardware) <= FEW else LANES
-    groups = [[*hardware[first : first + size]] for first in range(0, len(hardware), size)]
+    found = np.zeros(len(hardware))
 
-    def find(group: list[Hardware]) -> Float[np.ndarray, " lanes"]:
-        filled = group + [group[-1]] * (size - len(group))
-        return _find_goodputs(server, filled, requests, tails, order)[: len(group)]
+    def find(work: tuple[Server, list[int]]) -> None:
+        fitting, rows = work
+        size = FEW if len(rows) <= FEW else LANES
+        filled = [hardware[row] for row in rows + rows[-1:] * (size - len(rows))]
+        found[rows] = _find_goodputs(fitting, filled, requests, tails, order)[: len(rows)]
 
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return np.concatenate([np.zeros(0), *pool.map(find, groups)])
+        list(pool.map(find, _group(server, hardware)))
+    return found
+
+
+def _group(server: Server, hardware: Sequence[Hardware]) -> Iterator[tuple[Server, list[int]]]:
+    """The programs of all machines: a server that fits up to `LANES` of them, and their rows.
+
+    Rows and places of a program are those of all its machines. So machines with about as many
+    channels share one; if all have the same number, nothing is wasted.
+    """
+    split, channels = server.setting.parallel.kv_split, np.zeros(len(hardware), np.int64)
+    if server.setting.system in PIM_SYSTEMS:
+        channels[:] = [int(each.hbm.num_channels) for each in hardware]
+    step = NEAR * split
+    for bucket in np.unique(-(-channels // step)):
+        rows = np.flatnonzero(-(-channels // step) == bucket)
+        fewest, most = channels[rows].min(), channels[rows].max()
+        if fewest < most:
+            fewest, most = (bucket - 1) * step + split, bucket * step
+        fitting = fit_channels(server, int(fewest), int(most))
+        for first in range(0, len(rows), LANES):
+            yield fitting, rows[first : first + LANES].tolist()
 
 
 def _find_goodputs(

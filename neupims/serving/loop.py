@@ -68,6 +68,8 @@ class Memory(NamedTuple):
     room: Int[Array, " rows"]  # of each channel; 0 for a row that the machine does not have
     spare: Int[Array, ""]  # that are free after an admission
     loads: Float[Array, " lengths"]  # of a channel, by a request of 0, 1, ... tokens, for packing
+    rows: Int[Array, ""]  # channels of the machine, the first ones
+    places: Int[Array, ""]  # requests of a channel, at most
 
 
 class Channels(NamedTuple):
@@ -76,6 +78,7 @@ class Channels(NamedTuple):
     loads: Float[Array, " rows"]  # of the requests that are there
     counts: Int[Array, " rows"]  # requests that are there
     admitted: Int[Array, ""]  # requests that were admitted before
+    rows: Int[Array, ""]  # channels that the machine has, the first ones
 
 
 # The channel with the least value that can take the request gets it.
@@ -127,8 +130,8 @@ class Costs(Protocol):
 class Rules(NamedTuple):
     """What is fixed before a run is compiled."""
 
-    rows: int  # channels
-    places: int  # of each channel
+    rows: int  # channels, of the largest machine
+    places: int  # of each channel, of the machine that has most
     batch: int  # the most requests at once
     prompts: int  # the most prompts of one prefill
     prefill_tokens: int  # the most tokens of one prefill, if it has more than one prompt
@@ -337,11 +340,12 @@ def admit(
         request = waiting[chosen]
         length, prompt = requests.lengths[request], requests.prompts[request]
         blocks = memory.needed[length]
-        fits = (needed + blocks <= memory.room - memory.spare) & ~paused & ~there.all(axis=1)
+        fits = (needed + blocks <= memory.room - memory.spare) & ~paused
+        fits = fits & (there.sum(axis=1) < memory.places)
         budget = (prompt == 0) | (tokens == 0) | (tokens + prompt <= rules.prefill_tokens)
         goes = fits.any() & budget & (there.sum() < rules.batch)
         loads = jnp.where(there, memory.loads[places.length], 0.0).sum(axis=1)
-        channels = Channels(loads, there.sum(axis=1), admitted)
+        channels = Channels(loads, there.sum(axis=1), admitted, memory.rows)
         row = jnp.argmin(jnp.where(fits, rules.packing(channels), jnp.inf))
         at = (row, jnp.argmin(there[row]))  # its first free place
 

@@ -86,8 +86,8 @@ def in_turn(channels: Channels) -> Float[Array, " rows"]:
     Args:
         channels: The channels.
     """
-    rows = channels.loads.shape[0]
-    return 1.0 * ((jnp.arange(rows) - channels.admitted) % rows)
+    places = jnp.arange(channels.loads.shape[0])
+    return 1.0 * ((places - channels.admitted) % channels.rows)
 
 
 def modelled_work(

@@ -1,6 +1,5 @@
 """The machine that serves, and its inputs of the loop: blocks of memory, requests, and checks."""
 
-import math
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,14 +9,14 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Bool, Int
+from jaxtyping import Array, Bool, Int
 
 from neupims.machine.case import find_setting, select_model, select_system
 from neupims.machine.config import read_model
-from neupims.machine.division import floor_divide
+from neupims.machine.division import ceil_divide, floor_divide
 from neupims.machine.hardware import Hardware
 from neupims.machine.layer_kinds import find_mix
-from neupims.machine.record import instead
+from neupims.machine.record import Number, instead
 from neupims.machine.supported import check_latent
 from neupims.machine.systems import FIDELITIES, PIM_SYSTEMS, Fidelity
 from neupims.machine.workload import LONGEST
@@ -112,15 +111,6 @@ def make_server(
     ):
         if value not in known:
             raise ValueError(f"{name} must be one of {', '.join(known)}, not {value!r}")
-    for name, count in (
-        ("batch", batch),
-        ("prefill_tokens", prefill_tokens),
-        ("chunk_tokens", chunk_tokens),
-    ):
-        if not 1 <= count <= LONGEST:
-            raise ValueError(f"{name} must be {instead(count, 1, LONGEST, True)}")
-    if not 0 <= spare < 1:
-        raise ValueError(f"the spare share of the memory must be from 0 to below 1, not {spare:g}")
     name_of(placement, PLACEMENTS, "placement")
     chosen = PLACEMENTS[placement] if isinstance(placement, str) else placement
     named = find_setting(system)
@@ -141,6 +131,8 @@ def make_server(
     if lm_head:
         decoder = replace(decoder, lm_head=1)
     setting = Setting(decoder, parallel, kind, fidelity, interleaving)
+    if not 1 <= chunk_tokens <= LONGEST:
+        raise ValueError(f"chunk_tokens must be {instead(chunk_tokens, 1, LONGEST, True)}")
     server = assemble_server(
         machine,
         setting,
@@ -166,7 +158,7 @@ def assemble_server(
     """Returns the machine that serves a model, checked.
 
     Args:
-        machine: The hardware; lanes may have fewer channels, but not more.
+        machine: The hardware.
         setting: The model and the system.
         placement: How a channel is chosen.
         batch: As for `serve`, like the next.
@@ -175,8 +167,14 @@ def assemble_server(
         spare: The share of a channel's blocks that stay free.
 
     Raises:
-        ValueError: The model is spread over a pipeline, or cannot run on the system.
+        ValueError: A number is impossible, the model is spread over a pipeline, or it cannot run on
+            the system.
     """
+    for name, count in (("batch", batch), ("prefill_tokens", prefill_tokens)):
+        if not 1 <= count <= LONGEST:
+            raise ValueError(f"{name} must be {instead(count, 1, LONGEST, True)}")
+    if not 0 <= spare < 1:
+        raise ValueError(f"the spare share of the memory must be from 0 to below 1, not {spare:g}")
     parallel, kind, fidelity = setting.parallel, setting.system, setting.fidelity
     if parallel.pp != 1:
         raise ValueError(
@@ -184,17 +182,13 @@ def assemble_server(
             f" --tp {parallel.tp * parallel.pp}, the same devices"
         )
     check_latent(find_mix(setting.model), system=kind, fidelity=fidelity)
-    channels = int(machine.hbm.num_channels)
-    check_split(parallel.kv_split, system=kind, fidelity=fidelity, channels=channels)
+    own = int(machine.hbm.num_channels)
+    check_split(parallel.kv_split, system=kind, fidelity=fidelity, channels=own)
     if kind != "gpu":
         check_scratchpad(machine)
-    rows, places = 1, batch
-    if kind in PIM_SYSTEMS:
-        rows = channels // parallel.kv_split
-        places = min(batch, 2 * math.ceil(batch / rows))
     rules = Rules(
-        rows,
-        places,
+        1,
+        batch,
         batch,
         CHUNKS if chunk_tokens else PROMPTS,
         prefill_tokens,
@@ -203,7 +197,22 @@ def assemble_server(
         placement.packing,
         ModelCosts(setting),
     )
-    return Server(machine, setting, rules, placement, spare)
+    return fit_channels(Server(machine, setting, rules, placement, spare), own, own)
+
+
+def fit_channels(server: Server, fewest: int, most: int) -> Server:
+    """Returns a server whose arrays fit all machines that have from `fewest` to `most` channels.
+
+    Args:
+        server: The server; without PIM nothing changes.
+        fewest: The least number of channels.
+        most: The greatest number.
+    """
+    if server.setting.system not in PIM_SYSTEMS:
+        return server
+    split, rules = server.setting.parallel.kv_split, server.rules
+    places = int(count_places(rules.batch, fewest // split))
+    return server._replace(rules=rules._replace(rows=most // split, places=places))
 
 
 def name_of(value: Any, known: Mapping[str, Any], what: str) -> str:
@@ -272,7 +281,8 @@ def make_memory(server: Server, hardware: Hardware, length: int, tokens: int) ->
         tiles = request_tiles(hardware, model, lengths, parallel, fidelity=setting.fidelity)
         needed = jnp.ceil(tiles - 1e-3)  # layers times a mean over layers is whole but for rounding
         room = channel_tiles(hardware, model, parallel, tokens)
-        there = jnp.arange(rules.rows) < hardware.hbm.num_channels / parallel.kv_split
+        rows = jnp.round(hardware.hbm.num_channels / parallel.kv_split).astype(jnp.int32)
+        there = jnp.arange(rules.rows) < rows
         pieces = piece_lengths(lengths, parallel)
         loads = server.placement.load(hardware, model, pieces, parallel)
     else:
@@ -282,11 +292,22 @@ def make_memory(server: Server, hardware: Hardware, length: int, tokens: int) ->
         blocks = request_bytes(hardware, model, whole, parallel, **options) / each
         needed = jnp.ceil(blocks - 1e-3)  # whole but for rounding, as above
         free, _ = free_bytes(hardware, model, parallel, system, tokens)
-        room, there = floor_divide(free, each), jnp.ones(1, bool)
+        room, there, rows = floor_divide(free, each), jnp.ones(1, bool), jnp.int32(1)
         loads = 1.0 * lengths
     room = jnp.where(there, jnp.maximum(room, 0), 0).astype(jnp.int32)
     spare = jnp.floor(room.max() * server.spare).astype(jnp.int32)
-    return Memory(jnp.where(lengths > 0, needed, 0).astype(jnp.int32), room, spare, loads)
+    needed = jnp.where(lengths > 0, needed, 0).astype(jnp.int32)
+    return Memory(needed, room, spare, loads, rows, count_places(rules.batch, rows))
+
+
+def count_places(batch: int, rows: Number) -> Int[Array, ""]:
+    """Returns the places of a channel: twice its share of the batch, and at most the batch.
+
+    Args:
+        batch: The most requests at once.
+        rows: The channels.
+    """
+    return jnp.minimum(batch, 2 * ceil_divide(batch, rows)).astype(jnp.int32)
 
 
 def check_lengths(
