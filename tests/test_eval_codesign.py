@@ -16,18 +16,19 @@ def test_the_best_policy_machine_and_pair_are_chosen():
     table[published] = [2.0, 1.0, 3.0]
     table[4] = [2.5, 1.0, 2.0]
     table[5] = [1.0, 4.0, 1.0]
-    found = choose(table, knobs)
+    found = choose(table, knobs, [{"area_mm2": 1.0 * place} for place in range(3)])
     assert [each.name for each in found] == [
         *("published", "policy searched", "hardware searched", "both searched"),
     ]
     assert [each.searched for each in found] == [2.0, 2.5, 3.0, 4.0]
     assert [each.policy for each in found] == [PUBLISHED, POLICIES[4], PUBLISHED, POLICIES[5]]
     assert [each.knobs["npu.num_arrays"] for each in found] == [8, 8, 16, 4]
+    assert [each.size["area_mm2"] for each in found] == [0, 0, 2, 1]
 
 
 def test_equally_good_ones_are_those_that_come_first():
     table = np.ones((len(POLICIES), 2))
-    chosen = choose(table, [{"a": 1.0}, {"a": 2.0}])
+    chosen = choose(table, [{"a": 1.0}, {"a": 2.0}], [{}, {}])
     assert {each.knobs["a"] for each in chosen} == {1.0}
     assert chosen[0].policy == PUBLISHED
 
@@ -44,7 +45,7 @@ def test_machines_that_serve_are_no_larger_and_the_fastest(monkeypatch):
     small = {"hbm.num_channels": (24, 32, 40), "npu.num_arrays": (4, 8, 16)}
     monkeypatch.setattr(codesign, "GRID", small)
     study = codesign.Codesign(served=2)
-    machines, grid, allowed = codesign.list_machines(study, "intended")
+    machines, sizes, grid, allowed = codesign.list_machines(study, "intended")
     found = [tuple(codesign.knobs_of(each).values()) for each in machines]
     assert (grid, found[0]) == (9, (32, 8))
     values = np.array([(channels, arrays) for channels in (24, 32, 40) for arrays in (4, 8, 16)])
@@ -59,6 +60,9 @@ def test_machines_that_serve_are_no_larger_and_the_fastest(monkeypatch):
     assert not {8, 5, 7} & set(fits)  # more of both, or of one of them
     fastest = sorted(set(fits) - {4}, key=lambda place: -step["tokens_per_second"][place])
     assert found[1:] == [tuple(values[place]) for place in fastest[:2]]
+    rows = [4, *fastest[:2]]
+    for name in codesign.SIZES:
+        np.testing.assert_allclose([each[name] for each in sizes], step[name][rows], rtol=1e-6)
 
 
 @pytest.mark.parametrize(

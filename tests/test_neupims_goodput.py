@@ -26,6 +26,14 @@ def server():
     return make_server("llama3-8b", tp=4, batch=16)[1]
 
 
+each_placement = pytest.mark.parametrize(
+    "placement",
+    [
+        "round-robin",
+        pytest.param("greedy", marks=pytest.mark.slow),
+        pytest.param("least-work", marks=pytest.mark.slow),
+    ],
+)
 CHANGES = {"npu.num_arrays": 2, "hbm.num_channels": 20}
 
 
@@ -35,14 +43,7 @@ def serve_alone(server, rate):
     return came, run_requests(server, came, first_come, None, None).served
 
 
-@pytest.mark.parametrize(
-    "placement",
-    [
-        "round-robin",
-        pytest.param("greedy", marks=pytest.mark.slow),
-        pytest.param("least-work", marks=pytest.mark.slow),
-    ],
-)
+@each_placement
 def test_the_goodput_is_a_rate_that_holds_and_a_little_more_does_not(placement):
     alone = [
         make_server("llama3-8b", tp=4, batch=48, placement=placement, changes=changes)[1]
@@ -56,14 +57,7 @@ def test_the_goodput_is_a_rate_that_holds_and_a_little_more_does_not(placement):
             assert (excess(TAILS, measure(came, served)) <= 1) == holds
 
 
-@pytest.mark.parametrize(
-    "placement",
-    [
-        "round-robin",
-        pytest.param("greedy", marks=pytest.mark.slow),
-        pytest.param("least-work", marks=pytest.mark.slow),
-    ],
-)
+@each_placement
 def test_lanes_with_fewer_channels_serve_as_alone(placement):
     """Few places and little room, so that channels, places and turns count."""
     machines = [{"hbm.num_channels": 3}, {"hbm.num_channels": 5}, {"hbm.num_channels": 8}]

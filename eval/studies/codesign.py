@@ -29,6 +29,7 @@ from ggem_jax.files.pages import render_page
 from neupims import Hardware
 from neupims.exploration.evaluation import make_evaluate
 from neupims.exploration.workloads import make_workloads
+from neupims.machine.case import select_model
 from neupims.machine.record import replace_all
 from neupims.machine.systems import FIDELITIES, Fidelity
 from neupims.serving.goodput import find_goodputs
@@ -51,6 +52,7 @@ GRID = {
     "pim.macs_per_bank": (8, 16, 32),
 }
 TRACES = ("sharegpt", "alpaca")
+SIZES = ("area_mm2", "peak_power_watts")  # of which a machine has at most that of the published one
 INTERLEAVED: tuple[Interleaving, ...] = ("on", "off")
 
 
@@ -86,6 +88,7 @@ class Contender(NamedTuple):
     name: str
     knobs: dict[str, float]  # of the machine
     policy: Policy
+    size: dict[str, float]  # area and peak power of the machine
     searched: float  # goodput on the trace of the search, requests a second
 
 
@@ -148,7 +151,7 @@ def compare(study: Codesign, fidelity: Fidelity, tails: tuple[Tail, ...]) -> dic
     Raises:
         ValueError: The model is unknown or cannot be served.
     """
-    machines, grid, allowed = list_machines(study, fidelity)
+    machines, sizes, grid, allowed = list_machines(study, fidelity)
     trace = draw_trace("sharegpt", study.requests, 0)
     table = np.array(
         [
@@ -156,7 +159,7 @@ def compare(study: Codesign, fidelity: Fidelity, tails: tuple[Tail, ...]) -> dic
             for policy in POLICIES
         ]
     )
-    contenders = choose(table, [knobs_of(each) for each in machines])
+    contenders = choose(table, [knobs_of(each) for each in machines], sizes)
     report(f"{fidelity}: {table.size} of machine and policy served; best {contenders[-1]}")
     measured: dict[str, list[list[float]]] = {}
     for kind in TRACES:
@@ -177,7 +180,6 @@ def compare(study: Codesign, fidelity: Fidelity, tails: tuple[Tail, ...]) -> dic
         "allowed": allowed,
         "served": len(machines),
         "contenders": [each._asdict() for each in contenders],
-        "sizes": _sizes_of(study, fidelity, contenders),
         "goodputs": measured,
         "ratios": {kind: ratios(np.array(values)) for kind, values in measured.items()},
     }
@@ -187,6 +189,7 @@ class Machines(NamedTuple):
     """The machines that serve."""
 
     hardware: list[Hardware]  # the published one first
+    sizes: list[dict[str, float]]  # area and peak power of each
     grid: int  # machines of the grid
     allowed: int  # of these, those that are no larger than the published one
 
@@ -206,7 +209,7 @@ def list_machines(study: Codesign, fidelity: Fidelity) -> Machines:
     grid = np.array(list(product(*GRID.values())), np.float64)
     grid = grid[(grid != published).any(axis=1)]
     found = evaluate_step(study, fidelity, np.concatenate([published[None], grid]))
-    sizes = np.stack([found["area_mm2"], found["peak_power_watts"]], axis=1)
+    sizes = np.stack([found[name] for name in SIZES], axis=1)
     allowed = (sizes <= sizes[0] * (1 + 1e-6)).all(axis=1) & (found["flagged"] == 0)
     speed = np.where(allowed, found["tokens_per_second"], -np.inf)[1:]
     order = np.argsort(-speed, kind="stable")[: min(study.served, int(allowed[1:].sum()))]
@@ -214,7 +217,9 @@ def list_machines(study: Codesign, fidelity: Fidelity) -> Machines:
         replace_all(Hardware(), dict(zip(GRID, values, strict=True)))
         for values in [published, *grid[order]]
     ]
-    return Machines(machines, len(grid) + 1, int(allowed.sum()))
+    rows = [0, *(1 + order).tolist()]
+    kept = [{name: float(found[name][row]) for name in SIZES} for row in rows]
+    return Machines(machines, kept, len(grid) + 1, int(allowed.sum()))
 
 
 def evaluate_step(
@@ -239,19 +244,8 @@ def evaluate_step(
         for halves in (1, 2)
     )
     speed = np.maximum(one["tokens_per_second"], two["tokens_per_second"])
-    names = ("area_mm2", "peak_power_watts", "flagged")
-    found = {name: np.asarray(two[name])[:, 0] for name in names}
+    found = {name: np.asarray(two[name])[:, 0] for name in (*SIZES, "flagged")}
     return found | {"tokens_per_second": np.asarray(speed)[:, 0]}
-
-
-def _sizes_of(
-    study: Codesign, fidelity: Fidelity, contenders: list[Contender]
-) -> list[dict[str, float]]:
-    """Area and peak power of each contender."""
-    values = np.array([list(each.knobs.values()) for each in contenders])
-    found = evaluate_step(study, fidelity, values)
-    names = ("area_mm2", "peak_power_watts")
-    return [{name: float(found[name][place]) for name in names} for place in range(len(contenders))]
 
 
 def knobs_of(hardware: Hardware) -> dict[str, float]:
@@ -275,8 +269,8 @@ def make_server(study: Codesign, fidelity: Fidelity, policy: Policy) -> Server:
         fidelity: How the machines are timed.
         policy: The policy.
     """
-    (workload,) = make_workloads(study.model, "sharegpt:2", dealt=True)
-    setting = Setting(workload.model, workload.parallel, "neupims", fidelity, policy.interleaving)
+    _, model, parallel = select_model(study.model)
+    setting = Setting(model, parallel, "neupims", fidelity, policy.interleaving)
     return assemble_server(Hardware(), setting, placement=PLACEMENTS[policy.placement])
 
 
@@ -291,7 +285,9 @@ def draw_trace(kind: str, requests: int, seed: int) -> Arrivals:
     return read_arrivals(f"{kind}:{requests}", rate=1.0, seed=seed)
 
 
-def choose(table: np.ndarray, knobs: list[dict[str, float]]) -> list[Contender]:
+def choose(
+    table: np.ndarray, knobs: list[dict[str, float]], sizes: list[dict[str, float]]
+) -> list[Contender]:
     """Returns the published machine, the best policy on it, the best machine, and the best of all.
 
     The best machine has the published policy. Of equally good ones the first counts.
@@ -299,6 +295,7 @@ def choose(table: np.ndarray, knobs: list[dict[str, float]]) -> list[Contender]:
     Args:
         table: Goodputs, (policies, machines); the first machine is the published one.
         knobs: Those of each machine.
+        sizes: Area and peak power of each machine.
     """
     published = POLICIES.index(PUBLISHED)
     policy, machine = int(table[:, 0].argmax()), int(table[published].argmax())
@@ -310,7 +307,7 @@ def choose(table: np.ndarray, knobs: list[dict[str, float]]) -> list[Contender]:
         "both searched": (int(both[0]), int(both[1])),
     }
     return [
-        Contender(name, knobs[place], POLICIES[row], float(table[row, place]))
+        Contender(name, knobs[place], POLICIES[row], sizes[place], float(table[row, place]))
         for name, (row, place) in chosen.items()
     ]
 
@@ -347,7 +344,7 @@ def make_contender_table(part: dict[str, Any]) -> str:
     columns += ["searched, requests/s", *(f"{kind}: times published" for kind in TRACES)]
     rows = []
     for place, each in enumerate(part["contenders"]):
-        size = part["sizes"][place]
+        size = each["size"]
         rows.append(
             [
                 each["name"],

@@ -115,15 +115,8 @@ def make_config(demo: Demo, pool: str, seed: int) -> Config:
     """
     folder = demo.out / f"{pool}-{seed}"
     flags = [
-        "--config",
-        demo.config,
-        "--pool.kind",
-        pool,
-        "--seed",
-        str(seed),
-        "--out",
-        str(folder),
-    ]
+        "--config", demo.config, "--pool.kind", pool, "--seed", str(seed), "--out", str(folder),
+    ]  # fmt: skip
     if demo.epochs is not None:
         flags += ["--epochs", str(demo.epochs)]
     return load_config(Config, flags, "eval.studies.demo")

@@ -184,6 +184,15 @@ def add_experts_and_head_arguments(parser: argparse._ActionsContainer) -> None:
         metavar="N",
         help="deal experts to N equal groups of the tp devices (default: 1: all share each expert)",
     )
+    add_head_argument(parser)
+
+
+def add_head_argument(parser: argparse._ActionsContainer) -> None:
+    """Adds the flag of the LM head.
+
+    Args:
+        parser: The parser, or a group of it; changed in place.
+    """
     parser.add_argument(
         "--lm-head",
         action="store_true",

@@ -17,10 +17,9 @@ from neupims.machine.traces import Requests
 
 # Flags that only a space of designs has.
 OF_A_SPACE = (
-    *("space", "constraint", "method", "points", "reference", "axes", "cells", "index_rows"),
-    *("chunk", "out"),
-    *("serve", "serve_batch", "serve_requests"),
-)
+    "space", "constraint", "method", "points", "reference", "axes", "cells", "index_rows", "chunk",
+    "out", "serve", "serve_batch", "serve_requests",
+)  # fmt: skip
 
 
 def compare_and_print(

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from neupims.commands.common import (
+    add_head_argument,
     add_json_argument,
     add_machine_arguments,
     add_row_buffers_argument,
@@ -47,11 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
             " (default: on)"
         ),
     )
-    parser.add_argument(
-        "--lm-head",
-        action="store_true",
-        help="also compute the LM head, once after the last layer (default: as the model's file)",
-    )
+    add_head_argument(parser)
     parser.add_argument(
         "--trace",
         required=True,

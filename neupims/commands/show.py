@@ -7,11 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from neupims import catalogue
-from neupims.commands.common import (
-    add_json_argument,
-    parse_change,
-    print_json,
-)
+from neupims.commands.common import add_json_argument, parse_change, print_json
 from neupims.machine.units import compact
 
 

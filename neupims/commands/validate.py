@@ -3,12 +3,7 @@
 import argparse
 from pathlib import Path
 
-from neupims.commands.common import (
-    add_json_argument,
-    check_run,
-    console,
-    print_json,
-)
+from neupims.commands.common import add_json_argument, check_run, console, print_json
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -48,9 +48,8 @@ class Ablation:
 
     objective: str  # NAME:max or NAME:min
     best: Design
-    changes: tuple[
-        Change, ...
-    ]  # the one that makes the objective worst first, impossible ones last
+    # The one that makes the objective worst first, impossible ones last.
+    changes: tuple[Change, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns plain values."""

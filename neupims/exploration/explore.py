@@ -17,9 +17,12 @@ from neupims.exploration.elites import AXES, CELLS, Axis, parse_axes
 from neupims.exploration.evaluation import Schedule, make_evaluate
 from neupims.exploration.evaluator import Measure
 from neupims.exploration.explore_space import Report, SpaceResult, explore_space
-from neupims.exploration.goodput import CHUNK as SERVED_CHUNK
-from neupims.exploration.goodput import NAME, measure_goodput, split_goodput
-from neupims.exploration.goodput import POINTS as SERVED_POINTS
+from neupims.exploration.goodput import (
+    SERVED_CHUNK,
+    SERVED_POINTS,
+    measure_goodput,
+    split_goodput,
+)
 from neupims.exploration.impossible import REASONS
 from neupims.exploration.points import Objective, overall, parse_objectives
 from neupims.exploration.sensitivity import Sensitivity
@@ -100,7 +103,7 @@ class Exploration:
             **self.expected_error.to_dict(),
             "fidelity_answers": FIDELITY_ANSWERS[self.fidelity],
             "sensitivities": {name: each._asdict() for name, each in self.sensitivities.items()},
-            "ablations": [asdict(each) for each in self.ablations],
+            "ablations": [each.to_dict() for each in self.ablations],
             "indices": self.indices and self.indices.to_dict(),
         }
         return finite(found)
@@ -243,6 +246,23 @@ def explore(
             "the objective goodput@LIMITS:max, such as goodput@ttft_p99<2s,tpot_p99<100ms:max, and"
             " a trace to serve (--serve) need each other"
         )
+    if serve is not None:
+        served = measure_goodput(
+            workloads,
+            machine,
+            serve,
+            tails,
+            tuple(knobs),
+            system=system,
+            sub_batches=halves,
+            fidelity=fidelity,
+            batch=serve_batch,
+            first=serve_requests,
+            seed=seed,
+        )
+        measures = [*measures, served]
+        points = SERVED_POINTS if points is None and method != "grid" else points
+        chunk = SERVED_CHUNK if chunk is None else chunk
     space = make_space(
         knobs,
         constraints,
@@ -253,11 +273,7 @@ def explore(
             "parallel.pp": workloads[0].parallel.pp,
             "parallel.kv_split": workloads[0].parallel.kv_split,
         },
-        metrics=[
-            *METRICS,
-            *(name for each in measures for name in each.names),
-            *((NAME,) if serve is not None else ()),
-        ],
+        metrics=[*METRICS, *(name for each in measures for name in each.names)],
     )
     if isinstance(axes, str) or (axes is None and (cells or method == "map-elites")):
         axes = parse_axes(AXES if axes is None else axes, CELLS if cells is None else cells)
@@ -271,23 +287,6 @@ def explore(
     }
     channels = [knob.most for knob in space.knobs if knob.name == "hbm.num_channels"]
     most_channels = int(max([machine.hbm.num_channels, *channels]))
-    if serve is not None:
-        served = measure_goodput(
-            workloads,
-            machine,
-            serve,
-            tails,
-            space.names,
-            system=system,
-            sub_batches=halves,
-            fidelity=fidelity,
-            batch=serve_batch,
-            first=serve_requests,
-            seed=seed,
-        )
-        measures = [*measures, served]
-        points = SERVED_POINTS if points is None and method != "grid" else points
-        chunk = SERVED_CHUNK if chunk is None else chunk
     result = explore_space(
         space,
         make_evaluate(workloads, hardware=machine, most_channels=most_channels, **options),

@@ -144,8 +144,7 @@ def explore_space(
         "code": digest_code(),
     }
     with open_chunks(Path(folder) if folder is not None else None, identity) as store:
-        compiled = partial(evaluator, measured=False)
-        check_effects(space, *([compiled, evaluator] if measures else [evaluator]))
+        check_effects(space, partial(evaluator, measured=False), evaluator)
         near = evaluator(neighbours(space))
         base = near.take(np.array([0]))
         ends = _reference(base, objectives, reference or {})

@@ -22,8 +22,8 @@ from neupims.serving.server import Server, assemble_server
 from neupims.serving.tables import Interleaving, Setting
 
 NAME = "goodput"
-POINTS = 256  # designs, unless another number is given: each takes most of a second
-CHUNK = 64  # designs of a file, or of a generation
+SERVED_POINTS = 256  # designs, unless another number is given: each takes most of a second
+SERVED_CHUNK = 64  # designs of a file, or of a generation
 
 
 def split_goodput(

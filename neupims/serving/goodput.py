@@ -21,7 +21,7 @@ from neupims.serving.objectives import Tail, excess
 from neupims.serving.policy import Order, first_come
 from neupims.serving.requests import Arrivals, stretch
 from neupims.serving.results import measure
-from neupims.serving.server import Server, fit_channels
+from neupims.serving.server import Server, are_finite, fit_channels
 
 NEAR = 8  # channels: machines of one program differ in fewer
 LANES = 16  # machines of one program, on one core
@@ -125,11 +125,7 @@ def _find_goodputs(
 
 def _are_able(machines: Machines, requests: Arrivals) -> Bool[np.ndarray, " lanes"]:
     """Returns whether a machine has finite times, and memory for each request alone."""
-    lanes = machines.number
-    able = np.ones(lanes, bool)
-    for leaf in jax.tree.leaves(machines.tables[1:]):
-        able &= np.isfinite(np.asarray(leaf)).reshape(lanes, -1).all(axis=1)
     memory = machines.memory
     longest = (requests.inputs + requests.outputs - 1).max()
     room = np.asarray(memory.room).max(axis=1) - np.asarray(memory.spare)
-    return able & (np.asarray(memory.needed)[:, longest] <= room)
+    return are_finite(machines.tables) & (np.asarray(memory.needed)[:, longest] <= room)

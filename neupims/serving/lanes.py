@@ -65,7 +65,9 @@ def make_machines(server: Server, hardware: Sequence[Hardware], requests: Arriva
     """
     tokens = together(server, requests, "chunked" if server.rules.chunk else "whole")
     stacked = jax.tree.map(lambda *fields: jnp.array(fields, jnp.float32), *hardware)
-    tables, memory = _prepare(server, stacked, round_length(requests), tokens)
+    # Machines are traced: whatever machine the server has, the compiled program is the same.
+    key = server._replace(hardware=Hardware())
+    tables, memory = _prepare(key, stacked, round_length(requests), tokens)
     return Machines(server, tables, memory)
 
 

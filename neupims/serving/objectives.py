@@ -6,6 +6,7 @@ A limit on a percentile, such as "ttft_p99<2s", is one on all requests together.
 import math
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import NamedTuple
 
 import numpy as np
@@ -51,9 +52,8 @@ def parse_limits(text: str) -> tuple[Limit, ...]:
     Raises:
         ValueError: The text is not of that form, or names a measure twice.
     """
-    return tuple(
-        Limit(name, seconds) for name, _, seconds in _parse(text, "", "ttft<2s,tpot<100ms")
-    )
+    example = "ttft<2s,tpot<100ms"
+    return tuple(Limit(measure, seconds) for measure, _, seconds in _parse(text, "()", example))
 
 
 def parse_tails(text: str) -> tuple[Tail, ...]:
@@ -67,33 +67,28 @@ def parse_tails(text: str) -> tuple[Tail, ...]:
         ValueError: The text is not of that form, or names a percentile of a measure twice.
     """
     example = "ttft_p99<2s,tpot_p99<100ms"
-    return tuple(
-        Tail(name, float(percent), seconds)
-        for name, percent, seconds in _parse(text, r"_p([0-9]+(?:\.[0-9]+)?)", example)
-    )
+    return tuple(Tail(*each) for each in _parse(text, r"_p([0-9]+(?:\.[0-9]+)?)", example))
 
 
-def _parse(text: str, suffix: str, example: str) -> Iterator[tuple[str, str, float]]:
-    """Yields measure, what the groups of the suffix found, and seconds."""
-    form = re.compile(LIMIT.format(suffix or "()"), re.ASCII)
-    names = set()
+def _parse(text: str, percentile: str, example: str) -> Iterator[tuple[str, float, float]]:
+    """Yields measure, percentile (100 where its form is the empty group), and seconds."""
+    form = re.compile(LIMIT.format(percentile), re.ASCII)
+    given = set()
     for part in text.split(","):
         match = form.fullmatch(part)
-        try:
-            seconds = float(match[3]) * UNITS[match[4]] if match else 0.0
-            good = 0 < seconds < math.inf and 0 < float((match and match[2]) or 1) <= 100
-        except ValueError:
-            good = False
-        if not match or match[1] not in MEASURES or not good:
+        percent = seconds = 0.0
+        with suppress(ValueError):  # of a number such as 1..5
+            if match and match[1] in MEASURES:
+                percent, seconds = float(match[2] or 100), float(match[3]) * UNITS[match[4]]
+        if not match or not 0 < percent <= 100 or not 0 < seconds < math.inf:
             raise ValueError(
                 f"an objective is {', '.join(MEASURES[:-1])} or {MEASURES[-1]} below a time, such"
                 f" as {example}, not {part.strip()[:SHOWN]!r}"
             )
-        name = match[1], match[2] and float(match[2])
-        if name in names:
+        if (match[1], percent) in given:
             raise ValueError(f"the objective {match[1]} is given twice: {text[:SHOWN]!r}")
-        names.add(name)
-        yield match[1], match[2], seconds
+        given.add((match[1], percent))
+        yield match[1], percent, seconds
 
 
 def meet(

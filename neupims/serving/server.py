@@ -455,6 +455,17 @@ def make_requests(
     ), numbers
 
 
+def are_finite(tables: Tables) -> Bool[np.ndarray, " machines"]:
+    """Returns whether all times and energies of each machine are finite, (machines,).
+
+    Args:
+        tables: The machine, or several with a leading axis.
+    """
+    count = np.size(tables.watts)
+    leaves = (np.asarray(leaf).reshape(count, -1) for leaf in jax.tree.leaves(tables[1:]))
+    return np.all([np.isfinite(leaf).all(axis=1) for leaf in leaves], axis=0)
+
+
 def check_tables(tables: Tables) -> None:
     """Raises if a machine cannot run the model.
 
@@ -464,7 +475,7 @@ def check_tables(tables: Tables) -> None:
     Raises:
         ValueError: A time or an energy of the tables is not finite.
     """
-    if not all(np.isfinite(np.asarray(leaf)).all() for leaf in jax.tree.leaves(tables[1:])):
+    if not are_finite(tables).all():
         raise ValueError(
             "this hardware cannot run the model: a time or an energy is not finite (`neupims"
             " simulate` says more)"
