@@ -7,6 +7,7 @@ import pytest
 
 from eval.studies import codesign
 from eval.studies.codesign import POLICIES, PUBLISHED, choose, ratios
+from neupims import Hardware, replace
 
 
 def test_the_best_policy_machine_and_pair_are_chosen():
@@ -76,6 +77,46 @@ def test_machines_that_serve_are_no_larger_and_the_fastest(monkeypatch):
 def test_settings_that_no_study_can_be_made_of_are_refused(flags, message):
     with pytest.raises(SystemExit, match=message):
         codesign.main(flags)
+
+
+def study_of(monkeypatch, tmp_path, goodput_of):
+    """Runs a study of two machines and a given goodput of machine and interleaving."""
+    machines = [replace(Hardware(), "npu.num_arrays", count) for count in (8, 16)]
+    sizes = [{"area_mm2": 100.0 * each, "peak_power_watts": 10.0} for each in (1, 2)]
+    found = codesign.Machines(machines, sizes, 9, 2)
+    monkeypatch.setattr(codesign, "list_machines", lambda study, fidelity: found)
+    monkeypatch.setattr(
+        codesign,
+        "find_goodputs",
+        lambda server, machines, requests, tails: np.array(
+            [goodput_of(each.npu.num_arrays, server.setting.interleaving) for each in machines]
+        ),
+    )
+    flags = ["--requests", "3", "--seeds", "2", "--fidelities", "intended"]
+    page, results = tmp_path / "page.md", tmp_path / "found.json"
+    codesign.main([*flags, "--out", str(page), "--results", str(results)])
+    return page.read_text(), json.loads(results.read_text())["found"]["intended"]
+
+
+def test_the_page_has_each_contender_with_its_ratio(monkeypatch, tmp_path):
+    page, found = study_of(
+        monkeypatch, tmp_path, lambda arrays, on: arrays * (1.5 if on == "off" else 1)
+    )
+    assert [each["searched"] for each in found["contenders"]] == [8, 12, 16, 24]
+    for kind in codesign.TRACES:
+        assert [each["value"] for each in found["ratios"][kind]] == [1, 1.5, 2, 3]
+    last = page[page.index("| both searched |") :].splitlines()[0]
+    assert last.startswith(
+        "| both searched | 32 | 16 | 128 | 128 | 16 | off | greedy | 200 | 10 | 24"
+    )
+    assert last.endswith("| 3.00 [3.00, 3.00] | 3.00 [3.00, 3.00] |")
+    assert "2 of the 9 machines of the grid are allowed" in page
+
+
+def test_a_published_machine_that_meets_the_limits_at_no_rate_is_refused(monkeypatch, tmp_path):
+    with pytest.raises(SystemExit, match="at no rate on sharegpt:3, seed 1: give looser --limits"):
+        study_of(monkeypatch, tmp_path, lambda arrays, on: 0.0 if arrays == 8 else 1.0)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

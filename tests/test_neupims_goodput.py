@@ -5,8 +5,11 @@ import pytest
 
 import neupims
 from neupims.__main__ import main
+from neupims.exploration import goodput
 from neupims.exploration.goodput import split_goodput
 from neupims.exploration.points import Objective, parse_objectives
+from neupims.exploration.workloads import make_workloads
+from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace_all
 from neupims.serving.goodput import find_goodputs
 from neupims.serving.lanes import run_lanes
@@ -187,6 +190,33 @@ def test_designs_are_explored_by_goodput_and_area(server):
     goodputs = [each.metrics["goodput"] for each in found.front]
     np.testing.assert_allclose(goodputs, alone, rtol=1e-12)
     assert found.to_dict()["base"]["metrics"]["goodput"] == pytest.approx(alone[0], rel=1e-12)
+
+
+def test_each_model_is_served_once_in_each_setting(monkeypatch):
+    calls = []
+
+    def layers_times_arrays(server, machines, requests, tails):
+        setting = server.setting
+        calls.append((int(setting.model.layers), setting.interleaving, len(machines)))
+        scale = setting.model.layers * (100 if setting.interleaving == "on" else 1)
+        return np.array([scale * each.npu.num_arrays for each in machines])
+
+    monkeypatch.setattr(goodput, "find_goodputs", layers_times_arrays)
+    workloads = make_workloads(
+        ["gpt3-7b", "gpt3-30b"], ["alpaca:4", "alpaca:5"], parallel={"pp": 1}, dealt=True
+    )
+    measure = goodput.measure_goodput(
+        workloads, Hardware(), REQUESTS, TAILS, (), system="neupims", sub_batches=2,
+        fidelity="simulator",
+    )  # fmt: skip
+    knobs = {"npu.num_arrays": np.array([2.0, 4, 8]), "sub_batches": np.array([1.0, 2, 1])}
+    found = measure.compute(knobs)["goodput"]
+    layers = np.array([int(each.model.layers) for each in workloads])
+    assert len(set(layers)) == 2
+    np.testing.assert_array_equal(found, np.array([2, 400, 8])[:, None] * layers)
+    few, many = sorted(set(layers.tolist()))
+    expected = [(few, "off", 2), (many, "off", 2), (few, "on", 1), (many, "on", 1)]
+    assert sorted(calls) == sorted(expected)
 
 
 @pytest.mark.slow

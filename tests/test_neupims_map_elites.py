@@ -117,6 +117,18 @@ def test_of_equal_designs_the_first_stays_and_the_smallest_can_be_best():
     assert costs(elites.points, [elites.objective]).ravel().tolist() == [1.25, 2.5]
 
 
+def test_a_single_design_that_meets_the_constraints_does_not_set_the_range():
+    """The first three are possible, the last one is not."""
+    values = {"speed": np.array([[2.0], [4], [8], [99]]), "cost": np.array([[3.0], [5], [9], [99]])}
+    violation, code = np.array([1.0, 0, 1, np.inf]), np.array([0, 0, 0, 3])
+    part = Points(np.arange(4), np.zeros((4, 1)), values, violation, code)
+    elites = Elites(parse_axes("speed,cost", "4"), Objective("cost", False))
+    elites.update(part, np.zeros((4, 1)))
+    ends = [end for axis in elites.axes for end in (axis.low, axis.high)]
+    assert ends == pytest.approx([2, 8, 3, 9])
+    assert elites.points.place.tolist() == [1]
+
+
 def test_while_nothing_meets_the_constraints_the_space_is_sampled_on():
     found = run(make_space(SMALL, ["speed < 0"], metrics=["speed"]), points=128)
     assert (found.kept, len(found.elites.points.place), found.elites.columns()) == (0, 0, {})

@@ -370,6 +370,16 @@ def test_a_cell_of_a_heat_map_lies_between_its_edges(largest, shades):
     assert "3 of 6 cells have a design, from 5 to 8" in chart.get("aria-label")
 
 
+@pytest.mark.parametrize("largest", [True, False])
+def test_cells_of_equal_values_are_all_best(largest):
+    cells = [{"x": x, "y": 0, "value": 5.0} for x in (0, 1)]
+    section = SECTIONS["heat"] | {"cells": cells, "largest": largest}
+    (chart,) = charts(heat_plot.heat_map(**section))
+    assert {each.get("fill-opacity") for each in chart if each.tag == "rect" and len(each)} == {
+        "1.00"
+    }
+
+
 def test_the_bars_of_a_gantt_chart_are_as_long_as_their_operations():
     """300 cycles are drawn in 690 pixels: 2.3 a cycle; NPU operations of C begin with the stage, at
     cycle 220.
