@@ -174,7 +174,7 @@ def compare(
     halves = {name: sub_batches if name.lower() == "neupims" else None for name in names}
     _check_once("machine", list(map(str, machines)), _place)
     _check_once("system", names, lambda name: find_setting(name, halves[name]))
-    aims = parse_objectives(objectives) if isinstance(objectives, str) else tuple(objectives)
+    aims = parse_objectives(objectives)
     for each in aims:
         if each.name not in METRICS:
             raise ValueError(f"there is no metric {each.name!r}; there are {', '.join(METRICS)}")

@@ -239,8 +239,7 @@ def explore(
     for each in workloads:
         split = 2 if "parallel.kv_split" in knobs else each.parallel.kv_split
         check_split(split, system=system, fidelity=fidelity)
-    parsed = parse_objectives(objectives) if isinstance(objectives, str) else tuple(objectives)
-    aims, tails = split_goodput(parsed)
+    aims, tails = split_goodput(parse_objectives(objectives))
     if (serve is None) != (not tails):
         raise ValueError(
             "the objective goodput@LIMITS:max, such as goodput@ttft_p99<2s,tpot_p99<100ms:max, and"

@@ -24,6 +24,7 @@ from neupims.exploration.points import (
     Points,
     hypervolume,
     overall,
+    parse_objectives,
     result,
     update_front,
 )
@@ -115,12 +116,7 @@ def explore_space(
     total, chunk = _sizes(space, method, points, chunk)
     if not isinstance(index_rows, numbers.Integral) or index_rows < 0:
         raise ValueError(f"index_rows must be a whole number of at least 0, not {index_rows!r}")
-    objectives = tuple(objectives)
-    if not objectives or not all(isinstance(each, Objective) for each in objectives):
-        raise ValueError(
-            "objectives must be text such as area_mm2:min,tokens_per_second:max, or at least one"
-            f" Objective, not {objectives!r}"
-        )
+    objectives = parse_objectives(objectives)
     evaluator = Evaluator(space, evaluate, min(chunk, total), measures=measures)
     run: dict[str, Any] = {"method": method, "seed": seed, "chunk": chunk}
     elites = None

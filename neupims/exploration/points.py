@@ -75,15 +75,28 @@ class Points(NamedTuple):
         return both.take(~np.isin(both.place, known.place))
 
 
-def parse_objectives(text: str) -> tuple[Objective, ...]:
-    """Returns the objectives of a text such as "tokens_per_second:max,area_mm2:min".
+def parse_objectives(objectives: str | Sequence[Objective]) -> tuple[Objective, ...]:
+    """Returns objectives as records, from records or a text "tokens_per_second:max,area_mm2:min".
 
     Args:
-        text: NAME:max or NAME:min, separated by commas. After an @, a name may have commas.
+        objectives: At least one record, or NAME:max or NAME:min, separated by commas. After an @, a
+            name may have commas.
 
     Raises:
-        ValueError: An objective has another form or is repeated.
+        ValueError: An objective has another form or is repeated, or there is none.
     """
+    found = _parse_text(objectives) if isinstance(objectives, str) else tuple(objectives)
+    if not found or not all(isinstance(each, Objective) for each in found):
+        raise ValueError(
+            "objectives must be text such as area_mm2:min,tokens_per_second:max, or at least one"
+            f" Objective, not {found!r}"
+        )
+    if len({each.name for each in found}) < len(found):
+        raise ValueError(f"an objective is repeated in {','.join(map(str, found))!r}")
+    return found
+
+
+def _parse_text(text: str) -> tuple[Objective, ...]:
     found = []
     masked = re.sub("@[^:]*", lambda limits: limits[0].replace(",", "\0"), text)
     for part in (each.replace("\0", ",") for each in masked.split(",")):
@@ -91,8 +104,6 @@ def parse_objectives(text: str) -> tuple[Objective, ...]:
         if not name or sense not in ("max", "min"):
             raise ValueError(f"an objective is NAME:max or NAME:min, not {part.strip()!r}")
         found.append(Objective(name, sense == "max"))
-    if len({each.name for each in found}) < len(found):
-        raise ValueError(f"an objective is repeated in {text!r}")
     return tuple(found)
 
 
