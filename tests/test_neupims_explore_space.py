@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from neupims.exploration.evaluator import NOT_FINITE, Evaluator, Measure
+from neupims.exploration.evaluator import Evaluator
 from neupims.exploration.explore_space import explore_space
 from neupims.exploration.points import Objective, costs, overall, parse_objectives
 from neupims.exploration.sampling import sample
@@ -80,6 +80,17 @@ def test_of_workloads_the_geometric_mean_counts():
         2 * values[:, 0] * values[:, 1] / values[:, 2], rel=1e-5
     )
     assert costs(result.front, SPEED_AND_COST)[:, 0] == pytest.approx(-overall(metrics["speed"]))
+
+
+def test_a_metric_that_all_workloads_share_is_itself():
+    shared = np.array([7.0, 1.9, 0, -1, np.nan, np.inf])
+    expected = [7.0, 1.9, 0, np.nan, np.nan, np.inf]
+    for columns in (1, 2, 3):
+        found = overall(np.stack([shared] * columns, axis=1))
+        np.testing.assert_array_equal(found, expected)
+    assert overall(np.array([[2.0, 8.0], [-1, -1], [-1, 1]])) == pytest.approx(
+        [4, np.nan, np.nan], nan_ok=True
+    )
 
 
 def test_chunks_do_not_change_what_is_found(tmp_path):
@@ -262,57 +273,6 @@ def _choice(name):
 def test_impossible_runs_are_refused(options, words):
     with pytest.raises(ValueError, match=words):
         run(**options)
-
-
-def test_a_measure_is_an_objective_like_any_metric():
-    """Its designs are those that are possible; it may find further ones impossible."""
-    seen = []
-
-    def slack(columns):
-        seen.append(columns)
-        arrays, channels = columns["npu.num_arrays"], columns["hbm.num_channels"]
-        return {
-            "slack": np.stack([arrays - channels + 10, 4 * (arrays - channels + 10)], axis=1),
-            "flagged": np.stack([arrays == 9, 0 * arrays], axis=1) * 7,
-        }
-
-    measure = Measure(("slack",), slack, workloads=2)
-    objectives = parse_objectives("slack:max,speed:max")
-    for method in ("grid", "evolution"):
-        seen.clear()
-        found = explore_space(
-            *(SPACE, speed_and_cost, objectives),
-            method=method,
-            sensitivity_of="slack",
-            measures=[measure],
-            points=None if method == "grid" else 512,
-            seed=1,
-        )
-        arrays, channels, _ = found.front.values.T
-        assert overall(found.front.metrics["slack"]) == pytest.approx(2 * (arrays - channels + 10))
-        assert arrays.max() == 8
-        assert set(zip(arrays, channels, strict=True)) == {(8, 1), (8, 2), (8, 4), (8, 8)}
-        assert not any(np.isin(each["npu.num_arrays"], (3, 5)).any() for each in seen)
-    grid = explore_space(
-        *(SPACE, speed_and_cost, objectives),
-        method="grid",
-        sensitivity_of="slack",
-        measures=[measure],
-    )
-    assert grid.flagged_by_code == {1: 20, NOT_FINITE: 20, 7: 20}
-
-
-def test_a_folder_knows_the_settings_of_measures(tmp_path):
-    def ones(columns):
-        return {"one": np.ones((len(columns["npu.num_arrays"]), 1))}
-
-    def explored(settings):
-        return run(points=8, folder=tmp_path, measures=[Measure(("one",), ones, settings=settings)])
-
-    explored({"rate": 3})
-    explored({"rate": 3})
-    with pytest.raises(ValueError, match=r"another settings \(measures\)"):
-        explored({"rate": 4})
 
 
 def test_objectives_of_a_command_line():

@@ -1,4 +1,4 @@
-"""A folder of results in numbered files, so that an interrupted run resumes after its last file.
+"""A folder of results in several files, so that an interrupted run resumes after its last file.
 
 `manifest.json` records the inputs of the results. A run with other inputs is refused, and so is a
 second process in the same folder.
@@ -17,36 +17,39 @@ import numpy as np
 
 from neupims.files import PARTIAL, write_bytes
 
+# Designs of the method by number, and others (the base design, rows of Sobol indices) by a digest.
+POINTS, BESIDE = FOLDERS = ("points", "beside")
+
 
 class Chunks:
-    """Named arrays in numbered files of `folder`/points; stores nothing if `folder` is None."""
+    """Named arrays in files of `FOLDERS`; stores nothing if `folder` is None."""
 
     def __init__(self, folder: Path | None):
         self.folder = folder
 
-    def load(self, number: int, rows: int) -> dict[str, np.ndarray] | None:
+    def load(self, name: str, rows: int) -> dict[str, np.ndarray] | None:
         """Returns the arrays of a file, or None if they must be computed.
 
         They must be computed if the file is missing or damaged, or has another number of rows.
 
         Args:
-            number: Number of the file.
+            name: The file, such as points/000001, without its ending.
             rows: Length that every array must have.
         """
-        if self.folder is None or not (path := self._path(number)).exists():
+        if self.folder is None or not (path := self._path(name)).exists():
             return None
         try:
             with np.load(path, allow_pickle=False) as file:
-                arrays = {name: file[name] for name in file.files}
+                arrays = {each: file[each] for each in file.files}
         except (ValueError, EOFError, zipfile.BadZipFile):
             return None
         return arrays if arrays and all(len(array) == rows for array in arrays.values()) else None
 
-    def save(self, number: int, arrays: Mapping[str, np.ndarray]) -> None:
+    def save(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Writes the arrays of a file; the file appears when it is complete.
 
         Args:
-            number: Number of the file.
+            name: The file, such as points/000001, without its ending.
             arrays: Arrays by name, all with the same number of rows.
 
         Raises:
@@ -55,11 +58,11 @@ class Chunks:
         if self.folder is not None:
             buffer = io.BytesIO()
             np.savez(buffer, **arrays)  # type: ignore[arg-type]
-            write_bytes(self._path(number), buffer.getvalue())
+            write_bytes(self._path(name), buffer.getvalue())
 
-    def _path(self, number: int) -> Path:
+    def _path(self, name: str) -> Path:
         assert self.folder is not None
-        return self.folder / "points" / f"{number:06d}.npz"
+        return self.folder / f"{name}.npz"
 
 
 @contextmanager
@@ -86,13 +89,14 @@ def open_chunks(folder: Path | None, identity: Mapping[str, Any]) -> Iterator[Ch
             "a folder of results needs filelock: pip install 'ggem-jax[neupims]'"
         ) from None
     _check_folder(folder)
-    (folder / "points").mkdir(parents=True, exist_ok=True)
+    for part in FOLDERS:
+        (folder / part).mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(folder / "lock", fallback_to_soft=False).acquire(timeout=0)
     except Timeout:
         raise ValueError(f"another process is at work in {folder}") from None
     with lock:
-        for left in (*folder.glob(f"*{PARTIAL}"), *(folder / "points").glob(f"*{PARTIAL}")):
+        for left in folder.rglob(f"*{PARTIAL}"):
             left.unlink()
         _check_manifest(folder, json.loads(json.dumps(identity)))  # as it reads from a file
         yield Chunks(folder)

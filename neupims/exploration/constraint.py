@@ -51,6 +51,11 @@ class Constraint:
     text: str  # as it was given
     tree: ast.Compare  # of arithmetic on names and numbers
 
+    @property
+    def names(self) -> set[str]:
+        """The names that it uses."""
+        return _names(self.tree)
+
     def violation(self, columns: Mapping[str, np.ndarray | float]) -> np.ndarray:
         """Returns how far each design is from meeting the constraint, relative to its sides.
 
@@ -118,7 +123,13 @@ def _finite(value: object) -> bool:
     return abs(value) <= sys.float_info.max
 
 
-def _dotted(node: ast.expr) -> str:
+def _names(node: ast.AST) -> set[str]:
+    if name := _dotted(node):
+        return {name}
+    return set().union(*map(_names, ast.iter_child_nodes(node)))
+
+
+def _dotted(node: ast.AST) -> str:
     """The dotted name of a node such as `a.b.c`; "" for other nodes."""
     if isinstance(node, ast.Name):
         return node.id

@@ -1,14 +1,16 @@
 """Evaluation of designs in batches of fixed size on all devices."""
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
+from neupims.exploration.impossible import REASONS
 from neupims.exploration.points import Points, overall
 from neupims.exploration.space import Space
 
@@ -27,13 +29,29 @@ class Measure:
     `compute` is a function from `{knob: (n,)}` to `{metric: (n, workloads)}`, both NumPy, with the
     same number n of designs. It may also return `flagged`, `(n, workloads)`: the code of the reason
     (`impossible.REASONS`) where a design is impossible, else 0. It sees only designs that
-    everything before it found possible.
+    everything before it found possible, and, where nothing depends on the others, only those that
+    meet the constraints.
     """
 
     names: tuple[str, ...]  # of the metrics
     compute: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]  # knobs are float64
     workloads: int = 1  # columns of each metric
     settings: Any = None  # what the metrics depend on besides the knobs, as JSON can hold it
+
+    def __post_init__(self):
+        sound = isinstance(self.names, tuple) and all(
+            isinstance(name, str) and name and name != "flagged" for name in self.names
+        )
+        if not sound or not self.names or len(set(self.names)) < len(self.names):
+            raise ValueError(
+                "a measure needs the names of its metrics, a tuple of different texts other than"
+                f" flagged, not {self.names!r}"
+            )
+
+
+# The designs of which measures are computed: all possible ones; those of them that meet the
+# constraints, or at least those constraints that need no measure; or none.
+Measured = Literal["possible", "kept", "none"]
 
 
 class Evaluator:
@@ -48,6 +66,9 @@ class Evaluator:
         rows: Designs of one call; rounded up to a multiple of the devices.
         devices: The devices to use; `jax.devices()` if not given.
         measures: Further metrics, which are computed in the given order.
+
+    Raises:
+        ValueError: A metric of a measure has the name of another metric, a knob or a field.
     """
 
     def __init__(
@@ -60,6 +81,7 @@ class Evaluator:
     ):
         devices = jax.devices() if devices is None else devices
         self.measures = tuple(measures)
+        self.measured: Measured = "possible"
         self.space, self.rows = space, -(-rows // len(devices)) * len(devices)
         spread = PartitionSpec("designs")
         mesh = Mesh(np.array(devices), ("designs",))
@@ -68,25 +90,42 @@ class Evaluator:
             jax.shard_map(evaluate, mesh=mesh, in_specs=spread, out_specs=spread, check_vma=False),
             compiler_options=WIDE if devices[0].platform == "cpu" else None,
         )
+        if measures:
+            self._check_names()
+
+    @property
+    def further(self) -> tuple[str, ...]:
+        """Names of the metrics of all measures."""
+        return tuple(name for measure in self.measures for name in measure.names)
+
+    def measuring(self, measured: Measured) -> "Evaluator":
+        """Returns this evaluator with another choice of the designs that are measured.
+
+        Metrics of the other designs are NaN, and what they violate is that of the constraints that
+        need no measure.
+
+        Args:
+            measured: "possible" (all possible designs), "kept" (those of them that meet the
+                constraints which need no measure) or "none".
+        """
+        other = copy.copy(self)
+        other.measured = measured
+        return other
 
     def metrics(self) -> tuple[str, ...]:
         """Returns the names of the metrics."""
         found = jax.eval_shape(self.run, self._columns(np.ones((1, len(self.space.knobs)))))
-        further = (name for measure in self.measures for name in measure.names)
-        return (*(name for name in found if name != "flagged"), *further)
+        return (*(name for name in found if name != "flagged"), *self.further)
 
-    def __call__(
-        self, values: Float[np.ndarray, "n k"], first: int = 0, *, measured: bool = True
-    ) -> Points:
+    def __call__(self, values: Float[np.ndarray, "n k"], first: int = 0) -> Points:
         """Returns designs with their metrics.
 
-        A design is flagged if `evaluate` flags it or one of its metrics is not finite.
+        A design is flagged if `evaluate` or a measure flags it, or one of its metrics is not
+        finite.
 
         Args:
             values: Knob values of the designs, `(n, k)`.
             first: Number of the first design in the run.
-            measured: Whether the designs have the metrics of the measures; if not, constraints on
-                those count as violated.
         """
         parts = []
         for start in range(0, len(values), self.rows):
@@ -94,16 +133,33 @@ class Evaluator:
             found = jax.device_get(self.run(self._columns(part)))
             parts.append({name: np.asarray(each)[: len(part)] for name, each in found.items()})
         arrays = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
-        code = _code(arrays, len(values))
-        for measure in self.measures if measured else ():
-            further = _measure(measure, self.space.columns(values), code == 0)
-            code = np.where(code == 0, _code(further, len(values)), code)
-            arrays |= further
+        code = _code(arrays, np.ones(len(values), bool))
         known = self.space.columns(values) | {name: overall(each) for name, each in arrays.items()}
-        unknown = (name for measure in self.measures for name in measure.names)
-        known = dict.fromkeys(unknown, np.full(len(values), np.nan)) | known
-        violation = np.where(code != 0, np.inf, self.space.violation(known))
+        violation = self.space.violation(known, without=self.further)
+        chosen = (code == 0) & (self.measured != "none")
+        if self.measured == "kept":
+            chosen &= violation <= 0
+        for measure in self.measures:
+            asked = chosen & (code == 0)
+            metrics = _measure(measure, self.space.columns(values), asked)
+            code = np.where(asked, _code(metrics, asked), code)
+            arrays |= metrics
+            known |= {name: overall(each) for name, each in metrics.items()}
+        if self.measures:
+            violation = np.where(chosen, self.space.violation(known), violation)
+        violation = np.where(code != 0, np.inf, violation)
         return Points(np.arange(first, first + len(values)), values, arrays, violation, code)
+
+    def _check_names(self) -> None:
+        """Raises where a metric of a measure has the name of something else."""
+        taken = {*self.space.names, *self.space.base}
+        for name in self.metrics():
+            if name in taken:
+                raise ValueError(
+                    f"a measure cannot be called {name}: a metric, a knob or a field of the"
+                    " hardware has that name"
+                )
+            taken.add(name)
 
     def _columns(self, values: np.ndarray) -> dict[str, Array]:
         padding = np.broadcast_to(values[-1:], (self.rows - len(values), values.shape[1]))
@@ -116,23 +172,52 @@ class Evaluator:
         return columns
 
 
-def _code(arrays: dict[str, np.ndarray], n: int) -> np.ndarray:
-    """The code of each design, `(n,)`, that of the first workload; takes it out of the arrays."""
-    codes = arrays.pop("flagged", np.zeros((n, 1), int)).astype(int)
-    code = codes[np.arange(n), (codes != 0).argmax(axis=1)]
+def _code(arrays: dict[str, np.ndarray], asked: np.ndarray) -> np.ndarray:
+    """The code of each design, `(n,)`, that of the first workload; takes it out of the arrays.
+
+    Designs that were not asked about have the code 0.
+    """
+    codes = arrays.pop("flagged", np.zeros((len(asked), 1), int)).astype(int)
+    code = codes[np.arange(len(asked)), (codes != 0).argmax(axis=1)]
     finite = np.all([np.isfinite(each).all(axis=1) for each in arrays.values()], axis=0)
-    return np.where((code == 0) & ~finite, NOT_FINITE, code)
+    return np.where(asked & (code == 0) & ~finite, NOT_FINITE, code)
 
 
 def _measure(
-    measure: Measure, columns: dict[str, np.ndarray], possible: np.ndarray
+    measure: Measure, columns: dict[str, np.ndarray], asked: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """The metrics of a measure; NaN where a design is not possible."""
-    rows = np.flatnonzero(possible)
-    spread = {name: np.full((len(possible), measure.workloads), np.nan) for name in measure.names}
-    spread["flagged"] = np.zeros((len(possible), measure.workloads))
+    """The metrics of a measure; NaN where a design was not asked about."""
+    rows = np.flatnonzero(asked)
+    spread = {name: np.full((len(asked), measure.workloads), np.nan) for name in measure.names}
+    spread["flagged"] = np.zeros((len(asked), measure.workloads))
     if rows.size:
         found = measure.compute({name: column[rows] for name, column in columns.items()})
-        for name in spread.keys() & found.keys():
-            spread[name][rows] = found[name]
+        for name, each in _check(measure, found, rows.size).items():
+            spread[name][rows] = each
     return spread
+
+
+def _check(measure: Measure, found: Mapping[str, np.ndarray], n: int) -> dict[str, np.ndarray]:
+    """The arrays that a measure returned for n designs, which must be those it promised."""
+    about = f"the measure of {', '.join(measure.names)}"
+    if not isinstance(found, Mapping):
+        raise ValueError(f"{about} must return arrays by name, not {type(found).__name__}")
+    if set(found) - {"flagged"} != set(measure.names):
+        raise ValueError(
+            f"{about} must return these metrics, and may return flagged, but it returned"
+            f" {', '.join(map(str, found)) or 'nothing'}"
+        )
+    arrays = {name: np.asarray(each) for name, each in found.items()}
+    for name, each in arrays.items():
+        if each.shape != (n, measure.workloads) or each.dtype.kind not in "biuf":
+            raise ValueError(
+                f"{about} must return {name} as numbers of the shape {(n, measure.workloads)},"
+                f" designs by workloads, not {each.dtype} of the shape {each.shape}"
+            )
+    codes = arrays.get("flagged", np.zeros(0))
+    if not np.isin(codes, range(NOT_FINITE, len(REASONS) - 1)).all():
+        raise ValueError(
+            f"{about} may flag with codes from 0 to {len(REASONS) - 2}, or {NOT_FINITE}, the places"
+            f" in impossible.REASONS, not {codes.min():g} to {codes.max():g}"
+        )
+    return arrays

@@ -8,7 +8,7 @@ import numbers
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,15 @@ import numpy as np
 from neupims.exploration.ablation import Ablation, ablate
 from neupims.exploration.chunks import digest_code, open_chunks
 from neupims.exploration.elites import AXES, Axis, Elites, parse_axes
-from neupims.exploration.evaluator import Evaluate, Evaluator, Measure
-from neupims.exploration.methods import BREEDERS, METHODS, evolve, illuminate, sample_chunks
+from neupims.exploration.evaluator import Evaluate, Evaluator, Measure, Measured
+from neupims.exploration.methods import (
+    BREEDERS,
+    METHODS,
+    evolve,
+    illuminate,
+    keep,
+    sample_chunks,
+)
 from neupims.exploration.points import (
     Objective,
     Points,
@@ -133,6 +140,15 @@ def explore_space(
         reference or {},
         (sensitivity_of, *(axis.name for axis in (elites.axes if elites else ()))),
     )
+    # Designs that violate a constraint need no measure, unless sensitivities are of one, or
+    # evolution ranks designs by what they violate.
+    shown = sensitivity_of in evaluator.further
+    ranked = method == "evolution" and any(
+        each.names & set(evaluator.further) for each in space.constraints
+    )
+    measured: Measured = "possible" if shown or ranked else "kept"
+    if measures:
+        run["measured"] = measured
     identity = {
         "space": space.describe() | {"base": space.base},
         "settings": dict(settings or {}) | _describe_measures(measures),
@@ -140,16 +156,19 @@ def explore_space(
         "code": digest_code(),
     }
     with open_chunks(Path(folder) if folder is not None else None, identity) as store:
-        check_effects(space, partial(evaluator, measured=False), evaluator)
-        near = evaluator(neighbours(space))
-        base = near.take(np.array([0]))
+        every = keep(evaluator, store, chunk)
+        check_effects(space, keep(evaluator.measuring("none"), store, chunk), every)
+        around = neighbours(space)
+        base = every(around[:1])
+        near = keep(evaluator.measuring("possible" if shown else "none"), store, chunk)(around)
         ends = _reference(base, objectives, reference or {})
+        chosen = evaluator.measuring(measured)
         if elites is not None:
-            parts = illuminate(evaluator, elites, total, chunk, seed, store)
+            parts = illuminate(chosen, elites, total, chunk, seed, store)
         elif method == "evolution":
-            parts = evolve(evaluator, objectives, total, chunk, seed, store)
+            parts = evolve(chosen, objectives, total, chunk, seed, store)
         else:
-            parts = sample_chunks(evaluator, method, total, chunk, seed, store)
+            parts = sample_chunks(chosen, method, total, chunk, seed, store)
         done = kept = 0
         codes: Counter[int] = Counter()
         front: Points | None = None
@@ -163,15 +182,15 @@ def explore_space(
             chance = np.random.default_rng((seed, number)).random(len(part.place))
             others.append(part.take((part.violation <= 0) & (chance < PLOTTED / total)))
             if method not in BREEDERS or number == 0:  # later generations do not sample the space
-                chosen = chance < SAMPLED / total
-                drawn.append((part.values[chosen], result(part, sensitivity_of)[chosen]))
+                sampled = chance < SAMPLED / total
+                drawn.append((part.values[sampled], result(part, sensitivity_of)[sampled]))
             report(done, total)
-    assert front is not None
-    indices = None
-    if index_rows:
-        rows = evaluator(draw_rows(space, index_rows, seed))
-        indices = sobol_indices(space, rows, seed=seed)
-    merged, twins = merge_twins(front, base.values[0], evaluator)
+        assert front is not None
+        indices = None
+        if index_rows:
+            indices = sobol_indices(space, every(draw_rows(space, index_rows, seed)), seed=seed)
+        merged, twins = merge_twins(front, base.values[0], keep(chosen, store, chunk))
+        ablations = ablate(space, merged, objectives, every)
     values, results = (np.concatenate(each) for each in zip(*drawn, strict=True))
     near_results = result(near, sensitivity_of)
     return SpaceResult(
@@ -190,7 +209,7 @@ def explore_space(
         sensitivity_of=sensitivity_of,
         elites=elites,
         indices=indices,
-        ablations=ablate(space, merged, objectives, evaluator),
+        ablations=ablations,
     )
 
 

@@ -5,14 +5,15 @@ All random numbers depend on the seed and the number of the chunk, so a run that
 the same designs.
 """
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
-from functools import partial
+from functools import partial, reduce
 
 import jax.numpy as jnp
 import numpy as np
 
 from neupims.exploration import evolution
-from neupims.exploration.chunks import Chunks
+from neupims.exploration.chunks import BESIDE, POINTS, Chunks
 from neupims.exploration.elites import Elites
 from neupims.exploration.evaluator import Evaluator
 from neupims.exploration.points import Objective, Points, costs
@@ -42,14 +43,37 @@ def sample_chunks(
 
     for number, start in enumerate(range(0, total, chunk)):
         stop = min(start + chunk, total)
-        yield _load_or_compute(store, number, stop - start, partial(evaluate, start, stop))
+        yield _load_or_compute(
+            store, f"{POINTS}/{number:06d}", stop - start, partial(evaluate, start, stop)
+        )
 
 
-def _load_or_compute(
-    store: Chunks, number: int, rows: int, compute: Callable[[], Points]
-) -> Points:
+def keep(evaluator: Evaluator, store: Chunks, chunk: int) -> Callable[[np.ndarray], Points]:
+    """Returns a function that evaluates given designs, `(n, k)`, and keeps what it found.
+
+    It is for designs beside those of the method. Their files are named after their values.
+
+    Args:
+        evaluator: Evaluates the designs.
+        store: Where they are kept.
+        chunk: Designs of a file.
+    """
+
+    def evaluate(values: np.ndarray) -> Points:
+        starts = range(0, len(values), chunk)
+        return reduce(Points.join, (of_file(values[each : each + chunk], each) for each in starts))
+
+    def of_file(values: np.ndarray, first: int) -> Points:
+        described = f"{evaluator.measured} {first} ".encode() + values.tobytes()
+        name = f"{BESIDE}/{hashlib.sha256(described).hexdigest()[:32]}"
+        return _load_or_compute(store, name, len(values), partial(evaluator, values, first))
+
+    return evaluate
+
+
+def _load_or_compute(store: Chunks, name: str, rows: int, compute: Callable[[], Points]) -> Points:
     """The designs of a file; if there is none, they are computed and kept."""
-    found = store.load(number, rows)
+    found = store.load(name, rows)
     if found is not None:
         metrics = {
             name.removeprefix("metric "): each
@@ -62,7 +86,7 @@ def _load_or_compute(
     points = compute()
     named = {f"metric {name}": each for name, each in points.metrics.items()}
     arrays = {name: getattr(points, name) for name in ("place", "values", "violation", "code")}
-    store.save(number, arrays | named)
+    store.save(name, arrays | named)
     return points
 
 
@@ -151,7 +175,7 @@ def _breed(rng: np.random.Generator, listed, units, rank, distance) -> np.ndarra
 def _evaluate(evaluator: Evaluator, units: np.ndarray, number: int, store: Chunks) -> Points:
     """The designs of a generation with their metrics."""
     compute = partial(evaluator, evaluator.space.values(units), number * len(units))
-    return _load_or_compute(store, number, len(units), compute)
+    return _load_or_compute(store, f"{POINTS}/{number:06d}", len(units), compute)
 
 
 def _fitness(points: Points, objectives: Sequence[Objective]):

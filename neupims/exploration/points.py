@@ -110,11 +110,15 @@ def _parse_text(text: str) -> tuple[Objective, ...]:
 def overall(metric: Float[np.ndarray, "n w"]) -> Float[np.ndarray, " n"]:
     """Returns the geometric mean of a metric over the workloads, `(n,)`; NaN for negative values.
 
+    That of equal values is their value, without rounding.
+
     Args:
         metric: `(n, workloads)` values.
     """
+    values = np.asarray(metric, np.float64)
+    alike = (values == values[:, :1]).all(axis=1) & (values[:, 0] >= 0)
     with np.errstate(all="ignore"):
-        return np.exp(np.log(np.asarray(metric, np.float64)).mean(axis=1))
+        return np.where(alike, values[:, 0], np.exp(np.log(values).mean(axis=1)))
 
 
 def result(points: Points, name: str) -> Float[np.ndarray, " n"]:

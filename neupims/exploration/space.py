@@ -13,7 +13,7 @@ A space can be read from TOML or JSON:
 """
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -116,20 +116,22 @@ class Space:
         """
         return {name: values[:, column] for column, name in enumerate(self.names)}
 
-    def violation(self, columns: Mapping[str, np.ndarray]) -> np.ndarray:
+    def violation(
+        self, columns: Mapping[str, np.ndarray], without: Collection[str] = ()
+    ) -> np.ndarray:
         """Returns how far designs are from meeting the constraints.
 
         Args:
             columns: `(n,)` values of the knobs by name, and of the metrics that constraints use.
+            without: Names; constraints that use one of them do not count.
 
         Returns:
             `(n,)` violations: 0 where all constraints hold, infinite where one cannot be computed.
         """
         size = len(next(iter(columns.values())))
         known = self.base | dict(columns)
-        return sum(
-            (constraint.violation(known) for constraint in self.constraints), start=np.zeros(size)
-        )
+        counted = [each for each in self.constraints if not each.names & set(without)]
+        return sum((each.violation(known) for each in counted), start=np.zeros(size))
 
     def describe(self) -> dict[str, Any]:
         """Returns the content of a file for `read_space`."""
