@@ -17,7 +17,6 @@ benchmarks/results/neupims_speed.csv.
 """
 
 import argparse
-import os
 import time
 from typing import NamedTuple
 
@@ -36,6 +35,7 @@ from neupims.machine.config import load_model, load_parallel
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace
 from neupims.machine.workload import Batch, make_batch
+from neupims.processors import count_processors
 from neupims.timing.iteration import simulate
 
 MODEL = "gpt3-7b"
@@ -74,7 +74,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--fidelity", nargs="+", default=["simulator", "intended"])
     parser.add_argument("--schedule", nargs="+", default=["one", "each"], choices=("one", "each"))
     options = parser.parse_args(argv)
-    jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)
+    jax.config.update("jax_num_cpu_devices", count_processors())
     block = options.block or (BLOCK if jax.default_backend() == "cpu" else options.chunk)
     batch = chat_batch(options.requests)
     for fidelity in options.fidelity:

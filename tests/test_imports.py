@@ -28,11 +28,12 @@ ROOMS = {
         "losses": {"pooling"},
         "optimizer": set(),
         "files": set(),
+        "processors": set(),
         "progress": set(),
         "weights": {"files", "models", "pooling"},
         "descriptors": {"files", "models", "pooling", "weights"},
         "retrieval": {"files", "pooling", "retrieval.tool"},
-        "retrieval.index": {"descriptors", "files", "retrieval", "retrieval.stores"},
+        "retrieval.index": {"descriptors", "files", "processors", "retrieval", "retrieval.stores"},
         "retrieval.page": {"files", "retrieval", "retrieval.index"},
         "retrieval.stores": {"retrieval"},
         "retrieval.tool": {
@@ -46,6 +47,7 @@ ROOMS = {
     },
     "neupims": {
         "files": set(),
+        "processors": set(),
         "machine": {"files"},
         "costs": {"machine"},
         "timing": {"costs", "machine"},
@@ -54,7 +56,7 @@ ROOMS = {
         "envelope": {"machine"},
         "simulation": {"costs", "envelope", "machine", "timing"},
         "scheduling": {"envelope", "files", "machine", "simulation", "timing"},
-        "serving": {"costs", "machine", "scheduling", "timing"},
+        "serving": {"costs", "machine", "processors", "scheduling", "timing"},
         "catalogue": {"costs", "machine", "simulator_runs", "timing"},
         "exploration": {"costs", "envelope", "files", "machine", "serving", "timing"},
         "pages": {
@@ -73,6 +75,7 @@ ROOMS = {
             "files",
             "machine",
             "pages",
+            "processors",
             "scheduling",
             "serving",
             "simulation",

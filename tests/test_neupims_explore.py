@@ -4,7 +4,6 @@ import dataclasses
 import doctest
 import importlib
 import json
-import os
 import re
 
 import numpy as np
@@ -18,6 +17,7 @@ from neupims.machine.config import load_model
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace
 from neupims.machine.workload import Parallel, make_batch
+from neupims.processors import count_processors
 
 LENGTHS = np.random.default_rng(0).integers(1, 512, 64)
 
@@ -52,7 +52,7 @@ def test_the_command_prints_one_object_and_writes_its_files(tool, tmp_path):
     found = json.loads(out)
     assert found["points"] == 64
     assert found["expected_error"]["path"] == "closed"
-    assert found["devices"].startswith(f"{os.cpu_count()} x")
+    assert found["devices"].startswith(f"{count_processors()} x")
     assert 1 <= len(found["front"]) <= found["kept"] < 64
     assert all(design["knobs"]["npu.num_arrays"] <= 8 for design in found["front"])
     speeds = [design["metrics"]["tokens_per_second"] for design in found["front"]]

@@ -27,6 +27,7 @@ from tyro.conf import Positional
 
 from ggem_jax.files.images import RGB, UnreadableImage, read_image
 from ggem_jax.files.vectors import write_npz
+from ggem_jax.processors import count_processors
 from ggem_jax.retrieval.index.folder import walk
 from ggem_jax.weights.inference import make_infer, require_preprocessing
 from ggem_jax.weights.load import LoadedViT, load_vit
@@ -150,7 +151,7 @@ def predict(loaded: LoadedViT, images: Sequence[Path], *, batch: int = 64) -> Pr
 
     paths: list[str] = []
     parts: list[dict[str, np.ndarray]] = []
-    with ThreadPoolExecutor(min(os.cpu_count() or 1, 4)) as threads:
+    with ThreadPoolExecutor(min(count_processors(), 4)) as threads:
         for start in range(0, len(found), batch):
             some = found[start : start + batch]
             read_images = list(zip(some, threads.map(read, some), strict=True))

@@ -36,6 +36,7 @@ from eval.statistics import bootstrap
 from eval.tables import format_cell, interval_columns, write_rows
 from ggem_jax.descriptors.settings import DescriptorSettings
 from ggem_jax.files.images import RGB, read_image
+from ggem_jax.processors import count_processors
 from ggem_jax.retrieval.expansion import augment_database
 from ggem_jax.retrieval.metrics import Relevance, positive_ranks, recall_at, scores
 from train.cli import Refused, one_sentence, parse
@@ -423,7 +424,7 @@ def describe_machine() -> dict[str, str]:
     return {
         "date": time.strftime("%Y-%m-%d"),
         "device": (
-            f"{platform.machine()} CPU, {os.cpu_count()} cores"
+            f"{platform.machine()} CPU, {count_processors()} cores"
             if device.platform == "cpu"
             else device.device_kind
         ),

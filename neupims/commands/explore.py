@@ -1,7 +1,6 @@
 """`explore`: the Pareto front of a space of designs, or several systems and machines compared."""
 
 import argparse
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -32,6 +31,7 @@ from neupims.commands.comparison import compare_and_print
 from neupims.machine.config import read_model
 from neupims.machine.systems import FIDELITY_ANSWERS
 from neupims.pages.svg import short
+from neupims.processors import count_processors
 
 SHOWN = 20  # designs of the front on the terminal
 
@@ -202,7 +202,7 @@ def run(arguments: argparse.Namespace) -> int:
     from neupims.exploration.space import parse_knob, read_space
 
     with suppress(RuntimeError):  # JAX has started already: in another program
-        jax.config.update("jax_num_cpu_devices", os.cpu_count() or 1)  # each core takes a share
+        jax.config.update("jax_num_cpu_devices", count_processors())  # each takes a share
     check_run(arguments.html, seed=arguments.seed)
     knobs, constraints = read_space(arguments.space) if arguments.space else ({}, [])
     knobs |= dict(parse_knob(text) for text in arguments.knob)

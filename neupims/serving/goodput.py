@@ -5,7 +5,6 @@ its own, and the rate is that of the whole machine, not of one GPU. Machines are
 program, each with its own rate; a bisection takes one run of all lanes for each step.
 """
 
-import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -16,6 +15,7 @@ from jaxtyping import Bool, Float
 
 from neupims.machine.hardware import Hardware
 from neupims.machine.systems import PIM_SYSTEMS
+from neupims.processors import count_processors
 from neupims.serving.lanes import Lane, Machines, make_machines, serve_lanes
 from neupims.serving.objectives import Tail, excess
 from neupims.serving.policy import Order, first_come
@@ -65,7 +65,7 @@ def find_goodputs(
         filled = [hardware[row] for row in rows + rows[-1:] * (size - len(rows))]
         found[rows] = _find_goodputs(fitting, filled, requests, tails, order)[: len(rows)]
 
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
+    with ThreadPoolExecutor(count_processors()) as pool:
         list(pool.map(find, _group(server, hardware)))
     return found
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ggem_jax.files.images import EXTENSIONS
+from ggem_jax.processors import count_processors
 from ggem_jax.retrieval.index.damage import find_lost, map_or_refuse, some
 from ggem_jax.retrieval.index.extraction import Extraction
 from ggem_jax.retrieval.index.folder import File, Listing, walk
@@ -160,7 +161,7 @@ def _extract_changed(
         if on_progress is not None:
             on_progress(len(files) - len(unread) + done, len(files))
 
-    extraction, workers = Extraction(journal, known, tell), min(4, os.cpu_count() or 1)
+    extraction, workers = Extraction(journal, known, tell), min(4, count_processors())
     tell(0)
     extraction.run(extract, unread, task.reading(extract, outdated), task.workers or workers)
     tell(len(unread))
