@@ -183,6 +183,25 @@ def test_a_number_in_another_unit_is_refused_everywhere_with_the_likely_unit(
         assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("gpu.board_watts", "400 kW", "from 1 to 1e5 W, not '400 kW'; did you mean 400 W?"),
+        ("npu.clock_hz", "1.4 THz", "not '1.4 THz'; did you mean 1.4 GHz?"),
+        ("hbm.trp_cycles", "14 s", "not '14 s'; did you mean 14 ns?"),
+        ("gpu.board_watts", "-4 W", "not '-4 W'"),
+    ],
+)
+def test_a_text_that_is_out_of_range_is_shown_as_it_was_written(name, text, words):
+    for way in (
+        lambda: replace(Hardware(), name, text),
+        lambda: make_space(dict([parse_knob(f"{name}={text}")])),
+    ):
+        with pytest.raises(ValueError, match=f"{name} must be ") as caught:
+            way()
+        assert str(caught.value).endswith(words)
+
+
 @pytest.mark.parametrize("field", FIELDS)
 def test_every_field_has_a_range_that_its_slips_fall_outside_of(field):
     assert field.allows(field.default)
@@ -299,7 +318,7 @@ def test_knobs_take_units_and_refuse_times_where_the_clock_varies():
 
 
 def test_a_share_in_per_cent_is_not_taken_for_a_slip():
-    with pytest.raises(ValueError, match=r"from 0 to 0.99 shares, not 1$"):
+    with pytest.raises(ValueError, match=r"from 0 to 0.99 shares, not '100 %'$"):
         replace(Hardware(), "area.uncore_share", "100 %")
 
 

@@ -24,8 +24,7 @@ from neupims.exploration.constraint import Constraint, parse_constraint
 from neupims.files import read_table
 from neupims.machine.hardware import Hardware
 from neupims.machine.quantity import Field, describe
-from neupims.machine.record import COUNT_MOST, REAL_MOST, real
-from neupims.machine.units import read_quantity
+from neupims.machine.record import COUNT_MOST, REAL_MOST, read_text, real
 
 LARGEST_RANGE = 10**9  # whole numbers of one knob
 STEPS = 5  # values of a continuous knob in a grid, ends included
@@ -308,9 +307,7 @@ def _range(name: str, ends: tuple[Any, ...]) -> dict[str, Any]:
 def _number(field: Field, value: Any, clock_hz: float | None) -> float:
     if isinstance(value, str):
         try:
-            value = float(
-                read_quantity(value, field.unit, clock_hz=clock_hz, longest=field.longest)
-            )
+            value = float(read_text(value, field._asdict(), clock_hz))
         except ValueError as error:
             raise ValueError(f"{field.name} {error}") from None
     if fault := field.fault(value, clock_hz):

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 from dataclasses import field, fields, is_dataclass
 from typing import Any, Literal, NamedTuple
 
-from neupims.machine.record import COUNT_MOST, REAL_MOST, cut, instead, real
-from neupims.machine.units import compact, likely_slip
+from neupims.machine.record import COUNT_MOST, REAL_MOST, cut, instead, is_allowed, real
+from neupims.machine.units import describe_range, likely_slip
 
 Effect = Literal[
     "time", "capacity", "energy", "area", "none"
@@ -87,10 +87,7 @@ class Field(NamedTuple):
         Args:
             number: The number.
         """
-        size = real(number)
-        if self.zero and size == 0:
-            return True
-        return self.least <= size <= self.most and not (self.whole and size % 1 != 0)
+        return is_allowed(number, self.least, self.most, whole=self.whole, zero=self.zero)
 
     def fault(self, number: Any, clock_hz: float | None = None) -> str:
         """Returns what is wrong with a number, as the end of a sentence, or an empty string.
@@ -119,14 +116,7 @@ class Field(NamedTuple):
 
     def range(self) -> str:
         """Returns the values that are allowed, such as "from 1e6 to 1e11 Hz"."""
-        ends = (
-            f"from {compact(self.least)} to {compact(self.most)}"
-            if self.most < math.inf
-            else f"at least {compact(self.least)}"
-        )
-        if self.whole:
-            return f"a whole number of {self.unit} {ends}"
-        return f"{'0 or ' if self.zero else ''}{ends} {self.unit}"
+        return describe_range(self.least, self.most, self.unit, whole=self.whole, zero=self.zero)
 
 
 def field_of(value: Any, name: str, prefix: str = "") -> Field:

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, dataclass_transform
 
 import jax
 
-from neupims.machine.units import compact, read_quantity
+from neupims.machine.units import compact, describe_range, read_quantity, text_slip
 
 T = TypeVar("T")
 SHOWN = 40  # characters of a wrong value
@@ -61,6 +61,22 @@ def real(number: Any) -> float:
         return float(number)
     except OverflowError:
         return math.inf
+
+
+def is_allowed(number: Any, least: float, most: float, *, whole: bool, zero: bool) -> bool:
+    """Returns whether a real number is in a range, and whole if it has to be.
+
+    Args:
+        number: The number.
+        least: The smallest value.
+        most: The largest value.
+        whole: Whether it must be a whole number.
+        zero: Whether 0 is allowed beside the range.
+    """
+    size = real(number)
+    if zero and size == 0:
+        return True
+    return least <= size <= most and not (whole and size % 1 != 0)
 
 
 def cut(value: Any) -> str:
@@ -181,17 +197,41 @@ def _read_texts(value: Any, changes: dict[str, Any], prefix: str) -> dict[str, A
             continue
         about = next(each.metadata for each in fields(value) if each.name == name)
         clock = found.get("clock_hz", getattr(value, "clock_hz", None))
+        clock_hz = float(clock) if isinstance(clock, numbers.Real) else None
         try:
-            number = read_quantity(
-                changes[name],
-                about["unit"],
-                clock_hz=float(clock) if isinstance(clock, numbers.Real) else None,
-                longest=about["longest"],
-            )
+            found[name] = read_text(changes[name], about, clock_hz)
         except ValueError as fault:
             raise ValueError(f"{prefix}{name} {fault}") from None
-        found[name] = int(number) if about["whole"] and number.denominator == 1 else float(number)
     return found
+
+
+def read_text(text: str, about: Mapping[str, Any], clock_hz: float | None) -> float:
+    """Returns the number of a field, in its unit, that a text with a unit stands for.
+
+    Args:
+        text: A number and a unit, such as "14 ns".
+        about: What is known of the field: unit, longest, least, most, whole, zero and default.
+        clock_hz: The clock, in Hz, by which a time becomes cycles; None where it is not known.
+
+    Raises:
+        ValueError: The text is not a number with a unit of the field's kind, or the number is
+            impossible; the message is the end of a sentence that begins with the name of the field.
+    """
+    unit, choices = about["unit"], {name: about[name] for name in ("whole", "zero")}
+    number = read_quantity(text, unit, clock_hz=clock_hz, longest=about["longest"])
+    value = int(number) if about["whole"] and number.denominator == 1 else real(number)
+    least, most = about["least"], about["most"]
+
+    def fits(size: float) -> bool:
+        return is_allowed(size, least, most, **choices)
+
+    if fits(value):
+        return value
+    slip = text_slip(text, unit, fits, about["default"], clock_hz)
+    raise ValueError(
+        f"must be {describe_range(least, most, unit, **choices)}, not {text[:SHOWN]!r}"
+        f"{f'; did you mean {slip}' if slip else ''}"
+    )
 
 
 def to_values(value: Any) -> Any:

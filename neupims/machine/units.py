@@ -230,6 +230,48 @@ def _time_slip(value: float, name: str, cycles: float) -> str:
     return f'{compact(value)} {name}? write "{compact(value)} {name}" or {compact(cycles)} cycles'
 
 
+def text_slip(text: str, unit: str, fits, default: float, clock_hz: float | None) -> str:
+    """Returns which unit the number of an impossible text likely has, such as "400 W?".
+
+    Args:
+        text: A number with a unit that `read_quantity` reads, but that is out of range.
+        unit: The unit of the field.
+        fits: Function that says whether a number is in the range of the field.
+        default: The field's default; the unit that comes nearest to it is taken, or the first one.
+        clock_hz: The clock, in Hz, by which a time becomes cycles; None where it is not known.
+
+    Returns:
+        An empty string if the number fits with no unit.
+    """
+    used, found = _split(text, unit)[1], {}
+    number = NUMBER.fullmatch(text)[1]  # type: ignore[index]
+    for name in UNITS["s"] if unit == CYCLES and used in UNITS["s"] else units_of(unit):
+        value = float(read_quantity(f"{number} {name}", unit, clock_hz=clock_hz))
+        if value > 0 and fits(value):
+            found[name] = abs(math.log(value / default)) if 0 < default < math.inf else 0.0
+    return f"{number} {min(found, key=found.__getitem__)}?" if found else ""
+
+
+def describe_range(least: float, most: float, unit: str, *, whole: bool, zero: bool) -> str:
+    """Returns the values that a field allows, such as "from 1e6 to 1e11 Hz".
+
+    Args:
+        least: The smallest value.
+        most: The largest value; infinite for none.
+        unit: The unit of the field.
+        whole: Whether values are whole numbers.
+        zero: Whether 0 is allowed beside the range.
+    """
+    ends = (
+        f"from {compact(least)} to {compact(most)}"
+        if most < math.inf
+        else f"at least {compact(least)}"
+    )
+    if whole:
+        return f"a whole number of {unit} {ends}"
+    return f"{'0 or ' if zero else ''}{ends} {unit}"
+
+
 def _exact(value: float) -> Fraction:
     """Returns the decimal number that a float was read from."""
     return Fraction(repr(float(value)))
