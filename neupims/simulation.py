@@ -32,7 +32,7 @@ class Simulation:
     def warnings(self) -> list[str]:
         """Sentences on memory that does not suffice, and on changes without effect."""
         case = self.case
-        idle = idle_changes(case.hardware, case.system, case.fidelity)
+        idle = idle_changes(case.hardware, case.system, case.fidelity, [case.model])
         return [*self.overflow, *idle]
 
     def to_dict(self) -> dict[str, Any]:

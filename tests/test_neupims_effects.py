@@ -51,7 +51,7 @@ def test_a_field_without_effect_changes_no_time_and_the_others_do(system, sub_ba
     seconds, joules, mm2 = (np.asarray(part) for part in run(rows))
     for place, each in enumerate(fields):
         mine = slice(1 + len(FACTORS) * place, 1 + len(FACTORS) * (place + 1))
-        reason = idle_reason(each, system, fidelity)
+        reason = idle_reason(each, system, fidelity, 16)  # bits of the model
         if reason:
             assert (seconds[mine] == seconds[0]).all(), each.name
         if reason and system == "gpu" and each.name.startswith("energy."):
@@ -67,21 +67,45 @@ def test_the_sentences_name_every_field_and_the_reason():
         [("npu.num_cores", 4), ("hbm.twr_cycles", 20), ("gpu.board_watts", 700)],
         Hardware(),
     )
-    first, second = idle_changes(machine, "neupims", "simulator")
+    first, second = idle_changes(machine, "neupims", "simulator", [MODEL])
     assert first == (
         "npu.num_cores, hbm.twr_cycles differ from the default without effect on times: no part of"
         " the model depends on it"
     )
     assert second.startswith("gpu.board_watts differs from the default without effect on times:")
-    assert idle_changes(Hardware(), "neupims", "simulator") == []
+    assert idle_changes(Hardware(), "neupims", "simulator", [MODEL]) == []
     costs = replace(Hardware(), "energy.read_bit", 3)
-    assert idle_changes(costs, "neupims", "simulator") == []
-    assert "the system gpu does not have it" in idle_changes(costs, "gpu", "simulator")[0]
-    assert idle_changes(replace(Hardware(), "area.dram_gigabyte", 22), "gpu", "simulator") == []
+    assert idle_changes(costs, "neupims", "simulator", [MODEL]) == []
+    assert "the system gpu does not have it" in idle_changes(costs, "gpu", "simulator", [MODEL])[0]
+    assert (
+        idle_changes(replace(Hardware(), "area.dram_gigabyte", 22), "gpu", "simulator", [MODEL])
+        == []
+    )
     vectors = replace(Hardware(), "npu.vector_units", 4)
-    assert "intended fidelity only" in idle_changes(vectors, "neupims", "simulator")[0]
-    assert idle_changes(vectors, "neupims", "intended") == []
+    assert "intended fidelity only" in idle_changes(vectors, "neupims", "simulator", [MODEL])[0]
+    assert idle_changes(vectors, "neupims", "intended", [MODEL]) == []
     assert (
         "the system npu-only does not have it"
-        in idle_changes(replace(Hardware(), "pim.row_buffers", 1), "npu-only", "simulator")[0]
+        in idle_changes(
+            replace(Hardware(), "pim.row_buffers", 1), "npu-only", "simulator", [MODEL]
+        )[0]
     )
+
+
+def test_fast_products_of_few_bits_need_a_model_that_has_them():
+    eight = replace(Hardware(), "npu.speedup_8_bit", 2)
+    four = replace(Hardware(), "npu.speedup_4_bit", 2)
+    small = replace(replace(load_model("gpt3-7b"), "activation_bits", 8), "weight_bits", 8)
+    mixed = replace(small, "activation_bits", 16)
+    ends = "differs from the default without effect on times: no product of the model has numbers"
+    for machine, models, bits in (
+        (eight, [MODEL], 8),
+        (eight, [mixed], 8),
+        (eight, [MODEL, small], 0),
+        (four, [small], 4),
+        (four, [replace(small, "activation_bits", 4)], 4),
+    ):
+        (*said,) = idle_changes(machine, "neupims", "simulator", models)
+        assert said == ([f"npu.speedup_{bits}_bit {ends} of {bits} bits"] if bits else [])
+    narrow = replace(replace(small, "activation_bits", 4), "weight_bits", 4)
+    assert idle_changes(four, "neupims", "simulator", [narrow]) == []

@@ -12,7 +12,7 @@ from test_neupims_explore_space import SPEED_AND_COST, speed_and_cost
 from neupims.__main__ import main
 from neupims.exploration.chunks import Chunks
 from neupims.exploration.elites import Axis, Elites, parse_axes
-from neupims.exploration.evaluator import Evaluator
+from neupims.exploration.evaluator import Evaluator, Measure
 from neupims.exploration.explore import explore
 from neupims.exploration.explore_space import explore_space
 from neupims.exploration.methods import illuminate
@@ -174,6 +174,26 @@ def test_axes_are_of_metrics_and_of_one_method():
     ):
         with pytest.raises(ValueError, match=words):
             explore("neupims", "gpt3-7b", batch, knobs, **options)
+
+
+def test_an_axis_that_begins_at_0_says_that_its_cells_have_equal_widths():
+    def from_zero(columns):
+        return {"idle": columns["npu.num_arrays"][:, None] - 2}
+
+    options = {
+        "method": "map-elites",
+        "points": 64,
+        "chunk": 32,
+        "measures": [Measure(("idle",), from_zero)],
+    }
+    knobs, batch = {"npu.num_arrays": [2, 4, 8], "hbm.num_channels": [16, 32]}, make_batch([5], [0])
+    found = explore("neupims", "gpt3-7b", batch, knobs, axes="area_mm2,idle", cells="4", **options)
+    assert found.warnings == [
+        "the axis idle has cells of equal widths, not of equal ratios, because it begins at 0:"
+        " write idle:linear, or idle=LOW:HIGH with LOW above 0"
+    ]
+    for axes in ("area_mm2,idle:linear", "area_mm2,idle=1:8"):
+        assert explore("neupims", "gpt3-7b", batch, knobs, axes=axes, **options).warnings == []
 
 
 def test_the_command_prints_the_map_and_writes_page_and_csv(capsys, tmp_path):

@@ -294,7 +294,8 @@ def _make_contender(
             allow_overflow=True,
         )
     ]
-    idle = idle_changes(hardware, options["system"], options["fidelity"])
+    models = [each.model for each in workloads]
+    idle = idle_changes(hardware, options["system"], options["fidelity"], models)
     return Contender(
         system=name,
         hardware=machine,

@@ -86,7 +86,8 @@ class Exploration:
     seconds: float  # wall time of the exploration
     devices: str  # number and kind of the devices that evaluated
     result: SpaceResult  # arrays of the front and of other designs
-    warnings: list[str]  # on fields of the base design without effect, or why it is impossible
+    # On fields of the base design without effect, why it is impossible, or on axes of the map.
+    warnings: list[str]
 
     def to_dict(self) -> dict[str, Any]:
         """Returns everything but `result` as plain values, as `neupims explore --json` prints it.
@@ -335,7 +336,11 @@ def explore(
         seconds=time.perf_counter() - began,
         devices=f"{jax.device_count()} x {jax.devices()[0].device_kind}",
         result=result,
-        warnings=[*_warn_of_base(result), *idle_changes(machine, system, fidelity)],
+        warnings=[
+            *_warn_of_base(result),
+            *_warn_of_axes(axes, result),
+            *idle_changes(machine, system, fidelity, [each.model for each in workloads]),
+        ],
     )
     if folder is not None:
         summary = json.dumps(found.to_dict(), indent=2, allow_nan=False)
@@ -354,6 +359,17 @@ def _count_reasons(result: SpaceResult) -> dict[str, int]:
 def _warn_of_base(result: SpaceResult) -> tuple[str, ...]:
     code = int(result.base.code[0])
     return (f"the base design is impossible: {REASONS[code]}",) if code else ()
+
+
+def _warn_of_axes(axes: Sequence[Axis] | None, result: SpaceResult) -> list[str]:
+    """A sentence for each axis that should have cells of equal ratios, and cannot."""
+    found = result.elites.axes if result.elites else ()
+    return [
+        f"the axis {now.name} has cells of equal widths, not of equal ratios, because it begins at"
+        f" {now.low:g}: write {now.name}:linear, or {now.name}=LOW:HIGH with LOW above 0"
+        for given, now in zip(axes or (), found, strict=True)
+        if given.log and not now.log and now.cells > 1
+    ]
 
 
 def _describe(workload: Workload) -> dict[str, Any]:

@@ -68,6 +68,16 @@ def find_mix(model: Decoder) -> Mix:
     return flags._replace(skewed=int(np.max(skewed)))
 
 
+def narrowest_product(model: Decoder) -> int:
+    """Returns the bits of the narrowest product with weights: of its two numbers, the wider one.
+
+    Args:
+        model: The model.
+    """
+    weights = [model.weight_bits, *([model.expert_bits] if model.experts > 0 else [])]
+    return max(int(model.activation_bits), int(min(weights)))
+
+
 def has_narrow_products(model: Decoder) -> Number:
     """Returns whether weights, or inputs of products with them, have fewer than 16 bits.
 
