@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from neupims.exploration.compare import compare as compare
     from neupims.exploration.explore import explore as explore
+    from neupims.exploration.goodput import ServedTrace as ServedTrace
     from neupims.machine.case import Case as Case
     from neupims.machine.case import make_case as make_case
     from neupims.machine.config import load_hardware as load_hardware
@@ -52,6 +53,7 @@ _HOMES = {
     "Parallel": "machine.workload",
     "Requests": "machine.traces",
     "ScheduleSearch": "scheduling.findings",
+    "ServedTrace": "exploration.goodput",
     "Serving": "serving.results",
     "Simulation": "simulation",
     "Validation": "validation",

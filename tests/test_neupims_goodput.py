@@ -6,7 +6,7 @@ import pytest
 import neupims
 from neupims.__main__ import main
 from neupims.exploration import goodput
-from neupims.exploration.goodput import split_goodput
+from neupims.exploration.goodput import ServedTrace, split_goodput
 from neupims.exploration.points import Objective, parse_objectives
 from neupims.exploration.workloads import make_workloads
 from neupims.machine.hardware import Hardware
@@ -153,20 +153,30 @@ EXPLORED = {
         ({"objectives": "goodput:max"}, "goodput@LIMITS:max"),
         ({"objectives": "goodput@ttft_p99<2s:min"}, "goodput@LIMITS:max"),
         ({"objectives": "goodput@ttft_p99<2s:max"}, "need each other"),
-        ({"serve": "alpaca:10"}, "need each other"),
+        ({"serve": ServedTrace("alpaca:10")}, "need each other"),
         (
-            {"objectives": "goodput@ttft_p9<2s:max,goodput@ttft_p99<1s:max", "serve": "alpaca:9"},
+            {"objectives": "goodput@ttft_p99<2s:max", "serve": "alpaca:10"},
+            "serve must be a ServedTrace of the requests, not 'alpaca:10'",
+        ),
+        (
+            {
+                "objectives": "goodput@ttft_p9<2s:max,goodput@ttft_p99<1s:max",
+                "serve": ServedTrace("alpaca:9"),
+            },
             "one goodput",
         ),
         (
             {
                 "objectives": "goodput@ttft_p99<2s:max",
-                "serve": "alpaca:10",
+                "serve": ServedTrace("alpaca:10"),
                 "knobs": {"parallel.pp": [1, 2]},
             },
             "knob parallel.pp",
         ),
-        ({"objectives": "goodput@ttft_p99<2s:max", "serve": "alpaca:1"}, "one instant"),
+        (
+            {"objectives": "goodput@ttft_p99<2s:max", "serve": ServedTrace("alpaca:1")},
+            "one instant",
+        ),
     ],
 )
 def test_a_goodput_that_is_not_one_is_refused(changes, message):
@@ -177,8 +187,7 @@ def test_a_goodput_that_is_not_one_is_refused(changes, message):
 def test_designs_are_explored_by_goodput_and_area(server):
     found = neupims.explore(
         **EXPLORED | {"knobs": {"npu.num_arrays": [2, 8]}},
-        serve="alpaca:12",
-        serve_batch=16,
+        serve=neupims.ServedTrace("alpaca:12", batch=16),
         objectives="goodput@ttft_p90<150ms,tpot_p99<8ms:max,area_mm2:min",
         constraints="goodput > 0.5",
         parallel={"tp": 4},
@@ -206,8 +215,8 @@ def test_each_model_is_served_once_in_each_setting(monkeypatch):
         ["gpt3-7b", "gpt3-30b"], ["alpaca:4", "alpaca:5"], parallel={"pp": 1}, dealt=True
     )
     measure = goodput.measure_goodput(
-        workloads, Hardware(), REQUESTS, TAILS, (), system="neupims", sub_batches=2,
-        fidelity="simulator",
+        workloads, Hardware(), ServedTrace(REQUESTS), TAILS, (), system="neupims",
+        sub_batches=2, fidelity="simulator",
     )  # fmt: skip
     knobs = {"npu.num_arrays": np.array([2.0, 4, 8]), "sub_batches": np.array([1.0, 2, 1])}
     found = measure.compute(knobs)["goodput"]
@@ -223,8 +232,7 @@ def test_each_model_is_served_once_in_each_setting(monkeypatch):
 def test_interleaving_is_a_knob_of_goodput():
     found = neupims.explore(
         **EXPLORED,
-        serve="alpaca:12",
-        serve_batch=16,
+        serve=neupims.ServedTrace("alpaca:12", batch=16),
         objectives="goodput@ttft_p90<150ms,tpot_p99<8ms:max,area_mm2:min",
     )
     best = found.front[0]

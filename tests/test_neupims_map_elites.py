@@ -149,7 +149,6 @@ def test_while_nothing_meets_the_constraints_the_space_is_sampled_on():
     ("text", "cells", "words"),
     [
         ("area_mm2", "4", "two axes"),
-        ("area_mm2,area_mm2", "4", "area_mm2 twice"),
         ("area_mm2=5:2,b", "4", "LOW below HIGH"),
         ("area_mm2=0:2,b", "4", "above 0 unless it is linear"),
         ("area_mm2=nan:2,b", "4", "LOW below HIGH"),
@@ -168,9 +167,11 @@ def test_impossible_axes_are_refused(text, cells, words):
 def test_axes_are_of_metrics_and_of_one_method():
     batch, knobs = make_batch([5], [0]), {"npu.num_arrays": [4]}
     for options, words in (
-        ({"axes": "size,power_watts", "method": "map-elites"}, "no metric 'size'"),
-        ({"cells": "4"}, "the axes of a map are for the method map-elites, not for sobol"),
-        ({"axes": AXES, "cells": "4", "method": "map-elites"}, "records have their own"),
+        ({"axes": parse_axes("size,power_watts"), "method": "map-elites"}, "no metric 'size'"),
+        ({"axes": AXES}, "the axes of a map are for the method map-elites, not for sobol"),
+        ({"axes": "a,b", "method": "map-elites"}, "two axes, records that .* not 'a,b'"),
+        ({"axes": AXES[:1], "method": "map-elites"}, "a map has two axes"),
+        ({"axes": parse_axes("cost,cost"), "method": "map-elites"}, "not cost twice"),
     ):
         with pytest.raises(ValueError, match=words):
             explore("neupims", "gpt3-7b", batch, knobs, **options)
@@ -187,13 +188,16 @@ def test_an_axis_that_begins_at_0_says_that_its_cells_have_equal_widths():
         "measures": [Measure(("idle",), from_zero)],
     }
     knobs, batch = {"npu.num_arrays": [2, 4, 8], "hbm.num_channels": [16, 32]}, make_batch([5], [0])
-    found = explore("neupims", "gpt3-7b", batch, knobs, axes="area_mm2,idle", cells="4", **options)
+    found = explore(
+        "neupims", "gpt3-7b", batch, knobs, axes=parse_axes("area_mm2,idle", "4"), **options
+    )
     assert found.warnings == [
         "the axis idle has cells of equal widths, not of equal ratios, because it begins at 0:"
         " write idle:linear, or idle=LOW:HIGH with LOW above 0"
     ]
     for axes in ("area_mm2,idle:linear", "area_mm2,idle=1:8"):
-        assert explore("neupims", "gpt3-7b", batch, knobs, axes=axes, **options).warnings == []
+        found = explore("neupims", "gpt3-7b", batch, knobs, axes=parse_axes(axes), **options)
+        assert found.warnings == []
 
 
 def test_the_command_prints_the_map_and_writes_page_and_csv(capsys, tmp_path):

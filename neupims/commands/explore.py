@@ -198,6 +198,7 @@ def run(arguments: argparse.Namespace) -> int:
     """
     import jax
 
+    from neupims.exploration.elites import AXES, CELLS, parse_axes
     from neupims.exploration.explore import OBJECTIVES, explore
     from neupims.exploration.space import parse_knob, read_space
 
@@ -220,6 +221,12 @@ def run(arguments: argparse.Namespace) -> int:
             " machines to compare: --system A,B --hardware C,D"
         )
     system, sub_batches, hardware = chosen_system(arguments)
+    axes = None
+    if arguments.axes is not None or arguments.cells is not None:
+        axes = parse_axes(
+            AXES if arguments.axes is None else arguments.axes,
+            CELLS if arguments.cells is None else arguments.cells,
+        )
     with _progress() as report:
         found = explore(
             hardware,
@@ -238,10 +245,9 @@ def run(arguments: argparse.Namespace) -> int:
             parallel=given_spread(arguments),
             lm_head=arguments.lm_head,
             reference=_reference(arguments.reference),
-            axes=arguments.axes,
-            cells=arguments.cells,
+            axes=axes,
             index_rows=arguments.index_rows,
-            **_served(arguments),
+            serve=_served(arguments),
             chunk=arguments.chunk,
             folder=arguments.out,
             report=report,
@@ -259,14 +265,18 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _served(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The flags of serving that are given, as arguments of `explore`."""
-    names = ("serve", "serve_batch", "serve_requests")
-    given = {name: getattr(arguments, name) for name in names}
-    given = {name: value for name, value in given.items() if value is not None}
-    if given and "serve" not in given:
-        raise ValueError(f"--{next(iter(given)).replace('_', '-')} needs --serve")
-    return given
+def _served(arguments: argparse.Namespace) -> Any:
+    """The requests that are served, a `ServedTrace`; None without --serve."""
+    from neupims.exploration.goodput import ServedTrace
+
+    flags = {"--serve-batch": arguments.serve_batch, "--serve-requests": arguments.serve_requests}
+    given = [flag for flag, value in flags.items() if value is not None]
+    if arguments.serve is None:
+        if given:
+            raise ValueError(f"{given[0]} needs --serve")
+        return None
+    batch = ServedTrace.batch if arguments.serve_batch is None else arguments.serve_batch
+    return ServedTrace(arguments.serve, batch, arguments.serve_requests)
 
 
 def _reference(text: str) -> dict[str, float]:

@@ -19,6 +19,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from neupims.exploration.points import Objective, Points, costs, overall
+from neupims.machine.record import cut
 from neupims.machine.workload import SHOWN
 
 AXES = "area_mm2,power_watts"
@@ -94,7 +95,7 @@ def parse_axes(text: str, cells: str = CELLS) -> tuple[Axis, Axis]:
         cells: Number of cells of both axes, such as "16" or "24x12".
 
     Raises:
-        ValueError: A text has another form, a range is empty, or both axes are one metric.
+        ValueError: A text has another form, or a range is empty.
     """
     counts = re.fullmatch(r"(\d{1,9})(?:x(\d{1,9}))?", cells.strip(), re.ASCII)
     if not counts:
@@ -102,10 +103,7 @@ def parse_axes(text: str, cells: str = CELLS) -> tuple[Axis, Axis]:
     parts = text.split(",")
     if len(parts) != 2:
         raise ValueError(f"a map has two axes, such as {AXES}, not {text[:SHOWN]!r}")
-    one, two = _parse_axis(parts[0], counts[1]), _parse_axis(parts[1], counts[2] or counts[1])
-    if one.name == two.name:
-        raise ValueError(f"the axes of a map are two metrics, not {one.name} twice")
-    return one, two
+    return _parse_axis(parts[0], counts[1]), _parse_axis(parts[1], counts[2] or counts[1])
 
 
 def _parse_axis(text: str, cells: str) -> Axis:
@@ -137,10 +135,19 @@ class Elites:
             `update` that has some which meet the constraints; or, if these are all alike, at all
             possible designs of that call.
         objective: What is best.
+
+    Raises:
+        ValueError: There are not two axes of different metrics.
     """
 
     def __init__(self, axes: Sequence[Axis], objective: Objective):
         self.axes = tuple(axes)
+        if not all(isinstance(axis, Axis) for axis in self.axes) or len(self.axes) != 2:
+            raise ValueError(
+                f"a map has two axes, records that parse_axes makes of text, not {cut(axes)}"
+            )
+        if self.axes[0].name == self.axes[1].name:
+            raise ValueError(f"the axes of a map are two metrics, not {self.axes[0].name} twice")
         self.objective = objective
         self.points: Points | None = None  # (f,) best designs, by rising cell; None at first
         self.units = np.zeros((0, 0), np.float32)  # (f, knobs) their coordinates

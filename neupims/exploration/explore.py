@@ -13,13 +13,14 @@ import numpy as np
 from neupims.envelope import ExpectedError
 from neupims.exploration.ablation import Ablation
 from neupims.exploration.designs import Design, EliteMap, make_designs, make_map, write_points
-from neupims.exploration.elites import AXES, CELLS, Axis, parse_axes
+from neupims.exploration.elites import AXES, Axis, parse_axes
 from neupims.exploration.evaluation import Schedule, make_evaluate
 from neupims.exploration.evaluator import Measure
 from neupims.exploration.explore_space import Report, SpaceResult, explore_space
 from neupims.exploration.goodput import (
     SERVED_CHUNK,
     SERVED_POINTS,
+    ServedTrace,
     measure_goodput,
     split_goodput,
 )
@@ -34,9 +35,8 @@ from neupims.files import finite, write_text
 from neupims.machine.config import load_hardware
 from neupims.machine.effects import idle_changes
 from neupims.machine.hardware import Hardware
-from neupims.machine.record import check_seed
+from neupims.machine.record import check_seed, cut
 from neupims.machine.systems import FIDELITY_ANSWERS, Fidelity, System
-from neupims.serving.requests import Arrivals
 from neupims.timing.split import check_split
 
 METRICS = (
@@ -148,12 +148,9 @@ def explore(
     reference: Mapping[str, float] | None = None,
     sensitivity_of: str = "tokens_per_second",
     measures: Sequence[Measure] = (),
-    axes: str | Sequence[Axis] | None = None,
-    cells: str | None = None,
+    axes: Sequence[Axis] | None = None,
     index_rows: int | None = None,
-    serve: str | Path | Arrivals | None = None,
-    serve_batch: int = 256,
-    serve_requests: int | None = None,
+    serve: ServedTrace | None = None,
     chunk: int | None = None,
     folder: str | Path | None = None,
     report: Report = lambda done, total: None,
@@ -193,17 +190,12 @@ def explore(
             times worse than the base design.
         sensitivity_of: The metric whose sensitivities are computed.
         measures: Further metrics of designs, such as those of a simulation of serving.
-        axes: The two metrics of the map of "map-elites", as text (`parse_axes`) or records; area
-            and power if not given.
-        cells: Number of cells of both axes, such as "16" or "24x12", where axes are text; 16x16
-            if not given.
+        axes: The two axes of the map of "map-elites", which `elites.parse_axes` makes of text; 16
+            cells each of area and power if not given.
         index_rows: Rows of designs from which Sobol indices are computed, each with two more
             designs than knobs, best a power of 2; 0 for no indices. If not given, 1024, and 0 where
             there are measures, which may take long.
-        serve: Requests with input and output tokens, as for `neupims.read_arrivals`, that are
-            served for a goodput. Arrivals are stretched; where there are none, they are drawn.
-        serve_batch: The most requests that are served at once.
-        serve_requests: The number of requests from the beginning of `serve` (default: all).
+        serve: The requests that are served for a goodput, such as `ServedTrace("sharegpt:200")`.
         chunk: Designs of a file, or of a generation; 16384 and 256 if not given, 64 with a goodput.
         folder: Keeps evaluated designs, `front.csv`, `map.csv` of "map-elites", and
             `summary.json`; the same call resumes from it. None keeps nothing.
@@ -247,7 +239,9 @@ def explore(
             " a trace to serve (--serve) need each other"
         )
     if serve is not None:
-        served = measure_goodput(
+        if not isinstance(serve, ServedTrace):
+            raise ValueError(f"serve must be a ServedTrace of the requests, not {cut(serve)}")
+        goodput = measure_goodput(
             workloads,
             machine,
             serve,
@@ -256,11 +250,9 @@ def explore(
             system=system,
             sub_batches=halves,
             fidelity=fidelity,
-            batch=serve_batch,
-            first=serve_requests,
             seed=seed,
         )
-        measures = [*measures, served]
+        measures = [*measures, goodput]
         points = SERVED_POINTS if points is None and method != "grid" else points
         chunk = SERVED_CHUNK if chunk is None else chunk
     space = make_space(
@@ -275,10 +267,8 @@ def explore(
         },
         metrics=[*METRICS, *(name for each in measures for name in each.names)],
     )
-    if isinstance(axes, str) or (axes is None and (cells or method == "map-elites")):
-        axes = parse_axes(AXES if axes is None else axes, CELLS if cells is None else cells)
-    elif cells is not None:
-        raise ValueError("cells are for axes as text: records have their own")
+    if axes is None and method == "map-elites":
+        axes = parse_axes(AXES)
     options: dict[str, Any] = {
         "system": system,
         "sub_batches": halves,

@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,18 @@ from neupims.serving.tables import Interleaving, Setting
 NAME = "goodput"
 SERVED_POINTS = 256  # designs, unless another number is given: each takes most of a second
 SERVED_CHUNK = 64  # designs of a file, or of a generation
+
+
+@dataclass(frozen=True)
+class ServedTrace:
+    """The requests that each design serves for its goodput.
+
+    Arrivals are stretched to each rate, and drawn (Poisson) where the trace has none.
+    """
+
+    trace: str | Path | Arrivals  # with input and output tokens, as for `read_arrivals`
+    batch: int = 256  # the most requests that are served at once
+    first: int | None = None  # the number of requests from the beginning of the trace; None: all
 
 
 def split_goodput(
@@ -60,15 +73,13 @@ def split_goodput(
 def measure_goodput(
     workloads: Sequence[Workload],
     hardware: Hardware,
-    trace: str | Path | Arrivals,
+    served: ServedTrace,
     tails: tuple[Tail, ...],
     knobs: Sequence[str],
     *,
     system: System,
     sub_batches: int,
     fidelity: Fidelity,
-    batch: int = 256,
-    first: int | None = None,
     seed: int = 0,
 ) -> Measure:
     """Returns the metric "goodput", requests a second, of each model on each design.
@@ -78,15 +89,12 @@ def measure_goodput(
     Args:
         workloads: Their models are served, spread as they say; their batches do not matter.
         hardware: Values of all fields that are not knobs.
-        trace: Requests with input and output tokens, as for `read_arrivals`; their arrivals are
-            stretched to each rate, and drawn (Poisson) where there are none.
+        served: The requests that are served.
         tails: The limits on percentiles.
         knobs: Names of the knobs.
         system: The system of all designs.
         sub_batches: 1 or 2, unless a knob.
         fidelity: "simulator" or "intended".
-        batch: The most requests at once.
-        first: The number of requests from the beginning of the trace (default: all).
         seed: Seed of random arrivals and lengths.
 
     Raises:
@@ -96,7 +104,7 @@ def measure_goodput(
     """
     if "parallel.pp" in knobs:
         raise ValueError("a pipeline is not served yet: goodput cannot have the knob parallel.pp")
-    requests = read_arrivals(trace, rate=1.0, first=first, seed=seed)
+    requests = read_arrivals(served.trace, rate=1.0, first=served.first, seed=seed)
     try:
         stretch(requests, 1.0)
     except ValueError:
@@ -113,7 +121,7 @@ def measure_goodput(
         halves = settings.get("sub_batches", sub_batches)
         interleaving: Interleaving = "on" if halves == 2 else "off"
         setting = Setting(workload.model, Parallel(**shares), system, fidelity, interleaving)
-        return assemble_server(machine, setting, batch=batch)
+        return assemble_server(machine, setting, batch=served.batch)
 
     for each in workloads:
         server(hardware, each, {})
@@ -136,7 +144,7 @@ def measure_goodput(
         "trace": requests.name,
         "requests": _digest(requests),
         "limits": list(map(str, tails)),
-        "batch": batch,
+        "batch": served.batch,
     }
     return Measure((NAME,), compute, len(workloads), described)
 
