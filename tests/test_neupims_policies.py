@@ -17,6 +17,7 @@ from neupims.scheduling.policies import (
     first_halves,
     halving_split,
     pack_longest_first,
+    rank_by_number,
     round_robin,
     snake_split,
 )
@@ -114,3 +115,12 @@ def test_the_snake_has_the_sizes_of_the_rule_and_the_better_balance():
         ]
         assert per_channel[0] == per_channel[1]
         assert abs(np.dot(work, 1 - 2 * snake)) < abs(np.dot(work, 1 - 2 * by_rule))
+
+
+@pytest.mark.parametrize("requests", [1, 32, 33, 100])
+def test_the_place_in_a_list_is_the_number_of_requests_before(requests):
+    lists = np.random.default_rng(requests).integers(0, 5, requests)
+    rank, lengths = rank_by_number(jnp.asarray(lists), 6)
+    before = [int((lists[:request] == lists[request]).sum()) for request in range(requests)]
+    assert rank.tolist() == before
+    assert lengths.tolist() == np.bincount(lists, minlength=6).tolist()

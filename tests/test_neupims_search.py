@@ -31,7 +31,7 @@ from neupims.scheduling.moves import mutate, random_genome
 from neupims.scheduling.objective import Cost, Layer, make_problem
 from neupims.scheduling.oracle import IntegerLayer
 from neupims.scheduling.search import interval_of_mean, search
-from neupims.scheduling.strategies import STRATEGIES
+from neupims.scheduling.strategies import STRATEGIES, Moves, mutate_some
 from neupims.timing.capacity import channel_tiles
 from neupims.timing.iteration import simulate
 
@@ -67,6 +67,39 @@ def test_a_realisable_genome_obeys_the_rule_whatever_is_done_to_it(problem):
                 LENGTHS, jax.tree.map(lambda leaf, index=index: leaf[index], decisions)
             )
             assert halves(rows.channels, 7).tolist() == rows.sub_batches.tolist()
+
+
+def test_a_repaired_list_is_cut_where_the_simulator_cuts_it(problem):
+    """`repair` counts; here every channel's list is sorted, one request after the other."""
+    free = Choices(7, sub_batches=(2,), priorities=3)
+    made = genomes(free, problem, 8)
+    wanted, priorities = np.asarray(made.places), np.asarray(made.priorities)
+    bound = Choices(7, realisable=True, sub_batches=(2,), priorities=3)
+    places = np.asarray(jax.vmap(partial(repair, bound, problem.resident))(made).places)
+    for genome in range(8):
+        odd = 0
+        for channel in range(7):
+            (own,) = np.nonzero(wanted[genome] // 2 == channel)
+            keys = zip(wanted[genome, own], priorities[genome, own], own, strict=True)
+            rows = [int(request) for *_, request in sorted(keys)]
+            first = (len(rows) + 1 - odd % 2) // 2
+            odd += len(rows) % 2
+            assert (places[genome, rows[:first]] == 2 * channel).all()
+            assert (places[genome, rows[first:]] == 2 * channel + 1).all()
+
+
+@pytest.mark.parametrize("chosen", [[], [4], [0, 2, 3, 9], list(range(10))])
+def test_only_some_genomes_are_mutated_and_as_all_are(problem, chosen):
+    choices = Choices(7, sub_batches=(2,))
+    made = genomes(choices, problem, 10)
+    mutated = jax.jit(jax.vmap(partial(mutate, choices, problem)))
+    moves = Moves(choices, None, mutated, None, len(LENGTHS), 10, 1)
+    keys = jax.random.split(jax.random.key(1), 10)
+    some = np.isin(np.arange(10), chosen)
+    result = mutate_some(moves, keys, jnp.asarray(some), made)
+    expected = np.where(some[:, None], mutated(keys, made).places, made.places)
+    assert np.array_equal(result.places, expected)
+    assert np.array_equal((expected != made.places).any(axis=1), some)
 
 
 def test_an_exported_trace_comes_back_the_same(problem, tmp_path):

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from neupims.files import write_text
 from neupims.machine.workload import Batch, halves, make_batch
-from neupims.scheduling.policies import first_halves, rank_of_grouped
+from neupims.scheduling.policies import first_halves, rank_by_number
 
 CHANNELS_KNOB = "hbm.num_channels"
 
@@ -81,11 +81,18 @@ def repair(choices: Choices, resident: Int[Array, " r"], genome: Genome) -> Geno
     genome = genome._replace(places=2 * channels + genome.places % 2)
     if not choices.realisable:
         return genome
-    order = serving_order(choices, genome)
-    grouped = channels[order]
-    rank, counts = rank_of_grouped(grouped, choices.channels)
-    second = rank >= first_halves(counts)[grouped]
-    return genome._replace(places=jnp.zeros_like(channels).at[order].set(2 * grouped + second))
+    classes = 2 * choices.priorities
+    groups = _groups(choices, genome)
+    rank, counts = rank_by_number(groups, choices.channels * classes)
+    counts = counts.reshape(choices.channels, classes)
+    before = jnp.cumsum(counts, axis=1) - counts
+    room = first_halves(counts.sum(axis=1))[:, None] - before  # of a group, in sub-batch 0
+    return genome._replace(places=2 * channels + (rank >= room.reshape(-1)[groups]))
+
+
+def _groups(choices: Choices, genome: Genome) -> Int[Array, " r"]:
+    """Returns a number for each channel, sub-batch and priority, in the order of a trace's rows."""
+    return genome.places * choices.priorities + genome.priorities
 
 
 def serving_order(choices: Choices, genome: Genome) -> Int[Array, " r"]:
@@ -98,8 +105,7 @@ def serving_order(choices: Choices, genome: Genome) -> Int[Array, " r"]:
         genome: A repaired genome.
     """
     requests = genome.places.shape[-1]
-    groups = genome.places * choices.priorities + genome.priorities
-    return jnp.sort(groups * requests + jnp.arange(requests)) % requests
+    return jnp.sort(_groups(choices, genome) * requests + jnp.arange(requests)) % requests
 
 
 def decide(choices: Choices, genome: Genome) -> Decision:

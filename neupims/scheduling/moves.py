@@ -58,14 +58,9 @@ def mutate(choices: Choices, problem: Problem, key, genome: Genome) -> Genome:
     count_key, other_key, key = jax.random.split(key, 3)
     count = jnp.minimum(1 + jnp.floor(jax.random.exponential(count_key)), MUTATIONS)
     keys = jax.random.split(key, MUTATIONS)
-    genome = jax.lax.fori_loop(
-        0,
-        MUTATIONS,
-        lambda index, genome: choose(
-            index < count, relocate(choices, problem, keys[index], genome), genome
-        ),
-        genome,
-    )
+    for index in range(MUTATIONS):
+        moved = relocate(choices, problem, keys[index], genome)
+        genome = choose(index < count, moved, genome)
     changeable = (choices.priorities > 1, len(choices.sub_batches) == 2, len(choices.knobs) > 0)
     if any(changeable):
         genome = _change_others(choices, other_key, genome)
@@ -103,9 +98,9 @@ def relocate(choices: Choices, problem: Problem, key, genome: Genome) -> Genome:
     there = jnp.where((draws[4] % 4 < 2) & (emptiest != here), emptiest, elsewhere)
     kind = draws[6] % 8
     there = jnp.where(kind == 0, here ^ 1, there).astype(places.dtype)  # flip
-    moved = places.at[request].set(there)
-    partner = _somewhere(places == there, draws[7])
-    swapped = moved.at[partner].set(jnp.where(places[partner] == there, here, moved[partner]))
+    on_there, requests = places == there, jnp.arange(places.shape[0])
+    swapped = on_there & (requests == _somewhere(on_there, draws[7])) & (kind >= 3)
+    changed = jnp.where(requests == request, there, jnp.where(swapped, here, places))
     one, other = here // 2, elsewhere // 2
     channel = places // 2
     exchanged = (
@@ -113,18 +108,15 @@ def relocate(choices: Choices, problem: Problem, key, genome: Genome) -> Genome:
     )
     exchanged = jnp.where(one == other, places ^ 1, exchanged)
     wholesale = draws[7] // 65536 % 8 == 0
-    return genome._replace(
-        places=jnp.where(
-            wholesale, exchanged, jnp.where((kind < 3) | (partner == request), moved, swapped)
-        )
-    )
+    return genome._replace(places=jnp.where(wholesale, exchanged, changed))
 
 
 def _somewhere(mask, draw):
     """Returns the index of one of the true elements, 0 if there is none."""
     size = mask.shape[0]
-    turned = (jnp.arange(size) + (draw % size).astype(jnp.int32)) % size
-    return jnp.argmax(jnp.where(mask, turned + 1, 0))
+    turn = (draw % size).astype(jnp.int32)
+    last = jnp.max(jnp.where(mask, (jnp.arange(size) + turn) % size, -1))
+    return jnp.where(last < 0, 0, (last - turn) % size)
 
 
 def _change_others(choices: Choices, key, genome: Genome) -> Genome:

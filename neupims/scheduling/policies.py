@@ -17,6 +17,7 @@ from neupims.timing.layout import heads_of_device, page_elements
 
 # Cycles: the paper's L_gwrite and L_tile, src/scheduler/Scheduler.cc of the simulator.
 GWRITE_ESTIMATE, TILE_ESTIMATE = 100.0, 184.0
+WORD = 32  # bits of a word of a mask
 
 
 def round_robin(num_requests: int, num_channels: int) -> Int[Array, " r"]:
@@ -120,22 +121,34 @@ def rank_in_channel(
         order: The requests in the order in which lists take them, (r,).
         num_channels: The number of channels.
     """
-    grouped = order[jnp.argsort(channels[order], stable=True)]
-    rank, counts = rank_of_grouped(channels[grouped], num_channels)
-    return jnp.zeros_like(channels).at[grouped].set(rank.astype(channels.dtype)), counts
+    rank, counts = rank_by_number(channels[order], num_channels)
+    return jnp.zeros_like(channels).at[order].set(rank.astype(channels.dtype)), counts
 
 
-def rank_of_grouped(
-    channels: Int[Array, " r"], num_channels: int
-) -> tuple[Int[Array, " r"], Int[Array, " channels"]]:
-    """Returns `rank_in_channel` for requests that are sorted by channel.
+def rank_by_number(
+    lists: Int[Array, " r"], num_lists: int
+) -> tuple[Int[Array, " r"], Int[Array, " lists"]]:
+    """Returns the place of each request in its list, and the length of each list.
+
+    Lists take requests in the order of their numbers. A list is a mask with a bit for each request,
+    in words of 32, so the place of a request is the number of bits below its own. That is several
+    times as fast as a sort.
 
     Args:
-        channels: The channel of each request, in rising order, (r,).
-        num_channels: The number of channels.
+        lists: The list of each request, (r,).
+        num_lists: The number of lists.
     """
-    counts = jax.ops.segment_sum(jnp.ones_like(channels), channels, num_channels)
-    return jnp.arange(channels.shape[0]) - (jnp.cumsum(counts) - counts)[channels], counts
+    numbers = jnp.arange(lists.shape[0])
+    words, bits = -(-lists.shape[0] // WORD), jnp.uint32(1) << (numbers % WORD).astype(jnp.uint32)
+    own = numbers // WORD * num_lists + lists
+    masks = jax.ops.segment_sum(bits, own, words * num_lists)
+    sizes = _count_bits(masks).reshape(words, num_lists)
+    before = jnp.cumsum(sizes, axis=0) - sizes
+    return before.reshape(-1)[own] + _count_bits(masks[own] & (bits - 1)), sizes.sum(axis=0)
+
+
+def _count_bits(words):
+    return jax.lax.population_count(words).astype(jnp.int32)
 
 
 def halving_split(channels: Int[Array, " r"], num_channels: int) -> Int[Array, " r"]:

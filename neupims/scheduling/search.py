@@ -85,15 +85,12 @@ def search(
 def _search(make_strategy, objective, choices, population, rounds, problem, starts, keys):
     """Searches once for each key. The objective, most of the compilation, is traced once."""
 
-    def each(function):
-        return lambda key, *genomes: jax.vmap(partial(function, choices, problem))(
-            jax.random.split(key, population), *genomes
-        )
-
     moves = Moves(
         choices,
-        each(random_genome),
-        each(mutate),
+        lambda key: jax.vmap(partial(random_genome, choices, problem))(
+            jax.random.split(key, population)
+        ),
+        jax.vmap(partial(mutate, choices, problem)),
         jax.vmap(partial(repair, choices, problem.resident)),
         problem.seq_lens.shape[0],
         population,
@@ -141,7 +138,8 @@ def first_population(moves: Moves, starts: Genome | None, key) -> Genome:
     genomes = moves.repair(
         jax.tree.map(lambda leaf: leaf[jnp.arange(moves.population) % given], starts)
     )
-    return choose(jnp.arange(moves.population) < given, genomes, moves.mutate(key, genomes))
+    mutants = moves.mutate(jax.random.split(key, moves.population), genomes)
+    return choose(jnp.arange(moves.population) < given, genomes, mutants)
 
 
 def interval_of_mean(values, *, axis: int = 0) -> tuple[np.ndarray, np.ndarray]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
-from jaxtyping import Array, Key
+from jaxtyping import Array, Bool, Key
 
 from neupims.scheduling.comparison import better, by_cost, choose
 from neupims.scheduling.decision import Choices, Genome
@@ -19,6 +19,7 @@ from neupims.scheduling.objective import Cost
 
 # Mutations of a child; more than one only if the first gives a genome that was evaluated before.
 MOST_TRIES = 2
+CHUNKS = 4  # parts of a population that are mutated further, as many as are needed
 KEY_STEP = 0.1  # first standard deviation of evosax's random keys, in turns of the circle of places
 HOT, COLD = 3e-2, 1e-5  # first and last temperature of annealing, as shares of the first cost
 
@@ -40,7 +41,7 @@ class Moves(NamedTuple):
 
     choices: Choices  # what may be chosen
     random: Callable[[Key[Array, ""]], Genome]  # a random population
-    mutate: Callable[[Key[Array, ""], Genome], Genome]  # a mutant of each genome
+    mutate: Callable[[Key[Array, " n"], Genome], Genome]  # a key each, n genomes -> n mutants
     repair: Callable[[Genome], Genome]  # the valid form of each genome
     requests: int  # of the problem
     population: int  # genomes of a round
@@ -106,23 +107,42 @@ def evolution(moves: Moves) -> Strategy:
         mother, father = (jax.tree.map(lambda leaf, who=who: leaf[who], parents) for who in winners)
         crossed = jax.vmap(cross)(jax.random.split(cross_key, size), mother, father)
 
-        def again(carry):
-            tries, _, fresh = carry
-            return (tries < MOST_TRIES) & ~fresh.all()
+        def keys(tries):
+            return jax.random.split(jax.random.fold_in(key, tries), size)
 
-        def further(carry):
-            tries, children, fresh = carry
-            children = choose(
-                fresh, children, moves.mutate(jax.random.fold_in(key, tries), children)
-            )
+        children = moves.mutate(keys(0), crossed)
+        for tries in range(1, MOST_TRIES):
             own = marks(children)
             elder = jnp.tril(own[:, None] == own, -1).any(axis=1)
-            return tries + 1, children, ~seen[own] & ~elder
-
-        _, children, _ = jax.lax.while_loop(again, further, (0, crossed, jnp.zeros(size, bool)))
+            children = mutate_some(moves, keys(tries), seen[own] | elder, children)
         return state, children
 
     return Strategy(start, tell, ask)
+
+
+def mutate_some(moves: Moves, keys: Key[Array, " n"], some: Bool[Array, " n"], genomes: Genome):
+    """Returns genomes with some of them mutated. Only so many are computed, rounded up to a chunk.
+
+    Args:
+        moves: The ways to make genomes.
+        keys: The source of randomness of each genome, (n,).
+        some: Whether to mutate each, (n,).
+        genomes: Genomes with a leading axis, n of them.
+    """
+    size = some.shape[0]
+    chunk = -(-size // CHUNKS)
+    first = jnp.argsort(~some, stable=True)  # those to mutate come first
+
+    def step(carry):
+        done, genomes = carry
+        who = jnp.take(first, done + jnp.arange(chunk), mode="clip")
+        mutants = moves.mutate(keys[who], jax.tree.map(lambda leaf: leaf[who], genomes))
+        where = jnp.where(some[who], who, size)
+        return done + chunk, jax.tree.map(
+            lambda leaf, new: leaf.at[where].set(new, mode="drop"), genomes, mutants
+        )
+
+    return jax.lax.while_loop(lambda carry: carry[0] < some.sum(), step, (0, genomes))[1]
 
 
 def annealing(moves: Moves) -> Strategy:
@@ -149,7 +169,10 @@ def annealing(moves: Moves) -> Strategy:
         now, costs = choose(lucky | ~better(costs, theirs), (mutants, theirs), (now, costs))
         return now, costs, rounds + 1, scale
 
-    return Strategy(start, tell, lambda key, state: (state, moves.mutate(key, state[0])))
+    def ask(key, state):
+        return state, moves.mutate(jax.random.split(key, moves.population), state[0])
+
+    return Strategy(start, tell, ask)
 
 
 def evosax_search(moves: Moves) -> Strategy:
