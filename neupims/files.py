@@ -94,11 +94,11 @@ def write_bytes(path: str | Path, content: bytes) -> None:
             is left behind.
     """
     path = Path(path)
-    if path.exists() and not path.is_file():  # a pipe or a device; a folder raises
-        path.write_bytes(content)
-        return
     temporary, given, path = None, path, Path(os.path.realpath(path))
     try:
+        if path.exists() and not path.is_file():  # a pipe or a device; a folder raises
+            path.write_bytes(content)
+            return
         handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=PARTIAL, dir=path.parent)
         temporary = Path(name)
         with os.fdopen(handle, "wb") as file:

@@ -35,3 +35,7 @@ def test_what_cannot_be_written_names_its_path_and_leaves_nothing(tmp_path, monk
     assert caught.value.filename == str(path)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["page.html"]
+    if os.path.exists("/dev/full"):
+        with pytest.raises(OSError, match="No space") as caught:
+            write_text("/dev/full", "new")
+        assert caught.value.filename == "/dev/full"

@@ -195,9 +195,8 @@ def test_designs_are_explored_by_goodput_and_area(server):
     machines = [replace_all(server.hardware, {"npu.num_arrays": count}) for count in (8, 2)]
     alone = find_goodputs(server, machines, REQUESTS, TAILS)
     assert [each.knobs["npu.num_arrays"] for each in found.front] == [8, 2]
-    # Metrics are geometric means over workloads: equal to rounding.
-    goodputs = [each.metrics["goodput"] for each in found.front]
-    np.testing.assert_allclose(goodputs, alone, rtol=1e-12)
+    assert [each.metrics["goodput"] for each in found.front] == alone.tolist()
+    assert "alpaca:12: arrivals are drawn: poisson, seed 0" in found.trace_notes
     assert found.to_dict()["base"]["metrics"]["goodput"] == pytest.approx(alone[0], rel=1e-12)
 
 
@@ -215,8 +214,8 @@ def test_each_model_is_served_once_in_each_setting(monkeypatch):
         ["gpt3-7b", "gpt3-30b"], ["alpaca:4", "alpaca:5"], parallel={"pp": 1}, dealt=True
     )
     measure = goodput.measure_goodput(
-        workloads, Hardware(), ServedTrace(REQUESTS), TAILS, (), system="neupims",
-        sub_batches=2, fidelity="simulator",
+        workloads, Hardware(), REQUESTS, TAILS, (), system="neupims", sub_batches=2,
+        fidelity="simulator",
     )  # fmt: skip
     knobs = {"npu.num_arrays": np.array([2.0, 4, 8]), "sub_batches": np.array([1.0, 2, 1])}
     found = measure.compute(knobs)["goodput"]
@@ -246,6 +245,13 @@ def test_interleaving_is_a_knob_of_goodput():
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
+        (
+            [
+                *("--serve", "alpaca:1", "--knob", "npu.num_arrays=2,4"),
+                *("--objectives", "goodput@ttft_p99<2s:max"),
+            ],
+            "take at least two requests that arrive apart",
+        ),
         (["--serve-batch", "8", "--knob", "npu.num_arrays=2,4"], "--serve-batch needs --serve"),
         (["--serve-requests", "8", "--system", "neupims,npu-pim"], "--serve-requests is for the"),
     ],

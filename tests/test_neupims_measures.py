@@ -181,3 +181,31 @@ def test_a_measure_has_names_of_its_own(name):
 def test_a_measure_without_names_is_refused(names):
     with pytest.raises(ValueError, match="a tuple of different texts"):
         Measure(names, None)
+
+
+@pytest.mark.parametrize(
+    ("value", "flag", "words"),
+    [
+        (0.0, 0, r"slack of the base design is 0 \(too slow\), so nothing can be compared with it"),
+        (-1.0, 0, "slack of the base design is nan, so nothing"),
+        (1.0, 8, "has no slack, .*: weights exceed the memory; choose a base design"),
+    ],
+)
+def test_a_base_design_without_a_metric_says_why(value, flag, words):
+    def slack(columns):
+        ones = np.ones((len(columns["npu.num_arrays"]), 1))
+        return {"slack": np.nan * ones if flag else value * ones, "flagged": flag * ones}
+
+    measure = Measure(("slack",), slack, zero="too slow")
+    with pytest.raises(ValueError, match=words):
+        explore_space(
+            *(SPACE, speed_and_cost, parse_objectives("slack:max")),
+            points=8,
+            sensitivity_of="speed",
+            measures=[measure],
+        )
+
+
+def test_a_reference_of_another_name_says_which_there_are():
+    with pytest.raises(ValueError, match="names area, which is not an objective; there are speed,"):
+        run(points=8, reference={"area": 1.0})

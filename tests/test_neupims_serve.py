@@ -303,10 +303,26 @@ def test_many_rates_at_once_serve_as_each_alone(capsys, trace, tmp_path):
     inside = [5 * 80 ** (1 / 3), 5 * 80 ** (2 / 3)]  # of the first round of bisection
     assert all(any(rate == pytest.approx(each) for rate in found["rates"]) for each in inside)
     assert "a sweep needs from 2" in refused(capsys, "--trace", trace, "--rate-sweep", "3,3")
-    assert "rates are R,R,..." in refused(capsys, "--trace", trace, "--rate-sweep", "1:2")
+    said = refused(capsys, "--trace", trace, "--rate-sweep", "1:2")
+    assert "rates are R,R,..." in said
+    assert "not '1:2' (a range has two colons)" in said
 
 
 def test_the_command_names_every_order_and_placement():
     """It lists them itself, since a parser that imported them would load JAX."""
     assert tuple(ORDERS) == command.ORDERS
     assert tuple(PLACEMENTS) == command.PLACEMENTS
+
+
+def test_changes_without_effect_are_warned_of(capsys, trace):
+    """Prompts are computed as intended, where vector units matter."""
+    flags = ("--set", "pim.macs_per_bank=8", "--set", "npu.speedup_8_bit=2")
+    flags += ("--set", "npu.vector_units=4")
+    assert serve("--trace", trace, *flags, "--json") == 0
+    said = capsys.readouterr()
+    warnings = json.loads(said.out)["warnings"]
+    assert [each.partition(" ")[0] for each in warnings] == [
+        "npu.speedup_8_bit",
+        "pim.macs_per_bank",
+    ]
+    assert said.err == "".join(f"neupims: warning: {each}\n" for each in warnings)

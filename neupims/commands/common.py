@@ -382,6 +382,16 @@ def print_notes(name: str, notes: Iterable[str]) -> None:
         sys.stderr.write(f"neupims: note: {name}: {note}\n")
 
 
+def print_warnings(warnings: Iterable[str]) -> None:
+    """Prints warnings to standard error.
+
+    Args:
+        warnings: One sentence each.
+    """
+    for warning in warnings:
+        sys.stderr.write(f"neupims: warning: {warning}\n")
+
+
 def split_names(text: str) -> list[str]:
     """Returns names that are separated by commas; a file whose name has commas is one.
 

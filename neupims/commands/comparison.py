@@ -1,7 +1,6 @@
 """`explore` with several systems or machines: one table, and the winner by each objective."""
 
 import argparse
-import sys
 from collections.abc import Sequence
 
 from neupims.commands.common import (
@@ -9,6 +8,7 @@ from neupims.commands.common import (
     console,
     given_spread,
     print_json,
+    print_warnings,
     split_names,
     system_options,
 )
@@ -67,8 +67,7 @@ def compare_and_print(
         lm_head=arguments.lm_head,
         **options,
     )
-    for warning in found.warnings:
-        sys.stderr.write(f"neupims: warning: {warning}\n")
+    print_warnings(found.warnings)
     if arguments.html:
         from neupims.pages.exploration_comparison import write_comparison
 

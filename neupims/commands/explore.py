@@ -2,7 +2,6 @@
 
 import argparse
 import re
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -23,6 +22,7 @@ from neupims.commands.common import (
     print_error,
     print_json,
     print_notes,
+    print_warnings,
     read_trace_argument,
     split_names,
 )
@@ -252,8 +252,7 @@ def run(arguments: argparse.Namespace) -> int:
             folder=arguments.out,
             report=report,
         )
-    for warning in found.warnings:
-        sys.stderr.write(f"neupims: warning: {warning}\n")
+    print_warnings(found.warnings)
     if arguments.html:
         from neupims.pages.exploration import write_exploration
 
@@ -267,7 +266,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _served(arguments: argparse.Namespace) -> Any:
     """The requests that are served, a `ServedTrace`; None without --serve."""
-    from neupims.exploration.goodput import ServedTrace
+    from neupims.exploration.goodput import ServedTrace, read_served
 
     flags = {"--serve-batch": arguments.serve_batch, "--serve-requests": arguments.serve_requests}
     given = [flag for flag, value in flags.items() if value is not None]
@@ -276,7 +275,10 @@ def _served(arguments: argparse.Namespace) -> Any:
             raise ValueError(f"{given[0]} needs --serve")
         return None
     batch = ServedTrace.batch if arguments.serve_batch is None else arguments.serve_batch
-    return ServedTrace(arguments.serve, batch, arguments.serve_requests)
+    trace = ServedTrace(arguments.serve, batch, arguments.serve_requests)
+    requests = read_served(trace, arguments.seed)
+    print_notes(requests.name, requests.notes)
+    return ServedTrace(requests, batch)
 
 
 def _reference(text: str) -> dict[str, float]:
@@ -393,16 +395,16 @@ def _print_map(lines, found) -> None:
     shown, best = found.elite_map, found.objectives[0].name
     x, y = shown.axes
     table = Table(title=f"best {best} by {x} (rows) and {y} (columns), cells from")
-    for name in (x, *map(short, shown.edges[1][:-1])):
-        table.add_column(name, justify="right")
     values = {each.cell: short(each.design.metrics[best]) for each in shown.elites}
-    for i in sorted({each.cell[0] for each in shown.elites}):
-        row = (values.get((i, j), "") for j in range(len(shown.edges[1]) - 1))
-        table.add_row(short(shown.edges[0][i]), *row)
+    rows, columns = (sorted({cell[axis] for cell in values}) for axis in (0, 1))
+    for name in (x, *(short(shown.edges[1][j]) for j in columns)):
+        table.add_column(name, justify="right")
+    for i in rows:
+        table.add_row(short(shown.edges[0][i]), *(values.get((i, j), "") for j in columns))
     lines.print(table)
     lines.print(
-        f"{len(shown.elites)} of {shown.size} cells have a design; rows without one are left out,"
-        " and the outermost cells are open."
+        f"{len(shown.elites)} of {shown.size} cells have a design; rows and columns without one"
+        " are left out, and the outermost cells are open."
     )
 
 

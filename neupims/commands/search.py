@@ -1,7 +1,6 @@
 """`search`: better schedules of one batch, and a bound on the best possible one."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from neupims.commands.common import (
     console,
     print_error,
     print_json,
+    print_warnings,
     read_case,
 )
 from neupims.envelope import describe_gain_error
@@ -149,8 +149,7 @@ def run(arguments: argparse.Namespace) -> int:
         export=arguments.export_trace,
         allow_overflow=arguments.allow_overflow,
     ).to_dict()
-    for warning in result["warnings"]:
-        sys.stderr.write(f"neupims: warning: {warning}\n")
+    print_warnings(result["warnings"])
     if arguments.html:
         _write_page(arguments.html, result)
     if arguments.json:

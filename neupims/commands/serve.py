@@ -17,6 +17,7 @@ from neupims.commands.common import (
     parse_change,
     print_json,
     print_notes,
+    print_warnings,
 )
 from neupims.machine.systems import FIDELITIES
 
@@ -214,6 +215,7 @@ def run(arguments: argparse.Namespace) -> int:
         first = swept.servings[0]
         print_notes(first.about["model"], first.about["model_notes"])
         print_notes(first.arrivals.name, [*first.arrivals.notes, *first.notes])
+        print_warnings(first.about["warnings"])
         if arguments.html:
             write_sweep(arguments.html, swept)
         if arguments.json:
@@ -236,6 +238,7 @@ def run(arguments: argparse.Namespace) -> int:
     result = found.to_dict()
     print_notes(result["model"], result["model_notes"])
     print_notes(found.arrivals.name, [*result["trace_notes"], *result["notes"]])
+    print_warnings(result["warnings"])
     if arguments.json:
         print_json(result)
     else:

@@ -1,7 +1,6 @@
 """`simulate`: one decode step of a batch, or its prefill."""
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ from neupims.commands.common import (
     console,
     print_error,
     print_json,
+    print_warnings,
     read_case,
 )
 
@@ -84,8 +84,7 @@ def run(arguments: argparse.Namespace) -> int:
         fastest=auto,
         allow_overflow=arguments.allow_overflow,
     )
-    for warning in found.warnings:
-        sys.stderr.write(f"neupims: warning: {warning}\n")
+    print_warnings(found.warnings)
     result = found.to_dict()
     if arguments.html or arguments.perfetto:
         from neupims.pages.step import write_step

@@ -37,6 +37,7 @@ class Measure:
     compute: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]]  # knobs are float64
     workloads: int = 1  # columns of each metric
     settings: Any = None  # what the metrics depend on besides the knobs, as JSON can hold it
+    zero: str = ""  # what it means if a metric is 0, for the error that refuses such a base design
 
     def __post_init__(self):
         sound = isinstance(self.names, tuple) and all(

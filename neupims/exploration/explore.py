@@ -22,6 +22,7 @@ from neupims.exploration.goodput import (
     SERVED_POINTS,
     ServedTrace,
     measure_goodput,
+    read_served,
     split_goodput,
 )
 from neupims.exploration.impossible import REASONS
@@ -35,7 +36,7 @@ from neupims.files import finite, write_text
 from neupims.machine.config import load_hardware
 from neupims.machine.effects import idle_changes
 from neupims.machine.hardware import Hardware
-from neupims.machine.record import check_seed, cut
+from neupims.machine.record import check_seed
 from neupims.machine.systems import FIDELITY_ANSWERS, Fidelity, System
 from neupims.timing.split import check_split
 
@@ -65,7 +66,7 @@ class Exploration:
     sub_batches: int  # halves of the batch, unless a knob
     fidelity: Fidelity  # "simulator" or "intended"
     workloads: tuple[str, ...]  # names, MODEL/BATCH
-    trace_notes: tuple[str, ...]  # what was assumed about the requests of a workload
+    trace_notes: tuple[str, ...]  # what was assumed about requests, served ones too
     objectives: tuple[Objective, ...]  # metrics to be minimised or maximised
     points: int  # designs that were evaluated
     kept: int  # designs that meet all constraints
@@ -232,6 +233,7 @@ def explore(
     for each in workloads:
         split = 2 if "parallel.kv_split" in knobs else each.parallel.kv_split
         check_split(split, system=system, fidelity=fidelity)
+    notes = list_notes(workloads)
     aims, tails = split_goodput(parse_objectives(objectives))
     if (serve is None) != (not tails):
         raise ValueError(
@@ -239,18 +241,18 @@ def explore(
             " a trace to serve (--serve) need each other"
         )
     if serve is not None:
-        if not isinstance(serve, ServedTrace):
-            raise ValueError(f"serve must be a ServedTrace of the requests, not {cut(serve)}")
+        requests = read_served(serve, seed)
+        notes += tuple(f"{requests.name}: {note}" for note in requests.notes)
         goodput = measure_goodput(
             workloads,
             machine,
-            serve,
+            requests,
             tails,
             tuple(knobs),
             system=system,
             sub_batches=halves,
             fidelity=fidelity,
-            seed=seed,
+            batch=serve.batch,
         )
         measures = [*measures, goodput]
         points = SERVED_POINTS if points is None and method != "grid" else points
@@ -302,7 +304,7 @@ def explore(
         sub_batches=halves,
         fidelity=fidelity,
         workloads=tuple(each.name for each in workloads),
-        trace_notes=list_notes(workloads),
+        trace_notes=notes,
         objectives=result.objectives,
         points=result.points,
         kept=result.kept,

@@ -18,6 +18,7 @@ from neupims.exploration.ablation import Ablation, ablate
 from neupims.exploration.chunks import digest_code, open_chunks
 from neupims.exploration.elites import AXES, Axis, Elites, parse_axes
 from neupims.exploration.evaluator import Evaluate, Evaluator, Measure, Measured
+from neupims.exploration.impossible import REASONS
 from neupims.exploration.methods import (
     BREEDERS,
     METHODS,
@@ -161,7 +162,7 @@ def explore_space(
         around = neighbours(space)
         base = every(around[:1])
         near = keep(evaluator.measuring("possible" if shown else "none"), store, chunk)(around)
-        ends = _reference(base, objectives, reference or {})
+        ends = _reference(base, objectives, reference or {}, measures)
         chosen = evaluator.measuring(measured)
         if elites is not None:
             parts = illuminate(chosen, elites, total, chunk, seed, store)
@@ -251,7 +252,8 @@ def _check_names(
             raise ValueError(f"there is no metric {name!r}; there are {', '.join(metrics)}")
     if unknown := set(reference) - {each.name for each in objectives}:
         raise ValueError(
-            f"the reference names {', '.join(sorted(unknown))}, which is not an objective"
+            f"the reference names {', '.join(sorted(unknown))}, which is not an objective; there"
+            f" are {', '.join(each.name for each in objectives)}"
         )
 
 
@@ -262,16 +264,25 @@ def _describe_measures(measures: Sequence[Measure]) -> dict[str, Any]:
 
 
 def _reference(
-    base: Points, objectives: Sequence[Objective], given: Mapping[str, float]
+    base: Points,
+    objectives: Sequence[Objective],
+    given: Mapping[str, float],
+    measures: Sequence[Measure],
 ) -> dict[str, float]:
     """Where the hypervolume ends, by objective."""
-    ends = {}
+    ends, zeros = {}, {name: each.zero for each in measures for name in each.names if each.zero}
     for each in objectives:
         value = float(overall(base.metrics[each.name])[0])
-        if not np.isfinite(value) or value <= 0:
+        if base.code[0] > 0 and not np.isfinite(value):
             raise ValueError(
-                f"{each.name} of the base design is {value:g}, so nothing can be compared with it:"
-                " choose a base design, or limits, for which it is above 0"
+                f"the base design has no {each.name}, so nothing can be compared with it:"
+                f" {REASONS[int(base.code[0])]}; choose a base design that is possible"
+            )
+        if not np.isfinite(value) or value <= 0:
+            why = f" ({zeros[each.name]})" if value == 0 and each.name in zeros else ""
+            raise ValueError(
+                f"{each.name} of the base design is {value:g}{why}, so nothing can be compared"
+                " with it: choose a base design, or limits, for which it is above 0"
             )
         worst = value / WORSE if each.largest else value * WORSE
         ends[each.name] = float(given.get(each.name, worst))

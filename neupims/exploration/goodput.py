@@ -13,7 +13,7 @@ from neupims.exploration.points import Objective
 from neupims.exploration.space import SETTINGS
 from neupims.exploration.workloads import Workload
 from neupims.machine.hardware import Hardware
-from neupims.machine.record import replace_all
+from neupims.machine.record import cut, replace_all
 from neupims.machine.systems import Fidelity, System
 from neupims.machine.workload import Parallel
 from neupims.serving.goodput import find_goodputs
@@ -23,6 +23,7 @@ from neupims.serving.server import Server, assemble_server
 from neupims.serving.tables import Interleaving, Setting
 
 NAME = "goodput"
+ZERO = "a request exceeds its memory, or the limits hold at no rate"
 SERVED_POINTS = 256  # designs, unless another number is given: each takes most of a second
 SERVED_CHUNK = 64  # designs of a file, or of a generation
 
@@ -70,17 +71,35 @@ def split_goodput(
     return tuple(found), tails
 
 
+def read_served(served: ServedTrace, seed: int = 0) -> Arrivals:
+    """Returns the requests that are served, with arrivals.
+
+    Args:
+        served: The requests.
+        seed: Seed of random arrivals and lengths.
+
+    Raises:
+        ValueError: The trace is empty or damaged, or all requests arrive at one instant.
+        OSError: A file cannot be read.
+    """
+    if not isinstance(served, ServedTrace):
+        raise ValueError(f"serve must be a ServedTrace of the requests, not {cut(served)}")
+    requests = read_arrivals(served.trace, rate=1.0, first=served.first, seed=seed)
+    stretch(requests, 1.0)
+    return requests
+
+
 def measure_goodput(
     workloads: Sequence[Workload],
     hardware: Hardware,
-    served: ServedTrace,
+    requests: Arrivals,
     tails: tuple[Tail, ...],
     knobs: Sequence[str],
     *,
     system: System,
     sub_batches: int,
     fidelity: Fidelity,
-    seed: int = 0,
+    batch: int = 256,
 ) -> Measure:
     """Returns the metric "goodput", requests a second, of each model on each design.
 
@@ -89,29 +108,19 @@ def measure_goodput(
     Args:
         workloads: Their models are served, spread as they say; their batches do not matter.
         hardware: Values of all fields that are not knobs.
-        served: The requests that are served.
+        requests: The requests that are served, not all at one instant.
         tails: The limits on percentiles.
         knobs: Names of the knobs.
         system: The system of all designs.
         sub_batches: 1 or 2, unless a knob.
         fidelity: "simulator" or "intended".
-        seed: Seed of random arrivals and lengths.
+        batch: The most requests at once.
 
     Raises:
-        ValueError: The trace is empty or damaged, or has one instant; a model is spread over a
-            pipeline, or `parallel.pp` is a knob.
-        OSError: A file cannot be read.
+        ValueError: A model is spread over a pipeline, or `parallel.pp` is a knob.
     """
     if "parallel.pp" in knobs:
         raise ValueError("a pipeline is not served yet: goodput cannot have the knob parallel.pp")
-    requests = read_arrivals(served.trace, rate=1.0, first=served.first, seed=seed)
-    try:
-        stretch(requests, 1.0)
-    except ValueError:
-        raise ValueError(
-            f"the requests of {requests.name} arrive at one instant, so they have no rate: serve at"
-            " least two requests that arrive apart, or a distribution such as sharegpt:200"
-        ) from None
 
     def server(machine: Hardware, workload: Workload, settings: dict[str, float]) -> Server:
         shares = {
@@ -121,7 +130,7 @@ def measure_goodput(
         halves = settings.get("sub_batches", sub_batches)
         interleaving: Interleaving = "on" if halves == 2 else "off"
         setting = Setting(workload.model, Parallel(**shares), system, fidelity, interleaving)
-        return assemble_server(machine, setting, batch=served.batch)
+        return assemble_server(machine, setting, batch=batch)
 
     for each in workloads:
         server(hardware, each, {})
@@ -144,9 +153,9 @@ def measure_goodput(
         "trace": requests.name,
         "requests": _digest(requests),
         "limits": list(map(str, tails)),
-        "batch": served.batch,
+        "batch": batch,
     }
-    return Measure((NAME,), compute, len(workloads), described)
+    return Measure((NAME,), compute, len(workloads), described, ZERO)
 
 
 def _machines(hardware: Hardware, columns: dict[str, np.ndarray]) -> list[Hardware]:

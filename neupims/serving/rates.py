@@ -224,6 +224,8 @@ def parse_rates(text: str) -> list[float]:
     """
     try:
         if ":" in text:
+            if text.count(":") != 2:
+                raise ValueError("a range has two colons")
             low, high, count = text.split(":")
             if not 2 <= int(count) <= MOST_RATES:
                 raise ValueError(f"N must be {instead(int(count), 2, MOST_RATES, True)}")

@@ -221,7 +221,8 @@ def stretch(arrivals: Arrivals, rate: float) -> Arrivals:
     if not math.isfinite(arrivals.rate) or not arrivals.rate:
         raise ValueError(
             f"the requests of {arrivals.name} arrive at one instant, which cannot be stretched to a"
-            " rate: choose --arrivals poisson"
+            " rate: take at least two requests that arrive apart, or draw their arrivals"
+            " (serve --arrivals poisson)"
         )
     start = arrivals.nanoseconds[0]
     with np.errstate(over="ignore", invalid="ignore"):

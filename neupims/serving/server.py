@@ -14,6 +14,7 @@ from jaxtyping import Array, Bool, Int
 from neupims.machine.case import find_setting, select_model, select_system
 from neupims.machine.config import read_model
 from neupims.machine.division import ceil_divide, floor_divide
+from neupims.machine.effects import idle_changes
 from neupims.machine.hardware import Hardware
 from neupims.machine.layer_kinds import find_mix
 from neupims.machine.record import Number, instead
@@ -245,6 +246,8 @@ def describe_server(server: Server, model_name: str) -> dict[str, Any]:
         "system": setting.system,
         "model": model_name,
         "model_notes": list(read_model(model_name).notes),
+        # Prompts are computed as intended, so what matters in that fidelity alone matters here.
+        "warnings": idle_changes(server.hardware, setting.system, "intended", [setting.model]),
         "fidelity": setting.fidelity,
         "interleaving": setting.interleaving if setting.system == "neupims" else None,
         "batch": server.rules.batch,
