@@ -73,12 +73,12 @@ def repair(choices: Choices, resident: Int[Array, " r"], genome: Genome) -> Geno
         resident: The channel of a request that must stay there, -1 where it is free, (r,).
         genome: Any genome.
     """
-    channels = genome.places // 2
+    channels = genome.places >> 1
     for index, knob in enumerate(choices.knobs):
         if knob.name == CHANNELS_KNOB:
             channels = channels % genome.knobs[index].astype(channels.dtype)
     channels = jnp.where(resident >= 0, resident, channels)
-    genome = genome._replace(places=2 * channels + genome.places % 2)
+    genome = genome._replace(places=2 * channels + (genome.places & 1))
     if not choices.realisable:
         return genome
     classes = 2 * choices.priorities
@@ -116,8 +116,8 @@ def decide(choices: Choices, genome: Genome) -> Decision:
         genome: The genome.
     """
     return Decision(
-        genome.places // 2,
-        genome.places % 2,
+        genome.places >> 1,
+        genome.places & 1,
         serving_order(choices, genome),
         genome.interleaved,
         genome.knobs,

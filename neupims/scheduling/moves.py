@@ -32,7 +32,11 @@ def random_genome(choices: Choices, problem: Problem, key) -> Genome:
     place_key, priority_key, mode_key, knob_key = jax.random.split(key, 4)
     genome = Genome(
         jax.random.randint(place_key, (requests,), 0, 2 * choices.channels),
-        jax.random.randint(priority_key, (requests,), 0, choices.priorities),
+        (
+            jax.random.randint(priority_key, (requests,), 0, choices.priorities)
+            if choices.priorities > 1
+            else jnp.zeros(requests, jnp.int32)
+        ),
         (
             jax.random.bernoulli(mode_key)
             if len(choices.sub_batches) == 2
@@ -87,7 +91,7 @@ def relocate(choices: Choices, problem: Problem, key, genome: Genome) -> Genome:
     half = (draws[0] % 2).astype(jnp.int32)
     loads = jax.ops.segment_sum(problem.work, places, numbers)
     load = loads @ jnp.array([[1.0, 0.0], [0.0, 1.0], [1.0, 1.0]])[draws[1] % 3]
-    parity = jnp.arange(numbers) % 2
+    parity = jnp.arange(numbers) & 1
     fullest = jnp.argmax(jnp.where(parity == half, load, -1.0))
     request = jnp.where(
         draws[2] % 2 == 0, _somewhere(places == fullest, draws[3]), draws[3] % places.shape[0]
@@ -101,12 +105,12 @@ def relocate(choices: Choices, problem: Problem, key, genome: Genome) -> Genome:
     on_there, requests = places == there, jnp.arange(places.shape[0])
     swapped = on_there & (requests == _somewhere(on_there, draws[7])) & (kind >= 3)
     changed = jnp.where(requests == request, there, jnp.where(swapped, here, places))
-    one, other = here // 2, elsewhere // 2
-    channel = places // 2
-    exchanged = (
-        2 * jnp.where(channel == one, other, jnp.where(channel == other, one, channel)) + places % 2
-    )
-    exchanged = jnp.where(one == other, places ^ 1, exchanged)
+    # Bits, because a signed quotient or remainder is ten operations: another channel is reached
+    # from one of the two by the bits in which they differ.
+    one, other = here >> 1, elsewhere >> 1
+    channel = places >> 1
+    either = (channel == one) | (channel == other)
+    exchanged = jnp.where(one == other, 1, jnp.where(either, 2 * (one ^ other), 0)) ^ places
     wholesale = draws[7] // 65536 % 8 == 0
     return genome._replace(places=jnp.where(wholesale, exchanged, changed))
 
@@ -115,7 +119,8 @@ def _somewhere(mask, draw):
     """Returns the index of one of the true elements, 0 if there is none."""
     size = mask.shape[0]
     turn = (draw % size).astype(jnp.int32)
-    last = jnp.max(jnp.where(mask, (jnp.arange(size) + turn) % size, -1))
+    turned = jnp.arange(size) + turn
+    last = jnp.max(jnp.where(mask, jnp.where(turned < size, turned, turned - size), -1))
     return jnp.where(last < 0, 0, (last - turn) % size)
 
 
