@@ -2,7 +2,7 @@
 
     python -m benchmarks.bench_neupims_search
 
-There are two studies. Each writes a row for each case into benchmarks/results.
+There are three studies. Each writes a row for each case into benchmarks/results.
 
 neupims_search.csv: the twenty traces published with the simulator (512 requests), and fresh draws
 of ShareGPT, Alpaca, Azure-conversation and Azure-code lengths (256 requests, clipped to 2,048, put
@@ -15,6 +15,9 @@ of the two.
 
 neupims_search_small.csv: small cases whose optimum is enumerated. It counts how often each search
 and each heuristic reaches the optimum with a tenth of the points.
+
+neupims_search_speed.csv: the CPU time of one schedule of a search, for every strategy, without
+compilation (`--published 0 --draws 0 --small 0` makes these rows alone).
 
 All requests are equally likely, and each is at a uniform point of its output: its length is its
 input and a share of its output.
@@ -55,6 +58,10 @@ LENGTHS = {
 REQUESTS, LONGEST, CHANNELS = 256, 2048, 32
 POINTS = {4**6: (2, 6), 4**7: (2, 7), 6**6: (3, 6)}  # points of a small case: channels and requests
 SMALL_POPULATION = 8  # 51 rounds with the 409 evaluations of the smallest cases
+SPEED_CHOICES = {
+    "any": Choices(CHANNELS),
+    "realisable, two sub-batches": Choices(CHANNELS, realisable=True, sub_batches=(2,)),
+}
 REACHED = 1e-6  # of the optimum: float32 sums differ in the last digit with their order
 
 
@@ -83,6 +90,7 @@ def main() -> None:
     began = time.perf_counter()
     large_cases(options)
     small_cases(options)
+    speeds(options)
     print(f"{time.perf_counter() - began:.0f} s in all")
 
 
@@ -285,6 +293,31 @@ def small_cases(options: argparse.Namespace) -> None:
                 "most_excess": f"{np.max(excess[name]):.3g}",
             }
             append("neupims_search_small", machine() | row, options.results)
+
+
+def speeds(options: argparse.Namespace) -> None:
+    """Appends a row for each strategy: the CPU time of a schedule, the least of three searches."""
+    lengths = draw_lengths("share-gpt", np.random.default_rng(0))
+    problem = make_problem(Hardware(), load_model("gpt3-7b"), load_parallel("gpt3-7b"), lengths)
+    budget = {"budget": options.budget, "population": options.population, "seeds": options.seeds}
+    for kind, choices in SPEED_CHOICES.items():
+        starts = stack(baselines(choices, problem))
+        for strategy in STRATEGIES:
+            run = partial(search, strategy, Layer(choices), choices, problem, starts=starts)
+            seconds = []
+            for seed in (0, 0, 1, 2):  # the first one compiles
+                began = time.process_time()
+                done = jax.block_until_ready(run(jax.random.key(seed), **budget))
+                seconds.append(time.process_time() - began)
+            row = {
+                "choices": kind,
+                "strategy": strategy,
+                "requests": len(lengths),
+                "population": options.population,
+                "seeds": options.seeds,
+                "microseconds": f"{min(seconds[1:]) / done.evaluations / options.seeds * 1e6:.2f}",
+            }
+            append("neupims_search_speed", machine() | row, options.results)
 
 
 def small_case(rng: np.random.Generator, channels: int, requests: int) -> Problem:
