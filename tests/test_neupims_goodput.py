@@ -173,6 +173,7 @@ EXPLORED = {
             },
             "knob parallel.pp",
         ),
+        ({"measures": [3]}, r"measures must be records of Measure, not \[3\]"),
         (
             {"objectives": "goodput@ttft_p99<2s:max", "serve": ServedTrace("alpaca:1")},
             "one instant",

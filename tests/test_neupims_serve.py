@@ -10,6 +10,7 @@ from neupims.__main__ import main
 from neupims.commands import serve as command
 from neupims.serving.policy import ORDERS, PLACEMENTS
 from neupims.serving.prefill_devices import Prefilled, prefill_apart
+from neupims.serving.rates import sweep_rates
 from neupims.serving.requests import Arrivals
 from neupims.serving.results import Totals, add_totals
 from neupims.serving.server import check_lengths, make_requests, make_server
@@ -117,7 +118,7 @@ def test_impossible_traces_are_refused(capsys, tmp_path, text, reason):
         (("--system", "neupims_nosbi", "--interleaving", "chosen"), "means interleaving off"),
         (("--rate-sweep", "1:inf:3"), "LOW and HIGH must be finite and above 0"),
         (("--rate-sweep", "1,2", "--prefill-groups", 2), "leave out --rate, --perfetto and"),
-        (("--prefill-groups", 2), "needs prefill separate"),
+        (("--prefill-groups", 2), "1 needs prefill separate"),
         (("--chunk-tokens", 64), "--chunk-tokens belongs to --prefill chunked: leave it out"),
         (("--share", 0.9), "--share belongs to --rate-sweep RATES: leave it out"),
     ],
@@ -326,3 +327,31 @@ def test_changes_without_effect_are_warned_of(capsys, trace):
         "pim.macs_per_bank",
     ]
     assert said.err == "".join(f"neupims: warning: {each}\n" for each in warnings)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"batch": 2.5}, "batch must be a whole number of at least 1 .*, not 2.5"),
+        ({"batch": "x"}, "batch must be a whole number .*, not 'x'"),
+        ({"batch": True}, "batch must be a whole number .*, not True"),
+        ({"prefill_tokens": 2.5}, "prefill_tokens must be a whole number"),
+        ({"chunk_tokens": 2.5}, "chunk_tokens must be a whole number"),
+        ({"spare": "x"}, "from 0 to below 1, not 'x'"),
+        ({"first": 1.5}, "from 1 to 3, not 1.5"),
+        ({"first": "x"}, "from 1 to 3, not 'x'"),
+        ({"rate": "x"}, "the rate must be a finite number above 0, .*, not 'x'"),
+        (
+            {"prefill_groups": "x"},
+            "prefill_groups must be a whole number of at least 1, .* not 'x'",
+        ),
+        ({"slo": ("ttft<2s",)}, "slo must be text such as ttft<2s,tpot<100ms, or Limits, not"),
+        ({"slo": None}, "slo must be text .* not None"),
+    ],
+)
+def test_arguments_of_another_kind_are_refused(options, words, trace):
+    with pytest.raises(ValueError, match=words):
+        neupims.serve("llama3-8b", trace, tp=4, **options)
+    if not {"rate", "prefill_groups"} & set(options):
+        with pytest.raises(ValueError, match=words):
+            sweep_rates("llama3-8b", trace, [1, 2], tp=4, **options)

@@ -36,7 +36,7 @@ from neupims.files import finite, write_text
 from neupims.machine.config import load_hardware
 from neupims.machine.effects import idle_changes
 from neupims.machine.hardware import Hardware
-from neupims.machine.record import check_seed
+from neupims.machine.record import check_seed, cut
 from neupims.machine.systems import FIDELITY_ANSWERS, Fidelity, System
 from neupims.timing.split import check_split
 
@@ -257,6 +257,8 @@ def explore(
         measures = [*measures, goodput]
         points = SERVED_POINTS if points is None and method != "grid" else points
         chunk = SERVED_CHUNK if chunk is None else chunk
+    if not all(isinstance(each, Measure) for each in measures):
+        raise ValueError(f"measures must be records of Measure, not {cut(measures)}")
     space = make_space(
         knobs,
         constraints,

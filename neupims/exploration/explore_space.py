@@ -158,10 +158,10 @@ def explore_space(
     }
     with open_chunks(Path(folder) if folder is not None else None, identity) as store:
         every = keep(evaluator, store, chunk)
-        check_effects(space, keep(evaluator.measuring("none"), store, chunk), every)
+        unmeasured = keep(evaluator.measuring("none"), store, CHUNK)
+        check_effects(space, unmeasured, every)
         around = neighbours(space)
-        base = every(around[:1])
-        near = keep(evaluator.measuring("possible" if shown else "none"), store, chunk)(around)
+        base, near = every(around[:1]), (every if shown else unmeasured)(around)
         ends = _reference(base, objectives, reference or {}, measures)
         chosen = evaluator.measuring(measured)
         if elites is not None:

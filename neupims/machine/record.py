@@ -113,6 +113,23 @@ def instead(number: Any, least: float, most: float, whole: bool) -> str:
     return f"{kind} of at least {least:g}{most_text}, not {cut(number)}"
 
 
+def check_whole(name: str, value: Any, least: int, most: int) -> None:
+    """Raises unless an argument is a whole number in a range.
+
+    Args:
+        name: Its name.
+        value: The value to check.
+        least: The smallest value.
+        most: The largest value.
+
+    Raises:
+        ValueError: It is something else.
+    """
+    whole = isinstance(value, numbers.Integral) and not isinstance(value, bool)
+    if not whole or not least <= int(value) <= most:
+        raise ValueError(f"{name} must be {instead(value, least, most, True)}")
+
+
 def check_seed(seed: Any) -> None:
     """Raises unless a seed of random numbers is a whole number that JAX can take.
 

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Bool, Float
 
+from neupims.machine.record import cut
 from neupims.machine.workload import SHOWN
 
 MEASURES = ("ttft", "tpot", "latency", "queueing")
@@ -54,6 +55,22 @@ def parse_limits(text: str) -> tuple[Limit, ...]:
     """
     example = "ttft<2s,tpot<100ms"
     return tuple(Limit(measure, seconds) for measure, _, seconds in _parse(text, "()", example))
+
+
+def read_limits(slo: str | tuple[Limit, ...]) -> tuple[Limit, ...]:
+    """Returns limits that are given as text, as for `parse_limits`, or as records.
+
+    Args:
+        slo: The text or the records; () for none.
+
+    Raises:
+        ValueError: It is neither, or the text has another form.
+    """
+    if isinstance(slo, str):
+        return parse_limits(slo)
+    if not isinstance(slo, tuple) or not all(isinstance(each, Limit) for each in slo):
+        raise ValueError(f"slo must be text such as ttft<2s,tpot<100ms, or Limits, not {cut(slo)}")
+    return slo
 
 
 def parse_tails(text: str) -> tuple[Tail, ...]:

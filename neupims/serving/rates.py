@@ -4,6 +4,7 @@ All rates of a round are lanes of one program. The distances between the arrival
 stretched, so every rate sees the same requests in the same order.
 """
 
+import numbers
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,9 +13,9 @@ from typing import Any
 
 import numpy as np
 
-from neupims.machine.record import instead
+from neupims.machine.record import cut, instead
 from neupims.serving.lanes import run_lanes
-from neupims.serving.objectives import Limit, parse_limits
+from neupims.serving.objectives import Limit, read_limits
 from neupims.serving.policy import ORDERS, PLACEMENTS, Order, Placement
 from neupims.serving.requests import Arrivals, read_arrivals, stretch
 from neupims.serving.results import Serving
@@ -116,9 +117,11 @@ def sweep_rates(
         )
     if prefill == "separate":
         raise ValueError("a sweep computes prompts on the devices that decode: whole or chunked")
-    if not 0 < share <= 1:
-        raise ValueError(f"the share of good requests must be above 0 and at most 1, not {share:g}")
-    limits = parse_limits(slo) if isinstance(slo, str) else slo
+    if not isinstance(share, numbers.Real) or not 0 < share <= 1:
+        raise ValueError(
+            f"the share of good requests must be above 0 and at most 1, not {cut(share)}"
+        )
+    limits = read_limits(slo)
     requests = read_arrivals(
         trace, rate=tried[0], process=arrivals, columns=columns, first=first, seed=seed
     )

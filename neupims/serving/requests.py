@@ -2,6 +2,7 @@
 
 import datetime
 import math
+import numbers
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ import numpy as np
 from jaxtyping import Float, Int
 
 from neupims.machine.distributions import is_distribution, sample_tokens
-from neupims.machine.record import check_seed
+from neupims.machine.record import check_seed, cut
 from neupims.machine.trace_files import find_column, read_rows, read_table_of
 from neupims.machine.workload import LONGEST, SHOWN
 
@@ -112,9 +113,10 @@ def read_arrivals(
         OSError: The file cannot be read.
     """
     check_seed(seed)
-    if rate is not None and not (math.isfinite(rate) and rate > 0):
+    number = isinstance(rate, numbers.Real)
+    if rate is not None and not (number and math.isfinite(rate) and rate > 0):
         raise ValueError(
-            f"the rate must be a finite number above 0, in requests a second, not {rate:g}"
+            f"the rate must be a finite number above 0, in requests a second, not {cut(rate)}"
         )
     random = np.random.default_rng(seed)
     text, notes = source.name if isinstance(source, Arrivals) else str(source), []
@@ -140,10 +142,10 @@ def read_arrivals(
     if not len(inputs):
         raise ValueError(f"{name} holds no request")
     if first is not None:
-        if not 1 <= first <= len(inputs):
+        if not isinstance(first, numbers.Integral) or not 1 <= first <= len(inputs):
             raise ValueError(
                 f"{name} has {len(inputs)} requests: the number to take must be from 1 to"
-                f" {len(inputs)}, not {first}"
+                f" {len(inputs)}, not {first!r}"
             )
         inputs, outputs = inputs[:first], outputs[:first]
         times = None if times is None else times[:first]

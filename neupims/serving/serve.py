@@ -1,5 +1,6 @@
 """Serves a trace: reads the machine and the requests, runs the rules, and gathers the results."""
 
+import numbers
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -8,10 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from neupims.machine.record import cut
 from neupims.machine.systems import Fidelity
 from neupims.serving import clock
 from neupims.serving.loop import Spent, Step, is_done, run_chunk, start
-from neupims.serving.objectives import Limit, parse_limits
+from neupims.serving.objectives import Limit, read_limits
 from neupims.serving.policy import ORDERS, PLACEMENTS, Order, Placement
 from neupims.serving.prefill_devices import Prefilled, prefill_apart
 from neupims.serving.requests import Arrivals, read_arrivals
@@ -117,7 +119,7 @@ def serve(
         (20,)
     """
     began = time.perf_counter()
-    limits = parse_limits(slo) if isinstance(slo, str) else slo
+    limits = read_limits(slo)
     requests = read_arrivals(
         trace, rate=rate, process=arrivals, columns=columns, first=first, seed=seed
     )
@@ -140,9 +142,11 @@ def serve(
         chunk_tokens=chunk_tokens,
         spare=spare,
     )
-    if prefill_groups < 1 or (prefill_groups > 1 and prefill != "separate"):
+    count = isinstance(prefill_groups, numbers.Integral)
+    if not count or prefill_groups < 1 or (prefill_groups > 1 and prefill != "separate"):
         raise ValueError(
-            "prefill_groups must be at least 1, and needs prefill separate: --prefill separate"
+            "prefill_groups must be a whole number of at least 1, of which more than 1 needs prefill"
+            f" separate (--prefill separate), not {cut(prefill_groups)}"
         )
     requests, notes = check_lengths(server, requests, prefill, leave_out_too_long)
     order_name = name_of(order, ORDERS, "order")

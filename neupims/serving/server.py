@@ -1,5 +1,6 @@
 """The machine that serves, and its inputs of the loop: blocks of memory, requests, and checks."""
 
+import numbers
 from bisect import bisect_left
 from collections.abc import Mapping
 from dataclasses import replace
@@ -17,7 +18,7 @@ from neupims.machine.division import ceil_divide, floor_divide
 from neupims.machine.effects import idle_changes
 from neupims.machine.hardware import Hardware
 from neupims.machine.layer_kinds import find_mix
-from neupims.machine.record import Number, instead
+from neupims.machine.record import Number, check_whole, cut
 from neupims.machine.supported import check_latent
 from neupims.machine.systems import FIDELITIES, PIM_SYSTEMS, Fidelity
 from neupims.machine.workload import LONGEST
@@ -132,8 +133,7 @@ def make_server(
     if lm_head:
         decoder = replace(decoder, lm_head=1)
     setting = Setting(decoder, parallel, kind, fidelity, interleaving)
-    if not 1 <= chunk_tokens <= LONGEST:
-        raise ValueError(f"chunk_tokens must be {instead(chunk_tokens, 1, LONGEST, True)}")
+    check_whole("chunk_tokens", chunk_tokens, 1, LONGEST)
     server = assemble_server(
         machine,
         setting,
@@ -172,10 +172,11 @@ def assemble_server(
             the system.
     """
     for name, count in (("batch", batch), ("prefill_tokens", prefill_tokens)):
-        if not 1 <= count <= LONGEST:
-            raise ValueError(f"{name} must be {instead(count, 1, LONGEST, True)}")
-    if not 0 <= spare < 1:
-        raise ValueError(f"the spare share of the memory must be from 0 to below 1, not {spare:g}")
+        check_whole(name, count, 1, LONGEST)
+    if not isinstance(spare, numbers.Real) or not 0 <= spare < 1:
+        raise ValueError(
+            f"the spare share of the memory must be from 0 to below 1, not {cut(spare)}"
+        )
     parallel, kind, fidelity = setting.parallel, setting.system, setting.fidelity
     if parallel.pp != 1:
         raise ValueError(
