@@ -145,7 +145,7 @@ def serve(
     count = isinstance(prefill_groups, numbers.Integral)
     if not count or prefill_groups < 1 or (prefill_groups > 1 and prefill != "separate"):
         raise ValueError(
-            "prefill_groups must be a whole number of at least 1, of which more than 1 needs prefill"
+            "prefill_groups must be a whole number of at least 1, and more than 1 needs prefill"
             f" separate (--prefill separate), not {cut(prefill_groups)}"
         )
     requests, notes = check_lengths(server, requests, prefill, leave_out_too_long)
