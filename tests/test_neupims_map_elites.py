@@ -200,6 +200,16 @@ def test_an_axis_that_begins_at_0_says_that_its_cells_have_equal_widths():
         assert found.warnings == []
 
 
+def test_a_map_without_a_design_is_a_sentence(capsys, tmp_path):
+    flags = ["explore", "--trace", "const:300x64", "--knob", "npu.num_arrays=2:16"]
+    flags += ["--method", "map-elites", "--points", "8", "--chunk", "4", "--index-rows", "0"]
+    page = tmp_path / "page.html"
+    assert main([*flags, "--constraint", "area_mm2 < 1", "--html", str(page)]) == 0
+    text = capsys.readouterr().out
+    assert "The map has no design, because none meets the constraints." in text
+    assert "cells have a design" not in text
+
+
 def test_the_command_prints_the_map_and_writes_page_and_csv(capsys, tmp_path):
     flags = [
         *("explore", "--trace", "const:300x64", "--knob", "npu.num_arrays=2:16"),

@@ -337,8 +337,10 @@ def _print(found, folder: Path | None) -> None:
             f"{twins} further designs equal one of the front: they differ only in knobs that do not"
             " act there."
         )
-    if found.elite_map is not None:
+    if found.elite_map is not None and found.elite_map.elites:
         _print_map(lines, found)
+    elif found.elite_map is not None:
+        lines.print("The map has no design, because none meets the constraints.")
     lines.print(f"{found.kept} designs meet the constraints, {found.flagged} are impossible.")
     for reason, count in found.flagged_by_reason.items():
         lines.print(f"  {count}: {reason}")
