@@ -1,5 +1,8 @@
 """Packings: policies that deal the requests of a trace without channels to those of a machine."""
 
+from functools import partial
+
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
@@ -22,11 +25,15 @@ def greedy(
         parallel: How the model is spread over devices.
     """
     channels = int(hardware.hbm.num_channels)
-    work = policies.estimate_cycles(hardware, model, jnp.asarray(seq_lens), parallel)
+    found = _greedy(hardware, model, jnp.asarray(seq_lens), parallel, channels)
+    return make_batch(seq_lens, *found, num_channels=channels)
+
+
+@partial(jax.jit, static_argnums=4)
+def _greedy(hardware, model, seq_lens, parallel, channels):
+    work = policies.estimate_cycles(hardware, model, seq_lens, parallel)
     placed = policies.pack_longest_first(work, channels)
-    return make_batch(
-        seq_lens, placed, policies.halving_split(placed, channels), num_channels=channels
-    )
+    return placed, policies.halving_split(placed, channels)
 
 
 def longest_first(
@@ -41,11 +48,15 @@ def longest_first(
         parallel: How the model is spread over devices.
     """
     channels = int(hardware.hbm.num_channels)
-    work = request_work(hardware, model, jnp.asarray(seq_lens), parallel).sum(axis=1)
+    found = _longest_first(hardware, model, jnp.asarray(seq_lens), parallel, channels)
+    return make_batch(seq_lens, *found, num_channels=channels)
+
+
+@partial(jax.jit, static_argnums=4)
+def _longest_first(hardware, model, seq_lens, parallel, channels):
+    work = request_work(hardware, model, seq_lens, parallel).sum(axis=1)
     placed = policies.pack_longest_first(work, channels)
-    return make_batch(
-        seq_lens, placed, policies.snake_split(work, placed, channels), num_channels=channels
-    )
+    return placed, policies.snake_split(work, placed, channels)
 
 
 def round_robin(

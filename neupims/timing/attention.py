@@ -8,6 +8,7 @@ Source: src/scheduler/Scheduler.cc, src/operations/NeuPIMSLogitSoftmax.cc and Ne
     the public simulator.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -174,9 +175,11 @@ def exact_attention(
         lengths = np.asarray(piece_lengths(lengths, parallel), np.int32)
         channel = np.asarray(group_of_channels(channel, hardware, parallel))
     sub_batch = np.asarray(batch.sub_batches) if interleaved else np.zeros_like(channel)
-    instructions = np.asarray(
-        count_instructions(hardware, model, jnp.asarray(lengths), parallel, fidelity)
-    )
+    instructions = np.zeros((len(lengths), 2), np.float32)
+    if system == "npu-pim":
+        instructions = np.asarray(
+            _count_instructions(hardware, model, jnp.asarray(lengths), parallel, fidelity)
+        )
     late = system == "npu-pim" and fidelity == "simulator"  # commands come one a cycle
     to_core = hardware.npu.clock_hz / hardware.hbm.clock_hz
 
@@ -203,11 +206,9 @@ def exact_attention(
             commands[place], requests[place] = issued.sum(), len(own)
         groups = list_groups(hardware, model, padded, parallel, operation=name, fidelity=fidelity)
 
-        def follow(wait, groups=groups, ready=ready):
-            return np.asarray(_follow_lists(list_timing(hardware, wait), groups, ready, to_core))
-
-        undisturbed = follow(None)
-        disturbed = follow(calibration.reopen_cycles) if interleaved else undisturbed
+        waits = (None, calibration.reopen_cycles) if interleaved else (None,)
+        followed = _follow_lists(hardware, waits, groups, ready, to_core)
+        undisturbed, disturbed = np.asarray(followed[0]), np.asarray(followed[-1])
         for row, one in enumerate(chosen):
             alone[one.place], beside[one.place] = undisturbed[row], disturbed[row]
     longest = np.array([tokens[sub_batch == which].max(initial=0) for which in (0, 1)])
@@ -241,12 +242,23 @@ def _list_requests(lengths, channel, sub_batch, pieces_of) -> list[_List]:
 
 
 @jax.jit
-def _follow_lists(times, groups, ready, to_core):
-    """Returns the core cycles of each list, the mean over phases; `ready` is in core cycles."""
-    phases = (jnp.arange(PHASES) + 0.5) / PHASES
-    of_phases = jax.vmap(follow_list, in_axes=(None, None, 0, None))
-    of_lists = jax.vmap(of_phases, in_axes=(None, 0, None, 0))
-    return of_lists(times, groups, phases, ready / to_core).mean(axis=1) * to_core
+def _follow_lists(hardware, waits, groups, ready, to_core):
+    """Returns the core cycles of each list for each wait, (waits, lists), the mean over phases."""
+    shape = (len(waits), ready.shape[0], PHASES)
+    wait, row, phase = (each.ravel() for each in jnp.indices(shape))
+    times = [list_timing(hardware, each) for each in waits]
+    found = jax.vmap(follow_list)(
+        jax.tree.map(lambda *each: jnp.stack(each)[wait], *times),
+        jax.tree.map(lambda field: field[row], groups),
+        (phase + 0.5) / PHASES,
+        ready[row] / to_core,
+    )
+    return found.reshape(shape).mean(axis=2) * to_core
+
+
+@partial(jax.jit, static_argnums=4)
+def _count_instructions(hardware, model, lengths, parallel, fidelity):
+    return count_instructions(hardware, model, lengths, parallel, fidelity)
 
 
 def _cut_pieces(hardware, model, parallel, lengths, mine, operation) -> list:

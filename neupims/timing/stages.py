@@ -16,6 +16,7 @@ Source: src/StageProgram.cc and src/scheduler/Scheduler.h of the public simulato
     paper.
 """
 
+from functools import partial
 from typing import Literal, NamedTuple
 
 import jax
@@ -193,6 +194,14 @@ def npu_operation(
     """
     if operation.work is None:
         raise ValueError(f"{operation.name} runs on PIM, not on the NPU")
+    records, fixed = context[:5], context[5:]
+    return _work(operation, fixed, records, tokens, written_before, tile)
+
+
+@partial(jax.jit, static_argnums=(0, 1))
+def _work(operation, fixed, records, tokens, written_before, tile) -> Work:
+    """The work of an operation. Stages repeat operations: under `jit`, each is traced once."""
+    context = Context(*records, *fixed)
     if context.system == "gpu":
         plain = context._replace(calibration=DEFAULT, fidelity="intended")
         work = operation.work(plain, tokens, 0.0, None)
