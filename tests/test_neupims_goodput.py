@@ -11,6 +11,8 @@ from neupims.exploration.points import Objective, parse_objectives
 from neupims.exploration.workloads import make_workloads
 from neupims.machine.hardware import Hardware
 from neupims.machine.record import replace_all
+from neupims.serving import goodput as serving_goodput
+from neupims.serving import lanes as serving_lanes
 from neupims.serving.goodput import find_goodputs
 from neupims.serving.lanes import run_lanes
 from neupims.serving.objectives import Tail, excess, parse_tails
@@ -60,8 +62,9 @@ def test_the_goodput_is_a_rate_that_holds_and_a_little_more_does_not(placement):
             assert (excess(TAILS, measure(came, served)) <= 1) == holds
 
 
+@pytest.mark.parametrize("apart", [True, False])
 @each_placement
-def test_lanes_with_fewer_channels_serve_as_alone(placement):
+def test_lanes_with_fewer_channels_serve_as_alone(placement, apart, monkeypatch):
     """Few places and little room, so that channels, places and turns count."""
     machines = [{"hbm.num_channels": 3}, {"hbm.num_channels": 5}, {"hbm.num_channels": 8}]
     servers = [
@@ -73,12 +76,24 @@ def test_lanes_with_fewer_channels_serve_as_alone(placement):
     requests = read_arrivals("alpaca:40", rate=2000.0)
     shared = fit_channels(servers[0], 1, 8)
     assert (shared.rules.rows, shared.rules.places) == (8, 12)
+    monkeypatch.setattr(serving_lanes, "are_apart", lambda: apart)
     lanes = run_lanes(shared, [each.hardware for each in servers], [requests])
     for lane, server in zip(lanes, servers, strict=True):
-        alone = run_requests(server, requests, first_come, None, None).served
+        ran = run_requests(server, requests, first_come, None, None)
+        alone = ran.served
+        np.testing.assert_allclose(lane.totals, ran.totals, rtol=1e-5)
         # Lanes round some times differently, by nanoseconds.
         np.testing.assert_allclose(lane.served.end, alone.end, rtol=1e-6)
         np.testing.assert_allclose(lane.served.admitted, alone.admitted, rtol=1e-6)
+
+
+def test_machines_side_by_side_have_the_goodputs_of_one_after_another(server, monkeypatch):
+    machines = [replace_all(server.hardware, {"npu.num_arrays": count}) for count in (4, 8)]
+    apart = find_goodputs(server, machines, REQUESTS, TAILS)
+    for module in (serving_lanes, serving_goodput):
+        monkeypatch.setattr(module, "are_apart", lambda: False)
+    together = find_goodputs(server, machines, REQUESTS, TAILS)
+    np.testing.assert_allclose(together, apart, rtol=1e-6)
 
 
 def test_limits_that_always_hold_give_what_the_machine_serves_at_most(server):

@@ -10,8 +10,9 @@ from serving_events import Machine, Request, serve_events
 
 from neupims.serving import clock
 from neupims.serving.clock import Instant
-from neupims.serving.loop import NOBODY, Memory, Requests, Rules, Spent, is_done, run_chunk, start
+from neupims.serving.loop import is_done, run_chunk, start
 from neupims.serving.policy import in_turn, least_loaded
+from neupims.serving.state import NOBODY, Memory, Requests, Rules, Spent
 
 ROWS, PLACES, BATCH, PROMPTS, PREFILL, WINDOW, COUNT, LONGEST = 3, 4, 9, 2, 40, 6, 24, 80
 
@@ -79,9 +80,9 @@ def random_trace(seed):
     }
 
 
-def scan(traces, packing, chunk=0):
+def scan(traces, packing, chunk=0, **ahead):
     """Admission, first token, end and pauses of each request of each trace, (traces, n, 4)."""
-    rules = Rules(ROWS, PLACES, BATCH, PROMPTS, PREFILL, chunk, WINDOW, packing, COSTS)
+    rules = Rules(ROWS, PLACES, BATCH, PROMPTS, PREFILL, chunk, WINDOW, packing, COSTS, **ahead)
 
     def column(name, last):
         values = np.stack([trace[name] for trace in traces])
@@ -144,9 +145,9 @@ def serve_events_of(trace, packing, chunk=0):
     return serve_events(machine, requests)
 
 
-def check(seeds, packing, chunk=0):
+def check(seeds, packing, chunk=0, **ahead):
     traces = [random_trace(seed) for seed in seeds]
-    found, steps = scan(traces, packing, chunk)
+    found, steps = scan(traces, packing, chunk, **ahead)
     paused = 0
     for place, trace in enumerate(traces):
         run = serve_events_of(trace, packing, chunk)
@@ -169,11 +170,27 @@ def test_the_scan_serves_as_the_event_simulation_does():
     check(range(60, 80), least_loaded, chunk=11)
 
 
+def test_decode_steps_computed_together_change_nothing():
+    assert check(range(40), least_loaded, ahead=5, few=3) > 20
+    check(range(60, 80), in_turn, chunk=11, ahead=5, few=3)
+
+
+def test_decode_steps_are_computed_together():
+    """Fewer steps of the loop than iterations: what the option is for."""
+    trace = random_trace(1) | {"left": np.full(COUNT, 30), "arrival": np.arange(COUNT) * 10**6}
+    _, one = scan([trace], least_loaded)
+    _, several = scan([trace], least_loaded, ahead=8, few=PLACES)
+    rows = (several.computed > 0).reshape(-1, 8)
+    assert rows.sum() == (one.computed > 0).sum()
+    assert rows.any(axis=1).sum() < (one.computed > 0).sum() / 3
+
+
 @pytest.mark.slow
 def test_the_scan_serves_a_thousand_traces_as_the_event_simulation_does():
     for begin in range(0, 1000, 250):
         packing, chunk = (least_loaded, in_turn)[begin // 250 % 2], begin // 500 * 11
         check(range(begin, begin + 250), packing, chunk)
+        check(range(begin, begin + 250), packing, chunk, ahead=8, few=PLACES)
 
 
 def test_nobody_overtakes_in_the_order_of_arrival_and_nobody_is_lost():

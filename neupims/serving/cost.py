@@ -21,7 +21,7 @@ from neupims.machine.systems import PIM_SYSTEMS
 from neupims.machine.workload import Batch
 from neupims.scheduling.policies import first_halves
 from neupims.serving import clock
-from neupims.serving.loop import Spent
+from neupims.serving.state import Spent
 from neupims.serving.tables import (
     Setting,
     Tables,

@@ -2,11 +2,10 @@
 
 It is like that of DistServe (Zhong et al., arXiv:2401.09670), but each limit is on a percentile of
 its own, and the rate is that of the whole machine, not of one GPU. Machines are lanes of one
-program, each with its own rate; a bisection takes one run of all lanes for each step.
+program, each with its own rate; a bisection takes one run of each lane for each step.
 """
 
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import jax
@@ -15,8 +14,7 @@ from jaxtyping import Bool, Float
 
 from neupims.machine.hardware import Hardware
 from neupims.machine.systems import PIM_SYSTEMS
-from neupims.processors import count_processors
-from neupims.serving.lanes import Lane, Machines, make_machines, serve_lanes
+from neupims.serving.lanes import Lane, Machines, are_apart, make_machines, serve_lanes
 from neupims.serving.objectives import Tail, excess
 from neupims.serving.policy import Order, first_come
 from neupims.serving.requests import Arrivals, stretch
@@ -24,8 +22,8 @@ from neupims.serving.results import measure
 from neupims.serving.server import Server, are_finite, fit_channels
 
 NEAR = 8  # channels: machines of one program differ in fewer
-LANES = 16  # machines of one program, on one core
-FEW = 4  # machines of another one, so that few machines do not wait for many
+LANES = 16  # machines whose tables are made together
+FEW = 4  # the same where there are few
 LEAST = 64.0  # a goodput below this part of the most that the machine serves counts as 0
 # Rates that are tried, the first one at that most. Where limits that hold at a rate hold at all
 # lower ones, the result is at most LEAST^(1/2^(STEPS - 1)), 1.7 %, below the true one.
@@ -58,15 +56,9 @@ def find_goodputs(
     """
     stretch(requests, 1.0)
     found = np.zeros(len(hardware))
-
-    def find(work: tuple[Server, list[int]]) -> None:
-        fitting, rows = work
-        size = FEW if len(rows) <= FEW else LANES
-        filled = [hardware[row] for row in rows + rows[-1:] * (size - len(rows))]
-        found[rows] = _find_goodputs(fitting, filled, requests, tails, order)[: len(rows)]
-
-    with ThreadPoolExecutor(count_processors()) as pool:
-        list(pool.map(find, _group(server, hardware)))
+    for fitting, rows in _group(server, hardware):
+        some = [hardware[row] for row in rows]
+        found[rows] = _find_goodputs(fitting, some, requests, tails, order)
     return found
 
 
@@ -97,10 +89,12 @@ def _find_goodputs(
     tails: tuple[Tail, ...],
     order: Order,
 ) -> Float[np.ndarray, " lanes"]:
-    machines = make_machines(server, hardware, requests)
-    able = _are_able(machines, requests)
+    count = len(hardware)
+    size = FEW if count <= FEW else LANES
+    machines = make_machines(server, hardware + hardware[-1:] * (size - count), requests)
+    able = _are_able(machines, requests)[: count if are_apart() else size]
     if not able.any():
-        return np.zeros(len(hardware))
+        return np.zeros(count)
     # A machine that cannot serve would never end: another one takes its lane.
     stand_in = np.where(able, np.arange(len(able)), able.argmax())
     tables, memory = jax.tree.map(lambda leaf: leaf[stand_in], (machines.tables, machines.memory))
@@ -110,17 +104,17 @@ def _find_goodputs(
         return list(zip(lanes, serve_lanes(machines, lanes, order), strict=True))
 
     at_once = replace(requests, nanoseconds=0 * requests.nanoseconds)
-    ends = [lane.served.end.max() for _, lane in serve([at_once] * len(hardware))]
+    ends = [lane.served.end.max() for _, lane in serve([at_once] * len(able))]
     most = len(requests.inputs) * 1e9 / np.array(ends, np.float64)
     low, high, tried = most / LEAST, most, most
-    best = np.zeros(len(hardware))
+    best = np.zeros(len(able))
     for _ in range(STEPS):
         runs = serve([stretch(requests, float(rate)) for rate in tried])
         good = np.array([excess(tails, measure(came, lane.served)) <= 1 for came, lane in runs])
         best = np.where(good, tried, best)
         low, high = np.where(good, tried, low), np.where(good, high, tried)
         tried = np.where(best < most, np.sqrt(low * high), most)
-    return np.where(able, best, 0.0)
+    return np.where(able, best, 0.0)[:count]
 
 
 def _are_able(machines: Machines, requests: Arrivals) -> Bool[np.ndarray, " lanes"]:

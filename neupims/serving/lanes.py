@@ -1,11 +1,14 @@
-"""Many runs at once: machines, or rates of arrival, as lanes of one compiled program.
+"""Many runs at once: machines, or rates of arrival, as lanes.
 
 Lanes share the rules, the model, and the lengths of the requests. Each has its own machine and its
-own arrivals.
+own arrivals. On an accelerator they are mapped over in one compiled program. The cores of a CPU
+take one lane after another with the same program: a run alone computes several decode steps at once
+(`serving.ahead`) and no prefill where there is none, which mapped lanes cannot.
 """
 
 from collections.abc import Sequence
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial, reduce
 from typing import NamedTuple
 
 import jax
@@ -14,8 +17,10 @@ import numpy as np
 from jaxtyping import Array, Bool
 
 from neupims.machine.hardware import Hardware
+from neupims.processors import count_processors
+from neupims.serving.ahead import look_ahead
 from neupims.serving.clock import Instant
-from neupims.serving.loop import Memory, Requests, Rules, State, Step, is_done, run, start
+from neupims.serving.loop import is_done, run, run_to_end, start
 from neupims.serving.policy import Order, first_come
 from neupims.serving.requests import Arrivals
 from neupims.serving.results import Served, Totals, add_totals, sum_up
@@ -29,6 +34,7 @@ from neupims.serving.server import (
     round_length,
     together,
 )
+from neupims.serving.state import Memory, Requests, Rules, State, Step
 from neupims.serving.tables import Tables, make_tables
 
 CHUNK = 512  # iterations between two looks at whether all lanes are done
@@ -120,9 +126,48 @@ def serve_lanes(
         arrivals: The requests of each lane, or one for all; lengths are those of the machines.
         order: The order of admission.
     """
-    rules, count = machines.server.rules, max(machines.number, len(arrivals))
-    made = [make_requests(one, order, rules.window, None)[0] for one in arrivals]
-    requests = made[0]
+    made = [make_requests(one, order, machines.server.rules.window, None)[0] for one in arrivals]
+    count = max(machines.number, len(made))
+    run_all = _run_apart if are_apart() else _run_together
+    numbers = np.arange(len(arrivals[0].inputs))
+    watts = np.broadcast_to(np.asarray(machines.tables.watts), (count,))
+    return [
+        Lane(gather(served, numbers, arrivals[0], None), totals, float(watts[lane]))
+        for lane, (served, totals) in enumerate(run_all(machines, made, count))
+    ]
+
+
+def are_apart() -> bool:
+    """Returns whether lanes run one after another, not side by side in one program."""
+    return jax.default_backend() == "cpu"
+
+
+# The rows of `State.served`, and the sums over the iterations.
+Outcome = tuple[np.ndarray, Totals]
+
+
+def _run_apart(machines: Machines, made: list[Requests], count: int) -> list[Outcome]:
+    """Runs the lanes one after another, on all cores."""
+    rules = look_ahead(machines.server.rules)
+
+    def run_lane(lane: int) -> Outcome:
+        given = machines.tables, machines.memory
+        if np.ndim(machines.tables.watts):  # several machines
+            given = jax.tree.map(lambda leaf: leaf[lane], given)
+        sums: list[Totals] = []
+        served = np.zeros(0)
+        for state, step in run_to_end(rules, *given, made[lane % len(made)]):
+            sums.append(sum_up(jax.tree.map(np.asarray, step)))
+            served = np.asarray(state.served)
+        return served, reduce(add_totals, sums)
+
+    with ThreadPoolExecutor(count_processors()) as pool:
+        return list(pool.map(run_lane, range(count)))
+
+
+def _run_together(machines: Machines, made: list[Requests], count: int) -> list[Outcome]:
+    """Runs the lanes side by side in one program."""
+    rules, requests = machines.server.rules, made[0]
     if len(made) > 1:
         high, low = (jnp.stack([one.arrival[word] for one in made]) for word in (0, 1))
         keys = jnp.stack([one.keys for one in made])
@@ -130,7 +175,7 @@ def serve_lanes(
     state = jax.tree.map(
         lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), start(rules, made[0])
     )
-    by_machine, by_arrival = machines.number > 1, len(made) > 1
+    by_machine, by_arrival = bool(np.ndim(machines.tables.watts)), len(made) > 1
     totals: Totals | None = None
     done = False
     while not done or totals is None:
@@ -140,16 +185,8 @@ def serve_lanes(
         found = sum_up(jax.tree.map(np.asarray, step))
         totals = found if totals is None else add_totals(totals, found)
         done = bool(np.asarray(finished).all())
-    numbers = np.arange(len(arrivals[0].inputs))
-    watts = np.broadcast_to(np.asarray(machines.tables.watts), (count,))
-    return [
-        Lane(
-            gather(np.asarray(state.served[lane]), numbers, arrivals[0], None),
-            Totals(*(value[lane] for value in totals)),
-            float(watts[lane]),
-        )
-        for lane in range(count)
-    ]
+    served = np.asarray(state.served)
+    return [(served[lane], Totals(*(value[lane] for value in totals))) for lane in range(count)]
 
 
 @partial(jax.jit, static_argnames=("rules", "by_machine", "by_arrival"))

@@ -24,159 +24,34 @@ Time passes from boundary to boundary; between two of them lies one iteration. A
 The state has a fixed size: rows of places, one row for each channel. What an iteration costs is a
 function that is passed in (`cost` has that of the model), and so are the packing and the order.
 Blocks are whole numbers, time is whole nanoseconds (`clock`), so that the same rules in plain
-Python give the same times.
+Python give the same times. `ahead` computes several decode steps at once where that changes
+nothing.
 """
 
-from collections.abc import Callable
+from collections.abc import Iterator
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Int
 
 from neupims.serving import clock
+from neupims.serving.ahead import alone_in, decode_ahead, is_quiet
 from neupims.serving.clock import Instant
+from neupims.serving.state import (
+    NOBODY,
+    Channels,
+    Memory,
+    Places,
+    Requests,
+    Rules,
+    Spent,
+    State,
+    Step,
+)
 
-NOBODY = 2**30  # the number of no request; more than any
-
-
-class Spent(NamedTuple):
-    """What an iteration takes of one device."""
-
-    time: Instant
-    joules: Float[Array, ""]
-    npu_seconds: Float[Array, ""]  # with products in the arrays
-    pim_seconds: Float[Array, ""]  # with PIM commands, in the mean of the channels
-    bus_seconds: Float[Array, ""]  # in which the buses of the memory move data
-
-
-class Requests(NamedTuple):
-    """Requests in their order of arrival, and `window` more that never arrive."""
-
-    arrival: Instant  # (n,)
-    lengths: Int[Array, " n"]  # tokens whose keys and values are in memory when it is decoded first
-    prompts: Int[Array, " n"]  # tokens to be computed before: the same, or 0 if they come computed
-    outputs: Int[Array, " n"]  # tokens to be made here
-    keys: Int[Array, " n"]  # the order in which those that wait are admitted
-
-
-class Memory(NamedTuple):
-    """Blocks of keys and values."""
-
-    needed: Int[Array, " lengths"]  # by a request of 0, 1, 2, ... tokens
-    room: Int[Array, " rows"]  # of each channel; 0 for a row that the machine does not have
-    spare: Int[Array, ""]  # that are free after an admission
-    loads: Float[Array, " lengths"]  # of a channel, by a request of 0, 1, ... tokens, for packing
-    rows: Int[Array, ""]  # channels of the machine, the first ones
-    places: Int[Array, ""]  # requests of a channel, at most
-
-
-class Channels(NamedTuple):
-    """What a packing may look at. Rows are channels."""
-
-    loads: Float[Array, " rows"]  # of the requests that are there
-    counts: Int[Array, " rows"]  # requests that are there
-    admitted: Int[Array, ""]  # requests that were admitted before
-    rows: Int[Array, ""]  # channels that the machine has, the first ones
-
-
-# The channel with the least value that can take the request gets it.
-Packing = Callable[[Channels], Float[Array, " rows"]]
-
-
-class Costs(Protocol):
-    """What iterations cost. Equal costs are equal objects, so that a run is compiled once."""
-
-    def decode(self, tables: Any, lengths: Int[Array, "rows places"], holds: Any) -> Spent:
-        """Returns what one token of each request takes, of which the lengths are in memory.
-
-        Args:
-            tables: What the costs need to know.
-            lengths: The tokens of each place.
-            holds: Whether a request in that place is computed, (rows, places).
-        """
-        ...
-
-    def prefill(self, tables: Any, prompts: Int[Array, " prompts"]) -> Spent:
-        """Returns what the prefill of prompts takes.
-
-        Args:
-            tables: What the costs need to know.
-            prompts: The tokens of each prompt; those of length 0 do not count.
-        """
-        ...
-
-    def mixed(
-        self,
-        tables: Any,
-        lengths: Int[Array, "rows places"],
-        holds: Any,
-        before: Int[Array, " prompts"],
-        chunks: Int[Array, " prompts"],
-    ) -> Spent:
-        """Returns what one token of each request takes, beside chunks of prompts.
-
-        Args:
-            tables: What the costs need to know.
-            lengths: The tokens of each place.
-            holds: Whether a request in that place is decoded, (rows, places).
-            before: The tokens of each prompt that were computed before.
-            chunks: The tokens of each prompt that are computed; 0 does not count.
-        """
-        ...
-
-
-class Rules(NamedTuple):
-    """What is fixed before a run is compiled."""
-
-    rows: int  # channels, of the largest machine
-    places: int  # of each channel, of the machine that has most
-    batch: int  # the most requests at once
-    prompts: int  # the most prompts of one prefill
-    prefill_tokens: int  # the most tokens of one prefill, if it has more than one prompt
-    chunk: int  # tokens of an iteration, decoded ones too; 0 computes prompts whole
-    window: int  # requests that the waiting room shows to the policy
-    packing: Packing
-    costs: Costs
-
-
-class Places(NamedTuple):
-    """The places of all channels; each field is (rows, places)."""
-
-    request: Int[Array, "rows places"]  # NOBODY where the place is free
-    length: Int[Array, "rows places"]  # tokens whose keys and values it needs
-    prompt: Int[Array, "rows places"]  # of these, the tokens that are to be computed
-    left: Int[Array, "rows places"]  # tokens to be made
-    paused: Bool[Array, "rows places"]
-    pauses: Int[Array, "rows places"]  # how often it was paused
-    admitted: Instant
-    first: Instant  # when its first token came; high is -1 before
-
-
-class State(NamedTuple):
-    """The state at a boundary."""
-
-    now: Instant
-    arrived: Int[Array, ""]  # requests that have joined the waiting room
-    admitted: Int[Array, ""]  # requests that have left it
-    waiting: Int[Array, " window"]  # the waiting room; NOBODY where nobody waits
-    places: Places
-    # Of each request: admitted, first token, and end (two words each), and how often it was paused.
-    served: Int[Array, "n 7"]
-
-
-class Step(NamedTuple):
-    """What happened in one iteration."""
-
-    now: Instant  # at its end
-    spent: Spent  # zeros if there was no iteration
-    computed: Int[Array, ""]  # requests that got a token
-    prompt_tokens: Int[Array, ""]  # tokens of prompts that were computed
-    waiting: Int[Array, ""]  # requests in the waiting room
-    blocks: Int[Array, ""]  # in use in all channels, during it
-    fullest: Int[Array, ""]  # blocks in use in the fullest channel
-    paused: Int[Array, ""]  # requests that lost their keys and values at its start
+CHUNK = 2048  # steps of one call of the compiled program
 
 
 def start(rules: Rules, requests: Requests) -> State:
@@ -204,9 +79,11 @@ def start(rules: Rules, requests: Requests) -> State:
 def run(
     rules: Rules, tables: Any, memory: Memory, requests: Requests, state: State, iterations: int
 ) -> tuple[State, Step]:
-    """Returns the state after a number of iterations, and what happened in each, (iterations,).
+    """Returns the state after a number of steps, and what happened in each iteration.
 
-    After the last request has left, nothing changes any more.
+    A step is one iteration, or, with `rules.ahead`, up to so many, and there is a row for each that
+    there may be: (iterations * ahead,). Rows without an iteration are 0. After the last request has
+    left, nothing changes any more.
 
     Args:
         rules: The rules.
@@ -214,14 +91,15 @@ def run(
         memory: The blocks.
         requests: The requests.
         state: The state before.
-        iterations: The number of iterations.
+        iterations: The number of steps.
     """
-    return jax.lax.scan(
+    state, steps = jax.lax.scan(
         lambda state, _: step(rules, tables, memory, requests, state),
         state,
         None,
         length=iterations,
     )
+    return state, jax.tree.map(lambda part: part.reshape(-1), steps)
 
 
 def is_done(rules: Rules, requests: Requests, state: State) -> Bool[Array, ""]:
@@ -240,7 +118,7 @@ def is_done(rules: Rules, requests: Requests, state: State) -> Bool[Array, ""]:
 def step(
     rules: Rules, tables: Any, memory: Memory, requests: Requests, state: State
 ) -> tuple[State, Step]:
-    """Returns the state after one iteration, and what happened in it.
+    """Returns the state after one iteration or several, and what happened in each, (ahead,).
 
     Args:
         rules: The rules.
@@ -252,10 +130,19 @@ def step(
     state = arrive(rules, requests, state)
     places, needed, paused = make_room(memory, state.places)
     state, needed = admit(rules, memory, requests, state._replace(places=places), needed)
-    state, spent, computed, tokens = compute(rules, tables, requests, state)
-    waiting = (state.waiting < NOBODY).sum()
-    blocks = needed.sum(), needed.max()
-    return leave(state), Step(state.now, spent, computed, tokens, waiting, *blocks, paused)
+
+    def one() -> tuple[State, Step]:
+        after, spent, computed, tokens = compute(rules, tables, requests, state)
+        waiting = (state.waiting < NOBODY).sum()
+        blocks = needed.sum(), needed.max()
+        happened = Step(after.now, spent, computed, tokens, waiting, *blocks, paused)
+        return after, jax.tree.map(partial(alone_in, rules), happened)
+
+    def several() -> tuple[State, Step]:
+        return decode_ahead(rules, tables, memory, requests, state, paused)
+
+    after, steps = one() if rules.ahead == 1 else jax.lax.cond(is_quiet(rules, state), several, one)
+    return leave(after), steps
 
 
 def arrive(rules: Rules, requests: Requests, state: State) -> State:
@@ -506,3 +393,21 @@ def leave(state: State) -> State:
 
 
 run_chunk = partial(jax.jit, static_argnames=("rules", "iterations"))(run)
+
+
+def run_to_end(
+    rules: Rules, tables: Any, memory: Memory, requests: Requests
+) -> Iterator[tuple[State, Step]]:
+    """Yields the state, and what happened, after every `CHUNK` steps until every request has left.
+
+    Args:
+        rules: The rules.
+        tables: What the costs need to know.
+        memory: The blocks.
+        requests: The requests.
+    """
+    state, done = start(rules, requests), False
+    while not done:
+        state, steps = run_chunk(rules, tables, memory, requests, state, iterations=CHUNK)
+        yield state, steps
+        done = bool(is_done(rules, requests, state))

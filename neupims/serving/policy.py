@@ -15,8 +15,8 @@ from jaxtyping import Array, Float, Int
 from neupims.machine.hardware import Hardware
 from neupims.machine.workload import Decoder, Parallel
 from neupims.scheduling.policies import estimate_cycles
-from neupims.serving.loop import Channels, Packing
 from neupims.serving.requests import Arrivals
+from neupims.serving.state import Channels, Packing
 from neupims.timing.gemv import request_work
 
 PATIENCE = 10**6  # nanoseconds that a prompt waits for each of its tokens, by deadline

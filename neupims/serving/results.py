@@ -9,9 +9,9 @@ from jaxtyping import Float, Int
 from neupims.machine.record import Number
 from neupims.machine.systems import FIDELITY_ANSWERS
 from neupims.serving import clock
-from neupims.serving.loop import Step
 from neupims.serving.objectives import Limit, meet
 from neupims.serving.requests import Arrivals
+from neupims.serving.state import Step
 
 PERCENTILES = (50, 90, 99)
 

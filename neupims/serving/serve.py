@@ -8,11 +8,13 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from jaxtyping import Bool
 
 from neupims.machine.record import cut
 from neupims.machine.systems import Fidelity
 from neupims.serving import clock
-from neupims.serving.loop import Spent, Step, is_done, run_chunk, start
+from neupims.serving.ahead import look_ahead
+from neupims.serving.loop import run_to_end
 from neupims.serving.objectives import Limit, read_limits
 from neupims.serving.policy import ORDERS, PLACEMENTS, Order, Placement
 from neupims.serving.prefill_devices import Prefilled, prefill_apart
@@ -34,9 +36,9 @@ from neupims.serving.server import (
     round_length,
     together,
 )
+from neupims.serving.state import Spent, Step
 from neupims.serving.tables import Interleaving, make_tables
 
-CHUNK = 2048  # iterations between two reports of progress
 # (requests that have left, all requests, seconds that were simulated, iterations)
 Progress = Callable[[int, int, float, int], None]
 
@@ -209,32 +211,35 @@ def run_requests(
     Raises:
         ValueError: The machine cannot run the model.
     """
-    rules, length = server.rules, round_length(requests)
+    rules, length = look_ahead(server.rules), round_length(requests)
     prefill: Prefill = "chunked" if rules.chunk else "whole" if apart is None else "separate"
     memory = make_memory(server, server.hardware, length, together(server, requests, prefill))
     tables = make_tables(server.setting, server.hardware, most_tokens(rules), length)
     check_tables(tables)
     given, numbers = make_requests(requests, order, rules.window, apart)
-    state, steps, total = start(rules, given), [], len(numbers)
-    done = False
-    while not done:
-        state, chunk = run_chunk(rules, tables, memory, given, state, iterations=CHUNK)
+    steps, iterations = [], 0
+    for state, chunk in run_to_end(rules, tables, memory, given):
         steps.append(jax.tree.map(np.asarray, chunk))
-        done = bool(is_done(rules, given, state))
+        iterations += int(_are_there(steps[-1]).sum())
         if progress is not None:
-            left = int((np.asarray(state.served[:total, 4]) >= 0).sum())
+            left = int((np.asarray(state.served[: len(numbers), 4]) >= 0).sum())
             now = float(clock.join(state.now)) / 1e9
-            progress(left, total, now, len(steps) * CHUNK)
+            progress(left, len(numbers), now, iterations)
     whole: Step = jax.tree.map(lambda *parts: np.concatenate(parts), *steps)
     served = gather(np.asarray(state.served), numbers, requests, apart)
     room = int(np.asarray(memory.room).sum())
     return Ran(served, sum_up(whole), _list(whole), float(tables.watts), room)
 
 
+def _are_there(steps: Step) -> Bool[np.ndarray, " steps"]:
+    """Returns in which rows something was computed."""
+    return np.asarray((steps.computed > 0) | (steps.prompt_tokens > 0))
+
+
 def _list(whole: Step) -> Iterations:
     """Returns the iterations, without the steps in which nothing was computed."""
     spent: Spent = whole.spent
-    there = (whole.computed > 0) | (whole.prompt_tokens > 0)
+    there = _are_there(whole)
     counted = (whole.computed, whole.prompt_tokens, whole.waiting, whole.blocks, whole.fullest)
     used = (spent.joules, spent.npu_seconds, spent.pim_seconds, spent.bus_seconds)
     return Iterations(

@@ -25,11 +25,11 @@ from neupims.machine.workload import LONGEST
 from neupims.serving import clock
 from neupims.serving.clock import Instant
 from neupims.serving.cost import ModelCosts
-from neupims.serving.loop import NOBODY, Memory, Requests, Rules
 from neupims.serving.policy import PLACEMENTS, Order, Placement
 from neupims.serving.prefill_devices import Prefilled
 from neupims.serving.requests import Arrivals
 from neupims.serving.results import Served
+from neupims.serving.state import NOBODY, Memory, Requests, Rules
 from neupims.serving.tables import INTERLEAVINGS, Interleaving, Setting, Tables
 from neupims.timing.capacity import (
     channel_tiles,
