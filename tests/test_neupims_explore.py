@@ -227,3 +227,14 @@ def test_the_command_refuses_in_one_line(monkeypatch, capsys, tmp_path, flags, w
     assert out == ""
     assert words in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("name", ["front.csv", "summary.json", "lock", "../space.toml"])
+def test_a_page_replaces_no_other_file_of_an_exploration(tmp_path, capsys, name):
+    (tmp_path / "space.toml").write_text("[knobs]\n'npu.num_arrays' = [2, 4]\n")
+    (tmp_path / "out").mkdir()
+    flags = ["--trace", "alpaca:8", "--space", str(tmp_path / "space.toml")]
+    flags += ["--out", str(tmp_path / "out"), "--html", str(tmp_path / "out" / name)]
+    assert main(["explore", *flags]) == 1
+    assert "is another file of this run too: give each its own name" in capsys.readouterr().err
+    assert (tmp_path / "space.toml").read_text().startswith("[knobs]")

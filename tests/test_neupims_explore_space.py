@@ -119,10 +119,14 @@ def test_a_second_run_reads_what_the_first_has_done(tmp_path):
     first = run(method="random", points=100, chunk=16, folder=tmp_path)
     stamps = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "points").iterdir()}
     (tmp_path / "points" / "000002.npz").write_bytes(b"PK half a file")
+    with (tmp_path / "points" / "000001.npz").open("wb") as file:
+        np.save(file, np.zeros(16))
+    np.savez(tmp_path / "points" / "000004.npz", speed=np.zeros(16))
     (tmp_path / "points" / "000003.npz.part").write_bytes(b"")
     again = run(method="random", points=100, chunk=16, folder=tmp_path)
     now = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "points").iterdir()}
-    assert {name for name in now if now[name] != stamps.get(name)} == {"000002.npz"}
+    damaged = {"000001.npz", "000002.npz", "000004.npz"}
+    assert {name for name in now if now[name] != stamps.get(name)} == damaged
     assert all(
         np.array_equal(one, two)
         for one, two in zip(arrays_of(first), arrays_of(again), strict=True)

@@ -423,27 +423,26 @@ def parse_change(text: str) -> tuple[str, int | float | str]:
     return field, value
 
 
-def check_run(*places: Path | None, seed: int = 0, reads: str | None = None) -> None:
+def check_run(*places: Path | None, seed: int = 0, reads: Iterable[str | Path] = ()) -> None:
     """Raises before a long run if its flags would make it fail at the end.
 
     Args:
         *places: Files that will be written; None is skipped.
         seed: The seed of random numbers.
-        reads: The trace, which may be a file.
+        reads: Files that are read or written by other flags; what is a name does not matter.
 
     Raises:
         OSError: The folder of a file does not exist.
-        ValueError: The seed is negative, or at least 2^63; or two files are one, or one is the
-            trace.
+        ValueError: The seed is negative, or at least 2^63; or two files are one, or one is read.
     """
-    taken = [] if reads is None else [Path(reads).absolute()]
+    taken = [Path(each).resolve() for each in reads]
     for place in filter(None, places):
         check_place(place)
         if place.exists() and not place.is_file():  # a pipe or a device
             continue
-        if place.absolute() in taken:
+        if place.resolve() in taken:
             raise ValueError(f"{place} is another file of this run too: give each its own name")
-        taken.append(place.absolute())
+        taken.append(place.resolve())
     if seed < 0:
         raise ValueError(f"--seed must be at least 0, not {seed}")
     if seed >= 2**63:

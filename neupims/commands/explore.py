@@ -204,7 +204,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     with suppress(RuntimeError):  # JAX has started already: in another program
         jax.config.update("jax_num_cpu_devices", count_processors())  # each takes a share
-    check_run(arguments.html, seed=arguments.seed)
+    check_run(arguments.html, seed=arguments.seed, reads=_other_files(arguments))
     knobs, constraints = read_space(arguments.space) if arguments.space else ({}, [])
     knobs |= dict(parse_knob(text) for text in arguments.knob)
     models = split_names(arguments.models)
@@ -262,6 +262,15 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print(found, arguments.out)
     return 0
+
+
+def _other_files(arguments: argparse.Namespace) -> list[str | Path]:
+    """What is read, and what is written to the folder of the run, which a page must not replace."""
+    from neupims.exploration.chunks import OWN_FILES
+
+    files = [*arguments.trace, *split_names(arguments.models), *split_names(arguments.hardware)]
+    files += filter(None, (arguments.serve, arguments.space))
+    return [*files, *(arguments.out / name for name in (OWN_FILES if arguments.out else ()))]
 
 
 def _served(arguments: argparse.Namespace) -> Any:

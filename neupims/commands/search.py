@@ -177,7 +177,8 @@ def _check(arguments: argparse.Namespace, case: Case) -> None:
         raise ValueError(
             "--exact scores schedules on the given hardware, so it excludes --hardware-knob"
         )
-    check_run(arguments.html, arguments.export_trace, seed=arguments.seed)
+    reads = (arguments.trace, arguments.model, arguments.hardware)
+    check_run(arguments.html, arguments.export_trace, seed=arguments.seed, reads=reads)
     for name in ("budget", "population", "seeds", "order_levels"):
         if getattr(arguments, name) < 1:
             raise ValueError(

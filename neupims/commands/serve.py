@@ -176,7 +176,8 @@ def run(arguments: argparse.Namespace) -> int:
     from neupims.serving.rates import parse_rates, sweep_rates
     from neupims.serving.serve import serve
 
-    check_run(arguments.html, arguments.perfetto, seed=arguments.seed, reads=arguments.trace)
+    reads = (arguments.trace, arguments.model, arguments.hardware)
+    check_run(arguments.html, arguments.perfetto, seed=arguments.seed, reads=reads)
     chunk_tokens = _belongs(arguments, "chunk_tokens", "prefill", "chunked", 512)
     share = _belongs(arguments, "share", "rate_sweep", arguments.rate_sweep or "RATES", 0.99)
     options: dict[str, Any] = {

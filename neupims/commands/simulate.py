@@ -70,7 +70,8 @@ def run(arguments: argparse.Namespace) -> int:
             raise ValueError(
                 f"--prefill runs on the NPU or the GPU alone: leave out --{flag.replace('_', '-')}"
             )
-    check_run(arguments.html, arguments.perfetto, reads=arguments.trace)
+    reads = (arguments.trace, arguments.model, arguments.hardware)
+    check_run(arguments.html, arguments.perfetto, reads=reads)
     case, auto = read_case(arguments), arguments.sub_batches == AUTO
     if auto and case.system == "neupims" != arguments.system.lower():
         raise ValueError(

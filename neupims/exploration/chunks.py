@@ -8,7 +8,7 @@ import hashlib
 import io
 import json
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from neupims.files import PARTIAL, write_bytes
 
 # Designs of the method by number, and others (the base design, rows of Sobol indices) by a digest.
 POINTS, BESIDE = FOLDERS = ("points", "beside")
+OWN_FILES = ("front.csv", "map.csv", "summary.json", "manifest.json", "lock")
 
 
 class Chunks:
@@ -27,23 +28,26 @@ class Chunks:
     def __init__(self, folder: Path | None):
         self.folder = folder
 
-    def load(self, name: str, rows: int) -> dict[str, np.ndarray] | None:
+    def load(self, name: str, rows: int, needed: Collection[str]) -> dict[str, np.ndarray] | None:
         """Returns the arrays of a file, or None if they must be computed.
 
-        They must be computed if the file is missing or damaged, or has another number of rows.
+        They must be computed if the file is missing or damaged, lacks an array, or has another
+        number of rows.
 
         Args:
             name: The file, such as points/000001, without its ending.
             rows: Length that every array must have.
+            needed: Names of arrays that it must have.
         """
         if self.folder is None or not (path := self._path(name)).exists():
             return None
         try:
-            with np.load(path, allow_pickle=False) as file:
+            with zipfile.ZipFile(path), np.load(path, allow_pickle=False) as file:
                 arrays = {each: file[each] for each in file.files}
         except (ValueError, EOFError, zipfile.BadZipFile):
             return None
-        return arrays if arrays and all(len(array) == rows for array in arrays.values()) else None
+        whole = all(each.shape[:1] == (rows,) for each in arrays.values())
+        return arrays if whole and set(needed) <= arrays.keys() else None
 
     def save(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
         """Writes the arrays of a file; the file appears when it is complete.

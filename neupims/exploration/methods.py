@@ -21,6 +21,7 @@ from neupims.exploration.sampling import METHODS as SAMPLERS
 from neupims.exploration.sampling import sample, unit_sample
 
 BREEDERS = ("evolution", "map-elites")  # their first generation samples the space, later ones not
+KEPT = ("place", "values", "violation", "code")  # fields of `Points` in a file, beside metrics
 METHODS = (*SAMPLERS, *BREEDERS)
 
 
@@ -73,7 +74,7 @@ def keep(evaluator: Evaluator, store: Chunks, chunk: int) -> Callable[[np.ndarra
 
 def _load_or_compute(store: Chunks, name: str, rows: int, compute: Callable[[], Points]) -> Points:
     """The designs of a file; if there is none, they are computed and kept."""
-    found = store.load(name, rows)
+    found = store.load(name, rows, KEPT)
     if found is not None:
         metrics = {
             name.removeprefix("metric "): each
@@ -85,7 +86,7 @@ def _load_or_compute(store: Chunks, name: str, rows: int, compute: Callable[[], 
         )
     points = compute()
     named = {f"metric {name}": each for name, each in points.metrics.items()}
-    arrays = {name: getattr(points, name) for name in ("place", "values", "violation", "code")}
+    arrays = {name: getattr(points, name) for name in KEPT}
     store.save(name, arrays | named)
     return points
 
