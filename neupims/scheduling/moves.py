@@ -28,9 +28,20 @@ def random_genome(choices: Choices, problem: Problem, key) -> Genome:
         problem: The problem; its requests and residents matter.
         key: The source of randomness.
     """
+    return repair(choices, problem.resident, draw_genome(choices, problem, key))
+
+
+def draw_genome(choices: Choices, problem: Problem, key) -> Genome:
+    """Returns a genome drawn uniformly from the choices; it is not repaired.
+
+    Args:
+        choices: What may be chosen.
+        problem: The problem; only the number of its requests matters.
+        key: The source of randomness.
+    """
     requests = problem.seq_lens.shape[0]
     place_key, priority_key, mode_key, knob_key = jax.random.split(key, 4)
-    genome = Genome(
+    return Genome(
         jax.random.randint(place_key, (requests,), 0, 2 * choices.channels),
         (
             jax.random.randint(priority_key, (requests,), 0, choices.priorities)
@@ -44,7 +55,6 @@ def random_genome(choices: Choices, problem: Problem, key) -> Genome:
         ),
         set_knobs(choices, jax.random.uniform(knob_key, (len(choices.knobs),))),
     )
-    return repair(choices, problem.resident, genome)
 
 
 def mutate(choices: Choices, problem: Problem, key, genome: Genome) -> Genome:

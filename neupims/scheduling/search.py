@@ -15,7 +15,7 @@ from jaxtyping import Array, Float, Key
 
 from neupims.scheduling.comparison import better_of, choose, pick_best
 from neupims.scheduling.decision import Choices, Genome, decide, repair
-from neupims.scheduling.moves import mutate, random_genome
+from neupims.scheduling.moves import draw_genome, mutate
 from neupims.scheduling.objective import Cost, Objective, Problem
 from neupims.scheduling.strategies import STRATEGIES, Moves, Strategy
 
@@ -85,13 +85,25 @@ def search(
 def _search(make_strategy, objective, choices, population, rounds, problem, starts, keys):
     """Searches once for each key. The objective, most of the compilation, is traced once."""
 
+    def repair_all(genomes):
+        # A loop, because its input is computed once: XLA would fuse the numbers drawn for genomes
+        # into `repair`, and compute them again wherever it reads a place.
+        def places(index):
+            genome = jax.tree.map(lambda leaf: leaf[index], genomes)
+            return repair(choices, problem.resident, genome).places
+
+        half = -(-population // 2)
+        return genomes._replace(places=jax.lax.map(places, jnp.arange(population), batch_size=half))
+
+    def draw_all(key):
+        draw = partial(draw_genome, choices, problem)
+        return repair_all(jax.vmap(draw)(jax.random.split(key, population)))
+
     moves = Moves(
         choices,
-        lambda key: jax.vmap(partial(random_genome, choices, problem))(
-            jax.random.split(key, population)
-        ),
+        draw_all,
         jax.vmap(partial(mutate, choices, problem)),
-        jax.vmap(partial(repair, choices, problem.resident)),
+        repair_all,
         problem.seq_lens.shape[0],
         population,
         rounds,
