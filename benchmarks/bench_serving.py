@@ -41,6 +41,7 @@ from neupims.serving.tables import make_tables
 SYSTEMS = (
     ("neupims", "on"),
     ("neupims", "off"),
+    ("neupims", "chosen"),
     ("npu-pim", "on"),
     ("npu-only", "on"),
     ("gpu", "on"),

@@ -275,3 +275,8 @@ def test_interleaving_is_a_knob_of_goodput():
 def test_flags_of_serving_are_refused_where_nothing_is_served(flags, message, capsys):
     assert main(["explore", "--trace", "alpaca:8", *flags]) != 0
     assert message in capsys.readouterr().err
+
+
+def test_requests_that_were_read_are_served_as_they_are():
+    again = goodput.read_served(ServedTrace(REQUESTS), seed=5)
+    np.testing.assert_array_equal(again.nanoseconds, REQUESTS.nanoseconds)

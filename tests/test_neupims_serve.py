@@ -1,6 +1,7 @@
 """neupims/serving/serve.py and the command: traces in, results out, and refusals."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from neupims.serving.prefill_devices import Prefilled, prefill_apart
 from neupims.serving.rates import sweep_rates
 from neupims.serving.requests import Arrivals
 from neupims.serving.results import Totals, add_totals
+from neupims.serving.serve import run_requests
 from neupims.serving.server import check_lengths, make_requests, make_server
 from neupims.timing.capacity import request_bytes
 
@@ -355,3 +357,15 @@ def test_arguments_of_another_kind_are_refused(options, words, trace):
     if not {"rate", "prefill_groups"} & set(options):
         with pytest.raises(ValueError, match=words):
             sweep_rates("llama3-8b", trace, [1, 2], tp=4, **options)
+
+
+def test_steps_computed_together_cost_what_they_cost_alone(monkeypatch):
+    requests = neupims.read_arrivals("alpaca:16", rate=20.0)
+    _, server = make_server("llama3-8b", tp=4, batch=64, system="npu-only")
+    several = run_requests(server, requests, ORDERS["fcfs"], None, None)
+    module = sys.modules["neupims.serving.serve"]
+    monkeypatch.setattr(module, "look_ahead", lambda rules: rules)
+    one = run_requests(server, requests, ORDERS["fcfs"], None, None)
+    np.testing.assert_allclose(several.served.end, one.served.end, rtol=0, atol=100)  # ns
+    np.testing.assert_array_equal(several.iterations.requests, one.iterations.requests)
+    np.testing.assert_allclose(several.totals, one.totals, rtol=1e-5)

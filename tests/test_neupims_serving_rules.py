@@ -12,6 +12,7 @@ from neupims.serving import clock
 from neupims.serving.clock import Instant
 from neupims.serving.loop import is_done, run_chunk, start
 from neupims.serving.policy import in_turn, least_loaded
+from neupims.serving.serve import drop_empty
 from neupims.serving.state import NOBODY, Memory, Requests, Rules, Spent
 
 ROWS, PLACES, BATCH, PROMPTS, PREFILL, WINDOW, COUNT, LONGEST = 3, 4, 9, 2, 40, 6, 24, 80
@@ -173,6 +174,16 @@ def test_the_scan_serves_as_the_event_simulation_does():
 def test_decode_steps_computed_together_change_nothing():
     assert check(range(40), least_loaded, ahead=5, few=3) > 20
     check(range(60, 80), in_turn, chunk=11, ahead=5, few=3)
+
+
+def test_what_happened_is_the_same_in_steps_computed_together():
+    for seed in (1, 5, 7):
+        traces = [random_trace(seed)]
+        rows = []
+        for options in ({}, {"ahead": 5, "few": 3}):
+            steps = scan(traces, least_loaded, **options)[1]
+            rows.append(drop_empty(jax.tree.map(lambda part: part[0], steps)))
+        jax.tree.map(np.testing.assert_array_equal, *rows)
 
 
 def test_decode_steps_are_computed_together():

@@ -429,13 +429,16 @@ def check_run(*places: Path | None, seed: int = 0, reads: Iterable[str | Path] =
     Args:
         *places: Files that will be written; None is skipped.
         seed: The seed of random numbers.
-        reads: Files that are read or written by other flags; what is a name does not matter.
+        reads: Files that are read or written by other flags; a text that names no file does not
+            matter.
 
     Raises:
         OSError: The folder of a file does not exist.
         ValueError: The seed is negative, or at least 2^63; or two files are one, or one is read.
     """
-    taken = [Path(each).resolve() for each in reads]
+    taken = [
+        Path(each).resolve() for each in reads if isinstance(each, Path) or Path(each).exists()
+    ]
     for place in filter(None, places):
         check_place(place)
         if place.exists() and not place.is_file():  # a pipe or a device

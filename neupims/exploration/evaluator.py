@@ -29,8 +29,8 @@ class Measure:
     `compute` is a function from `{knob: (n,)}` to `{metric: (n, workloads)}`, both NumPy, with the
     same number n of designs. It may also return `flagged`, `(n, workloads)`: the code of the reason
     (`impossible.REASONS`) where a design is impossible, else 0. It sees only designs that
-    everything before it found possible, and, where nothing depends on the others, only those that
-    meet the constraints.
+    everything before it found possible. Of those that the method draws it sees only those that meet
+    the constraints which need no measure, unless results depend on the others (`explore_space`).
     """
 
     names: tuple[str, ...]  # of the metrics
@@ -51,7 +51,7 @@ class Measure:
 
 
 # The designs of which measures are computed: all possible ones; those of them that meet the
-# constraints, or at least those constraints that need no measure; or none.
+# constraints which need no measure; or none.
 Measured = Literal["possible", "kept", "none"]
 
 

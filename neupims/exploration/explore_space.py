@@ -141,13 +141,14 @@ def explore_space(
         reference or {},
         (sensitivity_of, *(axis.name for axis in (elites.axes if elites else ()))),
     )
-    # Designs that violate a constraint need no measure, unless sensitivities are of one, or
-    # evolution ranks designs by what they violate.
+    # Designs that violate a constraint need no measure, unless sensitivities are of one, an axis of
+    # the map is one, or evolution ranks designs by what they violate.
     shown = sensitivity_of in evaluator.further
+    mapped = any(axis.name in evaluator.further for axis in (elites.axes if elites else ()))
     ranked = method == "evolution" and any(
         each.names & set(evaluator.further) for each in space.constraints
     )
-    measured: Measured = "possible" if shown or ranked else "kept"
+    measured: Measured = "possible" if shown or mapped or ranked else "kept"
     if measures:
         run["measured"] = measured
     identity = {
@@ -161,7 +162,8 @@ def explore_space(
         unmeasured = keep(evaluator.measuring("none"), store, CHUNK)
         check_effects(space, unmeasured, every)
         around = neighbours(space)
-        base, near = every(around[:1]), (every if shown else unmeasured)(around)
+        near = (every if shown else unmeasured)(around)
+        base = near.take(np.array([0])) if shown else every(around[:1])
         ends = _reference(base, objectives, reference or {}, measures)
         chosen = evaluator.measuring(measured)
         if elites is not None:

@@ -84,7 +84,8 @@ def read_served(served: ServedTrace, seed: int = 0) -> Arrivals:
     """
     if not isinstance(served, ServedTrace):
         raise ValueError(f"serve must be a ServedTrace of the requests, not {cut(served)}")
-    requests = read_arrivals(served.trace, rate=1.0, first=served.first, seed=seed)
+    rate = None if isinstance(served.trace, Arrivals) else 1.0  # those that are read are as read
+    requests = read_arrivals(served.trace, rate=rate, first=served.first, seed=seed)
     stretch(requests, 1.0)
     return requests
 

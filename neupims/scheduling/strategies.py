@@ -120,7 +120,9 @@ def evolution(moves: Moves) -> Strategy:
     return Strategy(start, tell, ask)
 
 
-def mutate_some(moves: Moves, keys: Key[Array, " n"], some: Bool[Array, " n"], genomes: Genome):
+def mutate_some(
+    moves: Moves, keys: Key[Array, " n"], some: Bool[Array, " n"], genomes: Genome
+) -> Genome:
     """Returns genomes with some of them mutated. Only so many are computed, rounded up to a chunk.
 
     Args:

@@ -3,14 +3,14 @@
 Most iterations of a machine that is not full change nothing but the lengths: nobody arrives, is
 admitted, is paused or leaves. The costs of the next few decode steps are then computed side by
 side, which takes little more than those of one. As many of them count as end before the first
-event; the results are those of one step after another.
+event; the results are those of one step after another, to the rounding of sums.
 """
 
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool
 
 from neupims.serving import clock
 from neupims.serving.clock import Instant
@@ -32,7 +32,7 @@ def look_ahead(rules: Rules) -> Rules:
 
 
 def is_quiet(rules: Rules, state: State) -> Bool[Array, ""]:
-    """Returns whether the next two iterations at least decode the same requests, and few.
+    """Returns whether all requests that are there decode, stay after this step, and are few.
 
     Args:
         rules: The rules; few requests are in the first `few` places of their channels.
@@ -50,7 +50,6 @@ def decode_ahead(
     memory: Memory,
     requests: Requests,
     state: State,
-    paused: Int[Array, ""],
 ) -> tuple[State, Step]:
     """Returns the state after one decode step or several, and what happened in each, (ahead,).
 
@@ -64,7 +63,6 @@ def decode_ahead(
         memory: The blocks.
         requests: The requests.
         state: The state after the admissions, which is quiet (`is_quiet`).
-        paused: Requests that lost their keys and values at this boundary.
     """
     places, steps = state.places, jnp.arange(rules.ahead)
     there = places.request < NOBODY
@@ -75,8 +73,8 @@ def decode_ahead(
     ends = _add_up(state.now, spent.time)
     coming = Instant(*(part[state.arrived] for part in requests.arrival))
     full = (state.waiting < NOBODY).all()
-    alone = full | clock.is_after(coming, ends)
-    goes_on = jnp.append(True, alone[:-1])
+    undisturbed = full | clock.is_after(coming, ends)
+    goes_on = jnp.append(True, undisturbed[:-1])
     goes_on &= (used <= memory.room).all(axis=1)
     goes_on &= steps < jnp.where(there, places.left, NOBODY).min()
     done = jnp.cumsum(~goes_on) == 0
@@ -95,21 +93,10 @@ def decode_ahead(
         (state.waiting < NOBODY).sum(),
         used.sum(axis=1),
         used.max(axis=1),
-        alone_in(rules, paused),
+        jnp.int32(0),  # nobody is paused
     )
     after = state._replace(now=Instant(*(part[count - 1] for part in ends)), places=places)
     return after, jax.tree.map(lambda part: jnp.where(done, part, jnp.zeros_like(part)), happened)
-
-
-def alone_in(rules: Rules, value: Array) -> Array:
-    """Returns a value as that of the first of the iterations, with 0 for the others, (ahead,).
-
-    Args:
-        rules: The rules.
-        value: The value, a scalar.
-    """
-    value = jnp.asarray(value)
-    return jnp.zeros(rules.ahead, value.dtype).at[0].set(value)
 
 
 def _add_up(now: Instant, times: Instant) -> Instant:

@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from neupims.serving import clock
-from neupims.serving.ahead import alone_in, decode_ahead, is_quiet
+from neupims.serving.ahead import decode_ahead, is_quiet
 from neupims.serving.clock import Instant
 from neupims.serving.state import (
     NOBODY,
@@ -136,13 +136,19 @@ def step(
         waiting = (state.waiting < NOBODY).sum()
         blocks = needed.sum(), needed.max()
         happened = Step(after.now, spent, computed, tokens, waiting, *blocks, paused)
-        return after, jax.tree.map(partial(alone_in, rules), happened)
+        return after, jax.tree.map(partial(_as_first_row, rules), happened)
 
     def several() -> tuple[State, Step]:
-        return decode_ahead(rules, tables, memory, requests, state, paused)
+        return decode_ahead(rules, tables, memory, requests, state)
 
     after, steps = one() if rules.ahead == 1 else jax.lax.cond(is_quiet(rules, state), several, one)
     return leave(after), steps
+
+
+def _as_first_row(rules: Rules, value: Array) -> Array:
+    """Returns the value of the first of the iterations of a step, with 0 for the others."""
+    value = jnp.asarray(value)
+    return jnp.zeros(rules.ahead, value.dtype).at[0].set(value)
 
 
 def arrive(rules: Rules, requests: Requests, state: State) -> State:

@@ -83,7 +83,7 @@ def sum_up(step: Step) -> Totals:
         add(seconds * prompts),
         add(seconds * computed * decodes),
         add(seconds * np.asarray(step.blocks)),
-        np.asarray(step.blocks).max(axis=-1),
+        np.asarray(step.blocks).max(axis=-1, initial=0),
         add(seconds * waits),
         add(computed * waits),
         *(add(each) for each in spent[1:]),

@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jaxtyping import Bool
 
 from neupims.machine.record import cut
 from neupims.machine.systems import Fidelity
@@ -219,8 +218,8 @@ def run_requests(
     given, numbers = make_requests(requests, order, rules.window, apart)
     steps, iterations = [], 0
     for state, chunk in run_to_end(rules, tables, memory, given):
-        steps.append(jax.tree.map(np.asarray, chunk))
-        iterations += int(_are_there(steps[-1]).sum())
+        steps.append(drop_empty(chunk))
+        iterations += len(steps[-1].computed)
         if progress is not None:
             left = int((np.asarray(state.served[: len(numbers), 4]) >= 0).sum())
             now = float(clock.join(state.now)) / 1e9
@@ -231,20 +230,24 @@ def run_requests(
     return Ran(served, sum_up(whole), _list(whole), float(tables.watts), room)
 
 
-def _are_there(steps: Step) -> Bool[np.ndarray, " steps"]:
-    """Returns in which rows something was computed."""
-    return np.asarray((steps.computed > 0) | (steps.prompt_tokens > 0))
+def drop_empty(steps: Step) -> Step:
+    """Returns the rows in which something was computed, as NumPy arrays.
+
+    Args:
+        steps: What happened in each iteration, with rows without one.
+    """
+    there = np.asarray((steps.computed > 0) | (steps.prompt_tokens > 0))
+    return jax.tree.map(lambda part: np.asarray(part)[there], steps)
 
 
 def _list(whole: Step) -> Iterations:
-    """Returns the iterations, without the steps in which nothing was computed."""
+    """Returns the iterations."""
     spent: Spent = whole.spent
-    there = _are_there(whole)
     counted = (whole.computed, whole.prompt_tokens, whole.waiting, whole.blocks, whole.fullest)
     used = (spent.joules, spent.npu_seconds, spent.pim_seconds, spent.bus_seconds)
     return Iterations(
-        clock.join(whole.now)[there],
-        clock.join(spent.time)[there] / 1e9,
-        *(np.asarray(each, np.int64)[there] for each in (*counted, whole.paused)),
-        *(np.asarray(each, np.float64)[there] for each in used),
+        clock.join(whole.now),
+        clock.join(spent.time) / 1e9,
+        *(np.asarray(each, np.int64) for each in (*counted, whole.paused)),
+        *(np.asarray(each, np.float64) for each in used),
     )

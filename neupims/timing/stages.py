@@ -194,7 +194,7 @@ def npu_operation(
     """
     if operation.work is None:
         raise ValueError(f"{operation.name} runs on PIM, not on the NPU")
-    records, fixed = context[:5], context[5:]
+    records, fixed = context[:5], context[5:]  # traced, and static: system, fidelity and mix
     return _work(operation, fixed, records, tokens, written_before, tile)
 
 
