@@ -107,14 +107,15 @@ def serve_seconds(
     memory = make_memory(server, server.hardware, length, tokens)
     tables = make_tables(server.setting, server.hardware, most_tokens(rules), length)
     given, _ = make_requests(requests, first_come, rules.window, None)
-    served, iterations, cpu, wall = np.zeros(0), 0.0, 0.0, 0.0
+    served, iterations, cpu, wall = None, 0.0, 0.0, 0.0
     for _ in range(2):
         cpu, wall, iterations = time.process_time(), time.perf_counter(), 0.0
         for state, step in run_to_end(rules, tables, memory, given):
             iterations += float(sum_up(jax.tree.map(np.asarray, step)).iterations)
-            served = np.asarray(state.served, np.float64)
+            served = state.served
         cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    return served[:, 4] * 2**30 + served[:, 5], int(iterations), cpu, wall
+    words = np.asarray(served, np.float64)
+    return words[:, 4] * 2**30 + words[:, 5], int(iterations), cpu, wall
 
 
 def lane_seconds(server: Server, requests: Arrivals, count: int) -> tuple[int, float, float]:

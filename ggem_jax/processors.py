@@ -1,4 +1,7 @@
-"""The processors that this process may use."""
+"""The processors that this process may use.
+
+`neupims` has the same module: neither package imports the other.
+"""
 
 import os
 

@@ -9,12 +9,14 @@ import pytest
 import neupims
 from neupims.__main__ import main
 from neupims.commands import serve as command
+from neupims.serving.ahead import STEPS
+from neupims.serving.loop import CHUNK
 from neupims.serving.policy import ORDERS, PLACEMENTS
 from neupims.serving.prefill_devices import Prefilled, prefill_apart
 from neupims.serving.rates import sweep_rates
 from neupims.serving.requests import Arrivals
 from neupims.serving.results import Totals, add_totals
-from neupims.serving.serve import run_requests
+from neupims.serving.serve import drop_empty, run_requests
 from neupims.serving.server import check_lengths, make_requests, make_server
 from neupims.timing.capacity import request_bytes
 
@@ -362,10 +364,17 @@ def test_arguments_of_another_kind_are_refused(options, words, trace):
 def test_steps_computed_together_cost_what_they_cost_alone(monkeypatch):
     requests = neupims.read_arrivals("alpaca:16", rate=20.0)
     _, server = make_server("llama3-8b", tp=4, batch=64, system="npu-only")
+    module, most = sys.modules["neupims.serving.serve"], []
+
+    def watch(steps):
+        most.append(int((steps.computed.reshape(CHUNK, -1) > 0).sum(axis=1).max()))
+        return drop_empty(steps)
+
+    monkeypatch.setattr(module, "drop_empty", watch)
     several = run_requests(server, requests, ORDERS["fcfs"], None, None)
-    module = sys.modules["neupims.serving.serve"]
     monkeypatch.setattr(module, "look_ahead", lambda rules: rules)
     one = run_requests(server, requests, ORDERS["fcfs"], None, None)
+    assert most == [STEPS, 1]  # iterations of a step, in a run of each kind
     np.testing.assert_allclose(several.served.end, one.served.end, rtol=0, atol=100)  # ns
     np.testing.assert_array_equal(several.iterations.requests, one.iterations.requests)
     np.testing.assert_allclose(several.totals, one.totals, rtol=1e-5)

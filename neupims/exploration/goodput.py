@@ -24,7 +24,7 @@ from neupims.serving.tables import Interleaving, Setting
 
 NAME = "goodput"
 ZERO = "a request exceeds its memory, or the limits hold at no rate"
-SERVED_POINTS = 256  # designs, unless another number is given: each takes most of a second
+SERVED_POINTS = 256  # designs, unless another number is given: each serves the trace ten times
 SERVED_CHUNK = 64  # designs of a file, or of a generation
 
 

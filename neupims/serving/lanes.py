@@ -154,12 +154,11 @@ def _run_apart(machines: Machines, made: list[Requests], count: int) -> list[Out
         given = machines.tables, machines.memory
         if np.ndim(machines.tables.watts):  # several machines
             given = jax.tree.map(lambda leaf: leaf[lane], given)
-        sums: list[Totals] = []
-        served = np.zeros(0)
+        sums, served = [], None
         for state, step in run_to_end(rules, *given, made[lane % len(made)]):
             sums.append(sum_up(jax.tree.map(np.asarray, step)))
-            served = np.asarray(state.served)
-        return served, reduce(add_totals, sums)
+            served = state.served
+        return np.asarray(served), reduce(add_totals, sums)
 
     with ThreadPoolExecutor(count_processors()) as pool:
         return list(pool.map(run_lane, range(count)))
@@ -176,16 +175,14 @@ def _run_together(machines: Machines, made: list[Requests], count: int) -> list[
         lambda leaf: jnp.broadcast_to(leaf, (count, *leaf.shape)), start(rules, made[0])
     )
     by_machine, by_arrival = bool(np.ndim(machines.tables.watts)), len(made) > 1
-    totals: Totals | None = None
-    done = False
-    while not done or totals is None:
+    sums, done = [], False
+    while not done:
         state, step, finished = _follow(
             rules, machines.tables, machines.memory, requests, state, by_machine, by_arrival
         )
-        found = sum_up(jax.tree.map(np.asarray, step))
-        totals = found if totals is None else add_totals(totals, found)
+        sums.append(sum_up(jax.tree.map(np.asarray, step)))
         done = bool(np.asarray(finished).all())
-    served = np.asarray(state.served)
+    served, totals = np.asarray(state.served), reduce(add_totals, sums)
     return [(served[lane], Totals(*(value[lane] for value in totals))) for lane in range(count)]
 
 

@@ -8,7 +8,6 @@ Source: src/scheduler/Scheduler.cc, src/operations/NeuPIMSLogitSoftmax.cc and Ne
     the public simulator.
 """
 
-from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -177,9 +176,8 @@ def exact_attention(
     sub_batch = np.asarray(batch.sub_batches) if interleaved else np.zeros_like(channel)
     instructions = np.zeros((len(lengths), 2), np.float32)
     if system == "npu-pim":
-        instructions = np.asarray(
-            _count_instructions(hardware, model, jnp.asarray(lengths), parallel, fidelity)
-        )
+        count = jax.jit(count_instructions, static_argnums=4)
+        instructions = np.asarray(count(hardware, model, jnp.asarray(lengths), parallel, fidelity))
     late = system == "npu-pim" and fidelity == "simulator"  # commands come one a cycle
     to_core = hardware.npu.clock_hz / hardware.hbm.clock_hz
 
@@ -254,11 +252,6 @@ def _follow_lists(hardware, waits, groups, ready, to_core):
         ready[row] / to_core,
     )
     return found.reshape(shape).mean(axis=2) * to_core
-
-
-@partial(jax.jit, static_argnums=4)
-def _count_instructions(hardware, model, lengths, parallel, fidelity):
-    return count_instructions(hardware, model, lengths, parallel, fidelity)
 
 
 def _cut_pieces(hardware, model, parallel, lengths, mine, operation) -> list:
