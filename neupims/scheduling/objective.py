@@ -234,15 +234,15 @@ class Layer:
             problem.hardware,
             problem.model,
             problem.parallel,
+            work,
             system="neupims",
             fidelity=self.fidelity,
         )
-        parts = [jax.tree.map(lambda value, which=which: value[which], work) for which in (0, 1)]
         if sub_batches == 1:
-            busy = of(parts[0], parts[0].alone).sum()
+            busy = of(0, beside=False).sum()
             return Cost(problem.serial_npu + busy, busy)
-        first, second = (part.requests.sum().astype(jnp.int32) for part in parts)
-        attention = [(of(part, part.alone), of(part, part.beside)) for part in parts]
+        first, second = (work.requests[which].sum().astype(jnp.int32) for which in (0, 1))
+        attention = [(of(which, beside=False), of(which, beside=True)) for which in (0, 1)]
         _, left = stage_end(problem, problem.second_npu[second], *attention[0])
         in_c, left = stage_end(problem, problem.layer_npu[left, first], *attention[1])
         in_d, _ = stage_end(problem, problem.layer_npu[left, second], *attention[0])
@@ -308,8 +308,8 @@ def stage_end(
     zero = jnp.float32(0)
     npu = [Work(cycles, memory, zero, zero, zero, zero) for cycles, memory in operations]
     on_npu, on_pim = side_by_side(problem.hardware, DEFAULT, npu, alone, beside)
-    end = jnp.maximum(on_npu.ends[-1], on_pim.ends[-1])
-    return end, (end - on_npu.ends[-1] < DRAINED).astype(jnp.int32)
+    end = jnp.maximum(on_npu.end, on_pim.end)
+    return end, (end - on_npu.end < DRAINED).astype(jnp.int32)
 
 
 def channel_work(problem: Problem, batch: Batch, sub_batches: int, channels: int) -> Attention:

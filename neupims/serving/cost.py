@@ -29,17 +29,14 @@ from neupims.serving.tables import (
     make_context,
     no_counts,
 )
-from neupims.timing.attention import (
-    PIM_NONE,
-    Attention,
-    attention_cycles,
-)
+from neupims.timing.attention import Attention, attention_cycles
 from neupims.timing.capacity import layers_of_device
 from neupims.timing.gemm import Work, bytes_per_cycle
 from neupims.timing.iteration import count_commands
 from neupims.timing.links import link_seconds, messages
 from neupims.timing.npu import on_gpu, product_bits
 from neupims.timing.overlap import DRAINED, side_by_side
+from neupims.timing.pim_commands import PIM_NONE
 from neupims.timing.prefill import prefill, prefill_attention
 from neupims.timing.stages import NPU_ATTENTION, QKV, REST, npu_operation
 
@@ -267,20 +264,22 @@ def _with_pim(setting, tables, kind, table, lengths, halves, tokens, *, interlea
         jnp.where(mine, seen, 0).max(axis=(1, 2)) * 1.0,
     )
 
-    def times(part, load):
-        options = {"system": setting.system, "fidelity": setting.fidelity}
-        return attention_cycles(hardware, kind.model, parallel, part, load, **options)
+    def times(attention, which, *, beside=False):
+        options = {"beside": beside, "system": setting.system, "fidelity": setting.fidelity}
+        return attention_cycles(hardware, kind.model, parallel, attention, which, **options)
 
     layers = layers_of_device(kind.model, parallel)
     if interleaved:
-        loads = jnp.stack([attention.alone, attention.beside], axis=1)
-        both = jax.vmap(lambda part, load: jax.vmap(lambda one: times(part, one))(load))
-        cycles = _interleave(setting, tables, kind, table, tokens, both(attention, loads), layers)
+        loads = [
+            times(attention, which, beside=beside) for which in (0, 1) for beside in (False, True)
+        ]
+        loads = jnp.stack(loads).reshape(2, 2, 2)
+        cycles = _interleave(setting, tables, kind, table, tokens, loads, layers)
     else:
-        whole = attention._replace(longest=attention.longest.max())
-        whole = jax.tree.map(lambda value: value.sum(axis=0) if value.ndim else value, whole)
+        whole = jax.tree.map(lambda value: value.sum(axis=0, keepdims=True), attention)
+        whole = whole._replace(longest=attention.longest.max(keepdims=True))
         serial = table.qkv.cycles[total].sum() + table.rest.cycles[total].sum()
-        cycles = layers * (serial + times(whole, whole.alone).sum())
+        cycles = layers * (serial + times(whole, 0).sum())
     ours = tokens if interleaved else total[None]
     layer = jax.tree.map(lambda value: value[ours].sum(), table.layer)
     moved = layer.moved + sums[..., 7].sum()
@@ -343,8 +342,8 @@ def _interleave(setting, tables, kind, table, tokens, attention, layers) -> Numb
         zero = jnp.float32(0)
         npu = [Work(each[0], each[1], zero, zero, zero, zero) for each in operations]
         on_npu, on_pim = side_by_side(tables.hardware, DEFAULT, npu, *pim)
-        end = jnp.maximum(on_npu.ends[-1], on_pim.ends[-1])
-        return end, end - on_npu.ends[-1] < DRAINED
+        end = jnp.maximum(on_npu.end, on_pim.end)
+        return end, end - on_npu.end < DRAINED
 
     ends, drains = jax.vmap(run)(works, attention[beside])
     a = qkv.cycles[first].sum()

@@ -19,16 +19,13 @@ from neupims.machine.layer_kinds import LayerKind, Mix, attended, find_mix, laye
 from neupims.machine.record import Number
 from neupims.machine.systems import PIM_SYSTEMS, Fidelity, System
 from neupims.machine.workload import Batch, Decoder, Parallel
-from neupims.timing.attention import (
-    PIM_NONE,
-    attention_counts,
-    count_instructions,
-)
+from neupims.timing.attention import attention_counts, count_instructions
 from neupims.timing.capacity import layers_of_device
 from neupims.timing.gemm import Tiling, Work, tiling
 from neupims.timing.gemv import request_works
 from neupims.timing.iteration import add_head, count_commands
 from neupims.timing.npu import Context, product_bits
+from neupims.timing.pim_commands import PIM_NONE
 from neupims.timing.shapes import projection_sides
 from neupims.timing.split import piece_lengths
 from neupims.timing.stages import NPU_ATTENTION, QKV, REST, Operation, head_work, npu_operation

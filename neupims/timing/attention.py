@@ -13,23 +13,22 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Bool, Float
 
 from neupims.machine.calibration import DEFAULT, Calibration
 from neupims.machine.hardware import Hardware
-from neupims.machine.record import Number
 from neupims.machine.systems import Fidelity, System
 from neupims.machine.workload import FLOAT16_BYTES, Batch, Decoder, Parallel
-from neupims.timing.columns import designs_last, reduce_requests
-from neupims.timing.gemv import channel_works
+from neupims.timing.columns import designs_last, reduce_requests, sum_by_place
+from neupims.timing.gemv import channel_work
 from neupims.timing.gemv_exact import follow_list, list_groups, list_timing
 from neupims.timing.layout import (
     attend_groups,
     heads_of_device,
     logit_groups,
     page_elements,
-    results_of,
 )
+from neupims.timing.pim_commands import PIMCounts, results_of, total_commands
 from neupims.timing.split import (
     group_of_channels,
     merge_cycles,
@@ -74,8 +73,8 @@ def closed_attention(
     fidelity: Fidelity,
     calibration: Calibration,
     two_buffers: bool = False,
-) -> Attention:
-    """Returns the work of each channel as the sum over its requests (`timing.gemv.channel_works`).
+) -> tuple[Attention, PIMCounts]:
+    """Returns the work of each channel as the sum over its requests (`timing.gemv.channel_work`).
 
     Args:
         hardware: The machine.
@@ -90,48 +89,54 @@ def closed_attention(
         two_buffers: As in `gemv.request_works`.
 
     Returns:
-        The work, in one piece.
+        The work, in one piece, and the commands of all channels, as `attention_counts` gives them.
     """
-    sub_batch = batch.sub_batches if interleaved else jnp.zeros_like(batch.sub_batches)
-    there = batch.seq_lens > 0
 
-    lengths, places = batch.seq_lens, batch.channels
-    if fidelity == "intended":
-        lengths = piece_lengths(lengths, parallel)
-        places = group_of_channels(places, hardware, parallel)
+    @designs_last
+    def work(hardware, model, batch, parallel, calibration):
+        sub_batch = batch.sub_batches if interleaved else jnp.zeros_like(batch.sub_batches)
+        lengths, places = batch.seq_lens, batch.channels
+        if fidelity == "intended":
+            lengths = piece_lengths(lengths, parallel)
+            places = group_of_channels(places, hardware, parallel)
+        places = sub_batch * channels + places
 
-    def by_channel(sums):
-        return sums.reshape(2, 1, channels, *sums.shape[1:])
+        def by_channel(sums):
+            return sums.reshape(2, 1, channels, *sums.shape[1:])
 
-    def sum_by_channel(values):
-        place = sub_batch * channels + places
-        return by_channel(jax.ops.segment_sum(values, place, 2 * channels))
+        waits = (None, calibration.reopen_cycles) if interleaved else (None,)
+        found = channel_work(
+            hardware,
+            model,
+            lengths * 1.0,
+            places,
+            parallel,
+            count=2 * channels,
+            fidelity=fidelity,
+            waits=waits,
+            two_buffers=two_buffers,
+        )
+        alone, beside = (by_channel(cycles) for cycles in (found.cycles[0], found.cycles[-1]))
+        counts = found.counts
+        if fidelity == "intended":
+            alone, beside = (spread_over_channels(x, hardware, parallel) for x in (alone, beside))
+            counts = PIMCounts(*(1.0 * parallel.kv_split * each for each in counts))
+        instructions = jnp.zeros_like(alone)
+        if system == "npu-pim":
+            issued = count_instructions(hardware, model, batch.seq_lens, parallel, fidelity)
+            instructions = by_channel(sum_by_place(issued, places, 2 * channels))
+        longest = [
+            jnp.where((sub_batch == which) & (batch.seq_lens > 0), batch.seq_lens, 0).max(axis=0)
+            for which in (0, 1)
+        ]
+        return (
+            Attention(
+                alone, beside, instructions, by_channel(found.requests), 1.0 * jnp.stack(longest)
+            ),
+            counts,
+        )
 
-    def spread(sums):
-        return sums if fidelity == "simulator" else spread_over_channels(sums, hardware, parallel)
-
-    waits = (None, calibration.reopen_cycles) if interleaved else (None,)
-    works = channel_works(
-        hardware,
-        model,
-        lengths,
-        sub_batch * channels + places,
-        parallel,
-        count=2 * channels,
-        fidelity=fidelity,
-        waits=waits,
-        two_buffers=two_buffers,
-    )
-    alone, beside = (spread(by_channel(work)) for work in (works[0], works[-1]))
-    instructions = (
-        sum_by_channel(count_instructions(hardware, model, batch.seq_lens, parallel, fidelity))
-        if system == "npu-pim"
-        else jnp.zeros_like(alone)
-    )
-    longest = jax.ops.segment_max(jnp.where(there, batch.seq_lens, 0) * 1.0, sub_batch, 2)
-    return Attention(
-        alone, beside, instructions, sum_by_channel(1.0 * there), jnp.maximum(longest, 0)
-    )
+    return work(hardware, model, batch, parallel, calibration)
 
 
 def exact_attention(
@@ -299,16 +304,17 @@ def count_instructions(hardware, model, seq_lens, parallel, fidelity):
                 for group in groups_of(hardware, model, seq_lens * 1.0, parallel, fidelity=fidelity)
             )
         )
-    return jnp.stack(counts, axis=-1)
+    return jnp.stack(counts, axis=1)
 
 
 def attention_cycles(
     hardware: Hardware,
     model: Decoder,
     parallel: Parallel,
-    part: Attention,
-    load: Float[Array, "pieces channels 2"],
+    attention: Attention,
+    sub_batch: int,
     *,
+    beside: bool,
     system: System,
     fidelity: Fidelity,
 ) -> Float[Array, "2"]:
@@ -322,41 +328,61 @@ def attention_cycles(
         hardware: The machine.
         model: The model.
         parallel: How many devices share a layer.
-        part: The work of this sub-batch, `Attention` without its first axis.
-        load: The core cycles of each channel, `part.alone` or `part.beside`.
+        attention: The work of the channels.
+        sub_batch: The place of the sub-batch on the first axis of `attention`.
+        beside: Whether the NPU uses the memory too.
         system: "neupims" or "npu-pim".
         fidelity: "simulator" or "intended".
 
     Returns:
         Core cycles of the two PIM operations, (2,).
     """
-    heads, _ = heads_of_device(model, parallel)
-    there = load > 0
-    if fidelity == "simulator":
-        later = jnp.cumsum(part.requests[..., ::-1], axis=-1)[..., ::-1] - part.requests
-        tail = jnp.stack([heads * later, jnp.zeros_like(later)], axis=-1)
-        before = (
-            jnp.cumsum(part.instructions, axis=-2) - part.instructions
-            if system == "npu-pim"
-            else 0.0
-        )
-        ends = jnp.where(there, load + tail + before, 0)
-        return ends.max(axis=-2).sum(axis=0)
-    softmax = heads * softmax_cycles(hardware, part.longest) / hardware.npu.vector_units
-    merge = merge_cycles(hardware, model, parallel, part.requests.sum(), heads)
-    return jnp.where(there, load, 0).max(axis=-2).sum(axis=0) + jnp.stack([softmax, merge])
+
+    @designs_last
+    def cycles(hardware, model, parallel, attention):
+        part = Attention(*(each[sub_batch] for each in attention))
+        load = part.beside if beside else part.alone  # (pieces, channels, 2, *designs)
+        heads, _ = heads_of_device(model, parallel)
+        if fidelity == "simulator":
+            later = _sum_before(part.requests[:, ::-1])[:, ::-1]
+            after = jnp.stack([heads * later, jnp.zeros_like(heads * later)], axis=2)
+            if system == "npu-pim":
+                after = after + _sum_before(part.instructions)
+            return jnp.where(load > 0, load + after, 0).max(axis=1).sum(axis=0)
+        softmax = heads * softmax_cycles(hardware, part.longest) / hardware.npu.vector_units
+        merge = merge_cycles(hardware, model, parallel, part.requests.sum(axis=(0, 1)), heads)
+        slowest = jnp.where(load > 0, load, 0).max(axis=1).sum(axis=0)
+        return slowest + jnp.stack(jnp.broadcast_arrays(softmax, merge))
+
+    return cycles(hardware, model, parallel, attention)
 
 
-class PIMCounts(NamedTuple):
-    """PIM commands of one layer on all channels."""
-
-    gwrites: Number  # of one page into the buffer of the vector
-    tiles: Number  # rows of all banks that are opened and multiplied
-    results: Number  # reads of one number of each bank
-    products: Number  # in all banks of a channel
+def _sum_before(values: Float[Array, "pieces channels ..."]) -> Float[Array, "pieces channels ..."]:
+    """Returns the sums of the channels before each channel."""
+    return jax.lax.associative_scan(jnp.add, values, axis=1) - values
 
 
-PIM_NONE = PIMCounts(0.0, 0.0, 0.0, 0.0)
+class Totals(NamedTuple):
+    """Sums of the work of all channels."""
+
+    tokens: Float[Array, "2"]  # requests of each sub-batch
+    channel_cycles: Float[Array, "2 channels"]  # core cycles without the NPU
+    cycles: Float[Array, ""]  # the same of both sub-batches and all channels
+    finite: Bool[Array, ""]  # whether no cycles are infinite or NaN
+
+
+@designs_last
+def attention_totals(attention: Attention) -> Totals:
+    """Returns the sums of the work of all channels.
+
+    Args:
+        attention: The work of the channels.
+    """
+    channel_cycles = attention.alone.sum(axis=(1, 3))
+    total = channel_cycles.sum(axis=(0, 1))
+    # A sum keeps what is not finite; on CPUs the maximum of a large array drops NaN.
+    finite = jnp.isfinite(total) & jnp.isfinite(attention.beside.sum(axis=(0, 1, 2, 3)))
+    return Totals(attention.requests.sum(axis=(1, 2)), channel_cycles, total, finite)
 
 
 def attention_counts(
@@ -380,20 +406,9 @@ def attention_counts(
     @designs_last
     def count(hardware, model, lengths, parallel):
         def of_requests(some):
-            groups = [
-                group
-                for layout in (logit_groups, attend_groups)
-                for group in layout(hardware, model, some, parallel, fidelity=fidelity)
-            ]
-            results = [group.groups * results_of(group) for group in groups]
-            return PIMCounts(
-                gwrites=sum(group.groups for group in groups),
-                tiles=sum(group.groups * group.tiles for group in groups),
-                results=sum(results),
-                products=sum(
-                    each * group.products for each, group in zip(results, groups, strict=True)
-                ),
-            )
+            layouts = (logit_groups, attend_groups)
+            found = [each(hardware, model, some, parallel, fidelity=fidelity) for each in layouts]
+            return total_commands((*found[0], *found[1]))
 
         return reduce_requests(jnp.add, of_requests, lengths)
 

@@ -68,3 +68,23 @@ def reduce_requests(
 
     found = jax.lax.fori_loop(1, steps, step, function(parts[0]))
     return jax.tree.map(lambda rows: functools.reduce(combine, list(rows)), found)
+
+
+def sum_by_place(values: Columns, places: Array, count: int) -> Array:
+    """Returns the sums of the requests of each place.
+
+    Args:
+        values: Values of each request, (r, k, *designs).
+        places: The place of each request, such as its channel, (r, *designs).
+        count: The number of places.
+
+    Returns:
+        Sums, (places, k, *designs).
+    """
+    if places.size == len(places):  # the same places in all designs
+        return jax.ops.segment_sum(values, places.reshape(-1), count)
+    designs = max(values.shape[-1], places.shape[-1])  # one of them may be the same for all
+    of_designs = jnp.moveaxis(jnp.broadcast_to(values, (*values.shape[:-1], designs)), -1, 0)
+    spread = jnp.broadcast_to(places, (len(values), designs))
+    sums = jax.vmap(lambda rows, at: jax.ops.segment_sum(rows, at, count))(of_designs, spread.T)
+    return jnp.moveaxis(sums, 0, -1)

@@ -22,16 +22,18 @@ from neupims.machine.hardware import Hardware
 from neupims.machine.record import Number
 from neupims.machine.systems import Fidelity
 from neupims.machine.workload import Decoder, Parallel
-from neupims.timing.columns import TOGETHER, designs_last, reduce_requests
+from neupims.timing.columns import TOGETHER, reduce_requests, sum_by_place
 from neupims.timing.layout import attend_groups, logit_groups
 from neupims.timing.pim_commands import (
     WAITING,
     Groups,
+    PIMCounts,
     Timing,
     group_cycles,
     pim_timing,
     power_of_two,
     smooth_group_cycles,
+    total_commands,
 )
 
 # Tiles of a group whose costs the closed form computes once for all requests.
@@ -42,9 +44,17 @@ ENDLESS = 64.0  # tiles of a group that shows what one more tile takes
 PRODUCTS = 32
 CLASSES = 6  # of these products, up to a power of two each: 1, 2, 4, 8, 16, 32
 
-# Cycles of logit and of attend for requests of given lengths: (r, *designs) to two arrays
-# (waits, r, *designs).
-Work = Callable[[Array], tuple[Array, Array]]
+# Cycles of logit and of attend for requests of given lengths, and their commands: (r, *designs) to
+# two arrays (waits, r, *designs) and to counts (r, *designs).
+Work = Callable[[Array], tuple[Array, Array, PIMCounts]]
+
+
+class ChannelWork(NamedTuple):
+    """The work of requests, summed by place."""
+
+    cycles: Float[Array, "waits places 2 ..."]  # core cycles of logit and of attend
+    requests: Float[Array, "places ..."]  # number of requests
+    counts: PIMCounts  # the commands of all places together, (*designs)
 
 
 def request_work(
@@ -99,68 +109,62 @@ def request_works(
     """
     lengths = jnp.asarray(seq_lens) * 1.0
     work = _make_work(hardware, model, lengths, parallel, waits, fidelity, two_buffers)
-    return jnp.stack(work(lengths), axis=-1)
+    return jnp.stack(work(lengths)[:2], axis=-1)
 
 
-def channel_works(
+def channel_work(
     hardware: Hardware,
     model: Decoder,
-    seq_lens: Int[Array, " r"],
-    places: Int[Array, " r"],
+    lengths: Float[Array, "r ..."],
+    places: Int[Array, "r ..."],
     parallel: Parallel,
     *,
     count: int,
     fidelity: Fidelity = "simulator",
     waits: tuple[Number | None, ...],
     two_buffers: bool = False,
-) -> Float[Array, "waits places 2"]:
-    """Returns the sums of `request_works` over the requests of each place, (waits, places, 2).
+) -> ChannelWork:
+    """Returns the sums of `request_works` over the requests of each place.
 
-    Mapped over designs with `jax.vmap`, all designs are computed side by side: they are the last
-    axis of every array, so that a processor's vectors hold the same number of many designs.
+    All designs are computed side by side (`timing.columns`): fields of the records are numbers, or
+    arrays of designs.
 
     Args:
         hardware: As in `request_work`.
         model: As in `request_work`.
-        seq_lens: As in `request_work`.
-        places: The place of each request, such as its channel, (r,).
+        lengths: The tokens of each request, (r, *designs); one of length 0 takes no time.
+        places: The place of each request, such as its channel, (r, *designs).
         parallel: As in `request_work`.
         count: The number of places.
         fidelity: As in `request_work`.
         waits: As in `request_works`.
         two_buffers: As in `request_works`.
     """
-
-    @designs_last
-    def sums(hardware, model, lengths, places, parallel, waits):
-        work = _make_work(hardware, model, lengths, parallel, waits, fidelity, two_buffers)
-        return jnp.stack(_sum_by_place(work, lengths, places, count), axis=2)
-
-    return sums(hardware, model, jnp.asarray(seq_lens) * 1.0, places, parallel, waits)
-
-
-def _sum_by_place(work: Work, lengths, places, count: int) -> list[Array]:
-    """Returns the sums of logit and attend over the requests of each place.
-
-    Each is an array (waits, places, *designs).
-    """
+    work = _make_work(hardware, model, lengths, parallel, waits, fidelity, two_buffers)
     if lengths.size == places.size == len(lengths):  # the same schedule for all designs
         return _sum_side_by_side(work, lengths, places.reshape(-1), count)
+    return _sum_one_by_one(work, lengths, places, count)
+
+
+def _sum_one_by_one(work: Work, lengths, places, count: int) -> ChannelWork:
+    """Returns `channel_work` for requests with different places in different designs."""
 
     # This loop keeps the works in memory, so that they are computed with designs last.
     def of_request(length):
-        return [cycles[:, 0] for cycles in work(length[None])]
+        return jax.tree.map(
+            lambda value: jnp.moveaxis(value, -lengths.ndim, 0)[0], work(length[None])
+        )
 
-    works = jnp.stack(jax.lax.map(of_request, lengths, batch_size=TOGETHER), axis=1)
-    designs = max(works.shape[-1], places.shape[-1])  # one of them may be the same for all
-    of_designs = jnp.moveaxis(jnp.broadcast_to(works, (*works.shape[:-1], designs)), -1, 0)
-    spread = jnp.broadcast_to(places, (len(lengths), designs))
-    sums = jax.vmap(lambda values, at: jax.ops.segment_sum(values, at, count))(of_designs, spread.T)
-    return [jnp.moveaxis(sums[:, :, kind], 0, -1).swapaxes(0, 1) for kind in (0, 1)]
+    logit, attend, counts = jax.lax.map(of_request, lengths, batch_size=TOGETHER)
+    works = jnp.concatenate([logit, attend], axis=1)  # (r, 2 waits, *designs)
+    there = jnp.broadcast_to(1.0 * (lengths > 0)[:, None], (len(works), 1, *works.shape[2:]))
+    sums = sum_by_place(jnp.concatenate([works, there], axis=1), places, count)
+    cycles = jnp.moveaxis(sums[:, :-1].reshape(count, 2, -1, *sums.shape[2:]), 2, 0)
+    return ChannelWork(cycles, sums[:, -1], jax.tree.map(lambda each: each.sum(axis=0), counts))
 
 
-def _sum_side_by_side(work: Work, lengths, places, count: int) -> list[Array]:
-    """Returns `_sum_by_place` for requests with the same place in all designs, (r,).
+def _sum_side_by_side(work: Work, lengths, places, count: int) -> ChannelWork:
+    """Returns `channel_work` for requests with the same place in all designs, (r,).
 
     The requests of a place come one after another, those of all places side by side, so that no
     request's work has to be kept.
@@ -176,10 +180,15 @@ def _sum_side_by_side(work: Work, lengths, places, count: int) -> list[Array]:
         return work(mine.reshape(-1, *lengths.shape[1:]))
 
     def add(number, sums):
-        return [jnp.add(*each) for each in zip(sums, of_places(number), strict=True)]
+        return jax.tree.map(jnp.add, sums, of_places(number))
 
-    zeros = [jnp.zeros(each.shape) for each in jax.eval_shape(of_places, 0)]
-    return jax.lax.fori_loop(0, held.max(), add, zeros)
+    zeros = jax.tree.map(lambda each: jnp.zeros(each.shape), jax.eval_shape(of_places, 0))
+    logit, attend, counts = jax.lax.fori_loop(0, held.max(), add, zeros)
+    return ChannelWork(
+        jnp.stack([logit, attend], axis=2),
+        held.reshape(-1, *[1] * (lengths.ndim - 1)) * 1.0,
+        jax.tree.map(lambda each: each.sum(axis=0), counts),
+    )
 
 
 def _make_work(
@@ -191,7 +200,7 @@ def _make_work(
     fidelity: Fidelity,
     two_buffers: bool,
 ) -> Work:
-    """Returns the function that gives the core cycles of some of the requests.
+    """Returns the function that gives the core cycles and the commands of some of the requests.
 
     Fields of the records are numbers, or arrays of designs. `lengths` are those of all requests,
     (r,), or (r, designs), or (r, 1).
@@ -220,7 +229,9 @@ def _make_work(
             found = [_smooth_cycles(times, kind) for kind in (logit, attend)]
         else:
             found = [_look_up_logit(tables, *logit), _look_up_attend(tables, *attend)]
-        return tuple(jnp.where(some > 0, cycles * to_core, 0.0) for cycles in found)
+        cycles = [jnp.where(some > 0, each * to_core, 0.0) for each in found]
+        counts = total_commands((*logit, *attend))
+        return *cycles, jax.tree.map(lambda each: each + jnp.zeros_like(some), counts)
 
     return work
 

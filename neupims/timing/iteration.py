@@ -35,13 +35,15 @@ from neupims.machine.systems import (
 )
 from neupims.machine.workload import Batch, Decoder, Parallel
 from neupims.timing.attention import (
-    PIM_NONE,
     Attention,
+    Totals,
     attention_counts,
     attention_cycles,
+    attention_totals,
     closed_attention,
     exact_attention,
 )
+from neupims.timing.columns import designs_last
 from neupims.timing.experts import route
 from neupims.timing.gemm import (
     SIXTEEN,
@@ -55,6 +57,7 @@ from neupims.timing.gemm import (
 from neupims.timing.links import link_seconds, messages
 from neupims.timing.npu import Context, mlp_rows, product_bits
 from neupims.timing.overlap import DRAINED, side_by_side
+from neupims.timing.pim_commands import PIM_NONE, PIMCounts
 from neupims.timing.shapes import mlp_channels
 from neupims.timing.split import check_split, is_split
 from neupims.timing.stages import (
@@ -258,8 +261,10 @@ def _simulate(
 ) -> Iteration:
     context = Context(hardware, model, batch, parallel, calibration, system, fidelity, mix)
     interleaved = system == "neupims" and sub_batches == 2
-    if attention is None:
-        attention = closed_attention(
+    if attention is not None:
+        counts = attention_counts(hardware, model, batch, parallel, fidelity=fidelity)
+    else:
+        attention, counts = closed_attention(
             hardware,
             model,
             batch,
@@ -271,7 +276,10 @@ def _simulate(
             calibration=calibration,
             two_buffers=two_buffers,
         )
-    tokens = jnp.stack([attention.requests[which].sum() for which in (0, 1)])
+    if system not in PIM_SYSTEMS:
+        counts = PIM_NONE
+    totals = attention_totals(attention)
+    tokens = totals.tokens
     if attention.requests.shape[1] > 1:  # the simulator's pieces share a request; each counts once
         which = batch.sub_batches if interleaved else jnp.zeros_like(batch.sub_batches)
         tokens = jax.ops.segment_sum((batch.seq_lens > 0) * 1.0, which, 2)
@@ -285,32 +293,33 @@ def _simulate(
             before = npu[-1].write_bytes if npu else left
             count = tokens[stage.npu_sub_batch]
             npu.append(npu_operation(operation, context, count, before, tile))
-        alone = beside = jnp.zeros(0)
+        alone = beside = ()
         if stage.pim_sub_batch >= 0:
-            part = jax.tree.map(lambda value, which=stage.pim_sub_batch: value[which], attention)
             alone, beside = (
                 attention_cycles(
-                    hardware, model, parallel, part, load, system=system, fidelity=fidelity
+                    *(hardware, model, parallel, attention, stage.pim_sub_batch),
+                    beside=shared,
+                    system=system,
+                    fidelity=fidelity,
                 )
-                for load in (part.alone, part.beside)
+                for shared in (False, True)
             )
-        sides = side_by_side(hardware, calibration, npu, alone, beside)
-        stage_cycles.append(jnp.concatenate([side.ends for side in sides]).max())
-        left = (
-            jnp.where(stage_cycles[-1] - sides[0].ends[-1] < DRAINED, npu[-1].write_bytes, 0.0)
-            if npu
-            else 0.0
-        )
-        starts += [side.starts for side in sides]
-        cycles += [side.cycles for side in sides]
+        on_npu, on_pim = side_by_side(hardware, calibration, npu, alone, beside)
+        stage_cycles.append(jnp.maximum(on_npu.end, on_pim.end))
+        left = 0.0
+        if npu:
+            left = jnp.where(stage_cycles[-1] - on_npu.end < DRAINED, npu[-1].write_bytes, 0.0)
+        starts += [*on_npu.starts, *on_pim.starts]
+        cycles += [*on_npu.cycles, *on_pim.cycles]
         works.append(npu)
     return summarize(
         context,
-        attention,
+        totals,
+        counts,
         works,
-        jnp.stack(stage_cycles),
-        jnp.concatenate(starts),
-        jnp.concatenate(cycles),
+        stage_cycles,
+        starts,
+        cycles,
         sub_batches=sub_batches,
         tokens=tokens,
     )
@@ -318,33 +327,45 @@ def _simulate(
 
 def _tile_products(context: Context, tokens) -> dict[tuple[str, int], Tiling]:
     """Returns the tiling of each product for each sub-batch; one loop finds all of them."""
-    sides = [
-        product.sides(context.model, context.parallel) for product in PRODUCTS if product.sides
-    ]
-    inner, features = (jnp.stack([jnp.asarray(side[which]) for side in sides]) for which in (0, 1))
-    each = route(context.model, tokens).tokens  # unused where there is a skew
-    counts = jnp.stack([each if product.routed else tokens for product in PRODUCTS], axis=1)
-    bits = SIXTEEN
-    if context.mix.narrow:
-        kinds = [product_bits(context, routed=product.routed) for product in PRODUCTS]
-        bits = Bits(*(jnp.stack([1.0 * kind[which] for kind in kinds]) for which in (0, 1)))
-    tiles = tiling(context.hardware, counts, inner, features, bits)
+
+    @designs_last
+    def tile(hardware, model, parallel, tokens):
+        at = context._replace(hardware=hardware, model=model, parallel=parallel)
+        sides = [product.sides(model, parallel) for product in PRODUCTS if product.sides]
+        kinds = [product_bits(at, routed=product.routed) for product in PRODUCTS]
+        each = route(model, tokens).tokens  # unused where there is a skew
+        counts = jnp.stack([each if product.routed else tokens for product in PRODUCTS], axis=1)
+
+        def column(numbers):
+            values = jnp.stack(jnp.broadcast_arrays(*(1.0 * number for number in numbers)))
+            return values.reshape(*values.shape, *[1] * (counts.ndim - 1 - values.ndim))
+
+        inner, features = (column([side[which] for side in sides]) for which in (0, 1))
+        bits = SIXTEEN
+        if context.mix.narrow:
+            bits = Bits(*(column([kind[which] for kind in kinds]) for which in (0, 1)))
+        tiles = tiling(hardware, counts, inner, features, bits)
+        return [
+            [jax.tree.map(lambda value, at=(which, place): value[at], tiles) for which in (0, 1)]
+            for place in range(len(PRODUCTS))
+        ]
+
+    found = tile(context.hardware, context.model, context.parallel, tokens)
     return {
-        (product.name, sub_batch): jax.tree.map(
-            lambda value, at=(sub_batch, place): value[at], tiles
-        )
-        for place, product in enumerate(PRODUCTS)
-        for sub_batch in (0, 1)
+        (product.name, which): tiles[which]
+        for product, tiles in zip(PRODUCTS, found, strict=True)
+        for which in (0, 1)
     }
 
 
 def summarize(
     context: Context,
-    attention: Attention,
-    works: list[list[Work]],
-    stage_cycles: Float[Array, " stages"],
-    starts: Float[Array, " operations"],
-    cycles: Float[Array, " operations"],
+    attention: Totals,
+    pim: PIMCounts,
+    works: Sequence[Sequence[Work]],
+    stage_cycles: Sequence[Number],
+    starts: Sequence[Number],
+    cycles: Sequence[Number],
     *,
     sub_batches: int,
     tokens: Float[Array, "2"],
@@ -354,7 +375,8 @@ def summarize(
 
     Args:
         context: The hardware, the model, the batch, and the system that runs it.
-        attention: The work of the channels.
+        attention: The sums of the work of the channels.
+        pim: The PIM commands of one layer.
         works: The NPU's operations of each stage.
         stage_cycles: The core cycles of each stage.
         starts: The start of each operation from the start of its stage, core cycles.
@@ -374,7 +396,7 @@ def summarize(
         iteration = of["A"] + of["B"] + (layers - 1) * (of["C"] + of["D"]) + of["E"] + of["F"]
     else:
         in_layer = names
-        iteration = layers * stage_cycles.sum()
+        iteration = layers * sum(stage_cycles)
     layer = sum((of[name] for name in in_layer), start=jnp.float32(0))
     head, headed = None, tokens.sum() if headed is None else headed
     if context.mix.lm_head:
@@ -389,11 +411,6 @@ def summarize(
     ]
     total = jax.tree.map(lambda *values: sum(values, start=jnp.float32(0)), *in_use)
     with_pim = system in PIM_SYSTEMS
-    pim = (
-        attention_counts(hardware, model, batch, parallel, fidelity=context.fidelity)
-        if with_pim
-        else PIM_NONE
-    )
     sent = messages(model, parallel, layers, tokens.sum(), jnp.maximum((tokens > 0).sum(), 1))
     communication = link_seconds(hardware, sent[0]) + link_seconds(hardware, sent[1])
     seconds = iteration / hardware.npu.clock_hz + communication
@@ -409,21 +426,19 @@ def summarize(
         if system == "gpu"
         else bytes_per_cycle(hardware)
     )
-    channel_cycles = attention.alone.sum(axis=(1, 3))
     places = jnp.array([STAGES.index(name) if name in STAGES else 0 for name in names])
     lost = jnp.max(jnp.where(batch.seq_lens > 0, batch.channels, 0)) >= jnp.minimum(
-        hardware.hbm.num_channels, attention.alone.shape[2]
+        hardware.hbm.num_channels, attention.channel_cycles.shape[1]
     )
     lost = lost | ~is_split(hardware, parallel, context.fidelity)
     leaves = jax.tree.leaves((hardware, model, parallel))
     wrong = sum(jnp.isnan(jnp.asarray(leaf, jnp.float32)) for leaf in leaves) > 0
-    # Tested here and not in the results: on CPUs the maximum of a large array drops NaN.
-    if with_pim:
-        wrong = wrong | ~(jnp.isfinite(attention.alone) & jnp.isfinite(attention.beside)).all()
+    if with_pim:  # tested here and not in the results, which are maxima and may drop NaN
+        wrong = wrong | ~attention.finite
     return Iteration(
-        stage_cycles=jnp.zeros(len(STAGES)).at[places].set(stage_cycles),
-        op_cycles=cycles,
-        op_starts=starts,
+        stage_cycles=jnp.zeros(len(STAGES)).at[places].set(jnp.stack(stage_cycles)),
+        op_cycles=jnp.stack(cycles),
+        op_starts=jnp.stack(starts),
         layer_cycles=layer,
         head_cycles=0.0 * layer if head is None else head.cycles,
         iteration_cycles=elapsed,
@@ -431,10 +446,10 @@ def summarize(
         tokens_per_second=tokens.sum() / seconds,
         npu_utilization=total.busy_cycles / layer,
         pim_utilization=(
-            channel_cycles.sum() / hardware.hbm.num_channels / layer if with_pim else 0.0 * layer
+            attention.cycles / hardware.hbm.num_channels / layer if with_pim else 0.0 * layer
         ),
         bandwidth_utilization=moved / bandwidth / layer,
-        channel_cycles=channel_cycles,
+        channel_cycles=attention.channel_cycles,
         counts=counts,
         energy=spent,
         energy_joules=joules,

@@ -198,15 +198,6 @@ def attend_groups(
     )
 
 
-def results_of(groups: Groups) -> Number:
-    """Returns the results of all tiles of one group.
-
-    Args:
-        groups: The groups; their number is not used.
-    """
-    return (groups.tiles - 1) * groups.results + groups.last_results
-
-
 def layer_tiles(
     hardware: Hardware,
     model: Decoder,

@@ -4,13 +4,15 @@ Each side slows the other down until one ends. This is the only place that decid
 memory overlap. Cycles are core cycles.
 """
 
+from collections.abc import Sequence
+from itertools import accumulate
 from typing import NamedTuple
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from neupims.machine.calibration import Calibration
 from neupims.machine.hardware import Hardware
+from neupims.machine.record import Number
 from neupims.timing.gemm import Work
 
 BLOCKED = 1e4  # slow-down of the NPU's memory traffic while PIM owns the only row buffer
@@ -18,19 +20,24 @@ DRAINED = 100  # core cycles after which the bank queues hold no write of the op
 
 
 class Side(NamedTuple):
-    """When the operations of one side of a stage start and end, from the start of the stage."""
+    """When the operations of one side of a stage start and end, in core cycles from its start."""
 
-    starts: Float[Array, " operations"]  # core cycles
-    ends: Float[Array, " operations"]  # core cycles
-    cycles: Float[Array, " operations"]  # core cycles of each; free of the rounding of end - start
+    starts: tuple[Number, ...]
+    ends: tuple[Number, ...]
+    cycles: tuple[Number, ...]  # of each operation; free of the rounding of end - start
+
+    @property
+    def end(self) -> Number:
+        """When the last operation ends; 0 where there is none."""
+        return self.ends[-1] if self.ends else 0.0
 
 
 def side_by_side(
     hardware: Hardware,
     calibration: Calibration,
-    npu: list[Work],
-    alone: Float[Array, " p"],
-    beside: Float[Array, " p"],
+    npu: Sequence[Work],
+    alone: Sequence[Number],
+    beside: Sequence[Number],
 ) -> tuple[Side, Side]:
     """Returns the start and end times of NPU and PIM operations that begin together.
 
@@ -41,8 +48,8 @@ def side_by_side(
         hardware: The machine; only its row buffers matter.
         calibration: The fitted constants; only `pim_slowdown` is used.
         npu: The operations of the NPU in their order; may be empty.
-        alone: Core cycles of each PIM operation without the NPU, (p,).
-        beside: Core cycles of each PIM operation beside the NPU, (p,).
+        alone: Core cycles of each PIM operation without the NPU.
+        beside: Core cycles of each PIM operation beside the NPU.
 
     Returns:
         The side of the NPU and the side of PIM.
@@ -50,21 +57,25 @@ def side_by_side(
     slowdown = jnp.where(
         jnp.asarray(hardware.pim.row_buffers) > 1, calibration.pim_slowdown, BLOCKED
     )
-    solo = jnp.stack([work.cycles for work in npu]) if npu else jnp.zeros(0)
-    slow = jnp.stack([work.cycles + work.memory_cycles * slowdown for work in npu]) if npu else solo
-    both = npu and alone.shape[0]
-    until = jnp.minimum(jnp.cumsum(slow)[-1], jnp.cumsum(beside)[-1]) if both else 0.0
+    solo = [work.cycles for work in npu]
+    slow = [work.cycles + work.memory_cycles * slowdown for work in npu]
+    alone, beside = list(alone), list(beside)
+    until = jnp.minimum(_ends(slow)[-1], _ends(beside)[-1]) if npu and alone else 0.0
     return _follow(solo, slow, until), _follow(alone, beside, until)
 
 
-def _follow(solo, slow, until) -> Side:
+def _ends(cycles: Sequence[Number]) -> list[Number]:
+    """The ends of operations that follow each other."""
+    return list(accumulate(cycles))
+
+
+def _follow(solo: Sequence[Number], slow: Sequence[Number], until: Number) -> Side:
     """Runs operations at the slow pace `until` the first side has ended, then at their own pace."""
-    if not solo.shape[0]:
-        return Side(solo, solo, solo)
-    zero = jnp.zeros_like(solo[:1])
-    slow_ends = jnp.cumsum(slow)
-    spent = jnp.clip(until - jnp.concatenate([zero, slow_ends[:-1]]), 0, slow)
-    left = 1 - spent / jnp.maximum(slow, 1e-9)  # the share of each that is done at its own pace
-    cycles = jnp.where(slow_ends <= until, slow, spent + left * solo)
-    ends = jnp.cumsum(cycles)
-    return Side(jnp.concatenate([zero, ends[:-1]]), ends, cycles)
+    cycles = []
+    slow_ends = _ends(slow)
+    for own, slowed, begin, end in zip(solo, slow, [0.0, *slow_ends], slow_ends, strict=False):
+        spent = jnp.clip(until - begin, 0, slowed)
+        left = 1 - spent / jnp.maximum(slowed, 1e-9)  # the share that is done at its own pace
+        cycles.append(jnp.where(end <= until, slowed, spent + left * own))
+    ends = _ends(cycles)
+    return Side((0.0, *ends[:-1]) if ends else (), tuple(ends), tuple(cycles))

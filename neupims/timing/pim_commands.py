@@ -11,6 +11,7 @@ Source: the timing of the public simulator (github.com/casys-kaist/NeuPIMs, exte
 channel_state.cc, timing.cc, neupims_command_queue.cc).
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -32,6 +33,42 @@ class Groups(NamedTuple):
     results: Number  # of a tile
     products: Number  # of a result
     last_results: Number  # of the last tile of a group
+
+
+class PIMCounts(NamedTuple):
+    """PIM commands of one layer on all channels."""
+
+    gwrites: Number  # of one page into the buffer of the vector
+    tiles: Number  # rows of all banks that are opened and multiplied
+    results: Number  # reads of one number of each bank
+    products: Number  # in all banks of a channel
+
+
+PIM_NONE = PIMCounts(0.0, 0.0, 0.0, 0.0)
+
+
+def results_of(groups: Groups) -> Number:
+    """Returns the results of all tiles of one group.
+
+    Args:
+        groups: The groups; their number is not used.
+    """
+    return (groups.tiles - 1) * groups.results + groups.last_results
+
+
+def total_commands(kinds: Sequence[Groups]) -> PIMCounts:
+    """Returns the commands of all groups of several kinds, request by request.
+
+    Args:
+        kinds: The groups of each kind, which broadcast over requests.
+    """
+    results = [each.groups * results_of(each) for each in kinds]
+    return PIMCounts(
+        gwrites=sum(each.groups for each in kinds),
+        tiles=sum(each.groups * each.tiles for each in kinds),
+        results=sum(results),
+        products=sum(count * each.products for count, each in zip(results, kinds, strict=True)),
+    )
 
 
 class Timing(NamedTuple):
@@ -192,8 +229,8 @@ def group_cycles(times: Timing, groups: Groups, weight: Number = 1.0) -> Number:
 
     def follow(interval, state):
         counted, late = state.real, state.imag
-        in_group = counted - jnp.round(counted * per_tiles) * tiles
-        in_group = jnp.where(in_group < 0, in_group + tiles, in_group)
+        # A quarter more is never near a multiple of the tiles, whatever the reciprocal's rounding.
+        in_group = counted - jnp.floor((counted + 0.25) * per_tiles) * tiles
         done = jnp.floor(in_group)
         start = jnp.where(
             in_group > 0,
@@ -205,10 +242,13 @@ def group_cycles(times: Timing, groups: Groups, weight: Number = 1.0) -> Number:
         first_end = (done + 1) * period
         room = _larger(last_tile - end, -period / 2) + first_end
         whole_groups = jnp.round((room + gwrite) * per_group)
-        whole_groups = whole_groups - (whole_groups * one_group > room + gwrite)
+        whole_groups = jnp.where(
+            whole_groups * one_group > room + gwrite, whole_groups - 1, whole_groups
+        )
         room = room - whole_groups * one_group
         more = jnp.round(room * per_period)
-        more = _smaller(_larger(more + (more * period < room), 0.0), tiles)
+        more = jnp.where(more * period < room, more + 1, more)
+        more = _smaller(_larger(more, 0.0), tiles)
         written_end = end - first_end - gwrite + whole_groups * one_group
         end = written_end + more * period + jnp.where(more > 0, gwrite, 0.0)
         over = (more <= 0) | (more >= tiles)  # a group has just ended

@@ -18,13 +18,14 @@ from neupims.machine.hardware import Hardware
 from neupims.machine.layer_kinds import attended, find_mix, layer_kinds
 from neupims.machine.record import Number
 from neupims.machine.workload import FLOAT16_BYTES, Batch, Decoder, Parallel
-from neupims.timing.attention import no_attention
+from neupims.timing.attention import attention_totals, no_attention
 from neupims.timing.gemm import LEAST_STREAM, Work, bytes_per_cycle
 from neupims.timing.iteration import Iteration, mean_of_layers, summarize
 from neupims.timing.layout import heads_of_device
 from neupims.timing.links import link_seconds, messages
 from neupims.timing.npu import Context, matrix_product, product_bits
 from neupims.timing.overlap import side_by_side
+from neupims.timing.pim_commands import PIM_NONE
 from neupims.timing.shapes import expanded_latents, projection_sides, qkv_sides
 from neupims.timing.stages import Operation, npu_operation, stages
 from neupims.timing.vector import softmax_cycles
@@ -79,14 +80,15 @@ def _prefill(hardware, model, batch, parallel, calibration, *, system, mix) -> I
     context = Context(hardware, model, batch, parallel, calibration, system, "intended", mix)
     tokens = jnp.stack([jnp.sum(batch.seq_lens * 1.0), jnp.float32(0)])
     works = [npu_operation(each, context, tokens[0]) for each in prefill_operations()]
-    side, _ = side_by_side(hardware, calibration, works, jnp.zeros(0), jnp.zeros(0))
+    side, _ = side_by_side(hardware, calibration, works, (), ())
     return summarize(
         context,
-        no_attention(),
+        attention_totals(no_attention()),
+        PIM_NONE,
         [works],
-        side.ends[-1:],
+        [side.end],
         side.starts,
-        side.ends - side.starts,
+        side.cycles,
         sub_batches=1,
         tokens=tokens,
         headed=jnp.sum(batch.seq_lens > 0) * 1.0,

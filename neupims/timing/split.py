@@ -48,8 +48,8 @@ def group_of_channels(channels: Number, hardware: Hardware, parallel: Parallel) 
 
 
 def spread_over_channels(
-    sums: Float[Array, "2 pieces channels ..."], hardware: Hardware, parallel: Parallel
-) -> Float[Array, "2 pieces channels ..."]:
+    sums: Float[Array, "2 pieces channels 2 ..."], hardware: Hardware, parallel: Parallel
+) -> Float[Array, "2 pieces channels 2 ..."]:
     """Returns the work of each channel from that of groups; each channel has that of its group.
 
     Args:
@@ -57,10 +57,13 @@ def spread_over_channels(
         hardware: The machine; its channels are counted.
         parallel: How a request is spread over channels.
     """
-    channels = jnp.arange(sums.shape[2])
-    spread = sums[:, :, group_of_channels(channels, hardware, parallel)]
-    there = (channels < hardware.hbm.num_channels).reshape(-1, *[1] * (sums.ndim - 3))
-    return jnp.where(there, spread, 0.0)
+    channels = jnp.arange(sums.shape[2]).reshape(-1, *[1] * (sums.ndim - 4))
+    groups = group_of_channels(channels, hardware, parallel)  # (channels, *designs)
+    if groups.size == len(groups):  # the same in all designs
+        spread = sums[:, :, groups.reshape(-1)]
+    else:
+        spread = jnp.take_along_axis(sums, groups[None, None, :, None], axis=2)
+    return jnp.where((channels < hardware.hbm.num_channels)[:, None], spread, 0.0)
 
 
 def merge_cycles(
