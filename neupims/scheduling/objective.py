@@ -25,12 +25,13 @@ from neupims.machine.systems import Fidelity
 from neupims.machine.workload import Batch, Decoder, Parallel
 from neupims.scheduling.decision import Choices, Decision
 from neupims.timing import gemv
-from neupims.timing.attention import Attention, attention_cycles
+from neupims.timing.attention import Attention
 from neupims.timing.capacity import request_tiles
 from neupims.timing.gemm import Work
 from neupims.timing.iteration import simulate
 from neupims.timing.npu import Context
 from neupims.timing.overlap import DRAINED, side_by_side
+from neupims.timing.stage_attention import attention_cycles
 from neupims.timing.stages import npu_operation, stages
 
 MEASURES = ("time", "energy", "energy-delay")

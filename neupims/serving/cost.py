@@ -29,7 +29,7 @@ from neupims.serving.tables import (
     make_context,
     no_counts,
 )
-from neupims.timing.attention import Attention, attention_cycles
+from neupims.timing.attention import Attention
 from neupims.timing.capacity import layers_of_device
 from neupims.timing.gemm import Work, bytes_per_cycle
 from neupims.timing.iteration import count_commands
@@ -38,6 +38,7 @@ from neupims.timing.npu import on_gpu, product_bits
 from neupims.timing.overlap import DRAINED, side_by_side
 from neupims.timing.pim_commands import PIM_NONE
 from neupims.timing.prefill import prefill, prefill_attention
+from neupims.timing.stage_attention import attention_cycles
 from neupims.timing.stages import NPU_ATTENTION, QKV, REST, npu_operation
 
 

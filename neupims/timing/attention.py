@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float
+from jaxtyping import Array, Float
 
 from neupims.machine.calibration import DEFAULT, Calibration
 from neupims.machine.hardware import Hardware
@@ -24,18 +24,15 @@ from neupims.timing.gemv import channel_work
 from neupims.timing.gemv_exact import follow_list, list_groups, list_timing
 from neupims.timing.layout import (
     attend_groups,
-    heads_of_device,
     logit_groups,
     page_elements,
 )
 from neupims.timing.pim_commands import PIMCounts, results_of, total_commands
 from neupims.timing.split import (
     group_of_channels,
-    merge_cycles,
     piece_lengths,
     spread_over_channels,
 )
-from neupims.timing.vector import softmax_cycles
 
 # The exact path takes the mean over this number of starts within a round of refreshes.
 PHASES = 8
@@ -91,52 +88,41 @@ def closed_attention(
     Returns:
         The work, in one piece, and the commands of all channels, as `attention_counts` gives them.
     """
+    sub_batch = batch.sub_batches if interleaved else jnp.zeros_like(batch.sub_batches)
+    lengths, places = batch.seq_lens, batch.channels
+    if fidelity == "intended":
+        lengths = piece_lengths(lengths, parallel)
+        places = group_of_channels(places, hardware, parallel)
+    places = sub_batch * channels + places
 
-    @designs_last
-    def work(hardware, model, batch, parallel, calibration):
-        sub_batch = batch.sub_batches if interleaved else jnp.zeros_like(batch.sub_batches)
-        lengths, places = batch.seq_lens, batch.channels
-        if fidelity == "intended":
-            lengths = piece_lengths(lengths, parallel)
-            places = group_of_channels(places, hardware, parallel)
-        places = sub_batch * channels + places
+    def by_channel(sums):
+        return sums.reshape(2, 1, channels, *sums.shape[1:])
 
-        def by_channel(sums):
-            return sums.reshape(2, 1, channels, *sums.shape[1:])
-
-        waits = (None, calibration.reopen_cycles) if interleaved else (None,)
-        found = channel_work(
-            hardware,
-            model,
-            lengths * 1.0,
-            places,
-            parallel,
-            count=2 * channels,
-            fidelity=fidelity,
-            waits=waits,
-            two_buffers=two_buffers,
-        )
-        alone, beside = (by_channel(cycles) for cycles in (found.cycles[0], found.cycles[-1]))
-        counts = found.counts
-        if fidelity == "intended":
-            alone, beside = (spread_over_channels(x, hardware, parallel) for x in (alone, beside))
-            counts = PIMCounts(*(1.0 * parallel.kv_split * each for each in counts))
-        instructions = jnp.zeros_like(alone)
-        if system == "npu-pim":
-            issued = count_instructions(hardware, model, batch.seq_lens, parallel, fidelity)
-            instructions = by_channel(sum_by_place(issued, places, 2 * channels))
-        longest = [
-            jnp.where((sub_batch == which) & (batch.seq_lens > 0), batch.seq_lens, 0).max(axis=0)
-            for which in (0, 1)
-        ]
-        return (
-            Attention(
-                alone, beside, instructions, by_channel(found.requests), 1.0 * jnp.stack(longest)
-            ),
-            counts,
-        )
-
-    return work(hardware, model, batch, parallel, calibration)
+    found = channel_work(
+        hardware,
+        model,
+        lengths * 1.0,
+        places,
+        parallel,
+        count=2 * channels,
+        fidelity=fidelity,
+        waits=(None, calibration.reopen_cycles) if interleaved else (None,),
+        two_buffers=two_buffers,
+    )
+    alone, beside, counts = *(by_channel(found.cycles[at]) for at in (0, -1)), found.counts
+    if fidelity == "intended":
+        alone, beside = (spread_over_channels(x, hardware, parallel) for x in (alone, beside))
+        counts = PIMCounts(*(1.0 * parallel.kv_split * each for each in counts))
+    instructions = jnp.zeros_like(alone)
+    if system == "npu-pim":
+        issued = count_instructions(hardware, model, batch.seq_lens, parallel, fidelity)
+        instructions = by_channel(sum_by_place(issued, places, 2 * channels))
+    longest = [
+        jnp.where((sub_batch == which) & (batch.seq_lens > 0), batch.seq_lens, 0).max(axis=0)
+        for which in (0, 1)
+    ]
+    requests = by_channel(found.requests)
+    return Attention(alone, beside, instructions, requests, 1.0 * jnp.stack(longest)), counts
 
 
 def exact_attention(
@@ -305,84 +291,6 @@ def count_instructions(hardware, model, seq_lens, parallel, fidelity):
             )
         )
     return jnp.stack(counts, axis=1)
-
-
-def attention_cycles(
-    hardware: Hardware,
-    model: Decoder,
-    parallel: Parallel,
-    attention: Attention,
-    sub_batch: int,
-    *,
-    beside: bool,
-    system: System,
-    fidelity: Fidelity,
-) -> Float[Array, "2"]:
-    """Returns the core cycles of logit with softmax, and of attend, for one sub-batch.
-
-    Both are the slowest channel's, piece after piece. In "simulator" fidelity softmax instructions
-    leave one a cycle in the order of the channels, so those of later channels wait for the slowest
-    channel before them; in "npu-pim" PIM commands wait in the same way.
-
-    Args:
-        hardware: The machine.
-        model: The model.
-        parallel: How many devices share a layer.
-        attention: The work of the channels.
-        sub_batch: The place of the sub-batch on the first axis of `attention`.
-        beside: Whether the NPU uses the memory too.
-        system: "neupims" or "npu-pim".
-        fidelity: "simulator" or "intended".
-
-    Returns:
-        Core cycles of the two PIM operations, (2,).
-    """
-
-    @designs_last
-    def cycles(hardware, model, parallel, attention):
-        part = Attention(*(each[sub_batch] for each in attention))
-        load = part.beside if beside else part.alone  # (pieces, channels, 2, *designs)
-        heads, _ = heads_of_device(model, parallel)
-        if fidelity == "simulator":
-            later = _sum_before(part.requests[:, ::-1])[:, ::-1]
-            after = jnp.stack([heads * later, jnp.zeros_like(heads * later)], axis=2)
-            if system == "npu-pim":
-                after = after + _sum_before(part.instructions)
-            return jnp.where(load > 0, load + after, 0).max(axis=1).sum(axis=0)
-        softmax = heads * softmax_cycles(hardware, part.longest) / hardware.npu.vector_units
-        merge = merge_cycles(hardware, model, parallel, part.requests.sum(axis=(0, 1)), heads)
-        slowest = jnp.where(load > 0, load, 0).max(axis=1).sum(axis=0)
-        return slowest + jnp.stack(jnp.broadcast_arrays(softmax, merge))
-
-    return cycles(hardware, model, parallel, attention)
-
-
-def _sum_before(values: Float[Array, "pieces channels ..."]) -> Float[Array, "pieces channels ..."]:
-    """Returns the sums of the channels before each channel."""
-    return jax.lax.associative_scan(jnp.add, values, axis=1) - values
-
-
-class Totals(NamedTuple):
-    """Sums of the work of all channels."""
-
-    tokens: Float[Array, "2"]  # requests of each sub-batch
-    channel_cycles: Float[Array, "2 channels"]  # core cycles without the NPU
-    cycles: Float[Array, ""]  # the same of both sub-batches and all channels
-    finite: Bool[Array, ""]  # whether no cycles are infinite or NaN
-
-
-@designs_last
-def attention_totals(attention: Attention) -> Totals:
-    """Returns the sums of the work of all channels.
-
-    Args:
-        attention: The work of the channels.
-    """
-    channel_cycles = attention.alone.sum(axis=(1, 3))
-    total = channel_cycles.sum(axis=(0, 1))
-    # A sum keeps what is not finite; on CPUs the maximum of a large array drops NaN.
-    finite = jnp.isfinite(total) & jnp.isfinite(attention.beside.sum(axis=(0, 1, 2, 3)))
-    return Totals(attention.requests.sum(axis=(1, 2)), channel_cycles, total, finite)
 
 
 def attention_counts(

@@ -20,30 +20,58 @@ TOGETHER = 16  # requests of one step of a loop over requests
 Columns = Any  # a pytree of arrays (r, *designs)
 
 
-def designs_last(function: Callable[..., Any]) -> Callable[..., Any]:
+def designs_last(function: Callable[..., Any], *, together: int = 0) -> Callable[..., Any]:
     """Returns the function, which `jax.vmap` computes with mapped axes last.
 
     Args:
         function: Function of pytrees of numbers, and of arrays of which the first axis is no
             design. It must not close over traced arrays.
+        together: Designs computed together on a CPU, so that their arrays fit its cache (default:
+            all). Their number must be a multiple of it, or all are computed together.
     """
     wrapped = jax.custom_batching.custom_vmap(function)
 
     @wrapped.def_vmap
     def of_designs(count, batched, *arguments):
-        def move(value, is_batched):
-            value = jnp.asarray(value)
-            if is_batched:
-                return jnp.moveaxis(value, 0, -1)
-            return value[..., None] if value.ndim else value
+        leaves, tree = jax.tree.flatten(list(arguments))
+        flags = jax.tree.leaves(batched)
+        mapped = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
+        size = count
+        if together and count % together == 0 and jax.default_backend() == "cpu":
+            size = together
 
-        def move_back(value):  # a last axis of 1 is the same for all designs
-            return jnp.moveaxis(jnp.broadcast_to(value, (*value.shape[:-1], count)), -1, 0)
+        def compute(mapped):
+            """The results of `size` designs, designs first."""
+            parts = iter(mapped)
+            moved = [
+                _move_last(next(parts)) if flag else _keep(leaf)
+                for leaf, flag in zip(leaves, flags, strict=True)
+            ]
+            found = function(*jax.tree.unflatten(tree, moved))
+            return jax.tree.map(lambda value: _move_first(value, size), found)
 
-        found = function(*jax.tree.map(move, list(arguments), batched))
-        return jax.tree.map(move_back, found), jax.tree.map(lambda _: True, found)
+        blocks = [leaf.reshape(-1, size, *leaf.shape[1:]) for leaf in mapped]
+        found = jax.lax.map(compute, blocks) if size < count else compute(mapped)
+        if size < count:
+            found = jax.tree.map(lambda value: value.reshape(count, *value.shape[2:]), found)
+        return found, jax.tree.map(lambda _: True, found)
 
     return wrapped
+
+
+def _move_last(value: Array) -> Array:
+    return jnp.moveaxis(jnp.asarray(value), 0, -1)
+
+
+def _keep(value) -> Array:
+    """A value that is the same for all designs; arrays get a last axis of 1."""
+    value = jnp.asarray(value)
+    return value[..., None] if value.ndim else value
+
+
+def _move_first(value: Array, count: int) -> Array:
+    value = jnp.broadcast_to(value, (*jnp.shape(value)[:-1], count))  # the last axis may be 1
+    return jnp.moveaxis(value, -1, 0)
 
 
 def reduce_requests(

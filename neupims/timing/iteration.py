@@ -34,15 +34,7 @@ from neupims.machine.systems import (
     TimingPath,
 )
 from neupims.machine.workload import Batch, Decoder, Parallel
-from neupims.timing.attention import (
-    Attention,
-    Totals,
-    attention_counts,
-    attention_cycles,
-    attention_totals,
-    closed_attention,
-    exact_attention,
-)
+from neupims.timing.attention import Attention, exact_attention
 from neupims.timing.columns import designs_last
 from neupims.timing.experts import route
 from neupims.timing.gemm import (
@@ -60,6 +52,7 @@ from neupims.timing.overlap import DRAINED, side_by_side
 from neupims.timing.pim_commands import PIM_NONE, PIMCounts
 from neupims.timing.shapes import mlp_channels
 from neupims.timing.split import check_split, is_split
+from neupims.timing.stage_attention import Totals, stage_attention
 from neupims.timing.stages import (
     INTERLEAVED,
     PRODUCTS,
@@ -261,49 +254,33 @@ def _simulate(
 ) -> Iteration:
     context = Context(hardware, model, batch, parallel, calibration, system, fidelity, mix)
     interleaved = system == "neupims" and sub_batches == 2
-    if attention is not None:
-        counts = attention_counts(hardware, model, batch, parallel, fidelity=fidelity)
-    else:
-        attention, counts = closed_attention(
-            hardware,
-            model,
-            batch,
-            parallel,
-            system=system,
-            interleaved=interleaved,
-            channels=channels,
-            fidelity=fidelity,
-            calibration=calibration,
-            two_buffers=two_buffers,
-        )
-    if system not in PIM_SYSTEMS:
-        counts = PIM_NONE
-    totals = attention_totals(attention)
-    tokens = totals.tokens
-    if attention.requests.shape[1] > 1:  # the simulator's pieces share a request; each counts once
+    planned = stages(system, sub_batches)
+    memory = stage_attention(
+        *(hardware, model, batch, parallel, attention),
+        sub_batches=tuple({stage.pim_sub_batch for stage in planned} - {-1}),
+        system=system,
+        interleaved=interleaved,
+        channels=channels,
+        fidelity=fidelity,
+        calibration=calibration,
+        two_buffers=two_buffers,
+    )
+    tokens = memory.totals.tokens
+    if attention is not None and attention.requests.shape[1] > 1:
+        # The simulator's pieces share a request; each counts once.
         which = batch.sub_batches if interleaved else jnp.zeros_like(batch.sub_batches)
         tokens = jax.ops.segment_sum((batch.seq_lens > 0) * 1.0, which, 2)
     tiles = _tile_products(context, tokens)
     stage_cycles, starts, cycles, works = [], [], [], []
     left: Number = 0.0  # bytes that the stage before wrote last, if its NPU side ended with it
-    for stage in stages(system, sub_batches):
+    for stage in planned:
         npu: list[Work] = []
         for operation in stage.npu:
             tile = tiles.get((operation.name, stage.npu_sub_batch))
             before = npu[-1].write_bytes if npu else left
             count = tokens[stage.npu_sub_batch]
             npu.append(npu_operation(operation, context, count, before, tile))
-        alone = beside = ()
-        if stage.pim_sub_batch >= 0:
-            alone, beside = (
-                attention_cycles(
-                    *(hardware, model, parallel, attention, stage.pim_sub_batch),
-                    beside=shared,
-                    system=system,
-                    fidelity=fidelity,
-                )
-                for shared in (False, True)
-            )
+        alone, beside = memory.cycles.get(stage.pim_sub_batch, ((), ()))
         on_npu, on_pim = side_by_side(hardware, calibration, npu, alone, beside)
         stage_cycles.append(jnp.maximum(on_npu.end, on_pim.end))
         left = 0.0
@@ -314,8 +291,8 @@ def _simulate(
         works.append(npu)
     return summarize(
         context,
-        totals,
-        counts,
+        memory.totals,
+        memory.counts if system in PIM_SYSTEMS else PIM_NONE,
         works,
         stage_cycles,
         starts,

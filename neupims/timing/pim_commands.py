@@ -221,7 +221,8 @@ def group_cycles(times: Timing, groups: Groups, weight: Number = 1.0) -> Number:
     reopening, to_end = times.closing + times.opening, multiply + times.read_to_close
     # In an interval that begins with the refresh of the first rank, the row of GWRITE is closed.
     interval_number = jnp.arange(float(INTERVALS)).reshape(-1, *[1] * jnp.ndim(row_ready))
-    first_rank = interval_number % times.ranks == 0
+    rounds = floor_divide(interval_number, times.ranks)
+    first_rank = rounds * times.ranks == interval_number
     ready = jnp.where(first_rank, row_ready, times.refresh_start)
     one_group = tiles * period + gwrite
     # The reciprocals are computed once; a product corrects what their rounding may do.

@@ -18,7 +18,7 @@ from neupims.machine.hardware import Hardware
 from neupims.machine.layer_kinds import attended, find_mix, layer_kinds
 from neupims.machine.record import Number
 from neupims.machine.workload import FLOAT16_BYTES, Batch, Decoder, Parallel
-from neupims.timing.attention import attention_totals, no_attention
+from neupims.timing.attention import no_attention
 from neupims.timing.gemm import LEAST_STREAM, Work, bytes_per_cycle
 from neupims.timing.iteration import Iteration, mean_of_layers, summarize
 from neupims.timing.layout import heads_of_device
@@ -27,6 +27,7 @@ from neupims.timing.npu import Context, matrix_product, product_bits
 from neupims.timing.overlap import side_by_side
 from neupims.timing.pim_commands import PIM_NONE
 from neupims.timing.shapes import expanded_latents, projection_sides, qkv_sides
+from neupims.timing.stage_attention import attention_totals
 from neupims.timing.stages import Operation, npu_operation, stages
 from neupims.timing.vector import softmax_cycles
 
