@@ -11,8 +11,8 @@ from neupims.machine.quantity import describe
 from neupims.machine.record import replace, replace_all
 from neupims.machine.workload import make_batch
 from neupims.timing.attention import attention_counts
-from neupims.timing.columns import designs_last, reduce_requests
-from neupims.timing.gemv import channel_works, request_works
+from neupims.timing.columns import designs_last, pack_pairs, reduce_requests, unpack_pairs
+from neupims.timing.gemv import channel_work, request_works
 
 MODEL, PARALLEL = load_model("gpt3-7b"), load_parallel("gpt3-7b")
 LENGTHS = np.append(np.random.default_rng(0).integers(1, 2048, 40), [0, 512, 1])
@@ -31,37 +31,44 @@ def sums(values, places, fidelity, lengths=LENGTHS):
     hardware = Hardware()
     for name, value in values.items():
         hardware = replace(hardware, name, value)
-    works = channel_works(
-        hardware,
-        MODEL,
-        lengths,
-        places,
-        PARALLEL,
-        count=10,
-        fidelity=fidelity,
-        waits=(None, 12.0),
-        two_buffers=True,
-    )
-    batch = make_batch(np.maximum(lengths, 1), [0] * len(lengths))
-    return works, attention_counts(hardware, MODEL, batch, PARALLEL, fidelity=fidelity)
+
+    @designs_last
+    def side_by_side(hardware, lengths, places):
+        options = {"fidelity": fidelity, "waits": (None, 12.0), "two_buffers": True}
+        found = channel_work(hardware, MODEL, lengths, places, PARALLEL, count=10, **options)
+        return found.cycles, found.requests, found.counts
+
+    return side_by_side(hardware, lengths * 1.0, jnp.asarray(places))
 
 
 @pytest.mark.parametrize("fidelity", ["simulator", "intended"])
 @pytest.mark.parametrize("schedules", [1, 4])
 def test_designs_side_by_side_are_each_design_alone(fidelity, schedules):
-    columns = {name: jnp.asarray(values) for name, values in DESIGNS.items()}
+    knobs = {name: jnp.asarray(values) for name, values in DESIGNS.items()}
     places, axis = (PLACES, 0) if schedules > 1 else (PLACES[0], None)
     mapped = jax.vmap(lambda values, at: sums(values, at, fidelity), in_axes=(0, axis))
-    works, counts = jax.device_get(jax.jit(mapped)(columns, jnp.asarray(places)))
+    works, requests, counts = jax.device_get(jax.jit(mapped)(knobs, jnp.asarray(places)))
     alone = jax.jit(lambda values, at: sums(values, at, fidelity))
     for design in range(4):
-        values = {name: each[design] for name, each in columns.items()}
-        one, one_counts = alone(values, jnp.asarray(PLACES[design if schedules > 1 else 0]))
+        values = {name: each[design] for name, each in knobs.items()}
+        own = PLACES[design if schedules > 1 else 0]
+        one, one_requests, one_counts = alone(values, jnp.asarray(own))
         np.testing.assert_allclose(works[design], one, rtol=1e-6)
+        np.testing.assert_array_equal(requests[design], one_requests)
+        np.testing.assert_array_equal(requests[design], np.bincount(own[LENGTHS > 0], minlength=10))
         for name, each in one_counts._asdict().items():
             assert getattr(counts, name)[design] == pytest.approx(float(each), rel=1e-6)
     assert np.isinf(works[2]).any()
     assert np.isfinite(works[[0, 1, 3]]).all()
+
+
+@pytest.mark.parametrize("fidelity", ["simulator", "intended"])
+def test_commands_are_counted_with_the_work_as_alone(fidelity):
+    batch = make_batch(np.maximum(LENGTHS, 1), [0] * len(LENGTHS))
+    counts = sums({}, PLACES[0], fidelity, np.asarray(batch.seq_lens))[2]
+    expected = attention_counts(Hardware(), MODEL, batch, PARALLEL, fidelity=fidelity)
+    for name, each in expected._asdict().items():
+        assert getattr(counts, name) == pytest.approx(float(each), rel=1e-6)
 
 
 OF_ATTENTION = [each.name for each in describe(Hardware()) if each.name[:3] in ("hbm", "pim")]
@@ -70,7 +77,7 @@ OF_ATTENTION = [each.name for each in describe(Hardware()) if each.name[:3] in (
 @pytest.mark.parametrize("field", ["npu.clock_hz", *OF_ATTENTION])
 def test_any_field_may_be_the_only_one_that_differs(field):
     mapped = jax.vmap(lambda value: sums({field: value}, PLACES[0], "intended"))
-    works, _ = jax.eval_shape(mapped, jnp.array([1.0, 2.0, 3.0]))
+    works, *_ = jax.eval_shape(mapped, jnp.array([1.0, 2.0, 3.0]))
     assert works.shape == (3, 2, 10, 2)
 
 
@@ -82,7 +89,7 @@ def test_schedules_alone_may_differ():
 
 
 def test_the_work_of_a_place_is_that_of_its_requests():
-    works, _ = sums({}, PLACES[0], "simulator")
+    works, *_ = sums({}, PLACES[0], "simulator")
     each = request_works(Hardware(), MODEL, LENGTHS, PARALLEL, waits=(None, 12.0), two_buffers=True)
     expected = np.zeros(works.shape, np.float32)
     np.add.at(expected, (slice(None), PLACES[0]), np.asarray(each))
@@ -128,3 +135,27 @@ def test_mapped_axes_come_last_and_others_stay():
     np.testing.assert_array_equal(found, rows * numbers[:, None] + shared)
     same = jax.vmap(function, in_axes=(0, None, None))(numbers, rows[0], shared)
     np.testing.assert_array_equal(same, found)
+
+
+@pytest.mark.parametrize("designs", [5, 40, 64, 70])
+def test_designs_in_blocks_are_all_designs(designs):
+    """At most 32 are computed together; the last block is filled up."""
+    sizes = []
+
+    def function(number, rows, shared):
+        sizes.append(jnp.size(number))
+        return (rows * number).sum(axis=0) + shared
+
+    numbers, rows = jnp.arange(designs * 1.0), jnp.ones((designs, 3))
+    found = jax.vmap(designs_last(function, together=32), in_axes=(0, 0, None))(numbers, rows, 2.0)
+    np.testing.assert_array_equal(found, 3 * numbers + 2)
+    assert max(sizes) == min(designs, 32)
+
+
+def test_pairs_of_arrays_are_packed_and_unpacked():
+    values = [jnp.arange(3.0), jnp.float32(7.0), jnp.array([jnp.inf, 1.0, 2.0])]
+    pairs = pack_pairs(values)
+    assert [pair.dtype for pair in pairs] == [jnp.complex64] * 2
+    found = unpack_pairs(pairs, 3)
+    for value, each in zip(found, jnp.broadcast_arrays(*values), strict=True):
+        np.testing.assert_array_equal(value, each)

@@ -18,11 +18,12 @@ from neupims.machine.layer_kinds import find_mix
 from neupims.machine.record import replace
 from neupims.machine.systems import PIM_SYSTEMS, Fidelity, System
 from neupims.machine.workload import Batch, Decoder, Parallel
+from neupims.timing.columns import in_blocks
 from neupims.timing.iteration import Iteration, simulate
 
 Schedule = Literal["dealt", "trace"]
 SCHEDULES: tuple[Schedule, ...] = ("dealt", "trace")
-BLOCK = 128  # designs computed together on a CPU, so that their arrays fit its cache
+BLOCK = 512  # designs computed together on a CPU, so that their arrays fit its cache
 
 
 def make_evaluate(
@@ -151,14 +152,7 @@ def map_blocks(one: Callable[[Any], Any], columns: Any, block: int | None = None
         return jax.tree.map(lambda shape: jnp.zeros(shape.shape, shape.dtype), shapes)
     if block is None:
         block = BLOCK if jax.default_backend() == "cpu" else rows
-    count = -(-rows // block)
-    size = -(-rows // count)
-    filled = jax.tree.map(
-        lambda column: jnp.pad(column, (0, count * size - rows), mode="edge").reshape(count, size),
-        columns,
-    )
-    found = jax.lax.map(jax.vmap(one), filled)
-    return jax.tree.map(lambda part: part.reshape(count * size, *part.shape[2:])[:rows], found)
+    return in_blocks(jax.vmap(one), columns, block)
 
 
 def _select_metrics(iteration: Iteration) -> dict[str, Array]:

@@ -48,7 +48,7 @@ def ceil_divide(dividend: Number, divisor: Number) -> Number:
     """
     dividend, divisor = 1.0 * dividend, 1.0 * divisor
     nearest = jnp.round(dividend / jnp.asarray(divisor))
-    return nearest + (nearest * divisor < dividend)
+    return jnp.where(nearest * divisor < dividend, nearest + 1, nearest)
 
 
 def floor_divide(dividend: Number, divisor: Number) -> Number:
@@ -64,4 +64,4 @@ def floor_divide(dividend: Number, divisor: Number) -> Number:
     """
     dividend, divisor = 1.0 * dividend, 1.0 * divisor
     nearest = jnp.round(dividend / jnp.asarray(divisor))
-    return nearest - (nearest * divisor > dividend)
+    return jnp.where(nearest * divisor > dividend, nearest - 1, nearest)

@@ -8,59 +8,74 @@ arrays of designs, and its arrays have requests first, or requests first and des
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-TOGETHER = 16  # requests of one step of a loop over requests
+TOGETHER = 64  # requests of one step of a loop over requests
+VECTOR = 16  # float32 numbers in the longest vectors of a CPU; blocks are multiples of it
 
 Columns = Any  # a pytree of arrays (r, *designs)
 
 
-def designs_last(function: Callable[..., Any], *, together: int = 0) -> Callable[..., Any]:
+def designs_last(function: Callable[..., Any], *, together: int | None = None):
     """Returns the function, which `jax.vmap` computes with mapped axes last.
 
     Args:
         function: Function of pytrees of numbers, and of arrays of which the first axis is no
             design. It must not close over traced arrays.
-        together: Designs computed together on a CPU, so that their arrays fit its cache (default:
-            all). Their number must be a multiple of it, or all are computed together.
+        together: Most designs computed together on a CPU, so that their arrays fit its cache
+            (default: all).
     """
     wrapped = jax.custom_batching.custom_vmap(function)
 
     @wrapped.def_vmap
     def of_designs(count, batched, *arguments):
         leaves, tree = jax.tree.flatten(list(arguments))
-        flags = jax.tree.leaves(batched)
-        mapped = [leaf for leaf, flag in zip(leaves, flags, strict=True) if flag]
-        size = count
-        if together and count % together == 0 and jax.default_backend() == "cpu":
-            size = together
+        is_mapped = jax.tree.leaves(batched)
+        mapped = [leaf for leaf, flag in zip(leaves, is_mapped, strict=True) if flag]
 
-        def compute(mapped):
-            """The results of `size` designs, designs first."""
-            parts = iter(mapped)
+        def compute(some):
+            """The results of some designs, which are the first axis here and there."""
+            size, of_some = len(some[0]), iter(some)
             moved = [
-                _move_last(next(parts)) if flag else _keep(leaf)
-                for leaf, flag in zip(leaves, flags, strict=True)
+                jnp.moveaxis(next(of_some), 0, -1) if flag else _keep(leaf)
+                for leaf, flag in zip(leaves, is_mapped, strict=True)
             ]
             found = function(*jax.tree.unflatten(tree, moved))
             return jax.tree.map(lambda value: _move_first(value, size), found)
 
-        blocks = [leaf.reshape(-1, size, *leaf.shape[1:]) for leaf in mapped]
-        found = jax.lax.map(compute, blocks) if size < count else compute(mapped)
-        if size < count:
-            found = jax.tree.map(lambda value: value.reshape(count, *value.shape[2:]), found)
+        on_cpu = jax.default_backend() == "cpu"
+        found = in_blocks(compute, mapped, together if on_cpu and together else count)
         return found, jax.tree.map(lambda _: True, found)
 
     return wrapped
 
 
-def _move_last(value: Array) -> Array:
-    return jnp.moveaxis(jnp.asarray(value), 0, -1)
+def in_blocks(function: Callable[[Any], Any], columns: Any, block: int) -> Any:
+    """Returns the function of rows, which are computed in blocks of one size, one after another.
+
+    Args:
+        function: Function of some rows, a pytree of arrays (n, ...), to another one.
+        columns: All rows, at least one.
+        block: Most rows of a block.
+    """
+    rows = len(jax.tree.leaves(columns)[0])
+    count = -(-rows // block)
+    if count == 1:
+        return function(columns)
+    size = -(-rows // count // VECTOR) * VECTOR
+    count = -(-rows // size)
+
+    def fill(column):
+        padding = [(0, count * size - rows), *[(0, 0)] * (column.ndim - 1)]
+        return jnp.pad(column, padding, mode="edge").reshape(count, size, *column.shape[1:])
+
+    found = jax.lax.map(function, jax.tree.map(fill, columns))
+    return jax.tree.map(lambda part: part.reshape(count * size, *part.shape[2:])[:rows], found)
 
 
 def _keep(value) -> Array:
@@ -88,8 +103,9 @@ def reduce_requests(
         Arrays (*designs).
     """
     steps = -(-len(lengths) // TOGETHER)
-    padding = [(0, steps * TOGETHER - len(lengths)), *[(0, 0)] * (lengths.ndim - 1)]
-    parts = jnp.pad(lengths, padding).reshape(steps, TOGETHER, *lengths.shape[1:])
+    size = -(-len(lengths) // steps)
+    padding = [(0, steps * size - len(lengths)), *[(0, 0)] * (lengths.ndim - 1)]
+    parts = jnp.pad(lengths, padding).reshape(steps, size, *lengths.shape[1:])
 
     def step(number, found):
         return jax.tree.map(combine, found, function(parts[number]))
@@ -116,3 +132,26 @@ def sum_by_place(values: Columns, places: Array, count: int) -> Array:
     spread = jnp.broadcast_to(places, (len(values), designs))
     sums = jax.vmap(lambda rows, at: jax.ops.segment_sum(rows, at, count))(of_designs, spread.T)
     return jnp.moveaxis(sums, 0, -1)
+
+
+def pack_pairs(values: Sequence[Array]) -> list[Array]:
+    """Returns complex arrays, each of two arrays: its real and its imaginary part.
+
+    A compiler makes a loop for each array of a result, and each loop computes all that it needs: a
+    loop for two arrays computes what they share once.
+
+    Args:
+        values: Arrays of one shape, to broadcasting.
+    """
+    pairs = [values[at : at + 2] for at in range(0, len(values), 2)]
+    return [jax.lax.complex(*jnp.broadcast_arrays(pair[0], pair[-1])) for pair in pairs]
+
+
+def unpack_pairs(pairs: Sequence[Array], count: int) -> list[Array]:
+    """Returns the arrays that `pack_pairs` packed.
+
+    Args:
+        pairs: Its result.
+        count: The number of arrays.
+    """
+    return [part for pair in pairs for part in (pair.real, pair.imag)][:count]

@@ -22,7 +22,13 @@ from neupims.machine.hardware import Hardware
 from neupims.machine.record import Number
 from neupims.machine.systems import Fidelity
 from neupims.machine.workload import Decoder, Parallel
-from neupims.timing.columns import TOGETHER, reduce_requests, sum_by_place
+from neupims.timing.columns import (
+    TOGETHER,
+    pack_pairs,
+    reduce_requests,
+    sum_by_place,
+    unpack_pairs,
+)
 from neupims.timing.layout import attend_groups, logit_groups
 from neupims.timing.pim_commands import (
     WAITING,
@@ -44,9 +50,9 @@ ENDLESS = 64.0  # tiles of a group that shows what one more tile takes
 PRODUCTS = 32
 CLASSES = 6  # of these products, up to a power of two each: 1, 2, 4, 8, 16, 32
 
-# Cycles of logit and of attend for requests of given lengths, and their commands: (r, *designs) to
-# two arrays (waits, r, *designs) and to counts (r, *designs).
-Work = Callable[[Array], tuple[Array, Array, PIMCounts]]
+# From the lengths of requests, (r, *designs), to arrays of that shape: the cycles of logit for each
+# wait, those of attend, and the `PIMCounts`.
+Work = Callable[[Array], tuple[Array, ...]]
 
 
 class ChannelWork(NamedTuple):
@@ -109,7 +115,8 @@ def request_works(
     """
     lengths = jnp.asarray(seq_lens) * 1.0
     work = _make_work(hardware, model, lengths, parallel, waits, fidelity, two_buffers)
-    return jnp.stack(work(lengths)[:2], axis=-1)
+    cycles = jnp.stack(work(lengths)[: 2 * len(waits)]).reshape(2, len(waits), -1)
+    return jnp.moveaxis(cycles, 0, -1)
 
 
 def channel_work(
@@ -142,28 +149,28 @@ def channel_work(
     """
     work = _make_work(hardware, model, lengths, parallel, waits, fidelity, two_buffers)
     if lengths.size == places.size == len(lengths):  # the same schedule for all designs
-        return _sum_side_by_side(work, lengths, places.reshape(-1), count)
-    return _sum_one_by_one(work, lengths, places, count)
+        return _sum_side_by_side(work, lengths, places.reshape(-1), count, len(waits))
+    return _sum_one_by_one(work, lengths, places, count, len(waits))
 
 
-def _sum_one_by_one(work: Work, lengths, places, count: int) -> ChannelWork:
+def _sum_one_by_one(work: Work, lengths, places, count: int, waits: int) -> ChannelWork:
     """Returns `channel_work` for requests with different places in different designs."""
 
     # This loop keeps the works in memory, so that they are computed with designs last.
     def of_request(length):
-        return jax.tree.map(
-            lambda value: jnp.moveaxis(value, -lengths.ndim, 0)[0], work(length[None])
-        )
+        return [value[0] for value in work(length[None])]
 
-    logit, attend, counts = jax.lax.map(of_request, lengths, batch_size=TOGETHER)
-    works = jnp.concatenate([logit, attend], axis=1)  # (r, 2 waits, *designs)
-    there = jnp.broadcast_to(1.0 * (lengths > 0)[:, None], (len(works), 1, *works.shape[2:]))
-    sums = sum_by_place(jnp.concatenate([works, there], axis=1), places, count)
-    cycles = jnp.moveaxis(sums[:, :-1].reshape(count, 2, -1, *sums.shape[2:]), 2, 0)
-    return ChannelWork(cycles, sums[:, -1], jax.tree.map(lambda each: each.sum(axis=0), counts))
+    works = jax.lax.map(of_request, lengths, batch_size=TOGETHER)  # each (r, *designs)
+    cycles, counts = works[: 2 * waits], works[2 * waits :]
+    there = jnp.broadcast_to(1.0 * (lengths > 0), cycles[0].shape)
+    sums = sum_by_place(jnp.stack([*cycles, there], axis=1), places, count)
+    cycles = sums[:, :-1].reshape(count, 2, waits, *sums.shape[2:])
+    return ChannelWork(
+        jnp.moveaxis(cycles, 2, 0), sums[:, -1], PIMCounts(*(each.sum(axis=0) for each in counts))
+    )
 
 
-def _sum_side_by_side(work: Work, lengths, places, count: int) -> ChannelWork:
+def _sum_side_by_side(work: Work, lengths, places, count: int, waits: int) -> ChannelWork:
     """Returns `channel_work` for requests with the same place in all designs, (r,).
 
     The requests of a place come one after another, those of all places side by side, so that no
@@ -177,17 +184,19 @@ def _sum_side_by_side(work: Work, lengths, places, count: int) -> ChannelWork:
     def of_places(number):
         request = jnp.minimum(first + number, len(ordered) - 1)
         mine = jnp.where(number < held, ordered[request], 0.0)
-        return work(mine.reshape(-1, *lengths.shape[1:]))
+        return pack_pairs(work(mine.reshape(-1, *lengths.shape[1:])))
 
     def add(number, sums):
         return jax.tree.map(jnp.add, sums, of_places(number))
 
-    zeros = jax.tree.map(lambda each: jnp.zeros(each.shape), jax.eval_shape(of_places, 0))
-    logit, attend, counts = jax.lax.fori_loop(0, held.max(), add, zeros)
+    zeros = [jnp.zeros(each.shape, each.dtype) for each in jax.eval_shape(of_places, 0)]
+    sums = jax.lax.fori_loop(0, held.max(), add, zeros)
+    works = unpack_pairs(sums, 2 * waits + len(PIMCounts._fields))
+    cycles = jnp.stack(works[: 2 * waits]).reshape(2, waits, *works[0].shape)
     return ChannelWork(
-        jnp.stack([logit, attend], axis=2),
+        jnp.moveaxis(cycles, 0, 2),
         held.reshape(-1, *[1] * (lengths.ndim - 1)) * 1.0,
-        jax.tree.map(lambda each: each.sum(axis=0), counts),
+        PIMCounts(*(each.sum(axis=0) for each in works[2 * waits :])),
     )
 
 
@@ -231,7 +240,7 @@ def _make_work(
             found = [_look_up_logit(tables, *logit), _look_up_attend(tables, *attend)]
         cycles = [jnp.where(some > 0, each * to_core, 0.0) for each in found]
         counts = total_commands((*logit, *attend))
-        return *cycles, jax.tree.map(lambda each: each + jnp.zeros_like(some), counts)
+        return *cycles[0], *cycles[1], *(each + jnp.zeros_like(some) for each in counts)
 
     return work
 

@@ -298,12 +298,11 @@ def smooth_group_cycles(times: Timing, groups: Groups) -> Number:
     last_period, _, _ = tile_cycles(times, groups.last_results, groups.products)
     gwrite = times.gwrite + jnp.where(times.dual > 0, 0.0, times.conflict)
     lost = times.refresh_end + times.spread - times.closing - times.opening
-    share = (times.interval - lost - estimate + period / 2) / times.interval
-    return jnp.where(
-        is_starved(times, estimate),
-        jnp.inf,
-        (gwrite + (groups.tiles - 1) * period + last_period) / jnp.maximum(share, 1e-3),
-    )
+    used = times.interval - lost - estimate + period / 2
+    # The same for all waits: one quotient serves them.
+    stretch = times.interval / jnp.maximum(used, 1e-3 * times.interval)
+    cycles = (gwrite + (groups.tiles - 1) * period + last_period) * stretch
+    return jnp.where(is_starved(times, estimate), jnp.inf, cycles)
 
 
 def power_of_two(number: Number) -> Number:

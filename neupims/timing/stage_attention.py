@@ -20,9 +20,7 @@ from neupims.timing.pim_commands import PIMCounts
 from neupims.timing.split import merge_cycles
 from neupims.timing.vector import softmax_cycles
 
-import os
-TOGETHER = int(os.environ.get('BLK','128'))
-#  # designs computed together on a CPU, so that their arrays fit its cache
+TOGETHER = 128  # designs computed together on a CPU, so that their arrays fit its cache
 
 
 class Totals(NamedTuple):
@@ -126,7 +124,7 @@ def attention_cycles(
     beside: bool,
     system: System,
     fidelity: Fidelity,
-) -> Float[Array, "2"]:
+) -> Float[Array, "2 ..."]:
     """Returns the core cycles of logit with softmax, and of attend, for one sub-batch.
 
     Both are the slowest channel's, piece after piece. In "simulator" fidelity softmax instructions
