@@ -271,10 +271,12 @@ def _with_pim(setting, tables, kind, table, lengths, halves, tokens, *, interlea
 
     layers = layers_of_device(kind.model, parallel)
     if interleaved:
-        loads = [
-            times(attention, which, beside=beside) for which in (0, 1) for beside in (False, True)
-        ]
-        loads = jnp.stack(loads).reshape(2, 2, 2)
+        loads = jnp.stack(
+            [
+                jnp.stack([times(attention, which, beside=beside) for beside in (False, True)])
+                for which in (0, 1)
+            ]
+        )
         cycles = _interleave(setting, tables, kind, table, tokens, loads, layers)
     else:
         whole = jax.tree.map(lambda value: value.sum(axis=0, keepdims=True), attention)

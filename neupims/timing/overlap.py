@@ -4,7 +4,7 @@ Each side slows the other down until one ends. This is the only place that decid
 memory overlap. Cycles are core cycles.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -36,8 +36,8 @@ def side_by_side(
     hardware: Hardware,
     calibration: Calibration,
     npu: Sequence[Work],
-    alone: Sequence[Number],
-    beside: Sequence[Number],
+    alone: Iterable[Number],
+    beside: Iterable[Number],
 ) -> tuple[Side, Side]:
     """Returns the start and end times of NPU and PIM operations that begin together.
 
@@ -59,9 +59,9 @@ def side_by_side(
     )
     solo = [work.cycles for work in npu]
     slow = [work.cycles + work.memory_cycles * slowdown for work in npu]
-    alone, beside = list(alone), list(beside)
-    until = jnp.minimum(_ends(slow)[-1], _ends(beside)[-1]) if npu and alone else 0.0
-    return _follow(solo, slow, until), _follow(alone, beside, until)
+    own, shared = list(alone), list(beside)
+    until = jnp.minimum(_ends(slow)[-1], _ends(shared)[-1]) if npu and own else 0.0
+    return _follow(solo, slow, until), _follow(own, shared, until)
 
 
 def _ends(cycles: Sequence[Number]) -> list[Number]:

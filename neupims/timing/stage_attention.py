@@ -87,7 +87,6 @@ def stage_attention(
         calibration: As in `attention.closed_attention`.
         two_buffers: As in `attention.closed_attention`.
     """
-    options = {"system": system, "fidelity": fidelity}
 
     def find(hardware, model, batch, parallel, attention, calibration):
         if attention is not None:
@@ -95,20 +94,20 @@ def stage_attention(
         else:
             attention, counts = closed_attention(
                 *(hardware, model, batch, parallel),
+                system=system,
                 interleaved=interleaved,
                 channels=channels,
+                fidelity=fidelity,
                 calibration=calibration,
                 two_buffers=two_buffers,
-                **options,
             )
-        of = (hardware, model, parallel, attention)
-        cycles = {
-            which: tuple(
-                attention_cycles(*of, which, beside=beside, **options) for beside in (False, True)
-            )
-            for which in sub_batches
-        }
-        return StageAttention(cycles, attention_totals(attention), counts)
+
+        def cycles(which: int, beside: bool) -> Array:
+            given = (hardware, model, parallel, attention, which)
+            return attention_cycles(*given, beside=beside, system=system, fidelity=fidelity)
+
+        both = {which: (cycles(which, False), cycles(which, True)) for which in sub_batches}
+        return StageAttention(both, attention_totals(attention), counts)
 
     side_by_side = designs_last(find, together=TOGETHER)
     return side_by_side(hardware, model, batch, parallel, attention, calibration)
