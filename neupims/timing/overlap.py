@@ -8,6 +8,7 @@ from collections.abc import Iterable, Sequence
 from itertools import accumulate
 from typing import NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 from neupims.machine.calibration import Calibration
@@ -71,11 +72,19 @@ def _ends(cycles: Sequence[Number]) -> list[Number]:
 
 def _follow(solo: Sequence[Number], slow: Sequence[Number], until: Number) -> Side:
     """Runs operations at the slow pace `until` the first side has ended, then at their own pace."""
-    cycles = []
     slow_ends = _ends(slow)
-    for own, slowed, begin, end in zip(solo, slow, [0.0, *slow_ends], slow_ends, strict=False):
-        spent = jnp.clip(until - begin, 0, slowed)
-        left = 1 - spent / jnp.maximum(slowed, 1e-9)  # the share that is done at its own pace
-        cycles.append(jnp.where(end <= until, slowed, spent + left * own))
+    begins = [0.0, *slow_ends[:-1]]
+    cycles = [
+        _take(own, slowed, begin, end, until)
+        for own, slowed, begin, end in zip(solo, slow, begins[: len(slow)], slow_ends, strict=True)
+    ]
     ends = _ends(cycles)
     return Side((0.0, *ends[:-1]) if ends else (), tuple(ends), tuple(cycles))
+
+
+@jax.jit
+def _take(solo: Number, slow: Number, begin: Number, end: Number, until: Number) -> Number:
+    """The cycles of an operation that begins and ends, at the slow pace, as given."""
+    spent = jnp.clip(until - begin, 0, slow)
+    left = 1 - spent / jnp.maximum(slow, 1e-9)  # the share that is done at its own pace
+    return jnp.where(end <= until, slow, spent + left * solo)
