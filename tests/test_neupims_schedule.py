@@ -101,7 +101,7 @@ def test_two_sides_slow_each_other_down_until_one_ends():
     def ends(cycles, memory_cycles, hardware=Hardware()):  # noqa: B008  # a frozen record
         npu = [Work(jnp.float32(cycles), jnp.float32(memory_cycles), *[jnp.float32(0)] * 4)]
         return [
-            float(side.ends[-1])
+            float(side.end)
             for side in side_by_side(
                 hardware, calibration, npu, jnp.array([60.0]), jnp.array([80.0])
             )

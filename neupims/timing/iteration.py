@@ -286,7 +286,7 @@ def _simulate(
         left = 0.0
         if npu:
             left = jnp.where(stage_cycles[-1] - on_npu.end < DRAINED, npu[-1].write_bytes, 0.0)
-        starts += [*on_npu.starts, *on_pim.starts]
+        starts += [on_npu.starts, on_pim.starts]
         cycles += [*on_npu.cycles, *on_pim.cycles]
         works.append(npu)
     return summarize(
@@ -295,7 +295,7 @@ def _simulate(
         memory.counts if system in PIM_SYSTEMS else PIM_NONE,
         works,
         stage_cycles,
-        starts,
+        jnp.concatenate(starts),
         cycles,
         sub_batches=sub_batches,
         tokens=tokens,
@@ -341,7 +341,7 @@ def summarize(
     pim: PIMCounts,
     works: Sequence[Sequence[Work]],
     stage_cycles: Sequence[Number],
-    starts: Sequence[Number],
+    starts: Float[Array, " operations"],
     cycles: Sequence[Number],
     *,
     sub_batches: int,
@@ -415,7 +415,7 @@ def summarize(
     return Iteration(
         stage_cycles=jnp.zeros(len(STAGES)).at[places].set(jnp.stack(stage_cycles)),
         op_cycles=jnp.stack(cycles),
-        op_starts=jnp.stack(starts),
+        op_starts=starts,
         layer_cycles=layer,
         head_cycles=0.0 * layer if head is None else head.cycles,
         iteration_cycles=elapsed,

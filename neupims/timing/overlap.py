@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
 from neupims.machine.calibration import Calibration
 from neupims.machine.hardware import Hardware
@@ -21,16 +22,23 @@ DRAINED = 100  # core cycles after which the bank queues hold no write of the op
 
 
 class Side(NamedTuple):
-    """When the operations of one side of a stage start and end, in core cycles from its start."""
+    """The operations of one side of a stage, which follow each other from its start."""
 
-    starts: tuple[Number, ...]
-    ends: tuple[Number, ...]
-    cycles: tuple[Number, ...]  # of each operation; free of the rounding of end - start
+    cycles: tuple[Number, ...]  # core cycles of each operation
 
     @property
     def end(self) -> Number:
-        """When the last operation ends; 0 where there is none."""
-        return self.ends[-1] if self.ends else 0.0
+        """The core cycles until the last operation ends; 0 where there is none."""
+        return sum(self.cycles, start=0.0)
+
+    @property
+    def starts(self) -> Float[Array, " operations"]:
+        """The core cycles until each operation starts."""
+        if not self.cycles:
+            return jnp.zeros(0)
+        # Of one array, and not sum by sum: the compiler would compute each sum from the beginning.
+        cycles = jnp.stack(self.cycles)
+        return jnp.concatenate([jnp.zeros_like(cycles[:1]), jnp.cumsum(cycles)[:-1]])
 
 
 def side_by_side(
@@ -40,7 +48,7 @@ def side_by_side(
     alone: Iterable[Number],
     beside: Iterable[Number],
 ) -> tuple[Side, Side]:
-    """Returns the start and end times of NPU and PIM operations that begin together.
+    """Returns the times of NPU and PIM operations that begin together.
 
     While PIM works, the NPU gets a share of its memory bandwidth (none with one row buffer). While
     the NPU works, PIM operations take `beside` instead of `alone`.
@@ -78,8 +86,7 @@ def _follow(solo: Sequence[Number], slow: Sequence[Number], until: Number) -> Si
         _take(own, slowed, begin, end, until)
         for own, slowed, begin, end in zip(solo, slow, begins[: len(slow)], slow_ends, strict=True)
     ]
-    ends = _ends(cycles)
-    return Side((0.0, *ends[:-1]) if ends else (), tuple(ends), tuple(cycles))
+    return Side(tuple(cycles))
 
 
 @jax.jit
