@@ -5,14 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from neupims.machine.calibration import DEFAULT
 from neupims.machine.config import load_model, load_parallel
 from neupims.machine.hardware import Hardware
 from neupims.machine.quantity import describe
 from neupims.machine.record import replace, replace_all
-from neupims.machine.workload import make_batch
+from neupims.machine.workload import Batch, Parallel, make_batch
 from neupims.timing.attention import attention_counts
 from neupims.timing.columns import designs_last, pack_pairs, reduce_requests, unpack_pairs
 from neupims.timing.gemv import channel_work, request_works
+from neupims.timing.stage_attention import stage_attention
 
 MODEL, PARALLEL = load_model("gpt3-7b"), load_parallel("gpt3-7b")
 LENGTHS = np.append(np.random.default_rng(0).integers(1, 2048, 40), [0, 512, 1])
@@ -95,6 +97,51 @@ def test_the_work_of_a_place_is_that_of_its_requests():
     np.add.at(expected, (slice(None), PLACES[0]), np.asarray(each))
     np.testing.assert_allclose(works, expected, rtol=1e-6)
     assert not works[:, 9].any()
+
+
+@pytest.mark.parametrize(
+    ("system", "fidelity", "splits", "schedules"),
+    [
+        ("neupims", "simulator", [1, 1, 1, 1], 4),
+        ("neupims", "intended", [1, 2, 4, 8], 1),
+        ("neupims", "intended", [4, 1, 2, 8], 4),
+        ("npu-pim", "simulator", [1, 1, 1, 1], 4),
+    ],
+)
+def test_what_stages_know_of_attention_is_that_of_each_design(system, fidelity, splits, schedules):
+    """Machines differ in channels, too, and requests in the number of channels that share them."""
+
+    def find(design, places):
+        hardware = replace(Hardware(), "hbm.num_channels", design["channels"])
+        hardware = replace(hardware, "hbm.tfaw_cycles", design["tfaw"])
+        batch = Batch(jnp.asarray(LENGTHS), places % 8, places % 2)
+        return stage_attention(
+            *(hardware, MODEL, batch, design["parallel"]),
+            sub_batches=(0, 1),
+            system=system,
+            interleaved=system == "neupims",
+            channels=16,
+            fidelity=fidelity,
+            calibration=DEFAULT,
+        )
+
+    designs = {
+        "channels": jnp.array([8, 16, 16, 8]),
+        "parallel": jax.tree.map(
+            lambda *values: jnp.stack(values), *(Parallel(1, 1, split) for split in splits)
+        ),
+        "tfaw": jnp.array([30.0, 21.7, 300.0, 12.0]),
+    }
+    places = jnp.asarray(PLACES)
+    if schedules == 1:
+        places = places[:1].repeat(4, axis=0)
+    axis = 0 if schedules > 1 else None
+    mapped = jax.jit(jax.vmap(find, in_axes=(0, axis)))(designs, places if axis == 0 else places[0])
+    alone = jax.jit(find)
+    for number in range(4):
+        one = alone(jax.tree.map(lambda each, at=number: each[at], designs), places[number])
+        for found, want in zip(jax.tree.leaves(mapped), jax.tree.leaves(one), strict=True):
+            np.testing.assert_allclose(found[number], want, rtol=1e-6)
 
 
 @pytest.mark.parametrize("macs", [2, 5, 16, 512])

@@ -27,8 +27,7 @@ def run(parallel, **options):
 
 def work_of(batch, parallel):
     options = {"system": "neupims", "interleaved": True, "channels": 32, "fidelity": "intended"}
-    work, _ = closed_attention(Hardware(), MODEL, batch, parallel, calibration=DEFAULT, **options)
-    return work
+    return closed_attention(Hardware(), MODEL, batch, parallel, calibration=DEFAULT, **options)
 
 
 def test_channels_with_the_same_remainder_share_a_request():
@@ -39,16 +38,18 @@ def test_channels_with_the_same_remainder_share_a_request():
 
 def test_each_channel_has_the_pieces_of_its_group():
     """The load of a group is that of requests of a quarter of the length, on each of 4 channels."""
-    split = work_of(BATCH, FOUR)
+    split, counts = work_of(BATCH, FOUR)
     quarters = make_batch(
         np.asarray(BATCH.seq_lens) // 4, BATCH.channels, np.asarray(BATCH.sub_batches)
     )
-    single = work_of(quarters, Parallel(1, 1))
+    single, _ = work_of(quarters, Parallel(1, 1))
     for name in ("alone", "beside"):
         found, want = getattr(split, name), getattr(single, name)
         np.testing.assert_allclose(found, np.concatenate([want[:, :, :8]] * 4, axis=2), rtol=1e-6)
     assert split.requests.sum() == 4
     assert split.longest.tolist() == [4096, 2048]  # softmax is of the whole row
+    expected = attention_counts(Hardware(), MODEL, BATCH, FOUR, fidelity="intended")
+    np.testing.assert_allclose(np.array(counts), np.array(expected), rtol=1e-6)
 
 
 def test_the_results_of_the_pieces_are_added_on_the_vector_units():
