@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> None:
         "--block",
         type=int,
         default=None,
-        help="designs side by side on one device (default: 128 on a CPU, all on a GPU)",
+        help="designs side by side on one device (default: 512 on a CPU, all on a GPU)",
     )
     parser.add_argument("--looped", type=int, default=200, help="designs of the Python loop")
     parser.add_argument("--rounds", type=int, default=3)
